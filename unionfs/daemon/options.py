@@ -1,0 +1,258 @@
+"""What may stand behind `-o`, and what becomes of it.
+
+The spelling is the kernel's (Documentation/filesystems/overlayfs.rst, mount(8)); the words that
+fuse-overlayfs takes are known too, so that its callers can call this program instead. Three ways there are
+for an option: it is followed, or it is skipped because the mount is right without it, or it is refused with
+the reason. A mount that looked like what was asked for but owned files differently, or let others in, would
+be worse than none.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+
+from unionfs.daemon.errors import UserError, quoted
+
+_SECURITY = ("context", "fscontext", "defcontext", "rootcontext")
+
+
+def _split(text: str, separator: str) -> list[str]:
+    """Split at separators without a backslash before them; keeps all escapes.
+
+    A separator within the double quotes of an SELinux context does not count, as in the kernel.
+    """
+    parts, start, position, in_quotes = [], 0, 0, False
+    while position < len(text):
+        char = text[position]
+        if char == "\\":
+            position += 1
+        elif char == '"' and text[start:position].partition("=")[0] in _SECURITY:
+            in_quotes = not in_quotes
+        elif char == separator and not in_quotes:
+            parts.append(text[start:position])
+            start = position + 1
+        position += 1
+    parts.append(text[start:])
+    return parts
+
+
+def _unescape(text: str) -> str:
+    """Take one level of backslashes away: `\\x` is `x`, as fs/overlayfs/params.c does."""
+    out, position = [], 0
+    while position < len(text):
+        if text[position] == "\\" and position + 1 < len(text):
+            position += 1
+        out.append(text[position])
+        position += 1
+    return "".join(out)
+
+
+def split_options(text: str) -> Iterator[tuple[str, str | None]]:
+    """The (name, value) pairs of one `-o` argument, values still escaped; empty options are left out."""
+    for option in _split(text, ","):
+        name, equals, value = option.partition("=")
+        if option:
+            yield name, value if equals else None
+
+
+def split_lowers(value: str) -> list[str]:
+    """`A:B:C` as three paths, topmost first, `\\:` being a colon. Raises UserError for an empty one."""
+    parts = _split(value, ":")
+    if "" in parts:
+        raise UserError(
+            f"lowerdir={quoted(value)}: an empty path between colons (kernel overlayfs's `::` for data-only "
+            "lowers) is not supported, so give every lower a path."
+        )
+    return [_unescape(part) for part in parts]
+
+
+# Mount flags that are handed to the mount; those which contradict each other, the last one counts.
+_FLAG_GROUPS: tuple[tuple[str, ...], ...] = (
+    ("dev", "nodev"),
+    ("suid", "nosuid"),
+    ("exec", "noexec"),
+    ("ro", "rw"),
+    ("sync", "async"),
+    ("dirsync",),
+    ("atime", "noatime"),
+    ("diratime", "nodiratime"),
+)
+_GROUP_OF = {flag: group for group in _FLAG_GROUPS for flag in group}
+
+# Words that say nothing to a union: a FUSE mount has no atime of its own (fs/fuse/inode.c sets S_NOATIME),
+# lazytime is the kernel's own affair, and the rest are for fstab and mount(8).
+_SKIPPED_WORDS = frozenset({
+    "defaults", "auto", "noauto", "user", "nouser", "users", "nousers", "owner", "noowner", "group",
+    "nogroup", "nofail", "_netdev", "symfollow",
+    "relatime", "norelatime", "strictatime", "nostrictatime", "lazytime",
+    "nolazytime", "iversion", "noiversion", "loud", "silent", "default_permissions", "nonempty", "intr",
+    "nointr", "use_ino", "readdir_ino", "big_writes", "large_read", "splice_read", "splice_write",
+    "splice_move", "no_splice_read", "no_splice_write", "no_splice_move",
+})  # fmt: skip
+_SKIPPED_PREFIXES = ("x-", "X-", "comment=", "user=", "helper=", "uhelper=")
+
+# fuse-overlayfs's own words; each concerns how that program works and not what the mount shows. `private`
+# is a propagation word that podman sends with `-v src:/x:O`; the mount is made in a namespace of podman's.
+_SKIPPED_FUSE_OVERLAYFS = frozenset({
+    "redirect_dir", "timeout", "threaded", "fsync", "fast_ino", "writeback", "static_nlink", "noacl",
+    "private", "rprivate", "slave", "rslave", "shared", "rshared", "clone_fd", "max_idle_threads",
+    "max_threads", "kernel_cache", "auto_cache", "entry_timeout", "attr_timeout", "negative_timeout",
+    "max_read", "max_write", "max_readahead", "max_background", "congestion_threshold", "noxattrs",
+})  # fmt: skip
+
+# What an ignored option would change, and so why it is refused.
+_REFUSED: Mapping[str, str] = {
+    "uidmapping": "mapping of user ids is not supported, and without it files would show other owners",
+    "gidmapping": "mapping of group ids is not supported, and without it files would show other owners",
+    "squash_to_uid": "squashing of owners is not supported, and without it files would show other owners",
+    "squash_to_gid": "squashing of owners is not supported, and without it files would show other owners",
+    "squash_to_root": "squashing of owners is not supported, and without it files would show other owners",
+    "xattr_permissions": "modes kept in xattrs are not supported, and files would show other modes",
+    "uid": "a fixed owner is not supported, and without it files would show other owners",
+    "gid": "a fixed owner is not supported, and without it files would show other owners",
+    "umask": "a fixed umask is not supported, and without it files would show other modes",
+    "remount": "a mount cannot be changed while it lives, so unmount it and mount it anew",
+    "bind": "binding a directory is not a union, so use `mount --bind`",
+    "rbind": "binding a directory is not a union, so use `mount --rbind`",
+    "move": "moving a mount is not a union, so use `mount --move`",
+    "auto_unmount": "it is not supported; `unionfs umount` clears a dead mount, so leave the option out",
+    "blkdev": "a union is not made of a block device, so leave the option out",
+    "mand": "mandatory locks are gone from the kernel and FUSE never had them, so leave the option out",
+    "nosymfollow": "libfuse 3 cannot make such a mount, so leave the option out",
+    "verity": "checking of fs-verity digests is not supported, so leave the option out",
+    "datadir+": "data-only lowers are not supported, so leave the option out",
+    "override_creds": "the caller's rights are always checked by the kernel, so leave the option out",
+}
+
+# Features of kernel overlayfs: the values that ask for what this program does, and what it lacks.
+_FEATURES: Mapping[str, tuple[frozenset[str], str]] = {
+    "redirect_dir": (frozenset({"off", "nofollow", "follow"}), "renaming of lower directories by redirects"),
+    "index": (frozenset({"off"}), "the index of hard links"),
+    "metacopy": (frozenset({"off"}), "copying up of metadata alone"),
+    "nfs_export": (frozenset({"off"}), "export by file handles"),
+    "verity": (frozenset({"off"}), "checking of fs-verity digests"),
+    "xino": (frozenset({"on", "off", "auto"}), "another way of making inode numbers"),
+    "uuid": (frozenset({"on", "off", "auto", "null"}), "another way of making filesystem ids"),
+    "override_creds": (frozenset(), ""),
+}
+
+
+@dataclass(slots=True)
+class Options:
+    """All `-o` arguments of a call, read but not yet checked against the host."""
+
+    lowers: list[str] = field(default_factory=list)
+    upper: str | None = None
+    work: str | None = None
+    flags: dict[tuple[str, ...], str] = field(default_factory=dict)
+    """The chosen flag of each group that was mentioned."""
+    allow_other: bool = False
+    allow_root: bool = False
+    fsname: str | None = None
+    subtype: str | None = None
+    volatile: bool = False
+    userxattr: bool = False
+    debug: bool = False
+    security: list[str] = field(default_factory=list)
+    """SELinux contexts, `name=value`, as mount(2) takes them."""
+
+    @property
+    def read_only(self) -> bool:
+        """Whether `ro` was said last."""
+        return "ro" in self.flags.values()
+
+
+def parse_options(arguments: Iterable[str]) -> Options:
+    """Read every `-o` argument of a call, in order. Raises UserError naming the one that can't be taken."""
+    options = Options()
+    lowerdir: str | None = None
+    for argument in arguments:
+        for name, value in split_options(argument):
+            if name == "lowerdir":
+                _once("lowerdir", lowerdir, value)
+                lowerdir = _needed(name, value)
+            elif name == "lowerdir+":
+                options.lowers.append(_unescape(_needed(name, value)))
+            else:
+                _take(options, name, value)
+    if lowerdir is not None:
+        if options.lowers:
+            raise UserError("lowerdir= and lowerdir+= say the same thing, so use one of the two.")
+        options.lowers = split_lowers(lowerdir)
+    return options
+
+
+def _needed(name: str, value: str | None) -> str:
+    if not value:
+        raise UserError(f"option {name} has no value, so write {name}=DIR or leave it out.")
+    return value
+
+
+def _once(name: str, old: str | None, new: str | None) -> None:
+    if old is not None and old != new:
+        raise UserError(f"option {name} is given twice, as {quoted(old)} and {quoted(new or '')}; keep one.")
+
+
+def _take(options: Options, name: str, value: str | None) -> None:
+    if name == "upperdir":
+        new = _unescape(_needed(name, value))
+        _once(name, options.upper, new)
+        options.upper = new
+    elif name == "workdir":
+        new = _unescape(_needed(name, value))
+        _once(name, options.work, new)
+        options.work = new
+    elif name == "fsname":
+        options.fsname = _unescape(value or "")
+    elif name == "subtype":
+        options.subtype = _unescape(value or "")
+    elif name in _SECURITY:
+        options.security.append(f"{name}={_unescape(_needed(name, value))}")
+    elif name in _FEATURES and value is not None:
+        _feature(name, value)
+    elif name == "plugins":
+        if value:
+            raise UserError(f"option plugins={quoted(value)}: plugins are not supported, so leave it out.")
+    elif name in _REFUSED:
+        if value == "0" and name in ("squash_to_root", "xattr_permissions"):
+            return
+        raise UserError(f"option {name}: {_REFUSED[name]}.")
+    elif value is None and _word(options, name):
+        return
+    elif name not in _SKIPPED_FUSE_OVERLAYFS and not f"{name}={value}".startswith(_SKIPPED_PREFIXES):
+        option = name if value is None else f"{name}={value}"
+        raise UserError(f"unknown option {quoted(option)}; `unionfs mount --help` lists the ones there are.")
+
+
+def _feature(name: str, value: str) -> None:
+    accepted, lacking = _FEATURES[name]
+    if value in accepted:
+        return
+    if not accepted:
+        raise UserError(f"option {name}: {_REFUSED[name]}.")
+    if value == "on":
+        raise UserError(
+            f"option {name}=on: {lacking} is not supported, so leave the option out or write {name}=off."
+        )
+    raise UserError(f"option {name}={value}: the value is not one of {', '.join(sorted(accepted))}.")
+
+
+def _word(options: Options, name: str) -> bool:
+    """Take an option that has no value; False when it isn't one of these."""
+    match name:
+        case "allow_other":
+            options.allow_other = True
+        case "allow_root":
+            options.allow_root = True
+        case "volatile":
+            options.volatile = True
+        case "userxattr":
+            options.userxattr = True
+        case "debug":
+            options.debug = True
+        case _ if name in _GROUP_OF:
+            options.flags[_GROUP_OF[name]] = name
+        case _:
+            return name in _SKIPPED_WORDS
+    return True

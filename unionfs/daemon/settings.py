@@ -1,0 +1,170 @@
+"""All that is said about one mount before it is made: absolute, complete and unchecked by the host.
+
+`preflight` holds these settings against the host; `live` stores them; `host` and `inspect` show them.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass, fields
+from typing import Any, TypeVar
+
+from unionfs.daemon.errors import UserError, quoted
+from unionfs.daemon.options import Options, parse_options
+
+SESSIONS = ("auto", "pyfuse3")
+LOG_LEVELS = ("debug", "info", "warning", "error")
+
+
+@dataclass(frozen=True, slots=True)
+class MountSettings:
+    """One mount. Paths are absolute and free of symlinks; names are decoded as by `os.fsdecode`."""
+
+    mountpoint: str
+    lowers: tuple[str, ...]
+    """Topmost first."""
+    upper: str | None
+    work: str | None
+    read_only: bool
+    """No upper, or `ro`."""
+    session: str
+    """What serves it: `pyfuse3`."""
+    fsname: str
+    subtype: str
+    allow_other: bool
+    allow_root: bool
+    volatile: bool
+    userxattr: bool
+    """Whether markers are `user.overlay.*` instead of `trusted.overlay.*`."""
+    flags: tuple[str, ...]
+    """Mount flags: `dev`, `nosuid`, `noexec` and the like."""
+    security: tuple[str, ...]
+    log_level: str
+    mounted_by: int
+    """The user id that made the mount."""
+
+    def fuse_options(self) -> list[str]:
+        """libfuse's options, each escaped as lib/fuse_opt.c wants it."""
+        named = [f"fsname={self.fsname}", *self.security]
+        if self.subtype:
+            named.append(f"subtype={self.subtype}")
+        options = [text.replace("\\", "\\\\").replace(",", "\\,") for text in named]
+        if self.allow_other:
+            options.append("allow_other")
+        elif self.allow_root:
+            options.append("allow_root")
+        if self.read_only:
+            options.append("ro")
+        return options + list(self.flags)
+
+    def to_json(self) -> dict[str, Any]:
+        """The settings as plain values; `from_json` reads them back."""
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls, values: dict[str, Any]) -> MountSettings:
+        """Raises KeyError or TypeError when the values are not those of `to_json`."""
+        plain: dict[str, Any] = {item.name: values[item.name] for item in fields(cls)}
+        for name, value in plain.items():
+            if isinstance(value, list):
+                plain[name] = tuple(value)
+        return cls(**plain)
+
+
+def absolute(path: str) -> str:
+    """`path` against the caller's directory, symlinks resolved; missing parts stay as they are."""
+    if "\0" in path:
+        raise UserError(f"{path!r} holds a zero byte, which no path can.")
+    try:
+        return os.path.realpath(path)
+    except FileNotFoundError as error:  # of getcwd, in a directory that was removed
+        raise UserError(
+            f"{quoted(path)} is a relative path, but the current directory is gone; give an absolute path."
+        ) from error
+
+
+def settle(
+    mountpoint: str,
+    *,
+    lowers: Sequence[str] = (),
+    upper: str | None = None,
+    work: str | None = None,
+    options: Iterable[str] = (),
+    session: str = "auto",
+    log_level: str = "info",
+    source: str | None = None,
+    trusted_xattrs: bool | None = None,
+) -> MountSettings:
+    """Make one whole of a call's words. Changes and looks at nothing but symlinks and the caller's ids.
+
+    `source` is mount(8)'s first word and becomes `fsname` unless `-o` names one. `trusted_xattrs` says
+    whether `trusted.*` may be written (None: find out). Raises UserError.
+    """
+    parsed = parse_options(options)
+    chosen_lowers = list(_either("lower", "-l", "lowerdir=", tuple(lowers), tuple(parsed.lowers)))
+    chosen_upper = _either("upper", "-u", "upperdir=", upper, parsed.upper)
+    chosen_work = _either("work", "-w", "workdir=", work, parsed.work)
+    if not chosen_lowers:
+        raise UserError("no lower is given; add -l DIR for each one, topmost first, or -o lowerdir=DIR:DIR.")
+    if "" in (*chosen_lowers, chosen_upper, chosen_work, mountpoint):
+        raise UserError("an empty path is given; name a directory.")
+    if chosen_upper is not None and chosen_work is None:
+        raise UserError(
+            f"upper {quoted(chosen_upper)} is given without a work directory; add --work DIR, an empty "
+            "directory on the same filesystem."
+        )
+    if chosen_work is not None and chosen_upper is None:
+        raise UserError(
+            f"work {quoted(chosen_work)} is given without an upper; add --upper DIR, or leave the work "
+            "directory out for a read-only union."
+        )
+    if parsed.allow_other and parsed.allow_root:
+        raise UserError("allow_other and allow_root exclude each other; allow_other lets root in too.")
+    if trusted_xattrs is None:
+        from unionfs.sys.process import may_use_trusted_xattrs
+
+        trusted_xattrs = may_use_trusted_xattrs()
+    is_root = os.geteuid() == 0
+    return MountSettings(
+        mountpoint=absolute(mountpoint),
+        lowers=tuple(absolute(path) for path in chosen_lowers),
+        upper=None if chosen_upper is None else absolute(chosen_upper),
+        work=None if chosen_work is None else absolute(chosen_work),
+        read_only=chosen_upper is None or parsed.read_only,
+        session="pyfuse3" if session == "auto" else session,
+        fsname=parsed.fsname or source or "unionfs",
+        subtype="unionfs" if parsed.subtype is None else parsed.subtype,
+        # Root's mounts are for everybody, as those of the kernel are; permissions are checked by the kernel.
+        allow_other=parsed.allow_other or (is_root and not parsed.allow_root),
+        allow_root=parsed.allow_root,
+        volatile=parsed.volatile,
+        userxattr=parsed.userxattr or not trusted_xattrs,
+        flags=_flags(parsed, is_root),
+        security=tuple(parsed.security),
+        log_level="debug" if parsed.debug else log_level,
+        mounted_by=os.getuid(),
+    )
+
+
+_T = TypeVar("_T")
+
+
+def _either(thing: str, letter: str, option: str, by_letter: _T, by_option: _T) -> _T:
+    if by_letter and by_option and by_letter != by_option:
+        raise UserError(f"the {thing} is given both by {letter} and by -o {option}; use one of the two.")
+    return by_letter or by_option
+
+
+def _flags(options: Options, is_root: bool) -> tuple[str, ...]:
+    chosen = {flag for flag in options.flags.values() if flag not in ("ro", "rw")}
+    # "Nothing special", which libfuse would pass on to fusermount3 for nothing (and some of it in vain).
+    chosen -= {"exec", "async", "atime", "diratime"}
+    if is_root:
+        # libfuse starts from nosuid,nodev; a root tree needs both to be of use (/dev, sudo, ping).
+        chosen |= {"suid"} if "nosuid" not in chosen else set()
+        chosen |= {"dev"} if "nodev" not in chosen else set()
+    else:
+        # fusermount3 forces them on a user's mount, and says so on stderr when asked for the contrary.
+        chosen = chosen - {"suid", "dev"} | {"nosuid", "nodev"}
+    return tuple(sorted(chosen))

@@ -1,0 +1,145 @@
+"""The mount table of a process, and where in which filesystem a path lies.
+
+Source of the format: proc_pid_mountinfo(5).
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+_OCTAL = re.compile(rb"\\([0-7]{3})")
+
+
+@dataclass(frozen=True, slots=True)
+class MountEntry:
+    """One line of a mount table. Paths and options are decoded as `os.fsdecode` does."""
+
+    mount_id: int
+    parent_id: int
+    device: str
+    """`major:minor` of the superblock, which is not `st_dev` on btrfs."""
+    root: str
+    """Path within the filesystem that is mounted here; `/` unless it is a bind mount or a subvolume."""
+    mountpoint: str
+    options: str
+    fstype: str
+    source: str
+    super_options: str
+
+    @property
+    def is_fuse(self) -> bool:
+        """Whether a FUSE daemon serves it (`fuseblk` and `fusectl` do not count)."""
+        return self.fstype == "fuse" or self.fstype.startswith("fuse.")
+
+
+@dataclass(frozen=True, slots=True)
+class Location:
+    """A place that stays the same through bind mounts: a filesystem and a path within it."""
+
+    device: str
+    parts: tuple[str, ...]
+
+    def contains(self, other: Location) -> bool:
+        """Whether `other` is this place or lies below it, in the same filesystem."""
+        return self.device == other.device and other.parts[: len(self.parts)] == self.parts
+
+
+def unescape(field: bytes) -> str:
+    """Undo the octal escapes (`\\040` and so on) of a mount table's field."""
+    return os.fsdecode(_OCTAL.sub(lambda match: bytes([int(match[1], 8) & 0xFF]), field))
+
+
+def parse_mountinfo(table: bytes) -> list[MountEntry]:
+    """Read a whole mountinfo table; lines of another form are left out."""
+    entries = []
+    for line in table.split(b"\n"):
+        before, separator, after = line.partition(b" - ")
+        left, right = before.split(b" "), after.split(b" ")
+        if not separator or len(left) < 6 or len(right) < 3:
+            continue
+        entries.append(
+            MountEntry(
+                mount_id=int(left[0]),
+                parent_id=int(left[1]),
+                device=left[2].decode("ascii"),
+                root=unescape(left[3]),
+                mountpoint=unescape(left[4]),
+                options=os.fsdecode(left[5]),
+                fstype=unescape(right[0]),
+                source=unescape(right[1]),
+                # overlayfs's own backslashes before ':' and ',' stay; only octal escapes go here.
+                super_options=unescape(right[2]),
+            )
+        )
+    return entries
+
+
+def read_mountinfo(pid: int | str = "self") -> list[MountEntry]:
+    """The mount table of process `pid`. Raises OSError when it may not be read or is gone."""
+    # The table is read at one go: a reader that takes it in pieces may miss a mount when the table changes.
+    with open(f"/proc/{pid}/mountinfo", "rb", buffering=0) as table:
+        pieces = []
+        while piece := table.read(1 << 20):
+            pieces.append(piece)
+    return parse_mountinfo(b"".join(pieces))
+
+
+def mount_id_of_fd(fd: int) -> int:
+    """The id of the mount an open file (O_PATH too) was reached through; proc_pid_fdinfo(5)."""
+    with open(f"/proc/self/fdinfo/{fd}", encoding="ascii") as info:
+        for line in info:
+            if line.startswith("mnt_id:"):
+                return int(line.split()[1])
+    raise OSError(0, "the kernel tells no mnt_id in fdinfo")
+
+
+def mount_id_of_path(path: str) -> int:
+    """The id of the mount that `path` lies in. Sends a FUSE daemon nothing when `path` is a mountpoint."""
+    fd = os.open(path, os.O_PATH | os.O_CLOEXEC)
+    try:
+        return mount_id_of_fd(fd)
+    finally:
+        os.close(fd)
+
+
+def mounted_at(path: str, table: Sequence[MountEntry] | None = None) -> MountEntry | None:
+    """The visible mount whose mountpoint is exactly `path` (absolute, no symlinks), or None."""
+    entries = read_mountinfo() if table is None else table
+    here = [entry for entry in entries if entry.mountpoint == path]
+    if not here:
+        return None
+    try:
+        mount_id = mount_id_of_path(path)
+    except OSError:
+        # A directory on the way cannot be searched. The mount that nothing is mounted on is on top.
+        covered = {entry.parent_id for entry in here}
+        return next((entry for entry in reversed(here) if entry.mount_id not in covered), here[-1])
+    return next((entry for entry in here if entry.mount_id == mount_id), None)
+
+
+def mounts_of_device(device: str, table: Iterable[MountEntry] | None = None) -> list[MountEntry]:
+    """Every mount of one superblock, `device` being its `major:minor`, in the table's order."""
+    return [entry for entry in (read_mountinfo() if table is None else table) if entry.device == device]
+
+
+def split_path(path: str) -> tuple[str, ...]:
+    """The components of an absolute path."""
+    return tuple(part for part in path.split("/") if part)
+
+
+def location_of(path: str, table: Sequence[MountEntry] | None = None) -> Location | None:
+    """Where `path` (absolute, no symlinks) lies whatever bind mounts lead there; None when it can't be told.
+
+    Raises OSError when `path` cannot be opened.
+    """
+    mount_id = mount_id_of_path(path)
+    for entry in read_mountinfo() if table is None else table:
+        if entry.mount_id == mount_id:
+            mountpoint, parts = split_path(entry.mountpoint), split_path(path)
+            if parts[: len(mountpoint)] != mountpoint:
+                return None
+            return Location(entry.device, split_path(entry.root) + parts[len(mountpoint) :])
+    return None

@@ -1,0 +1,145 @@
+"""Processes: is it still the same one, wait for its end, who uses a mount, what may this one do."""
+
+from __future__ import annotations
+
+import os
+import resource
+import select
+from collections.abc import Iterator
+from contextlib import suppress
+from dataclasses import dataclass
+
+_CAP_SYS_ADMIN = 21  # linux/capability.h
+
+
+def start_time(pid: int) -> int | None:
+    """When process `pid` was started, in clock ticks since boot; None when it is gone or a zombie.
+
+    Together with the pid this names one process for good. Source: proc_pid_stat(5), fields 3 and 22.
+    """
+    try:
+        with open(f"/proc/{pid}/stat", "rb") as stat:
+            # The command in brackets may itself hold spaces and brackets: what counts begins after the last.
+            fields = stat.read().rpartition(b")")[2].split()
+    except OSError:
+        return None
+    return None if fields[0] in (b"Z", b"X") else int(fields[19])
+
+
+def is_alive(pid: int, started: int) -> bool:
+    """Whether the process that had this pid and start time still runs."""
+    return start_time(pid) == started
+
+
+def wait_gone(pid: int, started: int, timeout: float | None) -> bool:
+    """Wait at most `timeout` seconds (None: for ever) for the process's end; False when it still runs."""
+    try:
+        pidfd = os.pidfd_open(pid)
+    except OSError:
+        return not is_alive(pid, started)
+    try:
+        # Asked after the pidfd is there, so that the pid cannot be given to another process in between.
+        if not is_alive(pid, started):
+            return True
+        poll = select.poll()
+        poll.register(pidfd, select.POLLIN)
+        return bool(poll.poll(None if timeout is None else timeout * 1000))
+    finally:
+        os.close(pidfd)
+
+
+@dataclass(frozen=True, slots=True)
+class User:
+    """A process that keeps a mount busy."""
+
+    pid: int
+    command: str
+    how: str
+    """One of `cwd`, `root`, `open file`, `mapped file`."""
+
+
+def _command(pid: int) -> str:
+    try:
+        with open(f"/proc/{pid}/comm", "rb") as comm:
+            return os.fsdecode(comm.read().rstrip(b"\n"))
+    except OSError:
+        return "?"
+
+
+def _links(pid: int) -> Iterator[tuple[str, str]]:
+    for name, how in (("cwd", "cwd"), ("root", "root"), ("exe", "mapped file")):
+        with suppress(OSError):
+            yield how, os.readlink(f"/proc/{pid}/{name}")
+    with suppress(OSError):
+        for fd in os.listdir(f"/proc/{pid}/fd"):
+            with suppress(OSError):
+                yield "open file", os.readlink(f"/proc/{pid}/fd/{fd}")
+
+
+def _maps_device(pid: int, device: str) -> bool:
+    major, minor = device.split(":")
+    wanted = f" {int(major):02x}:{int(minor):02x} ".encode()
+    try:
+        with open(f"/proc/{pid}/maps", "rb") as maps:
+            return any(wanted in line[:100] for line in maps)
+    except OSError:
+        return False
+
+
+def users_of(mountpoint: str, device: str, limit: int = 5) -> list[User]:
+    """At most `limit` processes that hold files of a mount; those of other users are not seen by everyone.
+
+    Only names are compared, so that nothing is asked of the mount, which may hang.
+    """
+    below, found = mountpoint.rstrip("/") + "/", []
+    for entry in os.listdir("/proc"):
+        if not entry.isdigit() or int(entry) == os.getpid():
+            continue
+        pid = int(entry)
+        how = next((how for how, link in _links(pid) if link == mountpoint or link.startswith(below)), None)
+        if how is None and _maps_device(pid, device):
+            how = "mapped file"
+        if how is not None:
+            found.append(User(pid, _command(pid), how))
+            if len(found) == limit:
+                break
+    return found
+
+
+def _status_field(name: str) -> str:
+    with open("/proc/self/status", encoding="ascii", errors="replace") as status:
+        for line in status:
+            if line.startswith(name + ":"):
+                return line.split(":", 1)[1].strip()
+    return ""
+
+
+def has_sys_admin() -> bool:
+    """Whether CAP_SYS_ADMIN is in effect, in this user namespace."""
+    try:
+        return bool(int(_status_field("CapEff"), 16) >> _CAP_SYS_ADMIN & 1)
+    except (OSError, ValueError):
+        return os.geteuid() == 0
+
+
+def in_initial_user_namespace() -> bool:
+    """Whether every uid of the host exists here as itself, as it only does outside user namespaces."""
+    try:
+        with open("/proc/self/uid_map", encoding="ascii") as uid_map:
+            return uid_map.read().split() == ["0", "0", "4294967295"]
+    except OSError:
+        return True
+
+
+def may_use_trusted_xattrs() -> bool:
+    """Whether `trusted.*` xattrs can be written: CAP_SYS_ADMIN of the initial user namespace; xattr(7)."""
+    return has_sys_admin() and in_initial_user_namespace()
+
+
+def raise_open_file_limit() -> tuple[int, int]:
+    """Raise the soft limit of open files to the hard one; returns (soft, hard) as they are then."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft != hard:
+        with suppress(OSError, ValueError):
+            resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+    return resource.getrlimit(resource.RLIMIT_NOFILE)
