@@ -1,0 +1,98 @@
+"""System calls on directory fds that the ``os`` module does not offer.
+
+Every function raises ``OSError`` with the kernel's errno; nothing is retried or hidden.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import fcntl
+import os
+import sys as _sys
+from typing import Final
+
+_libc = ctypes.CDLL(None, use_errno=True)
+
+AT_FDCWD: Final = -100
+AT_EMPTY_PATH: Final = 0x1000
+AT_SYMLINK_NOFOLLOW: Final = 0x100
+
+RENAME_NOREPLACE: Final = 1
+RENAME_EXCHANGE: Final = 2
+RENAME_WHITEOUT: Final = 4
+
+_UTIME_OMIT: Final = (1 << 30) - 2
+# _IOW(0x94, 9, int), include/uapi/linux/fs.h
+_FICLONE: Final = 0x40049409
+
+# Magic numbers of statfs(2), include/uapi/linux/magic.h
+TMPFS_MAGIC: Final = 0x01021994
+RAMFS_MAGIC: Final = 0x858458F6
+
+
+class _Timespec(ctypes.Structure):
+    _fields_ = (("tv_sec", ctypes.c_long), ("tv_nsec", ctypes.c_long))
+
+
+_libc.renameat2.argtypes = (
+    ctypes.c_int, ctypes.c_char_p, ctypes.c_int, ctypes.c_char_p, ctypes.c_uint,
+)  # fmt: skip
+_libc.utimensat.argtypes = (ctypes.c_int, ctypes.c_char_p, ctypes.POINTER(_Timespec), ctypes.c_int)
+_libc.fchownat.argtypes = (
+    ctypes.c_int, ctypes.c_char_p, ctypes.c_uint, ctypes.c_uint, ctypes.c_int,
+)  # fmt: skip
+_libc.syncfs.argtypes = (ctypes.c_int,)
+_libc.fstatfs.argtypes = (ctypes.c_int, ctypes.c_char_p)
+
+
+def fail(what: bytes | None = None) -> OSError:
+    """The ``OSError`` for the errno that the last libc call of this thread left."""
+    code = ctypes.get_errno()
+    if what is None:
+        return OSError(code, os.strerror(code))
+    return OSError(code, os.strerror(code), what)
+
+
+def renameat2(old_fd: int, old: bytes, new_fd: int, new: bytes, flags: int = 0) -> None:
+    """renameat2(2); ``flags`` of RENAME_*."""
+    if _libc.renameat2(old_fd, old, new_fd, new, flags) != 0:
+        raise fail(old)
+
+
+def utimensat(
+    dir_fd: int, name: bytes, atime_ns: int | None, mtime_ns: int | None, *, follow: bool = False
+) -> None:
+    """Set times in nanoseconds; ``None`` leaves that time as it is (UTIME_OMIT)."""
+    times = (_Timespec * 2)()
+    for slot, value in zip(times, (atime_ns, mtime_ns), strict=True):
+        if value is None:
+            slot.tv_nsec = _UTIME_OMIT
+        else:
+            slot.tv_sec, slot.tv_nsec = divmod(value, 1_000_000_000)
+    if _libc.utimensat(dir_fd, name, times, 0 if follow else AT_SYMLINK_NOFOLLOW) != 0:
+        raise fail(name)
+
+
+def chown_fd(fd: int, uid: int, gid: int) -> None:
+    """Change owner of what ``fd`` (O_PATH also, a symlink also) stands for; -1 leaves one as it is."""
+    if _libc.fchownat(fd, b"", uid & 0xFFFFFFFF, gid & 0xFFFFFFFF, AT_EMPTY_PATH) != 0:
+        raise fail()
+
+
+def syncfs(fd: int) -> None:
+    """syncfs(2): all of the filesystem that holds ``fd`` is on disk when this returns."""
+    if _libc.syncfs(fd) != 0:
+        raise fail()
+
+
+def clone_file(target_fd: int, source_fd: int) -> None:
+    """ioctl FICLONE: share all blocks of the source with the target (reflink)."""
+    fcntl.ioctl(target_fd, _FICLONE, source_fd)
+
+
+def filesystem_magic(fd: int) -> int:
+    """``f_type`` of statfs(2) for the filesystem that holds ``fd`` (O_PATH is enough)."""
+    buffer = ctypes.create_string_buffer(256)  # struct statfs takes 120 bytes on 64-bit Linux
+    if _libc.fstatfs(fd, buffer) != 0:
+        raise fail()
+    return int.from_bytes(buffer.raw[: ctypes.sizeof(ctypes.c_long)], _sys.byteorder) & 0xFFFFFFFF

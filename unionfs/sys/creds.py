@@ -1,0 +1,82 @@
+"""Creating files as somebody else while keeping the daemon's capabilities.
+
+``setfsuid(2)`` makes the kernel itself give a new file its owner, apply a setgid directory and a default
+ACL, in the same step that creates it. Leaving uid 0 drops the filesystem capabilities of the thread
+(capabilities(7), "Effect of user ID changes"), so they are raised again: the caller's permissions on the
+merged tree were checked by the kernel (``default_permissions``), and the layer must not be asked twice.
+All of this is a property of the calling thread only.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Final
+
+_libc = ctypes.CDLL(None, use_errno=True)
+_libc.setfsuid.argtypes = (ctypes.c_uint,)
+_libc.setfsgid.argtypes = (ctypes.c_uint,)
+
+_CAPABILITY_VERSION_3: Final = 0x20080522
+CAP_SETGID: Final = 6
+CAP_SETUID: Final = 7
+CAP_SYS_ADMIN: Final = 21
+
+
+class _Header(ctypes.Structure):
+    _fields_ = (("version", ctypes.c_uint32), ("pid", ctypes.c_int))
+
+
+class _Data(ctypes.Structure):
+    _fields_ = (
+        ("effective", ctypes.c_uint32),
+        ("permitted", ctypes.c_uint32),
+        ("inheritable", ctypes.c_uint32),
+    )
+
+
+def _capabilities() -> ctypes.Array[_Data]:
+    data = (_Data * 2)()
+    if _libc.capget(ctypes.byref(_Header(_CAPABILITY_VERSION_3, 0)), data) != 0:
+        raise OSError(ctypes.get_errno(), "capget failed")
+    return data
+
+
+def has_capability(number: int) -> bool:
+    """Whether this thread has capability ``number`` (CAP_*) in effect."""
+    return bool(_capabilities()[number // 32].effective >> (number % 32) & 1)
+
+
+class Identity:
+    """Who the daemon is, and the power to create files as others."""
+
+    def __init__(self) -> None:
+        self.uid = os.geteuid()
+        self.gid = os.getegid()
+        self.can_switch = has_capability(CAP_SETUID) and has_capability(CAP_SETGID)
+        self._header = _Header(_CAPABILITY_VERSION_3, 0)
+        self._data = _capabilities()
+
+    @contextmanager
+    def acting_as(self, uid: int, gid: int) -> Iterator[None]:
+        """Within the block, what this thread creates belongs to ``uid`` and ``gid``.
+
+        Raises ``PermissionError`` when the daemon may not create for others (an ordinary user's daemon).
+        """
+        if uid == self.uid and gid == self.gid:
+            yield
+            return
+        if not self.can_switch:
+            raise PermissionError(errno.EPERM, "the daemon cannot create files for another user")
+        _libc.setfsgid(gid)
+        _libc.setfsuid(uid)
+        try:
+            _libc.capset(ctypes.byref(self._header), self._data)
+            yield
+        finally:
+            _libc.setfsuid(self.uid)
+            _libc.setfsgid(self.gid)
+            _libc.capset(ctypes.byref(self._header), self._data)

@@ -1,0 +1,371 @@
+"""Changes of the merged tree: creating, removing, renaming, linking.
+
+Each change becomes visible by one step: a system call in the upper, or one rename of what was prepared in
+work. Order in every function: what can fail first, then that step, then the node table.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import stat
+from collections.abc import Callable
+from typing import Final, TypeVar
+
+from unionfs.sys import calls
+from unionfs.union.copyup import ensure_upper, temporary_name
+from unionfs.union.listing import is_empty
+from unionfs.union.nodes import Node
+from unionfs.union.places import open_for_listing
+from unionfs.union.removal import empty_directory, remove_tree
+from unionfs.union.tree import Attributes, Union
+
+_ACL_DEFAULT: Final = b"system.posix_acl_default"
+_T = TypeVar("_T")
+
+
+def _error(code: int) -> OSError:
+    return OSError(code, os.strerror(code))
+
+
+class Caller:
+    """Who asks for a change."""
+
+    __slots__ = ("gid", "uid")
+
+    def __init__(self, uid: int, gid: int) -> None:
+        self.uid = uid
+        self.gid = gid
+
+
+class Changes:
+    """The changing operations on one union. Not thread-safe, like the union itself."""
+
+    def __init__(self, union: Union) -> None:
+        self._union = union
+
+    # -- creating -------------------------------------------------------------------------------------
+
+    def create(self, parent: Node, name: bytes, mode: int, caller: Caller) -> tuple[Node, Attributes, int]:
+        """A new regular file; also returns an fd of it (O_RDWR), which the caller owns."""
+
+        def make(dir_fd: int, here: bytes) -> int:
+            flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
+            return os.open(here, flags, mode, dir_fd=dir_fd)
+
+        fd = self._make(parent, name, caller, make)
+        return (*self._new_node(parent, name), fd)
+
+    def mkdir(self, parent: Node, name: bytes, mode: int, caller: Caller) -> tuple[Node, Attributes]:
+        """A new directory."""
+        self._make(parent, name, caller, lambda fd, here: os.mkdir(here, mode, dir_fd=fd), directory=True)
+        return self._new_node(parent, name)
+
+    def symlink(self, parent: Node, name: bytes, target: bytes, caller: Caller) -> tuple[Node, Attributes]:
+        """A new symlink."""
+        self._make(parent, name, caller, lambda fd, here: os.symlink(target, here, dir_fd=fd))
+        return self._new_node(parent, name)
+
+    def mknod(
+        self, parent: Node, name: bytes, mode: int, rdev: int, caller: Caller
+    ) -> tuple[Node, Attributes]:
+        """A new fifo, socket, device or regular file. Character device 0/0 is a whiteout, so EPERM."""
+        if stat.S_ISCHR(mode) and rdev == 0:
+            raise _error(errno.EPERM)
+        self._make(parent, name, caller, lambda fd, here: os.mknod(here, mode, rdev, dir_fd=fd))
+        return self._new_node(parent, name)
+
+    def _new_node(self, parent: Node, name: bytes) -> tuple[Node, Attributes]:
+        found = self._union.lookup(parent, name)
+        if found is None:
+            raise _error(errno.EIO)
+        return found
+
+    def _make(
+        self,
+        parent: Node,
+        name: bytes,
+        caller: Caller,
+        make: Callable[[int, bytes], _T],
+        *,
+        directory: bool = False,
+    ) -> _T:
+        """Run ``make(directory fd, name)`` as the caller: in place, or in work when a whiteout is there."""
+        union = self._union
+        dir_fd = union.gate.fd(ensure_upper(union, parent))
+        try:
+            with union.identity.acting_as(caller.uid, caller.gid):
+                return make(dir_fd, name)
+        except FileExistsError:
+            st = os.stat(name, dir_fd=dir_fd, follow_symlinks=False)
+            if not union.markers.is_whiteout(st, dir_fd, name):
+                raise
+        work = union.stack.work_fd
+        room = self._room_like(dir_fd)
+        made = temporary_name() if room is None else name
+        room_fd = work
+        try:
+            if room is not None:
+                room_fd = os.open(room, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC, dir_fd=work)
+            with union.identity.acting_as(caller.uid, caller.gid):
+                result = make(room_fd, made)
+            if directory:
+                fd = os.open(made, os.O_PATH | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=room_fd)
+                try:
+                    union.markers.set_opaque(fd)
+                finally:
+                    os.close(fd)
+                calls.renameat2(room_fd, made, dir_fd, name, calls.RENAME_EXCHANGE)
+                os.unlink(made, dir_fd=room_fd)
+            else:
+                calls.renameat2(room_fd, made, dir_fd, name)
+            return result
+        finally:
+            if room is not None:
+                os.close(room_fd)
+                with contextlib.suppress(OSError):
+                    remove_tree(work, room)
+
+    def _room_like(self, dir_fd: int) -> bytes | None:
+        """A directory in work that gives new files the group and ACL which ``dir_fd`` would give them.
+
+        ``None`` when ``dir_fd`` is neither setgid nor has a default ACL.
+        """
+        st = os.stat(dir_fd)
+        try:
+            acl = os.getxattr(b"/proc/self/fd/%d" % dir_fd, _ACL_DEFAULT)
+        except OSError:
+            acl = None
+        if acl is None and not st.st_mode & stat.S_ISGID:
+            return None
+        work, name = self._union.stack.work_fd, temporary_name()
+        os.mkdir(name, 0o700, dir_fd=work)
+        os.chown(name, -1, st.st_gid, dir_fd=work)
+        if acl is not None:
+            os.setxattr(b"/proc/self/fd/%d/%b" % (work, name), _ACL_DEFAULT, acl)
+        os.chmod(name, 0o700 | st.st_mode & stat.S_ISGID, dir_fd=work)
+        return name
+
+    # -- removing -------------------------------------------------------------------------------------
+
+    def unlink(self, parent: Node, name: bytes) -> None:
+        """Remove a name that is not a directory's."""
+        union = self._union
+        node = self._existing(parent, name)
+        if node.is_dir:
+            raise _error(errno.EISDIR)
+        self._union.require_upper()
+        hidden_below = union.is_visible_below(parent, name)
+        union.hold(node)
+        dir_fd = union.gate.fd(ensure_upper(union, parent))
+        if not node.is_upper:
+            self._whiteout(dir_fd, name)
+        elif hidden_below:
+            work, temporary = union.stack.work_fd, temporary_name()
+            self._whiteout(work, temporary, dir_fd)
+            calls.renameat2(work, temporary, dir_fd, name)
+        else:
+            os.unlink(name, dir_fd=dir_fd)
+        union.nodes.remove_name(node, parent, name)
+
+    def rmdir(self, parent: Node, name: bytes) -> None:
+        """Remove a directory that shows nothing."""
+        union = self._union
+        node = self._existing(parent, name)
+        if not node.is_dir:
+            raise _error(errno.ENOTDIR)
+        self._union.require_upper()
+        if not is_empty(union, node):
+            raise _error(errno.ENOTEMPTY)
+        hidden_below = union.is_visible_below(parent, name)
+        union.hold(node)
+        dir_fd = union.gate.fd(ensure_upper(union, parent))
+        work, temporary = union.stack.work_fd, temporary_name()
+        if not node.is_upper:
+            self._whiteout(dir_fd, name)
+        elif hidden_below:
+            self._whiteout(work, temporary, dir_fd)
+            calls.renameat2(work, temporary, dir_fd, name, calls.RENAME_EXCHANGE)
+            remove_tree(work, temporary)
+        else:
+            try:
+                os.rmdir(name, dir_fd=dir_fd)
+            except OSError as error:
+                if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
+                    raise
+                calls.renameat2(dir_fd, name, work, temporary)  # only whiteouts are in it
+                remove_tree(work, temporary)
+        for part in node.parts:
+            union.gate.forget(part)
+        union.nodes.remove_name(node, parent, name)
+
+    def _existing(self, parent: Node, name: bytes) -> Node:
+        found = self._union.lookup(parent, name)
+        if found is None:
+            raise _error(errno.ENOENT)
+        return found[0]
+
+    def _whiteout(self, dir_fd: int, name: bytes, for_dir: int | None = None) -> None:
+        """Make a whiteout in ``dir_fd``, that will be moved to the directory ``for_dir`` if given."""
+        markers = self._union.markers
+        markers.make_whiteout(dir_fd, name)
+        st = os.stat(name, dir_fd=dir_fd, follow_symlinks=False)
+        if stat.S_ISREG(st.st_mode):
+            # the kernel looks for xattr whiteouts only where the directory and the layer's root say so
+            markers.allow_xattr_whiteouts(dir_fd if for_dir is None else for_dir)
+            markers.allow_xattr_whiteouts(self._union.require_upper().root_fd)
+
+    # -- linking --------------------------------------------------------------------------------------
+
+    def link(self, node: Node, parent: Node, name: bytes) -> tuple[Node, Attributes]:
+        """Another name for a node that is in the upper already."""
+        union = self._union
+        if node.unlinked or node.place is None:
+            raise _error(errno.ENOENT)
+        place = ensure_upper(union, parent)
+        source, dir_fd = union.gate.fd(node.place), union.gate.fd(place)
+        try:
+            os.link(node.name, name, src_dir_fd=source, dst_dir_fd=dir_fd, follow_symlinks=False)
+        except FileExistsError:
+            st = os.stat(name, dir_fd=dir_fd, follow_symlinks=False)
+            if not union.markers.is_whiteout(st, dir_fd, name):
+                raise
+            work, temporary = union.stack.work_fd, temporary_name()
+            os.link(node.name, temporary, src_dir_fd=source, dst_dir_fd=work, follow_symlinks=False)
+            calls.renameat2(work, temporary, dir_fd, name)
+        st = os.stat(name, dir_fd=dir_fd, follow_symlinks=False)
+        union.nodes.linked(node, st)
+        union.nodes.add_name(node, parent, name, place)
+        return node, union.attributes(node)
+
+    # -- renaming -------------------------------------------------------------------------------------
+
+    def rename(self, parent: Node, name: bytes, new_parent: Node, new_name: bytes, flags: int) -> None:
+        """renameat2(2) with NOREPLACE or EXCHANGE. What is renamed, unless a directory, is in the upper.
+
+        EXDEV for a directory that shows something of a lower, as overlayfs without ``redirect_dir``.
+        """
+        union = self._union
+        if flags not in (0, calls.RENAME_NOREPLACE, calls.RENAME_EXCHANGE):
+            raise _error(errno.EINVAL)
+        node = self._existing(parent, name)
+        found = union.lookup(new_parent, new_name)
+        target = None if found is None else found[0]
+        if flags == calls.RENAME_NOREPLACE and target is not None:
+            raise _error(errno.EEXIST)
+        if node.is_dir and not node.is_pure_upper:
+            raise _error(errno.EXDEV)
+        if flags == calls.RENAME_EXCHANGE:
+            self._exchange(node, parent, name, target, new_parent, new_name)
+            return
+        if target is node:
+            return
+        if target is not None:
+            if target.is_dir and not node.is_dir:
+                raise _error(errno.EISDIR)
+            if node.is_dir and not target.is_dir:
+                raise _error(errno.ENOTDIR)
+            if target.is_dir and not is_empty(union, target):
+                raise _error(errno.ENOTEMPTY)
+            union.hold(target)
+        self._replace(node, parent, name, target, new_parent, new_name)
+        if target is not None:
+            for part in target.parts:
+                union.gate.forget(part)
+            union.nodes.remove_name(target, new_parent, new_name)
+        union.nodes.move(node, parent, name, new_parent, new_name)
+
+    def _exchange(
+        self, node: Node, parent: Node, name: bytes, target: Node | None, new_parent: Node, new_name: bytes
+    ) -> None:
+        union = self._union
+        if target is None:
+            raise _error(errno.ENOENT)
+        if target.is_dir and not target.is_pure_upper:
+            raise _error(errno.EXDEV)
+        if node is target:
+            return
+        old_fd = union.gate.fd(ensure_upper(union, parent))
+        new_fd = union.gate.fd(ensure_upper(union, new_parent))
+        if node.is_dir and union.is_visible_below(new_parent, new_name):
+            union.markers.set_opaque(union.gate.fd(node.parts[0]))
+        if target.is_dir and union.is_visible_below(parent, name):
+            union.markers.set_opaque(union.gate.fd(target.parts[0]))
+        calls.renameat2(old_fd, name, new_fd, new_name, calls.RENAME_EXCHANGE)
+        union.nodes.move(node, parent, name, new_parent, new_name)
+        union.nodes.move(target, new_parent, new_name, parent, name)
+
+    def _replace(
+        self, node: Node, parent: Node, name: bytes, target: Node | None, new_parent: Node, new_name: bytes
+    ) -> None:
+        """The step on disk of a rename without EXCHANGE."""
+        union = self._union
+        old_fd = union.gate.fd(ensure_upper(union, parent))
+        new_fd = union.gate.fd(ensure_upper(union, new_parent))
+        leaves_whiteout = union.is_visible_below(parent, name)
+        if node.is_dir and union.is_visible_below(new_parent, new_name):
+            union.markers.set_opaque(union.gate.fd(node.parts[0]))
+        try:
+            st = os.stat(new_name, dir_fd=new_fd, follow_symlinks=False)
+        except FileNotFoundError:
+            st = None
+        if node.is_dir and st is not None and not stat.S_ISDIR(st.st_mode):
+            # a whiteout: no directory can be renamed over it, but it can go where the directory was
+            calls.renameat2(old_fd, name, new_fd, new_name, calls.RENAME_EXCHANGE)
+            if not leaves_whiteout:
+                os.unlink(name, dir_fd=old_fd)
+            return
+        if target is not None and target.is_dir and st is not None:
+            self._clear_whiteouts(target, new_fd, new_name)
+        if not leaves_whiteout:
+            calls.renameat2(old_fd, name, new_fd, new_name)
+            return
+        try:
+            calls.renameat2(old_fd, name, new_fd, new_name, calls.RENAME_WHITEOUT)
+        except OSError as error:
+            if error.errno not in (errno.EINVAL, errno.EPERM, errno.EOPNOTSUPP):
+                raise
+            self._rename_and_whiteout(old_fd, name, new_fd, new_name, occupied=st is not None)
+
+    def _rename_and_whiteout(
+        self, old_fd: int, name: bytes, new_fd: int, new_name: bytes, *, occupied: bool
+    ) -> None:
+        """RENAME_WHITEOUT for a filesystem without it: the whiteout changes places with the object."""
+        work, temporary = self._union.stack.work_fd, temporary_name()
+        self._whiteout(work, temporary, old_fd)
+        if not occupied:
+            calls.renameat2(work, temporary, new_fd, new_name, calls.RENAME_NOREPLACE)
+            calls.renameat2(old_fd, name, new_fd, new_name, calls.RENAME_EXCHANGE)
+            return
+        calls.renameat2(old_fd, name, new_fd, new_name, calls.RENAME_EXCHANGE)
+        calls.renameat2(work, temporary, old_fd, name, calls.RENAME_EXCHANGE)
+        if stat.S_ISDIR(os.stat(temporary, dir_fd=work, follow_symlinks=False).st_mode):
+            remove_tree(work, temporary)
+        else:
+            os.unlink(temporary, dir_fd=work)
+
+    def _clear_whiteouts(self, node: Node, dir_fd: int, name: bytes) -> None:
+        """Put an opaque empty directory in the place of one that holds only whiteouts (overlayfs: dir.c,
+        ovl_clear_empty): nothing changes to the eye, and a directory can be renamed over it."""
+        union = self._union
+        inner = open_for_listing(union.gate.fd(node.parts[0]))
+        try:
+            if not os.listdir(inner):
+                return
+            st = os.stat(inner)
+            work, temporary = union.stack.work_fd, temporary_name()
+            os.mkdir(temporary, 0o700, dir_fd=work)
+            fd = os.open(temporary, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC, dir_fd=work)
+            try:
+                union.markers.set_opaque(fd)
+                os.fchown(fd, st.st_uid, st.st_gid)
+                os.fchmod(fd, stat.S_IMODE(st.st_mode))
+            finally:
+                os.close(fd)
+            calls.renameat2(work, temporary, dir_fd, name, calls.RENAME_EXCHANGE)
+            empty_directory(inner)
+            os.rmdir(temporary, dir_fd=work)
+        finally:
+            os.close(inner)
+        union.gate.forget(node.parts[0])

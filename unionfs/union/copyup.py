@@ -1,0 +1,281 @@
+"""Copy-up: the first change to an object of a lower moves it into the upper.
+
+Everything is prepared under a temporary name in the work directory and appears by one rename, so that
+a crash or a full disk leaves no trace. A regular file's data is copied by :meth:`FileCopy.copy`, which may
+run in any thread and touches only its own fds; begin and finish belong to the thread of the union.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import itertools
+import os
+import stat
+from typing import Final
+
+from unionfs.sys import calls
+from unionfs.union.files import OpenFile
+from unionfs.union.nodes import Node
+from unionfs.union.places import Place
+from unionfs.union.tree import Union
+from unionfs.union.xattrs import copy_xattrs
+
+_CHUNK: Final = 8 * 1024 * 1024
+_NO_RANGE_COPY: Final = (errno.EXDEV, errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP, errno.EBADF)
+_NO_HOLES: Final = (errno.EINVAL, errno.EOPNOTSUPP)
+_numbers: Final = itertools.count()
+#: A file up to this size is copied at once when nothing has to reach a disk; the unit is bytes.
+SMALL: Final = 256 * 1024
+
+
+def temporary_name() -> bytes:
+    """A fresh name for the work directory."""
+    return b"#%x" % next(_numbers)
+
+
+def needs_copy_up(node: Node) -> bool:
+    """Whether a change of the node itself has to copy it up first."""
+    return not node.is_upper
+
+
+class FileCopy:
+    """The copy-up of one regular file."""
+
+    def __init__(self, union: Union, node: Node, limit: int | None) -> None:
+        """Open the source and make the temporary file. ``limit``: copy only so many bytes (truncation)."""
+        union.require_upper()
+        self._union = union
+        self.node = node
+        self._name: bytes | None = None
+        self._target = -1
+        self._source = union.open_file(node, write=False)
+        self._open = True
+        try:
+            self._st = os.fstat(self._source.fd)
+            self.size = self._st.st_size if limit is None else min(limit, self._st.st_size)
+            name = temporary_name()
+            self._target = os.open(
+                name, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600, dir_fd=union.stack.work_fd
+            )
+            self._name = name
+        except BaseException:
+            self.abort()
+            raise
+
+    @property
+    def is_quick(self) -> bool:
+        """Whether :meth:`copy` is short enough to run between two requests."""
+        return self.size <= SMALL and not self._union.stack.durable
+
+    def copy(self) -> None:
+        """Copy data and metadata, and wait for the disk. Raises ``OSError``."""
+        if self.size:
+            _copy_data(self._source.fd, self._target, self.size, whole=self.size == self._st.st_size)
+        _copy_metadata(self._union, self._source.fd, self._target, self._st)
+        if self._union.stack.durable:
+            os.fsync(self._target)
+
+    def finish(self) -> None:
+        """Let the copy appear in the upper, and give it to all who have the file open."""
+        union, node = self._union, self.node
+        assert self._name is not None
+        assert node.parent is not None
+        try:
+            if node.unlinked:
+                union.hold(node)  # it is held already
+                os.close(node.held)
+                node.held = os.open(
+                    self._name, os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=union.stack.work_fd
+                )
+                os.unlink(self._name, dir_fd=union.stack.work_fd)
+                node.place = Place(union.require_upper(), union.require_upper().root, b"")
+            else:
+                place = ensure_upper(union, node.parent)
+                _appear(union, self._name, place, node.name)
+                node.place = place
+            self._name = None
+            union.nodes.copied_up(node, os.fstat(self._target))
+            self._hand_over()
+        finally:
+            self.abort()
+
+    def _hand_over(self) -> None:
+        """Open handles, which only read, go on with the upper's file: they see what is written from now."""
+        node = self.node
+        node.file = None
+        if not node.handles:
+            return
+        file = OpenFile(os.dup(self._target), readable=True, writable=True, waits=self._source.waits)
+        node.file = file
+        for handle in node.handles:
+            file.users += 1
+            old, handle.file = handle.file, file
+            old.release()
+
+    def abort(self) -> None:
+        """Let go of everything; without :meth:`finish` nothing of the copy is left."""
+        if self._name is not None:
+            with contextlib.suppress(OSError):
+                os.unlink(self._name, dir_fd=self._union.stack.work_fd)
+            self._name = None
+        if self._target >= 0:
+            os.close(self._target)
+            self._target = -1
+        if self._open:
+            self._open = False
+            self._union.close_file(self.node, self._source)
+
+
+def copy_up_special(union: Union, node: Node) -> None:
+    """Copy up a symlink, fifo, socket or device, of which there is only metadata."""
+    union.require_upper()
+    assert node.parent is not None
+    st = union.stat(node)
+    work = union.stack.work_fd
+    name = temporary_name()
+    source = union.open_path(node)
+    try:
+        if stat.S_ISLNK(st.st_mode):
+            os.symlink(union.readlink(node), name, dir_fd=work)
+        else:
+            os.mknod(name, stat.S_IFMT(st.st_mode) | 0o600, st.st_rdev, dir_fd=work)
+        try:
+            target = os.open(name, os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=work)
+            try:
+                copy_xattrs(
+                    union.markers, union.path(node), (b"/proc/self/fd/%d/%b" % (work, name), False)
+                )
+                calls.chown_fd(target, st.st_uid, st.st_gid)
+                if not stat.S_ISLNK(st.st_mode):
+                    os.chmod(b"/proc/self/fd/%d" % target, stat.S_IMODE(st.st_mode))
+                calls.utimensat(work, name, st.st_atime_ns, st.st_mtime_ns)
+                if node.unlinked:
+                    os.close(node.held)
+                    node.held = os.dup(target)
+                    os.unlink(name, dir_fd=work)
+                    node.place = Place(union.require_upper(), union.require_upper().root, b"")
+                else:
+                    place = ensure_upper(union, node.parent)
+                    _appear(union, name, place, node.name)
+                    node.place = place
+                union.nodes.copied_up(node, os.stat(target))
+            finally:
+                os.close(target)
+        except BaseException:
+            with contextlib.suppress(OSError):
+                os.unlink(name, dir_fd=work)
+            raise
+    finally:
+        os.close(source)
+
+
+def ensure_upper(union: Union, node: Node) -> Place:
+    """The upper's directory for a directory node, copied up with all above it when there is none yet."""
+    upper = union.require_upper()
+    if node.unlinked:
+        raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT))
+    missing: list[Node] = []
+    current = node
+    while not current.is_upper:
+        missing.append(current)
+        assert current.parent is not None, "the upper's root is part of the merged root"
+        current = current.parent
+    for directory in reversed(missing):
+        _copy_up_directory(union, directory)
+    place = node.parts[0]
+    assert place.layer is upper
+    return place
+
+
+def _copy_up_directory(union: Union, node: Node) -> None:
+    assert node.parent is not None
+    work, name = union.stack.work_fd, temporary_name()
+    lower = union.gate.fd(node.parts[0])
+    st = os.stat(lower)
+    os.mkdir(name, 0o700, dir_fd=work)
+    try:
+        path = b"/proc/self/fd/%d/%b" % (work, name)
+        copy_xattrs(union.markers, (b"/proc/self/fd/%d" % lower, True), (path, False))
+        os.chown(name, st.st_uid, st.st_gid, dir_fd=work, follow_symlinks=False)
+        os.chmod(name, stat.S_IMODE(st.st_mode), dir_fd=work)
+        calls.utimensat(work, name, st.st_atime_ns, st.st_mtime_ns)
+        parent = node.parent.parts[0]
+        _appear(union, name, parent, node.name)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            os.rmdir(name, dir_fd=work)
+        raise
+    place = Place(parent.layer, parent, node.name)
+    node.parts.insert(0, place)
+    union.nodes.copied_up(node, os.stat(union.gate.fd(place)))
+
+
+def _appear(union: Union, temporary: bytes, place: Place, name: bytes) -> None:
+    """Rename from work into the upper; a copy-up is no change, so the directory keeps its times."""
+    dir_fd = union.gate.fd(place)
+    st = os.stat(dir_fd)
+    calls.renameat2(union.stack.work_fd, temporary, dir_fd, name)
+    with contextlib.suppress(OSError):
+        calls.utimensat(dir_fd, b".", st.st_atime_ns, st.st_mtime_ns)
+
+
+def _copy_metadata(union: Union, source: int, target: int, st: os.stat_result) -> None:
+    """Owner, xattrs, mode, times: in the order in which none undoes another."""
+    os.fchown(target, st.st_uid, st.st_gid)
+    copy_xattrs(
+        union.markers, (b"/proc/self/fd/%d" % source, True), (b"/proc/self/fd/%d" % target, True)
+    )
+    os.fchmod(target, stat.S_IMODE(st.st_mode))
+    os.utime(target, ns=(st.st_atime_ns, st.st_mtime_ns))
+
+
+def _copy_data(source: int, target: int, size: int, *, whole: bool) -> None:
+    """Copy ``size`` bytes, holes as holes: by reflink, else by copy_file_range, else by reading."""
+    if whole:
+        try:
+            calls.clone_file(target, source)
+            return
+        except OSError as error:
+            if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EIO):
+                raise
+    position = 0
+    by_range = True
+    while position < size:
+        start, end = _next_data(source, position, size)
+        while start < end:
+            count = min(end - start, _CHUNK)
+            if by_range:
+                try:
+                    done = os.copy_file_range(source, target, count, start, start)
+                    if done == 0:
+                        by_range = False
+                    start += done
+                    continue
+                except OSError as error:
+                    if error.errno not in _NO_RANGE_COPY:
+                        raise
+                    by_range = False
+            data = os.pread(source, min(count, 1024 * 1024), start)
+            if not data:
+                end = start  # the source became shorter under us
+                break
+            written = 0
+            while written < len(data):
+                written += os.pwrite(target, memoryview(data)[written:], start + written)
+            start += written
+        position = end if end > position else size
+    os.ftruncate(target, size)
+
+
+def _next_data(fd: int, position: int, size: int) -> tuple[int, int]:
+    """The next stretch with data from ``position`` on; ``(size, size)`` when only a hole is left."""
+    try:
+        start = os.lseek(fd, position, os.SEEK_DATA)
+        return start, min(os.lseek(fd, start, os.SEEK_HOLE), size)
+    except OSError as error:
+        if error.errno == errno.ENXIO:
+            return size, size
+        if error.errno in _NO_HOLES:
+            return position, size
+        raise

@@ -1,0 +1,136 @@
+"""Open files: backing fds shared by all opens of a node, and reading and writing through them."""
+
+from __future__ import annotations
+
+import errno
+import os
+import stat
+from typing import TYPE_CHECKING, Final
+
+if TYPE_CHECKING:
+    from unionfs.union.nodes import Node
+
+_FLAGS: Final = os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC | os.O_NOCTTY
+#: A privileged bit that a write by an ordinary user clears (inode.c, setattr_should_drop_suidgid).
+_SET_IDS: Final = stat.S_ISUID | stat.S_ISGID
+
+
+class OpenFile:
+    """A backing fd and the number of its users (open handles, and work under way in threads)."""
+
+    __slots__ = ("fd", "readable", "users", "waits", "writable")
+
+    def __init__(self, fd: int, *, readable: bool, writable: bool, waits: bool) -> None:
+        self.fd = fd
+        self.readable = readable
+        self.writable = writable
+        #: Whether a read may wait for a disk (and the filesystem can be asked not to).
+        self.waits = waits
+        self.users = 0
+
+    def release(self) -> None:
+        """One user fewer; the last one closes the fd."""
+        self.users -= 1
+        if self.users == 0:
+            os.close(self.fd)
+
+    def read_cached(self, size: int, offset: int) -> bytes | bytearray | None:
+        """Read what needs no waiting for a disk; ``None``: read it in a thread."""
+        if not self.waits:
+            return os.pread(self.fd, size, offset)
+        buffer = bytearray(size)
+        try:
+            count = os.preadv(self.fd, [buffer], offset, os.RWF_NOWAIT)
+        except BlockingIOError:
+            return None
+        except OSError as error:
+            if error.errno not in (errno.EOPNOTSUPP, errno.EINVAL):
+                raise
+            self.waits = False
+            return os.pread(self.fd, size, offset)
+        if count == size:
+            return buffer
+        if offset + count < os.fstat(self.fd).st_size:
+            return None  # the rest is on the disk
+        del buffer[count:]
+        return buffer
+
+    def read(self, size: int, offset: int) -> bytes:
+        """Read up to ``size`` bytes; fewer only at the end of the file."""
+        data = os.pread(self.fd, size, offset)
+        while data and len(data) < size:
+            more = os.pread(self.fd, size - len(data), offset + len(data))
+            if not more:
+                break
+            data += more
+        return data
+
+    def write(self, data: bytes, offset: int) -> int:
+        """Write all of ``data``, or as much as fits. Raises ``OSError`` when nothing was written."""
+        done = os.pwrite(self.fd, data, offset)
+        while done < len(data):
+            try:
+                done += os.pwrite(self.fd, memoryview(data)[done:], offset + done)
+            except OSError:
+                break  # what fits is written; the next write meets the error
+        return done
+
+
+class Handle:
+    """One open of one file."""
+
+    __slots__ = ("file", "node", "uid", "writes")
+
+    def __init__(self, node: Node, file: OpenFile, uid: int, *, writes: bool) -> None:
+        self.node = node
+        self.file = file
+        #: Who opened it: a write by anybody but root clears set-id bits.
+        self.uid = uid
+        self.writes = writes
+
+
+def open_backing(dir_fd: int, name: bytes, *, write: bool, waits: bool) -> OpenFile:
+    """Open the regular file ``name`` of ``dir_fd``, for reading also when ``write`` is asked for.
+
+    Raises ``OSError``; EIO when it is no regular file (a layer changed under the union).
+    """
+    readable = True
+    if write:
+        try:
+            fd = os.open(name, os.O_RDWR | _FLAGS, dir_fd=dir_fd)
+        except PermissionError:  # an ordinary user's own file that may be written but not read
+            fd = os.open(name, os.O_WRONLY | _FLAGS, dir_fd=dir_fd)
+            readable = False
+    else:
+        fd = os.open(name, os.O_RDONLY | _FLAGS, dir_fd=dir_fd)
+    return _checked(fd, readable=readable, writable=write, waits=waits)
+
+
+def open_held(held: int, *, write: bool, waits: bool) -> OpenFile:
+    """Open again the file that the O_PATH fd ``held`` stands for."""
+    fd = os.open(
+        b"/proc/self/fd/%d" % held,
+        (os.O_RDWR if write else os.O_RDONLY) | os.O_NONBLOCK | os.O_CLOEXEC | os.O_NOCTTY,
+    )
+    return _checked(fd, readable=True, writable=write, waits=waits)
+
+
+def _checked(fd: int, *, readable: bool, writable: bool, waits: bool) -> OpenFile:
+    if not stat.S_ISREG(os.fstat(fd).st_mode):
+        os.close(fd)
+        raise OSError(errno.EIO, "the layer no longer holds a regular file there")
+    return OpenFile(fd, readable=readable, writable=writable, waits=waits)
+
+
+def mode_without_set_ids(mode: int) -> int | None:
+    """The mode after a write by an ordinary user, or ``None`` when it stays.
+
+    setgid without group execute is a mark for mandatory locking, and stays for members of the group;
+    the kernel of the merged tree decides about that one.
+    """
+    if not mode & _SET_IDS:
+        return None
+    kept = mode & ~stat.S_ISUID
+    if mode & stat.S_IXGRP:
+        kept &= ~stat.S_ISGID
+    return stat.S_IMODE(kept) if kept != mode else None

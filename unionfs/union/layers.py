@@ -1,0 +1,212 @@
+"""Opening the layers of a union, and letting go of them.
+
+As root every layer is reached through a private detached bind mount: read-only for lowers, so that a bug
+is EROFS and not damage, and one for upper and work together (a rename needs both on one mount), so that the
+filesystems under a union can be unmounted the moment the union is gone. An ordinary user's daemon opens the
+directories themselves.
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import os
+from collections.abc import Sequence
+from contextlib import ExitStack
+from typing import Final
+
+from unionfs.sys import calls, mount
+from unionfs.sys.creds import CAP_SYS_ADMIN, has_capability
+from unionfs.union.errors import LayerError
+from unionfs.union.places import Place, open_for_listing
+from unionfs.union.removal import empty_directory
+
+_NO_CLONES: Final = (errno.EPERM, errno.ENOSYS, errno.EINVAL, errno.EOPNOTSUPP)
+_NO_LOCKS: Final = (errno.EBADF, errno.ENOLCK, errno.EOPNOTSUPP, errno.EINVAL)
+_DIRECTORY: Final = os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC
+
+
+class Layer:
+    """One directory tree of the stack; ``root`` is its place, whose fd stays open."""
+
+    __slots__ = ("acl", "dev", "index", "is_upper", "memory", "path", "root")
+
+    def __init__(self, index: int, path: str, root_fd: int, *, is_upper: bool) -> None:
+        self.index = index
+        self.path = path
+        self.is_upper = is_upper
+        self.root = Place(self, None, b"", root_fd)
+        self.dev = os.stat(root_fd).st_dev
+        self.acl = _has_acls(root_fd)
+        #: In memory: nothing to make durable, and reads never wait for a disk.
+        self.memory = calls.filesystem_magic(root_fd) in (calls.TMPFS_MAGIC, calls.RAMFS_MAGIC)
+
+    @property
+    def root_fd(self) -> int:
+        return self.root.fd
+
+
+def _has_acls(fd: int) -> bool:
+    """Whether the filesystem keeps POSIX ACLs: asking for one that is not there says ENODATA then."""
+    try:
+        os.getxattr(b"/proc/self/fd/%d" % fd, b"system.posix_acl_access")
+    except OSError as error:
+        return error.errno == errno.ENODATA
+    return True
+
+
+class LayerStack:
+    """All layers of one union, topmost first, and the work directory of the upper."""
+
+    def __init__(self, layers: list[Layer], work_fd: int, xattr_prefix: bytes, resources: ExitStack) -> None:
+        self.layers = layers
+        self.upper = layers[0] if layers[0].is_upper else None
+        self.work_fd = work_fd
+        self.xattr_prefix = xattr_prefix
+        self.volatile = False
+        self.acl = all(layer.acl for layer in layers)
+        self._resources = resources
+
+    @classmethod
+    def open(
+        cls,
+        lowers: Sequence[str],
+        upper: str | None,
+        work: str | None,
+        *,
+        userxattr: bool = False,
+        volatile: bool = False,
+    ) -> LayerStack:
+        """Open every layer, lock upper and work, and empty what a crashed daemon left in work.
+
+        Raises ``LayerError`` or ``OSError``; nothing stays open then.
+        """
+        privileged = has_capability(CAP_SYS_ADMIN)
+        with ExitStack() as resources:
+            layers: list[Layer] = []
+            work_fd = -1
+            if upper is not None:
+                if work is None:
+                    raise LayerError(
+                        f"upper {upper} needs a work directory on the same filesystem; give one with --work"
+                    )
+                upper_fd, work_root = _open_upper_and_work(upper, work, privileged, resources)
+                _lock(upper_fd, upper, "upper", resources)
+                _lock(work_root, work, "work", resources)
+                work_fd = _prepare_work(work_root, work, resources)
+                layers.append(Layer(0, upper, upper_fd, is_upper=True))
+            for path in lowers:
+                fd = _open_lower(path, privileged)
+                resources.callback(os.close, fd)
+                layers.append(Layer(len(layers), path, fd, is_upper=False))
+            if not layers:
+                raise LayerError("a union needs at least one layer; give one with --lower")
+            prefix = b"trusted.overlay." if privileged and not userxattr else b"user.overlay."
+            stack = cls(layers, work_fd, prefix, resources.pop_all())
+            stack.volatile = volatile
+            return stack
+
+    @property
+    def durable(self) -> bool:
+        """Whether copy-ups and fsync must reach a disk."""
+        return self.upper is not None and not self.volatile and not self.upper.memory
+
+    def close_lowers(self) -> None:
+        """Let go of the lowers, so that their filesystems can be unmounted."""
+        for layer in self.layers:
+            if not layer.is_upper:
+                _replace_by_nothing(layer.root_fd)
+
+    def sync_upper(self) -> None:
+        """Wait until all of the upper's filesystem is on disk."""
+        if self.upper is not None:
+            fd = open_for_listing(self.upper.root_fd)
+            try:
+                calls.syncfs(fd)
+            finally:
+                os.close(fd)
+
+    def close(self) -> None:
+        """Close everything, the locks too."""
+        self._resources.close()
+
+
+def _replace_by_nothing(fd: int) -> None:
+    """Let go of what ``fd`` stands for but keep its number, which :meth:`LayerStack.close` closes."""
+    null = os.open("/dev/null", os.O_PATH | os.O_CLOEXEC)
+    os.dup2(null, fd, inheritable=False)
+    os.close(null)
+
+
+def _open_lower(path: str, privileged: bool) -> int:
+    if privileged:
+        try:
+            return mount.clone_tree(path, readonly=True)
+        except OSError as error:
+            if error.errno not in _NO_CLONES:
+                raise
+    return os.open(path, _DIRECTORY)
+
+
+def _open_upper_and_work(upper: str, work: str, privileged: bool, resources: ExitStack) -> tuple[int, int]:
+    """O_PATH fds of both on one mount: a clone of the directory above both, else the directories."""
+    upper, work = os.path.realpath(upper), os.path.realpath(work)
+    if privileged:
+        above = os.path.commonpath([upper, work])
+        try:
+            clone = mount.clone_tree(above, readonly=False)
+        except OSError as error:
+            if error.errno not in _NO_CLONES:
+                raise
+        else:
+            try:
+                fds = []
+                for path in (upper, work):
+                    fd = os.open(os.path.relpath(path, above), _DIRECTORY, dir_fd=clone)
+                    resources.callback(os.close, fd)
+                    fds.append(fd)
+                return fds[0], fds[1]
+            finally:
+                os.close(clone)
+    fds = []
+    for path in (upper, work):
+        fd = os.open(path, _DIRECTORY)
+        resources.callback(os.close, fd)
+        fds.append(fd)
+    return fds[0], fds[1]
+
+
+def _lock(fd: int, path: str, role: str, resources: ExitStack) -> None:
+    """Hold flock(2) on the directory for the life of the mount: another mount of it sees that."""
+    lock = open_for_listing(fd)
+    resources.callback(os.close, lock)
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        raise LayerError(
+            f"{role} {path} is already in use by another mount; unmount that first or give another {role}"
+        ) from error
+    except OSError as error:
+        if error.errno not in _NO_LOCKS:
+            raise
+
+
+def _prepare_work(fd: int, path: str, resources: ExitStack) -> int:
+    """The kernel's layout: temporaries live in WORKDIR/work (fs/overlayfs/super.c, ovl_workdir_create)."""
+    try:
+        os.mkdir(b"work", 0o700, dir_fd=fd)
+    except FileExistsError:
+        os.chmod(b"work", 0o700, dir_fd=fd)  # the kernel makes it with mode 0
+    except OSError as error:
+        raise LayerError(
+            f"work {path} cannot be written: {error.strerror}; give a writable directory"
+        ) from error
+    inner = os.open(b"work", _DIRECTORY | os.O_NOFOLLOW, dir_fd=fd)
+    resources.callback(os.close, inner)
+    if os.path.lexists(b"/proc/self/fd/%d/incompat" % inner):
+        raise LayerError(
+            f"work {path} holds work/incompat: its upper was last used in a way (volatile) that a crash may "
+            "have damaged; check the upper, then remove that directory"
+        )
+    empty_directory(inner)
+    return inner

@@ -1,0 +1,99 @@
+"""Listing merged directories."""
+
+from __future__ import annotations
+
+import os
+import stat
+from typing import TYPE_CHECKING, Final
+
+from unionfs.union.places import open_for_listing
+
+if TYPE_CHECKING:
+    from unionfs.union.markers import Markers
+    from unionfs.union.nodes import Node
+    from unionfs.union.tree import Union
+
+#: A directory that takes more bytes than this on its filesystem is listed in a thread.
+LARGE: Final = 64 * 1024
+
+
+class Listing:
+    """The names of a merged directory, read from fds of its own, so that a thread may do it."""
+
+    def __init__(self, union: Union, node: Node) -> None:
+        self._markers: Markers = union.markers
+        self._fds: list[int] = []
+        self.large = False
+        try:
+            if not node.unlinked:
+                for part in node.parts:
+                    fd = open_for_listing(union.gate.fd(part))
+                    self._fds.append(fd)
+                    self.large = self.large or os.fstat(fd).st_size > LARGE
+        except BaseException:
+            self.close()
+            raise
+
+    def names(self) -> list[bytes]:
+        """Every visible name once, in the order of the layers; closes the fds. Raises ``OSError``."""
+        try:
+            if not self._fds:
+                return []
+            if len(self._fds) == 1:
+                return [os.fsencode(name) for name in self._entries(self._fds[0], set())]
+            hidden: set[str] = set()
+            merged: dict[str, None] = {}
+            for fd in self._fds:
+                whiteouts: set[str] = set()
+                for name in self._entries(fd, whiteouts):
+                    if name not in hidden:
+                        merged[name] = None
+                hidden |= whiteouts
+            return [os.fsencode(name) for name in merged]
+        finally:
+            self.close()
+
+    def _entries(self, fd: int, whiteouts: set[str]) -> list[str]:
+        """The names in one real directory, without its whiteouts, which go into ``whiteouts``."""
+        shown = []
+        # an opaque "x" says that xattr whiteouts may be among the regular files
+        opaque = self._markers.opaque_value(fd)
+        with os.scandir(fd) as entries:
+            for entry in entries:
+                if entry.is_dir(follow_symlinks=False) or entry.is_symlink():
+                    shown.append(entry.name)
+                    continue
+                if entry.is_file(follow_symlinks=False):
+                    if opaque != b"x":
+                        shown.append(entry.name)
+                        continue
+                elif not _may_be_whiteout(entry):
+                    shown.append(entry.name)
+                    continue
+                name = os.fsencode(entry.name)
+                try:
+                    st = os.stat(name, dir_fd=fd, follow_symlinks=False)
+                except FileNotFoundError:
+                    continue
+                if self._markers.is_whiteout(st, fd, name):
+                    whiteouts.add(entry.name)
+                else:
+                    shown.append(entry.name)
+        return shown
+
+    def close(self) -> None:
+        """Close the fds."""
+        while self._fds:
+            os.close(self._fds.pop())
+
+
+def _may_be_whiteout(entry: os.DirEntry[str]) -> bool:
+    try:
+        return stat.S_ISCHR(entry.stat(follow_symlinks=False).st_mode)
+    except FileNotFoundError:
+        return False
+
+
+def is_empty(union: Union, node: Node) -> bool:
+    """Whether the merged directory has no visible name."""
+    return not Listing(union, node).names()

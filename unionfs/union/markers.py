@@ -1,0 +1,114 @@
+"""The disk format: whiteouts, opaque directories, redirects and the overlay's own xattrs.
+
+The format is kernel overlayfs's (Documentation/filesystems/overlayfs.rst): a whiteout is a character device
+0/0, or an empty regular file with the xattr ``whiteout``; a directory with ``opaque`` = ``y`` hides what lies
+below it, ``x`` says that it may hold xattr whiteouts. A user's own xattr with the overlay's prefix is stored
+with ``overlay.`` put in once more (fs/overlayfs/xattrs.c), and only so shown.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import stat
+from typing import Final
+
+ABSENT: Final = (errno.ENODATA, errno.EOPNOTSUPP, errno.EPERM, errno.EACCES)
+_ESCAPE: Final = b"overlay."
+
+
+class Markers:
+    """Reads and writes the markers under one xattr prefix (``trusted.overlay.`` or ``user.overlay.``)."""
+
+    def __init__(self, prefix: bytes) -> None:
+        self.prefix = prefix
+        self.opaque = prefix + b"opaque"
+        self.redirect = prefix + b"redirect"
+        self.metacopy = prefix + b"metacopy"
+        self.whiteout = prefix + b"whiteout"
+        self._escaped = prefix + _ESCAPE
+
+    # -- the overlay's own names ----------------------------------------------------------------------
+
+    def is_private(self, name: bytes) -> bool:
+        """An xattr of the overlay itself: never shown, never copied."""
+        return name.startswith(self.prefix) and not name.startswith(self._escaped)
+
+    def stored_name(self, name: bytes) -> bytes:
+        """Where the xattr that the user calls ``name`` is kept."""
+        if name.startswith(self.prefix):
+            return self._escaped + name[len(self.prefix) :]
+        return name
+
+    def shown_names(self, stored: list[bytes]) -> list[bytes]:
+        """What the user sees of the names kept on disk."""
+        shown = []
+        for name in stored:
+            if name.startswith(self._escaped):
+                shown.append(self.prefix + name[len(self._escaped) :])
+            elif not name.startswith(self.prefix):
+                shown.append(name)
+        return shown
+
+    # -- reading --------------------------------------------------------------------------------------
+
+    def is_whiteout(self, st: os.stat_result, dir_fd: int, name: bytes) -> bool:
+        """Whether the entry ``name`` of ``dir_fd``, which has the attributes ``st``, is a whiteout."""
+        if stat.S_ISCHR(st.st_mode):
+            return st.st_rdev == 0
+        if st.st_size == 0 and stat.S_ISREG(st.st_mode):
+            return _get(b"/proc/self/fd/%d/%b" % (dir_fd, name), self.whiteout) is not None
+        return False
+
+    def directory(self, fd: int) -> tuple[bool, bytes | None]:
+        """Of the directory ``fd``: is it opaque, and its redirect."""
+        path = b"/proc/self/fd/%d" % fd
+        try:
+            names = os.listxattr(path)
+        except OSError:
+            return False, None
+        if not names:
+            return False, None
+        opaque = os.fsdecode(self.opaque) in names and _get(path, self.opaque, follow=True) == b"y"
+        redirect = None
+        if os.fsdecode(self.redirect) in names:
+            redirect = _get(path, self.redirect, follow=True)
+        return opaque, redirect
+
+    def opaque_value(self, fd: int) -> bytes | None:
+        """The value of ``opaque`` on the directory ``fd``."""
+        return _get(b"/proc/self/fd/%d" % fd, self.opaque, follow=True)
+
+    # -- writing --------------------------------------------------------------------------------------
+
+    def set_opaque(self, fd: int) -> None:
+        """Make the directory ``fd`` hide what lies below it."""
+        os.setxattr(b"/proc/self/fd/%d" % fd, self.opaque, b"y")
+
+    def make_whiteout(self, dir_fd: int, name: bytes) -> None:
+        """Make a whiteout. Where mknod is refused it is an xattr whiteout. Raises FileExistsError."""
+        try:
+            os.mknod(name, stat.S_IFCHR, 0, dir_fd=dir_fd)
+        except PermissionError:
+            os.close(os.open(name, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0, dir_fd=dir_fd))
+            try:
+                os.setxattr(b"/proc/self/fd/%d/%b" % (dir_fd, name), self.whiteout, b"y",
+                            follow_symlinks=False)  # fmt: skip
+            except OSError:
+                os.unlink(name, dir_fd=dir_fd)
+                raise
+
+    def allow_xattr_whiteouts(self, fd: int) -> None:
+        """Say on the directory ``fd`` that xattr whiteouts may be in it, unless it is opaque already."""
+        path = b"/proc/self/fd/%d" % fd
+        if _get(path, self.opaque, follow=True) is None:
+            os.setxattr(path, self.opaque, b"x")
+
+
+def _get(path: bytes, name: bytes, *, follow: bool = False) -> bytes | None:
+    try:
+        return os.getxattr(path, name, follow_symlinks=follow)
+    except OSError as error:
+        if error.errno in ABSENT:
+            return None
+        raise

@@ -1,0 +1,246 @@
+"""The node table: which node id stands for which object of the merged tree.
+
+Rules (the table is the only place that knows them):
+
+- A node keeps its id through copy-up, rename and metadata changes.
+- A directory, and an object of a lower, is known by its parent node and name; so each name of a lower file
+  with several hard links is a node of its own. An object of the upper with several links is one node with
+  several names, found by (device, inode).
+- ``st_ino`` comes from the object's origin, so that it is the same before and after copy-up and after the
+  kernel forgot the node: the inode number itself on the first layer's device, else a hash.
+- A node stays while the kernel looks it up (``lookups``), or nodes below it stay.
+- An fd (``held``) is kept for a node whose name is gone, until it is forgotten.
+"""
+
+from __future__ import annotations
+
+import os
+import stat
+from typing import Final
+
+import xxhash
+
+from unionfs.union.files import Handle, OpenFile
+from unionfs.union.places import Place
+
+ROOT_ID: Final = 1
+#: Hashed numbers have this bit, so they meet no inode number that a disk filesystem gives out.
+_HASHED: Final = 1 << 62
+
+
+class Node:
+    """One object of the merged tree."""
+
+    __slots__ = (
+        "children", "copying", "file", "handles", "held", "id", "ino", "kind",
+        "links", "lookups", "name", "parent", "parts", "place", "unlinked",
+    )  # fmt: skip
+
+    def __init__(self, id_: int, parent: Node | None, name: bytes, kind: int) -> None:
+        self.id = id_
+        self.ino = id_
+        self.parent = parent
+        self.name = name
+        #: S_IFMT bits of the mode.
+        self.kind = kind
+        #: Of a directory: the real directories merged into it, topmost first.
+        self.parts: list[Place] = []
+        #: Of anything else: the real directory that holds it under ``name``.
+        self.place: Place | None = None
+        #: Known nodes below, by name (directories only).
+        self.children: dict[bytes, Node] | None = {} if kind == stat.S_IFDIR else None
+        #: Further names of an upper file with several hard links.
+        self.links: list[tuple[Node, bytes]] | None = None
+        self.lookups = 0
+        self.held = -1
+        self.unlinked = False
+        #: Open files on it, and the backing file they share.
+        self.handles: list[Handle] | None = None
+        self.file: OpenFile | None = None
+        #: Set by the session while a copy-up of this node runs.
+        self.copying: object | None = None
+
+    @property
+    def is_dir(self) -> bool:
+        return self.kind == stat.S_IFDIR
+
+    @property
+    def is_upper(self) -> bool:
+        """Whether its metadata lives in the upper (for a directory: its topmost part)."""
+        if self.kind == stat.S_IFDIR:
+            return bool(self.parts) and self.parts[0].layer.is_upper
+        return self.place is not None and self.place.layer.is_upper
+
+    @property
+    def is_pure_upper(self) -> bool:
+        """Nothing of a lower is seen through it."""
+        return self.is_upper and len(self.parts) <= 1
+
+
+class NodeTable:
+    """All nodes that the kernel knows, and the numbers they have."""
+
+    def __init__(self, root_parts: list[Place]) -> None:
+        self.root = Node(ROOT_ID, None, b"", stat.S_IFDIR)
+        self.root.parts = root_parts
+        self.root.lookups = 1
+        self._plain_dev = root_parts[0].layer.dev
+        self._by_id: dict[int, Node] = {ROOT_ID: self.root}
+        self._by_inode: dict[tuple[int, int], Node] = {}
+        self._inode_of: dict[int, tuple[int, int]] = {}
+        self._origin: dict[tuple[int, int], int] = {}
+
+    def __len__(self) -> int:
+        return len(self._by_id)
+
+    def get(self, id_: int) -> Node | None:
+        """The node with that id, if it is known."""
+        return self._by_id.get(id_)
+
+    # -- numbers --------------------------------------------------------------------------------------
+
+    def _number(self, st: os.stat_result, parent: Node, name: bytes, *, upper: bool) -> int:
+        """The inode number for an object of a layer; see the rules at the top."""
+        if upper:
+            known = self._origin.get((st.st_dev, st.st_ino))
+            if known is not None:
+                return known
+        elif st.st_nlink > 1 and not stat.S_ISDIR(st.st_mode):
+            return _hashed(b"%d/%b" % (parent.ino, name))
+        if st.st_dev == self._plain_dev and ROOT_ID < st.st_ino < _HASHED:
+            return st.st_ino
+        return _hashed(b"%d:%d" % (st.st_dev, st.st_ino))
+
+    def copied_up(self, node: Node, st: os.stat_result) -> None:
+        """Remember that the upper object with attributes ``st`` carries the number of ``node``."""
+        self._origin[st.st_dev, st.st_ino] = node.ino
+
+    # -- coming and going -----------------------------------------------------------------------------
+
+    def child(self, parent: Node, name: bytes) -> Node | None:
+        """The node known under that name."""
+        assert parent.children is not None
+        return parent.children.get(name)
+
+    def add(self, parent: Node, name: bytes, st: os.stat_result, where: list[Place] | Place) -> Node:
+        """The node for an object found under ``name``: a new one, or the one that has another name already.
+
+        ``where``: a directory's parts, or the place that holds the object.
+        """
+        assert parent.children is not None
+        kind = stat.S_IFMT(st.st_mode)
+        place = where[0] if isinstance(where, list) else where
+        upper = place.layer.is_upper
+        linked = upper and st.st_nlink > 1 and kind != stat.S_IFDIR
+        if linked:
+            known = self._by_inode.get((st.st_dev, st.st_ino))
+            if known is not None:
+                self.add_name(known, parent, name, place)
+                return known
+        number = self._number(st, parent, name, upper=upper)
+        while number in self._by_id:
+            number = _hashed(b"taken%d" % number)
+        node = Node(number, parent, name, kind)
+        if isinstance(where, list):
+            node.parts = where
+        else:
+            node.place = where
+        self._by_id[number] = node
+        parent.children[name] = node
+        if linked:
+            self.linked(node, st)
+        return node
+
+    def linked(self, node: Node, st: os.stat_result) -> None:
+        """The upper object of ``node`` got a further hard link."""
+        self._by_inode[st.st_dev, st.st_ino] = node
+        self._inode_of[node.id] = (st.st_dev, st.st_ino)
+
+    def add_name(self, node: Node, parent: Node, name: bytes, place: Place) -> None:
+        """``node`` is also known as ``name`` in ``parent``; ``place`` is that real directory."""
+        assert parent.children is not None
+        parent.children[name] = node
+        if node.parent is None or node.unlinked:
+            node.parent, node.name, node.place, node.unlinked = parent, name, place, False
+            if node.held >= 0:
+                os.close(node.held)
+                node.held = -1
+        else:
+            if node.links is None:
+                node.links = []
+            node.links.append((parent, name))
+
+    def remove_name(self, node: Node, parent: Node, name: bytes) -> None:
+        """``name`` in ``parent`` no longer stands for ``node``. The caller holds an fd of it already."""
+        assert parent.children is not None
+        if parent.children.get(name) is node:
+            del parent.children[name]
+        if node.links and (parent, name) in node.links:
+            node.links.remove((parent, name))
+        elif node.parent is parent and node.name == name:
+            if node.links:
+                node.parent, node.name = node.links.pop()
+                assert node.parent is not None
+                node.place = node.parent.parts[0]
+            else:
+                node.unlinked = True
+        self._release(parent)
+
+    def move(self, node: Node, parent: Node, name: bytes, new_parent: Node, new_name: bytes) -> None:
+        """``node`` was renamed."""
+        assert parent.children is not None
+        assert new_parent.children is not None
+        if parent.children.get(name) is node:
+            del parent.children[name]
+        new_parent.children[new_name] = node
+        if node.links and (parent, name) in node.links:
+            node.links.remove((parent, name))
+            node.links.append((new_parent, new_name))
+        else:
+            node.parent, node.name = new_parent, new_name
+            if node.is_dir:
+                node.parts[0].parent, node.parts[0].name = new_parent.parts[0], new_name
+            else:
+                node.place = new_parent.parts[0]
+        self._release(parent)
+
+    def forget(self, node: Node, lookups: int) -> None:
+        """The kernel gave back that many lookups."""
+        node.lookups -= lookups
+        self._release(node)
+
+    def _release(self, node: Node) -> None:
+        """Drop the node, and the parents that only it kept, when nobody needs it."""
+        current: Node | None = node
+        while current is not None and current.id != ROOT_ID:
+            if current.lookups > 0 or current.children or current.handles:
+                return
+            if self._by_id.pop(current.id, None) is None:
+                return
+            parent = current.parent
+            _remove_child(parent, current.name, current)
+            for other, name in current.links or ():
+                _remove_child(other, name, current)
+                self._release(other)
+            self._drop_inode(current)
+            current = parent
+
+    def _drop_inode(self, node: Node) -> None:
+        key = self._inode_of.pop(node.id, None)
+        if key is not None:
+            del self._by_inode[key]
+        if node.held >= 0:
+            st = os.stat(node.held)
+            if st.st_nlink == 0:
+                self._origin.pop((st.st_dev, st.st_ino), None)
+            os.close(node.held)
+            node.held = -1
+
+
+def _remove_child(parent: Node | None, name: bytes, node: Node) -> None:
+    if parent is not None and parent.children is not None and parent.children.get(name) is node:
+        del parent.children[name]
+
+
+def _hashed(key: bytes) -> int:
+    return xxhash.xxh3_64_intdigest(key) >> 2 | _HASHED
