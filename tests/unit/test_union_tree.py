@@ -1,0 +1,350 @@
+"""Lookup, merge rules, listing and node numbers, without a mount."""
+
+from __future__ import annotations
+
+import errno
+import os
+import stat
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from unionfs.union.changes import Caller, Changes
+from unionfs.union.copyup import FileCopy
+from unionfs.union.layers import LayerStack
+from unionfs.union.listing import Listing, is_empty
+from unionfs.union.nodes import Node
+from unionfs.union.tree import Union
+
+OpenUnion = Callable[..., Union]
+ME = Caller(os.geteuid(), os.getegid())
+
+
+@pytest.fixture
+def open_union(tmp_path: Path) -> Iterator[OpenUnion]:
+    """Opens a union over lowers ``l0`` (top), ``l1`` ... and ``upper``, all below ``tmp_path``."""
+    opened: list[Union] = []
+
+    def open_(lowers: int = 1, *, upper: bool = True, directory_fds: int = 1024) -> Union:
+        for name in [f"l{n}" for n in range(lowers)] + ["upper", "work"]:
+            (tmp_path / name).mkdir(exist_ok=True)
+        stack = LayerStack.open(
+            [str(tmp_path / f"l{n}") for n in range(lowers)],
+            str(tmp_path / "upper") if upper else None,
+            str(tmp_path / "work") if upper else None,
+            userxattr=True,
+        )
+        union = Union(stack, directory_fds=directory_fds)
+        opened.append(union)
+        return union
+
+    yield open_
+    for union in opened:
+        union.close()
+        union.stack.close()
+
+
+def find(union: Union, path: str) -> Node | None:
+    """The node at a path, looked up step by step."""
+    node = union.nodes.root
+    for step in path.encode().split(b"/"):
+        found = union.lookup(node, step)
+        if found is None:
+            return None
+        node = found[0]
+    return node
+
+
+def get(union: Union, path: str) -> Node:
+    node = find(union, path)
+    assert node is not None, path
+    return node
+
+
+def names(union: Union, path: str = "") -> set[bytes]:
+    node = get(union, path) if path else union.nodes.root
+    return set(Listing(union, node).names())
+
+
+def read(union: Union, path: str) -> bytes:
+    node = get(union, path)
+    file = union.open_file(node, write=False)
+    try:
+        return file.read(1 << 20, 0)
+    finally:
+        union.close_file(node, file)
+
+
+def copy_up(union: Union, node: Node, limit: int | None = None) -> None:
+    copy = FileCopy(union, node, limit)
+    copy.copy()
+    copy.finish()
+
+
+def whiteout(path: Path) -> None:
+    os.mknod(path, stat.S_IFCHR, 0)
+
+
+class TestMergeRules:
+    def test_topmost_object_wins(self, tmp_path: Path, open_union: OpenUnion) -> None:
+        for layer, text in (("l0", "top"), ("l1", "bottom")):
+            (tmp_path / layer).mkdir()
+            (tmp_path / layer / "f").write_text(text)
+        assert read(open_union(2), "f") == b"top"
+
+    def test_directories_merge_until_a_file_ends_it(self, tmp_path: Path, open_union: OpenUnion) -> None:
+        (tmp_path / "l0/d").mkdir(parents=True)
+        (tmp_path / "l0/d/a").touch()
+        (tmp_path / "l1").mkdir()
+        (tmp_path / "l1/d").touch()
+        (tmp_path / "l2/d").mkdir(parents=True)
+        (tmp_path / "l2/d/hidden").touch()
+        union = open_union(3)
+        assert names(union, "d") == {b"a"}
+        assert find(union, "d/hidden") is None
+
+    def test_whiteout_hides_below(self, tmp_path: Path, open_union: OpenUnion) -> None:
+        (tmp_path / "l0").mkdir()
+        whiteout(tmp_path / "l0/f")
+        (tmp_path / "l1").mkdir()
+        (tmp_path / "l1/f").touch()
+        union = open_union(2)
+        assert find(union, "f") is None
+        assert names(union) == set()
+
+    def test_xattr_whiteout_hides_below(self, tmp_path: Path, open_union: OpenUnion) -> None:
+        (tmp_path / "l0").mkdir()
+        (tmp_path / "l0/f").touch()
+        os.setxattr(tmp_path / "l0/f", "user.overlay.whiteout", b"y")
+        os.setxattr(tmp_path / "l0", "user.overlay.opaque", b"x")
+        (tmp_path / "l1").mkdir()
+        (tmp_path / "l1/f").write_text("below")
+        (tmp_path / "l1/g").touch()
+        union = open_union(2)
+        assert find(union, "f") is None
+        assert names(union) == {b"g"}
+
+    def test_opaque_directory_hides_below(self, tmp_path: Path, open_union: OpenUnion) -> None:
+        (tmp_path / "l0/d").mkdir(parents=True)
+        os.setxattr(tmp_path / "l0/d", "user.overlay.opaque", b"y")
+        (tmp_path / "l1/d").mkdir(parents=True)
+        (tmp_path / "l1/d/f").touch()
+        union = open_union(2)
+        assert find(union, "d/f") is None
+        assert is_empty(union, get(union, "d"))
+
+    @pytest.mark.parametrize("redirect", [b"old", b"/deep/old"])
+    def test_redirect_is_followed(self, tmp_path: Path, open_union: OpenUnion, redirect: bytes) -> None:
+        below = tmp_path / "l1" / redirect.decode().lstrip("/")
+        below.mkdir(parents=True)
+        (below / "f").write_text("moved along")
+        (tmp_path / "l0/new").mkdir(parents=True)
+        os.setxattr(tmp_path / "l0/new", "user.overlay.redirect", redirect)
+        assert read(open_union(2), "new/f") == b"moved along"
+
+    def test_metacopy_file_is_refused_not_read_as_zeros(self, tmp_path: Path, open_union: OpenUnion) -> None:
+        for layer in ("l0", "l1"):
+            (tmp_path / layer).mkdir()
+            (tmp_path / layer / "f").write_text("data")
+        os.setxattr(tmp_path / "l0/f", "user.overlay.metacopy", b"")
+        with pytest.raises(PermissionError):
+            read(open_union(2), "f")
+
+    def test_names_over_255_bytes(self, open_union: OpenUnion) -> None:
+        union = open_union()
+        assert union.lookup(union.nodes.root, b"n" * 255) is None
+        with pytest.raises(OSError, match="too long") as caught:
+            union.lookup(union.nodes.root, b"n" * 256)
+        assert caught.value.errno == errno.ENAMETOOLONG
+
+
+class TestGate:
+    def test_few_fds_serve_a_deep_tree(self, tmp_path: Path, open_union: OpenUnion) -> None:
+        (tmp_path / "l0").mkdir()
+        fd = os.open(tmp_path / "l0", os.O_RDONLY)
+        for _ in range(200):
+            os.mkdir("d" * 50, dir_fd=fd)
+            inner = os.open("d" * 50, os.O_RDONLY, dir_fd=fd)
+            os.close(fd)
+            fd = inner
+        os.close(os.open("leaf", os.O_CREAT | os.O_WRONLY, dir_fd=fd))
+        os.close(fd)
+        union = open_union(directory_fds=64)
+        leaf = get(union, "/".join(["d" * 50] * 200 + ["leaf"]))
+        assert len(union.gate) <= 64
+        copy_up(union, leaf)
+        assert leaf.is_upper
+        assert len(union.gate) <= 64
+
+
+class TestNumbers:
+    def test_same_before_and_after_copy_up_and_forget(self, tmp_path: Path, open_union: OpenUnion) -> None:
+        (tmp_path / "l0").mkdir()
+        (tmp_path / "l0/f").write_text("x")
+        union = open_union()
+        node = get(union, "f")
+        number = node.ino
+        copy_up(union, node)
+        assert node.ino == number
+        node.lookups = 1
+        union.nodes.forget(node, 1)
+        assert union.nodes.get(number) is None
+        assert get(union, "f").ino == number
+
+    def test_lower_hard_links_are_a_node_a_name(self, tmp_path: Path, open_union: OpenUnion) -> None:
+        (tmp_path / "l0").mkdir()
+        (tmp_path / "l0/a").write_text("x")
+        os.link(tmp_path / "l0/a", tmp_path / "l0/b")
+        union = open_union()
+        a, b = get(union, "a"), get(union, "b")
+        assert a.ino != b.ino
+        copy_up(union, a)
+        assert not b.is_upper
+
+    def test_upper_hard_links_are_one_node(self, open_union: OpenUnion) -> None:
+        union = open_union()
+        root = union.nodes.root
+        node, _, fd = Changes(union).create(root, b"a", 0o644, ME)
+        os.close(fd)
+        Changes(union).link(node, root, b"b")
+        assert get(union, "b") is node
+        node.lookups = 2
+        union.nodes.forget(node, 2)
+        assert get(union, "a") is get(union, "b")
+
+    def test_unlinked_node_keeps_its_object_until_forgotten(self, open_union: OpenUnion) -> None:
+        union = open_union()
+        node, _, fd = Changes(union).create(union.nodes.root, b"a", 0o644, ME)
+        os.close(fd)
+        node.lookups = 1
+        Changes(union).unlink(union.nodes.root, b"a")
+        assert union.attributes(node).nlink == 0
+        held = node.held
+        union.nodes.forget(node, 1)
+        with pytest.raises(OSError, match="Bad file descriptor"):
+            os.fstat(held)
+
+    def test_table_gives_everything_back(self, tmp_path: Path, open_union: OpenUnion) -> None:
+        (tmp_path / "l0/d/e").mkdir(parents=True)
+        (tmp_path / "l0/d/e/f").touch()
+        union = open_union()
+        nodes = [get(union, path) for path in ("d", "d/e", "d/e/f")]
+        for node in nodes:
+            node.lookups = 1
+        for node in nodes:  # parents first: they stay as long as a node below needs them
+            union.nodes.forget(node, 1)
+        assert len(union.nodes) == 1
+
+
+class TestChangesOnDisk:
+    def test_unlink_of_a_lower_file_leaves_a_whiteout(self, tmp_path: Path, open_union: OpenUnion) -> None:
+        (tmp_path / "l0").mkdir()
+        (tmp_path / "l0/f").touch()
+        union = open_union()
+        Changes(union).unlink(union.nodes.root, b"f")
+        st = (tmp_path / "upper/f").lstat()
+        assert stat.S_ISCHR(st.st_mode)
+        assert st.st_rdev == 0
+        assert find(union, "f") is None
+
+    def test_mkdir_over_a_whiteout_is_opaque(self, tmp_path: Path, open_union: OpenUnion) -> None:
+        (tmp_path / "l0/d").mkdir(parents=True)
+        (tmp_path / "l0/d/f").touch()
+        union = open_union()
+        changes = Changes(union)
+        changes.unlink(get(union, "d"), b"f")
+        changes.rmdir(union.nodes.root, b"d")
+        changes.mkdir(union.nodes.root, b"d", 0o755, ME)
+        assert os.getxattr(tmp_path / "upper/d", "user.overlay.opaque") == b"y"
+        assert names(union, "d") == set()
+        assert os.listdir(tmp_path / "work/work") == []
+
+    def test_copy_up_keeps_holes_times_and_xattrs(self, tmp_path: Path, open_union: OpenUnion) -> None:
+        (tmp_path / "l0/d").mkdir(parents=True)
+        source = tmp_path / "l0/d/f"
+        with source.open("wb") as file:
+            file.truncate(8 << 20)
+            file.seek(4 << 20)
+            file.write(b"island")
+        os.setxattr(source, "user.colour", b"blue")
+        os.utime(source, ns=(1_000_000_001, 2_000_000_002))
+        os.utime(tmp_path / "l0/d", ns=(3, 4))
+        union = open_union()
+        copy_up(union, get(union, "d/f"))
+        copy = tmp_path / "upper/d/f"
+        assert copy.read_bytes() == source.read_bytes()
+        assert copy.stat().st_blocks <= source.stat().st_blocks + 16
+        assert copy.stat().st_mtime_ns == 2_000_000_002
+        assert os.getxattr(copy, "user.colour") == b"blue"
+        assert (tmp_path / "upper/d").stat().st_mtime_ns == 4
+
+    def test_truncating_copy_up_copies_no_more_than_needed(
+        self, tmp_path: Path, open_union: OpenUnion
+    ) -> None:
+        (tmp_path / "l0").mkdir()
+        (tmp_path / "l0/f").write_bytes(b"x" * 100_000)
+        union = open_union()
+        copy_up(union, get(union, "f"), limit=10)
+        assert (tmp_path / "upper/f").read_bytes() == b"x" * 10
+
+    def test_failed_copy_up_leaves_nothing(self, tmp_path: Path, open_union: OpenUnion) -> None:
+        (tmp_path / "l0").mkdir()
+        (tmp_path / "l0/f").write_text("x")
+        union = open_union()
+        copy = FileCopy(union, get(union, "f"), None)
+        copy.copy()
+        copy.abort()
+        assert os.listdir(tmp_path / "work/work") == []
+        assert os.listdir(tmp_path / "upper") == []
+        assert read(union, "f") == b"x"
+
+    def test_unlink_while_it_is_copied_up(self, tmp_path: Path, open_union: OpenUnion) -> None:
+        (tmp_path / "l0").mkdir()
+        (tmp_path / "l0/f").write_text("x")
+        union = open_union()
+        node = get(union, "f")
+        node.lookups = 1
+        copy = FileCopy(union, node, None)
+        copy.copy()
+        Changes(union).unlink(union.nodes.root, b"f")
+        copy.finish()
+        assert stat.S_ISCHR((tmp_path / "upper/f").lstat().st_mode)
+        file = union.open_file(node, write=True)
+        assert file.write(b"yy", 0) == 2
+        union.close_file(node, file)
+        assert union.attributes(node).nlink == 0
+        assert os.listdir(tmp_path / "work/work") == []
+
+    def test_rename_leaves_a_whiteout_over_a_lower(self, tmp_path: Path, open_union: OpenUnion) -> None:
+        (tmp_path / "l0").mkdir()
+        (tmp_path / "l0/f").write_text("x")
+        union = open_union()
+        root = union.nodes.root
+        copy_up(union, get(union, "f"))
+        Changes(union).rename(root, b"f", root, b"g", 0)
+        assert names(union) == {b"g"}
+        assert stat.S_ISCHR((tmp_path / "upper/f").lstat().st_mode)
+
+    def test_rename_of_a_lower_directory_is_exdev(self, tmp_path: Path, open_union: OpenUnion) -> None:
+        (tmp_path / "l0/d").mkdir(parents=True)
+        union = open_union()
+        with pytest.raises(OSError, match="cross-device") as caught:
+            Changes(union).rename(union.nodes.root, b"d", union.nodes.root, b"e", 0)
+        assert caught.value.errno == errno.EXDEV
+
+    def test_without_upper_nothing_can_change(self, tmp_path: Path, open_union: OpenUnion) -> None:
+        (tmp_path / "l0").mkdir()
+        (tmp_path / "l0/f").touch()
+        union = open_union(upper=False)
+        with pytest.raises(OSError, match="Read-only") as caught:
+            Changes(union).unlink(union.nodes.root, b"f")
+        assert caught.value.errno == errno.EROFS
+
+    def test_users_overlay_xattr_is_escaped(self, open_union: OpenUnion) -> None:
+        markers = open_union().markers
+        assert markers.stored_name(b"user.overlay.mine") == b"user.overlay.overlay.mine"
+        assert markers.shown_names([b"user.overlay.opaque", b"user.overlay.overlay.mine", b"user.x"]) == [
+            b"user.overlay.mine",
+            b"user.x",
+        ]
