@@ -1,0 +1,256 @@
+"""What an upper changes, as ``docker diff`` shows it.
+
+Two merged trees are compared: *now*, the upper over the lowers, and *before*, the lowers alone. The rules are
+those of docker's ``pkg/archive/changes.go``:
+
+- ``A``: the name was not there before; every name below an added directory is listed too;
+- ``D``: it was there and is gone; nothing below a deleted directory is listed;
+- ``C``: it is there in both. A non-directory is changed when the upper holds it, and a directory when its
+  own attributes differ, when it was replaced (opaque), or when anything below it is listed. A change of type
+  is one ``C``: nothing below a directory that became a file is listed, all below a former file is ``A``.
+
+Contents are never read: a file that was copied up and is the same again is ``C``, as with docker's overlay2
+driver. The root is never listed. The order is that of the paths' bytes.
+"""
+
+from __future__ import annotations
+
+import os
+import stat
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import ExitStack
+from typing import Final
+
+from unionfs.union.layers import Layer
+from unionfs.union.markers import ABSENT, Markers
+from unionfs.union.places import Gate, Place, open_for_listing
+
+_VANISHED: Final = (FileNotFoundError, NotADirectoryError)
+
+
+def diff(upper: str, lowers: Sequence[str], xattr_prefix: bytes) -> Iterator[tuple[str, bytes]]:
+    """Yield (``A`` | ``C`` | ``D``, path from the root) for every change, sorted by the bytes of the path.
+
+    ``lowers`` are given topmost first; ``xattr_prefix`` is ``trusted.overlay.`` or ``user.overlay.``. The
+    upper may be in use: what vanishes while it is read is left out. Raises ``OSError`` when a layer cannot be
+    read.
+    """
+    with ExitStack() as resources:
+        layers = []
+        for index, path in enumerate([upper, *lowers]):
+            fd = os.open(path, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+            resources.callback(os.close, fd)
+            layers.append(Layer(index, path, fd, is_upper=index == 0))
+        comparison = _Comparison(layers, Markers(xattr_prefix))
+        resources.callback(comparison.gate.close)
+        root = comparison.run()
+    yield from _sorted_changes(root)
+
+
+class _Change:
+    """A name on the way to a change. It hangs on its parent once it is known to be listed."""
+
+    __slots__ = ("children", "kind", "name", "parent")
+
+    def __init__(self, parent: _Change | None, name: bytes) -> None:
+        self.parent = parent
+        self.name = name
+        self.kind = ""
+        self.children: list[_Change] = []
+
+    def report(self, kind: str) -> None:
+        """List this name as ``kind``, and as ``C`` every directory above that is not listed yet."""
+        change: _Change | None = self
+        while change is not None and change.parent is not None and not change.kind:
+            change.kind = kind
+            kind = "C"
+            change.parent.children.append(change)
+            change = change.parent
+
+
+def _sorted_changes(root: _Change) -> Iterator[tuple[str, bytes]]:
+    path = bytearray()
+    pending = [(0, _in_order(root))]
+    while pending:
+        length, steps = pending[-1]
+        del path[length:]
+        for change, below in steps:
+            if below:
+                path += b"/" + change.name
+                pending.append((len(path), _in_order(change)))
+                break
+            yield change.kind, bytes(path) + b"/" + change.name
+        else:
+            pending.pop()
+
+
+def _in_order(directory: _Change) -> Iterator[tuple[_Change, bool]]:
+    """Each child, and later (True) what is below it: ``/a-b`` sorts between ``/a`` and ``/a/b``."""
+    steps = [(child.name, child, False) for child in directory.children]
+    steps += [(child.name + b"/", child, True) for child in directory.children if child.children]
+    steps.sort(key=lambda step: step[0])
+    return iter([(child, below) for _, child, below in steps])
+
+
+class _Found:
+    """An object of a merged tree: its attributes, its place, and the parts that a directory is merged of."""
+
+    __slots__ = ("opaque", "parts", "place", "st")
+
+    def __init__(self, st: os.stat_result, place: Place) -> None:
+        self.st = st
+        self.place = place
+        self.parts: list[Place] = []
+        self.opaque = False
+
+    @property
+    def is_directory(self) -> bool:
+        return stat.S_ISDIR(self.st.st_mode)
+
+
+class _Comparison:
+    """Walks both merged trees side by side with a list of directories to do, never by recursion."""
+
+    def __init__(self, layers: list[Layer], markers: Markers) -> None:
+        self.layers = layers
+        self.markers = markers
+        self.gate = Gate(256)
+        self._todo: list[tuple[_Change, list[Place], list[Place]]] = []
+        #: The places made for the directory that is being compared, so that equal ones are one object.
+        self._places: dict[tuple[Place, bytes], Place] = {}
+
+    def run(self) -> _Change:
+        """The root of all changes."""
+        root = _Change(None, b"")
+        now = self._visible_roots(self.layers)
+        before = self._visible_roots(self.layers[1:])
+        self._todo.append((root, now, before))
+        while self._todo:
+            change, now, before = self._todo.pop()
+            self._places.clear()
+            try:
+                names = self._candidates(now, before)
+            except _VANISHED:
+                continue
+            for name in names:
+                self._compare(_Change(change, name), now, before)
+        return root
+
+    def _visible_roots(self, layers: list[Layer]) -> list[Place]:
+        roots = []
+        for layer in layers:
+            roots.append(layer.root)
+            if self.markers.directory(layer.root_fd)[0]:
+                break
+        return roots
+
+    def _candidates(self, now: list[Place], before: list[Place]) -> Iterable[bytes]:
+        """The names that can differ: only those in the upper, where the lower parts are the same ones."""
+        if now[0].layer.is_upper and now[1:] == before:
+            return self._names(now[0])
+        # no place twice, and a set of names, because most of them are in both trees
+        return {name for place in dict.fromkeys(now + before) for name in self._names(place)}
+
+    def _names(self, place: Place) -> list[bytes]:
+        fd = open_for_listing(self.gate.fd(place))
+        try:
+            return [os.fsencode(name) for name in os.listdir(fd)]
+        finally:
+            os.close(fd)
+
+    def _compare(self, change: _Change, now: list[Place], before: list[Place]) -> None:
+        try:
+            new = self._find(now, change.name)
+            old = self._find(before, change.name)
+            if new is None:
+                if old is not None:
+                    change.report("D")
+                return
+            if old is None:
+                change.report("A")
+            elif new.place is old.place and not new.is_directory:
+                return
+            elif not (new.is_directory and old.is_directory):
+                change.report("C")
+            elif new.parts == old.parts:
+                return
+            elif new.opaque or self._attributes(new) != self._attributes(old):
+                change.report("C")
+        except _VANISHED:
+            return
+        if new.is_directory:
+            self._todo.append((change, new.parts, old.parts if old is not None else []))
+
+    def _find(self, parts: list[Place], name: bytes) -> _Found | None:
+        """What the merged directory of ``parts`` holds under ``name``."""
+        found: _Found | None = None
+        remaining = [(part, name) for part in parts]
+        while remaining:
+            part, here = remaining.pop(0)
+            dir_fd = self.gate.fd(part)
+            try:
+                st = os.stat(here, dir_fd=dir_fd, follow_symlinks=False)
+            except FileNotFoundError:
+                continue
+            if not stat.S_ISDIR(st.st_mode):
+                if found is not None or self.markers.is_whiteout(st, dir_fd, here):
+                    break
+                return _Found(st, self._place(part, here))
+            place = self._place(part, here)
+            if found is None:
+                found = _Found(st, place)
+            found.parts.append(place)
+            opaque, redirect = self.markers.directory(self.gate.fd(place))
+            if opaque:
+                found.opaque = place is found.place and place.layer.is_upper
+                break
+            if redirect is not None and remaining:
+                remaining = self._redirected(redirect, remaining)
+        return found
+
+    def _place(self, parent: Place, name: bytes) -> Place:
+        place = self._places.get((parent, name))
+        if place is None:
+            place = self._places[parent, name] = Place(parent.layer, parent, name)
+        return place
+
+    def _redirected(self, redirect: bytes, remaining: list[tuple[Place, bytes]]) -> list[tuple[Place, bytes]]:
+        """Where the search goes on: a sibling's name, or a path from the root of each layer below."""
+        if b"/" not in redirect:
+            return [(part, redirect) for part, _ in remaining]
+        *above, last = [step for step in redirect.split(b"/") if step]
+        places = []
+        for layer in self.layers[remaining[0][0].layer.index :]:
+            place: Place | None = layer.root
+            for step in above:
+                assert place is not None
+                place = self._directory_in(place, step)
+                if place is None:
+                    break
+            if place is not None:
+                places.append((place, last))
+        return places
+
+    def _directory_in(self, parent: Place, name: bytes) -> Place | None:
+        if name in (b".", b".."):
+            return None
+        try:
+            st = os.stat(name, dir_fd=self.gate.fd(parent), follow_symlinks=False)
+        except FileNotFoundError:
+            return None
+        return self._place(parent, name) if stat.S_ISDIR(st.st_mode) else None
+
+    def _attributes(self, found: _Found) -> tuple[int, int, int, int, dict[bytes, bytes]]:
+        """What makes a directory differ: mode, owner, modification time and the xattrs a user has set."""
+        path = b"/proc/self/fd/%d" % self.gate.fd(found.place)
+        xattrs = {}
+        try:
+            stored = [os.fsencode(name) for name in os.listxattr(path)]
+            for name in stored:
+                if not self.markers.is_private(name) and name != b"security.selinux":
+                    xattrs[name] = os.getxattr(path, name)
+        except OSError as error:
+            if error.errno not in ABSENT:
+                raise
+        st = found.st
+        return st.st_mode, st.st_uid, st.st_gid, st.st_mtime_ns, xattrs
