@@ -28,6 +28,15 @@ class MountEntry:
     fstype: str
     source: str
     super_options: str
+    """As the kernel writes it, octal escapes and all; `super_option` reads one of them."""
+
+    def super_option(self, name: str) -> str | None:
+        """The value of one of the filesystem's own options, None when it is not there."""
+        for option in self.super_options.split(","):
+            key, equals, value = option.partition("=")
+            if key == name and equals:
+                return unescape(os.fsencode(value))
+        return None
 
     @property
     def is_fuse(self) -> bool:
@@ -70,8 +79,7 @@ def parse_mountinfo(table: bytes) -> list[MountEntry]:
                 options=os.fsdecode(left[5]),
                 fstype=unescape(right[0]),
                 source=unescape(right[1]),
-                # overlayfs's own backslashes before ':' and ',' stay; only octal escapes go here.
-                super_options=unescape(right[2]),
+                super_options=os.fsdecode(right[2]),
             )
         )
     return entries

@@ -1,0 +1,331 @@
+"""Holds a mount's settings against the host before anything is changed.
+
+Everything that can be known beforehand is refused here with one sentence. Whether two directories are the
+same or one holds the other is asked twice: by (st_dev, st_ino) of all directories above, and by the place
+within the filesystem that the mount table tells, so that neither symlinks nor bind mounts hide it.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import stat
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import NoReturn
+
+from unionfs.daemon import live
+from unionfs.daemon.errors import UserError, quoted, reason
+from unionfs.daemon.settings import MountSettings
+from unionfs.sys.mountinfo import (
+    Location,
+    MountEntry,
+    location_of,
+    mount_id_of_path,
+    mounted_at,
+    read_mountinfo,
+)
+
+_FUSE_DEVICE = "/dev/fuse"
+_FUSE_CONF = "/etc/fuse.conf"
+_OURS_IN_WORK = frozenset({"work", "index"})
+
+
+@dataclass(slots=True)
+class _Host:
+    """What was asked of the host already; 500 lowers have most directories above them in common."""
+
+    table: Sequence[MountEntry]
+    identities: dict[str, tuple[int, int]] = field(default_factory=dict)
+    locations: dict[str, Location | None] = field(default_factory=dict)
+
+    def identity(self, path: str) -> tuple[int, int]:
+        if path not in self.identities:
+            status = os.stat(path)
+            self.identities[path] = (status.st_dev, status.st_ino)
+        return self.identities[path]
+
+    def location(self, path: str) -> Location | None:
+        if path not in self.locations:
+            self.locations[path] = location_of(path, self.table)
+        return self.locations[path]
+
+    def contains(self, outer: str, inner: str, *, through_mounts: bool) -> bool:
+        """Whether directory `inner` is `outer` or below it.
+
+        With `through_mounts` another filesystem that is mounted below `outer` counts as a part of it.
+        """
+        there, here = self.location(outer), self.location(inner)
+        if there is not None and here is not None:
+            if there.contains(here):
+                return True
+            if not through_mounts:
+                return False
+        wanted, path = self.identity(outer), inner
+        while True:
+            if self.identity(path) == wanted:
+                return True
+            if path == "/":
+                return False
+            path = os.path.dirname(path)
+
+
+def check(settings: MountSettings) -> None:
+    """Raises UserError for what cannot be mounted as it is wanted; changes nothing."""
+    host = _Host(read_mountinfo())
+    for lower in settings.lowers:
+        _directory("lower", lower, os.R_OK | os.X_OK)
+    if settings.upper is not None and settings.work is not None:
+        _check_writable_layers(settings, settings.upper, settings.work, host)
+    _check_mountpoint(settings, host)
+    _check_fuse(settings)
+
+
+def _directory(kind: str, path: str, access: int) -> None:
+    """A layer has to be a directory that may be used."""
+    try:
+        status = os.stat(path)
+    except OSError as error:
+        _refuse_missing(kind, path, error)
+    if not stat.S_ISDIR(status.st_mode):
+        raise UserError(f"{kind} {quoted(path)} is not a directory; name a directory.")
+    if not os.access(path, access, effective_ids=True):
+        verb = "written" if access & os.W_OK else "read"
+        if access & os.W_OK and os.statvfs(path).f_flag & os.ST_RDONLY:
+            raise UserError(
+                f"{kind} {quoted(path)} is on a filesystem that is mounted read-only; remount it rw, or "
+                "choose another place."
+            )
+        raise UserError(
+            f"{kind} {quoted(path)} may not be {verb} by this user (uid {os.geteuid()}); change its owner "
+            "or mode, or run as its owner."
+        )
+
+
+def _refuse_missing(kind: str, path: str, error: OSError) -> NoReturn:
+    shown = f"{kind} {quoted(path)}"
+    if error.errno == errno.ENOENT:
+        cure = "make it with mkdir" if kind != "lower" else "check the path"
+        raise UserError(f"{shown} does not exist; {cure}.") from error
+    if error.errno == errno.ENOTCONN:
+        raise UserError(
+            f"{shown} is a mount whose daemon has died; run `unionfs umount {quoted(path)}` first."
+        ) from error
+    raise UserError(f"{shown} cannot be used: {reason(error)}; check the path.") from error
+
+
+def _check_writable_layers(settings: MountSettings, upper: str, work: str, host: _Host) -> None:
+    # A union that is mounted read-only still empties work, as the kernel does.
+    _directory("upper", upper, os.R_OK | os.W_OK | os.X_OK)
+    _directory("work", work, os.R_OK | os.W_OK | os.X_OK)
+    _check_same_filesystem(upper, work, host)
+    _check_apart(settings, upper, work, host)
+    _check_work_content(work)
+    _check_unused(upper, work, host)
+    _check_xattrs(upper, settings.userxattr)
+
+
+def _check_same_filesystem(upper: str, work: str, host: _Host) -> None:
+    same_device = host.identity(upper)[0] == host.identity(work)[0]
+    if same_device and mount_id_of_path(upper) == mount_id_of_path(work):
+        return
+    cause = "two mounts of one filesystem" if same_device else "different filesystems"
+    raise UserError(
+        f"work {quoted(work)} and upper {quoted(upper)} are on {cause}, but files are moved from work to "
+        "upper by rename; put work beside upper."
+    )
+
+
+def _check_apart(settings: MountSettings, upper: str, work: str, host: _Host) -> None:
+    if host.contains(upper, work, through_mounts=True):
+        relation = "the same directory as" if host.contains(work, upper, through_mounts=True) else "inside"
+        raise UserError(f"work {quoted(work)} is {relation} upper {quoted(upper)}; put work beside upper.")
+    if host.contains(work, upper, through_mounts=True):
+        raise UserError(f"upper {quoted(upper)} is inside work {quoted(work)}; put work beside upper.")
+    # Root's daemon sees a lower through a bind mount of its own, which has nothing mounted below.
+    through_mounts = os.geteuid() != 0
+    for lower in settings.lowers:
+        for kind, path in (("upper", upper), ("work", work)):
+            for outer_kind, outer, inner_kind, inner in (
+                ("lower", lower, kind, path),
+                (kind, path, "lower", lower),
+            ):
+                if host.contains(outer, inner, through_mounts=through_mounts):
+                    raise UserError(
+                        f"{inner_kind} {quoted(inner)} and {outer_kind} {quoted(outer)} overlap (one holds "
+                        "the other), so changes would reach a lower; choose directories apart from each "
+                        "other."
+                    )
+
+
+def _check_work_content(work: str) -> None:
+    foreign = sorted(set(os.listdir(work)) - _OURS_IN_WORK)
+    if foreign:
+        raise UserError(
+            f"work {quoted(work)} is not empty (it holds {quoted(foreign[0])}), and what is in a work "
+            "directory gets deleted; choose an empty directory."
+        )
+    try:
+        features = os.listdir(f"{work}/work/incompat")
+    except (FileNotFoundError, NotADirectoryError):
+        return
+    if "volatile" in features:
+        raise UserError(
+            f"work {quoted(work)} was left by a volatile overlayfs mount that did not end cleanly, so its "
+            f"upper may have lost data; throw the upper away, or remove {quoted(work + '/work/incompat')} "
+            "to use it all the same."
+        )
+    if features:
+        raise UserError(
+            f"work {quoted(work)} needs the overlayfs feature {quoted(features[0])}, which is not "
+            "supported; use another upper and work."
+        )
+
+
+def _check_unused(upper: str, work: str, host: _Host) -> None:
+    for entry in live.live_mounts():
+        for kind, path in (("upper", upper), ("work", work)):
+            for taken in (entry.settings.upper, entry.settings.work):
+                if taken is not None and _is_taken(host, path, taken, entry.claims):
+                    raise UserError(
+                        f"{kind} {quoted(path)} is in use by {live.describe_owner(entry)}; unmount that "
+                        "first, or choose another directory."
+                    )
+    for mount in host.table:
+        if mount.fstype != "overlay":
+            continue
+        for option in ("upperdir", "workdir"):
+            taken = mount.super_option(option)
+            for kind, path in (("upper", upper), ("work", work)):
+                if taken is not None and _is_taken(host, path, taken, ()):
+                    raise UserError(
+                        f"{kind} {quoted(path)} is in use by the kernel's overlayfs at "
+                        f"{quoted(mount.mountpoint)}; unmount that first, or choose another directory."
+                    )
+
+
+def _is_taken(host: _Host, path: str, taken: str, claims: Sequence[tuple[int, int]]) -> bool:
+    """Whether `path` is, holds or lies inside a directory that a mount has taken."""
+    if host.identity(path) in claims:
+        return True
+    try:
+        return host.contains(taken, path, through_mounts=True) or host.contains(path, taken,
+        through_mounts=True)
+    except OSError:
+        # The directory cannot be seen from here (covered, removed, another mount namespace).
+        return False
+
+
+def _check_xattrs(upper: str, userxattr: bool) -> None:
+    name = "user.overlay.opaque" if userxattr else "trusted.overlay.opaque"
+    try:
+        os.getxattr(upper, name)
+    except OSError as error:
+        if error.errno == errno.EOPNOTSUPP:
+            kind = name.split(".")[0]
+            others = "" if userxattr else " (-o userxattr may work there)"
+            raise UserError(
+                f"upper {quoted(upper)} is on a filesystem without {kind}.* xattrs, so opaque directories "
+                f"could not be stored; use ext4, xfs, btrfs or tmpfs{others}."
+            ) from error
+        if error.errno != errno.ENODATA:
+            raise UserError(
+                f"upper {quoted(upper)}: its xattrs cannot be read: {reason(error)}; use another directory."
+            ) from error
+
+
+def _check_mountpoint(settings: MountSettings, host: _Host) -> None:
+    path = settings.mountpoint
+    shown = f"mountpoint {quoted(path)}"
+    try:
+        status = os.stat(path)
+    except OSError as error:
+        _refuse_missing("mountpoint", path, error)
+    if not stat.S_ISDIR(status.st_mode):
+        raise UserError(f"{shown} is not a directory; name a directory.")
+    mount = mounted_at(path, host.table)
+    if mount is not None and mount.is_fuse:
+        entry = live.find_by_device(mount.device)
+        what = live.describe_owner(entry) if entry else f"a {mount.fstype} mount of {quoted(mount.source)}"
+        cure = f"`unionfs umount {quoted(path)}`" if entry else f"`umount {quoted(path)}`"
+        raise UserError(f"{shown} is busy: {what} is there already; run {cure} first.")
+    for kind, layer in (("upper", settings.upper), ("work", settings.work)):
+        if layer is not None and host.contains(layer, path, through_mounts=True):
+            raise UserError(
+                f"{shown} is inside the {kind} {quoted(layer)}, which the mount itself changes; choose a "
+                "directory outside it."
+            )
+    if os.geteuid() != 0:
+        _check_mountpoint_for_user(settings, host)
+
+
+def _check_mountpoint_for_user(settings: MountSettings, host: _Host) -> None:
+    path = settings.mountpoint
+    for lower in settings.lowers:
+        if host.identity(lower) != host.identity(path) and host.contains(lower, path, through_mounts=True):
+            raise UserError(
+                f"mountpoint {quoted(path)} is inside the lower {quoted(lower)}, so the union would hold "
+                "itself and hang; choose a directory outside it, or mount as root."
+            )
+    if not os.access(path, os.W_OK, effective_ids=True):
+        raise UserError(
+            f"mountpoint {quoted(path)} may not be written by this user (uid {os.geteuid()}), as "
+            "fusermount3 wants it; choose a directory of your own."
+        )
+
+
+def _check_fuse(settings: MountSettings) -> None:
+    try:
+        os.close(os.open(_FUSE_DEVICE, os.O_RDWR | os.O_CLOEXEC))
+    except OSError as error:
+        raise UserError(fuse_device_problem(error)) from error
+    if os.geteuid() == 0:
+        return
+    if find_fusermount() is None:
+        raise UserError(
+            "fusermount3 is missing, and an ordinary user cannot mount without it; install the package fuse3."
+        )
+    if (settings.allow_other or settings.allow_root) and not user_allow_other():
+        word = "allow_other" if settings.allow_other else "allow_root"
+        raise UserError(
+            f"option {word}: an ordinary user may give it only when {_FUSE_CONF} has a line "
+            "user_allow_other; add the line as root, or leave the option out."
+        )
+
+
+def fuse_device_problem(error: OSError) -> str:
+    """The sentence for /dev/fuse not being there or not to be opened."""
+    if error.errno in (errno.ENOENT, errno.ENODEV, errno.ENXIO):
+        return (
+            f"{_FUSE_DEVICE} is missing; load the kernel module by `modprobe fuse`, or give the container "
+            "the device by `--device /dev/fuse`."
+        )
+    if error.errno == errno.EACCES:
+        return (
+            f"{_FUSE_DEVICE} may not be opened by this user (uid {os.geteuid()}); run `chmod 666 "
+            f"{_FUSE_DEVICE}` as root."
+        )
+    if error.errno == errno.EPERM:
+        return (
+            f"{_FUSE_DEVICE} is not allowed to this container; start it with `--device {_FUSE_DEVICE}`, or "
+            "allow char device 10:229."
+        )
+    return f"{_FUSE_DEVICE} cannot be opened: {reason(error)}; check that the kernel has FUSE."
+
+
+def find_fusermount() -> str | None:
+    """The path of libfuse's helper that mounts for ordinary users, None when it is not installed."""
+    import shutil
+
+    return shutil.which("fusermount3") or next(
+        (path for path in ("/usr/bin/fusermount3", "/bin/fusermount3") if os.access(path, os.X_OK)), None
+    )
+
+
+def user_allow_other(conf: str = _FUSE_CONF) -> bool:
+    """Whether the host lets ordinary users give allow_other; fusermount3(1)."""
+    try:
+        with open(conf, encoding="utf-8", errors="replace") as lines:
+            return any(line.strip() == "user_allow_other" for line in lines)
+    except OSError:
+        return False
