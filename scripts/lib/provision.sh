@@ -1,0 +1,94 @@
+# Installing what the scripts need: Debian packages and a virtual environment. Sourced by bash, from scripts/*.
+#
+# UNIONFS_VENV   where the virtual environment is made (default: .venv in the repository)
+
+repository=$(cd "$(dirname "${BASH_SOURCE[0]}")/../.." && pwd)
+venv=${UNIONFS_VENV:-$repository/.venv}
+build_packages=(fuse3 libfuse3-dev pkg-config gcc libc6-dev)
+
+die() {
+    printf '%s: %s\n' "${0##*/}" "$1" >&2
+    exit 1
+}
+
+missing_packages() {
+    local name
+    for name in "$@"; do
+        [ "$(dpkg-query -W -f '${db:Status-Status}' "$name" 2>/dev/null)" = installed ] || printf '%s\n' "$name"
+    done
+}
+
+# install_packages NAME...: those that are missing, as root or through sudo; else says what to run.
+install_packages() {
+    command -v dpkg-query >/dev/null || die "this is no Debian or Ubuntu; install what these are called here: $*"
+    local missing as_root=()
+    mapfile -t missing < <(missing_packages "$@")
+    [ ${#missing[@]} -gt 0 ] || return 0
+    if [ "$(id -u)" != 0 ]; then
+        if command -v sudo >/dev/null && { sudo -n true 2>/dev/null || [ -t 0 ]; }; then
+            as_root=(sudo)
+        else
+            die "packages are missing and only root can install them: apt-get install ${missing[*]}"
+        fi
+    fi
+    echo "Installing ${missing[*]}"
+    local apt=("${as_root[@]}" env DEBIAN_FRONTEND=noninteractive apt-get -q -y
+        -o DPkg::Lock::Timeout=300 -o Dpkg::Use-Pty=0)
+    local install=("${apt[@]}" install --no-install-recommends "${missing[@]}")
+    "${install[@]}" >/dev/null 2>&1 && return 0
+    # no package lists yet, or old ones
+    "${apt[@]}" update >/dev/null && "${install[@]}" >/dev/null ||
+        die "apt-get could not install ${missing[*]}; its messages are above"
+}
+
+usable_python() {
+    "$1" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null
+}
+
+# pick_python: sets $python to a Python of at least 3.11 that can make environments and build extensions.
+pick_python() {
+    local name
+    python=
+    for name in python3 python3.13 python3.12 python3.11 python3.14; do
+        if usable_python "$name"; then
+            python=$name
+            break
+        fi
+    done
+    if [ -z "$python" ]; then
+        install_packages python3
+        python=python3
+        if ! usable_python "$python"; then
+            install_packages python3.11
+            python=python3.11
+        fi
+    fi
+    # Debian's own interpreter comes without venv and headers; any other has both.
+    local real
+    real=$("$python" -c 'import os, sys; print(os.path.realpath(sys.executable))')
+    case $real in
+        /usr/bin/python3.*) install_packages "${real##*/}-venv" "${real##*/}-dev" ;;
+    esac
+}
+
+# make_environment EXTRA: the project and its extra (run, test or dev) in $venv; at once when nothing changed.
+make_environment() {
+    local extra=$1 key
+    key=$(cat "$repository/pyproject.toml" <(printf '%s' "$repository") | sha256sum | cut -d' ' -f1)
+    if [ -x "$venv/bin/python" ] && [ "$(cat "$venv/.unionfs-$extra" 2>/dev/null)" = "$key" ]; then
+        return 0
+    fi
+    install_packages "${build_packages[@]}"
+    pick_python
+    if ! usable_python "$venv/bin/python"; then
+        echo "Making a virtual environment in $venv"
+        "$python" -m venv --clear "$venv" || die "$python could not make a virtual environment in $venv"
+    fi
+    local what=$repository
+    [ "$extra" = run ] || what="$repository[$extra]"
+    echo "Installing unionfs and its requirements into $venv"
+    "$venv/bin/python" -m pip install -q --disable-pip-version-check -e "$what" ||
+        die "pip could not install the project's requirements; its messages are above"
+    printf '%s' "$key" >"$venv/.unionfs-$extra"
+    if [ "$extra" = dev ]; then printf '%s' "$key" >"$venv/.unionfs-test"; fi
+}
