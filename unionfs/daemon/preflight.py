@@ -74,15 +74,15 @@ def check(settings: MountSettings) -> None:
     """Raises UserError for what cannot be mounted as it is wanted; changes nothing."""
     host = _Host(read_mountinfo())
     for lower in settings.lowers:
-        _directory("lower", lower, os.R_OK | os.X_OK)
+        check_directory("lower", lower)
     if settings.upper is not None and settings.work is not None:
         _check_writable_layers(settings, settings.upper, settings.work, host)
     _check_mountpoint(settings, host)
     _check_fuse(settings)
 
 
-def _directory(kind: str, path: str, access: int) -> None:
-    """A layer has to be a directory that may be used."""
+def check_directory(kind: str, path: str, access: int = os.R_OK | os.X_OK) -> None:
+    """Raises UserError unless `path` is a directory that may be used; `kind` is lower, upper or work."""
     try:
         status = os.stat(path)
     except OSError as error:
@@ -116,8 +116,8 @@ def _refuse_missing(kind: str, path: str, error: OSError) -> NoReturn:
 
 def _check_writable_layers(settings: MountSettings, upper: str, work: str, host: _Host) -> None:
     # A union that is mounted read-only still empties work, as the kernel does.
-    _directory("upper", upper, os.R_OK | os.W_OK | os.X_OK)
-    _directory("work", work, os.R_OK | os.W_OK | os.X_OK)
+    check_directory("upper", upper, os.R_OK | os.W_OK | os.X_OK)
+    check_directory("work", work, os.R_OK | os.W_OK | os.X_OK)
     _check_same_filesystem(upper, work, host)
     _check_apart(settings, upper, work, host)
     _check_work_content(work)
@@ -166,20 +166,41 @@ def _check_work_content(work: str) -> None:
             "directory gets deleted; choose an empty directory."
         )
     try:
-        features = os.listdir(f"{work}/work/incompat")
-    except (FileNotFoundError, NotADirectoryError):
+        leftovers = sorted(os.listdir(f"{work}/work"))
+    except FileNotFoundError:
         return
-    if "volatile" in features:
+    except OSError as error:  # mode 0, as the kernel makes it: an ordinary user finds out when opening it
+        if error.errno == errno.EACCES:
+            return
+        raise UserError(
+            f"work {quoted(work)}: its `work` cannot be read: {reason(error)}; choose an empty directory."
+        ) from error
+    for name in leftovers:
+        # Temporaries are `#` and a number here and in the kernel (ovl_tempname), a number in fuse-overlayfs.
+        if name != "incompat" and not name.startswith("#") and not name.isdigit():
+            raise UserError(
+                f"work {quoted(work)} holds {quoted('work/' + name)}, which no union filesystem made and "
+                "which would be deleted; choose an empty directory."
+            )
+    if "incompat" in leftovers:
+        _refuse_incompatible(work)
+
+
+def _refuse_incompatible(work: str) -> None:
+    try:
+        features = os.listdir(f"{work}/work/incompat")
+    except OSError:
+        features = []
+    if features in ([], ["volatile"]):
         raise UserError(
             f"work {quoted(work)} was left by a volatile overlayfs mount that did not end cleanly, so its "
             f"upper may have lost data; throw the upper away, or remove {quoted(work + '/work/incompat')} "
             "to use it all the same."
         )
-    if features:
-        raise UserError(
-            f"work {quoted(work)} needs the overlayfs feature {quoted(features[0])}, which is not "
-            "supported; use another upper and work."
-        )
+    raise UserError(
+        f"work {quoted(work)} needs the overlayfs feature {quoted(features[0])}, which is not supported; use "
+        "another upper and work."
+    )
 
 
 def _check_unused(upper: str, work: str, host: _Host) -> None:

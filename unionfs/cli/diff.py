@@ -1,0 +1,54 @@
+"""`unionfs diff`."""
+
+from __future__ import annotations
+
+import sys
+
+import click
+
+
+@click.command(
+    epilog="""\b
+Examples:
+  unionfs diff /mnt
+  unionfs diff --upper /srv/changes --lower /srv/base
+"""
+)
+@click.option("-u", "--upper", metavar="DIR", help="An upper that need not be mounted.")
+@click.option(
+    "-l", "--lower", "lowers", multiple=True, metavar="DIR", help="A lower of it; the first one is on top."
+)
+@click.option(
+    "--userxattr", is_flag=True, help="The upper's markers are user.overlay.* xattrs (always so without root)."
+)
+@click.argument("mountpoint", required=False)
+def diff(mountpoint: str | None, upper: str | None, lowers: tuple[str, ...], userxattr: bool) -> None:
+    """Show what a union's upper changes: A(dded), C(hanged) or D(eleted), and the path, sorted by path.
+
+    Either of the live mount at MOUNTPOINT, or of the layers that are given. Names are printed as they are,
+    byte by byte.
+    """
+    if mountpoint is not None:
+        if upper is not None or lowers:
+            raise click.UsageError("give either a mountpoint or the layers, not both")
+        from unionfs.cli.mounts import find_mount
+
+        settings = find_mount(mountpoint).settings
+        upper, lowers, userxattr = settings.upper, settings.lowers, settings.userxattr
+        if upper is None:
+            return
+    elif upper is None or not lowers:
+        raise click.UsageError("give a mountpoint, or --upper and at least one --lower")
+    else:
+        from unionfs.daemon.preflight import check_directory
+        from unionfs.sys.process import may_use_trusted_xattrs
+
+        for kind, path in (("upper", upper), *(("lower", lower) for lower in lowers)):
+            check_directory(kind, path)
+        userxattr = userxattr or not may_use_trusted_xattrs()
+    from unionfs.union.diff import diff as changes
+
+    out = sys.stdout.buffer
+    for kind, path in changes(upper, lowers, b"user.overlay." if userxattr else b"trusted.overlay."):
+        out.write(kind.encode("ascii") + b" " + path + b"\n")
+    out.flush()

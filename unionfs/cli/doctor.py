@@ -1,0 +1,36 @@
+"""`unionfs doctor`."""
+
+from __future__ import annotations
+
+import json
+
+import click
+
+
+@click.command(epilog="Example: unionfs doctor --dir /var/lib/containers")
+@click.option("--json", "as_json", is_flag=True, help="Print a JSON object.")
+@click.option("--dir", "directory", metavar="DIR", help="Where layers will be; a temporary directory by default.")
+def doctor(directory: str | None, as_json: bool) -> int:
+    """Say what this host offers to a union and what it lacks, each with the cure.
+
+    What can be tried out is tried, in a temporary directory that is removed afterwards. The exit code is 1
+    when mounting is impossible, else 0.
+    """
+    from unionfs.daemon.host import examine, mounting_is_possible
+
+    findings = examine(directory)
+    possible = mounting_is_possible(findings)
+    if as_json:
+        facts = [
+            {"name": finding.name, "state": finding.state, "detail": finding.detail, "cure": finding.cure}
+            for finding in findings
+        ]
+        print(json.dumps({"mounting_is_possible": possible, "findings": facts}, indent=2))
+    else:
+        from unionfs.cli.run import print_table
+
+        print_table(
+            ("STATE", "WHAT", "FOUND", "CURE"),
+            [(finding.state, finding.name, finding.detail, finding.cure or "") for finding in findings],
+        )
+    return 0 if possible else 1

@@ -1,0 +1,165 @@
+"""The command `fuse-unionfs`: the command lines of fuse-overlayfs and of mount(8)'s helpers.
+
+    fuse-unionfs [-f] [-d] -o lowerdir=A:B,upperdir=U,workdir=W MOUNTPOINT
+    fuse-unionfs SOURCE MOUNTPOINT [-sfnv] [-o OPTIONS] [-t TYPE]
+
+Read by hand, because these callers (podman, mount(8), mount.fuse(8)) mix flags and words in ways of their
+own.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from unionfs import __version__
+from unionfs.cli.run import complain
+from unionfs.daemon.errors import UserError, quoted, reason
+
+_HELP = """\
+usage: fuse-unionfs [-f] [-d] [-o OPTION,...]... MOUNTPOINT
+       fuse-unionfs SOURCE MOUNTPOINT [-o OPTION,...]... [-sfnv] [-t TYPE]
+
+Mounts a union as fuse-overlayfs does, and as mount(8) wants it done.
+
+  -o OPTION,...   lowerdir=A:B, upperdir=U, workdir=W and all that `unionfs mount --help` lists
+  -f              stay in the foreground; when called as mount.TYPE: check, but mount nothing
+  -d, --debug     stay in the foreground and log everything
+  -s, -n, -v      taken for mount(8)'s sake
+  -t TYPE         likewise
+  -V, --version   print the versions
+  -h, --help      print this
+
+Example: fuse-unionfs -o lowerdir=/srv/base,upperdir=/srv/up,workdir=/srv/work /mnt
+"""
+
+
+@dataclass(slots=True)
+class _Call:
+    words: list[str] = field(default_factory=list)
+    options: list[str] = field(default_factory=list)
+    foreground: bool = False
+    debug: bool = False
+    fake: bool = False
+    show: str = ""
+
+
+def _parse(arguments: Sequence[str], *, helper: bool) -> _Call:
+    call, rest = _Call(), list(arguments)
+    while rest:
+        word = rest.pop(0)
+        match word:
+            case "-h" | "--help":
+                call.show = "help"
+            case "-V" | "--version":
+                call.show = "version"
+            case "--debug":
+                call.debug = True
+            case "--":
+                call.words += rest
+                break
+            case _ if word.startswith("--"):
+                raise UserError(f"unknown option {quoted(word)}; see `fuse-unionfs --help`.")
+            case _ if word.startswith("-") and len(word) > 1:
+                _letters(call, word[1:], rest, helper=helper)
+            case _:
+                call.words.append(word)
+    return call
+
+
+def _letters(call: _Call, letters: str, rest: list[str], *, helper: bool) -> None:
+    """Flags written together (`-sfnv`), the last of which may take the next word."""
+    for position, letter in enumerate(letters):
+        if letter in "otN":
+            value = letters[position + 1 :] or (rest.pop(0) if rest else None)
+            if value is None:
+                raise UserError(f"option -{letter} has no value; see `fuse-unionfs --help`.")
+            if letter == "o":
+                call.options.append(value)
+            elif letter == "N":
+                raise UserError("option -N: mounting in another namespace is not supported; use `nsenter`.")
+            return
+        match letter:
+            case "f":
+                # mount(8) says --fake by it: "Causes everything to be done except for the actual system
+                # call".
+                call.fake, call.foreground = helper, not helper
+            case "d":
+                call.debug = True
+            case "s" | "n" | "v":
+                pass
+            case _:
+                raise UserError(f"unknown option -{letter}; see `fuse-unionfs --help`.")
+
+
+def _print_version() -> None:
+    """In fuse-overlayfs's form: `podman info` shows it as it is."""
+    print(f"fuse-unionfs: version {__version__}", flush=True)
+    import ctypes
+
+    try:
+        library = ctypes.CDLL("libfuse3.so.3")
+        library.fuse_pkgversion.restype = ctypes.c_char_p
+        print(f"FUSE library version {library.fuse_pkgversion().decode()}", flush=True)
+        library.fuse_lowlevel_version()  # "using FUSE kernel interface version 7.N"
+        ctypes.CDLL(None).fflush(None)
+    except (OSError, AttributeError):
+        pass
+
+
+def _mount(call: _Call, program: str) -> int:
+    match call.words:
+        case [mountpoint]:
+            source = None
+        case [source, mountpoint]:
+            pass
+        case []:
+            raise UserError(f"no mountpoint is given; see `{program} --help`.")
+        case _:
+            raise UserError(f"{quoted(call.words[2])} is one word too many; see `{program} --help`.")
+    from unionfs.daemon import preflight
+    from unionfs.daemon.process import mount
+    from unionfs.daemon.settings import settle
+
+    settings = settle(
+        mountpoint,
+        options=call.options,
+        source=source,
+        log_level="debug" if call.debug else "info",
+    )
+    if call.fake:
+        preflight.check(settings)
+        return 0
+    return mount(settings, foreground=call.foreground or call.debug)
+
+
+def _run(arguments: Sequence[str], program: str, *, helper: bool) -> int:
+    try:
+        call = _parse(arguments, helper=helper)
+        if call.show == "help":
+            print(_HELP, end="")
+            return 0
+        if call.show == "version":
+            _print_version()
+            return 0
+        return _mount(call, program)
+    except UserError as error:
+        return complain(program, str(error))
+    except KeyboardInterrupt:
+        return complain(program, "interrupted.", 130)
+    except OSError as error:
+        name = f"{quoted(os.fsdecode(error.filename))}: " if error.filename else ""
+        return complain(program, f"{name}{reason(error)}; check the path and the permissions.")
+
+
+def mount_helper(arguments: Sequence[str], program: str) -> int:
+    """mount(8)'s call, whatever the program's name is. Returns the exit code."""
+    return _run(arguments, program, helper=True)
+
+
+def main() -> None:
+    """The console script `fuse-unionfs`."""
+    helper = os.path.basename(sys.argv[0]).startswith("mount.")
+    sys.exit(_run(sys.argv[1:], "unionfs" if helper else "fuse-unionfs", helper=helper))

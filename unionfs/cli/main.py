@@ -1,0 +1,71 @@
+"""The command `unionfs`. Each subcommand's module is imported when it is called, to start fast."""
+
+from __future__ import annotations
+
+import importlib
+import os
+import sys
+from collections.abc import Sequence
+
+import click
+
+from unionfs import __version__
+from unionfs.cli.run import run
+
+# Name: module and object. The order is that of the help.
+_COMMANDS = {
+    "mount": "unionfs.cli.mount:mount",
+    "umount": "unionfs.cli.mounts:umount",
+    "ls": "unionfs.cli.mounts:ls",
+    "inspect": "unionfs.cli.mounts:inspect",
+    "diff": "unionfs.cli.diff:diff",
+    "doctor": "unionfs.cli.doctor:doctor",
+}
+
+
+class _LazyGroup(click.Group):
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return list(_COMMANDS)
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        place = _COMMANDS.get(cmd_name)
+        if place is None:
+            return None
+        module, _, name = place.partition(":")
+        command = getattr(importlib.import_module(module), name)
+        assert isinstance(command, click.Command)
+        return command
+
+
+@click.command(
+    cls=_LazyGroup,
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
+    epilog="Example: unionfs mount -l /usr -u /tmp/changes -w /tmp/work /mnt",
+)
+@click.version_option(__version__, "-V", "--version", prog_name="unionfs", message="%(prog)s %(version)s")
+def cli() -> None:
+    """Stack read-only directories under a writable one, and see them as one tree.
+
+    A union's lowers are never written; all changes go to its upper, in the disk format of the kernel's
+    overlayfs. The command is also what `mount -t fuse.unionfs` runs.
+    """
+
+
+def is_mount_helper_call(arguments: Sequence[str], program: str) -> bool:
+    """Whether mount(8) calls: as `/sbin/mount.TYPE`, or through mount.fuse(8) as `SOURCE MOUNTPOINT -o OPTS`."""
+    if os.path.basename(program).startswith("mount."):
+        return True
+    if len(arguments) < 3 or arguments[0].startswith("-") or arguments[0] == "mount":
+        return False
+    # No other subcommand knows -o, so a SOURCE may have a subcommand's name.
+    return not arguments[1].startswith("-") and any(word.startswith("-o") for word in arguments[2:])
+
+
+def main() -> None:
+    """The console script `unionfs`."""
+    arguments = sys.argv[1:]
+    if is_mount_helper_call(arguments, sys.argv[0]):
+        from unionfs.cli.fuse_unionfs import mount_helper
+
+        sys.exit(mount_helper(arguments, "unionfs"))
+    sys.exit(run(cli, arguments, "unionfs"))

@@ -1,0 +1,80 @@
+"""`unionfs mount`."""
+
+from __future__ import annotations
+
+import click
+
+from unionfs.daemon.settings import LOG_LEVELS, SESSIONS
+
+
+@click.command(
+    epilog="""\b
+Examples:
+  unionfs mount -l /srv/base -u /srv/changes -w /srv/work /mnt
+  unionfs mount -l top -l middle -l bottom /mnt        (read-only)
+  unionfs mount -o lowerdir=top:bottom,upperdir=up,workdir=work,nodev /mnt
+"""
+)
+@click.option(
+    "-l", "--lower", "lowers", multiple=True, metavar="DIR", help="A read-only layer; the first one is on top."
+)
+@click.option("-u", "--upper", metavar="DIR", help="Where changes go. Without it the union is read-only.")
+@click.option(
+    "-w", "--work", metavar="DIR", help="An empty directory on the upper's filesystem; needed with --upper."
+)
+@click.option(
+    "-o", "options", multiple=True, metavar="OPT,...", help="Mount options, see below; may be given more than once."
+)
+@click.option("-f", "--foreground", is_flag=True, help="Stay here until the mount is gone; log to stderr.")
+@click.option(
+    "--session", type=click.Choice(SESSIONS), default="auto", show_default=True, help="What serves the mount."
+)
+@click.option(
+    "--log-level",
+    type=click.Choice(LOG_LEVELS, case_sensitive=False),
+    default="info",
+    show_default=True,
+    help="How much is logged (to syslog, or to a file beside the registry).",
+)
+@click.argument("mountpoint")
+def mount(
+    lowers: tuple[str, ...],
+    upper: str | None,
+    work: str | None,
+    options: tuple[str, ...],
+    foreground: bool,
+    session: str,
+    log_level: str,
+    mountpoint: str,
+) -> int:
+    """Mount a union at MOUNTPOINT, and return when it can be used.
+
+    \b
+    Options for -o:
+      lowerdir=A:B:C    the lowers, leftmost on top (write \\: and \\, for : and , in names)
+      upperdir=, workdir=
+      ro                nothing can be changed, though there is an upper
+      volatile          nothing is ever synced to disk: for trees that are thrown away
+      userxattr         keep markers in user.overlay.* xattrs (always so without root)
+      allow_other       let all users in (root: always); allow_root: only root
+      nodev nosuid noexec sync dirsync noatime nodiratime
+      fsname=, subtype= what /proc/mounts shows
+      context=, fscontext=, defcontext=, rootcontext=   SELinux contexts
+    The kernel's redirect_dir=, index=, metacopy=, nfs_export=, xino= and uuid= are taken where they ask for
+    nothing that is missing here; so are words that only concern fstab, and those of fuse-overlayfs.
+    """
+    from unionfs.daemon.process import mount as start
+    from unionfs.daemon.settings import settle
+
+    return start(
+        settle(
+            mountpoint,
+            lowers=lowers,
+            upper=upper,
+            work=work,
+            options=options,
+            session=session,
+            log_level=log_level.lower(),
+        ),
+        foreground=foreground,
+    )

@@ -1,0 +1,150 @@
+"""`unionfs umount`, `ls` and `inspect`: the mounts that live now."""
+
+from __future__ import annotations
+
+import json
+from typing import TYPE_CHECKING, Any
+
+import click
+
+if TYPE_CHECKING:
+    from unionfs.daemon.live import LiveMount
+
+
+@click.command(epilog="Example: unionfs umount /mnt")
+@click.option("--lazy", is_flag=True, help="Detach a mount that is in use; it ends when its last user ends.")
+@click.argument("mountpoint")
+def umount(mountpoint: str, lazy: bool) -> None:
+    """Unmount MOUNTPOINT, and return when its daemon is gone and all changes are on disk.
+
+    A mount whose daemon has died is cleared away too.
+    """
+    from unionfs.daemon.unmount import umount as end
+
+    end(mountpoint, lazy=lazy)
+
+
+@click.command(epilog="Example: unionfs ls --json")
+@click.option("--json", "as_json", is_flag=True, help="Print a JSON array.")
+def ls(as_json: bool) -> None:
+    """List the mounts that live now: mountpoint, daemon's pid, layers, session and since when.
+
+    Root sees everybody's mounts, others see their own.
+    """
+    from unionfs.daemon.live import live_mounts
+
+    mounts = live_mounts()
+    if as_json:
+        print(json.dumps([_summary(mount) for mount in mounts], indent=2))
+        return
+    if not mounts:
+        return
+    from unionfs.cli.run import print_table
+    from unionfs.daemon.errors import quoted
+
+    print_table(
+        ("MOUNTPOINT", "PID", "LAYERS", "SESSION", "SINCE"),
+        [
+            (
+                quoted(mount.settings.mountpoint),
+                str(mount.pid),
+                str(len(_layers(mount))),
+                mount.settings.session,
+                _moment(mount.since).replace("T", " ")[:19],
+            )
+            for mount in mounts
+        ],
+    )
+
+
+@click.command(epilog="Example: unionfs inspect --json /mnt")
+@click.option("--json", "as_json", is_flag=True, help="Print a JSON object.")
+@click.argument("mountpoint")
+def inspect(mountpoint: str, as_json: bool) -> None:
+    """Show all settings of the mount at MOUNTPOINT, and its figures: requests, nodes, copy-ups and so on."""
+    from unionfs.daemon.control import ask
+
+    mount = find_mount(mountpoint)
+    answer = ask(mount.socket_path)
+    figures = None if answer is None else answer.get("figures")
+    whole: dict[str, Any] = {
+        **_summary(mount),
+        "device": mount.device,
+        "settings": mount.settings.to_json(),
+        "figures": figures if isinstance(figures, dict) else None,
+    }
+    if as_json:
+        print(json.dumps(whole, indent=2))
+        return
+    from unionfs.cli.run import print_table
+
+    rows = [(name, _shown(value)) for name, value in whole["settings"].items()]
+    rows += [(name, _shown(whole[name])) for name in ("pid", "device", "since")]
+    print_table(("SETTING", "VALUE"), rows)
+    if whole["figures"] is None:
+        print("\nThe daemon does not answer; its figures are not known.")
+        return
+    print()
+    counts = []
+    for name, value in whole["figures"].items():
+        if isinstance(value, dict):
+            counts += [(f"{name}.{kind}", _shown(count)) for kind, count in value.items()]
+        else:
+            counts.append((name, _shown(value)))
+    print_table(("FIGURE", "VALUE"), counts)
+
+
+def find_mount(mountpoint: str) -> LiveMount:
+    """The live mount at `mountpoint`. Raises UserError when there is none."""
+    from unionfs.daemon import live
+    from unionfs.daemon.errors import UserError, quoted
+    from unionfs.daemon.settings import absolute
+    from unionfs.sys.mountinfo import mounted_at
+
+    path = absolute(mountpoint)
+    mounted = mounted_at(path)
+    known = live.live_mounts()
+    found = None if mounted is None else live.find_by_device(mounted.device, known)
+    if found is None:
+        # It may be mounted in another mount namespace, where the daemon is.
+        found = next((mount for mount in reversed(known) if mount.settings.mountpoint == path), None)
+    if found is None:
+        raise UserError(f"{quoted(path)} is no live unionfs mount; `unionfs ls` shows those there are.")
+    return found
+
+
+def _layers(mount: LiveMount) -> list[str]:
+    upper = [] if mount.settings.upper is None else [mount.settings.upper]
+    return [*upper, *mount.settings.lowers]
+
+
+def _moment(seconds: float) -> str:
+    from datetime import datetime
+
+    return datetime.fromtimestamp(seconds).astimezone().isoformat(timespec="seconds")
+
+
+def _summary(mount: LiveMount) -> dict[str, Any]:
+    return {
+        "mountpoint": mount.settings.mountpoint,
+        "pid": mount.pid,
+        "layers": _layers(mount),
+        "session": mount.settings.session,
+        "since": _moment(mount.since),
+    }
+
+
+def _shown(value: object) -> str:
+    from unionfs.daemon.errors import quoted
+
+    match value:
+        case None:
+            return "-"
+        case bool():
+            return "yes" if value else "no"
+        case list() | tuple():
+            return ", ".join(_shown(item) for item in value) or "-"
+        case str():
+            return quoted(value) if value else "-"
+        case _:
+            return str(value)

@@ -1,0 +1,84 @@
+"""What every command's call has in common: one sentence for an error, and exit code 1."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Sequence
+from contextlib import suppress
+
+import click
+
+from unionfs.daemon.errors import UserError, quoted, reason
+
+
+def run(command: click.Command, arguments: Sequence[str], program: str) -> int:
+    """Run a command and return the exit code. Nothing a user does wrong shows a traceback."""
+    # Names of files are bytes; those that are no UTF-8 leave as they came.
+    for stream in (sys.stdout, sys.stderr):
+        with suppress(AttributeError, ValueError):
+            stream.reconfigure(errors="surrogateescape")  # type: ignore[union-attr]
+    try:
+        result = command.main(list(arguments), prog_name=program, standalone_mode=False)
+        sys.stdout.flush()
+    except click.exceptions.NoArgsIsHelpError as error:
+        print(error.ctx.get_help() if error.ctx else "")
+        return 0
+    except click.exceptions.Exit as error:
+        return error.exit_code
+    except click.ClickException as error:
+        return complain(program, _usage(error, program))
+    except UserError as error:
+        return complain(program, str(error))
+    except (KeyboardInterrupt, click.Abort):
+        return complain(program, "interrupted.", 130)
+    except BrokenPipeError:
+        # The reader (`head`) has enough; the interpreter would complain once more at its end.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        return 1
+    except OSError as error:
+        name = f"{quoted(os.fsdecode(error.filename))}: " if error.filename else ""
+        return complain(program, f"{name}{reason(error)}; check the path and the permissions.")
+    return result if isinstance(result, int) else 0
+
+
+def complain(program: str, sentence: str, code: int = 1) -> int:
+    """Print an error as `PROGRAM: SENTENCE` and return the exit code."""
+    with suppress(OSError):
+        print(f"{program}: {sentence}", file=sys.stderr)
+    return code
+
+
+def _usage(error: click.ClickException, program: str) -> str:
+    """click's message as one sentence that says where the help is."""
+    context = getattr(error, "ctx", None)
+    path = program if context is None else context.command_path
+    text = " ".join(error.format_message().split()).rstrip(".")
+    return f"{text[:1].lower()}{text[1:]}; see `{path} --help`."
+
+
+def on_terminal() -> bool:
+    """Whether standard output is a terminal, which gets tables; everything else gets plain lines."""
+    try:
+        return sys.stdout.isatty()
+    except ValueError:
+        return False
+
+
+def print_table(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    """A table on a terminal; columns with two spaces between them elsewhere."""
+    if on_terminal():
+        from rich import box
+        from rich.console import Console
+        from rich.table import Table
+        from rich.text import Text
+
+        table = Table(*headings, box=box.SIMPLE_HEAD, pad_edge=False)
+        for row in rows:
+            table.add_row(*(Text(cell, overflow="fold") for cell in row))
+        Console(highlight=False).print(table)
+        return
+    lines = [list(headings), *(list(row) for row in rows)]
+    widths = [max(len(line[column]) for line in lines) for column in range(len(headings))]
+    for line in lines:
+        print("  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip())

@@ -1,0 +1,325 @@
+"""What this host offers to a union, and what it lacks: facts that were tried out where they can be."""
+
+from __future__ import annotations
+
+import errno
+import os
+import stat
+import subprocess
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from dataclasses import dataclass
+from typing import Literal
+
+from unionfs.daemon.errors import UserError, reason
+from unionfs.daemon.preflight import find_fusermount, fuse_device_problem, user_allow_other
+from unionfs.sys import calls
+from unionfs.sys.process import may_use_trusted_xattrs
+
+State = Literal["ok", "limited", "missing"]
+
+_MOUNT_NEEDS = frozenset({"/dev/fuse", "fusermount3", "pyfuse3"})
+_OLDEST_KERNEL = (5, 12)  # mount_setattr(2), for read-only private lowers
+
+
+@dataclass(frozen=True, slots=True)
+class Finding:
+    """One fact. `limited`: unions work, but something is slower or left out."""
+
+    name: str
+    state: State
+    detail: str
+    cure: str | None = None
+
+
+def examine(directory: str | None = None) -> list[Finding]:
+    """Look at everything; what concerns filesystems is tried in `directory` (None: the one for temporaries).
+
+    Raises UserError when nothing can be made there.
+    """
+    findings = [_device(), _kernel(), _fusermount(), _allow_other(), _pyfuse3()]
+    try:
+        with tempfile.TemporaryDirectory(prefix="unionfs-doctor-", dir=directory) as place:
+            findings += _filesystem(place)
+    except OSError as error:
+        raise UserError(
+            f"nothing can be tried out in {directory or tempfile.gettempdir()}: {reason(error)}; name a "
+            "directory that can be written by --dir."
+        ) from error
+    return [*findings, _overlayfs(), _passthrough(), _user_namespaces(), _open_files(), *_dead_mounts()]
+
+
+def mounting_is_possible(findings: list[Finding]) -> bool:
+    """Whether nothing is missing that no mount can be without."""
+    return not any(finding.state == "missing" and finding.name in _MOUNT_NEEDS for finding in findings)
+
+
+def _device() -> Finding:
+    try:
+        os.close(os.open("/dev/fuse", os.O_RDWR | os.O_CLOEXEC))
+    except OSError as error:
+        sentence = fuse_device_problem(error)
+        detail, _, cure = sentence.removesuffix(".").partition("; ")
+        return Finding("/dev/fuse", "missing", detail, cure)
+    mode = stat.S_IMODE(os.stat("/dev/fuse").st_mode)
+    if mode & 0o006 != 0o006:
+        return Finding(
+            "/dev/fuse", "limited", f"opens, but mode {mode:04o} keeps other users out", "chmod 666 /dev/fuse"
+        )
+    return Finding("/dev/fuse", "ok", "opens for reading and writing")
+
+
+def _kernel_version() -> tuple[int, int]:
+    major, minor = os.uname().release.split(".")[:2]
+    return int(major), int("".join(char for char in minor if char.isdigit()) or 0)
+
+
+def _kernel() -> Finding:
+    release = os.uname().release
+    if _kernel_version() < _OLDEST_KERNEL:
+        wanted = ".".join(map(str, _OLDEST_KERNEL))
+        return Finding(
+            "kernel", "limited", f"{release}, so lowers are not protected by read-only mounts", f"Linux {wanted}"
+        )
+    return Finding("kernel", "ok", release)
+
+
+def _fusermount() -> Finding:
+    path = find_fusermount()
+    root = os.geteuid() == 0
+    if path is None:
+        # Root mounts by mount(2) itself.
+        return Finding(
+            "fusermount3",
+            "limited" if root else "missing",
+            "not installed: ordinary users cannot mount",
+            "install the package fuse3",
+        )
+    status = os.stat(path)
+    if status.st_uid != 0 or not status.st_mode & stat.S_ISUID:
+        return Finding(
+            "fusermount3",
+            "limited" if root else "missing",
+            f"{path} is not setuid root: ordinary users cannot mount",
+            f"chown root {path}; chmod 4755 {path}",
+        )
+    return Finding("fusermount3", "ok", f"{path}, setuid root")
+
+
+def _allow_other() -> Finding:
+    if user_allow_other():
+        return Finding("user_allow_other", "ok", "ordinary users may let others into their mounts")
+    return Finding(
+        "user_allow_other",
+        "limited",
+        "ordinary users cannot let others into their mounts",
+        "add a line user_allow_other to /etc/fuse.conf",
+    )
+
+
+def _pyfuse3() -> Finding:
+    from importlib import metadata
+
+    try:
+        version = metadata.version("pyfuse3")
+        import pyfuse3  # noqa: F401  (its libfuse is found or not when it is imported)
+    except ImportError as error:
+        return Finding("pyfuse3", "missing", str(error), "install fuse3 and libfuse3-dev, then pip install pyfuse3")
+    import ctypes
+
+    library = "unknown"
+    with suppress(OSError, AttributeError):
+        libfuse = ctypes.CDLL("libfuse3.so.3")
+        libfuse.fuse_pkgversion.restype = ctypes.c_char_p
+        library = libfuse.fuse_pkgversion().decode()
+    return Finding("pyfuse3", "ok", f"pyfuse3 {version}, libfuse {library}")
+
+
+def _filesystem(place: str) -> Iterator[Finding]:
+    kind = _filesystem_type(place)
+    yield _xattrs(place, "user", kind)
+    yield _xattrs(place, "trusted", kind)
+    yield _tried(
+        "whiteouts",
+        lambda: os.mknod(f"{place}/whiteout", stat.S_IFCHR, 0),
+        f"char devices 0/0 can be made on {kind}",
+        "removed names are stored as xattrs",
+        "Linux 5.8, and a filesystem with device nodes",
+    )
+    yield from _renames(place, kind)
+    yield _tried(
+        "O_TMPFILE",
+        lambda: os.close(os.open(place, os.O_TMPFILE | os.O_RDWR | os.O_CLOEXEC, 0o600)),
+        f"works on {kind}",
+        "temporary files have names",
+        "ext4, xfs, btrfs or tmpfs",
+    )
+    yield _tried(
+        "reflink",
+        lambda: _reflink(place),
+        f"copy-up on {kind} shares blocks",
+        "copy-up copies all data",
+        "xfs, btrfs or bcachefs, with lower and upper on the same filesystem",
+    )
+
+
+def _filesystem_type(place: str) -> str:
+    from unionfs.sys.mountinfo import mount_id_of_path, read_mountinfo
+
+    try:
+        mount_id = mount_id_of_path(place)
+        return next(entry.fstype for entry in read_mountinfo() if entry.mount_id == mount_id)
+    except (OSError, StopIteration):
+        return "this filesystem"
+
+
+def _tried(name: str, trial: Callable[[], object], works: str, otherwise: str, cure: str) -> Finding:
+    try:
+        trial()
+    except OSError as error:
+        return Finding(name, "limited", f"{reason(error)}: {otherwise}", cure)
+    return Finding(name, "ok", works)
+
+
+def _xattrs(place: str, namespace: str, kind: str) -> Finding:
+    name = f"{namespace} xattrs"
+    if namespace == "trusted" and not may_use_trusted_xattrs():
+        return Finding(name, "limited", "only for root: markers are kept in user.overlay.*", "run as root")
+    try:
+        os.setxattr(place, f"{namespace}.overlay.opaque", b"y")
+        if os.getxattr(place, f"{namespace}.overlay.opaque") != b"y":
+            raise OSError(errno.EIO, "the xattr is not what was written")
+    except OSError as error:
+        return Finding(
+            name,
+            "limited",
+            f"{reason(error)} on {kind}: no upper can be there"
+            + (" without -o userxattr" if namespace == "trusted" else " as an ordinary user"),
+            "ext4, xfs, btrfs or tmpfs (user xattrs on tmpfs: Linux 6.6)",
+        )
+    return Finding(name, "ok", f"can be written on {kind}")
+
+
+def _renames(place: str, kind: str) -> Iterator[Finding]:
+    # linux/fs.h
+    for name, flag, otherwise in (
+        ("RENAME_EXCHANGE", 2, "exchanging two names is refused"),
+        ("RENAME_WHITEOUT", 4, "a whiteout is made in a second step"),
+    ):
+        for leaf in ("a", "b"):
+            with open(f"{place}/{name}.{leaf}", "wb"):
+                pass
+
+        def trial(name: str = name, flag: int = flag) -> None:
+            fd = os.open(place, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+            try:
+                calls.renameat2(fd, f"{name}.a".encode(), fd, f"{name}.b".encode(), flag)
+            finally:
+                os.close(fd)
+
+        yield _tried(name, trial, f"works on {kind}", otherwise, "ext4, xfs, btrfs or tmpfs")
+
+
+def _reflink(place: str) -> None:
+    with open(f"{place}/source", "wb+") as source, open(f"{place}/target", "wb") as target:
+        source.write(b"x" * 65536)
+        source.flush()
+        calls.clone_file(target.fileno(), source.fileno())
+
+
+def _overlayfs() -> Finding:
+    try:
+        with open("/proc/filesystems", encoding="ascii", errors="replace") as known:
+            if any(line.split()[-1:] == ["overlay"] for line in known):
+                return Finding("kernel overlayfs", "ok", "present: uppers can be mounted by the kernel as well")
+    except OSError:
+        pass
+    module = f"/lib/modules/{os.uname().release}/kernel/fs/overlayfs"
+    if os.path.isdir(module):
+        return Finding("kernel overlayfs", "ok", "present as a module that is not loaded")
+    return Finding(
+        "kernel overlayfs", "limited", "absent: only this program can mount the uppers", "a kernel with overlayfs"
+    )
+
+
+def _passthrough() -> Finding:
+    name = "passthrough"
+    if _kernel_version() < (6, 9):
+        return Finding(
+            name, "limited", f"not in Linux {os.uname().release}: data goes through the daemon", "Linux 6.9"
+        )
+    from unionfs.sys.fuseprobe import offers_passthrough
+
+    answer, how = offers_passthrough(), "as the kernel's FUSE_INIT says"
+    if answer is None:
+        answer, how = _configured("CONFIG_FUSE_PASSTHROUGH"), "as the kernel's configuration says"
+    if answer is None:
+        return Finding(name, "limited", "not known: no configuration to read, and not root", "run doctor as root")
+    if not answer:
+        return Finding(
+            name, "limited", f"switched off, {how}: data goes through the daemon", "CONFIG_FUSE_PASSTHROUGH=y"
+        )
+    if not may_use_trusted_xattrs():
+        return Finding(name, "limited", f"offered, {how}, but only to root", "mount as root")
+    return Finding(name, "ok", f"offered, {how}")
+
+
+def _configured(option: str) -> bool | None:
+    for path in (f"/boot/config-{os.uname().release}", f"/lib/modules/{os.uname().release}/config"):
+        with suppress(OSError), open(path, encoding="utf-8", errors="replace") as lines:
+            return f"{option}=y" in (line.strip() for line in lines)
+    with suppress(OSError, EOFError):
+        import gzip
+
+        with gzip.open("/proc/config.gz", "rt", errors="replace") as packed:
+            return f"{option}=y" in (line.strip() for line in packed)
+    return None
+
+
+def _user_namespaces() -> Finding:
+    # In a process of its own: there is no way back out of a namespace.
+    done = subprocess.run(
+        ["unshare", "--user", "--map-root-user", "true"], stdin=subprocess.DEVNULL, capture_output=True, check=False
+    ) if _has_unshare() else None  # fmt: skip
+    if done is None:
+        return Finding("user namespaces", "limited", "not known: unshare(1) is missing", "install util-linux")
+    if done.returncode == 0:
+        return Finding("user namespaces", "ok", "can be made: rootless containers work")
+    message = os.fsdecode(done.stderr).strip().rpartition(": ")[2]
+    return Finding(
+        "user namespaces",
+        "limited",
+        f"{message[:1].lower()}{message[1:]}: no rootless containers",
+        "sysctl user.max_user_namespaces, kernel.unprivileged_userns_clone, or the security module",
+    )
+
+
+def _has_unshare() -> bool:
+    import shutil
+
+    return shutil.which("unshare") is not None
+
+
+def _open_files() -> Finding:
+    import resource
+
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    detail = f"{hard} per daemon (soft limit {soft}, raised by the daemon)"
+    if hard < 4096:
+        return Finding("open files", "limited", detail, "raise `ulimit -Hn` to 65536 or more")
+    return Finding("open files", "ok", detail)
+
+
+def _dead_mounts() -> Iterator[Finding]:
+    from unionfs.daemon.unmount import is_dead
+    from unionfs.sys.mountinfo import read_mountinfo
+
+    for entry in read_mountinfo():
+        if entry.fstype == "fuse.unionfs" and is_dead(entry.mountpoint):
+            yield Finding(
+                "dead mount",
+                "limited",
+                f"{entry.mountpoint}: its daemon has died",
+                f"unionfs umount {entry.mountpoint}",
+            )

@@ -1,0 +1,248 @@
+"""From a command to a daemon: check, fork, wait until the mount is usable, let go of the caller.
+
+The parent imports neither trio nor pyfuse3, and returns when the child says over a pipe that the mount is
+usable or why it is not. What libfuse and fusermount3 print to fd 2 on the way goes into a file in memory,
+whose content becomes part of the sentence.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import signal
+from collections.abc import Callable
+from contextlib import suppress
+from typing import NoReturn
+
+from unionfs.daemon import live, logs, preflight
+from unionfs.daemon.errors import UserError, quoted
+from unionfs.daemon.settings import MountSettings
+from unionfs.sys.mountinfo import mounted_at
+from unionfs.sys.process import start_time, wait_gone
+
+_STOP_SECONDS = 5.0
+
+log = logging.getLogger(__name__)
+
+
+def mount(settings: MountSettings, *, foreground: bool = False) -> int:
+    """Mount; returns the exit code when the mount is usable, or with `foreground` when it is gone.
+
+    Raises UserError when it can't be mounted; nothing is left mounted then.
+    """
+    _open_standard_files()
+    preflight.check(settings)
+    directory = live.runtime_directory()
+    if foreground:
+        return _serve_here(settings, directory)
+    _start_daemon(settings, directory)
+    return 0
+
+
+def _open_standard_files() -> None:
+    """Make sure that fds 0 to 2 are taken, so that no file of ours gets a number that everyone prints to."""
+    for fd in range(3):
+        try:
+            os.fstat(fd)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)
+
+
+class CapturedStderr:
+    """Has what this process's C code and its helpers print to fd 2 go into memory until `release`."""
+
+    def __init__(self) -> None:
+        self._saved = os.dup(2)
+        self._memory = os.memfd_create("stderr", os.MFD_CLOEXEC)
+        os.dup2(self._memory, 2)
+
+    def saved(self) -> int:
+        """Another fd for the real stderr."""
+        return os.dup(self._saved)
+
+    def text(self) -> str:
+        """What was printed up to now, in one line."""
+        size = os.fstat(self._memory).st_size
+        lines = os.fsdecode(os.pread(self._memory, min(size, 4096), 0)).split("\n")
+        return "; ".join(line.strip() for line in lines if line.strip())
+
+    def release(self) -> None:
+        """Put the real stderr back."""
+        os.dup2(self._saved, 2)
+        os.close(self._saved)
+        os.close(self._memory)
+
+
+def explain(error: Exception, printed: str) -> str:
+    """One sentence out of an error and of what libfuse printed meanwhile."""
+    text = str(error) if isinstance(error, UserError) else f"internal error: {type(error).__name__}: {error}."
+    text = " ".join(text.split())
+    if printed and printed not in text:
+        text = f"{text.removesuffix('.')} ({printed})."
+    return text
+
+
+def _serve_here(settings: MountSettings, directory: str) -> int:
+    captured: CapturedStderr | None = CapturedStderr()
+    assert captured is not None
+    logs.to_stream(settings.log_level, os.fdopen(captured.saved(), "w", buffering=1))
+    # The caller's directory may be inside the mountpoint, and would keep it busy.
+    os.chdir("/")
+
+    def on_usable() -> None:
+        nonlocal captured
+        if captured is not None:
+            captured.release()
+            captured = None
+
+    try:
+        return 0 if _serve(settings, directory, on_usable, foreground=True) else 1
+    except KeyboardInterrupt:
+        raise UserError(f"mounting at {quoted(settings.mountpoint)} was interrupted; try again.") from None
+    except Exception as error:
+        if not isinstance(error, UserError):
+            log.debug("the daemon failed", exc_info=True)
+        raise UserError(explain(error, "" if captured is None else captured.text())) from error
+    finally:
+        if captured is not None:
+            captured.release()
+
+
+def _serve(
+    settings: MountSettings, directory: str, on_usable: Callable[[], None], *, foreground: bool
+) -> bool:
+    from unionfs.daemon.service import Service
+
+    return Service(settings, directory, on_usable, foreground=foreground).run()
+
+
+def _start_daemon(settings: MountSettings, directory: str) -> None:
+    reader, writer = os.pipe()
+    pid = os.fork()
+    if pid == 0:
+        os.close(reader)
+        _be_daemon(settings, directory, writer)
+    os.close(writer)
+    started = start_time(pid)
+    try:
+        with _ended_by_signals(), os.fdopen(reader, "rb") as pipe:
+            answer = pipe.readline()
+    except _Interrupted:
+        _stop_child(pid, started, settings)
+        raise UserError(f"mounting at {quoted(settings.mountpoint)} was interrupted; try again.") from None
+    if answer == b"ready\n":
+        return
+    _, status = os.waitpid(pid, 0)
+    _clear_dead_mount(settings)
+    if answer.endswith(b"\n"):
+        raise UserError(json.loads(answer))
+    code = os.waitstatus_to_exitcode(status)
+    how = f"signal {-code}" if code < 0 else f"code {code}"
+    raise UserError(
+        f"the daemon for {quoted(settings.mountpoint)} ended by {how} before the mount was usable; "
+        f"see {logs.log_place(directory)}."
+    )
+
+
+class _Interrupted(BaseException):
+    """SIGINT or SIGTERM came while waiting for the daemon."""
+
+
+class _ended_by_signals:
+    """Within the block SIGINT, SIGTERM and SIGHUP raise `_Interrupted`."""
+
+    def __enter__(self) -> None:
+        def interrupt(number: int, frame: object) -> NoReturn:
+            raise _Interrupted
+
+        self._before = {
+            number: signal.signal(number, interrupt)
+            for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+        }
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+
+def _stop_child(pid: int, started: int | None, settings: MountSettings) -> None:
+    """Have a daemon that is not ready yet end, by force if it does not want to."""
+    for number in (signal.SIGTERM, signal.SIGKILL):
+        with suppress(ProcessLookupError):
+            os.kill(pid, number)
+        if started is None or wait_gone(pid, started, _STOP_SECONDS):
+            break
+    with suppress(ChildProcessError):
+        os.waitpid(pid, 0)
+    _clear_dead_mount(settings)
+
+
+def _clear_dead_mount(settings: MountSettings) -> None:
+    """Unmount what a daemon that died between mounting and being ready may have left."""
+    found = mounted_at(settings.mountpoint)
+    if found is not None and found.is_fuse:
+        from unionfs.daemon.unmount import is_dead, unmount
+
+        if is_dead(settings.mountpoint):
+            with suppress(OSError):
+                unmount(settings.mountpoint, lazy=True)
+
+
+def _be_daemon(settings: MountSettings, directory: str, writer: int) -> NoReturn:
+    """The child's whole life; it never returns into the caller's code."""
+    code = 1
+    try:
+        code = _daemon(settings, directory, writer)
+    except BaseException:
+        log.exception("the daemon failed")
+    finally:
+        logging.shutdown()
+        # No atexit handlers of the parent's, no flushing of its buffers a second time.
+        os._exit(code)
+
+
+def _daemon(settings: MountSettings, directory: str, writer: int) -> int:
+    os.setsid()
+    os.chdir("/")
+    os.umask(0)
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, signal.SIG_DFL)
+    null = os.open(os.devnull, os.O_RDWR)
+    for fd in range(3):
+        os.dup2(null, fd)
+    # Whatever the caller had open (pipes, locks, directories) is not ours to keep.
+    writer = _close_all_but(writer)
+    captured = CapturedStderr()
+    logs.to_host(settings.log_level, directory, settings.mountpoint)
+    usable = False
+
+    def on_usable() -> None:
+        nonlocal usable
+        usable = True
+        captured.release()
+        try:
+            os.write(writer, b"ready\n")
+        except BrokenPipeError:
+            # Nobody waits any more: the caller was killed and will think that nothing is mounted.
+            os.kill(os.getpid(), signal.SIGTERM)
+        os.close(writer)
+
+    try:
+        return 0 if _serve(settings, directory, on_usable, foreground=False) else 1
+    except Exception as error:
+        if usable:
+            raise
+        if not isinstance(error, UserError):
+            log.exception("the daemon failed")
+        with suppress(BrokenPipeError):
+            os.write(writer, json.dumps(explain(error, captured.text())).encode("ascii") + b"\n")
+        return 1
+
+
+def _close_all_but(fd: int) -> int:
+    """Close every fd but 0 to 2 and `fd`, which moves to 3; returns 3."""
+    if fd != 3:
+        os.dup2(fd, 3, inheritable=False)
+    os.closerange(4, 2**31 - 1)
+    return 3

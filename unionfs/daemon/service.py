@@ -1,0 +1,215 @@
+"""The daemon at work: opens the layers, mounts, serves, and ends so that all is on disk and nothing is left.
+
+Imports trio and the whole union, so only the process that serves a mount imports this module.
+"""
+
+from __future__ import annotations
+
+import logging
+import signal
+import socket
+from collections.abc import Callable
+from contextlib import suppress
+from typing import Any
+
+import trio
+
+from unionfs.daemon import live, unmount
+from unionfs.daemon.control import listen, serve_control
+from unionfs.daemon.errors import UserError, quoted, reason
+from unionfs.daemon.settings import MountSettings
+from unionfs.fuse.operations import UnionOperations
+from unionfs.fuse.session_pyfuse3 import SessionError, serve
+from unionfs.sys.mountinfo import mounted_at
+from unionfs.sys.process import raise_open_file_limit
+from unionfs.union.errors import LayerError
+from unionfs.union.layers import LayerStack
+from unionfs.union.tree import Union
+
+_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+# How long a mount that was unmounted in this namespace may live on elsewhere once the daemon was told to end.
+_GRACE_SECONDS = 2.0
+
+log = logging.getLogger(__name__)
+
+
+class Service:
+    """One mount from its layers to its end."""
+
+    def __init__(
+        self, settings: MountSettings, directory: str, on_usable: Callable[[], None], *, foreground: bool
+    ) -> None:
+        """`directory` is for runtime files; `on_usable` is called once, when the mount can be used.
+
+        With `foreground` the loss of the terminal (SIGHUP) ends the mount.
+        """
+        self.settings = settings
+        self.directory = directory
+        self.device = ""
+        self._on_usable = on_usable
+        self._foreground = foreground
+        self._entry: live.LiveMount | None = None
+        self._told_to_end = False
+
+    def run(self) -> bool:
+        """Serve until the mount is gone. Returns whether the upper reached the disk.
+
+        Raises UserError when it can't be mounted; nothing is left mounted then.
+        """
+        settings = self.settings
+        raise_open_file_limit()
+        try:
+            claims = live.claims_of(settings)
+            stack = LayerStack.open(
+                settings.lowers,
+                settings.upper,
+                settings.work,
+                userxattr=settings.userxattr,
+                volatile=settings.volatile,
+            )
+        except LayerError as error:
+            raise UserError(_sentence(str(error))) from error
+        except OSError as error:
+            name = quoted(str(error.filename)) if error.filename else "the layers"
+            raise UserError(f"{name} cannot be opened: {reason(error)}; check the layers.") from error
+        try:
+            operations = UnionOperations(Union(stack))
+            listener = self._listen()
+            # From here on a signal means "end cleanly"; trio's receiver puts this back when it ends, so
+            # that a second signal cannot end the process before the upper is on disk.
+            for number in _SIGNALS:
+                signal.signal(number, signal.SIG_IGN)
+            try:
+                trio.run(self._main, operations, listener, claims)
+            except BaseExceptionGroup as group:
+                cause = _cause(group)
+                if isinstance(cause, SessionError):
+                    raise UserError(_sentence(str(cause))) from group
+                if isinstance(cause, UserError):
+                    raise cause from group
+                raise
+        finally:
+            on_disk = self._finish(stack)
+        return on_disk
+
+    def _listen(self) -> socket.socket | None:
+        path = live.entry_file(self.directory).removesuffix(".json") + ".sock"
+        try:
+            return listen(path)
+        except OSError as error:
+            # `inspect` will lack the figures; that is no reason not to mount.
+            log.warning("no socket at %s: %s", path, error)
+            return None
+
+    async def _main(
+        self,
+        operations: UnionOperations,
+        listener: socket.socket | None,
+        claims: tuple[tuple[int, int], ...],
+    ) -> None:
+        ready = trio.Event()
+        async with trio.open_nursery() as nursery:
+            session = trio.CancelScope()
+            await nursery.start(self._watch_signals, session)
+            nursery.start_soon(self._announce, ready, claims)
+            if listener is not None:
+                nursery.start_soon(serve_control, listener, lambda: self._answer(operations))
+            with session:
+                await serve(operations, self.settings.mountpoint, self.settings.fuse_options(), ready.set)
+            nursery.cancel_scope.cancel()
+        if not ready.is_set():
+            raise UserError(f"mounting at {quoted(self.settings.mountpoint)} was interrupted; try again.")
+
+    async def _announce(self, ready: trio.Event, claims: tuple[tuple[int, int], ...]) -> None:
+        await ready.wait()
+        mount = mounted_at(self.settings.mountpoint)
+        if mount is None or not mount.is_fuse:
+            raise UserError(
+                f"the mount at {quoted(self.settings.mountpoint)} disappeared at once; see who unmounts "
+                "there."
+            )
+        self.device = mount.device
+        try:
+            self._entry = live.announce(self.settings, mount.device, self.directory, claims)
+        except OSError as error:
+            raise UserError(
+                f"the mount cannot be entered in {quoted(self.directory)}: {reason(error)}; make room there."
+            ) from error
+        log.info("mounted at %s", self.settings.mountpoint)
+        self._on_usable()
+
+    def _answer(self, operations: UnionOperations) -> dict[str, Any]:
+        return {"settings": self.settings.to_json(), "figures": operations.figures()}
+
+    async def _watch_signals(
+        self, session: trio.CancelScope, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED
+    ) -> None:
+        with trio.open_signal_receiver(*_SIGNALS) as signals:
+            task_status.started()
+            async with trio.open_nursery() as nursery:
+                async for number in signals:
+                    if self._told_to_end or (number == signal.SIGHUP and not self._foreground):
+                        continue
+                    self._told_to_end = True
+                    log.info("%s: unmounting %s", signal.Signals(number).name, self.settings.mountpoint)
+                    nursery.start_soon(self._end, session)
+
+    async def _end(self, session: trio.CancelScope) -> None:
+        """Unmount while the loop goes on serving, then stop serving even if somebody still holds files."""
+        if not self.device:
+            session.cancel()
+            return
+        try:
+            detached = await trio.to_thread.run_sync(
+                unmount.end_from_within, self.device, abandon_on_cancel=True
+            )
+        except OSError:
+            log.exception("unmounting failed")
+            detached = True
+        # When the mount is gone, serve() returns and cancels this task.
+        await trio.sleep(0 if detached else _GRACE_SECONDS)
+        if detached:
+            log.warning("%s was in use: detached", self.settings.mountpoint)
+        session.cancel()
+
+    def _finish(self, stack: LayerStack) -> bool:
+        """Let go of the layers, lowers first, the upper when it is on disk."""
+        on_disk = True
+        stack.close_lowers()
+        if self.device:
+            unmount.clear_leftovers(self.device)
+        if self._entry is not None:
+            live.mark_ending(self._entry)
+        if not self.settings.volatile:
+            try:
+                stack.sync_upper()
+            except OSError as error:
+                log.error("the upper could not be written to disk: %s", error)
+                on_disk = False
+        stack.close()
+        if self._entry is not None:
+            self._entry.remove()
+        else:
+            with suppress(OSError):
+                _remove_socket(self.directory)
+        log.info("ended: %s", self.settings.mountpoint)
+        return on_disk
+
+
+def _remove_socket(directory: str) -> None:
+    import os
+
+    os.unlink(live.entry_file(directory).removesuffix(".json") + ".sock")
+
+
+def _cause(group: BaseExceptionGroup[Any]) -> BaseException:
+    """The exception in a tree of groups that is meant for the user, else the first one."""
+    known = group.subgroup((SessionError, UserError))
+    error: BaseException = group if known is None else known
+    while isinstance(error, BaseExceptionGroup):
+        error = error.exceptions[0]
+    return error
+
+
+def _sentence(text: str) -> str:
+    return text if text.endswith(".") else text + "."

@@ -1,0 +1,74 @@
+"""Asking the kernel what its FUSE can do, without mounting anywhere.
+
+A FUSE superblock sends FUSE_INIT as soon as it is made; fsopen(2) makes one that is mounted nowhere and that
+goes when its fds are closed.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import struct
+from typing import Final
+
+_libc = ctypes.CDLL(None, use_errno=True)
+
+# include/uapi/asm-generic/unistd.h, include/uapi/linux/mount.h
+_SYS_FSOPEN: Final = 430
+_SYS_FSCONFIG: Final = 431
+_FSOPEN_CLOEXEC: Final = 1
+_FSCONFIG_SET_STRING: Final = 1
+_FSCONFIG_CMD_CREATE: Final = 6
+
+# include/uapi/linux/fuse.h: struct fuse_in_header, then major, minor, max_readahead, flags, flags2
+_IN_HEADER_SIZE: Final = 40
+_INIT_IN = struct.Struct("=5I")
+_FUSE_INIT: Final = 26
+_FUSE_INIT_EXT: Final = 1 << 30
+_FUSE_PASSTHROUGH: Final = 1 << 37
+
+
+def init_flags() -> int | None:
+    """The 64 flags of the kernel's FUSE_INIT; None when they can't be asked for (not root, an old kernel)."""
+    try:
+        device = os.open("/dev/fuse", os.O_RDWR | os.O_NONBLOCK | os.O_CLOEXEC)
+    except OSError:
+        return None
+    context = -1
+    try:
+        context = int(_libc.syscall(_SYS_FSOPEN, ctypes.c_char_p(b"fuse"), _FSOPEN_CLOEXEC))
+        if context < 0:
+            return None
+        for key, value in (
+            (b"fd", b"%d" % device),
+            (b"rootmode", b"40000"),
+            (b"user_id", b"%d" % os.geteuid()),
+            (b"group_id", b"%d" % os.getegid()),
+        ):
+            if _libc.syscall(
+                _SYS_FSCONFIG, context, _FSCONFIG_SET_STRING, ctypes.c_char_p(key), ctypes.c_char_p(value), 0
+            ):
+                return None
+        if _libc.syscall(_SYS_FSCONFIG, context, _FSCONFIG_CMD_CREATE, None, None, 0):
+            return None
+        return _flags(os.read(device, 1 << 17))
+    except OSError:
+        return None
+    finally:
+        # The device first: that aborts the connection, and nothing waits for an answer.
+        os.close(device)
+        if context >= 0:
+            os.close(context)
+
+
+def _flags(message: bytes) -> int | None:
+    if len(message) < _IN_HEADER_SIZE + _INIT_IN.size or message[4:8] != struct.pack("=I", _FUSE_INIT):
+        return None
+    *_, flags, flags2 = _INIT_IN.unpack_from(message, _IN_HEADER_SIZE)
+    return int(flags) | (int(flags2) << 32 if flags & _FUSE_INIT_EXT else 0)
+
+
+def offers_passthrough() -> bool | None:
+    """Whether the kernel offers FUSE passthrough (Linux 6.9, CONFIG_FUSE_PASSTHROUGH); None: not known."""
+    flags = init_flags()
+    return None if flags is None else bool(flags & _FUSE_PASSTHROUGH)
