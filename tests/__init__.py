@@ -1,0 +1,1 @@
+"""The tests: unit, real mounts, and the comparison with kernel overlayfs."""

@@ -1,0 +1,120 @@
+"""Fixtures of all tests: ``session``, ``area``, ``union``, the oracle's mount, and a watchdog against hangs."""
+
+from __future__ import annotations
+
+import functools
+import os
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from pathlib import Path
+
+import pytest
+
+from tests.support import areas, mounting
+from tests.support.mounting import Mount
+from tests.support.worker import Worker
+
+WATCHDOG_SECONDS = 100.0
+"""After this time the daemons of a test are ended, which wakes every request that waits for them."""
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Declare the markers of this file and sweep what killed runs left."""
+    config.addinivalue_line("markers", "watchdog(seconds): end the test's daemons after this time (default 100)")
+    config.addinivalue_line("markers", "thorough: a long run of the oracle; chosen by UNIONFS_ORACLE=thorough")
+    areas.sweep()
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """Run every test that takes ``session`` once a session."""
+    if "session" in metafunc.fixturenames:
+        metafunc.parametrize("session", mounting.sessions(), scope="session")
+
+
+@functools.cache
+def _mount_reason() -> str | None:
+    if os.geteuid() != 0:
+        return "these mounts need root (layers with trusted.* xattrs, other users' files)"
+    if not os.access("/dev/fuse", os.R_OK | os.W_OK):
+        return "/dev/fuse is missing: modprobe fuse, or give the container the device"
+    return None
+
+
+@functools.cache
+def _overlay_reason() -> str | None:
+    return mounting.overlay_reason()
+
+
+@pytest.fixture
+def root() -> None:
+    """Skip, with the reason, where the host or the user cannot mount as these tests need it."""
+    if reason := _mount_reason():
+        pytest.skip(reason)
+
+
+@pytest.fixture
+def kernel_overlay(root: None) -> None:
+    """Skip, with the reason, where kernel overlayfs cannot be the oracle."""
+    if reason := _overlay_reason():
+        pytest.skip(reason)
+
+
+@pytest.fixture(autouse=True)
+def _watchdog(request: pytest.FixtureRequest) -> Iterator[None]:
+    """End the daemons of a test that hangs: a wait for FUSE ends only with its process or its daemon."""
+    marker = request.node.get_closest_marker("watchdog")
+    seconds = float(marker.args[0]) if marker else WATCHDOG_SECONDS
+
+    def bark() -> None:
+        for mount in list(mounting.LIVE):
+            mount.kill()
+
+    timer = threading.Timer(seconds, bark)
+    timer.daemon = True
+    timer.start()
+    yield
+    timer.cancel()
+
+
+@pytest.fixture
+def area() -> Iterator[Path]:
+    """A directory for layers, on a filesystem with all features, entered by anyone; gone after the test."""
+    with areas.area() as path:
+        yield path
+        left = [where for _, where, _ in areas.mounts_below(path)]
+    assert not left, f"the test left mounts: {left}"
+
+
+@pytest.fixture
+def filesystem() -> Iterator[Callable[..., Path]]:
+    """``filesystem(kind, size)``: a mounted filesystem of its own (tmpfs, ext4, xfs, btrfs), or a skip."""
+    with ExitStack() as stack:
+
+        def make(kind: str, size: int = 256 << 20) -> Path:
+            try:
+                return stack.enter_context(areas.filesystem(kind, size))
+            except areas.Unavailable as reason:
+                pytest.skip(str(reason))
+
+        yield make
+
+
+@pytest.fixture
+def union(root: None, area: Path, session: str) -> Iterator[Mount]:
+    """A mount with one empty lower, an upper and a work directory."""
+    for name in ("lower", "upper", "work"):
+        (area / name).mkdir()
+    with mounting.mounted(
+        area, lowers=[area / "lower"], upper=area / "upper", work=area / "work", session=session
+    ) as mount:
+        yield mount
+
+
+@pytest.fixture
+def user() -> Iterator[Worker]:
+    """A worker process of uid 1000, gid 1000, with the supplementary group 1001."""
+    if os.geteuid() != 0:
+        pytest.skip("another identity needs root")
+    with Worker(1000, 1000, [1001]) as worker:
+        yield worker

@@ -1,0 +1,142 @@
+"""Everything that the comparison with kernel overlayfs lets differ, and why. Nothing else may.
+
+1. Inode values: only their relation is compared (which names are one file). A lower file with several hard
+   links that is not copied up is left out: overlayfs without ``index`` shows its names as one file until
+   copy-up breaks them, the union shows a file a name from the start, which keeps ``st_ino`` the same.
+2. ``st_nlink`` of a directory, where either side says 1: a merged directory has no true count.
+3. Size and blocks of directories, and the order in which they are listed.
+4. atime, and ctime. An mtime is compared to the nanosecond unless it lies in the time of the run: then both
+   sides must have it there ("now").
+5. An open lower file that lost its last name: overlayfs keeps ``st_nlink`` at 1 and answers EEXIST to
+   whatever would copy it up (O_RDWR reopening, fchmod ...). A native filesystem says 0 and succeeds, and that
+   is what the union must do; from there the two sides have nothing to compare, so the handles are closed.
+6. Filesystem type and statfs figures but for the longest name.
+7. The umask is 0 wherever the parent directory has a default ACL: without FUSE_DONT_MASK the kernel applies
+   the umask before the filesystem is asked, and a default ACL should have replaced it. A documented limit.
+"""
+
+from __future__ import annotations
+
+import stat
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
+
+from tests.oracle.operations import Attributes
+from tests.support.snapshot import Entry, Tree
+
+NOW = -(10**18)
+"""Stands for every mtime within the run."""
+
+Result = tuple[str, Any]
+
+
+@dataclass(frozen=True)
+class Clock:
+    """The span of the run, nanoseconds of the real-time clock."""
+
+    started: int
+
+    @classmethod
+    def start(cls) -> Clock:
+        """A run that begins now."""
+        return cls(time.time_ns() - 5 * 10**9)
+
+    def mtime(self, value: int) -> int:
+        """``value``, or NOW when it lies in the run."""
+        return NOW if self.started <= value <= time.time_ns() + 5 * 10**9 else value
+
+
+def _nlinks(kind: int, ours: int, theirs: int) -> bool:
+    return ours == theirs or (stat.S_ISDIR(kind) and 1 in (ours, theirs))
+
+
+def _relations(tree: Tree, without: set[bytes]) -> set[frozenset[bytes]]:
+    groups: dict[int, set[bytes]] = {}
+    for path, entry in tree.items():
+        if path not in without:
+            groups.setdefault(entry.ino, set()).add(path)
+    return {frozenset(group) for group in groups.values() if len(group) > 1}
+
+
+def _show(entry: Entry, clock: Clock) -> dict[str, object]:
+    shown = {
+        "mode": oct(entry.mode),
+        "uid": entry.uid,
+        "gid": entry.gid,
+        "size": 0 if stat.S_ISDIR(entry.mode) else entry.size,
+        "rdev": entry.rdev,
+        "mtime": clock.mtime(entry.mtime),
+        "content": entry.content,
+        "xattrs": entry.xattrs,
+        "d_type": entry.d_type,
+        "names": entry.names,
+    }
+    return shown
+
+
+def compare_trees(
+    ours: Tree, theirs: Tree, clock: Clock, is_copied_up: Callable[[bytes], bool] = lambda path: True
+) -> list[str]:
+    """The differences, a line each. ``is_copied_up`` says of a path whether overlayfs has it in its upper."""
+    lines = [f"{path!r} is missing" for path in theirs.keys() - ours.keys()]
+    lines += [f"{path!r} should not be there" for path in ours.keys() - theirs.keys()]
+    shared = sorted(ours.keys() & theirs.keys())
+    broken = {
+        path
+        for path, entry in theirs.items()
+        if not stat.S_ISDIR(entry.mode) and entry.nlink > 1 and not is_copied_up(path)
+    }
+    for path in shared:
+        mine, other = _show(ours[path], clock), _show(theirs[path], clock)
+        for key, value in other.items():
+            if mine[key] != value:
+                lines.append(f"{path!r}: {key} is {mine[key]!r}, overlayfs has {value!r}")
+        if not _nlinks(theirs[path].mode, ours[path].nlink, theirs[path].nlink):
+            lines.append(f"{path!r}: nlink is {ours[path].nlink}, overlayfs has {theirs[path].nlink}")
+    mine_groups, their_groups = _relations(ours, broken), _relations(theirs, broken)
+    lines += [f"one file: {sorted(group)!r}" for group in mine_groups - their_groups]
+    lines += [f"not one file: {sorted(group)!r}" for group in their_groups - mine_groups]
+    return lines
+
+
+def strict(ours: Tree) -> list[str]:
+    """What holds for the union by itself: d_ino = st_ino, and one st_dev for all."""
+    lines = [
+        f"{path!r}: d_ino is {entry.d_ino}, st_ino {entry.ino}"
+        for path, entry in ours.items()
+        if path != b"." and entry.d_ino != entry.ino
+    ]
+    devices = {entry.dev for entry in ours.values()}
+    if len(devices) > 1:
+        lines.append(f"st_dev differs within the tree: {sorted(devices)}")
+    return lines
+
+
+def moved_inodes(before: Tree, after: Tree, touched: tuple[bytes, ...]) -> list[str]:
+    """Names that kept their object and yet changed st_ino; ``touched`` are those that a step may replace."""
+    lines = []
+    for path in before.keys() & after.keys():
+        if any(path == name or path.startswith(name + b"/") for name in touched):
+            continue
+        old, new = before[path], after[path]
+        if old.ino != new.ino and old.kind == new.kind:
+            lines.append(f"{path!r}: st_ino changed from {old.ino} to {new.ino}")
+    return lines
+
+
+def compare_results(ours: Result, theirs: Result, *, dead_lower: bool) -> str | None:
+    """What is wrong with our result; None when nothing. ``dead_lower``: rule 5 holds for the handle."""
+    if ours == theirs:
+        return None
+    text = f"result is {ours!r}, overlayfs has {theirs!r}"
+    if ours[0] == theirs[0] == "ok" and isinstance(theirs[1], Attributes) and isinstance(ours[1], Attributes):
+        mine, other = ours[1], theirs[1]
+        if mine.deleted and other.deleted and stat.S_ISDIR(other.mode):
+            return None if replace(mine, nlink=0) == replace(other, nlink=0) else text
+        if dead_lower and mine.nlink in (0, other.nlink - 1):
+            return None if replace(mine, nlink=0) == replace(other, nlink=0) else text
+        if not dead_lower and _nlinks(other.mode, mine.nlink, other.nlink):
+            return None if replace(mine, nlink=0) == replace(other, nlink=0) else text
+    return text

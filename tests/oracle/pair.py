@@ -1,0 +1,374 @@
+"""Two mounts over copies of the same layers, and workers that do every operation on both.
+
+One pair of mounts serves many examples: every lower holds a number of equal trees ("arenas"), and each
+example plays in the next one. When they are used up, or when a side is broken, the uppers are emptied and
+both sides are mounted anew over the same lowers.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+import stat
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from tests.oracle import layers, normalise, operations
+from tests.oracle.operations import Op
+from tests.support import mounting, snapshot
+from tests.support.mounting import Mount
+from tests.support.snapshot import Tree
+from tests.support.worker import Worker, WorkerFailed, WorkerHung
+
+ARENAS = 24
+REMOVING = frozenset({"unlink", "rmdir", "rename"})
+"""Operations after which an open file may have lost its name."""
+
+
+class Difference(AssertionError):
+    """The two sides are not equal, or a rule of the union is broken."""
+
+
+@dataclass
+class Side:
+    """One of the two: its layers, its mount and a worker for each identity."""
+
+    name: str
+    home: Path
+    count: int
+    mount: Mount | None = None
+    stack: contextlib.ExitStack = field(default_factory=contextlib.ExitStack)
+    workers: dict[str, Worker] = field(default_factory=dict)
+
+    def build(self) -> None:
+        """Make the lowers, with all arenas."""
+        shutil.rmtree(self.home, ignore_errors=True)
+        self.home.mkdir()
+        for lower in self.lowers:
+            lower.mkdir()
+        for index in range(ARENAS):
+            layers.build([lower / arena_name(index) for lower in self.lowers])
+
+    @property
+    def lowers(self) -> list[Path]:
+        return [self.home / f"lower{index}" for index in range(1, self.count + 1)]
+
+    @property
+    def upper(self) -> Path:
+        return self.home / "upper"
+
+    @property
+    def work(self) -> Path:
+        return self.home / "work"
+
+    def open(self, session: str) -> None:
+        """Mount with an empty upper and start the workers that are missing."""
+        for path in (self.upper, self.work):
+            shutil.rmtree(path, ignore_errors=True)
+            path.mkdir()
+        self.mount = self.enter(session, lowers=self.lowers, upper=self.upper, work=self.work)
+        for who, (uid, gid, groups) in operations.IDENTITIES.items():
+            if who not in self.workers or not self.workers[who].alive:
+                self.workers[who] = Worker(uid, gid, groups, modules=["tests.oracle.operations"])
+
+    def enter(self, session: str, *, lowers: Sequence[Path], upper: Path | None, work: Path | None) -> Mount:
+        """Mount other layers at this side's mountpoint; ``leave`` undoes it."""
+        context = (
+            mounting.kernel_mounted(self.home, lowers=lowers, upper=upper, work=work)
+            if session == "kernel"
+            else mounting.mounted(self.home, lowers=lowers, upper=upper, work=work, session=session)
+        )
+        return self.stack.enter_context(context)
+
+    def leave(self) -> None:
+        """Unmount; raises MountFailed when the daemon does not end as it must."""
+        for worker in self.workers.values():
+            if worker.alive:
+                worker.call(operations.end)
+        self.mount = None
+        self.stack.close()
+
+    def destroy(self) -> None:
+        """End everything by force."""
+        if self.mount is not None:
+            mounting.destroy(self.mount)
+        for worker in self.workers.values():
+            worker.kill()
+            worker.close()
+        self.workers.clear()
+        self.mount = None
+        with contextlib.suppress(AssertionError, OSError):
+            self.stack.close()
+
+
+def arena_name(index: int) -> str:
+    """The directory of one arena."""
+    return f"arena-{index:02}"
+
+
+class Pair:
+    """``ours`` and ``theirs``; ``begin``, then ``step`` for each operation, then ``finish``."""
+
+    def __init__(self, home: Path, session: str, count: int) -> None:
+        self.session, self.count = session, count
+        self.clock = normalise.Clock.start()
+        self.ours = Side("ours", home / "ours", count)
+        self.theirs = Side("theirs", home / "theirs", count)
+        self.home = home
+        self._next = ARENAS
+        self._broken = False  # the mounts cannot be used any more
+        self._spoiled = False  # nor the lowers
+        self._final: dict[str, Tree] = {}
+        self._manifests: dict[tuple[Path, str], dict[bytes, tuple[object, ...]]] = {}
+        self.arena = ""
+        self.tree: Tree = {}
+        self._our_tree: Tree = {}
+        self.handles: dict[str, set[int]] = {}
+        self._dead: dict[tuple[str, int], bytes] = {}
+        self._spoiled = True
+
+    # -- the life of the mounts
+
+    def _renew(self) -> None:
+        if self._broken:
+            for side in (self.ours, self.theirs):
+                side.destroy()
+        else:
+            self.close()
+        if self._spoiled:
+            for side in (self.ours, self.theirs):
+                side.build()
+            for lower in self.ours.lowers:
+                for index in range(ARENAS):
+                    self._manifests[lower, arena_name(index)] = snapshot.manifest(lower / arena_name(index))
+            self._spoiled = False
+        for side, session in ((self.ours, self.session), (self.theirs, "kernel")):
+            side.open(session)
+        self._next, self._broken = 0, False
+
+    def close(self) -> None:
+        """Unmount both, then look at every finished tree once more with the uppers exchanged, writable."""
+        if self.ours.mount is None or self._broken:
+            return
+        for side in (self.ours, self.theirs):
+            side.leave()
+        final, self._final = self._final, {}
+        for side, session in ((self.ours, "kernel"), (self.theirs, self.session)):
+            mount = side.enter(session, lowers=side.lowers, upper=side.upper, work=side.work)
+            try:
+                for arena, tree in final.items():
+                    again = side.workers["root"].call(snapshot.take, os.fsencode(mount.mountpoint / arena))
+                    self._check(f"{side.name}'s upper under {session}, after the run, {arena}", again, tree)
+            finally:
+                side.leave()
+
+    def destroy(self) -> None:
+        """End both sides by force."""
+        for side in (self.ours, self.theirs):
+            side.destroy()
+
+    # -- one example
+
+    def begin(self) -> None:
+        """Start an example in a fresh arena."""
+        if self._broken or self._next >= ARENAS or self.ours.mount is None:
+            self._renew()
+        self.arena = arena_name(self._next)
+        self._next += 1
+        self.handles = {who: set() for who in operations.IDENTITIES}
+        self._dead.clear()
+        for side in (self.ours, self.theirs):
+            assert side.mount is not None
+            for worker in side.workers.values():
+                worker.call(operations.begin, os.fsencode(side.mount.mountpoint / self.arena))
+        self.look(None)
+
+    def step(self, op: Op) -> None:
+        """Do one operation on both sides and compare; raises Difference. Handles that are not open: skipped."""
+        if op.name.startswith("h_") and op.args[0] not in self.handles[op.who]:
+            return
+        try:
+            self._step(op)
+            self.look(op)
+        except (Difference, WorkerFailed, WorkerHung) as error:
+            self._broken = True
+            if isinstance(error, Difference):
+                raise
+            raise Difference(f"{type(error).__name__}: {error}") from error
+
+    def _step(self, op: Op) -> None:
+        umask = op.umask
+        if op.name in operations.CREATING and umask:
+            path = next(item for item in op.args if isinstance(item, bytes))
+            if self.theirs.workers["root"].call(operations.has_default_acl, path):
+                umask = 0
+        before = self._where(op) if op.name in REMOVING else {}
+        for side in (self.ours, self.theirs):
+            side.workers[op.who].start(operations.run, op.name, umask, op.args)
+        ours = self.ours.workers[op.who].finish()
+        theirs = self.theirs.workers[op.who].finish()
+        dead = op.name.startswith("h_") and (op.who, op.args[0]) in self._dead
+        if wrong := normalise.compare_results(ours, theirs, dead_lower=dead):
+            if not (dead and theirs == ("errno", 17) and ours[0] == "ok"):
+                raise Difference(f"{op}: {wrong}")
+            if op.name == "h_reopen":
+                self.handles[op.who].add(op.args[1])
+                self._dead[op.who, op.args[1]] = self._dead[op.who, op.args[0]]
+            self._close_dead(self._dead[op.who, op.args[0]])
+            return
+        self._note_handles(op, ok=theirs[0] == "ok")
+        if before:
+            self._note_dead(before)
+
+    def _note_handles(self, op: Op, *, ok: bool) -> None:
+        if not ok:
+            return
+        mine = self.handles[op.who]
+        if op.name == "h_close":
+            mine.discard(op.args[0])
+            self._dead.pop((op.who, op.args[0]), None)
+        elif op.name == "open":
+            mine.add(op.args[0])
+            self._dead.pop((op.who, op.args[0]), None)
+        elif op.name == "h_reopen":
+            mine.add(op.args[1])
+            source = self._dead.get((op.who, op.args[0]))
+            self._dead.pop((op.who, op.args[1]), None)
+            if source is not None:
+                self._dead[op.who, op.args[1]] = source
+
+    def _names(self) -> dict[tuple[str, int], bytes]:
+        return {
+            (who, number): name
+            for who, numbers in self.handles.items()
+            if numbers
+            for number, name in self.theirs.workers[who].call(operations.handle_names).items()
+        }
+
+    def _where(self, op: Op) -> dict[tuple[str, int], tuple[bytes, bool]]:
+        """Of each open handle of overlayfs its name, and whether that is in the upper already."""
+        assert self.theirs.mount is not None
+        prefix = os.fsencode(self.theirs.mount.mountpoint / self.arena) + b"/"
+        found = {}
+        for key, name in self._names().items():
+            if not name.endswith(b" (deleted)"):
+                found[key] = (name, self.is_copied_up(name.removeprefix(prefix)))
+        return found
+
+    def _note_dead(self, before: dict[tuple[str, int], tuple[bytes, bool]]) -> None:
+        for key, name in self._names().items():
+            if name.endswith(b" (deleted)") and key in before and not before[key][1]:
+                self._dead[key] = before[key][0]
+
+    def _close_dead(self, path: bytes) -> None:
+        for who, number in [key for key, name in self._dead.items() if name == path]:
+            for side in (self.ours, self.theirs):
+                side.workers[who].call(operations.run, "h_forget", 0, (number,))
+            self.handles[who].discard(number)
+            del self._dead[who, number]
+
+    def is_copied_up(self, path: bytes, side: Side | None = None) -> bool:
+        """Whether a side (overlayfs) has the path in its upper (a whiteout there is no copy)."""
+        upper = (side or self.theirs).upper / self.arena
+        try:
+            found = os.lstat(os.path.join(os.fsencode(upper), path))
+        except OSError:
+            return False
+        return not (stat.S_ISCHR(found.st_mode) and found.st_rdev == 0)
+
+    def look(self, op: Op | None) -> None:
+        """Compare the whole trees."""
+        for side in (self.ours, self.theirs):
+            side.workers["root"].start(operations.take)
+        answers: list[Tree] = []
+        problem: BaseException | None = None
+        for side in (self.ours, self.theirs):
+            try:
+                answers.append(side.workers["root"].finish())
+            except (OSError, WorkerFailed, WorkerHung) as error:
+                problem = problem or Difference(f"after {op}: reading {side.name}'s whole tree: {error!r}")
+        if problem is not None:
+            raise problem
+        ours, self.tree = answers
+        self._check(f"after {op}", ours, self.tree, self.theirs)
+        lines = normalise.strict(ours)
+        if self.session != "overlay":
+            lines += normalise.moved_inodes(self._our_tree, ours, _touched(op)) if op is not None else []
+        self._our_tree = ours
+        if self.ours.mount is not None:
+            lines += [f"in the log: {line}" for line in self.ours.mount.bad_log_lines()]
+        if lines:
+            raise Difference(f"after {op}:\n  " + "\n  ".join(lines[:20]))
+
+    def _check(self, when: str, ours: Tree, theirs: Tree, upper_of: Side | None = None) -> None:
+        """``upper_of``: the side whose upper says what is copied up; without it no file counts as copied up."""
+        lines = normalise.compare_trees(
+            ours, theirs, self.clock, lambda path: upper_of is not None and self.is_copied_up(path, upper_of)
+        )
+        if lines:
+            raise Difference(f"{when}:\n  " + "\n  ".join(lines[:20]))
+
+    def finish(self) -> None:
+        """The end of an example: lowers untouched, and each side reads what the other wrote."""
+        try:
+            self._finish()
+        except (AssertionError, OSError):
+            self._broken = True
+            raise
+
+    def _finish(self) -> None:
+        for side in (self.ours, self.theirs):
+            for worker in side.workers.values():
+                worker.call(operations.end)
+        for lower in self.ours.lowers:
+            if snapshot.manifest(lower / self.arena) != self._manifests[lower, self.arena]:
+                self._spoiled = True
+                raise Difference(f"{lower.name} was changed: {self._changes(lower)}")
+        self._cross("kernel", self.ours, self._our_tree)
+        self._cross(self.session, self.theirs, self.tree)
+        self._final[self.arena] = self.tree
+
+    def _changes(self, lower: Path) -> list[bytes]:
+        before, after = self._manifests[lower, self.arena], snapshot.manifest(lower / self.arena)
+        return sorted(path for path in before.keys() | after.keys() if before.get(path) != after.get(path))
+
+    def _cross(self, session: str, side: Side, tree: Tree) -> None:
+        """One side's upper, read-only under the other's filesystem, must show the same tree."""
+        layers_ = [side.upper, *side.lowers]
+        context = (
+            mounting.kernel_mounted(self.home, lowers=layers_, name="cross")
+            if session == "kernel"
+            else mounting.mounted(self.home, lowers=layers_, session=session, name="cross")
+        )
+        with context as mount:
+            again = side.workers["root"].call(snapshot.take, os.fsencode(mount.mountpoint / self.arena))
+            self._check(f"{side.name}'s upper read by {session}", again, tree, side)
+
+    def replay(self, ops: Sequence[Op], *, full: bool = True) -> str | None:
+        """Play a sequence in a fresh arena; the first difference, or None."""
+        try:
+            self.begin()
+            for op in ops:
+                self.step(op)
+            if full:
+                self.finish()
+        except AssertionError as error:
+            self._broken = True
+            return str(error)
+        return None
+
+
+def _touched(op: Op | None) -> tuple[bytes, ...]:
+    """The names that a step may give to another object (through symlinks too, by their last component)."""
+    if op is None or op.name not in {"create", "open", "unlink", "rename", "mkdir", "rmdir", "mknod", "symlink", "link"}:
+        return ()
+    if op.name in {"create", "open"}:
+        return ()
+    names = []
+    for item in op.args:
+        if isinstance(item, bytes):
+            names.append(os.path.normpath(item))
+            names.append(os.path.join(b"m", os.path.basename(item.rstrip(b"/"))))  # through the symlink to m
+    return tuple(names)

@@ -1,0 +1,55 @@
+"""Random operations on the union and on kernel overlayfs at once, over copies of the same lowers.
+
+``UNIONFS_ORACLE=thorough`` makes long random runs (``UNIONFS_ORACLE_EXAMPLES`` of them); without it the runs
+are bounded and always the same.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+from hypothesis import HealthCheck, Phase, settings
+from hypothesis.stateful import run_state_machine_as_test
+
+from tests.oracle.machine import Machine
+from tests.oracle.pair import Pair
+from tests.oracle.replay import report
+
+THOROUGH = os.environ.get("UNIONFS_ORACLE") == "thorough"
+
+_common = {
+    "deadline": None,
+    "database": None,
+    "report_multiple_bugs": False,
+    "print_blob": False,
+    "suppress_health_check": list(HealthCheck),
+    # A failing sequence is shortened by tests.oracle.replay, which knows that steps do not depend on each other.
+    "phases": (Phase.generate,),
+}
+PROFILES = {
+    2: settings(max_examples=10, stateful_step_count=40, derandomize=True, **_common),  # type: ignore[arg-type]
+    3: settings(max_examples=25, stateful_step_count=40, derandomize=True, **_common),  # type: ignore[arg-type]
+}
+LONG = settings(
+    max_examples=int(os.environ.get("UNIONFS_ORACLE_EXAMPLES", "400")), stateful_step_count=80, **_common
+)  # type: ignore[arg-type]
+
+
+@pytest.mark.watchdog(900 if not THOROUGH else 100_000)
+@pytest.mark.timeout(900 if not THOROUGH else 100_000)
+@pytest.mark.parametrize("lowers", sorted(PROFILES))
+def test_same_as_kernel_overlayfs(kernel_overlay: None, area: Path, session: str, lowers: int) -> None:
+    """Results, errnos and whole trees are equal after each step, uppers are exchangeable, lowers untouched."""
+    pair = Pair(area, session, lowers)
+    machine = type("OracleMachine", (Machine,), {"pair": pair})
+    try:
+        try:
+            run_state_machine_as_test(machine, settings=LONG if THOROUGH else PROFILES[lowers])
+        except Exception as error:
+            text = report(pair, machine.played, str(error), 120)  # type: ignore[attr-defined]
+            raise AssertionError(text) from None
+        pair.close()
+    finally:
+        pair.destroy()

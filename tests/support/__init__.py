@@ -1,0 +1,1 @@
+"""What tests share: mounts, layer areas, workers with another identity, snapshots of trees."""

@@ -1,0 +1,159 @@
+"""Places for layers: directories on a filesystem that has all features, and small filesystems of their own.
+
+An area is a directory with mode 0755 all the way, so that a worker with another identity can enter it
+(pytest's tmp_path cannot be entered by others). It is named after the process that made it; the next run
+sweeps what a killed run left behind.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import shutil
+import stat
+import subprocess
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from tests.support import acl, syscalls
+
+PREFIX = "unionfs-tests-"
+FILESYSTEMS = ("ext4", "tmpfs", "xfs", "btrfs")
+_MKFS = {
+    "ext4": ["mkfs.ext4", "-q", "-F", "-E", "lazy_itable_init=0,nodiscard"],
+    "xfs": ["mkfs.xfs", "-q", "-f"],
+    "btrfs": ["mkfs.btrfs", "-q", "-f"],
+}
+_MIN_BYTES = {"ext4": 32 << 20, "xfs": 320 << 20, "btrfs": 128 << 20}
+
+
+class Unavailable(Exception):
+    """This host cannot give the filesystem; the text is the reason for a skip."""
+
+
+def mounts_below(root: Path) -> list[tuple[int, str, str]]:
+    """(minor device number, mountpoint, type) of every mount at or below ``root``, innermost first.
+
+    From /proc/self/mountinfo, proc_pid_mountinfo(5).
+    """
+    found = []
+    prefix = str(root)
+    for line in Path("/proc/self/mountinfo").read_text(errors="surrogateescape").splitlines():
+        left, right = line.split(" - ", 1)
+        fields = left.split()
+        where = fields[4].encode(errors="surrogateescape").decode("unicode_escape")
+        if where == prefix or where.startswith(prefix + "/"):
+            found.append((int(fields[2].split(":")[1]), where, right.split()[0]))
+    return found[::-1]
+
+
+def detach(root: Path) -> list[str]:
+    """Take away every mount at or below ``root``, hung ones too. Gives their mountpoints."""
+    gone = []
+    for minor, where, fstype in mounts_below(root):
+        if fstype.startswith("fuse"):
+            abort = Path(f"/sys/fs/fuse/connections/{minor}/abort")
+            if abort.exists():
+                abort.write_text("1")
+        try:
+            syscalls.umount(where, syscalls.MNT_DETACH)
+            gone.append(where)
+        except OSError as error:
+            if error.errno not in (errno.EINVAL, errno.ENOENT):
+                raise
+    return gone
+
+
+def remove(root: Path) -> None:
+    """Remove a tree of any depth, after everything mounted in it."""
+    detach(root)
+    # rm copes with paths beyond PATH_MAX, shutil.rmtree of Python 3.11 does not for every Python we run on.
+    subprocess.run(["rm", "-rf", "--one-file-system", "--", str(root)], check=False)
+
+
+def _fit(path: Path) -> str | None:
+    """Why layers on ``path`` would lack a feature; None when all are there."""
+    probe = Path(tempfile.mkdtemp(dir=path))
+    try:
+        for name in ("user.probe", "trusted.probe") if os.geteuid() == 0 else ("user.probe",):
+            os.setxattr(probe, name, b"1")
+        os.setxattr(probe, acl.ACCESS, acl.simple(7, 5, 5, users={1: 7}))
+        if os.geteuid() == 0:
+            os.mknod(probe / "whiteout", stat.S_IFCHR, os.makedev(0, 0))
+        kind = subprocess.run(["stat", "-f", "-c", "%T", str(probe)], capture_output=True, text=True).stdout.strip()
+        if kind in ("overlayfs", "fuseblk", "fuse", "nfs", "ramfs"):
+            return f"{path} is on {kind}"
+    except OSError as error:
+        return f"{path}: {error}"
+    else:
+        return None
+    finally:
+        shutil.rmtree(probe, ignore_errors=True)
+
+
+def sweep() -> None:
+    """Remove what killed test runs left: mounts and areas of processes that live no more."""
+    for base in {Path(tempfile.gettempdir()), Path("/var/tmp"), Path("/dev/shm")}:
+        if not base.is_dir():
+            continue
+        for path in base.glob(PREFIX + "*"):
+            pid = path.name.removeprefix(PREFIX).split("-")[0]
+            if pid.isdigit() and not Path("/proc", pid).exists():
+                remove(path)
+
+
+def _new(base: Path) -> Path:
+    path = Path(tempfile.mkdtemp(prefix=f"{PREFIX}{os.getpid()}-", dir=base))
+    path.chmod(0o755)
+    return path
+
+
+@contextmanager
+def area() -> Iterator[Path]:
+    """A directory on a filesystem with xattrs, ACLs and whiteouts: the host's own, else an ext4 in a file."""
+    for base in (Path(tempfile.gettempdir()), Path("/var/tmp")):
+        if base.is_dir() and _fit(base) is None:
+            path = _new(base)
+            try:
+                yield path
+            finally:
+                remove(path)
+            return
+    with filesystem("ext4", 2 << 30) as path:
+        yield path
+
+
+@contextmanager
+def filesystem(kind: str, size: int = 256 << 20) -> Iterator[Path]:
+    """A filesystem of its own, ``size`` bytes, mounted: "tmpfs", or a loop device with ext4, xfs or btrfs.
+
+    Raises Unavailable with the reason.
+    """
+    if os.geteuid() != 0:
+        raise Unavailable("mounting a filesystem needs root")
+    home = _new(Path("/var/tmp") if _fit(Path(tempfile.gettempdir())) else Path(tempfile.gettempdir()))
+    where = home / "fs"
+    where.mkdir()
+    try:
+        if kind == "tmpfs":
+            syscalls.mount("tmpfs", where, "tmpfs", 0, f"size={size},mode=755")
+        else:
+            image = home / "image"
+            with image.open("wb") as file:
+                file.truncate(max(size, _MIN_BYTES[kind]))
+            make = [*_MKFS[kind], str(image)]
+            if shutil.which(make[0], path=os.environ.get("PATH", "") + ":/usr/sbin:/sbin") is None:
+                raise Unavailable(f"{make[0]} is not installed")
+            environment = {**os.environ, "PATH": os.environ.get("PATH", "") + ":/usr/sbin:/sbin"}
+            subprocess.run(make, check=True, capture_output=True, env=environment)
+            done = subprocess.run(
+                ["mount", "-t", kind, "-o", "loop", str(image), str(where)], capture_output=True, text=True
+            )
+            if done.returncode != 0:
+                raise Unavailable(f"no {kind} on a loop device: {done.stderr.strip()}")
+        where.chmod(0o755)
+        yield where
+    finally:
+        remove(home)

@@ -1,0 +1,316 @@
+"""Real mounts for tests: the union through its command line, and kernel overlayfs beside it.
+
+``mounted`` starts ``python -m unionfs mount -f`` and always cleans up: whatever the test did, afterwards
+there is no mount and no process. When the body ended well, the daemon must have ended with exit code 0 and
+must have logged no error; when it failed, the daemon's log is attached to the failure.
+
+``UNIONFS_TEST_SESSIONS=overlay`` (or ``fuse-overlayfs``; comma separated) puts another filesystem in the
+union's place. It is there for developing the tests themselves: with kernel overlayfs on both sides every
+comparison must pass, with fuse-overlayfs some must fail.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from tests.support import areas, syscalls
+from tests.support.worker import REPOSITORY
+
+SESSIONS = ["pyfuse3"]
+"""The sessions that every mount test runs on."""
+
+STAND_INS = ("overlay", "fuse-overlayfs")
+"""Session names that only the environment variable can choose."""
+
+READY_SECONDS = 20.0
+GONE_SECONDS = 20.0
+
+_BAD_LOG = re.compile(r"\b(ERROR|CRITICAL|Traceback|Exception ignored)\b")
+
+
+def sessions() -> list[str]:
+    """The sessions of this run."""
+    chosen = os.environ.get("UNIONFS_TEST_SESSIONS", "")
+    return [name for name in chosen.split(",") if name] or SESSIONS
+
+
+class MountFailed(AssertionError):
+    """The daemon did not come up, or did not end as it must; the text has its log."""
+
+
+@dataclass
+class Mount:
+    """One live mount. ``pid`` is the daemon's (0 for a kernel filesystem)."""
+
+    mountpoint: Path
+    pid: int
+    lowers: list[Path]
+    upper: Path | None
+    work: Path | None
+    session: str
+    log: Path | None = None
+    options: list[str] = field(default_factory=list)
+    process: subprocess.Popen[bytes] | None = None
+    allowed_log: list[str] = field(default_factory=list)
+
+    @property
+    def is_ours(self) -> bool:
+        """Whether a unionfs daemon serves it."""
+        return self.session not in STAND_INS and self.session != "kernel"
+
+    def log_text(self) -> str:
+        """What the daemon wrote to stderr so far."""
+        return self.log.read_text(errors="replace") if self.log and self.log.exists() else ""
+
+    def allow_log(self, pattern: str) -> None:
+        """A test that provokes an error names the regular expression of the lines it expects in the log."""
+        self.allowed_log.append(pattern)
+
+    def bad_log_lines(self) -> list[str]:
+        """Log lines of level ERROR and above, and tracebacks, that no ``allow_log`` named."""
+        return [
+            line
+            for line in self.log_text().splitlines()
+            if _BAD_LOG.search(line) and not any(re.search(pattern, line) for pattern in self.allowed_log)
+        ]
+
+    def inspect(self) -> dict[str, Any]:
+        """``unionfs inspect --json`` of this mount."""
+        done = subprocess.run(
+            [*command(), "inspect", "--json", str(self.mountpoint)],
+            capture_output=True, text=True, timeout=20, cwd=REPOSITORY,
+        )  # fmt: skip
+        assert done.returncode == 0, done.stderr
+        found: dict[str, Any] = json.loads(done.stdout)
+        return found
+
+    def figure(self, name: str) -> int:
+        """One figure of the mount, wherever it stands in the answer of ``inspect``."""
+        found = _find(self.inspect(), name)
+        assert isinstance(found, int), f"inspect shows no figure {name!r}"
+        return found
+
+    def kill(self) -> None:
+        """End the daemon with SIGKILL (its requests then end with ENOTCONN)."""
+        if self.pid:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(self.pid, signal.SIGKILL)
+
+
+def _find(value: Any, name: str) -> Any:
+    if isinstance(value, dict):
+        if name in value:
+            return value[name]
+        for item in value.values():
+            if (found := _find(item, name)) is not None:
+                return found
+    return None
+
+
+LIVE: list[Mount] = []
+"""The mounts of the running test; the watchdog in conftest ends their daemons when the test hangs."""
+
+
+def command() -> list[str]:
+    """The start of a unionfs command line."""
+    return [sys.executable, "-m", "unionfs"]
+
+
+def is_mounted(path: Path) -> bool:
+    """Whether something is mounted exactly there."""
+    return any(where == str(path) for _, where, _ in areas.mounts_below(path))
+
+
+def _escape(path: Path) -> str:
+    return str(path).replace("\\", "\\\\").replace(":", "\\:").replace(",", "\\,")
+
+
+def layer_options(lowers: Sequence[Path], upper: Path | None, work: Path | None) -> str:
+    """The kernel's spelling: lowerdir=...,upperdir=...,workdir=..."""
+    data = "lowerdir=" + ":".join(_escape(item) for item in lowers)
+    if upper is not None and work is not None:
+        data += f",upperdir={_escape(upper)},workdir={_escape(work)}"
+    return data
+
+
+@contextlib.contextmanager
+def kernel_mounted(
+    tmp: Path,
+    *,
+    lowers: Sequence[Path],
+    upper: Path | None = None,
+    work: Path | None = None,
+    options: Sequence[str] = (),
+    name: str = "kernel",
+) -> Iterator[Mount]:
+    """The same layers under kernel overlayfs: no index, redirect_dir or metacopy unless asked for.
+
+    redirect_dir=nofollow is not used: reading redirects is part of the disk format.
+    """
+    mountpoint = tmp / name
+    mountpoint.mkdir(parents=True, exist_ok=True)
+    if upper is None and len(lowers) == 1:
+        lowers = [*lowers, _empty(tmp)]
+    chosen = list(options)
+    for key in ("index", "redirect_dir", "metacopy", "nfs_export"):
+        if not any(option.startswith(key + "=") for option in options):
+            chosen.append(f"{key}=off")
+    data = ",".join([layer_options(lowers, upper, work), *chosen])
+    syscalls.mount("overlay", mountpoint, "overlay", 0, data)
+    mount = Mount(mountpoint, 0, list(lowers), upper, work, "kernel", options=list(options))
+    try:
+        yield mount
+    finally:
+        try:
+            syscalls.umount(mountpoint)
+        except OSError:
+            areas.detach(mountpoint)
+            if sys.exc_info()[0] is None:
+                raise
+
+
+def _empty(tmp: Path) -> Path:
+    path = tmp / "empty-lower"
+    path.mkdir(exist_ok=True)
+    return path
+
+
+def overlay_reason() -> str | None:
+    """Why kernel overlayfs cannot be the oracle here; None when it can."""
+    if os.geteuid() != 0:
+        return "kernel overlayfs needs root"
+    with areas.area() as area:
+        for name in ("lower", "upper", "work"):
+            (area / name).mkdir()
+        try:
+            with kernel_mounted(area, lowers=[area / "lower"], upper=area / "upper", work=area / "work"):
+                return None
+        except OSError as error:
+            return f"this kernel or container has no overlayfs ({error.strerror})"
+
+
+def _wait_ready(mount: Mount, process: subprocess.Popen[bytes]) -> None:
+    deadline = time.monotonic() + READY_SECONDS
+    while time.monotonic() < deadline:
+        if is_mounted(mount.mountpoint):
+            os.statvfs(mount.mountpoint)  # waits for the daemon's answer to INIT
+            return
+        if process.poll() is not None:
+            raise MountFailed(f"the daemon ended with {process.returncode}: {mount.log_text()}")
+        time.sleep(0.005)
+    raise MountFailed(f"not mounted within {READY_SECONDS} s: {mount.log_text()}")
+
+
+def start(mount: Mount, arguments: Sequence[str]) -> None:
+    """Run the daemon in the foreground with its stderr in a file, and wait until the mount answers."""
+    assert mount.log is not None
+    with mount.log.open("ab") as log:
+        mount.process = subprocess.Popen(
+            list(arguments), stdin=subprocess.DEVNULL, stdout=log, stderr=log, cwd=REPOSITORY,
+            env={**os.environ, "PYTHONFAULTHANDLER": "1"},
+        )  # fmt: skip
+    mount.pid = mount.process.pid
+    _wait_ready(mount, mount.process)
+
+
+def stop(mount: Mount) -> None:
+    """Unmount in order. Raises MountFailed unless the daemon then ends by itself, with exit code 0."""
+    process = mount.process
+    if process is None:
+        return
+    deadline = time.monotonic() + GONE_SECONDS
+    while is_mounted(mount.mountpoint):
+        try:
+            syscalls.umount(mount.mountpoint)
+        except OSError as error:
+            # A RELEASE is sent after close(2) has returned, so the mount may be busy for a moment.
+            if error.errno != errno.EBUSY or time.monotonic() > deadline:
+                raise MountFailed(f"umount of {mount.mountpoint}: {error}") from error
+            time.sleep(0.005)
+    try:
+        code = process.wait(GONE_SECONDS)
+    except subprocess.TimeoutExpired:
+        raise MountFailed(f"the daemon lives {GONE_SECONDS} s after umount: {mount.log_text()}") from None
+    if code != 0:
+        raise MountFailed(f"the daemon ended with {code}: {mount.log_text()}")
+
+
+def destroy(mount: Mount) -> None:
+    """End the daemon and the mount by force; never fails and never blocks for long."""
+    if mount.process is not None and mount.process.poll() is None:
+        mount.kill()
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            mount.process.wait(5)
+    areas.detach(mount.mountpoint)
+
+
+def _arguments(mount: Mount, options: Sequence[str]) -> list[str]:
+    layers = layer_options(mount.lowers, mount.upper, mount.work)
+    if mount.session == "fuse-overlayfs":
+        return ["fuse-overlayfs", "-f", "-o", ",".join([layers, *options]), str(mount.mountpoint)]
+    arguments = [*command(), "mount", "-f", "--session", mount.session]
+    for lower in mount.lowers:
+        arguments += ["-l", str(lower)]
+    if mount.upper is not None:
+        arguments += ["-u", str(mount.upper)]
+    if mount.work is not None:
+        arguments += ["-w", str(mount.work)]
+    for option in options:
+        arguments += ["-o", option]
+    return [*arguments, str(mount.mountpoint)]
+
+
+@contextlib.contextmanager
+def mounted(
+    tmp: Path,
+    *,
+    lowers: Sequence[Path],
+    upper: Path | None = None,
+    work: Path | None = None,
+    session: str = "pyfuse3",
+    options: Sequence[str] = (),
+    name: str = "merged",
+) -> Iterator[Mount]:
+    """Mount the layers (topmost lower first) at ``tmp/name`` through the command line.
+
+    Options are those of ``-o``. As root the mount gets allow_other, dev and suid, as a kernel mount has them.
+    """
+    if session == "overlay":
+        with kernel_mounted(tmp, lowers=lowers, upper=upper, work=work, name=name) as mount:
+            mount.session = "overlay"
+            yield mount
+        return
+    mountpoint = tmp / name
+    mountpoint.mkdir(parents=True, exist_ok=True)
+    wanted = list(options)
+    if os.geteuid() == 0:
+        wanted += [o for o in ("allow_other", "dev", "suid") if o not in wanted and "no" + o not in wanted]
+    log = tmp / f"{name}.log"
+    mount = Mount(mountpoint, 0, list(lowers), upper, work, session, log=log, options=list(options))
+    LIVE.append(mount)
+    try:
+        start(mount, _arguments(mount, wanted))
+        try:
+            yield mount
+        except BaseException as error:
+            if text := mount.log_text():
+                error.add_note(f"--- log of the daemon at {mountpoint}:\n{text[-6000:]}")
+            raise
+        stop(mount)
+        if bad := mount.bad_log_lines():
+            raise MountFailed("the daemon logged errors:\n" + "\n".join(bad) + "\n" + mount.log_text()[-6000:])
+    finally:
+        destroy(mount)
+        LIVE.remove(mount)

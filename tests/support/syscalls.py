@@ -1,0 +1,128 @@
+"""System calls that Python lacks, for tests only.
+
+The tests have their own wrappers so that a mistake in ``unionfs.sys`` cannot hide itself.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import struct
+from typing import NamedTuple
+
+RENAME_NOREPLACE = 1
+RENAME_EXCHANGE = 2
+RENAME_WHITEOUT = 4
+
+UTIME_NOW = (1 << 30) - 1
+UTIME_OMIT = (1 << 30) - 2
+
+MS_RDONLY = 1
+MS_REMOUNT = 32
+MS_BIND = 4096
+MNT_DETACH = 2
+
+AT_FDCWD = -100
+AT_SYMLINK_NOFOLLOW = 0x100
+PR_SET_DUMPABLE = 4
+
+DT_UNKNOWN = 0
+
+_libc = ctypes.CDLL(None, use_errno=True)
+for _name in ("renameat2", "mount", "umount2", "utimensat", "prctl", "getdents64", "mkdirat"):
+    getattr(_libc, _name).restype = ctypes.c_int
+_libc.getdents64.restype = ctypes.c_ssize_t
+
+
+class Dirent(NamedTuple):
+    """One record of getdents64(2)."""
+
+    name: bytes
+    ino: int
+    type: int
+    offset: int
+
+
+class _Timespec(ctypes.Structure):
+    _fields_ = (("sec", ctypes.c_long), ("nsec", ctypes.c_long))
+
+
+def _check(result: int, *paths: str | bytes | None) -> int:
+    if result < 0:
+        code = ctypes.get_errno()
+        raise OSError(code, os.strerror(code), *paths[:1])
+    return result
+
+
+def renameat2(
+    old: str | bytes,
+    new: str | bytes,
+    flags: int = 0,
+    *,
+    old_dir_fd: int = AT_FDCWD,
+    new_dir_fd: int = AT_FDCWD,
+) -> None:
+    """renameat2(2) with its flags (RENAME_*)."""
+    result = _libc.renameat2(
+        ctypes.c_int(old_dir_fd),
+        ctypes.c_char_p(os.fsencode(old)),
+        ctypes.c_int(new_dir_fd),
+        ctypes.c_char_p(os.fsencode(new)),
+        ctypes.c_uint(flags),
+    )
+    _check(result, old)
+
+
+def utimensat(path: str | bytes, atime: tuple[int, int], mtime: tuple[int, int], *, follow: bool = True) -> None:
+    """utimensat(2): each time is (seconds, nanoseconds), where nanoseconds may be UTIME_NOW or UTIME_OMIT."""
+    times = (_Timespec * 2)(_Timespec(*atime), _Timespec(*mtime))
+    flags = 0 if follow else AT_SYMLINK_NOFOLLOW
+    _check(_libc.utimensat(ctypes.c_int(AT_FDCWD), ctypes.c_char_p(os.fsencode(path)), times, flags), path)
+
+
+def mount(source: str, target: str | os.PathLike[str], fstype: str, flags: int = 0, data: str = "") -> None:
+    """mount(2)."""
+    where = os.fspath(target)
+    result = _libc.mount(
+        ctypes.c_char_p(os.fsencode(source)),
+        ctypes.c_char_p(os.fsencode(where)),
+        ctypes.c_char_p(os.fsencode(fstype)),
+        ctypes.c_ulong(flags),
+        ctypes.c_char_p(os.fsencode(data)),
+    )
+    _check(result, where)
+
+
+def umount(target: str | os.PathLike[str], flags: int = 0) -> None:
+    """umount2(2)."""
+    where = os.fspath(target)
+    _check(_libc.umount2(ctypes.c_char_p(os.fsencode(where)), ctypes.c_int(flags)), where)
+
+
+def set_dumpable() -> None:
+    """Let /proc/self belong to the process again after a change of uid (prctl(2), PR_SET_DUMPABLE)."""
+    _check(_libc.prctl(PR_SET_DUMPABLE, 1, 0, 0, 0))
+
+
+def getdents(fd: int, size: int = 32768) -> list[Dirent]:
+    """One getdents64(2) call: the records it gave; an empty list means the end."""
+    buffer = ctypes.create_string_buffer(size)
+    count = _check(_libc.getdents64(ctypes.c_int(fd), buffer, ctypes.c_size_t(size)))
+    raw = buffer.raw[:count]
+    entries = []
+    at = 0
+    while at < count:
+        ino, offset, length, kind = struct.unpack_from("=QqHB", raw, at)
+        name = raw[at + 19 : at + length]
+        entries.append(Dirent(name[: name.index(0)], ino, kind, offset))
+        at += length
+    return entries
+
+
+def list_directory(fd: int) -> list[Dirent]:
+    """Every record of an open directory from its start, "." and ".." included."""
+    os.lseek(fd, 0, os.SEEK_SET)
+    entries: list[Dirent] = []
+    while chunk := getdents(fd):
+        entries += chunk
+    return entries

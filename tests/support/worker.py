@@ -1,0 +1,190 @@
+"""A process with another identity that runs functions for a test.
+
+Permission checks, umask and ownership belong to a process, so a test that wants an ordinary user's errno
+needs one. ``Worker(uid=1000, gid=1000, groups=[1001])`` starts it; ``call(function, *args)`` runs a function
+that pickle can name (``os.mkdir``, or one at the top of a module) over there and gives back its result, or
+raises its OSError here. A worker that does not answer in time is killed: the test's own process never hangs
+in a request that a broken filesystem does not answer.
+"""
+
+from __future__ import annotations
+
+import importlib
+import io
+import os
+import pickle
+import select
+import struct
+import subprocess
+import sys
+import time
+import traceback
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from tests.support import syscalls
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+
+
+class WorkerFailed(AssertionError):
+    """The function raised something that is no OSError; the text is its traceback."""
+
+
+class WorkerHung(AssertionError):
+    """No answer in time: the filesystem under test does not answer a request."""
+
+
+def _read_exactly(fd: int, size: int, deadline: float | None) -> bytes:
+    data = io.BytesIO()
+    while (missing := size - data.tell()) > 0:
+        if deadline is not None:
+            ready, _, _ = select.select([fd], [], [], max(0.0, deadline - time.monotonic()))
+            if not ready:
+                raise TimeoutError
+        chunk = os.read(fd, missing)
+        if not chunk:
+            raise EOFError
+        data.write(chunk)
+    return data.getvalue()
+
+
+def _receive(fd: int, deadline: float | None = None) -> Any:
+    (size,) = struct.unpack("<Q", _read_exactly(fd, 8, deadline))
+    return pickle.loads(_read_exactly(fd, size, deadline))
+
+
+def _send(fd: int, message: object) -> None:
+    data = pickle.dumps(message)
+    data = struct.pack("<Q", len(data)) + data
+    while data:
+        data = data[os.write(fd, data) :]
+
+
+class Worker:
+    """A child process with the given identity (ids of the initial user namespace). ``uid`` 0 stays root."""
+
+    def __init__(
+        self,
+        uid: int = 0,
+        gid: int = 0,
+        groups: Sequence[int] = (),
+        *,
+        modules: Sequence[str] = (),
+        timeout: float = 20.0,
+    ) -> None:
+        self.uid, self.gid, self.timeout = uid, gid, timeout
+        names = ["tests.support.snapshot", *modules]
+        script = f"import sys; sys.path.insert(0, {str(REPOSITORY)!r}); import tests.support.worker as w; w.main()"
+        self._process = subprocess.Popen(
+            [sys.executable, "-c", script, str(uid), str(gid), ",".join(map(str, groups)), ",".join(names)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            cwd="/",
+            bufsize=0,
+        )
+        assert self._process.stdin is not None
+        assert self._process.stdout is not None
+        self._to, self._from = self._process.stdin.fileno(), self._process.stdout.fileno()
+
+    @property
+    def pid(self) -> int:
+        """The child's process id."""
+        return self._process.pid
+
+    @property
+    def alive(self) -> bool:
+        """Whether the child can take calls."""
+        return self._process.poll() is None
+
+    def start(self, function: Callable[..., Any], *args: Any) -> None:
+        """Send the call and do not wait: ``finish`` gives the result."""
+        _send(self._to, (function, args))
+
+    def finish(self, timeout: float | None = None) -> Any:
+        """The result of the call that ``start`` sent. Raises its OSError, WorkerFailed or WorkerHung."""
+        try:
+            kind, value = _receive(self._from, time.monotonic() + (timeout or self.timeout))
+        except TimeoutError:
+            self.kill()
+            raise WorkerHung(f"no answer within {timeout or self.timeout} s") from None
+        except EOFError:
+            raise WorkerFailed("the worker ended unexpectedly") from None
+        if kind == "ok":
+            return value
+        if kind == "errno":
+            raise OSError(*value)
+        raise WorkerFailed(value)
+
+    def call(self, function: Callable[..., Any], *args: Any, timeout: float | None = None) -> Any:
+        """Run ``function(*args)`` over there and give its result back."""
+        self.start(function, *args)
+        return self.finish(timeout)
+
+    def errno(self, function: Callable[..., Any], *args: Any) -> int:
+        """The errno that the call ends with; 0 when it succeeds."""
+        try:
+            self.call(function, *args)
+        except OSError as error:
+            return error.errno or 0
+        return 0
+
+    def kill(self) -> None:
+        """End the child at once; a request that is stuck in the kernel ends with it."""
+        self._process.kill()
+
+    def close(self) -> None:
+        """End the child in order, or by force after 5 s."""
+        for pipe in (self._process.stdin, self._process.stdout):
+            if pipe is not None:
+                pipe.close()
+        try:
+            self._process.wait(5)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+            self._process.wait(5)
+
+    def __enter__(self) -> Worker:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+def _become(uid: int, gid: int, groups: Sequence[int]) -> None:
+    if os.geteuid() == 0:
+        os.setgroups(list(groups))
+        os.setresgid(gid, gid, gid)
+        os.setresuid(uid, uid, uid)
+        syscalls.set_dumpable()  # /proc/self/fd is root's otherwise
+
+
+def main() -> None:
+    """The child's loop: uid, gid, groups and the modules to import (before it becomes that user) are argv."""
+    uid, gid = int(sys.argv[1]), int(sys.argv[2])
+    groups = [int(item) for item in sys.argv[3].split(",") if item]
+    for name in sys.argv[4].split(","):
+        importlib.import_module(name)
+    source, sink = os.dup(0), os.dup(1)
+    os.set_inheritable(source, False)
+    null = os.open("/dev/null", os.O_RDWR)
+    os.dup2(null, 0)
+    os.dup2(2, 1)
+    _become(uid, gid, groups)
+    os.umask(0o022)
+    while True:
+        try:
+            function, args = _receive(source)
+        except EOFError:
+            return
+        try:
+            answer: tuple[str, Any] = ("ok", function(*args))
+        except OSError as error:
+            answer = ("errno", (error.errno, error.strerror))
+        except Exception:
+            answer = ("failed", traceback.format_exc())
+        _send(sink, answer)
