@@ -8,19 +8,18 @@ import click
 
 
 @click.command(
+    short_help="Show what a union's upper changes.",
     epilog="""\b
 Examples:
   unionfs diff /mnt
   unionfs diff --upper /srv/changes --lower /srv/base
-"""
+""",
 )
 @click.option("-u", "--upper", metavar="DIR", help="An upper that need not be mounted.")
 @click.option(
     "-l", "--lower", "lowers", multiple=True, metavar="DIR", help="A lower of it; the first one is on top."
 )
-@click.option(
-    "--userxattr", is_flag=True, help="The upper's markers are user.overlay.* xattrs (always so without root)."
-)
+@click.option("--userxattr", is_flag=True, help="Markers are user.overlay.* xattrs (without root: always).")
 @click.argument("mountpoint", required=False)
 def diff(mountpoint: str | None, upper: str | None, lowers: tuple[str, ...], userxattr: bool) -> None:
     """Show what a union's upper changes: A(dded), C(hanged) or D(eleted), and the path, sorted by path.
@@ -49,6 +48,6 @@ def diff(mountpoint: str | None, upper: str | None, lowers: tuple[str, ...], use
     from unionfs.union.diff import diff as changes
 
     out = sys.stdout.buffer
-    for kind, path in changes(upper, lowers, b"user.overlay." if userxattr else b"trusted.overlay."):
-        out.write(kind.encode("ascii") + b" " + path + b"\n")
+    for letter, name in changes(upper, lowers, b"user.overlay." if userxattr else b"trusted.overlay."):
+        out.write(letter.encode("ascii") + b" " + name + b"\n")
     out.flush()

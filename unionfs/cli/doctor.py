@@ -7,9 +7,14 @@ import json
 import click
 
 
-@click.command(epilog="Example: unionfs doctor --dir /var/lib/containers")
+@click.command(
+    short_help="Say what this host offers and lacks.",
+    epilog="Example: unionfs doctor --dir /var/lib/containers",
+)
 @click.option("--json", "as_json", is_flag=True, help="Print a JSON object.")
-@click.option("--dir", "directory", metavar="DIR", help="Where layers will be; a temporary directory by default.")
+@click.option(
+    "--dir", "directory", metavar="DIR", help="Where layers will be; the default is /tmp or TMPDIR."
+)
 def doctor(directory: str | None, as_json: bool) -> int:
     """Say what this host offers to a union and what it lacks, each with the cure.
 

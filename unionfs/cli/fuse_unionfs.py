@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from unionfs import __version__
-from unionfs.cli.run import complain
+from unionfs.cli.run import complain, prepare_streams
 from unionfs.daemon.errors import UserError, quoted, reason
 
 _HELP = """\
@@ -136,6 +136,7 @@ def _mount(call: _Call, program: str) -> int:
 
 
 def _run(arguments: Sequence[str], program: str, *, helper: bool) -> int:
+    prepare_streams()
     try:
         call = _parse(arguments, helper=helper)
         if call.show == "help":

@@ -52,7 +52,7 @@ def cli() -> None:
 
 
 def is_mount_helper_call(arguments: Sequence[str], program: str) -> bool:
-    """Whether mount(8) calls: as `/sbin/mount.TYPE`, or through mount.fuse(8) as `SOURCE MOUNTPOINT -o OPTS`."""
+    """Whether mount(8) calls: as /sbin/mount.TYPE, or by mount.fuse(8) as SOURCE MOUNTPOINT -o OPTIONS."""
     if os.path.basename(program).startswith("mount."):
         return True
     if len(arguments) < 3 or arguments[0].startswith("-") or arguments[0] == "mount":

@@ -8,22 +8,23 @@ from unionfs.daemon.settings import LOG_LEVELS, SESSIONS
 
 
 @click.command(
+    short_help="Mount a union.",
     epilog="""\b
 Examples:
   unionfs mount -l /srv/base -u /srv/changes -w /srv/work /mnt
   unionfs mount -l top -l middle -l bottom /mnt        (read-only)
   unionfs mount -o lowerdir=top:bottom,upperdir=up,workdir=work,nodev /mnt
-"""
+""",
 )
 @click.option(
-    "-l", "--lower", "lowers", multiple=True, metavar="DIR", help="A read-only layer; the first one is on top."
+    "-l", "--lower", "lowers", multiple=True, metavar="DIR", help="A read-only layer; the first is on top."
 )
 @click.option("-u", "--upper", metavar="DIR", help="Where changes go. Without it the union is read-only.")
 @click.option(
     "-w", "--work", metavar="DIR", help="An empty directory on the upper's filesystem; needed with --upper."
 )
 @click.option(
-    "-o", "options", multiple=True, metavar="OPT,...", help="Mount options, see below; may be given more than once."
+    "-o", "options", multiple=True, metavar="OPT,...", help="Mount options, see above; may be repeated."
 )
 @click.option("-f", "--foreground", is_flag=True, help="Stay here until the mount is gone; log to stderr.")
 @click.option(

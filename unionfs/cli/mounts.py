@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from unionfs.daemon.live import LiveMount
 
 
-@click.command(epilog="Example: unionfs umount /mnt")
+@click.command(short_help="Unmount, and wait until all is on disk.", epilog="Example: unionfs umount /mnt")
 @click.option("--lazy", is_flag=True, help="Detach a mount that is in use; it ends when its last user ends.")
 @click.argument("mountpoint")
 def umount(mountpoint: str, lazy: bool) -> None:
@@ -24,7 +24,7 @@ def umount(mountpoint: str, lazy: bool) -> None:
     end(mountpoint, lazy=lazy)
 
 
-@click.command(epilog="Example: unionfs ls --json")
+@click.command(short_help="List the mounts that live now.", epilog="Example: unionfs ls --json")
 @click.option("--json", "as_json", is_flag=True, help="Print a JSON array.")
 def ls(as_json: bool) -> None:
     """List the mounts that live now: mountpoint, daemon's pid, layers, session and since when.
@@ -57,7 +57,9 @@ def ls(as_json: bool) -> None:
     )
 
 
-@click.command(epilog="Example: unionfs inspect --json /mnt")
+@click.command(
+    short_help="Show a mount's settings and figures.", epilog="Example: unionfs inspect --json /mnt"
+)
 @click.option("--json", "as_json", is_flag=True, help="Print a JSON object.")
 @click.argument("mountpoint")
 def inspect(mountpoint: str, as_json: bool) -> None:

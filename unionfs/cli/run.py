@@ -14,10 +14,7 @@ from unionfs.daemon.errors import UserError, quoted, reason
 
 def run(command: click.Command, arguments: Sequence[str], program: str) -> int:
     """Run a command and return the exit code. Nothing a user does wrong shows a traceback."""
-    # Names of files are bytes; those that are no UTF-8 leave as they came.
-    for stream in (sys.stdout, sys.stderr):
-        with suppress(AttributeError, ValueError):
-            stream.reconfigure(errors="surrogateescape")  # type: ignore[union-attr]
+    prepare_streams()
     try:
         result = command.main(list(arguments), prog_name=program, standalone_mode=False)
         sys.stdout.flush()
@@ -40,6 +37,19 @@ def run(command: click.Command, arguments: Sequence[str], program: str) -> int:
         name = f"{quoted(os.fsdecode(error.filename))}: " if error.filename else ""
         return complain(program, f"{name}{reason(error)}; check the path and the permissions.")
     return result if isinstance(result, int) else 0
+
+
+def prepare_streams() -> None:
+    """Make stdout and stderr fit for every name, and be there at all when the caller has closed them."""
+    from unionfs.sys.process import open_standard_files
+
+    open_standard_files()
+    sys.stdout = sys.stdout or open(os.devnull, "w")  # noqa: SIM115
+    sys.stderr = sys.stderr or open(os.devnull, "w")  # noqa: SIM115
+    # Names of files are bytes; those that are no UTF-8 leave as they came.
+    for stream in (sys.stdout, sys.stderr):
+        with suppress(AttributeError, ValueError):
+            stream.reconfigure(errors="surrogateescape")  # type: ignore[union-attr]
 
 
 def complain(program: str, sentence: str, code: int = 1) -> int:

@@ -80,7 +80,10 @@ def _kernel() -> Finding:
     if _kernel_version() < _OLDEST_KERNEL:
         wanted = ".".join(map(str, _OLDEST_KERNEL))
         return Finding(
-            "kernel", "limited", f"{release}, so lowers are not protected by read-only mounts", f"Linux {wanted}"
+            "kernel",
+            "limited",
+            f"{release}, too old to protect lowers by read-only mounts",
+            f"Linux {wanted}",
         )
     return Finding("kernel", "ok", release)
 
@@ -125,7 +128,7 @@ def _pyfuse3() -> Finding:
         version = metadata.version("pyfuse3")
         import pyfuse3  # noqa: F401  (its libfuse is found or not when it is imported)
     except ImportError as error:
-        return Finding("pyfuse3", "missing", str(error), "install fuse3 and libfuse3-dev, then pip install pyfuse3")
+        return Finding("pyfuse3", "missing", str(error), "install libfuse3-dev, then pip install pyfuse3")
     import ctypes
 
     library = "unknown"
@@ -232,14 +235,14 @@ def _overlayfs() -> Finding:
     try:
         with open("/proc/filesystems", encoding="ascii", errors="replace") as known:
             if any(line.split()[-1:] == ["overlay"] for line in known):
-                return Finding("kernel overlayfs", "ok", "present: uppers can be mounted by the kernel as well")
+                return Finding("kernel overlayfs", "ok", "present: the kernel can mount the uppers too")
     except OSError:
         pass
     module = f"/lib/modules/{os.uname().release}/kernel/fs/overlayfs"
     if os.path.isdir(module):
         return Finding("kernel overlayfs", "ok", "present as a module that is not loaded")
     return Finding(
-        "kernel overlayfs", "limited", "absent: only this program can mount the uppers", "a kernel with overlayfs"
+        "kernel overlayfs", "limited", "absent: the kernel cannot mount the uppers", "a kernel with overlayfs"
     )
 
 
@@ -255,7 +258,7 @@ def _passthrough() -> Finding:
     if answer is None:
         answer, how = _configured("CONFIG_FUSE_PASSTHROUGH"), "as the kernel's configuration says"
     if answer is None:
-        return Finding(name, "limited", "not known: no configuration to read, and not root", "run doctor as root")
+        return Finding(name, "limited", "not known: no configuration to read", "run doctor as root")
     if not answer:
         return Finding(
             name, "limited", f"switched off, {how}: data goes through the daemon", "CONFIG_FUSE_PASSTHROUGH=y"
@@ -279,10 +282,10 @@ def _configured(option: str) -> bool | None:
 
 def _user_namespaces() -> Finding:
     # In a process of its own: there is no way back out of a namespace.
-    done = subprocess.run(
-        ["unshare", "--user", "--map-root-user", "true"], stdin=subprocess.DEVNULL, capture_output=True, check=False
-    ) if _has_unshare() else None  # fmt: skip
-    if done is None:
+    command = ["unshare", "--user", "--map-root-user", "true"]
+    try:
+        done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, check=False)
+    except OSError:
         return Finding("user namespaces", "limited", "not known: unshare(1) is missing", "install util-linux")
     if done.returncode == 0:
         return Finding("user namespaces", "ok", "can be made: rootless containers work")
@@ -293,12 +296,6 @@ def _user_namespaces() -> Finding:
         f"{message[:1].lower()}{message[1:]}: no rootless containers",
         "sysctl user.max_user_namespaces, kernel.unprivileged_userns_clone, or the security module",
     )
-
-
-def _has_unshare() -> bool:
-    import shutil
-
-    return shutil.which("unshare") is not None
 
 
 def _open_files() -> Finding:

@@ -70,7 +70,7 @@ class LiveMount:
             "ending": self.ending,
         }
         temporary = f"{self.file}.new"
-        with open(temporary, "w", encoding="ascii") as out:
+        with open(temporary, "w", encoding="ascii", opener=_private) as out:
             json.dump(values, out)
         os.replace(temporary, self.file)
 
@@ -79,6 +79,10 @@ class LiveMount:
         for path in (self.file, self.socket_path):
             with suppress(OSError):
                 os.unlink(path)
+
+
+def _private(path: str, flags: int) -> int:
+    return os.open(path, flags | os.O_NOFOLLOW, 0o600)
 
 
 def _candidates() -> list[str]:

@@ -7,6 +7,7 @@ import logging
 import os
 import stat
 import sys
+from io import TextIOWrapper
 from typing import TextIO
 
 _SYSLOG = "/dev/log"
@@ -55,11 +56,21 @@ def to_host(level: str, directory: str, mountpoint: str) -> None:
         except OSError:
             pass
         # Opened at the first line, so that a mount without trouble leaves no file.
-        handler = logging.FileHandler(path, encoding="utf-8", errors="backslashreplace", delay=True)
+        handler = _PrivateFile(path, encoding="utf-8", errors="backslashreplace", delay=True)
         handler.setFormatter(
             logging.Formatter(f"%(asctime)s unionfs[%(process)d] {where}: %(levelname)s %(message)s")
         )
     _install(handler, level)
+
+
+class _PrivateFile(logging.FileHandler):
+    """Readable by its owner only, though the daemon's umask is 0; a symlink is not followed."""
+
+    def _open(self) -> TextIOWrapper:
+        flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC | os.O_NOFOLLOW
+        return os.fdopen(
+            os.open(self.baseFilename, flags, 0o600), "a", encoding=self.encoding, errors=self.errors
+        )
 
 
 def _install(handler: logging.Handler, level: str) -> None:

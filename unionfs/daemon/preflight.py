@@ -230,8 +230,9 @@ def _is_taken(host: _Host, path: str, taken: str, claims: Sequence[tuple[int, in
     if host.identity(path) in claims:
         return True
     try:
-        return host.contains(taken, path, through_mounts=True) or host.contains(path, taken,
-        through_mounts=True)
+        return host.contains(taken, path, through_mounts=True) or host.contains(
+            path, taken, through_mounts=True
+        )
     except OSError:
         # The directory cannot be seen from here (covered, removed, another mount namespace).
         return False

@@ -19,7 +19,7 @@ from unionfs.daemon import live, logs, preflight
 from unionfs.daemon.errors import UserError, quoted
 from unionfs.daemon.settings import MountSettings
 from unionfs.sys.mountinfo import mounted_at
-from unionfs.sys.process import start_time, wait_gone
+from unionfs.sys.process import open_standard_files, start_time, wait_gone
 
 _STOP_SECONDS = 5.0
 
@@ -31,22 +31,13 @@ def mount(settings: MountSettings, *, foreground: bool = False) -> int:
 
     Raises UserError when it can't be mounted; nothing is left mounted then.
     """
-    _open_standard_files()
+    open_standard_files()
     preflight.check(settings)
     directory = live.runtime_directory()
     if foreground:
         return _serve_here(settings, directory)
     _start_daemon(settings, directory)
     return 0
-
-
-def _open_standard_files() -> None:
-    """Make sure that fds 0 to 2 are taken, so that no file of ours gets a number that everyone prints to."""
-    for fd in range(3):
-        try:
-            os.fstat(fd)
-        except OSError:
-            os.open(os.devnull, os.O_RDWR)
 
 
 class CapturedStderr:

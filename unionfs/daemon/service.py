@@ -124,10 +124,10 @@ class Service:
         await ready.wait()
         mount = mounted_at(self.settings.mountpoint)
         if mount is None or not mount.is_fuse:
-            raise UserError(
-                f"the mount at {quoted(self.settings.mountpoint)} disappeared at once; see who unmounts "
-                "there."
-            )
+            # Whoever waited for the mount has unmounted it already, and serve() is about to return.
+            log.info("%s was unmounted as soon as it was there", self.settings.mountpoint)
+            self._on_usable()
+            return
         self.device = mount.device
         try:
             self._entry = live.announce(self.settings, mount.device, self.directory, claims)

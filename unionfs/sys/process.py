@@ -143,3 +143,12 @@ def raise_open_file_limit() -> tuple[int, int]:
         with suppress(OSError, ValueError):
             resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
     return resource.getrlimit(resource.RLIMIT_NOFILE)
+
+
+def open_standard_files() -> None:
+    """Make sure that fds 0 to 2 are taken, so that no file of ours gets a number that everyone prints to."""
+    for fd in range(3):
+        try:
+            os.fstat(fd)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)
