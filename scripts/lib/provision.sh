@@ -87,7 +87,7 @@ make_environment() {
     local what=$repository
     [ "$extra" = run ] || what="$repository[$extra]"
     echo "Installing unionfs and its requirements into $venv"
-    "$venv/bin/python" -m pip install -q --disable-pip-version-check -e "$what" ||
+    "$venv/bin/python" -m pip install -qq --disable-pip-version-check -e "$what" ||
         die "pip could not install the project's requirements; its messages are above"
     printf '%s' "$key" >"$venv/.unionfs-$extra"
     if [ "$extra" = dev ]; then printf '%s' "$key" >"$venv/.unionfs-test"; fi
