@@ -13,6 +13,10 @@
 6. Filesystem type and statfs figures but for the longest name.
 7. The umask is 0 wherever the parent directory has a default ACL: without FUSE_DONT_MASK the kernel applies
    the umask before the filesystem is asked, and a default ACL should have replaced it. A documented limit.
+8. A directory whose last names are hidden by xattr whiteouts of a lower: overlayfs counts them when it looks
+   whether the directory is empty (``ovl_check_empty_dir`` does not ask for the xattr) and answers ENOTEMPTY,
+   where its own listing shows nothing. The union removes it, as a native filesystem does; the one directory
+   of the layers where this can happen is not removed here.
 """
 
 from __future__ import annotations
@@ -28,6 +32,9 @@ from tests.support.snapshot import Entry, Tree
 
 NOW = -(10**18)
 """Stands for every mtime within the run."""
+
+KEPT = frozenset({b"marked"})
+"""Directories that rule 8 is about."""
 
 Result = tuple[str, Any]
 

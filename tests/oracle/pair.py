@@ -189,6 +189,8 @@ class Pair:
         """Do one operation on both sides and compare; raises Difference. Handles that are not open: skipped."""
         if op.name.startswith("h_") and op.args[0] not in self.handles[op.who]:
             return
+        if op.name in ("rmdir", "rename") and any(_normal(item) in normalise.KEPT for item in op.args):
+            return
         try:
             self._step(op)
             self.look(op)
@@ -344,7 +346,9 @@ class Pair:
         )
         with context as mount:
             again = side.workers["root"].call(snapshot.take, os.fsencode(mount.mountpoint / self.arena))
-            self._check(f"{side.name}'s upper read by {session}", again, tree, side)
+            # The upper is a lower here; overlayfs shows its hard links as one file, the union (rule 1) does not.
+            known = side if session == "kernel" else None
+            self._check(f"{side.name}'s upper read by {session}", again, tree, known)
 
     def replay(self, ops: Sequence[Op], *, full: bool = True) -> str | None:
         """Play a sequence in a fresh arena; the first difference, or None."""
@@ -358,6 +362,10 @@ class Pair:
             self._broken = True
             return str(error)
         return None
+
+
+def _normal(item: object) -> bytes:
+    return os.path.normpath(item) if isinstance(item, bytes) else b""
 
 
 def _touched(op: Op | None) -> tuple[bytes, ...]:
