@@ -1,4 +1,4 @@
-"""Calls of the command line as a user makes them, and a place with layers that is cleaned up whatever happens."""
+"""Calls of the command line as a user makes them, and a place with layers that is always cleaned up."""
 
 from __future__ import annotations
 
@@ -138,9 +138,7 @@ def place(area: Path) -> Iterator[Place]:
     try:
         yield Place(area)
     finally:
-        daemons = [
-            entry for entry in live.entries() if entry.settings.mountpoint.startswith(str(area) + "/")
-        ]
+        daemons = [entry for entry in live.entries() if entry.settings.mountpoint.startswith(str(area) + "/")]
         areas.detach(area)
         for entry in daemons:
             if not wait_for(lambda entry=entry: not entry.is_alive(), 3):  # type: ignore[misc]

@@ -37,7 +37,7 @@ def _split(text: str, separator: str) -> list[str]:
     return parts
 
 
-def _unescape(text: str) -> str:
+def unescape_option(text: str) -> str:
     """Take one level of backslashes away: `\\x` is `x`, as fs/overlayfs/params.c does."""
     out, position = [], 0
     while position < len(text):
@@ -64,7 +64,7 @@ def split_lowers(value: str) -> list[str]:
             f"lowerdir={quoted(value)}: an empty path between colons (kernel overlayfs's `::` for data-only "
             "lowers) is not supported, so give every lower a path."
         )
-    return [_unescape(part) for part in parts]
+    return [unescape_option(part) for part in parts]
 
 
 # Mount flags that are handed to the mount; those which contradict each other, the last one counts.
@@ -173,7 +173,7 @@ def parse_options(arguments: Iterable[str]) -> Options:
                 _once("lowerdir", lowerdir, value)
                 lowerdir = _needed(name, value)
             elif name == "lowerdir+":
-                options.lowers.append(_unescape(_needed(name, value)))
+                options.lowers.append(unescape_option(_needed(name, value)))
             else:
                 _take(options, name, value)
     if lowerdir is not None:
@@ -196,19 +196,19 @@ def _once(name: str, old: str | None, new: str | None) -> None:
 
 def _take(options: Options, name: str, value: str | None) -> None:
     if name == "upperdir":
-        new = _unescape(_needed(name, value))
+        new = unescape_option(_needed(name, value))
         _once(name, options.upper, new)
         options.upper = new
     elif name == "workdir":
-        new = _unescape(_needed(name, value))
+        new = unescape_option(_needed(name, value))
         _once(name, options.work, new)
         options.work = new
     elif name == "fsname":
-        options.fsname = _unescape(value or "")
+        options.fsname = unescape_option(value or "")
     elif name == "subtype":
-        options.subtype = _unescape(value or "")
+        options.subtype = unescape_option(value or "")
     elif name in _SECURITY:
-        options.security.append(f"{name}={_unescape(_needed(name, value))}")
+        options.security.append(f"{name}={unescape_option(_needed(name, value))}")
     elif name in _FEATURES and value is not None:
         _feature(name, value)
     elif name == "plugins":

@@ -16,6 +16,7 @@ from typing import NoReturn
 
 from unionfs.daemon import live
 from unionfs.daemon.errors import UserError, quoted, reason
+from unionfs.daemon.options import unescape_option
 from unionfs.daemon.settings import MountSettings
 from unionfs.sys.mountinfo import (
     Location,
@@ -217,8 +218,12 @@ def _check_unused(upper: str, work: str, host: _Host) -> None:
             continue
         for option in ("upperdir", "workdir"):
             taken = mount.super_option(option)
+            if taken is None:
+                continue
+            # The kernel shows the path as it was given: with backslashes if it came as a mount option.
+            shown = (taken, unescape_option(taken))
             for kind, path in (("upper", upper), ("work", work)):
-                if taken is not None and _is_taken(host, path, taken, ()):
+                if any(_is_taken(host, path, name, ()) for name in shown):
                     raise UserError(
                         f"{kind} {quoted(path)} is in use by the kernel's overlayfs at "
                         f"{quoted(mount.mountpoint)}; unmount that first, or choose another directory."
