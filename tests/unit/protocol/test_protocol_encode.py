@@ -1,0 +1,293 @@
+"""Answers, notifications and directory listings, read back by the header's facts."""
+
+from __future__ import annotations
+
+import errno
+import os
+import stat
+import sys
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from protocol_abi import NUMBERS, STRUCTS
+
+from unionfs.fuse.protocol import FOREVER, NEVER, InitReply, Listing, Notify, Reply, encode, notify, timeout
+
+ATTR = encode.attributes(1, 2, 3, -4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15, 16)
+ATTR_FIELDS = tuple(STRUCTS["fuse_attr"].fields)
+SIGNED = {"atime", "mtime", "ctime", "error", "backing_id", "result", "off", "len", "tv_sec"}
+
+
+def read(raw: bytes, struct: str, at: int = 0) -> dict[str, Any]:
+    """The fields of a structure, as the header lays them out; nested ones and arrays as bytes."""
+    found: dict[str, Any] = {}
+    for name, (offset, size) in STRUCTS[struct].fields.items():
+        part = raw[at + offset : at + offset + size]
+        unsigned_len = struct in ("fuse_out_header",) and name == "len"
+        signed = name in SIGNED and not unsigned_len and not (struct == "fuse_dirent" and name == "off")
+        found[name] = part if size > 8 else int.from_bytes(part, sys.byteorder, signed=signed)
+    return found
+
+
+def answer(reply: Reply, struct: str | None = None, unique: int = 99) -> tuple[dict[str, Any], bytes]:
+    """Check the header of an answer without error; the fields of its structure, and what follows."""
+    raw = b"".join(reply)
+    assert read(raw, "fuse_out_header") == {"len": len(raw), "error": 0, "unique": unique}
+    assert encode.total(reply) == len(raw)
+    body = raw[16:]
+    if struct is None:
+        return {}, body
+    assert len(body) >= STRUCTS[struct].size
+    return read(body, struct), body[STRUCTS[struct].size :]
+
+
+def notification(reply: Reply, code: Notify, struct: str | None) -> tuple[dict[str, Any], bytes]:
+    """The same, for a notification."""
+    raw = b"".join(reply)
+    assert read(raw, "fuse_out_header") == {"len": len(raw), "error": code, "unique": 0}
+    body = raw[16:]
+    return (read(body, struct), body[STRUCTS[struct].size :]) if struct else ({}, body)
+
+
+def test_golden_bytes() -> None:
+    """Typed by hand, for little-endian machines."""
+    if sys.byteorder != "little":
+        pytest.skip("the golden bytes are little-endian")
+    assert encode.error(0x0102030405060708, errno.ENOENT) == [
+        bytes.fromhex("10000000 feffffff 0807060504030201")
+    ]
+    assert encode.ok(1) == [bytes.fromhex("10000000 00000000 0100000000000000")]
+    assert encode.data(1, b"abc") == [bytes.fromhex("13000000 00000000 0100000000000000"), b"abc"]
+    assert encode.written(2, 5) == [bytes.fromhex("18000000 00000000 0200000000000000 05000000 00000000")]
+    assert encode.opened(2, 9, 0x80, 1) == [
+        bytes.fromhex("20000000 00000000 0200000000000000 0900000000000000 80000000 01000000")
+    ]
+    assert b"".join(encode.entry(3, 7, 0, FOREVER, (1, 2), bytes(88))) == bytes.fromhex(
+        "90000000 00000000 0300000000000000 0700000000000000 0000000000000000 0000000001000000"
+        "0100000000000000 00000000 02000000"
+    ) + bytes(88)
+    assert b"".join(notify.inval_entry(1, b"ab")) == bytes.fromhex(
+        "23000000 03000000 0000000000000000 0100000000000000 02000000 00000000 616200"
+    )
+
+
+@pytest.mark.parametrize(
+    ("number", "expected"), [(1, -1), (511, -511), (0, -5), (-2, -5), (512, -5), (9999, -5)]
+)
+def test_errors_are_what_the_kernel_takes(number: int, expected: int) -> None:
+    raw = b"".join(encode.error(4, number))
+    assert read(raw, "fuse_out_header") == {"len": 16, "error": expected, "unique": 4}
+
+
+def test_attributes() -> None:
+    expected = dict(zip(ATTR_FIELDS, (1, 2, 3, -4, *range(5, 17)), strict=True))
+    assert read(ATTR, "fuse_attr") == expected
+    assert len(ATTR) == STRUCTS["fuse_attr"].size
+
+
+def test_attributes_of_a_stat() -> None:
+    st = os.lstat("/dev/null")
+    found = read(encode.attributes_of(st, 42, nlink=7), "fuse_attr")
+    assert (found["ino"], found["nlink"], found["mode"], found["rdev"]) == (42, 7, st.st_mode, st.st_rdev)
+    for kind in ("atime", "mtime", "ctime"):
+        assert found[kind] * 10**9 + found[kind + "nsec"] == getattr(st, f"st_{kind}_ns")
+    assert read(encode.attributes_of(st, 42), "fuse_attr")["nlink"] == st.st_nlink
+
+
+def test_times_before_1970(tmp_path: Any) -> None:
+    os.utime(tmp_path, ns=(-1, -1_500_000_000))
+    found = read(encode.attributes_of(os.stat(tmp_path), 1), "fuse_attr")
+    assert (found["atime"], found["atimensec"]) == (-1, 999_999_999)
+    assert (found["mtime"], found["mtimensec"]) == (-2, 500_000_000)
+
+
+def test_entries() -> None:
+    expected = {
+        "nodeid": 5, "generation": 6, "entry_valid": 7, "entry_valid_nsec": 8, "attr_valid": 9,
+        "attr_valid_nsec": 10, "attr": ATTR,
+    }  # fmt: skip
+    assert answer(encode.entry(99, 5, 6, (7, 8), (9, 10), ATTR), "fuse_entry_out") == (expected, b"")
+    out = encode.entry_out(5, 6, (7, 8), (9, 10), ATTR)
+    assert read(out, "fuse_entry_out") == expected
+    fields, rest = answer(encode.created(99, out, 11, 12, -1), "fuse_entry_out")
+    assert fields == expected
+    assert read(rest, "fuse_open_out") == {"fh": 11, "open_flags": 12, "backing_id": -1}
+    fields, _ = answer(encode.negative_entry(99, (7, 8)), "fuse_entry_out")
+    assert fields == dict.fromkeys(expected, 0) | {"entry_valid": 7, "entry_valid_nsec": 8, "attr": bytes(88)}
+    assert len(encode.NO_ENTRY) == STRUCTS["fuse_entry_out"].size
+
+
+SIMPLE: list[tuple[Reply, str, dict[str, Any]]] = [
+    (encode.attr(99, (1, 2), ATTR), "fuse_attr_out", {"attr_valid": 1, "attr_valid_nsec": 2, "attr": ATTR}),
+    (encode.opened(99, 1, 2, 3), "fuse_open_out", {"fh": 1, "open_flags": 2, "backing_id": 3}),
+    (encode.written(99, 1), "fuse_write_out", {"size": 1}),
+    (encode.copied(99, 1 << 40), "fuse_copy_file_range_out", {"bytes_copied": 1 << 40}),
+    (encode.xattr_size(99, 3), "fuse_getxattr_out", {"size": 3}),
+    (encode.lseek(99, 1 << 40), "fuse_lseek_out", {"offset": 1 << 40}),
+    (encode.bmap(99, 7), "fuse_bmap_out", {"block": 7}),
+    (encode.poll(99, 4), "fuse_poll_out", {"revents": 4}),
+    (encode.ioctl(99, -1), "fuse_ioctl_out", {"result": -1, "flags": 0, "in_iovs": 0, "out_iovs": 0}),
+]
+
+
+@pytest.mark.parametrize(("reply", "struct", "expected"), SIMPLE, ids=[struct for _, struct, _ in SIMPLE])
+def test_answers_of_one_structure(reply: Reply, struct: str, expected: dict[str, Any]) -> None:
+    fields, rest = answer(reply, struct)
+    shown = {name: value for name, value in fields.items() if not name.startswith(("padding", "dummy"))}
+    assert shown == expected
+    assert not any(fields[name] for name in fields.keys() - shown.keys())
+    assert rest == b""
+
+
+def test_lock() -> None:
+    fields, rest = answer(encode.lock(99, 1, 2, 1, 3), "fuse_lk_out")
+    assert read(fields["lk"], "fuse_file_lock") == {"start": 1, "end": 2, "type": 1, "pid": 3}
+    assert rest == b""
+
+
+def test_ioctl_with_data() -> None:
+    assert answer(encode.ioctl(99, 3, b"data"), "fuse_ioctl_out")[1] == b"data"
+
+
+def test_statfs() -> None:
+    vfs = os.statvfs("/")
+    fields, rest = answer(encode.statfs(99, vfs), "fuse_statfs_out")
+    found = read(fields["st"], "fuse_kstatfs")
+    assert (found["blocks"], found["bfree"], found["bavail"]) == (vfs.f_blocks, vfs.f_bfree, vfs.f_bavail)
+    assert (found["files"], found["ffree"]) == (vfs.f_files, vfs.f_ffree)
+    assert (found["bsize"], found["frsize"], found["namelen"]) == (vfs.f_bsize, vfs.f_frsize, vfs.f_namemax)
+    assert rest == b""
+
+
+def test_statx_keeps_everything_but_the_inode_number() -> None:
+    raw = bytes(range(256))
+    fields, rest = answer(encode.statx(99, (1, 2), raw, 77), "fuse_statx_out")
+    assert (fields["attr_valid"], fields["attr_valid_nsec"], fields["flags"]) == (1, 2, 0)
+    assert rest == b""
+    expected, found = read(raw, "fuse_statx"), read(fields["stat"], "fuse_statx")
+    for name in found:
+        if name in ("atime", "btime", "ctime", "mtime"):
+            assert found[name][:12] == expected[name][:12]  # not __reserved
+        elif name == "__spare2":
+            assert not any(found[name])
+        elif not name.startswith("__"):
+            assert found[name] == (77 if name == "ino" else expected[name])
+
+
+def test_data_is_not_copied() -> None:
+    big, view = bytearray(1 << 20), memoryview(bytes(100))
+    reply = encode.data(99, big, view)
+    assert reply[1] is big
+    assert reply[2] is view
+    assert answer(reply)[1] == bytes(big) + bytes(view)
+    assert answer(encode.data(99))[1] == b""
+
+
+def test_init() -> None:
+    flags = (5 << 32) | 6
+    reply = InitReply(7, 45, 1, flags, 3, 4, 5, 1, 7, 8, 9, 10)
+    fields, rest = answer(encode.init(99, reply), "fuse_init_out")
+    assert rest == b""
+    assert fields.pop("unused") == bytes(22)
+    assert fields == reply._asdict() | {"flags": 6, "flags2": 5}
+    assert answer(encode.version(99, 7, 45))[1] == (7).to_bytes(4, sys.byteorder) + (45).to_bytes(
+        4, sys.byteorder
+    )
+
+
+@pytest.mark.parametrize(
+    ("seconds", "expected"),
+    [
+        (0, NEVER),
+        (-1, NEVER),
+        (1.5, (1, 500_000_000)),
+        (float("inf"), FOREVER),
+        (1 << 60, FOREVER),
+        (1e-9, (0, 1)),
+    ],
+)
+def test_timeouts(seconds: float, expected: tuple[int, int]) -> None:
+    assert timeout(seconds) == expected
+
+
+def test_notifications() -> None:
+    assert notification(notify.inval_inode(5, -1, 7), Notify.INVAL_INODE, "fuse_notify_inval_inode_out") == (
+        {"ino": 5, "off": -1, "len": 7},
+        b"",
+    )
+    for function, flags in ((notify.inval_entry, 0), (notify.expire_entry, NUMBERS["FUSE_EXPIRE_ONLY"])):
+        assert notification(function(5, b"name"), Notify.INVAL_ENTRY, "fuse_notify_inval_entry_out") == (
+            {"parent": 5, "namelen": 4, "flags": flags},
+            b"name\0",
+        )
+    assert notification(notify.delete(5, 6, b"name"), Notify.DELETE, "fuse_notify_delete_out") == (
+        {"parent": 5, "child": 6, "namelen": 4, "padding": 0},
+        b"name\0",
+    )
+    assert notification(notify.store(5, 6, b"ab", b"cd"), Notify.STORE, "fuse_notify_store_out") == (
+        {"nodeid": 5, "offset": 6, "size": 4, "padding": 0},
+        b"abcd",
+    )
+    assert notification(notify.retrieve(4, 5, 6, 7), Notify.RETRIEVE, "fuse_notify_retrieve_out") == (
+        {"notify_unique": 4, "nodeid": 5, "offset": 6, "size": 7, "padding": 0},
+        b"",
+    )
+    assert notification(notify.poll_wakeup(5), Notify.POLL, "fuse_notify_poll_wakeup_out") == ({"kh": 5}, b"")
+    assert notification(notify.resend(), Notify.RESEND, None) == ({}, b"")
+    assert notification(notify.inc_epoch(), Notify.INC_EPOCH, None) == ({}, b"")
+    fields, rest = notification(notify.prune([5, 6]), Notify.PRUNE, "fuse_notify_prune_out")
+    assert fields == {"count": 2, "padding": 0, "spare": 0}
+    assert rest == (5).to_bytes(8, sys.byteorder) + (6).to_bytes(8, sys.byteorder)
+
+
+def parse(raw: bytes, plus: bool) -> list[tuple[bytes, int, int, int, bytes]]:
+    """A listing as the kernel reads it (fs/fuse/readdir.c): name, ino, off, type, entry."""
+    found, at, head = [], 0, STRUCTS["fuse_entry_out"].size if plus else 0
+    while at < len(raw):
+        dirent = read(raw, "fuse_dirent", at + head)
+        start = at + head + STRUCTS["fuse_dirent"].size
+        name = raw[start : start + dirent["namelen"]]
+        found.append((name, dirent["ino"], dirent["off"], dirent["type"], raw[at : at + head]))
+        end = start + dirent["namelen"]
+        at = (end + 7) // 8 * 8
+        assert at <= len(raw)
+        assert not any(raw[end:at])
+    return found
+
+
+NAMES = st.binary(min_size=1, max_size=255).filter(lambda name: not {0, 47} & set(name))
+
+
+@given(names=st.lists(NAMES, max_size=20), limit=st.integers(0, 4096), plus=st.booleans())
+def test_listings(names: list[bytes], limit: int, plus: bool) -> None:
+    listing, entry = Listing(limit), encode.entry_out(1, 0, NEVER, NEVER, ATTR)
+    added = []
+    for off, name in enumerate(names, 1):
+        fits = listing.fits_plus(name)
+        if plus:
+            done = listing.add_plus(name, 10 + off, off, stat.S_IFDIR | 0o755, entry)
+            assert done == fits
+        else:
+            done = listing.add(name, 10 + off, off, stat.S_IFREG)
+        if not done:
+            break
+        added.append((name, 10 + off, off, 4 if plus else 8, entry if plus else b""))
+    raw = listing.packed()
+    assert len(raw) == listing.size <= limit
+    assert len(raw) % 8 == 0
+    assert parse(raw, plus) == added
+    if len(added) < len(names):
+        head = (152 if plus else 24) + len(names[len(added)])
+        assert listing.size + (head + 7) // 8 * 8 > limit
+
+
+@pytest.mark.parametrize("name", [b"", b"a/b", b"x" * 1025])
+def test_names_that_would_fail_the_whole_listing(name: bytes) -> None:
+    listing = Listing(4096)
+    with pytest.raises(ValueError, match="cannot be the name"):
+        listing.add(name, 1, 1, stat.S_IFREG)
+    with pytest.raises(ValueError, match="cannot be the name"):
+        listing.add_plus(name, 1, 1, stat.S_IFREG, encode.NO_ENTRY)
+    assert listing.packed() == b""

@@ -1,0 +1,341 @@
+"""INIT: every combination of the flags that touch each other, modes, privileges and settings."""
+
+from __future__ import annotations
+
+import itertools
+from dataclasses import replace
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from protocol_messages import GOLDEN, decode
+
+from unionfs.fuse.protocol import (
+    Decision,
+    Init,
+    IoMode,
+    NegotiationRefused,
+    Opcode,
+    Privileges,
+    Settings,
+    encode,
+    negotiate,
+)
+from unionfs.fuse.protocol.flags import FOPEN_KEEP_CACHE, FOPEN_NOFLUSH, FOPEN_PASSTHROUGH
+from unionfs.fuse.protocol.negotiate import MODES
+from unionfs.fuse.protocol.requests import InitRequest
+
+ROOT = Privileges(initial_user_namespace=True, sys_admin=True)
+ROOTLESS = Privileges(initial_user_namespace=False, sys_admin=True)
+NOBODY = Privileges(initial_user_namespace=True, sys_admin=False)
+PRIVILEGES = (ROOT, ROOTLESS, NOBODY)
+
+EVERYTHING = sum(Init)
+
+TOUCHING = (
+    Init.INIT_EXT,
+    Init.PASSTHROUGH,
+    Init.WRITEBACK_CACHE,
+    Init.NO_OPEN_SUPPORT,
+    Init.ATOMIC_O_TRUNC,
+    Init.HANDLE_KILLPRIV_V2,
+    Init.ALLOW_IDMAP,
+    Init.POSIX_ACL,
+    Init.DONT_MASK,
+)
+"""Flags some rule names together with another flag or with a setting."""
+
+WANTED = (
+    Init.DO_READDIRPLUS | Init.READDIRPLUS_AUTO | Init.PARALLEL_DIROPS | Init.CACHE_SYMLINKS | Init.MAX_PAGES
+    | Init.SETXATTR_EXT | Init.HAS_RESEND | Init.INIT_EXT | Init.HANDLE_KILLPRIV_V2 | Init.NO_OPENDIR_SUPPORT
+)  # fmt: skip
+"""Agreed whenever offered, in every mode."""
+
+NEVER = (
+    Init.HANDLE_KILLPRIV | Init.MAP_ALIGNMENT | Init.HAS_INODE_DAX | Init.SUBMOUNTS | Init.OVER_IO_URING
+    | Init.EXPORT_SUPPORT | Init.NO_EXPORT_SUPPORT | Init.INIT_RESERVED
+)  # fmt: skip
+"""Never agreed."""
+
+
+def offer(flags: int, minor: int = 45, readahead: int = 1 << 17) -> InitRequest:
+    return InitRequest.of(major=7, minor=minor, max_readahead=readahead, flags=flags)
+
+
+def check(decision: Decision, offered: InitRequest, settings: Settings, privileges: Privileges) -> None:
+    """Every rule of the flag table, said a second time."""
+    agreed, reply = decision.reply.flags, decision.reply
+    assert not agreed & ~offered.flags
+    assert not agreed & NEVER
+    assert decision.io in MODES
+    assert settings.io in (IoMode.AUTO, decision.io)
+
+    passthrough = bool(agreed & Init.PASSTHROUGH)
+    zero_message = bool(agreed & Init.NO_OPEN_SUPPORT)
+    assert not (zero_message and agreed & (Init.ATOMIC_O_TRUNC | Init.PASSTHROUGH))
+    assert (Opcode.OPEN in decision.enosys) == zero_message
+    assert (Opcode.OPENDIR in decision.enosys) == bool(agreed & Init.NO_OPENDIR_SUPPORT)
+    assert not (agreed & Init.WRITEBACK_CACHE and (passthrough or settings.live_lowers or settings.read_only))
+    assert decision.enosys <= {Opcode.OPEN, Opcode.OPENDIR, Opcode.FLUSH}
+
+    if passthrough:
+        assert privileges == ROOT
+        assert agreed & Init.INIT_EXT
+        assert reply.max_stack_depth in (1, 2)
+        assert decision.passthrough_open_flags & FOPEN_PASSTHROUGH
+        assert not decision.passthrough_open_flags & FOPEN_KEEP_CACHE
+        assert decision.io is not IoMode.CACHED
+    else:
+        assert reply.max_stack_depth == 0
+        assert decision.passthrough_open_flags == 0
+    assert decision.backing_without_fsetid == (passthrough and bool(agreed & Init.HANDLE_KILLPRIV_V2))
+    assert decision.passthrough_upper == (passthrough and not settings.read_only)
+    assert decision.passthrough_lower == (decision.io is IoMode.PASSTHROUGH)
+    assert passthrough == (decision.passthrough_upper or decision.passthrough_lower)
+
+    assert bool(agreed & Init.ALLOW_IDMAP) == settings.idmap
+    assert bool(agreed & Init.POSIX_ACL) == bool(agreed & Init.DONT_MASK)
+    both = Init.POSIX_ACL | Init.DONT_MASK
+    assert bool(agreed & Init.POSIX_ACL) == (settings.acl and offered.flags & both == both)
+    assert not (agreed & Init.AUTO_INVAL_DATA and agreed & Init.EXPLICIT_INVAL_DATA)
+    assert not (agreed & Init.READDIRPLUS_AUTO and not agreed & Init.DO_READDIRPLUS)
+    assert not (agreed >> 32 and not agreed & Init.INIT_EXT)
+
+    assert reply.time_gran == 1
+    assert reply.major == 7
+    assert reply.minor <= offered.minor
+    assert reply.max_readahead <= offered.max_readahead
+    assert 4096 <= reply.max_write <= max(4096, settings.max_write)
+    assert reply.max_write <= (reply.max_pages or 32) * settings.page_size
+    assert bool(reply.max_pages) == bool(agreed & Init.MAX_PAGES)
+    assert 1 <= reply.congestion_threshold <= reply.max_background <= 0xFFFF
+    encode.init(1, reply)
+
+    assert set(decision.why_not) == set(MODES) - {decision.io}
+    for sentence in (decision.why, *decision.why_not.values(), *decision.missing.values()):
+        assert sentence[0].isupper()
+        assert sentence.endswith(".")
+    assert not any(agreed & flag for flag in decision.missing)
+
+
+def possible(mode: IoMode, offered: InitRequest, privileges: Privileges) -> bool:
+    """The table of I/O modes, said a second time (layers on ordinary filesystems)."""
+    both = Init.PASSTHROUGH | Init.INIT_EXT
+    return mode in (IoMode.AUTO, IoMode.CACHED) or (privileges == ROOT and offered.flags & both == both)
+
+
+SWITCHES = [
+    {"live_lowers": live, "acl": acl, "read_only": read_only, "idmap": idmap}
+    for live, acl, read_only, idmap in itertools.product((False, True), repeat=4)
+]
+
+
+@pytest.mark.parametrize("io", list(IoMode))
+@pytest.mark.parametrize("privileges", PRIVILEGES, ids=["root", "rootless", "nobody"])
+def test_every_combination(io: IoMode, privileges: Privileges) -> None:
+    rest = EVERYTHING & ~sum(TOUCHING)
+    offers = [
+        offer(rest | sum(flags))
+        for count in range(len(TOUCHING) + 1)
+        for flags in itertools.combinations(TOUCHING, count)
+    ]
+    assert len(offers) == 512
+    for switches in SWITCHES:
+        settings = Settings(io=io, **switches)
+        for offered in offers:
+            idmap = not settings.idmap or (offered.flags & Init.ALLOW_IDMAP and offered.flags & Init.INIT_EXT)
+            if possible(io, offered, privileges) and idmap:
+                check(negotiate(offered, settings, privileges), offered, settings, privileges)
+            else:
+                with pytest.raises(NegotiationRefused):
+                    negotiate(offered, settings, privileges)
+
+
+SETTINGS = st.builds(
+    Settings,
+    io=st.just(IoMode.AUTO),
+    read_only=st.booleans(),
+    live_lowers=st.booleans(),
+    acl=st.booleans(),
+    caller_policy=st.booleans(),
+    default_permissions=st.booleans(),
+    upper_stack_depth=st.integers(0, 3),
+    lower_stack_depth=st.integers(0, 3),
+    remote_locks=st.booleans(),
+    security_context=st.booleans(),
+    supplementary_groups=st.booleans(),
+    max_write=st.integers(0, 1 << 32),
+    max_readahead=st.integers(0, (1 << 32) - 1),
+    max_background=st.integers(-5, 1 << 20),
+    request_timeout=st.integers(0, 1 << 20),
+    page_size=st.sampled_from([4096, 16384, 65536]),
+)
+
+
+@given(
+    flags=st.integers(0, (1 << 64) - 1) | st.just(EVERYTHING),
+    minor=st.integers(23, 99),
+    readahead=st.integers(0, (1 << 32) - 1),
+    settings=SETTINGS,
+    privileges=st.sampled_from(PRIVILEGES),
+)
+def test_auto_is_never_refused(
+    flags: int, minor: int, readahead: int, settings: Settings, privileges: Privileges
+) -> None:
+    """Whatever the kernel offers, even flags nobody knows yet."""
+    offered = offer(flags, minor, readahead)
+    decision = negotiate(offered, settings, privileges)
+    check(decision, offered, settings, privileges)
+    assert decision == negotiate(offered, settings, privileges), "pure"
+
+
+@pytest.mark.parametrize("io", MODES)
+def test_what_is_wanted_is_agreed(io: IoMode) -> None:
+    decision = negotiate(offer(EVERYTHING), Settings(io=io), ROOT)
+    assert decision.flags & WANTED == WANTED
+    assert decision.flags & Init.EXPLICIT_INVAL_DATA
+    assert not decision.flags & (
+        Init.POSIX_LOCKS | Init.FLOCK_LOCKS | Init.SECURITY_CTX | Init.CREATE_SUPP_GROUP
+    )
+    assert Opcode.FLUSH in decision.enosys
+    assert decision.file_open_flags == FOPEN_KEEP_CACHE | FOPEN_NOFLUSH
+
+
+def test_hybrid() -> None:
+    decision = negotiate(offer(EVERYTHING), Settings(), ROOT)
+    assert decision.io is IoMode.HYBRID
+    assert decision.flags & Init.PASSTHROUGH
+    assert decision.flags & Init.ATOMIC_O_TRUNC
+    assert decision.enosys == {Opcode.OPENDIR, Opcode.FLUSH}
+    assert (decision.passthrough_upper, decision.passthrough_lower) == (True, False)
+    assert decision.reply.max_stack_depth == 1
+    assert "kernel to kernel" in decision.why
+    assert "old data" in decision.why_not[IoMode.PASSTHROUGH]
+
+
+def test_cached() -> None:
+    decision = negotiate(offer(EVERYTHING), Settings(io=IoMode.CACHED), ROOT)
+    assert decision.flags & Init.WRITEBACK_CACHE
+    assert not decision.flags & (Init.ATOMIC_O_TRUNC | Init.PASSTHROUGH)
+    assert decision.enosys == {Opcode.OPEN, Opcode.OPENDIR, Opcode.FLUSH}
+    assert decision.missing == {Init.ATOMIC_O_TRUNC: "It does not go with NO_OPEN_SUPPORT."}
+
+
+def test_without_zero_message_opens_o_trunc_can_be_atomic() -> None:
+    decision = negotiate(offer(EVERYTHING & ~Init.NO_OPEN_SUPPORT), Settings(io=IoMode.CACHED), ROOT)
+    assert decision.flags & Init.ATOMIC_O_TRUNC
+    assert Opcode.OPEN not in decision.enosys
+
+
+@pytest.mark.parametrize(
+    ("flags", "privileges", "depth", "reason"),
+    [
+        (EVERYTHING & ~Init.PASSTHROUGH, ROOT, 0, "Linux 6.9"),
+        (EVERYTHING & ~Init.INIT_EXT, ROOT, 0, "Linux 6.9"),
+        (EVERYTHING, ROOTLESS, 0, "user namespace"),
+        (EVERYTHING, NOBODY, 0, "root"),
+        (EVERYTHING, ROOT, 2, "stacks no third"),
+    ],
+)
+@pytest.mark.parametrize("io", [IoMode.HYBRID, IoMode.PASSTHROUGH])
+def test_refusals_say_why(flags: int, privileges: Privileges, depth: int, reason: str, io: IoMode) -> None:
+    settings = Settings(io=io, upper_stack_depth=depth, lower_stack_depth=depth)
+    with pytest.raises(NegotiationRefused, match=reason) as caught:
+        negotiate(offer(flags), settings, privileges)
+    assert f"--io {io} cannot be had" in str(caught.value)
+    assert "--io auto" in str(caught.value)
+    decision = negotiate(offer(flags), replace(settings, io=IoMode.AUTO), privileges)
+    assert decision.io is IoMode.CACHED
+    assert reason in decision.why_not[io]
+
+
+@pytest.mark.parametrize(
+    ("io", "upper", "lower", "read_only", "expected"),
+    [
+        (IoMode.HYBRID, 0, 1, False, 1),
+        (IoMode.HYBRID, 1, 0, False, 2),
+        (IoMode.HYBRID, 0, 2, True, 0),
+        (IoMode.PASSTHROUGH, 0, 0, False, 1),
+        (IoMode.PASSTHROUGH, 0, 1, False, 2),
+        (IoMode.PASSTHROUGH, 1, 2, False, 2),
+        (IoMode.PASSTHROUGH, 0, 2, False, 1),
+        (IoMode.PASSTHROUGH, 2, 0, True, 1),
+    ],
+)
+def test_stack_depth(io: IoMode, upper: int, lower: int, read_only: bool, expected: int) -> None:
+    settings = Settings(io=io, upper_stack_depth=upper, lower_stack_depth=lower, read_only=read_only)
+    assert negotiate(offer(EVERYTHING), settings, ROOT).reply.max_stack_depth == expected
+
+
+def test_live_lowers() -> None:
+    decision = negotiate(offer(EVERYTHING), Settings(io=IoMode.CACHED, live_lowers=True), ROOT)
+    assert not decision.flags & (Init.WRITEBACK_CACHE | Init.EXPLICIT_INVAL_DATA)
+    assert decision.flags & Init.AUTO_INVAL_DATA
+
+
+@pytest.mark.parametrize(
+    ("settings", "flags", "reason"),
+    [
+        (Settings(idmap=True), EVERYTHING & ~Init.ALLOW_IDMAP, "Linux 6.12"),
+        (Settings(idmap=True, caller_policy=True), EVERYTHING, "caller's uid"),
+        (Settings(idmap=True, default_permissions=False), EVERYTHING, "default_permissions"),
+    ],
+)
+def test_idmap_refusals(settings: Settings, flags: int, reason: str) -> None:
+    with pytest.raises(NegotiationRefused, match=reason):
+        negotiate(offer(flags), settings, ROOT)
+
+
+def test_locks_that_come_here_bring_flush_along() -> None:
+    decision = negotiate(offer(EVERYTHING), Settings(remote_locks=True), ROOT)
+    assert decision.flags & Init.POSIX_LOCKS
+    assert decision.flags & Init.FLOCK_LOCKS
+    assert Opcode.FLUSH not in decision.enosys
+    assert decision.file_open_flags == FOPEN_KEEP_CACHE
+
+
+def test_extras_on_demand() -> None:
+    settings = Settings(security_context=True, supplementary_groups=True, request_timeout=30)
+    decision = negotiate(offer(EVERYTHING), settings, ROOT)
+    assert decision.flags & Init.SECURITY_CTX
+    assert decision.flags & Init.CREATE_SUPP_GROUP
+    assert decision.reply.request_timeout == 30
+    assert negotiate(offer(EVERYTHING), Settings(), ROOT).reply.request_timeout == 0
+
+
+@pytest.mark.parametrize(
+    ("max_write", "page_size", "flags", "pages", "expected"),
+    [
+        (1 << 20, 4096, EVERYTHING, 256, 1 << 20),
+        (1 << 20, 65536, EVERYTHING, 16, 1 << 20),
+        (1 << 20, 4096, EVERYTHING & ~Init.MAX_PAGES, 0, 128 << 10),
+        (5000, 4096, EVERYTHING, 2, 5000),
+        (0, 4096, EVERYTHING, 1, 4096),
+    ],
+)
+def test_sizes(max_write: int, page_size: int, flags: int, pages: int, expected: int) -> None:
+    reply = negotiate(offer(flags), Settings(max_write=max_write, page_size=page_size), ROOT).reply
+    assert (reply.max_pages, reply.max_write) == (pages, expected)
+
+
+@pytest.mark.parametrize(("major", "minor"), [(7, 22), (6, 45), (8, 0)])
+def test_kernels_that_cannot_be_served(major: int, minor: int) -> None:
+    with pytest.raises(NegotiationRefused, match="pyfuse3"):
+        negotiate(InitRequest.of(major=major, minor=minor), Settings(), ROOT)
+
+
+def test_older_and_newer_kernels() -> None:
+    assert negotiate(offer(EVERYTHING, minor=99), Settings(), ROOT).reply.minor == 45
+    old = negotiate(offer(Init.NO_OPEN_SUPPORT, minor=23), Settings(), ROOT)
+    assert old.reply.minor == 23
+    assert old.io is IoMode.CACHED
+    assert not old.file_open_flags & FOPEN_NOFLUSH
+
+
+def test_the_offer_of_linux_6_18() -> None:
+    offered = decode(GOLDEN["InitRequest"])
+    assert isinstance(offered, InitRequest)
+    decision = negotiate(offered, Settings(acl=True), ROOT)
+    assert decision.io is IoMode.HYBRID
+    assert decision.missing == {}
+    assert decision.flags & WANTED == WANTED

@@ -1,0 +1,125 @@
+"""The tables against the header: its facts for 7.45 (abi_7_45.txt), and the installed one, compiled."""
+
+from __future__ import annotations
+
+import re
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+from protocol_abi import NUMBERS, STRUCTS
+
+from unionfs.fuse.protocol import flags
+from unionfs.fuse.protocol.structs import LAYOUTS, Layout, record_align
+
+INSTALLED = Path("/usr/include/linux/fuse.h")
+COMPILER = shutil.which("cc") or shutil.which("gcc")
+VARIABLE = {"fuse_dirent": "name", "fuse_supp_groups": "groups"}
+"""Fields without a size of their own, at the end of a structure."""
+
+
+def fields(layout: Layout) -> dict[str, tuple[int, int]]:
+    """The direct fields, a nested structure being one."""
+    found = {name: place for name, place in layout.offsets().items() if "." not in name}
+    for name, offset in layout.nested.items():
+        inner = [place for field, place in layout.offsets().items() if field.startswith(name + ".")]
+        found[name] = (offset, inner[-1][0] + inner[-1][1] - offset)
+    return found
+
+
+@pytest.mark.parametrize("name", STRUCTS)
+def test_names_sizes_and_offsets_are_the_headers(name: str) -> None:
+    expected = {field: place for field, place in STRUCTS[name].fields.items() if field != VARIABLE.get(name)}
+    assert fields(LAYOUTS[name]) == expected
+    assert LAYOUTS[name].size == STRUCTS[name].size
+
+
+def test_no_structure_is_ours_alone() -> None:
+    assert LAYOUTS.keys() == STRUCTS.keys()
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_packing_puts_each_value_at_its_offset(name: str) -> None:
+    layout = LAYOUTS[name]
+    shown = [field for field in layout.fields if not field.skipped]
+    values = list(range(1, len(shown) + 1))
+    raw = layout.struct.pack(*values)
+    assert layout.struct.unpack(raw) == tuple(values)
+    assert len(layout.names) == len(shown)
+    for field, value in zip(shown, values, strict=True):
+        assert raw[field.offset] == value, "little-endian" if raw[field.offset] else "big-endian"
+    for field in layout.fields:
+        if field.skipped:
+            assert not any(raw[field.offset : field.offset + field.size])
+
+
+def our_name(number: str) -> int | None:
+    """The value we have for a number of the header, None if we have none."""
+    if number in ("FUSE_KERNEL_MINOR_VERSION", "FUSE_ROOT_ID"):
+        return int(getattr(flags, number.removeprefix("FUSE_")))
+    short = number.removeprefix("FUSE_")
+    if short.startswith("NOTIFY_") and short.removeprefix("NOTIFY_") in flags.Notify.__members__:
+        return flags.Notify[short.removeprefix("NOTIFY_")]
+    # An opcode and a flag of INIT never share a name.
+    for members in (flags.Init.__members__, flags.Opcode.__members__):
+        if short in members:
+            return int(members[short])
+    value = getattr(flags, short, getattr(flags, number, None))
+    return None if value is None else int(value)
+
+
+NOT_OURS = re.compile(r"FUSE_(COMPAT_\w+|DIRECT_IO_RELAX|WRITE_KILL_PRIV)$")
+"""Sizes before protocol 7.9, and older names of what we have under the newer one."""
+
+
+@pytest.mark.parametrize("number", [name for name in NUMBERS if not NOT_OURS.match(name)])
+def test_numbers_are_the_headers(number: str) -> None:
+    assert our_name(number) == NUMBERS[number]
+
+
+def test_no_number_is_ours_alone() -> None:
+    for name in (*flags.Init.__members__, *flags.Opcode.__members__):
+        assert f"FUSE_{name}" in NUMBERS
+    for name in flags.Notify.__members__:
+        assert f"FUSE_NOTIFY_{name}" in NUMBERS
+    assert flags.SINCE.keys() <= set(flags.Init)
+    assert set(flags.SINCE.values()) <= flags.LINUX.keys()
+
+
+@pytest.mark.skipif(COMPILER is None, reason="there is no C compiler")
+@pytest.mark.skipif(not INSTALLED.exists(), reason=f"there is no {INSTALLED}")
+def test_the_installed_header_agrees(tmp_path: Path) -> None:
+    """What /usr/include/linux/fuse.h has, of whatever age, lies where our tables say."""
+    assert COMPILER is not None
+    text = re.sub(r"/\*.*?\*/", "", INSTALLED.read_text(), flags=re.S)
+    lines = []
+    for name, body in re.findall(r"struct (\w+) \{(.*?)\n\};", text, re.S):
+        if name not in LAYOUTS:
+            continue
+        for field in re.findall(r"(\w+)(?:\[\d+\])?;", body):
+            if field != VARIABLE.get(name):
+                place = f"offsetof(struct {name}, {field}), sizeof(((struct {name} *)0)->{field})"
+                lines.append(f'printf("{name} {field} %zu %zu\\n", {place});')
+    program = "#include <stdio.h>\n#include <stddef.h>\n#include <linux/fuse.h>\nint main(void) {%s}\n"
+    source, binary = tmp_path / "abi.c", tmp_path / "abi"
+    source.write_text(program % "\n".join(lines))
+    subprocess.run([COMPILER, "-o", str(binary), str(source)], check=True)
+    found = subprocess.run([str(binary)], check=True, capture_output=True, text=True).stdout.splitlines()
+    assert len(found) > 150
+    # fields that got a name of their own later
+    renamed = {("fuse_open_in", "unused"), ("fuse_open_out", "padding"), ("fuse_create_in", "padding")}
+    renamed |= {
+        ("fuse_notify_inval_entry_out", "padding"),
+        ("fuse_in_header", "padding"),
+        ("fuse_attr", "padding"),
+    }
+    renamed |= {("fuse_init_out", "unused"), ("fuse_init_in", "unused")}
+    for line in found:
+        name, field, offset, size = line.split()
+        if (name, field) not in renamed:
+            assert fields(LAYOUTS[name])[field] == (int(offset), int(size)), line
+
+
+def test_record_align() -> None:
+    assert [record_align(size) for size in (0, 1, 7, 8, 9)] == [0, 8, 8, 8, 16]

@@ -1,0 +1,63 @@
+"""The FUSE kernel protocol, ABI up to 7.45 (Linux 6.18), without any I/O: bytes in, values out.
+
+    structs     every structure of the header, as a table
+    flags       opcodes, flags, ioctls
+    request     what every request is;  requests: one class an opcode
+    decode      bytes -> request        extensions: labels and groups at a request's end
+    encode      answers -> buffers      dirents: directory listings      notify: notifications
+    negotiate   INIT: offered flags, settings, privileges -> decision
+    errors      ProtocolError, NegotiationRefused
+
+Rules:
+- Nothing in here opens, reads, writes, sleeps or knows trio: a session does, and hands over bytes.
+- Facts are the kernel's, and each file names the source. A name of the header keeps its spelling.
+- Nothing here knows the union.
+
+A session, in short:
+
+    decode = decoder()
+    request = decode(view, os.readv(fd, [buffer]))          # the first is an InitRequest
+    decision = negotiate(request, settings, privileges)
+    os.writev(fd, encode.init(request.unique, decision.reply))
+    decode = decoder(decision.flags)
+    ...
+    os.writev(fd, encode.entry(request.unique, nodeid, 0, FOREVER, FOREVER, attr))
+"""
+
+from unionfs.fuse.protocol import encode, notify, requests
+from unionfs.fuse.protocol.decode import Decode, decoder, receive_buffer_size
+from unionfs.fuse.protocol.dirents import Listing
+from unionfs.fuse.protocol.encode import FOREVER, NEVER, InitReply, Reply, Timeout, timeout
+from unionfs.fuse.protocol.errors import NegotiationRefused, ProtocolError
+from unionfs.fuse.protocol.flags import Init, Notify, Opcode
+from unionfs.fuse.protocol.negotiate import Decision, IoMode, Privileges, Settings, negotiate
+from unionfs.fuse.protocol.request import Request, SecurityContext, Unknown
+
+__all__ = [
+    "FOREVER",
+    "NEVER",
+    "Decision",
+    "Decode",
+    "Init",
+    "InitReply",
+    "IoMode",
+    "Listing",
+    "NegotiationRefused",
+    "Notify",
+    "Opcode",
+    "Privileges",
+    "ProtocolError",
+    "Reply",
+    "Request",
+    "SecurityContext",
+    "Settings",
+    "Timeout",
+    "Unknown",
+    "decoder",
+    "encode",
+    "negotiate",
+    "notify",
+    "receive_buffer_size",
+    "requests",
+    "timeout",
+]

@@ -1,0 +1,312 @@
+"""Bytes from /dev/fuse to typed requests.
+
+    decode = decoder(agreed_flags)          # once a connection; before INIT is answered: decoder()
+    request = decode(view, size)            # a message: the first `size` bytes of `view`
+
+Rules:
+- Whatever the bytes are, the only exception is ProtocolError. An opcode nobody knows is not an error: it
+  becomes `Unknown`, to be answered with ENOSYS.
+- `view` is a memoryview of bytes over the whole receive buffer, made once; `size` is what read(2) returned.
+  `data` of a request is a slice of it (see requests.py), so a buffer holds one message at a time.
+- A message is exactly as long as its header says and as its opcode needs: the kernel never sends less nor
+  more, so anything else is an error, not something to guess at. Only INIT may grow.
+- `_SHAPES` says of each class what follows its structure. Nothing else in the program knows that.
+- Without SETXATTR_EXT the structure of SETXATTR is shorter: the one thing the bytes do not say themselves.
+
+Source: as requests.py. What it costs: tests/unit/protocol/protocol_timing.py.
+"""
+
+from __future__ import annotations
+
+import struct
+import sys
+from collections.abc import Callable
+from typing import Final
+
+from unionfs.fuse.protocol import extensions
+from unionfs.fuse.protocol import requests as rq
+from unionfs.fuse.protocol.errors import ProtocolError
+from unionfs.fuse.protocol.flags import Init
+from unionfs.fuse.protocol.request import HEADER_FIELDS, Request, Unknown
+from unionfs.fuse.protocol.structs import (
+    IN_HEADER,
+    IN_HEADER_SIZE,
+    INIT_COMPAT_SIZE,
+    LAYOUTS,
+    SETXATTR_COMPAT_SIZE,
+    record_align,
+)
+
+Decode = Callable[[memoryview, int], Request]
+"""(view, size) -> request. Raises ProtocolError."""
+
+_OPCODE_BYTE: Final = 4 if sys.byteorder == "little" else 7  # its lowest byte: every opcode we know fits one
+_HEADER: Final = IN_HEADER.struct
+_UNIQUE_AT: Final = HEADER_FIELDS.index("unique")
+_EXTLEN_AT: Final = HEADER_FIELDS.index("extlen")
+_SLASH: Final = ord("/")
+
+
+def _layout(kind: type[Request]) -> struct.Struct:
+    """Header and body of a request as one structure."""
+    body = LAYOUTS[kind.body].format if kind.body is not None else ""
+    return struct.Struct("=" + IN_HEADER.format + body)
+
+
+def _bad(kind: type[Request], view: memoryview, size: int, why: str) -> ProtocolError:
+    return ProtocolError(
+        f"A {kind.opcode.name} message of {size} bytes {why}.", _HEADER.unpack_from(view)[_UNIQUE_AT]
+    )
+
+
+def _other(kind: type[Request] | None, view: memoryview, size: int) -> Request:
+    """What a message is whose length or opcode is not what the decoder of `kind` expects."""
+    fields = _HEADER.unpack_from(view)
+    if fields[0] != size:
+        raise ProtocolError(f"A message of {size} bytes says it has {fields[0]}.", fields[_UNIQUE_AT])
+    if kind is not None and fields[1] == kind.opcode:
+        raise _bad(kind, view, size, "does not have the right length")
+    return Unknown((*fields, view[IN_HEADER_SIZE:size]))
+
+
+# -- the shapes: what follows the structure -------------------------------------------------------------
+
+
+def _nothing(kind: type[Request]) -> Decode:
+    layout = _layout(kind)
+    unpack, exact, opcode = layout.unpack_from, layout.size, int(kind.opcode)
+
+    def decode(view: memoryview, size: int) -> Request:
+        if size != exact:
+            return _other(kind, view, size)
+        fields = unpack(view)
+        if fields[0] != size or fields[1] != opcode:
+            return _other(kind, view, size)
+        return kind(fields)
+
+    return decode
+
+
+def _name(kind: type[Request]) -> Decode:
+    """One name."""
+    layout = _layout(kind)
+    unpack, start, opcode = layout.unpack_from, layout.size, int(kind.opcode)
+    shortest = start + len(b"n\0")
+
+    def decode(view: memoryview, size: int) -> Request:
+        if size < shortest:
+            return _other(kind, view, size)
+        fields = unpack(view)
+        if fields[0] != size or fields[1] != opcode:
+            return _other(kind, view, size)
+        end = size - 1
+        name = view[start:end].tobytes()
+        if view[end] or 0 in name or _SLASH in name:
+            raise _bad(kind, view, size, "has a bad name")
+        return kind(fields + (name,))  # noqa: RUF005 - the star is slower
+
+    return decode
+
+
+def _strings(*slash: bool, extended: bool = False) -> Callable[[type[Request]], Decode]:
+    """As many names as arguments, each True where a slash is allowed; then, if `extended`, extensions."""
+
+    def shape(kind: type[Request]) -> Decode:
+        layout = _layout(kind)
+        unpack, start, opcode = layout.unpack_from, layout.size, int(kind.opcode)
+        expected = len(slash) + 1
+
+        def decode(view: memoryview, size: int) -> Request:
+            if size <= start:
+                return _other(kind, view, size)
+            fields = unpack(view)
+            if fields[0] != size or fields[1] != opcode:
+                return _other(kind, view, size)
+            end = size - 8 * fields[_EXTLEN_AT] if extended else size
+            if end <= start:
+                raise _bad(kind, view, size, "has extensions where its name should be")
+            names = view[start:end].tobytes().split(b"\0")
+            if len(names) != expected or names.pop():
+                raise _bad(kind, view, size, "has not the right number of names")
+            for name, allowed in zip(names, slash, strict=True):
+                if not name or (_SLASH in name and not allowed):
+                    raise _bad(kind, view, size, "has a bad name")
+            if not extended:
+                return kind((*fields, *names))
+            if end == size:
+                return kind((*fields, *names, *extensions.NONE))
+            try:
+                return kind((*fields, *names, *extensions.parse(view[end:size].tobytes())))
+            except ProtocolError as error:
+                raise _bad(kind, view, size, f"has bad extensions: {error}") from None
+
+        return decode
+
+    return shape
+
+
+def _data(length_field: str) -> Callable[[type[Request]], Decode]:
+    """Data, as many bytes as `length_field` says; a view of the buffer."""
+
+    def shape(kind: type[Request]) -> Decode:
+        layout = _layout(kind)
+        unpack, start, opcode = layout.unpack_from, layout.size, int(kind.opcode)
+        length_at = kind.fields.index(length_field)
+
+        def decode(view: memoryview, size: int) -> Request:
+            if size < start:
+                return _other(kind, view, size)
+            fields = unpack(view)
+            if fields[0] != size or fields[1] != opcode:
+                return _other(kind, view, size)
+            if fields[length_at] != size - start:
+                raise _bad(kind, view, size, f"says it has {fields[length_at]} bytes of data")
+            return kind((*fields, view[start:size]))
+
+        return decode
+
+    return shape
+
+
+def _forgets(kind: type[Request]) -> Decode:
+    """Pairs of nodeid and nlookup."""
+    layout, pair = _layout(kind), LAYOUTS["fuse_forget_one"].struct
+    unpack, start, opcode = layout.unpack_from, layout.size, int(kind.opcode)
+    count_at = kind.fields.index("entries")
+
+    def decode(view: memoryview, size: int) -> Request:
+        if size < start:
+            return _other(kind, view, size)
+        fields = unpack(view)
+        if fields[0] != size or fields[1] != opcode:
+            return _other(kind, view, size)
+        if fields[count_at] * pair.size != size - start:
+            raise _bad(kind, view, size, f"says it has {fields[count_at]} entries")
+        return kind((*fields, tuple(pair.iter_unpack(view[start:size]))))
+
+    return decode
+
+
+def _xattr(kind: type[Request], extended: bool = True) -> Decode:
+    """A name, which may have slashes, and a value; a short structure unless `extended`."""
+    short = struct.Struct("=" + IN_HEADER.format + "II")
+    assert short.size == IN_HEADER_SIZE + SETXATTR_COMPAT_SIZE
+    layout, missing = (_layout(kind), ()) if extended else (short, (0,))
+    unpack, start, opcode = layout.unpack_from, layout.size, int(kind.opcode)
+    length_at = kind.fields.index("size")
+
+    def decode(view: memoryview, size: int) -> Request:
+        if size <= start:
+            return _other(kind, view, size)
+        fields = unpack(view)
+        if fields[0] != size or fields[1] != opcode:
+            return _other(kind, view, size)
+        name, nul, value = view[start:size].tobytes().partition(b"\0")
+        if not name or not nul or len(value) != fields[length_at]:
+            raise _bad(kind, view, size, "has a bad name or value")
+        return kind((*fields, *missing, name, value))
+
+    return decode
+
+
+def _init(kind: type[Request]) -> Decode:
+    """16 bytes before 7.36, 64 since. flags2 counts only with INIT_EXT (fs/fuse/inode.c, fuse_new_init)."""
+    short, long = struct.Struct("=IIII"), LAYOUTS["fuse_init_in"]
+    assert short.size == INIT_COMPAT_SIZE
+    flags2_at = long.names.index("flags2")
+
+    def decode(view: memoryview, size: int) -> Request:
+        fields = _HEADER.unpack_from(view)
+        if size < IN_HEADER_SIZE + INIT_COMPAT_SIZE or fields[:2] != (size, kind.opcode):
+            return _other(kind, view, size)
+        major, minor, readahead, flags = short.unpack_from(view, IN_HEADER_SIZE)
+        # A newer kernel may send more than we know: that is how the structure grew before.
+        if flags & Init.INIT_EXT and size >= IN_HEADER_SIZE + long.size:
+            flags |= long.struct.unpack_from(view, IN_HEADER_SIZE)[flags2_at] << 32
+        return kind((*fields, major, minor, readahead, flags))
+
+    return decode
+
+
+# -- the table ------------------------------------------------------------------------------------------
+
+_SHAPES: Final[dict[type[Request], Callable[[type[Request]], Decode]]] = {
+    rq.Lookup: _name,
+    rq.Forget: _nothing,
+    rq.Getattr: _nothing,
+    rq.Setattr: _nothing,
+    rq.Readlink: _nothing,
+    rq.Symlink: _strings(False, True, extended=True),
+    rq.Mknod: _strings(False, extended=True),
+    rq.Mkdir: _strings(False, extended=True),
+    rq.Unlink: _name,
+    rq.Rmdir: _name,
+    rq.Rename: _strings(False, False),
+    rq.Link: _name,
+    rq.Open: _nothing,
+    rq.Read: _nothing,
+    rq.Write: _data("size"),
+    rq.Statfs: _nothing,
+    rq.Release: _nothing,
+    rq.Fsync: _nothing,
+    rq.Setxattr: _xattr,
+    rq.Getxattr: _strings(True),
+    rq.Listxattr: _nothing,
+    rq.Removexattr: _strings(True),
+    rq.Flush: _nothing,
+    rq.InitRequest: _init,
+    rq.Opendir: _nothing,
+    rq.Readdir: _nothing,
+    rq.Releasedir: _nothing,
+    rq.Fsyncdir: _nothing,
+    rq.Getlk: _nothing,
+    rq.Setlk: _nothing,
+    rq.Setlkw: _nothing,
+    rq.Access: _nothing,
+    rq.Create: _strings(False, extended=True),
+    rq.Interrupt: _nothing,
+    rq.Bmap: _nothing,
+    rq.Destroy: _nothing,
+    rq.Ioctl: _data("in_size"),
+    rq.Poll: _nothing,
+    rq.NotifyReply: _data("size"),
+    rq.BatchForget: _forgets,
+    rq.Fallocate: _nothing,
+    rq.Readdirplus: _nothing,
+    rq.Rename2: _strings(False, False),
+    rq.Lseek: _nothing,
+    rq.CopyFileRange: _nothing,
+    rq.Syncfs: _nothing,
+    rq.Tmpfile: _strings(True, extended=True),
+    rq.Statx: _nothing,
+    rq.CopyFileRange64: _nothing,
+}
+
+REQUESTS: Final = tuple(_SHAPES)
+"""Every class of request there is, in the order of opcodes; `Unknown` is not among them."""
+
+
+def decoder(agreed: Init | int = Init.SETXATTR_EXT) -> Decode:
+    """Make the decoder of a connection on which the INIT flags `agreed` hold."""
+    table: list[Decode] = [lambda view, size: _other(None, view, size)] * 256
+    for kind, shape in _SHAPES.items():
+        table[kind.opcode] = shape(kind)
+    table[rq.Setxattr.opcode] = _xattr(rq.Setxattr, extended=bool(agreed & Init.SETXATTR_EXT))
+
+    def decode(view: memoryview, size: int) -> Request:
+        if size < IN_HEADER_SIZE:
+            raise ProtocolError(f"A message of {size} bytes has no whole header.")
+        return table[view[_OPCODE_BYTE]](view, size)
+
+    return decode
+
+
+def receive_buffer_size(max_write: int) -> int:
+    """Bytes a receive buffer needs for every message of a connection with this `max_write` (bytes).
+
+    The kernel wants room for a WRITE, and 8 KiB at least (fs/fuse/dev.c, fuse_dev_do_read); a request that
+    does not fit fails with EIO, SETXATTR with E2BIG. The largest others are SETXATTR (a name of 255 bytes, a
+    value of 64 KiB) and a SYMLINK with a label; 128 KiB hold them all.
+    """
+    write = IN_HEADER_SIZE + LAYOUTS["fuse_write_in"].size + max_write
+    return max(record_align(write), 128 << 10)

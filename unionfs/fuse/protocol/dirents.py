@@ -1,0 +1,72 @@
+"""Directory listings: packing entries into the answer of READDIR and READDIRPLUS.
+
+Rules (fs/fuse/readdir.c, parse_dirfile and parse_dirplusfile, Linux 6.18):
+- A record is the structure, the name without a NUL, and zeros up to the next multiple of 8.
+- The whole answer is at most the request's `size` bytes; a record that does not fit comes next time.
+- `off` is where the listing goes on *after* this entry: a cookie of our own, never 0, below 2**63.
+- An empty name, one with a slash, or one above 1024 bytes fails the whole listing with EIO: refused here.
+- READDIRPLUS: an entry with a nodeid counts one lookup, so look it up only when it fits (`fits`) and then
+  add it. `encode.NO_ENTRY` (for "." and "..", or what could not be looked up) counts none.
+"""
+
+from __future__ import annotations
+
+import struct
+from typing import Final
+
+from unionfs.fuse.protocol.structs import ENTRY_OUT_SIZE, LAYOUTS
+
+NAME_MAX: Final = 1024
+"""Bytes; FUSE_NAME_MAX, which every kernel takes (newer ones may take more)."""
+
+_DIRENT: Final = LAYOUTS["fuse_dirent"].struct.pack
+_DIRENT_SIZE: Final = LAYOUTS["fuse_dirent"].size
+_DIRENTPLUS_SIZE: Final = LAYOUTS["fuse_direntplus"].size
+_PLUS: Final = struct.Struct(f"={ENTRY_OUT_SIZE}s" + LAYOUTS["fuse_dirent"].format).pack
+_PADDING: Final = tuple(bytes(-size % 8) for size in range(8))
+
+
+class Listing:
+    """The answer to one READDIR or READDIRPLUS, growing entry by entry up to `limit` bytes.
+
+    `size` is the bytes so far. Every `add` says whether the entry fitted; after the first that did not, stop.
+    """
+
+    __slots__ = ("_records", "limit", "size")
+
+    def __init__(self, limit: int) -> None:
+        self.limit = limit
+        self.size = 0
+        self._records: list[bytes] = []
+
+    def fits_plus(self, name: bytes) -> bool:
+        """Whether `add_plus` with this name would fit."""
+        return self.size + ((_DIRENTPLUS_SIZE + len(name) + 7) & ~7) <= self.limit
+
+    def add(self, name: bytes, ino: int, off: int, mode: int) -> bool:
+        """Add an entry of READDIR; of `mode` only the file type counts. Raises ValueError for a bad name."""
+        length = len(name)
+        size = self.size + ((_DIRENT_SIZE + length + 7) & ~7)
+        if size > self.limit:
+            return False
+        if not 0 < length <= NAME_MAX or 47 in name:
+            raise ValueError(f"{name!r} cannot be the name of a directory entry.")
+        self._records.append(_DIRENT(ino, off, length, mode >> 12) + name + _PADDING[length & 7])
+        self.size = size
+        return True
+
+    def add_plus(self, name: bytes, ino: int, off: int, mode: int, entry: bytes) -> bool:
+        """As `add`, for READDIRPLUS; `entry` is from `encode.entry_out`."""
+        length = len(name)
+        size = self.size + ((_DIRENTPLUS_SIZE + length + 7) & ~7)
+        if size > self.limit:
+            return False
+        if not 0 < length <= NAME_MAX or 47 in name:
+            raise ValueError(f"{name!r} cannot be the name of a directory entry.")
+        self._records.append(_PLUS(entry, ino, off, length, mode >> 12) + name + _PADDING[length & 7])
+        self.size = size
+        return True
+
+    def packed(self) -> bytes:
+        """What goes into `encode.data`."""
+        return b"".join(self._records)

@@ -1,0 +1,26 @@
+"""The errors of the protocol room: one for bytes, one for an INIT that cannot be answered.
+
+Rules:
+- Decoding raises `ProtocolError` and nothing else, whatever the bytes are.
+- Encoding is fed by our own code: a value that does not fit its field is a bug there, and raises
+  `struct.error` (out of range) or `ValueError` (a rule of this room was broken).
+- `NegotiationRefused` is for the user: `str(error)` is full sentences with thing, cause and cure.
+"""
+
+from __future__ import annotations
+
+
+class ProtocolError(Exception):
+    """Bytes that are not a message of the FUSE protocol.
+
+    `unique` is the request's id where the header could be read, so that the request can be answered with
+    an error instead of hanging its caller; else None.
+    """
+
+    def __init__(self, message: str, unique: int | None = None) -> None:
+        super().__init__(message)
+        self.unique = unique
+
+
+class NegotiationRefused(Exception):
+    """What was asked for explicitly cannot be had on this mount, or the kernel is too old to be served."""

@@ -1,0 +1,394 @@
+"""INIT: what the kernel offers, what was asked for and what we may do, to one decision. A pure function.
+
+Rules of what goes with what (fs/fuse/inode.c, process_init_reply, Linux 6.18; those marked * were found by
+breaking them):
+- NO_OPEN (ENOSYS to OPEN) never with ATOMIC_O_TRUNC*: O_TRUNC would be lost. Never with PASSTHROUGH, which
+  lives in the answer to OPEN.
+- WRITEBACK_CACHE never with PASSTHROUGH (the kernel then drops passthrough, and registering a backing file is
+  EPERM*), and never where a lower is live: the kernel would ignore the sizes the daemon reports.
+- PASSTHROUGH needs INIT_EXT, a max_stack_depth of 1 or 2, and CAP_SYS_ADMIN in the initial user namespace
+  (fs/fuse/backing.c). Depth 2 only where a file to pass through lies on a stacked filesystem itself: a mount
+  of depth 2 can be nobody's lower.
+- HANDLE_KILLPRIV_V2 with PASSTHROUGH: backing files are registered by a thread without CAP_FSETID, or writes
+  by an ordinary user keep suid and sgid*. Without V2 the kernel itself sends the SETATTR; V1 is never agreed.
+- ALLOW_IDMAP only when asked for, never with a policy on the caller's uid (it is blank except on creation),
+  and only under default_permissions: without, the kernel ends the connection.
+- POSIX_ACL and DONT_MASK both or neither, when every layer has ACLs.
+- EXPLICIT_INVAL_DATA, unless a lower is live: then AUTO_INVAL_DATA (the kernel prefers AUTO if it gets both).
+- READDIRPLUS_AUTO only with DO_READDIRPLUS. NO_OPENDIR and cached directories need directory cookies that are
+  stable for a node, which the node table promises.
+- Flags from bit 32 on need INIT_EXT.
+- Locks stay with the kernel unless asked for; if they come here, so must FLUSH (it drops POSIX locks).
+
+How it is written: `_obstacle` says why an I/O mode cannot be had, `_choose` takes the mode, `_RULES` is the
+flag table, one row a flag. An explicit choice that cannot be had is NegotiationRefused; `auto` never is.
+"""
+
+from __future__ import annotations
+
+import mmap
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from enum import StrEnum
+from typing import Final, NamedTuple
+
+from unionfs.fuse.protocol.encode import InitReply
+from unionfs.fuse.protocol.errors import NegotiationRefused
+from unionfs.fuse.protocol.flags import (
+    FOPEN_CACHE_DIR,
+    FOPEN_KEEP_CACHE,
+    FOPEN_NOFLUSH,
+    FOPEN_PASSTHROUGH,
+    KERNEL_MINOR_VERSION,
+    KERNEL_VERSION,
+    LINUX,
+    Init,
+    Opcode,
+    since,
+)
+from unionfs.fuse.protocol.requests import InitRequest
+
+MIN_MINOR: Final = 23
+"""Oldest protocol served, Linux 3.15: since then every structure we send has the length it has now."""
+
+_NOFLUSH_MINOR: Final = 35
+_DEFAULT_MAX_PAGES: Final = 32  # FUSE_DEFAULT_MAX_PAGES_PER_REQ, without MAX_PAGES
+_MAX_STACK_DEPTH: Final = 2  # FILESYSTEM_MAX_STACK_DEPTH, include/linux/fs.h
+
+
+class IoMode(StrEnum):
+    """Ways of I/O, as on the command line."""
+
+    AUTO = "auto"
+    HYBRID = "hybrid"
+    PASSTHROUGH = "passthrough"
+    CACHED = "cached"
+
+
+MODES: Final = (IoMode.HYBRID, IoMode.PASSTHROUGH, IoMode.CACHED)
+
+
+@dataclass(frozen=True, slots=True)
+class Settings:
+    """What was asked for, and what the layers are. Sizes in bytes."""
+
+    io: IoMode = IoMode.AUTO
+    read_only: bool = False
+    """No upper: nothing is ever written."""
+    live_lowers: bool = False
+    """A lower may change while it is mounted."""
+    acl: bool = False
+    """Every layer has POSIX ACLs."""
+    idmap: bool = False
+    """Idmapped mounts of the union were asked for."""
+    caller_policy: bool = False
+    """Something here decides by the caller's uid or gid."""
+    default_permissions: bool = True
+    """The mount option: the kernel checks permissions."""
+    upper_stack_depth: int = 0
+    """0: the upper is on an ordinary filesystem. 1: on overlayfs, or a mount with passthrough. 2: deeper."""
+    lower_stack_depth: int = 0
+    """The largest of the lowers."""
+    remote_locks: bool = False
+    """Locks (POSIX and flock) are to come to the daemon."""
+    security_context: bool = False
+    """Labels for new objects are to come with the request (SECURITY_CTX)."""
+    supplementary_groups: bool = False
+    """The caller's group that matches the parent is to come with a creation (CREATE_SUPP_GROUP)."""
+    max_write: int = 1 << 20
+    max_readahead: int = 1 << 20
+    max_background: int = 64
+    request_timeout: int = 0
+    """Seconds until the kernel gives the whole mount up for a request without an answer. 0: never."""
+    page_size: int = mmap.PAGESIZE
+
+
+@dataclass(frozen=True, slots=True)
+class Privileges:
+    """What the daemon may do."""
+
+    initial_user_namespace: bool
+    sys_admin: bool
+    """CAP_SYS_ADMIN is effective (in whatever user namespace the daemon is in)."""
+
+
+@dataclass(frozen=True, slots=True)
+class Decision:
+    """The answer to INIT, and what follows from it for the session. Texts are full sentences for the user."""
+
+    reply: InitReply
+    io: IoMode
+    """Never AUTO."""
+    why: str
+    why_not: Mapping[IoMode, str]
+    """For each of the other two modes."""
+    missing: Mapping[Init, str]
+    """Flags that were wanted and are not agreed, and why."""
+    enosys: frozenset[Opcode]
+    """Requests to answer with ENOSYS; the kernel asks once and never again."""
+    passthrough_upper: bool
+    """Upper files are opened with a backing file."""
+    passthrough_lower: bool
+    """Lower files are, too."""
+    backing_without_fsetid: bool
+    """Backing files must be registered by a thread without CAP_FSETID."""
+    file_open_flags: int
+    """FOPEN_* for a file opened through the page cache."""
+    passthrough_open_flags: int
+    """FOPEN_* for a file opened with a backing file; 0 if there are none."""
+    directory_open_flags: int
+    """FOPEN_* for a directory."""
+    max_readahead: int
+    """Bytes wanted, though INIT can only lower what the kernel has (128 KiB): root raises it afterwards, by
+    /sys/class/bdi/MAJOR:MINOR/read_ahead_kb."""
+
+    @property
+    def flags(self) -> Init:
+        """What is agreed."""
+        return Init(self.reply.flags)
+
+
+class _Facts(NamedTuple):
+    offered: InitRequest
+    settings: Settings
+    privileges: Privileges
+    mode: IoMode
+
+
+class _Rule(NamedTuple):
+    """One row: `flag` is agreed if wanted, offered with its `needs`, and no `never_with` is agreed.
+
+    The masks are plain integers: `IntFlag` arithmetic is slow, and tests try every combination.
+    """
+
+    flag: int
+    wanted: Callable[[_Facts], bool]
+    needs: int
+    never_with: int
+
+
+def _rule(
+    flag: Init,
+    wanted: Callable[[_Facts], bool] = lambda facts: True,
+    needs: Init | None = None,
+    never_with: Init | None = None,
+) -> _Rule:
+    # Bits from 32 on travel in flags2, which the kernel reads only with INIT_EXT.
+    extended = Init.INIT_EXT if flag >> 32 else 0
+    return _Rule(int(flag), wanted, int(needs or 0) | extended, int(never_with or 0))
+
+
+def _passes_through(facts: _Facts) -> bool:
+    return facts.mode is IoMode.PASSTHROUGH or (facts.mode is IoMode.HYBRID and not facts.settings.read_only)
+
+
+_RULES: Final[tuple[_Rule, ...]] = (
+    _rule(Init.INIT_EXT),
+    _rule(Init.PASSTHROUGH, _passes_through),
+    _rule(Init.NO_OPEN_SUPPORT, lambda facts: facts.mode is IoMode.CACHED, never_with=Init.PASSTHROUGH),
+    _rule(Init.ATOMIC_O_TRUNC, never_with=Init.NO_OPEN_SUPPORT),
+    _rule(
+        Init.WRITEBACK_CACHE,
+        lambda facts: (
+            facts.mode is IoMode.CACHED and not facts.settings.read_only and not facts.settings.live_lowers
+        ),
+        never_with=Init.PASSTHROUGH,
+    ),
+    _rule(Init.NO_OPENDIR_SUPPORT),
+    _rule(Init.HANDLE_KILLPRIV_V2),
+    _rule(Init.POSIX_ACL, lambda facts: facts.settings.acl, needs=Init.DONT_MASK),
+    _rule(Init.DONT_MASK, lambda facts: facts.settings.acl, needs=Init.POSIX_ACL),
+    _rule(Init.ALLOW_IDMAP, lambda facts: facts.settings.idmap),
+    _rule(Init.AUTO_INVAL_DATA, lambda facts: facts.settings.live_lowers),
+    _rule(Init.EXPLICIT_INVAL_DATA, lambda facts: not facts.settings.live_lowers),
+    _rule(Init.DO_READDIRPLUS),
+    _rule(Init.READDIRPLUS_AUTO, needs=Init.DO_READDIRPLUS),
+    _rule(Init.PARALLEL_DIROPS),
+    _rule(Init.CACHE_SYMLINKS),
+    _rule(Init.MAX_PAGES),
+    _rule(Init.SETXATTR_EXT),
+    _rule(Init.ASYNC_READ),
+    _rule(Init.ASYNC_DIO),
+    _rule(Init.BIG_WRITES),
+    _rule(Init.ABORT_ERROR),
+    _rule(Init.HAS_EXPIRE_ONLY),
+    _rule(Init.HAS_RESEND),
+    _rule(Init.POSIX_LOCKS, lambda facts: facts.settings.remote_locks),
+    _rule(Init.FLOCK_LOCKS, lambda facts: facts.settings.remote_locks),
+    _rule(Init.SECURITY_CTX, lambda facts: facts.settings.security_context),
+    _rule(Init.CREATE_SUPP_GROUP, lambda facts: facts.settings.supplementary_groups),
+    _rule(Init.REQUEST_TIMEOUT, lambda facts: facts.settings.request_timeout > 0),
+)
+
+_GOOD: Final[dict[IoMode, str]] = {
+    IoMode.HYBRID: "upper files are read and written kernel to kernel, lower files come from the page cache",
+    IoMode.PASSTHROUGH: "all files are read and written kernel to kernel",
+    IoMode.CACHED: "all files come from the page cache, and opening one costs no message",
+}
+
+_DRAWBACK: Final[dict[tuple[IoMode, IoMode], str]] = {
+    (IoMode.HYBRID, IoMode.PASSTHROUGH): (
+        "a lower file held open while it is copied up would keep its old data, which hybrid avoids"
+    ),
+    (IoMode.HYBRID, IoMode.CACHED): "upper files can go kernel to kernel here, which is faster",
+    (IoMode.CACHED, IoMode.HYBRID): "every open would cost a message",
+    (IoMode.CACHED, IoMode.PASSTHROUGH): (
+        "every open would cost a message, and a lower file held open while copied up would keep its old data"
+    ),
+    (IoMode.PASSTHROUGH, IoMode.HYBRID): "lower files would be copied through the daemon once",
+    (IoMode.PASSTHROUGH, IoMode.CACHED): "files would be copied through the daemon",
+}
+
+
+def _obstacle(mode: IoMode, offered: InitRequest, settings: Settings, privileges: Privileges) -> str | None:
+    """Why `mode` cannot be had, as a clause that can follow "because"; None if it can."""
+    if mode is IoMode.CACHED:
+        return None
+    both = Init.PASSTHROUGH | Init.INIT_EXT
+    if offered.flags & both != both:
+        return (
+            f"this kernel does not offer passthrough, which needs {since(Init.PASSTHROUGH)} built with "
+            "CONFIG_FUSE_PASSTHROUGH"
+        )
+    if not privileges.initial_user_namespace:
+        return "the kernel lets no process in a user namespace register the files to pass through"
+    if not privileges.sys_admin:
+        return "registering the files to pass through needs root (CAP_SYS_ADMIN)"
+    if _stack_depth(mode, settings) is None:
+        return "the layers lie on two stacked filesystems already, and the kernel stacks no third"
+    return None
+
+
+def _stack_depth(mode: IoMode, settings: Settings) -> int | None:
+    """max_stack_depth, so that every layer whose files are to pass can; 0 if none are to, None if none can.
+
+    The files of a layer that is too deep fall back one by one: registering them is ELOOP (fs/fuse/backing.c).
+    """
+    depths = [] if settings.read_only else [settings.upper_stack_depth]
+    if mode is IoMode.PASSTHROUGH:
+        depths.append(settings.lower_stack_depth)
+    if not depths:
+        return 0
+    return max((depth + 1 for depth in depths if depth < _MAX_STACK_DEPTH), default=None)
+
+
+def _choose(
+    offered: InitRequest, settings: Settings, privileges: Privileges
+) -> tuple[IoMode, str, dict[IoMode, str]]:
+    """The mode, why it, and why not the others. Raises NegotiationRefused."""
+    obstacles = {mode: _obstacle(mode, offered, settings, privileges) for mode in MODES}
+    if settings.io is IoMode.AUTO:
+        mode = IoMode.HYBRID if obstacles[IoMode.HYBRID] is None else IoMode.CACHED
+        how = "chosen"
+    else:
+        mode, how = settings.io, "asked for"
+        obstacle = obstacles[mode]
+        if obstacle is not None:
+            raise NegotiationRefused(
+                f"--io {mode} cannot be had, because {obstacle}. Use --io cached, or let --io auto choose."
+            )
+    why = f"I/O is {mode}, as {how}: {_GOOD[mode]}."
+    why_not = {}
+    for other in MODES:
+        if other is not mode:
+            obstacle = obstacles[other]
+            reason = f"it cannot be had, because {obstacle}" if obstacle else _DRAWBACK[mode, other]
+            why_not[other] = f"Not {other}: {reason}."
+    return mode, why, why_not
+
+
+def _check(offered: InitRequest, settings: Settings) -> None:
+    """Refuse what no mode can help. Raises NegotiationRefused."""
+    if offered.major != KERNEL_VERSION or offered.minor < MIN_MINOR:
+        raise NegotiationRefused(
+            f"This kernel speaks FUSE {offered.major}.{offered.minor}; the direct session needs "
+            f"{KERNEL_VERSION}.{MIN_MINOR} (Linux {LINUX[MIN_MINOR]}) or later. Use --session pyfuse3."
+        )
+    if not settings.idmap:
+        return
+    both = Init.ALLOW_IDMAP | Init.INIT_EXT
+    if offered.flags & both != both:
+        raise NegotiationRefused(
+            f"Idmapped mounts cannot be had: this kernel does not offer them for FUSE, which needs "
+            f"{since(Init.ALLOW_IDMAP)}. Mount without idmap."
+        )
+    if settings.caller_policy:
+        raise NegotiationRefused(
+            "Idmapped mounts cannot be had together with a rule about the caller's uid, which the kernel "
+            "then does not tell. Drop one of the two."
+        )
+    if not settings.default_permissions:
+        raise NegotiationRefused("Idmapped mounts need default_permissions. Add that option.")
+
+
+def _agree(facts: _Facts) -> tuple[int, dict[Init, str]]:
+    """The flags agreed, by the table, and why wanted ones are not."""
+    agreed, missing = 0, {}
+    offered = int(facts.offered.flags)
+    for rule in _RULES:
+        if not rule.wanted(facts):
+            continue
+        lacking = (rule.flag | rule.needs) & ~offered
+        if lacking:
+            names = " and ".join(f"{flag.name} ({since(flag)})" for flag in Init(lacking))
+            missing[Init(rule.flag)] = f"The kernel does not offer {names}."
+        elif agreed & rule.never_with:
+            missing[Init(rule.flag)] = f"It does not go with {Init(agreed & rule.never_with).name}."
+        else:
+            agreed |= rule.flag
+    return agreed, missing
+
+
+def negotiate(offered: InitRequest, settings: Settings, privileges: Privileges) -> Decision:
+    """Decide how this mount is served. Raises NegotiationRefused with sentences for the user.
+
+    Pure: the same arguments give the same decision, and nothing is asked of the machine.
+    """
+    _check(offered, settings)
+    mode, why, why_not = _choose(offered, settings, privileges)
+    agreed, missing = _agree(_Facts(offered, settings, privileges, mode))
+
+    max_write = max(4096, settings.max_write)
+    pages = _DEFAULT_MAX_PAGES
+    if agreed & Init.MAX_PAGES:
+        pages = min(-(-max_write // settings.page_size), 0xFFFF)
+    max_background = min(max(1, settings.max_background), 0xFFFF)
+    passthrough = bool(agreed & Init.PASSTHROUGH)
+    reply = InitReply(
+        major=KERNEL_VERSION,
+        minor=min(offered.minor, KERNEL_MINOR_VERSION),
+        max_readahead=min(offered.max_readahead, settings.max_readahead),
+        flags=agreed,
+        max_background=max_background,
+        # where the kernel begins to call the mount congested: 3/4, as in FUSE_DEFAULT_CONGESTION_THRESHOLD
+        congestion_threshold=max(1, max_background * 3 // 4),
+        max_write=min(max_write, pages * settings.page_size),
+        time_gran=1,
+        max_pages=pages if agreed & Init.MAX_PAGES else 0,
+        map_alignment=0,
+        max_stack_depth=(_stack_depth(mode, settings) or 0) if passthrough else 0,
+        request_timeout=min(settings.request_timeout, 0xFFFF) if agreed & Init.REQUEST_TIMEOUT else 0,
+    )
+
+    locks_here = bool(agreed & (Init.POSIX_LOCKS | Init.FLOCK_LOCKS))
+    noflush = FOPEN_NOFLUSH if offered.minor >= _NOFLUSH_MINOR and not locks_here else 0
+    enosys = {
+        Opcode.OPEN: bool(agreed & Init.NO_OPEN_SUPPORT),
+        Opcode.OPENDIR: bool(agreed & Init.NO_OPENDIR_SUPPORT),
+        Opcode.FLUSH: not locks_here,
+    }
+    return Decision(
+        reply=reply,
+        io=mode,
+        why=why,
+        why_not=why_not,
+        missing=missing,
+        enosys=frozenset(opcode for opcode, wanted in enosys.items() if wanted),
+        passthrough_upper=passthrough and not settings.read_only,
+        passthrough_lower=passthrough and mode is IoMode.PASSTHROUGH,
+        backing_without_fsetid=passthrough and bool(agreed & Init.HANDLE_KILLPRIV_V2),
+        file_open_flags=FOPEN_KEEP_CACHE | noflush,
+        passthrough_open_flags=FOPEN_PASSTHROUGH | noflush if passthrough else 0,
+        directory_open_flags=FOPEN_KEEP_CACHE | FOPEN_CACHE_DIR,
+        max_readahead=settings.max_readahead,
+    )

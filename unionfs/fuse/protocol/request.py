@@ -1,0 +1,100 @@
+"""What every request of the kernel is: a tuple whose fields are read by name.
+
+Rules:
+- A request is a tuple, so that one call of `Struct.unpack_from` makes nearly all of it. Every class has the
+  fields of `Request`, then those of the body's structure in the header's order, then what follows the
+  structure (names, a value, data, extensions).
+- The annotations of a class are its fields. They are checked against structs.py when the class is made, so
+  that a class cannot disagree with the ABI. `renamed` maps the header's names that would hide another field.
+- A request is as true as its type annotations: decode.py makes it with `tuple.__new__`, unchecked.
+"""
+
+from __future__ import annotations
+
+from collections import namedtuple
+from typing import Any, ClassVar, Final, NamedTuple, Self
+
+from unionfs.fuse.protocol.flags import UNIQUE_RESEND, Opcode
+from unionfs.fuse.protocol.structs import LAYOUTS
+
+HEADER_FIELDS: Final = ("message_size", "number", "unique", "nodeid", "uid", "gid", "pid", "extlen")
+"""What every request begins with: fuse_in_header, with names that hide nothing."""
+
+
+class SecurityContext(NamedTuple):
+    """A label the kernel wants on a new object (7.36, SECURITY_CTX): xattr `name`, and its value."""
+
+    name: bytes
+    value: bytes
+
+
+class Request(tuple[Any, ...]):
+    """What all requests have in common.
+
+    message_size: in bytes. number: the opcode as sent; `opcode` is the class's.
+    unique: the id to answer with, resend bit included. nodeid: the object (or directory) meant.
+    uid, gid, pid: of the caller, in the namespaces of the mount; pid is 0 where it cannot be seen.
+    extlen: of the extensions at the message's end, in 8-byte units.
+    """
+
+    __slots__ = ()
+
+    opcode: ClassVar[Opcode]
+    body: ClassVar[str | None] = None
+    """The header's name of the structure that follows the header."""
+    fields: ClassVar[tuple[str, ...]]
+
+    message_size: int
+    number: int
+    unique: int
+    nodeid: int
+    uid: int
+    gid: int
+    pid: int
+    extlen: int
+
+    def __init_subclass__(
+        cls, opcode: Opcode | None = None, body: str | None = None, renamed: dict[str, str] | None = None
+    ) -> None:
+        super().__init_subclass__()
+        own = tuple(cls.__annotations__)
+        if body is not None:
+            names = [(renamed or {}).get(name, name) for name in LAYOUTS[body].names]
+            if list(own[: len(names)]) != names:
+                raise TypeError(f"{cls.__name__} has the fields {own}, but {body} has {names}.")
+        if opcode is not None:
+            cls.opcode = opcode
+        cls.body = body
+        cls.fields = HEADER_FIELDS + own
+        # namedtuple's own descriptors: the fastest way there is to read a tuple's item by name.
+        getters: Any = namedtuple(cls.__name__, cls.fields)  # type: ignore[misc]  # names known at run time only
+        for name in cls.fields:
+            setattr(cls, name, getters.__dict__[name])
+
+    @property
+    def resent(self) -> bool:
+        """True when this was sent before, to a daemon that is gone (7.40): it may have happened already."""
+        return bool(self.unique & UNIQUE_RESEND)
+
+    @classmethod
+    def of(cls, **values: object) -> Self:
+        """A request made by hand, for tests: fields not given are 0. Raises TypeError for an unknown name."""
+        unknown = values.keys() - set(cls.fields)
+        if unknown:
+            raise TypeError(f"{cls.__name__} has no field {', '.join(sorted(unknown))}.")
+        if not issubclass(cls, Unknown):
+            values.setdefault("number", int(cls.opcode))
+        return cls(values.get(name, 0) for name in cls.fields)
+
+    def __repr__(self) -> str:
+        first = self.fields.index("number" if isinstance(self, Unknown) else "unique")
+        pairs = zip(self.fields[first:], self[first:], strict=True)
+        shown = ", ".join(f"{name}={value!r}" for name, value in pairs)
+        return f"{type(self).__name__}({shown})"
+
+
+class Unknown(Request):
+    """A request no class stands for (from a newer kernel, CUSE or DAX): answer ENOSYS. `data` is its body."""
+
+    __slots__ = ()
+    data: memoryview

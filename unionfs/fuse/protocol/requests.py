@@ -1,0 +1,527 @@
+"""The requests of the kernel as typed values: one class an opcode.
+
+Rules:
+- How a class is made, and that its fields agree with the ABI: request.py.
+- Names are bytes without the closing NUL, never empty, never with a slash (TMPFILE alone is given b"/").
+- `data` (WRITE, IOCTL, NOTIFY_REPLY, Unknown) is a view on the receive buffer, not a copy: it must be
+  consumed before the buffer is read into again. Everything else is copied and may be kept.
+- Offsets and sizes are bytes, times seconds and nanoseconds since 1970, `rdev` is what `os.makedev` gives
+  (fs/fuse/dir.c sends new_encode_dev(), which is the same 32 bits for majors below 4096).
+- `security` and `groups` are what the kernel adds to a creation: labels (7.36, SECURITY_CTX) and
+  supplementary groups (7.38, CREATE_SUPP_GROUP); empty unless those flags were agreed.
+
+Source: include/uapi/linux/fuse.h 7.45; which argument follows which, fs/fuse/dir.c, file.c, xattr.c, ioctl.c
+of Linux 6.18. A number like 7.40 in a docstring is the protocol that brought the request (flags.LINUX says
+which release that is); those without one are older than 7.23, Linux 3.15.
+"""
+
+from __future__ import annotations
+
+from typing import Final
+
+from unionfs.fuse.protocol.flags import Init, Opcode
+from unionfs.fuse.protocol.request import Request, SecurityContext
+
+# -- the connection -------------------------------------------------------------------------------------
+
+
+class InitRequest(Request, opcode=Opcode.INIT):
+    """What the kernel speaks and offers. `flags` has all 64 bits, the upper half with INIT_EXT (7.36)."""
+
+    __slots__ = ()
+    major: int
+    minor: int
+    max_readahead: int
+    flags: int
+
+    @property
+    def offered(self) -> Init:
+        """The flags as an enumeration, for sentences."""
+        return Init(self.flags)
+
+
+class Destroy(Request, opcode=Opcode.DESTROY):
+    """The filesystem is going away. Sent for block-device mounts only; a plain mount just ends (ENODEV)."""
+
+    __slots__ = ()
+
+
+class Interrupt(
+    Request, opcode=Opcode.INTERRUPT, body="fuse_interrupt_in", renamed={"unique": "interrupted"}
+):
+    """The caller of request `interrupted` got a signal. May come before or after that request is done."""
+
+    __slots__ = ()
+    interrupted: int
+
+
+class NotifyReply(Request, opcode=Opcode.NOTIFY_REPLY, body="fuse_notify_retrieve_in"):
+    """Cached data asked for by the notification RETRIEVE; `unique` is that notification's. No answer."""
+
+    __slots__ = ()
+    offset: int
+    size: int
+    data: memoryview
+
+
+# -- names, attributes ----------------------------------------------------------------------------------
+
+
+class Lookup(Request, opcode=Opcode.LOOKUP):
+    """Look `name` up in directory `nodeid`. An entry as answer counts one lookup, given back by FORGET."""
+
+    __slots__ = ()
+    name: bytes
+
+
+class Forget(Request, opcode=Opcode.FORGET, body="fuse_forget_in"):
+    """`nlookup` lookups of `nodeid` are given back. No answer."""
+
+    __slots__ = ()
+    nlookup: int
+
+
+class BatchForget(
+    Request, opcode=Opcode.BATCH_FORGET, body="fuse_batch_forget_in", renamed={"count": "entries"}
+):
+    """Many FORGETs: `forgets` are `entries` pairs (nodeid, nlookup). No answer."""
+
+    __slots__ = ()
+    entries: int
+    forgets: tuple[tuple[int, int], ...]
+
+
+class Getattr(Request, opcode=Opcode.GETATTR, body="fuse_getattr_in"):
+    """`fh` counts only with GETATTR_FH in `getattr_flags`."""
+
+    __slots__ = ()
+    getattr_flags: int
+    fh: int
+
+
+class Statx(Request, opcode=Opcode.STATX, body="fuse_statx_in"):
+    """7.39. Sent for what GETATTR cannot say (btime); `sx_flags`, `sx_mask` as in statx(2)."""
+
+    __slots__ = ()
+    getattr_flags: int
+    fh: int
+    sx_flags: int
+    sx_mask: int
+
+
+class Setattr(
+    Request, opcode=Opcode.SETATTR, body="fuse_setattr_in", renamed={"uid": "new_uid", "gid": "new_gid"}
+):
+    """Change what `valid` (FATTR_*) names; other fields mean nothing. Times may be before 1970."""
+
+    __slots__ = ()
+    valid: int
+    fh: int
+    size: int
+    lock_owner: int
+    atime: int
+    mtime: int
+    ctime: int
+    atimensec: int
+    mtimensec: int
+    ctimensec: int
+    mode: int
+    new_uid: int
+    new_gid: int
+
+
+class Access(Request, opcode=Opcode.ACCESS, body="fuse_access_in"):
+    """access(2) and chdir(2); never sent under default_permissions."""
+
+    __slots__ = ()
+    mask: int
+
+
+class Readlink(Request, opcode=Opcode.READLINK):
+    """Where the symlink `nodeid` points."""
+
+    __slots__ = ()
+
+
+class Statfs(Request, opcode=Opcode.STATFS):
+    """statfs(2) of the filesystem."""
+
+    __slots__ = ()
+
+
+class Syncfs(Request, opcode=Opcode.SYNCFS, body="fuse_syncfs_in"):
+    """7.34. syncfs(2). The kernel sends it for virtiofs only, up to 6.18."""
+
+    __slots__ = ()
+
+
+# -- creation, removal, renaming ------------------------------------------------------------------------
+
+
+class Symlink(Request, opcode=Opcode.SYMLINK):
+    """Make `name` in directory `nodeid`, pointing to `target`."""
+
+    __slots__ = ()
+    name: bytes
+    target: bytes
+    security: tuple[SecurityContext, ...]
+    groups: tuple[int, ...]
+
+
+class Mknod(Request, opcode=Opcode.MKNOD, body="fuse_mknod_in"):
+    """`mode` has the type and, without DONT_MASK, is already masked; `umask` is the caller's."""
+
+    __slots__ = ()
+    mode: int
+    rdev: int
+    umask: int
+    name: bytes
+    security: tuple[SecurityContext, ...]
+    groups: tuple[int, ...]
+
+
+class Mkdir(Request, opcode=Opcode.MKDIR, body="fuse_mkdir_in"):
+    """As MKNOD, for a directory."""
+
+    __slots__ = ()
+    mode: int
+    umask: int
+    name: bytes
+    security: tuple[SecurityContext, ...]
+    groups: tuple[int, ...]
+
+
+class Create(Request, opcode=Opcode.CREATE, body="fuse_create_in"):
+    """Make and open a file; `flags` as in open(2), `open_flags` FUSE's own (OPEN_KILL_SUIDGID)."""
+
+    __slots__ = ()
+    flags: int
+    mode: int
+    umask: int
+    open_flags: int
+    name: bytes
+    security: tuple[SecurityContext, ...]
+    groups: tuple[int, ...]
+
+
+class Tmpfile(Request, opcode=Opcode.TMPFILE, body="fuse_create_in"):
+    """7.37. O_TMPFILE in directory `nodeid`: as CREATE, but `name` means nothing (the kernel sends b"/")."""
+
+    __slots__ = ()
+    flags: int
+    mode: int
+    umask: int
+    open_flags: int
+    name: bytes
+    security: tuple[SecurityContext, ...]
+    groups: tuple[int, ...]
+
+
+class Unlink(Request, opcode=Opcode.UNLINK):
+    """Remove `name`, which is not a directory, from directory `nodeid`."""
+
+    __slots__ = ()
+    name: bytes
+
+
+class Rmdir(Request, opcode=Opcode.RMDIR):
+    """Remove the directory `name` from directory `nodeid`."""
+
+    __slots__ = ()
+    name: bytes
+
+
+class Rename(Request, opcode=Opcode.RENAME, body="fuse_rename_in"):
+    """`name` in directory `nodeid` becomes `newname` in directory `newdir`."""
+
+    __slots__ = ()
+    newdir: int
+    name: bytes
+    newname: bytes
+
+
+class Rename2(Request, opcode=Opcode.RENAME2, body="fuse_rename2_in"):
+    """RENAME with the flags of renameat2(2); sent when they are not 0."""
+
+    __slots__ = ()
+    newdir: int
+    flags: int
+    name: bytes
+    newname: bytes
+
+
+class Link(Request, opcode=Opcode.LINK, body="fuse_link_in"):
+    """`oldnodeid` gets one more link: `name` in directory `nodeid`."""
+
+    __slots__ = ()
+    oldnodeid: int
+    name: bytes
+
+
+# -- open files -----------------------------------------------------------------------------------------
+
+
+class Open(Request, opcode=Opcode.OPEN, body="fuse_open_in"):
+    """`flags` as in open(2), without O_CREAT, O_EXCL, O_NOCTTY; O_TRUNC only with ATOMIC_O_TRUNC."""
+
+    __slots__ = ()
+    flags: int
+    open_flags: int
+
+
+class Read(Request, opcode=Opcode.READ, body="fuse_read_in"):
+    """`lock_owner` counts only with READ_LOCKOWNER in `read_flags`; `flags` are the file's, as in open(2)."""
+
+    __slots__ = ()
+    fh: int
+    offset: int
+    size: int
+    read_flags: int
+    lock_owner: int
+    flags: int
+
+
+class Write(Request, opcode=Opcode.WRITE, body="fuse_write_in"):
+    """`data` is `size` bytes of the receive buffer. `write_flags`: WRITE_CACHE, WRITE_KILL_SUIDGID ..."""
+
+    __slots__ = ()
+    fh: int
+    offset: int
+    size: int
+    write_flags: int
+    lock_owner: int
+    flags: int
+    data: memoryview
+
+
+class Flush(Request, opcode=Opcode.FLUSH, body="fuse_flush_in"):
+    """A descriptor was closed; others of the same open file may remain."""
+
+    __slots__ = ()
+    fh: int
+    lock_owner: int
+
+
+class Release(Request, opcode=Opcode.RELEASE, body="fuse_release_in"):
+    """The open file is gone. The answer's error is seen by nobody."""
+
+    __slots__ = ()
+    fh: int
+    flags: int
+    release_flags: int
+    lock_owner: int
+
+
+class Fsync(Request, opcode=Opcode.FSYNC, body="fuse_fsync_in"):
+    """`fsync_flags`: FSYNC_FDATASYNC."""
+
+    __slots__ = ()
+    fh: int
+    fsync_flags: int
+
+
+class Fallocate(Request, opcode=Opcode.FALLOCATE, body="fuse_fallocate_in"):
+    """fallocate(2); `mode` is FALLOC_FL_*."""
+
+    __slots__ = ()
+    fh: int
+    offset: int
+    length: int
+    mode: int
+
+
+class Lseek(Request, opcode=Opcode.LSEEK, body="fuse_lseek_in"):
+    """7.24. SEEK_DATA or SEEK_HOLE only."""
+
+    __slots__ = ()
+    fh: int
+    offset: int
+    whence: int
+
+
+class CopyFileRange(Request, opcode=Opcode.COPY_FILE_RANGE, body="fuse_copy_file_range_in"):
+    """7.28. The answer is a `write`, 32 bits wide: copy at most 4 GiB - 1."""
+
+    __slots__ = ()
+    fh_in: int
+    off_in: int
+    nodeid_out: int
+    fh_out: int
+    off_out: int
+    len: int
+    flags: int
+
+
+class CopyFileRange64(Request, opcode=Opcode.COPY_FILE_RANGE_64, body="fuse_copy_file_range_in"):
+    """7.45. Tried first; ENOSYS makes the kernel fall back to COPY_FILE_RANGE."""
+
+    __slots__ = ()
+    fh_in: int
+    off_in: int
+    nodeid_out: int
+    fh_out: int
+    off_out: int
+    len: int
+    flags: int
+
+
+_LOCK_NAMES: Final = {"lk.start": "start", "lk.end": "end", "lk.type": "type", "lk.pid": "lock_pid"}
+
+
+class Getlk(Request, opcode=Opcode.GETLK, body="fuse_lk_in", renamed=_LOCK_NAMES):
+    """F_GETLK; only with POSIX_LOCKS. `end` is included; `type` is F_RDLCK, F_WRLCK or F_UNLCK."""
+
+    __slots__ = ()
+    fh: int
+    owner: int
+    start: int
+    end: int
+    type: int
+    lock_pid: int
+    lk_flags: int
+
+
+class Setlk(Request, opcode=Opcode.SETLK, body="fuse_lk_in", renamed=_LOCK_NAMES):
+    """F_SETLK, or flock(2) with LK_FLOCK in `lk_flags` (then only with FLOCK_LOCKS)."""
+
+    __slots__ = ()
+    fh: int
+    owner: int
+    start: int
+    end: int
+    type: int
+    lock_pid: int
+    lk_flags: int
+
+
+class Setlkw(Request, opcode=Opcode.SETLKW, body="fuse_lk_in", renamed=_LOCK_NAMES):
+    """As SETLK, waiting for the lock."""
+
+    __slots__ = ()
+    fh: int
+    owner: int
+    start: int
+    end: int
+    type: int
+    lock_pid: int
+    lk_flags: int
+
+
+class Bmap(Request, opcode=Opcode.BMAP, body="fuse_bmap_in"):
+    """FIBMAP; sent for block-device mounts only."""
+
+    __slots__ = ()
+    block: int
+    blocksize: int
+
+
+class Ioctl(Request, opcode=Opcode.IOCTL, body="fuse_ioctl_in"):
+    """`data` is the `in_size` bytes the command's number says; the answer may have up to `out_size`."""
+
+    __slots__ = ()
+    fh: int
+    flags: int
+    cmd: int
+    arg: int
+    in_size: int
+    out_size: int
+    data: memoryview
+
+
+class Poll(Request, opcode=Opcode.POLL, body="fuse_poll_in"):
+    """`kh` is for the notification POLL, wanted with POLL_SCHEDULE_NOTIFY in `flags`."""
+
+    __slots__ = ()
+    fh: int
+    kh: int
+    flags: int
+    events: int
+
+
+# -- directories ----------------------------------------------------------------------------------------
+
+
+class Opendir(Request, opcode=Opcode.OPENDIR, body="fuse_open_in"):
+    """As OPEN, for a directory."""
+
+    __slots__ = ()
+    flags: int
+    open_flags: int
+
+
+class Readdir(Request, opcode=Opcode.READDIR, body="fuse_read_in"):
+    """Entries after the one whose `off` was `offset` (0: from the start), at most `size` bytes of them."""
+
+    __slots__ = ()
+    fh: int
+    offset: int
+    size: int
+    read_flags: int
+    lock_owner: int
+    flags: int
+
+
+class Readdirplus(Request, opcode=Opcode.READDIRPLUS, body="fuse_read_in"):
+    """As READDIR, each entry with what LOOKUP would answer; an entry with a nodeid counts one lookup."""
+
+    __slots__ = ()
+    fh: int
+    offset: int
+    size: int
+    read_flags: int
+    lock_owner: int
+    flags: int
+
+
+class Releasedir(Request, opcode=Opcode.RELEASEDIR, body="fuse_release_in"):
+    """As RELEASE, for a directory."""
+
+    __slots__ = ()
+    fh: int
+    flags: int
+    release_flags: int
+    lock_owner: int
+
+
+class Fsyncdir(Request, opcode=Opcode.FSYNCDIR, body="fuse_fsync_in"):
+    """As FSYNC, for a directory."""
+
+    __slots__ = ()
+    fh: int
+    fsync_flags: int
+
+
+# -- extended attributes --------------------------------------------------------------------------------
+
+
+class Setxattr(Request, opcode=Opcode.SETXATTR, body="fuse_setxattr_in"):
+    """`flags` as in setxattr(2); `setxattr_flags` is 0 unless SETXATTR_EXT was agreed (7.33)."""
+
+    __slots__ = ()
+    size: int
+    flags: int
+    setxattr_flags: int
+    name: bytes
+    value: bytes
+
+
+class Getxattr(Request, opcode=Opcode.GETXATTR, body="fuse_getxattr_in"):
+    """`size` 0 asks for the value's size; else the value must fit `size`, or the answer is ERANGE."""
+
+    __slots__ = ()
+    size: int
+    name: bytes
+
+
+class Listxattr(Request, opcode=Opcode.LISTXATTR, body="fuse_getxattr_in"):
+    """As GETXATTR; the value is the names, each closed by a NUL."""
+
+    __slots__ = ()
+    size: int
+
+
+class Removexattr(Request, opcode=Opcode.REMOVEXATTR):
+    """Remove xattr `name`."""
+
+    __slots__ = ()
+    name: bytes
