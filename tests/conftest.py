@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from tests.support import areas, mounting
+from tests.support import world as worlds
 from tests.support.mounting import Mount
 from tests.support.worker import Worker
 
@@ -118,3 +119,14 @@ def user() -> Iterator[Worker]:
         pytest.skip("another identity needs root")
     with Worker(1000, 1000, [1001]) as worker:
         yield worker
+
+
+@pytest.fixture
+def world(kernel_overlay: None, area: Path, session: str) -> Iterator[Callable[..., worlds.World]]:
+    """``world(build, ...)``: union, kernel overlayfs and a native directory with the same content."""
+    with ExitStack() as stack:
+
+        def make(*builds: worlds.Build, options: tuple[str, ...] = ()) -> worlds.World:
+            return stack.enter_context(worlds.world(area, session, builds or [worlds.nothing], options=options))
+
+        yield make
