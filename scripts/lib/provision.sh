@@ -73,7 +73,7 @@ pick_python() {
 
 # make_environment EXTRA: the project and its extra (run, test or dev) in $venv; at once when nothing changed.
 make_environment() {
-    local extra=$1 key
+    local extra=$1 key name within=
     key=$(cat "$repository/pyproject.toml" <(printf '%s' "$repository") | sha256sum | cut -d' ' -f1)
     if [ -x "$venv/bin/python" ] && [ "$(cat "$venv/.unionfs-$extra" 2>/dev/null)" = "$key" ]; then
         return 0
@@ -89,6 +89,11 @@ make_environment() {
     echo "Installing unionfs and its requirements into $venv"
     "$venv/bin/python" -m pip install -qq --disable-pip-version-check -e "$what" ||
         die "pip could not install the project's requirements; its messages are above"
-    printf '%s' "$key" >"$venv/.unionfs-$extra"
-    if [ "$extra" = dev ]; then printf '%s' "$key" >"$venv/.unionfs-test"; fi
+    # dev contains test, and test contains run
+    for name in dev test run; do
+        if [ "$name" = "$extra" ] || [ -n "$within" ]; then
+            within=yes
+            printf '%s' "$key" >"$venv/.unionfs-$name"
+        fi
+    done
 }

@@ -1,0 +1,93 @@
+"""From typing to a usable mount: unionfs and fuse-overlayfs in turns, medians of many mounts.
+
+    python benchmarks/mount_time.py [--rounds N] [--lowers N]
+
+Measured is the wall time (milliseconds) from starting the command to its return, and to the first listing
+of the merged tree; and that of unmounting (``unionfs umount`` waits for the daemon's end, ``fusermount3 -u``
+does not). The caches are warm: the first mount of each is not counted. Nothing is asserted: figures depend on
+the machine.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+Layers = tuple[list[Path], Path, Path, Path]
+
+
+def unionfs_command(layers: Layers) -> list[str]:
+    """The mount command of the installed console script, else of the module."""
+    lowers, upper, work, mountpoint = layers
+    script = Path(sys.executable).parent / "unionfs"
+    start = [str(script)] if script.exists() else [sys.executable, "-m", "unionfs"]
+    stack = [word for lower in lowers for word in ("-l", str(lower))]
+    return [*start, "mount", *stack, "-u", str(upper), "-w", str(work), str(mountpoint)]
+
+
+def fuse_overlayfs_command(layers: Layers) -> list[str]:
+    """The same for fuse-overlayfs."""
+    lowers, upper, work, mountpoint = layers
+    data = f"lowerdir={':'.join(map(str, lowers))},upperdir={upper},workdir={work}"
+    return ["fuse-overlayfs", "-o", data, str(mountpoint)]
+
+
+def once(command: list[str], mountpoint: Path) -> tuple[float, float, float]:
+    """Milliseconds to the command's return, to the first listing, and of the unmounting."""
+    start = time.perf_counter()
+    subprocess.run(command, check=True, stdin=subprocess.DEVNULL, stderr=None)
+    returned = time.perf_counter()
+    assert "from-a-lower" in os.listdir(mountpoint)
+    usable = time.perf_counter()
+    if command[0] == "fuse-overlayfs":
+        subprocess.run(["fusermount3", "-u", str(mountpoint)], check=True)
+    else:
+        subprocess.run([*command[: command.index("mount")], "umount", str(mountpoint)], check=True)
+    gone = time.perf_counter()
+    return (returned - start) * 1e3, (usable - start) * 1e3, (gone - usable) * 1e3
+
+
+def main() -> None:
+    """The command."""
+    parser = argparse.ArgumentParser(description="From typing to a usable mount, in milliseconds.")
+    parser.add_argument("--rounds", type=int, default=20)
+    parser.add_argument("--lowers", type=int, default=1)
+    options = parser.parse_args()
+    commands: dict[str, Callable[[Layers], list[str]]] = {"unionfs": unionfs_command}
+    if shutil.which("fuse-overlayfs"):
+        commands["fuse-overlayfs"] = fuse_overlayfs_command
+    else:
+        print("fuse-overlayfs is not installed (apt-get install fuse-overlayfs): unionfs alone")
+
+    taken: dict[str, list[tuple[float, float, float]]] = {name: [] for name in commands}
+    with tempfile.TemporaryDirectory(dir="/var/tmp", prefix="unionfs-benchmark-") as home:
+        lowers = [Path(home, f"l{number}") for number in range(options.lowers)]
+        upper, work, mountpoint = (Path(home, name) for name in ("upper", "work", "merged"))
+        for path in (*lowers, upper, work, mountpoint):
+            path.mkdir()
+        (lowers[-1] / "from-a-lower").touch()
+        layers = (lowers, upper, work, mountpoint)
+        for _ in range(options.rounds + 1):
+            for name, command in commands.items():
+                taken[name].append(once(command(layers), mountpoint))
+                time.sleep(0.05)  # let the daemon end
+
+    print(f"{options.rounds} mounts each, in turns; {options.lowers} lowers; ms, median (min - max)")
+    print(f"{'':16}{'command returned':>24}{'first listing':>24}{'unmounted':>24}")
+    for name, rows in taken.items():
+        cells = []
+        for column in zip(*rows[1:], strict=True):
+            cells.append(f"{statistics.median(column):.0f} ({min(column):.0f} - {max(column):.0f})")
+        print(f"{name:16}" + "".join(f"{cell:>24}" for cell in cells))
+
+
+if __name__ == "__main__":
+    main()
