@@ -5,85 +5,16 @@ from __future__ import annotations
 import errno
 import os
 import stat
-from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
-from unionfs.union.changes import Caller, Changes
+from tests.unit.union_support import ME, OpenUnion, copy_up, find, get, names, open_union, read, whiteout
+from unionfs.union.changes import Changes
 from unionfs.union.copyup import FileCopy
-from unionfs.union.layers import LayerStack
-from unionfs.union.listing import Listing, is_empty
-from unionfs.union.nodes import Node
-from unionfs.union.tree import Union
+from unionfs.union.listing import is_empty
 
-OpenUnion = Callable[..., Union]
-ME = Caller(os.geteuid(), os.getegid())
-
-
-@pytest.fixture
-def open_union(tmp_path: Path) -> Iterator[OpenUnion]:
-    """Opens a union over lowers ``l0`` (top), ``l1`` ... and ``upper``, all below ``tmp_path``."""
-    opened: list[Union] = []
-
-    def open_(lowers: int = 1, *, upper: bool = True, directory_fds: int = 1024) -> Union:
-        for name in [f"l{n}" for n in range(lowers)] + ["upper", "work"]:
-            (tmp_path / name).mkdir(exist_ok=True)
-        stack = LayerStack.open(
-            [str(tmp_path / f"l{n}") for n in range(lowers)],
-            str(tmp_path / "upper") if upper else None,
-            str(tmp_path / "work") if upper else None,
-            userxattr=True,
-        )
-        union = Union(stack, directory_fds=directory_fds)
-        opened.append(union)
-        return union
-
-    yield open_
-    for union in opened:
-        union.close()
-        union.stack.close()
-
-
-def find(union: Union, path: str) -> Node | None:
-    """The node at a path, looked up step by step."""
-    node = union.nodes.root
-    for step in path.encode().split(b"/"):
-        found = union.lookup(node, step)
-        if found is None:
-            return None
-        node = found[0]
-    return node
-
-
-def get(union: Union, path: str) -> Node:
-    node = find(union, path)
-    assert node is not None, path
-    return node
-
-
-def names(union: Union, path: str = "") -> set[bytes]:
-    node = get(union, path) if path else union.nodes.root
-    return set(Listing(union, node).names())
-
-
-def read(union: Union, path: str) -> bytes:
-    node = get(union, path)
-    file = union.open_file(node, write=False)
-    try:
-        return file.read(1 << 20, 0)
-    finally:
-        union.close_file(node, file)
-
-
-def copy_up(union: Union, node: Node, limit: int | None = None) -> None:
-    copy = FileCopy(union, node, limit)
-    copy.copy()
-    copy.finish()
-
-
-def whiteout(path: Path) -> None:
-    os.mknod(path, stat.S_IFCHR, 0)
+__all__ = ["open_union"]
 
 
 class TestMergeRules:

@@ -10,15 +10,16 @@ import contextlib
 import errno
 import os
 import stat
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager, nullcontext
 from typing import Final, TypeVar
 
 from unionfs.sys import calls
 from unionfs.union.copyup import ensure_upper, temporary_name
 from unionfs.union.listing import is_empty
 from unionfs.union.nodes import Node
-from unionfs.union.places import open_for_listing
-from unionfs.union.removal import empty_directory, remove_tree
+from unionfs.union.places import Place, open_for_listing
+from unionfs.union.removal import remove_tree
 from unionfs.union.tree import Attributes, Union
 
 _ACL_DEFAULT: Final = b"system.posix_acl_default"
@@ -101,50 +102,71 @@ class Changes:
             st = os.stat(name, dir_fd=dir_fd, follow_symlinks=False)
             if not union.markers.is_whiteout(st, dir_fd, name):
                 raise
+        return self._make_over_whiteout(dir_fd, name, caller, make, directory=directory)
+
+    def _make_over_whiteout(
+        self, dir_fd: int, name: bytes, caller: Caller, make: Callable[[int, bytes], _T], *, directory: bool
+    ) -> _T:
+        union = self._union
         work = union.stack.work_fd
-        room = self._room_like(dir_fd)
-        made = temporary_name() if room is None else name
-        room_fd = work
-        try:
-            if room is not None:
-                room_fd = os.open(room, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC, dir_fd=work)
+        with ExitStack() as cleanup:
+            room = self._room_like(dir_fd)
+            cleanup.callback(self._discard, room)
+            room_fd = os.open(room, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC, dir_fd=work)
+            cleanup.callback(os.close, room_fd)
             with union.identity.acting_as(caller.uid, caller.gid):
-                result = make(room_fd, made)
-            if directory:
-                fd = os.open(made, os.O_PATH | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=room_fd)
-                try:
+                result = make(room_fd, name)
+            try:
+                if directory:
+                    fd = os.open(name, os.O_PATH | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC,
+                                 dir_fd=room_fd)  # fmt: skip
+                    cleanup.callback(os.close, fd)
                     union.markers.set_opaque(fd)
-                finally:
-                    os.close(fd)
-                calls.renameat2(room_fd, made, dir_fd, name, calls.RENAME_EXCHANGE)
-                os.unlink(made, dir_fd=room_fd)
-            else:
-                calls.renameat2(room_fd, made, dir_fd, name)
+                    calls.renameat2(room_fd, name, dir_fd, name, calls.RENAME_EXCHANGE)
+                else:
+                    calls.renameat2(room_fd, name, dir_fd, name)
+            except BaseException:
+                if isinstance(result, int):
+                    os.close(result)
+                raise
             return result
+
+    def _discard(self, temporary: bytes) -> None:
+        """Remove what is left under a temporary name in work, if anything."""
+        work = self._union.stack.work_fd
+        with contextlib.suppress(FileNotFoundError):
+            try:
+                os.unlink(temporary, dir_fd=work)
+            except IsADirectoryError:
+                remove_tree(work, temporary)
+
+    @contextmanager
+    def _temporary(self) -> Iterator[bytes]:
+        """A name in work; what it stands for at the end of the block is removed."""
+        name = temporary_name()
+        try:
+            yield name
         finally:
-            if room is not None:
-                os.close(room_fd)
-                with contextlib.suppress(OSError):
-                    remove_tree(work, room)
+            self._discard(name)
 
-    def _room_like(self, dir_fd: int) -> bytes | None:
-        """A directory in work that gives new files the group and ACL which ``dir_fd`` would give them.
-
-        ``None`` when ``dir_fd`` is neither setgid nor has a default ACL.
-        """
+    def _room_like(self, dir_fd: int) -> bytes:
+        """A directory in work that gives new files the group and ACL which ``dir_fd`` would give them."""
         st = os.stat(dir_fd)
         try:
             acl = os.getxattr(b"/proc/self/fd/%d" % dir_fd, _ACL_DEFAULT)
         except OSError:
             acl = None
-        if acl is None and not st.st_mode & stat.S_ISGID:
-            return None
         work, name = self._union.stack.work_fd, temporary_name()
         os.mkdir(name, 0o700, dir_fd=work)
-        os.chown(name, -1, st.st_gid, dir_fd=work)
-        if acl is not None:
-            os.setxattr(b"/proc/self/fd/%d/%b" % (work, name), _ACL_DEFAULT, acl)
-        os.chmod(name, 0o700 | st.st_mode & stat.S_ISGID, dir_fd=work)
+        try:
+            if st.st_mode & stat.S_ISGID:
+                os.chown(name, -1, st.st_gid, dir_fd=work)
+                os.chmod(name, 0o700 | stat.S_ISGID, dir_fd=work)
+            if acl is not None:
+                os.setxattr(b"/proc/self/fd/%d/%b" % (work, name), _ACL_DEFAULT, acl)
+        except BaseException:
+            self._discard(name)
+            raise
         return name
 
     # -- removing -------------------------------------------------------------------------------------
@@ -157,17 +179,18 @@ class Changes:
             raise _error(errno.EISDIR)
         self._union.require_upper()
         hidden_below = union.is_visible_below(parent, name)
-        union.hold(node)
-        dir_fd = union.gate.fd(ensure_upper(union, parent))
-        if not node.is_upper:
-            self._whiteout(dir_fd, name)
-        elif hidden_below:
-            work, temporary = union.stack.work_fd, temporary_name()
-            self._whiteout(work, temporary, dir_fd)
-            calls.renameat2(work, temporary, dir_fd, name)
-        else:
-            os.unlink(name, dir_fd=dir_fd)
-        union.nodes.remove_name(node, parent, name)
+        with union.outliving(node):
+            dir_fd = union.gate.fd(ensure_upper(union, parent))
+            if not node.is_upper:
+                self._whiteout(dir_fd, name)
+            elif hidden_below:
+                work = union.stack.work_fd
+                with self._temporary() as temporary:
+                    self._whiteout(work, temporary, dir_fd)
+                    calls.renameat2(work, temporary, dir_fd, name)
+            else:
+                os.unlink(name, dir_fd=dir_fd)
+            union.nodes.remove_name(node, parent, name)
 
     def rmdir(self, parent: Node, name: bytes) -> None:
         """Remove a directory that shows nothing."""
@@ -179,26 +202,29 @@ class Changes:
         if not is_empty(union, node):
             raise _error(errno.ENOTEMPTY)
         hidden_below = union.is_visible_below(parent, name)
-        union.hold(node)
-        dir_fd = union.gate.fd(ensure_upper(union, parent))
-        work, temporary = union.stack.work_fd, temporary_name()
-        if not node.is_upper:
+        with union.outliving(node):
+            dir_fd = union.gate.fd(ensure_upper(union, parent))
+            self._remove_directory(dir_fd, name, upper=node.is_upper, hidden_below=hidden_below)
+            for part in node.parts:
+                union.gate.forget(part)
+            union.nodes.remove_name(node, parent, name)
+
+    def _remove_directory(self, dir_fd: int, name: bytes, *, upper: bool, hidden_below: bool) -> None:
+        work = self._union.stack.work_fd
+        if not upper:
             self._whiteout(dir_fd, name)
-        elif hidden_below:
-            self._whiteout(work, temporary, dir_fd)
-            calls.renameat2(work, temporary, dir_fd, name, calls.RENAME_EXCHANGE)
-            remove_tree(work, temporary)
-        else:
+            return
+        with self._temporary() as temporary:
+            if hidden_below:
+                self._whiteout(work, temporary, dir_fd)
+                calls.renameat2(work, temporary, dir_fd, name, calls.RENAME_EXCHANGE)
+                return
             try:
                 os.rmdir(name, dir_fd=dir_fd)
             except OSError as error:
                 if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
                     raise
                 calls.renameat2(dir_fd, name, work, temporary)  # only whiteouts are in it
-                remove_tree(work, temporary)
-        for part in node.parts:
-            union.gate.forget(part)
-        union.nodes.remove_name(node, parent, name)
 
     def _existing(self, parent: Node, name: bytes) -> Node:
         found = self._union.lookup(parent, name)
@@ -223,21 +249,34 @@ class Changes:
         union = self._union
         if node.unlinked or node.place is None:
             raise _error(errno.ENOENT)
+        union.refuse_metacopy(node)
         place = ensure_upper(union, parent)
-        source, dir_fd = union.gate.fd(node.place), union.gate.fd(place)
-        try:
-            os.link(node.name, name, src_dir_fd=source, dst_dir_fd=dir_fd, follow_symlinks=False)
-        except FileExistsError:
+        with self._directories(node.place, place) as (source, dir_fd):
+            try:
+                os.link(node.name, name, src_dir_fd=source, dst_dir_fd=dir_fd, follow_symlinks=False)
+            except FileExistsError:
+                st = os.stat(name, dir_fd=dir_fd, follow_symlinks=False)
+                if not union.markers.is_whiteout(st, dir_fd, name):
+                    raise
+                work = union.stack.work_fd
+                with self._temporary() as temporary:
+                    os.link(node.name, temporary, src_dir_fd=source, dst_dir_fd=work, follow_symlinks=False)
+                    calls.renameat2(work, temporary, dir_fd, name)
             st = os.stat(name, dir_fd=dir_fd, follow_symlinks=False)
-            if not union.markers.is_whiteout(st, dir_fd, name):
-                raise
-            work, temporary = union.stack.work_fd, temporary_name()
-            os.link(node.name, temporary, src_dir_fd=source, dst_dir_fd=work, follow_symlinks=False)
-            calls.renameat2(work, temporary, dir_fd, name)
-        st = os.stat(name, dir_fd=dir_fd, follow_symlinks=False)
         union.nodes.linked(node, st)
         union.nodes.add_name(node, parent, name, place)
         return node, union.attributes(node)
+
+    @contextmanager
+    def _directories(self, one: Place, other: Place) -> Iterator[tuple[int, int]]:
+        """Fds of two directories that stay good whatever else the gate opens."""
+        gate = self._union.gate
+        with ExitStack() as fds:
+            first = os.dup(gate.fd(one))
+            fds.callback(os.close, first)
+            second = os.dup(gate.fd(other))
+            fds.callback(os.close, second)
+            yield first, second
 
     # -- renaming -------------------------------------------------------------------------------------
 
@@ -268,13 +307,15 @@ class Changes:
                 raise _error(errno.ENOTDIR)
             if target.is_dir and not is_empty(union, target):
                 raise _error(errno.ENOTEMPTY)
-            union.hold(target)
-        self._replace(node, parent, name, target, new_parent, new_name)
-        if target is not None:
-            for part in target.parts:
-                union.gate.forget(part)
-            union.nodes.remove_name(target, new_parent, new_name)
-        union.nodes.move(node, parent, name, new_parent, new_name)
+        if not node.is_dir:
+            union.refuse_metacopy(node)
+        with nullcontext() if target is None else union.outliving(target):
+            self._replace(node, parent, name, target, new_parent, new_name)
+            if target is not None:
+                for part in target.parts:
+                    union.gate.forget(part)
+                union.nodes.remove_name(target, new_parent, new_name)
+            union.nodes.move(node, parent, name, new_parent, new_name)
 
     def _exchange(
         self, node: Node, parent: Node, name: bytes, target: Node | None, new_parent: Node, new_name: bytes
@@ -286,13 +327,16 @@ class Changes:
             raise _error(errno.EXDEV)
         if node is target:
             return
-        old_fd = union.gate.fd(ensure_upper(union, parent))
-        new_fd = union.gate.fd(ensure_upper(union, new_parent))
+        for moved in (node, target):
+            if not moved.is_dir:
+                union.refuse_metacopy(moved)
         if node.is_dir and union.is_visible_below(new_parent, new_name):
             union.markers.set_opaque(union.gate.fd(node.parts[0]))
         if target.is_dir and union.is_visible_below(parent, name):
             union.markers.set_opaque(union.gate.fd(target.parts[0]))
-        calls.renameat2(old_fd, name, new_fd, new_name, calls.RENAME_EXCHANGE)
+        places = ensure_upper(union, parent), ensure_upper(union, new_parent)
+        with self._directories(*places) as (old_fd, new_fd):
+            calls.renameat2(old_fd, name, new_fd, new_name, calls.RENAME_EXCHANGE)
         union.nodes.move(node, parent, name, new_parent, new_name)
         union.nodes.move(target, new_parent, new_name, parent, name)
 
@@ -301,11 +345,24 @@ class Changes:
     ) -> None:
         """The step on disk of a rename without EXCHANGE."""
         union = self._union
-        old_fd = union.gate.fd(ensure_upper(union, parent))
-        new_fd = union.gate.fd(ensure_upper(union, new_parent))
         leaves_whiteout = union.is_visible_below(parent, name)
         if node.is_dir and union.is_visible_below(new_parent, new_name):
             union.markers.set_opaque(union.gate.fd(node.parts[0]))
+        places = ensure_upper(union, parent), ensure_upper(union, new_parent)
+        with self._directories(*places) as (old_fd, new_fd):
+            self._rename_over(node, name, target, new_name, old_fd, new_fd, leaves_whiteout=leaves_whiteout)
+
+    def _rename_over(
+        self,
+        node: Node,
+        name: bytes,
+        target: Node | None,
+        new_name: bytes,
+        old_fd: int,
+        new_fd: int,
+        *,
+        leaves_whiteout: bool,
+    ) -> None:
         try:
             st = os.stat(new_name, dir_fd=new_fd, follow_symlinks=False)
         except FileNotFoundError:
@@ -332,18 +389,15 @@ class Changes:
         self, old_fd: int, name: bytes, new_fd: int, new_name: bytes, *, occupied: bool
     ) -> None:
         """RENAME_WHITEOUT for a filesystem without it: the whiteout changes places with the object."""
-        work, temporary = self._union.stack.work_fd, temporary_name()
-        self._whiteout(work, temporary, old_fd)
-        if not occupied:
-            calls.renameat2(work, temporary, new_fd, new_name, calls.RENAME_NOREPLACE)
+        work = self._union.stack.work_fd
+        with self._temporary() as temporary:
+            self._whiteout(work, temporary, old_fd)
+            if not occupied:
+                calls.renameat2(work, temporary, new_fd, new_name, calls.RENAME_NOREPLACE)
+                calls.renameat2(old_fd, name, new_fd, new_name, calls.RENAME_EXCHANGE)
+                return
             calls.renameat2(old_fd, name, new_fd, new_name, calls.RENAME_EXCHANGE)
-            return
-        calls.renameat2(old_fd, name, new_fd, new_name, calls.RENAME_EXCHANGE)
-        calls.renameat2(work, temporary, old_fd, name, calls.RENAME_EXCHANGE)
-        if stat.S_ISDIR(os.stat(temporary, dir_fd=work, follow_symlinks=False).st_mode):
-            remove_tree(work, temporary)
-        else:
-            os.unlink(temporary, dir_fd=work)
+            calls.renameat2(work, temporary, old_fd, name, calls.RENAME_EXCHANGE)
 
     def _clear_whiteouts(self, node: Node, dir_fd: int, name: bytes) -> None:
         """Put an opaque empty directory in the place of one that holds only whiteouts (overlayfs: dir.c,
@@ -354,18 +408,17 @@ class Changes:
             if not os.listdir(inner):
                 return
             st = os.stat(inner)
-            work, temporary = union.stack.work_fd, temporary_name()
-            os.mkdir(temporary, 0o700, dir_fd=work)
-            fd = os.open(temporary, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC, dir_fd=work)
-            try:
-                union.markers.set_opaque(fd)
-                os.fchown(fd, st.st_uid, st.st_gid)
-                os.fchmod(fd, stat.S_IMODE(st.st_mode))
-            finally:
-                os.close(fd)
-            calls.renameat2(work, temporary, dir_fd, name, calls.RENAME_EXCHANGE)
-            empty_directory(inner)
-            os.rmdir(temporary, dir_fd=work)
+            work = union.stack.work_fd
+            with self._temporary() as temporary:
+                os.mkdir(temporary, 0o700, dir_fd=work)
+                fd = os.open(temporary, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC, dir_fd=work)
+                try:
+                    union.markers.set_opaque(fd)
+                    os.fchown(fd, st.st_uid, st.st_gid)
+                    os.fchmod(fd, stat.S_IMODE(st.st_mode))
+                finally:
+                    os.close(fd)
+                calls.renameat2(work, temporary, dir_fd, name, calls.RENAME_EXCHANGE)
         finally:
             os.close(inner)
         union.gate.forget(node.parts[0])

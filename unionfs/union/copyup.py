@@ -79,36 +79,42 @@ class FileCopy:
     def finish(self) -> None:
         """Let the copy appear in the upper, and give it to all who have the file open."""
         union, node = self._union, self.node
-        assert self._name is not None
-        assert node.parent is not None
         try:
-            if node.unlinked:
-                union.hold(node)  # it is held already
-                os.close(node.held)
-                node.held = os.open(
-                    self._name, os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=union.stack.work_fd
-                )
-                os.unlink(self._name, dir_fd=union.stack.work_fd)
-                node.place = Place(union.require_upper(), union.require_upper().root, b"")
-            else:
-                place = ensure_upper(union, node.parent)
-                _appear(union, self._name, place, node.name)
-                node.place = place
+            shared = os.dup(self._target) if node.handles else -1
+            try:
+                self._appear()
+            except BaseException:
+                if shared >= 0:
+                    os.close(shared)
+                raise
             self._name = None
             union.nodes.copied_up(node, os.fstat(self._target))
-            self._hand_over()
+            self._hand_over(shared)
         finally:
             self.abort()
 
-    def _hand_over(self) -> None:
+    def _appear(self) -> None:
+        """Give the temporary file its name, or take it away when the node has none any more."""
+        union, node = self._union, self.node
+        assert self._name is not None
+        assert node.parent is not None
+        if node.unlinked:
+            _keep_unnamed(union, node, self._name)
+        else:
+            place = ensure_upper(union, node.parent)
+            _rename_into(union, self._name, place, node.name)
+            node.place = place
+
+    def _hand_over(self, shared: int) -> None:
         """Open handles, which only read, go on with the upper's file: they see what is written from now."""
         node = self.node
         node.file = None
-        if not node.handles:
+        if shared < 0:
             return
-        file = OpenFile(os.dup(self._target), readable=True, writable=True, waits=self._source.waits)
+        waits = not self._union.require_upper().memory
+        file = OpenFile(shared, readable=True, writable=True, waits=waits)
         node.file = file
-        for handle in node.handles:
+        for handle in node.handles or ():
             file.users += 1
             old, handle.file = handle.file, file
             old.release()
@@ -151,13 +157,10 @@ def copy_up_special(union: Union, node: Node) -> None:
                     os.chmod(b"/proc/self/fd/%d" % target, stat.S_IMODE(st.st_mode))
                 calls.utimensat(work, name, st.st_atime_ns, st.st_mtime_ns)
                 if node.unlinked:
-                    os.close(node.held)
-                    node.held = os.dup(target)
-                    os.unlink(name, dir_fd=work)
-                    node.place = Place(union.require_upper(), union.require_upper().root, b"")
+                    _keep_unnamed(union, node, name)
                 else:
                     place = ensure_upper(union, node.parent)
-                    _appear(union, name, place, node.name)
+                    _rename_into(union, name, place, node.name)
                     node.place = place
                 union.nodes.copied_up(node, os.stat(target))
             finally:
@@ -201,7 +204,7 @@ def _copy_up_directory(union: Union, node: Node) -> None:
         os.chmod(name, stat.S_IMODE(st.st_mode), dir_fd=work)
         calls.utimensat(work, name, st.st_atime_ns, st.st_mtime_ns)
         parent = node.parent.parts[0]
-        _appear(union, name, parent, node.name)
+        _rename_into(union, name, parent, node.name)
     except BaseException:
         with contextlib.suppress(OSError):
             os.rmdir(name, dir_fd=work)
@@ -211,7 +214,23 @@ def _copy_up_directory(union: Union, node: Node) -> None:
     union.nodes.copied_up(node, os.stat(union.gate.fd(place)))
 
 
-def _appear(union: Union, temporary: bytes, place: Place, name: bytes) -> None:
+def _keep_unnamed(union: Union, node: Node, temporary: bytes) -> None:
+    """The copy of a node whose name is gone: only an fd of it stays."""
+    work = union.stack.work_fd
+    fd = os.open(temporary, os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=work)
+    try:
+        os.unlink(temporary, dir_fd=work)
+    except BaseException:
+        os.close(fd)
+        raise
+    if node.held >= 0:
+        os.close(node.held)
+    node.held = fd
+    upper = union.require_upper()
+    node.place = Place(upper, upper.root, b"")
+
+
+def _rename_into(union: Union, temporary: bytes, place: Place, name: bytes) -> None:
     """Rename from work into the upper; a copy-up is no change, so the directory keeps its times."""
     dir_fd = union.gate.fd(place)
     st = os.stat(dir_fd)

@@ -8,6 +8,7 @@ directories themselves.
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import fcntl
 import os
@@ -194,15 +195,15 @@ def _lock(fd: int, path: str, role: str, resources: ExitStack) -> None:
 def _prepare_work(fd: int, path: str, resources: ExitStack) -> int:
     """The kernel's layout: temporaries live in WORKDIR/work (fs/overlayfs/super.c, ovl_workdir_create)."""
     try:
-        os.mkdir(b"work", 0o700, dir_fd=fd)
-    except FileExistsError:
-        os.chmod(b"work", 0o700, dir_fd=fd)  # the kernel makes it with mode 0
+        with contextlib.suppress(FileExistsError):
+            os.mkdir(b"work", 0o700, dir_fd=fd)
+        inner = os.open(b"work", _DIRECTORY | os.O_NOFOLLOW, dir_fd=fd)
+        resources.callback(os.close, inner)
+        _make_private(inner)
     except OSError as error:
         raise LayerError(
             f"work {path} cannot be written: {error.strerror}; give a writable directory"
         ) from error
-    inner = os.open(b"work", _DIRECTORY | os.O_NOFOLLOW, dir_fd=fd)
-    resources.callback(os.close, inner)
     if os.path.lexists(b"/proc/self/fd/%d/incompat" % inner):
         raise LayerError(
             f"work {path} holds work/incompat: its upper was last used in a way (volatile) that a crash may "
@@ -210,3 +211,16 @@ def _prepare_work(fd: int, path: str, resources: ExitStack) -> int:
         )
     empty_directory(inner)
     return inner
+
+
+def _make_private(fd: int) -> None:
+    """What is prepared in work must inherit nothing from it: no group, no ACL (and the kernel makes it 0)."""
+    path = b"/proc/self/fd/%d" % fd
+    for acl in (b"system.posix_acl_default", b"system.posix_acl_access"):
+        try:
+            os.removexattr(path, acl)
+        except OSError as error:
+            if error.errno not in (errno.ENODATA, errno.EOPNOTSUPP):
+                raise
+    os.chown(path, os.geteuid(), os.getegid())
+    os.chmod(path, 0o700)

@@ -131,8 +131,8 @@ class NodeTable:
         kind = stat.S_IFMT(st.st_mode)
         place = where[0] if isinstance(where, list) else where
         upper = place.layer.is_upper
-        linked = upper and st.st_nlink > 1 and kind != stat.S_IFDIR
-        if linked:
+        linkable = upper and kind != stat.S_IFDIR
+        if linkable and self._by_inode:
             known = self._by_inode.get((st.st_dev, st.st_ino))
             if known is not None:
                 self.add_name(known, parent, name, place)
@@ -147,7 +147,7 @@ class NodeTable:
             node.place = where
         self._by_id[number] = node
         parent.children[name] = node
-        if linked:
+        if linkable and st.st_nlink > 1:
             self.linked(node, st)
         return node
 
@@ -171,7 +171,7 @@ class NodeTable:
             node.links.append((parent, name))
 
     def remove_name(self, node: Node, parent: Node, name: bytes) -> None:
-        """``name`` in ``parent`` no longer stands for ``node``. The caller holds an fd of it already."""
+        """``name`` in ``parent`` no longer stands for ``node``; see ``Union.outliving``."""
         assert parent.children is not None
         if parent.children.get(name) is node:
             del parent.children[name]
@@ -227,7 +227,7 @@ class NodeTable:
 
     def _drop_inode(self, node: Node) -> None:
         key = self._inode_of.pop(node.id, None)
-        if key is not None:
+        if key is not None and self._by_inode.get(key) is node:
             del self._by_inode[key]
         if node.held >= 0:
             st = os.stat(node.held)

@@ -11,6 +11,7 @@ import errno
 import os
 import stat
 from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Final
 
 from unionfs.sys.creds import Identity
@@ -43,6 +44,7 @@ class Union:
         self.gate = Gate(directory_fds)
         self.nodes = NodeTable([layer.root for layer in stack.layers])
         self.identity = Identity()
+        self._lowest = len(stack.layers) - 1
         self._merge_root()
 
     def _merge_root(self) -> None:
@@ -89,42 +91,53 @@ class Union:
             if first is None:
                 first = st
             found.append(place)
-            if not remaining:
+            if place.layer.index == self._lowest:
                 break
             opaque, redirect = self.markers.directory(self.gate.fd(place))
             if opaque:
                 break
             if redirect is not None:
-                remaining = list(self._redirected(redirect, remaining))
+                remaining = self._redirected(redirect, place.layer.index, remaining)
         return None if first is None else (first, found)
 
     def _redirected(
-        self, redirect: bytes, remaining: list[tuple[Place, bytes]]
-    ) -> Iterator[tuple[Place, bytes]]:
-        """Where to search on: a sibling's name, or a path from the root of each layer further down."""
-        if b"/" not in redirect:
-            for part, _ in remaining:
-                yield part, redirect
-            return
-        *above, last = [step for step in redirect.split(b"/") if step]
-        lowest = remaining[0][0].layer.index
-        for layer in self.stack.layers[lowest:]:
-            place = self._walk(layer, above)
-            if place is not None:
-                yield place, last
+        self, redirect: bytes, index: int, remaining: list[tuple[Place, bytes]]
+    ) -> list[tuple[Place, bytes]]:
+        """Where to search on below layer ``index``: a sibling's name, or a path from each layer's root.
 
-    def _walk(self, layer: Layer, steps: list[bytes]) -> Place | None:
-        """The place of a path in one layer, if all of it are directories."""
-        place = layer.root
-        for step in steps:
-            if step in (b".", b".."):
-                return None
-            place = Place(layer, place, step)
-            try:
-                self.gate.fd(place)
-            except (FileNotFoundError, NotADirectoryError):
-                return None
-        return place
+        As namei.c, ovl_lookup_layer: on the way, a whiteout, an opaque directory or anything that is no
+        directory hides the layers further down, and a redirect counts for them.
+        """
+        if b"/" not in redirect:
+            _checked_step(redirect)
+            return [(part, redirect) for part, _ in remaining]
+        steps = _steps(redirect)
+        found: list[tuple[Place, bytes]] = []
+        for layer in self.stack.layers[index + 1 :]:
+            place = layer.root
+            goes_on = True
+            below = steps
+            for position, step in enumerate(steps[:-1]):
+                dir_fd = self.gate.fd(place)
+                try:
+                    st = os.stat(step, dir_fd=dir_fd, follow_symlinks=False)
+                except FileNotFoundError:
+                    break
+                if not stat.S_ISDIR(st.st_mode):
+                    return found
+                place = Place(layer, place, step)
+                opaque, further = self.markers.directory(self.gate.fd(place))
+                if opaque:
+                    goes_on = False
+                elif further is not None:
+                    above = [] if further.startswith(b"/") else steps[:position]
+                    below = [*above, *_steps(further), *steps[position + 1 :]]
+            else:
+                found.append((place, steps[-1]))
+            if not goes_on:
+                return found
+            steps = below
+        return found
 
     def is_visible_below(self, parent: Node, name: bytes) -> bool:
         """Whether a lower has ``name`` in ``parent``, so that removing it from the upper takes a whiteout."""
@@ -183,10 +196,24 @@ class Union:
         assert node.place is not None
         return os.open(node.name, flags, dir_fd=self.gate.fd(node.place))
 
-    def hold(self, node: Node) -> None:
-        """Keep an fd of an object whose last known name is about to go."""
-        if node.held < 0 and not node.links:
-            node.held = self.open_path(node)
+    @contextmanager
+    def outliving(self, node: Node) -> Iterator[None]:
+        """When the last known name of ``node`` goes within the block, an fd of its object is kept.
+
+        Not before the block succeeded: an object that still has its name is reached by the name.
+        """
+        fd = self.open_path(node)
+        try:
+            yield
+            if node.unlinked and node.held < 0:
+                node.held, fd = fd, -1
+                if node.is_upper and not node.is_dir:
+                    st = os.stat(node.held)
+                    if st.st_nlink > 0:  # it has names that nobody looked up yet
+                        self.nodes.linked(node, st)
+        finally:
+            if fd >= 0:
+                os.close(fd)
 
     def readlink(self, node: Node) -> bytes:
         """The target of a symlink."""
@@ -206,21 +233,19 @@ class Union:
 
     def _open_file(self, node: Node, *, write: bool) -> OpenFile:
         assert node.place is not None
+        if write and not node.is_upper:
+            raise OSError(errno.EROFS, "a lower is never written")
+        self.refuse_metacopy(node)
         waits = not node.place.layer.memory
         if node.held >= 0:
             return open_held(node.held, write=write, waits=waits)
-        dir_fd = self.gate.fd(node.place)
-        self._refuse_metacopy(node, dir_fd)
-        return open_backing(dir_fd, node.name, write=write, waits=waits)
+        return open_backing(self.gate.fd(node.place), node.name, write=write, waits=waits)
 
-    def _refuse_metacopy(self, node: Node, dir_fd: int) -> None:
-        """A file with only its metadata in this layer cannot be read as a whole: better EPERM than zeros."""
-        assert node.parent is not None
-        if len(node.parent.parts) <= 1:
-            return
+    def refuse_metacopy(self, node: Node) -> None:
+        """A regular file with only its metadata in this layer: better EPERM than zeros for its data."""
+        path, follow = self.path(node)
         try:
-            os.getxattr(b"/proc/self/fd/%d/%b" % (dir_fd, node.name), self.markers.metacopy,
-                        follow_symlinks=False)  # fmt: skip
+            os.getxattr(path, self.markers.metacopy, follow_symlinks=follow)
         except OSError:
             return
         raise PermissionError(errno.EPERM, "a metacopy file needs kernel overlayfs")
@@ -240,3 +265,14 @@ class Union:
     def close(self) -> None:
         """Close every fd that the tree opened (the layers' own stay)."""
         self.gate.close()
+
+
+def _checked_step(step: bytes) -> bytes:
+    """A redirect comes from a layer, so it is not trusted: it must not lead out of it."""
+    if step in (b"", b".", b".."):
+        raise OSError(errno.EIO, "a layer holds an invalid redirect")
+    return step
+
+
+def _steps(redirect: bytes) -> list[bytes]:
+    return [_checked_step(step) for step in redirect.strip(b"/").split(b"/")]
