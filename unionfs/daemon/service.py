@@ -6,6 +6,7 @@ Imports trio and the whole union, so only the process that serves a mount import
 from __future__ import annotations
 
 import logging
+import os
 import signal
 import socket
 from collections.abc import Callable
@@ -29,6 +30,7 @@ from unionfs.union.tree import Union
 _SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 # How long a mount that was unmounted in this namespace may live on elsewhere once the daemon was told to end.
 _GRACE_SECONDS = 2.0
+_DETACHED_SECONDS = 0.1
 
 log = logging.getLogger(__name__)
 
@@ -48,6 +50,7 @@ class Service:
         self.device = ""
         self._on_usable = on_usable
         self._foreground = foreground
+        self._stack: LayerStack | None = None
         self._entry: live.LiveMount | None = None
         self._told_to_end = False
 
@@ -58,6 +61,7 @@ class Service:
         """
         settings = self.settings
         raise_open_file_limit()
+        os.umask(0)  # what callers ask for is what they get; the kernel took their umask off already
         try:
             claims = live.claims_of(settings)
             stack = LayerStack.open(
@@ -72,6 +76,7 @@ class Service:
         except OSError as error:
             name = quoted(str(error.filename)) if error.filename else "the layers"
             raise UserError(f"{name} cannot be opened: {reason(error)}; check the layers.") from error
+        self._stack = stack
         try:
             operations = UnionOperations(Union(stack))
             listener = self._listen()
@@ -167,10 +172,14 @@ class Service:
             log.exception("unmounting failed")
             detached = True
         # When the mount is gone, serve() returns and cancels this task.
-        await trio.sleep(0 if detached else _GRACE_SECONDS)
-        if detached:
-            log.warning("%s was in use: detached", self.settings.mountpoint)
-        session.cancel()
+        await trio.sleep(_DETACHED_SECONDS if detached else _GRACE_SECONDS)
+        log.warning("%s is still in use: its users are cut off", self.settings.mountpoint)
+        # serve() is not cancelled, for libfuse would then unmount by name, and by now that is somebody else's
+        # mount. The end of the process ends the connection.
+        assert self._stack is not None
+        on_disk = self._finish(self._stack)
+        logging.shutdown()
+        os._exit(0 if on_disk else 1)
 
     def _finish(self, stack: LayerStack) -> bool:
         """Let go of the layers, lowers first, the upper when it is on disk."""
@@ -197,8 +206,6 @@ class Service:
 
 
 def _remove_socket(directory: str) -> None:
-    import os
-
     os.unlink(live.entry_file(directory).removesuffix(".json") + ".sock")
 
 
