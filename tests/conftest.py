@@ -11,10 +11,12 @@ from pathlib import Path
 
 import pytest
 
-from tests.support import areas, mounting
-from tests.support import world as worlds
-from tests.support.mounting import Mount
-from tests.support.worker import Worker
+pytest.register_assert_rewrite("tests.support")
+
+from tests.support import areas, mounting  # noqa: E402
+from tests.support import world as worlds  # noqa: E402
+from tests.support.mounting import Mount  # noqa: E402
+from tests.support.worker import Worker  # noqa: E402
 
 WATCHDOG_SECONDS = 100.0
 """After this time the daemons of a test are ended, which wakes every request that waits for them."""

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from tests.support import syscalls
+from tests.support.mounting import Mount
 from tests.support.worker import Worker
 from tests.support.world import World, errno_of, outcome
 
@@ -135,9 +136,9 @@ def _descend(root: Path, depth: int) -> int:
     return fd
 
 
-def test_deeper_than_path_max_in_upper(union: object) -> None:
+def test_deeper_than_path_max_in_upper(union: Mount) -> None:
     """A chain of more than 5,000 bytes is made, changed and removed."""
-    root: Path = union.mountpoint  # type: ignore[attr-defined]
+    root = union.mountpoint
     _chain(root, 30)
     fd = _descend(root, 30)
     try:

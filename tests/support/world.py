@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import shutil
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -102,6 +103,9 @@ def world(area: Path, session: str, builds: Sequence[Build], *, options: Sequenc
         for index, build in enumerate(builds):
             for home in homes.values():
                 build(home / f"lower{index}")
+        for home in homes.values():
+            # The root of a union is its upper's.
+            shutil.copystat(home / "lower0", home / "upper")
         if len(builds) == 1:
             builds[0](native)
     finally:

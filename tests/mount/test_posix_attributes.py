@@ -1,0 +1,507 @@
+"""Modes, owners, times, xattrs, ACLs: what the calls change and what they clear."""
+
+from __future__ import annotations
+
+import errno
+import os
+import stat
+import struct
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+
+from tests.support import acl, actions, snapshot, syscalls
+from tests.support.worker import Worker
+from tests.support.world import World, errno_of, outcome
+
+MakeWorld = Callable[..., World]
+CAPABILITY = struct.pack("<5I", 0x02000001, 1 << 10, 0, 0, 0)
+USER, TEAM, FOREIGN = 1000, 1001, 3000
+
+
+def _mode(path: Path) -> str:
+    return oct(path.lstat().st_mode)
+
+
+def _has_capability(path: Path) -> bool:
+    return "security.capability" in os.listxattr(path)
+
+
+CHANGES: dict[str, Callable[[Worker | None, Path], None]] = {
+    "write": lambda who, path: _run(who, actions.write_at, str(path), b"w", 0),
+    "append": lambda who, path: _run(who, actions.append_lines, str(path), 1, 1),
+    "truncate": lambda who, path: _run(who, os.truncate, str(path), 2),
+    "truncate same size": lambda who, path: _run(who, os.truncate, str(path), 4),
+    "open truncating": lambda who, path: _run(who, actions.open_truncating, str(path)),
+    "chown -1 -1": lambda who, path: _run(who, os.chown, str(path), -1, -1),
+    "chown group": lambda who, path: _run(who, os.chown, str(path), -1, TEAM),
+    "chown owner": lambda who, path: _run(who, os.chown, str(path), USER, -1),
+    "chmod same": lambda who, path: _run(who, os.chmod, str(path), stat.S_IMODE(os.stat(path).st_mode)),
+    "utime": lambda who, path: _run(who, os.utime, str(path)),
+    "setxattr": lambda who, path: _run(who, os.setxattr, str(path), "user.x", b"1"),
+}
+
+
+def _run(who: Worker | None, function: Callable[..., object], *args: object) -> None:
+    if who is None:
+        function(*args)
+    else:
+        who.call(function, *args)
+
+
+def test_set_id_bits_and_capabilities_are_cleared(world: MakeWorld, user: Worker) -> None:
+    """By write, truncate and chown, of lower and upper files, by root, the owner and others, as overlayfs does."""
+    modes = (0o4777, 0o2777, 0o6777, 0o4666)  # setgid with group execute only: rule 9 of tests/oracle/normalise.py
+
+    def build(root: Path) -> None:
+        for change in CHANGES:
+            for mode in modes:
+                for owner in (0, USER, FOREIGN):
+                    for by in ("root", "user"):
+                        path = root / f"{change}.{mode:o}.{owner}.{by}"
+                        path.write_bytes(b"data")
+                        os.chown(path, owner, owner)
+                        os.chmod(path, mode)
+                        if mode == 0o6777:
+                            os.setxattr(path, "security.capability", CAPABILITY)
+
+    made = world(build)
+
+    def calls(root: Path) -> list[object]:
+        own = root / "own"
+        own.mkdir()
+        own.chmod(0o777)
+        build(own)
+        found: list[object] = []
+        for base in (root, own):
+            for name in sorted(os.listdir(base)):
+                if name == "own":
+                    continue
+                path = base / name
+                change, _, _, by = name.split(".")
+                code = errno_of(CHANGES[change], user if by == "user" else None, path)
+                found.append((base.name == "own", name, code, _mode(path), _has_capability(path)))
+        return found
+
+    made.as_kernel(calls)
+
+
+def test_set_id_bits_through_an_open_file(world: MakeWorld, user: Worker) -> None:
+    """A second write after chmod gave the bits back clears them again."""
+    made = world(lambda root: None)
+
+    def calls(root: Path) -> list[object]:
+        path = root / "f"
+        path.write_bytes(b"data")
+        path.chmod(0o666)
+        found: list[object] = []
+        for _ in range(2):
+            path.chmod(0o6777)
+            os.setxattr(path, "security.capability", CAPABILITY)
+            user.call(actions.write_at, str(path), b"x", 1)
+            found += [_mode(path), _has_capability(path), path.read_bytes()]
+        return found
+
+    made.as_native(calls)
+
+
+def test_setgid_directories(world: MakeWorld, user: Worker) -> None:
+    """What is made in a setgid directory gets its group; a file's setgid goes when the maker is no member."""
+
+    def build(root: Path) -> None:
+        for group in (TEAM, FOREIGN, USER):
+            path = root / f"g{group}"
+            path.mkdir()
+            os.chown(path, 0, group)
+            path.chmod(0o2777)
+
+    made = world(build)
+
+    def calls(root: Path) -> list[object]:
+        found: list[object] = []
+        for group in (TEAM, FOREIGN, USER):
+            base = root / f"g{group}"
+            for mask in (0, 0o027):
+                for mode in (0o2775, 0o2755, 0o2745, 0o6777, 0o644):
+                    name = f"{mode:o}{mask:o}"
+                    found.append(user.errno(actions.make_file, str(base / f"f{name}"), mode, mask))
+                    found.append(user.errno(actions.make_directory, str(base / f"d{name}"), mode, mask))
+                    found.append(user.errno(actions.make_node, str(base / f"p{name}"), stat.S_IFIFO | mode, mask))
+                    found.append(errno_of(actions.make_file, str(base / f"r{name}"), mode, mask))
+                    os.umask(0o022)
+            user.call(os.symlink, "x", str(base / "s"))
+            user.call(os.chmod, str(base / "f6440"), 0o2755)
+            for name in sorted(os.listdir(base)):
+                info = (base / name).lstat()
+                found.append((name, oct(info.st_mode), info.st_uid, info.st_gid))
+        return found
+
+    made.as_native(calls)
+
+
+def test_umask(world: MakeWorld, user: Worker) -> None:
+    """The umask applies where no default ACL does, also over a whiteout and in an opaque directory."""
+
+    def build(root: Path) -> None:
+        root.chmod(0o777)
+        for index in range(4):
+            (root / f"old{index}").write_bytes(b"")
+
+    made = world(build)
+
+    def calls(root: Path) -> list[object]:
+        found: list[object] = []
+        for index, mask in enumerate((0, 0o022, 0o077, 0o777)):
+            (root / f"old{index}").unlink()
+            user.call(actions.make_file, str(root / f"old{index}"), 0o777, mask)
+            user.call(actions.make_directory, str(root / f"d{index}"), 0o777, mask)
+            user.call(actions.make_node, str(root / f"p{index}"), stat.S_IFIFO | 0o777, mask)
+            found += [_mode(root / f"{kind}{index}") for kind in ("old", "d", "p")]
+        return found
+
+    made.as_native(calls)
+
+
+def _acl_tree(root: Path) -> None:
+    (root / "d").mkdir()
+    os.setxattr(root / "d", acl.DEFAULT, acl.simple(7, 5, 0, users={USER: 7, 1002: 1}, mask=7))
+    (root / "d").chmod(0o777)
+    (root / "f").write_bytes(b"x")
+    os.setxattr(root / "f", acl.ACCESS, acl.simple(6, 4, 0, users={USER: 6}, mask=6))
+
+
+def _acls(path: Path) -> list[object]:
+    found: list[object] = [_mode(path)]
+    for name in (acl.ACCESS, acl.DEFAULT):
+        value = outcome(lambda p, name=name: acl.decode(os.getxattr(p, name)), path)  # type: ignore[misc]
+        found.append(value)
+    return found
+
+
+def test_acl_and_mode_in_step(world: MakeWorld, user: Worker) -> None:
+    """chmod changes the mask, an ACL changes the mode, a minimal ACL is none; users get what it says."""
+    made = world(_acl_tree)
+
+    def calls(root: Path) -> list[object]:
+        path = root / "f"
+        found: list[object] = [_acls(path), user.errno(actions.write_at, str(path), b"u", 0)]
+        path.chmod(0o640)
+        found += [_acls(path), user.errno(actions.write_at, str(path), b"u", 0)]
+        os.setxattr(path, acl.ACCESS, acl.simple(7, 1, 2, users={USER: 7}, mask=3))
+        found += [_acls(path), user.errno(actions.write_at, str(path), b"u", 0)]
+        os.setxattr(path, acl.ACCESS, acl.simple(6, 4, 4))
+        found += [_acls(path), sorted(os.listxattr(path))]
+        found.append(errno_of(os.setxattr, path, acl.ACCESS, b"junk"))
+        found.append(errno_of(os.setxattr, path, acl.DEFAULT, acl.simple(7, 5, 5)))
+        found.append(user.errno(os.setxattr, str(path), acl.ACCESS, acl.simple(7, 7, 7)))
+        os.setxattr(path, acl.ACCESS, acl.simple(7, 7, 0, users={5: 4}, mask=4))
+        found.append(errno_of(os.removexattr, path, acl.ACCESS))
+        found += [_acls(path), errno_of(os.removexattr, path, acl.ACCESS)]
+        os.setxattr(root / "d", acl.DEFAULT, acl.encode([]))
+        found.append(_acls(root / "d"))
+        return found
+
+    made.as_native(calls)
+
+
+def test_default_acl_is_inherited(world: MakeWorld, user: Worker) -> None:
+    """With umask 0 exactly as natively; in the lower's directory and in new ones, and over whiteouts."""
+
+    def build(root: Path) -> None:
+        _acl_tree(root)
+        for name in ("gone", "gone-dir"):
+            (root / "d" / name).write_bytes(b"")
+
+    made = world(build)
+
+    def calls(root: Path) -> list[object]:
+        found: list[object] = []
+        for name in ("gone", "gone-dir"):
+            (root / "d" / name).unlink()
+        for who, base in (("root", root / "d"), ("user", root / "d/new-dir")):
+            if who == "user":
+                os.umask(0)
+                base.mkdir()
+            for mode in (0o666, 0o640, 0o777):
+                _run(user if who == "user" else None, actions.make_file, str(base / f"f{mode:o}"), mode, 0)
+                _run(user if who == "user" else None, actions.make_directory, str(base / f"d{mode:o}"), mode, 0)
+        os.umask(0)
+        actions.make_file(str(root / "d/gone"), 0o666, 0)
+        (root / "d/gone-dir").mkdir(0o750)
+        os.mkfifo(root / "d/fifo", 0o666)
+        os.umask(0o022)
+        (root / "d/link").symlink_to("gone")
+        for folder, _, names in sorted(os.walk(root / "d")):
+            for name in [".", *sorted(names)]:
+                if name != "link":
+                    found.append((os.path.relpath(os.path.join(folder, name), root), _acls(Path(folder, name))))
+        return found
+
+    made.as_native(calls)
+
+
+def test_default_acl_under_a_umask_grants_no_more(world: MakeWorld) -> None:
+    """The documented limit: the umask applies as well, so a mode may have fewer bits than natively, never more."""
+    made = world(_acl_tree)
+
+    def calls(root: Path) -> list[int]:
+        actions.make_file(str(root / "d/f"), 0o666, 0o022)
+        actions.make_directory(str(root / "d/e"), 0o777, 0o027)
+        os.umask(0o022)
+        return [stat.S_IMODE((root / "d" / name).stat().st_mode) for name in ("f", "e")]
+
+    for ours, native in zip(calls(made.union), calls(made.native), strict=True):
+        assert ours & ~native == 0
+
+
+TIMES = [
+    ((10**9, 123456789), (10**9 + 5, 987654321)),
+    ((0, 0), (0, 1)),
+    ((-100, 5), (-1, 999999999)),
+    ((5_000_000_000, 1), (6_000_000_000, 2)),
+    ((0, syscalls.UTIME_OMIT), (77, 7)),
+    ((88, 8), (0, syscalls.UTIME_OMIT)),
+    ((0, syscalls.UTIME_OMIT), (0, syscalls.UTIME_OMIT)),
+]
+
+
+def test_times(world: MakeWorld, user: Worker) -> None:
+    """Nanoseconds, times before 1970 and after 2106, UTIME_OMIT and UTIME_NOW; on symlinks too."""
+
+    def build(root: Path) -> None:
+        (root / "f").write_bytes(b"x")
+        (root / "d").mkdir()
+        (root / "l").symlink_to("f")
+        (root / "w").write_bytes(b"x")
+        (root / "w").chmod(0o666)
+        for name in ("f", "d", "l"):
+            os.utime(root / name, ns=(10**17, 10**17 + 1), follow_symlinks=False)
+
+    made = world(build)
+
+    def calls(root: Path) -> list[object]:
+        found: list[object] = []
+        (root / "own").write_bytes(b"")
+        for name in ("f", "d", "l", "own"):
+            for atime, mtime in TIMES:
+                syscalls.utimensat(str(root / name), atime, mtime, follow=False)
+                info = (root / name).lstat()
+                found.append((name, info.st_atime_ns if name != "own" or atime[0] else 0, info.st_mtime_ns))
+        now = (0, syscalls.UTIME_NOW)
+        omit = (0, syscalls.UTIME_OMIT)
+        before = (root / "f").stat()
+        syscalls.utimensat(str(root / "f"), omit, now)
+        after = (root / "f").stat()
+        found += [after.st_atime_ns == before.st_atime_ns, after.st_mtime_ns > 1_600_000_000 * 10**9]
+        found += [after.st_ctime_ns >= before.st_ctime_ns]
+        # a user who may write may set the present time, but no other
+        for times in ((now, now), (omit, now), ((5, 5), now), (omit, omit), ((5, 5), (5, 5))):
+            found.append(user.errno(syscalls.utimensat, str(root / "w"), *times))
+            found.append(user.errno(syscalls.utimensat, str(root / "f"), *times))
+        return found
+
+    made.as_native(calls)
+
+
+def test_ctime_and_mtime_move(world: MakeWorld) -> None:
+    """ctime moves with metadata, mtime with content, the directory's with its names, and nothing else does."""
+
+    def build(root: Path) -> None:
+        (root / "d").mkdir()
+        (root / "d/f").write_bytes(b"data")
+        (root / "d/g").write_bytes(b"data")
+        for path in (root / "d/f", root / "d/g", root / "d"):
+            os.utime(path, ns=(10**18, 10**18))
+
+    made = world(build)
+    steps: list[Callable[[Path], object]] = [
+        lambda root: os.chmod(root / "d/f", 0o600),
+        lambda root: os.setxattr(root / "d/f", "user.a", b"1"),
+        lambda root: os.truncate(root / "d/f", 4),
+        lambda root: (root / "d/f").write_bytes(b"more"),
+        lambda root: os.link(root / "d/f", root / "d/h"),
+        lambda root: os.unlink(root / "d/h"),
+        lambda root: os.rename(root / "d/f", root / "d/i"),
+        lambda root: os.rename(root / "d/i", root / "d/f"),
+        lambda root: (root / "d/g").read_bytes(),
+        lambda root: os.listdir(root / "d"),
+        lambda root: os.close(os.open(root / "d/g", os.O_RDWR)),
+    ]
+
+    def calls(root: Path) -> list[object]:
+        found: list[object] = []
+        for step in steps:
+            for path in (root / "d/f", root / "d"):
+                os.utime(path, ns=(10**18, 10**18))
+            before = [(root / name).stat() for name in ("d", "d/f", "d/g")]
+            step(root)
+            after = [outcome(os.stat, root / name) for name in ("d", "d/f", "d/g")]
+            found.append([
+                isinstance(new, str) or (old.st_mtime_ns == new.st_mtime_ns, old.st_ctime_ns == new.st_ctime_ns)
+                for old, new in zip(before, after, strict=True)
+            ])  # fmt: skip
+        return found
+
+    made.as_kernel(lambda root: [row[0][0] if row[0] is not True else True for row in calls(root)])  # type: ignore[index]
+    # ctimes of files too, natively (overlayfs shows the lower's until copy-up, and so does the union)
+    made.as_native(lambda root: [row for row in _own_copy(root, calls)])
+
+
+def _own_copy(root: Path, calls: Callable[[Path], list[object]]) -> list[object]:
+    own = root / "own"
+    (own / "d").mkdir(parents=True)
+    for name in ("f", "g"):
+        (own / "d" / name).write_bytes(b"data")
+    return calls(own)
+
+
+def test_xattrs_on_everything(world: MakeWorld, user: Worker) -> None:
+    """User xattrs belong to files and directories only; trusted ones to root; a symlink is never followed."""
+
+    def build(root: Path) -> None:
+        (root / "f").write_bytes(b"x")
+        (root / "d").mkdir()
+        (root / "l").symlink_to("f")
+        (root / "lost").symlink_to("nowhere")
+        os.mkfifo(root / "p")
+        os.mknod(root / "c", stat.S_IFCHR | 0o666, os.makedev(1, 3))
+        os.mknod(root / "s", stat.S_IFSOCK | 0o666)
+        for name in ("f", "d"):
+            (root / name).chmod(0o777)
+            os.setxattr(root / name, "user.lower", b"1")
+        os.setxattr(root / "l", "trusted.lower", b"2", follow_symlinks=False)
+
+    made = world(build)
+    names = ["user.a", "trusted.a", "security.a", "user.", "user", "other.a", "user." + "x" * 250,
+             "user." + "x" * 251, "system.a", "trusted.overlayx", "user.overlay.opaque", "user.lower"]  # fmt: skip
+
+    def calls(root: Path) -> list[object]:
+        (root / "own").write_bytes(b"")
+        (root / "own").chmod(0o666)
+        found: list[object] = []
+        for path in sorted(root.iterdir()):
+            for name in names:
+                for who in (user, None):
+                    for function, args in (
+                        (os.setxattr, (name, b"v", os.XATTR_REPLACE)),
+                        (os.setxattr, (name, b"v", os.XATTR_CREATE)),
+                        (os.setxattr, (name, b"w", os.XATTR_CREATE)),
+                        (os.setxattr, (name, b"", 0)),
+                        (os.getxattr, (name,)),
+                        (os.removexattr, (name,)),
+                        (os.removexattr, (name,)),
+                    ):
+                        found.append((path.name, name, errno_of(_xattr_call, who, function, str(path), args)))
+            found.append(sorted(os.listxattr(path, follow_symlinks=False)))
+            found.append(sorted(user.call(actions.list_xattrs, str(path))) if user.alive else None)
+        found.append(errno_of(os.setxattr, root / "f", "user.big", b"x" * 65536))
+        found.append(errno_of(os.setxattr, root / "f", "user.big", b"x" * 65537))
+        return found
+
+    made.as_native(calls)
+
+
+def _xattr_call(who: Worker | None, function: Callable[..., object], path: str, args: tuple[object, ...]) -> None:
+    _run(who, actions.without_following, function, path, args)
+
+
+
+def test_overlay_xattrs_are_escaped(world: MakeWorld) -> None:
+    """A user's trusted.overlay.* is stored as the kernel stores it; the overlay's own are never shown."""
+
+    def build(root: Path) -> None:
+        (root / "d/sub").mkdir(parents=True)
+        (root / "d/f").write_bytes(b"x")
+        os.setxattr(root / "d/f", "trusted.overlay.origin", b"junk")
+        os.setxattr(root / "d/f", "trusted.overlay.overlay.mine", b"kept")
+
+    made = world(build)
+
+    def calls(root: Path) -> list[object]:
+        found: list[object] = []
+        for name in ("d", "d/f", "new"):
+            path = root / name
+            if name == "new":
+                path.mkdir()
+            for key in ("opaque", "redirect", "metacopy", "origin", "impure", "overlay.x", "whiteout", "x"):
+                found.append(errno_of(os.setxattr, path, "trusted.overlay." + key, b"y"))
+            found.append(snapshot.read_xattrs(str(path)))
+            found.append(errno_of(os.removexattr, path, "trusted.overlay.opaque"))
+            found.append(errno_of(os.removexattr, path, "trusted.overlay.nothing"))
+            found.append(errno_of(os.getxattr, path, "trusted.overlay.opaque"))
+            found.append(sorted(os.listxattr(path)))
+        (root / "d/new").mkdir()
+        (root / "d/sub").rmdir()
+        (root / "d/sub").mkdir()
+        found.append(sorted(os.listxattr(root / "d/sub")))
+        return found
+
+    made.as_kernel(calls)
+    own = {"trusted.overlay.origin", "trusted.overlay.impure", "trusted.overlay.uuid"}
+    for name in ("d", "d/f", "new"):
+        ours, theirs = (snapshot.read_xattrs(str(upper / name)) for upper in (made.upper, made.kernel_upper))
+        assert {k: v for k, v in ours.items() if k not in own} == {k: v for k, v in theirs.items() if k not in own}
+
+
+def test_permissions_are_checked(world: MakeWorld, user: Worker) -> None:
+    """Mode bits, sticky directories and search permission count for the caller, not for the daemon."""
+
+    def build(root: Path) -> None:
+        (root / "secret").mkdir(0o700)
+        (root / "secret/f").write_bytes(b"")
+        (root / "sticky").mkdir()
+        (root / "sticky").chmod(0o1777)
+        (root / "sticky/roots").write_bytes(b"")
+        (root / "noexec").mkdir()
+        (root / "noexec").chmod(0o744)
+        (root / "noexec/f").write_bytes(b"")
+        (root / "ro").write_bytes(b"x")
+        (root / "team").write_bytes(b"x")
+        os.chown(root / "team", 0, TEAM)
+        (root / "team").chmod(0o660)
+
+    made = world(build)
+
+    def calls(root: Path) -> list[object]:
+        base = str(root)
+        return [
+            user.errno(os.listdir, base + "/secret"),
+            user.errno(os.lstat, base + "/secret/f"),
+            user.errno(os.unlink, base + "/sticky/roots"),
+            user.errno(os.rename, base + "/sticky/roots", base + "/sticky/x"),
+            user.errno(actions.make_file, base + "/sticky/mine", 0o600, 0),
+            user.errno(os.unlink, base + "/sticky/mine"),
+            user.errno(os.listdir, base + "/noexec"),
+            user.errno(os.lstat, base + "/noexec/f"),
+            user.errno(actions.write_at, base + "/ro", b"x", 0),
+            user.errno(actions.write_at, base + "/team", b"x", 0),
+            user.errno(os.chmod, base + "/ro", 0o777),
+            user.errno(os.chown, base + "/ro", USER, USER),
+            user.errno(os.mkdir, base + "/new"),
+            user.errno(os.link, base + "/ro", base + "/sticky/ro"),
+            user.errno(os.truncate, base + "/ro", 0),
+            user.errno(os.setxattr, base + "/ro", "user.x", b"1"),
+            user.errno(os.getxattr, base + "/team", "user.x"),
+            (root / "ro").read_bytes(),
+        ]
+
+    found = made.as_native(calls)
+    assert errno.EACCES in found
+
+
+def test_setuid_program_runs_as_its_owner(world: MakeWorld, user: Worker) -> None:
+    """A suid program of the lower has its effect (the mount has no nosuid), and so has a copied-up one."""
+
+    def build(root: Path) -> None:
+        subprocess.run(["cp", "/usr/bin/id", str(root / "id")], check=True)
+        (root / "id").chmod(0o4755)
+
+    made = world(build)
+
+    def calls(root: Path) -> list[object]:
+        found: list[object] = [user.call(actions.run, [str(root / "id"), "-u"])]
+        os.utime(root / "id")
+        found.append(user.call(actions.run, [str(root / "id"), "-u"]))
+        return found
+
+    assert made.as_native(calls) == ["0\n", "0\n"]

@@ -1,0 +1,78 @@
+"""Small functions that tests run in a worker (a worker imports this module before it becomes another user)."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import subprocess
+from collections.abc import Callable
+
+
+def try_lock(path: str) -> None:
+    """Take an exclusive POSIX lock or fail at once."""
+    fd = os.open(path, os.O_RDWR)
+    try:
+        fcntl.lockf(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    finally:
+        os.close(fd)
+
+
+def append_lines(path: str, tag: int, count: int) -> None:
+    """Append lines of 19 characters, one write(2) each."""
+    fd = os.open(path, os.O_WRONLY | os.O_APPEND)
+    try:
+        for number in range(count):
+            os.write(fd, b"%09d-%09d\n" % (tag, number))
+    finally:
+        os.close(fd)
+
+
+def make_file(path: str, mode: int, mask: int, data: bytes = b"") -> None:
+    """Create a file under a umask."""
+    os.umask(mask)
+    fd = os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, mode)
+    try:
+        os.write(fd, data)
+    finally:
+        os.close(fd)
+
+
+def make_directory(path: str, mode: int, mask: int) -> None:
+    """Create a directory under a umask."""
+    os.umask(mask)
+    os.mkdir(path, mode)
+
+
+def make_node(path: str, mode: int, mask: int) -> None:
+    """Create a fifo or socket under a umask."""
+    os.umask(mask)
+    os.mknod(path, mode)
+
+
+def write_at(path: str, data: bytes, offset: int) -> None:
+    """Open for writing, write, close."""
+    fd = os.open(path, os.O_WRONLY)
+    try:
+        os.pwrite(fd, data, offset)
+    finally:
+        os.close(fd)
+
+
+def open_truncating(path: str) -> None:
+    """Open with O_TRUNC, close."""
+    os.close(os.open(path, os.O_WRONLY | os.O_TRUNC))
+
+
+def without_following(function: Callable[..., object], path: str, args: tuple[object, ...]) -> None:
+    """An xattr call that never follows a symlink."""
+    function(path, *args, follow_symlinks=False)
+
+
+def list_xattrs(path: str) -> list[str]:
+    """listxattr of the object itself."""
+    return os.listxattr(path, follow_symlinks=False)
+
+
+def run(arguments: list[str]) -> str:
+    """A program's output."""
+    return subprocess.run(arguments, capture_output=True, text=True, check=True).stdout
