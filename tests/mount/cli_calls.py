@@ -141,7 +141,7 @@ def place(area: Path) -> Iterator[Place]:
         daemons = [entry for entry in live.entries() if entry.settings.mountpoint.startswith(str(area) + "/")]
         areas.detach(area)
         for entry in daemons:
-            if not wait_for(lambda entry=entry: not entry.is_alive(), 3):  # type: ignore[misc]
+            if not wait_for(lambda entry=entry: not entry.is_alive(), 3):
                 with suppress(ProcessLookupError):
                     os.kill(entry.pid, signal.SIGKILL)
         live.entries()

@@ -81,7 +81,9 @@ def test_names_that_are_not_utf8(place: Place) -> None:
 
 def test_relative_paths_are_those_of_the_caller(place: Place) -> None:
     succeed(
-        unionfs("mount", "-l", "lower", "-o", "upperdir=./upper,workdir=upper/../work", "merged", cwd=place.root)
+        unionfs(
+            "mount", "-l", "lower", "-o", "upperdir=./upper,workdir=upper/../work", "merged", cwd=place.root
+        )
     )
     (place.merged / "new").write_text("x")
     assert (place.upper / "new").exists()
@@ -109,7 +111,10 @@ def test_many_lowers(place: Place, count: int) -> None:
         lowers.append(str(lower))
     succeed(
         unionfs(
-            "mount", "-o", f"lowerdir={':'.join(lowers)},upperdir={place.upper},workdir={place.work}", place.merged
+            "mount",
+            "-o",
+            f"lowerdir={':'.join(lowers)},upperdir={place.upper},workdir={place.work}",
+            place.merged,
         )
     )
     assert len(os.listdir(place.merged)) == count + 1
@@ -154,7 +159,9 @@ def test_the_last_of_contradicting_flags_counts(place: Place) -> None:
 def test_allow_root_is_not_for_everybody(place: Place) -> None:
     place.mount("-o", "allow_root")
     done = subprocess.run(
-        ["setpriv", "--reuid", "1000", "--clear-groups", "ls", str(place.merged)], capture_output=True, check=False
+        ["setpriv", "--reuid", "1000", "--clear-groups", "ls", str(place.merged)],
+        capture_output=True,
+        check=False,
     )
     assert done.returncode != 0
     assert os.listdir(place.merged)

@@ -100,10 +100,10 @@ def find_mount(mountpoint: str) -> LiveMount:
     """The live mount at `mountpoint`. Raises UserError when there is none."""
     from unionfs.daemon import live
     from unionfs.daemon.errors import UserError, quoted
-    from unionfs.daemon.settings import absolute
+    from unionfs.daemon.settings import absolute_mountpoint
     from unionfs.sys.mountinfo import mounted_at
 
-    path = absolute(mountpoint)
+    path = absolute_mountpoint(mountpoint)
     mounted = mounted_at(path)
     known = live.live_mounts()
     found = None if mounted is None else live.find_by_device(mounted.device, known)

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from unionfs.daemon.errors import UserError, reason
-from unionfs.daemon.preflight import find_fusermount, fuse_device_problem, user_allow_other
+from unionfs.daemon.fuse import find_fusermount, fuse_device_problem, user_allow_other
 from unionfs.sys import calls
 from unionfs.sys.process import may_use_trusted_xattrs
 
@@ -309,11 +309,13 @@ def _open_files() -> Finding:
 
 
 def _dead_mounts() -> Iterator[Finding]:
-    from unionfs.daemon.unmount import is_dead
+    from unionfs.daemon import live
+    from unionfs.daemon.fuse import is_dead
     from unionfs.sys.mountinfo import read_mountinfo
 
+    alive = {mount.device for mount in live.live_mounts()}
     for entry in read_mountinfo():
-        if entry.fstype == "fuse.unionfs" and is_dead(entry.mountpoint):
+        if entry.fstype == "fuse.unionfs" and entry.device not in alive and is_dead(entry.mountpoint):
             yield Finding(
                 "dead mount",
                 "limited",

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import errno
 import logging
 import os
 import stat
@@ -73,11 +74,24 @@ class _PrivateFile(logging.FileHandler):
         )
 
 
+def _is_news(record: logging.LogRecord) -> bool:
+    """False for pyfuse3's complaint that the kernel no longer waits for an answer.
+
+    write(2) to /dev/fuse fails by ENOENT when the request was interrupted or the mount has gone meanwhile.
+    """
+    return not (
+        record.name.startswith("pyfuse3")
+        and "fuse_reply_" in record.getMessage()
+        and os.strerror(errno.ENOENT) in record.getMessage()
+    )
+
+
 def _install(handler: logging.Handler, level: str) -> None:
     # A full disk under the log must not end a mount, nor print.
     logging.raiseExceptions = False
     root = logging.getLogger()
     for old in root.handlers[:]:
         root.removeHandler(old)
+    handler.addFilter(_is_news)
     root.addHandler(handler)
     root.setLevel(level.upper())

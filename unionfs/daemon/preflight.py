@@ -16,6 +16,14 @@ from typing import NoReturn
 
 from unionfs.daemon import live
 from unionfs.daemon.errors import UserError, quoted, reason
+from unionfs.daemon.fuse import (
+    FUSE_CONF,
+    FUSE_DEVICE,
+    find_fusermount,
+    fuse_device_problem,
+    is_dead,
+    user_allow_other,
+)
 from unionfs.daemon.options import unescape_option
 from unionfs.daemon.settings import MountSettings
 from unionfs.sys.mountinfo import (
@@ -27,8 +35,6 @@ from unionfs.sys.mountinfo import (
     read_mountinfo,
 )
 
-_FUSE_DEVICE = "/dev/fuse"
-_FUSE_CONF = "/etc/fuse.conf"
 _OURS_IN_WORK = frozenset({"work", "index"})
 
 
@@ -86,6 +92,8 @@ def check_directory(kind: str, path: str, access: int = os.R_OK | os.X_OK) -> No
     """Raises UserError unless `path` is a directory that may be used; `kind` is lower, upper or work."""
     try:
         status = os.stat(path)
+        # The kernel may know a dead mount's attributes still, but this it has to ask the daemon.
+        os.statvfs(path)
     except OSError as error:
         _refuse_missing(kind, path, error)
     if not stat.S_ISDIR(status.st_mode):
@@ -264,18 +272,21 @@ def _check_xattrs(upper: str, userxattr: bool) -> None:
 def _check_mountpoint(settings: MountSettings, host: _Host) -> None:
     path = settings.mountpoint
     shown = f"mountpoint {quoted(path)}"
+    # Before anything is asked of the mountpoint, where a dead or hanging daemon may be mounted.
+    mount = mounted_at(path, host.table)
+    if mount is not None and mount.is_fuse:
+        entry = live.find_by_device(mount.device)
+        if is_dead(path) if entry is None else not entry.is_alive():
+            _refuse_missing("mountpoint", path, OSError(errno.ENOTCONN, "dead"))
+        what = live.describe_owner(entry) if entry else f"a {mount.fstype} mount of {quoted(mount.source)}"
+        cure = f"`unionfs umount {quoted(path)}`" if entry else f"`umount {quoted(path)}`"
+        raise UserError(f"{shown} is busy: {what} is there already; run {cure} first.")
     try:
         status = os.stat(path)
     except OSError as error:
         _refuse_missing("mountpoint", path, error)
     if not stat.S_ISDIR(status.st_mode):
         raise UserError(f"{shown} is not a directory; name a directory.")
-    mount = mounted_at(path, host.table)
-    if mount is not None and mount.is_fuse:
-        entry = live.find_by_device(mount.device)
-        what = live.describe_owner(entry) if entry else f"a {mount.fstype} mount of {quoted(mount.source)}"
-        cure = f"`unionfs umount {quoted(path)}`" if entry else f"`umount {quoted(path)}`"
-        raise UserError(f"{shown} is busy: {what} is there already; run {cure} first.")
     for kind, layer in (("upper", settings.upper), ("work", settings.work)):
         if layer is not None and host.contains(layer, path, through_mounts=True):
             raise UserError(
@@ -303,7 +314,7 @@ def _check_mountpoint_for_user(settings: MountSettings, host: _Host) -> None:
 
 def _check_fuse(settings: MountSettings) -> None:
     try:
-        os.close(os.open(_FUSE_DEVICE, os.O_RDWR | os.O_CLOEXEC))
+        os.close(os.open(FUSE_DEVICE, os.O_RDWR | os.O_CLOEXEC))
     except OSError as error:
         raise UserError(fuse_device_problem(error)) from error
     if os.geteuid() == 0:
@@ -315,44 +326,6 @@ def _check_fuse(settings: MountSettings) -> None:
     if (settings.allow_other or settings.allow_root) and not user_allow_other():
         word = "allow_other" if settings.allow_other else "allow_root"
         raise UserError(
-            f"option {word}: an ordinary user may give it only when {_FUSE_CONF} has a line "
+            f"option {word}: an ordinary user may give it only when {FUSE_CONF} has a line "
             "user_allow_other; add the line as root, or leave the option out."
         )
-
-
-def fuse_device_problem(error: OSError) -> str:
-    """The sentence for /dev/fuse not being there or not to be opened."""
-    if error.errno in (errno.ENOENT, errno.ENODEV, errno.ENXIO):
-        return (
-            f"{_FUSE_DEVICE} is missing; load the kernel module by `modprobe fuse`, or give the container "
-            "the device by `--device /dev/fuse`."
-        )
-    if error.errno == errno.EACCES:
-        return (
-            f"{_FUSE_DEVICE} may not be opened by this user (uid {os.geteuid()}); run `chmod 666 "
-            f"{_FUSE_DEVICE}` as root."
-        )
-    if error.errno == errno.EPERM:
-        return (
-            f"{_FUSE_DEVICE} is not allowed to this container; start it with `--device {_FUSE_DEVICE}`, or "
-            "allow char device 10:229."
-        )
-    return f"{_FUSE_DEVICE} cannot be opened: {reason(error)}; check that the kernel has FUSE."
-
-
-def find_fusermount() -> str | None:
-    """The path of libfuse's helper that mounts for ordinary users, None when it is not installed."""
-    import shutil
-
-    return shutil.which("fusermount3") or next(
-        (path for path in ("/usr/bin/fusermount3", "/bin/fusermount3") if os.access(path, os.X_OK)), None
-    )
-
-
-def user_allow_other(conf: str = _FUSE_CONF) -> bool:
-    """Whether the host lets ordinary users give allow_other; fusermount3(1)."""
-    try:
-        with open(conf, encoding="utf-8", errors="replace") as lines:
-            return any(line.strip() == "user_allow_other" for line in lines)
-    except OSError:
-        return False

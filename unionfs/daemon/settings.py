@@ -127,7 +127,7 @@ def settle(
         trusted_xattrs = may_use_trusted_xattrs()
     is_root = os.geteuid() == 0
     return MountSettings(
-        mountpoint=absolute(mountpoint),
+        mountpoint=absolute_mountpoint(mountpoint),
         lowers=tuple(absolute(path) for path in chosen_lowers),
         upper=None if chosen_upper is None else absolute(chosen_upper),
         work=None if chosen_work is None else absolute(chosen_work),
@@ -145,6 +145,25 @@ def settle(
         log_level="debug" if parsed.debug else log_level,
         mounted_by=os.getuid(),
     )
+
+
+def absolute_mountpoint(path: str) -> str:
+    """As `absolute`, but asks nothing of what is mounted there, whose daemon may be dead or hang."""
+    from unionfs.sys.mountinfo import read_mountinfo
+
+    mountpoints = {entry.mountpoint for entry in read_mountinfo()}
+    for _ in range(40):  # as many symlinks as the kernel follows
+        parent, name = os.path.split(path.rstrip("/"))
+        if name in ("", ".", ".."):
+            break
+        place = os.path.join(absolute(parent or "."), name)
+        if place in mountpoints:
+            return place
+        try:
+            path = os.path.join(os.path.dirname(place), os.readlink(place))
+        except OSError:
+            break
+    return absolute(path)
 
 
 _T = TypeVar("_T")

@@ -11,8 +11,8 @@ from contextlib import suppress
 
 from unionfs.daemon import live
 from unionfs.daemon.errors import UserError, quoted, reason
-from unionfs.daemon.preflight import find_fusermount
-from unionfs.daemon.settings import absolute
+from unionfs.daemon.fuse import find_fusermount, is_dead
+from unionfs.daemon.settings import absolute_mountpoint
 from unionfs.sys.calls import syncfs
 from unionfs.sys.mount import MNT_DETACH, umount2
 from unionfs.sys.mountinfo import MountEntry, mounted_at, mounts_of_device, read_mountinfo
@@ -111,7 +111,7 @@ def clear_leftovers(device: str) -> None:
 
 def umount(mountpoint: str, *, lazy: bool = False) -> None:
     """The command `umount`: unmount and wait until the daemon is gone, all on disk. Raises UserError."""
-    path = absolute(mountpoint)
+    path = absolute_mountpoint(mountpoint)
     table = read_mountinfo()
     mount = mounted_at(path, table)
     entries = live.entries()
@@ -119,7 +119,7 @@ def umount(mountpoint: str, *, lazy: bool = False) -> None:
     if mount is None or not (mount.is_fuse and (entry is not None or mount.fstype == "fuse.unionfs")):
         raise UserError(_why_not_ours(path, mount, entries))
     alive = entry is not None and entry.is_alive()
-    dead = not alive and is_dead(path)
+    dead = is_dead(path) if entry is None else not alive
     try:
         unmount(path, lazy=lazy)
     except OSError as error:
@@ -150,15 +150,6 @@ def _unmount_dead(path: str) -> None:
         raise UserError(
             f"the dead mount {quoted(path)} cannot be unmounted: {reason(error)}; try as root."
         ) from error
-
-
-def is_dead(path: str) -> bool:
-    """Whether the daemon behind a mount has died."""
-    try:
-        os.stat(path)
-    except OSError as error:
-        return error.errno in (errno.ENOTCONN, errno.ECONNABORTED)
-    return False
 
 
 def _wait_for_end(entry: live.LiveMount, path: str, *, lazy: bool) -> None:

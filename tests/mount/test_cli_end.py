@@ -1,0 +1,338 @@
+"""How mounts end: `unionfs umount`, umount from outside, signals, and crashes."""
+
+from __future__ import annotations
+
+import mmap
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+
+from tests.mount import cli_calls
+from tests.mount.cli_calls import UNIONFS, Place, gone, mounts_at, refused, succeed, unionfs, wait_for
+from unionfs.daemon import live
+
+
+@pytest.fixture
+def place(root: None, area: Path) -> Iterator[Place]:
+    with cli_calls.place(area) as found:
+        yield found
+
+
+@contextmanager
+def _foreground(place: Place) -> Iterator[subprocess.Popen[str]]:
+    """A daemon in the foreground, whose exit code can be seen."""
+    process = subprocess.Popen(
+        [*UNIONFS, "mount", "-f", *map(str, place.layers), str(place.merged)],
+        stderr=subprocess.PIPE,
+        stdin=subprocess.DEVNULL,
+        env={**os.environ, "PYTHONPATH": str(cli_calls.REPOSITORY)},
+        text=True,
+    )
+    try:
+        assert process.stderr is not None
+        assert "mounted at" in process.stderr.readline()
+        yield process
+    finally:
+        process.kill()
+        process.communicate()
+
+
+def _user(path: Path, how: str = "cwd") -> subprocess.Popen[bytes]:
+    """A process that uses a mount in some way, started when it does."""
+    script = {
+        "cwd": "import os,sys; os.chdir(sys.argv[1])",
+        "open file": "import sys; held = open(sys.argv[1] + '/base')",
+        "root": "import os,sys; os.chroot(sys.argv[1])",
+    }[how]
+    process = subprocess.Popen(
+        [
+            sys.executable,
+            "-c",
+            script + "\nprint('ready', flush=True)\nimport time; time.sleep(60)",
+            str(path),
+        ],
+        stdout=subprocess.PIPE,
+        cwd="/",
+    )
+    assert process.stdout is not None
+    assert process.stdout.readline() == b"ready\n"
+    return process
+
+
+def _program(path: Path) -> subprocess.Popen[bytes]:
+    """A process whose program lies in the mount."""
+    shutil.copy("/bin/sleep", path / "program")
+    process = subprocess.Popen([path / "program", "60"], cwd="/")
+    assert wait_for(lambda: os.readlink(f"/proc/{process.pid}/exe") == str(path / "program"))
+    return process
+
+
+@contextmanager
+def _using(path: Path, how: str = "cwd") -> Iterator[subprocess.Popen[bytes]]:
+    process = _program(path) if how == "mapped file" else _user(path, how)
+    try:
+        yield process
+    finally:
+        process.kill()
+        process.communicate()
+
+
+def test_umount_waits_for_the_daemon(place: Place) -> None:
+    pid = place.mount()
+    (place.merged / "new").write_text("x")
+    assert succeed(unionfs("umount", place.merged)) == ""
+    assert gone(pid)
+    assert mounts_at(place.merged) == []
+    assert (place.upper / "new").read_text() == "x"
+    assert live.entries() == [] or all(e.pid != pid for e in live.entries())
+    assert not list(Path("/run/unionfs").glob(f"{pid}-*"))
+
+
+def test_umount_by_relative_path_and_through_a_symlink(place: Place) -> None:
+    place.mount()
+    succeed(unionfs("umount", "merged", cwd=place.root))
+    assert mounts_at(place.merged) == []
+    place.mount()
+    (place.root / "link").symlink_to("merged")
+    succeed(unionfs("umount", "link", cwd=place.root))
+    assert mounts_at(place.merged) == []
+
+
+def test_umount_of_what_is_not_ours(place: Place) -> None:
+    refused(unionfs("umount", place.merged), f"{place.merged} is not a unionfs mount")
+    refused(unionfs("umount", place.root / "nowhere"), "does not exist")
+    refused(unionfs("umount", "/proc"), "/proc is a proc mount")
+    place.mount()
+    (place.merged / "sub").mkdir()
+    refused(unionfs("umount", place.merged / "sub"), f"lies inside the mount {place.merged}")
+    subprocess.run(["mount", "-t", "tmpfs", "tmpfs", place.merged / "sub"], check=True)
+    refused(unionfs("umount", place.merged / "sub"), "is a tmpfs mount")
+    refused(unionfs("umount", place.merged), "busy", f"{place.merged}/sub is mounted inside it")
+    subprocess.run(["umount", place.merged / "sub"], check=True)
+    succeed(unionfs("umount", place.merged))
+
+
+@pytest.mark.parametrize("how", ["cwd", "open file", "mapped file", "root"])
+def test_busy_mount_names_its_users(place: Place, how: str) -> None:
+    pid = place.mount()
+    with _using(place.merged, how) as user:
+        command = Path(f"/proc/{user.pid}/comm").read_text().strip()
+        refused(
+            unionfs("umount", place.merged),
+            f"{place.merged} is busy",
+            f"{command} (pid {user.pid}, {how})",
+            "--lazy",
+        )
+        assert os.listdir(place.merged)
+        assert not gone(pid)
+    succeed(unionfs("umount", place.merged))
+
+
+def test_lazy_umount_of_a_busy_mount(place: Place) -> None:
+    pid = place.mount()
+    with (place.merged / "new").open("w") as held:
+        succeed(unionfs("umount", "--lazy", place.merged))
+        assert mounts_at(place.merged) == []
+        assert not gone(pid)
+        held.write("still written")
+        held.flush()
+        assert str(place.merged) not in succeed(unionfs("ls"))
+    assert wait_for(lambda: gone(pid))
+    assert (place.upper / "new").read_text() == "still written"
+
+
+def test_lazy_umount_of_an_idle_mount_waits(place: Place) -> None:
+    pid = place.mount()
+    succeed(unionfs("umount", "--lazy", place.merged))
+    assert wait_for(lambda: gone(pid), 2)
+
+
+def test_umount_with_another_bind_mount_of_it(place: Place) -> None:
+    pid = place.mount()
+    bound = place.root / "bound"
+    bound.mkdir()
+    subprocess.run(["mount", "--bind", place.merged, bound], check=True)
+    refused(unionfs("umount", place.merged), "still in use", str(bound), str(pid))
+    assert not gone(pid)
+    succeed(unionfs("umount", bound))
+    assert gone(pid)
+
+
+@pytest.mark.parametrize("command", [["umount"], ["fusermount3", "-u"], ["umount", "-l"]])
+def test_unmounted_from_outside(place: Place, command: list[str]) -> None:
+    with _foreground(place) as daemon:
+        (place.merged / "new").write_text("x")
+        subprocess.run([*command, place.merged], check=True)
+        assert daemon.wait(10) == 0
+    assert live.live_mounts() == [] or all(m.pid != daemon.pid for m in live.live_mounts())
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
+def test_signal_unmounts(place: Place, number: signal.Signals) -> None:
+    with _foreground(place) as daemon:
+        (place.merged / "new").write_text("x")
+        daemon.send_signal(number)
+        assert daemon.wait(10) == 0
+        assert mounts_at(place.merged) == []
+    assert (place.upper / "new").read_text() == "x"
+    assert not list(Path("/run/unionfs").glob(f"{daemon.pid}-*"))
+
+
+def test_signal_to_the_detached_daemon(place: Place) -> None:
+    pid = place.mount()
+    os.kill(pid, signal.SIGHUP)
+    time.sleep(0.2)
+    assert os.listdir(place.merged)
+    os.kill(pid, signal.SIGTERM)
+    assert wait_for(lambda: gone(pid))
+    assert mounts_at(place.merged) == []
+
+
+def test_many_signals_at_once(place: Place) -> None:
+    with _foreground(place) as daemon:
+        for number in range(50):
+            (place.merged / str(number)).write_text("x")
+        for _ in range(20):
+            daemon.send_signal(signal.SIGTERM)
+            daemon.send_signal(signal.SIGINT)
+            time.sleep(0.005)
+            if daemon.poll() is not None:
+                break
+        assert daemon.wait(10) == 0
+        assert mounts_at(place.merged) == []
+    assert len(os.listdir(place.upper)) == 50
+
+
+@pytest.mark.parametrize("how", ["cwd", "open file"])
+def test_signal_to_a_busy_mount(place: Place, how: str) -> None:
+    with _foreground(place) as daemon:
+        (place.merged / "new").write_text("x")
+        with _using(place.merged, how):
+            daemon.terminate()
+            assert daemon.wait(10) == 0
+            assert mounts_at(place.merged) == []
+    assert (place.upper / "new").read_text() == "x"
+
+
+@pytest.mark.parametrize("busy", [False, True])
+def test_pages_written_through_mmap_are_not_lost(place: Place, busy: bool) -> None:
+    with _foreground(place) as daemon:
+        path = place.merged / "mapped"
+        path.write_bytes(bytes(1 << 20))
+        with path.open("r+b") as file, mmap.mmap(file.fileno(), 0) as memory:
+            memory[:] = b"m" * len(memory)
+            if busy:
+                daemon.terminate()
+                assert daemon.wait(10) == 0
+        if not busy:
+            daemon.terminate()
+            assert daemon.wait(10) == 0
+    assert (place.upper / "mapped").read_bytes() == b"m" * (1 << 20)
+
+
+def test_signal_with_bind_mounts_of_the_union(place: Place) -> None:
+    with _foreground(place) as daemon:
+        bound = place.root / "bound"
+        bound.mkdir()
+        (place.merged / "sub").mkdir()
+        subprocess.run(["mount", "--bind", place.merged / "sub", bound], check=True)
+        daemon.terminate()
+        assert daemon.wait(10) == 0
+        assert mounts_at(place.merged) == []
+        assert mounts_at(bound) == []
+
+
+def test_signal_does_not_unmount_what_covers_the_union(place: Place) -> None:
+    with _foreground(place) as daemon:
+        subprocess.run(["mount", "-t", "tmpfs", "tmpfs", place.merged], check=True)
+        (place.merged / "precious").touch()
+        daemon.terminate()
+        assert daemon.wait(10) == 0
+        assert (place.merged / "precious").exists()
+
+
+def test_signal_after_the_mount_was_moved(place: Place) -> None:
+    """The mount is found by what it is, not by where it was."""
+    moved = place.root / "moved"
+    moved.mkdir()
+    with _foreground(place) as daemon:
+        subprocess.run(["mount", "--make-private", place.merged], check=True)
+        if subprocess.run(["mount", "--move", place.merged, moved], check=False).returncode:
+            pytest.skip("the mount's parent is shared, so it cannot be moved")
+        daemon.terminate()
+        assert daemon.wait(10) == 0
+        assert mounts_at(moved) == []
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSEGV])
+def test_umount_after_a_crash(place: Place, number: signal.Signals) -> None:
+    pid = place.mount()
+    (place.merged / "new").write_text("x")
+    os.kill(pid, number)
+    assert wait_for(lambda: gone(pid))
+    assert str(place.merged) not in succeed(unionfs("ls"))
+    assert mounts_at(place.merged) == ["fuse.unionfs"]
+    assert "dead mount" in unionfs("doctor").stdout
+    succeed(unionfs("umount", place.merged))
+    assert mounts_at(place.merged) == []
+    assert not list(Path("/run/unionfs").glob(f"{pid}-*"))
+    place.mount()
+    assert (place.merged / "new").read_text() == "x"
+
+
+def test_umount_of_a_dead_mount_that_is_in_use(place: Place) -> None:
+    with _using(place.merged.parent):
+        pid = place.mount("-o", "subtype=")
+        with _using(place.merged):
+            os.kill(pid, signal.SIGKILL)
+            assert wait_for(lambda: gone(pid))
+            succeed(unionfs("umount", place.merged))
+            assert mounts_at(place.merged) == []
+
+
+def test_layers_are_free_at_once(place: Place, filesystem: Callable[..., Path]) -> None:
+    """The filesystems of the layers can be unmounted right after the union, without a retry."""
+    lower, upper = filesystem("tmpfs", 16 << 20), filesystem("tmpfs", 16 << 20)
+    for name in ("upper", "work"):
+        (upper / name).mkdir()
+    (lower / "file").write_text("x")
+    succeed(unionfs("mount", "-l", lower, "-u", upper / "upper", "-w", upper / "work", place.merged))
+    assert (place.merged / "file").read_text() == "x"
+    (place.merged / "new").write_text("x")
+    with (place.merged / "file").open() as held, (place.merged / "new").open() as written:
+        assert held.read() == written.read() == "x"
+    succeed(unionfs("umount", place.merged))
+    subprocess.run(["umount", lower], check=True)
+    subprocess.run(["umount", upper], check=True)
+    subprocess.run(["mount", "-t", "tmpfs", "tmpfs", lower], check=True)
+    subprocess.run(["mount", "-t", "tmpfs", "tmpfs", upper], check=True)
+
+
+def test_lowers_may_be_unmounted_while_mounted(place: Place, filesystem: Callable[..., Path]) -> None:
+    """podman unmounts its id-mapped layers right after the call."""
+    lower = filesystem("tmpfs", 16 << 20)
+    (lower / "file").write_text("x")
+    succeed(unionfs("mount", "-l", lower, place.merged))
+    subprocess.run(["umount", lower], check=True)
+    assert (place.merged / "file").read_text() == "x"
+    succeed(unionfs("umount", place.merged))
+    subprocess.run(["mount", "-t", "tmpfs", "tmpfs", lower], check=True)
+
+
+def test_daemon_ends_when_its_mount_namespace_does(place: Place) -> None:
+    """As in a container: the last process of a namespace takes the mount along."""
+    script = " ".join([*UNIONFS, "mount", *map(str, place.layers), str(place.merged)])
+    done = cli_calls.call(
+        ("unshare", "-m", "sh", "-c", f"{script} && {' '.join(UNIONFS)} ls --json && umount {place.merged}")
+    )
+    assert done.returncode == 0, done.stderr
+    assert f'"mountpoint": "{place.merged}"' in done.stdout
+    assert wait_for(lambda: str(place.merged) not in succeed(unionfs("ls")))

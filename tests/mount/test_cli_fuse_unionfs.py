@@ -1,0 +1,255 @@
+"""`fuse-unionfs` as podman calls it, and mount(8) with its helpers and /etc/fstab."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.mount import cli_calls
+from tests.mount.cli_calls import (
+    FUSE_UNIONFS,
+    Done,
+    Place,
+    call,
+    gone,
+    mounts_at,
+    refused,
+    succeed,
+    unionfs,
+    wait_for,
+)
+
+
+@pytest.fixture
+def place(root: None, area: Path) -> Iterator[Place]:
+    with cli_calls.place(area) as found:
+        yield found
+
+
+def _fuse_unionfs(*arguments: str | Path, cwd: Path | None = None) -> Done:
+    return call(FUSE_UNIONFS, *arguments, cwd=cwd)
+
+
+def _line(path: Path) -> list[str]:
+    return next(
+        line.split() for line in Path("/proc/mounts").read_text().splitlines() if line.split()[1] == str(path)
+    )
+
+
+def _write_script(path: Path, module: str) -> Path:
+    """A console script as pip writes it."""
+    path.parent.mkdir(exist_ok=True)
+    path.write_text(
+        f"#!{sys.executable}\nimport sys\nsys.path.insert(0, {str(cli_calls.REPOSITORY)!r})\n"
+        f"from {module} import main\nmain()\n"
+    )
+    path.chmod(0o755)
+    return path
+
+
+def test_as_podman_calls_it(place: Place) -> None:
+    """One -o, layers named by symlinks, empty options, the caller reading stderr to its end."""
+    links = place.root / "l"
+    links.mkdir()
+    (links / "A").symlink_to("../lower")
+    (links / "B").symlink_to("../lower2")
+    for tail in ("", ",volatile", ",,volatile", ","):
+        data = f"lowerdir={links}/A:{links}/B,upperdir={place.upper},workdir={place.work}{tail}"
+        assert succeed(_fuse_unionfs("-o", data, place.merged, cwd=place.root)) == ""
+        assert sorted(os.listdir(place.merged)) == ["base", "deep"]
+        pid = place.pid()
+        subprocess.run(["fusermount3", "-u", place.merged], check=True)
+        assert wait_for(lambda pid=pid: gone(pid))
+
+
+def test_as_podman_calls_it_for_a_volume_overlay(place: Place) -> None:
+    succeed(
+        _fuse_unionfs("-o", "lowerdir=lower,upperdir=upper,workdir=work,private", "merged", cwd=place.root)
+    )
+    assert os.listdir(place.merged) == ["base"]
+
+
+def test_read_only_as_podman_calls_it(place: Place) -> None:
+    succeed(_fuse_unionfs("-o", f"lowerdir={place.lower}:{place.lower2}", place.merged))
+    assert "ro" in _line(place.merged)[3].split(",")
+
+
+@pytest.mark.parametrize(
+    "option",
+    [
+        "uidmapping=:0:100000:65536,gidmapping=:0:200000:65536",
+        "squash_to_uid=100000,squash_to_gid=200000",
+        "xattr_permissions=2",
+    ],
+)
+def test_what_would_change_owners_is_refused(place: Place, option: str) -> None:
+    done = _fuse_unionfs("-o", f"{place.data},{option}", place.merged)
+    refused(done, option.partition("=")[0], program="fuse-unionfs")
+    assert mounts_at(place.merged) == []
+
+
+def test_version_as_podman_info_shows_it() -> None:
+    lines = succeed(_fuse_unionfs("--version")).splitlines()
+    assert lines[0].startswith("fuse-unionfs: version ")
+    assert any(line.startswith("FUSE library version") for line in lines)
+    assert any(line.startswith("using FUSE kernel interface version") for line in lines)
+    assert succeed(_fuse_unionfs("-V")).splitlines() == lines
+
+
+def test_help() -> None:
+    assert "Example:" in succeed(_fuse_unionfs("--help"))
+    assert succeed(_fuse_unionfs("-h")).startswith("usage: fuse-unionfs")
+
+
+def test_foreground(place: Place) -> None:
+    for flag in ("-f", "-d"):
+        process = subprocess.Popen(
+            [*FUSE_UNIONFS, flag, "-o", place.data, str(place.merged)],
+            stderr=subprocess.DEVNULL,
+            cwd=cli_calls.REPOSITORY,
+        )
+        try:
+            assert wait_for(lambda: bool(mounts_at(place.merged)), 20)
+            assert os.listdir(place.merged)
+            process.send_signal(signal.SIGTERM)
+            assert process.wait(10) == 0
+        finally:
+            process.kill()
+            process.wait()
+
+
+def test_usage_errors(place: Place) -> None:
+    def wrong(*arguments: str | Path) -> str:
+        return refused(_fuse_unionfs(*arguments), program="fuse-unionfs")
+
+    assert "no mountpoint" in wrong("-o", place.data)
+    assert "no lower" in wrong(place.merged)
+    assert "--nonsense" in wrong("--nonsense", place.merged)
+    assert "-x" in wrong("-x", place.merged)
+    assert "-o has no value" in wrong(place.merged, "-o")
+    assert "one word too many" in wrong("a", place.merged, "b")
+    assert "unknown option nonsense" in wrong("-o", f"{place.data},nonsense", place.merged)
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["SOURCE", "MOUNTPOINT", "-o", "OPTIONS"],
+        ["SOURCE", "MOUNTPOINT", "-o", "OPTIONS", "-t", "fuse.unionfs"],
+        ["SOURCE", "MOUNTPOINT", "-sv", "-n", "-o", "OPTIONS"],
+        ["-o", "OPTIONS", "SOURCE", "MOUNTPOINT"],
+        ["SOURCE", "MOUNTPOINT", "-o", "rw,noexec", "-oOPTIONS"],
+    ],
+)
+def test_as_a_mount_helper(place: Place, arguments: list[str]) -> None:
+    words = {"SOURCE": "ls", "MOUNTPOINT": str(place.merged), "OPTIONS": f"{place.data},dev,suid"}
+    filled = [
+        words.get(word, word.replace("OPTIONS", words["OPTIONS"]) if word.startswith("-o") else word)
+        for word in arguments
+    ]
+    succeed(_fuse_unionfs(*filled))
+    assert _line(place.merged)[:3] == ["ls", str(place.merged), "fuse.unionfs"]
+    succeed(unionfs("umount", place.merged))
+    if not arguments[0].startswith("-"):
+        succeed(unionfs(*filled))
+        assert _line(place.merged)[:3] == ["ls", str(place.merged), "fuse.unionfs"]
+
+
+def test_fake_mount_of_a_helper(place: Place) -> None:
+    """mount -f: everything but the mount itself."""
+    succeed(unionfs("source", place.merged, "-f", "-o", place.data))
+    refused(unionfs("source", place.merged, "-f", "-o", "lowerdir=/nowhere"), "/nowhere")
+    assert mounts_at(place.merged) == []
+    assert os.listdir(place.work) == []
+
+
+class Mounter:
+    """mount(8) in a mount namespace of its own, where /sbin and /etc can be changed."""
+
+    def __init__(self, place: Place, *, link: bool) -> None:
+        self.bin = place.root / "bin"
+        script = _write_script(self.bin / "unionfs", "unionfs.cli.main")
+        _write_script(self.bin / "fuse-unionfs", "unionfs.cli.fuse_unionfs")
+        self.holder = subprocess.Popen(
+            ["unshare", "-m", "--propagation", "private", "sh", "-c", "echo; exec sleep 300"],
+            stdout=subprocess.PIPE,
+        )
+        assert self.holder.stdout is not None
+        self.holder.stdout.readline()
+        # mount(8) and mount.fuse(8) look for programs in the system's directories only.
+        self.run("mount", "--bind", str(self.bin), "/usr/local/bin")
+        if link:
+            # mount(8) looks for helpers in /sbin and in few other directories.
+            extra = place.root / "sbin"
+            extra.mkdir()
+            for name in os.listdir("/sbin"):
+                if name.startswith("mount."):
+                    (extra / name).symlink_to(f"/usr/local/real-sbin/{name}")
+            (extra / "mount.fuse.unionfs").symlink_to(script)
+            self.run("mount", "--bind", str(extra), "/sbin")
+
+    def run(self, *command: str | Path) -> Done:
+        path = f"{self.bin}:/usr/local/bin:/usr/bin:/bin:/usr/sbin:/sbin"
+        return call(("nsenter", "-t", str(self.holder.pid), "-m", "env", f"PATH={path}"), *command)
+
+    def close(self) -> None:
+        self.holder.kill()
+        self.holder.communicate()
+
+
+@pytest.fixture(params=[False, True], ids=["through mount.fuse", "mount.fuse.unionfs"])
+def mounter(place: Place, request: pytest.FixtureRequest) -> Iterator[Mounter]:
+    if not request.param and not any(
+        os.path.exists(f"/sbin/{name}") for name in ("mount.fuse", "mount.fuse3")
+    ):
+        pytest.skip("mount.fuse of the package fuse3 is missing")
+    found = Mounter(place, link=request.param)
+    try:
+        yield found
+    finally:
+        found.close()
+
+
+def test_mount_by_type(place: Place, mounter: Mounter) -> None:
+    succeed(mounter.run("mount", "-t", "fuse.unionfs", "-o", place.data, "my source", place.merged))
+    line = mounter.run("grep", str(place.merged), "/proc/mounts").stdout.split()
+    assert line[0] == "my\\040source"
+    assert line[2] == "fuse.unionfs"
+    assert not {"nodev", "nosuid"} & set(line[3].split(","))
+    assert mounter.run("cat", place.merged / "base").stdout == "base\n"
+    pid = place.pid()
+    succeed(mounter.run("umount", place.merged))
+    assert wait_for(lambda: gone(pid))
+
+
+def test_mount_by_type_with_flags(place: Place, mounter: Mounter) -> None:
+    data = f"{place.data},nodev,nosuid,noexec,ro,nofail,x-systemd.automount"
+    succeed(mounter.run("mount", "-t", "fuse.unionfs", "-o", data, "source", place.merged))
+    options = mounter.run("grep", str(place.merged), "/proc/mounts").stdout.split()[3]
+    assert {"nodev", "nosuid", "noexec", "ro"} <= set(options.split(","))
+    succeed(mounter.run("umount", place.merged))
+
+
+def test_fstab(place: Place, mounter: Mounter) -> None:
+    fstab = place.root / "fstab"
+    fstab.write_text(
+        f"source {place.merged} fuse.unionfs "
+        f"{place.data},defaults,noauto,user,nofail,_netdev,x-systemd.requires=/,comment=hello 0 0\n"
+    )
+    succeed(mounter.run("mount", "-T", fstab, place.merged))
+    line = mounter.run("grep", str(place.merged), "/proc/mounts").stdout.split()
+    assert line[:3] == ["source", str(place.merged), "fuse.unionfs"]
+    succeed(mounter.run("umount", place.merged))
+
+
+def test_error_through_mount(place: Place, mounter: Mounter) -> None:
+    done = mounter.run("mount", "-t", "fuse.unionfs", "-o", "lowerdir=/nowhere", "source", place.merged)
+    assert done.returncode != 0
+    assert "unionfs: lower /nowhere does not exist" in done.stderr
+    assert "Traceback" not in done.stderr

@@ -1,0 +1,206 @@
+"""`unionfs ls`, `inspect`, `diff`, `doctor` and the help."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import time
+from collections.abc import Iterator
+from datetime import datetime, timedelta
+from pathlib import Path
+
+import pytest
+
+from tests.mount import cli_calls
+from tests.mount.cli_calls import Place, listed, refused, succeed, unionfs
+
+COMMANDS = ("mount", "umount", "ls", "inspect", "diff", "doctor")
+
+
+@pytest.fixture
+def place(root: None, area: Path) -> Iterator[Place]:
+    with cli_calls.place(area) as found:
+        yield found
+
+
+def _mine(place: Place) -> dict[str, object]:
+    found = [one for one in listed(unionfs("ls", "--json")) if one["mountpoint"] == str(place.merged)]
+    assert len(found) == 1
+    mine: dict[str, object] = found[0]
+    return mine
+
+
+def test_ls(place: Place) -> None:
+    pid = place.mount()
+    mine = _mine(place)
+    assert set(mine) == {"mountpoint", "pid", "layers", "session", "since"}
+    assert mine["pid"] == pid
+    assert mine["layers"] == [str(place.upper), str(place.lower), str(place.lower2)]
+    assert mine["session"] == "pyfuse3"
+    since = datetime.fromisoformat(str(mine["since"]))
+    assert abs(datetime.now().astimezone() - since) < timedelta(seconds=60)
+    lines = succeed(unionfs("ls")).splitlines()
+    assert lines[0].split() == ["MOUNTPOINT", "PID", "LAYERS", "SESSION", "SINCE"]
+    assert [str(place.merged), str(pid), "3", "pyfuse3"] in [line.split()[:4] for line in lines]
+
+
+def test_ls_shows_live_mounts_only(place: Place) -> None:
+    pid = place.mount()
+    os.kill(pid, signal.SIGKILL)
+    assert cli_calls.wait_for(lambda: cli_calls.gone(pid))
+    assert str(place.merged) not in succeed(unionfs("ls"))
+    assert str(place.merged) not in succeed(unionfs("ls", "--json"))
+    refused(unionfs("inspect", place.merged), "no live unionfs mount")
+
+
+def test_inspect(place: Place) -> None:
+    pid = place.mount("-o", "nodev,volatile,fsname=mine")
+    (place.merged / "new").write_text("x")
+    (place.merged / "base").write_text("changed")
+    found = listed(unionfs("inspect", "--json", place.merged))
+    assert found["pid"] == pid
+    settings = found["settings"]
+    assert settings["mountpoint"] == str(place.merged)
+    assert settings["lowers"] == [str(place.lower), str(place.lower2)]
+    assert (settings["upper"], settings["work"]) == (str(place.upper), str(place.work))
+    assert (settings["volatile"], settings["read_only"], settings["fsname"]) == (True, False, "mine")
+    assert settings["flags"] == ["nodev", "suid"]
+    assert found["figures"]["copy_ups"] == 1
+    assert found["figures"]["requests"]["create"] == 1
+    text = succeed(unionfs("inspect", "merged", cwd=place.root))
+    assert str(place.upper) in text
+    assert "copy_ups" in text
+
+
+def test_inspect_of_a_daemon_that_does_not_answer(place: Place) -> None:
+    pid = place.mount()
+    os.kill(pid, signal.SIGSTOP)
+    try:
+        began = time.monotonic()
+        found = listed(unionfs("inspect", "--json", place.merged))
+        assert time.monotonic() - began < 10
+        assert found["figures"] is None
+        assert found["settings"]["upper"] == str(place.upper)
+        assert "does not answer" in succeed(unionfs("inspect", place.merged))
+        assert _mine(place)["pid"] == pid
+    finally:
+        os.kill(pid, signal.SIGCONT)
+
+
+def test_inspect_of_no_mount(place: Place) -> None:
+    refused(unionfs("inspect", place.merged), f"{place.merged} is no live unionfs mount")
+
+
+def test_diff(place: Place) -> None:
+    strange = os.fsdecode(b"n\xff w")
+    place.mount()
+    (place.merged / strange).touch()
+    (place.merged / "base").write_text("changed")
+    (place.merged / "deep").unlink()
+    (place.merged / "dir").mkdir()
+    (place.merged / "dir" / "inner").touch()
+    wanted = f"C /base\nD /deep\nA /dir\nA /dir/inner\nA /{strange}\n"
+    assert succeed(unionfs("diff", place.merged)) == wanted
+    layers = ("--upper", place.upper, "--lower", place.lower, "--lower", place.lower2)
+    assert succeed(unionfs("diff", *layers)) == wanted
+    succeed(unionfs("umount", place.merged))
+    assert succeed(unionfs("diff", *layers)) == wanted
+    assert succeed(unionfs("diff", "--upper", "upper", "--lower", "lower", cwd=place.root)).startswith(
+        "C /base\n"
+    )
+
+
+def test_diff_without_an_upper(place: Place) -> None:
+    succeed(unionfs("mount", "-l", place.lower, place.merged))
+    assert succeed(unionfs("diff", place.merged)) == ""
+
+
+def test_diff_of_what_is_not_there(place: Place) -> None:
+    refused(unionfs("diff", place.merged), "no live unionfs mount")
+    refused(unionfs("diff", "--upper", "/nowhere", "--lower", place.lower), "upper /nowhere does not exist")
+    refused(unionfs("diff", "--upper", place.upper, "--lower", place.lower / "base"), "is not a directory")
+
+
+def test_diff_to_a_reader_that_has_enough(place: Place) -> None:
+    for number in range(5000):
+        (place.upper / f"file{number}").touch()
+    command = " ".join(cli_calls.UNIONFS)
+    done = cli_calls.call(
+        ("sh", "-c", f"{command} diff --upper {place.upper} --lower {place.lower} | head -1"),
+    )
+    assert done.stdout == "A /file0\n"
+    assert done.stderr == ""
+
+
+def test_doctor(area: Path) -> None:
+    done = unionfs("doctor", "--json", "--dir", area)
+    found = json.loads(done.stdout)
+    assert done.stderr == ""
+    assert done.returncode == (0 if found["mounting_is_possible"] else 1)
+    facts = {fact["name"]: fact for fact in found["findings"]}
+    for name in (
+        "/dev/fuse", "kernel", "fusermount3", "user_allow_other", "user xattrs", "trusted xattrs",
+        "whiteouts", "RENAME_WHITEOUT", "RENAME_EXCHANGE", "O_TMPFILE", "reflink", "kernel overlayfs",
+        "passthrough", "user namespaces", "pyfuse3", "open files",
+    ):  # fmt: skip
+        assert facts[name]["state"] in ("ok", "limited", "missing")
+        assert facts[name]["detail"]
+        if facts[name]["state"] != "ok":
+            assert facts[name]["cure"]
+    assert os.listdir(area) == []
+    text = unionfs("doctor", "--dir", area).stdout
+    assert text.startswith("STATE ")
+    assert "/dev/fuse" in text
+
+
+def test_doctor_where_mounting_is_impossible(root: None) -> None:
+    hide = "mount -t tmpfs tmpfs /dev && mknod -m 666 /dev/null c 1 3 && mknod -m 666 /dev/urandom c 1 9"
+    done = cli_calls.call(
+        ("unshare", "-m", "sh", "-c", f'{hide}; exec "$@"', "sh", *cli_calls.UNIONFS), "doctor"
+    )
+    assert done.returncode == 1
+    assert "modprobe fuse" in done.stdout
+
+
+def test_doctor_on_a_filesystem_that_lacks_things(root: None, area: Path) -> None:
+    if subprocess.run(["mount", "-t", "ramfs", "ramfs", area], check=False, capture_output=True).returncode:
+        pytest.skip("ramfs cannot be mounted here")
+    try:
+        facts = {f["name"]: f for f in listed(unionfs("doctor", "--json", "--dir", area))["findings"]}
+        assert facts["user xattrs"]["state"] == facts["trusted xattrs"]["state"] == "limited"
+        assert "ramfs" in facts["user xattrs"]["detail"]
+    finally:
+        subprocess.run(["umount", area], check=True)
+
+
+def test_doctor_in_a_directory_that_cannot_be_written() -> None:
+    refused(unionfs("doctor", "--dir", "/nowhere"), "/nowhere", "--dir")
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_help_is_complete(command: str) -> None:
+    text = succeed(unionfs(command, "--help"))
+    assert text.startswith(f"Usage: unionfs {command}")
+    assert "Example" in text
+    assert succeed(unionfs(command, "-h")) == text
+
+
+def test_help_of_all() -> None:
+    text = succeed(unionfs("--help"))
+    assert "Example" in text
+    assert all(f"\n  {command}" in text for command in COMMANDS)
+    assert succeed(unionfs()) == text
+
+
+def test_version() -> None:
+    assert succeed(unionfs("--version")).startswith("unionfs ")
+
+
+def test_shell_completion() -> None:
+    script = succeed(unionfs(env={"_UNIONFS_COMPLETE": "bash_source"}))
+    assert "complete" in script
+    words = {"_UNIONFS_COMPLETE": "bash_complete", "COMP_WORDS": "unionfs ", "COMP_CWORD": "1"}
+    found = succeed(unionfs(env=words))
+    assert all(f"plain,{command}" in found for command in COMMANDS)

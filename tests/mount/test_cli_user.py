@@ -1,0 +1,257 @@
+"""The command line of an ordinary user: fusermount3 mounts, and its limits hold."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import stat
+import subprocess
+import sys
+import sysconfig
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.mount import cli_calls
+from tests.mount.cli_calls import UNIONFS, Done, Place, call, gone, listed, refused, succeed, wait_for
+
+UID = 1000
+
+
+class Host:
+    """uid 1000 in a mount namespace where he may open /dev/fuse, whatever its mode is on this host."""
+
+    def __init__(self, place: Place) -> None:
+        self.place = place
+        device = place.root / "fuse"
+        os.mknod(device, stat.S_IFCHR, os.makedev(10, 229))
+        device.chmod(0o666)
+        self.device = device
+        self.runtime = place.root / "runtime"
+        self.runtime.mkdir()
+        for path in (self.runtime, place.lower, place.lower2, place.upper, place.work, place.merged):
+            os.chown(path, UID, UID)
+        for path in (place.lower / "base", place.lower2 / "deep"):
+            os.chown(path, UID, UID)
+        self.holder = subprocess.Popen(
+            ["unshare", "-m", "--propagation", "private", "sh", "-c", "echo; exec sleep 300"],
+            stdout=subprocess.PIPE,
+        )
+        assert self.holder.stdout is not None
+        self.holder.stdout.readline()
+        self.root("mount", "--bind", device, "/dev/fuse")
+        self.command: tuple[str, ...] = ()
+
+    def find_python(self) -> bool:
+        """Find a Python that the user may run; the one of a virtual environment may lie in root's home."""
+        for python in (sys.executable, "/usr/bin/python3"):
+            if self.run("sh", "-c", f"{python} -c 'import pyfuse3, unionfs.cli.main'").returncode == 0:
+                self.command = (python, "-m", "unionfs")
+                return True
+        return False
+
+    def root(self, *command: str | Path, check: bool = True) -> Done:
+        """Run a command as root in the namespace."""
+        done = call(("nsenter", "-t", str(self.holder.pid), "-m"), *command)
+        assert done.returncode == 0 or not check, done.stderr
+        return done
+
+    def run(self, *command: str | Path, cwd: Path | None = None) -> Done:
+        """Run a command as the user."""
+        return call(
+            ("nsenter", "-t", str(self.holder.pid), "-m", f"--wd={cwd or '/'}",
+             "setpriv", "--reuid", str(UID), "--regid", str(UID), "--clear-groups", "--"),
+            *command,
+            env={
+                "XDG_RUNTIME_DIR": str(self.runtime),
+                "PYTHONPATH": f"{cli_calls.REPOSITORY}:{sysconfig.get_path('purelib')}",
+            },
+        )  # fmt: skip
+
+    def unionfs(self, *arguments: str | Path, cwd: Path | None = None) -> Done:
+        """Run `unionfs` as the user."""
+        return self.run(*self.command, *arguments, cwd=cwd)
+
+    def mount(self, *extra: str) -> int:
+        """Mount the place; gives the daemon's pid."""
+        succeed(self.unionfs("mount", *self.place.layers, *extra, self.place.merged))
+        (mine,) = listed(self.unionfs("ls", "--json"))
+        return int(mine["pid"])
+
+    def options(self) -> set[str]:
+        """What the mount table says of the mount."""
+        line = self.root("grep", f" {self.place.merged} ", "/proc/mounts").stdout
+        return set(line.split()[3].split(","))
+
+
+@pytest.fixture
+def place(root: None, area: Path) -> Iterator[Place]:
+    with cli_calls.place(area) as found:
+        yield found
+
+
+@pytest.fixture
+def host(place: Place) -> Iterator[Host]:
+    if shutil.which("fusermount3") is None:
+        pytest.skip("fusermount3 is not installed")
+    found = Host(place)
+    pids: list[int] = []
+    try:
+        if not found.find_python():
+            pytest.skip("an ordinary user cannot read this repository, or no Python with pyfuse3")
+        yield found
+        pids = [int(one["pid"]) for one in listed(found.unionfs("ls", "--json"))]
+    finally:
+        found.root("umount", "-l", str(place.merged), check=False)
+        for pid in pids:
+            if not wait_for(lambda pid=pid: gone(pid), 5):
+                os.kill(pid, signal.SIGKILL)
+        found.holder.kill()
+        found.holder.communicate()
+
+
+def test_mount_change_and_umount(host: Host, place: Place) -> None:
+    pid = host.mount()
+    succeed(host.run("sh", "-c", f"echo changed > {place.merged}/base; rm {place.merged}/deep"))
+    assert (place.upper / "base").read_text() == "changed\n"
+    assert host.unionfs("diff", place.merged).stdout == "C /base\nD /deep\n"
+    assert host.options() >= {"rw", "nosuid", "nodev", f"user_id={UID}"}
+    assert "allow_other" not in host.options()
+    assert listed(host.unionfs("inspect", "--json", place.merged))["settings"]["userxattr"] is True
+    succeed(host.unionfs("umount", place.merged))
+    assert gone(pid)
+    assert os.listdir(host.runtime / "unionfs") in ([], ["unionfs.log"])
+    assert stat.S_IMODE((host.runtime / "unionfs").stat().st_mode) == 0o700
+
+
+def test_dev_and_suid_of_mount_fuse_are_taken_in_silence(host: Host) -> None:
+    host.mount("-o", "rw,dev,suid,exec,async")
+    assert {"nodev", "nosuid"} <= host.options()
+
+
+@pytest.mark.parametrize("command", [["fusermount3", "-u"], ["kill"]])
+def test_other_ends(host: Host, place: Place, command: list[str]) -> None:
+    pid = host.mount()
+    succeed(host.run(*command, str(pid) if command == ["kill"] else place.merged))
+    assert wait_for(lambda: gone(pid))
+    assert str(place.merged) not in host.root("cat", "/proc/mounts").stdout
+
+
+def test_signal_to_a_busy_mount(host: Host, place: Place) -> None:
+    pid = host.mount()
+    user = subprocess.Popen(
+        ["nsenter", "-t", str(host.holder.pid), "-m", "setpriv", "--reuid", str(UID), "--regid", str(UID),
+         "--clear-groups", "sh", "-c", f"cd {place.merged}; echo; sleep 60"],
+        stdout=subprocess.PIPE,
+    )  # fmt: skip
+    try:
+        assert user.stdout is not None
+        user.stdout.readline()
+        refused(host.unionfs("umount", place.merged), "is busy", "--lazy", "cwd")
+        os.kill(pid, signal.SIGTERM)
+        assert wait_for(lambda: gone(pid))
+        assert str(place.merged) not in host.root("cat", "/proc/mounts").stdout
+    finally:
+        user.kill()
+        user.communicate()
+
+
+def test_crash(host: Host, place: Place) -> None:
+    pid = host.mount()
+    os.kill(pid, signal.SIGKILL)
+    assert wait_for(lambda: gone(pid))
+    succeed(host.unionfs("umount", place.merged))
+    assert str(place.merged) not in host.root("cat", "/proc/mounts").stdout
+
+
+def test_allow_other_needs_the_hosts_consent(host: Host, place: Place) -> None:
+    for text in ("", "# user_allow_other\n"):
+        conf = place.root / "fuse.conf"
+        conf.write_text(text)
+        host.root("mount", "--bind", conf, "/etc/fuse.conf")
+        for option in ("allow_other", "allow_root"):
+            done = host.unionfs("mount", *place.layers, "-o", option, place.merged)
+            refused(done, f"option {option}", "user_allow_other", "/etc/fuse.conf")
+    conf.write_text("user_allow_other\n")
+    host.mount("-o", "allow_other")
+    assert "allow_other" in host.options()
+
+
+def test_mountpoint_inside_a_lower(host: Host, place: Place) -> None:
+    (place.lower / "sub").mkdir()
+    os.chown(place.lower / "sub", UID, UID)
+    refused(host.unionfs("mount", *place.layers, place.lower / "sub"), "inside the lower", "mount as root")
+
+
+def test_what_the_user_may_not_touch(host: Host, place: Place) -> None:
+    place.merged.chmod(0o755)
+    os.chown(place.merged, 0, 0)
+    refused(host.unionfs("mount", *place.layers, place.merged), "mountpoint ", "may not be written")
+    os.chown(place.merged, UID, UID)
+    os.chown(place.upper, 0, 0)
+    refused(host.unionfs("mount", *place.layers, place.merged), f"upper {place.upper} may not be written")
+    os.chown(place.upper, UID, UID)
+    place.lower.chmod(0o700)
+    os.chown(place.lower, 0, 0)
+    refused(host.unionfs("mount", *place.layers, place.merged), f"lower {place.lower} may not be read")
+
+
+def test_fuse_device_closed_to_the_user(host: Host, place: Place) -> None:
+    host.device.chmod(0o600)
+    refused(host.unionfs("mount", *place.layers, place.merged), "/dev/fuse may not be opened", "chmod 666")
+    done = host.unionfs("doctor")
+    assert done.returncode == 1
+    assert "chmod 666 /dev/fuse" in done.stdout
+
+
+def test_doctor(host: Host) -> None:
+    done = host.unionfs("doctor")
+    assert done.returncode == 0, done.stdout
+    assert done.stderr == ""
+
+
+def test_umount_of_somebody_elses_mount(host: Host, place: Place) -> None:
+    host.root("env", f"PYTHONPATH={cli_calls.REPOSITORY}", *UNIONFS, "mount", *place.layers, place.merged)
+    done = host.unionfs("umount", place.merged)
+    refused(done, "cannot be unmounted", "as root")
+    host.root("umount", place.merged)
+
+
+def test_root_sees_and_ends_a_users_mount(host: Host, place: Place) -> None:
+    """With the runtime directory where logind has it, root finds the mounts of users."""
+    pid = host.mount()
+    done = host.root("env", f"PYTHONPATH={cli_calls.REPOSITORY}", *UNIONFS, "umount", place.merged)
+    assert done.stderr == ""
+    assert wait_for(lambda: gone(pid))
+
+
+def test_runtime_directory_of_somebody_else(host: Host, place: Place) -> None:
+    """A directory that others could fill is not trusted."""
+    (host.runtime / "unionfs").mkdir(mode=0o777)
+    (host.runtime / "unionfs").chmod(0o777)
+    fallback = Path(f"/tmp/unionfs-{UID}")
+    if fallback.exists():
+        pytest.skip(f"{fallback} is in use")
+    fallback.symlink_to(host.runtime)
+    try:
+        refused(host.unionfs("mount", *place.layers, place.merged), "runtime files", str(fallback))
+    finally:
+        fallback.unlink()
+
+
+def test_in_a_user_namespace(host: Host, place: Place) -> None:
+    """As podman without root does: uid 0 of a namespace, /dev/fuse opened and mounted without a helper."""
+    command = " ".join(host.command)
+    script = (
+        f"{command} mount {' '.join(map(str, place.layers))} {place.merged} && rm {place.merged}/deep && "
+        f"echo new > {place.merged}/new && {command} diff {place.merged} && "
+        f"grep {place.merged} /proc/mounts && {command} umount {place.merged}"
+    )
+    done = host.run("unshare", "-r", "-m", "sh", "-c", script)
+    if "unshare" in done.stderr:
+        pytest.skip(f"no user namespaces here: {done.stderr}")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("D /deep\nA /new\n")
+    assert (place.upper / "new").read_text() == "new\n"
