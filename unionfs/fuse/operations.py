@@ -537,7 +537,7 @@ def _entry(attributes: Attributes) -> pyfuse3.EntryAttributes:
     entry = pyfuse3.EntryAttributes()
     entry.st_ino = pyfuse3.InodeT(attributes.ino)
     entry.entry_timeout = FOREVER
-    entry.attr_timeout = FOREVER
+    entry.attr_timeout = FOREVER if attributes.lasting else 0
     entry.st_mode = pyfuse3.ModeT(st.st_mode)
     entry.st_nlink = attributes.nlink
     entry.st_uid = st.st_uid

@@ -27,12 +27,14 @@ NAME_MAX: Final = 255
 class Attributes:
     """What stat(2) says of a node: the object's own, but number and link count of the merged tree."""
 
-    __slots__ = ("ino", "nlink", "st")
+    __slots__ = ("ino", "lasting", "nlink", "st")
 
-    def __init__(self, ino: int, nlink: int, st: os.stat_result) -> None:
+    def __init__(self, ino: int, nlink: int, st: os.stat_result, *, lasting: bool = True) -> None:
         self.ino = ino
         self.nlink = nlink
         self.st = st
+        #: Whether they stay true until the daemon is asked to change them.
+        self.lasting = lasting
 
 
 class Union:
@@ -173,7 +175,9 @@ class Union:
             nlink = 0
         elif len(node.parts) > 1:
             nlink = 1  # as overlayfs: counting the subdirectories of a merged directory is not worth it
-        return Attributes(node.ino, nlink, st)
+        # copying up one name of a lower file with several breaks the link: its count is 1 from then on
+        lasting = st.st_nlink == 1 or node.is_dir or node.is_upper
+        return Attributes(node.ino, nlink, st, lasting=lasting)
 
     # -- where a node's object is ---------------------------------------------------------------------
 
