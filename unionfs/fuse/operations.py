@@ -369,7 +369,7 @@ class UnionOperations(pyfuse3.Operations):  # type: ignore[misc,unused-ignore]
         node = self._node(inode)
         stored = self.union.markers.stored_name(name)
         path, follow = self.union.path(node)
-        if not node.is_upper and not name.startswith(_ACL):
+        if not node.is_upper:
             os.getxattr(path, stored, follow_symlinks=follow)  # nothing to remove is no reason to copy up
         await self._copy_up(node)
         path, follow = self.union.path(node)
