@@ -1,0 +1,90 @@
+"""What doctor finds out, and how errors become sentences."""
+
+from __future__ import annotations
+
+import errno
+import os
+from pathlib import Path
+
+import pytest
+
+from unionfs.daemon import fuse, host
+from unionfs.daemon.errors import UserError, quoted, reason
+from unionfs.daemon.process import CapturedStderr, explain
+from unionfs.sys import fuseprobe
+
+
+def test_user_allow_other(tmp_path: Path) -> None:
+    conf = tmp_path / "fuse.conf"
+    assert not fuse.user_allow_other(str(conf))
+    conf.write_text("# user_allow_other\nmount_max = 3\n")
+    assert not fuse.user_allow_other(str(conf))
+    conf.write_text("mount_max = 3\n user_allow_other \n")
+    assert fuse.user_allow_other(str(conf))
+
+
+@pytest.mark.parametrize(
+    ("number", "cure"),
+    [
+        (errno.ENOENT, "modprobe fuse"),
+        (errno.EACCES, "chmod 666"),
+        (errno.EPERM, "--device"),
+        (errno.EIO, "kernel"),
+    ],
+)
+def test_fuse_device_problems_have_a_cure(number: int, cure: str) -> None:
+    sentence = fuse.fuse_device_problem(OSError(number, os.strerror(number)))
+    assert cure in sentence
+    assert sentence.endswith(".")
+
+
+def test_every_finding_that_is_not_ok_has_a_cure(tmp_path: Path) -> None:
+    findings = host.examine(str(tmp_path))
+    assert len({finding.name for finding in findings}) >= 16
+    assert all(finding.state == "ok" or finding.cure for finding in findings)
+    assert os.listdir(tmp_path) == []
+
+
+def test_mounting_is_impossible_without_the_device() -> None:
+    ok = host.Finding("/dev/fuse", "ok", "opens")
+    limited = host.Finding("reflink", "missing", "no", "xfs")
+    missing = host.Finding("/dev/fuse", "missing", "gone", "modprobe fuse")
+    assert host.mounting_is_possible([ok, limited])
+    assert not host.mounting_is_possible([missing, limited])
+
+
+def test_the_kernel_is_asked_for_passthrough(root: None) -> None:
+    flags = fuseprobe.init_flags()
+    if flags is None:
+        pytest.skip("this kernel has no fsopen(2), or the container forbids it")
+    assert flags & 1, "FUSE_ASYNC_READ is as old as FUSE"
+    configured = host._configured("CONFIG_FUSE_PASSTHROUGH")
+    if configured is not None:
+        assert fuseprobe.offers_passthrough() == configured
+
+
+def test_messages_of_another_form_say_nothing() -> None:
+    assert fuseprobe._flags(b"") is None
+    assert fuseprobe._flags(b"\0" * 200) is None
+
+
+def test_what_libfuse_prints_becomes_part_of_the_sentence() -> None:
+    captured = CapturedStderr()
+    try:
+        os.write(2, b"fuse: mount failed: No\n\n  second line \n")
+        text = captured.text()
+    finally:
+        captured.release()
+    assert text == "fuse: mount failed: No; second line"
+    assert explain(UserError("mounting failed."), text) == f"mounting failed ({text})."
+    assert explain(UserError("mounting failed."), "") == "mounting failed."
+    assert explain(ValueError("odd\nthing"), "") == "internal error: ValueError: odd thing."
+
+
+def test_paths_in_sentences() -> None:
+    assert quoted("/plain path") == "/plain path"
+    assert "\n" not in quoted("/two\nlines")
+    assert quoted("") == "''"
+    assert quoted("/x\udcff").isascii()
+    assert reason(OSError(errno.EACCES, "Permission denied")) == "permission denied"
+    assert reason(OSError(errno.EIO, "I/O error")) == "I/O error"

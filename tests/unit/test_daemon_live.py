@@ -1,0 +1,261 @@
+"""The registry of live mounts, processes, the control socket and the log, without a mount."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import signal
+import socket
+import stat
+import subprocess
+import threading
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import trio
+
+from unionfs.daemon import control, live, logs
+from unionfs.daemon.errors import UserError
+from unionfs.daemon.settings import MountSettings, settle
+from unionfs.sys.process import is_alive, start_time, users_of, wait_gone
+
+
+@pytest.fixture
+def runtime(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A registry of the test's own."""
+    directory = tmp_path / "unionfs"
+    monkeypatch.setattr(live, "_candidates", lambda: [str(directory)])
+    monkeypatch.setattr(live, "_directories", lambda: iter([(str(directory), os.geteuid())]))
+    return directory
+
+
+@pytest.fixture
+def settings() -> MountSettings:
+    # Something that is mounted everywhere stands in for the mount.
+    return settle("/proc", lowers=["/usr"], trusted_xattrs=True)
+
+
+def _proc_device() -> str:
+    from unionfs.sys.mountinfo import mounted_at
+
+    entry = mounted_at("/proc")
+    assert entry is not None
+    return entry.device
+
+
+def _announce(settings: MountSettings) -> live.LiveMount:
+    return live.announce(settings, _proc_device(), live.runtime_directory(), ((1, 2),))
+
+
+def test_an_entry_comes_and_goes(runtime: Path, settings: MountSettings) -> None:
+    assert live.entries() == []
+    entry = _announce(settings)
+    assert stat.S_IMODE(runtime.stat().st_mode) == 0o700
+    assert live.live_mounts() == [entry]
+    assert live.find_by_device(_proc_device()) == entry
+    assert live.find_by_device("0:0") is None
+    live.mark_ending(entry)
+    assert live.live_mounts() == []
+    assert [found.ending for found in live.entries()] == [True]
+    entry.remove()
+    assert os.listdir(runtime) == []
+
+
+def test_entries_of_dead_daemons_are_removed(runtime: Path, settings: MountSettings) -> None:
+    entry = _announce(settings)
+    dead = replace(entry, pid=entry.pid, started=entry.started + 1, file=f"{runtime}/1-2.json")
+    dead = replace(dead, settings=replace(settings, mountpoint="/nowhere"))
+    dead.save()
+    Path(dead.socket_path).touch()
+    assert live.entries() == [entry]
+    assert sorted(os.listdir(runtime)) == [os.path.basename(entry.file)]
+
+
+def test_entry_of_a_dead_mount_that_remains_is_kept(runtime: Path, settings: MountSettings) -> None:
+    entry = _announce(settings)
+    entry.remove()
+    replace(entry, started=1).save()
+    assert [found.started for found in live.entries()] == [1]
+    assert live.live_mounts() == []
+
+
+@pytest.mark.parametrize(
+    "content", ["", "{", "[]", "{}", '{"settings": {}}', '"x"', "null", "\xff", '{"pid": "a"}']
+)
+def test_files_that_are_no_entries(runtime: Path, settings: MountSettings, content: str) -> None:
+    live.runtime_directory()
+    (runtime / "1-2.json").write_text(content, encoding="latin-1")
+    (runtime / "other").touch()
+    assert live.entries() == []
+    assert os.listdir(runtime) == ["other"]
+
+
+def test_a_directory_that_others_may_write_is_not_trusted(runtime: Path, settings: MountSettings) -> None:
+    runtime.mkdir()
+    runtime.chmod(0o777)
+    with pytest.raises(UserError, match="runtime files"):
+        live.runtime_directory()
+    runtime.chmod(0o700)
+    assert live.runtime_directory() == str(runtime)
+
+
+def test_a_symlink_is_not_trusted(runtime: Path, tmp_path: Path) -> None:
+    (tmp_path / "real").mkdir(mode=0o700)
+    runtime.symlink_to("real")
+    with pytest.raises(UserError, match="runtime files"):
+        live.runtime_directory()
+
+
+def test_where_the_registry_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "geteuid", lambda: 1000)
+    monkeypatch.setenv("XDG_RUNTIME_DIR", "/run/user/1000")
+    assert live._candidates() == ["/run/user/1000/unionfs", "/tmp/unionfs-1000"]
+    monkeypatch.setenv("XDG_RUNTIME_DIR", "relative")
+    assert live._candidates() == ["/tmp/unionfs-1000"]
+    monkeypatch.delenv("XDG_RUNTIME_DIR")
+    assert live._candidates() == ["/tmp/unionfs-1000"]
+    monkeypatch.setattr(os, "geteuid", lambda: 0)
+    monkeypatch.setattr(live, "in_initial_user_namespace", lambda: True)
+    assert live._candidates()[0] == "/run/unionfs"
+
+
+def test_start_time_names_one_process() -> None:
+    with subprocess.Popen(["sleep", "30"]) as process:
+        started = start_time(process.pid)
+        assert started is not None
+        assert is_alive(process.pid, started)
+        assert not is_alive(process.pid, started + 1)
+        assert wait_gone(process.pid, started + 1, 0)
+        assert not wait_gone(process.pid, started, 0.01)
+        process.send_signal(signal.SIGKILL)
+        # Nobody has waited for it yet: a zombie counts as gone.
+        assert wait_gone(process.pid, started, 5)
+        assert start_time(process.pid) is None
+    assert start_time(2**22 + 1) is None
+
+
+def test_command_names_do_not_confuse(tmp_path: Path) -> None:
+    program = tmp_path / ") R 1 (x"
+    program.symlink_to("/bin/sleep")
+    with subprocess.Popen([program, "30"]) as process:
+        started = start_time(process.pid)
+        process.kill()
+    mine = start_time(os.getpid())
+    assert started is not None
+    assert mine is not None
+    assert started >= mine
+
+
+def test_users_of_a_directory(tmp_path: Path) -> None:
+    with subprocess.Popen(["sleep", "30"], cwd=tmp_path) as process:
+        users = users_of(str(tmp_path), "0:0")
+        process.kill()
+    assert [(user.pid, user.how) for user in users] == [(process.pid, "cwd")]
+
+
+async def test_control_answers_everyone(tmp_path: Path) -> None:
+    directory = tmp_path / ("long" * 40)
+    directory.mkdir()
+    path = str(directory / "1.sock")
+    answers = iter([{"figures": {"x": 1}}, {"figures": {"big": "x" * 300_000}}])
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(control.serve_control, control.listen(path), lambda: next(answers))
+        first: Any = await trio.to_thread.run_sync(control.ask, path)
+        second: Any = await trio.to_thread.run_sync(control.ask, path)
+        # An answer that cannot be made ends the question and not the daemon.
+        third: Any = await trio.to_thread.run_sync(control.ask, path)
+        nursery.cancel_scope.cancel()
+    assert first == {"figures": {"x": 1}}
+    assert len(second["figures"]["big"]) == 300_000
+    assert third is None
+
+
+def test_ask_does_not_wait_for_ever(tmp_path: Path) -> None:
+    path = str(tmp_path / "s.sock")
+    assert control.ask(path) is None
+    with control.listen(path):
+        began = time.monotonic()
+        assert control.ask(path, 0.2) is None
+        assert time.monotonic() - began < 2
+
+
+def test_ask_a_daemon_that_talks_slowly(tmp_path: Path) -> None:
+    path = str(tmp_path / "s.sock")
+    listener = control.listen(path)
+
+    def talk() -> None:
+        connection, _ = listener.accept()
+        try:
+            while True:
+                connection.sendall(b" ")
+                time.sleep(0.02)
+        except OSError:
+            connection.close()
+
+    thread = threading.Thread(target=talk, daemon=True)
+    thread.start()
+    began = time.monotonic()
+    assert control.ask(path, 0.3) is None
+    assert time.monotonic() - began < 2
+    thread.join(5)
+    listener.close()
+
+
+def test_log_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(logs, "_SYSLOG", str(tmp_path / "none"))
+    root = logging.getLogger()
+    before, level, raising = root.handlers[:], root.level, logging.raiseExceptions
+    umask = os.umask(0)
+    try:
+        logs.to_host("warning", str(tmp_path), "/a 100% b\udcff")
+        file = Path(logs.log_file(str(tmp_path)))
+        assert not file.exists()
+        logging.getLogger("x").info("not this")
+        logging.getLogger("x").error("but this")
+        logging.getLogger("pyfuse3").error("fuse_reply_err failed with No such file or directory")
+        root.handlers[0].close()
+        (line,) = file.read_text().splitlines()
+        assert f"unionfs[{os.getpid()}] /a 100% b\\udcff: ERROR but this" in line
+        assert stat.S_IMODE(file.stat().st_mode) == 0o600
+        with file.open("ab") as grown:
+            grown.truncate(2 << 20)
+        logs.to_host("warning", str(tmp_path), "/m")
+        assert not file.exists()
+        assert (tmp_path / "unionfs.log.1").exists()
+    finally:
+        os.umask(umask)
+        root.handlers[:] = before
+        root.setLevel(level)
+        logging.raiseExceptions = raising
+
+
+def test_log_to_syslog(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "log"
+    receiver = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
+    receiver.bind(str(path))
+    receiver.settimeout(5)
+    monkeypatch.setattr(logs, "_SYSLOG", str(path))
+    root = logging.getLogger()
+    before, level, raising = root.handlers[:], root.level, logging.raiseExceptions
+    try:
+        assert logs.log_place(str(tmp_path)) == "syslog"
+        logs.to_host("info", str(tmp_path), "/m")
+        logging.getLogger("x").info("hello")
+        assert f"unionfs[{os.getpid()}]: /m: INFO hello".encode() in receiver.recv(4096)
+        root.handlers[0].close()
+    finally:
+        root.handlers[:] = before
+        root.setLevel(level)
+        logging.raiseExceptions = raising
+        receiver.close()
+
+
+def test_entry_is_plain_json(runtime: Path, settings: MountSettings) -> None:
+    entry = _announce(replace(settings, mountpoint="/m\udcff"))
+    values = json.loads(Path(entry.file).read_text(encoding="ascii"))
+    assert values["settings"]["mountpoint"] == "/m\udcff"
+    assert values["pid"] == os.getpid()

@@ -1,0 +1,119 @@
+"""Reading `-o`: what is followed, skipped and refused."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from unionfs.daemon.errors import UserError
+from unionfs.daemon.options import parse_options, split_lowers, split_options, unescape_option
+from unionfs.daemon.settings import settle
+
+
+def _escape(text: str, also: str) -> str:
+    return "".join("\\" + char if char in "\\" + also else char for char in text)
+
+
+_PATHS = st.text(st.characters(exclude_characters="\0", exclude_categories=["Cs"]), min_size=1, max_size=8)
+
+
+@given(st.lists(_PATHS, min_size=1, max_size=4), _PATHS, _PATHS)
+def test_every_escaped_path_comes_back(lowers: list[str], upper: str, work: str) -> None:
+    data = "lowerdir=" + ":".join(_escape(path, ":,") for path in lowers)
+    data += f",upperdir={_escape(upper, ':,')},,workdir={_escape(work, ',')},ro"
+    options = parse_options([data])
+    assert (options.lowers, options.upper, options.work) == (lowers, upper, work)
+    assert options.read_only
+
+
+@given(st.text(max_size=30))
+def test_any_text_is_read_or_refused(text: str) -> None:
+    try:
+        parse_options([text])
+    except UserError as error:
+        assert str(error).endswith(".")
+
+
+@given(st.text(st.characters(exclude_characters="\\"), max_size=20))
+def test_unescape_leaves_plain_text(text: str) -> None:
+    assert unescape_option(text) == text
+    assert unescape_option(_escape(text, ",:")) == text
+
+
+def test_split() -> None:
+    assert list(split_options("a,,b=1,c=x\\,y,d=,")) == [("a", None), ("b", "1"), ("c", "x\\,y"), ("d", "")]
+    assert list(split_options("")) == []
+    assert split_lowers("a:b\\:c:d\\\\") == ["a", "b:c", "d\\"]
+
+
+def test_selinux_context_in_quotes() -> None:
+    options = parse_options(['context="system_u:object_r:container_file_t:s0:c1,c2",ro'])
+    assert options.security == ['context="system_u:object_r:container_file_t:s0:c1,c2"']
+    assert options.read_only
+    settings = settle("/m", options=['lowerdir=/l,context="a,b"'], trusted_xattrs=True)
+    assert 'context="a\\,b"' in settings.fuse_options()
+
+
+def test_a_quote_in_a_path_is_a_character() -> None:
+    assert parse_options(['lowerdir="a:b",ro']).lowers == ['"a', 'b"']
+
+
+def test_lowers_one_by_one() -> None:
+    assert parse_options(["lowerdir+=a:b,lowerdir+=c"]).lowers == ["a:b", "c"]
+    with pytest.raises(UserError, match="one of the two"):
+        parse_options(["lowerdir=a,lowerdir+=b"])
+
+
+def test_last_of_contradicting_flags_counts() -> None:
+    assert not parse_options(["ro,rw"]).read_only
+    assert parse_options(["rw", "ro"]).read_only
+    settings = settle("/m", options=["lowerdir=/l,exec,noexec,nodev,dev"], trusted_xattrs=True)
+    assert "noexec" in settings.flags
+
+
+def test_same_layer_twice_is_only_fine_when_the_same() -> None:
+    assert parse_options(["upperdir=a", "upperdir=a"]).upper == "a"
+    for option in ("upperdir=a,upperdir=b", "workdir=a,workdir=b", "lowerdir=a,lowerdir=b"):
+        with pytest.raises(UserError, match="given twice"):
+            parse_options([option])
+
+
+@pytest.mark.parametrize(
+    "option",
+    ["squash_to_root=0", "xattr_permissions=0", "plugins=", "redirect_dir=off", "timeout", "timeout=3", "user=me",
+     "X-mount.mkdir", "x-gvfs-show", "comment=a", "noxattrs=1", "max_threads=3", "lazytime", "nonempty"],
+)  # fmt: skip
+def test_harmless_options(option: str) -> None:
+    parse_options([option])
+
+
+def test_refusals_name_the_option_and_the_reason() -> None:
+    with pytest.raises(UserError, match=r"^option index=on: .* not supported"):
+        parse_options(["index=on"])
+    with pytest.raises(UserError, match=r"^unknown option foo=bar;"):
+        parse_options(["foo=bar"])
+    with pytest.raises(UserError, match=r"show other owners\.$"):
+        parse_options(["uidmapping=:0:1:2"])
+    with pytest.raises(UserError, match="unknown option ro=yes"):
+        parse_options(["ro=yes"])
+
+
+def test_settings_survive_json(tmp_path: object) -> None:
+    import json
+
+    from unionfs.daemon.settings import MountSettings
+
+    settings = settle("/m\udcff", options=["lowerdir=/l:/k,noexec"], trusted_xattrs=False)
+    assert settings.userxattr
+    assert MountSettings.from_json(json.loads(json.dumps(settings.to_json()))) == settings
+    with pytest.raises(KeyError):
+        MountSettings.from_json({})
+
+
+def test_fuse_options_are_escaped() -> None:
+    settings = settle("/m", options=["lowerdir=/l,fsname=a\\,b\\\\c,subtype="], trusted_xattrs=True)
+    assert "fsname=a\\,b\\\\c" in settings.fuse_options()
+    assert not any(option.startswith("subtype") for option in settings.fuse_options())
+    assert "ro" in settings.fuse_options()
+    assert settle("/m", lowers=["/l"], source="src", trusted_xattrs=True).fsname == "src"
