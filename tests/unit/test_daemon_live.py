@@ -11,6 +11,7 @@ import stat
 import subprocess
 import threading
 import time
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -152,7 +153,7 @@ def test_command_names_do_not_confuse(tmp_path: Path) -> None:
 
 def test_users_of_a_directory(tmp_path: Path) -> None:
     with subprocess.Popen(["sleep", "30"], cwd=tmp_path) as process:
-        users = users_of(str(tmp_path), "0:0")
+        users = users_of(str(tmp_path), "9:9")
         process.kill()
     assert [(user.pid, user.how) for user in users] == [(process.pid, "cwd")]
 
@@ -161,7 +162,7 @@ async def test_control_answers_everyone(tmp_path: Path) -> None:
     directory = tmp_path / ("long" * 40)
     directory.mkdir()
     path = str(directory / "1.sock")
-    answers = iter([{"figures": {"x": 1}}, {"figures": {"big": "x" * 300_000}}])
+    answers: Iterator[dict[str, Any]] = iter([{"figures": {"x": 1}}, {"figures": {"big": "x" * 300_000}}])
     async with trio.open_nursery() as nursery:
         nursery.start_soon(control.serve_control, control.listen(path), lambda: next(answers))
         first: Any = await trio.to_thread.run_sync(control.ask, path)

@@ -1,0 +1,69 @@
+"""The host's side of FUSE: its device, its helper, its settings, and whether a daemon still answers."""
+
+from __future__ import annotations
+
+import errno
+import os
+import shutil
+import threading
+
+from unionfs.daemon.errors import reason
+
+FUSE_DEVICE = "/dev/fuse"
+FUSE_CONF = "/etc/fuse.conf"
+_ANSWER_SECONDS = 2.0
+
+
+def fuse_device_problem(error: OSError) -> str:
+    """The sentence for /dev/fuse not being there or not to be opened."""
+    if error.errno in (errno.ENOENT, errno.ENODEV, errno.ENXIO):
+        return (
+            f"{FUSE_DEVICE} is missing; load the kernel module by `modprobe fuse`, or give the container "
+            "the device by `--device /dev/fuse`."
+        )
+    if error.errno == errno.EACCES:
+        return (
+            f"{FUSE_DEVICE} may not be opened by this user (uid {os.geteuid()}); run `chmod 666 "
+            f"{FUSE_DEVICE}` as root."
+        )
+    if error.errno == errno.EPERM:
+        return (
+            f"{FUSE_DEVICE} is not allowed to this container; start it with `--device {FUSE_DEVICE}`, or "
+            "allow char device 10:229."
+        )
+    return f"{FUSE_DEVICE} cannot be opened: {reason(error)}; check that the kernel has FUSE."
+
+
+def find_fusermount() -> str | None:
+    """The path of libfuse's helper that mounts for ordinary users, None when it is not installed."""
+    return shutil.which("fusermount3") or next(
+        (path for path in ("/usr/bin/fusermount3", "/bin/fusermount3") if os.access(path, os.X_OK)), None
+    )
+
+
+def user_allow_other(conf: str = FUSE_CONF) -> bool:
+    """Whether the host lets ordinary users give allow_other; fusermount3(1)."""
+    try:
+        with open(conf, encoding="utf-8", errors="replace") as lines:
+            return any(line.strip() == "user_allow_other" for line in lines)
+    except OSError:
+        return False
+
+
+def is_dead(path: str) -> bool:
+    """Whether the daemon behind a mount has died; False when that cannot be known within two seconds."""
+    dead = False
+
+    def ask() -> None:
+        nonlocal dead
+        try:
+            # Not stat(2), which the kernel answers from its cache.
+            os.statvfs(path)
+        except OSError as error:
+            dead = error.errno in (errno.ENOTCONN, errno.ECONNABORTED)
+
+    # A daemon that hangs would keep us waiting for ever.
+    thread = threading.Thread(target=ask, daemon=True)
+    thread.start()
+    thread.join(_ANSWER_SECONDS)
+    return dead
