@@ -342,6 +342,19 @@ def test_fuse_device_that_is_something_else(place: Place) -> None:
     _refused(place, done, "mount")
 
 
+def test_without_the_right_to_mount(place: Place) -> None:
+    drop = ("setpriv", "--bounding-set", "-sys_admin", "--inh-caps", "-sys_admin", *cli_calls.UNIONFS)
+    done = cli_calls.call(drop, "mount", "-o", "userxattr", *place.layers, place.merged)
+    _refused(place, done, f"{place.merged} cannot be mounted", "not permitted", "SYS_ADMIN")
+
+
+def test_context_where_there_is_no_selinux(place: Place) -> None:
+    if Path("/sys/fs/selinux").exists():
+        pytest.skip("SELinux is there")
+    done = unionfs("mount", "-o", "context=system_u:object_r:usr_t", *place.layers, place.merged)
+    _refused(place, done, f"{place.merged} cannot be mounted", "Invalid argument", "options")
+
+
 def test_upper_without_xattrs(place: Place, filesystem: Callable[..., Path]) -> None:
     if shutil.which("mkfs.vfat") is None:
         pytest.skip("mkfs.vfat is not installed")

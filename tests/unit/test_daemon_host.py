@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from unionfs.daemon import fuse, host
-from unionfs.daemon.errors import UserError, quoted, reason
+from unionfs.daemon.errors import MountRefusedError, UserError, quoted, reason
 from unionfs.daemon.process import CapturedStderr, explain
 from unionfs.sys import fuseprobe
 
@@ -78,6 +78,12 @@ def test_what_libfuse_prints_becomes_part_of_the_sentence() -> None:
     assert text == "fuse: mount failed: No; second line"
     assert explain(UserError("mounting failed."), text) == f"mounting failed ({text})."
     assert explain(UserError("mounting failed."), "") == "mounting failed."
+    refused = MountRefusedError("/m", "fuse_session_mount failed")
+    assert explain(refused, "fuse: mount failed: Operation not permitted") == (
+        "/m cannot be mounted: fuse: mount failed: Operation not permitted; mounting needs CAP_SYS_ADMIN, "
+        "which a container has with `--cap-add SYS_ADMIN`."
+    )
+    assert explain(refused, "").startswith("/m cannot be mounted: fuse_session_mount failed; ")
     assert explain(ValueError("odd\nthing"), "") == "internal error: ValueError: odd thing."
 
 

@@ -83,7 +83,8 @@ def test_same_layer_twice_is_only_fine_when_the_same() -> None:
 @pytest.mark.parametrize(
     "option",
     ["squash_to_root=0", "xattr_permissions=0", "plugins=", "redirect_dir=off", "timeout", "timeout=3",
-     "user=me", "X-mount.mkdir", "x-gvfs-show", "comment=a", "noxattrs=1", "max_threads=3", "lazytime", "nonempty"],
+     "user=me", "X-mount.mkdir", "x-gvfs-show", "comment=a", "noxattrs=1",
+     "max_threads=3", "lazytime", "nonempty"],
 )  # fmt: skip
 def test_harmless_options(option: str) -> None:
     parse_options([option])

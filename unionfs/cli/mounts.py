@@ -90,9 +90,9 @@ def inspect(mountpoint: str, as_json: bool) -> None:
     counts = []
     for name, value in whole["figures"].items():
         if isinstance(value, dict):
-            counts += [(f"{name}.{kind}", _shown(count)) for kind, count in value.items()]
+            counts += [(_shown(f"{name}.{kind}"), _shown(count)) for kind, count in value.items()]
         else:
-            counts.append((name, _shown(value)))
+            counts.append((_shown(name), _shown(value)))
     print_table(("FIGURE", "VALUE"), counts)
 
 

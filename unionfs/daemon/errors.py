@@ -7,6 +7,26 @@ class UserError(Exception):
     """`str(error)` is one full sentence for the user: the thing, the cause and the cure."""
 
 
+class MountRefusedError(UserError):
+    """The kernel or libfuse refused the mount; what libfuse printed says why."""
+
+    def __init__(self, mountpoint: str, cause: str) -> None:
+        super().__init__(f"{quoted(mountpoint)} cannot be mounted: {cause}; `unionfs doctor` may tell why.")
+        self.mountpoint = mountpoint
+
+    def explained(self, printed: str) -> str:
+        """The sentence with libfuse's reason."""
+        if not printed:
+            return str(self)
+        if "not permitted" in printed:
+            cure = "mounting needs CAP_SYS_ADMIN, which a container has with `--cap-add SYS_ADMIN`"
+        elif "Invalid argument" in printed:
+            cure = "check the options, SELinux contexts above all"
+        else:
+            cure = "`unionfs doctor` may tell why"
+        return f"{quoted(self.mountpoint)} cannot be mounted: {printed.rstrip('.')}; {cure}."
+
+
 def quoted(path: str) -> str:
     """A path as it appears in a sentence: as it is, unless it holds what would break the line."""
     return path if path.isprintable() and path else repr(path)

@@ -151,20 +151,39 @@ def _check_apart(settings: MountSettings, upper: str, work: str, host: _Host) ->
         raise UserError(f"work {quoted(work)} is {relation} upper {quoted(upper)}; put work beside upper.")
     if host.contains(work, upper, through_mounts=True):
         raise UserError(f"upper {quoted(upper)} is inside work {quoted(work)}; put work beside upper.")
-    # Root's daemon sees a lower through a bind mount of its own, which has nothing mounted below.
-    through_mounts = os.geteuid() != 0
     for lower in settings.lowers:
         for kind, path in (("upper", upper), ("work", work)):
             for outer_kind, outer, inner_kind, inner in (
                 ("lower", lower, kind, path),
                 (kind, path, "lower", lower),
             ):
-                if host.contains(outer, inner, through_mounts=through_mounts):
+                if _reaches(host, outer, inner):
                     raise UserError(
                         f"{inner_kind} {quoted(inner)} and {outer_kind} {quoted(outer)} overlap (one holds "
                         "the other), so changes would reach a lower; choose directories apart from each "
                         "other."
                     )
+
+
+def _reaches(host: _Host, outer: str, inner: str) -> bool:
+    """Whether the daemon comes to `inner` when it goes down from the layer `outer`.
+
+    A privileged daemon sees a layer through a bind mount of its own, which has nothing mounted below.
+    """
+    if host.contains(outer, inner, through_mounts=False):
+        return True
+    return host.contains(outer, inner, through_mounts=True) and not _can_clone(outer)
+
+
+def _can_clone(path: str) -> bool:
+    """Whether this process may make a private bind mount of a directory; makes one that is gone at once."""
+    from unionfs.sys.mount import clone_tree
+
+    try:
+        os.close(clone_tree(path, readonly=True))
+    except OSError:
+        return False
+    return True
 
 
 def _check_work_content(work: str) -> None:
@@ -293,19 +312,17 @@ def _check_mountpoint(settings: MountSettings, host: _Host) -> None:
                 f"{shown} is inside the {kind} {quoted(layer)}, which the mount itself changes; choose a "
                 "directory outside it."
             )
-    if os.geteuid() != 0:
-        _check_mountpoint_for_user(settings, host)
-
-
-def _check_mountpoint_for_user(settings: MountSettings, host: _Host) -> None:
-    path = settings.mountpoint
     for lower in settings.lowers:
-        if host.identity(lower) != host.identity(path) and host.contains(lower, path, through_mounts=True):
+        # A mount over the lower itself is no trouble: the daemon has opened what is below it.
+        inside = host.identity(lower) != host.identity(path) and host.contains(
+            lower, path, through_mounts=True
+        )
+        if inside and not _can_clone(lower):
             raise UserError(
                 f"mountpoint {quoted(path)} is inside the lower {quoted(lower)}, so the union would hold "
                 "itself and hang; choose a directory outside it, or mount as root."
             )
-    if not os.access(path, os.W_OK, effective_ids=True):
+    if os.geteuid() != 0 and not os.access(path, os.W_OK, effective_ids=True):
         raise UserError(
             f"mountpoint {quoted(path)} may not be written by this user (uid {os.geteuid()}), as "
             "fusermount3 wants it; choose a directory of your own."

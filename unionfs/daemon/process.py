@@ -16,7 +16,7 @@ from contextlib import suppress
 from typing import NoReturn
 
 from unionfs.daemon import live, logs, preflight
-from unionfs.daemon.errors import UserError, quoted
+from unionfs.daemon.errors import MountRefusedError, UserError, quoted
 from unionfs.daemon.settings import MountSettings
 from unionfs.sys.mountinfo import mounted_at
 from unionfs.sys.process import open_standard_files, start_time, wait_gone
@@ -67,6 +67,8 @@ class CapturedStderr:
 
 def explain(error: Exception, printed: str) -> str:
     """One sentence out of an error and of what libfuse printed meanwhile."""
+    if isinstance(error, MountRefusedError):
+        return " ".join(error.explained(printed).split())
     text = str(error) if isinstance(error, UserError) else f"internal error: {type(error).__name__}: {error}."
     text = " ".join(text.split())
     if printed and printed not in text:
@@ -78,8 +80,10 @@ def _serve_here(settings: MountSettings, directory: str) -> int:
     captured: CapturedStderr | None = CapturedStderr()
     assert captured is not None
     logs.to_stream(settings.log_level, os.fdopen(captured.saved(), "w", buffering=1))
-    # The caller's directory may be inside the mountpoint, and would keep it busy.
+    # The caller's directory may be inside the mountpoint, and would keep it busy. The kernel has taken the
+    # umask of whoever creates a file into account already.
     os.chdir("/")
+    os.umask(0)
 
     def on_usable() -> None:
         nonlocal captured

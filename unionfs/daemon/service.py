@@ -17,7 +17,7 @@ import trio
 
 from unionfs.daemon import live, unmount
 from unionfs.daemon.control import listen, serve_control
-from unionfs.daemon.errors import UserError, quoted, reason
+from unionfs.daemon.errors import MountRefusedError, UserError, quoted, reason
 from unionfs.daemon.settings import MountSettings
 from unionfs.fuse.operations import UnionOperations
 from unionfs.fuse.session_pyfuse3 import SessionError, serve
@@ -89,7 +89,7 @@ class Service:
             except BaseExceptionGroup as group:
                 cause = _cause(group)
                 if isinstance(cause, SessionError):
-                    raise UserError(_sentence(str(cause))) from group
+                    raise MountRefusedError(self.settings.mountpoint, str(cause)) from group
                 if isinstance(cause, UserError):
                     raise cause from group
                 raise
