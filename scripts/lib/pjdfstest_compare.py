@@ -73,15 +73,9 @@ def main() -> int:
             layers = {name: disk / where / name for name in ("lower", "upper", "work")}
             for path in (*layers.values(), layers["lower"] / "here"):
                 path.mkdir(parents=True)
-            mounted = (
-                mounting.kernel_mounted(
-                    disk / where, lowers=[layers["lower"]], upper=layers["upper"], work=layers["work"]
-                )
-                if where == "overlayfs"
-                else mounting.mounted(
-                    disk / where, lowers=[layers["lower"]], upper=layers["upper"], work=layers["work"],
-                    session=options.session,
-                )
+            mounted = mounting.mounted(
+                disk / where, lowers=[layers["lower"]], upper=layers["upper"], work=layers["work"],
+                session="overlay" if where == "overlayfs" else options.session,
             )  # fmt: skip
             with mounted as mount:
                 results[where] = run_all(tests, options.only, where, mount.mountpoint / "here")
