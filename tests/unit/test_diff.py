@@ -130,11 +130,13 @@ def test_markers_in_the_lowers_count(kernel_overlay: None, tree: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "move", [("etc", "moved"), ("etc/conf.d", "etc/other"), ("etc/conf.d", "var/conf.d")]
+    "move",
+    [("etc", "moved"), ("etc/conf.d", "etc/other"), ("etc/conf.d", "var/conf.d"), ("etc", "made/etc")],
 )
 def test_renamed_directories(kernel_overlay: None, tree: Path, move: tuple[str, str]) -> None:
     old, new = move
     with edited(tree, "redirect_dir=on") as merged:
+        (merged / new).parent.mkdir(exist_ok=True)
         (merged / old).rename(merged / new)
         expected = naive(merged, tree / "lower0", tree / "upper")
     assert any(name.startswith("A /" + new) for name in expected)

@@ -21,9 +21,11 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack
 from typing import Final
 
-from unionfs.union.layers import Layer
-from unionfs.union.markers import ABSENT, Markers
-from unionfs.union.places import Gate, Place, open_for_listing
+from unionfs.union.layers import Layer, LayerStack
+from unionfs.union.markers import ABSENT
+from unionfs.union.nodes import Node
+from unionfs.union.places import Place, open_for_listing
+from unionfs.union.tree import Union
 
 _VANISHED: Final = (FileNotFoundError, NotADirectoryError)
 
@@ -41,9 +43,9 @@ def diff(upper: str, lowers: Sequence[str], xattr_prefix: bytes) -> Iterator[tup
             fd = os.open(path, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
             resources.callback(os.close, fd)
             layers.append(Layer(index, path, fd, is_upper=index == 0))
-        comparison = _Comparison(layers, Markers(xattr_prefix))
-        resources.callback(comparison.gate.close)
-        root = comparison.run()
+        union = Union(LayerStack(layers, -1, xattr_prefix, ExitStack()), directory_fds=256)
+        resources.callback(union.close)
+        root = _Comparison(union).run()
     yield from _sorted_changes(root)
 
 
@@ -93,37 +95,32 @@ def _in_order(directory: _Change) -> Iterator[tuple[_Change, bool]]:
 
 
 class _Found:
-    """An object of a merged tree: its attributes, its place, and the parts that a directory is merged of."""
+    """An object of a merged tree: its attributes, and its place or the parts that it is merged of."""
 
-    __slots__ = ("opaque", "parts", "place", "st")
+    __slots__ = ("is_directory", "parts", "st")
 
-    def __init__(self, st: os.stat_result, place: Place) -> None:
+    def __init__(self, st: os.stat_result, parts: list[Place]) -> None:
         self.st = st
-        self.place = place
-        self.parts: list[Place] = []
-        self.opaque = False
-
-    @property
-    def is_directory(self) -> bool:
-        return stat.S_ISDIR(self.st.st_mode)
+        self.is_directory = stat.S_ISDIR(st.st_mode)
+        #: Of a directory: what it is merged of, topmost first. Else the directory that holds it.
+        self.parts = parts
 
 
 class _Comparison:
     """Walks both merged trees side by side with a list of directories to do, never by recursion."""
 
-    def __init__(self, layers: list[Layer], markers: Markers) -> None:
-        self.layers = layers
-        self.markers = markers
-        self.gate = Gate(256)
+    def __init__(self, union: Union) -> None:
+        self.union = union
+        self._scratch = Node(0, None, b"", stat.S_IFDIR)
         self._todo: list[tuple[_Change, list[Place], list[Place]]] = []
-        #: The places made for the directory that is being compared, so that equal ones are one object.
-        self._places: dict[tuple[Place, bytes], Place] = {}
+        #: The places found in the directories that are being compared, so that equal ones are one object.
+        self._places: dict[tuple[Place | None, bytes], Place] = {}
 
     def run(self) -> _Change:
         """The root of all changes."""
         root = _Change(None, b"")
-        now = self._visible_roots(self.layers)
-        before = self._visible_roots(self.layers[1:])
+        layers = self.union.stack.layers
+        now, before = self._visible_roots(layers), self._visible_roots(layers[1:])
         self._todo.append((root, now, before))
         while self._todo:
             change, now, before = self._todo.pop()
@@ -140,9 +137,12 @@ class _Comparison:
         roots = []
         for layer in layers:
             roots.append(layer.root)
-            if self.markers.directory(layer.root_fd)[0]:
+            if self._is_opaque(layer.root):
                 break
         return roots
+
+    def _is_opaque(self, place: Place) -> bool:
+        return self.union.markers.directory(self.union.gate.fd(place))[0]
 
     def _candidates(self, now: list[Place], before: list[Place]) -> Iterable[bytes]:
         """The names that can differ: only those in the upper, where the lower parts are the same ones."""
@@ -152,7 +152,7 @@ class _Comparison:
         return {name for place in dict.fromkeys(now + before) for name in self._names(place)}
 
     def _names(self, place: Place) -> list[bytes]:
-        fd = open_for_listing(self.gate.fd(place))
+        fd = open_for_listing(self.union.gate.fd(place))
         try:
             return [os.fsencode(name) for name in os.listdir(fd)]
         finally:
@@ -168,86 +168,42 @@ class _Comparison:
                 return
             if old is None:
                 change.report("A")
-            elif new.place is old.place and not new.is_directory:
+            elif new.is_directory is old.is_directory and new.parts == old.parts:
                 return
-            elif not (new.is_directory and old.is_directory):
-                change.report("C")
-            elif new.parts == old.parts:
-                return
-            elif new.opaque or self._attributes(new) != self._attributes(old):
+            elif not (new.is_directory and old.is_directory) or self._differ(new, old):
                 change.report("C")
         except _VANISHED:
             return
         if new.is_directory:
-            self._todo.append((change, new.parts, old.parts if old is not None else []))
+            self._todo.append((change, new.parts, old.parts if old and old.is_directory else []))
 
     def _find(self, parts: list[Place], name: bytes) -> _Found | None:
         """What the merged directory of ``parts`` holds under ``name``."""
-        found: _Found | None = None
-        remaining = [(part, name) for part in parts]
-        while remaining:
-            part, here = remaining.pop(0)
-            dir_fd = self.gate.fd(part)
-            try:
-                st = os.stat(here, dir_fd=dir_fd, follow_symlinks=False)
-            except FileNotFoundError:
-                continue
-            if not stat.S_ISDIR(st.st_mode):
-                if found is not None or self.markers.is_whiteout(st, dir_fd, here):
-                    break
-                return _Found(st, self._place(part, here))
-            place = self._place(part, here)
-            if found is None:
-                found = _Found(st, place)
-            found.parts.append(place)
-            opaque, redirect = self.markers.directory(self.gate.fd(place))
-            if opaque:
-                found.opaque = place is found.place and place.layer.is_upper
-                break
-            if redirect is not None and remaining:
-                remaining = self._redirected(redirect, remaining)
-        return found
-
-    def _place(self, parent: Place, name: bytes) -> Place:
-        place = self._places.get((parent, name))
-        if place is None:
-            place = self._places[parent, name] = Place(parent.layer, parent, name)
-        return place
-
-    def _redirected(self, redirect: bytes, remaining: list[tuple[Place, bytes]]) -> list[tuple[Place, bytes]]:
-        """Where the search goes on: a sibling's name, or a path from the root of each layer below."""
-        if b"/" not in redirect:
-            return [(part, redirect) for part, _ in remaining]
-        *above, last = [step for step in redirect.split(b"/") if step]
-        places = []
-        for layer in self.layers[remaining[0][0].layer.index :]:
-            place: Place | None = layer.root
-            for step in above:
-                assert place is not None
-                place = self._directory_in(place, step)
-                if place is None:
-                    break
-            if place is not None:
-                places.append((place, last))
-        return places
-
-    def _directory_in(self, parent: Place, name: bytes) -> Place | None:
-        if name in (b".", b".."):
+        if not parts:
             return None
-        try:
-            st = os.stat(name, dir_fd=self.gate.fd(parent), follow_symlinks=False)
-        except FileNotFoundError:
+        self._scratch.parts = parts
+        found = self.union._search(self._scratch, name)
+        if found is None:
             return None
-        return self._place(parent, name) if stat.S_ISDIR(st.st_mode) else None
+        st, where = found
+        if isinstance(where, Place):
+            return _Found(st, [where])
+        return _Found(st, [self._places.setdefault((place.parent, place.name), place) for place in where])
+
+    def _differ(self, new: _Found, old: _Found) -> bool:
+        """Whether a directory itself was changed or replaced."""
+        top = new.parts[0]
+        replaced = top.layer.is_upper and self._is_opaque(top)
+        return replaced or self._attributes(new) != self._attributes(old)
 
     def _attributes(self, found: _Found) -> tuple[int, int, int, int, dict[bytes, bytes]]:
         """What makes a directory differ: mode, owner, modification time and the xattrs a user has set."""
-        path = b"/proc/self/fd/%d" % self.gate.fd(found.place)
+        path = b"/proc/self/fd/%d" % self.union.gate.fd(found.parts[0])
         xattrs = {}
         try:
             stored = [os.fsencode(name) for name in os.listxattr(path)]
             for name in stored:
-                if not self.markers.is_private(name) and name != b"security.selinux":
+                if not self.union.markers.is_private(name) and name != b"security.selinux":
                     xattrs[name] = os.getxattr(path, name)
         except OSError as error:
             if error.errno not in ABSENT:
