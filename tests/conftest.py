@@ -1,4 +1,4 @@
-"""Fixtures of all tests: ``session``, ``area``, ``union``, the oracle's mount, and a watchdog against hangs."""
+"""Fixtures of all tests: ``session``, ``area``, ``union``, references, and a watchdog against hangs."""
 
 from __future__ import annotations
 
@@ -24,8 +24,12 @@ WATCHDOG_SECONDS = 100.0
 
 def pytest_configure(config: pytest.Config) -> None:
     """Declare the markers of this file and sweep what killed runs left."""
-    config.addinivalue_line("markers", "watchdog(seconds): end the test's daemons after this time (default 100)")
-    config.addinivalue_line("markers", "thorough: a long run of the oracle; chosen by UNIONFS_ORACLE=thorough")
+    config.addinivalue_line(
+        "markers", "watchdog(seconds): end the test's daemons after this time (default 100)"
+    )
+    config.addinivalue_line(
+        "markers", "thorough: a long run of the oracle; chosen by UNIONFS_ORACLE=thorough"
+    )
     areas.sweep()
 
 
@@ -129,6 +133,8 @@ def world(kernel_overlay: None, area: Path, session: str) -> Iterator[Callable[.
     with ExitStack() as stack:
 
         def make(*builds: worlds.Build, options: tuple[str, ...] = ()) -> worlds.World:
-            return stack.enter_context(worlds.world(area, session, builds or [worlds.nothing], options=options))
+            return stack.enter_context(
+                worlds.world(area, session, builds or [worlds.nothing], options=options)
+            )
 
         yield make

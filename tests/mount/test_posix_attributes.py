@@ -50,8 +50,13 @@ def _run(who: Worker | None, function: Callable[..., object], *args: object) -> 
 
 
 def test_set_id_bits_and_capabilities_are_cleared(world: MakeWorld, user: Worker) -> None:
-    """By write, truncate and chown, of lower and upper files, by root, the owner and others, as overlayfs does."""
-    modes = (0o4777, 0o2777, 0o6777, 0o4666)  # setgid with group execute only: rule 9 of tests/oracle/normalise.py
+    """By write, truncate and chown, of lower and upper files, by root, the owner and others."""
+    modes = (
+        0o4777,
+        0o2777,
+        0o6777,
+        0o4666,
+    )  # setgid with group execute only: rule 9 of tests/oracle/normalise.py
 
     def build(root: Path) -> None:
         for change in CHANGES:
@@ -126,7 +131,9 @@ def test_setgid_directories(world: MakeWorld, user: Worker) -> None:
                     name = f"{mode:o}{mask:o}"
                     found.append(user.errno(actions.make_file, str(base / f"f{name}"), mode, mask))
                     found.append(user.errno(actions.make_directory, str(base / f"d{name}"), mode, mask))
-                    found.append(user.errno(actions.make_node, str(base / f"p{name}"), stat.S_IFIFO | mode, mask))
+                    found.append(
+                        user.errno(actions.make_node, str(base / f"p{name}"), stat.S_IFIFO | mode, mask)
+                    )
                     found.append(errno_of(actions.make_file, str(base / f"r{name}"), mode, mask))
                     os.umask(0o022)
             user.call(os.symlink, "x", str(base / "s"))
@@ -224,7 +231,9 @@ def test_default_acl_is_inherited(world: MakeWorld, user: Worker) -> None:
                 base.mkdir()
             for mode in (0o666, 0o640, 0o777):
                 _run(user if who == "user" else None, actions.make_file, str(base / f"f{mode:o}"), mode, 0)
-                _run(user if who == "user" else None, actions.make_directory, str(base / f"d{mode:o}"), mode, 0)
+                _run(
+                    user if who == "user" else None, actions.make_directory, str(base / f"d{mode:o}"), mode, 0
+                )
         os.umask(0)
         actions.make_file(str(root / "d/gone"), 0o666, 0)
         (root / "d/gone-dir").mkdir(0o750)
@@ -234,14 +243,16 @@ def test_default_acl_is_inherited(world: MakeWorld, user: Worker) -> None:
         for folder, _, names in sorted(os.walk(root / "d")):
             for name in [".", *sorted(names)]:
                 if name != "link":
-                    found.append((os.path.relpath(os.path.join(folder, name), root), _acls(Path(folder, name))))
+                    found.append(
+                        (os.path.relpath(os.path.join(folder, name), root), _acls(Path(folder, name)))
+                    )
         return found
 
     made.as_native(calls)
 
 
 def test_default_acl_under_a_umask_grants_no_more(world: MakeWorld) -> None:
-    """The documented limit: the umask applies as well, so a mode may have fewer bits than natively, never more."""
+    """The documented limit: the umask applies too, so a mode may have fewer bits, never more."""
     made = world(_acl_tree)
 
     def calls(root: Path) -> list[int]:
@@ -304,7 +315,7 @@ def test_times(world: MakeWorld, user: Worker) -> None:
 
 
 def test_ctime_and_mtime_move(world: MakeWorld) -> None:
-    """ctime moves with metadata, mtime with content, the directory's with its names, and nothing else does."""
+    """ctime moves with metadata, mtime with content, the directory's with its names, nothing else does."""
 
     def build(root: Path) -> None:
         (root / "d").mkdir()
@@ -337,14 +348,15 @@ def test_ctime_and_mtime_move(world: MakeWorld) -> None:
             step(root)
             after = [outcome(os.stat, root / name) for name in ("d", "d/f", "d/g")]
             found.append([
-                isinstance(new, str) or (old.st_mtime_ns == new.st_mtime_ns, old.st_ctime_ns == new.st_ctime_ns)
+                isinstance(new, str)
+                or (old.st_mtime_ns == new.st_mtime_ns, old.st_ctime_ns == new.st_ctime_ns)
                 for old, new in zip(before, after, strict=True)
             ])  # fmt: skip
         return found
 
     made.as_kernel(lambda root: [row[0][0] if row[0] is not True else True for row in calls(root)])  # type: ignore[index]
     # ctimes of files too, natively (overlayfs shows the lower's until copy-up, and so does the union)
-    made.as_native(lambda root: [row for row in _own_copy(root, calls)])
+    made.as_native(lambda root: _own_copy(root, calls))
 
 
 def _own_copy(root: Path, calls: Callable[[Path], list[object]]) -> list[object]:
@@ -373,7 +385,8 @@ def test_xattrs_on_everything(world: MakeWorld, user: Worker) -> None:
 
     made = world(build)
     names = ["user.a", "trusted.a", "security.a", "user.", "user", "other.a", "user." + "x" * 250,
-             "user." + "x" * 251, "system.a", "trusted.overlayx", "user.overlay.opaque", "user.lower"]  # fmt: skip
+             "user." + "x" * 251, "system.a", "trusted.overlayx",
+             "user.overlay.opaque", "user.lower"]  # fmt: skip
 
     def calls(root: Path) -> list[object]:
         (root / "own").write_bytes(b"")
@@ -401,9 +414,10 @@ def test_xattrs_on_everything(world: MakeWorld, user: Worker) -> None:
     made.as_native(calls)
 
 
-def _xattr_call(who: Worker | None, function: Callable[..., object], path: str, args: tuple[object, ...]) -> None:
+def _xattr_call(
+    who: Worker | None, function: Callable[..., object], path: str, args: tuple[object, ...]
+) -> None:
     _run(who, actions.without_following, function, path, args)
-
 
 
 def test_overlay_xattrs_are_escaped(world: MakeWorld) -> None:
@@ -440,7 +454,9 @@ def test_overlay_xattrs_are_escaped(world: MakeWorld) -> None:
     own = {"trusted.overlay.origin", "trusted.overlay.impure", "trusted.overlay.uuid"}
     for name in ("d", "d/f", "new"):
         ours, theirs = (snapshot.read_xattrs(str(upper / name)) for upper in (made.upper, made.kernel_upper))
-        assert {k: v for k, v in ours.items() if k not in own} == {k: v for k, v in theirs.items() if k not in own}
+        assert {k: v for k, v in ours.items() if k not in own} == {
+            k: v for k, v in theirs.items() if k not in own
+        }
 
 
 def test_permissions_are_checked(world: MakeWorld, user: Worker) -> None:

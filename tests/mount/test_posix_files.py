@@ -40,7 +40,7 @@ def _own(root: Path) -> None:
 @pytest.mark.parametrize("where", ["lower", "upper"])
 @pytest.mark.parametrize("how", ["unlink", "rename over"])
 def test_open_file_without_a_name(world: MakeWorld, where: str, how: str) -> None:
-    """An open file that lost its name goes on working, with st_nlink 0, and can be opened again through /proc."""
+    """An open file that lost its name goes on working, with st_nlink 0, and opens again through /proc."""
     made = world(_files if where == "lower" else lambda root: None)
 
     def calls(root: Path) -> list[object]:
@@ -118,7 +118,12 @@ def test_old_reader_sees_the_copy(world: MakeWorld) -> None:
         with (root / "a").open("r+b") as file:
             file.write(b"NEW DATA")
             file.truncate(5000)
-        found: list[object] = [before, os.pread(old, 8, 0), os.fstat(old).st_size, os.fstat(old).st_ino == ino]
+        found: list[object] = [
+            before,
+            os.pread(old, 8, 0),
+            os.fstat(old).st_size,
+            os.fstat(old).st_ino == ino,
+        ]
         (root / "a").write_bytes(b"shorter")
         found += [os.pread(old, 100, 0), os.fstat(old).st_size]
         os.chmod(root / "a", 0o600)
@@ -161,7 +166,7 @@ def test_locks_meet_across_copy_up(world: MakeWorld, user: Worker) -> None:
 
 def test_shared_mapping(world: MakeWorld) -> None:
     """Writes through a shared mapping reach the file, its readers and the upper."""
-    made = world(lambda root: None if (root / "m").write_bytes(b"0123456789" * 1000) else None)
+    made = world(lambda root: (root / "m").write_bytes(b"0123456789" * 1000))
 
     def calls(root: Path) -> list[object]:
         with (root / "m").open("r+b") as file:
@@ -278,7 +283,9 @@ def test_requests_go_on_during_copy_up(root: None, area: Path, session: str) -> 
             assert file.read(MIB) == chunk
 
 
-def test_no_space_leaves_no_trace(root: None, area: Path, session: str, filesystem: Callable[..., Path]) -> None:
+def test_no_space_leaves_no_trace(
+    root: None, area: Path, session: str, filesystem: Callable[..., Path]
+) -> None:
     """ENOSPC during copy-up reaches the caller; upper and work are as before, and the file stays readable."""
     small = filesystem("tmpfs", 8 * MIB)
     data = os.urandom(16 * MIB)
@@ -315,7 +322,9 @@ def test_no_space_leaves_no_trace(root: None, area: Path, session: str, filesyst
         assert (top / "d/big").read_bytes() == data[:MIB]
 
 
-def test_writes_beyond_the_space(root: None, area: Path, session: str, filesystem: Callable[..., Path]) -> None:
+def test_writes_beyond_the_space(
+    root: None, area: Path, session: str, filesystem: Callable[..., Path]
+) -> None:
     """A full upper answers ENOSPC to write, create and mkdir, and goes on after something was removed."""
     small = filesystem("tmpfs", 4 * MIB)
     (area / "lower").mkdir()
@@ -422,7 +431,7 @@ def _describe(path: Path) -> list[Any]:
 
 def test_fsync_everywhere(world: MakeWorld) -> None:
     """fsync and fdatasync of files and directories, of the lower and of the upper."""
-    made = world(lambda root: [(root / "d").mkdir(), (root / "f").write_bytes(b"x")] and None)
+    made = world(lambda root: ((root / "d").mkdir(), (root / "f").write_bytes(b"x")))
 
     def calls(root: Path) -> list[object]:
         (root / "own").mkdir()
@@ -445,6 +454,4 @@ def _layers(area: Path, build: Callable[[Path], object]) -> None:
 
 
 def _union(area: Path, session: str) -> Any:
-    return mounted(
-        area, lowers=[area / "lower"], upper=area / "upper", work=area / "work", session=session
-    )
+    return mounted(area, lowers=[area / "lower"], upper=area / "upper", work=area / "work", session=session)

@@ -80,7 +80,9 @@ def test_rename_flags(world: MakeWorld) -> None:
             (place / "dir2").mkdir()
             for source in ("file", "file2", "dir2", "link", "nowhere"):
                 code = errno_of(syscalls.renameat2, str(place / source), str(place / target), int(flags))
-                kinds = sorted((item, stat.S_IFMT(os.lstat(place / item).st_mode)) for item in os.listdir(place))
+                kinds = sorted(
+                    (item, stat.S_IFMT(os.lstat(place / item).st_mode)) for item in os.listdir(place)
+                )
                 found.append((case, source, code, kinds))
         return found
 
@@ -156,7 +158,7 @@ def test_deeper_than_path_max_in_upper(union: Mount) -> None:
 
 def test_deeper_than_path_max_in_lower(world: MakeWorld) -> None:
     """The same with a chain that is in the lower: copy-up of a deep file and its parents, and rm -rf."""
-    made = world(lambda root: None if _chain(root, 30) else None)
+    made = world(lambda root: _chain(root, 30))
     fd = _descend(made.union, 30)
     try:
         with os.fdopen(os.open("leaf", os.O_RDWR, dir_fd=fd), "r+b") as file:

@@ -10,6 +10,7 @@ import os
 import stat
 import struct
 from pathlib import Path
+from typing import Any
 
 from tests.support import acl
 
@@ -125,7 +126,8 @@ def _bottom(low: Layer) -> None:
     low.file("cap", b"c" * 7, 0o777, USER, GROUP, security_capability=CAPABILITY)
     low.file("acl", b"a" * 5, 0o640, acl=acl.simple(6, 4, 0, users={USER: 6}, mask=6))
     low.file("xattrs", b"x" * 30, 0o666, user_one=b"1", trusted_two=b"22", user_empty=b"")
-    low.file("escaped", b"e", 0o666, **{"trusted_overlay.overlay.opaque": b"y", "trusted_overlay.origin": b""})
+    escaped: dict[str, Any] = {"trusted_overlay.overlay.opaque": b"y", "trusted_overlay.origin": b""}
+    low.file("escaped", b"e", 0o666, **escaped)
     low.file(b"caf\xe9-\xff\n", b"not utf-8")
     low.file(LONG_NAME, b"long")
     low.sparse("sparse", 300_000, b"end")
@@ -185,7 +187,8 @@ def _above(mid: Layer) -> None:
     mid.directory("file-now-dir", 0o777)
     mid.file("file-now-dir/inside", b"i")
     mid.directory("marked", 0o777, opaque=b"x")
-    mid.file("marked/gone", b"", **{"trusted_overlay.whiteout": b""})
+    whiteout: dict[str, Any] = {"trusted_overlay.whiteout": b""}
+    mid.file("marked/gone", b"", **whiteout)
     mid.file("marked/stays", b"stays")
 
 

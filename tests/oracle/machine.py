@@ -21,20 +21,23 @@ NAMES = [
     b"sp ace\n", b"\xfe\xff", b"N" * 255, b"\xc3\xa9" * 127 + b"x",
 ]  # fmt: skip
 ODD_PATHS = [
-    b"", b".", b"file/x", b"nowhere/x", b"m/", b"file/", b"sl-dir/both", b"sl-dir/new", b"sl-file/", b"sl-dir/",
-    b"home/f", b"home/new", b"new/", b"m/sub/../low", b"L" * 256, b"m/" + b"L" * 256, LONG_NAME + b"/x", b"m/.",
-    b"sl-lost", b"sl-lost/x", b"white", b"gone-dir", b"only-top",
+    b"", b".", b"file/x", b"nowhere/x", b"m/", b"file/", b"sl-dir/both", b"sl-dir/new", b"sl-file/",
+    b"sl-dir/",     b"home/f", b"home/new", b"new/", b"m/sub/../low", b"L" * 256, b"m/" + b"L" * 256,
+    LONG_NAME + b"/x",
+    b"m/.",     b"sl-lost", b"sl-lost/x", b"white", b"gone-dir", b"only-top",
 ]  # fmt: skip
 MODES = [0o644, 0o600, 0o755, 0o666, 0o777, 0o4755, 0o2755, 0o6777, 0o2644, 0o1777, 0o000, 0o7777]
 IDS = [(-1, -1), (0, 0), (1000, 1000), (1000, TEAM), (-1, TEAM), (1002, -1), (-1, 1000)]
 XATTRS = [
     "user.one", "user.dir", "user.new", "user.empty", "trusted.two", "trusted.overlay.opaque",
-    "trusted.overlay.origin", "trusted.overlay.overlay.opaque", "trusted.overlay.whiteout", "trusted.overlay.",
-    "trusted.overlayx", "user.overlay.opaque", "security.capability", "security.other", "bogus.name", "user.",
+    "trusted.overlay.origin", "trusted.overlay.overlay.opaque", "trusted.overlay.whiteout",
+    "trusted.overlay.",     "trusted.overlayx", "user.overlay.opaque", "security.capability",
+    "security.other", "bogus.name", "user.",
     "user." + "n" * 250, "user." + "n" * 251, "trusted.overlay." + "n" * 235, acl.ACCESS, acl.DEFAULT,
 ]  # fmt: skip
 ACLS = [
-    acl.simple(6, 4, 4), acl.simple(7, 7, 0, users={1002: 5}, mask=5), acl.simple(7, 0, 0, users={1000: 6}, mask=2),
+    acl.simple(6, 4, 4), acl.simple(7, 7, 0, users={1002: 5}, mask=5),
+    acl.simple(7, 0, 0, users={1000: 6}, mask=2),
     acl.encode([]), b"junk", acl.encode([(acl.USER_OBJ, 7, 0)]),
 ]  # fmt: skip
 VALUES = [b"", b"v", b"y", b"x", b"v" * 300, b"\0\xff", b"v" * 70000]
@@ -124,12 +127,18 @@ class Machine(RuleBasedStateMachine):
     @rule(data=some, who=who, umask=umask, content=content)
     def create(self, data: st.DataObject, who: str, umask: int, content: bytes) -> None:
         flags = data.draw(st.sampled_from([os.O_WRONLY, os.O_WRONLY | os.O_EXCL, os.O_RDWR | os.O_TRUNC]))
-        self.do("create", who, self._place(data), flags, data.draw(st.sampled_from(MODES)), content, mask=umask)
+        self.do(
+            "create", who, self._place(data), flags, data.draw(st.sampled_from(MODES)), content, mask=umask
+        )
 
     @rule(data=some, who=who, content=content)
     def write(self, data: st.DataObject, who: str, content: bytes) -> None:
-        flags = data.draw(st.sampled_from([os.O_WRONLY, os.O_RDWR, os.O_WRONLY | os.O_APPEND, os.O_RDWR | os.O_TRUNC]))
-        self.do("write", who, self._path(data, stat.S_IFREG), flags, data.draw(st.sampled_from(OFFSETS)), content)
+        flags = data.draw(
+            st.sampled_from([os.O_WRONLY, os.O_RDWR, os.O_WRONLY | os.O_APPEND, os.O_RDWR | os.O_TRUNC])
+        )
+        self.do(
+            "write", who, self._path(data, stat.S_IFREG), flags, data.draw(st.sampled_from(OFFSETS)), content
+        )
 
     @rule(data=some, who=who)
     def read(self, data: st.DataObject, who: str) -> None:
@@ -204,7 +213,13 @@ class Machine(RuleBasedStateMachine):
 
     @rule(data=some, who=who, name=st.sampled_from(XATTRS))
     def setxattr(self, data: st.DataObject, who: str, name: str) -> None:
-        pool = ACLS if name.startswith("system.") else [CAPABILITY, b"j"] if name.endswith("capability") else VALUES
+        pool = (
+            ACLS
+            if name.startswith("system.")
+            else [CAPABILITY, b"j"]
+            if name.endswith("capability")
+            else VALUES
+        )
         flags = data.draw(st.sampled_from([0, 0, os.XATTR_CREATE, os.XATTR_REPLACE]))
         self.do("setxattr", who, self._path(data), name, data.draw(st.sampled_from(pool)), flags)
 
@@ -220,13 +235,19 @@ class Machine(RuleBasedStateMachine):
             name = data.draw(st.sampled_from(sorted(entry.xattrs)))
         self.do("removexattr", who, path, name)
 
-    @rule(data=some, who=who, atime=st.sampled_from(TIMES), mtime=st.sampled_from(TIMES), follow=st.booleans())
+    @rule(
+        data=some, who=who, atime=st.sampled_from(TIMES), mtime=st.sampled_from(TIMES), follow=st.booleans()
+    )
     def utimens(
         self, data: st.DataObject, who: str, atime: tuple[int, int], mtime: tuple[int, int], follow: bool
     ) -> None:
         self.do("utimens", who, self._path(data), atime, mtime, follow)
 
-    @rule(data=some, who=who, name=st.sampled_from(["listxattr", "readdir", "readlink", "stat", "lstat", "namemax"]))
+    @rule(
+        data=some,
+        who=who,
+        name=st.sampled_from(["listxattr", "readdir", "readlink", "stat", "lstat", "namemax"]),
+    )
     def look_at(self, data: st.DataObject, who: str, name: str) -> None:
         kinds = {"readdir": [stat.S_IFDIR], "readlink": [stat.S_IFLNK]}.get(name, [])
         self.do(name, who, self._path(data, *kinds))
@@ -284,7 +305,9 @@ class Machine(RuleBasedStateMachine):
             case 4:
                 self.do("h_fsync", who, number)
 
-    @rule(data=some, name=st.sampled_from(["h_stat", "h_chmod", "h_chown", "h_list", "h_setxattr", "h_xattrs"]))
+    @rule(
+        data=some, name=st.sampled_from(["h_stat", "h_chmod", "h_chown", "h_list", "h_setxattr", "h_xattrs"])
+    )
     def handle_meta(self, data: st.DataObject, name: str) -> None:
         who, number = self._handle(data)
         if name == "h_chmod":
@@ -292,11 +315,17 @@ class Machine(RuleBasedStateMachine):
         elif name == "h_chown":
             self.do(name, who, number, *data.draw(st.sampled_from(IDS)))
         elif name == "h_setxattr":
-            self.do(name, who, number, data.draw(st.sampled_from(XATTRS[:4])), data.draw(st.sampled_from(VALUES)))
+            self.do(
+                name, who, number, data.draw(st.sampled_from(XATTRS[:4])), data.draw(st.sampled_from(VALUES))
+            )
         else:
             self.do(name, who, number)
 
-    @rule(data=some, flags=st.sampled_from([os.O_RDONLY, os.O_RDWR, os.O_RDWR | os.O_TRUNC, os.O_WRONLY]), other=handle)
+    @rule(
+        data=some,
+        flags=st.sampled_from([os.O_RDONLY, os.O_RDWR, os.O_RDWR | os.O_TRUNC, os.O_WRONLY]),
+        other=handle,
+    )
     def handle_reopen(self, data: st.DataObject, flags: int, other: int) -> None:
         who, number = self._handle(data)
         self.do("h_reopen", who, number, other, flags)

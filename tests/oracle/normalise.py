@@ -18,8 +18,9 @@
    where its own listing shows nothing. The union removes it, as a native filesystem does; the one directory
    of the layers where this can happen is not removed here.
 9. setgid on a regular file without group execute, which no exec looks at: overlayfs clears it at a write,
-   truncation or chown by somebody outside the file's group, the kernel's FUSE client keeps it (``fuse_setattr``
-   drops it only together with S_IXGRP, and sends nothing for chown(-1, -1)). Our file is given their mode then.
+   truncation or chown by somebody outside the file's group, the kernel's FUSE client keeps it
+   (``fuse_setattr`` drops it only together with S_IXGRP, and sends nothing for chown(-1, -1)). Our file is
+   given their mode then.
 """
 
 from __future__ import annotations
@@ -69,15 +70,15 @@ def keeps_idle_setgid(ours: int, theirs: int) -> bool:
 
 
 def _relations(tree: Tree, without: set[bytes]) -> set[frozenset[bytes]]:
-    groups: dict[int, set[bytes]] = {}
+    groups: dict[tuple[int, int], set[bytes]] = {}
     for path, entry in tree.items():
         if path not in without:
-            groups.setdefault(entry.ino, set()).add(path)
+            groups.setdefault((entry.dev, entry.ino), set()).add(path)
     return {frozenset(group) for group in groups.values() if len(group) > 1}
 
 
 def _show(entry: Entry, clock: Clock) -> dict[str, object]:
-    shown = {
+    return {
         "mode": oct(entry.mode),
         "uid": entry.uid,
         "gid": entry.gid,
@@ -89,7 +90,6 @@ def _show(entry: Entry, clock: Clock) -> dict[str, object]:
         "d_type": entry.d_type,
         "names": entry.names,
     }
-    return shown
 
 
 def compare_trees(

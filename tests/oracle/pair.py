@@ -187,7 +187,7 @@ class Pair:
         self.look(None)
 
     def step(self, op: Op) -> None:
-        """Do one operation on both sides and compare; raises Difference. Handles that are not open: skipped."""
+        """Do one operation on both sides and compare; raises Difference. Without the handle: skipped."""
         if op.name.startswith("h_") and op.args[0] not in self.handles[op.who]:
             return
         if op.name in ("rmdir", "rename") and any(_normal(item) in normalise.KEPT for item in op.args):
@@ -214,7 +214,11 @@ class Pair:
         theirs = self.theirs.workers[op.who].finish()
         dead = op.name.startswith("h_") and (op.who, op.args[0]) in self._dead
         if wrong := normalise.compare_results(ours, theirs, dead_lower=dead):
-            if op.name in ("chown", "h_chown") and op.args[1:] == (-1, -1) and theirs == ("errno", errno.EPERM):
+            if (
+                op.name in ("chown", "h_chown")
+                and op.args[1:] == (-1, -1)
+                and theirs == ("errno", errno.EPERM)
+            ):
                 return  # rule 9
             if not (dead and theirs == ("errno", errno.EEXIST) and ours[0] == "ok"):
                 raise Difference(f"{op}: {wrong}")
@@ -311,7 +315,7 @@ class Pair:
             raise Difference(f"after {op}:\n  " + "\n  ".join(lines[:20]))
 
     def _check(self, when: str, ours: Tree, theirs: Tree, upper_of: Side | None = None) -> None:
-        """``upper_of``: the side whose upper says what is copied up; without it no file counts as copied up."""
+        """``upper_of``: the side whose upper says what is copied up; without it, no file."""
         lines = normalise.compare_trees(
             ours, theirs, self.clock, lambda path: upper_of is not None and self.is_copied_up(path, upper_of)
         )
@@ -352,7 +356,7 @@ class Pair:
         )
         with context as mount:
             again = side.workers["root"].call(snapshot.take, os.fsencode(mount.mountpoint / self.arena))
-            # The upper is a lower here; overlayfs shows its hard links as one file, the union (rule 1) does not.
+            # The upper is a lower here: overlayfs shows its hard links as one file, the union does not.
             known = side if session == "kernel" else None
             self._check(f"{side.name}'s upper read by {session}", again, tree, known)
 
@@ -376,7 +380,17 @@ def _normal(item: object) -> bytes:
 
 def _touched(op: Op | None) -> tuple[bytes, ...]:
     """The names that a step may give to another object (through symlinks too, by their last component)."""
-    if op is None or op.name not in {"create", "open", "unlink", "rename", "mkdir", "rmdir", "mknod", "symlink", "link"}:
+    if op is None or op.name not in {
+        "create",
+        "open",
+        "unlink",
+        "rename",
+        "mkdir",
+        "rmdir",
+        "mknod",
+        "symlink",
+        "link",
+    }:
         return ()
     if op.name in {"create", "open"}:
         return ()

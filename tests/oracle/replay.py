@@ -57,7 +57,9 @@ def report(pair: Pair, ops: Sequence[Op], text: str, seconds: float) -> str:
 
 def main() -> int:
     """The command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("file", type=Path)
     parser.add_argument("--session", default=mounting.sessions()[0])
     parser.add_argument("--lowers", type=int, default=3)

@@ -19,29 +19,32 @@ from tests.oracle.replay import report
 
 THOROUGH = os.environ.get("UNIONFS_ORACLE") == "thorough"
 
-_common = {
-    "deadline": None,
-    "database": None,
-    "report_multiple_bugs": False,
-    "print_blob": False,
-    "suppress_health_check": list(HealthCheck),
-    # A failing sequence is shortened by tests.oracle.replay, which knows that steps do not depend on each other.
-    "phases": (Phase.generate,),
-}
+# A failing sequence is shortened by tests.oracle.replay, which knows that steps do not depend on each other.
+_common = settings(
+    deadline=None,
+    database=None,
+    report_multiple_bugs=False,
+    print_blob=False,
+    suppress_health_check=list(HealthCheck),
+    phases=(Phase.generate,),
+)
 PROFILES = {
-    2: settings(max_examples=10, stateful_step_count=40, derandomize=True, **_common),  # type: ignore[arg-type]
-    3: settings(max_examples=25, stateful_step_count=40, derandomize=True, **_common),  # type: ignore[arg-type]
+    2: settings(_common, max_examples=10, stateful_step_count=40, derandomize=True),
+    3: settings(_common, max_examples=25, stateful_step_count=40, derandomize=True),
 }
 LONG = settings(
-    max_examples=int(os.environ.get("UNIONFS_ORACLE_EXAMPLES", "400")), stateful_step_count=80, **_common
-)  # type: ignore[arg-type]
+    _common,
+    max_examples=int(os.environ.get("UNIONFS_ORACLE_EXAMPLES", "400")),
+    stateful_step_count=80,
+)
+SECONDS = 100_000 if THOROUGH else 900
 
 
-@pytest.mark.watchdog(900 if not THOROUGH else 100_000)
-@pytest.mark.timeout(900 if not THOROUGH else 100_000)
+@pytest.mark.watchdog(SECONDS)
+@pytest.mark.timeout(SECONDS)
 @pytest.mark.parametrize("lowers", sorted(PROFILES))
 def test_same_as_kernel_overlayfs(kernel_overlay: None, area: Path, session: str, lowers: int) -> None:
-    """Results, errnos and whole trees are equal after each step, uppers are exchangeable, lowers untouched."""
+    """Results, errnos, whole trees equal after each step; uppers exchangeable; lowers untouched."""
     pair = Pair(area, session, lowers)
     machine = type("OracleMachine", (Machine,), {"pair": pair})
     try:

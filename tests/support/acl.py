@@ -28,7 +28,9 @@ def decode(value: bytes) -> list[tuple[int, int, int]]:
     return [struct.unpack_from("<HHI", value, at) for at in range(4, len(value), 8)]
 
 
-def simple(owner: int, group: int, other: int, *, users: dict[int, int] | None = None, mask: int | None = None) -> bytes:
+def simple(
+    owner: int, group: int, other: int, *, users: dict[int, int] | None = None, mask: int | None = None
+) -> bytes:
     """An ACL with named users (uid to permission bits); the mask is there exactly when a name is."""
     users = users or {}
     entries = [(USER_OBJ, owner, 0)]

@@ -1,4 +1,4 @@
-"""Small functions that tests run in a worker (a worker imports this module before it becomes another user)."""
+"""Small functions that tests run in a worker, which imports them before it becomes another user."""
 
 from __future__ import annotations
 

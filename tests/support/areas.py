@@ -82,7 +82,9 @@ def _fit(path: Path) -> str | None:
         os.setxattr(probe, acl.ACCESS, acl.simple(7, 5, 5, users={1: 7}))
         if os.geteuid() == 0:
             os.mknod(probe / "whiteout", stat.S_IFCHR, os.makedev(0, 0))
-        kind = subprocess.run(["stat", "-f", "-c", "%T", str(probe)], capture_output=True, text=True).stdout.strip()
+        kind = subprocess.run(
+            ["stat", "-f", "-c", "%T", str(probe)], capture_output=True, text=True
+        ).stdout.strip()
         if kind in ("overlayfs", "fuseblk", "fuse", "nfs", "ramfs"):
             return f"{path} is on {kind}"
     except OSError as error:

@@ -315,7 +315,9 @@ def mounted(
             raise
         stop(mount)
         if bad := mount.bad_log_lines():
-            raise MountFailed("the daemon logged errors:\n" + "\n".join(bad) + "\n" + mount.log_text()[-6000:])
+            raise MountFailed(
+                "the daemon logged errors:\n" + "\n".join(bad) + "\n" + mount.log_text()[-6000:]
+            )
     finally:
         destroy(mount)
         LIVE.remove(mount)

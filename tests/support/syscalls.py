@@ -73,7 +73,9 @@ def renameat2(
     _check(result, old)
 
 
-def utimensat(path: str | bytes, atime: tuple[int, int], mtime: tuple[int, int], *, follow: bool = True) -> None:
+def utimensat(
+    path: str | bytes, atime: tuple[int, int], mtime: tuple[int, int], *, follow: bool = True
+) -> None:
     """utimensat(2): each time is (seconds, nanoseconds), where nanoseconds may be UTIME_NOW or UTIME_OMIT."""
     times = (_Timespec * 2)(_Timespec(*atime), _Timespec(*mtime))
     flags = 0 if follow else AT_SYMLINK_NOFOLLOW

@@ -77,7 +77,9 @@ class Worker:
     ) -> None:
         self.uid, self.gid, self.timeout = uid, gid, timeout
         names = ["tests.support.snapshot", "tests.support.actions", *modules]
-        script = f"import sys; sys.path.insert(0, {str(REPOSITORY)!r}); import tests.support.worker as w; w.main()"
+        script = (
+            f"import sys; sys.path.insert(0, {str(REPOSITORY)!r}); import tests.support.worker as w; w.main()"
+        )
         self._process = subprocess.Popen(
             [sys.executable, "-c", script, str(uid), str(gid), ",".join(map(str, groups)), ",".join(names)],
             stdin=subprocess.PIPE,

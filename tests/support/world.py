@@ -16,7 +16,7 @@ from typing import Any
 from tests.support import mounting
 from tests.support.mounting import Mount
 
-Build = Callable[[Path], None]
+Build = Callable[[Path], object]
 
 
 def nothing(root: Path) -> None:
@@ -90,7 +90,9 @@ def errno_of(function: Callable[..., Any], *args: Any, **kwargs: Any) -> int:
 
 
 @contextlib.contextmanager
-def world(area: Path, session: str, builds: Sequence[Build], *, options: Sequence[str] = ()) -> Iterator[World]:
+def world(
+    area: Path, session: str, builds: Sequence[Build], *, options: Sequence[str] = ()
+) -> Iterator[World]:
     """Build each lower (topmost first) twice, and natively all of them into one directory, bottom first."""
     mask = os.umask(0o022)
     try:
