@@ -343,6 +343,23 @@ def test_interrupted_mount_leaves_nothing(place: Place) -> None:
         assert wait_for(lambda: str(place.merged) not in succeed(unionfs("ls")))
 
 
+def test_a_mount_whose_caller_was_killed_goes_again(place: Place) -> None:
+    for delay in (0.1, 0.2, 0.3):
+        process = subprocess.Popen(
+            [*UNIONFS, "mount", *map(str, place.layers), str(place.merged)],
+            stdin=subprocess.DEVNULL,
+            env={**os.environ, "PYTHONPATH": str(cli_calls.REPOSITORY)},
+        )
+        time.sleep(delay)
+        process.kill()
+        if process.wait() == 0:
+            succeed(unionfs("umount", place.merged))
+        # The daemon may be on its way to the mount still.
+        time.sleep(1)
+        assert wait_for(lambda: mounts_at(place.merged) == [])
+        assert str(place.merged) not in succeed(unionfs("ls"))
+
+
 def test_the_parent_imports_neither_trio_nor_pyfuse3(place: Place) -> None:
     script = (
         "import sys\n"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import pwd
 import shutil
 import signal
 import stat
@@ -17,11 +18,12 @@ import pytest
 from tests.mount import cli_calls
 from tests.mount.cli_calls import UNIONFS, Done, Place, call, gone, listed, refused, succeed, wait_for
 
-UID = 1000
+# fusermount3 wants a user with a name; every Debian has this one
+UID = pwd.getpwnam("nobody").pw_uid
 
 
 class Host:
-    """uid 1000 in a mount namespace where he may open /dev/fuse, whatever its mode is on this host."""
+    """An ordinary user in a mount namespace where he may open /dev/fuse, whatever its mode is on this host."""
 
     def __init__(self, place: Place) -> None:
         self.place = place

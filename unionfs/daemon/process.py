@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import select
 import signal
 from collections.abc import Callable
 from contextlib import suppress
@@ -21,6 +22,8 @@ from unionfs.daemon.settings import MountSettings
 from unionfs.sys.mountinfo import mounted_at
 from unionfs.sys.process import open_standard_files, start_time, wait_gone
 
+_SIGNALS = frozenset({signal.SIGINT, signal.SIGTERM, signal.SIGHUP})
+_SIGNAL_POLL_SECONDS = 0.05
 _STOP_SECONDS = 5.0
 
 log = logging.getLogger(__name__)
@@ -80,10 +83,8 @@ def _serve_here(settings: MountSettings, directory: str) -> int:
     captured: CapturedStderr | None = CapturedStderr()
     assert captured is not None
     logs.to_stream(settings.log_level, os.fdopen(captured.saved(), "w", buffering=1))
-    # The caller's directory may be inside the mountpoint, and would keep it busy. The kernel has taken the
-    # umask of whoever creates a file into account already.
+    # The caller's directory may be inside the mountpoint, and would keep it busy.
     os.chdir("/")
-    os.umask(0)
 
     def on_usable() -> None:
         nonlocal captured
@@ -120,23 +121,27 @@ def _serve(
 
 
 def _start_daemon(settings: MountSettings, directory: str) -> None:
+    # Blocked and looked for, so that a signal never ends this process but not the daemon.
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)
     reader, writer = os.pipe()
     pid = os.fork()
     if pid == 0:
         os.close(reader)
         _be_daemon(settings, directory, writer)
     os.close(writer)
-    started = start_time(pid)
-    try:
-        with _ended_by_signals(), os.fdopen(reader, "rb") as pipe:
-            answer = pipe.readline()
-    except _Interrupted:
-        _stop_child(pid, started, settings)
-        raise UserError(f"mounting at {quoted(settings.mountpoint)} was interrupted; try again.") from None
+    answer = _wait_for_answer(reader)
     if answer == b"ready\n":
+        # The signals stay blocked: this process ends now, and its exit code has to say that there is a mount.
         return
+    if answer is None:
+        _stop_child(pid, settings)
+        while signal.sigpending() & _SIGNALS:
+            signal.sigwait(_SIGNALS)
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+        raise UserError(f"mounting at {quoted(settings.mountpoint)} was interrupted; try again.")
     _, status = os.waitpid(pid, 0)
     _clear_dead_mount(settings)
+    signal.pthread_sigmask(signal.SIG_SETMASK, before)
     if answer.endswith(b"\n"):
         raise UserError(json.loads(answer))
     code = os.waitstatus_to_exitcode(status)
@@ -147,29 +152,19 @@ def _start_daemon(settings: MountSettings, directory: str) -> None:
     )
 
 
-class _Interrupted(BaseException):
-    """SIGINT or SIGTERM came while waiting for the daemon."""
+def _wait_for_answer(reader: int) -> bytes | None:
+    """The line the daemon sends, nothing if it ended without; None when a signal came."""
+    with os.fdopen(reader, "rb") as pipe:
+        while not select.select([pipe], [], [], _SIGNAL_POLL_SECONDS)[0]:
+            if signal.sigpending() & _SIGNALS:
+                return None
+        answer = pipe.readline()
+        return None if signal.sigpending() & _SIGNALS else answer
 
 
-class _ended_by_signals:
-    """Within the block SIGINT, SIGTERM and SIGHUP raise `_Interrupted`."""
-
-    def __enter__(self) -> None:
-        def interrupt(number: int, frame: object) -> NoReturn:
-            raise _Interrupted
-
-        self._before = {
-            number: signal.signal(number, interrupt)
-            for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-        }
-
-    def __exit__(self, *_: object) -> None:
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
-
-
-def _stop_child(pid: int, started: int | None, settings: MountSettings) -> None:
-    """Have a daemon that is not ready yet end, by force if it does not want to."""
+def _stop_child(pid: int, settings: MountSettings) -> None:
+    """Have a daemon end that has just been started, by force if it does not want to."""
+    started = start_time(pid)
     for number in (signal.SIGTERM, signal.SIGKILL):
         with suppress(ProcessLookupError):
             os.kill(pid, number)
@@ -208,9 +203,9 @@ def _be_daemon(settings: MountSettings, directory: str, writer: int) -> NoReturn
 def _daemon(settings: MountSettings, directory: str, writer: int) -> int:
     os.setsid()
     os.chdir("/")
-    os.umask(0)
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+    for number in _SIGNALS:
         signal.signal(number, signal.SIG_DFL)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, _SIGNALS)
     null = os.open(os.devnull, os.O_RDWR)
     for fd in range(3):
         os.dup2(null, fd)

@@ -80,8 +80,10 @@ class Service:
         try:
             operations = UnionOperations(Union(stack))
             listener = self._listen()
-            # From here on a signal means "end cleanly"; trio's receiver puts this back when it ends, so
-            # that a second signal cannot end the process before the upper is on disk.
+            # From here on a signal means "end cleanly". It waits until trio's receiver looks for it (what is
+            # blocked is kept even if it is ignored, kernel/signal.c), and once the receiver has put "ignored"
+            # back, it cannot end the process before the upper is on disk.
+            signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)
             for number in _SIGNALS:
                 signal.signal(number, signal.SIG_IGN)
             try:
@@ -151,6 +153,7 @@ class Service:
     ) -> None:
         with trio.open_signal_receiver(*_SIGNALS) as signals:
             task_status.started()
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, _SIGNALS)
             async with trio.open_nursery() as nursery:
                 async for number in signals:
                     if self._told_to_end or (number == signal.SIGHUP and not self._foreground):
