@@ -52,7 +52,11 @@ def _request(handler: Callable[_P, Coroutine[Any, Any, _T]]) -> Callable[_P, Cor
         assert isinstance(operations, UnionOperations)
         operations.requests[kind] += 1
         try:
-            return await handler(*args, **kwargs)
+            try:
+                return await handler(*args, **kwargs)
+            finally:
+                if operations.union.stale:
+                    await operations.invalidate_attributes()
         except OSError as error:
             raise pyfuse3.FUSEError(error.errno or errno.EIO) from None
         except pyfuse3.FUSEError:
@@ -111,6 +115,14 @@ class UnionOperations(pyfuse3.Operations):  # type: ignore[misc,unused-ignore]
             "copy_ups": self.copy_ups,
             "copied_bytes": self.copied_bytes,
         }
+
+    async def invalidate_attributes(self) -> None:
+        """Let the kernel ask again for attributes that a copy-up changed; before the reply, so that nobody
+        sees the old ones after it. In a thread: a notice may have to wait for requests that we serve.
+        """
+        stale = {node.id for node in self.union.stale if node.lookups > 0}
+        self.union.stale.clear()
+        await trio.to_thread.run_sync(_invalidate, stale)
 
     # -- helpers --------------------------------------------------------------------------------------
 
@@ -550,6 +562,15 @@ def _entry(attributes: Attributes) -> pyfuse3.EntryAttributes:
     entry.st_mtime_ns = st.st_mtime_ns
     entry.st_ctime_ns = st.st_ctime_ns
     return entry
+
+
+def _invalidate(ids: set[int]) -> None:
+    for id_ in ids:
+        try:
+            pyfuse3.invalidate_inode(pyfuse3.InodeT(id_), attr_only=True)
+        except OSError as error:
+            if error.errno not in (errno.ENOENT, errno.ENOSYS, errno.ENOTCONN, errno.ENODEV):
+                log.warning("attributes of node %d could not be invalidated: %s", id_, error)
 
 
 def _absent() -> pyfuse3.EntryAttributes:

@@ -88,7 +88,7 @@ class FileCopy:
                     os.close(shared)
                 raise
             self._name = None
-            union.nodes.copied_up(node, os.fstat(self._target))
+            _copied_up(union, node, os.fstat(self._target))
             self._hand_over(shared)
         finally:
             self.abort()
@@ -162,7 +162,7 @@ def copy_up_special(union: Union, node: Node) -> None:
                     place = ensure_upper(union, node.parent)
                     _rename_into(union, name, place, node.name)
                     node.place = place
-                union.nodes.copied_up(node, os.stat(target))
+                _copied_up(union, node, os.stat(target))
             finally:
                 os.close(target)
         except BaseException:
@@ -211,7 +211,15 @@ def _copy_up_directory(union: Union, node: Node) -> None:
         raise
     place = Place(parent.layer, parent, node.name)
     node.parts.insert(0, place)
-    union.nodes.copied_up(node, os.stat(union.gate.fd(place)))
+    _copied_up(union, node, os.stat(union.gate.fd(place)))
+
+
+def _copied_up(union: Union, node: Node, st: os.stat_result) -> None:
+    """Note the number that the copy carries, and that its ctime is new, as is that of its directory."""
+    union.nodes.copied_up(node, st)
+    union.stale.append(node)
+    if node.parent is not None and not node.unlinked:
+        union.stale.append(node.parent)
 
 
 def _keep_unnamed(union: Union, node: Node, temporary: bytes) -> None:

@@ -47,6 +47,9 @@ class Union:
         self.nodes = NodeTable([layer.root for layer in stack.layers])
         self.identity = Identity()
         self._lowest = len(stack.layers) - 1
+        #: Nodes whose attributes changed by a copy-up, which nobody asked to change them: whoever
+        #: serves the union tells the kernel, and empties the list.
+        self.stale: list[Node] = []
         self._merge_root()
 
     def _merge_root(self) -> None:
