@@ -23,7 +23,7 @@ UID = pwd.getpwnam("nobody").pw_uid
 
 
 class Host:
-    """An ordinary user in a mount namespace where he may open /dev/fuse, whatever its mode is on this host."""
+    """An ordinary user in a mount namespace where /dev/fuse is open to him, whatever its mode is here."""
 
     def __init__(self, place: Place) -> None:
         self.place = place
