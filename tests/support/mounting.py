@@ -230,12 +230,22 @@ def start(mount: Mount, arguments: Sequence[str]) -> None:
     _wait_ready(mount, mount.process)
 
 
+def _in_another_namespace(minor: int) -> bool:
+    """Whether any process sees a mount of the filesystem with the device number 0:``minor``."""
+    for path in Path("/proc").glob("[0-9]*/mountinfo"):
+        with contextlib.suppress(OSError):
+            if f" 0:{minor} " in path.read_text(errors="replace"):
+                return True
+    return False
+
+
 def stop(mount: Mount) -> None:
     """Unmount in order. Raises MountFailed unless the daemon then ends by itself, with exit code 0."""
     process = mount.process
     if process is None:
         return
     deadline = time.monotonic() + GONE_SECONDS
+    device = next((minor for minor, where, _ in areas.mounts_below(mount.mountpoint)), None)
     while is_mounted(mount.mountpoint):
         try:
             syscalls.umount(mount.mountpoint)
@@ -247,6 +257,8 @@ def stop(mount: Mount) -> None:
     try:
         code = process.wait(GONE_SECONDS)
     except subprocess.TimeoutExpired:
+        if device is not None and _in_another_namespace(device):
+            return  # somebody unshared his mount namespace meanwhile and keeps a copy; ``destroy`` ends it
         raise MountFailed(f"the daemon lives {GONE_SECONDS} s after umount: {mount.log_text()}") from None
     if code != 0:
         raise MountFailed(f"the daemon ended with {code}: {mount.log_text()}")
