@@ -147,7 +147,7 @@ def test_signal_to_a_busy_mount(host: Host, place: Place) -> None:
     pid = host.mount()
     user = subprocess.Popen(
         ["nsenter", "-t", str(host.holder.pid), "-m", "setpriv", "--reuid", str(UID), "--regid", str(UID),
-         "--clear-groups", "sh", "-c", f"cd {place.merged}; echo; sleep 60"],
+         "--clear-groups", "sh", "-c", f"cd {place.merged}; echo; exec sleep 60"],
         stdout=subprocess.PIPE,
     )  # fmt: skip
     try:
