@@ -275,6 +275,8 @@ class TestChangesOnDisk:
     def test_users_overlay_xattr_is_escaped(self, open_union: OpenUnion) -> None:
         markers = open_union().markers
         assert markers.stored_name(b"user.overlay.mine") == b"user.overlay.overlay.mine"
+        with pytest.raises(OSError, match="not supported"):  # as overlayfs says it
+            markers.stored_name(b"user.overlay." + b"n" * 240)
         assert markers.shown_names([b"user.overlay.opaque", b"user.overlay.overlay.mine", b"user.x"]) == [
             b"user.overlay.mine",
             b"user.x",

@@ -15,6 +15,7 @@ from typing import Final
 
 ABSENT: Final = (errno.ENODATA, errno.EOPNOTSUPP, errno.EPERM, errno.EACCES)
 _ESCAPE: Final = b"overlay."
+_XATTR_NAME_MAX: Final = 255
 
 
 class Markers:
@@ -35,10 +36,16 @@ class Markers:
         return name.startswith(self.prefix) and not name.startswith(self._escaped)
 
     def stored_name(self, name: bytes) -> bytes:
-        """Where the xattr that the user calls ``name`` is kept."""
-        if name.startswith(self.prefix):
-            return self._escaped + name[len(self.prefix) :]
-        return name
+        """Where the xattr that the user calls ``name`` is kept.
+
+        EOPNOTSUPP when the escaped name is too long (xattrs.c, ovl_xattr_escape_name).
+        """
+        if not name.startswith(self.prefix):
+            return name
+        stored = self._escaped + name[len(self.prefix) :]
+        if len(stored) > _XATTR_NAME_MAX:
+            raise OSError(errno.EOPNOTSUPP, os.strerror(errno.EOPNOTSUPP))
+        return stored
 
     def shown_names(self, stored: list[bytes]) -> list[bytes]:
         """What the user sees of the names kept on disk."""
