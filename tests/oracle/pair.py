@@ -302,8 +302,9 @@ class Pair:
             raise problem
         ours, self.tree = answers
         self._check(f"after {op}", ours, self.tree, self.theirs)
-        lines = normalise.strict(ours)
-        if self.session != "overlay":
+        lines: list[str] = []
+        if self.session != "overlay":  # whose d_ino and st_ino are not always what the union promises
+            lines += normalise.strict(ours)
             lines += normalise.moved_inodes(self._our_tree, ours, _touched(op)) if op is not None else []
         self._our_tree = ours
         for path, entry in ours.items():

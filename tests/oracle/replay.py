@@ -40,7 +40,7 @@ def shrink(ops: Sequence[Op], fails: Callable[[Sequence[Op]], bool], seconds: fl
             size = max(1, size // 2)
 
 
-def report(pair: Pair, ops: Sequence[Op], text: str, seconds: float) -> str:
+def report(pair: Pair, ops: Sequence[Op], text: str, *, seconds: float) -> str:
     """The failure's text with the shortened sequence below it."""
     full = "upper read by" in text or "was changed" in text
     shown, message = list(ops), text
@@ -72,7 +72,7 @@ def main() -> int:
         try:
             text = pair.replay(ops)
             if text is not None and not options.no_shrink:
-                text = report(pair, ops, text, 300)
+                text = report(pair, ops, text, seconds=300)
         finally:
             pair.destroy()
     sys.stdout.write((text or "no difference") + "\n")

@@ -50,9 +50,11 @@ def test_same_as_kernel_overlayfs(kernel_overlay: None, area: Path, session: str
     try:
         try:
             run_state_machine_as_test(machine, settings=LONG if THOROUGH else PROFILES[lowers])
-        except Exception as error:
-            text = report(pair, machine.played, str(error), 120)  # type: ignore[attr-defined]
-            raise AssertionError(text) from None
+        except Exception:
+            failure = machine.failure  # type: ignore[attr-defined]
+            if failure is None:
+                raise
+            raise AssertionError(report(pair, *failure, seconds=120)) from None
         pair.close()
     finally:
         pair.destroy()
