@@ -195,8 +195,11 @@ class Machine(RuleBasedStateMachine):
             pool = values.ACLS
         elif name == "security.capability":
             pool = values.CAPABILITIES
+        path = self.path()
         flags = self.pick([0, 0, 0, os.XATTR_CREATE, os.XATTR_REPLACE])
-        self.do("setxattr", self.who(), self.path(), name, self.pick(pool), flags)
+        if b"hard" in path:
+            flags = 0  # rule 10 of normalise
+        self.do("setxattr", self.who(), path, name, self.pick(pool), flags)
 
     def _named_xattr(self) -> tuple[bytes, str]:
         """A path and the name of an xattr, mostly of one that it has."""
