@@ -271,7 +271,7 @@ def test_nodes_and_descriptors_are_given_back(root: None, area: Path, session: s
             ["find", top, "-newermt", "2001-01-01"], capture_output=True, text=True, check=True
         )
         assert len(found.stdout.splitlines()) == 20_101
-        assert mount.figure("nodes") >= 20_000
+        assert mount.figure("nodes") > 500  # not all: the kernel may forget some at any time
         assert len(os.listdir(f"/proc/{mount.pid}/fd")) < idle + 1200
         deadline = time.monotonic() + 20
         while mount.figure("nodes") > 500 and time.monotonic() < deadline:

@@ -21,9 +21,9 @@
    truncation or chown by somebody outside the file's group, the kernel's FUSE client keeps it
    (``fuse_setattr`` drops it only together with S_IXGRP, and sends nothing for chown(-1, -1)). Our file is
    given their mode then.
-10. A setxattr that XATTR_CREATE or XATTR_REPLACE lets fail: overlayfs copies the file up before it looks, which
-   breaks a hard link for nothing. The union changes nothing then, so the flags are not drawn for the lowers'
-   hard links.
+10. A setxattr that XATTR_CREATE or XATTR_REPLACE lets fail: overlayfs copies the file up before it looks,
+   which breaks a hard link for nothing. The union changes nothing then, so the flags are not drawn for the
+   lowers' hard links.
 """
 
 from __future__ import annotations

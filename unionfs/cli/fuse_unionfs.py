@@ -99,14 +99,13 @@ def _print_version() -> None:
     print(f"fuse-unionfs: version {__version__}", flush=True)
     import ctypes
 
-    try:
-        library = ctypes.CDLL("libfuse3.so.3")
-        library.fuse_pkgversion.restype = ctypes.c_char_p
-        print(f"FUSE library version {library.fuse_pkgversion().decode()}", flush=True)
+    from unionfs.sys import libfuse
+
+    library = libfuse.load()
+    if library is not None:
+        print(f"FUSE library version {libfuse.version(library)}", flush=True)
         library.fuse_lowlevel_version()  # "using FUSE kernel interface version 7.N"
         ctypes.CDLL(None).fflush(None)
-    except (OSError, AttributeError):
-        pass
 
 
 def _mount(call: _Call, program: str) -> int:

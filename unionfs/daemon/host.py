@@ -14,7 +14,7 @@ from typing import Literal
 
 from unionfs.daemon.errors import UserError, reason
 from unionfs.daemon.fuse import find_fusermount, fuse_device_problem, user_allow_other
-from unionfs.sys import calls
+from unionfs.sys import calls, libfuse
 from unionfs.sys.process import may_use_trusted_xattrs
 
 State = Literal["ok", "limited", "missing"]
@@ -136,14 +136,9 @@ def _pyfuse3() -> Finding:
         import pyfuse3  # noqa: F401  (its libfuse is found or not when it is imported)
     except ImportError as error:
         return Finding("pyfuse3", "missing", str(error), "install libfuse3-dev, then pip install pyfuse3")
-    import ctypes
-
-    library = "unknown"
-    with suppress(OSError, AttributeError):
-        libfuse = ctypes.CDLL("libfuse3.so.3")
-        libfuse.fuse_pkgversion.restype = ctypes.c_char_p
-        library = libfuse.fuse_pkgversion().decode()
-    return Finding("pyfuse3", "ok", f"pyfuse3 {version}, libfuse {library}")
+    library = libfuse.load()
+    found = "unknown" if library is None else libfuse.version(library)
+    return Finding("pyfuse3", "ok", f"pyfuse3 {version}, libfuse {found}")
 
 
 def _filesystem(place: str) -> Iterator[Finding]:
