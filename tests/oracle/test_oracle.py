@@ -43,6 +43,7 @@ SECONDS = 100_000 if THOROUGH else 900
 @pytest.mark.watchdog(SECONDS)
 @pytest.mark.timeout(SECONDS)
 @pytest.mark.parametrize("lowers", sorted(PROFILES))
+@pytest.mark.slow
 def test_same_as_kernel_overlayfs(kernel_overlay: None, area: Path, session: str, lowers: int) -> None:
     """Results, errnos, whole trees equal after each step; uppers exchangeable; lowers untouched."""
     pair = Pair(area, session, lowers)

@@ -43,6 +43,8 @@ class Markers:
         if not name.startswith(self.prefix):
             return name
         stored = self._escaped + name[len(self.prefix) :]
+        if name == self.prefix:
+            raise OSError(errno.EINVAL, os.strerror(errno.EINVAL))
         if len(stored) > _XATTR_NAME_MAX:
             raise OSError(errno.EOPNOTSUPP, os.strerror(errno.EOPNOTSUPP))
         return stored
