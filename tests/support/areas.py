@@ -1,13 +1,15 @@
 """Places for layers: directories on a filesystem that has all features, and small filesystems of their own.
 
 An area is a directory with mode 0755 all the way, so that a worker with another identity can enter it
-(pytest's tmp_path cannot be entered by others). It is named after the process that made it; the next run
-sweeps what a killed run left behind.
+(pytest's tmp_path cannot be entered by others). Its maker holds flock(2) on it while it lives, so that the
+next run sweeps what a killed run left behind, and never what another run uses: a process id would not tell
+that across PID namespaces.
 """
 
 from __future__ import annotations
 
 import errno
+import fcntl
 import os
 import shutil
 import stat
@@ -96,20 +98,40 @@ def _fit(path: Path) -> str | None:
 
 
 def sweep() -> None:
-    """Remove what killed test runs left: mounts and areas of processes that live no more."""
+    """Remove what killed test runs left: areas that nobody holds a lock on, and the mounts in them."""
     for base in {Path(tempfile.gettempdir()), Path("/var/tmp"), Path("/dev/shm")}:
         if not base.is_dir():
             continue
         for path in base.glob(PREFIX + "*"):
-            pid = path.name.removeprefix(PREFIX).split("-")[0]
-            if pid.isdigit() and not Path("/proc", pid).exists():
+            lock = _lock(path)
+            if lock is not None:
                 remove(path)
+                os.close(lock)
 
 
-def _new(base: Path) -> Path:
-    path = Path(tempfile.mkdtemp(prefix=f"{PREFIX}{os.getpid()}-", dir=base))
-    path.chmod(0o755)
-    return path
+def _lock(path: Path) -> int | None:
+    """An fd that holds the area, None when another process holds it."""
+    fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(fd)
+        return None
+    return fd
+
+
+@contextmanager
+def _new(base: Path) -> Iterator[Path]:
+    """A fresh area, removed at the end with everything mounted in it."""
+    path = Path(tempfile.mkdtemp(prefix=PREFIX, dir=base))
+    lock = _lock(path)
+    assert lock is not None
+    try:
+        path.chmod(0o755)
+        yield path
+    finally:
+        remove(path)
+        os.close(lock)
 
 
 @contextmanager
@@ -117,11 +139,8 @@ def area() -> Iterator[Path]:
     """A directory on a filesystem with xattrs, ACLs and whiteouts: the host's own, else an ext4 in a file."""
     for base in (Path(tempfile.gettempdir()), Path("/var/tmp")):
         if base.is_dir() and _fit(base) is None:
-            path = _new(base)
-            try:
+            with _new(base) as path:
                 yield path
-            finally:
-                remove(path)
             return
     with filesystem("ext4", 2 << 30) as path:
         yield path
@@ -135,27 +154,28 @@ def filesystem(kind: str, size: int = 256 << 20) -> Iterator[Path]:
     """
     if os.geteuid() != 0:
         raise Unavailable("mounting a filesystem needs root")
-    home = _new(Path("/var/tmp") if _fit(Path(tempfile.gettempdir())) else Path(tempfile.gettempdir()))
-    where = home / "fs"
-    where.mkdir()
-    try:
+    base = Path("/var/tmp") if _fit(Path(tempfile.gettempdir())) else Path(tempfile.gettempdir())
+    with _new(base) as home:
+        where = home / "fs"
+        where.mkdir()
         if kind == "tmpfs":
             syscalls.mount("tmpfs", where, "tmpfs", 0, f"size={size},mode=755")
         else:
-            image = home / "image"
-            with image.open("wb") as file:
-                file.truncate(max(size, _MIN_BYTES[kind]))
-            make = [*_MKFS[kind], str(image)]
-            if shutil.which(make[0], path=os.environ.get("PATH", "") + ":/usr/sbin:/sbin") is None:
-                raise Unavailable(f"{make[0]} is not installed")
-            environment = {**os.environ, "PATH": os.environ.get("PATH", "") + ":/usr/sbin:/sbin"}
-            subprocess.run(make, check=True, capture_output=True, env=environment)
-            done = subprocess.run(
-                ["mount", "-t", kind, "-o", "loop", str(image), str(where)], capture_output=True, text=True
-            )
-            if done.returncode != 0:
-                raise Unavailable(f"no {kind} on a loop device: {done.stderr.strip()}")
+            _mount_image(kind, home / "image", size, where)
         where.chmod(0o755)
         yield where
-    finally:
-        remove(home)
+
+
+def _mount_image(kind: str, image: Path, size: int, where: Path) -> None:
+    with image.open("wb") as file:
+        file.truncate(max(size, _MIN_BYTES[kind]))
+    make = [*_MKFS[kind], str(image)]
+    if shutil.which(make[0], path=os.environ.get("PATH", "") + ":/usr/sbin:/sbin") is None:
+        raise Unavailable(f"{make[0]} is not installed")
+    environment = {**os.environ, "PATH": os.environ.get("PATH", "") + ":/usr/sbin:/sbin"}
+    subprocess.run(make, check=True, capture_output=True, env=environment)
+    done = subprocess.run(
+        ["mount", "-t", kind, "-o", "loop", str(image), str(where)], capture_output=True, text=True
+    )
+    if done.returncode != 0:
+        raise Unavailable(f"no {kind} on a loop device: {done.stderr.strip()}")
