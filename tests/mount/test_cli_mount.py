@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import subprocess
 import sys
@@ -343,6 +344,17 @@ def test_interrupted_mount_leaves_nothing(place: Place) -> None:
         assert wait_for(lambda: str(place.merged) not in succeed(unionfs("ls")))
 
 
+def _processes_with(path: Path) -> list[str]:
+    """Command lines of the processes that were started with ``path`` among their arguments."""
+    found = []
+    for process in Path("/proc").glob("[0-9]*/cmdline"):
+        with contextlib.suppress(OSError):
+            arguments = process.read_bytes().split(b"\0")
+            if os.fsencode(path) in arguments:
+                found.append(repr(arguments))
+    return found
+
+
 def test_a_mount_whose_caller_was_killed_goes_again(place: Place) -> None:
     for delay in (0.1, 0.2, 0.3):
         process = subprocess.Popen(
@@ -355,8 +367,8 @@ def test_a_mount_whose_caller_was_killed_goes_again(place: Place) -> None:
         if process.wait() == 0:
             succeed(unionfs("umount", place.merged))
         # The daemon may be on its way to the mount still.
-        time.sleep(1)
-        assert wait_for(lambda: mounts_at(place.merged) == [])
+        assert wait_for(lambda: not _processes_with(place.merged), 30)
+        assert mounts_at(place.merged) == []
         assert str(place.merged) not in succeed(unionfs("ls"))
 
 
