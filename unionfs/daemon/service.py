@@ -19,8 +19,9 @@ from unionfs.daemon import live, unmount
 from unionfs.daemon.control import listen, serve_control
 from unionfs.daemon.errors import MountRefusedError, UserError, quoted, reason
 from unionfs.daemon.settings import MountSettings
-from unionfs.fuse.operations import UnionOperations
-from unionfs.fuse.session_pyfuse3 import SessionError, serve
+from unionfs.fuse.errors import SessionError
+from unionfs.fuse.operations import Operations
+from unionfs.fuse.session_pyfuse3 import serve
 from unionfs.sys.mountinfo import mounted_at
 from unionfs.sys.process import raise_open_file_limit
 from unionfs.union.errors import LayerError
@@ -78,7 +79,7 @@ class Service:
             raise UserError(f"{name} cannot be opened: {reason(error)}; check the layers.") from error
         self._stack = stack
         try:
-            operations = UnionOperations(Union(stack))
+            operations = Operations(Union(stack))
             listener = self._listen()
             # From here on a signal means "end cleanly". It waits until trio's receiver looks for it (what is
             # blocked is kept even if it is ignored, kernel/signal.c), and once the receiver has put "ignored"
@@ -110,7 +111,7 @@ class Service:
 
     async def _main(
         self,
-        operations: UnionOperations,
+        operations: Operations,
         listener: socket.socket | None,
         claims: tuple[tuple[int, int], ...],
     ) -> None:
@@ -145,7 +146,7 @@ class Service:
         log.info("mounted at %s", self.settings.mountpoint)
         self._on_usable()
 
-    def _answer(self, operations: UnionOperations) -> dict[str, Any]:
+    def _answer(self, operations: Operations) -> dict[str, Any]:
         return {"settings": self.settings.to_json(), "figures": operations.figures()}
 
     async def _watch_signals(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import pyfuse3
+from unionfs.sys.process import supplementary_groups
 
 
 def group_set_id_goes(file_gid: int, uid: int, gid: int, pid: int) -> bool:
@@ -13,7 +13,4 @@ def group_set_id_goes(file_gid: int, uid: int, gid: int, pid: int) -> bool:
     """
     if uid == 0 or gid == file_gid:
         return False
-    try:
-        return file_gid not in pyfuse3.get_sup_groups(pid)
-    except (OSError, RuntimeError):
-        return True
+    return file_gid not in supplementary_groups(pid)

@@ -2,19 +2,34 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import errno
+import functools
+import logging
+import stat
+from collections.abc import Callable, Coroutine, Sequence
+from typing import Any, Final, ParamSpec, TypeVar
 
 import pyfuse3
+import trio
 
-from unionfs.fuse.operations import UnionOperations
+from unionfs.fuse.directories import DOT, DOT_DOT
+from unionfs.fuse.errors import CUT_OFF, SessionError
+from unionfs.fuse.operations import ACL, Change, Found, Operations, error
+from unionfs.union.changes import Caller
+from unionfs.union.nodes import Node
+from unionfs.union.tree import Attributes
 
+log = logging.getLogger(__name__)
 
-class SessionError(Exception):
-    """The union could not be mounted; ``str()`` is one sentence."""
+#: Seconds; only this daemon changes the tree, so what the kernel knows stays true.
+FOREVER: Final = 1e9
+
+_P = ParamSpec("_P")
+_T = TypeVar("_T")
 
 
 async def serve(
-    operations: UnionOperations,
+    operations: Operations,
     mountpoint: str,
     mount_options: Sequence[str],
     on_ready: Callable[[], None],
@@ -22,14 +37,338 @@ async def serve(
     """Mount, serve until the mount is gone (whoever unmounts it), and clean up.
 
     ``mount_options`` are libfuse's (``fsname=...``, ``allow_other`` ...); ``on_ready`` is called when the
-    kernel has begun to talk. Raises :class:`SessionError` when mounting fails.
+    kernel has begun to talk. Raises :class:`SessionError` when mounting fails or serving is cut off.
     """
-    operations.on_init = on_ready
     try:
-        pyfuse3.init(operations, mountpoint, {"default_permissions", *mount_options})
-    except RuntimeError as error:
-        raise SessionError(f"mounting at {mountpoint} failed: {error}") from error
+        pyfuse3.init(
+            PyfuseOperations(operations, on_ready), mountpoint, {"default_permissions", *mount_options}
+        )
+    except RuntimeError as failure:
+        raise SessionError(f"mounting at {mountpoint} failed: {failure}") from failure
     try:
         await pyfuse3.main()
+    except BaseExceptionGroup as group:
+        aborted, others = group.split(_is_abort)
+        if aborted is None or others is not None:
+            raise
+        raise SessionError(CUT_OFF.format(mountpoint)) from group
     finally:
         pyfuse3.close(unmount=True)
+
+
+def _is_abort(failure: BaseException) -> bool:
+    return isinstance(failure, OSError) and failure.errno == errno.ECONNABORTED
+
+
+def _request(handler: Callable[_P, Coroutine[Any, Any, _T]]) -> Callable[_P, Coroutine[Any, Any, _T]]:
+    """Count the request; no exception but ``FUSEError`` leaves it, for that would end the daemon."""
+    kind = handler.__name__
+
+    @functools.wraps(handler)
+    async def guarded(*args: _P.args, **kwargs: _P.kwargs) -> _T:
+        adapter = args[0]
+        assert isinstance(adapter, PyfuseOperations)
+        adapter.operations.requests[kind] += 1
+        try:
+            try:
+                return await handler(*args, **kwargs)
+            finally:
+                if adapter.operations.union.stale:
+                    await adapter.invalidate_attributes()
+        except OSError as failure:
+            raise pyfuse3.FUSEError(failure.errno or errno.EIO) from None
+        except pyfuse3.FUSEError:
+            raise
+        except Exception:
+            log.exception("%s%r failed", kind, args[1:])
+            raise pyfuse3.FUSEError(errno.EIO) from None
+
+    return guarded
+
+
+class PyfuseOperations(pyfuse3.Operations):  # type: ignore[misc,unused-ignore]
+    """Translates: a request of pyfuse3 into a call of ``Operations``, what comes back into a reply."""
+
+    supports_dot_lookup = False
+    enable_writeback_cache = False
+
+    def __init__(self, operations: Operations, on_init: Callable[[], None]) -> None:
+        super().__init__()
+        self.operations = operations
+        self.files = operations.files
+        self.enable_acl = operations.union.stack.acl
+        self._on_init = on_init
+
+    def init(self) -> None:
+        """The kernel and the library agreed: the mount is usable."""
+        self._on_init()
+
+    async def invalidate_attributes(self) -> None:
+        """Let the kernel ask again for attributes that a copy-up changed; before the reply, so that nobody
+        sees the old ones after it. In a thread: a notice may have to wait for requests that we serve.
+        """
+        union = self.operations.union
+        stale = {node.id for node in union.stale if node.lookups > 0}
+        union.stale.clear()
+        await trio.to_thread.run_sync(_invalidate, stale)
+
+    # -- names ----------------------------------------------------------------------------------------
+
+    @_request
+    async def lookup(
+        self, parent_inode: int, name: bytes, ctx: pyfuse3.RequestContext
+    ) -> pyfuse3.EntryAttributes:
+        found = self.operations.lookup(parent_inode, name)
+        return _absent() if found is None else _found(found)
+
+    async def forget(self, inode_list: Sequence[tuple[int, int]]) -> None:
+        for id_, lookups in inode_list:
+            try:
+                self.operations.forget(id_, lookups)
+            except Exception:
+                log.exception("forget of node %d failed", id_)
+        self.operations.requests["forget"] += 1
+
+    @_request
+    async def mkdir(
+        self, parent_inode: int, name: bytes, mode: int, ctx: pyfuse3.RequestContext
+    ) -> pyfuse3.EntryAttributes:
+        return _found(self.operations.mkdir(parent_inode, name, mode, Caller(ctx.uid, ctx.gid)))
+
+    @_request
+    async def mknod(
+        self, parent_inode: int, name: bytes, mode: int, rdev: int, ctx: pyfuse3.RequestContext
+    ) -> pyfuse3.EntryAttributes:
+        return _found(self.operations.mknod(parent_inode, name, mode, rdev, Caller(ctx.uid, ctx.gid)))
+
+    @_request
+    async def symlink(
+        self, parent_inode: int, name: bytes, target: bytes, ctx: pyfuse3.RequestContext
+    ) -> pyfuse3.EntryAttributes:
+        return _found(self.operations.symlink(parent_inode, name, target, Caller(ctx.uid, ctx.gid)))
+
+    @_request
+    async def link(
+        self, inode: int, new_parent_inode: int, new_name: bytes, ctx: pyfuse3.RequestContext
+    ) -> pyfuse3.EntryAttributes:
+        return _found(await self.operations.link(inode, new_parent_inode, new_name))
+
+    @_request
+    async def unlink(self, parent_inode: int, name: bytes, ctx: pyfuse3.RequestContext) -> None:
+        self.operations.unlink(parent_inode, name)
+
+    @_request
+    async def rmdir(self, parent_inode: int, name: bytes, ctx: pyfuse3.RequestContext) -> None:
+        self.operations.rmdir(parent_inode, name)
+
+    @_request
+    async def rename(
+        self,
+        parent_inode_old: int,
+        name_old: bytes,
+        parent_inode_new: int,
+        name_new: bytes,
+        flags: int,
+        ctx: pyfuse3.RequestContext,
+    ) -> None:
+        await self.operations.rename(parent_inode_old, name_old, parent_inode_new, name_new, flags)
+
+    @_request
+    async def readlink(self, inode: int, ctx: pyfuse3.RequestContext) -> bytes:
+        return self.operations.readlink(inode)
+
+    # -- attributes -----------------------------------------------------------------------------------
+
+    @_request
+    async def getattr(self, inode: int, ctx: pyfuse3.RequestContext) -> pyfuse3.EntryAttributes:
+        return _entry(self.operations.getattr(inode)[1])
+
+    @_request
+    async def setattr(
+        self,
+        inode: int,
+        attr: pyfuse3.EntryAttributes,
+        fields: pyfuse3.SetattrFields,
+        fh: int | None,
+        ctx: pyfuse3.RequestContext,
+    ) -> pyfuse3.EntryAttributes:
+        change = Change(
+            size=attr.st_size if fields.update_size else None,
+            uid=attr.st_uid if fields.update_uid else None,
+            gid=attr.st_gid if fields.update_gid else None,
+            mode=attr.st_mode if fields.update_mode else None,
+            atime_ns=attr.st_atime_ns if fields.update_atime else None,
+            mtime_ns=attr.st_mtime_ns if fields.update_mtime else None,
+            kills_set_ids=ctx.uid != 0,
+        )
+        handle = None if fh is None else self.files.get(fh)
+        return _entry((await self.operations.setattr(inode, change, handle))[1])
+
+    async def access(self, inode: int, mode: int, ctx: pyfuse3.RequestContext) -> bool:
+        return True  # the kernel checks (default_permissions)
+
+    @_request
+    async def statfs(self, ctx: pyfuse3.RequestContext) -> pyfuse3.StatvfsData:
+        stats = self.operations.statfs()
+        reply = pyfuse3.StatvfsData()
+        for field in _STATVFS:
+            setattr(reply, field, getattr(stats, field))
+        return reply
+
+    # -- extended attributes --------------------------------------------------------------------------
+
+    @_request
+    async def getxattr(self, inode: int, name: bytes, ctx: pyfuse3.RequestContext) -> bytes:
+        return self.operations.getxattr(inode, name)
+
+    @_request
+    async def listxattr(self, inode: int, ctx: pyfuse3.RequestContext) -> list[bytes]:
+        return self.operations.listxattr(inode, ctx.uid)
+
+    @_request
+    async def setxattr(self, inode: int, name: bytes, value: bytes, ctx: pyfuse3.RequestContext) -> None:
+        node = await self.operations.setxattr(inode, name, value)
+        if name == ACL + b"access" and self.operations.is_outside_group(node, ctx.uid, ctx.gid, ctx.pid):
+            self.operations.drop_group_set_id(node)
+
+    @_request
+    async def removexattr(self, inode: int, name: bytes, ctx: pyfuse3.RequestContext) -> None:
+        await self.operations.removexattr(inode, name)
+
+    # -- files ----------------------------------------------------------------------------------------
+
+    @_request
+    async def open(self, inode: int, flags: int, ctx: pyfuse3.RequestContext) -> pyfuse3.FileInfo:
+        node = self.operations.node(inode)
+        await self.files.prepare(node, flags)
+        return _opened(self.files.open(node, flags, ctx.uid, kills_set_ids=ctx.uid != 0))
+
+    @_request
+    async def create(
+        self, parent_inode: int, name: bytes, mode: int, flags: int, ctx: pyfuse3.RequestContext
+    ) -> tuple[pyfuse3.FileInfo, pyfuse3.EntryAttributes]:
+        parent = self.operations.directory(parent_inode)
+        number, node, attributes = self.files.create(
+            self.operations.changes, parent, name, mode, flags, Caller(ctx.uid, ctx.gid)
+        )
+        return _opened(number), _found((node, attributes))
+
+    @_request
+    async def read(self, fh: int, off: int, size: int) -> bytes | bytearray:  # type: ignore[override]
+        return await self.files.read(self.files[fh].file, off, size)
+
+    @_request
+    async def write(self, fh: int, off: int, buf: bytes) -> int:
+        # The library agrees to HANDLE_KILLPRIV, so clearing set-id bits is left to us.
+        handle = self.files[fh]
+        return await self.files.write(handle.file, off, buf, kills_set_ids=handle.uid != 0)
+
+    @_request
+    async def flush(self, fh: int) -> None:
+        raise error(errno.ENOSYS)  # nothing to do at close; the kernel asks once and never again
+
+    @_request
+    async def fsync(self, fh: int, datasync: bool) -> None:
+        handle = self.files[fh]
+        await self.files.fsync(handle.node, handle.file, datasync=datasync)
+
+    @_request
+    async def release(self, fh: int) -> None:
+        self.files.release(fh)
+
+    # -- directories ----------------------------------------------------------------------------------
+
+    @_request
+    async def opendir(self, inode: int, ctx: pyfuse3.RequestContext) -> int:
+        return inode  # a listing is the directory's, whoever reads it
+
+    @_request
+    async def readdir(self, fh: int, start_id: int, token: pyfuse3.ReaddirToken) -> None:
+        node = self.operations.node(fh)
+        if start_id < DOT and not _reply_dot(token, b".", node, DOT):
+            return
+        if start_id < DOT_DOT and not _reply_dot(token, b"..", node.parent or node, DOT_DOT):
+            return
+        (cookies, names), first = await self.operations.directories.entries(node, start_id)
+        for index in range(first, len(names)):
+            if node.unlinked:
+                return
+            found = self.operations.union.lookup(node, names[index])
+            if found is None:
+                continue
+            child, attributes = found
+            if not pyfuse3.readdir_reply(
+                token, pyfuse3.FileNameT(names[index]), _entry(attributes), cookies[index]
+            ):
+                self.operations.union.nodes.forget(child, 0)
+                return
+            child.lookups += 1
+        self.operations.directories.end(node)
+
+    @_request
+    async def releasedir(self, fh: int) -> None:
+        pass
+
+    @_request
+    async def fsyncdir(self, fh: int, datasync: bool) -> None:
+        await self.operations.fsyncdir(fh)
+
+
+_STATVFS: Final = (
+    "f_bsize", "f_frsize", "f_blocks", "f_bfree", "f_bavail", "f_files", "f_ffree", "f_favail", "f_namemax",
+)  # fmt: skip
+
+
+def _opened(number: int) -> pyfuse3.FileInfo:
+    return pyfuse3.FileInfo(fh=pyfuse3.FileHandleT(number), keep_cache=True)
+
+
+def _found(found: Found) -> pyfuse3.EntryAttributes:
+    """The reply for a name the kernel will remember: one more lookup of the node."""
+    found[0].lookups += 1
+    return _entry(found[1])
+
+
+def _entry(attributes: Attributes) -> pyfuse3.EntryAttributes:
+    st: Any = attributes.st
+    entry = pyfuse3.EntryAttributes()
+    entry.st_ino = pyfuse3.InodeT(attributes.ino)
+    entry.entry_timeout = FOREVER
+    entry.attr_timeout = FOREVER if attributes.lasting else 0
+    entry.st_mode = pyfuse3.ModeT(st.st_mode)
+    entry.st_nlink = attributes.nlink
+    entry.st_uid = st.st_uid
+    entry.st_gid = st.st_gid
+    entry.st_rdev = st.st_rdev
+    entry.st_size = st.st_size
+    entry.st_blksize = st.st_blksize
+    entry.st_blocks = st.st_blocks
+    entry.st_atime_ns = st.st_atime_ns
+    entry.st_mtime_ns = st.st_mtime_ns
+    entry.st_ctime_ns = st.st_ctime_ns
+    return entry
+
+
+def _absent() -> pyfuse3.EntryAttributes:
+    """A reply that lets the kernel remember that there is nothing."""
+    entry = pyfuse3.EntryAttributes()
+    entry.st_ino = pyfuse3.InodeT(0)
+    entry.entry_timeout = FOREVER
+    return entry
+
+
+def _reply_dot(token: pyfuse3.ReaddirToken, name: bytes, node: Node, position: int) -> bool:
+    """``.`` and ``..``: the kernel takes number and type from it and counts no lookup (fs/fuse/readdir.c)."""
+    entry = pyfuse3.EntryAttributes()
+    entry.st_ino = pyfuse3.InodeT(node.ino)
+    entry.st_mode = pyfuse3.ModeT(stat.S_IFDIR)
+    return pyfuse3.readdir_reply(token, pyfuse3.FileNameT(name), entry, position)
+
+
+def _invalidate(ids: set[int]) -> None:
+    for id_ in ids:
+        try:
+            pyfuse3.invalidate_inode(pyfuse3.InodeT(id_), attr_only=True)
+        except OSError as failure:
+            if failure.errno not in (errno.ENOENT, errno.ENOSYS, errno.ENOTCONN, errno.ENODEV):
+                log.warning("attributes of node %d could not be invalidated: %s", id_, failure.strerror)

@@ -26,6 +26,8 @@ _UTIME_OMIT: Final = (1 << 30) - 2
 _FICLONE: Final = 0x40049409
 
 # Magic numbers of statfs(2), include/uapi/linux/magic.h
+OVERLAYFS_MAGIC: Final = 0x794C7630
+FUSE_MAGIC: Final = 0x65735546
 TMPFS_MAGIC: Final = 0x01021994
 RAMFS_MAGIC: Final = 0x858458F6
 
@@ -42,6 +44,10 @@ _libc.fchownat.argtypes = (
     ctypes.c_int, ctypes.c_char_p, ctypes.c_uint, ctypes.c_uint, ctypes.c_int,
 )  # fmt: skip
 _libc.syncfs.argtypes = (ctypes.c_int,)
+_libc.fallocate.argtypes = (ctypes.c_int, ctypes.c_int, ctypes.c_int64, ctypes.c_int64)
+_libc.statx.argtypes = (
+    ctypes.c_int, ctypes.c_char_p, ctypes.c_int, ctypes.c_uint, ctypes.c_char_p,
+)  # fmt: skip
 _libc.fstatfs.argtypes = (ctypes.c_int, ctypes.c_char_p)
 
 
@@ -83,6 +89,20 @@ def syncfs(fd: int) -> None:
     """syncfs(2): all of the filesystem that holds ``fd`` is on disk when this returns."""
     if _libc.syncfs(fd) != 0:
         raise fail()
+
+
+def fallocate(fd: int, mode: int, offset: int, length: int) -> None:
+    """fallocate(2); ``mode`` of FALLOC_FL_*, ``offset`` and ``length`` in bytes."""
+    if _libc.fallocate(fd, mode, offset, length) != 0:
+        raise fail()
+
+
+def statx(dir_fd: int, name: bytes, flags: int, mask: int) -> bytes:
+    """struct statx of statx(2), 256 bytes. ``flags`` of AT_*; AT_EMPTY_PATH and no name: the fd itself."""
+    buffer = ctypes.create_string_buffer(256)
+    if _libc.statx(dir_fd, name, flags, mask, buffer) != 0:
+        raise fail(name)
+    return buffer.raw
 
 
 def clone_file(target_fd: int, source_fd: int) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import resource
 import select
+import signal
 from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass
@@ -106,12 +107,32 @@ def users_of(mountpoint: str, device: str, limit: int = 5) -> list[User]:
     return found
 
 
-def _status_field(name: str) -> str:
-    with open("/proc/self/status", encoding="ascii", errors="replace") as status:
+def _status_field(name: str, process: int | str = "self") -> str:
+    with open(f"/proc/{process}/status", encoding="ascii", errors="replace") as status:
         for line in status:
             if line.startswith(name + ":"):
                 return line.split(":", 1)[1].strip()
     return ""
+
+
+def supplementary_groups(task: int) -> list[int]:
+    """The supplementary groups of a task; none for one that is gone. Source: proc_pid_status(5)."""
+    try:
+        return [int(group) for group in _status_field("Groups", task).split()]
+    except (OSError, ValueError):
+        return []
+
+
+def is_being_killed(task: int) -> bool:
+    """Whether a task has a fatal signal to die of, or is gone.
+
+    The kernel gives every task of a process that a fatal signal ends a pending SIGKILL (kernel/signal.c,
+    complete_signal).
+    """
+    try:
+        return bool(int(_status_field("SigPnd", task) or "0", 16) >> (signal.SIGKILL - 1) & 1)
+    except (OSError, ValueError):
+        return True
 
 
 def has_sys_admin() -> bool:

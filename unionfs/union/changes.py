@@ -31,13 +31,15 @@ def _error(code: int) -> OSError:
 
 
 class Caller:
-    """Who asks for a change."""
+    """Who asks for a change. ``umask``: what is still to be taken off a new object's mode, unless its
+    directory has a default ACL; 0 when the kernel took it off already."""
 
-    __slots__ = ("gid", "uid")
+    __slots__ = ("gid", "uid", "umask")
 
-    def __init__(self, uid: int, gid: int) -> None:
+    def __init__(self, uid: int, gid: int, umask: int = 0) -> None:
         self.uid = uid
         self.gid = gid
+        self.umask = umask
 
 
 class Changes:
@@ -57,6 +59,28 @@ class Changes:
 
         fd = self._make(parent, name, caller, make)
         return (*self._new_node(parent, name), fd)
+
+    def tmpfile(self, parent: Node, mode: int, caller: Caller, flags: int) -> tuple[Node, Attributes, int]:
+        """A new regular file without a name (O_TMPFILE), and an fd of it (O_RDWR), which the caller owns.
+
+        With O_EXCL in ``flags`` it can never get one. Raises EOPNOTSUPP where the upper's filesystem can't.
+        """
+        union = self._union
+        place = ensure_upper(union, parent)
+        wanted = os.O_RDWR | os.O_TMPFILE | os.O_CLOEXEC | flags & os.O_EXCL
+        with self._as(caller):
+            fd = os.open(b".", wanted, mode, dir_fd=union.gate.fd(place))
+        try:
+            held = os.open(b"/proc/self/fd/%d" % fd, os.O_PATH | os.O_CLOEXEC)
+            try:
+                node = union.nodes.unnamed(parent, held)
+            except BaseException:
+                os.close(held)
+                raise
+            return node, union.attributes(node), fd
+        except BaseException:
+            os.close(fd)
+            raise
 
     def mkdir(self, parent: Node, name: bytes, mode: int, caller: Caller) -> tuple[Node, Attributes]:
         """A new directory."""
@@ -96,13 +120,26 @@ class Changes:
         union = self._union
         dir_fd = union.gate.fd(ensure_upper(union, parent))
         try:
-            with union.identity.acting_as(caller.uid, caller.gid):
+            with self._as(caller):
                 return make(dir_fd, name)
         except FileExistsError:
             st = os.stat(name, dir_fd=dir_fd, follow_symlinks=False)
             if not union.markers.is_whiteout(st, dir_fd, name):
                 raise
         return self._make_over_whiteout(dir_fd, name, caller, make, directory=directory)
+
+    @contextmanager
+    def _as(self, caller: Caller) -> Iterator[None]:
+        """What is created within the block is the caller's, with his umask or the default ACL."""
+        with self._union.identity.acting_as(caller.uid, caller.gid):
+            if not caller.umask:
+                yield
+                return
+            os.umask(caller.umask)
+            try:
+                yield
+            finally:
+                os.umask(0)
 
     def _make_over_whiteout(
         self, dir_fd: int, name: bytes, caller: Caller, make: Callable[[int, bytes], _T], *, directory: bool
@@ -114,7 +151,7 @@ class Changes:
             cleanup.callback(self._discard, room)
             room_fd = os.open(room, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC, dir_fd=work)
             cleanup.callback(os.close, room_fd)
-            with union.identity.acting_as(caller.uid, caller.gid):
+            with self._as(caller):
                 result = make(room_fd, name)
             try:
                 if directory:
@@ -247,20 +284,20 @@ class Changes:
     def link(self, node: Node, parent: Node, name: bytes) -> tuple[Node, Attributes]:
         """Another name for a node that is in the upper already."""
         union = self._union
-        if node.unlinked or node.place is None:
+        if node.place is None:
             raise _error(errno.ENOENT)
         union.refuse_metacopy(node)
         place = ensure_upper(union, parent)
         with self._directories(node.place, place) as (source, dir_fd):
             try:
-                os.link(node.name, name, src_dir_fd=source, dst_dir_fd=dir_fd, follow_symlinks=False)
+                _link(node, source, dir_fd, name)
             except FileExistsError:
                 st = os.stat(name, dir_fd=dir_fd, follow_symlinks=False)
                 if not union.markers.is_whiteout(st, dir_fd, name):
                     raise
                 work = union.stack.work_fd
                 with self._temporary() as temporary:
-                    os.link(node.name, temporary, src_dir_fd=source, dst_dir_fd=work, follow_symlinks=False)
+                    _link(node, source, work, temporary)
                     calls.renameat2(work, temporary, dir_fd, name)
             st = os.stat(name, dir_fd=dir_fd, follow_symlinks=False)
         union.nodes.linked(node, st)
@@ -422,3 +459,12 @@ class Changes:
         finally:
             os.close(inner)
         union.gate.forget(node.parts[0])
+
+
+def _link(node: Node, source: int, dir_fd: int, name: bytes) -> None:
+    """linkat(2) of the node's object. One without a name gets its first only if it never had one: a file of
+    O_TMPFILE; any other is ENOENT (fs/namei.c, vfs_link)."""
+    if node.held >= 0:
+        os.link(b"/proc/self/fd/%d" % node.held, name, dst_dir_fd=dir_fd, follow_symlinks=True)
+    else:
+        os.link(node.name, name, src_dir_fd=source, dst_dir_fd=dir_fd, follow_symlinks=False)

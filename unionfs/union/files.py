@@ -65,7 +65,7 @@ class OpenFile:
             data += more
         return data
 
-    def write(self, data: bytes, offset: int) -> int:
+    def write(self, data: bytes | memoryview, offset: int) -> int:
         """Write all of ``data``, or as much as fits. Raises ``OSError`` when nothing was written."""
         done = os.pwrite(self.fd, data, offset)
         while done < len(data):

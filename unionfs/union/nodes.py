@@ -10,6 +10,8 @@ Rules (the table is the only place that knows them):
   kernel forgot the node: the inode number itself on the first layer's device, else a hash.
 - A node stays while the kernel looks it up (``lookups``), or nodes below it stay.
 - An fd (``held``) is kept for a node whose name is gone, until it is forgotten.
+- A node can be superseded: a new node, with a new id and the same ``st_ino``, takes over what it stands for.
+  The old id leads to the new node; the old node itself is kept for its open files and lookups.
 """
 
 from __future__ import annotations
@@ -32,8 +34,8 @@ class Node:
     """One object of the merged tree."""
 
     __slots__ = (
-        "children", "copying", "file", "handles", "held", "id", "ino", "kind",
-        "links", "lookups", "name", "parent", "parts", "place", "unlinked",
+        "children", "copying", "file", "handles", "held", "id", "ino", "io", "kind", "links",
+        "lookups", "name", "parent", "parts", "place", "successor", "superseded", "unlinked",
     )  # fmt: skip
 
     def __init__(self, id_: int, parent: Node | None, name: bytes, kind: int) -> None:
@@ -59,6 +61,12 @@ class Node:
         self.file: OpenFile | None = None
         #: Set by the session while a copy-up of this node runs.
         self.copying: object | None = None
+        #: How the session reads and writes it.
+        self.io: object | None = None
+        #: The node that took over everything but the open files; see :meth:`NodeTable.supersede`.
+        self.successor: Node | None = None
+        #: How many nodes it took over from, which are still known.
+        self.superseded = 0
 
     @property
     def is_dir(self) -> bool:
@@ -94,7 +102,14 @@ class NodeTable:
         return len(self._by_id)
 
     def get(self, id_: int) -> Node | None:
-        """The node with that id, if it is known."""
+        """The node with that id, or the one that superseded it, if it is known."""
+        node = self._by_id.get(id_)
+        while node is not None and node.successor is not None:
+            node = node.successor
+        return node
+
+    def named(self, id_: int) -> Node | None:
+        """The node that has that id itself."""
         return self._by_id.get(id_)
 
     # -- numbers --------------------------------------------------------------------------------------
@@ -204,6 +219,43 @@ class NodeTable:
                 node.place = new_parent.parts[0]
         self._release(parent)
 
+    def unnamed(self, parent: Node, held: int) -> Node:
+        """A node for an upper file that has no name yet (O_TMPFILE), of which ``held`` is an O_PATH fd."""
+        st = os.stat(held)
+        number = self._number(st, parent, b"", upper=True)
+        while number in self._by_id:
+            number = _hashed(b"taken%d" % number)
+        node = Node(number, parent, b"", stat.S_IFMT(st.st_mode))
+        node.place = parent.parts[0]
+        node.held = held
+        node.unlinked = True
+        self._by_id[number] = node
+        self.linked(node, st)
+        return node
+
+    def supersede(self, node: Node) -> Node:
+        """Let a new node stand for the object of ``node``, which keeps its open files and lookups."""
+        number = _hashed(b"after%d" % node.id)
+        while number in self._by_id:
+            number = _hashed(b"taken%d" % number)
+        new = Node(number, node.parent, node.name, node.kind)
+        new.ino = node.ino
+        new.place, new.links, new.unlinked = node.place, node.links, node.unlinked
+        node.links = None
+        new.held, node.held = node.held, -1
+        self._by_id[number] = new
+        for directory, name in [(node.parent, node.name), *(new.links or ())]:
+            known = None if directory is None else directory.children
+            if known is not None and known.get(name) is node:
+                known[name] = new
+        key = self._inode_of.pop(node.id, None)
+        if key is not None:
+            self._inode_of[number] = key
+            self._by_inode[key] = new
+        node.successor = new
+        new.superseded = 1
+        return new
+
     def forget(self, node: Node, lookups: int) -> None:
         """The kernel gave back that many lookups."""
         node.lookups -= lookups
@@ -213,10 +265,14 @@ class NodeTable:
         """Drop the node, and the parents that only it kept, when nobody needs it."""
         current: Node | None = node
         while current is not None and current.id != ROOT_ID:
-            if current.lookups > 0 or current.children or current.handles:
+            if current.lookups > 0 or current.children or current.handles or current.superseded:
                 return
             if self._by_id.pop(current.id, None) is None:
                 return
+            if current.successor is not None:
+                current = current.successor
+                current.superseded -= 1
+                continue
             parent = current.parent
             _remove_child(parent, current.name, current)
             for other, name in current.links or ():

@@ -1,0 +1,58 @@
+"""Copy-up on behalf of requests: once for all who want it, in a thread when it takes long."""
+
+from __future__ import annotations
+
+import stat
+
+import trio
+
+from unionfs.fuse.inline import in_thread, may_wait
+from unionfs.union.copyup import FileCopy, copy_up_special, ensure_upper
+from unionfs.union.nodes import Node
+from unionfs.union.tree import Union
+
+
+class CopyUps:
+    """Has objects copied up, and counts them."""
+
+    def __init__(self, union: Union) -> None:
+        self.union = union
+        self.count = 0
+        self.copied_bytes = 0
+
+    async def ensure(self, node: Node, limit: int | None = None) -> None:
+        """Have the node in the upper. ``limit``: that many bytes of data are enough (truncation).
+
+        Raises ``OSError``; nothing is left of the copy then.
+        """
+        self.union.require_upper()
+        while not node.is_upper:
+            if node.copying is not None:
+                await may_wait()
+                # That one may be over by the time this runs on.
+                if isinstance(node.copying, trio.Event):
+                    await node.copying.wait()
+            elif node.kind == stat.S_IFREG:
+                await self._file(node, limit)
+            elif node.is_dir:
+                ensure_upper(self.union, node)
+                self.count += 1
+            else:
+                copy_up_special(self.union, node)
+                self.count += 1
+
+    async def _file(self, node: Node, limit: int | None) -> None:
+        copy = FileCopy(self.union, node, limit)
+        done = node.copying = trio.Event()
+        try:
+            if copy.is_quick:
+                copy.copy()
+            else:
+                await in_thread(copy.copy)
+            copy.finish()
+            self.count += 1
+            self.copied_bytes += copy.size
+        finally:
+            copy.abort()
+            node.copying = None
+            done.set()

@@ -1,0 +1,79 @@
+"""Beginning a handler at once, and giving it a task only when it has to wait.
+
+Most requests are answered without waiting for anything, and starting a task for each would cost more than the
+answer. So a session runs a handler's coroutine up to its end right where the request was read. A handler that
+has to wait says so by `may_wait`, before it touches anything of trio's; the rest of it then runs in a task.
+
+    result = begin(coroutine)               # its result, or PENDING, or its exception
+    if result is PENDING:
+        nursery.start_soon(finish, coroutine)
+
+Under a session that gives every request a task of its own, `may_wait` does nothing.
+"""
+
+from __future__ import annotations
+
+import types
+from collections.abc import Callable, Coroutine, Generator
+from typing import Any, Final, TypeVar, TypeVarTuple
+
+import trio
+
+_T = TypeVar("_T")
+_Ts = TypeVarTuple("_Ts")
+
+
+class _Pending:
+    """What `begin` gives for a coroutine that has to wait."""
+
+
+PENDING: Final = _Pending()
+_inline = False
+
+
+@types.coroutine
+def _leave() -> Generator[_Pending, None, None]:
+    yield PENDING
+
+
+async def may_wait() -> None:
+    """The handler is about to wait: what follows runs in a task."""
+    if _inline:
+        await _leave()
+
+
+async def in_thread(function: Callable[[*_Ts], _T], *arguments: *_Ts) -> _T:
+    """Run a function that may take long in a worker thread. It runs to its end even when we are cancelled."""
+    await may_wait()
+    return await trio.to_thread.run_sync(function, *arguments)
+
+
+def begin(coroutine: Coroutine[Any, Any, _T]) -> _T | _Pending:
+    """Run a coroutine up to its end, or up to its first wait. Raises what it raises."""
+    global _inline
+    _inline = True
+    try:
+        coroutine.send(None)
+    except StopIteration as stop:
+        return stop.value  # type: ignore[no-any-return]
+    finally:
+        _inline = False
+    return PENDING
+
+
+@types.coroutine
+def finish(coroutine: Coroutine[Any, Any, _T]) -> Generator[Any, Any, _T]:
+    """The rest of a coroutine for which `begin` gave PENDING; await it in a task."""
+    # `await` refuses a coroutine that has begun, so what goes in and out is handed on here.
+    step: Callable[[Any], Any] = coroutine.send
+    value: Any = None
+    while True:
+        try:
+            trap = step(value)
+        except StopIteration as stop:
+            return stop.value  # type: ignore[no-any-return]
+        try:
+            value = yield trap
+            step = coroutine.send
+        except BaseException as error:
+            value, step = error, coroutine.throw
