@@ -28,8 +28,8 @@ from typing import Any
 from tests.support import areas, syscalls
 from tests.support.worker import REPOSITORY
 
-SESSIONS = ["pyfuse3"]
-"""The sessions that every mount test runs on."""
+SESSIONS = ["pyfuse3", "direct-hybrid", "direct-passthrough", "direct-cached"]
+"""The sessions that every mount test runs on; the direct one in each way of I/O."""
 
 STAND_INS = ("overlay", "fuse-overlayfs")
 """Session names that only the environment variable can choose."""
@@ -277,7 +277,8 @@ def _arguments(mount: Mount, options: Sequence[str]) -> list[str]:
     layers = layer_options(mount.lowers, mount.upper, mount.work)
     if mount.session == "fuse-overlayfs":
         return ["fuse-overlayfs", "-f", "-o", ",".join([layers, *options]), str(mount.mountpoint)]
-    arguments = [*command(), "mount", "-f", "--session", mount.session]
+    session, _, io = mount.session.partition("-")
+    arguments = [*command(), "mount", "-f", "--session", session, *(["--io", io] if io else [])]
     for lower in mount.lowers:
         arguments += ["-l", str(lower)]
     if mount.upper is not None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import click
 
-from unionfs.daemon.settings import LOG_LEVELS, SESSIONS
+from unionfs.daemon.settings import IO_MODES, LOG_LEVELS, SESSIONS
 
 
 @click.command(
@@ -28,7 +28,18 @@ Examples:
 )
 @click.option("-f", "--foreground", is_flag=True, help="Stay here until the mount is gone; log to stderr.")
 @click.option(
-    "--session", type=click.Choice(SESSIONS), default="auto", show_default=True, help="What serves the mount."
+    "--session",
+    type=click.Choice(SESSIONS),
+    default="auto",
+    show_default=True,
+    help="What serves the mount: our own loop (direct), or libfuse's.",
+)
+@click.option(
+    "--io",
+    type=click.Choice(IO_MODES),
+    default="auto",
+    show_default=True,
+    help="How data flows; hybrid as root on Linux 6.9 and later, else cached.",
 )
 @click.option(
     "--log-level",
@@ -45,6 +56,7 @@ def mount(
     options: tuple[str, ...],
     foreground: bool,
     session: str,
+    io: str,
     log_level: str,
     mountpoint: str,
 ) -> int:
@@ -60,7 +72,14 @@ def mount(
       allow_other       let all users in (root: always); allow_root: only root
       nodev nosuid noexec sync dirsync noatime nodiratime
       fsname=, subtype= what /proc/mounts shows
+      session=, io=     as --session and --io, for /etc/fstab
       context=, fscontext=, defcontext=, rootcontext=   SELinux contexts
+    \b
+    Ways of data (--io), with --session direct:
+      hybrid       upper files kernel to kernel, lower files from the page cache: the best for most
+      passthrough  all files kernel to kernel: for many mounts of one image, and huge files read once; who
+                   holds a lower file open keeps its old data when another opens it for writing
+      cached       all files from the page cache, and opening one costs nothing: for many small files
     The kernel's redirect_dir=, index=, metacopy=, nfs_export=, xino= and uuid= are taken where they ask for
     nothing that is missing here; so are words that only concern fstab, and those of fuse-overlayfs.
     """
@@ -75,6 +94,7 @@ def mount(
             work=work,
             options=options,
             session=session,
+            io=io,
             log_level=log_level.lower(),
         ),
         foreground=foreground,

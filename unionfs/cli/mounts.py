@@ -73,6 +73,7 @@ def inspect(mountpoint: str, as_json: bool) -> None:
         **_summary(mount),
         "device": mount.device,
         "settings": mount.settings.to_json(),
+        "io": answer.get("io") if answer is not None else None,
         "figures": figures if isinstance(figures, dict) else None,
     }
     if as_json:
@@ -83,6 +84,8 @@ def inspect(mountpoint: str, as_json: bool) -> None:
     rows = [(name, _shown(value)) for name, value in whole["settings"].items()]
     rows += [(name, _shown(whole[name])) for name in ("pid", "device", "since")]
     print_table(("SETTING", "VALUE"), rows)
+    for reason in _reasons(whole["io"]):
+        print(reason)
     if whole["figures"] is None:
         print("\nThe daemon does not answer; its figures are not known.")
         return
@@ -94,6 +97,15 @@ def inspect(mountpoint: str, as_json: bool) -> None:
         else:
             counts.append((_shown(name), _shown(value)))
     print_table(("FIGURE", "VALUE"), counts)
+
+
+def _reasons(io: object) -> list[str]:
+    """Why data flows as it does, why not otherwise, and what the kernel lacks: a sentence each."""
+    if not isinstance(io, dict):
+        return []
+    sentences = [io.get("why"), *(io.get("why_not") or {}).values(), *(io.get("missing") or {}).values()]
+    found = [str(sentence) for sentence in sentences if sentence]
+    return ["", *found] if found else []
 
 
 def find_mount(mountpoint: str) -> LiveMount:

@@ -154,6 +154,8 @@ class Options:
     volatile: bool = False
     userxattr: bool = False
     debug: bool = False
+    session: str | None = None
+    io: str | None = None
     security: list[str] = field(default_factory=list)
     """SELinux contexts, `name=value`, as mount(2) takes them."""
 
@@ -207,6 +209,10 @@ def _take(options: Options, name: str, value: str | None) -> None:
         options.fsname = unescape_option(value or "")
     elif name == "subtype":
         options.subtype = unescape_option(value or "")
+    elif name in ("session", "io"):
+        new = _needed(name, value)
+        _once(name, getattr(options, name), new)
+        setattr(options, name, new)
     elif name in _SECURITY:
         options.security.append(f"{name}={unescape_option(_needed(name, value))}")
     elif name in _FEATURES and value is not None:

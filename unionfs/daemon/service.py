@@ -11,6 +11,7 @@ import signal
 import socket
 from collections.abc import Callable
 from contextlib import suppress
+from dataclasses import replace
 from typing import Any
 
 import trio
@@ -19,9 +20,8 @@ from unionfs.daemon import live, unmount
 from unionfs.daemon.control import listen, serve_control
 from unionfs.daemon.errors import MountRefusedError, UserError, quoted, reason
 from unionfs.daemon.settings import MountSettings
-from unionfs.fuse.errors import SessionError
+from unionfs.fuse.errors import SessionError, SessionUnfit
 from unionfs.fuse.operations import Operations
-from unionfs.fuse.session_pyfuse3 import serve
 from unionfs.sys.mountinfo import mounted_at
 from unionfs.sys.process import raise_open_file_limit
 from unionfs.union.errors import LayerError
@@ -54,6 +54,7 @@ class Service:
         self._stack: LayerStack | None = None
         self._entry: live.LiveMount | None = None
         self._told_to_end = False
+        self._io: dict[str, Any] = {}
 
     def run(self) -> bool:
         """Serve until the mount is gone. Returns whether the upper reached the disk.
@@ -123,10 +124,41 @@ class Service:
             if listener is not None:
                 nursery.start_soon(serve_control, listener, lambda: self._answer(operations))
             with session:
-                await serve(operations, self.settings.mountpoint, self.settings.fuse_options(), ready.set)
+                await self._serve(operations, ready)
             nursery.cancel_scope.cancel()
         if not ready.is_set():
             raise UserError(f"mounting at {quoted(self.settings.mountpoint)} was interrupted; try again.")
+
+    async def _serve(self, operations: Operations, ready: trio.Event) -> None:
+        """By the session that was asked for, or by the first that can be had."""
+        settings = self.settings
+        if settings.session != "pyfuse3":
+            from unionfs.fuse.protocol import Decision, IoMode
+            from unionfs.fuse.session_direct import serve as serve_directly
+
+            def on_ready(decision: Decision) -> None:
+                self.settings = replace(settings, session="direct", io=str(decision.io))
+                self._io = {
+                    "why": decision.why,
+                    "why_not": {str(mode): reason for mode, reason in decision.why_not.items()},
+                    "missing": {str(flag.name): reason for flag, reason in decision.missing.items()},
+                }
+                ready.set()
+
+            try:
+                await serve_directly(
+                    operations, settings.mountpoint, settings.mount_options(), IoMode(settings.io), on_ready
+                )
+                return
+            except SessionUnfit as unfit:
+                if settings.session == "direct":
+                    raise
+                log.info("no direct session: %s", unfit)
+                self._io = {"why": f"The direct session cannot be had. {unfit}"}
+        from unionfs.fuse.session_pyfuse3 import serve
+
+        self.settings = replace(settings, session="pyfuse3")
+        await serve(operations, settings.mountpoint, settings.fuse_options(), ready.set)
 
     async def _announce(self, ready: trio.Event, claims: tuple[tuple[int, int], ...]) -> None:
         await ready.wait()
@@ -147,7 +179,7 @@ class Service:
         self._on_usable()
 
     def _answer(self, operations: Operations) -> dict[str, Any]:
-        return {"settings": self.settings.to_json(), "figures": operations.figures()}
+        return {"settings": self.settings.to_json(), "io": self._io, "figures": operations.figures()}
 
     async def _watch_signals(
         self, session: trio.CancelScope, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED

@@ -8,12 +8,16 @@ from __future__ import annotations
 import os
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, fields
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from unionfs.daemon.errors import UserError, quoted
 from unionfs.daemon.options import Options, parse_options
 
-SESSIONS = ("auto", "pyfuse3")
+if TYPE_CHECKING:
+    from unionfs.fuse.direct.mounting import MountOptions
+
+SESSIONS = ("auto", "direct", "pyfuse3")
+IO_MODES = ("auto", "hybrid", "passthrough", "cached")
 LOG_LEVELS = ("debug", "info", "warning", "error")
 
 
@@ -29,7 +33,9 @@ class MountSettings:
     read_only: bool
     """No upper, or `ro`."""
     session: str
-    """What serves it: `pyfuse3`."""
+    """What serves it: `auto` until that is known, then `direct` or `pyfuse3`."""
+    io: str
+    """How the direct session reads and writes files: one of IO_MODES, `auto` until that is known."""
     fsname: str
     subtype: str
     allow_other: bool
@@ -43,6 +49,19 @@ class MountSettings:
     log_level: str
     mounted_by: int
     """The user id that made the mount."""
+
+    def mount_options(self) -> MountOptions:
+        """What the direct session mounts with."""
+        from unionfs.fuse.direct.mounting import MountOptions
+
+        return MountOptions(
+            source=self.fsname,
+            subtype=self.subtype,
+            allow_other=self.allow_other,
+            read_only=self.read_only,
+            flags=self.flags,
+            security=self.security,
+        )
 
     def fuse_options(self) -> list[str]:
         """libfuse's options, each escaped as lib/fuse_opt.c wants it."""
@@ -92,6 +111,7 @@ def settle(
     work: str | None = None,
     options: Iterable[str] = (),
     session: str = "auto",
+    io: str = "auto",
     log_level: str = "info",
     source: str | None = None,
     trusted_xattrs: bool | None = None,
@@ -121,6 +141,13 @@ def settle(
         )
     if parsed.allow_other and parsed.allow_root:
         raise UserError("allow_other and allow_root exclude each other; allow_other lets root in too.")
+    session = _chosen("session", session, parsed.session, SESSIONS)
+    io = _chosen("io", io, parsed.io, IO_MODES)
+    if session == "pyfuse3" and io != "auto":
+        raise UserError(
+            f"--io {io} needs --session direct: with pyfuse3 all data goes through the page cache and the "
+            "daemon. Leave one of the two out."
+        )
     if trusted_xattrs is None:
         from unionfs.sys.process import may_use_trusted_xattrs
 
@@ -132,7 +159,8 @@ def settle(
         upper=None if chosen_upper is None else absolute(chosen_upper),
         work=None if chosen_work is None else absolute(chosen_work),
         read_only=chosen_upper is None or parsed.read_only,
-        session="pyfuse3" if session == "auto" else session,
+        session=session,
+        io=io,
         fsname=parsed.fsname or source or "unionfs",
         subtype="unionfs" if parsed.subtype is None else parsed.subtype,
         # Root's mounts are for everybody, as those of the kernel are; permissions are checked by the kernel.
@@ -164,6 +192,16 @@ def absolute_mountpoint(path: str) -> str:
         except OSError:
             break
     return absolute(path)
+
+
+def _chosen(name: str, by_letter: str, by_option: str | None, values: Sequence[str]) -> str:
+    if by_option is None:
+        return by_letter
+    if by_option not in values:
+        raise UserError(f"option {name}={quoted(by_option)}: it is one of {', '.join(values)}.")
+    if by_letter not in ("auto", by_option):
+        raise UserError(f"--{name} {by_letter} and -o {name}={by_option} differ; use one of the two.")
+    return by_option
 
 
 _T = TypeVar("_T")

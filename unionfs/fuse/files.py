@@ -116,10 +116,7 @@ class Files:
     # -- data -----------------------------------------------------------------------------------------
 
     async def read(self, file: OpenFile, offset: int, size: int) -> bytes | bytearray:
-        """Up to ``size`` bytes; fewer only at the end of the file."""
-        data = file.read_cached(size, offset)
-        if data is not None:
-            return data
+        """Up to ``size`` bytes, from a disk if need be; fewer only at the end of the file."""
         file.users += 1
         try:
             return await in_thread(file.read, size, offset)

@@ -14,6 +14,7 @@ import errno
 import os
 import stat
 from collections import Counter
+from collections.abc import Callable, Mapping
 from typing import Final, NamedTuple
 
 from unionfs.fuse.copying import CopyUps
@@ -62,6 +63,8 @@ class Operations:
         self.files = Files(union, self.copy_ups)
         #: How many requests of a kind came; the session counts.
         self.requests: Counter[str] = Counter()
+        #: What the session has to add to the figures.
+        self.more_figures: Callable[[], Mapping[str, object]] = dict
 
     def figures(self) -> dict[str, object]:
         """What the mount has done and holds now; all JSON-able."""
@@ -73,6 +76,7 @@ class Operations:
             "directory_fds": len(self.union.gate),
             "copy_ups": self.copy_ups.count,
             "copied_bytes": self.copy_ups.copied_bytes,
+            **self.more_figures(),
         }
 
     # -- nodes ----------------------------------------------------------------------------------------
@@ -132,15 +136,9 @@ class Operations:
     async def rename(self, parent: int, name: bytes, new_parent: int, new_name: bytes, flags: int) -> None:
         """renameat2(2) with 0, RENAME_NOREPLACE or RENAME_EXCHANGE."""
         old, new = self.directory(parent), self.directory(new_parent)
-        names = [(old, name)]
-        if flags & calls.RENAME_EXCHANGE:
-            names.append((new, new_name))
-        found = [self.union.lookup(directory, here) for directory, here in names]
-        if None in found:
-            raise error(errno.ENOENT)
-        for moved in found:
-            if moved is not None and not moved[0].is_dir:
-                await self.copy_ups.ensure(moved[0])
+        for moved in self.changes.renamed(old, name, new, new_name, flags):
+            if not moved.is_dir:
+                await self.copy_ups.ensure(moved)
         self.changes.rename(old, name, new, new_name, flags)
 
     def readlink(self, id_: int) -> bytes:

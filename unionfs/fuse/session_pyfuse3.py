@@ -255,7 +255,14 @@ class PyfuseOperations(pyfuse3.Operations):  # type: ignore[misc,unused-ignore]
 
     @_request
     async def read(self, fh: int, off: int, size: int) -> bytes | bytearray:  # type: ignore[override]
-        return await self.files.read(self.files[fh].file, off, size)
+        file = self.files[fh].file
+        data = bytearray(size)
+        with memoryview(data) as view:
+            count = file.read_into(view, off)
+        if count is None:
+            return await self.files.read(file, off, size)
+        del data[count:]
+        return data
 
     @_request
     async def write(self, fh: int, off: int, buf: bytes) -> int:

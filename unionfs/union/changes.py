@@ -318,34 +318,15 @@ class Changes:
     # -- renaming -------------------------------------------------------------------------------------
 
     def rename(self, parent: Node, name: bytes, new_parent: Node, new_name: bytes, flags: int) -> None:
-        """renameat2(2) with NOREPLACE or EXCHANGE. What is renamed, unless a directory, is in the upper.
-
-        EXDEV for a directory that shows something of a lower, as overlayfs without ``redirect_dir``.
-        """
+        """renameat2(2) with NOREPLACE or EXCHANGE. What :meth:`renamed` gives is in the upper already."""
         union = self._union
-        if flags not in (0, calls.RENAME_NOREPLACE, calls.RENAME_EXCHANGE):
-            raise _error(errno.EINVAL)
-        node = self._existing(parent, name)
-        found = union.lookup(new_parent, new_name)
-        target = None if found is None else found[0]
-        if flags == calls.RENAME_NOREPLACE and target is not None:
-            raise _error(errno.EEXIST)
-        if node.is_dir and not node.is_pure_upper:
-            raise _error(errno.EXDEV)
-        if flags == calls.RENAME_EXCHANGE:
-            self._exchange(node, parent, name, target, new_parent, new_name)
-            return
+        node, target = self._accepted(parent, name, new_parent, new_name, flags)
         if target is node:
             return
-        if target is not None:
-            if target.is_dir and not node.is_dir:
-                raise _error(errno.EISDIR)
-            if node.is_dir and not target.is_dir:
-                raise _error(errno.ENOTDIR)
-            if target.is_dir and not is_empty(union, target):
-                raise _error(errno.ENOTEMPTY)
-        if not node.is_dir:
-            union.refuse_metacopy(node)
+        if flags == calls.RENAME_EXCHANGE:
+            assert target is not None
+            self._exchange(node, parent, name, target, new_parent, new_name)
+            return
         with nullcontext() if target is None else union.outliving(target):
             self._replace(node, parent, name, target, new_parent, new_name)
             if target is not None:
@@ -354,19 +335,56 @@ class Changes:
                 union.nodes.remove_name(target, new_parent, new_name)
             union.nodes.move(node, parent, name, new_parent, new_name)
 
+    def renamed(
+        self, parent: Node, name: bytes, new_parent: Node, new_name: bytes, flags: int
+    ) -> list[Node]:
+        """What such a rename moves, and so has to be in the upper before, unless it is a directory.
+
+        Raises what :meth:`rename` would: a rename that is refused copies nothing up.
+        """
+        node, target = self._accepted(parent, name, new_parent, new_name, flags)
+        if flags == calls.RENAME_EXCHANGE:
+            assert target is not None
+            return [node, target]
+        return [node]
+
+    def _accepted(
+        self, parent: Node, name: bytes, new_parent: Node, new_name: bytes, flags: int
+    ) -> tuple[Node, Node | None]:
+        """The nodes of both names, when nothing speaks against the rename.
+
+        EXDEV for a directory that shows something of a lower, as overlayfs without ``redirect_dir``.
+        """
+        union = self._union
+        if flags not in (0, calls.RENAME_NOREPLACE, calls.RENAME_EXCHANGE):
+            raise _error(errno.EINVAL)
+        node = self._existing(parent, name)
+        exchange = flags == calls.RENAME_EXCHANGE
+        found = union.lookup(new_parent, new_name)
+        target = None if found is None else found[0]
+        if exchange and target is None:
+            raise _error(errno.ENOENT)
+        if flags == calls.RENAME_NOREPLACE and target is not None:
+            raise _error(errno.EEXIST)
+        moved = [node, target] if exchange and target is not None else [node]
+        if any(one.is_dir and not one.is_pure_upper for one in moved):
+            raise _error(errno.EXDEV)
+        if target is not None and target is not node and not exchange:
+            if target.is_dir and not node.is_dir:
+                raise _error(errno.EISDIR)
+            if node.is_dir and not target.is_dir:
+                raise _error(errno.ENOTDIR)
+            if target.is_dir and not is_empty(union, target):
+                raise _error(errno.ENOTEMPTY)
+        for one in moved:
+            if not one.is_dir and target is not node:
+                union.refuse_metacopy(one)
+        return node, target
+
     def _exchange(
-        self, node: Node, parent: Node, name: bytes, target: Node | None, new_parent: Node, new_name: bytes
+        self, node: Node, parent: Node, name: bytes, target: Node, new_parent: Node, new_name: bytes
     ) -> None:
         union = self._union
-        if target is None:
-            raise _error(errno.ENOENT)
-        if target.is_dir and not target.is_pure_upper:
-            raise _error(errno.EXDEV)
-        if node is target:
-            return
-        for moved in (node, target):
-            if not moved.is_dir:
-                union.refuse_metacopy(moved)
         if node.is_dir and union.is_visible_below(new_parent, new_name):
             union.markers.set_opaque(union.gate.fd(node.parts[0]))
         if target.is_dir and union.is_visible_below(parent, name):

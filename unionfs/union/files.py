@@ -34,11 +34,11 @@ class OpenFile:
         if self.users == 0:
             os.close(self.fd)
 
-    def read_cached(self, size: int, offset: int) -> bytes | bytearray | None:
-        """Read what needs no waiting for a disk; ``None``: read it in a thread."""
+    def read_into(self, buffer: memoryview, offset: int) -> int | None:
+        """Fill a buffer with what needs no waiting for a disk, and give the number of bytes: fewer than fit
+        only at the end of the file. ``None``: read it in a thread."""
         if not self.waits:
-            return os.pread(self.fd, size, offset)
-        buffer = bytearray(size)
+            return os.preadv(self.fd, [buffer], offset)
         try:
             count = os.preadv(self.fd, [buffer], offset, os.RWF_NOWAIT)
         except BlockingIOError:
@@ -47,13 +47,10 @@ class OpenFile:
             if error.errno not in (errno.EOPNOTSUPP, errno.EINVAL):
                 raise
             self.waits = False
-            return os.pread(self.fd, size, offset)
-        if count == size:
-            return buffer
-        if offset + count < os.fstat(self.fd).st_size:
+            return os.preadv(self.fd, [buffer], offset)
+        if count < len(buffer) and offset + count < os.fstat(self.fd).st_size:
             return None  # the rest is on the disk
-        del buffer[count:]
-        return buffer
+        return count
 
     def read(self, size: int, offset: int) -> bytes:
         """Read up to ``size`` bytes; fewer only at the end of the file."""
@@ -79,7 +76,7 @@ class OpenFile:
 class Handle:
     """One open of one file."""
 
-    __slots__ = ("file", "node", "uid", "writes")
+    __slots__ = ("file", "node", "through", "uid", "writes")
 
     def __init__(self, node: Node, file: OpenFile, uid: int, *, writes: bool) -> None:
         self.node = node
@@ -87,6 +84,8 @@ class Handle:
         #: Who opened it: a write by anybody but root clears set-id bits.
         self.uid = uid
         self.writes = writes
+        #: The kernel reads and writes it by itself.
+        self.through = False
 
 
 def open_backing(dir_fd: int, name: bytes, *, write: bool, waits: bool) -> OpenFile:

@@ -126,6 +126,22 @@ class NodeTable:
             return st.st_ino
         return _hashed(b"%d:%d" % (st.st_dev, st.st_ino))
 
+    def number(self, parent: Node, name: bytes, st: os.stat_result, where: list[Place] | Place) -> int:
+        """The inode number that :meth:`add` would give an object."""
+        place = where[0] if isinstance(where, list) else where
+        upper = place.layer.is_upper
+        if upper and self._by_inode and not stat.S_ISDIR(st.st_mode):
+            known = self._by_inode.get((st.st_dev, st.st_ino))
+            if known is not None:
+                return known.ino
+        return self._free(self._number(st, parent, name, upper=upper))
+
+    def _free(self, number: int) -> int:
+        """The number itself, or another one when a node has it."""
+        while number in self._by_id:
+            number = _hashed(b"taken%d" % number)
+        return number
+
     def copied_up(self, node: Node, st: os.stat_result) -> None:
         """Remember that the upper object with attributes ``st`` carries the number of ``node``."""
         self._origin[st.st_dev, st.st_ino] = node.ino
@@ -152,9 +168,7 @@ class NodeTable:
             if known is not None:
                 self.add_name(known, parent, name, place)
                 return known
-        number = self._number(st, parent, name, upper=upper)
-        while number in self._by_id:
-            number = _hashed(b"taken%d" % number)
+        number = self._free(self._number(st, parent, name, upper=upper))
         node = Node(number, parent, name, kind)
         if isinstance(where, list):
             node.parts = where
@@ -222,9 +236,7 @@ class NodeTable:
     def unnamed(self, parent: Node, held: int) -> Node:
         """A node for an upper file that has no name yet (O_TMPFILE), of which ``held`` is an O_PATH fd."""
         st = os.stat(held)
-        number = self._number(st, parent, b"", upper=True)
-        while number in self._by_id:
-            number = _hashed(b"taken%d" % number)
+        number = self._free(self._number(st, parent, b"", upper=True))
         node = Node(number, parent, b"", stat.S_IFMT(st.st_mode))
         node.place = parent.parts[0]
         node.held = held
@@ -235,9 +247,7 @@ class NodeTable:
 
     def supersede(self, node: Node) -> Node:
         """Let a new node stand for the object of ``node``, which keeps its open files and lookups."""
-        number = _hashed(b"after%d" % node.id)
-        while number in self._by_id:
-            number = _hashed(b"taken%d" % number)
+        number = self._free(_hashed(b"after%d" % node.id))
         new = Node(number, node.parent, node.name, node.kind)
         new.ino = node.ino
         new.place, new.links, new.unlinked = node.place, node.links, node.unlinked

@@ -76,6 +76,17 @@ class Union:
         node = self.nodes.add(parent, name, st, where)
         return node, self._attributes(node, st)
 
+    def number(self, parent: Node, name: bytes) -> tuple[int, int] | None:
+        """``st_ino`` and file type (S_IFMT bits) of what has that name, without a node for it."""
+        known = self.nodes.child(parent, name)
+        if known is not None:
+            return known.ino, known.kind
+        found = self._search(parent, name)
+        if found is None:
+            return None
+        st, where = found
+        return self.nodes.number(parent, name, st, where), stat.S_IFMT(st.st_mode)
+
     def _search(self, parent: Node, name: bytes) -> tuple[os.stat_result, list[Place] | Place] | None:
         """What the layers hold under ``name``: attributes, and the parts or the place."""
         first: os.stat_result | None = None

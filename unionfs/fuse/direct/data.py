@@ -1,0 +1,246 @@
+"""Requests about open files: translated, answered.
+
+An open file is known by its number, or, where the kernel was told not to send OPEN, by its node alone: then
+the number is 0, and the files that are read and written are kept open in a bounded number.
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import os
+import stat
+from collections import OrderedDict
+from typing import Final
+
+from unionfs.fuse.direct.loop import Answer, Waiting
+from unionfs.fuse.direct.names import NameRequests
+from unionfs.fuse.direct.nodeio import NodeIos, stale
+from unionfs.fuse.operations import Operations, error
+from unionfs.fuse.protocol import Decision, Opcode, Reply, encode
+from unionfs.fuse.protocol import requests as rq
+from unionfs.fuse.protocol.flags import FSYNC_FDATASYNC, OPEN_KILL_SUIDGID, WRITE_KILL_SUIDGID
+from unionfs.union.files import OpenFile
+from unionfs.union.nodes import Node
+from unionfs.union.places import open_for_listing
+from unionfs.union.tree import Union
+
+_KEPT_OPEN: Final = 512
+_MAX_COPY: Final = 0x7FFFF000  # MAX_RW_COUNT, and it fits the 32 bits of the answer
+
+# include/uapi/linux/fs.h; the 64-bit numbers, though the argument is an int
+_GETFLAGS: Final = 0x80086601
+_SETFLAGS: Final = 0x40086602
+_FSGETXATTR: Final = 0x801C581F
+_FSSETXATTR: Final = 0x401C5820
+_READING_IOCTLS: Final = (_GETFLAGS, _FSGETXATTR)
+_WRITING_IOCTLS: Final = (_SETFLAGS, _FSSETXATTR)
+
+
+class NodeFiles:
+    """Backing files of nodes, open for requests that name no open file. The least used ones are closed."""
+
+    def __init__(self, union: Union) -> None:
+        self._union = union
+        self._files: OrderedDict[Node, OpenFile] = OrderedDict()
+
+    def __len__(self) -> int:
+        return len(self._files)
+
+    def get(self, node: Node, *, write: bool) -> OpenFile:
+        """The node's backing file. Raises ``OSError``."""
+        file = self._files.get(node)
+        if file is not None:
+            if file is node.file and (file.writable if write else file.readable):
+                self._files.move_to_end(node)
+                return file
+            self.drop(node)  # it was copied up, or more is needed
+        # Under writeback a page is read before it is written, so all that can be is opened for both.
+        file = self._union.open_file(node, write=write)
+        self._files[node] = file
+        if len(self._files) > _KEPT_OPEN:
+            oldest, unused = self._files.popitem(last=False)
+            self._union.close_file(oldest, unused)
+        return file
+
+    def drop(self, node: Node) -> None:
+        """Close the node's backing file, if it is open."""
+        file = self._files.pop(node, None)
+        if file is not None:
+            self._union.close_file(node, file)
+
+
+class DataRequests:
+    """Handlers by opcode in `table`; those of `waiting` are coroutine functions."""
+
+    def __init__(
+        self, operations: Operations, ios: NodeIos, names: NameRequests, decision: Decision
+    ) -> None:
+        self._operations = operations
+        self._union = operations.union
+        self._files = operations.files
+        self._ios = ios
+        self._names = names
+        self.node_files = NodeFiles(operations.union)
+        #: Whether opens are not told to us.
+        self._opens_unseen = Opcode.OPEN in decision.enosys
+        self._buffer = memoryview(bytearray(max(1 << 20, decision.reply.max_write)))
+        self.table: dict[Opcode, Answer] = {
+            Opcode.CREATE: self._create,
+            Opcode.TMPFILE: self._tmpfile,
+            Opcode.RELEASE: self._release,
+            Opcode.LSEEK: self._lseek,
+        }
+        self.waiting: dict[Opcode, Waiting] = {
+            Opcode.OPEN: self._open,
+            Opcode.READ: self._read,
+            Opcode.WRITE: self._write,
+            Opcode.FSYNC: self._fsync,
+            Opcode.FALLOCATE: self._fallocate,
+            Opcode.COPY_FILE_RANGE: self._copy_file_range,
+            Opcode.COPY_FILE_RANGE_64: self._copy_file_range_64,
+            Opcode.IOCTL: self._ioctl,
+        }
+
+    # -- opening and closing --------------------------------------------------------------------------
+
+    async def _open(self, request: rq.Open) -> Reply:
+        node = self._union.nodes.named(request.nodeid)
+        if node is None or node.successor is not None:
+            raise stale()
+        await self._files.prepare(node, request.flags)
+        if node.successor is not None:  # somebody was faster
+            raise stale()
+        if self._ios.is_outdated(node):
+            self._union.nodes.supersede(node)
+            raise stale()
+        number = self._files.open(
+            node, request.flags, request.uid, kills_set_ids=bool(request.open_flags & OPEN_KILL_SUIDGID)
+        )
+        return encode.opened(request.unique, number, *self._ios.opened(self._files[number]))
+
+    def _create(self, request: rq.Create) -> Reply:
+        parent = self._operations.directory(request.nodeid)
+        number, node, attributes = self._files.create(
+            self._operations.changes, parent, request.name, request.mode, request.flags,
+            self._names.caller(request),
+        )  # fmt: skip
+        return self._created(request.unique, number, (node, attributes))
+
+    def _tmpfile(self, request: rq.Tmpfile) -> Reply:
+        parent = self._operations.directory(request.nodeid)
+        number, node, attributes = self._files.tmpfile(
+            self._operations.changes, parent, request.mode, request.flags, self._names.caller(request)
+        )
+        return self._created(request.unique, number, (node, attributes))
+
+    def _created(self, unique: int, number: int, found: tuple[Node, object]) -> Reply:
+        node, attributes = found
+        if self._opens_unseen:
+            # No RELEASE will come either.
+            entry = self._names.entry_out((node, attributes))  # type: ignore[arg-type]
+            self.node_files.get(node, write=True)
+            self._files.release(number)
+            return encode.created(unique, entry, 0, 0)
+        opened = self._ios.opened(self._files[number])
+        entry = self._names.entry_out((node, attributes))  # type: ignore[arg-type]
+        return encode.created(unique, entry, number, *opened)
+
+    def _release(self, request: rq.Release) -> Reply:
+        if request.fh:
+            self._ios.released(self._files[request.fh])
+            self._files.release(request.fh)
+        return encode.ok(request.unique)
+
+    # -- data -----------------------------------------------------------------------------------------
+
+    def _reading(self, id_: int, number: int) -> OpenFile:
+        if number:
+            return self._files[number].file
+        return self.node_files.get(self._operations.node(id_), write=False)
+
+    async def _writing(self, id_: int, number: int) -> OpenFile:
+        if number:
+            handle = self._files[number]
+            if not handle.file.writable:
+                raise error(errno.EBADF)
+            return handle.file
+        node = self._operations.node(id_)
+        await self._operations.copy_ups.ensure(node)
+        return self.node_files.get(node, write=True)
+
+    async def _read(self, request: rq.Read) -> Reply:
+        file = self._reading(request.nodeid, request.fh)
+        # Answered before anything else is read, so one buffer serves all that need not wait for a disk.
+        here = file.read_into(self._buffer[: request.size], request.offset)
+        if here is not None:
+            return encode.data(request.unique, self._buffer[:here])
+        return encode.data(request.unique, await self._files.read(file, request.offset, request.size))
+
+    async def _write(self, request: rq.Write) -> Reply:
+        file = await self._writing(request.nodeid, request.fh)
+        count = await self._files.write(
+            file, request.offset, request.data, kills_set_ids=bool(request.write_flags & WRITE_KILL_SUIDGID)
+        )
+        return encode.written(request.unique, count)
+
+    async def _fsync(self, request: rq.Fsync) -> Reply:
+        if request.fh:
+            handle = self._files[request.fh]
+            node, file = handle.node, handle.file
+        else:
+            node = self._operations.node(request.nodeid)
+            file = self.node_files.get(node, write=False)
+        await self._files.fsync(node, file, datasync=bool(request.fsync_flags & FSYNC_FDATASYNC))
+        return encode.ok(request.unique)
+
+    async def _fallocate(self, request: rq.Fallocate) -> Reply:
+        file = await self._writing(request.nodeid, request.fh)
+        await self._files.allocate(file, request.mode, request.offset, request.length)
+        return encode.ok(request.unique)
+
+    def _lseek(self, request: rq.Lseek) -> Reply:
+        file = self._reading(request.nodeid, request.fh)
+        return encode.lseek(request.unique, os.lseek(file.fd, request.offset, request.whence))
+
+    async def _copy_file_range(self, request: rq.CopyFileRange) -> Reply:
+        return encode.written(request.unique, await self._copied(request))
+
+    async def _copy_file_range_64(self, request: rq.CopyFileRange64) -> Reply:
+        return encode.copied(request.unique, await self._copied(request))
+
+    async def _copied(self, request: rq.CopyFileRange | rq.CopyFileRange64) -> int:
+        target = await self._writing(request.nodeid_out, request.fh_out)
+        source = self._reading(request.nodeid, request.fh_in)
+        return await self._files.copy_range(
+            source, request.off_in, target, request.off_out, min(request.len, _MAX_COPY)
+        )
+
+    # -- ioctl ----------------------------------------------------------------------------------------
+
+    async def _ioctl(self, request: rq.Ioctl) -> Reply:
+        """The flags of chattr(1), of files and directories (fs/fuse/ioctl.c, fuse_fileattr_get)."""
+        if request.cmd not in _READING_IOCTLS + _WRITING_IOCTLS:
+            raise error(errno.ENOTTY)
+        node = self._operations.node(request.nodeid)
+        value = bytearray(request.data)
+        value.extend(bytes(max(request.out_size, 32) - len(value)))
+        if request.cmd in _WRITING_IOCTLS:
+            await self._operations.copy_ups.ensure(node)
+        fd = self._own_fd(node)
+        try:
+            result = fcntl.ioctl(fd, request.cmd, value)
+        finally:
+            os.close(fd)
+        return encode.ioctl(request.unique, result, bytes(value[: request.out_size]))
+
+    def _own_fd(self, node: Node) -> int:
+        if node.is_dir:
+            return open_for_listing(self._union.gate.fd(node.parts[0]))
+        if node.kind != stat.S_IFREG:
+            raise error(errno.ENOTTY)
+        file = self._union.open_file(node, write=False)
+        try:
+            return os.dup(file.fd)
+        finally:
+            self._union.close_file(node, file)

@@ -1,0 +1,72 @@
+"""/dev/fuse of one mount: answers, notices, and the registration of backing files.
+
+Source: fs/fuse/dev.c and fs/fuse/backing.c of Linux 6.18.
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import logging
+import os
+import struct
+from typing import Final
+
+from unionfs.fuse.protocol import Reply
+from unionfs.fuse.protocol.flags import DEV_IOC_BACKING_CLOSE, DEV_IOC_BACKING_OPEN
+
+log = logging.getLogger(__name__)
+
+_BACKING_MAP: Final = struct.Struct("=iIQ")  # struct fuse_backing_map: fd, flags, padding
+_ID: Final = struct.Struct("=I")
+_GONE: Final = (errno.ENOENT, errno.ENODEV, errno.ENOTCONN, errno.ECONNABORTED)
+
+
+class Device:
+    """The open device of a mount."""
+
+    def __init__(self, fd: int) -> None:
+        self.fd = fd
+        #: Backing files registered now.
+        self.backing_files = 0
+
+    def answer(self, reply: Reply) -> None:
+        """Send an answer; one that nobody waits for any more is dropped."""
+        try:
+            os.writev(self.fd, reply)
+        except OSError as error:
+            if error.errno not in _GONE:
+                raise
+
+    def notify(self, notice: Reply) -> None:
+        """Send a notice; an object that the kernel does not know any more is no error.
+
+        A notice about cached data may have to wait for requests that we serve, so it is sent from a thread.
+        One about attributes alone waits for nothing, when a request holds the object (fs/fuse/inode.c,
+        fuse_reverse_inval_inode).
+        """
+        try:
+            os.writev(self.fd, notice)
+        except OSError as error:
+            if error.errno not in _GONE:
+                log.warning("the kernel refused a notice: %s", error.strerror)
+
+    def register(self, fd: int) -> int:
+        """Let the kernel read and write the file behind ``fd`` by itself; gives the backing id.
+
+        Raises ``OSError``: ELOOP for a file on too many stacked filesystems, EPERM without privilege.
+        """
+        # A mutable argument, for with any other ioctl() hides the result.
+        argument = bytearray(_BACKING_MAP.pack(fd, 0, 0))
+        backing_id: int = fcntl.ioctl(self.fd, DEV_IOC_BACKING_OPEN, argument)
+        self.backing_files += 1
+        return backing_id
+
+    def unregister(self, backing_id: int) -> None:
+        """The kernel may let go of a backing file when no open file uses it any more."""
+        self.backing_files -= 1
+        fcntl.ioctl(self.fd, DEV_IOC_BACKING_CLOSE, _ID.pack(backing_id))
+
+    def close(self) -> None:
+        """Close the device: what is mounted still is cut off."""
+        os.close(self.fd)

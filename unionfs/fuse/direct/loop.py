@@ -1,0 +1,213 @@
+"""The loop of the direct session: read a request, answer it, and stay fair to everything else in the process.
+
+Rules (figures of Linux 6.18 are in docs/architecture.md):
+- Requests are read until there are none. Then the loop keeps asking for a short while, because being woken up
+  costs far more than answering: how long, it learns from whether that helped. Only then it waits.
+- Neither reading nor asking lets another task run, so there is a checkpoint every two milliseconds.
+- A handler that need not wait is answered in line. One that waits goes on in a task of its own, and takes the
+  receive buffer along, for its data may lie there.
+- A notice about changed attributes is sent before the answer, so that nobody sees the old ones after it.
+"""
+
+from __future__ import annotations
+
+import errno
+import logging
+import os
+from collections import Counter
+from collections.abc import Callable, Coroutine, Mapping
+from time import perf_counter_ns
+from typing import Any, Final
+
+import trio
+
+from unionfs.fuse.direct.device import Device
+from unionfs.fuse.inline import PENDING, begin, finish
+from unionfs.fuse.protocol import (
+    Decision,
+    Opcode,
+    ProtocolError,
+    Reply,
+    Request,
+    decoder,
+    encode,
+    notify,
+    receive_buffer_size,
+)
+from unionfs.fuse.protocol import requests as rq
+from unionfs.sys.process import is_being_killed
+from unionfs.union.tree import Union
+
+log = logging.getLogger(__name__)
+
+Answer = Callable[[Any], Reply | None]
+Waiting = Callable[[Any], Coroutine[Any, Any, Reply | None]]
+
+_FAIR_NS: Final = 2_000_000
+_MAX_SPIN_NS: Final = 100_000
+_MIN_SPIN_NS: Final = 5_000
+_NO_ANSWER: Final = (Opcode.FORGET, Opcode.BATCH_FORGET, Opcode.INTERRUPT, Opcode.NOTIFY_REPLY)
+
+
+class Loop:
+    """Reads and answers the requests of one mount until it is gone."""
+
+    def __init__(
+        self,
+        device: Device,
+        decision: Decision,
+        union: Union,
+        requests: Counter[str],
+        answers: Mapping[Opcode, Answer],
+        waiting: Mapping[Opcode, Waiting],
+    ) -> None:
+        self._device = device
+        self._union = union
+        self._requests = requests
+        self._decode = decoder(decision.flags)
+        self._size = receive_buffer_size(decision.reply.max_write)
+        self._new_buffer()
+        self._answers = {int(opcode): answer for opcode, answer in answers.items()}
+        self._waiting = {int(opcode): handler for opcode, handler in waiting.items()}
+        for opcode in decision.enosys:
+            self._answers.pop(opcode, None)
+            self._waiting.pop(opcode, None)
+        self._names = {int(opcode): opcode.name.lower() for opcode in Opcode}
+        #: Requests that are being answered in tasks: what ends the task, and who waits for it.
+        self._running: dict[int, tuple[trio.CancelScope, int]] = {}
+
+    def _new_buffer(self) -> None:
+        self._buffer = bytearray(self._size)
+        self._view = memoryview(self._buffer)
+
+    async def run(self) -> None:
+        """Serve until the mount is gone. Raises ConnectionAbortedError when it was cut off (in a group)."""
+        async with trio.open_nursery() as nursery:
+            await self._read_requests(nursery)
+            nursery.cancel_scope.cancel()
+
+    async def _read_requests(self, nursery: trio.Nursery) -> None:
+        fd, readv, clock = self._device.fd, os.readv, perf_counter_ns
+        spin = _MIN_SPIN_NS
+        spin_end = 0
+        fair_until = clock() + _FAIR_NS
+        while True:
+            try:
+                size = readv(fd, [self._buffer])
+            except BlockingIOError:
+                now = clock()
+                if spin_end == 0:
+                    spin_end = now + spin
+                if now < spin_end and now < fair_until:
+                    continue
+                if now >= spin_end:
+                    spin, spin_end = max(spin // 2, _MIN_SPIN_NS), 0
+                    await trio.lowlevel.wait_readable(fd)
+                else:
+                    await trio.lowlevel.checkpoint()
+                fair_until = clock() + _FAIR_NS
+                continue
+            except OSError as error:
+                if error.errno == errno.ENODEV:
+                    return
+                if error.errno in (errno.ENOENT, errno.EINTR):
+                    continue  # the request was taken back while it was read
+                if error.errno == errno.ECONNABORTED:
+                    raise ConnectionAbortedError from error
+                raise
+            if spin_end:
+                spin, spin_end = min(spin * 2, _MAX_SPIN_NS), 0
+            self._serve(size, nursery)
+            if clock() > fair_until:
+                await trio.lowlevel.checkpoint()
+                fair_until = clock() + _FAIR_NS
+
+    def _serve(self, size: int, nursery: trio.Nursery) -> None:
+        """Answer the request in the buffer, or start a task that will."""
+        try:
+            request = self._decode(self._view, size)
+        except ProtocolError as error:
+            log.error("the kernel sent what is no request: %s", error)
+            if error.unique is not None:
+                self._device.answer(encode.error(error.unique, errno.EIO))
+            return
+        number = request.number
+        self._requests[self._names.get(number, "unknown")] += 1
+        try:
+            answer = self._answers.get(number)
+            if answer is not None:
+                reply = answer(request)
+            else:
+                waiting = self._waiting.get(number)
+                if waiting is None:
+                    reply = self._other(request)
+                else:
+                    coroutine = waiting(request)
+                    begun = begin(coroutine)
+                    if begun is PENDING:
+                        self._new_buffer()
+                        nursery.start_soon(self._finish, request, coroutine)
+                        return
+                    reply = begun  # type: ignore[assignment]
+        except BaseException as error:
+            reply = self._failed(request, error)
+        self._reply(reply)
+
+    def _other(self, request: Request) -> Reply | None:
+        if isinstance(request, rq.Interrupt):
+            self._interrupt(request.interrupted)
+        if request.number in _NO_ANSWER:
+            return None
+        if request.number == Opcode.DESTROY:
+            return encode.ok(request.unique)
+        return encode.error(request.unique, errno.ENOSYS)
+
+    def _reply(self, reply: Reply | None) -> None:
+        if self._union.stale:
+            self._tell_stale()
+        if reply is not None:
+            self._device.answer(reply)
+
+    def _tell_stale(self) -> None:
+        """Let the kernel ask again for attributes that a copy-up changed.
+
+        In line: what was copied up is held by the request that wanted it, see `Device.notify`.
+        """
+        told = set()
+        for node in self._union.stale:
+            if node.lookups > 0 and node.id not in told:
+                told.add(node.id)
+                self._device.notify(notify.inval_inode(node.id, -1, 0))
+        self._union.stale.clear()
+
+    def _failed(self, request: Request, error: BaseException) -> Reply | None:
+        """The answer to a request whose handler raised. Raises what is not for the caller to know."""
+        if request.number in _NO_ANSWER:
+            log.error("%r failed", request, exc_info=error)
+            return None
+        if isinstance(error, OSError):
+            return encode.error(request.unique, error.errno or errno.EIO)
+        if not isinstance(error, Exception):
+            raise error
+        log.error("%r failed", request, exc_info=error)
+        return encode.error(request.unique, errno.EIO)
+
+    async def _finish(self, request: Request, coroutine: Coroutine[Any, Any, Reply | None]) -> None:
+        unique = request.unique
+        reply: Reply | None = encode.error(unique, errno.EINTR)
+        with trio.CancelScope() as scope:
+            self._running[unique] = scope, request.pid
+            try:
+                reply = await finish(coroutine)
+            except Exception as error:
+                reply = self._failed(request, error)
+            finally:
+                del self._running[unique]
+        self._reply(reply)
+
+    def _interrupt(self, unique: int) -> None:
+        """A caller got a signal. Only one that is to die of it is sent away: nobody expects EINTR here."""
+        running = self._running.get(unique)
+        if running is not None and is_being_killed(running[1]):
+            running[0].cancel()
+

@@ -1,0 +1,145 @@
+"""Mounting without libfuse: mount(2) where that is allowed, else libfuse's helper fusermount3.
+
+Source: fs/fuse/inode.c (the options), util/fusermount.c and lib/mount.c of libfuse 3 (the helper: the device
+comes back over the socket that the environment variable _FUSE_COMMFD names).
+"""
+
+from __future__ import annotations
+
+import array
+import contextlib
+import errno
+import os
+import shutil
+import socket
+import stat
+import subprocess
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Final
+
+from unionfs.fuse.errors import SessionError
+from unionfs.sys import mount as sys_mount
+from unionfs.sys.creds import CAP_SYS_ADMIN, has_capability
+
+_MS: Final = {
+    "ro": 1, "nosuid": 2, "nodev": 4, "noexec": 8, "sync": 16, "dirsync": 128, "noatime": 1024,
+    "nodiratime": 2048, "relatime": 1 << 21, "strictatime": 1 << 24, "lazytime": 1 << 25,
+}  # fmt: skip
+"""MS_* of include/uapi/linux/mount.h, by mount(8)'s names."""
+
+
+@dataclass(frozen=True, slots=True)
+class MountOptions:
+    """How a union is mounted, apart from what it shows."""
+
+    source: str
+    """What /proc/mounts shows as the source."""
+    subtype: str
+    """The type is shown as fuse.SUBTYPE; empty: fuse."""
+    allow_other: bool
+    read_only: bool
+    flags: Sequence[str]
+    """mount(8)'s names; those that ask for nothing special (rw, dev, suid, exec) count for nothing."""
+    security: Sequence[str]
+    """context= and its like."""
+
+
+def mount(mountpoint: str, options: MountOptions) -> int:
+    """Mount; gives the device, non-blocking. Raises SessionError."""
+    if has_capability(CAP_SYS_ADMIN):
+        return _by_call(mountpoint, options)
+    return _by_helper(mountpoint, options)
+
+
+def _by_call(mountpoint: str, options: MountOptions) -> int:
+    try:
+        fd = os.open("/dev/fuse", os.O_RDWR | os.O_CLOEXEC | os.O_NONBLOCK)
+    except OSError as error:
+        raise SessionError(f"/dev/fuse cannot be opened: {error.strerror}") from error
+    flags = _MS["ro"] if options.read_only else 0
+    for name in options.flags:
+        flags |= _MS.get(name, 0)
+    data = [
+        f"fd={fd}",
+        f"rootmode={stat.S_IFDIR:o}",
+        f"user_id={os.getuid()}",
+        f"group_id={os.getgid()}",
+        "default_permissions",
+        *(["allow_other"] if options.allow_other else []),
+        *options.security,
+    ]
+    kind = f"fuse.{options.subtype}" if options.subtype else "fuse"
+    try:
+        sys_mount.mount(options.source, mountpoint, kind, flags, ",".join(data))
+    except OSError as error:
+        os.close(fd)
+        raise SessionError(f"mounting at {mountpoint} failed: {error.strerror}") from error
+    return fd
+
+
+def _by_helper(mountpoint: str, options: MountOptions) -> int:
+    helper = shutil.which("fusermount3") or "/usr/bin/fusermount3"
+    words = [f"fsname={options.source}", *options.security]
+    if options.subtype:
+        words.append(f"subtype={options.subtype}")
+    words = [word.replace("\\", "\\\\").replace(",", "\\,") for word in words]
+    words.append("default_permissions")
+    if options.allow_other:
+        words.append("allow_other")
+    if options.read_only:
+        words.append("ro")
+    words += options.flags
+    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
+    with ours, theirs:
+        try:
+            done = subprocess.run(
+                [helper, "-o", ",".join(words), "--", mountpoint],
+                env={**os.environ, "_FUSE_COMMFD": str(theirs.fileno())},
+                pass_fds=[theirs.fileno()],
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.DEVNULL,
+                stderr=subprocess.PIPE,
+                check=False,
+            )
+        except FileNotFoundError as error:
+            raise SessionError(
+                f"mounting at {mountpoint} needs fusermount3, which is missing; install the package fuse3"
+            ) from error
+        theirs.close()
+        if done.returncode != 0:
+            said = " ".join(os.fsdecode(done.stderr).split())
+            raise SessionError(f"mounting at {mountpoint} failed: {said or 'fusermount3 does not say why'}")
+        fd = _received(ours)
+    os.set_inheritable(fd, False)
+    os.set_blocking(fd, False)
+    return fd
+
+
+def unmount(mountpoint: str) -> None:
+    """Take a mount away that never could be used, whatever it takes."""
+    try:
+        sys_mount.umount2(mountpoint, sys_mount.MNT_DETACH)
+    except OSError:
+        helper = shutil.which("fusermount3") or "/usr/bin/fusermount3"
+        with contextlib.suppress(OSError):
+            subprocess.run([helper, "-u", "-z", "--", mountpoint], capture_output=True, check=False)
+
+
+def _received(channel: socket.socket) -> int:
+    _, ancillary, _, _ = channel.recvmsg(1, socket.CMSG_SPACE(4))
+    for level, kind, data in ancillary:
+        if level == socket.SOL_SOCKET and kind == socket.SCM_RIGHTS:
+            return array.array("i", data[:4])[0]
+    raise SessionError(f"fusermount3 sent no device ({os.strerror(errno.EPROTO)})")
+
+
+def raise_readahead(device: str, size: int) -> None:
+    """Let the kernel read ``size`` bytes ahead on the mount ``device`` (major:minor), where we may say so.
+
+    INIT can only lower it from the 128 KiB that every FUSE mount begins with (fs/fuse/inode.c).
+    """
+    path = f"/sys/class/bdi/{device}/read_ahead_kb"
+    # A user's mount, or no /sys here: smaller reads, nothing worse.
+    with contextlib.suppress(OSError), open(path, "w", encoding="ascii") as setting:
+        setting.write(str(size // 1024))

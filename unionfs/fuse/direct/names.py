@@ -1,0 +1,291 @@
+"""Requests about names, attributes, xattrs and listings: translated, answered."""
+
+from __future__ import annotations
+
+import errno
+import os
+import stat
+
+from unionfs.fuse.direct.loop import Answer, Waiting
+from unionfs.fuse.direct.nodeio import NodeIos
+from unionfs.fuse.directories import DOT, DOT_DOT
+from unionfs.fuse.operations import Change, Found, Operations, error
+from unionfs.fuse.protocol import FOREVER, NEVER, Listing, Opcode, Reply, Timeout, encode
+from unionfs.fuse.protocol import requests as rq
+from unionfs.fuse.protocol.flags import (
+    FATTR_ATIME,
+    FATTR_FH,
+    FATTR_GID,
+    FATTR_KILL_SUIDGID,
+    FATTR_MODE,
+    FATTR_MTIME,
+    FATTR_SIZE,
+    FATTR_UID,
+    SETXATTR_ACL_KILL_SGID,
+)
+from unionfs.sys import calls
+from unionfs.union.changes import Caller
+from unionfs.union.nodes import Node
+from unionfs.union.tree import Attributes
+
+_NS = 1_000_000_000
+
+
+class NameRequests:
+    """Handlers by opcode in `table`; those of `waiting` are coroutine functions."""
+
+    def __init__(self, operations: Operations, ios: NodeIos, *, masks: bool) -> None:
+        """``masks``: the caller's umask is still to be taken off (DONT_MASK)."""
+        self._operations = operations
+        self._union = operations.union
+        self._ios = ios
+        self._masks = masks
+        self.table: dict[Opcode, Answer] = {
+            Opcode.LOOKUP: self._lookup,
+            Opcode.FORGET: self._forget,
+            Opcode.BATCH_FORGET: self._batch_forget,
+            Opcode.GETATTR: self._getattr,
+            Opcode.STATX: self._statx,
+            Opcode.READLINK: self._readlink,
+            Opcode.SYMLINK: self._symlink,
+            Opcode.MKNOD: self._mknod,
+            Opcode.MKDIR: self._mkdir,
+            Opcode.UNLINK: self._unlink,
+            Opcode.RMDIR: self._rmdir,
+            Opcode.STATFS: self._statfs,
+            Opcode.GETXATTR: self._getxattr,
+            Opcode.LISTXATTR: self._listxattr,
+        }
+        self.waiting: dict[Opcode, Waiting] = {
+            Opcode.SETATTR: self._setattr,
+            Opcode.RENAME: self._rename,
+            Opcode.RENAME2: self._rename2,
+            Opcode.LINK: self._link,
+            Opcode.SETXATTR: self._setxattr,
+            Opcode.REMOVEXATTR: self._removexattr,
+            Opcode.READDIR: self._readdir,
+            Opcode.READDIRPLUS: self._readdirplus,
+            Opcode.FSYNCDIR: self._fsyncdir,
+            Opcode.SYNCFS: self._syncfs,
+        }
+
+    # -- answers --------------------------------------------------------------------------------------
+
+    def _entry(self, unique: int, found: Found) -> Reply:
+        """An entry, which counts one lookup."""
+        node, attributes = found
+        node.lookups += 1
+        return encode.entry(
+            unique,
+            node.id,
+            0,
+            FOREVER,
+            self._ios.valid(node, attributes),
+            encode.attributes_of(attributes.st, attributes.ino, attributes.nlink),
+        )
+
+    def entry_out(self, found: Found) -> bytes:
+        """An entry as part of another answer, which counts one lookup."""
+        node, attributes = found
+        node.lookups += 1
+        return encode.entry_out(
+            node.id,
+            0,
+            FOREVER,
+            self._ios.valid(node, attributes),
+            encode.attributes_of(attributes.st, attributes.ino, attributes.nlink),
+        )
+
+    def _valid(self, id_: int, node: Node, attributes: Attributes) -> Timeout:
+        # Changes of the node that superseded this one are not told about the old id.
+        return self._ios.valid(node, attributes) if node.id == id_ else NEVER
+
+    def _attributes(self, request_id: int, unique: int, found: Found) -> Reply:
+        node, attributes = found
+        return encode.attr(
+            unique,
+            self._valid(request_id, node, attributes),
+            encode.attributes_of(attributes.st, attributes.ino, attributes.nlink),
+        )
+
+    def caller(self, request: rq.Mknod | rq.Mkdir | rq.Create | rq.Tmpfile) -> Caller:
+        """Who creates something, and with which umask."""
+        return Caller(request.uid, request.gid, request.umask if self._masks else 0)
+
+    # -- names ----------------------------------------------------------------------------------------
+
+    def _lookup(self, request: rq.Lookup) -> Reply:
+        found = self._operations.lookup(request.nodeid, request.name)
+        if found is None:
+            return encode.negative_entry(request.unique, FOREVER)
+        return self._entry(request.unique, found)
+
+    def _forget(self, request: rq.Forget) -> None:
+        self._operations.forget(request.nodeid, request.nlookup)
+
+    def _batch_forget(self, request: rq.BatchForget) -> None:
+        for id_, lookups in request.forgets:
+            self._operations.forget(id_, lookups)
+
+    def _symlink(self, request: rq.Symlink) -> Reply:
+        caller = Caller(request.uid, request.gid)
+        found = self._operations.symlink(request.nodeid, request.name, request.target, caller)
+        return self._entry(request.unique, found)
+
+    def _mknod(self, request: rq.Mknod) -> Reply:
+        found = self._operations.mknod(
+            request.nodeid, request.name, request.mode, request.rdev, self.caller(request)
+        )
+        return self._entry(request.unique, found)
+
+    def _mkdir(self, request: rq.Mkdir) -> Reply:
+        found = self._operations.mkdir(request.nodeid, request.name, request.mode, self.caller(request))
+        return self._entry(request.unique, found)
+
+    def _unlink(self, request: rq.Unlink) -> Reply:
+        self._operations.unlink(request.nodeid, request.name)
+        return encode.ok(request.unique)
+
+    def _rmdir(self, request: rq.Rmdir) -> Reply:
+        self._operations.rmdir(request.nodeid, request.name)
+        return encode.ok(request.unique)
+
+    async def _rename(self, request: rq.Rename) -> Reply:
+        await self._operations.rename(
+            request.nodeid, request.name, request.newdir, request.newname, 0
+        )
+        return encode.ok(request.unique)
+
+    async def _rename2(self, request: rq.Rename2) -> Reply:
+        await self._operations.rename(
+            request.nodeid, request.name, request.newdir, request.newname, request.flags
+        )
+        return encode.ok(request.unique)
+
+    async def _link(self, request: rq.Link) -> Reply:
+        found = await self._operations.link(request.oldnodeid, request.nodeid, request.name)
+        return self._entry(request.unique, found)
+
+    def _readlink(self, request: rq.Readlink) -> Reply:
+        return encode.data(request.unique, self._operations.readlink(request.nodeid))
+
+    # -- attributes -----------------------------------------------------------------------------------
+
+    def _getattr(self, request: rq.Getattr) -> Reply:
+        return self._attributes(request.nodeid, request.unique, self._operations.getattr(request.nodeid))
+
+    def _statx(self, request: rq.Statx) -> Reply:
+        node, attributes = self._operations.getattr(request.nodeid)
+        fd = self._union.open_path(node)
+        try:
+            raw = calls.statx(fd, b"", calls.AT_EMPTY_PATH, request.sx_mask)
+        finally:
+            os.close(fd)
+        patched = bytearray(raw)
+        patched[16:20] = attributes.nlink.to_bytes(4, "little")  # stx_nlink, include/uapi/linux/stat.h
+        return encode.statx(
+            request.unique, self._valid(request.nodeid, node, attributes), patched, attributes.ino
+        )
+
+    async def _setattr(self, request: rq.Setattr) -> Reply:
+        valid = request.valid
+        change = Change(
+            size=request.size if valid & FATTR_SIZE else None,
+            uid=request.new_uid if valid & FATTR_UID else None,
+            gid=request.new_gid if valid & FATTR_GID else None,
+            mode=request.mode if valid & FATTR_MODE else None,
+            atime_ns=request.atime * _NS + request.atimensec if valid & FATTR_ATIME else None,
+            mtime_ns=request.mtime * _NS + request.mtimensec if valid & FATTR_MTIME else None,
+            kills_set_ids=bool(valid & FATTR_KILL_SUIDGID),
+        )
+        handle = self._operations.files.get(request.fh) if valid & FATTR_FH else None
+        found = await self._operations.setattr(request.nodeid, change, handle)
+        return self._attributes(request.nodeid, request.unique, found)
+
+    def _statfs(self, request: rq.Statfs) -> Reply:
+        return encode.statfs(request.unique, self._operations.statfs())
+
+    # -- extended attributes --------------------------------------------------------------------------
+
+    def _getxattr(self, request: rq.Getxattr) -> Reply:
+        value = self._operations.getxattr(request.nodeid, request.name)
+        return _sized(request.unique, value, request.size)
+
+    def _listxattr(self, request: rq.Listxattr) -> Reply:
+        names = self._operations.listxattr(request.nodeid, request.uid)
+        return _sized(request.unique, b"".join(name + b"\0" for name in names), request.size)
+
+    async def _setxattr(self, request: rq.Setxattr) -> Reply:
+        node = await self._operations.setxattr(request.nodeid, request.name, request.value, request.flags)
+        if request.setxattr_flags & SETXATTR_ACL_KILL_SGID:
+            self._operations.drop_group_set_id(node)
+        return encode.ok(request.unique)
+
+    async def _removexattr(self, request: rq.Removexattr) -> Reply:
+        await self._operations.removexattr(request.nodeid, request.name)
+        return encode.ok(request.unique)
+
+    # -- listings -------------------------------------------------------------------------------------
+
+    async def _readdir(self, request: rq.Readdir) -> Reply:
+        node = self._operations.node(request.nodeid)
+        listing = Listing(request.size)
+        (cookies, names), first = await self._start(node, request.offset, listing, plus=False)
+        for index in range(first, len(names)):
+            known = self._union.number(node, names[index])
+            if known is not None and not listing.add(names[index], known[0], cookies[index], known[1]):
+                break
+        else:
+            self._operations.directories.end(node)
+        return encode.data(request.unique, listing.packed())
+
+    async def _readdirplus(self, request: rq.Readdirplus) -> Reply:
+        node = self._operations.node(request.nodeid)
+        listing = Listing(request.size)
+        (cookies, names), first = await self._start(node, request.offset, listing, plus=True)
+        lookup = self._union.lookup
+        for index in range(first, len(names)):
+            name = names[index]
+            if not listing.fits_plus(name):
+                break
+            found = lookup(node, name)
+            if found is not None:
+                attributes = found[1]
+                listing.add_plus(
+                    name, attributes.ino, cookies[index], attributes.st.st_mode, self.entry_out(found)
+                )
+        else:
+            self._operations.directories.end(node)
+        return encode.data(request.unique, listing.packed())
+
+    async def _start(
+        self, node: Node, offset: int, listing: Listing, *, plus: bool
+    ) -> tuple[tuple[list[int], list[bytes]], int]:
+        """``.`` and ``..`` where they are due, and the names of a directory with the first that is due."""
+        if node.unlinked:
+            return ([], []), 0
+        for name, place, shown in ((b".", DOT, node), (b"..", DOT_DOT, node.parent or node)):
+            if offset < place:
+                if plus:
+                    listing.add_plus(name, shown.ino, place, stat.S_IFDIR, encode.NO_ENTRY)
+                else:
+                    listing.add(name, shown.ino, place, stat.S_IFDIR)
+        entries, first = await self._operations.directories.entries(node, offset)
+        return (([], []), 0) if node.unlinked else (entries, first)
+
+    async def _fsyncdir(self, request: rq.Fsyncdir) -> Reply:
+        await self._operations.fsyncdir(request.nodeid)
+        return encode.ok(request.unique)
+
+    async def _syncfs(self, request: rq.Syncfs) -> Reply:
+        await self._operations.syncfs()
+        return encode.ok(request.unique)
+
+
+def _sized(unique: int, value: bytes, size: int) -> Reply:
+    """The answer of GETXATTR and LISTXATTR: a value, or only its size when that is asked for."""
+    if size == 0:
+        return encode.xattr_size(unique, len(value))
+    if len(value) > size:
+        raise error(errno.ERANGE)
+    return encode.data(unique, value)

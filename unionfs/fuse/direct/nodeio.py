@@ -1,0 +1,138 @@
+"""How a node is read and written: through the page cache of the mount, or by the kernel itself.
+
+Rules (fs/fuse/iomode.c and fs/fuse/passthrough.c of Linux 6.18):
+- A node has one way at a time. An open with a backing file while a cached open lives, an open without while
+  one with lives, or one with another backing id, fails with EIO. So the first open decides, and its way holds
+  until the last close.
+- One backing id a node, counted; it is given back with the last close.
+- A backing file that is not the node's file any more (a lower that was copied up) serves those who have it
+  open. Who opens the node now gets another node: see `NodeTable.supersede`.
+- What is written through a backing file is not told to us, and what is stored through a mapping to nobody: so
+  attributes are good for nothing while such a file is open for writing, and for a second afterwards, for a
+  mapping outlives the close.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+from typing import Final
+
+from unionfs.fuse.direct.device import Device
+from unionfs.fuse.protocol import FOREVER, NEVER, Decision, Timeout
+from unionfs.fuse.protocol.flags import FOPEN_KEEP_CACHE
+from unionfs.union.files import Handle
+from unionfs.union.nodes import Node
+from unionfs.union.tree import Attributes, Union
+
+_AFTER_WRITING: Final[Timeout] = (1, 0)
+
+
+class NodeIo:
+    """The opens of one node, by their way."""
+
+    __slots__ = ("backing_id", "cached", "of_upper", "through", "writers", "written")
+
+    def __init__(self) -> None:
+        self.cached = 0
+        self.through = 0
+        self.backing_id = 0
+        #: Whether the backing file is the upper's.
+        self.of_upper = False
+        #: Opens for writing, with the backing file.
+        self.writers = 0
+        #: Whether there ever was one.
+        self.written = False
+
+
+class NodeIos:
+    """Decides the way of every open, and keeps the kernel's rules."""
+
+    def __init__(self, union: Union, device: Device, decision: Decision) -> None:
+        self._union = union
+        self._device = device
+        self._decision = decision
+        #: Opens with a backing file; opens that would have had one, had the kernel taken it.
+        self.passed_through = 0
+        self.refused = 0
+
+    def figures(self) -> dict[str, int]:
+        """JSON-able."""
+        return {
+            "opened_with_backing_file": self.passed_through,
+            "backing_files": self._device.backing_files,
+            "backing_files_refused": self.refused,
+        }
+
+    def is_outdated(self, node: Node) -> bool:
+        """Whether the backing file in use is not the node's any more, so that it can't be opened again."""
+        io = node.io
+        return isinstance(io, NodeIo) and io.through > 0 and io.of_upper != node.is_upper
+
+    def opened(self, handle: Handle) -> tuple[int, int]:
+        """Count an open; gives FOPEN_* flags and the backing id for the answer."""
+        node = handle.node
+        io = node.io
+        if not isinstance(io, NodeIo):
+            io = node.io = NodeIo()
+        if io.through == 0 and io.cached == 0 and self._wants_backing(node):
+            self._register(io, node, handle)
+        if io.backing_id:
+            io.through += 1
+            handle.through = True
+            self.passed_through += 1
+            if handle.writes:
+                io.writers += 1
+                io.written = True
+            return self._decision.passthrough_open_flags, io.backing_id
+        io.cached += 1
+        flags = self._decision.file_open_flags
+        if io.written:
+            flags &= ~FOPEN_KEEP_CACHE  # what is cached from before may be old
+        return flags, 0
+
+    def released(self, handle: Handle) -> None:
+        """Count a close."""
+        io = handle.node.io
+        if not isinstance(io, NodeIo):
+            return
+        if not handle.through:
+            io.cached -= 1
+            return
+        io.through -= 1
+        if handle.writes:
+            io.writers -= 1
+        if io.through == 0:
+            backing_id, io.backing_id = io.backing_id, 0
+            self._device.unregister(backing_id)
+
+    def valid(self, node: Node, attributes: Attributes) -> Timeout:
+        """How long the kernel may believe the attributes of a node."""
+        if not attributes.lasting:
+            return NEVER
+        io = node.io
+        if isinstance(io, NodeIo) and io.written:
+            return NEVER if io.writers else _AFTER_WRITING
+        return FOREVER
+
+    def _wants_backing(self, node: Node) -> bool:
+        return self._decision.passthrough_upper if node.is_upper else self._decision.passthrough_lower
+
+    def _register(self, io: NodeIo, node: Node, handle: Handle) -> None:
+        try:
+            if self._decision.backing_without_fsetid:
+                with self._union.identity.without_fsetid():
+                    io.backing_id = self._device.register(handle.file.fd)
+            else:
+                io.backing_id = self._device.register(handle.file.fd)
+        except OSError as error:
+            if error.errno in (errno.EBADF, errno.EFAULT):
+                raise
+            self.refused += 1  # this file goes through the page cache
+            return
+        io.of_upper = node.is_upper
+
+
+def stale() -> OSError:
+    """Makes the kernel look the name up again, and open what it finds then (fs/namei.c, do_filp_open)."""
+    return OSError(errno.ESTALE, os.strerror(errno.ESTALE))

@@ -1,0 +1,150 @@
+"""The session that speaks the kernel's protocol itself: everything FUSE can carry, and the fastest data path.
+
+It mounts, agrees with the kernel by `protocol.negotiate`, and lets `direct.loop` answer requests with the
+handlers of `direct.names` and `direct.data`, which drive the same `Operations` as the other session.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+from collections.abc import Callable
+
+import trio
+
+from unionfs.fuse.direct.data import DataRequests
+from unionfs.fuse.direct.device import Device
+from unionfs.fuse.direct.loop import Loop
+from unionfs.fuse.direct.mounting import MountOptions, mount, raise_readahead, unmount
+from unionfs.fuse.direct.names import NameRequests
+from unionfs.fuse.direct.nodeio import NodeIos
+from unionfs.fuse.errors import CUT_OFF, SessionError, SessionUnfit
+from unionfs.fuse.operations import Operations
+from unionfs.fuse.protocol import (
+    Decision,
+    Init,
+    IoMode,
+    NegotiationRefused,
+    Privileges,
+    Settings,
+    decoder,
+    encode,
+    negotiate,
+    receive_buffer_size,
+)
+from unionfs.fuse.protocol import requests as rq
+from unionfs.sys import calls
+from unionfs.sys.creds import CAP_SYS_ADMIN, has_capability
+from unionfs.sys.mountinfo import mounted_at
+from unionfs.sys.process import in_initial_user_namespace
+from unionfs.union.layers import Layer
+
+READAHEAD = 4 << 20
+"""Bytes that the kernel reads ahead of a sequential reader."""
+_INIT_SECONDS = 20.0
+
+
+async def serve(
+    operations: Operations,
+    mountpoint: str,
+    options: MountOptions,
+    io: IoMode,
+    on_ready: Callable[[Decision], None],
+) -> None:
+    """Mount, serve until the mount is gone (whoever unmounts it), and clean up.
+
+    ``on_ready`` is called with what was agreed when the mount can be used. Raises SessionError when mounting
+    fails, what was asked for cannot be had, or the mount is cut off; SessionUnfit when another session may
+    do.
+    """
+    device = Device(mount(mountpoint, options))
+    ready = False
+    try:
+        decision = await _agree(device, operations, io, read_only=options.read_only)
+        entry = mounted_at(mountpoint)
+        if entry is not None and entry.is_fuse:
+            raise_readahead(entry.device, decision.max_readahead)
+        loop = _loop(device, operations, decision)
+        ready = True
+        on_ready(decision)
+        try:
+            await loop.run()
+        except* ConnectionAbortedError as group:
+            raise SessionError(CUT_OFF.format(mountpoint)) from group
+    finally:
+        device.close()
+        if not ready:
+            found = mounted_at(mountpoint)
+            if found is not None and found.is_fuse:
+                unmount(mountpoint)
+
+
+def _loop(device: Device, operations: Operations, decision: Decision) -> Loop:
+    ios = NodeIos(operations.union, device, decision)
+    names = NameRequests(operations, ios, masks=bool(decision.flags & Init.DONT_MASK))
+    data = DataRequests(operations, ios, names, decision)
+    operations.more_figures = ios.figures
+    return Loop(
+        device,
+        decision,
+        operations.union,
+        operations.requests,
+        {**names.table, **data.table},
+        {**names.waiting, **data.waiting},
+    )
+
+
+async def _agree(device: Device, operations: Operations, io: IoMode, *, read_only: bool) -> Decision:
+    """Answer the kernel's INIT. Raises SessionError."""
+    buffer = bytearray(receive_buffer_size(1 << 20))
+    with trio.move_on_after(_INIT_SECONDS):
+        while True:
+            try:
+                size = os.readv(device.fd, [buffer])
+            except BlockingIOError:
+                await trio.lowlevel.wait_readable(device.fd)
+                continue
+            except OSError as error:
+                if error.errno in (errno.ENODEV, errno.ECONNABORTED):
+                    raise SessionError("the mount was gone before it could be used") from error
+                raise
+            request = decoder()(memoryview(buffer), size)
+            if isinstance(request, rq.InitRequest):
+                break
+            device.answer(encode.error(request.unique, errno.EIO))
+        try:
+            decision = negotiate(request, _settings(operations, io, read_only=read_only), _privileges())
+        except NegotiationRefused as refusal:
+            device.answer(encode.error(request.unique, errno.EPROTO))
+            if io is IoMode.AUTO:
+                raise SessionUnfit(str(refusal)) from refusal
+            raise SessionError(str(refusal)) from refusal
+        device.answer(encode.init(request.unique, decision.reply))
+        return decision
+    raise SessionError(f"the kernel sent no INIT within {_INIT_SECONDS:.0f} seconds")
+
+
+def _settings(operations: Operations, io: IoMode, *, read_only: bool) -> Settings:
+    stack = operations.union.stack
+    uppers = [layer for layer in stack.layers if layer.is_upper]
+    lowers = [layer for layer in stack.layers if not layer.is_upper]
+    return Settings(
+        io=io,
+        read_only=read_only,
+        acl=stack.acl,
+        upper_stack_depth=max(map(_stack_depth, uppers), default=0),
+        lower_stack_depth=max(map(_stack_depth, lowers), default=0),
+        max_readahead=READAHEAD,
+    )
+
+
+def _stack_depth(layer: Layer) -> int:
+    """How many stacked filesystems a layer lies on, as far as that can be seen."""
+    stacked = (calls.OVERLAYFS_MAGIC, calls.FUSE_MAGIC)
+    return 1 if calls.filesystem_magic(layer.root_fd) in stacked else 0
+
+
+def _privileges() -> Privileges:
+    return Privileges(
+        initial_user_namespace=in_initial_user_namespace(), sys_admin=has_capability(CAP_SYS_ADMIN)
+    )
