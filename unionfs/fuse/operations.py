@@ -24,7 +24,7 @@ from unionfs.fuse.inline import in_thread
 from unionfs.fuse.permissions import group_set_id_goes
 from unionfs.sys import calls
 from unionfs.union.changes import Caller, Changes
-from unionfs.union.files import Handle
+from unionfs.union.files import Handle, mode_without_set_ids
 from unionfs.union.nodes import Node
 from unionfs.union.places import open_for_listing
 from unionfs.union.tree import Attributes, Union
@@ -44,7 +44,7 @@ class Change(NamedTuple):
     atime_ns: int | None = None
     mtime_ns: int | None = None
     kills_set_ids: bool = False
-    """A new size clears setuid and setgid: the caller may not keep them."""
+    """setuid and setgid are to be cleared: the caller may not keep them."""
 
 
 def error(code: int) -> OSError:
@@ -158,6 +158,8 @@ class Operations:
         await self.copy_ups.ensure(node, change.size)
         if change.size is not None:
             self._truncate(node, change.size, handle, kills_set_ids=change.kills_set_ids)
+        elif change.kills_set_ids and change.uid is None and change.gid is None:
+            self._drop_set_ids(node)
         if change.uid is not None or change.gid is not None or change.mode is not None:
             fd = self.union.open_path(node)
             try:
@@ -173,6 +175,12 @@ class Operations:
             path, follow = self.union.path(node)
             calls.utimensat(calls.AT_FDCWD, path, change.atime_ns, change.mtime_ns, follow=follow)
         return node, self.union.attributes(node)
+
+    def _drop_set_ids(self, node: Node) -> None:
+        mode = mode_without_set_ids(self.union.stat(node).st_mode)
+        if mode is not None:
+            path, _ = self.union.path(node)
+            os.chmod(path, mode)
 
     def _truncate(self, node: Node, size: int, handle: Handle | None, *, kills_set_ids: bool) -> None:
         if node.kind != stat.S_IFREG:

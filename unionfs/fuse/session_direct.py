@@ -22,7 +22,6 @@ from unionfs.fuse.errors import CUT_OFF, SessionError, SessionUnfit
 from unionfs.fuse.operations import Operations
 from unionfs.fuse.protocol import (
     Decision,
-    Init,
     IoMode,
     NegotiationRefused,
     Privileges,
@@ -80,8 +79,8 @@ async def serve(
 
 
 def _loop(device: Device, operations: Operations, decision: Decision) -> Loop:
-    ios = NodeIos(operations.union, device, decision)
-    names = NameRequests(operations, ios, masks=bool(decision.flags & Init.DONT_MASK))
+    ios = NodeIos(device, decision)
+    names = NameRequests(operations, ios, decision)
     data = DataRequests(operations, ios, names, decision)
     operations.more_figures = ios.figures
     return Loop(

@@ -21,7 +21,6 @@ _libc.setfsuid.argtypes = (ctypes.c_uint,)
 _libc.setfsgid.argtypes = (ctypes.c_uint,)
 
 _CAPABILITY_VERSION_3: Final = 0x20080522
-CAP_FSETID: Final = 4
 CAP_SETGID: Final = 6
 CAP_SETUID: Final = 7
 CAP_SYS_ADMIN: Final = 21
@@ -60,8 +59,6 @@ class Identity:
         self.can_switch = has_capability(CAP_SETUID) and has_capability(CAP_SETGID)
         self._header = _Header(_CAPABILITY_VERSION_3, 0)
         self._data = _capabilities()
-        self._lesser = _capabilities()
-        self._lesser[0].effective &= ~(1 << CAP_FSETID)
 
     @contextmanager
     def acting_as(self, uid: int, gid: int) -> Iterator[None]:
@@ -82,14 +79,4 @@ class Identity:
         finally:
             _libc.setfsuid(self.uid)
             _libc.setfsgid(self.gid)
-            _libc.capset(ctypes.byref(self._header), self._data)
-
-    @contextmanager
-    def without_fsetid(self) -> Iterator[None]:
-        """Within the block this thread has no CAP_FSETID, nor has a file's backing that it registers: a write
-        through it then clears set-id bits (fs/fuse/backing.c keeps the credentials of the registration)."""
-        _libc.capset(ctypes.byref(self._header), self._lesser)
-        try:
-            yield
-        finally:
             _libc.capset(ctypes.byref(self._header), self._data)

@@ -88,7 +88,6 @@ def check(decision: Decision, offered: InitRequest, settings: Settings, privileg
     else:
         assert reply.max_stack_depth == 0
         assert decision.passthrough_open_flags == 0
-    assert decision.backing_without_fsetid == (passthrough and bool(agreed & Init.HANDLE_KILLPRIV_V2))
     assert decision.passthrough_upper == (passthrough and not settings.read_only)
     assert decision.passthrough_lower == (decision.io is IoMode.PASSTHROUGH)
     assert passthrough == (decision.passthrough_upper or decision.passthrough_lower)

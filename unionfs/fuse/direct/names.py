@@ -5,18 +5,21 @@ from __future__ import annotations
 import errno
 import os
 import stat
+from typing import Final
 
 from unionfs.fuse.direct.loop import Answer, Waiting
 from unionfs.fuse.direct.nodeio import NodeIos
 from unionfs.fuse.directories import DOT, DOT_DOT
 from unionfs.fuse.operations import Change, Found, Operations, error
-from unionfs.fuse.protocol import FOREVER, NEVER, Listing, Opcode, Reply, Timeout, encode
+from unionfs.fuse.protocol import FOREVER, NEVER, Decision, Init, Listing, Opcode, Reply, Timeout, encode
 from unionfs.fuse.protocol import requests as rq
 from unionfs.fuse.protocol.flags import (
     FATTR_ATIME,
+    FATTR_CTIME,
     FATTR_FH,
     FATTR_GID,
     FATTR_KILL_SUIDGID,
+    FATTR_LOCKOWNER,
     FATTR_MODE,
     FATTR_MTIME,
     FATTR_SIZE,
@@ -25,21 +28,25 @@ from unionfs.fuse.protocol.flags import (
 )
 from unionfs.sys import calls
 from unionfs.union.changes import Caller
+from unionfs.union.files import mode_without_set_ids
 from unionfs.union.nodes import Node
 from unionfs.union.tree import Attributes
 
-_NS = 1_000_000_000
+_NS: Final = 1_000_000_000
+_CAPABILITY: Final = b"security.capability"
 
 
 class NameRequests:
     """Handlers by opcode in `table`; those of `waiting` are coroutine functions."""
 
-    def __init__(self, operations: Operations, ios: NodeIos, *, masks: bool) -> None:
-        """``masks``: the caller's umask is still to be taken off (DONT_MASK)."""
+    def __init__(self, operations: Operations, ios: NodeIos, decision: Decision) -> None:
         self._operations = operations
         self._union = operations.union
         self._ios = ios
-        self._masks = masks
+        #: The caller's umask is still to be taken off.
+        self._masks = bool(decision.flags & Init.DONT_MASK)
+        #: Opens are not told to us.
+        self._opens_unseen = Opcode.OPEN in decision.enosys
         self.table: dict[Opcode, Answer] = {
             Opcode.LOOKUP: self._lookup,
             Opcode.FORGET: self._forget,
@@ -196,11 +203,31 @@ class NameRequests:
             mode=request.mode if valid & FATTR_MODE else None,
             atime_ns=request.atime * _NS + request.atimensec if valid & FATTR_ATIME else None,
             mtime_ns=request.mtime * _NS + request.mtimensec if valid & FATTR_MTIME else None,
-            kills_set_ids=bool(valid & FATTR_KILL_SUIDGID),
+            kills_set_ids=bool(valid & FATTR_KILL_SUIDGID) or self._only_kills(request),
         )
         handle = self._operations.files.get(request.fh) if valid & FATTR_FH else None
         found = await self._operations.setattr(request.nodeid, change, handle)
         return self._attributes(request.nodeid, request.unique, found)
+
+    def _only_kills(self, request: rq.Setattr) -> bool:
+        """Whether a SETATTR that changes nothing is to clear setuid and setgid. Raises EPERM.
+
+        With HANDLE_KILLPRIV_V2 it stands for a write through a backing file (fs/backing-file.c,
+        file_remove_privs) or for a chown that names no owner, which the kernel leaves to us to allow. A chown
+        is known by its ctime, which is sent with writeback, or by nobody having the file open for writing.
+        """
+        valid = request.valid
+        if valid & ~(FATTR_FH | FATTR_LOCKOWNER | FATTR_CTIME):
+            return False
+        node, attributes = self._operations.getattr(request.nodeid)
+        writes = self._opens_unseen or any(handle.writes for handle in node.handles or ())
+        if writes and not valid & FATTR_CTIME:
+            return request.uid != 0  # root's is sent for file capabilities, which are gone by now
+        if mode_without_set_ids(attributes.st.st_mode) is None:
+            return False
+        if request.uid not in (0, attributes.st.st_uid):
+            raise error(errno.EPERM)
+        return True
 
     def _statfs(self, request: rq.Statfs) -> Reply:
         return encode.statfs(request.unique, self._operations.statfs())
@@ -222,6 +249,12 @@ class NameRequests:
         return encode.ok(request.unique)
 
     async def _removexattr(self, request: rq.Removexattr) -> Reply:
+        if request.name == _CAPABILITY and request.uid != 0:
+            # Not asked for by the caller, who may not, but sent ahead of a write, a truncation or a chown.
+            # The first two take the capabilities off the backing file; a chown by a stranger fails.
+            _, attributes = self._operations.getattr(request.nodeid)
+            if attributes.st.st_uid != request.uid:
+                return encode.ok(request.unique)
         await self._operations.removexattr(request.nodeid, request.name)
         return encode.ok(request.unique)
 

@@ -23,7 +23,7 @@ from unionfs.fuse.protocol import FOREVER, NEVER, Decision, Timeout
 from unionfs.fuse.protocol.flags import FOPEN_KEEP_CACHE
 from unionfs.union.files import Handle
 from unionfs.union.nodes import Node
-from unionfs.union.tree import Attributes, Union
+from unionfs.union.tree import Attributes
 
 _AFTER_WRITING: Final[Timeout] = (1, 0)
 
@@ -48,8 +48,7 @@ class NodeIo:
 class NodeIos:
     """Decides the way of every open, and keeps the kernel's rules."""
 
-    def __init__(self, union: Union, device: Device, decision: Decision) -> None:
-        self._union = union
+    def __init__(self, device: Device, decision: Decision) -> None:
         self._device = device
         self._decision = decision
         #: Opens with a backing file; opens that would have had one, had the kernel taken it.
@@ -120,11 +119,7 @@ class NodeIos:
 
     def _register(self, io: NodeIo, node: Node, handle: Handle) -> None:
         try:
-            if self._decision.backing_without_fsetid:
-                with self._union.identity.without_fsetid():
-                    io.backing_id = self._device.register(handle.file.fd)
-            else:
-                io.backing_id = self._device.register(handle.file.fd)
+            io.backing_id = self._device.register(handle.file.fd)
         except OSError as error:
             if error.errno in (errno.EBADF, errno.EFAULT):
                 raise

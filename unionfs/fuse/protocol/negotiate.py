@@ -9,8 +9,9 @@ breaking them):
 - PASSTHROUGH needs INIT_EXT, a max_stack_depth of 1 or 2, and CAP_SYS_ADMIN in the initial user namespace
   (fs/fuse/backing.c). Depth 2 only where a file to pass through lies on a stacked filesystem itself: a mount
   of depth 2 can be nobody's lower.
-- HANDLE_KILLPRIV_V2 with PASSTHROUGH: backing files are registered by a thread without CAP_FSETID, or writes
-  by an ordinary user keep suid and sgid*. Without V2 the kernel itself sends the SETATTR; V1 is never agreed.
+- HANDLE_KILLPRIV_V2 with PASSTHROUGH: before a write that is to clear suid and sgid the kernel sends a
+  SETATTR that changes nothing*, and leaves the clearing to us. Without V2 it asks for the file's capabilities
+  before every write. V1 is never agreed.
 - ALLOW_IDMAP only when asked for, never with a policy on the caller's uid (it is blank except on creation),
   and only under default_permissions: without, the kernel ends the connection.
 - POSIX_ACL and DONT_MASK both or neither, when every layer has ACLs.
@@ -130,8 +131,6 @@ class Decision:
     """Upper files are opened with a backing file."""
     passthrough_lower: bool
     """Lower files are, too."""
-    backing_without_fsetid: bool
-    """Backing files must be registered by a thread without CAP_FSETID."""
     file_open_flags: int
     """FOPEN_* for a file opened through the page cache."""
     passthrough_open_flags: int
@@ -386,7 +385,6 @@ def negotiate(offered: InitRequest, settings: Settings, privileges: Privileges) 
         enosys=frozenset(opcode for opcode, wanted in enosys.items() if wanted),
         passthrough_upper=passthrough and not settings.read_only,
         passthrough_lower=passthrough and mode is IoMode.PASSTHROUGH,
-        backing_without_fsetid=passthrough and bool(agreed & Init.HANDLE_KILLPRIV_V2),
         file_open_flags=FOPEN_KEEP_CACHE | noflush,
         passthrough_open_flags=FOPEN_PASSTHROUGH | noflush if passthrough else 0,
         directory_open_flags=FOPEN_KEEP_CACHE | FOPEN_CACHE_DIR,
