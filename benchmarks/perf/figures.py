@@ -1,0 +1,114 @@
+"""Samples, their medians, and the ratios of medians."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+
+
+@dataclass(frozen=True)
+class Figure:
+    """What is measured."""
+
+    group: str
+    name: str
+    unit: str
+    more_is_better: bool = False
+
+
+@dataclass
+class Daemon:
+    """What a workload cost in the daemon: one sample a round."""
+
+    cpu_seconds: list[float] = field(default_factory=list)
+    requests: list[dict[str, int]] = field(default_factory=list)
+    """By kind; empty for daemons that do not count."""
+
+    def milliseconds(self) -> float:
+        """Median of the CPU time."""
+        return statistics.median(self.cpu_seconds) * 1e3
+
+    def request_medians(self) -> dict[str, int]:
+        """Requests by kind, the most frequent first."""
+        kinds = {kind for sample in self.requests for kind in sample}
+        medians = {
+            kind: round(statistics.median(sample.get(kind, 0) for sample in self.requests)) for kind in kinds
+        }
+        return dict(sorted(medians.items(), key=lambda item: (-item[1], item[0])))
+
+    def microseconds_each(self) -> float | None:
+        """CPU time a request, median of the rounds; None when requests are not known."""
+        each = [
+            cpu * 1e6 / total
+            for cpu, sample in zip(self.cpu_seconds, self.requests, strict=False)
+            if (total := sum(sample.values()))
+        ]
+        return statistics.median(each) if each else None
+
+
+class Results:
+    """All samples of a run, by figure (or workload) and contestant."""
+
+    def __init__(self) -> None:
+        self.samples: dict[Figure, dict[str, list[float]]] = {}
+        self.daemons: dict[str, dict[str, Daemon]] = {}
+        self.failures: dict[tuple[str, str], str] = {}
+        """(workload, contestant): why it has no figure there."""
+
+    def add(self, figure: Figure, contestant: str, value: float) -> None:
+        """One sample."""
+        self.samples.setdefault(figure, {}).setdefault(contestant, []).append(value)
+
+    def add_daemon(self, workload: str, contestant: str, cpu: float, requests: dict[str, int] | None) -> None:
+        """CPU time (seconds) and requests of one turn."""
+        daemon = self.daemons.setdefault(workload, {}).setdefault(contestant, Daemon())
+        daemon.cpu_seconds.append(cpu)
+        if requests is not None:
+            daemon.requests.append(requests)
+
+    def median(self, figure: Figure, contestant: str) -> float | None:
+        """None when there is no sample."""
+        samples = self.samples.get(figure, {}).get(contestant)
+        return statistics.median(samples) if samples else None
+
+    def ratio(self, figure: Figure, contestant: str, reference: str) -> float | None:
+        """How many times as good as the reference: above 1 is better, whether more or less is wanted."""
+        own, other = self.median(figure, contestant), self.median(figure, reference)
+        if not own or not other or own < 0 or other < 0:
+            return None
+        return own / other if figure.more_is_better else other / own
+
+    def to_json(self, references: Iterable[str]) -> dict[str, object]:
+        """Everything that was measured."""
+        references = list(references)
+        figures: list[dict[str, object]] = []
+        for figure, by_contestant in self.samples.items():
+            rows = {
+                name: {
+                    "samples": samples,
+                    "median": statistics.median(samples),
+                    "ratios": {other: self.ratio(figure, name, other) for other in references},
+                }
+                for name, samples in by_contestant.items()
+            }
+            figures.append({
+                "group": figure.group, "name": figure.name, "unit": figure.unit,
+                "better": "more" if figure.more_is_better else "less", "contestants": rows,
+            })  # fmt: skip
+        daemons = {
+            workload: {
+                name: {
+                    "cpu_ms": daemon.milliseconds(),
+                    "cpu_us_per_request": daemon.microseconds_each(),
+                    "requests": daemon.request_medians() if daemon.requests else None,
+                }
+                for name, daemon in by_contestant.items()
+            }
+            for workload, by_contestant in self.daemons.items()
+        }
+        failures = [
+            {"workload": workload, "contestant": name, "reason": reason}
+            for (workload, name), reason in self.failures.items()
+        ]
+        return {"figures": figures, "daemons": daemons, "failures": failures}
