@@ -48,7 +48,8 @@ class CopyUps:
             if copy.is_quick:
                 copy.copy()
             else:
-                await in_thread(copy.copy)
+                # Ends early when the request is given up.
+                await in_thread(copy.copy, trio.from_thread.check_cancelled)
             copy.finish()
             self.count += 1
             self.copied_bytes += copy.size

@@ -63,6 +63,8 @@ class Operations:
         self.files = Files(union, self.copy_ups)
         #: How many requests of a kind came; the session counts.
         self.requests: Counter[str] = Counter()
+        #: Called with a node that the table let go of.
+        self.on_gone: Callable[[Node], None] = lambda node: None
         #: What the session has to add to the figures.
         self.more_figures: Callable[[], Mapping[str, object]] = dict
 
@@ -100,6 +102,8 @@ class Operations:
         node = self.union.nodes.named(id_)
         if node is not None:
             self.union.nodes.forget(node, lookups)
+            if self.union.nodes.named(id_) is not node:
+                self.on_gone(node)
 
     # -- names ----------------------------------------------------------------------------------------
 

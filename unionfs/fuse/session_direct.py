@@ -81,7 +81,7 @@ async def serve(
 def _loop(device: Device, operations: Operations, decision: Decision) -> Loop:
     ios = NodeIos(device, decision)
     names = NameRequests(operations, ios, decision)
-    data = DataRequests(operations, ios, names, decision)
+    data = DataRequests(operations, ios, names, device, decision)
     operations.more_figures = ios.figures
     return Loop(
         device,

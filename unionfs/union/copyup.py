@@ -12,6 +12,7 @@ import errno
 import itertools
 import os
 import stat
+from collections.abc import Callable
 from typing import Final
 
 from unionfs.sys import calls
@@ -68,10 +69,15 @@ class FileCopy:
         """Whether :meth:`copy` is short enough to run between two requests."""
         return self.size <= SMALL and not self._union.stack.durable
 
-    def copy(self) -> None:
-        """Copy data and metadata, and wait for the disk. Raises ``OSError``."""
+    def copy(self, goes_on: Callable[[], None] = lambda: None) -> None:
+        """Copy data and metadata, and wait for the disk. Raises ``OSError``.
+
+        ``goes_on`` is called now and then, and ends the copying by what it raises.
+        """
         if self.size:
-            _copy_data(self._source.fd, self._target, self.size, whole=self.size == self._st.st_size)
+            whole = self.size == self._st.st_size
+            _copy_data(self._source.fd, self._target, self.size, goes_on, whole=whole)
+        goes_on()
         _copy_metadata(self._union, self._source.fd, self._target, self._st)
         if self._union.stack.durable:
             os.fsync(self._target)
@@ -257,7 +263,9 @@ def _copy_metadata(union: Union, source: int, target: int, st: os.stat_result) -
     os.utime(target, ns=(st.st_atime_ns, st.st_mtime_ns))
 
 
-def _copy_data(source: int, target: int, size: int, *, whole: bool) -> None:
+def _copy_data(
+    source: int, target: int, size: int, goes_on: Callable[[], None], *, whole: bool
+) -> None:
     """Copy ``size`` bytes, holes as holes: by reflink, else by copy_file_range, else by reading."""
     if whole:
         try:
@@ -271,6 +279,7 @@ def _copy_data(source: int, target: int, size: int, *, whole: bool) -> None:
     while position < size:
         start, end = _next_data(source, position, size)
         while start < end:
+            goes_on()
             count = min(end - start, _CHUNK)
             if by_range:
                 try:

@@ -13,13 +13,19 @@ import stat
 from collections import OrderedDict
 from typing import Final
 
+from unionfs.fuse.direct.device import Device
 from unionfs.fuse.direct.loop import Answer, Waiting
 from unionfs.fuse.direct.names import NameRequests
 from unionfs.fuse.direct.nodeio import NodeIos, stale
 from unionfs.fuse.operations import Operations, error
-from unionfs.fuse.protocol import Decision, Opcode, Reply, encode
+from unionfs.fuse.protocol import Decision, Opcode, Reply, encode, notify
 from unionfs.fuse.protocol import requests as rq
-from unionfs.fuse.protocol.flags import FSYNC_FDATASYNC, OPEN_KILL_SUIDGID, WRITE_KILL_SUIDGID
+from unionfs.fuse.protocol.flags import (
+    FSYNC_FDATASYNC,
+    OPEN_KILL_SUIDGID,
+    WRITE_CACHE,
+    WRITE_KILL_SUIDGID,
+)
 from unionfs.union.files import OpenFile
 from unionfs.union.nodes import Node
 from unionfs.union.places import open_for_listing
@@ -74,14 +80,21 @@ class DataRequests:
     """Handlers by opcode in `table`; those of `waiting` are coroutine functions."""
 
     def __init__(
-        self, operations: Operations, ios: NodeIos, names: NameRequests, decision: Decision
+        self,
+        operations: Operations,
+        ios: NodeIos,
+        names: NameRequests,
+        device: Device,
+        decision: Decision,
     ) -> None:
         self._operations = operations
         self._union = operations.union
         self._files = operations.files
         self._ios = ios
         self._names = names
+        self._device = device
         self.node_files = NodeFiles(operations.union)
+        operations.on_gone = self.node_files.drop
         #: Whether opens are not told to us.
         self._opens_unseen = Opcode.OPEN in decision.enosys
         self._buffer = memoryview(bytearray(max(1 << 20, decision.reply.max_write)))
@@ -178,10 +191,15 @@ class DataRequests:
         return encode.data(request.unique, await self._files.read(file, request.offset, request.size))
 
     async def _write(self, request: rq.Write) -> Reply:
-        file = await self._writing(request.nodeid, request.fh)
-        count = await self._files.write(
-            file, request.offset, request.data, kills_set_ids=bool(request.write_flags & WRITE_KILL_SUIDGID)
-        )
+        kills = bool(request.write_flags & WRITE_KILL_SUIDGID)
+        try:
+            file = await self._writing(request.nodeid, request.fh)
+            count = await self._files.write(file, request.offset, request.data, kills_set_ids=kills)
+        except OSError:
+            if request.write_flags & WRITE_CACHE:
+                # What could not be written must not stay readable from the page cache.
+                self._device.notify_later(notify.inval_inode(request.nodeid))
+            raise
         return encode.written(request.unique, count)
 
     async def _fsync(self, request: rq.Fsync) -> Reply:

@@ -29,6 +29,8 @@ class Device:
         self.fd = fd
         #: Backing files registered now.
         self.backing_files = 0
+        #: Notices that have to be sent from a thread.
+        self.later: list[Reply] = []
 
     def answer(self, reply: Reply) -> None:
         """Send an answer; one that nobody waits for any more is dropped."""
@@ -50,6 +52,10 @@ class Device:
         except OSError as error:
             if error.errno not in _GONE:
                 log.warning("the kernel refused a notice: %s", error.strerror)
+
+    def notify_later(self, notice: Reply) -> None:
+        """Have the loop send a notice from a thread, after the answer to the request at hand."""
+        self.later.append(notice)
 
     def register(self, fd: int) -> int:
         """Let the kernel read and write the file behind ``fd`` by itself; gives the backing id.

@@ -82,11 +82,11 @@ class Loop:
 
     async def run(self) -> None:
         """Serve until the mount is gone. Raises ConnectionAbortedError when it was cut off (in a group)."""
-        async with trio.open_nursery() as nursery:
-            await self._read_requests(nursery)
-            nursery.cancel_scope.cancel()
+        async with trio.open_nursery() as self._nursery:
+            await self._read_requests()
+            self._nursery.cancel_scope.cancel()
 
-    async def _read_requests(self, nursery: trio.Nursery) -> None:
+    async def _read_requests(self) -> None:
         fd, readv, clock = self._device.fd, os.readv, perf_counter_ns
         spin = _MIN_SPIN_NS
         spin_end = 0
@@ -117,12 +117,12 @@ class Loop:
                 raise
             if spin_end:
                 spin, spin_end = min(spin * 2, _MAX_SPIN_NS), 0
-            self._serve(size, nursery)
+            self._serve(size)
             if clock() > fair_until:
                 await trio.lowlevel.checkpoint()
                 fair_until = clock() + _FAIR_NS
 
-    def _serve(self, size: int, nursery: trio.Nursery) -> None:
+    def _serve(self, size: int) -> None:
         """Answer the request in the buffer, or start a task that will."""
         try:
             request = self._decode(self._view, size)
@@ -146,7 +146,7 @@ class Loop:
                     begun = begin(coroutine)
                     if begun is PENDING:
                         self._new_buffer()
-                        nursery.start_soon(self._finish, request, coroutine)
+                        self._nursery.start_soon(self._finish, request, coroutine)
                         return
                     reply = begun  # type: ignore[assignment]
         except BaseException as error:
@@ -167,6 +167,13 @@ class Loop:
             self._tell_stale()
         if reply is not None:
             self._device.answer(reply)
+        if self._device.later:
+            notices, self._device.later = self._device.later, []
+            self._nursery.start_soon(trio.to_thread.run_sync, self._send, notices)
+
+    def _send(self, notices: list[Reply]) -> None:
+        for notice in notices:
+            self._device.notify(notice)
 
     def _tell_stale(self) -> None:
         """Let the kernel ask again for attributes that a copy-up changed.
