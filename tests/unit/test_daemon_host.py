@@ -64,8 +64,8 @@ def test_the_kernel_is_asked_for_passthrough(root: None) -> None:
 
 
 def test_messages_of_another_form_say_nothing() -> None:
-    assert fuseprobe._flags(b"") is None
-    assert fuseprobe._flags(b"\0" * 200) is None
+    assert fuseprobe._offer(b"") is None
+    assert fuseprobe._offer(b"\0" * 200) is None
 
 
 def test_what_libfuse_prints_becomes_part_of_the_sentence() -> None:

@@ -15,11 +15,11 @@ from typing import Literal
 from unionfs.daemon.errors import UserError, reason
 from unionfs.daemon.fuse import find_fusermount, fuse_device_problem, user_allow_other
 from unionfs.sys import calls, libfuse
-from unionfs.sys.process import may_use_trusted_xattrs
+from unionfs.sys.process import has_sys_admin, in_initial_user_namespace, may_use_trusted_xattrs
 
 State = Literal["ok", "limited", "missing"]
 
-_MOUNT_NEEDS = frozenset({"/dev/fuse", "fusermount3", "pyfuse3"})
+_MOUNT_NEEDS = frozenset({"/dev/fuse", "fusermount3"})
 _OLDEST_KERNEL = (5, 12)  # mount_setattr(2), for read-only private lowers
 
 
@@ -47,7 +47,8 @@ def examine(directory: str | None = None) -> list[Finding]:
             f"nothing can be tried out in {directory or tempfile.gettempdir()}: {reason(error)}; name a "
             "directory that can be written by --dir."
         ) from error
-    return [*findings, _overlayfs(), _passthrough(), _user_namespaces(), _open_files(), *_dead_mounts()]
+    findings += [_overlayfs(), _passthrough(), _session()]
+    return [*findings, _user_namespaces(), _open_files(), *_dead_mounts()]
 
 
 def mounting_is_possible(findings: list[Finding]) -> bool:
@@ -268,6 +269,29 @@ def _passthrough() -> Finding:
     if not may_use_trusted_xattrs():
         return Finding(name, "limited", f"offered, {how}, but only to root", "mount as root")
     return Finding(name, "ok", f"offered, {how}")
+
+
+def _session() -> Finding:
+    """What --session auto and --io auto choose here, and why nothing else."""
+    from unionfs.fuse.protocol import NegotiationRefused, Privileges, Settings, negotiate
+    from unionfs.fuse.protocol.flags import KERNEL_VERSION
+    from unionfs.fuse.protocol.requests import InitRequest
+    from unionfs.sys.fuseprobe import init_offer
+
+    name = "session and I/O"
+    offer = init_offer()
+    if offer is None:
+        return Finding(
+            name, "limited", "direct session; the kernel can't be asked what it offers", "run doctor as root"
+        )
+    request = InitRequest.of(major=KERNEL_VERSION, minor=offer[0], max_readahead=1 << 17, flags=offer[1])
+    rights = Privileges(initial_user_namespace=in_initial_user_namespace(), sys_admin=has_sys_admin())
+    try:
+        decision = negotiate(request, Settings(), rights)
+    except NegotiationRefused as refusal:
+        return Finding(name, "limited", f"pyfuse3's session. {refusal}", "a newer kernel")
+    sentences = [f"direct session. {decision.why}", *decision.why_not.values(), *decision.missing.values()]
+    return Finding(name, "ok", " ".join(sentences))
 
 
 def _configured(option: str) -> bool | None:

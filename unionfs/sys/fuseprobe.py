@@ -30,6 +30,12 @@ _FUSE_PASSTHROUGH: Final = 1 << 37
 
 def init_flags() -> int | None:
     """The 64 flags of the kernel's FUSE_INIT; None when they can't be asked for (not root, an old kernel)."""
+    offer = init_offer()
+    return None if offer is None else offer[1]
+
+
+def init_offer() -> tuple[int, int] | None:
+    """The minor version of the kernel's FUSE_INIT, and its 64 flags; None as in `init_flags`."""
     try:
         device = os.open("/dev/fuse", os.O_RDWR | os.O_NONBLOCK | os.O_CLOEXEC)
     except OSError:
@@ -51,7 +57,7 @@ def init_flags() -> int | None:
                 return None
         if _libc.syscall(_SYS_FSCONFIG, context, _FSCONFIG_CMD_CREATE, None, None, 0):
             return None
-        return _flags(os.read(device, 1 << 17))
+        return _offer(os.read(device, 1 << 17))
     except OSError:
         return None
     finally:
@@ -61,11 +67,11 @@ def init_flags() -> int | None:
             os.close(context)
 
 
-def _flags(message: bytes) -> int | None:
+def _offer(message: bytes) -> tuple[int, int] | None:
     if len(message) < _IN_HEADER_SIZE + _INIT_IN.size or message[4:8] != struct.pack("=I", _FUSE_INIT):
         return None
-    *_, flags, flags2 = _INIT_IN.unpack_from(message, _IN_HEADER_SIZE)
-    return int(flags) | (int(flags2) << 32 if flags & _FUSE_INIT_EXT else 0)
+    _, minor, _, flags, flags2 = _INIT_IN.unpack_from(message, _IN_HEADER_SIZE)
+    return int(minor), int(flags) | (int(flags2) << 32 if flags & _FUSE_INIT_EXT else 0)
 
 
 def offers_passthrough() -> bool | None:
