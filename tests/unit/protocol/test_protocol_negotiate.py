@@ -76,7 +76,8 @@ def check(decision: Decision, offered: InitRequest, settings: Settings, privileg
     assert (Opcode.OPEN in decision.enosys) == zero_message
     assert (Opcode.OPENDIR in decision.enosys) == bool(agreed & Init.NO_OPENDIR_SUPPORT)
     assert not (agreed & Init.WRITEBACK_CACHE and (passthrough or settings.live_lowers or settings.read_only))
-    assert decision.enosys <= {Opcode.OPEN, Opcode.OPENDIR, Opcode.FLUSH}
+    assert (Opcode.LSEEK in decision.enosys) == bool(agreed & Init.WRITEBACK_CACHE)
+    assert decision.enosys <= {Opcode.OPEN, Opcode.OPENDIR, Opcode.FLUSH, Opcode.LSEEK}
 
     if passthrough:
         assert privileges == ROOT
@@ -216,7 +217,7 @@ def test_cached() -> None:
     decision = negotiate(offer(EVERYTHING), Settings(io=IoMode.CACHED), ROOT)
     assert decision.flags & Init.WRITEBACK_CACHE
     assert not decision.flags & (Init.ATOMIC_O_TRUNC | Init.PASSTHROUGH)
-    assert decision.enosys == {Opcode.OPEN, Opcode.OPENDIR, Opcode.FLUSH}
+    assert decision.enosys == {Opcode.OPEN, Opcode.OPENDIR, Opcode.FLUSH, Opcode.LSEEK}
     assert decision.missing == {Init.ATOMIC_O_TRUNC: "It does not go with NO_OPEN_SUPPORT."}
 
 

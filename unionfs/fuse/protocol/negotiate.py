@@ -6,6 +6,8 @@ breaking them):
   lives in the answer to OPEN.
 - WRITEBACK_CACHE never with PASSTHROUGH (the kernel then drops passthrough, and registering a backing file is
   EPERM*), and never where a lower is live: the kernel would ignore the sizes the daemon reports.
+- LSEEK (ENOSYS) never with WRITEBACK_CACHE*: what is only in the page cache yet would be called a hole, and
+  a program that copies would leave it out. Without our answer the kernel calls everything data.
 - PASSTHROUGH needs INIT_EXT, a max_stack_depth of 1 or 2, and CAP_SYS_ADMIN in the initial user namespace
   (fs/fuse/backing.c). Depth 2 only where a file to pass through lies on a stacked filesystem itself: a mount
   of depth 2 can be nobody's lower.
@@ -375,6 +377,7 @@ def negotiate(offered: InitRequest, settings: Settings, privileges: Privileges) 
         Opcode.OPEN: bool(agreed & Init.NO_OPEN_SUPPORT),
         Opcode.OPENDIR: bool(agreed & Init.NO_OPENDIR_SUPPORT),
         Opcode.FLUSH: not locks_here,
+        Opcode.LSEEK: bool(agreed & Init.WRITEBACK_CACHE),
     }
     return Decision(
         reply=reply,
