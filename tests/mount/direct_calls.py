@@ -1,0 +1,172 @@
+"""System calls of the direct session's tests, and small looks at a daemon."""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import fcntl
+import os
+import struct
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+
+from tests.support.mounting import Mount
+
+KEEP_SIZE, PUNCH_HOLE, COLLAPSE, ZERO_RANGE, INSERT, UNSHARE = 1, 2, 8, 16, 32, 64
+"""FALLOC_FL_* of include/uapi/linux/falloc.h."""
+
+STATX_BASIC, STATX_BTIME = 0x7FF, 0x800
+AT_EMPTY_PATH = 0x1000
+AT_FDCWD = -100
+MIB = 1 << 20
+
+_libc = ctypes.CDLL(None, use_errno=True)
+
+
+class Statx(NamedTuple):
+    """Some of struct statx (include/uapi/linux/stat.h); times are (seconds, nanoseconds)."""
+
+    mask: int
+    nlink: int
+    uid: int
+    gid: int
+    mode: int
+    ino: int
+    size: int
+    blocks: int
+    btime: tuple[int, int]
+    mtime: tuple[int, int]
+
+
+def statx(
+    path: Path | None = None, *, fd: int = AT_FDCWD, mask: int = STATX_BASIC | STATX_BTIME, flags: int = 0
+) -> Statx:
+    """statx(2) of a path, or of a descriptor."""
+    buffer = ctypes.create_string_buffer(256)
+    name = b"" if path is None else os.fsencode(path)
+    if path is None:
+        flags |= AT_EMPTY_PATH
+    if _libc.statx(fd, name, flags, ctypes.c_uint(mask), buffer) != 0:
+        _raise()
+    raw = buffer.raw
+    got, _, _, nlink, uid, gid, mode = struct.unpack_from("=IIQIIIH", raw)
+    ino, size, blocks = struct.unpack_from("=QQQ", raw, 32)
+    btime, mtime = struct.unpack_from("=qI", raw, 80), struct.unpack_from("=qI", raw, 112)
+    return Statx(got, nlink, uid, gid, mode, ino, size, blocks, btime, mtime)
+
+
+def fallocate(fd: int, mode: int, offset: int, length: int) -> None:
+    """fallocate(2) with its modes."""
+    _check(_libc.fallocate(fd, mode, ctypes.c_long(offset), ctypes.c_long(length)))
+
+
+@contextlib.contextmanager
+def opened(path: Path | str, flags: int = os.O_RDONLY, mode: int = 0o644) -> Iterator[int]:
+    """An open file that a failed test leaves no fd of: that would keep the mount busy."""
+    fd = os.open(path, flags, mode)
+    try:
+        yield fd
+    finally:
+        os.close(fd)
+
+
+def open_stream(path: Path) -> ctypes.c_void_p:
+    """opendir(3)."""
+    _libc.opendir.restype = ctypes.c_void_p
+    stream = _libc.opendir(os.fsencode(path))
+    if not stream:
+        _raise()
+    return ctypes.c_void_p(stream)
+
+
+def close_stream(stream: ctypes.c_void_p) -> None:
+    """closedir(3)."""
+    _check(_libc.closedir(stream))
+
+
+def seek_stream(stream: ctypes.c_void_p, where: int) -> None:
+    """seekdir(3)."""
+    _libc.seekdir(stream, ctypes.c_long(where))
+
+
+def read_stream(stream: ctypes.c_void_p, limit: int | None = None) -> list[tuple[bytes, int]]:
+    """(name, telldir(3) behind it) of the next entries of a directory stream."""
+    _libc.readdir.restype = ctypes.c_void_p
+    _libc.telldir.restype = ctypes.c_long
+    found: list[tuple[bytes, int]] = []
+    while limit is None or len(found) < limit:
+        entry = _libc.readdir(stream)
+        if not entry:
+            break
+        found.append((ctypes.string_at(entry + 19), _libc.telldir(stream)))
+    return found
+
+
+def _check(result: int) -> None:
+    if result != 0:
+        _raise()
+
+
+def _raise() -> None:
+    code = ctypes.get_errno()
+    raise OSError(code, os.strerror(code))
+
+
+# -- what a session can do, and what its daemon holds
+
+
+def is_direct(session: str) -> bool:
+    """Whether it speaks the kernel's protocol itself, or is no FUSE at all (kernel overlayfs as stand-in)."""
+    return session.startswith("direct") or session == "overlay"
+
+
+def need_direct(session: str, what: str) -> None:
+    """Skip a session that cannot carry a request."""
+    if not is_direct(session):
+        pytest.skip(f"{session} carries no {what}")
+
+
+def passes_through(session: str, *, lower: bool = False) -> bool:
+    """Whether upper (or lower) files are opened with a backing file."""
+    return session == "direct-passthrough" or (session == "direct-hybrid" and not lower)
+
+
+def descriptors(mount: Mount) -> int:
+    """How many fds the daemon has open."""
+    return len(os.listdir(f"/proc/{mount.pid}/fd"))
+
+
+def wait_for(condition: Callable[[], bool], seconds: float = 5.0) -> bool:
+    """Whether the condition comes true in time: the kernel sends RELEASE and FORGET when it likes."""
+    end = time.monotonic() + seconds
+    while not condition():
+        if time.monotonic() > end:
+            return False
+        time.sleep(0.01)
+    return True
+
+
+def drop_caches() -> None:
+    """Let the kernel forget the nodes and pages that nobody uses."""
+    os.sync()
+    Path("/proc/sys/vm/drop_caches").write_text("3")
+
+
+def can_reflink(path: Path) -> bool:
+    """Whether the filesystem shares extents between files (FICLONE)."""
+    one, other = path / ".one", path / ".other"
+    try:
+        one.write_bytes(b"x" * 4096)
+        with one.open("rb") as source, other.open("wb") as target:
+            fcntl.ioctl(target, 0x40049409, source.fileno())
+    except OSError:
+        return False
+    else:
+        return True
+    finally:
+        one.unlink(missing_ok=True)
+        other.unlink(missing_ok=True)
