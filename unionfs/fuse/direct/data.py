@@ -121,7 +121,15 @@ class DataRequests:
         node = self._union.nodes.named(request.nodeid)
         if node is None or node.successor is not None:
             raise stale()
-        await self._files.prepare(node, request.flags)
+        flags = request.flags
+        if flags & (os.O_ACCMODE | os.O_TRUNC) != os.O_RDONLY and self._ios.holds_lower(node):
+            # This open is refused and need not come again (/proc/self/fd), so it must not have truncated.
+            if node.copying is None:
+                self._union.nodes.supersede(node)
+                self._union.stale.append(node)
+                raise stale()
+            flags = os.O_RDWR
+        await self._files.prepare(node, flags)
         if node.successor is not None:  # somebody was faster
             raise stale()
         if self._ios.is_outdated(node):

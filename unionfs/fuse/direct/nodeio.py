@@ -68,6 +68,11 @@ class NodeIos:
         io = node.io
         return isinstance(io, NodeIo) and io.through > 0 and io.of_upper != node.is_upper
 
+    def holds_lower(self, node: Node) -> bool:
+        """Whether the kernel reads the lower's file by itself for somebody, so no writer can join in."""
+        io = node.io
+        return isinstance(io, NodeIo) and io.through > 0 and not io.of_upper and not node.is_upper
+
     def opened(self, handle: Handle) -> tuple[int, int]:
         """Count an open; gives FOPEN_* flags and the backing id for the answer."""
         node = handle.node
