@@ -1,4 +1,4 @@
-"""Open files: without a name, across copy-up, truncating, mapped, locked."""
+"""Open files: without a name, seen and locked across copy-up, mapped, appended to, synced."""
 
 from __future__ import annotations
 
@@ -6,41 +6,45 @@ import errno
 import fcntl
 import mmap
 import os
-import stat
 import struct
-import threading
-import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 
-from tests.support import actions, snapshot
-from tests.support.mounting import Mount, mounted
+from tests.support import actions
+from tests.support.mounting import Mount
 from tests.support.worker import Worker
 from tests.support.world import World, errno_of, outcome
 
 MakeWorld = Callable[..., World]
-MIB = 1 << 20
+LOWER_DATA = b"lower " * 100
+
+
+def _keeps_old_readers(session: str) -> bool:
+    """Whether who has a lower file open goes on with the lower after its copy-up (docs/compliance.md)."""
+    return session == "direct-passthrough"
 
 
 def _files(root: Path) -> None:
     for name in ("a", "b", "c", "d"):
-        (root / name).write_bytes(b"lower " * 100)
+        (root / name).write_bytes(LOWER_DATA)
         os.setxattr(root / name, "user.x", b"1")
         os.utime(root / name, ns=(10**18, 10**18 + 7))
 
 
 def _own(root: Path) -> None:
     for name in ("a", "b", "c", "d"):
-        (root / name).write_bytes(b"lower " * 100)
+        (root / name).write_bytes(LOWER_DATA)
 
 
 @pytest.mark.parametrize("where", ["lower", "upper"])
 @pytest.mark.parametrize("how", ["unlink", "rename over"])
-def test_open_file_without_a_name(world: MakeWorld, where: str, how: str) -> None:
-    """An open file that lost its name goes on working, with st_nlink 0, and opens again through /proc."""
+def test_open_file_without_a_name(world: MakeWorld, session: str, where: str, how: str) -> None:
+    """An open file that lost its name goes on working, with st_nlink 0, and opens again through /proc.
+
+    With passthrough a lower file that is open for reading cannot be opened again once it was copied up.
+    """
     made = world(_files if where == "lower" else lambda root: None)
 
     def calls(root: Path) -> list[object]:
@@ -70,6 +74,13 @@ def test_open_file_without_a_name(world: MakeWorld, where: str, how: str) -> Non
                     os.fstat(fd).st_mtime_ns,
                     errno_of(os.fsync, fd),
                 ]
+                if fd == readonly and where == "lower" and _keeps_old_readers(session):
+                    if root == made.union:
+                        for flags in (os.O_RDWR, os.O_RDONLY, os.O_RDONLY | os.O_TRUNC):
+                            assert errno_of(os.open, f"/proc/self/fd/{fd}", flags) == errno.ESTALE
+                        assert os.pread(fd, 1000, 0) == LOWER_DATA
+                        assert os.fstat(fd).st_size == len(LOWER_DATA)
+                    continue
                 again = os.open(f"/proc/self/fd/{fd}", os.O_RDWR)
                 found += [os.pwrite(again, b"NEW", 0), os.pread(fd, 8, 0), os.fstat(fd).st_nlink]
                 os.ftruncate(again, 4)
@@ -79,7 +90,7 @@ def test_open_file_without_a_name(world: MakeWorld, where: str, how: str) -> Non
                 found.append(os.fstat(fd).st_size)
             found += [os.pwrite(both, b"x" * 10000, 5), os.fstat(both).st_size, sorted(os.listdir(root))]
             (root / "a").write_bytes(b"another")
-            found += [os.fstat(readonly).st_size, (root / "a").read_bytes()]
+            found += [os.fstat(readonly).st_nlink, (root / "a").read_bytes()]
         finally:
             os.close(readonly)
             os.close(both)
@@ -89,26 +100,70 @@ def test_open_file_without_a_name(world: MakeWorld, where: str, how: str) -> Non
     assert found[0] == 0
 
 
-def test_many_opens_of_a_removed_lower_file_share_it(world: MakeWorld) -> None:
-    """Several readers and a later writer of a removed lower file see one content."""
+def test_many_opens_of_a_removed_lower_file_share_it(world: MakeWorld, session: str) -> None:
+    """Several readers and a later writer of a removed lower file see one content.
+
+    With passthrough there can be no later writer, and what it wanted to do has not happened.
+    """
     made = world(_files)
 
     def calls(root: Path) -> list[object]:
         first, second = os.open(root / "a", os.O_RDONLY), os.open(root / "a", os.O_RDONLY)
         os.unlink(root / "a")
+        if _keeps_old_readers(session) and root == made.union:
+            for flags in (os.O_RDWR, os.O_WRONLY | os.O_TRUNC, os.O_WRONLY | os.O_APPEND):
+                assert errno_of(os.open, f"/proc/self/fd/{first}", flags) == errno.ESTALE
+            return _closed(
+                [
+                    [os.pread(fd, 1000, 0) for fd in (first, second)],
+                    os.fstat(first).st_size,
+                    len({os.fstat(fd).st_ino for fd in (first, second)}),
+                ],
+                first,
+                second,
+            )
         writer = os.open(f"/proc/self/fd/{first}", os.O_RDWR)
         os.pwrite(writer, b"written", 0)
         found: list[object] = [os.pread(fd, 7, 0) for fd in (first, second, writer)]
         found.append(len({os.fstat(fd).st_ino for fd in (first, second, writer)}))
-        for fd in (first, second, writer):
-            os.close(fd)
-        return found
+        return _closed(found, first, second, writer)
 
-    made.as_native(calls)
+    if _keeps_old_readers(session):
+        assert calls(made.union) == [[LOWER_DATA, LOWER_DATA], len(LOWER_DATA), 1]
+    else:
+        made.as_native(calls)
 
 
-def test_old_reader_sees_the_copy(world: MakeWorld) -> None:
-    """A descriptor opened before copy-up reads what is written after it, and fstat says the new size."""
+def _closed(found: list[object], *fds: int) -> list[object]:
+    for fd in fds:
+        os.close(fd)
+    return found
+
+
+def test_a_refused_open_changes_nothing(world: MakeWorld, session: str) -> None:
+    """Truncating through the descriptor of a reader empties the file, or fails and leaves it as it was."""
+    made = world(_files)
+
+    def calls(root: Path) -> list[object]:
+        reader = os.open(root / "a", os.O_RDONLY)
+        code = errno_of(lambda: os.close(os.open(f"/proc/self/fd/{reader}", os.O_WRONLY | os.O_TRUNC)))
+        found: list[object] = [code, (root / "a").read_bytes(), os.fstat(reader).st_size]
+        return _closed(found, reader)
+
+    if _keeps_old_readers(session):
+        assert calls(made.union) == [errno.ESTALE, LOWER_DATA, len(LOWER_DATA)]
+        assert (made.union / "a").read_bytes() == LOWER_DATA
+        (made.union / "a").write_bytes(b"by its name")
+        assert (made.upper / "a").read_bytes() == b"by its name"
+    else:
+        assert made.as_native(calls) == [0, b"", 0]
+
+
+def test_old_reader_sees_the_copy(world: MakeWorld, session: str) -> None:
+    """A descriptor opened before copy-up reads what is written after it, and fstat says the new size.
+
+    With passthrough it reads the old data; what fstat says is new there, too.
+    """
     made = world(_files)
 
     def calls(root: Path) -> list[object]:
@@ -133,11 +188,20 @@ def test_old_reader_sees_the_copy(world: MakeWorld) -> None:
         os.close(old)
         return found
 
-    made.as_native(calls)
+    if not _keeps_old_readers(session):
+        made.as_native(calls)
+        return
+    expected = calls(made.native)
+    expected[1], expected[4], expected[8] = LOWER_DATA[:8], LOWER_DATA[:100], LOWER_DATA[:100]
+    assert calls(made.union) == expected
+    assert (made.union / "z").read_bytes() == b"shorter"
 
 
-def test_locks_meet_across_copy_up(world: MakeWorld, user: Worker) -> None:
-    """flock and POSIX locks taken through an old descriptor bind one opened after copy-up."""
+def test_locks_meet_across_copy_up(world: MakeWorld, session: str, user: Worker) -> None:
+    """flock and POSIX locks taken through an old descriptor bind one opened after copy-up.
+
+    With passthrough they do not, as old and new are two inodes for the kernel; new ones meet each other.
+    """
     made = world(_files)
 
     def calls(root: Path) -> list[object]:
@@ -158,10 +222,18 @@ def test_locks_meet_across_copy_up(world: MakeWorld, user: Worker) -> None:
         found.append(user.errno(actions.try_lock, str(root / "c")))
         os.close(old)
         found.append(user.errno(actions.try_lock, str(root / "c")))
-        return found
+        first, second = (os.open(root / "a", os.O_RDWR) for _ in range(2))
+        fcntl.flock(first, fcntl.LOCK_EX)
+        found.append(errno_of(fcntl.flock, second, fcntl.LOCK_EX | fcntl.LOCK_NB))
+        fcntl.lockf(first, fcntl.LOCK_EX)
+        os.chmod(root / "a", 0o666)
+        found.append(user.errno(actions.try_lock, str(root / "a")))
+        return _closed(found, first, second)
 
-    found = made.as_native(calls)
-    assert found == [errno.EAGAIN, 0, errno.EAGAIN, 0]
+    if _keeps_old_readers(session):
+        assert calls(made.union) == [0, 0, 0, 0, errno.EAGAIN, errno.EAGAIN]
+    else:
+        assert made.as_native(calls) == [errno.EAGAIN, 0, errno.EAGAIN, 0, errno.EAGAIN, errno.EAGAIN]
 
 
 def test_shared_mapping(world: MakeWorld) -> None:
@@ -198,237 +270,6 @@ def test_append_by_two_writers(union: Mount) -> None:
     assert {len(line) for line in lines} == {19}
 
 
-# -- copy-up
-
-
-def test_truncating_opens_copy_no_data(root: None, area: Path, session: str) -> None:
-    """O_TRUNC, truncate(0) and truncate(n) of a lower file copy nothing, nothing, and n bytes."""
-    _layers(area, lambda lower: [(lower / name).write_bytes(os.urandom(8 * MIB)) for name in "abc"])
-    with _union(area, session) as mount:
-        base = mount.figure("copied_bytes")
-        (mount.mountpoint / "a").open("wb").close()
-        os.truncate(mount.mountpoint / "b", 0)
-        assert mount.figure("copied_bytes") == base
-        os.truncate(mount.mountpoint / "c", 5000)
-        assert mount.figure("copied_bytes") - base <= 8192
-        assert mount.figure("copy_ups") == 3
-        assert [(mount.mountpoint / name).stat().st_size for name in "abc"] == [0, 0, 5000]
-        assert (mount.mountpoint / "c").read_bytes() == (area / "lower/c").read_bytes()[:5000]
-
-
-def test_two_writers_cause_one_copy_up(root: None, area: Path, session: str) -> None:
-    """Many opens for writing at the same time wait for one copy."""
-    size = 64 * MIB
-    _layers(area, lambda lower: (lower / "big").write_bytes(os.urandom(MIB) * 64))
-    with _union(area, session) as mount:
-        errors: list[BaseException] = []
-
-        def write(number: int) -> None:
-            try:
-                fd = os.open(mount.mountpoint / "big", os.O_RDWR)
-                os.pwrite(fd, b"%04d" % number, number * 4)
-                os.close(fd)
-            except OSError as error:
-                errors.append(error)
-
-        threads = [threading.Thread(target=write, args=(number,)) for number in range(8)]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
-        assert not errors
-        assert mount.figure("copy_ups") == 1
-        assert mount.figure("copied_bytes") <= size
-        with (mount.mountpoint / "big").open("rb") as file:
-            assert file.read(32) == b"".join(b"%04d" % number for number in range(8))
-            assert os.fstat(file.fileno()).st_size == size
-
-
-def test_requests_go_on_during_copy_up(root: None, area: Path, session: str) -> None:
-    """While 300 MiB are copied up, other requests are answered and the parent can be listed and changed."""
-    chunk = os.urandom(MIB)
-
-    def build(lower: Path) -> None:
-        with (lower / "big").open("wb") as file:
-            for _ in range(300):
-                file.write(chunk)
-        (lower / "small").write_bytes(b"small")
-
-    _layers(area, build)
-    with _union(area, session) as mount:
-        done = threading.Event()
-
-        def write() -> None:
-            with (mount.mountpoint / "big").open("r+b") as file:
-                file.write(b"!")
-            done.set()
-
-        thread = threading.Thread(target=write)
-        thread.start()
-        during = 0
-        while not done.is_set():
-            (mount.mountpoint / f"new{during}").write_bytes(b"x")
-            assert (mount.mountpoint / "small").read_bytes() == b"small"
-            assert "big" in os.listdir(mount.mountpoint)
-            assert not done.is_set() or during
-            during += not done.is_set()
-            if during > 2000:
-                time.sleep(0.01)
-        thread.join()
-        assert during >= 3
-        assert mount.figure("copy_ups") == 1
-        with (mount.mountpoint / "big").open("rb") as file:
-            assert file.read(2) == b"!" + chunk[1:2]
-            file.seek(299 * MIB)
-            assert file.read(MIB) == chunk
-
-
-def test_no_space_leaves_no_trace(
-    root: None, area: Path, session: str, filesystem: Callable[..., Path]
-) -> None:
-    """ENOSPC during copy-up reaches the caller; upper and work are as before, and the file stays readable."""
-    small = filesystem("tmpfs", 8 * MIB)
-    data = os.urandom(16 * MIB)
-    (area / "lower/d").mkdir(parents=True)
-    (area / "lower/d/big").write_bytes(data)
-    (area / "lower/d/little").write_bytes(b"little")
-    for name in ("upper", "work"):
-        (small / name).mkdir()
-    with mounted(
-        area, lowers=[area / "lower"], upper=small / "upper", work=small / "work", session=session
-    ) as mount:
-        top = mount.mountpoint
-        (top / "own").write_bytes(b"own")
-        reader = os.open(top / "d/big", os.O_RDONLY)
-        for call in (
-            lambda: os.open(top / "d/big", os.O_RDWR),
-            lambda: os.chmod(top / "d/big", 0o600),
-            lambda: os.rename(top / "d/big", top / "moved"),
-            lambda: os.link(top / "d/big", top / "linked"),
-            lambda: os.setxattr(top / "d/big", "user.x", b"1"),
-            lambda: os.truncate(top / "d/big", 12 * MIB),
-        ):
-            assert errno_of(call) == errno.ENOSPC
-        assert os.pread(reader, 100, 5 * MIB) == data[5 * MIB : 5 * MIB + 100]
-        os.close(reader)
-        assert (top / "d/big").read_bytes() == data
-        files = [path for path in (small / "upper").rglob("*") if not path.is_dir()]
-        assert files == [small / "upper/own"]
-        assert os.listdir(small / "work/work") == []
-        assert sorted(os.listdir(top)) == ["d", "own"]
-        # what fits still works, and there is space again for it
-        (top / "d/little").write_bytes(b"bigger than before")
-        os.truncate(top / "d/big", MIB)
-        assert (top / "d/big").read_bytes() == data[:MIB]
-
-
-def test_writes_beyond_the_space(
-    root: None, area: Path, session: str, filesystem: Callable[..., Path]
-) -> None:
-    """A full upper answers ENOSPC to write, create and mkdir, and goes on after something was removed."""
-    small = filesystem("tmpfs", 4 * MIB)
-    (area / "lower").mkdir()
-    for name in ("upper", "work"):
-        (small / name).mkdir()
-    with mounted(
-        area, lowers=[area / "lower"], upper=small / "upper", work=small / "work", session=session
-    ) as mount:
-
-        def fill() -> None:
-            with (mount.mountpoint / "f").open("wb", buffering=0) as file:
-                for _ in range(64):
-                    view = memoryview(b"x" * MIB)
-                    while view:
-                        view = view[file.write(view) :]
-
-        assert errno_of(fill) == errno.ENOSPC
-        (mount.mountpoint / "f").unlink()
-        (mount.mountpoint / "g").write_bytes(b"x" * MIB)
-        assert (mount.mountpoint / "g").stat().st_size == MIB
-
-
-def test_sparse_holes_are_kept(world: MakeWorld) -> None:
-    """Copy-up of a file with holes takes no more blocks than the original, and the same content."""
-
-    def build(root: Path) -> None:
-        with (root / "sparse").open("wb") as file:
-            file.write(b"head" * 1024)
-            file.seek(100 * MIB)
-            file.write(b"middle" * 1000)
-            file.truncate(200 * MIB)
-        with (root / "hole").open("wb") as file:
-            file.truncate(50 * MIB)
-
-    made = world(build)
-
-    def calls(root: Path) -> list[object]:
-        for name in ("sparse", "hole"):
-            os.close(os.open(root / name, os.O_RDWR))
-        return [(root / name).stat().st_size for name in ("sparse", "hole")]
-
-    made.as_native(calls)
-    for name in ("sparse", "hole"):
-        assert (made.upper / name).stat().st_blocks <= (made.lower / name).stat().st_blocks + 16
-    tree, lower = (snapshot.take(path, xattrs=False) for path in (made.upper, made.lower))
-    assert all(tree[name].content == lower[name].content for name in (b"sparse", b"hole"))
-
-
-def test_copy_up_keeps_everything(world: MakeWorld) -> None:
-    """A copy has the owner, mode, times, xattrs and ACL of the original, and the parent keeps its mtime."""
-
-    def build(root: Path) -> None:
-        (root / "p/q").mkdir(parents=True)
-        for name in ("f", "fifo", "link"):
-            path = root / "p/q" / name
-            if name == "fifo":
-                os.mkfifo(path)
-            elif name == "link":
-                path.symlink_to("f")
-            else:
-                path.write_bytes(b"data")
-                os.chmod(path, 0o6754)
-                os.setxattr(path, "user.x", b"1")
-                os.setxattr(path, "trusted.y", b"2")
-                os.setxattr(path, "security.z", b"3")
-            os.chown(path, 1234, 4321, follow_symlinks=False)
-            if name == "f":
-                os.chmod(path, 0o6754)
-                os.setxattr(path, "security.capability", struct.pack("<5I", 0x02000001, 1024, 0, 0, 0))
-            os.utime(path, ns=(10**18 + 1, 10**18 + 123456789), follow_symlinks=False)
-        os.setxattr(root / "p", "user.dir", b"d")
-        os.chmod(root / "p/q", 0o3771)
-        os.chown(root / "p", 5, 6)
-        for path in (root / "p/q", root / "p", root):
-            os.utime(path, ns=(10**18 + 1, 10**18 + 987654321))
-
-    made = world(build)
-
-    def calls(root: Path) -> list[object]:
-        os.link(root / "p/q/f", root / "l1")
-        os.unlink(root / "l1")
-        for name in ("fifo", "link"):
-            os.link(root / "p/q" / name, root / "l2", follow_symlinks=False)
-            os.unlink(root / "l2")
-        return [_describe(root / name) for name in ("p", "p/q", "p/q/f", "p/q/fifo", "p/q/link")]
-
-    made.as_kernel(calls)
-    for name in ("p/q/f", "p/q/fifo", "p/q/link", "p/q"):
-        assert _describe(made.upper / name)[:6] == _describe(made.lower / name)[:6]
-
-
-def _describe(path: Path) -> list[Any]:
-    info = path.lstat()
-    xattrs = {
-        name: value
-        for name, value in snapshot.read_xattrs(str(path)).items()
-        if not name.startswith("trusted.overlay.")
-    }
-    return [
-        oct(info.st_mode), info.st_uid, info.st_gid, info.st_size if not stat.S_ISDIR(info.st_mode) else 0,
-        info.st_mtime_ns, xattrs,
-    ]  # fmt: skip
-
-
 def test_fsync_everywhere(world: MakeWorld) -> None:
     """fsync and fdatasync of files and directories, of the lower and of the upper."""
     made = world(lambda root: ((root / "d").mkdir(), (root / "f").write_bytes(b"x")))
@@ -445,13 +286,3 @@ def test_fsync_everywhere(world: MakeWorld) -> None:
         return found
 
     made.as_native(calls)
-
-
-def _layers(area: Path, build: Callable[[Path], object]) -> None:
-    for name in ("lower", "upper", "work"):
-        (area / name).mkdir()
-    build(area / "lower")
-
-
-def _union(area: Path, session: str) -> Any:
-    return mounted(area, lowers=[area / "lower"], upper=area / "upper", work=area / "work", session=session)

@@ -1,0 +1,331 @@
+"""Copy-up: what it costs, who waits for it, what it keeps, and a full upper."""
+
+from __future__ import annotations
+
+import errno
+import mmap
+import os
+import stat
+import struct
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from tests.support import snapshot
+from tests.support.mounting import mounted
+from tests.support.world import World, errno_of
+
+MakeWorld = Callable[..., World]
+MIB = 1 << 20
+
+
+def _writes_later(session: str) -> bool:
+    """Whether the daemon hears of a write when it is synced, and of an open never (docs/compliance.md)."""
+    return session == "direct-cached"
+
+
+def _eventually(condition: Callable[[], bool], seconds: float = 10.0) -> bool:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        if time.monotonic() > deadline:
+            return False
+        time.sleep(0.005)
+    return True
+
+
+def _layers(area: Path, build: Callable[[Path], object]) -> None:
+    for name in ("lower", "upper", "work"):
+        (area / name).mkdir()
+    build(area / "lower")
+
+
+def _union(area: Path, session: str) -> Any:
+    return mounted(area, lowers=[area / "lower"], upper=area / "upper", work=area / "work", session=session)
+
+
+def test_truncating_opens_copy_no_data(root: None, area: Path, session: str) -> None:
+    """O_TRUNC, truncate(0) and truncate(n) of a lower file copy nothing, nothing, and n bytes."""
+    _layers(area, lambda lower: [(lower / name).write_bytes(os.urandom(8 * MIB)) for name in "abc"])
+    with _union(area, session) as mount:
+        base = mount.figure("copied_bytes")
+        (mount.mountpoint / "a").open("wb").close()
+        os.truncate(mount.mountpoint / "b", 0)
+        assert mount.figure("copied_bytes") == base
+        os.truncate(mount.mountpoint / "c", 5000)
+        assert mount.figure("copied_bytes") - base <= 8192
+        assert mount.figure("copy_ups") == 3
+        assert [(mount.mountpoint / name).stat().st_size for name in "abc"] == [0, 0, 5000]
+        assert (mount.mountpoint / "c").read_bytes() == (area / "lower/c").read_bytes()[:5000]
+
+
+def test_two_writers_cause_one_copy_up(root: None, area: Path, session: str) -> None:
+    """Many opens for writing at the same time wait for one copy."""
+    size = 64 * MIB
+    _layers(area, lambda lower: (lower / "big").write_bytes(os.urandom(MIB) * 64))
+    with _union(area, session) as mount:
+        errors: list[BaseException] = []
+
+        def write(number: int) -> None:
+            try:
+                fd = os.open(mount.mountpoint / "big", os.O_RDWR)
+                os.pwrite(fd, b"%04d" % number, number * 4)
+                os.close(fd)
+            except OSError as error:
+                errors.append(error)
+
+        threads = [threading.Thread(target=write, args=(number,)) for number in range(8)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert not errors
+        assert mount.figure("copy_ups") == 1
+        assert mount.figure("copied_bytes") <= size
+        with (mount.mountpoint / "big").open("rb") as file:
+            assert file.read(32) == b"".join(b"%04d" % number for number in range(8))
+            assert os.fstat(file.fileno()).st_size == size
+
+
+def test_requests_go_on_during_copy_up(root: None, area: Path, session: str) -> None:
+    """While 300 MiB are copied up, other requests are answered and the parent can be listed and changed."""
+    chunk = os.urandom(MIB)
+
+    def build(lower: Path) -> None:
+        with (lower / "big").open("wb") as file:
+            for _ in range(300):
+                file.write(chunk)
+        (lower / "small").write_bytes(b"small")
+
+    _layers(area, build)
+    with _union(area, session) as mount:
+        done = threading.Event()
+
+        def write() -> None:
+            with (mount.mountpoint / "big").open("r+b") as file:
+                file.write(b"!")
+            done.set()
+
+        thread = threading.Thread(target=write)
+        thread.start()
+        during = 0
+        while not done.is_set():
+            (mount.mountpoint / f"new{during}").write_bytes(b"x")
+            assert (mount.mountpoint / "small").read_bytes() == b"small"
+            assert "big" in os.listdir(mount.mountpoint)
+            assert not done.is_set() or during
+            during += not done.is_set()
+            if during > 2000:
+                time.sleep(0.01)
+        thread.join()
+        assert during >= 3
+        assert mount.figure("copy_ups") == 1
+        with (mount.mountpoint / "big").open("rb") as file:
+            assert file.read(2) == b"!" + chunk[1:2]
+            file.seek(299 * MIB)
+            assert file.read(MIB) == chunk
+
+
+def test_no_space_leaves_no_trace(
+    root: None, area: Path, session: str, filesystem: Callable[..., Path]
+) -> None:
+    """ENOSPC during copy-up reaches the caller; upper and work are as before, and the file stays readable.
+
+    Where copy-up waits for the first write and writes wait for a sync, ENOSPC is the answer to the sync.
+    """
+    small = filesystem("tmpfs", 8 * MIB)
+    data = os.urandom(16 * MIB)
+    (area / "lower/d").mkdir(parents=True)
+    (area / "lower/d/big").write_bytes(data)
+    (area / "lower/d/little").write_bytes(b"little")
+    for name in ("upper", "work"):
+        (small / name).mkdir()
+    with mounted(
+        area, lowers=[area / "lower"], upper=small / "upper", work=small / "work", session=session
+    ) as mount:
+        top = mount.mountpoint
+        (top / "own").write_bytes(b"own")
+        os.sync()
+        reader = os.open(top / "d/big", os.O_RDONLY)
+        for call in (
+            lambda: _write_and_sync(top / "d/big", later=_writes_later(session), how="fsync"),
+            lambda: _write_and_sync(top / "d/big", later=_writes_later(session), how="close"),
+            lambda: _write_and_sync(top / "d/big", later=_writes_later(session), how="msync"),
+            lambda: os.chmod(top / "d/big", 0o600),
+            lambda: os.rename(top / "d/big", top / "moved"),
+            lambda: os.link(top / "d/big", top / "linked"),
+            lambda: os.setxattr(top / "d/big", "user.x", b"1"),
+            lambda: os.truncate(top / "d/big", 12 * MIB),
+        ):
+            assert errno_of(call) == errno.ENOSPC
+        assert os.pread(reader, 100, 5 * MIB) == data[5 * MIB : 5 * MIB + 100]
+        # What could not be written does not stay in the page cache as if it had been.
+        assert _eventually(lambda: os.pread(reader, 100, 0) == data[:100])
+        os.close(reader)
+        assert (top / "d/big").read_bytes() == data
+        assert (top / "d/big").stat().st_size == len(data)
+        files = [path for path in (small / "upper").rglob("*") if not path.is_dir()]
+        assert files == [small / "upper/own"]
+        assert os.listdir(small / "work/work") == []
+        assert sorted(os.listdir(top)) == ["d", "own"]
+        # what fits still works, and there is space again for it
+        (top / "d/little").write_bytes(b"bigger than before")
+        os.truncate(top / "d/big", MIB)
+        assert (top / "d/big").read_bytes() == data[:MIB]
+    assert (small / "upper/d/little").read_bytes() == b"bigger than before"
+
+
+def _write_and_sync(path: Path, *, later: bool, how: str) -> None:
+    """Open, write and sync; ``later``: only syncing may fail, else only opening may."""
+    fd = os.open(path, os.O_RDWR)
+    assert later, "the open had to fail"
+    try:
+        if how == "msync":
+            with mmap.mmap(fd, 4096) as mapping:
+                mapping[:4] = b"lost"
+                mapping.flush()
+        else:
+            assert os.pwrite(fd, b"lost", 0) == 4
+            if how == "fsync":
+                os.fsync(fd)
+    except BaseException:
+        os.close(fd)
+        raise
+    os.close(fd)
+
+
+def test_writes_beyond_the_space(
+    root: None, area: Path, session: str, filesystem: Callable[..., Path]
+) -> None:
+    """A full upper answers ENOSPC to writes, keeps what was written before, and has room after a removal."""
+    small = filesystem("tmpfs", 4 * MIB)
+    (area / "lower").mkdir()
+    for name in ("upper", "work"):
+        (small / name).mkdir()
+    with mounted(
+        area, lowers=[area / "lower"], upper=small / "upper", work=small / "work", session=session
+    ) as mount:
+        top = mount.mountpoint
+        (top / "kept").write_bytes(b"k" * 1000)
+        os.sync()
+
+        def fill(at: Callable[[int], None]) -> None:
+            fd = os.open(top / "f", os.O_WRONLY | os.O_CREAT, 0o644)
+            try:
+                for _ in range(16):
+                    view = memoryview(b"x" * MIB)
+                    while view:
+                        view = view[os.write(fd, view) :]
+            except OSError:
+                assert not _writes_later(session), "write(2) asks nobody"
+                os.close(fd)
+                raise
+            at(fd)
+
+        def syncing(fd: int) -> None:
+            try:
+                os.fsync(fd)
+            finally:
+                os.close(fd)
+
+        for at in (syncing, os.close):
+            assert errno_of(fill, at) == errno.ENOSPC
+            assert (top / "kept").read_bytes() == b"k" * 1000
+            stored = (small / "upper/f").read_bytes()
+            assert stored == b"x" * len(stored)
+            assert len(stored) < 4 * MIB
+            (top / "f").unlink()
+            # The kernel tells a daemon some milliseconds later that nobody uses the file any more.
+            assert _eventually(lambda: os.statvfs(top).f_bavail * os.statvfs(top).f_frsize >= 3 * MIB)
+        (top / "g").write_bytes(b"x" * MIB)
+        assert (top / "g").stat().st_size == MIB
+    assert (small / "upper/g").read_bytes() == b"x" * MIB
+
+
+def test_sparse_holes_are_kept(world: MakeWorld, session: str) -> None:
+    """Copy-up of a file with holes takes no more blocks than the original, and the same content."""
+
+    def build(root: Path) -> None:
+        with (root / "sparse").open("wb") as file:
+            file.write(b"head" * 1024)
+            file.seek(100 * MIB)
+            file.write(b"middle" * 1000)
+            file.truncate(200 * MIB)
+        with (root / "hole").open("wb") as file:
+            file.truncate(50 * MIB)
+
+    made = world(build)
+
+    def calls(root: Path) -> list[object]:
+        for name in ("sparse", "hole"):
+            fd = os.open(root / name, os.O_RDWR)
+            if _writes_later(session):
+                if root == made.union:
+                    assert not (made.upper / name).exists()  # nothing has changed yet
+                os.pwrite(fd, b"head" if name == "sparse" else b"\0", 0)
+                os.fsync(fd)
+            os.close(fd)
+        return [(root / name).stat().st_size for name in ("sparse", "hole")]
+
+    made.as_native(calls)
+    for name in ("sparse", "hole"):
+        assert (made.upper / name).stat().st_blocks <= (made.lower / name).stat().st_blocks + 16
+    tree, lower = (snapshot.take(path, xattrs=False) for path in (made.upper, made.lower))
+    assert all(tree[name].content == lower[name].content for name in (b"sparse", b"hole"))
+
+
+def test_copy_up_keeps_everything(world: MakeWorld) -> None:
+    """A copy has the owner, mode, times, xattrs and ACL of the original, and the parent keeps its mtime."""
+
+    def build(root: Path) -> None:
+        (root / "p/q").mkdir(parents=True)
+        for name in ("f", "fifo", "link"):
+            path = root / "p/q" / name
+            if name == "fifo":
+                os.mkfifo(path)
+            elif name == "link":
+                path.symlink_to("f")
+            else:
+                path.write_bytes(b"data")
+                os.chmod(path, 0o6754)
+                os.setxattr(path, "user.x", b"1")
+                os.setxattr(path, "trusted.y", b"2")
+                os.setxattr(path, "security.z", b"3")
+            os.chown(path, 1234, 4321, follow_symlinks=False)
+            if name == "f":
+                os.chmod(path, 0o6754)
+                os.setxattr(path, "security.capability", struct.pack("<5I", 0x02000001, 1024, 0, 0, 0))
+            os.utime(path, ns=(10**18 + 1, 10**18 + 123456789), follow_symlinks=False)
+        os.setxattr(root / "p", "user.dir", b"d")
+        os.chmod(root / "p/q", 0o3771)
+        os.chown(root / "p", 5, 6)
+        for path in (root / "p/q", root / "p", root):
+            os.utime(path, ns=(10**18 + 1, 10**18 + 987654321))
+
+    made = world(build)
+
+    def calls(root: Path) -> list[object]:
+        os.link(root / "p/q/f", root / "l1")
+        os.unlink(root / "l1")
+        for name in ("fifo", "link"):
+            os.link(root / "p/q" / name, root / "l2", follow_symlinks=False)
+            os.unlink(root / "l2")
+        return [_describe(root / name) for name in ("p", "p/q", "p/q/f", "p/q/fifo", "p/q/link")]
+
+    made.as_kernel(calls)
+    for name in ("p/q/f", "p/q/fifo", "p/q/link", "p/q"):
+        assert _describe(made.upper / name)[:6] == _describe(made.lower / name)[:6]
+
+
+def _describe(path: Path) -> list[Any]:
+    info = path.lstat()
+    xattrs = {
+        name: value
+        for name, value in snapshot.read_xattrs(str(path)).items()
+        if not name.startswith("trusted.overlay.")
+    }
+    return [
+        oct(info.st_mode), info.st_uid, info.st_gid, info.st_size if not stat.S_ISDIR(info.st_mode) else 0,
+        info.st_mtime_ns, xattrs,
+    ]  # fmt: skip
