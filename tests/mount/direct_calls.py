@@ -10,17 +10,19 @@ import struct
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import pytest
 
 from tests.support.mounting import Mount
+from tests.support.world import World
 
 KEEP_SIZE, PUNCH_HOLE, COLLAPSE, ZERO_RANGE, INSERT, UNSHARE = 1, 2, 8, 16, 32, 64
 """FALLOC_FL_* of include/uapi/linux/falloc.h."""
 
 STATX_BASIC, STATX_BTIME = 0x7FF, 0x800
 AT_EMPTY_PATH = 0x1000
+AT_SYMLINK_FOLLOW = 0x400
 AT_FDCWD = -100
 MIB = 1 << 20
 
@@ -62,6 +64,21 @@ def statx(
 def fallocate(fd: int, mode: int, offset: int, length: int) -> None:
     """fallocate(2) with its modes."""
     _check(_libc.fallocate(fd, mode, ctypes.c_long(offset), ctypes.c_long(length)))
+
+
+def link_fd(fd: int, path: Path) -> None:
+    """Give an open file a name, as linkat(2) says for O_TMPFILE (os.link never follows a symlink here)."""
+    source = b"/proc/self/fd/%d" % fd
+    _check(_libc.linkat(AT_FDCWD, source, AT_FDCWD, os.fsencode(path), AT_SYMLINK_FOLLOW))
+
+
+def open_errno(path: Path | str, flags: int) -> int:
+    """The errno of an open(2), of which nothing stays open."""
+    try:
+        os.close(os.open(path, flags, 0o600))
+    except OSError as error:
+        return error.errno or 0
+    return 0
 
 
 @contextlib.contextmanager
@@ -114,6 +131,13 @@ def _check(result: int) -> None:
 def _raise() -> None:
     code = ctypes.get_errno()
     raise OSError(code, os.strerror(code))
+
+
+def natively(made: World, calls: Callable[[Path], list[Any]]) -> list[Any]:
+    """What the calls give on the union, which must be what they give natively; and they must not fail."""
+    found = made.as_native(calls)
+    assert isinstance(found, list), f"the calls themselves fail: {found}"
+    return found
 
 
 # -- what a session can do, and what its daemon holds

@@ -74,7 +74,7 @@ def test_seek_data_and_hole(world: MakeWorld, session: str, flags: int) -> None:
         assert found[7:9] == [3 * MIB - 1, NO_DATA]
         assert found[10:18] == [3 * MIB] * 8
         return
-    made.as_native(calls)
+    dc.natively(made, calls)
 
 
 @pytest.mark.parametrize("how", ["write", "mapping"])
@@ -98,7 +98,7 @@ def test_data_just_written_is_no_hole(world: MakeWorld, session: str, how: str) 
         subprocess.run(["cp", "--sparse=auto", str(root / "new"), str(root / "copy")], check=True)
         return [covered, _digest(root / "new"), _digest(root / "copy")]
 
-    assert made.as_native(calls)[0] is True
+    assert dc.natively(made, calls)[0] is True
 
 
 def test_cp_of_a_file_being_written(world: MakeWorld, session: str) -> None:
@@ -113,7 +113,7 @@ def test_cp_of_a_file_being_written(world: MakeWorld, session: str) -> None:
             subprocess.run(["cp", "--reflink=never", str(root / "new"), str(root / "copy")], check=True)
             return [(root / "copy").read_bytes() == (root / "new").read_bytes()]
 
-    assert made.as_native(calls) == [True]
+    assert dc.natively(made, calls) == [True]
 
 
 # -- fallocate
@@ -177,7 +177,7 @@ def test_fallocate(
         return found
 
     with worlds.world(place, session, [_patterns]) as made:
-        made.as_native(calls)
+        dc.natively(made, calls)
         for name in ("f0", "f4"):
             assert (made.lower / name).read_bytes() == PATTERN
         if session != "overlay":
@@ -272,7 +272,7 @@ def test_copy_file_range(world: MakeWorld, session: str) -> None:
         found += [_digest(root / name) for name in ("own", "other", "low1", "low2", "low3", "low4")]
         return found
 
-    made.as_native(calls)
+    dc.natively(made, calls)
     assert _digest(made.lower / "low2") == _digest(made.lower / "low1")
 
 
