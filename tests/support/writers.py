@@ -1,0 +1,85 @@
+"""Ways to change a file in a worker, in two steps: opened and changed, then synced and closed."""
+
+from __future__ import annotations
+
+import fcntl
+import mmap
+import os
+from dataclasses import dataclass
+
+OLD = b"the old data " * 15
+NEW = b"what is new " * 30
+SHORT = 50
+PAGE = 4096
+
+
+@dataclass(frozen=True)
+class Writer:
+    """A way to change a file, and the content that it then has."""
+
+    flags: int
+    how: str
+    final: bytes
+
+
+WRITERS = {
+    "O_RDWR": Writer(os.O_RDWR, "write", NEW),
+    "O_TRUNC": Writer(os.O_RDWR | os.O_TRUNC, "write", NEW),
+    "O_APPEND": Writer(os.O_RDWR | os.O_APPEND, "write", OLD + NEW),
+    "O_CREAT": Writer(os.O_RDWR | os.O_CREAT, "write", NEW),
+    "/proc/self/fd": Writer(os.O_RDONLY, "reopen", NEW),
+    "mmap": Writer(os.O_RDWR, "map", NEW[:100] + OLD[100:]),
+    "ftruncate": Writer(os.O_RDWR, "truncate", OLD[:SHORT]),
+    "truncate": Writer(-1, "truncate", OLD[:SHORT]),
+}
+
+_open: list[int] = []
+_mapped: list[mmap.mmap] = []
+
+
+def begin(path: str, name: str, unlinked: bool) -> None:
+    """In the worker: open and change the file, which has lost its name in between when ``unlinked``."""
+    writer = WRITERS[name]
+    if writer.flags < 0:
+        os.truncate(path, SHORT)
+        return
+    _open.append(os.open(path, writer.flags))
+    if unlinked:
+        os.unlink(path)
+    if writer.how == "reopen":
+        _open.append(os.open(f"/proc/self/fd/{_open[-1]}", os.O_RDWR))
+    fd = _open[-1]
+    if writer.how == "map":
+        _mapped.append(mmap.mmap(fd, len(OLD)))
+        _mapped[0][:100] = NEW[:100]
+    elif writer.how == "truncate":
+        os.ftruncate(fd, SHORT)
+    else:
+        os.write(fd, NEW)
+
+
+def end() -> bytes | None:
+    """In the worker: have it on the disk and close; gives the file's content, if it is open."""
+    content = None
+    try:
+        for mapping in _mapped:
+            mapping.flush()
+            mapping.close()
+        if _open:
+            os.fsync(_open[-1])
+            content = os.pread(_open[-1], PAGE, 0)
+    finally:
+        for fd in _open:
+            os.close(fd)
+        _open.clear()
+        _mapped.clear()
+    return content
+
+
+def lock(path: str, call: str) -> None:
+    """In the worker: take an exclusive lock through a new descriptor, or fail at once."""
+    fd = os.open(path, os.O_RDWR)
+    try:
+        getattr(fcntl, call)(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    finally:
+        os.close(fd)
