@@ -11,20 +11,22 @@ class MountRefusedError(UserError):
     """The kernel or libfuse refused the mount; what libfuse printed says why."""
 
     def __init__(self, mountpoint: str, cause: str) -> None:
-        super().__init__(f"{quoted(mountpoint)} cannot be mounted: {cause}; `unionfs doctor` may tell why.")
+        super().__init__(_refusal(mountpoint, cause))
         self.mountpoint = mountpoint
 
     def explained(self, printed: str) -> str:
         """The sentence with libfuse's reason."""
-        if not printed:
-            return str(self)
-        if "not permitted" in printed:
-            cure = "mounting needs CAP_SYS_ADMIN, which a container has with `--cap-add SYS_ADMIN`"
-        elif "Invalid argument" in printed:
-            cure = "check the options, SELinux contexts above all"
-        else:
-            cure = "`unionfs doctor` may tell why"
-        return f"{quoted(self.mountpoint)} cannot be mounted: {printed.rstrip('.')}; {cure}."
+        return _refusal(self.mountpoint, printed) if printed else str(self)
+
+
+def _refusal(mountpoint: str, cause: str) -> str:
+    if "not permitted" in cause:
+        cure = "mounting needs CAP_SYS_ADMIN, which a container has with `--cap-add SYS_ADMIN`"
+    elif "Invalid argument" in cause:
+        cure = "check the options, SELinux contexts above all"
+    else:
+        cure = "`unionfs doctor` may tell why"
+    return f"{quoted(mountpoint)} cannot be mounted: {cause.rstrip('.')}; {cure}."
 
 
 def quoted(path: str) -> str:

@@ -92,6 +92,8 @@ class Service:
                 trio.run(self._main, operations, listener, claims)
             except BaseExceptionGroup as group:
                 cause = _cause(group)
+                if isinstance(cause, SessionError) and self.device:
+                    raise UserError(_sentence(str(cause))) from group
                 if isinstance(cause, SessionError):
                     raise MountRefusedError(self.settings.mountpoint, str(cause)) from group
                 if isinstance(cause, UserError):

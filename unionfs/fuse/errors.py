@@ -11,7 +11,7 @@ CUT_OFF: Final = (
 
 
 class SessionError(Exception):
-    """The union could not be mounted, or could not be served on; ``str()`` is one sentence."""
+    """The union could not be mounted, or could not be served on; ``str()`` says why, without a full stop."""
 
 
 class SessionUnfit(SessionError):

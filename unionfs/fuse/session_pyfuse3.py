@@ -44,7 +44,7 @@ async def serve(
             PyfuseOperations(operations, on_ready), mountpoint, {"default_permissions", *mount_options}
         )
     except RuntimeError as failure:
-        raise SessionError(f"mounting at {mountpoint} failed: {failure}") from failure
+        raise SessionError(str(failure)) from failure
     try:
         await pyfuse3.main()
     except BaseExceptionGroup as group:

@@ -203,6 +203,11 @@ class DataRequests:
         try:
             file = await self._writing(request.nodeid, request.fh)
             count = await self._files.write(file, request.offset, request.data, kills_set_ids=kills)
+            # Written back from the page cache, nobody looks whether all was written: what is left out is an
+            # error (fs/fuse/file.c, fuse_writepage_end).
+            while request.write_flags & WRITE_CACHE and count < len(request.data):
+                rest = request.data[count:]
+                count += await self._files.write(file, request.offset + count, rest, kills_set_ids=kills)
         except OSError:
             if request.write_flags & WRITE_CACHE:
                 # What could not be written must not stay readable from the page cache.

@@ -74,7 +74,7 @@ def _by_call(mountpoint: str, options: MountOptions) -> int:
         sys_mount.mount(options.source, mountpoint, kind, flags, ",".join(data))
     except OSError as error:
         os.close(fd)
-        raise SessionError(f"mounting at {mountpoint} failed: {error.strerror}") from error
+        raise SessionError(f"mount(2) says: {error.strerror}") from error
     return fd
 
 
@@ -103,13 +103,11 @@ def _by_helper(mountpoint: str, options: MountOptions) -> int:
                 check=False,
             )
         except FileNotFoundError as error:
-            raise SessionError(
-                f"mounting at {mountpoint} needs fusermount3, which is missing; install the package fuse3"
-            ) from error
+            raise SessionError("fusermount3 is missing, so install the package fuse3") from error
         theirs.close()
         if done.returncode != 0:
             said = " ".join(os.fsdecode(done.stderr).split())
-            raise SessionError(f"mounting at {mountpoint} failed: {said or 'fusermount3 does not say why'}")
+            raise SessionError(said or "fusermount3 does not say why")
         fd = _received(ours)
     os.set_inheritable(fd, False)
     os.set_blocking(fd, False)
