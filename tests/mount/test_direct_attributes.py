@@ -197,7 +197,7 @@ os.close(fd)
 
 @pytest.mark.parametrize("how", ["user write", "root write", "user truncate", "user allocate"])
 def test_set_id_bits_go_with_another_users_write(world: MakeWorld, session: str, how: str) -> None:
-    """Through an fd that was opened for him: gone at once for all, and on disk; a write by root keeps them."""
+    """Through an fd opened for him: gone at once for all, and on disk; a write by root keeps them."""
     if how.endswith("allocate"):
         dc.need_direct(session, "fallocate")
     modes = (0o4777, 0o2777, 0o6777, 0o6755)
