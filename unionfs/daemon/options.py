@@ -185,9 +185,9 @@ def parse_options(arguments: Iterable[str]) -> Options:
     return options
 
 
-def _needed(name: str, value: str | None) -> str:
+def _needed(name: str, value: str | None, what: str = "DIR") -> str:
     if not value:
-        raise UserError(f"option {name} has no value, so write {name}=DIR or leave it out.")
+        raise UserError(f"option {name} has no value, so write {name}={what} or leave it out.")
     return value
 
 
@@ -210,11 +210,11 @@ def _take(options: Options, name: str, value: str | None) -> None:
     elif name == "subtype":
         options.subtype = unescape_option(value or "")
     elif name in ("session", "io"):
-        new = _needed(name, value)
+        new = _needed(name, value, "auto")
         _once(name, getattr(options, name), new)
         setattr(options, name, new)
     elif name in _SECURITY:
-        options.security.append(f"{name}={unescape_option(_needed(name, value))}")
+        options.security.append(f"{name}={unescape_option(_needed(name, value, 'LABEL'))}")
     elif name in _FEATURES and value is not None:
         _feature(name, value)
     elif name == "plugins":
