@@ -25,6 +25,9 @@ def place(root: None, area: Path) -> Iterator[Place]:
         yield found
 
 
+IO_MODES = ("hybrid", "passthrough", "cached")
+
+
 def _mine(place: Place) -> dict[str, object]:
     found = [one for one in listed(unionfs("ls", "--json")) if one["mountpoint"] == str(place.merged)]
     assert len(found) == 1
@@ -38,12 +41,12 @@ def test_ls(place: Place) -> None:
     assert set(mine) == {"mountpoint", "pid", "layers", "session", "since"}
     assert mine["pid"] == pid
     assert mine["layers"] == [str(place.upper), str(place.lower), str(place.lower2)]
-    assert mine["session"] == "pyfuse3"
+    assert mine["session"] == "direct"
     since = datetime.fromisoformat(str(mine["since"]))
     assert abs(datetime.now().astimezone() - since) < timedelta(seconds=60)
     lines = succeed(unionfs("ls")).splitlines()
     assert lines[0].split() == ["MOUNTPOINT", "PID", "LAYERS", "SESSION", "SINCE"]
-    assert [str(place.merged), str(pid), "3", "pyfuse3"] in [line.split()[:4] for line in lines]
+    assert [str(place.merged), str(pid), "3", "direct"] in [line.split()[:4] for line in lines]
 
 
 def test_ls_shows_live_mounts_only(place: Place) -> None:
@@ -72,6 +75,114 @@ def test_inspect(place: Place) -> None:
     text = succeed(unionfs("inspect", "merged", cwd=place.root))
     assert str(place.upper) in text
     assert "copy_ups" in text
+
+
+def _can_pass_through() -> bool:
+    facts = {fact["name"]: fact for fact in json.loads(unionfs("doctor", "--json").stdout)["findings"]}
+    return bool(facts["passthrough"]["state"] == "ok")
+
+
+@pytest.mark.parametrize("asked", ["auto", *IO_MODES])
+def test_inspect_tells_how_data_flows(place: Place, asked: str) -> None:
+    """The mode, why, and why not the others: in words that name the mode."""
+    passes = _can_pass_through()
+    if not passes and asked in ("hybrid", "passthrough"):
+        refused(unionfs("mount", *place.layers, "--io", asked, place.merged), f"--io {asked} cannot be had")
+        return
+    place.mount("--io", asked)
+    chosen = ("hybrid" if passes else "cached") if asked == "auto" else asked
+    found = listed(unionfs("inspect", "--json", place.merged))
+    assert (found["settings"]["session"], found["settings"]["io"]) == ("direct", chosen)
+    assert set(found["io"]) == {"why", "why_not", "missing"}
+    how = "chosen" if asked == "auto" else "asked for"
+    assert found["io"]["why"].startswith(f"I/O is {chosen}, as {how}: ")
+    assert set(found["io"]["why_not"]) == set(IO_MODES) - {chosen}
+    for mode, reason in found["io"]["why_not"].items():
+        assert reason.startswith(f"Not {mode}: ")
+        assert reason.endswith(".")
+    lines = succeed(unionfs("inspect", place.merged)).splitlines()
+    assert ["io", chosen] in [line.split() for line in lines]
+    assert {found["io"]["why"], *found["io"]["why_not"].values()} <= set(lines)
+
+
+def test_inspect_of_the_other_session(place: Place) -> None:
+    place.mount("--session", "pyfuse3")
+    found = listed(unionfs("inspect", "--json", place.merged))
+    assert found["settings"]["session"] == _mine(place)["session"] == "pyfuse3"
+
+
+@pytest.mark.parametrize(
+    ("options", "chosen", "io"),
+    [
+        ("session=direct,io=cached", "direct", "cached"),
+        ("io=cached", "direct", "cached"),
+        ("session=pyfuse3", "pyfuse3", "auto"),
+        ("session=auto,io=auto", "direct", None),
+    ],
+)
+def test_session_and_io_as_options(place: Place, options: str, chosen: str, io: str | None) -> None:
+    place.mount("-o", options)
+    settings = listed(unionfs("inspect", "--json", place.merged))["settings"]
+    assert settings["session"] == chosen
+    assert settings["io"] == io or (io is None and settings["io"] in IO_MODES)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "parts"),
+    [
+        (("--session", "pyfuse3", "--io", "cached"), ("--io cached", "--session direct")),
+        (("-o", "session=pyfuse3,io=hybrid"), ("--io hybrid", "--session direct")),
+        (("--session", "pyfuse3", "-o", "io=passthrough"), ("--io passthrough", "--session direct")),
+        (("--io", "fast"), ("'fast'", "'hybrid', 'passthrough', 'cached'")),
+        (("--session", "fast"), ("'fast'", "'direct', 'pyfuse3'")),
+        (("-o", "io=fast"), ("io=fast", "hybrid, passthrough, cached")),
+        (("-o", "session=fast"), ("session=fast", "direct, pyfuse3")),
+        (("-o", "io"), ("io=auto",)),
+        (("-o", "io=cached,io=hybrid"), ("given twice", "cached", "hybrid")),
+        (("--io", "cached", "-o", "io=hybrid"), ("--io cached", "-o io=hybrid")),
+        (("--session", "direct", "-o", "session=pyfuse3"), ("--session direct", "-o session=pyfuse3")),
+    ],
+)
+def test_session_and_io_that_cannot_be(
+    place: Place, arguments: tuple[str, ...], parts: tuple[str, ...]
+) -> None:
+    before = place.snapshot()
+    refused(unionfs("mount", *place.layers, *arguments, place.merged), *parts)
+    assert cli_calls.mounts_at(place.merged) == []
+    assert place.snapshot() == before
+
+
+def _in_user_namespace(place: Place, io: str) -> cli_calls.Done:
+    """Mount as the root of a user namespace, show the mounts and `inspect --json`, unmount."""
+    program = " ".join(cli_calls.UNIONFS)
+    script = (
+        f'{program} mount "$@"; code=$?; grep " {place.merged} " /proc/self/mountinfo >&2; '
+        f"[ $code = 0 ] || exit $code; {program} inspect --json {place.merged}; "
+        f"{program} umount {place.merged}"
+    )
+    layers = map(str, (*place.layers, "--io", io, place.merged))
+    done = cli_calls.call(("unshare", "-U", "-r", "-m", "sh", "-c", script, "sh", *layers))
+    if "unshare" in done.stderr:
+        pytest.skip(f"no user namespaces here: {done.stderr.strip()}")
+    return done
+
+
+@pytest.mark.parametrize("io", ["hybrid", "passthrough"])
+def test_no_passthrough_in_a_user_namespace(place: Place, io: str) -> None:
+    text = refused(_in_user_namespace(place, io), f"--io {io} cannot be had", "user namespace", "--io cached")
+    assert str(place.merged) in text
+    assert cli_calls.mounts_at(place.merged) == []
+
+
+@pytest.mark.parametrize("io", ["auto", "cached"])
+def test_io_in_a_user_namespace(place: Place, io: str) -> None:
+    done = _in_user_namespace(place, io)
+    assert done.returncode == 0, done.stderr
+    assert " fuse.unionfs " in done.stderr
+    found = json.loads(done.stdout)
+    assert (found["settings"]["session"], found["settings"]["io"]) == ("direct", "cached")
+    for mode in ("hybrid", "passthrough"):
+        assert "user namespace" in found["io"]["why_not"][mode]
 
 
 def test_inspect_of_a_daemon_that_does_not_answer(place: Place) -> None:

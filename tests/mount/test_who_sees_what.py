@@ -1,7 +1,7 @@
 """What live users of a lower file see when others change it: as on overlayfs, or nearer to a native one.
 
-With passthrough those who have a lower file open keep it: how far that goes is in DEVIATIONS, and in the table
-of docs/compliance.md, which `scripts/copy-up-table --write` makes.
+With passthrough those who have a lower file open keep it: how far that goes is in DEVIATIONS, and in the
+table of docs/compliance.md, which `scripts/copy-up-table --write` makes.
 """
 
 from __future__ import annotations
