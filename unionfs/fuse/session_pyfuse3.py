@@ -199,7 +199,7 @@ class PyfuseOperations(pyfuse3.Operations):  # type: ignore[misc,unused-ignore]
             mode=attr.st_mode if fields.update_mode else None,
             atime_ns=attr.st_atime_ns if fields.update_atime else None,
             mtime_ns=attr.st_mtime_ns if fields.update_mtime else None,
-            kills_set_ids=ctx.uid != 0,
+            kills_set_ids=fields.update_size and ctx.uid != 0,
         )
         handle = None if fh is None else self.files.get(fh)
         return _entry((await self.operations.setattr(inode, change, handle))[1])
