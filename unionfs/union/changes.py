@@ -58,7 +58,7 @@ class Changes:
             return os.open(here, flags, mode, dir_fd=dir_fd)
 
         fd = self._make(parent, name, caller, make)
-        return (*self._new_node(parent, name), fd)
+        return (*self._new_node(parent, name, fd), fd)
 
     def tmpfile(self, parent: Node, mode: int, caller: Caller, flags: int) -> tuple[Node, Attributes, int]:
         """A new regular file without a name (O_TMPFILE), and an fd of it (O_RDWR), which the caller owns.
@@ -101,11 +101,13 @@ class Changes:
         self._make(parent, name, caller, lambda fd, here: os.mknod(here, mode, rdev, dir_fd=fd))
         return self._new_node(parent, name)
 
-    def _new_node(self, parent: Node, name: bytes) -> tuple[Node, Attributes]:
-        found = self._union.lookup(parent, name)
-        if found is None:
-            raise _error(errno.EIO)
-        return found
+    def _new_node(self, parent: Node, name: bytes, fd: int = -1) -> tuple[Node, Attributes]:
+        """The node for what has just been made in the upper (``fd``, if it is open): nothing is below it."""
+        union, place = self._union, parent.parts[0]
+        st = os.fstat(fd) if fd >= 0 else os.stat(name, dir_fd=union.gate.fd(place), follow_symlinks=False)
+        where = [Place(place.layer, place, name)] if stat.S_ISDIR(st.st_mode) else place
+        node = union.nodes.add(parent, name, st, where)
+        return node, union.attributes_of(node, st)
 
     def _make(
         self,

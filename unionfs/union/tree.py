@@ -74,7 +74,7 @@ class Union:
             return None
         st, where = found
         node = self.nodes.add(parent, name, st, where)
-        return node, self._attributes(node, st)
+        return node, self.attributes_of(node, st)
 
     def number(self, parent: Node, name: bytes) -> tuple[int, int] | None:
         """``st_ino`` and file type (S_IFMT bits) of what has that name, without a node for it."""
@@ -172,7 +172,7 @@ class Union:
 
     def attributes(self, node: Node) -> Attributes:
         """stat(2) of a node."""
-        return self._attributes(node, self.stat(node))
+        return self.attributes_of(node, self.stat(node))
 
     def stat(self, node: Node) -> os.stat_result:
         """The attributes of the real object."""
@@ -183,7 +183,8 @@ class Union:
         assert node.place is not None
         return os.stat(node.name, dir_fd=self.gate.fd(node.place), follow_symlinks=False)
 
-    def _attributes(self, node: Node, st: os.stat_result) -> Attributes:
+    def attributes_of(self, node: Node, st: os.stat_result) -> Attributes:
+        """What stat(2) says of a node whose object has the attributes ``st``."""
         nlink = st.st_nlink
         if node.unlinked and (node.is_dir or not node.is_upper):
             nlink = 0
@@ -253,11 +254,17 @@ class Union:
         assert node.place is not None
         if write and not node.is_upper:
             raise OSError(errno.EROFS, "a lower is never written")
-        self.refuse_metacopy(node)
         waits = not node.place.layer.memory
         if node.held >= 0:
-            return open_held(node.held, write=write, waits=waits)
-        return open_backing(self.gate.fd(node.place), node.name, write=write, waits=waits)
+            file = open_held(node.held, write=write, waits=waits)
+        else:
+            file = open_backing(self.gate.fd(node.place), node.name, write=write, waits=waits)
+        try:
+            os.getxattr(file.fd, self.markers.metacopy)
+        except OSError:
+            return file
+        os.close(file.fd)
+        raise _metacopy()
 
     def refuse_metacopy(self, node: Node) -> None:
         """A regular file with only its metadata in this layer: better EPERM than zeros for its data."""
@@ -266,7 +273,7 @@ class Union:
             os.getxattr(path, self.markers.metacopy, follow_symlinks=follow)
         except OSError:
             return
-        raise PermissionError(errno.EPERM, "a metacopy file needs kernel overlayfs")
+        raise _metacopy()
 
     def close_file(self, node: Node, file: OpenFile) -> None:
         """Undo one :meth:`open_file`."""
@@ -283,6 +290,10 @@ class Union:
     def close(self) -> None:
         """Close every fd that the tree opened (the layers' own stay)."""
         self.gate.close()
+
+
+def _metacopy() -> PermissionError:
+    return PermissionError(errno.EPERM, "a metacopy file needs kernel overlayfs")
 
 
 def _checked_step(step: bytes) -> bytes:

@@ -7,9 +7,10 @@ Rules (fs/fuse/iomode.c and fs/fuse/passthrough.c of Linux 6.18):
 - One backing id a node, counted; it is given back with the last close.
 - A backing file that is not the node's file any more (a lower that was copied up) serves those who have it
   open. Who opens the node now gets another node: see `NodeTable.supersede`.
-- What is written through a backing file is not told to us, and what is stored through a mapping to nobody: so
-  attributes are good for nothing while such a file is open for writing, and for a second afterwards, for a
-  mapping outlives the close.
+- What is written through a backing file is not told to us, though the kernel knows, and asks anew after it.
+  What is stored through a mapping is told to nobody: so attributes are good for some milliseconds while such a
+  file is open for writing (enough for the fstat that follows an open), and for a second afterwards, for a
+  mapping outlives the close. Only times can be old: a store does not change the size.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ from unionfs.union.files import Handle
 from unionfs.union.nodes import Node
 from unionfs.union.tree import Attributes
 
+_WHILE_WRITING: Final[Timeout] = (0, 20_000_000)
 _AFTER_WRITING: Final[Timeout] = (1, 0)
 
 
@@ -116,7 +118,7 @@ class NodeIos:
             return NEVER
         io = node.io
         if isinstance(io, NodeIo) and io.written:
-            return NEVER if io.writers else _AFTER_WRITING
+            return _WHILE_WRITING if io.writers else _AFTER_WRITING
         return FOREVER
 
     def _wants_backing(self, node: Node) -> bool:
