@@ -8,8 +8,8 @@ Rules (fs/fuse/iomode.c and fs/fuse/passthrough.c of Linux 6.18):
 - A backing file that is not the node's file any more (a lower that was copied up) serves those who have it
   open. Who opens the node now gets another node: see `NodeTable.supersede`.
 - What is written through a backing file is not told to us, though the kernel knows, and asks anew after it.
-  What is stored through a mapping is told to nobody: so attributes are good for some milliseconds while such a
-  file is open for writing (enough for the fstat that follows an open), and for a second afterwards, for a
+  What is stored through a mapping is told to nobody: so attributes are good for some milliseconds while such
+  a file is open for writing (enough for the fstat that follows an open), and for a second afterwards, for a
   mapping outlives the close. Only times can be old: a store does not change the size.
 """
 
