@@ -35,6 +35,13 @@ def _eventually(condition: Callable[[], bool], seconds: float = 10.0) -> bool:
     return True
 
 
+def _write_synced(path: Path, data: bytes) -> None:
+    with path.open("wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+
+
 def _layers(area: Path, build: Callable[[Path], object]) -> None:
     for name in ("lower", "upper", "work"):
         (area / name).mkdir()
@@ -50,7 +57,9 @@ def test_truncating_opens_copy_no_data(root: None, area: Path, session: str) -> 
     _layers(area, lambda lower: [(lower / name).write_bytes(os.urandom(8 * MIB)) for name in "abc"])
     with _union(area, session) as mount:
         base = mount.figure("copied_bytes")
+        reader = os.open(mount.mountpoint / "a", os.O_RDONLY)
         (mount.mountpoint / "a").open("wb").close()
+        os.close(reader)
         os.truncate(mount.mountpoint / "b", 0)
         assert mount.figure("copied_bytes") == base
         os.truncate(mount.mountpoint / "c", 5000)
@@ -145,8 +154,7 @@ def test_no_space_leaves_no_trace(
         area, lowers=[area / "lower"], upper=small / "upper", work=small / "work", session=session
     ) as mount:
         top = mount.mountpoint
-        (top / "own").write_bytes(b"own")
-        os.sync()
+        _write_synced(top / "own", b"own")
         reader = os.open(top / "d/big", os.O_RDONLY)
         for call in (
             lambda: _write_and_sync(top / "d/big", later=_writes_later(session), how="fsync"),
@@ -207,8 +215,7 @@ def test_writes_beyond_the_space(
         area, lowers=[area / "lower"], upper=small / "upper", work=small / "work", session=session
     ) as mount:
         top = mount.mountpoint
-        (top / "kept").write_bytes(b"k" * 1000)
-        os.sync()
+        _write_synced(top / "kept", b"k" * 1000)
 
         def fill(at: Callable[[int], None]) -> None:
             fd = os.open(top / "f", os.O_WRONLY | os.O_CREAT, 0o644)
