@@ -1,0 +1,112 @@
+"""Listings read in pieces: order, equal hashes, what is kept."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+from tests.unit.union_support import OpenUnion, get, open_union
+from unionfs.fuse import directories as module
+from unionfs.fuse.directories import DOT_DOT, Directories
+
+__all__ = ["open_union"]
+
+
+@pytest.fixture
+def lower(tmp_path: Path) -> Path:
+    for directory in ("a", "b", "c"):
+        (tmp_path / "l0" / directory).mkdir(parents=True)
+        for number in range(50):
+            (tmp_path / "l0" / directory / f"n{number}").touch()
+    return tmp_path / "l0"
+
+
+async def test_every_name_once_from_any_place(lower: Path, open_union: OpenUnion) -> None:
+    union = open_union()
+    directories = Directories(union)
+    node = get(union, "a")
+    (cookies, names), first = await directories.entries(node, 0)
+    assert first == 0
+    assert sorted(names) == sorted(b"n%d" % number for number in range(50))
+    assert cookies == sorted(set(cookies))
+    assert cookies[0] > DOT_DOT
+    for index in (0, 10, 48, 49):
+        _, behind = await directories.entries(node, cookies[index])
+        assert behind == index + 1
+    # a place whose name is gone is between its neighbours still
+    _, behind = await directories.entries(node, cookies[10] + 1)
+    assert behind == 11
+
+
+async def test_places_stay_when_the_listing_is_made_anew(lower: Path, open_union: OpenUnion) -> None:
+    union = open_union()
+    directories = Directories(union)
+    node = get(union, "a")
+    (cookies, names), _ = await directories.entries(node, 0)
+    place = dict(zip(names, cookies, strict=True))
+    directories.end(node)
+    assert len(directories) == 0
+    for number in range(0, 50, 3):
+        (lower / f"a/n{number}").unlink()
+    (lower / "a/more").touch()
+    (cookies, names), first = await directories.entries(node, place[b"n10"])
+    assert all(place[name] == cookie for name, cookie in zip(names, cookies, strict=True) if name in place)
+    assert cookies[first - 1] <= place[b"n10"] < cookies[first]
+
+
+async def test_equal_hashes(lower: Path, open_union: OpenUnion, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Names with one hash follow one another; also where the next hash is the next number."""
+    hashes = {b"n%d" % number: 400 + number // 10 * 4 for number in range(50)}
+    monkeypatch.setattr(module, "xxhash", SimpleNamespace(xxh3_64_intdigest=lambda name: hashes[name]))
+    union = open_union()
+    directories = Directories(union)
+    node = get(union, "a")
+    (cookies, names), _ = await directories.entries(node, 0)
+    assert len(set(cookies)) == len(set(names)) == 50
+    assert cookies == sorted(cookies)
+    for index, cookie in enumerate(cookies):
+        assert (await directories.entries(node, cookie))[1] == index + 1
+    assert names == sorted(names, key=lambda name: (hashes[name], name))
+
+
+async def test_hashes_of_dot_and_dot_dot_are_not_given(
+    lower: Path, open_union: OpenUnion, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "xxhash", SimpleNamespace(xxh3_64_intdigest=lambda name: 0))
+    union = open_union()
+    (cookies, _), _ = await Directories(union).entries(get(union, "a"), 0)
+    assert cookies == list(range(DOT_DOT + 1, DOT_DOT + 51))
+
+
+async def test_the_oldest_are_dropped(
+    lower: Path, open_union: OpenUnion, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "_KEPT_NAMES", 120)
+    union = open_union()
+    directories = Directories(union)
+    nodes = [get(union, name) for name in ("a", "b", "c")]
+    first = [await directories.entries(node, 0) for node in nodes]
+    assert len(directories) == 2
+    # the one that was dropped is made again where it is read on
+    cookie = first[0][0][0][20]
+    assert (await directories.entries(nodes[0], cookie))[1] == 21
+    assert len(directories) == 2
+    for node in nodes:
+        directories.end(node)
+        directories.end(node)
+    assert len(directories) == 0
+    for _ in range(10):
+        await directories.entries(nodes[0], 0)
+    assert len(directories) == 1
+
+
+async def test_one_listing_is_kept_however_large(
+    lower: Path, open_union: OpenUnion, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "_KEPT_NAMES", 10)
+    union = open_union()
+    directories = Directories(union)
+    await directories.entries(get(union, "a"), 0)
+    assert len(directories) == 1

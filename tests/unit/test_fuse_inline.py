@@ -1,0 +1,135 @@
+"""Handlers begun at once and finished in a task."""
+
+from __future__ import annotations
+
+import pytest
+import trio
+import trio.testing
+
+from unionfs.fuse.inline import PENDING, begin, finish, in_thread, may_wait
+
+
+async def _answers(value: int) -> int:
+    return value
+
+
+async def _fails() -> int:
+    raise FileNotFoundError(2, "gone")
+
+
+def test_what_does_not_wait_is_done_at_once() -> None:
+    assert begin(_answers(7)) == 7
+    with pytest.raises(FileNotFoundError):
+        begin(_fails())
+
+
+async def test_what_waits_goes_on_in_a_task() -> None:
+    order: list[str] = []
+
+    async def handler() -> str:
+        order.append("begun")
+        await may_wait()
+        order.append("in a task")
+        await trio.lowlevel.checkpoint()
+        return "result"
+
+    coroutine = handler()
+    assert begin(coroutine) is PENDING
+    order.append("something else")
+    assert await finish(coroutine) == "result"
+    assert order == ["begun", "something else", "in a task"]
+
+
+async def test_what_fails_after_waiting() -> None:
+    async def handler() -> None:
+        await may_wait()
+        await trio.lowlevel.checkpoint()
+        raise OSError(5, "late")
+
+    coroutine = handler()
+    assert begin(coroutine) is PENDING
+    with pytest.raises(OSError, match="late"):
+        await finish(coroutine)
+
+
+async def test_waiting_means_nothing_in_an_ordinary_task() -> None:
+    """Under a session that gives each request a task of its own; also after a handler was begun in line."""
+    assert begin(_answers(1)) == 1
+    await may_wait()
+
+    async def handler() -> int:
+        await may_wait()
+        await may_wait()  # a second time, in the task by now
+        return await in_thread(lambda: 3)
+
+    coroutine = handler()
+    assert begin(coroutine) is PENDING
+    assert await finish(coroutine) == 3
+    assert await handler() == 3
+
+
+async def test_a_failed_beginning_leaves_no_trace() -> None:
+    with pytest.raises(FileNotFoundError):
+        begin(_fails())
+    await may_wait()  # not taken for a handler that was begun in line
+
+
+async def test_cancelling_reaches_the_handler() -> None:
+    """It can clean up, and what it raises then comes out."""
+    seen: list[str] = []
+
+    async def handler() -> None:
+        await may_wait()
+        try:
+            await trio.sleep_forever()
+        except trio.Cancelled:
+            seen.append("cancelled")
+            raise
+        finally:
+            seen.append("cleaned up")
+
+    coroutine = handler()
+    assert begin(coroutine) is PENDING
+    with trio.CancelScope() as scope:
+        scope.cancel()
+        await finish(coroutine)
+    assert scope.cancelled_caught
+    assert seen == ["cancelled", "cleaned up"]
+
+
+async def test_a_cancelled_handler_may_answer_all_the_same() -> None:
+    async def handler() -> str:
+        await may_wait()
+        with trio.CancelScope(shield=True):
+            await trio.lowlevel.checkpoint()
+        return "answer"
+
+    coroutine = handler()
+    assert begin(coroutine) is PENDING
+    with trio.CancelScope() as scope:
+        scope.cancel()
+        assert await finish(coroutine) == "answer"
+
+
+async def test_many_side_by_side() -> None:
+    """Several begun handlers wait for one another, and end in any order."""
+    event = trio.Event()
+    results: list[int] = []
+
+    async def handler(number: int) -> int:
+        await may_wait()
+        await event.wait()
+        return number
+
+    async def rest(coroutine: object) -> None:
+        results.append(await finish(coroutine))  # type: ignore[arg-type]
+
+    coroutines = [handler(number) for number in range(5)]
+    assert all(begin(coroutine) is PENDING for coroutine in coroutines)
+    async with trio.open_nursery() as nursery:
+        for coroutine in coroutines:
+            nursery.start_soon(rest, coroutine)
+        await trio.testing.wait_all_tasks_blocked()
+        assert results == []
+        event.set()
+    assert sorted(results) == [0, 1, 2, 3, 4]

@@ -1,0 +1,188 @@
+"""Nodes that supersede others, and nodes without a name: who leads where, and who is given back when."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+from tests.unit.union_support import ME, OpenUnion, copy_up, find, get, open_union
+from unionfs.union.changes import Changes
+from unionfs.union.nodes import ROOT_ID, Node
+from unionfs.union.tree import Union
+
+__all__ = ["open_union"]
+
+
+@pytest.fixture
+def lower(tmp_path: Path) -> Path:
+    (tmp_path / "l0/d").mkdir(parents=True)
+    (tmp_path / "l0/f").write_bytes(b"lower")
+    (tmp_path / "l0/d/g").write_bytes(b"lower")
+    return tmp_path / "l0"
+
+
+def _known(union: Union, path: str, lookups: int = 1) -> Node:
+    node = get(union, path)
+    node.lookups += lookups
+    return node
+
+
+def test_the_old_id_leads_to_the_new_node(lower: Path, open_union: OpenUnion) -> None:
+    union = open_union()
+    nodes = union.nodes
+    old = _known(union, "d/g")
+    copy_up(union, old)
+    new = nodes.supersede(old)
+    assert new.id != old.id
+    assert new.ino == old.ino
+    assert nodes.get(old.id) is nodes.get(new.id) is new
+    assert nodes.named(old.id) is old
+    assert get(union, "d/g") is new
+    assert union.attributes(new).ino == new.ino
+    newer = nodes.supersede(new)
+    assert nodes.get(old.id) is nodes.get(new.id) is newer
+    assert len({old.id, new.id, newer.id}) == 3
+
+
+@pytest.mark.parametrize("first", ["old", "new"])
+def test_both_are_given_back(lower: Path, open_union: OpenUnion, first: str) -> None:
+    """Whichever the kernel forgets first; the name leads to a fresh node afterwards."""
+    union = open_union()
+    nodes = union.nodes
+    old = _known(union, "d/g", 3)
+    directory = get(union, "d")
+    copy_up(union, old)
+    new = nodes.supersede(old)
+    new.lookups += 2
+    order = [(old, 3), (new, 2)] if first == "old" else [(new, 2), (old, 3)]
+    nodes.forget(*order[0])
+    assert nodes.get(new.id) is new  # the old one leads to it, or it is known itself
+    assert (nodes.named(old.id) is None) == (first == "old")
+    nodes.forget(*order[1])
+    assert nodes.named(old.id) is nodes.named(new.id) is None
+    assert directory.children == {} or nodes.named(directory.id) is None
+    assert len(nodes) == 1
+    assert get(union, "d/g").ino == old.ino
+
+
+def test_a_chain_is_given_back(lower: Path, open_union: OpenUnion) -> None:
+    union = open_union()
+    nodes = union.nodes
+    chain = [_known(union, "f")]
+    copy_up(union, chain[0])
+    for _ in range(5):
+        chain.append(nodes.supersede(chain[-1]))
+        chain[-1].lookups += 1
+    assert all(nodes.get(node.id) is chain[-1] for node in chain)
+    for node in (chain[2], chain[5], chain[0], chain[4], chain[1], chain[3]):
+        nodes.forget(node, 1)
+    assert len(nodes) == 1
+    assert find(union, "f") is not None
+
+
+def test_open_files_keep_the_old_one(lower: Path, open_union: OpenUnion) -> None:
+    union = open_union()
+    nodes = union.nodes
+    old = _known(union, "f")
+    old.handles = []
+    old.handles.append(object())  # type: ignore[arg-type]
+    copy_up_free = nodes.supersede(old)
+    copy_up_free.lookups += 1
+    nodes.forget(old, 1)
+    nodes.forget(copy_up_free, 1)
+    assert nodes.named(old.id) is old
+    assert nodes.get(old.id) is copy_up_free
+    old.handles = None
+    nodes.forget(old, 0)
+    assert len(nodes) == 1
+
+
+def test_further_names_go_along(lower: Path, open_union: OpenUnion) -> None:
+    """Hard links: every name leads to the new node, and to the one object of the upper."""
+    union = open_union()
+    nodes, changes = union.nodes, Changes(union)
+    old = _known(union, "f")
+    copy_up(union, old)
+    changes.link(old, get(union, "d"), b"link")
+    new = nodes.supersede(old)
+    new.lookups += 1
+    assert get(union, "f") is get(union, "d/link") is new
+    assert old.links is None
+    changes.unlink(nodes.root, b"f")
+    assert not new.unlinked
+    assert union.attributes(new).nlink == 1
+    changes.unlink(get(union, "d"), b"link")
+    assert new.unlinked
+    assert union.attributes(new).nlink == 0
+    assert new.held >= 0
+    held = new.held
+    nodes.forget(old, 1)
+    nodes.forget(new, 1)
+    assert new.held == -1
+    with pytest.raises(OSError, match="Bad file"):
+        os.fstat(held)
+
+
+def test_superseded_after_its_name_was_gone(lower: Path, open_union: OpenUnion) -> None:
+    """The fd that is held for it goes along, and is closed once."""
+    union = open_union()
+    nodes, changes = union.nodes, Changes(union)
+    old = _known(union, "f")
+    changes.unlink(nodes.root, b"f")
+    assert old.held >= 0
+    new = nodes.supersede(old)
+    assert (old.held, new.unlinked) == (-1, True)
+    assert union.attributes(new).st.st_size == 5
+    new.lookups += 1
+    nodes.forget(new, 1)
+    assert union.attributes(new).nlink == 0
+    nodes.forget(old, 1)
+    assert new.held == -1
+    assert len(nodes) == 1
+
+
+def test_a_node_without_a_name(open_union: OpenUnion, tmp_path: Path) -> None:
+    """Known by its id alone until it gets a name; given back with its fd."""
+    union = open_union()
+    changes, nodes = Changes(union), union.nodes
+    node, attributes, fd = changes.tmpfile(nodes.root, 0o600, ME, 0)
+    try:
+        assert (attributes.nlink, node.unlinked) == (0, True)
+        assert nodes.get(node.id) is node
+        assert nodes.root.children == {}
+        node.lookups += 1
+        os.write(fd, b"data")
+        changes.link(node, nodes.root, b"name")
+        node.lookups += 1
+        assert not node.unlinked
+        assert node.held == -1
+        assert get(union, "name") is node
+        assert (tmp_path / "upper/name").read_bytes() == b"data"
+        changes.link(node, nodes.root, b"more")
+        assert get(union, "more") is node
+        assert union.attributes(node).nlink == 2
+        changes.unlink(nodes.root, b"name")
+        assert get(union, "more") is node
+        changes.unlink(nodes.root, b"more")
+        assert node.unlinked
+    finally:
+        os.close(fd)
+    nodes.forget(node, 2)
+    assert len(nodes) == 1
+    assert node.held == -1
+
+
+def test_a_node_without_a_name_that_never_gets_one(open_union: OpenUnion) -> None:
+    union = open_union()
+    changes, nodes = Changes(union), union.nodes
+    before = len(os.listdir("/proc/self/fd"))
+    for _ in range(50):
+        node, _, fd = changes.tmpfile(nodes.root, 0o600, ME, os.O_EXCL)
+        node.lookups += 1
+        os.close(fd)
+        nodes.forget(node, 1)
+    assert len(nodes) == 1
+    assert nodes.get(ROOT_ID) is nodes.root
+    assert len(os.listdir("/proc/self/fd")) == before
