@@ -18,6 +18,7 @@ from unionfs.fuse.direct.loop import Loop
 from unionfs.fuse.direct.mounting import MountOptions, mount, raise_readahead, unmount
 from unionfs.fuse.direct.names import NameRequests
 from unionfs.fuse.direct.nodeio import NodeIos
+from unionfs.fuse.direct.splicing import Splicer
 from unionfs.fuse.errors import CUT_OFF, SessionError, SessionUnfit
 from unionfs.fuse.operations import Operations
 from unionfs.fuse.protocol import (
@@ -40,6 +41,7 @@ from unionfs.union.layers import Layer
 
 READAHEAD = 4 << 20
 """Bytes that the kernel reads ahead of a sequential reader."""
+_LARGEST_REQUEST = 1 << 20
 _INIT_SECONDS = 20.0
 
 
@@ -57,13 +59,14 @@ async def serve(
     do.
     """
     device = Device(mount(mountpoint, options))
+    splicer = Splicer(device.fd)
     ready = False
     try:
-        decision = await _agree(device, operations, io, read_only=options.read_only)
+        decision = await _agree(device, splicer, operations, io, read_only=options.read_only)
         entry = mounted_at(mountpoint)
         if entry is not None and entry.is_fuse:
             raise_readahead(entry.device, decision.max_readahead)
-        loop = _loop(device, operations, decision)
+        loop = _loop(device, splicer, operations, decision)
         ready = True
         on_ready(decision)
         try:
@@ -71,6 +74,7 @@ async def serve(
         except* ConnectionAbortedError as group:
             raise SessionError(CUT_OFF.format(mountpoint)) from group
     finally:
+        splicer.close()
         device.close()
         if not ready:
             found = mounted_at(mountpoint)
@@ -78,10 +82,10 @@ async def serve(
                 unmount(mountpoint)
 
 
-def _loop(device: Device, operations: Operations, decision: Decision) -> Loop:
+def _loop(device: Device, splicer: Splicer, operations: Operations, decision: Decision) -> Loop:
     ios = NodeIos(device, decision)
     names = NameRequests(operations, ios, decision)
-    data = DataRequests(operations, ios, names, device, decision)
+    data = DataRequests(operations, ios, names, device, splicer, decision)
     operations.more_figures = ios.figures
     return Loop(
         device,
@@ -93,9 +97,11 @@ def _loop(device: Device, operations: Operations, decision: Decision) -> Loop:
     )
 
 
-async def _agree(device: Device, operations: Operations, io: IoMode, *, read_only: bool) -> Decision:
+async def _agree(
+    device: Device, splicer: Splicer, operations: Operations, io: IoMode, *, read_only: bool
+) -> Decision:
     """Answer the kernel's INIT. Raises SessionError."""
-    buffer = bytearray(receive_buffer_size(1 << 20))
+    buffer = bytearray(receive_buffer_size(_LARGEST_REQUEST))
     with trio.move_on_after(_INIT_SECONDS):
         while True:
             try:
@@ -111,8 +117,9 @@ async def _agree(device: Device, operations: Operations, io: IoMode, *, read_onl
             if isinstance(request, rq.InitRequest):
                 break
             device.answer(encode.error(request.unique, errno.EIO))
+        settings = _settings(operations, io, splicer.capacity(), read_only=read_only)
         try:
-            decision = negotiate(request, _settings(operations, io, read_only=read_only), _privileges())
+            decision = negotiate(request, settings, _privileges())
         except NegotiationRefused as refusal:
             device.answer(encode.error(request.unique, errno.EPROTO))
             if io is IoMode.AUTO:
@@ -123,7 +130,7 @@ async def _agree(device: Device, operations: Operations, io: IoMode, *, read_onl
     raise SessionError(f"the kernel sent no INIT within {_INIT_SECONDS:.0f} seconds")
 
 
-def _settings(operations: Operations, io: IoMode, *, read_only: bool) -> Settings:
+def _settings(operations: Operations, io: IoMode, spliceable: int, *, read_only: bool) -> Settings:
     stack = operations.union.stack
     uppers = [layer for layer in stack.layers if layer.is_upper]
     lowers = [layer for layer in stack.layers if not layer.is_upper]
@@ -134,6 +141,8 @@ def _settings(operations: Operations, io: IoMode, *, read_only: bool) -> Setting
         upper_stack_depth=max(map(_stack_depth, uppers), default=0),
         lower_stack_depth=max(map(_stack_depth, lowers), default=0),
         max_readahead=READAHEAD,
+        # A read is answered by splicing, so it should fit a pipe.
+        max_write=min(_LARGEST_REQUEST, spliceable),
     )
 
 

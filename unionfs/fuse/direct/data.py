@@ -17,6 +17,8 @@ from unionfs.fuse.direct.device import Device
 from unionfs.fuse.direct.loop import Answer, Waiting
 from unionfs.fuse.direct.names import NameRequests
 from unionfs.fuse.direct.nodeio import NodeIos, stale
+from unionfs.fuse.direct.splicing import WORTHWHILE, Splicer
+from unionfs.fuse.inline import in_thread
 from unionfs.fuse.operations import Operations, error
 from unionfs.fuse.protocol import Decision, Opcode, Reply, encode, notify
 from unionfs.fuse.protocol import requests as rq
@@ -85,6 +87,7 @@ class DataRequests:
         ios: NodeIos,
         names: NameRequests,
         device: Device,
+        splicer: Splicer,
         decision: Decision,
     ) -> None:
         self._operations = operations
@@ -93,6 +96,7 @@ class DataRequests:
         self._ios = ios
         self._names = names
         self._device = device
+        self._splicer = splicer
         self.node_files = NodeFiles(operations.union)
         operations.on_gone = self.node_files.drop
         #: Whether opens are not told to us.
@@ -190,13 +194,30 @@ class DataRequests:
         await self._operations.copy_ups.ensure(node)
         return self.node_files.get(node, write=True)
 
-    async def _read(self, request: rq.Read) -> Reply:
+    async def _read(self, request: rq.Read) -> Reply | None:
         file = self._reading(request.nodeid, request.fh)
+        if request.size >= WORTHWHILE and await self._spliced(request, file):
+            return None
         # Answered before anything else is read, so one buffer serves all that need not wait for a disk.
-        here = file.read_into(self._buffer[: request.size], request.offset)
+        if file.waits and request.size >= WORTHWHILE:
+            here = None  # other requests may have been read meanwhile, by whom the buffer may be in use
+        else:
+            here = file.read_into(self._buffer[: request.size], request.offset)
         if here is not None:
             return encode.data(request.unique, self._buffer[:here])
         return encode.data(request.unique, await self._files.read(file, request.offset, request.size))
+
+    async def _spliced(self, request: rq.Read, file: OpenFile) -> bool:
+        """Answer without the data coming by here; in a thread when a disk may have to be waited for, so that
+        several are read at once. False: it can't be done that way."""
+        arguments = request.unique, file, request.offset, request.size
+        if not file.waits:
+            return self._splicer.answer(*arguments)
+        file.users += 1
+        try:
+            return await in_thread(self._splicer.answer, *arguments)
+        finally:
+            file.release()
 
     async def _write(self, request: rq.Write) -> Reply:
         kills = bool(request.write_flags & WRITE_KILL_SUIDGID)

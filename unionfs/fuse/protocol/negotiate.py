@@ -126,7 +126,7 @@ class Decision:
     why_not: Mapping[IoMode, str]
     """For each of the other two modes."""
     missing: Mapping[Init, str]
-    """Flags that were wanted and are not agreed, and why."""
+    """Flags that were wanted and that the kernel does not offer, with a sentence for each."""
     enosys: frozenset[Opcode]
     """Requests to answer with ENOSYS; the kernel asks once and never again."""
     passthrough_upper: bool
@@ -323,7 +323,7 @@ def _check(offered: InitRequest, settings: Settings) -> None:
 
 
 def _agree(facts: _Facts) -> tuple[int, dict[Init, str]]:
-    """The flags agreed, by the table, and why wanted ones are not."""
+    """The flags agreed, by the table, and what is wanted but not offered."""
     agreed, missing = 0, {}
     offered = int(facts.offered.flags)
     for rule in _RULES:
@@ -333,9 +333,7 @@ def _agree(facts: _Facts) -> tuple[int, dict[Init, str]]:
         if lacking:
             names = " and ".join(f"{flag.name} ({since(flag)})" for flag in Init(lacking))
             missing[Init(rule.flag)] = f"The kernel does not offer {names}."
-        elif agreed & rule.never_with:
-            missing[Init(rule.flag)] = f"It does not go with {Init(agreed & rule.never_with).name}."
-        else:
+        elif not agreed & rule.never_with:
             agreed |= rule.flag
     return agreed, missing
 

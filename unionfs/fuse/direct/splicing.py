@@ -1,0 +1,101 @@
+"""Answering large reads without copying the data through this process: file, pipe, device.
+
+The pages of the file are put into a pipe behind the answer's header and from there given to the device, which
+copies them into the reader's: one copy instead of two, and no buffer. Source: fs/fuse/dev.c,
+fuse_dev_splice_write: one splice(2) must carry one whole answer, so its length has to be right from the
+start, and all of it must fit a pipe.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fcntl
+import mmap
+import os
+import struct
+from typing import Final
+
+from unionfs.union.files import OpenFile
+
+WORTHWHILE: Final = 128 * 1024
+"""Bytes from which on a read is answered this way."""
+
+_HEADER: Final = struct.Struct("=IiQ")  # struct fuse_out_header: len, error, unique
+_SIZES: Final = (4 << 20, 2 << 20, 1 << 20)
+_GONE: Final = (errno.ENOENT, errno.ENODEV, errno.ENOTCONN, errno.ECONNABORTED)
+
+
+class _Pipe:
+    __slots__ = ("capacity", "reader", "writer")
+
+    def __init__(self) -> None:
+        self.reader, self.writer = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
+        # Beyond the host's limit (1 MiB at first) only with CAP_SYS_RESOURCE; pipe(7).
+        for size in _SIZES:
+            with contextlib.suppress(OSError):
+                fcntl.fcntl(self.writer, fcntl.F_SETPIPE_SZ, size)
+                break
+        size = fcntl.fcntl(self.writer, fcntl.F_GETPIPE_SZ)
+        #: Bytes of a file that fit. A pipe has a slot a page: one takes the header, one a page cut in two.
+        self.capacity = size - 2 * mmap.PAGESIZE
+
+    def close(self) -> None:
+        os.close(self.reader)
+        os.close(self.writer)
+
+
+class Splicer:
+    """Gives large parts of files to a device. May be used by several threads."""
+
+    def __init__(self, device_fd: int) -> None:
+        self._device = device_fd
+        self._free: list[_Pipe] = []
+
+    def capacity(self) -> int:
+        """Bytes that an answer may have: a multiple of the page size."""
+        if not self._free:
+            self._free.append(_Pipe())
+        return self._free[-1].capacity
+
+    def answer(self, unique: int, file: OpenFile, offset: int, size: int) -> bool:
+        """Answer a READ with up to ``size`` bytes; False when nothing was sent, so that others must."""
+        length = min(size, os.fstat(file.fd).st_size - offset)
+        if length < mmap.PAGESIZE:
+            return False
+        try:
+            pipe = self._free.pop()
+        except IndexError:
+            pipe = _Pipe()
+        sent = False
+        try:
+            sent = length <= pipe.capacity and self._send(pipe, unique, file.fd, offset, length)
+        except OSError as error:
+            if error.errno not in _GONE:
+                raise
+            return True  # nobody waits for it any more
+        finally:
+            if sent:
+                self._free.append(pipe)
+            else:
+                pipe.close()  # something may be left in it
+        return sent
+
+    def _send(self, pipe: _Pipe, unique: int, fd: int, offset: int, length: int) -> bool:
+        os.write(pipe.writer, _HEADER.pack(_HEADER.size + length, 0, unique))
+        end = offset + length
+        while offset < end:
+            try:
+                count = os.splice(fd, pipe.writer, end - offset, offset)
+            except OSError:  # a filesystem that can't, or a pipe that is full early
+                return False
+            if count == 0:
+                return False  # the file became shorter
+            offset += count
+        os.splice(pipe.reader, self._device, _HEADER.size + length)
+        return True
+
+    def close(self) -> None:
+        """Close the pipes."""
+        while self._free:
+            self._free.pop().close()
