@@ -5,14 +5,16 @@ Source: fs/fuse/dev.c and fs/fuse/backing.c of Linux 6.18.
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import fcntl
 import logging
 import os
 import struct
+import sys
 from typing import Final
 
-from unionfs.fuse.protocol import Reply
+from unionfs.fuse.protocol import Reply, encode
 from unionfs.fuse.protocol.flags import DEV_IOC_BACKING_CLOSE, DEV_IOC_BACKING_OPEN
 
 log = logging.getLogger(__name__)
@@ -38,7 +40,11 @@ class Device:
             os.writev(self.fd, reply)
         except OSError as error:
             if error.errno not in _GONE:
-                raise
+                # A bug of ours; it must not end the mount, nor leave the caller waiting.
+                log.exception("the kernel refused an answer of %d bytes", sum(map(len, reply)))
+                unique = int.from_bytes(reply[0][8:16], sys.byteorder)
+                with contextlib.suppress(OSError):
+                    os.writev(self.fd, encode.error(unique, errno.EIO))
 
     def notify(self, notice: Reply) -> None:
         """Send a notice; an object that the kernel does not know any more is no error.
