@@ -2,9 +2,9 @@
 
     python benchmarks/loop_fairness.py [--seconds S] [--clients N] [--io MODE]
 
-A union over /dev/shm is served in this process, next to a task that wants to run every millisecond. Each client
-is a process that walks the tree and reads its files, with nothing cached. Printed is how late the task ran:
-median, 99th percentile and worst, in milliseconds. Nothing is asserted: figures depend on the machine.
+A union over /dev/shm is served in this process, next to a task that wants to run every millisecond. Each
+client is a process that walks the tree and reads its files. Printed is how late the task ran: median, 99th
+percentile and worst, in milliseconds. Nothing is asserted: figures depend on the machine.
 """
 
 from __future__ import annotations

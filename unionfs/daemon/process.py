@@ -116,6 +116,9 @@ def _serve(
     from unionfs.daemon.service import Service
 
     gc.freeze()
+    # Nodes and requests are no garbage in cycles. Looking through all of them, as Python does after so many
+    # allocations, stops a mount with a million nodes for a second.
+    gc.set_threshold(10_000, 20, 10_000)
     gc.enable()
     return Service(settings, directory, on_usable, foreground=foreground).run()
 
