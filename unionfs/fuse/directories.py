@@ -55,7 +55,7 @@ class Directories:
         return found, bisect_right(found[0], offset)
 
     def end(self, node: Node) -> None:
-        """A reader has reached the end."""
+        """A reader has seen that there is no more (the kernel asks once behind the last name)."""
         self._drop(node.id)
 
     def _keep(self, id_: int, entries: Entries) -> None:

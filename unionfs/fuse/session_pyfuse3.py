@@ -310,7 +310,8 @@ class PyfuseOperations(pyfuse3.Operations):  # type: ignore[misc,unused-ignore]
                 self.operations.union.nodes.forget(child, 0)
                 return
             child.lookups += 1
-        self.operations.directories.end(node)
+        if first == len(names):
+            self.operations.directories.end(node)
 
     @_request
     async def releasedir(self, fh: int) -> None:

@@ -268,7 +268,7 @@ class NameRequests:
             known = self._union.number(node, names[index])
             if known is not None and not listing.add(names[index], known[0], cookies[index], known[1]):
                 break
-        else:
+        if first == len(names):
             self._operations.directories.end(node)
         return encode.data(request.unique, listing.packed())
 
@@ -287,7 +287,7 @@ class NameRequests:
                 listing.add_plus(
                     name, attributes.ino, cookies[index], attributes.st.st_mode, self.entry_out(found)
                 )
-        else:
+        if first == len(names):
             self._operations.directories.end(node)
         return encode.data(request.unique, listing.packed())
 
