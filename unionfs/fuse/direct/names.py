@@ -196,6 +196,10 @@ class NameRequests:
 
     async def _setattr(self, request: rq.Setattr) -> Reply:
         valid = request.valid
+        if self._is_told_of_removal(request):
+            return self._attributes(
+                request.nodeid, request.unique, self._operations.getattr(request.nodeid)
+            )
         change = Change(
             size=request.size if valid & FATTR_SIZE else None,
             uid=request.new_uid if valid & FATTR_UID else None,
@@ -208,6 +212,19 @@ class NameRequests:
         handle = self._operations.files.get(request.fh) if valid & FATTR_FH else None
         found = await self._operations.setattr(request.nodeid, change, handle)
         return self._attributes(request.nodeid, request.unique, found)
+
+    def _is_told_of_removal(self, request: rq.Setattr) -> bool:
+        """Whether only the ctime of a lower file is new, because its name was removed.
+
+        With writeback the kernel keeps the times and tells them when it forgets the file (fs/fuse/inode.c,
+        fuse_flush_times). Copying all its data up for that would be for nobody.
+        """
+        if request.valid & ~(FATTR_FH | FATTR_LOCKOWNER) != FATTR_MTIME | FATTR_CTIME:
+            return False
+        node = self._operations.node(request.nodeid)
+        if node.is_upper or not node.unlinked:
+            return False
+        return self._union.stat(node).st_mtime_ns == request.mtime * _NS + request.mtimensec
 
     def _only_kills(self, request: rq.Setattr) -> bool:
         """Whether a SETATTR that changes nothing is to clear setuid and setgid. Raises EPERM.
