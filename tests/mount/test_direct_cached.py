@@ -258,6 +258,36 @@ def test_space_of_removed_files_comes_back(
         assert dc.wait_for(lambda: os.statvfs(small).f_bavail >= free - 16), mount.inspect()
 
 
+def test_removing_lower_files_copies_nothing(root: None, area: Path, session: str) -> None:
+    """Neither at once, nor when the kernel writes back what it knows of them: unlink, rename over, rm of a
+    file that is open."""
+    (area / "lower").mkdir()
+    for name in ("removed", "replaced", "open", "changed"):
+        (area / "lower" / name).write_bytes(DATA)
+        os.utime(area / "lower" / name, ns=(10**18, 10**18))
+    with _mount(area, session) as mount:
+        (mount.mountpoint / "own").write_bytes(b"own")
+        os.unlink(mount.mountpoint / "removed")
+        os.rename(mount.mountpoint / "own", mount.mountpoint / "replaced")
+        with dc.opened(mount.mountpoint / "open") as fd:
+            os.unlink(mount.mountpoint / "open")
+            os.fsync(fd)
+            dc.drop_caches()
+            assert os.pread(fd, 10, 0) == DATA[:10]
+            assert os.fstat(fd).st_mtime_ns == 10**18
+        dc.drop_caches()
+        assert mount.figure("copy_ups") == 0
+        # times that somebody sets count all the same
+        with dc.opened(mount.mountpoint / "changed") as fd:
+            os.unlink(mount.mountpoint / "changed")
+            os.utime(fd, ns=(10**18 + 1, 10**18 + 1))
+            dc.drop_caches()
+            assert os.fstat(fd).st_mtime_ns == 10**18 + 1
+    assert all(
+        (area / "lower" / name).stat().st_mtime_ns == 10**18 for name in ("removed", "open", "changed")
+    )
+
+
 def test_appends_of_two_processes(world: MakeWorld) -> None:
     """O_APPEND and plain writes of two processes: every one is there, each whole."""
     made = world(_build)
