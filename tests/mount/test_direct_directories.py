@@ -81,7 +81,7 @@ def _remove_while_listed(area: Path, session: str, count: int) -> None:
 
 def test_rm_rf_of_a_big_directory(root: None, area: Path, session: str) -> None:
     """rm -rf ends without an error, while another process lists; no listing has a name twice."""
-    _remove_while_listed(area, session, 5_000)
+    _remove_while_listed(area, session, 3_000)
 
 
 @pytest.mark.slow

@@ -267,6 +267,6 @@ def test_fio_verify(root: None, area: Path, session: str) -> None:
                     "--rw=randwrite", "--bsrange=4k-64k", "--size=32m", "--numjobs=2", "--verify=crc32c",
                     "--do_verify=1", "--verify_fatal=1", "--randrepeat=1", "--end_fsync=1",
                 ],
-                capture_output=True, text=True, timeout=250, check=False,
+                capture_output=True, text=True, timeout=250, check=False, cwd=area,
             )  # fmt: skip
             assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
