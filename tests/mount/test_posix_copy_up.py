@@ -336,3 +336,42 @@ def _describe(path: Path) -> list[Any]:
         oct(info.st_mode), info.st_uid, info.st_gid, info.st_size if not stat.S_ISDIR(info.st_mode) else 0,
         info.st_mtime_ns, xattrs,
     ]  # fmt: skip
+
+
+def test_copy_up_leaves_the_directory_as_it_was(world: MakeWorld) -> None:
+    """What is copied up within a directory changes none of its times; what is made or changed in it does."""
+
+    def build(root: Path) -> None:
+        (root / "d/sub").mkdir(parents=True)
+        for name in ("a", "b", "sub/c"):
+            (root / "d" / name).write_bytes(b"data")
+        os.symlink("a", root / "d/link")
+
+    made = world(build)
+
+    def times(path: Path) -> tuple[int, int]:
+        info = path.stat()
+        return info.st_mtime_ns, info.st_ctime_ns
+
+    def calls(root: Path) -> list[object]:
+        first = times(root / "d")
+        steps: list[Callable[[], object]] = [
+            lambda: (root / "d/a").chmod(0o600),
+            lambda: (root / "d/b").open("r+b").close(),
+            lambda: os.chown(root / "d/link", 1, 1, follow_symlinks=False),
+            lambda: (root / "d/sub/c").chmod(0o600),
+            lambda: (root / "d/new").touch(),
+            lambda: (root / "d").chmod(0o700),
+            lambda: os.setxattr(root / "d", "user.x", b"1"),
+            lambda: (root / "d/a").unlink(),
+        ]
+        found: list[object] = []
+        for step in steps:
+            time.sleep(0.02)  # a file's times advance by up to 10 ms
+            step()
+            now = times(root / "d")
+            found.append((now[0] == first[0], now[1] == first[1]))
+            first = now
+        return found
+
+    made.as_native(calls)

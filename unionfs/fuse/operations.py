@@ -160,6 +160,7 @@ class Operations:
         """truncate(2), chown(2), chmod(2) and utimensat(2), in this order."""
         node = self.node(id_)
         await self.copy_ups.ensure(node, change.size)
+        node.ctime = None
         if change.size is not None:
             self._truncate(node, change.size, handle, kills_set_ids=change.kills_set_ids)
         elif change.kills_set_ids and change.uid is None and change.gid is None:
@@ -236,6 +237,7 @@ class Operations:
         node = self.node(id_)
         stored = self.union.markers.stored_name(name)
         await self.copy_ups.ensure(node)
+        node.ctime = None
         path, follow = self.union.path(node)
         os.setxattr(path, stored, value, flags, follow_symlinks=follow)
         return node
@@ -262,6 +264,7 @@ class Operations:
         if not node.is_upper:
             os.getxattr(path, stored, follow_symlinks=follow)  # nothing to remove is no reason to copy up
         await self.copy_ups.ensure(node)
+        node.ctime = None
         path, follow = self.union.path(node)
         os.removexattr(path, stored, follow_symlinks=follow)
 

@@ -353,7 +353,7 @@ def _entry(attributes: Attributes) -> pyfuse3.EntryAttributes:
     entry.st_blocks = st.st_blocks
     entry.st_atime_ns = st.st_atime_ns
     entry.st_mtime_ns = st.st_mtime_ns
-    entry.st_ctime_ns = st.st_ctime_ns
+    entry.st_ctime_ns = attributes.ctime_ns
     return entry
 
 

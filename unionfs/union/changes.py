@@ -48,6 +48,12 @@ class Changes:
     def __init__(self, union: Union) -> None:
         self._union = union
 
+    def _writable(self, directory: Node) -> Place:
+        """The upper's directory of a node, which is about to change."""
+        place = ensure_upper(self._union, directory)
+        directory.ctime = None
+        return place
+
     # -- creating -------------------------------------------------------------------------------------
 
     def create(self, parent: Node, name: bytes, mode: int, caller: Caller) -> tuple[Node, Attributes, int]:
@@ -66,7 +72,7 @@ class Changes:
         With O_EXCL in ``flags`` it can never get one. Raises EOPNOTSUPP where the upper's filesystem can't.
         """
         union = self._union
-        place = ensure_upper(union, parent)
+        place = self._writable(parent)
         wanted = os.O_RDWR | os.O_TMPFILE | os.O_CLOEXEC | flags & os.O_EXCL
         with self._as(caller):
             fd = os.open(b".", wanted, mode, dir_fd=union.gate.fd(place))
@@ -120,7 +126,7 @@ class Changes:
     ) -> _T:
         """Run ``make(directory fd, name)`` as the caller: in place, or in work when a whiteout is there."""
         union = self._union
-        dir_fd = union.gate.fd(ensure_upper(union, parent))
+        dir_fd = union.gate.fd(self._writable(parent))
         try:
             with self._as(caller):
                 return make(dir_fd, name)
@@ -219,7 +225,7 @@ class Changes:
         self._union.require_upper()
         hidden_below = union.is_visible_below(parent, name)
         with union.outliving(node):
-            dir_fd = union.gate.fd(ensure_upper(union, parent))
+            dir_fd = union.gate.fd(self._writable(parent))
             if not node.is_upper:
                 self._whiteout(dir_fd, name)
             elif hidden_below:
@@ -242,7 +248,7 @@ class Changes:
             raise _error(errno.ENOTEMPTY)
         hidden_below = union.is_visible_below(parent, name)
         with union.outliving(node):
-            dir_fd = union.gate.fd(ensure_upper(union, parent))
+            dir_fd = union.gate.fd(self._writable(parent))
             self._remove_directory(dir_fd, name, upper=node.is_upper, hidden_below=hidden_below)
             for part in node.parts:
                 union.gate.forget(part)
@@ -289,7 +295,7 @@ class Changes:
         if node.place is None:
             raise _error(errno.ENOENT)
         union.refuse_metacopy(node)
-        place = ensure_upper(union, parent)
+        place = self._writable(parent)
         with self._directories(node.place, place) as (source, dir_fd):
             try:
                 _link(node, source, dir_fd, name)
@@ -391,7 +397,7 @@ class Changes:
             union.markers.set_opaque(union.gate.fd(node.parts[0]))
         if target.is_dir and union.is_visible_below(parent, name):
             union.markers.set_opaque(union.gate.fd(target.parts[0]))
-        places = ensure_upper(union, parent), ensure_upper(union, new_parent)
+        places = self._writable(parent), self._writable(new_parent)
         with self._directories(*places) as (old_fd, new_fd):
             calls.renameat2(old_fd, name, new_fd, new_name, calls.RENAME_EXCHANGE)
         union.nodes.move(node, parent, name, new_parent, new_name)
@@ -405,7 +411,7 @@ class Changes:
         leaves_whiteout = union.is_visible_below(parent, name)
         if node.is_dir and union.is_visible_below(new_parent, new_name):
             union.markers.set_opaque(union.gate.fd(node.parts[0]))
-        places = ensure_upper(union, parent), ensure_upper(union, new_parent)
+        places = self._writable(parent), self._writable(new_parent)
         with self._directories(*places) as (old_fd, new_fd):
             self._rename_over(node, name, target, new_name, old_fd, new_fd, leaves_whiteout=leaves_whiteout)
 

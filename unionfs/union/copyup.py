@@ -108,7 +108,7 @@ class FileCopy:
             _keep_unnamed(union, node, self._name)
         else:
             place = ensure_upper(union, node.parent)
-            _rename_into(union, self._name, place, node.name)
+            _rename_into(union, self._name, node.parent, node.name)
             node.place = place
 
     def _hand_over(self, shared: int) -> None:
@@ -166,7 +166,7 @@ def copy_up_special(union: Union, node: Node) -> None:
                     _keep_unnamed(union, node, name)
                 else:
                     place = ensure_upper(union, node.parent)
-                    _rename_into(union, name, place, node.name)
+                    _rename_into(union, name, node.parent, node.name)
                     node.place = place
                 _copied_up(union, node, os.stat(target))
             finally:
@@ -202,6 +202,7 @@ def _copy_up_directory(union: Union, node: Node) -> None:
     work, name = union.stack.work_fd, temporary_name()
     lower = union.gate.fd(node.parts[0])
     st = os.stat(lower)
+    shown = union.attributes_of(node, st).ctime_ns
     os.mkdir(name, 0o700, dir_fd=work)
     try:
         path = b"/proc/self/fd/%d/%b" % (work, name)
@@ -210,22 +211,22 @@ def _copy_up_directory(union: Union, node: Node) -> None:
         os.chmod(name, stat.S_IMODE(st.st_mode), dir_fd=work)
         calls.utimensat(work, name, st.st_atime_ns, st.st_mtime_ns)
         parent = node.parent.parts[0]
-        _rename_into(union, name, parent, node.name)
+        _rename_into(union, name, node.parent, node.name)
     except BaseException:
         with contextlib.suppress(OSError):
             os.rmdir(name, dir_fd=work)
         raise
     place = Place(parent.layer, parent, node.name)
     node.parts.insert(0, place)
-    _copied_up(union, node, os.stat(union.gate.fd(place)))
+    st = os.stat(union.gate.fd(place))
+    node.ctime = st.st_ctime_ns, shown
+    _copied_up(union, node, st)
 
 
 def _copied_up(union: Union, node: Node, st: os.stat_result) -> None:
-    """Note the number that the copy carries, and that its ctime is new, as is that of its directory."""
+    """Note the number that the copy carries, and that its ctime is new."""
     union.nodes.copied_up(node, st)
     union.stale.append(node)
-    if node.parent is not None and not node.unlinked:
-        union.stale.append(node.parent)
 
 
 def _keep_unnamed(union: Union, node: Node, temporary: bytes) -> None:
@@ -244,13 +245,16 @@ def _keep_unnamed(union: Union, node: Node, temporary: bytes) -> None:
     node.place = Place(upper, upper.root, b"")
 
 
-def _rename_into(union: Union, temporary: bytes, place: Place, name: bytes) -> None:
-    """Rename from work into the upper; a copy-up is no change, so the directory keeps its times."""
-    dir_fd = union.gate.fd(place)
+def _rename_into(union: Union, temporary: bytes, directory: Node, name: bytes) -> None:
+    """Rename from work into the upper; a copy-up is no change, so the directory keeps its times. Its real
+    ctime can't be kept, and is shown as it was."""
+    dir_fd = union.gate.fd(directory.parts[0])
     st = os.stat(dir_fd)
+    shown = union.attributes_of(directory, st).ctime_ns
     calls.renameat2(union.stack.work_fd, temporary, dir_fd, name)
     with contextlib.suppress(OSError):
         calls.utimensat(dir_fd, b".", st.st_atime_ns, st.st_mtime_ns)
+    directory.ctime = os.stat(dir_fd).st_ctime_ns, shown
 
 
 def _copy_metadata(union: Union, source: int, target: int, st: os.stat_result) -> None:

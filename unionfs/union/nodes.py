@@ -34,7 +34,7 @@ class Node:
     """One object of the merged tree."""
 
     __slots__ = (
-        "children", "copying", "file", "handles", "held", "id", "ino", "io", "kind", "links",
+        "children", "copying", "ctime", "file", "handles", "held", "id", "ino", "io", "kind", "links",
         "lookups", "name", "parent", "parts", "place", "successor", "superseded", "unlinked",
     )  # fmt: skip
 
@@ -56,6 +56,8 @@ class Node:
         self.lookups = 0
         self.held = -1
         self.unlinked = False
+        #: A ctime that a copy-up gave the real directory, and the one that is shown for it; nanoseconds.
+        self.ctime: tuple[int, int] | None = None
         #: Open files on it, and the backing file they share.
         self.handles: list[Handle] | None = None
         self.file: OpenFile | None = None

@@ -25,14 +25,17 @@ NAME_MAX: Final = 255
 
 
 class Attributes:
-    """What stat(2) says of a node: the object's own, but number and link count of the merged tree."""
+    """What stat(2) says of a node: the object's own, but number, link count and ctime of the merged tree."""
 
-    __slots__ = ("ino", "lasting", "nlink", "st")
+    __slots__ = ("ctime_ns", "ino", "lasting", "nlink", "st")
 
-    def __init__(self, ino: int, nlink: int, st: os.stat_result, *, lasting: bool = True) -> None:
+    def __init__(
+        self, ino: int, nlink: int, st: os.stat_result, ctime_ns: int, *, lasting: bool = True
+    ) -> None:
         self.ino = ino
         self.nlink = nlink
         self.st = st
+        self.ctime_ns = ctime_ns
         #: Whether they stay true until the daemon is asked to change them.
         self.lasting = lasting
 
@@ -47,7 +50,7 @@ class Union:
         self.nodes = NodeTable([layer.root for layer in stack.layers])
         self.identity = Identity()
         self._lowest = len(stack.layers) - 1
-        #: Nodes whose attributes changed by a copy-up, which nobody asked to change them: whoever
+        #: Nodes whose attributes changed by being copied up, which nobody asked to change them: whoever
         #: serves the union tells the kernel, and empties the list.
         self.stale: list[Node] = []
         self._merge_root()
@@ -192,7 +195,10 @@ class Union:
             nlink = 1  # as overlayfs: counting the subdirectories of a merged directory is not worth it
         # copying up one name of a lower file with several breaks the link: its count is 1 from then on
         lasting = st.st_nlink == 1 or node.is_dir or node.is_upper
-        return Attributes(node.ino, nlink, st, lasting=lasting)
+        ctime = st.st_ctime_ns
+        if node.ctime is not None and node.ctime[0] == ctime:
+            ctime = node.ctime[1]
+        return Attributes(node.ino, nlink, st, ctime, lasting=lasting)
 
     # -- where a node's object is ---------------------------------------------------------------------
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import stat
+import struct
 from typing import Final
 
 from unionfs.fuse.direct.loop import Answer, Waiting
@@ -88,7 +89,7 @@ class NameRequests:
             0,
             FOREVER,
             self._ios.valid(node, attributes),
-            encode.attributes_of(attributes.st, attributes.ino, attributes.nlink),
+            _packed(attributes),
         )
 
     def entry_out(self, found: Found) -> bytes:
@@ -100,7 +101,7 @@ class NameRequests:
             0,
             FOREVER,
             self._ios.valid(node, attributes),
-            encode.attributes_of(attributes.st, attributes.ino, attributes.nlink),
+            _packed(attributes),
         )
 
     def _valid(self, id_: int, node: Node, attributes: Attributes) -> Timeout:
@@ -112,7 +113,7 @@ class NameRequests:
         return encode.attr(
             unique,
             self._valid(request_id, node, attributes),
-            encode.attributes_of(attributes.st, attributes.ino, attributes.nlink),
+            _packed(attributes),
         )
 
     def caller(self, request: rq.Mknod | rq.Mkdir | rq.Create | rq.Tmpfile) -> Caller:
@@ -189,7 +190,9 @@ class NameRequests:
         finally:
             os.close(fd)
         patched = bytearray(raw)
-        patched[16:20] = attributes.nlink.to_bytes(4, "little")  # stx_nlink, include/uapi/linux/stat.h
+        # stx_nlink and stx_ctime of struct statx, include/uapi/linux/stat.h
+        struct.pack_into("=I", patched, 16, attributes.nlink)
+        struct.pack_into("=qI", patched, 96, *divmod(attributes.ctime_ns, _NS))
         return encode.statx(
             request.unique, self._valid(request.nodeid, node, attributes), patched, attributes.ino
         )
@@ -330,6 +333,10 @@ class NameRequests:
     async def _syncfs(self, request: rq.Syncfs) -> Reply:
         await self._operations.syncfs()
         return encode.ok(request.unique)
+
+
+def _packed(attributes: Attributes) -> bytes:
+    return encode.attributes_of(attributes.st, attributes.ino, attributes.nlink, attributes.ctime_ns)
 
 
 def _sized(unique: int, value: bytes, size: int) -> Reply:

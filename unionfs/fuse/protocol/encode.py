@@ -101,9 +101,12 @@ def attributes(
     )  # fmt: skip
 
 
-def attributes_of(st: os.stat_result, ino: int, nlink: int | None = None) -> bytes:
-    """fuse_attr from a stat, under the inode number `ino` and, if given, with another link count."""
-    atime, mtime, ctime = st.st_atime_ns, st.st_mtime_ns, st.st_ctime_ns
+def attributes_of(
+    st: os.stat_result, ino: int, nlink: int | None = None, ctime_ns: int | None = None
+) -> bytes:
+    """fuse_attr from a stat, under the inode number `ino` and, if given, with another link count or ctime."""
+    atime, mtime = st.st_atime_ns, st.st_mtime_ns
+    ctime = st.st_ctime_ns if ctime_ns is None else ctime_ns
     return _ATTR(
         ino,
         st.st_size,
