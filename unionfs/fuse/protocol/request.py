@@ -11,7 +11,7 @@ Rules:
 
 from __future__ import annotations
 
-from collections import namedtuple
+from operator import itemgetter
 from typing import Any, ClassVar, Final, NamedTuple, Self
 
 from unionfs.fuse.protocol.flags import UNIQUE_RESEND, Opcode
@@ -66,10 +66,10 @@ class Request(tuple[Any, ...]):
             cls.opcode = opcode
         cls.body = body
         cls.fields = HEADER_FIELDS + own
-        # namedtuple's own descriptors: the fastest way there is to read a tuple's item by name.
-        getters: Any = namedtuple(cls.__name__, cls.fields)  # type: ignore[misc]  # names known at run time only
-        for name in cls.fields:
-            setattr(cls, name, getters.__dict__[name])
+        # Not by namedtuple(), whose fields are read a little faster: making fifty of them takes a tenth of the
+        # time to a usable mount.
+        for index, name in enumerate(cls.fields):
+            setattr(cls, name, property(itemgetter(index)))
 
     @property
     def resent(self) -> bool:
