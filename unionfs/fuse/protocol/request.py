@@ -66,8 +66,7 @@ class Request(tuple[Any, ...]):
             cls.opcode = opcode
         cls.body = body
         cls.fields = HEADER_FIELDS + own
-        # Not by namedtuple(), whose fields are read a little faster: making fifty of them takes a tenth of the
-        # time to a usable mount.
+        # Not by namedtuple(), whose fields are read a little faster: every mount waits until all are made.
         for index, name in enumerate(cls.fields):
             setattr(cls, name, property(itemgetter(index)))
 
