@@ -89,6 +89,32 @@ def test_rename_flags(world: MakeWorld) -> None:
     made.as_kernel(calls)
 
 
+def test_refused_exchange_copies_nothing_up(world: MakeWorld) -> None:
+    """A lower file keeps its hard links when the other name is missing, or a directory with lower parts."""
+
+    def build(root: Path) -> None:
+        (root / "dir").mkdir()
+        (root / "file").write_bytes(b"linked")
+        os.link(root / "file", root / "dir/other")
+
+    made = world(build)
+
+    def calls(root: Path) -> list[object]:
+        (root / "gone").touch()
+        (root / "gone").unlink()
+        found: list[object] = []
+        for other in ("dir", "gone", "never-was"):
+            for names in (("file", other), (other, "file")):
+                paths = [str(root / name) for name in names]
+                found.append(errno_of(syscalls.renameat2, *paths, syscalls.RENAME_EXCHANGE))
+                found.append(os.lstat(root / "file").st_nlink)
+        return found
+
+    made.as_kernel(calls)
+    for upper in (made.upper, made.kernel_upper):
+        assert not (upper / "file").exists()
+
+
 def test_whiteout_node_cannot_be_made(world: MakeWorld, user: Worker) -> None:
     """mknod of a character device 0/0 is EPERM, for root too; other devices work for root only."""
     made = world(_one_file)

@@ -13,7 +13,7 @@ import os
 import shutil
 import stat
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from tests.oracle import layers, normalise, operations
@@ -24,8 +24,11 @@ from tests.support.snapshot import Tree
 from tests.support.worker import Worker, WorkerFailed, WorkerHung
 
 ARENAS = 24
+"""Arenas of a pair, unless it is told how many it will need: to make them takes longer than an example."""
 REMOVING = frozenset({"unlink", "rmdir", "rename"})
 """Operations after which an open file may have lost its name."""
+COPYING_HANDLE = frozenset({"h_chmod", "h_chown", "h_setxattr"})
+"""Operations by which an open directory is copied up."""
 
 
 class Difference(AssertionError):
@@ -39,6 +42,7 @@ class Side:
     name: str
     home: Path
     count: int
+    arenas: int
     mount: Mount | None = None
     stack: contextlib.ExitStack = field(default_factory=contextlib.ExitStack)
     workers: dict[str, Worker] = field(default_factory=dict)
@@ -49,7 +53,7 @@ class Side:
         self.home.mkdir()
         for lower in self.lowers:
             lower.mkdir()
-        for index in range(ARENAS):
+        for index in range(self.arenas):
             layers.build([lower / arena_name(index) for lower in self.lowers])
 
     @property
@@ -112,13 +116,13 @@ def arena_name(index: int) -> str:
 class Pair:
     """``ours`` and ``theirs``; ``begin``, then ``step`` for each operation, then ``finish``."""
 
-    def __init__(self, home: Path, session: str, count: int) -> None:
-        self.session, self.count = session, count
+    def __init__(self, home: Path, session: str, count: int, arenas: int = ARENAS) -> None:
+        self.session, self.count, self.arenas = session, count, arenas
         self.clock = normalise.Clock.start()
-        self.ours = Side("ours", home / "ours", count)
-        self.theirs = Side("theirs", home / "theirs", count)
+        self.ours = Side("ours", home / "ours", count, arenas)
+        self.theirs = Side("theirs", home / "theirs", count, arenas)
         self.home = home
-        self._next = ARENAS
+        self._next = arenas
         self._broken = False  # the mounts cannot be used any more
         self._spoiled = False  # nor the lowers
         self._final: dict[str, Tree] = {}
@@ -134,6 +138,7 @@ class Pair:
 
     def _renew(self) -> None:
         if self._broken:
+            self._final.clear()
             for side in (self.ours, self.theirs):
                 side.destroy()
         else:
@@ -142,7 +147,7 @@ class Pair:
             for side in (self.ours, self.theirs):
                 side.build()
             for lower in self.ours.lowers:
-                for index in range(ARENAS):
+                for index in range(self.arenas):
                     self._manifests[lower, arena_name(index)] = snapshot.manifest(lower / arena_name(index))
             self._spoiled = False
         for side, session in ((self.ours, self.session), (self.theirs, "kernel")):
@@ -159,7 +164,8 @@ class Pair:
         for side, session in ((self.ours, "kernel"), (self.theirs, self.session)):
             mount = side.enter(session, lowers=side.lowers, upper=side.upper, work=side.work)
             try:
-                for arena, tree in final.items():
+                for self.arena, tree in final.items():
+                    arena = self.arena
                     again = side.workers["root"].call(snapshot.take, os.fsencode(mount.mountpoint / arena))
                     self._check(f"{side.name}'s upper under {session}, after the run, {arena}", again, tree)
             finally:
@@ -174,7 +180,7 @@ class Pair:
 
     def begin(self) -> None:
         """Start an example in a fresh arena."""
-        if self._broken or self._next >= ARENAS or self.ours.mount is None:
+        if self._broken or self._next >= self.arenas or self.ours.mount is None:
             self._renew()
         self.arena = arena_name(self._next)
         self._next += 1
@@ -190,10 +196,16 @@ class Pair:
         """Do one operation on both sides and compare; raises Difference. Without the handle: skipped."""
         if op.name.startswith("h_") and op.args[0] not in self.handles[op.who]:
             return
+        if op.name in COPYING_HANDLE and self._is_dead_directory(op.who, op.args[0]):
+            return  # rule 5
         if op.name in ("rmdir", "rename") and any(_normal(item) in normalise.KEPT for item in op.args):
             return
+        open_lowers = self._open_lowers(op) if self.session == normalise.KEEPING else set()
+        if op.name == "h_reopen" and (op.who, op.args[0]) in open_lowers and _writes(op.args[2]):
+            return  # rule 11
         try:
             self._step(op)
+            self._close_copied_up(op, open_lowers)
             self.look(op)
         except (Difference, WorkerFailed, WorkerHung) as error:
             self._broken = True
@@ -213,7 +225,9 @@ class Pair:
         ours = self.ours.workers[op.who].finish()
         theirs = self.theirs.workers[op.who].finish()
         dead = op.name.startswith("h_") and (op.who, op.args[0]) in self._dead
-        if wrong := normalise.compare_results(ours, theirs, dead_lower=dead):
+        if wrong := normalise.compare_results(
+            ours, theirs, dead_lower=dead, late=self.session == normalise.LATE
+        ):
             if (
                 op.name in ("chown", "h_chown")
                 and op.args[1:] == (-1, -1)
@@ -263,7 +277,8 @@ class Pair:
         found = {}
         for key, name in self._names().items():
             if not name.endswith(b" (deleted)"):
-                found[key] = (name, self.is_copied_up(name.removeprefix(prefix)))
+                path = name.removeprefix(prefix)
+                found[key] = (path, self.is_copied_up(path))
         return found
 
     def _note_dead(self, before: dict[tuple[str, int], tuple[bytes, bool]]) -> None:
@@ -271,12 +286,40 @@ class Pair:
             if name.endswith(b" (deleted)") and key in before and not before[key][1]:
                 self._dead[key] = before[key][0]
 
+    def _is_dead_directory(self, who: str, number: int) -> bool:
+        if (who, number) not in self._dead:
+            return False
+        _, found = self.theirs.workers[who].call(operations.run, "h_stat", 0, (number,))
+        return stat.S_ISDIR(found.mode)
+
     def _close_dead(self, path: bytes) -> None:
         for who, number in [key for key, name in self._dead.items() if name == path]:
-            for side in (self.ours, self.theirs):
-                side.workers[who].call(operations.run, "h_forget", 0, (number,))
-            self.handles[who].discard(number)
-            del self._dead[who, number]
+            self._forget(who, number)
+
+    def _open_lowers(self, op: Op) -> set[tuple[str, int]]:
+        """The handles that are on a regular file of a lower."""
+        found = set(self._dead)
+        for key, (name, copied_up) in self._where(op).items():
+            entry = self.tree.get(name)
+            if entry is not None and entry.kind == stat.S_IFREG and not copied_up:
+                found.add(key)
+        return found
+
+    def _close_copied_up(self, op: Op, open_lowers: set[tuple[str, int]]) -> None:
+        """Rule 11: close those of the handles whose file is in the upper now."""
+        if not open_lowers:
+            return
+        new = {"open": 0, "h_reopen": 1}.get(op.name)
+        fresh = None if new is None else (op.who, op.args[new])
+        for key, (_, copied_up) in self._where(op).items():
+            if key in open_lowers and key != fresh and copied_up:
+                self._forget(*key)
+
+    def _forget(self, who: str, number: int) -> None:
+        for side in (self.ours, self.theirs):
+            side.workers[who].call(operations.run, "h_forget", 0, (number,))
+        self.handles[who].discard(number)
+        self._dead.pop((who, number), None)
 
     def is_copied_up(self, path: bytes, side: Side | None = None) -> bool:
         """Whether a side (overlayfs) has the path in its upper (a whiteout there is no copy)."""
@@ -300,7 +343,10 @@ class Pair:
                 problem = problem or Difference(f"after {op}: reading {side.name}'s whole tree: {error!r}")
         if problem is not None:
             raise problem
-        ours, self.tree = answers
+        ours, theirs = answers
+        if self.session == normalise.LATE and op is not None and op.name in ("truncate", "h_truncate"):
+            ours = self._with_times(ours, theirs)
+        self.tree = theirs
         self._check(f"after {op}", ours, self.tree, self.theirs)
         lines: list[str] = []
         if self.session != "overlay":  # whose d_ino and st_ino are not always what the union promises
@@ -315,13 +361,33 @@ class Pair:
         if lines:
             raise Difference(f"after {op}:\n  " + "\n  ".join(lines[:20]))
 
+    def _with_times(self, ours: Tree, theirs: Tree) -> Tree:
+        """Rule 13: give the file that was truncated to the size it had the time that overlayfs gave it."""
+        changed = {}
+        for path in normalise.truncated_to_same(self.tree, ours, theirs, self.clock):
+            self.ours.workers["root"].call(os.utime, path)
+            changed[path] = replace(ours[path], mtime=theirs[path].mtime)
+        return {**ours, **changed}
+
     def _check(self, when: str, ours: Tree, theirs: Tree, upper_of: Side | None = None) -> None:
         """``upper_of``: the side whose upper says what is copied up; without it, no file."""
         lines = normalise.compare_trees(
-            ours, theirs, self.clock, lambda path: upper_of is not None and self.is_copied_up(path, upper_of)
+            ours,
+            theirs,
+            self.clock,
+            lambda path: upper_of is not None and self.is_copied_up(path, upper_of),
+            self._is_late,
         )
         if lines:
             raise Difference(f"{when}:\n  " + "\n  ".join(lines[:20]))
+
+    def _is_late(self, path: bytes) -> bool:
+        """Whether overlayfs has copied the path up, and we have not yet (rule 12)."""
+        return (
+            self.session == normalise.LATE
+            and self.is_copied_up(path, self.theirs)
+            and not self.is_copied_up(path, self.ours)
+        )
 
     def finish(self) -> None:
         """The end of an example: lowers untouched, and each side reads what the other wrote."""
@@ -373,6 +439,10 @@ class Pair:
             self._broken = True
             return str(error)
         return None
+
+
+def _writes(flags: int) -> bool:
+    return flags & (os.O_ACCMODE | os.O_TRUNC) != os.O_RDONLY
 
 
 def _normal(item: object) -> bytes:

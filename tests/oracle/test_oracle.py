@@ -1,7 +1,11 @@
 """Random operations on the union and on kernel overlayfs at once, over copies of the same lowers.
 
-``UNIONFS_ORACLE=thorough`` makes long random runs (``UNIONFS_ORACLE_EXAMPLES`` of them); without it the runs
-are bounded and always the same.
+A run is always the same (see ``machine``). The environment makes others of it:
+
+``UNIONFS_ORACLE_SEED``       any text: other operations
+``UNIONFS_ORACLE=thorough``   400 examples in the slow test, for hours, instead of 15
+``UNIONFS_ORACLE_EXAMPLES``   or this number of them
+``UNIONFS_ORACLE_RECORD``     a directory that gets the operations of each example, as ``replay`` reads them
 """
 
 from __future__ import annotations
@@ -10,52 +14,54 @@ import os
 from pathlib import Path
 
 import pytest
-from hypothesis import HealthCheck, Phase, settings
-from hypothesis.stateful import run_state_machine_as_test
 
 from tests.oracle.machine import Machine
-from tests.oracle.pair import Pair
+from tests.oracle.pair import ARENAS, Pair
 from tests.oracle.replay import report
 
+SEED = os.environ.get("UNIONFS_ORACLE_SEED", "")
+RECORD = os.environ.get("UNIONFS_ORACLE_RECORD")
 THOROUGH = os.environ.get("UNIONFS_ORACLE") == "thorough"
 
-# A failing sequence is shortened by tests.oracle.replay, which knows that steps do not depend on each other.
-_common = settings(
-    deadline=None,
-    database=None,
-    report_multiple_bugs=False,
-    print_blob=False,
-    suppress_health_check=list(HealthCheck),
-    phases=(Phase.generate,),
-)
-PROFILES = {
-    2: settings(_common, max_examples=10, stateful_step_count=40, derandomize=True),
-    3: settings(_common, max_examples=25, stateful_step_count=40, derandomize=True),
-}
-LONG = settings(
-    _common,
-    max_examples=int(os.environ.get("UNIONFS_ORACLE_EXAMPLES", "400")),
-    stateful_step_count=80,
-)
-SECONDS = 100_000 if THOROUGH else 900
+EXAMPLES = {2: 1, 3: 3}
+"""Examples of a session by the number of lowers, of 40 steps each: each session has others, and the sessions
+together take less than a minute."""
+LONG = int(os.environ.get("UNIONFS_ORACLE_EXAMPLES", "400" if THOROUGH else "15"))
+"""Examples of the slow test, of 80 steps each: one takes about five seconds."""
+SECONDS, LONG_SECONDS = 900, 100_000
+
+
+def _compare(area: Path, session: str, lowers: int, *, examples: int, steps: int) -> None:
+    pair = Pair(area, session, lowers, arenas=min(ARENAS, examples))
+    try:
+        for index in range(examples):
+            machine = Machine(pair, f"{SEED} {session} {lowers} {steps} {index}")
+            try:
+                machine.play(steps)
+            except (AssertionError, OSError) as error:
+                found = report(pair, machine.played, str(error), seconds=120)
+                raise AssertionError(f"seed {SEED!r}, example {index}: {found}") from None
+            finally:
+                if RECORD:
+                    text = "".join(f"{op}\n" for op in machine.played)
+                    Path(RECORD, f"{session}-{lowers}-{steps}-{index:03}").write_text(text)
+        pair.close()
+    finally:
+        pair.destroy()
 
 
 @pytest.mark.watchdog(SECONDS)
 @pytest.mark.timeout(SECONDS)
-@pytest.mark.parametrize("lowers", sorted(PROFILES))
-@pytest.mark.slow
+@pytest.mark.parametrize("lowers", sorted(EXAMPLES))
 def test_same_as_kernel_overlayfs(kernel_overlay: None, area: Path, session: str, lowers: int) -> None:
     """Results, errnos, whole trees equal after each step; uppers exchangeable; lowers untouched."""
-    pair = Pair(area, session, lowers)
-    machine = type("OracleMachine", (Machine,), {"pair": pair})
-    try:
-        try:
-            run_state_machine_as_test(machine, settings=LONG if THOROUGH else PROFILES[lowers])
-        except Exception:
-            failure = machine.failure  # type: ignore[attr-defined]
-            if failure is None:
-                raise
-            raise AssertionError(report(pair, *failure, seconds=120)) from None
-        pair.close()
-    finally:
-        pair.destroy()
+    _compare(area, session, lowers, examples=EXAMPLES[lowers], steps=40)
+
+
+@pytest.mark.watchdog(LONG_SECONDS)
+@pytest.mark.timeout(LONG_SECONDS)
+@pytest.mark.parametrize("lowers", sorted(EXAMPLES))
+@pytest.mark.slow
+def test_same_for_long(kernel_overlay: None, area: Path, session: str, lowers: int) -> None:
+    """The same with longer examples, and many of them."""
+    _compare(area, session, lowers, examples=LONG, steps=80)

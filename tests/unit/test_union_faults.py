@@ -58,6 +58,22 @@ class TestFailedSteps:
         with pytest.raises(OSError, match="never written"):
             union.open_file(get(union, "f"), write=True)
 
+    def test_work_that_outlives_the_last_open_leaves_no_closed_file(
+        self, tmp_path: Path, open_union: OpenUnion
+    ) -> None:
+        """A caller may close the file before a thread that read for him is done with it."""
+        (tmp_path / "l0").mkdir()
+        (tmp_path / "l0/f").write_text("lower")
+        union = open_union()
+        node = get(union, "f")
+        file = union.open_file(node, write=False)
+        file.users += 1
+        union.close_file(node, file)
+        file.release()
+        again = union.open_file(node, write=False)
+        assert again.read(10, 0) == b"lower"
+        union.close_file(node, again)
+
     def test_failed_changes_leave_nothing_in_work(self, tmp_path: Path, open_union: OpenUnion) -> None:
         (tmp_path / "l0").mkdir()
         for name in ("gone", "copied"):

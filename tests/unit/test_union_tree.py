@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from tests.unit.union_support import ME, OpenUnion, copy_up, find, get, names, open_union, read, whiteout
+from unionfs.sys import calls
 from unionfs.union.changes import Changes
 from unionfs.union.copyup import FileCopy
 from unionfs.union.listing import is_empty
@@ -263,6 +264,18 @@ class TestChangesOnDisk:
         with pytest.raises(OSError, match="cross-device") as caught:
             Changes(union).rename(union.nodes.root, b"d", union.nodes.root, b"e", 0)
         assert caught.value.errno == errno.EXDEV
+
+    def test_a_refused_exchange_asks_for_no_copy_up(self, tmp_path: Path, open_union: OpenUnion) -> None:
+        (tmp_path / "l0/d").mkdir(parents=True)
+        (tmp_path / "l0/f").touch()
+        union = open_union()
+        root, changes = union.nodes.root, Changes(union)
+        for other, code in ((b"d", errno.EXDEV), (b"none", errno.ENOENT)):
+            for one, two in ((b"f", other), (other, b"f")):
+                with pytest.raises(OSError) as caught:  # noqa: PT011
+                    changes.renamed(root, one, root, two, calls.RENAME_EXCHANGE)
+                assert caught.value.errno == code
+        assert changes.renamed(root, b"f", root, b"g", 0) == [get(union, "f")]
 
     def test_without_upper_nothing_can_change(self, tmp_path: Path, open_union: OpenUnion) -> None:
         (tmp_path / "l0").mkdir()

@@ -32,7 +32,8 @@ class OpenFile:
         """One user fewer; the last one closes the fd."""
         self.users -= 1
         if self.users == 0:
-            os.close(self.fd)
+            fd, self.fd = self.fd, -1
+            os.close(fd)
 
     def read_into(self, buffer: memoryview, offset: int) -> int | None:
         """Fill a buffer with what needs no waiting for a disk, and give the number of bytes: fewer than fit

@@ -250,7 +250,8 @@ class Union:
     def open_file(self, node: Node, *, write: bool) -> OpenFile:
         """The node's backing file with one user more. It must be in the upper when ``write``."""
         file = node.file
-        if file is None or not file.readable or (write and not file.writable):
+        # No user: it was closed by work in a thread that went on longer than the last open.
+        if file is None or not file.users or not file.readable or (write and not file.writable):
             file = self._open_file(node, write=write)
             node.file = file
         file.users += 1
