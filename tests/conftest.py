@@ -30,13 +30,22 @@ def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line(
         "markers", "thorough: a long run of the oracle; chosen by UNIONFS_ORACLE=thorough"
     )
+    config.addinivalue_line(
+        "markers", "slow_on(session, ...): on these sessions the test is among the slow ones"
+    )
     areas.sweep()
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     """Run every test that takes ``session`` once a session."""
     if "session" in metafunc.fixturenames:
-        metafunc.parametrize("session", mounting.sessions(), scope="session")
+        marker = metafunc.definition.get_closest_marker("slow_on")
+        slow = marker.args if marker else ()
+        sessions = [
+            pytest.param(name, marks=[pytest.mark.slow] if name in slow else [])
+            for name in mounting.sessions()
+        ]
+        metafunc.parametrize("session", sessions, scope="session")
 
 
 @functools.cache
