@@ -56,7 +56,7 @@ def run_all(tests: Path, only: str, where: str, directory: Path) -> dict[Key, st
 def main() -> int:
     """The command; see scripts/pjdfstest-compare --help."""
     parser = argparse.ArgumentParser(prog="scripts/pjdfstest-compare")
-    parser.add_argument("--session", default="pyfuse3")
+    parser.add_argument("--session", default="direct-hybrid")
     parser.add_argument("--only", default="")
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
