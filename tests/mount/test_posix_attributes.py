@@ -91,6 +91,35 @@ def test_set_id_bits_and_capabilities_are_cleared(world: MakeWorld, user: Worker
     made.as_kernel(calls)
 
 
+def test_chown_that_names_no_owner(world: MakeWorld, user: Worker) -> None:
+    """Of a fifo and a device as of a file; a directory keeps its setgid bit."""
+
+    def build(root: Path) -> None:
+        for owner in (0, USER):
+            for mode in (0o6777, 0o2770, 0o777):
+                name = f"{mode:o}.{owner}"
+                os.mkfifo(root / f"fifo.{name}")
+                os.mknod(root / f"null.{name}", stat.S_IFCHR | 0o600, os.makedev(1, 3))
+                (root / f"dir.{name}").mkdir()
+                for kind in ("fifo", "null", "dir"):
+                    path = root / f"{kind}.{name}"
+                    os.chown(path, owner, owner)
+                    os.chmod(path, mode)
+
+    made = world(build)
+
+    def calls(root: Path) -> list[object]:
+        names = sorted(os.listdir(root))
+        found: list[object] = [
+            (name, user.errno(os.chown, str(root / name), -1, -1), _mode(root / name)) for name in names
+        ]
+        return found + [
+            (name, errno_of(os.chown, root / name, -1, -1), _mode(root / name)) for name in names
+        ]
+
+    made.as_kernel(calls)
+
+
 def test_set_id_bits_through_an_open_file(world: MakeWorld, user: Worker) -> None:
     """A second write after chmod gave the bits back clears them again."""
     made = world(lambda root: None)

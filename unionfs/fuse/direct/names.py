@@ -240,7 +240,11 @@ class NameRequests:
         if valid & ~(FATTR_FH | FATTR_LOCKOWNER | FATTR_CTIME):
             return False
         node, attributes = self._operations.getattr(request.nodeid)
-        writes = self._opens_unseen or any(handle.writes for handle in node.handles or ())
+        if node.is_dir:
+            return False  # chown(2) leaves them on directories
+        writes = node.kind == stat.S_IFREG and (
+            self._opens_unseen or any(handle.writes for handle in node.handles or ())
+        )
         if writes and not valid & FATTR_CTIME:
             return request.uid != 0  # root's is sent for file capabilities, which are gone by now
         if mode_without_set_ids(attributes.st.st_mode) is None:
