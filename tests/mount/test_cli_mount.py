@@ -379,7 +379,8 @@ def test_a_mount_whose_caller_was_killed_goes_again(place: Place) -> None:
 
 def test_the_parent_imports_neither_trio_nor_pyfuse3(place: Place) -> None:
     script = (
-        "import sys\n"
+        "import os, sys\n"
+        "os._exit = sys.exit\n"
         "sys.argv = ['unionfs', 'mount', *sys.argv[1:]]\n"
         "from unionfs.cli.main import main\n"
         "try: main()\n"

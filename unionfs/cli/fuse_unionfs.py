@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from unionfs import __version__
-from unionfs.cli.run import complain, prepare_streams
+from unionfs.cli.run import complain, leave, prepare_streams
 from unionfs.daemon.errors import UserError, quoted, reason
 
 _HELP = """\
@@ -162,4 +162,4 @@ def mount_helper(arguments: Sequence[str], program: str) -> int:
 def main() -> None:
     """The console script `fuse-unionfs`."""
     helper = os.path.basename(sys.argv[0]).startswith("mount.")
-    sys.exit(_run(sys.argv[1:], "unionfs" if helper else "fuse-unionfs", helper=helper))
+    leave(_run(sys.argv[1:], "unionfs" if helper else "fuse-unionfs", helper=helper))

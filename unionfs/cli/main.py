@@ -10,7 +10,7 @@ from collections.abc import Sequence
 import click
 
 from unionfs import __version__
-from unionfs.cli.run import run
+from unionfs.cli.run import leave, run
 
 # Name: module and object. The order is that of the help.
 _COMMANDS = {
@@ -67,5 +67,5 @@ def main() -> None:
     if is_mount_helper_call(arguments, sys.argv[0]):
         from unionfs.cli.fuse_unionfs import mount_helper
 
-        sys.exit(mount_helper(arguments, "unionfs"))
-    sys.exit(run(cli, arguments, "unionfs"))
+        leave(mount_helper(arguments, "unionfs"))
+    leave(run(cli, arguments, "unionfs"))
