@@ -49,6 +49,12 @@ def unionfs(*arguments: str | Path, cwd: Path | None = None, **extra: Any) -> Do
     return call(UNIONFS, *arguments, cwd=cwd, **extra)
 
 
+def session_words(session: str) -> list[str]:
+    """A session of the tests, as `direct-cached`, in the words of `unionfs mount`."""
+    name, _, io = session.partition("-")
+    return ["--session", name, *(["--io", io] if io else [])]
+
+
 def succeed(done: Done) -> str:
     """The command must have ended well and printed nothing to stderr; gives its standard output."""
     assert done.returncode == 0, done.stderr

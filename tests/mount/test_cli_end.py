@@ -27,10 +27,10 @@ def place(root: None, area: Path) -> Iterator[Place]:
 
 
 @contextmanager
-def _foreground(place: Place) -> Iterator[subprocess.Popen[str]]:
+def _foreground(place: Place, *extra: str) -> Iterator[subprocess.Popen[str]]:
     """A daemon in the foreground, whose exit code can be seen."""
     process = subprocess.Popen(
-        [*UNIONFS, "mount", "-f", *map(str, place.layers), str(place.merged)],
+        [*UNIONFS, "mount", "-f", *extra, *map(str, place.layers), str(place.merged)],
         stderr=subprocess.PIPE,
         stdin=subprocess.DEVNULL,
         env={**os.environ, "PYTHONPATH": str(cli_calls.REPOSITORY)},
@@ -336,3 +336,34 @@ def test_daemon_ends_when_its_mount_namespace_does(place: Place) -> None:
     assert done.returncode == 0, done.stderr
     assert f'"mountpoint": "{place.merged}"' in done.stdout
     assert wait_for(lambda: str(place.merged) not in succeed(unionfs("ls")))
+
+
+def test_umount_right_after_many_closes(place: Place, session: str) -> None:
+    """Closes are told to the daemon after close(2); umount takes some back while they are being read."""
+    for round_ in range(12):
+        with _foreground(place, *cli_calls.session_words(session)) as daemon:
+            held = []
+            for number in range(200):
+                path = place.merged / f"{round_}-{number}"
+                path.write_bytes(b"x")
+                held.append(os.open(path, os.O_RDONLY))
+            for fd in held:
+                os.close(fd)
+            while subprocess.run(["umount", place.merged], capture_output=True).returncode != 0:
+                pass  # busy until the last close has been told
+            assert daemon.wait(10) == 0
+
+
+def test_cut_off_from_outside(place: Place, session: str) -> None:
+    with _foreground(place, *cli_calls.session_words(session)) as daemon:
+        (place.merged / "new").write_text("x")
+        minor = place.entry().device.partition(":")[2]
+        control = place.root / "control"
+        control.mkdir()
+        subprocess.run(["mount", "-t", "fusectl", "fusectl", control], check=True)
+        (control / minor / "abort").write_text("1")
+        subprocess.run(["umount", control], check=True)
+        assert daemon.wait(10) == 1
+        assert daemon.stderr is not None
+        assert "was cut off from outside" in daemon.stderr.read()
+        assert (place.upper / "new").read_text() == "x"

@@ -15,6 +15,7 @@ import trio
 from unionfs.fuse.directories import DOT, DOT_DOT
 from unionfs.fuse.errors import CUT_OFF, SessionError
 from unionfs.fuse.operations import ACL, Change, Found, Operations, error
+from unionfs.sys.mountinfo import mounted_at, mounts_of_device
 from unionfs.union.changes import Caller
 from unionfs.union.nodes import Node
 from unionfs.union.tree import Attributes
@@ -45,15 +46,21 @@ async def serve(
         )
     except RuntimeError as failure:
         raise SessionError(str(failure)) from failure
+    entry = mounted_at(mountpoint)
     try:
         await pyfuse3.main()
     except BaseExceptionGroup as group:
         aborted, others = group.split(_is_abort)
         if aborted is None or others is not None:
             raise
-        raise SessionError(CUT_OFF.format(mountpoint)) from group
+        # An ordinary umount says this where it meets a request that is just being read (fs/fuse/dev.c,
+        # fuse_dev_do_read).
     finally:
+        # libfuse does not tell the two ends apart, but a mount that was cut off is still there.
+        cut_off = entry is not None and bool(mounts_of_device(entry.device))
         pyfuse3.close(unmount=True)
+    if cut_off:
+        raise SessionError(CUT_OFF.format(mountpoint))
 
 
 def _is_abort(failure: BaseException) -> bool:

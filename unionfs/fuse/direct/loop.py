@@ -1,11 +1,11 @@
 """The loop of the direct session: read a request, answer it, and stay fair to everything else in the process.
 
-Rules (figures of Linux 6.18 are in docs/architecture.md):
+Rules:
 - Requests are read until there are none. Then the loop keeps asking for a short while, because being woken up
   costs far more than answering: how long, it learns from whether that helped. Only then it waits.
 - Neither reading nor asking lets another task run, so there is a checkpoint every two milliseconds.
 - A handler that need not wait is answered in line. One that waits goes on in a task of its own, and takes the
-  receive buffer along, for its data may lie there.
+  receive buffer along if its data lies there.
 - A notice about changed attributes is sent before the answer, so that nobody sees the old ones after it.
 """
 
@@ -91,6 +91,7 @@ class Loop:
         spin = _MIN_SPIN_NS
         spin_end = 0
         fair_until = clock() + _FAIR_NS
+        cut_off = False
         while True:
             try:
                 size = readv(fd, [self._buffer])
@@ -112,8 +113,11 @@ class Loop:
                     return
                 if error.errno in (errno.ENOENT, errno.EINTR):
                     continue  # the request was taken back while it was read
-                if error.errno == errno.ECONNABORTED:
-                    raise ConnectionAbortedError from error
+                if error.errno == errno.ECONNABORTED and not cut_off:
+                    # An ordinary umount says so, too, where it meets a request that is just being read
+                    # (fs/fuse/dev.c, fuse_dev_do_read). The next read knows.
+                    cut_off = True
+                    continue
                 raise
             if spin_end:
                 spin, spin_end = min(spin * 2, _MAX_SPIN_NS), 0
@@ -145,7 +149,8 @@ class Loop:
                     coroutine = waiting(request)
                     begun = begin(coroutine)
                     if begun is PENDING:
-                        self._new_buffer()
+                        if "data" in request.fields:
+                            self._new_buffer()
                         self._nursery.start_soon(self._finish, request, coroutine)
                         return
                     reply = begun  # type: ignore[assignment]
