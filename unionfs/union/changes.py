@@ -223,12 +223,12 @@ class Changes:
         if node.is_dir:
             raise _error(errno.EISDIR)
         self._union.require_upper()
-        hidden_below = union.is_visible_below(parent, name)
+        hides_another = node.is_upper and union.is_visible_below(parent, name)
         with union.outliving(node):
             dir_fd = union.gate.fd(self._writable(parent))
             if not node.is_upper:
                 self._whiteout(dir_fd, name)
-            elif hidden_below:
+            elif hides_another:
                 work = union.stack.work_fd
                 with self._temporary() as temporary:
                     self._whiteout(work, temporary, dir_fd)
@@ -246,21 +246,21 @@ class Changes:
         self._union.require_upper()
         if not is_empty(union, node):
             raise _error(errno.ENOTEMPTY)
-        hidden_below = union.is_visible_below(parent, name)
+        hides_another = node.is_upper and union.is_visible_below(parent, name)
         with union.outliving(node):
             dir_fd = union.gate.fd(self._writable(parent))
-            self._remove_directory(dir_fd, name, upper=node.is_upper, hidden_below=hidden_below)
+            self._remove_directory(dir_fd, name, upper=node.is_upper, hides_another=hides_another)
             for part in node.parts:
                 union.gate.forget(part)
             union.nodes.remove_name(node, parent, name)
 
-    def _remove_directory(self, dir_fd: int, name: bytes, *, upper: bool, hidden_below: bool) -> None:
+    def _remove_directory(self, dir_fd: int, name: bytes, *, upper: bool, hides_another: bool) -> None:
         work = self._union.stack.work_fd
         if not upper:
             self._whiteout(dir_fd, name)
             return
         with self._temporary() as temporary:
-            if hidden_below:
+            if hides_another:
                 self._whiteout(work, temporary, dir_fd)
                 calls.renameat2(work, temporary, dir_fd, name, calls.RENAME_EXCHANGE)
                 return
@@ -272,6 +272,9 @@ class Changes:
                 calls.renameat2(dir_fd, name, work, temporary)  # only whiteouts are in it
 
     def _existing(self, parent: Node, name: bytes) -> Node:
+        known = self._union.nodes.child(parent, name)
+        if known is not None:
+            return known  # its attributes are of no interest
         found = self._union.lookup(parent, name)
         if found is None:
             raise _error(errno.ENOENT)
@@ -280,9 +283,7 @@ class Changes:
     def _whiteout(self, dir_fd: int, name: bytes, for_dir: int | None = None) -> None:
         """Make a whiteout in ``dir_fd``, that will be moved to the directory ``for_dir`` if given."""
         markers = self._union.markers
-        markers.make_whiteout(dir_fd, name)
-        st = os.stat(name, dir_fd=dir_fd, follow_symlinks=False)
-        if stat.S_ISREG(st.st_mode):
+        if markers.make_whiteout(dir_fd, name):
             # the kernel looks for xattr whiteouts only where the directory and the layer's root say so
             markers.allow_xattr_whiteouts(dir_fd if for_dir is None else for_dir)
             markers.allow_xattr_whiteouts(self._union.require_upper().root_fd)
