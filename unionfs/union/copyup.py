@@ -26,8 +26,8 @@ _CHUNK: Final = 8 * 1024 * 1024
 _NO_RANGE_COPY: Final = (errno.EXDEV, errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP, errno.EBADF)
 _NO_HOLES: Final = (errno.EINVAL, errno.EOPNOTSUPP)
 _numbers: Final = itertools.count()
-#: A file up to this size is copied at once when nothing has to reach a disk, and its holes are looked for only
-#: if it has some; the unit is bytes.
+#: A file up to this size (bytes) is copied at once when nothing has to reach a disk, and its holes are looked
+#: for only if it has some.
 SMALL: Final = 256 * 1024
 
 

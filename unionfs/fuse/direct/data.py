@@ -151,8 +151,10 @@ class DataRequests:
         return encode.opened(request.unique, number, open_flags, backing_id)
 
     def _fill(self, id_: int, file: OpenFile) -> None:
-        """Put a small file into the page cache before it is read: that saves the READ, a third of all requests
-        for it. Nobody else has it open, so no page of it is locked by a request that waits for us."""
+        """Put a small file into the page cache with its first open, which saves the READ.
+
+        Nobody else has it open, so no page of it is locked by a request that waits for us.
+        """
         size = os.fstat(file.fd).st_size
         if 0 < size <= _FILLED:
             count = file.read_into(self._buffer[:size], 0)
