@@ -240,6 +240,12 @@ def test_mountpoint_missing_or_a_file(place: Place) -> None:
     )
 
 
+def test_root_as_the_mountpoint(place: Place) -> None:
+    """The kernel would mount it, where no path leads; and whoever unmounts / makes the host read-only."""
+    done = cli_calls.call(("unshare", "-m", *cli_calls.UNIONFS), "mount", *place.layers, "/")
+    _refused(place, done, "mountpoint / is the root of all paths")
+
+
 def test_busy_mountpoint(place: Place) -> None:
     pid = place.mount()
     for name in ("upper3", "work3"):

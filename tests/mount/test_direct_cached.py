@@ -109,6 +109,37 @@ def test_truncating_opens_truncate(world: MakeWorld) -> None:
     assert (made.lower / "a").read_bytes() == DATA
 
 
+# -- times
+
+
+def test_times_that_were_seen_are_those_on_disk(root: None, area: Path, session: str) -> None:
+    """Of files that are written as soon as they are made, grown, stored into, or given a time: what stat(2)
+    said stays true when the kernel forgets it, and in the next mount."""
+    (area / "lower").mkdir()
+    for number in range(50):
+        (area / "lower" / f"low{number}").write_bytes(DATA)
+    with _mount(area, session) as mount:
+        merged = mount.mountpoint
+        for number in range(50):
+            (merged / f"new{number}").write_bytes(DATA)
+            (merged / f"given{number}").write_bytes(DATA * 3)
+            os.utime(merged / f"given{number}", ns=(5, 10**18 + number))
+            with open(merged / f"low{number}", "r+b") as file:
+                if number % 2:
+                    file.write(b"more")
+                else:
+                    with mmap.mmap(file.fileno(), 0) as mapped:
+                        mapped[7] = 7
+                        mapped.flush()
+        os.sync()
+        seen = {path.name: path.stat().st_mtime_ns for path in merged.iterdir()}
+    found = {path.name: path.stat().st_mtime_ns for path in (area / "upper").iterdir()}
+    assert found == seen
+    assert all(seen[f"given{number}"] == 10**18 + number for number in range(50))
+    for number in range(50):
+        assert seen[f"low{number}"] > (area / f"lower/low{number}").stat().st_mtime_ns
+
+
 # -- no space
 
 

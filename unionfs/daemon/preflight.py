@@ -291,6 +291,11 @@ def _check_xattrs(upper: str, userxattr: bool) -> None:
 def _check_mountpoint(settings: MountSettings, host: _Host) -> None:
     path = settings.mountpoint
     shown = f"mountpoint {quoted(path)}"
+    if path == "/":
+        raise UserError(
+            "mountpoint / is the root of all paths, so nobody would come to what is mounted on it; choose "
+            "another directory."
+        )
     # Before anything is asked of the mountpoint, where a dead or hanging daemon may be mounted.
     mount = mounted_at(path, host.table)
     if mount is not None and mount.is_fuse:

@@ -108,6 +108,7 @@ class Operations:
         if node is not None:
             self.union.nodes.forget(node, lookups)
             if self.union.nodes.named(id_) is not node:
+                self.union.forget_places(node.parts)
                 self.on_gone(node)
 
     # -- names ----------------------------------------------------------------------------------------

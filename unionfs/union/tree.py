@@ -88,7 +88,14 @@ class Union:
         if found is None:
             return None
         st, where = found
+        if isinstance(where, list):
+            self.forget_places(where)
         return self.nodes.number(parent, name, st, where), stat.S_IFMT(st.st_mode)
+
+    def forget_places(self, places: list[Place]) -> None:
+        """Close the fds of real directories that no node stands for."""
+        for place in places:
+            self.gate.forget(place)
 
     def _search(self, parent: Node, name: bytes) -> tuple[os.stat_result, list[Place] | Place] | None:
         """What the layers hold under ``name``: attributes, and the parts or the place."""

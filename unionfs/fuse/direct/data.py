@@ -237,21 +237,29 @@ class DataRequests:
             file.release()
 
     async def _write(self, request: rq.Write) -> Reply:
-        kills = bool(request.write_flags & WRITE_KILL_SUIDGID)
         try:
             file = await self._writing(request.nodeid, request.fh)
-            count = await self._files.write(file, request.offset, request.data, kills_set_ids=kills)
-            # Written back from the page cache, nobody looks whether all was written: what is left out is an
-            # error (fs/fuse/file.c, fuse_writepage_end).
-            while request.write_flags & WRITE_CACHE and count < len(request.data):
-                rest = request.data[count:]
-                count += await self._files.write(file, request.offset + count, rest, kills_set_ids=kills)
+            if request.write_flags & WRITE_CACHE and self._names.times is not None:
+                with self._names.times.kept(self._operations.node(request.nodeid), file.fd):
+                    count = await self._write_all(request, file)
+            else:
+                count = await self._write_all(request, file)
         except OSError:
             if request.write_flags & WRITE_CACHE:
                 # What could not be written must not stay readable from the page cache.
                 self._device.notify_later(notify.inval_inode(request.nodeid))
             raise
         return encode.written(request.unique, count)
+
+    async def _write_all(self, request: rq.Write, file: OpenFile) -> int:
+        kills = bool(request.write_flags & WRITE_KILL_SUIDGID)
+        count = await self._files.write(file, request.offset, request.data, kills_set_ids=kills)
+        # Written back from the page cache, nobody looks whether all was written: what is left out is an
+        # error (fs/fuse/file.c, fuse_writepage_end).
+        while request.write_flags & WRITE_CACHE and count < len(request.data):
+            rest = request.data[count:]
+            count += await self._files.write(file, request.offset + count, rest, kills_set_ids=kills)
+        return count
 
     async def _fsync(self, request: rq.Fsync) -> Reply:
         if request.fh:

@@ -10,6 +10,7 @@ from typing import Final
 
 from unionfs.fuse.direct.loop import Answer, Waiting
 from unionfs.fuse.direct.nodeio import NodeIos
+from unionfs.fuse.direct.times import KernelTimes
 from unionfs.fuse.directories import DOT, DOT_DOT
 from unionfs.fuse.operations import Change, Found, Operations, error
 from unionfs.fuse.protocol import FOREVER, NEVER, Decision, Init, Listing, Opcode, Reply, Timeout, encode
@@ -46,6 +47,8 @@ class NameRequests:
         self._ios = ios
         #: The caller's umask is still to be taken off.
         self._masks = bool(decision.flags & Init.DONT_MASK)
+        #: Who keeps the modification times while data is written back, if the kernel does that.
+        self.times = KernelTimes() if decision.flags & Init.WRITEBACK_CACHE else None
         #: Opens are not told to us.
         self._opens_unseen = Opcode.OPEN in decision.enosys
         self.table: dict[Opcode, Answer] = {
@@ -217,6 +220,8 @@ class NameRequests:
         stale = self._union.stale
         if stale and stale[-1] is found[0] and found[0].id == request.nodeid:
             stale.pop()  # it was copied up for this, and the answer brings the new attributes
+        if self.times is not None and change.mtime_ns is not None:
+            self.times.told(found[0], change.mtime_ns)
         return self._attributes(request.nodeid, request.unique, found)
 
     def _is_told_of_removal(self, request: rq.Setattr) -> bool:
