@@ -75,7 +75,7 @@ def test_truncating_opens_copy_no_data(root: None, area: Path, session: str) -> 
 def test_copy_up_shares_extents(
     root: None, area: Path, session: str, filesystem: Callable[..., Path]
 ) -> None:
-    """Where the filesystem has reflinks, the copy of a big file takes no space (xfs: also copy_file_range)."""
+    """Where the filesystem has reflinks, the copy of a big file takes no space."""
     place = filesystem("xfs", 400 * MIB)
     if not dc.can_reflink(place):
         pytest.skip("this xfs has no reflinks")
