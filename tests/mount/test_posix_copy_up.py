@@ -13,6 +13,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pytest
+
+from tests.mount import direct_calls as dc
 from tests.support import snapshot
 from tests.support.mounting import mounted
 from tests.support.world import World, errno_of
@@ -67,6 +70,29 @@ def test_truncating_opens_copy_no_data(root: None, area: Path, session: str) -> 
         assert mount.figure("copy_ups") == 3
         assert [(mount.mountpoint / name).stat().st_size for name in "abc"] == [0, 0, 5000]
         assert (mount.mountpoint / "c").read_bytes() == (area / "lower/c").read_bytes()[:5000]
+
+
+def test_copy_up_shares_extents(
+    root: None, area: Path, session: str, filesystem: Callable[..., Path]
+) -> None:
+    """Where the filesystem has reflinks, the copy of a big file takes no space."""
+    place = filesystem("xfs", 400 * MIB)
+    if not dc.can_reflink(place):
+        pytest.skip("this xfs has no reflinks")
+    _layers(place, lambda lower: (lower / "big").write_bytes(os.urandom(64 * MIB)))
+    with mounted(
+        area, lowers=[place / "lower"], upper=place / "upper", work=place / "work", session=session
+    ) as mount:
+        os.sync()
+        before = os.statvfs(place)
+        with (mount.mountpoint / "big").open("ab") as file:
+            file.write(b"more")
+            file.flush()
+            os.fsync(file.fileno())
+        assert mount.figure("copy_ups") == 1
+        assert (mount.mountpoint / "big").read_bytes() == (place / "lower/big").read_bytes() + b"more"
+    # not while a daemon has the file open: xfs then keeps room for more behind its end
+    assert (before.f_bavail - os.statvfs(place).f_bavail) * before.f_bsize < 4 * MIB
 
 
 def test_two_writers_cause_one_copy_up(root: None, area: Path, session: str) -> None:

@@ -256,7 +256,7 @@ def test_inode_numbers_are_not_used_twice(union: Mount) -> None:
 
 @pytest.mark.watchdog(200)
 def test_nodes_and_descriptors_are_given_back(root: None, area: Path, session: str) -> None:
-    """find over 20,000 files opens no fd a file; forgetting gives back nodes, and the fds of directories."""
+    """find over 20,000 files opens no descriptor a file; forgetting gives back nodes and directories."""
     for name in ("lower", "upper", "work"):
         (area / name).mkdir()
     for folder in range(100):
@@ -278,7 +278,7 @@ def test_nodes_and_descriptors_are_given_back(root: None, area: Path, session: s
             _drop_caches()
             time.sleep(0.1)
         assert mount.figure("nodes") <= 500
-        # none of a directory that nobody knows any more (the kernel may forget some meanwhile)
+        # none of a directory that is not known any more; some may be forgotten between the questions
         fds = mount.figure("directory_fds")
         assert fds <= mount.figure("nodes") + 3
         for folder in range(100):
