@@ -27,8 +27,8 @@ def check_name(text: str, kind: str = "volume") -> str:
         )
     cure = "; a host directory is given by its absolute path, or as ./NAME" if "/" in text else ""
     raise UserError(
-        f"{quoted(text)} is no {kind} name: it takes at least two characters, a letter or digit first and then "
-        f"letters, digits, `_`, `.` and `-`{cure}."
+        f"{quoted(text)} is no {kind} name: it takes at least two characters, a letter or digit first and "
+        f"then letters, digits, `_`, `.` and `-`{cure}."
     )
 
 

@@ -32,7 +32,7 @@ class Volumes:
         name: str | None,
         *,
         driver: str = "local",
-        options: Mapping[str, str] = {},  # noqa: B006
+        options: Mapping[str, str] = {},
         anonymous: bool = False,
     ) -> Volume:
         """The volume of that name, made if it is missing; a new anonymous one for None. Raises UserError."""
