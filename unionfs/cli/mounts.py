@@ -81,7 +81,8 @@ def inspect(mountpoint: str, as_json: bool) -> None:
         return
     from unionfs.cli.run import print_table
 
-    rows = [(name, _shown(value)) for name, value in whole["settings"].items()]
+    rows = [(name, _shown(value)) for name, value in whole["settings"].items() if name != "storage"]
+    rows += [("storage", _shown_storage(spec)) for spec in whole["settings"]["storage"]]
     rows += [(name, _shown(whole[name])) for name in ("pid", "device", "since")]
     print_table(("SETTING", "VALUE"), rows)
     for reason in _reasons(whole["io"]):
@@ -148,6 +149,14 @@ def _summary(mount: LiveMount) -> dict[str, Any]:
     }
 
 
+def _shown_storage(spec: dict[str, Any]) -> str:
+    from unionfs.daemon.errors import quoted
+
+    what = {"volume": "name", "bind": "path"}.get(spec["type"])
+    source = spec["type"] if what is None else f"{spec['type']} {quoted(spec[what])}"
+    return f"{source} at {quoted(spec['target'])}{' (read-only)' if spec['read_only'] else ''}"
+
+
 def _shown(value: object) -> str:
     from unionfs.daemon.errors import quoted
 
@@ -158,6 +167,9 @@ def _shown(value: object) -> str:
             return "yes" if value else "no"
         case list() | tuple():
             return ", ".join(_shown(item) for item in value) or "-"
+        case dict():
+            given = {name: item for name, item in value.items() if item not in (None, (), [])}
+            return ", ".join(f"{name}={item}" for name, item in given.items()) or "yes"
         case str():
             return quoted(value) if value else "-"
         case _:

@@ -86,6 +86,11 @@ def check(settings: MountSettings) -> None:
         _check_writable_layers(settings, settings.upper, settings.work, host)
     _check_mountpoint(settings, host)
     _check_fuse(settings)
+    if settings.storage:
+        from unionfs.storage import sources
+
+        for spec in settings.storage:
+            sources.check(spec)
 
 
 def check_directory(kind: str, path: str, access: int = os.R_OK | os.X_OK) -> None:

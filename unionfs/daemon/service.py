@@ -12,7 +12,7 @@ import socket
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import trio
 
@@ -27,6 +27,10 @@ from unionfs.sys.process import raise_open_file_limit
 from unionfs.union.errors import LayerError
 from unionfs.union.layers import LayerStack
 from unionfs.union.tree import Union
+
+if TYPE_CHECKING:
+    from unionfs.daemon.guardian import Guardian
+    from unionfs.storage.specs import Spec, TmpfsOptions
 
 _SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 # How long a mount that was unmounted in this namespace may live on elsewhere once the daemon was told to end.
@@ -55,23 +59,30 @@ class Service:
         self._entry: live.LiveMount | None = None
         self._told_to_end = False
         self._io: dict[str, Any] = {}
+        #: Of a mount with storage: who it is to the registry of volumes, and the process that watches us.
+        self._user = ""
+        self._guardian: Guardian | None = None
 
     def run(self) -> bool:
         """Serve until the mount is gone. Returns whether the upper reached the disk.
 
         Raises UserError when it can't be mounted; nothing is left mounted then.
         """
-        settings = self.settings
         raise_open_file_limit()
         os.umask(0)  # what callers ask for is what they get; the kernel took their umask off already
+        if self.settings.storage:
+            self._prepare_storage()
+        settings = self.settings
         try:
             claims = live.claims_of(settings)
+            scratch = None if settings.upper_tmpfs is None else self._scratch(settings.upper_tmpfs)
             stack = LayerStack.open(
                 settings.lowers,
                 settings.upper,
                 settings.work,
                 userxattr=settings.userxattr,
                 volatile=settings.volatile,
+                scratch=scratch,
             )
         except LayerError as error:
             raise UserError(_sentence(str(error))) from error
@@ -102,6 +113,39 @@ class Service:
         finally:
             on_disk = self._finish(stack)
         return on_disk
+
+    def _prepare_storage(self) -> None:
+        """Name the anonymous volumes and have a guardian wait for our end, before there are threads."""
+        from unionfs.daemon import guardian
+        from unionfs.storage.usage import release, user_of, with_names
+
+        settings = self.settings = replace(self.settings, storage=with_names(self.settings.storage))
+        self._user = user = user_of(settings.mountpoint)
+
+        def clear() -> None:
+            unmount.clear_dead_mount(settings.mountpoint)
+            release(settings, user)
+            live.entries()
+
+        try:
+            self._guardian = guardian.start(clear)
+        except OSError as error:
+            raise UserError(f"no process can be started: {reason(error)}; end some others.") from error
+
+    def _scratch(self, options: TmpfsOptions) -> int:
+        from unionfs.storage import tmpfs
+
+        # Devices and set-id programs are for the union's own mount to allow or not.
+        return tmpfs.make(options, owner="the tmpfs for the upper")
+
+    def _attach(self, stack: LayerStack) -> tuple[Spec, ...]:
+        """Mount the storage into the union, in a thread: every path leads through the union."""
+        from unionfs.storage.attach import Attachments
+        from unionfs.storage.volumes import Volumes
+
+        settings = self.settings
+        attachments = Attachments(settings.mountpoint, Volumes(settings.storage_root), self._user)
+        return attachments.attach(settings.storage, stack)
 
     def _listen(self) -> socket.socket | None:
         path = live.entry_file(self.directory).removesuffix(".json") + ".sock"
@@ -171,6 +215,10 @@ class Service:
             self._on_usable()
             return
         self.device = mount.device
+        if self.settings.storage:
+            assert self._stack is not None
+            attached = await trio.to_thread.run_sync(self._attach, self._stack, abandon_on_cancel=True)
+            self.settings = replace(self.settings, storage=attached)
         try:
             self._entry = live.announce(self.settings, mount.device, self.directory, claims)
         except OSError as error:
@@ -225,6 +273,8 @@ class Service:
         stack.close_lowers()
         if self.device:
             unmount.clear_leftovers(self.device)
+        if self.settings.storage:
+            self._release_storage()
         if self._entry is not None:
             live.mark_ending(self._entry)
         if not self.settings.volatile:
@@ -239,8 +289,15 @@ class Service:
         else:
             with suppress(OSError):
                 _remove_socket(self.directory)
+        if self._guardian is not None:
+            self._guardian.dismiss()
         log.info("ended: %s", self.settings.mountpoint)
         return on_disk
+
+    def _release_storage(self) -> None:
+        from unionfs.storage.usage import release
+
+        release(self.settings, self._user)
 
 
 def _remove_socket(directory: str) -> None:

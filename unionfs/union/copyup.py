@@ -76,7 +76,7 @@ class FileCopy:
         """
         if self.size:
             whole = self.size == self._st.st_size
-            _copy_data(self._source.fd, self._target, self.size, goes_on, whole=whole)
+            copy_data(self._source.fd, self._target, self.size, goes_on, whole=whole)
         goes_on()
         _copy_metadata(self._union, self._source.fd, self._target, self._st)
         if self._union.stack.durable:
@@ -267,7 +267,7 @@ def _copy_metadata(union: Union, source: int, target: int, st: os.stat_result) -
     os.utime(target, ns=(st.st_atime_ns, st.st_mtime_ns))
 
 
-def _copy_data(
+def copy_data(
     source: int, target: int, size: int, goes_on: Callable[[], None], *, whole: bool
 ) -> None:
     """Copy ``size`` bytes, holes as holes: by reflink, else by copy_file_range, else by reading."""

@@ -12,6 +12,7 @@ import contextlib
 import errno
 import fcntl
 import os
+import stat
 from collections.abc import Sequence
 from contextlib import ExitStack
 from typing import Final
@@ -77,8 +78,12 @@ class LayerStack:
         *,
         userxattr: bool = False,
         volatile: bool = False,
+        scratch: int | None = None,
     ) -> LayerStack:
         """Open every layer, lock upper and work, and empty what a crashed daemon left in work.
+
+        ``scratch``: an O_PATH fd of an empty directory that nobody else reaches; upper and work are made in
+        it, and no path is given for them. It stays open as long as the stack, and is closed with it.
 
         Raises ``LayerError`` or ``OSError``; nothing stays open then.
         """
@@ -96,6 +101,10 @@ class LayerStack:
                 _lock(work_root, work, "work", resources)
                 work_fd = _prepare_work(work_root, work, resources)
                 layers.append(Layer(0, upper, upper_fd, is_upper=True))
+            elif scratch is not None:
+                resources.callback(os.close, scratch)
+                upper_fd, work_fd = _make_upper_and_work(scratch, lowers, resources)
+                layers.append(Layer(0, "", upper_fd, is_upper=True))
             for path in lowers:
                 fd = _open_lower(path, privileged)
                 resources.callback(os.close, fd)
@@ -175,6 +184,22 @@ def _open_upper_and_work(upper: str, work: str, privileged: bool, resources: Exi
         resources.callback(os.close, fd)
         fds.append(fd)
     return fds[0], fds[1]
+
+
+def _make_upper_and_work(scratch: int, lowers: Sequence[str], resources: ExitStack) -> tuple[int, int]:
+    """O_PATH fds of a new upper, which looks as the topmost lower does, and a new work directory."""
+    os.mkdir(b"upper", 0o755, dir_fd=scratch)
+    os.mkdir(b"work", 0o700, dir_fd=scratch)
+    upper_fd = os.open(b"upper", _DIRECTORY | os.O_NOFOLLOW, dir_fd=scratch)
+    resources.callback(os.close, upper_fd)
+    if lowers:
+        st = os.stat(lowers[0])
+        with contextlib.suppress(PermissionError):  # an ordinary user's upper is his own
+            calls.chown_fd(upper_fd, st.st_uid, st.st_gid)
+        os.chmod(b"/proc/self/fd/%d" % upper_fd, stat.S_IMODE(st.st_mode))
+    work_root = os.open(b"work", _DIRECTORY | os.O_NOFOLLOW, dir_fd=scratch)
+    resources.callback(os.close, work_root)
+    return upper_fd, _prepare_work(work_root, "on the tmpfs", resources)
 
 
 def _lock(fd: int, path: str, role: str, resources: ExitStack) -> None:
