@@ -23,7 +23,7 @@ from unionfs.daemon.settings import MountSettings
 from unionfs.fuse.errors import SessionError, SessionUnfit
 from unionfs.fuse.operations import Operations
 from unionfs.sys.mountinfo import mounted_at
-from unionfs.sys.process import raise_open_file_limit
+from unionfs.sys.process import is_alive, raise_open_file_limit
 from unionfs.union.errors import LayerError
 from unionfs.union.layers import LayerStack
 from unionfs.union.tree import Union
@@ -167,6 +167,8 @@ class Service:
             session = trio.CancelScope()
             await nursery.start(self._watch_signals, session)
             nursery.start_soon(self._announce, ready, claims)
+            if self.settings.lives_with is not None:
+                nursery.start_soon(self._watch_owner, session, *self.settings.lives_with)
             if listener is not None:
                 nursery.start_soon(serve_control, listener, lambda: self._answer(operations))
             with session:
@@ -244,6 +246,24 @@ class Service:
                     self._told_to_end = True
                     log.info("%s: unmounting %s", signal.Signals(number).name, self.settings.mountpoint)
                     nursery.start_soon(self._end, session)
+
+    async def _watch_owner(self, session: trio.CancelScope, pid: int, started: int) -> None:
+        """End when the process ends for which the mount is there."""
+        try:
+            pidfd = os.pidfd_open(pid)
+        except ProcessLookupError:
+            pass
+        else:
+            try:
+                # Asked after the pidfd is there, so that the pid cannot have got to another process since.
+                if is_alive(pid, started):
+                    await trio.lowlevel.wait_readable(pidfd)
+            finally:
+                os.close(pidfd)
+        if not self._told_to_end:
+            self._told_to_end = True
+            log.info("process %d has ended: unmounting %s", pid, self.settings.mountpoint)
+            await self._end(session)
 
     async def _end(self, session: trio.CancelScope) -> None:
         """Unmount while the loop goes on serving, then stop serving even if somebody still holds files."""
