@@ -34,6 +34,7 @@ from unionfs.sys.mountinfo import (
     mounted_at,
     read_mountinfo,
 )
+from unionfs.sys.process import has_sys_admin
 
 _OURS_IN_WORK = frozenset({"work", "index"})
 
@@ -89,8 +90,11 @@ def check(settings: MountSettings) -> None:
     if settings.storage:
         from unionfs.storage import sources
 
+        privileged = has_sys_admin()
         for spec in settings.storage:
             sources.check(spec)
+            if not privileged:
+                sources.check_without_root(spec, read_only=settings.read_only)
 
 
 def check_directory(kind: str, path: str, access: int = os.R_OK | os.X_OK) -> None:

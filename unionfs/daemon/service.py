@@ -23,7 +23,7 @@ from unionfs.daemon.settings import MountSettings
 from unionfs.fuse.errors import SessionError, SessionUnfit
 from unionfs.fuse.operations import Operations
 from unionfs.sys.mountinfo import mounted_at
-from unionfs.sys.process import is_alive, raise_open_file_limit
+from unionfs.sys.process import has_sys_admin, is_alive, raise_open_file_limit
 from unionfs.union.errors import LayerError
 from unionfs.union.layers import LayerStack
 from unionfs.union.tree import Union
@@ -92,6 +92,8 @@ class Service:
         self._stack = stack
         try:
             operations = Operations(Union(stack))
+            if settings.storage and not has_sys_admin():
+                self._serve_storage(operations.union, stack)
             listener = self._listen()
             # From here on a signal means "end cleanly". It waits until trio's receiver looks for it (what is
             # blocked is kept even if it is ignored, kernel/signal.c), and once the receiver has put "ignored"
@@ -146,6 +148,16 @@ class Service:
         settings = self.settings
         attachments = Attachments(settings.mountpoint, Volumes(settings.storage_root), self._user)
         return attachments.attach(settings.storage, stack)
+
+    def _serve_storage(self, union: Union, stack: LayerStack) -> None:
+        """Without root the union shows its storage by itself."""
+        from unionfs.storage import served
+        from unionfs.storage.volumes import Volumes
+
+        settings = self.settings
+        volumes = Volumes(settings.storage_root)
+        shown = served.serve(settings.storage, union, stack, volumes, self._user)
+        self.settings = replace(settings, storage=shown)
 
     def _listen(self) -> socket.socket | None:
         path = live.entry_file(self.directory).removesuffix(".json") + ".sock"
@@ -217,7 +229,7 @@ class Service:
             self._on_usable()
             return
         self.device = mount.device
-        if self.settings.storage:
+        if self.settings.storage and has_sys_admin():
             assert self._stack is not None
             attached = await trio.to_thread.run_sync(self._attach, self._stack, abandon_on_cancel=True)
             self.settings = replace(self.settings, storage=attached)

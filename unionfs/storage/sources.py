@@ -14,8 +14,6 @@ from unionfs.storage.specs import BindSpec, Spec, TmpfsSpec, VolumeSpec
 from unionfs.storage.volumes import Volumes
 from unionfs.sys.openat2 import open_in_root
 
-_SELINUX = "/sys/fs/selinux/enforce"
-
 
 @dataclass(frozen=True, slots=True)
 class Source:
@@ -34,6 +32,27 @@ def check(spec: Spec) -> None:
             os.stat(spec.path)
         except OSError as error:
             raise UserError(_unusable(spec, error)) from error
+
+
+def check_without_root(spec: Spec, *, read_only: bool) -> None:
+    """Refuse what only a kernel mount can be, of a union that is `read_only` or not. Raises UserError."""
+    if not spec.read_only and read_only:
+        raise UserError(
+            f"{spec.source} at {quoted(spec.target)} would be read-only like the union, for without root the "
+            "union's daemon serves it; give the union an upper, add ro, or run as root."
+        )
+    if not isinstance(spec, BindSpec):
+        return
+    if spec.propagation not in ("private", "rprivate"):
+        raise UserError(
+            f"bind propagation {spec.propagation} at {quoted(spec.target)} needs a kernel mount, which only "
+            "root can make; leave it out, or run as root."
+        )
+    if not spec.recursive or (spec.read_only and not spec.read_only_below):
+        raise UserError(
+            f"bind-recursive at {quoted(spec.target)} needs a kernel mount, which only root can make; leave "
+            "it out, or run as root."
+        )
 
 
 def _unusable(spec: BindSpec, error: OSError) -> str:

@@ -16,6 +16,7 @@ from collections.abc import Callable
 from typing import Final
 
 from unionfs.sys import calls
+from unionfs.union import bound
 from unionfs.union.files import OpenFile
 from unionfs.union.nodes import Node
 from unionfs.union.places import Place
@@ -181,6 +182,8 @@ def copy_up_special(union: Union, node: Node) -> None:
 
 def ensure_upper(union: Union, node: Node) -> Place:
     """The upper's directory for a directory node, copied up with all above it when there is none yet."""
+    if node.identity is not None:
+        return bound.writable(node)
     upper = union.require_upper()
     if node.unlinked:
         raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT))

@@ -29,14 +29,30 @@ _DIRECTORY: Final = os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC
 
 
 class Layer:
-    """One directory tree of the stack; ``root`` is its place, whose fd stays open."""
+    """One directory tree of the stack; ``root`` is its place, whose fd stays open.
 
-    __slots__ = ("acl", "dev", "index", "is_upper", "memory", "path", "root")
+    ``bound``: it is no layer of the merge but storage that is shown at one place of the union; see `bound`.
+    """
 
-    def __init__(self, index: int, path: str, root_fd: int, *, is_upper: bool) -> None:
+    __slots__ = ("acl", "bound", "dev", "index", "is_upper", "memory", "path", "read_only", "root")
+
+    def __init__(
+        self,
+        index: int,
+        path: str,
+        root_fd: int,
+        *,
+        is_upper: bool,
+        bound: bool = False,
+        read_only: bool = False,
+    ) -> None:
         self.index = index
         self.path = path
+        #: Its objects are changed where they are.
         self.is_upper = is_upper
+        self.bound = bound
+        #: Of storage that may not be changed (a lower never is).
+        self.read_only = read_only
         self.root = Place(self, None, b"", root_fd)
         self.dev = os.stat(root_fd).st_dev
         self.acl = _has_acls(root_fd)
@@ -66,6 +82,8 @@ class LayerStack:
         self.work_fd = work_fd
         self.xattr_prefix = xattr_prefix
         self.volatile = False
+        #: What is shown at places of the union without being merged.
+        self.bound: list[Layer] = []
         self.acl = all(layer.acl for layer in layers)
         self._resources = resources
 
@@ -121,6 +139,13 @@ class LayerStack:
         """Whether copy-ups and fsync must reach a disk."""
         return self.upper is not None and not self.volatile and not self.upper.memory
 
+    def bind(self, path: str, root_fd: int, *, read_only: bool) -> Layer:
+        """A tree, or a single file, to be shown at one place. The fd (O_PATH) is closed with the stack."""
+        self._resources.callback(os.close, root_fd)
+        layer = Layer(-1 - len(self.bound), path, root_fd, is_upper=True, bound=True, read_only=read_only)
+        self.bound.append(layer)
+        return layer
+
     def close_lowers(self) -> None:
         """Let go of the lowers, so that their filesystems can be unmounted."""
         for layer in self.layers:
@@ -131,6 +156,15 @@ class LayerStack:
         """Wait until all of the upper's filesystem is on disk."""
         if self.upper is not None:
             fd = open_for_listing(self.upper.root_fd)
+            try:
+                calls.syncfs(fd)
+            finally:
+                os.close(fd)
+
+    def sync_bound(self) -> None:
+        """Wait until the filesystems of what is bound are on disk."""
+        for layer in self.bound:
+            fd = os.open(b"/proc/self/fd/%d" % layer.root_fd, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
             try:
                 calls.syncfs(fd)
             finally:

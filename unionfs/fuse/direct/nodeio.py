@@ -93,7 +93,7 @@ class NodeIos:
             return self._decision.passthrough_open_flags, io.backing_id
         io.cached += 1
         flags = self._decision.file_open_flags
-        if io.written:
+        if io.written or node.identity is not None:
             flags &= ~FOPEN_KEEP_CACHE  # what is cached from before may be old
         return flags, 0
 
@@ -122,6 +122,8 @@ class NodeIos:
         return FOREVER
 
     def _wants_backing(self, node: Node) -> bool:
+        if node.identity is not None:
+            return False  # what is bound is changed by others too, and read through the page cache
         return self._decision.passthrough_upper if node.is_upper else self._decision.passthrough_lower
 
     def _register(self, io: NodeIo, node: Node, handle: Handle) -> None:
