@@ -128,8 +128,26 @@ def find_mount(mountpoint: str) -> LiveMount:
     return found
 
 
+def upper_in_memory(mount: LiveMount) -> str:
+    """A way to the upper that has no path: by its daemon's fd. Raises UserError."""
+    from unionfs.daemon.control import ask
+    from unionfs.daemon.errors import UserError, quoted
+
+    answer = ask(mount.socket_path)
+    number = None if answer is None else answer.get("upper_fd")
+    if not isinstance(number, int):
+        raise UserError(
+            f"the daemon of {quoted(mount.settings.mountpoint)} (pid {mount.pid}) does not answer, and only "
+            "it knows the way to an upper in memory; try again later."
+        )
+    return f"/proc/{mount.pid}/fd/{number}"
+
+
 def _layers(mount: LiveMount) -> list[str]:
-    upper = [] if mount.settings.upper is None else [mount.settings.upper]
+    settings = mount.settings
+    upper = [] if settings.upper is None else [settings.upper]
+    if settings.upper_tmpfs is not None:
+        upper = ["tmpfs"]
     return [*upper, *mount.settings.lowers]
 
 

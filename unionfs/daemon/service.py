@@ -243,7 +243,13 @@ class Service:
         self._on_usable()
 
     def _answer(self, operations: Operations) -> dict[str, Any]:
-        return {"settings": self.settings.to_json(), "io": self._io, "figures": operations.figures()}
+        upper = operations.union.stack.upper
+        return {
+            "settings": self.settings.to_json(),
+            "io": self._io,
+            "figures": operations.figures(),
+            "upper_fd": None if upper is None else upper.root_fd,
+        }
 
     async def _watch_signals(
         self, session: trio.CancelScope, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED
