@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 
 # github.com/docker/go-units, RAMInBytes: 64m, 64MB, 64MiB, 1.5g; always powers of 1024.
-_SIZE = re.compile(r"(\d+(?:\.\d+)?) ?(?:([kmgtp])i?)?b?", re.IGNORECASE)
+_SIZE = re.compile(r"(\d+(?:\.\d+)?)(?: (?=[a-z]))?(?:([kmgtp])i?)?b?", re.IGNORECASE)
 _UNITS = " kmgtp"
 _PERCENT = re.compile(r"(\d{1,3})%")
 # tmpfs(5), nr_inodes: a number with k, m or g.
