@@ -57,9 +57,6 @@ def unbind(union: Union, node: Node) -> None:
 
 def stat_name(union: Union, parent: Node, name: bytes) -> os.stat_result | None:
     """stat(2) of a name in a bound directory, ``None`` when there is none."""
-    known = union.nodes.child(parent, name)
-    if known is not None and known.is_mountpoint:
-        return union.stat(known)
     try:
         return os.stat(name, dir_fd=union.gate.fd(parent.parts[0]), follow_symlinks=False)
     except FileNotFoundError:

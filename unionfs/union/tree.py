@@ -85,7 +85,7 @@ class Union:
     def number(self, parent: Node, name: bytes) -> tuple[int, int] | None:
         """``st_ino`` and file type (S_IFMT bits) of what has that name, without a node for it."""
         known = self.nodes.child(parent, name)
-        if parent.identity is not None:
+        if parent.identity is not None and not (known is not None and known.is_mountpoint):
             st = bound.stat_name(self, parent, name)
             if st is None:
                 return None
