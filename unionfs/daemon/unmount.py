@@ -22,6 +22,7 @@ from unionfs.sys.process import users_of, wait_gone
 
 if TYPE_CHECKING:
     from unionfs.daemon.settings import MountSettings
+    from unionfs.storage.specs import Spec
 
 # How long a daemon may take to notice that its mount is gone before we look for what else holds the mount.
 _NOTICE_SECONDS = 2.0
@@ -141,10 +142,36 @@ def clear_dead_mount(mountpoint: str) -> None:
 
 
 def _storage_mounts(mount: MountEntry, settings: MountSettings) -> list[MountEntry]:
-    """Those of the union's storage, in the order in which they were mounted."""
+    """Those of the union's storage, in the order in which they were mounted.
+
+    With a source came what is mounted below it; that is told from other mounts by being the same there.
+    """
+    table = read_mountinfo()
     top = settings.mountpoint.rstrip("/")
-    ours = {top + spec.target for spec in settings.storage}
-    return [entry for entry in mounted_inside(mount) if entry.mountpoint in ours]
+    sources = {top + spec.target: _source(spec, settings) for spec in settings.storage}
+    on_host = {(entry.mountpoint, entry.device, entry.root) for entry in table}
+    found = []
+    for entry in mounted_inside(mount, table):
+        for target, source in sources.items():
+            below = entry.mountpoint.removeprefix(target + "/")
+            if entry.mountpoint == target or (
+                source is not None
+                and below != entry.mountpoint
+                and (f"{source}/{below}", entry.device, entry.root) in on_host
+            ):
+                found.append(entry)
+                break
+    return found
+
+
+def _source(spec: Spec, settings: MountSettings) -> str | None:
+    """The host path that storage is a bind mount of."""
+    match spec.kind:
+        case "bind":
+            return os.path.realpath(spec.path).rstrip("/")  # type: ignore[union-attr]
+        case "volume":
+            return f"{settings.storage_root}/volumes/{spec.name}/_data"  # type: ignore[union-attr]
+    return None
 
 
 class _Storage:
@@ -277,8 +304,9 @@ def _busy(path: str, mount: MountEntry, entry: live.LiveMount | None) -> str:
     """Why the union at `path` cannot be unmounted: `mount`, itself or something mounted in it, is in use."""
     # Whoever has a file of the host's filesystem mapped is no user of a bind mount of it.
     users = users_of(mount.mountpoint, mount.device if mount.is_fuse else "-1:-1")
-    below = path.rstrip("/")
-    ours = set() if entry is None else {below + spec.target for spec in entry.settings.storage}
+    ours = set()
+    if entry is not None and entry.settings.storage and (top := mounted_at(path)) is not None:
+        ours = {storage.mountpoint for storage in _storage_mounts(top, entry.settings)}
     inside = [
         other.mountpoint
         for other in read_mountinfo()

@@ -37,20 +37,21 @@ class Attachments:
 
         Raises UserError when one cannot be mounted; then those before it are undone.
         """
+        try:
+            root = os.open(self.mountpoint, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+        except OSError as error:
+            raise UserError(
+                f"mountpoint {quoted(self.mountpoint)} has vanished: {reason(error)}; mount again."
+            ) from error
         done: list[Spec] = []
-        with ExitStack() as undo:
-            try:
-                root = os.open(self.mountpoint, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
-            except OSError as error:
-                raise UserError(
-                    f"mountpoint {quoted(self.mountpoint)} has vanished: {reason(error)}; mount again."
-                ) from error
-            with ExitStack() as closing:
-                closing.callback(os.close, root)
-                taken: dict[Names, str] = {}
+        taken: dict[Names, str] = {}
+        try:
+            with ExitStack() as undo:
                 for spec in specs:
                     done.append(self._one(spec, MountedTree(root), stack, taken, undo))
-            undo.pop_all()
+                undo.pop_all()
+        finally:
+            os.close(root)
         return tuple(done)
 
     def _one(
