@@ -49,7 +49,7 @@ class Storage:
         assert cli_calls.gone(pid)
 
     def mounts(self) -> list[tuple[str, str]]:
-        """(path in the union, type) of all that is mounted at it and in it, innermost first."""
+        """(path in the union, type) of all that is mounted at it and in it; the kernel orders them by id."""
         return [
             (where.removeprefix(str(self.merged)) or "/", kind)
             for _, where, kind in areas.mounts_below(self.merged)

@@ -310,9 +310,8 @@ def _configured(option: str) -> bool | None:
 def _bubblewrap() -> Finding:
     path = shutil.which("bwrap")
     if path is None:
-        return Finding(
-            "bubblewrap", "limited", "not installed: `unionfs run` cannot start commands", "install bubblewrap"
-        )
+        detail = "not installed: `unionfs run` cannot start commands"
+        return Finding("bubblewrap", "limited", detail, "install the package bubblewrap")
     return Finding("bubblewrap", "ok", f"{path}, for `unionfs run`")
 
 

@@ -30,6 +30,7 @@ from unionfs.union.tree import Union
 
 if TYPE_CHECKING:
     from unionfs.daemon.guardian import Guardian
+    from unionfs.storage.sources import Sources
     from unionfs.storage.specs import Spec, TmpfsOptions
 
 _SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
@@ -62,16 +63,25 @@ class Service:
         #: Of a mount with storage: who it is to the registry of volumes, and the process that watches us.
         self._user = ""
         self._guardian: Guardian | None = None
+        self._sources: Sources | None = None
+        #: Whether the mount came to be used, so that what was made for its storage stays.
+        self._usable = False
 
     def run(self) -> bool:
         """Serve until the mount is gone. Returns whether the upper reached the disk.
 
         Raises UserError when it can't be mounted; nothing is left mounted then.
         """
+        try:
+            return self._run()
+        finally:
+            self._let_go_of_storage()
+
+    def _run(self) -> bool:
         raise_open_file_limit()
         os.umask(0)  # what callers ask for is what they get; the kernel took their umask off already
         if self.settings.storage:
-            self._prepare_storage()
+            self._open_storage()
         settings = self.settings
         try:
             claims = live.claims_of(settings)
@@ -116,10 +126,12 @@ class Service:
             on_disk = self._finish(stack)
         return on_disk
 
-    def _prepare_storage(self) -> None:
-        """Name the anonymous volumes and have a guardian wait for our end, before there are threads."""
+    def _open_storage(self) -> None:
+        """Have a guardian wait for our end, and open all sources, before there are threads or a mount."""
         from unionfs.daemon import guardian
-        from unionfs.storage.usage import release, user_of, with_names
+        from unionfs.storage.sources import Sources
+        from unionfs.storage.users import release, user_of, with_names
+        from unionfs.storage.volumes import Volumes
 
         settings = self.settings = replace(self.settings, storage=with_names(self.settings.storage))
         self._user = user = user_of(settings.mountpoint)
@@ -133,6 +145,9 @@ class Service:
             self._guardian = guardian.start(clear)
         except OSError as error:
             raise UserError(f"no process can be started: {reason(error)}; end some others.") from error
+        volumes = Volumes(settings.storage_root)
+        self._sources = Sources(volumes, user, kernel_mounts=has_sys_admin())
+        self._sources.open(settings.storage)
 
     def _scratch(self, options: TmpfsOptions) -> int:
         from unionfs.storage import tmpfs
@@ -142,22 +157,18 @@ class Service:
 
     def _attach(self, stack: LayerStack) -> tuple[Spec, ...]:
         """Mount the storage into the union, in a thread: every path leads through the union."""
-        from unionfs.storage.attach import Attachments
-        from unionfs.storage.volumes import Volumes
+        from unionfs.storage.attach import attach
 
-        settings = self.settings
-        attachments = Attachments(settings.mountpoint, Volumes(settings.storage_root), self._user)
-        return attachments.attach(settings.storage, stack)
+        assert self._sources is not None
+        return attach(self.settings.mountpoint, self._sources, stack)
 
     def _serve_storage(self, union: Union, stack: LayerStack) -> None:
         """Without root the union shows its storage by itself."""
         from unionfs.storage import served
-        from unionfs.storage.volumes import Volumes
 
-        settings = self.settings
-        volumes = Volumes(settings.storage_root)
-        shown = served.serve(settings.storage, union, stack, volumes, self._user)
-        self.settings = replace(settings, storage=shown)
+        assert self._sources is not None
+        self.settings = replace(self.settings, storage=served.serve(self._sources, union, stack))
+        self._sources.close()
 
     def _listen(self) -> socket.socket | None:
         path = live.entry_file(self.directory).removesuffix(".json") + ".sock"
@@ -233,6 +244,8 @@ class Service:
             assert self._stack is not None
             attached = await trio.to_thread.run_sync(self._attach, self._stack, abandon_on_cancel=True)
             self.settings = replace(self.settings, storage=attached)
+            assert self._sources is not None
+            self._sources.close()
         try:
             self._entry = live.announce(self.settings, mount.device, self.directory, claims)
         except OSError as error:
@@ -240,6 +253,7 @@ class Service:
                 f"the mount cannot be entered in {quoted(self.directory)}: {reason(error)}; make room there."
             ) from error
         log.info("mounted at %s", self.settings.mountpoint)
+        self._usable = True
         self._on_usable()
 
     def _answer(self, operations: Operations) -> dict[str, Any]:
@@ -311,8 +325,7 @@ class Service:
         stack.close_lowers()
         if self.device:
             unmount.clear_leftovers(self.device)
-        if self.settings.storage:
-            self._release_storage()
+        self._release_storage()
         if self._entry is not None:
             live.mark_ending(self._entry)
         if not self.settings.volatile:
@@ -327,15 +340,28 @@ class Service:
         else:
             with suppress(OSError):
                 _remove_socket(self.directory)
-        if self._guardian is not None:
-            self._guardian.dismiss()
+        self._let_go_of_storage()
         log.info("ended: %s", self.settings.mountpoint)
         return on_disk
 
     def _release_storage(self) -> None:
-        from unionfs.storage.usage import release
+        """Give the volumes back; when the mount never could be used, all that was made for it is undone."""
+        if self._sources is None:
+            return
+        if self._usable:
+            from unionfs.storage.users import release
 
-        release(self.settings, self._user)
+            release(self.settings, self._user)
+        else:
+            self._sources.give_up()
+        self._sources = None
+
+    def _let_go_of_storage(self) -> None:
+        """The last that is done, however the mount ends: from now on nobody has to watch us."""
+        self._release_storage()
+        if self._guardian is not None:
+            self._guardian.dismiss()
+            self._guardian = None
 
 
 def _remove_socket(directory: str) -> None:

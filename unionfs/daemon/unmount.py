@@ -295,7 +295,7 @@ def _wait_for_end(entry: live.LiveMount, path: str, *, lazy: bool) -> None:
 def _release_volumes(entry: live.LiveMount) -> None:
     """Give back the volumes of a daemon that was killed, when its guardian was too."""
     if entry.settings.storage:
-        from unionfs.storage.usage import release, user_of
+        from unionfs.storage.users import release, user_of
 
         release(entry.settings, user_of(entry.settings.mountpoint, entry.pid, entry.started))
 

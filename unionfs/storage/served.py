@@ -6,18 +6,15 @@ looked a target up yet. What the served storage is and how it behaves: `union.bo
 
 from __future__ import annotations
 
+import errno
 import os
-import stat
-from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 
-from unionfs.daemon.errors import UserError, quoted
-from unionfs.storage.populate import populate
-from unionfs.storage.sources import open_source, within_volume
-from unionfs.storage.specs import Spec, VolumeSpec
-from unionfs.storage.targets import Names, find, prepare
-from unionfs.storage.volumes import Volumes
+from unionfs.storage.attach import fill
+from unionfs.storage.sources import Sources
+from unionfs.storage.specs import Spec
+from unionfs.storage.targets import Names, prepare, same_place
 from unionfs.union import bound
 from unionfs.union.changes import Caller, Changes
 from unionfs.union.layers import LayerStack
@@ -39,7 +36,7 @@ class UnionTree:
         for name in names:
             found = self._union.lookup(node, name)
             if found is None:
-                raise FileNotFoundError(2, os.strerror(2))
+                raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT))
             node = found[0]
         return node
 
@@ -64,9 +61,7 @@ class UnionTree:
             self._changes.unlink(parent, names[-1])
 
 
-def serve(
-    specs: Sequence[Spec], union: Union, stack: LayerStack, volumes: Volumes, user: str
-) -> tuple[Spec, ...]:
+def serve(sources: Sources, union: Union, stack: LayerStack) -> tuple[Spec, ...]:
     """Show everything in the union. Gives the specs with the targets that they were given in the end.
 
     Raises UserError when one cannot be had; what was made for those before it is undone.
@@ -75,53 +70,15 @@ def serve(
     tree = UnionTree(union)
     taken: dict[Names, str] = {}
     with ExitStack() as undo:
-        for spec in specs:
-            done.append(_one(spec, tree, union, stack, volumes, user, taken, undo))
+        for source in sources.opened:
+            spec = source.spec
+            fill(source, tree, stack)
+            target = prepare(tree, spec.target, spec.source, directory=source.directory)
+            undo.callback(target.undo)
+            same_place(taken, target, spec.target)
+            layer = stack.bind(spec.target, os.dup(source.fd), read_only=spec.read_only)
+            node = bound.bind(union, tree.node(target.names[:-1]), target.names[-1], layer)
+            undo.callback(bound.unbind, union, node)
+            done.append(replace(spec, target=target.path))
         undo.pop_all()
     return tuple(done)
-
-
-def _one(
-    spec: Spec,
-    tree: UnionTree,
-    union: Union,
-    stack: LayerStack,
-    volumes: Volumes,
-    user: str,
-    taken: dict[Names, str],
-    undo: ExitStack,
-) -> Spec:
-    source = open_source(spec, volumes, user, undo)
-    spec, top = source.spec, source.fd
-    with ExitStack() as closing:
-        closing.callback(lambda: os.close(top))
-        if isinstance(spec, VolumeSpec):
-            if spec.subpath:
-                inner = within_volume(spec, top)
-                os.close(top)
-                top = inner
-            elif spec.copy:
-                _fill(spec, tree, stack, top)
-        directory = stat.S_ISDIR(os.stat(top).st_mode)
-        target = prepare(tree, spec.target, spec.source, directory=directory)
-        undo.callback(target.undo)
-        if target.names in taken:
-            raise UserError(
-                f"targets {quoted(taken[target.names])} and {quoted(spec.target)} are the same place in "
-                f"the union, {quoted(target.path)}; mount one thing at each target."
-            )
-        taken[target.names] = spec.target
-        closing.pop_all()
-    layer = stack.bind(spec.target, top, read_only=spec.read_only)
-    node = bound.bind(union, tree.node(target.names[:-1]), target.names[-1], layer)
-    undo.callback(bound.unbind, union, node)
-    return replace(spec, target=target.path)
-
-
-def _fill(spec: VolumeSpec, tree: UnionTree, stack: LayerStack, data: int) -> None:
-    try:
-        names, missing = find(tree, spec.target)
-    except OSError:
-        return  # `prepare` says what is wrong with it
-    if names and not missing:
-        populate(stack, names, data, spec.name or "")

@@ -129,6 +129,16 @@ def prepare(tree: Tree, target: str, source: str, *, directory: bool) -> Target:
     return Target(names, undo)
 
 
+def same_place(taken: dict[Names, str], target: Target, given: str) -> None:
+    """Note a target, and refuse one that another was found to be. Raises UserError."""
+    if target.names in taken:
+        raise UserError(
+            f"targets {quoted(taken[target.names])} and {quoted(given)} are the same place in the union, "
+            f"{quoted(target.path)}; mount one thing at each target."
+        )
+    taken[target.names] = given
+
+
 def _refusal(target: str, error: OSError) -> str:
     shown = f"target {quoted(target)}"
     match error.errno:

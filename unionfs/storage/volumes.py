@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -69,6 +70,16 @@ class Volumes:
 
     def detach(self, name: str, user: str) -> None:
         """`user` uses the volume no more."""
+
+    def remove(self, name: str, *, force: bool = False) -> bool:
+        """Remove a volume and its data. False: it is not there, with `force`. Raises UserError."""
+        directory = os.path.dirname(self._data(name))
+        if not os.path.isdir(directory):
+            if force:
+                return False
+            raise UserError(f"there is no volume {quoted(name)} in {quoted(self.root)}; check the name.")
+        shutil.rmtree(directory)
+        return True
 
     def _data(self, name: str) -> str:
         return os.path.join(self.root, "volumes", check_name(name), "_data")
