@@ -223,6 +223,18 @@ def test_kept_and_thrown_away(box: Containers) -> None:
     assert cli_calls.unionfs("rm", "writer", env=box.environment()).returncode == 0
 
 
+def test_anonymous_volumes_go_with_the_container(box: Containers) -> None:
+    volumes = box.root / "volumes"
+    box.say("--rm", "-v", "/anon", "-v", "named:/n", "--", "touch", "/anon/x")
+    assert os.listdir(volumes) == ["named"]
+    box.say("--name", "kept", "-v", "/anon", "--", "touch", "/anon/x")
+    (anonymous,) = [name for name in os.listdir(volumes) if name != "named"]
+    assert (volumes / anonymous / "_data/x").exists()
+    # Nor is one left by a mount that fails.
+    refused(box.run("-v", "/anon", "-v", "other:/data/seed/x", "--", "true"), "target /data/seed/x")
+    assert sorted(os.listdir(volumes)) == sorted([anonymous, "named", "other"])
+
+
 def test_first_use_of_a_volume(box: Containers) -> None:
     assert box.say("--rm", "-v", "filled:/data", "--", "ls", "/data") == "seed\n"
     assert (box.root / "volumes/filled/_data/seed").read_text() == "seed\n"

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from tests.mount.cli_calls import gone, listed, refused, succeed, wait_for
-from tests.support import syscalls
+from tests.support import areas, syscalls
 from tests.support.storage import Storage, storage, unmounted
 
 
@@ -329,6 +329,38 @@ def test_the_daemon_is_killed(storing: Storage) -> None:
     assert (storing.host / "file").read_text() == "host\n"
     storing.mount(*storage_options(storing))
     storing.umount()
+
+
+def test_the_mountpoint_has_another_name(one: Storage) -> None:
+    """A directory above the mountpoint is renamed meanwhile."""
+    above = one.place.root / "above"
+    for end in ("umount", "kill"):
+        (above / "point").mkdir(parents=True, exist_ok=True)
+        succeed(one.unionfs("mount", *one.place.layers, "-v", "vol:/v", "--tmpfs", "/v/t", above / "point"))
+        above.rename(one.place.root / "renamed")
+        (pid,) = [
+            item["pid"] for item in listed(one.unionfs("ls", "--json"))
+            if item["mountpoint"] == str(above / "point")
+        ]  # fmt: skip
+        if end == "umount":
+            succeed(one.unionfs("umount", one.place.root / "renamed/point"))
+        else:
+            os.kill(pid, signal.SIGKILL)
+        assert wait_for(lambda: areas.mounts_below(one.place.root) == [])
+        assert wait_for(lambda pid=pid: gone(pid))
+        (one.place.root / "renamed").rename(above)
+
+
+def test_sources_that_the_union_covers(one: Storage) -> None:
+    """A source is what was there before the union: below its mountpoint, or above it."""
+    (one.merged / "below").mkdir()
+    (one.merged / "below/x").write_text("covered\n")
+    one.mount("-v", f"{one.merged}/below:/shown", "-v", f"{one.place.root}:/all")
+    assert (one.merged / "shown/x").read_text() == "covered\n"
+    assert (one.merged / "all/merged/below/x").read_text() == "covered\n"
+    assert not (one.merged / "below").exists()
+    one.umount()
+    assert (one.merged / "below/x").read_text() == "covered\n"
 
 
 def test_the_daemon_is_killed_in_use(one: Storage) -> None:

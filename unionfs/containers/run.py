@@ -15,11 +15,12 @@ from unionfs.daemon import guardian, live
 from unionfs.daemon.errors import UserError, quoted
 from unionfs.daemon.preflight import check_directory
 from unionfs.daemon.process import mount
-from unionfs.daemon.settings import absolute, settle
+from unionfs.daemon.settings import MountSettings, absolute, settle
 from unionfs.daemon.unmount import umount
 from unionfs.storage.root import storage_root
-from unionfs.storage.specs import Spec
+from unionfs.storage.specs import Spec, VolumeSpec
 from unionfs.storage.targets import MountedTree, prepare
+from unionfs.storage.volumes import Volumes
 from unionfs.sys.mountinfo import mounted_at
 from unionfs.sys.openat2 import open_in_root
 from unionfs.sys.process import start_time, wait_gone
@@ -140,16 +141,31 @@ def _mounted(
     mount(replace(settings, lives_with=(me, start_time(me) or 0)))
     # From here on a signal waits until the command can be told.
     hold_signals()
+    merged, entry = settings.mountpoint, None
     try:
-        return _in_union(wish, program, container, settings.mountpoint)
+        entry = next((entry for entry in live.entries() if entry.settings.mountpoint == merged), None)
+        if entry is None:
+            raise UserError(f"{quoted(merged)} was unmounted before the command could start; try again.")
+        return _in_union(wish, program, container, entry)
     finally:
-        _unmount(settings.mountpoint, complain)
+        _unmount(merged, complain)
+        if wish.remove and entry is not None:
+            _remove_anonymous(entry.settings, complain)
 
 
-def _in_union(wish: Wish, program: str, container: Container, merged: str) -> int:
-    entry = next((entry for entry in live.entries() if entry.settings.mountpoint == merged), None)
-    if entry is None:
-        raise UserError(f"{quoted(merged)} was unmounted before the command could start; try again.")
+def _remove_anonymous(settings: MountSettings, complain: Callable[[str], object]) -> None:
+    """As `docker run --rm` does it: nobody else can know the names of these volumes."""
+    volumes = Volumes(settings.storage_root)
+    for spec in settings.storage:
+        if isinstance(spec, VolumeSpec) and spec.anonymous and spec.name is not None:
+            try:
+                volumes.remove(spec.name, force=True)
+            except UserError as error:
+                complain(str(error))
+
+
+def _in_union(wish: Wish, program: str, container: Container, entry: live.LiveMount) -> int:
+    merged = entry.settings.mountpoint
     hostname = wish.hostname or container.name[:_LONGEST_HOSTNAME]
     environment = bubblewrap.environment(wish.environment, hostname)
     root = os.open(merged, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
@@ -175,11 +191,12 @@ def _in_union(wish: Wish, program: str, container: Container, merged: str) -> in
         environment,
     )
 
-    def clear() -> None:
+    def clear(_: str) -> None:
         """This process was killed; the daemon, which lives as long as it does, unmounts the union."""
         command.kill()
         wait_gone(entry.pid, entry.started, _END_SECONDS)
         if wish.remove:
+            _remove_anonymous(entry.settings, lambda sentence: None)
             with suppress(UserError), container.claimed(make=False):
                 container.remove()
 

@@ -17,6 +17,7 @@ from contextlib import suppress
 from typing import NoReturn
 
 _DISMISSED = b"."
+_LONGEST = 64
 _PR_SET_NAME = 15  # linux/prctl.h
 
 
@@ -25,6 +26,11 @@ class Guardian:
 
     def __init__(self, pipe: int) -> None:
         self._pipe = pipe
+
+    def tell(self, device: str) -> None:
+        """The union is mounted, and this is its `major:minor`."""
+        with suppress(OSError):
+            os.write(self._pipe, device.encode("ascii"))
 
     def dismiss(self) -> None:
         """All is unmounted; the guardian ends without a deed."""
@@ -35,8 +41,10 @@ class Guardian:
             self._pipe = -1
 
 
-def start(clear: Callable[[], object]) -> Guardian:
-    """Fork a guardian of this process, which calls `clear` when this process is killed.
+def start(clear: Callable[[str], object]) -> Guardian:
+    """Fork a guardian of this process, which calls `clear(device)` when this process is killed.
+
+    `device` is what it was told, empty if nothing.
 
     To be called while there is one thread and nothing is open that must not outlive the daemon: layers, the
     FUSE device. Raises OSError.
@@ -57,7 +65,7 @@ def start(clear: Callable[[], object]) -> Guardian:
     return Guardian(writer)
 
 
-def _guard(daemon: int, reader: int, clear: Callable[[], object]) -> NoReturn:
+def _guard(daemon: int, reader: int, clear: Callable[[str], object]) -> NoReturn:
     try:
         # Ctrl-C in the terminal of a daemon in the foreground is for the daemon.
         os.setsid()
@@ -72,12 +80,15 @@ def _guard(daemon: int, reader: int, clear: Callable[[], object]) -> NoReturn:
         daemon, reader = os.dup2(daemon, 3, inheritable=False), os.dup2(reader, 4, inheritable=False)
         os.closerange(5, 2**31 - 1)
         ctypes.CDLL(None).prctl(_PR_SET_NAME, b"unionfs-guard", 0, 0, 0)
-        if os.read(reader, 1) == _DISMISSED:
+        told = b""
+        while (more := os.read(reader, _LONGEST)) and not more.endswith(_DISMISSED):
+            told += more
+        if more:
             os._exit(0)
         # The pipe may be closed before the process is gone, and with it the FUSE connection.
         poll = select.poll()
         poll.register(daemon, select.POLLIN)
         poll.poll()
-        clear()
+        clear(told.decode("ascii"))
     finally:
         os._exit(0)

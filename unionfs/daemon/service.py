@@ -136,8 +136,9 @@ class Service:
         settings = self.settings = replace(self.settings, storage=with_names(self.settings.storage))
         self._user = user = user_of(settings.mountpoint)
 
-        def clear() -> None:
-            unmount.clear_dead_mount(settings.mountpoint)
+        def clear(device: str) -> None:
+            if device:
+                unmount.clear_dead_mounts(device)
             release(settings, user)
             live.entries()
 
@@ -240,6 +241,8 @@ class Service:
             self._on_usable()
             return
         self.device = mount.device
+        if self._guardian is not None:
+            self._guardian.tell(mount.device)
         if self.settings.storage and has_sys_admin():
             assert self._stack is not None
             attached = await trio.to_thread.run_sync(self._attach, self._stack, abandon_on_cancel=True)

@@ -128,17 +128,15 @@ def mounted_inside(mount: MountEntry, table: Sequence[MountEntry] | None = None)
     return found
 
 
-def clear_dead_mount(mountpoint: str) -> None:
-    """Unmount the union at `mountpoint`, whose daemon was killed, after all that is mounted in it."""
-    mount = mounted_at(mountpoint)
-    if mount is None or not mount.is_fuse or not is_dead(mountpoint):
-        return
-    for inner in reversed(mounted_inside(mount)):
-        # The way to it leads through the dead union, so it may fail; then it goes with that.
+def clear_dead_mounts(device: str) -> None:
+    """Unmount the union `device` (major:minor), whose daemon was killed, and first what is mounted in it."""
+    for mount in reversed(mounts_of_device(device)):
+        for inner in reversed(mounted_inside(mount)):
+            # The way to it leads through the dead union, so it may fail; then it goes with that.
+            with suppress(OSError):
+                unmount(inner.mountpoint)
         with suppress(OSError):
-            unmount(inner.mountpoint)
-    with suppress(OSError):
-        unmount(mountpoint, lazy=True)
+            unmount(mount.mountpoint, lazy=True)
 
 
 def _storage_mounts(mount: MountEntry, settings: MountSettings) -> list[MountEntry]:
@@ -147,7 +145,7 @@ def _storage_mounts(mount: MountEntry, settings: MountSettings) -> list[MountEnt
     With a source came what is mounted below it; that is told from other mounts by being the same there.
     """
     table = read_mountinfo()
-    top = settings.mountpoint.rstrip("/")
+    top = mount.mountpoint.rstrip("/")
     sources = {top + spec.target: _source(spec, settings) for spec in settings.storage}
     on_host = {(entry.mountpoint, entry.device, entry.root) for entry in table}
     found = []
