@@ -59,6 +59,11 @@ class Command:
             self._init = _child_pid(info.read())
         self._started = None if self._init is None else start_time(self._init)
 
+    @property
+    def started(self) -> bool:
+        """Whether bubblewrap came as far as to make the container."""
+        return self._init is not None
+
     def kill(self) -> None:
         """End everything in the container at once."""
         if self._init is not None and self._started is not None and is_alive(self._init, self._started):

@@ -202,9 +202,15 @@ def _in_union(wish: Wish, program: str, container: Container, entry: live.LiveMo
 
     watcher = guardian.start(clear)
     try:
-        return command.wait()
+        code = command.wait()
     finally:
         watcher.dismiss()
+    if not command.started:
+        raise UserError(
+            f"bubblewrap could not make the container (exit code {code}); its own message says why, and "
+            "`unionfs doctor` what this host lacks."
+        )
+    return code
 
 
 def _find_command(root: int, name: str, workdir: str, search: str) -> None:

@@ -23,6 +23,7 @@ from unionfs.fuse.files import Files, drop_set_ids
 from unionfs.fuse.inline import in_thread
 from unionfs.fuse.permissions import group_set_id_goes
 from unionfs.sys import calls
+from unionfs.union.bound import same_storage
 from unionfs.union.changes import Caller, Changes
 from unionfs.union.files import Handle, mode_without_set_ids
 from unionfs.union.nodes import Node
@@ -131,6 +132,8 @@ class Operations:
     async def link(self, id_: int, new_parent: int, new_name: bytes) -> Found:
         """One more name."""
         node = self.node(id_)
+        if not same_storage(node, self.directory(new_parent)):
+            raise error(errno.EXDEV)
         await self.copy_ups.ensure(node)
         return self.changes.link(node, self.directory(new_parent), new_name)
 

@@ -65,7 +65,7 @@ def _target(option: str, text: str) -> str:
     if not text.startswith("/"):
         shown = f"target {quoted(text)}" if text else "the target"
         what = "is a relative path" if text else "is empty"
-        raise UserError(f"{option}: {shown} {what}; give an absolute path within the union, as /data.")
+        raise UserError(f"{option}: {shown} {what}; give an absolute path within the union, such as /data.")
     clean = "/" + os.path.normpath(text).strip("/")
     if clean == "/":
         raise UserError(f"{option}: target {quoted(text)} is the union's root; mount below it.")
