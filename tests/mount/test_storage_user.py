@@ -234,3 +234,20 @@ def test_run(host: Host, place: Place) -> None:
     assert (done.returncode, done.stdout, done.stderr) == (0, "made\n", "")
     succeed(host.unionfs("rm", "--root", place.root / "storage", "mine"))
     assert os.listdir(place.root / "storage/containers") == []
+
+
+def test_in_a_user_namespace(host: Host, place: Place) -> None:
+    """Uid 0 of a namespace may make kernel mounts there, and gets them."""
+    command, root = " ".join(host.command), place.root
+    mount = f"{command} mount --root {root}/storage {' '.join(map(str, place.layers))}"
+    script = (
+        f"{mount} -v vol:/v -v {root}/shared:/ro:ro --tmpfs /t:size=64k {place.merged} && "
+        f"grep -c ' {place.merged}/' /proc/self/mounts && cat {place.merged}/ro/file && "
+        f"touch {place.merged}/v/x && ! touch {place.merged}/ro/x 2>/dev/null && "
+        f"{command} umount {place.merged} && ! grep {place.merged} /proc/self/mounts"
+    )
+    done = host.run("unshare", "-r", "-m", "sh", "-c", script)
+    if "unshare" in done.stderr:
+        pytest.skip(f"no user namespaces here: {done.stderr}")
+    assert (done.returncode, done.stdout, done.stderr) == (0, "3\nhost\n", "")
+    assert os.listdir(root / "storage/volumes/vol/_data") == ["x"]
