@@ -381,6 +381,16 @@ class Terminal:
         assert text in self.seen, self.seen
         self.seen = self.seen.partition(text)[2]
 
+    def runs(self, name: str) -> bool:
+        """Whether a process of that name is in the terminal's foreground process group."""
+        group = os.tcgetpgrp(self.fd)
+        for path in Path("/proc").glob("[0-9]*/stat"):
+            with suppress(OSError):
+                command, _, rest = path.read_text().partition("(")[2].rpartition(")")
+                if command == name and int(rest.split()[2]) == group:
+                    return True
+        return False
+
     def type(self, text: bytes) -> None:
         os.write(self.fd, text)
 
@@ -407,8 +417,7 @@ def test_a_terminal(box: Containers) -> None:
     terminal.wait_for(b"got-typed-here")
     # Ctrl-C ends what runs in the shell, not the shell, and not the container.
     terminal.type(b"sleep 60\n")
-    terminal.wait_for(b"sleep 60")
-    time.sleep(0.2)  # until sleep is the terminal's foreground process; a Ctrl-C before is the shell's
+    assert wait_for(lambda: terminal.runs("sleep"))
     terminal.type(b"\x03")
     terminal.wait_for(b"# ")
     terminal.type(b"exit 9\n")
@@ -435,7 +444,7 @@ def test_ctrl_c_reaches_the_command_once(box: Containers) -> None:
 def test_ctrl_c_ends_a_command_that_does_not_handle_it(box: Containers) -> None:
     terminal = Terminal(box, "--rm", "--", "sh", "-c", "echo up; exec sleep 60")
     terminal.wait_for(b"up")
-    time.sleep(0.2)  # until the shell has become sleep
+    assert wait_for(lambda: terminal.runs("sleep"))
     terminal.type(b"\x03")
     assert terminal.end() == 128 + signal.SIGINT
     assert wait_for(box.is_over)
