@@ -12,8 +12,11 @@ import pytest
 from tests.unit.union_support import OpenUnion
 from tests.unit.union_support import open_union as open_union
 from unionfs.daemon.errors import UserError
+from unionfs.storage.attach import attach
 from unionfs.storage.served import UnionTree
+from unionfs.storage.sources import Sources
 from unionfs.storage.targets import MountedTree, Tree, find, prepare
+from unionfs.storage.volumes import Volumes
 
 
 @pytest.fixture(params=["directory", "union"])
@@ -122,3 +125,13 @@ def test_without_an_upper_nothing_can_be_made(open_union: OpenUnion) -> None:
     tree = UnionTree(open_union(upper=False))
     with pytest.raises(UserError, match=r"does not exist, and nothing can be made there .* an upper"):
         prepare(tree, "/x", "the source", directory=True)
+
+
+def test_a_union_that_is_gone_is_not_mounted_on(tmp_path: Path, open_union: OpenUnion) -> None:
+    """What shows then at the mountpoint is the host's own directory."""
+    stack = open_union().stack
+    sources = Sources(Volumes(str(tmp_path)), "nobody", kernel_mounts=False)
+    with pytest.raises(UserError, match="was unmounted before its storage was there"):
+        attach(str(tmp_path), "0:0", sources, stack)
+    with pytest.raises(UserError, match="has vanished: no such file"):
+        attach(str(tmp_path / "gone"), "0:0", sources, stack)

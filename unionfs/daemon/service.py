@@ -161,7 +161,7 @@ class Service:
         from unionfs.storage.attach import attach
 
         assert self._sources is not None
-        return attach(self.settings.mountpoint, self._sources, stack)
+        return attach(self.settings.mountpoint, self.device, self._sources, stack)
 
     def _serve_storage(self, union: Union, stack: LayerStack) -> None:
         """Without root the union shows its storage by itself."""

@@ -20,17 +20,13 @@ from unionfs.sys.mount import MNT_DETACH, umount2
 from unionfs.union.layers import LayerStack
 
 
-def attach(mountpoint: str, sources: Sources, stack: LayerStack) -> tuple[Spec, ...]:
+def attach(mountpoint: str, device: str, sources: Sources, stack: LayerStack) -> tuple[Spec, ...]:
     """Mount everything. Gives the specs with the targets that they were given in the end.
 
+    `device` is the union's `major:minor`: what lies below it must not be mounted on when it is gone already.
     Raises UserError when one cannot be mounted; then those before it are undone.
     """
-    try:
-        root = os.open(mountpoint, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
-    except OSError as error:
-        raise UserError(
-            f"mountpoint {quoted(mountpoint)} has vanished: {reason(error)}; mount again."
-        ) from error
+    root = _open_root(mountpoint, device)
     done: list[Spec] = []
     taken: dict[Names, str] = {}
     try:
@@ -41,6 +37,20 @@ def attach(mountpoint: str, sources: Sources, stack: LayerStack) -> tuple[Spec, 
     finally:
         os.close(root)
     return tuple(done)
+
+
+def _open_root(mountpoint: str, device: str) -> int:
+    try:
+        root = os.open(mountpoint, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+        st_dev = os.stat(root).st_dev
+    except OSError as error:
+        raise UserError(
+            f"mountpoint {quoted(mountpoint)} has vanished: {reason(error)}; mount again."
+        ) from error
+    if f"{os.major(st_dev)}:{os.minor(st_dev)}" != device:
+        os.close(root)
+        raise UserError(f"{quoted(mountpoint)} was unmounted before its storage was there; mount again.")
+    return root
 
 
 def _one(
