@@ -32,8 +32,13 @@ def diff(mountpoint: str | None, upper: str | None, lowers: tuple[str, ...], use
             raise click.UsageError("give either a mountpoint or the layers, not both")
         from unionfs.cli.mounts import find_mount
 
-        settings = find_mount(mountpoint).settings
+        found = find_mount(mountpoint)
+        settings = found.settings
         upper, lowers, userxattr = settings.upper, settings.lowers, settings.userxattr
+        if settings.upper_tmpfs is not None:
+            from unionfs.cli.mounts import upper_in_memory
+
+            upper = upper_in_memory(found)
         if upper is None:
             return
     elif upper is None or not lowers:

@@ -19,6 +19,8 @@ _COMMANDS = {
     "ls": "unionfs.cli.mounts:ls",
     "inspect": "unionfs.cli.mounts:inspect",
     "diff": "unionfs.cli.diff:diff",
+    "run": "unionfs.cli.containers:run",
+    "rm": "unionfs.cli.containers:rm",
     "doctor": "unionfs.cli.doctor:doctor",
 }
 

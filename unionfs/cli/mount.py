@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import click
 
+from unionfs.cli.storage_options import STORAGE_HELP, read_storage, storage_options
 from unionfs.daemon.settings import IO_MODES, LOG_LEVELS, SESSIONS
 
 
@@ -14,18 +15,25 @@ Examples:
   unionfs mount -l /srv/base -u /srv/changes -w /srv/work /mnt
   unionfs mount -l top -l middle -l bottom /mnt        (read-only)
   unionfs mount -o lowerdir=top:bottom,upperdir=up,workdir=work,nodev /mnt
+  unionfs mount -l /srv/base -u tmpfs:size=64m -v /srv/site:/var/www:ro -v db:/var/lib/db /mnt
 """,
 )
 @click.option(
     "-l", "--lower", "lowers", multiple=True, metavar="DIR", help="A read-only layer; the first is on top."
 )
-@click.option("-u", "--upper", metavar="DIR", help="Where changes go. Without it the union is read-only.")
+@click.option(
+    "-u",
+    "--upper",
+    metavar="DIR|tmpfs[:OPT,...]",
+    help="Where changes go: a directory, or memory. Without it the union is read-only.",
+)
 @click.option(
     "-w", "--work", metavar="DIR", help="An empty directory on the upper's filesystem; needed with --upper."
 )
 @click.option(
     "-o", "options", multiple=True, metavar="OPT,...", help="Mount options, see above; may be repeated."
 )
+@storage_options
 @click.option("-f", "--foreground", is_flag=True, help="Stay here until the mount is gone; log to stderr.")
 @click.option(
     "--session",
@@ -54,6 +62,10 @@ def mount(
     upper: str | None,
     work: str | None,
     options: tuple[str, ...],
+    volumes: tuple[str, ...],
+    mounts: tuple[str, ...],
+    tmpfs: tuple[str, ...],
+    root: str | None,
     foreground: bool,
     session: str,
     io: str,
@@ -82,6 +94,12 @@ def mount(
       cached       all files from the page cache, and opening one costs nothing: for many small files
     The kernel's redirect_dir=, index=, metacopy=, nfs_export=, xino= and uuid= are taken where they ask for
     nothing that is missing here; so are words that only concern fstab, and those of fuse-overlayfs.
+
+    
+    An upper in memory: -u tmpfs[:size=64m,nr_inodes=,mode=,uid=,gid=,swap] puts upper and work on a tmpfs
+    that no path leads to and that is gone with the mount. A directory of that name is ./tmpfs.
+
+    {storage}
     """
     from unionfs.daemon.process import mount as start
     from unionfs.daemon.settings import settle
@@ -96,6 +114,12 @@ def mount(
             session=session,
             io=io,
             log_level=log_level.lower(),
+            storage=read_storage(volumes, mounts, tmpfs),
+            storage_root=root,
         ),
         foreground=foreground,
     )
+
+
+assert mount.help is not None
+mount.help = mount.help.replace("{storage}", STORAGE_HELP)

@@ -81,7 +81,8 @@ def inspect(mountpoint: str, as_json: bool) -> None:
         return
     from unionfs.cli.run import print_table
 
-    rows = [(name, _shown(value)) for name, value in whole["settings"].items()]
+    rows = [(name, _shown(value)) for name, value in whole["settings"].items() if name != "storage"]
+    rows += [("storage", _shown_storage(spec)) for spec in whole["settings"]["storage"]]
     rows += [(name, _shown(whole[name])) for name in ("pid", "device", "since")]
     print_table(("SETTING", "VALUE"), rows)
     for reason in _reasons(whole["io"]):
@@ -127,8 +128,26 @@ def find_mount(mountpoint: str) -> LiveMount:
     return found
 
 
+def upper_in_memory(mount: LiveMount) -> str:
+    """A way to the upper that has no path: by its daemon's fd. Raises UserError."""
+    from unionfs.daemon.control import ask
+    from unionfs.daemon.errors import UserError, quoted
+
+    answer = ask(mount.socket_path)
+    number = None if answer is None else answer.get("upper_fd")
+    if not isinstance(number, int):
+        raise UserError(
+            f"the daemon of {quoted(mount.settings.mountpoint)} (pid {mount.pid}) does not answer, and only "
+            "it knows the way to an upper in memory; try again later."
+        )
+    return f"/proc/{mount.pid}/fd/{number}"
+
+
 def _layers(mount: LiveMount) -> list[str]:
-    upper = [] if mount.settings.upper is None else [mount.settings.upper]
+    settings = mount.settings
+    upper = [] if settings.upper is None else [settings.upper]
+    if settings.upper_tmpfs is not None:
+        upper = ["tmpfs"]
     return [*upper, *mount.settings.lowers]
 
 
@@ -148,6 +167,14 @@ def _summary(mount: LiveMount) -> dict[str, Any]:
     }
 
 
+def _shown_storage(spec: dict[str, Any]) -> str:
+    from unionfs.daemon.errors import quoted
+
+    what = {"volume": "name", "bind": "path"}.get(spec["type"])
+    source = spec["type"] if what is None else f"{spec['type']} {quoted(spec[what])}"
+    return f"{source} at {quoted(spec['target'])}{' (read-only)' if spec['read_only'] else ''}"
+
+
 def _shown(value: object) -> str:
     from unionfs.daemon.errors import quoted
 
@@ -158,6 +185,9 @@ def _shown(value: object) -> str:
             return "yes" if value else "no"
         case list() | tuple():
             return ", ".join(_shown(item) for item in value) or "-"
+        case dict():
+            given = {name: item for name, item in value.items() if item not in (None, (), [])}
+            return ", ".join(f"{name}={item}" for name, item in given.items()) or "yes"
         case str():
             return quoted(value) if value else "-"
         case _:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import shutil
 import stat
 import subprocess
 import tempfile
@@ -48,7 +49,7 @@ def examine(directory: str | None = None) -> list[Finding]:
             "directory that can be written by --dir."
         ) from error
     findings += [_overlayfs(), _passthrough(), _session()]
-    return [*findings, _user_namespaces(), _open_files(), *_dead_mounts()]
+    return [*findings, _user_namespaces(), _bubblewrap(), _open_files(), *_dead_mounts()]
 
 
 def mounting_is_possible(findings: list[Finding]) -> bool:
@@ -304,6 +305,14 @@ def _configured(option: str) -> bool | None:
         with gzip.open("/proc/config.gz", "rt", errors="replace") as packed:
             return f"{option}=y" in (line.strip() for line in packed)
     return None
+
+
+def _bubblewrap() -> Finding:
+    path = shutil.which("bwrap")
+    if path is None:
+        detail = "not installed: `unionfs run` cannot start commands"
+        return Finding("bubblewrap", "limited", detail, "install the package bubblewrap")
+    return Finding("bubblewrap", "ok", f"{path}, for `unionfs run`")
 
 
 def _user_namespaces() -> Finding:

@@ -34,6 +34,7 @@ from unionfs.sys.mountinfo import (
     mounted_at,
     read_mountinfo,
 )
+from unionfs.sys.process import has_sys_admin
 
 _OURS_IN_WORK = frozenset({"work", "index"})
 
@@ -86,6 +87,14 @@ def check(settings: MountSettings) -> None:
         _check_writable_layers(settings, settings.upper, settings.work, host)
     _check_mountpoint(settings, host)
     _check_fuse(settings)
+    if settings.storage:
+        from unionfs.storage import sources
+
+        privileged = has_sys_admin()
+        for spec in settings.storage:
+            sources.check(spec)
+            if not privileged:
+                sources.check_without_root(spec, read_only=settings.read_only)
 
 
 def check_directory(kind: str, path: str, access: int = os.R_OK | os.X_OK) -> None:

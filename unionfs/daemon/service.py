@@ -12,7 +12,7 @@ import socket
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import trio
 
@@ -23,10 +23,15 @@ from unionfs.daemon.settings import MountSettings
 from unionfs.fuse.errors import SessionError, SessionUnfit
 from unionfs.fuse.operations import Operations
 from unionfs.sys.mountinfo import mounted_at
-from unionfs.sys.process import raise_open_file_limit
+from unionfs.sys.process import has_sys_admin, is_alive, raise_open_file_limit
 from unionfs.union.errors import LayerError
 from unionfs.union.layers import LayerStack
 from unionfs.union.tree import Union
+
+if TYPE_CHECKING:
+    from unionfs.daemon.guardian import Guardian
+    from unionfs.storage.sources import Sources
+    from unionfs.storage.specs import Spec, TmpfsOptions
 
 _SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 # How long a mount that was unmounted in this namespace may live on elsewhere once the daemon was told to end.
@@ -55,23 +60,39 @@ class Service:
         self._entry: live.LiveMount | None = None
         self._told_to_end = False
         self._io: dict[str, Any] = {}
+        #: Of a mount with storage: who it is to the registry of volumes, and the process that watches us.
+        self._user = ""
+        self._guardian: Guardian | None = None
+        self._sources: Sources | None = None
+        #: Whether the mount came to be used, so that what was made for its storage stays.
+        self._usable = False
 
     def run(self) -> bool:
         """Serve until the mount is gone. Returns whether the upper reached the disk.
 
         Raises UserError when it can't be mounted; nothing is left mounted then.
         """
-        settings = self.settings
+        try:
+            return self._run()
+        finally:
+            self._let_go_of_storage()
+
+    def _run(self) -> bool:
         raise_open_file_limit()
         os.umask(0)  # what callers ask for is what they get; the kernel took their umask off already
+        if self.settings.storage:
+            self._open_storage()
+        settings = self.settings
         try:
             claims = live.claims_of(settings)
+            scratch = None if settings.upper_tmpfs is None else self._scratch(settings.upper_tmpfs)
             stack = LayerStack.open(
                 settings.lowers,
                 settings.upper,
                 settings.work,
                 userxattr=settings.userxattr,
                 volatile=settings.volatile,
+                scratch=scratch,
             )
         except LayerError as error:
             raise UserError(_sentence(str(error))) from error
@@ -81,6 +102,8 @@ class Service:
         self._stack = stack
         try:
             operations = Operations(Union(stack))
+            if settings.storage and not has_sys_admin():
+                self._serve_storage(operations.union, stack)
             listener = self._listen()
             # From here on a signal means "end cleanly". It waits until trio's receiver looks for it (what is
             # blocked is kept even if it is ignored, kernel/signal.c), and once the receiver has put "ignored"
@@ -103,6 +126,51 @@ class Service:
             on_disk = self._finish(stack)
         return on_disk
 
+    def _open_storage(self) -> None:
+        """Have a guardian wait for our end, and open all sources, before there are threads or a mount."""
+        from unionfs.daemon import guardian
+        from unionfs.storage.sources import Sources
+        from unionfs.storage.users import release, user_of, with_names
+        from unionfs.storage.volumes import Volumes
+
+        settings = self.settings = replace(self.settings, storage=with_names(self.settings.storage))
+        self._user = user = user_of(settings.mountpoint)
+
+        def clear(device: str) -> None:
+            if device:
+                unmount.clear_dead_mounts(device)
+            release(settings, user)
+            live.entries()
+
+        try:
+            self._guardian = guardian.start(clear)
+        except OSError as error:
+            raise UserError(f"no process can be started: {reason(error)}; end some others.") from error
+        volumes = Volumes(settings.storage_root)
+        self._sources = Sources(volumes, user, kernel_mounts=has_sys_admin())
+        self._sources.open(settings.storage)
+
+    def _scratch(self, options: TmpfsOptions) -> int:
+        from unionfs.storage import tmpfs
+
+        # Devices and set-id programs are for the union's own mount to allow or not.
+        return tmpfs.make(options, owner="the tmpfs for the upper")
+
+    def _attach(self, stack: LayerStack) -> tuple[Spec, ...]:
+        """Mount the storage into the union, in a thread: every path leads through the union."""
+        from unionfs.storage.attach import attach
+
+        assert self._sources is not None
+        return attach(self.settings.mountpoint, self.device, self._sources, stack)
+
+    def _serve_storage(self, union: Union, stack: LayerStack) -> None:
+        """Without root the union shows its storage by itself."""
+        from unionfs.storage import served
+
+        assert self._sources is not None
+        self.settings = replace(self.settings, storage=served.serve(self._sources, union, stack))
+        self._sources.close()
+
     def _listen(self) -> socket.socket | None:
         path = live.entry_file(self.directory).removesuffix(".json") + ".sock"
         try:
@@ -123,6 +191,8 @@ class Service:
             session = trio.CancelScope()
             await nursery.start(self._watch_signals, session)
             nursery.start_soon(self._announce, ready, claims)
+            if self.settings.lives_with is not None:
+                nursery.start_soon(self._watch_owner, session, *self.settings.lives_with)
             if listener is not None:
                 nursery.start_soon(serve_control, listener, lambda: self._answer(operations))
             with session:
@@ -171,6 +241,14 @@ class Service:
             self._on_usable()
             return
         self.device = mount.device
+        if self._guardian is not None:
+            self._guardian.tell(mount.device)
+        if self.settings.storage and has_sys_admin():
+            assert self._stack is not None
+            attached = await trio.to_thread.run_sync(self._attach, self._stack, abandon_on_cancel=True)
+            self.settings = replace(self.settings, storage=attached)
+            assert self._sources is not None
+            self._sources.close()
         try:
             self._entry = live.announce(self.settings, mount.device, self.directory, claims)
         except OSError as error:
@@ -178,10 +256,17 @@ class Service:
                 f"the mount cannot be entered in {quoted(self.directory)}: {reason(error)}; make room there."
             ) from error
         log.info("mounted at %s", self.settings.mountpoint)
+        self._usable = True
         self._on_usable()
 
     def _answer(self, operations: Operations) -> dict[str, Any]:
-        return {"settings": self.settings.to_json(), "io": self._io, "figures": operations.figures()}
+        upper = operations.union.stack.upper
+        return {
+            "settings": self.settings.to_json(),
+            "io": self._io,
+            "figures": operations.figures(),
+            "upper_fd": None if upper is None else upper.root_fd,
+        }
 
     async def _watch_signals(
         self, session: trio.CancelScope, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED
@@ -196,6 +281,24 @@ class Service:
                     self._told_to_end = True
                     log.info("%s: unmounting %s", signal.Signals(number).name, self.settings.mountpoint)
                     nursery.start_soon(self._end, session)
+
+    async def _watch_owner(self, session: trio.CancelScope, pid: int, started: int) -> None:
+        """End when the process ends for which the mount is there."""
+        try:
+            pidfd = os.pidfd_open(pid)
+        except ProcessLookupError:
+            pass
+        else:
+            try:
+                # Asked after the pidfd is there, so that the pid cannot have got to another process since.
+                if is_alive(pid, started):
+                    await trio.lowlevel.wait_readable(pidfd)
+            finally:
+                os.close(pidfd)
+        if not self._told_to_end:
+            self._told_to_end = True
+            log.info("process %d has ended: unmounting %s", pid, self.settings.mountpoint)
+            await self._end(session)
 
     async def _end(self, session: trio.CancelScope) -> None:
         """Unmount while the loop goes on serving, then stop serving even if somebody still holds files."""
@@ -225,6 +328,7 @@ class Service:
         stack.close_lowers()
         if self.device:
             unmount.clear_leftovers(self.device)
+        self._release_storage()
         if self._entry is not None:
             live.mark_ending(self._entry)
         if not self.settings.volatile:
@@ -239,8 +343,28 @@ class Service:
         else:
             with suppress(OSError):
                 _remove_socket(self.directory)
+        self._let_go_of_storage()
         log.info("ended: %s", self.settings.mountpoint)
         return on_disk
+
+    def _release_storage(self) -> None:
+        """Give the volumes back; when the mount never could be used, all that was made for it is undone."""
+        if self._sources is None:
+            return
+        if self._usable:
+            from unionfs.storage.users import release
+
+            release(self.settings, self._user)
+        else:
+            self._sources.give_up()
+        self._sources = None
+
+    def _let_go_of_storage(self) -> None:
+        """The last that is done, however the mount ends: from now on nobody has to watch us."""
+        self._release_storage()
+        if self._guardian is not None:
+            self._guardian.dismiss()
+            self._guardian = None
 
 
 def _remove_socket(directory: str) -> None:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import MISSING, asdict, dataclass, fields
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from unionfs.daemon.errors import UserError, quoted
@@ -15,6 +15,7 @@ from unionfs.daemon.options import Options, parse_options
 
 if TYPE_CHECKING:
     from unionfs.fuse.direct.mounting import MountOptions
+    from unionfs.storage.specs import Spec, TmpfsOptions
 
 SESSIONS = ("auto", "direct", "pyfuse3")
 IO_MODES = ("auto", "hybrid", "passthrough", "cached")
@@ -49,6 +50,14 @@ class MountSettings:
     log_level: str
     mounted_by: int
     """The user id that made the mount."""
+    upper_tmpfs: TmpfsOptions | None = None
+    """Upper and work are on a tmpfs of this kind, which no path leads to; `upper` and `work` are None."""
+    storage: tuple[Spec, ...] = ()
+    """What is mounted into the union, in this order."""
+    storage_root: str = ""
+    """Where volumes are; empty when there is no storage."""
+    lives_with: tuple[int, int] | None = None
+    """A process (pid, start time in clock ticks since boot) whose end ends the mount."""
 
     def mount_options(self) -> MountOptions:
         """What the direct session mounts with."""
@@ -79,15 +88,31 @@ class MountSettings:
 
     def to_json(self) -> dict[str, Any]:
         """The settings as plain values; `from_json` reads them back."""
-        return asdict(self)
+        values = asdict(self)
+        if self.storage:
+            from unionfs.storage.specs import to_json
+
+            values["storage"] = [to_json(spec) for spec in self.storage]
+        return values
 
     @classmethod
     def from_json(cls, values: dict[str, Any]) -> MountSettings:
         """Raises KeyError or TypeError when the values are not those of `to_json`."""
-        plain: dict[str, Any] = {item.name: values[item.name] for item in fields(cls)}
+        plain: dict[str, Any] = {
+            item.name: values[item.name]
+            for item in fields(cls)
+            # a mount of an older version, which knew less, may live still
+            if item.name in values or item.default is MISSING
+        }
         for name, value in plain.items():
             if isinstance(value, list):
                 plain[name] = tuple(value)
+        if plain.get("storage") or plain.get("upper_tmpfs"):
+            from unionfs.storage.specs import TmpfsOptions, from_json
+
+            plain["storage"] = tuple(from_json(item) for item in plain.get("storage", ()))
+            if plain.get("upper_tmpfs") is not None:
+                plain["upper_tmpfs"] = TmpfsOptions.from_json(plain["upper_tmpfs"])
         return cls(**plain)
 
 
@@ -115,11 +140,14 @@ def settle(
     log_level: str = "info",
     source: str | None = None,
     trusted_xattrs: bool | None = None,
+    storage: Sequence[Spec] = (),
+    storage_root: str | None = None,
 ) -> MountSettings:
     """Make one whole of a call's words. Changes and looks at nothing but symlinks and the caller's ids.
 
     `source` is mount(8)'s first word and becomes `fsname` unless `-o` names one. `trusted_xattrs` says
-    whether `trusted.*` may be written (None: find out). Raises UserError.
+    whether `trusted.*` may be written (None: find out). `storage_root` is `--root`, which counts only when
+    there is `storage`. Raises UserError.
     """
     parsed = parse_options(options)
     chosen_lowers = list(_either("lower", "-l", "lowerdir=", tuple(lowers), tuple(parsed.lowers)))
@@ -129,6 +157,18 @@ def settle(
         raise UserError("no lower is given; add -l DIR for each one, topmost first, or -o lowerdir=DIR:DIR.")
     if "" in (*chosen_lowers, chosen_upper, chosen_work, mountpoint):
         raise UserError("an empty path is given; name a directory.")
+    upper_tmpfs = None
+    if chosen_upper is not None and chosen_upper.startswith("tmpfs"):
+        from unionfs.storage.parsing import is_tmpfs_upper, parse_tmpfs_upper
+
+        if is_tmpfs_upper(chosen_upper):
+            upper_tmpfs = parse_tmpfs_upper(chosen_upper)
+            if chosen_work is not None:
+                raise UserError(
+                    f"work {quoted(chosen_work)} is given, but with upper {quoted(chosen_upper)} the work "
+                    "directory is on the tmpfs too; leave --work out."
+                )
+            chosen_upper = None
     if chosen_upper is not None and chosen_work is None:
         raise UserError(
             f"upper {quoted(chosen_upper)} is given without a work directory; add --work DIR, an empty "
@@ -158,7 +198,7 @@ def settle(
         lowers=tuple(absolute(path) for path in chosen_lowers),
         upper=None if chosen_upper is None else absolute(chosen_upper),
         work=None if chosen_work is None else absolute(chosen_work),
-        read_only=chosen_upper is None or parsed.read_only,
+        read_only=(chosen_upper is None and upper_tmpfs is None) or parsed.read_only,
         session=session,
         io=io,
         fsname=parsed.fsname or source or "unionfs",
@@ -172,7 +212,16 @@ def settle(
         security=tuple(parsed.security),
         log_level="debug" if parsed.debug else log_level,
         mounted_by=os.getuid(),
+        upper_tmpfs=upper_tmpfs,
+        storage=tuple(storage),
+        storage_root=_storage_root(storage_root) if storage else "",
     )
+
+
+def _storage_root(chosen: str | None) -> str:
+    from unionfs.storage.root import storage_root
+
+    return storage_root(chosen)
 
 
 def absolute_mountpoint(path: str) -> str:

@@ -7,7 +7,9 @@ import errno
 import os
 import subprocess
 import time
+from collections.abc import Sequence
 from contextlib import suppress
+from typing import TYPE_CHECKING
 
 from unionfs.daemon import live
 from unionfs.daemon.errors import UserError, quoted, reason
@@ -17,6 +19,10 @@ from unionfs.sys.calls import syncfs
 from unionfs.sys.mount import MNT_DETACH, umount2
 from unionfs.sys.mountinfo import MountEntry, mounted_at, mounts_of_device, read_mountinfo
 from unionfs.sys.process import users_of, wait_gone
+
+if TYPE_CHECKING:
+    from unionfs.daemon.settings import MountSettings
+    from unionfs.storage.specs import Spec
 
 # How long a daemon may take to notice that its mount is gone before we look for what else holds the mount.
 _NOTICE_SECONDS = 2.0
@@ -64,6 +70,9 @@ def end_from_within(device: str) -> bool:
         if (on_top := mounted_at(mount.mountpoint)) is None or on_top.device != device:
             continue
         _sync(mount.mountpoint)
+        for inner in reversed(mounted_inside(mount)):
+            with suppress(OSError):  # what is in use goes with the detached union
+                unmount(inner.mountpoint)
         try:
             unmount(mount.mountpoint)
         except OSError as error:
@@ -109,6 +118,104 @@ def clear_leftovers(device: str) -> None:
                 unmount(mount.mountpoint, lazy=True)
 
 
+def mounted_inside(mount: MountEntry, table: Sequence[MountEntry] | None = None) -> list[MountEntry]:
+    """What is mounted on a mount and on what is mounted there, parents before children."""
+    left = list(read_mountinfo() if table is None else table)
+    known, found = {mount.mount_id}, []
+    while newer := [entry for entry in left if entry.parent_id in known and entry.mount_id not in known]:
+        found += newer
+        known |= {entry.mount_id for entry in newer}
+    return found
+
+
+def clear_dead_mounts(device: str) -> None:
+    """Unmount the union `device` (major:minor), whose daemon was killed, and first what is mounted in it."""
+    for mount in reversed(mounts_of_device(device)):
+        for inner in reversed(mounted_inside(mount)):
+            # The way to it leads through the dead union, so it may fail; then it goes with that.
+            with suppress(OSError):
+                unmount(inner.mountpoint)
+        with suppress(OSError):
+            unmount(mount.mountpoint, lazy=True)
+
+
+def _storage_mounts(mount: MountEntry, settings: MountSettings) -> list[MountEntry]:
+    """Those of the union's storage, in the order in which they were mounted.
+
+    With a source came what is mounted below it; that is told from other mounts by being the same there.
+    """
+    table = read_mountinfo()
+    top = mount.mountpoint.rstrip("/")
+    sources = {top + spec.target: _source(spec, settings) for spec in settings.storage}
+    on_host = {(entry.mountpoint, entry.device, entry.root) for entry in table}
+    found = []
+    for entry in mounted_inside(mount, table):
+        for target, source in sources.items():
+            below = entry.mountpoint.removeprefix(target + "/")
+            if entry.mountpoint == target or (
+                source is not None
+                and below != entry.mountpoint
+                and (f"{source}/{below}", entry.device, entry.root) in on_host
+            ):
+                found.append(entry)
+                break
+    return found
+
+
+def _source(spec: Spec, settings: MountSettings) -> str | None:
+    """The host path that storage is a bind mount of."""
+    match spec.kind:
+        case "bind":
+            return os.path.realpath(spec.path).rstrip("/")  # type: ignore[union-attr]
+        case "volume":
+            return f"{settings.storage_root}/volumes/{spec.name}/_data"  # type: ignore[union-attr]
+    return None
+
+
+class _Storage:
+    """What is mounted into a union, taken off before the union, and put back if that cannot be unmounted."""
+
+    def __init__(self, mounts: Sequence[MountEntry]) -> None:
+        self._mounts = mounts
+        self._taken: list[tuple[str, int]] = []
+
+    def take_off(self) -> None:
+        """Unmount all, last first. Raises OSError for one that is in use, with all as it was before."""
+        from unionfs.sys import detached
+
+        for mount in reversed(self._mounts):
+            try:
+                # A clone keeps what would be gone with a tmpfs, and how the mount is set up.
+                clone = detached.clone(mount.mountpoint, recursive=False)
+                try:
+                    unmount(mount.mountpoint)
+                except BaseException:
+                    os.close(clone)
+                    raise
+            except OSError as error:
+                self.put_back()
+                raise OSError(error.errno, error.strerror, mount.mountpoint) from error
+            self._taken.append((mount.mountpoint, clone))
+
+    def put_back(self) -> None:
+        """Mount again what was taken off."""
+        from unionfs.sys import detached
+
+        for path, clone in reversed(self._taken):
+            with suppress(OSError):
+                target = os.open(path, os.O_PATH | os.O_CLOEXEC)
+                try:
+                    detached.attach(clone, target)
+                finally:
+                    os.close(target)
+        self.let_go()
+
+    def let_go(self) -> None:
+        """Close the clones."""
+        while self._taken:
+            os.close(self._taken.pop()[1])
+
+
 def umount(mountpoint: str, *, lazy: bool = False) -> None:
     """The command `umount`: unmount and wait until the daemon is gone, all on disk. Raises UserError."""
     path = absolute_mountpoint(mountpoint)
@@ -120,14 +227,24 @@ def umount(mountpoint: str, *, lazy: bool = False) -> None:
         raise UserError(_why_not_ours(path, mount, entries))
     alive = entry is not None and entry.is_alive()
     dead = is_dead(path) if entry is None else not alive
+    storage = _Storage([] if entry is None or lazy or dead else _storage_mounts(mount, entry.settings))
+    if dead and not lazy:
+        for inner in reversed(mounted_inside(mount)):
+            with suppress(OSError):
+                unmount(inner.mountpoint)
     try:
+        storage.take_off()
         unmount(path, lazy=lazy)
     except OSError as error:
+        storage.put_back()
         if dead and error.errno == errno.EBUSY:
             # Nobody can use a dead mount; those who have a directory there only keep it from going.
             _unmount_dead(path)
         elif error.errno == errno.EBUSY:
-            raise UserError(_busy(path, mount)) from error
+            busy = mount
+            if error.filename is not None and os.fsdecode(error.filename) != path:
+                busy = mounted_at(os.fsdecode(error.filename)) or mount
+            raise UserError(_busy(path, busy, entry)) from error
         elif error.errno in (errno.EINVAL, errno.ENOENT):
             pass  # unmounted by somebody else in between
         else:
@@ -135,9 +252,11 @@ def umount(mountpoint: str, *, lazy: bool = False) -> None:
                 f"{quoted(path)} cannot be unmounted: {reason(error)}; run the command as the user who "
                 "mounted it, or as root."
             ) from error
+    storage.let_go()
     if entry is None:
         return
     if not alive:
+        _release_volumes(entry)
         entry.remove()
         return
     _wait_for_end(entry, path, lazy=lazy)
@@ -171,12 +290,27 @@ def _wait_for_end(entry: live.LiveMount, path: str, *, lazy: bool) -> None:
         )
 
 
-def _busy(path: str, mount: MountEntry) -> str:
-    users = users_of(path, mount.device)
+def _release_volumes(entry: live.LiveMount) -> None:
+    """Give back the volumes of a daemon that was killed, when its guardian was too."""
+    if entry.settings.storage:
+        from unionfs.storage.users import release, user_of
+
+        release(entry.settings, user_of(entry.settings.mountpoint, entry.pid, entry.started))
+
+
+def _busy(path: str, mount: MountEntry, entry: live.LiveMount | None) -> str:
+    """Why the union at `path` cannot be unmounted: `mount`, itself or something mounted in it, is in use."""
+    # Whoever has a file of the host's filesystem mapped is no user of a bind mount of it.
+    users = users_of(mount.mountpoint, mount.device if mount.is_fuse else "-1:-1")
+    ours = set()
+    if entry is not None and entry.settings.storage and (top := mounted_at(path)) is not None:
+        ours = {storage.mountpoint for storage in _storage_mounts(top, entry.settings)}
     inside = [
         other.mountpoint
         for other in read_mountinfo()
-        if other.mount_id != mount.mount_id and other.mountpoint.startswith(path.rstrip("/") + "/")
+        if other.mount_id != mount.mount_id
+        and other.mountpoint.startswith(mount.mountpoint.rstrip("/") + "/")
+        and other.mountpoint not in ours
     ]
     if inside:
         cause, cure = f"{quoted(inside[0])} is mounted inside it", f"unmount {quoted(inside[0])} first"

@@ -25,7 +25,7 @@ class CopyUps:
 
         Raises ``OSError``; nothing is left of the copy then.
         """
-        self.union.require_upper()
+        self.union.require_writable(node)
         while not node.is_upper:
             if node.copying is not None:
                 await may_wait()

@@ -139,7 +139,7 @@ class Files:
 
     async def fsync(self, node: Node, file: OpenFile, *, datasync: bool) -> None:
         """fsync(2) or fdatasync(2). Of a lower nothing can have changed."""
-        if not node.is_upper or self._union.stack.volatile:
+        if not node.is_upper or (self._union.stack.volatile and node.bound is None):
             return
         file.users += 1
         try:

@@ -23,6 +23,7 @@ from unionfs.fuse.files import Files, drop_set_ids
 from unionfs.fuse.inline import in_thread
 from unionfs.fuse.permissions import group_set_id_goes
 from unionfs.sys import calls
+from unionfs.union.bound import same_storage
 from unionfs.union.changes import Caller, Changes
 from unionfs.union.files import Handle, mode_without_set_ids
 from unionfs.union.nodes import Node
@@ -102,6 +103,11 @@ class Operations:
             raise error(errno.ENOENT)
         return node
 
+    def is_ours_alone(self, id_: int) -> bool:
+        """Whether nobody but this daemon changes a directory, so that what is known of it stays true."""
+        node = self.union.nodes.get(id_)
+        return node is None or node.identity is None
+
     def forget(self, id_: int, lookups: int) -> None:
         """The kernel gave back that many lookups."""
         node = self.union.nodes.named(id_)
@@ -132,6 +138,8 @@ class Operations:
     async def link(self, id_: int, new_parent: int, new_name: bytes) -> Found:
         """One more name."""
         node = self.node(id_)
+        if not same_storage(node, self.directory(new_parent)):
+            raise error(errno.EXDEV)
         await self.copy_ups.ensure(node)
         return self.changes.link(node, self.directory(new_parent), new_name)
 
@@ -228,19 +236,21 @@ class Operations:
         """The value of an xattr."""
         if name.startswith(ACL) and not self.union.stack.acl:
             raise error(errno.EOPNOTSUPP)
-        path, follow = self.union.path(self.node(id_))
-        return os.getxattr(path, self.union.markers.stored_name(name), follow_symlinks=follow)
+        node = self.node(id_)
+        path, follow = self.union.path(node)
+        return os.getxattr(path, self.union.stored_name(node, name), follow_symlinks=follow)
 
     def listxattr(self, id_: int, uid: int) -> list[bytes]:
         """The names of the xattrs that user ``uid`` may see."""
-        path, follow = self.union.path(self.node(id_))
+        node = self.node(id_)
+        path, follow = self.union.path(node)
         try:
             stored = [os.fsencode(name) for name in os.listxattr(path, follow_symlinks=follow)]
         except OSError as failure:
             if failure.errno == errno.EOPNOTSUPP:
                 return []
             raise
-        names = self.union.markers.shown_names(stored)
+        names = self.union.shown_names(node, stored)
         if uid != 0:  # as every filesystem does it: trusted.* is for the administrator
             names = [name for name in names if not name.startswith(b"trusted.")]
         if not self.union.stack.acl:
@@ -252,7 +262,7 @@ class Operations:
         if name.startswith(ACL) and not self.union.stack.acl:
             raise error(errno.EOPNOTSUPP)
         node = self.node(id_)
-        stored = self.union.markers.stored_name(name)
+        stored = self.union.stored_name(node, name)
         await self.copy_ups.ensure(node)
         node.ctime = None
         path, follow = self.union.path(node)
@@ -276,7 +286,7 @@ class Operations:
     async def removexattr(self, id_: int, name: bytes) -> None:
         """Remove an xattr."""
         node = self.node(id_)
-        stored = self.union.markers.stored_name(name)
+        stored = self.union.stored_name(node, name)
         path, follow = self.union.path(node)
         if not node.is_upper:
             os.getxattr(path, stored, follow_symlinks=follow)  # nothing to remove is no reason to copy up
@@ -290,7 +300,7 @@ class Operations:
     async def fsyncdir(self, id_: int) -> None:
         """fsync(2) of a directory."""
         node = self.node(id_)
-        if not node.is_upper or node.unlinked or self.union.stack.volatile:
+        if not node.is_upper or node.unlinked or (self.union.stack.volatile and node.bound is None):
             return
         fd = open_for_listing(self.union.gate.fd(node.parts[0]))
         try:
@@ -302,3 +312,5 @@ class Operations:
         """syncfs(2) of the upper."""
         if self.union.stack.upper is not None and not self.union.stack.volatile:
             await in_thread(self.union.stack.sync_upper)
+        if self.union.stack.bound:
+            await in_thread(self.union.stack.sync_bound)

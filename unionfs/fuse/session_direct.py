@@ -137,6 +137,7 @@ def _settings(operations: Operations, io: IoMode, spliceable: int, *, read_only:
     return Settings(
         io=io,
         read_only=read_only,
+        bound=bool(stack.bound),
         acl=stack.acl,
         upper_stack_depth=max(map(_stack_depth, uppers), default=0),
         lower_stack_depth=max(map(_stack_depth, lowers), default=0),

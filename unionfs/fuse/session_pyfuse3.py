@@ -104,6 +104,8 @@ class PyfuseOperations(pyfuse3.Operations):  # type: ignore[misc,unused-ignore]
         self.operations = operations
         self.files = operations.files
         self.enable_acl = operations.union.stack.acl
+        # The library knows one number for both.
+        operations.union.nodes.ids_are_numbers = True
         self._on_init = on_init
 
     def init(self) -> None:
@@ -126,7 +128,9 @@ class PyfuseOperations(pyfuse3.Operations):  # type: ignore[misc,unused-ignore]
         self, parent_inode: int, name: bytes, ctx: pyfuse3.RequestContext
     ) -> pyfuse3.EntryAttributes:
         found = self.operations.lookup(parent_inode, name)
-        return _absent() if found is None else _found(found)
+        if found is None:
+            return _absent(FOREVER if self.operations.is_ours_alone(parent_inode) else 0)
+        return _found(found)
 
     async def forget(self, inode_list: Sequence[tuple[int, int]]) -> None:
         for id_, lookups in inode_list:
@@ -248,7 +252,8 @@ class PyfuseOperations(pyfuse3.Operations):  # type: ignore[misc,unused-ignore]
     async def open(self, inode: int, flags: int, ctx: pyfuse3.RequestContext) -> pyfuse3.FileInfo:
         node = self.operations.node(inode)
         await self.files.prepare(node, flags)
-        return _opened(self.files.open(node, flags, ctx.uid, kills_set_ids=ctx.uid != 0))
+        number = self.files.open(node, flags, ctx.uid, kills_set_ids=ctx.uid != 0)
+        return _opened(number, keep_cache=node.identity is None)
 
     @_request
     async def create(
@@ -310,9 +315,9 @@ class PyfuseOperations(pyfuse3.Operations):  # type: ignore[misc,unused-ignore]
             found = self.operations.union.lookup(node, names[index])
             if found is None:
                 continue
-            child, attributes = found
+            child = found[0]
             if not pyfuse3.readdir_reply(
-                token, pyfuse3.FileNameT(names[index]), _entry(attributes), cookies[index]
+                token, pyfuse3.FileNameT(names[index]), _named(found), cookies[index]
             ):
                 self.operations.union.nodes.forget(child, 0)
                 return
@@ -334,14 +339,22 @@ _STATVFS: Final = (
 )  # fmt: skip
 
 
-def _opened(number: int) -> pyfuse3.FileInfo:
-    return pyfuse3.FileInfo(fh=pyfuse3.FileHandleT(number), keep_cache=True)
+def _opened(number: int, *, keep_cache: bool = True) -> pyfuse3.FileInfo:
+    return pyfuse3.FileInfo(fh=pyfuse3.FileHandleT(number), keep_cache=keep_cache)
 
 
 def _found(found: Found) -> pyfuse3.EntryAttributes:
     """The reply for a name the kernel will remember: one more lookup of the node."""
     found[0].lookups += 1
-    return _entry(found[1])
+    return _named(found)
+
+
+def _named(found: Found) -> pyfuse3.EntryAttributes:
+    """The reply for a name, which holds for ever unless others can change what it stands for."""
+    entry = _entry(found[1])
+    if found[0].identity is not None:
+        entry.entry_timeout = 0
+    return entry
 
 
 def _entry(attributes: Attributes) -> pyfuse3.EntryAttributes:
@@ -364,11 +377,11 @@ def _entry(attributes: Attributes) -> pyfuse3.EntryAttributes:
     return entry
 
 
-def _absent() -> pyfuse3.EntryAttributes:
-    """A reply that lets the kernel remember that there is nothing."""
+def _absent(seconds: float) -> pyfuse3.EntryAttributes:
+    """A reply that lets the kernel remember for a while that there is nothing."""
     entry = pyfuse3.EntryAttributes()
     entry.st_ino = pyfuse3.InodeT(0)
-    entry.entry_timeout = FOREVER
+    entry.entry_timeout = seconds
     return entry
 
 

@@ -15,6 +15,7 @@ from contextlib import ExitStack, contextmanager, nullcontext
 from typing import Final, TypeVar
 
 from unionfs.sys import calls
+from unionfs.union import bound
 from unionfs.union.copyup import ensure_upper, temporary_name
 from unionfs.union.listing import is_empty
 from unionfs.union.nodes import Node
@@ -102,7 +103,7 @@ class Changes:
         self, parent: Node, name: bytes, mode: int, rdev: int, caller: Caller
     ) -> tuple[Node, Attributes]:
         """A new fifo, socket, device or regular file. Character device 0/0 is a whiteout, so EPERM."""
-        if stat.S_ISCHR(mode) and rdev == 0:
+        if stat.S_ISCHR(mode) and rdev == 0 and parent.identity is None:
             raise _error(errno.EPERM)
         self._make(parent, name, caller, lambda fd, here: os.mknod(here, mode, rdev, dir_fd=fd))
         return self._new_node(parent, name)
@@ -132,7 +133,7 @@ class Changes:
                 return make(dir_fd, name)
         except FileExistsError:
             st = os.stat(name, dir_fd=dir_fd, follow_symlinks=False)
-            if not union.markers.is_whiteout(st, dir_fd, name):
+            if parent.identity is not None or not union.markers.is_whiteout(st, dir_fd, name):
                 raise
         return self._make_over_whiteout(dir_fd, name, caller, make, directory=directory)
 
@@ -222,7 +223,7 @@ class Changes:
         node = self._existing(parent, name)
         if node.is_dir:
             raise _error(errno.EISDIR)
-        self._union.require_upper()
+        self._union.require_writable(parent)
         hides_another = node.is_upper and union.is_visible_below(parent, name)
         with union.outliving(node):
             dir_fd = union.gate.fd(self._writable(parent))
@@ -243,13 +244,16 @@ class Changes:
         node = self._existing(parent, name)
         if not node.is_dir:
             raise _error(errno.ENOTDIR)
-        self._union.require_upper()
+        self._union.require_writable(parent)
         if not is_empty(union, node):
             raise _error(errno.ENOTEMPTY)
         hides_another = node.is_upper and union.is_visible_below(parent, name)
         with union.outliving(node):
             dir_fd = union.gate.fd(self._writable(parent))
-            self._remove_directory(dir_fd, name, upper=node.is_upper, hides_another=hides_another)
+            if node.identity is not None:
+                os.rmdir(name, dir_fd=dir_fd)
+            else:
+                self._remove_directory(dir_fd, name, upper=node.is_upper, hides_another=hides_another)
             for part in node.parts:
                 union.gate.forget(part)
             union.nodes.remove_name(node, parent, name)
@@ -272,13 +276,16 @@ class Changes:
                 calls.renameat2(dir_fd, name, work, temporary)  # only whiteouts are in it
 
     def _existing(self, parent: Node, name: bytes) -> Node:
-        known = self._union.nodes.child(parent, name)
-        if known is not None:
-            return known  # its attributes are of no interest
-        found = self._union.lookup(parent, name)
-        if found is None:
-            raise _error(errno.ENOENT)
-        return found[0]
+        """What has that name, and is to lose it. Raises ENOENT; EBUSY when storage is shown there."""
+        node = self._union.nodes.child(parent, name)
+        if node is None or parent.identity is not None:
+            found = self._union.lookup(parent, name)  # else the attributes are of no interest
+            if found is None:
+                raise _error(errno.ENOENT)
+            node = found[0]
+        if node.is_mountpoint:
+            raise _error(errno.EBUSY)
+        return node
 
     def _whiteout(self, dir_fd: int, name: bytes, for_dir: int | None = None) -> None:
         """Make a whiteout in ``dir_fd``, that will be moved to the directory ``for_dir`` if given."""
@@ -295,6 +302,10 @@ class Changes:
         union = self._union
         if node.place is None:
             raise _error(errno.ENOENT)
+        if not bound.same_storage(node, parent):
+            raise _error(errno.EXDEV)
+        if node.identity is not None:
+            return bound.link(union, node, parent, name)
         union.refuse_metacopy(node)
         place = self._writable(parent)
         with self._directories(node.place, place) as (source, dir_fd):
@@ -330,6 +341,9 @@ class Changes:
         """renameat2(2) with NOREPLACE or EXCHANGE. What :meth:`renamed` gives is in the upper already."""
         union = self._union
         node, target = self._accepted(parent, name, new_parent, new_name, flags)
+        if parent.identity is not None:
+            bound.rename(union, node, parent, name, new_parent, new_name, flags)
+            return
         if target is node:
             return
         if flags == calls.RENAME_EXCHANGE:
@@ -368,9 +382,19 @@ class Changes:
         if flags not in (0, calls.RENAME_NOREPLACE, calls.RENAME_EXCHANGE):
             raise _error(errno.EINVAL)
         node = self._existing(parent, name)
+        if not bound.same_storage(parent, new_parent):
+            raise _error(errno.EXDEV)
+        if parent.identity is not None:
+            union.require_writable(parent)
+            there = union.lookup(new_parent, new_name)
+            if there is not None and there[0].is_mountpoint:
+                raise _error(errno.EBUSY)
+            return node, node
         exchange = flags == calls.RENAME_EXCHANGE
         found = union.lookup(new_parent, new_name)
         target = None if found is None else found[0]
+        if target is not None and target.is_mountpoint:
+            raise _error(errno.EBUSY)
         if exchange and target is None:
             raise _error(errno.ENOENT)
         if flags == calls.RENAME_NOREPLACE and target is not None:

@@ -16,6 +16,7 @@ from collections.abc import Callable
 from typing import Final
 
 from unionfs.sys import calls
+from unionfs.union import bound
 from unionfs.union.files import OpenFile
 from unionfs.union.nodes import Node
 from unionfs.union.places import Place
@@ -78,7 +79,7 @@ class FileCopy:
         if self.size:
             whole = self.size == self._st.st_size
             dense = self.size <= SMALL and self._st.st_blocks * 512 >= self._st.st_size
-            _copy_data(self._source.fd, self._target, self.size, goes_on, whole=whole, dense=dense)
+            copy_data(self._source.fd, self._target, self.size, goes_on, whole=whole, dense=dense)
         goes_on()
         _copy_metadata(self._union, self._source.fd, self._target, self._st)
         if self._union.stack.durable:
@@ -183,6 +184,8 @@ def copy_up_special(union: Union, node: Node) -> None:
 
 def ensure_upper(union: Union, node: Node) -> Place:
     """The upper's directory for a directory node, copied up with all above it when there is none yet."""
+    if node.identity is not None:
+        return bound.writable(node)
     upper = union.require_upper()
     if node.unlinked:
         raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT))
@@ -269,8 +272,8 @@ def _copy_metadata(union: Union, source: int, target: int, st: os.stat_result) -
     os.utime(target, ns=(st.st_atime_ns, st.st_mtime_ns))
 
 
-def _copy_data(
-    source: int, target: int, size: int, goes_on: Callable[[], None], *, whole: bool, dense: bool
+def copy_data(
+    source: int, target: int, size: int, goes_on: Callable[[], None], *, whole: bool, dense: bool = False
 ) -> None:
     """Copy ``size`` bytes, holes as holes: by reflink, else by copy_file_range, else by reading.
 

@@ -12,6 +12,7 @@ import contextlib
 import errno
 import fcntl
 import os
+import stat
 from collections.abc import Sequence
 from contextlib import ExitStack
 from typing import Final
@@ -28,14 +29,30 @@ _DIRECTORY: Final = os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC
 
 
 class Layer:
-    """One directory tree of the stack; ``root`` is its place, whose fd stays open."""
+    """One directory tree of the stack; ``root`` is its place, whose fd stays open.
 
-    __slots__ = ("acl", "dev", "index", "is_upper", "memory", "path", "root")
+    ``bound``: it is no layer of the merge but storage that is shown at one place of the union; see `bound`.
+    """
 
-    def __init__(self, index: int, path: str, root_fd: int, *, is_upper: bool) -> None:
+    __slots__ = ("acl", "bound", "dev", "index", "is_upper", "memory", "path", "read_only", "root")
+
+    def __init__(
+        self,
+        index: int,
+        path: str,
+        root_fd: int,
+        *,
+        is_upper: bool,
+        bound: bool = False,
+        read_only: bool = False,
+    ) -> None:
         self.index = index
         self.path = path
+        #: Its objects are changed where they are.
         self.is_upper = is_upper
+        self.bound = bound
+        #: Of storage that may not be changed (a lower never is).
+        self.read_only = read_only
         self.root = Place(self, None, b"", root_fd)
         self.dev = os.stat(root_fd).st_dev
         self.acl = _has_acls(root_fd)
@@ -65,6 +82,8 @@ class LayerStack:
         self.work_fd = work_fd
         self.xattr_prefix = xattr_prefix
         self.volatile = False
+        #: What is shown at places of the union without being merged.
+        self.bound: list[Layer] = []
         self.acl = all(layer.acl for layer in layers)
         self._resources = resources
 
@@ -77,8 +96,12 @@ class LayerStack:
         *,
         userxattr: bool = False,
         volatile: bool = False,
+        scratch: int | None = None,
     ) -> LayerStack:
         """Open every layer, lock upper and work, and empty what a crashed daemon left in work.
+
+        ``scratch``: an O_PATH fd of an empty directory that nobody else reaches; upper and work are made in
+        it, and no path is given for them. It stays open as long as the stack, and is closed with it.
 
         Raises ``LayerError`` or ``OSError``; nothing stays open then.
         """
@@ -96,6 +119,10 @@ class LayerStack:
                 _lock(work_root, work, "work", resources)
                 work_fd = _prepare_work(work_root, work, resources)
                 layers.append(Layer(0, upper, upper_fd, is_upper=True))
+            elif scratch is not None:
+                resources.callback(os.close, scratch)
+                upper_fd, work_fd = _make_upper_and_work(scratch, lowers, resources)
+                layers.append(Layer(0, "", upper_fd, is_upper=True))
             for path in lowers:
                 fd = _open_lower(path, privileged)
                 resources.callback(os.close, fd)
@@ -112,6 +139,13 @@ class LayerStack:
         """Whether copy-ups and fsync must reach a disk."""
         return self.upper is not None and not self.volatile and not self.upper.memory
 
+    def bind(self, path: str, root_fd: int, *, read_only: bool) -> Layer:
+        """A tree, or a single file, to be shown at one place. The fd (O_PATH) is closed with the stack."""
+        self._resources.callback(os.close, root_fd)
+        layer = Layer(-1 - len(self.bound), path, root_fd, is_upper=True, bound=True, read_only=read_only)
+        self.bound.append(layer)
+        return layer
+
     def close_lowers(self) -> None:
         """Let go of the lowers, so that their filesystems can be unmounted."""
         for layer in self.layers:
@@ -122,6 +156,15 @@ class LayerStack:
         """Wait until all of the upper's filesystem is on disk."""
         if self.upper is not None:
             fd = open_for_listing(self.upper.root_fd)
+            try:
+                calls.syncfs(fd)
+            finally:
+                os.close(fd)
+
+    def sync_bound(self) -> None:
+        """Wait until the filesystems of what is bound are on disk."""
+        for layer in self.bound:
+            fd = os.open(b"/proc/self/fd/%d" % layer.root_fd, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
             try:
                 calls.syncfs(fd)
             finally:
@@ -175,6 +218,22 @@ def _open_upper_and_work(upper: str, work: str, privileged: bool, resources: Exi
         resources.callback(os.close, fd)
         fds.append(fd)
     return fds[0], fds[1]
+
+
+def _make_upper_and_work(scratch: int, lowers: Sequence[str], resources: ExitStack) -> tuple[int, int]:
+    """O_PATH fds of a new upper, which looks as the topmost lower does, and a new work directory."""
+    os.mkdir(b"upper", 0o755, dir_fd=scratch)
+    os.mkdir(b"work", 0o700, dir_fd=scratch)
+    upper_fd = os.open(b"upper", _DIRECTORY | os.O_NOFOLLOW, dir_fd=scratch)
+    resources.callback(os.close, upper_fd)
+    if lowers:
+        st = os.stat(lowers[0])
+        with contextlib.suppress(PermissionError):  # an ordinary user's upper is his own
+            calls.chown_fd(upper_fd, st.st_uid, st.st_gid)
+        os.chmod(b"/proc/self/fd/%d" % upper_fd, stat.S_IMODE(st.st_mode))
+    work_root = os.open(b"work", _DIRECTORY | os.O_NOFOLLOW, dir_fd=scratch)
+    resources.callback(os.close, work_root)
+    return upper_fd, _prepare_work(work_root, "on the tmpfs", resources)
 
 
 def _lock(fd: int, path: str, role: str, resources: ExitStack) -> None:

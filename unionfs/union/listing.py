@@ -21,7 +21,8 @@ class Listing:
     """The names of a merged directory, read from fds of its own, so that a thread may do it."""
 
     def __init__(self, union: Union, node: Node) -> None:
-        self._markers: Markers = union.markers
+        #: None: what is bound has no markers.
+        self._markers: Markers | None = union.markers if node.identity is None else None
         self._fds: list[int] = []
         self.large = False
         try:
@@ -55,6 +56,8 @@ class Listing:
 
     def _entries(self, fd: int, whiteouts: set[str]) -> list[str]:
         """The names in one real directory, without its whiteouts, which go into ``whiteouts``."""
+        if self._markers is None:
+            return os.listdir(fd)
         shown = []
         # an opaque "x" says that xattr whiteouts may be among the regular files
         opaque = self._markers.opaque_value(fd)

@@ -18,12 +18,15 @@ from __future__ import annotations
 
 import os
 import stat
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
 import xxhash
 
 from unionfs.union.files import Handle, OpenFile
 from unionfs.union.places import Place
+
+if TYPE_CHECKING:
+    from unionfs.union.layers import Layer
 
 ROOT_ID: Final = 1
 #: Hashed numbers have this bit, so they meet no inode number that a disk filesystem gives out.
@@ -34,8 +37,8 @@ class Node:
     """One object of the merged tree."""
 
     __slots__ = (
-        "children", "copying", "ctime", "file", "handles", "held", "id", "ino", "io", "kind", "links",
-        "lookups", "name", "parent", "parts", "place", "successor", "superseded", "unlinked",
+        "children", "copying", "ctime", "file", "handles", "held", "id", "identity", "ino", "io", "kind",
+        "links", "lookups", "name", "parent", "parts", "place", "successor", "superseded", "unlinked",
     )  # fmt: skip
 
     def __init__(self, id_: int, parent: Node | None, name: bytes, kind: int) -> None:
@@ -69,6 +72,8 @@ class Node:
         self.successor: Node | None = None
         #: How many nodes it took over from, which are still known.
         self.superseded = 0
+        #: Of a bound object: device and inode number, to see when its name stands for another one.
+        self.identity: tuple[int, int] | None = None
 
     @property
     def is_dir(self) -> bool:
@@ -80,6 +85,17 @@ class Node:
         if self.kind == stat.S_IFDIR:
             return bool(self.parts) and self.parts[0].layer.is_upper
         return self.place is not None and self.place.layer.is_upper
+
+    @property
+    def bound(self) -> Layer | None:
+        """The storage that it belongs to, if it is not of the merged layers; see `union.bound`."""
+        place = self.parts[0] if self.parts else self.place
+        return None if place is None or not place.layer.bound else place.layer
+
+    @property
+    def is_mountpoint(self) -> bool:
+        """Whether storage is shown here, so that the name is in use."""
+        return self.identity is not None and (self.parent is None or self.parent.bound is not self.bound)
 
     @property
     def is_pure_upper(self) -> bool:
@@ -99,6 +115,8 @@ class NodeTable:
         self._by_inode: dict[tuple[int, int], Node] = {}
         self._inode_of: dict[int, tuple[int, int]] = {}
         self._origin: dict[tuple[int, int], int] = {}
+        #: Whether ``st_ino`` and id have to be the same; then bound hard links have several numbers.
+        self.ids_are_numbers = False
 
     def __len__(self) -> int:
         return len(self._by_id)
@@ -131,6 +149,8 @@ class NodeTable:
     def number(self, parent: Node, name: bytes, st: os.stat_result, where: list[Place] | Place) -> int:
         """The inode number that :meth:`add` would give an object."""
         place = where[0] if isinstance(where, list) else where
+        if place.layer.bound:
+            return _bound_number(place.layer, st)
         upper = place.layer.is_upper
         if upper and self._by_inode and not stat.S_ISDIR(st.st_mode):
             known = self._by_inode.get((st.st_dev, st.st_ino))
@@ -164,6 +184,8 @@ class NodeTable:
         kind = stat.S_IFMT(st.st_mode)
         place = where[0] if isinstance(where, list) else where
         upper = place.layer.is_upper
+        if place.layer.bound:
+            return self._add_bound(parent, name, st, where, place.layer)
         linkable = upper and kind != stat.S_IFDIR
         if linkable and self._by_inode:
             known = self._by_inode.get((st.st_dev, st.st_ino))
@@ -180,6 +202,24 @@ class NodeTable:
         parent.children[name] = node
         if linkable and st.st_nlink > 1:
             self.linked(node, st)
+        return node
+
+    def _add_bound(
+        self, parent: Node, name: bytes, st: os.stat_result, where: list[Place] | Place, layer: Layer
+    ) -> Node:
+        """A bound object: each name is a node of its own, and hard links have one ``st_ino``."""
+        assert parent.children is not None
+        number = _bound_number(layer, st)
+        node = Node(self._free(number), parent, name, stat.S_IFMT(st.st_mode))
+        if not self.ids_are_numbers:
+            node.ino = number
+        node.identity = st.st_dev, st.st_ino
+        if isinstance(where, list):
+            node.parts = where
+        else:
+            node.place = where
+        self._by_id[node.id] = node
+        parent.children[name] = node
         return node
 
     def linked(self, node: Node, st: os.stat_result) -> None:
@@ -238,13 +278,17 @@ class NodeTable:
     def unnamed(self, parent: Node, held: int) -> Node:
         """A node for an upper file that has no name yet (O_TMPFILE), of which ``held`` is an O_PATH fd."""
         st = os.stat(held)
-        number = self._free(self._number(st, parent, b"", upper=True))
-        node = Node(number, parent, b"", stat.S_IFMT(st.st_mode))
+        layer = parent.bound
+        number = self._number(st, parent, b"", upper=True) if layer is None else _bound_number(layer, st)
+        node = Node(self._free(number), parent, b"", stat.S_IFMT(st.st_mode))
         node.place = parent.parts[0]
         node.held = held
         node.unlinked = True
-        self._by_id[number] = node
-        self.linked(node, st)
+        self._by_id[node.id] = node
+        if layer is None:
+            self.linked(node, st)
+        else:
+            node.identity = st.st_dev, st.st_ino
         return node
 
     def supersede(self, node: Node) -> Node:
@@ -309,6 +353,10 @@ class NodeTable:
 def _remove_child(parent: Node | None, name: bytes, node: Node) -> None:
     if parent is not None and parent.children is not None and parent.children.get(name) is node:
         del parent.children[name]
+
+
+def _bound_number(layer: Layer, st: os.stat_result) -> int:
+    return _hashed(b"bound%d:%d:%d" % (layer.index, st.st_dev, st.st_ino))
 
 
 def _hashed(key: bytes) -> int:

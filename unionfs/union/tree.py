@@ -15,6 +15,7 @@ from contextlib import contextmanager
 from typing import Final
 
 from unionfs.sys.creds import Identity
+from unionfs.union import bound
 from unionfs.union.files import OpenFile, open_backing, open_held
 from unionfs.union.layers import Layer, LayerStack
 from unionfs.union.markers import Markers
@@ -70,6 +71,8 @@ class Union:
         if len(name) > NAME_MAX:
             raise OSError(errno.ENAMETOOLONG, os.strerror(errno.ENAMETOOLONG))
         known = self.nodes.child(parent, name)
+        if parent.identity is not None:
+            return bound.lookup(self, parent, name, known)
         if known is not None:
             return known, self.attributes(known)
         found = self._search(parent, name)
@@ -82,6 +85,11 @@ class Union:
     def number(self, parent: Node, name: bytes) -> tuple[int, int] | None:
         """``st_ino`` and file type (S_IFMT bits) of what has that name, without a node for it."""
         known = self.nodes.child(parent, name)
+        if parent.identity is not None and not (known is not None and known.is_mountpoint):
+            st = bound.stat_name(self, parent, name)
+            if st is None:
+                return None
+            return self.nodes.number(parent, name, st, parent.parts), stat.S_IFMT(st.st_mode)
         if known is not None:
             return known.ino, known.kind
         found = self._search(parent, name)
@@ -214,7 +222,8 @@ class Union:
         elif len(node.parts) > 1:
             nlink = 1  # as overlayfs: counting the subdirectories of a merged directory is not worth it
         # copying up one name of a lower file with several breaks the link: its count is 1 from then on
-        lasting = st.st_nlink == 1 or node.is_dir or node.is_upper
+        # and what is bound may be changed by everybody on the host
+        lasting = (st.st_nlink == 1 or node.is_dir or node.is_upper) and node.identity is None
         ctime = st.st_ctime_ns
         if node.ctime is not None and node.ctime[0] == ctime:
             ctime = node.ctime[1]
@@ -252,7 +261,7 @@ class Union:
             yield
             if node.unlinked and node.held < 0:
                 node.held, fd = fd, -1
-                if node.is_upper and not node.is_dir:
+                if node.is_upper and not node.is_dir and node.identity is None:
                     st = os.stat(node.held)
                     if st.st_nlink > 0:  # it has names that nobody looked up yet
                         self.nodes.linked(node, st)
@@ -282,10 +291,14 @@ class Union:
         if write and not node.is_upper:
             raise OSError(errno.EROFS, "a lower is never written")
         waits = not node.place.layer.memory
+        if write and node.place.layer.read_only:
+            raise OSError(errno.EROFS, os.strerror(errno.EROFS))
         if node.held >= 0:
             file = open_held(node.held, write=write, waits=waits)
         else:
             file = open_backing(self.gate.fd(node.place), node.name, write=write, waits=waits)
+        if node.identity is not None:
+            return file
         try:
             os.getxattr(file.fd, self.markers.metacopy)
         except OSError:
@@ -295,6 +308,8 @@ class Union:
 
     def refuse_metacopy(self, node: Node) -> None:
         """A regular file with only its metadata in this layer: better EPERM than zeros for its data."""
+        if node.identity is not None:
+            return
         path, follow = self.path(node)
         try:
             os.getxattr(path, self.markers.metacopy, follow_symlinks=follow)
@@ -313,6 +328,22 @@ class Union:
         if self.stack.upper is None:
             raise OSError(errno.EROFS, os.strerror(errno.EROFS))
         return self.stack.upper
+
+    def require_writable(self, node: Node) -> None:
+        """Raises EROFS when nothing of the node can be changed: no upper, or read-only storage."""
+        layer = node.bound
+        if layer is None:
+            self.require_upper()
+        elif layer.read_only:
+            raise OSError(errno.EROFS, os.strerror(errno.EROFS))
+
+    def stored_name(self, node: Node, name: bytes) -> bytes:
+        """The name on disk of the xattr that the user calls ``name``."""
+        return name if node.identity is not None else self.markers.stored_name(name)
+
+    def shown_names(self, node: Node, stored: list[bytes]) -> list[bytes]:
+        """What the user sees of the names of xattrs kept on disk."""
+        return stored if node.identity is not None else self.markers.shown_names(stored)
 
     def close(self) -> None:
         """Close every fd that the tree opened (the layers' own stay)."""

@@ -90,7 +90,7 @@ class NameRequests:
             unique,
             node.id,
             0,
-            FOREVER,
+            FOREVER if node.identity is None else NEVER,
             self._ios.valid(node, attributes),
             _packed(attributes),
         )
@@ -102,7 +102,7 @@ class NameRequests:
         return encode.entry_out(
             node.id,
             0,
-            FOREVER,
+            FOREVER if node.identity is None else NEVER,
             self._ios.valid(node, attributes),
             _packed(attributes),
         )
@@ -128,7 +128,8 @@ class NameRequests:
     def _lookup(self, request: rq.Lookup) -> Reply:
         found = self._operations.lookup(request.nodeid, request.name)
         if found is None:
-            return encode.negative_entry(request.unique, FOREVER)
+            lasts = self._operations.is_ours_alone(request.nodeid)
+            return encode.negative_entry(request.unique, FOREVER if lasts else NEVER)
         return self._entry(request.unique, found)
 
     def _forget(self, request: rq.Forget) -> None:

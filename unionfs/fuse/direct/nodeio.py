@@ -95,7 +95,7 @@ class NodeIos:
             return self._decision.passthrough_open_flags, io.backing_id
         io.cached += 1
         flags = self._decision.file_open_flags
-        if io.written:
+        if io.written or node.identity is not None:
             flags &= ~FOPEN_KEEP_CACHE  # what is cached from before may be old
         return flags, 0
 
@@ -105,7 +105,7 @@ class NodeIos:
         node, io = handle.node, handle.node.io
         if not isinstance(io, NodeIo) or io.filled or io.cached != 1 or io.through or io.written:
             return False
-        if node.is_upper or not self._decision.file_open_flags & FOPEN_KEEP_CACHE:
+        if node.is_upper or node.bound or not self._decision.file_open_flags & FOPEN_KEEP_CACHE:
             return False
         io.filled = True
         return True
@@ -135,6 +135,8 @@ class NodeIos:
         return FOREVER
 
     def _wants_backing(self, node: Node) -> bool:
+        if node.identity is not None:
+            return False  # what is bound is changed by others too, and read through the page cache
         return self._decision.passthrough_upper if node.is_upper else self._decision.passthrough_lower
 
     def _register(self, io: NodeIo, node: Node, handle: Handle) -> None:

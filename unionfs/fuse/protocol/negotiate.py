@@ -18,6 +18,7 @@ breaking them):
   and only under default_permissions: without, the kernel ends the connection.
 - POSIX_ACL and DONT_MASK both or neither, when every layer has ACLs.
 - EXPLICIT_INVAL_DATA, unless a lower is live: then AUTO_INVAL_DATA (the kernel prefers AUTO if it gets both).
+- Storage served here (bound) is like a live lower, and its opens must be told: a read-only one refuses some.
 - READDIRPLUS_AUTO only with DO_READDIRPLUS. NO_OPENDIR and cached directories need directory cookies that are
   stable for a node, which the node table promises.
 - Flags from bit 32 on need INIT_EXT.
@@ -80,6 +81,8 @@ class Settings:
     """No upper: nothing is ever written."""
     live_lowers: bool = False
     """A lower may change while it is mounted."""
+    bound: bool = False
+    """Storage is served here, which others change too, and which may be read-only while the union is not."""
     acl: bool = False
     """Every layer has POSIX ACLs."""
     idmap: bool = False
@@ -183,15 +186,24 @@ def _passes_through(facts: _Facts) -> bool:
     return facts.mode is IoMode.PASSTHROUGH or (facts.mode is IoMode.HYBRID and not facts.settings.read_only)
 
 
+def _changes_below(facts: _Facts) -> bool:
+    """Whether files may change without this daemon."""
+    return facts.settings.live_lowers or facts.settings.bound
+
+
 _RULES: Final[tuple[_Rule, ...]] = (
     _rule(Init.INIT_EXT),
     _rule(Init.PASSTHROUGH, _passes_through),
-    _rule(Init.NO_OPEN_SUPPORT, lambda facts: facts.mode is IoMode.CACHED, never_with=Init.PASSTHROUGH),
+    _rule(
+        Init.NO_OPEN_SUPPORT,
+        lambda facts: facts.mode is IoMode.CACHED and not facts.settings.bound,
+        never_with=Init.PASSTHROUGH,
+    ),
     _rule(Init.ATOMIC_O_TRUNC, never_with=Init.NO_OPEN_SUPPORT),
     _rule(
         Init.WRITEBACK_CACHE,
         lambda facts: (
-            facts.mode is IoMode.CACHED and not facts.settings.read_only and not facts.settings.live_lowers
+            facts.mode is IoMode.CACHED and not facts.settings.read_only and not _changes_below(facts)
         ),
         never_with=Init.PASSTHROUGH,
     ),
@@ -200,8 +212,8 @@ _RULES: Final[tuple[_Rule, ...]] = (
     _rule(Init.POSIX_ACL, lambda facts: facts.settings.acl, needs=Init.DONT_MASK),
     _rule(Init.DONT_MASK, lambda facts: facts.settings.acl, needs=Init.POSIX_ACL),
     _rule(Init.ALLOW_IDMAP, lambda facts: facts.settings.idmap),
-    _rule(Init.AUTO_INVAL_DATA, lambda facts: facts.settings.live_lowers),
-    _rule(Init.EXPLICIT_INVAL_DATA, lambda facts: not facts.settings.live_lowers),
+    _rule(Init.AUTO_INVAL_DATA, lambda facts: _changes_below(facts)),
+    _rule(Init.EXPLICIT_INVAL_DATA, lambda facts: not _changes_below(facts)),
     _rule(Init.DO_READDIRPLUS),
     _rule(Init.READDIRPLUS_AUTO, needs=Init.DO_READDIRPLUS),
     _rule(Init.PARALLEL_DIROPS),
@@ -226,6 +238,11 @@ _GOOD: Final[dict[IoMode, str]] = {
     IoMode.PASSTHROUGH: "all files are read and written kernel to kernel",
     IoMode.CACHED: "all files come from the page cache, and opening one costs no message",
 }
+
+_GOOD_BOUND: Final = (
+    "all files come from the page cache, and opening one costs a message, because storage is served here "
+    "that the host changes too"
+)
 
 _DRAWBACK: Final[dict[tuple[IoMode, IoMode], str]] = {
     (IoMode.HYBRID, IoMode.PASSTHROUGH): (
@@ -288,7 +305,8 @@ def _choose(
             raise NegotiationRefused(
                 f"--io {mode} cannot be had, because {obstacle}. Use --io cached, or let --io auto choose."
             )
-    why = f"I/O is {mode}, as {how}: {_GOOD[mode]}."
+    good = _GOOD_BOUND if mode is IoMode.CACHED and settings.bound else _GOOD[mode]
+    why = f"I/O is {mode}, as {how}: {good}."
     why_not = {}
     for other in MODES:
         if other is not mode:

@@ -1,0 +1,128 @@
+"""`unionfs run` and `rm`."""
+
+from __future__ import annotations
+
+import click
+
+from unionfs.cli.storage_options import STORAGE_HELP, read_storage, storage_options
+
+
+@click.command(
+    short_help="Run a command in a union.",
+    context_settings={"allow_interspersed_args": False},
+    epilog="""\b
+Examples:
+  unionfs run --rm -l /srv/debian -- bash
+  unionfs run --name web -l /srv/debian -v ./site:/var/www:ro -- nginx -g 'daemon off;'
+  unionfs run --rm -l /srv/debian -u tmpfs:size=64m --net none -- sh -c 'echo secret > /key'
+""",
+)
+@click.option(
+    "-l", "--lower", "lowers", multiple=True, metavar="DIR",
+    help="A read-only layer; the first is on top. A kept container knows its own.",
+)  # fmt: skip
+@click.option(
+    "-u", "--upper", metavar="DIR|tmpfs[:OPT,...]",
+    help="Where changes go instead of into the container: a directory, or memory.",
+)  # fmt: skip
+@click.option("-w", "--work", metavar="DIR", help="As for mount; needed with a directory as upper.")
+@storage_options
+@click.option("--name", metavar="NAME", help="The container's name: the same name finds its files again.")
+@click.option("--rm", "remove", is_flag=True, help="Throw the container away at the end.")
+@click.option("--workdir", metavar="DIR", default="/", show_default=True,
+              help="Where the command starts; made if it is missing.")  # fmt: skip
+@click.option("-e", "--env", "variables", multiple=True, metavar="K=V",
+              help="An environment variable; K alone takes the caller's value.")  # fmt: skip
+@click.option("--hostname", metavar="NAME", help="The host name inside.  [the container's name]")
+@click.option("--net", type=click.Choice(["host", "none"]), default="host", show_default=True,
+              help="The host's network, or none but loopback.")  # fmt: skip
+@click.argument("command", nargs=-1, required=True, type=click.UNPROCESSED)
+def run(
+    lowers: tuple[str, ...],
+    upper: str | None,
+    work: str | None,
+    volumes: tuple[str, ...],
+    mounts: tuple[str, ...],
+    tmpfs: tuple[str, ...],
+    root: str | None,
+    name: str | None,
+    remove: bool,
+    workdir: str,
+    variables: tuple[str, ...],
+    hostname: str | None,
+    net: str,
+    command: tuple[str, ...],
+) -> int:
+    """Run COMMAND with a union as its root, in mount, pid, uts and ipc namespaces of its own (bubblewrap).
+
+    The union's upper is the container's own: what the command changes stays there, and `run --name NAME`
+    finds it again, until `unionfs rm NAME`; with --rm it is thrown away at the end. Volumes and bind mounts
+    stay in any case. The command has /proc, /dev and the host's network, and of root's capabilities those
+    that Docker leaves it; set-id programs gain nothing.
+
+    The exit code is the command's, 128 and the signal's number if a signal ended it, 126 and 127 if it cannot
+    be executed or found, 1 if the union cannot be mounted. Signals are handed on to it.
+
+    {storage}
+    """
+    from unionfs.cli.run import complain
+    from unionfs.containers.run import CommandError, Wish
+    from unionfs.containers.run import run as start
+
+    wish = Wish(
+        command=command,
+        lowers=lowers,
+        upper=upper,
+        work=work,
+        storage=read_storage(volumes, mounts, tmpfs),
+        root=root,
+        name=name,
+        remove=remove,
+        workdir=workdir,
+        environment=_environment(variables),
+        hostname=hostname,
+        own_network=net == "none",
+    )
+    try:
+        return start(wish, lambda sentence: complain("unionfs", sentence))
+    except CommandError as error:
+        return complain("unionfs", str(error), error.code)
+
+
+def _environment(variables: tuple[str, ...]) -> dict[str, str]:
+    import os
+
+    from unionfs.daemon.errors import UserError, quoted
+
+    values = {}
+    for text in variables:
+        key, equals, value = text.partition("=")
+        if not key:
+            raise UserError(f"-e {quoted(text)}: the variable has no name; write -e NAME=VALUE.")
+        if equals:
+            values[key] = value
+        elif key in os.environ:
+            values[key] = os.environ[key]
+    return values
+
+
+@click.command(short_help="Remove kept containers.", epilog="Example: unionfs rm web")
+@click.option(
+    "--root", metavar="DIR",
+    help="Where containers are kept. [UNIONFS_ROOT; /var/lib/unionfs, or ~/.local/share/unionfs]",
+)  # fmt: skip
+@click.argument("names", nargs=-1, required=True, metavar="NAME...")
+def rm(root: str | None, names: tuple[str, ...]) -> None:
+    """Remove containers that `unionfs run` kept, with all that was changed in them. Volumes stay."""
+    from unionfs.containers.store import Container
+    from unionfs.storage.root import storage_root
+
+    place = storage_root(root)
+    containers = [Container(place, name) for name in names]
+    for container in containers:
+        with container.claimed(make=False):
+            container.remove()
+
+
+assert run.help is not None
+run.help = run.help.replace("{storage}", STORAGE_HELP)

@@ -1,0 +1,62 @@
+"""The options that `mount` and `run` have in common: what is mounted into the union."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import click
+
+if TYPE_CHECKING:
+    from unionfs.storage.specs import Spec
+
+_F = TypeVar("_F", bound=Callable[..., Any])
+
+STORAGE_HELP = """\b
+    Storage (-v, --mount, --tmpfs), as for docker run; at most one thing at a target, and none at /:
+      -v NAME:/target[:ro,nocopy]       a named volume, made if it is missing
+      -v /host/path:/target[:ro]        a directory or file of the host; a missing directory is made
+      -v /target                        an anonymous volume
+      --mount type=volume,source=NAME,target=/target[,readonly,volume-driver=,volume-opt=K=V,
+              volume-nocopy,volume-subpath=]
+      --mount type=bind,source=/host/path,target=/target[,readonly,bind-propagation=,bind-create-src,
+              bind-recursive=]          a missing source is an error, unless bind-create-src is given
+      --mount type=tmpfs,target=/target[,readonly,tmpfs-size=64m,tmpfs-mode=1777]
+      --tmpfs /target[:ro,size=64m,mode=1777,nr_inodes=,uid=,gid=,exec,swap]
+    A target that is missing is made. An empty volume gets what the union has at its target. A tmpfs stays out
+    of swap where the kernel can do that (swap: it need not), and is mounted nosuid,nodev,noexec."""
+
+
+def storage_options(command: _F) -> _F:
+    """Add the options to a command."""
+    for option in reversed((
+        click.option(
+            "-v", "--volume", "volumes", multiple=True, metavar="[SRC:]TARGET[:MODE]",
+            help="Mount a volume or a host path into the union.",
+        ),
+        click.option(
+            "--mount", "mounts", multiple=True, metavar="KEY=VALUE,...",
+            help="The same in the long form, and tmpfs.",
+        ),
+        click.option(
+            "--tmpfs", "tmpfs", multiple=True, metavar="TARGET[:OPT,...]",
+            help="Mount an empty tmpfs into the union.",
+        ),
+        click.option(
+            "--root", metavar="DIR",
+            help="Where volumes are kept. [UNIONFS_ROOT; /var/lib/unionfs, or ~/.local/share/unionfs]",
+        ),
+    )):  # fmt: skip
+        command = option(command)
+    return command
+
+
+def read_storage(
+    volumes: Sequence[str], mounts: Sequence[str], tmpfs: Sequence[str]
+) -> tuple[Spec, ...]:
+    """What the options ask for, in the order of mounting. Raises UserError."""
+    if not (volumes or mounts or tmpfs):
+        return ()
+    from unionfs.storage.parsing import parse_all
+
+    return parse_all(volumes, mounts, tmpfs)

@@ -1,0 +1,1 @@
+"""Running commands in a union: containers without an engine."""

@@ -1,0 +1,129 @@
+"""A command in its container: starting it, handing signals on, and its exit code.
+
+bubblewrap is two processes: one outside that waits, and pid 1 of the new pid namespace, whose child is the
+command. What is typed at a terminal (Ctrl-C) goes to all of them, and ends the one outside; so this process
+becomes the reaper of what is left, waits for pid 1, and gets the command's exit code from there. A signal
+that somebody sends to this process alone is handed on to the command.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import json
+import os
+import signal
+import time
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
+
+from unionfs.sys.process import is_alive, start_time
+
+_PR_SET_CHILD_SUBREAPER = 36  # linux/prctl.h
+_SI_KERNEL = 0x80
+_FORWARDED = frozenset({
+    signal.SIGHUP, signal.SIGINT, signal.SIGQUIT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2,
+    signal.SIGWINCH,
+})  # fmt: skip
+_START_SECONDS = 2.0
+
+
+def hold_signals() -> None:
+    """Keep signals until there is a command to hand them to."""
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+    signal.pthread_sigmask(signal.SIG_BLOCK, _FORWARDED | {signal.SIGCHLD})
+
+
+class Command:
+    """bubblewrap with a command in it. Signals are held while it runs."""
+
+    def __init__(self, arguments: Callable[[int], Sequence[str]], environment: Mapping[str, str]) -> None:
+        """Start it; `arguments` is given the number of the fd for bubblewrap's --info-fd."""
+        hold_signals()
+        ctypes.CDLL(None).prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
+        reader, writer = os.pipe()
+        os.set_inheritable(writer, True)
+        words = list(arguments(writer))
+        _keep_from_child(writer)
+        try:
+            self._outer = os.posix_spawn(
+                words[0],
+                words,
+                dict(environment),
+                setsigmask=[],
+                # Python ignores these two.
+                setsigdef=[signal.SIGPIPE, signal.SIGXFSZ],
+            )
+        finally:
+            os.close(writer)
+        with os.fdopen(reader, "rb") as info:
+            self._init = _child_pid(info.read())
+        self._started = None if self._init is None else start_time(self._init)
+
+    @property
+    def started(self) -> bool:
+        """Whether bubblewrap came as far as to make the container."""
+        return self._init is not None
+
+    def kill(self) -> None:
+        """End everything in the container at once."""
+        if self._init is not None and self._started is not None and is_alive(self._init, self._started):
+            with suppress(OSError):
+                os.kill(self._init, signal.SIGKILL)
+
+    def wait(self) -> int:
+        """Hand signals on until the command has ended; its exit code, 128 and the signal if one ended it."""
+        ended: dict[int, int] = {}
+        while True:
+            with suppress(ChildProcessError):
+                while (found := os.waitpid(-1, os.WNOHANG))[0]:
+                    ended[found[0]] = os.waitstatus_to_exitcode(found[1])
+            outer = ended.get(self._outer)
+            if outer is not None and (outer >= 0 or self._init is None):
+                return _code(outer)
+            if outer is not None and self._init in ended:
+                return _code(ended[self._init])
+            info = signal.sigwaitinfo(_FORWARDED | {signal.SIGCHLD})
+            # What comes from the terminal came to the command as well.
+            if info.si_signo != signal.SIGCHLD and info.si_code != _SI_KERNEL:
+                self._hand_on(info.si_signo)
+
+    def _hand_on(self, number: int) -> None:
+        deadline = time.monotonic() + _START_SECONDS
+        while self._init is not None and self._started is not None:
+            pid = _only_child(self._init)
+            if pid is not None:
+                with suppress(OSError):
+                    os.kill(pid, number)
+                return
+            if time.monotonic() > deadline or not is_alive(self._init, self._started):
+                return
+            time.sleep(0.005)
+
+
+def _keep_from_child(but: int) -> None:
+    """Whatever the caller left open: a directory of the host would be a way out of the container."""
+    for name in os.listdir("/proc/self/fd"):
+        if int(name) > 2 and int(name) != but:
+            with suppress(OSError):
+                os.set_inheritable(int(name), False)
+
+
+def _child_pid(info: bytes) -> int | None:
+    try:
+        return int(json.loads(info)["child-pid"])
+    except (ValueError, KeyError, TypeError):
+        return None
+
+
+def _only_child(pid: int) -> int | None:
+    """The command: the first child of pid 1 of the container; proc_tid_children(5)."""
+    try:
+        with open(f"/proc/{pid}/task/{pid}/children", encoding="ascii") as children:
+            first = children.read().split()
+    except OSError:
+        return None
+    return int(first[0]) if first else None
+
+
+def _code(code: int) -> int:
+    return code if code >= 0 else 128 - code

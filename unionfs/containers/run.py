@@ -1,0 +1,251 @@
+"""`unionfs run`: a union, a command in it, and the end of both."""
+
+from __future__ import annotations
+
+import os
+import stat
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field, replace
+
+from unionfs.containers import bubblewrap
+from unionfs.containers.process import Command, hold_signals
+from unionfs.containers.store import Container, new_name
+from unionfs.daemon import guardian, live
+from unionfs.daemon.errors import UserError, quoted
+from unionfs.daemon.preflight import check_directory
+from unionfs.daemon.process import mount
+from unionfs.daemon.settings import MountSettings, absolute, settle
+from unionfs.daemon.unmount import umount
+from unionfs.storage.root import storage_root
+from unionfs.storage.specs import Spec, VolumeSpec
+from unionfs.storage.targets import MountedTree, prepare
+from unionfs.storage.volumes import Volumes
+from unionfs.sys.mountinfo import mounted_at
+from unionfs.sys.openat2 import open_in_root
+from unionfs.sys.process import start_time, wait_gone
+
+_NOT_FOUND = 127
+_NOT_EXECUTABLE = 126
+_LONGEST_HOSTNAME = 64  # HOST_NAME_MAX
+_END_SECONDS = 20.0
+
+
+class CommandError(UserError):
+    """The command cannot be started; `code` is the exit code that shells and docker have for that."""
+
+    def __init__(self, sentence: str, code: int) -> None:
+        super().__init__(sentence)
+        self.code = code
+
+
+@dataclass(frozen=True, slots=True)
+class Wish:
+    """What a call of `unionfs run` asks for."""
+
+    command: Sequence[str]
+    lowers: Sequence[str] = ()
+    upper: str | None = None
+    work: str | None = None
+    storage: Sequence[Spec] = ()
+    root: str | None = None
+    name: str | None = None
+    remove: bool = False
+    workdir: str = "/"
+    environment: Mapping[str, str] = field(default_factory=dict)
+    hostname: str | None = None
+    own_network: bool = False
+
+
+def run(wish: Wish, complain: Callable[[str], object]) -> int:
+    """Run a command in a union and give its exit code. Raises UserError when it cannot be started.
+
+    Then a container that was not there before is not there afterwards. `complain` is told in a sentence what
+    goes wrong once the command has ended.
+    """
+    _check(wish)
+    program = bubblewrap.find()
+    container = Container(storage_root(wish.root), wish.name or new_name())
+    new = not container.exists()
+    if not new and wish.remove:
+        raise UserError(
+            f"container {quoted(container.name)} exists already, and --rm would throw its files away; leave "
+            "--rm out, or choose another name."
+        )
+    if new and not wish.lowers:
+        missing = "" if wish.name is None else f"there is no container {quoted(container.name)} yet, and "
+        raise UserError(f"{missing}no lower is given; add -l DIR for each one, topmost first.")
+    keep = not new
+    with container.claimed(make=True):
+        try:
+            lowers = _lowers(wish, container)
+            container.make(lowers, layers=wish.upper is None)
+            code = _mounted(wish, program, container, lowers, complain)
+            # With an upper of the caller's own nothing is left to be kept here.
+            keep = keep or not (wish.remove or wish.upper is not None)
+        finally:
+            if not keep:
+                try:
+                    container.remove()
+                except UserError as error:
+                    complain(str(error))
+    return code
+
+
+def _check(wish: Wish) -> None:
+    if "" in wish.lowers or wish.upper == "" or wish.work == "":
+        raise UserError("an empty path is given; name a directory.")
+    if not wish.workdir.startswith("/"):
+        raise UserError(f"--workdir {quoted(wish.workdir)} is a relative path; give an absolute one.")
+    hostname = wish.hostname
+    if hostname is not None and not 0 < len(os.fsencode(hostname)) <= _LONGEST_HOSTNAME:
+        raise UserError(
+            f"--hostname {quoted(hostname)}: a host name has 1 to {_LONGEST_HOSTNAME} characters; shorten it."
+        )
+
+
+def _lowers(wish: Wish, container: Container) -> tuple[str, ...]:
+    """Those of the call, or those that a kept container was made over."""
+    given = tuple(absolute(path) for path in wish.lowers)
+    known = container.lowers()
+    if given and known and given != known:
+        shown = ", ".join(quoted(path) for path in known)
+        raise UserError(
+            f"container {quoted(container.name)} was made over other lowers ({shown}), and what it changed "
+            "fits no others; leave -l out, or choose another name."
+        )
+    for path in given or known:
+        check_directory("lower", path)
+    return given or known
+
+
+def _mounted(
+    wish: Wish,
+    program: str,
+    container: Container,
+    lowers: Sequence[str],
+    complain: Callable[[str], object],
+) -> int:
+    own_upper = wish.upper is None
+    settings = settle(
+        container.merged,
+        lowers=lowers,
+        upper=container.upper if own_upper else wish.upper,
+        work=container.work if own_upper else wish.work,
+        # What is thrown away need not reach a disk.
+        options=["volatile"] if own_upper and wish.remove else [],
+        storage=wish.storage,
+        storage_root=wish.root,
+    )
+    me = os.getpid()
+    mount(replace(settings, lives_with=(me, start_time(me) or 0)))
+    # From here on a signal waits until the command can be told.
+    hold_signals()
+    merged, entry = settings.mountpoint, None
+    try:
+        entry = next((entry for entry in live.entries() if entry.settings.mountpoint == merged), None)
+        if entry is None:
+            raise UserError(f"{quoted(merged)} was unmounted before the command could start; try again.")
+        return _in_union(wish, program, container, entry)
+    finally:
+        _unmount(merged, complain)
+        if wish.remove and entry is not None:
+            _remove_anonymous(entry.settings, complain)
+
+
+def _remove_anonymous(settings: MountSettings, complain: Callable[[str], object]) -> None:
+    """As `docker run --rm` does it: nobody else can know the names of these volumes."""
+    volumes = Volumes(settings.storage_root)
+    for spec in settings.storage:
+        if isinstance(spec, VolumeSpec) and spec.anonymous and spec.name is not None:
+            try:
+                volumes.remove(spec.name, force=True)
+            except UserError as error:
+                complain(str(error))
+
+
+def _in_union(wish: Wish, program: str, container: Container, entry: live.LiveMount) -> int:
+    merged = entry.settings.mountpoint
+    hostname = wish.hostname or container.name[:_LONGEST_HOSTNAME]
+    environment = bubblewrap.environment(wish.environment, hostname)
+    root = os.open(merged, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        workdir = "/"
+        if os.path.normpath(wish.workdir).strip("/"):
+            workdir = prepare(MountedTree(root), wish.workdir, "--workdir", directory=True).path
+        _find_command(root, wish.command[0], workdir, environment["PATH"])
+    finally:
+        os.close(root)
+    os.umask(0o022)
+    command = Command(
+        lambda info_fd: bubblewrap.arguments(
+            program,
+            merged,
+            wish.command,
+            workdir=workdir,
+            hostname=hostname,
+            own_network=wish.own_network,
+            storage=entry.settings.storage,
+            info_fd=info_fd,
+        ),
+        environment,
+    )
+
+    def clear(_: str) -> None:
+        """This process was killed; the daemon, which lives as long as it does, unmounts the union."""
+        command.kill()
+        wait_gone(entry.pid, entry.started, _END_SECONDS)
+        if wish.remove:
+            _remove_anonymous(entry.settings, lambda sentence: None)
+            with suppress(UserError), container.claimed(make=False):
+                container.remove()
+
+    watcher = guardian.start(clear)
+    try:
+        code = command.wait()
+    finally:
+        watcher.dismiss()
+    if not command.started:
+        raise UserError(
+            f"bubblewrap could not make the container (exit code {code}); its own message says why, and "
+            "`unionfs doctor` what this host lacks."
+        )
+    return code
+
+
+def _find_command(root: int, name: str, workdir: str, search: str) -> None:
+    """Refuse what cannot be started, with the exit code for that, before anything is. Raises CommandError."""
+    directories = [workdir] if "/" in name else [part or "." for part in search.split(":")]
+    found = False
+    for directory in directories:
+        path = os.path.join(workdir, directory, name)
+        try:
+            fd = open_in_root(root, os.fsencode(path))
+        except OSError:
+            continue
+        try:
+            mode = os.stat(fd).st_mode
+        finally:
+            os.close(fd)
+        found = found or not stat.S_ISDIR(mode) or "/" in name
+        if stat.S_ISREG(mode) and mode & 0o111:
+            return
+    if found:
+        raise CommandError(
+            f"{quoted(name)} in the union is no program to be executed; check its mode.", _NOT_EXECUTABLE
+        )
+    where = "" if "/" in name else f" in {search}"
+    raise CommandError(
+        f"{quoted(name)} does not exist in the union{where}; check the name and the lowers.", _NOT_FOUND
+    )
+
+
+def _unmount(merged: str, complain: Callable[[str], object]) -> None:
+    if mounted_at(merged) is None:
+        return
+    try:
+        umount(merged)
+    except UserError as error:
+        complain(str(error))
+        with suppress(UserError):
+            umount(merged, lazy=True)

@@ -1,0 +1,101 @@
+"""Mounting storage into a union that is mounted: kernel mounts on top of it, in order, undone in reverse.
+
+The sources are detached mounts that only have to be moved onto the fds of their targets: no path is looked up
+twice. All of this blocks, and the daemon has to go on serving meanwhile, so it runs in a thread.
+"""
+
+from __future__ import annotations
+
+import os
+from contextlib import ExitStack, suppress
+from dataclasses import replace
+
+from unionfs.daemon.errors import UserError, quoted, reason
+from unionfs.storage.populate import populate
+from unionfs.storage.sources import Source, Sources
+from unionfs.storage.specs import Spec, VolumeSpec
+from unionfs.storage.targets import MountedTree, Names, Tree, find, prepare, same_place
+from unionfs.sys import detached
+from unionfs.sys.mount import MNT_DETACH, umount2
+from unionfs.union.layers import LayerStack
+
+
+def attach(mountpoint: str, device: str, sources: Sources, stack: LayerStack) -> tuple[Spec, ...]:
+    """Mount everything. Gives the specs with the targets that they were given in the end.
+
+    `device` is the union's `major:minor`: what lies below it must not be mounted on when it is gone already.
+    Raises UserError when one cannot be mounted; then those before it are undone.
+    """
+    root = _open_root(mountpoint, device)
+    done: list[Spec] = []
+    taken: dict[Names, str] = {}
+    try:
+        with ExitStack() as undo:
+            for source in sources.opened:
+                done.append(_one(source, mountpoint, MountedTree(root), stack, taken, undo))
+            undo.pop_all()
+    finally:
+        os.close(root)
+    return tuple(done)
+
+
+def _open_root(mountpoint: str, device: str) -> int:
+    try:
+        root = os.open(mountpoint, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+        st_dev = os.stat(root).st_dev
+    except OSError as error:
+        raise UserError(
+            f"mountpoint {quoted(mountpoint)} has vanished: {reason(error)}; mount again."
+        ) from error
+    if f"{os.major(st_dev)}:{os.minor(st_dev)}" != device:
+        os.close(root)
+        raise UserError(f"{quoted(mountpoint)} was unmounted before its storage was there; mount again.")
+    return root
+
+
+def _one(
+    source: Source,
+    mountpoint: str,
+    tree: MountedTree,
+    stack: LayerStack,
+    taken: dict[Names, str],
+    undo: ExitStack,
+) -> Spec:
+    spec = source.spec
+    fill(source, tree, stack)
+    target = prepare(tree, spec.target, spec.source, directory=source.directory)
+    undo.callback(target.undo)
+    same_place(taken, target, spec.target)
+    try:
+        fd = tree.open(target.names)
+        try:
+            detached.attach(source.mount, fd)
+        finally:
+            os.close(fd)
+    except OSError as error:
+        raise UserError(
+            f"{spec.source} cannot be mounted at {quoted(spec.target)}: {reason(error)}; check the target."
+        ) from error
+    undo.callback(_unmount, mountpoint + target.path)
+    return replace(spec, target=target.path)
+
+
+def fill(source: Source, tree: Tree, stack: LayerStack) -> None:
+    """The first use of an empty volume. Raises UserError."""
+    spec = source.spec
+    if not isinstance(spec, VolumeSpec) or spec.subpath or not spec.copy:
+        return
+    try:
+        names, missing = find(tree, spec.target)
+    except OSError:
+        return  # `prepare` says what is wrong with the target
+    if names and not missing:
+        populate(stack, names, source.fd, spec.name or "")
+
+
+def _unmount(path: str) -> None:
+    try:
+        umount2(path)
+    except OSError:
+        with suppress(OSError):
+            umount2(path, MNT_DETACH)

@@ -1,0 +1,237 @@
+"""First use of an empty volume: what the union has at the target is copied into it, as Docker does.
+
+Owners, modes, times in nanoseconds, xattrs (ACLs among them), hard links, symlinks, devices and holes are
+kept. The layers are read directly, by a view of their own, and not through the mount: so hard links within a
+lower are seen as such, and nothing has to wait for the daemon.
+
+The copy is made below one hidden name in the volume and moved out of it at the end. What a crash leaves of it
+is either thrown away or moved out by the next use, so a volume is never taken for filled when it is half
+filled.
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import os
+import stat
+from collections.abc import Iterator
+from contextlib import suppress
+
+from unionfs.daemon.errors import UserError, quoted, reason
+from unionfs.storage.targets import Names
+from unionfs.sys import calls
+from unionfs.union.copyup import copy_data
+from unionfs.union.layers import LayerStack
+from unionfs.union.listing import Listing
+from unionfs.union.nodes import Node
+from unionfs.union.places import open_for_listing
+from unionfs.union.removal import remove_tree
+from unionfs.union.tree import Union
+
+_UNFINISHED = b".unionfs-copy-unfinished"
+_FINISHED = b".unionfs-copy"
+# mkfs makes it in a filesystem that is empty all the same.
+_NOTHING = frozenset({b"lost+found"})
+_DIRECTORY = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
+
+
+def populate(stack: LayerStack, names: Names, data: int, volume: str) -> bool:
+    """Fill the volume's directory `data` (an fd), if it is empty, with what the union has at `names`.
+
+    Returns whether anything was copied. Raises UserError; then the volume is as empty as before.
+    """
+    listing = open_for_listing(data)
+    try:
+        # Two unions may use a new volume at the same time.
+        fcntl.flock(listing, fcntl.LOCK_EX)
+        held = {os.fsencode(name) for name in os.listdir(listing)}
+        if _FINISHED in held:
+            _move_out(listing)
+            return True
+        if held - _NOTHING - {_UNFINISHED}:
+            return False
+        if _UNFINISHED in held:
+            remove_tree(listing, _UNFINISHED)
+        union = Union(stack)
+        try:
+            node = _find(union, names)
+            if node is None or not node.is_dir:
+                return False
+            _fill(union, node, listing)
+            return True
+        finally:
+            union.close()
+    except OSError as error:
+        path = b"/" + b"/".join(names)
+        raise UserError(
+            f"volume {quoted(volume)} cannot be filled with what the union has at "
+            f"{quoted(os.fsdecode(path))}: {reason(error)}; make room there, or use nocopy."
+        ) from error
+    finally:
+        os.close(listing)
+
+
+def _find(union: Union, names: Names) -> Node | None:
+    node = union.nodes.root
+    for name in names:
+        found = union.lookup(node, name) if node.is_dir else None
+        if found is None:
+            return None
+        node = found[0]
+    return node
+
+
+def _fill(union: Union, node: Node, data: int) -> None:
+    os.mkdir(_UNFINISHED, 0o700, dir_fd=data)
+    try:
+        copier = _Copier(union, os.open(_UNFINISHED, _DIRECTORY, dir_fd=data))
+        try:
+            copier.tree(node)
+        finally:
+            copier.close()
+        os.rename(_UNFINISHED, _FINISHED, src_dir_fd=data, dst_dir_fd=data)
+    except BaseException:
+        with suppress(OSError):
+            remove_tree(data, _UNFINISHED)
+        raise
+    _move_out(data)
+
+
+def _move_out(data: int) -> None:
+    """The volume's directory becomes what the copied one is."""
+    copy = os.open(_FINISHED, _DIRECTORY, dir_fd=data)
+    try:
+        st = os.fstat(copy)
+        for name in os.listdir(copy):
+            os.rename(name, name, src_dir_fd=copy, dst_dir_fd=data)
+        _keep_owner(data, st)
+        for xattr in os.listxattr(copy):
+            _set_xattr(b"/proc/self/fd/%d" % data, os.fsencode(xattr), os.getxattr(copy, xattr), follow=True)
+        os.fchmod(data, stat.S_IMODE(st.st_mode))
+    finally:
+        os.close(copy)
+    os.rmdir(_FINISHED, dir_fd=data)
+    os.utime(data, ns=(st.st_atime_ns, st.st_mtime_ns))
+
+
+class _Copier:
+    """Copies a merged directory into a real one, without recursion: trees may be deep."""
+
+    def __init__(self, union: Union, root: int) -> None:
+        self._union = union
+        self._root = root
+        #: Where the first name of a file with several went, relative to the root.
+        self._links: dict[tuple[int, int], bytes] = {}
+
+    def close(self) -> None:
+        os.close(self._root)
+
+    def tree(self, top: Node) -> None:
+        """Copy the content and attributes of a directory to the root."""
+        # Each step: a directory, where its copy is, the path of that, and the names that are still to come.
+        steps: list[tuple[Node, int, bytes, Iterator[bytes]]] = [
+            (top, os.dup(self._root), b"", iter(Listing(self._union, top).names()))
+        ]
+        try:
+            while steps:
+                node, fd, path, names = steps[-1]
+                name = next(names, None)
+                if name is None:
+                    self._keep(node, fd)
+                    steps.pop()
+                    os.close(fd)
+                    self._union.nodes.forget(node, 0)
+                    continue
+                found = self._union.lookup(node, name)
+                if found is None:
+                    continue
+                child, here = found[0], b"%b/%b" % (path, name) if path else name
+                if child.is_dir:
+                    os.mkdir(name, 0o700, dir_fd=fd)
+                    inner = os.open(name, _DIRECTORY, dir_fd=fd)
+                    steps.append((child, inner, here, iter(Listing(self._union, child).names())))
+                else:
+                    self._leaf(child, fd, name, here)
+                    self._union.nodes.forget(child, 0)
+        finally:
+            for _, fd, _, _ in steps:
+                os.close(fd)
+
+    def _leaf(self, node: Node, dir_fd: int, name: bytes, path: bytes) -> None:
+        st = self._union.stat(node)
+        if st.st_nlink > 1:
+            first = self._links.setdefault((st.st_dev, st.st_ino), path)
+            if first is not path:
+                os.link(first, name, src_dir_fd=self._root, dst_dir_fd=dir_fd, follow_symlinks=False)
+                return
+        if stat.S_ISREG(st.st_mode):
+            self._file(node, dir_fd, name)
+            return
+        if stat.S_ISLNK(st.st_mode):
+            os.symlink(self._union.readlink(node), name, dir_fd=dir_fd)
+        else:
+            os.mknod(name, stat.S_IFMT(st.st_mode) | 0o600, st.st_rdev, dir_fd=dir_fd)
+        fd = os.open(name, os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=dir_fd)
+        try:
+            _keep_owner(fd, st)
+            self._keep_xattrs(node, b"/proc/self/fd/%d/%b" % (dir_fd, name), follow=False)
+            if not stat.S_ISLNK(st.st_mode):
+                os.chmod(b"/proc/self/fd/%d" % fd, stat.S_IMODE(st.st_mode))
+        finally:
+            os.close(fd)
+        calls.utimensat(dir_fd, name, st.st_atime_ns, st.st_mtime_ns)
+
+    def _file(self, node: Node, dir_fd: int, name: bytes) -> None:
+        flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
+        source = self._union.open_file(node, write=False)
+        try:
+            fd = os.open(name, flags, 0o600, dir_fd=dir_fd)
+            try:
+                copy_data(source.fd, fd, os.fstat(source.fd).st_size, lambda: None, whole=True)
+                self._keep(node, fd)
+            finally:
+                os.close(fd)
+        finally:
+            self._union.close_file(node, source)
+
+    def _keep(self, node: Node, fd: int) -> None:
+        """Owner, xattrs, mode, times: in the order in which none undoes another."""
+        st = self._union.stat(node)
+        _keep_owner(fd, st)
+        self._keep_xattrs(node, b"/proc/self/fd/%d" % fd, follow=True)
+        os.fchmod(fd, stat.S_IMODE(st.st_mode))
+        os.utime(fd, ns=(st.st_atime_ns, st.st_mtime_ns))
+
+    def _keep_xattrs(self, node: Node, target: bytes, *, follow: bool) -> None:
+        markers = self._union.markers
+        path, follow_source = self._union.path(node)
+        try:
+            stored = [os.fsencode(name) for name in os.listxattr(path, follow_symlinks=follow_source)]
+        except OSError as error:
+            if error.errno != errno.EOPNOTSUPP:
+                raise
+            return
+        for name in markers.shown_names(stored):
+            value = os.getxattr(path, markers.stored_name(name), follow_symlinks=follow_source)
+            _set_xattr(target, name, value, follow=follow)
+
+
+def _keep_owner(fd: int, st: os.stat_result) -> None:
+    """As an ordinary user only what is the user's own can be kept."""
+    try:
+        calls.chown_fd(fd, st.st_uid, st.st_gid)
+    except PermissionError:
+        if os.geteuid() == 0:
+            raise
+
+
+def _set_xattr(target: bytes, name: bytes, value: bytes, *, follow: bool) -> None:
+    try:
+        os.setxattr(target, name, value, follow_symlinks=follow)
+    except OSError as error:
+        if error.errno == errno.EPERM and os.geteuid() != 0:
+            return
+        # What the volume's filesystem cannot keep is left out, but not what grants or takes rights.
+        if error.errno != errno.EOPNOTSUPP or name.startswith((b"security.", b"system.posix_acl_")):
+            raise

@@ -1,0 +1,46 @@
+"""Sizes as people write them, and as tmpfs takes them."""
+
+from __future__ import annotations
+
+import re
+
+# github.com/docker/go-units, RAMInBytes: 64m, 64MB, 64MiB, 1.5g; always powers of 1024.
+_SIZE = re.compile(r"(\d+(?:\.\d+)?)(?: (?=[a-z]))?(?:([kmgtp])i?)?b?", re.IGNORECASE)
+_UNITS = " kmgtp"
+_PERCENT = re.compile(r"(\d{1,3})%")
+# tmpfs(5), nr_inodes: a number with k, m or g.
+_COUNT = re.compile(r"(\d+)([kmg]?)", re.IGNORECASE)
+_LARGEST = 2**63 - 1
+
+
+def parse_size(text: str) -> int:
+    """Bytes of `64m`, `1.5GiB`, `4096` and the like. Raises ValueError."""
+    found = _SIZE.fullmatch(text)
+    if found is None:
+        raise ValueError(text)
+    number, unit = found.groups()
+    factor = 1 << 10 * _UNITS.index(unit.lower()) if unit else 1
+    size = int(number) * factor if "." not in number else int(float(number) * factor)
+    if size > _LARGEST:
+        raise ValueError(text)
+    return size
+
+
+def parse_tmpfs_size(text: str) -> str:
+    """A size as tmpfs takes it: bytes, or `50%` of the memory; 0 is no limit. Raises ValueError."""
+    if found := _PERCENT.fullmatch(text):
+        if not 0 < int(found[1]) <= 100:
+            raise ValueError(text)
+        return f"{int(found[1])}%"
+    return str(parse_size(text))
+
+
+def parse_count(text: str) -> str:
+    """A number of inodes as tmpfs takes it; `k`, `m` and `g` are powers of 1024. Raises ValueError."""
+    found = _COUNT.fullmatch(text)
+    if found is None:
+        raise ValueError(text)
+    count = int(found[1]) << 10 * _UNITS.index(found[2].lower() or " ")
+    if count > _LARGEST:
+        raise ValueError(text)
+    return str(count)

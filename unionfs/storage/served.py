@@ -1,0 +1,84 @@
+"""Storage without root: the daemon shows it in the union by itself, for it may not make kernel mounts.
+
+The same sources, targets and errors as in `attach`; done before the union is mounted, so that nobody has
+looked a target up yet. What the served storage is and how it behaves: `union.bound`.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+from contextlib import ExitStack
+from dataclasses import replace
+
+from unionfs.storage.attach import fill
+from unionfs.storage.sources import Sources
+from unionfs.storage.specs import Spec
+from unionfs.storage.targets import Names, prepare, same_place
+from unionfs.union import bound
+from unionfs.union.changes import Caller, Changes
+from unionfs.union.layers import LayerStack
+from unionfs.union.nodes import Node
+from unionfs.union.tree import Union
+
+
+class UnionTree:
+    """A union that is not mounted yet, for the search for targets. Raises OSError."""
+
+    def __init__(self, union: Union) -> None:
+        self._union = union
+        self._changes = Changes(union)
+        self._caller = Caller(os.geteuid(), os.getegid())
+
+    def node(self, names: Names) -> Node:
+        """The node with that path; ENOENT."""
+        node = self._union.nodes.root
+        for name in names:
+            found = self._union.lookup(node, name)
+            if found is None:
+                raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT))
+            node = found[0]
+        return node
+
+    def kind(self, names: Names) -> int:
+        return self.node(names).kind
+
+    def readlink(self, names: Names) -> bytes:
+        return self._union.readlink(self.node(names))
+
+    def mkdir(self, names: Names) -> None:
+        self._changes.mkdir(self.node(names[:-1]), names[-1], 0o755, self._caller)
+
+    def create(self, names: Names) -> None:
+        _, _, fd = self._changes.create(self.node(names[:-1]), names[-1], 0o644, self._caller)
+        os.close(fd)
+
+    def remove(self, names: Names, *, directory: bool) -> None:
+        parent = self.node(names[:-1])
+        if directory:
+            self._changes.rmdir(parent, names[-1])
+        else:
+            self._changes.unlink(parent, names[-1])
+
+
+def serve(sources: Sources, union: Union, stack: LayerStack) -> tuple[Spec, ...]:
+    """Show everything in the union. Gives the specs with the targets that they were given in the end.
+
+    Raises UserError when one cannot be had; what was made for those before it is undone.
+    """
+    done: list[Spec] = []
+    tree = UnionTree(union)
+    taken: dict[Names, str] = {}
+    with ExitStack() as undo:
+        for source in sources.opened:
+            spec = source.spec
+            fill(source, tree, stack)
+            target = prepare(tree, spec.target, spec.source, directory=source.directory)
+            undo.callback(target.undo)
+            same_place(taken, target, spec.target)
+            layer = stack.bind(spec.target, os.dup(source.fd), read_only=spec.read_only)
+            node = bound.bind(union, tree.node(target.names[:-1]), target.names[-1], layer)
+            undo.callback(bound.unbind, union, node)
+            done.append(replace(spec, target=target.path))
+        undo.pop_all()
+    return tuple(done)

@@ -1,0 +1,209 @@
+"""What is to be mounted, opened: a directory or file of the host, of a volume, or the root of a new tmpfs."""
+
+from __future__ import annotations
+
+import errno
+import os
+import stat
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack, suppress
+from dataclasses import dataclass, replace
+
+from unionfs.daemon.errors import UserError, quoted, reason
+from unionfs.storage import tmpfs
+from unionfs.storage.specs import BindSpec, Spec, TmpfsSpec, VolumeSpec
+from unionfs.storage.volumes import Volumes
+from unionfs.sys import detached
+from unionfs.sys.openat2 import open_in_root
+
+
+@dataclass(frozen=True, slots=True)
+class Source:
+    """An opened source. The fds are closed by `Sources.close`."""
+
+    spec: Spec
+    """With the name that an anonymous volume has been given."""
+    fd: int
+    """An O_PATH fd of the directory or file that is to be mounted; of a tmpfs its detached mount."""
+    directory: bool
+    mount: int = -1
+    """The root of a detached mount of it, set up as it is to be mounted; -1 where the daemon serves it."""
+
+
+class Sources:
+    """All sources of a union's storage, opened before the union is mounted (which may cover their paths).
+
+    `undo` has what to do when the union does not come about. `user` is who uses the volumes.
+    """
+
+    def __init__(self, volumes: Volumes, user: str, *, kernel_mounts: bool) -> None:
+        self.opened: list[Source] = []
+        self.undo = ExitStack()
+        self._volumes = volumes
+        self._user = user
+        self._kernel_mounts = kernel_mounts
+
+    def open(self, specs: Sequence[Spec]) -> None:
+        """Open all, made if that is wanted. Raises UserError, with all undone."""
+        try:
+            for spec in specs:
+                self.opened.append(self._open(spec))
+        except BaseException:
+            self.give_up()
+            raise
+
+    def give_up(self) -> None:
+        """Undo what was made and close everything."""
+        self.close()
+        self.undo.close()
+
+    def close(self) -> None:
+        """Close the fds: what is mounted stays, and what is served has fds of its own."""
+        while self.opened:
+            source = self.opened.pop()
+            os.close(source.fd)
+            if source.mount not in (-1, source.fd):
+                os.close(source.mount)
+
+    def _open(self, spec: Spec) -> Source:
+        match spec:
+            case BindSpec():
+                fd = _open_bind(spec, self.undo)
+            case VolumeSpec():
+                spec, fd = self._open_volume(spec)
+            case TmpfsSpec():
+                flags = (*spec.flags, *(["ro"] if spec.read_only else []))
+                fd = tmpfs.make(spec.options, flags, owner=f"the tmpfs at {quoted(spec.target)}")
+                return Source(spec, fd, True, fd)
+        directory = stat.S_ISDIR(os.stat(fd).st_mode)
+        try:
+            return Source(spec, fd, directory, _detached(spec, fd) if self._kernel_mounts else -1)
+        except OSError as error:
+            os.close(fd)
+            raise UserError(
+                f"{spec.source} cannot be mounted at {quoted(spec.target)}: {reason(error)}"
+                f"{_cure(spec, error)}."
+            ) from error
+
+    def _open_volume(self, spec: VolumeSpec) -> tuple[VolumeSpec, int]:
+        made = self._volumes.ensure(
+            spec.name, driver=spec.driver, options=dict(spec.options), anonymous=spec.anonymous
+        )
+        if spec.anonymous:
+            self.undo.callback(_quietly, lambda: self._volumes.remove(made.name, force=True))
+        path = self._volumes.attach(made.name, self._user)
+        self.undo.callback(_quietly, lambda: self._volumes.detach(made.name, self._user))
+        try:
+            fd = os.open(path, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+        except OSError as error:
+            raise UserError(
+                f"volume {quoted(made.name)} cannot be opened at {quoted(path)}: {reason(error)}; check the "
+                "storage root."
+            ) from error
+        if spec.subpath:
+            whole = fd
+            try:
+                fd = open_in_root(whole, os.fsencode(spec.subpath))
+            except OSError as error:
+                raise UserError(
+                    f"volume-subpath {quoted(spec.subpath)} of volume {quoted(made.name)} cannot be used: "
+                    f"{reason(error)}; make it in the volume first."
+                ) from error
+            finally:
+                os.close(whole)
+        return replace(spec, name=made.name), fd
+
+
+def _quietly(action: Callable[[], object]) -> None:
+    """One step of undoing, which must not keep the others from being done."""
+    with suppress(UserError, OSError):
+        action()
+
+
+def _detached(spec: VolumeSpec | BindSpec, fd: int) -> int:
+    """A detached bind mount, set up before anybody can see it: a read-only one was never writable."""
+    bind = spec if isinstance(spec, BindSpec) else BindSpec(spec.target, "", spec.read_only)
+    clone = detached.clone(fd, recursive=bind.recursive)
+    try:
+        detached.change(
+            clone,
+            propagation=detached.PROPAGATION[bind.propagation.removeprefix("r")],
+            recursive=bind.propagation.startswith("r"),
+        )
+        if bind.read_only:
+            detached.change(clone, add=detached.READ_ONLY, recursive=bind.read_only_below)
+    except BaseException:
+        os.close(clone)
+        raise
+    return clone
+
+
+def _cure(spec: Spec, error: OSError) -> str:
+    if error.errno == errno.EPERM:
+        return "; run as root"
+    if error.errno == errno.EINVAL and isinstance(spec, BindSpec):
+        return "; its mount cannot be bound (it is unbindable, or of another mount namespace)"
+    return "; check the source and the target"
+
+
+def check(spec: Spec) -> None:
+    """Look at a source before anything is mounted or made. Raises UserError."""
+    if isinstance(spec, BindSpec) and not spec.create:
+        try:
+            os.stat(spec.path)
+        except OSError as error:
+            raise UserError(_unusable(spec, error)) from error
+
+
+def check_without_root(spec: Spec, *, read_only: bool) -> None:
+    """Refuse what only a kernel mount can be, of a union that is `read_only` or not. Raises UserError."""
+    if not spec.read_only and read_only:
+        raise UserError(
+            f"{spec.source} at {quoted(spec.target)} would be read-only like the union, for without root the "
+            "union's daemon serves it; give the union an upper, add ro, or run as root."
+        )
+    if not isinstance(spec, BindSpec):
+        return
+    if spec.propagation not in ("private", "rprivate"):
+        raise UserError(
+            f"bind propagation {spec.propagation} at {quoted(spec.target)} needs a kernel mount, which only "
+            "root can make; leave it out, or run as root."
+        )
+    if not spec.recursive or (spec.read_only and not spec.read_only_below):
+        raise UserError(
+            f"bind-recursive at {quoted(spec.target)} needs a kernel mount, which only root can make; leave "
+            "it out, or run as root."
+        )
+
+
+def _unusable(spec: BindSpec, error: OSError) -> str:
+    shown = f"bind source {quoted(spec.path)}"
+    if error.errno == errno.ENOENT:
+        return f"{shown} does not exist; make it, or have it made by -v or bind-create-src."
+    return f"{shown} cannot be used: {reason(error)}; check the path and the permissions."
+
+
+def _open_bind(spec: BindSpec, undo: ExitStack) -> int:
+    try:
+        if spec.create:
+            _make_directories(spec.path, undo)
+        return os.open(spec.path, os.O_PATH | os.O_CLOEXEC)
+    except OSError as error:
+        raise UserError(_unusable(spec, error)) from error
+
+
+def _make_directories(path: str, undo: ExitStack) -> None:
+    """Make a missing directory with those above it, mode 0755."""
+    if os.path.exists(path):
+        return
+    above = os.path.dirname(path)
+    if above != path:
+        _make_directories(above, undo)
+    with suppress(FileExistsError):
+        os.mkdir(path, 0o755)
+        undo.callback(_remove_directory, path)
+
+
+def _remove_directory(path: str) -> None:
+    with suppress(OSError):
+        os.rmdir(path)
