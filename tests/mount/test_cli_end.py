@@ -17,6 +17,7 @@ import pytest
 
 from tests.mount import cli_calls
 from tests.mount.cli_calls import UNIONFS, Place, gone, mounts_at, refused, succeed, unionfs, wait_for
+from tests.support import syscalls
 from unionfs.daemon import live
 
 
@@ -314,6 +315,27 @@ def test_layers_are_free_at_once(place: Place, filesystem: Callable[..., Path]) 
     subprocess.run(["umount", upper], check=True)
     subprocess.run(["mount", "-t", "tmpfs", "tmpfs", lower], check=True)
     subprocess.run(["mount", "-t", "tmpfs", "tmpfs", upper], check=True)
+
+
+def test_the_next_mount_with_the_number_of_the_device_stays(place: Place, session: str) -> None:
+    """The kernel gives the number of an unmounted filesystem to the next one, and the daemon looks later."""
+    (place.root / "others").mkdir()
+    with _foreground(place, *cli_calls.session_words(session)) as daemon:
+        device = os.stat(place.merged).st_dev
+        daemon.send_signal(signal.SIGSTOP)
+        try:
+            syscalls.umount(place.merged)
+            for _ in range(100):
+                subprocess.run(["mount", "-t", "tmpfs", "tmpfs", place.root / "others"], check=True)
+                if os.stat(place.root / "others").st_dev == device:
+                    break
+        finally:
+            daemon.send_signal(signal.SIGCONT)
+        if os.stat(place.root / "others").st_dev != device:
+            pytest.skip("somebody else's mount got the number")
+        assert daemon.wait(10) == 0
+    assert cli_calls.mounts_at(place.root / "others")[0] == "tmpfs"
+    assert os.stat(place.root / "others").st_dev == device
 
 
 def test_lowers_may_be_unmounted_while_mounted(place: Place, filesystem: Callable[..., Path]) -> None:

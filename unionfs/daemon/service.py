@@ -59,6 +59,9 @@ class Service:
         self._stack: LayerStack | None = None
         self._entry: live.LiveMount | None = None
         self._told_to_end = False
+        #: Whether mounts of ours may be left: not once it is known that they are gone, for the number of the
+        #: device is then given to the next mount, of whatever kind.
+        self._may_leave_mounts = True
         self._io: dict[str, Any] = {}
         #: Of a mount with storage: who it is to the registry of volumes, and the process that watches us.
         self._user = ""
@@ -197,6 +200,7 @@ class Service:
                 nursery.start_soon(serve_control, listener, lambda: self._answer(operations))
             with session:
                 await self._serve(operations, ready)
+                self._may_leave_mounts = False
             nursery.cancel_scope.cancel()
         if not ready.is_set():
             raise UserError(f"mounting at {quoted(self.settings.mountpoint)} was interrupted; try again.")
@@ -318,6 +322,7 @@ class Service:
         # serve() is not cancelled, for libfuse would then unmount by name, and by now that is somebody else's
         # mount. The end of the process ends the connection.
         assert self._stack is not None
+        self._may_leave_mounts = False  # none that could be detached
         on_disk = self._finish(self._stack)
         logging.shutdown()
         os._exit(0 if on_disk else 1)
@@ -326,7 +331,7 @@ class Service:
         """Let go of the layers, lowers first, the upper when it is on disk."""
         on_disk = True
         stack.close_lowers()
-        if self.device:
+        if self.device and self._may_leave_mounts:
             unmount.clear_leftovers(self.device)
         self._release_storage()
         if self._entry is not None:

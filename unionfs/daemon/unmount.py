@@ -111,9 +111,13 @@ def _sync(mountpoint: str) -> None:
 
 
 def clear_leftovers(device: str) -> None:
-    """Detach whatever mounts of a dead connection are left; for a daemon that ends by an error."""
+    """Detach whatever mounts of a dead connection are left; for a daemon that ends by an error.
+
+    Only dead ones: if none of ours is left, the number of the device may be another mount's by now.
+    """
     for mount in reversed(mounts_of_device(device)):
-        if (on_top := mounted_at(mount.mountpoint)) is not None and on_top.device == device:
+        on_top = mounted_at(mount.mountpoint)
+        if on_top is not None and on_top.device == device and on_top.is_fuse and is_dead(mount.mountpoint):
             with suppress(OSError):
                 unmount(mount.mountpoint, lazy=True)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import functools
 import logging
+import os
 import stat
 from collections.abc import Callable, Coroutine, Sequence
 from typing import Any, Final, ParamSpec, TypeVar
@@ -57,10 +58,21 @@ async def serve(
         # fuse_dev_do_read).
     finally:
         # libfuse does not tell the two ends apart, but a mount that was cut off is still there.
-        cut_off = entry is not None and bool(mounts_of_device(entry.device))
+        # The number of its device may be another mount's by now.
+        cut_off = entry is not None and any(
+            mount.is_fuse and _is_dead(mount.mountpoint) for mount in mounts_of_device(entry.device)
+        )
         pyfuse3.close(unmount=True)
     if cut_off:
         raise SessionError(CUT_OFF.format(mountpoint))
+
+
+def _is_dead(mountpoint: str) -> bool:
+    try:
+        os.statvfs(mountpoint)
+    except OSError as failure:
+        return failure.errno == errno.ENOTCONN
+    return False
 
 
 def _is_abort(failure: BaseException) -> bool:
