@@ -257,6 +257,33 @@ def test_busy_mountpoint(place: Place) -> None:
     assert mounts_at(place.merged) == ["fuse.unionfs"]
 
 
+def test_several_mounts_at_once_on_one_mountpoint(place: Place) -> None:
+    """One of them wins; none is covered by another."""
+    calls = []
+    for number in range(4):
+        for name in ("upper", "work"):
+            (place.root / f"{name}{number}").mkdir()
+        calls.append(
+            subprocess.Popen(
+                [*cli_calls.UNIONFS, "mount", "-l", place.lower, "-u", place.root / f"upper{number}",
+                 "-w", place.root / f"work{number}", place.merged],
+                stdin=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, cwd=cli_calls.REPOSITORY,
+            )
+        )  # fmt: skip
+    said = [call.communicate(timeout=cli_calls.SECONDS)[1] for call in calls]
+    assert sorted(call.returncode for call in calls) == [0, 1, 1, 1], said
+    for call, text in zip(calls, said, strict=True):
+        if call.returncode:
+            assert text.startswith(f"unionfs: mountpoint {place.merged} is busy: ")
+            assert text.endswith(".\n")
+            assert text.count("\n") == 1
+    assert mounts_at(place.merged) == ["fuse.unionfs"]
+    (place.merged / "new").touch()
+    winner = next(number for number, call in enumerate(calls) if call.returncode == 0)
+    assert (place.root / f"upper{winner}/new").exists()
+    succeed(unionfs("umount", place.merged))
+
+
 def test_mountpoint_whose_daemon_has_died(place: Place) -> None:
     os.kill(place.mount(), 9)
     assert cli_calls.wait_for(lambda: _dead(place.merged))

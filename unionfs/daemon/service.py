@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 import trio
 
 from unionfs.daemon import live, unmount
+from unionfs.daemon.claiming import Claim
 from unionfs.daemon.control import listen, serve_control
 from unionfs.daemon.errors import MountRefusedError, UserError, quoted, reason
 from unionfs.daemon.settings import MountSettings
@@ -56,6 +57,7 @@ class Service:
         self.device = ""
         self._on_usable = on_usable
         self._foreground = foreground
+        self._claim: Claim | None = None
         self._stack: LayerStack | None = None
         self._entry: live.LiveMount | None = None
         self._told_to_end = False
@@ -83,6 +85,7 @@ class Service:
     def _run(self) -> bool:
         raise_open_file_limit()
         os.umask(0)  # what callers ask for is what they get; the kernel took their umask off already
+        self._claim = Claim(self.settings.mountpoint)
         if self.settings.storage:
             self._open_storage()
         settings = self.settings
@@ -239,6 +242,8 @@ class Service:
     async def _announce(self, ready: trio.Event, claims: tuple[tuple[int, int], ...]) -> None:
         await ready.wait()
         mount = mounted_at(self.settings.mountpoint)
+        assert self._claim is not None
+        self._claim.release()
         if mount is None or not mount.is_fuse:
             # Whoever waited for the mount has unmounted it already, and serve() is about to return.
             log.info("%s was unmounted as soon as it was there", self.settings.mountpoint)

@@ -25,6 +25,7 @@ log = logging.getLogger(__name__)
 
 #: Seconds; only this daemon changes the tree, so what the kernel knows stays true.
 FOREVER: Final = 1e9
+_ANSWER_SECONDS: Final = 2.0
 
 _P = ParamSpec("_P")
 _T = TypeVar("_T")
@@ -48,23 +49,33 @@ async def serve(
     except RuntimeError as failure:
         raise SessionError(str(failure)) from failure
     entry = mounted_at(mountpoint)
+    cut_off = False
     try:
-        await pyfuse3.main()
-    except BaseExceptionGroup as group:
-        aborted, others = group.split(_is_abort)
-        if aborted is None or others is not None:
-            raise
-        # An ordinary umount says this where it meets a request that is just being read (fs/fuse/dev.c,
-        # fuse_dev_do_read).
-    finally:
+        try:
+            await pyfuse3.main()
+        except BaseExceptionGroup as group:
+            aborted, others = group.split(_is_abort)
+            if aborted is None or others is not None:
+                raise
+            # An ordinary umount says this where it meets a request that is just being read (fs/fuse/dev.c,
+            # fuse_dev_do_read).
         # libfuse does not tell the two ends apart, but a mount that was cut off is still there.
-        # The number of its device may be another mount's by now.
-        cut_off = entry is not None and any(
-            mount.is_fuse and _is_dead(mount.mountpoint) for mount in mounts_of_device(entry.device)
-        )
+        cut_off = entry is not None and await _is_left(entry.device)
+    finally:
         pyfuse3.close(unmount=True)
     if cut_off:
         raise SessionError(CUT_OFF.format(mountpoint))
+
+
+async def _is_left(device: str) -> bool:
+    """Whether the mount with that number, which is served no more, is still there. The number may be another
+    mount's by now, which answers, or keeps us waiting."""
+    for mount in mounts_of_device(device):
+        if mount.is_fuse:
+            with trio.move_on_after(_ANSWER_SECONDS):
+                if await trio.to_thread.run_sync(_is_dead, mount.mountpoint, abandon_on_cancel=True):
+                    return True
+    return False
 
 
 def _is_dead(mountpoint: str) -> bool:
