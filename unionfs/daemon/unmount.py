@@ -113,8 +113,8 @@ def _sync(mountpoint: str) -> None:
 def clear_leftovers(device: str, *, connected: bool = False) -> None:
     """Detach whatever mounts are left of this process's connection; for a daemon that ends by an error.
 
-    Unless it is still `connected`, a mount that is not dead is somebody else's: the number of one that is gone
-    is given to the next.
+    Unless it is still `connected`, a mount that is not dead is somebody else's: the number of one that is
+    gone is given to the next.
     """
     for mount in reversed(mounts_of_device(device)):
         on_top = mounted_at(mount.mountpoint)
