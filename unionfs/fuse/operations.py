@@ -48,6 +48,11 @@ class Change(NamedTuple):
     """setuid and setgid are to be cleared: the caller may not keep them."""
 
 
+def _owner(change: Change) -> tuple[int, int]:
+    """For chown(2), to which -1 is "as it is"."""
+    return -1 if change.uid is None else change.uid, -1 if change.gid is None else change.gid
+
+
 def error(code: int) -> OSError:
     """The ``OSError`` for an errno."""
     return OSError(code, os.strerror(code))
@@ -173,13 +178,15 @@ class Operations:
             self._truncate(node, change.size, handle, kills_set_ids=change.kills_set_ids)
         elif change.kills_set_ids and change.uid is None and change.gid is None:
             self._drop_set_ids(node)
+        file = node.file
+        if file is not None and file.users:
+            self._set_open(file.fd, change)
+            return node, self.union.attributes_of(node, os.fstat(file.fd))
         if change.uid is not None or change.gid is not None or change.mode is not None:
             fd = self.union.open_path(node)
             try:
                 if change.uid is not None or change.gid is not None:
-                    calls.chown_fd(
-                        fd, -1 if change.uid is None else change.uid, -1 if change.gid is None else change.gid
-                    )
+                    calls.chown_fd(fd, *_owner(change))
                 if change.mode is not None:
                     os.chmod(b"/proc/self/fd/%d" % fd, stat.S_IMODE(change.mode))
             finally:
@@ -188,6 +195,15 @@ class Operations:
             path, follow = self.union.path(node)
             calls.utimensat(calls.AT_FDCWD, path, change.atime_ns, change.mtime_ns, follow=follow)
         return node, self.union.attributes(node)
+
+    def _set_open(self, fd: int, change: Change) -> None:
+        """Of a file that is open there is no need to find the name."""
+        if change.uid is not None or change.gid is not None:
+            os.fchown(fd, *_owner(change))
+        if change.mode is not None:
+            os.fchmod(fd, stat.S_IMODE(change.mode))
+        if change.atime_ns is not None or change.mtime_ns is not None:
+            calls.futimens(fd, change.atime_ns, change.mtime_ns)
 
     def _drop_set_ids(self, node: Node) -> None:
         mode = mode_without_set_ids(self.union.stat(node).st_mode)

@@ -224,12 +224,12 @@ class Changes:
         if node.is_dir:
             raise _error(errno.EISDIR)
         self._union.require_writable(parent)
-        hidden_below = union.is_visible_below(parent, name)
+        hides_another = node.is_upper and union.is_visible_below(parent, name)
         with union.outliving(node):
             dir_fd = union.gate.fd(self._writable(parent))
             if not node.is_upper:
                 self._whiteout(dir_fd, name)
-            elif hidden_below:
+            elif hides_another:
                 work = union.stack.work_fd
                 with self._temporary() as temporary:
                     self._whiteout(work, temporary, dir_fd)
@@ -247,24 +247,24 @@ class Changes:
         self._union.require_writable(parent)
         if not is_empty(union, node):
             raise _error(errno.ENOTEMPTY)
-        hidden_below = union.is_visible_below(parent, name)
+        hides_another = node.is_upper and union.is_visible_below(parent, name)
         with union.outliving(node):
             dir_fd = union.gate.fd(self._writable(parent))
             if node.identity is not None:
                 os.rmdir(name, dir_fd=dir_fd)
             else:
-                self._remove_directory(dir_fd, name, upper=node.is_upper, hidden_below=hidden_below)
+                self._remove_directory(dir_fd, name, upper=node.is_upper, hides_another=hides_another)
             for part in node.parts:
                 union.gate.forget(part)
             union.nodes.remove_name(node, parent, name)
 
-    def _remove_directory(self, dir_fd: int, name: bytes, *, upper: bool, hidden_below: bool) -> None:
+    def _remove_directory(self, dir_fd: int, name: bytes, *, upper: bool, hides_another: bool) -> None:
         work = self._union.stack.work_fd
         if not upper:
             self._whiteout(dir_fd, name)
             return
         with self._temporary() as temporary:
-            if hidden_below:
+            if hides_another:
                 self._whiteout(work, temporary, dir_fd)
                 calls.renameat2(work, temporary, dir_fd, name, calls.RENAME_EXCHANGE)
                 return
@@ -277,19 +277,20 @@ class Changes:
 
     def _existing(self, parent: Node, name: bytes) -> Node:
         """What has that name, and is to lose it. Raises ENOENT; EBUSY when storage is shown there."""
-        found = self._union.lookup(parent, name)
-        if found is None:
-            raise _error(errno.ENOENT)
-        if found[0].is_mountpoint:
+        node = self._union.nodes.child(parent, name)  # the attributes are of no interest
+        if node is None or parent.identity is not None:
+            found = self._union.lookup(parent, name)
+            if found is None:
+                raise _error(errno.ENOENT)
+            node = found[0]
+        if node.is_mountpoint:
             raise _error(errno.EBUSY)
-        return found[0]
+        return node
 
     def _whiteout(self, dir_fd: int, name: bytes, for_dir: int | None = None) -> None:
         """Make a whiteout in ``dir_fd``, that will be moved to the directory ``for_dir`` if given."""
         markers = self._union.markers
-        markers.make_whiteout(dir_fd, name)
-        st = os.stat(name, dir_fd=dir_fd, follow_symlinks=False)
-        if stat.S_ISREG(st.st_mode):
+        if markers.make_whiteout(dir_fd, name):
             # the kernel looks for xattr whiteouts only where the directory and the layer's root say so
             markers.allow_xattr_whiteouts(dir_fd if for_dir is None else for_dir)
             markers.allow_xattr_whiteouts(self._union.require_upper().root_fd)

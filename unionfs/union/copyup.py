@@ -27,7 +27,8 @@ _CHUNK: Final = 8 * 1024 * 1024
 _NO_RANGE_COPY: Final = (errno.EXDEV, errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP, errno.EBADF)
 _NO_HOLES: Final = (errno.EINVAL, errno.EOPNOTSUPP)
 _numbers: Final = itertools.count()
-#: A file up to this size is copied at once when nothing has to reach a disk; the unit is bytes.
+#: A file up to this size (bytes) is copied at once when nothing has to reach a disk, and its holes are looked
+#: for only if it has some.
 SMALL: Final = 256 * 1024
 
 
@@ -77,7 +78,8 @@ class FileCopy:
         """
         if self.size:
             whole = self.size == self._st.st_size
-            copy_data(self._source.fd, self._target, self.size, goes_on, whole=whole)
+            dense = self.size <= SMALL and self._st.st_blocks * 512 >= self._st.st_size
+            copy_data(self._source.fd, self._target, self.size, goes_on, whole=whole, dense=dense)
         goes_on()
         _copy_metadata(self._union, self._source.fd, self._target, self._st)
         if self._union.stack.durable:
@@ -256,7 +258,7 @@ def _rename_into(union: Union, temporary: bytes, directory: Node, name: bytes) -
     shown = union.attributes_of(directory, st).ctime_ns
     calls.renameat2(union.stack.work_fd, temporary, dir_fd, name)
     with contextlib.suppress(OSError):
-        calls.utimensat(dir_fd, b".", st.st_atime_ns, st.st_mtime_ns)
+        os.utime(b".", ns=(st.st_atime_ns, st.st_mtime_ns), dir_fd=dir_fd)
     directory.ctime = os.stat(dir_fd).st_ctime_ns, shown
 
 
@@ -271,9 +273,18 @@ def _copy_metadata(union: Union, source: int, target: int, st: os.stat_result) -
 
 
 def copy_data(
-    source: int, target: int, size: int, goes_on: Callable[[], None], *, whole: bool
+    source: int,
+    target: int,
+    size: int,
+    goes_on: Callable[[], None],
+    *,
+    whole: bool,
+    dense: bool = False,
 ) -> None:
-    """Copy ``size`` bytes, holes as holes: by reflink, else by copy_file_range, else by reading."""
+    """Copy ``size`` bytes, holes as holes: by reflink, else by copy_file_range, else by reading.
+
+    ``whole``: that is all of the file. ``dense``: it has blocks for all its bytes, so no hole is looked for.
+    """
     if whole:
         try:
             calls.clone_file(target, source)
@@ -284,7 +295,7 @@ def copy_data(
     position = 0
     by_range = True
     while position < size:
-        start, end = _next_data(source, position, size)
+        start, end = (position, size) if dense else _next_data(source, position, size)
         while start < end:
             goes_on()
             count = min(end - start, _CHUNK)
@@ -308,7 +319,8 @@ def copy_data(
                 written += os.pwrite(target, memoryview(data)[written:], start + written)
             start += written
         position = end if end > position else size
-    os.ftruncate(target, size)
+    if not dense:
+        os.ftruncate(target, size)
 
 
 def _next_data(fd: int, position: int, size: int) -> tuple[int, int]:

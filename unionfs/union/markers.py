@@ -94,10 +94,14 @@ class Markers:
         """Make the directory ``fd`` hide what lies below it."""
         os.setxattr(b"/proc/self/fd/%d" % fd, self.opaque, b"y")
 
-    def make_whiteout(self, dir_fd: int, name: bytes) -> None:
-        """Make a whiteout. Where mknod is refused it is an xattr whiteout. Raises FileExistsError."""
+    def make_whiteout(self, dir_fd: int, name: bytes) -> bool:
+        """Make a whiteout; gives whether it is an xattr whiteout, as it is where mknod is refused.
+
+        Raises FileExistsError.
+        """
         try:
             os.mknod(name, stat.S_IFCHR, 0, dir_fd=dir_fd)
+            return False
         except PermissionError:
             os.close(os.open(name, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0, dir_fd=dir_fd))
             try:
@@ -106,6 +110,7 @@ class Markers:
             except OSError:
                 os.unlink(name, dir_fd=dir_fd)
                 raise
+            return True
 
     def allow_xattr_whiteouts(self, fd: int) -> None:
         """Say on the directory ``fd`` that xattr whiteouts may be in it, unless it is opaque already."""

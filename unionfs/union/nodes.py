@@ -342,9 +342,10 @@ class NodeTable:
         if key is not None and self._by_inode.get(key) is node:
             del self._by_inode[key]
         if node.held >= 0:
-            st = os.stat(node.held)
-            if st.st_nlink == 0:
-                self._origin.pop((st.st_dev, st.st_ino), None)
+            if node.is_upper and self._origin:
+                st = os.stat(node.held)
+                if st.st_nlink == 0:
+                    self._origin.pop((st.st_dev, st.st_ino), None)
             os.close(node.held)
             node.held = -1
 

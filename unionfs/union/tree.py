@@ -100,6 +100,19 @@ class Union:
 
     def _search(self, parent: Node, name: bytes) -> tuple[os.stat_result, list[Place] | Place] | None:
         """What the layers hold under ``name``: attributes, and the parts or the place."""
+        if len(parent.parts) == 1:
+            # Most directories come from one layer, and most names are of what can be no marker.
+            part = parent.parts[0]
+            dir_fd = self.gate.fd(part)
+            try:
+                st = os.stat(name, dir_fd=dir_fd, follow_symlinks=False)
+            except FileNotFoundError:
+                return None
+            kind = stat.S_IFMT(st.st_mode)
+            if (kind == stat.S_IFREG and st.st_size) or kind == stat.S_IFLNK:
+                return st, part
+            if kind == stat.S_IFDIR and part.layer.index == self._lowest:
+                return st, [Place(part.layer, part, name)]
         first: os.stat_result | None = None
         found: list[Place] = []
         remaining = [(part, name) for part in parent.parts]

@@ -215,6 +215,9 @@ class NameRequests:
         )
         handle = self._operations.files.get(request.fh) if valid & FATTR_FH else None
         found = await self._operations.setattr(request.nodeid, change, handle)
+        stale = self._union.stale
+        if stale and stale[-1] is found[0] and found[0].id == request.nodeid:
+            stale.pop()  # it was copied up for this, and the answer brings the new attributes
         return self._attributes(request.nodeid, request.unique, found)
 
     def _is_told_of_removal(self, request: rq.Setattr) -> bool:

@@ -33,10 +33,12 @@ _AFTER_WRITING: Final[Timeout] = (1, 0)
 class NodeIo:
     """The opens of one node, by their way."""
 
-    __slots__ = ("backing_id", "cached", "of_upper", "through", "writers", "written")
+    __slots__ = ("backing_id", "cached", "filled", "of_upper", "through", "writers", "written")
 
     def __init__(self) -> None:
         self.cached = 0
+        #: Whether the data was given to the page cache unasked.
+        self.filled = False
         self.through = 0
         self.backing_id = 0
         #: Whether the backing file is the upper's.
@@ -96,6 +98,17 @@ class NodeIos:
         if io.written or node.identity is not None:
             flags &= ~FOPEN_KEEP_CACHE  # what is cached from before may be old
         return flags, 0
+
+    def may_fill(self, handle: Handle) -> bool:
+        """Whether an open just counted is the first and only one of a lower file that goes through the page
+        cache and was never written to; True once."""
+        node, io = handle.node, handle.node.io
+        if not isinstance(io, NodeIo) or io.filled or io.cached != 1 or io.through or io.written:
+            return False
+        if node.is_upper or not self._decision.file_open_flags & FOPEN_KEEP_CACHE:
+            return False
+        io.filled = True
+        return True
 
     def released(self, handle: Handle) -> None:
         """Count a close."""

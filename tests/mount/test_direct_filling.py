@@ -1,0 +1,116 @@
+"""Small lower files come with their first open, so that the kernel need not ask for their data."""
+
+from __future__ import annotations
+
+import mmap
+import os
+import threading
+from contextlib import AbstractContextManager
+from pathlib import Path
+
+import pytest
+
+from tests.mount import direct_calls as dc
+from tests.support.mounting import Mount, mounted
+
+SIZES = (1, 4095, 4096, 4097, 10_000, 65_535, 65_536)
+TOO_LARGE = 65_537
+
+
+def _content(size: int) -> bytes:
+    return (b"%d bytes in all; " % size * (size // 10 + 1))[:size]
+
+
+@pytest.fixture
+def layers(area: Path) -> Path:
+    for name in ("lower", "upper", "work"):
+        (area / name).mkdir()
+    for size in (0, *SIZES, TOO_LARGE):
+        (area / f"lower/f{size}").write_bytes(_content(size))
+    return area
+
+
+def _mounted(area: Path, session: str) -> AbstractContextManager[Mount]:
+    return mounted(
+        area, lowers=[area / "lower"], upper=area / "upper", work=area / "work", session=session
+    )
+
+
+def _reads(mount: Mount) -> int:
+    return int(mount.inspect()["figures"]["requests"].get("read", 0))
+
+
+def test_every_size_reads_as_below(root: None, layers: Path, session: str) -> None:
+    """By read(2) and through a mapping, with a first open of either kind."""
+    with _mounted(layers, session) as mount:
+        for size in (0, *SIZES, TOO_LARGE):
+            with (mount.mountpoint / f"f{size}").open("rb") as file:
+                if size:
+                    with mmap.mmap(file.fileno(), 0, prot=mmap.PROT_READ) as memory:
+                        assert memory[:] == _content(size)
+                        # what lies behind the end of the file, within its last page, is zero
+                assert os.pread(file.fileno(), size + 10, 0) == _content(size)
+
+
+def test_a_small_file_needs_no_read(root: None, layers: Path, session: str) -> None:
+    if session != "direct-hybrid":
+        pytest.skip("only here do opens of lower files reach the daemon, and their reads, too")
+    with _mounted(layers, session) as mount:
+        for size in SIZES:
+            assert (mount.mountpoint / f"f{size}").read_bytes() == _content(size)
+        assert _reads(mount) == 0
+        (mount.mountpoint / f"f{TOO_LARGE}").read_bytes()
+        assert _reads(mount) > 0
+
+
+def test_pages_that_the_kernel_dropped_are_read_again(root: None, layers: Path, session: str) -> None:
+    with _mounted(layers, session) as mount, dc.opened(mount.mountpoint / "f10000") as fd:
+        for _ in range(2):
+            assert os.pread(fd, 20_000, 0) == _content(10_000)
+            dc.drop_caches()
+
+
+def test_changes_after_the_first_open_are_seen(root: None, layers: Path, session: str) -> None:
+    """The lower's data in the page cache does not outlive a copy-up, a truncation or a rename over it."""
+    with _mounted(layers, session) as mount:
+        path = mount.mountpoint / "f10000"
+        assert path.read_bytes() == _content(10_000)
+        with path.open("r+b") as file:
+            file.write(b"new")
+        assert path.read_bytes() == b"new" + _content(10_000)[3:]
+        path.write_bytes(b"short")
+        assert path.read_bytes() == b"short"
+        other = mount.mountpoint / "f4097"
+        assert other.read_bytes() == _content(4097)
+        (mount.mountpoint / "f4096").rename(other)
+        assert other.read_bytes() == _content(4096)
+    assert (layers / "lower/f10000").read_bytes() == _content(10_000)
+
+
+def test_many_readers_at_once(root: None, area: Path, session: str) -> None:
+    """First opens by several threads, some of which read at once through a mapping."""
+    for name in ("lower", "upper", "work"):
+        (area / name).mkdir()
+    for number in range(400):
+        (area / f"lower/f{number}").write_bytes(_content(5000 + number))
+    wrong: list[int] = []
+
+    def reader(seed: int) -> None:
+        for number in range(400):
+            path = mount.mountpoint / f"f{number}"
+            with path.open("rb") as file:
+                if (number + seed) % 2:
+                    data = file.read()
+                else:
+                    with mmap.mmap(file.fileno(), 0, prot=mmap.PROT_READ) as memory:
+                        data = memory[:]
+            if data != _content(5000 + number):
+                wrong.append(number)
+
+    with _mounted(area, session) as mount:
+        threads = [threading.Thread(target=reader, args=[seed]) for seed in range(6)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    assert not wrong
