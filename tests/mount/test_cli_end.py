@@ -18,7 +18,7 @@ import pytest
 from tests.mount import cli_calls
 from tests.mount.cli_calls import UNIONFS, Place, gone, mounts_at, refused, succeed, unionfs, wait_for
 from tests.support import syscalls
-from unionfs.daemon import live
+from unionfs.daemon import live, unmount
 
 
 @pytest.fixture
@@ -258,6 +258,15 @@ def test_signal_does_not_unmount_what_covers_the_union(place: Place) -> None:
         daemon.terminate()
         assert daemon.wait(10) == 0
         assert (place.merged / "precious").exists()
+
+
+def test_a_daemon_that_ends_leaves_the_next_mount_alone(place: Place) -> None:
+    """The device number of a mount that is gone is given to the next one, maybe before its daemon ended."""
+    place.mount()
+    unmount.clear_leftovers(place.entry().device)
+    unmount.clear_dead_mounts(place.entry().device)
+    assert mounts_at(place.merged) == ["fuse.unionfs"]
+    assert (place.merged / "base").read_text() == "base\n"
 
 
 def test_signal_after_the_mount_was_moved(place: Place) -> None:

@@ -327,17 +327,16 @@ class Service:
         # serve() is not cancelled, for libfuse would then unmount by name, and by now that is somebody else's
         # mount. The end of the process ends the connection.
         assert self._stack is not None
-        self._may_leave_mounts = False  # none that could be detached
-        on_disk = self._finish(self._stack)
+        on_disk = self._finish(self._stack, connected=True)
         logging.shutdown()
         os._exit(0 if on_disk else 1)
 
-    def _finish(self, stack: LayerStack) -> bool:
+    def _finish(self, stack: LayerStack, *, connected: bool = False) -> bool:
         """Let go of the layers, lowers first, the upper when it is on disk."""
         on_disk = True
         stack.close_lowers()
         if self.device and self._may_leave_mounts:
-            unmount.clear_leftovers(self.device)
+            unmount.clear_leftovers(self.device, connected=connected)
         self._release_storage()
         if self._entry is not None:
             live.mark_ending(self._entry)

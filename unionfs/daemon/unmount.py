@@ -110,14 +110,17 @@ def _sync(mountpoint: str) -> None:
             os.close(fd)
 
 
-def clear_leftovers(device: str) -> None:
-    """Detach whatever mounts of a dead connection are left; for a daemon that ends by an error.
+def clear_leftovers(device: str, *, connected: bool = False) -> None:
+    """Detach whatever mounts are left of this process's connection; for a daemon that ends by an error.
 
-    Only dead ones: if none of ours is left, the number of the device may be another mount's by now.
+    Unless it is still `connected`, a mount that is not dead is somebody else's: the number of one that is
+    gone is given to the next.
     """
     for mount in reversed(mounts_of_device(device)):
         on_top = mounted_at(mount.mountpoint)
-        if on_top is not None and on_top.device == device and on_top.is_fuse and is_dead(mount.mountpoint):
+        if on_top is None or on_top.device != device:
+            continue
+        if connected or (on_top.is_fuse and is_dead(mount.mountpoint)):
             with suppress(OSError):
                 unmount(mount.mountpoint, lazy=True)
 
@@ -135,6 +138,8 @@ def mounted_inside(mount: MountEntry, table: Sequence[MountEntry] | None = None)
 def clear_dead_mounts(device: str) -> None:
     """Unmount the union `device` (major:minor), whose daemon was killed, and first what is mounted in it."""
     for mount in reversed(mounts_of_device(device)):
+        if not is_dead(mount.mountpoint):
+            continue  # the number was given to another one
         for inner in reversed(mounted_inside(mount)):
             # The way to it leads through the dead union, so it may fail; then it goes with that.
             with suppress(OSError):

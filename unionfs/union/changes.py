@@ -277,9 +277,9 @@ class Changes:
 
     def _existing(self, parent: Node, name: bytes) -> Node:
         """What has that name, and is to lose it. Raises ENOENT; EBUSY when storage is shown there."""
-        node = self._union.nodes.child(parent, name)
+        node = self._union.nodes.child(parent, name)  # the attributes are of no interest
         if node is None or parent.identity is not None:
-            found = self._union.lookup(parent, name)  # else the attributes are of no interest
+            found = self._union.lookup(parent, name)
             if found is None:
                 raise _error(errno.ENOENT)
             node = found[0]

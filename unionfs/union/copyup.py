@@ -273,7 +273,13 @@ def _copy_metadata(union: Union, source: int, target: int, st: os.stat_result) -
 
 
 def copy_data(
-    source: int, target: int, size: int, goes_on: Callable[[], None], *, whole: bool, dense: bool = False
+    source: int,
+    target: int,
+    size: int,
+    goes_on: Callable[[], None],
+    *,
+    whole: bool,
+    dense: bool = False,
 ) -> None:
     """Copy ``size`` bytes, holes as holes: by reflink, else by copy_file_range, else by reading.
 
