@@ -5,30 +5,22 @@ from __future__ import annotations
 
 import fcntl
 import os
+from contextlib import suppress
+
+import xxhash
 
 from unionfs.daemon.errors import UserError, quoted
 from unionfs.sys.mountinfo import mounted_at
 
 
 class Claim:
-    """Held from before the mount until it is there, by flock(2) on the directory that it will cover."""
+    """Held from before the mount until it is there: a locked file among the runtime files of the user."""
 
-    def __init__(self, mountpoint: str) -> None:
-        """Raises UserError when somebody else is mounting there, or has."""
-        try:
-            self._fd = os.open(mountpoint, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-        except OSError:
-            self._fd = -1  # it cannot be read, or has gone: mounting says what is wrong with it
-            return
-        try:
-            fcntl.flock(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            mount = mounted_at(mountpoint)
-        except OSError:
-            self.release()
-            raise UserError(
-                f"mountpoint {quoted(mountpoint)} is busy: another process is just mounting there; "
-                "`unionfs ls` shows when it is done."
-            ) from None
+    def __init__(self, mountpoint: str, directory: str) -> None:
+        """Raises UserError when another process of this user is mounting there, or has just done so."""
+        self._path = f"{directory}/mounting-{xxhash.xxh3_64_hexdigest(os.fsencode(mountpoint))}.lock"
+        self._fd = self._lock(mountpoint)
+        mount = mounted_at(mountpoint)
         if mount is not None and mount.is_fuse:
             self.release()
             raise UserError(
@@ -36,8 +28,29 @@ class Claim:
                 f"has just been made there; run `unionfs umount {quoted(mountpoint)}` first."
             )
 
+    def _lock(self, mountpoint: str) -> int:
+        while True:
+            try:
+                fd = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
+            except OSError:
+                return -1  # a full disk: that is no reason not to mount
+            try:
+                fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                os.close(fd)
+                raise UserError(
+                    f"mountpoint {quoted(mountpoint)} is busy: another process is just mounting there; "
+                    "`unionfs ls` shows when it is done."
+                ) from None
+            with suppress(FileNotFoundError):
+                if os.path.samestat(os.stat(self._path), os.fstat(fd)):
+                    return fd
+            os.close(fd)  # its holder has removed it in between
+
     def release(self) -> None:
         """The mount is there, or will not be."""
         if self._fd >= 0:
+            with suppress(OSError):
+                os.unlink(self._path)
             os.close(self._fd)
             self._fd = -1

@@ -77,15 +77,16 @@ class Service:
 
         Raises UserError when it can't be mounted; nothing is left mounted then.
         """
+        self._claim = Claim(self.settings.mountpoint, self.directory)
         try:
             return self._run()
         finally:
+            self._claim.release()
             self._let_go_of_storage()
 
     def _run(self) -> bool:
         raise_open_file_limit()
         os.umask(0)  # what callers ask for is what they get; the kernel took their umask off already
-        self._claim = Claim(self.settings.mountpoint)
         if self.settings.storage:
             self._open_storage()
         settings = self.settings
