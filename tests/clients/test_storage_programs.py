@@ -153,6 +153,9 @@ def test_live_reload_in_a_container(modules: Path, root: None, area: Path) -> No
         assert process.wait(20) in (0, 128 + signal.SIGTERM)
     assert areas.mounts_below(area) == []
     assert os.listdir(area / "storage/containers") == []
+    # npm leaves vite running when it is ended; with the container it ends.
+    assert "unionfs:" not in (area / "vite.log").read_text()
+    assert fetched(f"http://localhost:{port}") is None
 
 
 # -- nginx --------------------------------------------------------------------------------------------

@@ -316,6 +316,42 @@ def test_signals_are_handed_on(box: Containers) -> None:
     assert box.kept() == []
 
 
+def processes_in(box: Containers) -> list[str]:
+    """The command lines of all that runs with a root below the area."""
+    found = []
+    for path in Path("/proc").glob("[0-9]*"):
+        with suppress(OSError):
+            words = (path / "cmdline").read_bytes().decode(errors="replace")
+            if str(box.area) in words or "81.5" in words:
+                found.append(words.replace("\0", " "))
+    return found
+
+
+@pytest.mark.parametrize("how", ["exit", "signal", "terminal"])
+def test_what_the_command_leaves_running_is_killed(box: Containers, how: str) -> None:
+    """The exit code is the command's, at once; a background process neither delays it nor outlives it."""
+    background = "(trap '' INT TERM HUP; sleep 81.5; sleep 81.5) & "
+    if how == "exit":
+        done = box.run("--rm", "--", "sh", "-c", f"{background} exit 6")
+        assert (done.returncode, done.stderr) == (6, "")
+    elif how == "signal":
+        process = box.start("--rm", "--", "sh", "-c", f"{background} trap 'exit 7' TERM; echo up; wait")
+        assert process.stdout is not None
+        assert process.stdout.readline() == "up\n"
+        process.terminate()
+        assert process.communicate(timeout=20) == ("", "")
+        assert process.returncode == 7
+    else:
+        terminal = Terminal(box, "--rm", "--", "sh", "-c", f"{background} trap 'exit 8' INT; echo up; wait")
+        terminal.wait_for(b"up")
+        terminal.type(b"\x03")
+        assert terminal.end() == 8
+        assert b"unionfs:" not in terminal.seen
+    assert box.is_over()
+    assert wait_for(lambda: processes_in(box) == []), processes_in(box)
+    assert box.kept() == []
+
+
 def test_a_signal_that_ends_the_command(box: Containers) -> None:
     process = box.start("--name", "web", "--", "sh", "-c", "echo up; sleep 60")
     assert process.stdout is not None

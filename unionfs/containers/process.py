@@ -25,6 +25,7 @@ _FORWARDED = frozenset({
     signal.SIGWINCH,
 })  # fmt: skip
 _START_SECONDS = 2.0
+_POLL_SECONDS = 0.02
 
 
 def hold_signals() -> None:
@@ -58,6 +59,8 @@ class Command:
         with os.fdopen(reader, "rb") as info:
             self._init = _child_pid(info.read())
         self._started = None if self._init is None else start_time(self._init)
+        #: The command's pid and start time.
+        self._command: tuple[int, int] | None = None
 
     @property
     def started(self) -> bool:
@@ -71,33 +74,72 @@ class Command:
                 os.kill(self._init, signal.SIGKILL)
 
     def wait(self) -> int:
-        """Hand signals on until the command has ended; its exit code, 128 and the signal if one ended it."""
+        """Hand signals on until the command has ended; its exit code, 128 and the signal if one ended it.
+
+        What it has left running in the container is killed then, as everywhere when pid 1 ends.
+        """
+        signals = _FORWARDED | {signal.SIGCHLD}
         ended: dict[int, int] = {}
+        self._find_command(ended)
         while True:
-            with suppress(ChildProcessError):
-                while (found := os.waitpid(-1, os.WNOHANG))[0]:
-                    ended[found[0]] = os.waitstatus_to_exitcode(found[1])
+            _reap(ended)
             outer = ended.get(self._outer)
             if outer is not None and (outer >= 0 or self._init is None):
+                self._end_the_rest()
                 return _code(outer)
             if outer is not None and self._init in ended:
                 return _code(ended[self._init])
-            info = signal.sigwaitinfo(_FORWARDED | {signal.SIGCHLD})
+            if outer is None:
+                info: signal.struct_siginfo | None = signal.sigwaitinfo(signals)
+            else:
+                # Pid 1 has the exit code, and ends when nothing runs any more.
+                if not self._command_lives():
+                    self._kill_children()
+                info = signal.sigtimedwait(signals, _POLL_SECONDS)
             # What comes from the terminal came to the command as well.
-            if info.si_signo != signal.SIGCHLD and info.si_code != _SI_KERNEL:
+            if info is not None and info.si_signo != signal.SIGCHLD and info.si_code != _SI_KERNEL:
                 self._hand_on(info.si_signo)
 
-    def _hand_on(self, number: int) -> None:
+    def _find_command(self, ended: dict[int, int]) -> None:
+        """Learn which process is the command, while it lives: bubblewrap's first child in the container."""
         deadline = time.monotonic() + _START_SECONDS
-        while self._init is not None and self._started is not None:
-            pid = _only_child(self._init)
-            if pid is not None:
-                with suppress(OSError):
-                    os.kill(pid, number)
+        while self._init is not None and self._command is None and time.monotonic() < deadline:
+            _reap(ended)
+            if self._outer in ended:
                 return
-            if time.monotonic() > deadline or not is_alive(self._init, self._started):
-                return
-            time.sleep(0.005)
+            found = _children(self._init)
+            started = start_time(found[0]) if found else None
+            if started is not None:
+                self._command = found[0], started
+            else:
+                time.sleep(0.001)
+
+    def _command_lives(self) -> bool:
+        return self._command is not None and is_alive(*self._command)
+
+    def _end_the_rest(self) -> None:
+        """Kill pid 1, and all that runs below it, and wait until the namespaces are gone."""
+        self.kill()
+        if self._init is not None:
+            with suppress(ChildProcessError):
+                os.waitpid(self._init, 0)
+
+    def _kill_children(self) -> None:
+        for pid in _children(self._init or 0):
+            with suppress(OSError):
+                os.kill(pid, signal.SIGKILL)
+
+    def _hand_on(self, number: int) -> None:
+        if self._command is not None and is_alive(*self._command):
+            with suppress(OSError):
+                os.kill(self._command[0], number)
+
+
+def _reap(ended: dict[int, int]) -> None:
+    """Note the exit codes (negative: signals) of all children that have ended."""
+    with suppress(ChildProcessError):
+        while (found := os.waitpid(-1, os.WNOHANG))[0]:
+            ended[found[0]] = os.waitstatus_to_exitcode(found[1])
 
 
 def _keep_from_child(but: int) -> None:
@@ -115,14 +157,13 @@ def _child_pid(info: bytes) -> int | None:
         return None
 
 
-def _only_child(pid: int) -> int | None:
-    """The command: the first child of pid 1 of the container; proc_tid_children(5)."""
+def _children(pid: int) -> list[int]:
+    """The children of a process, the oldest first; proc_tid_children(5)."""
     try:
         with open(f"/proc/{pid}/task/{pid}/children", encoding="ascii") as children:
-            first = children.read().split()
+            return [int(child) for child in children.read().split()]
     except OSError:
-        return None
-    return int(first[0]) if first else None
+        return []
 
 
 def _code(code: int) -> int:
