@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import os
 import sys
 from collections.abc import Sequence
@@ -10,6 +9,7 @@ from collections.abc import Sequence
 import click
 
 from unionfs import __version__
+from unionfs.cli.lazy import LazyGroup
 from unionfs.cli.run import leave, run
 
 # Name: module and object. The order is that of the help.
@@ -19,26 +19,15 @@ _COMMANDS = {
     "ls": "unionfs.cli.mounts:ls",
     "inspect": "unionfs.cli.mounts:inspect",
     "diff": "unionfs.cli.diff:diff",
+    "volume": "unionfs.cli.volume:volume",
     "doctor": "unionfs.cli.doctor:doctor",
+    "completion": "unionfs.cli.completion:completion",
 }
 
 
-class _LazyGroup(click.Group):
-    def list_commands(self, ctx: click.Context) -> list[str]:
-        return list(_COMMANDS)
-
-    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
-        place = _COMMANDS.get(cmd_name)
-        if place is None:
-            return None
-        module, _, name = place.partition(":")
-        command = getattr(importlib.import_module(module), name)
-        assert isinstance(command, click.Command)
-        return command
-
-
 @click.command(
-    cls=_LazyGroup,
+    cls=LazyGroup,
+    places=_COMMANDS,
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
     epilog="Example: unionfs mount -l /usr -u /tmp/changes -w /tmp/work /mnt",
 )

@@ -1,0 +1,1 @@
+"""What goes around a union's layers: volumes, bind mounts and tmpfs."""
