@@ -46,6 +46,8 @@ def is_mount_helper_call(arguments: Sequence[str], program: str) -> bool:
         return True
     if len(arguments) < 3 or arguments[0].startswith("-") or arguments[0] == "mount":
         return False
+    if arguments[0] == "volume" and not arguments[1].startswith("/"):
+        return False  # its commands know -o too; mount(8) gives mountpoints as absolute paths
     # No other subcommand knows -o, so a SOURCE may have a subcommand's name.
     return not arguments[1].startswith("-") and any(word.startswith("-o") for word in arguments[2:])
 

@@ -244,20 +244,25 @@ class Volumes:
             yield self.get(name)
 
     @contextmanager
-    def still(self, name: str, what: str) -> Iterator[tuple[Volume, Driver]]:
-        """Keep users away from a volume that has none, to do `what` ("restored") to it."""
+    def still(self, name: str, what: str, *, besides: str = "") -> Iterator[None]:
+        """Keep users away from a volume that has none (but `besides`), to do `what` ("restored") to it."""
         with locks.state(self.root, name):
             volume = self.get(name)
             driver = self.driver_of(volume)
-            users = self._without_the_dead(volume, driver)
+            users = [user for user in self._without_the_dead(volume, driver) if user.text != besides]
             if users:
                 raise UserError(f"volume {quoted(name)} cannot be {what}: {_in_use(users)}; end that first.")
-            yield volume, driver
+            yield
 
     def refuse_users(self, name: str, what: str) -> None:
         """Raise UserError when somebody uses the volume now."""
         with self.still(name, what):
             pass
+
+    def refuse_existing(self, name: str) -> None:
+        """Raise UserError when there is a volume of that name."""
+        if self._registry.find(check_name(name)) is not None:
+            raise UserError(f"volume {quoted(name)} already exists; choose another name, or remove it first.")
 
     # -- changing and removing ----------------------------------------------------------------------------
 

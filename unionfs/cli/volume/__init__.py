@@ -12,6 +12,10 @@ _COMMANDS = {
     "inspect": "unionfs.cli.volume.listing:inspect",
     "rm": "unionfs.cli.volume.removing:rm",
     "prune": "unionfs.cli.volume.removing:prune",
+    "backup": "unionfs.cli.volume.archiving:backup",
+    "restore": "unionfs.cli.volume.archiving:restore",
+    "clone": "unionfs.cli.volume.archiving:clone",
+    "verify": "unionfs.cli.volume.archiving:verify",
     "resize": "unionfs.cli.volume.making:resize",
 }
 

@@ -76,6 +76,13 @@ class Driver:
             "content."
         )
 
+    def restores_mounted(self, volume: Volume) -> bool:
+        """Whether `replacement` works on the mounted volume; else it is called while the volume isn't mounted."""
+        return False
+
+    def check_clone(self, volume: Volume) -> None:
+        """Refuse to make a second volume with the same options, where both would be the same storage."""
+
     def may_share(self, volume: Volume) -> str | None:
         """A directory on the same filesystem as the data and outside it, for reflinks; None: there is none."""
         return None

@@ -118,33 +118,33 @@ def _mounted(path: str, volume: Volume) -> Iterator[str]:
 class _NewImage:
     def __init__(self, volume: Volume, new: str, path: str) -> None:
         self.path = path
-        self.committed = False
+        self._volume = volume
+        self._new = new
 
     def commit(self) -> None:
-        self.committed = True
+        """Unmount the new filesystem, so that it is whole, and give its image the old one's name."""
+        unmount(self.path, f"volume {quoted(self._volume.name)}")
+        fd = os.open(self._new, os.O_RDONLY | os.O_CLOEXEC)
+        try:
+            os.fsync(fd)
+        finally:
+            os.close(fd)
+        data = f"{self._volume.directory}/_data"
+        if mount_at(data) is not None:
+            unmount(data, f"volume {quoted(self._volume.name)}")
+        os.rename(self._new, path_of(self._volume))
+        fsync_directory(self._volume.directory)
 
 
 @contextmanager
 def replacement(volume: Volume) -> Iterator[Replacement]:
     """New content in a second image, which takes the first one's name when its filesystem is unmounted."""
     _sweep(volume)
-    data = f"{volume.directory}/_data"
-    if mount_at(data) is not None:
-        unmount(data, f"volume {quoted(volume.name)}")
     new = f"{volume.directory}/.image-new"
     _make(new, parse_size(volume.options["size"]), volume)
     try:
         with _mounted(new, volume) as root:
-            place = _NewImage(volume, new, root)
-            yield place
-        if place.committed:
-            fd = os.open(new, os.O_RDONLY | os.O_CLOEXEC)
-            try:
-                os.fsync(fd)
-            finally:
-                os.close(fd)
-            os.rename(new, path_of(volume))
-            fsync_directory(volume.directory)
+            yield _NewImage(volume, new, root)
     finally:
         with suppress(FileNotFoundError):
             os.unlink(new)

@@ -123,14 +123,28 @@ class Local(Driver):
             with image.replacement(volume) as place:
                 yield place
         elif "type" in volume.options:
-            data = self.mount(volume, "")
-            with replacing.in_place(data) as inner:
+            with replacing.in_place(self.mount(volume, "")) as inner:
                 yield inner
         else:
             with replacing.sibling(f"{volume.directory}/_data") as beside:
                 if "size" in volume.options:
                     quota.limit_directory(beside.path, parse_size(volume.options["size"]))
                 yield beside
+
+    def restores_mounted(self, volume: Volume) -> bool:
+        if volume.options.get("type") == "tmpfs":
+            raise UserError(
+                f"volume {quoted(volume.name)} is a tmpfs, whose content goes with its last user: nothing can be "
+                "restored into it; use a volume of another type."
+            )
+        return "type" in volume.options
+
+    def check_clone(self, volume: Volume) -> None:
+        if "type" in volume.options:
+            raise UserError(
+                f"volume {quoted(volume.name)} cannot be cloned: a volume with the same device would be the same data; "
+                "make a new volume, and restore a backup into it."
+            )
 
     def may_share(self, volume: Volume) -> str | None:
         return None if image.exists(volume) or "type" in volume.options else volume.directory

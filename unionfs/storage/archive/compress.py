@@ -1,0 +1,122 @@
+"""Compressed streams: what is written, and what is found out when reading."""
+
+from __future__ import annotations
+
+import gzip
+import io
+import os
+import zlib
+from typing import IO, Protocol, cast
+
+from unionfs.storage.archive.headers import Malformed
+
+KINDS = ("zstd", "gzip", "none")
+ENDINGS = {"zstd": ".tar.zst", "gzip": ".tar.gz", "none": ".tar"}
+_ZSTD, _GZIP = b"\x28\xb5\x2f\xfd", b"\x1f\x8b"
+_BUFFER = 1 << 20
+
+
+class Sink(Protocol):
+    """Where an archive goes."""
+
+    def write(self, data: bytes, /) -> int: ...
+
+    def close(self) -> None: ...
+
+
+class Source(Protocol):
+    """Where an archive comes from; less than was asked for only at the end."""
+
+    def read(self, size: int, /) -> bytes: ...
+
+
+def kind_for(path: str) -> str:
+    """The compression that a file's name asks for; zstd when it says nothing."""
+    lowered = path.lower()
+    if lowered.endswith((".tar", ".tar.none")):
+        return "none"
+    if lowered.endswith((".gz", ".tgz")):
+        return "gzip"
+    return "zstd"
+
+
+class _Plain:
+    def __init__(self, out: IO[bytes]) -> None:
+        self._out = out
+        self._fd = out.fileno()
+
+    def write(self, data: bytes, /) -> int:
+        view = memoryview(data)
+        while view:
+            view = view[os.write(self._fd, view) :]
+        return len(data)
+
+    def close(self) -> None:
+        pass
+
+
+def compressor(out: IO[bytes], kind: str) -> Sink:
+    """A stream that compresses into `out` (unbuffered); `close` ends it, and leaves `out` open."""
+    if kind == "none":
+        return _Plain(out)
+    buffered = io.BufferedWriter(cast(io.RawIOBase, _Unclosed(out)), _BUFFER)
+    if kind == "gzip":
+        # The fastest of gzip's levels that still compresses most of what the default one does.
+        return cast(Sink, _Both(gzip.GzipFile(fileobj=buffered, mode="wb", compresslevel=4, mtime=0), buffered))
+    import zstandard
+
+    made = zstandard.ZstdCompressor(level=3, threads=os.cpu_count() or 1, write_checksum=True)
+    return cast(Sink, _Both(made.stream_writer(buffered, closefd=False), buffered))
+
+
+class _Unclosed(io.RawIOBase):
+    """Writes everything, and leaves the file open when it is closed."""
+
+    def __init__(self, out: IO[bytes]) -> None:
+        self._plain = _Plain(out)
+
+    def writable(self) -> bool:
+        return True
+
+    def write(self, data: object, /) -> int:
+        return self._plain.write(cast(bytes, data))
+
+
+class _Both:
+    def __init__(self, stream: IO[bytes], below: io.BufferedWriter) -> None:
+        self._stream = stream
+        self._below = below
+        self.write = stream.write
+
+    def close(self) -> None:
+        self._stream.close()
+        self._below.close()
+
+
+class _Checked:
+    """Turns what a decompressor raises into Malformed."""
+
+    def __init__(self, stream: Source, errors: tuple[type[Exception], ...]) -> None:
+        self._stream = stream
+        self._errors = errors
+
+    def read(self, size: int, /) -> bytes:
+        try:
+            return self._stream.read(size)
+        except self._errors as error:
+            raise Malformed(f"its compressed data is damaged or cut off ({error})") from None
+
+
+def decompressor(source: IO[bytes]) -> Source:
+    """The tar within `source`, whatever compresses it."""
+    buffered = io.BufferedReader(cast(io.RawIOBase, source), _BUFFER)
+    start = buffered.peek(4)[:4]
+    if start == _ZSTD:
+        import zstandard
+
+        # Reading never gives more than is asked for, so that a bomb of zeros takes no memory.
+        made = zstandard.ZstdDecompressor().stream_reader(buffered, read_across_frames=True, closefd=False)
+        return _Checked(cast(Source, made), (zstandard.ZstdError,))
+    if start[:2] == _GZIP:
+        return _Checked(gzip.GzipFile(fileobj=buffered, mode="rb"), (EOFError, zlib.error, gzip.BadGzipFile))
+    return buffered
