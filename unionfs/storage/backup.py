@@ -14,7 +14,7 @@ from typing import IO, Any
 
 from unionfs.daemon.errors import UserError, quoted, reason
 from unionfs.storage.archive import manifest
-from unionfs.storage.archive.compress import compressor, decompressor
+from unionfs.storage.archive.compress import Ahead, compressor, decompressor
 from unionfs.storage.archive.freeze import frozen, own_filesystem
 from unionfs.storage.archive.headers import Malformed
 from unionfs.storage.archive.manifest import Line, latest, read_manifest
@@ -83,7 +83,8 @@ def backup(
         try:
             scratch = _hold_still(stack, volumes, volume, path, out, others, report)
             walker = Walker(path, report.note, leave_out=(os.fsencode(WORKSPACE),))
-            sink = compressor(out, compress)
+            sink = Ahead(compressor(out, compress))
+            stack.callback(sink.stop)
             writer = ArchiveWriter(
                 sink, walker, report.note, base=base_lines,
                 base_started=0 if base_info is None else int(base_info["started"]),

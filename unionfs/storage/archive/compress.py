@@ -5,6 +5,8 @@ from __future__ import annotations
 import gzip
 import io
 import os
+import queue
+import threading
 import zlib
 from typing import IO, Protocol, cast
 
@@ -67,6 +69,45 @@ def compressor(out: IO[bytes], kind: str) -> Sink:
 
     made = zstandard.ZstdCompressor(level=3, threads=os.cpu_count() or 1, write_checksum=True)
     return cast(Sink, _Both(made.stream_writer(buffered, closefd=False), buffered))
+
+
+class Ahead:
+    """Writes to a sink from a thread, so that reading goes on meanwhile; a few pieces wait at most."""
+
+    def __init__(self, sink: Sink) -> None:
+        self._sink = sink
+        self._queue: queue.Queue[bytes | None] = queue.Queue(maxsize=8)
+        self._error: BaseException | None = None
+        self._thread = threading.Thread(target=self._run, name="archive writer", daemon=True)
+        self._thread.start()
+
+    def _run(self) -> None:
+        while (data := self._queue.get()) is not None:
+            if self._error is None:
+                try:
+                    self._sink.write(data)
+                except BaseException as error:
+                    self._error = error
+
+    def write(self, data: bytes, /) -> int:
+        """Raises what an earlier write has come to."""
+        if self._error is not None:
+            raise self._error
+        self._queue.put(data)
+        return len(data)
+
+    def close(self) -> None:
+        """Wait until all is written, and end the sink."""
+        self.stop()
+        if self._error is not None:
+            raise self._error
+        self._sink.close()
+
+    def stop(self) -> None:
+        """End the thread, whatever is still to be written."""
+        if self._thread.is_alive():
+            self._queue.put(None)
+            self._thread.join()
 
 
 class _Unclosed(io.RawIOBase):

@@ -145,6 +145,38 @@ def encode(entry: Entry, stored: int) -> bytes:
     return _pax(records) + field if records else field
 
 
+class PlainFiles:
+    """The headers of ordinary files without anything particular, made in as few steps as can be.
+
+    Byte for byte those of `encode`.
+    """
+
+    def __init__(self) -> None:
+        self._owners: dict[tuple[int, int, int], tuple[bytes, int]] = {}
+        # Both numbers of the record have a length that does not change before the year 2286.
+        self._pax = _field(b"././@PaxHeader", 0o644, 0, 0, 30, 0, b"x", b"", (0, 0))
+        self._tail = b"0" + bytes(100) + _TAIL + b"0000000\x000000000\0" + bytes(RECORD - 157 - 100 - len(_TAIL) - 16)
+        self._sum = 256 + sum(self._tail)
+        self._record = bytes(RECORD - 30)
+
+    def encode(self, path: bytes, mode: int, uid: int, gid: int, size: int, mtime: int) -> bytes | None:
+        """The headers of a file of at most 8 GiB; None when it has something particular."""
+        known = self._owners.get((mode, uid, gid))
+        if known is None:
+            if uid > _MAX_SMALL or gid > _MAX_SMALL:
+                return None
+            text = b"%07o\0%07o\0%07o\0" % (mode, uid, gid)
+            known = self._owners[mode, uid, gid] = text, sum(text)
+        seconds, rest = divmod(mtime, 1_000_000_000)
+        if not rest or len(path) > 98 or not 1_000_000_000 <= seconds <= _MAX_SIZE or seconds > 9_999_999_999:
+            return None
+        numbers = b"%011o\0%011o\0" % (size, seconds)
+        total = known[1] + self._sum + 93 + sum(path) + sum(numbers)  # 93: `./`
+        return b"%b30 mtime=%d.%09d\n%b./%b%b%b%06o\0 %b" % (
+            self._pax, seconds, rest, self._record, path.ljust(98, b"\0"), known[0], numbers, total, self._tail,
+        )  # fmt: skip
+
+
 def _is_utf8(text: bytes) -> bool:
     try:
         text.decode()

@@ -16,7 +16,7 @@ from unionfs.daemon.errors import UserError, quoted, reason
 from unionfs.storage.archive import manifest
 from unionfs.storage.archive.compress import Sink
 from unionfs.storage.archive.entry import FILE, HARDLINK, SPARSE, Entry, SparseDigest, digest_of
-from unionfs.storage.archive.headers import encode, sparse_map, special_file, stored_size
+from unionfs.storage.archive.headers import PlainFiles, encode, sparse_map, special_file, stored_size
 from unionfs.storage.archive.manifest import Line, ManifestWriter, whole_line
 from unionfs.storage.archive.walk import Walker
 from unionfs.sys.calls import clone_file
@@ -65,6 +65,9 @@ class ArchiveWriter:
         self._next = None if base is None else next(base, None)
         self._scratch = scratch
         self._progress = progress
+        self._plain = PlainFiles()
+        if base is None:
+            walker.fast = self._add_plain
         self.entries = 0
         self.read_bytes = 0
         self.changed = 0
@@ -138,6 +141,43 @@ class ArchiveWriter:
         else:
             self._put(encode(entry, 0))
             self.manifest.add(whole_line(entry, manifest.HERE))
+
+    def _add_plain(self, fd: int, path: bytes, status: os.stat_result) -> bool:
+        """Add a small file that has nothing particular, as most have not; False for others.
+
+        What `_add` does too, in as few steps as can be: this is where the time of a backup goes.
+        """
+        size = status.st_size
+        if not 0 < size <= _SMALL or status.st_blocks * 512 < size:
+            return False
+        try:
+            if os.listxattr(fd):
+                return False
+        except OSError:
+            return False
+        mtime, ctime = status.st_mtime_ns, status.st_ctime_ns
+        mode, uid, gid = status.st_mode & 0o7777, status.st_uid, status.st_gid
+        header = self._plain.encode(path, mode, uid, gid, size, mtime)
+        if header is None:
+            return False
+        data = os.read(fd, size + 1)
+        after = os.fstat(fd)
+        if len(data) != size or after.st_mtime_ns != mtime or after.st_ctime_ns != ctime or after.st_size != size:
+            return False
+        parts = self._parts
+        parts.append(header)
+        parts.append(data)
+        parts.append(_ZEROS[: -size % 512])
+        self._size += size + 1536
+        self.manifest.add(
+            b"f %o %d %d %d %d - %b %b\there %d %d\n"
+            % (mode, uid, gid, size, mtime, digest_of(data).encode(), manifest.escape(path), ctime, status.st_ino)
+        )
+        self.entries += 1
+        self.read_bytes += size
+        if self._size >= _FLUSH:
+            self._flush()
+        return True
 
     def _add_small(self, entry: Entry, fd: int) -> None:
         for left in range(_TRIES, -1, -1):
