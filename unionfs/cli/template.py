@@ -19,7 +19,7 @@ _TEXT_FUNCTIONS: Mapping[str, Callable[[str], str]] = {
     "title": str.title,
     "println": lambda text: text + "\n",
 }
-_KNOWN = '{{.Field}}, {{json .Field}}, {{index .Labels "key"}}, {{.Label "key"}}, {{lower .Field}}, {{upper .Field}}'
+_KNOWN = '{{.Field}}, {{json .Field}}, {{index .Labels "key"}}, {{.Label "key"}}, {{lower .X}}, {{upper .X}}'
 
 
 def render(template: str, values: Mapping[str, Any]) -> str:
@@ -90,7 +90,9 @@ def _plain(value: Any) -> str:
             return str(value)
 
 
-def render_rows(template: str, rows: Sequence[Mapping[str, Any]], headings: Mapping[str, str]) -> list[list[str]]:
+def render_rows(
+    template: str, rows: Sequence[Mapping[str, Any]], headings: Mapping[str, str]
+) -> list[list[str]]:
     """The cells of docker's `table TEMPLATE`, the heading first; columns are separated by tabs."""
     shown = [template.removeprefix("table").strip()]
     table = [render(shown[0], _Headings(headings)).split("\t")]

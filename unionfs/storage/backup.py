@@ -97,7 +97,8 @@ def backup(
         except OSError as error:
             place = "standard output" if target == "-" else target
             raise UserError(
-                f"the backup cannot be written to {quoted(place)}: {reason(error)}; nothing is left of it. Free space, "
+                f"the backup cannot be written to {quoted(place)}: {reason(error)}; nothing is left of it. "
+                "Free space, "
                 "or write it elsewhere."
             ) from error
         report.entries, report.size = writer.entries, writer.read_bytes
@@ -117,7 +118,13 @@ def _standard_output() -> Iterator[IO[bytes]]:
 
 
 def _hold_still(
-    stack: ExitStack, volumes: Volumes, volume: Volume, path: str, out: IO[bytes], others: bool, report: Report
+    stack: ExitStack,
+    volumes: Volumes,
+    volume: Volume,
+    path: str,
+    out: IO[bytes],
+    others: bool,
+    report: Report,
 ) -> str | None:
     """Freeze the volume's filesystem if it is its own, else give a directory for clones of its files."""
     if not others:
@@ -130,7 +137,9 @@ def _hold_still(
     return volumes.driver_of(volume).may_share(volume)
 
 
-def _base(since: str | None, volume: Volume, stack: ExitStack) -> tuple[dict[str, Any] | None, Iterator[Line] | None]:
+def _base(
+    since: str | None, volume: Volume, stack: ExitStack
+) -> tuple[dict[str, Any] | None, Iterator[Line] | None]:
     if since is None:
         return None, None
     reader = stack.enter_context(open_archive(since))
@@ -158,7 +167,9 @@ def open_archive(source: str) -> Iterator[ArchiveReader]:
         if stat.S_ISDIR(os.fstat(raw.fileno()).st_mode):
             raise IsADirectoryError(21, "it is a directory")
     except OSError as error:
-        raise UserError(f"the backup {quoted(source)} cannot be read: {reason(error)}; check its path.") from error
+        raise UserError(
+            f"the backup {quoted(source)} cannot be read: {reason(error)}; check its path."
+        ) from error
     with raw:
         with explained(source):
             reader = ArchiveReader(decompressor(raw))
@@ -177,7 +188,8 @@ def explained(source: str) -> Iterator[None]:
         ) from None
     except (ValueError, KeyError, TypeError) as error:
         raise UserError(
-            f"the backup {shown} cannot be trusted: it is misspelt ({error}); nothing was restored. Use another copy "
+            f"the backup {shown} cannot be trusted: it is misspelt ({error}); nothing was restored. Use "
+            "another copy "
             "of it."
         ) from error
 
@@ -201,8 +213,8 @@ def verify_archive(source: str, progress: Progress | None = None) -> Report:
             if progress is not None and reader.count % 256 == 0:
                 progress(reader.count, reader.read_bytes)
         # An incremental archive names what lies in its base too.
-        for raw in reader.manifest_lines():
-            Line(raw)
+        for _ in latest(reader.manifest_lines()):
+            pass
         for _ in reader.deleted():
             pass
         report.entries, report.size = reader.count, reader.read_bytes

@@ -27,7 +27,11 @@ def copy_content(extractor: Extractor, walker: Walker, entry: Entry, fd: int, re
         with extractor.new_file(entry) as target:
             shared = _share(target, fd) or (_copy(target, fd, entry) and False)
         status = os.fstat(fd)
-        same = (status.st_mtime_ns, status.st_ctime_ns, status.st_size) == (entry.mtime, entry.ctime, entry.size)
+        same = (status.st_mtime_ns, status.st_ctime_ns, status.st_size) == (
+            entry.mtime,
+            entry.ctime,
+            entry.size,
+        )
         if same:
             break
         if not left:

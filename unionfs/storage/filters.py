@@ -27,7 +27,9 @@ def parse_filters(words: Iterable[str]) -> list[tuple[str, str]]:
             try:
                 re.compile(value)
             except re.error as error:
-                raise UserError(f"the filter name={quoted(value)} is no regular expression: {error}.") from error
+                raise UserError(
+                    f"the filter name={quoted(value)} is no regular expression: {error}."
+                ) from error
         found.append((key, value))
     return found
 
@@ -42,7 +44,9 @@ def truth(value: str, key: str) -> bool:
 
 
 def matches(volume: Volume, filters: Iterable[tuple[str, str]], *, used: bool) -> bool:
-    """Whether a volume passes all filters. A name passes when the value, a regular expression, is found in it."""
+    """Whether a volume passes all filters. A name passes when the value, a regular expression, is found in
+    it.
+    """
     return all(_holds(volume, key, value, used) for key, value in filters)
 
 

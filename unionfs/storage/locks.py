@@ -57,7 +57,8 @@ def state(root: str, name: str) -> Iterator[None]:
     while (fd := _take(path)) is None:
         if time.monotonic() > deadline:
             raise UserError(
-                f"volume {quoted(name)} is being changed by another process for over a minute (its storage may "
+                f"volume {quoted(name)} is being changed by another process for over a minute (its storage "
+                "may "
                 "hang); try again later."
             )
         time.sleep(_POLL_SECONDS)
@@ -76,7 +77,8 @@ def work(root: str, name: str, what: str) -> Iterator[None]:
         with suppress(OSError), open(path, encoding="utf-8", errors="replace") as file:
             holder = file.read(200).strip()
             raise UserError(
-                f"volume {quoted(name)} is busy with {holder or 'another operation'}; try {what} again when that "
+                f"volume {quoted(name)} is busy with {holder or 'another operation'}; try {what} again when "
+                "that "
                 "has ended."
             )
         raise UserError(f"volume {quoted(name)} is busy with another operation; try {what} again.")

@@ -42,7 +42,9 @@ def need_program(name: str, package: str, what: str) -> str:
     """The path of a program. Raises UserError naming the package it is in."""
     found = program_path(name)
     if found is None:
-        raise UserError(f"{what} needs the program {name}, which is not installed; install the package {package}.")
+        raise UserError(
+            f"{what} needs the program {name}, which is not installed; install the package {package}."
+        )
     return found
 
 
@@ -65,7 +67,8 @@ def mount_call(fstype: str, device: str, options: str, target: str) -> MountCall
         server = next((word[5:] for word in words if word.startswith("addr=")), "")
         if not server:
             raise UserError(
-                f"the device {quoted(device)} of an NFS volume names no server; add addr=SERVER to the option o."
+                f"the device {quoted(device)} of an NFS volume names no server; add addr=SERVER to the "
+                "option o."
             )
         device = (f"[{server}]" if ":" in server and not server.startswith("[") else server) + device
         words = [word for word in words if not word.startswith("addr=")]
@@ -86,7 +89,9 @@ def mount_call(fstype: str, device: str, options: str, target: str) -> MountCall
 def run_mount(call: MountCall, what: str) -> None:
     """Run mount(8) for `what` ("volume x"). Raises UserError with mount's own reason."""
     if not has_sys_admin():
-        raise UserError(f"{what} cannot be mounted: that needs root; run as root, or use a volume without options.")
+        raise UserError(
+            f"{what} cannot be mounted: that needs root; run as root, or use a volume without options."
+        )
     run_program(call.command, f"{what} cannot be mounted", environment=call.environment)
 
 
@@ -94,15 +99,16 @@ def run_program(
     command: Sequence[str],
     complaint: str,
     *,
-    environment: Mapping[str, str] = {},  # noqa: B006
+    environment: Mapping[str, str] = {},
     good: Sequence[int] = (0,),
+    stdin: str = "",
 ) -> str:
     """Run a program to its end and return what it printed. Raises UserError: `complaint`, then its reason."""
     path = need_program(command[0], _PACKAGES.get(command[0], command[0]), complaint.split(" cannot")[0])
     try:
         done = subprocess.run(
             [path, *command[1:]],
-            stdin=subprocess.DEVNULL,
+            input=stdin.encode(),
             capture_output=True,
             check=False,
             timeout=_SECONDS,
@@ -111,7 +117,8 @@ def run_program(
         )
     except subprocess.TimeoutExpired as error:
         raise UserError(
-            f"{complaint}: {command[0]} gave no answer in {_SECONDS:.0f} s; check that its server can be reached."
+            f"{complaint}: {command[0]} gave no answer in {_SECONDS:.0f} s; check that its server can be "
+            "reached."
         ) from error
     if done.returncode not in good:
         text = " ".join(os.fsdecode(done.stderr or done.stdout).split()) or f"it ended with {done.returncode}"

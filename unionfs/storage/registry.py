@@ -158,12 +158,14 @@ class Registry:
                 db.execute("COMMIT")
             except sqlite3.OperationalError as error:
                 raise UserError(
-                    f"the registry {quoted(self.path)} cannot be used: {error}; check its permissions and the "
+                    f"the registry {quoted(self.path)} cannot be used: {error}; check its permissions and "
+                    "the "
                     "free space of its filesystem."
                 ) from error
             except sqlite3.DatabaseError as error:
                 raise UserError(
-                    f"the registry {quoted(self.path)} is damaged ({error}); run the command again, which makes "
+                    f"the registry {quoted(self.path)} is damaged ({error}); run the command again, which "
+                    "makes "
                     "a new one from the volumes' own directories."
                 ) from error
             finally:
@@ -209,7 +211,8 @@ class Registry:
                 if "disk I/O" in str(error) or "malformed" in str(error):
                     raise Damaged(str(error)) from error
                 raise UserError(
-                    f"the registry {quoted(self.path)} cannot be used: {error}; check its permissions and the "
+                    f"the registry {quoted(self.path)} cannot be used: {error}; check its permissions and "
+                    "the "
                     "free space of its filesystem."
                 ) from error
             if isinstance(error, sqlite3.DatabaseError):
@@ -265,7 +268,8 @@ class Registry:
                 count = self._reconcile(db, say=False)
         self._checked = True
         self._tell(
-            f"the registry {quoted(self.path)} was damaged ({cause}): it is kept as {quoted(aside)}, and a new "
+            f"the registry {quoted(self.path)} was damaged ({cause}): it is kept as {quoted(aside)}, and a "
+            "new "
             f"one was made from the directories of {count} volume{'' if count == 1 else 's'}."
         )
 
@@ -292,7 +296,9 @@ class Registry:
             if not known:
                 write_record(volume, [])
                 if say:
-                    self._tell(f"the directory of volume {quoted(name)} had no record; it was entered as local.")
+                    self._tell(
+                        f"the directory of volume {quoted(name)} had no record; it was entered as local."
+                    )
             count += 1
         for name in rows - names:
             if locks.is_taken(self.root, name) or os.path.lexists(self.directory(name)):
@@ -302,7 +308,8 @@ class Registry:
             db.execute("DELETE FROM volumes WHERE name = ?", (name,))
             if say:
                 self._tell(
-                    f"the directory of volume {quoted(name)} is gone from {quoted(self.root)}/volumes; it was "
+                    f"the directory of volume {quoted(name)} is gone from {quoted(self.root)}/volumes; it "
+                    "was "
                     "taken out of the registry."
                 )
         db.execute("COMMIT")
@@ -329,7 +336,9 @@ def write_record(volume: Volume, users: list[User]) -> None:
     path = f"{volume.directory}/{RECORD}"
     values = {**volume.to_json(), "users": [[user.text, user.path] for user in users]}
     try:
-        fd = os.open(f"{path}.new", os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
+        fd = os.open(
+            f"{path}.new", os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600
+        )
         with open(fd, "w", encoding="ascii") as out:
             json.dump(values, out)
         os.replace(f"{path}.new", path)

@@ -40,7 +40,14 @@ def restore(
     with volumes.working_on(name, "a restore") as volume, ExitStack() as stack:
         volumes.refuse_users(name, "restored")
         chain = open_chain(source, bases, stack)
-        _fill(volumes, volume, stack, report, "restored", lambda extractor: _apply(extractor, chain, report, progress))
+        _fill(
+            volumes,
+            volume,
+            stack,
+            report,
+            "restored",
+            lambda extractor: _apply(extractor, chain, report, progress),
+        )
         last = chain[-1][1]
         with suppress(OSError):
             keep_manifest(volume, last.copy_manifest)
@@ -77,7 +84,8 @@ def _fill(
                 place.commit()
     except OSError as error:
         raise UserError(
-            f"volume {quoted(volume.name)} cannot be {what}: {reason(error)}; its content is as it was. Free space, or "
+            f"volume {quoted(volume.name)} cannot be {what}: {reason(error)}; its content is as it was. Free "
+            "space, or "
             "check its storage."
         ) from error
 
@@ -110,7 +118,8 @@ def _find_base(
             return candidate, reader
         opened.close()
     raise UserError(
-        f"the backup {quoted(path)} is incremental, and the one it is built on ({quoted(file)}, id {wanted}) is not "
+        f"the backup {quoted(path)} is incremental, and the one it is built on ({quoted(file)}, id {wanted}) "
+        "is not "
         "beside it; name it by --base FILE."
     )
 
@@ -151,7 +160,9 @@ def _check_base(base: ArchiveReader, reader: ArchiveReader) -> None:
 
 
 def verify_chain(source: str, bases: Sequence[str], progress: Progress | None = None) -> Report:
-    """What `restore` would do, without a volume. Raises UserError when it would fail for the archives' sake."""
+    """What `restore` would do, without a volume. Raises UserError when it would fail for the archives'
+    sake.
+    """
     report = Report()
     with ExitStack() as stack:
         before: ArchiveReader | None = None
@@ -211,5 +222,3 @@ def _copy(path: str, extractor: Extractor, report: Report, progress: Progress | 
             progress(report.entries, report.size)
     if copied and shared:
         report.how = "sharing blocks (reflinks)"
-
-

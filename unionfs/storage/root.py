@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
+from contextlib import suppress
 
 from unionfs.daemon.errors import UserError, quoted, reason
 from unionfs.sys.process import in_initial_user_namespace
@@ -53,7 +54,14 @@ def storage_root(chosen: str | None = None, environment: Mapping[str, str] | Non
 def make_directory(path: str) -> str:
     """Make a directory of the storage root, with those above it, if it is missing. Raises UserError."""
     try:
-        os.makedirs(path, mode=_MODE, exist_ok=True)
+        # Each with its mode: os.makedirs would make those above with whatever the umask leaves of 0777.
+        missing = [path]
+        while not os.path.lexists(missing[-1]):
+            missing.append(os.path.dirname(missing[-1]))
+        for directory in reversed(missing[:-1]):
+            with suppress(FileExistsError):
+                os.mkdir(directory, _MODE)
+                os.chmod(directory, _MODE)
     except OSError as error:
         raise UserError(
             f"{quoted(path)} cannot be made: {reason(error)}; give another storage root by --root or "

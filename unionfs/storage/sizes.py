@@ -11,7 +11,8 @@ _SIZE = re.compile(r"([0-9]+(?:\.[0-9]+)?)\s*([bkmgtp]?)(?:i?b)?", re.IGNORECASE
 
 
 def parse_size(text: str, what: str = "size") -> int:
-    """`100m`, `1.5G`, `4096` as bytes; the units are powers of 1024, as Docker's go-units RAMInBytes takes them.
+    """`100m`, `1.5G`, `4096` as bytes; the units are powers of 1024, as Docker's go-units RAMInBytes takes
+    them.
 
     Raises UserError.
     """

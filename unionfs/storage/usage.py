@@ -13,8 +13,8 @@ from unionfs.storage.volumes import Volumes
 def size_of_tree(path: str) -> int:
     """The bytes of all files below a directory, each inode once, directories and holes not counted.
 
-    Never leaves the filesystem, follows no symlink; what vanishes meanwhile is left out. Raises OSError when a
-    directory cannot be read.
+    Never leaves the filesystem, follows no symlink; what vanishes meanwhile is left out. Raises OSError when
+    a directory cannot be read.
     """
     total, device = 0, os.lstat(path).st_dev
     seen: set[tuple[int, int]] = set()
@@ -42,7 +42,11 @@ def size_of_tree(path: str) -> int:
                 if (status.st_dev, status.st_ino) in seen:
                     continue
                 seen.add((status.st_dev, status.st_ino))
-            total += min(status.st_size, status.st_blocks * 512) if stat.S_ISREG(status.st_mode) else status.st_size
+            total += (
+                min(status.st_size, status.st_blocks * 512)
+                if stat.S_ISREG(status.st_mode)
+                else status.st_size
+            )
     finally:
         for fd in waiting:
             os.close(fd)
@@ -65,5 +69,3 @@ def reclaimable(volume: Volume) -> int:
         return size_of_tree(f"{volume.directory}/_data")
     except OSError:
         return 0
-
-

@@ -1,9 +1,9 @@
 """The volumes below one storage root: made, listed, used, removed. Drivers do what is particular.
 
-    ROOT/registry.db                 which volumes there are, and who uses them
-    ROOT/volumes/NAME/volume.json    the same about one volume, to make the registry anew from
-    ROOT/volumes/NAME/_data          its files, in Docker's layout
-    ROOT/locks/                      one operation at a time on a volume
+ROOT/registry.db                 which volumes there are, and who uses them
+ROOT/volumes/NAME/volume.json    the same about one volume, to make the registry anew from
+ROOT/volumes/NAME/_data          its files, in Docker's layout
+ROOT/locks/                      one operation at a time on a volume
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ class Volumes:
 
     # -- looking ------------------------------------------------------------------------------------------
 
-    def list(self) -> list[Volume]:
+    def all(self) -> list[Volume]:
         """All volumes, sorted by name."""
         return self._registry.volumes()
 
@@ -81,7 +81,7 @@ class Volumes:
         name: str | None,
         *,
         driver: str = "local",
-        options: Mapping[str, str] = {},  # noqa: B006
+        options: Mapping[str, str] = {},
         anonymous: bool = False,
     ) -> Volume:
         """The volume of that name, made if it is missing; a new anonymous one for None.
@@ -96,8 +96,8 @@ class Volumes:
         name: str | None = None,
         *,
         driver: str | None = None,
-        options: Mapping[str, str] = {},  # noqa: B006
-        labels: Mapping[str, str] = {},  # noqa: B006
+        options: Mapping[str, str] = {},
+        labels: Mapping[str, str] = {},
         anonymous: bool = False,
     ) -> Volume:
         """Make a volume, or return the one that is there and has the same driver, options and labels.
@@ -144,11 +144,13 @@ class Volumes:
             if isinstance(error, OSError):
                 if error.errno in (errno.EEXIST, errno.ENOTEMPTY):
                     raise UserError(
-                        f"volume {quoted(name)} cannot be made: {quoted(place)} is in the way and is no volume; "
+                        f"volume {quoted(name)} cannot be made: {quoted(place)} is in the way and is no "
+                        "volume; "
                         "move it away."
                     ) from error
                 raise UserError(
-                    f"volume {quoted(name)} cannot be made in {quoted(parent)}: {reason(error)}; free space, check "
+                    f"volume {quoted(name)} cannot be made in {quoted(parent)}: {reason(error)}; free space, "
+                    "check "
                     "the permissions, or give another storage root."
                 ) from error
             raise
@@ -181,14 +183,11 @@ class Volumes:
             for known in users:
                 if known.text == user:
                     return known.path
-            if driver.one_mount_each or not users:
-                path = driver.mount(volume, user)
-            else:
-                path = users[0].path
+            path = driver.mount(volume, user) if driver.one_mount_each(volume) or not users else users[0].path
             try:
                 self._registry.add_user(volume, User(user, path))
             except BaseException:
-                if driver.one_mount_each or not users:
+                if driver.one_mount_each(volume) or not users:
                     with suppress(UserError):
                         driver.unmount(volume, user)
                 raise
@@ -202,18 +201,18 @@ class Volumes:
             users = self._without_the_dead(volume, driver, besides=user)
             if not any(known.text == user for known in users):
                 return
-            if driver.one_mount_each or len(users) == 1:
+            if driver.one_mount_each(volume) or len(users) == 1:
                 driver.unmount(volume, user)
             self._registry.remove_user(volume, user)
 
     def _without_the_dead(self, volume: Volume, driver: Driver, besides: str = "") -> list[User]:
         """The users of a volume, after those that are gone were detached."""
-        alive = []
-        dead = []
+        alive: list[User] = []
+        dead: list[User] = []
         for user in self._registry.users(volume.name):
             (dead if user.is_gone and user.text != besides else alive).append(user)
         for user in dead:
-            if driver.one_mount_each or (not alive and user is dead[-1]):
+            if driver.one_mount_each(volume) or (not alive and user is dead[-1]):
                 driver.unmount(volume, user.text)
             self._registry.remove_user(volume, user.text)
         return alive
@@ -228,7 +227,9 @@ class Volumes:
 
     @contextmanager
     def used(self, name: str, kind: str) -> Iterator[str]:
-        """The data of a volume, used by this process within the context, `kind` being `backup` or the like."""
+        """The data of a volume, used by this process within the context, `kind` being `backup` or the
+        like.
+        """
         user = User.of_this_process(kind, secrets.token_hex(4))
         path = self.attach(name, user)
         try:
@@ -293,9 +294,7 @@ class Volumes:
                 driver = _Gone()
             users = self._without_the_dead(volume, driver)
             if users:
-                raise UserError(
-                    f"volume {quoted(name)} cannot be removed: {_in_use(users)}; end that first."
-                )
+                raise UserError(f"volume {quoted(name)} cannot be removed: {_in_use(users)}; end that first.")
             driver.remove(volume)
             self._check_unmounted(volume)
             aside = f"{self.root}/volumes/.gone-{name[:64]}-{os.getpid()}-{secrets.token_hex(4)}"
@@ -305,7 +304,8 @@ class Volumes:
                 aside = ""
             except OSError as error:
                 raise UserError(
-                    f"volume {quoted(name)} cannot be removed from {quoted(self.root)}: {reason(error)}; check the "
+                    f"volume {quoted(name)} cannot be removed from {quoted(self.root)}: {reason(error)}; "
+                    "check the "
                     "permissions."
                 ) from error
             self._registry.forget(name)
@@ -313,7 +313,9 @@ class Volumes:
         if aside:
             _remove_directory(aside)
             if os.path.lexists(aside):
-                self._tell(f"volume {quoted(name)} is removed, but {quoted(aside)} could not be; remove it by hand.")
+                self._tell(
+                    f"volume {quoted(name)} is removed, but {quoted(aside)} could not be; remove it by hand."
+                )
         return True
 
     def _check_unmounted(self, volume: Volume) -> None:
@@ -322,7 +324,8 @@ class Volumes:
         for entry in read_mountinfo():
             if entry.mountpoint.startswith(below):
                 raise UserError(
-                    f"volume {quoted(volume.name)} cannot be removed: {quoted(entry.mountpoint)} is still mounted; "
+                    f"volume {quoted(volume.name)} cannot be removed: {quoted(entry.mountpoint)} is still "
+                    "mounted; "
                     "unmount it first."
                 )
 
@@ -343,7 +346,8 @@ def _check_same(
 ) -> None:
     if driver is not None and driver != found.driver:
         raise UserError(
-            f"volume {quoted(found.name)} already exists with the driver {quoted(found.driver)}; choose another "
+            f"volume {quoted(found.name)} already exists with the driver {quoted(found.driver)}; choose "
+            "another "
             "name, or remove it first."
         )
     for kind, wanted, known in (("option", options, found.options), ("label", labels, found.labels)):
@@ -353,7 +357,8 @@ def _check_same(
             if wanted.get(key) != known.get(key):
                 has = f"{key}={known[key]}" if key in known else f"no {key}"
                 raise UserError(
-                    f"volume {quoted(found.name)} already exists with other {kind}s ({quoted(has)}); choose another "
+                    f"volume {quoted(found.name)} already exists with other {kind}s ({quoted(has)}); choose "
+                    "another "
                     "name, or remove it first."
                 )
 

@@ -41,7 +41,9 @@ def _quotactl(fd: int, command: int, project: int, buffer: ctypes.Array[ctypes.c
 
 
 def has_project_quota(fd: int) -> bool:
-    """Whether the filesystem that holds `fd` counts and enforces project quotas now (quotactl_fd, Linux 5.14)."""
+    """Whether the filesystem that holds `fd` counts and enforces project quotas now (quotactl_fd, Linux
+    5.14).
+    """
     try:
         _quotactl(fd, _Q_GETINFO, 0, ctypes.create_string_buffer(64))
     except OSError:
@@ -50,7 +52,8 @@ def has_project_quota(fd: int) -> bool:
 
 
 def _project_of(status: os.stat_result) -> int:
-    # Any number will do that no other directory of the filesystem has; those of Docker and xfs_quota are small.
+    # Any number will do that no other directory of the filesystem has; those of Docker and xfs_quota are
+    # small.
     return 0x40000000 | zlib.crc32(b"%d:%d" % (status.st_dev, status.st_ino)) & 0x3FFFFFFF
 
 

@@ -28,8 +28,11 @@ def _progress(what: str) -> Iterator[Progress | None]:
     from rich.progress import SpinnerColumn, TextColumn, TimeElapsedColumn
 
     columns = (
-        SpinnerColumn(), TextColumn("{task.description}"), TextColumn("{task.fields[done]}"), TimeElapsedColumn(),
-    )  # fmt: skip
+        SpinnerColumn(),
+        TextColumn("{task.description}"),
+        TextColumn("{task.fields[done]}"),
+        TimeElapsedColumn(),
+    )
     with Bar(*columns, console=Console(stderr=True), transient=True) as bar:
         from unionfs.storage.sizes import shown_size
 
@@ -65,19 +68,21 @@ Examples:
 @click.option(
     "--compress", type=click.Choice(_COMPRESS), help="Default: what the name of FILE says, else zstd."
 )
-@click.option("--since", metavar="BACKUP", help="Write only what has changed since that backup of this volume.")
+@click.option(
+    "--since", metavar="BACKUP", help="Write only what has changed since that backup."
+)
 @root_option
 @click.argument("name", shell_complete=complete_volumes)
 def backup(output: str | None, compress: str | None, since: str | None, root: str | None, name: str) -> None:
     """Write all that is in a volume into an archive, and print the archive's name.
 
-    The volume may be in use. A volume on a filesystem of its own (-o size=) is frozen meanwhile; else large files
-    are cloned where the filesystem can (xfs, btrfs), and what changes while it is read is read again. Databases
-    that write several files at once are backed up by their own programs, beside this.
+    The volume may be in use. A volume on a filesystem of its own (-o size=) is frozen meanwhile; else large
+    files are cloned where the filesystem can (xfs, btrfs), and what changes while it is read is read again.
+    Databases that write several files at once are backed up by their own programs, beside this.
 
-    The archive is a pax tar with a manifest (xxh3-128) as its last member: `tar tf` lists it, `tar xf --xattrs
-    --acls` unpacks it. It gets its name when it is whole. An incremental one (--since) needs that backup, and those
-    below it, to be restored.
+    The archive is a pax tar with a manifest (xxh3-128) as its last member: `tar tf` lists it, `tar xf
+    --xattrs --acls` unpacks it. It gets its name when it is whole. An incremental one (--since) needs that
+    backup, and those below it, to be restored.
     """
     from unionfs.daemon.errors import UserError
     from unionfs.storage.archive.compress import ENDINGS, kind_for
@@ -93,7 +98,9 @@ def backup(output: str | None, compress: str | None, since: str | None, root: st
     else:
         kind = compress or ("zstd" if output == "-" else kind_for(output))
     if output == "-" and sys.stdout.isatty():
-        raise UserError("an archive is nothing for a terminal; redirect standard output, or name a file by -o.")
+        raise UserError(
+            "an archive is nothing for a terminal; redirect standard output, or name a file by -o."
+        )
     with _progress(f"backup of {name}") as progress:
         report = make(volumes, name, output, compress=kind, since=since, progress=progress)
     _told(report, f"backed up volume {name}")
@@ -121,9 +128,9 @@ Examples:
 def restore(source: str, bases: tuple[str, ...], verify_only: bool, root: str | None, name: str) -> None:
     """Replace what is in a volume by an archive's content.
 
-    Everything is checked while it is read, and the old content stays until the new is whole: when something is
-    wrong, the volume is as it was. A volume in use is not restored. Archives whose entries would lie outside the
-    volume are refused, and without root those with device files.
+    Everything is checked while it is read, and the old content stays until the new is whole: when something
+    is wrong, the volume is as it was. A volume in use is not restored. Archives whose entries would lie
+    outside the volume are refused, and without root those with device files.
     """
     from unionfs.daemon.errors import UserError
     from unionfs.storage.restore import restore as put
@@ -132,7 +139,9 @@ def restore(source: str, bases: tuple[str, ...], verify_only: bool, root: str | 
     volumes = open_volumes(root)
     volumes.get(name)
     if source == "-" and sys.stdin.isatty():
-        raise UserError("an archive does not come from a terminal; redirect standard input, or name a file by -i.")
+        raise UserError(
+            "an archive does not come from a terminal; redirect standard input, or name a file by -i."
+        )
     if verify_only:
         with _progress("verification") as progress:
             report = verify_chain(source, bases, progress)
@@ -172,11 +181,12 @@ Examples:
 @root_option
 @click.argument("what", metavar="NAME|FILE", shell_complete=complete_volumes)
 def verify(root: str | None, what: str) -> int:
-    """Check an archive's content against its manifest, or a volume's against that of its last backup or restore.
+    """Check an archive's content against its manifest, or a volume's against that of its last backup or
+    restore.
 
-    A volume's files that were changed, added or removed since are listed, and are no error. A file whose content
-    differs while its size and time are the same is damaged: exit code 1. What is both a volume and a file here
-    is taken for the volume; write ./FILE for the file.
+    A volume's files that were changed, added or removed since are listed, and are no error. A file whose
+    content differs while its size and time are the same is damaged: exit code 1. What is both a volume and a
+    file here is taken for the volume; write ./FILE for the file.
     """
     import os
 
@@ -185,7 +195,7 @@ def verify(root: str | None, what: str) -> int:
     from unionfs.storage.names import is_name
 
     volumes = open_volumes(root)
-    known = is_name(what) and any(volume.name == what for volume in volumes.list())
+    known = is_name(what) and any(volume.name == what for volume in volumes.all())
     if not known and ("/" in what or os.path.exists(what)):
         with _progress("verification") as progress:
             report = verify_archive(what, progress)
@@ -201,7 +211,8 @@ def verify(root: str | None, what: str) -> int:
     if found.damaged:
         return complain(
             "unionfs",
-            f"volume {what} is damaged: the content of {len(found.damaged)} files is not that of its last backup, though "
+            f"volume {what} is damaged: the content of {len(found.damaged)} files is not that of its last "
+            "backup, though "
             "nobody wrote to them; restore a backup, and check the disk.",
         )
     same = not (found.changed or found.missing or found.added)

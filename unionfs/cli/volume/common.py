@@ -21,7 +21,9 @@ _F = TypeVar("_F", bound=Callable[..., Any])
 def root_option(command: _F) -> _F:
     """`--root`, the same for every command."""
     return click.option(
-        "--root", metavar="DIR", help="The storage root (default: $UNIONFS_ROOT, see `unionfs volume --help`)."
+        "--root",
+        metavar="DIR",
+        help="The storage root (default: $UNIONFS_ROOT, see `unionfs volume --help`).",
     )(command)
 
 
@@ -62,7 +64,7 @@ def complete_volumes(
         chosen = set(context.params.get("names") or ())
         return [
             CompletionItem(volume.name, help=volume.driver)
-            for volume in volumes.list()
+            for volume in volumes.all()
             if volume.name.startswith(incomplete) and volume.name not in chosen
         ]
     except (UserError, OSError):

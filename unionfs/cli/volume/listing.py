@@ -33,18 +33,16 @@ Examples:
 def ls(quiet: bool, filters: tuple[str, ...], template: str | None, as_json: bool, root: str | None) -> None:
     """List volumes, sorted by name.
 
-    A template has the fields .Name .Driver .Scope .Mountpoint .Labels .Options .Links .Anonymous .CreatedAt, and
-    the functions json, index, lower and upper; `table TEMPLATE` adds headings. `--format json` prints an object a
-    line, as docker does.
+    A template has the fields .Name .Driver .Scope .Mountpoint .Labels .Options .Links .Anonymous .CreatedAt,
+    and the functions json, index, lower and upper; `table TEMPLATE` adds headings. `--format json` prints an
+    object a line, as docker does.
     """
     from unionfs.storage.filters import matches, parse_filters
 
     wanted = parse_filters(filters)
     volumes = open_volumes(root)
     users = volumes.all_users()
-    found = [
-        volume for volume in volumes.list() if matches(volume, wanted, used=bool(users.get(volume.name)))
-    ]
+    found = [volume for volume in volumes.all() if matches(volume, wanted, used=bool(users.get(volume.name)))]
     if as_json:
         print(json.dumps([_line(volume, users.get(volume.name, [])) for volume in found], indent=2))
         return
@@ -131,7 +129,9 @@ Examples:
   unionfs volume inspect -f '{{.Mountpoint}}' orders
 """,
 )
-@click.option("-s", "--size", is_flag=True, help="Count the bytes the volume holds (UsageData.Size, else -1).")
+@click.option(
+    "-s", "--size", is_flag=True, help="Count the bytes the volume holds (UsageData.Size, else -1)."
+)
 @click.option("-f", "--format", "template", metavar="TEMPLATE", help="A Go template, as with `volume ls`.")
 @click.option("--json", "as_json", is_flag=True, help="Print a JSON array (that is the default).")
 @root_option

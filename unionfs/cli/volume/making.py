@@ -19,7 +19,11 @@ Examples:
 """,
 )
 @click.option(
-    "-d", "--driver", metavar="DRIVER", shell_complete=complete_drivers, help="What keeps it (default: local)."
+    "-d",
+    "--driver",
+    metavar="DRIVER",
+    shell_complete=complete_drivers,
+    help="What keeps it (default: local).",
 )
 @click.option("-o", "--opt", "options", multiple=True, metavar="KEY=VALUE", help="An option of the driver.")
 @click.option("--label", "labels", multiple=True, metavar="KEY=VALUE", help="A label.")
@@ -44,7 +48,10 @@ def create(
     Any other name is that of a docker volume plugin, or of an installed Python package's driver.
     """
     made = open_volumes(root).create(
-        name, driver=driver, options=pairs(options, "option", bare=True), labels=pairs(labels, "label", bare=True)
+        name,
+        driver=driver,
+        options=pairs(options, "option", bare=True),
+        labels=pairs(labels, "label", bare=True),
     )
     print(made.name)
 

@@ -14,8 +14,9 @@ from unionfs.cli.volume.common import complete_volumes, open_volumes, root_optio
 def rm(force: bool, root: str | None, names: tuple[str, ...]) -> int:
     """Remove volumes with all that is in them, and print their names.
 
-    A volume in use is not removed, with --force neither. What lies elsewhere (a bind, an NFS export, a plugin's
-    storage if the plugin keeps it) stays there. With --force a volume can be removed whose driver is gone.
+    A volume in use is not removed, with --force neither. What lies elsewhere (a bind, an NFS export, a
+    plugin's storage if the plugin keeps it) stays there. With --force a volume can be removed whose driver is
+    gone.
     """
     from unionfs.cli.run import complain
     from unionfs.daemon.errors import UserError
@@ -65,10 +66,8 @@ def prune(every: bool, filters: tuple[str, ...], force: bool, dry_run: bool, roo
     users = volumes.all_users()
     found = [
         volume
-        for volume in volumes.list()
-        if volume.name not in users
-        and (every or volume.anonymous)
-        and matches(volume, wanted, used=False)
+        for volume in volumes.all()
+        if volume.name not in users and (every or volume.anonymous) and matches(volume, wanted, used=False)
     ]
     if not (force or dry_run):
         kind = "all volumes" if every else "anonymous volumes"

@@ -9,6 +9,6 @@
     read        an archive as entries, everything checked
     extract     entries into a directory, never outside it
 
-The members of the volume are named `./...`. Besides there are `.unionfs-backup/info.json` as the first member, and
-as the last `.unionfs-backup/deleted` (in an incremental archive) and `.unionfs-backup/manifest`.
+The members of the volume are named `./...`. Besides there are `.unionfs-backup/info.json` as the first
+member, and as the last `.unionfs-backup/deleted` (in an incremental archive) and `.unionfs-backup/manifest`.
 """

@@ -8,7 +8,7 @@ import os
 import queue
 import threading
 import zlib
-from typing import IO, Protocol, cast
+from typing import IO, Any, Protocol, cast
 
 from unionfs.storage.archive.headers import Malformed
 
@@ -64,7 +64,9 @@ def compressor(out: IO[bytes], kind: str) -> Sink:
     buffered = io.BufferedWriter(cast(io.RawIOBase, _Unclosed(out)), _BUFFER)
     if kind == "gzip":
         # The fastest of gzip's levels that still compresses most of what the default one does.
-        return cast(Sink, _Both(gzip.GzipFile(fileobj=buffered, mode="wb", compresslevel=4, mtime=0), buffered))
+        return cast(
+            Sink, _Both(gzip.GzipFile(fileobj=buffered, mode="wb", compresslevel=4, mtime=0), buffered)
+        )
     import zstandard
 
     made = zstandard.ZstdCompressor(level=3, threads=os.cpu_count() or 1, write_checksum=True)
@@ -124,10 +126,13 @@ class _Unclosed(io.RawIOBase):
 
 
 class _Both:
-    def __init__(self, stream: IO[bytes], below: io.BufferedWriter) -> None:
+    def __init__(self, stream: Any, below: Any) -> None:
         self._stream = stream
         self._below = below
-        self.write = stream.write
+
+    def write(self, data: bytes, /) -> int:
+        written: int = self._stream.write(data)
+        return written
 
     def close(self) -> None:
         self._stream.close()

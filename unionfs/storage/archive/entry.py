@@ -20,8 +20,8 @@ class Entry:
     """Attributes as of lstat(2). Names are bytes: `path` is relative and without `./`, the root is empty."""
 
     __slots__ = (
-        "ctime", "device", "digest", "gid", "ino", "kind", "link", "mode", "mtime", "path", "rdev", "segments",
-        "size", "uid", "xattrs",
+        "ctime", "device", "digest", "gid", "ino", "kind", "link", "mode", "mtime", "path", "rdev",
+        "segments", "size", "uid", "xattrs",
     )  # fmt: skip
 
     def __init__(self, path: bytes, kind: str, mode: int, uid: int, gid: int, size: int, mtime: int) -> None:
@@ -63,8 +63,8 @@ class SparseDigest:
     """The digest of a file with holes, the same however the filesystem records the holes.
 
     Data is taken in blocks of 4096 bytes; those that are all zero count as holes. The digest is that of the
-    digest of the other blocks, of where they lie (runs of offset and length), and of the size. So a hole costs
-    nothing, be it exabytes.
+    digest of the other blocks, of where they lie (runs of offset and length), and of the size. So a hole
+    costs nothing, be it exabytes.
     """
 
     def __init__(self) -> None:

@@ -39,8 +39,8 @@ class Extractor:
     """Makes entries below `root`, an empty directory. Attributes of directories are set by `finish`.
 
     Raises UserError for what this user or this filesystem cannot make, OSError when the disk is full and the
-    like, Malformed for an entry that would lie outside. `note` gets a sentence for what an ordinary user has to
-    do without.
+    like, Malformed for an entry that would lie outside. `note` gets a sentence for what an ordinary user has
+    to do without.
     """
 
     def __init__(self, root: str, note: Callable[[str], None]) -> None:
@@ -112,7 +112,9 @@ class Extractor:
             return os.open(name, _DIRECTORY_FLAGS, dir_fd=at)
         except OSError as error:
             if error.errno in (errno.ENOTDIR, errno.ELOOP, errno.ENOENT):
-                raise Malformed(f"its entry {_shown(path)} lies below {_shown(name)}, which is no directory") from None
+                raise Malformed(
+                    f"its entry {_shown(path)} lies below {_shown(name)}, which is no directory"
+                ) from None
             raise
 
     def _open_once(self, path: bytes) -> tuple[int, bytes]:
@@ -178,12 +180,14 @@ class Extractor:
         except OSError as error:
             if error.errno == errno.ENOTSUP and entry.xattrs:
                 raise UserError(
-                    f"{_shown(entry.path)} has extended attributes or ACLs ({', '.join(map(_shown, entry.xattrs))}) "
+                    f"{_shown(entry.path)} has extended attributes or ACLs "
+                    f"({', '.join(map(_shown, entry.xattrs))}) "
                     "that this volume's filesystem cannot hold; restore into a volume on another filesystem."
                 ) from error
             if error.errno in (errno.EPERM, errno.ENOSYS, errno.ENOTSUP, errno.ENAMETOOLONG, errno.EINVAL):
                 raise UserError(
-                    f"{_shown(entry.path)} cannot be made here: {reason(error)}; restore as root, or into a volume on "
+                    f"{_shown(entry.path)} cannot be made here: {reason(error)}; restore as root, or into a "
+                    "volume on "
                     "another filesystem."
                 ) from error
             raise
@@ -244,7 +248,8 @@ class Extractor:
         for name, value in xattrs.items():
             if not self._is_root and name.startswith(_PRIVILEGED):
                 self._say_once(
-                    f"only root can restore {os.fsdecode(name)} and its like (of {_shown(path)}); they were left out."
+                    f"only root can restore {os.fsdecode(name)} and its like (of {_shown(path)}); they were "
+                    "left out."
                 )
                 continue
             os.setxattr(place, name, value, follow_symlinks=follow)
@@ -348,7 +353,8 @@ class Extractor:
                 self._attributes(fd, entry)
             except OSError as error:
                 raise UserError(
-                    f"the attributes of {_shown(path)} cannot be set here: {reason(error)}; restore as root, or into "
+                    f"the attributes of {_shown(path)} cannot be set here: {reason(error)}; restore as root, "
+                    "or into "
                     "a volume on another filesystem."
                 ) from error
             finally:

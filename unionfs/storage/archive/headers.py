@@ -1,8 +1,8 @@
 """Tar headers of the pax format: an entry as bytes, and bytes as an entry.
 
-Sources: POSIX.1-2017 pax (ustar interchange format, extended headers), GNU tar's manual for `GNU.sparse` 1.0 and
-`SCHILY.xattr`. What is read is what is written here, and nothing else: an archive with other headers is none of
-ours.
+Sources: POSIX.1-2017 pax (ustar interchange format, extended headers), GNU tar's manual for `GNU.sparse` 1.0
+and `SCHILY.xattr`. What is read is what is written here, and nothing else: an archive with other headers is
+none of ours.
 """
 
 from __future__ import annotations
@@ -24,8 +24,10 @@ from unionfs.storage.archive.entry import (
 )
 
 RECORD = 512
-_TYPES = {FILE: b"0", SPARSE: b"0", HARDLINK: b"1", SYMLINK: b"2", CHARACTER: b"3", BLOCK: b"4", DIRECTORY: b"5",
-          FIFO: b"6"}  # fmt: skip
+_TYPES = {
+    FILE: b"0", SPARSE: b"0", HARDLINK: b"1", SYMLINK: b"2", CHARACTER: b"3", BLOCK: b"4", DIRECTORY: b"5",
+    FIFO: b"6",
+}  # fmt: skip
 _KINDS = {value: kind for kind, value in _TYPES.items() if kind != SPARSE}
 _ZEROS = bytes(RECORD)
 _MAX_SMALL, _MAX_SIZE = 0o7777777, 0o77777777777
@@ -92,10 +94,7 @@ def stored_size(entry: Entry) -> int:
 def encode(entry: Entry, stored: int) -> bytes:
     """The headers of a member with `stored` bytes of data."""
     kind, path = entry.kind, entry.path
-    if kind == DIRECTORY:
-        name = b"./%s/" % path if path else b"./"
-    else:
-        name = b"./" + path
+    name = (b"./%s/" % path if path else b"./") if kind == DIRECTORY else b"./" + path
     uid, gid, size, mtime, link = entry.uid, entry.gid, stored, entry.mtime, entry.link
     if kind == HARDLINK:
         link = b"./" + link
@@ -155,7 +154,9 @@ class PlainFiles:
         self._owners: dict[tuple[int, int, int], tuple[bytes, int]] = {}
         # Both numbers of the record have a length that does not change before the year 2286.
         self._pax = _field(b"././@PaxHeader", 0o644, 0, 0, 30, 0, b"x", b"", (0, 0))
-        self._tail = b"0" + bytes(100) + _TAIL + b"0000000\x000000000\0" + bytes(RECORD - 157 - 100 - len(_TAIL) - 16)
+        self._tail = (
+            b"0" + bytes(100) + _TAIL + b"0000000\x000000000\0" + bytes(RECORD - 157 - 100 - len(_TAIL) - 16)
+        )
         self._sum = 256 + sum(self._tail)
         self._record = bytes(RECORD - 30)
 
@@ -173,7 +174,8 @@ class PlainFiles:
         numbers = b"%011o\0%011o\0" % (size, seconds)
         total = known[1] + self._sum + 93 + sum(path) + sum(numbers)  # 93: `./`
         return b"%b30 mtime=%d.%09d\n%b./%b%b%b%06o\0 %b" % (
-            self._pax, seconds, rest, self._record, path.ljust(98, b"\0"), known[0], numbers, total, self._tail,
+            self._pax, seconds, rest, self._record,
+            path.ljust(98, b"\0"), known[0], numbers, total, self._tail,
         )  # fmt: skip
 
 

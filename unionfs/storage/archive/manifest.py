@@ -2,10 +2,11 @@
 
     KIND MODE UID GID SIZE MTIME ATTRIBUTES DIGEST PATH<tab>STATE CTIME INO
 
-`DIGEST` is the xxh3-128 of a file's content (of a file with holes as in `entry.SparseDigest`), `ATTRIBUTES` one of
-link, device number and xattrs, `-` where there is none. `STATE` says where the content is: `here`, in the `base`
-of an incremental archive, or `again` behind it because it changed while it was read. `CTIME` and `INO` are how the
-next incremental backup knows what has not changed.
+`DIGEST` is the xxh3-128 of a file's content (of a file with holes as in `entry.SparseDigest`), `ATTRIBUTES`
+one of link, device number and xattrs, `-` where there is none. The first line and the last but one name the digests of the archive's own members, `info.json` and `deleted`.
+`STATE` says where the content is: `here`, in
+the `base` of an incremental archive, or `again` behind it because it changed while it was read. `CTIME` and
+`INO` are how the next incremental backup knows what has not changed.
 """
 
 from __future__ import annotations
@@ -66,6 +67,16 @@ def line_of(entry: Entry) -> bytes:
 def whole_line(entry: Entry, state: bytes) -> bytes:
     """The line with its end."""
     return b"%s\t%s %d %d\n" % (line_of(entry), state, entry.ctime, entry.ino)
+
+
+def member_line(name: bytes, data_digest: str) -> bytes:
+    """The line for one of the archive's own members."""
+    return b"%s %s\n" % (name, data_digest.encode())
+
+
+def is_member_line(line: bytes) -> bool:
+    """Whether a line is about one of the archive's own members: an entry's begins with one letter."""
+    return line[1:2] != b" "
 
 
 class Line:
@@ -135,7 +146,7 @@ def read_manifest(source: Iterable[bytes]) -> Iterator[bytes]:
         if len(line) > _LONGEST_LINE or not line.endswith(b"\n"):
             raise Malformed("its manifest is cut off")
         total.update(line)
-        count += 1
+        count += 1  # noqa: SIM113
         yield line
     raise Malformed("its manifest is cut off")
 
@@ -143,6 +154,8 @@ def read_manifest(source: Iterable[bytes]) -> Iterator[bytes]:
 def latest(lines: Iterable[bytes]) -> Iterator[Line]:
     """The lines that count, those of a second try instead of the first."""
     for raw in lines:
+        if is_member_line(raw):
+            continue
         line = Line(raw)
         if line.state != AGAIN:
             yield line

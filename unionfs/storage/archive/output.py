@@ -18,8 +18,8 @@ from unionfs.storage.drivers.replacing import fsync_directory
 def whole_file(path: str) -> Iterator[IO[bytes]]:
     """An unbuffered file that takes the place of `path` when the context ends well, and else was never there.
 
-    On most filesystems it has no name until then, so that even SIGKILL leaves nothing. What is no regular file
-    (a FIFO, /dev/null) is written as it is. Raises UserError.
+    On most filesystems it has no name until then, so that even SIGKILL leaves nothing. What is no regular
+    file (a FIFO, /dev/null) is written as it is. Raises UserError.
     """
     try:
         with suppress(FileNotFoundError):
@@ -36,7 +36,8 @@ def whole_file(path: str) -> Iterator[IO[bytes]]:
         fd, name = _open_nameless(directory, path)
     except OSError as error:
         raise UserError(
-            f"the backup {quoted(path)} cannot be made: {reason(error)}; name a file in a directory that is there and "
+            f"the backup {quoted(path)} cannot be made: {reason(error)}; name a file in a directory that is "
+            "there and "
             "can be written."
         ) from error
     try:
@@ -45,8 +46,8 @@ def whole_file(path: str) -> Iterator[IO[bytes]]:
             os.fsync(fd)
             if name is None:
                 name = f"{directory}/.{os.path.basename(path)[:200]}.{secrets.token_hex(4)}"
-                # linkat(2) with AT_EMPTY_PATH needs CAP_DAC_READ_SEARCH; this way doesn't. Without a directory's
-                # fd Python calls link(2), which does not follow.
+                # linkat(2) with AT_EMPTY_PATH needs CAP_DAC_READ_SEARCH; this way doesn't. Without a
+                # directory's fd Python calls link(2), which does not follow.
                 os.link(f"/proc/self/fd/{fd}", name, src_dir_fd=fd, follow_symlinks=True)
             os.rename(name, path)
             name = None

@@ -11,7 +11,15 @@ from xxhash import xxh3_128
 
 from unionfs.storage.archive import manifest
 from unionfs.storage.archive.compress import Source
-from unionfs.storage.archive.entry import DIRECTORY, FILE, HARDLINK, SPARSE, Entry, SparseDigest
+from unionfs.storage.archive.entry import (
+    DIRECTORY,
+    FILE,
+    HARDLINK,
+    SPARSE,
+    Entry,
+    SparseDigest,
+    digest_of,
+)
 from unionfs.storage.archive.headers import (
     RECORD,
     Header,
@@ -46,7 +54,6 @@ class ArchiveReader:
         self._seen: IO[bytes] = tempfile.SpooledTemporaryFile(max_size=8 << 20)  # noqa: SIM115
         self._lines: IO[bytes] = tempfile.SpooledTemporaryFile(max_size=8 << 20)  # noqa: SIM115
         self._deleted: IO[bytes] = tempfile.SpooledTemporaryFile(max_size=1 << 20)  # noqa: SIM115
-        self._has_deleted = False
         self.count = 0
         self.read_bytes = 0
         self.complete = False
@@ -81,7 +88,8 @@ class ArchiveReader:
 
     def _skip_padding(self) -> None:
         if self._padding:
-            self._take(self._padding)
+            if self._take(self._padding).strip(b"\0"):
+                raise Malformed("something fills what should be empty")
             self._padding = 0
 
     def _open_data(self, size: int) -> None:
@@ -131,7 +139,9 @@ class ArchiveReader:
             raise Malformed("it is no backup made by `unionfs volume backup`: it does not begin as one")
         self._open_data(member[2])
         try:
-            found = json.loads(b"".join(self._rest()))
+            text = b"".join(self._rest())
+            self._members = {b"info.json": digest_of(text)}
+            found = json.loads(text)
             if not isinstance(found, dict) or not isinstance(found["id"], str):
                 raise TypeError
             if found["format"] != 1:
@@ -202,7 +212,8 @@ class ArchiveReader:
 
     def _read_map(self, entry: Entry) -> list[tuple[int, int]]:
         """The map at the start of a sparse file's data, whose rest then is the data."""
-        text, numbers, wanted = b"", [], 1
+        text, wanted = b"", 1
+        numbers: list[int] = []
         used = 0
         while len(numbers) < wanted:
             if self._left - used < RECORD:
@@ -234,8 +245,7 @@ class ArchiveReader:
 
     def _tail(self, name: bytes, size: int, entry: Entry) -> None:
         if name == DELETED and entry.kind == FILE:
-            self._has_deleted = True
-            self._copy(size, self._deleted)
+            self._members[b"deleted"] = self._copy(size, self._deleted)
             member = self._next_member()
             if member is None:
                 raise Malformed("it has no manifest")
@@ -248,17 +258,28 @@ class ArchiveReader:
         self._compare()
         self.complete = True
 
-    def _copy(self, size: int, out: IO[bytes]) -> None:
+    def _copy(self, size: int, out: IO[bytes]) -> str:
+        """Copy a member's data; returns its digest."""
+        total = xxh3_128()
         self._open_data(size)
         for chunk in self._rest():
+            total.update(chunk)
             out.write(chunk)
+        return total.hexdigest()
 
     def _compare(self) -> None:
         """Hold what was read against the manifest."""
         self._seen.seek(0)
         self._lines.seek(0)
         incremental = self.info.get("base") is not None
+        members = set()
         for raw in read_manifest(self._lines):
+            if manifest.is_member_line(raw):
+                name, _, digest = raw.rstrip(b"\n").partition(b" ")
+                if self._members.get(name, "").encode() != digest:
+                    raise Malformed(f"its own member {_shown(name)} does not match the manifest")
+                members.add(name)
+                continue
             line = Line(raw)
             if line.state == manifest.BASE:
                 if not incremental:
@@ -271,8 +292,8 @@ class ArchiveReader:
                 raise Malformed(_difference(seen, line))
         if extra := self._seen.readline():
             raise Malformed(_difference(extra, None))
-        if incremental and not self._has_deleted:
-            raise Malformed("it does not tell what was deleted")
+        if members != set(self._members) or incremental != (b"deleted" in members):
+            raise Malformed("its own members are not those that its manifest names")
 
     def manifest_lines(self) -> Iterator[bytes]:
         """The manifest's lines, when the archive has been read."""

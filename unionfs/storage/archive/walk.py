@@ -31,7 +31,9 @@ _NO_XATTRS = (errno.ENOTSUP, errno.ENOSYS, errno.EPERM, errno.ENODATA)
 
 
 def read_xattrs(place: int | bytes) -> dict[bytes, bytes]:
-    """All xattrs that are a volume's own, of an open file or of a path whose last part is no symlink to follow."""
+    """All xattrs that are a volume's own, of an open file or of a path whose last part is no symlink to
+    follow.
+    """
     follow = isinstance(place, int)
     try:
         names = os.listxattr(place, follow_symlinks=follow)
@@ -54,14 +56,14 @@ def read_xattrs(place: int | bytes) -> dict[bytes, bytes]:
 class Walker:
     """Walks a tree. `note` gets a sentence for what is left out.
 
-    Stays on the filesystem of the root, follows no symlink. Raises UserError for what cannot be read: an archive
-    that lacks it would not be the volume.
+    Stays on the filesystem of the root, follows no symlink. Raises UserError for what cannot be read: an
+    archive that lacks it would not be the volume.
     """
 
     def __init__(self, root: str, note: Callable[[str], None], leave_out: Collection[bytes] = ()) -> None:
         self.fast: Callable[[int, bytes, os.stat_result], bool] | None = None
-        """Gets every regular file with one link first, open and with its status, before anything else is asked
-        about it. When it returns True, the file is not among the entries."""
+        """Gets every regular file with one link first, open and with its status, before anything else is
+        asked about it. When it returns True, the file is not among the entries."""
         self._root = root
         self._note = note
         self._leave_out = leave_out  # names in the root
@@ -70,7 +72,9 @@ class Walker:
         self._device = 0
 
     def entries(self) -> Iterator[tuple[Entry, int]]:
-        """Each entry, with an open fd of a file's content, or -1. The fd is good until the next one is asked for."""
+        """Each entry, with an open fd of a file's content, or -1. The fd is good until the next one is asked
+        for.
+        """
         fd = os.open(self._root, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
         stack = [_Level(b"", fd, os.fstat(fd))]
         try:
@@ -111,7 +115,8 @@ class Walker:
                     self._note(f"{_shown(path)} vanished while it was read; it was left out.")
                 except OSError as error:
                     raise UserError(
-                        f"{_shown(path)} in {quoted(self._root)} cannot be read: {reason(error)}; nothing is left out "
+                        f"{_shown(path)} in {quoted(self._root)} cannot be read: {reason(error)}; nothing is "
+                        "left out "
                         "of a backup, so make it readable, or run as root."
                     ) from error
         finally:
@@ -131,9 +136,7 @@ class Walker:
 
     def _fill(self, level: _Level) -> None:
         with os.scandir(level.fd) as found:
-            level.names = [
-                (os.fsencode(entry.name), entry.is_file(follow_symlinks=False)) for entry in found
-            ]
+            level.names = [(os.fsencode(entry.name), entry.is_file(follow_symlinks=False)) for entry in found]
         level.names.sort(reverse=True)
         if self._leave_out and not level.path:
             level.names = [item for item in level.names if item[0] not in self._leave_out]
@@ -175,7 +178,9 @@ class Walker:
         try:
             status = os.fstat(fd)
             # 0o100000: S_IFREG
-            return status.st_nlink == 1 and status.st_mode & 0o170000 == 0o100000 and self.fast(fd, path, status)
+            return (
+                status.st_nlink == 1 and status.st_mode & 0o170000 == 0o100000 and self.fast(fd, path, status)
+            )
         finally:
             os.close(fd)
 
@@ -247,9 +252,7 @@ class _Level:
 
 
 def _entry(path: bytes, kind: str, status: os.stat_result) -> Entry:
-    entry = Entry(
-        path, kind, status.st_mode & 0o7777, status.st_uid, status.st_gid, 0, status.st_mtime_ns
-    )
+    entry = Entry(path, kind, status.st_mode & 0o7777, status.st_uid, status.st_gid, 0, status.st_mtime_ns)
     entry.ctime, entry.ino, entry.device = status.st_ctime_ns, status.st_ino, status.st_dev
     return entry
 

@@ -36,9 +36,9 @@ _RACY = 50_000_000
 class ArchiveWriter:
     """Writes one archive.
 
-    `base` gives the lines of the manifest of the archive that this one is built on, and `base_started` when that
-    one was begun (nanoseconds). `scratch` is a directory on the tree's filesystem where files may be cloned to, to
-    be read as of one moment. `progress` gets (entries, bytes read) now and then.
+    `base` gives the lines of the manifest of the archive that this one is built on, and `base_started` when
+    that one was begun (nanoseconds). `scratch` is a directory on the tree's filesystem where files may be
+    cloned to, to be read as of one moment. `progress` gets (entries, bytes read) now and then.
     """
 
     def __init__(
@@ -60,6 +60,7 @@ class ArchiveWriter:
         self._lines: IO[bytes] = tempfile.SpooledTemporaryFile(max_size=8 << 20)  # noqa: SIM115
         self.manifest = ManifestWriter(self._lines)
         self._deleted: IO[bytes] = tempfile.SpooledTemporaryFile(max_size=1 << 20)  # noqa: SIM115
+        self._deleted_digest = xxh3_128()
         self._base = base
         self._base_started = base_started
         self._next = None if base is None else next(base, None)
@@ -76,11 +77,13 @@ class ArchiveWriter:
         """Write the whole archive. Raises UserError, and OSError of the sink."""
         text = json.dumps(info, indent=2).encode("ascii") + b"\n"
         self._put_special(INFO, text)
+        self.manifest.add(manifest.member_line(b"info.json", digest_of(text)))
         for entry, fd in self._walker.entries():
             self._add(entry, fd)
         if self._base is not None:
             while self._next is not None:
                 self._delete(self._next)
+            self.manifest.add(manifest.member_line(b"deleted", self._deleted_digest.hexdigest()))
             self._put_stream(DELETED, self._deleted)
         self.manifest.finish()
         self._put_stream(MANIFEST, self._lines)
@@ -162,7 +165,12 @@ class ArchiveWriter:
             return False
         data = os.read(fd, size + 1)
         after = os.fstat(fd)
-        if len(data) != size or after.st_mtime_ns != mtime or after.st_ctime_ns != ctime or after.st_size != size:
+        if (
+            len(data) != size
+            or after.st_mtime_ns != mtime
+            or after.st_ctime_ns != ctime
+            or after.st_size != size
+        ):
             return False
         parts = self._parts
         parts.append(header)
@@ -171,7 +179,17 @@ class ArchiveWriter:
         self._size += size + 1536
         self.manifest.add(
             b"f %o %d %d %d %d - %b %b\there %d %d\n"
-            % (mode, uid, gid, size, mtime, digest_of(data).encode(), manifest.escape(path), ctime, status.st_ino)
+            % (
+                mode,
+                uid,
+                gid,
+                size,
+                mtime,
+                digest_of(data).encode(),
+                manifest.escape(path),
+                ctime,
+                status.st_ino,
+            )
         )
         self.entries += 1
         self.read_bytes += size
@@ -220,7 +238,8 @@ class ArchiveWriter:
     def _say_changed(self, entry: Entry) -> None:
         self.changed += 1
         self._note(
-            f"{quoted(os.fsdecode(entry.path))} changed each time it was read; the archive holds it as it was over "
+            f"{quoted(os.fsdecode(entry.path))} changed each time it was read; the archive holds it as it "
+            "was over "
             "a short while."
         )
 
@@ -264,7 +283,9 @@ class ArchiveWriter:
         return None if segments == [(0, entry.size)] else segments
 
     def _frozen(self, entry: Entry, fd: int) -> int:
-        """A clone of the file as of this moment, with the entry made right for it; the file itself without one."""
+        """A clone of the file as of this moment, with the entry made right for it; the file itself without
+        one.
+        """
         if self._scratch is None:
             return fd
         try:
@@ -288,7 +309,9 @@ class ArchiveWriter:
         return fd
 
     def _content(self, entry: Entry, fd: int) -> str:
-        """Put exactly as many bytes as the header says: what is missing is zeros, what is more is left out."""
+        """Put exactly as many bytes as the header says: what is missing is zeros, what is more is left
+        out.
+        """
         total, left = xxh3_128(), entry.size
         while left:
             chunk = os.read(fd, min(left, _CHUNK)) or _ZEROS[: min(left, _CHUNK)]
@@ -328,12 +351,15 @@ class ArchiveWriter:
 
     def _delete(self, line: Line) -> None:
         assert self._base is not None
-        self._deleted.write(manifest.escape(line.path) + b"\n")
+        text = manifest.escape(line.path) + b"\n"
+        self._deleted.write(text)
+        self._deleted_digest.update(text)
         self._next = next(self._base, None)
 
     def _is_unchanged(self, entry: Entry, known: Line) -> bool:
         return (
-            (entry.ctime, entry.ino, entry.mtime, entry.size) == (known.ctime, known.ino, known.mtime, known.size)
+            (entry.ctime, entry.ino, entry.mtime, entry.size)
+            == (known.ctime, known.ino, known.mtime, known.size)
             and entry.kind == known.kind
             and entry.ctime < self._base_started - _RACY
         )
@@ -342,6 +368,7 @@ class ArchiveWriter:
 def explain_full(error: OSError, place: str) -> UserError:
     """The sentence for a backup that could not be written."""
     return UserError(
-        f"the backup could not be written to {quoted(place)}: {reason(error)}; nothing is left of it. Free space, or "
+        f"the backup could not be written to {quoted(place)}: {reason(error)}; nothing is left of it. Free "
+        "space, or "
         "write it elsewhere."
     )

@@ -34,8 +34,6 @@ class Driver:
     """`global` when the same volume is seen from every host."""
     known_options: Mapping[str, str] = {}
     """The options a volume may have, with a line about each."""
-    one_mount_each: bool = False
-    """Whether every user gets a mount of his own; else the first user mounts and the last one unmounts."""
 
     def check(self, options: Mapping[str, str]) -> None:
         """Refuse options that are unknown or make no sense together. Nothing is made yet."""
@@ -43,8 +41,15 @@ class Driver:
             if key not in self.known_options:
                 known = ", ".join(self.known_options) or "none"
                 raise UserError(
-                    f"volume option {quoted(key)} is not known to the driver {self.name}; its options are: {known}."
+                    f"volume option {quoted(key)} is not known to the driver {self.name}; its options are: "
+                    f"{known}."
                 )
+
+    def one_mount_each(self, volume: Volume) -> bool:
+        """Whether every user gets a mount of his own; else the first user mounts and the last one
+        unmounts.
+        """
+        return False
 
     def create(self, volume: Volume) -> None:
         """Make what the volume needs. `volume.directory` is there and empty, and becomes ROOT/volumes/NAME.
@@ -64,7 +69,7 @@ class Driver:
         raise NotImplementedError
 
     def unmount(self, volume: Volume, user: str) -> None:
-        """The reverse of `mount`, after the last user (with `one_mount_each` after each)."""
+        """The reverse of `mount`, after the last user (after each one, with a mount each)."""
 
     def replacement(self, volume: Volume) -> AbstractContextManager[Replacement]:
         """A place for new content; leaving the context without `commit` leaves the old as it was.
@@ -72,24 +77,31 @@ class Driver:
         The volume is mounted for nobody but the caller meanwhile.
         """
         raise UserError(
-            f"volume {quoted(volume.name)} cannot be restored: the driver {self.name} has no way to replace its "
+            f"volume {quoted(volume.name)} cannot be restored: the driver {self.name} has no way to replace "
+            "its "
             "content."
         )
 
     def restores_mounted(self, volume: Volume) -> bool:
-        """Whether `replacement` works on the mounted volume; else it is called while the volume isn't mounted."""
+        """Whether `replacement` works on the mounted volume; else it is called while the volume isn't
+        mounted.
+        """
         return False
 
     def check_clone(self, volume: Volume) -> None:
         """Refuse to make a second volume with the same options, where both would be the same storage."""
 
     def may_share(self, volume: Volume) -> str | None:
-        """A directory on the same filesystem as the data and outside it, for reflinks; None: there is none."""
+        """A directory on the same filesystem as the data and outside it, for reflinks; None: there is
+        none.
+        """
         return None
 
     def resize(self, volume: Volume, size: str, *, mounted: bool) -> Mapping[str, str]:
         """Give the volume another size; returns its options as they are then."""
-        raise UserError(f"volume {quoted(volume.name)} cannot be resized: its driver {self.name} has no sizes.")
+        raise UserError(
+            f"volume {quoted(volume.name)} cannot be resized: its driver {self.name} has no sizes."
+        )
 
     def status(self, volume: Volume) -> Mapping[str, object]:
         """What `inspect` shows as Status; empty for nothing."""

@@ -31,7 +31,8 @@ def check(options: Mapping[str, str]) -> None:
         raise UserError(f"fs={quoted(kind)} is no filesystem for a volume with a size; it is ext4 or xfs.")
     if size < _SMALLEST[kind]:
         raise UserError(
-            f"size={options['size']} is too small for {kind}, which takes at least {shown_size(_SMALLEST[kind])}."
+            f"size={options['size']} is too small for {kind}, which takes at least "
+            f"{shown_size(_SMALLEST[kind])}."
         )
     if not has_sys_admin():
         raise UserError("a volume with a size needs root to be mounted; run as root, or leave the size out.")
@@ -68,7 +69,8 @@ def _make(path: str, size: int, volume: Volume) -> None:
             os.close(fd)
     except OSError as error:
         raise UserError(
-            f"the image of volume {quoted(volume.name)} cannot be made: {reason(error)}; free space, or give a "
+            f"the image of volume {quoted(volume.name)} cannot be made: {reason(error)}; free space, or give "
+            "a "
             "smaller size."
         ) from error
     try:
@@ -83,7 +85,9 @@ def _make(path: str, size: int, volume: Volume) -> None:
 
 
 def _empty(root: str) -> None:
-    """Remove e2fsck's directory, which it makes anew when it needs it: a new volume is empty, as Docker's are."""
+    """Remove e2fsck's directory, which it makes anew when it needs it: a new volume is empty, as Docker's
+    are.
+    """
     with suppress(OSError):
         os.rmdir(f"{root}/lost+found")
 
@@ -165,7 +169,9 @@ def _sweep(volume: Volume) -> None:
 
 
 def resize(volume: Volume, size: int, *, mounted: bool) -> None:
-    """Grow the image and its filesystem, mounted or not; shrink an ext4 that is not mounted. Raises UserError."""
+    """Grow the image and its filesystem, mounted or not; shrink an ext4 that is not mounted. Raises
+    UserError.
+    """
     kind, path, data = _kind(volume), path_of(volume), f"{volume.directory}/_data"
     what = f"volume {quoted(volume.name)} cannot be resized"
     before = os.stat(path).st_size
@@ -199,7 +205,9 @@ def _lengthen(path: str, size: int, what: str) -> None:
     try:
         os.truncate(path, size)
     except OSError as error:
-        raise UserError(f"{what}: {reason(error)}; give a size that the filesystem of the image takes.") from error
+        raise UserError(
+            f"{what}: {reason(error)}; give a size that the filesystem of the image takes."
+        ) from error
 
 
 def _resize_ext4(path: str, size: int, before: int, what: str) -> None:

@@ -19,9 +19,9 @@ from unionfs.sys.process import has_sys_admin
 class Local(Driver):
     """Volumes on this host.
 
-    Without options a directory. With `size` a directory with a project quota, where kernel and filesystem have
-    them, else a sparse image with an ext4 or xfs on a loop device. With `type`, `o` and `device`, as in Docker,
-    whatever mount(8) mounts.
+    Without options a directory. With `size` a directory with a project quota, where kernel and filesystem
+    have them, else a sparse image with an ext4 or xfs on a loop device. With `type`, `o` and `device`, as in
+    Docker, whatever mount(8) mounts.
     """
 
     name = "local"
@@ -40,7 +40,8 @@ class Local(Driver):
             for key in ("type", "device", "o"):
                 if key in options:
                     raise UserError(
-                        f"the volume options size and {key} exclude each other: a mounted filesystem has a size of "
+                        f"the volume options size and {key} exclude each other: a mounted filesystem has a "
+                        "size of "
                         "its own (for a tmpfs write -o o=size=100m)."
                     )
             image.check(options)
@@ -52,7 +53,9 @@ class Local(Driver):
     def _check_mount(self, options: Mapping[str, str]) -> None:
         kind, device = options.get("type", ""), options.get("device", "")
         if not kind:
-            raise UserError("the volume option type is missing; device and o are for mount(8), which needs it.")
+            raise UserError(
+                "the volume option type is missing; device and o are for mount(8), which needs it."
+            )
         if not device:
             # Docker: "missing device in volume options"
             raise UserError(
@@ -62,7 +65,9 @@ class Local(Driver):
         if any(char in kind + device + options.get("o", "") for char in "\0\n"):
             raise UserError("the volume options type, device and o cannot hold line breaks or zero bytes.")
         if kind.startswith("-") or "," in kind:
-            raise UserError(f"type={quoted(kind)} is no filesystem type; /proc/filesystems lists the kernel's.")
+            raise UserError(
+                f"type={quoted(kind)} is no filesystem type; /proc/filesystems lists the kernel's."
+            )
         if kind == "none":
             words = options.get("o", "").split(",")
             if "bind" not in words and "rbind" not in words:
@@ -71,7 +76,8 @@ class Local(Driver):
                 raise UserError(f"device={quoted(device)} is relative; a bind needs an absolute path.")
         if kind not in ("none", "tmpfs") and not has_sys_admin():
             raise UserError(
-                f"a volume of type {kind} needs root to be mounted; run as root, or use a volume without options."
+                f"a volume of type {kind} needs root to be mounted; run as root, or use a volume without "
+                "options."
             )
 
     def create(self, volume: Volume) -> None:
@@ -81,7 +87,8 @@ class Local(Driver):
             os.chmod(data, 0o755)
         except OSError as error:
             raise UserError(
-                f"volume {quoted(volume.name)} cannot be made in {quoted(os.path.dirname(volume.directory))}: "
+                f"volume {quoted(volume.name)} cannot be made in "
+                f"{quoted(os.path.dirname(volume.directory))}: "
                 f"{reason(error)}; free space, or give another storage root."
             ) from error
         if "size" in volume.options:
@@ -134,7 +141,8 @@ class Local(Driver):
     def restores_mounted(self, volume: Volume) -> bool:
         if volume.options.get("type") == "tmpfs":
             raise UserError(
-                f"volume {quoted(volume.name)} is a tmpfs, whose content goes with its last user: nothing can be "
+                f"volume {quoted(volume.name)} is a tmpfs, whose content goes with its last user: nothing "
+                "can be "
                 "restored into it; use a volume of another type."
             )
         return "type" in volume.options
@@ -142,7 +150,8 @@ class Local(Driver):
     def check_clone(self, volume: Volume) -> None:
         if "type" in volume.options:
             raise UserError(
-                f"volume {quoted(volume.name)} cannot be cloned: a volume with the same device would be the same data; "
+                f"volume {quoted(volume.name)} cannot be cloned: a volume with the same device would be the "
+                "same data; "
                 "make a new volume, and restore a backup into it."
             )
 

@@ -1,4 +1,6 @@
-"""Ways to put new content in a volume's place: exchange two directories, or entry by entry where that can't be."""
+"""Ways to put new content in a volume's place: exchange two directories, or entry by entry where that can't
+be.
+"""
 
 from __future__ import annotations
 
@@ -131,7 +133,9 @@ def in_place(data: str) -> Iterator[_InPlace]:
 
 
 class _Workspace:
-    """Descriptors of the directories, none reached through a symlink: the content of a volume is not trusted."""
+    """Descriptors of the directories, none reached through a symlink: the content of a volume is not
+    trusted.
+    """
 
     def __init__(self, data: str) -> None:
         flags = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
