@@ -99,5 +99,7 @@ class User:
         if process is None:
             return quoted(self.text)
         kind, what = self.text.split(":", 1)[0], self.text.split(":", 3)[3:]
+        # After "#" stands what only makes the text unique.
+        what = what if what and not what[0].startswith("#") else []
         named = f"the {kind} {quoted(what[0])}" if what and what[0] else f"a {kind}"
         return f"{named} (pid {process[0]})"

@@ -230,7 +230,7 @@ class Volumes:
         """The data of a volume, used by this process within the context, `kind` being `backup` or the
         like.
         """
-        user = User.of_this_process(kind, secrets.token_hex(4))
+        user = User.of_this_process(kind, f"#{secrets.token_hex(4)}")
         path = self.attach(name, user)
         try:
             yield path
