@@ -223,7 +223,7 @@ class ArchiveReader:
             *lines, text = text.split(b"\n")
             for line in lines:
                 if len(numbers) == wanted:
-                    break
+                    raise Malformed("a sparse file's map goes on behind its end")
                 if not line.isdigit() or len(line) > 19:
                     raise Malformed("a sparse file's map is misspelt")
                 numbers.append(int(line))
@@ -231,6 +231,8 @@ class ArchiveReader:
                     if numbers[0] > _MOST_SEGMENTS:
                         raise Malformed("a sparse file's map is too large")
                     wanted = 1 + 2 * numbers[0]
+        if text.strip(b"\0"):
+            raise Malformed("a sparse file's map goes on behind its end")
         segments = list(zip(numbers[1::2], numbers[2::2], strict=True))
         at = 0
         for offset, length in segments:
