@@ -233,8 +233,11 @@ class TestSize:
         store.ok("restore", "data", "-i", area / "b.tar.zst")
         with store.volumes().used("data", "test") as path:
             assert trees.value(Path(path)) == before
-        loops = subprocess.run(["losetup", "-a"], capture_output=True, text=True, check=True).stdout
-        assert str(store.root) not in loops
+
+        def loops() -> str:
+            return subprocess.run(["losetup", "-a"], capture_output=True, text=True, check=True).stdout
+
+        assert wait_for(lambda: str(store.root) not in loops())  # the kernel lets go of them a little later
         store.ok("rm", "data")
 
 
@@ -356,7 +359,7 @@ def _seen(root: Path) -> dict[str, tuple[str, bytes, int]]:
         str(path.relative_to(root)): (
             oct(path.lstat().st_mode),
             b"" if path.is_dir() else os.readlink(path).encode() if path.is_symlink() else path.read_bytes(),
-            0 if path.is_dir() else int(path.lstat().st_mtime),
+            0 if path.is_dir() or path.is_symlink() else int(path.lstat().st_mtime),
         )
         for path in root.rglob("*")
     }
@@ -456,7 +459,10 @@ def brick(area: Path) -> Iterator[str]:
     try:
         if not wait_for(lambda: gluster("volume", "list"), 20):
             pytest.skip("glusterd does not come up here")
-        assert gluster("volume", "create", "gv0", f"127.0.0.1:{home}/brick", "force")
+        # A brick is never on localhost for gluster.
+        addresses = subprocess.run(["hostname", "-I"], capture_output=True, text=True, check=False).stdout.split()
+        if not any(gluster("volume", "create", "gv0", f"{one}:{home}/brick", "force") for one in addresses):
+            pytest.skip("gluster makes no volume here: this machine has no address but localhost")
         assert gluster("volume", "start", "gv0")
         yield "gv0"
         gluster("volume", "stop", "gv0", "force")

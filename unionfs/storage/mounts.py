@@ -5,9 +5,11 @@ from __future__ import annotations
 import os
 import shutil
 import subprocess
+import tempfile
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
+from typing import IO
 
 from unionfs.daemon.errors import UserError, quoted
 from unionfs.sys.mountinfo import MountEntry, mounted_at
@@ -105,27 +107,43 @@ def run_program(
 ) -> str:
     """Run a program to its end and return what it printed. Raises UserError: `complaint`, then its reason."""
     path = need_program(command[0], _PACKAGES.get(command[0], command[0]), complaint.split(" cannot")[0])
-    try:
-        done = subprocess.run(
-            [path, *command[1:]],
-            input=stdin.encode(),
-            capture_output=True,
-            check=False,
-            timeout=_SECONDS,
-            cwd="/",
-            env={**os.environ, "LC_ALL": "C", "PATH": f"{os.environ.get('PATH', '')}:{_PATH}", **environment},
-        )
-    except subprocess.TimeoutExpired as error:
-        raise UserError(
-            f"{complaint}: {command[0]} gave no answer in {_SECONDS:.0f} s; check that its server can be "
-            "reached."
-        ) from error
-    if done.returncode not in good:
-        text = " ".join(os.fsdecode(done.stderr or done.stdout).split()) or f"it ended with {done.returncode}"
+    # Files and no pipes: a program that goes on in the background may keep them open.
+    with tempfile.TemporaryFile() as out, tempfile.TemporaryFile() as err, tempfile.TemporaryFile() as given:
+        given.write(stdin.encode())
+        given.seek(0)
+        try:
+            code = subprocess.run(
+                [path, *command[1:]],
+                stdin=given,
+                stdout=out,
+                stderr=err,
+                check=False,
+                timeout=_SECONDS,
+                cwd="/",
+                env={
+                    **os.environ,
+                    "LC_ALL": "C",
+                    "PATH": f"{os.environ.get('PATH', '')}:{_PATH}",
+                    **environment,
+                },
+            ).returncode
+        except subprocess.TimeoutExpired as error:
+            raise UserError(
+                f"{complaint}: {command[0]} gave no answer in {_SECONDS:.0f} s; check that its server can be "
+                "reached."
+            ) from error
+        printed = [os.fsdecode(_start_of(file)) for file in (err, out)]
+    if code not in good:
+        text = " ".join((printed[0].strip() or printed[1]).split()) or f"it ended with {code}"
         text = text.removesuffix("dmesg(1) may have more information after failed mount system call.").strip()
         text = text.removeprefix(f"{command[0]}: ").rstrip(".")
         raise UserError(f"{complaint}: {command[0]}: {text}; check the volume's options.")
-    return os.fsdecode(done.stdout)
+    return printed[1]
+
+
+def _start_of(file: IO[bytes]) -> bytes:
+    file.seek(0)
+    return file.read(1 << 16)
 
 
 _PACKAGES = {

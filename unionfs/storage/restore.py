@@ -39,6 +39,7 @@ def restore(
     report = Report()
     with volumes.working_on(name, "a restore") as volume, ExitStack() as stack:
         volumes.refuse_users(name, "restored")
+        volumes.driver_of(volume).restores_mounted(volume)
         chain = open_chain(source, bases, stack)
         _fill(
             volumes,

@@ -57,7 +57,7 @@ class Extractor:
         self._now = time.time_ns()
         self._directories: IO[bytes] = tempfile.SpooledTemporaryFile(max_size=8 << 20)  # noqa: SIM115
         self._said: set[str] = set()
-        self.layers = 0  # how many archives have been put in before
+        self.layers = 0  # how many archives have been put in
 
     def close(self) -> None:
         """Let go of the directories."""
@@ -184,7 +184,9 @@ class Extractor:
                     f"({', '.join(map(_shown, entry.xattrs))}) "
                     "that this volume's filesystem cannot hold; restore into a volume on another filesystem."
                 ) from error
-            if error.errno in (errno.EPERM, errno.ENOSYS, errno.ENOTSUP, errno.ENAMETOOLONG, errno.EINVAL):
+            # EIO: rclone's answer to what its storage has not
+            refusals = [errno.EPERM, errno.ENOSYS, errno.ENOTSUP, errno.ENAMETOOLONG, errno.EINVAL]
+            if error.errno in refusals or (error.errno == errno.EIO and kind not in (FILE, SPARSE, DIRECTORY)):
                 raise UserError(
                     f"{_shown(entry.path)} cannot be made here: {reason(error)}; restore as root, or into a "
                     "volume on "
@@ -348,7 +350,7 @@ class Extractor:
             if fd is None:
                 continue
             try:
-                if self.layers:
+                if self.layers > 1:
                     self._drop_xattrs(fd, xattrs)
                 self._attributes(fd, entry)
             except OSError as error:
@@ -373,16 +375,22 @@ class Extractor:
             at, name = self._place(entry.path)
             return os.open(name, _DIRECTORY_FLAGS, dir_fd=at)
         except (Malformed, FileNotFoundError, NotADirectoryError):
-            if not self.layers:
+            if self.layers < 2:
                 raise
             return None
         except OSError as error:
-            if error.errno == errno.ELOOP and self.layers:
+            if error.errno == errno.ELOOP and self.layers > 1:
                 return None
             raise
 
     def _drop_xattrs(self, fd: int, wanted: Mapping[bytes, bytes]) -> None:
-        for name in os.listxattr(fd):
+        try:
+            names = os.listxattr(fd)
+        except OSError as error:
+            if error.errno not in (errno.ENOTSUP, errno.EIO):
+                raise
+            return
+        for name in names:
             key = os.fsencode(name)
             if key not in wanted and (key in acl.RECORDS or key.startswith((b"user.", b"trusted."))):
                 os.removexattr(fd, name)

@@ -20,6 +20,7 @@ from unionfs.storage.archive.entry import (
     SYMLINK,
     Entry,
 )
+from unionfs.sys.calls import FUSE_MAGIC, filesystem_magic
 from unionfs.sys.mountinfo import mount_id_of_fd
 
 _DIRECTORY_FLAGS = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
@@ -53,6 +54,20 @@ def read_xattrs(place: int | bytes) -> dict[bytes, bytes]:
     return found
 
 
+def _has_xattrs(fd: int) -> bool:
+    """Whether the filesystem of an open directory has xattrs at all."""
+    try:
+        os.listxattr(fd)
+    except OSError as error:
+        if error.errno in _NO_XATTRS:
+            return False
+        # rclone's answer to every question about xattrs
+        if error.errno == errno.EIO and filesystem_magic(fd) == FUSE_MAGIC:
+            return False
+        raise
+    return True
+
+
 class Walker:
     """Walks a tree. `note` gets a sentence for what is left out.
 
@@ -70,6 +85,7 @@ class Walker:
         self._links: dict[tuple[int, int], bytes] = {}
         self._noatime = os.O_NOATIME
         self._device = 0
+        self._has_xattrs = True
 
     def entries(self) -> Iterator[tuple[Entry, int]]:
         """Each entry, with an open fd of a file's content, or -1. The fd is good until the next one is asked
@@ -79,6 +95,7 @@ class Walker:
         stack = [_Level(b"", fd, os.fstat(fd))]
         try:
             self._device = stack[0].status.st_dev
+            self._has_xattrs = _has_xattrs(fd)
             self._fill(stack[0])
             yield self._directory(stack[0]), -1
             while stack:
@@ -163,9 +180,12 @@ class Walker:
             # Only an owner may ask for no access times (open(2)).
             return os.open(name, flags, dir_fd=at)
 
+    def _xattrs(self, place: int | bytes) -> dict[bytes, bytes]:
+        return read_xattrs(place) if self._has_xattrs else {}
+
     def _directory(self, level: _Level) -> Entry:
         entry = _entry(level.path, DIRECTORY, level.status)
-        entry.xattrs = read_xattrs(level.fd)
+        entry.xattrs = self._xattrs(level.fd)
         return entry
 
     def _file_fast(self, at: int, name: bytes, path: bytes) -> bool:
@@ -206,7 +226,7 @@ class Walker:
         if status.st_nlink > 1 and self._is_link(entry):
             return entry
         entry.size = status.st_size
-        entry.xattrs = read_xattrs(fd)
+        entry.xattrs = self._xattrs(fd)
         if status.st_blocks * 512 < status.st_size and status.st_size > 4096:
             entry.segments = data_segments(fd, status.st_size)
             if entry.segments != [(0, status.st_size)]:
@@ -229,7 +249,7 @@ class Walker:
             entry.link = os.readlink(name, dir_fd=at)
         elif kind in (stat.S_IFCHR, stat.S_IFBLK):
             entry.rdev = (os.major(status.st_rdev), os.minor(status.st_rdev))
-        entry.xattrs = read_xattrs(b"/proc/self/fd/%d/%s" % (at, name))
+        entry.xattrs = self._xattrs(b"/proc/self/fd/%d/%s" % (at, name))
         return entry
 
 

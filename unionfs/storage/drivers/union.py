@@ -188,5 +188,11 @@ def _is_alive(target: str) -> bool:
 def _unmount(target: str) -> None:
     from unionfs.daemon.unmount import umount
 
-    if mount_at(target) is not None:
+    if mount_at(target) is None:
+        return
+    try:
         umount(target, lazy=False)
+    except UserError:
+        # It may live on in another mount namespace, which was made meanwhile; here it is gone.
+        if mount_at(target) is not None:
+            raise
