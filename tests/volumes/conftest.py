@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import io
 import os
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -27,9 +29,11 @@ class Store:
         return Volumes(str(self.root), tell=self.told.append)
 
     def __call__(self, *arguments: str | Path, **extra: Any) -> Done:
-        """Run `unionfs volume ARGUMENT...`."""
+        """Run `unionfs volume ARGUMENT...`: in this process, which is faster, or with `extra` in one of its own."""
         environment = {"UNIONFS_ROOT": str(self.root), **self.env, **extra.pop("env", {})}
-        return unionfs("volume", *arguments, env=environment, **extra)
+        if extra or "PYTHONPATH" in environment:
+            return unionfs("volume", *arguments, env=environment, **extra)
+        return _here(["volume", *map(str, arguments)], environment)
 
     def ok(self, *arguments: str | Path, **extra: Any) -> str:
         """The command must end well; gives its standard output."""
@@ -45,6 +49,22 @@ class Store:
     def data(self, name: str) -> Path:
         """Where a local volume's data is."""
         return self.root / "volumes" / name / "_data"
+
+
+def _here(arguments: list[str], environment: dict[str, str]) -> Done:
+    from unionfs.cli.main import cli
+    from unionfs.cli.run import run
+
+    streams = [io.TextIOWrapper(io.BytesIO(), encoding="utf-8", write_through=True) for _ in range(2)]
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in environment.items():
+            patch.setenv(name, value)
+        patch.setattr(sys, "stdin", io.StringIO())
+        patch.setattr(sys, "stdout", streams[0])
+        patch.setattr(sys, "stderr", streams[1])
+        code = run(cli, arguments, "unionfs")
+    out, err = (stream.buffer.getvalue().decode("utf-8", "surrogateescape") for stream in streams)  # type: ignore[attr-defined]
+    return Done(arguments, code, out, err)
 
 
 @pytest.fixture

@@ -1,4 +1,6 @@
-"""Archives with whatever members one likes and a manifest that agrees with them, as a forger would make them."""
+"""Archives with whatever members one likes and a manifest that agrees with them, as a forger would make
+them.
+"""
 
 from __future__ import annotations
 

@@ -1,8 +1,9 @@
 """A volume plugin for docker, small and strict: `python plugin_server.py DIRECTORY ADDRESS [OPTION...]`.
 
-ADDRESS is the path of a unix socket, or a TCP port. It keeps its volumes in DIRECTORY, and writes every request to
-DIRECTORY/log. Options: `refuse=REQUEST` answers that request with an error, `no-volume-driver` implements another
-kind of plugin, `late` tells the mountpoint only by Path, `garbage` answers no JSON, `cert=FILE` serves TLS.
+ADDRESS is the path of a unix socket, or a TCP port. It keeps its volumes in DIRECTORY, and writes every
+request to DIRECTORY/log. Options: `refuse=REQUEST` answers that request with an error, `no-volume-driver`
+implements another kind of plugin, `late` tells the mountpoint only by Path, `garbage` answers no JSON,
+`cert=FILE` serves TLS.
 """
 
 from __future__ import annotations

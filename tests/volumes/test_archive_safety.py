@@ -1,5 +1,5 @@
-"""Archives that are cut off, damaged or forged, full disks, killed processes and two operations at once: the volume
-is as it was, nothing is written outside it, and no half file has the final name."""
+"""Archives that are cut off, damaged or forged, full disks, killed processes and two operations at once: the
+volume is as it was, nothing is written outside it, and no half file has the final name."""
 
 from __future__ import annotations
 

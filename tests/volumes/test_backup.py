@@ -122,7 +122,8 @@ class TestEverything:
         for words in (["backup", "data", "-o", area / "b.tar"], ["restore", "data", "-i", area / "b.tar"]):
             code = (
                 "import resource, subprocess, sys\n"
-                "subprocess.run(sys.argv[1:], check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)\n"
+                "subprocess.run(sys.argv[1:], check=True, stdout=subprocess.DEVNULL, "
+                "stderr=subprocess.DEVNULL)\n"
                 "print(resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss)"
             )
             done = subprocess.run([sys.executable, "-c", code, *UNIONFS, "volume", *map(str, words)], env=environment,
@@ -261,7 +262,8 @@ class TestConsistency:
         store.create("copy")
         store.ok("restore", "copy", "-i", area / "b.tar")
         content = (store.data("copy") / "one").read_bytes()
-        # FICLONE waits for a write that is going on (xfs: the inode's lock), so at most one is seen half done.
+        # FICLONE waits for a write that is going on (xfs: the inode's lock), so at most one is seen half
+        # done.
         assert len(content) == size
         assert len(set(content)) <= 2
 
@@ -291,10 +293,10 @@ def _is_frozen(path: Path) -> bool:
 class TestIncremental:
     def test_changes_and_deletions_come_back(self, store: Store, area: Path) -> None:
         data = _tree(store)
-        time.sleep(0.06)  # what changed in the moment before a backup counts as changed once more
         states = []
         archives = []
         for number in range(3):
+            time.sleep(0.06)  # what changed in the moment before a backup counts as changed once more
             name = area / f"{number}.tar.zst"
             store.ok("backup", "data", "-o", name, *(["--since", archives[-1]] if archives else []))
             archives.append(name)

@@ -1,4 +1,6 @@
-"""Docker's volume plugins: found by .sock, .spec and .json, used by the published protocol, their errors told."""
+"""Docker's volume plugins: found by .sock, .spec and .json, used by the published protocol, their errors
+told.
+"""
 
 from __future__ import annotations
 

@@ -13,7 +13,7 @@ from unionfs.cli.volume.common import complete_drivers, complete_volumes, open_v
 Examples:
   unionfs volume create orders
   unionfs volume create -o size=2g -o fs=xfs --label app=shop orders
-  unionfs volume create -o type=nfs -o o=addr=10.0.0.5,rw -o device=:/export media
+  unionfs volume create -o type=nfs -o o=addr=10.0.0.5,rw -o device=:/srv media
   unionfs volume create -d union -o lower=/srv/base:/srv/more -o shared=true site
   unionfs volume create -d sshfs -o sshcmd=backup@host:/srv/data far
 """,
@@ -40,7 +40,7 @@ def create(
     Drivers and their options (-o):
       local      a directory of this host
                  size=2g, fs=ext4|xfs    the most it may hold
-                 type=, device=, o=      what mount(8) mounts, as with docker: nfs, cifs, tmpfs, ext4 ...
+                 type=, device=, o=      what mount(8) mounts, as with docker: nfs, tmpfs ...
       union      lower=A:B, shared       a union over these; a view for each user, or one for all
       sshfs      sshcmd=USER@HOST:PATH, port=, IdentityFile=, o=
       rclone     remote=NAME:PATH, config=FILE, vfs-cache-mode=, o=

@@ -186,7 +186,9 @@ class Extractor:
                 ) from error
             # EIO: rclone's answer to what its storage has not
             refusals = [errno.EPERM, errno.ENOSYS, errno.ENOTSUP, errno.ENAMETOOLONG, errno.EINVAL]
-            if error.errno in refusals or (error.errno == errno.EIO and kind not in (FILE, SPARSE, DIRECTORY)):
+            if error.errno in refusals or (
+                error.errno == errno.EIO and kind not in (FILE, SPARSE, DIRECTORY)
+            ):
                 raise UserError(
                     f"{_shown(entry.path)} cannot be made here: {reason(error)}; restore as root, or into a "
                     "volume on "

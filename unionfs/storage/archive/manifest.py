@@ -3,8 +3,8 @@
     KIND MODE UID GID SIZE MTIME ATTRIBUTES DIGEST PATH<tab>STATE CTIME INO
 
 `DIGEST` is the xxh3-128 of a file's content (of a file with holes as in `entry.SparseDigest`), `ATTRIBUTES`
-one of link, device number and xattrs, `-` where there is none. The first line and the last but one name the digests of the archive's own members, `info.json` and `deleted`.
-`STATE` says where the content is: `here`, in
+one of link, device number and xattrs, `-` where there is none. The first line and the last but one name the
+digests of the archive's own members, `info.json` and `deleted`. `STATE` says where the content is: `here`, in
 the `base` of an incremental archive, or `again` behind it because it changed while it was read. `CTIME` and
 `INO` are how the next incremental backup knows what has not changed.
 """

@@ -19,7 +19,17 @@ from unionfs.sys.process import has_sys_admin
 _SMALLEST = {"ext4": 8 << 20, "xfs": 300 << 20}
 _MAKE = {
     # Nothing is reserved for root: the whole size is the volume's.
-    "ext4": ("mkfs.ext4", "-q", "-F", "-m", "0", "-b", "4096", "-E", "lazy_itable_init=0,nodiscard,root_owner=0:0"),
+    "ext4": (
+        "mkfs.ext4",
+        "-q",
+        "-F",
+        "-m",
+        "0",
+        "-b",
+        "4096",
+        "-E",
+        "lazy_itable_init=0,nodiscard,root_owner=0:0",
+    ),
     "xfs": ("mkfs.xfs", "-q", "-f", "-m", "reflink=1"),
 }
 

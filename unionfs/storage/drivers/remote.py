@@ -181,7 +181,8 @@ class Rclone(RemoteDriver):
     def command(self, options: Mapping[str, str], target: str, directory: str) -> list[str]:
         words = ["mount", options["remote"], target, "--daemon", "--log-file", f"{directory}/rclone.log"]
         words += [f"--vfs-cache-mode={options.get('vfs-cache-mode', 'writes')}"]
-        # Otherwise a file is sent some seconds after its close, and not at all when the volume is unmounted before.
+        # Otherwise a file is sent some seconds after its close, and not at all when the volume is unmounted
+        # before.
         words += ["--vfs-write-back=0", f"--cache-dir={directory}/cache"]
         if os.geteuid() == 0:
             words += ["--allow-other", "--default-permissions"]
