@@ -1,11 +1,14 @@
-"""Backups of volumes beside GNU tar: `python -m benchmarks.volume_backup [--files N] [--size MIB] [--rounds N]`.
+"""Backups of volumes beside GNU tar: `python -m benchmarks.volume_backup [--files N] [--size MIB] [--rounds
+N]`.
 
-Two volumes, one of many small files and one of a few large ones, are archived in turn by `unionfs volume backup` and
-by `tar --xattrs --acls --sparse`, both uncompressed, and unpacked again. A ratio above 1 means that unionfs is faster.
+Two volumes, one of many small files and one of a few large ones, are archived in turn by `unionfs volume
+backup` and by `tar --xattrs --acls --sparse`, both uncompressed, and unpacked again. A ratio above 1 means
+that unionfs is faster.
 
     pipe      into a pipe whose reader throws it away: what the programs cost themselves
-    file      into a file that is on disk in the end; `unionfs` does that by itself, after tar comes `sync FILE`
-    unpack    `volume restore` (checked, on disk, in place at one moment), and tar into an empty directory with `sync -f`
+    file      into a file that is on disk in the end; `unionfs` does that by itself, after tar comes `sync
+    FILE` unpack    `volume restore` (checked, on disk, in place at one moment), and tar into an empty
+    directory with `sync -f`
 """
 
 from __future__ import annotations
@@ -57,7 +60,9 @@ def _timed(call: Callable[[], None]) -> float:
 
 def _discard(command: Sequence[str | Path]) -> None:
     """Run a command into a pipe. (To /dev/null tar would not even read the files.)"""
-    with subprocess.Popen(list(map(str, command)), stdout=subprocess.PIPE, stderr=subprocess.DEVNULL) as child:
+    with subprocess.Popen(
+        list(map(str, command)), stdout=subprocess.PIPE, stderr=subprocess.DEVNULL
+    ) as child:
         assert child.stdout is not None
         with open("/dev/null", "wb", buffering=0) as null:
             _run(["cat"], stdin=child.stdout, stdout=null)
@@ -86,7 +91,10 @@ class _Bench:
                 found.append(_timed(call))
         mine, other = map(statistics.median, times)
         spread = " ".join(f"{min(one):.2f}-{max(one):.2f}" for one in times)
-        print(f"{what:<16} unionfs {mine:6.2f} s   tar {other:6.2f} s   ratio {other / mine:5.2f}   ({spread})", flush=True)
+        print(
+            f"{what:<16} unionfs {mine:6.2f} s   tar {other:6.2f} s   ratio {other / mine:5.2f}   ({spread})",
+            flush=True,
+        )
 
     def all(self, name: str) -> None:
         """The three comparisons for one volume."""
@@ -94,7 +102,9 @@ class _Bench:
         archive, tarball, place = self.area / "b.tar", self.area / "t.tar", self.area / "place"
         backup = [*self.unionfs, "backup", name, "--compress", "none", "-o"]
         self.compare(
-            f"{name} pipe", lambda: _discard([*backup, "-"]), lambda: _discard([*_TAR, "-cf", "-", "-C", data, "."])
+            f"{name} pipe",
+            lambda: _discard([*backup, "-"]),
+            lambda: _discard([*_TAR, "-cf", "-", "-C", data, "."]),
         )
 
         def tar_file() -> None:
@@ -122,9 +132,13 @@ class _Bench:
 
 def main() -> None:
     """Run it all in a directory of its own below the temporary directory."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--files", type=int, default=50_000, help="small files (default 50000)")
-    parser.add_argument("--size", type=int, default=2048, metavar="MIB", help="of the large files (default 2048)")
+    parser.add_argument(
+        "--size", type=int, default=2048, metavar="MIB", help="of the large files (default 2048)"
+    )
     parser.add_argument("--rounds", type=int, default=5, help="turns, of which the median counts (default 5)")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="unionfs-backup-") as area:

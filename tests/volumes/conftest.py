@@ -29,7 +29,9 @@ class Store:
         return Volumes(str(self.root), tell=self.told.append)
 
     def __call__(self, *arguments: str | Path, **extra: Any) -> Done:
-        """Run `unionfs volume ARGUMENT...`: in this process, which is faster, or with `extra` in one of its own."""
+        """Run `unionfs volume ARGUMENT...`: in this process, which is faster, or with `extra` in one of its
+        own.
+        """
         environment = {"UNIONFS_ROOT": str(self.root), **self.env, **extra.pop("env", {})}
         if extra or "PYTHONPATH" in environment:
             return unionfs("volume", *arguments, env=environment, **extra)

@@ -27,7 +27,9 @@ def file(name: bytes, data: bytes = b"forged\n", *, mode: int = 0o644) -> Member
 
 def other(kind: str, name: bytes, link: bytes = b"", rdev: tuple[int, int] = (0, 0)) -> Member:
     """A directory, link, device ... `link` is written as it is."""
-    path = name.removeprefix(b"./").removesuffix(b"/") if kind == entries.DIRECTORY else name.removeprefix(b"./")
+    path = (
+        name.removeprefix(b"./").removesuffix(b"/") if kind == entries.DIRECTORY else name.removeprefix(b"./")
+    )
     made = Entry(path, kind, 0o755, 0, 0, 0, 1_600_000_000_000_000_000)
     made.link, made.rdev = link, rdev
     return made, name, b""
@@ -42,12 +44,16 @@ def header(member: Member) -> bytes:
     """One ustar header; the name has to fit."""
     made, name, data = member
     kind = headers._TYPES[made.kind]
-    return headers._field(name, made.mode, made.uid, made.gid, len(data), made.mtime // 10**9, kind, made.link, made.rdev)
+    return headers._field(
+        name, made.mode, made.uid, made.gid, len(data), made.mtime // 10**9, kind, made.link, made.rdev
+    )
 
 
 def archive(members: Sequence[Member], *, info: dict[str, object] | None = None, root: bool = True) -> bytes:
     """A whole archive."""
-    text = json.dumps({"format": 1, "id": "forged", "volume": "data", "started": 1, "base": None, **(info or {})})
+    text = json.dumps(
+        {"format": 1, "id": "forged", "volume": "data", "started": 1, "base": None, **(info or {})}
+    )
     whole = [directory(b"./"), *members] if root else list(members)
     out = io.BytesIO()
     lines = io.BytesIO()

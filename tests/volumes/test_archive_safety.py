@@ -42,10 +42,15 @@ FORGED: dict[str, Sequence[Member]] = {
     "through a symlink": [other("l", b"./link", b"/tmp"), file(b"./link/unionfs-forged-outside")],
     "through a relative symlink": [other("l", b"./link", b"../.."), file(b"./link/escaped")],
     "through a symlink deep": [
-        directory(b"./a/"), other("l", b"./a/link", b"../.."), directory(b"./a/link/b/"),
+        directory(b"./a/"),
+        other("l", b"./a/link", b"../.."),
+        directory(b"./a/link/b/"),
     ],
     "symlink over a directory": [
-        directory(b"./a/"), file(b"./a/x"), other("l", b"./a", b"/tmp"), file(b"./a/unionfs-forged-outside"),
+        directory(b"./a/"),
+        file(b"./a/x"),
+        other("l", b"./a", b"/tmp"),
+        file(b"./a/unionfs-forged-outside"),
     ],
     "hard link outside": [other("h", b"./x", b"./../../../../volume.json")],
     "hard link absolute": [other("h", b"./x", b"/etc/passwd")],
@@ -61,7 +66,7 @@ FORGED: dict[str, Sequence[Member]] = {
     "root as a file": [file(b"./")],
     "directory without slash": [other("d", b"./d")],
     "empty symlink": [other("l", b"./x", b"")],
-}  # fmt: skip
+}
 
 
 def _volume(store: Store) -> tuple[Path, dict[bytes, dict[str, object]]]:
@@ -97,12 +102,21 @@ class TestForged:
     def test_by_the_command_line_it_is_one_sentence(self, store: Store, area: Path) -> None:
         _, before = _volume(store)
         forged = forge.write(area / "forged.tar", FORGED["through a symlink"])
-        refused(store("restore", "data", "-i", forged), "cannot be trusted", "lies below link, which is no directory")
+        refused(
+            store("restore", "data", "-i", forged),
+            "cannot be trusted",
+            "lies below link, which is no directory",
+        )
         _is_untouched(store, before)
 
     def test_the_forger_s_tools_make_good_archives_too(self, store: Store, area: Path) -> None:
         data, _ = _volume(store)
-        members = [directory(b"./d/"), file(b"./d/x"), other("l", b"./l", b"/etc"), other("h", b"./h", b"./d/x")]
+        members = [
+            directory(b"./d/"),
+            file(b"./d/x"),
+            other("l", b"./l", b"/etc"),
+            other("h", b"./h", b"./d/x"),
+        ]
         restore(store.volumes(), "data", str(forge.write(area / "good.tar", members)))
         assert (data / "h").read_text() == "forged\n"
         assert os.readlink(data / "l") == "/etc"  # a symlink may lead anywhere: nothing is written through it
@@ -110,13 +124,18 @@ class TestForged:
     @pytest.mark.parametrize(
         ("info", "words"),
         [
-            ({"format": 2}, "newer unionfs"), ({"format": "x"}, "newer"), ({"id": 7}, "misspelt"),
+            ({"format": 2}, "newer unionfs"),
+            ({"format": "x"}, "newer"),
+            ({"id": 7}, "misspelt"),
             ({"base": {"id": "x", "file": "../../../etc/passwd", "started": 1}}, "is not beside it"),
             ({"base": {"id": "forged", "file": "forged.tar", "started": 1}}, "built on itself"),
-            ({"base": 7}, "misspelt"), ({"base": {}}, "misspelt"),
+            ({"base": 7}, "misspelt"),
+            ({"base": {}}, "misspelt"),
         ],
-    )  # fmt: skip
-    def test_what_it_says_of_itself(self, store: Store, area: Path, info: dict[str, object], words: str) -> None:
+    )
+    def test_what_it_says_of_itself(
+        self, store: Store, area: Path, info: dict[str, object], words: str
+    ) -> None:
         _, before = _volume(store)
         assert words in _restore(store, forge.write(area / "forged.tar", [], info=info))
         _is_untouched(store, before)
@@ -148,13 +167,18 @@ class TestForged:
             "contiguous": field(b"./x", 0o644, 0, 0, 0, 0, b"7", b"", (0, 0)),
             "global": field(b"./x", 0o644, 0, 0, 0, 0, b"g", b"", (0, 0)),
             "data of a directory": field(b"./x/", 0o755, 0, 0, 512, 0, b"5", b"", (0, 0)) + bytes(512),
-            "two pax": headers._pax(b"") + headers._pax(b"") + field(b"./x", 0, 0, 0, 0, 0, b"0", b"", (0, 0)),
+            "two pax": headers._pax(b"")
+            + headers._pax(b"")
+            + field(b"./x", 0, 0, 0, 0, 0, b"0", b"", (0, 0)),
             "record": headers._pax(b"99999999999999999999 a=b\n"),
             "record without end": headers._pax(b"12 mtime=123"),
             "unknown record": headers._pax(b"9 abc=de\n") + field(b"./x", 0, 0, 0, 0, 0, b"0", b"", (0, 0)),
-            "map": _sparse(b"99999999\n"), "map words": _sparse(b"x\n1\n"), "map outside": _sparse(b"1\n5\n900\n"),
-            "map backwards": _sparse(b"2\n5\n1\n0\n1\n"), "map without data": _sparse(b"1\n0\n9\n"),
-        }  # fmt: skip
+            "map": _sparse(b"99999999\n"),
+            "map words": _sparse(b"x\n1\n"),
+            "map outside": _sparse(b"1\n5\n900\n"),
+            "map backwards": _sparse(b"2\n5\n1\n0\n1\n"),
+            "map without data": _sparse(b"1\n0\n9\n"),
+        }
         for name, data in members.items():
             (area / "forged.tar").write_bytes(start + data)
             assert "cannot be trusted" in _restore(store, area / "forged.tar"), name
@@ -180,7 +204,9 @@ class TestForged:
 
             resource.setrlimit(resource.RLIMIT_AS, (1 << 30, 1 << 30))
 
-        refused(store("restore", "data", "-i", area / "bomb.zst", "--verify-only", preexec_fn=limit), "cut off")
+        refused(
+            store("restore", "data", "-i", area / "bomb.zst", "--verify-only", preexec_fn=limit), "cut off"
+        )
         _is_untouched(store, before)
 
     def test_deletions_stay_inside(self, store: Store, area: Path) -> None:
@@ -197,7 +223,9 @@ class TestForged:
 
 def _sparse(text: bytes) -> bytes:
     """A sparse file's member of 1000 bytes with this map."""
-    records = b"22 GNU.sparse.major=1\n22 GNU.sparse.minor=0\n23 GNU.sparse.name=./x\n29 GNU.sparse.realsize=1000\n"
+    records = (
+        b"22 GNU.sparse.major=1\n22 GNU.sparse.minor=0\n23 GNU.sparse.name=./x\n29 GNU.sparse.realsize=1000\n"
+    )
     field = headers._field(b"./x", 0o644, 0, 0, 512, 0, b"0", b"", (0, 0))
     return headers._pax(records) + field + text.ljust(512, b"\0")
 
@@ -213,12 +241,19 @@ def _with_deletion(whole: bytes, path: bytes) -> bytes:
     made = manifest.ManifestWriter(lines)
     old = whole[whole.index(manifest.FIRST_LINE) :].split(b"\nend ")[0].split(b"\n")[1:]
     for line in old:
-        made.add(manifest.member_line(b"deleted", entries.digest_of(listed)) if line.startswith(b"deleted ")
-                 else line + b"\n")  # fmt: skip
+        made.add(
+            manifest.member_line(b"deleted", entries.digest_of(listed))
+            if line.startswith(b"deleted ")
+            else line + b"\n"
+        )
     made.finish()
     text = lines.getvalue()
-    return whole[:at] + deleted + headers.special_file(b".unionfs-backup/manifest", len(text), 0) + text + bytes(
-        -len(text) % 512 + 1024
+    return (
+        whole[:at]
+        + deleted
+        + headers.special_file(b".unionfs-backup/manifest", len(text), 0)
+        + text
+        + bytes(-len(text) % 512 + 1024)
     )
 
 
@@ -291,10 +326,14 @@ class TestFullDisks:
         good = (small / "b.tar.zst").read_bytes()
         (data / "more").write_bytes(os.urandom(8 << 20))
         for name in ("b.tar.zst", "other.tar", "third.tar.gz"):
-            refused(store("backup", "data", "-o", small / name), "no space left", name, "nothing is left of it")
+            refused(
+                store("backup", "data", "-o", small / name), "no space left", name, "nothing is left of it"
+            )
         assert [path.name for path in small.iterdir()] == ["b.tar.zst"]
         assert (small / "b.tar.zst").read_bytes() == good
-        assert os.statvfs(small).f_bavail * os.statvfs(small).f_frsize > 2 << 20  # nothing nameless is left either
+        assert (
+            os.statvfs(small).f_bavail * os.statvfs(small).f_frsize > 2 << 20
+        )  # nothing nameless is left either
 
     @pytest.mark.parametrize("kind", ["ext4", "tmpfs"])
     def test_in_the_middle_of_a_restore(self, filesystem: Callable[..., Path], area: Path, kind: str) -> None:
@@ -305,7 +344,9 @@ class TestFullDisks:
         big.ok("backup", "data", "-o", area / "b.tar.zst")
         store = Store(filesystem(kind, 48 << 20) / "root")
         _, before = _volume(store)
-        message = refused(store("restore", "data", "-i", area / "b.tar.zst"), "data cannot be restored", "no space left")
+        message = refused(
+            store("restore", "data", "-i", area / "b.tar.zst"), "data cannot be restored", "no space left"
+        )
         assert "its content is as it was" in message
         _is_untouched(store, before)
 
@@ -323,9 +364,12 @@ class TestFullDisks:
 
 def _start(store: Store, *arguments: str | Path, **named: object) -> subprocess.Popen[bytes]:
     return subprocess.Popen(
-        [*UNIONFS, "volume", *map(str, arguments)], env={**os.environ, "UNIONFS_ROOT": str(store.root)},
-        stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, **named,  # type: ignore[call-overload]
-    )  # fmt: skip
+        [*UNIONFS, "volume", *map(str, arguments)],
+        env={**os.environ, "UNIONFS_ROOT": str(store.root)},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        **named,  # type: ignore[call-overload]
+    )
 
 
 class TestKilled:
@@ -344,7 +388,10 @@ class TestKilled:
         assert store.ok("rm", "data") == "data\n"
 
     @pytest.mark.parametrize("options", [(), ("-o", "size=100m"), ("-o", "type=none", "-o", "o=bind")])
-    def test_in_the_middle_of_a_restore(self, store: Store, area: Path, options: tuple[str, ...]) -> None:
+    @pytest.mark.parametrize("again", [True, False])
+    def test_in_the_middle_of_a_restore(
+        self, store: Store, area: Path, options: tuple[str, ...], again: bool
+    ) -> None:
         source = store.create("source")
         for number in range(30):
             (source / f"file {number}").write_bytes(os.urandom(1 << 20))
@@ -365,6 +412,10 @@ class TestKilled:
         refused(store("rm", "data"), "busy with a restore", f"pid {child.pid}")
         child.send_signal(signal.SIGKILL)
         child.communicate()
+        if not again:
+            store.ok("rm", "data")
+            assert sorted(os.listdir(store.root / "volumes")) == ["source"]
+            return
         with store.volumes().used("data", "test") as path:
             assert [name for name in os.listdir(path) if not name.startswith(".")] == ["old"]
         assert store.ok("restore", "data", "-i", area / "b.tar") == "data\n"
@@ -421,9 +472,12 @@ class TestAtOnce:
         store.ok("backup", "source", "-o", area / "b.tar")
         whole = (area / "b.tar").read_bytes()
         child = subprocess.Popen(
-            [*UNIONFS, "volume", "restore", "data"], env={**os.environ, "UNIONFS_ROOT": str(store.root)},
-            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-        )  # fmt: skip
+            [*UNIONFS, "volume", "restore", "data"],
+            env={**os.environ, "UNIONFS_ROOT": str(store.root)},
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+        )
         assert child.stdin is not None
         child.stdin.write(whole[: 2 << 20])
         child.stdin.flush()
@@ -464,7 +518,10 @@ class TestSparseDigest:
             return digest.hexdigest(size)
 
         block = b"x" * 4096
-        assert len({of(0, block, 8192), of(4096, block, 8192), of(0, block, 8193), of(0, b"y" * 4096, 8192)}) == 4
+        assert (
+            len({of(0, block, 8192), of(4096, block, 8192), of(0, block, 8193), of(0, b"y" * 4096, 8192)})
+            == 4
+        )
         assert of(1, b"x", 9) != of(2, b"x", 9)
 
 
@@ -473,8 +530,15 @@ def test_fast_headers_are_those_of_the_general_way() -> None:
     random.seed(3)
     for _ in range(500):
         path = bytes(random.choice(b"abc/\xff\n") for _ in range(random.randrange(1, 97)))
-        made = Entry(path, "f", random.randrange(0o10000), random.randrange(3_000_000), random.randrange(3_000_000),
-                     random.randrange(262_144), random.randrange(10**18, 2 * 10**18))  # fmt: skip
+        made = Entry(
+            path,
+            "f",
+            random.randrange(0o10000),
+            random.randrange(3_000_000),
+            random.randrange(3_000_000),
+            random.randrange(262_144),
+            random.randrange(10**18, 2 * 10**18),
+        )
         fast = plain.encode(path, made.mode, made.uid, made.gid, made.size, made.mtime)
         if fast is not None:
             assert fast == headers.encode(made, made.size)

@@ -69,10 +69,16 @@ class TestEverything:
         before = trees.value(data)
         store.create("copy")
         environment = {**os.environ, "UNIONFS_ROOT": str(store.root)}
-        first = subprocess.Popen([*UNIONFS, "volume", "backup", "data", "-o", "-"], stdout=subprocess.PIPE,
-                                 env=environment)  # fmt: skip
-        second = subprocess.run([*UNIONFS, "volume", "restore", "copy"], stdin=first.stdout, env=environment,
-                                capture_output=True, check=False)  # fmt: skip
+        first = subprocess.Popen(
+            [*UNIONFS, "volume", "backup", "data", "-o", "-"], stdout=subprocess.PIPE, env=environment
+        )
+        second = subprocess.run(
+            [*UNIONFS, "volume", "restore", "copy"],
+            stdin=first.stdout,
+            env=environment,
+            capture_output=True,
+            check=False,
+        )
         assert first.stdout is not None
         first.stdout.close()
         assert (first.wait(), second.returncode) == (0, 0), second.stderr
@@ -112,6 +118,23 @@ class TestEverything:
         assert "\r" not in done.stderr  # progress is for terminals
         assert "\x1b" not in done.stderr
 
+    def test_progress_is_shown_on_a_terminal(self, store: Store, area: Path) -> None:
+        (store.create("data") / "file").write_bytes(os.urandom(3 << 20))
+        controller, terminal = os.openpty()
+        done = subprocess.run(
+            [*UNIONFS, "volume", "backup", "data", "-o", area / "b.tar"],
+            env={**os.environ, "UNIONFS_ROOT": str(store.root), "TERM": "xterm"},
+            stdout=subprocess.PIPE,
+            stderr=terminal,
+            check=True,
+        )
+        os.close(terminal)
+        text = os.read(controller, 1 << 16)
+        os.close(controller)
+        assert b"backup of data" in text
+        assert b"entries" in text
+        assert done.stdout == os.fsencode(area / "b.tar") + b"\n"
+
     def test_memory_does_not_grow_with_the_volume(self, store: Store, area: Path) -> None:
         data = store.create("data")
         for number in range(3):
@@ -126,8 +149,13 @@ class TestEverything:
                 "stderr=subprocess.DEVNULL)\n"
                 "print(resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss)"
             )
-            done = subprocess.run([sys.executable, "-c", code, *UNIONFS, "volume", *map(str, words)], env=environment,
-                                  capture_output=True, text=True, check=True)  # fmt: skip
+            done = subprocess.run(
+                [sys.executable, "-c", code, *UNIONFS, "volume", *map(str, words)],
+                env=environment,
+                capture_output=True,
+                text=True,
+                check=True,
+            )
             assert int(done.stdout) < 150_000, words  # KiB, of which the interpreter has some 40,000
 
 
@@ -215,9 +243,11 @@ class TestConsistency:
         with store.volumes().used("data", "test") as path:
             for number in range(10):
                 (Path(path) / f"file {number}").write_bytes(os.urandom(10_000_000))
-            child = subprocess.Popen([*UNIONFS, "volume", "backup", "data", "--compress", "gzip", "-o", area / "b"],
-                                     env={**os.environ, "UNIONFS_ROOT": str(store.root)},
-                                     stderr=subprocess.DEVNULL)  # fmt: skip
+            child = subprocess.Popen(
+                [*UNIONFS, "volume", "backup", "data", "--compress", "gzip", "-o", area / "b"],
+                env={**os.environ, "UNIONFS_ROOT": str(store.root)},
+                stderr=subprocess.DEVNULL,
+            )
             assert wait_for(lambda: _is_frozen(Path(path)) or child.poll() is not None)
             assert child.poll() is None
             child.kill()
@@ -273,7 +303,9 @@ class TestConsistency:
         with store.volumes().used("data", "test"):
             store.ok("backup", "data", "-o", area / "b.tar")
             (data / "file").write_text("new")
-            refused(store("restore", "data", "-i", area / "b.tar"), "data cannot be restored", "in use by a test")
+            refused(
+                store("restore", "data", "-i", area / "b.tar"), "data cannot be restored", "in use by a test"
+            )
         assert (data / "file").read_text() == "new"
 
 
@@ -317,8 +349,10 @@ class TestIncremental:
         store.ok("backup", "data", "-o", area / "a.tar")
         store.ok("backup", "data", "-o", area / "b.tar", "--since", area / "a.tar")
         assert trees.tar("tf", area / "b.tar").split("\n")[:-1] == [
-            ".unionfs-backup/info.json", ".unionfs-backup/deleted", ".unionfs-backup/manifest",
-        ]  # fmt: skip
+            ".unionfs-backup/info.json",
+            ".unionfs-backup/deleted",
+            ".unionfs-backup/manifest",
+        ]
 
     def test_the_base_is_found_beside_it_or_named(self, store: Store, area: Path) -> None:
         data = store.create("data")
@@ -332,7 +366,9 @@ class TestIncremental:
         assert "not beside it" in message
         store.ok("restore", "data", "-i", area / "b.tar", "--base", area / "elsewhere/renamed.tar")
         assert {path.name for path in data.iterdir()} == {"a", "b"}
-        store.ok("restore", "data", "-i", area / "b.tar", "--base", area / "elsewhere/renamed.tar", "--verify-only")
+        store.ok(
+            "restore", "data", "-i", area / "b.tar", "--base", area / "elsewhere/renamed.tar", "--verify-only"
+        )
 
     def test_another_backup_under_the_base_s_name_is_no_base(self, store: Store, area: Path) -> None:
         data = store.create("data")
@@ -470,8 +506,14 @@ class TestOrdinaryUser:
         as_user = ("setpriv", "--reuid", "1000", "--regid", "1000", "--clear-groups", "--")
 
         def call(python: str, *arguments: str | Path) -> tuple[int, str, str]:
-            done = subprocess.run([*as_user, python, "-m", "unionfs", "volume", *map(str, arguments)], text=True,
-                                  env=environment, cwd="/", capture_output=True, check=False)  # fmt: skip
+            done = subprocess.run(
+                [*as_user, python, "-m", "unionfs", "volume", *map(str, arguments)],
+                text=True,
+                env=environment,
+                cwd="/",
+                capture_output=True,
+                check=False,
+            )
             return done.returncode, done.stdout, done.stderr
 
         # A virtual environment may lie in root's home.
@@ -495,6 +537,7 @@ class TestOrdinaryUser:
         assert run("backup", "data", "-o", home / "b.tar")[0] == 0
         assert run("restore", "data", "-i", home / "b.tar") == (0, "data\n", run_told("data", 4, 2))
         assert trees.value(data) == before
+        assert sorted(os.listdir(data.parent)) == ["_data", "manifest", "volume.json"]
         # what an ordinary user can't have
         code, _, err = run("create", "-o", "size=50m", "sized")
         assert code == 1

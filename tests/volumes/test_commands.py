@@ -39,24 +39,37 @@ class TestLs:
         ("filters", "expected"),
         [
             ([], "anonymous alpha beta gamma"),
-            (["name=a$", "anonymous=false"], "alpha beta gamma"), (["name=lph"], "alpha"), (["name=^be", "name=ta"], "beta"),
-            (["label=app"], "alpha beta"), (["label=app=shop"], "alpha"), (["label=app", "label=tier"], "alpha"),
-            (["label=app=shop", "label=app=blog"], ""), (["label!=app"], "anonymous gamma"),
-            (["driver=local"], "anonymous alpha beta gamma"), (["driver=union"], ""),
-            (["dangling=true"], "anonymous alpha gamma"), (["dangling=false"], "beta"), (["dangling=1"],
-                                                                                       "anonymous alpha gamma"),
-            (["anonymous=true"], "anonymous"), (["anonymous=0", "dangling=true"], "alpha gamma"),
+            (["name=a$", "anonymous=false"], "alpha beta gamma"),
+            (["name=lph"], "alpha"),
+            (["name=^be", "name=ta"], "beta"),
+            (["label=app"], "alpha beta"),
+            (["label=app=shop"], "alpha"),
+            (["label=app", "label=tier"], "alpha"),
+            (["label=app=shop", "label=app=blog"], ""),
+            (["label!=app"], "anonymous gamma"),
+            (["driver=local"], "anonymous alpha beta gamma"),
+            (["driver=union"], ""),
+            (["dangling=true"], "anonymous alpha gamma"),
+            (["dangling=false"], "beta"),
+            (["dangling=1"], "anonymous alpha gamma"),
+            (["anonymous=true"], "anonymous"),
+            (["anonymous=0", "dangling=true"], "alpha gamma"),
         ],
-    )  # fmt: skip
+    )
     def test_filters_and_together(self, some: Store, filters: list[str], expected: str) -> None:
         words = [text for one in filters for text in ("-f", one)]
         assert sorted(_names(some, *words)) == sorted(expected.split())
 
     @pytest.mark.parametrize(
         ("word", "part"),
-        [("x", "KEY=VALUE"), ("size=1", "filter size"), ("dangling=maybe", "neither true nor false"),
-         ("name=[", "regular expression"), ("=x", "KEY=VALUE")],
-    )  # fmt: skip
+        [
+            ("x", "KEY=VALUE"),
+            ("size=1", "filter size"),
+            ("dangling=maybe", "neither true nor false"),
+            ("name=[", "regular expression"),
+            ("=x", "KEY=VALUE"),
+        ],
+    )
     def test_bad_filters(self, some: Store, word: str, part: str) -> None:
         refused(some("ls", "-f", word), part)
 
@@ -68,7 +81,10 @@ class TestLs:
     def test_formats(self, some: Store) -> None:
         only = ("-f", "name=alpha")
         where = str(some.data("alpha"))
-        assert some.ok("ls", *only, "--format", "{{.Name}}:{{.Driver}} {{ .Mountpoint }}") == f"alpha:local {where}\n"
+        assert (
+            some.ok("ls", *only, "--format", "{{.Name}}:{{.Driver}} {{ .Mountpoint }}")
+            == f"alpha:local {where}\n"
+        )
         assert some.ok("ls", *only, "--format", '{{.Label "app"}}/{{.Label "none"}}') == "shop/\n"
         assert some.ok("ls", *only, "--format", '{{index .Labels "tier"}}') == "db\n"
         assert some.ok("ls", *only, "--format", "{{json .Labels}}") == '{"app":"shop","tier":"db"}\n'
@@ -80,17 +96,36 @@ class TestLs:
         (line,) = some.ok("ls", *only, "--format", "json").splitlines()
         # docker volume ls --format json, 24.0
         assert json.loads(line) == {
-            "Availability": "N/A", "Driver": "local", "Group": "N/A", "Labels": "app=shop,tier=db", "Links": "0",
-            "Mountpoint": where, "Name": "alpha", "Scope": "local", "Size": "N/A", "Status": "N/A",
-        }  # fmt: skip
+            "Availability": "N/A",
+            "Driver": "local",
+            "Group": "N/A",
+            "Labels": "app=shop,tier=db",
+            "Links": "0",
+            "Mountpoint": where,
+            "Name": "alpha",
+            "Scope": "local",
+            "Size": "N/A",
+            "Status": "N/A",
+        }
         (whole,) = json.loads(some.ok("ls", *only, "--json"))
         assert whole["Labels"] == {"app": "shop", "tier": "db"}
 
     @pytest.mark.parametrize(
         "template",
-        ["{{range .}}{{end}}", "{{.Nme}}", "{{if .Name}}", "{{.Name", "x}}", "{{}}", "{{json}}", "{{.Name | upper}}",
-         '{{index .Name "x"}}', "{{.Labels.none}}", "{{template}}"],
-    )  # fmt: skip
+        [
+            "{{range .}}{{end}}",
+            "{{.Nme}}",
+            "{{if .Name}}",
+            "{{.Name",
+            "x}}",
+            "{{}}",
+            "{{json}}",
+            "{{.Name | upper}}",
+            '{{index .Name "x"}}',
+            "{{.Labels.none}}",
+            "{{template}}",
+        ],
+    )
     def test_templates_that_are_not_supported(self, some: Store, template: str) -> None:
         refused(some("ls", "--format", template), "template")
 
@@ -121,10 +156,16 @@ class TestInspect:
         (found,) = json.loads(some.ok("inspect", "gamma"))
         assert found.pop("CreatedAt").startswith("20")
         assert found == {
-            "Driver": "local", "Labels": {}, "Mountpoint": str(some.data("gamma")), "Name": "gamma",
-            "Options": {"type": "tmpfs", "device": "tmpfs"}, "Scope": "local", "Status": {"mounted": False},
-            "UsageData": {"RefCount": 0, "Size": -1}, "Users": [],
-        }  # fmt: skip
+            "Driver": "local",
+            "Labels": {},
+            "Mountpoint": str(some.data("gamma")),
+            "Name": "gamma",
+            "Options": {"type": "tmpfs", "device": "tmpfs"},
+            "Scope": "local",
+            "Status": {"mounted": False},
+            "UsageData": {"RefCount": 0, "Size": -1},
+            "Users": [],
+        }
         (found,) = json.loads(some.ok("inspect", "beta"))
         assert found["UsageData"]["RefCount"] == 1
         assert found["Users"] == ["user"]
@@ -145,7 +186,10 @@ class TestInspect:
         assert done.returncode == 1
         assert [one["Name"] for one in json.loads(done.stdout)] == ["alpha", "beta"]
         assert "no volume none" in done.stderr
-        assert some.ok("inspect", "-f", "{{.Name}} {{.UsageData.RefCount}}", "alpha", "beta") == "alpha 0\nbeta 1\n"
+        assert (
+            some.ok("inspect", "-f", "{{.Name}} {{.UsageData.RefCount}}", "alpha", "beta")
+            == "alpha 0\nbeta 1\n"
+        )
 
 
 class TestRemoval:
@@ -174,8 +218,14 @@ class TestRemoval:
     @pytest.mark.parametrize(("answer", "left"), [("y\n", 0), ("n\n", 1), ("", 1)])
     def test_prune_asks(self, store: Store, answer: str, left: int) -> None:
         store.ok("create")
-        done = subprocess.run([*UNIONFS, "volume", "prune"], input=answer, capture_output=True, text=True,
-                              env={**os.environ, "UNIONFS_ROOT": str(store.root)}, check=False)  # fmt: skip
+        done = subprocess.run(
+            [*UNIONFS, "volume", "prune"],
+            input=answer,
+            capture_output=True,
+            text=True,
+            env={**os.environ, "UNIONFS_ROOT": str(store.root)},
+            check=False,
+        )
         assert len(store.volumes().all()) == left
         assert done.returncode == left
         assert "WARNING! This will remove anonymous volumes" in done.stderr
@@ -200,12 +250,17 @@ class TestHelp:
 class TestCompletion:
     def test_names_of_volumes(self, some: Store) -> None:
         def complete(words: str) -> list[str]:
-            environment = {**os.environ, "UNIONFS_ROOT": str(some.root), "COMP_WORDS": words,
-                           "COMP_CWORD": str(len(words.split(" ")) - 1),
-                           "_UNIONFS_COMPLETE": "bash_complete"}  # fmt: skip
+            environment = {
+                **os.environ,
+                "UNIONFS_ROOT": str(some.root),
+                "COMP_WORDS": words,
+                "COMP_CWORD": str(len(words.split(" ")) - 1),
+                "_UNIONFS_COMPLETE": "bash_complete",
+            }
             code = "import sys; sys.argv = ['unionfs']; from unionfs.cli.main import main; main()"
-            done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment,
-                                  check=True)  # fmt: skip
+            done = subprocess.run(
+                [sys.executable, "-c", code], capture_output=True, text=True, env=environment, check=True
+            )
             return [line.split(",")[1] for line in done.stdout.splitlines()]
 
         assert complete("unionfs volume rm al") == ["alpha"]
@@ -213,8 +268,9 @@ class TestCompletion:
         assert complete("unionfs volume backup gam") == ["gamma"]
         assert complete("unionfs volume verify be") == ["beta"]
         assert complete("unionfs volume res") == ["restore", "resize"] or complete("unionfs volume res") == [
-            "resize", "restore",
-        ]  # fmt: skip
+            "resize",
+            "restore",
+        ]
         assert "sshfs" in complete("unionfs volume create -d s")
 
     @pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
@@ -225,24 +281,35 @@ class TestCompletion:
         tools.mkdir()
         (tools / "unionfs").write_text(
             f"#!/bin/sh\nPYTHONPATH={Path(__file__).resolve().parents[2]} exec {sys.executable} -c "
-            "'import sys; sys.argv[0] = \"unionfs\"; from unionfs.cli.main import main; main()' \"$@\"\n"
+            '\'import sys; sys.argv[0] = "unionfs"; from unionfs.cli.main import main; main()\' "$@"\n'
         )
         (tools / "unionfs").chmod(0o755)
-        environment = {**os.environ, "UNIONFS_ROOT": str(some.root), "HOME": str(area),
-                       "PATH": f"{tools}:{os.environ['PATH']}"}  # fmt: skip
-        script = subprocess.run([tools / "unionfs", "completion", shell], capture_output=True, text=True, check=True,
-                                env=environment).stdout  # fmt: skip
+        environment = {
+            **os.environ,
+            "UNIONFS_ROOT": str(some.root),
+            "HOME": str(area),
+            "PATH": f"{tools}:{os.environ['PATH']}",
+        }
+        script = subprocess.run(
+            [tools / "unionfs", "completion", shell],
+            capture_output=True,
+            text=True,
+            check=True,
+            env=environment,
+        ).stdout
         (area / "script").write_text(script)
         program = {
             "bash": f". {area}/script; COMP_WORDS=(unionfs volume inspect al); COMP_CWORD=3; "
             "_unionfs_completion unionfs; echo ${COMPREPLY[@]}",
             # What zsh's completion system would be given
-            "zsh": "compdef() { :; }; compadd() { for one in $@; do [[ $one == completions* ]] && print -rl -- "
-            "${(P)one}; done; }; _describe() { compadd $@; }; words=(unionfs volume inspect al); CURRENT=4; "
+            "zsh": "compdef() { :; }; compadd() { for one in $@; do [[ $one == completions* ]] && print "
+            "-rl -- ${(P)one}; done; }; _describe() { compadd $@; }; words=(unionfs volume inspect al); CURRENT=4; "
             f"source {area}/script; _unionfs_completion",
             "fish": f"source {area}/script; complete -C 'unionfs volume inspect al'",
         }[shell]
-        done = subprocess.run([shell, "-c", program], capture_output=True, text=True, check=False, env=environment)
+        done = subprocess.run(
+            [shell, "-c", program], capture_output=True, text=True, check=False, env=environment
+        )
         assert "alpha" in done.stdout, done.stderr
         assert "beta" not in done.stdout
 

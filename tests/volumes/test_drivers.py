@@ -85,7 +85,7 @@ class TestMounted:
         with store.volumes().used("data", "test") as path, pytest.raises(OSError, match="Read-only"):
             (Path(path) / "x").touch()
         store.create("-o", "type=none", "-o", "o=bind", "-o", f"device={area}/none", "other")
-        with pytest.raises(UserError, match="other cannot be mounted: mount: .*none"):
+        with pytest.raises(UserError, match=r"other cannot be mounted: mount: .*none"):
             store.volumes().attach("other", "user")
         assert store.volumes().users("other") == []
 
@@ -120,11 +120,15 @@ class TestMounted:
             (["type=none", "o=bind", "device=x"], ["relative"]),
             (["type=ext4", "device=/x", "size=1g"], ["size and type exclude"]),
             (["fs=xfs"], ["needs the option size"]),
-            (["size=lots"], ["size=lots"]), (["size=-5"], ["size=-5"]), (["size=0"], ["size=0"]),
-            (["size=1k"], ["too small for ext4"]), (["size=100m", "fs=xfs"], ["too small for xfs"]),
-            (["size=1g", "fs=ntfs"], ["ext4 or xfs"]), (["type=--bind", "device=/x"], ["no filesystem type"]),
+            (["size=lots"], ["size=lots"]),
+            (["size=-5"], ["size=-5"]),
+            (["size=0"], ["size=0"]),
+            (["size=1k"], ["too small for ext4"]),
+            (["size=100m", "fs=xfs"], ["too small for xfs"]),
+            (["size=1g", "fs=ntfs"], ["ext4 or xfs"]),
+            (["type=--bind", "device=/x"], ["no filesystem type"]),
         ],
-    )  # fmt: skip
+    )
     def test_options_that_make_no_sense(self, store: Store, words: list[str], parts: list[str]) -> None:
         arguments = [text for word in words for text in ("-o", word)]
         refused(store("create", *arguments, "data"), *parts)
@@ -147,14 +151,15 @@ class TestCommandLines:
             (("nfs", "host:/path", "rw,soft"), "-t nfs -o rw,soft -- host:/path /t", {}),
             (
                 ("cifs", "//host/share", "username=u,password=s3cret,file_mode=0777"),
-                "-t cifs -o username=u,file_mode=0777 -- //host/share /t", {"PASSWD": "s3cret"},
+                "-t cifs -o username=u,file_mode=0777 -- //host/share /t",
+                {"PASSWD": "s3cret"},
             ),
             (("tmpfs", "tmpfs", "size=100m,,uid=1000"), "-t tmpfs -o size=100m,uid=1000 -- tmpfs /t", {}),
             (("none", "/src", "bind"), "-t none -o bind -- /src /t", {}),
             (("ext4", "/dev/sdz1", ""), "-t ext4 -- /dev/sdz1 /t", {}),
             (("btrfs", "-weird", ""), "-t btrfs -- -weird /t", {}),
         ],
-    )  # fmt: skip
+    )
     def test_as_docker_s_words_mean_it(
         self, given: tuple[str, str, str], command: str, environment: dict[str, str]
     ) -> None:
@@ -178,6 +183,12 @@ def test_a_missing_helper_gives_the_package(
     assert store.volumes().users("data") == []
 
 
+def _fill_up(path: Path) -> None:
+    with path.open("wb") as file:
+        for _ in range(400):
+            file.write(bytes(1 << 20))
+
+
 class TestSize:
     @pytest.mark.parametrize(("fs", "size", "more"), [("ext4", "24m", "48m"), ("xfs", "320m", "400m")])
     def test_it_is_enforced_and_can_grow(self, store: Store, fs: str, size: str, more: str) -> None:
@@ -186,9 +197,8 @@ class TestSize:
         assert image.stat().st_blocks * 512 < image.stat().st_size / 2  # sparse
         with store.volumes().used("data", "test") as path:
             assert os.listdir(path) == []
-            with pytest.raises(OSError, match="No space left"), (Path(path) / "fill").open("wb") as file:
-                for _ in range(400):
-                    file.write(bytes(1 << 20))
+            with pytest.raises(OSError, match="No space left"):
+                _fill_up(Path(path) / "fill")
             held = (Path(path) / "fill").stat().st_size
             assert held < image.stat().st_size
             if fs == "xfs":  # online; an ext4 needs CAP_SYS_RESOURCE for that, which not every root has
@@ -320,8 +330,13 @@ class TestUnion:
         refused(store("create", "-d", "union", "data"), "lower is missing")
         refused(store("create", "-d", "union", "-o", "lower=relative", "data"), "relative")
         refused(store("create", "-d", "union", "-o", f"lower={area}/none", "data"), "no directory")
-        refused(store("create", "-d", "union", "-o", f"lower={area}", "-o", "shared=perhaps", "data"), "shared=perhaps")
-        refused(store("create", "-d", "union", "-o", f"lower={area}", "-o", "upper=/x", "data"), "option upper")
+        refused(
+            store("create", "-d", "union", "-o", f"lower={area}", "-o", "shared=perhaps", "data"),
+            "shared=perhaps",
+        )
+        refused(
+            store("create", "-d", "union", "-o", f"lower={area}", "-o", "upper=/x", "data"), "option upper"
+        )
 
 
 def _tutorial(store: Store, area: Path, *options: str, simple: bool = False, kept: bool = True) -> None:
@@ -391,7 +406,9 @@ class TestElsewhere:
         refused(store("create", "-d", "sshfs", "data"), "sshcmd is missing")
         refused(store("create", "-d", "sshfs", "-o", "sshcmd=host", "data"), "names no path")
         refused(store("create", "-d", "sshfs", "-o", "sshcmd=-oProxyCommand=x:y", "data"), "sshcmd=-o")
-        store.ok("create", "-d", "sshfs", "-o", "sshcmd=nobody@host:/none", "-o", "ssh_command=/bin/false", "bad")
+        store.ok(
+            "create", "-d", "sshfs", "-o", "sshcmd=nobody@host:/none", "-o", "ssh_command=/bin/false", "bad"
+        )
         with pytest.raises(UserError, match="bad cannot be mounted: sshfs: "):
             store.volumes().attach("bad", "user")
 
@@ -399,7 +416,16 @@ class TestElsewhere:
         _need("rclone")
         (area / "far").mkdir()
         (area / "rclone.conf").write_text(f"[far]\ntype = alias\nremote = {area}/far\n")
-        words = ("-d", "rclone", "-o", "remote=far:", "-o", f"config={area}/rclone.conf", "-o", "o=dir-cache-time=1s")
+        words = (
+            "-d",
+            "rclone",
+            "-o",
+            "remote=far:",
+            "-o",
+            f"config={area}/rclone.conf",
+            "-o",
+            "o=dir-cache-time=1s",
+        )
         _tutorial(store, area, *words, simple=True)
         assert (area / "far/dir/file").read_text() == "content"
         refused(store("create", "-d", "rclone", "-o", "remote=far:", "-o", "o=Bad Flag", "data"), "Bad Flag")
@@ -418,7 +444,11 @@ class TestElsewhere:
 
     def test_a_missing_program_gives_the_package(self, store: Store, area: Path) -> None:
         for name in ("sshfs", "rclone", "glusterfs"):
-            words = {"sshfs": ["sshcmd=h:/"], "rclone": ["remote=x"], "glusterfs": ["servers=h", "volname=v"]}[name]
+            words = {
+                "sshfs": ["sshcmd=h:/"],
+                "rclone": ["remote=x"],
+                "glusterfs": ["servers=h", "volname=v"],
+            }[name]
             code = (
                 "import sys; from unionfs.storage import mounts; mounts.program_path = lambda name: None\n"
                 "from unionfs.cli.run import run; from unionfs.cli.main import cli\n"
@@ -427,8 +457,11 @@ class TestElsewhere:
             arguments = [text for word in words for text in ("-o", word)]
             done = subprocess.run(
                 [sys.executable, "-c", code, "volume", "create", "-d", name, *arguments, "data"],
-                env={**os.environ, "UNIONFS_ROOT": str(store.root)}, capture_output=True, text=True, check=False,
-            )  # fmt: skip
+                env={**os.environ, "UNIONFS_ROOT": str(store.root)},
+                capture_output=True,
+                text=True,
+                check=False,
+            )
             refused(done, "is not installed; install the package")
 
 
@@ -444,13 +477,19 @@ def brick(area: Path) -> Iterator[str]:
     # What glusterd keeps in fixed places is on private mounts of a namespace of its own.
     hide = " && ".join(
         f"mkdir -p {there} && mount --bind {home}/{here} {there}"
-        for here, there in (("state", "/var/lib/glusterd"), ("log", "/var/log/glusterfs"), ("run", "/var/run/gluster"))
+        for here, there in (
+            ("state", "/var/lib/glusterd"),
+            ("log", "/var/log/glusterfs"),
+            ("run", "/var/run/gluster"),
+        )
     )
     inside = ["unshare", "-m", "--propagation", "private", "sh", "-c"]
     daemon = subprocess.Popen(
         [*inside, f"{hide} && exec glusterd -N --log-level WARNING --log-file {home}/log/glusterd.log"],
-        start_new_session=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
-    )  # fmt: skip
+        start_new_session=True,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
 
     def gluster(*words: str) -> bool:
         command = ["nsenter", "-t", str(daemon.pid), "-m", "gluster", "--mode=script", *words]
@@ -460,7 +499,9 @@ def brick(area: Path) -> Iterator[str]:
         if not wait_for(lambda: gluster("volume", "list"), 20):
             pytest.skip("glusterd does not come up here")
         # A brick is never on localhost for gluster.
-        addresses = subprocess.run(["hostname", "-I"], capture_output=True, text=True, check=False).stdout.split()
+        addresses = subprocess.run(
+            ["hostname", "-I"], capture_output=True, text=True, check=False
+        ).stdout.split()
         if not any(gluster("volume", "create", "gv0", f"{one}:{home}/brick", "force") for one in addresses):
             pytest.skip("gluster makes no volume here: this machine has no address but localhost")
         assert gluster("volume", "start", "gv0")
@@ -498,8 +539,14 @@ def test_a_driver_of_another_package(store: Store, area: Path) -> None:
 
     def run(*words: str) -> subprocess.CompletedProcess[str]:
         environment = {**os.environ, "UNIONFS_ROOT": str(store.root), **store.env}
-        return subprocess.run([sys.executable, "-m", "unionfs", "volume", *words], env=environment, cwd="/",
-                              capture_output=True, text=True, check=False)  # fmt: skip
+        return subprocess.run(
+            [sys.executable, "-m", "unionfs", "volume", *words],
+            env=environment,
+            cwd="/",
+            capture_output=True,
+            text=True,
+            check=False,
+        )
 
     assert run("create", "-d", "mine", "-o", "colour=blue", "data").stdout == "data\n"
     refused(run("create", "-d", "mine", "-o", "color=blue", "data2"), "option color", "colour")
@@ -509,7 +556,9 @@ def test_a_driver_of_another_package(store: Store, area: Path) -> None:
     refused(run("restore", "data", "-i", str(area / "b.tar")), "no way to replace")
     # without the package
     refused(store("rm", "data", env={"PYTHONPATH": str(Path(__file__).resolve().parents[2])}), "driver mine")
-    assert store.ok("rm", "-f", "data", env={"PYTHONPATH": str(Path(__file__).resolve().parents[2])}) == "data\n"
+    assert (
+        store.ok("rm", "-f", "data", env={"PYTHONPATH": str(Path(__file__).resolve().parents[2])}) == "data\n"
+    )
 
 
 def test_what_is_mounted_below_a_volume_is_never_removed(

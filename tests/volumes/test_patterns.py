@@ -68,11 +68,24 @@ def _run_as(name: str, **environment: str) -> Run:
     def run(*words: str | Path, check: bool = True) -> str:
         account = pwd.getpwnam(name)
         done = subprocess.run(
-            ["setpriv", "--reuid", str(account.pw_uid), "--regid", str(account.pw_gid), "--clear-groups", "--",
-             *map(str, words)],
-            stdin=subprocess.DEVNULL, capture_output=True, text=True, cwd="/", timeout=170, check=False,
+            [
+                "setpriv",
+                "--reuid",
+                str(account.pw_uid),
+                "--regid",
+                str(account.pw_gid),
+                "--clear-groups",
+                "--",
+                *map(str, words),
+            ],
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+            cwd="/",
+            timeout=170,
+            check=False,
             env={**os.environ, "LC_ALL": "C.UTF-8", **environment},
-        )  # fmt: skip
+        )
         assert done.returncode == 0 or not check, (words, done.stdout, done.stderr)
         return done.stdout
 
@@ -152,10 +165,19 @@ def test_mariadb(store: Store, area: Path, how: str) -> None:
 
     def start(data: Path) -> subprocess.Popen[bytes]:
         server = subprocess.Popen(
-            ["/usr/sbin/mariadbd", "--no-defaults", "--user=mysql", f"--datadir={data}/db", f"--socket={sockets}/s",
-             "--skip-networking", "--skip-grant-tables", f"--pid-file={sockets}/pid", f"--log-error={sockets}/log"],
+            [
+                "/usr/sbin/mariadbd",
+                "--no-defaults",
+                "--user=mysql",
+                f"--datadir={data}/db",
+                f"--socket={sockets}/s",
+                "--skip-networking",
+                "--skip-grant-tables",
+                f"--pid-file={sockets}/pid",
+                f"--log-error={sockets}/log",
+            ],
             cwd="/",
-        )  # fmt: skip
+        )
         servers.append(server)
         assert wait_for(lambda: run(*client, "select 1", check=False) == "1\n", 60)
         return server
@@ -164,7 +186,12 @@ def test_mariadb(store: Store, area: Path, how: str) -> None:
         try:
             data, daemon = up()
             shutil.chown(data, "mysql")
-            run("mariadb-install-db", "--no-defaults", f"--datadir={data}/db", "--auth-root-authentication-method=normal")
+            run(
+                "mariadb-install-db",
+                "--no-defaults",
+                f"--datadir={data}/db",
+                "--auth-root-authentication-method=normal",
+            )
             server = start(data)
             run(*client, "create database shop; create table shop.t (n int) engine=innodb")
             for number in range(50):

@@ -109,7 +109,9 @@ class TestFound:
         assert sorted(gone) == sorted(ids)
         assert driver in plugin.plugin_names()
 
-    @pytest.mark.parametrize("content", ["unix://{path}", "tcp://127.0.0.1:{port}", "http://127.0.0.1:{port}\n"])
+    @pytest.mark.parametrize(
+        "content", ["unix://{path}", "tcp://127.0.0.1:{port}", "http://127.0.0.1:{port}\n"]
+    )
     def test_by_a_spec(self, store: Store, area: Path, plugins: Plugins, content: str) -> None:
         path = area / "somewhere.sock"
         home, port = plugins.start(str(path) if "{path}" in content else "0")
@@ -121,10 +123,27 @@ class TestFound:
             pytest.skip("openssl is not installed")
         cert = area / "cert.pem"
         subprocess.run(
-            ["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-keyout", area / "key.pem", "-out", cert,
-             "-subj", "/CN=127.0.0.1", "-addext", "subjectAltName=IP:127.0.0.1", "-days", "2"],
-            check=True, capture_output=True,
-        )  # fmt: skip
+            [
+                "openssl",
+                "req",
+                "-x509",
+                "-newkey",
+                "rsa:2048",
+                "-nodes",
+                "-keyout",
+                area / "key.pem",
+                "-out",
+                cert,
+                "-subj",
+                "/CN=127.0.0.1",
+                "-addext",
+                "subjectAltName=IP:127.0.0.1",
+                "-days",
+                "2",
+            ],
+            check=True,
+            capture_output=True,
+        )
         (area / "both.pem").write_text((area / "key.pem").read_text() + cert.read_text())
         home, port = plugins.start("0", f"cert={area}/both.pem")
         described = {"Name": "far", "Addr": f"https://127.0.0.1:{port}", "TLSConfig": {"CAFile": str(cert)}}
@@ -140,9 +159,14 @@ class TestFound:
 
     def test_what_is_misspelt(self, store: Store, plugins: Plugins) -> None:
         for name, content in {
-            "a.spec": "ftp://x", "b.json": "{", "c.json": "{}", "d.json": "[]", "e.json": '{"Addr": "x"}',
-            "f.spec": "", "g.json": '{"Addr": "tcp://x", "TLSConfig": 7}',
-        }.items():  # fmt: skip
+            "a.spec": "ftp://x",
+            "b.json": "{",
+            "c.json": "{}",
+            "d.json": "[]",
+            "e.json": '{"Addr": "x"}',
+            "f.spec": "",
+            "g.json": '{"Addr": "tcp://x", "TLSConfig": 7}',
+        }.items():
             (plugins.directory / name).write_text(content)
             refused(store("create", "-d", name[0] + "", "data"), name, "plugin description")
         refused(store("create", "-d", "../x", "data"), "driver ../x is not known")
@@ -187,17 +211,20 @@ class TestErrors:
     def test_refusals_later(self, store: Store, plugins: Plugins, request_: str) -> None:
         plugins.socket("p", f"refuse={request_}")
         store.ok("create", "-d", "p", "data")
+        volumes = store.volumes()
+        mounts = request_ == "VolumeDriver.Mount"
+        call = (lambda name: volumes.attach(name, "user")) if mounts else volumes.remove
         with pytest.raises(UserError, match=f"refuses {request_}"):
-            if request_ == "VolumeDriver.Mount":
-                store.volumes().attach("data", "user")
-            else:
-                store.volumes().remove("data")
+            call("data")
         assert store.volumes().users("data") == []
         assert store.ok("ls", "-q") == "data\n"
 
     def test_options_are_its_own_affair(self, store: Store, plugins: Plugins) -> None:
         plugins.socket("p")
-        refused(store("create", "-d", "p", "-o", "size=1g", "data"), "refuses VolumeDriver.Create: unknown option size")
+        refused(
+            store("create", "-d", "p", "-o", "size=1g", "data"),
+            "refuses VolumeDriver.Create: unknown option size",
+        )
 
     def test_one_of_another_kind(self, store: Store, plugins: Plugins) -> None:
         plugins.socket("p", "no-volume-driver")
@@ -245,17 +272,41 @@ def test_rclone_serves_as_a_plugin(store: Store, area: Path, plugins: Plugins) -
     (area / "rclone.conf").write_text(f"[far]\ntype = alias\nremote = {area}/far\n")
     path = plugins.directory / "rclone.sock"
     child = subprocess.Popen(
-        ["rclone", "serve", "docker", "--socket-addr", path, "--base-dir", area / "mnt", "--no-spec", "--forget-state",
-         "--config", area / "rclone.conf", "--cache-dir", area / "cache", "--log-file", area / "rclone.log"],
+        [
+            "rclone",
+            "serve",
+            "docker",
+            "--socket-addr",
+            path,
+            "--base-dir",
+            area / "mnt",
+            "--no-spec",
+            "--forget-state",
+            "--config",
+            area / "rclone.conf",
+            "--cache-dir",
+            area / "cache",
+            "--log-file",
+            area / "rclone.log",
+        ],
         env={**os.environ, "HOME": str(area)},
-    )  # fmt: skip
+    )
     try:
         assert wait_for(path.exists)
         words = ("-d", "rclone.sock-less", "data")
         refused(store("create", *words), "not known")
         # rclone is a driver of ours as well: the plugin has that name in docker's directory.
         os.rename(path, plugins.directory / "far.sock")
-        options = ("-o", "remote=far:", "-o", "vfs-cache-mode=writes", "-o", "vfs-write-back=0", "-o", "allow-other=true")
+        options = (
+            "-o",
+            "remote=far:",
+            "-o",
+            "vfs-cache-mode=writes",
+            "-o",
+            "vfs-write-back=0",
+            "-o",
+            "allow-other=true",
+        )
         store.ok("create", "-d", "far", *options, "data")
         volumes = store.volumes()
         with volumes.used("data", "test") as where:

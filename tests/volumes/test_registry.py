@@ -106,7 +106,9 @@ class TestMaking:
 
     def test_a_root_that_cannot_be_made_is_named(self, store: Store, area: Path) -> None:
         (area / "file").touch()
-        refused(store("create", "data", env={"UNIONFS_ROOT": str(area / "file/below")}), "file/below", "--root")
+        refused(
+            store("create", "data", env={"UNIONFS_ROOT": str(area / "file/below")}), "file/below", "--root"
+        )
 
     def test_root_option_overrides_the_environment(self, store: Store, area: Path) -> None:
         assert store.ok("create", "--root", area / "other", "data") == "data\n"
@@ -238,8 +240,10 @@ class TestManyProcesses:
         children = [
             subprocess.Popen(
                 [sys.executable, "-c", _RACE, str(store.root), str(repository), str(number)],
-                stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-            )  # fmt: skip
+                stdout=subprocess.PIPE,
+                stderr=subprocess.PIPE,
+                text=True,
+            )
             for number in range(6)
         ]
         for child in children:
@@ -265,7 +269,9 @@ class TestManyProcesses:
             )
             assert child.stdout is not None
             assert child.stdout.readline() == b"up\n"
-            time.sleep(0.003 * (seed * 4 + turn))  # where in its turn it dies does not matter, but should vary
+            time.sleep(
+                0.003 * (seed * 4 + turn)
+            )  # where in its turn it dies does not matter, but should vary
             child.send_signal(signal.SIGKILL)
             child.wait()
             child.stdout.close()

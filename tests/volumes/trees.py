@@ -50,8 +50,17 @@ def fill(root: Path) -> None:
         deep = deep / ("d" * 60)
         deep.mkdir()
     (deep / "leaf").write_text("deep")
-    for name in (b"new\nline", b"tab\there", b"back\\slash", b"\xff\xfe not utf-8", "ünïcödé".encode(), b"-dash",
-                 b"\xc3(" + b"y" * 120, b" blank ", b"%41=b"):  # fmt: skip
+    for name in (
+        b"new\nline",
+        b"tab\there",
+        b"back\\slash",
+        b"\xff\xfe not utf-8",
+        "ünïcödé".encode(),
+        b"-dash",
+        b"\xc3(" + b"y" * 120,
+        b" blank ",
+        b"%41=b",
+    ):
         with open(os.fsencode(root) + b"/" + name, "wb") as file:
             file.write(name)
     os.setxattr(root / "dir/file", "user.note", b"a=b\n\0c")
@@ -59,7 +68,9 @@ def fill(root: Path) -> None:
     os.setxattr(root / "dir", "trusted.mark", b"\xff" * 3000)
     os.setxattr(root / "absolute", "trusted.link", b"on a symlink", follow_symlinks=False)
     os.setxattr(root / "pipe", "trusted.pipe", b"on a pipe", follow_symlinks=False)
-    os.setxattr(root / "large", "security.capability", bytes.fromhex("0100000200200000000000000000000000000000"))
+    os.setxattr(
+        root / "large", "security.capability", bytes.fromhex("0100000200200000000000000000000000000000")
+    )
     os.setxattr(root / "dir/inner", acl.DEFAULT, acl.simple(7, 5, 0, users={1000: 7, 4000000000: 4}))
     os.setxattr(root / "size 1", acl.ACCESS, acl.simple(6, 4, 0, users={1000: 6}))
     (root / "dir/inner/below a default acl").write_text("x")
@@ -113,9 +124,12 @@ def value(root: Path, *, without: Sequence[str] = ()) -> dict[bytes, dict[str, A
         status = os.lstat(whole)
         kind = stat.S_IFMT(status.st_mode)
         entry: dict[str, Any] = {
-            "mode": oct(status.st_mode), "owner": (status.st_uid, status.st_gid), "mtime": status.st_mtime_ns,
-            "rdev": status.st_rdev, "xattrs": read_xattrs(whole),
-        }  # fmt: skip
+            "mode": oct(status.st_mode),
+            "owner": (status.st_uid, status.st_gid),
+            "mtime": status.st_mtime_ns,
+            "rdev": status.st_rdev,
+            "xattrs": read_xattrs(whole),
+        }
         if kind == stat.S_IFDIR:
             waiting += [path + b"/" + name if path else name for name in os.listdir(whole)]
         else:

@@ -21,6 +21,7 @@ from dataclasses import replace
 from unionfs.daemon.errors import UserError, quoted, reason
 from unionfs.storage import locks
 from unionfs.storage.drivers import Driver, find_driver
+from unionfs.storage.drivers.replacing import remove_tree
 from unionfs.storage.model import ANONYMOUS_LABEL, User, Volume
 from unionfs.storage.names import anonymous_name, check_name, is_name
 from unionfs.storage.registry import Registry, write_record
@@ -368,11 +369,4 @@ def _remove_directory(path: str) -> None:
     below = os.path.realpath(path) + "/"
     if any(entry.mountpoint.startswith(below) for entry in read_mountinfo()):
         return
-    for _ in range(2):
-        shutil.rmtree(path, ignore_errors=True)
-        if not os.path.lexists(path):
-            return
-        # A user's directories without write permission keep what is in them.
-        for directory, _, _ in os.walk(path):
-            with suppress(OSError):
-                os.chmod(directory, 0o700)
+    remove_tree(path)

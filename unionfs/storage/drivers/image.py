@@ -153,7 +153,7 @@ class _NewImage:
 @contextmanager
 def replacement(volume: Volume) -> Iterator[Replacement]:
     """New content in a second image, which takes the first one's name when its filesystem is unmounted."""
-    _sweep(volume)
+    sweep(volume)
     new = f"{volume.directory}/.image-new"
     _make(new, parse_size(volume.options["size"]), volume)
     try:
@@ -164,7 +164,7 @@ def replacement(volume: Volume) -> Iterator[Replacement]:
             os.unlink(new)
 
 
-def _sweep(volume: Volume) -> None:
+def sweep(volume: Volume) -> None:
     """Remove what a killed restore left."""
     for name in os.listdir(volume.directory):
         if not name.startswith(".image-"):

@@ -98,6 +98,8 @@ class Local(Driver):
 
     def remove(self, volume: Volume) -> None:
         self.unmount(volume, "")
+        if image.exists(volume):
+            image.sweep(volume)
         if "size" in volume.options and not image.exists(volume):
             quota.unlimit_directory(f"{volume.directory}/_data")
 

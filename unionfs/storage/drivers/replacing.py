@@ -81,8 +81,15 @@ def sweep_siblings(data: str) -> None:
 
 
 def remove_tree(path: str) -> None:
-    """Remove a directory tree; what cannot be removed stays, and is tried again by the next operation."""
-    shutil.rmtree(path, ignore_errors=True)
+    """Remove a directory tree, whatever its permissions; what cannot be removed stays for the next operation."""
+    for _ in range(2):
+        shutil.rmtree(path, ignore_errors=True)
+        if not os.path.lexists(path):
+            return
+        # A user's directories without write permission keep what is in them.
+        for directory, _, _ in os.walk(path):
+            with suppress(OSError):
+                os.chmod(directory, 0o700)
 
 
 class _InPlace:

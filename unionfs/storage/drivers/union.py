@@ -63,6 +63,7 @@ class Union(Driver):
     def remove(self, volume: Volume) -> None:
         if self._shared(volume.options):
             self.unmount(volume, "")
+            _sweep(volume)
             return
         views = f"{volume.directory}/views"
         for name in os.listdir(views) if os.path.isdir(views) else ():
@@ -110,10 +111,7 @@ class Union(Driver):
                 "and goes "
                 "with its user; use a union with -o shared."
             )
-        for name in os.listdir(volume.directory):
-            if name.startswith(".restore-"):
-                _unmount(f"{volume.directory}/{name}/merged")
-                remove_tree(f"{volume.directory}/{name}")
+        _sweep(volume)
         place = tempfile.mkdtemp(prefix=".restore-", dir=volume.directory)
         merged = f"{place}/merged"
         try:
@@ -151,6 +149,14 @@ class _NewUpper:
         _unmount(f"{self._volume.directory}/_data")
         exchange(f"{self._volume.directory}/upper", f"{self._place}/upper")
         fsync_directory(self._volume.directory)
+
+
+def _sweep(volume: Volume) -> None:
+    """Remove what a killed restore left."""
+    for name in os.listdir(volume.directory):
+        if name.startswith(".restore-"):
+            _unmount(f"{volume.directory}/{name}/merged")
+            remove_tree(f"{volume.directory}/{name}")
 
 
 def _hide(lowers: Sequence[str], upper: str) -> None:
