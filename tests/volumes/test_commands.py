@@ -264,9 +264,9 @@ class TestCompletion:
             return [line.split(",")[1] for line in done.stdout.splitlines()]
 
         assert complete("unionfs volume rm al") == ["alpha"]
-        assert complete("unionfs volume rm alpha b") == ["beta"]
+        assert complete("unionfs volume rm alpha bet") == ["beta"]
         assert complete("unionfs volume backup gam") == ["gamma"]
-        assert complete("unionfs volume verify be") == ["beta"]
+        assert complete("unionfs volume verify bet") == ["beta"]
         assert complete("unionfs volume res") == ["restore", "resize"] or complete("unionfs volume res") == [
             "resize",
             "restore",
@@ -303,7 +303,8 @@ class TestCompletion:
             "_unionfs_completion unionfs; echo ${COMPREPLY[@]}",
             # What zsh's completion system would be given
             "zsh": "compdef() { :; }; compadd() { for one in $@; do [[ $one == completions* ]] && print "
-            "-rl -- ${(P)one}; done; }; _describe() { compadd $@; }; words=(unionfs volume inspect al); CURRENT=4; "
+            "-rl -- ${(P)one}; done; }; _describe() { compadd $@; }; "
+            "words=(unionfs volume inspect al); CURRENT=4; "
             f"source {area}/script; _unionfs_completion",
             "fish": f"source {area}/script; complete -C 'unionfs volume inspect al'",
         }[shell]

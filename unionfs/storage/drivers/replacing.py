@@ -81,7 +81,7 @@ def sweep_siblings(data: str) -> None:
 
 
 def remove_tree(path: str) -> None:
-    """Remove a directory tree, whatever its permissions; what cannot be removed stays for the next operation."""
+    """Remove a directory tree, whatever its permissions; what cannot be removed stays for later."""
     for _ in range(2):
         shutil.rmtree(path, ignore_errors=True)
         if not os.path.lexists(path):
