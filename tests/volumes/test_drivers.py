@@ -232,6 +232,33 @@ class TestSize:
         refused(store("resize", "data", "much"), "size=much")
         refused(store("resize", "none", "1g"), "no volume none")
 
+    def test_an_image_that_is_still_mounted_elsewhere(self, store: Store, area: Path) -> None:
+        """As after a union was killed whose files somebody still has open."""
+        store.create("-o", "size=16m", "data")
+        (area / "elsewhere").mkdir()
+        volumes = store.volumes()
+        with volumes.used("data", "test") as path:
+            (Path(path) / "file").write_text("x")
+            subprocess.run(["mount", "--bind", path, area / "elsewhere"], check=True)
+        try:
+            assert not os.path.ismount(store.data("data"))
+            refused(store("resize", "data", "32m"), "still mounted in another mount namespace")
+            with volumes.used("data", "test") as path:
+                # One filesystem, and not two on one image
+                assert os.stat(path).st_dev == (area / "elsewhere").stat().st_dev
+                (Path(path) / "more").write_text("y")
+                assert (area / "elsewhere/more").read_text() == "y"
+        finally:
+            subprocess.run(["umount", area / "elsewhere"], check=True)
+        store.ok("resize", "data", "32m")
+
+    def test_a_volume_that_was_unmounted_by_hand_is_mounted_again(self, store: Store) -> None:
+        data = store.create("-o", "size=8m", "data")
+        with store.volumes().used("data", "test"):
+            subprocess.run(["umount", data], check=True)
+            with store.volumes().used("data", "other"):
+                assert os.path.ismount(data)
+
     def test_backup_restore_and_removal(self, store: Store, area: Path) -> None:
         store.create("-o", "size=100m", "data")
         with store.volumes().used("data", "test") as path:

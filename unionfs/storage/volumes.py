@@ -184,7 +184,8 @@ class Volumes:
             for known in users:
                 if known.text == user:
                     return known.path
-            path = driver.mount(volume, user) if driver.one_mount_each(volume) or not users else users[0].path
+            # Also for a second user: somebody may have unmounted it by hand.
+            path = driver.mount(volume, user)
             try:
                 self._registry.add_user(volume, User(user, path))
             except BaseException:

@@ -52,7 +52,8 @@ def _told(report: Report, what: str, command: Callable[[str], None] = tell) -> N
     if report.more_notes:
         command(f"{report.more_notes} more entries were left out or changed in the same ways.")
     how = f"; {report.how}" if report.how else ""
-    command(f"{what}: {report.entries} entries, {shown_size(report.size)}{how}.")
+    entries = "1 entry" if report.entries == 1 else f"{report.entries} entries"
+    command(f"{what}: {entries}, {shown_size(report.size)}{how}.")
 
 
 @click.command(

@@ -65,7 +65,7 @@ class Driver:
         return f"{volume.directory}/_data"
 
     def mount(self, volume: Volume, user: str) -> str:
-        """Make the data reachable, and return the directory's absolute path."""
+        """Make the data reachable, and return the directory's absolute path. Called for every user."""
         raise NotImplementedError
 
     def unmount(self, volume: Volume, user: str) -> None:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import glob
 import os
 import tempfile
+import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 
@@ -14,6 +16,8 @@ from unionfs.storage.model import Volume
 from unionfs.storage.mounts import MountCall, mount_at, need_program, run_mount, run_program, unmount
 from unionfs.storage.sizes import parse_size, shown_size
 from unionfs.sys.process import has_sys_admin
+
+_DETACH_SECONDS = 5.0
 
 # The smallest that mkfs makes: xfsprogs refuses less than 300 MB; an ext4 needs room for its journal.
 _SMALLEST = {"ext4": 8 << 20, "xfs": 300 << 20}
@@ -211,6 +215,35 @@ def resize(volume: Volume, size: int, *, mounted: bool) -> None:
             raise
 
 
+def _refuse_attached(path: str, what: str) -> None:
+    """Raise UserError while a loop device has the image: e2fsck(8) would ruin a filesystem that is mounted.
+
+    The kernel lets go of a loop device a moment after it was unmounted.
+    """
+    deadline = time.monotonic() + _DETACH_SECONDS
+    while True:
+        device = next(
+            (device for device in glob.glob("/sys/block/loop*") if _backing_file(device) == path), None
+        )
+        if device is None:
+            return
+        if time.monotonic() > deadline:
+            raise UserError(
+                f"{what}: its image is still mounted in another mount namespace "
+                f"({os.path.basename(device)}); end "
+                "what uses it there."
+            )
+        time.sleep(0.05)
+
+
+def _backing_file(device: str) -> str:
+    try:
+        with open(f"{device}/loop/backing_file", "rb") as file:
+            return os.fsdecode(file.read().rstrip(b"\n"))
+    except OSError:
+        return ""
+
+
 def _lengthen(path: str, size: int, what: str) -> None:
     try:
         os.truncate(path, size)
@@ -221,6 +254,7 @@ def _lengthen(path: str, size: int, what: str) -> None:
 
 
 def _resize_ext4(path: str, size: int, before: int, what: str) -> None:
+    _refuse_attached(os.path.realpath(path), what)
     # 1: all is right now (e2fsck(8)); it misses lost+found, and makes it.
     run_program(("e2fsck", "-f", "-p", path), what, good=(0, 1))
     if size > before:
