@@ -248,8 +248,9 @@ class TestConsistency:
                 env={**os.environ, "UNIONFS_ROOT": str(store.root)},
                 stderr=subprocess.DEVNULL,
             )
-            assert wait_for(lambda: _is_frozen(Path(path)) or child.poll() is not None)
-            assert child.poll() is None
+            # It writes when it has frozen; asking before that would itself freeze.
+            assert wait_for(lambda: _written(child.pid) > 1 << 20)
+            assert _is_frozen(Path(path))
             child.kill()
             child.wait()
             assert wait_for(lambda: not _is_frozen(Path(path)))
@@ -307,6 +308,12 @@ class TestConsistency:
                 store("restore", "data", "-i", area / "b.tar"), "data cannot be restored", "in use by a test"
             )
         assert (data / "file").read_text() == "new"
+
+
+def _written(pid: int) -> int:
+    """Bytes that a process has written so far."""
+    lines = Path(f"/proc/{pid}/io").read_text().splitlines()
+    return int(next(line for line in lines if line.startswith("wchar:")).split()[1])
 
 
 def _is_frozen(path: Path) -> bool:

@@ -1,9 +1,11 @@
-"""The volumes below one storage root: made, listed, used, removed. Drivers do what is particular.
+"""The volumes below one storage root: made, listed, used, removed.
 
-ROOT/registry.db                 which volumes there are, and who uses them
-ROOT/volumes/NAME/volume.json    the same about one volume, to make the registry anew from
-ROOT/volumes/NAME/_data          its files, in Docker's layout
-ROOT/locks/                      one operation at a time on a volume
+    ROOT/registry.db                 which volumes there are, and who uses them
+    ROOT/volumes/NAME/volume.json    the same about one volume, to make the registry anew from
+    ROOT/volumes/NAME/_data          its files, in Docker's layout
+    ROOT/locks/                      one operation at a time on a volume
+
+Drivers do what is particular.
 """
 
 from __future__ import annotations
