@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import os
 import sys
 from collections.abc import Sequence
@@ -10,6 +9,7 @@ from collections.abc import Sequence
 import click
 
 from unionfs import __version__
+from unionfs.cli.lazy import LazyGroup
 from unionfs.cli.run import leave, run
 
 # Name: module and object. The order is that of the help.
@@ -21,26 +21,15 @@ _COMMANDS = {
     "diff": "unionfs.cli.diff:diff",
     "run": "unionfs.cli.containers:run",
     "rm": "unionfs.cli.containers:rm",
+    "volume": "unionfs.cli.volume:volume",
     "doctor": "unionfs.cli.doctor:doctor",
+    "completion": "unionfs.cli.completion:completion",
 }
 
 
-class _LazyGroup(click.Group):
-    def list_commands(self, ctx: click.Context) -> list[str]:
-        return list(_COMMANDS)
-
-    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
-        place = _COMMANDS.get(cmd_name)
-        if place is None:
-            return None
-        module, _, name = place.partition(":")
-        command = getattr(importlib.import_module(module), name)
-        assert isinstance(command, click.Command)
-        return command
-
-
 @click.command(
-    cls=_LazyGroup,
+    cls=LazyGroup,
+    places=_COMMANDS,
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
     epilog="Example: unionfs mount -l /usr -u /tmp/changes -w /tmp/work /mnt",
 )
@@ -59,6 +48,8 @@ def is_mount_helper_call(arguments: Sequence[str], program: str) -> bool:
         return True
     if len(arguments) < 3 or arguments[0].startswith("-") or arguments[0] == "mount":
         return False
+    if arguments[0] == "volume" and not arguments[1].startswith("/"):
+        return False  # its commands know -o too; mount(8) gives mountpoints as absolute paths
     # No other subcommand knows -o, so a SOURCE may have a subcommand's name.
     return not arguments[1].startswith("-") and any(word.startswith("-o") for word in arguments[2:])
 

@@ -1,32 +1,83 @@
-"""Volumes as plain directories: ROOT/volumes/NAME/_data."""
+"""The volumes below one storage root: made, listed, used, removed.
+
+    ROOT/registry.db                 which volumes there are, and who uses them
+    ROOT/volumes/NAME/volume.json    the same about one volume, to make the registry anew from
+    ROOT/volumes/NAME/_data          its files, in Docker's layout
+    ROOT/locks/                      one operation at a time on a volume
+
+Drivers do what is particular.
+"""
 
 from __future__ import annotations
 
+import errno
+import logging
 import os
+import secrets
 import shutil
-from collections.abc import Mapping
-from dataclasses import dataclass
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from dataclasses import replace
 
 from unionfs.daemon.errors import UserError, quoted, reason
-from unionfs.storage.names import anonymous_name, check_name
+from unionfs.storage import locks
+from unionfs.storage.drivers import Driver, find_driver
+from unionfs.storage.drivers.replacing import remove_tree
+from unionfs.storage.model import ANONYMOUS_LABEL, User, Volume
+from unionfs.storage.names import anonymous_name, check_name, is_name
+from unionfs.storage.registry import Registry, write_record
 from unionfs.storage.root import make_directory
+from unionfs.sys.mountinfo import read_mountinfo
 
+__all__ = ["User", "Volume", "Volumes"]
 
-@dataclass(frozen=True, slots=True)
-class Volume:
-    """A volume; `mountpoint` is its data directory, an absolute path."""
-
-    name: str
-    driver: str
-    mountpoint: str
-    anonymous: bool
+_log = logging.getLogger(__name__)
 
 
 class Volumes:
-    """The volumes below one storage root."""
+    """The volumes of one storage root. Every method may raise UserError.
 
-    def __init__(self, root: str) -> None:
+    `tell` gets sentences about what had to be put right on the way; by default they are logged as warnings.
+    Any number of processes may work on one root.
+    """
+
+    def __init__(self, root: str, *, tell: Callable[[str], None] = _log.warning) -> None:
         self.root = root
+        self._tell = tell
+        self._registry = Registry(root, tell)
+
+    # -- looking ------------------------------------------------------------------------------------------
+
+    def all(self) -> list[Volume]:
+        """All volumes, sorted by name."""
+        return self._registry.volumes()
+
+    def get(self, name: str) -> Volume:
+        """The volume of that name."""
+        check_name(name)
+        found = self._registry.find(name)
+        if found is None:
+            raise UserError(f"there is no volume {quoted(name)}; `unionfs volume ls` shows those there are.")
+        return found
+
+    def driver_of(self, volume: Volume) -> Driver:
+        """The driver of a volume, which may be missing by now."""
+        return find_driver(volume.driver)
+
+    def users(self, name: str) -> list[User]:
+        """Who uses a volume now."""
+        return [user for user in self._registry.users(name) if not user.is_gone]
+
+    def all_users(self) -> dict[str, list[User]]:
+        """Who uses volumes now, by the volumes' names."""
+        return {
+            name: alive
+            for name, users in self._registry.all_users().items()
+            if (alive := [user for user in users if not user.is_gone])
+        }
+
+    # -- making -------------------------------------------------------------------------------------------
 
     def ensure(
         self,
@@ -36,50 +87,289 @@ class Volumes:
         options: Mapping[str, str] = {},
         anonymous: bool = False,
     ) -> Volume:
-        """The volume of that name, made if it is missing; a new anonymous one for None. Raises UserError."""
-        if driver != "local":
-            raise UserError(
-                f"volume driver {quoted(driver)} is not known; leave volume-driver out, or write local."
-            )
-        if options:
-            raise UserError(
-                f"volume option {quoted(next(iter(options)))} is not known to the driver local; leave it out."
-            )
+        """The volume of that name, made if it is missing; a new anonymous one for None.
+
+        A volume that is there is taken as it is when neither a driver (but local) nor options are given.
+        """
+        chosen = None if driver == "local" and not options else driver
+        return self.create(name, driver=chosen, options=options, anonymous=anonymous or name is None)
+
+    def create(
+        self,
+        name: str | None = None,
+        *,
+        driver: str | None = None,
+        options: Mapping[str, str] = {},
+        labels: Mapping[str, str] = {},
+        anonymous: bool = False,
+    ) -> Volume:
+        """Make a volume, or return the one that is there and has the same driver, options and labels.
+
+        As with Docker, one that is there may be asked for by its name alone, whatever it is.
+        """
+        anonymous = anonymous or name is None
         name = anonymous_name() if name is None else check_name(name)
-        data = self._data(name)
-        if not os.path.isdir(data):
-            make_directory(os.path.dirname(data))
-            try:
-                os.mkdir(data, 0o755)
-                os.chmod(data, 0o755)  # whatever the umask
-            except FileExistsError:
-                pass
-            except OSError as error:
+        found = self._registry.find(name)
+        if found is None:
+            maker = find_driver(driver or "local")
+            maker.check(options)
+            with locks.state(self.root, name):
+                found = self._registry.find(name)
+                if found is None:
+                    made = {**labels, ANONYMOUS_LABEL: ""} if anonymous else dict(labels)
+                    return self._make(name, maker, driver or "local", options, made, anonymous)
+        _check_same(found, driver, options, labels)
+        return found
+
+    def _make(
+        self, name: str, maker: Driver, driver: str, options: Mapping[str, str], labels: Mapping[str, str],
+        anonymous: bool,
+    ) -> Volume:  # fmt: skip
+        place = self._registry.directory(name)
+        parent = make_directory(os.path.dirname(place))
+        self._sweep(parent)
+        temporary = f"{parent}/.new-{name[:64]}-{os.getpid()}-{secrets.token_hex(4)}"
+        volume = Volume(
+            name, driver, "", anonymous, dict(options), dict(labels), time.time(), maker.scope, temporary
+        )
+        try:
+            os.mkdir(temporary, 0o711)
+            os.chmod(temporary, 0o711)
+            maker.create(volume)
+            volume = replace(volume, mountpoint=maker.mountpoint(replace(volume, directory=place)))
+            # The record first: with it the directory is the volume, whatever happens next.
+            write_record(volume, [])
+            os.rename(temporary, place)
+        except BaseException as error:
+            with suppress(Exception):
+                maker.remove(volume)
+            shutil.rmtree(temporary, ignore_errors=True)
+            if isinstance(error, OSError):
+                if error.errno in (errno.EEXIST, errno.ENOTEMPTY):
+                    raise UserError(
+                        f"volume {quoted(name)} cannot be made: {quoted(place)} is in the way and is no "
+                        "volume; "
+                        "move it away."
+                    ) from error
                 raise UserError(
-                    f"volume {quoted(name)} cannot be made in {quoted(self.root)}: {reason(error)}; give "
-                    "another storage root."
+                    f"volume {quoted(name)} cannot be made in {quoted(parent)}: {reason(error)}; free space, "
+                    "check "
+                    "the permissions, or give another storage root."
                 ) from error
-        return Volume(name, driver, data, anonymous)
+            raise
+        volume = replace(volume, directory=place)
+        self._registry.enter(volume)
+        return volume
+
+    def _sweep(self, parent: str) -> None:
+        """Remove what killed processes left half made or half removed."""
+        for entry in os.listdir(parent):
+            kind, _, rest = entry.partition("-")
+            if kind not in (".new", ".gone"):
+                continue
+            pid = rest.rsplit("-", 2)[1:2]
+            if pid and pid[0].isdigit() and os.path.exists(f"/proc/{pid[0]}"):
+                continue
+            _remove_directory(f"{parent}/{entry}")
+
+    # -- using --------------------------------------------------------------------------------------------
 
     def attach(self, name: str, user: str) -> str:
-        """The data directory of a volume that `user` uses from now on. Raises UserError."""
-        data = self._data(name)
-        if not os.path.isdir(data):
-            raise UserError(f"volume {quoted(name)} is gone from {quoted(self.root)}; make it anew.")
-        return data
+        """Count a user, and return the absolute path of the volume's data for him.
+
+        `user` is a text as in `User`. The first user mounts what has to be mounted.
+        """
+        with locks.state(self.root, name):
+            volume = self.get(name)
+            driver = self.driver_of(volume)
+            users = self._without_the_dead(volume, driver)
+            for known in users:
+                if known.text == user:
+                    return known.path
+            # Also for a second user: somebody may have unmounted it by hand.
+            path = driver.mount(volume, user)
+            try:
+                self._registry.add_user(volume, User(user, path))
+            except BaseException:
+                if driver.one_mount_each(volume) or not users:
+                    with suppress(UserError):
+                        driver.unmount(volume, user)
+                raise
+            return path
 
     def detach(self, name: str, user: str) -> None:
-        """`user` uses the volume no more."""
+        """A user uses the volume no more; with the last one it is unmounted."""
+        with locks.state(self.root, name):
+            volume = self.get(name)
+            driver = self.driver_of(volume)
+            users = self._without_the_dead(volume, driver, besides=user)
+            if not any(known.text == user for known in users):
+                return
+            if driver.one_mount_each(volume) or len(users) == 1:
+                driver.unmount(volume, user)
+            self._registry.remove_user(volume, user)
+
+    def _without_the_dead(self, volume: Volume, driver: Driver, besides: str = "") -> list[User]:
+        """The users of a volume, after those that are gone were detached."""
+        alive: list[User] = []
+        dead: list[User] = []
+        for user in self._registry.users(volume.name):
+            (dead if user.is_gone and user.text != besides else alive).append(user)
+        for user in dead:
+            if driver.one_mount_each(volume) or (not alive and user is dead[-1]):
+                driver.unmount(volume, user.text)
+            self._registry.remove_user(volume, user.text)
+        return alive
+
+    def settle(self) -> None:
+        """Unmount what users that are gone have left mounted."""
+        for name, users in self._registry.all_users().items():
+            if any(user.is_gone for user in users):
+                with suppress(UserError), locks.state(self.root, name):
+                    volume = self.get(name)
+                    self._without_the_dead(volume, self.driver_of(volume))
+
+    @contextmanager
+    def used(self, name: str, kind: str) -> Iterator[str]:
+        """The data of a volume, used by this process within the context, `kind` being `backup` or the
+        like.
+        """
+        user = User.of_this_process(kind, f"#{secrets.token_hex(4)}")
+        path = self.attach(name, user)
+        try:
+            yield path
+        finally:
+            self.detach(name, user)
+
+    @contextmanager
+    def working_on(self, name: str, what: str) -> Iterator[Volume]:
+        """Keep other long operations, and removing, away from a volume. `what` is as in `a backup`."""
+        self.get(name)
+        with locks.work(self.root, name, what):
+            yield self.get(name)
+
+    @contextmanager
+    def still(self, name: str, what: str, *, besides: str = "") -> Iterator[None]:
+        """Keep users away from a volume that has none (but `besides`), to do `what` ("restored") to it."""
+        with locks.state(self.root, name):
+            volume = self.get(name)
+            driver = self.driver_of(volume)
+            users = [user for user in self._without_the_dead(volume, driver) if user.text != besides]
+            if users:
+                raise UserError(f"volume {quoted(name)} cannot be {what}: {_in_use(users)}; end that first.")
+            yield
+
+    def refuse_users(self, name: str, what: str) -> None:
+        """Raise UserError when somebody uses the volume now."""
+        with self.still(name, what):
+            pass
+
+    def refuse_existing(self, name: str) -> None:
+        """Raise UserError when there is a volume of that name."""
+        if self._registry.find(check_name(name)) is not None:
+            raise UserError(f"volume {quoted(name)} already exists; choose another name, or remove it first.")
+
+    # -- changing and removing ----------------------------------------------------------------------------
+
+    def resize(self, name: str, size: str) -> Volume:
+        """Give a volume another size."""
+        with self.working_on(name, "a resize"), locks.state(self.root, name):
+            volume = self.get(name)
+            driver = self.driver_of(volume)
+            users = self._without_the_dead(volume, driver)
+            options = driver.resize(volume, size, mounted=bool(users))
+            changed = replace(volume, options=dict(options))
+            self._registry.replace(changed)
+            return changed
 
     def remove(self, name: str, *, force: bool = False) -> bool:
-        """Remove a volume and its data. False: it is not there, with `force`. Raises UserError."""
-        directory = os.path.dirname(self._data(name))
-        if not os.path.isdir(directory):
-            if force:
-                return False
-            raise UserError(f"there is no volume {quoted(name)} in {quoted(self.root)}; check the name.")
-        shutil.rmtree(directory)
+        """Remove a volume and its data; refused while it has users. False: it is not there, with `force`."""
+        if force and (not is_name(name) or self._registry.find(name) is None):
+            return False
+        self.get(name)
+        with locks.work(self.root, name, "a removal"), locks.state(self.root, name):
+            volume = self.get(name)
+            try:
+                driver = self.driver_of(volume)
+            except UserError:
+                # The program of a driver that is gone has nothing to say, when that is wanted.
+                if not force:
+                    raise
+                driver = _Gone()
+            users = self._without_the_dead(volume, driver)
+            if users:
+                raise UserError(f"volume {quoted(name)} cannot be removed: {_in_use(users)}; end that first.")
+            driver.remove(volume)
+            self._check_unmounted(volume)
+            aside = f"{self.root}/volumes/.gone-{name[:64]}-{os.getpid()}-{secrets.token_hex(4)}"
+            try:
+                os.rename(volume.directory, aside)
+            except FileNotFoundError:
+                aside = ""
+            except OSError as error:
+                raise UserError(
+                    f"volume {quoted(name)} cannot be removed from {quoted(self.root)}: {reason(error)}; "
+                    "check the "
+                    "permissions."
+                ) from error
+            self._registry.forget(name)
+            locks.forget(self.root, name)
+        if aside:
+            _remove_directory(aside)
+            if os.path.lexists(aside):
+                self._tell(
+                    f"volume {quoted(name)} is removed, but {quoted(aside)} could not be; remove it by hand."
+                )
         return True
 
-    def _data(self, name: str) -> str:
-        return os.path.join(self.root, "volumes", check_name(name), "_data")
+    def _check_unmounted(self, volume: Volume) -> None:
+        """Never remove a tree that something is mounted in: it would remove what is mounted."""
+        below = os.path.realpath(volume.directory) + "/"
+        for entry in read_mountinfo():
+            if entry.mountpoint.startswith(below):
+                raise UserError(
+                    f"volume {quoted(volume.name)} cannot be removed: {quoted(entry.mountpoint)} is still "
+                    "mounted; "
+                    "unmount it first."
+                )
+
+
+class _Gone(Driver):
+    """Stands for a driver that is not there any more."""
+
+    def unmount(self, volume: Volume, user: str) -> None:
+        pass
+
+
+def _in_use(users: list[User]) -> str:
+    return "it is in use by " + ", ".join(map(str, users))
+
+
+def _check_same(
+    found: Volume, driver: str | None, options: Mapping[str, str], labels: Mapping[str, str]
+) -> None:
+    if driver is not None and driver != found.driver:
+        raise UserError(
+            f"volume {quoted(found.name)} already exists with the driver {quoted(found.driver)}; choose "
+            "another "
+            "name, or remove it first."
+        )
+    for kind, wanted, known in (("option", options, found.options), ("label", labels, found.labels)):
+        if not wanted:
+            continue
+        for key in sorted({*wanted, *known} - {ANONYMOUS_LABEL}):
+            if wanted.get(key) != known.get(key):
+                has = f"{key}={known[key]}" if key in known else f"no {key}"
+                raise UserError(
+                    f"volume {quoted(found.name)} already exists with other {kind}s ({quoted(has)}); choose "
+                    "another "
+                    "name, or remove it first."
+                )
+
+
+def _remove_directory(path: str) -> None:
+    """Remove a tree of ours that is no volume any more, whatever its permissions; stays on one filesystem."""
+    below = os.path.realpath(path) + "/"
+    if any(entry.mountpoint.startswith(below) for entry in read_mountinfo()):
+        return
+    remove_tree(path)

@@ -1,0 +1,83 @@
+"""Archives with whatever members one likes and a manifest that agrees with them, as a forger would make
+them.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+from unionfs.storage.archive import entry as entries
+from unionfs.storage.archive import headers, manifest
+from unionfs.storage.archive.entry import Entry, digest_of
+from unionfs.storage.archive.write import INFO, MANIFEST
+
+Member = tuple[Entry, bytes, bytes]
+"""An entry (its path is for the manifest), the name in the header, and the data."""
+
+
+def file(name: bytes, data: bytes = b"forged\n", *, mode: int = 0o644) -> Member:
+    """A regular file."""
+    made = Entry(name.removeprefix(b"./"), entries.FILE, mode, 0, 0, len(data), 1_600_000_000_000_000_000)
+    made.digest = digest_of(data)
+    return made, name, data
+
+
+def other(kind: str, name: bytes, link: bytes = b"", rdev: tuple[int, int] = (0, 0)) -> Member:
+    """A directory, link, device ... `link` is written as it is."""
+    path = (
+        name.removeprefix(b"./").removesuffix(b"/") if kind == entries.DIRECTORY else name.removeprefix(b"./")
+    )
+    made = Entry(path, kind, 0o755, 0, 0, 0, 1_600_000_000_000_000_000)
+    made.link, made.rdev = link, rdev
+    return made, name, b""
+
+
+def directory(name: bytes) -> Member:
+    """A directory; the name ends in a slash."""
+    return other(entries.DIRECTORY, name)
+
+
+def header(member: Member) -> bytes:
+    """One ustar header; the name has to fit."""
+    made, name, data = member
+    kind = headers._TYPES[made.kind]
+    return headers._field(
+        name, made.mode, made.uid, made.gid, len(data), made.mtime // 10**9, kind, made.link, made.rdev
+    )
+
+
+def archive(members: Sequence[Member], *, info: dict[str, object] | None = None, root: bool = True) -> bytes:
+    """A whole archive."""
+    text = json.dumps(
+        {"format": 1, "id": "forged", "volume": "data", "started": 1, "base": None, **(info or {})}
+    )
+    whole = [directory(b"./"), *members] if root else list(members)
+    out = io.BytesIO()
+    lines = io.BytesIO()
+    written = manifest.ManifestWriter(lines)
+    out.write(headers.special_file(INFO, len(text), 0) + _padded(text.encode()))
+    written.add(manifest.member_line(b"info.json", digest_of(text.encode())))
+    for made, name, data in whole:
+        out.write(header((made, name, data)) + _padded(data))
+        link = made.link
+        if made.kind == entries.HARDLINK:
+            made.link = link.removeprefix(b"./")
+        written.add(manifest.whole_line(made, manifest.HERE))
+        made.link = link
+    written.finish()
+    listed = lines.getvalue()
+    out.write(headers.special_file(MANIFEST, len(listed), 0) + _padded(listed) + bytes(1024))
+    return out.getvalue()
+
+
+def _padded(data: bytes) -> bytes:
+    return data + bytes(-len(data) % 512)
+
+
+def write(path: Path, members: Sequence[Member], **named: object) -> Path:
+    """A whole archive as a file."""
+    path.write_bytes(archive(members, **named))  # type: ignore[arg-type]
+    return path

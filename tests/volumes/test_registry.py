@@ -1,0 +1,293 @@
+"""Which volumes there are and who uses them: the database, its repair, and many processes at once."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import sqlite3
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from tests.mount.cli_calls import refused, succeed
+from tests.volumes.conftest import Store
+from unionfs.daemon.errors import UserError
+from unionfs.storage import registry
+from unionfs.storage.model import User
+from unionfs.sys.process import start_time
+
+
+def _user(pid: int = os.getpid(), kind: str = "mount", what: str = "/mnt") -> str:
+    return f"{kind}:{pid}:{start_time(pid)}:{what}"
+
+
+class TestUsers:
+    def test_a_volume_in_use_is_not_removed_and_its_user_is_named(self, store: Store) -> None:
+        store.create("data")
+        volumes = store.volumes()
+        path = volumes.attach("data", _user())
+        assert path == str(store.data("data"))
+        message = refused(store("rm", "data"), "in use", "the mount /mnt", f"pid {os.getpid()}")
+        assert "data" in message
+        refused(store("rm", "-f", "data"), "in use")
+        volumes.detach("data", _user())
+        assert store.ok("rm", "data") == "data\n"
+        assert not store.data("data").parent.exists()
+
+    def test_a_user_is_counted_once_however_often_it_attaches(self, store: Store) -> None:
+        store.create("data")
+        volumes = store.volumes()
+        for _ in range(3):
+            volumes.attach("data", _user())
+        assert len(volumes.users("data")) == 1
+        volumes.detach("data", _user())
+        volumes.detach("data", _user())
+        assert volumes.users("data") == []
+
+    def test_a_user_whose_process_is_gone_counts_no_more(self, store: Store) -> None:
+        store.create("data")
+        child = subprocess.Popen(["sleep", "100"])
+        try:
+            store.volumes().attach("data", _user(child.pid))
+            refused(store("rm", "data"), f"pid {child.pid}")
+        finally:
+            child.kill()
+            child.wait()
+        assert store.ok("ls", "-q", "-f", "dangling=true") == "data\n"
+        assert store.ok("rm", "data") == "data\n"
+
+    def test_a_pid_that_was_given_to_another_process_is_another_user(self, store: Store) -> None:
+        store.create("data")
+        store.volumes().attach("data", f"mount:{os.getpid()}:1:/mnt")
+        assert store.volumes().users("data") == []
+        assert store.ok("rm", "data") == "data\n"
+
+
+class TestMaking:
+    def test_what_is_made_is_docker_s_layout(self, store: Store) -> None:
+        data = store.create("data")
+        assert data == store.root / "volumes/data/_data"
+        assert oct(data.stat().st_mode) == "0o40755"
+        assert list(data.iterdir()) == []
+        assert store.create("data") == data  # again, with the same options
+
+    def test_an_anonymous_volume_has_64_digits_and_docker_s_label(self, store: Store) -> None:
+        name = succeed(store("create")).strip()
+        assert len(name) == 64
+        assert set(name) <= set("0123456789abcdef")
+        (found,) = json.loads(store.ok("inspect", name))
+        assert found["Labels"] == {"com.docker.volume.anonymous": ""}
+
+    @pytest.mark.parametrize("name", ["a", "-x", ".hidden", "a/b", "..", "über", "x" * 300, "a b", ""])
+    def test_bad_names_are_refused(self, store: Store, name: str) -> None:
+        refused(store("create", "--", name))
+        assert not (store.root / "volumes").exists()
+
+    def test_a_name_that_exists_with_other_options_is_refused(self, store: Store) -> None:
+        store.create("--label", "a=1", "data")
+        refused(store("create", "-o", "size=100m", "data"), "already exists", "option", "no size")
+        refused(store("create", "--label", "a=2", "data"), "already exists", "a=1")
+        refused(store("create", "-d", "union", "-o", "lower=/", "data"), "already exists", "driver local")
+        assert store.ok("create", "--label", "a=1", "data") == "data\n"
+        assert store.ok("create", "data") == "data\n"
+
+    def test_unknown_drivers_and_options_are_refused_with_what_there_is(self, store: Store) -> None:
+        refused(store("create", "-d", "lokal", "data"), "driver lokal is not known", "did you mean local")
+        refused(store("create", "-d", "qqqq", "data"), "there are local, union")
+        refused(store("create", "-o", "sise=1g", "data"), "option sise", "size")
+        refused(store("create", "-o", "=x", "data"), "KEY=VALUE")
+        refused(store("create", "-o", "size=1g", "-o", "size=2g", "data"), "twice")
+        assert not (store.root / "volumes").exists()
+
+    def test_a_root_that_cannot_be_made_is_named(self, store: Store, area: Path) -> None:
+        (area / "file").touch()
+        refused(
+            store("create", "data", env={"UNIONFS_ROOT": str(area / "file/below")}), "file/below", "--root"
+        )
+
+    def test_root_option_overrides_the_environment(self, store: Store, area: Path) -> None:
+        assert store.ok("create", "--root", area / "other", "data") == "data\n"
+        assert (area / "other/volumes/data/_data").is_dir()
+        assert store.ok("ls", "-q") == ""
+
+    def test_other_things_in_the_way_are_not_touched(self, store: Store) -> None:
+        (store.root / "volumes/data").mkdir(parents=True)
+        (store.root / "volumes/data/precious").write_text("x")
+        refused(store("create", "data"), "in the way")
+        assert (store.root / "volumes/data/precious").read_text() == "x"
+        assert [entry.name for entry in (store.root / "volumes").iterdir()] == ["data"]
+
+
+class TestRepair:
+    def test_a_newer_registry_is_refused_and_left_alone(self, store: Store) -> None:
+        store.create("data")
+        with sqlite3.connect(store.root / "registry.db") as db:
+            db.execute("PRAGMA user_version = 99")
+        db.close()
+        refused(store("ls"), "schema version 99", "newer")
+        refused(store("create", "other"), "schema version 99")
+        assert not store.data("other").exists()
+
+    @pytest.mark.parametrize("how", ["garbage", "header", "empty", "cut", "tables"])
+    def test_a_damaged_registry_is_made_anew_from_the_directories(self, store: Store, how: str) -> None:
+        (store.create("--label", "a=1", "-o", "type=tmpfs", "-o", "device=tmpfs", "one"))
+        anonymous = succeed(store("create")).strip()
+        store.create("two")
+        store.volumes().attach("two", _user())
+        path = store.root / "registry.db"
+        before = {volume.name: volume for volume in store.volumes().all()}
+        for ending in ("-wal", "-shm"):
+            (store.root / f"registry.db{ending}").unlink(missing_ok=True)
+        content = path.read_bytes()
+        if how == "tables":
+            with sqlite3.connect(path) as db:
+                db.execute("DROP TABLE users")
+            db.close()
+        else:
+            path.write_bytes(
+                {
+                    "garbage": content[:4096] + os.urandom(len(content) - 4096),
+                    "header": b"not a database" + content[14:],
+                    "empty": b"",
+                    "cut": content[: len(content) // 2],
+                }[how]
+            )
+        done = store("ls", "-q")
+        assert done.stdout.split() == sorted([anonymous, "one", "two"]), done.stderr
+        if how != "empty":  # an empty file is a database without tables, and nothing is lost with it
+            assert "was damaged" in done.stderr
+            assert "3 volumes" in done.stderr
+            assert len(list(store.root.glob("registry.db.damaged-*"))) >= 1
+        assert store("ls", "-q").stderr == ""
+        assert {volume.name: volume for volume in store.volumes().all()} == before
+        refused(store("rm", "two"), "in use by the mount /mnt")
+
+    def test_a_registry_that_is_gone_is_made_anew(self, store: Store) -> None:
+        store.create("data")
+        for path in store.root.glob("registry.db*"):
+            path.unlink()
+        assert store.ok("ls", "-q") == "data\n"
+
+    def test_a_directory_without_a_record_is_a_local_volume(self, store: Store) -> None:
+        store.create("data")
+        (store.root / "volumes/plain/_data").mkdir(parents=True)
+        done = store("ls", "-q")
+        assert done.stdout.split() == ["data", "plain"]
+        assert "plain had no record" in done.stderr
+        store.data("data").parent.joinpath("volume.json").write_text("{garbage")
+        for path in store.root.glob("registry.db*"):
+            path.unlink()
+        assert store("ls", "-q").stdout.split() == ["data", "plain"]
+
+    def test_a_volume_whose_directory_was_removed_by_hand_is_taken_out(self, store: Store) -> None:
+        store.create("data")
+        shutil.rmtree(store.data("data").parent)
+        done = store("ls", "-q")
+        assert done.stdout == ""
+        assert "data is gone" in done.stderr
+        assert store.create("data").is_dir()
+
+    def test_migrations_run_once_and_together(self, store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+        store.create("data")
+        steps = (*registry._MIGRATIONS, "ALTER TABLE volumes ADD COLUMN extra TEXT; CREATE TABLE more (x)")
+        monkeypatch.setattr(registry, "_MIGRATIONS", (*steps, "CREATE TABLE more (y)"))
+        with pytest.raises(UserError, match="more already exists"):
+            store.volumes().users("data")
+        db = sqlite3.connect(store.root / "registry.db")
+        assert db.execute("PRAGMA user_version").fetchone() == (1,)  # nothing of it has happened
+        monkeypatch.setattr(registry, "_MIGRATIONS", steps)
+        assert store.volumes().users("data") == []
+        assert db.execute("PRAGMA user_version").fetchone() == (2,)
+        assert db.execute("PRAGMA journal_mode").fetchone() == ("wal",)
+        db.close()
+
+
+_RACE = """
+import os, sys
+sys.path.insert(0, sys.argv[2])
+from unionfs.storage.volumes import Volumes
+from unionfs.daemon.errors import UserError
+from unionfs.storage.model import User
+root, number = sys.argv[1], int(sys.argv[3])
+volumes = Volumes(root, tell=lambda text: sys.exit(f"told: {text}"))
+user = User.of_this_process("mount", f"/mnt{number}")
+for turn in range(15):
+    volumes.ensure("common")
+    volumes.ensure(f"own{number}")
+    volumes.attach("common", user)
+    assert any(one.text == user for one in volumes.users("common"))
+    try:
+        volumes.remove("common")
+    except UserError as error:
+        assert "in use" in str(error) or "busy" in str(error) or "no volume" in str(error), error
+    else:
+        sys.exit("a volume in use was removed")
+    volumes.detach("common", user)
+    volumes.remove(f"own{number}")
+print("done")
+"""
+
+
+class TestManyProcesses:
+    def test_they_make_use_and_remove_at_once(self, store: Store) -> None:
+        store.create("common")
+        repository = Path(__file__).resolve().parents[2]
+        children = [
+            subprocess.Popen(
+                [sys.executable, "-c", _RACE, str(store.root), str(repository), str(number)],
+                stdout=subprocess.PIPE,
+                stderr=subprocess.PIPE,
+                text=True,
+            )
+            for number in range(6)
+        ]
+        for child in children:
+            out, err = child.communicate(timeout=60)
+            assert (child.returncode, out) == (0, "done\n"), err
+        assert [volume.name for volume in store.volumes().all()] == ["common"]
+        assert store.volumes().users("common") == []
+
+    @pytest.mark.parametrize("seed", range(4))
+    def test_processes_that_are_killed_leave_nothing_half_made(self, store: Store, seed: int) -> None:
+        code = (
+            "import sys; sys.path.insert(0, sys.argv[2])\n"
+            "from unionfs.storage.volumes import Volumes\n"
+            "volumes = Volumes(sys.argv[1])\n"
+            "print('up', flush=True)\n"
+            "while True:\n"
+            "    volumes.create('data', labels={'a': 'b'}); volumes.remove('data')\n"
+        )
+        repository = Path(__file__).resolve().parents[2]
+        for turn in range(4):
+            child = subprocess.Popen(
+                [sys.executable, "-c", code, str(store.root), str(repository)], stdout=subprocess.PIPE
+            )
+            assert child.stdout is not None
+            assert child.stdout.readline() == b"up\n"
+            time.sleep(
+                0.003 * (seed * 4 + turn)
+            )  # where in its turn it dies does not matter, but should vary
+            child.send_signal(signal.SIGKILL)
+            child.wait()
+            child.stdout.close()
+        volumes = store.volumes()
+        for volume in volumes.all():
+            assert (volume.name, volume.labels) == ("data", {"a": "b"})
+            assert os.path.isdir(volume.mountpoint)
+        volumes.create("data", labels={"a": "b"})
+        assert volumes.remove("data")
+        assert [path.name for path in (store.root / "volumes").iterdir()] == []
+        # Killed between the two steps of a removal, which is then finished.
+        assert all("data is gone" in sentence for sentence in store.told)
+
+    def test_users_survive_in_the_record(self, store: Store) -> None:
+        store.create("data")
+        store.volumes().attach("data", _user())
+        record = json.loads((store.root / "volumes/data/volume.json").read_text())
+        assert record["users"] == [[_user(), str(store.data("data"))]]
+        assert str(User(_user(), "")) == f"the mount /mnt (pid {os.getpid()})"

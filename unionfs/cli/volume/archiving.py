@@ -1,0 +1,221 @@
+"""`unionfs volume backup`, `restore`, `clone` and `verify`."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+import click
+
+from unionfs.cli.volume.common import complete_volumes, open_volumes, root_option, tell
+
+if TYPE_CHECKING:
+    from unionfs.storage.backup import Progress, Report
+
+_COMPRESS = ("zstd", "gzip", "none")
+
+
+@contextmanager
+def _progress(what: str) -> Iterator[Progress | None]:
+    """A line on stderr that tells how far it is, on a terminal only."""
+    if not sys.stderr.isatty():
+        yield None
+        return
+    from rich.console import Console
+    from rich.progress import Progress as Bar
+    from rich.progress import SpinnerColumn, TextColumn, TimeElapsedColumn
+
+    columns = (
+        SpinnerColumn(),
+        TextColumn("{task.description}"),
+        TextColumn("{task.fields[done]}"),
+        TimeElapsedColumn(),
+    )
+    with Bar(*columns, console=Console(stderr=True), transient=True) as bar:
+        from unionfs.storage.sizes import shown_size
+
+        task = bar.add_task(what, total=None, done="")
+
+        def step(entries: int, size: int) -> None:
+            bar.update(task, done=f"{entries} entries, {shown_size(size)}")
+
+        yield step
+
+
+def _told(report: Report, what: str, command: Callable[[str], None] = tell) -> None:
+    from unionfs.storage.sizes import shown_size
+
+    for sentence in report.notes:
+        command(sentence)
+    if report.more_notes:
+        command(f"{report.more_notes} more entries were left out or changed in the same ways.")
+    how = f"; {report.how}" if report.how else ""
+    entries = "1 entry" if report.entries == 1 else f"{report.entries} entries"
+    command(f"{what}: {entries}, {shown_size(report.size)}{how}.")
+
+
+@click.command(
+    short_help="Write a volume into an archive.",
+    epilog="""\b
+Examples:
+  unionfs volume backup orders -o /backups/orders.tar.zst
+  unionfs volume backup orders -o mon.tar.zst --since sun.tar.zst
+  unionfs volume backup orders --compress gzip -o - | ssh host 'cat > orders.tar.gz'
+""",
+)
+@click.option("-o", "--output", metavar="FILE|-", help="The archive; default NAME-TIME.tar.zst here.")
+@click.option(
+    "--compress", type=click.Choice(_COMPRESS), help="Default: what the name of FILE says, else zstd."
+)
+@click.option(
+    "--since", metavar="BACKUP", help="Write only what has changed since that backup."
+)
+@root_option
+@click.argument("name", shell_complete=complete_volumes)
+def backup(output: str | None, compress: str | None, since: str | None, root: str | None, name: str) -> None:
+    """Write all that is in a volume into an archive, and print the archive's name.
+
+    The volume may be in use. A volume on a filesystem of its own (-o size=) is frozen meanwhile; else large
+    files are cloned where the filesystem can (xfs, btrfs), and what changes while it is read is read again.
+    Databases that write several files at once are backed up by their own programs, beside this.
+
+    The archive is a pax tar with a manifest (xxh3-128) as its last member: `tar tf` lists it, `tar xf
+    --xattrs --acls` unpacks it. It gets its name when it is whole. An incremental one (--since) needs that
+    backup, and those below it, to be restored.
+    """
+    from unionfs.daemon.errors import UserError
+    from unionfs.storage.archive.compress import ENDINGS, kind_for
+    from unionfs.storage.backup import backup as make
+
+    volumes = open_volumes(root)
+    volumes.get(name)
+    if output is None:
+        import time
+
+        kind = compress or "zstd"
+        output = f"{name}-{time.strftime('%Y%m%dT%H%M%SZ', time.gmtime())}{ENDINGS[kind]}"
+    else:
+        kind = compress or ("zstd" if output == "-" else kind_for(output))
+    if output == "-" and sys.stdout.isatty():
+        raise UserError(
+            "an archive is nothing for a terminal; redirect standard output, or name a file by -o."
+        )
+    with _progress(f"backup of {name}") as progress:
+        report = make(volumes, name, output, compress=kind, since=since, progress=progress)
+    _told(report, f"backed up volume {name}")
+    if output != "-":
+        print(output)
+
+
+@click.command(
+    short_help="Put an archive's content into a volume.",
+    epilog="""\b
+Examples:
+  unionfs volume restore orders -i /backups/orders.tar.zst
+  ssh host 'cat orders.tar.gz' | unionfs volume restore orders
+  unionfs volume restore orders -i mon.tar.zst --base sun.tar.zst --verify-only
+""",
+)
+@click.option("-i", "--input", "source", metavar="FILE|-", default="-", help="The archive (default: stdin).")
+@click.option(
+    "--base", "bases", multiple=True, metavar="FILE",
+    help="What an incremental archive is built on, if it isn't beside it.",
+)  # fmt: skip
+@click.option("--verify-only", is_flag=True, help="Only read the archive and check it; change nothing.")
+@root_option
+@click.argument("name", shell_complete=complete_volumes)
+def restore(source: str, bases: tuple[str, ...], verify_only: bool, root: str | None, name: str) -> None:
+    """Replace what is in a volume by an archive's content.
+
+    Everything is checked while it is read, and the old content stays until the new is whole: when something
+    is wrong, the volume is as it was. A volume in use is not restored. Archives whose entries would lie
+    outside the volume are refused, and without root those with device files.
+    """
+    from unionfs.daemon.errors import UserError
+    from unionfs.storage.restore import restore as put
+    from unionfs.storage.restore import verify_chain
+
+    volumes = open_volumes(root)
+    volumes.get(name)
+    if source == "-" and sys.stdin.isatty():
+        raise UserError(
+            "an archive does not come from a terminal; redirect standard input, or name a file by -i."
+        )
+    if verify_only:
+        with _progress("verification") as progress:
+            report = verify_chain(source, bases, progress)
+        _told(report, "the archive is whole and agrees with its manifest")
+        return
+    with _progress(f"restore of {name}") as progress:
+        report = put(volumes, name, source, bases=bases, progress=progress)
+    _told(report, f"restored volume {name}")
+    print(name)
+
+
+@click.command(short_help="Copy a volume.", epilog="Example: unionfs volume clone orders orders-test")
+@root_option
+@click.argument("source", metavar="SRC", shell_complete=complete_volumes)
+@click.argument("target", metavar="DST")
+def clone(root: str | None, source: str, target: str) -> None:
+    """Make the volume DST with the driver, options, labels and content of SRC.
+
+    Where the filesystem has reflinks (xfs, btrfs) both share their blocks until one of them is changed.
+    """
+    from unionfs.storage.restore import clone as copy
+
+    with _progress(f"clone of {source}") as progress:
+        report = copy(open_volumes(root), source, target, progress=progress)
+    _told(report, f"cloned volume {source}")
+    print(target)
+
+
+@click.command(
+    short_help="Check a volume or an archive against its manifest.",
+    epilog="""\b
+Examples:
+  unionfs volume verify orders
+  unionfs volume verify /backups/orders.tar.zst
+""",
+)
+@root_option
+@click.argument("what", metavar="NAME|FILE", shell_complete=complete_volumes)
+def verify(root: str | None, what: str) -> int:
+    """Check an archive's content against its manifest, or a volume's against that of its last backup or
+    restore.
+
+    A volume's files that were changed, added or removed since are listed, and are no error. A file whose
+    content differs while its size and time are the same is damaged: exit code 1. What is both a volume and a
+    file here is taken for the volume; write ./FILE for the file.
+    """
+    import os
+
+    from unionfs.cli.run import complain
+    from unionfs.storage.backup import verify_archive, verify_volume
+    from unionfs.storage.names import is_name
+
+    volumes = open_volumes(root)
+    known = is_name(what) and any(volume.name == what for volume in volumes.all())
+    if not known and ("/" in what or os.path.exists(what)):
+        with _progress("verification") as progress:
+            report = verify_archive(what, progress)
+        _told(report, f"{what} is whole and agrees with its manifest", print)
+        return 0
+    with _progress(f"verification of {what}") as progress:
+        found = verify_volume(volumes, what, progress)
+    for heading, paths in (("changed", found.changed), ("missing", found.missing), ("added", found.added)):
+        for path in paths:
+            print(f"{heading} {path}")
+    for path in found.damaged:
+        print(f"damaged {path}")
+    if found.damaged:
+        return complain(
+            "unionfs",
+            f"volume {what} is damaged: the content of {len(found.damaged)} files is not that of its last "
+            "backup, though "
+            "nobody wrote to them; restore a backup, and check the disk.",
+        )
+    same = not (found.changed or found.missing or found.added)
+    print(f"{what}: {found.entries} entries, " + ("as in its last backup." if same else "none damaged."))
+    return 0

@@ -1,0 +1,82 @@
+"""What the volume commands have in common: --root, key=value options, names that the shell completes."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterable
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import click
+
+from unionfs.daemon.errors import UserError, quoted
+
+if TYPE_CHECKING:
+    from click.shell_completion import CompletionItem
+
+    from unionfs.storage.volumes import Volumes
+
+_F = TypeVar("_F", bound=Callable[..., Any])
+
+
+def root_option(command: _F) -> _F:
+    """`--root`, the same for every command."""
+    return click.option(
+        "--root",
+        metavar="DIR",
+        help="The storage root (default: $UNIONFS_ROOT, see `unionfs volume --help`).",
+    )(command)
+
+
+def open_volumes(root: str | None) -> Volumes:
+    """The volumes of the storage root; what had to be repaired is told on stderr."""
+    from unionfs.storage.root import storage_root
+    from unionfs.storage.volumes import Volumes
+
+    return Volumes(storage_root(root), tell=tell)
+
+
+def tell(sentence: str) -> None:
+    """A sentence that is no error."""
+    print(f"unionfs: {sentence}", file=sys.stderr)
+
+
+def pairs(words: Iterable[str], what: str, *, bare: bool = False) -> dict[str, str]:
+    """KEY=VALUE words as a dictionary; `bare` takes KEY alone for an empty value, as labels may be."""
+    found: dict[str, str] = {}
+    for word in words:
+        key, equals, value = word.partition("=")
+        if not key or not (equals or bare):
+            raise UserError(f"the {what} {quoted(word)} is no KEY=VALUE; write it so.")
+        if key in found and found[key] != value:
+            raise UserError(f"the {what} {quoted(key)} is given twice with different values; give it once.")
+        found[key] = value
+    return found
+
+
+def complete_volumes(
+    context: click.Context, parameter: click.Parameter, incomplete: str
+) -> list[CompletionItem]:
+    """The names of volumes that begin with what is typed; none when the registry can't be read."""
+    from click.shell_completion import CompletionItem
+
+    try:
+        volumes = open_volumes(context.params.get("root"))
+        chosen = set(context.params.get("names") or ())
+        return [
+            CompletionItem(volume.name, help=volume.driver)
+            for volume in volumes.all()
+            if volume.name.startswith(incomplete) and volume.name not in chosen
+        ]
+    except (UserError, OSError):
+        return []
+
+
+def complete_drivers(
+    context: click.Context, parameter: click.Parameter, incomplete: str
+) -> list[CompletionItem]:
+    """The names of drivers that begin with what is typed."""
+    from click.shell_completion import CompletionItem
+
+    from unionfs.storage.drivers import driver_names
+
+    return [CompletionItem(name) for name in driver_names() if name.startswith(incomplete)]

@@ -1,0 +1,181 @@
+"""`unionfs volume ls` and `inspect`."""
+
+from __future__ import annotations
+
+import json
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from unionfs.cli.volume.common import complete_volumes, open_volumes, root_option
+
+if TYPE_CHECKING:
+    from unionfs.storage.volumes import User, Volume, Volumes
+
+
+@click.command(
+    short_help="List volumes.",
+    epilog="""\b
+Examples:
+  unionfs volume ls -f label=app=shop -f dangling=true
+  unionfs volume ls --format '{{.Name}} {{.Mountpoint}}'
+  unionfs volume rm $(unionfs volume ls -q -f anonymous=true)
+""",
+)
+@click.option("-q", "--quiet", is_flag=True, help="Print names only.")
+@click.option(
+    "-f", "--filter", "filters", multiple=True, metavar="KEY=VALUE",
+    help="name, label, driver, dangling or anonymous; may be repeated, and all must hold.",
+)  # fmt: skip
+@click.option("--format", "template", metavar="table|json|TEMPLATE", help="A Go template, see below.")
+@click.option("--json", "as_json", is_flag=True, help="Print a JSON array.")
+@root_option
+def ls(quiet: bool, filters: tuple[str, ...], template: str | None, as_json: bool, root: str | None) -> None:
+    """List volumes, sorted by name.
+
+    A template has the fields .Name .Driver .Scope .Mountpoint .Labels .Options .Links .Anonymous .CreatedAt,
+    and the functions json, index, lower and upper; `table TEMPLATE` adds headings. `--format json` prints an
+    object a line, as docker does.
+    """
+    from unionfs.storage.filters import matches, parse_filters
+
+    wanted = parse_filters(filters)
+    volumes = open_volumes(root)
+    users = volumes.all_users()
+    found = [volume for volume in volumes.all() if matches(volume, wanted, used=bool(users.get(volume.name)))]
+    if as_json:
+        print(json.dumps([_line(volume, users.get(volume.name, [])) for volume in found], indent=2))
+        return
+    if quiet and template in (None, "table"):
+        for volume in found:
+            print(volume.name)
+        return
+    if template == "json":
+        for volume in found:
+            print(json.dumps(_docker_line(volume, users.get(volume.name, []))))
+        return
+    lines = [_line(volume, users.get(volume.name, [])) for volume in found]
+    if template and not template.startswith("table"):
+        from unionfs.cli.template import render
+
+        for line in lines:
+            print(render(template, line))
+        return
+    from unionfs.cli.run import print_table
+
+    if template and template != "table":
+        from unionfs.cli.template import render_rows
+
+        headings, *rows = render_rows(template, lines, _HEADINGS)
+        print_table(headings, rows)
+        return
+    print_table(("DRIVER", "VOLUME NAME"), [(volume.driver, volume.name) for volume in found])
+
+
+_HEADINGS = {
+    "Name": "VOLUME NAME",
+    "Driver": "DRIVER",
+    "Scope": "SCOPE",
+    "Mountpoint": "MOUNTPOINT",
+    "Labels": "LABELS",
+    "Options": "OPTIONS",
+    "Links": "LINKS",
+    "Anonymous": "ANONYMOUS",
+    "CreatedAt": "CREATED AT",
+}
+
+
+def _moment(seconds: float) -> str:
+    from datetime import datetime
+
+    return datetime.fromtimestamp(seconds).astimezone().isoformat(timespec="seconds")
+
+
+def _line(volume: Volume, users: list[User]) -> dict[str, Any]:
+    return {
+        "Name": volume.name,
+        "Driver": volume.driver,
+        "Scope": volume.scope,
+        "Mountpoint": volume.mountpoint,
+        "Labels": dict(volume.labels),
+        "Options": dict(volume.options),
+        "Links": len(users),
+        "Anonymous": volume.anonymous,
+        "CreatedAt": _moment(volume.created),
+    }
+
+
+def _docker_line(volume: Volume, users: list[User]) -> dict[str, str]:
+    """The keys and the texts of `docker volume ls --format json`."""
+    return {
+        "Availability": "N/A",
+        "Driver": volume.driver,
+        "Group": "N/A",
+        "Labels": ",".join(f"{key}={value}" for key, value in volume.labels.items()),
+        "Links": str(len(users)),
+        "Mountpoint": volume.mountpoint,
+        "Name": volume.name,
+        "Scope": volume.scope,
+        "Size": "N/A",
+        "Status": "N/A",
+    }
+
+
+@click.command(
+    short_help="Show all about volumes.",
+    epilog="""\b
+Examples:
+  unionfs volume inspect --size orders
+  unionfs volume inspect -f '{{.Mountpoint}}' orders
+""",
+)
+@click.option(
+    "-s", "--size", is_flag=True, help="Count the bytes the volume holds (UsageData.Size, else -1)."
+)
+@click.option("-f", "--format", "template", metavar="TEMPLATE", help="A Go template, as with `volume ls`.")
+@click.option("--json", "as_json", is_flag=True, help="Print a JSON array (that is the default).")
+@root_option
+@click.argument("names", metavar="NAME...", nargs=-1, required=True, shell_complete=complete_volumes)
+def inspect(size: bool, template: str | None, as_json: bool, root: str | None, names: tuple[str, ...]) -> int:
+    """Show all about volumes, as a JSON array with docker's keys; UsageData.RefCount counts the users."""
+    from unionfs.cli.run import complain
+    from unionfs.daemon.errors import UserError
+
+    volumes = open_volumes(root)
+    found, code = [], 0
+    for name in names:
+        try:
+            found.append(_details(volumes, volumes.get(name), size))
+        except UserError as error:
+            code = complain("unionfs", str(error))
+    if template and template != "json" and not as_json:
+        from unionfs.cli.template import render
+
+        for values in found:
+            print(render(template, values))
+    elif found or code == 0:
+        print(json.dumps(found, indent=4))
+    return code
+
+
+def _details(volumes: Volumes, volume: Volume, size: bool) -> dict[str, Any]:
+    users = volumes.users(volume.name)
+    values: dict[str, Any] = {
+        "CreatedAt": _moment(volume.created),
+        "Driver": volume.driver,
+        "Labels": dict(volume.labels),
+        "Mountpoint": volume.mountpoint or (users[0].path if users else ""),
+        "Name": volume.name,
+        "Options": dict(volume.options),
+        "Scope": volume.scope,
+    }
+    if status := volumes.driver_of(volume).status(volume):
+        values["Status"] = dict(status)
+    held = -1
+    if size:
+        from unionfs.storage.usage import size_of
+
+        held = size_of(volumes, volume)
+    values["UsageData"] = {"RefCount": len(users), "Size": held}
+    values["Users"] = [str(user) for user in users]
+    return values

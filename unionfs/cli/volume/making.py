@@ -1,0 +1,70 @@
+"""`unionfs volume create` and `resize`."""
+
+from __future__ import annotations
+
+import click
+
+from unionfs.cli.volume.common import complete_drivers, complete_volumes, open_volumes, pairs, root_option
+
+
+@click.command(
+    short_help="Create a volume.",
+    epilog="""\b
+Examples:
+  unionfs volume create orders
+  unionfs volume create -o size=2g -o fs=xfs --label app=shop orders
+  unionfs volume create -o type=nfs -o o=addr=10.0.0.5,rw -o device=:/srv media
+  unionfs volume create -d union -o lower=/srv/base:/srv/more -o shared=true site
+  unionfs volume create -d sshfs -o sshcmd=backup@host:/srv/data far
+""",
+)
+@click.option(
+    "-d",
+    "--driver",
+    metavar="DRIVER",
+    shell_complete=complete_drivers,
+    help="What keeps it (default: local).",
+)
+@click.option("-o", "--opt", "options", multiple=True, metavar="KEY=VALUE", help="An option of the driver.")
+@click.option("--label", "labels", multiple=True, metavar="KEY=VALUE", help="A label.")
+@root_option
+@click.argument("name", required=False)
+def create(
+    driver: str | None, options: tuple[str, ...], labels: tuple[str, ...], root: str | None, name: str | None
+) -> None:
+    """Create a volume and print its name; without NAME an anonymous one of 64 hexadecimal digits.
+
+    A volume that is there with the same driver and options is left as it is.
+
+    \b
+    Drivers and their options (-o):
+      local      a directory of this host
+                 size=2g, fs=ext4|xfs    the most it may hold
+                 type=, device=, o=      what mount(8) mounts, as with docker: nfs, tmpfs ...
+      union      lower=A:B, shared       a union over these; a view for each user, or one for all
+      sshfs      sshcmd=USER@HOST:PATH, port=, IdentityFile=, o=
+      rclone     remote=NAME:PATH, config=FILE, vfs-cache-mode=, o=
+      glusterfs  servers=A,B, volname=, subdir=, o=
+    Any other name is that of a docker volume plugin, or of an installed Python package's driver.
+    """
+    made = open_volumes(root).create(
+        name,
+        driver=driver,
+        options=pairs(options, "option", bare=True),
+        labels=pairs(labels, "label", bare=True),
+    )
+    print(made.name)
+
+
+@click.command(
+    short_help="Change the size of a volume that has one.", epilog="Example: unionfs volume resize orders 4g"
+)
+@root_option
+@click.argument("name", shell_complete=complete_volumes)
+@click.argument("size")
+def resize(root: str | None, name: str, size: str) -> None:
+    """Give NAME, a volume made with -o size=, another SIZE, as 500m or 4g.
+
+    It grows also while it is used; only an ext4 that is not in use shrinks.
+    """
+    print(open_volumes(root).resize(name, size).name)

@@ -1,0 +1,97 @@
+"""`unionfs volume rm` and `prune`."""
+
+from __future__ import annotations
+
+import click
+
+from unionfs.cli.volume.common import complete_volumes, open_volumes, root_option
+
+
+@click.command(short_help="Remove volumes.", epilog="Example: unionfs volume rm orders carts")
+@click.option("-f", "--force", is_flag=True, help="No error for a volume that is not there.")
+@root_option
+@click.argument("names", metavar="NAME...", nargs=-1, required=True, shell_complete=complete_volumes)
+def rm(force: bool, root: str | None, names: tuple[str, ...]) -> int:
+    """Remove volumes with all that is in them, and print their names.
+
+    A volume in use is not removed, with --force neither. What lies elsewhere (a bind, an NFS export, a
+    plugin's storage if the plugin keeps it) stays there. With --force a volume can be removed whose driver is
+    gone.
+    """
+    from unionfs.cli.run import complain
+    from unionfs.daemon.errors import UserError
+
+    volumes = open_volumes(root)
+    code = 0
+    for name in dict.fromkeys(names):
+        try:
+            if volumes.remove(name, force=force):
+                print(name, flush=True)
+        except UserError as error:
+            code = complain("unionfs", str(error))
+    return code
+
+
+@click.command(
+    short_help="Remove volumes that nobody uses.",
+    epilog="Example: unionfs volume prune -a --filter label!=keep --dry-run",
+)
+@click.option("-a", "--all", "every", is_flag=True, help="Named volumes too, not only anonymous ones.")
+@click.option(
+    "--filter", "filters", multiple=True, metavar="KEY=VALUE",
+    help="label, label!, name, driver, or all=true as -a; may be repeated, and all must hold.",
+)  # fmt: skip
+@click.option("-f", "--force", is_flag=True, help="Don't ask.")
+@click.option("--dry-run", is_flag=True, help="Only tell what would be removed.")
+@root_option
+def prune(every: bool, filters: tuple[str, ...], force: bool, dry_run: bool, root: str | None) -> int:
+    """Remove anonymous volumes that nobody uses, and tell the space that this frees.
+
+    With -a named volumes that nobody uses go as well: their data is lost.
+    """
+    from unionfs.cli.run import complain
+    from unionfs.daemon.errors import UserError
+    from unionfs.storage.filters import matches, parse_filters, truth
+    from unionfs.storage.sizes import shown_size
+    from unionfs.storage.usage import reclaimable
+
+    rest = []
+    for word in filters:
+        if word.startswith("all="):
+            every = truth(word[4:], "all") or every
+        else:
+            rest.append(word)
+    wanted = parse_filters(rest)
+    volumes = open_volumes(root)
+    users = volumes.all_users()
+    found = [
+        volume
+        for volume in volumes.all()
+        if volume.name not in users and (every or volume.anonymous) and matches(volume, wanted, used=False)
+    ]
+    if not (force or dry_run):
+        kind = "all volumes" if every else "anonymous volumes"
+        click.echo(f"WARNING! This will remove {kind} not used by at least one mount.", err=True)
+        try:
+            agreed = click.confirm("Are you sure you want to continue?", err=True)
+        except click.Abort:
+            agreed = False
+        if not agreed:
+            raise UserError("nothing was removed; say y, or give --force.")
+    volumes.settle()
+    gone, freed, code = [], 0, 0
+    for volume in found:
+        size = reclaimable(volume)
+        try:
+            if dry_run or volumes.remove(volume.name, force=True):
+                gone.append(volume.name)
+                freed += size
+        except UserError as error:
+            code = complain("unionfs", str(error))
+    if gone:
+        print("Would delete:" if dry_run else "Deleted Volumes:")
+        for name in gone:
+            print(name)
+        print()
+    print(f"{'Reclaimable' if dry_run else 'Total reclaimed'} space: {shown_size(freed)}")
+    return code

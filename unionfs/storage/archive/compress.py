@@ -1,0 +1,168 @@
+"""Compressed streams: what is written, and what is found out when reading."""
+
+from __future__ import annotations
+
+import gzip
+import io
+import os
+import queue
+import threading
+import zlib
+from typing import IO, Any, Protocol, cast
+
+from unionfs.storage.archive.headers import Malformed
+
+KINDS = ("zstd", "gzip", "none")
+ENDINGS = {"zstd": ".tar.zst", "gzip": ".tar.gz", "none": ".tar"}
+_ZSTD, _GZIP = b"\x28\xb5\x2f\xfd", b"\x1f\x8b"
+_BUFFER = 1 << 20
+
+
+class Sink(Protocol):
+    """Where an archive goes."""
+
+    def write(self, data: bytes, /) -> int: ...
+
+    def close(self) -> None: ...
+
+
+class Source(Protocol):
+    """Where an archive comes from; less than was asked for only at the end."""
+
+    def read(self, size: int, /) -> bytes: ...
+
+
+def kind_for(path: str) -> str:
+    """The compression that a file's name asks for; zstd when it says nothing."""
+    lowered = path.lower()
+    if lowered.endswith((".tar", ".tar.none")):
+        return "none"
+    if lowered.endswith((".gz", ".tgz")):
+        return "gzip"
+    return "zstd"
+
+
+class _Plain:
+    def __init__(self, out: IO[bytes]) -> None:
+        self._out = out
+        self._fd = out.fileno()
+
+    def write(self, data: bytes, /) -> int:
+        view = memoryview(data)
+        while view:
+            view = view[os.write(self._fd, view) :]
+        return len(data)
+
+    def close(self) -> None:
+        pass
+
+
+def compressor(out: IO[bytes], kind: str) -> Sink:
+    """A stream that compresses into `out` (unbuffered); `close` ends it, and leaves `out` open."""
+    if kind == "none":
+        return _Plain(out)
+    buffered = io.BufferedWriter(cast(io.RawIOBase, _Unclosed(out)), _BUFFER)
+    if kind == "gzip":
+        # The fastest of gzip's levels that still compresses most of what the default one does.
+        return cast(
+            Sink, _Both(gzip.GzipFile(fileobj=buffered, mode="wb", compresslevel=4, mtime=0), buffered)
+        )
+    import zstandard
+
+    made = zstandard.ZstdCompressor(level=3, threads=os.cpu_count() or 1, write_checksum=True)
+    return cast(Sink, _Both(made.stream_writer(buffered, closefd=False), buffered))
+
+
+class Ahead:
+    """Writes to a sink from a thread, so that reading goes on meanwhile; a few pieces wait at most."""
+
+    def __init__(self, sink: Sink) -> None:
+        self._sink = sink
+        self._queue: queue.Queue[bytes | None] = queue.Queue(maxsize=8)
+        self._error: BaseException | None = None
+        self._thread = threading.Thread(target=self._run, name="archive writer", daemon=True)
+        self._thread.start()
+
+    def _run(self) -> None:
+        while (data := self._queue.get()) is not None:
+            if self._error is None:
+                try:
+                    self._sink.write(data)
+                except BaseException as error:
+                    self._error = error
+
+    def write(self, data: bytes, /) -> int:
+        """Raises what an earlier write has come to."""
+        if self._error is not None:
+            raise self._error
+        self._queue.put(data)
+        return len(data)
+
+    def close(self) -> None:
+        """Wait until all is written, and end the sink."""
+        self.stop()
+        if self._error is not None:
+            raise self._error
+        self._sink.close()
+
+    def stop(self) -> None:
+        """End the thread, whatever is still to be written."""
+        if self._thread.is_alive():
+            self._queue.put(None)
+            self._thread.join()
+
+
+class _Unclosed(io.RawIOBase):
+    """Writes everything, and leaves the file open when it is closed."""
+
+    def __init__(self, out: IO[bytes]) -> None:
+        self._plain = _Plain(out)
+
+    def writable(self) -> bool:
+        return True
+
+    def write(self, data: object, /) -> int:
+        return self._plain.write(cast(bytes, data))
+
+
+class _Both:
+    def __init__(self, stream: Any, below: Any) -> None:
+        self._stream = stream
+        self._below = below
+
+    def write(self, data: bytes, /) -> int:
+        written: int = self._stream.write(data)
+        return written
+
+    def close(self) -> None:
+        self._stream.close()
+        self._below.close()
+
+
+class _Checked:
+    """Turns what a decompressor raises into Malformed."""
+
+    def __init__(self, stream: Source, errors: tuple[type[Exception], ...]) -> None:
+        self._stream = stream
+        self._errors = errors
+
+    def read(self, size: int, /) -> bytes:
+        try:
+            return self._stream.read(size)
+        except self._errors as error:
+            raise Malformed(f"its compressed data is damaged or cut off ({error})") from None
+
+
+def decompressor(source: IO[bytes]) -> Source:
+    """The tar within `source`, whatever compresses it."""
+    buffered = io.BufferedReader(cast(io.RawIOBase, source), _BUFFER)
+    start = buffered.peek(4)[:4]
+    if start == _ZSTD:
+        import zstandard
+
+        # Reading never gives more than is asked for, so that a bomb of zeros takes no memory.
+        made = zstandard.ZstdDecompressor().stream_reader(buffered, read_across_frames=True, closefd=False)
+        return _Checked(cast(Source, made), (zstandard.ZstdError,))
+    if start[:2] == _GZIP:
+        return _Checked(gzip.GzipFile(fileobj=buffered, mode="rb"), (EOFError, zlib.error, gzip.BadGzipFile))
+    return buffered

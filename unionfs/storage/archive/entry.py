@@ -1,0 +1,122 @@
+"""One entry of a tree, as an archive holds it."""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Mapping
+
+from xxhash import xxh3_64_hexdigest, xxh3_128, xxh3_128_hexdigest
+
+FILE, SPARSE, DIRECTORY, SYMLINK, HARDLINK, FIFO, CHARACTER, BLOCK = "f", "s", "d", "l", "h", "p", "c", "b"
+KINDS = frozenset("fsdlhpcb")
+
+NO_DIGEST = "-"
+_BLOCK = 4096
+_ZEROS = bytes(_BLOCK)
+_RUN = struct.Struct("<QQ")
+
+
+class Entry:
+    """Attributes as of lstat(2). Names are bytes: `path` is relative and without `./`, the root is empty."""
+
+    __slots__ = (
+        "ctime", "device", "digest", "gid", "ino", "kind", "link", "mode", "mtime", "path", "rdev",
+        "segments", "size", "uid", "xattrs",
+    )  # fmt: skip
+
+    def __init__(self, path: bytes, kind: str, mode: int, uid: int, gid: int, size: int, mtime: int) -> None:
+        self.path = path
+        self.kind = kind
+        self.mode = mode  # the permission bits, 07777
+        self.uid = uid
+        self.gid = gid
+        self.size = size  # of the content; 0 for what is no file
+        self.mtime = mtime  # nanoseconds
+        self.ctime = 0
+        self.ino = 0
+        self.device = 0
+        self.rdev = (0, 0)
+        self.link = b""  # a symlink's target as it is, or the path of a hard link's first name
+        self.xattrs: Mapping[bytes, bytes] = _NONE
+        self.segments: list[tuple[int, int]] = []  # of a sparse file: offset and length of the data
+        self.digest = NO_DIGEST
+
+    def attributes(self) -> str:
+        """A digest of what the manifest's line does not show: link, device number and xattrs."""
+        if not self.link and not self.xattrs and self.rdev == (0, 0):
+            return NO_DIGEST
+        parts = [self.link, b"%d:%d" % self.rdev]
+        for name in sorted(self.xattrs):
+            parts += (name, self.xattrs[name])
+        return xxh3_64_hexdigest(b"".join(b"%d:%s" % (len(part), part) for part in parts))
+
+
+_NONE: Mapping[bytes, bytes] = {}
+
+
+def digest_of(data: bytes) -> str:
+    """The digest of a file's content: xxh3-128, in hexadecimal digits."""
+    return xxh3_128_hexdigest(data)
+
+
+class SparseDigest:
+    """The digest of a file with holes, the same however the filesystem records the holes.
+
+    Data is taken in blocks of 4096 bytes; those that are all zero count as holes. The digest is that of the
+    digest of the other blocks, of where they lie (runs of offset and length), and of the size. So a hole
+    costs nothing, be it exabytes.
+    """
+
+    def __init__(self) -> None:
+        self._data = xxh3_128()
+        self._runs = xxh3_128()
+        self._start = self._end = -1
+        self._left = b""
+        self._at = 0  # the offset of `_left`, a multiple of the block
+
+    def update(self, offset: int, data: bytes) -> None:
+        """Data at an offset that is at or behind the end of the data before."""
+        if self._left and offset != self._at + len(self._left):
+            self._flush_left()
+        if not self._left:
+            # What lies before the data in its first block is a hole.
+            self._at = offset - offset % _BLOCK
+            if offset % _BLOCK:
+                self._left = bytes(offset % _BLOCK)
+        whole = self._left + data if self._left else data
+        end = len(whole) - len(whole) % _BLOCK
+        if end:
+            self._blocks(self._at, whole[:end] if end != len(whole) else whole)
+        self._left = whole[end:]
+        self._at += end
+
+    def _flush_left(self) -> None:
+        if self._left:
+            block = self._left.ljust(_BLOCK, b"\0")
+            at, self._left = self._at, b""
+            self._blocks(at, block)
+
+    def _blocks(self, offset: int, data: bytes) -> None:
+        if data.find(_ZEROS) < 0:
+            self._run(offset, data)
+            return
+        for at in range(0, len(data), _BLOCK):
+            block = data[at : at + _BLOCK]
+            if block != _ZEROS:
+                self._run(offset + at, block)
+
+    def _run(self, offset: int, data: bytes) -> None:
+        if offset != self._end:
+            if self._end > self._start:
+                self._runs.update(_RUN.pack(self._start, self._end - self._start))
+            self._start = offset
+        self._end = offset + len(data)
+        self._data.update(data)
+
+    def hexdigest(self, size: int) -> str:
+        """The digest of a file of `size` bytes."""
+        self._flush_left()
+        if self._end > self._start:
+            self._runs.update(_RUN.pack(self._start, self._end - self._start))
+            self._start = self._end
+        return xxh3_128_hexdigest(self._data.digest() + self._runs.digest() + _RUN.pack(size, 0))

@@ -1,0 +1,402 @@
+"""Entries into a directory, and never outside it: every name is opened from the directory above it, and no
+symlink is followed."""
+
+from __future__ import annotations
+
+import errno
+import os
+import pickle
+import shutil
+import stat
+import tempfile
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from typing import IO
+
+from unionfs.daemon.errors import UserError, quoted, reason
+from unionfs.storage.archive import acl
+from unionfs.storage.archive.entry import (
+    BLOCK,
+    CHARACTER,
+    DIRECTORY,
+    FIFO,
+    FILE,
+    HARDLINK,
+    SPARSE,
+    SYMLINK,
+    Entry,
+)
+from unionfs.storage.archive.headers import Malformed
+
+_DIRECTORY_FLAGS = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
+_NEW_FILE = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
+_MOST_OPEN = 128
+_PRIVILEGED = (b"trusted.", b"security.")
+
+
+class Extractor:
+    """Makes entries below `root`, an empty directory. Attributes of directories are set by `finish`.
+
+    Raises UserError for what this user or this filesystem cannot make, OSError when the disk is full and the
+    like, Malformed for an entry that would lie outside. `note` gets a sentence for what an ordinary user has
+    to do without.
+    """
+
+    def __init__(self, root: str, note: Callable[[str], None]) -> None:
+        self._root = os.open(root, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        with suppress(OSError):
+            # What is made here must not inherit an ACL from where it is prepared.
+            os.removexattr(self._root, os.fsdecode(acl.DEFAULT))
+        self._note = note
+        self._is_root = os.geteuid() == 0
+        self._parts: list[bytes] = []
+        self._fds: list[int] = []  # of `_parts`; -1 where it was closed
+        self._prefix = b""
+        self._parent = self._root
+        self._now = time.time_ns()
+        self._directories: IO[bytes] = tempfile.SpooledTemporaryFile(max_size=8 << 20)  # noqa: SIM115
+        self._said: set[str] = set()
+        self.layers = 0  # how many archives have been put in
+
+    def close(self) -> None:
+        """Let go of the directories."""
+        self._leave(0)
+        if self._root >= 0:
+            os.close(self._root)
+            self._root = -1
+
+    def __enter__(self) -> Extractor:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()
+
+    # -- names --------------------------------------------------------------------------------------------
+
+    def _leave(self, depth: int) -> None:
+        for fd in self._fds[depth:]:
+            if fd >= 0:
+                os.close(fd)
+        del self._fds[depth:], self._parts[depth:]
+
+    def _place(self, path: bytes) -> tuple[int, bytes]:
+        """The fd of the directory that `path` lies in, and its last name."""
+        prefix, slash, name = path.rpartition(b"/")
+        if prefix == self._prefix:
+            return self._parent, name
+        parts = prefix.split(b"/") if slash else []
+        common = 0
+        for mine, wanted in zip(self._parts, parts, strict=False):
+            if mine != wanted:
+                break
+            common += 1
+        while common and self._fds[common - 1] < 0:
+            common -= 1
+        self._leave(common)
+        fd = self._fds[-1] if self._fds else self._root
+        # Until all is opened, the place is nowhere.
+        self._prefix = b"\0"
+        for part in parts[common:]:
+            fd = self._open_directory(fd, part, path)
+            self._parts.append(part)
+            self._fds.append(fd)
+            if len(self._fds) > _MOST_OPEN and self._fds[-_MOST_OPEN] >= 0:
+                os.close(self._fds[-_MOST_OPEN])
+                self._fds[-_MOST_OPEN] = -1
+        self._prefix, self._parent = prefix, fd
+        return fd, name
+
+    def _open_directory(self, at: int, name: bytes, path: bytes) -> int:
+        try:
+            return os.open(name, _DIRECTORY_FLAGS, dir_fd=at)
+        except OSError as error:
+            if error.errno in (errno.ENOTDIR, errno.ELOOP, errno.ENOENT):
+                raise Malformed(
+                    f"its entry {_shown(path)} lies below {_shown(name)}, which is no directory"
+                ) from None
+            raise
+
+    def _open_once(self, path: bytes) -> tuple[int, bytes]:
+        """As `_place`, with an fd of the caller's own, for a second path at the same time."""
+        *parts, name = path.split(b"/")
+        fd = os.dup(self._root)
+        for part in parts:
+            try:
+                below = self._open_directory(fd, part, path)
+            finally:
+                os.close(fd)
+            fd = below
+        return fd, name
+
+    def _clear(self, at: int, name: bytes) -> None:
+        """Remove what has that name: an earlier state of the same entry."""
+        status = os.stat(name, dir_fd=at, follow_symlinks=False)
+        if stat.S_ISDIR(status.st_mode):
+            # No directory below it is open: those that are lead to `at`.
+            shutil.rmtree(os.fsdecode(name), dir_fd=at)
+        else:
+            os.unlink(name, dir_fd=at)
+
+    def remove(self, path: bytes) -> None:
+        """Remove an entry, with all that is below it; nothing when it is not there."""
+        if not path:
+            raise Malformed("it deletes the root of the volume")
+        try:
+            at, name = self._place(path)
+        except Malformed:
+            return
+        with suppress(FileNotFoundError):
+            status = os.stat(name, dir_fd=at, follow_symlinks=False)
+            if stat.S_ISDIR(status.st_mode):
+                shutil.rmtree(os.fsdecode(name), dir_fd=at)
+            else:
+                os.unlink(name, dir_fd=at)
+
+    # -- entries ------------------------------------------------------------------------------------------
+
+    def add(self, entry: Entry, content: Iterable[tuple[int, bytes]] = ()) -> None:
+        """Make one entry."""
+        kind = entry.kind
+        if not entry.path:
+            if kind != DIRECTORY:
+                raise Malformed("its root is no directory")
+            self._remember(entry)
+            return
+        at, name = self._place(entry.path)
+        try:
+            if kind in (FILE, SPARSE):
+                fd = self._create(at, name)
+                try:
+                    self._fill(fd, entry, content)
+                    self._attributes(fd, entry)
+                finally:
+                    os.close(fd)
+            elif kind == DIRECTORY:
+                self._mkdir(at, name)
+                self._remember(entry)
+            else:
+                self._make(at, name, entry)
+        except OSError as error:
+            if error.errno == errno.ENOTSUP and entry.xattrs:
+                raise UserError(
+                    f"{_shown(entry.path)} has extended attributes or ACLs "
+                    f"({', '.join(map(_shown, entry.xattrs))}) "
+                    "that this volume's filesystem cannot hold; restore into a volume on another filesystem."
+                ) from error
+            # EIO: rclone's answer to what its storage has not
+            refusals = [errno.EPERM, errno.ENOSYS, errno.ENOTSUP, errno.ENAMETOOLONG, errno.EINVAL]
+            if error.errno in refusals or (
+                error.errno == errno.EIO and kind not in (FILE, SPARSE, DIRECTORY)
+            ):
+                raise UserError(
+                    f"{_shown(entry.path)} cannot be made here: {reason(error)}; restore as root, or into a "
+                    "volume on "
+                    "another filesystem."
+                ) from error
+            raise
+
+    @contextmanager
+    def new_file(self, entry: Entry) -> Iterator[int]:
+        """The fd of a new file to be filled; it gets its attributes at the end of the context."""
+        at, name = self._place(entry.path)
+        fd = self._create(at, name)
+        try:
+            yield fd
+            self._attributes(fd, entry)
+        finally:
+            os.close(fd)
+
+    def _create(self, at: int, name: bytes) -> int:
+        try:
+            return os.open(name, _NEW_FILE, 0o600, dir_fd=at)
+        except FileExistsError:
+            self._clear(at, name)
+            return os.open(name, _NEW_FILE, 0o600, dir_fd=at)
+
+    def _fill(self, fd: int, entry: Entry, content: Iterable[tuple[int, bytes]]) -> None:
+        if entry.kind == FILE:
+            for _, data in content:
+                written = os.write(fd, data)
+                while written < len(data):
+                    written += os.write(fd, memoryview(data)[written:])
+            return
+        os.ftruncate(fd, entry.size)
+        for offset, data in content:
+            written = os.pwrite(fd, data, offset)
+            while written < len(data):
+                written += os.pwrite(fd, memoryview(data)[written:], offset + written)
+
+    def _attributes(self, fd: int, entry: Entry) -> None:
+        # In this order: chown takes away suid and capabilities, chmod changes an ACL's mask.
+        if self._is_root:
+            os.fchown(fd, entry.uid, entry.gid)
+        else:
+            self._check_owner(entry)
+        os.fchmod(fd, entry.mode)
+        if entry.xattrs:
+            self._set_xattrs(fd, entry.xattrs, entry.path)
+        os.utime(fd, ns=(self._now, entry.mtime))
+
+    def _check_owner(self, entry: Entry) -> None:
+        if entry.uid != os.geteuid():
+            self._say_once("only root can restore owners; what others owned belongs to you now.")
+
+    def _say_once(self, sentence: str) -> None:
+        if sentence not in self._said:
+            self._said.add(sentence)
+            self._note(sentence)
+
+    def _set_xattrs(self, place: int | bytes, xattrs: Mapping[bytes, bytes], path: bytes) -> None:
+        follow = isinstance(place, int)
+        for name, value in xattrs.items():
+            if not self._is_root and name.startswith(_PRIVILEGED):
+                self._say_once(
+                    f"only root can restore {os.fsdecode(name)} and its like (of {_shown(path)}); they were "
+                    "left out."
+                )
+                continue
+            os.setxattr(place, name, value, follow_symlinks=follow)
+
+    def _mkdir(self, at: int, name: bytes) -> None:
+        try:
+            os.mkdir(name, 0o700, dir_fd=at)
+        except FileExistsError:
+            status = os.stat(name, dir_fd=at, follow_symlinks=False)
+            if not stat.S_ISDIR(status.st_mode):
+                os.unlink(name, dir_fd=at)
+                os.mkdir(name, 0o700, dir_fd=at)
+
+    def _make(self, at: int, name: bytes, entry: Entry) -> None:
+        kind = entry.kind
+        if kind == HARDLINK:
+            self._link(at, name, entry)
+            return
+        for tried in (False, True):
+            try:
+                if kind == SYMLINK:
+                    os.symlink(entry.link, name, dir_fd=at)
+                elif kind == FIFO:
+                    os.mkfifo(name, 0o600, dir_fd=at)
+                else:
+                    self._mknod(at, name, entry)
+                break
+            except FileExistsError:
+                if tried:
+                    raise
+                self._clear(at, name)
+        path = b"/proc/self/fd/%d/%s" % (at, name)
+        if self._is_root:
+            os.chown(name, entry.uid, entry.gid, dir_fd=at, follow_symlinks=False)
+        if kind != SYMLINK:
+            os.chmod(name, entry.mode, dir_fd=at)
+        if entry.xattrs:
+            self._set_xattrs(path, entry.xattrs, entry.path)
+        os.utime(name, ns=(self._now, entry.mtime), dir_fd=at, follow_symlinks=False)
+
+    def _mknod(self, at: int, name: bytes, entry: Entry) -> None:
+        assert entry.kind in (CHARACTER, BLOCK)
+        kind = stat.S_IFCHR if entry.kind == CHARACTER else stat.S_IFBLK
+        try:
+            os.mknod(name, kind | 0o600, os.makedev(*entry.rdev), dir_fd=at)
+        except PermissionError as error:
+            raise UserError(
+                f"{_shown(entry.path)} is a device file, which only root can make; restore as root."
+            ) from error
+
+    def _link(self, at: int, name: bytes, entry: Entry) -> None:
+        source, first = self._open_once(entry.link)
+        try:
+            for tried in (False, True):
+                try:
+                    os.link(first, name, src_dir_fd=source, dst_dir_fd=at, follow_symlinks=False)
+                    return
+                except FileExistsError:
+                    if tried:
+                        raise
+                    self._clear(at, name)
+        except FileNotFoundError:
+            raise Malformed(
+                f"the hard link {_shown(entry.path)} leads to {_shown(entry.link)}, which is not there"
+            ) from None
+        except PermissionError as error:
+            if stat.S_ISDIR(os.stat(first, dir_fd=source, follow_symlinks=False).st_mode):
+                raise Malformed(f"the hard link {_shown(entry.path)} leads to a directory") from None
+            raise error
+        finally:
+            os.close(source)
+
+    # -- directories --------------------------------------------------------------------------------------
+
+    def _remember(self, entry: Entry) -> None:
+        pickle.dump((entry.path, entry.mode, entry.uid, entry.gid, entry.mtime, dict(entry.xattrs)),
+                    self._directories)  # fmt: skip
+
+    def finish(self) -> None:
+        """Set the attributes of all directories, and wait until all is on disk."""
+        self._directories.seek(0)
+        closed: dict[bytes, int] = {}
+        while True:
+            try:
+                path, mode, uid, gid, mtime, xattrs = pickle.load(self._directories)
+            except EOFError:
+                break
+            entry = Entry(path, DIRECTORY, mode, uid, gid, 0, mtime)
+            entry.xattrs = xattrs
+            closed.pop(path, None)
+            if not self._is_root and mode & 0o700 != 0o700:
+                # What lies below is still to be entered.
+                closed[path] = mode
+                entry.mode = mode | 0o700
+            fd = self._open_made(entry)
+            if fd is None:
+                continue
+            try:
+                if self.layers > 1:
+                    self._drop_xattrs(fd, xattrs)
+                self._attributes(fd, entry)
+            except OSError as error:
+                raise UserError(
+                    f"the attributes of {_shown(path)} cannot be set here: {reason(error)}; restore as root, "
+                    "or into "
+                    "a volume on another filesystem."
+                ) from error
+            finally:
+                os.close(fd)
+        for path in sorted(closed, key=lambda path: -path.count(b"/")):
+            fd = self._open_made(Entry(path, DIRECTORY, 0, 0, 0, 0, 0))
+            if fd is not None:
+                os.fchmod(fd, closed[path])
+                os.close(fd)
+
+    def _open_made(self, entry: Entry) -> int | None:
+        """A directory that was made; None when a later archive has removed or replaced it."""
+        if not entry.path:
+            return os.dup(self._root)
+        try:
+            at, name = self._place(entry.path)
+            return os.open(name, _DIRECTORY_FLAGS, dir_fd=at)
+        except (Malformed, FileNotFoundError, NotADirectoryError):
+            if self.layers < 2:
+                raise
+            return None
+        except OSError as error:
+            if error.errno == errno.ELOOP and self.layers > 1:
+                return None
+            raise
+
+    def _drop_xattrs(self, fd: int, wanted: Mapping[bytes, bytes]) -> None:
+        try:
+            names = os.listxattr(fd)
+        except OSError as error:
+            if error.errno not in (errno.ENOTSUP, errno.EIO):
+                raise
+            return
+        for name in names:
+            key = os.fsencode(name)
+            if key not in wanted and (key in acl.RECORDS or key.startswith((b"user.", b"trusted."))):
+                os.removexattr(fd, name)
+
+
+def _shown(path: bytes) -> str:
+    return quoted(os.fsdecode(path))

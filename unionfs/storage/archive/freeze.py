@@ -1,0 +1,92 @@
+"""Holding a filesystem still while it is read: ioctl FIFREEZE and FITHAW (include/uapi/linux/fs.h)."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import signal
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+
+from unionfs.sys.mountinfo import mount_id_of_fd, read_mountinfo
+
+_FIFREEZE, _FITHAW = 0xC0045877, 0xC0045878
+_FREEZABLE = frozenset({"ext4", "ext3", "xfs", "btrfs", "f2fs"})
+
+
+def own_filesystem(path: str) -> bool:
+    """Whether `path` is the root of a local filesystem on a device that is mounted nowhere else.
+
+    Only such a one may be frozen: everything that writes to a frozen filesystem waits, be it what we need
+    ourselves.
+    """
+    try:
+        fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        try:
+            mount_id = mount_id_of_fd(fd)
+        finally:
+            os.close(fd)
+        table = read_mountinfo()
+    except OSError:
+        return False
+    found = next((entry for entry in table if entry.mount_id == mount_id), None)
+    if found is None or found.fstype not in _FREEZABLE or found.root != "/":
+        return False
+    if found.mountpoint != os.path.realpath(path) or not found.source.startswith("/dev/loop"):
+        return False
+    return sum(entry.device == found.device for entry in table) == 1
+
+
+@contextmanager
+def frozen(path: str) -> Iterator[bool]:
+    """Freeze the filesystem for the time of the context; gives False when that is not possible.
+
+    A helper process thaws it when this one ends, however it does: a filesystem that stayed frozen would hang
+    everything that writes to it.
+    """
+    try:
+        fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    except OSError:
+        yield False
+        return
+    reader, writer = os.pipe()
+    child = os.fork()
+    if child == 0:
+        _guard(fd, reader, writer)
+    os.close(reader)
+    try:
+        try:
+            fcntl.ioctl(fd, _FIFREEZE, 0)
+            done = True
+        except OSError:
+            done = False
+        yield done
+    finally:
+        if done:
+            with suppress(OSError):
+                fcntl.ioctl(fd, _FITHAW, 0)
+        # The guard need not thaw any more.
+        with suppress(OSError):
+            os.write(writer, b"x")
+        os.close(writer)
+        with suppress(ChildProcessError):
+            os.waitpid(child, 0)
+        os.close(fd)
+
+
+def _guard(fd: int, reader: int, writer: int) -> None:
+    """The helper's whole life: wait for the end of the pipe, and thaw unless told that it is done."""
+    try:
+        os.setsid()
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+            signal.signal(number, signal.SIG_IGN)
+        os.close(writer)
+        keep = {fd, reader}
+        for other in range(256):
+            if other not in keep:
+                with suppress(OSError):
+                    os.close(other)
+        if os.read(reader, 1) == b"":
+            fcntl.ioctl(fd, _FITHAW, 0)
+    finally:
+        os._exit(0)

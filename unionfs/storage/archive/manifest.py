@@ -1,0 +1,161 @@
+"""The manifest: one line for every entry of an archive, in the archive's order, and a digest of them all.
+
+    KIND MODE UID GID SIZE MTIME ATTRIBUTES DIGEST PATH<tab>STATE CTIME INO
+
+`DIGEST` is the xxh3-128 of a file's content (of a file with holes as in `entry.SparseDigest`), `ATTRIBUTES`
+one of link, device number and xattrs, `-` where there is none. The first line and the last but one name the
+digests of the archive's own members, `info.json` and `deleted`. `STATE` says where the content is: `here`, in
+the `base` of an incremental archive, or `again` behind it because it changed while it was read. `CTIME` and
+`INO` are how the next incremental backup knows what has not changed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from typing import IO
+
+from xxhash import xxh3_128
+
+from unionfs.storage.archive.entry import Entry
+from unionfs.storage.archive.headers import Malformed
+
+FIRST_LINE = b"unionfs-manifest 1 xxh3-128\n"
+HERE, BASE, AGAIN = b"here", b"base", b"again"
+
+_LONGEST_LINE = 16 << 20
+_ESCAPES = ((b"\\", b"\\\\"), (b"\t", b"\\t"), (b"\n", b"\\n"), (b"\r", b"\\r"))
+
+
+def escape(path: bytes) -> bytes:
+    """A path as a word without tabs and line breaks; `.` for the root."""
+    if not path:
+        return b"."
+    for char, written in _ESCAPES:
+        if char in path:
+            path = path.replace(char, written)
+    return path
+
+
+def unescape(word: bytes) -> bytes:
+    """The reverse of `escape`."""
+    if word == b".":
+        return b""
+    if b"\\" not in word:
+        return word
+    out, at = bytearray(), 0
+    letters = {ord("\\"): 92, ord("t"): 9, ord("n"): 10, ord("r"): 13}
+    while at < len(word):
+        char = word[at]
+        if char == 92:
+            at += 1
+            if at == len(word) or word[at] not in letters:
+                raise Malformed("a path in the manifest is misspelt")
+            char = letters[word[at]]
+        out.append(char)
+        at += 1
+    return bytes(out)
+
+
+def line_of(entry: Entry) -> bytes:
+    """What an archive's reader knows of an entry too: the part before the tab."""
+    return b"%s %o %d %d %d %d %s %s %s" % (
+        entry.kind.encode(), entry.mode, entry.uid, entry.gid, entry.size, entry.mtime,
+        entry.attributes().encode(), entry.digest.encode(), escape(entry.path),
+    )  # fmt: skip
+
+
+def whole_line(entry: Entry, state: bytes) -> bytes:
+    """The line with its end."""
+    return b"%s\t%s %d %d\n" % (line_of(entry), state, entry.ctime, entry.ino)
+
+
+def member_line(name: bytes, data_digest: str) -> bytes:
+    """The line for one of the archive's own members."""
+    return b"%s %s\n" % (name, data_digest.encode())
+
+
+def is_member_line(line: bytes) -> bool:
+    """Whether a line is about one of the archive's own members: an entry's begins with one letter."""
+    return line[1:2] != b" "
+
+
+class Line:
+    """A line of a manifest."""
+
+    __slots__ = ("ctime", "digest", "fields", "ino", "kind", "mtime", "path", "shown", "size", "state")
+
+    def __init__(self, raw: bytes) -> None:
+        try:
+            shown, _, rest = raw.rstrip(b"\n").partition(b"\t")
+            self.fields = shown.split(b" ", 8)
+            kind, _, _, _, size, mtime, _, digest, path = self.fields
+            state, ctime, ino = rest.split(b" ")
+            self.shown = shown
+            self.kind = kind.decode("ascii")
+            self.size, self.mtime, self.ctime, self.ino = int(size), int(mtime), int(ctime), int(ino)
+            self.digest = digest.decode("ascii")
+            self.state = state
+        except ValueError:
+            raise Malformed("a line of its manifest is misspelt") from None
+        self.path = unescape(path)
+
+    def order(self) -> list[bytes]:
+        """By this, paths are in the order of a manifest."""
+        return order(self.path)
+
+
+def order(path: bytes) -> list[bytes]:
+    """The key that puts paths in the order in which a tree is walked."""
+    return path.split(b"/")
+
+
+class ManifestWriter:
+    """Writes a manifest to a file."""
+
+    def __init__(self, out: IO[bytes]) -> None:
+        self.out = out
+        self.count = 0
+        self._sum = xxh3_128(FIRST_LINE)
+        self._write = out.write
+        out.write(FIRST_LINE)
+
+    def add(self, line: bytes) -> None:
+        """Add a whole line."""
+        self._sum.update(line)
+        self._write(line)
+        self.count += 1
+
+    def finish(self) -> None:
+        """Add the last line."""
+        self._write(b"end %d %s\n" % (self.count, self._sum.hexdigest().encode()))
+
+
+def read_manifest(source: Iterable[bytes]) -> Iterator[bytes]:
+    """The lines of a manifest, checked against its last one at the end. Raises Malformed."""
+    lines = iter(source)
+    if next(lines, b"") != FIRST_LINE:
+        raise Malformed("its manifest has another format")
+    total, count = xxh3_128(FIRST_LINE), 0
+    for line in lines:
+        if line.startswith(b"end "):
+            if line != b"end %d %s\n" % (count, total.hexdigest().encode()):
+                raise Malformed("its manifest does not match its own digest")
+            if next(lines, None) is not None:
+                raise Malformed("its manifest goes on behind its end")
+            return
+        if len(line) > _LONGEST_LINE or not line.endswith(b"\n"):
+            raise Malformed("its manifest is cut off")
+        total.update(line)
+        count += 1  # noqa: SIM113
+        yield line
+    raise Malformed("its manifest is cut off")
+
+
+def latest(lines: Iterable[bytes]) -> Iterator[Line]:
+    """The lines that count, those of a second try instead of the first."""
+    for raw in lines:
+        if is_member_line(raw):
+            continue
+        line = Line(raw)
+        if line.state != AGAIN:
+            yield line

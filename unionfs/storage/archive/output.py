@@ -1,0 +1,68 @@
+"""The file an archive is written to: it gets its name when it is whole and on disk."""
+
+from __future__ import annotations
+
+import errno
+import os
+import secrets
+import stat
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from typing import IO
+
+from unionfs.daemon.errors import UserError, quoted, reason
+from unionfs.storage.drivers.replacing import fsync_directory
+
+
+@contextmanager
+def whole_file(path: str) -> Iterator[IO[bytes]]:
+    """An unbuffered file that takes the place of `path` when the context ends well, and else was never there.
+
+    On most filesystems it has no name until then, so that even SIGKILL leaves nothing. What is no regular
+    file (a FIFO, /dev/null) is written as it is. Raises UserError.
+    """
+    try:
+        with suppress(FileNotFoundError):
+            kind = os.stat(path).st_mode
+            if stat.S_ISDIR(kind):
+                raise UserError(f"{quoted(path)} is a directory; name a file in it.")
+            if not stat.S_ISREG(kind):
+                with open(path, "wb", buffering=0) as out:
+                    yield out
+                return
+        # A symlink keeps pointing to the file that is replaced.
+        path = os.path.realpath(path)
+        directory = os.path.dirname(path)
+        fd, name = _open_nameless(directory, path)
+    except OSError as error:
+        raise UserError(
+            f"the backup {quoted(path)} cannot be made: {reason(error)}; name a file in a directory that is "
+            "there and "
+            "can be written."
+        ) from error
+    try:
+        with open(fd, "wb", buffering=0) as out:
+            yield out
+            os.fsync(fd)
+            if name is None:
+                name = f"{directory}/.{os.path.basename(path)[:200]}.{secrets.token_hex(4)}"
+                # linkat(2) with AT_EMPTY_PATH needs CAP_DAC_READ_SEARCH; this way doesn't. Without a
+                # directory's fd Python calls link(2), which does not follow.
+                os.link(f"/proc/self/fd/{fd}", name, src_dir_fd=fd, follow_symlinks=True)
+            os.rename(name, path)
+            name = None
+            fsync_directory(directory)
+    finally:
+        if name is not None:
+            with suppress(OSError):
+                os.unlink(name)
+
+
+def _open_nameless(directory: str, path: str) -> tuple[int, str | None]:
+    try:
+        return os.open(directory, os.O_TMPFILE | os.O_RDWR | os.O_CLOEXEC, 0o600), None
+    except OSError as error:
+        if error.errno not in (errno.EOPNOTSUPP, errno.EISDIR, errno.EINVAL, errno.ENOENT):
+            raise
+        name = f"{directory}/.{os.path.basename(path)[:200]}.{secrets.token_hex(4)}"
+        return os.open(name, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600), name

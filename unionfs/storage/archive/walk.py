@@ -1,0 +1,305 @@
+"""The entries of a directory tree, depth first and sorted by name, so that two walks can be compared."""
+
+from __future__ import annotations
+
+import errno
+import os
+import stat
+from collections.abc import Callable, Collection, Iterator
+
+from unionfs.daemon.errors import UserError, quoted, reason
+from unionfs.storage.archive import acl
+from unionfs.storage.archive.entry import (
+    BLOCK,
+    CHARACTER,
+    DIRECTORY,
+    FIFO,
+    FILE,
+    HARDLINK,
+    SPARSE,
+    SYMLINK,
+    Entry,
+)
+from unionfs.sys.calls import FUSE_MAGIC, filesystem_magic
+from unionfs.sys.mountinfo import mount_id_of_fd
+
+_DIRECTORY_FLAGS = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
+_FILE_FLAGS = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
+_MOST_OPEN = 256
+_KINDS = {stat.S_IFIFO: FIFO, stat.S_IFCHR: CHARACTER, stat.S_IFBLK: BLOCK, stat.S_IFLNK: SYMLINK}
+_KEPT = ("user.", "trusted.", "security.")
+_NO_XATTRS = (errno.ENOTSUP, errno.ENOSYS, errno.EPERM, errno.ENODATA)
+
+
+def read_xattrs(place: int | bytes) -> dict[bytes, bytes]:
+    """All xattrs that are a volume's own, of an open file or of a path whose last part is no symlink to
+    follow.
+    """
+    follow = isinstance(place, int)
+    try:
+        names = os.listxattr(place, follow_symlinks=follow)
+    except OSError as error:
+        if error.errno in _NO_XATTRS:
+            return {}
+        raise
+    found = {}
+    for name in names:
+        key = os.fsencode(name)
+        if key in acl.RECORDS or name.startswith(_KEPT):
+            try:
+                found[key] = os.getxattr(place, name, follow_symlinks=follow)
+            except OSError as error:
+                if error.errno not in _NO_XATTRS:
+                    raise
+    return found
+
+
+def _has_xattrs(fd: int) -> bool:
+    """Whether the filesystem of an open directory has xattrs at all."""
+    try:
+        os.listxattr(fd)
+    except OSError as error:
+        if error.errno in _NO_XATTRS:
+            return False
+        # rclone's answer to every question about xattrs
+        if error.errno == errno.EIO and filesystem_magic(fd) == FUSE_MAGIC:
+            return False
+        raise
+    return True
+
+
+class Walker:
+    """Walks a tree. `note` gets a sentence for what is left out.
+
+    Stays on the filesystem of the root, follows no symlink. Raises UserError for what cannot be read: an
+    archive that lacks it would not be the volume.
+    """
+
+    def __init__(self, root: str, note: Callable[[str], None], leave_out: Collection[bytes] = ()) -> None:
+        self.fast: Callable[[int, bytes, os.stat_result], bool] | None = None
+        """Gets every regular file with one link first, open and with its status, before anything else is
+        asked about it. When it returns True, the file is not among the entries."""
+        self._root = root
+        self._note = note
+        self._leave_out = leave_out  # names in the root
+        self._links: dict[tuple[int, int], bytes] = {}
+        self._noatime = os.O_NOATIME
+        self._device = 0
+        self._has_xattrs = True
+
+    def entries(self) -> Iterator[tuple[Entry, int]]:
+        """Each entry, with an open fd of a file's content, or -1. The fd is good until the next one is asked
+        for.
+        """
+        fd = os.open(self._root, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        stack = [_Level(b"", fd, os.fstat(fd))]
+        try:
+            self._device = stack[0].status.st_dev
+            self._has_xattrs = _has_xattrs(fd)
+            self._fill(stack[0])
+            yield self._directory(stack[0]), -1
+            while stack:
+                level = stack[-1]
+                if not level.names:
+                    stack.pop()
+                    self._reopen_parent(stack, level)
+                    os.close(level.fd)
+                    continue
+                name, is_file = level.names.pop()
+                path = level.prefix + name
+                try:
+                    if is_file:
+                        if self.fast is not None and self._file_fast(level.fd, name, path):
+                            continue
+                        yield from self._file(level.fd, name, path)
+                        continue
+                    status = os.stat(name, dir_fd=level.fd, follow_symlinks=False)
+                    kind = stat.S_IFMT(status.st_mode)
+                    if kind == stat.S_IFDIR:
+                        below = self._enter(level.fd, name, path, status)
+                        if below is not None:
+                            if len(stack) >= _MOST_OPEN:
+                                stack[-_MOST_OPEN].close()
+                            stack.append(below)
+                            yield self._directory(below), -1
+                    elif kind == stat.S_IFREG:
+                        yield from self._file(level.fd, name, path)
+                    elif kind == stat.S_IFSOCK:
+                        self._note(f"{_shown(path)} is a socket, which no archive can hold; it was left out.")
+                    else:
+                        yield self._special(level.fd, name, path, kind, status), -1
+                except FileNotFoundError:
+                    self._note(f"{_shown(path)} vanished while it was read; it was left out.")
+                except OSError as error:
+                    raise UserError(
+                        f"{_shown(path)} in {quoted(self._root)} cannot be read: {reason(error)}; nothing is "
+                        "left out "
+                        "of a backup, so make it readable, or run as root."
+                    ) from error
+        finally:
+            for level in stack:
+                level.close()
+
+    def _reopen_parent(self, stack: list[_Level], child: _Level) -> None:
+        if stack and stack[-1].fd < 0:
+            parent = stack[-1]
+            fd = os.open("..", _DIRECTORY_FLAGS, dir_fd=child.fd)
+            if not os.path.samestat(os.fstat(fd), parent.status):
+                os.close(fd)
+                raise UserError(
+                    f"{_shown(child.path)} in {quoted(self._root)} was moved while it was read; try again."
+                )
+            parent.fd = fd
+
+    def _fill(self, level: _Level) -> None:
+        with os.scandir(level.fd) as found:
+            level.names = [(os.fsencode(entry.name), entry.is_file(follow_symlinks=False)) for entry in found]
+        level.names.sort(reverse=True)
+        if self._leave_out and not level.path:
+            level.names = [item for item in level.names if item[0] not in self._leave_out]
+
+    def _enter(self, at: int, name: bytes, path: bytes, status: os.stat_result) -> _Level | None:
+        fd = self._open(name, _DIRECTORY_FLAGS, at)
+        try:
+            status = os.fstat(fd)
+            if status.st_dev != self._device and mount_id_of_fd(fd) != mount_id_of_fd(at):
+                self._note(f"{_shown(path)} is a mountpoint; what is mounted there was left out.")
+                os.close(fd)
+                return None
+            level = _Level(path, fd, status)
+            self._fill(level)
+        except BaseException:
+            os.close(fd)
+            raise
+        return level
+
+    def _open(self, name: bytes, flags: int, at: int) -> int:
+        try:
+            return os.open(name, flags | self._noatime, dir_fd=at)
+        except PermissionError:
+            # Only an owner may ask for no access times (open(2)).
+            return os.open(name, flags, dir_fd=at)
+
+    def _xattrs(self, place: int | bytes) -> dict[bytes, bytes]:
+        return read_xattrs(place) if self._has_xattrs else {}
+
+    def _directory(self, level: _Level) -> Entry:
+        entry = _entry(level.path, DIRECTORY, level.status)
+        entry.xattrs = self._xattrs(level.fd)
+        return entry
+
+    def _file_fast(self, at: int, name: bytes, path: bytes) -> bool:
+        """Have `fast` take a file, in as few steps as can be: there may be millions."""
+        assert self.fast is not None
+        try:
+            fd = os.open(name, _FILE_FLAGS | self._noatime, dir_fd=at)
+        except PermissionError:
+            return False
+        try:
+            status = os.fstat(fd)
+            # 0o100000: S_IFREG
+            return (
+                status.st_nlink == 1 and status.st_mode & 0o170000 == 0o100000 and self.fast(fd, path, status)
+            )
+        finally:
+            os.close(fd)
+
+    def _file(self, at: int, name: bytes, path: bytes) -> Iterator[tuple[Entry, int]]:
+        try:
+            fd = os.open(name, _FILE_FLAGS | self._noatime, dir_fd=at)
+        except PermissionError:
+            fd = os.open(name, _FILE_FLAGS, dir_fd=at)
+        try:
+            entry = self.file_entry(fd, path)
+            if entry is None:
+                raise FileNotFoundError(errno.ENOENT, "it is no file any more")
+            yield entry, fd
+        finally:
+            os.close(fd)
+
+    def file_entry(self, fd: int, path: bytes) -> Entry | None:
+        """An open file as an entry; None when it is not a regular file."""
+        status = os.fstat(fd)
+        if not stat.S_ISREG(status.st_mode):
+            return None
+        entry = _entry(path, FILE, status)
+        if status.st_nlink > 1 and self._is_link(entry):
+            return entry
+        entry.size = status.st_size
+        entry.xattrs = self._xattrs(fd)
+        if status.st_blocks * 512 < status.st_size and status.st_size > 4096:
+            entry.segments = data_segments(fd, status.st_size)
+            if entry.segments != [(0, status.st_size)]:
+                entry.kind = SPARSE
+        return entry
+
+    def _is_link(self, entry: Entry) -> bool:
+        """Whether the file was seen under another name; it is then a hard link to that."""
+        first = self._links.setdefault((entry.device, entry.ino), entry.path)
+        if first == entry.path:
+            return False
+        entry.kind, entry.link = HARDLINK, first
+        return True
+
+    def _special(self, at: int, name: bytes, path: bytes, kind: int, status: os.stat_result) -> Entry:
+        entry = _entry(path, _KINDS[kind], status)
+        if status.st_nlink > 1 and self._is_link(entry):
+            return entry
+        if kind == stat.S_IFLNK:
+            entry.link = os.readlink(name, dir_fd=at)
+        elif kind in (stat.S_IFCHR, stat.S_IFBLK):
+            entry.rdev = (os.major(status.st_rdev), os.minor(status.st_rdev))
+        entry.xattrs = self._xattrs(b"/proc/self/fd/%d/%s" % (at, name))
+        return entry
+
+
+class _Level:
+    """A directory that is being walked."""
+
+    __slots__ = ("fd", "names", "path", "prefix", "status")
+
+    def __init__(self, path: bytes, fd: int, status: os.stat_result) -> None:
+        self.path = path
+        self.prefix = path + b"/" if path else b""
+        self.fd = fd
+        self.status = status
+        self.names: list[tuple[bytes, bool]] = []  # the next one last
+
+    def close(self) -> None:
+        if self.fd >= 0:
+            os.close(self.fd)
+            self.fd = -1
+
+
+def _entry(path: bytes, kind: str, status: os.stat_result) -> Entry:
+    entry = Entry(path, kind, status.st_mode & 0o7777, status.st_uid, status.st_gid, 0, status.st_mtime_ns)
+    entry.ctime, entry.ino, entry.device = status.st_ctime_ns, status.st_ino, status.st_dev
+    return entry
+
+
+def _shown(path: bytes) -> str:
+    return quoted(os.fsdecode(path) or ".")
+
+
+def data_segments(fd: int, size: int) -> list[tuple[int, int]]:
+    """Where a file has data, by SEEK_DATA and SEEK_HOLE; with an empty one at the end when that is a hole."""
+    segments, at = [], 0
+    while at < size:
+        try:
+            start = os.lseek(fd, at, os.SEEK_DATA)
+        except OSError as error:
+            if error.errno == errno.ENXIO:
+                break
+            if error.errno in (errno.EINVAL, errno.ENOTSUP):
+                segments = [(0, size)]
+                break
+            raise
+        if start >= size:
+            break
+        end = min(os.lseek(fd, start, os.SEEK_HOLE), size)
+        segments.append((start, end - start))
+        at = end
+    os.lseek(fd, 0, os.SEEK_SET)
+    if not segments or sum(segments[-1]) < size:
+        segments.append((size, 0))
+    return segments

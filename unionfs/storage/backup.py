@@ -1,0 +1,305 @@
+"""Backups of volumes, and holding one against the other: backup, verify."""
+
+from __future__ import annotations
+
+import os
+import stat
+import sys
+import time
+import uuid
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import dataclass, field
+from typing import IO, Any
+
+from unionfs.daemon.errors import UserError, quoted, reason
+from unionfs.storage.archive import manifest
+from unionfs.storage.archive.compress import Ahead, compressor, decompressor
+from unionfs.storage.archive.freeze import frozen, own_filesystem
+from unionfs.storage.archive.headers import Malformed
+from unionfs.storage.archive.manifest import Line, latest, read_manifest
+from unionfs.storage.archive.output import whole_file
+from unionfs.storage.archive.read import ArchiveReader
+from unionfs.storage.archive.walk import Walker
+from unionfs.storage.archive.write import ArchiveWriter
+from unionfs.storage.drivers.replacing import WORKSPACE
+from unionfs.storage.volumes import Volume, Volumes
+
+Progress = Callable[[int, int], None]
+"""Called now and then with the entries and the bytes so far."""
+
+MANIFEST = "manifest"
+"""Beside a volume's data: the manifest of its last backup or restore, for `verify`."""
+_MOST_NOTES = 20
+
+
+@dataclass
+class Report:
+    """What came out of an operation."""
+
+    entries: int = 0
+    size: int = 0
+    """Bytes of content."""
+    how: str = ""
+    """How consistency was got, as a part of a sentence."""
+    notes: list[str] = field(default_factory=list)
+    more_notes: int = 0
+
+    def note(self, sentence: str) -> None:
+        """Add a sentence about what was left out or changed."""
+        if len(self.notes) < _MOST_NOTES:
+            self.notes.append(sentence)
+        else:
+            self.more_notes += 1
+
+
+def backup(
+    volumes: Volumes,
+    name: str,
+    target: str,
+    *,
+    compress: str,
+    since: str | None = None,
+    progress: Progress | None = None,
+) -> Report:
+    """Write a backup of a volume to the file `target` (`-`: standard output). Raises UserError."""
+    report = Report()
+    with volumes.working_on(name, "a backup") as volume, ExitStack() as stack:
+        base_info, base_lines = _base(since, volume, stack)
+        path = stack.enter_context(volumes.used(name, "backup"))
+        others = len(volumes.users(name)) > 1
+        out = stack.enter_context(whole_file(target) if target != "-" else _standard_output())
+        started = time.time_ns()
+        info: dict[str, Any] = {
+            "format": 1,
+            "id": str(uuid.uuid4()),
+            "volume": volume.name,
+            "driver": volume.driver,
+            "labels": dict(volume.labels),
+            "created": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(started / 1e9)),
+            "started": started,
+            "base": base_info,
+        }
+        try:
+            scratch = _hold_still(stack, volumes, volume, path, out, others, report)
+            walker = Walker(path, report.note, leave_out=(os.fsencode(WORKSPACE),))
+            sink = Ahead(compressor(out, compress))
+            stack.callback(sink.stop)
+            writer = ArchiveWriter(
+                sink, walker, report.note, base=base_lines,
+                base_started=0 if base_info is None else int(base_info["started"]),
+                scratch=scratch, progress=progress,
+            )  # fmt: skip
+            writer.write(info)
+            sink.close()
+        except BrokenPipeError:
+            raise
+        except OSError as error:
+            place = "standard output" if target == "-" else target
+            raise UserError(
+                f"the backup cannot be written to {quoted(place)}: {reason(error)}; nothing is left of it. "
+                "Free space, "
+                "or write it elsewhere."
+            ) from error
+        report.entries, report.size = writer.entries, writer.read_bytes
+        if writer.changed and not report.how:
+            report.how = "files that changed meanwhile were read again"
+    # The archive is there: what is kept for `verify` is a help only.
+    with suppress(OSError):
+        keep_manifest(volume, writer.copy_manifest)
+    return report
+
+
+@contextmanager
+def _standard_output() -> Iterator[IO[bytes]]:
+    sys.stdout.flush()
+    with open(os.dup(1), "wb", buffering=0) as out:
+        yield out
+
+
+def _hold_still(
+    stack: ExitStack,
+    volumes: Volumes,
+    volume: Volume,
+    path: str,
+    out: IO[bytes],
+    others: bool,
+    report: Report,
+) -> str | None:
+    """Freeze the volume's filesystem if it is its own, else give a directory for clones of its files."""
+    if not others:
+        return None
+    status = os.fstat(out.fileno())
+    elsewhere = stat.S_ISREG(status.st_mode) and status.st_dev != os.stat(path).st_dev
+    if elsewhere and own_filesystem(path) and stack.enter_context(frozen(path)):
+        report.how = "the volume's filesystem was frozen meanwhile"
+        return None
+    return volumes.driver_of(volume).may_share(volume)
+
+
+def _base(
+    since: str | None, volume: Volume, stack: ExitStack
+) -> tuple[dict[str, Any] | None, Iterator[Line] | None]:
+    if since is None:
+        return None, None
+    reader = stack.enter_context(open_archive(since))
+    with explained(since):
+        for _ in reader.entries():
+            pass
+    if reader.info.get("volume") != volume.name:
+        raise UserError(
+            f"{quoted(since)} is a backup of the volume {quoted(str(reader.info.get('volume')))}, not of "
+            f"{quoted(volume.name)}; give one of this volume."
+        )
+    info = {
+        "id": reader.info["id"],
+        "file": os.path.basename(since),
+        "started": int(reader.info["started"]),
+    }
+    return info, latest(reader.manifest_lines())
+
+
+@contextmanager
+def open_archive(source: str) -> Iterator[ArchiveReader]:
+    """An archive that is a file, or `-`: standard input. Raises UserError."""
+    try:
+        raw = open(0 if source == "-" else source, "rb", buffering=0, closefd=source != "-")  # noqa: SIM115
+        if stat.S_ISDIR(os.fstat(raw.fileno()).st_mode):
+            raise IsADirectoryError(21, "it is a directory")
+    except OSError as error:
+        raise UserError(
+            f"the backup {quoted(source)} cannot be read: {reason(error)}; check its path."
+        ) from error
+    with raw:
+        with explained(source):
+            reader = ArchiveReader(decompressor(raw))
+        yield reader
+
+
+@contextmanager
+def explained(source: str) -> Iterator[None]:
+    """Turn what is wrong with an archive into a sentence."""
+    shown = "standard input" if source == "-" else quoted(source)
+    try:
+        yield
+    except Malformed as error:
+        raise UserError(
+            f"the backup {shown} cannot be trusted: {error}; nothing was restored. Use another copy of it."
+        ) from None
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(
+            f"the backup {shown} cannot be trusted: it is misspelt ({error}); nothing was restored. Use "
+            "another copy "
+            "of it."
+        ) from error
+
+
+def keep_manifest(volume: Volume, copy: Callable[[IO[bytes]], None]) -> None:
+    """Keep a manifest beside the volume's data."""
+    path = f"{volume.directory}/{MANIFEST}"
+    with open(f"{path}.new", "wb") as out:
+        copy(out)
+    os.replace(f"{path}.new", path)
+
+
+# -- verify ------------------------------------------------------------------------------------------------
+
+
+def verify_archive(source: str, progress: Progress | None = None) -> Report:
+    """Read an archive to its end and hold it against its manifest. Raises UserError when it doesn't agree."""
+    report = Report()
+    with open_archive(source) as reader, explained(source):
+        for _ in reader.entries():
+            if progress is not None and reader.count % 256 == 0:
+                progress(reader.count, reader.read_bytes)
+        # An incremental archive names what lies in its base too.
+        for _ in latest(reader.manifest_lines()):
+            pass
+        for _ in reader.deleted():
+            pass
+        report.entries, report.size = reader.count, reader.read_bytes
+        base = reader.info.get("base")
+        if base is not None:
+            report.how = f"incremental, on top of {base['file']}"
+    return report
+
+
+@dataclass
+class Differences:
+    """How a volume differs from the manifest of its last backup or restore."""
+
+    entries: int = 0
+    damaged: list[str] = field(default_factory=list)
+    """Content differs, though size and times say that nobody wrote to it."""
+    changed: list[str] = field(default_factory=list)
+    missing: list[str] = field(default_factory=list)
+    added: list[str] = field(default_factory=list)
+
+
+def verify_volume(volumes: Volumes, name: str, progress: Progress | None = None) -> Differences:
+    """Hold a volume's content against the manifest of its last backup or restore. Raises UserError."""
+    found = Differences()
+    with volumes.working_on(name, "a verification") as volume, volumes.used(name, "verification") as path:
+        try:
+            source = open(f"{volume.directory}/{MANIFEST}", "rb")  # noqa: SIM115
+        except FileNotFoundError:
+            raise UserError(
+                f"volume {quoted(name)} has no manifest to be verified against; make a backup of it first."
+            ) from None
+        with source, explained(f"{volume.directory}/{MANIFEST}"):
+            _compare(path, latest(read_manifest(source)), found, progress)
+    return found
+
+
+class _Nowhere:
+    def write(self, data: bytes, /) -> int:
+        return len(data)
+
+    def close(self) -> None:
+        pass
+
+
+def _compare(path: str, lines: Iterator[Line], found: Differences, progress: Progress | None) -> None:
+    walker = Walker(path, lambda sentence: None, leave_out=(os.fsencode(WORKSPACE),))
+    writer = ArchiveWriter(_Nowhere(), walker, lambda sentence: None, progress=progress)
+    writer.write({})
+    with _manifest_of(writer) as now:
+        for old, new in _paired(lines, now):
+            found.entries += new is not None
+            if new is None:
+                assert old is not None
+                found.missing.append(_shown(old))
+            elif old is None:
+                found.added.append(_shown(new))
+            elif old.shown != new.shown:
+                same = (old.kind, old.size, old.mtime) == (new.kind, new.size, new.mtime)
+                (found.damaged if same and old.digest != new.digest else found.changed).append(_shown(new))
+
+
+@contextmanager
+def _manifest_of(writer: ArchiveWriter) -> Iterator[Iterator[Line]]:
+    import tempfile
+
+    with tempfile.TemporaryFile() as copy:
+        writer.copy_manifest(copy)
+        copy.seek(0)
+        yield latest(read_manifest(copy))
+
+
+def _paired(one: Iterator[Line], other: Iterator[Line]) -> Iterator[tuple[Line | None, Line | None]]:
+    """The lines of two manifests with the same path side by side."""
+    a, b = next(one, None), next(other, None)
+    while a is not None or b is not None:
+        if b is None or (a is not None and a.order() < b.order()):
+            yield a, None
+            a = next(one, None)
+        elif a is None or b.order() < a.order():
+            yield None, b
+            b = next(other, None)
+        else:
+            yield a, b
+            a, b = next(one, None), next(other, None)
+
+
+def _shown(line: Line) -> str:
+    return os.fsdecode(manifest.escape(line.path))

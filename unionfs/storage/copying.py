@@ -1,0 +1,80 @@
+"""A file's content from one volume into another: by reflink, else by the kernel's copy, with its holes."""
+
+from __future__ import annotations
+
+import errno
+import os
+
+from unionfs.daemon.errors import quoted
+from unionfs.storage.archive.entry import SPARSE, Entry
+from unionfs.storage.archive.extract import Extractor
+from unionfs.storage.archive.walk import Walker
+from unionfs.storage.backup import Report
+from unionfs.sys.calls import clone_file
+
+_CHUNK = 64 << 20
+_TRIES = 3
+_NO_REFLINK = (errno.EOPNOTSUPP, errno.EXDEV, errno.EINVAL, errno.ENOTTY, errno.ENOSYS, errno.EPERM)
+
+
+def copy_content(extractor: Extractor, walker: Walker, entry: Entry, fd: int, report: Report) -> bool:
+    """Make the file `entry`, open as `fd`; returns whether its blocks are shared.
+
+    A file that changes meanwhile is copied again.
+    """
+    shared = True
+    for left in range(_TRIES, -1, -1):
+        with extractor.new_file(entry) as target:
+            shared = _share(target, fd) or (_copy(target, fd, entry) and False)
+        status = os.fstat(fd)
+        same = (status.st_mtime_ns, status.st_ctime_ns, status.st_size) == (
+            entry.mtime,
+            entry.ctime,
+            entry.size,
+        )
+        if same:
+            break
+        if not left:
+            report.note(f"{quoted(os.fsdecode(entry.path))} changed each time it was copied.")
+            break
+        again = walker.file_entry(fd, entry.path)
+        if again is None or again.kind not in ("f", "s"):
+            break
+        entry = again
+    return shared
+
+
+def _share(target: int, source: int) -> bool:
+    try:
+        clone_file(target, source)
+    except OSError as error:
+        if error.errno not in _NO_REFLINK:
+            raise
+        return False
+    return True
+
+
+def _copy(target: int, source: int, entry: Entry) -> bool:
+    if entry.kind == SPARSE:
+        os.ftruncate(target, entry.size)
+    for offset, length in entry.segments if entry.kind == SPARSE else [(0, entry.size)]:
+        end = offset + length
+        while offset < end:
+            count = _copy_range(source, target, min(end - offset, _CHUNK), offset)
+            if count == 0:
+                break  # it has become shorter
+            offset += count
+    return True
+
+
+def _copy_range(source: int, target: int, count: int, offset: int) -> int:
+    try:
+        return os.copy_file_range(source, target, count, offset, offset)
+    except OSError as error:
+        if error.errno not in (errno.EXDEV, errno.EOPNOTSUPP, errno.EINVAL, errno.ENOSYS):
+            raise
+    data = os.pread(source, min(count, 1 << 20), offset)
+    written = 0
+    while written < len(data):
+        written += os.pwrite(target, memoryview(data)[written:], offset + written)
+    return written

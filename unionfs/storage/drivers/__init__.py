@@ -1,0 +1,76 @@
+"""Volume drivers: what a volume's data is kept in, and how it gets to a directory.
+
+A driver is a subclass of `Driver` that a package names in the entry point group `unionfs.volume_drivers`:
+
+    [project.entry-points."unionfs.volume_drivers"]
+    mine = "package.module:MyDriver"
+
+Names that no entry point has are looked for among Docker's volume plugins (`drivers.plugin`).
+"""
+
+from __future__ import annotations
+
+import difflib
+from importlib.metadata import EntryPoint, entry_points
+
+from unionfs.daemon.errors import UserError, quoted
+from unionfs.storage.drivers.base import Driver, Replacement
+
+__all__ = ["Driver", "Replacement", "driver_names", "find_driver"]
+
+GROUP = "unionfs.volume_drivers"
+
+# Found without looking through all installed packages, which takes longer than anything else here.
+_BUILT_IN = {
+    "local": "unionfs.storage.drivers.local:Local",
+    "union": "unionfs.storage.drivers.union:Union",
+    "sshfs": "unionfs.storage.drivers.remote:Sshfs",
+    "rclone": "unionfs.storage.drivers.remote:Rclone",
+    "glusterfs": "unionfs.storage.drivers.remote:Glusterfs",
+}
+
+
+def driver_names() -> list[str]:
+    """The drivers there are now, plugins among them."""
+    from unionfs.storage.drivers.plugin import plugin_names
+
+    others = {point.name for point in entry_points(group=GROUP)} | set(plugin_names())
+    return [*_BUILT_IN, *sorted(others - set(_BUILT_IN))]
+
+
+def find_driver(name: str) -> Driver:
+    """The driver of that name. Raises UserError when there is none."""
+    if name in _BUILT_IN:
+        return _load(EntryPoint(name, _BUILT_IN[name], GROUP))
+    for point in entry_points(group=GROUP, name=name):
+        return _load(point)
+    from unionfs.storage.drivers.plugin import find_plugin
+
+    plugin = find_plugin(name)
+    if plugin is not None:
+        return plugin
+    known = driver_names()
+    close = difflib.get_close_matches(name, known, 1)
+    cure = f"did you mean {close[0]}" if close else f"there are {', '.join(known)}"
+    raise UserError(
+        f"volume driver {quoted(name)} is not known, and no plugin of that name is in /run/docker/plugins or "
+        f"/etc/docker/plugins; {cure}."
+    )
+
+
+def _load(point: EntryPoint) -> Driver:
+    try:
+        made = point.load()()
+    except Exception as error:
+        raise UserError(
+            f"volume driver {quoted(point.name)} ({point.value}) cannot be loaded: {error}; reinstall the "
+            "package "
+            "it comes from."
+        ) from error
+    if not isinstance(made, Driver):
+        raise UserError(
+            f"volume driver {quoted(point.name)} ({point.value}) is no unionfs.storage.drivers.Driver; "
+            "reinstall "
+            "the package it comes from."
+        )
+    return made

@@ -1,0 +1,283 @@
+"""A volume with a size: a sparse file `image` beside its data, with a filesystem on a loop device."""
+
+from __future__ import annotations
+
+import glob
+import os
+import tempfile
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
+
+from unionfs.daemon.errors import UserError, quoted, reason
+from unionfs.storage.drivers.base import Replacement
+from unionfs.storage.drivers.replacing import fsync_directory
+from unionfs.storage.model import Volume
+from unionfs.storage.mounts import MountCall, mount_at, need_program, run_mount, run_program, unmount
+from unionfs.storage.sizes import parse_size, shown_size
+from unionfs.sys.process import has_sys_admin
+
+_DETACH_SECONDS = 5.0
+
+# The smallest that mkfs makes: xfsprogs refuses less than 300 MB; an ext4 needs room for its journal.
+_SMALLEST = {"ext4": 8 << 20, "xfs": 300 << 20}
+_MAKE = {
+    # Nothing is reserved for root: the whole size is the volume's.
+    "ext4": (
+        "mkfs.ext4",
+        "-q",
+        "-F",
+        "-m",
+        "0",
+        "-b",
+        "4096",
+        "-E",
+        "lazy_itable_init=0,nodiscard,root_owner=0:0",
+    ),
+    "xfs": ("mkfs.xfs", "-q", "-f", "-m", "reflink=1"),
+}
+
+
+def check(options: Mapping[str, str]) -> None:
+    """Refuse sizes and filesystems that cannot be made. Raises UserError."""
+    kind, size = options.get("fs", "ext4"), parse_size(options["size"])
+    if kind not in _SMALLEST:
+        raise UserError(f"fs={quoted(kind)} is no filesystem for a volume with a size; it is ext4 or xfs.")
+    if size < _SMALLEST[kind]:
+        raise UserError(
+            f"size={options['size']} is too small for {kind}, which takes at least "
+            f"{shown_size(_SMALLEST[kind])}."
+        )
+    if not has_sys_admin():
+        raise UserError("a volume with a size needs root to be mounted; run as root, or leave the size out.")
+
+
+def path_of(volume: Volume) -> str:
+    """Where the image is."""
+    return f"{volume.directory}/image"
+
+
+def exists(volume: Volume) -> bool:
+    """Whether the volume lies in an image."""
+    return os.path.lexists(path_of(volume))
+
+
+def create(volume: Volume, size: int) -> None:
+    """Make the image with an empty filesystem. Raises UserError."""
+    _make(path_of(volume), size, volume)
+
+
+def _kind(volume: Volume) -> str:
+    return volume.options.get("fs", "ext4")
+
+
+def _make(path: str, size: int, volume: Volume) -> None:
+    kind = _kind(volume)
+    program = _MAKE[kind][0]
+    need_program(program, {"ext4": "e2fsprogs", "xfs": "xfsprogs"}[kind], "a volume with a size")
+    try:
+        fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
+        try:
+            os.ftruncate(fd, size)
+        finally:
+            os.close(fd)
+    except OSError as error:
+        raise UserError(
+            f"the image of volume {quoted(volume.name)} cannot be made: {reason(error)}; free space, or give "
+            "a "
+            "smaller size."
+        ) from error
+    try:
+        run_program((*_MAKE[kind], path), f"volume {quoted(volume.name)} cannot be made")
+        with _mounted(path, volume) as root:
+            _empty(root)
+            os.chmod(root, 0o755)
+    except BaseException:
+        with suppress(OSError):
+            os.unlink(path)
+        raise
+
+
+def _empty(root: str) -> None:
+    """Remove e2fsck's directory, which it makes anew when it needs it: a new volume is empty, as Docker's
+    are.
+    """
+    with suppress(OSError):
+        os.rmdir(f"{root}/lost+found")
+
+
+def _call(path: str, target: str, kind: str) -> MountCall:
+    # The loop device goes with the mount (mount(8), autoclear). A clone of an xfs has the same UUID.
+    options = "loop,nouuid" if kind == "xfs" else "loop"
+    return MountCall(("mount", "-t", kind, "-o", options, "--", path, target))
+
+
+def mount(volume: Volume, target: str) -> None:
+    """Mount the image at `target`. Raises UserError."""
+    run_mount(_call(path_of(volume), target, _kind(volume)), f"volume {quoted(volume.name)}")
+
+
+@contextmanager
+def _mounted(path: str, volume: Volume) -> Iterator[str]:
+    target = tempfile.mkdtemp(prefix=".image-", dir=volume.directory)
+    what = f"volume {quoted(volume.name)}"
+    try:
+        run_mount(_call(path, target, _kind(volume)), what)
+        try:
+            yield target
+        finally:
+            unmount(target, what)
+    finally:
+        if mount_at(target) is None:
+            with suppress(OSError):
+                os.rmdir(target)
+
+
+class _NewImage:
+    def __init__(self, volume: Volume, new: str, path: str) -> None:
+        self.path = path
+        self._volume = volume
+        self._new = new
+
+    def commit(self) -> None:
+        """Unmount the new filesystem, so that it is whole, and give its image the old one's name."""
+        unmount(self.path, f"volume {quoted(self._volume.name)}")
+        fd = os.open(self._new, os.O_RDONLY | os.O_CLOEXEC)
+        try:
+            os.fsync(fd)
+        finally:
+            os.close(fd)
+        data = f"{self._volume.directory}/_data"
+        if mount_at(data) is not None:
+            unmount(data, f"volume {quoted(self._volume.name)}")
+        os.rename(self._new, path_of(self._volume))
+        fsync_directory(self._volume.directory)
+
+
+@contextmanager
+def replacement(volume: Volume) -> Iterator[Replacement]:
+    """New content in a second image, which takes the first one's name when its filesystem is unmounted."""
+    sweep(volume)
+    new = f"{volume.directory}/.image-new"
+    _make(new, parse_size(volume.options["size"]), volume)
+    try:
+        with _mounted(new, volume) as root:
+            yield _NewImage(volume, new, root)
+    finally:
+        with suppress(FileNotFoundError):
+            os.unlink(new)
+
+
+def sweep(volume: Volume) -> None:
+    """Remove what a killed restore left."""
+    for name in os.listdir(volume.directory):
+        if not name.startswith(".image-"):
+            continue
+        path = f"{volume.directory}/{name}"
+        if os.path.isdir(path):
+            unmount(path, f"volume {quoted(volume.name)}")
+            with suppress(OSError):
+                os.rmdir(path)
+        else:
+            os.unlink(path)
+
+
+def resize(volume: Volume, size: int, *, mounted: bool) -> None:
+    """Grow the image and its filesystem, mounted or not; shrink an ext4 that is not mounted. Raises
+    UserError.
+    """
+    kind, path, data = _kind(volume), path_of(volume), f"{volume.directory}/_data"
+    what = f"volume {quoted(volume.name)} cannot be resized"
+    before = os.stat(path).st_size
+    if size < _SMALLEST[kind]:
+        raise UserError(f"{what}: {kind} takes at least {shown_size(_SMALLEST[kind])}; give a larger size.")
+    if size < before and kind == "xfs":
+        raise UserError(f"{what}: an xfs cannot shrink (xfs_growfs(8)); restore a backup into a smaller one.")
+    if size < before and mounted:
+        raise UserError(f"{what}: an ext4 cannot shrink while it is in use; end its users first.")
+    if kind == "ext4" and not mounted:
+        if mount_at(data) is not None:
+            unmount(data, what)
+        _resize_ext4(path, size // 1024 * 1024, before, what)
+        with _mounted(path, volume) as root:
+            _empty(root)
+        return
+    _lengthen(path, size, what)
+    with _in_use(volume, data) as device:
+        try:
+            run_program(("losetup", "-c", device), what)
+            # An ext4 needs CAP_SYS_RESOURCE for that (fs/ext4/ioctl.c), an xfs CAP_SYS_ADMIN.
+            run_program(("xfs_growfs", data) if kind == "xfs" else ("resize2fs", device), what)
+        except UserError:
+            os.truncate(path, before)  # nothing of the filesystem lies there
+            with suppress(UserError):
+                run_program(("losetup", "-c", device), what)
+            raise
+
+
+def _refuse_attached(path: str, what: str) -> None:
+    """Raise UserError while a loop device has the image: e2fsck(8) would ruin a filesystem that is mounted.
+
+    The kernel lets go of a loop device a moment after it was unmounted.
+    """
+    deadline = time.monotonic() + _DETACH_SECONDS
+    while True:
+        device = next(
+            (device for device in glob.glob("/sys/block/loop*") if _backing_file(device) == path), None
+        )
+        if device is None:
+            return
+        if time.monotonic() > deadline:
+            raise UserError(
+                f"{what}: its image is still mounted in another mount namespace "
+                f"({os.path.basename(device)}); end "
+                "what uses it there."
+            )
+        time.sleep(0.05)
+
+
+def _backing_file(device: str) -> str:
+    try:
+        with open(f"{device}/loop/backing_file", "rb") as file:
+            return os.fsdecode(file.read().rstrip(b"\n"))
+    except OSError:
+        return ""
+
+
+def _lengthen(path: str, size: int, what: str) -> None:
+    try:
+        os.truncate(path, size)
+    except OSError as error:
+        raise UserError(
+            f"{what}: {reason(error)}; give a size that the filesystem of the image takes."
+        ) from error
+
+
+def _resize_ext4(path: str, size: int, before: int, what: str) -> None:
+    _refuse_attached(os.path.realpath(path), what)
+    # 1: all is right now (e2fsck(8)); it misses lost+found, and makes it.
+    run_program(("e2fsck", "-f", "-p", path), what, good=(0, 1))
+    if size > before:
+        _lengthen(path, size, what)
+    try:
+        run_program(("resize2fs", path, f"{size // 1024}K"), what)
+    except UserError:
+        if size > before:
+            os.truncate(path, before)
+        raise
+    os.truncate(path, size)
+
+
+@contextmanager
+def _in_use(volume: Volume, data: str) -> Iterator[str]:
+    """The loop device of the mounted volume, which is mounted for that if it is not."""
+    was = mount_at(data)
+    if was is None:
+        mount(volume, data)
+    try:
+        found = mount_at(data)
+        assert found is not None
+        yield found.source
+    finally:
+        if was is None:
+            unmount(data, f"volume {quoted(volume.name)}")

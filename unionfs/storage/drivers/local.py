@@ -1,0 +1,177 @@
+"""The driver `local`: a directory, a filesystem in an image of its own, or what mount(8) mounts."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+
+from unionfs.daemon.errors import UserError, quoted, reason
+from unionfs.storage.drivers import image, replacing
+from unionfs.storage.drivers.base import Driver, Replacement
+from unionfs.storage.model import Volume
+from unionfs.storage.mounts import mount_at, mount_call, run_mount, unmount
+from unionfs.storage.sizes import parse_size
+from unionfs.sys import quota
+from unionfs.sys.process import has_sys_admin
+
+
+class Local(Driver):
+    """Volumes on this host.
+
+    Without options a directory. With `size` a directory with a project quota, where kernel and filesystem
+    have them, else a sparse image with an ext4 or xfs on a loop device. With `type`, `o` and `device`, as in
+    Docker, whatever mount(8) mounts.
+    """
+
+    name = "local"
+    known_options: Mapping[str, str] = {
+        "type": "the filesystem for mount(8): nfs, cifs, tmpfs, ext4, none with o=bind ...",
+        "device": "what to mount",
+        "o": "mount options, separated by commas",
+        "size": "the most the volume may hold, as 100m or 20g",
+        "fs": "the filesystem of an image for size: ext4 (default) or xfs",
+    }
+
+    def check(self, options: Mapping[str, str]) -> None:
+        super().check(options)
+        if "size" in options:
+            parse_size(options["size"])
+            for key in ("type", "device", "o"):
+                if key in options:
+                    raise UserError(
+                        f"the volume options size and {key} exclude each other: a mounted filesystem has a "
+                        "size of "
+                        "its own (for a tmpfs write -o o=size=100m)."
+                    )
+            image.check(options)
+        elif "fs" in options:
+            raise UserError("the volume option fs is the filesystem of an image; it needs the option size.")
+        if "type" in options or "device" in options or "o" in options:
+            self._check_mount(options)
+
+    def _check_mount(self, options: Mapping[str, str]) -> None:
+        kind, device = options.get("type", ""), options.get("device", "")
+        if not kind:
+            raise UserError(
+                "the volume option type is missing; device and o are for mount(8), which needs it."
+            )
+        if not device:
+            # Docker: "missing device in volume options"
+            raise UserError(
+                "the volume option device is missing; name what is to be mounted"
+                + (" (for a tmpfs: device=tmpfs)." if kind == "tmpfs" else ".")
+            )
+        if any(char in kind + device + options.get("o", "") for char in "\0\n"):
+            raise UserError("the volume options type, device and o cannot hold line breaks or zero bytes.")
+        if kind.startswith("-") or "," in kind:
+            raise UserError(
+                f"type={quoted(kind)} is no filesystem type; /proc/filesystems lists the kernel's."
+            )
+        if kind == "none":
+            words = options.get("o", "").split(",")
+            if "bind" not in words and "rbind" not in words:
+                raise UserError("a volume of type none needs the option o=bind.")
+            if not device.startswith("/"):
+                raise UserError(f"device={quoted(device)} is relative; a bind needs an absolute path.")
+        if kind not in ("none", "tmpfs") and not has_sys_admin():
+            raise UserError(
+                f"a volume of type {kind} needs root to be mounted; run as root, or use a volume without "
+                "options."
+            )
+
+    def create(self, volume: Volume) -> None:
+        data = f"{volume.directory}/_data"
+        try:
+            os.mkdir(data, 0o755)
+            os.chmod(data, 0o755)
+        except OSError as error:
+            raise UserError(
+                f"volume {quoted(volume.name)} cannot be made in "
+                f"{quoted(os.path.dirname(volume.directory))}: "
+                f"{reason(error)}; free space, or give another storage root."
+            ) from error
+        if "size" in volume.options:
+            size = parse_size(volume.options["size"])
+            if not quota.limit_directory(data, size):
+                image.create(volume, size)
+
+    def remove(self, volume: Volume) -> None:
+        self.unmount(volume, "")
+        if image.exists(volume):
+            image.sweep(volume)
+        if "size" in volume.options and not image.exists(volume):
+            quota.unlimit_directory(f"{volume.directory}/_data")
+
+    def mount(self, volume: Volume, user: str) -> str:
+        data = f"{volume.directory}/_data"
+        what = f"volume {quoted(volume.name)}"
+        if image.exists(volume):
+            if mount_at(data) is None:
+                image.mount(volume, data)
+        elif "type" in volume.options:
+            kind, device = volume.options["type"], volume.options["device"]
+            if kind == "none" and not has_sys_admin():
+                data = device  # what a bind mount would show, without the mount
+            elif mount_at(data) is None:
+                run_mount(mount_call(kind, device, volume.options.get("o", ""), data), what)
+            if kind == "none" and not os.path.isdir(data):
+                raise UserError(f"{what} is bound to {quoted(device)}, which is no directory; make it first.")
+            replacing.finish_in_place(data)
+        elif not os.path.isdir(data):
+            raise UserError(f"{what} has lost its directory {quoted(data)}; restore it from a backup.")
+        return data
+
+    def unmount(self, volume: Volume, user: str) -> None:
+        if image.exists(volume) or "type" in volume.options:
+            unmount(f"{volume.directory}/_data", f"volume {quoted(volume.name)}")
+
+    @contextmanager
+    def replacement(self, volume: Volume) -> Iterator[Replacement]:
+        if image.exists(volume):
+            with image.replacement(volume) as place:
+                yield place
+        elif "type" in volume.options:
+            with replacing.in_place(self.mount(volume, "")) as inner:
+                yield inner
+        else:
+            with replacing.sibling(f"{volume.directory}/_data") as beside:
+                if "size" in volume.options:
+                    quota.limit_directory(beside.path, parse_size(volume.options["size"]))
+                yield beside
+
+    def restores_mounted(self, volume: Volume) -> bool:
+        if volume.options.get("type") == "tmpfs":
+            raise UserError(
+                f"volume {quoted(volume.name)} is a tmpfs, whose content goes with its last user: nothing "
+                "can be "
+                "restored into it; use a volume of another type."
+            )
+        return "type" in volume.options
+
+    def check_clone(self, volume: Volume) -> None:
+        if "type" in volume.options:
+            raise UserError(
+                f"volume {quoted(volume.name)} cannot be cloned: a volume with the same device would be the "
+                "same data; "
+                "make a new volume, and restore a backup into it."
+            )
+
+    def may_share(self, volume: Volume) -> str | None:
+        return None if image.exists(volume) or "type" in volume.options else volume.directory
+
+    def resize(self, volume: Volume, size: str, *, mounted: bool) -> Mapping[str, str]:
+        if "size" not in volume.options:
+            raise UserError(
+                f"volume {quoted(volume.name)} has no size to change; make a new one with -o size={size} and "
+                "restore a backup into it."
+            )
+        wanted = parse_size(size)
+        if image.exists(volume):
+            image.resize(volume, wanted, mounted=mounted)
+        else:
+            quota.limit_directory(f"{volume.directory}/_data", wanted)
+        return {**volume.options, "size": size}
+
+    def status(self, volume: Volume) -> Mapping[str, object]:
+        return {"mounted": mount_at(volume.mountpoint) is not None} if "type" in volume.options else {}

@@ -1,0 +1,222 @@
+"""Ways to put new content in a volume's place: exchange two directories, or entry by entry where that can't
+be.
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+
+from unionfs.daemon.errors import UserError, quoted, reason
+from unionfs.sys.calls import RENAME_EXCHANGE, renameat2
+
+WORKSPACE = ".unionfs-restore"
+"""The directory in the volume's own root where new content is prepared that cannot lie beside it."""
+_JOURNAL = "journal"
+
+
+def fsync_directory(path: str) -> None:
+    """Make the names in a directory durable."""
+    fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
+def exchange(one: str, other: str) -> None:
+    """Exchange two names on one filesystem in one step (renameat2(2), RENAME_EXCHANGE)."""
+    at = os.open("/", os.O_PATH | os.O_CLOEXEC)
+    try:
+        renameat2(at, os.fsencode(one), at, os.fsencode(other), RENAME_EXCHANGE)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOSYS):
+            raise
+        # No exchange on this filesystem: two steps, of which the first can be undone.
+        aside = f"{other}.old"
+        os.rename(one, aside)
+        try:
+            os.rename(other, one)
+        except BaseException:
+            os.rename(aside, one)
+            raise
+        os.rename(aside, other)
+    finally:
+        os.close(at)
+
+
+class _Sibling:
+    def __init__(self, data: str, path: str) -> None:
+        self.path = path
+        self._data = data
+
+    def commit(self) -> None:
+        exchange(self._data, self.path)
+        fsync_directory(os.path.dirname(self._data))
+
+
+@contextmanager
+def sibling(data: str) -> Iterator[_Sibling]:
+    """New content in a directory beside `data`, which it is exchanged with."""
+    sweep_siblings(data)
+    path = tempfile.mkdtemp(prefix=".restore-", dir=os.path.dirname(data))
+    try:
+        yield _Sibling(data, path)
+    finally:
+        remove_tree(path)
+
+
+def sweep_siblings(data: str) -> None:
+    """Remove what a killed restore left beside `data`. To be called under the volume's long lock."""
+    parent = os.path.dirname(data)
+    with suppress(OSError):
+        for name in os.listdir(parent):
+            if name.startswith(".restore-"):
+                remove_tree(f"{parent}/{name}")
+
+
+def remove_tree(path: str) -> None:
+    """Remove a directory tree, whatever its permissions; what cannot be removed stays for later."""
+    for _ in range(2):
+        shutil.rmtree(path, ignore_errors=True)
+        if not os.path.lexists(path):
+            return
+        # A user's directories without write permission keep what is in them.
+        for directory, _, _ in os.walk(path):
+            with suppress(OSError):
+                os.chmod(directory, 0o700)
+
+
+class _InPlace:
+    def __init__(self, data: str) -> None:
+        self._data = data
+        self.path = f"{data}/{WORKSPACE}/new"
+
+    def commit(self) -> None:
+        workspace = f"{self._data}/{WORKSPACE}"
+        root = os.stat(self.path)
+        journal = {
+            "old": [name for name in os.listdir(self._data) if name != WORKSPACE],
+            "new": os.listdir(self.path),
+            "root": [root.st_mode & 0o7777, root.st_uid, root.st_gid, root.st_mtime_ns],
+        }
+        with open(f"{workspace}/{_JOURNAL}.part", "w", encoding="ascii") as out:
+            json.dump(journal, out)
+            out.flush()
+            os.fsync(out.fileno())
+        os.rename(f"{workspace}/{_JOURNAL}.part", f"{workspace}/{_JOURNAL}")
+        finish_in_place(self._data)
+
+
+@contextmanager
+def in_place(data: str) -> Iterator[_InPlace]:
+    """New content in a hidden directory of the volume itself, for filesystems that are not ours.
+
+    The exchange is many renames, which a journal finishes when it is interrupted.
+    """
+    workspace = f"{data}/{WORKSPACE}"
+    finish_in_place(data)
+    remove_tree(workspace)
+    try:
+        os.mkdir(workspace, 0o700)
+        os.mkdir(f"{workspace}/new", 0o700)
+        os.mkdir(f"{workspace}/old", 0o700)
+    except OSError as error:
+        remove_tree(workspace)
+        raise UserError(
+            f"nothing can be prepared in {quoted(data)}: {reason(error)}; the volume must be writable."
+        ) from error
+    try:
+        yield _InPlace(data)
+    finally:
+        # With a journal the exchange has begun: the next mount of the volume finishes it.
+        if not os.path.lexists(f"{workspace}/{_JOURNAL}"):
+            remove_tree(workspace)
+
+
+class _Workspace:
+    """Descriptors of the directories, none reached through a symlink: the content of a volume is not
+    trusted.
+    """
+
+    def __init__(self, data: str) -> None:
+        flags = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
+        self.fds: list[int] = []
+        try:
+            self.data = self._open(data, flags & ~os.O_NOFOLLOW, None)
+            self.top = self._open(WORKSPACE, flags, self.data)
+            self.old = self._open("old", flags, self.top)
+            self.new = self._open("new", flags, self.top)
+        except BaseException:
+            self.close()
+            raise
+
+    def _open(self, name: str, flags: int, at: int | None) -> int:
+        fd = os.open(name, flags, dir_fd=at)
+        self.fds.append(fd)
+        return fd
+
+    def close(self) -> None:
+        for fd in self.fds:
+            os.close(fd)
+
+
+def finish_in_place(data: str) -> None:
+    """Finish an exchange of entries that has begun; nothing to do when there is none. Raises UserError."""
+    try:
+        if not os.path.lexists(f"{data}/{WORKSPACE}/{_JOURNAL}"):
+            return
+        place = _Workspace(data)
+    except OSError:
+        return  # no restore of ours: its directories are not there
+    try:
+        _finish(place)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(
+            f"an interrupted restore in {quoted(data)}/{WORKSPACE} cannot be finished: {error}; look at its "
+            "directories `old` and `new`, and remove it."
+        ) from error
+    finally:
+        place.close()
+
+
+def _finish(place: _Workspace) -> None:
+    fd = os.open(_JOURNAL, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, dir_fd=place.top)
+    with open(fd, encoding="ascii") as source:
+        journal = json.load(source)
+    old, new = [str(name) for name in journal["old"]], [str(name) for name in journal["new"]]
+    mode, uid, gid, mtime = (int(value) for value in journal["root"])
+    for name in (*old, *new):
+        if name in ("", ".", "..", WORKSPACE) or "/" in name:
+            raise ValueError(f"its journal names {name!r}, which no restore does")
+    for name in old:
+        if not _exists(place.old, name) and _exists(place.data, name):
+            os.rename(name, name, src_dir_fd=place.data, dst_dir_fd=place.old)
+    for name in new:
+        if _exists(place.new, name):
+            os.rename(name, name, src_dir_fd=place.new, dst_dir_fd=place.data)
+    with suppress(OSError):
+        for name in os.listxattr(place.new):
+            os.setxattr(place.data, name, os.getxattr(place.new, name))
+    with suppress(OSError):
+        os.chown(place.data, uid, gid)
+        os.chmod(place.data, mode)
+    # The old content is given up only here, when the new is in place.
+    shutil.rmtree("old", ignore_errors=True, dir_fd=place.top)
+    os.unlink(_JOURNAL, dir_fd=place.top)
+    with suppress(OSError):
+        shutil.rmtree(WORKSPACE, ignore_errors=True, dir_fd=place.data)
+        os.utime(place.data, ns=(mtime, mtime))
+
+
+def _exists(at: int, name: str) -> bool:
+    try:
+        os.stat(name, dir_fd=at, follow_symlinks=False)
+    except FileNotFoundError:
+        return False
+    return True

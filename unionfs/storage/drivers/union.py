@@ -1,0 +1,204 @@
+"""The driver `union`: a volume that is itself a union."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import shutil
+import stat
+import sys
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+
+from unionfs.daemon.errors import UserError, quoted, reason
+from unionfs.daemon.options import split_lowers
+from unionfs.storage.drivers.base import Driver, Replacement
+from unionfs.storage.drivers.replacing import exchange, fsync_directory, remove_tree
+from unionfs.storage.filters import truth
+from unionfs.storage.model import Volume
+from unionfs.storage.mounts import mount_at, run_program
+
+
+class Union(Driver):
+    """A volume over lowers that are never written.
+
+    Every user gets a view of his own, whose changes go with him; or, with `shared`, all have one view, whose
+    changes stay.
+    """
+
+    name = "union"
+    known_options: Mapping[str, str] = {
+        "lower": "the lowers, topmost first, as A:B",
+        "shared": "one view for all, whose changes stay",
+    }
+
+    def check(self, options: Mapping[str, str]) -> None:
+        super().check(options)
+        if not options.get("lower"):
+            raise UserError(
+                "the volume option lower is missing; name the lowers, topmost first, as -o lower=A:B."
+            )
+        for lower in split_lowers(options["lower"]):
+            if not lower.startswith("/"):
+                raise UserError(f"the lower {quoted(lower)} is relative; give absolute paths.")
+            if not os.path.isdir(lower):
+                raise UserError(f"the lower {quoted(lower)} is no directory; make it first.")
+        self._shared(options)
+
+    def _shared(self, options: Mapping[str, str]) -> bool:
+        value = options.get("shared", "false")
+        return truth(value, "shared") if value else True
+
+    def one_mount_each(self, volume: Volume) -> bool:
+        return not self._shared(volume.options)
+
+    def create(self, volume: Volume) -> None:
+        for name in ("_data", "upper", "work") if self._shared(volume.options) else ("views",):
+            os.mkdir(f"{volume.directory}/{name}", 0o755)
+
+    def mountpoint(self, volume: Volume) -> str:
+        return f"{volume.directory}/_data" if self._shared(volume.options) else ""
+
+    def remove(self, volume: Volume) -> None:
+        if self._shared(volume.options):
+            self.unmount(volume, "")
+            _sweep(volume)
+            return
+        views = f"{volume.directory}/views"
+        for name in os.listdir(views) if os.path.isdir(views) else ():
+            _unmount(f"{views}/{name}/merged")
+
+    def _view(self, volume: Volume, user: str) -> str:
+        return f"{volume.directory}/views/{hashlib.sha256(os.fsencode(user)).hexdigest()[:24]}"
+
+    def mount(self, volume: Volume, user: str) -> str:
+        if self._shared(volume.options):
+            data = f"{volume.directory}/_data"
+            if _is_alive(data):
+                return data
+            _mount(volume, f"{volume.directory}/upper", f"{volume.directory}/work", data)
+            return data
+        view = self._view(volume, user)
+        merged = f"{view}/merged"
+        if _is_alive(merged):
+            return merged
+        remove_tree(view)  # of a user before who had the same name
+        for name in ("", "/upper", "/work", "/merged"):
+            os.mkdir(view + name, 0o755)
+        # The root of a view looks like that of the topmost lower.
+        shutil.copystat(split_lowers(volume.options["lower"])[0], f"{view}/upper")
+        try:
+            _mount(volume, f"{view}/upper", f"{view}/work", merged)
+        except UserError:
+            remove_tree(view)
+            raise
+        return merged
+
+    def unmount(self, volume: Volume, user: str) -> None:
+        if self._shared(volume.options):
+            _unmount(f"{volume.directory}/_data")
+            return
+        view = self._view(volume, user)
+        _unmount(f"{view}/merged")
+        remove_tree(view)
+
+    @contextmanager
+    def replacement(self, volume: Volume) -> Iterator[Replacement]:
+        if not self._shared(volume.options):
+            raise UserError(
+                f"volume {quoted(volume.name)} cannot be restored: each of its views begins with the lowers "
+                "and goes "
+                "with its user; use a union with -o shared."
+            )
+        _sweep(volume)
+        place = tempfile.mkdtemp(prefix=".restore-", dir=volume.directory)
+        merged = f"{place}/merged"
+        try:
+            for name in ("upper", "work", "merged"):
+                os.mkdir(f"{place}/{name}", 0o755)
+            _hide(split_lowers(volume.options["lower"]), f"{place}/upper")
+            _mount(volume, f"{place}/upper", f"{place}/work", merged)
+            yield _NewUpper(volume, place)
+        finally:
+            with suppress(UserError):
+                _unmount(merged)
+            if mount_at(merged) is None:
+                remove_tree(place)
+
+    def check_clone(self, volume: Volume) -> None:
+        if not self._shared(volume.options):
+            raise UserError(
+                f"volume {quoted(volume.name)} has no content of its own to clone; make another volume with "
+                "the same "
+                "lowers."
+            )
+
+    def status(self, volume: Volume) -> Mapping[str, object]:
+        return {"shared": self._shared(volume.options)}
+
+
+class _NewUpper:
+    def __init__(self, volume: Volume, place: str) -> None:
+        self.path = f"{place}/merged"
+        self._volume = volume
+        self._place = place
+
+    def commit(self) -> None:
+        _unmount(self.path)
+        _unmount(f"{self._volume.directory}/_data")
+        exchange(f"{self._volume.directory}/upper", f"{self._place}/upper")
+        fsync_directory(self._volume.directory)
+
+
+def _sweep(volume: Volume) -> None:
+    """Remove what a killed restore left."""
+    for name in os.listdir(volume.directory):
+        if name.startswith(".restore-"):
+            _unmount(f"{volume.directory}/{name}/merged")
+            remove_tree(f"{volume.directory}/{name}")
+
+
+def _hide(lowers: Sequence[str], upper: str) -> None:
+    """Whiteouts for all that the lowers show (Documentation/filesystems/overlayfs.rst): an empty union."""
+    for name in {name for lower in lowers for name in os.listdir(lower)}:
+        try:
+            os.mknod(f"{upper}/{name}", stat.S_IFCHR, 0)
+        except OSError as error:
+            raise UserError(
+                f"whiteouts cannot be made in {quoted(upper)}: {reason(error)}; use another storage root."
+            ) from error
+
+
+def _mount(volume: Volume, upper: str, work: str, target: str) -> None:
+    command = [sys.executable, "-m", "unionfs", "mount"]
+    for lower in split_lowers(volume.options["lower"]):
+        command += ["-l", lower]
+    run_program(
+        (*command, "-u", upper, "-w", work, target), f"volume {quoted(volume.name)} cannot be mounted"
+    )
+
+
+def _is_alive(target: str) -> bool:
+    """Whether a union is mounted and answers; one whose daemon has died is cleared away."""
+    from unionfs.daemon.fuse import is_dead
+
+    if mount_at(target) is None:
+        return False
+    if is_dead(os.path.realpath(os.path.dirname(target)) + "/" + os.path.basename(target)):
+        _unmount(target)
+        return False
+    return True
+
+
+def _unmount(target: str) -> None:
+    from unionfs.daemon.unmount import umount
+
+    if mount_at(target) is None:
+        return
+    try:
+        umount(target, lazy=False)
+    except UserError:
+        # It may live on in another mount namespace, which was made meanwhile; here it is gone.
+        if mount_at(target) is not None:
+            raise

@@ -1,0 +1,71 @@
+"""Filters of lists of volumes, in Docker's words; all of them must hold."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+
+from unionfs.daemon.errors import UserError, quoted
+from unionfs.storage.model import Volume
+
+_KEYS = ("name", "label", "label!", "driver", "dangling", "anonymous")
+_TRUE, _FALSE = frozenset({"1", "true", "t", "yes"}), frozenset({"0", "false", "f", "no"})
+
+
+def parse_filters(words: Iterable[str]) -> list[tuple[str, str]]:
+    """KEY=VALUE words (`label!=x` too) as pairs. Raises UserError."""
+    found = []
+    for word in words:
+        key, equals, value = word.partition("=")
+        if not equals or not key:
+            raise UserError(f"the filter {quoted(word)} is no KEY=VALUE; write it so.")
+        if key not in _KEYS:
+            raise UserError(f"the filter {quoted(key)} is not known; there are {', '.join(_KEYS)}.")
+        if key in ("dangling", "anonymous"):
+            truth(value, key)
+        if key == "name":
+            try:
+                re.compile(value)
+            except re.error as error:
+                raise UserError(
+                    f"the filter name={quoted(value)} is no regular expression: {error}."
+                ) from error
+        found.append((key, value))
+    return found
+
+
+def truth(value: str, key: str) -> bool:
+    """`true`, `1` and the like. Raises UserError."""
+    if value.lower() in _TRUE:
+        return True
+    if value.lower() in _FALSE:
+        return False
+    raise UserError(f"the filter {key}={quoted(value)} is neither true nor false; write one of the two.")
+
+
+def matches(volume: Volume, filters: Iterable[tuple[str, str]], *, used: bool) -> bool:
+    """Whether a volume passes all filters. A name passes when the value, a regular expression, is found in
+    it.
+    """
+    return all(_holds(volume, key, value, used) for key, value in filters)
+
+
+def _holds(volume: Volume, key: str, value: str, used: bool) -> bool:
+    match key:
+        case "name":
+            return re.search(value, volume.name) is not None
+        case "driver":
+            return volume.driver == value
+        case "dangling":
+            return truth(value, key) != used
+        case "anonymous":
+            return truth(value, key) == volume.anonymous
+        case "label":
+            return _has_label(volume, value)
+        case _:
+            return not _has_label(volume, value)
+
+
+def _has_label(volume: Volume, text: str) -> bool:
+    name, equals, wanted = text.partition("=")
+    return name in volume.labels and (not equals or volume.labels[name] == wanted)

@@ -1,0 +1,106 @@
+"""Locks of one volume, by flock(2) on files in ROOT/locks: they end with their process, however it ends.
+
+A lock's file goes with its volume. Who finds after locking that the file is not the one of that name any more
+tries again, so that two processes never hold two locks of one name.
+
+Two of them: the short one (`state`) guards what is decided about a volume, and is waited for; the long one
+(`work`) belongs to a backup, restore, clone or resize, and who finds it taken is told by whom.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+
+from unionfs.daemon.errors import UserError, quoted
+from unionfs.storage.root import make_directory
+
+_WAIT_SECONDS = 60.0
+_POLL_SECONDS = 0.02
+
+
+def _path(root: str, name: str) -> str:
+    return f"{make_directory(f'{root}/locks')}/{name}"
+
+
+def _take(path: str) -> int | None:
+    """A locked fd; None while another process has the lock."""
+    while True:
+        fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            there = os.stat(path, follow_symlinks=False)
+            if os.path.samestat(os.fstat(fd), there):
+                return fd
+        except BlockingIOError:
+            os.close(fd)
+            return None
+        except FileNotFoundError:
+            pass  # removed with its volume just now
+        except BaseException:
+            os.close(fd)
+            raise
+        os.close(fd)
+
+
+@contextmanager
+def state(root: str, name: str) -> Iterator[None]:
+    """The short lock of a volume (or of the whole registry, by a name no volume can have).
+
+    Raises UserError when another process keeps it for a minute.
+    """
+    path = _path(root, f"{name}.state")
+    deadline = time.monotonic() + _WAIT_SECONDS
+    while (fd := _take(path)) is None:
+        if time.monotonic() > deadline:
+            raise UserError(
+                f"volume {quoted(name)} is being changed by another process for over a minute (its storage "
+                "may "
+                "hang); try again later."
+            )
+        time.sleep(_POLL_SECONDS)
+    try:
+        yield
+    finally:
+        os.close(fd)
+
+
+@contextmanager
+def work(root: str, name: str, what: str) -> Iterator[None]:
+    """The long lock of a volume for `what` ("a backup"). Raises UserError at once when it is taken."""
+    path = _path(root, f"{name}.work")
+    fd = _take(path)
+    if fd is None:
+        with suppress(OSError), open(path, encoding="utf-8", errors="replace") as file:
+            holder = file.read(200).strip()
+            raise UserError(
+                f"volume {quoted(name)} is busy with {holder or 'another operation'}; try {what} again when "
+                "that "
+                "has ended."
+            )
+        raise UserError(f"volume {quoted(name)} is busy with another operation; try {what} again.")
+    try:
+        os.ftruncate(fd, 0)
+        os.pwrite(fd, f"{what} (pid {os.getpid()})\n".encode(), 0)
+        yield
+    finally:
+        os.close(fd)
+
+
+def forget(root: str, name: str) -> None:
+    """Remove the files of a volume that is gone. To be called with both locks held."""
+    for kind in ("work", "state"):
+        with suppress(OSError):
+            os.unlink(_path(root, f"{name}.{kind}"))
+
+
+def is_taken(root: str, name: str) -> bool:
+    """Whether some process has the short lock of a volume at this moment."""
+    fd = _take(_path(root, f"{name}.state"))
+    if fd is None:
+        return True
+    os.close(fd)
+    return False

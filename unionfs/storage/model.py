@@ -1,0 +1,105 @@
+"""What a volume is: values only, as the registry and the volume's own record keep them."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from unionfs.daemon.errors import quoted
+from unionfs.sys.process import is_alive, start_time
+
+ANONYMOUS_LABEL = "com.docker.volume.anonymous"
+"""Docker marks anonymous volumes with this label, its value being empty."""
+
+
+@dataclass(frozen=True, slots=True)
+class Volume:
+    """A named volume."""
+
+    name: str
+    driver: str
+    mountpoint: str
+    """The absolute path of its data when it is mounted; empty while a plugin has not told it."""
+    anonymous: bool
+    options: Mapping[str, str] = field(default_factory=dict)
+    labels: Mapping[str, str] = field(default_factory=dict)
+    created: float = 0.0
+    """Seconds since the epoch."""
+    scope: str = "local"
+    """`local`, or `global` for a driver whose volumes are the same ones on every host."""
+    directory: str = ""
+    """ROOT/volumes/NAME, where the driver may keep what it needs."""
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain values for the record beside the data."""
+        return {
+            "name": self.name,
+            "driver": self.driver,
+            "options": dict(self.options),
+            "labels": dict(self.labels),
+            "anonymous": self.anonymous,
+            "created": self.created,
+            "scope": self.scope,
+            "mountpoint": self.mountpoint,
+        }
+
+    @classmethod
+    def from_json(cls, values: dict[str, Any], directory: str) -> Volume:
+        """Raises KeyError, TypeError or ValueError when the values are not those of `to_json`."""
+        options, labels = dict(values["options"]), dict(values["labels"])
+        if not all(isinstance(text, str) for part in (options, labels) for text in (*part, *part.values())):
+            raise TypeError("options and labels are texts")
+        return cls(
+            name=str(values["name"]),
+            driver=str(values["driver"]),
+            mountpoint=str(values["mountpoint"]),
+            anonymous=bool(values["anonymous"]),
+            options=options,
+            labels=labels,
+            created=float(values["created"]),
+            scope=str(values["scope"]),
+            directory=directory,
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class User:
+    """Who uses a volume: a text `KIND:PID:STARTTIME:WHAT`, the start time in clock ticks since boot.
+
+    A process that is gone (proc_pid_stat(5) has neither this pid nor this start time any more) uses nothing.
+    A text of another form names a user that goes only by `detach`.
+    """
+
+    text: str
+    path: str
+    """Where the volume's data is for this user."""
+
+    @classmethod
+    def of_this_process(cls, kind: str, what: str = "") -> str:
+        """The text for this process."""
+        return f"{kind}:{os.getpid()}:{start_time(os.getpid()) or 0}:{what}"
+
+    def _process(self) -> tuple[int, int] | None:
+        parts = self.text.split(":", 3)
+        if len(parts) >= 3 and parts[1].isdigit() and parts[2].isdigit():
+            return int(parts[1]), int(parts[2])
+        return None
+
+    @property
+    def is_gone(self) -> bool:
+        """Whether the process named in the text has ended."""
+        process = self._process()
+        return process is not None and not is_alive(*process)
+
+    def __str__(self) -> str:
+        """The user within a sentence."""
+        process = self._process()
+        if process is None:
+            return quoted(self.text)
+        kind, what = self.text.split(":", 1)[0], self.text.split(":", 3)[3:]
+        # After "#" stands what only makes the text unique.
+        what = what if what and not what[0].startswith("#") else []
+        named = f"the {kind} {quoted(what[0])}" if what and what[0] else f"a {kind}"
+        return f"{named} (pid {process[0]})"

@@ -1,0 +1,225 @@
+"""Restoring and cloning volumes: new content is made whole beside the old, and then takes its place."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack, suppress
+
+from unionfs.daemon.errors import UserError, quoted, reason
+from unionfs.storage.archive import manifest
+from unionfs.storage.archive.entry import FILE, SPARSE
+from unionfs.storage.archive.extract import Extractor
+from unionfs.storage.archive.headers import Malformed
+from unionfs.storage.archive.manifest import latest
+from unionfs.storage.archive.read import ArchiveReader
+from unionfs.storage.archive.walk import Walker
+from unionfs.storage.backup import Progress, Report, explained, keep_manifest, open_archive
+from unionfs.storage.copying import copy_content
+from unionfs.storage.drivers.replacing import WORKSPACE
+from unionfs.storage.model import User
+from unionfs.storage.volumes import Volume, Volumes
+from unionfs.sys.calls import syncfs
+
+_LONGEST_CHAIN = 1000
+
+
+def restore(
+    volumes: Volumes,
+    name: str,
+    source: str,
+    *,
+    bases: Sequence[str] = (),
+    progress: Progress | None = None,
+) -> Report:
+    """Replace a volume's content by that of the archive `source` (`-`: standard input). Raises UserError.
+
+    An incremental archive needs those it is built on: they are looked for beside it, and among `bases`.
+    """
+    report = Report()
+    with volumes.working_on(name, "a restore") as volume, ExitStack() as stack:
+        volumes.refuse_users(name, "restored")
+        volumes.driver_of(volume).restores_mounted(volume)
+        chain = open_chain(source, bases, stack)
+        _fill(
+            volumes,
+            volume,
+            stack,
+            report,
+            "restored",
+            lambda extractor: _apply(extractor, chain, report, progress),
+        )
+        last = chain[-1][1]
+        with suppress(OSError):
+            keep_manifest(volume, last.copy_manifest)
+    return report
+
+
+def _fill(
+    volumes: Volumes,
+    volume: Volume,
+    stack: ExitStack,
+    report: Report,
+    what: str,
+    fill: Callable[[Extractor], None],
+) -> None:
+    """Have `fill` make the volume's new content, and put it in the old one's place."""
+    driver = volumes.driver_of(volume)
+    user = User.of_this_process("restore")
+    mounted = driver.restores_mounted(volume)
+    if mounted:
+        volumes.attach(volume.name, user)
+        stack.callback(volumes.detach, volume.name, user)
+    try:
+        with driver.replacement(volume) as place:
+            with Extractor(place.path, report.note) as extractor:
+                fill(extractor)
+                extractor.finish()
+            fd = os.open(place.path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+            try:
+                syncfs(fd)
+            finally:
+                os.close(fd)
+            # Somebody may have begun to use the volume meanwhile.
+            with volumes.still(volume.name, what, besides=user if mounted else ""):
+                place.commit()
+    except OSError as error:
+        raise UserError(
+            f"volume {quoted(volume.name)} cannot be {what}: {reason(error)}; its content is as it was. Free "
+            "space, or "
+            "check its storage."
+        ) from error
+
+
+def open_chain(source: str, bases: Sequence[str], stack: ExitStack) -> list[tuple[str, ArchiveReader]]:
+    """The archives that make up a state, the full one first. Raises UserError when one is missing."""
+    chain = [(source, stack.enter_context(open_archive(source)))]
+    while (base := chain[0][1].info.get("base")) is not None:
+        path, reader = chain[0]
+        with explained(path):
+            wanted, file = str(base["id"]), os.path.basename(str(base["file"]))
+        if len(chain) > _LONGEST_CHAIN or any(other.info["id"] == wanted for _, other in chain):
+            raise UserError(f"the backup {quoted(path)} is built on itself; use another copy of it.")
+        chain.insert(0, _find_base(path, wanted, file, bases, stack))
+        del reader
+    return chain
+
+
+def _find_base(
+    path: str, wanted: str, file: str, bases: Sequence[str], stack: ExitStack
+) -> tuple[str, ArchiveReader]:
+    beside = [] if path == "-" else [os.path.join(os.path.dirname(path), file)]
+    for candidate in (*bases, *beside):
+        if candidate in beside and not os.path.exists(candidate):
+            continue
+        opened = ExitStack()
+        reader = opened.enter_context(open_archive(candidate))
+        if reader.info["id"] == wanted:
+            stack.enter_context(opened)
+            return candidate, reader
+        opened.close()
+    raise UserError(
+        f"the backup {quoted(path)} is incremental, and the one it is built on ({quoted(file)}, id {wanted}) "
+        "is not "
+        "beside it; name it by --base FILE."
+    )
+
+
+def _apply(
+    extractor: Extractor, chain: list[tuple[str, ArchiveReader]], report: Report, progress: Progress | None
+) -> None:
+    before: ArchiveReader | None = None
+    count = size = 0
+    for path, reader in chain:
+        with explained(path):
+            for entry in reader.entries():
+                extractor.add(entry, reader.content() if entry.kind in (FILE, SPARSE) else ())
+                if progress is not None and reader.count % 64 == 0:
+                    progress(count + reader.count, size + reader.read_bytes)
+            for gone in reader.deleted():
+                extractor.remove(gone)
+            if before is not None:
+                _check_base(before, reader)
+        count, size = count + reader.count, size + reader.read_bytes
+        extractor.layers += 1
+        before = reader
+    report.entries, report.size = count, size
+
+
+def _check_base(base: ArchiveReader, reader: ArchiveReader) -> None:
+    """What an incremental archive says to lie in its base must lie there, as it says."""
+    old = latest(base.manifest_lines())
+    known = next(old, None)
+    for line in latest(reader.manifest_lines()):
+        if line.state != manifest.BASE:
+            continue
+        place = line.order()
+        while known is not None and known.order() < place:
+            known = next(old, None)
+        if known is None or known.shown != line.shown:
+            raise Malformed(f"its base does not hold {os.fsdecode(manifest.escape(line.path))} as it says")
+
+
+def verify_chain(source: str, bases: Sequence[str], progress: Progress | None = None) -> Report:
+    """What `restore` would do, without a volume. Raises UserError when it would fail for the archives'
+    sake.
+    """
+    report = Report()
+    with ExitStack() as stack:
+        before: ArchiveReader | None = None
+        for path, reader in open_chain(source, bases, stack):
+            with explained(path):
+                for _ in reader.entries():
+                    if progress is not None and reader.count % 256 == 0:
+                        progress(report.entries + reader.count, report.size + reader.read_bytes)
+                for _ in reader.deleted():
+                    pass
+                if before is not None:
+                    _check_base(before, reader)
+            report.entries += reader.count
+            report.size += reader.read_bytes
+            before = reader
+    return report
+
+
+def clone(volumes: Volumes, source: str, target: str, *, progress: Progress | None = None) -> Report:
+    """Make the volume `target` with the driver, options, labels and content of `source`. Raises UserError."""
+    report = Report()
+    found = volumes.get(source)
+    with volumes.working_on(source, "a clone"), volumes.used(source, "clone") as path, ExitStack() as stack:
+        volumes.refuse_existing(target)
+        volumes.driver_of(found).check_clone(found)
+        made = volumes.create(target, driver=found.driver, options=found.options, labels=found.labels)
+        try:
+            with volumes.working_on(target, "a clone"):
+                _fill(
+                    volumes, made, stack, report, "cloned",
+                    lambda extractor: _copy(path, extractor, report, progress),
+                )  # fmt: skip
+                stack.close()
+        except BaseException:
+            # A clone is whole or not there.
+            with suppress(UserError):
+                stack.close()
+            with suppress(UserError):
+                volumes.remove(target)
+            raise
+    return report
+
+
+def _copy(path: str, extractor: Extractor, report: Report, progress: Progress | None) -> None:
+    walker = Walker(path, report.note, leave_out=(os.fsencode(WORKSPACE),))
+    copied = 0
+    shared = True
+    for entry, fd in walker.entries():
+        if entry.kind in (FILE, SPARSE):
+            copied += 1
+            shared &= copy_content(extractor, walker, entry, fd, report)
+            report.size += entry.size
+        else:
+            extractor.add(entry)
+        report.entries += 1
+        if progress is not None and report.entries % 64 == 0:
+            progress(report.entries, report.size)
+    if copied and shared:
+        report.how = "sharing blocks (reflinks)"

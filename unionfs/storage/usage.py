@@ -1,0 +1,71 @@
+"""How much a volume holds."""
+
+from __future__ import annotations
+
+import os
+import stat
+
+from unionfs.storage.drivers import image
+from unionfs.storage.model import Volume
+from unionfs.storage.volumes import Volumes
+
+
+def size_of_tree(path: str) -> int:
+    """The bytes of all files below a directory, each inode once, directories and holes not counted.
+
+    Never leaves the filesystem, follows no symlink; what vanishes meanwhile is left out. Raises OSError when
+    a directory cannot be read.
+    """
+    total, device = 0, os.lstat(path).st_dev
+    seen: set[tuple[int, int]] = set()
+    waiting = [os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)]
+    names: list[list[str]] = [os.listdir(waiting[0])]
+    try:
+        while waiting:
+            if not names[-1]:
+                names.pop()
+                os.close(waiting.pop())
+                continue
+            name = names[-1].pop()
+            try:
+                status = os.stat(name, dir_fd=waiting[-1], follow_symlinks=False)
+                if stat.S_ISDIR(status.st_mode):
+                    if status.st_dev == device:
+                        flags = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
+                        fd = os.open(name, flags, dir_fd=waiting[-1])
+                        waiting.append(fd)
+                        names.append(os.listdir(fd))
+                    continue
+            except (FileNotFoundError, NotADirectoryError):
+                continue
+            if status.st_nlink > 1:
+                if (status.st_dev, status.st_ino) in seen:
+                    continue
+                seen.add((status.st_dev, status.st_ino))
+            total += (
+                min(status.st_size, status.st_blocks * 512)
+                if stat.S_ISREG(status.st_mode)
+                else status.st_size
+            )
+    finally:
+        for fd in waiting:
+            os.close(fd)
+    return total
+
+
+def size_of(volumes: Volumes, volume: Volume) -> int:
+    """The bytes of a volume's files; it is mounted for that when it has to be. Raises UserError, OSError."""
+    with volumes.used(volume.name, "measurement") as path:
+        return size_of_tree(path)
+
+
+def reclaimable(volume: Volume) -> int:
+    """The bytes of this host that removing an unused volume frees; 0 for what lies elsewhere."""
+    if image.exists(volume):
+        return os.stat(image.path_of(volume)).st_blocks * 512
+    if volume.driver != "local" or "type" in volume.options:
+        return 0
+    try:
+        return size_of_tree(f"{volume.directory}/_data")
+    except OSError:
+        return 0
