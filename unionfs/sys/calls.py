@@ -22,6 +22,7 @@ RENAME_NOREPLACE: Final = 1
 RENAME_EXCHANGE: Final = 2
 RENAME_WHITEOUT: Final = 4
 
+_SYNC_FILE_RANGE_WRITE: Final = 2
 _UTIME_OMIT: Final = (1 << 30) - 2
 # _IOW(0x94, 9, int), include/uapi/linux/fs.h
 _FICLONE: Final = 0x40049409
@@ -44,6 +45,7 @@ _libc.fchownat.argtypes = (
 )  # fmt: skip
 _libc.syncfs.argtypes = (ctypes.c_int,)
 _libc.fallocate.argtypes = (ctypes.c_int, ctypes.c_int, ctypes.c_int64, ctypes.c_int64)
+_libc.sync_file_range.argtypes = (ctypes.c_int, ctypes.c_int64, ctypes.c_int64, ctypes.c_uint)
 _libc.statx.argtypes = (
     ctypes.c_int, ctypes.c_char_p, ctypes.c_int, ctypes.c_uint, ctypes.c_char_p,
 )  # fmt: skip
@@ -103,6 +105,12 @@ def syncfs(fd: int) -> None:
 def fallocate(fd: int, mode: int, offset: int, length: int) -> None:
     """fallocate(2); ``mode`` of FALLOC_FL_*, ``offset`` and ``length`` in bytes."""
     if _libc.fallocate(fd, mode, offset, length) != 0:
+        raise fail()
+
+
+def start_writeback(fd: int, offset: int, length: int) -> None:
+    """Have a range of a file written to disk from now on, without waiting; sync_file_range(2)."""
+    if _libc.sync_file_range(fd, offset, length, _SYNC_FILE_RANGE_WRITE) != 0:
         raise fail()
 
 

@@ -6,16 +6,20 @@ import gzip
 import io
 import os
 import queue
+import stat
 import threading
 import zlib
+from contextlib import suppress
 from typing import IO, Any, Protocol, cast
 
 from unionfs.storage.archive.headers import Malformed
+from unionfs.sys.calls import start_writeback
 
 KINDS = ("zstd", "gzip", "none")
 ENDINGS = {"zstd": ".tar.zst", "gzip": ".tar.gz", "none": ".tar"}
 _ZSTD, _GZIP = b"\x28\xb5\x2f\xfd", b"\x1f\x8b"
 _BUFFER = 1 << 20
+_WRITEBACK = 32 << 20
 
 
 class Sink(Protocol):
@@ -46,11 +50,19 @@ class _Plain:
     def __init__(self, out: IO[bytes]) -> None:
         self._out = out
         self._fd = out.fileno()
+        self._is_file = stat.S_ISREG(os.fstat(self._fd).st_mode)
+        self._at = self._begun = 0
 
     def write(self, data: bytes, /) -> int:
         view = memoryview(data)
         while view:
             view = view[os.write(self._fd, view) :]
+        self._at += len(data)
+        if self._is_file and self._at - self._begun >= _WRITEBACK:
+            # So that the disk is not idle until the fsync at the end.
+            with suppress(OSError):
+                start_writeback(self._fd, self._begun, self._at - self._begun)
+            self._begun = self._at
         return len(data)
 
     def close(self) -> None:
