@@ -16,8 +16,8 @@ from unionfs.daemon.errors import UserError
 from unionfs.daemon.settings import MountSettings, settle
 from unionfs.storage import parsing
 from unionfs.storage.names import anonymous_name, is_name
-from unionfs.storage.quantities import parse_count, parse_size, parse_tmpfs_size
 from unionfs.storage.root import make_directory, storage_root
+from unionfs.storage.sizes import parse_count, parse_size, parse_tmpfs_size
 from unionfs.storage.specs import BindSpec, TmpfsOptions, TmpfsSpec, VolumeSpec, from_json, to_json
 
 NAMES = st.from_regex(r"[a-zA-Z0-9][a-zA-Z0-9_.-]{1,20}", fullmatch=True)

@@ -15,7 +15,7 @@ from typing import Any, NoReturn, TypeVar
 
 from unionfs.daemon.errors import UserError, quoted
 from unionfs.storage.names import check_name
-from unionfs.storage.quantities import parse_count, parse_size, parse_tmpfs_size
+from unionfs.storage.sizes import parse_count, parse_size, parse_tmpfs_size
 from unionfs.storage.specs import (
     PROPAGATIONS,
     TMPFS_FLAGS,

@@ -1,4 +1,4 @@
-"""Sizes as people write them, and how they are shown."""
+"""Sizes as people write them, as tmpfs takes them, and as they are shown."""
 
 from __future__ import annotations
 
@@ -6,23 +6,59 @@ import re
 
 from unionfs.daemon.errors import UserError, quoted
 
-_UNITS = {"": 0, "b": 0, "k": 1, "m": 2, "g": 3, "t": 4, "p": 5}
-_SIZE = re.compile(r"([0-9]+(?:\.[0-9]+)?)\s*([bkmgtp]?)(?:i?b)?", re.IGNORECASE)
+# github.com/docker/go-units, RAMInBytes: 64m, 64MB, 64MiB, 1.5g; always powers of 1024.
+_SIZE = re.compile(r"(\d+(?:\.\d+)?)(?: (?=[a-z]))?(?:([kmgtp])i?)?b?", re.IGNORECASE)
+_UNITS = " kmgtp"
+_PERCENT = re.compile(r"(\d{1,3})%")
+# tmpfs(5), nr_inodes: a number with k, m or g.
+_COUNT = re.compile(r"(\d+)([kmg]?)", re.IGNORECASE)
+_LARGEST = 2**63 - 1
 
 
-def parse_size(text: str, what: str = "size") -> int:
-    """`100m`, `1.5G`, `4096` as bytes; the units are powers of 1024, as Docker's go-units RAMInBytes takes
-    them.
-
-    Raises UserError.
-    """
-    found = _SIZE.fullmatch(text.strip())
+def parse_size(text: str) -> int:
+    """Bytes of `64m`, `1.5GiB`, `4096` and the like. Raises ValueError."""
+    found = _SIZE.fullmatch(text)
     if found is None:
-        raise UserError(f"{what}={quoted(text)} is no size; write a number and b, k, m, g or t, as 100m.")
-    value = int(float(found[1]) * 1024 ** _UNITS[found[2].lower()])
-    if not 0 < value < 1 << 60:
+        raise ValueError(text)
+    number, unit = found.groups()
+    factor = 1 << 10 * _UNITS.index(unit.lower()) if unit else 1
+    size = int(number) * factor if "." not in number else int(float(number) * factor)
+    if size > _LARGEST:
+        raise ValueError(text)
+    return size
+
+
+def volume_size(text: str, what: str = "size") -> int:
+    """As `parse_size`, for a volume, which has at least a byte. Raises UserError."""
+    try:
+        size = parse_size(text.strip())
+    except ValueError:
+        raise UserError(
+            f"{what}={quoted(text)} is no size; write a number and b, k, m, g or t, as 100m."
+        ) from None
+    if not 0 < size < 1 << 60:
         raise UserError(f"{what}={quoted(text)} is no size that a volume can have; write one such as 100m.")
-    return value
+    return size
+
+
+def parse_tmpfs_size(text: str) -> str:
+    """A size as tmpfs takes it: bytes, or `50%` of the memory; 0 is no limit. Raises ValueError."""
+    if found := _PERCENT.fullmatch(text):
+        if not 0 < int(found[1]) <= 100:
+            raise ValueError(text)
+        return f"{int(found[1])}%"
+    return str(parse_size(text))
+
+
+def parse_count(text: str) -> str:
+    """A number of inodes as tmpfs takes it; `k`, `m` and `g` are powers of 1024. Raises ValueError."""
+    found = _COUNT.fullmatch(text)
+    if found is None:
+        raise ValueError(text)
+    count = int(found[1]) << 10 * _UNITS.index(found[2].lower() or " ")
+    if count > _LARGEST:
+        raise ValueError(text)
+    return str(count)
 
 
 def shown_size(size: float) -> str:

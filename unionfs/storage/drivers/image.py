@@ -14,7 +14,7 @@ from unionfs.storage.drivers.base import Replacement
 from unionfs.storage.drivers.replacing import fsync_directory
 from unionfs.storage.model import Volume
 from unionfs.storage.mounts import MountCall, mount_at, need_program, run_mount, run_program, unmount
-from unionfs.storage.sizes import parse_size, shown_size
+from unionfs.storage.sizes import shown_size, volume_size
 from unionfs.sys.process import has_sys_admin
 
 _DETACH_SECONDS = 5.0
@@ -40,7 +40,7 @@ _MAKE = {
 
 def check(options: Mapping[str, str]) -> None:
     """Refuse sizes and filesystems that cannot be made. Raises UserError."""
-    kind, size = options.get("fs", "ext4"), parse_size(options["size"])
+    kind, size = options.get("fs", "ext4"), volume_size(options["size"])
     if kind not in _SMALLEST:
         raise UserError(f"fs={quoted(kind)} is no filesystem for a volume with a size; it is ext4 or xfs.")
     if size < _SMALLEST[kind]:
@@ -159,7 +159,7 @@ def replacement(volume: Volume) -> Iterator[Replacement]:
     """New content in a second image, which takes the first one's name when its filesystem is unmounted."""
     sweep(volume)
     new = f"{volume.directory}/.image-new"
-    _make(new, parse_size(volume.options["size"]), volume)
+    _make(new, volume_size(volume.options["size"]), volume)
     try:
         with _mounted(new, volume) as root:
             yield _NewImage(volume, new, root)

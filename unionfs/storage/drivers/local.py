@@ -11,7 +11,7 @@ from unionfs.storage.drivers import image, replacing
 from unionfs.storage.drivers.base import Driver, Replacement
 from unionfs.storage.model import Volume
 from unionfs.storage.mounts import mount_at, mount_call, run_mount, unmount
-from unionfs.storage.sizes import parse_size
+from unionfs.storage.sizes import volume_size
 from unionfs.sys import quota
 from unionfs.sys.process import has_sys_admin
 
@@ -36,7 +36,7 @@ class Local(Driver):
     def check(self, options: Mapping[str, str]) -> None:
         super().check(options)
         if "size" in options:
-            parse_size(options["size"])
+            volume_size(options["size"])
             for key in ("type", "device", "o"):
                 if key in options:
                     raise UserError(
@@ -92,7 +92,7 @@ class Local(Driver):
                 f"{reason(error)}; free space, or give another storage root."
             ) from error
         if "size" in volume.options:
-            size = parse_size(volume.options["size"])
+            size = volume_size(volume.options["size"])
             if not quota.limit_directory(data, size):
                 image.create(volume, size)
 
@@ -137,7 +137,7 @@ class Local(Driver):
         else:
             with replacing.sibling(f"{volume.directory}/_data") as beside:
                 if "size" in volume.options:
-                    quota.limit_directory(beside.path, parse_size(volume.options["size"]))
+                    quota.limit_directory(beside.path, volume_size(volume.options["size"]))
                 yield beside
 
     def restores_mounted(self, volume: Volume) -> bool:
@@ -166,7 +166,7 @@ class Local(Driver):
                 f"volume {quoted(volume.name)} has no size to change; make a new one with -o size={size} and "
                 "restore a backup into it."
             )
-        wanted = parse_size(size)
+        wanted = volume_size(size)
         if image.exists(volume):
             image.resize(volume, wanted, mounted=mounted)
         else:
