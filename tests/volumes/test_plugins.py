@@ -17,13 +17,13 @@ from typing import Any
 import pytest
 
 from tests.mount.cli_calls import refused, wait_for
-from tests.volumes import plugin_server, trees
+from tests.volumes import trees
 from tests.volumes.conftest import Store
 from unionfs.daemon.errors import UserError
 from unionfs.storage.drivers import plugin
 
 Start = Callable[..., Path]
-SERVER = Path(plugin_server.__file__)
+SERVER = Path(__file__).with_name("plugin_server.py")
 
 
 class Plugins:
