@@ -20,6 +20,7 @@ from unionfs.daemon import live, unmount
 from unionfs.daemon.control import listen, serve_control
 from unionfs.daemon.errors import MountRefusedError, UserError, quoted, reason
 from unionfs.daemon.settings import MountSettings
+from unionfs.daemon.stats import more_for
 from unionfs.fuse.errors import SessionError, SessionUnfit
 from unionfs.fuse.operations import Operations
 from unionfs.sys.mountinfo import mounted_at
@@ -124,7 +125,7 @@ class Service:
             await nursery.start(self._watch_signals, session)
             nursery.start_soon(self._announce, ready, claims)
             if listener is not None:
-                nursery.start_soon(serve_control, listener, lambda: self._answer(operations))
+                nursery.start_soon(serve_control, listener, lambda asked: self._answer(operations, asked))
             with session:
                 await self._serve(operations, ready)
             nursery.cancel_scope.cancel()
@@ -180,8 +181,9 @@ class Service:
         log.info("mounted at %s", self.settings.mountpoint)
         self._on_usable()
 
-    def _answer(self, operations: Operations) -> dict[str, Any]:
-        return {"settings": self.settings.to_json(), "io": self._io, "figures": operations.figures()}
+    def _answer(self, operations: Operations, question: dict[str, Any]) -> dict[str, Any]:
+        answer = {"settings": self.settings.to_json(), "io": self._io, "figures": operations.figures()}
+        return {**answer, **more_for(question, operations.latencies)}
 
     async def _watch_signals(
         self, session: trio.CancelScope, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED
