@@ -35,7 +35,7 @@ _COUNTERS = {
 Examples:
   unionfs stats /mnt
   unionfs stats --watch /mnt
-  unionfs stats --prometheus /mnt > /var/lib/prometheus/node-exporter/mnt.prom
+  unionfs stats --prometheus /mnt
 """,
 )
 @click.option("--watch", is_flag=True, help="Show it again and again, until Ctrl-C or the mount's end.")
