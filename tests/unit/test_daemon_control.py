@@ -40,7 +40,7 @@ async def _asked(path: Path, client: Callable[[], Any]) -> Any:
 
 async def test_a_question(tmp_path: Path) -> None:
     path = tmp_path / "s"
-    client = functools.partial(ask, str(path), {"watch_seconds": 2.5})
+    client = functools.partial(ask, str(path), question={"watch_seconds": 2.5})
     assert await _asked(path, client) == {"asked": {"watch_seconds": 2.5}}
 
 
@@ -79,6 +79,8 @@ async def test_an_older_daemon_that_reads_no_question(tmp_path: Path) -> None:
 
     async with trio.open_nursery() as nursery:
         nursery.start_soon(trio.to_thread.run_sync, serve)
-        answer = await trio.to_thread.run_sync(ask, str(tmp_path / "s"), {"watch_seconds": 1})
+        answer = await trio.to_thread.run_sync(
+            functools.partial(ask, str(tmp_path / "s"), question={"watch_seconds": 1})
+        )
     listener.close()
     assert answer == {"figures": {}}

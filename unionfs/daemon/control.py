@@ -29,7 +29,7 @@ log = logging.getLogger(__name__)
 
 
 def ask(
-    path: str, question: dict[str, Any] | None = None, timeout: float = _ANSWER_SECONDS
+    path: str, timeout: float = _ANSWER_SECONDS, *, question: dict[str, Any] | None = None
 ) -> dict[str, Any] | None:
     """The daemon's answer, None when there is none within `timeout` seconds.
 

@@ -68,7 +68,7 @@ def snapshot(mount: LiveMount, watch_seconds: float) -> Snapshot:
 
     Raises NoAnswerError, MountGoneError, and UserError when the daemon has died or is too old.
     """
-    answer = ask(mount.socket_path, {_WATCH: watch_seconds})
+    answer = ask(mount.socket_path, question={_WATCH: watch_seconds})
     if answer is None:
         raise _silence(mount)
     try:
