@@ -16,7 +16,7 @@ import pytest
 from tests.mount import cli_calls
 from tests.mount.cli_calls import Place, listed, refused, succeed, unionfs
 
-COMMANDS = ("mount", "umount", "ls", "inspect", "diff", "doctor")
+COMMANDS = ("mount", "umount", "ls", "inspect", "stats", "diff", "doctor")
 
 
 @pytest.fixture

@@ -164,7 +164,7 @@ async def test_control_answers_everyone(tmp_path: Path) -> None:
     path = str(directory / "1.sock")
     answers: Iterator[dict[str, Any]] = iter([{"figures": {"x": 1}}, {"figures": {"big": "x" * 300_000}}])
     async with trio.open_nursery() as nursery:
-        nursery.start_soon(control.serve_control, control.listen(path), lambda: next(answers))
+        nursery.start_soon(control.serve_control, control.listen(path), lambda asked: next(answers))
         first: Any = await trio.to_thread.run_sync(control.ask, path)
         second: Any = await trio.to_thread.run_sync(control.ask, path)
         # An answer that cannot be made ends the question and not the daemon.

@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import errno
 import os
+import struct
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import pytest
+import trio
 
 from tests.unit.union_support import OpenUnion, open_union
 from unionfs.fuse.direct.device import Device
 from unionfs.fuse.direct.loop import Loop
-from unionfs.fuse.protocol import Init, Privileges, Settings, negotiate
+from unionfs.fuse.inline import in_thread
+from unionfs.fuse.latency import Histogram, Latencies
+from unionfs.fuse.protocol import Init, Opcode, Privileges, Reply, Request, Settings, encode, negotiate
 from unionfs.fuse.protocol.requests import InitRequest
 
 __all__ = ["open_union"]
@@ -48,3 +52,83 @@ async def test_a_mount_that_is_cut_off(open_union: OpenUnion, monkeypatch: pytes
     with pytest.raises(BaseExceptionGroup) as raised:
         await _loop(open_union).run()
     assert raised.group_contains(ConnectionAbortedError)
+
+
+def _request(opcode: Opcode, unique: int) -> bytes:
+    body = bytes(8 if opcode is Opcode.FORGET else 16)
+    return struct.pack("=IIQQIIIHH", 40 + len(body), int(opcode), unique, 1, 0, 0, 1, 0, 0) + body
+
+
+async def test_latency_only_while_somebody_watches(
+    open_union: OpenUnion, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One request before, one answered in line and one in a task while, one after the time is over."""
+    now = 0
+    latencies = Latencies(lambda: now)
+    taken: list[int] = []
+
+    def answer(request: Request) -> Reply:
+        nonlocal now
+        now += 1000
+        taken.append(request.unique)
+        return encode.ok(request.unique)
+
+    async def waits(request: Request) -> Reply:
+        nonlocal now
+        await in_thread(lambda: None)
+        now += 1_000_000
+        return answer(request)
+
+    offered = InitRequest.of(major=7, minor=45, max_readahead=1 << 17, flags=int(sum(Init)))
+    decision = negotiate(offered, Settings(), Privileges(initial_user_namespace=True, sys_admin=True))
+    device = Device(os.open(os.devnull, os.O_WRONLY))
+    requests: Counter[str] = Counter()
+    loop = Loop(
+        device, decision, open_union(), requests,
+        {Opcode.GETATTR: answer}, {Opcode.FSYNC: waits}, latencies,
+    )  # fmt: skip
+    steps: list[Callable[[], bytes | None]] = []
+
+    def step(opcode: Opcode, before: Callable[[], None] = lambda: None) -> None:
+        def run() -> bytes:
+            before()
+            return _request(opcode, len(steps))
+
+        steps.append(run)
+
+    def over() -> None:
+        nonlocal now
+        now += 10_000_000_000
+
+    step(Opcode.GETATTR)
+    step(Opcode.GETATTR, lambda: latencies.watch(5))
+    step(Opcode.FSYNC)
+    steps.append(lambda: None if len(taken) < 3 else _request(Opcode.FORGET, 9))
+    step(Opcode.GETATTR, over)
+    rest = list(steps)
+
+    def readv(fd: int, buffers: Sequence[bytearray]) -> int:
+        if not rest:
+            raise OSError(errno.ENODEV, "")
+        message = rest[0]()
+        if message is None:
+            raise BlockingIOError
+        rest.pop(0)
+        buffers[0][: len(message)] = message
+        return len(message)
+
+    async def wait_readable(fd: int) -> None:
+        await trio.lowlevel.checkpoint()
+
+    monkeypatch.setattr(os, "readv", readv)
+    monkeypatch.setattr(trio.lowlevel, "wait_readable", wait_readable)
+    with trio.fail_after(20):
+        await loop.run()
+    device.close()
+    assert requests == {"getattr": 3, "fsync": 1, "forget": 1}
+    found = {kind: Histogram.from_json(values) for kind, values in latencies.to_json().items()}
+    assert {kind: (one.count, one.total_ns) for kind, one in found.items()} == {
+        "getattr": (1, 1000),
+        "fsync": (1, 1_001_000),
+    }
+    assert not latencies.watched

@@ -18,6 +18,7 @@ _COMMANDS = {
     "umount": "unionfs.cli.mounts:umount",
     "ls": "unionfs.cli.mounts:ls",
     "inspect": "unionfs.cli.mounts:inspect",
+    "stats": "unionfs.cli.stats:stats",
     "diff": "unionfs.cli.diff:diff",
     "run": "unionfs.cli.containers:run",
     "rm": "unionfs.cli.containers:rm",

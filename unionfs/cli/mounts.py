@@ -9,6 +9,7 @@ import click
 
 if TYPE_CHECKING:
     from unionfs.daemon.live import LiveMount
+    from unionfs.sys.mountinfo import MountEntry
 
 
 @click.command(short_help="Unmount, and wait until all is on disk.", epilog="Example: unionfs umount /mnt")
@@ -124,7 +125,7 @@ def find_mount(mountpoint: str) -> LiveMount:
         # It may be mounted in another mount namespace, where the daemon is.
         found = next((mount for mount in reversed(known) if mount.settings.mountpoint == path), None)
     if found is None:
-        raise UserError(f"{quoted(path)} is no live unionfs mount; `unionfs ls` shows those there are.")
+        raise UserError(f"{quoted(path)} is no live unionfs mount{_why_not(path, mounted)}.")
     return found
 
 
@@ -141,6 +142,23 @@ def upper_in_memory(mount: LiveMount) -> str:
             "it knows the way to an upper in memory; try again later."
         )
     return f"/proc/{mount.pid}/fd/{number}"
+
+
+def _why_not(path: str, mounted: MountEntry | None) -> str:
+    """The cause and the cure, as the end of a sentence, for there being no live mount of ours at a path."""
+    import os
+
+    from unionfs.daemon import live
+    from unionfs.daemon.errors import quoted
+
+    if mounted is not None and mounted.fstype == "fuse.unionfs":
+        owner = mounted.super_option("user_id")
+        if os.geteuid() != 0 and owner != str(os.geteuid()):
+            return f" of this user, but one of uid {owner}; ask as that user or as root"
+        entry = live.find_by_device(mounted.device)
+        if entry is not None and not entry.is_alive():
+            return f": its daemon (pid {entry.pid}) has died; `unionfs umount {quoted(path)}` clears it away"
+    return "; `unionfs ls` shows those there are"
 
 
 def _layers(mount: LiveMount) -> list[str]:

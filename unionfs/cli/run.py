@@ -6,11 +6,14 @@ import os
 import sys
 from collections.abc import Sequence
 from contextlib import suppress
-from typing import NoReturn
+from typing import TYPE_CHECKING, NoReturn
 
 import click
 
 from unionfs.daemon.errors import UserError, quoted, reason
+
+if TYPE_CHECKING:
+    from rich.table import Table
 
 
 def run(command: click.Command, arguments: Sequence[str], program: str) -> int:
@@ -88,17 +91,23 @@ def on_terminal() -> bool:
 def print_table(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
     """A table on a terminal; columns with two spaces between them elsewhere."""
     if on_terminal():
-        from rich import box
         from rich.console import Console
-        from rich.table import Table
-        from rich.text import Text
 
-        table = Table(*headings, box=box.SIMPLE_HEAD, pad_edge=False)
-        for row in rows:
-            table.add_row(*(Text(cell, overflow="fold") for cell in row))
-        Console(highlight=False).print(table)
+        Console(highlight=False).print(terminal_table(headings, rows))
         return
     lines = [list(headings), *(list(row) for row in rows)]
     widths = [max(len(line[column]) for line in lines) for column in range(len(headings))]
     for line in lines:
         print("  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip())
+
+
+def terminal_table(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> Table:
+    """A table in the form that all have on a terminal."""
+    from rich import box
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table(*headings, box=box.SIMPLE_HEAD, pad_edge=False)
+    for row in rows:
+        table.add_row(*(Text(cell, overflow="fold") for cell in row))
+    return table

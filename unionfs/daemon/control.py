@@ -1,7 +1,8 @@
 """Asking a daemon how its mount is doing, over a unix socket.
 
-Whoever connects is sent one JSON document and the end of the stream; nothing is read from him. The socket
-is in a directory that only the daemon's user may enter.
+Whoever connects may send one line with a JSON object, what he wants beyond the usual, and is sent one JSON
+document and the end of the stream. Who says nothing is answered as well, half a second later. The socket is
+in a directory that only the daemon's user may enter.
 """
 
 from __future__ import annotations
@@ -13,17 +14,27 @@ import socket
 import time
 from collections.abc import Callable
 from contextlib import suppress
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import trio
 
 _ANSWER_SECONDS = 2.0
 _SEND_SECONDS = 5.0
 _LONGEST_ANSWER = 16 << 20
+_QUESTION_SECONDS = 0.5
+_LONGEST_QUESTION = 4096
 
 log = logging.getLogger(__name__)
 
 
-def ask(path: str, timeout: float = _ANSWER_SECONDS) -> dict[str, Any] | None:
-    """The daemon's answer, None when there is none within `timeout` seconds."""
+def ask(
+    path: str, timeout: float = _ANSWER_SECONDS, *, question: dict[str, Any] | None = None
+) -> dict[str, Any] | None:
+    """The daemon's answer, None when there is none within `timeout` seconds.
+
+    One that knows nothing of what the question asks for leaves it out.
+    """
     deadline = time.monotonic() + timeout
     pieces, size = [], 0
     try:
@@ -32,9 +43,13 @@ def ask(path: str, timeout: float = _ANSWER_SECONDS) -> dict[str, Any] | None:
             with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as connection:
                 connection.settimeout(timeout)
                 connection.connect(_short_name(directory, path))
+                connection.sendall(json.dumps(question or {}).encode("ascii") + b"\n")
                 while size < _LONGEST_ANSWER:
                     connection.settimeout(max(0.01, deadline - time.monotonic()))
-                    piece = connection.recv(1 << 16)
+                    try:
+                        piece = connection.recv(1 << 16)
+                    except ConnectionResetError:
+                        break  # an older daemon, which reads no question (net/unix/af_unix.c)
                     if not piece:
                         break
                     pieces.append(piece)
@@ -69,13 +84,15 @@ def listen(path: str) -> socket.socket:
     return listener
 
 
-async def serve_control(listener: socket.socket, answer: Callable[[], dict[str, Any]]) -> None:
-    """Send `answer()` to everyone who connects, until cancelled."""
+async def serve_control(
+    listener: socket.socket, answer: Callable[[dict[str, Any]], dict[str, Any]]
+) -> None:
+    """Send `answer(question)` to everyone who connects, until cancelled."""
     import trio
 
     async def handle(stream: trio.SocketStream) -> None:
         try:
-            data = json.dumps(answer()).encode("ascii")
+            data = json.dumps(answer(await _question(stream))).encode("ascii")
             with trio.move_on_after(_SEND_SECONDS):
                 await stream.send_all(data)
         except trio.BrokenResourceError:
@@ -85,3 +102,21 @@ async def serve_control(listener: socket.socket, answer: Callable[[], dict[str, 
             log.exception("a question for the figures could not be answered")
 
     await trio.serve_listeners(handle, [trio.SocketListener(trio.socket.from_stdlib_socket(listener))])
+
+
+async def _question(stream: trio.SocketStream) -> dict[str, Any]:
+    """What a client wants; nothing in particular when he says nothing, or what makes no sense."""
+    import trio
+
+    line = b""
+    with trio.move_on_after(_QUESTION_SECONDS):
+        while b"\n" not in line and len(line) < _LONGEST_QUESTION:
+            piece = await stream.receive_some(_LONGEST_QUESTION)
+            if not piece:
+                break
+            line += piece
+    try:
+        question = json.loads(line.partition(b"\n")[0])
+    except ValueError:
+        return {}
+    return question if isinstance(question, dict) else {}

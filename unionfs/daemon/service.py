@@ -21,6 +21,7 @@ from unionfs.daemon.claiming import Claim
 from unionfs.daemon.control import listen, serve_control
 from unionfs.daemon.errors import MountRefusedError, UserError, quoted, reason
 from unionfs.daemon.settings import MountSettings
+from unionfs.daemon.stats import more_for
 from unionfs.fuse.errors import SessionError, SessionUnfit
 from unionfs.fuse.operations import Operations
 from unionfs.sys.mountinfo import mounted_at
@@ -201,7 +202,7 @@ class Service:
             if self.settings.lives_with is not None:
                 nursery.start_soon(self._watch_owner, session, *self.settings.lives_with)
             if listener is not None:
-                nursery.start_soon(serve_control, listener, lambda: self._answer(operations))
+                nursery.start_soon(serve_control, listener, lambda asked: self._answer(operations, asked))
             with session:
                 await self._serve(operations, ready)
                 self._may_leave_mounts = False
@@ -269,13 +270,14 @@ class Service:
         self._usable = True
         self._on_usable()
 
-    def _answer(self, operations: Operations) -> dict[str, Any]:
+    def _answer(self, operations: Operations, question: dict[str, Any]) -> dict[str, Any]:
         upper = operations.union.stack.upper
         return {
             "settings": self.settings.to_json(),
             "io": self._io,
             "figures": operations.figures(),
             "upper_fd": None if upper is None else upper.root_fd,
+            **more_for(question, operations.latencies),
         }
 
     async def _watch_signals(

@@ -34,6 +34,9 @@ class Files:
         self._copy_ups = copy_ups
         self._handles: dict[int, Handle] = {}
         self._next = 1
+        #: Bytes that came by here, unlike those that the kernel has in its page cache or handles by itself.
+        self.bytes_read = 0
+        self.bytes_written = 0
 
     def __len__(self) -> int:
         return len(self._handles)
@@ -119,9 +122,11 @@ class Files:
         """Up to ``size`` bytes, from a disk if need be; fewer only at the end of the file."""
         file.users += 1
         try:
-            return await in_thread(file.read, size, offset)
+            data = await in_thread(file.read, size, offset)
         finally:
             file.release()
+        self.bytes_read += len(data)
+        return data
 
     async def write(
         self, file: OpenFile, offset: int, data: bytes | memoryview, *, kills_set_ids: bool
@@ -130,12 +135,15 @@ class Files:
         if kills_set_ids:
             drop_set_ids(file.fd)
         if len(data) <= _LONG_WRITE or not file.waits:
-            return file.write(data, offset)
-        file.users += 1
-        try:
-            return await in_thread(file.write, data, offset)
-        finally:
-            file.release()
+            count = file.write(data, offset)
+        else:
+            file.users += 1
+            try:
+                count = await in_thread(file.write, data, offset)
+            finally:
+                file.release()
+        self.bytes_written += count
+        return count
 
     async def fsync(self, node: Node, file: OpenFile, *, datasync: bool) -> None:
         """fsync(2) or fdatasync(2). Of a lower nothing can have changed."""
@@ -162,9 +170,12 @@ class Files:
         source.users += 1
         target.users += 1
         try:
-            return await in_thread(
+            count = await in_thread(
                 os.copy_file_range, source.fd, target.fd, length, offset_in, offset_out
             )
         finally:
             source.release()
             target.release()
+        self.bytes_read += count
+        self.bytes_written += count
+        return count

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import errno
 import os
+import resource
 import stat
 from collections import Counter
 from collections.abc import Callable, Mapping
@@ -21,6 +22,7 @@ from unionfs.fuse.copying import CopyUps
 from unionfs.fuse.directories import Directories
 from unionfs.fuse.files import Files, drop_set_ids
 from unionfs.fuse.inline import in_thread
+from unionfs.fuse.latency import Latencies
 from unionfs.fuse.permissions import group_set_id_goes
 from unionfs.sys import calls
 from unionfs.union.bound import same_storage
@@ -53,6 +55,18 @@ def _owner(change: Change) -> tuple[int, int]:
     return -1 if change.uid is None else change.uid, -1 if change.gid is None else change.gid
 
 
+def _memory() -> dict[str, int]:
+    """This process's resident set in bytes, now and at its largest; proc_pid_statm(5), getrusage(2).
+
+    The kernel may know of some pages a CPU only a little later: smaps_rollup is exact, but its walk over the
+    page tables takes the longer the larger the daemon is, and requests wait for it.
+    """
+    with open("/proc/self/statm", "rb") as statm:
+        now = int(statm.read().split()[1]) * resource.getpagesize()
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    return {"resident_bytes": now, "peak_resident_bytes": max(now, peak)}
+
+
 def error(code: int) -> OSError:
     """The ``OSError`` for an errno."""
     return OSError(code, os.strerror(code))
@@ -69,6 +83,8 @@ class Operations:
         self.files = Files(union, self.copy_ups)
         #: How many requests of a kind came; the session counts.
         self.requests: Counter[str] = Counter()
+        #: How long they took; the session measures while somebody watches.
+        self.latencies = Latencies()
         #: Called with a node that the table let go of.
         self.on_gone: Callable[[Node], None] = lambda node: None
         #: What the session has to add to the figures.
@@ -84,6 +100,10 @@ class Operations:
             "directory_fds": len(self.union.gate),
             "copy_ups": self.copy_ups.count,
             "copied_bytes": self.copy_ups.copied_bytes,
+            "copy_up_seconds": self.copy_ups.nanoseconds / 1e9,
+            "read_bytes": self.files.bytes_read,
+            "written_bytes": self.files.bytes_written,
+            **_memory(),
             **self.more_figures(),
         }
 

@@ -23,8 +23,10 @@ from unionfs.fuse.errors import CUT_OFF, SessionError, SessionUnfit
 from unionfs.fuse.operations import Operations
 from unionfs.fuse.protocol import (
     Decision,
+    Init,
     IoMode,
     NegotiationRefused,
+    Opcode,
     Privileges,
     Settings,
     decoder,
@@ -86,15 +88,27 @@ def _loop(device: Device, splicer: Splicer, operations: Operations, decision: De
     ios = NodeIos(device, decision)
     names = NameRequests(operations, ios, decision)
     data = DataRequests(operations, ios, names, device, splicer, decision)
-    operations.more_figures = ios.figures
-    return Loop(
+    operations.more_figures = lambda: {
+        **ios.figures(),
+        "kept_open_files": len(data.node_files),
+        "passthrough": {"upper": decision.passthrough_upper, "lower": decision.passthrough_lower},
+        "cache": {
+            "writeback": bool(decision.flags & Init.WRITEBACK_CACHE),
+            "opens_without_request": Opcode.OPEN in decision.enosys,
+            "readahead_bytes": decision.max_readahead,
+        },
+    }
+    loop = Loop(
         device,
         decision,
         operations.union,
         operations.requests,
         {**names.table, **data.table},
         {**names.waiting, **data.waiting},
+        operations.latencies,
     )
+    splicer.on_written = loop.spliced
+    return loop
 
 
 async def _agree(

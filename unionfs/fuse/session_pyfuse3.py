@@ -42,6 +42,10 @@ async def serve(
     ``mount_options`` are libfuse's (``fsname=...``, ``allow_other`` ...); ``on_ready`` is called when the
     kernel has begun to talk. Raises :class:`SessionError` when mounting fails or serving is cut off.
     """
+    operations.more_figures = lambda: {
+        "passthrough": {"upper": False, "lower": False},
+        "cache": {"writeback": PyfuseOperations.enable_writeback_cache, "opens_without_request": False},
+    }
     try:
         pyfuse3.init(
             PyfuseOperations(operations, on_ready), mountpoint, {"default_permissions", *mount_options}
@@ -91,7 +95,11 @@ def _is_abort(failure: BaseException) -> bool:
 
 
 def _request(handler: Callable[_P, Coroutine[Any, Any, _T]]) -> Callable[_P, Coroutine[Any, Any, _T]]:
-    """Count the request; no exception but ``FUSEError`` leaves it, for that would end the daemon."""
+    """Count the request; no exception but ``FUSEError`` leaves it, for that would end the daemon.
+
+    Its latency, measured while somebody watches, begins right after the library has read the request, and
+    ends right before it writes the answer.
+    """
     kind = handler.__name__
 
     @functools.wraps(handler)
@@ -99,6 +107,8 @@ def _request(handler: Callable[_P, Coroutine[Any, Any, _T]]) -> Callable[_P, Cor
         adapter = args[0]
         assert isinstance(adapter, PyfuseOperations)
         adapter.operations.requests[kind] += 1
+        latencies = adapter.operations.latencies
+        began = latencies.clock() if latencies.watched else 0
         try:
             try:
                 return await handler(*args, **kwargs)
@@ -112,6 +122,9 @@ def _request(handler: Callable[_P, Coroutine[Any, Any, _T]]) -> Callable[_P, Cor
         except Exception:
             log.exception("%s%r failed", kind, args[1:])
             raise pyfuse3.FUSEError(errno.EIO) from None
+        finally:
+            if began and latencies.goes_on(began):
+                latencies.record(kind, latencies.clock() - began)
 
     return guarded
 
@@ -296,6 +309,7 @@ class PyfuseOperations(pyfuse3.Operations):  # type: ignore[misc,unused-ignore]
             count = file.read_into(view, off)
         if count is None:
             return await self.files.read(file, off, size)
+        self.files.bytes_read += count
         del data[count:]
         return data
 

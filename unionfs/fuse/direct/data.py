@@ -160,6 +160,7 @@ class DataRequests:
             count = file.read_into(self._buffer[:size], 0)
             if count == size:
                 self._device.notify(notify.store(id_, 0, self._buffer[:size]))
+                self._files.bytes_read += size
 
     def _create(self, request: rq.Create) -> Reply:
         parent = self._operations.directory(request.nodeid)
@@ -221,6 +222,7 @@ class DataRequests:
         else:
             here = file.read_into(self._buffer[: request.size], request.offset)
         if here is not None:
+            self._files.bytes_read += here
             return encode.data(request.unique, self._buffer[:here])
         return encode.data(request.unique, await self._files.read(file, request.offset, request.size))
 
@@ -229,12 +231,15 @@ class DataRequests:
         several are read at once. False: it can't be done that way."""
         arguments = request.unique, file, request.offset, request.size
         if not file.waits:
-            return self._splicer.answer(*arguments)
-        file.users += 1
-        try:
-            return await in_thread(self._splicer.answer, *arguments)
-        finally:
-            file.release()
+            count = self._splicer.answer(*arguments)
+        else:
+            file.users += 1
+            try:
+                count = await in_thread(self._splicer.answer, *arguments)
+            finally:
+                file.release()
+        self._files.bytes_read += count
+        return count > 0
 
     async def _write(self, request: rq.Write) -> Reply:
         try:

@@ -7,6 +7,8 @@ Rules:
 - A handler that need not wait is answered in line. One that waits goes on in a task of its own, and takes the
   receive buffer along if its data lies there.
 - A notice about changed attributes is sent before the answer, so that nobody sees the old ones after it.
+- Latency, from the request being read to the answer being written, is measured only while somebody watches:
+  then requests are given to another function. When nobody does, that costs nothing.
 """
 
 from __future__ import annotations
@@ -14,6 +16,7 @@ from __future__ import annotations
 import errno
 import logging
 import os
+import struct
 from collections import Counter
 from collections.abc import Callable, Coroutine, Mapping
 from time import perf_counter_ns
@@ -23,6 +26,7 @@ import trio
 
 from unionfs.fuse.direct.device import Device
 from unionfs.fuse.inline import PENDING, begin, finish
+from unionfs.fuse.latency import Latencies
 from unionfs.fuse.protocol import (
     Decision,
     Opcode,
@@ -46,6 +50,7 @@ Waiting = Callable[[Any], Coroutine[Any, Any, Reply | None]]
 _FAIR_NS: Final = 2_000_000
 _MAX_SPIN_NS: Final = 100_000
 _MIN_SPIN_NS: Final = 5_000
+_OPCODE_UNIQUE: Final = struct.Struct("=4xIQ")  # of struct fuse_in_header
 _NO_ANSWER: Final = (Opcode.FORGET, Opcode.BATCH_FORGET, Opcode.INTERRUPT, Opcode.NOTIFY_REPLY)
 
 
@@ -60,6 +65,7 @@ class Loop:
         requests: Counter[str],
         answers: Mapping[Opcode, Answer],
         waiting: Mapping[Opcode, Waiting],
+        latencies: Latencies | None = None,
     ) -> None:
         self._device = device
         self._union = union
@@ -75,6 +81,14 @@ class Loop:
         self._names = {int(opcode): opcode.name.lower() for opcode in Opcode}
         #: Requests that are being answered in tasks: what ends the task, and who waits for it.
         self._running: dict[int, tuple[trio.CancelScope, int]] = {}
+        self._latencies = latencies or Latencies()
+        self._latencies.on_watched = self._measure
+        #: What a request is given to.
+        self._serve: Callable[[int], bool] = self._answer_or_start
+        #: Requests that are measured: when they were read.
+        self._begun: dict[int, int] = {}
+        #: When an answer that did not come by here was written.
+        self._written: dict[int, int] = {}
 
     def _new_buffer(self) -> None:
         self._buffer = bytearray(self._size)
@@ -126,15 +140,15 @@ class Loop:
                 await trio.lowlevel.checkpoint()
                 fair_until = clock() + _FAIR_NS
 
-    def _serve(self, size: int) -> None:
-        """Answer the request in the buffer, or start a task that will."""
+    def _answer_or_start(self, size: int) -> bool:
+        """Answer the request in the buffer; True: no, but a task was started that will."""
         try:
             request = self._decode(self._view, size)
         except ProtocolError as error:
             log.error("the kernel sent what is no request: %s", error)
             if error.unique is not None:
                 self._device.answer(encode.error(error.unique, errno.EIO))
-            return
+            return False
         number = request.number
         self._requests[self._names.get(number, "unknown")] += 1
         try:
@@ -152,11 +166,44 @@ class Loop:
                         if "data" in request.fields:
                             self._new_buffer()
                         self._nursery.start_soon(self._finish, request, coroutine)
-                        return
+                        return True
                     reply = begun  # type: ignore[assignment]
         except BaseException as error:
             reply = self._failed(request, error)
         self._reply(reply)
+        return False
+
+    # -- while somebody watches -----------------------------------------------------------------------
+
+    def _measure(self) -> None:
+        self._serve = self._measured
+
+    def _measured(self, size: int) -> bool:
+        began = self._latencies.clock()
+        if not self._latencies.goes_on(began):
+            self._serve = self._answer_or_start
+            return self._answer_or_start(size)
+        number, unique = _OPCODE_UNIQUE.unpack_from(self._buffer)
+        if number in _NO_ANSWER:
+            return self._answer_or_start(size)
+        self._begun[unique] = began
+        goes_on = self._answer_or_start(size)
+        if not goes_on:
+            self._answered(number, unique)
+        return goes_on
+
+    def _answered(self, number: int, unique: int) -> None:
+        began = self._begun.pop(unique, None)
+        written = self._written.pop(unique, None) or self._latencies.clock()
+        if began is not None:
+            self._latencies.record(self._names.get(number, "unknown"), written - began)
+
+    def spliced(self, unique: int) -> None:
+        """An answer was just written by another way than `Device.answer`; from any thread."""
+        if unique in self._begun:
+            self._written[unique] = self._latencies.clock()
+
+    # -- answers --------------------------------------------------------------------------------------
 
     def _other(self, request: Request) -> Reply | None:
         if isinstance(request, rq.Interrupt):
@@ -216,6 +263,8 @@ class Loop:
             finally:
                 del self._running[unique]
         self._reply(reply)
+        if self._begun:
+            self._answered(request.number, unique)
 
     def _interrupt(self, unique: int) -> None:
         """A caller got a signal. Only one that is to die of it is sent away: nobody expects EINTR here."""

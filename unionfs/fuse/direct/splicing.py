@@ -14,6 +14,7 @@ import fcntl
 import mmap
 import os
 import struct
+from collections.abc import Callable
 from typing import Final
 
 from unionfs.union.files import OpenFile
@@ -51,6 +52,8 @@ class Splicer:
     def __init__(self, device_fd: int) -> None:
         self._device = device_fd
         self._free: list[_Pipe] = []
+        #: Told of every answer that was written, by the thread that wrote it.
+        self.on_written: Callable[[int], None] = lambda unique: None
 
     def capacity(self) -> int:
         """Bytes that an answer may have: a multiple of the page size."""
@@ -58,11 +61,12 @@ class Splicer:
             self._free.append(_Pipe())
         return self._free[-1].capacity
 
-    def answer(self, unique: int, file: OpenFile, offset: int, size: int) -> bool:
-        """Answer a READ with up to ``size`` bytes; False when nothing was sent, so that others must."""
+    def answer(self, unique: int, file: OpenFile, offset: int, size: int) -> int:
+        """Answer a READ with up to ``size`` bytes; gives their number, 0 when nothing was sent, so that
+        others must."""
         length = min(size, os.fstat(file.fd).st_size - offset)
         if length < mmap.PAGESIZE:
-            return False
+            return 0
         try:
             pipe = self._free.pop()
         except IndexError:
@@ -73,13 +77,16 @@ class Splicer:
         except OSError as error:
             if error.errno not in _GONE:
                 raise
-            return True  # nobody waits for it any more
+            return length  # nobody waits for it any more
         finally:
             if sent:
                 self._free.append(pipe)
             else:
                 pipe.close()  # something may be left in it
-        return sent
+        if not sent:
+            return 0
+        self.on_written(unique)
+        return length
 
     def _send(self, pipe: _Pipe, unique: int, fd: int, offset: int, length: int) -> bool:
         os.write(pipe.writer, _HEADER.pack(_HEADER.size + length, 0, unique))

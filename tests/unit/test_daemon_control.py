@@ -1,0 +1,86 @@
+"""The control socket: with a question, without one, and with what is none."""
+
+from __future__ import annotations
+
+import functools
+import json
+import socket
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import trio
+
+from unionfs.daemon.control import ask, listen, serve_control
+
+
+def _raw(path: Path, sent: bytes | None, *, ends: bool) -> dict[str, Any]:
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as connection:
+        connection.settimeout(10)
+        connection.connect(str(path))
+        if sent is not None:
+            connection.sendall(sent)
+        if ends:
+            connection.shutdown(socket.SHUT_WR)
+        data = b""
+        while piece := connection.recv(65536):
+            data += piece
+    found: dict[str, Any] = json.loads(data)
+    return found
+
+
+async def _asked(path: Path, client: Callable[[], Any]) -> Any:
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(serve_control, listen(str(path)), lambda question: {"asked": question})
+        answer = await trio.to_thread.run_sync(client)
+        nursery.cancel_scope.cancel()
+    return answer
+
+
+async def test_a_question(tmp_path: Path) -> None:
+    path = tmp_path / "s"
+    client = functools.partial(ask, str(path), question={"watch_seconds": 2.5})
+    assert await _asked(path, client) == {"asked": {"watch_seconds": 2.5}}
+
+
+async def test_no_question(tmp_path: Path) -> None:
+    path = tmp_path / "s"
+    assert await _asked(path, functools.partial(ask, str(path))) == {"asked": {}}
+
+
+@pytest.mark.parametrize(
+    ("sent", "ends"),
+    [
+        (None, False),  # as clients did before there were questions
+        (None, True),
+        (b"{}\n", False),
+        (b"no json\n", False),
+        (b"[1]\n", False),
+        (b"\xff\xfe\n", False),
+        (b"{" * 4096, False),
+        (b'{"half":', True),
+    ],
+)
+async def test_who_asks_for_nothing(tmp_path: Path, sent: bytes | None, ends: bool) -> None:
+    path = tmp_path / "s"
+    assert await _asked(path, functools.partial(_raw, path, sent, ends=ends)) == {"asked": {}}
+
+
+async def test_an_older_daemon_that_reads_no_question(tmp_path: Path) -> None:
+    """It answers and closes with our question unread, which is a reset to us."""
+    listener = listen(str(tmp_path / "s"))
+
+    def serve() -> None:
+        connection, _ = listener.accept()
+        with connection:
+            connection.recv(1, socket.MSG_PEEK)  # the question is there
+            connection.sendall(b'{"figures": {}}')
+
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(trio.to_thread.run_sync, serve)
+        answer = await trio.to_thread.run_sync(
+            functools.partial(ask, str(tmp_path / "s"), question={"watch_seconds": 1})
+        )
+    listener.close()
+    assert answer == {"figures": {}}

@@ -1,0 +1,272 @@
+"""`unionfs stats`."""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
+
+import click
+
+if TYPE_CHECKING:
+    from unionfs.daemon.live import LiveMount
+    from unionfs.daemon.stats import Kind, Snapshot, Span
+
+_Table = tuple[Sequence[str], Sequence[Sequence[str]]]
+# How much longer than the span the daemon goes on measuring, for we may be late.
+_SPARE_SECONDS = 5.0
+
+_COUNTERS = {
+    "read_bytes": "read by the daemon",
+    "written_bytes": "written by the daemon",
+    "copy_ups": "copy-ups",
+    "copied_bytes": "copied up",
+    "copy_up_seconds": "time of copy-ups",
+    "opened_with_backing_file": "opens passed through",
+    "backing_files_refused": "pass-throughs refused",
+}
+
+
+@click.command(
+    short_help="Show what a mount does: requests, latency, bytes.",
+    epilog="""\b
+Examples:
+  unionfs stats /mnt
+  unionfs stats --watch /mnt
+  unionfs stats --prometheus /mnt
+""",
+)
+@click.option("--watch", is_flag=True, help="Show it again and again, until Ctrl-C or the mount's end.")
+@click.option("--json", "as_json", is_flag=True, help="Print a JSON object; with --watch one a line.")
+@click.option("--prometheus", is_flag=True, help="Print Prometheus's text format, at once.")
+@click.option(
+    "--seconds",
+    type=click.FloatRange(0, 600),
+    default=1.0,
+    show_default=True,
+    help="The span that is looked at; 0: none, only what has come about since the mount.",
+)
+@click.argument("mountpoint")
+def stats(mountpoint: str, watch: bool, as_json: bool, prometheus: bool, seconds: float) -> int:
+    """Show what the mount at MOUNTPOINT does: requests by kind, their latency, bytes, copy-ups, its state.
+
+    REQUESTS and TOTAL count since the mount. PER SECOND, P50 and P99 are of one second (or --seconds), for
+    which the daemon measures; when nobody asks, it does not. P50 and P99: half, and 99 of 100, of the
+    requests of that second took at most that long, from the kernel's request to the daemon's answer; within
+    6.25 %. Bytes are those that go through the daemon: neither what passes through nor what the page cache
+    answers.
+
+    With --prometheus the daemon measures for the next 150 seconds, so that who comes again in time finds the
+    latency of all requests, as a histogram.
+    """
+    if prometheus and (watch or as_json):
+        raise click.UsageError("--prometheus goes neither with --watch nor with --json")
+    if watch and seconds < 0.1:
+        raise click.UsageError("--watch needs --seconds of at least 0.1")
+    from unionfs.cli.mounts import find_mount
+
+    mount = find_mount(mountpoint)
+    if prometheus:
+        from unionfs.daemon.exposition import SCRAPE_SECONDS, exposition
+        from unionfs.daemon.stats import snapshot
+
+        sys.stdout.buffer.write(exposition(mount, snapshot(mount, SCRAPE_SECONDS)).encode("utf-8"))
+        sys.stdout.buffer.flush()
+        return 0
+    if watch:
+        return _watch(mount, seconds, as_json=as_json)
+    span = _span(mount, seconds)
+    if as_json:
+        print(json.dumps(_json(mount, span), indent=2))
+        return 0
+    from unionfs.cli.run import print_table
+
+    for index, table in enumerate(_tables(mount, span)):
+        if index:
+            print()
+        print_table(*table)
+    return 0
+
+
+def _span(mount: LiveMount, seconds: float) -> Span:
+    from unionfs.daemon.stats import Span, snapshot
+
+    if seconds == 0:
+        return Span(None, snapshot(mount, 0))
+    earlier = snapshot(mount, seconds + _SPARE_SECONDS)
+    time.sleep(seconds)
+    return Span(earlier, snapshot(mount, 0))
+
+
+# -- again and again ----------------------------------------------------------------------------------
+
+
+def _watch(mount: LiveMount, seconds: float, *, as_json: bool) -> int:
+    """Until Ctrl-C, which is how one ends it, and so no error (as with watch(1) and top(1))."""
+    from unionfs.cli.run import complain, on_terminal
+    from unionfs.daemon.stats import MountGoneError
+
+    try:
+        if as_json:
+            _follow(mount, seconds, lambda span: print(json.dumps(_json(mount, span)), flush=True))
+        elif on_terminal():
+            _on_terminal(mount, seconds)
+        else:
+            _follow(mount, seconds, lambda span: _print_block(mount, span))
+    except KeyboardInterrupt:
+        return 0
+    except MountGoneError as gone:
+        return complain("unionfs", str(gone), 0)
+    return 0
+
+
+def _follow(mount: LiveMount, seconds: float, show: Callable[[Span], None]) -> None:
+    """Show every span; ends by an exception."""
+    from unionfs.daemon.stats import Span
+
+    earlier = _ask_until_answered(mount, seconds)
+    due = time.monotonic() + seconds
+    while True:
+        time.sleep(max(0.0, due - time.monotonic()))
+        due = max(due + seconds, time.monotonic())
+        now = _ask_until_answered(mount, seconds)
+        show(Span(earlier, now))
+        earlier = now
+
+
+def _ask_until_answered(mount: LiveMount, seconds: float) -> Snapshot:
+    """A daemon that says nothing for a while is just what one wants to go on watching."""
+    from unionfs.cli.run import complain
+    from unionfs.daemon.stats import NoAnswerError, snapshot
+
+    told = False
+    while True:
+        try:
+            return snapshot(mount, seconds + _SPARE_SECONDS)
+        except NoAnswerError as error:
+            if not told:
+                complain("unionfs", f"{error} Still asking.")
+            told = True
+            time.sleep(0.2)
+
+
+def _on_terminal(mount: LiveMount, seconds: float) -> None:
+    from rich.console import Group
+    from rich.live import Live
+
+    from unionfs.cli.run import terminal_table
+
+    with Live(auto_refresh=False, vertical_overflow="ellipsis") as screen:
+        _follow(
+            mount,
+            seconds,
+            lambda span: screen.update(
+                Group(*(terminal_table(*table) for table in _tables(mount, span))), refresh=True
+            ),
+        )
+
+
+def _print_block(mount: LiveMount, span: Span) -> None:
+    from unionfs.cli.run import print_table
+
+    for table in _tables(mount, span):
+        print_table(*table)
+        print()
+    sys.stdout.flush()
+
+
+# -- what is shown ------------------------------------------------------------------------------------
+
+
+def _json(mount: LiveMount, span: Span) -> dict[str, Any]:
+    from datetime import datetime
+
+    def moment(seconds: float) -> str:
+        return datetime.fromtimestamp(seconds).astimezone().isoformat(timespec="milliseconds")
+
+    return {
+        "mountpoint": mount.settings.mountpoint,
+        "pid": mount.pid,
+        "since": moment(mount.since),
+        "time": moment(time.time()),
+        **span.to_json(),
+    }
+
+
+def _tables(mount: LiveMount, span: Span) -> list[_Table]:
+    from unionfs.daemon.errors import quoted
+
+    # What comes most often first: a small terminal shows the beginning.
+    kinds = sorted(
+        span.kinds().items(), key=lambda item: (-(item[1].per_second or 0), -item[1].total, item[0])
+    )
+    requests = [_row(name, kind) for name, kind in [("all", span.all_kinds()), *kinds]]
+    counters = [
+        (_COUNTERS[name], _amount(name, total), "-" if rate is None else _amount(name, rate, rate=True))
+        for name, (total, rate) in span.counters().items()
+    ]
+    states = [
+        ("mountpoint", quoted(mount.settings.mountpoint)),
+        ("daemon", f"pid {mount.pid}, session {span.now.session}, io {span.now.io}"),
+        *_states(span.states()),
+    ]
+    return [
+        (("REQUEST", "REQUESTS", "PER SECOND", "P50", "P99"), requests),
+        (("COUNTER", "TOTAL", "PER SECOND"), counters),
+        (("STATE", "NOW"), states),
+    ]
+
+
+def _row(name: str, kind: Kind) -> tuple[str, ...]:
+    rate = "-" if kind.per_second is None else f"{kind.per_second:.1f}"
+    return name, str(kind.total), rate, *(_duration(kind.latency.quantile(part)) for part in (0.5, 0.99))
+
+
+def _duration(ns: float | None) -> str:
+    """Three digits, which is as much as is known."""
+    if ns is None:
+        return "-"
+    for unit, size in (("s", 1e9), ("ms", 1e6), ("µs", 1e3)):
+        if ns >= size:
+            value = ns / size
+            return f"{value:.{max(0, 2 - len(str(int(value))) + 1)}f} {unit}"
+    return f"{ns:.0f} ns"
+
+
+def _size(count: float) -> str:
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if count < 1024:
+            return f"{count:.0f} B" if unit == "B" else f"{count:.1f} {unit}"
+        count /= 1024
+    return f"{count:.1f} TiB"
+
+
+def _amount(name: str, value: float, *, rate: bool = False) -> str:
+    if name.endswith("bytes"):
+        return _size(value)
+    if name.endswith("seconds"):
+        return f"{value * 1e3:.1f} ms" if value < 1 else f"{value:.1f} s"
+    return f"{value:.1f}" if rate else f"{value:.0f}"
+
+
+def _states(states: dict[str, Any]) -> list[tuple[str, str]]:
+    rows = []
+    for name, value in states.items():
+        if isinstance(value, dict):
+            shown = ", ".join(f"{_words(key)} {_state(key, item)}" for key, item in value.items())
+        else:
+            shown = _state(name, value)
+        rows.append((_words(name), shown))
+    return rows
+
+
+def _words(name: str) -> str:
+    return name.removesuffix("_bytes").replace("_", " ")
+
+
+def _state(name: str, value: object) -> str:
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    return _size(value) if name.endswith("bytes") and isinstance(value, int | float) else str(value)

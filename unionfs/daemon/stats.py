@@ -1,0 +1,197 @@
+"""What a mount does: asked of its daemon, and what lies between two answers.
+
+The daemon measures latencies only for as long as it was asked to: see `unionfs.fuse.latency`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Final
+
+from unionfs.daemon.control import ask
+from unionfs.daemon.errors import UserError, quoted
+from unionfs.daemon.live import LiveMount
+from unionfs.fuse.latency import Histogram, Latencies
+
+COUNTERS: Final = (
+    "read_bytes",
+    "written_bytes",
+    "copy_ups",
+    "copied_bytes",
+    "copy_up_seconds",
+    "opened_with_backing_file",
+    "backing_files_refused",
+)
+"""Figures that only grow; the others are states. A session has only some of them."""
+
+_WATCH: Final = "watch_seconds"
+_NS: Final = 1_000_000_000
+
+
+def more_for(question: dict[str, Any], latencies: Latencies) -> dict[str, Any]:
+    """The daemon's part: what it answers to a question for statistics beyond what it tells everybody.
+
+    Latencies are measured for the next `watch_seconds` seconds.
+    """
+    seconds = question.get(_WATCH)
+    if not isinstance(seconds, int | float):
+        return {}
+    latencies.watch(seconds)
+    return {"clock_ns": latencies.clock(), "latencies": latencies.to_json()}
+
+
+class NoAnswerError(UserError):
+    """The daemon lives, but says nothing."""
+
+
+class MountGoneError(UserError):
+    """The mount was unmounted."""
+
+
+@dataclass(frozen=True, slots=True)
+class Snapshot:
+    """What a daemon told at one moment."""
+
+    clock_ns: int
+    """By the daemon's clock."""
+    session: str
+    io: str
+    requests: dict[str, int]
+    """Since the mount, by kind."""
+    figures: dict[str, Any]
+    latencies: dict[str, Histogram]
+    """Of the requests that were measured since the mount, by kind."""
+
+
+def snapshot(mount: LiveMount, watch_seconds: float) -> Snapshot:
+    """Ask the daemon, and have it measure for so many seconds more.
+
+    Raises NoAnswerError, MountGoneError, and UserError when the daemon has died or is too old.
+    """
+    answer = ask(mount.socket_path, question={_WATCH: watch_seconds})
+    if answer is None:
+        raise _silence(mount)
+    try:
+        figures = dict(answer["figures"])
+        return Snapshot(
+            clock_ns=int(answer["clock_ns"]),
+            session=str(answer["settings"]["session"]),
+            io=str(answer["settings"]["io"]),
+            requests={str(kind): int(count) for kind, count in figures.pop("requests").items()},
+            figures=figures,
+            latencies={kind: Histogram.from_json(values) for kind, values in answer["latencies"].items()},
+        )
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise UserError(
+            f"the daemon of {quoted(mount.settings.mountpoint)} (pid {mount.pid}) is of another version and "
+            "has no statistics; unmount and mount again, or see `unionfs inspect`."
+        ) from error
+
+
+def _silence(mount: LiveMount) -> UserError:
+    """Why there was no answer."""
+    name = quoted(mount.settings.mountpoint)
+    if not mount.mounts():
+        return MountGoneError(f"{name} is not mounted any more.")
+    if not mount.is_alive():
+        return UserError(
+            f"the daemon of {name} (pid {mount.pid}) has died; `unionfs umount {name}` clears the mount away."
+        )
+    return NoAnswerError(
+        f"the daemon of {name} (pid {mount.pid}) does not answer; it is stopped, or waits for a disk that "
+        f"hangs: `ps -o stat,wchan {mount.pid}` tells."
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class Kind:
+    """Requests of one kind."""
+
+    total: int
+    """Since the mount."""
+    per_second: float | None
+    """None: nothing is known but the total."""
+    latency: Histogram
+    """Of those that were begun and answered in the span."""
+
+
+@dataclass(frozen=True, slots=True)
+class Span:
+    """What a mount did between two moments."""
+
+    earlier: Snapshot | None
+    """None: there is only the one moment."""
+    now: Snapshot
+
+    @property
+    def seconds(self) -> float:
+        """Its length; 0 when there is only one moment."""
+        return 0.0 if self.earlier is None else (self.now.clock_ns - self.earlier.clock_ns) / _NS
+
+    def kinds(self) -> dict[str, Kind]:
+        """By the name of the kind."""
+        return {name: self._kind(name) for name in sorted(self.now.requests)}
+
+    def _kind(self, name: str) -> Kind:
+        total = self.now.requests[name]
+        latency = self.now.latencies.get(name, Histogram())
+        if self.earlier is None or self.seconds <= 0:
+            return Kind(total, None, Histogram())
+        if (before := self.earlier.latencies.get(name)) is not None:
+            latency = latency.since(before)
+        return Kind(total, (total - self.earlier.requests.get(name, 0)) / self.seconds, latency)
+
+    def all_kinds(self) -> Kind:
+        """All requests as one kind."""
+        kinds = self.kinds().values()
+        latency = Histogram()
+        for kind in kinds:
+            latency.add(kind.latency)
+        rates = [kind.per_second for kind in kinds if kind.per_second is not None]
+        return Kind(sum(kind.total for kind in kinds), sum(rates) if self.seconds > 0 else None, latency)
+
+    def counters(self) -> dict[str, tuple[float, float | None]]:
+        """Figures that only grow: since the mount, and a second."""
+        found: dict[str, tuple[float, float | None]] = {}
+        for name in COUNTERS:
+            total = self.now.figures.get(name)
+            if total is None:
+                continue
+            rate = None
+            if self.earlier is not None and self.seconds > 0:
+                rate = (total - self.earlier.figures.get(name, 0)) / self.seconds
+            found[name] = total, rate
+        return found
+
+    def states(self) -> dict[str, Any]:
+        """All other figures, as they are now."""
+        return {name: value for name, value in self.now.figures.items() if name not in COUNTERS}
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain values; times in seconds, sizes in bytes."""
+        return {
+            "session": self.now.session,
+            "io": self.now.io,
+            "seconds": self.seconds,
+            "requests": {name: _kind_json(kind) for name, kind in self.kinds().items()},
+            "all_requests": _kind_json(self.all_kinds()),
+            "counters": {
+                name: {"total": total, "per_second": rate}
+                for name, (total, rate) in self.counters().items()
+            },
+            "state": self.states(),
+        }
+
+
+def _kind_json(kind: Kind) -> dict[str, Any]:
+    p50, p99 = kind.latency.quantile(0.5), kind.latency.quantile(0.99)
+    latency = None
+    if p50 is not None and p99 is not None:
+        count = kind.latency.count
+        latency = {
+            "count": count,
+            "mean_seconds": kind.latency.total_ns / count / _NS,
+            "p50_seconds": p50 / _NS,
+            "p99_seconds": p99 / _NS,
+        }
+    return {"total": kind.total, "per_second": kind.per_second, "latency": latency}

@@ -1,0 +1,139 @@
+"""How long requests take: histograms by kind, filled only while somebody wants to know.
+
+Without I/O: times come in as nanoseconds, what goes out is JSON-able.
+
+A bucket holds times in (lower, upper]. Up to 16 ns each nanosecond has its own; above, every power of two is
+divided into eight buckets of the same width. So a bucket's middle is at most 1/16 (6.25 %) away from every
+time in it, whatever the times are, and that is the error of a quantile. Every power of two from 16 on is the
+end of a bucket, so that counts up to there are exact.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Callable, Mapping
+from time import perf_counter_ns
+from typing import Any, Final
+
+ERROR: Final = 1 / 16
+"""How far a quantile may be from the true one, as a part of that."""
+
+_STEPS: Final = 8  # buckets a power of two
+_BITS: Final = 4  # so many bits of a number tell its bucket
+_NS: Final = 1_000_000_000
+LONGEST_WATCH: Final = 3600.0
+"""Seconds that can be asked for at once."""
+
+
+def _bucket(ns: int) -> int:
+    number = ns - 1 if ns > 0 else 0
+    shift = number.bit_length() - _BITS
+    return number if shift <= 0 else shift * _STEPS + (number >> shift)
+
+
+def _bounds(bucket: int) -> tuple[int, int]:
+    """(lower, upper] in nanoseconds."""
+    if bucket < 2 * _STEPS:
+        return bucket, bucket + 1
+    shift = bucket // _STEPS - 1
+    first = bucket % _STEPS + _STEPS
+    return first << shift, (first + 1) << shift
+
+
+class Histogram:
+    """Times in nanoseconds, each known to 1/16."""
+
+    __slots__ = ("buckets", "total_ns")
+
+    def __init__(self, buckets: Mapping[int, int] | None = None, total_ns: int = 0) -> None:
+        self.buckets: Counter[int] = Counter(buckets or {})
+        self.total_ns = total_ns
+
+    def record(self, ns: int) -> None:
+        """Add one time."""
+        self.buckets[_bucket(ns)] += 1
+        self.total_ns += ns
+
+    @property
+    def count(self) -> int:
+        """How many times were added."""
+        return self.buckets.total()
+
+    def quantile(self, part: float) -> float | None:
+        """Nanoseconds that ``part`` (0 to 1) of the times do not exceed, by nearest rank: the true one times
+        1 ± ``ERROR``. None: there are no times.
+        """
+        rank = max(1, math.ceil(part * self.count))
+        for bucket in sorted(self.buckets):
+            rank -= self.buckets[bucket]
+            if rank <= 0:
+                lower, upper = _bounds(bucket)
+                return (lower + 1 + upper) / 2
+        return None
+
+    def up_to(self, ns: int) -> int:
+        """How many times are at most ``ns``, which is a power of two from 16 on; or the end of any bucket."""
+        return sum(count for bucket, count in self.buckets.items() if _bounds(bucket)[1] <= ns)
+
+    def since(self, earlier: Histogram) -> Histogram:
+        """What came after an earlier state of the same histogram."""
+        return Histogram(self.buckets - earlier.buckets, self.total_ns - earlier.total_ns)
+
+    def add(self, other: Histogram) -> None:
+        """Take in another one's times."""
+        self.buckets.update(other.buckets)
+        self.total_ns += other.total_ns
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain values; `from_json` reads them back."""
+        return {"buckets": sorted(self.buckets.items()), "total_ns": self.total_ns}
+
+    @classmethod
+    def from_json(cls, values: dict[str, Any]) -> Histogram:
+        """Raises KeyError, TypeError or ValueError when the values are not those of `to_json`."""
+        buckets = {int(bucket): int(count) for bucket, count in values["buckets"]}
+        return cls(buckets, int(values["total_ns"]))
+
+
+class Latencies:
+    """The latencies of one mount's requests, by kind. They only grow; nothing is measured unless asked for.
+
+    Who has asked is forgotten when his time is over. A session looks at :attr:`watched` or is told by
+    :attr:`on_watched`, and calls :meth:`goes_on` while it measures.
+    """
+
+    def __init__(self, clock: Callable[[], int] = perf_counter_ns) -> None:
+        self.clock = clock
+        #: Whether to measure.
+        self.watched = False
+        #: Called when measuring is to begin.
+        self.on_watched: Callable[[], None] = lambda: None
+        self._until = 0
+        self._kinds: dict[str, Histogram] = {}
+
+    def watch(self, seconds: float) -> None:
+        """Measure for that long from now, or longer if somebody else asked for that."""
+        if not 0 < seconds < math.inf:
+            return
+        self._until = max(self._until, self.clock() + int(min(seconds, LONGEST_WATCH) * _NS))
+        if not self.watched:
+            self.watched = True
+            self.on_watched()
+
+    def goes_on(self, now: int) -> bool:
+        """Whether a request that begins now (by the clock) is to be measured."""
+        if now > self._until:
+            self.watched = False
+        return self.watched
+
+    def record(self, kind: str, ns: int) -> None:
+        """A request of that kind took so long."""
+        histogram = self._kinds.get(kind)
+        if histogram is None:
+            histogram = self._kinds[kind] = Histogram()
+        histogram.record(ns)
+
+    def to_json(self) -> dict[str, Any]:
+        """The histogram of each kind that was measured."""
+        return {kind: histogram.to_json() for kind, histogram in sorted(self._kinds.items())}
