@@ -123,6 +123,23 @@ class TestMaking:
         assert [entry.name for entry in (store.root / "volumes").iterdir()] == ["data"]
 
 
+class TestLongNames:
+    @pytest.mark.parametrize("length", [248, 249, 250, 255])
+    def test_a_name_may_be_as_long_as_a_directorys(self, store: Store, area: Path, length: int) -> None:
+        name, neighbour = "n" * length, "n" * (length - 1) + "m"
+        store.create(name).joinpath("file").write_text("content")
+        store.create(neighbour)
+        with store.volumes().working_on(name, "a test"):
+            # The lock is of the whole name.
+            store.ok("rm", neighbour)
+            refused(store("rm", name), "is busy with a test")
+        store.ok("backup", name, "-o", area / "b.tar")
+        store.ok("restore", name, "-i", area / "b.tar")
+        store.ok("rm", name)
+        assert store.ok("ls", "-q") == ""
+        assert not [path.name for path in (store.root / "locks").iterdir() if path.name.startswith("n")]
+
+
 class TestRepair:
     def test_a_newer_registry_is_refused_and_left_alone(self, store: Store) -> None:
         store.create("data")
