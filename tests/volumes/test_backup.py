@@ -463,6 +463,20 @@ def _change(data: Path, number: int) -> None:
         os.removexattr(data, "user.root")
         (data / "size 1").write_bytes(b"2")
 
+    def test_one_does_not_replace_what_it_is_built_on(self, store: Store, area: Path) -> None:
+        data = _tree(store)
+        full, first = area / "full.tar", area / "first.tar"
+        store.ok("backup", "data", "-o", full)
+        (data / "new").write_text("1")
+        store.ok("backup", "data", "-o", first, "--since", full)
+        before = full.read_bytes(), first.read_bytes()
+        (area / "link.tar").symlink_to(full)
+        for target, since in ((full, full), (full, first), (first, first), (area / "link.tar", full)):
+            refused(store("backup", "data", "-o", target, "--since", since), "is needed to restore")
+        assert (full.read_bytes(), first.read_bytes()) == before
+        store.ok("backup", "data", "-o", area / "second.tar", "--since", first)
+        store.ok("restore", "data", "-i", area / "second.tar")
+
 
 class TestVerify:
     def test_changes_are_told_and_damage_is_an_error(self, store: Store, area: Path) -> None:
