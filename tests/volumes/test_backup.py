@@ -159,6 +159,48 @@ class TestEverything:
             assert int(done.stdout) < 150_000, words  # KiB, of which the interpreter has some 40,000
 
 
+class TestClosedStreams:
+    """What a caller has closed is not taken for an archive, nor for a place where one could go."""
+
+    def test_a_backup_does_not_go_to_a_closed_standard_output(self, store: Store) -> None:
+        store.create("data")
+        done = store("backup", "data", "-o", "-", preexec_fn=lambda: os.close(1))
+        refused(done, "standard output is closed")
+
+    def test_nothing_is_restored_from_a_closed_standard_input(self, store: Store) -> None:
+        data = store.create("data")
+        (data / "file").write_text("content")
+        refused(store("restore", "data", preexec_fn=lambda: os.close(0)), "standard input")
+        assert (data / "file").read_text() == "content"
+
+    def test_a_closed_standard_input_says_no_to_prune(self, store: Store) -> None:
+        store.ok("create")
+        done = store("prune", preexec_fn=lambda: os.close(0))
+        assert (done.returncode, "nothing was removed" in done.stderr) == (1, True), done.stderr
+        assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize("target", ["", "new/"])
+def test_an_archive_needs_a_name(store: Store, area: Path, target: str) -> None:
+    store.create("data")
+    place = f"{area}/{target}" if target else ""
+    refused(store("backup", "data", "-o", place), "is no file's name")
+    assert not (area / "new").exists()
+
+
+def test_a_volume_whose_directory_was_removed_is_restored(store: Store, area: Path) -> None:
+    data = _tree(store)
+    before = trees.value(data)
+    store.ok("backup", "data", "-o", area / "b.tar")
+    data.rename(area / "gone")
+    refused(store("backup", "data", "-o", area / "c.tar"), "restore it from a backup")
+    (area / "cut.tar").write_bytes((area / "b.tar").read_bytes()[:-4096])
+    refused(store("restore", "data", "-i", area / "cut.tar"), "cannot be trusted")
+    assert not data.exists()
+    store.ok("restore", "data", "-i", area / "b.tar")
+    assert trees.value(data) == before
+
+
 class TestConsistency:
     def test_a_file_that_changes_all_the_time_is_said(self, store: Store, area: Path) -> None:
         data = store.create("data")
@@ -420,6 +462,20 @@ def _change(data: Path, number: int) -> None:
         subprocess.run(["rm", "-r", data / ("d" * 60)], check=True)
         os.removexattr(data, "user.root")
         (data / "size 1").write_bytes(b"2")
+
+    def test_one_does_not_replace_what_it_is_built_on(self, store: Store, area: Path) -> None:
+        data = _tree(store)
+        full, first = area / "full.tar", area / "first.tar"
+        store.ok("backup", "data", "-o", full)
+        (data / "new").write_text("1")
+        store.ok("backup", "data", "-o", first, "--since", full)
+        before = full.read_bytes(), first.read_bytes()
+        (area / "link.tar").symlink_to(full)
+        for target, since in ((full, full), (full, first), (first, first), (area / "link.tar", full)):
+            refused(store("backup", "data", "-o", target, "--since", since), "is needed to restore")
+        assert (full.read_bytes(), first.read_bytes()) == before
+        store.ok("backup", "data", "-o", area / "second.tar", "--since", first)
+        store.ok("restore", "data", "-i", area / "second.tar")
 
 
 class TestVerify:

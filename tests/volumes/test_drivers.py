@@ -19,6 +19,7 @@ from unionfs.daemon.errors import UserError
 from unionfs.storage import mounts
 from unionfs.storage.mounts import mount_call
 from unionfs.sys.mountinfo import read_mountinfo
+from unionfs.sys.process import has_sys_resource
 
 pytestmark = pytest.mark.usefixtures("as_root")
 
@@ -219,12 +220,15 @@ class TestSize:
         with store.volumes().used("data", "test") as path:
             (Path(path) / "file").write_bytes(bytes(range(256)) * 4096)
             refused(store("resize", "data", "32m"), "cannot shrink while it is in use")
+            if not has_sys_resource():
+                refused(store("resize", "data", "80m"), "CAP_SYS_RESOURCE", "end its users first")
+                assert (store.data("data").parent / "image").stat().st_size == 64 << 20
         store.ok("resize", "data", "32m")
         with store.volumes().used("data", "test") as path:
             assert (Path(path) / "file").read_bytes() == bytes(range(256)) * 4096
             assert os.statvfs(path).f_blocks * os.statvfs(path).f_frsize < 32 << 20
             (Path(path) / "big").write_bytes(os.urandom(20 << 20))
-        refused(store("resize", "data", "10m"), "cannot be resized", "resize2fs")
+        refused(store("resize", "data", "10m"), "cannot be resized", "does not fit into 10.49MB")
         with store.volumes().used("data", "test") as path:
             assert (Path(path) / "big").stat().st_size == 20 << 20
         store.create("plain")

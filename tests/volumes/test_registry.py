@@ -10,6 +10,8 @@ import sqlite3
 import subprocess
 import sys
 import time
+from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -121,6 +123,41 @@ class TestMaking:
         refused(store("create", "data"), "in the way")
         assert (store.root / "volumes/data/precious").read_text() == "x"
         assert [entry.name for entry in (store.root / "volumes").iterdir()] == ["data"]
+
+
+class TestLongNames:
+    @pytest.mark.parametrize("length", [248, 249, 250, 255])
+    def test_a_name_may_be_as_long_as_a_directorys(self, store: Store, area: Path, length: int) -> None:
+        name, neighbour = "n" * length, "n" * (length - 1) + "m"
+        store.create(name).joinpath("file").write_text("content")
+        store.create(neighbour)
+        with store.volumes().working_on(name, "a test"):
+            # The lock is of the whole name.
+            store.ok("rm", neighbour)
+            refused(store("rm", name), "is busy with a test")
+        store.ok("backup", name, "-o", area / "b.tar")
+        store.ok("restore", name, "-i", area / "b.tar")
+        store.ok("rm", name)
+        assert store.ok("ls", "-q") == ""
+        assert not [path.name for path in (store.root / "locks").iterdir() if path.name.startswith("n")]
+
+
+@pytest.mark.parametrize("kind", ["tmpfs", "ext4"])
+def test_on_a_full_disk_volumes_are_listed_and_removed(filesystem: Callable[..., Path], kind: str) -> None:
+    if os.geteuid() != 0:
+        pytest.skip("needs root")
+    place = filesystem(kind, 32 << 20)
+    store = Store(place / "root")
+    (store.create("large") / "file").write_bytes(os.urandom(1 << 20))
+    store.create("other")
+    for size in (1 << 16, 512):
+        with suppress(OSError), open(place / f"rest {size}", "wb", buffering=0) as rest:
+            while rest.write(bytes(size)):
+                pass
+    assert store.ok("ls", "-q") == "large\nother\n"
+    assert store.ok("rm", "large") == "large\n"
+    assert store.ok("ls", "-q") == "other\n"
+    assert not (store.root / "volumes/large").exists()
 
 
 class TestRepair:

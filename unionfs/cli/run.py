@@ -53,10 +53,11 @@ def leave(code: int) -> NoReturn:
 
 
 def prepare_streams() -> None:
-    """Make stdout and stderr fit for every name, and be there at all when the caller has closed them."""
+    """Make stdout and stderr fit for every name, and all three be there when the caller has closed them."""
     from unionfs.sys.process import open_standard_files
 
     open_standard_files()
+    sys.stdin = sys.stdin or open(os.devnull)  # noqa: SIM115
     sys.stdout = sys.stdout or open(os.devnull, "w")  # noqa: SIM115
     sys.stderr = sys.stderr or open(os.devnull, "w")  # noqa: SIM115
     # Names of files are bytes; those that are no UTF-8 leave as they came.

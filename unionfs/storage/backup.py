@@ -64,6 +64,8 @@ def backup(
 ) -> Report:
     """Write a backup of a volume to the file `target` (`-`: standard output). Raises UserError."""
     report = Report()
+    if since is not None and target != "-":
+        _keep_bases(since, target)
     with volumes.working_on(name, "a backup") as volume, ExitStack() as stack:
         base_info, base_lines = _base(since, volume, stack)
         path = stack.enter_context(volumes.used(name, "backup"))
@@ -157,6 +159,23 @@ def _base(
         "started": int(reader.info["started"]),
     }
     return info, latest(reader.manifest_lines())
+
+
+def _keep_bases(since: str, target: str) -> None:
+    """Refuse to put an incremental backup in the place of one that it needs."""
+    seen: set[str] = set()
+    while since not in seen and os.path.exists(since) and os.path.exists(target):
+        if os.path.samefile(since, target):
+            raise UserError(
+                f"{quoted(target)} is needed to restore what is built on it (--since), so it cannot be "
+                "replaced; give the new backup another name."
+            )
+        seen.add(since)
+        with open_archive(since) as reader, explained(since):
+            base = reader.info.get("base")
+            if base is None:
+                return
+            since = os.path.join(os.path.dirname(since), os.path.basename(str(base["file"])))
 
 
 @contextmanager

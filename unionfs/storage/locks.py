@@ -20,10 +20,16 @@ from unionfs.storage.root import make_directory
 
 _WAIT_SECONDS = 60.0
 _POLL_SECONDS = 0.02
+_NAME_MAX = 255
 
 
-def _path(root: str, name: str) -> str:
-    return f"{make_directory(f'{root}/locks')}/{name}"
+def _path(root: str, name: str, kind: str) -> str:
+    if len(name) + 1 + len(kind) > _NAME_MAX:
+        import hashlib
+
+        # A volume's name may be as long as a file's, which leaves no room for the kind.
+        name = f"{name[:128]}.{hashlib.sha256(name.encode()).hexdigest()}"
+    return f"{make_directory(f'{root}/locks')}/{name}.{kind}"
 
 
 def _take(path: str) -> int | None:
@@ -52,7 +58,7 @@ def state(root: str, name: str) -> Iterator[None]:
 
     Raises UserError when another process keeps it for a minute.
     """
-    path = _path(root, f"{name}.state")
+    path = _path(root, name, "state")
     deadline = time.monotonic() + _WAIT_SECONDS
     while (fd := _take(path)) is None:
         if time.monotonic() > deadline:
@@ -71,7 +77,7 @@ def state(root: str, name: str) -> Iterator[None]:
 @contextmanager
 def work(root: str, name: str, what: str) -> Iterator[None]:
     """The long lock of a volume for `what` ("a backup"). Raises UserError at once when it is taken."""
-    path = _path(root, f"{name}.work")
+    path = _path(root, name, "work")
     fd = _take(path)
     if fd is None:
         with suppress(OSError), open(path, encoding="utf-8", errors="replace") as file:
@@ -94,12 +100,12 @@ def forget(root: str, name: str) -> None:
     """Remove the files of a volume that is gone. To be called with both locks held."""
     for kind in ("work", "state"):
         with suppress(OSError):
-            os.unlink(_path(root, f"{name}.{kind}"))
+            os.unlink(_path(root, name, kind))
 
 
 def is_taken(root: str, name: str) -> bool:
     """Whether some process has the short lock of a volume at this moment."""
-    fd = _take(_path(root, f"{name}.state"))
+    fd = _take(_path(root, name, "state"))
     if fd is None:
         return True
     os.close(fd)

@@ -16,7 +16,7 @@ from contextlib import closing, contextmanager, suppress
 from typing import Any
 
 from unionfs.daemon.errors import UserError, quoted, reason
-from unionfs.storage import locks
+from unionfs.storage import locks, reserve
 from unionfs.storage.model import ANONYMOUS_LABEL, User, Volume
 from unionfs.storage.names import is_name
 from unionfs.storage.root import make_directory
@@ -186,6 +186,7 @@ class Registry:
                     if known is None or not self._checked:
                         self._checked = True
                         self._reconcile(db)
+                        reserve.keep(self.root)
                 except BaseException:
                     db.close()
                     raise
@@ -210,6 +211,8 @@ class Registry:
             if isinstance(error, sqlite3.OperationalError):
                 if "disk I/O" in str(error) or "malformed" in str(error):
                     raise Damaged(str(error)) from error
+                if "full" in str(error) and reserve.give_up(self.root):
+                    return self._connect_once()
                 raise UserError(
                     f"the registry {quoted(self.path)} cannot be used: {error}; check its permissions and "
                     "the "

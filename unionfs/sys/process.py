@@ -11,6 +11,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 
 _CAP_SYS_ADMIN = 21  # linux/capability.h
+_CAP_SYS_RESOURCE = 24
 
 
 def start_time(pid: int) -> int | None:
@@ -137,8 +138,17 @@ def is_being_killed(task: int) -> bool:
 
 def has_sys_admin() -> bool:
     """Whether CAP_SYS_ADMIN is in effect, in this user namespace."""
+    return _has_capability(_CAP_SYS_ADMIN)
+
+
+def has_sys_resource() -> bool:
+    """Whether CAP_SYS_RESOURCE is in effect, in this user namespace."""
+    return _has_capability(_CAP_SYS_RESOURCE)
+
+
+def _has_capability(number: int) -> bool:
     try:
-        return bool(int(_status_field("CapEff"), 16) >> _CAP_SYS_ADMIN & 1)
+        return bool(int(_status_field("CapEff"), 16) >> number & 1)
     except (OSError, ValueError):
         return os.geteuid() == 0
 

@@ -102,6 +102,9 @@ def backup(output: str | None, compress: str | None, since: str | None, root: st
         raise UserError(
             "an archive is nothing for a terminal; redirect standard output, or name a file by -o."
         )
+    if output == "-" and sys.__stdout__ is None:
+        # What is in its place by now is /dev/null, where a backup would be lost without a word.
+        raise UserError("standard output is closed; redirect it, or name a file by -o.")
     with _progress(f"backup of {name}") as progress:
         report = make(volumes, name, output, compress=kind, since=since, progress=progress)
     _told(report, f"backed up volume {name}")

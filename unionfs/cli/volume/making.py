@@ -65,6 +65,7 @@ def create(
 def resize(root: str | None, name: str, size: str) -> None:
     """Give NAME, a volume made with -o size=, another SIZE, as 500m or 4g.
 
-    It grows also while it is used; only an ext4 that is not in use shrinks.
+    It grows also while it is used (an ext4 where root has CAP_SYS_RESOURCE); only an ext4 that is not in use
+    shrinks.
     """
     print(open_volumes(root).resize(name, size).name)

@@ -221,7 +221,9 @@ class Header:
 
     def __init__(self, raw: bytes) -> None:
         total = sum(raw) - sum(raw[148:156]) + 256
-        if raw[257:263] != b"ustar\0" or _number(raw[148:156], "checksum") != total:
+        if raw[257:263] != b"ustar\0":
+            raise Malformed("a header is not one of the pax format")
+        if _number(raw[148:156], "checksum") != total:
             raise Malformed("a header's checksum is wrong")
         self.name = _text(raw[:100])
         if raw[345]:

@@ -21,6 +21,8 @@ def whole_file(path: str) -> Iterator[IO[bytes]]:
     On most filesystems it has no name until then, so that even SIGKILL leaves nothing. What is no regular
     file (a FIFO, /dev/null) is written as it is. Raises UserError.
     """
+    if not os.path.basename(path):
+        raise UserError(f"{quoted(path)} is no file's name; name the file that the backup shall be.")
     try:
         with suppress(FileNotFoundError):
             kind = os.stat(path).st_mode

@@ -15,7 +15,7 @@ from unionfs.storage.drivers.replacing import fsync_directory
 from unionfs.storage.model import Volume
 from unionfs.storage.mounts import MountCall, mount_at, need_program, run_mount, run_program, unmount
 from unionfs.storage.sizes import shown_size, volume_size
-from unionfs.sys.process import has_sys_admin
+from unionfs.sys.process import has_sys_admin, has_sys_resource
 
 _DETACH_SECONDS = 5.0
 
@@ -202,11 +202,16 @@ def resize(volume: Volume, size: int, *, mounted: bool) -> None:
         with _mounted(path, volume) as root:
             _empty(root)
         return
+    if kind == "ext4" and not has_sys_resource():
+        # The kernel asks for it (fs/ext4/ioctl.c); an xfs asks for CAP_SYS_ADMIN.
+        raise UserError(
+            f"{what}: an ext4 grows in use only for a process with CAP_SYS_RESOURCE, which this one has not; "
+            "end its users first."
+        )
     _lengthen(path, size, what)
     with _in_use(volume, data) as device:
         try:
             run_program(("losetup", "-c", device), what)
-            # An ext4 needs CAP_SYS_RESOURCE for that (fs/ext4/ioctl.c), an xfs CAP_SYS_ADMIN.
             run_program(("xfs_growfs", data) if kind == "xfs" else ("resize2fs", device), what)
         except UserError:
             os.truncate(path, before)  # nothing of the filesystem lies there
@@ -261,9 +266,14 @@ def _resize_ext4(path: str, size: int, before: int, what: str) -> None:
         _lengthen(path, size, what)
     try:
         run_program(("resize2fs", path, f"{size // 1024}K"), what)
-    except UserError:
+    except UserError as error:
         if size > before:
             os.truncate(path, before)
+        if "smaller than minimum" in str(error):
+            raise UserError(
+                f"{what}: what it holds does not fit into {shown_size(size)}; give a larger size, or remove "
+                "files."
+            ) from error
         raise
     os.truncate(path, size)
 

@@ -56,7 +56,11 @@ class _Sibling:
         self._data = data
 
     def commit(self) -> None:
-        exchange(self._data, self.path)
+        if os.path.lexists(self._data):
+            exchange(self._data, self.path)
+        else:
+            # Somebody has removed the volume's directory: a restore is the cure for that.
+            os.rename(self.path, self._data)
         fsync_directory(os.path.dirname(self._data))
 
 
