@@ -44,6 +44,9 @@ def arguments(
 ) -> list[str]:
     """The whole command line: the merged tree as root, with what is mounted in it, /proc, /dev, /sys."""
     words = [program, "--bind", merged, "/", "--proc", "/proc", "--dev", "/dev"]
+    if os.geteuid() == 0:
+        # Kernel settings ask for uid 0 and no capability; bubblewrap covers other places in /proc, not these.
+        words += ["--ro-bind", "/proc/sys", "/proc/sys"]
     words += ["--ro-bind-try", "/sys", "/sys"]
     for spec in storage:
         # bubblewrap's own mounts cover what is mounted there in the union.
