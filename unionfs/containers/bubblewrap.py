@@ -74,8 +74,9 @@ def _name_resolution(merged: str, targets: set[str]) -> list[str]:
         try:
             kind = stat.S_IFMT(os.lstat(merged + path).st_mode)
         except FileNotFoundError:
-            # Where there is no real /etc, bubblewrap would have to make one.
-            kind = stat.S_IFREG if os.path.isdir(merged + "/etc") else 0
+            # bubblewrap makes the file, and ends where it cannot: in no /etc, or in that of others.
+            etc = merged + "/etc"
+            kind = stat.S_IFREG if os.path.isdir(etc) and os.access(etc, os.W_OK | os.X_OK) else 0
         if kind == stat.S_IFREG and not os.path.islink(merged + "/etc"):
             words += ["--ro-bind", path, path]
     return words
