@@ -136,7 +136,8 @@ def test_namespaces(box: Containers) -> None:
 
 def test_environment_and_workdir(box: Containers) -> None:
     out = box.run(
-        "--rm", "-e", "A=1", "-e", "B=x=y", "-e", "PASSED", "-e", "UNSET_HERE", "--workdir", "/made/here",
+        "--rm", "-e", "A=1", "-e", "B=x=y", "-e", "PASSED", "-e", "UNSET_HERE",
+        "--workdir", "/not/../made/here",
         "--", "sh", "-c", "pwd; env",
         PASSED="from outside", OTHER="not passed", TERM="dumb",
     )  # fmt: skip
@@ -151,6 +152,13 @@ def test_environment_and_workdir(box: Containers) -> None:
     assert values["TERM"] == "dumb"
     assert "/usr/bin" in values["PATH"]
     assert not {"OTHER", "UNSET_HERE", "UNIONFS_ROOT", "PYTHONPATH"} & set(values)
+
+
+def test_a_workdir_that_is_a_file(box: Containers) -> None:
+    out = box.run("--rm", "--workdir", "/etc/passwd", "--", "pwd")
+    assert out.returncode == 1
+    assert out.stderr.startswith("unionfs: --workdir /etc/passwd cannot be used: not a directory")
+    assert box.kept() == []
 
 
 def test_secrets_in_the_environment_are_not_on_a_command_line(box: Containers) -> None:
@@ -276,6 +284,16 @@ def test_capabilities(box: Containers) -> None:
     status = box.say("--rm", "--", "cat", "/proc/self/status")
     (effective,) = [line.split()[1] for line in status.splitlines() if line.startswith("CapEff:")]
     assert int(effective, 16) == 0xA80425FB
+
+
+def test_kernel_settings_are_read_only(box: Containers) -> None:
+    """As in Docker: files in /proc/sys ask for uid 0 and no capability, and most are the whole machine's."""
+    # What it holds is written back, so that nothing changes where it can be written.
+    again = "value=$(cat /proc/sys/kernel/core_pattern); echo \"$value\" > /proc/sys/kernel/core_pattern"
+    for network in ("host", "none"):
+        out = box.run("--rm", "--net", network, "--", "sh", "-c", again)
+        assert out.returncode != 0
+        assert "Read-only file system" in out.stderr
 
 
 def test_open_files_of_the_caller_stay_outside(box: Containers) -> None:

@@ -44,6 +44,9 @@ def arguments(
 ) -> list[str]:
     """The whole command line: the merged tree as root, with what is mounted in it, /proc, /dev, /sys."""
     words = [program, "--bind", merged, "/", "--proc", "/proc", "--dev", "/dev"]
+    if os.geteuid() == 0:
+        # Kernel settings ask for uid 0 and no capability; bubblewrap covers other places in /proc, not these.
+        words += ["--ro-bind", "/proc/sys", "/proc/sys"]
     words += ["--ro-bind-try", "/sys", "/sys"]
     for spec in storage:
         # bubblewrap's own mounts cover what is mounted there in the union.
@@ -71,8 +74,9 @@ def _name_resolution(merged: str, targets: set[str]) -> list[str]:
         try:
             kind = stat.S_IFMT(os.lstat(merged + path).st_mode)
         except FileNotFoundError:
-            # Where there is no real /etc, bubblewrap would have to make one.
-            kind = stat.S_IFREG if os.path.isdir(merged + "/etc") else 0
+            # bubblewrap makes the file, and ends where it cannot: in no /etc, or in that of others.
+            etc = merged + "/etc"
+            kind = stat.S_IFREG if os.path.isdir(etc) and os.access(etc, os.W_OK | os.X_OK) else 0
         if kind == stat.S_IFREG and not os.path.islink(merged + "/etc"):
             words += ["--ro-bind", path, path]
     return words

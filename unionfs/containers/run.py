@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import stat
 from collections.abc import Callable, Mapping, Sequence
@@ -12,14 +13,14 @@ from unionfs.containers import bubblewrap
 from unionfs.containers.process import Command, hold_signals
 from unionfs.containers.store import Container, new_name
 from unionfs.daemon import guardian, live
-from unionfs.daemon.errors import UserError, quoted
+from unionfs.daemon.errors import UserError, quoted, reason
 from unionfs.daemon.preflight import check_directory
 from unionfs.daemon.process import mount
 from unionfs.daemon.settings import MountSettings, absolute, settle
 from unionfs.daemon.unmount import umount
 from unionfs.storage.root import storage_root
 from unionfs.storage.specs import Spec, VolumeSpec
-from unionfs.storage.targets import MountedTree, prepare
+from unionfs.storage.targets import MountedTree, find, prepare
 from unionfs.storage.volumes import Volumes
 from unionfs.sys.mountinfo import mounted_at
 from unionfs.sys.openat2 import open_in_root
@@ -170,9 +171,7 @@ def _in_union(wish: Wish, program: str, container: Container, entry: live.LiveMo
     environment = bubblewrap.environment(wish.environment, hostname)
     root = os.open(merged, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
-        workdir = "/"
-        if os.path.normpath(wish.workdir).strip("/"):
-            workdir = prepare(MountedTree(root), wish.workdir, "--workdir", directory=True).path
+        workdir = _workdir(MountedTree(root), wish.workdir)
         _find_command(root, wish.command[0], workdir, environment["PATH"])
     finally:
         os.close(root)
@@ -211,6 +210,22 @@ def _in_union(wish: Wish, program: str, container: Container, entry: live.LiveMo
             "`unionfs doctor` what this host lacks."
         )
     return code
+
+
+def _workdir(tree: MountedTree, given: str) -> str:
+    """Where the command starts, cleaned of dots as in Docker; made if it is missing. Raises UserError."""
+    clean = "/" + os.path.normpath(given).strip("/")
+    try:
+        names, missing = find(tree, clean)
+        if not names and not missing:
+            return "/"
+        if not missing and tree.kind(names) != stat.S_IFDIR:
+            raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR))
+    except OSError as error:
+        raise UserError(
+            f"--workdir {quoted(given)} cannot be used: {reason(error)}; choose another directory."
+        ) from error
+    return prepare(tree, clean, "--workdir", directory=True).path
 
 
 def _find_command(root: int, name: str, workdir: str, search: str) -> None:

@@ -25,7 +25,9 @@ def check_name(text: str, kind: str = "volume") -> str:
         raise UserError(
             f"the {kind} name {quoted(text[:32])}... has {len(text)} characters; at most {_LONGEST} fit."
         )
-    cure = "; a host directory is given by its absolute path, or as ./NAME" if "/" in text else ""
+    cure = ""
+    if kind == "volume" and "/" in text:
+        cure = "; a host directory is given by its absolute path, or as ./NAME"
     raise UserError(
         f"{quoted(text)} is no {kind} name: it takes at least two characters, a letter or digit first and "
         f"then letters, digits, `_`, `.` and `-`{cure}."
