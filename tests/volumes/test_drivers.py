@@ -592,6 +592,19 @@ def test_a_driver_of_another_package(store: Store, area: Path) -> None:
     )
 
 
+def test_a_volume_that_is_mounted_elsewhere_is_not_removed(root: None, store: Store, area: Path) -> None:
+    """As one is whose daemon was killed together with its guardian."""
+    data = store.create("data")
+    (data / "f").write_text("kept")
+    place = area / "bound"
+    place.mkdir()
+    subprocess.run(["mount", "--bind", data, place], check=True)
+    refused(store("rm", "-f", "data"), "volume data cannot be removed", f"still mounted at {place}")
+    assert (place / "f").read_text() == "kept"
+    subprocess.run(["umount", place], check=True)
+    store.ok("rm", "data")
+
+
 def test_what_is_mounted_below_a_volume_is_never_removed(
     store: Store, area: Path, filesystem: Callable[..., Path]
 ) -> None:

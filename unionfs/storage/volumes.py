@@ -28,7 +28,7 @@ from unionfs.storage.model import ANONYMOUS_LABEL, User, Volume
 from unionfs.storage.names import anonymous_name, check_name, is_name
 from unionfs.storage.registry import Registry, write_record
 from unionfs.storage.root import make_directory
-from unionfs.sys.mountinfo import read_mountinfo
+from unionfs.sys.mountinfo import Location, location_of, read_mountinfo, split_path
 
 __all__ = ["User", "Volume", "Volumes"]
 
@@ -299,6 +299,7 @@ class Volumes:
             users = self._without_the_dead(volume, driver)
             if users:
                 raise UserError(f"volume {quoted(name)} cannot be removed: {_in_use(users)}; end that first.")
+            self._check_not_bound(volume)
             driver.remove(volume)
             self._check_unmounted(volume)
             aside = f"{self.root}/volumes/.gone-{name[:64]}-{os.getpid()}-{secrets.token_hex(4)}"
@@ -321,6 +322,23 @@ class Volumes:
                     f"volume {quoted(name)} is removed, but {quoted(aside)} could not be; remove it by hand."
                 )
         return True
+
+    def _check_not_bound(self, volume: Volume) -> None:
+        """A mount may outlive its daemon and the daemon's guardian, who counted as the volume's user."""
+        directory = os.path.realpath(volume.directory)
+        table = read_mountinfo()
+        try:
+            place = location_of(directory, table)
+        except OSError:
+            return  # removed by hand
+        for entry in table:
+            root = Location(entry.device, split_path(entry.root))
+            inside = entry.mountpoint.startswith(directory + "/")
+            if place is not None and place.contains(root) and not inside:
+                raise UserError(
+                    f"volume {quoted(volume.name)} cannot be removed: it is still mounted at "
+                    f"{quoted(entry.mountpoint)}; unmount that first."
+                )
 
     def _check_unmounted(self, volume: Volume) -> None:
         """Never remove a tree that something is mounted in: it would remove what is mounted."""
