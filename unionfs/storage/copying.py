@@ -25,7 +25,9 @@ def copy_content(extractor: Extractor, walker: Walker, entry: Entry, fd: int, re
     shared = True
     for left in range(_TRIES, -1, -1):
         with extractor.new_file(entry) as target:
-            shared = _share(target, fd) or (_copy(target, fd, entry) and False)
+            shared = _share(target, fd)
+            if not shared:
+                _copy(target, fd, entry)
         status = os.fstat(fd)
         same = (status.st_mtime_ns, status.st_ctime_ns, status.st_size) == (
             entry.mtime,
@@ -54,7 +56,7 @@ def _share(target: int, source: int) -> bool:
     return True
 
 
-def _copy(target: int, source: int, entry: Entry) -> bool:
+def _copy(target: int, source: int, entry: Entry) -> None:
     if entry.kind == SPARSE:
         os.ftruncate(target, entry.size)
     for offset, length in entry.segments if entry.kind == SPARSE else [(0, entry.size)]:
@@ -64,7 +66,6 @@ def _copy(target: int, source: int, entry: Entry) -> bool:
             if count == 0:
                 break  # it has become shorter
             offset += count
-    return True
 
 
 def _copy_range(source: int, target: int, count: int, offset: int) -> int:

@@ -37,11 +37,6 @@ def temporary_name() -> bytes:
     return b"#%x" % next(_numbers)
 
 
-def needs_copy_up(node: Node) -> bool:
-    """Whether a change of the node itself has to copy it up first."""
-    return not node.is_upper
-
-
 class FileCopy:
     """The copy-up of one regular file."""
 
