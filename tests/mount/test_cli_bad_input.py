@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import subprocess
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -13,12 +13,6 @@ import pytest
 from tests.mount import cli_calls
 from tests.mount.cli_calls import Done, Place, mounts_at, refused, succeed, unionfs
 from tests.support import areas
-
-
-@pytest.fixture
-def place(root: None, area: Path) -> Iterator[Place]:
-    with cli_calls.place(area) as found:
-        yield found
 
 
 def _refused(place: Place, done: Done, *parts: str) -> None:

@@ -21,12 +21,6 @@ from tests.support import syscalls
 from unionfs.daemon import live, unmount
 
 
-@pytest.fixture
-def place(root: None, area: Path) -> Iterator[Place]:
-    with cli_calls.place(area) as found:
-        yield found
-
-
 @contextmanager
 def _foreground(place: Place, *extra: str) -> Iterator[subprocess.Popen[str]]:
     """A daemon in the foreground, whose exit code can be seen."""

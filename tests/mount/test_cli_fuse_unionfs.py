@@ -26,12 +26,6 @@ from tests.mount.cli_calls import (
 )
 
 
-@pytest.fixture
-def place(root: None, area: Path) -> Iterator[Place]:
-    with cli_calls.place(area) as found:
-        yield found
-
-
 def _fuse_unionfs(*arguments: str | Path, cwd: Path | None = None) -> Done:
     return call(FUSE_UNIONFS, *arguments, cwd=cwd)
 

@@ -7,7 +7,6 @@ import os
 import signal
 import subprocess
 import time
-from collections.abc import Iterator
 from datetime import datetime, timedelta
 from pathlib import Path
 
@@ -17,12 +16,6 @@ from tests.mount import cli_calls
 from tests.mount.cli_calls import Place, listed, refused, succeed, unionfs
 
 COMMANDS = ("mount", "umount", "ls", "inspect", "stats", "diff", "doctor")
-
-
-@pytest.fixture
-def place(root: None, area: Path) -> Iterator[Place]:
-    with cli_calls.place(area) as found:
-        yield found
 
 
 IO_MODES = ("hybrid", "passthrough", "cached")

@@ -7,19 +7,12 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from tests.mount import cli_calls
 from tests.mount.cli_calls import UNIONFS, Place, gone, listed, mounts_at, succeed, unionfs, wait_for
-
-
-@pytest.fixture
-def place(root: None, area: Path) -> Iterator[Place]:
-    with cli_calls.place(area) as found:
-        yield found
 
 
 def _options(path: Path) -> set[str]:

@@ -8,7 +8,6 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -27,15 +26,7 @@ from tests.mount.cli_calls import (
     unionfs,
     wait_for,
 )  # fmt: skip
-from tests.mount.test_cli_user import Host, host
-
-__all__ = ["host"]
-
-
-@pytest.fixture
-def place(root: None, area: Path) -> Iterator[Place]:
-    with cli_calls.place(area) as found:
-        yield found
+from tests.mount.user_calls import Host
 
 
 def _started(*arguments: str | Path) -> subprocess.Popen[str]:

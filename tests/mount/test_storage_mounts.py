@@ -8,7 +8,6 @@ import signal
 import stat
 import subprocess
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -16,20 +15,6 @@ import pytest
 from tests.mount.cli_calls import gone, listed, refused, succeed, wait_for
 from tests.support import areas, syscalls
 from tests.support.storage import Storage, storage, unmounted
-
-
-@pytest.fixture
-def storing(root: None, area: Path, session: str) -> Iterator[Storage]:
-    """On every session."""
-    with storage(area, session) as found:
-        yield found
-
-
-@pytest.fixture
-def one(root: None, area: Path) -> Iterator[Storage]:
-    """Where the session makes no difference."""
-    with storage(area) as found:
-        yield found
 
 
 def test_all_kinds(storing: Storage) -> None:

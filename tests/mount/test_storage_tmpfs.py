@@ -6,7 +6,7 @@ import errno
 import os
 import stat
 import subprocess
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -14,18 +14,6 @@ import pytest
 from tests.mount.cli_calls import gone, listed, refused, succeed, wait_for
 from tests.support import areas
 from tests.support.storage import Storage, storage
-
-
-@pytest.fixture
-def storing(root: None, area: Path, session: str) -> Iterator[Storage]:
-    with storage(area, session) as found:
-        yield found
-
-
-@pytest.fixture
-def one(root: None, area: Path) -> Iterator[Storage]:
-    with storage(area) as found:
-        yield found
 
 
 def fill(path: Path, size: int) -> None:

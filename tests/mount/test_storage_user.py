@@ -5,46 +5,23 @@ from __future__ import annotations
 import os
 import shutil
 import signal
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from tests.mount import cli_calls
-from tests.mount.cli_calls import Place, gone, listed, refused, succeed, wait_for
-from tests.mount.test_cli_user import UID, Host
+from tests.mount.cli_calls import Place, refused, succeed, wait_for
+from tests.mount.user_calls import UID, Host
 
 
 @pytest.fixture
-def place(root: None, area: Path) -> Iterator[Place]:
-    with cli_calls.place(area) as found:
-        yield found
-
-
-@pytest.fixture
-def host(place: Place) -> Iterator[Host]:
+def host(host: Host, place: Place) -> Host:
     """An ordinary user with a directory `shared` on the host."""
-    if shutil.which("fusermount3") is None:
-        pytest.skip("fusermount3 is not installed")
-    found = Host(place)
-    pids: list[int] = []
-    try:
-        if not found.find_python():
-            pytest.skip("an ordinary user cannot read this repository, or no Python with pyfuse3")
-        shared = place.root / "shared"
-        (shared / "sub").mkdir(parents=True)
-        (shared / "file").write_text("host\n")
-        for path in (place.root, shared, *shared.rglob("*")):
-            os.chown(path, UID, UID)
-        yield found
-        pids = [int(one["pid"]) for one in listed(found.unionfs("ls", "--json"))]
-    finally:
-        found.root("umount", "-l", str(place.merged), check=False)
-        for pid in pids:
-            if not wait_for(lambda pid=pid: gone(pid), 5):
-                os.kill(pid, signal.SIGKILL)
-        found.holder.kill()
-        found.holder.communicate()
+    shared = place.root / "shared"
+    (shared / "sub").mkdir(parents=True)
+    (shared / "file").write_text("host\n")
+    for path in (place.root, shared, *shared.rglob("*")):
+        os.chown(path, UID, UID)
+    return host
 
 
 @pytest.fixture(params=["direct", "pyfuse3"])

@@ -1,0 +1,83 @@
+"""Calling the command line as an ordinary user."""
+
+from __future__ import annotations
+
+import os
+import pwd
+import stat
+import subprocess
+import sys
+import sysconfig
+from pathlib import Path
+
+from tests.mount import cli_calls
+from tests.mount.cli_calls import Done, Place, call, listed, succeed
+
+# fusermount3 wants a user with a name; every Debian has this one
+UID = pwd.getpwnam("nobody").pw_uid
+
+
+class Host:
+    """An ordinary user in a mount namespace where /dev/fuse is open to him, whatever its mode is here."""
+
+    def __init__(self, place: Place) -> None:
+        self.place = place
+        device = place.root / "fuse"
+        os.mknod(device, stat.S_IFCHR, os.makedev(10, 229))
+        device.chmod(0o666)
+        self.device = device
+        self.runtime = place.root / "runtime"
+        self.runtime.mkdir()
+        for path in (self.runtime, place.lower, place.lower2, place.upper, place.work, place.merged):
+            os.chown(path, UID, UID)
+        for path in (place.lower / "base", place.lower2 / "deep"):
+            os.chown(path, UID, UID)
+        self.holder = subprocess.Popen(
+            ["unshare", "-m", "--propagation", "private", "sh", "-c", "echo; exec sleep 300"],
+            stdout=subprocess.PIPE,
+        )
+        assert self.holder.stdout is not None
+        self.holder.stdout.readline()
+        self.root("mount", "--bind", device, "/dev/fuse")
+        self.command: tuple[str, ...] = ()
+
+    def find_python(self) -> bool:
+        """Find a Python that the user may run; the one of a virtual environment may lie in root's home."""
+        for python in (sys.executable, "/usr/bin/python3"):
+            if self.run("sh", "-c", f"{python} -c 'import pyfuse3, unionfs.cli.main'").returncode == 0:
+                self.command = (python, "-m", "unionfs")
+                return True
+        return False
+
+    def root(self, *command: str | Path, check: bool = True) -> Done:
+        """Run a command as root in the namespace."""
+        done = call(("nsenter", "-t", str(self.holder.pid), "-m"), *command)
+        assert done.returncode == 0 or not check, done.stderr
+        return done
+
+    def run(self, *command: str | Path, cwd: Path | None = None) -> Done:
+        """Run a command as the user."""
+        return call(
+            ("nsenter", "-t", str(self.holder.pid), "-m", f"--wd={cwd or '/'}",
+             "setpriv", "--reuid", str(UID), "--regid", str(UID), "--clear-groups", "--"),
+            *command,
+            env={
+                "XDG_RUNTIME_DIR": str(self.runtime),
+                "PYTHONPATH": f"{cli_calls.REPOSITORY}:{sysconfig.get_path('purelib')}",
+            },
+        )  # fmt: skip
+
+    def unionfs(self, *arguments: str | Path, cwd: Path | None = None) -> Done:
+        """Run `unionfs` as the user."""
+        return self.run(*self.command, *arguments, cwd=cwd)
+
+    def mount(self, *extra: str) -> int:
+        """Mount the place; gives the daemon's pid."""
+        succeed(self.unionfs("mount", *self.place.layers, *extra, self.place.merged))
+        (mine,) = listed(self.unionfs("ls", "--json"))
+        return int(mine["pid"])
+
+    def options(self) -> set[str]:
+        """What the mount table says of the mount."""
+        line = self.root("grep", f" {self.place.merged} ", "/proc/mounts").stdout
+        return set(line.split()[3].split(","))
