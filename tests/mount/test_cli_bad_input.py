@@ -325,6 +325,8 @@ def test_mountpoint_inside_upper_or_work(place: Place, name: str) -> None:
         ("allow_other,allow_root", "exclude each other"),
         ("lowerdir=a::b", "empty path"),
         ("lowerdir=", "lowerdir has no value"),
+        ("fsname", "fsname has no value"),
+        ("subtype", "subtype has no value"),
     ],
 )
 def test_options_that_cannot_be_followed(place: Place, option: str, part: str) -> None:

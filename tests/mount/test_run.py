@@ -196,6 +196,14 @@ def test_what_cannot_be_started(box: Containers) -> None:
         assert done.returncode == 126
         assert f"{command} in the union is no program" in done.stderr
     assert box.run("--", "./nothing").returncode == 127
+    for first in ("#!/bin/no-such-shell -e", "#! bin/nor-this"):
+        script = box.base / "script"
+        script.write_text(f"{first}\necho started\n")
+        script.chmod(0o755)
+        done = box.run("--", "/script")
+        assert (done.returncode, done.stdout) == (127, "")
+        interpreter = first[2:].split()[0]
+        assert f"/script is a script for {interpreter}, which cannot be found in the union" in done.stderr
     # Nothing of these is kept, for nothing has run.
     assert box.kept() == []
     assert box.is_over()
@@ -552,6 +560,10 @@ def test_refusals_of_containers(box: Containers) -> None:
     facts = json.loads((box.root / "containers/kept/container.json").read_text())
     assert facts == {"lowers": [str(box.base)]}
     assert stat.S_IMODE((box.root / "containers/kept").stat().st_mode) == 0o700
+    # One that is missing does not keep the others.
+    done = cli_calls.unionfs("rm", "gone", "kept", env=box.environment())
+    assert (done.returncode, done.stdout) == (1, "kept\n"), done.stderr
+    assert box.kept() == []
 
 
 def test_without_bubblewrap(box: Containers, monkeypatch: pytest.MonkeyPatch) -> None:

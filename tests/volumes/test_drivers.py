@@ -18,8 +18,8 @@ from tests.volumes.conftest import Store
 from unionfs.daemon.errors import UserError
 from unionfs.storage import mounts
 from unionfs.storage.mounts import mount_call
+from unionfs.sys.capabilities import CAP_SYS_RESOURCE, has_capability
 from unionfs.sys.mountinfo import read_mountinfo
-from unionfs.sys.process import has_sys_resource
 
 pytestmark = pytest.mark.usefixtures("as_root")
 
@@ -220,7 +220,7 @@ class TestSize:
         with store.volumes().used("data", "test") as path:
             (Path(path) / "file").write_bytes(bytes(range(256)) * 4096)
             refused(store("resize", "data", "32m"), "cannot shrink while it is in use")
-            if not has_sys_resource():
+            if not has_capability(CAP_SYS_RESOURCE):
                 refused(store("resize", "data", "80m"), "CAP_SYS_RESOURCE", "end its users first")
                 assert (store.data("data").parent / "image").stat().st_size == 64 << 20
         store.ok("resize", "data", "32m")

@@ -112,16 +112,27 @@ def _environment(variables: tuple[str, ...]) -> dict[str, str]:
     help="Where containers are kept. [UNIONFS_ROOT; /var/lib/unionfs, or ~/.local/share/unionfs]",
 )  # fmt: skip
 @click.argument("names", nargs=-1, required=True, metavar="NAME...")
-def rm(root: str | None, names: tuple[str, ...]) -> None:
-    """Remove containers that `unionfs run` kept, with all that was changed in them. Volumes stay."""
+def rm(root: str | None, names: tuple[str, ...]) -> int:
+    """Remove containers that `unionfs run` kept, with all that was changed in them, and print their names.
+
+    Volumes stay. What cannot be removed is told, and does not keep the others.
+    """
+    from unionfs.cli.run import complain
     from unionfs.containers.store import Container
+    from unionfs.daemon.errors import UserError
     from unionfs.storage.root import storage_root
 
     place = storage_root(root)
-    containers = [Container(place, name) for name in names]
-    for container in containers:
-        with container.claimed(make=False):
-            container.remove()
+    code = 0
+    for name in dict.fromkeys(names):
+        try:
+            container = Container(place, name)
+            with container.claimed(make=False):
+                container.remove()
+            print(name, flush=True)
+        except UserError as error:
+            code = complain("unionfs", str(error))
+    return code
 
 
 assert run.help is not None

@@ -45,7 +45,7 @@ def diff(mountpoint: str | None, upper: str | None, lowers: tuple[str, ...], use
         raise click.UsageError("give a mountpoint, or --upper and at least one --lower")
     else:
         from unionfs.daemon.preflight import check_directory
-        from unionfs.sys.process import may_use_trusted_xattrs
+        from unionfs.sys.capabilities import may_use_trusted_xattrs
 
         for kind, path in (("upper", upper), *(("lower", lower) for lower in lowers)):
             check_directory(kind, path)

@@ -28,6 +28,7 @@ from unionfs.sys.process import start_time, wait_gone
 
 _NOT_FOUND = 127
 _NOT_EXECUTABLE = 126
+_INTERPRETER_LINE = 256  # BINPRM_BUF_SIZE, linux/binfmts.h
 _LONGEST_HOSTNAME = 64  # HOST_NAME_MAX
 _END_SECONDS = 20.0
 
@@ -240,11 +241,12 @@ def _find_command(root: int, name: str, workdir: str, search: str) -> None:
             continue
         try:
             mode = os.stat(fd).st_mode
+            found = found or not stat.S_ISDIR(mode) or "/" in name
+            if stat.S_ISREG(mode) and mode & 0o111:
+                _check_interpreter(root, fd, name, workdir)
+                return
         finally:
             os.close(fd)
-        found = found or not stat.S_ISDIR(mode) or "/" in name
-        if stat.S_ISREG(mode) and mode & 0o111:
-            return
     if found:
         raise CommandError(
             f"{quoted(name)} in the union is no program to be executed; check its mode.", _NOT_EXECUTABLE
@@ -253,6 +255,29 @@ def _find_command(root: int, name: str, workdir: str, search: str) -> None:
     raise CommandError(
         f"{quoted(name)} does not exist in the union{where}; check the name and the lowers.", _NOT_FOUND
     )
+
+
+def _check_interpreter(root: int, fd: int, name: str, workdir: str) -> None:
+    """Refuse a script whose interpreter is missing, which execve(2) says with the script's own ENOENT."""
+    try:
+        with open(f"/proc/self/fd/{fd}", "rb") as script:
+            first = script.read(_INTERPRETER_LINE).partition(b"\n")[0]
+    except OSError:
+        return  # what root may not even read is left to the kernel
+    if not first.startswith(b"#!"):
+        return
+    words = first[2:].split(maxsplit=1)
+    if not words:
+        return
+    try:
+        os.close(open_in_root(root, os.path.join(os.fsencode(workdir), words[0])))
+    except OSError as error:
+        interpreter = quoted(os.fsdecode(words[0]))
+        raise CommandError(
+            f"{quoted(name)} is a script for {interpreter}, which cannot be found in the union: "
+            f"{reason(error)}; check its first line and the lowers.",
+            _NOT_FOUND,
+        ) from error
 
 
 def _unmount(merged: str, complain: Callable[[str], object]) -> None:

@@ -1,17 +1,15 @@
-"""The host's side of FUSE: its device, its helper, its settings, and whether a daemon still answers."""
+"""The host's side of FUSE: its device, its helper and its settings."""
 
 from __future__ import annotations
 
 import errno
 import os
 import shutil
-import threading
 
 from unionfs.daemon.errors import reason
 
 FUSE_DEVICE = "/dev/fuse"
 FUSE_CONF = "/etc/fuse.conf"
-_ANSWER_SECONDS = 2.0
 
 
 def fuse_device_problem(error: OSError) -> str:
@@ -48,22 +46,3 @@ def user_allow_other(conf: str = FUSE_CONF) -> bool:
             return any(line.strip() == "user_allow_other" for line in lines)
     except OSError:
         return False
-
-
-def is_dead(path: str) -> bool:
-    """Whether the daemon behind a mount has died; False when that cannot be known within two seconds."""
-    dead = False
-
-    def ask() -> None:
-        nonlocal dead
-        try:
-            # Not stat(2), which the kernel answers from its cache.
-            os.statvfs(path)
-        except OSError as error:
-            dead = error.errno in (errno.ENOTCONN, errno.ECONNABORTED)
-
-    # A daemon that hangs would keep us waiting for ever.
-    thread = threading.Thread(target=ask, daemon=True)
-    thread.start()
-    thread.join(_ANSWER_SECONDS)
-    return dead

@@ -16,7 +16,12 @@ from typing import Literal
 from unionfs.daemon.errors import UserError, reason
 from unionfs.daemon.fuse import find_fusermount, fuse_device_problem, user_allow_other
 from unionfs.sys import calls, libfuse
-from unionfs.sys.process import has_sys_admin, in_initial_user_namespace, may_use_trusted_xattrs
+from unionfs.sys.capabilities import (
+    CAP_SYS_ADMIN,
+    has_capability,
+    in_initial_user_namespace,
+    may_use_trusted_xattrs,
+)
 
 State = Literal["ok", "limited", "missing"]
 
@@ -286,7 +291,9 @@ def _session() -> Finding:
             name, "limited", "direct session; the kernel can't be asked what it offers", "run doctor as root"
         )
     request = InitRequest.of(major=KERNEL_VERSION, minor=offer[0], max_readahead=1 << 17, flags=offer[1])
-    rights = Privileges(initial_user_namespace=in_initial_user_namespace(), sys_admin=has_sys_admin())
+    rights = Privileges(
+        initial_user_namespace=in_initial_user_namespace(), sys_admin=has_capability(CAP_SYS_ADMIN)
+    )
     try:
         decision = negotiate(request, Settings(), rights)
     except NegotiationRefused as refusal:
@@ -345,7 +352,7 @@ def _open_files() -> Finding:
 
 def _dead_mounts() -> Iterator[Finding]:
     from unionfs.daemon import live
-    from unionfs.daemon.fuse import is_dead
+    from unionfs.sys.liveness import is_dead
     from unionfs.sys.mountinfo import read_mountinfo
 
     alive = {mount.device for mount in live.live_mounts()}

@@ -17,8 +17,9 @@ from typing import Any
 
 from unionfs.daemon.errors import UserError, quoted
 from unionfs.daemon.settings import MountSettings
+from unionfs.sys.capabilities import in_initial_user_namespace
 from unionfs.sys.mountinfo import MountEntry, mounts_of_device, read_mountinfo
-from unionfs.sys.process import in_initial_user_namespace, is_alive, start_time
+from unionfs.sys.process import is_alive, start_time
 
 _ROOT_DIRECTORY = "/run/unionfs"
 

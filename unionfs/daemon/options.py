@@ -185,10 +185,14 @@ def parse_options(arguments: Iterable[str]) -> Options:
     return options
 
 
-def _needed(name: str, value: str | None, what: str = "DIR") -> str:
-    if not value:
+def _given(name: str, value: str | None, what: str) -> str:
+    if value is None:
         raise UserError(f"option {name} has no value, so write {name}={what} or leave it out.")
     return value
+
+
+def _needed(name: str, value: str | None, what: str = "DIR") -> str:
+    return _given(name, value or None, what)
 
 
 def _once(name: str, old: str | None, new: str | None) -> None:
@@ -206,9 +210,9 @@ def _take(options: Options, name: str, value: str | None) -> None:
         _once(name, options.work, new)
         options.work = new
     elif name == "fsname":
-        options.fsname = unescape_option(value or "")
+        options.fsname = unescape_option(_given(name, value, "NAME"))
     elif name == "subtype":
-        options.subtype = unescape_option(value or "")
+        options.subtype = unescape_option(_given(name, value, "NAME"))
     elif name in ("session", "io"):
         new = _needed(name, value, "auto")
         _once(name, getattr(options, name), new)

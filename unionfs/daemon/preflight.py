@@ -21,11 +21,12 @@ from unionfs.daemon.fuse import (
     FUSE_DEVICE,
     find_fusermount,
     fuse_device_problem,
-    is_dead,
     user_allow_other,
 )
 from unionfs.daemon.options import unescape_option
 from unionfs.daemon.settings import MountSettings
+from unionfs.sys.capabilities import CAP_SYS_ADMIN, has_capability
+from unionfs.sys.liveness import is_dead
 from unionfs.sys.mountinfo import (
     Location,
     MountEntry,
@@ -34,7 +35,6 @@ from unionfs.sys.mountinfo import (
     mounted_at,
     read_mountinfo,
 )
-from unionfs.sys.process import has_sys_admin
 
 _OURS_IN_WORK = frozenset({"work", "index"})
 
@@ -90,7 +90,7 @@ def check(settings: MountSettings) -> None:
     if settings.storage:
         from unionfs.storage import sources
 
-        privileged = has_sys_admin()
+        privileged = has_capability(CAP_SYS_ADMIN)
         for spec in settings.storage:
             sources.check(spec)
             if not privileged:

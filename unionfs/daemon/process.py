@@ -182,8 +182,8 @@ def _clear_dead_mount(settings: MountSettings) -> None:
     """Unmount what a daemon that died between mounting and being ready may have left."""
     found = mounted_at(settings.mountpoint)
     if found is not None and found.is_fuse:
-        from unionfs.daemon.fuse import is_dead
         from unionfs.daemon.unmount import unmount
+        from unionfs.sys.liveness import is_dead
 
         if is_dead(settings.mountpoint):
             with suppress(OSError):

@@ -24,8 +24,9 @@ from unionfs.daemon.settings import MountSettings
 from unionfs.daemon.stats import more_for
 from unionfs.fuse.errors import SessionError, SessionUnfit
 from unionfs.fuse.operations import Operations
+from unionfs.sys.capabilities import CAP_SYS_ADMIN, has_capability
 from unionfs.sys.mountinfo import mounted_at
-from unionfs.sys.process import has_sys_admin, is_alive, raise_open_file_limit
+from unionfs.sys.process import is_alive, raise_open_file_limit
 from unionfs.union.errors import LayerError
 from unionfs.union.layers import LayerStack
 from unionfs.union.tree import Union
@@ -110,7 +111,7 @@ class Service:
         self._stack = stack
         try:
             operations = Operations(Union(stack))
-            if settings.storage and not has_sys_admin():
+            if settings.storage and not has_capability(CAP_SYS_ADMIN):
                 self._serve_storage(operations.union, stack)
             listener = self._listen()
             # From here on a signal means "end cleanly". It waits until trio's receiver looks for it (what is
@@ -155,7 +156,7 @@ class Service:
         except OSError as error:
             raise UserError(f"no process can be started: {reason(error)}; end some others.") from error
         volumes = Volumes(settings.storage_root)
-        self._sources = Sources(volumes, user, kernel_mounts=has_sys_admin())
+        self._sources = Sources(volumes, user, kernel_mounts=has_capability(CAP_SYS_ADMIN))
         self._sources.open(settings.storage)
 
     def _scratch(self, options: TmpfsOptions) -> int:
@@ -254,7 +255,7 @@ class Service:
         self.device = mount.device
         if self._guardian is not None:
             self._guardian.tell(mount.device)
-        if self.settings.storage and has_sys_admin():
+        if self.settings.storage and has_capability(CAP_SYS_ADMIN):
             assert self._stack is not None
             attached = await trio.to_thread.run_sync(self._attach, self._stack, abandon_on_cancel=True)
             self.settings = replace(self.settings, storage=attached)

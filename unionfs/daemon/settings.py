@@ -189,7 +189,7 @@ def settle(
             "daemon. Leave one of the two out."
         )
     if trusted_xattrs is None:
-        from unionfs.sys.process import may_use_trusted_xattrs
+        from unionfs.sys.capabilities import may_use_trusted_xattrs
 
         trusted_xattrs = may_use_trusted_xattrs()
     is_root = os.geteuid() == 0

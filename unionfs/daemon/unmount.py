@@ -13,9 +13,10 @@ from typing import TYPE_CHECKING
 
 from unionfs.daemon import live
 from unionfs.daemon.errors import UserError, quoted, reason
-from unionfs.daemon.fuse import find_fusermount, is_dead
+from unionfs.daemon.fuse import find_fusermount
 from unionfs.daemon.settings import absolute_mountpoint
 from unionfs.sys.calls import syncfs
+from unionfs.sys.liveness import is_dead
 from unionfs.sys.mount import MNT_DETACH, umount2
 from unionfs.sys.mountinfo import MountEntry, mounted_at, mounts_of_device, read_mountinfo
 from unionfs.sys.process import users_of, wait_gone

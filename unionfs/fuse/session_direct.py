@@ -36,9 +36,8 @@ from unionfs.fuse.protocol import (
 )
 from unionfs.fuse.protocol import requests as rq
 from unionfs.sys import calls
-from unionfs.sys.creds import CAP_SYS_ADMIN, has_capability
+from unionfs.sys.capabilities import CAP_SYS_ADMIN, has_capability, in_initial_user_namespace
 from unionfs.sys.mountinfo import mounted_at
-from unionfs.sys.process import in_initial_user_namespace
 from unionfs.union.layers import Layer
 
 READAHEAD = 4 << 20

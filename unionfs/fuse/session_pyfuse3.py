@@ -5,7 +5,6 @@ from __future__ import annotations
 import errno
 import functools
 import logging
-import os
 import stat
 from collections.abc import Callable, Coroutine, Sequence
 from typing import Any, Final, ParamSpec, TypeVar
@@ -16,6 +15,7 @@ import trio
 from unionfs.fuse.directories import DOT, DOT_DOT
 from unionfs.fuse.errors import CUT_OFF, SessionError
 from unionfs.fuse.operations import ACL, Change, Found, Operations, error
+from unionfs.sys.liveness import is_dead
 from unionfs.sys.mountinfo import mounted_at, mounts_of_device
 from unionfs.union.changes import Caller
 from unionfs.union.nodes import Node
@@ -25,7 +25,6 @@ log = logging.getLogger(__name__)
 
 #: Seconds; only this daemon changes the tree, so what the kernel knows stays true.
 FOREVER: Final = 1e9
-_ANSWER_SECONDS: Final = 2.0
 
 _P = ParamSpec("_P")
 _T = TypeVar("_T")
@@ -75,18 +74,8 @@ async def _is_left(device: str) -> bool:
     """Whether the mount with that number, which is served no more, is still there. The number may be another
     mount's by now, which answers, or keeps us waiting."""
     for mount in mounts_of_device(device):
-        if mount.is_fuse:
-            with trio.move_on_after(_ANSWER_SECONDS):
-                if await trio.to_thread.run_sync(_is_dead, mount.mountpoint, abandon_on_cancel=True):
-                    return True
-    return False
-
-
-def _is_dead(mountpoint: str) -> bool:
-    try:
-        os.statvfs(mountpoint)
-    except OSError as failure:
-        return failure.errno == errno.ENOTCONN
+        if mount.is_fuse and await trio.to_thread.run_sync(is_dead, mount.mountpoint):
+            return True
     return False
 
 

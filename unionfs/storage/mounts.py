@@ -12,8 +12,8 @@ from dataclasses import dataclass, field
 from typing import IO
 
 from unionfs.daemon.errors import UserError, quoted
+from unionfs.sys.capabilities import CAP_SYS_ADMIN, has_capability
 from unionfs.sys.mountinfo import MountEntry, mounted_at
-from unionfs.sys.process import has_sys_admin
 
 _PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 _SECONDS = 120.0
@@ -90,7 +90,7 @@ def mount_call(fstype: str, device: str, options: str, target: str) -> MountCall
 
 def run_mount(call: MountCall, what: str) -> None:
     """Run mount(8) for `what` ("volume x"). Raises UserError with mount's own reason."""
-    if not has_sys_admin():
+    if not has_capability(CAP_SYS_ADMIN):
         raise UserError(
             f"{what} cannot be mounted: that needs root; run as root, or use a volume without options."
         )

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from contextlib import suppress
 
 from unionfs.daemon.errors import UserError, quoted, reason
-from unionfs.sys.process import in_initial_user_namespace
+from unionfs.sys.capabilities import in_initial_user_namespace
 
 ENVIRONMENT = "UNIONFS_ROOT"
 _SYSTEM = "/var/lib/unionfs"

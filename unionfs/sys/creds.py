@@ -16,14 +16,13 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Final
 
+from unionfs.sys.capabilities import CAP_SETGID, CAP_SETUID, has_capability
+
 _libc = ctypes.CDLL(None, use_errno=True)
 _libc.setfsuid.argtypes = (ctypes.c_uint,)
 _libc.setfsgid.argtypes = (ctypes.c_uint,)
 
 _CAPABILITY_VERSION_3: Final = 0x20080522
-CAP_SETGID: Final = 6
-CAP_SETUID: Final = 7
-CAP_SYS_ADMIN: Final = 21
 
 
 class _Header(ctypes.Structure):
@@ -43,11 +42,6 @@ def _capabilities() -> ctypes.Array[_Data]:
     if _libc.capget(ctypes.byref(_Header(_CAPABILITY_VERSION_3, 0)), data) != 0:
         raise OSError(ctypes.get_errno(), "capget failed")
     return data
-
-
-def has_capability(number: int) -> bool:
-    """Whether this thread has capability ``number`` (CAP_*) in effect."""
-    return bool(_capabilities()[number // 32].effective >> (number % 32) & 1)
 
 
 class Identity:

@@ -1,4 +1,4 @@
-"""Processes: is it still the same one, wait for its end, who uses a mount, what may this one do."""
+"""Processes: is it still the same one, wait for its end, who uses a mount."""
 
 from __future__ import annotations
 
@@ -9,9 +9,6 @@ import signal
 from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass
-
-_CAP_SYS_ADMIN = 21  # linux/capability.h
-_CAP_SYS_RESOURCE = 24
 
 
 def start_time(pid: int) -> int | None:
@@ -134,37 +131,6 @@ def is_being_killed(task: int) -> bool:
         return bool(int(_status_field("SigPnd", task) or "0", 16) >> (signal.SIGKILL - 1) & 1)
     except (OSError, ValueError):
         return True
-
-
-def has_sys_admin() -> bool:
-    """Whether CAP_SYS_ADMIN is in effect, in this user namespace."""
-    return _has_capability(_CAP_SYS_ADMIN)
-
-
-def has_sys_resource() -> bool:
-    """Whether CAP_SYS_RESOURCE is in effect, in this user namespace."""
-    return _has_capability(_CAP_SYS_RESOURCE)
-
-
-def _has_capability(number: int) -> bool:
-    try:
-        return bool(int(_status_field("CapEff"), 16) >> number & 1)
-    except (OSError, ValueError):
-        return os.geteuid() == 0
-
-
-def in_initial_user_namespace() -> bool:
-    """Whether every uid of the host exists here as itself, as it only does outside user namespaces."""
-    try:
-        with open("/proc/self/uid_map", encoding="ascii") as uid_map:
-            return uid_map.read().split() == ["0", "0", "4294967295"]
-    except OSError:
-        return True
-
-
-def may_use_trusted_xattrs() -> bool:
-    """Whether `trusted.*` xattrs can be written: CAP_SYS_ADMIN of the initial user namespace; xattr(7)."""
-    return has_sys_admin() and in_initial_user_namespace()
 
 
 def raise_open_file_limit() -> tuple[int, int]:

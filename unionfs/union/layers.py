@@ -18,7 +18,7 @@ from contextlib import ExitStack
 from typing import Final
 
 from unionfs.sys import calls, mount
-from unionfs.sys.creds import CAP_SYS_ADMIN, has_capability
+from unionfs.sys.capabilities import CAP_SYS_ADMIN, has_capability
 from unionfs.union.errors import LayerError
 from unionfs.union.places import Place, open_for_listing
 from unionfs.union.removal import empty_directory

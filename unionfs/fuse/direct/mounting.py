@@ -20,7 +20,7 @@ from typing import Final
 
 from unionfs.fuse.errors import SessionError
 from unionfs.sys import mount as sys_mount
-from unionfs.sys.creds import CAP_SYS_ADMIN, has_capability
+from unionfs.sys.capabilities import CAP_SYS_ADMIN, has_capability
 
 _MS: Final = {
     "ro": 1, "nosuid": 2, "nodev": 4, "noexec": 8, "sync": 16, "dirsync": 128, "noatime": 1024,

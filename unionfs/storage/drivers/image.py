@@ -15,7 +15,7 @@ from unionfs.storage.drivers.replacing import fsync_directory
 from unionfs.storage.model import Volume
 from unionfs.storage.mounts import MountCall, mount_at, need_program, run_mount, run_program, unmount
 from unionfs.storage.sizes import shown_size, volume_size
-from unionfs.sys.process import has_sys_admin, has_sys_resource
+from unionfs.sys.capabilities import CAP_SYS_ADMIN, CAP_SYS_RESOURCE, has_capability
 
 _DETACH_SECONDS = 5.0
 
@@ -48,7 +48,7 @@ def check(options: Mapping[str, str]) -> None:
             f"size={options['size']} is too small for {kind}, which takes at least "
             f"{shown_size(_SMALLEST[kind])}."
         )
-    if not has_sys_admin():
+    if not has_capability(CAP_SYS_ADMIN):
         raise UserError("a volume with a size needs root to be mounted; run as root, or leave the size out.")
 
 
@@ -202,7 +202,7 @@ def resize(volume: Volume, size: int, *, mounted: bool) -> None:
         with _mounted(path, volume) as root:
             _empty(root)
         return
-    if kind == "ext4" and not has_sys_resource():
+    if kind == "ext4" and not has_capability(CAP_SYS_RESOURCE):
         # The kernel asks for it (fs/ext4/ioctl.c); an xfs asks for CAP_SYS_ADMIN.
         raise UserError(
             f"{what}: an ext4 grows in use only for a process with CAP_SYS_RESOURCE, which this one has not; "

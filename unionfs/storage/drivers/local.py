@@ -13,7 +13,7 @@ from unionfs.storage.model import Volume
 from unionfs.storage.mounts import mount_at, mount_call, run_mount, unmount
 from unionfs.storage.sizes import volume_size
 from unionfs.sys import quota
-from unionfs.sys.process import has_sys_admin
+from unionfs.sys.capabilities import CAP_SYS_ADMIN, has_capability
 
 
 class Local(Driver):
@@ -74,7 +74,7 @@ class Local(Driver):
                 raise UserError("a volume of type none needs the option o=bind.")
             if not device.startswith("/"):
                 raise UserError(f"device={quoted(device)} is relative; a bind needs an absolute path.")
-        if kind not in ("none", "tmpfs") and not has_sys_admin():
+        if kind not in ("none", "tmpfs") and not has_capability(CAP_SYS_ADMIN):
             raise UserError(
                 f"a volume of type {kind} needs root to be mounted; run as root, or use a volume without "
                 "options."
@@ -111,7 +111,7 @@ class Local(Driver):
                 image.mount(volume, data)
         elif "type" in volume.options:
             kind, device = volume.options["type"], volume.options["device"]
-            if kind == "none" and not has_sys_admin():
+            if kind == "none" and not has_capability(CAP_SYS_ADMIN):
                 data = device  # what a bind mount would show, without the mount
             elif mount_at(data) is None:
                 run_mount(mount_call(kind, device, volume.options.get("o", ""), data), what)

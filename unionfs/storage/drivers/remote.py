@@ -54,7 +54,7 @@ class RemoteDriver(Driver):
         self.unmount(volume, "")
 
     def mount(self, volume: Volume, user: str) -> str:
-        from unionfs.daemon.fuse import is_dead
+        from unionfs.sys.liveness import is_dead
 
         data = f"{volume.directory}/_data"
         what = f"volume {quoted(volume.name)}"
@@ -89,8 +89,8 @@ class RemoteDriver(Driver):
         return ""
 
     def unmount(self, volume: Volume, user: str) -> None:
-        from unionfs.daemon.fuse import is_dead
         from unionfs.daemon.unmount import unmount
+        from unionfs.sys.liveness import is_dead
 
         data = f"{volume.directory}/_data"
         if mount_at(data) is None:

@@ -181,7 +181,7 @@ def _mount(volume: Volume, upper: str, work: str, target: str) -> None:
 
 def _is_alive(target: str) -> bool:
     """Whether a union is mounted and answers; one whose daemon has died is cleared away."""
-    from unionfs.daemon.fuse import is_dead
+    from unionfs.sys.liveness import is_dead
 
     if mount_at(target) is None:
         return False
