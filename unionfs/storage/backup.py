@@ -100,8 +100,7 @@ def backup(
             place = "standard output" if target == "-" else target
             raise UserError(
                 f"the backup cannot be written to {quoted(place)}: {reason(error)}; nothing is left of it. "
-                "Free space, "
-                "or write it elsewhere."
+                "Free space, or write it elsewhere."
             ) from error
         report.entries, report.size = writer.entries, writer.read_bytes
         if writer.changed and not report.how:
@@ -208,8 +207,7 @@ def explained(source: str) -> Iterator[None]:
     except (ValueError, KeyError, TypeError) as error:
         raise UserError(
             f"the backup {shown} cannot be trusted: it is misspelt ({error}); nothing was restored. Use "
-            "another copy "
-            "of it."
+            "another copy of it."
         ) from error
 
 

@@ -64,8 +64,7 @@ def state(root: str, name: str) -> Iterator[None]:
         if time.monotonic() > deadline:
             raise UserError(
                 f"volume {quoted(name)} is being changed by another process for over a minute (its storage "
-                "may "
-                "hang); try again later."
+                "may hang); try again later."
             )
         time.sleep(_POLL_SECONDS)
     try:
@@ -84,8 +83,7 @@ def work(root: str, name: str, what: str) -> Iterator[None]:
             holder = file.read(200).strip()
             raise UserError(
                 f"volume {quoted(name)} is busy with {holder or 'another operation'}; try {what} again when "
-                "that "
-                "has ended."
+                "that has ended."
             )
         raise UserError(f"volume {quoted(name)} is busy with another operation; try {what} again.")
     try:

@@ -159,14 +159,12 @@ class Registry:
             except sqlite3.OperationalError as error:
                 raise UserError(
                     f"the registry {quoted(self.path)} cannot be used: {error}; check its permissions and "
-                    "the "
-                    "free space of its filesystem."
+                    "the free space of its filesystem."
                 ) from error
             except sqlite3.DatabaseError as error:
                 raise UserError(
                     f"the registry {quoted(self.path)} is damaged ({error}); run the command again, which "
-                    "makes "
-                    "a new one from the volumes' own directories."
+                    "makes a new one from the volumes' own directories."
                 ) from error
             finally:
                 if db.in_transaction:
@@ -215,8 +213,7 @@ class Registry:
                     return self._connect_once()
                 raise UserError(
                     f"the registry {quoted(self.path)} cannot be used: {error}; check its permissions and "
-                    "the "
-                    "free space of its filesystem."
+                    "the free space of its filesystem."
                 ) from error
             if isinstance(error, sqlite3.DatabaseError):
                 raise Damaged(str(error)) from error
@@ -272,8 +269,7 @@ class Registry:
         self._checked = True
         self._tell(
             f"the registry {quoted(self.path)} was damaged ({cause}): it is kept as {quoted(aside)}, and a "
-            "new "
-            f"one was made from the directories of {count} volume{'' if count == 1 else 's'}."
+            f"new one was made from the directories of {count} volume{'' if count == 1 else 's'}."
         )
 
     def _reconcile(self, db: sqlite3.Connection, *, say: bool = True) -> int:
@@ -312,8 +308,7 @@ class Registry:
             if say:
                 self._tell(
                     f"the directory of volume {quoted(name)} is gone from {quoted(self.root)}/volumes; it "
-                    "was "
-                    "taken out of the registry."
+                    "was taken out of the registry."
                 )
         db.execute("COMMIT")
         return count

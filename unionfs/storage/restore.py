@@ -86,8 +86,7 @@ def _fill(
     except OSError as error:
         raise UserError(
             f"volume {quoted(volume.name)} cannot be {what}: {reason(error)}; its content is as it was. Free "
-            "space, or "
-            "check its storage."
+            "space, or check its storage."
         ) from error
 
 
@@ -120,8 +119,7 @@ def _find_base(
         opened.close()
     raise UserError(
         f"the backup {quoted(path)} is incremental, and the one it is built on ({quoted(file)}, id {wanted}) "
-        "is not "
-        "beside it; name it by --base FILE."
+        "is not beside it; name it by --base FILE."
     )
 
 

@@ -148,13 +148,11 @@ class Volumes:
                 if error.errno in (errno.EEXIST, errno.ENOTEMPTY):
                     raise UserError(
                         f"volume {quoted(name)} cannot be made: {quoted(place)} is in the way and is no "
-                        "volume; "
-                        "move it away."
+                        "volume; move it away."
                     ) from error
                 raise UserError(
                     f"volume {quoted(name)} cannot be made in {quoted(parent)}: {reason(error)}; free space, "
-                    "check "
-                    "the permissions, or give another storage root."
+                    "check the permissions, or give another storage root."
                 ) from error
             raise
         volume = replace(volume, directory=place)
@@ -310,8 +308,7 @@ class Volumes:
             except OSError as error:
                 raise UserError(
                     f"volume {quoted(name)} cannot be removed from {quoted(self.root)}: {reason(error)}; "
-                    "check the "
-                    "permissions."
+                    "check the permissions."
                 ) from error
             self._registry.forget(name)
             locks.forget(self.root, name)
@@ -347,8 +344,7 @@ class Volumes:
             if entry.mountpoint.startswith(below):
                 raise UserError(
                     f"volume {quoted(volume.name)} cannot be removed: {quoted(entry.mountpoint)} is still "
-                    "mounted; "
-                    "unmount it first."
+                    "mounted; unmount it first."
                 )
 
 
@@ -369,8 +365,7 @@ def _check_same(
     if driver is not None and driver != found.driver:
         raise UserError(
             f"volume {quoted(found.name)} already exists with the driver {quoted(found.driver)}; choose "
-            "another "
-            "name, or remove it first."
+            "another name, or remove it first."
         )
     for kind, wanted, known in (("option", options, found.options), ("label", labels, found.labels)):
         if not wanted:
@@ -380,8 +375,7 @@ def _check_same(
                 has = f"{key}={known[key]}" if key in known else f"no {key}"
                 raise UserError(
                     f"volume {quoted(found.name)} already exists with other {kind}s ({quoted(has)}); choose "
-                    "another "
-                    "name, or remove it first."
+                    "another name, or remove it first."
                 )
 
 

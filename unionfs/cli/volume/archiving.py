@@ -216,8 +216,7 @@ def verify(root: str | None, what: str) -> int:
         return complain(
             "unionfs",
             f"volume {what} is damaged: the content of {len(found.damaged)} files is not that of its last "
-            "backup, though "
-            "nobody wrote to them; restore a backup, and check the disk.",
+            "backup, though nobody wrote to them; restore a backup, and check the disk.",
         )
     same = not (found.changed or found.missing or found.added)
     print(f"{what}: {found.entries} entries, " + ("as in its last backup." if same else "none damaged."))

@@ -191,8 +191,7 @@ class Extractor:
             ):
                 raise UserError(
                     f"{_shown(entry.path)} cannot be made here: {reason(error)}; restore as root, or into a "
-                    "volume on "
-                    "another filesystem."
+                    "volume on another filesystem."
                 ) from error
             raise
 
@@ -358,8 +357,7 @@ class Extractor:
             except OSError as error:
                 raise UserError(
                     f"the attributes of {_shown(path)} cannot be set here: {reason(error)}; restore as root, "
-                    "or into "
-                    "a volume on another filesystem."
+                    "or into a volume on another filesystem."
                 ) from error
             finally:
                 os.close(fd)

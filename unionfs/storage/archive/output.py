@@ -39,8 +39,7 @@ def whole_file(path: str) -> Iterator[IO[bytes]]:
     except OSError as error:
         raise UserError(
             f"the backup {quoted(path)} cannot be made: {reason(error)}; name a file in a directory that is "
-            "there and "
-            "can be written."
+            "there and can be written."
         ) from error
     try:
         with open(fd, "wb", buffering=0) as out:

@@ -133,8 +133,7 @@ class Walker:
                 except OSError as error:
                     raise UserError(
                         f"{_shown(path)} in {quoted(self._root)} cannot be read: {reason(error)}; nothing is "
-                        "left out "
-                        "of a backup, so make it readable, or run as root."
+                        "left out of a backup, so make it readable, or run as root."
                     ) from error
         finally:
             for level in stack:

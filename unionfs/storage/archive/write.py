@@ -239,8 +239,7 @@ class ArchiveWriter:
         self.changed += 1
         self._note(
             f"{quoted(os.fsdecode(entry.path))} changed each time it was read; the archive holds it as it "
-            "was over "
-            "a short while."
+            "was over a short while."
         )
 
     def _add_large(self, entry: Entry, fd: int) -> None:
@@ -369,6 +368,5 @@ def explain_full(error: OSError, place: str) -> UserError:
     """The sentence for a backup that could not be written."""
     return UserError(
         f"the backup could not be written to {quoted(place)}: {reason(error)}; nothing is left of it. Free "
-        "space, or "
-        "write it elsewhere."
+        "space, or write it elsewhere."
     )

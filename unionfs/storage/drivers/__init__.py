@@ -64,13 +64,11 @@ def _load(point: EntryPoint) -> Driver:
     except Exception as error:
         raise UserError(
             f"volume driver {quoted(point.name)} ({point.value}) cannot be loaded: {error}; reinstall the "
-            "package "
-            "it comes from."
+            "package it comes from."
         ) from error
     if not isinstance(made, Driver):
         raise UserError(
             f"volume driver {quoted(point.name)} ({point.value}) is no unionfs.storage.drivers.Driver; "
-            "reinstall "
-            "the package it comes from."
+            "reinstall the package it comes from."
         )
     return made

@@ -78,8 +78,7 @@ class Driver:
         """
         raise UserError(
             f"volume {quoted(volume.name)} cannot be restored: the driver {self.name} has no way to replace "
-            "its "
-            "content."
+            "its content."
         )
 
     def restores_mounted(self, volume: Volume) -> bool:

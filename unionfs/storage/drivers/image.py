@@ -84,8 +84,7 @@ def _make(path: str, size: int, volume: Volume) -> None:
     except OSError as error:
         raise UserError(
             f"the image of volume {quoted(volume.name)} cannot be made: {reason(error)}; free space, or give "
-            "a "
-            "smaller size."
+            "a smaller size."
         ) from error
     try:
         run_program((*_MAKE[kind], path), f"volume {quoted(volume.name)} cannot be made")
@@ -235,8 +234,7 @@ def _refuse_attached(path: str, what: str) -> None:
         if time.monotonic() > deadline:
             raise UserError(
                 f"{what}: its image is still mounted in another mount namespace "
-                f"({os.path.basename(device)}); end "
-                "what uses it there."
+                f"({os.path.basename(device)}); end what uses it there."
             )
         time.sleep(0.05)
 

@@ -41,8 +41,7 @@ class Local(Driver):
                 if key in options:
                     raise UserError(
                         f"the volume options size and {key} exclude each other: a mounted filesystem has a "
-                        "size of "
-                        "its own (for a tmpfs write -o o=size=100m)."
+                        "size of its own (for a tmpfs write -o o=size=100m)."
                     )
             image.check(options)
         elif "fs" in options:
@@ -144,8 +143,7 @@ class Local(Driver):
         if volume.options.get("type") == "tmpfs":
             raise UserError(
                 f"volume {quoted(volume.name)} is a tmpfs, whose content goes with its last user: nothing "
-                "can be "
-                "restored into it; use a volume of another type."
+                "can be restored into it; use a volume of another type."
             )
         return "type" in volume.options
 
@@ -153,8 +151,7 @@ class Local(Driver):
         if "type" in volume.options:
             raise UserError(
                 f"volume {quoted(volume.name)} cannot be cloned: a volume with the same device would be the "
-                "same data; "
-                "make a new volume, and restore a backup into it."
+                "same data; make a new volume, and restore a backup into it."
             )
 
     def may_share(self, volume: Volume) -> str | None:

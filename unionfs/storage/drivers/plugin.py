@@ -131,8 +131,7 @@ def _checked_url(url: str, path: str) -> str:
     if urlsplit(url).scheme not in ("unix", "tcp", "http", "https"):
         raise UserError(
             f"the plugin description {quoted(path)} has the address {quoted(url)}; it must begin with "
-            "unix://, tcp://, "
-            "http:// or https://."
+            "unix://, tcp://, http:// or https://."
         )
     return url
 
@@ -239,8 +238,7 @@ class Plugin(Driver):
         except (httpx.HTTPError, httpx.InvalidURL, OSError) as error:
             raise UserError(
                 f"the volume plugin {quoted(self.name)} at {quoted(self._address.url)} does not answer: "
-                f"{error}; start it, "
-                "or remove what describes it."
+                f"{error}; start it, or remove what describes it."
             ) from error
         return self._answer(request, answer)
 
@@ -264,8 +262,7 @@ class Plugin(Driver):
             text = str(error) if error else f"HTTP {answer.status_code} {answer.text.strip()[:200]}"
             raise UserError(
                 f"the volume plugin {quoted(self.name)} refuses {request}: "
-                f"{' '.join(text.split()).rstrip('.')}; see its "
-                "own messages."
+                f"{' '.join(text.split()).rstrip('.')}; see its own messages."
             )
         if not isinstance(values, dict):
             raise UserError(
@@ -308,8 +305,7 @@ class Plugin(Driver):
                 self._call("VolumeDriver.Unmount", request)
             raise UserError(
                 f"the volume plugin {quoted(self.name)} says that volume {quoted(volume.name)} is at "
-                f"{quoted(path)}, which "
-                "is no directory here; see its own messages."
+                f"{quoted(path)}, which is no directory here; see its own messages."
             )
         try:
             replacing.finish_in_place(path)

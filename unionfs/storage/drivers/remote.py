@@ -114,8 +114,7 @@ class RemoteDriver(Driver):
     def check_clone(self, volume: Volume) -> None:
         raise UserError(
             f"volume {quoted(volume.name)} cannot be cloned: a volume with the same options would be the "
-            "same data; make "
-            "a new volume elsewhere, and restore a backup into it."
+            "same data; make a new volume elsewhere, and restore a backup into it."
         )
 
 

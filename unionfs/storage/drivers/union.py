@@ -108,8 +108,7 @@ class Union(Driver):
         if not self._shared(volume.options):
             raise UserError(
                 f"volume {quoted(volume.name)} cannot be restored: each of its views begins with the lowers "
-                "and goes "
-                "with its user; use a union with -o shared."
+                "and goes with its user; use a union with -o shared."
             )
         _sweep(volume)
         place = tempfile.mkdtemp(prefix=".restore-", dir=volume.directory)
@@ -130,8 +129,7 @@ class Union(Driver):
         if not self._shared(volume.options):
             raise UserError(
                 f"volume {quoted(volume.name)} has no content of its own to clone; make another volume with "
-                "the same "
-                "lowers."
+                "the same lowers."
             )
 
     def status(self, volume: Volume) -> Mapping[str, object]:
