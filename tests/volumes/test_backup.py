@@ -19,6 +19,7 @@ import pytest
 from tests.mount.cli_calls import REPOSITORY, UNIONFS, refused, wait_for
 from tests.volumes import trees
 from tests.volumes.conftest import Store
+from unionfs.storage.archive.walk import data_segments
 
 pytestmark = pytest.mark.usefixtures("as_root")
 
@@ -245,12 +246,27 @@ class TestConsistency:
         thread = threading.Thread(target=write)
         thread.start()
         try:
-            assert store("backup", "data", "-o", area / "b.tar").returncode == 0
+            done = store("backup", "data", "-o", area / "b.tar")
+            assert done.returncode == 0, done.stderr
         finally:
             stop.set()
             thread.join()
         assert "whole and agrees" in store.ok("verify", area / "b.tar")
         trees.tar("tf", area / "b.tar")
+
+    def test_a_file_that_is_cut_between_two_looks(self, area: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        path = area / "log"
+        path.write_bytes(bytes(1 << 20))
+        lseek = os.lseek
+
+        def cut(fd: int, offset: int, whence: int) -> int:
+            if whence == os.SEEK_HOLE:
+                os.truncate(path, 0)
+            return lseek(fd, offset, whence)
+
+        monkeypatch.setattr(os, "lseek", cut)
+        with path.open("rb") as file:
+            assert data_segments(file.fileno(), 1 << 20) == [(1 << 20, 0)]
 
     def test_a_volume_of_its_own_is_frozen_while_it_is_used(self, store: Store, area: Path) -> None:
         store.create("-o", "size=64m", "data")

@@ -244,6 +244,24 @@ class TestErrors:
         (found,) = json.loads(store.ok("inspect", "data"))
         assert "does not answer" in found["Status"]["error"]
         refused(store("rm", "data"), "does not answer")
+        done = store("prune", "-af")
+        assert (done.returncode, "does not answer" in done.stderr) == (1, True)
+        assert store.ok("ls", "-q") == "data\n"
+        done = store("rm", "-f", "data")
+        assert (done.returncode, done.stdout) == (0, "data\n")
+        assert done.stderr.count("\n") == 1
+        assert "does not answer" in done.stderr
+        assert store.ok("ls", "-q") == ""
+        assert not (store.root / "volumes/data").exists()
+
+    def test_a_user_that_died_on_one_that_is_gone(self, store: Store, plugins: Plugins) -> None:
+        plugins.socket("p")
+        store.ok("create", "-d", "p", "data")
+        store.volumes().attach("data", f"mount:{os.getpid()}:1:/gone")
+        plugins.running[0].kill()
+        plugins.running[0].wait()
+        refused(store("rm", "data"), "does not answer")
+        assert store.ok("rm", "-f", "data") == "data\n"
 
     def test_a_mountpoint_that_only_path_tells(self, store: Store, area: Path, plugins: Plugins) -> None:
         home = plugins.socket("p", "late")

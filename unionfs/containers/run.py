@@ -161,7 +161,7 @@ def _remove_anonymous(settings: MountSettings, complain: Callable[[str], object]
     for spec in settings.storage:
         if isinstance(spec, VolumeSpec) and spec.anonymous and spec.name is not None:
             try:
-                volumes.remove(spec.name, force=True)
+                volumes.remove(spec.name, missing_ok=True)
             except UserError as error:
                 complain(str(error))
 

@@ -90,7 +90,7 @@ class Sources:
             spec.name, driver=spec.driver, options=dict(spec.options), anonymous=spec.anonymous
         )
         if spec.anonymous:
-            self.undo.callback(_quietly, lambda: self._volumes.remove(made.name, force=True))
+            self.undo.callback(_quietly, lambda: self._volumes.remove(made.name, missing_ok=True))
         path = self._volumes.attach(made.name, self._user)
         self.undo.callback(_quietly, lambda: self._volumes.detach(made.name, self._user))
         try:

@@ -280,9 +280,13 @@ class Volumes:
             self._registry.replace(changed)
             return changed
 
-    def remove(self, name: str, *, force: bool = False) -> bool:
-        """Remove a volume and its data; refused while it has users. False: it is not there, with `force`."""
-        if force and (not is_name(name) or self._registry.find(name) is None):
+    def remove(self, name: str, *, force: bool = False, missing_ok: bool = False) -> bool:
+        """Remove a volume and its data; refused while it has users.
+
+        False: it is not there, with `missing_ok` or `force`. With `force` it goes too when its driver is
+        gone or cannot give it up.
+        """
+        if (force or missing_ok) and (not is_name(name) or self._registry.find(name) is None):
             return False
         self.get(name)
         with locks.work(self.root, name, "a removal"), locks.state(self.root, name):
@@ -293,7 +297,9 @@ class Volumes:
                 # The program of a driver that is gone has nothing to say, when that is wanted.
                 if not force:
                     raise
-                driver = _Gone()
+                driver = Driver()
+            if force:
+                driver = _Forced(driver, self._tell)
             users = self._without_the_dead(volume, driver)
             if users:
                 raise UserError(f"volume {quoted(name)} cannot be removed: {_in_use(users)}; end that first.")
@@ -348,11 +354,27 @@ class Volumes:
                 )
 
 
-class _Gone(Driver):
-    """Stands for a driver that is not there any more."""
+class _Forced(Driver):
+    """A driver that is told to give a volume up; where it cannot, that is said, and keeps nobody."""
+
+    def __init__(self, driver: Driver, tell: Callable[[str], object]) -> None:
+        self._driver = driver
+        self._tell = tell
+
+    def one_mount_each(self, volume: Volume) -> bool:
+        return self._driver.one_mount_each(volume)
 
     def unmount(self, volume: Volume, user: str) -> None:
-        pass
+        try:
+            self._driver.unmount(volume, user)
+        except UserError as error:
+            self._tell(str(error))
+
+    def remove(self, volume: Volume) -> None:
+        try:
+            self._driver.remove(volume)
+        except UserError as error:
+            self._tell(str(error))
 
 
 def _in_use(users: list[User]) -> str:

@@ -8,7 +8,7 @@ from unionfs.cli.volume.common import complete_volumes, open_volumes, root_optio
 
 
 @click.command(short_help="Remove volumes.", epilog="Example: unionfs volume rm orders carts")
-@click.option("-f", "--force", is_flag=True, help="No error for a volume that is not there.")
+@click.option("-f", "--force", is_flag=True, help="Also one whose driver fails; no error for a missing one.")
 @root_option
 @click.argument("names", metavar="NAME...", nargs=-1, required=True, shell_complete=complete_volumes)
 def rm(force: bool, root: str | None, names: tuple[str, ...]) -> int:
@@ -16,7 +16,7 @@ def rm(force: bool, root: str | None, names: tuple[str, ...]) -> int:
 
     A volume in use is not removed, with --force neither. What lies elsewhere (a bind, an NFS export, a
     plugin's storage if the plugin keeps it) stays there. With --force a volume can be removed whose driver is
-    gone.
+    gone, or cannot give it up; what the driver says is told.
     """
     from unionfs.cli.run import complain
     from unionfs.daemon.errors import UserError
@@ -83,7 +83,7 @@ def prune(every: bool, filters: tuple[str, ...], force: bool, dry_run: bool, roo
     for volume in found:
         size = reclaimable(volume)
         try:
-            if dry_run or volumes.remove(volume.name, force=True):
+            if dry_run or volumes.remove(volume.name, missing_ok=True):
                 gone.append(volume.name)
                 freed += size
         except UserError as error:

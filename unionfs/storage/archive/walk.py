@@ -286,16 +286,16 @@ def data_segments(fd: int, size: int) -> list[tuple[int, int]]:
     while at < size:
         try:
             start = os.lseek(fd, at, os.SEEK_DATA)
+            end = min(os.lseek(fd, start, os.SEEK_HOLE), size)
         except OSError as error:
             if error.errno == errno.ENXIO:
-                break
+                break  # no more data, or the file ends before here by now
             if error.errno in (errno.EINVAL, errno.ENOTSUP):
                 segments = [(0, size)]
                 break
             raise
         if start >= size:
             break
-        end = min(os.lseek(fd, start, os.SEEK_HOLE), size)
         segments.append((start, end - start))
         at = end
     os.lseek(fd, 0, os.SEEK_SET)
