@@ -10,7 +10,8 @@ import os
 import shutil
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
+from typing import Any
 
 from unionfs.daemon.errors import UserError, quoted, reason
 from unionfs.sys.calls import RENAME_EXCHANGE, renameat2
@@ -18,6 +19,9 @@ from unionfs.sys.calls import RENAME_EXCHANGE, renameat2
 WORKSPACE = ".unionfs-restore"
 """The directory in the volume's own root where new content is prepared that cannot lie beside it."""
 _JOURNAL = "journal"
+"""What is to be exchanged, from the moment on that it is to happen."""
+_DONE = "done"
+"""The journal's name when all is exchanged: from then on its names are no longer looked at."""
 
 
 def fsync_directory(path: str) -> None:
@@ -143,79 +147,78 @@ def in_place(data: str) -> Iterator[_InPlace]:
             remove_tree(workspace)
 
 
-class _Workspace:
-    """Descriptors of the directories, none reached through a symlink: the content of a volume is not
-    trusted.
-    """
+class _Directories(ExitStack):
+    """Descriptors, none reached through a symlink: the content of a volume is not trusted."""
 
-    def __init__(self, data: str) -> None:
-        flags = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
-        self.fds: list[int] = []
-        try:
-            self.data = self._open(data, flags & ~os.O_NOFOLLOW, None)
-            self.top = self._open(WORKSPACE, flags, self.data)
-            self.old = self._open("old", flags, self.top)
-            self.new = self._open("new", flags, self.top)
-        except BaseException:
-            self.close()
-            raise
-
-    def _open(self, name: str, flags: int, at: int | None) -> int:
-        fd = os.open(name, flags, dir_fd=at)
-        self.fds.append(fd)
+    def enter(self, name: str, at: int | None = None) -> int:
+        """Open a directory until the end of the context."""
+        nofollow = 0 if at is None else os.O_NOFOLLOW
+        fd = os.open(name, os.O_RDONLY | os.O_DIRECTORY | nofollow | os.O_CLOEXEC, dir_fd=at)
+        self.callback(os.close, fd)
         return fd
-
-    def close(self) -> None:
-        for fd in self.fds:
-            os.close(fd)
 
 
 def finish_in_place(data: str) -> None:
     """Finish an exchange of entries that has begun; nothing to do when there is none. Raises UserError."""
+    if not any(os.path.lexists(f"{data}/{WORKSPACE}/{name}") for name in (_JOURNAL, _DONE)):
+        return
     try:
-        if not os.path.lexists(f"{data}/{WORKSPACE}/{_JOURNAL}"):
-            return
-        place = _Workspace(data)
-    except OSError:
-        return  # no restore of ours: its directories are not there
-    try:
-        _finish(place)
+        with _Directories() as directories:
+            root = directories.enter(data)
+            workspace = directories.enter(WORKSPACE, root)
+            if _exists(workspace, _JOURNAL):
+                old, new = (directories.enter(name, workspace) for name in ("old", "new"))
+                _exchange_entries(root, workspace, old, new)
+            _sweep(root, workspace)
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(
             f"an interrupted restore in {quoted(data)}/{WORKSPACE} cannot be finished: {error}; look at its "
             "directories `old` and `new`, and remove it."
         ) from error
-    finally:
-        place.close()
 
 
-def _finish(place: _Workspace) -> None:
-    fd = os.open(_JOURNAL, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, dir_fd=place.top)
+def _read(workspace: int, name: str) -> Any:
+    fd = os.open(name, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, dir_fd=workspace)
     with open(fd, encoding="ascii") as source:
-        journal = json.load(source)
-    old, new = [str(name) for name in journal["old"]], [str(name) for name in journal["new"]]
-    mode, uid, gid, mtime = (int(value) for value in journal["root"])
-    for name in (*old, *new):
+        return json.load(source)
+
+
+def _exchange_entries(root: int, workspace: int, old: int, new: int) -> None:
+    """Each step is one that may be found done already."""
+    journal = _read(workspace, _JOURNAL)
+    away, here = [str(name) for name in journal["old"]], [str(name) for name in journal["new"]]
+    mode, uid, gid, _ = (int(value) for value in journal["root"])
+    for name in (*away, *here):
         if name in ("", ".", "..", WORKSPACE) or "/" in name:
             raise ValueError(f"its journal names {name!r}, which no restore does")
-    for name in old:
-        if not _exists(place.old, name) and _exists(place.data, name):
-            os.rename(name, name, src_dir_fd=place.data, dst_dir_fd=place.old)
-    for name in new:
-        if _exists(place.new, name):
-            os.rename(name, name, src_dir_fd=place.new, dst_dir_fd=place.data)
+    for name in away:
+        if not _exists(old, name) and _exists(root, name):
+            os.rename(name, name, src_dir_fd=root, dst_dir_fd=old)
+    for name in here:
+        if _exists(new, name):
+            os.rename(name, name, src_dir_fd=new, dst_dir_fd=root)
     with suppress(OSError):
-        for name in os.listxattr(place.new):
-            os.setxattr(place.data, name, os.getxattr(place.new, name))
+        for name in os.listxattr(new):
+            os.setxattr(root, name, os.getxattr(new, name))
     with suppress(OSError):
-        os.chown(place.data, uid, gid)
-        os.chmod(place.data, mode)
-    # The old content is given up only here, when the new is in place.
-    shutil.rmtree("old", ignore_errors=True, dir_fd=place.top)
-    os.unlink(_JOURNAL, dir_fd=place.top)
+        os.chown(root, uid, gid)
+        os.chmod(root, mode)
+    os.fsync(root)
+    # Before anything old is given up: a name in the journal whose old file is gone would be taken for one
+    # that is still to be moved away, and by now it is the new file's.
+    os.rename(_JOURNAL, _DONE, src_dir_fd=workspace, dst_dir_fd=workspace)
+    os.fsync(workspace)
+
+
+def _sweep(root: int, workspace: int) -> None:
+    """Remove the old content, then the word that it may be removed, and the workspace."""
+    mtime = int(_read(workspace, _DONE)["root"][3])
+    for name in ("old", "new"):
+        shutil.rmtree(name, ignore_errors=True, dir_fd=workspace)
+    os.unlink(_DONE, dir_fd=workspace)
     with suppress(OSError):
-        shutil.rmtree(WORKSPACE, ignore_errors=True, dir_fd=place.data)
-        os.utime(place.data, ns=(mtime, mtime))
+        shutil.rmtree(WORKSPACE, ignore_errors=True, dir_fd=root)
+        os.utime(root, ns=(mtime, mtime))
 
 
 def _exists(at: int, name: str) -> bool:

@@ -1,0 +1,106 @@
+"""Content that is exchanged entry by entry, and a process that is killed at any step of that."""
+
+from __future__ import annotations
+
+import os
+import signal
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from unionfs.storage.drivers.replacing import WORKSPACE, finish_in_place, in_place
+
+STEPS = ("mkdir", "rename", "unlink", "rmdir", "chown", "chmod", "utime")
+
+
+def _fill(root: Path, word: str, *own: str) -> None:
+    for name in ("both", *own):
+        (root / name).write_text(word)
+    (root / "both dirs").mkdir()
+    (root / "both dirs" / word).write_text(word)
+
+
+def _tree(root: Path) -> dict[str, str | None]:
+    found: dict[str, str | None] = {}
+    for path in sorted(root.rglob("*")):
+        name = str(path.relative_to(root))
+        if not name.startswith(WORKSPACE):
+            found[name] = path.read_text() if path.is_file() else None
+    return found
+
+
+def _restore(data: Path) -> None:
+    with in_place(str(data)) as replacement:
+        _fill(Path(replacement.path), "new", "only new")
+        replacement.commit()
+
+
+def _killed_at(step: int, data: Path) -> bool:
+    """Restore in a process that is killed before its `step`th change; False: there are fewer."""
+    child = os.fork()
+    if child == 0:
+        left = step
+
+        def counted(call: Callable[..., Any]) -> Callable[..., Any]:
+            def stop_or_call(*args: Any, **named: Any) -> Any:
+                nonlocal left
+                if left == 0:
+                    os.kill(os.getpid(), signal.SIGKILL)
+                left -= 1
+                return call(*args, **named)
+
+            return stop_or_call
+
+        try:
+            for name in STEPS:
+                setattr(os, name, counted(getattr(os, name)))
+            _restore(data)
+        finally:
+            os._exit(0)
+    return os.WIFSIGNALED(os.waitpid(child, 0)[1])
+
+
+def test_a_kill_at_each_step(area: Path) -> None:
+    """The content is the old or the new one, and the new one from the step on that decides it."""
+    old, new = area / "old", area / "new"
+    for place, word in ((old, "old"), (new, "new")):
+        place.mkdir()
+        _fill(place, word, f"only {word}")
+    seen = []
+    for step in range(200):
+        data = area / f"data {step}"
+        data.mkdir()
+        _fill(data, "old", "only old")
+        killed = _killed_at(step, data)
+        finish_in_place(str(data))
+        found = _tree(data)
+        assert found in (_tree(old), _tree(new)), step
+        if found == _tree(new):
+            assert not (data / WORKSPACE).exists() or not any((data / WORKSPACE).iterdir())
+        seen.append(found == _tree(new))
+        _restore(data)  # what was left is in nobody's way
+        assert _tree(data) == _tree(new)
+        assert sorted(os.listdir(data)) == sorted(os.listdir(new))
+        if not killed:
+            break
+    else:
+        pytest.fail("there is no end of steps")
+    assert seen == sorted(seen)
+    assert not seen[0]
+    assert seen[-1]
+
+
+def test_what_is_done_is_swept(area: Path) -> None:
+    """A process killed after the exchange leaves only what the next one removes."""
+    data = area / "data"
+    data.mkdir()
+    _fill(data, "old")
+    _restore(data)
+    left = data / WORKSPACE
+    (left / "old").mkdir(parents=True)
+    (left / "done").write_text('{"root": [493, 0, 0, 5000000000]}')
+    finish_in_place(str(data))
+    assert not left.exists()
+    assert data.stat().st_mtime == 5
