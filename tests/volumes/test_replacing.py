@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import signal
 from collections.abc import Callable
@@ -10,7 +11,10 @@ from typing import Any
 
 import pytest
 
-from unionfs.storage.drivers.replacing import WORKSPACE, finish_in_place, in_place
+from unionfs.storage.drivers import replacing
+from unionfs.storage.drivers.replacing import WORKSPACE, finish_in_place, in_place, recover_sibling, sibling
+
+Restore = Callable[[Path], None]
 
 STEPS = ("mkdir", "rename", "unlink", "rmdir", "chown", "chmod", "utime")
 
@@ -37,7 +41,13 @@ def _restore(data: Path) -> None:
         replacement.commit()
 
 
-def _killed_at(step: int, data: Path) -> bool:
+def _restore_beside(data: Path) -> None:
+    with sibling(str(data)) as replacement:
+        _fill(Path(replacement.path), "new", "only new")
+        replacement.commit()
+
+
+def _killed_at(step: int, data: Path, restore: Restore) -> bool:
     """Restore in a process that is killed before its `step`th change; False: there are fewer."""
     child = os.fork()
     if child == 0:
@@ -56,7 +66,7 @@ def _killed_at(step: int, data: Path) -> bool:
         try:
             for name in STEPS:
                 setattr(os, name, counted(getattr(os, name)))
-            _restore(data)
+            restore(data)
         finally:
             os._exit(0)
     return os.WIFSIGNALED(os.waitpid(child, 0)[1])
@@ -73,7 +83,7 @@ def test_a_kill_at_each_step(area: Path) -> None:
         data = area / f"data {step}"
         data.mkdir()
         _fill(data, "old", "only old")
-        killed = _killed_at(step, data)
+        killed = _killed_at(step, data, _restore)
         finish_in_place(str(data))
         found = _tree(data)
         assert found in (_tree(old), _tree(new)), step
@@ -104,3 +114,32 @@ def test_what_is_done_is_swept(area: Path) -> None:
     finish_in_place(str(data))
     assert not left.exists()
     assert data.stat().st_mtime == 5
+
+
+@pytest.mark.parametrize("exchanges", [True, False])
+def test_a_kill_at_each_step_beside(area: Path, monkeypatch: pytest.MonkeyPatch, exchanges: bool) -> None:
+    """The same for content that lies beside, on filesystems with and without RENAME_EXCHANGE."""
+
+    def refuse(*_: object) -> None:
+        raise OSError(errno.EINVAL, "renameat2")
+
+    if not exchanges:
+        monkeypatch.setattr(replacing, "renameat2", refuse)
+    old, new = area / "old", area / "new"
+    for place, word in ((old, "old"), (new, "new")):
+        place.mkdir()
+        _fill(place, word, f"only {word}")
+    for step in range(100):
+        data = area / f"volume {step}" / "data"
+        data.mkdir(parents=True)
+        _fill(data, "old", "only old")
+        killed = _killed_at(step, data, _restore_beside)
+        recover_sibling(str(data))
+        assert _tree(data) in (_tree(old), _tree(new)), step
+        _restore_beside(data)
+        assert _tree(data) == _tree(new)
+        assert os.listdir(data.parent) == ["data"]
+        if not killed:
+            break
+    else:
+        pytest.fail("there is no end of steps")

@@ -16,6 +16,9 @@ from typing import Any
 from unionfs.daemon.errors import UserError, quoted, reason
 from unionfs.sys.calls import RENAME_EXCHANGE, renameat2
 
+_SIBLING = ".restore-"
+_ASIDE = ".old"
+"""Where the old content waits on a filesystem that cannot exchange, between two renames."""
 WORKSPACE = ".unionfs-restore"
 """The directory in the volume's own root where new content is prepared that cannot lie beside it."""
 _JOURNAL = "journal"
@@ -42,7 +45,7 @@ def exchange(one: str, other: str) -> None:
         if error.errno not in (errno.EINVAL, errno.ENOSYS):
             raise
         # No exchange on this filesystem: two steps, of which the first can be undone.
-        aside = f"{other}.old"
+        aside = other + _ASIDE
         os.rename(one, aside)
         try:
             os.rename(other, one)
@@ -72,19 +75,29 @@ class _Sibling:
 def sibling(data: str) -> Iterator[_Sibling]:
     """New content in a directory beside `data`, which it is exchanged with."""
     sweep_siblings(data)
-    path = tempfile.mkdtemp(prefix=".restore-", dir=os.path.dirname(data))
+    path = tempfile.mkdtemp(prefix=_SIBLING, dir=os.path.dirname(data))
     try:
         yield _Sibling(data, path)
     finally:
         remove_tree(path)
 
 
-def sweep_siblings(data: str) -> None:
-    """Remove what a killed restore left beside `data`. To be called under the volume's long lock."""
+def recover_sibling(data: str) -> None:
+    """Give `data` its old content back when an exchange in two steps was interrupted between them."""
     parent = os.path.dirname(data)
     with suppress(OSError):
         for name in os.listdir(parent):
-            if name.startswith(".restore-"):
+            if name.startswith(_SIBLING) and name.endswith(_ASIDE) and not os.path.lexists(data):
+                os.rename(f"{parent}/{name}", data)
+
+
+def sweep_siblings(data: str) -> None:
+    """Remove what a killed restore left beside `data`. To be called under the volume's long lock."""
+    recover_sibling(data)
+    parent = os.path.dirname(data)
+    with suppress(OSError):
+        for name in os.listdir(parent):
+            if name.startswith(_SIBLING):
                 remove_tree(f"{parent}/{name}")
 
 
