@@ -209,14 +209,9 @@ def resize(volume: Volume, size: int, *, mounted: bool) -> None:
         )
     _lengthen(path, size, what)
     with _in_use(volume, data) as device:
-        try:
-            run_program(("losetup", "-c", device), what)
-            run_program(("xfs_growfs", data) if kind == "xfs" else ("resize2fs", device), what)
-        except UserError:
-            os.truncate(path, before)  # nothing of the filesystem lies there
-            with suppress(UserError):
-                run_program(("losetup", "-c", device), what)
-            raise
+        # After a failure the image stays as long as it is: the filesystem may have grown by a part of that.
+        run_program(("losetup", "-c", device), what)
+        run_program(("xfs_growfs", data) if kind == "xfs" else ("resize2fs", device), what)
 
 
 def _refuse_attached(path: str, what: str) -> None:
@@ -265,8 +260,7 @@ def _resize_ext4(path: str, size: int, before: int, what: str) -> None:
     try:
         run_program(("resize2fs", path, f"{size // 1024}K"), what)
     except UserError as error:
-        if size > before:
-            os.truncate(path, before)
+        # The image stays as long as it is: the filesystem may have grown by a part of that.
         if "smaller than minimum" in str(error):
             raise UserError(
                 f"{what}: what it holds does not fit into {shown_size(size)}; give a larger size, or remove "
