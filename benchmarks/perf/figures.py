@@ -24,6 +24,8 @@ class Daemon:
     cpu_seconds: list[float] = field(default_factory=list)
     requests: list[dict[str, int]] = field(default_factory=list)
     """By kind; empty for daemons that do not count."""
+    operations: list[float] = field(default_factory=list)
+    """Operations that the requests were for, where their number differs from turn to turn; else empty."""
 
     def milliseconds(self) -> float:
         """Median of the CPU time."""
@@ -60,12 +62,21 @@ class Results:
         """One sample."""
         self.samples.setdefault(figure, {}).setdefault(contestant, []).append(value)
 
-    def add_daemon(self, workload: str, contestant: str, cpu: float, requests: dict[str, int] | None) -> None:
-        """CPU time (seconds) and requests of one turn."""
+    def add_daemon(
+        self,
+        workload: str,
+        contestant: str,
+        cpu: float,
+        requests: dict[str, int] | None,
+        operations: float | None = None,
+    ) -> None:
+        """CPU time (seconds) and requests of one turn, and its operations where their number is not fixed."""
         daemon = self.daemons.setdefault(workload, {}).setdefault(contestant, Daemon())
         daemon.cpu_seconds.append(cpu)
         if requests is not None:
             daemon.requests.append(requests)
+        if operations is not None:
+            daemon.operations.append(operations)
 
     def median(self, figure: Figure, contestant: str) -> float | None:
         """None when there is no sample."""
