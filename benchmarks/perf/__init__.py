@@ -1,12 +1,15 @@
-"""The union beside other ways to have one: throughput, opens, metadata, and what the daemon needs.
+"""The union beside other ways to have one: throughput, metadata, real programs, and what the daemon needs.
 
     processes     starting, timing and ending processes, also when the run is interrupted
-    area          the trees that are measured on, in memory
+    parts         what lies in the lower, and how much of it
+    area          the place that is measured on
     contestants   who takes part, and how each mounts
     fio           the throughput jobs
     workloads     everything that is measured
     figures       samples, medians, ratios
-    report        tables and JSON
+    measuring     the turns of a run
+    finished      a run at its end, and its JSON
+    report        tables
 
 Nothing in here asserts a time: figures depend on the machine and on who else uses it.
 """

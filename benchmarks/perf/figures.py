@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 
@@ -35,7 +34,7 @@ class Daemon:
     requests: list[dict[str, int]] = field(default_factory=list)
     """By kind; empty for daemons that do not count."""
     operations: list[float] = field(default_factory=list)
-    """Operations that the requests were for, where their number differs from turn to turn; else empty."""
+    """How many operations of the workload each of `requests` was for; empty when that is not known."""
 
     def milliseconds(self) -> float:
         """Median of the CPU time."""
@@ -58,6 +57,15 @@ class Daemon:
         ]
         return statistics.median(each) if each else None
 
+    def requests_each(self) -> float | None:
+        """Requests an operation, median of the rounds; None when requests are not known."""
+        each = [
+            sum(sample.values()) / operations
+            for sample, operations in zip(self.requests, self.operations, strict=False)
+            if operations
+        ]
+        return statistics.median(each) if each else None
+
 
 class Results:
     """All samples of a run, by figure (or workload) and contestant."""
@@ -67,6 +75,8 @@ class Results:
         self.daemons: dict[str, dict[str, Daemon]] = {}
         self.failures: dict[tuple[str, str], str] = {}
         """(workload, contestant): why it has no figure there."""
+        self.skipped: dict[tuple[str, str | None], str] = {}
+        """(workload, contestant, or None for all of them): why it was not tried."""
 
     def add(self, figure: Figure, contestant: str, value: float) -> None:
         """One sample."""
@@ -80,13 +90,13 @@ class Results:
         requests: dict[str, int] | None,
         operations: float | None = None,
     ) -> None:
-        """CPU time (seconds) and requests of one turn, and its operations where their number is not fixed."""
+        """CPU time (seconds) and requests of one turn, and the operations that they were for."""
         daemon = self.daemons.setdefault(workload, {}).setdefault(contestant, Daemon())
         daemon.cpu_seconds.append(cpu)
         if requests is not None:
             daemon.requests.append(requests)
-        if operations is not None:
-            daemon.operations.append(operations)
+            if operations is not None:
+                daemon.operations.append(operations)
 
     def median(self, figure: Figure, contestant: str) -> float | None:
         """None when there is no sample."""
@@ -99,37 +109,3 @@ class Results:
         if not own or not other or own < 0 or other < 0:
             return None
         return own / other if figure.more_is_better else other / own
-
-    def to_json(self, references: Iterable[str]) -> dict[str, object]:
-        """Everything that was measured."""
-        references = list(references)
-        figures: list[dict[str, object]] = []
-        for figure, by_contestant in self.samples.items():
-            rows = {
-                name: {
-                    "samples": samples,
-                    "median": statistics.median(samples),
-                    "ratios": {other: self.ratio(figure, name, other) for other in references},
-                }
-                for name, samples in by_contestant.items()
-            }
-            figures.append({
-                "group": figure.group, "name": figure.name, "unit": figure.unit,
-                "better": "more" if figure.more_is_better else "less", "contestants": rows,
-            })  # fmt: skip
-        daemons = {
-            workload: {
-                name: {
-                    "cpu_ms": daemon.milliseconds(),
-                    "cpu_us_per_request": daemon.microseconds_each(),
-                    "requests": daemon.request_medians() if daemon.requests else None,
-                }
-                for name, daemon in by_contestant.items()
-            }
-            for workload, by_contestant in self.daemons.items()
-        }
-        failures = [
-            {"workload": workload, "contestant": name, "reason": reason}
-            for (workload, name), reason in self.failures.items()
-        ]
-        return {"figures": figures, "daemons": daemons, "failures": failures}

@@ -171,6 +171,13 @@ class _Failure:
 
 
 @dataclass
+class _Skipped:
+    workload: str
+    contestant: str | None
+    reason: str
+
+
+@dataclass
 class _File:
     machine: dict[str, Scalar]
     versions: dict[str, str]
@@ -187,6 +194,7 @@ class _File:
     contestants: list[ContestantFacts] = field(default_factory=list)
     workloads: list[WorkloadFacts] = field(default_factory=list)
     groups: dict[str, str] = field(default_factory=dict)
+    skipped: list[_Skipped] = field(default_factory=list)
 
 
 def spread(samples: Sequence[float]) -> tuple[float, float]:
@@ -235,6 +243,7 @@ def _run(file: _File, name: str) -> Run:
     for workload, by_name in file.daemons.items():
         results.daemons[workload] = {contestant: _daemon(told) for contestant, told in by_name.items()}
     results.failures = {(each.workload, each.contestant): each.reason for each in file.failures}
+    results.skipped = {(each.workload, each.contestant): each.reason for each in file.skipped}
     return Run(
         results, file.contestants or _contestants(file), file.workloads or _workloads(results),
         file.groups or {figure.group: figure.group for figure in results.samples},
@@ -288,7 +297,8 @@ def to_json(run: Run, references: Sequence[str] = (OVERLAYFS, "fuse-overlayfs"))
             }  # fmt: skip
         figures.append({
             "group": figure.group, "name": figure.name, "unit": figure.unit,
-            "better": "more" if figure.more_is_better else "less", "contestants": rows,
+            "better": "more" if figure.more_is_better else "less", "best_peer": run.best_peer(figure),
+            "contestants": rows,
         })  # fmt: skip
     return {
         "schema": SCHEMA,
@@ -311,6 +321,10 @@ def to_json(run: Run, references: Sequence[str] = (OVERLAYFS, "fuse-overlayfs"))
             {"workload": workload, "contestant": name, "reason": reason}
             for (workload, name), reason in results.failures.items()
         ],
+        "skipped": [
+            {"workload": workload, "contestant": name, "reason": reason}
+            for (workload, name), reason in results.skipped.items()
+        ],
     }
 
 
@@ -319,6 +333,7 @@ def _daemon_json(daemon: Daemon) -> Mapping[str, object]:
         "cpu_ms": daemon.milliseconds() if daemon.cpu_seconds else None,
         "cpu_us_per_request": daemon.microseconds_each(),
         "requests": daemon.request_medians() if daemon.requests else None,
+        "requests_per_operation": daemon.requests_each(),
         "cpu_seconds": daemon.cpu_seconds,
         "request_samples": daemon.requests,
         "operations": daemon.operations,
