@@ -9,8 +9,10 @@ from __future__ import annotations
 import base64
 import json
 import math
+import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import cycle
 from pathlib import Path
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
@@ -26,6 +28,8 @@ _PARTS = 7
 """Kinds of requests with a colour of their own; the others are one more."""
 #: Below and above this a ratio is called a difference; between the two are machines, not programs.
 _ALIKE = 1.05
+#: In place of a value.
+NONE = "\N{EN DASH}"
 
 
 @dataclass(frozen=True)
@@ -115,20 +119,21 @@ def geometric_mean(values: Iterable[float]) -> float | None:
     return math.exp(math.fsum(logarithms) / len(logarithms)) if logarithms else None
 
 
-def request_rates(daemon: Daemon, workload: WorkloadFacts) -> dict[str, float] | None:
-    """Requests an operation by kind, the most frequent first: median of the turns. None when not counted."""
+def request_rates(daemon: Daemon) -> dict[str, float] | None:
+    """Requests an operation by kind, the most frequent first: median of the turns. None when not counted.
+
+    Where the number of operations is not known, a turn is one.
+    """
     if not daemon.requests:
         return None
-    operations = daemon.operations
-    if len(operations) != len(daemon.requests):
-        return {kind: count / workload.entries for kind, count in daemon.request_medians().items() if count}
+    operations = daemon.operations if len(daemon.operations) == len(daemon.requests) else [1.0]
     turns = [
         {kind: count / number for kind, count in sample.items()}
-        for sample, number in zip(daemon.requests, operations, strict=True)
+        for sample, number in zip(daemon.requests, cycle(operations), strict=False)
         if number
     ]
     kinds = {kind for turn in turns for kind in turn}
-    rates = {kind: sorted(turn.get(kind, 0.0) for turn in turns)[len(turns) // 2] for kind in kinds}
+    rates = {kind: statistics.median(turn.get(kind, 0.0) for turn in turns) for kind in kinds}
     return dict(sorted(((kind, rate) for kind, rate in rates.items() if rate), key=lambda item: -item[1]))
 
 
@@ -164,7 +169,7 @@ class _View:
         """Words for what ours is held against, and who that is in each figure."""
         found = []
         if self.overlayfs:
-            found.append(("kernel overlayfs", {figure: self.overlayfs for figure in self.figures}))
+            found.append(("kernel overlayfs", dict.fromkeys(self.figures, self.overlayfs)))
         if self.peers:
             best = {figure: peer for figure in self.figures if (peer := self.run.best_peer(figure))}
             found.append(("the best other FUSE union", best))
@@ -181,7 +186,7 @@ class _View:
             better = sum(ratio >= _ALIKE for ratio in ratios)
             alike = sum(1 / _ALIKE < ratio < _ALIKE for ratio in ratios)
             tiles.append(Tile(
-                plots_ratio(mean), f"of {words}",
+                times(mean), f"of {words}",
                 f"better in {better}, within 5 % in {alike}, worse in {len(ratios) - better - alike} "
                 f"of {len(ratios)} figures",
             ))  # fmt: skip
@@ -207,7 +212,7 @@ class _View:
             and (ratio := self.results.ratio(figure, name, other)) is not None
         ]
         mean = geometric_mean(ratios)
-        return "–" if mean is None else plots_ratio(mean)
+        return NONE if mean is None else times(mean)
 
     def groups(self) -> list[str]:
         """Names, in order, of those with figures."""
@@ -270,14 +275,14 @@ class _View:
             mean = geometric_mean(ratios)
             assert mean is not None
             low, high = spread(ratios)
-            text = f"{name}, {label}: {plots_ratio(mean)}, in {len(ratios)} figures {_between(low, high)}"
+            text = f"{name}, {label}: {times(mean)}, in {len(ratios)} figures {_between(low, high)}"
             return plots.Dot(name, mean, low, high, text)
         figure, ratio = known[0]
-        low, high = self.run.ratio_spread(figure, name, reference[figure]) or (ratio, ratio)
+        low, high = spread(self.run.round_ratios(figure, name, reference[figure]) or [ratio])
         median = self.results.median(figure, name)
         assert median is not None
         text = (
-            f"{name}, {figure.name}: {plots_ratio(ratio)} ({_between(low, high)}) of {reference[figure]}, "
+            f"{name}, {figure.name}: {times(ratio)} ({_between(low, high)}) of {reference[figure]}, "
             f"{shown(median)} {figure.unit}"
         )
         return plots.Dot(name, ratio, low, high, text)
@@ -330,9 +335,12 @@ class _View:
         ratios = []
         for other in (self.overlayfs, peer):
             ratio = self.results.ratio(figure, name, other) if other else None
-            ratios.append("–" if ratio is None else plots_ratio(ratio))
+            ratios.append(NONE if ratio is None else times(ratio))
         return Cell(
-            shown(median), "" if len(samples) == 1 else f"{shown(low)}–{shown(high)}", tuple(ratios), leads
+            shown(median),
+            "" if len(samples) == 1 else f"{shown(low)}{NONE}{shown(high)}",
+            tuple(ratios),
+            leads,
         )
 
     def failure(self, line: str, name: str) -> str | None:
@@ -363,17 +371,17 @@ class _View:
         return [each for each in (*self.run.workloads, *others) if self.results.daemons.get(each.name)]
 
     def _cost(self, workload: WorkloadFacts, name: str, daemon: Daemon) -> Cost:
-        rates = request_rates(daemon, workload)
+        rates = request_rates(daemon)
         each = daemon.microseconds_each()
         total = sum(daemon.request_medians().values())
         return Cost(
             workload.name, _operation(workload, daemon), name,
-            "–" if rates is None else _rate(sum(rates.values())),
-            "–" if rates is None else f"{total:,}",
+            NONE if rates is None else _rate(sum(rates.values())),
+            NONE if rates is None else f"{total:,}",
             "" if rates is None else ", ".join(f"{kind} {_rate(rate)}" for kind, rate in rates.items()
                                                if rate >= 0.005 * sum(rates.values())),
-            f"{daemon.milliseconds():,.0f}" if daemon.cpu_seconds else "–",
-            "–" if each is None else shown(each),
+            f"{daemon.milliseconds():,.0f}" if daemon.cpu_seconds else NONE,
+            NONE if each is None else shown(each),
         )  # fmt: skip
 
     def requests(self) -> tuple[plots.Plot, list[str], str] | None:
@@ -383,8 +391,8 @@ class _View:
         for workload in self._costly():
             for name in self.ours:
                 daemon = self.results.daemons[workload.name].get(name)
-                found = request_rates(daemon, workload) if daemon else None
-                if daemon and found and self._per_operation(workload, daemon):
+                found = request_rates(daemon) if daemon else None
+                if daemon and found and daemon.operations:
                     rates.setdefault(workload.name, {})[name] = found
                     operations[workload.name] = _operation(workload, daemon)
         if not rates:
@@ -410,10 +418,6 @@ class _View:
         text = f"Requests of the kernel for each operation, for {len(stacks)} workloads; the table has them."
         return plots.stacks(stacks, parts, text), parts, text
 
-    @staticmethod
-    def _per_operation(workload: WorkloadFacts, daemon: Daemon) -> bool:
-        return workload.entries > 1 or bool(daemon.operations)
-
     # The rest
 
     def facts(self) -> list[tuple[str, str]]:
@@ -436,9 +440,9 @@ class _View:
         return [(*key, reason) for key, reason in self.results.failures.items()]
 
 
-def plots_ratio(value: float) -> str:
+def times(value: float) -> str:
     """A ratio with its sign."""
-    return f"×{shown(value)}"
+    return f"{plots.TIMES}{shown(value)}"
 
 
 def _between(low: float, high: float) -> str:
@@ -451,7 +455,7 @@ def _rate(value: float) -> str:
 
 
 def _operation(workload: WorkloadFacts, daemon: Daemon) -> str:
-    return workload.operation if workload.entries > 1 or daemon.operations else "turn"
+    return workload.operation if daemon.operations else "turn"
 
 
 def _plain(value: object) -> str:

@@ -30,6 +30,8 @@ _LANE = 9.0
 _HEAD = 40.0
 _HEADING = 30.0
 
+TIMES = "\N{MULTIPLICATION SIGN}"
+
 # Colours that stand for CSS variables.
 _INK, _MUTED, _GRID, _BAND, _PAPER = "#fd0001", "#fd0002", "#fd0003", "#fd0004", "#fd0005"
 _VARIABLES = {_INK: "ink", _MUTED: "muted", _GRID: "grid", _BAND: "band", _PAPER: "paper"}
@@ -191,11 +193,6 @@ def _ticks(low: float, high: float, width: float) -> list[float]:
     return [tick for tick in ticks if low * margin <= tick <= high / margin or tick == 1.0]
 
 
-def ratio_word(value: float) -> str:
-    """A ratio as it stands at axes and in tables."""
-    return f"×{value:g}"
-
-
 def ratios(rows: Sequence[Row], styles: Mapping[str, Style], reference: str, label: str) -> Plot:
     """Dots on a logarithmic axis, better to the right; every contestant has a lane of its own in each row."""
     names = [name for name in styles if any(dot.contestant == name for row in rows for dot in row.dots)]
@@ -216,7 +213,7 @@ def ratios(rows: Sequence[Row], styles: Mapping[str, Style], reference: str, lab
         axes.set_xlim(low, high)
         axes.set_ylim(sum(heights), 0)
         axes.xaxis.set_major_locator(FixedLocator(_ticks(low, high, across)))
-        axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: ratio_word(value)))
+        axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{TIMES}{value:g}"))
         axes.xaxis.set_minor_locator(NullLocator())
         axes.xaxis.set_minor_formatter(NullFormatter())
         axes.grid(axis="x", color=_GRID, linewidth=1)
@@ -240,8 +237,8 @@ def ratios(rows: Sequence[Row], styles: Mapping[str, Style], reference: str, lab
                 axes.text(left / width, top + 12, _label(row.label, 46), transform=beside, va="center",
                           color=_INK)  # fmt: skip
             else:
-                axes.text((left - 10) / width, top + row_height / 2, _label(row.label), transform=beside, ha="right",
-                          va="center", color=_INK)  # fmt: skip
+                axes.text((left - 10) / width, top + row_height / 2, _label(row.label), transform=beside,
+                          ha="right", va="center", color=_INK)  # fmt: skip
             for dot in row.dots:
                 style = styles[dot.contestant]
                 colour = _standin(style.colour)
