@@ -135,7 +135,7 @@ def _facts(
         [
             results.WorkloadFacts(
                 each.name, each.group, each.what, tuple(figure.name for figure in each.figures),
-                operation=each.operation,
+                operation=each.operation, family=each.family,
             )
             for each in workloads
         ],

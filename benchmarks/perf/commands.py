@@ -116,7 +116,8 @@ def print_comparison(
         console.print(Text(
             f"A difference counts from {threshold:.0%}, when the ranks of the samples tell the runs apart "
             "(Mann-Whitney, p at most 5 %; with too few for that, when they don't overlap). "
-            f"Had nothing changed, at most {math.ceil(found.by_chance())} of {decided} would look so.", style="dim",
+            f"Had nothing changed, at most {math.ceil(found.by_chance())} of {decided} would look so.",
+            style="dim",
         ))  # fmt: skip
     if numbers["unknown"]:
         console.print(Text("Three rounds in both runs are the least that decides.", style="dim"))

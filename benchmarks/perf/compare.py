@@ -4,9 +4,9 @@ Two things are compared for each figure and contestant: the figure itself, and i
 of the same run and round, which a slower machine leaves alone.
 
 There are few samples, and nothing is known of how they are distributed, so the test is one of ranks: that
-of Mann and Whitney, exact and two-sided. A difference is clear when p is at most 5 %, or, with so few samples
-that none could reach that, when no sample of one run lies among those of the other (three against three: one
-in ten would look so by chance). With fewer than three nothing is decided. A difference of less than a threshold
+of Mann and Whitney, exact and two-sided. A difference is clear when p is at most 5 %, or, with so few that
+none could reach that, when no sample of one run lies among those of the other (three against three: one in
+ten would look so by chance). With fewer than three nothing is decided. A difference of less than a threshold
 is none, however clear.
 """
 

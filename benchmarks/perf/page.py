@@ -146,7 +146,13 @@ class _View:
         order = ("kernel", "ours", "peer", "plain")  # what matters most is seen first on a small screen
         self.present = sorted(run.present(), key=lambda each: order.index(each.kind))
         self.styles = _styles(run.contestants)
-        self.swatches = {name: Markup(plots.swatch(style)) for name, style in self.styles.items()}
+        # drawn once in the page, and used wherever a name stands
+        self.markers = [Markup(plots.swatch(style)) for style in self.styles.values()]
+        self.swatches = {
+            name: Markup('<svg class="swatch" viewBox="0 0 12 12" aria-hidden="true">'
+                         '<use href="#marker-{}"/></svg>').format(number)
+            for number, name in enumerate(self.styles)
+        }  # fmt: skip
         names = {each.name for each in self.present}
         self.overlayfs = OVERLAYFS if OVERLAYFS in names else None
         self.ours = [each.name for each in self.present if each.kind == "ours"]
@@ -247,8 +253,7 @@ class _View:
             lines: dict[str, list[Figure]] = {}
             for figure in self.figures:
                 if figure.group == group:
-                    workload = self.run.workload_of(figure)
-                    lines.setdefault((workload and workload.family) or figure.name, []).append(figure)
+                    lines.setdefault(self._family(figure), []).append(figure)
             found = []
             for label, figures in lines.items():
                 dots = [dot for name in names if (dot := self._dot(label, figures, name, reference))]
@@ -257,6 +262,13 @@ class _View:
             if found:
                 rows += [plots.Row(self.title(group), ()), *found]
         return rows
+
+    def _family(self, figure: Figure) -> str:
+        """Its line of the summary. Cold and warm reads of a family are no mean of each other."""
+        workload = self.run.workload_of(figure)
+        if workload is None or not workload.family or not figure.name.startswith(workload.name):
+            return figure.name
+        return workload.family + figure.name.removeprefix(workload.name)
 
     def _dot(
         self, label: str, figures: Sequence[Figure], name: str, reference: Mapping[Figure, str]
@@ -434,6 +446,13 @@ class _View:
         numbers = {len(samples) for by_name in self.results.samples.values() for samples in by_name.values()}
         low, high = (min(numbers), max(numbers)) if numbers else (0, 0)
         return str(low) if low == high else f"{low} to {high}"
+
+    def skipped(self) -> list[tuple[str, str, str]]:
+        """Contestant (or all), workloads, and why they were not tried there."""
+        together: dict[tuple[str, str], list[str]] = {}
+        for (workload, name), reason in self.results.skipped.items():
+            together.setdefault((name or "all", reason), []).append(workload)
+        return [(name, ", ".join(names), reason) for (name, reason), names in together.items()]
 
     def failures(self) -> list[tuple[str, str, str]]:
         """Workload, contestant, reason."""

@@ -26,7 +26,7 @@ _DPI = 72  # matplotlib's SVG has one unit a point
 _WIDE, _NARROW = 960, 350
 _LABELS = 232
 """Pixels for the labels at the left of a wide plot."""
-_LANE = 9.0
+_LANE = 8.0
 _HEAD = 40.0
 _HEADING = 30.0
 
@@ -314,10 +314,10 @@ def stacks(stacks: Sequence[Stack], parts: Sequence[str], label: str) -> Plot:
 
 
 def swatch(style: Style) -> str:
-    """A contestant's marker for legends and tables."""
+    """A contestant's marker, 12 by 12, for legends and tables."""
     canvas = _canvas(12, 12)
     axes = canvas.add_axes((0, 0, 1, 1), xlim=(0, 1), ylim=(0, 1))
     axes.axis("off")
     colour = _standin(style.colour)
     axes.plot([0.5], [0.5], marker=style.marker, markersize=9, color=colour, markeredgewidth=0)
-    return _svg(canvas, {}, "").replace('role="img" aria-label=""', 'class="swatch" aria-hidden="true"')
+    return _svg(canvas, {}, "").replace('role="img" aria-label=""', 'width="12" height="12"')
