@@ -47,7 +47,7 @@ def _arguments() -> argparse.Namespace:
     add("--contestant", nargs="+", default=[], metavar="NAME", help="only these contestants")
     add("--on", type=Path, metavar="DIR", help="where layers are made (default: in memory)")
     add("--rounds", type=_positive, metavar="N", help="turns of each contestant (default 3)")
-    add("--seconds", type=_seconds, metavar="S", help="how long an fio job runs at most (default 0.3)")
+    add("--seconds", type=_seconds, metavar="S", help="how long an fio job runs at most (default 0.2)")
     add(
         "--size",
         type=_positive,
@@ -144,11 +144,12 @@ def _facts(
 
 def _publish(run: results.Run, options: argparse.Namespace) -> None:
     """Hand the run to all who show it or write it down."""
-    report.print_results(report.make_console(), run)
     if options.json is not None:
         results.save(run, options.json)
     if options.html is not None:
         commands.write_page(run, options.html, (options.json or options.html.with_suffix(".json")).name)
+    signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # whoever reads may have seen enough
+    report.print_results(report.make_console(), run)
 
 
 def main() -> int:
@@ -168,7 +169,7 @@ def main() -> int:
     if (reason := check_place(base)) is not None:
         _refuse(reason)
     rounds = options.rounds or (1 if options.quick else 3)
-    seconds = options.seconds or (0.15 if options.quick else 0.3)
+    seconds = options.seconds or (0.1 if options.quick else 0.2)
     machine = host.machine(base, filesystem_of(base))
     found = Results()
     versions: dict[str, str] = {}

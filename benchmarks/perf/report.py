@@ -74,8 +74,8 @@ def print_results(console: Console, run: Run) -> None:
     columns = [each.name for each in run.present()]
     console.print(
         f"\nMedians of up to {run.settings['rounds']} rounds. Below them the least and the most, and how "
-        f"many times as good as {OVERLAYFS}, and as the best of the other FUSE unions, whose name is at the left "
-        "(above 1 is better)."
+        f"many times as good as {OVERLAYFS}, and as the best of the other FUSE unions, whose name is at the "
+        "left (above 1 is better)."
     )
     for group, title in run.groups.items():
         figures = [figure for figure in run.results.samples if figure.group == group]
