@@ -387,7 +387,7 @@ class _View:
         each = daemon.microseconds_each()
         total = sum(daemon.request_medians().values())
         return Cost(
-            workload.name, _operation(workload, daemon), name,
+            workload.name, _operation(workload, self.results.daemons[workload.name].values()), name,
             NONE if rates is None else _rate(sum(rates.values())),
             NONE if rates is None else f"{total:,}",
             "" if rates is None else ", ".join(f"{kind} {_rate(rate)}" for kind, rate in rates.items()
@@ -406,7 +406,7 @@ class _View:
                 found = request_rates(daemon) if daemon else None
                 if daemon and found and daemon.operations:
                     rates.setdefault(workload.name, {})[name] = found
-                    operations[workload.name] = _operation(workload, daemon)
+                    operations[workload.name] = workload.operation
         if not rates:
             return None
         shares: dict[str, float] = {}
@@ -426,7 +426,7 @@ class _View:
                 if others:
                     lengths["others"] = others
                 bars.append(plots.Bar(name, lengths, _rate(sum(found.values()))))
-            stacks.append(plots.Stack(f"{workload_name}, a {operations[workload_name]}", bars))
+            stacks.append(plots.Stack(f"{workload_name}, per {operations[workload_name]}", bars))
         text = f"Requests of the kernel for each operation, for {len(stacks)} workloads; the table has them."
         return plots.stacks(stacks, parts, text), parts, text
 
@@ -473,8 +473,8 @@ def _rate(value: float) -> str:
     return f"{value:,.0f}" if value == round(value) else shown(value)
 
 
-def _operation(workload: WorkloadFacts, daemon: Daemon) -> str:
-    return workload.operation if daemon.operations else "turn"
+def _operation(workload: WorkloadFacts, daemons: Iterable[Daemon]) -> str:
+    return workload.operation if any(daemon.operations for daemon in daemons) else "turn"
 
 
 def _plain(value: object) -> str:

@@ -268,14 +268,15 @@ def _direction(axes: Axes, reference: str, narrow: bool) -> None:
 
 
 def stacks(stacks: Sequence[Stack], parts: Sequence[str], label: str) -> Plot:
-    """Horizontal bars, made of `parts` in the colours --k0, --k1 ... of the page."""
-    longest = max((sum(bar.parts.values()) for stack in stacks for bar in stack.bars), default=0.0) or 1.0
+    """Horizontal bars, made of `parts` in the colours --k0, --k1 ... of the page.
+
+    The longest bar of each stack has the full width: what is to be compared lies within a stack.
+    """
 
     def draw(narrow: bool) -> tuple[Canvas, dict[str, str]]:
         width = _NARROW if narrow else _WIDE
         left, above = (8.0, 20.0) if narrow else (_LABELS, 0.0)
         begin, thick = left + (86 if narrow else 100), 15.0
-        pixels = (width - begin - 54) / longest
         heights = [above + len(stack.bars) * thick + 10 for stack in stacks]
         canvas = _canvas(width, sum(heights))
         axes = canvas.add_axes((0, 0, 1, 1), xlim=(0, width), ylim=(sum(heights), 0))
@@ -291,6 +292,8 @@ def stacks(stacks: Sequence[Stack], parts: Sequence[str], label: str) -> Plot:
             else:
                 axes.text(left - 10, top + heights[index] / 2, _label(stack.label), ha="right", va="center",
                           color=_INK)  # fmt: skip
+            longest = max((sum(bar.parts.values()) for bar in stack.bars), default=0.0) or 1.0
+            pixels = (width - begin - 54) / longest
             for number, bar in enumerate(stack.bars):
                 y = top + above + 5 + (number + 0.5) * thick
                 axes.text(begin - 8, y, _label(bar.label, 14), ha="right", va="center", color=_MUTED,
