@@ -18,7 +18,7 @@ from rich.text import Text
 
 from benchmarks.perf import compare
 from benchmarks.perf.figures import shown
-from benchmarks.perf.results import BadResults, Run, load
+from benchmarks.perf.results import BadResults, Run, join, load
 
 NAMES = ("compare", "report")
 _WORDS: dict[compare.Verdict, tuple[str, str]] = {
@@ -51,10 +51,10 @@ def main(words: Sequence[str]) -> int:
 
 def _report(words: Sequence[str]) -> int:
     parser = _Parser(prog="scripts/perf report", allow_abbrev=False)
-    parser.add_argument("results", type=Path, metavar="RESULTS.json")
+    parser.add_argument("results", type=Path, nargs="+", metavar="RESULTS.json")
     parser.add_argument("-o", "--output", type=Path, required=True, metavar="FILE.html")
     options = parser.parse_args(words)
-    write_page(load(options.results), options.output, options.results.name)
+    write_page(join([load(path) for path in options.results]), options.output, options.results[0].name)
     return 0
 
 
