@@ -85,7 +85,7 @@ _OVERLAYFS = [100.0, 102.0, 101.0]
         pytest.param([1000.0, 1020.0, 1010.0], [200.0, 204.0, 202.0], "gained", 1.0, 2.0, id="slower"),
         pytest.param([1000.0, 1020, 1010], [50.0, 51, 50.5], "lost", 1, .5, id="faster"),
         pytest.param([500.0, 510.0], _OVERLAYFS, "unknown", 2.0, 2.0, id="two rounds"),
-        pytest.param([975.0, 970.0, 972.0], _OVERLAYFS, "same", 1010 / 972, 1010 / 972, id="clear, but small"),
+        pytest.param([975.0, 970.0, 972.0], _OVERLAYFS, "same", 1010 / 972, 1010 / 972, id="clear but small"),
     ],
 )  # fmt: skip
 def test_verdicts(
