@@ -12,7 +12,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import NoReturn
 
-from benchmarks.perf import host, report, results
+from benchmarks.perf import commands, host, report, results
 from benchmarks.perf.area import MEMORY, check_place, filesystem_of, new_area
 from benchmarks.perf.contestants import CONTESTANTS, Contestant
 from benchmarks.perf.figures import Results
@@ -56,6 +56,7 @@ def _arguments() -> argparse.Namespace:
     )
     add("--entries", type=_positive, metavar="N", help="of the large tree (default 100000; 1000000 works)")
     add("--json", type=_writable, metavar="FILE", help="write every sample there, too")
+    add("--html", type=_writable, metavar="FILE", help="write a page with plots there, too")
     return parser.parse_args()
 
 
@@ -134,7 +135,7 @@ def _facts(
         [
             results.WorkloadFacts(
                 each.name, each.group, each.what, tuple(figure.name for figure in each.figures),
-                operation=each.operation,
+                operation=each.operation, family=each.family,
             )
             for each in workloads
         ],
@@ -145,12 +146,16 @@ def _publish(run: results.Run, options: argparse.Namespace) -> None:
     """Hand the run to all who show it or write it down."""
     if options.json is not None:
         results.save(run, options.json)
+    if options.html is not None:
+        commands.write_page(run, options.html, (options.json or options.html.with_suffix(".json")).name)
     signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # whoever reads may have seen enough
     report.print_results(report.make_console(), run)
 
 
 def main() -> int:
     """Measure and report; returns the exit code."""
+    if sys.argv[1:2] and sys.argv[1] in commands.NAMES:
+        return commands.main(sys.argv[1:])
     options = _arguments()
     sizes = _sizes(options)
     workloads = all_workloads(sizes.entries)

@@ -6,6 +6,16 @@ import statistics
 from dataclasses import dataclass, field
 
 
+def shown(value: float) -> str:
+    """Three significant digits, and no fewer digits than there are before the point."""
+    size = abs(value)
+    if size >= 99.95:
+        return f"{value:,.0f}"
+    if size >= 9.995:
+        return f"{value:.1f}"
+    return f"{value:.2f}" if size >= 0.0995 or not value else f"{value:.3f}"
+
+
 @dataclass(frozen=True)
 class Figure:
     """What is measured."""

@@ -55,11 +55,10 @@ class WorkloadFacts:
     group: str
     what: str = ""
     figures: tuple[str, ...] = ()
-    entries: int = 1
-    """Operations of one turn, by which requests are divided; 1 where a turn is one operation, and where their
-    number differs from turn to turn (then Daemon.operations has it)."""
     operation: str = "entry"
     """What one operation is, in the singular: entry, file, read ..."""
+    family: str = ""
+    """Workloads of one family are one line of a summary; empty: it has a line of its own."""
 
 
 @dataclass
@@ -108,6 +107,22 @@ class Run:
     def best_ours(self, figure: Figure) -> str | None:
         """The best way of ours."""
         return self.best(figure, self.named("ours"))
+
+    def round_ratios(self, figure: Figure, name: str, reference: str) -> list[float]:
+        """Ratios within the rounds; none where Results.ratio gives None.
+
+        Both have their turns of a round one after the other, so what slows the machine for a while slows
+        both: the ratio within a round is steadier than its parts. The ratio of medians lies between the least
+        and the greatest of them. Where the numbers of samples differ, each sample is held against the other's
+        median.
+        """
+        if self.results.ratio(figure, name, reference) is None:
+            return []
+        own, other = (self.results.samples[figure][each] for each in (name, reference))
+        if len(own) != len(other):
+            other = [statistics.median(other)] * len(own)
+        pairs = [(mine, its) for mine, its in zip(own, other, strict=True) if mine > 0 and its > 0]
+        return [mine / its if figure.more_is_better else its / mine for mine, its in pairs]
 
     def workload_of(self, figure: Figure) -> WorkloadFacts | None:
         """Which workload gives a figure; None when the file doesn't say so."""

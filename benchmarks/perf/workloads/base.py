@@ -54,6 +54,8 @@ class Workload:
     measure: Callable[[Turn], Measured]
     operation: str = "entry"
     """What it does many times, for the number of requests that each takes."""
+    family: str = ""
+    """Those of one family share a line of a summary."""
     lower: tuple[str, ...] = ()
     """The parts of the lower that are used."""
     upper: tuple[str, ...] = ()

@@ -46,6 +46,7 @@ def _fio(kind: fio.Kind, group: str) -> Workload:
         kind.name, group, _what(kind),
         tuple(Figure(group, each, unit, more_is_better=True) for each in names.values()), measure,
         operation="read or write",
+        family=f"{kind.layer}-{kind.pattern}" + ("-fsync" if kind.fsync else ""),
         lower=("big",) if kind.layer in ("lower", "copied-up") else (),
         upper=("big",) if kind.layer == "upper" else (),
         writes=kind.is_write or kind.layer in ("copied-up", "new"), quick=kind.name in _QUICK,
