@@ -470,6 +470,8 @@ def _between(low: float, high: float) -> str:
 
 def _rate(value: float) -> str:
     """Requests an operation: whole numbers as such."""
+    if 0 < value < 0.001:
+        return "<0.001"
     return f"{value:,.0f}" if value == round(value) else shown(value)
 
 

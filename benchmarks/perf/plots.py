@@ -12,6 +12,7 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import count
+from typing import TypeVar
 from warnings import catch_warnings, simplefilter
 from xml.etree import ElementTree
 
@@ -29,6 +30,8 @@ _LABELS = 232
 _LANE = 8.0
 _HEAD = 40.0
 _HEADING = 30.0
+_LONGEST = 10
+"""Rows of a piece."""
 
 TIMES = "\N{MULTIPLICATION SIGN}"
 
@@ -36,6 +39,8 @@ TIMES = "\N{MULTIPLICATION SIGN}"
 _INK, _MUTED, _GRID, _BAND, _PAPER = "#fd0001", "#fd0002", "#fd0003", "#fd0004", "#fd0005"
 _VARIABLES = {_INK: "ink", _MUTED: "muted", _GRID: "grid", _BAND: "band", _PAPER: "paper"}
 _COLOUR = re.compile(r"#f[cde]00[0-9a-f]{2}")
+_PLACES = {"d", "x", "y", "transform"}
+_LONG_NUMBER = re.compile(r"\d+\.\d{3,}")
 _ids = count()
 
 #: In the order in which contestants of a kind get them; shapes differ as well as colours.
@@ -87,9 +92,12 @@ class Stack:
     bars: Sequence[Bar]
 
 
+_Part = TypeVar("_Part", Row, Stack)
+
+
 @dataclass(frozen=True)
 class Plot:
-    """Both forms of a plot, as SVG to stand in a page."""
+    """Both forms of a plot, as SVG to stand in a page: one or, when it is long, several."""
 
     wide: str
     narrow: str
@@ -99,14 +107,32 @@ def _standin(colour: int, series: str = "e") -> str:
     return f"#f{series}00{colour:02x}"
 
 
-def _both(draw: Callable[[bool], tuple[Canvas, dict[str, str]]], label: str) -> Plot:
+def _pieces(rows: Sequence[_Part]) -> list[list[_Part]]:
+    """Parts of a long plot, none longer than a page of paper or so long that its axes are out of sight."""
+    size = math.ceil(len(rows) / math.ceil(len(rows) / _LONGEST)) if rows else 1
+    pieces: list[list[_Part]] = [[]]
+    for row in rows:
+        if len(pieces[-1]) >= size:
+            # a heading stays with what it is of
+            last = pieces[-1][-1]
+            pieces.append([pieces[-1].pop()] if isinstance(last, Row) and not last.dots else [])
+        pieces[-1].append(row)
+    return pieces
+
+
+def _both(
+    draw: Callable[[Sequence[_Part], bool], tuple[Canvas, dict[str, str]]], rows: Sequence[_Part], label: str
+) -> Plot:
+    pieces = _pieces(rows)
     with (
         rc_context({"svg.fonttype": "none", "svg.hashsalt": "-", "font.size": 12, "text.parse_math": False}),
         catch_warnings(),
     ):
         # The browser has its own fonts, so it is no matter what matplotlib's lacks.
         simplefilter("ignore", UserWarning)
-        return Plot(*(_svg(*draw(narrow), label) for narrow in (False, True)))
+        return Plot(
+            *("".join(_svg(*draw(piece, narrow), label) for piece in pieces) for narrow in (False, True))
+        )
 
 
 def _label(text: str, longest: int = 36) -> str:
@@ -136,6 +162,9 @@ def _svg(canvas: Canvas, titles: Mapping[str, str], label: str) -> str:
     used = set(re.findall(r"#(\w+)", values))
     for element in root.iter():
         element.tag = element.tag.rpartition("}")[2]
+        element.tail = None  # white space
+        if element.text is not None and not element.text.strip():
+            element.text = None
         attributes = dict(element.attrib)
         element.attrib.clear()
         for key, value in attributes.items():
@@ -152,6 +181,8 @@ def _svg(canvas: Canvas, titles: Mapping[str, str], label: str) -> str:
                 value = f"#{prefix}{value[1:]}"
             elif "url(#" in value:
                 value = value.replace("url(#", f"url(#{prefix}")
+            elif name in _PLACES:
+                value = _LONG_NUMBER.sub(lambda found: f"{float(found[0]):.2f}", value)
             element.set(name, _COLOUR.sub(lambda found: f"var(--{_variable(found[0])})", value))
     for name in ("width", "height", "version"):
         root.attrib.pop(name, None)
@@ -197,8 +228,9 @@ def ratios(rows: Sequence[Row], styles: Mapping[str, Style], reference: str, lab
     """Dots on a logarithmic axis, better to the right; every contestant has a lane of its own in each row."""
     names = [name for name in styles if any(dot.contestant == name for row in rows for dot in row.dots)]
     lanes = {name: lane for lane, name in enumerate(names)}
+    low, high = _limits(rows)
 
-    def draw(narrow: bool) -> tuple[Canvas, dict[str, str]]:
+    def draw(rows: Sequence[Row], narrow: bool) -> tuple[Canvas, dict[str, str]]:
         width = _NARROW if narrow else _WIDE
         left, above = (8, 20.0) if narrow else (_LABELS, 0.0)
         row_height = above + len(names) * _LANE + 9
@@ -208,7 +240,6 @@ def ratios(rows: Sequence[Row], styles: Mapping[str, Style], reference: str, lab
         across = width - left - 14
         axes = canvas.add_axes((left / width, _HEAD / height, across / width, 1 - 2 * _HEAD / height))
         _plain_axes(axes)
-        low, high = _limits(rows)
         axes.set_xscale("log")
         axes.set_xlim(low, high)
         axes.set_ylim(sum(heights), 0)
@@ -253,7 +284,7 @@ def ratios(rows: Sequence[Row], styles: Mapping[str, Style], reference: str, lab
                 titles[key] = _label(dot.text, 300)
         return canvas, titles
 
-    return _both(draw, label)
+    return _both(draw, rows, label)
 
 
 def _direction(axes: Axes, reference: str, narrow: bool) -> None:
@@ -273,7 +304,7 @@ def stacks(stacks: Sequence[Stack], parts: Sequence[str], label: str) -> Plot:
     The longest bar of each stack has the full width: what is to be compared lies within a stack.
     """
 
-    def draw(narrow: bool) -> tuple[Canvas, dict[str, str]]:
+    def draw(stacks: Sequence[Stack], narrow: bool) -> tuple[Canvas, dict[str, str]]:
         width = _NARROW if narrow else _WIDE
         left, above = (8.0, 20.0) if narrow else (_LABELS, 0.0)
         begin, thick = left + (86 if narrow else 100), 15.0
@@ -301,19 +332,20 @@ def stacks(stacks: Sequence[Stack], parts: Sequence[str], label: str) -> Plot:
                 start = begin
                 for colour, part in enumerate(parts):
                     length = bar.parts.get(part, 0.0) * pixels
-                    if length <= 0:
+                    if length < 0.5:  # nobody sees it
+                        start += length
                         continue
                     key = f"bar{index}x{number}x{colour}"
-                    (piece,) = axes.barh(y, length, height=thick - 4, left=start, linewidth=0,
+                    (piece,) = axes.barh(y, length, height=thick - 4, left=start, linewidth=0, clip_on=False,
                                          color=_standin(colour, "c"))  # fmt: skip
                     piece.set_gid(key)
-                    titles[key] = _label(f"{stack.label}, {bar.label}: {part} {bar.parts[part]:.2f}", 300)
+                    titles[key] = _label(f"{stack.label}, {bar.label}: {part} {bar.parts[part]:.3g}", 300)
                     start += length
                 axes.text(start + 5, y, bar.text, va="center", color=_INK, fontsize=11)
             top += heights[index]
         return canvas, titles
 
-    return _both(draw, label)
+    return _both(draw, stacks, label)
 
 
 def swatch(style: Style) -> str:
