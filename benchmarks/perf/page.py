@@ -8,18 +8,15 @@ from __future__ import annotations
 
 import base64
 import json
-import math
-import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import cycle
 from pathlib import Path
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
 from benchmarks.perf import plots
-from benchmarks.perf.figures import Daemon, Figure, shown
+from benchmarks.perf.figures import Daemon, Figure, geometric_mean, shown
 from benchmarks.perf.results import OVERLAYFS, ContestantFacts, Run, WorkloadFacts, spread, to_json
 
 _TEMPLATES = Path(__file__).parent / "templates"
@@ -111,30 +108,6 @@ def render(run: Run, *, name: str = "") -> str:
         data=base64.b64encode(json.dumps(to_json(run), ensure_ascii=False).encode()).decode("ascii"),
         file_name=Path(name).name or "results.json",
     )  # fmt: skip
-
-
-def geometric_mean(values: Iterable[float]) -> float | None:
-    """None of nothing."""
-    logarithms = [math.log(value) for value in values]
-    return math.exp(math.fsum(logarithms) / len(logarithms)) if logarithms else None
-
-
-def request_rates(daemon: Daemon) -> dict[str, float] | None:
-    """Requests an operation by kind, the most frequent first: median of the turns. None when not counted.
-
-    Where the number of operations is not known, a turn is one.
-    """
-    if not daemon.requests:
-        return None
-    operations = daemon.operations if len(daemon.operations) == len(daemon.requests) else [1.0]
-    turns = [
-        {kind: count / number for kind, count in sample.items()}
-        for sample, number in zip(daemon.requests, cycle(operations), strict=False)
-        if number
-    ]
-    kinds = {kind for turn in turns for kind in turn}
-    rates = {kind: statistics.median(turn.get(kind, 0.0) for turn in turns) for kind in kinds}
-    return dict(sorted(((kind, rate) for kind, rate in rates.items() if rate), key=lambda item: -item[1]))
 
 
 class _View:
@@ -383,7 +356,7 @@ class _View:
         return [each for each in (*self.run.workloads, *others) if self.results.daemons.get(each.name)]
 
     def _cost(self, workload: WorkloadFacts, name: str, daemon: Daemon) -> Cost:
-        rates = request_rates(daemon)
+        rates = daemon.rates()
         each = daemon.microseconds_each()
         total = sum(daemon.request_medians().values())
         return Cost(
@@ -403,7 +376,7 @@ class _View:
         for workload in self._costly():
             for name in self.ours:
                 daemon = self.results.daemons[workload.name].get(name)
-                found = request_rates(daemon) if daemon else None
+                found = daemon.rates() if daemon else None
                 if daemon and found and daemon.operations:
                     rates.setdefault(workload.name, {})[name] = found
                     operations[workload.name] = workload.operation

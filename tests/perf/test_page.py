@@ -207,7 +207,7 @@ def test_an_empty_run_is_a_page() -> None:
 
 def test_requests_an_operation_are_the_median_of_the_turns() -> None:
     run = run_of({}, requests=[{"read": 10}, {"read": 90, "open": 3}, {"read": 40}], operations=[10, 30, 10])
-    assert page.request_rates(run.results.daemons["untar"]["hybrid"]) == {"read": 3.0}
+    assert run.results.daemons["untar"]["hybrid"].rates() == {"read": 3.0}
 
 
 def test_report_command_writes_the_page(tmp_path: Path) -> None:
