@@ -54,6 +54,11 @@ def _report(words: Sequence[str]) -> int:
     parser.add_argument("results", type=Path, nargs="+", metavar="RESULTS.json")
     parser.add_argument("-o", "--output", type=Path, required=True, metavar="FILE.html")
     options = parser.parse_args(words)
+    if any(
+        options.output.exists() and path.exists() and options.output.samefile(path)
+        for path in options.results
+    ):
+        _refuse(f"{options.output} holds the results themselves: give the page another name")
     write_page(join([load(path) for path in options.results]), options.output, options.results[0].name)
     return 0
 
