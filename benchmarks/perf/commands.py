@@ -23,7 +23,7 @@ from benchmarks.perf.results import BadResults, Run, join, load
 NAMES = ("compare", "report")
 _WORDS: dict[compare.Verdict, tuple[str, str]] = {
     "better": ("better", "green"), "worse": ("worse", "red"),
-    "gained": ("better, beside overlayfs", "green"), "lost": ("worse, beside overlayfs", "red"),
+    "gained": ("better beside overlayfs", "green"), "lost": ("worse beside overlayfs", "red"),
     "alike": ("as overlayfs", "dim"), "same": ("within the spread", "dim"),
     "unknown": ("too few rounds", "dim"),
 }  # fmt: skip
