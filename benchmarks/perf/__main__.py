@@ -188,17 +188,15 @@ def main() -> int:
     try:
         # Trees are only made for what was chosen, so only that needs room.
         used = {part for workload in workloads_chosen for part in workload.parts()}
-        with (
-            new_area(base, sizes, used) as area,
-            progress(len(contestants) + turns(workloads_chosen, contestants, rounds)) as say,
-        ):
-            try_all(contestants, area, versions, missing, say)
+        with new_area(base, sizes, used) as area:
+            try_all(contestants, area, versions, missing)
             report.print_contestants(report.make_console(), machine, versions, missing)
             able = [contestant for contestant in contestants if contestant.name in versions]
             if not able:
                 print("scripts/perf: no contestant can mount here", file=sys.stderr)
                 return 1
-            measure(workloads_chosen, able, area, rounds, seconds, found, say)
+            with progress(turns(workloads_chosen, able, rounds)) as say:
+                measure(workloads_chosen, able, area, rounds, seconds, found, say)
     except Interrupted as interrupted:
         print("\nInterrupted; what was measured until then:")
         code = 128 + int(interrupted.args[0])

@@ -52,11 +52,10 @@ def progress(total: int) -> Iterator[Say]:
 
 
 def try_all(
-    contestants: Sequence[Contestant], area: Area, versions: dict[str, str], missing: dict[str, str], say: Say
+    contestants: Sequence[Contestant], area: Area, versions: dict[str, str], missing: dict[str, str]
 ) -> None:
     """Mount each once: the versions of those who can, the reasons of the others."""
     for contestant in contestants:
-        say(f"trying {contestant.name}")
         try:
             version = contestant.version()
             with area.layers() as layers, contestant.mounted(layers):
@@ -64,7 +63,6 @@ def try_all(
             versions[contestant.name] = version
         except (CommandFailed, OSError) as error:
             missing[contestant.name] = str(error)
-        say(None)
 
 
 def turns(workloads: Sequence[Workload], contestants: Sequence[Contestant], rounds: int) -> int:
