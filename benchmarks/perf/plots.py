@@ -30,6 +30,8 @@ _LABELS = 232
 _LANE = 8.0
 _HEAD = 40.0
 _HEADING = 30.0
+_WORDS = 80.0
+"""Pixels that words take at each side of 1.0."""
 _LONGEST = 10
 """Rows of a piece."""
 
@@ -215,6 +217,13 @@ def _limits(rows: Sequence[Row]) -> tuple[float, float]:
     return min(0.8, *values, *lows) / 1.15, max(1.25, *values, *highs) * 1.15
 
 
+def _with_room(low: float, high: float, width: float) -> tuple[float, float]:
+    """Wider limits, where the words at 1.0 would not fit on both sides of it."""
+    share = _WORDS / (width - _WORDS)
+    high = max(high, low**-share)
+    return min(low, high**-share), high
+
+
 def _ticks(low: float, high: float, width: float) -> list[float]:
     decades = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
     room = width / math.log10(high / low)  # pixels a decade
@@ -228,7 +237,7 @@ def ratios(rows: Sequence[Row], styles: Mapping[str, Style], reference: str, lab
     """Dots on a logarithmic axis, better to the right; every contestant has a lane of its own in each row."""
     names = [name for name in styles if any(dot.contestant == name for row in rows for dot in row.dots)]
     lanes = {name: lane for lane, name in enumerate(names)}
-    low, high = _limits(rows)
+    least, greatest = _limits(rows)
 
     def draw(rows: Sequence[Row], narrow: bool) -> tuple[Canvas, dict[str, str]]:
         width = _NARROW if narrow else _WIDE
@@ -240,6 +249,7 @@ def ratios(rows: Sequence[Row], styles: Mapping[str, Style], reference: str, lab
         across = width - left - 14
         axes = canvas.add_axes((left / width, _HEAD / height, across / width, 1 - 2 * _HEAD / height))
         _plain_axes(axes)
+        low, high = _with_room(least, greatest, across)
         axes.set_xscale("log")
         axes.set_xlim(low, high)
         axes.set_ylim(sum(heights), 0)
