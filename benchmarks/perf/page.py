@@ -21,7 +21,7 @@ from benchmarks.perf.results import OVERLAYFS, ContestantFacts, Run, WorkloadFac
 
 _TEMPLATES = Path(__file__).parent / "templates"
 _PALETTE_OURS = 6
-_PARTS = 7
+_PARTS = 9
 """Kinds of requests with a colour of their own; the others are one more."""
 #: Below and above this a ratio is called a difference; between the two are machines, not programs.
 _ALIKE = 1.05
@@ -369,39 +369,46 @@ class _View:
             NONE if each is None else shown(each),
         )  # fmt: skip
 
-    def requests(self) -> tuple[plots.Plot, list[str], str] | None:
-        """The plot of requests an operation, its parts and its text; None when none were counted."""
-        rates: dict[str, dict[str, dict[str, float]]] = {}
-        operations = {}
-        for workload in self._costly():
-            for name in self.ours:
-                daemon = self.results.daemons[workload.name].get(name)
-                found = daemon.rates() if daemon else None
-                if daemon and found and daemon.operations:
-                    rates.setdefault(workload.name, {})[name] = found
-                    operations[workload.name] = workload.operation
-        if not rates:
-            return None
-        shares: dict[str, float] = {}
-        for by_name in rates.values():
-            for found in by_name.values():
-                for kind, rate in found.items():
-                    shares[kind] = shares.get(kind, 0.0) + rate / sum(found.values())
-        kinds = sorted(shares, key=lambda kind: -shares[kind])
-        chosen = kinds[:_PARTS]
-        parts = [*chosen, "others"] if len(kinds) > _PARTS else chosen
+    def requests(self) -> list[tuple[str, plots.Plot, list[str]]]:
+        """For each group where requests were counted its title, its plot and the kinds in it."""
+        found = []
+        for group in self.groups():
+            workloads = [workload for workload in self._costly() if workload.group == group]
+            rates: dict[str, dict[str, dict[str, float]]] = {}
+            for workload in workloads:
+                daemons = self.results.daemons[workload.name]
+                for name in self.ours:
+                    if name in daemons and daemons[name].operations and (each := daemons[name].rates()):
+                        rates.setdefault(workload.name, {})[name] = each
+            if rates:
+                operations = {workload.name: workload.operation for workload in workloads}
+                kinds = _most_frequent([each for by_name in rates.values() for each in by_name.values()])
+                found.append(self._requests_of(group, rates, operations, kinds))
+        return found
+
+    def _requests_of(
+        self,
+        group: str,
+        rates: Mapping[str, Mapping[str, Mapping[str, float]]],
+        operations: Mapping[str, str],
+        kinds: Sequence[str],
+    ) -> tuple[str, plots.Plot, list[str]]:
+        chosen = list(kinds) if len(kinds) <= _PARTS + 1 else list(kinds[:_PARTS])
+        others = len(kinds) > len(chosen)
         stacks = []
-        for workload_name, by_name in rates.items():
+        for workload, by_name in rates.items():
             bars = []
-            for name, found in by_name.items():
-                lengths = {kind: found[kind] for kind in chosen if kind in found}
-                others = sum(rate for kind, rate in found.items() if kind not in chosen)
+            for name, each in by_name.items():
+                lengths = {kind: each[kind] for kind in chosen if kind in each}
                 if others:
-                    lengths["others"] = others
-                bars.append(plots.Bar(name, lengths, _rate(sum(found.values()))))
-            stacks.append(plots.Stack(f"{workload_name}, per {operations[workload_name]}", bars))
-        text = f"Requests of the kernel for each operation, for {len(stacks)} workloads; the table has them."
-        return plots.stacks(stacks, parts, text), parts, text
+                    lengths["others"] = sum(rate for kind, rate in each.items() if kind not in chosen)
+                bars.append(plots.Bar(name, lengths, _rate(sum(each.values()))))
+            stacks.append(plots.Stack(workload, f"per {operations[workload]}", bars))
+        parts = [*chosen, "others"] if others else chosen
+        text = (
+            f"{self.title(group)}: requests of the kernel per operation, by kind; the table below has them."
+        )
+        return self.title(group), plots.stacks(stacks, parts, text), parts
 
     # The rest
 
@@ -430,6 +437,15 @@ class _View:
     def failures(self) -> list[tuple[str, str, str]]:
         """Workload, contestant, reason."""
         return [(*key, reason) for key, reason in self.results.failures.items()]
+
+
+def _most_frequent(samples: Sequence[Mapping[str, float]]) -> list[str]:
+    """Kinds by their share in the samples, the largest first."""
+    shares: dict[str, float] = {}
+    for sample in samples:
+        for kind, rate in sample.items():
+            shares[kind] = shares.get(kind, 0.0) + rate / sum(sample.values())
+    return sorted(shares, key=lambda kind: (-shares[kind], kind))
 
 
 def times(value: float) -> str:

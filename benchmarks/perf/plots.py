@@ -88,9 +88,10 @@ class Bar:
 
 @dataclass(frozen=True)
 class Stack:
-    """The bars of one workload."""
+    """The bars of one workload. `what` they measure stands below its label, or behind it."""
 
     label: str
+    what: str
     bars: Sequence[Bar]
 
 
@@ -329,10 +330,13 @@ def stacks(stacks: Sequence[Stack], parts: Sequence[str], label: str) -> Plot:
                 axes.axhspan(top, top + heights[index], xmin=0 if narrow else left / width, color=_BAND,
                              linewidth=0)  # fmt: skip
             if narrow:
-                axes.text(left, top + 12, _label(stack.label, 46), va="center", color=_INK)
+                words = f"{_label(stack.label)}, {stack.what}"
+                axes.text(left, top + 12, _label(words, 48), va="center", color=_INK)
             else:
-                axes.text(left - 10, top + heights[index] / 2, _label(stack.label), ha="right", va="center",
-                          color=_INK)  # fmt: skip
+                middle = top + heights[index] / 2
+                axes.text(left - 10, middle - 7, _label(stack.label), ha="right", va="center", color=_INK)
+                axes.text(left - 10, middle + 8, _label(stack.what), ha="right", va="center", color=_MUTED,
+                          fontsize=11)  # fmt: skip
             longest = max((sum(bar.parts.values()) for bar in stack.bars), default=0.0) or 1.0
             pixels = (width - begin - 54) / longest
             for number, bar in enumerate(stack.bars):
