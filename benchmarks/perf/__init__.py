@@ -1,12 +1,19 @@
-"""The union beside other ways to have one: throughput, opens, metadata, and what the daemon needs.
+"""The union beside other ways to have one: throughput, metadata, real programs, and what the daemon needs.
 
     processes     starting, timing and ending processes, also when the run is interrupted
-    area          the trees that are measured on, in memory
+    parts         what lies in the lower, and how much of it
+    area          the place that is measured on
     contestants   who takes part, and how each mounts
     fio           the throughput jobs
     workloads     everything that is measured
     figures       samples, medians, ratios
-    report        tables and JSON
+    measuring     the turns of a run
+    results       a run and its file
+    report        a run as tables on the terminal
+    page          a run as an HTML page, from templates/
+    plots         the page's plots
+    compare       what changed from one run to another
+    commands      scripts/perf report and scripts/perf compare
 
 Nothing in here asserts a time: figures depend on the machine and on who else uses it.
 """

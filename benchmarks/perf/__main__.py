@@ -3,57 +3,76 @@
 from __future__ import annotations
 
 import argparse
-import json
 import signal
 import sys
 import time
 from collections.abc import Sequence
+from dataclasses import asdict, replace
+from datetime import datetime
 from pathlib import Path
+from typing import NoReturn
 
-from benchmarks.perf import report
-from benchmarks.perf.area import Area, new_area
-from benchmarks.perf.contestants import CONTESTANTS, REFERENCES, Contestant
+from benchmarks.perf import commands, host, report, results
+from benchmarks.perf.area import MEMORY, check_place, filesystem_of, new_area
+from benchmarks.perf.contestants import CONTESTANTS, Contestant
 from benchmarks.perf.figures import Results
+from benchmarks.perf.measuring import measure, progress, try_all, turns
+from benchmarks.perf.parts import QUICK, Sizes
 from benchmarks.perf.processes import CommandFailed, Interrupted, catch_signals, end_all, held
-from benchmarks.perf.workloads import Workload, all_workloads
+from benchmarks.perf.workloads import GROUPS, Workload, all_workloads, chosen
+
+
+class _Parser(argparse.ArgumentParser):
+    """Says in one sentence what is wrong, and exits with 1."""
+
+    def error(self, message: str) -> NoReturn:
+        _refuse(message.removeprefix("argument "))
+
+
+def _refuse(sentence: str) -> NoReturn:
+    sys.exit(f"scripts/perf: {sentence}; see scripts/perf --help")
 
 
 def _arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog="scripts/perf", description="The union beside kernel overlayfs and other FUSE unions, in turns."
+    parser = _Parser(
+        prog="scripts/perf", allow_abbrev=False,
+        description="The union beside kernel overlayfs and other FUSE unions, in turns.",
+    )  # fmt: skip
+    add = parser.add_argument
+    add("--list", action="store_true", help="show contestants and workloads, and measure nothing")
+    how_much = parser.add_mutually_exclusive_group()
+    how_much.add_argument("--quick", action="store_true", help="fewer and smaller workloads, one round")
+    how_much.add_argument("--full", action="store_true", help="all of fio's combinations, too")
+    add("--only", nargs="+", default=[], metavar="NAME", help="these workloads or groups; patterns, too")
+    add("--contestant", nargs="+", default=[], metavar="NAME", help="only these contestants")
+    add("--on", type=Path, metavar="DIR", help="where layers are made (default: in memory)")
+    add("--rounds", type=_positive, metavar="N", help="turns of each contestant (default 3)")
+    add("--seconds", type=_seconds, metavar="S", help="how long an fio job runs at most (default 0.2)")
+    add(
+        "--size",
+        type=_positive,
+        metavar="MIB",
+        help="of fio's file (default 256); four times that is copied up",
     )
-    parser.add_argument(
-        "--list", action="store_true", help="show contestants and workloads, and measure nothing"
-    )
-    parser.add_argument(
-        "--only", nargs="+", default=[], metavar="NAME", help="only these workloads, or groups of them"
-    )
-    parser.add_argument("--contestant", nargs="+", default=[], metavar="NAME", help="only these contestants")
-    parser.add_argument("--rounds", type=_positive, default=3, help="turns of each contestant (default 3)")
-    parser.add_argument(
-        "--seconds", type=_seconds, default=0.3, help="how long an fio job runs at most (default 0.3)"
-    )
-    parser.add_argument(
-        "--size", type=_positive, default=256, metavar="MIB", help="of fio's file (default 256)"
-    )
-    parser.add_argument(
-        "--entries", type=_positive, default=100_000, help="of the large tree (default 100000; 1000000 works)"
-    )
-    parser.add_argument("--json", type=_writable, metavar="FILE", help="write every sample there, too")
+    add("--entries", type=_positive, metavar="N", help="of the large tree (default 100000; 1000000 works)")
+    add("--json", type=_writable, metavar="FILE", help="write every sample there, too")
+    add("--html", type=_writable, metavar="FILE", help="write a page with plots there, too")
     return parser.parse_args()
 
 
 def _positive(text: str) -> int:
-    number = int(text)
-    if number < 1:
-        raise argparse.ArgumentTypeError("must be at least 1")
-    return number
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text} is no whole number above 0")
+    return int(text)
 
 
 def _seconds(text: str) -> float:
-    number = float(text)
+    try:
+        number = float(text)
+    except ValueError:
+        number = 0.0
     if not 0.01 <= number <= 60:
-        raise argparse.ArgumentTypeError("must be 0.01 to 60")
+        raise argparse.ArgumentTypeError(f"{text} is no number from 0.01 to 60")
     return number
 
 
@@ -64,23 +83,31 @@ def _writable(text: str) -> Path:
         with path.open("a"):
             pass
     except OSError as error:
-        raise argparse.ArgumentTypeError(f"{text}: {error.strerror}") from error
+        raise argparse.ArgumentTypeError(f"{text} cannot be written: {error.strerror}") from error
     return path
 
 
-def _chosen_workloads(names: Sequence[str], workloads: Sequence[Workload]) -> list[Workload]:
-    known = {name for workload in workloads for name in (workload.name, workload.group)}
-    for name in names:
-        if name not in known:
-            sys.exit(f"scripts/perf: there is no workload or group {name}; see scripts/perf --list")
-    return [each for each in workloads if not names or each.name in names or each.group in names]
+def _sizes(options: argparse.Namespace) -> Sizes:
+    sizes = QUICK if options.quick else Sizes()
+    if options.size is not None:
+        sizes = replace(sizes, megabytes=options.size, copy_up_megabytes=4 * options.size)
+    if options.entries is not None:
+        sizes = replace(sizes, entries=options.entries)
+    return sizes
+
+
+def _chosen_workloads(options: argparse.Namespace, workloads: Sequence[Workload]) -> list[Workload]:
+    try:
+        return chosen(workloads, options.only, quick=options.quick, full=options.full)
+    except ValueError as error:
+        _refuse(f"there is no workload or group {error}, and none that fits it (--list shows all)")
 
 
 def _chosen_contestants(names: Sequence[str]) -> list[Contestant]:
     known = {contestant.name for contestant in CONTESTANTS}
     for name in names:
         if name not in known:
-            sys.exit(f"scripts/perf: there is no contestant {name}; see scripts/perf --list")
+            _refuse(f"there is no contestant {name} (scripts/perf --list shows them)")
     return [each for each in CONTESTANTS if not names or each.name in names]
 
 
@@ -88,117 +115,112 @@ def _print_list(workloads: Sequence[Workload]) -> None:
     print("Contestants (--contestant):")
     for contestant in CONTESTANTS:
         print(f"  {contestant.name:24}{contestant.what}")
-    print("Workloads (--only; a group's name takes all of it):")
+    print("Workloads (--only; a group's name takes all of it). +: with --quick, too")
     group = ""
     for workload in workloads:
         if workload.group != group:
             group = workload.group
-            print(f" {group}")
-        print(f"  {workload.name:24}{workload.what}")
+            print(f" {group}" + (" (only with --full or --only)" if group == "fio-matrix" else ""))
+        print(f" {'+' if workload.quick else ' '}{workload.name:34} {workload.what}")
 
 
-def _say(text: str) -> None:
-    """Progress, on a terminal in one line that is overwritten."""
-    if sys.stderr.isatty():
-        print(f"\r\x1b[K{text}", end="", file=sys.stderr, flush=True)
+def _facts(
+    workloads: Sequence[Workload], contestants: Sequence[Contestant], versions: dict[str, str]
+) -> tuple[list[results.ContestantFacts], list[results.WorkloadFacts]]:
+    return (
+        [
+            results.ContestantFacts(each.name, each.what, each.kind, versions.get(each.name, ""))
+            for each in contestants
+        ],
+        [
+            results.WorkloadFacts(
+                each.name, each.group, each.what, tuple(figure.name for figure in each.figures),
+                operation=each.operation, family=each.family,
+            )
+            for each in workloads
+        ],
+    )  # fmt: skip
 
 
-def _try_all(contestants: Sequence[Contestant], area: Area) -> tuple[dict[str, str], dict[str, str]]:
-    """The versions of those who can mount, and the reasons of the others."""
-    versions, missing = {}, {}
-    for contestant in contestants:
-        _say(f"trying {contestant.name}")
-        try:
-            version = contestant.version()
-            with area.layers() as layers, contestant.mounted(layers):
-                versions[contestant.name] = version
-        except (CommandFailed, OSError) as error:
-            versions.pop(contestant.name, None)
-            missing[contestant.name] = str(error)
-    _say("")
-    return versions, missing
-
-
-def _measure(
-    workloads: Sequence[Workload],
-    contestants: Sequence[Contestant],
-    area: Area,
-    options: argparse.Namespace,
-    results: Results,
-) -> None:
-    """All rounds. Contestants follow one another at the same workload, every time in another order."""
-    for number in range(options.rounds):
-        for index, workload in enumerate(workloads):
-            if workload.once and number > 0:
-                continue
-            shift = (number + index) % len(contestants)
-            for contestant in (*contestants[shift:], *contestants[:shift]):
-                if not workload.suits(contestant) or (workload.name, contestant.name) in results.failures:
-                    continue
-                _say(f"round {number + 1} of {options.rounds}: {workload.name} on {contestant.name}")
-                try:
-                    workload.take_turn(contestant, area, options.seconds, results)
-                except (
-                    CommandFailed,
-                    OSError,
-                    ValueError,
-                ) as error:  # ValueError: no JSON where it should be
-                    results.failures[workload.name, contestant.name] = str(error)
-    _say("")
+def _publish(run: results.Run, options: argparse.Namespace) -> bool:
+    """Hand the run to all who show it or write it down; whether all could."""
+    written = True
+    try:
+        if options.json is not None:
+            results.save(run, options.json)
+        if options.html is not None:
+            commands.write_page(run, options.html, (options.json or options.html.with_suffix(".json")).name)
+    except OSError as error:  # what was measured is shown nevertheless
+        print(
+            f"scripts/perf: {error.filename or 'a file'} cannot be written: {error.strerror}", file=sys.stderr
+        )
+        written = False
+    signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # whoever reads may have seen enough
+    report.print_results(report.make_console(), run)
+    return written
 
 
 def main() -> int:
     """Measure and report; returns the exit code."""
+    if sys.argv[1:2] and sys.argv[1] in commands.NAMES:
+        return commands.main(sys.argv[1:])
     options = _arguments()
-    workloads = all_workloads(options.entries)
+    sizes = _sizes(options)
+    workloads = all_workloads(sizes.entries)
     if options.list:
         signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `--list | head` is no error
         _print_list(workloads)
         return 0
-    workloads_chosen = _chosen_workloads(options.only, workloads)
+    workloads_chosen = _chosen_workloads(options, workloads)
     contestants = _chosen_contestants(options.contestant)
-    # Trees are only made for what was chosen, so only that needs room.
-    uses = {part for workload in workloads_chosen for part in (*workload.lower, *workload.upper)}
-    console = report.make_console()
-    results = Results()
+    base = options.on or MEMORY
+    if (reason := check_place(base)) is not None:
+        _refuse(reason)
+    rounds = options.rounds or (1 if options.quick else 3)
+    seconds = options.seconds or (0.1 if options.quick else 0.2)
+    machine = host.machine(base, filesystem_of(base))
+    found = Results()
     versions: dict[str, str] = {}
     missing: dict[str, str] = {}
-    began = time.monotonic()
+    made, began = datetime.now().astimezone().isoformat(timespec="seconds"), time.monotonic()
     code = 0
     catch_signals()
     try:
-        with new_area(
-            megabytes=options.size if "big" in uses else 0, entries=options.entries if "many" in uses else 0
-        ) as area:
-            versions, missing = _try_all(contestants, area)
-            report.print_contestants(console, versions, missing)
+        # Trees are only made for what was chosen, so only that needs room.
+        used = {part for workload in workloads_chosen for part in workload.parts()}
+        with new_area(base, sizes, used) as area:
+            try_all(contestants, area, versions, missing)
+            report.print_contestants(report.make_console(), machine, versions, missing)
             able = [contestant for contestant in contestants if contestant.name in versions]
             if not able:
                 print("scripts/perf: no contestant can mount here", file=sys.stderr)
                 return 1
-            _measure(workloads_chosen, able, area, options, results)
+            with progress(turns(workloads_chosen, able, rounds)) as say:
+                measure(workloads_chosen, able, area, rounds, seconds, found, say)
     except Interrupted as interrupted:
-        _say("")
-        console.print("\nInterrupted; what was measured until then:")
+        print("\nInterrupted; what was measured until then:")
         code = 128 + int(interrupted.args[0])
     except (CommandFailed, OSError) as error:
-        _say("")
         print(f"scripts/perf: {error}", file=sys.stderr)
         return 1
     finally:
         with held():
             end_all()
-    report.print_results(console, results, workloads_chosen, list(versions), options.rounds)
-    console.print(f"{time.monotonic() - began:.0f} s in all.")
-    if options.json is not None:
-        whole = {
-            "machine": report.machine(),
-            "settings": {name: getattr(options, name) for name in ("rounds", "seconds", "size", "entries")},
-            "complete": code == 0, "versions": versions, "missing": missing,
-            **results.to_json(REFERENCES),
-        }  # fmt: skip
-        options.json.write_text(json.dumps(whole, indent=2, ensure_ascii=False) + "\n")
-    return code
+    took = time.monotonic() - began
+    settings = {
+        "quick": options.quick, "full": options.full, "only": options.only, "rounds": rounds,
+        "seconds": seconds, **asdict(sizes),
+    }  # fmt: skip
+    contestant_facts, workload_facts = _facts(workloads_chosen, contestants, versions)
+    written = _publish(
+        results.Run(
+            found, contestant_facts, workload_facts, dict(GROUPS), machine, settings, missing,
+            complete=code == 0, made=made, seconds=round(took, 1),
+        ),
+        options,
+    )  # fmt: skip
+    print(f"{took:.0f} s in all.")
+    return code or (0 if written else 1)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""The trees that are measured on. All is in memory (/dev/shm), so that the disk is out of the picture.
+"""The place that is measured on: memory (/dev/shm), so that the disk is out of the picture, or any directory.
 
 The lower is made once and shared by all, through a read-only bind mount: a contestant that writes into its
 lower fails instead of spoiling the turns of the others.
@@ -6,52 +6,37 @@ lower fails instead of spoiling the turns of the others.
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import os
-import random
 import shutil
+import stat
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from benchmarks.perf import parts
 from benchmarks.perf.contestants import Layers
+from benchmarks.perf.parts import Sizes
 from benchmarks.perf.processes import CommandFailed, held, run
 from tests.support import areas, syscalls
 
-_BASE = Path("/dev/shm")
+#: Where layers are when nobody says otherwise: memory.
+MEMORY = Path("/dev/shm")
 _PREFIX = "unionfs-perf-"
-
-SMALL_FILES = 5000
-TREE_DIRECTORIES = 200
-TREE_FILES = 2800
-REPO_FILES = 3000
-#: The word that grep looks for; it is in every tenth file of the tree.
-WORD = "quagga"
-
-#: Git without anybody's settings, and without the refreshed index that it would write after looking.
-GIT_ENVIRONMENT = {
-    "GIT_CONFIG_GLOBAL": "/dev/null", "GIT_CONFIG_SYSTEM": "/dev/null", "GIT_OPTIONAL_LOCKS": "0",
-    "GIT_AUTHOR_NAME": "perf", "GIT_AUTHOR_EMAIL": "perf@localhost",
-    "GIT_COMMITTER_NAME": "perf", "GIT_COMMITTER_EMAIL": "perf@localhost",
-}  # fmt: skip
-_LONG_AGO = 1_500_000_000
 
 
 class Area:
     """One run's place. `lower` is what contestants get; parts are made when they are first asked for."""
 
-    def __init__(self, root: Path, *, megabytes: int, entries: int) -> None:
+    def __init__(self, root: Path, sizes: Sizes) -> None:
         self.root = root
         self.lower = root / "lower"
-        self.megabytes = megabytes
-        self.entries = entries
+        self.sizes = sizes
         self._made = root / "made"
         self._turns = 0
         self._helper: Path | None = None
-        self._makers: dict[str, Callable[[Path], None]] = {
-            "big": self._big, "small": _small, "tree": _tree, "repo": _repo, "many": self._many,
-        }  # fmt: skip
         for path in (self.lower, self._made):
             path.mkdir()
         syscalls.mount(str(self._made), self.lower, "none", syscalls.MS_BIND)
@@ -63,7 +48,9 @@ class Area:
         path = self._made / part
         if not path.exists():
             unfinished = self.root / f"{part}.new"
-            self._makers[part](unfinished)
+            if unfinished.exists():  # what failed for the first contestant may work for the next
+                run(["rm", "-rf", str(unfinished)])
+            parts.make(part, unfinished, self.sizes)
             unfinished.rename(path)
         return path
 
@@ -84,8 +71,12 @@ class Area:
         return self._helper
 
     @contextmanager
-    def layers(self) -> Iterator[Layers]:
-        """An empty upper and work for one mount over the lower, gone afterwards."""
+    def layers(self, *, stacked: bool = False) -> Iterator[Layers]:
+        """An empty upper and work for one mount, gone afterwards. `stacked`: over the many lowers."""
+        lowers: tuple[Path, ...] = (self.lower,)
+        if stacked:
+            self.need("lowers")
+            lowers = tuple(self.lower / "lowers" / f"l{number}" for number in range(self.sizes.lowers))
         self._turns += 1
         home = self.root / f"turn{self._turns}"
         names = ("upper", "work", "merged")
@@ -93,7 +84,7 @@ class Area:
             for name in names:
                 (home / name).mkdir(parents=True)
             upper, work, merged = (home / name for name in names)
-            yield Layers(self.lower, upper, work, merged, home / "log")
+            yield Layers(lowers, upper, work, merged, home / "log")
         finally:
             with held():
                 areas.remove(home)
@@ -106,79 +97,16 @@ class Area:
         else:
             run(["cp", "-a", str(source), str(directory / name)])
 
-    def link(self, part: str, directory: Path) -> None:
-        """The same file under `directory`, for those who only read it."""
-        os.link(self.need(part), directory / part)
 
-    def _big(self, path: Path) -> None:
-        block = os.urandom(1 << 20)
-        with path.open("wb") as file:
-            for _ in range(self.megabytes):
-                file.write(block)
-
-    def _many(self, path: Path) -> None:
-        path.mkdir()
-        for number in range(self.entries):
-            directory = path / f"d{number // 100:05}"
-            if number % 100 == 0:
-                directory.mkdir()
-            os.mknod(f"{directory}/file{number:07}")
+def _areas(base: Path) -> Iterator[Path]:
+    for path in base.glob(_PREFIX + "*"):
+        if path.is_dir() and not path.is_symlink():
+            yield path
 
 
-def _small(path: Path) -> None:
-    for number in range(SMALL_FILES):
-        # small_files.c builds the same names.
-        file = path / f"{number // 100:02}" / f"f{number:04}"
-        file.parent.mkdir(parents=True, exist_ok=True)
-        file.write_bytes(b"x" * 1023 + b"\n")
-
-
-def _text(dice: random.Random, number: int) -> str:
-    words = [f"word{dice.randrange(2000)}" for _ in range(dice.randrange(50, 800))]
-    if number % 10 == 0:
-        words[len(words) // 2] = WORD
-    return "\n".join(" ".join(words[at : at + 12]) for at in range(0, len(words), 12)) + "\n"
-
-
-def _files(path: Path, directories: int, files: int) -> None:
-    """`files` text files of a few KiB in `directories` directories; the same every time."""
-    dice = random.Random(1)
-    places = [path]
-    while len(places) < directories:
-        parent = places[(len(places) - 1) // 6]
-        places.append(parent / f"dir{len(places):03}")
-    for place in places:
-        place.mkdir(parents=True, exist_ok=True)
-    for number in range(files):
-        file = places[number % directories] / f"file{number:04}.txt"
-        file.write_text(_text(dice, number))
-        file.chmod(0o644)
-        # Git reads a file again that is as young as its index.
-        os.utime(file, (_LONG_AGO, _LONG_AGO))
-
-
-def _tree(path: Path) -> None:
-    _files(path, TREE_DIRECTORIES, TREE_FILES)
-
-
-def _repo(path: Path) -> None:
-    _files(path, TREE_DIRECTORIES, REPO_FILES)
-    for words in (
-        ("init", "-q", "."),
-        # Device and inode numbers, and the time of the last change, are others in every mount. Everybody
-        # shall do the same work: ask for all attributes, and not read what has not changed.
-        ("config", "core.checkStat", "minimal"),
-        ("config", "core.trustctime", "false"),
-        ("add", "-A"),
-        ("commit", "-q", "-m", "all"),
-        ("gc", "-q"),
-    ):
-        run(["git", *words], cwd=path, environment=GIT_ENVIRONMENT)
-
-
-def sweep() -> None:
+def sweep(base: Path) -> None:
     """Remove what a killed run has left: areas that nobody holds a lock on, and the mounts in them."""
-    for path in _BASE.glob(_PREFIX + "*"):
+    for path in _areas(base):
         fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
         try:
             fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -189,34 +117,77 @@ def sweep() -> None:
             os.close(fd)
 
 
-def _check_memory(megabytes: int, entries: int) -> None:
-    # The lower's file, a copy in an upper, the pages of both in a mount; an entry is an inode and a dentry in
-    # the tmpfs and in the mount, and whatever the daemon has for it. 512 MiB: everything else.
-    needed = 4 * megabytes + entries * 4 // 1024 + 512
+def filesystem_of(path: Path) -> str:
+    """Its type, as /proc/self/mountinfo calls it."""
+    device = path.stat().st_dev
+    for line in Path("/proc/self/mountinfo").read_text(errors="surrogateescape").splitlines():
+        left, right = line.split(" - ", 1)
+        if left.split()[2] == f"{os.major(device)}:{os.minor(device)}":
+            return right.split()[0]
+    # btrfs and others give files a device number of their own
+    told = run(["stat", "-f", "-c", "%T", str(path)]).output.strip()
+    return told or "unknown"
+
+
+def check_place(base: Path) -> str | None:
+    """Why no layers can be made there, in one sentence; None when they can."""
+    where = f"--on {base}"
+    if not base.is_dir():
+        return f"{where}: " + ("is no directory" if base.exists() else "there is no such directory")
+    if any(sign in str(base.resolve()) for sign in ":,\\ \t\n"):
+        return f"{where}: mount options cannot carry a path with colons, commas, backslashes or blanks"
+    try:
+        probe = Path(tempfile.mkdtemp(prefix=_PREFIX, dir=base))
+    except OSError as error:
+        return f"{where}: nothing can be made in it: {error.strerror}"
+    try:
+        os.setxattr(probe, "trusted.overlay.probe", b"y")
+        os.mknod(probe / "whiteout", stat.S_IFCHR, os.makedev(0, 0))
+    except OSError as error:
+        what = "trusted.* attributes" if error.errno == errno.ENOTSUP else f"whiteouts ({error.strerror})"
+        return f"{where}: its filesystem has no {what}, so it cannot hold an upper; choose another"
+    finally:
+        areas.remove(probe)
+    return None
+
+
+def _check_room(base: Path, sizes: Sizes, used: Collection[str]) -> None:
+    """Raise CommandFailed when the parts that are used don't fit."""
+    cure = "choose a smaller --size or fewer --entries"
+    wanted = sum(parts.bytes_needed(part, sizes) for part in used)
+    inodes = 50_000 + (sizes.entries if "many" in used else 0) + (sizes.names if "names" in used else 0)
+    room = os.statvfs(base)
+    # Once in the lower, once more in an upper.
+    needed = 2 * wanted + (256 << 20)
+    free = room.f_bavail * room.f_frsize
+    if free < needed or 0 < room.f_favail < inodes:
+        raise CommandFailed(
+            f"{base} has too little room: {needed >> 20} MiB and {inodes:,} inodes are needed, "
+            f"{free >> 20} MiB and {room.f_favail:,} are free; {cure}"
+        )
+    # The pages of both in a mount; an entry is an inode and a dentry in the mount, and what the daemon has
+    # for it. 512 MiB: everything else. On a tmpfs the layers themselves are memory, too.
+    memory = (2 * wanted >> 20) + 512 + (2 * wanted >> 20 if filesystem_of(base) == "tmpfs" else 0)
     for line in Path("/proc/meminfo").read_text().splitlines():
-        if line.startswith("MemAvailable:"):
-            free = int(line.split()[1]) // 1024
-            if free < needed:
-                raise CommandFailed(
-                    f"{needed} MiB of memory are needed and {free} are free; "
-                    "choose a smaller --size or fewer --entries"
-                )
-    room = os.statvfs(_BASE)
-    if room.f_bavail * room.f_frsize < (2 * megabytes + 256) << 20 or 0 < room.f_favail < entries + 50_000:
-        raise CommandFailed(f"{_BASE} has too little room; choose a smaller --size or fewer --entries")
+        if line.startswith("MemAvailable:") and (available := int(line.split()[1]) // 1024) < memory:
+            raise CommandFailed(f"{memory} MiB of memory are needed and {available} are free; {cure}")
 
 
 @contextmanager
-def new_area(*, megabytes: int, entries: int) -> Iterator[Area]:
-    """A fresh area, removed at the end with everything mounted in it. Raises CommandFailed."""
-    sweep()
-    _check_memory(megabytes, entries)
+def new_area(base: Path, sizes: Sizes, used: Collection[str]) -> Iterator[Area]:
+    """A fresh area, removed at the end with everything mounted in it. Raises CommandFailed.
+
+    `used`: the parts that will be needed, since only those need room.
+    """
+    sweep(base)
+    _check_room(base, sizes, used)
     with held():
-        root = Path(tempfile.mkdtemp(prefix=_PREFIX, dir=_BASE))
+        root = Path(tempfile.mkdtemp(prefix=_PREFIX, dir=base.resolve()))
         lock = os.open(root, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
         fcntl.flock(lock, fcntl.LOCK_EX)
     try:
-        yield Area(root, megabytes=megabytes, entries=entries)
+        root.chmod(0o755)
+        yield Area(root, sizes)
     finally:
         with held():
             areas.remove(root)

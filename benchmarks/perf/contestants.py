@@ -4,18 +4,21 @@ from __future__ import annotations
 
 import errno
 import json
+import os
 import platform
+import select
 import shutil
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import unionfs
 from benchmarks.perf.processes import CommandFailed, end, held, run, start, wait
+from benchmarks.perf.results import Kind
 from tests.support import areas, syscalls
 
 _READY_SECONDS = 20.0
@@ -26,7 +29,8 @@ _GONE_SECONDS = 10.0
 class Layers:
     """The directories of one mount."""
 
-    lower: Path
+    lowers: tuple[Path, ...]
+    """The topmost first."""
     upper: Path
     work: Path
     merged: Path
@@ -42,6 +46,8 @@ class Mount:
     """The daemon's process; None where the kernel does all."""
     counts: bool = False
     """Whether the daemon tells its figures."""
+    seconds: float = 0.0
+    """From the start of the command to a mount that answers."""
 
     def figures(self) -> Figures | None:
         """What the daemon has counted until now; None for those that don't count."""
@@ -78,27 +84,42 @@ class Contestant:
     command: Callable[[Layers], list[str]] | None = None
     ours: bool = False
     is_plain: bool = False
-    """A directory with nothing above it: what is measured there needs a copy of the layers first."""
+    """A directory with nothing above it: what is changed there has to be copied first."""
+    copies_up: bool = True
+    """Whether a lower's file can be changed."""
+
+    @property
+    def kind(self) -> Kind:
+        """What it is."""
+        if self.is_plain:
+            return "plain"
+        if self.command is None:
+            return "kernel"
+        return "ours" if self.ours else "peer"
 
     @contextmanager
-    def mounted(self, layers: Layers) -> Iterator[Mount]:
-        """A live mount, gone afterwards with its daemon. Raises CommandFailed when there is none."""
+    def mounted(self, layers: Layers, *, reads_only: bool = False) -> Iterator[Mount]:
+        """A live mount, gone afterwards with its daemon. Raises CommandFailed when there is none.
+
+        `reads_only`: nothing in it will be changed, so that the plain directory can be the lower itself.
+        """
         if self.is_plain:
-            yield Mount(layers.merged)
+            yield Mount(layers.lowers[0] if reads_only else layers.merged)
         elif self.command is None:
-            _mount_overlay(layers)
+            seconds = _mount_overlay(layers)
             try:
-                yield Mount(layers.merged)
+                yield Mount(layers.merged, seconds=seconds)
             finally:
                 _unmount(layers.merged)
         else:
             with layers.log.open("wb") as log:
+                began = time.perf_counter()
                 process = start(self.command(layers), log=log)
             ready = False
             try:
                 _wait_ready(process, layers)
                 ready = True
-                yield Mount(layers.merged, process.pid, self.ours)
+                yield Mount(layers.merged, process.pid, self.ours, time.perf_counter() - began)
             finally:
                 with held():
                     if ready:
@@ -112,27 +133,52 @@ class Contestant:
 
 def _options(layers: Layers) -> str:
     """The layers as the kernel spells them; the paths are made here and need no escapes."""
-    return f"lowerdir={layers.lower},upperdir={layers.upper},workdir={layers.work}"
+    lowers = ":".join(map(str, layers.lowers))
+    return f"lowerdir={lowers},upperdir={layers.upper},workdir={layers.work}"
 
 
-def _mount_overlay(layers: Layers) -> None:
+def _mount_overlay(layers: Layers) -> float:
+    """Mount by mount(8), so that it too starts with a program. Gives the seconds that it took."""
+    # Relative to the lowers, since all options together have one page (mount(2)).
+    home = layers.lowers[0].parent
+    near = replace(
+        layers, lowers=tuple(Path(lower.name) for lower in layers.lowers),
+        upper=Path(os.path.relpath(layers.upper, home)), work=Path(os.path.relpath(layers.work, home)),
+    )  # fmt: skip
     # What distributions switch on by default differs; none of it changes what is done here but metacopy.
-    options = f"{_options(layers)},index=off,redirect_dir=off,metacopy=off,nfs_export=off"
-    try:
-        syscalls.mount("overlay", layers.merged, "overlay", 0, options)
-    except OSError as error:
-        raise CommandFailed(f"mounting overlayfs: {error.strerror}") from error
+    options = f"{_options(near)},index=off,redirect_dir=off,metacopy=off,nfs_export=off"
+    began = time.perf_counter()
+    # The newer mount API, which mount(8) prefers, takes no option of more than 255 bytes.
+    run(
+        ["mount", "-t", "overlay", "-o", options, "overlay", str(layers.merged)],
+        cwd=home, environment={"LIBMOUNT_FORCE_MOUNT2": "always"}, longest=_READY_SECONDS,
+    )  # fmt: skip
+    _answers(layers.merged)
+    return time.perf_counter() - began
+
+
+def _answers(merged: Path) -> None:
+    """Wait for the answer to a first request, which comes after the one to INIT."""
+    run(["stat", "-f", str(merged)], longest=_READY_SECONDS)
 
 
 def _wait_ready(process: subprocess.Popen[bytes], layers: Layers) -> None:
     deadline = time.monotonic() + _READY_SECONDS
-    while time.monotonic() < deadline:
-        if any(where == str(layers.merged) for _, where, _ in areas.mounts_below(layers.merged)):
-            run(["stat", "-f", str(layers.merged)], longest=_READY_SECONDS)  # waits for the answer to INIT
-            return
-        if process.poll() is not None:
-            break
-        time.sleep(0.005)
+    with open("/proc/self/mountinfo", "rb") as mounts:
+        ended = os.pidfd_open(process.pid)
+        try:
+            poll = select.poll()
+            poll.register(ended, select.POLLIN)
+            poll.register(mounts, select.POLLPRI)  # something was mounted: proc_pid_mounts(5)
+            while (left := deadline - time.monotonic()) > 0:
+                if any(where == str(layers.merged) for _, where, _ in areas.mounts_below(layers.merged)):
+                    _answers(layers.merged)
+                    return
+                if process.poll() is not None:
+                    break
+                poll.poll(left * 1000)
+        finally:
+            os.close(ended)
     lines = layers.log.read_text(errors="replace").strip().splitlines() or ["no message"]
     if process.poll() is not None:
         raise CommandFailed(f"ended with {process.returncode}: {lines[-1]}")
@@ -163,8 +209,9 @@ _OURS = [sys.executable, "-m", "unionfs"]
 def _ours(name: str, *words: str) -> Contestant:
     def command(layers: Layers) -> list[str]:
         return [
-            *_OURS, "mount", "-f", *words, "-l", str(layers.lower), "-u", str(layers.upper),
-            "-w", str(layers.work), "-o", "allow_other,dev,suid", str(layers.merged),
+            *_OURS, "mount", "-f", *words,
+            *(word for lower in layers.lowers for word in ("-l", str(lower))),
+            "-u", str(layers.upper), "-w", str(layers.work), "-o", "allow_other,dev,suid", str(layers.merged),
         ]  # fmt: skip
 
     return Contestant(
@@ -190,25 +237,34 @@ def _fuse_overlayfs(layers: Layers) -> list[str]:
 def _unionfs_fuse(layers: Layers) -> list[str]:
     return [
         "unionfs-fuse", "-f", "-o", "cow,allow_other,use_ino,dev,suid",
-        f"{layers.upper}=RW:{layers.lower}=RO", str(layers.merged),
+        ":".join((f"{layers.upper}=RW", *(f"{lower}=RO" for lower in layers.lowers))), str(layers.merged),
     ]  # fmt: skip
 
 
-OVERLAYFS = "overlayfs"
-FUSE_OVERLAYFS = "fuse-overlayfs"
-#: Those that the others are held against.
-REFERENCES = (OVERLAYFS, FUSE_OVERLAYFS)
+def _mergerfs(layers: Layers) -> list[str]:
+    # auto-full keeps a file's pages from one open to the next, as all others do.
+    options = "allow_other,use_ino,dev,suid,cache.files=auto-full,minfreespace=0,fsname=mergerfs"
+    return [
+        "mergerfs", "-f", "-o", options,
+        ":".join((f"{layers.upper}=RW", *(f"{lower}=RO" for lower in layers.lowers))), str(layers.merged),
+    ]  # fmt: skip
+
 
 CONTESTANTS = (
     Contestant("plain", "a directory, no union at all", platform.release, is_plain=True),
-    Contestant(OVERLAYFS, "kernel overlayfs", platform.release),
+    Contestant("overlayfs", "kernel overlayfs", platform.release),
     Contestant(
-        FUSE_OVERLAYFS, "fuse-overlayfs",
+        "fuse-overlayfs", "fuse-overlayfs",
         lambda: _first_line_with("fuse-overlayfs: version", ["fuse-overlayfs", "--version"]), _fuse_overlayfs,
     ),
     Contestant(
         "unionfs-fuse", "unionfs-fuse with cow",
         lambda: _first_line_with("unionfs-fuse version", ["unionfs-fuse", "--version"]), _unionfs_fuse,
+    ),
+    Contestant(
+        "mergerfs", "mergerfs, where nothing is changed: it has no copy-up",
+        lambda: _first_line_with("mergerfs version", ["mergerfs", "--version"]), _mergerfs,
+        copies_up=False,
     ),
     _ours("hybrid", "--session", "direct", "--io", "hybrid"),
     _ours("passthrough", "--session", "direct", "--io", "passthrough"),

@@ -1,10 +1,14 @@
 /*
  * small_files create DIR COUNT           make DIR with COUNT files of 1 KiB, a hundred in a directory
  * small_files read DIR COUNT MILLISEC    open, read and close each of them again and again for about that long,
- *                                        at least once; prints nanoseconds a file
+ *                                        at least once; prints nanoseconds a file, and how often all were read
+ * small_files lookup DIR COUNT STEP      ask for the attributes of name0000000, and of each STEP-th name after it
+ * small_files absent DIR COUNT           the same for names that are not there
+ * small_files add DIR COUNT              make COUNT empty files in DIR
  *
- * The first pass over all files is not counted: it fills the caches.
+ * The first pass of read is not counted: it fills the caches. The last three print nanoseconds a name.
  */
+#include <errno.h>
 #include <fcntl.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -53,9 +57,34 @@ static void read_all(int count) {
     }
 }
 
+static void one_directory(const char *what, const char *directory, int count, int step) {
+    char path[4096];
+    struct stat status;
+    double began = now();
+    for (int number = 0; number < count; number++) {
+        if (strcmp(what, "lookup") == 0) {
+            snprintf(path, sizeof path, "%s/name%07d", directory, number * step);
+            if (stat(path, &status) < 0) fail(path);
+        } else if (strcmp(what, "absent") == 0) {
+            snprintf(path, sizeof path, "%s/absent%07d", directory, number);
+            if (stat(path, &status) == 0 || errno != ENOENT) fail(path);
+        } else {
+            snprintf(path, sizeof path, "%s/new%07d", directory, number);
+            int fd = open(path, O_WRONLY | O_CREAT | O_EXCL, 0644);
+            if (fd < 0) fail(path);
+            close(fd);
+        }
+    }
+    printf("%.1f\n", (now() - began) / count);
+}
+
 int main(int argc, char **argv) {
     if (argc < 4) return 2;
     int count = atoi(argv[3]);
+    if (strcmp(argv[1], "create") != 0 && strcmp(argv[1], "read") != 0) {
+        one_directory(argv[1], argv[2], count, argc > 4 ? atoi(argv[4]) : 1);
+        return 0;
+    }
     names = calloc(count, sizeof *names);
     if (!names) fail("calloc");
     for (int number = 0; number < count; number++)
@@ -66,11 +95,12 @@ int main(int argc, char **argv) {
     }
     if (argc < 5) return 2;
     read_all(count);
-    double began = now(), passes = 0;
+    double began = now(), passes = 0, took;
     do {
         read_all(count);
         passes++;
-    } while (now() - began < atof(argv[4]) * 1e6);
-    printf("%.1f\n", (now() - began) / passes / count);
+        took = now() - began;
+    } while (took < atof(argv[4]) * 1e6);
+    printf("%.1f %.0f\n", took / passes / count, passes);
     return 0;
 }

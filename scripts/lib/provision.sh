@@ -71,7 +71,7 @@ pick_python() {
     esac
 }
 
-# make_environment EXTRA: the project and its extra (run, test or dev) in $venv; at once when nothing changed.
+# make_environment EXTRA: the project and its extra (run, perf, test or dev) in $venv; at once when nothing changed.
 make_environment() {
     local extra=$1 key name within=
     key=$(cat "$repository/pyproject.toml" <(printf '%s' "$repository") | sha256sum | cut -d' ' -f1)
@@ -89,8 +89,8 @@ make_environment() {
     echo "Installing unionfs and its requirements into $venv"
     "$venv/bin/python" -m pip install -qq --disable-pip-version-check -e "$what" ||
         die "pip could not install the project's requirements; its messages are above"
-    # dev contains test, and test contains run
-    for name in dev test run; do
+    # dev contains test, test contains perf, and that contains run
+    for name in dev test perf run; do
         if [ "$name" = "$extra" ] || [ -n "$within" ]; then
             within=yes
             printf '%s' "$key" >"$venv/.unionfs-$name"
