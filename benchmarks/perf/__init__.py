@@ -8,8 +8,12 @@
     workloads     everything that is measured
     figures       samples, medians, ratios
     measuring     the turns of a run
-    finished      a run at its end, and its JSON
-    report        tables
+    results       a run and its file
+    report        a run as tables on the terminal
+    page          a run as an HTML page, from templates/
+    plots         the page's plots
+    compare       what changed from one run to another
+    commands      scripts/perf report and scripts/perf compare
 
 Nothing in here asserts a time: figures depend on the machine and on who else uses it.
 """

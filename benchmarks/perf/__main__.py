@@ -142,14 +142,22 @@ def _facts(
     )  # fmt: skip
 
 
-def _publish(run: results.Run, options: argparse.Namespace) -> None:
-    """Hand the run to all who show it or write it down."""
-    if options.json is not None:
-        results.save(run, options.json)
-    if options.html is not None:
-        commands.write_page(run, options.html, (options.json or options.html.with_suffix(".json")).name)
+def _publish(run: results.Run, options: argparse.Namespace) -> bool:
+    """Hand the run to all who show it or write it down; whether all could."""
+    written = True
+    try:
+        if options.json is not None:
+            results.save(run, options.json)
+        if options.html is not None:
+            commands.write_page(run, options.html, (options.json or options.html.with_suffix(".json")).name)
+    except OSError as error:  # what was measured is shown nevertheless
+        print(
+            f"scripts/perf: {error.filename or 'a file'} cannot be written: {error.strerror}", file=sys.stderr
+        )
+        written = False
     signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # whoever reads may have seen enough
     report.print_results(report.make_console(), run)
+    return written
 
 
 def main() -> int:
@@ -204,7 +212,7 @@ def main() -> int:
         "seconds": seconds, **asdict(sizes),
     }  # fmt: skip
     contestant_facts, workload_facts = _facts(workloads_chosen, contestants, versions)
-    _publish(
+    written = _publish(
         results.Run(
             found, contestant_facts, workload_facts, dict(GROUPS), machine, settings, missing,
             complete=code == 0, made=made, seconds=round(took, 1),
@@ -212,7 +220,7 @@ def main() -> int:
         options,
     )  # fmt: skip
     print(f"{took:.0f} s in all.")
-    return code
+    return code or (0 if written else 1)
 
 
 if __name__ == "__main__":

@@ -18,12 +18,12 @@ from rich.text import Text
 
 from benchmarks.perf import compare
 from benchmarks.perf.figures import shown
-from benchmarks.perf.results import BadResults, Run, load
+from benchmarks.perf.results import BadResults, Run, join, load
 
 NAMES = ("compare", "report")
 _WORDS: dict[compare.Verdict, tuple[str, str]] = {
     "better": ("better", "green"), "worse": ("worse", "red"),
-    "gained": ("better, beside overlayfs", "green"), "lost": ("worse, beside overlayfs", "red"),
+    "gained": ("better beside overlayfs", "green"), "lost": ("worse beside overlayfs", "red"),
     "alike": ("as overlayfs", "dim"), "same": ("within the spread", "dim"),
     "unknown": ("too few rounds", "dim"),
 }  # fmt: skip
@@ -51,10 +51,15 @@ def main(words: Sequence[str]) -> int:
 
 def _report(words: Sequence[str]) -> int:
     parser = _Parser(prog="scripts/perf report", allow_abbrev=False)
-    parser.add_argument("results", type=Path, metavar="RESULTS.json")
+    parser.add_argument("results", type=Path, nargs="+", metavar="RESULTS.json")
     parser.add_argument("-o", "--output", type=Path, required=True, metavar="FILE.html")
     options = parser.parse_args(words)
-    write_page(load(options.results), options.output, options.results.name)
+    if any(
+        options.output.exists() and path.exists() and options.output.samefile(path)
+        for path in options.results
+    ):
+        _refuse(f"{options.output} holds the results themselves: give the page another name")
+    write_page(join([load(path) for path in options.results]), options.output, options.results[0].name)
     return 0
 
 

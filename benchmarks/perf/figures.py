@@ -2,18 +2,27 @@
 
 from __future__ import annotations
 
+import math
 import statistics
+from collections.abc import Iterable
 from dataclasses import dataclass, field
+from itertools import cycle
 
 
 def shown(value: float) -> str:
-    """Three significant digits, and no fewer digits than there are before the point."""
+    """Three significant digits, two below 0.1, and no fewer digits than there are before the point."""
     size = abs(value)
     if size >= 99.95:
         return f"{value:,.0f}"
     if size >= 9.995:
         return f"{value:.1f}"
-    return f"{value:.2f}" if size >= 0.0995 or not value else f"{value:.3f}"
+    return f"{value:.2f}" if size >= 0.0995 or not value else f"{value:.2g}"
+
+
+def geometric_mean(values: Iterable[float]) -> float | None:
+    """None of nothing."""
+    logarithms = [math.log(value) for value in values]
+    return math.exp(math.fsum(logarithms) / len(logarithms)) if logarithms else None
 
 
 @dataclass(frozen=True)
@@ -65,6 +74,23 @@ class Daemon:
             if operations
         ]
         return statistics.median(each) if each else None
+
+    def rates(self) -> dict[str, float] | None:
+        """Requests an operation by kind, the most frequent first: median of the turns. None when not counted.
+
+        Where the number of operations is not known, a turn is one.
+        """
+        if not self.requests:
+            return None
+        operations = self.operations if len(self.operations) == len(self.requests) else [1.0]
+        turns = [
+            {kind: count / number for kind, count in sample.items()}
+            for sample, number in zip(self.requests, cycle(operations), strict=False)
+            if number
+        ]
+        kinds = {kind for turn in turns for kind in turn}
+        rates = {kind: statistics.median(turn.get(kind, 0.0) for turn in turns) for kind in kinds}
+        return dict(sorted(((kind, rate) for kind, rate in rates.items() if rate), key=lambda item: -item[1]))
 
 
 class Results:

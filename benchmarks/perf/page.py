@@ -8,23 +8,20 @@ from __future__ import annotations
 
 import base64
 import json
-import math
-import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import cycle
 from pathlib import Path
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
 from benchmarks.perf import plots
-from benchmarks.perf.figures import Daemon, Figure, shown
+from benchmarks.perf.figures import Daemon, Figure, geometric_mean, shown
 from benchmarks.perf.results import OVERLAYFS, ContestantFacts, Run, WorkloadFacts, spread, to_json
 
 _TEMPLATES = Path(__file__).parent / "templates"
 _PALETTE_OURS = 6
-_PARTS = 7
+_PARTS = 9
 """Kinds of requests with a colour of their own; the others are one more."""
 #: Below and above this a ratio is called a difference; between the two are machines, not programs.
 _ALIKE = 1.05
@@ -111,30 +108,6 @@ def render(run: Run, *, name: str = "") -> str:
         data=base64.b64encode(json.dumps(to_json(run), ensure_ascii=False).encode()).decode("ascii"),
         file_name=Path(name).name or "results.json",
     )  # fmt: skip
-
-
-def geometric_mean(values: Iterable[float]) -> float | None:
-    """None of nothing."""
-    logarithms = [math.log(value) for value in values]
-    return math.exp(math.fsum(logarithms) / len(logarithms)) if logarithms else None
-
-
-def request_rates(daemon: Daemon) -> dict[str, float] | None:
-    """Requests an operation by kind, the most frequent first: median of the turns. None when not counted.
-
-    Where the number of operations is not known, a turn is one.
-    """
-    if not daemon.requests:
-        return None
-    operations = daemon.operations if len(daemon.operations) == len(daemon.requests) else [1.0]
-    turns = [
-        {kind: count / number for kind, count in sample.items()}
-        for sample, number in zip(daemon.requests, cycle(operations), strict=False)
-        if number
-    ]
-    kinds = {kind for turn in turns for kind in turn}
-    rates = {kind: statistics.median(turn.get(kind, 0.0) for turn in turns) for kind in kinds}
-    return dict(sorted(((kind, rate) for kind, rate in rates.items() if rate), key=lambda item: -item[1]))
 
 
 class _View:
@@ -383,11 +356,11 @@ class _View:
         return [each for each in (*self.run.workloads, *others) if self.results.daemons.get(each.name)]
 
     def _cost(self, workload: WorkloadFacts, name: str, daemon: Daemon) -> Cost:
-        rates = request_rates(daemon)
+        rates = daemon.rates()
         each = daemon.microseconds_each()
         total = sum(daemon.request_medians().values())
         return Cost(
-            workload.name, _operation(workload, daemon), name,
+            workload.name, _operation(workload, self.results.daemons[workload.name].values()), name,
             NONE if rates is None else _rate(sum(rates.values())),
             NONE if rates is None else f"{total:,}",
             "" if rates is None else ", ".join(f"{kind} {_rate(rate)}" for kind, rate in rates.items()
@@ -396,39 +369,46 @@ class _View:
             NONE if each is None else shown(each),
         )  # fmt: skip
 
-    def requests(self) -> tuple[plots.Plot, list[str], str] | None:
-        """The plot of requests an operation, its parts and its text; None when none were counted."""
-        rates: dict[str, dict[str, dict[str, float]]] = {}
-        operations = {}
-        for workload in self._costly():
-            for name in self.ours:
-                daemon = self.results.daemons[workload.name].get(name)
-                found = request_rates(daemon) if daemon else None
-                if daemon and found and daemon.operations:
-                    rates.setdefault(workload.name, {})[name] = found
-                    operations[workload.name] = _operation(workload, daemon)
-        if not rates:
-            return None
-        shares: dict[str, float] = {}
-        for by_name in rates.values():
-            for found in by_name.values():
-                for kind, rate in found.items():
-                    shares[kind] = shares.get(kind, 0.0) + rate / sum(found.values())
-        kinds = sorted(shares, key=lambda kind: -shares[kind])
-        chosen = kinds[:_PARTS]
-        parts = [*chosen, "others"] if len(kinds) > _PARTS else chosen
+    def requests(self) -> list[tuple[str, plots.Plot, list[str]]]:
+        """For each group where requests were counted its title, its plot and the kinds in it."""
+        found = []
+        for group in self.groups():
+            workloads = [workload for workload in self._costly() if workload.group == group]
+            rates: dict[str, dict[str, dict[str, float]]] = {}
+            for workload in workloads:
+                daemons = self.results.daemons[workload.name]
+                for name in self.ours:
+                    if name in daemons and daemons[name].operations and (each := daemons[name].rates()):
+                        rates.setdefault(workload.name, {})[name] = each
+            if rates:
+                operations = {workload.name: workload.operation for workload in workloads}
+                kinds = _most_frequent([each for by_name in rates.values() for each in by_name.values()])
+                found.append(self._requests_of(group, rates, operations, kinds))
+        return found
+
+    def _requests_of(
+        self,
+        group: str,
+        rates: Mapping[str, Mapping[str, Mapping[str, float]]],
+        operations: Mapping[str, str],
+        kinds: Sequence[str],
+    ) -> tuple[str, plots.Plot, list[str]]:
+        chosen = list(kinds) if len(kinds) <= _PARTS + 1 else list(kinds[:_PARTS])
+        others = len(kinds) > len(chosen)
         stacks = []
-        for workload_name, by_name in rates.items():
+        for workload, by_name in rates.items():
             bars = []
-            for name, found in by_name.items():
-                lengths = {kind: found[kind] for kind in chosen if kind in found}
-                others = sum(rate for kind, rate in found.items() if kind not in chosen)
+            for name, each in by_name.items():
+                lengths = {kind: each[kind] for kind in chosen if kind in each}
                 if others:
-                    lengths["others"] = others
-                bars.append(plots.Bar(name, lengths, _rate(sum(found.values()))))
-            stacks.append(plots.Stack(f"{workload_name}, a {operations[workload_name]}", bars))
-        text = f"Requests of the kernel for each operation, for {len(stacks)} workloads; the table has them."
-        return plots.stacks(stacks, parts, text), parts, text
+                    lengths["others"] = sum(rate for kind, rate in each.items() if kind not in chosen)
+                bars.append(plots.Bar(name, lengths, _rate(sum(each.values()))))
+            stacks.append(plots.Stack(workload, f"per {operations[workload]}", bars))
+        parts = [*chosen, "others"] if others else chosen
+        text = (
+            f"{self.title(group)}: requests of the kernel per operation, by kind; the table below has them."
+        )
+        return self.title(group), plots.stacks(stacks, parts, text), parts
 
     # The rest
 
@@ -459,6 +439,15 @@ class _View:
         return [(*key, reason) for key, reason in self.results.failures.items()]
 
 
+def _most_frequent(samples: Sequence[Mapping[str, float]]) -> list[str]:
+    """Kinds by their share in the samples, the largest first."""
+    shares: dict[str, float] = {}
+    for sample in samples:
+        for kind, rate in sample.items():
+            shares[kind] = shares.get(kind, 0.0) + rate / sum(sample.values())
+    return sorted(shares, key=lambda kind: (-shares[kind], kind))
+
+
 def times(value: float) -> str:
     """A ratio with its sign."""
     return f"{plots.TIMES}{shown(value)}"
@@ -470,11 +459,13 @@ def _between(low: float, high: float) -> str:
 
 def _rate(value: float) -> str:
     """Requests an operation: whole numbers as such."""
+    if 0 < value < 0.001:
+        return "<0.001"
     return f"{value:,.0f}" if value == round(value) else shown(value)
 
 
-def _operation(workload: WorkloadFacts, daemon: Daemon) -> str:
-    return workload.operation if daemon.operations else "turn"
+def _operation(workload: WorkloadFacts, daemons: Iterable[Daemon]) -> str:
+    return workload.operation if any(daemon.operations for daemon in daemons) else "turn"
 
 
 def _plain(value: object) -> str:

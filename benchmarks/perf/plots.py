@@ -12,6 +12,7 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import count
+from typing import TypeVar
 from warnings import catch_warnings, simplefilter
 from xml.etree import ElementTree
 
@@ -29,6 +30,10 @@ _LABELS = 232
 _LANE = 8.0
 _HEAD = 40.0
 _HEADING = 30.0
+_WORDS = 80.0
+"""Pixels that words take at each side of 1.0."""
+_LONGEST = 10
+"""Rows of a piece."""
 
 TIMES = "\N{MULTIPLICATION SIGN}"
 
@@ -36,6 +41,8 @@ TIMES = "\N{MULTIPLICATION SIGN}"
 _INK, _MUTED, _GRID, _BAND, _PAPER = "#fd0001", "#fd0002", "#fd0003", "#fd0004", "#fd0005"
 _VARIABLES = {_INK: "ink", _MUTED: "muted", _GRID: "grid", _BAND: "band", _PAPER: "paper"}
 _COLOUR = re.compile(r"#f[cde]00[0-9a-f]{2}")
+_PLACES = {"d", "x", "y", "transform"}
+_LONG_NUMBER = re.compile(r"\d+\.\d{3,}")
 _ids = count()
 
 #: In the order in which contestants of a kind get them; shapes differ as well as colours.
@@ -81,15 +88,19 @@ class Bar:
 
 @dataclass(frozen=True)
 class Stack:
-    """The bars of one workload."""
+    """The bars of one workload. `what` they measure stands below its label, or behind it."""
 
     label: str
+    what: str
     bars: Sequence[Bar]
+
+
+_Part = TypeVar("_Part", Row, Stack)
 
 
 @dataclass(frozen=True)
 class Plot:
-    """Both forms of a plot, as SVG to stand in a page."""
+    """Both forms of a plot, as SVG to stand in a page: one or, when it is long, several."""
 
     wide: str
     narrow: str
@@ -99,14 +110,32 @@ def _standin(colour: int, series: str = "e") -> str:
     return f"#f{series}00{colour:02x}"
 
 
-def _both(draw: Callable[[bool], tuple[Canvas, dict[str, str]]], label: str) -> Plot:
+def _pieces(rows: Sequence[_Part]) -> list[list[_Part]]:
+    """Parts of a long plot, none longer than a page of paper or so long that its axes are out of sight."""
+    size = math.ceil(len(rows) / math.ceil(len(rows) / _LONGEST)) if rows else 1
+    pieces: list[list[_Part]] = [[]]
+    for row in rows:
+        if len(pieces[-1]) >= size:
+            # a heading stays with what it is of
+            last = pieces[-1][-1]
+            pieces.append([pieces[-1].pop()] if isinstance(last, Row) and not last.dots else [])
+        pieces[-1].append(row)
+    return pieces
+
+
+def _both(
+    draw: Callable[[Sequence[_Part], bool], tuple[Canvas, dict[str, str]]], rows: Sequence[_Part], label: str
+) -> Plot:
+    pieces = _pieces(rows)
     with (
         rc_context({"svg.fonttype": "none", "svg.hashsalt": "-", "font.size": 12, "text.parse_math": False}),
         catch_warnings(),
     ):
         # The browser has its own fonts, so it is no matter what matplotlib's lacks.
         simplefilter("ignore", UserWarning)
-        return Plot(*(_svg(*draw(narrow), label) for narrow in (False, True)))
+        return Plot(
+            *("".join(_svg(*draw(piece, narrow), label) for piece in pieces) for narrow in (False, True))
+        )
 
 
 def _label(text: str, longest: int = 36) -> str:
@@ -136,6 +165,9 @@ def _svg(canvas: Canvas, titles: Mapping[str, str], label: str) -> str:
     used = set(re.findall(r"#(\w+)", values))
     for element in root.iter():
         element.tag = element.tag.rpartition("}")[2]
+        element.tail = None  # white space
+        if element.text is not None and not element.text.strip():
+            element.text = None
         attributes = dict(element.attrib)
         element.attrib.clear()
         for key, value in attributes.items():
@@ -152,6 +184,8 @@ def _svg(canvas: Canvas, titles: Mapping[str, str], label: str) -> str:
                 value = f"#{prefix}{value[1:]}"
             elif "url(#" in value:
                 value = value.replace("url(#", f"url(#{prefix}")
+            elif name in _PLACES:
+                value = _LONG_NUMBER.sub(lambda found: f"{float(found[0]):.2f}", value)
             element.set(name, _COLOUR.sub(lambda found: f"var(--{_variable(found[0])})", value))
     for name in ("width", "height", "version"):
         root.attrib.pop(name, None)
@@ -184,6 +218,13 @@ def _limits(rows: Sequence[Row]) -> tuple[float, float]:
     return min(0.8, *values, *lows) / 1.15, max(1.25, *values, *highs) * 1.15
 
 
+def _with_room(low: float, high: float, width: float) -> tuple[float, float]:
+    """Wider limits, where the words at 1.0 would not fit on both sides of it."""
+    share = _WORDS / (width - _WORDS)
+    high = max(high, low**-share)
+    return min(low, high**-share), high
+
+
 def _ticks(low: float, high: float, width: float) -> list[float]:
     decades = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
     room = width / math.log10(high / low)  # pixels a decade
@@ -197,8 +238,9 @@ def ratios(rows: Sequence[Row], styles: Mapping[str, Style], reference: str, lab
     """Dots on a logarithmic axis, better to the right; every contestant has a lane of its own in each row."""
     names = [name for name in styles if any(dot.contestant == name for row in rows for dot in row.dots)]
     lanes = {name: lane for lane, name in enumerate(names)}
+    least, greatest = _limits(rows)
 
-    def draw(narrow: bool) -> tuple[Canvas, dict[str, str]]:
+    def draw(rows: Sequence[Row], narrow: bool) -> tuple[Canvas, dict[str, str]]:
         width = _NARROW if narrow else _WIDE
         left, above = (8, 20.0) if narrow else (_LABELS, 0.0)
         row_height = above + len(names) * _LANE + 9
@@ -208,7 +250,7 @@ def ratios(rows: Sequence[Row], styles: Mapping[str, Style], reference: str, lab
         across = width - left - 14
         axes = canvas.add_axes((left / width, _HEAD / height, across / width, 1 - 2 * _HEAD / height))
         _plain_axes(axes)
-        low, high = _limits(rows)
+        low, high = _with_room(least, greatest, across)
         axes.set_xscale("log")
         axes.set_xlim(low, high)
         axes.set_ylim(sum(heights), 0)
@@ -253,7 +295,7 @@ def ratios(rows: Sequence[Row], styles: Mapping[str, Style], reference: str, lab
                 titles[key] = _label(dot.text, 300)
         return canvas, titles
 
-    return _both(draw, label)
+    return _both(draw, rows, label)
 
 
 def _direction(axes: Axes, reference: str, narrow: bool) -> None:
@@ -268,14 +310,15 @@ def _direction(axes: Axes, reference: str, narrow: bool) -> None:
 
 
 def stacks(stacks: Sequence[Stack], parts: Sequence[str], label: str) -> Plot:
-    """Horizontal bars, made of `parts` in the colours --k0, --k1 ... of the page."""
-    longest = max((sum(bar.parts.values()) for stack in stacks for bar in stack.bars), default=0.0) or 1.0
+    """Horizontal bars, made of `parts` in the colours --k0, --k1 ... of the page.
 
-    def draw(narrow: bool) -> tuple[Canvas, dict[str, str]]:
+    The longest bar of each stack has the full width: what is to be compared lies within a stack.
+    """
+
+    def draw(stacks: Sequence[Stack], narrow: bool) -> tuple[Canvas, dict[str, str]]:
         width = _NARROW if narrow else _WIDE
         left, above = (8.0, 20.0) if narrow else (_LABELS, 0.0)
         begin, thick = left + (86 if narrow else 100), 15.0
-        pixels = (width - begin - 54) / longest
         heights = [above + len(stack.bars) * thick + 10 for stack in stacks]
         canvas = _canvas(width, sum(heights))
         axes = canvas.add_axes((0, 0, 1, 1), xlim=(0, width), ylim=(sum(heights), 0))
@@ -287,10 +330,15 @@ def stacks(stacks: Sequence[Stack], parts: Sequence[str], label: str) -> Plot:
                 axes.axhspan(top, top + heights[index], xmin=0 if narrow else left / width, color=_BAND,
                              linewidth=0)  # fmt: skip
             if narrow:
-                axes.text(left, top + 12, _label(stack.label, 46), va="center", color=_INK)
+                words = f"{_label(stack.label)}, {stack.what}"
+                axes.text(left, top + 12, _label(words, 48), va="center", color=_INK)
             else:
-                axes.text(left - 10, top + heights[index] / 2, _label(stack.label), ha="right", va="center",
-                          color=_INK)  # fmt: skip
+                middle = top + heights[index] / 2
+                axes.text(left - 10, middle - 7, _label(stack.label), ha="right", va="center", color=_INK)
+                axes.text(left - 10, middle + 8, _label(stack.what), ha="right", va="center", color=_MUTED,
+                          fontsize=11)  # fmt: skip
+            longest = max((sum(bar.parts.values()) for bar in stack.bars), default=0.0) or 1.0
+            pixels = (width - begin - 54) / longest
             for number, bar in enumerate(stack.bars):
                 y = top + above + 5 + (number + 0.5) * thick
                 axes.text(begin - 8, y, _label(bar.label, 14), ha="right", va="center", color=_MUTED,
@@ -298,19 +346,20 @@ def stacks(stacks: Sequence[Stack], parts: Sequence[str], label: str) -> Plot:
                 start = begin
                 for colour, part in enumerate(parts):
                     length = bar.parts.get(part, 0.0) * pixels
-                    if length <= 0:
+                    if length < 0.5:  # nobody sees it
+                        start += length
                         continue
                     key = f"bar{index}x{number}x{colour}"
-                    (piece,) = axes.barh(y, length, height=thick - 4, left=start, linewidth=0,
+                    (piece,) = axes.barh(y, length, height=thick - 4, left=start, linewidth=0, clip_on=False,
                                          color=_standin(colour, "c"))  # fmt: skip
                     piece.set_gid(key)
-                    titles[key] = _label(f"{stack.label}, {bar.label}: {part} {bar.parts[part]:.2f}", 300)
+                    titles[key] = _label(f"{stack.label}, {bar.label}: {part} {bar.parts[part]:.3g}", 300)
                     start += length
                 axes.text(start + 5, y, bar.text, va="center", color=_INK, fontsize=11)
             top += heights[index]
         return canvas, titles
 
-    return _both(draw, label)
+    return _both(draw, stacks, label)
 
 
 def swatch(style: Style) -> str:

@@ -10,17 +10,10 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from benchmarks.perf.figures import Daemon, Figure
+from benchmarks.perf.figures import Daemon, Figure, shown
 from benchmarks.perf.results import OVERLAYFS, Run, Scalar, spread
 
 _TOP_KINDS = 4
-
-
-def shown(value: float) -> str:
-    """Three significant digits, and no fewer digits than there are before the point."""
-    if abs(value) >= 100:
-        return f"{value:,.0f}"
-    return f"{value:.1f}" if abs(value) >= 10 else f"{value:.2f}"
 
 
 def make_console() -> Console:

@@ -9,6 +9,7 @@ which has no `schema` key and only medians of the daemons, is understood too.
 from __future__ import annotations
 
 import json
+import math
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -130,6 +131,46 @@ class Run:
             if workload.group == figure.group and figure.name in workload.figures:
                 return workload
         return None
+
+
+def join(runs: Sequence[Run]) -> Run:
+    """Runs of different workloads on one machine as one. Raises BadResults when they are no such runs.
+
+    Every ratio stays one within a run, since each figure comes from one of them alone.
+    """
+    first = runs[0]
+    results = Results()
+    for run in runs:
+        if run.machine != first.machine:
+            raise BadResults("the files are of different machines, whose figures can't stand side by side")
+        for figure, by_name in run.results.samples.items():
+            if figure in results.samples:
+                raise BadResults(f"more than one of the files has the figure {figure.name}: take one of them")
+            results.samples[figure] = by_name
+        results.daemons |= run.results.daemons
+        results.failures |= run.results.failures
+        results.skipped |= run.results.skipped
+    took = [run.seconds for run in runs]
+    return Run(
+        results,
+        list({each.name: each for run in runs for each in run.contestants}.values()),
+        list({(each.group, each.name): each for run in runs for each in run.workloads}.values()),
+        {name: title for run in runs for name, title in run.groups.items()},
+        first.machine,
+        {name: _together([run.settings.get(name) for run in runs]) for run in runs for name in run.settings},
+        {name: reason for run in runs for name, reason in run.missing.items()},
+        complete=all(run.complete for run in runs),
+        made=min(run.made for run in runs),
+        seconds=None if None in took else math.fsum(each for each in took if each is not None),
+    )
+
+
+def _together(values: Sequence[object]) -> object:
+    """A setting of several runs: all lists in one, or what differs side by side."""
+    if all(isinstance(value, list) for value in values):
+        return [each for value in values if isinstance(value, list) for each in value]
+    different = list(dict.fromkeys(map(str, values)))
+    return values[0] if len(different) == 1 else ", ".join(different)
 
 
 # What is in the file. msgspec checks types, and says where one is wrong; keys that are not here are ignored.

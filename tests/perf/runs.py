@@ -48,6 +48,5 @@ def run_of(
         made="2026-01-02T03:04:05+00:00",
         seconds=90.0,
     )
-    for name, value in more.items():
-        setattr(run, name, value)
+    vars(run).update(more)
     return run

@@ -82,10 +82,10 @@ _OVERLAYFS = [100.0, 102.0, 101.0]
         pytest.param([1001.0, 1021.0, 1009.0], _OVERLAYFS, "same", 1.001, 1.001, id="no change"),
         pytest.param([500.0, 2000.0, 505.0], _OVERLAYFS, "same", 2.0, 2.0, id="one round is odd"),
         pytest.param([2000.0, 2040.0, 2020.0], [200.0, 204.0, 202.0], "alike", 0.5, 1.0, id="slower machine"),
-        pytest.param([1000.0, 1020.0, 1010.0], [200.0, 204.0, 202.0], "gained", 1.0, 2.0, id="on a slower"),
-        pytest.param([1000.0, 1020.0, 1010.0], [50.0, 51.0, 50.5], "lost", 1.0, 0.5, id="on faster"),
+        pytest.param([1000.0, 1020.0, 1010.0], [200.0, 204.0, 202.0], "gained", 1.0, 2.0, id="slower"),
+        pytest.param([1000.0, 1020, 1010], [50.0, 51, 50.5], "lost", 1, .5, id="faster"),
         pytest.param([500.0, 510.0], _OVERLAYFS, "unknown", 2.0, 2.0, id="two rounds"),
-        pytest.param([975.0, 970.0, 972.0], _OVERLAYFS, "same", 1010 / 972, 1010 / 972, id="clear, but small"),
+        pytest.param([975.0, 970.0, 972.0], _OVERLAYFS, "same", 1010 / 972, 1010 / 972, id="clear but small"),
     ],
 )  # fmt: skip
 def test_verdicts(

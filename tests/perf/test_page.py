@@ -207,7 +207,7 @@ def test_an_empty_run_is_a_page() -> None:
 
 def test_requests_an_operation_are_the_median_of_the_turns() -> None:
     run = run_of({}, requests=[{"read": 10}, {"read": 90, "open": 3}, {"read": 40}], operations=[10, 30, 10])
-    assert page.request_rates(run.results.daemons["untar"]["hybrid"]) == {"read": 3.0}
+    assert run.results.daemons["untar"]["hybrid"].rates() == {"read": 3.0}
 
 
 def test_report_command_writes_the_page(tmp_path: Path) -> None:
@@ -217,3 +217,14 @@ def test_report_command_writes_the_page(tmp_path: Path) -> None:
     assert commands.main(["report", str(tmp_path / "x.json"), "-o", str(tmp_path / "x.html")]) == 0
     text = (tmp_path / "x.html").read_text()
     assert json.dumps("x.json") in text
+
+
+def test_the_page_does_not_take_the_place_of_its_results(tmp_path: Path) -> None:
+    from benchmarks.perf import commands
+
+    path = tmp_path / "x.json"
+    results.save(_full(), path)
+    before = path.read_bytes()
+    with pytest.raises(SystemExit, match="another name"):
+        commands.main(["report", str(path), "-o", str(tmp_path / "." / "x.json")])
+    assert path.read_bytes() == before

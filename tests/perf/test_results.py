@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.perf.results import BadResults, load, parse, save
+from benchmarks.perf.results import BadResults, join, load, parse, save
 from tests.perf.runs import READ, UNTAR, run_of
 
 _REPOSITORY = Path(__file__).parents[2]
@@ -158,3 +158,28 @@ def test_commands_refuse_with_one_line_and_exit_code_1(tmp_path: Path, command: 
     assert done.stderr.count("\n") == 1
     assert str(bad) in done.stderr
     assert not page.exists()
+
+
+def test_runs_of_different_workloads_are_joined() -> None:
+    names = run_of(
+        {UNTAR: {"hybrid": [1.0], "overlayfs": [2.0]}},
+        settings={"only": ["metadata"], "rounds": 3, "size": 256},
+    )
+    data = run_of({READ: {"hybrid": [7.0]}}, settings={"only": ["fio"], "rounds": 5, "size": 256})
+    data.results.failures["lower-seqread", "cached"] = "why"
+    both = join([names, data])
+    assert both.results.samples == {**names.results.samples, **data.results.samples}
+    assert both.results.failures == data.results.failures
+    assert both.settings == {"only": ["metadata", "fio"], "rounds": "3, 5", "size": 256}
+    assert both.seconds == 180.0
+    assert both.contestants == names.contestants
+    assert join([names]).results.samples == names.results.samples
+
+
+def test_what_is_no_part_of_the_same_is_not_joined() -> None:
+    names = run_of({UNTAR: {"hybrid": [1.0]}})
+    with pytest.raises(BadResults, match="untar"):
+        join([names, names])
+    elsewhere = run_of({READ: {"hybrid": [1.0]}}, machine={"kernel": "7.0"})
+    with pytest.raises(BadResults, match="machines"):
+        join([names, elsewhere])
