@@ -24,7 +24,7 @@ NAMES = ("compare", "report")
 _WORDS: dict[compare.Verdict, tuple[str, str]] = {
     "better": ("better", "green"), "worse": ("worse", "red"),
     "gained": ("better beside overlayfs", "green"), "lost": ("worse beside overlayfs", "red"),
-    "alike": ("as overlayfs", "dim"), "same": ("within the spread", "dim"),
+    "alike": ("not beside overlayfs", "dim"), "same": ("within the spread", "dim"),
     "unknown": ("too few rounds", "dim"),
 }  # fmt: skip
 

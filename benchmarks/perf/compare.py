@@ -26,7 +26,7 @@ FEWEST = 3
 """Samples of each run below which nothing is decided."""
 
 #: better, worse: clear by itself and beside overlayfs. gained, lost: clear beside overlayfs alone, since the
-#: machine changed, too. alike: clear by itself, but overlayfs changed as much. same: within the spread.
+#: machine changed, too. alike: clear by itself, but not beside overlayfs. same: within the spread.
 #: unknown: too few samples.
 Verdict = Literal["better", "worse", "gained", "lost", "alike", "same", "unknown"]
 REQUESTS = "requests"

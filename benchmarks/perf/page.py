@@ -20,7 +20,10 @@ from benchmarks.perf.figures import Daemon, Figure, geometric_mean, shown
 from benchmarks.perf.results import OVERLAYFS, ContestantFacts, Run, WorkloadFacts, spread, to_json
 
 _TEMPLATES = Path(__file__).parent / "templates"
-_PALETTE_OURS = 6
+_PALETTE = 6
+"""Colours and shapes of ours, and so many of the others."""
+_KNOWN_OURS = ("hybrid", "passthrough", "cached", "pyfuse3")
+_KNOWN_OTHERS = ("plain", "overlayfs", "fuse-overlayfs", "unionfs-fuse", "mergerfs")
 _PARTS = 9
 """Kinds of requests with a colour of their own; the others are one more."""
 #: Below and above this a ratio is called a difference; between the two are machines, not programs.
@@ -475,16 +478,16 @@ def _plain(value: object) -> str:
 
 
 def _styles(contestants: Sequence[ContestantFacts]) -> dict[str, plots.Style]:
-    """Ours get the strong colours and filled shapes, in their order; the others the quieter ones."""
+    """Ours get the strong colours, the others the quieter ones; who is known, the same on every page."""
+    ours, others = list(_KNOWN_OURS), list(_KNOWN_OTHERS)
     styles = {}
-    ours = others = 0
     for each in contestants:
+        names = ours if each.kind == "ours" else others
+        if each.name not in names:
+            names.append(each.name)
+        number = names.index(each.name) % _PALETTE
         if each.kind == "ours":
-            marker = plots.MARKERS_OURS[ours % len(plots.MARKERS_OURS)]
-            styles[each.name] = plots.Style(ours % _PALETTE_OURS, marker)
-            ours += 1
+            styles[each.name] = plots.Style(number, plots.MARKERS_OURS[number])
         else:
-            marker = plots.MARKERS_OTHERS[others % len(plots.MARKERS_OTHERS)]
-            styles[each.name] = plots.Style(_PALETTE_OURS + others % 6, marker)
-            others += 1
+            styles[each.name] = plots.Style(_PALETTE + number, plots.MARKERS_OTHERS[number])
     return styles

@@ -52,7 +52,7 @@ def _cell(run: Run, figure: Figure, name: str, peer: str | None) -> Text:
     text = Text(shown(median))
     if len(samples) > 1:
         low, high = spread(samples)
-        text.append(f"\n{shown(low)} to {shown(high)}", style="dim")
+        text.append(f"\n{shown(low)}-{shown(high)}", style="dim")
     ratios = [
         None if other is None else run.results.ratio(figure, name, other) for other in (OVERLAYFS, peer)
     ]
