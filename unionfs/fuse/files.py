@@ -146,8 +146,10 @@ class Files:
         return count
 
     async def fsync(self, node: Node, file: OpenFile, *, datasync: bool) -> None:
-        """fsync(2) or fdatasync(2). Of a lower nothing can have changed."""
+        """fsync(2) or fdatasync(2). Of a lower nothing can have changed, and memory keeps nothing anyway."""
         if not node.is_upper or (self._union.stack.volatile and node.bound is None):
+            return
+        if node.place is not None and node.place.layer.memory:
             return
         file.users += 1
         try:

@@ -322,6 +322,8 @@ class Operations:
         node = self.node(id_)
         if not node.is_upper or node.unlinked or (self.union.stack.volatile and node.bound is None):
             return
+        if node.parts[0].layer.memory:
+            return
         fd = open_for_listing(self.union.gate.fd(node.parts[0]))
         try:
             await in_thread(os.fsync, fd)
