@@ -26,7 +26,7 @@ from unionfs.fuse.latency import Latencies
 from unionfs.fuse.permissions import group_set_id_goes
 from unionfs.sys import calls
 from unionfs.union.bound import same_storage
-from unionfs.union.changes import Caller, Changes
+from unionfs.union.changes import ACL_DEFAULT, Caller, Changes
 from unionfs.union.files import Handle, mode_without_set_ids
 from unionfs.union.nodes import Node
 from unionfs.union.places import open_for_listing
@@ -287,7 +287,12 @@ class Operations:
         node.ctime = None
         path, follow = self.union.path(node)
         os.setxattr(path, stored, value, flags, follow_symlinks=follow)
+        self._acl_changed(node, name)
         return node
+
+    def _acl_changed(self, node: Node, name: bytes) -> None:
+        if name == ACL_DEFAULT and node.parts:
+            node.parts[0].default_acl = None
 
     def drop_group_set_id(self, node: Node) -> None:
         """An ACL set by somebody outside the file's group clears setgid (fs/posix_acl.c)."""
@@ -314,6 +319,7 @@ class Operations:
         node.ctime = None
         path, follow = self.union.path(node)
         os.removexattr(path, stored, follow_symlinks=follow)
+        self._acl_changed(node, name)
 
     # -- durability -----------------------------------------------------------------------------------
 
