@@ -286,6 +286,7 @@ class Operations:
         await self.copy_ups.ensure(node)
         node.ctime = None
         path, follow = self.union.path(node)
+        node.no_capability = False
         os.setxattr(path, stored, value, flags, follow_symlinks=follow)
         self._acl_changed(node, name)
         return node

@@ -115,6 +115,7 @@ class Changes:
         st = os.fstat(fd) if fd >= 0 else os.stat(name, dir_fd=union.gate.fd(place), follow_symlinks=False)
         where = [Place(place.layer, place, name)] if stat.S_ISDIR(st.st_mode) else place
         node = union.nodes.add(parent, name, st, where)
+        node.no_capability = node.identity is None
         return node, union.attributes_of(node, st)
 
     def _make(
