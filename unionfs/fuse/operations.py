@@ -193,7 +193,14 @@ class Operations:
     async def setattr(self, id_: int, change: Change, handle: Handle | None) -> Found:
         """truncate(2), chown(2), chmod(2) and utimensat(2), in this order."""
         node = self.node(id_)
-        await self.copy_ups.ensure(node, change.size)
+        kept = await self.copy_ups.ensure(node, change.size, keep=True)
+        try:
+            return self._set(node, change, handle)
+        finally:
+            if kept is not None:
+                self.union.close_file(node, kept)
+
+    def _set(self, node: Node, change: Change, handle: Handle | None) -> Found:
         node.ctime = None
         if change.size is not None:
             self._truncate(node, change.size, handle, kills_set_ids=change.kills_set_ids)

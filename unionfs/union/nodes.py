@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from unionfs.union.layers import Layer
 
 ROOT_ID: Final = 1
+UNSEEN: Final = -1
 #: Hashed numbers have this bit, so they meet no inode number that a disk filesystem gives out.
 _HASHED: Final = 1 << 62
 
@@ -62,7 +63,8 @@ class Node:
         self.unlinked = False
         #: It is known to have no security.capability, which the kernel asks for before writes and chown.
         self.no_capability = False
-        #: A ctime that a copy-up gave the real directory, and the one that is shown for it; nanoseconds.
+        #: A ctime that a copy-up gave the real directory (`UNSEEN`: the one that it has when somebody asks
+        #: next), and the one that is shown for it; nanoseconds.
         self.ctime: tuple[int, int] | None = None
         #: Open files on it, and the backing file they share.
         self.handles: list[Handle] | None = None
