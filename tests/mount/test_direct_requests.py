@@ -125,6 +125,41 @@ def test_owner_mode_and_acl_of_a_file_without_a_name(world: MakeWorld, session: 
     dc.natively(made, calls)
 
 
+def test_umask_while_a_default_acl_comes_and_goes(world: MakeWorld, session: str) -> None:
+    """Each file gets what holds when it is made: in a new directory, one of the lower, and over whiteouts."""
+    dc.need_direct(session, "umask apart from the mode")
+
+    def build(root: Path) -> None:
+        (root / "old").mkdir()
+        for number in range(4):
+            (root / "old" / f"gone{number}").write_bytes(b"")
+
+    made = world(build)
+
+    def calls(root: Path) -> list[object]:
+        (root / "new").mkdir()
+        found: list[object] = []
+        for base in (root / "old", root / "new"):
+            steps = (
+                lambda path: None,
+                lambda path: os.setxattr(path, acl.DEFAULT, acl.simple(7, 7, 5, users={1234: 7})),
+                lambda path: os.setxattr(path, acl.DEFAULT, acl.simple(6, 5, 0)),
+                lambda path: os.removexattr(path, acl.DEFAULT),
+            )
+            for number, step in enumerate(steps):
+                step(base)
+                (base / f"gone{number}").unlink(missing_ok=True)
+                for name in (f"gone{number}", f"never{number}"):
+                    actions.make_file(str(base / name), 0o666, 0o027)
+                    path = base / name
+                    values = {key: os.getxattr(path, key) for key in os.listxattr(path)}
+                    found.append((name, oct(path.stat().st_mode), values))
+        os.umask(0o022)
+        return found
+
+    dc.natively(made, calls)
+
+
 def test_umask_is_nothing_under_a_default_acl(world: MakeWorld, session: str) -> None:
     """A default ACL takes the umask's place (acl(5)): files, directories, fifos."""
     dc.need_direct(session, "umask apart from the mode")

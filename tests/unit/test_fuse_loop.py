@@ -132,3 +132,51 @@ async def test_latency_only_while_somebody_watches(
         "fsync": (1, 1_001_000),
     }
     assert not latencies.watched
+
+
+async def test_what_nobody_waits_for_lets_others_go_first(
+    open_union: OpenUnion, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """But only what changes nothing, about another node, and one at a time."""
+    served: list[str] = []
+    queue: list[tuple[Opcode, int] | None] = [
+        (Opcode.RELEASE, 5), (Opcode.GETATTR, 6), (Opcode.GETATTR, 7), None,
+        (Opcode.RELEASE, 5), (Opcode.GETATTR, 5), None,
+        (Opcode.FORGET, 5), (Opcode.RELEASE, 6), (Opcode.SETATTR, 7), None,
+        (Opcode.RELEASE, 5), None, (Opcode.GETATTR, 6),
+        (Opcode.RELEASE, 5),
+    ]  # fmt: skip
+
+    def answer(request: Request) -> Reply:
+        served.append(f"{type(request).__name__} {request.nodeid}")
+        return encode.ok(request.unique)
+
+    def readv(fd: int, buffers: Sequence[bytearray]) -> int:
+        if not queue:
+            raise OSError(errno.ENODEV, "")
+        entry = queue.pop(0)
+        if entry is None:
+            served.append("-")
+            raise BlockingIOError
+        opcode, nodeid = entry
+        body = bytes({Opcode.FORGET: 8, Opcode.RELEASE: 24, Opcode.SETATTR: 88}.get(opcode, 16))
+        message = struct.pack("=IIQQIIIHH", 40 + len(body), int(opcode), 2, nodeid, 0, 0, 1, 0, 0) + body
+        buffers[0][: len(message)] = message
+        return len(message)
+
+    offered = InitRequest.of(major=7, minor=45, max_readahead=1 << 17, flags=int(sum(Init)))
+    decision = negotiate(offered, Settings(), Privileges(initial_user_namespace=True, sys_admin=True))
+    device = Device(os.open(os.devnull, os.O_WRONLY))
+    kinds = (Opcode.GETATTR, Opcode.SETATTR, Opcode.RELEASE, Opcode.FORGET)
+    loop = Loop(device, decision, open_union(), Counter(), dict.fromkeys(kinds, answer), {})
+    monkeypatch.setattr(os, "readv", readv)
+    with trio.fail_after(20):
+        await loop.run()
+    device.close()
+    assert served == [
+        "Getattr 6", "Release 5", "Getattr 7", "-",
+        "Release 5", "Getattr 5", "-",
+        "Forget 5", "Release 6", "Setattr 7", "-",
+        "-", "Release 5", "Getattr 6",
+        "Release 5",
+    ]  # fmt: skip

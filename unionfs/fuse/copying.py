@@ -9,6 +9,7 @@ import trio
 
 from unionfs.fuse.inline import in_thread, may_wait
 from unionfs.union.copyup import FileCopy, copy_up_special, ensure_upper
+from unionfs.union.files import OpenFile
 from unionfs.union.nodes import Node
 from unionfs.union.tree import Union
 
@@ -23,12 +24,14 @@ class CopyUps:
         #: Time from the begin of each to its end; several at once count each for itself.
         self.nanoseconds = 0
 
-    async def ensure(self, node: Node, limit: int | None = None) -> None:
+    async def ensure(self, node: Node, limit: int | None = None, *, keep: bool = False) -> OpenFile | None:
         """Have the node in the upper. ``limit``: that many bytes of data are enough (truncation).
 
-        Raises ``OSError``; nothing is left of the copy then.
+        ``keep``: when it is a regular file and was copied up for that, its backing file comes back open, and
+        is the caller's to close (`Union.close_file`). Raises ``OSError``; nothing is left of the copy then.
         """
         self.union.require_writable(node)
+        kept: OpenFile | None = None
         while not node.is_upper:
             if node.copying is not None:
                 await may_wait()
@@ -36,7 +39,7 @@ class CopyUps:
                 if isinstance(node.copying, trio.Event):
                     await node.copying.wait()
             elif node.kind == stat.S_IFREG:
-                await self._file(node, limit)
+                kept = await self._file(node, limit, keep=keep)
             else:
                 began = perf_counter_ns()
                 if node.is_dir:
@@ -44,25 +47,33 @@ class CopyUps:
                 else:
                     copy_up_special(self.union, node)
                 self._count(began)
+        return kept
 
     def _count(self, began: int) -> None:
         self.count += 1
         self.nanoseconds += perf_counter_ns() - began
 
-    async def _file(self, node: Node, limit: int | None) -> None:
+    async def _file(self, node: Node, limit: int | None, *, keep: bool) -> OpenFile | None:
         began = perf_counter_ns()
         copy = FileCopy(self.union, node, limit)
-        done = node.copying = trio.Event()
         try:
             if copy.is_quick:
                 copy.copy()
             else:
-                # Ends early when the request is given up.
-                await in_thread(copy.copy, trio.from_thread.check_cancelled)
-            copy.finish()
-            self._count(began)
-            self.copied_bytes += copy.size
+                await self._in_thread(copy)
+            # Whoever waited runs only after that.
+            kept = copy.finish(keep=keep)
         finally:
             copy.abort()
-            node.copying = None
+        self._count(began)
+        self.copied_bytes += copy.size
+        return kept
+
+    async def _in_thread(self, copy: FileCopy) -> None:
+        done = copy.node.copying = trio.Event()
+        try:
+            # Ends early when the request is given up.
+            await in_thread(copy.copy, trio.from_thread.check_cancelled)
+        finally:
+            copy.node.copying = None
             done.set()

@@ -26,7 +26,7 @@ from unionfs.fuse.latency import Latencies
 from unionfs.fuse.permissions import group_set_id_goes
 from unionfs.sys import calls
 from unionfs.union.bound import same_storage
-from unionfs.union.changes import Caller, Changes
+from unionfs.union.changes import ACL_DEFAULT, Caller, Changes
 from unionfs.union.files import Handle, mode_without_set_ids
 from unionfs.union.nodes import Node
 from unionfs.union.places import open_for_listing
@@ -193,7 +193,14 @@ class Operations:
     async def setattr(self, id_: int, change: Change, handle: Handle | None) -> Found:
         """truncate(2), chown(2), chmod(2) and utimensat(2), in this order."""
         node = self.node(id_)
-        await self.copy_ups.ensure(node, change.size)
+        kept = await self.copy_ups.ensure(node, change.size, keep=True)
+        try:
+            return self._set(node, change, handle)
+        finally:
+            if kept is not None:
+                self.union.close_file(node, kept)
+
+    def _set(self, node: Node, change: Change, handle: Handle | None) -> Found:
         node.ctime = None
         if change.size is not None:
             self._truncate(node, change.size, handle, kills_set_ids=change.kills_set_ids)
@@ -286,8 +293,14 @@ class Operations:
         await self.copy_ups.ensure(node)
         node.ctime = None
         path, follow = self.union.path(node)
+        node.no_capability = False
         os.setxattr(path, stored, value, flags, follow_symlinks=follow)
+        self._acl_changed(node, name)
         return node
+
+    def _acl_changed(self, node: Node, name: bytes) -> None:
+        if name == ACL_DEFAULT and node.parts:
+            node.parts[0].default_acl = None
 
     def drop_group_set_id(self, node: Node) -> None:
         """An ACL set by somebody outside the file's group clears setgid (fs/posix_acl.c)."""
@@ -314,6 +327,7 @@ class Operations:
         node.ctime = None
         path, follow = self.union.path(node)
         os.removexattr(path, stored, follow_symlinks=follow)
+        self._acl_changed(node, name)
 
     # -- durability -----------------------------------------------------------------------------------
 

@@ -13,7 +13,7 @@ import ctypes
 import errno
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Final
 
 from unionfs.sys.capabilities import CAP_SETGID, CAP_SETUID, has_capability
@@ -44,6 +44,9 @@ def _capabilities() -> ctypes.Array[_Data]:
     return data
 
 
+_AS_WE_ARE: Final = nullcontext()
+
+
 class Identity:
     """Who the daemon is, and the power to create files as others."""
 
@@ -54,17 +57,19 @@ class Identity:
         self._header = _Header(_CAPABILITY_VERSION_3, 0)
         self._data = _capabilities()
 
-    @contextmanager
-    def acting_as(self, uid: int, gid: int) -> Iterator[None]:
+    def acting_as(self, uid: int, gid: int) -> AbstractContextManager[None]:
         """Within the block, what this thread creates belongs to ``uid`` and ``gid``.
 
         Raises ``PermissionError`` when the daemon may not create for others (an ordinary user's daemon).
         """
         if uid == self.uid and gid == self.gid:
-            yield
-            return
+            return _AS_WE_ARE
         if not self.can_switch:
             raise PermissionError(errno.EPERM, "the daemon cannot create files for another user")
+        return self._switched(uid, gid)
+
+    @contextmanager
+    def _switched(self, uid: int, gid: int) -> Iterator[None]:
         _libc.setfsgid(gid)
         _libc.setfsuid(uid)
         try:

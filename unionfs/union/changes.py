@@ -23,8 +23,11 @@ from unionfs.union.places import Place, open_for_listing
 from unionfs.union.removal import remove_tree
 from unionfs.union.tree import Attributes, Union
 
-_ACL_DEFAULT: Final = b"system.posix_acl_default"
+ACL_DEFAULT: Final = b"system.posix_acl_default"
+_NEW: Final = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
 _T = TypeVar("_T")
+_Make = Callable[[int, bytes, int], _T]
+"""Makes something, from the fd of its directory, its name and its mode."""
 
 
 def _error(code: int) -> OSError:
@@ -60,11 +63,7 @@ class Changes:
     def create(self, parent: Node, name: bytes, mode: int, caller: Caller) -> tuple[Node, Attributes, int]:
         """A new regular file; also returns an fd of it (O_RDWR), which the caller owns."""
 
-        def make(dir_fd: int, here: bytes) -> int:
-            flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
-            return os.open(here, flags, mode, dir_fd=dir_fd)
-
-        fd = self._make(parent, name, caller, make)
+        fd = self._make(parent, name, mode, caller, _create)
         return (*self._new_node(parent, name, fd), fd)
 
     def tmpfile(self, parent: Node, mode: int, caller: Caller, flags: int) -> tuple[Node, Attributes, int]:
@@ -75,8 +74,10 @@ class Changes:
         union = self._union
         place = self._writable(parent)
         wanted = os.O_RDWR | os.O_TMPFILE | os.O_CLOEXEC | flags & os.O_EXCL
-        with self._as(caller):
-            fd = os.open(b".", wanted, mode, dir_fd=union.gate.fd(place))
+        dir_fd = union.gate.fd(place)
+        mode = self._masked(place, dir_fd, mode, caller)
+        with union.identity.acting_as(caller.uid, caller.gid):
+            fd = os.open(b".", wanted, mode, dir_fd=dir_fd)
         try:
             held = os.open(b"/proc/self/fd/%d" % fd, os.O_PATH | os.O_CLOEXEC)
             try:
@@ -91,12 +92,12 @@ class Changes:
 
     def mkdir(self, parent: Node, name: bytes, mode: int, caller: Caller) -> tuple[Node, Attributes]:
         """A new directory."""
-        self._make(parent, name, caller, lambda fd, here: os.mkdir(here, mode, dir_fd=fd), directory=True)
+        self._make(parent, name, mode, caller, _mkdir, directory=True)
         return self._new_node(parent, name)
 
     def symlink(self, parent: Node, name: bytes, target: bytes, caller: Caller) -> tuple[Node, Attributes]:
         """A new symlink."""
-        self._make(parent, name, caller, lambda fd, here: os.symlink(target, here, dir_fd=fd))
+        self._make(parent, name, 0, caller, lambda fd, here, _: os.symlink(target, here, dir_fd=fd))
         return self._new_node(parent, name)
 
     def mknod(
@@ -105,7 +106,7 @@ class Changes:
         """A new fifo, socket, device or regular file. Character device 0/0 is a whiteout, so EPERM."""
         if stat.S_ISCHR(mode) and rdev == 0 and parent.identity is None:
             raise _error(errno.EPERM)
-        self._make(parent, name, caller, lambda fd, here: os.mknod(here, mode, rdev, dir_fd=fd))
+        self._make(parent, name, mode, caller, lambda fd, here, kept: os.mknod(here, kept, rdev, dir_fd=fd))
         return self._new_node(parent, name)
 
     def _new_node(self, parent: Node, name: bytes, fd: int = -1) -> tuple[Node, Attributes]:
@@ -114,54 +115,95 @@ class Changes:
         st = os.fstat(fd) if fd >= 0 else os.stat(name, dir_fd=union.gate.fd(place), follow_symlinks=False)
         where = [Place(place.layer, place, name)] if stat.S_ISDIR(st.st_mode) else place
         node = union.nodes.add(parent, name, st, where)
+        node.no_capability = node.identity is None
         return node, union.attributes_of(node, st)
 
     def _make(
         self,
         parent: Node,
         name: bytes,
+        mode: int,
         caller: Caller,
-        make: Callable[[int, bytes], _T],
+        make: _Make[_T],
         *,
         directory: bool = False,
     ) -> _T:
-        """Run ``make(directory fd, name)`` as the caller: in place, or in work when a whiteout is there."""
+        """Run ``make`` as the caller: in place, or in work when a whiteout is there."""
         union = self._union
-        dir_fd = union.gate.fd(self._writable(parent))
+        place = self._writable(parent)
+        dir_fd = union.gate.fd(place)
+        mode = self._masked(place, dir_fd, mode, caller)
         try:
-            with self._as(caller):
-                return make(dir_fd, name)
+            with union.identity.acting_as(caller.uid, caller.gid):
+                return make(dir_fd, name, mode)
         except FileExistsError:
             st = os.stat(name, dir_fd=dir_fd, follow_symlinks=False)
             if parent.identity is not None or not union.markers.is_whiteout(st, dir_fd, name):
                 raise
-        return self._make_over_whiteout(dir_fd, name, caller, make, directory=directory)
+        st = os.stat(dir_fd)
+        acl = self._default_acl(place, dir_fd)
+        if directory or acl or st.st_mode & stat.S_ISGID:
+            return self._make_in_room(dir_fd, name, mode, caller, make, st, acl, directory=directory)
+        return self._make_in_work(dir_fd, name, mode, caller, make)
 
-    @contextmanager
-    def _as(self, caller: Caller) -> Iterator[None]:
-        """What is created within the block is the caller's, with his umask or the default ACL."""
-        with self._union.identity.acting_as(caller.uid, caller.gid):
-            if not caller.umask:
-                yield
-                return
-            os.umask(caller.umask)
+    def _masked(self, place: Place, dir_fd: int, mode: int, caller: Caller) -> int:
+        """The mode with which to create something in a directory: a default ACL stands in for the umask."""
+        if caller.umask and not self._default_acl(place, dir_fd):
+            return mode & ~caller.umask
+        return mode
+
+    def _default_acl(self, place: Place, dir_fd: int) -> bytes:
+        """The default ACL of a directory, b"" without one."""
+        acl = place.default_acl
+        if acl is None:
             try:
-                yield
-            finally:
-                os.umask(0)
+                acl = os.getxattr(b"/proc/self/fd/%d" % dir_fd, ACL_DEFAULT)
+            except OSError:
+                acl = b""
+            if not place.layer.bound:  # which is changed by others too
+                place.default_acl = acl
+        return acl
 
-    def _make_over_whiteout(
-        self, dir_fd: int, name: bytes, caller: Caller, make: Callable[[int, bytes], _T], *, directory: bool
+    def _make_in_work(self, dir_fd: int, name: bytes, mode: int, caller: Caller, make: _Make[_T]) -> _T:
+        """Make it in work itself, which hands nothing on, and put it in the place of the whiteout."""
+        union = self._union
+        work, temporary = union.stack.work_fd, temporary_name()
+        try:
+            with union.identity.acting_as(caller.uid, caller.gid):
+                result = make(work, temporary, mode)
+            try:
+                calls.renameat2(work, temporary, dir_fd, name)
+            except BaseException:
+                if isinstance(result, int):
+                    os.close(result)
+                raise
+        except BaseException:
+            self._discard(temporary)
+            raise
+        return result
+
+    def _make_in_room(
+        self,
+        dir_fd: int,
+        name: bytes,
+        mode: int,
+        caller: Caller,
+        make: _Make[_T],
+        st: os.stat_result,
+        acl: bytes,
+        *,
+        directory: bool,
     ) -> _T:
+        """Make it in a directory that hands on what ``dir_fd``, with these attributes and ACL, would."""
         union = self._union
         work = union.stack.work_fd
         with ExitStack() as cleanup:
-            room = self._room_like(dir_fd)
+            room = self._room_like(st, acl)
             cleanup.callback(self._discard, room)
             room_fd = os.open(room, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC, dir_fd=work)
             cleanup.callback(os.close, room_fd)
-            with self._as(caller):
-                result = make(room_fd, name)
+            with union.identity.acting_as(caller.uid, caller.gid):
+                result = make(room_fd, name, mode)
             try:
                 if directory:
                     fd = os.open(name, os.O_PATH | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC,
@@ -184,7 +226,10 @@ class Changes:
             try:
                 os.unlink(temporary, dir_fd=work)
             except IsADirectoryError:
-                remove_tree(work, temporary)
+                try:
+                    os.rmdir(temporary, dir_fd=work)
+                except OSError:
+                    remove_tree(work, temporary)
 
     @contextmanager
     def _temporary(self) -> Iterator[bytes]:
@@ -195,21 +240,16 @@ class Changes:
         finally:
             self._discard(name)
 
-    def _room_like(self, dir_fd: int) -> bytes:
-        """A directory in work that gives new files the group and ACL which ``dir_fd`` would give them."""
-        st = os.stat(dir_fd)
-        try:
-            acl = os.getxattr(b"/proc/self/fd/%d" % dir_fd, _ACL_DEFAULT)
-        except OSError:
-            acl = None
+    def _room_like(self, st: os.stat_result, acl: bytes) -> bytes:
+        """A directory in work that gives new files the group and the ACL of one with ``st`` and ``acl``."""
         work, name = self._union.stack.work_fd, temporary_name()
         os.mkdir(name, 0o700, dir_fd=work)
         try:
             if st.st_mode & stat.S_ISGID:
                 os.chown(name, -1, st.st_gid, dir_fd=work)
                 os.chmod(name, 0o700 | stat.S_ISGID, dir_fd=work)
-            if acl is not None:
-                os.setxattr(b"/proc/self/fd/%d/%b" % (work, name), _ACL_DEFAULT, acl)
+            if acl:
+                os.setxattr(b"/proc/self/fd/%d/%b" % (work, name), ACL_DEFAULT, acl)
         except BaseException:
             self._discard(name)
             raise
@@ -510,6 +550,14 @@ class Changes:
         finally:
             os.close(inner)
         union.gate.forget(node.parts[0])
+
+
+def _create(dir_fd: int, name: bytes, mode: int) -> int:
+    return os.open(name, _NEW, mode, dir_fd=dir_fd)
+
+
+def _mkdir(dir_fd: int, name: bytes, mode: int) -> None:
+    os.mkdir(name, mode, dir_fd=dir_fd)
 
 
 def _link(node: Node, source: int, dir_fd: int, name: bytes) -> None:

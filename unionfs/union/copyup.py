@@ -18,7 +18,7 @@ from typing import Final
 from unionfs.sys import calls
 from unionfs.union import bound
 from unionfs.union.files import OpenFile
-from unionfs.union.nodes import Node
+from unionfs.union.nodes import UNSEEN, Node
 from unionfs.union.places import Place
 from unionfs.union.tree import Union
 from unionfs.union.xattrs import copy_xattrs
@@ -26,6 +26,9 @@ from unionfs.union.xattrs import copy_xattrs
 _CHUNK: Final = 8 * 1024 * 1024
 _NO_RANGE_COPY: Final = (errno.EXDEV, errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP, errno.EBADF)
 _NO_HOLES: Final = (errno.EINVAL, errno.EOPNOTSUPP)
+_NO_ROOM: Final = (errno.ENOSPC, errno.EDQUOT, errno.EIO)
+_NEVER_CLONES: Final = (errno.EOPNOTSUPP, errno.EXDEV, errno.ENOTTY)
+_CAPABILITY: Final = b"security.capability"
 _numbers: Final = itertools.count()
 #: A file up to this size (bytes) is copied at once when nothing has to reach a disk, and its holes are looked
 #: for only if it has some.
@@ -47,6 +50,7 @@ class FileCopy:
         self.node = node
         self._name: bytes | None = None
         self._target = -1
+        self._no_capability = False
         self._source = union.open_file(node, write=False)
         self._open = True
         try:
@@ -72,28 +76,51 @@ class FileCopy:
         ``goes_on`` is called now and then, and ends the copying by what it raises.
         """
         if self.size:
-            whole = self.size == self._st.st_size
             dense = self.size <= SMALL and self._st.st_blocks * 512 >= self._st.st_size
-            copy_data(self._source.fd, self._target, self.size, goes_on, whole=whole, dense=dense)
+            if self.size < self._st.st_size or not self._clone():
+                copy_data(self._source.fd, self._target, self.size, goes_on, whole=False, dense=dense)
         goes_on()
-        _copy_metadata(self._union, self._source.fd, self._target, self._st)
+        self._copy_metadata()
         if self._union.stack.durable:
             os.fsync(self._target)
 
-    def finish(self) -> None:
-        """Let the copy appear in the upper, and give it to all who have the file open."""
+    def _clone(self) -> bool:
+        """Share all blocks with the source, where the filesystems can."""
+        never = self._union.stack.never_clones
+        if self._st.st_dev in never:
+            return False
+        try:
+            calls.clone_file(self._target, self._source.fd)
+        except OSError as error:
+            if error.errno in _NO_ROOM:
+                raise
+            if error.errno in _NEVER_CLONES:
+                never.add(self._st.st_dev)
+            return False
+        return True
+
+    def _copy_metadata(self) -> None:
+        """Owner, xattrs, mode, times: in the order in which none undoes another."""
+        st, target = self._st, self._target
+        if (st.st_uid, st.st_gid) != (self._union.identity.uid, self._union.identity.gid):
+            os.fchown(target, st.st_uid, st.st_gid)
+        names = copy_xattrs(self._union.markers, (self._source.fd, True), (target, True))
+        self._no_capability = _CAPABILITY not in names
+        os.fchmod(target, stat.S_IMODE(st.st_mode))
+        os.utime(target, ns=(st.st_atime_ns, st.st_mtime_ns))
+
+    def finish(self, *, keep: bool = False) -> OpenFile | None:
+        """Let the copy appear in the upper, and give it to all who have the file open.
+
+        ``keep``: and to the caller, who becomes one more user of the open file.
+        """
         union, node = self._union, self.node
         try:
-            shared = os.dup(self._target) if node.handles else -1
-            try:
-                self._appear()
-            except BaseException:
-                if shared >= 0:
-                    os.close(shared)
-                raise
+            self._appear()
             self._name = None
             _copied_up(union, node, os.fstat(self._target))
-            self._hand_over(shared)
+            node.no_capability = self._no_capability
+            return self._hand_over(keep=keep)
         finally:
             self.abort()
 
@@ -109,19 +136,22 @@ class FileCopy:
             _rename_into(union, self._name, node.parent, node.name)
             node.place = place
 
-    def _hand_over(self, shared: int) -> None:
+    def _hand_over(self, *, keep: bool) -> OpenFile | None:
         """Open handles, which only read, go on with the upper's file: they see what is written from now."""
         node = self.node
         node.file = None
-        if shared < 0:
-            return
+        if not keep and not node.handles:
+            return None
         waits = not self._union.require_upper().memory
-        file = OpenFile(shared, readable=True, writable=True, waits=waits)
+        file = OpenFile(self._target, readable=True, writable=True, waits=waits)
+        self._target = -1
         node.file = file
+        file.users = int(keep)
         for handle in node.handles or ():
             file.users += 1
             old, handle.file = handle.file, file
             old.release()
+        return file if keep else None
 
     def abort(self) -> None:
         """Let go of everything; without :meth:`finish` nothing of the copy is left."""
@@ -252,19 +282,11 @@ def _rename_into(union: Union, temporary: bytes, directory: Node, name: bytes) -
     st = os.stat(dir_fd)
     shown = union.attributes_of(directory, st).ctime_ns
     calls.renameat2(union.stack.work_fd, temporary, dir_fd, name)
-    with contextlib.suppress(OSError):
+    try:  # noqa: SIM105 - for every file that is copied up
         os.utime(b".", ns=(st.st_atime_ns, st.st_mtime_ns), dir_fd=dir_fd)
-    directory.ctime = os.stat(dir_fd).st_ctime_ns, shown
-
-
-def _copy_metadata(union: Union, source: int, target: int, st: os.stat_result) -> None:
-    """Owner, xattrs, mode, times: in the order in which none undoes another."""
-    os.fchown(target, st.st_uid, st.st_gid)
-    copy_xattrs(
-        union.markers, (b"/proc/self/fd/%d" % source, True), (b"/proc/self/fd/%d" % target, True)
-    )
-    os.fchmod(target, stat.S_IMODE(st.st_mode))
-    os.utime(target, ns=(st.st_atime_ns, st.st_mtime_ns))
+    except OSError:
+        pass
+    directory.ctime = UNSEEN, shown
 
 
 def copy_data(
@@ -285,7 +307,7 @@ def copy_data(
             calls.clone_file(target, source)
             return
         except OSError as error:
-            if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EIO):
+            if error.errno in _NO_ROOM:
                 raise
     position = 0
     by_range = True

@@ -18,10 +18,12 @@ _SET_IDS: Final = stat.S_ISUID | stat.S_ISGID
 class OpenFile:
     """A backing fd and the number of its users (open handles, and work under way in threads)."""
 
-    __slots__ = ("fd", "readable", "users", "waits", "writable")
+    __slots__ = ("fd", "readable", "size", "users", "waits", "writable")
 
-    def __init__(self, fd: int, *, readable: bool, writable: bool, waits: bool) -> None:
+    def __init__(self, fd: int, *, readable: bool, writable: bool, waits: bool, size: int = 0) -> None:
         self.fd = fd
+        #: Bytes it had when it was opened: a lower's file keeps them.
+        self.size = size
         self.readable = readable
         self.writable = writable
         #: Whether a read may wait for a disk (and the filesystem can be asked not to).
@@ -116,10 +118,11 @@ def open_held(held: int, *, write: bool, waits: bool) -> OpenFile:
 
 
 def _checked(fd: int, *, readable: bool, writable: bool, waits: bool) -> OpenFile:
-    if not stat.S_ISREG(os.fstat(fd).st_mode):
+    st = os.fstat(fd)
+    if not stat.S_ISREG(st.st_mode):
         os.close(fd)
         raise OSError(errno.EIO, "the layer no longer holds a regular file there")
-    return OpenFile(fd, readable=readable, writable=writable, waits=waits)
+    return OpenFile(fd, readable=readable, writable=writable, waits=waits, size=st.st_size)
 
 
 def mode_without_set_ids(mode: int) -> int | None:

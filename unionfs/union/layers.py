@@ -85,6 +85,8 @@ class LayerStack:
         #: What is shown at places of the union without being merged.
         self.bound: list[Layer] = []
         self.acl = all(layer.acl for layer in layers)
+        #: Devices whose files can't share blocks with the upper's.
+        self.never_clones: set[int] = set()
         self._resources = resources
 
     @classmethod

@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from unionfs.union.layers import Layer
 
 ROOT_ID: Final = 1
+UNSEEN: Final = -1
 #: Hashed numbers have this bit, so they meet no inode number that a disk filesystem gives out.
 _HASHED: Final = 1 << 62
 
@@ -38,7 +39,8 @@ class Node:
 
     __slots__ = (
         "children", "copying", "ctime", "file", "handles", "held", "id", "identity", "ino", "io", "kind",
-        "links", "lookups", "name", "parent", "parts", "place", "successor", "superseded", "unlinked",
+        "links", "lookups", "name", "no_capability", "parent", "parts", "place", "successor", "superseded",
+        "unlinked",
     )  # fmt: skip
 
     def __init__(self, id_: int, parent: Node | None, name: bytes, kind: int) -> None:
@@ -59,7 +61,10 @@ class Node:
         self.lookups = 0
         self.held = -1
         self.unlinked = False
-        #: A ctime that a copy-up gave the real directory, and the one that is shown for it; nanoseconds.
+        #: It is known to have no security.capability, which the kernel asks for before writes and chown.
+        self.no_capability = False
+        #: A ctime that a copy-up gave the real directory (`UNSEEN`: the one that it has when somebody asks
+        #: next), and the one that is shown for it; nanoseconds.
         self.ctime: tuple[int, int] | None = None
         #: Open files on it, and the backing file they share.
         self.handles: list[Handle] | None = None

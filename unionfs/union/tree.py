@@ -19,7 +19,7 @@ from unionfs.union import bound
 from unionfs.union.files import OpenFile, open_backing, open_held
 from unionfs.union.layers import Layer, LayerStack
 from unionfs.union.markers import Markers
-from unionfs.union.nodes import Node, NodeTable
+from unionfs.union.nodes import UNSEEN, Node, NodeTable
 from unionfs.union.places import Gate, Place
 
 NAME_MAX: Final = 255
@@ -225,8 +225,12 @@ class Union:
         # and what is bound may be changed by everybody on the host
         lasting = (st.st_nlink == 1 or node.is_dir or node.is_upper) and node.identity is None
         ctime = st.st_ctime_ns
-        if node.ctime is not None and node.ctime[0] == ctime:
-            ctime = node.ctime[1]
+        if node.ctime is not None:
+            given, shown = node.ctime
+            if given == UNSEEN:
+                node.ctime = ctime, shown
+            if given in (UNSEEN, ctime):
+                ctime = shown
         return Attributes(node.ino, nlink, st, ctime, lasting=lasting)
 
     # -- where a node's object is ---------------------------------------------------------------------

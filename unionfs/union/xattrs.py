@@ -11,20 +11,23 @@ from unionfs.union.markers import Markers
 _NOT_KEPT: Final = (errno.EOPNOTSUPP,)
 
 
-def copy_xattrs(markers: Markers, source: tuple[bytes, bool], target: tuple[bytes, bool]) -> None:
-    """Copy all xattrs but the overlay's own; ACLs are among them. Paths come with "follow the last link".
+def copy_xattrs(
+    markers: Markers, source: tuple[bytes | int, bool], target: tuple[bytes | int, bool]
+) -> list[bytes]:
+    """Copy all xattrs but the overlay's own; ACLs are among them. Gives the names of all there are.
+
+    Paths, or fds, come with "follow the last link" (always, with an fd).
 
     As overlayfs (copy_up.c, ovl_copy_xattr): what the upper's filesystem cannot keep is left out, except
     ACLs and ``security.*``, which grant or take rights.
     """
     try:
-        names = os.listxattr(source[0], follow_symlinks=source[1])
+        names = [os.fsencode(name) for name in os.listxattr(source[0], follow_symlinks=source[1])]
     except OSError as error:
         if error.errno in _NOT_KEPT:
-            return
+            return []
         raise
-    for text in names:
-        name = os.fsencode(text)
+    for name in names:
         if markers.is_private(name):
             continue
         value = os.getxattr(source[0], name, follow_symlinks=source[1])
@@ -33,3 +36,4 @@ def copy_xattrs(markers: Markers, source: tuple[bytes, bool], target: tuple[byte
         except OSError as error:
             if error.errno not in _NOT_KEPT or name.startswith((b"security.", b"system.posix_acl_")):
                 raise
+    return names

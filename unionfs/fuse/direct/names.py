@@ -268,6 +268,8 @@ class NameRequests:
     # -- extended attributes --------------------------------------------------------------------------
 
     def _getxattr(self, request: rq.Getxattr) -> Reply:
+        if request.name == _CAPABILITY and self._operations.node(request.nodeid).no_capability:
+            return encode.error(request.unique, errno.ENODATA)
         value = self._operations.getxattr(request.nodeid, request.name)
         return _sized(request.unique, value, request.size)
 

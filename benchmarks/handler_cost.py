@@ -1,0 +1,169 @@
+"""What the handlers of the direct session cost: CPU time of a request, from its bytes to the answer's.
+
+    python -m benchmarks.handler_cost [--files N] [--rounds N]
+
+No mount and no kernel FUSE: requests are made here, and answers go to /dev/null. The layers are in /dev/shm,
+so what is left is Python and the system calls on the layers. Printed are microseconds, the best and the
+median of the rounds. Nothing is asserted: figures depend on the machine. Must be root.
+"""
+
+from __future__ import annotations
+
+import argparse
+import errno
+import fcntl
+import os
+import statistics
+import struct
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from unittest import mock
+
+from unionfs.fuse.direct.device import Device
+from unionfs.fuse.direct.splicing import Splicer
+from unionfs.fuse.operations import Operations
+from unionfs.fuse.protocol import Init, Opcode, Privileges, Settings, negotiate
+from unionfs.fuse.protocol.flags import (
+    DEV_IOC_BACKING_CLOSE,
+    DEV_IOC_BACKING_OPEN,
+    FATTR_FH,
+    FATTR_MODE,
+)
+from unionfs.fuse.protocol.requests import InitRequest
+from unionfs.fuse.session_direct import _loop
+from unionfs.union.layers import LayerStack
+from unionfs.union.tree import Union
+
+_HEADER = struct.Struct("=IIQQIIIHH")  # struct fuse_in_header
+_NEW = os.O_CREAT | os.O_EXCL | os.O_WRONLY
+
+
+def _message(opcode: Opcode, nodeid: int, body: bytes = b"") -> bytes:
+    return _HEADER.pack(_HEADER.size + len(body), int(opcode), 2, nodeid, 0, 0, 1, 0, 0) + body
+
+
+def _setattr(number: int, fh: int, mode: int) -> bytes:
+    valid = FATTR_MODE | (FATTR_FH if fh else 0)
+    return _message(Opcode.SETATTR, number, struct.pack("=I4xQ52xI12x4x", valid, fh, mode))
+
+
+def _create(parent: int, name: bytes) -> bytes:
+    body = struct.pack("=IIII", _NEW, 0o100644, 0o22, 0) + name + b"\0"
+    return _message(Opcode.CREATE, parent, body)
+
+
+def _release(number: int, fh: int) -> bytes:
+    return _message(Opcode.RELEASE, number, struct.pack("=Q16x", fh))
+
+
+class _Served:
+    """A union of one lower, that has `tree` with so many files, and an empty upper."""
+
+    def __init__(self, home: Path, files: int) -> None:
+        self.names = [b"file%05d" % number for number in range(files)]
+        for layer in ("lower/tree", "upper", "work"):
+            (home / layer).mkdir(parents=True)
+        for name in self.names:
+            (home / "lower/tree" / os.fsdecode(name)).write_bytes(b"x" * 2000)
+        self._stack = LayerStack.open([str(home / "lower")], str(home / "upper"), str(home / "work"))
+        self._operations = Operations(Union(self._stack))
+        offered = InitRequest.of(major=7, minor=45, max_readahead=1 << 17, flags=int(sum(Init)))
+        privileges = Privileges(initial_user_namespace=True, sys_admin=True)
+        self._device = Device(os.open(os.devnull, os.O_WRONLY))
+        decision = negotiate(offered, Settings(acl=True), privileges)
+        self._loop = _loop(self._device, Splicer(self._device.fd), self._operations, decision)
+
+    def serve(self, messages: Sequence[bytes]) -> float:
+        """Microseconds of CPU time a message."""
+        began = time.thread_time_ns()
+        for message in messages:
+            self._loop._serve(memoryview(message), len(message))
+        return (time.thread_time_ns() - began) / len(messages) / 1e3
+
+    def id(self, *path: bytes) -> int:
+        """The number of a node that was looked up."""
+        node = self._operations.union.nodes.root
+        for name in path:
+            assert node.children is not None
+            node = node.children[name]
+        return node.id
+
+    @property
+    def next_handle(self) -> int:
+        return self._operations.files._next
+
+    def close(self) -> None:
+        self._stack.close()
+        self._device.close()
+
+
+def _steps(served: _Served) -> Iterator[tuple[str, float]]:
+    names, serve = served.names, served.serve
+    serve([_message(Opcode.LOOKUP, 1, b"tree\0")])
+    tree = served.id(b"tree")
+    lookups = [_message(Opcode.LOOKUP, tree, name + b"\0") for name in names]
+    yield "LOOKUP", serve(lookups)
+    ids = [served.id(b"tree", name) for name in names]
+    yield "GETATTR", serve([_message(Opcode.GETATTR, number, bytes(16)) for number in ids])
+    first = served.next_handle
+    yield "OPEN, and the data", serve([_message(Opcode.OPEN, number, bytes(8)) for number in ids])
+    handles = range(first, first + len(ids))
+    yield "RELEASE", serve([_release(*pair) for pair in zip(ids, handles, strict=True)])
+    yield "SETATTR, copies up", serve([_setattr(number, 0, 0o640) for number in ids])
+    yield "SETATTR", serve([_setattr(number, 0, 0o600) for number in ids])
+    yield "UNLINK", serve([_message(Opcode.UNLINK, tree, name + b"\0") for name in names])
+    yield "FORGET", serve([_message(Opcode.FORGET, number, struct.pack("=Q", 1)) for number in ids])
+    yield "LOOKUP, nothing", serve(lookups)
+    first = served.next_handle
+    yield "CREATE, whiteout", serve([_create(tree, name) for name in names])
+    ids = [served.id(b"tree", name) for name in names]
+    body = bytes(8) + b"security.capability\0"
+    yield "GETXATTR", serve([_message(Opcode.GETXATTR, number, body) for number in ids])
+    pairs = list(zip(ids, range(first, first + len(ids)), strict=True))
+    yield "SETATTR, open file", serve([_setattr(number, handle, 0o600) for number, handle in pairs])
+    serve([_message(Opcode.MKDIR, 1, struct.pack("=II", 0o755, 0o22) + b"new\0")])
+    serve([_message(Opcode.LOOKUP, 1, b"new\0")])
+    yield "CREATE", serve([_create(served.id(b"new"), name) for name in names])
+
+
+@contextmanager
+def _no_backing_files() -> Iterator[None]:
+    """/dev/null registers none."""
+    original = fcntl.ioctl
+
+    def ioctl(fd: int, command: int, argument: bytes | int = 0) -> object:
+        if command in (DEV_IOC_BACKING_OPEN, DEV_IOC_BACKING_CLOSE):
+            return 1
+        return original(fd, command, argument)
+
+    with mock.patch.object(fcntl, "ioctl", ioctl):
+        yield
+
+
+def main() -> None:
+    """Run it as the words of the command say."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("--files", type=int, default=500)
+    parser.add_argument("--rounds", type=int, default=9)
+    arguments = parser.parse_args()
+    if os.geteuid() != 0:
+        raise SystemExit(os.strerror(errno.EPERM) + ": run it as root")
+    os.umask(0)
+    times: dict[str, list[float]] = {}
+    for _ in range(arguments.rounds):
+        with tempfile.TemporaryDirectory(dir="/dev/shm") as home, _no_backing_files():
+            served = _Served(Path(home), arguments.files)
+            try:
+                for name, microseconds in _steps(served):
+                    times.setdefault(name, []).append(microseconds)
+            finally:
+                served.close()
+    for name, found in times.items():
+        print(f"{name:20} best {min(found):6.2f} µs, median {statistics.median(found):6.2f} µs a request")
+
+
+if __name__ == "__main__":
+    main()
