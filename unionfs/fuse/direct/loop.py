@@ -6,8 +6,6 @@ Rules:
 - Neither reading nor asking lets another task run, so there is a checkpoint every two milliseconds.
 - A handler that need not wait is answered in line. One that waits goes on in a task of its own, and takes the
   receive buffer along if its data lies there.
-- What nobody waits for (RELEASE, FORGET) lets the request right behind it go first, when that changes nothing
-  and is about something else: its caller has long got on when the files are closed.
 - A notice about changed attributes is sent before the answer, so that nobody sees the old ones after it.
 - Latency, from the request being read to the answer being written, is measured only while somebody watches:
   then requests are given to another function. When nobody does, that costs nothing.
@@ -53,12 +51,6 @@ _FAIR_NS: Final = 2_000_000
 _MAX_SPIN_NS: Final = 100_000
 _MIN_SPIN_NS: Final = 5_000
 _OPCODE_UNIQUE: Final = struct.Struct("=4xIQ")  # of struct fuse_in_header
-_HEADER: Final = struct.Struct("=4xI8xQ")  # opcode and nodeid of it
-_UNAWAITED: Final = frozenset((Opcode.RELEASE, Opcode.FORGET, Opcode.BATCH_FORGET))
-_HARMLESS: Final = frozenset((
-    Opcode.LOOKUP, Opcode.GETATTR, Opcode.GETXATTR, Opcode.OPEN, Opcode.READDIR, Opcode.READDIRPLUS,
-))  # fmt: skip
-_MOST_PUT_OFF: Final = 64
 _NO_ANSWER: Final = (Opcode.FORGET, Opcode.BATCH_FORGET, Opcode.INTERRUPT, Opcode.NOTIFY_REPLY)
 
 
@@ -92,10 +84,7 @@ class Loop:
         self._latencies = latencies or Latencies()
         self._latencies.on_watched = self._measure
         #: What a request is given to.
-        self._serve: Callable[[memoryview, int], bool] = self._answer_or_start
-        #: What nobody waits for, read and not yet served, and the nodes it is about.
-        self._put_off: list[bytes] = []
-        self._put_off_nodes: set[int] = set()
+        self._serve: Callable[[int], bool] = self._answer_or_start
         #: Requests that are measured: when they were read.
         self._begun: dict[int, int] = {}
         #: When an answer that did not come by here was written.
@@ -121,9 +110,6 @@ class Loop:
             try:
                 size = readv(fd, [self._buffer])
             except BlockingIOError:
-                if self._put_off:
-                    self._serve_put_off()
-                    continue
                 now = clock()
                 if spin_end == 0:
                     spin_end = now + spin
@@ -138,7 +124,6 @@ class Loop:
                 continue
             except OSError as error:
                 if error.errno == errno.ENODEV:
-                    self._serve_put_off()
                     return
                 if error.errno in (errno.ENOENT, errno.EINTR):
                     continue  # the request was taken back while it was read
@@ -150,35 +135,15 @@ class Loop:
                 raise
             if spin_end:
                 spin, spin_end = min(spin * 2, _MAX_SPIN_NS), 0
-            opcode, nodeid = _HEADER.unpack_from(self._buffer)
-            if opcode in _UNAWAITED:
-                self._put_off.append(bytes(self._view[:size]))
-                self._put_off_nodes.add(nodeid)
-                if len(self._put_off) < _MOST_PUT_OFF:
-                    continue
-                self._serve_put_off()
-            elif not self._put_off:
-                self._serve(self._view, size)
-            elif opcode in _HARMLESS and nodeid not in self._put_off_nodes:
-                self._serve(self._view, size)
-                self._serve_put_off()
-            else:
-                self._serve_put_off()
-                self._serve(self._view, size)
+            self._serve(size)
             if clock() > fair_until:
                 await trio.lowlevel.checkpoint()
                 fair_until = clock() + _FAIR_NS
 
-    def _serve_put_off(self) -> None:
-        messages, self._put_off = self._put_off, []
-        self._put_off_nodes.clear()
-        for message in messages:
-            self._serve(memoryview(message), len(message))
-
-    def _answer_or_start(self, view: memoryview, size: int) -> bool:
-        """Answer the request in `view`; True: no, but a task was started that will."""
+    def _answer_or_start(self, size: int) -> bool:
+        """Answer the request in the buffer; True: no, but a task was started that will."""
         try:
-            request = self._decode(view, size)
+            request = self._decode(self._view, size)
         except ProtocolError as error:
             log.error("the kernel sent what is no request: %s", error)
             if error.unique is not None:
@@ -213,16 +178,16 @@ class Loop:
     def _measure(self) -> None:
         self._serve = self._measured
 
-    def _measured(self, view: memoryview, size: int) -> bool:
+    def _measured(self, size: int) -> bool:
         began = self._latencies.clock()
         if not self._latencies.goes_on(began):
             self._serve = self._answer_or_start
-            return self._answer_or_start(view, size)
-        number, unique = _OPCODE_UNIQUE.unpack_from(view)
+            return self._answer_or_start(size)
+        number, unique = _OPCODE_UNIQUE.unpack_from(self._buffer)
         if number in _NO_ANSWER:
-            return self._answer_or_start(view, size)
+            return self._answer_or_start(size)
         self._begun[unique] = began
-        goes_on = self._answer_or_start(view, size)
+        goes_on = self._answer_or_start(size)
         if not goes_on:
             self._answered(number, unique)
         return goes_on
