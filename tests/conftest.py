@@ -16,6 +16,7 @@ pytest.register_assert_rewrite("tests.support")
 from tests.support import areas, mounting  # noqa: E402
 from tests.support import world as worlds  # noqa: E402
 from tests.support.mounting import Mount  # noqa: E402
+from tests.support.patience import SLOWNESS, patient  # noqa: E402
 from tests.support.worker import Worker  # noqa: E402
 
 WATCHDOG_SECONDS = 100.0
@@ -34,6 +35,16 @@ def pytest_configure(config: pytest.Config) -> None:
         "markers", "slow_on(session, ...): on these sessions the test is among the slow ones"
     )
     areas.sweep()
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Give every test more time on a slow machine; pytest-timeout takes the first marker it finds."""
+    if SLOWNESS == 1:
+        return
+    for item in items:
+        marker = item.get_closest_marker("timeout")
+        seconds = float(marker.args[0] if marker else config.getini("timeout"))
+        item.add_marker(pytest.mark.timeout(patient(seconds)), append=False)
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
@@ -80,7 +91,7 @@ def kernel_overlay(root: None) -> None:
 def _watchdog(request: pytest.FixtureRequest) -> Iterator[None]:
     """End the daemons of a test that hangs: a wait for FUSE ends only with its process or its daemon."""
     marker = request.node.get_closest_marker("watchdog")
-    seconds = float(marker.args[0]) if marker else WATCHDOG_SECONDS
+    seconds = patient(float(marker.args[0]) if marker else WATCHDOG_SECONDS)
 
     def bark() -> None:
         for mount in list(mounting.LIVE):

@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 import pytest
 
 from tests.support.mounting import Mount
+from tests.support.patience import patient
 from tests.support.world import World
 
 KEEP_SIZE, PUNCH_HOLE, COLLAPSE, ZERO_RANGE, INSERT, UNSHARE = 1, 2, 8, 16, 32, 64
@@ -166,7 +167,7 @@ def descriptors(mount: Mount) -> int:
 
 def wait_for(condition: Callable[[], bool], seconds: float = 5.0) -> bool:
     """Whether the condition comes true in time: the kernel sends RELEASE and FORGET when it likes."""
-    end = time.monotonic() + seconds
+    end = time.monotonic() + patient(seconds)
     while not condition():
         if time.monotonic() > end:
             return False

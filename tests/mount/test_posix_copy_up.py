@@ -18,6 +18,7 @@ import pytest
 from tests.mount import direct_calls as dc
 from tests.support import snapshot
 from tests.support.mounting import mounted
+from tests.support.patience import patient
 from tests.support.world import World, errno_of
 
 MakeWorld = Callable[..., World]
@@ -30,7 +31,7 @@ def _writes_later(session: str) -> bool:
 
 
 def _eventually(condition: Callable[[], bool], seconds: float = 10.0) -> bool:
-    deadline = time.monotonic() + seconds
+    deadline = time.monotonic() + patient(seconds)
     while not condition():
         if time.monotonic() > deadline:
             return False

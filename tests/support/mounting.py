@@ -26,6 +26,7 @@ from pathlib import Path
 from typing import Any
 
 from tests.support import areas, syscalls
+from tests.support.patience import patient
 from tests.support.worker import REPOSITORY
 
 SESSIONS = ["pyfuse3", "direct-hybrid", "direct-passthrough", "direct-cached"]
@@ -34,8 +35,8 @@ SESSIONS = ["pyfuse3", "direct-hybrid", "direct-passthrough", "direct-cached"]
 STAND_INS = ("overlay", "fuse-overlayfs")
 """Session names that only the environment variable can choose."""
 
-READY_SECONDS = 20.0
-GONE_SECONDS = 20.0
+READY_SECONDS = patient(20.0)
+GONE_SECONDS = patient(20.0)
 
 # Closing is told to the daemon after close(2) has returned; when the mount is gone by then, the answer has
 # nobody to go to (ENOENT from /dev/fuse), and libfuse's caller logs that.
@@ -95,7 +96,7 @@ class Mount:
         """``unionfs inspect --json`` of this mount."""
         done = subprocess.run(
             [*command(), "inspect", "--json", str(self.mountpoint)],
-            capture_output=True, text=True, timeout=20, cwd=REPOSITORY,
+            capture_output=True, text=True, timeout=patient(20), cwd=REPOSITORY,
         )  # fmt: skip
         assert done.returncode == 0, done.stderr
         found: dict[str, Any] = json.loads(done.stdout)
