@@ -52,10 +52,12 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     if "session" in metafunc.fixturenames:
         marker = metafunc.definition.get_closest_marker("slow_on")
         slow = marker.args if marker else ()
-        sessions = [
-            pytest.param(name, marks=[pytest.mark.slow] if name in slow else [])
-            for name in mounting.sessions()
-        ]
+        sessions = []
+        for name in mounting.sessions():
+            marks = [pytest.mark.slow] if name in slow else []
+            if reason := mounting.session_reason(name):
+                marks.append(pytest.mark.skip(reason=reason))
+            sessions.append(pytest.param(name, marks=marks))
         metafunc.parametrize("session", sessions, scope="session")
 
 

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import functools
 import json
 import os
 import re
@@ -28,6 +29,7 @@ from typing import Any
 from tests.support import areas, syscalls
 from tests.support.patience import patient
 from tests.support.worker import REPOSITORY
+from unionfs.sys import fuseprobe
 
 SESSIONS = ["pyfuse3", "direct-hybrid", "direct-passthrough", "direct-cached"]
 """The sessions that every mount test runs on; the direct one in each way of I/O."""
@@ -48,6 +50,14 @@ def sessions() -> list[str]:
     """The sessions of this run."""
     chosen = os.environ.get("UNIONFS_TEST_SESSIONS", "")
     return [name for name in chosen.split(",") if name] or SESSIONS
+
+
+@functools.cache
+def session_reason(name: str) -> str | None:
+    """Why this kernel cannot have the session; None when it can."""
+    if name in ("direct-hybrid", "direct-passthrough") and fuseprobe.offers_passthrough() is False:
+        return "this kernel offers no passthrough, which needs Linux 6.9"
+    return None
 
 
 class MountFailed(AssertionError):

@@ -78,8 +78,12 @@ def environment(kernel: str) -> dict[str, str]:
 def _run(kernel: Kernel, name: str, command: str, work: Path) -> int:
     print(f"Booting Linux {kernel.release} in QEMU ({machine.acceleration()})", flush=True)
     with machine.running(kernel, command, environment(name), work) as running:
-        for line in running.lines():
-            sys.stdout.buffer.write(line)
+        if sys.stdout.isatty():
+            output = running.pieces()
+        else:  # what a terminal would have overwritten is not shown
+            output = (line.rstrip(b"\r\n").rpartition(b"\r")[2] + b"\n" for line in running.lines())
+        for part in output:
+            sys.stdout.buffer.write(part)
             sys.stdout.buffer.flush()
         if running.code is None:
             raise VmError(machine.failure(work, running))

@@ -18,6 +18,7 @@ from scripts.lib.vm.errors import VmError
 from scripts.lib.vm.image import REPOSITORY, Kernel
 
 _EXIT = re.compile(rb"VM-EXIT (\d+)\s*$")
+_EXIT_WORD = b"VM-EXIT "
 _QEMU = "qemu-system-x86_64"
 
 
@@ -100,10 +101,30 @@ class Machine:
         """Each line as it comes, until the machine is off."""
         assert self.process.stdout is not None
         for line in self.process.stdout:
-            if found := _EXIT.match(line):
-                self.code = int(found[1])
-            else:
+            if not self._is_exit(line):
                 yield line
+
+    def pieces(self) -> Iterator[bytes]:
+        """What is printed as it comes, also when no line is whole yet."""
+        assert self.process.stdout is not None
+        output = self.process.stdout.fileno()
+        held, fresh = b"", True  # what may become the line that tells the exit code; a line begins there
+        while piece := os.read(output, 1 << 16):
+            for line in (held + piece).splitlines(keepends=True):
+                held = b""
+                if fresh and not line.endswith(b"\n") and _EXIT_WORD.startswith(line[: len(_EXIT_WORD)]):
+                    held = line
+                    break
+                if not (fresh and self._is_exit(line)):
+                    yield line
+                fresh = line.endswith(b"\n")
+        if held:
+            yield held
+
+    def _is_exit(self, line: bytes) -> bool:
+        if found := _EXIT.match(line):
+            self.code = int(found[1])
+        return found is not None
 
     def cut(self) -> None:
         """End it without warning, as when the power fails."""
