@@ -23,6 +23,9 @@ RENAME_EXCHANGE: Final = 2
 RENAME_WHITEOUT: Final = 4
 
 _SYNC_FILE_RANGE_WRITE: Final = 2
+# include/uapi/linux/fcntl.h, include/uapi/linux/stat.h
+_AT_STATX_DONT_SYNC: Final = 0x4000
+_STATX_INO: Final = 0x100
 _UTIME_OMIT: Final = (1 << 30) - 2
 # _IOW(0x94, 9, int), include/uapi/linux/fs.h
 _FICLONE: Final = 0x40049409
@@ -32,6 +35,7 @@ OVERLAYFS_MAGIC: Final = 0x794C7630
 FUSE_MAGIC: Final = 0x65735546
 TMPFS_MAGIC: Final = 0x01021994
 RAMFS_MAGIC: Final = 0x858458F6
+NFS_MAGIC: Final = 0x6969
 
 
 _TIMES: Final = struct.Struct("@llll")  # struct timespec, twice
@@ -120,6 +124,13 @@ def statx(dir_fd: int, name: bytes, flags: int, mask: int) -> bytes:
     if _libc.statx(dir_fd, name, flags, mask, buffer) != 0:
         raise fail(name)
     return buffer.raw
+
+
+def known_inode(fd: int) -> int:
+    """The inode number behind ``fd`` (O_PATH is enough), without asking a server that may have lost it."""
+    (number,) = struct.unpack_from("=Q", statx(fd, b"", AT_EMPTY_PATH | _AT_STATX_DONT_SYNC, _STATX_INO), 32)
+    assert isinstance(number, int)
+    return number
 
 
 def clone_file(target_fd: int, source_fd: int) -> None:
