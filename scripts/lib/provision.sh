@@ -26,7 +26,7 @@ packages_for() {
             ;;
         vm) # what the host needs to make and run virtual machines
             printf '%s\n' busybox-static cpio debian-archive-keyring e2fsprogs git mmdebstrap qemu-system-x86 tar \
-                util-linux
+                util-linux xfsprogs
             ;;
         guest) # what the tests in a virtual machine need, beside those of the tests anywhere
             printf '%s\n' ca-certificates iproute2 kmod nfs-common nfs-kernel-server python3 python3-dev \

@@ -36,7 +36,7 @@ def main() -> int:
             if arguments.power_cut is not None:
                 from scripts.lib.vm import power_cut
 
-                return power_cut.run(kernel, arguments.kernel, work, arguments.power_cut)
+                return power_cut.run(kernel, environment(arguments.kernel), work, arguments.power_cut)
             words = [word for word in pytest if word != "--"] or DEFAULT_TESTS
             command = arguments.shell or f"exec python -m pytest {shlex.join(words)}"
             return _run(kernel, arguments.kernel, command, work)

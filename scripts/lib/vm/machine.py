@@ -138,9 +138,18 @@ class Machine:
 
 @contextmanager
 def running(
-    kernel: Kernel, command: str, environment: Mapping[str, str], work: Path, *disks: Disk, name: str = "vm"
+    kernel: Kernel,
+    command: str,
+    environment: Mapping[str, str],
+    work: Path,
+    *disks: Disk,
+    name: str = "vm",
+    files: Mapping[str, str] | None = None,
 ) -> Iterator[Machine]:
-    """Boot a machine that runs a shell script in the repository's directory; ended when the block is left."""
+    """Boot a machine that runs a shell script in the repository's directory; ended when the block is left.
+
+    ``files``: what it finds in /run/guest, name to text.
+    """
     if shutil.which(_QEMU) is None:
         raise VmError(f"{_QEMU} is not installed: apt-get install qemu-system-x86.")
     home = work / name
@@ -149,7 +158,8 @@ def running(
     if not source.exists():
         pack_source(source)
     settings = "".join(f"{key}={_quoted(value)}\n" for key, value in environment.items())
-    ram_disk = initrd.make(kernel.modules, home, {"command": command, "environment": settings})
+    given = {"command": command, "environment": settings, **(files or {})}
+    ram_disk = initrd.make(kernel.modules, home, given)
     arguments = [
         _QEMU, "-M", "q35", "-smp", os.environ.get("UNIONFS_VM_CPUS") or "2",
         "-m", os.environ.get("UNIONFS_VM_MEMORY") or "2G",
