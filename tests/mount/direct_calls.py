@@ -6,6 +6,7 @@ import contextlib
 import ctypes
 import fcntl
 import os
+import resource
 import struct
 import subprocess
 import time
@@ -180,6 +181,17 @@ def drop_caches() -> None:
     """Let the kernel forget the nodes and pages that nobody uses."""
     os.sync()
     Path("/proc/sys/vm/drop_caches").write_text("3")
+
+
+@contextlib.contextmanager
+def many_open_files(count: int) -> Iterator[None]:
+    """This process may have so many files open: by default it is 1024."""
+    before = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (min(before[1], max(before[0], count)), before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, before)
 
 
 def shared_bytes(path: Path) -> int:

@@ -180,7 +180,9 @@ def kernel_mounted(
     if upper is None and len(lowers) == 1:
         lowers = [*lowers, _empty(tmp)]
     chosen = list(options)
-    for key in ("index", "redirect_dir", "metacopy", "nfs_export"):
+    # with userxattr the kernel takes neither redirect_dir nor metacopy, not even as off
+    own = () if "userxattr" in options else ("redirect_dir", "metacopy")
+    for key in ("index", "nfs_export", *own):
         if not any(option.startswith(key + "=") for option in options):
             chosen.append(f"{key}=off")
     data = ",".join([layer_options(lowers, upper, work), *chosen])

@@ -1,8 +1,9 @@
 """The part of the power cut that runs in the machine: a load on a union, and the check after the next boot.
 
 ``python -m tests.vm.power_cut load DEVICE KIND TURN`` writes into a union on the device, and prints what it
-has made durable, one JSON object a line, after fsync(2) has returned: ``{"path", "digest"}``, or no digest for
-a name that is gone. It never ends. ``check DEVICE KIND TURN CLAIMS`` reads those lines from a file and compares.
+has made durable, one JSON object a line, after fsync(2) has returned: ``{"path", "digest"}``, or no digest
+for a name that is gone. It never ends. ``check DEVICE KIND TURN CLAIMS`` reads those lines from a file and
+compares.
 """
 
 from __future__ import annotations
