@@ -22,7 +22,8 @@ _PASSED_ON = ("UNIONFS_TEST_SESSIONS", "UNIONFS_ORACLE", "UNIONFS_ORACLE_SEED")
 
 def main() -> int:
     """Run what the command line says; gives the exit code."""
-    parser = argparse.ArgumentParser(prog="vm-test", add_help=False)
+    usage = "scripts/vm-test [--kernel 6.1|6.12|host] [PYTEST ARGUMENT...]; --help tells more"
+    parser = argparse.ArgumentParser(prog="vm-test", usage=usage, add_help=False, allow_abbrev=False)
     parser.add_argument("--kernel", choices=[*image.SUITES, "host"], default="6.12")
     parser.add_argument("--packages", required=True)
     parser.add_argument("--shell", metavar="COMMAND")
