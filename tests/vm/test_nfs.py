@@ -261,6 +261,28 @@ def test_an_upper_that_cannot_be(root: None, area: Path, session: str, server: A
             assert os.listdir(export.there / "work") == []
 
 
+def test_a_directory_of_an_open_file_that_was_removed(
+    root: None, area: Path, session: str, export: Export
+) -> None:
+    """On NFS it could not be removed, as the file has another name there; here it goes, the file stays."""
+    (export.here / "lower").mkdir()
+    with _union(area, session, [export.here / "lower"], export.here) as mount:
+        top = mount.mountpoint
+        for number in range(3):
+            (top / "dir").mkdir()
+            (top / "dir/file").write_bytes(DATA)
+            with dc.opened(top / "dir/file", os.O_RDWR) as held:
+                os.unlink(top / "dir/file")
+                assert os.listdir(top / "dir") == []
+                os.rmdir(top / "dir")
+                os.pwrite(held, b"%03d" % number, 100)
+                os.fsync(held)
+                assert os.pread(held, 5, 99) == DATA[99:100] + b"%03d" % number + DATA[103:104]
+        assert os.listdir(top) == []
+    with _union(area, session, [export.here / "lower"], export.here) as mount:
+        assert os.listdir(mount.mountpoint) == os.listdir(export.there / "work/work") == []
+
+
 def test_what_a_lost_client_left_in_work(root: None, area: Path, session: str, export: Export) -> None:
     """A file that was removed while open has a name until it is closed: no hindrance to the next mount."""
     for name in ("lower", "upper", "work/work"):

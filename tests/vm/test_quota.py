@@ -212,6 +212,7 @@ def test_counting_alone_is_no_limit(root: None, area: Path) -> None:
             assert (one.volume("data").parent / "image").exists()
             one.mount("-v", "data:/data")
             assert _fill(str(one.merged / "data/file")) == errno.ENOSPC
+            os.sync()  # else the daemon's end waits for it, which takes long on an emulated machine
             one.umount()
             succeed(one.unionfs("volume", "rm", "data"))
     finally:

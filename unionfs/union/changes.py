@@ -49,6 +49,8 @@ class Changes:
 
     def __init__(self, union: Union) -> None:
         self._union = union
+        #: Temporaries in work that could not be removed yet.
+        self._left: list[bytes] = []
 
     def _writable(self, directory: Node) -> Place:
         """The upper's directory of a node, which is about to change."""
@@ -179,7 +181,21 @@ class Changes:
             return result
 
     def _discard(self, temporary: bytes) -> None:
-        """Remove what is left under a temporary name in work, if anything."""
+        """Remove what is left under a temporary name in work, if anything.
+
+        On NFS a directory may hold files that were removed and are still in use (EBUSY): it is tried again
+        with the next one, and by the next mount.
+        """
+        left, self._left = self._left, []
+        for name in [temporary, *left]:
+            try:
+                self._remove(name)
+            except OSError as error:
+                if error.errno not in (errno.EBUSY, errno.ENOTEMPTY):
+                    raise
+                self._left.append(name)
+
+    def _remove(self, temporary: bytes) -> None:
         work = self._union.stack.work_fd
         with contextlib.suppress(FileNotFoundError):
             try:

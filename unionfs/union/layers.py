@@ -62,7 +62,7 @@ class Layer:
         magic = calls.filesystem_magic(root_fd)
         self.memory = magic in (calls.TMPFS_MAGIC, calls.RAMFS_MAGIC)
         #: How many links a file has that was removed while an fd of it is held: on NFS it gets another name
-        #: (`.nfs` and a number) until it is let go of.
+        #: (`.nfs` and a number, fs/nfs/unlink.c) until it is let go of.
         self.links_of_removed = 1 if magic == calls.NFS_MAGIC else 0
 
     @property
