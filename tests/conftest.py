@@ -16,6 +16,7 @@ pytest.register_assert_rewrite("tests.support")
 from tests.support import areas, mounting  # noqa: E402
 from tests.support import world as worlds  # noqa: E402
 from tests.support.mounting import Mount  # noqa: E402
+from tests.support.patience import SLOWNESS, patient  # noqa: E402
 from tests.support.worker import Worker  # noqa: E402
 
 WATCHDOG_SECONDS = 100.0
@@ -36,15 +37,27 @@ def pytest_configure(config: pytest.Config) -> None:
     areas.sweep()
 
 
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Give every test more time on a slow machine; pytest-timeout takes the first marker it finds."""
+    if SLOWNESS == 1:
+        return
+    for item in items:
+        marker = item.get_closest_marker("timeout")
+        seconds = float(marker.args[0] if marker else config.getini("timeout"))
+        item.add_marker(pytest.mark.timeout(patient(seconds)), append=False)
+
+
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     """Run every test that takes ``session`` once a session."""
     if "session" in metafunc.fixturenames:
         marker = metafunc.definition.get_closest_marker("slow_on")
         slow = marker.args if marker else ()
-        sessions = [
-            pytest.param(name, marks=[pytest.mark.slow] if name in slow else [])
-            for name in mounting.sessions()
-        ]
+        sessions = []
+        for name in mounting.sessions():
+            marks = [pytest.mark.slow] if name in slow else []
+            if reason := mounting.session_reason(name):
+                marks.append(pytest.mark.skip(reason=reason))
+            sessions.append(pytest.param(name, marks=marks))
         metafunc.parametrize("session", sessions, scope="session")
 
 
@@ -80,7 +93,7 @@ def kernel_overlay(root: None) -> None:
 def _watchdog(request: pytest.FixtureRequest) -> Iterator[None]:
     """End the daemons of a test that hangs: a wait for FUSE ends only with its process or its daemon."""
     marker = request.node.get_closest_marker("watchdog")
-    seconds = float(marker.args[0]) if marker else WATCHDOG_SECONDS
+    seconds = patient(float(marker.args[0]) if marker else WATCHDOG_SECONDS)
 
     def bark() -> None:
         for mount in list(mounting.LIVE):

@@ -1,10 +1,41 @@
-# Installing what the scripts need: Debian packages and a virtual environment. Sourced by bash, from scripts/*.
+# Installing what the scripts need: Debian packages and a virtual environment. Sourced by bash, from scripts/*;
+# scripts/provision is its command line.
 #
 # UNIONFS_VENV   where the virtual environment is made (default: .venv in the repository)
 
 repository=$(cd "$(dirname "${BASH_SOURCE[0]}")/../.." && pwd)
 venv=${UNIONFS_VENV:-$repository/.venv}
 build_packages=(fuse3 libfuse3-dev pkg-config gcc libc6-dev)
+
+# packages_for WHAT: the Debian packages of a purpose, one a line.
+packages_for() {
+    case $1 in
+        run) printf '%s\n' fuse3 ;;
+        test)
+            printf '%s\n' "${build_packages[@]}" acl attr btrfs-progs bubblewrap busybox-static debootstrap \
+                dosfstools e2fsprogs erofs-utils fio fish fuse-overlayfs git glusterfs-client glusterfs-server make \
+                mergerfs mount nginx-light openssh-sftp-server openssl procps rclone rsync sqlite3 squashfs-tools sshfs tar \
+                util-linux xfsprogs zsh
+            ;;
+        dev) packages_for test ;;
+        slow) # servers that the slow tests start
+            printf '%s\n' mariadb-server postgresql
+            ;;
+        perf)
+            printf '%s\n' coreutils findutils fio fuse-overlayfs fuse3 gcc git grep libc6-dev make mergerfs mount \
+                sqlite3 tar unionfs-fuse
+            ;;
+        vm) # what the host needs to make and run virtual machines
+            printf '%s\n' busybox-static cpio debian-archive-keyring e2fsprogs git mmdebstrap qemu-system-x86 tar \
+                util-linux xfsprogs
+            ;;
+        guest) # what the tests in a virtual machine need, beside those of the tests anywhere
+            printf '%s\n' ca-certificates iproute2 kmod nfs-common nfs-kernel-server python3 python3-dev \
+                python3-venv xz-utils zstd
+            ;;
+        *) die "there are no packages for $1; there are for run, test, dev, slow, perf, vm and guest" ;;
+    esac
+}
 
 die() {
     printf '%s: %s\n' "${0##*/}" "$1" >&2
@@ -43,6 +74,20 @@ install_packages() {
 
 usable_python() {
     "$1" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null
+}
+
+# install_for WHAT...: the packages of these purposes.
+install_for() {
+    local what names=()
+    for what in "$@"; do
+        mapfile -t -O ${#names[@]} names < <(packages_for "$what")
+    done
+    install_packages "${names[@]}"
+}
+
+# install_node: npm may have come from elsewhere; Debian's would be a second one.
+install_node() {
+    command -v npm >/dev/null || install_packages nodejs npm
 }
 
 # pick_python: sets $python to a Python of at least 3.11 that can make environments and build extensions.

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from tests.support import areas
+from tests.support.patience import patient
 from unionfs.daemon import live
 
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -23,7 +24,7 @@ FUSE_UNIONFS = (
     sys.executable, "-c", "import sys; sys.argv[0] = 'fuse-unionfs'\n"
     "from unionfs.cli.fuse_unionfs import main; main()",
 )  # fmt: skip
-SECONDS = 30.0
+SECONDS = patient(30.0)
 
 Done = subprocess.CompletedProcess[str]
 
@@ -155,7 +156,7 @@ def place(area: Path) -> Iterator[Place]:
 
 def wait_for(condition: Any, seconds: float = 10.0) -> bool:
     """Whether `condition()` becomes true within this time."""
-    deadline = time.monotonic() + seconds
+    deadline = time.monotonic() + patient(seconds)
     while not condition():
         if time.monotonic() > deadline:
             return False

@@ -6,7 +6,9 @@ import contextlib
 import ctypes
 import fcntl
 import os
+import resource
 import struct
+import subprocess
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -15,6 +17,7 @@ from typing import Any, NamedTuple
 import pytest
 
 from tests.support.mounting import Mount
+from tests.support.patience import patient
 from tests.support.world import World
 
 KEEP_SIZE, PUNCH_HOLE, COLLAPSE, ZERO_RANGE, INSERT, UNSHARE = 1, 2, 8, 16, 32, 64
@@ -166,7 +169,7 @@ def descriptors(mount: Mount) -> int:
 
 def wait_for(condition: Callable[[], bool], seconds: float = 5.0) -> bool:
     """Whether the condition comes true in time: the kernel sends RELEASE and FORGET when it likes."""
-    end = time.monotonic() + seconds
+    end = time.monotonic() + patient(seconds)
     while not condition():
         if time.monotonic() > end:
             return False
@@ -178,6 +181,25 @@ def drop_caches() -> None:
     """Let the kernel forget the nodes and pages that nobody uses."""
     os.sync()
     Path("/proc/sys/vm/drop_caches").write_text("3")
+
+
+@contextlib.contextmanager
+def many_open_files(count: int) -> Iterator[None]:
+    """This process may have so many files open: by default it is 1024."""
+    before = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (min(before[1], max(before[0], count)), before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, before)
+
+
+def shared_bytes(path: Path) -> int:
+    """How many bytes of a file lie in blocks that another file has, too: FIEMAP, as filefrag(8) shows it."""
+    done = subprocess.run(["filefrag", "-v", "-b1", "-s", path], capture_output=True, text=True, check=True)
+    return sum(
+        int(line.split(":")[3]) for line in done.stdout.splitlines() if "shared" in line.rpartition(":")[2]
+    )
 
 
 def can_reflink(path: Path) -> bool:

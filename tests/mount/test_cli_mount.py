@@ -13,6 +13,7 @@ import pytest
 
 from tests.mount import cli_calls
 from tests.mount.cli_calls import UNIONFS, Place, gone, listed, mounts_at, succeed, unionfs, wait_for
+from tests.support.patience import patient
 
 
 def _options(path: Path) -> set[str]:
@@ -200,7 +201,7 @@ def test_daemon_holds_nothing_of_its_caller(place: Place) -> None:
         ends = [end for end in (done.stdin, done.stdout, done.stderr) if end is not None]
         pipes = {os.readlink(f"/proc/self/fd/{end.fileno()}") for end in ends}
         # Ends only when no one else has the pipes open.
-        assert done.communicate(timeout=20) == (b"", b"")
+        assert done.communicate(timeout=patient(20)) == (b"", b"")
         assert done.returncode == 0
     pid = place.pid()
     links = {name: os.readlink(f"/proc/{pid}/fd/{name}") for name in os.listdir(f"/proc/{pid}/fd")}
@@ -332,7 +333,7 @@ def test_interrupted_mount_leaves_nothing(place: Place) -> None:
         )
         time.sleep(delay)
         process.terminate()
-        _, errors = process.communicate(timeout=20)
+        _, errors = process.communicate(timeout=patient(20))
         assert "Traceback" not in errors
         if process.returncode == 0:
             succeed(unionfs("umount", place.merged))

@@ -27,6 +27,7 @@ from tests.mount.cli_calls import (
     wait_for,
 )  # fmt: skip
 from tests.mount.user_calls import Host
+from tests.support.patience import patient
 
 
 def _started(*arguments: str | Path) -> subprocess.Popen[str]:
@@ -238,7 +239,7 @@ def test_a_daemon_that_does_not_answer(place: Place) -> None:
         os.kill(pid, signal.SIGCONT)
         assert json.loads(watching.stdout.readline())["pid"] == pid  # it went on asking
         watching.send_signal(signal.SIGINT)
-        watching.communicate(timeout=10)
+        watching.communicate(timeout=patient(10))
         assert watching.returncode == 0
     finally:
         os.kill(pid, signal.SIGCONT)

@@ -17,6 +17,7 @@ import pytest
 from tests.mount import direct_calls as dc
 from tests.support import syscalls
 from tests.support.mounting import mounted
+from tests.support.patience import patient
 from tests.support.world import World
 
 MakeWorld = Callable[..., World]
@@ -58,9 +59,11 @@ def _remove_while_listed(area: Path, session: str, count: int) -> None:
         assert lister.stdout is not None
         try:
             assert lister.stdout.readline() == "ready\n"
-            done = subprocess.run(["rm", "-rf", str(big)], capture_output=True, text=True, timeout=900)
+            done = subprocess.run(
+                ["rm", "-rf", str(big)], capture_output=True, text=True, timeout=patient(900)
+            )
             assert (done.returncode, done.stderr) == (0, "")
-            rounds, most, wrong = map(int, lister.communicate(timeout=60)[0].split())
+            rounds, most, wrong = map(int, lister.communicate(timeout=patient(60))[0].split())
         finally:
             lister.kill()
             lister.wait()

@@ -201,22 +201,23 @@ def test_nothing_leaks_after_many_opens(root: None, area: Path, session: str) ->
 
 def test_a_crowd_of_open_files(root: None, area: Path, session: str) -> None:
     """500 files open at once, each read-only and read-write, share one backing file each."""
-    with _mount(area, session, 250) as mount:
+    with _mount(area, session, 250) as mount, dc.many_open_files(2000), contextlib.ExitStack() as stack:
         before = dc.descriptors(mount) if mount.is_ours else 0
         paths = [mount.mountpoint / f"f{number}" for number in range(250)]
         for number in range(250):
             paths.append(mount.mountpoint / f"own{number}")
             paths[-1].write_bytes(CONTENT)
-        fds = [os.open(path, flags) for path in paths for flags in (os.O_RDWR, os.O_RDONLY, os.O_RDONLY)]
-        try:
-            if dc.passes_through(session) and mount.is_ours:
-                assert mount.figure("backing_files") == 500
-            for fd in fds[::3]:
-                os.pwrite(fd, b"crowd", 3)
-            assert all(os.pread(fd, 8, 0) == b"012crowd" for fd in fds)
-        finally:
-            for fd in fds:
-                os.close(fd)
+        fds = [
+            stack.enter_context(dc.opened(path, flags))
+            for path in paths
+            for flags in (os.O_RDWR, os.O_RDONLY, os.O_RDONLY)
+        ]
+        if dc.passes_through(session) and mount.is_ours:
+            assert mount.figure("backing_files") == 500
+        for fd in fds[::3]:
+            os.pwrite(fd, b"crowd", 3)
+        assert all(os.pread(fd, 8, 0) == b"012crowd" for fd in fds)
+        stack.close()
         _nothing_left(mount, before, slack=3 if session != "direct-cached" else 515)
 
 

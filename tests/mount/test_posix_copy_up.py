@@ -18,6 +18,7 @@ import pytest
 from tests.mount import direct_calls as dc
 from tests.support import snapshot
 from tests.support.mounting import mounted
+from tests.support.patience import patient
 from tests.support.world import World, errno_of
 
 MakeWorld = Callable[..., World]
@@ -30,7 +31,7 @@ def _writes_later(session: str) -> bool:
 
 
 def _eventually(condition: Callable[[], bool], seconds: float = 10.0) -> bool:
-    deadline = time.monotonic() + seconds
+    deadline = time.monotonic() + patient(seconds)
     while not condition():
         if time.monotonic() > deadline:
             return False
@@ -72,13 +73,14 @@ def test_truncating_opens_copy_no_data(root: None, area: Path, session: str) -> 
         assert (mount.mountpoint / "c").read_bytes() == (area / "lower/c").read_bytes()[:5000]
 
 
+@pytest.mark.parametrize("kind", ["xfs", "btrfs"])
 def test_copy_up_shares_extents(
-    root: None, area: Path, session: str, filesystem: Callable[..., Path]
+    root: None, area: Path, session: str, filesystem: Callable[..., Path], kind: str
 ) -> None:
-    """Where the filesystem has reflinks, the copy of a big file takes no space."""
-    place = filesystem("xfs", 400 * MIB)
+    """With reflinks the copy of a big file takes no space: its blocks are the lower's."""
+    place = filesystem(kind, 400 * MIB)
     if not dc.can_reflink(place):
-        pytest.skip("this xfs has no reflinks")
+        pytest.skip(f"this {kind} has no reflinks")
     _layers(place, lambda lower: (lower / "big").write_bytes(os.urandom(64 * MIB)))
     with mounted(
         area, lowers=[place / "lower"], upper=place / "upper", work=place / "work", session=session
@@ -91,6 +93,9 @@ def test_copy_up_shares_extents(
             os.fsync(file.fileno())
         assert mount.figure("copy_ups") == 1
         assert (mount.mountpoint / "big").read_bytes() == (place / "lower/big").read_bytes() + b"more"
+        shared = dc.shared_bytes(place / "upper/big")
+        assert 63 * MIB < shared <= 64 * MIB
+        assert dc.shared_bytes(place / "lower/big") == shared
     # not while a daemon has the file open: xfs then keeps room for more behind its end
     assert (before.f_bavail - os.statvfs(place).f_bavail) * before.f_bsize < 4 * MIB
 

@@ -15,6 +15,7 @@ import pytest
 
 from tests.support import snapshot, syscalls
 from tests.support.mounting import Mount, mounted
+from tests.support.patience import patient
 from tests.support.world import World, errno_of
 
 MakeWorld = Callable[..., World]
@@ -273,7 +274,7 @@ def test_nodes_and_descriptors_are_given_back(root: None, area: Path, session: s
         assert len(found.stdout.splitlines()) == 20_101
         assert mount.figure("nodes") > 500  # not all: the kernel may forget some at any time
         assert len(os.listdir(f"/proc/{mount.pid}/fd")) < idle + 1200
-        deadline = time.monotonic() + 20
+        deadline = time.monotonic() + patient(20)
         while mount.figure("nodes") > 500 and time.monotonic() < deadline:
             _drop_caches()
             time.sleep(0.1)

@@ -20,6 +20,7 @@ import pytest
 from tests.mount import cli_calls
 from tests.mount.cli_calls import Done, refused, wait_for
 from tests.support import areas, mounting
+from tests.support.patience import patient
 from unionfs.containers import bubblewrap
 from unionfs.daemon import live
 from unionfs.daemon.errors import UserError
@@ -172,7 +173,7 @@ def test_secrets_in_the_environment_are_not_on_a_command_line(box: Containers) -
                 assert b"open-sesame" not in path.read_bytes()
     finally:
         process.terminate()
-        process.communicate(timeout=20)
+        process.communicate(timeout=patient(20))
 
 
 @pytest.mark.parametrize("code", [0, 1, 3, 255])
@@ -333,7 +334,7 @@ def test_signals_are_handed_on(box: Containers) -> None:
             process.send_signal(getattr(signal, f"SIG{name}"))
             assert process.stdout.readline() == f"got {name}\n"
         process.send_signal(signal.SIGUSR2)
-        assert process.communicate(timeout=20)[0] == "bye\n"
+        assert process.communicate(timeout=patient(20))[0] == "bye\n"
         assert process.returncode == 5
     finally:
         process.kill()
@@ -365,7 +366,7 @@ def test_what_the_command_leaves_running_is_killed(box: Containers, how: str) ->
         assert process.stdout is not None
         assert process.stdout.readline() == "up\n"
         process.terminate()
-        assert process.communicate(timeout=20) == ("", "")
+        assert process.communicate(timeout=patient(20)) == ("", "")
         assert process.returncode == 7
     else:
         terminal = Terminal(box, "--rm", "--", "sh", "-c", f"{background} trap 'exit 8' INT; echo up; wait")
@@ -383,7 +384,7 @@ def test_a_signal_that_ends_the_command(box: Containers) -> None:
     assert process.stdout is not None
     assert process.stdout.readline() == "up\n"
     process.terminate()
-    process.communicate(timeout=20)
+    process.communicate(timeout=patient(20))
     assert process.returncode == 128 + signal.SIGTERM
     assert box.is_over()
     assert box.kept() == ["web"]
@@ -395,7 +396,7 @@ def test_the_runner_is_killed(box: Containers) -> None:
     assert process.stdout is not None
     assert process.stdout.readline() == "up\n"
     process.kill()
-    process.communicate(timeout=20)
+    process.communicate(timeout=patient(20))
     assert wait_for(box.is_over)
     assert wait_for(lambda: box.kept() == [])
     assert not any(
@@ -414,7 +415,7 @@ def test_one_at_a_time(box: Containers) -> None:
         refused(cli_calls.unionfs("rm", "one", env=box.environment()), "container one is running")
     finally:
         process.terminate()
-        process.communicate(timeout=20)
+        process.communicate(timeout=patient(20))
     assert box.say("--name", "one", "--", "echo", "again") == "again\n"
 
 
@@ -432,7 +433,7 @@ class Terminal:
 
     def wait_for(self, text: bytes, seconds: float = 20) -> None:
         """Read until the text has come; what came before it is forgotten."""
-        deadline = time.monotonic() + seconds
+        deadline = time.monotonic() + patient(seconds)
         while text not in self.seen:
             assert time.monotonic() < deadline, self.seen
             if select.select([self.fd], [], [], 0.2)[0]:
@@ -458,7 +459,7 @@ class Terminal:
 
     def end(self) -> int:
         """The exit code."""
-        deadline = time.monotonic() + 20
+        deadline = time.monotonic() + patient(20)
         while time.monotonic() < deadline:
             if select.select([self.fd], [], [], 0.05)[0]:
                 with suppress(OSError):

@@ -16,6 +16,7 @@ import pytest
 
 from tests.mount import direct_calls as dc
 from tests.support.mounting import mounted
+from tests.support.patience import patient
 from tests.support.worker import REPOSITORY
 from tests.support.world import World
 
@@ -239,7 +240,7 @@ def test_processes_on_parts_of_one_file(world: MakeWorld, session: str) -> None:
         )
         for number in range(4)
     ]
-    parts = [process.communicate(timeout=90)[0] for process in running]
+    parts = [process.communicate(timeout=patient(90))[0] for process in running]
     assert [process.returncode for process in running] == [0] * 4
     assert (made.union / "low").read_bytes() == b"".join(parts)
     os.sync()
@@ -267,6 +268,6 @@ def test_fio_verify(root: None, area: Path, session: str) -> None:
                     "--rw=randwrite", "--bsrange=4k-64k", "--size=32m", "--numjobs=2", "--verify=crc32c",
                     "--do_verify=1", "--verify_fatal=1", "--randrepeat=1", "--end_fsync=1",
                 ],
-                capture_output=True, text=True, timeout=250, check=False, cwd=area,
+                capture_output=True, text=True, timeout=patient(250), check=False, cwd=area,
             )  # fmt: skip
             assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import functools
 import json
 import os
 import re
@@ -26,7 +27,9 @@ from pathlib import Path
 from typing import Any
 
 from tests.support import areas, syscalls
+from tests.support.patience import patient
 from tests.support.worker import REPOSITORY
+from unionfs.sys import fuseprobe
 
 SESSIONS = ["pyfuse3", "direct-hybrid", "direct-passthrough", "direct-cached"]
 """The sessions that every mount test runs on; the direct one in each way of I/O."""
@@ -34,8 +37,8 @@ SESSIONS = ["pyfuse3", "direct-hybrid", "direct-passthrough", "direct-cached"]
 STAND_INS = ("overlay", "fuse-overlayfs")
 """Session names that only the environment variable can choose."""
 
-READY_SECONDS = 20.0
-GONE_SECONDS = 20.0
+READY_SECONDS = patient(20.0)
+GONE_SECONDS = patient(20.0)
 
 # Closing is told to the daemon after close(2) has returned; when the mount is gone by then, the answer has
 # nobody to go to (ENOENT from /dev/fuse), and libfuse's caller logs that.
@@ -47,6 +50,14 @@ def sessions() -> list[str]:
     """The sessions of this run."""
     chosen = os.environ.get("UNIONFS_TEST_SESSIONS", "")
     return [name for name in chosen.split(",") if name] or SESSIONS
+
+
+@functools.cache
+def session_reason(name: str) -> str | None:
+    """Why this kernel cannot have the session; None when it can."""
+    if name in ("direct-hybrid", "direct-passthrough") and fuseprobe.offers_passthrough() is False:
+        return "this kernel offers no passthrough, which needs Linux 6.9"
+    return None
 
 
 class MountFailed(AssertionError):
@@ -95,7 +106,7 @@ class Mount:
         """``unionfs inspect --json`` of this mount."""
         done = subprocess.run(
             [*command(), "inspect", "--json", str(self.mountpoint)],
-            capture_output=True, text=True, timeout=20, cwd=REPOSITORY,
+            capture_output=True, text=True, timeout=patient(20), cwd=REPOSITORY,
         )  # fmt: skip
         assert done.returncode == 0, done.stderr
         found: dict[str, Any] = json.loads(done.stdout)
@@ -169,7 +180,9 @@ def kernel_mounted(
     if upper is None and len(lowers) == 1:
         lowers = [*lowers, _empty(tmp)]
     chosen = list(options)
-    for key in ("index", "redirect_dir", "metacopy", "nfs_export"):
+    # with userxattr the kernel takes neither redirect_dir nor metacopy, not even as off
+    own = () if "userxattr" in options else ("redirect_dir", "metacopy")
+    for key in ("index", "nfs_export", *own):
         if not any(option.startswith(key + "=") for option in options):
             chosen.append(f"{key}=off")
     data = ",".join([layer_options(lowers, upper, work), *chosen])

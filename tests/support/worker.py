@@ -25,6 +25,7 @@ from types import TracebackType
 from typing import Any
 
 from tests.support import syscalls
+from tests.support.patience import patient
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 
@@ -75,7 +76,7 @@ class Worker:
         modules: Sequence[str] = (),
         timeout: float = 20.0,
     ) -> None:
-        self.uid, self.gid, self.timeout = uid, gid, timeout
+        self.uid, self.gid, self.timeout = uid, gid, patient(timeout)
         names = ["tests.support.snapshot", "tests.support.actions", *modules]
         script = (
             f"import sys; sys.path.insert(0, {str(REPOSITORY)!r}); import tests.support.worker as w; w.main()"

@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from tests.mount.cli_calls import refused, wait_for
+from tests.support.patience import patient
 from tests.volumes import trees
 from tests.volumes.conftest import Store
 from unionfs.daemon.errors import UserError
@@ -524,7 +525,7 @@ def brick(area: Path) -> Iterator[str]:
 
     def gluster(*words: str) -> bool:
         command = ["nsenter", "-t", str(daemon.pid), "-m", "gluster", "--mode=script", *words]
-        return subprocess.run(command, capture_output=True, timeout=60, check=False).returncode == 0
+        return subprocess.run(command, capture_output=True, timeout=patient(60), check=False).returncode == 0
 
     try:
         if not wait_for(lambda: gluster("volume", "list"), 20):

@@ -15,6 +15,7 @@ import pytest
 
 from tests.mount.cli_calls import succeed, unionfs, wait_for
 from tests.support import areas
+from tests.support.patience import patient
 from tests.volumes.conftest import Store
 from unionfs.daemon import live
 
@@ -82,7 +83,7 @@ def _run_as(name: str, **environment: str) -> Run:
             capture_output=True,
             text=True,
             cwd="/",
-            timeout=170,
+            timeout=patient(170),
             check=False,
             env={**os.environ, "LC_ALL": "C.UTF-8", **environment},
         )

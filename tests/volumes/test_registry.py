@@ -17,6 +17,7 @@ from pathlib import Path
 import pytest
 
 from tests.mount.cli_calls import refused, succeed
+from tests.support.patience import patient
 from tests.volumes.conftest import Store
 from unionfs.daemon.errors import UserError
 from unionfs.storage import registry
@@ -284,7 +285,7 @@ class TestManyProcesses:
             for number in range(6)
         ]
         for child in children:
-            out, err = child.communicate(timeout=60)
+            out, err = child.communicate(timeout=patient(60))
             assert (child.returncode, out) == (0, "done\n"), err
         assert [volume.name for volume in store.volumes().all()] == ["common"]
         assert store.volumes().users("common") == []

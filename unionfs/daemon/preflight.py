@@ -214,7 +214,8 @@ def _check_work_content(work: str) -> None:
         ) from error
     for name in leftovers:
         # Temporaries are `#` and a number here and in the kernel (ovl_tempname), a number in fuse-overlayfs.
-        if name != "incompat" and not name.startswith("#") and not name.isdigit():
+        # `.nfs` and a number is a file that was removed while open, if its NFS client could not end that.
+        if name != "incompat" and not name.startswith(("#", ".nfs")) and not name.isdigit():
             raise UserError(
                 f"work {quoted(work)} holds {quoted('work/' + name)}, which no union filesystem made and "
                 "which would be deleted; choose an empty directory."

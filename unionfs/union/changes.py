@@ -17,6 +17,7 @@ from typing import Final, TypeVar
 from unionfs.sys import calls
 from unionfs.union import bound
 from unionfs.union.copyup import ensure_upper, temporary_name
+from unionfs.union.exchange import NO_FLAGS, exchange, rename_leaving
 from unionfs.union.listing import is_empty
 from unionfs.union.nodes import Node
 from unionfs.union.places import Place, open_for_listing
@@ -51,6 +52,8 @@ class Changes:
 
     def __init__(self, union: Union) -> None:
         self._union = union
+        #: Temporaries in work that could not be removed yet.
+        self._left: list[bytes] = []
 
     def _writable(self, directory: Node) -> Place:
         """The upper's directory of a node, which is about to change."""
@@ -210,7 +213,7 @@ class Changes:
                                  dir_fd=room_fd)  # fmt: skip
                     cleanup.callback(os.close, fd)
                     union.markers.set_opaque(fd)
-                    calls.renameat2(room_fd, name, dir_fd, name, calls.RENAME_EXCHANGE)
+                    exchange(self._temporary, work, room_fd, name, dir_fd, name)
                 else:
                     calls.renameat2(room_fd, name, dir_fd, name)
             except BaseException:
@@ -220,7 +223,21 @@ class Changes:
             return result
 
     def _discard(self, temporary: bytes) -> None:
-        """Remove what is left under a temporary name in work, if anything."""
+        """Remove what is left under a temporary name in work, if anything.
+
+        On NFS a directory may hold files that were removed and are still in use (EBUSY): it is tried again
+        with the next one, and by the next mount.
+        """
+        left, self._left = self._left, []
+        for name in [temporary, *left]:
+            try:
+                self._remove(name)
+            except OSError as error:
+                if error.errno not in (errno.EBUSY, errno.ENOTEMPTY):
+                    raise
+                self._left.append(name)
+
+    def _remove(self, temporary: bytes) -> None:
         work = self._union.stack.work_fd
         with contextlib.suppress(FileNotFoundError):
             try:
@@ -306,7 +323,7 @@ class Changes:
         with self._temporary() as temporary:
             if hides_another:
                 self._whiteout(work, temporary, dir_fd)
-                calls.renameat2(work, temporary, dir_fd, name, calls.RENAME_EXCHANGE)
+                exchange(self._temporary, work, work, temporary, dir_fd, name)
                 return
             try:
                 os.rmdir(name, dir_fd=dir_fd)
@@ -497,7 +514,7 @@ class Changes:
             st = None
         if node.is_dir and st is not None and not stat.S_ISDIR(st.st_mode):
             # a whiteout: no directory can be renamed over it, but it can go where the directory was
-            calls.renameat2(old_fd, name, new_fd, new_name, calls.RENAME_EXCHANGE)
+            exchange(self._temporary, self._union.stack.work_fd, old_fd, name, new_fd, new_name)
             if not leaves_whiteout:
                 os.unlink(name, dir_fd=old_fd)
             return
@@ -509,23 +526,21 @@ class Changes:
         try:
             calls.renameat2(old_fd, name, new_fd, new_name, calls.RENAME_WHITEOUT)
         except OSError as error:
-            if error.errno not in (errno.EINVAL, errno.EPERM, errno.EOPNOTSUPP):
+            if error.errno not in (errno.EPERM, *NO_FLAGS):
                 raise
-            self._rename_and_whiteout(old_fd, name, new_fd, new_name, occupied=st is not None)
+            self._rename_and_whiteout(node, old_fd, name, new_fd, new_name, occupied=st is not None)
 
     def _rename_and_whiteout(
-        self, old_fd: int, name: bytes, new_fd: int, new_name: bytes, *, occupied: bool
+        self, node: Node, old_fd: int, name: bytes, new_fd: int, new_name: bytes, *, occupied: bool
     ) -> None:
-        """RENAME_WHITEOUT for a filesystem without it: the whiteout changes places with the object."""
+        """RENAME_WHITEOUT for a filesystem without it."""
         work = self._union.stack.work_fd
         with self._temporary() as temporary:
             self._whiteout(work, temporary, old_fd)
-            if not occupied:
-                calls.renameat2(work, temporary, new_fd, new_name, calls.RENAME_NOREPLACE)
-                calls.renameat2(old_fd, name, new_fd, new_name, calls.RENAME_EXCHANGE)
-                return
-            calls.renameat2(old_fd, name, new_fd, new_name, calls.RENAME_EXCHANGE)
-            calls.renameat2(work, temporary, old_fd, name, calls.RENAME_EXCHANGE)
+            old, new = (old_fd, name), (new_fd, new_name)
+            rename_leaving(
+                self._temporary, work, temporary, old, new, directory=node.is_dir, occupied=occupied
+            )
 
     def _clear_whiteouts(self, node: Node, dir_fd: int, name: bytes) -> None:
         """Put an opaque empty directory in the place of one that holds only whiteouts (overlayfs: dir.c,
@@ -546,7 +561,7 @@ class Changes:
                     os.fchmod(fd, stat.S_IMODE(st.st_mode))
                 finally:
                     os.close(fd)
-                calls.renameat2(work, temporary, dir_fd, name, calls.RENAME_EXCHANGE)
+                exchange(self._temporary, work, work, temporary, dir_fd, name)
         finally:
             os.close(inner)
         union.gate.forget(node.parts[0])

@@ -34,7 +34,9 @@ class Layer:
     ``bound``: it is no layer of the merge but storage that is shown at one place of the union; see `bound`.
     """
 
-    __slots__ = ("acl", "bound", "dev", "index", "is_upper", "memory", "path", "read_only", "root")
+    __slots__ = (
+        "acl", "bound", "dev", "index", "is_upper", "links_of_removed", "memory", "path", "read_only", "root",
+    )  # fmt: skip
 
     def __init__(
         self,
@@ -57,7 +59,11 @@ class Layer:
         self.dev = os.stat(root_fd).st_dev
         self.acl = _has_acls(root_fd)
         #: In memory: nothing to make durable, and reads never wait for a disk.
-        self.memory = calls.filesystem_magic(root_fd) in (calls.TMPFS_MAGIC, calls.RAMFS_MAGIC)
+        magic = calls.filesystem_magic(root_fd)
+        self.memory = magic in (calls.TMPFS_MAGIC, calls.RAMFS_MAGIC)
+        #: How many links a file has that was removed while an fd of it is held: on NFS it gets another name
+        #: (`.nfs` and a number, fs/nfs/unlink.c) until it is let go of.
+        self.links_of_removed = 1 if magic == calls.NFS_MAGIC else 0
 
     @property
     def root_fd(self) -> int:

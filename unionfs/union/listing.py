@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import stat
 from typing import TYPE_CHECKING, Final
 
@@ -13,6 +14,8 @@ if TYPE_CHECKING:
     from unionfs.union.nodes import Node
     from unionfs.union.tree import Union
 
+#: What an NFS client calls a file that was removed while an fd of it is held.
+_REMOVED: Final = re.compile(rb"\.nfs[0-9a-f]{16,}")
 #: A directory that takes more bytes than this on its filesystem is listed in a thread.
 LARGE: Final = 64 * 1024
 
@@ -24,6 +27,8 @@ class Listing:
         #: None: what is bound has no markers.
         self._markers: Markers | None = union.markers if node.identity is None else None
         self._fds: list[int] = []
+        upper = node.is_upper and node.identity is None
+        self._hides_removed = upper and node.parts[0].layer.links_of_removed > 0
         self.large = False
         try:
             if not node.unlinked:
@@ -37,6 +42,12 @@ class Listing:
 
     def names(self) -> list[bytes]:
         """Every visible name once, in the order of the layers; closes the fds. Raises ``OSError``."""
+        names = self._names()
+        if self._hides_removed:
+            return [name for name in names if not _REMOVED.fullmatch(name)]
+        return names
+
+    def _names(self) -> list[bytes]:
         try:
             if not self._fds:
                 return []

@@ -16,12 +16,14 @@ Rules (the table is the only place that knows them):
 
 from __future__ import annotations
 
+import errno
 import os
 import stat
 from typing import TYPE_CHECKING, Final
 
 import xxhash
 
+from unionfs.sys import calls
 from unionfs.union.files import Handle, OpenFile
 from unionfs.union.places import Place
 
@@ -348,11 +350,26 @@ class NodeTable:
             del self._by_inode[key]
         if node.held >= 0:
             if node.is_upper and self._origin:
-                st = os.stat(node.held)
-                if st.st_nlink == 0:
-                    self._origin.pop((st.st_dev, st.st_ino), None)
+                self._drop_origin(node)
             os.close(node.held)
             node.held = -1
+
+
+    def _drop_origin(self, node: Node) -> None:
+        """Forget its number in the upper, which may be another object's soon, unless it has names still."""
+        place = node.parts[0] if node.is_dir else node.place
+        assert place is not None
+        layer = place.layer
+        try:
+            st = os.stat(node.held)
+        except OSError as error:
+            if error.errno != errno.ESTALE:
+                raise
+            # the server has it no more, as a directory on NFS that was removed
+            self._origin.pop((layer.dev, calls.known_inode(node.held)), None)
+            return
+        if st.st_nlink <= layer.links_of_removed:
+            self._origin.pop((st.st_dev, st.st_ino), None)
 
 
 def _remove_child(parent: Node | None, name: bytes, node: Node) -> None:

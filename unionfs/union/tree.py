@@ -267,7 +267,8 @@ class Union:
                 node.held, fd = fd, -1
                 if node.is_upper and not node.is_dir and node.identity is None:
                     st = os.stat(node.held)
-                    if st.st_nlink > 0:  # it has names that nobody looked up yet
+                    if st.st_nlink > self.require_upper().links_of_removed:
+                        # it has names that nobody looked up yet
                         self.nodes.linked(node, st)
         finally:
             if fd >= 0:

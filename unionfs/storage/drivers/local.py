@@ -11,7 +11,7 @@ from unionfs.storage.drivers import image, replacing
 from unionfs.storage.drivers.base import Driver, Replacement
 from unionfs.storage.model import Volume
 from unionfs.storage.mounts import mount_at, mount_call, run_mount, unmount
-from unionfs.storage.sizes import volume_size
+from unionfs.storage.sizes import shown_size, volume_size
 from unionfs.sys import quota
 from unionfs.sys.capabilities import CAP_SYS_ADMIN, has_capability
 
@@ -137,9 +137,14 @@ class Local(Driver):
                 yield inner
         else:
             with replacing.sibling(f"{volume.directory}/_data") as beside:
-                if "size" in volume.options:
-                    quota.limit_directory(beside.path, volume_size(volume.options["size"]))
-                yield beside
+                if "size" not in volume.options:
+                    yield beside
+                    return
+                quota.limit_directory(beside.path, volume_size(volume.options["size"]))
+                try:
+                    yield beside
+                finally:
+                    quota.unlimit_directory(beside.path)  # what goes now: the old content, or the new
 
     def restores_mounted(self, volume: Volume) -> bool:
         if volume.options.get("type") == "tmpfs":
@@ -169,8 +174,24 @@ class Local(Driver):
         if image.exists(volume):
             image.resize(volume, wanted, mounted=mounted)
         else:
-            quota.limit_directory(f"{volume.directory}/_data", wanted)
+            self._change_limit(volume, wanted)
         return {**volume.options, "size": size}
+
+    def _change_limit(self, volume: Volume, wanted: int) -> None:
+        data, what = f"{volume.directory}/_data", f"volume {quoted(volume.name)} cannot be resized"
+        try:
+            if quota.space_used(data) > wanted:
+                raise UserError(
+                    f"{what}: what it holds does not fit into {shown_size(wanted)}; give a larger size, or "
+                    "remove files."
+                )
+            if not quota.change_limit(data, wanted):
+                raise UserError(
+                    f"{what}: its filesystem enforces no project quotas any more; mount it with prjquota, as "
+                    "when the volume was made."
+                )
+        except OSError as error:
+            raise UserError(f"{what}: {reason(error)}; check its filesystem's quotas.") from error
 
     def status(self, volume: Volume) -> Mapping[str, object]:
         return {"mounted": mount_at(volume.mountpoint) is not None} if "type" in volume.options else {}

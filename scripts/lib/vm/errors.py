@@ -1,0 +1,5 @@
+"""What a user of the virtual machines is told in one sentence."""
+
+
+class VmError(Exception):
+    """Something is missing or went wrong; the text is one sentence that names it and the cure."""

@@ -1,0 +1,251 @@
+"""The images: a Debian root on an ext4, the kernel that belongs to it, and the tests' Python environment.
+
+An image is a directory in the cache, named after a hash of all that it is made from, so that another list of
+packages makes another image. It is made under another name and renamed when it is whole.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import os
+import shutil
+import subprocess
+import tempfile
+import time
+import tomllib
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from scripts.lib.vm import host
+from scripts.lib.vm.errors import VmError
+
+REPOSITORY = Path(__file__).resolve().parents[3]
+SUITES = {"6.1": "bookworm", "6.12": "trixie"}
+"""Debian's releases by the kernels that they ship."""
+
+SOURCE = "/src"
+"""Where the repository is in the machine; the image's environment has the project installed from there."""
+
+_RECIPE = "1"
+"""To be changed with the code below, when what it makes changes."""
+
+_DISK_BYTES = 6 << 30
+_KEPT_SECONDS = 7 * 24 * 3600.0
+_KERNEL_PACKAGE = "linux-image-cloud-amd64"
+
+_FETCH_KERNEL = f"""
+cd /tmp
+name=$(apt-cache depends {_KERNEL_PACKAGE} | sed -n 's/^ *Depends: \\(linux-image-[0-9].*\\)/\\1/p')
+apt-get -q -o APT::Sandbox::User=root download "$name"
+mv -- "$name"_*.deb kernel.deb
+rm -rf /var/lib/apt/lists/* /var/cache/apt/*.bin
+"""
+
+# The project is installed editable, so that what is put into SOURCE later is what runs.
+_INSTALL_PYTHON = f"""
+python3 -m venv /opt/venv
+/opt/venv/bin/python -m pip install -q -e '{SOURCE}[test]'
+"""
+
+_ENTER = """
+root=$1 script=$2
+shift 2
+mount -t proc proc "$root/proc"
+mount --rbind /dev "$root/dev"
+for path in "$@"; do
+    if [ -d "$path" ]; then
+        mkdir -p "$root$path"
+    else
+        mkdir -p "$root${path%/*}"
+        [ -e "$root$path" ] || : >"$root$path"
+    fi
+    mount --rbind "$path" "$root$path"
+done
+exec chroot "$root" /bin/sh -euc "$script"
+"""
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """A kernel to boot: its image, its modules, and the root that it gets."""
+
+    release: str  # as uname -r says
+    image: Path
+    modules: Path  # the directory with modules.dep
+    root: Path  # an ext4
+
+
+def cache() -> Path:
+    """Where images are kept: ``$XDG_CACHE_HOME/unionfs/vm``, or the same below ``~/.cache``."""
+    base = os.environ.get("XDG_CACHE_HOME", "")
+    return (Path(base) if os.path.isabs(base) else Path.home() / ".cache") / "unionfs/vm"
+
+
+def _run(*command: str | Path, doing: str, env: dict[str, str] | None = None, cwd: Path | None = None) -> str:
+    done = subprocess.run(
+        [str(word) for word in command], stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT, text=True, errors="replace", env=env, cwd=cwd,
+    )  # fmt: skip
+    if done.returncode != 0:
+        print(done.stdout[-6000:])
+        raise VmError(f"{doing} failed: {command[0]} ended with {done.returncode}; its messages are above.")
+    return done.stdout
+
+
+def _project_files() -> list[Path]:
+    """What decides how the project is installed: its requirements, entry points and version."""
+    return [REPOSITORY / name for name in ("pyproject.toml", "README.md", "LICENSE", "unionfs/__init__.py")]
+
+
+def _key(suite: str, packages: Sequence[str]) -> str:
+    digest = hashlib.sha256()
+    project = tomllib.loads((REPOSITORY / "pyproject.toml").read_text())
+    version = (REPOSITORY / "unionfs/__init__.py").read_text()
+    recipe = [_RECIPE, _FETCH_KERNEL, _INSTALL_PYTHON, str(_DISK_BYTES)]
+    for part in [suite, *packages, str(project["project"]), version, *recipe]:
+        digest.update(part.encode() + b"\0")
+    return digest.hexdigest()[:16]
+
+
+@contextmanager
+def image(name: str, packages: Sequence[str]) -> Iterator[Kernel]:
+    """The image of a kernel in SUITES, held while it is used; made if there is none. Raises VmError."""
+    suite = SUITES[name]
+    home = cache()
+    home.mkdir(parents=True, exist_ok=True)
+    target = home / f"{suite}-{_key(suite, packages)}"
+    with (home / f"{suite}.lock").open("w") as lock:
+        if not target.is_dir():
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            if not target.is_dir():
+                _make(suite, packages, target)
+        fcntl.flock(lock, fcntl.LOCK_UN)
+    held = os.open(target, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        fcntl.flock(held, fcntl.LOCK_SH)
+        os.utime(target)
+        yield kernel_of(target)
+    finally:
+        os.close(held)
+
+
+def kernel_of(directory: Path) -> Kernel:
+    """The kernel of an image."""
+    modules = next((directory / "modules").iterdir())
+    return Kernel(modules.name, directory / "vmlinuz", modules, directory / "root.ext4")
+
+
+def host_kernel(
+    root: Path, release: str | None = None, boot: str = "/boot", lib: str = "/lib/modules"
+) -> Kernel:
+    """The kernel that runs here (or ``release``), for a root made for another. Raises VmError."""
+    release = release or os.uname().release
+    found = Kernel(release, Path(boot, f"vmlinuz-{release}"), Path(lib, release), root)
+    missing = [str(path) for path in (found.image, found.modules / "modules.dep") if not path.is_file()]
+    if missing:
+        verb = "is" if len(missing) == 1 else "are"
+        raise VmError(
+            f"The host's kernel cannot be booted: {' and '.join(missing)} {verb} missing; install the "
+            f"package of kernel {release}, or choose --kernel 6.1 or 6.12."
+        )
+    return found
+
+
+def _make(suite: str, packages: Sequence[str], target: Path) -> None:
+    if os.geteuid() != 0:
+        raise VmError(f"There is no image of Debian {suite} yet, and only root can make one: run it as root.")
+    if os.uname().machine != "x86_64":
+        raise VmError(f"Images are made for x86_64 only, and this machine is {os.uname().machine}.")
+    _remove_old(suite, target.parent)
+    began = time.monotonic()
+    print(f"Making an image of Debian {suite} in {target}; this takes a few minutes, once", flush=True)
+    partial = Path(tempfile.mkdtemp(prefix=f"partial-{suite}-", dir=target.parent))
+    try:
+        _build(suite, packages, partial)
+        partial.chmod(0o755)
+        partial.rename(target)
+    finally:
+        if partial.is_dir():
+            _run("rm", "-rf", "--one-file-system", partial, doing="removing a half-made image")
+    print(f"Made in {time.monotonic() - began:.0f} s", flush=True)
+
+
+def _remove_old(suite: str, home: Path) -> None:
+    """Remove what killed runs left half-made (the caller holds the lock), and images unused for a week."""
+    old = list(home.glob(f"partial-{suite}-*"))
+    for path in home.glob(f"{suite}-*"):
+        held = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        try:
+            fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if time.time() - path.stat().st_mtime > _KEPT_SECONDS:
+                old.append(path)
+        except BlockingIOError:
+            pass
+        finally:
+            os.close(held)
+    for path in old:
+        _run("rm", "-rf", "--one-file-system", path, doing="removing an old image")
+
+
+def _build(suite: str, packages: Sequence[str], home: Path) -> None:
+    root = home / "root"
+    settings = home / "apt.conf"
+    settings.write_text(host.apt_settings())
+    print("  the packages", flush=True)
+    _run(
+        "mmdebstrap", "--mode=root", "--variant=apt", "--quiet", "--skip=cleanup/apt",
+        f"--aptopt={settings}", '--aptopt=Apt::Install-Recommends "false"',
+        '--dpkgopt=path-exclude=/usr/share/man/*', '--dpkgopt=path-exclude=/usr/share/doc/*',
+        f"--include={','.join(packages)}", suite, root, host.debian_mirror(),
+        doing=f"making a root of Debian {suite}", cwd=home,
+    )  # fmt: skip
+    print("  the kernel", flush=True)
+    _chroot(root, _FETCH_KERNEL, doing="fetching the kernel")
+    _take_kernel(root, home)
+    print("  the Python environment", flush=True)
+    for path in _project_files():
+        there = root / SOURCE[1:] / path.relative_to(REPOSITORY)
+        there.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(path, there)
+    environment, paths = host.pip_settings()
+    _chroot(root, _INSTALL_PYTHON, doing="installing the requirements", env=environment, paths=paths)
+    shutil.rmtree(root / SOURCE[1:])
+    print("  the disk", flush=True)
+    disk = home / "root.ext4"
+    with disk.open("wb") as file:
+        file.truncate(_DISK_BYTES)
+    options = ("-q", "-t", "ext4", "-E", "lazy_itable_init=0")
+    _run("/usr/sbin/mke2fs", *options, "-d", root, disk, doing="making the disk")
+    _run("rm", "-rf", "--one-file-system", root, settings, doing="removing the root's directory")
+
+
+def _chroot(
+    root: Path, script: str, *, doing: str, env: dict[str, str] | None = None, paths: Sequence[Path] = ()
+) -> None:
+    """Run a shell script in ``root``, where ``paths`` are as they are here; nothing stays mounted."""
+    _run(
+        "unshare", "--mount", "--pid", "--fork", "--kill-child", "/bin/sh", "-euc", _ENTER, "enter", root,
+        script, "/etc/resolv.conf", *paths, doing=doing,
+        env={
+            "DEBIAN_FRONTEND": "noninteractive", "HOME": "/root", "LC_ALL": "C.UTF-8",
+            "PATH": "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin", **(env or {}),
+        },
+    )  # fmt: skip
+
+
+def _take_kernel(root: Path, home: Path) -> None:
+    """Unpack the kernel's package: its image and modules to ``home``, its modules into ``root`` too."""
+    unpacked = home / "kernel"
+    _run("dpkg-deb", "-x", root / "tmp/kernel.deb", unpacked, doing="unpacking the kernel")
+    (root / "tmp/kernel.deb").unlink()
+    (source,) = [*unpacked.glob("lib/modules/*"), *unpacked.glob("usr/lib/modules/*")]
+    shutil.move(next(unpacked.glob("boot/vmlinuz-*")), home / "vmlinuz")
+    there = root / "usr/lib/modules" / source.name
+    there.parent.mkdir(parents=True, exist_ok=True)
+    shutil.move(source, there)
+    _chroot(root, f"depmod {source.name}", doing="listing the kernel's modules")
+    shutil.copytree(there, home / "modules" / source.name, symlinks=True)
+    shutil.rmtree(unpacked)
