@@ -18,6 +18,7 @@ import pytest
 from tests.mount import cli_calls
 from tests.mount.cli_calls import UNIONFS, Place, gone, mounts_at, refused, succeed, unionfs, wait_for
 from tests.support import syscalls
+from tests.support.patience import patient
 from unionfs.daemon import live, unmount
 
 
@@ -158,6 +159,23 @@ def test_umount_with_another_bind_mount_of_it(place: Place) -> None:
     refused(unionfs("umount", place.merged), "still in use", str(bound), str(pid))
     assert not gone(pid)
     succeed(unionfs("umount", bound))
+    assert gone(pid)
+
+
+def test_umount_waits_for_a_daemon_that_gets_no_processor(place: Place) -> None:
+    pid = place.mount()
+    os.kill(pid, signal.SIGSTOP)
+    try:
+        process = subprocess.Popen(
+            [*UNIONFS, "umount", place.merged], stdin=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
+        )
+        assert wait_for(lambda: mounts_at(place.merged) == [])
+        with pytest.raises(subprocess.TimeoutExpired):
+            process.wait(2 * unmount._NOTICE_SECONDS)
+    finally:
+        os.kill(pid, signal.SIGCONT)
+    assert process.communicate(timeout=patient(20)) == (None, "")
+    assert process.returncode == 0
     assert gone(pid)
 
 

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 
 # How long a daemon may take to notice that its mount is gone before we look for what else holds the mount.
 _NOTICE_SECONDS = 2.0
+_DEAF_SECONDS = 30.0
 _LAZY_SECONDS = 0.5
 
 
@@ -282,7 +283,10 @@ def _unmount_dead(path: str) -> None:
 
 
 def _wait_for_end(entry: live.LiveMount, path: str, *, lazy: bool) -> None:
+    from unionfs.daemon.control import ask
+
     began = time.monotonic()
+    answered = False
     while not wait_gone(entry.pid, entry.started, 0.2):
         waited = time.monotonic() - began
         if lazy and waited >= _LAZY_SECONDS:
@@ -291,6 +295,10 @@ def _wait_for_end(entry: live.LiveMount, path: str, *, lazy: bool) -> None:
             continue
         # An ending daemon still writes the upper to disk, which may take long on a slow one.
         if any(known.pid == entry.pid and known.ending for known in live.entries()):
+            continue
+        # One that gets no processor has noticed nothing yet; one that answers has.
+        if not answered and waited < _DEAF_SECONDS:
+            answered = ask(entry.socket_path) is not None
             continue
         rest = entry.mounts()
         where = f"at {quoted(rest[0].mountpoint)}" if rest else "elsewhere (a mount namespace, an open file)"
