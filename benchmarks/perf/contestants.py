@@ -214,9 +214,19 @@ def _ours(name: str, *words: str) -> Contestant:
             "-u", str(layers.upper), "-w", str(layers.work), "-o", "allow_other,dev,suid", str(layers.merged),
         ]  # fmt: skip
 
-    return Contestant(
-        name, f"unionfs mount {' '.join(words)}", lambda: unionfs.__version__, command, ours=True
-    )
+    return Contestant(name, f"unionfs mount {' '.join(words)}", _our_version, command, ours=True)
+
+
+def _our_version() -> str:
+    """With the commit, where it comes from a checkout: two of them have the same version most of the time."""
+    where = Path(unionfs.__file__).parent.parent
+    with suppress(OSError, subprocess.SubprocessError):
+        done = subprocess.run(
+            ["git", "-C", where, "-c", f"safe.directory={where}", "describe", "--always", "--dirty"],
+            capture_output=True, text=True, check=True, timeout=30,
+        )  # fmt: skip
+        return f"{unionfs.__version__} ({done.stdout.strip()})"
+    return unionfs.__version__
 
 
 def _first_line_with(word: str, command: Sequence[str]) -> str:
