@@ -61,6 +61,12 @@ class Changes:
         directory.ctime = None
         return place
 
+    def _both_writable(self, one: Node, other: Node) -> tuple[Place, Place]:
+        """The same for two. Copying up the second, when it is in the first, kept the ctime of the first."""
+        places = self._writable(one), self._writable(other)
+        one.ctime = None
+        return places
+
     # -- creating -------------------------------------------------------------------------------------
 
     def create(self, parent: Node, name: bytes, mode: int, caller: Caller) -> tuple[Node, Attributes, int]:
@@ -479,7 +485,7 @@ class Changes:
             union.markers.set_opaque(union.gate.fd(node.parts[0]))
         if target.is_dir and union.is_visible_below(parent, name):
             union.markers.set_opaque(union.gate.fd(target.parts[0]))
-        places = self._writable(parent), self._writable(new_parent)
+        places = self._both_writable(parent, new_parent)
         with self._directories(*places) as (old_fd, new_fd):
             calls.renameat2(old_fd, name, new_fd, new_name, calls.RENAME_EXCHANGE)
         union.nodes.move(node, parent, name, new_parent, new_name)
@@ -493,7 +499,7 @@ class Changes:
         leaves_whiteout = union.is_visible_below(parent, name)
         if node.is_dir and union.is_visible_below(new_parent, new_name):
             union.markers.set_opaque(union.gate.fd(node.parts[0]))
-        places = self._writable(parent), self._writable(new_parent)
+        places = self._both_writable(parent, new_parent)
         with self._directories(*places) as (old_fd, new_fd):
             self._rename_over(node, name, target, new_name, old_fd, new_fd, leaves_whiteout=leaves_whiteout)
 
