@@ -1,4 +1,4 @@
-"""What an NFS client leaves in directories: what was removed while in use has another name until it is closed."""
+"""What an NFS client leaves in directories: what was removed while in use has another name meanwhile."""
 
 from __future__ import annotations
 
