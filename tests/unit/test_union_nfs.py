@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import os
 from pathlib import Path
 
 import pytest
@@ -63,6 +64,31 @@ def test_the_diff_has_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setattr(Layer, "__init__", on_nfs)
     changes = diff(str(tmp_path / "upper"), [str(tmp_path / "l0")], b"user.overlay.")
     assert list(changes) == [("A", f"/{OTHERS[2]}".encode())]
+
+
+def test_what_is_in_use_is_removed_from_work_later(
+    open_union: OpenUnion, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All of it, and without trying everything with each change."""
+    changes = Changes(open_union())
+    in_use = {b"%d" % number for number in range(100)}
+    tried: list[bytes] = []
+
+    def remove(name: bytes) -> None:
+        tried.append(name)
+        if name in in_use:
+            raise OSError(errno.EBUSY, os.strerror(errno.EBUSY))
+
+    monkeypatch.setattr(changes, "_remove", remove)
+    names = sorted(in_use)
+    for name in names:
+        changes._discard(name)
+    assert len(tried) <= 5 * len(names)
+    in_use.clear()
+    tried.clear()
+    for _ in range(30):
+        changes._discard(b"other")
+    assert sorted(name for name in tried if name != b"other") == names
 
 
 def test_work_may_hold_one_but_nothing_that_only_looks_like_it(tmp_path: Path) -> None:

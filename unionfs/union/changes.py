@@ -26,6 +26,8 @@ from unionfs.union.tree import Attributes, Union
 
 ACL_DEFAULT: Final = b"system.posix_acl_default"
 _NEW: Final = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
+#: So many that could not be removed are tried again with each other one: there may be thousands.
+_AGAIN: Final = 4
 _T = TypeVar("_T")
 _Make = Callable[[int, bytes, int], _T]
 """Makes something, from the fd of its directory, its name and its mode."""
@@ -232,10 +234,11 @@ class Changes:
         """Remove what is left under a temporary name in work, if anything.
 
         On NFS a directory may hold files that were removed and are still in use (EBUSY): it is tried again
-        with the next one, and by the next mount.
+        with later ones, and by the next mount.
         """
-        left, self._left = self._left, []
-        for name in [temporary, *left]:
+        again = self._left[:_AGAIN]
+        del self._left[:_AGAIN]
+        for name in [temporary, *again]:
             try:
                 self._remove(name)
             except OSError as error:
