@@ -399,6 +399,30 @@ def test_ctime_and_mtime_move(world: MakeWorld) -> None:
     made.as_native(lambda root: _own_copy(root, calls))
 
 
+def test_ctime_moves_when_a_name_goes_into_a_directory_of_a_lower_below(world: MakeWorld) -> None:
+    """The new directory is copied up for it, which is no change of the old one; the rename is."""
+
+    def build(root: Path) -> None:
+        for name in ("file", "directory"):
+            (root / "d" / name).mkdir(parents=True)
+        (root / "d/f").write_bytes(b"data")
+
+    def calls(root: Path) -> list[tuple[bool, bool]]:
+        os.truncate(root / "d/f", 1)
+        (root / "d/new").mkdir()
+        found = []
+        for old, new in (("d/f", "d/file/f"), ("d/new", "d/directory/new")):
+            os.utime(root / "d", ns=(10**18, 10**18))
+            before = (root / "d").stat()
+            os.rename(root / old, root / new)
+            after = (root / "d").stat()
+            found.append((after.st_mtime_ns > before.st_mtime_ns, after.st_ctime_ns > before.st_ctime_ns))
+        return found
+
+    made = world(build)
+    made.as_native(calls)
+
+
 def test_permissions_are_checked(world: MakeWorld, user: Worker) -> None:
     """Mode bits, sticky directories and search permission count for the caller, not for the daemon."""
 

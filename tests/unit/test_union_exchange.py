@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import errno
 import os
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from tests.support import snapshot
+from tests.support.world import errno_of
 from tests.unit.union_support import ME, OpenUnion, copy_up, find, get, names, open_union
 from unionfs.sys import calls
 from unionfs.union.changes import Changes
@@ -100,13 +102,13 @@ SCENARIOS: list[Callable[[Union], None]] = [
 ]  # fmt: skip
 
 
-def _refuse_flags(monkeypatch: pytest.MonkeyPatch) -> None:
+def _refuse_flags(monkeypatch: pytest.MonkeyPatch, *, but: int = 0) -> None:
     real = calls.renameat2
 
     def renameat2(old_fd: int, old: bytes, new_fd: int, new: bytes, flags: int = 0) -> None:
-        if flags:
+        if flags & ~but:
             raise OSError(errno.EINVAL, os.strerror(errno.EINVAL))
-        real(old_fd, old, new_fd, new)
+        real(old_fd, old, new_fd, new, flags)
 
     monkeypatch.setattr(calls, "renameat2", renameat2)
 
@@ -116,9 +118,14 @@ def _upper(tmp_path: Path) -> dict[bytes, object]:
     return {path: (e.mode, e.rdev, e.content, e.names, sorted(e.xattrs.items())) for path, e in found.items()}
 
 
+@pytest.mark.parametrize("known", [0, calls.RENAME_NOREPLACE], ids=["nfs", "ext2"])
 @pytest.mark.parametrize("scenario", SCENARIOS, ids=lambda function: function.__name__)
 def test_the_upper_is_the_same(
-    tmp_path: Path, open_union: OpenUnion, scenario: Callable[[Union], None], monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path,
+    open_union: OpenUnion,
+    scenario: Callable[[Union], None],
+    monkeypatch: pytest.MonkeyPatch,
+    known: int,
 ) -> None:
     if os.geteuid() != 0:
         pytest.skip("whiteouts are devices, which only root can make")
@@ -129,7 +136,7 @@ def test_the_upper_is_the_same(
     union.close()
     for name in ("upper", "work"):
         (tmp_path / name).rename(tmp_path / f"{name}-with-flags")
-    _refuse_flags(monkeypatch)
+    _refuse_flags(monkeypatch, but=known)
     other = open_union()
     scenario(other)
     assert _upper(tmp_path) == expected
@@ -160,6 +167,71 @@ def test_an_exchange_that_fails_is_undone(
     assert (upper / "one").is_dir()
     assert (upper / "other").read_text() == "other"
     assert os.listdir(tmp_path / "work/work") == []
+
+
+@pytest.mark.parametrize("known", [0, calls.RENAME_NOREPLACE, calls.RENAME_NOREPLACE | calls.RENAME_EXCHANGE])
+@pytest.mark.parametrize(
+    "scenario", [file_leaves_whiteout, file_over_file, file_over_whiteout, directory_leaves_whiteout],
+    ids=lambda function: function.__name__,
+)  # fmt: skip
+def test_a_rename_that_leaves_no_whiteout_is_undone(
+    tmp_path: Path,
+    open_union: OpenUnion,
+    monkeypatch: pytest.MonkeyPatch,
+    scenario: Callable[[Union], None],
+    known: int,
+) -> None:
+    """Each of its steps fails once, in whatever way the rename is done."""
+    if os.geteuid() != 0:
+        pytest.skip("whiteouts are devices, which only root can make")
+    link, rename = os.link, os.rename
+    _refuse_flags(monkeypatch, but=known)
+    renameat2, rename_over = calls.renameat2, Changes._rename_over
+    before: list[object] = []
+    steps = 0
+    failing = -1
+    undoes = False
+
+    def step(function: Callable[..., None]) -> Callable[..., None]:
+        def called(*arguments: object, **extra: object) -> None:
+            nonlocal steps, undoes
+            steps += bool(before) and not undoes
+            if steps == failing and not undoes:
+                undoes = True  # what comes now puts things back, and must not fail
+                raise OSError(errno.EIO, os.strerror(errno.EIO))
+            undoes = steps == failing
+            try:
+                function(*arguments, **extra)
+            except OSError:
+                undoes = bool(before) and calls.RENAME_EXCHANGE in arguments
+                raise
+
+        return called
+
+    def observed(*arguments: object, **extra: object) -> None:
+        before.append(_upper(tmp_path))
+        rename_over(*arguments, **extra)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(os, "link", step(link))
+    monkeypatch.setattr(os, "rename", step(rename))
+    monkeypatch.setattr(calls, "renameat2", step(renameat2))
+    monkeypatch.setattr(Changes, "_rename_over", observed)
+    for failing in range(1, 20):
+        before.clear()
+        steps, undoes = 0, False
+        for name in ("l0", "upper", "work"):
+            shutil.rmtree(tmp_path / name, ignore_errors=True)
+        _lower(tmp_path / "l0")
+        union = open_union()
+        ended = errno_of(scenario, union)
+        union.close()
+        union.stack.close()
+        if not ended:
+            break
+        assert ended == errno.EIO
+        assert _upper(tmp_path) == before[0], failing
+        assert os.listdir(tmp_path / "work/work") == []
+    assert failing > 3
 
 
 def test_what_cannot_be_linked_is_renamed(

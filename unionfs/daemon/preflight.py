@@ -35,6 +35,7 @@ from unionfs.sys.mountinfo import (
     mounted_at,
     read_mountinfo,
 )
+from unionfs.union.listing import NFS_REMOVED
 
 _OURS_IN_WORK = frozenset({"work", "index"})
 
@@ -215,7 +216,7 @@ def _check_work_content(work: str) -> None:
     for name in leftovers:
         # Temporaries are `#` and a number here and in the kernel (ovl_tempname), a number in fuse-overlayfs.
         # `.nfs` and a number is a file that was removed while open, if its NFS client could not end that.
-        if name != "incompat" and not name.startswith(("#", ".nfs")) and not name.isdigit():
+        if not (name == "incompat" or name[0] == "#" or name.isdigit() or NFS_REMOVED.fullmatch(name)):
             raise UserError(
                 f"work {quoted(work)} holds {quoted('work/' + name)}, which no union filesystem made and "
                 "which would be deleted; choose an empty directory."

@@ -10,6 +10,7 @@ step, so everything between finding a node and changing it happens without waiti
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 import resource
@@ -33,6 +34,7 @@ from unionfs.union.places import open_for_listing
 from unionfs.union.tree import Attributes, Union
 
 ACL: Final = b"system.posix_acl_"
+CAPABILITY: Final = b"security.capability"
 Found = tuple[Node, Attributes]
 """A node and what stat(2) says of it. Whoever tells the kernel counts a lookup: `node.lookups += 1`."""
 
@@ -316,8 +318,18 @@ class Operations:
         """Whether a caller is neither root nor in the group of the node's object."""
         return group_set_id_goes(self.union.stat(node).st_gid, uid, gid, pid)
 
-    async def removexattr(self, id_: int, name: bytes) -> None:
-        """Remove an xattr."""
+    async def removexattr(self, id_: int, name: bytes, uid: int) -> None:
+        """Remove an xattr, for user ``uid``."""
+        if name != CAPABILITY or uid == 0:
+            await self._removexattr(id_, name)
+            return
+        # Not asked for by the caller, who may not, but sent ahead of a write, a truncation or a chown. They
+        # take the capabilities off the backing file, too; a chown by a stranger fails.
+        if self.union.stat(self.node(id_)).st_uid == uid:
+            with contextlib.suppress(PermissionError):  # nor may an ordinary user's daemon
+                await self._removexattr(id_, name)
+
+    async def _removexattr(self, id_: int, name: bytes) -> None:
         node = self.node(id_)
         stored = self.union.stored_name(node, name)
         path, follow = self.union.path(node)

@@ -269,7 +269,7 @@ class PyfuseOperations(pyfuse3.Operations):  # type: ignore[misc,unused-ignore]
 
     @_request
     async def removexattr(self, inode: int, name: bytes, ctx: pyfuse3.RequestContext) -> None:
-        await self.operations.removexattr(inode, name)
+        await self.operations.removexattr(inode, name, ctx.uid)
 
     # -- files ----------------------------------------------------------------------------------------
 

@@ -139,10 +139,11 @@ def change_limit(path: str, size: int) -> bool:
 
 
 def space_used(path: str) -> int:
-    """How many bytes count for the limit that `limit_directory` has set. Raises OSError."""
+    """How many bytes count for the limit that `limit_directory` has set; 0 without one. Raises OSError."""
     fd = _open(path)
     try:
-        return _quota(fd, _project_of(fd))[2]
+        project = _project_of(fd)  # 0 is everything else on the filesystem
+        return _quota(fd, project)[2] if project else 0
     finally:
         os.close(fd)
 

@@ -26,6 +26,8 @@ from unionfs.union.tree import Attributes, Union
 
 ACL_DEFAULT: Final = b"system.posix_acl_default"
 _NEW: Final = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
+#: So many that could not be removed are tried again with each other one: there may be thousands.
+_AGAIN: Final = 4
 _T = TypeVar("_T")
 _Make = Callable[[int, bytes, int], _T]
 """Makes something, from the fd of its directory, its name and its mode."""
@@ -60,6 +62,12 @@ class Changes:
         place = ensure_upper(self._union, directory)
         directory.ctime = None
         return place
+
+    def _both_writable(self, one: Node, other: Node) -> tuple[Place, Place]:
+        """The same for two. Copying up the second, when it is in the first, kept the ctime of the first."""
+        places = self._writable(one), self._writable(other)
+        one.ctime = None
+        return places
 
     # -- creating -------------------------------------------------------------------------------------
 
@@ -226,10 +234,11 @@ class Changes:
         """Remove what is left under a temporary name in work, if anything.
 
         On NFS a directory may hold files that were removed and are still in use (EBUSY): it is tried again
-        with the next one, and by the next mount.
+        with later ones, and by the next mount.
         """
-        left, self._left = self._left, []
-        for name in [temporary, *left]:
+        again = self._left[:_AGAIN]
+        del self._left[:_AGAIN]
+        for name in [temporary, *again]:
             try:
                 self._remove(name)
             except OSError as error:
@@ -479,7 +488,7 @@ class Changes:
             union.markers.set_opaque(union.gate.fd(node.parts[0]))
         if target.is_dir and union.is_visible_below(parent, name):
             union.markers.set_opaque(union.gate.fd(target.parts[0]))
-        places = self._writable(parent), self._writable(new_parent)
+        places = self._both_writable(parent, new_parent)
         with self._directories(*places) as (old_fd, new_fd):
             calls.renameat2(old_fd, name, new_fd, new_name, calls.RENAME_EXCHANGE)
         union.nodes.move(node, parent, name, new_parent, new_name)
@@ -493,7 +502,7 @@ class Changes:
         leaves_whiteout = union.is_visible_below(parent, name)
         if node.is_dir and union.is_visible_below(new_parent, new_name):
             union.markers.set_opaque(union.gate.fd(node.parts[0]))
-        places = self._writable(parent), self._writable(new_parent)
+        places = self._both_writable(parent, new_parent)
         with self._directories(*places) as (old_fd, new_fd):
             self._rename_over(node, name, target, new_name, old_fd, new_fd, leaves_whiteout=leaves_whiteout)
 

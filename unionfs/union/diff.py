@@ -22,6 +22,7 @@ from contextlib import ExitStack
 from typing import Final
 
 from unionfs.union.layers import Layer, LayerStack
+from unionfs.union.listing import NFS_REMOVED
 from unionfs.union.markers import ABSENT
 from unionfs.union.nodes import Node
 from unionfs.union.places import Place, open_for_listing
@@ -154,9 +155,12 @@ class _Comparison:
     def _names(self, place: Place) -> list[bytes]:
         fd = open_for_listing(self.union.gate.fd(place))
         try:
-            return [os.fsencode(name) for name in os.listdir(fd)]
+            names = os.listdir(fd)
         finally:
             os.close(fd)
+        if place.layer.is_upper and place.layer.links_of_removed:
+            names = [name for name in names if not NFS_REMOVED.fullmatch(name)]
+        return [os.fsencode(name) for name in names]
 
     def _compare(self, change: _Change, now: list[Place], before: list[Place]) -> None:
         try:

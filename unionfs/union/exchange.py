@@ -3,7 +3,7 @@
 renameat2(2) with flags is EINVAL there (fs/nfs/dir.c, nfs_rename). What is one step elsewhere then takes two
 or three, all with complete objects that were prepared in work. The union's users never see the state between,
 since nothing else is answered meanwhile; but when the daemon or the server dies in it, a name of a lower that
-was removed or replaced may be seen again.
+was removed or replaced may be seen again, and a file that was renamed may have both names.
 """
 
 from __future__ import annotations
@@ -67,19 +67,26 @@ def rename_leaving(
 ) -> None:
     """Rename ``old`` (directory fd, name) to ``new``, and put the whiteout in work in its place.
 
-    ``occupied``: there is something at ``new``. Of the filesystem RENAME_EXCHANGE is enough.
+    ``occupied``: there is something at ``new``. Where the filesystem has RENAME_EXCHANGE, that is enough.
     """
     (old_fd, old_name), (new_fd, new_name) = old, new
     try:
-        if not occupied:
-            calls.renameat2(work, whiteout, new_fd, new_name, calls.RENAME_NOREPLACE)
-        calls.renameat2(old_fd, old_name, new_fd, new_name, calls.RENAME_EXCHANGE)
         if occupied:
-            calls.renameat2(work, whiteout, old_fd, old_name, calls.RENAME_EXCHANGE)
+            calls.renameat2(old_fd, old_name, new_fd, new_name, calls.RENAME_EXCHANGE)
+            try:
+                calls.renameat2(work, whiteout, old_fd, old_name, calls.RENAME_EXCHANGE)
+            except BaseException:
+                calls.renameat2(old_fd, old_name, new_fd, new_name, calls.RENAME_EXCHANGE)
+                raise
+            return
+        calls.renameat2(work, whiteout, new_fd, new_name, calls.RENAME_NOREPLACE)
+        # ext2, jfs and others have this flag but no RENAME_EXCHANGE
+        with _undone_by(new_name, new_fd, whiteout, work):
+            calls.renameat2(old_fd, old_name, new_fd, new_name, calls.RENAME_EXCHANGE)
     except OSError as error:
-        if error.errno not in NO_FLAGS:  # if the first of these works, they all do
+        if error.errno not in NO_FLAGS:
             raise
-        _rename_leaving_in_steps(temporary, work, whiteout, old, new, directory=directory)
+        _rename_leaving_in_steps(temporary, work, whiteout, old, new, directory=directory, occupied=occupied)
 
 
 def _rename_leaving_in_steps(
@@ -90,19 +97,27 @@ def _rename_leaving_in_steps(
     new: tuple[int, bytes],
     *,
     directory: bool,
+    occupied: bool,
 ) -> None:
-    """A file has both names in between, so that it is never missing; a directory has none for a moment."""
+    """A file has both names in between, so that it is never missing; a directory has none for a moment.
+
+    All is as it was when it raises, but for an empty directory or a file that cannot be linked at ``new``.
+    """
     (old_fd, old_name), (new_fd, new_name) = old, new
     if not directory:
-        with temporary() as second:
+        with temporary() as second, temporary() as replaced:
             try:
                 os.link(old_name, second, src_dir_fd=old_fd, dst_dir_fd=work, follow_symlinks=False)
+                if occupied:
+                    os.link(new_name, replaced, src_dir_fd=new_fd, dst_dir_fd=work, follow_symlinks=False)
             except OSError as error:
                 if error.errno not in _NO_LINKS:
                     raise
             else:
                 os.rename(second, new_name, src_dir_fd=work, dst_dir_fd=new_fd)
-                os.rename(whiteout, old_name, src_dir_fd=work, dst_dir_fd=old_fd)
+                undone = (replaced, work, new_name, new_fd) if occupied else (new_name, new_fd, second, work)
+                with _undone_by(*undone):
+                    os.rename(whiteout, old_name, src_dir_fd=work, dst_dir_fd=old_fd)
                 return
     os.rename(old_name, new_name, src_dir_fd=old_fd, dst_dir_fd=new_fd)
     with _undone_by(new_name, new_fd, old_name, old_fd):

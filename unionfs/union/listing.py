@@ -14,8 +14,9 @@ if TYPE_CHECKING:
     from unionfs.union.nodes import Node
     from unionfs.union.tree import Union
 
-#: What an NFS client calls a file that was removed while an fd of it is held.
-_REMOVED: Final = re.compile(rb"\.nfs[0-9a-f]{16,}")
+#: What an NFS client calls a file that was removed while an fd of it is held: its number in 16 digits and a
+#: count in 8 (fs/nfs/unlink.c, nfs_sillyrename).
+NFS_REMOVED: Final = re.compile(r"\.nfs[0-9a-f]{24}")
 #: A directory that takes more bytes than this on its filesystem is listed in a thread.
 LARGE: Final = 64 * 1024
 
@@ -42,28 +43,29 @@ class Listing:
 
     def names(self) -> list[bytes]:
         """Every visible name once, in the order of the layers; closes the fds. Raises ``OSError``."""
-        names = self._names()
-        if self._hides_removed:
-            return [name for name in names if not _REMOVED.fullmatch(name)]
-        return names
-
-    def _names(self) -> list[bytes]:
         try:
             if not self._fds:
                 return []
             if len(self._fds) == 1:
-                return [os.fsencode(name) for name in self._entries(self._fds[0], set())]
+                return [os.fsencode(name) for name in self._shown(self._fds[0], set())]
             hidden: set[str] = set()
             merged: dict[str, None] = {}
             for fd in self._fds:
                 whiteouts: set[str] = set()
-                for name in self._entries(fd, whiteouts):
+                for name in self._shown(fd, whiteouts):
                     if name not in hidden:
                         merged[name] = None
                 hidden |= whiteouts
             return [os.fsencode(name) for name in merged]
         finally:
             self.close()
+
+    def _shown(self, fd: int, whiteouts: set[str]) -> list[str]:
+        """What a layer shows; of the upper, which comes first, without what is removed and still in use."""
+        names = self._entries(fd, whiteouts)
+        if self._hides_removed and fd == self._fds[0]:
+            return [name for name in names if not NFS_REMOVED.fullmatch(name)]
+        return names
 
     def _entries(self, fd: int, whiteouts: set[str]) -> list[str]:
         """The names in one real directory, without its whiteouts, which go into ``whiteouts``."""

@@ -12,7 +12,7 @@ from unionfs.fuse.direct.loop import Answer, Waiting
 from unionfs.fuse.direct.nodeio import NodeIos
 from unionfs.fuse.direct.times import KernelTimes
 from unionfs.fuse.directories import DOT, DOT_DOT
-from unionfs.fuse.operations import Change, Found, Operations, error
+from unionfs.fuse.operations import CAPABILITY, Change, Found, Operations, error
 from unionfs.fuse.protocol import FOREVER, NEVER, Decision, Init, Listing, Opcode, Reply, Timeout, encode
 from unionfs.fuse.protocol import requests as rq
 from unionfs.fuse.protocol.flags import (
@@ -35,7 +35,6 @@ from unionfs.union.nodes import Node
 from unionfs.union.tree import Attributes
 
 _NS: Final = 1_000_000_000
-_CAPABILITY: Final = b"security.capability"
 
 
 class NameRequests:
@@ -268,7 +267,7 @@ class NameRequests:
     # -- extended attributes --------------------------------------------------------------------------
 
     def _getxattr(self, request: rq.Getxattr) -> Reply:
-        if request.name == _CAPABILITY and self._operations.node(request.nodeid).no_capability:
+        if request.name == CAPABILITY and self._operations.node(request.nodeid).no_capability:
             return encode.error(request.unique, errno.ENODATA)
         value = self._operations.getxattr(request.nodeid, request.name)
         return _sized(request.unique, value, request.size)
@@ -284,13 +283,7 @@ class NameRequests:
         return encode.ok(request.unique)
 
     async def _removexattr(self, request: rq.Removexattr) -> Reply:
-        if request.name == _CAPABILITY and request.uid != 0:
-            # Not asked for by the caller, who may not, but sent ahead of a write, a truncation or a chown.
-            # The first two take the capabilities off the backing file; a chown by a stranger fails.
-            _, attributes = self._operations.getattr(request.nodeid)
-            if attributes.st.st_uid != request.uid:
-                return encode.ok(request.unique)
-        await self._operations.removexattr(request.nodeid, request.name)
+        await self._operations.removexattr(request.nodeid, request.name, request.uid)
         return encode.ok(request.unique)
 
     # -- listings -------------------------------------------------------------------------------------
