@@ -163,6 +163,7 @@ def _publish(run: results.Run, options: argparse.Namespace) -> bool:
 def main() -> int:
     """Measure and report; returns the exit code."""
     if sys.argv[1:2] and sys.argv[1] in commands.NAMES:
+        signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `| head` is no error
         return commands.main(sys.argv[1:])
     options = _arguments()
     sizes = _sizes(options)

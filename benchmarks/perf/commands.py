@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import signal
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -40,7 +39,6 @@ def _refuse(sentence: str) -> NoReturn:
 
 def main(words: Sequence[str]) -> int:
     """Run the command that `words` begin with; returns the exit code."""
-    signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `| head` is no error
     try:
         return (_compare if words[0] == "compare" else _report)(words[1:])
     except BadResults as error:

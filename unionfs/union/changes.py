@@ -169,7 +169,9 @@ class Changes:
         if acl is None:
             try:
                 acl = os.getxattr(b"/proc/self/fd/%d" % dir_fd, ACL_DEFAULT)
-            except OSError:
+            except OSError as error:
+                if error.errno not in (errno.ENODATA, errno.EOPNOTSUPP):
+                    raise
                 acl = b""
             if not place.layer.bound:  # which is changed by others too
                 place.default_acl = acl
