@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import time
@@ -15,6 +16,7 @@ from unionfs.storage.model import Volume
 from unionfs.storage.mounts import detach, mount_at, need_program, run_program
 
 _READY_SECONDS = 30.0
+_SENT_SECONDS = 600.0
 
 
 class RemoteDriver(Driver):
@@ -88,6 +90,9 @@ class RemoteDriver(Driver):
         """What the program said to a log, as a part of a sentence."""
         return ""
 
+    def settle(self, volume: Volume) -> None:
+        """Wait until files that were written can be renamed. Raises UserError."""
+
     def unmount(self, volume: Volume, user: str) -> None:
         from unionfs.daemon.unmount import unmount
         from unionfs.sys.liveness import is_dead
@@ -108,7 +113,7 @@ class RemoteDriver(Driver):
 
     @contextmanager
     def replacement(self, volume: Volume) -> Iterator[Replacement]:
-        with replacing.in_place(f"{volume.directory}/_data") as place:
+        with replacing.in_place(f"{volume.directory}/_data", lambda: self.settle(volume)) as place:
             yield place
 
     def check_clone(self, volume: Volume) -> None:
@@ -191,6 +196,32 @@ class Rclone(RemoteDriver):
 
     def log(self, volume: Volume) -> str:
         return _last_line(f"{volume.directory}/rclone.log")
+
+    def settle(self, volume: Volume) -> None:
+        # A file is sent after its close; one that is renamed meanwhile arrives under both names.
+        deadline = time.monotonic() + _SENT_SECONDS
+        while _is_sending(f"{volume.directory}/cache/vfsMeta"):
+            if time.monotonic() > deadline:
+                raise UserError(
+                    f"volume {quoted(volume.name)} is not restored: rclone has not sent all files in "
+                    f"{_SENT_SECONDS:.0f} s{self.log(volume)}; see that its remote can be reached."
+                )
+            time.sleep(0.05)
+
+
+def _is_sending(directory: str) -> bool:
+    """Whether a file in rclone's cache is not sent yet, as a JSON object for each tells (vfs/vfscache)."""
+    for where, _, names in os.walk(directory):
+        for name in names:
+            try:
+                with open(f"{where}/{name}", encoding="utf-8", errors="replace") as source:
+                    if json.load(source).get("Dirty"):
+                        return True
+            except FileNotFoundError:
+                continue
+            except ValueError:
+                return True  # it is just being written
+    return False
 
 
 class Glusterfs(RemoteDriver):

@@ -9,7 +9,7 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from typing import Any
 
@@ -114,12 +114,15 @@ def remove_tree(path: str) -> None:
 
 
 class _InPlace:
-    def __init__(self, data: str) -> None:
+    def __init__(self, data: str, settle: Callable[[], None] | None) -> None:
         self._data = data
+        self._settle = settle
         self.path = f"{data}/{WORKSPACE}/new"
 
     def commit(self) -> None:
         workspace = f"{self._data}/{WORKSPACE}"
+        if self._settle is not None:
+            self._settle()
         root = os.stat(self.path)
         journal = {
             "old": [name for name in os.listdir(self._data) if name != WORKSPACE],
@@ -135,10 +138,11 @@ class _InPlace:
 
 
 @contextmanager
-def in_place(data: str) -> Iterator[_InPlace]:
+def in_place(data: str, settle: Callable[[], None] | None = None) -> Iterator[_InPlace]:
     """New content in a hidden directory of the volume itself, for filesystems that are not ours.
 
-    The exchange is many renames, which a journal finishes when it is interrupted.
+    The exchange is many renames, which a journal finishes when it is interrupted. `settle` is called before,
+    and may wait until all that was written can be renamed.
     """
     workspace = f"{data}/{WORKSPACE}"
     finish_in_place(data)
@@ -153,7 +157,7 @@ def in_place(data: str) -> Iterator[_InPlace]:
             f"nothing can be prepared in {quoted(data)}: {reason(error)}; the volume must be writable."
         ) from error
     try:
-        yield _InPlace(data)
+        yield _InPlace(data, settle)
     finally:
         # With a journal the exchange has begun: the next mount of the volume finishes it.
         if not os.path.lexists(f"{workspace}/{_JOURNAL}"):
