@@ -100,7 +100,7 @@ class _Bench:
         """The three comparisons for one volume."""
         data = self.root / "volumes" / name / "_data"
         archive, tarball, place = self.area / "b.tar", self.area / "t.tar", self.area / "place"
-        backup = [*self.unionfs, "backup", name, "--compress", "none", "-o"]
+        backup: list[str | Path] = [*self.unionfs, "backup", name, "--compress", "none", "-o"]
         self.compare(
             f"{name} pipe",
             lambda: _discard([*backup, "-"]),
