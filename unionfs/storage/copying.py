@@ -11,6 +11,7 @@ from unionfs.storage.archive.extract import Extractor
 from unionfs.storage.archive.walk import Walker
 from unionfs.storage.backup import Report
 from unionfs.sys.calls import clone_file
+from unionfs.union.filedata import copy_piece
 
 _CHUNK = 64 << 20
 _TRIES = 3
@@ -62,20 +63,7 @@ def _copy(target: int, source: int, entry: Entry) -> None:
     for offset, length in entry.segments if entry.kind == SPARSE else [(0, entry.size)]:
         end = offset + length
         while offset < end:
-            count = _copy_range(source, target, min(end - offset, _CHUNK), offset)
+            count = copy_piece(source, target, min(end - offset, _CHUNK), offset)
             if count == 0:
                 break  # it has become shorter
             offset += count
-
-
-def _copy_range(source: int, target: int, count: int, offset: int) -> int:
-    try:
-        return os.copy_file_range(source, target, count, offset, offset)
-    except OSError as error:
-        if error.errno not in (errno.EXDEV, errno.EOPNOTSUPP, errno.EINVAL, errno.ENOSYS):
-            raise
-    data = os.pread(source, min(count, 1 << 20), offset)
-    written = 0
-    while written < len(data):
-        written += os.pwrite(target, memoryview(data)[written:], offset + written)
-    return written

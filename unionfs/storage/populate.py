@@ -21,7 +21,7 @@ from contextlib import suppress
 from unionfs.daemon.errors import UserError, quoted, reason
 from unionfs.storage.targets import Names
 from unionfs.sys import calls
-from unionfs.union.copyup import copy_data
+from unionfs.union.filedata import clone, copy_data
 from unionfs.union.layers import LayerStack
 from unionfs.union.listing import Listing
 from unionfs.union.nodes import Node
@@ -123,6 +123,8 @@ class _Copier:
         self._root = root
         #: Where the first name of a file with several went, relative to the root.
         self._links: dict[tuple[int, int], bytes] = {}
+        #: Devices whose files cannot share blocks with the volume's.
+        self._never_clones: set[int] = set()
 
     def close(self) -> None:
         os.close(self._root)
@@ -188,7 +190,9 @@ class _Copier:
         try:
             fd = os.open(name, flags, 0o600, dir_fd=dir_fd)
             try:
-                copy_data(source.fd, fd, os.fstat(source.fd).st_size, lambda: None, whole=True)
+                st = os.fstat(source.fd)
+                if not clone(source.fd, fd, st.st_dev, self._never_clones):
+                    copy_data(source.fd, fd, st.st_size)
                 self._keep(node, fd)
             finally:
                 os.close(fd)

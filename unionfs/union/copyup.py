@@ -17,17 +17,13 @@ from typing import Final
 
 from unionfs.sys import calls
 from unionfs.union import bound
+from unionfs.union.filedata import clone, copy_data
 from unionfs.union.files import OpenFile
 from unionfs.union.nodes import UNSEEN, Node
 from unionfs.union.places import Place
 from unionfs.union.tree import Union
 from unionfs.union.xattrs import copy_xattrs
 
-_CHUNK: Final = 8 * 1024 * 1024
-_NO_RANGE_COPY: Final = (errno.EXDEV, errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP, errno.EBADF)
-_NO_HOLES: Final = (errno.EINVAL, errno.EOPNOTSUPP)
-_NO_ROOM: Final = (errno.ENOSPC, errno.EDQUOT, errno.EIO)
-_NEVER_CLONES: Final = (errno.EOPNOTSUPP, errno.EXDEV, errno.ENOTTY)
 _CAPABILITY: Final = b"security.capability"
 _numbers: Final = itertools.count()
 #: A file up to this size (bytes) is copied at once when nothing has to reach a disk, and its holes are looked
@@ -77,27 +73,13 @@ class FileCopy:
         """
         if self.size:
             dense = self.size <= SMALL and self._st.st_blocks * 512 >= self._st.st_size
-            if self.size < self._st.st_size or not self._clone():
-                copy_data(self._source.fd, self._target, self.size, goes_on, whole=False, dense=dense)
+            source, never = self._source.fd, self._union.stack.never_clones
+            if self.size < self._st.st_size or not clone(source, self._target, self._st.st_dev, never):
+                copy_data(source, self._target, self.size, goes_on, dense=dense)
         goes_on()
         self._copy_metadata()
         if self._union.stack.durable:
             os.fsync(self._target)
-
-    def _clone(self) -> bool:
-        """Share all blocks with the source, where the filesystems can."""
-        never = self._union.stack.never_clones
-        if self._st.st_dev in never:
-            return False
-        try:
-            calls.clone_file(self._target, self._source.fd)
-        except OSError as error:
-            if error.errno in _NO_ROOM:
-                raise
-            if error.errno in _NEVER_CLONES:
-                never.add(self._st.st_dev)
-            return False
-        return True
 
     def _copy_metadata(self) -> None:
         """Owner, xattrs, mode, times: in the order in which none undoes another."""
@@ -287,67 +269,3 @@ def _rename_into(union: Union, temporary: bytes, directory: Node, name: bytes) -
     except OSError:
         pass
     directory.ctime = UNSEEN, shown
-
-
-def copy_data(
-    source: int,
-    target: int,
-    size: int,
-    goes_on: Callable[[], None],
-    *,
-    whole: bool,
-    dense: bool = False,
-) -> None:
-    """Copy ``size`` bytes, holes as holes: by reflink, else by copy_file_range, else by reading.
-
-    ``whole``: that is all of the file. ``dense``: it has blocks for all its bytes, so no hole is looked for.
-    """
-    if whole:
-        try:
-            calls.clone_file(target, source)
-            return
-        except OSError as error:
-            if error.errno in _NO_ROOM:
-                raise
-    position = 0
-    by_range = True
-    while position < size:
-        start, end = (position, size) if dense else _next_data(source, position, size)
-        while start < end:
-            goes_on()
-            count = min(end - start, _CHUNK)
-            if by_range:
-                try:
-                    done = os.copy_file_range(source, target, count, start, start)
-                    if done == 0:
-                        by_range = False
-                    start += done
-                    continue
-                except OSError as error:
-                    if error.errno not in _NO_RANGE_COPY:
-                        raise
-                    by_range = False
-            data = os.pread(source, min(count, 1024 * 1024), start)
-            if not data:
-                end = start  # the source became shorter under us
-                break
-            written = 0
-            while written < len(data):
-                written += os.pwrite(target, memoryview(data)[written:], start + written)
-            start += written
-        position = end if end > position else size
-    if not dense:
-        os.ftruncate(target, size)
-
-
-def _next_data(fd: int, position: int, size: int) -> tuple[int, int]:
-    """The next stretch with data from ``position`` on; ``(size, size)`` when only a hole is left."""
-    try:
-        start = os.lseek(fd, position, os.SEEK_DATA)
-        return start, min(os.lseek(fd, start, os.SEEK_HOLE), size)
-    except OSError as error:
-        if error.errno == errno.ENXIO:
-            return size, size
-        if error.errno in _NO_HOLES:
-            return position, size
-        raise

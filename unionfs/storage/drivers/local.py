@@ -117,10 +117,8 @@ class Local(Driver):
             if kind == "none" and not os.path.isdir(data):
                 raise UserError(f"{what} is bound to {quoted(device)}, which is no directory; make it first.")
             replacing.finish_in_place(data)
-        else:
-            replacing.recover_sibling(data)
-            if not os.path.isdir(data):
-                raise UserError(f"{what} has lost its directory {quoted(data)}; restore it from a backup.")
+        elif not os.path.isdir(data) and not replacing.recover_sibling(data):
+            raise UserError(f"{what} has lost its directory {quoted(data)}; restore it from a backup.")
         return data
 
     def unmount(self, volume: Volume, user: str) -> None:

@@ -4,17 +4,16 @@ be.
 
 from __future__ import annotations
 
-import errno
 import json
 import os
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from typing import Any
 
 from unionfs.daemon.errors import UserError, quoted, reason
-from unionfs.sys.calls import RENAME_EXCHANGE, renameat2
+from unionfs.union.exchange import exchange as exchange_names
 
 _SIBLING = ".restore-"
 _ASIDE = ".old"
@@ -37,22 +36,11 @@ def fsync_directory(path: str) -> None:
 
 
 def exchange(one: str, other: str) -> None:
-    """Exchange two names on one filesystem in one step (renameat2(2), RENAME_EXCHANGE)."""
+    """Exchange two names on one filesystem: in one step, or in steps that `recover_sibling` can undo."""
     at = os.open("/", os.O_PATH | os.O_CLOEXEC)
+    aside = nullcontext(os.fsencode(other + _ASIDE))
     try:
-        renameat2(at, os.fsencode(one), at, os.fsencode(other), RENAME_EXCHANGE)
-    except OSError as error:
-        if error.errno not in (errno.EINVAL, errno.ENOSYS):
-            raise
-        # No exchange on this filesystem: two steps, of which the first can be undone.
-        aside = other + _ASIDE
-        os.rename(one, aside)
-        try:
-            os.rename(other, one)
-        except BaseException:
-            os.rename(aside, one)
-            raise
-        os.rename(aside, other)
+        exchange_names(lambda: aside, at, at, os.fsencode(other), at, os.fsencode(one))
     finally:
         os.close(at)
 
@@ -82,13 +70,18 @@ def sibling(data: str) -> Iterator[_Sibling]:
         remove_tree(path)
 
 
-def recover_sibling(data: str) -> None:
-    """Give `data` its old content back when an exchange in two steps was interrupted between them."""
+def recover_sibling(data: str) -> bool:
+    """Give `data`, if it is missing, its old content back that an exchange in steps left aside.
+
+    Returns whether there was any.
+    """
     parent = os.path.dirname(data)
     with suppress(OSError):
         for name in os.listdir(parent):
             if name.startswith(_SIBLING) and name.endswith(_ASIDE) and not os.path.lexists(data):
                 os.rename(f"{parent}/{name}", data)
+                return True
+    return False
 
 
 def sweep_siblings(data: str) -> None:
