@@ -17,6 +17,7 @@ from tests.support import areas, mounting  # noqa: E402
 from tests.support import world as worlds  # noqa: E402
 from tests.support.mounting import Mount  # noqa: E402
 from tests.support.patience import SLOWNESS, patient  # noqa: E402
+from tests.support.storage import Storage, storage  # noqa: E402
 from tests.support.worker import Worker  # noqa: E402
 
 WATCHDOG_SECONDS = 100.0
@@ -160,3 +161,17 @@ def world(kernel_overlay: None, area: Path, session: str) -> Iterator[Callable[.
             )
 
         yield make
+
+
+@pytest.fixture
+def storing(root: None, area: Path, session: str) -> Iterator[Storage]:
+    """A storage root and layers, on every session."""
+    with storage(area, session) as found:
+        yield found
+
+
+@pytest.fixture
+def one(root: None, area: Path) -> Iterator[Storage]:
+    """A storage root and layers, where the session makes no difference."""
+    with storage(area) as found:
+        yield found

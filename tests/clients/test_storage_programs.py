@@ -25,12 +25,6 @@ from unionfs.daemon import live
 SYSTEM = [path for path in ("/usr", "/lib", "/lib64", "/bin", "/etc/alternatives") if os.path.isdir(path)]
 
 
-@pytest.fixture
-def storing(root: None, area: Path, session: str) -> Iterator[Storage]:
-    with storage(area, session) as found:
-        yield found
-
-
 @contextmanager
 def running(arguments: list[str | Path], log: Path, **more: str) -> Iterator[subprocess.Popen[bytes]]:
     """A program in a process group of its own, its output in a file; ended by SIGTERM."""

@@ -13,7 +13,6 @@ import pytest
 from tests.mount import cli_calls
 from tests.mount.cli_calls import Place, gone, listed, wait_for
 from tests.mount.user_calls import Host
-from tests.support.storage import Storage, storage
 
 
 @pytest.fixture
@@ -43,17 +42,3 @@ def host(place: Place) -> Iterator[Host]:
                 os.kill(pid, signal.SIGKILL)
         found.holder.kill()
         found.holder.communicate()
-
-
-@pytest.fixture
-def storing(root: None, area: Path, session: str) -> Iterator[Storage]:
-    """A storage root and layers, on every session."""
-    with storage(area, session) as found:
-        yield found
-
-
-@pytest.fixture
-def one(root: None, area: Path) -> Iterator[Storage]:
-    """A storage root and layers, where the session makes no difference."""
-    with storage(area) as found:
-        yield found

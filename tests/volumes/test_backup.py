@@ -11,7 +11,8 @@ import sys
 import sysconfig
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -202,27 +203,34 @@ def test_a_volume_whose_directory_was_removed_is_restored(store: Store, area: Pa
     assert trees.value(data) == before
 
 
+@contextmanager
+def _meanwhile(write: Callable[[threading.Event], None]) -> Iterator[None]:
+    """Let a thread change files until the block ends."""
+    stop = threading.Event()
+    thread = threading.Thread(target=write, args=(stop,))
+    thread.start()
+    try:
+        yield
+    finally:
+        stop.set()
+        thread.join()
+
+
 class TestConsistency:
     def test_a_file_that_changes_all_the_time_is_said(self, store: Store, area: Path) -> None:
         data = store.create("data")
         (data / "log").write_bytes(bytes(40 << 20))
         (data / "quiet").write_text("x")
-        stop = threading.Event()
 
-        def write() -> None:
+        def write(stop: threading.Event) -> None:
             with (data / "log").open("r+b") as file:
                 turn = 0
                 while not stop.is_set():
                     os.pwrite(file.fileno(), b"%d" % turn, turn * 4096 % (40 << 20))
                     turn += 1
 
-        thread = threading.Thread(target=write)
-        thread.start()
-        try:
+        with _meanwhile(write):
             done = store("backup", "data", "-o", area / "b.tar")
-        finally:
-            stop.set()
-            thread.join()
         assert done.returncode == 0
         assert "log changed each time it was read" in done.stderr
         assert "whole and agrees" in store.ok("verify", area / "b.tar")
@@ -234,23 +242,17 @@ class TestConsistency:
     def test_a_file_that_grows_or_shrinks_meanwhile(self, store: Store, area: Path) -> None:
         data = store.create("data")
         (data / "log").write_bytes(bytes(20 << 20))
-        stop = threading.Event()
 
-        def write() -> None:
+        def write(stop: threading.Event) -> None:
             while not stop.is_set():
                 with (data / "log").open("ab") as file:
                     file.write(b"more" * 5000)
                 os.truncate(data / "log", 15 << 20)
                 os.truncate(data / "log", 20 << 20)
 
-        thread = threading.Thread(target=write)
-        thread.start()
-        try:
+        with _meanwhile(write):
             done = store("backup", "data", "-o", area / "b.tar")
             assert done.returncode == 0, done.stderr
-        finally:
-            stop.set()
-            thread.join()
         assert "whole and agrees" in store.ok("verify", area / "b.tar")
         trees.tar("tf", area / "b.tar")
 
@@ -273,22 +275,17 @@ class TestConsistency:
         with store.volumes().used("data", "test") as path:
             for number in range(50):
                 (Path(path) / f"file {number}").write_bytes(os.urandom(100_000))
-            stop, turns = threading.Event(), []
+            turns: list[int] = []
 
-            def write() -> None:
+            def write(stop: threading.Event) -> None:
                 while not stop.is_set():
                     # Two files that must agree: a backup between the two steps would show it.
                     for name in ("file 0", "file 49"):
                         (Path(path) / name).write_text(str(len(turns)))
                     turns.append(1)
 
-            thread = threading.Thread(target=write)
-            thread.start()
-            try:
+            with _meanwhile(write):
                 done = store("backup", "data", "-o", area / "b.tar")
-            finally:
-                stop.set()
-                thread.join()
             assert done.returncode == 0, done.stderr
             assert "was frozen meanwhile" in done.stderr
             assert "changed" not in done.stderr
@@ -330,22 +327,15 @@ class TestConsistency:
         data = store.create("data")
         size = 32 << 20
         (data / "one").write_bytes(b"0" * size)
-        stop = threading.Event()
 
-        def write() -> None:
+        def write(stop: threading.Event) -> None:
             with (data / "one").open("r+b") as file:
                 while not stop.is_set():
                     for letter in b"123456789":
                         os.pwrite(file.fileno(), bytes([letter]) * size, 0)
 
-        with store.volumes().used("data", "test"):
-            thread = threading.Thread(target=write)
-            thread.start()
-            try:
-                done = store("backup", "data", "-o", area / "b.tar")
-            finally:
-                stop.set()
-                thread.join()
+        with store.volumes().used("data", "test"), _meanwhile(write):
+            done = store("backup", "data", "-o", area / "b.tar")
         assert done.returncode == 0, done.stderr
         assert "changed" not in done.stderr
         store.create("copy")

@@ -11,8 +11,8 @@ from typing import Any
 
 import pytest
 
-from unionfs.storage.drivers import replacing
 from unionfs.storage.drivers.replacing import WORKSPACE, finish_in_place, in_place, recover_sibling, sibling
+from unionfs.sys import calls
 
 Restore = Callable[[Path], None]
 
@@ -124,7 +124,7 @@ def test_a_kill_at_each_step_beside(area: Path, monkeypatch: pytest.MonkeyPatch,
         raise OSError(errno.EINVAL, "renameat2")
 
     if not exchanges:
-        monkeypatch.setattr(replacing, "renameat2", refuse)
+        monkeypatch.setattr(calls, "renameat2", refuse)
     old, new = area / "old", area / "new"
     for place, word in ((old, "old"), (new, "new")):
         place.mkdir()
