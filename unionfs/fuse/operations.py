@@ -32,9 +32,9 @@ from unionfs.union.files import Handle, mode_without_set_ids
 from unionfs.union.nodes import Node
 from unionfs.union.places import open_for_listing
 from unionfs.union.tree import Attributes, Union
+from unionfs.union.xattrs import CAPABILITY
 
 ACL: Final = b"system.posix_acl_"
-CAPABILITY: Final = b"security.capability"
 Found = tuple[Node, Attributes]
 """A node and what stat(2) says of it. Whoever tells the kernel counts a lookup: `node.lookups += 1`."""
 
@@ -266,6 +266,8 @@ class Operations:
         if name.startswith(ACL) and not self.union.stack.acl:
             raise error(errno.EOPNOTSUPP)
         node = self.node(id_)
+        if name == CAPABILITY and node.no_capability:
+            raise error(errno.ENODATA)
         path, follow = self.union.path(node)
         return os.getxattr(path, self.union.stored_name(node, name), follow_symlinks=follow)
 

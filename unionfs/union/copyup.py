@@ -22,9 +22,8 @@ from unionfs.union.files import OpenFile
 from unionfs.union.nodes import UNSEEN, Node
 from unionfs.union.places import Place
 from unionfs.union.tree import Union
-from unionfs.union.xattrs import copy_xattrs
+from unionfs.union.xattrs import CAPABILITY, copy_xattrs
 
-_CAPABILITY: Final = b"security.capability"
 _numbers: Final = itertools.count()
 #: A file up to this size (bytes) is copied at once when nothing has to reach a disk, and its holes are looked
 #: for only if it has some.
@@ -87,7 +86,7 @@ class FileCopy:
         if (st.st_uid, st.st_gid) != (self._union.identity.uid, self._union.identity.gid):
             os.fchown(target, st.st_uid, st.st_gid)
         names = copy_xattrs(self._union.markers, (self._source.fd, True), (target, True))
-        self._no_capability = _CAPABILITY not in names
+        self._no_capability = CAPABILITY not in names
         os.fchmod(target, stat.S_IMODE(st.st_mode))
         os.utime(target, ns=(st.st_atime_ns, st.st_mtime_ns))
 

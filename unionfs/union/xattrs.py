@@ -8,6 +8,7 @@ from typing import Final
 
 from unionfs.union.markers import Markers
 
+CAPABILITY: Final = b"security.capability"
 _NOT_KEPT: Final = (errno.EOPNOTSUPP,)
 
 

@@ -12,7 +12,7 @@ from unionfs.fuse.direct.loop import Answer, Waiting
 from unionfs.fuse.direct.nodeio import NodeIos
 from unionfs.fuse.direct.times import KernelTimes
 from unionfs.fuse.directories import DOT, DOT_DOT
-from unionfs.fuse.operations import CAPABILITY, Change, Found, Operations, error
+from unionfs.fuse.operations import Change, Found, Operations, error
 from unionfs.fuse.protocol import FOREVER, NEVER, Decision, Init, Listing, Opcode, Reply, Timeout, encode
 from unionfs.fuse.protocol import requests as rq
 from unionfs.fuse.protocol.flags import (
@@ -267,8 +267,6 @@ class NameRequests:
     # -- extended attributes --------------------------------------------------------------------------
 
     def _getxattr(self, request: rq.Getxattr) -> Reply:
-        if request.name == CAPABILITY and self._operations.node(request.nodeid).no_capability:
-            return encode.error(request.unique, errno.ENODATA)
         value = self._operations.getxattr(request.nodeid, request.name)
         return _sized(request.unique, value, request.size)
 
