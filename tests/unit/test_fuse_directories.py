@@ -27,7 +27,7 @@ async def test_every_name_once_from_any_place(lower: Path, open_union: OpenUnion
     union = open_union()
     directories = Directories(union)
     node = get(union, "a")
-    (cookies, names), first = await directories.entries(node, 0)
+    (cookies, names, _), first = await directories.entries(node, 0)
     assert first == 0
     assert sorted(names) == sorted(b"n%d" % number for number in range(50))
     assert cookies == sorted(set(cookies))
@@ -44,14 +44,14 @@ async def test_places_stay_when_the_listing_is_made_anew(lower: Path, open_union
     union = open_union()
     directories = Directories(union)
     node = get(union, "a")
-    (cookies, names), _ = await directories.entries(node, 0)
+    (cookies, names, _), _ = await directories.entries(node, 0)
     place = dict(zip(names, cookies, strict=True))
     directories.end(node)
     assert len(directories) == 0
     for number in range(0, 50, 3):
         (lower / f"a/n{number}").unlink()
     (lower / "a/more").touch()
-    (cookies, names), first = await directories.entries(node, place[b"n10"])
+    (cookies, names, _), first = await directories.entries(node, place[b"n10"])
     assert all(place[name] == cookie for name, cookie in zip(names, cookies, strict=True) if name in place)
     assert cookies[first - 1] <= place[b"n10"] < cookies[first]
 
@@ -63,7 +63,7 @@ async def test_equal_hashes(lower: Path, open_union: OpenUnion, monkeypatch: pyt
     union = open_union()
     directories = Directories(union)
     node = get(union, "a")
-    (cookies, names), _ = await directories.entries(node, 0)
+    (cookies, names, _), _ = await directories.entries(node, 0)
     assert len(set(cookies)) == len(set(names)) == 50
     assert cookies == sorted(cookies)
     for index, cookie in enumerate(cookies):
@@ -76,7 +76,7 @@ async def test_hashes_of_dot_and_dot_dot_are_not_given(
 ) -> None:
     monkeypatch.setattr(module, "xxhash", SimpleNamespace(xxh3_64_intdigest=lambda name: 0))
     union = open_union()
-    (cookies, _), _ = await Directories(union).entries(get(union, "a"), 0)
+    (cookies, _, _), _ = await Directories(union).entries(get(union, "a"), 0)
     assert cookies == list(range(DOT_DOT + 1, DOT_DOT + 51))
 
 

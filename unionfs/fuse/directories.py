@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from bisect import bisect_right
 from collections import OrderedDict
-from typing import Final
+from typing import Final, NamedTuple
 
 import xxhash
 
@@ -24,8 +24,24 @@ DOT_DOT: Final = 2
 """Where reading goes on behind ``.`` and ``..``."""
 
 _KEPT_NAMES: Final = 200_000
-Entries = tuple[list[int], list[bytes]]
-"""Cookies in ascending order, each of which says where to go on behind its name; and the names."""
+
+
+class Entries(NamedTuple):
+    """A listing, in the order of its cookies. Who reads asks the union for each name: not all need exist."""
+
+    cookies: list[int]
+    """Each says where to go on behind its name."""
+    names: list[bytes]
+    parts: list[int]
+    """Which is the topmost part of the directory that has the name; for `Union.lookup`, until there is time
+    for another request. Then, and when it would be the first for all, there are none."""
+
+    def later(self) -> Entries:
+        """What is true of it after other requests, too."""
+        return Entries(self.cookies, self.names, [])
+
+
+NO_ENTRIES: Final = Entries([], [], [])
 
 
 class Directories:
@@ -48,19 +64,28 @@ class Directories:
         if found is None:
             listing = Listing(self._union, node)
             if listing.large:
-                found = await in_thread(lambda: _ordered(listing.names()))
+                found = (await in_thread(lambda: _ordered(listing.candidates()))).later()
             else:
-                found = _ordered(listing.names())
-            self._keep(node.id, found)
+                found = _ordered(listing.candidates())
+            self.keep(node, found)
         return found, bisect_right(found[0], offset)
+
+    def at_once(self, node: Node) -> Entries | None:
+        """The listing of a directory, which is not kept; None: it takes a thread. Raises ``OSError``."""
+        listing = Listing(self._union, node)
+        if listing.large:
+            listing.close()
+            return None
+        return _ordered(listing.candidates())
 
     def end(self, node: Node) -> None:
         """A reader has seen that there is no more (the kernel asks once behind the last name)."""
         self._drop(node.id)
 
-    def _keep(self, id_: int, entries: Entries) -> None:
-        self._drop(id_)
-        self._kept[id_] = entries
+    def keep(self, node: Node, entries: Entries) -> None:
+        """A reader begins with this listing."""
+        self._drop(node.id)
+        self._kept[node.id] = entries.later()
         self._names += len(entries[0])
         while self._names > _KEPT_NAMES and len(self._kept) > 1:
             self._names -= len(self._kept.popitem(last=False)[1][0])
@@ -71,7 +96,7 @@ class Directories:
             self._names -= len(entries[0])
 
 
-def _ordered(names: list[bytes]) -> Entries:
+def _ordered(names: dict[bytes, int]) -> Entries:
     hashed = xxhash.xxh3_64_intdigest
     pairs = sorted([(hashed(name) >> 2, name) for name in names])
     cookies = []
@@ -80,4 +105,5 @@ def _ordered(names: list[bytes]) -> Entries:
         # Two names with one hash: the second comes right behind.
         last = cookie if cookie > last else last + 1
         cookies.append(last)
-    return cookies, [name for _, name in pairs]
+    ordered = [name for _, name in pairs]
+    return Entries(cookies, ordered, [names[name] for name in ordered] if any(names.values()) else [])

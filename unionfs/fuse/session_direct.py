@@ -14,6 +14,7 @@ import trio
 
 from unionfs.fuse.direct.data import DataRequests
 from unionfs.fuse.direct.device import Device
+from unionfs.fuse.direct.listings import ListingRequests
 from unionfs.fuse.direct.loop import Loop
 from unionfs.fuse.direct.mounting import MountOptions, mount, raise_readahead, unmount
 from unionfs.fuse.direct.names import NameRequests
@@ -86,10 +87,13 @@ async def serve(
 def _loop(device: Device, splicer: Splicer, operations: Operations, decision: Decision) -> Loop:
     ios = NodeIos(device, decision)
     names = NameRequests(operations, ios, decision)
+    listings = ListingRequests(operations, ios)
     data = DataRequests(operations, ios, names, device, splicer, decision)
     operations.more_figures = lambda: {
         **ios.figures(),
         "kept_open_files": len(data.node_files),
+        "listings_prepared": listings.ahead.begun,
+        "prepared_listings_used": listings.ahead.used,
         "passthrough": {"upper": decision.passthrough_upper, "lower": decision.passthrough_lower},
         "cache": {
             "writeback": bool(decision.flags & Init.WRITEBACK_CACHE),
@@ -103,8 +107,9 @@ def _loop(device: Device, splicer: Splicer, operations: Operations, decision: De
         operations.union,
         operations.requests,
         {**names.table, **data.table},
-        {**names.waiting, **data.waiting},
+        {**names.waiting, **listings.waiting, **data.waiting},
         operations.latencies,
+        listings.ahead.step,
     )
     splicer.on_written = loop.spliced
     return loop

@@ -334,7 +334,7 @@ class PyfuseOperations(pyfuse3.Operations):  # type: ignore[misc,unused-ignore]
             return
         if start_id < DOT_DOT and not _reply_dot(token, b"..", node.parent or node, DOT_DOT):
             return
-        (cookies, names), first = await self.operations.directories.entries(node, start_id)
+        (cookies, names, _), first = await self.operations.directories.entries(node, start_id)
         for index in range(first, len(names)):
             if node.unlinked:
                 return

@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 import re
 import stat
+import sys
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Final
 
 from unionfs.union.places import open_for_listing
@@ -19,6 +21,8 @@ if TYPE_CHECKING:
 NFS_REMOVED: Final = re.compile(r"\.nfs[0-9a-f]{24}")
 #: A directory that takes more bytes than this on its filesystem is listed in a thread.
 LARGE: Final = 64 * 1024
+#: As `os.fsencode`, which looks at each name's type first.
+_ENCODING: Final = sys.getfilesystemencoding(), sys.getfilesystemencodeerrors()
 
 
 class Listing:
@@ -44,57 +48,69 @@ class Listing:
     def names(self) -> list[bytes]:
         """Every visible name once, in the order of the layers; closes the fds. Raises ``OSError``."""
         try:
-            if not self._fds:
-                return []
-            if len(self._fds) == 1:
-                return [os.fsencode(name) for name in self._shown(self._fds[0], set())]
-            hidden: set[str] = set()
-            merged: dict[str, None] = {}
-            for fd in self._fds:
-                whiteouts: set[str] = set()
-                for name in self._shown(fd, whiteouts):
-                    if name not in hidden:
-                        merged[name] = None
-                hidden |= whiteouts
-            return [os.fsencode(name) for name in merged]
+            return list(self._merged() if len(self._fds) > 1 else self._single(self._entries))
         finally:
             self.close()
 
-    def _shown(self, fd: int, whiteouts: set[str]) -> list[str]:
-        """What a layer shows; of the upper, which comes first, without what is removed and still in use."""
-        names = self._entries(fd, whiteouts)
+    def candidates(self) -> dict[bytes, int]:
+        """As :meth:`names`, with the index of the topmost of the directory's parts that has the name.
+
+        For who asks the union for each name anyway: there may be whiteouts among them. In a directory of one
+        layer that saves looking for them.
+        """
+        try:
+            if len(self._fds) > 1:
+                return self._merged()
+            return dict.fromkeys(self._single(_names), 0)
+        finally:
+            self.close()
+
+    def _single(self, read: Callable[[int], list[bytes]]) -> list[bytes]:
+        return [name for fd in self._fds for name in self._in_use(fd, read(fd))]
+
+    def _merged(self) -> dict[bytes, int]:
+        hidden: set[bytes] = set()
+        merged: dict[bytes, int] = {}
+        for index, fd in enumerate(self._fds):
+            whiteouts: set[bytes] = set()
+            for name in self._in_use(fd, self._entries(fd, whiteouts)):
+                if name not in hidden:
+                    merged.setdefault(name, index)
+            hidden |= whiteouts
+        return merged
+
+    def _in_use(self, fd: int, names: list[bytes]) -> list[bytes]:
+        """Of the upper, which comes first, without what is removed and still in use."""
         if self._hides_removed and fd == self._fds[0]:
-            return [name for name in names if not NFS_REMOVED.fullmatch(name)]
+            return [name for name in names if not NFS_REMOVED.fullmatch(os.fsdecode(name))]
         return names
 
-    def _entries(self, fd: int, whiteouts: set[str]) -> list[str]:
+    def _entries(self, fd: int, whiteouts: set[bytes] | None = None) -> list[bytes]:
         """The names in one real directory, without its whiteouts, which go into ``whiteouts``."""
         if self._markers is None:
-            return os.listdir(fd)
+            return _names(fd)
+        whiteouts = set() if whiteouts is None else whiteouts
         shown = []
         # an opaque "x" says that xattr whiteouts may be among the regular files
         opaque = self._markers.opaque_value(fd)
         with os.scandir(fd) as entries:
             for entry in entries:
-                if entry.is_dir(follow_symlinks=False) or entry.is_symlink():
-                    shown.append(entry.name)
-                    continue
+                name = entry.name.encode(*_ENCODING)
                 if entry.is_file(follow_symlinks=False):
                     if opaque != b"x":
-                        shown.append(entry.name)
+                        shown.append(name)
                         continue
-                elif not _may_be_whiteout(entry):
-                    shown.append(entry.name)
+                elif entry.is_dir(follow_symlinks=False) or not _may_be_whiteout(entry):
+                    shown.append(name)
                     continue
-                name = os.fsencode(entry.name)
                 try:
                     st = os.stat(name, dir_fd=fd, follow_symlinks=False)
                 except FileNotFoundError:
                     continue
                 if self._markers.is_whiteout(st, fd, name):
-                    whiteouts.add(entry.name)
+                    whiteouts.add(name)
                 else:
-                    shown.append(entry.name)
+                    shown.append(name)
         return shown
 
     def close(self) -> None:
@@ -103,7 +119,13 @@ class Listing:
             os.close(self._fds.pop())
 
 
+def _names(fd: int) -> list[bytes]:
+    return [name.encode(*_ENCODING) for name in os.listdir(fd)]
+
+
 def _may_be_whiteout(entry: os.DirEntry[str]) -> bool:
+    if entry.is_symlink():
+        return False
     try:
         return stat.S_ISCHR(entry.stat(follow_symlinks=False).st_mode)
     except FileNotFoundError:

@@ -66,8 +66,11 @@ class Union:
 
     # -- finding --------------------------------------------------------------------------------------
 
-    def lookup(self, parent: Node, name: bytes) -> tuple[Node, Attributes] | None:
-        """The node called ``name`` in ``parent`` with its attributes; ``None`` when there is none."""
+    def lookup(self, parent: Node, name: bytes, first: int = 0) -> tuple[Node, Attributes] | None:
+        """The node called ``name`` in ``parent`` with its attributes; ``None`` when there is none.
+
+        ``first``: the topmost of the parent's parts that may have the name, for who knows.
+        """
         if len(name) > NAME_MAX:
             raise OSError(errno.ENAMETOOLONG, os.strerror(errno.ENAMETOOLONG))
         known = self.nodes.child(parent, name)
@@ -75,7 +78,7 @@ class Union:
             return bound.lookup(self, parent, name, known)
         if known is not None:
             return known, self.attributes(known)
-        found = self._search(parent, name)
+        found = self._search(parent, name, first)
         if found is None:
             return None
         st, where = found
@@ -105,47 +108,56 @@ class Union:
         for place in places:
             self.gate.forget(place)
 
-    def _search(self, parent: Node, name: bytes) -> tuple[os.stat_result, list[Place] | Place] | None:
-        """What the layers hold under ``name``: attributes, and the parts or the place."""
-        if len(parent.parts) == 1:
-            # Most directories come from one layer, and most names are of what can be no marker.
-            part = parent.parts[0]
+    def _search(
+        self, parent: Node, name: bytes, first: int = 0
+    ) -> tuple[os.stat_result, list[Place] | Place] | None:
+        """What the layers hold under ``name``, from part ``first`` of the parent on: attributes, and the
+        parts or the place."""
+        parts = parent.parts
+        for index in range(first, len(parts)):
+            part = parts[index]
             dir_fd = self.gate.fd(part)
             try:
                 st = os.stat(name, dir_fd=dir_fd, follow_symlinks=False)
             except FileNotFoundError:
-                return None
+                continue
             kind = stat.S_IFMT(st.st_mode)
+            if kind == stat.S_IFDIR:
+                return st, self._merged(part, name, parts[index + 1 :])
+            # Most names are of what can be no marker.
             if (kind == stat.S_IFREG and st.st_size) or kind == stat.S_IFLNK:
                 return st, part
-            if kind == stat.S_IFDIR and part.layer.index == self._lowest:
-                return st, [Place(part.layer, part, name)]
-        first: os.stat_result | None = None
-        found: list[Place] = []
-        remaining = [(part, name) for part in parent.parts]
-        while remaining:
-            part, here = remaining.pop(0)
-            dir_fd = self.gate.fd(part)
-            try:
-                st = os.stat(here, dir_fd=dir_fd, follow_symlinks=False)
-            except FileNotFoundError:
-                continue
-            if not stat.S_ISDIR(st.st_mode):
-                if first is not None or self.markers.is_whiteout(st, dir_fd, here):
-                    break
-                return st, part
-            place = Place(part.layer, part, here)
-            if first is None:
-                first = st
-            found.append(place)
-            if place.layer.index == self._lowest:
-                break
+            return None if self.markers.is_whiteout(st, dir_fd, name) else (st, part)
+        return None
+
+    def _merged(self, part: Place, name: bytes, below: list[Place]) -> list[Place]:
+        """The real directories that are merged under ``name``: the one in ``part``, and those below."""
+        place = Place(part.layer, part, name)
+        found = [place]
+        remaining = [(part, name) for part in below]
+        while place.layer.index != self._lowest:
             opaque, redirect = self.markers.directory(self.gate.fd(place))
             if opaque:
                 break
             if redirect is not None:
                 remaining = self._redirected(redirect, place.layer.index, remaining)
-        return None if first is None else (first, found)
+            next_place = self._next_directory(remaining)
+            if next_place is None:
+                break
+            place = next_place
+            found.append(place)
+        return found
+
+    def _next_directory(self, remaining: list[tuple[Place, bytes]]) -> Place | None:
+        """The topmost of the directories that are there; taken from ``remaining`` with what is above it."""
+        while remaining:
+            part, here = remaining.pop(0)
+            try:
+                st = os.stat(here, dir_fd=self.gate.fd(part), follow_symlinks=False)
+            except FileNotFoundError:
+                continue
+            return Place(part.layer, part, here) if stat.S_ISDIR(st.st_mode) else None
+        return None
 
     def _redirected(
         self, redirect: bytes, index: int, remaining: list[tuple[Place, bytes]]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import stat
+from pathlib import Path
 import sys
 from typing import Any
 
@@ -283,6 +284,19 @@ def test_listings(names: list[bytes], limit: int, plus: bool) -> None:
         assert listing.size + (head + 7) // 8 * 8 > limit
 
 
+def test_an_entry_packed_at_once(tmp_path: Path) -> None:
+    st = os.stat(tmp_path)
+    values = encode.attribute_values(st, 42, 7, -5_000_000_001)
+    attr = encode.attributes_of(st, 42, 7, -5_000_000_001)
+    one, two = Listing(4096), Listing(4096)
+    for off, name in enumerate((b"a", b"longer-name", b"x" * 255), 1):
+        entry = encode.entry_out(off, 0, (7, 8), (9, 10), attr)
+        assert one.add_plus(name, 42, off, st.st_mode, entry)
+        two.add_found(name, off, off, (7, 8), (9, 10), values)
+    assert one.packed() == two.packed()
+    assert one.size == two.size
+
+
 @pytest.mark.parametrize("name", [b"", b"a/b", b"x" * 1025])
 def test_names_that_would_fail_the_whole_listing(name: bytes) -> None:
     listing = Listing(4096)
@@ -290,4 +304,6 @@ def test_names_that_would_fail_the_whole_listing(name: bytes) -> None:
         listing.add(name, 1, 1, stat.S_IFREG)
     with pytest.raises(ValueError, match="cannot be the name"):
         listing.add_plus(name, 1, 1, stat.S_IFREG, encode.NO_ENTRY)
+    with pytest.raises(ValueError, match="cannot be the name"):
+        listing.add_found(name, 1, 1, NEVER, NEVER, encode.attribute_values(os.stat("/"), 1))
     assert listing.packed() == b""

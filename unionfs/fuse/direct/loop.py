@@ -1,8 +1,9 @@
 """The loop of the direct session: read a request, answer it, and stay fair to everything else in the process.
 
 Rules:
-- Requests are read until there are none. Then the loop keeps asking for a short while, because being woken up
-  costs far more than answering: how long, it learns from whether that helped. Only then it waits.
+- Requests are read until there are none. Then work is done ahead, in small pieces, and the loop keeps asking
+  for a short while, because being woken up costs far more than answering: how long, it learns from whether
+  that helped. Only then it waits.
 - Neither reading nor asking lets another task run, so there is a checkpoint every two milliseconds.
 - A handler that need not wait is answered in line. One that waits goes on in a task of its own, and takes the
   receive buffer along if its data lies there.
@@ -66,7 +67,9 @@ class Loop:
         answers: Mapping[Opcode, Answer],
         waiting: Mapping[Opcode, Waiting],
         latencies: Latencies | None = None,
+        idle: Callable[[], bool] = lambda: False,
     ) -> None:
+        """``idle`` is called when there is nothing to answer: it does a little work; False: there is none."""
         self._device = device
         self._union = union
         self._requests = requests
@@ -74,6 +77,7 @@ class Loop:
         self._size = receive_buffer_size(decision.reply.max_write)
         self._new_buffer()
         self._answers = {int(opcode): answer for opcode, answer in answers.items()}
+        self._idle = idle
         self._waiting = {int(opcode): handler for opcode, handler in waiting.items()}
         for opcode in decision.enosys:
             self._answers.pop(opcode, None)
@@ -101,7 +105,7 @@ class Loop:
             self._nursery.cancel_scope.cancel()
 
     async def _read_requests(self) -> None:
-        fd, readv, clock = self._device.fd, os.readv, perf_counter_ns
+        fd, readv, clock, idle = self._device.fd, os.readv, perf_counter_ns, self._idle
         spin = _MIN_SPIN_NS
         spin_end = 0
         fair_until = clock() + _FAIR_NS
@@ -111,6 +115,9 @@ class Loop:
                 size = readv(fd, [self._buffer])
             except BlockingIOError:
                 now = clock()
+                if now < fair_until and idle():
+                    spin_end = 0  # asking begins when there is nothing left to do
+                    continue
                 if spin_end == 0:
                     spin_end = now + spin
                 if now < spin_end and now < fair_until:

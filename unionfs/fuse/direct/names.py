@@ -1,4 +1,4 @@
-"""Requests about names, attributes, xattrs and listings: translated, answered."""
+"""Requests about names, attributes and xattrs: translated, answered."""
 
 from __future__ import annotations
 
@@ -11,9 +11,8 @@ from typing import Final
 from unionfs.fuse.direct.loop import Answer, Waiting
 from unionfs.fuse.direct.nodeio import NodeIos
 from unionfs.fuse.direct.times import KernelTimes
-from unionfs.fuse.directories import DOT, DOT_DOT
 from unionfs.fuse.operations import Change, Found, Operations, error
-from unionfs.fuse.protocol import FOREVER, NEVER, Decision, Init, Listing, Opcode, Reply, Timeout, encode
+from unionfs.fuse.protocol import FOREVER, NEVER, Decision, Init, Opcode, Reply, Timeout, encode
 from unionfs.fuse.protocol import requests as rq
 from unionfs.fuse.protocol.flags import (
     FATTR_ATIME,
@@ -73,8 +72,6 @@ class NameRequests:
             Opcode.LINK: self._link,
             Opcode.SETXATTR: self._setxattr,
             Opcode.REMOVEXATTR: self._removexattr,
-            Opcode.READDIR: self._readdir,
-            Opcode.READDIRPLUS: self._readdirplus,
             Opcode.FSYNCDIR: self._fsyncdir,
             Opcode.SYNCFS: self._syncfs,
         }
@@ -284,53 +281,7 @@ class NameRequests:
         await self._operations.removexattr(request.nodeid, request.name, request.uid)
         return encode.ok(request.unique)
 
-    # -- listings -------------------------------------------------------------------------------------
-
-    async def _readdir(self, request: rq.Readdir) -> Reply:
-        node = self._operations.node(request.nodeid)
-        listing = Listing(request.size)
-        (cookies, names), first = await self._start(node, request.offset, listing, plus=False)
-        for index in range(first, len(names)):
-            known = self._union.number(node, names[index])
-            if known is not None and not listing.add(names[index], known[0], cookies[index], known[1]):
-                break
-        if first == len(names):
-            self._operations.directories.end(node)
-        return encode.data(request.unique, listing.packed())
-
-    async def _readdirplus(self, request: rq.Readdirplus) -> Reply:
-        node = self._operations.node(request.nodeid)
-        listing = Listing(request.size)
-        (cookies, names), first = await self._start(node, request.offset, listing, plus=True)
-        lookup = self._union.lookup
-        for index in range(first, len(names)):
-            name = names[index]
-            if not listing.fits_plus(name):
-                break
-            found = lookup(node, name)
-            if found is not None:
-                attributes = found[1]
-                listing.add_plus(
-                    name, attributes.ino, cookies[index], attributes.st.st_mode, self.entry_out(found)
-                )
-        if first == len(names):
-            self._operations.directories.end(node)
-        return encode.data(request.unique, listing.packed())
-
-    async def _start(
-        self, node: Node, offset: int, listing: Listing, *, plus: bool
-    ) -> tuple[tuple[list[int], list[bytes]], int]:
-        """``.`` and ``..`` where they are due, and the names of a directory with the first that is due."""
-        if node.unlinked:
-            return ([], []), 0
-        for name, place, shown in ((b".", DOT, node), (b"..", DOT_DOT, node.parent or node)):
-            if offset < place:
-                if plus:
-                    listing.add_plus(name, shown.ino, place, stat.S_IFDIR, encode.NO_ENTRY)
-                else:
-                    listing.add(name, shown.ino, place, stat.S_IFDIR)
-        entries, first = await self._operations.directories.entries(node, offset)
-        return (([], []), 0) if node.unlinked else (entries, first)
+    # -- durability -----------------------------------------------------------------------------------
 
     async def _fsyncdir(self, request: rq.Fsyncdir) -> Reply:
         await self._operations.fsyncdir(request.nodeid)

@@ -5,8 +5,8 @@ Rules (fs/fuse/readdir.c, parse_dirfile and parse_dirplusfile, Linux 6.18):
 - The whole answer is at most the request's `size` bytes; a record that does not fit comes next time.
 - `off` is where the listing goes on *after* this entry: a cookie of our own, never 0, below 2**63.
 - An empty name, one with a slash, or one above 1024 bytes fails the whole listing with EIO: refused here.
-- READDIRPLUS: an entry with a nodeid counts one lookup, so look it up only when it fits (`fits`) and then
-  add it. `encode.NO_ENTRY` (for "." and "..", or what could not be looked up) counts none.
+- READDIRPLUS: an entry with a nodeid counts one lookup, so look it up only when it fits (`fits_plus`) and
+  then add it. `encode.NO_ENTRY` (for "." and "..", or what could not be looked up) counts none.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from __future__ import annotations
 import struct
 from typing import Final
 
+from unionfs.fuse.protocol.encode import AttributeValues, Timeout
 from unionfs.fuse.protocol.structs import ENTRY_OUT_SIZE, LAYOUTS
 
 NAME_MAX: Final = 1024
@@ -23,6 +24,7 @@ _DIRENT: Final = LAYOUTS["fuse_dirent"].struct.pack
 _DIRENT_SIZE: Final = LAYOUTS["fuse_dirent"].size
 _DIRENTPLUS_SIZE: Final = LAYOUTS["fuse_direntplus"].size
 _PLUS: Final = struct.Struct(f"={ENTRY_OUT_SIZE}s" + LAYOUTS["fuse_dirent"].format).pack
+_FOUND: Final = struct.Struct("=" + LAYOUTS["fuse_direntplus"].format).pack
 _PADDING: Final = tuple(bytes(-size % 8) for size in range(8))
 
 
@@ -66,6 +68,23 @@ class Listing:
         self._records.append(_PLUS(entry, ino, off, length, mode >> 12) + name + _PADDING[length & 7])
         self.size = size
         return True
+
+    def add_found(
+        self, name: bytes, off: int, nodeid: int, entry: Timeout, attr: Timeout, values: AttributeValues
+    ) -> None:
+        """As `add_plus`, packed with its entry by one call. Only for what fits, see `fits_plus`.
+
+        `entry` and `attr`: how long the kernel may believe name and attributes, which are `values`, from
+        `encode.attribute_values`. Raises ValueError for a bad name.
+        """
+        length = len(name)
+        if not 0 < length <= NAME_MAX or 47 in name:
+            raise ValueError(f"{name!r} cannot be the name of a directory entry.")
+        record = _FOUND(
+            nodeid, 0, entry[0], attr[0], entry[1], attr[1], *values, values[0], off, length, values[9] >> 12
+        )
+        self._records.append(record + name + _PADDING[length & 7])
+        self.size += (_DIRENTPLUS_SIZE + length + 7) & ~7
 
     def packed(self) -> bytes:
         """What goes into `encode.data`."""

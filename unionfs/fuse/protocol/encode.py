@@ -26,6 +26,9 @@ from unionfs.fuse.protocol.structs import ATTR_SIZE, ENTRY_OUT_SIZE, LAYOUTS, OU
 Buffer = bytes | bytearray | memoryview
 Reply = list[Buffer]
 Timeout = tuple[int, int]
+AttributeValues = tuple[
+    int, int, int, int, int, int, int, int, int, int, int, int, int, int, int, int
+]  # fmt: skip
 
 FOREVER: Final[Timeout] = (1 << 32, 0)
 """136 years: what the kernel makes of it fits its clock on every machine (fs/fuse/dir.c, time_to_jiffies)."""
@@ -105,9 +108,16 @@ def attributes_of(
     st: os.stat_result, ino: int, nlink: int | None = None, ctime_ns: int | None = None
 ) -> bytes:
     """fuse_attr from a stat, under the inode number `ino` and, if given, with another link count or ctime."""
+    return _ATTR(*attribute_values(st, ino, nlink, ctime_ns))
+
+
+def attribute_values(
+    st: os.stat_result, ino: int, nlink: int | None = None, ctime_ns: int | None = None
+) -> AttributeValues:
+    """As `attributes_of`, but the fields of fuse_attr in its order, to be packed with what is around them."""
     atime, mtime = st.st_atime_ns, st.st_mtime_ns
     ctime = st.st_ctime_ns if ctime_ns is None else ctime_ns
-    return _ATTR(
+    return (
         ino,
         st.st_size,
         st.st_blocks,

@@ -1,0 +1,191 @@
+"""Listings that are prepared ahead, request by request and without a mount."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.unit.test_union_bound import show
+from tests.unit.union_support import OpenUnion, copy_up, get
+from tests.unit.union_support import open_union as open_union
+from unionfs.fuse.direct.device import Device
+from unionfs.fuse.direct.listings import ListingRequests
+from unionfs.fuse.direct.nodeio import NodeIos
+from unionfs.fuse.inline import begin
+from unionfs.fuse.operations import Operations
+from unionfs.fuse.protocol import Init, Opcode, Privileges, Settings, negotiate
+from unionfs.fuse.protocol.requests import InitRequest, Readdirplus
+from unionfs.union.nodes import Node
+from unionfs.union.tree import Union
+
+SIZE = 4096
+
+
+class Walked:
+    """A union whose directories ``d0``, ``d1`` ... are listed one after the other."""
+
+    def __init__(self, union: Union) -> None:
+        self.union = union
+        offered = InitRequest.of(major=7, minor=45, max_readahead=1 << 17, flags=int(sum(Init)))
+        decision = negotiate(offered, Settings(), Privileges(initial_user_namespace=True, sys_admin=True))
+        self._device = Device(os.open(os.devnull, os.O_WRONLY))
+        self.operations = Operations(union)
+        self.listings = ListingRequests(self.operations, NodeIos(self._device, decision))
+        self.ahead = self.listings.ahead
+        self.list(union.nodes.root)
+
+    def list(self, node: Node, size: int = SIZE) -> bytes:
+        """The answer to READDIRPLUS."""
+        request = Readdirplus.of(unique=1, nodeid=node.id, offset=0, size=size)
+        reply = begin(self.listings.waiting[Opcode.READDIRPLUS](request))
+        assert isinstance(reply, list)
+        return b"".join(reply)[16:]
+
+    def in_order(self) -> list[Node]:
+        """The directories below the root, as they were listed."""
+        return [node for node in (self.union.nodes.root.children or {}).values() if node.is_dir]
+
+    def prepare_all(self) -> None:
+        """Do the work there is."""
+        while self.ahead.step():
+            pass
+
+    def walk(self, count: int) -> Node:
+        """List so many directories; gives the next one, which is prepared."""
+        directories = self.in_order()
+        for node in directories[:count]:
+            self.list(node)
+        self.prepare_all()
+        return directories[count]
+
+    def close(self) -> None:
+        self._device.close()
+
+
+Walk = Callable[..., Walked]
+
+
+@pytest.fixture
+def walk(tmp_path: Path, open_union: OpenUnion) -> Iterator[Walk]:
+    for number in range(12):
+        (tmp_path / f"l0/d{number}").mkdir(parents=True)
+        for name in ("one", "two", "three"):
+            (tmp_path / f"l0/d{number}/{name}").write_text(name * number)
+    made: list[Walked] = []
+
+    def make(*, upper: bool = True) -> Walked:
+        made.append(Walked(open_union(upper=upper)))
+        return made[-1]
+
+    yield make
+    for walked in made:
+        walked.close()
+
+
+def test_what_was_prepared_is_the_same(walk: Walk) -> None:
+    asked, ahead = walk(upper=False), walk()
+    node = ahead.walk(4)
+    assert ahead.ahead.begun == 3
+    assert ahead.ahead.used == 2
+    counted = len(ahead.union.nodes)
+    assert [child.lookups for child in (node.children or {}).values()] == [0, 0, 0]
+    assert ahead.list(node) == asked.list(asked.in_order()[4])
+    assert ahead.ahead.used == 3
+    assert len(ahead.union.nodes) == counted
+    assert [child.lookups for child in (node.children or {}).values()] == [1, 1, 1]
+
+
+def test_half_of_it_is_prepared(walk: Walk) -> None:
+    """The rest is done when it is asked for."""
+    asked, ahead = walk(upper=False), walk()
+    for node in ahead.in_order()[:4]:
+        ahead.list(node)
+    assert ahead.ahead.step()
+    assert ahead.ahead.step()
+    assert ahead.list(ahead.in_order()[4]) == asked.list(asked.in_order()[4])
+    assert ahead.ahead.used == 3
+    assert not ahead.ahead.step() or ahead.ahead.begun == 4
+
+
+def test_another_directory_is_listed(walk: Walk) -> None:
+    """Nothing stays of what was prepared in vain, and no more is prepared until the walk goes on."""
+    walked = walk()
+    node = walked.walk(4)
+    known = len(walked.union.nodes)
+    assert node.children
+    walked.list(walked.in_order()[8])
+    assert not node.children
+    assert len(walked.union.nodes) == known
+    begun = walked.ahead.begun
+    walked.list(walked.in_order()[9])
+    assert walked.ahead.begun == begun
+    walked.list(walked.in_order()[10])
+    assert walked.ahead.begun == begun + 1
+
+
+def test_a_node_that_was_known_is_forgotten(walk: Walk) -> None:
+    """Its id is not told again: it stands for nothing."""
+    walked = walk()
+    node = walked.in_order()[4]
+    name, (child, _) = b"two", walked.union.lookup(node, b"two") or (node, None)
+    child.lookups += 1
+    assert walked.walk(4) is node
+    walked.operations.forget(child.id, 1)
+    walked.list(node)
+    assert walked.ahead.used == 2
+    assert node.children
+    assert walked.union.nodes.get(node.children[name].id) is node.children[name] is not child
+
+
+def test_a_copy_up_makes_it_useless(walk: Walk) -> None:
+    walked = walk()
+    node = walked.walk(4)
+    copy_up(walked.union, get(walked.union, f"{node.name.decode()}/one"))
+    assert node.is_upper
+    walked.list(node)
+    assert walked.ahead.used == 2
+    # and makes it careful
+    for other in walked.in_order()[5:]:
+        walked.list(other)
+    assert walked.ahead.begun == 3
+
+
+def test_a_smaller_answer(walk: Walk) -> None:
+    asked, walked = walk(upper=False), walk()
+    node = walked.walk(4)
+    assert walked.list(node, 400) == asked.list(asked.in_order()[4], 400)
+    assert walked.ahead.used == 2
+
+
+@pytest.mark.parametrize("error", [OSError(5, "an error"), RuntimeError("a bug")], ids=["error", "bug"])
+def test_it_fails(walk: Walk, monkeypatch: pytest.MonkeyPatch, error: Exception) -> None:
+    """Then it is as if nothing had been prepared."""
+    asked, walked = walk(upper=False), walk()
+    for node in walked.in_order()[:4]:
+        walked.list(node)
+
+    def fail(*arguments: object) -> None:
+        raise error
+
+    with monkeypatch.context() as patched:
+        patched.setattr(walked.union, "lookup", fail)
+        walked.prepare_all()
+    node = walked.in_order()[4]
+    assert not node.children
+    assert walked.list(node) == asked.list(asked.in_order()[4])
+    assert walked.ahead.used == 2
+
+
+def test_what_is_bound_is_not_prepared(walk: Walk, tmp_path: Path) -> None:
+    """Others change it at any time, so the whole directory is made when it is asked for."""
+    (tmp_path / "host").mkdir()
+    walked = walk()
+    node = walked.in_order()[4]
+    show(walked.union, f"{node.name.decode()}/two", tmp_path / "host")
+    assert walked.walk(4) is node
+    walked.list(node)
+    assert walked.ahead.used == 2
+    assert walked.ahead.begun == 3  # nor is the bound directory itself, which would be the next

@@ -1,0 +1,150 @@
+"""Preparing the listing that is asked for next, in the time in which there is nothing to answer.
+
+Who walks a tree (find, du, grep -r, git status) lists directories in an order that is easily guessed: the
+first one below that which was just listed, else the next one beside or above it. While the walker is busy
+with one listing, the daemon makes the next one; when it is asked for, only the answer is left to be sent.
+
+Rules:
+- Only for a walker: the last guesses were right.
+- Only of directories without anything of the upper. Whatever changes one, or an object in it, brings it to
+  the upper first; so what was prepared holds as long as there is still nothing of the upper.
+- In small steps: a request that comes meanwhile waits for one of them.
+- The kernel does not know what was prepared. Nodes made for that have no lookups until the answer is sent,
+  and go when it is not wanted; nodes that were known may be forgotten meanwhile.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterator
+from typing import Final
+
+from unionfs.fuse.directories import NO_ENTRIES
+from unionfs.fuse.operations import Operations
+from unionfs.fuse.protocol import Listing
+from unionfs.union.nodes import Node
+
+log = logging.getLogger(__name__)
+
+_SURE: Final = 2
+"""So many right guesses, one after the other, make a walker."""
+_IN_VAIN: Final = -16
+"""What counts as that many wrong ones: a listing that was prepared and then could not be used."""
+_LEFT_OUT: Final = 64
+"""A walker that leaves out more directories at once is taken for another one."""
+_WALK: Final = 10_000
+"""Directories to come that are remembered, at most."""
+
+
+class Prepared:
+    """The first part of a listing for which nobody has asked yet."""
+
+    def __init__(self, node: Node, size: int) -> None:
+        self.node = node
+        self.listing = Listing(size)
+        self.entries = NO_ENTRIES
+        #: What is in it: a name after the other.
+        self.nodes: list[Node] = []
+
+
+class Ahead:
+    """Guesses which directory is listed next, and has its listing prepared, one at a time."""
+
+    def __init__(
+        self, operations: Operations, prepare: Callable[[Prepared], Iterator[None]]
+    ) -> None:
+        """``prepare`` begins to prepare a listing; each step does a part."""
+        self._operations = operations
+        self._prepare = prepare
+        self._prepared: Prepared | None = None
+        self._work: Iterator[None] | None = None
+        #: Directories to come, the next one last.
+        self._walk: list[Node] = []
+        self._right = 0
+        #: Listings that were begun, and that were of use.
+        self.begun = 0
+        self.used = 0
+
+    def listed(self, node: Node, below: list[Node], size: int) -> None:
+        """A listing was read from its start; ``below``: the directories in it, in the order of the listing.
+
+        ``size``: bytes that the answer could have.
+        """
+        walk = self._walk
+        if walk and walk[-1] is node:
+            walk.pop()
+            self._right += 1
+        else:
+            self._right = min(self._right, 0)
+            self._leave_out(node)
+        if len(walk) + len(below) > _WALK:
+            walk.clear()
+        walk.extend(reversed(below))
+        self._drop()
+        if self._right >= _SURE and walk and _is_fit(walk[-1]):
+            self._prepared = Prepared(walk[-1], size)
+            self._work = self._prepare(self._prepared)
+            self.begun += 1
+
+    def _leave_out(self, node: Node) -> None:
+        """What should have come before ``node`` was not listed."""
+        walk = self._walk
+        for back in range(1, min(len(walk), _LEFT_OUT) + 1):
+            if walk[-back] is node:
+                del walk[-back:]
+                return
+        walk.clear()
+
+    def step(self) -> bool:
+        """Do a small part of the work there is; False: there is none."""
+        if self._work is None:
+            return False
+        try:
+            next(self._work)
+        except StopIteration:
+            self._work = None
+        except Exception as error:
+            if not isinstance(error, OSError):  # that, who asks for the listing is told
+                log.exception("a listing could not be prepared")
+            self._drop()
+        return True
+
+    def take(self, node: Node, size: int) -> Prepared | None:
+        """The listing of a directory for an answer of ``size`` bytes, if it is the one that is prepared."""
+        if self._prepared is None or self._prepared.node is not node:
+            return None
+        prepared = self._finished()
+        if prepared is None:
+            return None
+        if prepared.listing.size <= size and _is_fit(node) and all(map(self._is_known, prepared.nodes)):
+            self.used += 1
+            return prepared
+        self._right = _IN_VAIN
+        self.let_go(prepared.nodes)
+        return None
+
+    def _finished(self) -> Prepared | None:
+        while self.step():
+            pass
+        prepared, self._prepared = self._prepared, None
+        return prepared
+
+    def _is_known(self, node: Node) -> bool:
+        return self._operations.union.nodes.named(node.id) is node
+
+    def _drop(self) -> None:
+        self._work = None
+        if self._prepared is not None:
+            prepared, self._prepared = self._prepared, None
+            self.let_go(prepared.nodes)
+
+    def let_go(self, nodes: list[Node]) -> None:
+        """Nodes that were looked up, and not told to the kernel, are not needed."""
+        for node in nodes:
+            if self._is_known(node):
+                self._operations.forget(node.id, 0)
+
+
+def _is_fit(node: Node) -> bool:
+    """Whether nothing that could be prepared of a directory changes before it gets a part in the upper."""
+    return node.lookups > 0 and not node.is_upper and node.identity is None and not node.unlinked

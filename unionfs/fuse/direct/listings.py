@@ -1,0 +1,120 @@
+"""Requests for directory listings: READDIR, and READDIRPLUS, whose entries count a lookup each."""
+
+from __future__ import annotations
+
+import errno
+import stat
+from collections.abc import Iterator
+
+from unionfs.fuse.direct.ahead import Ahead, Prepared
+from unionfs.fuse.direct.loop import Waiting
+from unionfs.fuse.direct.nodeio import NodeIos
+from unionfs.fuse.directories import DOT, DOT_DOT, NO_ENTRIES, Entries
+from unionfs.fuse.operations import Operations
+from unionfs.fuse.protocol import FOREVER, NEVER, Listing, Opcode, Reply, encode
+from unionfs.fuse.protocol import requests as rq
+from unionfs.union.nodes import Node
+
+
+class ListingRequests:
+    """Handlers by opcode in `waiting`, which are coroutine functions."""
+
+    def __init__(self, operations: Operations, ios: NodeIos) -> None:
+        self._operations = operations
+        self._union = operations.union
+        self._ios = ios
+        self.ahead = Ahead(operations, self._prepare)
+        self.waiting: dict[Opcode, Waiting] = {
+            Opcode.READDIR: self._readdir,
+            Opcode.READDIRPLUS: self._readdirplus,
+        }
+
+    async def _readdir(self, request: rq.Readdir) -> Reply:
+        node = self._operations.node(request.nodeid)
+        listing = Listing(request.size)
+        (cookies, names, _), first = await self._start(node, request.offset, listing, plus=False)
+        for index in range(first, len(names)):
+            known = self._union.number(node, names[index])
+            if known is not None and not listing.add(names[index], known[0], cookies[index], known[1]):
+                break
+        if first == len(names):
+            self._operations.directories.end(node)
+        return encode.data(request.unique, listing.packed())
+
+    async def _readdirplus(self, request: rq.Readdirplus) -> Reply:
+        node = self._operations.node(request.nodeid)
+        prepared = self.ahead.take(node, request.size) if request.offset == 0 else None
+        if prepared is not None:
+            listing, nodes = prepared.listing, prepared.nodes
+            self._operations.directories.keep(node, prepared.entries)
+        else:
+            listing = Listing(request.size)
+            entries, first = await self._start(node, request.offset, listing, plus=True)
+            nodes = []
+            try:
+                nodes.extend(self._found(node, entries, first, listing))
+            except BaseException:
+                self.ahead.let_go(nodes)
+                raise
+            if first == len(entries.names):
+                self._operations.directories.end(node)
+        for child in nodes:
+            child.lookups += 1
+        if request.offset == 0:
+            self.ahead.listed(node, [child for child in nodes if child.is_dir], request.size)
+        return encode.data(request.unique, listing.packed())
+
+    def _prepare(self, prepared: Prepared) -> Iterator[None]:
+        node = prepared.node
+        yield
+        entries = self._operations.directories.at_once(node)
+        if entries is None:
+            raise OSError(errno.EAGAIN, "it is large, and made in a thread when somebody asks")
+        prepared.entries = entries
+        _add_dots(prepared.listing, node, 0, plus=True)
+        for child in self._found(node, entries, 0, prepared.listing):
+            prepared.nodes.append(child)
+            if child.identity is not None:
+                raise OSError(errno.EAGAIN, "what is bound may change at any time")
+            yield
+
+    def _found(self, node: Node, entries: Entries, first: int, listing: Listing) -> Iterator[Node]:
+        """Add what has these names, from the index ``first`` on, as long as it fits: its node after each."""
+        lookup, valid = self._union.lookup, self._ios.valid
+        cookies, names, parts = entries
+        for index in range(first, len(names)):
+            name = names[index]
+            if not listing.fits_plus(name):
+                return
+            found = lookup(node, name, parts[index] if parts else 0)
+            if found is None:
+                continue
+            child, attributes = found
+            listing.add_found(
+                name,
+                cookies[index],
+                child.id,
+                FOREVER if child.identity is None else NEVER,
+                valid(child, attributes),
+                encode.attribute_values(
+                    attributes.st, attributes.ino, attributes.nlink, attributes.ctime_ns
+                ),
+            )
+            yield child
+
+    async def _start(self, node: Node, offset: int, listing: Listing, *, plus: bool) -> tuple[Entries, int]:
+        """``.`` and ``..`` where they are due, and the names of a directory with the first that is due."""
+        if node.unlinked:
+            return NO_ENTRIES, 0
+        _add_dots(listing, node, offset, plus=plus)
+        entries, first = await self._operations.directories.entries(node, offset)
+        return (NO_ENTRIES, 0) if node.unlinked else (entries, first)
+
+
+def _add_dots(listing: Listing, node: Node, offset: int, *, plus: bool) -> None:
+    for name, place, shown in ((b".", DOT, node), (b"..", DOT_DOT, node.parent or node)):
+        if offset < place:
+            if plus:
+                listing.add_plus(name, shown.ino, place, stat.S_IFDIR, encode.NO_ENTRY)
+            else:
+                listing.add(name, shown.ino, place, stat.S_IFDIR)
