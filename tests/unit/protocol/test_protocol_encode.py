@@ -5,8 +5,8 @@ from __future__ import annotations
 import errno
 import os
 import stat
-from pathlib import Path
 import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
