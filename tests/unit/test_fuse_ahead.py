@@ -18,6 +18,7 @@ from unionfs.fuse.inline import begin
 from unionfs.fuse.operations import Operations
 from unionfs.fuse.protocol import Init, Opcode, Privileges, Settings, negotiate
 from unionfs.fuse.protocol.requests import InitRequest, Readdirplus
+from unionfs.union.copyup import ensure_upper
 from unionfs.union.nodes import Node
 from unionfs.union.tree import Union
 
@@ -151,6 +152,16 @@ def test_a_copy_up_makes_it_useless(walk: Walk) -> None:
     for other in walked.in_order()[5:]:
         walked.list(other)
     assert walked.ahead.begun == 3
+
+
+def test_it_is_copied_up_itself(walk: Walk) -> None:
+    """That changes nothing in it (and it can't be moved: what has a part in a lower is EXDEV)."""
+    asked, walked = walk(upper=False), walk()
+    node = walked.walk(4)
+    ensure_upper(walked.union, node)
+    assert walked.list(node) == asked.list(asked.in_order()[4])
+    assert walked.ahead.used == 3
+    assert [child.lookups for child in (node.children or {}).values()] == [1, 1, 1]
 
 
 def test_a_smaller_answer(walk: Walk) -> None:

@@ -49,7 +49,9 @@ class FileCopy:
         self._source = union.open_file(node, write=False)
         self._open = True
         try:
-            self._st = os.fstat(self._source.fd)
+            # one user: it was opened just now
+            known = self._source.st if self._source.users == 1 else None
+            self._st = known or os.fstat(self._source.fd)
             self.size = self._st.st_size if limit is None else min(limit, self._st.st_size)
             name = temporary_name()
             self._target = os.open(
@@ -85,8 +87,11 @@ class FileCopy:
         st, target = self._st, self._target
         if (st.st_uid, st.st_gid) != (self._union.identity.uid, self._union.identity.gid):
             os.fchown(target, st.st_uid, st.st_gid)
-        names = copy_xattrs(self._union.markers, (self._source.fd, True), (target, True))
-        self._no_capability = CAPABILITY not in names
+        if self._source.xattrs == []:
+            self._no_capability = True
+        else:
+            names = copy_xattrs(self._union.markers, (self._source.fd, True), (target, True))
+            self._no_capability = CAPABILITY not in names
         os.fchmod(target, stat.S_IMODE(st.st_mode))
         os.utime(target, ns=(st.st_atime_ns, st.st_mtime_ns))
 

@@ -18,12 +18,16 @@ _SET_IDS: Final = stat.S_ISUID | stat.S_ISGID
 class OpenFile:
     """A backing fd and the number of its users (open handles, and work under way in threads)."""
 
-    __slots__ = ("fd", "readable", "size", "users", "waits", "writable")
+    __slots__ = ("fd", "readable", "st", "users", "waits", "writable", "xattrs")
 
-    def __init__(self, fd: int, *, readable: bool, writable: bool, waits: bool, size: int = 0) -> None:
+    def __init__(
+        self, fd: int, *, readable: bool, writable: bool, waits: bool, st: os.stat_result | None = None
+    ) -> None:
         self.fd = fd
-        #: Bytes it had when it was opened: a lower's file keeps them.
-        self.size = size
+        #: Its attributes, and the names of its xattrs, when it was opened, if they were asked for: a lower's
+        #: file keeps them.
+        self.st = st
+        self.xattrs: list[str] | None = None
         self.readable = readable
         self.writable = writable
         #: Whether a read may wait for a disk (and the filesystem can be asked not to).
@@ -122,7 +126,7 @@ def _checked(fd: int, *, readable: bool, writable: bool, waits: bool) -> OpenFil
     if not stat.S_ISREG(st.st_mode):
         os.close(fd)
         raise OSError(errno.EIO, "the layer no longer holds a regular file there")
-    return OpenFile(fd, readable=readable, writable=writable, waits=waits, size=st.st_size)
+    return OpenFile(fd, readable=readable, writable=writable, waits=waits, st=st)
 
 
 def mode_without_set_ids(mode: int) -> int | None:

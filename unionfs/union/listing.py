@@ -135,3 +135,14 @@ def _may_be_whiteout(entry: os.DirEntry[str]) -> bool:
 def is_empty(union: Union, node: Node) -> bool:
     """Whether the merged directory has no visible name."""
     return not Listing(union, node).names()
+
+
+def is_unchanged(union: Union, node: Node) -> bool:
+    """Whether a directory shows just what the lowers have, and as they have it."""
+    if not node.is_upper:
+        return True
+    upper = open_for_listing(union.gate.fd(node.parts[0]))
+    try:
+        return len(node.parts) > 1 and not os.listdir(upper)
+    finally:
+        os.close(upper)

@@ -11,7 +11,7 @@ import errno
 import os
 import stat
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Final
 
 from unionfs.sys.creds import Identity
@@ -21,8 +21,10 @@ from unionfs.union.layers import Layer, LayerStack
 from unionfs.union.markers import Markers
 from unionfs.union.nodes import UNSEEN, Node, NodeTable
 from unionfs.union.places import Gate, Place
+from unionfs.union.xattrs import CAPABILITY
 
 NAME_MAX: Final = 255
+_CAPABILITY: Final = os.fsdecode(CAPABILITY)
 
 
 class Attributes:
@@ -50,6 +52,7 @@ class Union:
         self.gate = Gate(directory_fds)
         self.nodes = NodeTable([layer.root for layer in stack.layers])
         self.identity = Identity()
+        self._metacopy = os.fsdecode(self.markers.metacopy)
         self._lowest = len(stack.layers) - 1
         #: Nodes whose attributes changed by being copied up, which nobody asked to change them: whoever
         #: serves the union tells the kernel, and empties the list.
@@ -316,12 +319,24 @@ class Union:
             file = open_backing(self.gate.fd(node.place), node.name, write=write, waits=waits)
         if node.identity is not None:
             return file
+        file.xattrs = self._xattrs(file.fd)
+        if self._metacopy in file.xattrs:
+            os.close(file.fd)
+            raise _metacopy()
+        node.no_capability = _CAPABILITY not in file.xattrs
+        return file
+
+    def _xattrs(self, fd: int) -> list[str]:
+        """The names of an open file's xattrs; where they can't be listed, only those that matter."""
         try:
-            os.getxattr(file.fd, self.markers.metacopy)
+            return os.listxattr(fd)
         except OSError:
-            return file
-        os.close(file.fd)
-        raise _metacopy()
+            found = []
+            for name in (self._metacopy, _CAPABILITY):
+                with suppress(OSError):
+                    os.getxattr(fd, name)
+                    found.append(name)
+            return found
 
     def refuse_metacopy(self, node: Node) -> None:
         """A regular file with only its metadata in this layer: better EPERM than zeros for its data."""

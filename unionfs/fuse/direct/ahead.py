@@ -6,8 +6,9 @@ with one listing, the daemon makes the next one; when it is asked for, only the 
 
 Rules:
 - Only for a walker: the last guesses were right.
-- Only of directories without anything of the upper. Whatever changes one, or an object in it, brings it to
-  the upper first; so what was prepared holds as long as there is still nothing of the upper.
+- Only of directories without a part in the upper. Whatever changes an object in one, or a name, leaves
+  something in such a part; so what was prepared holds as long as there is none, or it is empty (chmod -R and
+  chown -R copy each directory up before they list it).
 - In small steps: a request that comes meanwhile waits for one of them.
 - The kernel does not know what was prepared. Nodes made for that have no lookups until the answer is sent,
   and go when it is not wanted; nodes that were known may be forgotten meanwhile.
@@ -22,6 +23,7 @@ from typing import Final
 from unionfs.fuse.directories import NO_ENTRIES
 from unionfs.fuse.operations import Operations
 from unionfs.fuse.protocol import Listing
+from unionfs.union.listing import is_unchanged
 from unionfs.union.nodes import Node
 
 log = logging.getLogger(__name__)
@@ -116,7 +118,12 @@ class Ahead:
         prepared = self._finished()
         if prepared is None:
             return None
-        if prepared.listing.size <= size and _is_fit(node) and all(map(self._is_known, prepared.nodes)):
+        if (
+            prepared.listing.size <= size
+            and not node.unlinked
+            and is_unchanged(self._operations.union, node)
+            and all(map(self._is_known, prepared.nodes))
+        ):
             self.used += 1
             return prepared
         self._right = _IN_VAIN
@@ -146,5 +153,5 @@ class Ahead:
 
 
 def _is_fit(node: Node) -> bool:
-    """Whether nothing that could be prepared of a directory changes before it gets a part in the upper."""
+    """Whether a listing can be prepared: see the rules above."""
     return node.lookups > 0 and not node.is_upper and node.identity is None and not node.unlinked

@@ -155,7 +155,7 @@ class DataRequests:
 
         Nobody else has it open, so no page of it is locked by a request that waits for us.
         """
-        size = file.size
+        size = 0 if file.st is None else file.st.st_size
         if 0 < size <= _FILLED:
             count = file.read_into(self._buffer[:size], 0)
             if count == size:
