@@ -6,6 +6,7 @@ import errno
 import os
 import stat
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 
@@ -75,13 +76,20 @@ class TestMergeRules:
         os.setxattr(tmp_path / "l0/new", "user.overlay.redirect", redirect)
         assert read(open_union(2), "new/f") == b"moved along"
 
-    def test_metacopy_file_is_refused_not_read_as_zeros(self, tmp_path: Path, open_union: OpenUnion) -> None:
+    @pytest.mark.parametrize("listed", [True, False])
+    def test_metacopy_file_is_refused_not_read_as_zeros(
+        self, tmp_path: Path, open_union: OpenUnion, monkeypatch: pytest.MonkeyPatch, listed: bool
+    ) -> None:
+        """Also where a filesystem has xattrs and does not list them."""
         for layer in ("l0", "l1"):
             (tmp_path / layer).mkdir()
             (tmp_path / layer / "f").write_text("data")
         os.setxattr(tmp_path / "l0/f", "user.overlay.metacopy", b"")
+        union = open_union(2)
+        if not listed:
+            monkeypatch.setattr(os, "listxattr", Mock(side_effect=OSError(errno.EOPNOTSUPP, "")))
         with pytest.raises(PermissionError):
-            read(open_union(2), "f")
+            read(union, "f")
 
     def test_names_over_255_bytes(self, open_union: OpenUnion) -> None:
         union = open_union()
