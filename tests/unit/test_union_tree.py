@@ -12,6 +12,7 @@ import pytest
 
 from tests.unit.union_support import ME, OpenUnion, copy_up, find, get, names, open_union, read, whiteout
 from unionfs.sys import calls
+from unionfs.union import lowernames, tree
 from unionfs.union.changes import Changes
 from unionfs.union.copyup import FileCopy
 from unionfs.union.listing import is_empty
@@ -20,6 +21,13 @@ __all__ = ["open_union"]
 
 
 class TestMergeRules:
+    @pytest.fixture(params=[False, True], ids=["each lower is asked", "lowers are listed"], autouse=True)
+    def _listed(self, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+        if request.param:
+            monkeypatch.setattr(tree, "MANY", 1)
+            monkeypatch.setattr(lowernames, "MANY", 1)
+            monkeypatch.setattr(lowernames, "_ASKED", 1)
+
     def test_topmost_object_wins(self, tmp_path: Path, open_union: OpenUnion) -> None:
         for layer, text in (("l0", "top"), ("l1", "bottom")):
             (tmp_path / layer).mkdir()

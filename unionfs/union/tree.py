@@ -18,6 +18,7 @@ from unionfs.sys.creds import Identity
 from unionfs.union import bound
 from unionfs.union.files import OpenFile, open_backing, open_held
 from unionfs.union.layers import Layer, LayerStack
+from unionfs.union.lowernames import MANY, LowerNames
 from unionfs.union.markers import Markers
 from unionfs.union.nodes import UNSEEN, Node, NodeTable
 from unionfs.union.places import Gate, Place
@@ -50,6 +51,7 @@ class Union:
         self.stack = stack
         self.markers = Markers(stack.xattr_prefix)
         self.gate = Gate(directory_fds)
+        self._lower_names = LowerNames(self.gate)
         self.nodes = NodeTable([layer.root for layer in stack.layers])
         self.identity = Identity()
         self._metacopy = os.fsdecode(self.markers.metacopy)
@@ -117,6 +119,8 @@ class Union:
         """What the layers hold under ``name``, from part ``first`` of the parent on: attributes, and the
         parts or the place."""
         parts = parent.parts
+        if len(parts) >= MANY:
+            parts, first = self._lower_names.parts(parts, name), 0
         for index in range(first, len(parts)):
             part = parts[index]
             dir_fd = self.gate.fd(part)
@@ -126,23 +130,29 @@ class Union:
                 continue
             kind = stat.S_IFMT(st.st_mode)
             if kind == stat.S_IFDIR:
-                return st, self._merged(part, name, parts[index + 1 :])
+                return st, self._merged(parent, part, name, parts[index + 1 :])
             # Most names are of what can be no marker.
             if (kind == stat.S_IFREG and st.st_size) or kind == stat.S_IFLNK:
                 return st, part
             return None if self.markers.is_whiteout(st, dir_fd, name) else (st, part)
         return None
 
-    def _merged(self, part: Place, name: bytes, below: list[Place]) -> list[Place]:
-        """The real directories that are merged under ``name``: the one in ``part``, and those below."""
+    def _merged(self, parent: Node, part: Place, name: bytes, below: list[Place]) -> list[Place]:
+        """The real directories that are merged under ``name``: the one in ``part`` of the parent, and those
+        further down; ``below``: the parts that may have the name."""
         place = Place(part.layer, part, name)
         found = [place]
         remaining = [(part, name) for part in below]
+        redirected = False
         while place.layer.index != self._lowest:
             opaque, redirect = self.markers.directory(self.gate.fd(place))
             if opaque:
                 break
             if redirect is not None:
+                if not redirected:  # another name may be in any part
+                    redirected = True
+                    index = place.layer.index
+                    remaining = [(part, name) for part in parent.parts if part.layer.index > index]
                 remaining = self._redirected(redirect, place.layer.index, remaining)
             next_place = self._next_directory(remaining)
             if next_place is None:
@@ -203,7 +213,7 @@ class Union:
 
     def is_visible_below(self, parent: Node, name: bytes) -> bool:
         """Whether a lower has ``name`` in ``parent``, so that removing it from the upper takes a whiteout."""
-        for part in parent.parts:
+        for part in self._lower_names.parts(parent.parts, name):
             if part.layer.is_upper:
                 continue
             dir_fd = self.gate.fd(part)
