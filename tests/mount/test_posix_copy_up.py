@@ -17,7 +17,7 @@ import pytest
 
 from tests.mount import direct_calls as dc
 from tests.support import snapshot
-from tests.support.mounting import mounted
+from tests.support.mounting import kernel_mounted, mounted
 from tests.support.patience import patient
 from tests.support.world import World, errno_of
 
@@ -406,3 +406,33 @@ def test_copy_up_leaves_the_directory_as_it_was(world: MakeWorld) -> None:
         return found
 
     made.as_native(calls)
+
+
+@pytest.mark.parametrize("kind", ["tmpfs", "btrfs"])
+def test_the_size_of_a_directory(
+    kernel_overlay: None, area: Path, session: str, filesystem: Callable[..., Path], kind: str
+) -> None:
+    """Each copy-up makes the upper's directory larger where sizes say that, and stat shows it at once."""
+    for number in range(6):
+        (area / f"lower/d/f{number}").parent.mkdir(parents=True, exist_ok=True)
+        (area / f"lower/d/f{number}").write_text("f")
+    place = filesystem(kind)
+
+    def seen(root: Path) -> list[int]:
+        (root / "d/new").touch()
+        sizes = [(root / "d").stat().st_size]
+        for number in range(6):
+            (root / f"d/f{number}").chmod(0o600)
+            sizes.append((root / "d").stat().st_size)
+        return sizes
+
+    found = []
+    for name, mounting in (("union", mounted), ("kernel", kernel_mounted)):
+        for layer in ("upper", "work"):
+            (place / name / layer).mkdir(parents=True)
+        extra = {"session": session} if name == "union" else {}
+        upper, work = place / name / "upper", place / name / "work"
+        with mounting(area / name, lowers=[area / "lower"], upper=upper, work=work, **extra) as mount:
+            found.append(seen(mount.mountpoint))
+    assert found[0] == found[1]
+    assert len(set(found[0])) == 7

@@ -5,12 +5,14 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 
 from tests.unit.test_union_bound import show
-from tests.unit.union_support import OpenUnion, copy_up, get
+from tests.unit.union_support import ME, OpenUnion, copy_up, get
 from tests.unit.union_support import open_union as open_union
+from unionfs.fuse.direct import ahead
 from unionfs.fuse.direct.device import Device
 from unionfs.fuse.direct.listings import ListingRequests
 from unionfs.fuse.direct.nodeio import NodeIos
@@ -87,28 +89,28 @@ def walk(tmp_path: Path, open_union: OpenUnion) -> Iterator[Walk]:
 
 
 def test_what_was_prepared_is_the_same(walk: Walk) -> None:
-    asked, ahead = walk(upper=False), walk()
-    node = ahead.walk(4)
-    assert ahead.ahead.begun == 3
-    assert ahead.ahead.used == 2
-    counted = len(ahead.union.nodes)
+    asked, walked = walk(upper=False), walk()
+    node = walked.walk(4)
+    assert walked.ahead.begun == 3
+    assert walked.ahead.used == 2
+    counted = len(walked.union.nodes)
     assert [child.lookups for child in (node.children or {}).values()] == [0, 0, 0]
-    assert ahead.list(node) == asked.list(asked.in_order()[4])
-    assert ahead.ahead.used == 3
-    assert len(ahead.union.nodes) == counted
+    assert walked.list(node) == asked.list(asked.in_order()[4])
+    assert walked.ahead.used == 3
+    assert len(walked.union.nodes) == counted
     assert [child.lookups for child in (node.children or {}).values()] == [1, 1, 1]
 
 
 def test_half_of_it_is_prepared(walk: Walk) -> None:
     """The rest is done when it is asked for."""
-    asked, ahead = walk(upper=False), walk()
-    for node in ahead.in_order()[:4]:
-        ahead.list(node)
-    assert ahead.ahead.step()
-    assert ahead.ahead.step()
-    assert ahead.list(ahead.in_order()[4]) == asked.list(asked.in_order()[4])
-    assert ahead.ahead.used == 3
-    assert not ahead.ahead.step() or ahead.ahead.begun == 4
+    asked, walked = walk(upper=False), walk()
+    for node in walked.in_order()[:4]:
+        walked.list(node)
+    assert walked.ahead.step()
+    assert walked.ahead.step()
+    assert walked.list(walked.in_order()[4]) == asked.list(asked.in_order()[4])
+    assert walked.ahead.used == 3
+    assert not walked.ahead.step() or walked.ahead.begun == 4
 
 
 def test_another_directory_is_listed(walk: Walk) -> None:
@@ -139,6 +141,118 @@ def test_a_node_that_was_known_is_forgotten(walk: Walk) -> None:
     assert walked.ahead.used == 2
     assert node.children
     assert walked.union.nodes.get(node.children[name].id) is node.children[name] is not child
+
+
+def test_the_directory_is_forgotten(walk: Walk) -> None:
+    """Before the first step; then it is looked up and listed again."""
+    asked, walked = walk(upper=False), walk()
+    for node in walked.in_order()[:4]:
+        walked.list(node)
+    node = walked.in_order()[4]
+    walked.operations.forget(node.id, 1)
+    walked.prepare_all()
+    again, _ = walked.union.lookup(walked.union.nodes.root, node.name) or (None, None)
+    assert again is not None
+    again.lookups += 1
+    assert walked.list(again) == asked.list(asked.in_order()[4])
+    assert walked.union.nodes.get(again.id) is again
+    walked.list(walked.in_order()[8])
+    walked.operations.forget(again.id, 1)
+    for child in list((again.children or {}).values()):
+        walked.operations.forget(child.id, 1)
+    assert walked.union.nodes.get(again.id) is None
+
+
+def test_a_directory_that_nobody_asks_for_is_forgotten(walk: Walk) -> None:
+    walked = walk()
+    node = walked.walk(4)
+    walked.operations.forget(node.id, 1)
+    known = len(walked.union.nodes)
+    walked.list(walked.in_order()[8])
+    assert walked.union.nodes.get(node.id) is None
+    # the directory and its three names are gone, and those of another one came
+    assert len(walked.union.nodes) == known - 1
+
+
+def test_a_name_is_removed_meanwhile(tmp_path: Path, walk: Walk, open_union: OpenUnion) -> None:
+    """Of a directory that is merged from two lowers, and gets a part in the upper by that."""
+    for number in range(12):
+        (tmp_path / f"l1/d{number}").mkdir(parents=True)
+        for name in range(20):
+            (tmp_path / f"l1/d{number}/n{name}").write_text("lower")
+    walked = Walked(open_union(2))
+    for node in walked.in_order()[:4]:
+        walked.list(node)
+    node = walked.in_order()[4]
+    for _ in range(4):
+        assert walked.ahead.step()
+    name = next(b"n%d" % number for number in range(20) if b"n%d" % number not in (node.children or {}))
+    child, _ = walked.union.lookup(node, name) or (node, None)
+    child.lookups += 1
+    walked.operations.unlink(node.id, name)
+    walked.operations.forget(child.id, 1)
+    walked.prepare_all()
+    assert walked.union.lookup(node, name) is None
+    assert name + b"\0" not in walked.list(node).replace(name + b"0", b"")
+    walked.close()
+
+
+@pytest.mark.parametrize("listed", [False, True], ids=["before its names are read", "then"])
+def test_a_new_file_comes_and_goes(walk: Walk, listed: bool) -> None:
+    """It leaves nothing behind in the upper."""
+    walked = walk()
+    for node in walked.in_order()[:4]:
+        walked.list(node)
+    node, other = walked.in_order()[4], walked.in_order()[9]
+    if listed:
+        walked.prepare_all()
+    file, _, fd = walked.operations.changes.create(node, b"temporary", 0o644, ME)
+    os.close(fd)
+    file.lookups += 1
+    walked.prepare_all()
+    walked.operations.changes.rename(node, b"temporary", other, b"moved", 0)
+    assert b"temporary" not in walked.list(node)
+    assert walked.union.lookup(node, b"temporary") is None
+
+
+def test_a_file_is_superseded(walk: Walk) -> None:
+    """Somebody reads it in passthrough, another opens it for writing, and the copy-up still runs."""
+    walked = walk()
+    node = walked.in_order()[4]
+    old, _ = walked.union.lookup(node, b"one") or (node, None)
+    old.lookups += 1
+    walked.walk(4)
+    new = walked.union.nodes.supersede(old)
+    walked.list(node)
+    assert walked.ahead.used == 2
+    assert (old.lookups, new.lookups) == (1, 1)
+
+
+@pytest.mark.parametrize("stays", [True, False])
+def test_times_of_access(walk: Walk, stays: bool) -> None:
+    """What was known may have been read meanwhile, where the lower's filesystem notes that."""
+    walked = walk()
+    walked.union.stack.layers[-1].atime_stays = stays
+    node = walked.in_order()[4]
+    child, _ = walked.union.lookup(node, b"one") or (node, None)
+    child.lookups += 1
+    walked.walk(4)
+    walked.list(node)
+    assert walked.ahead.used == (3 if stays else 2)
+    assert child.lookups == 2
+
+
+def test_the_look_at_the_upper_fails(walk: Walk, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing stays of what was prepared then."""
+    walked = walk()
+    node = walked.walk(4)
+    ensure_upper(walked.union, node)
+    with monkeypatch.context() as patched:
+        patched.setattr(ahead, "is_unchanged", Mock(side_effect=OSError(24, "too many open files")))
+        with pytest.raises(OSError, match="too many"):
+            walked.list(node)
+    walked.list(walked.in_order()[8])
+    assert not node.children
 
 
 def test_a_copy_up_makes_it_useless(walk: Walk) -> None:

@@ -99,6 +99,20 @@ class TestMergeRules:
         with pytest.raises(PermissionError):
             read(union, "f")
 
+    def test_more_xattrs_than_can_be_listed(
+        self, tmp_path: Path, open_union: OpenUnion, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """Such a file (of xfs, say) is read, and not copied up without them."""
+        (tmp_path / "l0").mkdir()
+        (tmp_path / "l0/f").write_text("data")
+        os.setxattr(tmp_path / "l0/f", "user.kept", b"value")
+        union = open_union()
+        monkeypatch.setattr(os, "listxattr", Mock(side_effect=OSError(errno.E2BIG, "")))
+        assert read(union, "f") == b"data"
+        with pytest.raises(OSError, match="Errno 7"):
+            copy_up(union, get(union, "f"))
+        assert os.listdir(tmp_path / "upper") == []
+
     def test_names_over_255_bytes(self, open_union: OpenUnion) -> None:
         union = open_union()
         assert union.lookup(union.nodes.root, b"n" * 255) is None

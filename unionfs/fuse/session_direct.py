@@ -1,7 +1,8 @@
 """The session that speaks the kernel's protocol itself: everything FUSE can carry, and the fastest data path.
 
 It mounts, agrees with the kernel by `protocol.negotiate`, and lets `direct.loop` answer requests with the
-handlers of `direct.names` and `direct.data`, which drive the same `Operations` as the other session.
+handlers of `direct.names`, `direct.listings` and `direct.data`, which drive the same `Operations` as the
+other session.
 """
 
 from __future__ import annotations

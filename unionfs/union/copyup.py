@@ -49,7 +49,7 @@ class FileCopy:
         self._source = union.open_file(node, write=False)
         self._open = True
         try:
-            # one user: it was opened just now
+            # one user: it was opened just now, and has not been read since, which changes the time of access
             known = self._source.st if self._source.users == 1 else None
             self._st = known or os.fstat(self._source.fd)
             self.size = self._st.st_size if limit is None else min(limit, self._st.st_size)
@@ -263,9 +263,11 @@ def _keep_unnamed(union: Union, node: Node, temporary: bytes) -> None:
 
 def _rename_into(union: Union, temporary: bytes, directory: Node, name: bytes) -> None:
     """Rename from work into the upper; a copy-up is no change, so the directory keeps its times. Its real
-    ctime can't be kept, and is shown as it was."""
+    ctime can't be kept, and is shown as it was; its size is another one, and shown."""
     dir_fd = union.gate.fd(directory.parts[0])
     st = os.stat(dir_fd)
+    if directory.ctime is None or directory.ctime[0] != UNSEEN:
+        union.stale.append(directory)  # the kernel may have its attributes since the last change
     shown = union.attributes_of(directory, st).ctime_ns
     calls.renameat2(union.stack.work_fd, temporary, dir_fd, name)
     try:  # noqa: SIM105 - for every file that is copied up

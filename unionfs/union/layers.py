@@ -35,7 +35,8 @@ class Layer:
     """
 
     __slots__ = (
-        "acl", "bound", "dev", "index", "is_upper", "links_of_removed", "memory", "path", "read_only", "root",
+        "acl", "atime_stays", "bound", "dev", "index", "is_upper", "links_of_removed", "memory", "path",
+        "read_only", "root",
     )  # fmt: skip
 
     def __init__(
@@ -58,6 +59,8 @@ class Layer:
         self.root = Place(self, None, b"", root_fd)
         self.dev = os.stat(root_fd).st_dev
         self.acl = _has_acls(root_fd)
+        #: Whether reading leaves the times of access alone, as with a lower's read-only clone.
+        self.atime_stays = bool(os.fstatvfs(root_fd).f_flag & (os.ST_RDONLY | os.ST_NOATIME))
         #: In memory: nothing to make durable, and reads never wait for a disk.
         magic = calls.filesystem_magic(root_fd)
         self.memory = magic in (calls.TMPFS_MAGIC, calls.RAMFS_MAGIC)

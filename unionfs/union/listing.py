@@ -48,7 +48,9 @@ class Listing:
     def names(self) -> list[bytes]:
         """Every visible name once, in the order of the layers; closes the fds. Raises ``OSError``."""
         try:
-            return list(self._merged() if len(self._fds) > 1 else self._single(self._entries))
+            if len(self._fds) > 1:
+                return list(self._merged())
+            return self._single(lambda fd: self._entries(fd, set()))
         finally:
             self.close()
 
@@ -85,11 +87,10 @@ class Listing:
             return [name for name in names if not NFS_REMOVED.fullmatch(os.fsdecode(name))]
         return names
 
-    def _entries(self, fd: int, whiteouts: set[bytes] | None = None) -> list[bytes]:
+    def _entries(self, fd: int, whiteouts: set[bytes]) -> list[bytes]:
         """The names in one real directory, without its whiteouts, which go into ``whiteouts``."""
         if self._markers is None:
             return _names(fd)
-        whiteouts = set() if whiteouts is None else whiteouts
         shown = []
         # an opaque "x" says that xattr whiteouts may be among the regular files
         opaque = self._markers.opaque_value(fd)

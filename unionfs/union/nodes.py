@@ -111,7 +111,7 @@ class Node:
 
 
 class NodeTable:
-    """All nodes that the kernel knows, and the numbers they have."""
+    """All nodes that the kernel knows or is about to be told of, and the numbers they have."""
 
     def __init__(self, root_parts: list[Place]) -> None:
         self.root = Node(ROOT_ID, None, b"", stat.S_IFDIR)
@@ -330,8 +330,9 @@ class NodeTable:
         while current is not None and current.id != ROOT_ID:
             if current.lookups > 0 or current.children or current.handles or current.superseded:
                 return
-            if self._by_id.pop(current.id, None) is None:
+            if self._by_id.get(current.id) is not current:
                 return
+            del self._by_id[current.id]
             if current.successor is not None:
                 current = current.successor
                 current.superseded -= 1

@@ -11,7 +11,7 @@ import errno
 import os
 import stat
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from typing import Final
 
 from unionfs.sys.creds import Identity
@@ -329,24 +329,18 @@ class Union:
             file = open_backing(self.gate.fd(node.place), node.name, write=write, waits=waits)
         if node.identity is not None:
             return file
-        file.xattrs = self._xattrs(file.fd)
-        if self._metacopy in file.xattrs:
+        try:
+            file.xattrs = found = os.listxattr(file.fd)
+        except OSError as error:
+            # too many to be listed, say: the names are not known, but these two can be asked for
+            found = [name for name in (self._metacopy, _CAPABILITY) if _has_xattr(file.fd, name)]
+            if error.errno == errno.EOPNOTSUPP and not found:
+                file.xattrs = []
+        if self._metacopy in found:
             os.close(file.fd)
             raise _metacopy()
-        node.no_capability = _CAPABILITY not in file.xattrs
+        node.no_capability = _CAPABILITY not in found
         return file
-
-    def _xattrs(self, fd: int) -> list[str]:
-        """The names of an open file's xattrs; where they can't be listed, only those that matter."""
-        try:
-            return os.listxattr(fd)
-        except OSError:
-            found = []
-            for name in (self._metacopy, _CAPABILITY):
-                with suppress(OSError):
-                    os.getxattr(fd, name)
-                    found.append(name)
-            return found
 
     def refuse_metacopy(self, node: Node) -> None:
         """A regular file with only its metadata in this layer: better EPERM than zeros for its data."""
@@ -390,6 +384,14 @@ class Union:
     def close(self) -> None:
         """Close every fd that the tree opened (the layers' own stay)."""
         self.gate.close()
+
+
+def _has_xattr(fd: int, name: str) -> bool:
+    try:
+        os.getxattr(fd, name)
+    except OSError:
+        return False
+    return True
 
 
 def _metacopy() -> PermissionError:

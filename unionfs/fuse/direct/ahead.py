@@ -6,12 +6,15 @@ with one listing, the daemon makes the next one; when it is asked for, only the 
 
 Rules:
 - Only for a walker: the last guesses were right.
-- Only of directories without a part in the upper. Whatever changes an object in one, or a name, leaves
-  something in such a part; so what was prepared holds as long as there is none, or it is empty (chmod -R and
-  chown -R copy each directory up before they list it).
-- In small steps: a request that comes meanwhile waits for one of them.
-- The kernel does not know what was prepared. Nodes made for that have no lookups until the answer is sent,
-  and go when it is not wanted; nodes that were known may be forgotten meanwhile.
+- Only of directories that show just what the lowers have: those without a part in the upper. Whatever changes
+  a name of a lower there, or an object, leaves something in such a part; so when it comes to the answer,
+  there must still be none, or an empty one (chmod -R and chown -R copy each directory up, then list it).
+- In small steps: a request that comes meanwhile waits for one of them. So nothing that is learned in one step
+  may be taken for granted in the next.
+- The kernel does not know what was prepared. The directory is kept in the node table until then (one of its
+  lookups is ours). Nodes made for it have no lookups until the answer is sent, and go when it is not wanted;
+  nodes that were known may be forgotten, superseded or, where times of access are kept, read meanwhile: then
+  it is not used.
 """
 
 from __future__ import annotations
@@ -84,6 +87,7 @@ class Ahead:
         walk.extend(reversed(below))
         self._drop()
         if self._right >= _SURE and walk and _is_fit(walk[-1]):
+            walk[-1].lookups += 1
             self._prepared = Prepared(walk[-1], size)
             self._work = self._prepare(self._prepared)
             self.begun += 1
@@ -116,39 +120,44 @@ class Ahead:
         if self._prepared is None or self._prepared.node is not node:
             return None
         prepared = self._finished()
-        if prepared is None:
+        if prepared is None:  # it could not be made
             return None
-        if (
-            prepared.listing.size <= size
-            and not node.unlinked
-            and is_unchanged(self._operations.union, node)
-            and all(map(self._is_known, prepared.nodes))
-        ):
-            self.used += 1
-            return prepared
-        self._right = _IN_VAIN
-        self.let_go(prepared.nodes)
-        return None
+        if prepared.listing.size > size or not self._holds(prepared):
+            self._right = _IN_VAIN
+            self._drop()
+            return None
+        self.used += 1
+        self._prepared = None
+        self._operations.forget(node.id, 1)
+        return prepared
 
     def _finished(self) -> Prepared | None:
         while self.step():
             pass
-        prepared, self._prepared = self._prepared, None
-        return prepared
+        return self._prepared
 
-    def _is_known(self, node: Node) -> bool:
-        return self._operations.union.nodes.named(node.id) is node
+    def _holds(self, prepared: Prepared) -> bool:
+        """Whether what was prepared is what would be found now. Raises ``OSError``."""
+        node = prepared.node
+        if node.unlinked or not is_unchanged(self._operations.union, node):
+            return False
+        kept = all(part.layer.atime_stays for part in node.parts)
+        return all(self._is_current(child) and (kept or not child.lookups) for child in prepared.nodes)
+
+    def _is_current(self, node: Node) -> bool:
+        return self._operations.union.nodes.named(node.id) is node and node.successor is None
 
     def _drop(self) -> None:
         self._work = None
         if self._prepared is not None:
             prepared, self._prepared = self._prepared, None
             self.let_go(prepared.nodes)
+            self._operations.forget(prepared.node.id, 1)
 
     def let_go(self, nodes: list[Node]) -> None:
         """Nodes that were looked up, and not told to the kernel, are not needed."""
         for node in nodes:
-            if self._is_known(node):
+            if self._is_current(node):
                 self._operations.forget(node.id, 0)
 
 

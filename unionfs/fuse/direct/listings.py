@@ -13,6 +13,7 @@ from unionfs.fuse.directories import DOT, DOT_DOT, NO_ENTRIES, Entries
 from unionfs.fuse.operations import Operations
 from unionfs.fuse.protocol import FOREVER, NEVER, Listing, Opcode, Reply, encode
 from unionfs.fuse.protocol import requests as rq
+from unionfs.union.listing import is_unchanged
 from unionfs.union.nodes import Node
 
 
@@ -67,10 +68,12 @@ class ListingRequests:
     def _prepare(self, prepared: Prepared) -> Iterator[None]:
         node = prepared.node
         yield
+        if not is_unchanged(self._union, node):
+            raise OSError(errno.EAGAIN, "it shows names of the upper, which may go and leave nothing behind")
         entries = self._operations.directories.at_once(node)
         if entries is None:
             raise OSError(errno.EAGAIN, "it is large, and made in a thread when somebody asks")
-        prepared.entries = entries
+        prepared.entries = entries = entries.later()
         _add_dots(prepared.listing, node, 0, plus=True)
         for child in self._found(node, entries, 0, prepared.listing):
             prepared.nodes.append(child)
