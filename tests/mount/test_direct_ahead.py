@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import os
+import random
 import shutil
 import stat
 import subprocess
@@ -10,11 +12,15 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+import pytest
+
 from tests.mount import direct_calls as dc
 from tests.support.mounting import mounted
-from tests.support.world import World
+from tests.support.world import World, errno_of
 
 MakeWorld = Callable[..., World]
+EVERY = 20
+"""Directories from one that is changed at random to the next."""
 WRITTEN = 10**18
 """When files were changed last, in nanoseconds."""
 BETWEEN = 25
@@ -176,3 +182,134 @@ def test_only_what_is_of_lowers_alone(root: None, area: Path, session: str) -> N
             capture_output=True, text=True,
         )  # fmt: skip
         assert sorted(found.stdout.splitlines()) == sorted(expected.stdout.splitlines())
+
+
+class _Both:
+    """Does the same to the union and to a native copy; the results must be the same, too."""
+
+    def __init__(self, union: Path, native: Path, choice: random.Random) -> None:
+        self.union, self.native, self.choice = union, native, choice
+        self.held: list[int] = []
+        self._number = 0
+
+    def do(self, call: Callable[..., object], *names: str) -> None:
+        """Run a call on these names."""
+        found = errno_of(lambda: call(*[self.union / name for name in names]))
+        if found == errno.EXDEV:
+            return  # a directory with a part in a lower is not renamed, as on overlayfs
+        assert found == errno_of(lambda: call(*[self.native / name for name in names])), (call, names)
+
+    def change(self, directory: str) -> None:
+        """Change something in a directory, or itself."""
+        pick = self.choice.choice
+        names = [*sorted(os.listdir(self.native / directory)), "new"]
+        one, other = f"{directory}/{pick(names)}", f"{directory}/{pick(names)}"
+        self._number += 1
+        outside = f"t/moved{self._number}"
+        name, call, arguments = pick(
+            [
+                ("create", _create, (one,)), ("append", _append_to, (one,)), ("truncate", _cut, (one,)),
+                ("unlink", os.unlink, (one,)), ("chmod", _chmod, (one,)), ("rename", os.rename, (one, other)),
+                ("move", os.rename, (one, outside)), ("link", os.link, (one, other)),
+                ("mkdir", os.mkdir, (one,)), ("rmdir", os.rmdir, (one,)), ("hold", self._hold, (one,)),
+                ("itself", _chmod, (directory,)), ("pass", None, ()), ("open and remove", None, ()),
+            ]
+        )  # fmt: skip
+        if call is not None:
+            self.do(call, *arguments)
+        elif name == "pass":
+            self.do(_create, f"{directory}/new")
+            self.pause()
+            self.do(os.rename, f"{directory}/new", outside)
+        else:
+            self.do(_create, f"{directory}/new")
+            self.do(self._hold, f"{directory}/new")
+            self.pause()
+            self.do(os.unlink, f"{directory}/new")
+
+    def pause(self) -> None:
+        """Let the daemon do nothing, a step, some steps, or all of its work; or the kernel forget."""
+        kind = self.choice.randrange(6)
+        if kind < 3:
+            time.sleep((0, 0.0001, 0.003)[kind])
+        elif kind == 3 and self.choice.random() < 0.3:
+            dc.drop_caches()
+
+    def _hold(self, path: Path) -> None:
+        fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW)
+        if path.is_relative_to(self.union):
+            self.held.append(fd)
+        else:
+            os.close(fd)
+
+
+def _create(path: Path) -> None:
+    os.close(os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o644))
+
+
+def _append_to(path: Path) -> None:
+    with dc.opened(path, os.O_WRONLY | os.O_APPEND) as fd:
+        os.write(fd, b"more")
+
+
+def _cut(path: Path) -> None:
+    os.truncate(path, 3)
+
+
+def _chmod(path: Path) -> None:
+    os.chmod(path, 0o751)
+
+
+def _build_layers(area: Path, choice: random.Random) -> None:
+    """Two lowers and, in `native`, what they show: with whiteouts, and directories of few and many names."""
+    for name in ("l0", "l1", "native", "upper", "work"):
+        (area / name).mkdir()
+    for number in range(280):
+        directory = f"t/a{number // 14}/b{number % 14}"
+        count = choice.choice([3, 3, 8, 60])
+        for layer in ("l1", "l0"):
+            (area / layer / directory).mkdir(parents=True)
+            (area / "native" / directory).mkdir(parents=True, exist_ok=True)
+            for name in {f"{directory}/f{choice.randrange(count)}" for _ in range(count // 2 + 1)}:
+                (area / "native" / name).unlink(missing_ok=True)
+                if layer == "l0" and choice.random() < 0.2:
+                    os.mknod(area / layer / name, stat.S_IFCHR, 0)
+                    continue
+                data = b"x" * choice.randrange(100)
+                for root in (layer, "native"):
+                    (area / root / name).write_bytes(data)
+                    os.utime(area / root / name, ns=(WRITTEN, WRITTEN + len(data)))
+
+
+@pytest.mark.parametrize("seed", [1, 2])
+def test_any_changes_at_any_moment(root: None, area: Path, session: str, seed: int) -> None:
+    """What is being prepared is changed in any way, at any moment, and listed: as natively, also later."""
+    choice = random.Random(seed)
+    _build_layers(area, choice)
+    lowers = [area / "l0", area / "l1"]
+    with mounted(area, lowers=lowers, upper=area / "upper", work=area / "work", session=session) as mount:
+        both = _Both(mount.mountpoint, area / "native", choice)
+        todo, changed, since = ["t"], [], 0
+        while todo:
+            path = todo.pop()
+            since += 1
+            if since >= EVERY and path.count("/") == 2:
+                since = 0
+                changed.append(path)
+                both.pause()
+                for _ in range(choice.choice([1, 1, 2, 4, 8])):
+                    both.change(path)
+                    both.pause()
+            seen, below = _listed(both.union / path)
+            assert seen == _listed(both.native / path)[0], path
+            todo += [str(directory.relative_to(both.union)) for directory in reversed(below)]
+        assert len(changed) > 8
+        for path in changed:
+            assert _listed(both.union / path)[0] == _listed(both.native / path)[0], path
+            for name in ("new", *(f"f{number}" for number in range(60))):
+                there = os.path.lexists(both.union / path / name)
+                assert there == os.path.lexists(both.native / path / name), (path, name)
+        for fd in both.held:
+            os.close(fd)
+        if dc.is_direct(session):
+            assert mount.figure("prepared_listings_used") > 50
