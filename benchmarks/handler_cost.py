@@ -75,6 +75,7 @@ class _Served:
         self._device = Device(os.open(os.devnull, os.O_WRONLY))
         decision = negotiate(offered, Settings(acl=True), privileges)
         self._loop = _loop(self._device, Splicer(self._device.fd), self._operations, decision)
+        self._loop._tells_resized = True  # in a task, and there is none
 
     def serve(self, messages: Sequence[bytes]) -> float:
         """Microseconds of CPU time a message."""

@@ -263,11 +263,11 @@ def _keep_unnamed(union: Union, node: Node, temporary: bytes) -> None:
 
 def _rename_into(union: Union, temporary: bytes, directory: Node, name: bytes) -> None:
     """Rename from work into the upper; a copy-up is no change, so the directory keeps its times. Its real
-    ctime can't be kept, and is shown as it was; its size is another one, and shown."""
+    ctime can't be kept, and is shown as it was; its size is another one, and is shown soon."""
     dir_fd = union.gate.fd(directory.parts[0])
     st = os.stat(dir_fd)
     if directory.ctime is None or directory.ctime[0] != UNSEEN:
-        union.stale.append(directory)  # the kernel may have its attributes since the last change
+        union.resized.add(directory)  # somebody asked for its attributes since the last copy-up
     shown = union.attributes_of(directory, st).ctime_ns
     calls.renameat2(union.stack.work_fd, temporary, dir_fd, name)
     try:  # noqa: SIM105 - for every file that is copied up

@@ -59,6 +59,9 @@ class Union:
         #: Nodes whose attributes changed by being copied up, which nobody asked to change them: whoever
         #: serves the union tells the kernel, and empties the list.
         self.stale: list[Node] = []
+        #: Directories whose size may be another one since something in them was copied up. That may be told
+        #: a little later: who is told asks again, and copy-ups come in large numbers.
+        self.resized: set[Node] = set()
         self._merge_root()
 
     def _merge_root(self) -> None:

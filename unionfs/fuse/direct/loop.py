@@ -51,6 +51,8 @@ Waiting = Callable[[Any], Coroutine[Any, Any, Reply | None]]
 _FAIR_NS: Final = 2_000_000
 _MAX_SPIN_NS: Final = 100_000
 _MIN_SPIN_NS: Final = 5_000
+_RESIZED_SECONDS: Final = 0.05
+"""How much later the kernel is told that the size of a directory is another one."""
 _OPCODE_UNIQUE: Final = struct.Struct("=4xIQ")  # of struct fuse_in_header
 _NO_ANSWER: Final = (Opcode.FORGET, Opcode.BATCH_FORGET, Opcode.INTERRUPT, Opcode.NOTIFY_REPLY)
 
@@ -78,6 +80,7 @@ class Loop:
         self._new_buffer()
         self._answers = {int(opcode): answer for opcode, answer in answers.items()}
         self._idle = idle
+        self._tells_resized = False
         self._waiting = {int(opcode): handler for opcode, handler in waiting.items()}
         for opcode in decision.enosys:
             self._answers.pop(opcode, None)
@@ -226,9 +229,20 @@ class Loop:
             self._tell_stale()
         if reply is not None:
             self._device.answer(reply)
+        if self._union.resized and not self._tells_resized:
+            self._tells_resized = True
+            self._nursery.start_soon(self._tell_resized)
         if self._device.later:
             notices, self._device.later = self._device.later, []
             self._nursery.start_soon(trio.to_thread.run_sync, self._send, notices)
+
+    async def _tell_resized(self) -> None:
+        """As `_tell_stale`, but not for each copy-up: whoever walks through the directory then asks anew."""
+        await trio.sleep(_RESIZED_SECONDS)
+        self._tells_resized = False
+        nodes = [node for node in self._union.resized if node.lookups > 0]
+        self._union.resized.clear()
+        await trio.to_thread.run_sync(self._send, [notify.inval_inode(node.id, -1, 0) for node in nodes])
 
     def _send(self, notices: list[Reply]) -> None:
         for notice in notices:
