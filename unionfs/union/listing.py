@@ -6,7 +6,6 @@ import os
 import re
 import stat
 import sys
-from collections.abc import Callable
 from typing import TYPE_CHECKING, Final
 
 from unionfs.union.places import open_for_listing
@@ -48,9 +47,7 @@ class Listing:
     def names(self) -> list[bytes]:
         """Every visible name once, in the order of the layers; closes the fds. Raises ``OSError``."""
         try:
-            if len(self._fds) > 1:
-                return list(self._merged())
-            return self._single(lambda fd: self._entries(fd, set()))
+            return list(self._merged())
         finally:
             self.close()
 
@@ -61,14 +58,11 @@ class Listing:
         layer that saves looking for them.
         """
         try:
-            if len(self._fds) > 1:
+            if len(self._fds) != 1:
                 return self._merged()
-            return dict.fromkeys(self._single(_names), 0)
+            return dict.fromkeys(self._in_use(self._fds[0], real_names(self._fds[0])), 0)
         finally:
             self.close()
-
-    def _single(self, read: Callable[[int], list[bytes]]) -> list[bytes]:
-        return [name for fd in self._fds for name in self._in_use(fd, read(fd))]
 
     def _merged(self) -> dict[bytes, int]:
         hidden: set[bytes] = set()
@@ -90,7 +84,7 @@ class Listing:
     def _entries(self, fd: int, whiteouts: set[bytes]) -> list[bytes]:
         """The names in one real directory, without its whiteouts, which go into ``whiteouts``."""
         if self._markers is None:
-            return _names(fd)
+            return real_names(fd)
         shown = []
         # an opaque "x" says that xattr whiteouts may be among the regular files
         opaque = self._markers.opaque_value(fd)
@@ -120,7 +114,8 @@ class Listing:
             os.close(self._fds.pop())
 
 
-def _names(fd: int) -> list[bytes]:
+def real_names(fd: int) -> list[bytes]:
+    """All names in a real directory."""
     return [name.encode(*_ENCODING) for name in os.listdir(fd)]
 
 
@@ -142,8 +137,10 @@ def is_unchanged(union: Union, node: Node) -> bool:
     """Whether a directory shows just what the lowers have, and as they have it."""
     if not node.is_upper:
         return True
+    if node.is_pure_upper:
+        return False
     upper = open_for_listing(union.gate.fd(node.parts[0]))
     try:
-        return len(node.parts) > 1 and not os.listdir(upper)
+        return not os.listdir(upper)
     finally:
         os.close(upper)

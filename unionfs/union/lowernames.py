@@ -11,7 +11,7 @@ import os
 from collections import OrderedDict
 from typing import Final
 
-from unionfs.union.listing import LARGE
+from unionfs.union.listing import LARGE, real_names
 from unionfs.union.places import Gate, Place, open_for_listing
 
 MANY: Final = 8
@@ -77,8 +77,8 @@ class LowerNames:
                 try:
                     if os.fstat(fd).st_size > LARGE:
                         return  # that would take long
-                    for name in os.listdir(fd):
-                        having.setdefault(os.fsencode(name), []).append(place)
+                    for name in real_names(fd):
+                        having.setdefault(name, []).append(place)
                 finally:
                     os.close(fd)
         except OSError:

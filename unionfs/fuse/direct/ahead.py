@@ -41,6 +41,10 @@ _WALK: Final = 10_000
 """Directories to come that are remembered, at most."""
 
 
+class Unfit(Exception):
+    """A directory's listing cannot be prepared after all."""
+
+
 class Prepared:
     """The first part of a listing for which nobody has asked yet."""
 
@@ -58,7 +62,7 @@ class Ahead:
     def __init__(
         self, operations: Operations, prepare: Callable[[Prepared], Iterator[None]]
     ) -> None:
-        """``prepare`` begins to prepare a listing; each step does a part."""
+        """``prepare`` begins to prepare a listing; each step does a part. It may raise `Unfit`."""
         self._operations = operations
         self._prepare = prepare
         self._prepared: Prepared | None = None
@@ -109,9 +113,10 @@ class Ahead:
             next(self._work)
         except StopIteration:
             self._work = None
-        except Exception as error:
-            if not isinstance(error, OSError):  # that, who asks for the listing is told
-                log.exception("a listing could not be prepared")
+        except (OSError, Unfit):  # an error is told to who asks for the listing
+            self._drop()
+        except Exception:
+            log.exception("a listing could not be prepared")
             self._drop()
         return True
 

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import errno
 import stat
 from collections.abc import Iterator
 
-from unionfs.fuse.direct.ahead import Ahead, Prepared
+from unionfs.fuse.direct.ahead import Ahead, Prepared, Unfit
 from unionfs.fuse.direct.loop import Waiting
 from unionfs.fuse.direct.nodeio import NodeIos
 from unionfs.fuse.directories import DOT, DOT_DOT, NO_ENTRIES, Entries
@@ -69,16 +68,16 @@ class ListingRequests:
         node = prepared.node
         yield
         if not is_unchanged(self._union, node):
-            raise OSError(errno.EAGAIN, "it shows names of the upper, which may go and leave nothing behind")
+            raise Unfit("it shows names of the upper, which may go and leave nothing behind")
         entries = self._operations.directories.at_once(node)
         if entries is None:
-            raise OSError(errno.EAGAIN, "it is large, and made in a thread when somebody asks")
+            raise Unfit("it is large, and made in a thread when somebody asks")
         prepared.entries = entries = entries.later()
         _add_dots(prepared.listing, node, 0, plus=True)
         for child in self._found(node, entries, 0, prepared.listing):
             prepared.nodes.append(child)
             if child.identity is not None:
-                raise OSError(errno.EAGAIN, "what is bound may change at any time")
+                raise Unfit("what is bound may change at any time")
             yield
 
     def _found(self, node: Node, entries: Entries, first: int, listing: Listing) -> Iterator[Node]:

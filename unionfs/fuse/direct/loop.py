@@ -19,7 +19,7 @@ import logging
 import os
 import struct
 from collections import Counter
-from collections.abc import Callable, Coroutine, Mapping
+from collections.abc import Callable, Coroutine, Iterable, Mapping
 from time import perf_counter_ns
 from typing import Any, Final
 
@@ -41,6 +41,7 @@ from unionfs.fuse.protocol import (
 )
 from unionfs.fuse.protocol import requests as rq
 from unionfs.sys.process import is_being_killed
+from unionfs.union.nodes import Node
 from unionfs.union.tree import Union
 
 log = logging.getLogger(__name__)
@@ -240,9 +241,9 @@ class Loop:
         """As `_tell_stale`, but not for each copy-up: whoever walks through the directory then asks anew."""
         await trio.sleep(_RESIZED_SECONDS)
         self._tells_resized = False
-        nodes = [node for node in self._union.resized if node.lookups > 0]
+        notices = _ask_again(self._union.resized)
         self._union.resized.clear()
-        await trio.to_thread.run_sync(self._send, [notify.inval_inode(node.id, -1, 0) for node in nodes])
+        await trio.to_thread.run_sync(self._send, notices)
 
     def _send(self, notices: list[Reply]) -> None:
         for notice in notices:
@@ -253,11 +254,8 @@ class Loop:
 
         In line: what was copied up is held by the request that wanted it, see `Device.notify`.
         """
-        told = set()
-        for node in self._union.stale:
-            if node.lookups > 0 and node.id not in told:
-                told.add(node.id)
-                self._device.notify(notify.inval_inode(node.id, -1, 0))
+        for notice in _ask_again(dict.fromkeys(self._union.stale)):
+            self._device.notify(notice)
         self._union.stale.clear()
 
     def _failed(self, request: Request, error: BaseException) -> Reply | None:
@@ -293,3 +291,7 @@ class Loop:
         if running is not None and is_being_killed(running[1]):
             running[0].cancel()
 
+
+def _ask_again(nodes: Iterable[Node]) -> list[Reply]:
+    """Notices that the kernel must not believe attributes any more; those of nodes that it knows."""
+    return [notify.inval_inode(node.id, -1, 0) for node in nodes if node.lookups > 0]

@@ -52,7 +52,7 @@ class Listing:
         if size > self.limit:
             return False
         if not 0 < length <= NAME_MAX or 47 in name:
-            raise ValueError(f"{name!r} cannot be the name of a directory entry.")
+            raise _bad_name(name)
         self._records.append(_DIRENT(ino, off, length, mode >> 12) + name + _PADDING[length & 7])
         self.size = size
         return True
@@ -64,7 +64,7 @@ class Listing:
         if size > self.limit:
             return False
         if not 0 < length <= NAME_MAX or 47 in name:
-            raise ValueError(f"{name!r} cannot be the name of a directory entry.")
+            raise _bad_name(name)
         self._records.append(_PLUS(entry, ino, off, length, mode >> 12) + name + _PADDING[length & 7])
         self.size = size
         return True
@@ -79,7 +79,7 @@ class Listing:
         """
         length = len(name)
         if not 0 < length <= NAME_MAX or 47 in name:
-            raise ValueError(f"{name!r} cannot be the name of a directory entry.")
+            raise _bad_name(name)
         record = _FOUND(
             nodeid, 0, entry[0], attr[0], entry[1], attr[1], *values, values[0], off, length, values[9] >> 12
         )
@@ -89,3 +89,7 @@ class Listing:
     def packed(self) -> bytes:
         """What goes into `encode.data`."""
         return b"".join(self._records)
+
+
+def _bad_name(name: bytes) -> ValueError:
+    return ValueError(f"{name!r} cannot be the name of a directory entry.")
