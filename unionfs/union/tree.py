@@ -333,28 +333,30 @@ class Union:
         if node.identity is not None:
             return file
         try:
-            file.xattrs = found = os.listxattr(file.fd)
-        except OSError as error:
-            # too many to be listed, say: the names are not known, but these two can be asked for
-            found = [name for name in (self._metacopy, _CAPABILITY) if _has_xattr(file.fd, name)]
-            if error.errno == errno.EOPNOTSUPP and not found:
-                file.xattrs = []
-        if self._metacopy in found:
+            file.xattrs = os.listxattr(file.fd)
+            metacopy = self._metacopy in file.xattrs
+            node.no_capability = _CAPABILITY not in file.xattrs
+        except OSError:  # too many to be listed, say
+            metacopy = self._is_metacopy(file.fd)
+        if metacopy:
             os.close(file.fd)
             raise _metacopy()
-        node.no_capability = _CAPABILITY not in found
         return file
+
+    def _is_metacopy(self, where: bytes | int, *, follow: bool = True) -> bool:
+        try:
+            os.getxattr(where, self._metacopy, follow_symlinks=follow)
+        except OSError:
+            return False
+        return True
 
     def refuse_metacopy(self, node: Node) -> None:
         """A regular file with only its metadata in this layer: better EPERM than zeros for its data."""
         if node.identity is not None:
             return
         path, follow = self.path(node)
-        try:
-            os.getxattr(path, self.markers.metacopy, follow_symlinks=follow)
-        except OSError:
-            return
-        raise _metacopy()
+        if self._is_metacopy(path, follow=follow):
+            raise _metacopy()
 
     def close_file(self, node: Node, file: OpenFile) -> None:
         """Undo one :meth:`open_file`."""
@@ -387,14 +389,6 @@ class Union:
     def close(self) -> None:
         """Close every fd that the tree opened (the layers' own stay)."""
         self.gate.close()
-
-
-def _has_xattr(fd: int, name: str) -> bool:
-    try:
-        os.getxattr(fd, name)
-    except OSError:
-        return False
-    return True
 
 
 def _metacopy() -> PermissionError:
