@@ -147,3 +147,18 @@ def test_the_oldest_are_dropped(
                 assert find(union, f"{name}/f{number}") is not None
             kept = union._lower_names
             assert kept._count == sum(len(one.having or ()) for one in kept._kept.values()) <= 25
+
+
+def test_directories_without_listed_lowers_are_dropped_too(
+    tmp_path: Path, open_union: OpenUnion, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One lookup in each of many directories is not remembered for ever."""
+    monkeypatch.setattr(lowernames, "_KEPT_DIRECTORIES", 3)
+    for number in range(COUNT):
+        for name in range(6):
+            (tmp_path / f"l{number}/d{name}").mkdir(parents=True)
+    union = open_union(COUNT)
+    for name in range(6):
+        assert find(union, f"d{name}/absent") is None
+        assert len(union._lower_names._kept) <= 3
+    assert get(union, "d5").parts[-1] in union._lower_names._kept

@@ -19,6 +19,7 @@ MANY: Final = 8
 _ASKED: Final = 4
 """Lookups in a directory before its lowers are listed."""
 _KEPT_NAMES: Final = 500_000
+_KEPT_DIRECTORIES: Final = 4096
 
 
 class _Names:
@@ -52,22 +53,24 @@ class LowerNames:
             return parts
         names = self._kept.get(lowers[-1])
         if names is None or names.lowers != lowers:
-            names = self._forget_and_make(lowers)
+            if names is not None:
+                self._forget(lowers[-1])
+            names = self._kept[lowers[-1]] = _Names(lowers)
+            self._bound()
+        self._kept.move_to_end(lowers[-1])
         if names.asked < _ASKED:
             names.asked += 1
             if names.asked == _ASKED:
                 self._list(names)
-        if names.having is None:
-            return parts
-        self._kept.move_to_end(lowers[-1])
-        return upper + names.having.get(name, [])
+        return parts if names.having is None else upper + names.having.get(name, [])
 
-    def _forget_and_make(self, lowers: list[Place]) -> _Names:
-        old = self._kept.pop(lowers[-1], None)
-        if old is not None and old.having is not None:
-            self._count -= len(old.having)
-        names = self._kept[lowers[-1]] = _Names(lowers)
-        return names
+    def _forget(self, lowest: Place) -> None:
+        self._count -= len(self._kept.pop(lowest).having or ())
+
+    def _bound(self) -> None:
+        """Forget what was not asked for the longest, when it is too much."""
+        while len(self._kept) > 1 and (self._count > _KEPT_NAMES or len(self._kept) > _KEPT_DIRECTORIES):
+            self._forget(next(iter(self._kept)))
 
     def _list(self, names: _Names) -> None:
         having: dict[bytes, list[Place]] = {}
@@ -85,7 +88,4 @@ class LowerNames:
             return  # one that may be searched but not read, say
         names.having = having
         self._count += len(having)
-        while self._count > _KEPT_NAMES and len(self._kept) > 1:
-            _, oldest = self._kept.popitem(last=False)
-            if oldest.having is not None:
-                self._count -= len(oldest.having)
+        self._bound()
