@@ -369,6 +369,46 @@ def _describe(path: Path) -> list[Any]:
     ]  # fmt: skip
 
 
+@pytest.mark.parametrize("has", ["nothing", "an owner", "xattrs", "an ACL"])
+def test_the_first_change_is_of_the_mode(world: MakeWorld, has: str) -> None:
+    """A file that is copied up to get other permissions has those, and the rest of what the original has."""
+    modes = [0, 0o400, 0o640, 0o777, 0o4755, 0o2755, 0o1777, 0o6711]
+    acl = struct.pack("<I", 2) + b"".join(
+        struct.pack("<HHI", *entry)
+        for entry in [(1, 6, 2**32 - 1), (2, 7, 7), (4, 4, 2**32 - 1), (16, 6, 2**32 - 1), (32, 0, 2**32 - 1)]
+    )
+
+    def build(root: Path) -> None:
+        for before in modes:
+            for after in modes:
+                path = root / f"{before:o}-{after:o}"
+                path.write_bytes(b"data")
+                if has == "an owner":
+                    os.chown(path, 1234, 4321)
+                elif has == "xattrs":
+                    os.setxattr(path, "user.x", b"1")
+                    os.setxattr(path, "security.z", b"3")
+                elif has == "an ACL":
+                    os.setxattr(path, "system.posix_acl_access", acl)
+                path.chmod(before)
+                os.utime(path, ns=(10**18 + 1, 10**18 + 123456789))
+
+    made = world(build)
+
+    def calls(root: Path) -> list[object]:
+        found: list[object] = []
+        for before in modes:
+            for after in modes:
+                path = root / f"{before:o}-{after:o}"
+                path.chmod(after)
+                found.append((path.name, *_describe(path), path.read_bytes()))
+        return found
+
+    made.as_native(calls)
+    made.as_kernel(calls)
+    assert os.listdir(made.upper.parent / "work/work") == []
+
+
 def test_copy_up_leaves_the_directory_as_it_was(world: MakeWorld) -> None:
     """What is copied up within a directory changes none of its times; what is made or changed in it does."""
 

@@ -14,8 +14,9 @@ from tests.unit.union_support import ME, OpenUnion, copy_up, find, get, names, o
 from unionfs.sys import calls
 from unionfs.union import lowernames, tree
 from unionfs.union.changes import Changes
-from unionfs.union.copyup import FileCopy
-from unionfs.union.listing import is_empty
+from unionfs.union.copyup import FileCopy, ensure_upper
+from unionfs.union.listing import is_empty, is_unchanged
+from unionfs.union.tree import Union
 
 __all__ = ["open_union"]
 
@@ -138,6 +139,58 @@ class TestGate:
         copy_up(union, leaf)
         assert leaf.is_upper
         assert len(union.gate) <= 64
+
+
+class TestEmptyCopies:
+    """A directory that was copied up is not asked for names until something is put into it."""
+
+    @pytest.fixture
+    def union(self, tmp_path: Path, open_union: OpenUnion) -> Union:
+        (tmp_path / "l0/d/sub").mkdir(parents=True)
+        for name in ("f", "g", "sub/h"):
+            (tmp_path / "l0/d" / name).write_text("lower")
+        union = open_union()
+        ensure_upper(union, get(union, "d"))
+        assert get(union, "d").parts[0].empty
+        return union
+
+    @pytest.mark.parametrize("change", ["create", "remove", "copy up", "copy up below", "move in", "link in"])
+    def test_something_comes(self, union: Union, change: str) -> None:
+        changes, root, directory = Changes(union), union.nodes.root, get(union, "d")
+        seen = names(union, "d")
+        assert seen == {b"f", b"g", b"sub"}
+        if change == "create":
+            os.close(changes.create(directory, b"new", 0o644, ME)[2])
+            seen.add(b"new")
+        elif change == "remove":
+            changes.unlink(directory, b"g")
+            seen.discard(b"g")
+        elif change == "copy up":
+            copy_up(union, get(union, "d/g"))
+        elif change == "copy up below":
+            copy_up(union, get(union, "d/sub/h"))
+            assert not get(union, "d/sub").parts[0].empty
+        else:
+            node, _, fd = changes.create(root, b"new", 0o644, ME)
+            os.close(fd)
+            if change == "move in":
+                changes.rename(root, b"new", directory, b"new", 0)
+            else:
+                changes.link(node, directory, b"new")
+            seen.add(b"new")
+        assert not directory.parts[0].empty
+        for node in list((directory.children or {}).values()):
+            union.nodes.forget(node, node.lookups)
+        assert {name for name in (b"f", b"g", b"sub", b"new") if union.lookup(directory, name)} == seen
+        assert is_unchanged(union, directory) is False
+
+    def test_nothing_comes(self, union: Union) -> None:
+        directory = get(union, "d")
+        assert is_unchanged(union, directory)
+        assert read(union, "d/f") == b"lower"
+        for node in (get(union, "d/f"), directory):
+            union.nodes.forget(node, 0)
+        assert not get(union, "d").parts[0].empty  # nobody knows any more
 
 
 class TestNumbers:

@@ -11,7 +11,7 @@ from unionfs.fuse.inline import in_thread, may_wait
 from unionfs.union.copyup import FileCopy, copy_up_special, ensure_upper
 from unionfs.union.files import OpenFile
 from unionfs.union.nodes import Node
-from unionfs.union.tree import Union
+from unionfs.union.tree import Later, Union
 
 
 class CopyUps:
@@ -24,11 +24,20 @@ class CopyUps:
         #: Time from the begin of each to its end; several at once count each for itself.
         self.nanoseconds = 0
 
-    async def ensure(self, node: Node, limit: int | None = None, *, keep: bool = False) -> OpenFile | None:
+    async def ensure(
+        self,
+        node: Node,
+        limit: int | None = None,
+        mode: int | None = None,
+        *,
+        keep: bool = False,
+        later: Later | None = None,
+    ) -> OpenFile | None:
         """Have the node in the upper. ``limit``: that many bytes of data are enough (truncation).
 
         ``keep``: when it is a regular file and was copied up for that, its backing file comes back open, and
-        is the caller's to close (`Union.close_file`). Raises ``OSError``; nothing is left of the copy then.
+        is the caller's to close (`Union.close_file`); it has the permission bits ``mode`` then, if they are
+        given. Raises ``OSError``; nothing is left of the copy then.
         """
         self.union.require_writable(node)
         kept: OpenFile | None = None
@@ -39,7 +48,7 @@ class CopyUps:
                 if isinstance(node.copying, trio.Event):
                     await node.copying.wait()
             elif node.kind == stat.S_IFREG:
-                kept = await self._file(node, limit, keep=keep)
+                kept = await self._file(node, limit, mode, keep=keep, later=later)
             else:
                 began = perf_counter_ns()
                 if node.is_dir:
@@ -53,18 +62,21 @@ class CopyUps:
         self.count += 1
         self.nanoseconds += perf_counter_ns() - began
 
-    async def _file(self, node: Node, limit: int | None, *, keep: bool) -> OpenFile | None:
+    async def _file(
+        self, node: Node, limit: int | None, mode: int | None, *, keep: bool, later: Later | None
+    ) -> OpenFile | None:
         began = perf_counter_ns()
-        copy = FileCopy(self.union, node, limit)
+        copy = FileCopy(self.union, node, limit, mode)
         try:
             if copy.is_quick:
                 copy.copy()
             else:
                 await self._in_thread(copy)
-            # Whoever waited runs only after that.
-            kept = copy.finish(keep=keep)
-        finally:
+        except BaseException:
             copy.abort()
+            raise
+        # Whoever waited runs only after that.
+        kept = copy.finish(keep=keep, later=later)
         self._count(began)
         self.copied_bytes += copy.size
         return kept

@@ -34,7 +34,12 @@ class Entries(NamedTuple):
     names: list[bytes]
     parts: list[int]
     """Which is the topmost part of the directory that has the name; for `Union.lookup`, until there is time
-    for another request. Then, and when it would be the first for all, there are none."""
+    for another request. Then, and when it is the first for all, there are none."""
+
+    @property
+    def shows_upper(self) -> bool:
+        """Of a directory whose first part is the upper's: whether that has any of the names."""
+        return bool(self.names) and (not self.parts or 0 in self.parts)
 
     def later(self) -> Entries:
         """What is true of it after other requests, too."""

@@ -52,6 +52,10 @@ class Change(NamedTuple):
     """setuid and setgid are to be cleared: the caller may not keep them."""
 
 
+_NOTHING_ELSE: Final = (None, None, None, None, None, False)
+"""The fields of `Change` but for the mode, when only the mode is to be changed."""
+
+
 def _owner(change: Change) -> tuple[int, int]:
     """For chown(2), to which -1 is "as it is"."""
     return -1 if change.uid is None else change.uid, -1 if change.gid is None else change.gid
@@ -195,12 +199,20 @@ class Operations:
     async def setattr(self, id_: int, change: Change, handle: Handle | None) -> Found:
         """truncate(2), chown(2), chmod(2) and utimensat(2), in this order."""
         node = self.node(id_)
-        kept = await self.copy_ups.ensure(node, change.size, keep=True)
+        only_mode = change.mode if change[:3] + change[4:] == _NOTHING_ELSE else None
+        kept = await self.copy_ups.ensure(node, change.size, only_mode, keep=True, later=self.union.later)
         try:
+            if kept is not None and only_mode is not None:
+                assert kept.st is not None
+                node.ctime = None
+                return node, self.union.attributes_of(node, kept.st)
             return self._set(node, change, handle)
         finally:
             if kept is not None:
-                self.union.close_file(node, kept)
+                if self.union.later is None:
+                    self.union.close_file(node, kept)
+                else:
+                    self.union.later.append((self.union.close_file, (node, kept)))
 
     def _set(self, node: Node, change: Change, handle: Handle | None) -> Found:
         node.ctime = None
@@ -213,14 +225,15 @@ class Operations:
             self._set_open(file.fd, change)
             return node, self.union.attributes_of(node, os.fstat(file.fd))
         if change.uid is not None or change.gid is not None or change.mode is not None:
-            fd = self.union.open_path(node)
+            fd, opened = self.union.path_fd(node)
             try:
                 if change.uid is not None or change.gid is not None:
                     calls.chown_fd(fd, *_owner(change))
                 if change.mode is not None:
                     os.chmod(b"/proc/self/fd/%d" % fd, stat.S_IMODE(change.mode))
             finally:
-                os.close(fd)
+                if opened:
+                    os.close(fd)
         if change.atime_ns is not None or change.mtime_ns is not None:
             path, follow = self.union.path(node)
             calls.utimensat(calls.AT_FDCWD, path, change.atime_ns, change.mtime_ns, follow=follow)

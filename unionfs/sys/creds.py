@@ -47,12 +47,24 @@ def _capabilities() -> ctypes.Array[_Data]:
 _AS_WE_ARE: Final = nullcontext()
 
 
+def _umask() -> int:
+    """The umask, without changing it (proc_pid_status(5))."""
+    with open("/proc/self/status", "rb") as status:
+        for line in status:
+            if line.startswith(b"Umask:"):
+                return int(line.split()[1], 8)
+    return 0o777  # unknown: before Linux 4.7
+
+
 class Identity:
     """Who the daemon is, and the power to create files as others."""
 
     def __init__(self) -> None:
         self.uid = os.geteuid()
         self.gid = os.getegid()
+        #: The permission bits that what it creates has if it asks for them: all but those of its umask, as
+        #: it is now. (Setuid, setgid and sticky are none of them: a change of the owner may clear them.)
+        self.sets = 0o777 & ~_umask()
         self.can_switch = has_capability(CAP_SETUID) and has_capability(CAP_SETGID)
         self._header = _Header(_CAPABILITY_VERSION_3, 0)
         self._data = _capabilities()

@@ -60,6 +60,7 @@ class Changes:
     def _writable(self, directory: Node) -> Place:
         """The upper's directory of a node, which is about to change."""
         place = ensure_upper(self._union, directory)
+        place.empty = False
         directory.ctime = None
         return place
 

@@ -21,15 +21,14 @@ from unionfs.union.filedata import clone, copy_data
 from unionfs.union.files import OpenFile
 from unionfs.union.nodes import UNSEEN, Node
 from unionfs.union.places import Place
-from unionfs.union.tree import Union
+from unionfs.union.tree import Later, Union
 from unionfs.union.xattrs import CAPABILITY, copy_xattrs
 
 _numbers: Final = itertools.count()
 #: A file up to this size (bytes) is copied at once when nothing has to reach a disk, and its holes are looked
 #: for only if it has some.
 SMALL: Final = 256 * 1024
-
-
+_NEW: Final = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
 def temporary_name() -> bytes:
     """A fresh name for the work directory."""
     return b"#%x" % next(_numbers)
@@ -38,8 +37,12 @@ def temporary_name() -> bytes:
 class FileCopy:
     """The copy-up of one regular file."""
 
-    def __init__(self, union: Union, node: Node, limit: int | None) -> None:
-        """Open the source and make the temporary file. ``limit``: copy only so many bytes (truncation)."""
+    def __init__(self, union: Union, node: Node, limit: int | None, mode: int | None = None) -> None:
+        """Open the source and make the temporary file.
+
+        ``limit``: copy only so many bytes (truncation). ``mode``: the permission bits that it is to have
+        instead of the source's.
+        """
         union.require_upper()
         self._union = union
         self.node = node
@@ -53,9 +56,11 @@ class FileCopy:
             known = self._source.st if self._source.users == 1 else None
             self._st = known or os.fstat(self._source.fd)
             self.size = self._st.st_size if limit is None else min(limit, self._st.st_size)
+            self._mode = stat.S_IMODE(self._st.st_mode if mode is None else mode)
+            self._is_plain = self._source.xattrs == [] and self._mode & ~union.identity.sets == 0
             name = temporary_name()
             self._target = os.open(
-                name, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600, dir_fd=union.stack.work_fd
+                name, _NEW, self._mode if self._is_plain else 0o600, dir_fd=union.stack.work_fd
             )
             self._name = name
         except BaseException:
@@ -87,30 +92,32 @@ class FileCopy:
         st, target = self._st, self._target
         if (st.st_uid, st.st_gid) != (self._union.identity.uid, self._union.identity.gid):
             os.fchown(target, st.st_uid, st.st_gid)
-        if self._source.xattrs == []:
+        if self._is_plain:
             self._no_capability = True
         else:
             names = copy_xattrs(self._union.markers, (self._source.fd, True), (target, True))
             self._no_capability = CAPABILITY not in names
-        os.fchmod(target, stat.S_IMODE(st.st_mode))
+            os.fchmod(target, self._mode)
         os.utime(target, ns=(st.st_atime_ns, st.st_mtime_ns))
 
-    def finish(self, *, keep: bool = False) -> OpenFile | None:
+    def finish(self, *, keep: bool = False, later: Later | None = None) -> OpenFile | None:
         """Let the copy appear in the upper, and give it to all who have the file open.
 
-        ``keep``: and to the caller, who becomes one more user of the open file.
+        ``keep``: and to the caller, who becomes one more user of the open file. It has its attributes.
+        ``later`` gets what nobody need wait for. It has to be done before any other change of the union.
         """
         union, node = self._union, self.node
         try:
-            self._appear()
+            self._appear(later)
             self._name = None
-            _copied_up(union, node, os.fstat(self._target))
+            st = os.fstat(self._target)
+            _copied_up(union, node, st)
             node.no_capability = self._no_capability
-            return self._hand_over(keep=keep)
+            return self._hand_over(st, keep=keep)
         finally:
-            self.abort()
+            self.abort(later)
 
-    def _appear(self) -> None:
+    def _appear(self, later: Later | None) -> None:
         """Give the temporary file its name, or take it away when the node has none any more."""
         union, node = self._union, self.node
         assert self._name is not None
@@ -119,17 +126,17 @@ class FileCopy:
             _keep_unnamed(union, node, self._name)
         else:
             place = ensure_upper(union, node.parent)
-            _rename_into(union, self._name, node.parent, node.name)
+            _rename_into(union, self._name, node.parent, node.name, later)
             node.place = place
 
-    def _hand_over(self, *, keep: bool) -> OpenFile | None:
+    def _hand_over(self, st: os.stat_result, *, keep: bool) -> OpenFile | None:
         """Open handles, which only read, go on with the upper's file: they see what is written from now."""
         node = self.node
         node.file = None
         if not keep and not node.handles:
             return None
         waits = not self._union.require_upper().memory
-        file = OpenFile(self._target, readable=True, writable=True, waits=waits)
+        file = OpenFile(self._target, readable=True, writable=True, waits=waits, st=st)
         self._target = -1
         node.file = file
         file.users = int(keep)
@@ -139,7 +146,7 @@ class FileCopy:
             old.release()
         return file if keep else None
 
-    def abort(self) -> None:
+    def abort(self, later: Later | None = None) -> None:
         """Let go of everything; without :meth:`finish` nothing of the copy is left."""
         if self._name is not None:
             with contextlib.suppress(OSError):
@@ -150,7 +157,10 @@ class FileCopy:
             self._target = -1
         if self._open:
             self._open = False
-            self._union.close_file(self.node, self._source)
+            if later is None:
+                self._union.close_file(self.node, self._source)
+            else:
+                later.append((self._union.close_file, (self.node, self._source)))
 
 
 def copy_up_special(union: Union, node: Node) -> None:
@@ -223,9 +233,10 @@ def _copy_up_directory(union: Union, node: Node) -> None:
     try:
         path = b"/proc/self/fd/%d/%b" % (work, name)
         copy_xattrs(union.markers, (b"/proc/self/fd/%d" % lower, True), (path, False))
-        os.chown(name, st.st_uid, st.st_gid, dir_fd=work, follow_symlinks=False)
+        if (st.st_uid, st.st_gid) != (union.identity.uid, union.identity.gid):
+            os.chown(name, st.st_uid, st.st_gid, dir_fd=work, follow_symlinks=False)
         os.chmod(name, stat.S_IMODE(st.st_mode), dir_fd=work)
-        calls.utimensat(work, name, st.st_atime_ns, st.st_mtime_ns)
+        os.utime(name, ns=(st.st_atime_ns, st.st_mtime_ns), dir_fd=work)
         parent = node.parent.parts[0]
         _rename_into(union, name, node.parent, node.name)
     except BaseException:
@@ -233,6 +244,7 @@ def _copy_up_directory(union: Union, node: Node) -> None:
             os.rmdir(name, dir_fd=work)
         raise
     place = Place(parent.layer, parent, node.name)
+    place.empty = True
     node.parts.insert(0, place)
     st = os.stat(union.gate.fd(place))
     node.ctime = st.st_ctime_ns, shown
@@ -261,17 +273,27 @@ def _keep_unnamed(union: Union, node: Node, temporary: bytes) -> None:
     node.place = Place(upper, upper.root, b"")
 
 
-def _rename_into(union: Union, temporary: bytes, directory: Node, name: bytes) -> None:
+def _rename_into(
+    union: Union, temporary: bytes, directory: Node, name: bytes, later: Later | None = None
+) -> None:
     """Rename from work into the upper; a copy-up is no change, so the directory keeps its times. Its real
     ctime can't be kept, and is shown as it was; its size is another one, and is shown soon."""
-    dir_fd = union.gate.fd(directory.parts[0])
+    place = directory.parts[0]
+    dir_fd = union.gate.fd(place)
     st = os.stat(dir_fd)
-    if directory.ctime is None or directory.ctime[0] != UNSEEN:
-        union.resized.add(directory)  # somebody asked for its attributes since the last copy-up
-    shown = union.attributes_of(directory, st).ctime_ns
-    calls.renameat2(union.stack.work_fd, temporary, dir_fd, name)
-    try:  # noqa: SIM105 - for every file that is copied up
+    ctime = directory.ctime
+    if ctime is None or ctime[0] != UNSEEN:  # somebody asked for its attributes since the last copy-up
+        union.resized.add(directory)
+        ctime = UNSEEN, union.attributes_of(directory, st).ctime_ns
+    place.empty = False
+    os.rename(temporary, name, src_dir_fd=union.stack.work_fd, dst_dir_fd=dir_fd)
+    if later is None:
+        _give_times_back(dir_fd, st)
+    else:
+        later.append((_give_times_back, (dir_fd, st)))
+    directory.ctime = ctime
+
+
+def _give_times_back(dir_fd: int, st: os.stat_result) -> None:
+    with contextlib.suppress(OSError):
         os.utime(b".", ns=(st.st_atime_ns, st.st_mtime_ns), dir_fd=dir_fd)
-    except OSError:
-        pass
-    directory.ctime = UNSEEN, shown

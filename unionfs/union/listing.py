@@ -54,13 +54,14 @@ class Listing:
     def candidates(self) -> dict[bytes, int]:
         """As :meth:`names`, with the index of the topmost of the directory's parts that has the name.
 
-        For who asks the union for each name anyway: there may be whiteouts among them. In a directory of one
-        layer that saves looking for them.
+        For who asks the union for each name anyway, which saves looking for whiteouts: they are among them.
         """
         try:
-            if len(self._fds) != 1:
-                return self._merged()
-            return dict.fromkeys(self._in_use(self._fds[0], real_names(self._fds[0])), 0)
+            found: dict[bytes, int] = {}
+            for index, fd in enumerate(self._fds):
+                for name in self._in_use(fd, real_names(fd)):
+                    found.setdefault(name, index)
+            return found
         finally:
             self.close()
 
@@ -139,8 +140,11 @@ def is_unchanged(union: Union, node: Node) -> bool:
         return True
     if node.is_pure_upper:
         return False
+    if node.parts[0].empty:
+        return True
     upper = open_for_listing(union.gate.fd(node.parts[0]))
     try:
-        return not os.listdir(upper)
+        with os.scandir(upper) as entries:
+            return next(entries, None) is None
     finally:
         os.close(upper)

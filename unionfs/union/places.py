@@ -21,7 +21,7 @@ _DIRECTORY: Final = os.O_PATH | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 class Place:
     """A directory of one layer. ``fd`` is -1 unless the gate has it open."""
 
-    __slots__ = ("default_acl", "fd", "layer", "name", "parent")
+    __slots__ = ("default_acl", "empty", "fd", "layer", "name", "parent")
 
     def __init__(self, layer: Layer, parent: Place | None, name: bytes, fd: int = -1) -> None:
         self.layer = layer
@@ -30,6 +30,8 @@ class Place:
         self.fd = fd
         #: Of the upper: its default ACL, b"" without one; None until somebody asks, and when it has changed.
         self.default_acl: bytes | None = None
+        #: Of the upper: a directory that was copied up, and into which nothing was put since.
+        self.empty = False
 
 
 class Gate:

@@ -10,9 +10,9 @@ from __future__ import annotations
 import errno
 import os
 import stat
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Final
+from typing import Any, Final
 
 from unionfs.sys.creds import Identity
 from unionfs.union import bound
@@ -26,6 +26,9 @@ from unionfs.union.xattrs import CAPABILITY
 
 NAME_MAX: Final = 255
 _CAPABILITY: Final = os.fsdecode(CAPABILITY)
+Later = list[tuple[Callable[..., None], tuple[Any, ...]]]
+"""Functions to be called, and their arguments."""
+_PATH: Final = os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC
 
 
 class Attributes:
@@ -62,6 +65,9 @@ class Union:
         #: Directories whose size may be another one since something in them was copied up. That may be told
         #: a little later: who is told asks again, and copy-ups come in large numbers.
         self.resized: set[Node] = set()
+        #: What nobody need wait for. None: it is done at once. A session that sets it to a list does what is
+        #: in it as soon as it has sent an answer, before it looks at the next request.
+        self.later: Later | None = None
         self._merge_root()
 
     def _merge_root(self) -> None:
@@ -124,6 +130,8 @@ class Union:
         parts = parent.parts
         if len(parts) >= MANY:
             parts, first = self._lower_names.parts(parts, name), 0
+        elif first == 0 and parts[0].empty:
+            first = 1
         for index in range(first, len(parts)):
             part = parts[index]
             dir_fd = self.gate.fd(part)
@@ -272,15 +280,19 @@ class Union:
         assert node.place is not None
         return b"/proc/self/fd/%d/%b" % (self.gate.fd(node.place), node.name), False
 
+    def path_fd(self, node: Node) -> tuple[int, bool]:
+        """An O_PATH fd of the node's object, to be used at once, and whether it is the caller's to close."""
+        if node.held >= 0:
+            return node.held, False
+        if node.is_dir:
+            return self.gate.fd(node.parts[0]), False
+        assert node.place is not None
+        return os.open(node.name, _PATH, dir_fd=self.gate.fd(node.place)), True
+
     def open_path(self, node: Node) -> int:
         """A new O_PATH fd of the node's object; the caller closes it."""
-        flags = os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC
-        if node.held >= 0:
-            return os.dup(node.held)
-        if node.is_dir:
-            return os.dup(self.gate.fd(node.parts[0]))
-        assert node.place is not None
-        return os.open(node.name, flags, dir_fd=self.gate.fd(node.place))
+        fd, opened = self.path_fd(node)
+        return fd if opened else os.dup(fd)
 
     @contextmanager
     def outliving(self, node: Node) -> Iterator[None]:

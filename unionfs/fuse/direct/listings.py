@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import stat
 from collections.abc import Iterator
+from typing import Final
 
 from unionfs.fuse.direct.ahead import Ahead, Prepared, Unfit
 from unionfs.fuse.direct.loop import Waiting
@@ -12,8 +13,10 @@ from unionfs.fuse.directories import DOT, DOT_DOT, NO_ENTRIES, Entries
 from unionfs.fuse.operations import Operations
 from unionfs.fuse.protocol import FOREVER, NEVER, Listing, Opcode, Reply, encode
 from unionfs.fuse.protocol import requests as rq
-from unionfs.union.listing import is_unchanged
 from unionfs.union.nodes import Node
+
+_AT_ONCE: Final = 2
+"""Names that are looked up in one step of preparing a listing; a request that comes waits for one."""
 
 
 class ListingRequests:
@@ -67,18 +70,19 @@ class ListingRequests:
     def _prepare(self, prepared: Prepared) -> Iterator[None]:
         node = prepared.node
         yield
-        if not is_unchanged(self._union, node):
-            raise Unfit("it shows names of the upper, which may go and leave nothing behind")
         entries = self._operations.directories.at_once(node)
         if entries is None:
             raise Unfit("it is large, and made in a thread when somebody asks")
+        if node.is_upper and (node.is_pure_upper or entries.shows_upper):
+            raise Unfit("it shows names of the upper, which may go and leave nothing behind")
         prepared.entries = entries = entries.later()
         _add_dots(prepared.listing, node, 0, plus=True)
         for child in self._found(node, entries, 0, prepared.listing):
             prepared.nodes.append(child)
             if child.identity is not None:
                 raise Unfit("what is bound may change at any time")
-            yield
+            if len(prepared.nodes) % _AT_ONCE == 0:
+                yield
 
     def _found(self, node: Node, entries: Entries, first: int, listing: Listing) -> Iterator[Node]:
         """Add what has these names, from the index ``first`` on, as long as it fits: its node after each."""

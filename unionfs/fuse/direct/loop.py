@@ -7,6 +7,7 @@ Rules:
 - Neither reading nor asking lets another task run, so there is a checkpoint every two milliseconds.
 - A handler that need not wait is answered in line. One that waits goes on in a task of its own, and takes the
   receive buffer along if its data lies there.
+- What nobody need wait for (`Union.later`) is done right after the answer, while the caller wakes up.
 - A notice about changed attributes is sent before the answer, so that nobody sees the old ones after it.
 - Latency, from the request being read to the answer being written, is measured only while somebody watches:
   then requests are given to another function. When nobody does, that costs nothing.
@@ -75,6 +76,7 @@ class Loop:
         """``idle`` is called when there is nothing to answer: it does a little work; False: there is none."""
         self._device = device
         self._union = union
+        self._later = union.later = []
         self._requests = requests
         self._decode = decoder(decision.flags)
         self._size = receive_buffer_size(decision.reply.max_write)
@@ -230,12 +232,23 @@ class Loop:
             self._tell_stale()
         if reply is not None:
             self._device.answer(reply)
+        if self._later:
+            self._do_later()
         if self._union.resized and not self._tells_resized:
             self._tells_resized = True
             self._nursery.start_soon(self._tell_resized)
         if self._device.later:
             notices, self._device.later = self._device.later, []
             self._nursery.start_soon(trio.to_thread.run_sync, self._send, notices)
+
+    def _do_later(self) -> None:
+        """What was left out for the answer's sake."""
+        for function, arguments in self._later:
+            try:
+                function(*arguments)
+            except OSError as error:
+                log.error("%s failed after the answer: %s", function.__name__, error)
+        self._later.clear()
 
     async def _tell_resized(self) -> None:
         """As `_tell_stale`, but not for each copy-up: whoever walks through the directory then asks anew."""

@@ -1,0 +1,90 @@
+"""SETATTR of files that are copied up for it, without a mount."""
+
+from __future__ import annotations
+
+import os
+import stat
+from pathlib import Path
+
+import pytest
+
+from tests.unit.union_support import OpenUnion, get
+from tests.unit.union_support import open_union as open_union
+from unionfs.fuse.inline import begin
+from unionfs.fuse.operations import Change, Found, Operations
+from unionfs.union.tree import Union
+
+PAST = 10**18
+
+
+CHANGES = [
+    Change(mode=0o4711),
+    Change(mode=0o600),
+    Change(mtime_ns=7),
+    Change(size=2),
+    Change(uid=os.geteuid()),
+]
+
+
+@pytest.fixture
+def union(tmp_path: Path, open_union: OpenUnion) -> Union:
+    (tmp_path / "l0/d").mkdir(parents=True)
+    for name in ("f", "g"):
+        (tmp_path / "l0/d" / name).write_text("data")
+        (tmp_path / "l0/d" / name).chmod(0o644)
+    os.utime(tmp_path / "l0/d", ns=(PAST, PAST))
+    union = open_union()
+    union.stack.volatile = True  # so nothing has to wait for a disk
+    _set(union, "d/g", Change(mode=0o600))  # opens the directories
+    return union
+
+
+def _set(union: Union, path: str, change: Change) -> Found:
+    found = begin(Operations(union).setattr(get(union, path).id, change, None))
+    assert isinstance(found, tuple)
+    return found
+
+
+def _check(found: Found, change: Change) -> None:
+    st = found[1].st
+    assert stat.S_IMODE(st.st_mode) == (change.mode or 0o644)
+    assert st.st_size == (4 if change.size is None else change.size)
+    assert change.mtime_ns in (None, st.st_mtime_ns)
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_all_is_done_at_once(union: Union, tmp_path: Path, change: Change) -> None:
+    fds = os.listdir("/proc/self/fd")
+    _check(_set(union, "d/f", change), change)
+    assert (tmp_path / "upper/d").stat().st_mtime_ns == PAST
+    assert os.listdir("/proc/self/fd") == fds
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_what_nobody_need_wait_for(union: Union, tmp_path: Path, change: Change) -> None:
+    """The answer is complete before it is done; then the directory has its times, and all is closed."""
+    union.later = []
+    fds = os.listdir("/proc/self/fd")
+    _check(_set(union, "d/f", change), change)
+    assert (tmp_path / "upper/d").stat().st_mtime_ns > PAST
+    assert len(os.listdir("/proc/self/fd")) > len(fds)
+    for function, arguments in union.later:
+        function(*arguments)
+    assert (tmp_path / "upper/d").stat().st_mtime_ns == PAST
+    assert os.listdir("/proc/self/fd") == fds
+
+
+def test_under_a_umask(tmp_path: Path, open_union: OpenUnion) -> None:
+    """The permissions are those that were asked for, whoever uses the union."""
+    (tmp_path / "l0/d").mkdir(parents=True)
+    (tmp_path / "l0/d/f").touch()
+    before = os.umask(0o077)
+    try:
+        union = open_union()
+        union.stack.volatile = True
+        _set(union, "d/f", Change(mode=0o666))
+        _set(union, "d", Change(mode=0o757))
+    finally:
+        os.umask(before)
+    assert stat.S_IMODE((tmp_path / "upper/d/f").stat().st_mode) == 0o666
+    assert stat.S_IMODE((tmp_path / "upper/d").stat().st_mode) == 0o757
