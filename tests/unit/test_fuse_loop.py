@@ -12,6 +12,7 @@ import pytest
 import trio
 
 from tests.unit.union_support import OpenUnion, open_union
+from unionfs.fuse.direct import loop as loops
 from unionfs.fuse.direct.device import Device
 from unionfs.fuse.direct.loop import Loop
 from unionfs.fuse.inline import in_thread
@@ -132,3 +133,44 @@ async def test_latency_only_while_somebody_watches(
         "fsync": (1, 1_001_000),
     }
     assert not latencies.watched
+
+
+@pytest.mark.parametrize(("between_us", "waits"), [(14, 10), (80, 10), (1000, 200)])
+async def test_how_long_it_asks(
+    open_union: OpenUnion, monkeypatch: pytest.MonkeyPatch, between_us: int, waits: int
+) -> None:
+    """It learns to go on asking when the next request comes soon, and not to when it comes late."""
+    now, left, waited, asked = 0, 200, 0, 0
+    due = between_us * 1000
+
+    def clock() -> int:
+        return now
+
+    def readv(fd: int, buffers: Sequence[bytearray]) -> int:
+        nonlocal now, left, due, asked
+        now += 1000
+        asked += 1
+        if not left:
+            raise OSError(errno.ENODEV, "")
+        if now < due:
+            raise BlockingIOError
+        left -= 1
+        now += 20_000
+        due = now + between_us * 1000
+        message = _request(Opcode.FORGET, left)
+        buffers[0][: len(message)] = message
+        return len(message)
+
+    async def wait_readable(fd: int) -> None:
+        nonlocal now, waited
+        waited += 1
+        now = max(now, due) + 10_000
+
+    monkeypatch.setattr(os, "readv", readv)
+    monkeypatch.setattr(loops, "perf_counter_ns", clock)
+    monkeypatch.setattr(trio.lowlevel, "wait_readable", wait_readable)
+    await _loop(open_union).run()
+    assert waited <= waits
+    if between_us == 1000:
+        assert waited >= 190
+        assert asked < 10 * 200

@@ -12,6 +12,8 @@ from tests.unit.union_support import OpenUnion, get
 from tests.unit.union_support import open_union as open_union
 from unionfs.fuse.inline import begin
 from unionfs.fuse.operations import Change, Found, Operations
+from unionfs.union.listing import Listing
+from unionfs.union.nodes import Node
 from unionfs.union.tree import Union
 
 PAST = 10**18
@@ -35,12 +37,12 @@ def union(tmp_path: Path, open_union: OpenUnion) -> Union:
     os.utime(tmp_path / "l0/d", ns=(PAST, PAST))
     union = open_union()
     union.stack.volatile = True  # so nothing has to wait for a disk
-    _set(union, "d/g", Change(mode=0o600))  # opens the directories
+    _set(union, get(union, "d/g"), Change(mode=0o600))  # opens the directories
     return union
 
 
-def _set(union: Union, path: str, change: Change) -> Found:
-    found = begin(Operations(union).setattr(get(union, path).id, change, None))
+def _set(union: Union, node: Node, change: Change) -> Found:
+    found = begin(Operations(union).setattr(node.id, change, None))
     assert isinstance(found, tuple)
     return found
 
@@ -55,7 +57,7 @@ def _check(found: Found, change: Change) -> None:
 @pytest.mark.parametrize("change", CHANGES)
 def test_all_is_done_at_once(union: Union, tmp_path: Path, change: Change) -> None:
     fds = os.listdir("/proc/self/fd")
-    _check(_set(union, "d/f", change), change)
+    _check(_set(union, get(union, "d/f"), change), change)
     assert (tmp_path / "upper/d").stat().st_mtime_ns == PAST
     assert os.listdir("/proc/self/fd") == fds
 
@@ -65,13 +67,28 @@ def test_what_nobody_need_wait_for(union: Union, tmp_path: Path, change: Change)
     """The answer is complete before it is done; then the directory has its times, and all is closed."""
     union.later = []
     fds = os.listdir("/proc/self/fd")
-    _check(_set(union, "d/f", change), change)
+    _check(_set(union, get(union, "d/f"), change), change)
     assert (tmp_path / "upper/d").stat().st_mtime_ns > PAST
     assert len(os.listdir("/proc/self/fd")) > len(fds)
     for function, arguments in union.later:
         function(*arguments)
     assert (tmp_path / "upper/d").stat().st_mtime_ns == PAST
     assert os.listdir("/proc/self/fd") == fds
+
+
+def test_a_listing_between_two_copy_ups(union: Union, tmp_path: Path) -> None:
+    """The upper's directory keeps the time of that access, as far as its filesystem notes any."""
+    (tmp_path / "native").mkdir()
+    (tmp_path / "l0/d/h").touch()
+    files, directory = [get(union, "d/f"), get(union, "d/h")], get(union, "d")
+    os.utime(tmp_path / "native", ns=(PAST, PAST))
+    os.utime(tmp_path / "upper/d", ns=(PAST, PAST))
+    _set(union, files[0], Change(mode=0o600))  # nobody asks for attributes of the directory from here on
+    Listing(union, directory).names()
+    os.listdir(tmp_path / "native")
+    _set(union, files[1], Change(mode=0o600))
+    noted = [(tmp_path / name).stat().st_atime_ns > PAST for name in ("upper/d", "native")]
+    assert noted[0] == noted[1]
 
 
 def test_under_a_umask(tmp_path: Path, open_union: OpenUnion) -> None:
@@ -82,8 +99,8 @@ def test_under_a_umask(tmp_path: Path, open_union: OpenUnion) -> None:
     try:
         union = open_union()
         union.stack.volatile = True
-        _set(union, "d/f", Change(mode=0o666))
-        _set(union, "d", Change(mode=0o757))
+        _set(union, get(union, "d/f"), Change(mode=0o666))
+        _set(union, get(union, "d"), Change(mode=0o757))
     finally:
         os.umask(before)
     assert stat.S_IMODE((tmp_path / "upper/d/f").stat().st_mode) == 0o666

@@ -39,7 +39,8 @@ class CopyUps:
         is the caller's to close (`Union.close_file`); it has the permission bits ``mode`` then, if they are
         given. Raises ``OSError``; nothing is left of the copy then.
         """
-        self.union.require_writable(node)
+        if node.identity is not None:  # else the copy-up says that there is no upper
+            self.union.require_writable(node)
         kept: OpenFile | None = None
         while not node.is_upper:
             if node.copying is not None:

@@ -280,20 +280,22 @@ def _rename_into(
     ctime can't be kept, and is shown as it was; its size is another one, and is shown soon."""
     place = directory.parts[0]
     dir_fd = union.gate.fd(place)
-    st = os.stat(dir_fd)
-    ctime = directory.ctime
+    ctime, times = directory.ctime, place.times
     if ctime is None or ctime[0] != UNSEEN:  # somebody asked for its attributes since the last copy-up
         union.resized.add(directory)
-        ctime = UNSEEN, union.attributes_of(directory, st).ctime_ns
+        ctime, times = (UNSEEN, union.attributes(directory).ctime_ns), None
+    if times is None:
+        st = os.stat(dir_fd)
+        times = st.st_atime_ns, st.st_mtime_ns
     place.empty = False
     os.rename(temporary, name, src_dir_fd=union.stack.work_fd, dst_dir_fd=dir_fd)
     if later is None:
-        _give_times_back(dir_fd, st)
+        _give_times_back(dir_fd, times)
     else:
-        later.append((_give_times_back, (dir_fd, st)))
-    directory.ctime = ctime
+        later.append((_give_times_back, (dir_fd, times)))
+    directory.ctime, place.times = ctime, times
 
 
-def _give_times_back(dir_fd: int, st: os.stat_result) -> None:
+def _give_times_back(dir_fd: int, times: tuple[int, int]) -> None:
     with contextlib.suppress(OSError):
-        os.utime(b".", ns=(st.st_atime_ns, st.st_mtime_ns), dir_fd=dir_fd)
+        os.utime(b".", ns=times, dir_fd=dir_fd)

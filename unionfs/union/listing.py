@@ -37,6 +37,7 @@ class Listing:
         try:
             if not node.unlinked:
                 for part in node.parts:
+                    part.times = None  # reading it is an access
                     fd = open_for_listing(union.gate.fd(part))
                     self._fds.append(fd)
                     self.large = self.large or os.fstat(fd).st_size > LARGE
@@ -142,6 +143,7 @@ def is_unchanged(union: Union, node: Node) -> bool:
         return False
     if node.parts[0].empty:
         return True
+    node.parts[0].times = None  # reading it is an access
     upper = open_for_listing(union.gate.fd(node.parts[0]))
     try:
         with os.scandir(upper) as entries:

@@ -21,7 +21,7 @@ _DIRECTORY: Final = os.O_PATH | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 class Place:
     """A directory of one layer. ``fd`` is -1 unless the gate has it open."""
 
-    __slots__ = ("default_acl", "empty", "fd", "layer", "name", "parent")
+    __slots__ = ("default_acl", "empty", "fd", "layer", "name", "parent", "times")
 
     def __init__(self, layer: Layer, parent: Place | None, name: bytes, fd: int = -1) -> None:
         self.layer = layer
@@ -32,6 +32,9 @@ class Place:
         self.default_acl: bytes | None = None
         #: Of the upper: a directory that was copied up, and into which nothing was put since.
         self.empty = False
+        #: Of the upper: its time of access and of modification (nanoseconds) after a copy-up, while nothing
+        #: else has happened to it; see `Node.ctime`.
+        self.times: tuple[int, int] | None = None
 
 
 class Gate:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import stat
 from collections.abc import Iterator
-from typing import Final
 
 from unionfs.fuse.direct.ahead import Ahead, Prepared, Unfit
 from unionfs.fuse.direct.loop import Waiting
@@ -14,9 +13,6 @@ from unionfs.fuse.operations import Operations
 from unionfs.fuse.protocol import FOREVER, NEVER, Listing, Opcode, Reply, encode
 from unionfs.fuse.protocol import requests as rq
 from unionfs.union.nodes import Node
-
-_AT_ONCE: Final = 2
-"""Names that are looked up in one step of preparing a listing; a request that comes waits for one."""
 
 
 class ListingRequests:
@@ -81,8 +77,7 @@ class ListingRequests:
             prepared.nodes.append(child)
             if child.identity is not None:
                 raise Unfit("what is bound may change at any time")
-            if len(prepared.nodes) % _AT_ONCE == 0:
-                yield
+            yield
 
     def _found(self, node: Node, entries: Entries, first: int, listing: Listing) -> Iterator[Node]:
         """Add what has these names, from the index ``first`` on, as long as it fits: its node after each."""

@@ -2,8 +2,8 @@
 
 Rules:
 - Requests are read until there are none. Then work is done ahead, in small pieces, and the loop keeps asking
-  for a short while, because being woken up costs far more than answering: how long, it learns from whether
-  that helped. Only then it waits.
+  for a short while, because being woken up costs far more than answering: how long, it learns from how soon
+  the request came after all. Only then it waits.
 - Neither reading nor asking lets another task run, so there is a checkpoint every two milliseconds.
 - A handler that need not wait is answered in line. One that waits goes on in a task of its own, and takes the
   receive buffer along if its data lies there.
@@ -128,12 +128,18 @@ class Loop:
                     spin_end = now + spin
                 if now < spin_end and now < fair_until:
                     continue
-                if now >= spin_end:
-                    spin, spin_end = max(spin // 2, _MIN_SPIN_NS), 0
-                    await trio.lowlevel.wait_readable(fd)
-                else:
+                if now < spin_end:
                     await trio.lowlevel.checkpoint()
+                    fair_until = clock() + _FAIR_NS
+                    continue
+                await trio.lowlevel.wait_readable(fd)
+                spin_end = 0
                 fair_until = clock() + _FAIR_NS
+                # Had it asked for longer, would the request have come meanwhile?
+                if fair_until - _FAIR_NS - now < _MAX_SPIN_NS:
+                    spin = min(spin * 2, _MAX_SPIN_NS)
+                else:
+                    spin = max(spin // 2, _MIN_SPIN_NS)
                 continue
             except OSError as error:
                 if error.errno == errno.ENODEV:
@@ -146,8 +152,7 @@ class Loop:
                     cut_off = True
                     continue
                 raise
-            if spin_end:
-                spin, spin_end = min(spin * 2, _MAX_SPIN_NS), 0
+            spin_end = 0
             self._serve(size)
             if clock() > fair_until:
                 await trio.lowlevel.checkpoint()

@@ -199,19 +199,14 @@ class NameRequests:
 
     async def _setattr(self, request: rq.Setattr) -> Reply:
         valid = request.valid
-        if self._is_told_of_removal(request):
+        if valid & ~(FATTR_FH | FATTR_LOCKOWNER | FATTR_CTIME) == FATTR_MODE:
+            change = Change(mode=request.mode)
+        elif self._is_told_of_removal(request):
             return self._attributes(
                 request.nodeid, request.unique, self._operations.getattr(request.nodeid)
             )
-        change = Change(
-            size=request.size if valid & FATTR_SIZE else None,
-            uid=request.new_uid if valid & FATTR_UID else None,
-            gid=request.new_gid if valid & FATTR_GID else None,
-            mode=request.mode if valid & FATTR_MODE else None,
-            atime_ns=request.atime * _NS + request.atimensec if valid & FATTR_ATIME else None,
-            mtime_ns=request.mtime * _NS + request.mtimensec if valid & FATTR_MTIME else None,
-            kills_set_ids=bool(valid & FATTR_KILL_SUIDGID) or self._only_kills(request),
-        )
+        else:
+            change = self._change(request)
         handle = self._operations.files.get(request.fh) if valid & FATTR_FH else None
         found = await self._operations.setattr(request.nodeid, change, handle)
         stale = self._union.stale
@@ -220,6 +215,18 @@ class NameRequests:
         if self.times is not None and change.mtime_ns is not None:
             self.times.told(found[0], change.mtime_ns)
         return self._attributes(request.nodeid, request.unique, found)
+
+    def _change(self, request: rq.Setattr) -> Change:
+        valid = request.valid
+        return Change(
+            size=request.size if valid & FATTR_SIZE else None,
+            uid=request.new_uid if valid & FATTR_UID else None,
+            gid=request.new_gid if valid & FATTR_GID else None,
+            mode=request.mode if valid & FATTR_MODE else None,
+            atime_ns=request.atime * _NS + request.atimensec if valid & FATTR_ATIME else None,
+            mtime_ns=request.mtime * _NS + request.mtimensec if valid & FATTR_MTIME else None,
+            kills_set_ids=bool(valid & FATTR_KILL_SUIDGID) or self._only_kills(request),
+        )
 
     def _is_told_of_removal(self, request: rq.Setattr) -> bool:
         """Whether only the ctime of a lower file is new, because its name was removed.
