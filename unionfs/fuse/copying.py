@@ -10,8 +10,9 @@ import trio
 from unionfs.fuse.inline import in_thread, may_wait
 from unionfs.union.copyup import FileCopy, copy_up_special, ensure_upper
 from unionfs.union.files import OpenFile
+from unionfs.union.later import Later
 from unionfs.union.nodes import Node
-from unionfs.union.tree import Later, Union
+from unionfs.union.tree import Union
 
 
 class CopyUps:

@@ -29,8 +29,8 @@ from unionfs.sys import calls
 from unionfs.union.bound import same_storage
 from unionfs.union.changes import ACL_DEFAULT, Caller, Changes
 from unionfs.union.files import Handle, mode_without_set_ids
+from unionfs.union.later import do_or_leave
 from unionfs.union.nodes import Node
-from unionfs.union.places import open_for_listing
 from unionfs.union.tree import Attributes, Union
 from unionfs.union.xattrs import CAPABILITY
 
@@ -50,10 +50,6 @@ class Change(NamedTuple):
     mtime_ns: int | None = None
     kills_set_ids: bool = False
     """setuid and setgid are to be cleared: the caller may not keep them."""
-
-
-_NOTHING_ELSE: Final = (None, None, None, None, None, False)
-"""The fields of `Change` but for the mode, when only the mode is to be changed."""
 
 
 def _owner(change: Change) -> tuple[int, int]:
@@ -199,7 +195,7 @@ class Operations:
     async def setattr(self, id_: int, change: Change, handle: Handle | None) -> Found:
         """truncate(2), chown(2), chmod(2) and utimensat(2), in this order."""
         node = self.node(id_)
-        only_mode = change.mode if change[:3] + change[4:] == _NOTHING_ELSE else None
+        only_mode = change.mode if change == Change(mode=change.mode) else None
         kept = await self.copy_ups.ensure(node, change.size, only_mode, keep=True, later=self.union.later)
         try:
             if kept is not None and only_mode is not None:
@@ -209,10 +205,7 @@ class Operations:
             return self._set(node, change, handle)
         finally:
             if kept is not None:
-                if self.union.later is None:
-                    self.union.close_file(node, kept)
-                else:
-                    self.union.later.append((self.union.close_file, (node, kept)))
+                do_or_leave(self.union.later, self.union.close_file, node, kept)
 
     def _set(self, node: Node, change: Change, handle: Handle | None) -> Found:
         node.ctime = None
@@ -365,7 +358,7 @@ class Operations:
             return
         if node.parts[0].layer.memory:
             return
-        fd = open_for_listing(self.union.gate.fd(node.parts[0]))
+        fd = self.union.gate.open_for_listing(node.parts[0])
         try:
             await in_thread(os.fsync, fd)
         finally:

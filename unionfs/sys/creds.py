@@ -69,6 +69,10 @@ class Identity:
         self._header = _Header(_CAPABILITY_VERSION_3, 0)
         self._data = _capabilities()
 
+    def owns(self, st: os.stat_result) -> bool:
+        """Whether what it creates has the owner and the group of the object with these attributes."""
+        return st.st_uid == self.uid and st.st_gid == self.gid
+
     def acting_as(self, uid: int, gid: int) -> AbstractContextManager[None]:
         """Within the block, what this thread creates belongs to ``uid`` and ``gid``.
 

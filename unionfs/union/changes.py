@@ -20,7 +20,7 @@ from unionfs.union.copyup import ensure_upper, temporary_name
 from unionfs.union.exchange import NO_FLAGS, exchange, rename_leaving
 from unionfs.union.listing import is_empty
 from unionfs.union.nodes import Node
-from unionfs.union.places import Place, open_for_listing
+from unionfs.union.places import Place
 from unionfs.union.removal import remove_tree
 from unionfs.union.tree import Attributes, Union
 
@@ -558,7 +558,7 @@ class Changes:
         """Put an opaque empty directory in the place of one that holds only whiteouts (overlayfs: dir.c,
         ovl_clear_empty): nothing changes to the eye, and a directory can be renamed over it."""
         union = self._union
-        inner = open_for_listing(union.gate.fd(node.parts[0]))
+        inner = union.gate.open_for_listing(node.parts[0])
         try:
             if not os.listdir(inner):
                 return

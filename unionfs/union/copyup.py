@@ -19,9 +19,10 @@ from unionfs.sys import calls
 from unionfs.union import bound
 from unionfs.union.filedata import clone, copy_data
 from unionfs.union.files import OpenFile
+from unionfs.union.later import Later, do_or_leave
 from unionfs.union.nodes import UNSEEN, Node
 from unionfs.union.places import Place
-from unionfs.union.tree import Later, Union
+from unionfs.union.tree import Union
 from unionfs.union.xattrs import CAPABILITY, copy_xattrs
 
 _numbers: Final = itertools.count()
@@ -29,6 +30,8 @@ _numbers: Final = itertools.count()
 #: for only if it has some.
 SMALL: Final = 256 * 1024
 _NEW: Final = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
+
+
 def temporary_name() -> bytes:
     """A fresh name for the work directory."""
     return b"#%x" % next(_numbers)
@@ -90,7 +93,7 @@ class FileCopy:
     def _copy_metadata(self) -> None:
         """Owner, xattrs, mode, times: in the order in which none undoes another."""
         st, target = self._st, self._target
-        if (st.st_uid, st.st_gid) != (self._union.identity.uid, self._union.identity.gid):
+        if not self._union.identity.owns(st):
             os.fchown(target, st.st_uid, st.st_gid)
         if self._is_plain:
             self._no_capability = True
@@ -157,10 +160,7 @@ class FileCopy:
             self._target = -1
         if self._open:
             self._open = False
-            if later is None:
-                self._union.close_file(self.node, self._source)
-            else:
-                later.append((self._union.close_file, (self.node, self._source)))
+            do_or_leave(later, self._union.close_file, self.node, self._source)
 
 
 def copy_up_special(union: Union, node: Node) -> None:
@@ -233,7 +233,7 @@ def _copy_up_directory(union: Union, node: Node) -> None:
     try:
         path = b"/proc/self/fd/%d/%b" % (work, name)
         copy_xattrs(union.markers, (b"/proc/self/fd/%d" % lower, True), (path, False))
-        if (st.st_uid, st.st_gid) != (union.identity.uid, union.identity.gid):
+        if not union.identity.owns(st):
             os.chown(name, st.st_uid, st.st_gid, dir_fd=work, follow_symlinks=False)
         os.chmod(name, stat.S_IMODE(st.st_mode), dir_fd=work)
         os.utime(name, ns=(st.st_atime_ns, st.st_mtime_ns), dir_fd=work)
@@ -280,22 +280,20 @@ def _rename_into(
     ctime can't be kept, and is shown as it was; its size is another one, and is shown soon."""
     place = directory.parts[0]
     dir_fd = union.gate.fd(place)
-    ctime, times = directory.ctime, place.times
-    if ctime is None or ctime[0] != UNSEEN:  # somebody asked for its attributes since the last copy-up
-        union.resized.add(directory)
-        ctime, times = (UNSEEN, union.attributes(directory).ctime_ns), None
-    if times is None:
+    if directory.ctime is None or directory.ctime[0] != UNSEEN:
+        union.resized.add(directory)  # somebody asked for its attributes since the last copy-up
+        place.times = None
+    if place.times is None or directory.ctime is None:
         st = os.stat(dir_fd)
-        times = st.st_atime_ns, st.st_mtime_ns
-    place.empty = False
-    os.rename(temporary, name, src_dir_fd=union.stack.work_fd, dst_dir_fd=dir_fd)
-    if later is None:
-        _give_times_back(dir_fd, times)
+        times, shown = (st.st_atime_ns, st.st_mtime_ns), union.attributes_of(directory, st).ctime_ns
     else:
-        later.append((_give_times_back, (dir_fd, times)))
-    directory.ctime, place.times = ctime, times
+        times, shown = place.times, directory.ctime[1]
+    place.empty = False
+    calls.renameat2(union.stack.work_fd, temporary, dir_fd, name)
+    do_or_leave(later, _give_times_back, union, place, times)
+    directory.ctime, place.times = (UNSEEN, shown), times
 
 
-def _give_times_back(dir_fd: int, times: tuple[int, int]) -> None:
+def _give_times_back(union: Union, place: Place, times: tuple[int, int]) -> None:
     with contextlib.suppress(OSError):
-        os.utime(b".", ns=times, dir_fd=dir_fd)
+        os.utime(b".", ns=times, dir_fd=union.gate.fd(place))

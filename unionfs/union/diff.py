@@ -25,7 +25,7 @@ from unionfs.union.layers import Layer, LayerStack
 from unionfs.union.listing import NFS_REMOVED
 from unionfs.union.markers import ABSENT
 from unionfs.union.nodes import Node
-from unionfs.union.places import Place, open_for_listing
+from unionfs.union.places import Place
 from unionfs.union.tree import Union
 
 _VANISHED: Final = (FileNotFoundError, NotADirectoryError)
@@ -153,7 +153,7 @@ class _Comparison:
         return {name for place in dict.fromkeys(now + before) for name in self._names(place)}
 
     def _names(self, place: Place) -> list[bytes]:
-        fd = open_for_listing(self.union.gate.fd(place))
+        fd = self.union.gate.open_for_listing(place)
         try:
             names = os.listdir(fd)
         finally:

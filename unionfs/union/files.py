@@ -24,8 +24,8 @@ class OpenFile:
         self, fd: int, *, readable: bool, writable: bool, waits: bool, st: os.stat_result | None = None
     ) -> None:
         self.fd = fd
-        #: Its attributes, and the names of all its xattrs, when it was opened; None: not known. A lower's
-        #: file keeps them, but for the time of access.
+        #: Its attributes, and the names of all its xattrs, when it was opened, or when a copy appeared; None:
+        #: not known. A lower's file keeps them, but for the time of access.
         self.st = st
         self.xattrs: list[str] | None = None
         self.readable = readable

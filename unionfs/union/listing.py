@@ -8,8 +8,6 @@ import stat
 import sys
 from typing import TYPE_CHECKING, Final
 
-from unionfs.union.places import open_for_listing
-
 if TYPE_CHECKING:
     from unionfs.union.markers import Markers
     from unionfs.union.nodes import Node
@@ -37,8 +35,7 @@ class Listing:
         try:
             if not node.unlinked:
                 for part in node.parts:
-                    part.times = None  # reading it is an access
-                    fd = open_for_listing(union.gate.fd(part))
+                    fd = union.gate.open_for_listing(part)
                     self._fds.append(fd)
                     self.large = self.large or os.fstat(fd).st_size > LARGE
         except BaseException:
@@ -47,8 +44,16 @@ class Listing:
 
     def names(self) -> list[bytes]:
         """Every visible name once, in the order of the layers; closes the fds. Raises ``OSError``."""
+        hidden: set[bytes] = set()
+        shown: dict[bytes, None] = {}
         try:
-            return list(self._merged())
+            for fd in self._fds:
+                whiteouts: set[bytes] = set()
+                for name in self._in_use(fd, self._entries(fd, whiteouts)):
+                    if name not in hidden:
+                        shown[name] = None
+                hidden |= whiteouts
+            return list(shown)
         finally:
             self.close()
 
@@ -65,17 +70,6 @@ class Listing:
             return found
         finally:
             self.close()
-
-    def _merged(self) -> dict[bytes, int]:
-        hidden: set[bytes] = set()
-        merged: dict[bytes, int] = {}
-        for index, fd in enumerate(self._fds):
-            whiteouts: set[bytes] = set()
-            for name in self._in_use(fd, self._entries(fd, whiteouts)):
-                if name not in hidden:
-                    merged.setdefault(name, index)
-            hidden |= whiteouts
-        return merged
 
     def _in_use(self, fd: int, names: list[bytes]) -> list[bytes]:
         """Of the upper, which comes first, without what is removed and still in use."""
@@ -143,8 +137,7 @@ def is_unchanged(union: Union, node: Node) -> bool:
         return False
     if node.parts[0].empty:
         return True
-    node.parts[0].times = None  # reading it is an access
-    upper = open_for_listing(union.gate.fd(node.parts[0]))
+    upper = union.gate.open_for_listing(node.parts[0])
     try:
         with os.scandir(upper) as entries:
             return next(entries, None) is None

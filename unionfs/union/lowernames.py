@@ -12,7 +12,7 @@ from collections import OrderedDict
 from typing import Final
 
 from unionfs.union.listing import LARGE, real_names
-from unionfs.union.places import Gate, Place, open_for_listing
+from unionfs.union.places import Gate, Place
 
 MANY: Final = 8
 """Lowers from which on listing them may be worth it."""
@@ -76,7 +76,7 @@ class LowerNames:
         having: dict[bytes, list[Place]] = {}
         try:
             for place in names.lowers:
-                fd = open_for_listing(self._gate.fd(place))
+                fd = self._gate.open_for_listing(place)
                 try:
                     if os.fstat(fd).st_size > LARGE:
                         return  # that would take long

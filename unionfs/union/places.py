@@ -75,6 +75,11 @@ class Gate:
                 oldest.fd = -1
         return fd
 
+    def open_for_listing(self, place: Place) -> int:
+        """A new fd of the directory that can be read, which is an access. Raises ``OSError``."""
+        place.times = None
+        return open_for_listing(self.fd(place))
+
     def forget(self, place: Place) -> None:
         """Close the fd of a directory that is no longer there."""
         if place.fd >= 0 and self._recent.pop(place, place) is None:

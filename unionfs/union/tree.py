@@ -10,13 +10,14 @@ from __future__ import annotations
 import errno
 import os
 import stat
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any, Final
+from typing import Final
 
 from unionfs.sys.creds import Identity
 from unionfs.union import bound
 from unionfs.union.files import OpenFile, open_backing, open_held
+from unionfs.union.later import Later
 from unionfs.union.layers import Layer, LayerStack
 from unionfs.union.lowernames import MANY, LowerNames
 from unionfs.union.markers import Markers
@@ -26,8 +27,6 @@ from unionfs.union.xattrs import CAPABILITY
 
 NAME_MAX: Final = 255
 _CAPABILITY: Final = os.fsdecode(CAPABILITY)
-Later = list[tuple[Callable[..., None], tuple[Any, ...]]]
-"""Functions to be called, and their arguments."""
 _PATH: Final = os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC
 
 

@@ -30,7 +30,6 @@ from unionfs.fuse.protocol.flags import (
 )
 from unionfs.union.files import OpenFile
 from unionfs.union.nodes import Node
-from unionfs.union.places import open_for_listing
 from unionfs.union.tree import Union
 
 _KEPT_OPEN: Final = 512
@@ -318,7 +317,7 @@ class DataRequests:
 
     def _own_fd(self, node: Node) -> int:
         if node.is_dir:
-            return open_for_listing(self._union.gate.fd(node.parts[0]))
+            return self._union.gate.open_for_listing(node.parts[0])
         if node.kind != stat.S_IFREG:
             raise error(errno.ENOTTY)
         file = self._union.open_file(node, write=False)

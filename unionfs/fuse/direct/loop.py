@@ -130,16 +130,13 @@ class Loop:
                     continue
                 if now < spin_end:
                     await trio.lowlevel.checkpoint()
-                    fair_until = clock() + _FAIR_NS
-                    continue
-                await trio.lowlevel.wait_readable(fd)
-                spin_end = 0
-                fair_until = clock() + _FAIR_NS
-                # Had it asked for longer, would the request have come meanwhile?
-                if fair_until - _FAIR_NS - now < _MAX_SPIN_NS:
-                    spin = min(spin * 2, _MAX_SPIN_NS)
                 else:
-                    spin = max(spin // 2, _MIN_SPIN_NS)
+                    await trio.lowlevel.wait_readable(fd)
+                    spin_end = 0
+                    # Had it asked for longer, would the request have come meanwhile?
+                    came_soon = clock() - now < _MAX_SPIN_NS
+                    spin = min(spin * 2, _MAX_SPIN_NS) if came_soon else max(spin // 2, _MIN_SPIN_NS)
+                fair_until = clock() + _FAIR_NS
                 continue
             except OSError as error:
                 if error.errno == errno.ENODEV:

@@ -199,26 +199,11 @@ class NameRequests:
 
     async def _setattr(self, request: rq.Setattr) -> Reply:
         valid = request.valid
-        if valid & ~(FATTR_FH | FATTR_LOCKOWNER | FATTR_CTIME) == FATTR_MODE:
-            change = Change(mode=request.mode)
-        elif self._is_told_of_removal(request):
+        if self._is_told_of_removal(request):
             return self._attributes(
                 request.nodeid, request.unique, self._operations.getattr(request.nodeid)
             )
-        else:
-            change = self._change(request)
-        handle = self._operations.files.get(request.fh) if valid & FATTR_FH else None
-        found = await self._operations.setattr(request.nodeid, change, handle)
-        stale = self._union.stale
-        if stale and stale[-1] is found[0] and found[0].id == request.nodeid:
-            stale.pop()  # it was copied up for this, and the answer brings the new attributes
-        if self.times is not None and change.mtime_ns is not None:
-            self.times.told(found[0], change.mtime_ns)
-        return self._attributes(request.nodeid, request.unique, found)
-
-    def _change(self, request: rq.Setattr) -> Change:
-        valid = request.valid
-        return Change(
+        change = Change(
             size=request.size if valid & FATTR_SIZE else None,
             uid=request.new_uid if valid & FATTR_UID else None,
             gid=request.new_gid if valid & FATTR_GID else None,
@@ -227,6 +212,14 @@ class NameRequests:
             mtime_ns=request.mtime * _NS + request.mtimensec if valid & FATTR_MTIME else None,
             kills_set_ids=bool(valid & FATTR_KILL_SUIDGID) or self._only_kills(request),
         )
+        handle = self._operations.files.get(request.fh) if valid & FATTR_FH else None
+        found = await self._operations.setattr(request.nodeid, change, handle)
+        stale = self._union.stale
+        if stale and stale[-1] is found[0] and found[0].id == request.nodeid:
+            stale.pop()  # it was copied up for this, and the answer brings the new attributes
+        if self.times is not None and change.mtime_ns is not None:
+            self.times.told(found[0], change.mtime_ns)
+        return self._attributes(request.nodeid, request.unique, found)
 
     def _is_told_of_removal(self, request: rq.Setattr) -> bool:
         """Whether only the ctime of a lower file is new, because its name was removed.
