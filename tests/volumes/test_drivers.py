@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.mount.cli_calls import refused, wait_for
+from tests.mount.cli_calls import refused, succeed, unionfs, wait_for
 from tests.support.patience import patient
 from tests.volumes import trees
 from tests.volumes.conftest import Store
@@ -379,6 +379,7 @@ def _tutorial(store: Store, area: Path, *options: str, simple: bool = False, kep
         (root / "dir").mkdir()
         (root / "dir/file").write_text("content")
         (root / "large").write_bytes(os.urandom(3_000_000))
+        os.utime(root / "dir/file", (1_000_000_000, 1_000_000_000))
         if not simple:
             os.symlink("dir/file", root / "link")
             os.chmod(root / "large", 0o640)
@@ -432,9 +433,23 @@ class TestElsewhere:
         script.write_text("#!/bin/sh\nexec /usr/lib/openssh/sftp-server\n")
         script.chmod(0o755)
         (area / "far").mkdir()
+        outside = area / "outside"
+        outside.write_text("x")
+        os.utime(outside, (1_000_000_000, 1_000_000_000))
+        before = outside.stat()
         words = ("-d", "sshfs", "-o", f"sshcmd=nobody@host:{area}/far", "-o", f"ssh_command={script}")
         _tutorial(store, area, *words)
         assert sorted(os.listdir(area / "far")) == ["dir", "large", "link"]
+        # SFTP changes what a symlink leads to
+        os.symlink(outside, store.create("links") / "out")
+        os.chown(store.data("links") / "out", 1, 1, follow_symlinks=False)
+        store.ok("backup", "links", "-o", area / "links.tar")
+        store.ok("create", *words, "data")
+        store.ok("restore", "data", "-i", area / "links.tar")
+        assert os.readlink(area / "far/out") == str(outside)
+        after = outside.stat()
+        assert (after.st_mtime, after.st_uid, after.st_gid) == (before.st_mtime, before.st_uid, before.st_gid)
+        store.ok("rm", "data")
         refused(store("create", "-d", "sshfs", "data"), "sshcmd is missing")
         refused(store("create", "-d", "sshfs", "-o", "sshcmd=host", "data"), "names no path")
         refused(store("create", "-d", "sshfs", "-o", "sshcmd=-oProxyCommand=x:y", "data"), "sshcmd=-o")
@@ -443,6 +458,36 @@ class TestElsewhere:
         )
         with pytest.raises(UserError, match="bad cannot be mounted: sshfs: "):
             store.volumes().attach("bad", "user")
+
+    def test_sshfs_is_filled(self, store: Store, area: Path) -> None:
+        """From what the union has at the volume's target. It has no xattrs, and its symlinks stay alone."""
+        _need("sshfs", "sftp-server")
+        script = area / "ssh"
+        script.write_text("#!/bin/sh\nexec /usr/lib/openssh/sftp-server\n")
+        script.chmod(0o755)
+        for name in ("far", "lower/x/dir", "upper", "work", "merged"):
+            (area / name).mkdir(parents=True)
+        outside = area / "outside"
+        outside.write_text("x")
+        os.utime(outside, (1_000_000_000, 1_000_000_000))
+        before = outside.stat()
+        (area / "lower/x/dir/file").write_text("content")
+        os.utime(area / "lower/x/dir/file", (1_000_000_001, 1_000_000_001))
+        os.symlink(outside, area / "lower/x/out")
+        os.chown(area / "lower/x/out", 1, 1, follow_symlinks=False)
+        sshfs = ("-d", "sshfs", "-o", f"sshcmd=nobody@host:{area}/far", "-o", f"ssh_command={script}")
+        store.ok("create", *sshfs, "data")
+        words = ["-l", area / "lower", "-u", area / "upper", "-w", area / "work", "-v", "data:/x"]
+        succeed(unionfs("mount", *words, area / "merged", env={"UNIONFS_ROOT": str(store.root)}))
+        try:
+            assert (area / "merged/x/dir/file").read_text() == "content"
+            assert (area / "merged/x/dir/file").stat().st_mtime == 1_000_000_001
+        finally:
+            succeed(unionfs("umount", area / "merged", env={"UNIONFS_ROOT": str(store.root)}))
+        after = outside.stat()
+        assert (after.st_mtime, after.st_uid, after.st_gid) == (before.st_mtime, before.st_uid, before.st_gid)
+        assert sorted(os.listdir(area / "far")) == ["dir", "out"]
+        assert os.readlink(area / "far/out") == str(outside)
 
     def test_rclone(self, store: Store, area: Path) -> None:
         _need("rclone")

@@ -19,6 +19,7 @@ from collections.abc import Iterator
 from contextlib import suppress
 
 from unionfs.daemon.errors import UserError, quoted, reason
+from unionfs.storage import symlinks
 from unionfs.storage.targets import Names
 from unionfs.sys import calls
 from unionfs.union.filedata import clone, copy_data
@@ -106,8 +107,8 @@ def _move_out(data: int) -> None:
         for name in os.listdir(copy):
             os.rename(name, name, src_dir_fd=copy, dst_dir_fd=data)
         _keep_owner(data, st)
-        for xattr in os.listxattr(copy):
-            _set_xattr(b"/proc/self/fd/%d" % data, os.fsencode(xattr), os.getxattr(copy, xattr), follow=True)
+        for xattr in _xattrs(copy):
+            _set_xattr(b"/proc/self/fd/%d" % data, xattr, os.getxattr(copy, xattr), follow=True)
         os.fchmod(data, stat.S_IMODE(st.st_mode))
     finally:
         os.close(copy)
@@ -121,6 +122,7 @@ class _Copier:
     def __init__(self, union: Union, root: int) -> None:
         self._union = union
         self._root = root
+        self._changes_symlinks = symlinks.can_be_changed(root)
         #: Where the first name of a file with several went, relative to the root.
         self._links: dict[tuple[int, int], bytes] = {}
         #: Devices whose files cannot share blocks with the volume's.
@@ -174,15 +176,18 @@ class _Copier:
             os.symlink(self._union.readlink(node), name, dir_fd=dir_fd)
         else:
             os.mknod(name, stat.S_IFMT(st.st_mode) | 0o600, st.st_rdev, dir_fd=dir_fd)
+        changeable = not stat.S_ISLNK(st.st_mode) or self._changes_symlinks
         fd = os.open(name, os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=dir_fd)
         try:
-            _keep_owner(fd, st)
+            if changeable:
+                _keep_owner(fd, st)
             self._keep_xattrs(node, b"/proc/self/fd/%d/%b" % (dir_fd, name), follow=False)
             if not stat.S_ISLNK(st.st_mode):
                 os.chmod(b"/proc/self/fd/%d" % fd, stat.S_IMODE(st.st_mode))
         finally:
             os.close(fd)
-        calls.utimensat(dir_fd, name, st.st_atime_ns, st.st_mtime_ns)
+        if changeable:
+            calls.utimensat(dir_fd, name, st.st_atime_ns, st.st_mtime_ns)
 
     def _file(self, node: Node, dir_fd: int, name: bytes) -> None:
         flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
@@ -210,13 +215,7 @@ class _Copier:
     def _keep_xattrs(self, node: Node, target: bytes, *, follow: bool) -> None:
         markers = self._union.markers
         path, follow_source = self._union.path(node)
-        try:
-            stored = [os.fsencode(name) for name in os.listxattr(path, follow_symlinks=follow_source)]
-        except OSError as error:
-            if error.errno != errno.EOPNOTSUPP:
-                raise
-            return
-        for name in markers.shown_names(stored):
+        for name in markers.shown_names(_xattrs(path, follow=follow_source)):
             value = os.getxattr(path, markers.stored_name(name), follow_symlinks=follow_source)
             _set_xattr(target, name, value, follow=follow)
 
@@ -228,6 +227,16 @@ def _keep_owner(fd: int, st: os.stat_result) -> None:
     except PermissionError:
         if os.geteuid() == 0:
             raise
+
+
+def _xattrs(place: bytes | int, *, follow: bool = True) -> list[bytes]:
+    """The names of all xattrs; none on a filesystem without."""
+    try:
+        return [os.fsencode(name) for name in os.listxattr(place, follow_symlinks=follow)]
+    except OSError as error:
+        if error.errno != errno.EOPNOTSUPP:
+            raise
+        return []
 
 
 def _set_xattr(target: bytes, name: bytes, value: bytes, *, follow: bool) -> None:

@@ -15,6 +15,7 @@ from contextlib import contextmanager, suppress
 from typing import IO
 
 from unionfs.daemon.errors import UserError, quoted, reason
+from unionfs.storage import symlinks
 from unionfs.storage.archive import acl
 from unionfs.storage.archive.entry import (
     BLOCK,
@@ -50,6 +51,7 @@ class Extractor:
             os.removexattr(self._root, os.fsdecode(acl.DEFAULT))
         self._note = note
         self._is_root = os.geteuid() == 0
+        self._changes_symlinks = symlinks.can_be_changed(self._root)
         self._parts: list[bytes] = []
         self._fds: list[int] = []  # of `_parts`; -1 where it was closed
         self._prefix = b""
@@ -284,14 +286,16 @@ class Extractor:
                 if tried:
                     raise
                 self._clear(at, name)
+        changeable = kind != SYMLINK or self._changes_symlinks
         path = b"/proc/self/fd/%d/%s" % (at, name)
-        if self._is_root:
+        if self._is_root and changeable:
             os.chown(name, entry.uid, entry.gid, dir_fd=at, follow_symlinks=False)
         if kind != SYMLINK:
             os.chmod(name, entry.mode, dir_fd=at)
         if entry.xattrs:
             self._set_xattrs(path, entry.xattrs, entry.path)
-        os.utime(name, ns=(self._now, entry.mtime), dir_fd=at, follow_symlinks=False)
+        if changeable:
+            os.utime(name, ns=(self._now, entry.mtime), dir_fd=at, follow_symlinks=False)
 
     def _mknod(self, at: int, name: bytes, entry: Entry) -> None:
         assert entry.kind in (CHARACTER, BLOCK)
