@@ -88,7 +88,8 @@ def mount(
       context=, fscontext=, defcontext=, rootcontext=   SELinux contexts
     \b
     Ways of data (--io), with --session direct:
-      hybrid       upper files kernel to kernel, lower files from the page cache: the best for most
+      hybrid       upper files kernel to kernel, lower files from the page cache: the best for most;
+                   without an upper, large files kernel to kernel, too
       passthrough  all files kernel to kernel: for many mounts of one image, and huge files read once; who
                    holds a lower file open keeps its old data when another opens it for writing
       cached       all files from the page cache, and opening one costs nothing: for many small files

@@ -65,7 +65,7 @@ async def serve(
     splicer = Splicer(device.fd)
     ready = False
     try:
-        decision = await _agree(device, splicer, operations, io, read_only=options.read_only)
+        decision = await _agree(device, splicer, operations, io)
         entry = mounted_at(mountpoint)
         if entry is not None and entry.is_fuse:
             raise_readahead(entry.device, decision.max_readahead)
@@ -116,9 +116,7 @@ def _loop(device: Device, splicer: Splicer, operations: Operations, decision: De
     return loop
 
 
-async def _agree(
-    device: Device, splicer: Splicer, operations: Operations, io: IoMode, *, read_only: bool
-) -> Decision:
+async def _agree(device: Device, splicer: Splicer, operations: Operations, io: IoMode) -> Decision:
     """Answer the kernel's INIT. Raises SessionError."""
     buffer = bytearray(receive_buffer_size(_LARGEST_REQUEST))
     with trio.move_on_after(_INIT_SECONDS):
@@ -136,7 +134,7 @@ async def _agree(
             if isinstance(request, rq.InitRequest):
                 break
             device.answer(encode.error(request.unique, errno.EIO))
-        settings = _settings(operations, io, splicer.capacity(), read_only=read_only)
+        settings = _settings(operations, io, splicer.capacity())
         try:
             decision = negotiate(request, settings, _privileges())
         except NegotiationRefused as refusal:
@@ -149,13 +147,14 @@ async def _agree(
     raise SessionError(f"the kernel sent no INIT within {_INIT_SECONDS:.0f} seconds")
 
 
-def _settings(operations: Operations, io: IoMode, spliceable: int, *, read_only: bool) -> Settings:
+def _settings(operations: Operations, io: IoMode, spliceable: int) -> Settings:
     stack = operations.union.stack
     uppers = [layer for layer in stack.layers if layer.is_upper]
     lowers = [layer for layer in stack.layers if not layer.is_upper]
     return Settings(
         io=io,
-        read_only=read_only,
+        # An upper may be written to later, when the mount is made writable (mount -o remount,rw).
+        read_only=stack.upper is None,
         bound=bool(stack.bound),
         acl=stack.acl,
         upper_stack_depth=max(map(_stack_depth, uppers), default=0),

@@ -90,7 +90,9 @@ def check(decision: Decision, offered: InitRequest, settings: Settings, privileg
         assert reply.max_stack_depth == 0
         assert decision.passthrough_open_flags == 0
     assert decision.passthrough_upper == (passthrough and not settings.read_only)
-    assert decision.passthrough_lower == (decision.io is IoMode.PASSTHROUGH)
+    unchanging = decision.io is IoMode.HYBRID and settings.read_only and settings.lower_stack_depth == 0
+    assert decision.passthrough_lower == (decision.io is IoMode.PASSTHROUGH or unchanging)
+    assert decision.small_lower == (65536 if decision.io is IoMode.HYBRID else -1)
     assert passthrough == (decision.passthrough_upper or decision.passthrough_lower)
 
     assert bool(agreed & Init.ALLOW_IDMAP) == settings.idmap
@@ -115,6 +117,7 @@ def check(decision: Decision, offered: InitRequest, settings: Settings, privileg
     for sentence in (decision.why, *decision.why_not.values(), *decision.missing.values()):
         assert sentence[0].isupper()
         assert sentence.endswith(".")
+        assert not (settings.read_only and "upper" in sentence)
     assert not any(agreed & flag for flag in decision.missing)
 
 
@@ -213,6 +216,21 @@ def test_hybrid() -> None:
     assert "old data" in decision.why_not[IoMode.PASSTHROUGH]
 
 
+def test_hybrid_without_an_upper() -> None:
+    """Nothing is copied up, so large files are passed through, unless that made the mount too deep."""
+    decision = negotiate(offer(EVERYTHING), Settings(read_only=True), ROOT)
+    assert decision.io is IoMode.HYBRID
+    assert (decision.passthrough_upper, decision.passthrough_lower) == (False, True)
+    assert decision.reply.max_stack_depth == 1
+    assert "64 KiB" in decision.why
+    assert "old data" not in " ".join([decision.why, *decision.why_not.values()])
+
+    stacked = negotiate(offer(EVERYTHING), Settings(read_only=True, lower_stack_depth=1), ROOT)
+    assert stacked.io is IoMode.HYBRID
+    assert not stacked.flags & Init.PASSTHROUGH
+    assert "stacked" in stacked.why
+
+
 def test_cached() -> None:
     decision = negotiate(offer(EVERYTHING), Settings(io=IoMode.CACHED), ROOT)
     assert decision.flags & Init.WRITEBACK_CACHE
@@ -254,6 +272,8 @@ def test_refusals_say_why(flags: int, privileges: Privileges, depth: int, reason
     [
         (IoMode.HYBRID, 0, 1, False, 1),
         (IoMode.HYBRID, 1, 0, False, 2),
+        (IoMode.HYBRID, 0, 0, True, 1),
+        (IoMode.HYBRID, 0, 1, True, 0),
         (IoMode.HYBRID, 0, 2, True, 0),
         (IoMode.PASSTHROUGH, 0, 0, False, 1),
         (IoMode.PASSTHROUGH, 0, 1, False, 2),

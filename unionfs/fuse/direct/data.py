@@ -20,7 +20,7 @@ from unionfs.fuse.direct.nodeio import NodeIos, stale
 from unionfs.fuse.direct.splicing import WORTHWHILE, Splicer
 from unionfs.fuse.inline import in_thread
 from unionfs.fuse.operations import Operations, error
-from unionfs.fuse.protocol import Decision, Opcode, Reply, encode, notify
+from unionfs.fuse.protocol import SMALL_FILE, Decision, Opcode, Reply, encode, notify
 from unionfs.fuse.protocol import requests as rq
 from unionfs.fuse.protocol.flags import (
     FSYNC_FDATASYNC,
@@ -33,8 +33,6 @@ from unionfs.union.nodes import Node
 from unionfs.union.tree import Union
 
 _KEPT_OPEN: Final = 512
-_FILLED: Final = 64 * 1024
-"""Bytes up to which a file's data is given to the kernel with its first open."""
 _MAX_COPY: Final = 0x7FFFF000  # MAX_RW_COUNT, and it fits the 32 bits of the answer
 
 # include/uapi/linux/fs.h; the 64-bit numbers, though the argument is an int
@@ -155,7 +153,7 @@ class DataRequests:
         Nobody else has it open, so no page of it is locked by a request that waits for us.
         """
         size = 0 if file.st is None else file.st.st_size
-        if 0 < size <= _FILLED:
+        if 0 < size <= SMALL_FILE:
             count = file.read_into(self._buffer[:size], 0)
             if count == size:
                 self._device.notify(notify.store(id_, 0, self._buffer[:size]))

@@ -83,7 +83,7 @@ class NodeIos:
         io = node.io
         if not isinstance(io, NodeIo):
             io = node.io = NodeIo()
-        if io.through == 0 and io.cached == 0 and self._wants_backing(node):
+        if io.through == 0 and io.cached == 0 and self._wants_backing(handle):
             self._register(io, node, handle)
         if io.backing_id:
             io.through += 1
@@ -134,10 +134,16 @@ class NodeIos:
             return _WHILE_WRITING if io.writers else _AFTER_WRITING
         return FOREVER
 
-    def _wants_backing(self, node: Node) -> bool:
+    def _wants_backing(self, handle: Handle) -> bool:
+        node, decision = handle.node, self._decision
         if node.identity is not None:
             return False  # what is bound is changed by others too, and read through the page cache
-        return self._decision.passthrough_upper if node.is_upper else self._decision.passthrough_lower
+        if node.is_upper:
+            return decision.passthrough_upper
+        if not decision.passthrough_lower:
+            return False
+        st = handle.file.st
+        return st is None or st.st_size > decision.small_lower
 
     def _register(self, io: NodeIo, node: Node, handle: Handle) -> None:
         try:

@@ -30,12 +30,13 @@ from unionfs.fuse.protocol.dirents import Listing
 from unionfs.fuse.protocol.encode import FOREVER, NEVER, InitReply, Reply, Timeout, timeout
 from unionfs.fuse.protocol.errors import NegotiationRefused, ProtocolError
 from unionfs.fuse.protocol.flags import Init, Notify, Opcode
-from unionfs.fuse.protocol.negotiate import Decision, IoMode, Privileges, Settings, negotiate
+from unionfs.fuse.protocol.negotiate import SMALL_FILE, Decision, IoMode, Privileges, Settings, negotiate
 from unionfs.fuse.protocol.request import Request, SecurityContext, Unknown
 
 __all__ = [
     "FOREVER",
     "NEVER",
+    "SMALL_FILE",
     "Decision",
     "Decode",
     "Init",

@@ -11,6 +11,8 @@ breaking them):
 - PASSTHROUGH needs INIT_EXT, a max_stack_depth of 1 or 2, and CAP_SYS_ADMIN in the initial user namespace
   (fs/fuse/backing.c). Depth 2 only where a file to pass through lies on a stacked filesystem itself: a mount
   of depth 2 can be nobody's lower.
+- A lower file that is passed through is read from the lower while it is open, also after its copy-up:
+  hybrid, which promises better, does it only where there is no upper and so no copy-up.
 - HANDLE_KILLPRIV_V2 with PASSTHROUGH: before a write that is to clear suid and sgid the kernel sends a
   SETATTR that changes nothing*, and leaves the clearing to us. Without V2 it asks for the file's capabilities
   before every write. V1 is never agreed.
@@ -58,6 +60,10 @@ MIN_MINOR: Final = 23
 _NOFLUSH_MINOR: Final = 35
 _DEFAULT_MAX_PAGES: Final = 32  # FUSE_DEFAULT_MAX_PAGES_PER_REQ, without MAX_PAGES
 _MAX_STACK_DEPTH: Final = 2  # FILESYSTEM_MAX_STACK_DEPTH, include/linux/fs.h
+
+SMALL_FILE: Final = 64 << 10
+"""Bytes up to which a lower file is given to the page cache of the mount with its first open, which costs
+less than registering it to be passed through."""
 
 
 class IoMode(StrEnum):
@@ -135,7 +141,9 @@ class Decision:
     passthrough_upper: bool
     """Upper files are opened with a backing file."""
     passthrough_lower: bool
-    """Lower files are, too."""
+    """Lower files are, too, if they have more bytes than `small_lower`."""
+    small_lower: int
+    """Bytes up to which lower files come from the page cache of the mount nevertheless; -1 for none."""
     file_open_flags: int
     """FOPEN_* for a file opened through the page cache."""
     passthrough_open_flags: int
@@ -182,8 +190,15 @@ def _rule(
     return _Rule(int(flag), wanted, int(needs or 0) | extended, int(never_with or 0))
 
 
-def _passes_through(facts: _Facts) -> bool:
-    return facts.mode is IoMode.PASSTHROUGH or (facts.mode is IoMode.HYBRID and not facts.settings.read_only)
+def _passes_lowers(mode: IoMode, settings: Settings) -> bool:
+    if mode is IoMode.HYBRID:
+        # Not at the price of a mount that can be nobody's lower.
+        return settings.read_only and settings.lower_stack_depth == 0
+    return mode is IoMode.PASSTHROUGH
+
+
+def _passes_uppers(mode: IoMode, settings: Settings) -> bool:
+    return mode is not IoMode.CACHED and not settings.read_only
 
 
 def _changes_below(facts: _Facts) -> bool:
@@ -193,7 +208,12 @@ def _changes_below(facts: _Facts) -> bool:
 
 _RULES: Final[tuple[_Rule, ...]] = (
     _rule(Init.INIT_EXT),
-    _rule(Init.PASSTHROUGH, _passes_through),
+    _rule(
+        Init.PASSTHROUGH,
+        lambda facts: (
+            _passes_uppers(facts.mode, facts.settings) or _passes_lowers(facts.mode, facts.settings)
+        ),
+    ),
     _rule(
         Init.NO_OPEN_SUPPORT,
         lambda facts: facts.mode is IoMode.CACHED and not facts.settings.bound,
@@ -233,29 +253,50 @@ _RULES: Final[tuple[_Rule, ...]] = (
     _rule(Init.REQUEST_TIMEOUT, lambda facts: facts.settings.request_timeout > 0),
 )
 
-_GOOD: Final[dict[IoMode, str]] = {
-    IoMode.HYBRID: "upper files are read and written kernel to kernel, lower files come from the page cache",
-    IoMode.PASSTHROUGH: "all files are read and written kernel to kernel",
-    IoMode.CACHED: "all files come from the page cache, and opening one costs no message",
-}
 
-_GOOD_BOUND: Final = (
-    "all files come from the page cache, and opening one costs a message, because storage is served here "
-    "that the host changes too"
-)
+def _good(mode: IoMode, settings: Settings) -> str:
+    """What the mode brings, as a clause."""
+    if mode is IoMode.PASSTHROUGH:
+        return "all files are read and written kernel to kernel"
+    if mode is IoMode.CACHED:
+        opening = "a message, because storage is served here that the host changes too"
+        return (
+            "all files come from the page cache, and opening one costs "
+            f"{opening if settings.bound else 'no message'}"
+        )
+    if not settings.read_only:
+        return "upper files are read and written kernel to kernel, lower files come from the page cache"
+    if _passes_lowers(mode, settings):
+        return (
+            f"files of more than {SMALL_FILE >> 10} KiB are read kernel to kernel, "
+            "smaller ones come from the page cache"
+        )
+    return "all files come from the page cache, because a lower lies on a stacked filesystem"
 
-_DRAWBACK: Final[dict[tuple[IoMode, IoMode], str]] = {
-    (IoMode.HYBRID, IoMode.PASSTHROUGH): (
-        "a lower file held open while it is copied up would keep its old data, which hybrid avoids"
-    ),
-    (IoMode.HYBRID, IoMode.CACHED): "upper files can go kernel to kernel here, which is faster",
-    (IoMode.CACHED, IoMode.HYBRID): "every open would cost a message",
-    (IoMode.CACHED, IoMode.PASSTHROUGH): (
-        "every open would cost a message, and a lower file held open while copied up would keep its old data"
-    ),
-    (IoMode.PASSTHROUGH, IoMode.HYBRID): "lower files would be copied through the daemon once",
-    (IoMode.PASSTHROUGH, IoMode.CACHED): "files would be copied through the daemon",
-}
+
+def _drawback(chosen: IoMode, other: IoMode, settings: Settings) -> str:
+    """What speaks against another mode that could be had, as a clause."""
+    if chosen is IoMode.CACHED:
+        against = "every open would cost a message"
+        if other is IoMode.PASSTHROUGH and not settings.read_only:
+            against += ", and a lower file held open while copied up would keep its old data"
+        return against
+    if other is IoMode.CACHED:
+        if chosen is IoMode.PASSTHROUGH:
+            return "files would be copied through the daemon"
+        if not settings.read_only:
+            return "upper files can go kernel to kernel here, which is faster"
+        if _passes_lowers(chosen, settings):
+            return "large files can go kernel to kernel here, which is faster"
+        return "hybrid is told of every open, so that a file is closed when nobody uses it any more"
+    if chosen is IoMode.PASSTHROUGH:
+        which = "small" if _passes_lowers(other, settings) else "lower"
+        return f"{which} files would be copied through the daemon once"
+    if not settings.read_only:
+        return "a lower file held open while it is copied up would keep its old data, which hybrid avoids"
+    if _passes_lowers(chosen, settings):
+        return "registering a small file costs more than to read it, and hybrid passes the large ones through"
+    return "the union could be no lower of another one"
 
 
 def _obstacle(mode: IoMode, offered: InitRequest, settings: Settings, privileges: Privileges) -> str | None:
@@ -282,8 +323,8 @@ def _stack_depth(mode: IoMode, settings: Settings) -> int | None:
 
     The files of a layer that is too deep fall back one by one: registering them is ELOOP (fs/fuse/backing.c).
     """
-    depths = [] if settings.read_only else [settings.upper_stack_depth]
-    if mode is IoMode.PASSTHROUGH:
+    depths = [settings.upper_stack_depth] if _passes_uppers(mode, settings) else []
+    if _passes_lowers(mode, settings):
         depths.append(settings.lower_stack_depth)
     if not depths:
         return 0
@@ -305,13 +346,12 @@ def _choose(
             raise NegotiationRefused(
                 f"--io {mode} cannot be had, because {obstacle}. Use --io cached, or let --io auto choose."
             )
-    good = _GOOD_BOUND if mode is IoMode.CACHED and settings.bound else _GOOD[mode]
-    why = f"I/O is {mode}, as {how}: {good}."
+    why = f"I/O is {mode}, as {how}: {_good(mode, settings)}."
     why_not = {}
     for other in MODES:
         if other is not mode:
             obstacle = obstacles[other]
-            reason = f"it cannot be had, because {obstacle}" if obstacle else _DRAWBACK[mode, other]
+            reason = f"it cannot be had, because {obstacle}" if obstacle else _drawback(mode, other, settings)
             why_not[other] = f"Not {other}: {reason}."
     return mode, why, why_not
 
@@ -402,8 +442,9 @@ def negotiate(offered: InitRequest, settings: Settings, privileges: Privileges) 
         why_not=why_not,
         missing=missing,
         enosys=frozenset(opcode for opcode, wanted in enosys.items() if wanted),
-        passthrough_upper=passthrough and not settings.read_only,
-        passthrough_lower=passthrough and mode is IoMode.PASSTHROUGH,
+        passthrough_upper=passthrough and _passes_uppers(mode, settings),
+        passthrough_lower=passthrough and _passes_lowers(mode, settings),
+        small_lower=SMALL_FILE if mode is IoMode.HYBRID else -1,
         file_open_flags=FOPEN_KEEP_CACHE | noflush,
         passthrough_open_flags=FOPEN_PASSTHROUGH | noflush if passthrough else 0,
         directory_open_flags=FOPEN_KEEP_CACHE | FOPEN_CACHE_DIR,
