@@ -47,21 +47,23 @@ def kind_for(path: str) -> str:
 
 
 class _Plain:
+    """Goes through the file object, never to the number of its fd: a stream that was given up in the middle
+    is ended by the garbage collector, when that number may be another file's."""
+
     def __init__(self, out: IO[bytes]) -> None:
         self._out = out
-        self._fd = out.fileno()
-        self._is_file = stat.S_ISREG(os.fstat(self._fd).st_mode)
+        self._is_file = stat.S_ISREG(os.fstat(out.fileno()).st_mode)
         self._at = self._begun = 0
 
     def write(self, data: bytes, /) -> int:
         view = memoryview(data)
         while view:
-            view = view[os.write(self._fd, view) :]
+            view = view[self._out.write(view) :]
         self._at += len(data)
         if self._is_file and self._at - self._begun >= _WRITEBACK:
             # So that the disk is not idle until the fsync at the end.
             with suppress(OSError):
-                start_writeback(self._fd, self._begun, self._at - self._begun)
+                start_writeback(self._out.fileno(), self._begun, self._at - self._begun)
             self._begun = self._at
         return len(data)
 
