@@ -257,7 +257,7 @@ _RULES: Final[tuple[_Rule, ...]] = (
 def _good(mode: IoMode, settings: Settings) -> str:
     """What the mode brings, as a clause."""
     if mode is IoMode.PASSTHROUGH:
-        return "all files are read and written kernel to kernel"
+        return f"all files are read {'' if settings.read_only else 'and written '}kernel to kernel"
     if mode is IoMode.CACHED:
         opening = "a message, because storage is served here that the host changes too"
         return (
