@@ -56,6 +56,7 @@ def test_set_id_bits_and_capabilities_are_cleared(world: MakeWorld, user: Worker
         0o2777,
         0o6777,
         0o4666,
+        0o777,
     )  # setgid with group execute only: rule 9 of tests/oracle/normalise.py
 
     def build(root: Path) -> None:
@@ -67,7 +68,7 @@ def test_set_id_bits_and_capabilities_are_cleared(world: MakeWorld, user: Worker
                         path.write_bytes(b"data")
                         os.chown(path, owner, owner)
                         os.chmod(path, mode)
-                        if mode == 0o6777:
+                        if mode in (0o6777, 0o777):
                             os.setxattr(path, "security.capability", CAPABILITY)
 
     made = world(build)

@@ -332,8 +332,10 @@ class Operations:
             await self._removexattr(id_, name)
             return
         # Not asked for by the caller, who may not, but sent ahead of a write, a truncation or a chown. They
-        # take the capabilities off the backing file, too; a chown by a stranger fails.
-        if self.union.stat(self.node(id_)).st_uid == uid:
+        # take the capabilities off the backing file, too; a stranger's chown that names no owner only gets
+        # so far, and fails, where it would have to clear setuid or setgid as well.
+        st = self.union.stat(self.node(id_))
+        if st.st_uid == uid or mode_without_set_ids(st.st_mode) is None:
             with contextlib.suppress(PermissionError):  # nor may an ordinary user's daemon
                 await self._removexattr(id_, name)
 
