@@ -58,6 +58,10 @@ class Files:
         if flags & (os.O_ACCMODE | os.O_TRUNC) != os.O_RDONLY:
             await self._copy_ups.ensure(node, 0 if flags & os.O_TRUNC else None)
 
+    def open_unread(self, node: Node, uid: int) -> int:
+        """Open a lower's file to read it, though the kernel may have all its data; gives the number."""
+        return self._register(node, self._union.open_unread(node), uid, writes=False)
+
     def open(self, node: Node, flags: int, uid: int, *, kills_set_ids: bool) -> int:
         """Open a node that :meth:`prepare` was called for; gives the number."""
         truncates = bool(flags & os.O_TRUNC)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import stat
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Final
 
 if TYPE_CHECKING:
@@ -78,6 +79,36 @@ class OpenFile:
             except OSError:
                 break  # what fits is written; the next write meets the error
         return done
+
+
+class UnreadFile(OpenFile):
+    """A lower's file that somebody has open, and that is opened here when something is asked of it: while the
+    kernel has its data in the page cache, nothing is. Any access to `fd` opens it, in the caller's thread,
+    and raises ``OSError`` when that fails."""
+
+    __slots__ = ("_fd", "_open")
+
+    def __init__(self, open_: Callable[[], OpenFile], *, waits: bool) -> None:
+        self._open = open_
+        self._fd = -1
+        super().__init__(-1, readable=True, writable=False, waits=waits)
+
+    @property
+    def fd(self) -> int:
+        if self._fd < 0:
+            opened = self._open()
+            self._fd, self.st, self.xattrs = opened.fd, opened.st, opened.xattrs
+        return self._fd
+
+    @fd.setter
+    def fd(self, fd: int) -> None:
+        self._fd = fd
+
+    def release(self) -> None:
+        self.users -= 1
+        if self.users == 0 and self._fd >= 0:
+            fd, self._fd = self._fd, -1
+            os.close(fd)
 
 
 class Handle:

@@ -12,11 +12,12 @@ import os
 import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Final
 
 from unionfs.sys.creds import Identity
 from unionfs.union import bound
-from unionfs.union.files import OpenFile, open_backing, open_held
+from unionfs.union.files import OpenFile, UnreadFile, open_backing, open_held
 from unionfs.union.later import Later
 from unionfs.union.layers import Layer, LayerStack
 from unionfs.union.lowernames import MANY, LowerNames
@@ -327,6 +328,17 @@ class Union:
         if file is None or not file.users or not file.readable or (write and not file.writable):
             file = self._open_file(node, write=write)
             node.file = file
+        file.users += 1
+        return file
+
+    def open_unread(self, node: Node) -> OpenFile:
+        """As :meth:`open_file`, to read a lower's file of which nothing may have to be read: the kernel was
+        given its data before."""
+        file = node.file
+        if file is None or not file.users or not file.readable:
+            assert node.place is not None
+            waits = not node.place.layer.memory
+            file = node.file = UnreadFile(partial(self._open_file, node, write=False), waits=waits)
         file.users += 1
         return file
 

@@ -138,9 +138,11 @@ class DataRequests:
         if self._ios.is_outdated(node):
             self._union.nodes.supersede(node)
             raise stale()
-        number = self._files.open(
-            node, request.flags, request.uid, kills_set_ids=bool(request.open_flags & OPEN_KILL_SUIDGID)
-        )
+        if flags & (os.O_ACCMODE | os.O_TRUNC) == os.O_RDONLY and self._ios.may_have_all(node):
+            number = self._files.open_unread(node, request.uid)
+        else:
+            kills = bool(request.open_flags & OPEN_KILL_SUIDGID)
+            number = self._files.open(node, request.flags, request.uid, kills_set_ids=kills)
         handle = self._files[number]
         open_flags, backing_id = self._ios.opened(handle)
         if self._ios.may_fill(handle):
@@ -195,8 +197,11 @@ class DataRequests:
     # -- data -----------------------------------------------------------------------------------------
 
     def _reading(self, id_: int, number: int) -> OpenFile:
+        """The file to read, opened if it was not yet: not in a thread."""
         if number:
-            return self._files[number].file
+            file = self._files[number].file
+            _ = file.fd
+            return file
         return self.node_files.get(self._operations.node(id_), write=False)
 
     async def _writing(self, id_: int, number: int) -> OpenFile:

@@ -37,7 +37,7 @@ class NodeIo:
 
     def __init__(self) -> None:
         self.cached = 0
-        #: Whether the data was given to the page cache unasked.
+        #: Whether the data was given to the page cache unasked (or, of a large file, could have been).
         self.filled = False
         self.through = 0
         self.backing_id = 0
@@ -98,6 +98,11 @@ class NodeIos:
         if io.written or node.identity is not None:
             flags &= ~FOPEN_KEEP_CACHE  # what is cached from before may be old
         return flags, 0
+
+    def may_have_all(self, node: Node) -> bool:
+        """Whether the kernel may have all data of a lower file, which went through the page cache before."""
+        io = node.io
+        return isinstance(io, NodeIo) and io.filled and not io.through and not node.is_upper
 
     def may_fill(self, handle: Handle) -> bool:
         """Whether an open just counted is the first and only one of a lower file that goes through the page
