@@ -114,6 +114,10 @@ def _steps(served: _Served) -> Iterator[tuple[str, float]]:
     yield "OPEN, and the data", serve([_message(Opcode.OPEN, number, bytes(8)) for number in ids])
     handles = range(first, first + len(ids))
     yield "RELEASE", serve([_release(*pair) for pair in zip(ids, handles, strict=True)])
+    first = served.next_handle
+    yield "OPEN, once more", serve([_message(Opcode.OPEN, number, bytes(8)) for number in ids])
+    handles = range(first, first + len(ids))
+    yield "RELEASE, of that", serve([_release(*pair) for pair in zip(ids, handles, strict=True)])
     yield "SETATTR, copies up", serve([_setattr(number, 0, 0o640) for number in ids])
     yield "SETATTR", serve([_setattr(number, 0, 0o600) for number in ids])
     yield "UNLINK", serve([_message(Opcode.UNLINK, tree, name + b"\0") for name in names])
