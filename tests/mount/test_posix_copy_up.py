@@ -409,6 +409,29 @@ def test_the_first_change_is_of_the_mode(world: MakeWorld, has: str) -> None:
     assert os.listdir(made.upper.parent / "work/work") == []
 
 
+def test_the_upper_is_whole_when_the_call_returns(world: MakeWorld) -> None:
+    """Also the directory's time, for who reads the upper now, and after a crash now."""
+
+    def build(root: Path) -> None:
+        (root / "d").mkdir()
+        for number in range(200):
+            (root / f"d/{number}").write_bytes(b"data")
+        os.utime(root / "d", ns=(10**18, 10**18 + 5))
+
+    made = world(build)
+
+    def calls(root: Path) -> list[object]:
+        above = made.upper / "d" if root == made.union else root / "d"
+        found: list[object] = []
+        for number in range(200):
+            os.chmod(root / f"d/{number}", 0o640)
+            mode = stat.S_IMODE(os.stat(above / f"{number}").st_mode)
+            found.append((os.stat(above).st_mtime_ns, mode))
+        return found
+
+    made.as_native(calls)
+
+
 def test_copy_up_leaves_the_directory_as_it_was(world: MakeWorld) -> None:
     """What is copied up within a directory changes none of its times; what is made or changed in it does."""
 

@@ -55,6 +55,45 @@ async def test_a_mount_that_is_cut_off(open_union: OpenUnion, monkeypatch: pytes
     assert raised.group_contains(ConnectionAbortedError)
 
 
+async def test_a_file_that_cannot_be_closed(
+    open_union: OpenUnion, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """After the answer, that is nobody's business: it is logged, and the next one is closed."""
+    offered = InitRequest.of(major=7, minor=45, max_readahead=1 << 17, flags=int(sum(Init)))
+    decision = negotiate(offered, Settings(), Privileges(initial_user_namespace=True, sys_admin=True))
+    union = open_union()
+    closed: list[object] = []
+
+    def close_file(node: object, file: object) -> None:
+        if node == "bad":
+            raise ValueError("a bug")
+        closed.append(node)
+
+    def answer(request: Request) -> Reply:
+        union.close_later("bad", None)  # type: ignore[arg-type]
+        union.close_later("good", None)  # type: ignore[arg-type]
+        return encode.ok(request.unique)
+
+    device = Device(os.open(os.devnull, os.O_WRONLY))
+    loop = Loop(device, decision, union, Counter(), {Opcode.GETATTR: answer}, {})
+    monkeypatch.setattr(union, "close_file", close_file)
+    messages = [_request(Opcode.GETATTR, unique) for unique in (2, 4)]
+
+    def readv(fd: int, buffers: Sequence[bytearray]) -> int:
+        if not messages:
+            raise OSError(errno.ENODEV, "")
+        message = messages.pop()
+        buffers[0][: len(message)] = message
+        return len(message)
+
+    monkeypatch.setattr(os, "readv", readv)
+    await loop.run()
+    device.close()
+    assert closed == ["good", "good"]
+    assert caplog.text.count("a file could not be closed") == 2
+    caplog.clear()
+
+
 def _request(opcode: Opcode, unique: int) -> bytes:
     body = bytes(8 if opcode is Opcode.FORGET else 16)
     return struct.pack("=IIQQIIIHH", 40 + len(body), int(opcode), unique, 1, 0, 0, 1, 0, 0) + body

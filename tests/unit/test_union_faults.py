@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import stat
 import subprocess
@@ -95,6 +96,53 @@ class TestFailedSteps:
                 changes.unlink(root, b"copied")
         assert left_in_work(tmp_path) == []
         assert len(os.listdir("/proc/self/fd")) == before
+
+    def test_an_xattr_whiteout_that_the_directory_cannot_announce(
+        self, tmp_path: Path, open_union: OpenUnion, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """Nothing is left of it, or the next mount would believe what this one says failed."""
+        (tmp_path / "l0").mkdir()
+        (tmp_path / "l0/f").write_text("lower")
+        union = open_union()
+        get(union, "f")
+
+        def refuse(*arguments: object, **named: object) -> None:
+            raise PermissionError(errno.EPERM, os.strerror(errno.EPERM))
+
+        def is_full(fd: int) -> None:
+            raise OSError(errno.EDQUOT, os.strerror(errno.EDQUOT))
+
+        with monkeypatch.context() as patch:
+            patch.setattr(os, "mknod", refuse)  # as for an ordinary user on some filesystems
+            patch.setattr(union.markers, "allow_xattr_whiteouts", is_full)
+            with pytest.raises(OSError, match=os.strerror(errno.EDQUOT)):
+                Changes(union).unlink(union.nodes.root, b"f")
+        assert os.listdir(tmp_path / "upper") == []
+        assert left_in_work(tmp_path) == []
+
+    def test_where_new_files_are_not_as_asked_for(
+        self, tmp_path: Path, open_union: OpenUnion, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """As on NFS whose server takes root for nobody: mode and owner of a copy are set, or refused."""
+        (tmp_path / "l0").mkdir()
+        (tmp_path / "l0/f").write_text("lower")
+        os.chmod(tmp_path / "l0/f", 0o640)
+        creates = os.open
+
+        def creates_otherwise(
+            path: str | bytes, flags: int, mode: int = 0o777, *, dir_fd: int | None = None
+        ) -> int:
+            fd = creates(path, flags, mode, dir_fd=dir_fd)
+            if flags & os.O_CREAT and dir_fd is not None:
+                os.fchmod(fd, 0o600)
+            return fd
+
+        with monkeypatch.context() as patch:
+            patch.setattr(os, "open", creates_otherwise)
+            union = open_union()
+            copy_up(union, get(union, "f"))
+        assert stat.S_IMODE((tmp_path / "upper/f").stat().st_mode) == 0o640
+        assert left_in_work(tmp_path) == []
 
     def test_work_of_a_crashed_daemon_is_emptied(self, tmp_path: Path, open_union: OpenUnion) -> None:
         (tmp_path / "work/work/#1/a/b").mkdir(parents=True)

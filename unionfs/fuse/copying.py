@@ -10,7 +10,6 @@ import trio
 from unionfs.fuse.inline import in_thread, may_wait
 from unionfs.union.copyup import FileCopy, copy_up_special, ensure_upper
 from unionfs.union.files import OpenFile
-from unionfs.union.later import Later
 from unionfs.union.nodes import Node
 from unionfs.union.tree import Union
 
@@ -32,7 +31,6 @@ class CopyUps:
         mode: int | None = None,
         *,
         keep: bool = False,
-        later: Later | None = None,
     ) -> OpenFile | None:
         """Have the node in the upper. ``limit``: that many bytes of data are enough (truncation).
 
@@ -50,7 +48,7 @@ class CopyUps:
                 if isinstance(node.copying, trio.Event):
                     await node.copying.wait()
             elif node.kind == stat.S_IFREG:
-                kept = await self._file(node, limit, mode, keep=keep, later=later)
+                kept = await self._file(node, limit, mode, keep=keep)
             else:
                 began = perf_counter_ns()
                 if node.is_dir:
@@ -65,7 +63,7 @@ class CopyUps:
         self.nanoseconds += perf_counter_ns() - began
 
     async def _file(
-        self, node: Node, limit: int | None, mode: int | None, *, keep: bool, later: Later | None
+        self, node: Node, limit: int | None, mode: int | None, *, keep: bool
     ) -> OpenFile | None:
         began = perf_counter_ns()
         copy = FileCopy(self.union, node, limit, mode)
@@ -78,7 +76,7 @@ class CopyUps:
             copy.abort()
             raise
         # Whoever waited runs only after that.
-        kept = copy.finish(keep=keep, later=later)
+        kept = copy.finish(keep=keep)
         self._count(began)
         self.copied_bytes += copy.size
         return kept

@@ -29,7 +29,6 @@ from unionfs.sys import calls
 from unionfs.union.bound import same_storage
 from unionfs.union.changes import ACL_DEFAULT, Caller, Changes
 from unionfs.union.files import Handle, mode_without_set_ids
-from unionfs.union.later import do_or_leave
 from unionfs.union.nodes import Node
 from unionfs.union.tree import Attributes, Union
 from unionfs.union.xattrs import CAPABILITY
@@ -196,7 +195,7 @@ class Operations:
         """truncate(2), chown(2), chmod(2) and utimensat(2), in this order."""
         node = self.node(id_)
         only_mode = change.mode if change == Change(mode=change.mode) else None
-        kept = await self.copy_ups.ensure(node, change.size, only_mode, keep=True, later=self.union.later)
+        kept = await self.copy_ups.ensure(node, change.size, only_mode, keep=True)
         try:
             if kept is not None and only_mode is not None:
                 assert kept.st is not None
@@ -205,7 +204,7 @@ class Operations:
             return self._set(node, change, handle)
         finally:
             if kept is not None:
-                do_or_leave(self.union.later, self.union.close_file, node, kept)
+                self.union.close_later(node, kept)
 
     def _set(self, node: Node, change: Change, handle: Handle | None) -> Found:
         node.ctime = None

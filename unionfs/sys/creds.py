@@ -12,6 +12,7 @@ from __future__ import annotations
 import ctypes
 import errno
 import os
+import stat
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Final
@@ -23,6 +24,7 @@ _libc.setfsuid.argtypes = (ctypes.c_uint,)
 _libc.setfsgid.argtypes = (ctypes.c_uint,)
 
 _CAPABILITY_VERSION_3: Final = 0x20080522
+_PROBE: Final = b"#probe"
 
 
 class _Header(ctypes.Structure):
@@ -59,19 +61,37 @@ def _umask() -> int:
 class Identity:
     """Who the daemon is, and the power to create files as others."""
 
-    def __init__(self) -> None:
+    def __init__(self, work_fd: int = -1) -> None:
+        """``work_fd``: a directory where files will be created, to see whether they come out as asked for."""
         self.uid = os.geteuid()
         self.gid = os.getegid()
         #: The permission bits that what it creates has if it asks for them: all but those of its umask, as
         #: it is now. (Setuid, setgid and sticky are none of them: a change of the owner may clear them.)
         self.sets = 0o777 & ~_umask()
+        self._is_obeyed = work_fd < 0 or self._creates_as_asked(work_fd)
+        if not self._is_obeyed:
+            self.sets = 0
         self.can_switch = has_capability(CAP_SETUID) and has_capability(CAP_SETGID)
         self._header = _Header(_CAPABILITY_VERSION_3, 0)
         self._data = _capabilities()
 
     def owns(self, st: os.stat_result) -> bool:
         """Whether what it creates has the owner and the group of the object with these attributes."""
-        return st.st_uid == self.uid and st.st_gid == self.gid
+        return st.st_uid == self.uid and st.st_gid == self.gid and self._is_obeyed
+
+    def _creates_as_asked(self, work_fd: int) -> bool:
+        """Not so, for one, on NFS whose server takes root for nobody, or lets files inherit its own ACLs."""
+        flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
+        try:
+            fd = os.open(_PROBE, flags, 0o777, dir_fd=work_fd)
+            try:
+                st = os.fstat(fd)
+            finally:
+                os.close(fd)
+                os.unlink(_PROBE, dir_fd=work_fd)
+        except OSError:
+            return False  # not to be found out now
+        return (st.st_uid, st.st_gid, stat.S_IMODE(st.st_mode)) == (self.uid, self.gid, self.sets)
 
     def acting_as(self, uid: int, gid: int) -> AbstractContextManager[None]:
         """Within the block, what this thread creates belongs to ``uid`` and ``gid``.

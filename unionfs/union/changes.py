@@ -361,8 +361,12 @@ class Changes:
         markers = self._union.markers
         if markers.make_whiteout(dir_fd, name):
             # the kernel looks for xattr whiteouts only where the directory and the layer's root say so
-            markers.allow_xattr_whiteouts(dir_fd if for_dir is None else for_dir)
-            markers.allow_xattr_whiteouts(self._union.require_upper().root_fd)
+            try:
+                markers.allow_xattr_whiteouts(dir_fd if for_dir is None else for_dir)
+                markers.allow_xattr_whiteouts(self._union.require_upper().root_fd)
+            except OSError:
+                os.unlink(name, dir_fd=dir_fd)
+                raise
 
     # -- linking --------------------------------------------------------------------------------------
 

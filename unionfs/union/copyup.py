@@ -19,7 +19,6 @@ from unionfs.sys import calls
 from unionfs.union import bound
 from unionfs.union.filedata import clone, copy_data
 from unionfs.union.files import OpenFile
-from unionfs.union.later import Later, do_or_leave
 from unionfs.union.nodes import UNSEEN, Node
 from unionfs.union.places import Place
 from unionfs.union.tree import Union
@@ -103,24 +102,23 @@ class FileCopy:
             os.fchmod(target, self._mode)
         os.utime(target, ns=(st.st_atime_ns, st.st_mtime_ns))
 
-    def finish(self, *, keep: bool = False, later: Later | None = None) -> OpenFile | None:
+    def finish(self, *, keep: bool = False) -> OpenFile | None:
         """Let the copy appear in the upper, and give it to all who have the file open.
 
         ``keep``: and to the caller, who becomes one more user of the open file. It has its attributes.
-        ``later`` gets what nobody need wait for. It has to be done before any other change of the union.
         """
         union, node = self._union, self.node
         try:
-            self._appear(later)
+            self._appear()
             self._name = None
             st = os.fstat(self._target)
             _copied_up(union, node, st)
             node.no_capability = self._no_capability
             return self._hand_over(st, keep=keep)
         finally:
-            self.abort(later)
+            self.abort()
 
-    def _appear(self, later: Later | None) -> None:
+    def _appear(self) -> None:
         """Give the temporary file its name, or take it away when the node has none any more."""
         union, node = self._union, self.node
         assert self._name is not None
@@ -129,7 +127,7 @@ class FileCopy:
             _keep_unnamed(union, node, self._name)
         else:
             place = ensure_upper(union, node.parent)
-            _rename_into(union, self._name, node.parent, node.name, later)
+            _rename_into(union, self._name, node.parent, node.name)
             node.place = place
 
     def _hand_over(self, st: os.stat_result, *, keep: bool) -> OpenFile | None:
@@ -149,7 +147,7 @@ class FileCopy:
             old.release()
         return file if keep else None
 
-    def abort(self, later: Later | None = None) -> None:
+    def abort(self) -> None:
         """Let go of everything; without :meth:`finish` nothing of the copy is left."""
         if self._name is not None:
             with contextlib.suppress(OSError):
@@ -160,7 +158,7 @@ class FileCopy:
             self._target = -1
         if self._open:
             self._open = False
-            do_or_leave(later, self._union.close_file, self.node, self._source)
+            self._union.close_later(self.node, self._source)
 
 
 def copy_up_special(union: Union, node: Node) -> None:
@@ -273,27 +271,19 @@ def _keep_unnamed(union: Union, node: Node, temporary: bytes) -> None:
     node.place = Place(upper, upper.root, b"")
 
 
-def _rename_into(
-    union: Union, temporary: bytes, directory: Node, name: bytes, later: Later | None = None
-) -> None:
-    """Rename from work into the upper; a copy-up is no change, so the directory keeps its times. Its real
+def _rename_into(union: Union, temporary: bytes, directory: Node, name: bytes) -> None:
+    """Rename from work into the upper; a copy-up is no change, so the directory keeps its time. Its real
     ctime can't be kept, and is shown as it was; its size is another one, and is shown soon."""
     place = directory.parts[0]
     dir_fd = union.gate.fd(place)
-    if directory.ctime is None or directory.ctime[0] != UNSEEN:
-        union.resized.add(directory)  # somebody asked for its attributes since the last copy-up
-        place.times = None
-    if place.times is None or directory.ctime is None:
+    if directory.ctime is not None and directory.ctime[0] == UNSEEN:
+        shown = directory.ctime[1]
+    else:  # this is the first copy-up since somebody asked for its attributes, or it was changed
+        union.resized.add(directory)
         st = os.stat(dir_fd)
-        times, shown = (st.st_atime_ns, st.st_mtime_ns), union.attributes_of(directory, st).ctime_ns
-    else:
-        times, shown = place.times, directory.ctime[1]
+        place.mtime_ns, shown = st.st_mtime_ns, union.attributes_of(directory, st).ctime_ns
     place.empty = False
     calls.renameat2(union.stack.work_fd, temporary, dir_fd, name)
-    do_or_leave(later, _give_times_back, union, place, times)
-    directory.ctime, place.times = (UNSEEN, shown), times
-
-
-def _give_times_back(union: Union, place: Place, times: tuple[int, int]) -> None:
     with contextlib.suppress(OSError):
-        os.utime(b".", ns=times, dir_fd=union.gate.fd(place))
+        calls.utimensat(dir_fd, b".", None, place.mtime_ns)
+    directory.ctime = UNSEEN, shown

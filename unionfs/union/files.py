@@ -153,10 +153,13 @@ def open_held(held: int, *, write: bool, waits: bool) -> OpenFile:
 
 
 def _checked(fd: int, *, readable: bool, writable: bool, waits: bool) -> OpenFile:
-    st = os.fstat(fd)
-    if not stat.S_ISREG(st.st_mode):
+    try:
+        st = os.fstat(fd)
+        if not stat.S_ISREG(st.st_mode):
+            raise OSError(errno.EIO, "the layer no longer holds a regular file there")
+    except OSError:
         os.close(fd)
-        raise OSError(errno.EIO, "the layer no longer holds a regular file there")
+        raise
     return OpenFile(fd, readable=readable, writable=writable, waits=waits, st=st)
 
 

@@ -21,7 +21,7 @@ _DIRECTORY: Final = os.O_PATH | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 class Place:
     """A directory of one layer. ``fd`` is -1 unless the gate has it open."""
 
-    __slots__ = ("default_acl", "empty", "fd", "layer", "name", "parent", "times")
+    __slots__ = ("default_acl", "empty", "fd", "layer", "mtime_ns", "name", "parent")
 
     def __init__(self, layer: Layer, parent: Place | None, name: bytes, fd: int = -1) -> None:
         self.layer = layer
@@ -32,9 +32,8 @@ class Place:
         self.default_acl: bytes | None = None
         #: Of the upper: a directory that was copied up, and into which nothing was put since.
         self.empty = False
-        #: Of the upper: its time of access and of modification (nanoseconds) after a copy-up, while nothing
-        #: else has happened to it; see `Node.ctime`.
-        self.times: tuple[int, int] | None = None
+        #: Of the upper: its time of modification after a copy-up; good while `Node.ctime` is `UNSEEN`.
+        self.mtime_ns = 0
 
 
 class Gate:
@@ -76,8 +75,7 @@ class Gate:
         return fd
 
     def open_for_listing(self, place: Place) -> int:
-        """A new fd of the directory that can be read, which is an access. Raises ``OSError``."""
-        place.times = None
+        """A new fd of the directory that can be read. Raises ``OSError``."""
         return open_for_listing(self.fd(place))
 
     def forget(self, place: Place) -> None:

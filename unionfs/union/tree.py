@@ -18,7 +18,6 @@ from typing import Final
 from unionfs.sys.creds import Identity
 from unionfs.union import bound
 from unionfs.union.files import OpenFile, UnreadFile, open_backing, open_held
-from unionfs.union.later import Later
 from unionfs.union.layers import Layer, LayerStack
 from unionfs.union.lowernames import MANY, LowerNames
 from unionfs.union.markers import Markers
@@ -56,7 +55,7 @@ class Union:
         self.gate = Gate(directory_fds)
         self._lower_names = LowerNames(self.gate)
         self.nodes = NodeTable([layer.root for layer in stack.layers])
-        self.identity = Identity()
+        self.identity = Identity(stack.work_fd)
         self._metacopy = os.fsdecode(self.markers.metacopy)
         self._lowest = len(stack.layers) - 1
         #: Nodes whose attributes changed by being copied up, which nobody asked to change them: whoever
@@ -65,9 +64,9 @@ class Union:
         #: Directories whose size may be another one since something in them was copied up. That may be told
         #: a little later: who is told asks again, and copy-ups come in large numbers.
         self.resized: set[Node] = set()
-        #: What nobody need wait for. None: it is done at once. A session that sets it to a list does what is
-        #: in it as soon as it has sent an answer, before it looks at the next request.
-        self.later: Later | None = None
+        #: Backing files to be closed, for which nobody need wait. None: they are closed at once. A session
+        #: that sets it to a list closes what is in it as soon as it has sent an answer.
+        self.to_close: list[tuple[Node, OpenFile]] | None = None
         self._merge_root()
 
     def _merge_root(self) -> None:
@@ -386,6 +385,13 @@ class Union:
         if node.file is file and file.users == 1:
             node.file = None
         file.release()
+
+    def close_later(self, node: Node, file: OpenFile) -> None:
+        """As :meth:`close_file`, after the answer to the request if the session does so."""
+        if self.to_close is None:
+            self.close_file(node, file)
+        else:
+            self.to_close.append((node, file))
 
     def require_upper(self) -> Layer:
         """The upper layer. Raises EROFS when there is none."""

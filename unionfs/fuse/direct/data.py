@@ -311,6 +311,7 @@ class DataRequests:
         value.extend(bytes(max(request.out_size, 32) - len(value)))
         if request.cmd in _WRITING_IOCTLS:
             await self._operations.copy_ups.ensure(node)
+            node.ctime = None
         fd = self._own_fd(node)
         try:
             result = fcntl.ioctl(fd, request.cmd, value)

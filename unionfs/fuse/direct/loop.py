@@ -7,7 +7,7 @@ Rules:
 - Neither reading nor asking lets another task run, so there is a checkpoint every two milliseconds.
 - A handler that need not wait is answered in line. One that waits goes on in a task of its own, and takes the
   receive buffer along if its data lies there.
-- What nobody need wait for (`Union.later`) is done right after the answer, while the caller wakes up.
+- Files that a copy-up used (`Union.to_close`) are closed right after the answer, while the caller wakes up.
 - A notice about changed attributes is sent before the answer, so that nobody sees the old ones after it.
 - Latency, from the request being read to the answer being written, is measured only while somebody watches:
   then requests are given to another function. When nobody does, that costs nothing.
@@ -42,6 +42,7 @@ from unionfs.fuse.protocol import (
 )
 from unionfs.fuse.protocol import requests as rq
 from unionfs.sys.process import is_being_killed
+from unionfs.union.files import OpenFile
 from unionfs.union.nodes import Node
 from unionfs.union.tree import Union
 
@@ -76,7 +77,8 @@ class Loop:
         """``idle`` is called when there is nothing to answer: it does a little work; False: there is none."""
         self._device = device
         self._union = union
-        self._later = union.later = []
+        self._to_close: list[tuple[Node, OpenFile]] = []
+        union.to_close = self._to_close
         self._requests = requests
         self._decode = decoder(decision.flags)
         self._size = receive_buffer_size(decision.reply.max_write)
@@ -151,6 +153,8 @@ class Loop:
                 raise
             spin_end = 0
             self._serve(size)
+            if self._to_close:
+                self._close()
             if clock() > fair_until:
                 await trio.lowlevel.checkpoint()
                 fair_until = clock() + _FAIR_NS
@@ -234,8 +238,6 @@ class Loop:
             self._tell_stale()
         if reply is not None:
             self._device.answer(reply)
-        if self._later:
-            self._do_later()
         if self._union.resized and not self._tells_resized:
             self._tells_resized = True
             self._nursery.start_soon(self._tell_resized)
@@ -243,14 +245,14 @@ class Loop:
             notices, self._device.later = self._device.later, []
             self._nursery.start_soon(trio.to_thread.run_sync, self._send, notices)
 
-    def _do_later(self) -> None:
-        """What was left out for the answer's sake."""
-        for function, arguments in self._later:
+    def _close(self) -> None:
+        """Close what waited for the answer to be sent."""
+        for node, file in self._to_close:
             try:
-                function(*arguments)
-            except OSError as error:
-                log.error("%s failed after the answer: %s", function.__name__, error)
-        self._later.clear()
+                self._union.close_file(node, file)
+            except Exception:
+                log.exception("a file could not be closed")
+        self._to_close.clear()
 
     async def _tell_resized(self) -> None:
         """As `_tell_stale`, but not for each copy-up: whoever walks through the directory then asks anew."""
@@ -299,6 +301,8 @@ class Loop:
         self._reply(reply)
         if self._begun:
             self._answered(request.number, unique)
+        if self._to_close:
+            self._close()
 
     def _interrupt(self, unique: int) -> None:
         """A caller got a signal. Only one that is to die of it is sent away: nobody expects EINTR here."""
