@@ -139,6 +139,9 @@ def test_nothing_can_be_written(kernel_overlay: None, area: Path, lowers: list[P
                 if fd >= 0:
                     os.close(fd)
             assert written == errno.EROFS
+            if session != "direct-cached":  # where no open comes to the daemon
+                again = f"/proc/self/fd/{reader}"
+                assert errno_of(lambda: os.close(os.open(again, os.O_RDWR))) == errno.EROFS
             assert os.pread(reader, 100, 0) == _content(5 << 20)[:100]
         assert errno_of(os.truncate, mount.mountpoint / "one", 5) == errno.EROFS
         assert snapshot.manifest(mount.mountpoint) == before

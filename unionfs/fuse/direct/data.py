@@ -125,7 +125,9 @@ class DataRequests:
         if node is None or node.successor is not None:
             raise stale()
         flags = request.flags
-        if flags & (os.O_ACCMODE | os.O_TRUNC) != os.O_RDONLY and self._ios.holds_lower(node):
+        reads = flags & (os.O_ACCMODE | os.O_TRUNC) == os.O_RDONLY
+        if not reads and self._ios.holds_lower(node):
+            self._union.require_writable(node)
             # This open is refused and need not come again (/proc/self/fd), so it must not have truncated.
             if node.copying is None:
                 self._union.nodes.supersede(node)
@@ -138,7 +140,7 @@ class DataRequests:
         if self._ios.is_outdated(node):
             self._union.nodes.supersede(node)
             raise stale()
-        if flags & (os.O_ACCMODE | os.O_TRUNC) == os.O_RDONLY and self._ios.may_have_all(node):
+        if reads and self._ios.may_have_all(node):
             number = self._files.open_unread(node, request.uid)
         else:
             kills = bool(request.open_flags & OPEN_KILL_SUIDGID)
