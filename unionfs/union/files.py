@@ -96,7 +96,10 @@ class UnreadFile(OpenFile):
     @property
     def fd(self) -> int:
         if self._fd < 0:
-            opened = self._open()
+            try:
+                opened = self._open()
+            except FileNotFoundError:  # no answer to read(2)
+                raise OSError(errno.EIO, "the layer no longer holds the file") from None
             self._fd, self.st, self.xattrs = opened.fd, opened.st, opened.xattrs
         return self._fd
 
