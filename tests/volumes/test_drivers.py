@@ -449,6 +449,13 @@ class TestElsewhere:
         assert os.readlink(area / "far/out") == str(outside)
         after = outside.stat()
         assert (after.st_mtime, after.st_uid, after.st_gid) == (before.st_mtime, before.st_uid, before.st_gid)
+        usage = subprocess.run(["sshfs", "-h"], capture_output=True, text=True)
+        if "no_contain_symlinks" in usage.stdout + usage.stderr:
+            done = store("backup", "data", "-o", area / "b.tar")
+            refused(done, "out cannot be read", "no_contain_symlinks")
+            store.ok("rm", "data")
+            store.ok("create", *words, "-o", "o=no_contain_symlinks", "data")
+        store.ok("backup", "data", "-o", area / "b.tar")
         store.ok("rm", "data")
         refused(store("create", "-d", "sshfs", "data"), "sshcmd is missing")
         refused(store("create", "-d", "sshfs", "-o", "sshcmd=host", "data"), "names no path")

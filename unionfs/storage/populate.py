@@ -122,7 +122,7 @@ class _Copier:
     def __init__(self, union: Union, root: int) -> None:
         self._union = union
         self._root = root
-        self._changes_symlinks = symlinks.can_be_changed(root)
+        self._changes_symlinks = not symlinks.are_sshfs(root)
         #: Where the first name of a file with several went, relative to the root.
         self._links: dict[tuple[int, int], bytes] = {}
         #: Devices whose files cannot share blocks with the volume's.

@@ -1,17 +1,16 @@
-"""What cannot be done to a symlink in a volume."""
+"""What cannot be done to symlinks in a volume on sshfs."""
 
 from __future__ import annotations
 
 from unionfs.sys.mountinfo import mount_id_of_fd, read_mountinfo
 
-_FOLLOWING = ("fuse.sshfs",)
 
+def are_sshfs(fd: int) -> bool:
+    """Whether symlinks on the filesystem of `fd` are those of sshfs.
 
-def can_be_changed(fd: int) -> bool:
-    """Whether owner and times of a symlink can be set on the filesystem that `fd` is on.
-
-    SFTP's SETSTAT follows symlinks (draft-ietf-secsh-filexfer-02, 6.9), and sshfs sends it for a symlink too:
-    it would change the file that the link leads to, anywhere on the server.
+    Their owner and times must not be set: SFTP's SETSTAT follows symlinks (draft-ietf-secsh-filexfer-02,
+    6.9), so it would change the file that the link leads to, anywhere on the server. And those that are
+    absolute or lead up are not shown, unless it is told so (its option no_contain_symlinks).
     """
     mount_id = mount_id_of_fd(fd)
-    return not any(entry.mount_id == mount_id and entry.fstype in _FOLLOWING for entry in read_mountinfo())
+    return any(entry.mount_id == mount_id and entry.fstype == "fuse.sshfs" for entry in read_mountinfo())

@@ -51,7 +51,7 @@ class Extractor:
             os.removexattr(self._root, os.fsdecode(acl.DEFAULT))
         self._note = note
         self._is_root = os.geteuid() == 0
-        self._changes_symlinks = symlinks.can_be_changed(self._root)
+        self._changes_symlinks = not symlinks.are_sshfs(self._root)
         self._parts: list[bytes] = []
         self._fds: list[int] = []  # of `_parts`; -1 where it was closed
         self._prefix = b""

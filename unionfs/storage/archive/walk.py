@@ -8,6 +8,7 @@ import stat
 from collections.abc import Callable, Collection, Iterator
 
 from unionfs.daemon.errors import UserError, quoted, reason
+from unionfs.storage import symlinks
 from unionfs.storage.archive import acl
 from unionfs.storage.archive.entry import (
     BLOCK,
@@ -245,11 +246,23 @@ class Walker:
         if status.st_nlink > 1 and self._is_link(entry):
             return entry
         if kind == stat.S_IFLNK:
-            entry.link = os.readlink(name, dir_fd=at)
+            entry.link = self._readlink(at, name, path)
         elif kind in (stat.S_IFCHR, stat.S_IFBLK):
             entry.rdev = (os.major(status.st_rdev), os.minor(status.st_rdev))
         entry.xattrs = self._xattrs(b"/proc/self/fd/%d/%s" % (at, name))
         return entry
+
+
+    def _readlink(self, at: int, name: bytes, path: bytes) -> bytes:
+        try:
+            return os.readlink(name, dir_fd=at)
+        except PermissionError as error:
+            if symlinks.are_sshfs(at):
+                raise UserError(
+                    f"the symlink {_shown(path)} cannot be read, because sshfs shows none that is absolute "
+                    "or leads up; make the volume with -o o=no_contain_symlinks."
+                ) from error
+            raise
 
 
 class _Level:
