@@ -10,6 +10,8 @@ import subprocess
 from collections.abc import Callable
 from pathlib import Path
 
+import pytest
+
 from tests.support import acl, actions, syscalls
 from tests.support.worker import Worker
 from tests.support.world import World, errno_of, outcome
@@ -119,6 +121,33 @@ def test_chown_that_names_no_owner(world: MakeWorld, user: Worker) -> None:
         ]
 
     made.as_kernel(calls)
+
+
+@pytest.mark.parametrize("size", [10, 10_000, 3_000_000])
+def test_what_is_given_after_a_write_stays(world: MakeWorld, size: int) -> None:
+    """Set-id bits, or capabilities, of a file that may still have to be written back."""
+    made = world(lambda root: (root / "lower").touch())
+
+    def calls(root: Path) -> list[object]:
+        found: list[object] = []
+        for name in ("new", "lower"):
+            for given in ("bits", "capabilities"):
+                path = root / name
+                fd = os.open(path, os.O_RDWR | os.O_CREAT, 0o755)
+                try:
+                    os.write(fd, b"x" * size)
+                    if given == "bits":
+                        os.fchmod(fd, 0o6755)
+                    else:
+                        os.setxattr(fd, "security.capability", CAPABILITY)
+                    os.utime(fd, ns=(10**18, 10**18 + 1))
+                    os.fsync(fd)
+                finally:
+                    os.close(fd)
+                found += [_mode(path), _has_capability(path), path.stat().st_mtime_ns, path.stat().st_size]
+        return found
+
+    made.as_native(calls)
 
 
 def test_set_id_bits_through_an_open_file(world: MakeWorld, user: Worker) -> None:

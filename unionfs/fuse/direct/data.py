@@ -248,8 +248,8 @@ class DataRequests:
     async def _write(self, request: rq.Write) -> Reply:
         try:
             file = await self._writing(request.nodeid, request.fh)
-            if request.write_flags & WRITE_CACHE and self._names.times is not None:
-                with self._names.times.kept(self._operations.node(request.nodeid), file.fd):
+            if request.write_flags & WRITE_CACHE and self._names.write_back is not None:
+                with self._names.write_back.kept(self._operations.node(request.nodeid), file.fd):
                     count = await self._write_all(request, file)
             else:
                 count = await self._write_all(request, file)

@@ -10,7 +10,7 @@ from typing import Final
 
 from unionfs.fuse.direct.loop import Answer, Waiting
 from unionfs.fuse.direct.nodeio import NodeIos
-from unionfs.fuse.direct.times import KernelTimes
+from unionfs.fuse.direct.writeback import WriteBack
 from unionfs.fuse.operations import Change, Found, Operations, error
 from unionfs.fuse.protocol import FOREVER, NEVER, Decision, Init, Opcode, Reply, Timeout, encode
 from unionfs.fuse.protocol import requests as rq
@@ -32,6 +32,7 @@ from unionfs.union.changes import Caller
 from unionfs.union.files import mode_without_set_ids
 from unionfs.union.nodes import Node
 from unionfs.union.tree import Attributes
+from unionfs.union.xattrs import CAPABILITY
 
 _NS: Final = 1_000_000_000
 
@@ -45,8 +46,8 @@ class NameRequests:
         self._ios = ios
         #: The caller's umask is still to be taken off.
         self._masks = bool(decision.flags & Init.DONT_MASK)
-        #: Who keeps the modification times while data is written back, if the kernel does that.
-        self.times = KernelTimes() if decision.flags & Init.WRITEBACK_CACHE else None
+        #: Keeps attributes while data is written back, if the kernel does that.
+        self.write_back = WriteBack() if decision.flags & Init.WRITEBACK_CACHE else None
         #: Opens are not told to us.
         self._opens_unseen = Opcode.OPEN in decision.enosys
         self.table: dict[Opcode, Answer] = {
@@ -217,8 +218,8 @@ class NameRequests:
         stale = self._union.stale
         if stale and stale[-1] is found[0] and found[0].id == request.nodeid:
             stale.pop()  # it was copied up for this, and the answer brings the new attributes
-        if self.times is not None and change.mtime_ns is not None:
-            self.times.told(found[0], change.mtime_ns)
+        if self.write_back is not None and change.mtime_ns is not None:
+            self.write_back.told(found[0], change.mtime_ns)
         return self._attributes(request.nodeid, request.unique, found)
 
     def _is_told_of_removal(self, request: rq.Setattr) -> bool:
@@ -278,6 +279,8 @@ class NameRequests:
         return encode.ok(request.unique)
 
     async def _removexattr(self, request: rq.Removexattr) -> Reply:
+        if request.name == CAPABILITY and self.write_back is not None:
+            self.write_back.told_of_removal(self._operations.node(request.nodeid))
         await self._operations.removexattr(request.nodeid, request.name, request.uid)
         return encode.ok(request.unique)
 

@@ -1,0 +1,88 @@
+"""What writing cached data back must leave as it is.
+
+With WRITEBACK_CACHE a write(2) or a store changes the page cache, and its data comes to us later. What else
+it changes the kernel has done or told by then, so the write of the backing file must not do it again:
+
+- The time of modification. The kernel tells it by a SETATTR, but only if its own time has changed
+  (fs/fuse/inode.c, fuse_flush_times); nobody corrects the later one of the backing file when the file was
+  made within the same tick of the clock, or when the SETATTR was quicker than the data.
+- `security.capability`, and in an ordinary user's daemon setuid and setgid. A write(2) has had them removed
+  (by REMOVEXATTR and SETATTR) before it changed the page cache; those that are there were given since then,
+  or the data was stored through a mapping, which removes nothing.
+"""
+
+from __future__ import annotations
+
+import os
+import stat
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+
+from unionfs.union.nodes import Node
+from unionfs.union.xattrs import CAPABILITY
+
+_SET_IDS = stat.S_ISUID | stat.S_ISGID
+
+
+class _Kept:
+    """What a file has, of which so many writes are under way. The time is in nanoseconds."""
+
+    __slots__ = ("capability", "mtime_ns", "writes")
+
+    def __init__(self, mtime_ns: int, capability: bytes | None) -> None:
+        self.writes = 0
+        self.mtime_ns = mtime_ns
+        self.capability = capability
+
+
+class WriteBack:
+    """Keeps the attributes of the files that are being written back."""
+
+    def __init__(self) -> None:
+        self._files: dict[Node, _Kept] = {}
+
+    @contextmanager
+    def kept(self, node: Node, fd: int) -> Iterator[None]:
+        """The node's backing file ``fd`` has the same attributes after the block, or those told meanwhile."""
+        st = os.fstat(fd)
+        file = self._files.get(node)
+        if file is None:
+            file = _Kept(st.st_mtime_ns, None if node.no_capability else _capability(node, fd))
+            self._files[node] = file
+        file.writes += 1
+        try:
+            yield
+        finally:
+            file.writes -= 1
+            if file.writes == 0:
+                del self._files[node]
+            # An ordinary user's daemon may write a file of somebody else, but not set its times.
+            with suppress(PermissionError):
+                os.utime(fd, ns=(st.st_atime_ns, file.mtime_ns))
+            # No SETATTR of the mode comes while data is written back (fs/fuse/dir.c, fuse_do_setattr).
+            if st.st_mode & _SET_IDS:
+                with suppress(PermissionError):
+                    os.fchmod(fd, stat.S_IMODE(st.st_mode))
+            if file.capability is not None:
+                with suppress(PermissionError, FileExistsError):  # another one was given meanwhile
+                    os.setxattr(fd, os.fsdecode(CAPABILITY), file.capability, os.XATTR_CREATE)
+
+    def told(self, node: Node, mtime_ns: int) -> None:
+        """The kernel has set the time."""
+        file = self._files.get(node)
+        if file is not None:
+            file.mtime_ns = mtime_ns
+
+    def told_of_removal(self, node: Node) -> None:
+        """The kernel has had the capabilities removed, for a write that is yet to come."""
+        file = self._files.get(node)
+        if file is not None:
+            file.capability = None
+
+
+def _capability(node: Node, fd: int) -> bytes | None:
+    try:
+        return os.getxattr(fd, os.fsdecode(CAPABILITY))
+    except OSError:
+        node.no_capability = True
+        return None
