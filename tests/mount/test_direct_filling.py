@@ -132,6 +132,59 @@ def test_what_the_kernel_has_is_not_opened_again(root: None, layers: Path, sessi
             assert dc.wait_for(lambda: mount.figure("open_files") == 0)
 
 
+def test_read_while_it_is_copied_up(root: None, layers: Path, session: str) -> None:
+    """Past the page cache, with a buffer larger than the file, by several threads: never an error."""
+    for number in range(60):
+        (layers / f"lower/small{number}").write_bytes(_content(1000))
+    errors: list[OSError] = []
+    done = threading.Event()
+
+    def reader(fd: int) -> None:
+        with mmap.mmap(-1, 1 << 20) as buffer:
+            while not done.is_set():
+                try:
+                    assert os.preadv(fd, [buffer], 0) == 1000
+                except OSError as error:
+                    errors.append(error)
+                    return
+
+    with _mounted(layers, session) as mount:
+        for number in range(60):
+            path = mount.mountpoint / f"small{number}"
+            done.clear()
+            with dc.opened(path, os.O_RDONLY | os.O_DIRECT) as fd:
+                threads = [threading.Thread(target=reader, args=[fd]) for _ in range(3)]
+                for thread in threads:
+                    thread.start()
+                try:
+                    with dc.opened(path, os.O_RDWR) as writer:
+                        os.pwrite(writer, b"new", 0)
+                finally:
+                    done.set()
+                    for thread in threads:
+                        thread.join()
+    assert errors == []
+
+
+def test_a_lower_whose_data_cannot_be_read(root: None, area: Path, session: str) -> None:
+    """Opening it succeeds and reading it fails, as in the layer; nothing stays open."""
+    layer = Path("/sys/class/net/lo").resolve()
+
+    def calls(top: Path) -> list[object]:
+        found: list[object] = []
+        for _ in range(3):
+            with dc.opened(top / "speed") as fd:
+                found.append(errno_of(os.read, fd, 100))
+        return found
+
+    if calls(layer) != [errno.EINVAL] * 3:
+        pytest.skip("the loopback device tells its speed here")
+    with mounted(area, lowers=[layer], session=session) as mount:
+        assert calls(mount.mountpoint) == calls(layer)
+        if mount.is_ours:
+            assert dc.wait_for(lambda: mount.figure("open_files") == 0)
+
+
 def test_a_lower_that_lost_a_file(root: None, layers: Path, session: str) -> None:
     """What the kernel has of it can be read; then it is an error for the reader alone."""
     with _mounted(layers, session) as mount:

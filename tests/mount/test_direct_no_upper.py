@@ -74,6 +74,18 @@ def test_every_size_reads_as_below(root: None, area: Path, lowers: list[Path], s
     assert [snapshot.manifest(lower) for lower in lowers] == before
 
 
+def test_a_small_file_is_never_passed_through(
+    root: None, area: Path, lowers: list[Path], session: str
+) -> None:
+    """However often it is opened: its data is in the page cache."""
+    with mounted(area, lowers=lowers, session=session) as mount:
+        for _ in range(3):
+            for size in SIZES:
+                assert (mount.mountpoint / f"f{size}").read_bytes() == _content(size)
+        large = 3 * len(LARGE)
+        assert _opened_with_backing_file(mount) == _expected(session, large, 3 * len(SIZES) - large)
+
+
 def test_holes_are_found(root: None, area: Path, lowers: list[Path], session: str) -> None:
     dc.need_direct(session, "LSEEK")
 

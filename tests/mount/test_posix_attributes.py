@@ -94,6 +94,27 @@ def test_set_id_bits_and_capabilities_are_cleared(world: MakeWorld, user: Worker
     made.as_kernel(calls)
 
 
+def test_capabilities_beside_setgid_for_locking(world: MakeWorld, user: Worker) -> None:
+    """A stranger's chown that names no owner does not take them, where setgid would have to go as well."""
+
+    def build(root: Path) -> None:
+        for mode in (0o2666, 0o2767, 0o666):
+            (root / f"{mode:o}").write_bytes(b"data")
+            (root / f"{mode:o}").chmod(mode)
+            os.setxattr(root / f"{mode:o}", "security.capability", CAPABILITY)
+
+    made = world(build)
+
+    def calls(root: Path) -> list[object]:
+        found: list[object] = []
+        for path in sorted(root.iterdir()):
+            user.errno(os.chown, str(path), -1, -1)  # rule 9 of tests/oracle/normalise.py
+            found.append((path.name, _mode(path), _has_capability(path)))
+        return found
+
+    made.as_native(calls)
+
+
 def test_chown_that_names_no_owner(world: MakeWorld, user: Worker) -> None:
     """Of a fifo and a device as of a file; a directory keeps its setgid bit."""
 

@@ -334,7 +334,7 @@ class Operations:
         # take the capabilities off the backing file, too; a stranger's chown that names no owner only gets
         # so far, and fails, where it would have to clear setuid or setgid as well.
         st = self.union.stat(self.node(id_))
-        if st.st_uid == uid or mode_without_set_ids(st.st_mode) is None:
+        if st.st_uid == uid or not st.st_mode & (stat.S_ISUID | stat.S_ISGID):
             with contextlib.suppress(PermissionError):  # nor may an ordinary user's daemon
                 await self._removexattr(id_, name)
 

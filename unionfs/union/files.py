@@ -12,6 +12,8 @@ if TYPE_CHECKING:
     from unionfs.union.nodes import Node
 
 _FLAGS: Final = os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC | os.O_NOCTTY
+#: What opening a file says that a layer has lost, and what is no answer to read(2).
+_GONE: Final = (errno.ENOENT, errno.ENOTDIR, errno.ELOOP, errno.ESTALE)
 #: A privileged bit that a write by an ordinary user clears (inode.c, setattr_should_drop_suidgid).
 _SET_IDS: Final = stat.S_ISUID | stat.S_ISGID
 
@@ -96,10 +98,14 @@ class UnreadFile(OpenFile):
     @property
     def fd(self) -> int:
         if self._fd < 0:
+            if self.users <= 0:
+                raise OSError(errno.EBADF, os.strerror(errno.EBADF))
             try:
                 opened = self._open()
-            except FileNotFoundError:  # no answer to read(2)
-                raise OSError(errno.EIO, "the layer no longer holds the file") from None
+            except OSError as error:
+                if error.errno in _GONE:
+                    raise OSError(errno.EIO, "the layer no longer holds the file") from None
+                raise
             self._fd, self.st, self.xattrs = opened.fd, opened.st, opened.xattrs
         return self._fd
 
@@ -108,10 +114,10 @@ class UnreadFile(OpenFile):
         self._fd = fd
 
     def release(self) -> None:
-        self.users -= 1
-        if self.users == 0 and self._fd >= 0:
-            fd, self._fd = self._fd, -1
-            os.close(fd)
+        if self._fd < 0:
+            self.users -= 1
+        else:
+            super().release()
 
 
 class Handle:

@@ -146,7 +146,11 @@ class DataRequests:
             kills = bool(request.open_flags & OPEN_KILL_SUIDGID)
             number = self._files.open(node, request.flags, request.uid, kills_set_ids=kills)
         handle = self._files[number]
-        open_flags, backing_id = self._ios.opened(handle)
+        try:
+            open_flags, backing_id = self._ios.opened(handle)
+        except BaseException:
+            self._files.release(number)
+            raise
         if self._ios.may_fill(handle):
             self._fill(request.nodeid, handle.file)
         return encode.opened(request.unique, number, open_flags, backing_id)
@@ -157,11 +161,15 @@ class DataRequests:
         Nobody else has it open, so no page of it is locked by a request that waits for us.
         """
         size = 0 if file.st is None else file.st.st_size
-        if 0 < size <= SMALL_FILE:
+        if not 0 < size <= SMALL_FILE:
+            return
+        try:
             count = file.read_into(self._buffer[:size], 0)
-            if count == size:
-                self._device.notify(notify.store(id_, 0, self._buffer[:size]))
-                self._files.bytes_read += size
+        except OSError:
+            return  # who reads it is told
+        if count == size:
+            self._device.notify(notify.store(id_, 0, self._buffer[:size]))
+            self._files.bytes_read += size
 
     def _create(self, request: rq.Create) -> Reply:
         parent = self._operations.directory(request.nodeid)
@@ -218,8 +226,10 @@ class DataRequests:
 
     async def _read(self, request: rq.Read) -> Reply | None:
         file = self._reading(request.nodeid, request.fh)
-        if request.size >= WORTHWHILE and await self._spliced(request, file):
-            return None
+        if request.size >= WORTHWHILE:
+            if await self._spliced(request, file):
+                return None
+            file = self._reading(request.nodeid, request.fh)  # it may have been copied up meanwhile
         # Answered before anything else is read, so one buffer serves all that need not wait for a disk.
         if file.waits and request.size >= WORTHWHILE:
             here = None  # other requests may have been read meanwhile, by whom the buffer may be in use
@@ -249,8 +259,12 @@ class DataRequests:
         try:
             file = await self._writing(request.nodeid, request.fh)
             if request.write_flags & WRITE_CACHE and self._names.write_back is not None:
-                with self._names.write_back.kept(self._operations.node(request.nodeid), file.fd):
-                    count = await self._write_all(request, file)
+                file.users += 1  # or it could be closed while a thread writes
+                try:
+                    with self._names.write_back.kept(self._operations.node(request.nodeid), file.fd):
+                        count = await self._write_all(request, file)
+                finally:
+                    file.release()
             else:
                 count = await self._write_all(request, file)
         except OSError:

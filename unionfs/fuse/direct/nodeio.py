@@ -83,7 +83,7 @@ class NodeIos:
         io = node.io
         if not isinstance(io, NodeIo):
             io = node.io = NodeIo()
-        if io.through == 0 and io.cached == 0 and self._wants_backing(handle):
+        if io.through == 0 and io.cached == 0 and self._wants_backing(io, handle):
             self._register(io, node, handle)
         if io.backing_id:
             io.through += 1
@@ -139,13 +139,13 @@ class NodeIos:
             return _WHILE_WRITING if io.writers else _AFTER_WRITING
         return FOREVER
 
-    def _wants_backing(self, handle: Handle) -> bool:
+    def _wants_backing(self, io: NodeIo, handle: Handle) -> bool:
         node, decision = handle.node, self._decision
         if node.identity is not None:
             return False  # what is bound is changed by others too, and read through the page cache
         if node.is_upper:
             return decision.passthrough_upper
-        if not decision.passthrough_lower:
+        if not decision.passthrough_lower or io.filled:
             return False
         st = handle.file.st
         return st is None or st.st_size > decision.small_lower

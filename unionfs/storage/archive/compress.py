@@ -6,6 +6,7 @@ import gzip
 import io
 import os
 import queue
+import select
 import stat
 import threading
 import zlib
@@ -58,7 +59,11 @@ class _Plain:
     def write(self, data: bytes, /) -> int:
         view = memoryview(data)
         while view:
-            view = view[self._out.write(view) :]
+            written = cast("int | None", self._out.write(view))
+            if written is None:  # standard output may be a pipe that somebody made non-blocking
+                select.select([], [self._out], [])
+            else:
+                view = view[written:]
         self._at += len(data)
         if self._is_file and self._at - self._begun >= _WRITEBACK:
             # So that the disk is not idle until the fsync at the end.
