@@ -274,13 +274,15 @@ class NameRequests:
 
     async def _setxattr(self, request: rq.Setxattr) -> Reply:
         node = await self._operations.setxattr(request.nodeid, request.name, request.value, request.flags)
+        if request.name == CAPABILITY and self.write_back is not None:
+            self.write_back.told_capability(node, bytes(request.value))
         if request.setxattr_flags & SETXATTR_ACL_KILL_SGID:
             self._operations.drop_group_set_id(node)
         return encode.ok(request.unique)
 
     async def _removexattr(self, request: rq.Removexattr) -> Reply:
         if request.name == CAPABILITY and self.write_back is not None:
-            self.write_back.told_of_removal(self._operations.node(request.nodeid))
+            self.write_back.told_capability(self._operations.node(request.nodeid), None)
         await self._operations.removexattr(request.nodeid, request.name, request.uid)
         return encode.ok(request.unique)
 

@@ -73,11 +73,11 @@ class WriteBack:
         if file is not None:
             file.mtime_ns = mtime_ns
 
-    def told_of_removal(self, node: Node) -> None:
-        """The kernel has had the capabilities removed, for a write that is yet to come."""
+    def told_capability(self, node: Node, value: bytes | None) -> None:
+        """Capabilities were given, or removed (None) for a write that is yet to come."""
         file = self._files.get(node)
         if file is not None:
-            file.capability = None
+            file.capability = value
 
 
 def _capability(node: Node, fd: int) -> bytes | None:

@@ -1,0 +1,88 @@
+"""What stays of a file's attributes while its data is written back."""
+
+from __future__ import annotations
+
+import os
+import stat
+import struct
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.unit.union_support import OpenUnion, get, open_union
+from unionfs.fuse.direct.writeback import WriteBack
+from unionfs.union.nodes import Node
+
+__all__ = ["open_union"]
+
+CAPABILITY, OTHER = (struct.pack("<5I", 0x02000001, bits, 0, 0, 0) for bits in (1 << 10, 1 << 13))
+NAME = "security.capability"
+
+
+@pytest.fixture
+def file(tmp_path: Path, open_union: OpenUnion) -> Iterator[tuple[Node, int]]:
+    """A node, and the fd of its backing file."""
+    if os.geteuid() != 0:
+        pytest.skip("needs root")
+    (tmp_path / "l0").mkdir()
+    (tmp_path / "upper").mkdir(exist_ok=True)
+    (tmp_path / "upper/f").write_bytes(b"data")
+    node = get(open_union(), "f")
+    fd = os.open(tmp_path / "upper/f", os.O_RDWR)
+    yield node, fd
+    os.close(fd)
+
+
+def _capability(fd: int) -> bytes | None:
+    return os.getxattr(fd, NAME) if NAME in os.listxattr(fd) else None
+
+
+def test_what_was_there(file: tuple[Node, int]) -> None:
+    node, fd = file
+    os.setxattr(fd, NAME, CAPABILITY)
+    os.fchmod(fd, 0o6755)
+    os.utime(fd, ns=(10**18, 10**18))
+    with WriteBack().kept(node, fd):
+        os.pwrite(fd, b"more", 0)
+        assert _capability(fd) is None  # so a write does take it away
+    assert _capability(fd) == CAPABILITY
+    assert stat.S_IMODE(os.fstat(fd).st_mode) == 0o6755
+    assert os.fstat(fd).st_mtime_ns == 10**18
+
+
+@pytest.mark.parametrize("before", [None, CAPABILITY])
+@pytest.mark.parametrize("told", [None, OTHER])
+@pytest.mark.parametrize("written", ["before", "after"])
+def test_what_is_told_while_a_thread_writes(
+    file: tuple[Node, int], before: bytes | None, told: bytes | None, written: str
+) -> None:
+    """It counts, whether the thread's write takes the capabilities away before or after it is told."""
+    node, fd = file
+    if before is not None:
+        os.setxattr(fd, NAME, before)
+    keeper = WriteBack()
+    with keeper.kept(node, fd), keeper.kept(node, fd):
+        if written == "before":
+            os.pwrite(fd, b"more", 0)
+        if told is not None:
+            os.setxattr(fd, NAME, told)
+        elif _capability(fd) is not None:
+            os.removexattr(fd, NAME)
+        keeper.told_capability(node, told)
+        if written == "after":
+            os.pwrite(fd, b"more", 0)
+    assert _capability(fd) == told
+
+
+def test_nothing_is_remembered(file: tuple[Node, int]) -> None:
+    node, fd = file
+    os.setxattr(fd, NAME, CAPABILITY)
+    keeper = WriteBack()
+    with keeper.kept(node, fd):
+        pass
+    os.removexattr(fd, NAME)
+    keeper.told_capability(node, OTHER)
+    with keeper.kept(node, fd):
+        os.pwrite(fd, b"more", 0)
+    assert _capability(fd) is None
