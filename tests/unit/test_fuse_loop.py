@@ -17,16 +17,29 @@ from unionfs.fuse.direct.device import Device
 from unionfs.fuse.direct.loop import Loop
 from unionfs.fuse.inline import in_thread
 from unionfs.fuse.latency import Histogram, Latencies
-from unionfs.fuse.protocol import Init, Opcode, Privileges, Reply, Request, Settings, encode, negotiate
+from unionfs.fuse.protocol import (
+    Decision,
+    Init,
+    Opcode,
+    Privileges,
+    Reply,
+    Request,
+    Settings,
+    encode,
+    negotiate,
+)
 from unionfs.fuse.protocol.requests import InitRequest
 
 __all__ = ["open_union"]
 
 
-def _loop(open_union: OpenUnion) -> Loop:
+def _decision() -> Decision:
     offered = InitRequest.of(major=7, minor=45, max_readahead=1 << 17, flags=int(sum(Init)))
-    decision = negotiate(offered, Settings(), Privileges(initial_user_namespace=True, sys_admin=True))
-    return Loop(Device(-1), decision, open_union(), Counter(), {}, {})
+    return negotiate(offered, Settings(), Privileges(initial_user_namespace=True, sys_admin=True))
+
+
+def _loop(open_union: OpenUnion) -> Loop:
+    return Loop(Device(-1), _decision(), open_union(), Counter(), {}, {})
 
 
 def _reads(monkeypatch: pytest.MonkeyPatch, *errors: int) -> None:
@@ -59,8 +72,6 @@ async def test_a_file_that_cannot_be_closed(
     open_union: OpenUnion, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     """After the answer, that is nobody's business: it is logged, and the next one is closed."""
-    offered = InitRequest.of(major=7, minor=45, max_readahead=1 << 17, flags=int(sum(Init)))
-    decision = negotiate(offered, Settings(), Privileges(initial_user_namespace=True, sys_admin=True))
     union = open_union()
     closed: list[object] = []
 
@@ -75,7 +86,7 @@ async def test_a_file_that_cannot_be_closed(
         return encode.ok(request.unique)
 
     device = Device(os.open(os.devnull, os.O_WRONLY))
-    loop = Loop(device, decision, union, Counter(), {Opcode.GETATTR: answer}, {})
+    loop = Loop(device, _decision(), union, Counter(), {Opcode.GETATTR: answer}, {})
     monkeypatch.setattr(union, "close_file", close_file)
     messages = [_request(Opcode.GETATTR, unique) for unique in (2, 4)]
 
@@ -119,12 +130,10 @@ async def test_latency_only_while_somebody_watches(
         now += 1_000_000
         return answer(request)
 
-    offered = InitRequest.of(major=7, minor=45, max_readahead=1 << 17, flags=int(sum(Init)))
-    decision = negotiate(offered, Settings(), Privileges(initial_user_namespace=True, sys_admin=True))
     device = Device(os.open(os.devnull, os.O_WRONLY))
     requests: Counter[str] = Counter()
     loop = Loop(
-        device, decision, open_union(), requests,
+        device, _decision(), open_union(), requests,
         {Opcode.GETATTR: answer}, {Opcode.FSYNC: waits}, latencies,
     )  # fmt: skip
     steps: list[Callable[[], bytes | None]] = []

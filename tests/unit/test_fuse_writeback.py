@@ -12,6 +12,7 @@ import pytest
 
 from tests.unit.union_support import OpenUnion, get, open_union
 from unionfs.fuse.direct.writeback import WriteBack
+from unionfs.union.files import OpenFile
 from unionfs.union.nodes import Node
 
 __all__ = ["open_union"]
@@ -34,6 +35,10 @@ def file(tmp_path: Path, open_union: OpenUnion) -> Iterator[tuple[Node, int]]:
     os.close(fd)
 
 
+def _opened(fd: int) -> OpenFile:
+    return OpenFile(os.dup(fd), readable=True, writable=True, waits=False)
+
+
 def _capability(fd: int) -> bytes | None:
     return os.getxattr(fd, NAME) if NAME in os.listxattr(fd) else None
 
@@ -43,7 +48,7 @@ def test_what_was_there(file: tuple[Node, int]) -> None:
     os.setxattr(fd, NAME, CAPABILITY)
     os.fchmod(fd, 0o6755)
     os.utime(fd, ns=(10**18, 10**18))
-    with WriteBack().kept(node, fd):
+    with WriteBack().kept(node, _opened(fd)):
         os.pwrite(fd, b"more", 0)
         assert _capability(fd) is None  # so a write does take it away
     assert _capability(fd) == CAPABILITY
@@ -62,7 +67,7 @@ def test_what_is_told_while_a_thread_writes(
     if before is not None:
         os.setxattr(fd, NAME, before)
     keeper = WriteBack()
-    with keeper.kept(node, fd), keeper.kept(node, fd):
+    with keeper.kept(node, _opened(fd)), keeper.kept(node, _opened(fd)):
         if written == "before":
             os.pwrite(fd, b"more", 0)
         if told is not None:
@@ -79,10 +84,10 @@ def test_nothing_is_remembered(file: tuple[Node, int]) -> None:
     node, fd = file
     os.setxattr(fd, NAME, CAPABILITY)
     keeper = WriteBack()
-    with keeper.kept(node, fd):
+    with keeper.kept(node, _opened(fd)):
         pass
     os.removexattr(fd, NAME)
     keeper.told_capability(node, OTHER)
-    with keeper.kept(node, fd):
+    with keeper.kept(node, _opened(fd)):
         os.pwrite(fd, b"more", 0)
     assert _capability(fd) is None

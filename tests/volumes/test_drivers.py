@@ -419,6 +419,22 @@ def _need(*programs: str) -> None:
             pytest.skip(f"{program} is not installed")
 
 
+def _sshfs(area: Path) -> tuple[str, ...]:
+    """The options of a volume in `far`, whose server runs here without ssh."""
+    script = area / "ssh"
+    script.write_text("#!/bin/sh\nexec /usr/lib/openssh/sftp-server\n")
+    script.chmod(0o755)
+    return "-d", "sshfs", "-o", f"sshcmd=nobody@host:{area}/far", "-o", f"ssh_command={script}"
+
+
+def _outside(area: Path) -> Path:
+    """A file of another time, for symlinks of a volume to lead to."""
+    path = area / "outside"
+    path.write_text("x")
+    os.utime(path, (1_000_000_000, 1_000_000_000))
+    return path
+
+
 class TestElsewhere:
     def test_local(self, store: Store, area: Path) -> None:
         _tutorial(store, area, kept=False)
@@ -429,15 +445,10 @@ class TestElsewhere:
 
     def test_sshfs(self, store: Store, area: Path) -> None:
         _need("sshfs", "sftp-server")
-        script = area / "ssh"
-        script.write_text("#!/bin/sh\nexec /usr/lib/openssh/sftp-server\n")
-        script.chmod(0o755)
         (area / "far").mkdir()
-        outside = area / "outside"
-        outside.write_text("x")
-        os.utime(outside, (1_000_000_000, 1_000_000_000))
+        outside = _outside(area)
         before = outside.stat()
-        words = ("-d", "sshfs", "-o", f"sshcmd=nobody@host:{area}/far", "-o", f"ssh_command={script}")
+        words = _sshfs(area)
         _tutorial(store, area, *words)
         assert sorted(os.listdir(area / "far")) == ["dir", "large", "link"]
         # SFTP changes what a symlink leads to
@@ -469,21 +480,15 @@ class TestElsewhere:
     def test_sshfs_is_filled(self, store: Store, area: Path) -> None:
         """From what the union has at the volume's target. It has no xattrs, and its symlinks stay alone."""
         _need("sshfs", "sftp-server")
-        script = area / "ssh"
-        script.write_text("#!/bin/sh\nexec /usr/lib/openssh/sftp-server\n")
-        script.chmod(0o755)
         for name in ("far", "lower/x/dir", "upper", "work", "merged"):
             (area / name).mkdir(parents=True)
-        outside = area / "outside"
-        outside.write_text("x")
-        os.utime(outside, (1_000_000_000, 1_000_000_000))
+        outside = _outside(area)
         before = outside.stat()
         (area / "lower/x/dir/file").write_text("content")
         os.utime(area / "lower/x/dir/file", (1_000_000_001, 1_000_000_001))
         os.symlink(outside, area / "lower/x/out")
         os.chown(area / "lower/x/out", 1, 1, follow_symlinks=False)
-        sshfs = ("-d", "sshfs", "-o", f"sshcmd=nobody@host:{area}/far", "-o", f"ssh_command={script}")
-        store.ok("create", *sshfs, "data")
+        store.ok("create", *_sshfs(area), "data")
         words = ["-l", area / "lower", "-u", area / "upper", "-w", area / "work", "-v", "data:/x"]
         succeed(unionfs("mount", *words, area / "merged", env={"UNIONFS_ROOT": str(store.root)}))
         try:

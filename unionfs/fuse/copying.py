@@ -62,9 +62,7 @@ class CopyUps:
         self.count += 1
         self.nanoseconds += perf_counter_ns() - began
 
-    async def _file(
-        self, node: Node, limit: int | None, mode: int | None, *, keep: bool
-    ) -> OpenFile | None:
+    async def _file(self, node: Node, limit: int | None, mode: int | None, *, keep: bool) -> OpenFile | None:
         began = perf_counter_ns()
         copy = FileCopy(self.union, node, limit, mode)
         try:

@@ -28,7 +28,7 @@ from unionfs.fuse.permissions import group_set_id_goes
 from unionfs.sys import calls
 from unionfs.union.bound import same_storage
 from unionfs.union.changes import ACL_DEFAULT, Caller, Changes
-from unionfs.union.files import Handle, mode_without_set_ids
+from unionfs.union.files import SET_IDS, Handle, mode_without_set_ids
 from unionfs.union.nodes import Node
 from unionfs.union.tree import Attributes, Union
 from unionfs.union.xattrs import CAPABILITY
@@ -334,7 +334,7 @@ class Operations:
         # take the capabilities off the backing file, too; a stranger's chown that names no owner only gets
         # so far, and fails, where it would have to clear setuid or setgid as well.
         st = self.union.stat(self.node(id_))
-        if st.st_uid == uid or not st.st_mode & (stat.S_ISUID | stat.S_ISGID):
+        if st.st_uid == uid or not st.st_mode & SET_IDS:
             with contextlib.suppress(PermissionError):  # nor may an ordinary user's daemon
                 await self._removexattr(id_, name)
 

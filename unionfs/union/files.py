@@ -15,7 +15,7 @@ _FLAGS: Final = os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC | os.O_NOCTTY
 #: What opening a file says that a layer has lost, and what is no answer to read(2).
 _GONE: Final = (errno.ENOENT, errno.ENOTDIR, errno.ELOOP, errno.ESTALE)
 #: A privileged bit that a write by an ordinary user clears (inode.c, setattr_should_drop_suidgid).
-_SET_IDS: Final = stat.S_ISUID | stat.S_ISGID
+SET_IDS: Final = stat.S_ISUID | stat.S_ISGID
 
 
 class OpenFile:
@@ -178,7 +178,7 @@ def mode_without_set_ids(mode: int) -> int | None:
     setgid without group execute is a mark for mandatory locking, and stays for members of the group;
     the kernel of the merged tree decides about that one.
     """
-    if not mode & _SET_IDS:
+    if not mode & SET_IDS:
         return None
     kept = mode & ~stat.S_ISUID
     if mode & stat.S_IXGRP:

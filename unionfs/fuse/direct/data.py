@@ -259,12 +259,8 @@ class DataRequests:
         try:
             file = await self._writing(request.nodeid, request.fh)
             if request.write_flags & WRITE_CACHE and self._names.write_back is not None:
-                file.users += 1  # or it could be closed while a thread writes
-                try:
-                    with self._names.write_back.kept(self._operations.node(request.nodeid), file.fd):
-                        count = await self._write_all(request, file)
-                finally:
-                    file.release()
+                with self._names.write_back.kept(self._operations.node(request.nodeid), file):
+                    count = await self._write_all(request, file)
             else:
                 count = await self._write_all(request, file)
         except OSError:

@@ -18,10 +18,9 @@ import stat
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 
+from unionfs.union.files import SET_IDS, OpenFile
 from unionfs.union.nodes import Node
 from unionfs.union.xattrs import CAPABILITY
-
-_SET_IDS = stat.S_ISUID | stat.S_ISGID
 
 
 class _Kept:
@@ -42,47 +41,57 @@ class WriteBack:
         self._files: dict[Node, _Kept] = {}
 
     @contextmanager
-    def kept(self, node: Node, fd: int) -> Iterator[None]:
-        """The node's backing file ``fd`` has the same attributes after the block, or those told meanwhile."""
+    def kept(self, node: Node, file: OpenFile) -> Iterator[None]:
+        """The node's backing file has the same attributes after the block, or those told meanwhile; and it
+        stays open until then."""
+        fd = file.fd
         st = os.fstat(fd)
-        file = self._files.get(node)
-        if file is None:
-            file = _Kept(st.st_mtime_ns, None if node.no_capability else _capability(node, fd))
-            self._files[node] = file
-        file.writes += 1
+        kept = self._files.get(node)
+        if kept is None:
+            kept = _Kept(st.st_mtime_ns, None if node.no_capability else _capability(node, fd))
+            self._files[node] = kept
+        kept.writes += 1
+        file.users += 1
         try:
             yield
         finally:
-            file.writes -= 1
-            if file.writes == 0:
+            kept.writes -= 1
+            if kept.writes == 0:
                 del self._files[node]
-            # An ordinary user's daemon may write a file of somebody else, but not set its times.
-            with suppress(PermissionError):
-                os.utime(fd, ns=(st.st_atime_ns, file.mtime_ns))
-            # No SETATTR of the mode comes while data is written back (fs/fuse/dir.c, fuse_do_setattr).
-            if st.st_mode & _SET_IDS:
-                with suppress(PermissionError):
-                    os.fchmod(fd, stat.S_IMODE(st.st_mode))
-            if file.capability is not None:
-                with suppress(PermissionError, FileExistsError):  # another one was given meanwhile
-                    os.setxattr(fd, os.fsdecode(CAPABILITY), file.capability, os.XATTR_CREATE)
+            try:
+                _give_back(fd, st, kept)
+            finally:
+                file.release()
 
     def told(self, node: Node, mtime_ns: int) -> None:
         """The kernel has set the time."""
-        file = self._files.get(node)
-        if file is not None:
-            file.mtime_ns = mtime_ns
+        kept = self._files.get(node)
+        if kept is not None:
+            kept.mtime_ns = mtime_ns
 
     def told_capability(self, node: Node, value: bytes | None) -> None:
         """Capabilities were given, or removed (None) for a write that is yet to come."""
-        file = self._files.get(node)
-        if file is not None:
-            file.capability = value
+        kept = self._files.get(node)
+        if kept is not None:
+            kept.capability = value
+
+
+def _give_back(fd: int, before: os.stat_result, kept: _Kept) -> None:
+    # An ordinary user's daemon may write a file of somebody else, but not set its times.
+    with suppress(PermissionError):
+        os.utime(fd, ns=(before.st_atime_ns, kept.mtime_ns))
+    # No SETATTR of the mode comes while data is written back (fs/fuse/dir.c, fuse_do_setattr).
+    if before.st_mode & SET_IDS:
+        with suppress(PermissionError):
+            os.fchmod(fd, stat.S_IMODE(before.st_mode))
+    if kept.capability is not None:
+        with suppress(PermissionError, FileExistsError):  # another one was given meanwhile
+            os.setxattr(fd, CAPABILITY, kept.capability, os.XATTR_CREATE)
 
 
 def _capability(node: Node, fd: int) -> bytes | None:
     try:
-        return os.getxattr(fd, os.fsdecode(CAPABILITY))
+        return os.getxattr(fd, CAPABILITY)
     except OSError:
         node.no_capability = True
         return None
