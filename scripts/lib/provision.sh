@@ -10,20 +10,20 @@ build_packages=(fuse3 libfuse3-dev pkg-config gcc libc6-dev)
 # packages_for WHAT: the Debian packages of a purpose, one a line.
 packages_for() {
     case $1 in
-        run) printf '%s\n' fuse3 ;;
+        run) printf '%s\n' fuse3 libseccomp2 ;;
         test)
             printf '%s\n' "${build_packages[@]}" acl attr btrfs-progs bubblewrap busybox-static debootstrap \
-                dosfstools e2fsprogs erofs-utils fio fish fuse-overlayfs git glusterfs-client glusterfs-server make \
-                mergerfs mount nginx-light openssh-sftp-server openssl procps rclone rsync sqlite3 squashfs-tools sshfs tar \
-                util-linux xfsprogs zsh
+                dosfstools e2fsprogs erofs-utils fio fish fuse-overlayfs git glusterfs-client glusterfs-server \
+                keyutils libseccomp2 make mergerfs mount nginx-light openssh-sftp-server openssl procps rclone rsync \
+                sqlite3 squashfs-tools sshfs tar util-linux xfsprogs zsh
             ;;
         dev) packages_for test ;;
         slow) # servers that the slow tests start
             printf '%s\n' mariadb-server postgresql
             ;;
         perf)
-            printf '%s\n' coreutils findutils fio fuse-overlayfs fuse3 gcc git grep libc6-dev make mergerfs mount \
-                sqlite3 tar unionfs-fuse
+            printf '%s\n' coreutils findutils fio fuse-overlayfs fuse3 gcc git grep libc6-dev libseccomp2 make mergerfs \
+                mount sqlite3 tar unionfs-fuse
             ;;
         vm) # what the host needs to make and run virtual machines
             printf '%s\n' busybox-static cpio debian-archive-keyring e2fsprogs git mmdebstrap qemu-system-x86 tar \
