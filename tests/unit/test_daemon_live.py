@@ -19,18 +19,17 @@ from typing import Any
 import pytest
 import trio
 
-from unionfs.daemon import control, live, logs
+from unionfs.daemon import control, live, logs, runtime
 from unionfs.daemon.errors import UserError
 from unionfs.daemon.settings import MountSettings, settle
 from unionfs.sys.process import is_alive, start_time, users_of, wait_gone
 
 
 @pytest.fixture
-def runtime(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def registry(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A registry of the test's own."""
     directory = tmp_path / "unionfs"
-    monkeypatch.setattr(live, "_candidates", lambda: [str(directory)])
-    monkeypatch.setattr(live, "_directories", lambda: iter([(str(directory), os.geteuid())]))
+    monkeypatch.setattr(runtime, "candidates", lambda: [str(directory)])
     return directory
 
 
@@ -49,13 +48,14 @@ def _proc_device() -> str:
 
 
 def _announce(settings: MountSettings) -> live.LiveMount:
-    return live.announce(settings, _proc_device(), live.runtime_directory(), ((1, 2),))
+    with runtime.runtime_directory() as directory:
+        return live.announce(settings, _proc_device(), directory.path, ((1, 2),))
 
 
-def test_an_entry_comes_and_goes(runtime: Path, settings: MountSettings) -> None:
+def test_an_entry_comes_and_goes(registry: Path, settings: MountSettings) -> None:
     assert live.entries() == []
     entry = _announce(settings)
-    assert stat.S_IMODE(runtime.stat().st_mode) == 0o700
+    assert stat.S_IMODE(registry.stat().st_mode) == 0o700
     assert live.live_mounts() == [entry]
     assert live.find_by_device(_proc_device()) == entry
     assert live.find_by_device("0:0") is None
@@ -63,20 +63,21 @@ def test_an_entry_comes_and_goes(runtime: Path, settings: MountSettings) -> None
     assert live.live_mounts() == []
     assert [found.ending for found in live.entries()] == [True]
     entry.remove()
-    assert os.listdir(runtime) == []
+    assert os.listdir(registry) == []
 
 
-def test_entries_of_dead_daemons_are_removed(runtime: Path, settings: MountSettings) -> None:
+def test_entries_of_dead_daemons_are_removed(registry: Path, settings: MountSettings) -> None:
     entry = _announce(settings)
-    dead = replace(entry, pid=entry.pid, started=entry.started + 1, file=f"{runtime}/1-2.json")
+    dead = replace(entry, started=entry.started + 1)
     dead = replace(dead, settings=replace(settings, mountpoint="/nowhere"))
     dead.save()
-    Path(dead.socket_path).touch()
+    (registry / f"{dead.name}.sock").touch()
+    assert live.abandoned() == [dead]
     assert live.entries() == [entry]
-    assert sorted(os.listdir(runtime)) == [os.path.basename(entry.file)]
+    assert sorted(os.listdir(registry)) == [f"{entry.name}.json"]
 
 
-def test_entry_of_a_dead_mount_that_remains_is_kept(runtime: Path, settings: MountSettings) -> None:
+def test_entry_of_a_dead_mount_that_remains_is_kept(registry: Path, settings: MountSettings) -> None:
     entry = _announce(settings)
     entry.remove()
     replace(entry, started=1).save()
@@ -87,41 +88,41 @@ def test_entry_of_a_dead_mount_that_remains_is_kept(runtime: Path, settings: Mou
 @pytest.mark.parametrize(
     "content", ["", "{", "[]", "{}", '{"settings": {}}', '"x"', "null", "\xff", '{"pid": "a"}']
 )
-def test_files_that_are_no_entries(runtime: Path, settings: MountSettings, content: str) -> None:
-    live.runtime_directory()
-    (runtime / "1-2.json").write_text(content, encoding="latin-1")
-    (runtime / "other").touch()
+def test_files_that_are_no_entries(registry: Path, settings: MountSettings, content: str) -> None:
+    runtime.runtime_directory()
+    (registry / "1-2.json").write_text(content, encoding="latin-1")
+    (registry / "other").touch()
     assert live.entries() == []
-    assert os.listdir(runtime) == ["other"]
+    assert os.listdir(registry) == ["other"]
 
 
-def test_a_directory_that_others_may_write_is_not_trusted(runtime: Path, settings: MountSettings) -> None:
-    runtime.mkdir()
-    runtime.chmod(0o777)
+def test_a_directory_that_others_may_write_is_not_trusted(registry: Path, settings: MountSettings) -> None:
+    registry.mkdir()
+    registry.chmod(0o777)
     with pytest.raises(UserError, match="runtime files"):
-        live.runtime_directory()
-    runtime.chmod(0o700)
-    assert live.runtime_directory() == str(runtime)
+        runtime.runtime_directory()
+    registry.chmod(0o700)
+    assert runtime.runtime_directory().path == str(registry)
 
 
-def test_a_symlink_is_not_trusted(runtime: Path, tmp_path: Path) -> None:
+def test_a_symlink_is_not_trusted(registry: Path, tmp_path: Path) -> None:
     (tmp_path / "real").mkdir(mode=0o700)
-    runtime.symlink_to("real")
+    registry.symlink_to("real")
     with pytest.raises(UserError, match="runtime files"):
-        live.runtime_directory()
+        runtime.runtime_directory()
 
 
 def test_where_the_registry_is(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(os, "geteuid", lambda: 1000)
     monkeypatch.setenv("XDG_RUNTIME_DIR", "/run/user/1000")
-    assert live._candidates() == ["/run/user/1000/unionfs", "/tmp/unionfs-1000"]
+    assert runtime.candidates() == ["/run/user/1000/unionfs", "/tmp/unionfs-1000"]
     monkeypatch.setenv("XDG_RUNTIME_DIR", "relative")
-    assert live._candidates() == ["/tmp/unionfs-1000"]
+    assert runtime.candidates() == ["/tmp/unionfs-1000"]
     monkeypatch.delenv("XDG_RUNTIME_DIR")
-    assert live._candidates() == ["/tmp/unionfs-1000"]
+    assert runtime.candidates() == ["/tmp/unionfs-1000"]
     monkeypatch.setattr(os, "geteuid", lambda: 0)
-    monkeypatch.setattr(live, "in_initial_user_namespace", lambda: True)
-    assert live._candidates()[0] == "/run/unionfs"
+    monkeypatch.setattr(runtime, "in_initial_user_namespace", lambda: True)
+    assert runtime.candidates()[0] == "/run/unionfs"
 
 
 def test_start_time_names_one_process() -> None:
@@ -161,10 +162,10 @@ def test_users_of_a_directory(tmp_path: Path) -> None:
 async def test_control_answers_everyone(tmp_path: Path) -> None:
     directory = tmp_path / ("long" * 40)
     directory.mkdir()
-    path = str(directory / "1.sock")
+    path = runtime.RuntimeDirectory(str(directory)).address("1.sock")
     answers: Iterator[dict[str, Any]] = iter([{"figures": {"x": 1}}, {"figures": {"big": "x" * 300_000}}])
     async with trio.open_nursery() as nursery:
-        nursery.start_soon(control.serve_control, control.listen(path), lambda asked: next(answers))
+        nursery.start_soon(control.serve_control, [control.listen(path)], lambda asked: next(answers))
         first: Any = await trio.to_thread.run_sync(control.ask, path)
         second: Any = await trio.to_thread.run_sync(control.ask, path)
         # An answer that cannot be made ends the question and not the daemon.
@@ -211,8 +212,9 @@ def test_log_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     root = logging.getLogger()
     before, level, raising = root.handlers[:], root.level, logging.raiseExceptions
     umask = os.umask(0)
+    directory = runtime.RuntimeDirectory(str(tmp_path))
     try:
-        logs.to_host("warning", str(tmp_path), "/a 100% b\udcff")
+        logs.to_host("warning", directory, "/a 100% b\udcff")
         file = Path(logs.log_file(str(tmp_path)))
         assert not file.exists()
         logging.getLogger("x").info("not this")
@@ -224,7 +226,7 @@ def test_log_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         assert stat.S_IMODE(file.stat().st_mode) == 0o600
         with file.open("ab") as grown:
             grown.truncate(2 << 20)
-        logs.to_host("warning", str(tmp_path), "/m")
+        logs.to_host("warning", directory, "/m")
         assert not file.exists()
         assert (tmp_path / "unionfs.log.1").exists()
     finally:
@@ -244,7 +246,7 @@ def test_log_to_syslog(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     before, level, raising = root.handlers[:], root.level, logging.raiseExceptions
     try:
         assert logs.log_place(str(tmp_path)) == "syslog"
-        logs.to_host("info", str(tmp_path), "/m")
+        logs.to_host("info", runtime.RuntimeDirectory(str(tmp_path)), "/m")
         logging.getLogger("x").info("hello")
         assert f"unionfs[{os.getpid()}]: /m: INFO hello".encode() in receiver.recv(4096)
         root.handlers[0].close()
@@ -255,8 +257,8 @@ def test_log_to_syslog(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         receiver.close()
 
 
-def test_entry_is_plain_json(runtime: Path, settings: MountSettings) -> None:
+def test_entry_is_plain_json(registry: Path, settings: MountSettings) -> None:
     entry = _announce(replace(settings, mountpoint="/m\udcff"))
-    values = json.loads(Path(entry.file).read_text(encoding="ascii"))
+    values = json.loads((registry / f"{entry.name}.json").read_text(encoding="ascii"))
     assert values["settings"]["mountpoint"] == "/m\udcff"
     assert values["pid"] == os.getpid()

@@ -3,8 +3,16 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import click
+
+if TYPE_CHECKING:
+    from unionfs.daemon.live import LiveMount
+
+
+_NEEDED = ("unionfs.cli.mounts", "unionfs.storage.specs", "unionfs.union.diff")
 
 
 @click.command(
@@ -21,7 +29,7 @@ Examples:
 )
 @click.option("--userxattr", is_flag=True, help="Markers are user.overlay.* xattrs (without root: always).")
 @click.argument("mountpoint", required=False)
-def diff(mountpoint: str | None, upper: str | None, lowers: tuple[str, ...], userxattr: bool) -> None:
+def diff(mountpoint: str | None, upper: str | None, lowers: tuple[str, ...], userxattr: bool) -> int:
     """Show what a union's upper changes: A(dded), C(hanged) or D(eleted), and the path, sorted by path.
 
     Either of the live mount at MOUNTPOINT, or of the layers that are given. Names are printed as they are,
@@ -33,26 +41,52 @@ def diff(mountpoint: str | None, upper: str | None, lowers: tuple[str, ...], use
         from unionfs.cli.mounts import find_mount
 
         found = find_mount(mountpoint)
-        settings = found.settings
-        upper, lowers, userxattr = settings.upper, settings.lowers, settings.userxattr
-        if settings.upper_tmpfs is not None:
-            from unionfs.cli.mounts import upper_in_memory
-
-            upper = upper_in_memory(found)
-        if upper is None:
-            return
-    elif upper is None or not lowers:
+        return _of_mount(found) if found.uid is None else _of_other(found, found.uid)
+    if upper is None or not lowers:
         raise click.UsageError("give a mountpoint, or --upper and at least one --lower")
-    else:
-        from unionfs.daemon.preflight import check_directory
-        from unionfs.sys.capabilities import may_use_trusted_xattrs
+    from unionfs.daemon.preflight import check_directory
+    from unionfs.sys.capabilities import may_use_trusted_xattrs
 
-        for kind, path in (("upper", upper), *(("lower", lower) for lower in lowers)):
-            check_directory(kind, path)
-        userxattr = userxattr or not may_use_trusted_xattrs()
+    for kind, path in (("upper", upper), *(("lower", lower) for lower in lowers)):
+        check_directory(kind, path)
+    return _print(upper, lowers, userxattr=userxattr or not may_use_trusted_xattrs())
+
+
+def _of_mount(mount: LiveMount) -> int:
+    settings = mount.settings
+    upper = settings.upper
+    if settings.upper_tmpfs is not None:
+        from unionfs.cli.mounts import upper_in_memory
+
+        upper = upper_in_memory(mount)
+    return 0 if upper is None else _print(upper, settings.lowers, userxattr=settings.userxattr)
+
+
+def _of_other(mount: LiveMount, uid: int) -> int:
+    """Of another user's mount, read as that user: the layers are where the user says they are."""
+    from unionfs.daemon.errors import UserError, quoted
+    from unionfs.daemon.live import find_by_device
+    from unionfs.daemon.others import runtime_parent
+    from unionfs.sys.asuser import run_as
+
+    def read() -> int:
+        own = find_by_device(mount.device)
+        return 1 if own is None else _of_mount(own)
+
+    sys.stdout.flush()
+    if run_as(uid, read, modules=_NEEDED, environment=runtime_parent(mount.pid)) != 0:
+        raise UserError(
+            f"the changes of {quoted(mount.settings.mountpoint)} cannot be read as its owner (uid {uid}); "
+            "run `unionfs diff` as that user."
+        )
+    return 0
+
+
+def _print(upper: str, lowers: Sequence[str], *, userxattr: bool) -> int:
     from unionfs.union.diff import diff as changes
 
     out = sys.stdout.buffer
     for letter, name in changes(upper, lowers, b"user.overlay." if userxattr else b"trusted.overlay."):
         out.write(letter.encode("ascii") + b" " + name + b"\n")
     out.flush()
+    return 0

@@ -30,15 +30,19 @@ def umount(mountpoint: str, lazy: bool) -> None:
 def ls(as_json: bool) -> None:
     """List the mounts that live now: mountpoint, daemon's pid, layers, session and since when.
 
-    Root sees everybody's mounts, others see their own.
+    Root sees the mounts of all users, others see their own. Where a user's daemon does not answer root, only
+    the mountpoint is shown.
     """
     from unionfs.daemon.live import live_mounts
+    from unionfs.daemon.others import mounts_of_others
 
-    mounts = live_mounts()
+    others = mounts_of_others()
+    summaries = [_summary(mount) for mount in (*live_mounts(), *others.answered)]
+    summaries += [_unknown(mount) for mount in others.silent]
     if as_json:
-        print(json.dumps([_summary(mount) for mount in mounts], indent=2))
+        print(json.dumps(summaries, indent=2))
         return
-    if not mounts:
+    if not summaries:
         return
     from unionfs.cli.run import print_table
     from unionfs.daemon.errors import quoted
@@ -47,13 +51,13 @@ def ls(as_json: bool) -> None:
         ("MOUNTPOINT", "PID", "LAYERS", "SESSION", "SINCE"),
         [
             (
-                quoted(mount.settings.mountpoint),
-                str(mount.pid),
-                str(len(_layers(mount))),
-                mount.settings.session,
-                _moment(mount.since).replace("T", " ")[:19],
+                quoted(summary["mountpoint"]),
+                str(summary["pid"] or "-"),
+                "-" if summary["layers"] is None else str(len(summary["layers"])),
+                summary["session"] or "-",
+                (summary["since"] or "-").replace("T", " ")[:19],
             )
-            for mount in mounts
+            for summary in summaries
         ],
     )
 
@@ -65,10 +69,8 @@ def ls(as_json: bool) -> None:
 @click.argument("mountpoint")
 def inspect(mountpoint: str, as_json: bool) -> None:
     """Show all settings of the mount at MOUNTPOINT, and its figures: requests, nodes, copy-ups and so on."""
-    from unionfs.daemon.control import ask
-
     mount = find_mount(mountpoint)
-    answer = ask(mount.socket_path)
+    answer = mount.ask()
     figures = None if answer is None else answer.get("figures")
     whole: dict[str, Any] = {
         **_summary(mount),
@@ -114,6 +116,7 @@ def find_mount(mountpoint: str) -> LiveMount:
     """The live mount at `mountpoint`. Raises UserError when there is none."""
     from unionfs.daemon import live
     from unionfs.daemon.errors import UserError, quoted
+    from unionfs.daemon.others import mounts_of_others
     from unionfs.daemon.settings import absolute_mountpoint
     from unionfs.sys.mountinfo import mounted_at
 
@@ -121,6 +124,9 @@ def find_mount(mountpoint: str) -> LiveMount:
     mounted = mounted_at(path)
     known = live.live_mounts()
     found = None if mounted is None else live.find_by_device(mounted.device, known)
+    if found is None:
+        known = [*known, *mounts_of_others().answered]
+        found = None if mounted is None else live.find_by_device(mounted.device, known)
     if found is None:
         # It may be mounted in another mount namespace, where the daemon is.
         found = next((mount for mount in reversed(known) if mount.settings.mountpoint == path), None)
@@ -131,10 +137,9 @@ def find_mount(mountpoint: str) -> LiveMount:
 
 def upper_in_memory(mount: LiveMount) -> str:
     """A way to the upper that has no path: by its daemon's fd. Raises UserError."""
-    from unionfs.daemon.control import ask
     from unionfs.daemon.errors import UserError, quoted
 
-    answer = ask(mount.socket_path)
+    answer = mount.ask()
     number = None if answer is None else answer.get("upper_fd")
     if not isinstance(number, int):
         raise UserError(
@@ -150,9 +155,12 @@ def _why_not(path: str, mounted: MountEntry | None) -> str:
 
     from unionfs.daemon import live
     from unionfs.daemon.errors import quoted
+    from unionfs.daemon.others import owner_of
 
     if mounted is not None and mounted.fstype == "fuse.unionfs":
         owner = mounted.super_option("user_id")
+        if (other := owner_of(mounted)) is not None:
+            return f" of root, but one of uid {other} whose daemon does not answer root; ask as that user"
         if os.geteuid() != 0 and owner != str(os.geteuid()):
             return f" of this user, but one of uid {owner}; ask as that user or as root"
         entry = live.find_by_device(mounted.device)
@@ -173,6 +181,11 @@ def _moment(seconds: float) -> str:
     from datetime import datetime
 
     return datetime.fromtimestamp(seconds).astimezone().isoformat(timespec="seconds")
+
+
+def _unknown(mount: MountEntry) -> dict[str, Any]:
+    """A mount of another user whose daemon does not answer root: what the kernel says."""
+    return {"mountpoint": mount.mountpoint, "pid": None, "layers": None, "session": None, "since": None}
 
 
 def _summary(mount: LiveMount) -> dict[str, Any]:

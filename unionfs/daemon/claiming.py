@@ -10,15 +10,17 @@ from contextlib import suppress
 import xxhash
 
 from unionfs.daemon.errors import UserError, quoted
+from unionfs.daemon.runtime import RuntimeDirectory
 from unionfs.sys.mountinfo import mounted_at
 
 
 class Claim:
     """Held from before the mount until it is there: a locked file among the runtime files of the user."""
 
-    def __init__(self, mountpoint: str, directory: str) -> None:
+    def __init__(self, mountpoint: str, directory: RuntimeDirectory) -> None:
         """Raises UserError when another process of this user is mounting there, or has just done so."""
-        self._path = f"{directory}/mounting-{xxhash.xxh3_64_hexdigest(os.fsencode(mountpoint))}.lock"
+        self._directory = directory
+        self._name = f"mounting-{xxhash.xxh3_64_hexdigest(os.fsencode(mountpoint))}.lock"
         self._fd = self._lock(mountpoint)
         mount = mounted_at(mountpoint)
         if mount is not None and mount.is_fuse:
@@ -31,7 +33,7 @@ class Claim:
     def _lock(self, mountpoint: str) -> int:
         while True:
             try:
-                fd = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
+                fd = self._directory.open(self._name, os.O_RDWR | os.O_CREAT)
             except OSError:
                 return -1  # a full disk: that is no reason not to mount
             try:
@@ -43,14 +45,13 @@ class Claim:
                     "`unionfs ls` shows when it is done."
                 ) from None
             with suppress(FileNotFoundError):
-                if os.path.samestat(os.stat(self._path), os.fstat(fd)):
+                if os.path.samestat(os.stat(self._name, dir_fd=self._directory.fd), os.fstat(fd)):
                     return fd
             os.close(fd)  # its holder has removed it in between
 
     def release(self) -> None:
         """The mount is there, or will not be."""
         if self._fd >= 0:
-            with suppress(OSError):
-                os.unlink(self._path)
+            self._directory.remove(self._name)
             os.close(self._fd)
             self._fd = -1

@@ -1,8 +1,10 @@
 """Asking a daemon how its mount is doing, over a unix socket.
 
-Whoever connects may send one line with a JSON object, what he wants beyond the usual, and is sent one JSON
-document and the end of the stream. Who says nothing is answered as well, half a second later. The socket is
-in a directory that only the daemon's user may enter.
+A client sends one line with a JSON object, what it wants beyond the usual, and receives one JSON document and
+the end of the stream. A client that sends nothing is answered as well, half a second later. Both sides check
+by SO_PEERCRED whom they talk to (unix(7)): a daemon answers its own user and root; a client reads the answer
+of a process of its own user, or of the very process that it expects. An answer has a deadline and a largest
+size.
 """
 
 from __future__ import annotations
@@ -10,87 +12,167 @@ from __future__ import annotations
 import json
 import logging
 import os
+import select
 import socket
+import struct
 import time
-from collections.abc import Callable
-from contextlib import suppress
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack, suppress
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Final
 
 if TYPE_CHECKING:
     import trio
 
-_ANSWER_SECONDS = 2.0
-_SEND_SECONDS = 5.0
-_LONGEST_ANSWER = 16 << 20
-_QUESTION_SECONDS = 0.5
-_LONGEST_QUESTION = 4096
+ANSWER_SECONDS: Final = 2.0
+_SEND_SECONDS: Final = 5.0
+_LONGEST_ANSWER: Final = 16 << 20
+_LONGEST_OF_OTHERS: Final = 1 << 20
+_MOST_LEVELS: Final = 8
+_QUESTION_SECONDS: Final = 0.5
+_LONGEST_QUESTION: Final = 4096
+_CREDENTIALS: Final = struct.Struct("3i")  # struct ucred: pid, uid, gid
 
 log = logging.getLogger(__name__)
 
 
+@dataclass(frozen=True, slots=True)
+class Peer:
+    """The process at the other end of a unix socket when it called connect(2) or listen(2)."""
+
+    pid: int
+    uid: int
+
+
+def _peer(connection: socket.socket | trio.socket.SocketType) -> Peer:
+    pid, uid, _ = _CREDENTIALS.unpack(
+        connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _CREDENTIALS.size)
+    )
+    return Peer(pid, uid)
+
+
 def ask(
-    path: str, timeout: float = _ANSWER_SECONDS, *, question: dict[str, Any] | None = None
+    address: str,
+    timeout: float = ANSWER_SECONDS,
+    *,
+    question: dict[str, Any] | None = None,
+    pid: int | None = None,
 ) -> dict[str, Any] | None:
     """The daemon's answer, None when there is none within `timeout` seconds.
 
-    One that knows nothing of what the question asks for leaves it out.
+    `address` is a path of at most 107 bytes, or a zero byte and an abstract name. The daemon must be process
+    `pid`, or any process of this user. A daemon that does not know what the question asks for leaves it out.
+    """
+    return ask_all({address: pid}, timeout, question=question).get(address)
+
+
+def ask_all(
+    addresses: Mapping[str, int | None],
+    timeout: float,
+    *,
+    question: dict[str, Any] | None = None,
+) -> dict[str, dict[str, Any]]:
+    """The answers of many daemons, asked at once, by their addresses; those within `timeout` seconds.
+
+    `addresses` says which process each must be (None: any of this user). The answer of a named process, which
+    may be another user's, is `printable`; one that is too long counts as none.
     """
     deadline = time.monotonic() + timeout
-    pieces, size = [], 0
+    line = json.dumps(question or {}).encode("ascii") + b"\n"
+    found: dict[str, dict[str, Any]] = {}
+    with ExitStack() as sockets:
+        waiting: dict[int, tuple[str, socket.socket, bytearray]] = {}
+        poll = select.poll()
+        for address, pid in addresses.items():
+            connection = sockets.enter_context(socket.socket(socket.AF_UNIX, socket.SOCK_STREAM))
+            connection.setblocking(False)
+            try:
+                connection.connect(address)
+                if not _is_expected(_peer(connection), pid):
+                    continue
+                connection.send(line)
+            except OSError:
+                continue  # nobody listens, or too many wait to be heard
+            waiting[connection.fileno()] = address, connection, bytearray()
+            poll.register(connection, select.POLLIN)
+        while waiting and (left := deadline - time.monotonic()) > 0:
+            for fd, _ in poll.poll(left * 1000):
+                address, connection, data = waiting[fd]
+                longest = _LONGEST_ANSWER if addresses[address] is None else _LONGEST_OF_OTHERS
+                if not _receive(connection, data, longest):
+                    continue
+                poll.unregister(connection)
+                del waiting[fd]
+                answer = None if len(data) > longest else _parsed(data)
+                if answer is not None:
+                    found[address] = answer if addresses[address] is None else printable(answer)
+    return found
+
+
+def _is_expected(peer: Peer, pid: int | None) -> bool:
+    return peer.uid == os.geteuid() if pid is None else peer.pid == pid
+
+
+def _receive(connection: socket.socket, data: bytearray, longest: int) -> bool:
+    """Take what has come; whether that was all."""
     try:
-        directory = os.open(os.path.dirname(path), os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
-        try:
-            with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as connection:
-                connection.settimeout(timeout)
-                connection.connect(_short_name(directory, path))
-                connection.sendall(json.dumps(question or {}).encode("ascii") + b"\n")
-                while size < _LONGEST_ANSWER:
-                    connection.settimeout(max(0.01, deadline - time.monotonic()))
-                    try:
-                        piece = connection.recv(1 << 16)
-                    except ConnectionResetError:
-                        break  # an older daemon, which reads no question (net/unix/af_unix.c)
-                    if not piece:
-                        break
-                    pieces.append(piece)
-                    size += len(piece)
-        finally:
-            os.close(directory)
-        answer = json.loads(b"".join(pieces))
-    except (OSError, ValueError):
+        piece = connection.recv(1 << 16)
+    except BlockingIOError:
+        return False
+    except OSError:
+        return True  # a daemon that does not read its question resets the connection (net/unix/af_unix.c)
+    data += piece
+    return not piece or len(data) > longest
+
+
+def _parsed(data: bytearray) -> dict[str, Any] | None:
+    try:
+        answer = json.loads(data)
+    except (ValueError, RecursionError):
         return None
     return answer if isinstance(answer, dict) else None
 
 
-def _short_name(directory_fd: int, path: str) -> str:
-    """A name for a socket in a directory of any length; unix(7) has room for 108 bytes."""
-    return f"/proc/self/fd/{directory_fd}/{os.path.basename(path)}"
+def printable(value: Any, levels: int = _MOST_LEVELS) -> Any:
+    """What another user's daemon says, safe to be shown: no text in it can control a terminal."""
+    if levels == 0:
+        return None
+    match value:
+        case str():
+            return value if value.isprintable() else repr(value)
+        case dict():
+            return {str(printable(key)): printable(item, levels - 1) for key, item in value.items()}
+        case list():
+            return [printable(item, levels - 1) for item in value]
+    return value
 
 
-def listen(path: str) -> socket.socket:
-    """A listening socket at `path`, which must not exist. Raises OSError."""
-    directory = os.open(os.path.dirname(path), os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+def listen(address: str) -> socket.socket:
+    """A listening socket at an address as in `ask`. Raises OSError."""
     listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     try:
-        with suppress(FileNotFoundError):
-            os.unlink(path)
-        listener.bind(_short_name(directory, path))
+        if not address.startswith("\0"):
+            with suppress(FileNotFoundError):
+                os.unlink(address)
+        listener.bind(address)
         listener.listen(16)
     except OSError:
         listener.close()
         raise
-    finally:
-        os.close(directory)
     return listener
 
 
 async def serve_control(
-    listener: socket.socket, answer: Callable[[dict[str, Any]], dict[str, Any]]
+    listeners: Sequence[socket.socket], answer: Callable[[dict[str, Any]], dict[str, Any]]
 ) -> None:
-    """Send `answer(question)` to everyone who connects, until cancelled."""
+    """Send `answer(question)` to every connection of root and of this user, until cancelled."""
     import trio
 
     async def handle(stream: trio.SocketStream) -> None:
+        peer = _peer(stream.socket)
+        if peer.uid not in (0, os.geteuid()):
+            log.info("process %d of uid %d may not ask", peer.pid, peer.uid)
+            return
         try:
             data = json.dumps(answer(await _question(stream))).encode("ascii")
             with trio.move_on_after(_SEND_SECONDS):
@@ -101,11 +183,13 @@ async def serve_control(
             # A question must never end a mount.
             log.exception("a question for the figures could not be answered")
 
-    await trio.serve_listeners(handle, [trio.SocketListener(trio.socket.from_stdlib_socket(listener))])
+    await trio.serve_listeners(
+        handle, [trio.SocketListener(trio.socket.from_stdlib_socket(listener)) for listener in listeners]
+    )
 
 
 async def _question(stream: trio.SocketStream) -> dict[str, Any]:
-    """What a client wants; nothing in particular when he says nothing, or what makes no sense."""
+    """What a client wants; nothing in particular when it sends nothing, or what is not a JSON object."""
     import trio
 
     line = b""
@@ -117,6 +201,6 @@ async def _question(stream: trio.SocketStream) -> dict[str, Any]:
             line += piece
     try:
         question = json.loads(line.partition(b"\n")[0])
-    except ValueError:
+    except (ValueError, RecursionError):
         return {}
     return question if isinstance(question, dict) else {}

@@ -351,13 +351,15 @@ def _open_files() -> Finding:
 
 
 def _dead_mounts() -> Iterator[Finding]:
-    from unionfs.daemon import live
+    from unionfs.daemon import live, others
     from unionfs.sys.liveness import is_dead
     from unionfs.sys.mountinfo import read_mountinfo
 
     alive = {mount.device for mount in live.live_mounts()}
     for entry in read_mountinfo():
-        if entry.fstype == "fuse.unionfs" and entry.device not in alive and is_dead(entry.mountpoint):
+        if entry.fstype != "fuse.unionfs" or entry.device in alive or others.owner_of(entry) is not None:
+            continue
+        if is_dead(entry.mountpoint):
             yield Finding(
                 "dead mount",
                 "limited",

@@ -1,27 +1,26 @@
-"""The registry of live mounts: one small JSON file a mount, in the directory for files of the running system.
+"""The registry of this user's live mounts: one small JSON file a mount, in the directory for runtime files.
 
 The file is written by the daemon when its mount is usable and removed at its end. A file whose daemon is gone
-is stale; whoever reads it removes it, unless the dead mount is still there to be unmounted.
+is stale; the next reader removes it, unless the dead mount is still there to be unmounted. What root knows of
+other users' mounts comes from the kernel and their daemons: `unionfs.daemon.others`.
 """
 
 from __future__ import annotations
 
 import json
 import os
-import stat
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import Any
 
-from unionfs.daemon.errors import UserError, quoted
+from unionfs.daemon.control import ANSWER_SECONDS, ask
+from unionfs.daemon.errors import quoted
+from unionfs.daemon.runtime import RuntimeDirectory, runtime_directories
 from unionfs.daemon.settings import MountSettings
-from unionfs.sys.capabilities import in_initial_user_namespace
 from unionfs.sys.mountinfo import MountEntry, mounts_of_device, read_mountinfo
 from unionfs.sys.process import is_alive, start_time
-
-_ROOT_DIRECTORY = "/run/unionfs"
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,13 +39,15 @@ class LiveMount:
     """(st_dev, st_ino) of upper and work."""
     ending: bool = False
     """The mount is gone, the daemon is about to go."""
-    file: str = ""
-    """Where this entry is kept."""
+    directory: str = ""
+    """The runtime directory that this entry is in; empty for a mount of another user."""
+    uid: int | None = None
+    """The other user, as the kernel says; None: this one."""
 
     @property
-    def socket_path(self) -> str:
-        """Where the daemon answers questions."""
-        return self.file.removesuffix(".json") + ".sock"
+    def name(self) -> str:
+        """What the entry's files are called, without their endings."""
+        return entry_name(self.pid, self.started)
 
     def is_alive(self) -> bool:
         """Whether the daemon still runs."""
@@ -59,9 +60,24 @@ class LiveMount:
         except OSError:
             return mounts_of_device(self.device)
 
-    def save(self) -> None:
-        """Write the entry in one step."""
-        values: dict[str, Any] = {
+    def ask(
+        self, question: dict[str, Any] | None = None, *, timeout: float = ANSWER_SECONDS
+    ) -> dict[str, Any] | None:
+        """The daemon's answer, None when there is none within `timeout` seconds.
+
+        What the question asks for and the daemon does not know is left out of the answer.
+        """
+        if self.uid is not None:
+            return ask("\0" + abstract_name(self.name), timeout, question=question, pid=self.pid)
+        try:
+            with RuntimeDirectory(self.directory) as directory:
+                return ask(directory.address(f"{self.name}.sock"), timeout, question=question)
+        except OSError:
+            return None
+
+    def to_json(self) -> dict[str, Any]:
+        """The entry as plain values; `from_json` reads them back."""
+        return {
             "settings": self.settings.to_json(),
             "pid": self.pid,
             "started": self.started,
@@ -70,76 +86,11 @@ class LiveMount:
             "claims": self.claims,
             "ending": self.ending,
         }
-        temporary = f"{self.file}.new"
-        with open(temporary, "w", encoding="ascii", opener=_private) as out:
-            json.dump(values, out)
-        os.replace(temporary, self.file)
 
-    def remove(self) -> None:
-        """Take the entry and the socket away."""
-        for path in (self.file, self.socket_path):
-            with suppress(OSError):
-                os.unlink(path)
-
-
-def _private(path: str, flags: int) -> int:
-    return os.open(path, flags | os.O_NOFOLLOW, 0o600)
-
-
-def _candidates() -> list[str]:
-    """Directories that may hold this user's registry, the preferred one first."""
-    uid = os.geteuid()
-    shared = f"/tmp/unionfs-{uid}"
-    if uid == 0 and in_initial_user_namespace():
-        return [_ROOT_DIRECTORY, shared]
-    private = os.environ.get("XDG_RUNTIME_DIR", "")
-    return [f"{private}/unionfs", shared] if private.startswith("/") else [shared]
-
-
-def _is_safe(directory: str, owner: int) -> bool:
-    """Whether a directory is one that only `owner` could have filled; no symlink is followed."""
-    try:
-        status = os.lstat(directory)
-    except OSError:
-        return False
-    return stat.S_ISDIR(status.st_mode) and status.st_uid == owner and not status.st_mode & 0o022
-
-
-def runtime_directory() -> str:
-    """The directory for registry, sockets and logs, made with mode 0700. Raises UserError."""
-    for directory in _candidates():
-        with suppress(OSError):
-            os.mkdir(directory, 0o700)
-        if _is_safe(directory, os.geteuid()) and os.access(directory, os.W_OK | os.X_OK):
-            return directory
-    raise UserError(
-        f"none of {', '.join(_candidates())} can be used for runtime files (not a directory of this user "
-        "that nobody else may write); remove what is there, or set XDG_RUNTIME_DIR."
-    )
-
-
-def _directories() -> Iterator[tuple[str, int]]:
-    """Every registry this process may trust, and its owner; root sees those of the users as well."""
-    uid = os.geteuid()
-    directories = [(directory, uid) for directory in _candidates()]
-    if uid == 0:
-        with suppress(OSError):
-            directories += [
-                (f"/run/user/{name}/unionfs", int(name)) for name in os.listdir("/run/user") if name.isdigit()
-            ]
-        with suppress(OSError):
-            for name in os.listdir("/tmp"):
-                owner = name.removeprefix("unionfs-")
-                if owner != name and owner.isdigit() and owner != "0":
-                    directories.append((f"/tmp/{name}", int(owner)))
-    return (item for item in directories if _is_safe(*item))
-
-
-def _load(path: str) -> LiveMount | None:
-    try:
-        with open(path, encoding="ascii") as source:
-            values = json.load(source)
-        return LiveMount(
+    @classmethod
+    def from_json(cls, values: Any, directory: str = "") -> LiveMount:
+        """Raises KeyError, TypeError or ValueError when the values are not those of `to_json`."""
+        return cls(
             settings=MountSettings.from_json(values["settings"]),
             pid=int(values["pid"]),
             started=int(values["started"]),
@@ -147,70 +98,95 @@ def _load(path: str) -> LiveMount | None:
             since=float(values["since"]),
             claims=tuple((int(device), int(inode)) for device, inode in values["claims"]),
             ending=bool(values["ending"]),
-            file=path,
+            directory=directory,
         )
-    except (OSError, ValueError, KeyError, TypeError):
-        return None
+
+    def save(self) -> None:
+        """Write the entry in one step. Raises OSError."""
+        with RuntimeDirectory(self.directory) as directory:
+            directory.write(f"{self.name}.json", json.dumps(self.to_json()).encode("ascii"))
+
+    def remove(self) -> None:
+        """Take the entry and the socket away."""
+        with suppress(OSError), RuntimeDirectory(self.directory) as directory:
+            directory.remove(f"{self.name}.json", f"{self.name}.sock")
 
 
-def _owned_by(pid: int, owner: int) -> bool:
-    try:
-        return os.stat(f"/proc/{pid}").st_uid == owner
-    except OSError:
+def entry_name(pid: int, started: int | None) -> str:
+    """What the files of a daemon are called, without their endings."""
+    return f"{pid}-{started or 0}"
+
+
+def own_name() -> str:
+    """`entry_name` of this process."""
+    return entry_name(os.getpid(), start_time(os.getpid()))
+
+
+def abstract_name(name: str) -> str:
+    """The name in the abstract namespace (unix(7)) where a user's daemon answers root."""
+    return f"unionfs/{name}"
+
+
+def _stored(directory: RuntimeDirectory) -> Iterator[tuple[str, LiveMount | None]]:
+    """Every entry with its file's name without ending; None for what cannot be read as one."""
+    for file in directory.names():
+        if file.endswith(".json"):
+            try:
+                entry = LiveMount.from_json(json.loads(directory.read(file)), directory.path)
+            except (OSError, ValueError, KeyError, TypeError, RecursionError):
+                entry = None
+            yield file.removesuffix(".json"), entry
+
+
+def _is_abandoned(entry: LiveMount) -> bool:
+    """Whether the daemon is gone, and the mount too."""
+    if entry.is_alive():
         return False
+    return entry.ending or all(m.mountpoint != entry.settings.mountpoint for m in entry.mounts())
 
 
-def entries() -> list[LiveMount]:
-    """Every entry whose daemon lives or whose dead mount remains; the others get removed."""
+def abandoned() -> list[LiveMount]:
+    """This user's entries that have neither daemon nor mount; the next call of `entries` removes them."""
     found: list[LiveMount] = []
-    me = os.geteuid()
-    for directory, owner in _directories():
-        try:
-            names = sorted(os.listdir(directory))
-        except OSError:
-            continue
-        for name in names:
-            if not name.endswith(".json"):
-                continue
-            entry = _load(f"{directory}/{name}")
-            if entry is None:
-                _remove_unreadable(directory, name)
-            elif entry.is_alive():
-                # A user may write what he likes into his own registry, but not stand in for another's daemon.
-                if owner == me or _owned_by(entry.pid, owner):
-                    found.append(entry)
-            elif entry.ending or all(m.mountpoint != entry.settings.mountpoint for m in entry.mounts()):
-                entry.remove()
-            else:
-                found.append(entry)
+    for directory in runtime_directories():
+        with directory:
+            found += (entry for _, entry in _stored(directory) if entry is not None and _is_abandoned(entry))
     return found
 
 
-def _remove_unreadable(directory: str, name: str) -> None:
-    """Remove a file that is no entry, unless its daemon, whose pid the name tells, lives."""
-    pid, _, started = name.removesuffix(".json").partition("-")
+def entries() -> list[LiveMount]:
+    """Every entry of this user whose daemon lives or whose dead mount remains; the others get removed."""
+    found: list[LiveMount] = []
+    for directory in runtime_directories():
+        with directory:
+            for name, entry in _stored(directory):
+                if entry is None:
+                    _remove_unreadable(directory, name)
+                elif _is_abandoned(entry):
+                    directory.remove(f"{name}.json", f"{name}.sock")
+                else:
+                    found.append(entry)
+    return found
+
+
+def _remove_unreadable(directory: RuntimeDirectory, name: str) -> None:
+    """Remove a file that is not an entry, unless its daemon, whose pid is in the name, lives."""
+    pid, _, started = name.partition("-")
     if not (pid.isdigit() and started.isdigit() and is_alive(int(pid), int(started))):
-        for path in (f"{directory}/{name}", f"{directory}/{name.removesuffix('.json')}.sock"):
-            with suppress(OSError):
-                os.unlink(path)
+        directory.remove(f"{name}.json", f"{name}.sock")
 
 
 def live_mounts() -> list[LiveMount]:
-    """The mounts that can be used now, oldest first."""
+    """This user's mounts that can be used now, oldest first."""
     alive = (entry for entry in entries() if not entry.ending and entry.is_alive() and entry.mounts())
     return sorted(alive, key=lambda entry: entry.since)
 
 
 def find_by_device(device: str, known: Sequence[LiveMount] | None = None) -> LiveMount | None:
-    """The entry of the mount with this `major:minor`, a dead one too."""
+    """The entry of the mount with this `major:minor`, a dead one too: of this user, or among `known`."""
     among = [entry for entry in (entries() if known is None else known) if entry.device == device]
     # A number may have been given to a new mount while a dead one's entry is still there.
     return next((entry for entry in sorted(among, key=lambda entry: not entry.is_alive())), None)
-
-
-def entry_file(directory: str) -> str:
-    """The name of this process's own entry in a runtime directory."""
-    return f"{directory}/{os.getpid()}-{start_time(os.getpid())}.json"
 
 
 def claims_of(settings: MountSettings) -> tuple[tuple[int, int], ...]:
@@ -234,7 +210,7 @@ def announce(
         device=device,
         since=time.time(),
         claims=claims,
-        file=entry_file(directory),
+        directory=directory,
     )
     entry.save()
     return entry

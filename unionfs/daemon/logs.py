@@ -8,10 +8,14 @@ import logging
 import os
 import stat
 import sys
+from contextlib import suppress
 from io import TextIOWrapper
 from typing import TextIO
 
+from unionfs.daemon.runtime import RuntimeDirectory
+
 _SYSLOG = "/dev/log"
+_FILE = "unionfs.log"
 _LARGEST_FILE = 1 << 20
 
 
@@ -29,7 +33,7 @@ def log_place(directory: str) -> str:
 
 def log_file(directory: str) -> str:
     """The log file of all daemons that share a runtime directory."""
-    return f"{directory}/unionfs.log"
+    return f"{directory}/{_FILE}"
 
 
 def to_stream(level: str, stream: TextIO | None = None) -> None:
@@ -39,8 +43,11 @@ def to_stream(level: str, stream: TextIO | None = None) -> None:
     _install(handler, level)
 
 
-def to_host(level: str, directory: str, mountpoint: str) -> None:
-    """Log to syslog or to the file in `directory`, which starts anew when it has grown past 1 MiB."""
+def to_host(level: str, directory: RuntimeDirectory, mountpoint: str) -> None:
+    """Log to syslog or to the file in `directory`, which starts anew when it has grown past 1 MiB.
+
+    The directory stays open for as long as there is something to log.
+    """
     handler: logging.Handler
     where = mountpoint.encode("utf-8", "backslashreplace").decode()
     where = where.replace("%", "%%")
@@ -50,14 +57,10 @@ def to_host(level: str, directory: str, mountpoint: str) -> None:
         handler = SysLogHandler(_SYSLOG, facility=SysLogHandler.LOG_DAEMON)
         handler.setFormatter(logging.Formatter(f"unionfs[%(process)d]: {where}: %(levelname)s %(message)s"))
     else:
-        path = log_file(directory)
-        try:
-            if os.stat(path).st_size > _LARGEST_FILE:
-                os.replace(path, path + ".1")
-        except OSError:
-            pass
-        # Opened at the first line, so that a mount without trouble leaves no file.
-        handler = _PrivateFile(path, encoding="utf-8", errors="backslashreplace", delay=True)
+        with suppress(OSError):
+            if os.stat(_FILE, dir_fd=directory.fd, follow_symlinks=False).st_size > _LARGEST_FILE:
+                os.replace(_FILE, f"{_FILE}.1", src_dir_fd=directory.fd, dst_dir_fd=directory.fd)
+        handler = _PrivateFile(directory)
         handler.setFormatter(
             logging.Formatter(f"%(asctime)s unionfs[%(process)d] {where}: %(levelname)s %(message)s")
         )
@@ -65,13 +68,18 @@ def to_host(level: str, directory: str, mountpoint: str) -> None:
 
 
 class _PrivateFile(logging.FileHandler):
-    """Readable by its owner only, though the daemon's umask is 0; a symlink is not followed."""
+    """The log in a runtime directory: readable by its owner only, though the daemon's umask is 0."""
+
+    def __init__(self, directory: RuntimeDirectory) -> None:
+        self._directory = directory
+        # Opened at the first line, so that a mount without trouble leaves no file.
+        super().__init__(
+            log_file(directory.path), encoding="utf-8", errors="backslashreplace", delay=True
+        )
 
     def _open(self) -> TextIOWrapper:
-        flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC | os.O_NOFOLLOW
-        return os.fdopen(
-            os.open(self.baseFilename, flags, 0o600), "a", encoding=self.encoding, errors=self.errors
-        )
+        fd = self._directory.open(_FILE, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+        return os.fdopen(fd, "a", encoding=self.encoding, errors=self.errors)
 
 
 def _is_news(record: logging.LogRecord) -> bool:

@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import NoReturn
 
-from unionfs.daemon import live
+from unionfs.daemon import live, others
 from unionfs.daemon.errors import UserError, quoted, reason
 from unionfs.daemon.fuse import (
     FUSE_CONF,
@@ -311,7 +311,9 @@ def _check_mountpoint(settings: MountSettings, host: _Host) -> None:
     mount = mounted_at(path, host.table)
     if mount is not None and mount.is_fuse:
         entry = live.find_by_device(mount.device)
-        if is_dead(path) if entry is None else not entry.is_alive():
+        # Another user's daemon may not want to answer; to such a mount no request is sent.
+        may_ask = others.owner_of(mount) is None
+        if (may_ask and is_dead(path)) if entry is None else not entry.is_alive():
             _refuse_missing("mountpoint", path, OSError(errno.ENOTCONN, "dead"))
         what = live.describe_owner(entry) if entry else f"a {mount.fstype} mount of {quoted(mount.source)}"
         cure = f"`unionfs umount {quoted(path)}`" if entry else f"`umount {quoted(path)}`"

@@ -16,8 +16,9 @@ from collections.abc import Callable
 from contextlib import suppress
 from typing import NoReturn
 
-from unionfs.daemon import live, logs, preflight
+from unionfs.daemon import logs, preflight
 from unionfs.daemon.errors import MountRefusedError, UserError, quoted
+from unionfs.daemon.runtime import RuntimeDirectory, runtime_directory
 from unionfs.daemon.settings import MountSettings
 from unionfs.sys.mountinfo import mounted_at
 from unionfs.sys.process import open_standard_files, start_time, wait_gone
@@ -36,10 +37,10 @@ def mount(settings: MountSettings, *, foreground: bool = False) -> int:
     """
     open_standard_files()
     preflight.check(settings)
-    directory = live.runtime_directory()
-    if foreground:
-        return _serve_here(settings, directory)
-    _start_daemon(settings, directory)
+    with runtime_directory() as directory:
+        if foreground:
+            return _serve_here(settings, directory)
+        _start_daemon(settings, directory.path)
     return 0
 
 
@@ -79,7 +80,7 @@ def explain(error: Exception, printed: str) -> str:
     return text
 
 
-def _serve_here(settings: MountSettings, directory: str) -> int:
+def _serve_here(settings: MountSettings, directory: RuntimeDirectory) -> int:
     captured: CapturedStderr | None = CapturedStderr()
     assert captured is not None
     logs.to_stream(settings.log_level, os.fdopen(captured.saved(), "w", buffering=1))
@@ -106,7 +107,11 @@ def _serve_here(settings: MountSettings, directory: str) -> int:
 
 
 def _serve(
-    settings: MountSettings, directory: str, on_usable: Callable[[], None], *, foreground: bool
+    settings: MountSettings,
+    directory: RuntimeDirectory,
+    on_usable: Callable[[], None],
+    *,
+    foreground: bool,
 ) -> bool:
     import gc
 
@@ -187,7 +192,7 @@ def _clear_dead_mount(settings: MountSettings) -> None:
 
         if is_dead(settings.mountpoint):
             with suppress(OSError):
-                unmount(settings.mountpoint, lazy=True)
+                unmount(found, lazy=True)
 
 
 def _be_daemon(settings: MountSettings, directory: str, writer: int) -> NoReturn:
@@ -203,7 +208,7 @@ def _be_daemon(settings: MountSettings, directory: str, writer: int) -> NoReturn
         os._exit(code)
 
 
-def _daemon(settings: MountSettings, directory: str, writer: int) -> int:
+def _daemon(settings: MountSettings, path: str, writer: int) -> int:
     os.setsid()
     os.chdir("/")
     for number in _SIGNALS:
@@ -214,6 +219,7 @@ def _daemon(settings: MountSettings, directory: str, writer: int) -> int:
         os.dup2(null, fd)
     # Whatever the caller had open (pipes, locks, directories) is not ours to keep.
     writer = _close_all_but(writer)
+    directory = RuntimeDirectory(path)
     captured = CapturedStderr()
     logs.to_host(settings.log_level, directory, settings.mountpoint)
     usable = False

@@ -10,7 +10,6 @@ import os
 import signal
 import socket
 from collections.abc import Callable
-from contextlib import suppress
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -20,11 +19,12 @@ from unionfs.daemon import live, unmount
 from unionfs.daemon.claiming import Claim
 from unionfs.daemon.control import listen, serve_control
 from unionfs.daemon.errors import MountRefusedError, UserError, quoted, reason
+from unionfs.daemon.runtime import RuntimeDirectory
 from unionfs.daemon.settings import MountSettings
 from unionfs.daemon.stats import more_for
 from unionfs.fuse.errors import SessionError, SessionUnfit
 from unionfs.fuse.operations import Operations
-from unionfs.sys.capabilities import CAP_SYS_ADMIN, has_capability
+from unionfs.sys.capabilities import CAP_SYS_ADMIN, has_capability, in_initial_user_namespace
 from unionfs.sys.mountinfo import mounted_at
 from unionfs.sys.process import is_alive, raise_open_file_limit
 from unionfs.union.errors import LayerError
@@ -48,7 +48,12 @@ class Service:
     """One mount from its layers to its end."""
 
     def __init__(
-        self, settings: MountSettings, directory: str, on_usable: Callable[[], None], *, foreground: bool
+        self,
+        settings: MountSettings,
+        directory: RuntimeDirectory,
+        on_usable: Callable[[], None],
+        *,
+        foreground: bool,
     ) -> None:
         """`directory` is for runtime files; `on_usable` is called once, when the mount can be used.
 
@@ -113,7 +118,7 @@ class Service:
             operations = Operations(Union(stack))
             if settings.storage and not has_capability(CAP_SYS_ADMIN):
                 self._serve_storage(operations.union, stack)
-            listener = self._listen()
+            listeners = self._listen()
             # From here on a signal means "end cleanly". It waits until trio's receiver looks for it (what is
             # blocked is kept even if it is ignored, kernel/signal.c), and once the receiver has put "ignored"
             # back, it cannot end the process before the upper is on disk.
@@ -121,7 +126,7 @@ class Service:
             for number in _SIGNALS:
                 signal.signal(number, signal.SIG_IGN)
             try:
-                trio.run(self._main, operations, listener, claims)
+                trio.run(self._main, operations, listeners, claims)
             except BaseExceptionGroup as group:
                 cause = _cause(group)
                 if isinstance(cause, SessionError) and self.device:
@@ -180,19 +185,26 @@ class Service:
         self.settings = replace(self.settings, storage=served.serve(self._sources, union, stack))
         self._sources.close()
 
-    def _listen(self) -> socket.socket | None:
-        path = live.entry_file(self.directory).removesuffix(".json") + ".sock"
-        try:
-            return listen(path)
-        except OSError as error:
-            # `inspect` will lack the figures; that is no reason not to mount.
-            log.warning("no socket at %s: %s", path, error)
-            return None
+    def _listen(self) -> list[socket.socket]:
+        """Where this user asks, by the runtime directory, and where root asks an ordinary user's daemon."""
+        name = live.own_name()
+        addresses = [self.directory.address(f"{name}.sock")]
+        # In a user namespace root of the host cannot be told from anybody else.
+        if os.geteuid() != 0 and in_initial_user_namespace():
+            addresses.append("\0" + live.abstract_name(name))
+        found = []
+        for address in addresses:
+            try:
+                found.append(listen(address))
+            except OSError as error:
+                # `inspect` will lack the figures; that is no reason not to mount.
+                log.warning("no socket for questions: %s", error)
+        return found
 
     async def _main(
         self,
         operations: Operations,
-        listener: socket.socket | None,
+        listeners: list[socket.socket],
         claims: tuple[tuple[int, int], ...],
     ) -> None:
         ready = trio.Event()
@@ -202,8 +214,8 @@ class Service:
             nursery.start_soon(self._announce, ready, claims)
             if self.settings.lives_with is not None:
                 nursery.start_soon(self._watch_owner, session, *self.settings.lives_with)
-            if listener is not None:
-                nursery.start_soon(serve_control, listener, lambda asked: self._answer(operations, asked))
+            if listeners:
+                nursery.start_soon(serve_control, listeners, lambda asked: self._answer(operations, asked))
             with session:
                 await self._serve(operations, ready)
                 self._may_leave_mounts = False
@@ -262,10 +274,11 @@ class Service:
             assert self._sources is not None
             self._sources.close()
         try:
-            self._entry = live.announce(self.settings, mount.device, self.directory, claims)
+            self._entry = live.announce(self.settings, mount.device, self.directory.path, claims)
         except OSError as error:
             raise UserError(
-                f"the mount cannot be entered in {quoted(self.directory)}: {reason(error)}; make room there."
+                f"the mount cannot be entered in {quoted(self.directory.path)}: {reason(error)}; make room "
+                "there."
             ) from error
         log.info("mounted at %s", self.settings.mountpoint)
         self._usable = True
@@ -275,6 +288,8 @@ class Service:
         upper = operations.union.stack.upper
         return {
             "settings": self.settings.to_json(),
+            "device": self.device,
+            "since": None if self._entry is None else self._entry.since,
             "io": self._io,
             "figures": operations.figures(),
             "upper_fd": None if upper is None else upper.root_fd,
@@ -354,8 +369,7 @@ class Service:
         if self._entry is not None:
             self._entry.remove()
         else:
-            with suppress(OSError):
-                _remove_socket(self.directory)
+            self.directory.remove(f"{live.own_name()}.sock")
         self._let_go_of_storage()
         log.info("ended: %s", self.settings.mountpoint)
         return on_disk
@@ -378,10 +392,6 @@ class Service:
         if self._guardian is not None:
             self._guardian.dismiss()
             self._guardian = None
-
-
-def _remove_socket(directory: str) -> None:
-    os.unlink(live.entry_file(directory).removesuffix(".json") + ".sock")
 
 
 def _cause(group: BaseExceptionGroup[Any]) -> BaseException:

@@ -8,7 +8,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, Final
 
-from unionfs.daemon.control import ask
 from unionfs.daemon.errors import UserError, quoted
 from unionfs.daemon.live import LiveMount
 from unionfs.fuse.latency import Histogram, Latencies
@@ -68,7 +67,7 @@ def snapshot(mount: LiveMount, watch_seconds: float) -> Snapshot:
 
     Raises NoAnswerError, MountGoneError, and UserError when the daemon has died or is too old.
     """
-    answer = ask(mount.socket_path, question={_WATCH: watch_seconds})
+    answer = mount.ask({_WATCH: watch_seconds})
     if answer is None:
         raise _silence(mount)
     try:
@@ -81,7 +80,7 @@ def snapshot(mount: LiveMount, watch_seconds: float) -> Snapshot:
             figures=figures,
             latencies={kind: Histogram.from_json(values) for kind, values in answer["latencies"].items()},
         )
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
+    except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
         raise UserError(
             f"the daemon of {quoted(mount.settings.mountpoint)} (pid {mount.pid}) is of another version and "
             "has no statistics; unmount and mount again, or see `unionfs inspect`."

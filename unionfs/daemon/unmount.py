@@ -11,14 +11,16 @@ from collections.abc import Sequence
 from contextlib import suppress
 from typing import TYPE_CHECKING
 
-from unionfs.daemon import live
+from unionfs.daemon import live, others
 from unionfs.daemon.errors import UserError, quoted, reason
 from unionfs.daemon.fuse import find_fusermount
 from unionfs.daemon.settings import absolute_mountpoint
-from unionfs.sys.calls import syncfs
+from unionfs.sys.asuser import run_as
+from unionfs.sys.calls import AT_FDCWD, syncfs
 from unionfs.sys.liveness import is_dead
-from unionfs.sys.mount import MNT_DETACH, umount2
+from unionfs.sys.mount import MNT_DETACH, open_mount, unmount_id
 from unionfs.sys.mountinfo import MountEntry, mounted_at, mounts_of_device, read_mountinfo
+from unionfs.sys.openat2 import RESOLVE_NO_SYMLINKS, openat2
 from unionfs.sys.process import users_of, wait_gone
 
 if TYPE_CHECKING:
@@ -29,16 +31,23 @@ if TYPE_CHECKING:
 _NOTICE_SECONDS = 2.0
 _DEAF_SECONDS = 30.0
 _LAZY_SECONDS = 0.5
+_CLEARING_SECONDS = 20.0
+_SUBTYPE = "fuse.unionfs"
+_NEEDED_TO_CLEAR = (
+    "unionfs.storage.users",
+    *(f"unionfs.storage.drivers.{name}" for name in ("local", "plugin", "remote", "union")),
+)
 
 
-def unmount(mountpoint: str, *, lazy: bool = False) -> None:
-    """Unmount what is on top at `mountpoint`, by fusermount3 where umount2(2) is not allowed.
+def unmount(mount: MountEntry, *, lazy: bool = False) -> None:
+    """Unmount this mount, by fusermount3 where umount2(2) is not allowed.
 
     With `lazy` the mount leaves the tree at once and goes when its last user goes. Raises OSError, EBUSY when
-    somebody uses it.
+    somebody uses it, EINVAL when it is gone or no longer there.
     """
+    mountpoint = mount.mountpoint
     try:
-        umount2(mountpoint, MNT_DETACH if lazy else 0)
+        unmount_id(mountpoint, mount.mount_id, MNT_DETACH if lazy else 0)
     except PermissionError:
         program = find_fusermount()
         if program is None:
@@ -71,20 +80,20 @@ def end_from_within(device: str) -> bool:
         # Something else may be mounted over it, and it is that which would be unmounted.
         if (on_top := mounted_at(mount.mountpoint)) is None or on_top.device != device:
             continue
-        _sync(mount.mountpoint)
+        _sync(mount)
         for inner in reversed(mounted_inside(mount)):
             with suppress(OSError):  # what is in use goes with the detached union
-                unmount(inner.mountpoint)
+                unmount(inner)
         try:
-            unmount(mount.mountpoint)
+            unmount(mount)
         except OSError as error:
             if error.errno in (errno.EINVAL, errno.ENOENT):  # somebody else was quicker
                 continue
             detached = True
-            fd = _open_directory(mount.mountpoint)
+            fd = _open_directory(mount)
             try:
                 with suppress(OSError):
-                    unmount(mount.mountpoint, lazy=True)
+                    unmount(mount, lazy=True)
                 # What was written between the first sync and now.
                 if fd is not None:
                     with suppress(OSError):
@@ -95,15 +104,19 @@ def end_from_within(device: str) -> bool:
     return detached
 
 
-def _open_directory(path: str) -> int | None:
+def _open_directory(mount: MountEntry) -> int | None:
     try:
-        return os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        root = open_mount(mount.mountpoint, mount.mount_id)
+        try:
+            return os.open(f"/proc/self/fd/{root}", os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        finally:
+            os.close(root)
     except OSError:
         return None
 
 
-def _sync(mountpoint: str) -> None:
-    fd = _open_directory(mountpoint)
+def _sync(mount: MountEntry) -> None:
+    fd = _open_directory(mount)
     if fd is not None:
         try:
             with suppress(OSError):
@@ -124,7 +137,7 @@ def clear_leftovers(device: str, *, connected: bool = False) -> None:
             continue
         if connected or (on_top.is_fuse and is_dead(mount.mountpoint)):
             with suppress(OSError):
-                unmount(mount.mountpoint, lazy=True)
+                unmount(mount, lazy=True)
 
 
 def mounted_inside(mount: MountEntry, table: Sequence[MountEntry] | None = None) -> list[MountEntry]:
@@ -145,9 +158,9 @@ def clear_dead_mounts(device: str) -> None:
         for inner in reversed(mounted_inside(mount)):
             # The way to it leads through the dead union, so it may fail; then it goes with that.
             with suppress(OSError):
-                unmount(inner.mountpoint)
+                unmount(inner)
         with suppress(OSError):
-            unmount(mount.mountpoint, lazy=True)
+            unmount(mount, lazy=True)
 
 
 def _storage_mounts(mount: MountEntry, settings: MountSettings) -> list[MountEntry]:
@@ -183,6 +196,17 @@ def _source(spec: Spec, settings: MountSettings) -> str | None:
     return None
 
 
+def _clone(mount: MountEntry) -> int:
+    """A clone keeps what would be gone with a tmpfs, and how the mount is set up. Raises OSError."""
+    from unionfs.sys import detached
+
+    root = open_mount(mount.mountpoint, mount.mount_id)
+    try:
+        return detached.clone(root, recursive=False)
+    finally:
+        os.close(root)
+
+
 class _Storage:
     """What is mounted into a union, taken off before the union, and put back if that cannot be unmounted."""
 
@@ -192,14 +216,11 @@ class _Storage:
 
     def take_off(self) -> None:
         """Unmount all, last first. Raises OSError for one that is in use, with all as it was before."""
-        from unionfs.sys import detached
-
         for mount in reversed(self._mounts):
             try:
-                # A clone keeps what would be gone with a tmpfs, and how the mount is set up.
-                clone = detached.clone(mount.mountpoint, recursive=False)
+                clone = _clone(mount)
                 try:
-                    unmount(mount.mountpoint)
+                    unmount(mount)
                 except BaseException:
                     os.close(clone)
                     raise
@@ -214,7 +235,7 @@ class _Storage:
 
         for path, clone in reversed(self._taken):
             with suppress(OSError):
-                target = os.open(path, os.O_PATH | os.O_CLOEXEC)
+                target = openat2(AT_FDCWD, os.fsencode(path), os.O_PATH, RESOLVE_NO_SYMLINKS)
                 try:
                     detached.attach(clone, target)
                 finally:
@@ -232,9 +253,12 @@ def umount(mountpoint: str, *, lazy: bool = False) -> None:
     path = absolute_mountpoint(mountpoint)
     table = read_mountinfo()
     mount = mounted_at(path, table)
+    if mount is not None and mount.fstype == _SUBTYPE and (owner := others.owner_of(mount)) is not None:
+        _umount_of_other(mount, owner, lazy=lazy)
+        return
     entries = live.entries()
     entry = None if mount is None else live.find_by_device(mount.device, entries)
-    if mount is None or not (mount.is_fuse and (entry is not None or mount.fstype == "fuse.unionfs")):
+    if mount is None or not (mount.is_fuse and (entry is not None or mount.fstype == _SUBTYPE)):
         raise UserError(_why_not_ours(path, mount, entries))
     alive = entry is not None and entry.is_alive()
     dead = is_dead(path) if entry is None else not alive
@@ -242,15 +266,15 @@ def umount(mountpoint: str, *, lazy: bool = False) -> None:
     if dead and not lazy:
         for inner in reversed(mounted_inside(mount)):
             with suppress(OSError):
-                unmount(inner.mountpoint)
+                unmount(inner)
     try:
         storage.take_off()
-        unmount(path, lazy=lazy)
+        unmount(mount, lazy=lazy)
     except OSError as error:
         storage.put_back()
         if dead and error.errno == errno.EBUSY:
             # Nobody can use a dead mount; those who have a directory there only keep it from going.
-            _unmount_dead(path)
+            _unmount_dead(mount)
         elif error.errno == errno.EBUSY:
             busy = mount
             if error.filename is not None and os.fsdecode(error.filename) != path:
@@ -259,10 +283,7 @@ def umount(mountpoint: str, *, lazy: bool = False) -> None:
         elif error.errno in (errno.EINVAL, errno.ENOENT):
             pass  # unmounted by somebody else in between
         else:
-            raise UserError(
-                f"{quoted(path)} cannot be unmounted: {reason(error)}; run the command as the user who "
-                "mounted it, or as root."
-            ) from error
+            raise UserError(_refused(path, error)) from error
     storage.let_go()
     if entry is None:
         return
@@ -273,18 +294,54 @@ def umount(mountpoint: str, *, lazy: bool = False) -> None:
     _wait_for_end(entry, path, lazy=lazy)
 
 
-def _unmount_dead(path: str) -> None:
+def _refused(path: str, error: OSError) -> str:
+    return (
+        f"{quoted(path)} cannot be unmounted: {reason(error)}; run the command as the user who mounted it, "
+        "or as root."
+    )
+
+
+def _umount_of_other(mount: MountEntry, owner: int, *, lazy: bool) -> None:
+    """End another user's mount. What its daemon left, if that is dead, the user's own process clears away.
+
+    Nothing is asked of the mount, whose daemon may not want to answer. Raises UserError.
+    """
+    path = mount.mountpoint
+    entry = live.find_by_device(mount.device, others.mounts_of_others().answered)
     try:
-        unmount(path, lazy=True)
+        unmount(mount, lazy=lazy)
+    except OSError as error:
+        if error.errno == errno.EBUSY:
+            raise UserError(_busy(path, mount, None)) from error
+        if error.errno not in (errno.EINVAL, errno.ENOENT):  # unmounted by somebody else in between
+            raise UserError(_refused(path, error)) from error
+    if entry is not None:
+        _wait_for_end(entry, path, lazy=lazy)
+        return
+    run_as(owner, clear_abandoned, modules=_NEEDED_TO_CLEAR, seconds=_CLEARING_SECONDS)
+
+
+def clear_abandoned() -> int:
+    """Give back the volumes of this user's mounts that have neither a daemon nor a mount any more.
+
+    Returns 0, as the exit code of a process of its own.
+    """
+    for entry in live.abandoned():
+        _release_volumes(entry)
+        entry.remove()
+    return 0
+
+
+def _unmount_dead(mount: MountEntry) -> None:
+    try:
+        unmount(mount, lazy=True)
     except OSError as error:
         raise UserError(
-            f"the dead mount {quoted(path)} cannot be unmounted: {reason(error)}; try as root."
+            f"the dead mount {quoted(mount.mountpoint)} cannot be unmounted: {reason(error)}; try as root."
         ) from error
 
 
 def _wait_for_end(entry: live.LiveMount, path: str, *, lazy: bool) -> None:
-    from unionfs.daemon.control import ask
-
     began = time.monotonic()
     answered = False
     while not wait_gone(entry.pid, entry.started, 0.2):
@@ -294,11 +351,11 @@ def _wait_for_end(entry: live.LiveMount, path: str, *, lazy: bool) -> None:
         if waited < _NOTICE_SECONDS or lazy:
             continue
         # An ending daemon still writes the upper to disk, which may take long on a slow one.
-        if any(known.pid == entry.pid and known.ending for known in live.entries()):
+        if entry.uid is None and any(e.pid == entry.pid and e.ending for e in live.entries()):
             continue
         # One that gets no processor has noticed nothing yet; one that answers has.
         if not answered and waited < _DEAF_SECONDS:
-            answered = ask(entry.socket_path) is not None
+            answered = entry.ask() is not None
             continue
         rest = entry.mounts()
         where = f"at {quoted(rest[0].mountpoint)}" if rest else "elsewhere (a mount namespace, an open file)"

@@ -82,7 +82,7 @@ async def serve(
         if not ready:
             found = mounted_at(mountpoint)
             if found is not None and found.is_fuse:
-                unmount(mountpoint)
+                unmount(found)
 
 
 def _loop(device: Device, splicer: Splicer, operations: Operations, decision: Decision) -> Loop:

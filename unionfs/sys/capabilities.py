@@ -36,6 +36,22 @@ def in_initial_user_namespace() -> bool:
         return True
 
 
+def uid_outside(uid: int) -> int:
+    """The uid that ``uid`` of this user namespace is in the one around it; user_namespaces(7).
+
+    The uid itself in the initial namespace, and where it is not mapped.
+    """
+    try:
+        with open("/proc/self/uid_map", encoding="ascii") as uid_map:
+            for line in uid_map:
+                inside, outside, count = map(int, line.split())
+                if inside <= uid < inside + count:
+                    return outside + uid - inside
+    except (OSError, ValueError):
+        pass
+    return uid
+
+
 def may_use_trusted_xattrs() -> bool:
     """Whether `trusted.*` xattrs can be written: CAP_SYS_ADMIN of the initial user namespace; xattr(7)."""
     return has_capability(CAP_SYS_ADMIN) and in_initial_user_namespace()

@@ -20,7 +20,10 @@ from typing import Final
 
 from unionfs.fuse.errors import SessionError
 from unionfs.sys import mount as sys_mount
+from unionfs.sys.calls import AT_FDCWD
 from unionfs.sys.capabilities import CAP_SYS_ADMIN, has_capability
+from unionfs.sys.mountinfo import MountEntry
+from unionfs.sys.openat2 import RESOLVE_NO_SYMLINKS, openat2
 
 _MS: Final = {
     "ro": 1, "nosuid": 2, "nodev": 4, "noexec": 8, "sync": 16, "dirsync": 128, "noatime": 1024,
@@ -71,7 +74,12 @@ def _by_call(mountpoint: str, options: MountOptions) -> int:
     ]
     kind = f"fuse.{options.subtype}" if options.subtype else "fuse"
     try:
-        sys_mount.mount(options.source, mountpoint, kind, flags, ",".join(data))
+        # By an fd, so that the owner of a directory above it cannot lead root to another place meanwhile.
+        target = openat2(AT_FDCWD, os.fsencode(mountpoint), os.O_PATH | os.O_DIRECTORY, RESOLVE_NO_SYMLINKS)
+        try:
+            sys_mount.mount(options.source, f"/proc/self/fd/{target}", kind, flags, ",".join(data))
+        finally:
+            os.close(target)
     except OSError as error:
         os.close(fd)
         raise SessionError(f"mount(2) says: {error.strerror}") from error
@@ -114,14 +122,14 @@ def _by_helper(mountpoint: str, options: MountOptions) -> int:
     return fd
 
 
-def unmount(mountpoint: str) -> None:
+def unmount(found: MountEntry) -> None:
     """Take a mount away that never could be used, whatever it takes."""
     try:
-        sys_mount.umount2(mountpoint, sys_mount.MNT_DETACH)
+        sys_mount.unmount_id(found.mountpoint, found.mount_id, sys_mount.MNT_DETACH)
     except OSError:
         helper = shutil.which("fusermount3") or "/usr/bin/fusermount3"
         with contextlib.suppress(OSError):
-            subprocess.run([helper, "-u", "-z", "--", mountpoint], capture_output=True, check=False)
+            subprocess.run([helper, "-u", "-z", "--", found.mountpoint], capture_output=True, check=False)
 
 
 def _received(channel: socket.socket) -> int:

@@ -98,10 +98,10 @@ class RemoteDriver(Driver):
         from unionfs.sys.liveness import is_dead
 
         data = f"{volume.directory}/_data"
-        if mount_at(data) is None:
+        if (found := mount_at(data)) is None:
             return
         try:
-            unmount(data, lazy=is_dead(data))
+            unmount(found, lazy=is_dead(data))
         except OSError as error:
             raise UserError(
                 f"volume {quoted(volume.name)} cannot be unmounted: {reason(error)}; end what uses "
