@@ -54,7 +54,8 @@ def examine(directory: str | None = None) -> list[Finding]:
             "directory that can be written by --dir."
         ) from error
     findings += [_overlayfs(), _passthrough(), _session()]
-    return [*findings, _user_namespaces(), _bubblewrap(), _open_files(), *_dead_mounts()]
+    findings += [_confinement(), _user_namespaces(), _bubblewrap(), _open_files(), *_dead_mounts()]
+    return findings
 
 
 def mounting_is_possible(findings: list[Finding]) -> bool:
@@ -320,6 +321,20 @@ def _bubblewrap() -> Finding:
         detail = "not installed: `unionfs run` cannot start commands"
         return Finding("bubblewrap", "limited", detail, "install the package bubblewrap")
     return Finding("bubblewrap", "ok", f"{path}, for `unionfs run`")
+
+
+def _confinement() -> Finding:
+    """What a daemon could do if somebody took it over."""
+    import ctypes.util
+
+    from unionfs.daemon.confine import REFUSED_CALLS, described
+
+    name = "rights of a daemon"
+    if not has_capability(CAP_SYS_ADMIN):
+        return Finding(name, "ok", described())
+    if ctypes.util.find_library("seccomp") is None:
+        return Finding(name, "limited", f"{described()}; all system calls", "install the package libseccomp2")
+    return Finding(name, "ok", f"{described()}; {len(REFUSED_CALLS)} system calls are refused")
 
 
 def _user_namespaces() -> Finding:

@@ -17,6 +17,7 @@ import trio
 
 from unionfs.daemon import live, unmount
 from unionfs.daemon.claiming import Claim
+from unionfs.daemon.confine import confine, refuse_calls
 from unionfs.daemon.control import listen, serve_control
 from unionfs.daemon.errors import MountRefusedError, UserError, quoted, reason
 from unionfs.daemon.runtime import RuntimeDirectory
@@ -26,7 +27,7 @@ from unionfs.fuse.errors import SessionError, SessionUnfit
 from unionfs.fuse.operations import Operations
 from unionfs.sys.capabilities import CAP_SYS_ADMIN, has_capability, in_initial_user_namespace
 from unionfs.sys.mountinfo import mounted_at
-from unionfs.sys.process import is_alive, raise_open_file_limit
+from unionfs.sys.process import is_alive
 from unionfs.union.errors import LayerError
 from unionfs.union.layers import LayerStack
 from unionfs.union.tree import Union
@@ -92,7 +93,6 @@ class Service:
             self._let_go_of_storage()
 
     def _run(self) -> bool:
-        raise_open_file_limit()
         os.umask(0)  # what callers ask for is what they get; the kernel took their umask off already
         if self.settings.storage:
             self._open_storage()
@@ -114,6 +114,7 @@ class Service:
             name = quoted(str(error.filename)) if error.filename else "the layers"
             raise UserError(f"{name} cannot be opened: {reason(error)}; check the layers.") from error
         self._stack = stack
+        confine(settings)
         try:
             operations = Operations(Union(stack))
             if settings.storage and not has_capability(CAP_SYS_ADMIN):
@@ -283,6 +284,7 @@ class Service:
         log.info("mounted at %s", self.settings.mountpoint)
         self._usable = True
         self._on_usable()
+        await trio.to_thread.run_sync(refuse_calls)
 
     def _answer(self, operations: Operations, question: dict[str, Any]) -> dict[str, Any]:
         upper = operations.union.stack.upper

@@ -64,9 +64,9 @@ def _become(uid: int, environment: Mapping[str, str]) -> None:
         name, gid, home = entry.pw_name, entry.pw_gid, entry.pw_dir
     except KeyError:
         name, gid, home = str(uid), uid, "/"
-    os.closerange(3, 2**31 - 1)
     null = os.open(os.devnull, os.O_RDONLY)
     os.dup2(null, 0)
+    os.closerange(3, 2**31 - 1)
     os.chdir("/")
     os.umask(0o077)
     if name.isdigit():

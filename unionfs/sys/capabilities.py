@@ -1,15 +1,96 @@
-"""What this thread may do: capabilities(7), as /proc tells them."""
+"""What this thread may do, capabilities(7), and giving some of it up for good."""
 
 from __future__ import annotations
 
+import ctypes
 import os
+from collections.abc import Iterable
 from typing import Final
 
-# linux/capability.h
-CAP_SETGID: Final = 6
-CAP_SETUID: Final = 7
-CAP_SYS_ADMIN: Final = 21
-CAP_SYS_RESOURCE: Final = 24
+from unionfs.sys.calls import fail
+
+_libc: Final = ctypes.CDLL(None, use_errno=True)
+
+NAMES: Final = (
+    "CHOWN", "DAC_OVERRIDE", "DAC_READ_SEARCH", "FOWNER", "FSETID", "KILL", "SETGID", "SETUID", "SETPCAP",
+    "LINUX_IMMUTABLE", "NET_BIND_SERVICE", "NET_BROADCAST", "NET_ADMIN", "NET_RAW", "IPC_LOCK", "IPC_OWNER",
+    "SYS_MODULE", "SYS_RAWIO", "SYS_CHROOT", "SYS_PTRACE", "SYS_PACCT", "SYS_ADMIN", "SYS_BOOT", "SYS_NICE",
+    "SYS_RESOURCE", "SYS_TIME", "SYS_TTY_CONFIG", "MKNOD", "LEASE", "AUDIT_WRITE", "AUDIT_CONTROL", "SETFCAP",
+    "MAC_OVERRIDE", "MAC_ADMIN", "SYSLOG", "WAKE_ALARM", "BLOCK_SUSPEND", "AUDIT_READ", "PERFMON", "BPF",
+    "CHECKPOINT_RESTORE",
+)  # fmt: skip
+"""The capabilities without CAP_, by their numbers (include/uapi/linux/capability.h)."""
+NUMBERS: Final = {name: number for number, name in enumerate(NAMES)}
+
+CAP_SETGID: Final = NUMBERS["SETGID"]
+CAP_SETUID: Final = NUMBERS["SETUID"]
+CAP_SYS_ADMIN: Final = NUMBERS["SYS_ADMIN"]
+CAP_SYS_RESOURCE: Final = NUMBERS["SYS_RESOURCE"]
+
+# include/uapi/linux/prctl.h
+_PR_CAPBSET_DROP: Final = 24
+_PR_SET_NO_NEW_PRIVS: Final = 38
+_PR_CAP_AMBIENT: Final = 47
+_PR_CAP_AMBIENT_CLEAR_ALL: Final = 4
+
+
+class _Header(ctypes.Structure):
+    """struct __user_cap_header_struct, include/uapi/linux/capability.h."""
+
+    _fields_ = (("version", ctypes.c_uint32), ("pid", ctypes.c_int))
+
+
+class _Data(ctypes.Structure):
+    """struct __user_cap_data_struct; two of them hold 64 capabilities."""
+
+    _fields_ = (
+        ("effective", ctypes.c_uint32),
+        ("permitted", ctypes.c_uint32),
+        ("inheritable", ctypes.c_uint32),
+    )
+
+
+_HEADER: Final = _Header(0x20080522, 0)  # _LINUX_CAPABILITY_VERSION_3, this thread
+
+
+def capability_sets() -> ctypes.Array[_Data]:
+    """The capability sets of this thread, for `set_capabilities`. Raises ``OSError``."""
+    data = (_Data * 2)()
+    if _libc.capget(ctypes.byref(_HEADER), data) != 0:
+        raise fail()
+    return data
+
+
+def set_capabilities(data: ctypes.Array[_Data]) -> bool:
+    """capset(2) of this thread; whether the kernel took it."""
+    return bool(_libc.capset(ctypes.byref(_HEADER), data) == 0)
+
+
+def keep_capabilities(numbers: Iterable[int]) -> None:
+    """Give up all other capabilities of this thread, and of what it starts, for good. Raises ``OSError``.
+
+    A program that uid 0 executes gets what is in the bounding set, so the set loses them too; that takes
+    CAP_SETPCAP, and without it what is started may have more.
+    """
+    kept = set(numbers)
+    for number in range(64):
+        if number not in kept and _libc.prctl(_PR_CAPBSET_DROP, number, 0, 0, 0) != 0:
+            break  # EINVAL: the kernel knows no higher number; EPERM: no CAP_SETPCAP
+    _libc.prctl(_PR_CAP_AMBIENT, _PR_CAP_AMBIENT_CLEAR_ALL, 0, 0, 0)
+    data = capability_sets()
+    for half in range(2):
+        bits = sum(1 << (number - 32 * half) for number in kept if number // 32 == half)
+        data[half].permitted &= bits
+        data[half].effective &= bits
+        data[half].inheritable = 0
+    if not set_capabilities(data):
+        raise fail()
+
+
+def no_new_privileges() -> None:
+    """No program that this thread executes gains privileges from then on; prctl(2). Raises ``OSError``."""
+    if _libc.prctl(_PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0) != 0:
+        raise fail()
 
 
 def has_capability(number: int) -> bool:

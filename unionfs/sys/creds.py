@@ -17,35 +17,19 @@ from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Final
 
-from unionfs.sys.capabilities import CAP_SETGID, CAP_SETUID, has_capability
+from unionfs.sys.capabilities import (
+    CAP_SETGID,
+    CAP_SETUID,
+    capability_sets,
+    has_capability,
+    set_capabilities,
+)
 
 _libc = ctypes.CDLL(None, use_errno=True)
 _libc.setfsuid.argtypes = (ctypes.c_uint,)
 _libc.setfsgid.argtypes = (ctypes.c_uint,)
 
-_CAPABILITY_VERSION_3: Final = 0x20080522
 _PROBE: Final = b"#probe"
-
-
-class _Header(ctypes.Structure):
-    _fields_ = (("version", ctypes.c_uint32), ("pid", ctypes.c_int))
-
-
-class _Data(ctypes.Structure):
-    _fields_ = (
-        ("effective", ctypes.c_uint32),
-        ("permitted", ctypes.c_uint32),
-        ("inheritable", ctypes.c_uint32),
-    )
-
-
-def _capabilities() -> ctypes.Array[_Data]:
-    data = (_Data * 2)()
-    if _libc.capget(ctypes.byref(_Header(_CAPABILITY_VERSION_3, 0)), data) != 0:
-        raise OSError(ctypes.get_errno(), "capget failed")
-    return data
-
-
 _AS_WE_ARE: Final = nullcontext()
 
 
@@ -72,8 +56,7 @@ class Identity:
         if not self._is_obeyed:
             self.sets = 0
         self.can_switch = has_capability(CAP_SETUID) and has_capability(CAP_SETGID)
-        self._header = _Header(_CAPABILITY_VERSION_3, 0)
-        self._data = _capabilities()
+        self._capabilities = capability_sets()
 
     def owns(self, st: os.stat_result) -> bool:
         """Whether what it creates has the owner and the group of the object with these attributes."""
@@ -109,9 +92,9 @@ class Identity:
         _libc.setfsgid(gid)
         _libc.setfsuid(uid)
         try:
-            _libc.capset(ctypes.byref(self._header), self._data)
+            set_capabilities(self._capabilities)
             yield
         finally:
             _libc.setfsuid(self.uid)
             _libc.setfsgid(self.gid)
-            _libc.capset(ctypes.byref(self._header), self._data)
+            set_capabilities(self._capabilities)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import resource
 import select
 import signal
 from collections.abc import Iterator
@@ -131,15 +130,6 @@ def is_being_killed(task: int) -> bool:
         return bool(int(_status_field("SigPnd", task) or "0", 16) >> (signal.SIGKILL - 1) & 1)
     except (OSError, ValueError):
         return True
-
-
-def raise_open_file_limit() -> tuple[int, int]:
-    """Raise the soft limit of open files to the hard one; returns (soft, hard) as they are then."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    if soft != hard:
-        with suppress(OSError, ValueError):
-            resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
-    return resource.getrlimit(resource.RLIMIT_NOFILE)
 
 
 def open_standard_files() -> None:

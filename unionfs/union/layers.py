@@ -19,6 +19,7 @@ from typing import Final
 
 from unionfs.sys import calls, mount
 from unionfs.sys.capabilities import CAP_SYS_ADMIN, has_capability
+from unionfs.sys.filelocks import may_be_a_mounts
 from unionfs.union.errors import LayerError
 from unionfs.union.places import Place, open_for_listing
 from unionfs.union.removal import empty_directory
@@ -248,12 +249,17 @@ def _make_upper_and_work(scratch: int, lowers: Sequence[str], resources: ExitSta
 
 
 def _lock(fd: int, path: str, role: str, resources: ExitStack) -> None:
-    """Hold flock(2) on the directory for the life of the mount: another mount of it sees that."""
+    """Hold flock(2) on the directory for the life of the mount: another mount of it sees that.
+
+    Whoever can read a directory can lock it, so the lock of a user who may not write it is not a mount's.
+    """
     lock = open_for_listing(fd)
     resources.callback(os.close, lock)
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError as error:
+        if not may_be_a_mounts(lock):
+            return
         raise LayerError(
             f"{role} {path} is already in use by another mount; unmount that first or give another {role}"
         ) from error

@@ -1,0 +1,121 @@
+"""What an attacking process does: run by `Worker` with another uid, so each is a function at the top."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import socket
+import threading
+import time
+from typing import Any
+
+from tests.support import syscalls
+
+_stop = threading.Event()
+_kept: list[Any] = []
+
+
+def plant(path: str, what: str) -> None:
+    """Put a FIFO, /dev/zero, a directory or other trouble at `path`."""
+    match what:
+        case "fifo":
+            os.mkfifo(path)
+        case "zero":
+            os.symlink("/dev/zero", path)
+        case "huge":
+            with open(path, "wb") as file:
+                file.truncate(1 << 40)
+        case "nested":
+            with open(path, "w") as file:
+                file.write("[" * 1_000_000)
+        case "directory":
+            os.mkdir(path)
+        case "socket":
+            listener = socket.socket(socket.AF_UNIX)
+            listener.bind(path)
+            listener.listen(1)
+            _kept.append(listener)
+
+
+def swap(one: str, other: str) -> None:
+    """Exchange two names again and again, until `stop`."""
+    _stop.clear()
+
+    def run() -> None:
+        while not _stop.is_set():
+            with contextlib.suppress(OSError):
+                syscalls.renameat2(one, other, syscalls.RENAME_EXCHANGE)
+
+    thread = threading.Thread(target=run, daemon=True)
+    thread.start()
+    _kept.append(thread)
+
+
+def stop() -> None:
+    """End what `swap` and `lie` have begun."""
+    _stop.set()
+    for thread in _kept:
+        if isinstance(thread, threading.Thread):
+            thread.join(5)
+
+
+def started() -> int:
+    """The start time of this process, as proc_pid_stat(5) has it."""
+    with open("/proc/self/stat", "rb") as stat:
+        return int(stat.read().rpartition(b")")[2].split()[19])
+
+
+def lie(name: str, how: str, answer: dict[str, Any]) -> None:
+    """Listen under an abstract name as a daemon does, and answer each connection in a bad way."""
+    _stop.clear()
+    listener = socket.socket(socket.AF_UNIX)
+    listener.bind("\0" + name)
+    listener.listen(64)
+    _kept.append(listener)
+
+    def talk(connection: socket.socket) -> None:
+        with connection, contextlib.suppress(OSError):
+            if how == "endless":
+                while not _stop.is_set():
+                    connection.sendall(b" " * 65536)
+            elif how == "drip":
+                while not _stop.is_set():
+                    connection.sendall(b" ")
+                    time.sleep(0.1)
+            elif how == "silent":
+                _stop.wait(60)
+            elif how == "nested":
+                connection.sendall(b"[" * 500_000)
+            else:
+                connection.sendall(json.dumps(answer).encode())
+
+    def run() -> None:
+        while not _stop.is_set():
+            connection, _ = listener.accept()
+            threading.Thread(target=talk, args=(connection,), daemon=True).start()
+
+    threading.Thread(target=run, daemon=True).start()
+
+
+def ask(name: str) -> bytes:
+    """What a daemon answers this process, under its abstract name."""
+    with socket.socket(socket.AF_UNIX) as connection:
+        connection.settimeout(10)
+        connection.connect("\0" + name)
+        with contextlib.suppress(OSError):
+            connection.sendall(b"{}\n")
+        found = b""
+        with contextlib.suppress(ConnectionResetError):
+            while piece := connection.recv(65536):
+                found += piece
+        return found
+
+
+def hold_lock(path: str) -> None:
+    """Hold flock(2) on a directory until this process ends."""
+    import fcntl
+
+    fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
+    fcntl.flock(fd, fcntl.LOCK_EX)
+    _kept.append(fd)

@@ -1,0 +1,38 @@
+"""Who holds flock(2) on a file, as /proc/locks says (proc_locks(5))."""
+
+from __future__ import annotations
+
+import os
+import stat
+
+
+def may_be_a_mounts(fd: int) -> bool:
+    """Whether the lock on the directory ``fd`` may belong to a mount of it: of a user who may write there.
+
+    True where that is not known: of a process in another pid namespace, or one that has ended.
+    """
+    status = os.fstat(fd)
+    if status.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
+        return True
+    holders = _holders(status)
+    return not holders or any(_uid(pid) in (0, os.geteuid(), status.st_uid, None) for pid in holders)
+
+
+def _holders(status: os.stat_result) -> list[int]:
+    """The processes that hold flock(2) on the file with these attributes, as far as they can be seen."""
+    # st_dev of a file on btrfs is not that of its superblock, which is what stands here.
+    inode = f":{status.st_ino}"
+    found = []
+    with open("/proc/locks", encoding="ascii") as locks:
+        for line in locks:
+            words = line.split()
+            if len(words) > 5 and words[1] == "FLOCK" and words[5].endswith(inode):
+                found.append(int(words[4]))
+    return found
+
+
+def _uid(pid: int) -> int | None:
+    try:
+        return os.stat(f"/proc/{pid}").st_uid
+    except OSError:
+        return None
