@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import trio
+import trio.lowlevel
 import trio.testing
 
 from unionfs.fuse.inline import PENDING, begin, finish, in_thread, may_wait
@@ -133,3 +134,18 @@ async def test_many_side_by_side() -> None:
         assert results == []
         event.set()
     assert sorted(results) == [0, 1, 2, 3, 4]
+
+
+async def test_what_waits_without_saying_so_fails_loudly() -> None:
+    """Nobody would send it on: the request would never be answered."""
+    cleared: list[str] = []
+
+    async def handler() -> None:
+        try:
+            await trio.lowlevel.checkpoint()
+        finally:
+            cleared.append("up")
+
+    with pytest.raises(RuntimeError, match=r"handler waits without may_wait"):
+        begin(handler())
+    assert cleared == ["up"]

@@ -96,7 +96,7 @@ def mount(
     The kernel's redirect_dir=, index=, metacopy=, nfs_export=, xino= and uuid= are taken where they ask for
     nothing that is missing here; so are words that only concern fstab, and those of fuse-overlayfs.
 
-    
+    \b
     An upper in memory: -u tmpfs[:size=64m,nr_inodes=,mode=,uid=,gid=,swap] puts upper and work on a tmpfs
     that no path leads to and that is gone with the mount. A directory of that name is ./tmpfs.
 

@@ -49,15 +49,21 @@ async def in_thread(function: Callable[[*_Ts], _T], *arguments: *_Ts) -> _T:
 
 
 def begin(coroutine: Coroutine[Any, Any, _T]) -> _T | _Pending:
-    """Run a coroutine up to its end, or up to its first wait. Raises what it raises."""
+    """Run a coroutine up to its end, or up to its first wait. Raises what it raises.
+
+    RuntimeError for one that waits for trio without `may_wait`: nobody would wake it.
+    """
     global _inline
     _inline = True
     try:
-        coroutine.send(None)
+        trap = coroutine.send(None)
     except StopIteration as stop:
         return stop.value  # type: ignore[no-any-return]
     finally:
         _inline = False
+    if trap is not PENDING:
+        coroutine.close()
+        raise RuntimeError(f"{getattr(coroutine, '__qualname__', coroutine)} waits without may_wait")
     return PENDING
 
 

@@ -43,8 +43,12 @@ class Malformed(Exception):
 
 def _field(name: bytes, mode: int, uid: int, gid: int, size: int, mtime: int, kind: bytes, link: bytes,
            rdev: tuple[int, int]) -> bytes:  # fmt: skip
-    """One ustar header; the numbers must fit."""
-    numbers = b"%07o\0%07o\0%07o\0%011o\0%011o\0" % (mode, uid, gid, size, mtime)
+    """One ustar header; the numbers must fit, but the size may be any: GNU's base 256 has room for it."""
+    if size <= _MAX_SIZE:
+        numbers = b"%07o\0%07o\0%07o\0%011o\0%011o\0" % (mode, uid, gid, size, mtime)
+    else:
+        large = b"\x80" + size.to_bytes(11, "big")
+        numbers = b"%07o\0%07o\0%07o\0%b%011o\0" % (mode, uid, gid, large, mtime)
     # Only device files have device numbers, and theirs are made rarely.
     device = b"%07o\0%07o\0" % rdev if rdev != (0, 0) else b"0000000\x000000000\0"
     total = sum(name) + sum(numbers) + 256 + kind[0] + sum(link) + _TAIL_SUM + sum(device)
@@ -130,7 +134,8 @@ def encode(entry: Entry, stored: int) -> bytes:
         records, uid = records + _record(b"uid", b"%d" % uid), 0
     if gid > _MAX_SMALL:
         records, gid = records + _record(b"gid", b"%d" % gid), 0
-    if size > _MAX_SIZE:
+    # Beside GNU.sparse.realsize Python's tarfile takes a size record for the wrong one of the two.
+    if size > _MAX_SIZE and kind != SPARSE:
         records, size = records + _record(b"size", b"%d" % size), 0
     for key, value in sorted(entry.xattrs.items()):
         if key in acl.RECORDS:
@@ -214,6 +219,10 @@ def _number(raw: bytes, what: str) -> int:
         raise Malformed(f"a header's {what} is no number") from None
 
 
+def _size(raw: bytes) -> int:
+    return int.from_bytes(raw[1:], "big") if raw[0] == 0x80 else _number(raw, "size")
+
+
 class Header:
     """One ustar header, its checksum being right."""
 
@@ -231,7 +240,7 @@ class Header:
         self.mode = _number(raw[100:108], "mode")
         self.uid = _number(raw[108:116], "owner")
         self.gid = _number(raw[116:124], "group")
-        self.size = _number(raw[124:136], "size")
+        self.size = _size(raw[124:136])
         self.mtime = _number(raw[136:148], "time")
         self.kind = raw[156:157]
         self.link = _text(raw[157:257])
