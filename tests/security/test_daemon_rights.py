@@ -1,0 +1,111 @@
+"""What a daemon has given up when its mount can be used."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.mount.cli_calls import Place, call, succeed, unionfs, wait_for
+from tests.mount.user_calls import Host
+from unionfs.daemon.confine import REFUSED_CALLS
+from unionfs.sys.capabilities import NAMES
+
+READING = {"DAC_OVERRIDE", "DAC_READ_SEARCH", "FOWNER", "SYS_ADMIN", "SYS_RESOURCE"}
+WRITING = {
+    "CHOWN", "FSETID", "LINUX_IMMUTABLE", "MAC_ADMIN", "MAC_OVERRIDE", "MKNOD", "SETFCAP", "SETGID", "SETUID",
+}  # fmt: skip
+
+
+def status(pid: int, name: str) -> str:
+    """A field of proc_pid_status(5)."""
+    lines = Path(f"/proc/{pid}/status").read_text().splitlines()
+    return next(line.split(":", 1)[1].strip() for line in lines if line.startswith(name + ":"))
+
+
+def capabilities(pid: int, which: str) -> set[str]:
+    bits = int(status(pid, which), 16)
+    return {name for number, name in enumerate(NAMES) if bits >> number & 1}
+
+
+def test_names_of_capabilities() -> None:
+    """As the C library of another program has them."""
+    if shutil.which("capsh") is None:
+        pytest.skip("capsh is not installed")
+    bits = (1 << len(NAMES)) - 1
+    shown = subprocess.run(["capsh", f"--decode={bits:x}"], capture_output=True, text=True, check=True).stdout
+    assert shown.strip().partition("=")[2].split(",") == [f"cap_{name.lower()}" for name in NAMES]
+
+
+@pytest.mark.parametrize("io", ["hybrid", "passthrough", "cached"])
+@pytest.mark.parametrize(
+    ("kind", "expected"),
+    [
+        ("writable", READING | WRITING),
+        ("read-only", READING),
+        ("storage", READING | WRITING | {"NET_BIND_SERVICE"}),
+    ],
+)
+def test_capabilities(place: Place, kind: str, expected: set[str], io: str) -> None:
+    if kind == "writable":
+        pid = place.mount("--io", io)
+    elif kind == "read-only":
+        succeed(unionfs("mount", "-l", place.lower, "--io", io, place.merged))
+        pid = place.pid()
+    else:
+        pid = place.mount("--io", io, "--tmpfs", "/t", "-v", f"{place.lower2}:/b:ro")
+    for which in ("CapEff", "CapPrm", "CapBnd"):
+        assert capabilities(pid, which) == expected & capabilities(os.getpid(), which), which
+    assert capabilities(pid, "CapInh") == capabilities(pid, "CapAmb") == set()
+    assert status(pid, "NoNewPrivs") == "1"
+    for task in os.listdir(f"/proc/{pid}/task"):
+        assert int(status(int(task), "CapEff"), 16) == int(status(pid, "CapEff"), 16)
+    succeed(unionfs("umount", place.merged))
+
+
+def test_the_other_session(place: Place) -> None:
+    pid = place.mount("--session", "pyfuse3")
+    assert capabilities(pid, "CapEff") == (READING | WRITING) & capabilities(os.getpid(), "CapEff")
+    (place.merged / "base").write_text("written\n")
+    os.chown(place.merged / "base", 1001, 1002)
+    assert (place.upper / "base").read_text() == "written\n"
+    succeed(unionfs("umount", place.merged))
+
+
+def test_a_users_daemon_can_still_unmount(host: Host, place: Place) -> None:
+    """fusermount3 is set-user-id, so no_new_privs would keep a daemon from ending its mount."""
+    pid = host.mount()
+    assert status(pid, "NoNewPrivs") == "0"
+    assert capabilities(pid, "CapEff") == set()
+    host.root("kill", str(pid))
+    assert wait_for(lambda: str(place.merged) not in host.root("cat", "/proc/mounts").stdout)
+
+
+def test_the_keyring_of_the_mounting_session(place: Place) -> None:
+    """A daemon has a session keyring of its own, without the keys of whoever mounted."""
+    if shutil.which("keyctl") is None:
+        pytest.skip("keyctl is not installed")
+    script = (
+        "keyctl add user unionfs-test secret @s > /dev/null && "
+        "keyctl search @s user unionfs-test > /dev/null && "
+        f"exec {sys.executable} -c 'import os; from unionfs.daemon.confine import confine; "
+        'from unionfs.daemon.settings import settle; confine(settle("/mnt", lowers=["/usr"])); '
+        'os.execvp("keyctl", ["keyctl", "search", "@s", "user", "unionfs-test"])\''
+    )
+    done = call(("keyctl", "session", "-", "sh", "-c", script))
+    if "Operation not permitted" in done.stderr or "not implemented" in done.stderr:
+        pytest.skip(done.stderr)
+    assert done.returncode != 0
+    assert "not available" in done.stderr, done.stderr
+
+
+def test_doctor_says_what_is_left(root: None) -> None:
+    done = unionfs("doctor")
+    (line,) = [line for line in done.stdout.splitlines() if "rights of a daemon" in line]
+    assert "of 41 capabilities" in line
+    assert "SYS_ADMIN" in line
+    assert len(REFUSED_CALLS) == len(set(REFUSED_CALLS))
