@@ -6,7 +6,6 @@ from __future__ import annotations
 import errno
 import os
 import pickle
-import shutil
 import stat
 import tempfile
 import time
@@ -29,6 +28,7 @@ from unionfs.storage.archive.entry import (
     Entry,
 )
 from unionfs.storage.archive.headers import Malformed
+from unionfs.union.removal import remove
 
 _DIRECTORY_FLAGS = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 _NEW_FILE = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
@@ -136,7 +136,7 @@ class Extractor:
         status = os.stat(name, dir_fd=at, follow_symlinks=False)
         if stat.S_ISDIR(status.st_mode):
             # No directory below it is open: those that are lead to `at`.
-            shutil.rmtree(os.fsdecode(name), dir_fd=at)
+            remove(at, name)
         else:
             os.unlink(name, dir_fd=at)
 
@@ -151,7 +151,7 @@ class Extractor:
         with suppress(FileNotFoundError):
             status = os.stat(name, dir_fd=at, follow_symlinks=False)
             if stat.S_ISDIR(status.st_mode):
-                shutil.rmtree(os.fsdecode(name), dir_fd=at)
+                remove(at, name)
             else:
                 os.unlink(name, dir_fd=at)
 
