@@ -18,7 +18,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 
 from unionfs.daemon.errors import UserError, quoted, reason
-from unionfs.storage.root import make_directory
+from unionfs.storage.root import make_directory, open_root
 
 _WAIT_SECONDS = 60.0
 _FILLING_SECONDS = 3600.0
@@ -32,6 +32,7 @@ def _path(root: str, name: str, kind: str) -> str:
 
         # A volume's name may be as long as a file's, which leaves no room for the kind.
         name = f"{name[:128]}.{hashlib.sha256(name.encode()).hexdigest()}"
+    open_root(root)
     return f"{make_directory(f'{root}/locks')}/{name}.{kind}"
 
 

@@ -120,6 +120,7 @@ class Volumes:
                 if found is None:
                     made = {**labels, ANONYMOUS_LABEL: ""} if anonymous else dict(labels)
                     return self._make(name, maker, driver or "local", options, made, anonymous)
+        check_directory(found.directory)
         _check_same(found, driver, options, labels)
         return found
 

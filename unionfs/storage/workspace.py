@@ -12,68 +12,32 @@ removes the workspace, or finishes an exchange that has begun.
 from __future__ import annotations
 
 import errno
-import json
 import os
-import re
 import secrets
 import stat
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass, replace
+from dataclasses import replace
 
 from unionfs.daemon.errors import UserError, quoted, reason
 from unionfs.storage.model import User
+from unionfs.storage.workspace_record import Journal, Record, forget, names, read, write
 from unionfs.sys.calls import FUSE_MAGIC, NFS_MAGIC, filesystem_magic
 from unionfs.sys.openat2 import RESOLVE_NO_SYMLINKS, RESOLVE_NO_XDEV, openat2
 from unionfs.union.places import open_for_listing
 from unionfs.union.removal import empty_directory, find_locked
 
-_RECORD = re.compile(r"(\.unionfs-[0-9a-f]{16})\.json")
+__all__ = ["Workspace", "names", "recover", "workspace"]
+
 _DIRECTORY = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 _WITHIN = RESOLVE_NO_XDEV | RESOLVE_NO_SYMLINKS
 _TRIES = 100
 
 
-@dataclass(frozen=True, slots=True)
-class _Journal:
-    """One exchange of the volume's entries, and the attributes that its root gets."""
-
-    old: list[str]
-    new: list[str]
-    mode: int
-    uid: int
-    gid: int
-    mtime: int
-    xattrs: dict[str, str]
-    """Values in hexadecimal digits."""
-    done: bool = False
-    """From then on its names mean other files, and only the workspace is to be removed."""
-
-
-@dataclass(frozen=True, slots=True)
-class _Record:
-    name: str
-    user: str
-    """The process that works in it, as in `model.User`."""
-    uid: int = -1
-    """The directory's owner; -1 until it is made, which leaves it empty."""
-    ino: int = 0
-    """Its inode number; 0 where that changes with each mount (FUSE)."""
-    journal: _Journal | None = None
-
-
-def names(home: str) -> frozenset[bytes]:
-    """The names of all workspaces in the root of the volume that `home` (ROOT/volumes/NAME) is of."""
-    with suppress(FileNotFoundError):
-        found = (_RECORD.fullmatch(name) for name in os.listdir(home))
-        return frozenset(os.fsencode(match[1]) for match in found if match is not None)
-    return frozenset()
-
-
 class Workspace:
     """A workspace whose new content is still being made."""
 
-    def __init__(self, home: str, root: int, fd: int, record: _Record, settle: Callable[[], None] | None):
+    def __init__(self, home: str, root: int, fd: int, record: Record, settle: Callable[[], None] | None):
         self._home = home
         self._root = root
         self._fd = fd
@@ -91,7 +55,7 @@ class Workspace:
     def commit(self, *, keep: bool = False) -> None:
         """Put the new content in the volume: in the old one's place, or beside it with `keep`.
 
-        What is in `new` must be on disk. Raises UserError, with nothing changed, and OSError.
+        What is in `new` must be on disk. Raises UserError and OSError, nearly always with nothing changed.
         """
         if self._settle is not None:
             self._settle()
@@ -102,14 +66,20 @@ class Workspace:
         xattrs = {}
         with suppress(OSError):
             xattrs = {name: os.getxattr(self.new, name).hex() for name in os.listxattr(self.new)}
-        journal = _Journal(
+        journal = Journal(
             old, _list(self.new), stat.S_IMODE(status.st_mode), status.st_uid, status.st_gid,
             status.st_mtime_ns, xattrs,
         )  # fmt: skip
         record = replace(self._record, journal=journal)
-        _write(self._home, record)
+        write(self._home, record)
         self.committed = True
-        _finish(self._home, self._root, self._fd, record)
+        try:
+            _finish(self._home, self._root, self._fd, record)
+        except OSError as error:
+            raise UserError(
+                f"only a part of the volume's new content is in its place: {reason(error)}; end what changes "
+                "the volume meanwhile: its next use puts the rest there."
+            ) from error
 
 
 @contextmanager
@@ -121,28 +91,28 @@ def workspace(
     `home` is ROOT/volumes/NAME. `settle` is called before the exchange, and may wait until all that was
     written can be renamed. Raises OSError, and UserError when somebody interferes.
     """
-    record = _Record(f".unionfs-{secrets.token_hex(8)}", User.of_this_process(kind))
-    _write(home, record)
+    record = Record(f".unionfs-{secrets.token_hex(8)}", User.of_this_process(kind))
+    write(home, record)
     try:
         os.mkdir(record.name, 0o700, dir_fd=root)
         fd = openat2(root, os.fsencode(record.name), _DIRECTORY, _WITHIN)
     except BaseException:
-        _forget(home, record)
+        forget(home, record)
         raise
+    place: Workspace | None = None
     try:
         record = _claim(root, fd, record)
-        _write(home, record)
+        write(home, record)
         place = Workspace(home, root, fd, record, settle)
-        try:
-            yield place
-        finally:
-            os.close(place.new)
-            if not place.committed:
-                # Else the next use of the volume finishes the exchange, if that is not yet.
-                _sweep(home, root, fd, record)
+        yield place
     finally:
         if record.uid < 0:
-            _forget(home, record)
+            forget(home, record)  # what is there is not ours
+        elif place is None or not place.committed:
+            # Else the next use of the volume finishes the exchange, if that is not yet.
+            _sweep(home, root, fd, record)
+        if place is not None:
+            os.close(place.new)
         os.close(fd)
 
 
@@ -154,7 +124,7 @@ def recover(home: str, data: str) -> None:
     for name in sorted(names(home)):
         path = f"{home}/{os.fsdecode(name)}.json"
         try:
-            record = _read(path)
+            record = read(path)
             if not User(record.user, "").is_gone:
                 continue
             root = os.open(data, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
@@ -170,14 +140,14 @@ def recover(home: str, data: str) -> None:
             ) from error
 
 
-def _recover(home: str, root: int, record: _Record) -> None:
+def _recover(home: str, root: int, record: Record) -> None:
     fd = _open_known(root, record)
     if fd is None:
         # What somebody has moved away or removed; storage of objects keeps no empty directory either.
         journal = record.journal
         if journal is not None and not journal.done and not set(journal.new) <= set(_list(root)):
             raise FileNotFoundError(2, "its directory with the volume's content is gone")
-        _forget(home, record)
+        forget(home, record)
         return
     try:
         if record.journal is None:
@@ -191,7 +161,7 @@ def _recover(home: str, root: int, record: _Record) -> None:
 # -- the directory -----------------------------------------------------------------------------------------
 
 
-def _claim(root: int, fd: int, record: _Record) -> _Record:
+def _claim(root: int, fd: int, record: Record) -> Record:
     """The record of the directory that was just made, when it is that. Raises UserError.
 
     Who may write to the volume's root may have put another one in its place: one of his own, or an empty one
@@ -227,7 +197,7 @@ def _own_uid(root: int) -> int:
         os.unlink(name, dir_fd=root)
 
 
-def _open_known(root: int, record: _Record) -> int | None:
+def _open_known(root: int, record: Record) -> int | None:
     """The recorded directory; None when it is not there, or another one has its name."""
     try:
         if record.uid < 0:
@@ -279,7 +249,7 @@ def _refuse_immovable(root: int, old: list[str]) -> None:
 # -- the exchange ------------------------------------------------------------------------------------------
 
 
-def _finish(home: str, root: int, fd: int, record: _Record) -> None:
+def _finish(home: str, root: int, fd: int, record: Record) -> None:
     """Do what the journal says and is not done. Raises OSError."""
     journal = record.journal
     assert journal is not None
@@ -288,20 +258,19 @@ def _finish(home: str, root: int, fd: int, record: _Record) -> None:
         journal = replace(journal, done=True)
         # Before anything old is given up: a name in the journal whose old file is gone would be taken for
         # one that is still to be moved away, and by now it is the new file's.
-        _write(home, replace(record, journal=journal))
+        write(home, replace(record, journal=journal))
     _sweep(home, root, fd, record)
     with suppress(OSError):
         os.utime(root, ns=(journal.mtime, journal.mtime))
 
 
-def _exchange(root: int, fd: int, journal: _Journal) -> None:
+def _exchange(root: int, fd: int, journal: Journal) -> None:
     """Each step is one that may be found done already."""
     old, new = _make_inner(fd, "old"), _make_inner(fd, "new")
     try:
         for name in journal.old:
             if not _exists(old, name):
-                with suppress(FileNotFoundError):
-                    os.rename(name, name, src_dir_fd=root, dst_dir_fd=old)
+                _move_away(name, name, root, old)
         for name in journal.new:
             if _exists(new, name):
                 _move_in(name, new, root, old)
@@ -310,6 +279,19 @@ def _exchange(root: int, fd: int, journal: _Journal) -> None:
     finally:
         os.close(old)
         os.close(new)
+
+
+def _move_away(name: str, aside: str, root: int, old: int) -> None:
+    try:
+        os.rename(name, aside, src_dir_fd=root, dst_dir_fd=old)
+    except FileNotFoundError:
+        pass
+    except OSError as error:
+        if error.errno != errno.EINVAL:
+            raise
+        # Somebody has given the name to the workspace, which does not go into itself (rename(2)).
+        with suppress(FileNotFoundError):
+            os.rename(name, f".unionfs-{secrets.token_hex(8)}", src_dir_fd=root, dst_dir_fd=root)
 
 
 def _move_in(name: str, new: int, root: int, old: int) -> None:
@@ -322,11 +304,10 @@ def _move_in(name: str, new: int, root: int, old: int) -> None:
             if error.errno not in in_the_way or not left:
                 raise
         # Somebody has just made it.
-        with suppress(FileNotFoundError):
-            os.rename(name, secrets.token_hex(16), src_dir_fd=root, dst_dir_fd=old)
+        _move_away(name, secrets.token_hex(16), root, old)
 
 
-def _set_attributes(root: int, journal: _Journal) -> None:
+def _set_attributes(root: int, journal: Journal) -> None:
     """What this filesystem and this user can set: it is what could be set of the new content's directory."""
     with suppress(OSError):
         os.chown(root, journal.uid, journal.gid)
@@ -337,15 +318,15 @@ def _set_attributes(root: int, journal: _Journal) -> None:
         os.chmod(root, journal.mode)
 
 
-def _sweep(home: str, root: int, fd: int, record: _Record) -> None:
+def _sweep(home: str, root: int, fd: int, record: Record) -> None:
     """Remove the workspace, then its record; what cannot be removed now is tried with the next use again."""
     with suppress(OSError):
-        empty_directory(fd)
-        with suppress(FileNotFoundError):
+        with suppress(FileNotFoundError):  # as far as somebody has removed it, while it was empty
+            empty_directory(fd)
             there = os.stat(record.name, dir_fd=root, follow_symlinks=False)
             if os.path.samestat(there, os.fstat(fd)):
                 os.rmdir(record.name, dir_fd=root)
-        _forget(home, record)
+        forget(home, record)
 
 
 def _exists(at: int, name: str) -> bool:
@@ -362,44 +343,3 @@ def _list(fd: int) -> list[str]:
         return os.listdir(listing)
     finally:
         os.close(listing)
-
-
-# -- the record --------------------------------------------------------------------------------------------
-
-
-def _write(home: str, record: _Record) -> None:
-    path = f"{home}/{record.name}.json"
-    fd = os.open(f"{path}.new", os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
-    with open(fd, "w", encoding="ascii") as out:
-        json.dump(asdict(record), out)
-        out.flush()
-        os.fsync(fd)
-    os.rename(f"{path}.new", path)
-    _sync(home)
-
-
-def _read(path: str) -> _Record:
-    fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
-    with open(fd, encoding="ascii") as source:
-        values = json.load(source)
-    journal = values.pop("journal")
-    record = _Record(**values, journal=None if journal is None else _Journal(**journal))
-    if not path.endswith(f"/{record.name}.json"):
-        raise ValueError(f"{path} is the record of another directory")
-    return record
-
-
-def _forget(home: str, record: _Record) -> None:
-    path = f"{home}/{record.name}.json"
-    for name in (path, f"{path}.new"):
-        with suppress(FileNotFoundError):
-            os.unlink(name)
-    _sync(home)
-
-
-def _sync(home: str) -> None:
-    fd = os.open(home, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)

@@ -1,0 +1,127 @@
+"""What another user does to a directory that root works in, and what must not change by it."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import stat
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+from tests.support.worker import Worker
+
+SECONDS = 10.0
+_LONGEST = 90.0
+MODULE = "tests.security.storage_actors"
+
+State = dict[str, tuple[int, int, int, bytes]]
+
+
+class Outside:
+    """A tree that no command has anything to do with: its owners, modes and content stay."""
+
+    def __init__(self, area: Path) -> None:
+        self.path = area / "outside"
+        for name in ("old", "new", "deep/er"):
+            (self.path / name).mkdir(parents=True)
+            (self.path / name / "secret").write_text("the secret of root")
+            (self.path / name / "secret").chmod(0o640)
+        (self.path / "journal").write_text("{}")
+        self._before = self._state()
+
+    def _state(self) -> State:
+        found = {}
+        for path in [self.path, *sorted(self.path.rglob("*"))]:
+            status = path.lstat()
+            content = path.read_bytes() if stat.S_ISREG(status.st_mode) else b""
+            found[str(path)] = (status.st_mode, status.st_uid, status.st_gid, content)
+        return found
+
+    def check(self) -> None:
+        """Nothing has changed."""
+        assert self._state() == self._before
+
+
+@contextmanager
+def meanwhile(function: object, *args: object) -> Iterator[None]:
+    """Run a function of this module as uid 1000, until the context makes the file that it is given first."""
+    stop = Path(str(args[0]))
+    with Worker(1000, 1000, modules=[MODULE]) as worker:
+        worker.start(function, *map(str, args))  # type: ignore[arg-type]
+        try:
+            yield
+        finally:
+            stop.touch()
+            rounds = worker.finish(30)
+    stop.unlink()
+    assert rounds > 100, f"only {rounds} attempts"
+
+
+def _until(stop: str) -> Iterator[int]:
+    end = time.monotonic() + _LONGEST
+    rounds = 0
+    while not os.path.lexists(stop) and time.monotonic() < end:
+        rounds += 1
+        yield rounds
+
+
+def swap_hidden(stop: str, directory: str, target: str) -> int:
+    """Put a symlink, or a directory of one's own, in the place of each hidden name as soon as it is seen."""
+    rounds = 0
+    for rounds in _until(stop):
+        for name in os.listdir(directory):
+            if not name.startswith(".unionfs-"):
+                continue
+            with suppress(OSError):
+                if os.lstat(f"{directory}/{name}").st_uid != 0:
+                    continue
+                os.rename(f"{directory}/{name}", f"{directory}/moved-{rounds}")
+                if rounds % 2:
+                    os.symlink(target, f"{directory}/{name}")
+                else:
+                    os.mkdir(f"{directory}/{name}", 0o777)
+                    for inner in ("old", "new"):
+                        os.symlink(f"{target}/{inner}", f"{directory}/{name}/{inner}")
+        for name in os.listdir(directory):
+            if name.startswith("moved-"):
+                with suppress(OSError):
+                    os.rmdir(f"{directory}/{name}")
+    return rounds
+
+
+def swap_content(stop: str, directory: str, target: str) -> int:
+    """Exchange directories of the content for symlinks, move them up and down, and make new ones."""
+    fd = os.open(directory, os.O_RDONLY)
+    rounds = 0
+    for rounds in _until(stop):
+        with suppress(OSError):
+            os.mkdir("a", 0o777, dir_fd=fd)
+            os.mkdir("a/b", 0o777, dir_fd=fd)
+            os.mkdir("a/b/c", 0o777, dir_fd=fd)
+        with suppress(OSError):
+            os.close(os.open(f"a/b/c/file{rounds % 7}", os.O_CREAT | os.O_WRONLY, 0o666, dir_fd=fd))
+        with suppress(OSError):
+            os.rename("a/b", f"x{rounds % 5}", src_dir_fd=fd, dst_dir_fd=fd)
+            os.symlink(target, "a/b", dir_fd=fd)
+        with suppress(OSError):
+            os.rename("a", f"y{rounds % 5}", src_dir_fd=fd, dst_dir_fd=fd)
+            os.symlink(target, "a", dir_fd=fd)
+        for name in ("a", "a/b", f"y{rounds % 3}/b"):
+            with suppress(OSError):
+                os.unlink(name, dir_fd=fd)
+        with suppress(OSError):
+            os.rename(f"x{rounds % 3}", f"y{rounds % 5}/z", src_dir_fd=fd, dst_dir_fd=fd)
+    os.close(fd)
+    return rounds
+
+
+def hold_lock(stop: str, directory: str) -> int:
+    """Hold flock(2) on a directory that one may only read."""
+    fd = os.open(directory, os.O_RDONLY)
+    fcntl.flock(fd, fcntl.LOCK_EX)
+    for _ in _until(stop):
+        time.sleep(0.001)
+    os.close(fd)
+    return 1000
