@@ -125,3 +125,14 @@ def hold_lock(stop: str, directory: str) -> int:
         time.sleep(0.001)
     os.close(fd)
     return 1000
+
+
+def resize_file(stop: str, path: str) -> int:
+    """Make a sparse file, and cut it off and lengthen it again."""
+    fd = os.open(path, os.O_RDWR)
+    rounds = 0
+    for rounds in _until(stop):
+        os.ftruncate(fd, (rounds % 5) << 20)
+        os.pwrite(fd, b"x" * 4096, (rounds % 7) << 19)
+    os.close(fd)
+    return rounds
