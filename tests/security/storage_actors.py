@@ -5,11 +5,17 @@ from __future__ import annotations
 import fcntl
 import os
 import stat
+import subprocess
+import sys
+import sysconfig
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+import pytest
+
+from tests.mount.cli_calls import REPOSITORY, Done
 from tests.support.worker import Worker
 
 SECONDS = 10.0
@@ -57,6 +63,30 @@ def meanwhile(function: object, *args: object) -> Iterator[None]:
             rounds = worker.finish(30)
     stop.unlink()
     assert rounds > 100, f"only {rounds} attempts"
+
+
+class VolumeUser:
+    """`unionfs volume` as uid 1000, with a home and a storage root of his own, or a skip."""
+
+    def __init__(self, area: Path) -> None:
+        self.home = area / "home"
+        self.home.mkdir()
+        os.chown(self.home, 1000, 1000)
+        # A virtual environment may lie in root's home.
+        for self._python in (sys.executable, "/usr/bin/python3"):
+            if self("ls").returncode == 0:
+                return
+        pytest.skip("no Python that an ordinary user may run")
+
+    def __call__(self, *arguments: str | Path) -> Done:
+        path = f"{REPOSITORY}:{sysconfig.get_path('purelib')}"
+        home = {"HOME": str(self.home), "UNIONFS_ROOT": str(self.home / "root")}
+        return subprocess.run(
+            ["setpriv", "--reuid", "1000", "--regid", "1000", "--clear-groups", "--",
+             self._python, "-m", "unionfs", "volume", *map(str, arguments)],
+            env={**os.environ, **home, "PYTHONPATH": path},
+            cwd="/", capture_output=True, text=True, check=False, timeout=60,
+        )  # fmt: skip
 
 
 def _until(stop: str) -> Iterator[int]:

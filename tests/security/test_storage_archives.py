@@ -11,7 +11,6 @@ import resource
 import stat
 import subprocess
 import sys
-import sysconfig
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
@@ -19,7 +18,8 @@ import pytest
 import zstandard
 
 from tests.mount.cli_calls import REPOSITORY, refused
-from tests.security.storage_actors import Outside, meanwhile, resize_file
+from tests.security.storage_actors import Outside, VolumeUser, meanwhile, resize_file
+from tests.support.worker import Worker
 from tests.volumes import forge, trees
 from tests.volumes.conftest import Store
 from tests.volumes.conftest import as_root as as_root
@@ -33,6 +33,7 @@ pytestmark = [pytest.mark.usefixtures("as_root"), pytest.mark.watchdog(200), pyt
 
 LONG = b"d" * 247
 _MEMORY = 700 << 20
+Restored = Callable[[Sequence[Member]], tuple[str, dict[str, int]]]
 
 
 @pytest.fixture
@@ -126,35 +127,17 @@ class TestForged:
 
 
 @pytest.fixture
-def restored(area: Path) -> Callable[[Sequence[Member]], tuple[str, dict[str, int]]]:
+def restored(area: Path) -> Restored:
     """Restores an archive as uid 1000: what the command says, and the modes of what it made."""
-    home = area / "home"
-    home.mkdir()
-    os.chown(home, 1000, 1000)
-    path = f"{REPOSITORY}:{sysconfig.get_path('purelib')}"
-    environment = {**os.environ, "HOME": str(home), "UNIONFS_ROOT": str(home / "root"), "PYTHONPATH": path}
-    as_user = ("setpriv", "--reuid", "1000", "--regid", "1000", "--clear-groups", "--")
-
-    def call(python: str, *arguments: str | Path) -> subprocess.CompletedProcess[str]:
-        return subprocess.run(
-            [*as_user, python, "-m", "unionfs", "volume", *map(str, arguments)],
-            env=environment, cwd="/", capture_output=True, text=True, check=False,
-        )  # fmt: skip
+    user = VolumeUser(area)
 
     def restore_as_user(members: Sequence[Member]) -> tuple[str, dict[str, int]]:
-        # A virtual environment may lie in root's home.
-        pythons = [path for path in (sys.executable, "/usr/bin/python3") if call(path, "ls").returncode == 0]
-        if not pythons:
-            pytest.skip("no Python that an ordinary user may run")
-        assert call(pythons[0], "create", "data").returncode == 0
-        done = call(pythons[0], "restore", "data", "-i", forge.write(area / "b.tar", members))
-        data = home / "root/volumes/data/_data"
+        assert user("create", "data").returncode == 0
+        done = user("restore", "data", "-i", forge.write(area / "b.tar", members))
+        data = user.home / "root/volumes/data/_data"
         return done.stderr, {path.name: stat.S_IMODE(path.stat().st_mode) for path in data.iterdir()}
 
     return restore_as_user
-
-
-Restored = Callable[[Sequence[Member]], tuple[str, dict[str, int]]]
 
 
 class TestOrdinaryUser:
@@ -189,19 +172,21 @@ def _bombs() -> dict[str, tuple[bytes, Callable[[], Iterator[bytes]]]]:
     """Headers, and what follows them: small when it is compressed."""
     large = 1 << 30
     field = headers._field
-    sparse = (
-        b"22 GNU.sparse.major=1\n22 GNU.sparse.minor=0\n23 GNU.sparse.name=./x\n"
-        b"35 GNU.sparse.realsize=1000000000\n"
-    )
+    sparse = b"".join(
+        headers._record(b"GNU.sparse." + key, value)
+        for key, value in {
+            b"major": b"1", b"minor": b"0", b"name": b"./x", b"realsize": b"1000000000",
+        }.items()
+    )  # fmt: skip
     map_header = headers._pax(sparse) + field(b"./x", 0o644, 0, 0, large, 0, b"0", b"", (0, 0))
     manifest = headers.special_file(b".unionfs-backup/manifest", large, 0)
     pax = field(b"x", 0o644, 0, 0, 60 << 20, 0, b"x", b"", (0, 0))
     return {
         "records of an extended header": (pax, _zeros(60 << 20, b"8 a=bcd\n")),
         "a map without lines": (map_header, _zeros(large, b"1")),
-        "a map with many lines": (map_header + b"1048577\n", _zeros(large, b"0\n")),
+        "a map with many lines": (map_header + b"16777216\n", _zeros(large, b"0\n")),
         "a manifest without lines": (manifest, _zeros(large)),
-        "a huge file name": (field(b"x", 0o644, 0, 0, 1 << 33, 0, b"x", b"", (0, 0)), _zeros(large)),
+        "a huge file name": (field(b"x", 0o644, 0, 0, (1 << 33) - 1, 0, b"x", b"", (0, 0)), _zeros(large)),
     }
 
 
@@ -217,7 +202,7 @@ class TestBombs:
             out.write(made.compress(start[: start.rindex(b".unionfs-backup/manifest")] + header))
             for piece in rest():
                 out.write(made.compress(piece))
-            out.write(made.flush())
+            out.write(made.compress(bytes(1024)) + made.flush())
         assert (area / "bomb.zst").stat().st_size < 4 << 20
         refused(store("restore", "data", "-i", area / "bomb.zst", preexec_fn=_limit), "cannot be trusted")
         assert os.listdir(data) == ["old"]
@@ -294,6 +279,24 @@ class TestBackups:
             (area / "b.tar").chmod(0o644)
         assert stat.S_IMODE((store.root / "volumes/data/manifest").stat().st_mode) == 0o600
         assert "./secret" in trees.tar("-tf", area / "b.tar")
+
+    def test_no_symlink_of_another_s_is_written_through(
+        self, store: Store, area: Path, outside: Outside, user: Worker
+    ) -> None:
+        """In a directory as /tmp, whether the kernel has that rule (fs.protected_symlinks) or not."""
+        (store.create("data") / "file").touch()
+        shared = area / "shared"
+        shared.mkdir()
+        shared.chmod(0o1777)
+        for name, target in {"one": outside.path / "journal", "two": outside.path / "planted"}.items():
+            user.call(os.symlink, str(target), str(shared / name))
+            refused(store("backup", "data", "-o", shared / name), "symlink of another user's")
+        outside.check()
+        (area / "link").symlink_to(area / "real")
+        (area / "real").touch()
+        store.ok("backup", "data", "-o", area / "link")
+        assert (area / "link").is_symlink()
+        assert (area / "real").stat().st_size > 0
 
 
 def _started(path: Path) -> None:

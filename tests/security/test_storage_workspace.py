@@ -16,6 +16,7 @@ from tests.mount.cli_calls import refused, succeed
 from tests.security.storage_actors import (
     SECONDS,
     Outside,
+    VolumeUser,
     hold_lock,
     meanwhile,
     swap_content,
@@ -208,6 +209,28 @@ class TestWorkspace:
         finally:
             os.system(f"chattr -i {shared}/d/locked")
         store.ok("restore", "vol", "-i", source)
+
+
+class TestOrdinaryUser:
+    def test_directories_without_write_permission(self, area: Path) -> None:
+        """rename(2) into another directory wants it on the directory itself: the exchange ended half-way."""
+        user = VolumeUser(area)
+        shared = user.home / "shared"
+        (shared / "closed/inner").mkdir(parents=True)
+        (shared / "closed/inner/file").write_text("x")
+        for path in (shared, *shared.rglob("*")):
+            os.chown(path, 1000, 1000)
+        for name in ("closed/inner", "closed"):
+            (shared / name).chmod(0o555)
+        words = ("-o", "type=none", "-o", "o=bind", "-o", f"device={shared}")
+        succeed(user("create", *words, "vol"))
+        assert user("backup", "vol", "-o", user.home / "b.tar").returncode == 0
+        before = trees.value(shared)
+        for _ in range(2):
+            done = user("restore", "vol", "-i", user.home / "b.tar")
+            assert done.returncode == 0, done.stderr
+        assert trees.value(shared) == before
+        assert hidden(shared) == []
 
 
 def repeat(step: Callable[[], object]) -> int:

@@ -281,9 +281,33 @@ def _exchange(root: int, fd: int, journal: Journal) -> None:
         os.close(new)
 
 
+def _rename(name: str, source: int, wanted: str, target: int) -> None:
+    """Rename into another directory; an ordinary user's own directory without write permission, too, which
+    rename(2) refuses because its `..` changes.
+    """
+    try:
+        os.rename(name, wanted, src_dir_fd=source, dst_dir_fd=target)
+        return
+    except PermissionError as error:
+        if error.errno != errno.EACCES:
+            raise
+    fd = openat2(source, os.fsencode(name), os.O_PATH | os.O_DIRECTORY | os.O_NOFOLLOW, _WITHIN)
+    try:
+        status = os.fstat(fd)
+        if status.st_uid != os.geteuid():
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), name)
+        os.chmod(f"/proc/self/fd/{fd}", 0o700)
+        try:
+            os.rename(name, wanted, src_dir_fd=source, dst_dir_fd=target)
+        finally:
+            os.chmod(f"/proc/self/fd/{fd}", stat.S_IMODE(status.st_mode))
+    finally:
+        os.close(fd)
+
+
 def _move_away(name: str, aside: str, root: int, old: int) -> None:
     try:
-        os.rename(name, aside, src_dir_fd=root, dst_dir_fd=old)
+        _rename(name, root, aside, old)
     except FileNotFoundError:
         pass
     except OSError as error:
@@ -297,7 +321,7 @@ def _move_away(name: str, aside: str, root: int, old: int) -> None:
 def _move_in(name: str, new: int, root: int, old: int) -> None:
     for left in range(_TRIES, -1, -1):
         try:
-            os.rename(name, name, src_dir_fd=new, dst_dir_fd=root)
+            _rename(name, new, name, root)
             return
         except OSError as error:
             in_the_way = (errno.EEXIST, errno.ENOTEMPTY, errno.EISDIR, errno.ENOTDIR)
