@@ -126,25 +126,44 @@ def swap_content(stop: str, directory: str, target: str) -> int:
     fd = os.open(directory, os.O_RDONLY)
     rounds = 0
     for rounds in _until(stop):
-        with suppress(OSError):
-            os.mkdir("a", 0o777, dir_fd=fd)
-            os.mkdir("a/b", 0o777, dir_fd=fd)
-            os.mkdir("a/b/c", 0o777, dir_fd=fd)
-        with suppress(OSError):
-            os.close(os.open(f"a/b/c/file{rounds % 7}", os.O_CREAT | os.O_WRONLY, 0o666, dir_fd=fd))
-        with suppress(OSError):
-            os.rename("a/b", f"x{rounds % 5}", src_dir_fd=fd, dst_dir_fd=fd)
-            os.symlink(target, "a/b", dir_fd=fd)
-        with suppress(OSError):
-            os.rename("a", f"y{rounds % 5}", src_dir_fd=fd, dst_dir_fd=fd)
-            os.symlink(target, "a", dir_fd=fd)
-        for name in ("a", "a/b", f"y{rounds % 3}/b"):
-            with suppress(OSError):
-                os.unlink(name, dir_fd=fd)
-        with suppress(OSError):
-            os.rename(f"x{rounds % 3}", f"y{rounds % 5}/z", src_dir_fd=fd, dst_dir_fd=fd)
+        _swap(fd, target, rounds)
     os.close(fd)
     return rounds
+
+
+def swap_content_again(stop: str, directory: str, target: str) -> int:
+    """The same in a directory that root moves into a volume: an fd of it is kept for a while."""
+    rounds = 0
+    for _ in _until(stop):
+        try:
+            fd = os.open(directory, os.O_RDONLY)
+        except FileNotFoundError:
+            continue
+        for _ in range(50):
+            rounds += 1
+            _swap(fd, target, rounds)
+        os.close(fd)
+    return rounds
+
+
+def _swap(fd: int, target: str, rounds: int) -> None:
+    with suppress(OSError):
+        os.mkdir("a", 0o777, dir_fd=fd)
+        os.mkdir("a/b", 0o777, dir_fd=fd)
+        os.mkdir("a/b/c", 0o777, dir_fd=fd)
+    with suppress(OSError):
+        os.close(os.open(f"a/b/c/file{rounds % 7}", os.O_CREAT | os.O_WRONLY, 0o666, dir_fd=fd))
+    with suppress(OSError):
+        os.rename("a/b", f"x{rounds % 5}", src_dir_fd=fd, dst_dir_fd=fd)
+        os.symlink(target, "a/b", dir_fd=fd)
+    with suppress(OSError):
+        os.rename("a", f"y{rounds % 5}", src_dir_fd=fd, dst_dir_fd=fd)
+        os.symlink(target, "a", dir_fd=fd)
+    for name in ("a", "a/b", f"y{rounds % 3}/b"):
+        with suppress(OSError):
+            os.unlink(name, dir_fd=fd)
+    with suppress(OSError):
+        os.rename(f"x{rounds % 3}", f"y{rounds % 5}/z", src_dir_fd=fd, dst_dir_fd=fd)
 
 
 def hold_lock(stop: str, directory: str) -> int:

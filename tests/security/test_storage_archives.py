@@ -17,7 +17,7 @@ from pathlib import Path
 import pytest
 import zstandard
 
-from tests.mount.cli_calls import REPOSITORY, refused
+from tests.mount.cli_calls import REPOSITORY, refused, wait_for
 from tests.security.storage_actors import Outside, VolumeUser, meanwhile, resize_file
 from tests.support.worker import Worker
 from tests.volumes import forge, trees
@@ -259,7 +259,7 @@ class TestBackups:
         (pool / "sparse").touch()
         os.chown(pool / "sparse", 1000, 1000)
         with meanwhile(resize_file, area / "stop", pool / "sparse"):
-            _started(pool / "sparse")
+            assert wait_for(lambda: (pool / "sparse").stat().st_size > 0)
             pool.rename(data / "pool")
             for _ in range(30):
                 done = _backup(store, area / "b.tar")
@@ -297,11 +297,6 @@ class TestBackups:
         store.ok("backup", "data", "-o", area / "link")
         assert (area / "link").is_symlink()
         assert (area / "real").stat().st_size > 0
-
-
-def _started(path: Path) -> None:
-    while path.stat().st_size == 0:
-        pass
 
 
 def _backup(store: Store, target: Path) -> subprocess.CompletedProcess[str]:

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.mount.cli_calls import refused, succeed
+from tests.mount.cli_calls import refused, succeed, wait_for
 from tests.security.storage_actors import (
     SECONDS,
     Outside,
@@ -20,6 +20,7 @@ from tests.security.storage_actors import (
     hold_lock,
     meanwhile,
     swap_content,
+    swap_content_again,
     swap_hidden,
 )
 from tests.support import areas, snapshot
@@ -296,9 +297,46 @@ class TestRaces:
                 volumes.remove("copy", missing_ok=True)
 
         with meanwhile(swap_content, area / "stop", pool, outside.path):
-            time.sleep(0.5)  # it has opened its directory
+            assert wait_for(lambda: os.listdir(pool))  # it has opened its directory
             pool.rename(data / "pool")
             repeat(step)
+
+    def test_backup_and_removal_of_a_bound_volume(
+        self, store: Store, shared: Path, outside: Outside, area: Path
+    ) -> None:
+        volumes = store.volumes()
+        options = {"type": "none", "o": "bind", "device": str(shared)}
+
+        def step() -> None:
+            volumes.create("vol", options=options)
+            try:
+                backup(volumes, "vol", str(area / "b.tar"), compress="none")
+                assert b"the secret of root" not in (area / "b.tar").read_bytes()
+            finally:
+                volumes.remove("vol")
+
+        with meanwhile(swap_content, area / "stop", shared, outside.path):
+            repeat(step)
+        assert shared.is_dir()
+
+    @pytest.mark.parametrize("force", [False, True])
+    def test_removal(self, store: Store, outside: Outside, area: Path, force: bool) -> None:
+        """A directory whose owner still has it open goes with the volume."""
+        pool = area / "pool"
+        volumes = store.volumes()
+
+        def step() -> None:
+            data = Path(volumes.create("vol").mountpoint)
+            pool.mkdir(mode=0o777)
+            os.chown(pool, 1000, 1000)
+            time.sleep(0.005)
+            pool.rename(data / "pool")
+            volumes.remove("vol", force=force)
+
+        with meanwhile(swap_content_again, area / "stop", pool, outside.path):
+            assert repeat(step) > 10
+        volumes.create("last")
+        assert [name for name in os.listdir(store.root / "volumes") if name != "last"] == []
 
     def test_a_mount_of_root_s(self, one: Storage, shared: Path, outside: Outside, area: Path) -> None:
         (one.place.lower / "etc/deep").mkdir(parents=True)

@@ -170,7 +170,7 @@ class Volumes:
             if kind not in (".new", ".gone"):
                 continue
             pid = rest.rsplit("-", 2)[1:2]
-            if pid and pid[0].isdigit() and os.path.exists(f"/proc/{pid[0]}"):
+            if kind == ".new" and pid and pid[0].isdigit() and os.path.exists(f"/proc/{pid[0]}"):
                 continue
             path = f"{parent}/{entry}"
             if is_own_directory(path):
