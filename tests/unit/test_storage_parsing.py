@@ -341,8 +341,8 @@ def test_directories_of_the_root_are_closed_to_others(tmp_path: Path) -> None:
         make_directory(str(tmp_path / "a/b"))
     finally:
         os.umask(old)
-    assert (tmp_path / "a").stat().st_mode & 0o777 == 0o711
-    assert (tmp_path / "a/b").stat().st_mode & 0o777 == 0o711
+    assert (tmp_path / "a").stat().st_mode & 0o777 == 0o700
+    assert (tmp_path / "a/b").stat().st_mode & 0o777 == 0o700
     (tmp_path / "file").touch()
     assert "cannot be made" in refusal(lambda: make_directory(str(tmp_path / "file/x")))
 

@@ -16,6 +16,7 @@ from tests.unit.union_support import OpenUnion, whiteout
 from tests.unit.union_support import open_union as open_union
 from unionfs.daemon.errors import UserError
 from unionfs.storage import populate as subject
+from unionfs.storage.model import Volume
 from unionfs.storage.populate import populate
 from unionfs.union.layers import LayerStack
 
@@ -23,10 +24,12 @@ pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="owners and devices ne
 
 
 def fill(stack: LayerStack, volume: Path, *names: bytes) -> bool:
-    """Populate the volume from a path of the union."""
+    """Populate the directory of a volume from a path of the union."""
+    home = volume.parent / "root/volumes/vol"
+    home.mkdir(parents=True, exist_ok=True)
     fd = os.open(volume, os.O_PATH | os.O_DIRECTORY)
     try:
-        return populate(stack, names, fd, "vol")
+        return populate(stack, names, fd, Volume("vol", "local", str(volume), False, directory=str(home)))
     finally:
         os.close(fd)
 
@@ -176,20 +179,15 @@ def test_a_failure_leaves_the_volume_empty(
     assert os.listdir(volume) == []
 
 
-def test_what_a_crash_left_is_thrown_away_or_finished(open_union: OpenUnion, tmp_path: Path) -> None:
+@pytest.mark.parametrize("planted", [".unionfs-copy", ".unionfs-copy-unfinished", ".unionfs-restore"])
+def test_nothing_in_a_volume_is_believed(open_union: OpenUnion, tmp_path: Path, planted: str) -> None:
+    """Whoever writes to the volume may make any name: it is content, and the volume keeps its attributes."""
     (tmp_path / "l0/d").mkdir(parents=True)
-    (tmp_path / "l0/d/x").write_text("whole")
-    stack = open_union().stack
-    begun = tmp_path / "begun"
-    (begun / ".unionfs-copy-unfinished/deep/er").mkdir(parents=True)
-    (begun / ".unionfs-copy-unfinished/x").write_text("ha")
-    assert fill(stack, begun, b"d")
-    assert os.listdir(begun) == ["x"]
-    assert (begun / "x").read_text() == "whole"
-    moving = tmp_path / "moving"
-    (moving / ".unionfs-copy").mkdir(parents=True, mode=0o750)
-    (moving / "x").write_text("moved")
-    (moving / ".unionfs-copy/y").write_text("still to come")
-    assert fill(stack, moving, b"d")
-    assert sorted(os.listdir(moving)) == ["x", "y"]
-    assert stat.S_IMODE(moving.stat().st_mode) == 0o750 & ~0o022
+    (tmp_path / "l0/d/x").write_text("layer")
+    volume = tmp_path / "volume"
+    (volume / planted).mkdir(parents=True)
+    os.chown(volume / planted, 1000, 1000)
+    (volume / planted).chmod(0o777)
+    before = snapshot.take(volume)
+    assert not fill(open_union().stack, volume, b"d")
+    assert snapshot.take(volume) == before

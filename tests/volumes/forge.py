@@ -41,12 +41,18 @@ def directory(name: bytes) -> Member:
 
 
 def header(member: Member) -> bytes:
-    """One ustar header; the name has to fit."""
+    """The headers of a member; what does not fit into one has a record."""
     made, name, data = member
     kind = headers._TYPES[made.kind]
-    return headers._field(
-        name, made.mode, made.uid, made.gid, len(data), made.mtime // 10**9, kind, made.link, made.rdev
+    records = b""
+    for key, value in (b"path", name), (b"linkpath", made.link):
+        records += headers._record(key, value) if len(value) > 100 else b""
+    uid = made.uid if made.uid <= headers._MAX_SMALL else 0
+    records += headers._record(b"uid", b"%d" % made.uid) if uid != made.uid else b""
+    field = headers._field(
+        name[:100], made.mode, uid, made.gid, len(data), made.mtime // 10**9, kind, made.link[:100], made.rdev
     )
+    return headers._pax(records) + field if records else field
 
 
 def archive(members: Sequence[Member], *, info: dict[str, object] | None = None, root: bool = True) -> bytes:

@@ -27,46 +27,53 @@ from unionfs.storage.restore import restore
 
 pytestmark = pytest.mark.usefixtures("as_root")
 
-OUTSIDE = b"/tmp/unionfs-forged-outside"
 
-FORGED: dict[str, Sequence[Member]] = {
-    "dot dot": [file(b"./../escaped")],
-    "dot dot inside": [directory(b"./d/"), file(b"./d/../../escaped")],
-    "dot dot at the end": [directory(b"./..")],
-    "dot": [directory(b"./d/"), file(b"./d/./x")],
-    "empty part": [directory(b"./d/"), file(b"./d//x")],
-    "absolute": [file(OUTSIDE)],
-    "absolute after dot": [file(b"./" + OUTSIDE)],
-    "without dot": [file(b"escaped")],
-    "archive's own name": [file(b".unionfs-backup/escaped")],
-    "through a symlink": [other("l", b"./link", b"/tmp"), file(b"./link/unionfs-forged-outside")],
-    "through a relative symlink": [other("l", b"./link", b"../.."), file(b"./link/escaped")],
-    "through a symlink deep": [
-        directory(b"./a/"),
-        other("l", b"./a/link", b"../.."),
-        directory(b"./a/link/b/"),
-    ],
-    "symlink over a directory": [
-        directory(b"./a/"),
-        file(b"./a/x"),
-        other("l", b"./a", b"/tmp"),
-        file(b"./a/unionfs-forged-outside"),
-    ],
-    "hard link outside": [other("h", b"./x", b"./../../../../volume.json")],
-    "hard link absolute": [other("h", b"./x", b"/etc/passwd")],
-    "hard link without dot": [other("h", b"./x", b"volume.json")],
-    "hard link through a symlink": [other("l", b"./link", b"/etc"), other("h", b"./x", b"./link/passwd")],
-    "hard link to a directory": [directory(b"./d/"), other("h", b"./x", b"./d")],
-    "hard link to the root": [other("h", b"./x", b"./")],
-    "hard link to itself": [other("h", b"./x", b"./x")],
-    "hard link to nothing": [other("h", b"./x", b"./y")],
-    "below a file": [file(b"./f"), file(b"./f/x")],
-    "below nothing": [file(b"./d/x")],
-    "below a pipe": [other("p", b"./p"), file(b"./p/x")],
-    "root as a file": [file(b"./")],
-    "directory without slash": [other("d", b"./d")],
-    "empty symlink": [other("l", b"./x", b"")],
-}
+def forged(outside: bytes) -> dict[str, Sequence[Member]]:
+    """Archives that try to make the file `outside` (an absolute path) or another one outside the volume."""
+    above, name = os.path.split(outside)
+    return {
+        "dot dot": [file(b"./../escaped")],
+        "dot dot inside": [directory(b"./d/"), file(b"./d/../../escaped")],
+        "dot dot at the end": [directory(b"./..")],
+        "dot": [directory(b"./d/"), file(b"./d/./x")],
+        "empty part": [directory(b"./d/"), file(b"./d//x")],
+        "absolute": [file(outside)],
+        "absolute after dot": [file(b"./" + outside)],
+        "without dot": [file(b"escaped")],
+        "archive's own name": [file(b".unionfs-backup/escaped")],
+        "through a symlink": [other("l", b"./link", above), file(b"./link/" + name)],
+        "through a relative symlink": [other("l", b"./link", b"../.."), file(b"./link/escaped")],
+        "through a symlink deep": [
+            directory(b"./a/"),
+            other("l", b"./a/link", b"../.."),
+            directory(b"./a/link/b/"),
+        ],
+        "symlink over a directory": [
+            directory(b"./a/"),
+            file(b"./a/x"),
+            other("l", b"./a", above),
+            file(b"./a/" + name),
+        ],
+        "hard link outside": [other("h", b"./x", b"./../../../../volume.json")],
+        "hard link absolute": [other("h", b"./x", b"/etc/passwd")],
+        "hard link without dot": [other("h", b"./x", b"volume.json")],
+        "hard link through a symlink": [other("l", b"./link", b"/etc"), other("h", b"./x", b"./link/passwd")],
+        "hard link to a directory": [directory(b"./d/"), other("h", b"./x", b"./d")],
+        "hard link to the root": [other("h", b"./x", b"./")],
+        "hard link to itself": [other("h", b"./x", b"./x")],
+        "hard link to nothing": [other("h", b"./x", b"./y")],
+        "below a file": [file(b"./f"), file(b"./f/x")],
+        "below nothing": [file(b"./d/x")],
+        "below a pipe": [other("p", b"./p"), file(b"./p/x")],
+        "root as a file": [file(b"./")],
+        "directory without slash": [other("d", b"./d")],
+        "empty symlink": [other("l", b"./x", b"")],
+    }
+
+
+def _outside(store: Store) -> bytes:
+    """A path that is missing, and of this test alone."""
+    return os.fsencode(store.root.parent / "outside")
 
 
 def _volume(store: Store) -> tuple[Path, dict[bytes, dict[str, object]]]:
@@ -79,7 +86,7 @@ def _volume(store: Store) -> tuple[Path, dict[bytes, dict[str, object]]]:
 def _is_untouched(store: Store, before: object) -> None:
     assert trees.value(store.data("data")) == before
     assert sorted(path.name for path in store.data("data").parent.iterdir()) == ["_data", "volume.json"]
-    assert not os.path.lexists(OUTSIDE)
+    assert not os.path.lexists(_outside(store))
 
 
 def _restore(store: Store, archive: Path) -> str:
@@ -90,10 +97,10 @@ def _restore(store: Store, archive: Path) -> str:
 
 
 class TestForged:
-    @pytest.mark.parametrize("how", FORGED)
+    @pytest.mark.parametrize("how", forged(b"/x"))
     def test_archives_that_point_outside_are_refused(self, store: Store, area: Path, how: str) -> None:
         _, before = _volume(store)
-        sentence = _restore(store, forge.write(area / "forged.tar", FORGED[how]))
+        sentence = _restore(store, forge.write(area / "forged.tar", forged(_outside(store))[how]))
         assert "cannot be trusted" in sentence, sentence
         assert "forged.tar" in sentence
         _is_untouched(store, before)
@@ -101,9 +108,9 @@ class TestForged:
 
     def test_by_the_command_line_it_is_one_sentence(self, store: Store, area: Path) -> None:
         _, before = _volume(store)
-        forged = forge.write(area / "forged.tar", FORGED["through a symlink"])
+        archive = forge.write(area / "forged.tar", forged(_outside(store))["through a symlink"])
         refused(
-            store("restore", "data", "-i", forged),
+            store("restore", "data", "-i", archive),
             "cannot be trusted",
             "lies below link, which is no directory",
         )

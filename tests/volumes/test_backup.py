@@ -611,13 +611,13 @@ class TestOrdinaryUser:
         code, _, err = run("create", "-o", "size=50m", "sized")
         assert code == 1
         assert "needs root" in err
-        (data / "dir").chmod(0o700)
-        os.mknod(data / "dir/null", 0o20666, os.makedev(1, 3))
-        store.ok("backup", "data", "-o", home / "device.tar")
+        roots = Store(area / "root")
+        os.mknod(roots.create("data") / "null", 0o20666, os.makedev(1, 3))
+        roots.ok("backup", "data", "-o", home / "device.tar")
         os.chown(home / "device.tar", 1000, 1000)
         code, _, err = run("restore", "data", "-i", home / "device.tar")
         assert code == 1
-        assert "dir/null is a device file, which only root can make" in err
+        assert "null is a device file, which only root can make" in err
         os.chmod(data / "file", 0)
         os.chown(data / "file", 0, 0)
         code, _, err = run("backup", "data", "-o", home / "c.tar")

@@ -11,7 +11,8 @@ from typing import Any
 
 import pytest
 
-from unionfs.storage.drivers.replacing import WORKSPACE, finish_in_place, in_place, recover_sibling, sibling
+from unionfs.storage.drivers.replacing import finish_in_place, in_place, recover_sibling, sibling
+from unionfs.storage.model import Volume
 from unionfs.sys import calls
 
 Restore = Callable[[Path], None]
@@ -30,13 +31,20 @@ def _tree(root: Path) -> dict[str, str | None]:
     found: dict[str, str | None] = {}
     for path in sorted(root.rglob("*")):
         name = str(path.relative_to(root))
-        if not name.startswith(WORKSPACE):
+        if not name.startswith(".unionfs-"):
             found[name] = path.read_text() if path.is_file() else None
     return found
 
 
+def _volume(data: Path) -> Volume:
+    """The volume with that directory: its records are in one beside it."""
+    home = data.parent / f"records of {data.name}"
+    home.mkdir(exist_ok=True)
+    return Volume("vol", "local", str(data), False, directory=str(home))
+
+
 def _restore(data: Path) -> None:
-    with in_place(str(data)) as replacement:
+    with in_place(_volume(data), str(data)) as replacement:
         _fill(Path(replacement.path), "new", "only new")
         replacement.commit()
 
@@ -84,11 +92,12 @@ def test_a_kill_at_each_step(area: Path) -> None:
         data.mkdir()
         _fill(data, "old", "only old")
         killed = _killed_at(step, data, _restore)
-        finish_in_place(str(data))
+        finish_in_place(_volume(data), str(data))
         found = _tree(data)
         assert found in (_tree(old), _tree(new)), step
-        if found == _tree(new):
-            assert not (data / WORKSPACE).exists() or not any((data / WORKSPACE).iterdir())
+        assert sorted(os.listdir(data)) == sorted(os.listdir(new if found == _tree(new) else old))
+        left = os.listdir(_volume(data).directory)
+        assert all(name.endswith(".json.new") for name in left), left
         seen.append(found == _tree(new))
         _restore(data)  # what was left is in nobody's way
         assert _tree(data) == _tree(new)
@@ -102,18 +111,18 @@ def test_a_kill_at_each_step(area: Path) -> None:
     assert seen[-1]
 
 
-def test_what_is_done_is_swept(area: Path) -> None:
-    """A process killed after the exchange leaves only what the next one removes."""
+def test_a_workspace_of_a_living_process_is_left_alone(area: Path) -> None:
     data = area / "data"
     data.mkdir()
     _fill(data, "old")
-    _restore(data)
-    left = data / WORKSPACE
-    (left / "old").mkdir(parents=True)
-    (left / "done").write_text('{"root": [493, 0, 0, 5000000000]}')
-    finish_in_place(str(data))
-    assert not left.exists()
-    assert data.stat().st_mtime == 5
+    with in_place(_volume(data), str(data)) as replacement:
+        _fill(Path(replacement.path), "new")
+        finish_in_place(_volume(data), str(data))
+        (workspace,) = [name for name in os.listdir(data) if name.startswith(".unionfs-")]
+        assert (data / workspace).stat().st_mode & 0o777 == 0o700
+        replacement.commit()
+    assert (data / "both").read_text() == "new"
+    assert not os.listdir(_volume(data).directory)
 
 
 @pytest.mark.parametrize("exchanges", [True, False])

@@ -12,9 +12,9 @@ from contextlib import contextmanager, suppress
 
 from unionfs.daemon.errors import UserError, quoted, reason
 from unionfs.storage.names import check_name
-from unionfs.storage.root import make_directory
-from unionfs.sys import calls
-from unionfs.union.removal import remove_tree
+from unionfs.storage.removing import refuse_locked, remove_all
+from unionfs.storage.root import check_directory, is_own_directory, make_directory, open_root
+from unionfs.union.removal import remove_path
 
 _FACTS = "container.json"
 
@@ -29,6 +29,7 @@ class Container:
 
     def __init__(self, root: str, name: str) -> None:
         self.name = check_name(name, "container")
+        self._root = root
         self.above = f"{root}/containers"
         self.path = f"{self.above}/{name}"
 
@@ -51,12 +52,14 @@ class Container:
     @contextmanager
     def claimed(self, *, make: bool) -> Iterator[None]:
         """Keep everybody else out of the directory. Raises UserError, also if it is missing and not made."""
+        if make or os.path.lexists(self._root):
+            open_root(self._root)
+            check_directory(self.above)
         if make:
-            make_directory(self.above)
-            with suppress(FileExistsError):
-                os.mkdir(self.path, 0o700)
+            make_directory(self.path)
+        check_directory(self.path)
         try:
-            fd = os.open(self.path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+            fd = os.open(self.path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
         except FileNotFoundError as error:
             raise UserError(
                 f"there is no container {quoted(self.name)} in {quoted(self.above)}; check the name and the "
@@ -113,45 +116,29 @@ class Container:
             ) from error
 
     def remove(self) -> None:
-        """Throw it away with all that it changed. Raises UserError."""
-        try:
-            above = os.open(self.above, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-        except FileNotFoundError:
-            return
+        """Throw it away with all that it changed. Raises UserError; for an immutable file in it, nothing is
+        changed.
+        """
+        complaint = f"container {quoted(self.name)} cannot be removed"
+        refuse_locked(self.path, complaint)
+        self._sweep()
         # A name that no container can have: what is half removed is none any more.
-        doomed = f".removed-{secrets.token_hex(6)}".encode()
+        doomed = f"{self.above}/.removed-{secrets.token_hex(8)}"
         try:
-            calls.renameat2(above, os.fsencode(self.name), above, doomed, calls.RENAME_NOREPLACE)
-            _open_up(f"{self.above}/{os.fsdecode(doomed)}")
-            inner = os.open(doomed, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW, dir_fd=above)
-            try:
-                for entry in os.listdir(inner):
-                    name = os.fsencode(entry)
-                    if stat.S_ISDIR(os.stat(name, dir_fd=inner, follow_symlinks=False).st_mode):
-                        remove_tree(inner, name)
-                    else:
-                        os.unlink(name, dir_fd=inner)
-            finally:
-                os.close(inner)
-            os.rmdir(doomed, dir_fd=above)
+            os.rename(self.path, doomed)
         except FileNotFoundError:
             return
         except OSError as error:
             raise UserError(
-                f"container {quoted(self.name)} cannot be removed: {reason(error)}; remove "
-                f"{quoted(self.above)}/{os.fsdecode(doomed)} by hand."
+                f"{complaint} from {quoted(self.above)}: {reason(error)}; check the permissions."
             ) from error
-        finally:
-            os.close(above)
+        remove_all(doomed, f"container {quoted(self.name)} is removed, but not all of its files")
 
-
-def _open_up(path: str) -> None:
-    """An ordinary user has to be able to enter what he removes, whatever mode the container gave it."""
-    if os.geteuid() == 0:
-        return
-    for directory, names, _ in os.walk(path):
-        for name in names:
-            inner = os.path.join(directory, name)
-            if not os.path.islink(inner):
-                with suppress(OSError):
-                    os.chmod(inner, 0o700)
+    def _sweep(self) -> None:
+        """Remove what could not be removed before."""
+        with suppress(FileNotFoundError):
+            for name in os.listdir(self.above):
+                path = f"{self.above}/{name}"
+                if name.startswith(".removed-") and is_own_directory(path):
+                    with suppress(OSError):
+                        remove_path(path, unlock=True)

@@ -83,14 +83,14 @@ def _one(
 def fill(source: Source, tree: Tree, stack: LayerStack) -> None:
     """The first use of an empty volume. Raises UserError."""
     spec = source.spec
-    if not isinstance(spec, VolumeSpec) or spec.subpath or not spec.copy:
+    if source.volume is None or not isinstance(spec, VolumeSpec) or spec.subpath or not spec.copy:
         return
     try:
         names, missing = find(tree, spec.target)
     except OSError:
         return  # `prepare` says what is wrong with the target
     if names and not missing:
-        populate(stack, names, source.fd, spec.name or "")
+        populate(stack, names, source.fd, source.volume)
 
 
 def _unmount(path: str) -> None:

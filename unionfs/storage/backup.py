@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from typing import IO, Any
 
 from unionfs.daemon.errors import UserError, quoted, reason
+from unionfs.storage import workspace
 from unionfs.storage.archive import manifest
 from unionfs.storage.archive.compress import Ahead, compressor, decompressor
 from unionfs.storage.archive.freeze import frozen, own_filesystem
@@ -22,7 +23,6 @@ from unionfs.storage.archive.output import whole_file
 from unionfs.storage.archive.read import ArchiveReader
 from unionfs.storage.archive.walk import Walker
 from unionfs.storage.archive.write import ArchiveWriter
-from unionfs.storage.drivers.replacing import WORKSPACE
 from unionfs.storage.volumes import Volume, Volumes
 
 Progress = Callable[[int, int], None]
@@ -84,7 +84,7 @@ def backup(
         }
         try:
             scratch = _hold_still(stack, volumes, volume, path, out, others, report)
-            walker = Walker(path, report.note, leave_out=(os.fsencode(WORKSPACE),))
+            walker = Walker(path, report.note, leave_out=workspace.names(volume.directory))
             sink = Ahead(compressor(out, compress))
             stack.callback(sink.stop)
             writer = ArchiveWriter(
@@ -214,7 +214,8 @@ def explained(source: str) -> Iterator[None]:
 def keep_manifest(volume: Volume, copy: Callable[[IO[bytes]], None]) -> None:
     """Keep a manifest beside the volume's data."""
     path = f"{volume.directory}/{MANIFEST}"
-    with open(f"{path}.new", "wb") as out:
+    fd = os.open(f"{path}.new", os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
+    with open(fd, "wb") as out:
         copy(out)
     os.replace(f"{path}.new", path)
 
@@ -264,7 +265,8 @@ def verify_volume(volumes: Volumes, name: str, progress: Progress | None = None)
                 f"volume {quoted(name)} has no manifest to be verified against; make a backup of it first."
             ) from None
         with source, explained(f"{volume.directory}/{MANIFEST}"):
-            _compare(path, latest(read_manifest(source)), found, progress)
+            walker = Walker(path, lambda sentence: None, leave_out=workspace.names(volume.directory))
+            _compare(walker, latest(read_manifest(source)), found, progress)
     return found
 
 
@@ -276,8 +278,7 @@ class _Nowhere:
         pass
 
 
-def _compare(path: str, lines: Iterator[Line], found: Differences, progress: Progress | None) -> None:
-    walker = Walker(path, lambda sentence: None, leave_out=(os.fsencode(WORKSPACE),))
+def _compare(walker: Walker, lines: Iterator[Line], found: Differences, progress: Progress | None) -> None:
     writer = ArchiveWriter(_Nowhere(), walker, lambda sentence: None, progress=progress)
     writer.write({})
     with _manifest_of(writer) as now:

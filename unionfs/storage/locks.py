@@ -3,8 +3,10 @@
 A lock's file goes with its volume. Who finds after locking that the file is not the one of that name any more
 tries again, so that two processes never hold two locks of one name.
 
-Two of them: the short one (`state`) guards what is decided about a volume, and is waited for; the long one
-(`work`) belongs to a backup, restore, clone or resize, and who finds it taken is told by whom.
+Three of them: the short one (`state`) guards what is decided about a volume, and is waited for; the long one
+(`work`) belongs to a backup, restore, clone or resize, and who finds it taken is told by whom; `filling` is
+held while an empty volume is filled, and waited for by the next mount of it. None is on a directory of a
+volume: flock(2) takes no more than the right to read, so anybody who may list the volume could keep it.
 """
 
 from __future__ import annotations
@@ -15,10 +17,11 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 
-from unionfs.daemon.errors import UserError, quoted
-from unionfs.storage.root import make_directory
+from unionfs.daemon.errors import UserError, quoted, reason
+from unionfs.storage.root import make_directory, open_root
 
 _WAIT_SECONDS = 60.0
+_FILLING_SECONDS = 3600.0
 _POLL_SECONDS = 0.02
 _NAME_MAX = 255
 
@@ -29,13 +32,20 @@ def _path(root: str, name: str, kind: str) -> str:
 
         # A volume's name may be as long as a file's, which leaves no room for the kind.
         name = f"{name[:128]}.{hashlib.sha256(name.encode()).hexdigest()}"
+    open_root(root)
     return f"{make_directory(f'{root}/locks')}/{name}.{kind}"
 
 
 def _take(path: str) -> int | None:
     """A locked fd; None while another process has the lock."""
     while True:
-        fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
+        try:
+            fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, 0o600)
+        except OSError as error:
+            raise UserError(
+                f"the lock {quoted(path)} cannot be opened: {reason(error)}; free space, or move away what "
+                "has its name."
+            ) from error
         try:
             fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
             there = os.stat(path, follow_symlinks=False)
@@ -58,14 +68,26 @@ def state(root: str, name: str) -> Iterator[None]:
 
     Raises UserError when another process keeps it for a minute.
     """
-    path = _path(root, name, "state")
-    deadline = time.monotonic() + _WAIT_SECONDS
+    with _waited(root, name, "state", _WAIT_SECONDS, "being changed by another process for over a minute"):
+        yield
+
+
+@contextmanager
+def filling(root: str, name: str) -> Iterator[None]:
+    """The lock of a volume for its first content. Raises UserError when another process keeps it for an
+    hour.
+    """
+    with _waited(root, name, "fill", _FILLING_SECONDS, "being filled by another process for over an hour"):
+        yield
+
+
+@contextmanager
+def _waited(root: str, name: str, kind: str, seconds: float, what: str) -> Iterator[None]:
+    path = _path(root, name, kind)
+    deadline = time.monotonic() + seconds
     while (fd := _take(path)) is None:
         if time.monotonic() > deadline:
-            raise UserError(
-                f"volume {quoted(name)} is being changed by another process for over a minute (its storage "
-                "may hang); try again later."
-            )
+            raise UserError(f"volume {quoted(name)} is {what} (its storage may hang); try again later.")
         time.sleep(_POLL_SECONDS)
     try:
         yield
@@ -96,7 +118,7 @@ def work(root: str, name: str, what: str) -> Iterator[None]:
 
 def forget(root: str, name: str) -> None:
     """Remove the files of a volume that is gone. To be called with both locks held."""
-    for kind in ("work", "state"):
+    for kind in ("fill", "work", "state"):
         with suppress(OSError):
             os.unlink(_path(root, name, kind))
 

@@ -4,22 +4,20 @@ Owners, modes, times in nanoseconds, xattrs (ACLs among them), hard links, symli
 kept. The layers are read directly, by a view of their own, and not through the mount: so hard links within a
 lower are seen as such, and nothing has to wait for the daemon.
 
-The copy is made below one hidden name in the volume and moved out of it at the end. What a crash leaves of it
-is either thrown away or moved out by the next use, so a volume is never taken for filled when it is half
-filled.
+The copy is made in a workspace in the volume and moved out of it at the end. What a crash leaves of it is
+either thrown away or moved out by the next use, so a volume is never taken for filled when it is half filled.
 """
 
 from __future__ import annotations
 
 import errno
-import fcntl
 import os
 import stat
 from collections.abc import Iterator
-from contextlib import suppress
 
 from unionfs.daemon.errors import UserError, quoted, reason
-from unionfs.storage import symlinks
+from unionfs.storage import locks, symlinks, workspace
+from unionfs.storage.model import Volume
 from unionfs.storage.targets import Names
 from unionfs.sys import calls
 from unionfs.union.filedata import clone, copy_data
@@ -27,50 +25,61 @@ from unionfs.union.layers import LayerStack
 from unionfs.union.listing import Listing
 from unionfs.union.nodes import Node
 from unionfs.union.places import open_for_listing
-from unionfs.union.removal import remove_tree
 from unionfs.union.tree import Union
 
-_UNFINISHED = b".unionfs-copy-unfinished"
-_FINISHED = b".unionfs-copy"
 # mkfs makes it in a filesystem that is empty all the same.
 _NOTHING = frozenset({b"lost+found"})
 _DIRECTORY = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 
 
-def populate(stack: LayerStack, names: Names, data: int, volume: str) -> bool:
+def populate(stack: LayerStack, names: Names, data: int, volume: Volume) -> bool:
     """Fill the volume's directory `data` (an fd), if it is empty, with what the union has at `names`.
 
     Returns whether anything was copied. Raises UserError; then the volume is as empty as before.
     """
-    listing = open_for_listing(data)
+    storage_root = os.path.dirname(os.path.dirname(volume.directory))
     try:
         # Two unions may use a new volume at the same time.
-        fcntl.flock(listing, fcntl.LOCK_EX)
-        held = {os.fsencode(name) for name in os.listdir(listing)}
-        if _FINISHED in held:
-            _move_out(listing)
-            return True
-        if held - _NOTHING - {_UNFINISHED}:
-            return False
-        if _UNFINISHED in held:
-            remove_tree(listing, _UNFINISHED)
-        union = Union(stack)
-        try:
-            node = _find(union, names)
-            if node is None or not node.is_dir:
-                return False
-            _fill(union, node, listing)
-            return True
-        finally:
-            union.close()
+        with locks.filling(storage_root, volume.name):
+            return _is_empty(data, volume) and _fill(stack, names, data, volume)
     except OSError as error:
         path = b"/" + b"/".join(names)
         raise UserError(
-            f"volume {quoted(volume)} cannot be filled with what the union has at "
+            f"volume {quoted(volume.name)} cannot be filled with what the union has at "
             f"{quoted(os.fsdecode(path))}: {reason(error)}; make room there, or use nocopy."
         ) from error
+
+
+def _is_empty(data: int, volume: Volume) -> bool:
+    listing = open_for_listing(data)
+    try:
+        held = {os.fsencode(name) for name in os.listdir(listing)}
     finally:
         os.close(listing)
+    return not held - _NOTHING - workspace.names(volume.directory)
+
+
+def _fill(stack: LayerStack, names: Names, data: int, volume: Volume) -> bool:
+    union = Union(stack)
+    try:
+        node = _find(union, names)
+        if node is None or not node.is_dir:
+            return False
+        root = open_for_listing(data)
+        try:
+            with workspace.workspace(volume.directory, root, "population") as place:
+                copier = _Copier(union, os.dup(place.new))
+                try:
+                    copier.tree(node)
+                finally:
+                    copier.close()
+                calls.syncfs(place.new)
+                place.commit(keep=True)
+        finally:
+            os.close(root)
+        return True
+    finally:
+        union.close()
 
 
 def _find(union: Union, names: Names) -> Node | None:
@@ -81,39 +90,6 @@ def _find(union: Union, names: Names) -> Node | None:
             return None
         node = found[0]
     return node
-
-
-def _fill(union: Union, node: Node, data: int) -> None:
-    os.mkdir(_UNFINISHED, 0o700, dir_fd=data)
-    try:
-        copier = _Copier(union, os.open(_UNFINISHED, _DIRECTORY, dir_fd=data))
-        try:
-            copier.tree(node)
-        finally:
-            copier.close()
-        os.rename(_UNFINISHED, _FINISHED, src_dir_fd=data, dst_dir_fd=data)
-    except BaseException:
-        with suppress(OSError):
-            remove_tree(data, _UNFINISHED)
-        raise
-    _move_out(data)
-
-
-def _move_out(data: int) -> None:
-    """The volume's directory becomes what the copied one is."""
-    copy = os.open(_FINISHED, _DIRECTORY, dir_fd=data)
-    try:
-        st = os.fstat(copy)
-        for name in os.listdir(copy):
-            os.rename(name, name, src_dir_fd=copy, dst_dir_fd=data)
-        _keep_owner(data, st)
-        for xattr in _xattrs(copy):
-            _set_xattr(b"/proc/self/fd/%d" % data, xattr, os.getxattr(copy, xattr), follow=True)
-        os.fchmod(data, stat.S_IMODE(st.st_mode))
-    finally:
-        os.close(copy)
-    os.rmdir(_FINISHED, dir_fd=data)
-    os.utime(data, ns=(st.st_atime_ns, st.st_mtime_ns))
 
 
 class _Copier:

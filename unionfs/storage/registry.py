@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import os
 import sqlite3
+import stat
 import time
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager, suppress
@@ -19,7 +20,7 @@ from unionfs.daemon.errors import UserError, quoted, reason
 from unionfs.storage import locks, reserve
 from unionfs.storage.model import ANONYMOUS_LABEL, User, Volume
 from unionfs.storage.names import is_name
-from unionfs.storage.root import make_directory
+from unionfs.storage.root import check_directory, is_own_directory, open_root
 
 RECORD = "volume.json"
 _BUSY_SECONDS = 30.0
@@ -171,9 +172,12 @@ class Registry:
                     db.execute("ROLLBACK")
 
     def _connect(self) -> sqlite3.Connection:
-        make_directory(self.root)
+        if not self._checked:
+            open_root(self.root)
+            for name in ("volumes", "containers"):
+                check_directory(f"{self.root}/{name}")
         try:
-            known = os.stat(self.path)
+            known = os.lstat(self.path)
         except OSError:
             known = None
         if known is None or not self._checked:
@@ -192,6 +196,14 @@ class Registry:
         return self._connect_once()
 
     def _connect_once(self) -> sqlite3.Connection:
+        for ending in ("", "-wal", "-shm", "-journal"):
+            # SQLite follows symlinks, and waits for the writer of a pipe.
+            with suppress(FileNotFoundError):
+                if not stat.S_ISREG(os.lstat(self.path + ending).st_mode):
+                    raise UserError(
+                        f"{quoted(self.path + ending)} is not a regular file; move it away: the registry is "
+                        "made anew from the volumes' own directories."
+                    )
         old = os.umask(0o077)
         try:
             db = sqlite3.connect(self.path, timeout=_BUSY_SECONDS, isolation_level=None)
@@ -278,13 +290,15 @@ class Registry:
         Returns how many were entered.
         """
         try:
-            names = {entry.name for entry in os.scandir(f"{self.root}/volumes") if is_name(entry.name)}
+            names = {entry for entry in os.listdir(f"{self.root}/volumes") if is_name(entry)}
         except FileNotFoundError:
             names = set()
         db.execute("BEGIN IMMEDIATE")
         rows = {row[0] for row in db.execute("SELECT name FROM volumes")}
         count = 0
         for name in sorted(names - rows):
+            if not is_own_directory(self.directory(name)):
+                continue
             found = read_record(self.directory(name))
             if found is None:
                 continue
@@ -353,7 +367,8 @@ def read_record(directory: str) -> tuple[Volume, list[User], bool] | None:
     A directory with `_data` and without a readable record is a local volume.
     """
     try:
-        with open(f"{directory}/{RECORD}", encoding="ascii") as source:
+        fd = os.open(f"{directory}/{RECORD}", os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+        with open(fd, encoding="ascii") as source:
             values = json.load(source)
         users = [User(str(text), str(path)) for text, path in values["users"]]
         volume = Volume.from_json(values, directory)

@@ -21,7 +21,8 @@ def give_up(root: str) -> bool:
         return False
     with suppress(OSError):
         # ext4 gives blocks out again when their release has been committed, not before.
-        fd = os.open(os.path.dirname(_path(root)), os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        flags = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
+        fd = os.open(os.path.dirname(_path(root)), flags)
         try:
             os.fsync(fd)
         finally:

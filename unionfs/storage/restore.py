@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from contextlib import ExitStack, suppress
 
 from unionfs.daemon.errors import UserError, quoted, reason
+from unionfs.storage import workspace
 from unionfs.storage.archive import manifest
 from unionfs.storage.archive.entry import FILE, SPARSE
 from unionfs.storage.archive.extract import Extractor
@@ -16,7 +17,6 @@ from unionfs.storage.archive.read import ArchiveReader
 from unionfs.storage.archive.walk import Walker
 from unionfs.storage.backup import Progress, Report, explained, keep_manifest, open_archive
 from unionfs.storage.copying import copy_content
-from unionfs.storage.drivers.replacing import WORKSPACE
 from unionfs.storage.model import User
 from unionfs.storage.volumes import Volume, Volumes
 from unionfs.sys.calls import syncfs
@@ -192,7 +192,7 @@ def clone(volumes: Volumes, source: str, target: str, *, progress: Progress | No
             with volumes.working_on(target, "a clone"):
                 _fill(
                     volumes, made, stack, report, "cloned",
-                    lambda extractor: _copy(path, extractor, report, progress),
+                    lambda extractor: _copy(found, path, extractor, report, progress),
                 )  # fmt: skip
                 stack.close()
         except BaseException:
@@ -205,8 +205,8 @@ def clone(volumes: Volumes, source: str, target: str, *, progress: Progress | No
     return report
 
 
-def _copy(path: str, extractor: Extractor, report: Report, progress: Progress | None) -> None:
-    walker = Walker(path, report.note, leave_out=(os.fsencode(WORKSPACE),))
+def _copy(volume: Volume, path: str, extractor: Extractor, report: Report, progress: Progress | None) -> None:
+    walker = Walker(path, report.note, leave_out=workspace.names(volume.directory))
     copied = 0
     shared = True
     for entry, fd in walker.entries():

@@ -2,21 +2,29 @@
 
     ROOT/volumes/NAME/_data         a volume's files, in Docker's layout
     ROOT/containers/NAME/           a container's upper and work
+    ROOT/locks/                     files to lock, and space kept for a full disk
+
+Only its owner passes through any of these directories, and only he may write to them: what lies there is
+believed, and what lies in a volume (`_data`) is not.
 """
 
 from __future__ import annotations
 
+import errno
 import os
+import stat
 from collections.abc import Mapping
 from contextlib import suppress
 
 from unionfs.daemon.errors import UserError, quoted, reason
 from unionfs.sys.capabilities import in_initial_user_namespace
+from unionfs.sys.mountinfo import split_path
 
 ENVIRONMENT = "UNIONFS_ROOT"
 _SYSTEM = "/var/lib/unionfs"
-# Others may pass through to what they are allowed to reach, but list nothing, as in /var/lib/docker.
-_MODE = 0o711
+_MODE = 0o700
+_MOST_LINKS = 40  # MAXSYMLINKS, include/linux/namei.h
+_OTHER = f"give another storage root by --root or {ENVIRONMENT}"
 
 
 def storage_root(chosen: str | None = None, environment: Mapping[str, str] | None = None) -> str:
@@ -51,8 +59,38 @@ def storage_root(chosen: str | None = None, environment: Mapping[str, str] | Non
     return f"{data}/unionfs"
 
 
+def open_root(root: str) -> None:
+    """Make the storage root if it is missing, and refuse one that somebody else could change.
+
+    Its owner is this user, and neither its group nor others may write to it. As root the same holds for every
+    directory and symlink on the way to it: whoever may rename one of these puts another root in its place (a
+    sticky directory as /tmp keeps them from it; inode(7)). Uid 0 of a user namespace can harm no more than
+    the user it stands for, and only its root is looked at. Raises UserError, with nothing made.
+    """
+    try:
+        if os.geteuid() == 0 and in_initial_user_namespace():
+            _check_way(root)
+        if not os.path.lexists(root):
+            make_directory(root)
+            return
+        status = os.stat(root)
+    except OSError as error:
+        raise _unusable(root, error) from error
+    if not stat.S_ISDIR(status.st_mode):
+        raise UserError(f"the storage root {quoted(root)} is not a directory; {_OTHER}.")
+    _check_owner(root, status)
+    if status.st_mode & 0o077 and _is_default(root):
+        # Nobody chose this mode: an earlier version made it 0711.
+        _tighten(root)
+
+
 def make_directory(path: str) -> str:
-    """Make a directory of the storage root, with those above it, if it is missing. Raises UserError."""
+    """Make a directory of the storage root, with those above it, if it is missing. Raises UserError.
+
+    It is 0700: whoever passes through can run a set-id file in a volume (as CVE-2021-41091). One that is
+    there must be a directory of this user's that nobody else may write to, and gets this mode; a symlink is
+    not followed.
+    """
     try:
         # Each with its mode: os.makedirs would make those above with whatever the umask leaves of 0777.
         missing = [path]
@@ -63,8 +101,109 @@ def make_directory(path: str) -> str:
                 os.mkdir(directory, _MODE)
                 os.chmod(directory, _MODE)
     except OSError as error:
-        raise UserError(
-            f"{quoted(path)} cannot be made: {reason(error)}; give another storage root by --root or "
-            f"{ENVIRONMENT}."
-        ) from error
+        raise UserError(f"{quoted(path)} cannot be made: {reason(error)}; {_OTHER}.") from error
+    check_directory(path)
     return path
+
+
+def check_directory(path: str) -> None:
+    """Refuse a directory below the storage root that is not this user's alone; take others' way through it.
+
+    Raises UserError. Nothing happens when it is missing.
+    """
+    try:
+        status = os.lstat(path)
+        if stat.S_ISDIR(status.st_mode):
+            _check_owner(path, status)
+            if status.st_mode & 0o077:
+                _tighten(path)
+            return
+    except FileNotFoundError:
+        return
+    except OSError as error:
+        raise _unusable(path, error) from error
+    kind = "a symlink" if stat.S_ISLNK(status.st_mode) else "not a directory"
+    raise UserError(f"{quoted(path)} is {kind}; move it away, or {_OTHER}.")
+
+
+def is_own_directory(path: str) -> bool:
+    """Whether `path` is a directory (no symlink) of this user's."""
+    try:
+        status = os.lstat(path)
+    except OSError:
+        return False
+    return stat.S_ISDIR(status.st_mode) and status.st_uid == os.geteuid()
+
+
+def _tighten(path: str) -> None:
+    fd = os.open(path, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        os.chmod(f"/proc/self/fd/{fd}", _MODE)
+    finally:
+        os.close(fd)
+
+
+def _is_default(root: str) -> bool:
+    values = {name: value for name, value in os.environ.items() if name != ENVIRONMENT}
+    try:
+        return root == storage_root(None, values)
+    except UserError:
+        return False
+
+
+def _check_owner(path: str, status: os.stat_result) -> None:
+    if status.st_uid != os.geteuid():
+        raise UserError(
+            f"{quoted(path)} belongs to uid {status.st_uid}, not to this user (uid {os.geteuid()}); run the "
+            f"command as its owner, or {_OTHER}."
+        )
+    if status.st_mode & 0o022:
+        raise UserError(
+            f"{quoted(path)} is writable by its group or others, so what lies there cannot be trusted; check "
+            f"its content and run `chmod go-w {quoted(path)}`, or {_OTHER}."
+        )
+
+
+def _check_way(root: str) -> None:
+    """Refuse a path that another user than root could lead elsewhere. Raises UserError, OSError."""
+    place, waiting, links = "/", [*reversed(split_path(root))], 0
+    _check_above(root, place, os.lstat(place))
+    while waiting:
+        name = waiting.pop()
+        if name == "..":
+            place = os.path.dirname(place)
+            continue
+        path = os.path.join(place, name)
+        try:
+            status = os.lstat(path)
+        except FileNotFoundError:
+            return
+        if stat.S_ISLNK(status.st_mode):
+            _check_above(root, path, status)
+            links += 1
+            if links > _MOST_LINKS:
+                raise OSError(errno.ELOOP, os.strerror(errno.ELOOP))
+            target = os.readlink(path)
+            place = "/" if target.startswith("/") else place
+            waiting += [part for part in reversed(target.split("/")) if part not in ("", ".")]
+            continue
+        place = path
+        if waiting:
+            _check_above(root, place, status)
+
+
+def _check_above(root: str, path: str, status: os.stat_result) -> None:
+    if status.st_uid != 0:
+        raise UserError(
+            f"the storage root {quoted(root)} lies below {quoted(path)}, which belongs to uid "
+            f"{status.st_uid}: that user could replace it; run the command as that user, or {_OTHER}."
+        )
+    if stat.S_ISDIR(status.st_mode) and status.st_mode & 0o022 and not status.st_mode & stat.S_ISVTX:
+        raise UserError(
+            f"the storage root {quoted(root)} lies below {quoted(path)}, which its group or others may write "
+            f"to: they could replace it; run `chmod go-w {quoted(path)}`, or {_OTHER}."
+        )
+
+
+def _unusable(path: str, error: OSError) -> UserError:
+    return UserError(f"{quoted(path)} cannot be used: {reason(error)}; {_OTHER}.")

@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from unionfs.daemon.errors import UserError, quoted, reason
 from unionfs.storage import tmpfs
 from unionfs.storage.specs import BindSpec, Spec, TmpfsSpec, VolumeSpec
-from unionfs.storage.volumes import Volumes
+from unionfs.storage.volumes import Volume, Volumes
 from unionfs.sys import detached
 from unionfs.sys.openat2 import open_in_root
 
@@ -26,6 +26,7 @@ class Source:
     fd: int
     """An O_PATH fd of the directory or file that is to be mounted; of a tmpfs its detached mount."""
     directory: bool
+    volume: Volume | None = None
     mount: int = -1
     """The root of a detached mount of it, set up as it is to be mounted; -1 where the daemon serves it."""
 
@@ -68,16 +69,16 @@ class Sources:
     def _open(self, spec: Spec) -> Source:
         match spec:
             case BindSpec():
-                fd = _open_bind(spec, self.undo)
+                volume, fd = None, _open_bind(spec, self.undo)
             case VolumeSpec():
-                spec, fd = self._open_volume(spec)
+                spec, volume, fd = self._open_volume(spec)
             case TmpfsSpec():
                 flags = (*spec.flags, *(["ro"] if spec.read_only else []))
                 fd = tmpfs.make(spec.options, flags, owner=f"the tmpfs at {quoted(spec.target)}")
-                return Source(spec, fd, True, fd)
+                return Source(spec, fd, True, mount=fd)
         directory = stat.S_ISDIR(os.stat(fd).st_mode)
         try:
-            return Source(spec, fd, directory, _detached(spec, fd) if self._kernel_mounts else -1)
+            return Source(spec, fd, directory, volume, _detached(spec, fd) if self._kernel_mounts else -1)
         except OSError as error:
             os.close(fd)
             raise UserError(
@@ -85,7 +86,7 @@ class Sources:
                 f"{_cure(spec, error)}."
             ) from error
 
-    def _open_volume(self, spec: VolumeSpec) -> tuple[VolumeSpec, int]:
+    def _open_volume(self, spec: VolumeSpec) -> tuple[VolumeSpec, Volume, int]:
         made = self._volumes.ensure(
             spec.name, driver=spec.driver, options=dict(spec.options), anonymous=spec.anonymous
         )
@@ -111,7 +112,7 @@ class Sources:
                 ) from error
             finally:
                 os.close(whole)
-        return replace(spec, name=made.name), fd
+        return replace(spec, name=made.name), made, fd
 
 
 def _quietly(action: Callable[[], object]) -> None:

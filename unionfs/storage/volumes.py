@@ -14,7 +14,6 @@ import errno
 import logging
 import os
 import secrets
-import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -23,12 +22,14 @@ from dataclasses import replace
 from unionfs.daemon.errors import UserError, quoted, reason
 from unionfs.storage import locks
 from unionfs.storage.drivers import Driver, find_driver
-from unionfs.storage.drivers.replacing import remove_tree
+from unionfs.storage.drivers.replacing import finish_in_place
 from unionfs.storage.model import ANONYMOUS_LABEL, User, Volume
 from unionfs.storage.names import anonymous_name, check_name, is_name
 from unionfs.storage.registry import Registry, write_record
-from unionfs.storage.root import make_directory
+from unionfs.storage.removing import refuse_locked, remove_all
+from unionfs.storage.root import check_directory, is_own_directory, make_directory
 from unionfs.sys.mountinfo import Location, location_of, read_mountinfo, split_path
+from unionfs.union.removal import remove_path
 
 __all__ = ["User", "Volume", "Volumes"]
 
@@ -59,6 +60,7 @@ class Volumes:
         found = self._registry.find(name)
         if found is None:
             raise UserError(f"there is no volume {quoted(name)}; `unionfs volume ls` shows those there are.")
+        check_directory(found.directory)
         return found
 
     def driver_of(self, volume: Volume) -> Driver:
@@ -118,6 +120,7 @@ class Volumes:
                 if found is None:
                     made = {**labels, ANONYMOUS_LABEL: ""} if anonymous else dict(labels)
                     return self._make(name, maker, driver or "local", options, made, anonymous)
+        check_directory(found.directory)
         _check_same(found, driver, options, labels)
         return found
 
@@ -128,13 +131,13 @@ class Volumes:
         place = self._registry.directory(name)
         parent = make_directory(os.path.dirname(place))
         self._sweep(parent)
-        temporary = f"{parent}/.new-{name[:64]}-{os.getpid()}-{secrets.token_hex(4)}"
+        temporary = f"{parent}/.new-{name[:64]}-{os.getpid()}-{secrets.token_hex(8)}"
         volume = Volume(
             name, driver, "", anonymous, dict(options), dict(labels), time.time(), maker.scope, temporary
         )
         try:
-            os.mkdir(temporary, 0o711)
-            os.chmod(temporary, 0o711)
+            os.mkdir(temporary, 0o700)
+            os.chmod(temporary, 0o700)
             maker.create(volume)
             volume = replace(volume, mountpoint=maker.mountpoint(replace(volume, directory=place)))
             # The record first: with it the directory is the volume, whatever happens next.
@@ -143,7 +146,8 @@ class Volumes:
         except BaseException as error:
             with suppress(Exception):
                 maker.remove(volume)
-            shutil.rmtree(temporary, ignore_errors=True)
+            with suppress(OSError):
+                remove_path(temporary)
             if isinstance(error, OSError):
                 if error.errno in (errno.EEXIST, errno.ENOTEMPTY):
                     raise UserError(
@@ -160,15 +164,18 @@ class Volumes:
         return volume
 
     def _sweep(self, parent: str) -> None:
-        """Remove what killed processes left half made or half removed."""
+        """Remove what killed processes left half made, and what could not be removed before."""
         for entry in os.listdir(parent):
             kind, _, rest = entry.partition("-")
             if kind not in (".new", ".gone"):
                 continue
             pid = rest.rsplit("-", 2)[1:2]
-            if pid and pid[0].isdigit() and os.path.exists(f"/proc/{pid[0]}"):
+            if kind == ".new" and pid and pid[0].isdigit() and os.path.exists(f"/proc/{pid[0]}"):
                 continue
-            _remove_directory(f"{parent}/{entry}")
+            path = f"{parent}/{entry}"
+            if is_own_directory(path):
+                with suppress(OSError):
+                    remove_path(path, unlock=True)
 
     # -- using --------------------------------------------------------------------------------------------
 
@@ -187,6 +194,7 @@ class Volumes:
             # Also for a second user: somebody may have unmounted it by hand.
             path = driver.mount(volume, user)
             try:
+                finish_in_place(volume, path)
                 self._registry.add_user(volume, User(user, path))
             except BaseException:
                 if driver.one_mount_each(volume) or not users:
@@ -284,7 +292,7 @@ class Volumes:
         """Remove a volume and its data; refused while it has users.
 
         False: it is not there, with `missing_ok` or `force`. With `force` it goes too when its driver is
-        gone or cannot give it up.
+        gone or cannot give it up, or when it holds files that chattr(1) made immutable or append-only.
         """
         if (force or missing_ok) and (not is_name(name) or self._registry.find(name) is None):
             return False
@@ -304,9 +312,12 @@ class Volumes:
             if users:
                 raise UserError(f"volume {quoted(name)} cannot be removed: {_in_use(users)}; end that first.")
             self._check_not_bound(volume)
+            complaint = f"volume {quoted(name)} cannot be removed"
+            if not force:
+                refuse_locked(volume.directory, complaint)
             driver.remove(volume)
             self._check_unmounted(volume)
-            aside = f"{self.root}/volumes/.gone-{name[:64]}-{os.getpid()}-{secrets.token_hex(4)}"
+            aside = f"{self.root}/volumes/.gone-{name[:64]}-{os.getpid()}-{secrets.token_hex(8)}"
             try:
                 os.rename(volume.directory, aside)
             except FileNotFoundError:
@@ -319,11 +330,7 @@ class Volumes:
             self._registry.forget(name)
             locks.forget(self.root, name)
         if aside:
-            _remove_directory(aside)
-            if os.path.lexists(aside):
-                self._tell(
-                    f"volume {quoted(name)} is removed, but {quoted(aside)} could not be; remove it by hand."
-                )
+            remove_all(aside, f"volume {quoted(name)} is removed, but not all of its files", unlock=force)
         return True
 
     def _check_not_bound(self, volume: Volume) -> None:
@@ -399,11 +406,3 @@ def _check_same(
                     f"volume {quoted(found.name)} already exists with other {kind}s ({quoted(has)}); choose "
                     "another name, or remove it first."
                 )
-
-
-def _remove_directory(path: str) -> None:
-    """Remove a tree of ours that is no volume any more, whatever its permissions; stays on one filesystem."""
-    below = os.path.realpath(path) + "/"
-    if any(entry.mountpoint.startswith(below) for entry in read_mountinfo()):
-        return
-    remove_tree(path)

@@ -14,6 +14,7 @@ _libc = ctypes.CDLL(None, use_errno=True)
 _SYS_OPENAT2: Final = 437  # include/uapi/asm-generic/unistd.h
 
 # include/uapi/linux/openat2.h
+RESOLVE_NO_XDEV: Final = 0x01
 RESOLVE_NO_MAGICLINKS: Final = 0x02
 RESOLVE_NO_SYMLINKS: Final = 0x04
 RESOLVE_BENEATH: Final = 0x08

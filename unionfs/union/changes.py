@@ -21,7 +21,7 @@ from unionfs.union.exchange import NO_FLAGS, exchange, rename_leaving
 from unionfs.union.listing import is_empty
 from unionfs.union.nodes import Node
 from unionfs.union.places import Place
-from unionfs.union.removal import remove_tree
+from unionfs.union.removal import remove
 from unionfs.union.tree import Attributes, Union
 
 ACL_DEFAULT: Final = b"system.posix_acl_default"
@@ -258,7 +258,7 @@ class Changes:
                 try:
                     os.rmdir(temporary, dir_fd=work)
                 except OSError:
-                    remove_tree(work, temporary)
+                    remove(work, temporary)
 
     @contextmanager
     def _temporary(self) -> Iterator[bytes]:

@@ -1,70 +1,330 @@
-"""Removing whole trees inside the work directory, however deep, with few fds."""
+"""Removing trees that others may be changing: however deep, with few fds, and nothing else with them.
+
+Every directory is opened by its name in the one above it, never through a symlink, and never in another mount
+(RESOLVE_NO_XDEV), so what somebody swaps for a directory meanwhile is not followed. Nothing is changed by
+path.
+"""
 
 from __future__ import annotations
 
-import itertools
+import errno
+import fcntl
 import os
+import stat
+import struct
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from typing import Final
 
 from unionfs.sys import calls
+from unionfs.sys.openat2 import RESOLVE_NO_SYMLINKS, RESOLVE_NO_XDEV, openat2
 from unionfs.union.places import open_for_listing
 
-_moved: Final = itertools.count()
+_DIRECTORY: Final = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW
+_PATH: Final = os.O_PATH | os.O_NOFOLLOW
+_WITHIN: Final = RESOLVE_NO_XDEV | RESOLVE_NO_SYMLINKS
+_NO_DIRECTORY: Final = (errno.ENOTDIR, errno.ELOOP)
+_MOST_OPEN: Final = 64
+_TRIES: Final = 5
+
+# include/uapi/linux/stat.h: STATX_TYPE, STATX_ATTR_IMMUTABLE, STATX_ATTR_APPEND, STATX_ATTR_MOUNT_ROOT
+_STATX_TYPE: Final = 0x1
+_STATX_LOCKED: Final = 0x10 | 0x20
+_STATX_MOUNT_ROOT: Final = 0x2000
+_STATX: Final = struct.Struct("=8xQ12xH")  # stx_attributes, stx_mode
+# include/uapi/linux/fs.h: FS_IOC_GETFLAGS, FS_IOC_SETFLAGS, FS_IMMUTABLE_FL, FS_APPEND_FL
+_GETFLAGS: Final = 0x80086601
+_SETFLAGS: Final = 0x40086602
+_LOCKS: Final = 0x10 | 0x20
+
+
+def remove(at: int, name: bytes, *, unlock: bool = False) -> None:
+    """Remove `name` from the directory `at`, with all below it; nothing when it is missing.
+
+    An ordinary user's own directories are made accessible for that. With `unlock` files and directories that
+    chattr(1) made immutable or append-only are, too (CAP_LINUX_IMMUTABLE); the flag of a file that has
+    another name is set again. What cannot be removed does not keep the rest: the first such OSError is raised
+    at the end, its `filename` being the path below `at`. What is mounted there stays, and is EXDEV or EBUSY.
+    """
+    with _Descent(at) as descent:
+        problem = _remove(descent, name, unlock)
+        while descent.levels:
+            level = descent.levels[-1]
+            found = _remove(descent, level.names.pop(), unlock) if level.names else _leave(descent, unlock)
+            problem = problem or found
+    if problem is not None:
+        raise problem
+
+
+def remove_path(path: str, *, unlock: bool = False) -> None:
+    """As `remove`, of a path whose directory nobody else may change."""
+    directory, name = os.path.split(path)
+    try:
+        at = os.open(directory, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+    except FileNotFoundError:
+        return
+    try:
+        remove(at, os.fsencode(name), unlock=unlock)
+    finally:
+        os.close(at)
 
 
 def empty_directory(fd: int) -> None:
-    """Remove everything in the directory ``fd``; directories below are first moved up to it.
-
-    Raises ``OSError`` when something cannot be removed.
-    """
-    while True:
-        subdirectories = []
-        listing = open_for_listing(fd)
+    """Remove everything in the directory `fd`. Raises OSError as `remove`."""
+    problem: OSError | None = None
+    for name in _names(fd):
         try:
-            with os.scandir(listing) as entries:
-                for entry in entries:
-                    name = os.fsencode(entry.name)
-                    if entry.is_dir(follow_symlinks=False):
-                        subdirectories.append(name)
-                    else:
-                        os.unlink(name, dir_fd=fd)
-        finally:
-            os.close(listing)
-        if not subdirectories:
-            return
-        for name in subdirectories:
-            _flatten(fd, name)
+            remove(fd, name)
+        except OSError as error:
+            problem = problem or error
+    if problem is not None:
+        raise problem
 
 
-def _flatten(fd: int, name: bytes) -> None:
-    """Remove the directory ``name`` of ``fd``; what directories it has move up into ``fd``."""
-    inner = os.open(name, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=fd)
+def find_locked(at: int, name: bytes) -> bytes | None:
+    """The path below `at` of something in the tree `name` that chattr(1) made immutable or append-only.
+
+    None when there is nothing, as far as this user may look. Raises OSError.
+    """
+    with _Descent(at) as descent:
+        waiting: list[list[bytes]] = [[name]]
+        while waiting:
+            if not waiting[-1]:
+                waiting.pop()
+                if descent.levels:
+                    descent.leave().close()
+                continue
+            child = waiting[-1].pop()
+            try:
+                attributes, mode = _STATX.unpack_from(
+                    calls.statx(descent.fd, child, calls.AT_SYMLINK_NOFOLLOW, _STATX_TYPE)
+                )
+                if attributes & _STATX_MOUNT_ROOT and descent.levels:
+                    continue
+                if attributes & _STATX_LOCKED:
+                    return descent.path(child)
+                if stat.S_ISDIR(mode):
+                    waiting.append(descent.enter(child, accessible=False).names)
+            except (FileNotFoundError, PermissionError):
+                continue
+            except OSError as error:
+                if error.errno not in (*_NO_DIRECTORY, errno.EXDEV):
+                    raise
+    return None
+
+
+class _Level:
+    """A directory on the way down."""
+
+    __slots__ = ("failed", "fd", "name", "names", "status", "tries")
+
+    def __init__(self, fd: int, name: bytes) -> None:
+        self.fd = fd  # -1 where it was closed
+        self.name = name
+        self.status = os.fstat(fd)
+        self.names = _names(fd)
+        self.failed = False
+        self.tries = _TRIES
+
+    def close(self) -> None:
+        if self.fd >= 0:
+            os.close(self.fd)
+            self.fd = -1
+
+
+class _Descent:
+    """The way from the directory `at` down to one below it; only the deepest fds stay open."""
+
+    def __init__(self, at: int) -> None:
+        self.levels: list[_Level] = []
+        self._at = at
+
+    def __enter__(self) -> _Descent:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        for level in self.levels:
+            level.close()
+
+    @property
+    def fd(self) -> int:
+        """The directory that was reached."""
+        return self.levels[-1].fd if self.levels else self._at
+
+    def path(self, name: bytes = b"") -> bytes:
+        """The path of a name there, below `at`."""
+        return b"/".join([*(level.name for level in self.levels), *([name] if name else [])])
+
+    def enter(self, name: bytes, *, accessible: bool) -> _Level:
+        """Go down into a directory. Raises OSError: ENOTDIR or ELOOP when it is none, EXDEV for a mount."""
+        fd = _open_directory(self.fd, name, accessible)
+        try:
+            level = _Level(fd, name)
+        except BaseException:
+            os.close(fd)
+            raise
+        self.levels.append(level)
+        if len(self.levels) > _MOST_OPEN:
+            self.levels[-_MOST_OPEN - 1].close()
+        return level
+
+    def leave(self) -> _Level:
+        """Go up again. Raises OSError when the directory was moved meanwhile."""
+        level = self.levels[-1]
+        if len(self.levels) > 1 and self.levels[-2].fd < 0:
+            above = self.levels[-2]
+            fd = os.open("..", _DIRECTORY | os.O_CLOEXEC, dir_fd=level.fd)
+            if not os.path.samestat(os.fstat(fd), above.status):
+                os.close(fd)
+                raise OSError(errno.EBUSY, "it was moved meanwhile", self.path())
+            above.fd = fd
+        return self.levels.pop()
+
+
+def _remove(descent: _Descent, name: bytes, unlock: bool) -> OSError | None:
+    """Remove what is no directory, and go down into what is one; returns what kept it."""
     try:
-        with os.scandir(inner) as entries:
-            for entry in entries:
-                child = os.fsencode(entry.name)
-                if entry.is_dir(follow_symlinks=False):
-                    calls.renameat2(inner, child, fd, b"#up%d.%d" % (os.getpid(), next(_moved)))
-                else:
-                    os.unlink(child, dir_fd=inner)
-    finally:
-        os.close(inner)
-    os.rmdir(name, dir_fd=fd)
+        status = os.stat(name, dir_fd=descent.fd, follow_symlinks=False)
+        # Whatever it was, somebody may have put the other kind in its place by now.
+        if not stat.S_ISDIR(status.st_mode):
+            with suppress(IsADirectoryError):
+                _unlink(descent, name, unlock)
+                return None
+        try:
+            descent.enter(name, accessible=True)
+        except OSError as error:
+            if error.errno not in _NO_DIRECTORY:
+                raise
+            _unlink(descent, name, unlock)
+    except FileNotFoundError:
+        pass
+    except OSError as error:
+        return _failed(descent, name, error)
+    return None
 
 
-def remove_tree(fd: int, name: bytes) -> None:
-    """Remove the directory ``name`` of the work directory ``fd`` and all below it."""
-    _flatten(fd, name)
+def _unlink(descent: _Descent, name: bytes, unlock: bool) -> None:
+    try:
+        os.unlink(name, dir_fd=descent.fd)
+    except PermissionError as error:
+        if not unlock or error.errno != errno.EPERM:
+            raise
+        with _unlocked(descent, name):
+            os.unlink(name, dir_fd=descent.fd)
+
+
+def _leave(descent: _Descent, unlock: bool) -> OSError | None:
+    """Remove the directory that was emptied; returns what kept it."""
+    try:
+        level = descent.leave()
+    except OSError as error:
+        # There is no way up any more.
+        descent.levels, lost = [], descent.levels
+        for level in lost:
+            level.close()
+        return error
+    try:
+        if level.failed:
+            _mark(descent)
+            return None
+        try:
+            os.rmdir(level.name, dir_fd=descent.fd)
+        except PermissionError as error:
+            if not unlock or error.errno != errno.EPERM:
+                raise
+            with _unlocked(descent, level.name):
+                os.rmdir(level.name, dir_fd=descent.fd)
+    except FileNotFoundError:
+        pass
+    except OSError as error:
+        if error.errno in (errno.ENOTEMPTY, errno.EEXIST) and level.tries:
+            # Somebody goes on making files in it.
+            level.tries -= 1
+            level.names = _names(level.fd)
+            descent.levels.append(level)
+            return None
+        level.close()
+        return _failed(descent, level.name, error)
+    level.close()
+    return None
+
+
+def _failed(descent: _Descent, name: bytes, error: OSError) -> OSError:
+    _mark(descent)
+    code = error.errno or errno.EIO
+    if code == errno.EXDEV:
+        return OSError(code, "something is mounted there", descent.path(name))
+    return OSError(code, os.strerror(code), descent.path(name))
+
+
+def _mark(descent: _Descent) -> None:
+    if descent.levels:
+        descent.levels[-1].failed = True
+
+
+def _names(fd: int) -> list[bytes]:
     listing = open_for_listing(fd)
     try:
-        left = [os.fsencode(n) for n in os.listdir(listing) if n.startswith("#up")]
+        return [os.fsencode(name) for name in os.listdir(listing)]
     finally:
         os.close(listing)
-    while left:
-        for child in left:
-            _flatten(fd, child)
-        listing = open_for_listing(fd)
+
+
+def _open_directory(at: int, name: bytes, accessible: bool) -> int:
+    """An fd of a directory; with `accessible` its owner (this user) may do everything in it afterwards."""
+    try:
+        fd = openat2(at, name, _DIRECTORY, _WITHIN)
+    except PermissionError as error:
+        if error.errno != errno.EACCES or not accessible:
+            raise
+        path = openat2(at, name, _PATH | os.O_DIRECTORY, _WITHIN)
         try:
-            left = [os.fsencode(n) for n in os.listdir(listing) if n.startswith("#up")]
+            if os.fstat(path).st_uid != os.geteuid():
+                raise
+            os.chmod(f"/proc/self/fd/{path}", 0o700)
         finally:
-            os.close(listing)
+            os.close(path)
+        return openat2(at, name, _DIRECTORY, _WITHIN)
+    if accessible:
+        status = os.fstat(fd)
+        if status.st_uid == os.geteuid() != 0 and status.st_mode & 0o700 != 0o700:
+            os.fchmod(fd, 0o700)
+    return fd
+
+
+@contextmanager
+def _unlocked(descent: _Descent, name: bytes) -> Iterator[None]:
+    """Without the flags of chattr(1), for its removal; a file's other names have them back afterwards."""
+    if descent.levels:
+        _change_flags(open_for_listing(descent.fd), 0)
+    path = openat2(descent.fd, name, _PATH, _WITHIN)
+    try:
+        mode = os.fstat(path).st_mode
+        if not stat.S_ISREG(mode) and not stat.S_ISDIR(mode):
+            yield  # it has no flags, and opening it might do something
+            return
+        fd = os.open(f"/proc/self/fd/{path}", os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    finally:
+        os.close(path)
+    before = _change_flags(os.dup(fd), 0)
+    try:
+        yield
+    finally:
+        if before and os.fstat(fd).st_nlink and stat.S_ISREG(mode):
+            _change_flags(os.dup(fd), before)
+        os.close(fd)
+
+
+def _change_flags(fd: int, locks: int) -> int:
+    """Set the flags that lock the open file, and close it. Returns those it had."""
+    try:
+        try:
+            flags = int.from_bytes(fcntl.ioctl(fd, _GETFLAGS, bytes(4)), sys.byteorder)
+        except OSError:
+            return 0  # a filesystem without
+        if flags & _LOCKS != locks:
+            fcntl.ioctl(fd, _SETFLAGS, (flags & ~_LOCKS | locks).to_bytes(4, sys.byteorder))
+        return flags & _LOCKS
+    finally:
+        os.close(fd)

@@ -11,6 +11,8 @@ FILE, SPARSE, DIRECTORY, SYMLINK, HARDLINK, FIFO, CHARACTER, BLOCK = "f", "s", "
 KINDS = frozenset("fsdlhpcb")
 
 NO_DIGEST = "-"
+MOST_SEGMENTS = 1 << 20
+"""A file with more pieces of data between its holes is kept without holes: each costs the reader memory."""
 _BLOCK = 4096
 _ZEROS = bytes(_BLOCK)
 _RUN = struct.Struct("<QQ")

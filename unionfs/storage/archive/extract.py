@@ -6,7 +6,6 @@ from __future__ import annotations
 import errno
 import os
 import pickle
-import shutil
 import stat
 import tempfile
 import time
@@ -29,6 +28,7 @@ from unionfs.storage.archive.entry import (
     Entry,
 )
 from unionfs.storage.archive.headers import Malformed
+from unionfs.union.removal import remove
 
 _DIRECTORY_FLAGS = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 _NEW_FILE = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
@@ -136,7 +136,7 @@ class Extractor:
         status = os.stat(name, dir_fd=at, follow_symlinks=False)
         if stat.S_ISDIR(status.st_mode):
             # No directory below it is open: those that are lead to `at`.
-            shutil.rmtree(os.fsdecode(name), dir_fd=at)
+            remove(at, name)
         else:
             os.unlink(name, dir_fd=at)
 
@@ -151,7 +151,7 @@ class Extractor:
         with suppress(FileNotFoundError):
             status = os.stat(name, dir_fd=at, follow_symlinks=False)
             if stat.S_ISDIR(status.st_mode):
-                shutil.rmtree(os.fsdecode(name), dir_fd=at)
+                remove(at, name)
             else:
                 os.unlink(name, dir_fd=at)
 
@@ -230,14 +230,30 @@ class Extractor:
 
     def _attributes(self, fd: int, entry: Entry) -> None:
         # In this order: chown takes away suid and capabilities, chmod changes an ACL's mask.
+        mode = entry.mode
         if self._is_root:
             os.fchown(fd, entry.uid, entry.gid)
         else:
             self._check_owner(entry)
-        os.fchmod(fd, entry.mode)
+            mode = self._without_set_id(fd, entry)
+        os.fchmod(fd, mode)
         if entry.xattrs:
             self._set_xattrs(fd, entry.xattrs, entry.path)
         os.utime(fd, ns=(self._now, entry.mtime))
+
+    def _without_set_id(self, fd: int, entry: Entry) -> int:
+        """The mode without the set-id bits that would stand for this user, and not for who had the file.
+
+        libarchive does the same (archive_write_disk_posix.c, TODO_SUID_CHECK).
+        """
+        lost = 0
+        if entry.mode & (stat.S_ISUID | stat.S_ISGID):
+            status = os.fstat(fd)
+            lost |= stat.S_ISUID if status.st_uid != entry.uid else 0
+            lost |= stat.S_ISGID if status.st_gid != entry.gid else 0
+        if entry.mode & lost:
+            self._say_once(f"set-id bits of others' files were left out, as of {_shown(entry.path)}.")
+        return entry.mode & ~lost
 
     def _check_owner(self, entry: Entry) -> None:
         if entry.uid != os.geteuid():

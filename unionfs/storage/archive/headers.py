@@ -34,6 +34,7 @@ _MAX_SMALL, _MAX_SIZE = 0o7777777, 0o77777777777
 # Whoever forges a header cannot make us take more memory than this for it. An xattr has at most 64 KiB
 # (XATTR_SIZE_MAX), all names of a file together too (XATTR_LIST_MAX).
 _MOST_PAX = 64 << 20
+_MOST_RECORDS = 1 << 16
 _TAIL = b"ustar\x0000".ljust(8 + 64, b"\0")
 
 
@@ -255,8 +256,11 @@ def check_pax_size(size: int) -> None:
 
 def parse_records(data: bytes) -> Iterator[tuple[bytes, bytes]]:
     """The records of an extended header. Raises Malformed."""
-    at = 0
+    at = count = 0
     while at < len(data):
+        count += 1
+        if count > _MOST_RECORDS:
+            raise Malformed("an extended header has too many records")
         space = data.find(b" ", at, at + 20)
         digits = data[at:space] if space > 0 else b""
         if not digits.isdigit():
@@ -329,7 +333,7 @@ def decode(header: Header, records: list[tuple[bytes, bytes]]) -> tuple[Entry, b
         real = 0
         if size:
             raise Malformed("a member that is no file has data")
-    if uid >= 1 << 32 or gid >= 1 << 32:
+    if uid >= (1 << 32) - 1 or gid >= (1 << 32) - 1:  # -1 stands for none (chown(2))
         raise Malformed("an owner is no user id")
     entry = Entry(b"", kind, header.mode & 0o7777, uid, gid, real, mtime)
     if kind in (CHARACTER, BLOCK):

@@ -130,9 +130,17 @@ class ManifestWriter:
         self._write(b"end %d %s\n" % (self.count, self._sum.hexdigest().encode()))
 
 
-def read_manifest(source: Iterable[bytes]) -> Iterator[bytes]:
+def lines_of(source: IO[bytes]) -> Iterator[bytes]:
+    """The lines of a file, with no more memory than the longest one takes. Raises Malformed."""
+    while line := source.readline(_LONGEST_LINE + 1):
+        if len(line) > _LONGEST_LINE:
+            raise Malformed("one of its lists has a line that is too long")
+        yield line
+
+
+def read_manifest(source: IO[bytes]) -> Iterator[bytes]:
     """The lines of a manifest, checked against its last one at the end. Raises Malformed."""
-    lines = iter(source)
+    lines = lines_of(source)
     if next(lines, b"") != FIRST_LINE:
         raise Malformed("its manifest has another format")
     total, count = xxh3_128(FIRST_LINE), 0
@@ -143,7 +151,7 @@ def read_manifest(source: Iterable[bytes]) -> Iterator[bytes]:
             if next(lines, None) is not None:
                 raise Malformed("its manifest goes on behind its end")
             return
-        if len(line) > _LONGEST_LINE or not line.endswith(b"\n"):
+        if not line.endswith(b"\n"):
             raise Malformed("its manifest is cut off")
         total.update(line)
         count += 1  # noqa: SIM113

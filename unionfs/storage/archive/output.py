@@ -24,16 +24,11 @@ def whole_file(path: str) -> Iterator[IO[bytes]]:
     if not os.path.basename(path):
         raise UserError(f"{quoted(path)} is no file's name; name the file that the backup shall be.")
     try:
-        with suppress(FileNotFoundError):
-            kind = os.stat(path).st_mode
-            if stat.S_ISDIR(kind):
-                raise UserError(f"{quoted(path)} is a directory; name a file in it.")
-            if not stat.S_ISREG(kind):
-                with open(path, "wb", buffering=0) as out:
-                    yield out
-                return
-        # A symlink keeps pointing to the file that is replaced.
-        path = os.path.realpath(path)
+        path, special = _place(path)
+        if special is not None:
+            with open(special, "wb", buffering=0) as out:
+                yield out
+            return
         directory = os.path.dirname(path)
         fd, name = _open_nameless(directory, path)
     except OSError as error:
@@ -57,6 +52,32 @@ def whole_file(path: str) -> Iterator[IO[bytes]]:
         if name is not None:
             with suppress(OSError):
                 os.unlink(name)
+
+
+def _place(path: str) -> tuple[str, int | None]:
+    """The path of the file to replace: that which a symlink leads to. What is no regular file is opened.
+
+    No symlink is followed that another user has put into a directory as /tmp. Such is the kernel's rule, too,
+    where fs.protected_symlinks is set (proc_sys_fs(5)), which is why the kernel follows, and not realpath(3).
+    """
+    try:
+        link = os.lstat(path)
+        if stat.S_ISLNK(link.st_mode) and link.st_uid != os.geteuid():
+            above = os.stat(os.path.dirname(path) or ".")
+            if above.st_mode & 0o1002 == 0o1002 and above.st_uid != link.st_uid:
+                raise PermissionError(errno.EACCES, "it is a symlink of another user's in a shared directory")
+        fd = os.open(path, os.O_PATH | os.O_CLOEXEC)
+    except FileNotFoundError:
+        return os.path.join(os.path.realpath(os.path.dirname(path)), os.path.basename(path)), None
+    try:
+        kind = os.fstat(fd).st_mode
+        if stat.S_ISDIR(kind):
+            raise UserError(f"{quoted(path)} is a directory; name a file in it.")
+        if stat.S_ISREG(kind):
+            return os.readlink(f"/proc/self/fd/{fd}"), None
+        return path, os.open(f"/proc/self/fd/{fd}", os.O_WRONLY | os.O_CLOEXEC)
+    finally:
+        os.close(fd)
 
 
 def _open_nameless(directory: str, path: str) -> tuple[int, str | None]:

@@ -15,6 +15,7 @@ from unionfs.storage.archive.entry import (
     DIRECTORY,
     FILE,
     HARDLINK,
+    MOST_SEGMENTS,
     SPARSE,
     Entry,
     SparseDigest,
@@ -28,12 +29,11 @@ from unionfs.storage.archive.headers import (
     decode,
     parse_records,
 )
-from unionfs.storage.archive.manifest import Line, line_of, read_manifest, unescape
+from unionfs.storage.archive.manifest import Line, line_of, lines_of, read_manifest, unescape
 from unionfs.storage.archive.write import DELETED, INFO, MANIFEST
 
 _CHUNK = 1 << 20
 _MOST_INFO = 1 << 20
-_MOST_SEGMENTS = 1 << 24
 _END = bytes(RECORD)
 
 
@@ -146,7 +146,7 @@ class ArchiveReader:
                 raise TypeError
             if found["format"] != 1:
                 raise Malformed(f"it has format {found['format']!r}, which a newer unionfs wrote")
-        except (ValueError, KeyError, TypeError):
+        except (ValueError, KeyError, TypeError, RecursionError):
             raise Malformed("what it says about itself is misspelt") from None
         return found
 
@@ -221,6 +221,8 @@ class ArchiveReader:
             text += self._take(RECORD)
             used += RECORD
             *lines, text = text.split(b"\n")
+            if len(text) >= RECORD:
+                raise Malformed("a sparse file's map is misspelt")
             for line in lines:
                 if len(numbers) == wanted:
                     raise Malformed("a sparse file's map goes on behind its end")
@@ -228,7 +230,7 @@ class ArchiveReader:
                     raise Malformed("a sparse file's map is misspelt")
                 numbers.append(int(line))
                 if len(numbers) == 1:
-                    if numbers[0] > _MOST_SEGMENTS:
+                    if numbers[0] > MOST_SEGMENTS:
                         raise Malformed("a sparse file's map is too large")
                     wanted = 1 + 2 * numbers[0]
         if text.strip(b"\0"):
@@ -314,7 +316,7 @@ class ArchiveReader:
         """The paths that the base has and this archive's volume has no more."""
         assert self.complete
         self._deleted.seek(0)
-        for line in self._deleted:
+        for line in lines_of(self._deleted):
             path = unescape(line.rstrip(b"\n"))
             yield checked_path(b"./" + path, False)
 

@@ -17,6 +17,7 @@ from unionfs.storage.archive.entry import (
     FIFO,
     FILE,
     HARDLINK,
+    MOST_SEGMENTS,
     SPARSE,
     SYMLINK,
     Entry,
@@ -311,6 +312,9 @@ def data_segments(fd: int, size: int) -> list[tuple[int, int]]:
             break
         segments.append((start, end - start))
         at = end
+        if len(segments) >= MOST_SEGMENTS:
+            segments = [(0, size)]
+            break
     os.lseek(fd, 0, os.SEEK_SET)
     if not segments or sum(segments[-1]) < size:
         segments.append((size, 0))

@@ -13,8 +13,9 @@ from unionfs.storage.model import Volume
 class Replacement(Protocol):
     """A place for a volume's new content, beside the old."""
 
-    path: str
-    """An empty directory, which is to get the attributes of the volume's root too."""
+    @property
+    def path(self) -> str:
+        """An empty directory, which is to get the attributes of the volume's root too."""
 
     def commit(self) -> None:
         """Put the new content in the old one's place. What is in `path` must be on disk."""

@@ -116,7 +116,6 @@ class Local(Driver):
                 run_mount(mount_call(kind, device, volume.options.get("o", ""), data), what)
             if kind == "none" and not os.path.isdir(data):
                 raise UserError(f"{what} is bound to {quoted(device)}, which is no directory; make it first.")
-            replacing.finish_in_place(data)
         elif not os.path.isdir(data) and not replacing.recover_sibling(data):
             raise UserError(f"{what} has lost its directory {quoted(data)}; restore it from a backup.")
         return data
@@ -131,7 +130,7 @@ class Local(Driver):
             with image.replacement(volume) as place:
                 yield place
         elif "type" in volume.options:
-            with replacing.in_place(self.mount(volume, "")) as inner:
+            with replacing.in_place(volume, self.mount(volume, "")) as inner:
                 yield inner
         else:
             with replacing.sibling(f"{volume.directory}/_data") as beside:

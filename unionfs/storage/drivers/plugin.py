@@ -307,11 +307,6 @@ class Plugin(Driver):
                 f"the volume plugin {quoted(self.name)} says that volume {quoted(volume.name)} is at "
                 f"{quoted(path)}, which is no directory here; see its own messages."
             )
-        try:
-            replacing.finish_in_place(path)
-        except UserError:
-            self._call("VolumeDriver.Unmount", request)
-            raise
         return path
 
     def unmount(self, volume: Volume, user: str) -> None:
@@ -328,7 +323,7 @@ class Plugin(Driver):
             raise UserError(
                 f"the volume plugin {quoted(self.name)} does not tell where {quoted(volume.name)} is mounted."
             )
-        with replacing.in_place(self._address.host_path(path)) as place:
+        with replacing.in_place(volume, self._address.host_path(path)) as place:
             yield place
 
     def status(self, volume: Volume) -> Mapping[str, object]:

@@ -79,7 +79,6 @@ class RemoteDriver(Driver):
                     f"{self.log(volume)}; check the volume's options."
                 )
             time.sleep(0.02)
-        replacing.finish_in_place(data)
         return data
 
     def secret(self, options: Mapping[str, str]) -> str:
@@ -113,7 +112,7 @@ class RemoteDriver(Driver):
 
     @contextmanager
     def replacement(self, volume: Volume) -> Iterator[Replacement]:
-        with replacing.in_place(f"{volume.directory}/_data", lambda: self.settle(volume)) as place:
+        with replacing.in_place(volume, f"{volume.directory}/_data", lambda: self.settle(volume)) as place:
             yield place
 
     def check_clone(self, volume: Volume) -> None:

@@ -14,10 +14,12 @@ from contextlib import contextmanager, suppress
 from unionfs.daemon.errors import UserError, quoted, reason
 from unionfs.daemon.options import split_lowers
 from unionfs.storage.drivers.base import Driver, Replacement
-from unionfs.storage.drivers.replacing import exchange, fsync_directory, remove_tree
+from unionfs.storage.drivers.replacing import exchange, fsync_directory
 from unionfs.storage.filters import truth
 from unionfs.storage.model import Volume
 from unionfs.storage.mounts import mount_at, run_program
+from unionfs.storage.removing import refuse_locked
+from unionfs.union.removal import remove_path
 
 
 class Union(Driver):
@@ -83,7 +85,7 @@ class Union(Driver):
         merged = f"{view}/merged"
         if _is_alive(merged):
             return merged
-        remove_tree(view)  # of a user before who had the same name
+        _remove(view)  # of a user before who had the same name
         for name in ("", "/upper", "/work", "/merged"):
             os.mkdir(view + name, 0o755)
         # The root of a view looks like that of the topmost lower.
@@ -91,7 +93,7 @@ class Union(Driver):
         try:
             _mount(volume, f"{view}/upper", f"{view}/work", merged)
         except UserError:
-            remove_tree(view)
+            _remove(view)
             raise
         return merged
 
@@ -101,7 +103,7 @@ class Union(Driver):
             return
         view = self._view(volume, user)
         _unmount(f"{view}/merged")
-        remove_tree(view)
+        _remove(view)
 
     @contextmanager
     def replacement(self, volume: Volume) -> Iterator[Replacement]:
@@ -123,7 +125,7 @@ class Union(Driver):
             with suppress(UserError):
                 _unmount(merged)
             if mount_at(merged) is None:
-                remove_tree(place)
+                _remove(place)
 
     def check_clone(self, volume: Volume) -> None:
         if not self._shared(volume.options):
@@ -143,10 +145,17 @@ class _NewUpper:
         self._place = place
 
     def commit(self) -> None:
+        refuse_locked(f"{self._volume.directory}/upper", "the volume's content cannot be replaced")
         _unmount(self.path)
         _unmount(f"{self._volume.directory}/_data")
         exchange(f"{self._volume.directory}/upper", f"{self._place}/upper")
         fsync_directory(self._volume.directory)
+
+
+def _remove(path: str) -> None:
+    """Remove a view or a restore's place; what cannot be removed is tried again before its name is used."""
+    with suppress(OSError):
+        remove_path(path, unlock=True)
 
 
 def _sweep(volume: Volume) -> None:
@@ -154,7 +163,7 @@ def _sweep(volume: Volume) -> None:
     for name in os.listdir(volume.directory):
         if name.startswith(".restore-"):
             _unmount(f"{volume.directory}/{name}/merged")
-            remove_tree(f"{volume.directory}/{name}")
+            _remove(f"{volume.directory}/{name}")
 
 
 def _hide(lowers: Sequence[str], upper: str) -> None:

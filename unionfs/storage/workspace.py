@@ -1,0 +1,369 @@
+"""New content that is prepared in a volume itself, where others may write too.
+
+    DATA/.unionfs-XXXXXXXXXXXXXXXX/new                the new content
+    DATA/.unionfs-XXXXXXXXXXXXXXXX/old                what it takes the place of
+    ROOT/volumes/NAME/.unionfs-XXXXXXXXXXXXXXXX.json  the workspace's record, with the journal
+
+Nobody can foresee the name, and only this user can enter the directory. The record alone says what is still
+to be done; nothing that is found in a volume says so. When the process has died, the next use of the volume
+removes the workspace, or finishes an exchange that has begun.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import secrets
+import stat
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import replace
+
+from unionfs.daemon.errors import UserError, quoted, reason
+from unionfs.storage.model import User
+from unionfs.storage.workspace_record import Journal, Record, forget, names, read, write
+from unionfs.sys.calls import FUSE_MAGIC, NFS_MAGIC, filesystem_magic
+from unionfs.sys.openat2 import RESOLVE_NO_SYMLINKS, RESOLVE_NO_XDEV, openat2
+from unionfs.union.places import open_for_listing
+from unionfs.union.removal import empty_directory, find_locked
+
+__all__ = ["Workspace", "names", "recover", "workspace"]
+
+_DIRECTORY = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
+_WITHIN = RESOLVE_NO_XDEV | RESOLVE_NO_SYMLINKS
+_TRIES = 100
+
+
+class Workspace:
+    """A workspace whose new content is still being made."""
+
+    def __init__(self, home: str, root: int, fd: int, record: Record, settle: Callable[[], None] | None):
+        self._home = home
+        self._root = root
+        self._fd = fd
+        self._record = record
+        self._settle = settle
+        self.new = _make_inner(fd, "new")
+        """An fd of the empty directory for the new content, which gets the attributes of the root too."""
+        self.committed = False
+
+    @property
+    def path(self) -> str:
+        """The same as a path, which no renaming leads elsewhere."""
+        return f"/proc/self/fd/{self.new}"
+
+    def commit(self, *, keep: bool = False) -> None:
+        """Put the new content in the volume: in the old one's place, or beside it with `keep`.
+
+        What is in `new` must be on disk. Raises UserError and OSError, nearly always with nothing changed.
+        """
+        if self._settle is not None:
+            self._settle()
+        ours = names(self._home)
+        old = [] if keep else [name for name in _list(self._root) if os.fsencode(name) not in ours]
+        _refuse_immovable(self._root, old)
+        status = os.fstat(self.new)
+        xattrs = {}
+        with suppress(OSError):
+            xattrs = {name: os.getxattr(self.new, name).hex() for name in os.listxattr(self.new)}
+        journal = Journal(
+            old, _list(self.new), stat.S_IMODE(status.st_mode), status.st_uid, status.st_gid,
+            status.st_mtime_ns, xattrs,
+        )  # fmt: skip
+        record = replace(self._record, journal=journal)
+        write(self._home, record)
+        self.committed = True
+        try:
+            _finish(self._home, self._root, self._fd, record)
+        except OSError as error:
+            raise UserError(
+                f"only a part of the volume's new content is in its place: {reason(error)}; end what changes "
+                "the volume meanwhile: its next use puts the rest there."
+            ) from error
+
+
+@contextmanager
+def workspace(
+    home: str, root: int, kind: str, settle: Callable[[], None] | None = None
+) -> Iterator[Workspace]:
+    """A new workspace for a `kind` of work ("restore") in the volume's root, an fd.
+
+    `home` is ROOT/volumes/NAME. `settle` is called before the exchange, and may wait until all that was
+    written can be renamed. Raises OSError, and UserError when somebody interferes.
+    """
+    record = Record(f".unionfs-{secrets.token_hex(8)}", User.of_this_process(kind))
+    write(home, record)
+    try:
+        os.mkdir(record.name, 0o700, dir_fd=root)
+        fd = openat2(root, os.fsencode(record.name), _DIRECTORY, _WITHIN)
+    except BaseException:
+        forget(home, record)
+        raise
+    place: Workspace | None = None
+    try:
+        record = _claim(root, fd, record)
+        write(home, record)
+        place = Workspace(home, root, fd, record, settle)
+        yield place
+    finally:
+        if record.uid < 0:
+            forget(home, record)  # what is there is not ours
+        elif place is None or not place.committed:
+            # Else the next use of the volume finishes the exchange, if that is not yet.
+            _sweep(home, root, fd, record)
+        if place is not None:
+            os.close(place.new)
+        os.close(fd)
+
+
+def recover(home: str, data: str) -> None:
+    """Finish or remove what processes that have ended left in the volume's root `data`. Raises UserError.
+
+    To be called under the volume's short lock.
+    """
+    for name in sorted(names(home)):
+        path = f"{home}/{os.fsdecode(name)}.json"
+        try:
+            record = read(path)
+            if not User(record.user, "").is_gone:
+                continue
+            root = os.open(data, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+            try:
+                _recover(home, root, record)
+            finally:
+                os.close(root)
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            cause = reason(error) if isinstance(error, OSError) else str(error)
+            raise UserError(
+                f"an interrupted restore in {quoted(data)} cannot be finished: {cause}; look at its "
+                f"directory {quoted(os.fsdecode(name))}, and remove {quoted(path)} to leave it as it is."
+            ) from error
+
+
+def _recover(home: str, root: int, record: Record) -> None:
+    fd = _open_known(root, record)
+    if fd is None:
+        # What somebody has moved away or removed; storage of objects keeps no empty directory either.
+        journal = record.journal
+        if journal is not None and not journal.done and not set(journal.new) <= set(_list(root)):
+            raise FileNotFoundError(2, "its directory with the volume's content is gone")
+        forget(home, record)
+        return
+    try:
+        if record.journal is None:
+            _sweep(home, root, fd, record)
+        else:
+            _finish(home, root, fd, record)
+    finally:
+        os.close(fd)
+
+
+# -- the directory -----------------------------------------------------------------------------------------
+
+
+def _claim(root: int, fd: int, record: Record) -> Record:
+    """The record of the directory that was just made, when it is that. Raises UserError.
+
+    Who may write to the volume's root may have put another one in its place: one of his own, or an empty one
+    of this user's, which others may then write to.
+    """
+    uid = os.fstat(fd).st_uid
+    with suppress(OSError):
+        os.fchmod(fd, 0o700)
+    with suppress(OSError):
+        os.removexattr(fd, "system.posix_acl_default")  # the new content would inherit it
+    status = os.fstat(fd)
+    if (
+        (uid != os.geteuid() and uid != _own_uid(root))
+        or (uid == os.geteuid() and status.st_mode & 0o022)
+        or _list(fd)
+    ):
+        raise UserError(
+            f"the directory {quoted(record.name)} in the volume was replaced while it was made; end what "
+            "changes the volume meanwhile."
+        )
+    ino = 0 if filesystem_magic(fd) == FUSE_MAGIC else status.st_ino
+    return replace(record, uid=uid, ino=ino)
+
+
+def _own_uid(root: int) -> int:
+    """The owner of what this user makes in a directory, which a server may choose (root_squash, sshfs)."""
+    name = f".unionfs-{secrets.token_hex(8)}"
+    fd = os.open(name, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600, dir_fd=root)
+    try:
+        return os.fstat(fd).st_uid
+    finally:
+        os.close(fd)
+        os.unlink(name, dir_fd=root)
+
+
+def _open_known(root: int, record: Record) -> int | None:
+    """The recorded directory; None when it is not there, or another one has its name."""
+    try:
+        if record.uid < 0:
+            os.rmdir(record.name, dir_fd=root)
+            return None
+        fd = openat2(root, os.fsencode(record.name), _DIRECTORY, _WITHIN)
+    except OSError as error:
+        if error.errno in (errno.ENOENT, errno.ENOTDIR, errno.ELOOP, errno.EXDEV, errno.ENOTEMPTY):
+            return None
+        raise
+    status = os.fstat(fd)
+    if status.st_uid == record.uid and record.ino in (0, status.st_ino):
+        return fd
+    os.close(fd)
+    return None
+
+
+def _make_inner(fd: int, name: str) -> int:
+    """An fd of a directory in the workspace, made if it is missing."""
+    with suppress(FileExistsError):
+        os.mkdir(name, 0o700, dir_fd=fd)
+    return os.open(name, _DIRECTORY, dir_fd=fd)
+
+
+def _refuse_immovable(root: int, old: list[str]) -> None:
+    """Raise UserError for what could not be moved away: the exchange would end half-way."""
+    has_flags = filesystem_magic(root) not in (FUSE_MAGIC, NFS_MAGIC)
+    for name in old:
+        try:
+            os.close(openat2(root, os.fsencode(name), os.O_PATH | os.O_NOFOLLOW, RESOLVE_NO_XDEV))
+            found = find_locked(root, os.fsencode(name)) if has_flags else None
+        except FileNotFoundError:
+            continue
+        except OSError as error:
+            if error.errno != errno.EXDEV:
+                raise
+            raise UserError(
+                f"the volume's content cannot be replaced: something is mounted at {quoted(name)} in it; "
+                "unmount that first."
+            ) from error
+        if found is not None:
+            shown = quoted(os.fsdecode(found))
+            raise UserError(
+                f"the volume's content cannot be replaced: {shown} in it is immutable or append-only; run "
+                "`chattr -i -a` on it first."
+            )
+
+
+# -- the exchange ------------------------------------------------------------------------------------------
+
+
+def _finish(home: str, root: int, fd: int, record: Record) -> None:
+    """Do what the journal says and is not done. Raises OSError."""
+    journal = record.journal
+    assert journal is not None
+    if not journal.done:
+        _exchange(root, fd, journal)
+        journal = replace(journal, done=True)
+        # Before anything old is given up: a name in the journal whose old file is gone would be taken for
+        # one that is still to be moved away, and by now it is the new file's.
+        write(home, replace(record, journal=journal))
+    _sweep(home, root, fd, record)
+    with suppress(OSError):
+        os.utime(root, ns=(journal.mtime, journal.mtime))
+
+
+def _exchange(root: int, fd: int, journal: Journal) -> None:
+    """Each step is one that may be found done already."""
+    old, new = _make_inner(fd, "old"), _make_inner(fd, "new")
+    try:
+        for name in journal.old:
+            if not _exists(old, name):
+                _move_away(name, name, root, old)
+        for name in journal.new:
+            if _exists(new, name):
+                _move_in(name, new, root, old)
+        _set_attributes(root, journal)
+        os.fsync(root)
+    finally:
+        os.close(old)
+        os.close(new)
+
+
+def _rename(name: str, source: int, wanted: str, target: int) -> None:
+    """Rename into another directory; an ordinary user's own directory without write permission, too, which
+    rename(2) refuses because its `..` changes.
+    """
+    try:
+        os.rename(name, wanted, src_dir_fd=source, dst_dir_fd=target)
+        return
+    except PermissionError as error:
+        if error.errno != errno.EACCES:
+            raise
+    fd = openat2(source, os.fsencode(name), os.O_PATH | os.O_DIRECTORY | os.O_NOFOLLOW, _WITHIN)
+    try:
+        status = os.fstat(fd)
+        if status.st_uid != os.geteuid():
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), name)
+        os.chmod(f"/proc/self/fd/{fd}", 0o700)
+        try:
+            os.rename(name, wanted, src_dir_fd=source, dst_dir_fd=target)
+        finally:
+            os.chmod(f"/proc/self/fd/{fd}", stat.S_IMODE(status.st_mode))
+    finally:
+        os.close(fd)
+
+
+def _move_away(name: str, aside: str, root: int, old: int) -> None:
+    try:
+        _rename(name, root, aside, old)
+    except FileNotFoundError:
+        pass
+    except OSError as error:
+        if error.errno != errno.EINVAL:
+            raise
+        # Somebody has given the name to the workspace, which does not go into itself (rename(2)).
+        with suppress(FileNotFoundError):
+            os.rename(name, f".unionfs-{secrets.token_hex(8)}", src_dir_fd=root, dst_dir_fd=root)
+
+
+def _move_in(name: str, new: int, root: int, old: int) -> None:
+    for left in range(_TRIES, -1, -1):
+        try:
+            _rename(name, new, name, root)
+            return
+        except OSError as error:
+            in_the_way = (errno.EEXIST, errno.ENOTEMPTY, errno.EISDIR, errno.ENOTDIR)
+            if error.errno not in in_the_way or not left:
+                raise
+        # Somebody has just made it.
+        _move_away(name, secrets.token_hex(16), root, old)
+
+
+def _set_attributes(root: int, journal: Journal) -> None:
+    """What this filesystem and this user can set: it is what could be set of the new content's directory."""
+    with suppress(OSError):
+        os.chown(root, journal.uid, journal.gid)
+    for name, value in journal.xattrs.items():
+        with suppress(OSError):
+            os.setxattr(root, name, bytes.fromhex(value))
+    with suppress(OSError):
+        os.chmod(root, journal.mode)
+
+
+def _sweep(home: str, root: int, fd: int, record: Record) -> None:
+    """Remove the workspace, then its record; what cannot be removed now is tried with the next use again."""
+    with suppress(OSError):
+        with suppress(FileNotFoundError):  # as far as somebody has removed it, while it was empty
+            empty_directory(fd)
+            there = os.stat(record.name, dir_fd=root, follow_symlinks=False)
+            if os.path.samestat(there, os.fstat(fd)):
+                os.rmdir(record.name, dir_fd=root)
+        forget(home, record)
+
+
+def _exists(at: int, name: str) -> bool:
+    try:
+        os.stat(name, dir_fd=at, follow_symlinks=False)
+    except FileNotFoundError:
+        return False
+    return True
+
+
+def _list(fd: int) -> list[str]:
+    listing = open_for_listing(fd)
+    try:
+        return os.listdir(listing)
+    finally:
+        os.close(listing)
