@@ -91,16 +91,14 @@ class Listing:
             for entry in entries:
                 name = entry.name.encode(*_ENCODING)
                 try:
-                    if not _may_be_whiteout(entry, hides):
-                        shown.append(name)
-                        continue
-                    st = os.stat(name, dir_fd=fd, follow_symlinks=False)
+                    hidden = _may_be_whiteout(entry, hides) and self._markers.is_whiteout(
+                        os.stat(name, dir_fd=fd, follow_symlinks=False), fd, name
+                    )
                 except FileNotFoundError:
                     continue
-                except OSError:  # one that cannot be looked at is there all the same
-                    shown.append(name)
-                    continue
-                if self._markers.is_whiteout(st, fd, name):
+                except OSError:  # a name that cannot be examined is there all the same
+                    hidden = False
+                if hidden:
                     whiteouts.add(name)
                 else:
                     shown.append(name)
