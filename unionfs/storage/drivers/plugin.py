@@ -42,7 +42,7 @@ _SHORT_SECONDS = 60.0
 _HANDSHAKE_SECONDS = 10.0
 """Plugin.Activate, which comes first and takes a plugin no work."""
 _STATUS_SECONDS = 5.0
-"""For all that `inspect` and `create` ask a plugin about itself, which they can do without."""
+"""For the Status in `inspect`, which shows the rest without it."""
 _HURRIED_SECONDS = 10.0
 _SILENT_SECONDS = 30.0
 _DEEPEST = 32
@@ -80,9 +80,8 @@ class Plugin(Driver):
     @property
     def scope(self) -> str:  # type: ignore[override]
         """What the plugin says of itself; an old one says nothing."""
-        until = time.monotonic() + _STATUS_SECONDS
         try:
-            answer = self._call("VolumeDriver.Capabilities", {}, until)
+            answer = self._call("VolumeDriver.Capabilities", {})
             found = self._object(answer, "Capabilities", "VolumeDriver.Capabilities").get("Scope")
         except UserError:
             return "local"
