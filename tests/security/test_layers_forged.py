@@ -190,6 +190,11 @@ def test_broken_redirects(kernel_overlay: None, area: Path, session: str) -> Non
     _same(area, session, _redirects)
 
 
+def test_redirects_that_any_user_could_make(kernel_overlay: None, area: Path, session: str) -> None:
+    """With the prefix `user.overlay.` none is followed: it would lead past the permissions on the way."""
+    _same(area, session, _redirects, "user.overlay.")
+
+
 def test_broken_redirects_among_many_names(kernel_overlay: None, area: Path, session: str) -> None:
     """A long listing is asked for as READDIRPLUS and as READDIR."""
 

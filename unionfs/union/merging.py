@@ -12,9 +12,9 @@ from __future__ import annotations
 import errno
 import os
 import stat
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 
-from unionfs.union.layers import Layer
+from unionfs.union.layers import LayerStack
 from unionfs.union.markers import Markers
 from unionfs.union.places import Gate, Place
 
@@ -25,17 +25,17 @@ Searched = Iterator[tuple[Place, bytes]]
 class Merging:
     """Finds the parts of merged directories in the layers, topmost layer first."""
 
-    def __init__(self, layers: Sequence[Layer], markers: Markers, gate: Gate) -> None:
-        self._layers = layers
+    def __init__(self, stack: LayerStack, markers: Markers, gate: Gate) -> None:
+        self._stack = stack
         self._markers = markers
         self._gate = gate
-        self._lowest = len(layers) - 1
+        self._lowest = len(stack.layers) - 1
 
     def parts(self, above: list[Place], part: Place, name: bytes, below: list[Place]) -> list[Place]:
         """The real directories that are merged under `name`, whose topmost is in `part`.
 
         `above` is what the directory above is merged of; `below` are those of them further down that may have
-        the name. Raises OSError, EINVAL or EACCES for a broken redirect.
+        the name. Raises OSError: EINVAL or EACCES for a broken redirect, EPERM for one that is not followed.
         """
         place = Place(part.layer, part, name)
         found = [place]
@@ -69,6 +69,8 @@ class Merging:
     def _redirected(self, redirect: bytes, index: int, remaining: Searched) -> Searched:
         """Where to search on below layer `index`: a sibling's name, or a path from each layer's root."""
         steps = _steps(redirect)
+        if not self._stack.follows_redirects:
+            raise OSError(errno.EPERM, "a layer holds a redirect that any user could have made")
         if steps is None:
             name = _c_string(redirect)
             return ((part, name) for part, _ in remaining)
@@ -80,7 +82,7 @@ class Merging:
         On the way, a whiteout, an opaque directory or anything that is no directory hides the layers further
         down, and a redirect counts for them.
         """
-        for layer in self._layers[index + 1 :]:
+        for layer in self._stack.layers[index + 1 :]:
             place = layer.root
             goes_on = True
             below = steps

@@ -62,7 +62,7 @@ class Union:
         self.nodes = NodeTable([layer.root for layer in stack.layers])
         self.identity = Identity(stack.work_fd)
         self._metacopy = os.fsdecode(self.markers.metacopy)
-        self._merging = Merging(stack.layers, self.markers, self.gate)
+        self._merging = Merging(stack, self.markers, self.gate)
         #: Nodes whose attributes changed by being copied up, which nobody asked to change them: whoever
         #: serves the union tells the kernel, and empties the list.
         self.stale: list[Node] = []
