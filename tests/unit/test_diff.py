@@ -172,10 +172,11 @@ def test_whiteouts_made_by_hand(area: Path, root: None) -> None:
 
 
 def test_an_opaque_root(area: Path, root: None) -> None:
+    """Overlayfs does not heed it."""
     for path in ("lower0/d/e", "upper/new"):
         (area / path).mkdir(parents=True)
     os.setxattr(area / "upper", PREFIX + b"opaque", b"y")
-    assert listed(area) == ["D /d", "A /new"]
+    assert listed(area) == ["A /new"]
 
 
 def test_symlinks_in_layers_are_not_followed(area: Path, root: None) -> None:

@@ -34,6 +34,7 @@ def open_union(tmp_path: Path) -> Iterator[OpenUnion]:
             str(tmp_path / "work") if upper else None,
             userxattr=True,
         )
+        stack.follows_redirects = True  # as with the prefix that needs root
         union = Union(stack, directory_fds=directory_fds)
         opened.append(union)
         return union

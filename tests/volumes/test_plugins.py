@@ -20,7 +20,7 @@ from tests.mount.cli_calls import refused, wait_for
 from tests.volumes import trees
 from tests.volumes.conftest import Store
 from unionfs.daemon.errors import UserError
-from unionfs.storage.drivers import plugin
+from unionfs.storage.drivers import plugin, plugin_search
 
 Start = Callable[..., Path]
 SERVER = Path(__file__).with_name("plugin_server.py")
@@ -172,8 +172,8 @@ class TestFound:
         refused(store("create", "-d", "../x", "data"), "driver ../x is not known")
 
     def test_a_managed_plugin(self, store: Store, area: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr(plugin, "_MANAGED", str(area / "managed"))
-        monkeypatch.setattr(plugin, "_SOCKETS", (str(area / "run"),))
+        monkeypatch.setattr(plugin_search, "_MANAGED", str(area / "managed"))
+        monkeypatch.setattr(plugin_search, "_SOCKETS", (str(area / "run"),))
         ident = "0123456789abcdef" * 4
         (area / "managed" / ident / "rootfs").mkdir(parents=True)
         config = {"Interface": {"Socket": "ebs.sock"}, "PropagatedMount": "/var/lib/ebs"}
@@ -185,13 +185,13 @@ class TestFound:
         (area / "run" / ident).mkdir(parents=True)
         with socket.socket(socket.AF_UNIX) as made:
             made.bind(str(area / "run" / ident / "ebs.sock"))
-            found = plugin._find("rexray/ebs")
+            found = plugin_search.find_address("rexray/ebs")
         assert found is not None
         assert found.url == f"unix://{area}/run/{ident}/ebs.sock"
         # As docker's Plugin.ScopedPath has it
         assert found.host_path("/var/lib/ebs/v") == f"{area}/managed/{ident}/propagated-mount/v"
         assert found.host_path("/data/v") == f"{area}/managed/{ident}/rootfs/data/v"
-        assert plugin._find("rexray/s3") is None
+        assert plugin_search.find_address("rexray/s3") is None
 
 
 class TestErrors:

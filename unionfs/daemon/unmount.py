@@ -7,7 +7,7 @@ import errno
 import os
 import subprocess
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from typing import TYPE_CHECKING
 
@@ -25,7 +25,6 @@ from unionfs.sys.process import users_of, wait_gone
 
 if TYPE_CHECKING:
     from unionfs.daemon.settings import MountSettings
-    from unionfs.storage.specs import Spec
 
 # How long a daemon may take to notice that its mount is gone before we look for what else holds the mount.
 _NOTICE_SECONDS = 2.0
@@ -166,34 +165,37 @@ def clear_dead_mounts(device: str) -> None:
 def _storage_mounts(mount: MountEntry, settings: MountSettings) -> list[MountEntry]:
     """Those of the union's storage, in the order in which they were mounted.
 
-    With a source came what is mounted below it; that is told from other mounts by being the same there.
+    With a source comes what is mounted below it. That is told from other mounts by a mount elsewhere: of the
+    same directory of the same filesystem, on the same directory. What another mount covers is left out, with
+    all below it: no path leads there.
     """
     table = read_mountinfo()
+    inside = mounted_inside(mount, table)
+    by_id = {entry.mount_id: entry for entry in table}
+    ours = {entry.mount_id for entry in (mount, *inside)}
+    elsewhere = {
+        (entry.device, entry.root, _mounted_on(entry, by_id)) for entry in table if entry.mount_id not in ours
+    }
+    covered = {entry.parent_id for entry in inside if entry.mountpoint == by_id[entry.parent_id].mountpoint}
     top = mount.mountpoint.rstrip("/")
-    sources = {top + spec.target: _source(spec, settings) for spec in settings.storage}
-    on_host = {(entry.mountpoint, entry.device, entry.root) for entry in table}
-    found = []
-    for entry in mounted_inside(mount, table):
-        for target, source in sources.items():
-            below = entry.mountpoint.removeprefix(target + "/")
-            if entry.mountpoint == target or (
-                source is not None
-                and below != entry.mountpoint
-                and (f"{source}/{below}", entry.device, entry.root) in on_host
-            ):
-                found.append(entry)
-                break
-    return found
+    targets = {top + spec.target for spec in settings.storage}
+    found: dict[int, MountEntry] = {}
+    for entry in inside:
+        if entry.mount_id in covered or entry.parent_id not in {mount.mount_id, *found}:
+            continue
+        came_along = (entry.device, entry.root, _mounted_on(entry, by_id)) in elsewhere
+        if entry.mountpoint in targets or (came_along and entry.parent_id in found):
+            found[entry.mount_id] = entry
+    return list(found.values())
 
 
-def _source(spec: Spec, settings: MountSettings) -> str | None:
-    """The host path that storage is a bind mount of."""
-    match spec.kind:
-        case "bind":
-            return os.path.realpath(spec.path).rstrip("/")  # type: ignore[union-attr]
-        case "volume":
-            return f"{settings.storage_root}/volumes/{spec.name}/_data"  # type: ignore[union-attr]
-    return None
+def _mounted_on(entry: MountEntry, by_id: Mapping[int, MountEntry]) -> tuple[str, str] | None:
+    """The directory that is covered by a mount: device and path within it, the same for every bind mount."""
+    above = by_id.get(entry.parent_id)
+    if above is None:
+        return None  # outside of this process's root
+    below = entry.mountpoint[len(above.mountpoint.rstrip("/")) :].lstrip("/")
+    return above.device, f"{above.root.rstrip('/')}/{below}".rstrip("/")
 
 
 def _clone(mount: MountEntry) -> int:

@@ -339,13 +339,22 @@ class PyfuseOperations(pyfuse3.Operations):  # type: ignore[misc,unused-ignore]
         for index in range(first, len(names)):
             if node.unlinked:
                 return
-            found = self.operations.union.lookup(node, names[index])
+            name = pyfuse3.FileNameT(names[index])
+            try:
+                found = self.operations.union.lookup(node, name)
+            except OSError:
+                found = None
+                unknown = self.operations.union.number_of_unreachable(node, name)
+            else:
+                unknown = None if found else self.operations.union.number_of_bare_whiteout(node, name)
+            if unknown is not None and not pyfuse3.readdir_reply(
+                token, name, _unknown(*unknown), cookies[index]
+            ):
+                return
             if found is None:
                 continue
             child = found[0]
-            if not pyfuse3.readdir_reply(
-                token, pyfuse3.FileNameT(names[index]), _named(found), cookies[index]
-            ):
+            if not pyfuse3.readdir_reply(token, name, _named(found), cookies[index]):
                 self.operations.union.nodes.forget(child, 0)
                 return
             child.lookups += 1
@@ -418,6 +427,19 @@ def _reply_dot(token: pyfuse3.ReaddirToken, name: bytes, node: Node, position: i
     entry.st_ino = pyfuse3.InodeT(node.ino)
     entry.st_mode = pyfuse3.ModeT(stat.S_IFDIR)
     return pyfuse3.readdir_reply(token, pyfuse3.FileNameT(name), entry, position)
+
+
+def _unknown(number: int, kind: int) -> pyfuse3.EntryAttributes:
+    """A name in a listing that cannot be looked up.
+
+    pyfuse3 has one number for node and inode, and readdir(3) leaves out inode 0. So the kernel gets the id of
+    no node; its timeout is 0, so the kernel looks the name up before it uses it.
+    """
+    entry = pyfuse3.EntryAttributes()
+    entry.st_ino = pyfuse3.InodeT(number)
+    entry.st_mode = pyfuse3.ModeT(kind)
+    entry.entry_timeout = entry.attr_timeout = 0
+    return entry
 
 
 def _invalidate(ids: set[int]) -> None:

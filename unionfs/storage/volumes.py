@@ -233,7 +233,7 @@ class Volumes:
             if any(user.is_gone for user in users):
                 with suppress(UserError), locks.state(self.root, name):
                     volume = self.get(name)
-                    self._without_the_dead(volume, self.driver_of(volume))
+                    self._without_the_dead(volume, self.driver_of(volume).hurried())
 
     @contextmanager
     def used(self, name: str, kind: str) -> Iterator[str]:
@@ -306,6 +306,8 @@ class Volumes:
                 if not force:
                     raise
                 driver = Driver()
+            if force or missing_ok:  # a removal that goes on without it, or one of many
+                driver = driver.hurried()
             if force:
                 driver = _Forced(driver, self._tell)
             users = self._without_the_dead(volume, driver)

@@ -96,13 +96,16 @@ def _in_order(directory: _Change) -> Iterator[tuple[_Change, bool]]:
 
 
 class _Found:
-    """An object of a merged tree: its attributes, and its place or the parts that it is merged of."""
+    """An object of a merged tree: its attributes, and its place or the parts that it is merged of.
+
+    Without attributes it cannot be looked up, for a broken redirect or an error of its layer.
+    """
 
     __slots__ = ("is_directory", "parts", "st")
 
-    def __init__(self, st: os.stat_result, parts: list[Place]) -> None:
+    def __init__(self, st: os.stat_result | None, parts: list[Place]) -> None:
         self.st = st
-        self.is_directory = stat.S_ISDIR(st.st_mode)
+        self.is_directory = st is not None and stat.S_ISDIR(st.st_mode)
         #: Of a directory: what it is merged of, topmost first. Else the directory that holds it.
         self.parts = parts
 
@@ -120,9 +123,8 @@ class _Comparison:
     def run(self) -> _Change:
         """The root of all changes."""
         root = _Change(None, b"")
-        layers = self.union.stack.layers
-        now, before = self._visible_roots(layers), self._visible_roots(layers[1:])
-        self._todo.append((root, now, before))
+        roots = [layer.root for layer in self.union.stack.layers]
+        self._todo.append((root, roots, roots[1:]))
         while self._todo:
             change, now, before = self._todo.pop()
             self._places.clear()
@@ -133,14 +135,6 @@ class _Comparison:
             for name in names:
                 self._compare(_Change(change, name), now, before)
         return root
-
-    def _visible_roots(self, layers: list[Layer]) -> list[Place]:
-        roots = []
-        for layer in layers:
-            roots.append(layer.root)
-            if self._is_opaque(layer.root):
-                break
-        return roots
 
     def _is_opaque(self, place: Place) -> bool:
         return self.union.markers.directory(self.union.gate.fd(place))[0]
@@ -186,13 +180,29 @@ class _Comparison:
         if not parts:
             return None
         self._scratch.parts = parts
-        found = self.union._search(self._scratch, name)
+        try:
+            found = self.union._search(self._scratch, name)
+        except _VANISHED:
+            raise
+        except OSError:
+            if not parts[0].layer.is_upper or not self._has(parts[0], name):
+                parts = parts[1:] if parts[0].layer.is_upper else parts
+            return _Found(None, parts[:1])
         if found is None:
             return None
         st, where = found
         if isinstance(where, Place):
             return _Found(st, [where])
         return _Found(st, [self._places.setdefault((place.parent, place.name), place) for place in where])
+
+    def _has(self, place: Place, name: bytes) -> bool:
+        try:
+            os.stat(name, dir_fd=self.union.gate.fd(place), follow_symlinks=False)
+        except FileNotFoundError:
+            return False
+        except OSError:
+            return True
+        return True
 
     def _differ(self, new: _Found, old: _Found) -> bool:
         """Whether a directory itself was changed or replaced."""
@@ -213,4 +223,5 @@ class _Comparison:
             if error.errno not in ABSENT:
                 raise
         st = found.st
+        assert st is not None
         return st.st_mode, st.st_uid, st.st_gid, st.st_mtime_ns, xattrs

@@ -91,6 +91,9 @@ class LayerStack:
         self.upper = layers[0] if layers[0].is_upper else None
         self.work_fd = work_fd
         self.xattr_prefix = xattr_prefix
+        #: A redirect shows what is anywhere in a layer without the permission checks on the way. Any user can
+        #: set a `user.*` one, so these are refused, as overlayfs does with `userxattr` (params.c).
+        self.follows_redirects = not xattr_prefix.startswith(b"user.")
         self.volatile = False
         #: What is shown at places of the union without being merged.
         self.bound: list[Layer] = []

@@ -6,11 +6,14 @@ import os
 import re
 import stat
 import sys
+from collections.abc import Callable
+from functools import partial
 from typing import TYPE_CHECKING, Final
 
 if TYPE_CHECKING:
     from unionfs.union.markers import Markers
     from unionfs.union.nodes import Node
+    from unionfs.union.places import Place
     from unionfs.union.tree import Union
 
 #: What an NFS client calls a file that was removed while an fd of it is held: its number in 16 digits and a
@@ -28,6 +31,7 @@ class Listing:
     def __init__(self, union: Union, node: Node) -> None:
         #: None: what is bound has no markers.
         self._markers: Markers | None = union.markers if node.identity is None else None
+        self._hides: Callable[[int, int], bool] = partial(_hides_at, union, node)
         self._fds: list[int] = []
         upper = node.is_upper and node.identity is None
         self._hides_removed = upper and node.parts[0].layer.links_of_removed > 0
@@ -47,9 +51,9 @@ class Listing:
         hidden: set[bytes] = set()
         shown: dict[bytes, None] = {}
         try:
-            for fd in self._fds:
+            for index, fd in enumerate(self._fds):
                 whiteouts: set[bytes] = set()
-                for name in self._in_use(fd, self._entries(fd, whiteouts)):
+                for name in self._in_use(fd, self._entries(index, fd, whiteouts)):
                     if name not in hidden:
                         shown[name] = None
                 hidden |= whiteouts
@@ -77,28 +81,24 @@ class Listing:
             return [name for name in names if not NFS_REMOVED.fullmatch(os.fsdecode(name))]
         return names
 
-    def _entries(self, fd: int, whiteouts: set[bytes]) -> list[bytes]:
+    def _entries(self, index: int, fd: int, whiteouts: set[bytes]) -> list[bytes]:
         """The names in one real directory, without its whiteouts, which go into ``whiteouts``."""
         if self._markers is None:
             return real_names(fd)
         shown = []
-        # an opaque "x" says that xattr whiteouts may be among the regular files
-        opaque = self._markers.opaque_value(fd)
+        hides = self._hides(index, fd)
         with os.scandir(fd) as entries:
             for entry in entries:
                 name = entry.name.encode(*_ENCODING)
-                if entry.is_file(follow_symlinks=False):
-                    if opaque != b"x":
-                        shown.append(name)
-                        continue
-                elif entry.is_dir(follow_symlinks=False) or not _may_be_whiteout(entry):
-                    shown.append(name)
-                    continue
                 try:
-                    st = os.stat(name, dir_fd=fd, follow_symlinks=False)
+                    hidden = _may_be_whiteout(entry, hides) and self._markers.is_whiteout(
+                        os.stat(name, dir_fd=fd, follow_symlinks=False), fd, name
+                    )
                 except FileNotFoundError:
                     continue
-                if self._markers.is_whiteout(st, fd, name):
+                except OSError:  # a name that cannot be examined is there all the same
+                    hidden = False
+                if hidden:
                     whiteouts.add(name)
                 else:
                     shown.append(name)
@@ -115,13 +115,29 @@ def real_names(fd: int) -> list[bytes]:
     return [name.encode(*_ENCODING) for name in os.listdir(fd)]
 
 
-def _may_be_whiteout(entry: os.DirEntry[str]) -> bool:
-    if entry.is_symlink():
+def _may_be_whiteout(entry: os.DirEntry[str], files: bool) -> bool:
+    """Whether an entry may be a whiteout, as regular files may that are `files`. Raises OSError."""
+    if entry.is_file(follow_symlinks=False):
+        return files
+    if entry.is_dir(follow_symlinks=False) or entry.is_symlink():
         return False
-    try:
-        return stat.S_ISCHR(entry.stat(follow_symlinks=False).st_mode)
-    except FileNotFoundError:
+    return stat.S_ISCHR(entry.stat(follow_symlinks=False).st_mode)
+
+
+def hides_xattr_whiteouts(union: Union, node: Node, part: Place, fd: int) -> bool:
+    """Whether listings leave out xattr whiteouts in one part of a directory, of which ``fd`` is an fd.
+
+    Only where ``opaque`` is ``x``, only in merged directories, and not in the lowest layer, as overlayfs
+    (namei.c, ovl_lookup_single; readdir.c, ovl_dir_read_merged). Elsewhere they are listed, though a lookup
+    finds nothing. Our own uppers have them where device nodes are refused; there overlayfs would list them.
+    """
+    if union.markers.opaque_value(fd) != b"x":
         return False
+    return part.layer.is_upper or (len(node.parts) > 1 and part.layer.index < len(union.stack.layers) - 1)
+
+
+def _hides_at(union: Union, node: Node, index: int, fd: int) -> bool:
+    return hides_xattr_whiteouts(union, node, node.parts[index], fd)
 
 
 def is_empty(union: Union, node: Node) -> bool:

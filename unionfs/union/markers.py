@@ -62,7 +62,10 @@ class Markers:
     # -- reading --------------------------------------------------------------------------------------
 
     def is_whiteout(self, st: os.stat_result, dir_fd: int, name: bytes) -> bool:
-        """Whether the entry ``name`` of ``dir_fd``, which has the attributes ``st``, is a whiteout."""
+        """Whether the entry ``name`` of ``dir_fd``, which has the attributes ``st``, is a whiteout.
+
+        Raises ``OSError`` when that cannot be read, as a lookup does on overlayfs.
+        """
         if stat.S_ISCHR(st.st_mode):
             return st.st_rdev == 0
         if st.st_size == 0 and stat.S_ISREG(st.st_mode):
@@ -74,19 +77,25 @@ class Markers:
         path = b"/proc/self/fd/%d" % fd
         try:
             names = os.listxattr(path)
-        except OSError:
-            return False, None
+        except OSError as error:
+            if error.errno in ABSENT:
+                return False, None
+            names = [os.fsdecode(self.opaque), os.fsdecode(self.redirect)]  # too many to be listed, say
         if not names:
             return False, None
-        opaque = os.fsdecode(self.opaque) in names and _get(path, self.opaque, follow=True) == b"y"
+        opaque = os.fsdecode(self.opaque) in names and self.opaque_value(fd) == b"y"
         redirect = None
         if os.fsdecode(self.redirect) in names:
             redirect = _get(path, self.redirect, follow=True)
         return opaque, redirect
 
     def opaque_value(self, fd: int) -> bytes | None:
-        """The value of ``opaque`` on the directory ``fd``."""
-        return _get(b"/proc/self/fd/%d" % fd, self.opaque, follow=True)
+        """The value of ``opaque`` on the directory ``fd``; as none when it cannot be read (as util.c,
+        ovl_get_dir_xattr_val)."""
+        try:
+            return _get(b"/proc/self/fd/%d" % fd, self.opaque, follow=True)
+        except OSError:
+            return None
 
     # -- writing --------------------------------------------------------------------------------------
 

@@ -165,6 +165,10 @@ class NodeTable:
                 return known.ino
         return self._free(self._number(st, parent, name, upper=upper))
 
+    def unreachable(self, parent: Node, name: bytes) -> int:
+        """A number for what cannot be looked up; no node has it."""
+        return self._free(_hashed(b"unreachable%d/%b" % (parent.ino, name)))
+
     def _free(self, number: int) -> int:
         """The number itself, or another one when a node has it."""
         while number in self._by_id:

@@ -19,13 +19,17 @@ from unionfs.sys.creds import Identity
 from unionfs.union import bound
 from unionfs.union.files import OpenFile, UnreadFile, open_backing, open_held
 from unionfs.union.layers import Layer, LayerStack
+from unionfs.union.listing import hides_xattr_whiteouts
 from unionfs.union.lowernames import MANY, LowerNames
 from unionfs.union.markers import Markers
+from unionfs.union.merging import Merging
 from unionfs.union.nodes import UNSEEN, Node, NodeTable
 from unionfs.union.places import Gate, Place
 from unionfs.union.xattrs import CAPABILITY
 
 NAME_MAX: Final = 255
+#: A filesystem of a layer may have shorter names than others; as namei.c, ovl_lookup_single.
+_NOT_THERE: Final = (errno.ENOENT, errno.ENAMETOOLONG)
 _CAPABILITY: Final = os.fsdecode(CAPABILITY)
 _PATH: Final = os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC
 
@@ -54,10 +58,11 @@ class Union:
         self.markers = Markers(stack.xattr_prefix)
         self.gate = Gate(directory_fds)
         self._lower_names = LowerNames(self.gate)
+        #: All roots are merged: overlayfs heeds no `opaque` on them (super.c, ovl_get_root).
         self.nodes = NodeTable([layer.root for layer in stack.layers])
         self.identity = Identity(stack.work_fd)
         self._metacopy = os.fsdecode(self.markers.metacopy)
-        self._lowest = len(stack.layers) - 1
+        self._merging = Merging(stack, self.markers, self.gate)
         #: Nodes whose attributes changed by being copied up, which nobody asked to change them: whoever
         #: serves the union tells the kernel, and empties the list.
         self.stale: list[Node] = []
@@ -67,15 +72,6 @@ class Union:
         #: Backing files to be closed, for which nobody need wait. None: they are closed at once. A session
         #: that sets it to a list closes what is in it as soon as it has sent an answer.
         self.to_close: list[tuple[Node, OpenFile]] | None = None
-        self._merge_root()
-
-    def _merge_root(self) -> None:
-        """An opaque root of a layer hides the roots below it."""
-        parts = self.nodes.root.parts
-        for index, place in enumerate(parts[:-1]):
-            if self.markers.directory(place.fd)[0]:
-                del parts[index + 1 :]
-                break
 
     # -- finding --------------------------------------------------------------------------------------
 
@@ -116,6 +112,41 @@ class Union:
             self.forget_places(where)
         return self.nodes.number(parent, name, st, where), stat.S_IFMT(st.st_mode)
 
+    def number_of_unreachable(self, parent: Node, name: bytes) -> tuple[int, int] | None:
+        """What a listing shows of a name whose lookup fails: a number, and the file type (0: not known).
+
+        None when it is gone by now. As overlayfs (readdir.c, ovl_cache_update), which lists all names.
+        """
+        for part in parent.parts:
+            try:
+                st = os.stat(name, dir_fd=self.gate.fd(part), follow_symlinks=False)
+            except FileNotFoundError:
+                continue
+            except OSError:
+                return self.nodes.unreachable(parent, name), 0
+            return self.nodes.unreachable(parent, name), stat.S_IFMT(st.st_mode)
+        return None
+
+    def number_of_bare_whiteout(self, parent: Node, name: bytes) -> tuple[int, int] | None:
+        """What a listing shows of a name that has no object but an xattr whiteout in a place without `x`.
+
+        A lookup of it finds nothing, but on overlayfs it is in listings; see `listing.hides_xattr_whiteouts`.
+        """
+        if parent.identity is not None:
+            return None
+        for part in parent.parts:
+            fd = self.gate.fd(part)
+            try:
+                st = os.stat(name, dir_fd=fd, follow_symlinks=False)
+            except FileNotFoundError:
+                continue
+            except OSError:
+                return None
+            if stat.S_ISREG(st.st_mode) and not hides_xattr_whiteouts(self, parent, part, fd):
+                return self.nodes.unreachable(parent, name), stat.S_IFREG
+            return None
+        return None
+
     def forget_places(self, places: list[Place]) -> None:
         """Close the fds of real directories that no node stands for."""
         for place in places:
@@ -136,90 +167,18 @@ class Union:
             dir_fd = self.gate.fd(part)
             try:
                 st = os.stat(name, dir_fd=dir_fd, follow_symlinks=False)
-            except FileNotFoundError:
-                continue
+            except OSError as error:
+                if error.errno in _NOT_THERE:
+                    continue
+                raise
             kind = stat.S_IFMT(st.st_mode)
             if kind == stat.S_IFDIR:
-                return st, self._merged(parent, part, name, parts[index + 1 :])
+                return st, self._merging.parts(parent.parts, part, name, parts[index + 1 :])
             # Most names are of what can be no marker.
             if (kind == stat.S_IFREG and st.st_size) or kind == stat.S_IFLNK:
                 return st, part
             return None if self.markers.is_whiteout(st, dir_fd, name) else (st, part)
         return None
-
-    def _merged(self, parent: Node, part: Place, name: bytes, below: list[Place]) -> list[Place]:
-        """The real directories that are merged under ``name``: the one in ``part`` of the parent, and those
-        further down; ``below``: the parts that may have the name."""
-        place = Place(part.layer, part, name)
-        found = [place]
-        remaining = [(part, name) for part in below]
-        redirected = False
-        while place.layer.index != self._lowest:
-            opaque, redirect = self.markers.directory(self.gate.fd(place))
-            if opaque:
-                break
-            if redirect is not None:
-                if not redirected:  # another name may be in any part
-                    redirected = True
-                    index = place.layer.index
-                    remaining = [(part, name) for part in parent.parts if part.layer.index > index]
-                remaining = self._redirected(redirect, place.layer.index, remaining)
-            next_place = self._next_directory(remaining)
-            if next_place is None:
-                break
-            place = next_place
-            found.append(place)
-        return found
-
-    def _next_directory(self, remaining: list[tuple[Place, bytes]]) -> Place | None:
-        """The topmost of the directories that are there; taken from ``remaining`` with what is above it."""
-        while remaining:
-            part, here = remaining.pop(0)
-            try:
-                st = os.stat(here, dir_fd=self.gate.fd(part), follow_symlinks=False)
-            except FileNotFoundError:
-                continue
-            return Place(part.layer, part, here) if stat.S_ISDIR(st.st_mode) else None
-        return None
-
-    def _redirected(
-        self, redirect: bytes, index: int, remaining: list[tuple[Place, bytes]]
-    ) -> list[tuple[Place, bytes]]:
-        """Where to search on below layer ``index``: a sibling's name, or a path from each layer's root.
-
-        As namei.c, ovl_lookup_layer: on the way, a whiteout, an opaque directory or anything that is no
-        directory hides the layers further down, and a redirect counts for them.
-        """
-        if b"/" not in redirect:
-            _checked_step(redirect)
-            return [(part, redirect) for part, _ in remaining]
-        steps = _steps(redirect)
-        found: list[tuple[Place, bytes]] = []
-        for layer in self.stack.layers[index + 1 :]:
-            place = layer.root
-            goes_on = True
-            below = steps
-            for position, step in enumerate(steps[:-1]):
-                dir_fd = self.gate.fd(place)
-                try:
-                    st = os.stat(step, dir_fd=dir_fd, follow_symlinks=False)
-                except FileNotFoundError:
-                    break
-                if not stat.S_ISDIR(st.st_mode):
-                    return found
-                place = Place(layer, place, step)
-                opaque, further = self.markers.directory(self.gate.fd(place))
-                if opaque:
-                    goes_on = False
-                elif further is not None:
-                    above = [] if further.startswith(b"/") else steps[:position]
-                    below = [*above, *_steps(further), *steps[position + 1 :]]
-            else:
-                found.append((place, steps[-1]))
-            if not goes_on:
-                return found
-            steps = below
-        return found
 
     def is_visible_below(self, parent: Node, name: bytes) -> bool:
         """Whether a lower has ``name`` in ``parent``, so that removing it from the upper takes a whiteout."""
@@ -229,8 +188,10 @@ class Union:
             dir_fd = self.gate.fd(part)
             try:
                 st = os.stat(name, dir_fd=dir_fd, follow_symlinks=False)
-            except FileNotFoundError:
-                continue
+            except OSError as error:
+                if error.errno in _NOT_THERE:
+                    continue
+                raise
             return not self.markers.is_whiteout(st, dir_fd, name)
         return False
 
@@ -422,14 +383,3 @@ class Union:
 
 def _metacopy() -> PermissionError:
     return PermissionError(errno.EPERM, "a metacopy file needs kernel overlayfs")
-
-
-def _checked_step(step: bytes) -> bytes:
-    """A redirect comes from a layer, so it is not trusted: it must not lead out of it."""
-    if step in (b"", b".", b".."):
-        raise OSError(errno.EIO, "a layer holds an invalid redirect")
-    return step
-
-
-def _steps(redirect: bytes) -> list[bytes]:
-    return [_checked_step(step) for step in redirect.strip(b"/").split(b"/")]

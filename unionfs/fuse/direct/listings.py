@@ -33,7 +33,12 @@ class ListingRequests:
         listing = Listing(request.size)
         (cookies, names, _), first = await self._start(node, request.offset, listing, plus=False)
         for index in range(first, len(names)):
-            known = self._union.number(node, names[index])
+            try:
+                known = self._union.number(node, names[index])
+            except OSError:
+                known = self._union.number_of_unreachable(node, names[index])
+            else:
+                known = known or self._union.number_of_bare_whiteout(node, names[index])
             if known is not None and not listing.add(names[index], known[0], cookies[index], known[1]):
                 break
         if first == len(names):
@@ -73,13 +78,15 @@ class ListingRequests:
             raise Unfit("it shows names of the upper, which may go and leave nothing behind")
         prepared.entries = entries = entries.later()
         _add_dots(prepared.listing, node, 0, plus=True)
-        for child in self._found(node, entries, 0, prepared.listing):
+        for child in self._found(node, entries, 0, prepared.listing, ahead=True):
             prepared.nodes.append(child)
             if child.identity is not None:
                 raise Unfit("what is bound may change at any time")
             yield
 
-    def _found(self, node: Node, entries: Entries, first: int, listing: Listing) -> Iterator[Node]:
+    def _found(
+        self, node: Node, entries: Entries, first: int, listing: Listing, *, ahead: bool = False
+    ) -> Iterator[Node]:
         """Add what has these names, from the index ``first`` on, as long as it fits: its node after each."""
         lookup, valid = self._union.lookup, self._ios.valid
         cookies, names, parts = entries
@@ -87,8 +94,17 @@ class ListingRequests:
             name = names[index]
             if not listing.fits_plus(name):
                 return
-            found = lookup(node, name, parts[index] if parts else 0)
+            try:
+                found = lookup(node, name, parts[index] if parts else 0)
+            except OSError:
+                if ahead:
+                    raise
+                unknown = self._union.number_of_unreachable(node, name)
+                self._add_unknown(listing, name, cookies[index], unknown)
+                continue
             if found is None:
+                unknown = self._union.number_of_bare_whiteout(node, name)
+                self._add_unknown(listing, name, cookies[index], unknown)
                 continue
             child, attributes = found
             listing.add_found(
@@ -102,6 +118,12 @@ class ListingRequests:
                 ),
             )
             yield child
+
+    @staticmethod
+    def _add_unknown(listing: Listing, name: bytes, cookie: int, known: tuple[int, int] | None) -> None:
+        """A name that cannot be looked up. It counts no lookup; the next request for it gets the error."""
+        if known is not None:
+            listing.add_plus(name, known[0], cookie, known[1], encode.NO_ENTRY)
 
     async def _start(self, node: Node, offset: int, listing: Listing, *, plus: bool) -> tuple[Entries, int]:
         """``.`` and ``..`` where they are due, and the names of a directory with the first that is due."""

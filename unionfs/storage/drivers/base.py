@@ -36,6 +36,10 @@ class Driver:
     known_options: Mapping[str, str] = {}
     """The options a volume may have, with a line about each."""
 
+    def hurried(self) -> Driver:
+        """The same driver for a caller that waits some seconds at most, even if the storage needs longer."""
+        return self
+
     def check(self, options: Mapping[str, str]) -> None:
         """Refuse options that are unknown or make no sense together. Nothing is made yet."""
         for key in options:

@@ -1,268 +1,178 @@
-"""Docker's volume plugins: found as docker finds them, spoken to by the published protocol.
+"""Docker's volume plugins as drivers: the published protocol, and the checks of every answer.
 
-Sources: docs.docker.com/engine/extend/plugin_api (discovery, handshake) and plugins_volume (the VolumeDriver
-requests); moby pkg/plugins/discovery.go, plugin/v2/plugin.go (paths of managed plugins).
+Sources: docs.docker.com/engine/extend/plugin_api (handshake) and plugins_volume (the VolumeDriver requests);
+moby volume/drivers/proxy.go (how long docker waits). `plugin_search` finds them, `plugin_request` sends one
+request.
 """
 
 from __future__ import annotations
 
-import glob
 import hashlib
 import json
+import math
 import os
-import stat
+import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
-from urllib.parse import urlsplit
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from unionfs.daemon.errors import UserError, quoted
 from unionfs.storage.drivers import replacing
 from unionfs.storage.drivers.base import Driver, Replacement
+from unionfs.storage.drivers.plugin_search import (
+    ENVIRONMENT,
+    Address,
+    check_certificate,
+    find_address,
+    plugin_names,
+)
 from unionfs.storage.model import Volume
 
 if TYPE_CHECKING:
-    import httpx
+    import ssl
 
-ENVIRONMENT = "UNIONFS_PLUGIN_PATH"
-"""Directories, separated by colons, to look in instead of docker's."""
-_SOCKETS = ("/run/docker/plugins",)
-_SPECS = ("/etc/docker/plugins", "/usr/lib/docker/plugins")
-_MANAGED = "/var/lib/docker/plugins"
-_ACCEPT = "application/vnd.docker.plugins.v1.2+json"
-_SECONDS = 120.0
+    from unionfs.storage.drivers.plugin_request import Answer, Endpoint
 
+__all__ = ["ENVIRONMENT", "Plugin", "find_plugin", "plugin_names"]
 
-@dataclass(frozen=True, slots=True)
-class Address:
-    """Where a plugin listens."""
+_LONG = ("VolumeDriver.Create", "VolumeDriver.Mount")
+_LONG_SECONDS = 120.0
+_SHORT_SECONDS = 60.0
+"""Docker's own deadlines: what `_LONG` names may have to make a disk or to attach it, the rest need not."""
+_HANDSHAKE_SECONDS = 10.0
+"""Plugin.Activate, which comes first and takes a plugin no work."""
+_STATUS_SECONDS = 5.0
+"""For the Status in `inspect`, which shows the rest without it."""
+_HURRIED_SECONDS = 10.0
+_SILENT_SECONDS = 30.0
+_DEEPEST = 32
+"""Objects and lists within each other in an answer."""
+_LONGEST_PATH = 4095
+"""PATH_MAX without its NUL; linux/limits.h."""
+_LONGEST_WORDS = 300
 
-    name: str
-    url: str
-    """`unix://PATH`, `tcp://HOST:PORT`, `http://` or `https://`."""
-    tls: Mapping[str, Any] | None = None
-    base: str = ""
-    """Of a managed plugin: the directory that its paths are below."""
-    propagated: str = ""
-    """The part of its paths that is at `../propagated-mount` of `base`."""
-
-    def host_path(self, path: str) -> str:
-        """A path that the plugin names, as this host sees it."""
-        if not self.base:
-            return path
-        if self.propagated and path.startswith(self.propagated):
-            return f"{os.path.dirname(self.base)}/propagated-mount{path[len(self.propagated) :]}"
-        return self.base + path
-
-
-def _directories() -> tuple[tuple[str, ...], tuple[str, ...]]:
-    chosen = os.environ.get(ENVIRONMENT)
-    if chosen:
-        places = tuple(path for path in chosen.split(":") if path)
-        return places, places
-    return _SOCKETS, _SPECS
-
-
-def _is_socket(path: str) -> bool:
-    try:
-        return stat.S_ISSOCK(os.stat(path).st_mode)
-    except OSError:
-        return False
-
-
-def plugin_names() -> list[str]:
-    """The plugins that can be found without asking them anything."""
-    sockets, specs = _directories()
-    names = set()
-    for directory in sockets:
-        for path in glob.glob(f"{directory}/**/*.sock", recursive=True):
-            names.add(_name_of(path[len(directory) + 1 :], ".sock"))
-    for directory in specs:
-        for ending in (".spec", ".json"):
-            for path in glob.glob(f"{directory}/**/*{ending}", recursive=True):
-                names.add(_name_of(path[len(directory) + 1 :], ending))
-    return sorted(names)
-
-
-def _name_of(path: str, ending: str) -> str:
-    path = path.removesuffix(ending)
-    parent, _, name = path.rpartition("/")
-    # A plugin may have a directory of its own name.
-    return parent if parent == name else path
+_silent_until: dict[str, float] = {}
+"""Until when (time.monotonic) a plugin is not asked again, by its URL: the removal of a hundred volumes waits
+for a plugin that hangs only once."""
 
 
 def find_plugin(name: str) -> Plugin | None:
-    """The plugin of that name, or None. Raises UserError for one whose description is misspelt."""
-    address = _find(name)
+    """The plugin of that name, or None. Raises UserError when its description is wrong or not trusted."""
+    address = find_address(name)
     return None if address is None else Plugin(address)
 
 
-def _find(name: str) -> Address | None:
-    if any(part in ("", ".", "..") for part in name.split("/")) or "\0" in name:
-        return None
-    last = name.rpartition("/")[2]
-    sockets, specs = _directories()
-    for directory in sockets:
-        for path in (f"{directory}/{name}.sock", f"{directory}/{name}/{last}.sock"):
-            if _is_socket(path):
-                return Address(name, f"unix://{path}")
-    for directory in specs:
-        for path in (f"{directory}/{name}.spec", f"{directory}/{name}/{last}.spec"):
-            if os.path.isfile(path):
-                return Address(name, _checked_url(_read(path).strip(), path))
-        for path in (f"{directory}/{name}.json", f"{directory}/{name}/{last}.json"):
-            if os.path.isfile(path):
-                return _from_json(name, path)
-    return None if os.environ.get(ENVIRONMENT) else _find_managed(name)
-
-
-def _read(path: str) -> str:
-    try:
-        with open(path, encoding="utf-8") as source:
-            return source.read(1 << 20)
-    except (OSError, ValueError) as error:
-        raise UserError(
-            f"the plugin description {quoted(path)} cannot be read: {error}; correct it."
-        ) from error
-
-
-def _checked_url(url: str, path: str) -> str:
-    if urlsplit(url).scheme not in ("unix", "tcp", "http", "https"):
-        raise UserError(
-            f"the plugin description {quoted(path)} has the address {quoted(url)}; it must begin with "
-            "unix://, tcp://, http:// or https://."
-        )
-    return url
-
-
-def _from_json(name: str, path: str) -> Address:
-    try:
-        values = json.loads(_read(path))
-        url, tls = str(values["Addr"]), values.get("TLSConfig")
-        if tls is not None and not isinstance(tls, dict):
-            raise TypeError("TLSConfig is no object")
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UserError(
-            f"the plugin description {quoted(path)} is misspelt ({error}); correct it."
-        ) from error
-    return Address(name, _checked_url(url, path), tls)
-
-
-def _find_managed(name: str) -> Address | None:
-    """A plugin that `docker plugin install` has put there and that is enabled."""
-    wanted = name if ":" in name.rpartition("/")[2] else f"{name}:latest"
-    for path in glob.glob(f"{_MANAGED}/*/config.json"):
-        try:
-            with open(path, encoding="utf-8") as source:
-                plugin = json.load(source)["plugin"]
-            if plugin["Name"] != wanted:
-                continue
-            config = plugin["Config"]
-            socket = f"{_SOCKETS[0]}/{plugin['Id']}/{config['Interface']['Socket']}"
-            propagated = str(config.get("PropagatedMount") or "")
-        except (OSError, ValueError, KeyError, TypeError):
-            continue
-        if not _is_socket(socket):
-            raise UserError(
-                f"the plugin {quoted(name)} is installed but does not run; `docker plugin enable {name}`."
-            )
-        return Address(name, f"unix://{socket}", None, f"{os.path.dirname(path)}/rootfs", propagated)
-    return None
-
-
 class Plugin(Driver):
-    """A volume plugin as a driver. The plugin keeps its volumes; here is only which ones are ours."""
+    """A volume plugin as a driver. The plugin keeps its volumes; here is only which ones are ours.
 
-    def __init__(self, address: Address) -> None:
+    `until` (time.monotonic): the deadline of all requests together, for a caller that waits less than docker.
+    """
+
+    def __init__(self, address: Address, until: float = math.inf) -> None:
         self.name = address.name
         self._address = address
+        self._until = until
         self._activated = False
+
+    def hurried(self) -> Plugin:
+        return Plugin(self._address, time.monotonic() + _HURRIED_SECONDS)
 
     @property
     def scope(self) -> str:  # type: ignore[override]
         """What the plugin says of itself; an old one says nothing."""
         try:
             answer = self._call("VolumeDriver.Capabilities", {})
-            found = answer.get("Capabilities", {}).get("Scope", "local")
-        except (UserError, AttributeError):
+            found = self._object(answer, "Capabilities", "VolumeDriver.Capabilities").get("Scope")
+        except UserError:
             return "local"
         return "global" if found == "global" else "local"
 
     # -- the protocol -------------------------------------------------------------------------------------
 
-    def _client(self) -> httpx.Client:
-        import httpx
+    def _endpoint(self) -> Endpoint:
+        from unionfs.storage.drivers.plugin_request import Endpoint
 
-        url = self._address.url
-        # A proxy in the environment is for the web.
-        if url.startswith("unix://"):
-            transport = httpx.HTTPTransport(uds=url.removeprefix("unix://"))
-            return httpx.Client(
-                transport=transport, base_url="http://plugin", timeout=_SECONDS, trust_env=False
-            )
-        if url.startswith("tcp://"):
-            url = ("https://" if self._address.tls else "http://") + url.removeprefix("tcp://")
-        return httpx.Client(base_url=url, timeout=_SECONDS, trust_env=False, verify=self._tls())
+        if self._address.socket:
+            return Endpoint(path=self._address.socket)
+        host, port = self._address.host_and_port
+        return Endpoint("", host, port, self._tls() if self._address.is_secure else None)
 
-    def _tls(self) -> Any:
-        tls = self._address.tls
-        if not tls:
-            return True
-        import ssl
+    def _tls(self) -> ssl.SSLContext:
+        import ssl  # takes longer than a short command's own work
 
+        tls = self._address.tls or {}
+        for key in ("CAFile", "CertFile", "KeyFile"):
+            if tls.get(key):
+                check_certificate(tls[key])
         try:
             context = ssl.create_default_context(cafile=tls.get("CAFile") or None)
             if tls.get("InsecureSkipVerify"):
                 context.check_hostname = False
                 context.verify_mode = ssl.CERT_NONE
             if tls.get("CertFile"):
-                context.load_cert_chain(tls["CertFile"], tls.get("KeyFile") or None)
-        except OSError as error:
+                # Without a password OpenSSL asks the terminal for the one of an encrypted key.
+                context.load_cert_chain(tls["CertFile"], tls.get("KeyFile") or None, password="")
+        except (OSError, ValueError) as error:
             raise UserError(
                 f"the certificates of the volume plugin {quoted(self.name)} cannot be read: {error}; check "
                 "its TLSConfig."
             ) from error
         return context
 
-    def _call(self, request: str, values: Mapping[str, Any] | None) -> dict[str, Any]:
-        """One request. Raises UserError with the plugin's own words."""
-        import httpx
+    def _call(
+        self, request: str, values: Mapping[str, Any] | None, until: float = math.inf
+    ) -> dict[str, Any]:
+        """One request, with an answer before `until`. Raises UserError with the plugin's own words."""
+        until = min(until, self._until)
+        if not self._activated:
+            self._activate(until)
+        content = b"" if values is None else json.dumps(values).encode()
+        seconds = _LONG_SECONDS if request in _LONG else _SHORT_SECONDS
+        return self._answer(request, self._post(request, content, seconds, until))
 
-        body = b"" if values is None else json.dumps(values).encode()
+    def _post(self, request: str, content: bytes, seconds: float, until: float) -> Answer:
+        # Other commands start without what it imports.
+        from unionfs.storage.drivers.plugin_request import RequestError, post
+
+        now, url = time.monotonic(), self._address.url
+        if now < _silent_until.get(url, 0):
+            self._fail("it did not answer a moment ago; restart it, or remove what describes it")
         try:
-            with self._client() as client:
-                if not self._activated and request != "Plugin.Activate":
-                    self._activate(client)
-                answer = client.post(f"/{request}", content=body, headers={"Accept": _ACCEPT})
-        except (httpx.HTTPError, httpx.InvalidURL, OSError) as error:
-            raise UserError(
-                f"the volume plugin {quoted(self.name)} at {quoted(self._address.url)} does not answer: "
-                f"{error}; start it, or remove what describes it."
-            ) from error
-        return self._answer(request, answer)
+            return post(self._endpoint(), request, content, min(seconds, until - now))
+        except RequestError as error:
+            if error.silent:
+                _silent_until[url] = time.monotonic() + _SILENT_SECONDS
+            self._fail(str(error), error)
 
-    def _activate(self, client: httpx.Client) -> None:
-        found = self._answer("Plugin.Activate", client.post("/Plugin.Activate", headers={"Accept": _ACCEPT}))
+    def _fail(self, why: str, error: Exception | None = None) -> NoReturn:
+        raise UserError(
+            f"the volume plugin {quoted(self.name)} at {self._address.shown} cannot be used: {why}."
+        ) from error
+
+    def _activate(self, until: float) -> None:
+        request = "Plugin.Activate"
+        found = self._answer(request, self._post(request, b"", _HANDSHAKE_SECONDS, until))
         implements = found.get("Implements")
         if not isinstance(implements, list) or "VolumeDriver" not in implements:
             raise UserError(
-                f"the plugin {quoted(self.name)} is no volume plugin (it implements {implements}); name "
-                "another driver."
+                f"the plugin {quoted(self.name)} is no volume plugin (it implements "
+                f"{_words(json.dumps(implements))}); name another driver."
             )
         self._activated = True
 
-    def _answer(self, request: str, answer: httpx.Response) -> dict[str, Any]:
+    def _answer(self, request: str, answer: Answer) -> dict[str, Any]:
         try:
-            values = answer.json() if answer.content.strip() else {}
-        except ValueError:
+            values = _parsed(answer.content) if answer.content.strip() else {}
+        except (ValueError, RecursionError):
             values = None
         error = values.get("Err") if isinstance(values, dict) else None
-        if error or answer.status_code != 200:
-            text = str(error) if error else f"HTTP {answer.status_code} {answer.text.strip()[:200]}"
+        if error is not None and not isinstance(error, str):
+            error = json.dumps(error)
+        if error or answer.status != 200:
+            text = error or f"HTTP {answer.status} {answer.content[:1000].decode(errors='replace')}"
             raise UserError(
-                f"the volume plugin {quoted(self.name)} refuses {request}: "
-                f"{' '.join(text.split()).rstrip('.')}; see its own messages."
+                f"the volume plugin {quoted(self.name)} refuses {request}: {_words(text).rstrip('.')}; see "
+                "its own messages."
             )
         if not isinstance(values, dict):
             raise UserError(
@@ -270,6 +180,40 @@ class Plugin(Driver):
                 "messages."
             )
         return values
+
+    def _odd(self, request: str, what: str) -> NoReturn:
+        raise UserError(
+            f"the volume plugin {quoted(self.name)} answers {request} with {what}; see its own messages."
+        )
+
+    def _object(self, values: Mapping[str, Any], key: str, request: str) -> dict[str, Any]:
+        """An object in an answer, empty when there is none."""
+        found = values.get(key)
+        if found is None:
+            return {}
+        if not isinstance(found, dict):
+            self._odd(request, f"a {key} that is no object")
+        return found
+
+    def _path(self, values: Mapping[str, Any], request: str) -> str:
+        """The mountpoint in an answer as this host sees it, empty when there is none."""
+        path = values.get("Mountpoint")
+        if path is None or path == "":
+            return ""
+        if not isinstance(path, str):
+            self._odd(request, "a Mountpoint that is no text")
+        if len(path) > _LONGEST_PATH:
+            self._odd(request, f"a Mountpoint of {len(path)} characters")
+        try:
+            plain = "\0" not in path and len(os.fsencode(path)) <= _LONGEST_PATH
+        except UnicodeEncodeError:
+            plain = False
+        if not plain or not path.startswith("/") or ".." in path.split("/"):
+            self._odd(request, f"the Mountpoint {_words(repr(path))}, which is no absolute path without ..")
+        found = self._address.host_path(path)
+        if self._address.is_beyond(found):
+            self._odd(request, f"the Mountpoint {quoted(path)}, which leads out of the plugin by a symlink")
+        return found
 
     # -- the driver ---------------------------------------------------------------------------------------
 
@@ -287,27 +231,31 @@ class Plugin(Driver):
         self._call("VolumeDriver.Remove", {"Name": volume.name})
 
     def mountpoint(self, volume: Volume) -> str:
-        found = self._call("VolumeDriver.Get", {"Name": volume.name}).get("Volume")
-        path = str(found.get("Mountpoint") or "") if isinstance(found, dict) else ""
-        return self._address.host_path(path) if path else ""
+        request = "VolumeDriver.Get"
+        answer = self._call(request, {"Name": volume.name})
+        return self._path(self._object(answer, "Volume", request), request)
 
     def _id(self, user: str) -> str:
         return hashlib.sha256(os.fsencode(user)).hexdigest()
 
     def mount(self, volume: Volume, user: str) -> str:
         request = {"Name": volume.name, "ID": self._id(user)}
-        path = str(self._call("VolumeDriver.Mount", request).get("Mountpoint") or "")
-        if not path:
-            path = str(self._call("VolumeDriver.Path", {"Name": volume.name}).get("Mountpoint") or "")
-        path = self._address.host_path(path) if path else ""
-        if not path.startswith("/") or not os.path.isdir(path):
+        answer = self._call("VolumeDriver.Mount", request)
+        try:
+            path = self._path(answer, "VolumeDriver.Mount") or self._told_by_path(volume)
+            if not os.path.isdir(path):
+                raise UserError(
+                    f"the volume plugin {quoted(self.name)} says that volume {quoted(volume.name)} is at "
+                    f"{quoted(path)}, which is no directory here; see its own messages."
+                )
+        except UserError:
             with suppress(UserError):
                 self._call("VolumeDriver.Unmount", request)
-            raise UserError(
-                f"the volume plugin {quoted(self.name)} says that volume {quoted(volume.name)} is at "
-                f"{quoted(path)}, which is no directory here; see its own messages."
-            )
+            raise
         return path
+
+    def _told_by_path(self, volume: Volume) -> str:
+        return self._path(self._call("VolumeDriver.Path", {"Name": volume.name}), "VolumeDriver.Path")
 
     def unmount(self, volume: Volume, user: str) -> None:
         if user:
@@ -318,18 +266,55 @@ class Plugin(Driver):
 
     @contextmanager
     def replacement(self, volume: Volume) -> Iterator[Replacement]:
-        path = str(self._call("VolumeDriver.Path", {"Name": volume.name}).get("Mountpoint") or "")
+        path = self._told_by_path(volume)
         if not path:
             raise UserError(
-                f"the volume plugin {quoted(self.name)} does not tell where {quoted(volume.name)} is mounted."
+                f"the volume plugin {quoted(self.name)} does not say where volume {quoted(volume.name)} is "
+                "mounted; see its own messages."
             )
-        with replacing.in_place(volume, self._address.host_path(path)) as place:
+        with replacing.in_place(volume, path) as place:
             yield place
 
     def status(self, volume: Volume) -> Mapping[str, object]:
+        request = "VolumeDriver.Get"
+        until = time.monotonic() + _STATUS_SECONDS
         try:
-            found = self._call("VolumeDriver.Get", {"Name": volume.name}).get("Volume")
+            found = self._object(self._call(request, {"Name": volume.name}, until), "Volume", request)
+            return self._object(found, "Status", request)
         except UserError as error:
             return {"error": str(error)}
-        status = found.get("Status") if isinstance(found, dict) else None
-        return status if isinstance(status, dict) else {}
+
+
+def _words(text: str) -> str:
+    """A plugin's own words as a part of a sentence: one short line without control characters."""
+    line = " ".join(text[: 4 * _LONGEST_WORDS].split())
+    shown = "".join(char if char.isprintable() else "?" for char in line)
+    return shown if len(shown) <= _LONGEST_WORDS else shown[:_LONGEST_WORDS] + "..."
+
+
+def _parsed(content: bytes) -> Any:
+    """An answer's JSON (RFC 8259: neither NaN nor Infinity). Raises ValueError or RecursionError."""
+    values = json.loads(content, parse_constant=_refused, parse_float=_finite)
+    level = [values]
+    for _ in range(_DEEPEST):
+        level = [inner for outer in level for inner in _inside(outer)]
+        if not level:
+            return values
+    raise ValueError("it is nested too deeply")
+
+
+def _inside(value: Any) -> list[Any]:
+    if isinstance(value, dict):
+        return list(value.values())
+    return value if isinstance(value, list) else []
+
+
+def _refused(text: str) -> NoReturn:
+    raise ValueError(f"{text} is no JSON")
+
+
+def _finite(text: str) -> float:
+    found = float(text)
+    if not math.isfinite(found):
+        raise ValueError(f"{text} is too large")
+    return found

@@ -1,0 +1,144 @@
+"""One request to a Docker volume plugin, which may be broken or hostile: HTTP/1.1 with limits on all of it.
+
+h11 knows the protocol; the limits are kept here. Every byte that arrives counts (headers, interim answers and
+chunk sizes too), and one deadline is for the whole: connecting, sending, headers and body. Nothing is
+decompressed, and no redirect is followed.
+"""
+
+from __future__ import annotations
+
+import ssl
+from dataclasses import dataclass
+
+# This module is imported only to send a request (see `plugin`): the two take most of a short command's time.
+import h11
+import trio
+
+MOST_BYTES = 1 << 20
+"""A longer answer is refused: the longest one with a meaning is a few kilobytes."""
+_ACCEPT = "application/vnd.docker.plugins.v1.2+json"
+
+
+class RequestError(Exception):
+    """Why there is no answer that can be used; `str(error)` is a part of a sentence: `CAUSE; CURE`."""
+
+    silent = False
+    """Whether the deadline passed."""
+
+
+class _SilentError(RequestError):
+    silent = True
+
+
+@dataclass(frozen=True, slots=True)
+class Endpoint:
+    """Where to connect to: the path of a unix socket, or host, port and perhaps TLS."""
+
+    path: str = ""
+    host: str = ""
+    port: int = 0
+    tls: ssl.SSLContext | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """Status code and content."""
+
+    status: int
+    content: bytes
+
+
+def post(endpoint: Endpoint, request: str, content: bytes, seconds: float) -> Answer:
+    """Send a request and return its answer, after at most `seconds`. Raises RequestError.
+
+    Blocks. It has an event loop of its own, so it can be called from any thread in which none runs.
+    """
+    try:
+        return trio.run(_post, endpoint, request, content, seconds)
+    except trio.TooSlowError as error:
+        raise _SilentError(
+            f"it has not answered {request} completely within {_shown(seconds)}; restart it, or remove what "
+            "describes it"
+        ) from error
+    except h11.ProtocolError as error:
+        raise RequestError(f"it does not speak HTTP ({error}); see its own messages") from error
+    except (OSError, ValueError, trio.BrokenResourceError, trio.ClosedResourceError) as error:
+        # trio wraps what TLS says
+        raise RequestError(
+            f"it does not answer: {error.__cause__ or error}; start it, or remove what describes it"
+        ) from error
+
+
+def _shown(seconds: float) -> str:
+    return f"{max(seconds, 0):.0f} s"
+
+
+async def _post(endpoint: Endpoint, request: str, content: bytes, seconds: float) -> Answer:
+    with trio.fail_after(max(seconds, 0)):
+        stream = await _connected(endpoint)
+        try:
+            return await _exchange(stream, endpoint.host or "plugin", request, content)
+        finally:
+            await trio.aclose_forcefully(stream)
+    raise AssertionError("unreachable")
+
+
+async def _connected(endpoint: Endpoint) -> trio.abc.Stream:
+    if endpoint.path:
+        return await trio.open_unix_socket(endpoint.path)
+    stream = await trio.open_tcp_stream(endpoint.host, endpoint.port)
+    if endpoint.tls is None:
+        return stream
+    # Many servers close without TLS's own goodbye.
+    secured = trio.SSLStream(stream, endpoint.tls, server_hostname=endpoint.host, https_compatible=True)
+    try:
+        await secured.do_handshake()
+    except BaseException:
+        await trio.aclose_forcefully(stream)
+        raise
+    return secured
+
+
+async def _exchange(stream: trio.abc.Stream, host: str, request: str, content: bytes) -> Answer:
+    connection = h11.Connection(h11.CLIENT, max_incomplete_event_size=MOST_BYTES)
+    head = h11.Request(
+        method="POST",
+        target=f"/{request}",
+        headers=[
+            ("Host", host),
+            ("Accept", _ACCEPT),
+            ("Accept-Encoding", "identity"),
+            ("Content-Length", str(len(content))),
+            ("Connection", "close"),
+        ],
+    )
+    parts = (connection.send(head), connection.send(h11.Data(content)), connection.send(h11.EndOfMessage()))
+    await stream.send_all(b"".join(part or b"" for part in parts))
+    status, received, body = 0, 0, bytearray()
+    while True:
+        event = connection.next_event()
+        if event is h11.NEED_DATA:
+            data = await stream.receive_some(1 << 16)
+            received += len(data)
+            if received > MOST_BYTES:
+                raise RequestError(
+                    f"it answers {request} with more than {MOST_BYTES} bytes; see its own messages"
+                )
+            connection.receive_data(bytes(data))
+        elif isinstance(event, h11.Response):
+            status = event.status_code
+            _check_plain(request, event)
+        elif isinstance(event, h11.Data):
+            body += event.data
+        elif isinstance(event, h11.EndOfMessage):
+            return Answer(status, bytes(body))
+        elif not isinstance(event, h11.InformationalResponse):
+            raise RequestError(f"it ends the connection instead of answering {request}; see its own messages")
+
+
+def _check_plain(request: str, response: h11.Response) -> None:
+    for name, value in response.headers:
+        if name == b"content-encoding" and value.strip().lower() not in (b"", b"identity"):
+            raise RequestError(
+                f"it answers {request} with compressed data, which was not asked for; see its own messages"
+            )

@@ -1,0 +1,280 @@
+"""Where Docker's volume plugins are, found as docker finds them, and which descriptions can be trusted.
+
+Sources: docs.docker.com/engine/extend/plugin_api (discovery); moby pkg/plugins/discovery.go and
+plugin/v2/plugin.go (paths of managed plugins). Root mounts the directory that a plugin names. So a socket or
+description must belong to root (or to the user who runs the command), and nobody else may be able to replace
+it.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import stat
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+from urllib.parse import urlsplit
+
+from unionfs.daemon.errors import UserError, quoted, reason
+
+ENVIRONMENT = "UNIONFS_PLUGIN_PATH"
+"""Directories, separated by colons, to look in instead of docker's."""
+_SOCKETS = ("/run/docker/plugins",)
+_SPECS = ("/etc/docker/plugins", "/usr/lib/docker/plugins")
+_MANAGED = "/var/lib/docker/plugins"
+_MOST_BYTES = 1 << 20
+"""A description or a certificate that is longer is refused."""
+_DEPTH = 4
+"""Directories below each other that names of plugins have at most."""
+_PORTS = {"tcp": 80, "http": 80, "https": 443}
+
+
+@dataclass(frozen=True, slots=True)
+class Address:
+    """Where a plugin listens."""
+
+    name: str
+    url: str
+    """`unix://PATH`, `tcp://HOST:PORT`, `http://` or `https://`."""
+    tls: Mapping[str, Any] | None = None
+    base: str = ""
+    """Of a managed plugin: the directory that its paths are below."""
+    propagated: str = ""
+    """The part of its paths that is at `../propagated-mount` of `base`."""
+
+    @property
+    def shown(self) -> str:
+        """The URL as a part of a sentence."""
+        return _shortened(self.url)
+
+    @property
+    def socket(self) -> str:
+        """The path of its unix socket, empty when it has none."""
+        return self.url.removeprefix("unix://") if self.url.startswith("unix://") else ""
+
+    @property
+    def host_and_port(self) -> tuple[str, int]:
+        """Of one that has no unix socket."""
+        parts = urlsplit(self.url)
+        default = 443 if self.is_secure else _PORTS[parts.scheme]
+        return parts.hostname or "", parts.port or default
+
+    @property
+    def is_secure(self) -> bool:
+        """Whether it speaks TLS."""
+        return self.url.startswith("https://") or (self.tls is not None and self.url.startswith("tcp://"))
+
+    def host_path(self, path: str) -> str:
+        """A path that the plugin names, as this host sees it."""
+        if not self.base:
+            return path
+        if self.propagated and (path + "/").startswith(self.propagated.rstrip("/") + "/"):
+            rest = path[len(self.propagated.rstrip("/")) :]
+            return f"{os.path.dirname(self.base)}/propagated-mount{rest}"
+        return self.base + path
+
+    def is_beyond(self, path: str) -> bool:
+        """Whether a path on this host leaves a managed plugin's directories, by a symlink."""
+        if not self.base:
+            return False
+        homes = (self.base, f"{os.path.dirname(self.base)}/propagated-mount")
+        real = os.path.realpath(path)
+        return not any((real + "/").startswith(os.path.realpath(home) + "/") for home in homes)
+
+
+def _shortened(url: str) -> str:
+    return quoted(url if len(url) <= 200 else url[:200] + "...")
+
+
+def _directories() -> tuple[tuple[str, ...], tuple[str, ...]]:
+    chosen = os.environ.get(ENVIRONMENT)
+    if chosen:
+        places = tuple(path for path in chosen.split(":") if path)
+        return places, places
+    return _SOCKETS, _SPECS
+
+
+def plugin_names() -> list[str]:
+    """The plugins that can be found without asking them anything."""
+    sockets, specs = _directories()
+    names = set()
+    for directories, endings in ((sockets, (".sock",)), (specs, (".spec", ".json"))):
+        for directory in directories:
+            for path in _files(directory):
+                for ending in endings:
+                    if path.endswith(ending):
+                        names.add(_name_of(path, ending))
+    return sorted(names)
+
+
+def _files(directory: str) -> Iterator[str]:
+    """Paths below a directory, relative to it; symlinks to directories are not followed, as in docker."""
+    for place, below, files in os.walk(directory):
+        inner = os.path.relpath(place, directory)
+        inner = "" if inner == "." else inner + "/"
+        if inner.count("/") >= _DEPTH:
+            below.clear()
+        yield from (inner + name for name in files)
+
+
+def _name_of(path: str, ending: str) -> str:
+    path = path.removesuffix(ending)
+    parent, _, name = path.rpartition("/")
+    # A plugin may have a directory of its own name.
+    return parent if parent == name else path
+
+
+def find_address(name: str) -> Address | None:
+    """Where the plugin of that name listens, or None when there is none.
+
+    Raises UserError for one whose description is misspelt or cannot be trusted.
+    """
+    if any(part in ("", ".", "..") for part in name.split("/")) or not name.isprintable():
+        return None
+    last = name.rpartition("/")[2]
+    sockets, specs = _directories()
+    for directory in sockets:
+        for path in (f"{directory}/{name}.sock", f"{directory}/{name}/{last}.sock"):
+            if _kind(path) == stat.S_IFSOCK:
+                _check_trusted(path)
+                return Address(name, f"unix://{path}")
+    for directory in specs:
+        for path in (f"{directory}/{name}.spec", f"{directory}/{name}/{last}.spec"):
+            if _kind(path):
+                return Address(name, _checked_url(_read(path).strip(), path))
+        for path in (f"{directory}/{name}.json", f"{directory}/{name}/{last}.json"):
+            if _kind(path):
+                return _from_json(name, path)
+    return None if os.environ.get(ENVIRONMENT) else _find_managed(name)
+
+
+def _kind(path: str) -> int:
+    """S_IFMT bits of what is there, symlinks followed as docker follows them; 0 for nothing."""
+    try:
+        return stat.S_IFMT(os.stat(path).st_mode)
+    except OSError:
+        return 0
+
+
+def _check_trusted(path: str, what: str = "plugin description") -> None:
+    """Refuse what another user has put there, or could replace. Raises UserError."""
+    ours = {0, os.geteuid()}
+    place = path
+    while True:
+        try:
+            place = os.path.realpath(place)
+            st = os.lstat(place)
+        except (OSError, ValueError) as error:
+            cause = reason(error) if isinstance(error, OSError) else str(error)
+            raise UserError(f"the {what} {quoted(path)} cannot be used: {cause}; correct it.") from error
+        writers = st.st_mode & (stat.S_IWOTH | (stat.S_IWGRP if st.st_gid else 0))
+        # Who may write to a socket may talk to the plugin; in a sticky directory others replace nothing.
+        shared = stat.S_ISSOCK(st.st_mode) or (stat.S_ISDIR(st.st_mode) and st.st_mode & stat.S_ISVTX)
+        if st.st_uid not in ours or (writers and not shared):
+            cause = f"belongs to uid {st.st_uid}" if st.st_uid not in ours else "can be written by others"
+            cure = "chown it" if st.st_uid not in ours else "chmod go-w it"
+            subject = "it" if place == os.path.realpath(path) else quoted(place)
+            raise UserError(
+                f"the {what} {quoted(path)} is not trusted: {subject} {cause}; {cure}, or remove the "
+                "description."
+            )
+        if place == "/":
+            return
+        place = os.path.dirname(place)
+
+
+def _read(path: str, what: str = "plugin description") -> str:
+    """A small regular file that can be trusted. Raises UserError."""
+    _check_trusted(path, what)
+    try:
+        # A FIFO that nobody writes to would be waited for.
+        fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC)
+        with open(fd, "rb") as source:
+            if not stat.S_ISREG(os.fstat(fd).st_mode):
+                raise ValueError("it is no regular file")
+            content = source.read(_MOST_BYTES + 1)
+            if content is None:  # a file of /proc that would be waited for
+                raise ValueError("it cannot be read without waiting")
+            if len(content) > _MOST_BYTES:
+                raise ValueError(f"it has more than {_MOST_BYTES} bytes")
+            return content.decode()
+    except UnicodeDecodeError as error:
+        raise UserError(f"the {what} {quoted(path)} is not UTF-8; correct it.") from error
+    except (OSError, ValueError) as error:
+        cause = reason(error) if isinstance(error, OSError) else str(error)
+        raise UserError(f"the {what} {quoted(path)} cannot be read: {cause}; correct it.") from error
+
+
+def _checked_url(url: str, path: str) -> str:
+    shown = _shortened(url)
+    try:
+        parts = urlsplit(url)
+        known = parts.scheme in ("unix", *_PORTS) and url.isprintable() and " " not in url
+        complete = url.startswith("unix:///") if parts.scheme == "unix" else bool(parts.hostname)
+        if parts.scheme != "unix":
+            _ = parts.port  # a ValueError, when it is no port
+    except ValueError as error:
+        raise UserError(
+            f"the plugin description {quoted(path)} has the address {shown}: {error}; correct it."
+        ) from error
+    if not known or not complete:
+        raise UserError(
+            f"the plugin description {quoted(path)} has the address {shown}; it must be unix:///PATH, "
+            "tcp://HOST:PORT, http://HOST or https://HOST."
+        )
+    return url
+
+
+def _from_json(name: str, path: str) -> Address:
+    try:
+        values = json.loads(_read(path))
+        url, tls = values["Addr"], values.get("TLSConfig")
+        if not isinstance(url, str):
+            raise TypeError("Addr is no text")
+        if tls is not None and not isinstance(tls, dict):
+            raise TypeError("TLSConfig is no object")
+        for key, value in (tls or {}).items():
+            wanted = bool if key == "InsecureSkipVerify" else str
+            if value is not None and not isinstance(value, wanted):
+                raise TypeError(f"{key} in TLSConfig is no {'boolean' if wanted is bool else 'text'}")
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise UserError(
+            f"the plugin description {quoted(path)} is misspelt ({error}); correct it."
+        ) from error
+    return Address(name, _checked_url(url, path), tls)
+
+
+def check_certificate(path: str) -> None:
+    """Refuse a file of a TLSConfig that could make OpenSSL wait, or that another user put there."""
+    _read(path, "file of certificates in a TLSConfig")
+
+
+def _find_managed(name: str) -> Address | None:
+    """A plugin that `docker plugin install` has put there and that is enabled."""
+    wanted = name if ":" in name.rpartition("/")[2] else f"{name}:latest"
+    try:
+        found = sorted(os.listdir(_MANAGED))
+    except OSError:
+        return None
+    for ident in found:
+        path = f"{_MANAGED}/{ident}/config.json"
+        if not _kind(path):
+            continue
+        try:
+            # Docker's own directory has whatever its plugins left there; one of them is no reason to fail.
+            plugin = json.loads(_read(path))["plugin"]
+            if plugin["Name"] != wanted:
+                continue
+            config = plugin["Config"]
+            socket = f"{_SOCKETS[0]}/{plugin['Id']}/{config['Interface']['Socket']}"
+            propagated = str(config.get("PropagatedMount") or "")
+        except (UserError, ValueError, KeyError, TypeError, RecursionError):
+            continue
+        if _kind(socket) != stat.S_IFSOCK:
+            raise UserError(
+                f"the plugin {quoted(name)} is installed but does not run; `docker plugin enable {name}`."
+            )
+        _check_trusted(socket)
+        return Address(name, f"unix://{socket}", None, f"{os.path.dirname(path)}/rootfs", propagated)
+    return None

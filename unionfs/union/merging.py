@@ -1,0 +1,139 @@
+"""Which real directories are merged under one name, redirects included.
+
+As kernel overlayfs (fs/overlayfs/namei.c: ovl_lookup_single, ovl_lookup_layer, ovl_check_redirect; util.c:
+ovl_get_redirect_xattr). A redirect is a C string, so it ends at its first NUL. An empty one, a relative one
+with a slash, and an absolute one with an empty step are EINVAL when they are read. A step `.` or `..` is
+EACCES when the search reaches it, which it does not below a missing directory. A name that is too long for a
+filesystem is missing there. No redirect leads out of its layer.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import stat
+from collections.abc import Iterator
+
+from unionfs.union.layers import LayerStack
+from unionfs.union.markers import Markers
+from unionfs.union.places import Gate, Place
+
+Searched = Iterator[tuple[Place, bytes]]
+"""Real directories that are still to be searched, topmost first, with the name that is searched there."""
+
+
+class Merging:
+    """Finds the parts of merged directories in the layers, topmost layer first."""
+
+    def __init__(self, stack: LayerStack, markers: Markers, gate: Gate) -> None:
+        self._stack = stack
+        self._markers = markers
+        self._gate = gate
+        self._lowest = len(stack.layers) - 1
+
+    def parts(self, above: list[Place], part: Place, name: bytes, below: list[Place]) -> list[Place]:
+        """The real directories that are merged under `name`, whose topmost is in `part`.
+
+        `above` is what the directory above is merged of; `below` are those of them further down that may have
+        the name. Raises OSError: EINVAL or EACCES for a broken redirect, EPERM for one that is not followed.
+        """
+        place = Place(part.layer, part, name)
+        found = [place]
+        remaining: Searched = iter([(part, name) for part in below])
+        redirected = False
+        while place.layer.index != self._lowest:
+            opaque, redirect = self._markers.directory(self._gate.fd(place))
+            if opaque:
+                break
+            if redirect is not None:
+                if not redirected:  # another name may be in any part
+                    redirected = True
+                    index = place.layer.index
+                    remaining = iter([(part, name) for part in above if part.layer.index > index])
+                remaining = self._redirected(redirect, place.layer.index, remaining)
+            next_place = self._next_directory(remaining)
+            if next_place is None:
+                break
+            place = next_place
+            found.append(place)
+        return found
+
+    def _next_directory(self, remaining: Searched) -> Place | None:
+        """The topmost of the directories that are there; taken from `remaining` with what is above it."""
+        for part, here in remaining:
+            st = stat_step(self._gate.fd(part), here)
+            if st is not None:
+                return Place(part.layer, part, here) if stat.S_ISDIR(st.st_mode) else None
+        return None
+
+    def _redirected(self, redirect: bytes, index: int, remaining: Searched) -> Searched:
+        """Where to search on below layer `index`: a sibling's name, or a path from each layer's root."""
+        steps = _steps(redirect)
+        if not self._stack.follows_redirects:
+            raise OSError(errno.EPERM, "a layer holds a redirect that any user could have made")
+        if steps is None:
+            name = _c_string(redirect)
+            return ((part, name) for part, _ in remaining)
+        return self._from_roots(steps, index)
+
+    def _from_roots(self, steps: list[bytes], index: int) -> Searched:
+        """The path `steps` in the layers below `index`.
+
+        On the way, a whiteout, an opaque directory or anything that is no directory hides the layers further
+        down, and a redirect counts for them.
+        """
+        for layer in self._stack.layers[index + 1 :]:
+            place = layer.root
+            goes_on = True
+            below = steps
+            for position, step in enumerate(steps[:-1]):
+                st = stat_step(self._gate.fd(place), step)
+                if st is None:
+                    break
+                if not stat.S_ISDIR(st.st_mode):
+                    return
+                place = Place(layer, place, step)
+                if layer.index == self._lowest:
+                    continue
+                opaque, further = self._markers.directory(self._gate.fd(place))
+                if opaque:
+                    goes_on = False
+                elif further is not None:
+                    absolute = _steps(further)
+                    middle = [*steps[:position], _c_string(further)] if absolute is None else absolute
+                    below = [*middle, *steps[position + 1 :]]
+                    goes_on = goes_on or absolute is not None
+            else:
+                yield place, steps[-1]
+            if not goes_on:
+                return
+            steps = below
+
+
+def stat_step(dir_fd: int, name: bytes) -> os.stat_result | None:
+    """The attributes of one step on the way of a redirect; None when it is not there. Raises OSError."""
+    if name in (b"", b".", b".."):
+        raise OSError(errno.EACCES, "a layer holds an invalid redirect")
+    try:
+        return os.stat(name, dir_fd=dir_fd, follow_symlinks=False)
+    except OSError as error:
+        if error.errno in (errno.ENOENT, errno.ENAMETOOLONG):
+            return None
+        raise
+
+
+def _c_string(value: bytes) -> bytes:
+    return value.partition(b"\0")[0]
+
+
+def _steps(redirect: bytes) -> list[bytes] | None:
+    """The steps of an absolute redirect, None for a relative one. Raises OSError, EINVAL, for others."""
+    text = _c_string(redirect)
+    if not redirect or (b"/" in text and not text.startswith(b"/")):
+        raise OSError(errno.EINVAL, "a layer holds an invalid redirect")
+    if not text.startswith(b"/"):
+        return None
+    steps = text[1:].split(b"/")
+    if b"" in steps:
+        raise OSError(errno.EINVAL, "a layer holds an invalid redirect")
+    return steps
