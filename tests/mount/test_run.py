@@ -445,12 +445,17 @@ class Terminal:
         self.seen = self.seen.partition(text)[2]
 
     def runs(self, name: str) -> bool:
-        """Whether a process of that name is in the terminal's foreground process group."""
-        group = os.tcgetpgrp(self.fd)
+        """Whether a process of that name is in the foreground of the container's terminal."""
+        found = {}
         for path in Path("/proc").glob("[0-9]*/stat"):
             with suppress(OSError):
                 command, _, rest = path.read_text().partition("(")[2].rpartition(")")
-                if command == name and int(rest.split()[2]) == group:
+                found[int(path.parent.name)] = command, *map(int, rest.split()[1:6])  # proc_pid_stat(5)
+        for command, parent, group, _, terminal, foreground in found.values():
+            if command == name and terminal and group == foreground:
+                while parent in found and parent != self.pid:
+                    parent = found[parent][1]
+                if parent == self.pid:
                     return True
         return False
 

@@ -178,6 +178,7 @@ def _in_union(wish: Wish, program: str, container: Container, entry: live.LiveMo
         os.close(root)
     os.umask(0o022)
     command = Command(
+        program,
         lambda info_fd: bubblewrap.arguments(
             program,
             merged,
@@ -194,6 +195,8 @@ def _in_union(wish: Wish, program: str, container: Container, entry: live.LiveMo
     def clear(_: str) -> None:
         """This process was killed; the daemon, which lives as long as it does, unmounts the union."""
         command.kill()
+        if command.terminal is not None:
+            command.terminal.restore_from_outside()
         wait_gone(entry.pid, entry.started, _END_SECONDS)
         if wish.remove:
             _remove_anonymous(entry.settings, lambda sentence: None)
