@@ -106,7 +106,7 @@ class Launch:
         try:
             _join_new_keyring()
             if os.geteuid() == 0 and not self.host_devices:
-                _protect_devices()
+                _protect_host()
             if self.terminal is not None:
                 for fd in self.terminal.fds:
                     os.dup2(self.terminal.slave, fd)
@@ -164,11 +164,13 @@ def _unreachable(program: str) -> int | None:
     return os.open(f"/proc/self/fd/{fd}", os.O_RDONLY | os.O_CLOEXEC)
 
 
-def _protect_devices() -> None:
-    """Make the device files read-only in a mount namespace from which bubblewrap binds them.
+def _protect_host() -> None:
+    """Enter a mount namespace with read-only device files and a read-only /proc, for bubblewrap.
 
-    They are the host's inodes, and uid 0 of the container could change their owner and mode. A device on a
-    read-only mount can still be written to.
+    The device files that it binds are the host's inodes, and uid 0 of the container could change their owner
+    and mode; a device on a read-only mount can still be written to. Of /proc it has a directory open while it
+    changes to the working directory, which a symlink in a volume may turn into /proc/self/fd/N; there, uid 0
+    could set kernel.core_pattern, and look at processes of the host (the kind of CVE-2024-21626).
     """
     if _libc.unshare(_CLONE_NEWNS) != 0:
         code = ctypes.get_errno()
@@ -176,6 +178,14 @@ def _protect_devices() -> None:
     root = os.open("/", os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
     detached.change(root, propagation=detached.PROPAGATION["slave"], recursive=True)
     os.close(root)
+    proc = os.open("/proc", os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        mount = detached.new_filesystem("proc", [("hidepid", "ptraceable")], detached.READ_ONLY)
+    except OSError:
+        mount = clone_tree("/proc", readonly=True)
+    detached.attach(mount, proc)
+    os.close(mount)
+    os.close(proc)
     for name in _DEVICES:
         path = f"/dev/{name}"
         try:

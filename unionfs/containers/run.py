@@ -10,6 +10,8 @@ from contextlib import suppress
 from dataclasses import dataclass, field, replace
 
 from unionfs.containers import bubblewrap
+from unionfs.containers.bubblewrap import Confinement
+from unionfs.containers.confinement import settle_confinement
 from unionfs.containers.process import Command, hold_signals
 from unionfs.containers.store import Container, new_name
 from unionfs.daemon import guardian, live
@@ -31,6 +33,7 @@ _NOT_EXECUTABLE = 126
 _INTERPRETER_LINE = 256  # BINPRM_BUF_SIZE, linux/binfmts.h
 _LONGEST_HOSTNAME = 64  # HOST_NAME_MAX
 _END_SECONDS = 20.0
+_KERNEL_TREES = (b"proc", b"dev", b"sys")
 
 
 class CommandError(UserError):
@@ -57,6 +60,10 @@ class Wish:
     environment: Mapping[str, str] = field(default_factory=dict)
     hostname: str | None = None
     own_network: bool = False
+    cap_add: Sequence[str] = ()
+    cap_drop: Sequence[str] = ()
+    security: Sequence[str] = ()
+    privileged: bool = False
 
 
 def run(wish: Wish, complain: Callable[[str], object]) -> int:
@@ -67,6 +74,9 @@ def run(wish: Wish, complain: Callable[[str], object]) -> int:
     """
     _check(wish)
     program = bubblewrap.find()
+    confinement = settle_confinement(
+        wish.cap_add, wish.cap_drop, wish.security, privileged=wish.privileged
+    )
     container = Container(storage_root(wish.root), wish.name or new_name())
     new = not container.exists()
     if not new and wish.remove:
@@ -82,7 +92,7 @@ def run(wish: Wish, complain: Callable[[str], object]) -> int:
         try:
             lowers = _lowers(wish, container)
             container.make(lowers, layers=wish.upper is None)
-            code = _mounted(wish, program, container, lowers, complain)
+            code = _mounted(wish, program, confinement, container, lowers, complain)
             # With an upper of the caller's own nothing is left to be kept here.
             keep = keep or not (wish.remove or wish.upper is not None)
         finally:
@@ -124,6 +134,7 @@ def _lowers(wish: Wish, container: Container) -> tuple[str, ...]:
 def _mounted(
     wish: Wish,
     program: str,
+    confinement: Confinement,
     container: Container,
     lowers: Sequence[str],
     complain: Callable[[str], object],
@@ -148,7 +159,7 @@ def _mounted(
         entry = next((entry for entry in live.entries() if entry.settings.mountpoint == merged), None)
         if entry is None:
             raise UserError(f"{quoted(merged)} was unmounted before the command could start; try again.")
-        return _in_union(wish, program, container, entry)
+        return _in_union(wish, program, confinement, container, entry)
     finally:
         _unmount(merged, complain)
         if wish.remove and entry is not None:
@@ -166,17 +177,21 @@ def _remove_anonymous(settings: MountSettings, complain: Callable[[str], object]
                 complain(str(error))
 
 
-def _in_union(wish: Wish, program: str, container: Container, entry: live.LiveMount) -> int:
+def _in_union(
+    wish: Wish, program: str, confinement: Confinement, container: Container, entry: live.LiveMount
+) -> int:
     merged = entry.settings.mountpoint
     hostname = wish.hostname or container.name[:_LONGEST_HOSTNAME]
     environment = bubblewrap.environment(wish.environment, hostname)
     root = os.open(merged, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
+        _check_mountpoints(root)
         workdir = _workdir(MountedTree(root), wish.workdir)
         _find_command(root, wish.command[0], workdir, environment["PATH"])
     finally:
         os.close(root)
     os.umask(0o022)
+    filter_fd = None if confinement.filter is None else _in_memory(confinement.filter)
     command = Command(
         program,
         lambda info_fd: bubblewrap.arguments(
@@ -187,10 +202,16 @@ def _in_union(wish: Wish, program: str, container: Container, entry: live.LiveMo
             hostname=hostname,
             own_network=wish.own_network,
             storage=entry.settings.storage,
+            confinement=confinement,
             info_fd=info_fd,
+            filter_fd=filter_fd,
         ),
         environment,
+        keep=() if filter_fd is None else (filter_fd,),
+        host_devices=confinement.privileged,
     )
+    if filter_fd is not None:
+        os.close(filter_fd)
 
     def clear(_: str) -> None:
         """This process was killed; the daemon, which lives as long as it does, unmounts the union."""
@@ -216,6 +237,32 @@ def _in_union(wish: Wish, program: str, container: Container, entry: live.LiveMo
     return code
 
 
+def _check_mountpoints(root: int) -> None:
+    """Refuse a union in which the kernel's filesystems would be mounted somewhere else. Raises UserError.
+
+    bubblewrap follows symlinks there, also those that lead to the host's tree while it still sees that.
+    """
+    for name in ("dev", "proc", "sys"):
+        try:
+            kind = stat.S_IFMT(os.stat(name, dir_fd=root, follow_symlinks=False).st_mode)
+        except FileNotFoundError:
+            continue
+        if kind != stat.S_IFDIR:
+            raise UserError(
+                f"/{name} in the union is not a directory, so nothing can be mounted there; remove it from "
+                "the layers."
+            )
+
+
+def _in_memory(data: bytes) -> int:
+    """An fd from which bubblewrap reads `data`."""
+    fd = os.memfd_create("seccomp", os.MFD_CLOEXEC)
+    with os.fdopen(os.dup(fd), "wb") as out:
+        out.write(data)
+    os.lseek(fd, 0, os.SEEK_SET)
+    return fd
+
+
 def _workdir(tree: MountedTree, given: str) -> str:
     """Where the command starts, cleaned of dots as in Docker; made if it is missing. Raises UserError."""
     clean = "/" + os.path.normpath(given).strip("/")
@@ -223,6 +270,11 @@ def _workdir(tree: MountedTree, given: str) -> str:
         names, missing = find(tree, clean)
         if not names and not missing:
             return "/"
+        if (names + missing)[0] in _KERNEL_TREES:
+            raise UserError(
+                f"--workdir {quoted(given)} leads into /proc, /dev, or /sys, from where it could leave the "
+                "container; choose another directory."
+            )
         if not missing and tree.kind(names) != stat.S_IFDIR:
             raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR))
     except OSError as error:
