@@ -53,12 +53,18 @@ class Terminal:
         except OSError:
             self._path = None  # a terminal of another mount namespace has no name here
         self._saved = termios.tcgetattr(self._main)
-        self._raw = _raw(self._saved, keep_output=1 not in self.fds)
+        # Where stdout is no terminal, the next program of a pipeline writes to this one, and needs its
+        # newlines translated.
+        keep_output = not self._input or 1 not in self.fds
+        self._raw = _raw(self._saved, keep_output=keep_output)
         self._lock = threading.Lock()
         self._over = False
         self._woken, self._wake = os.pipe()
         self._threads: list[threading.Thread] = []
-        termios.tcsetattr(self.slave, termios.TCSANOW, self._saved)
+        inside = list(self._saved)
+        if keep_output:
+            inside[1] &= ~termios.OPOST  # they are translated once
+        termios.tcsetattr(self.slave, termios.TCSANOW, inside)
         self.resize()
 
     def close_slave(self) -> None:
@@ -173,11 +179,7 @@ def _in_foreground() -> bool:
 
 
 def _raw(saved: list[Any], *, keep_output: bool) -> list[Any]:
-    """Settings as of cfmakeraw(3), which Python's tty has from 3.12 on.
-
-    `keep_output`: where stdout is no terminal the next program of a pipeline writes to this one, and needs
-    its newlines translated.
-    """
+    """Settings as of cfmakeraw(3), which Python has from 3.12 on; `keep_output`: but output as it is."""
     iflag, oflag, cflag, lflag, ispeed, ospeed, cc = saved
     iflag &= ~(
         termios.IGNBRK | termios.BRKINT | termios.PARMRK | termios.ISTRIP | termios.INLCR | termios.IGNCR
