@@ -21,9 +21,9 @@ from contextlib import suppress
 from dataclasses import dataclass
 from typing import NoReturn
 
+from unionfs.containers.small_root import enter_small_root
 from unionfs.containers.terminal import Terminal
 from unionfs.daemon.errors import UserError, quoted, reason
-from unionfs.sys import detached
 from unionfs.sys.keyring import new_session_keyring
 from unionfs.sys.mount import clone_tree
 
@@ -32,12 +32,9 @@ _libc = ctypes.CDLL(None, use_errno=True)
 # linux/prctl.h
 _PR_SET_PDEATHSIG = 1
 _PR_SET_NAME = 15
-_CLONE_NEWNS = 0x00020000  # linux/sched.h
 _TERMINAL_SIGNALS = (
     signal.SIGHUP, signal.SIGINT, signal.SIGQUIT, signal.SIGTSTP, signal.SIGTTIN, signal.SIGTTOU,
 )  # fmt: skip
-_DEVICES = ("null", "zero", "full", "random", "urandom", "tty")
-"""What bubblewrap's --dev binds from the host's /dev."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,8 +47,8 @@ class Launch:
     keep: Collection[int]
     """The fds that bubblewrap gets besides 0 to 2."""
     terminal: Terminal | None
-    host_devices: bool
-    """Whether the container gets the host's /dev as it is."""
+    small_root: str | None
+    """The union, for bubblewrap to start in a tree with little more than that; None: in the host's tree."""
 
     def start(self) -> tuple[int, int]:
         """Start bubblewrap; the pids of the session's leader and of bubblewrap. Raises UserError.
@@ -105,8 +102,9 @@ class Launch:
         answer: tuple[int | None, str] = None, "its session failed"
         try:
             _join_new_keyring()
-            if os.geteuid() == 0 and not self.host_devices:
-                _protect_host()
+            program = _unreachable(self.program)
+            if self.small_root is not None:
+                enter_small_root(self.small_root, self._slave_path())
             if self.terminal is not None:
                 for fd in self.terminal.fds:
                     os.dup2(self.terminal.slave, fd)
@@ -115,9 +113,8 @@ class Launch:
                 if int(name) > 2:
                     with suppress(OSError):
                         os.set_inheritable(int(name), int(name) in self.keep)
-            file = _unreachable(self.program)
             pid = os.posix_spawn(
-                self.program if file is None else f"/proc/self/fd/{file}",
+                self.program if program is None else f"/proc/self/fd/{program}",
                 list(self.words),
                 dict(self.environment),
                 setsigmask=[],
@@ -129,6 +126,12 @@ class Launch:
         finally:
             os.write(writer, json.dumps(answer).encode())
             os._exit(0)
+
+    def _slave_path(self) -> str | None:
+        """Where the container's terminal is in /dev/pts."""
+        with suppress(OSError):
+            return None if self.terminal is None else os.ttyname(self.terminal.slave)
+        return None
 
 
 def _join_new_keyring() -> None:
@@ -162,37 +165,3 @@ def _unreachable(program: str) -> int | None:
         fcntl.F_SEAL_SEAL | fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_WRITE,
     )  # fmt: skip
     return os.open(f"/proc/self/fd/{fd}", os.O_RDONLY | os.O_CLOEXEC)
-
-
-def _protect_host() -> None:
-    """Enter a mount namespace with read-only device files and a read-only /proc, for bubblewrap.
-
-    The device files that it binds are the host's inodes, and uid 0 of the container could change their owner
-    and mode; a device on a read-only mount can still be written to. Of /proc it has a directory open while it
-    changes to the working directory, which a symlink in a volume may turn into /proc/self/fd/N; there, uid 0
-    could set kernel.core_pattern, and look at processes of the host (the kind of CVE-2024-21626).
-    """
-    if _libc.unshare(_CLONE_NEWNS) != 0:
-        code = ctypes.get_errno()
-        raise OSError(code, os.strerror(code))
-    root = os.open("/", os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
-    detached.change(root, propagation=detached.PROPAGATION["slave"], recursive=True)
-    os.close(root)
-    proc = os.open("/proc", os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
-    try:
-        mount = detached.new_filesystem("proc", [("hidepid", "ptraceable")], detached.READ_ONLY)
-    except OSError:
-        mount = clone_tree("/proc", readonly=True)
-    detached.attach(mount, proc)
-    os.close(mount)
-    os.close(proc)
-    for name in _DEVICES:
-        path = f"/dev/{name}"
-        try:
-            target = os.open(path, os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC)
-        except FileNotFoundError:
-            continue
-        mount = clone_tree(path, readonly=True)
-        detached.attach(mount, target)
-        os.close(mount)
-        os.close(target)

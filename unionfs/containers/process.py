@@ -50,11 +50,12 @@ class Command:
         environment: Mapping[str, str],
         *,
         keep: Collection[int] = (),
-        host_devices: bool = False,
+        small_root: str | None = None,
     ) -> None:
         """Start it. Raises UserError.
 
         `arguments` gets the number of the fd for bubblewrap's --info-fd; `keep` are other fds that it names.
+        `small_root`: as for Launch.
         """
         self._held = hold_signals()
         ctypes.CDLL(None).prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
@@ -68,7 +69,7 @@ class Command:
                 environment,
                 keep={writer, *keep},
                 terminal=self.terminal,
-                host_devices=host_devices,
+                small_root=small_root,
             ).start()
             self._leader = os.pidfd_open(leader)
         except BaseException:

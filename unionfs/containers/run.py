@@ -109,6 +109,7 @@ def _check(wish: Wish) -> None:
         raise UserError("an empty path is given; name a directory.")
     if not wish.workdir.startswith("/"):
         raise UserError(f"--workdir {quoted(wish.workdir)} is a relative path; give an absolute one.")
+    _refuse_kernel_trees(wish.workdir, os.fsencode(os.path.normpath(wish.workdir)).strip(b"/").split(b"/")[0])
     hostname = wish.hostname
     if hostname is not None and not 0 < len(os.fsencode(hostname)) <= _LONGEST_HOSTNAME:
         raise UserError(
@@ -208,7 +209,7 @@ def _in_union(
         ),
         environment,
         keep=() if filter_fd is None else (filter_fd,),
-        host_devices=confinement.privileged,
+        small_root=merged if _wants_small_root(confinement, workdir, entry.settings.storage) else None,
     )
     if filter_fd is not None:
         os.close(filter_fd)
@@ -254,6 +255,16 @@ def _check_mountpoints(root: int) -> None:
             )
 
 
+def _wants_small_root(confinement: Confinement, workdir: str, storage: Sequence[Spec]) -> bool:
+    """Whether bubblewrap starts in a tree of its own: as root, and where others may swap the workdir.
+
+    That is below what is mounted. For an ordinary user it takes one more user namespace.
+    """
+    if confinement.privileged:
+        return False
+    return os.geteuid() == 0 or any(workdir.startswith(f"{spec.target}/") for spec in storage)
+
+
 def _in_memory(data: bytes) -> int:
     """An fd from which bubblewrap reads `data`."""
     fd = os.memfd_create("seccomp", os.MFD_CLOEXEC)
@@ -263,6 +274,14 @@ def _in_memory(data: bytes) -> int:
     return fd
 
 
+def _refuse_kernel_trees(given: str, first: bytes) -> None:
+    if first in _KERNEL_TREES:
+        raise UserError(
+            f"--workdir {quoted(given)} leads into /proc, /dev, or /sys, from where it could leave the "
+            "container; choose another directory."
+        )
+
+
 def _workdir(tree: MountedTree, given: str) -> str:
     """Where the command starts, cleaned of dots as in Docker; made if it is missing. Raises UserError."""
     clean = "/" + os.path.normpath(given).strip("/")
@@ -270,11 +289,7 @@ def _workdir(tree: MountedTree, given: str) -> str:
         names, missing = find(tree, clean)
         if not names and not missing:
             return "/"
-        if (names + missing)[0] in _KERNEL_TREES:
-            raise UserError(
-                f"--workdir {quoted(given)} leads into /proc, /dev, or /sys, from where it could leave the "
-                "container; choose another directory."
-            )
+        _refuse_kernel_trees(given, (names + missing)[0])
         if not missing and tree.kind(names) != stat.S_IFDIR:
             raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR))
     except OSError as error:
