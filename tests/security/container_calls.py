@@ -1,4 +1,8 @@
-"""A container that an attacker has: `unionfs run` with the host's programs in it, as root and as a user."""
+"""A container that an attacker has: `unionfs run` with the host's programs in it, as root and as a user.
+
+An attack that succeeds must do no harm to the machine that runs the tests: it opens for writing and writes
+nothing, sets a mode that is set already, and works on copies.
+"""
 
 from __future__ import annotations
 
@@ -13,6 +17,7 @@ import pytest
 from tests.mount import cli_calls, user_calls
 from tests.mount.cli_calls import Done
 from tests.mount.run_calls import Containers, cleaned
+from unionfs.containers import bubblewrap
 
 PYTHON = "/usr/bin/python3"
 
@@ -24,6 +29,7 @@ class Prison:
         self.area = area
         self.box = Containers(area / "prison")
         self.host = host
+        self.path = "/usr/local/bin:/usr/bin:/bin:/usr/sbin:/sbin"
         self.is_root = host is None
         if host is not None:
             for path in (self.box.base, *self.box.base.rglob("*"), self.box.host, self.box.area):
@@ -35,9 +41,19 @@ class Prison:
 
     def call(self, *arguments: str | Path) -> Done:
         """Run `unionfs run` with these arguments."""
+        words = self.words(*arguments)
         if self.host is None:
-            return cli_calls.unionfs(*self.words(*arguments))
-        return self.host.unionfs(*self.words(*arguments))
+            return cli_calls.unionfs(*words, env={"PATH": self.path})
+        return self.host.run("env", f"PATH={self.path}", *self.host.command, *map(str, words))
+
+    def copy_bubblewrap(self) -> Path:
+        """Let `unionfs run` use a copy of bubblewrap, which belongs to its caller."""
+        copy = self.box.host / "bwrap"
+        shutil.copy(bubblewrap.find(), copy)
+        if not self.is_root:
+            os.chown(copy, user_calls.UID, user_calls.UID)
+        self.path = f"{self.box.host}:{self.path}"
+        return copy
 
     def sh(self, script: str, *options: str | Path) -> Done:
         """Run a script of the shell in a container that is thrown away."""

@@ -237,7 +237,7 @@ def test_devices_of_the_host(inmate: Prison) -> None:
     done = inmate.sh(
         "mkdir -p /mk; for d in /mk /tmp /dev /dev/shm /data /v /t; do "
         f"mknod $d/disk b {os.major(disk)} {os.minor(disk)} && echo made && "
-        "{ head -c 1 $d/disk && echo opened; echo > $d/disk && echo opened; } ; "
+        "{ head -c 1 $d/disk && echo opened; : >> $d/disk && echo opened; } ; "
         "mknod $d/mem c 1 1 && { head -c 1 $d/mem && echo opened; }; rm -f $d/disk $d/mem; done; ls /dev",
         "-v", "vol:/v", "--tmpfs", "/t",
     )  # fmt: skip
@@ -250,7 +250,7 @@ def test_device_files_keep_their_mode(inside: Prison) -> None:
     """Those of /dev are the host's inodes."""
     names = ("null", "zero", "full", "random", "urandom", "tty")
     before = [(os.stat(f"/dev/{name}").st_mode, os.stat(f"/dev/{name}").st_uid) for name in names]
-    script = f"cd /dev; chmod 600 {' '.join(names)}; chown 1 {' '.join(names)}; echo x > null && echo well"
+    script = f"cd /dev; chmod 666 {' '.join(names)}; chown 0 {' '.join(names)}; echo x > null && echo well"
     done = inside.sh(script)
     assert done.stdout == "well\n"
     assert done.stderr.count("Read-only file system") == 2 * len(names), done.stderr
@@ -279,10 +279,10 @@ def test_nothing_of_the_kernel_is_written(inmate: Prison) -> None:
                  /proc/irq/default_smp_affinity /proc/sys/vm/swappiness /proc/sys/kernel/hostname \\
                  /sys/kernel/uevent_helper /sys/power/pm_async /sys/class/net/lo/mtu \\
                  /sys/kernel/mm/transparent_hugepage/enabled; do
-            [ -e $p ] && v=$(cat $p 2>/dev/null) && echo "$v" > $p && echo written $p; done
+            [ -e $p ] && : >> $p && echo written $p; done
         mkdir /sys/fs/cgroup/x && echo written; touch /proc/bus/x /proc/fs/x && echo written
         find /sys -maxdepth 4 -writable -type f 2>/dev/null | head -3 | while read p; do
-            v=$(cat $p 2>/dev/null); (echo "$v" > $p) 2>/dev/null && echo written $p; done; true
+            (: >> $p) 2>/dev/null && echo written $p; done; true
     """
     assert "written" not in inmate.sh(script).stdout
 
@@ -319,8 +319,9 @@ def test_cgroups(inmate: Prison) -> None:
 def test_name_resolution_is_read_only(inmate: Prison) -> None:
     before = {path: Path(path).read_bytes() for path in ("/etc/resolv.conf", "/etc/hosts")}
     done = inmate.sh(
-        "for p in /etc/resolv.conf /etc/hosts; do echo evil >> $p && echo written; "
-        "chmod 777 $p && echo written; rm -f $p && echo written; mv $p $p.old && echo written; cat $p; done"
+        "for p in /etc/resolv.conf /etc/hosts; do : >> $p && echo written; "
+        "chmod $(stat -c %a $p) $p && echo written; rm -f $p && echo written; "
+        " mv $p $p.old && echo written; cat $p; done"
     )
     assert "written" not in done.stdout
     assert done.stdout.encode() == b"".join(before.values())
