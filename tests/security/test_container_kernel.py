@@ -321,7 +321,7 @@ def test_name_resolution_is_read_only(inmate: Prison) -> None:
     done = inmate.sh(
         "for p in /etc/resolv.conf /etc/hosts; do : >> $p && echo written; "
         "chmod $(stat -c %a $p) $p && echo written; rm -f $p && echo written; "
-        " mv $p $p.old && echo written; cat $p; done"
+        "mv $p $p.old && echo written; cat $p; done"
     )
     assert "written" not in done.stdout
     assert done.stdout.encode() == b"".join(before.values())

@@ -177,7 +177,7 @@ def _action(tree: Mapping[str, Any], key: str, data_key: str, where: str) -> int
 def _condition(item: Any, where: str) -> Condition:
     _check(item, dict, f"an item of args in {where}")
     operator = item.get("op")
-    if operator not in _OPERATORS:
+    if not isinstance(operator, str) or operator not in _OPERATORS:
         raise _Bad(f"{where} has the unknown op {operator!r} in args")
     most = (1 << 64) - 1
     index = _number(item.get("index"), _MOST_ARGUMENTS - 1, f"index in args of {where}")
