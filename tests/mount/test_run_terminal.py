@@ -104,13 +104,37 @@ def test_in_the_background(box: Containers) -> None:
     before = terminal.settings()
     terminal.type(b"one\n")
     terminal.wait_for(b"shell-one")
-    assert before[3] & termios.ICANON  # type: ignore[operator]
-    assert wait_for(lambda: not terminal.settings()[3] & termios.ICANON)  # type: ignore[operator]
+    assert wait_for(lambda: is_raw(terminal))
     terminal.type(b"two\r")
     terminal.wait_for(b"got-two")
     terminal.wait_for(b"code-5")
     assert terminal.settings() == before
     assert terminal.end() == 0
+
+
+def test_stopped_and_continued(box: Containers) -> None:
+    """A shell has set the terminal in between; in the foreground again it is raw again."""
+    script = "echo up; read line; echo got-$line; exit 6"
+    terminal = Terminal(
+        box, "--rm", "--", "sh", "-c", script,
+        shell='set -m; "$@"; echo stopped-$?; stty sane; read x; fg >/dev/null; echo code-$?',
+    )  # fmt: skip
+    terminal.wait_for(b"up")
+    assert wait_for(lambda: is_raw(terminal))
+    os.kill(child(terminal.pid), signal.SIGSTOP)
+    terminal.wait_for(b"stopped-147")
+    assert wait_for(lambda: not is_raw(terminal))
+    terminal.type(b"\n")
+    assert wait_for(lambda: is_raw(terminal))
+    terminal.type(b"typed\r")
+    terminal.wait_for(b"got-typed")
+    terminal.wait_for(b"code-6")
+    assert terminal.end() == 0
+
+
+def is_raw(terminal: Terminal) -> bool:
+    """Whether it hands on every character as it is typed."""
+    return not termios.tcgetattr(terminal.fd)[3] & termios.ICANON
 
 
 @pytest.mark.parametrize(

@@ -6,6 +6,7 @@ import errno
 import hashlib
 import os
 import shutil
+import subprocess
 import threading
 import time
 from collections.abc import Iterator
@@ -15,7 +16,7 @@ from pathlib import Path
 import pytest
 
 from tests.mount import cli_calls
-from tests.mount.cli_calls import UNIONFS, refused, wait_for
+from tests.mount.cli_calls import REPOSITORY, UNIONFS, refused, wait_for
 from tests.security.container_calls import PYTHON, Prison, prison
 from tests.support import areas
 from tests.support.patience import patient
@@ -296,6 +297,18 @@ def test_processes_of_the_host(inmate: Prison) -> None:
     assert "entered" not in done.stdout
     assert "/etc/shadow" not in done.stdout
     assert "pytest" not in done.stdout
+
+
+def test_signals_to_its_process_group(inside: Prison) -> None:
+    """kill(2) with pid 0 reaches the whole process group, also what is outside of the pid namespace."""
+    script = "kill -KILL 0; kill -TERM 0; sleep 60"
+    words = map(str, inside.words("--rm", "--", "/usr/bin/bash", "-c", script))
+    done = subprocess.run(
+        ["bash", "-c", '"$@" | cat; echo alive ${PIPESTATUS[0]}', "bash", *UNIONFS, *words],
+        start_new_session=True, capture_output=True, text=True, timeout=patient(60), cwd="/",
+        env={**os.environ, "PYTHONPATH": str(REPOSITORY)},
+    )  # fmt: skip
+    assert done.stdout == "alive 137\n", done
 
 
 def test_the_session_s_leader_is_not_seen(inside: Prison) -> None:
