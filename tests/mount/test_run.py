@@ -4,84 +4,21 @@ from __future__ import annotations
 
 import json
 import os
-import pty
-import select
 import shutil
 import signal
 import stat
-import subprocess
-import time
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
 
 from tests.mount import cli_calls
-from tests.mount.cli_calls import Done, refused, wait_for
-from tests.support import areas, mounting
+from tests.mount.cli_calls import refused, wait_for
+from tests.mount.run_calls import BUSYBOX, Containers, Terminal, cleaned
 from tests.support.patience import patient
 from unionfs.containers import bubblewrap
-from unionfs.daemon import live
 from unionfs.daemon.errors import UserError
-
-BUSYBOX = next((path for path in ("/bin/busybox", "/usr/bin/busybox") if os.path.exists(path)), None)
-
-
-class Containers:
-    """A root filesystem of one busybox, a storage root, and calls of `unionfs run`."""
-
-    def __init__(self, area: Path) -> None:
-        assert BUSYBOX is not None
-        self.area = area
-        self.base = area / "base"
-        for name in ("bin", "etc", "tmp", "root", "data"):
-            (self.base / name).mkdir(parents=True)
-        shutil.copy(BUSYBOX, self.base / "bin/busybox")
-        for name in (
-            "sh", "cat", "echo", "ls", "id", "hostname", "sleep", "kill", "env", "touch", "rm", "stty", "tty",
-            "df", "mount", "ip", "dd", "true",
-        ):  # fmt: skip
-            (self.base / "bin" / name).symlink_to("busybox")
-        (self.base / "etc/passwd").write_text("root:x:0:0:root:/root:/bin/sh\n")
-        (self.base / "data/seed").write_text("seed\n")
-        self.root = area / "storage"
-        self.host = area / "host"
-        self.host.mkdir()
-
-    def environment(self, **more: str) -> dict[str, str]:
-        return {"UNIONFS_ROOT": str(self.root), **more}
-
-    def words(self, *arguments: str | Path, lower: bool = True) -> list[str | Path]:
-        return ["run", *(["-l", self.base] if lower else []), *arguments]
-
-    def run(self, *arguments: str | Path, lower: bool = True, **more: str) -> Done:
-        """Run a command to its end."""
-        words = self.words(*arguments, lower=lower)
-        return cli_calls.unionfs(*words, env=self.environment(**more))
-
-    def say(self, *arguments: str | Path, lower: bool = True) -> str:
-        """What a command prints that ends well."""
-        done = self.run(*arguments, lower=lower)
-        assert (done.returncode, done.stderr) == (0, ""), done
-        return done.stdout
-
-    def start(self, *arguments: str | Path, **more: str) -> subprocess.Popen[str]:
-        """Start a command; its output comes through a pipe."""
-        return subprocess.Popen(
-            [*mounting.command(), *map(str, self.words(*arguments))], cwd="/", text=True,
-            env={**os.environ, "PYTHONPATH": str(cli_calls.REPOSITORY), **self.environment(**more)},
-            stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-        )  # fmt: skip
-
-    def kept(self) -> list[str]:
-        """The names of the containers that there are."""
-        path = self.root / "containers"
-        return sorted(os.listdir(path)) if path.is_dir() else []
-
-    def is_over(self) -> bool:
-        """Whether no union is mounted any more."""
-        return areas.mounts_below(self.area) == []
 
 
 @pytest.fixture
@@ -89,21 +26,8 @@ def box(root: None, area: Path) -> Iterator[Containers]:
     if BUSYBOX is None or shutil.which("bwrap") is None:
         pytest.skip("busybox or bubblewrap is not installed")
     found = Containers(area)
-    with _cleaned(area):
+    with cleaned(area):
         yield found
-
-
-@contextmanager
-def _cleaned(area: Path) -> Iterator[None]:
-    """Ends daemons below an area, as `cli_calls.place` does it."""
-    try:
-        yield
-    finally:
-        daemons = [e for e in live.entries() if e.settings.mountpoint.startswith(f"{area}/")]
-        areas.detach(area)
-        for entry in daemons:
-            if not wait_for(lambda entry=entry: not entry.is_alive(), 3):
-                os.kill(entry.pid, signal.SIGKILL)
 
 
 def test_the_union_is_the_root(box: Containers) -> None:
@@ -417,58 +341,6 @@ def test_one_at_a_time(box: Containers) -> None:
         process.terminate()
         process.communicate(timeout=patient(20))
     assert box.say("--name", "one", "--", "echo", "again") == "again\n"
-
-
-class Terminal:
-    """A command on a terminal of its own."""
-
-    def __init__(self, box: Containers, *arguments: str | Path) -> None:
-        self.pid, self.fd = pty.fork()
-        if self.pid == 0:
-            os.chdir("/")
-            words = [*mounting.command(), *map(str, box.words(*arguments))]
-            environment = {**os.environ, "PYTHONPATH": str(cli_calls.REPOSITORY), **box.environment()}
-            os.execvpe(words[0], words, environment)
-        self.seen = b""
-
-    def wait_for(self, text: bytes, seconds: float = 20) -> None:
-        """Read until the text has come; what came before it is forgotten."""
-        deadline = time.monotonic() + patient(seconds)
-        while text not in self.seen:
-            assert time.monotonic() < deadline, self.seen
-            if select.select([self.fd], [], [], 0.2)[0]:
-                try:
-                    self.seen += os.read(self.fd, 4096)
-                except OSError:
-                    break
-        assert text in self.seen, self.seen
-        self.seen = self.seen.partition(text)[2]
-
-    def runs(self, name: str) -> bool:
-        """Whether a process of that name is in the terminal's foreground process group."""
-        group = os.tcgetpgrp(self.fd)
-        for path in Path("/proc").glob("[0-9]*/stat"):
-            with suppress(OSError):
-                command, _, rest = path.read_text().partition("(")[2].rpartition(")")
-                if command == name and int(rest.split()[2]) == group:
-                    return True
-        return False
-
-    def type(self, text: bytes) -> None:
-        os.write(self.fd, text)
-
-    def end(self) -> int:
-        """The exit code."""
-        deadline = time.monotonic() + patient(20)
-        while time.monotonic() < deadline:
-            if select.select([self.fd], [], [], 0.05)[0]:
-                with suppress(OSError):
-                    self.seen += os.read(self.fd, 4096)
-            pid, status = os.waitpid(self.pid, os.WNOHANG)
-            if pid:
-                os.close(self.fd)
-                return os.waitstatus_to_exitcode(status)
-        raise AssertionError(f"it does not end: {self.seen!r}")
 
 
 def test_a_terminal(box: Containers) -> None:

@@ -36,6 +36,13 @@ Examples:
 @click.option("--hostname", metavar="NAME", help="The host name inside.  [the container's name]")
 @click.option("--net", type=click.Choice(["host", "none"]), default="host", show_default=True,
               help="The host's network, or none but loopback.")  # fmt: skip
+@click.option("--cap-add", metavar="CAP", multiple=True, help="Add a capability, or ALL.")
+@click.option("--cap-drop", metavar="CAP", multiple=True, help="Drop a capability, or ALL.")
+@click.option("--security-opt", "security", metavar="OPT", multiple=True,
+              help="seccomp=FILE: a profile in Docker's JSON form; seccomp=unconfined: none.")  # fmt: skip
+@click.option("--privileged", is_flag=True,
+              help="All capabilities, no filter, the host's /dev, writable /proc/sys and /sys: the command "
+                   "can do to the host what root can.")  # fmt: skip
 @click.argument("command", nargs=-1, required=True, type=click.UNPROCESSED)
 def run(
     lowers: tuple[str, ...],
@@ -51,14 +58,19 @@ def run(
     variables: tuple[str, ...],
     hostname: str | None,
     net: str,
+    cap_add: tuple[str, ...],
+    cap_drop: tuple[str, ...],
+    security: tuple[str, ...],
+    privileged: bool,
     command: tuple[str, ...],
 ) -> int:
     """Run COMMAND with a union as its root, in mount, pid, uts and ipc namespaces of its own (bubblewrap).
 
     The union's upper is the container's own: what the command changes stays there, and `run --name NAME`
     finds it again, until `unionfs rm NAME`; with --rm it is thrown away at the end. Volumes and bind mounts
-    stay in any case. The command has /proc, /dev and the host's network, and of root's capabilities those
-    that Docker leaves it; set-id programs gain nothing.
+    stay in any case. The command has /proc, /dev and the host's network. Root's capabilities, the filter of
+    system calls (seccomp), and what is hidden or read-only in /proc and /sys are as in Docker by default;
+    set-id programs gain nothing. Where stdin, stdout, or stderr is a terminal, the command gets its own.
 
     The exit code is the command's, 128 and the signal's number if a signal ended it, 126 and 127 if it cannot
     be executed or found, 1 if the union cannot be mounted. Signals are handed on to it.
@@ -82,6 +94,10 @@ def run(
         environment=_environment(variables),
         hostname=hostname,
         own_network=net == "none",
+        cap_add=cap_add,
+        cap_drop=cap_drop,
+        security=security,
+        privileged=privileged,
     )
     try:
         return start(wish, lambda sentence: complain("unionfs", sentence))

@@ -2,22 +2,29 @@
 
 from __future__ import annotations
 
+import glob
 import os
 import shutil
 import stat
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 
 from unionfs.daemon.errors import UserError
 from unionfs.storage.specs import Spec
+from unionfs.sys.mountinfo import read_mountinfo
 
-# What Docker leaves to root in a container (moby, oci/caps/defaults.go).
-_CAPABILITIES = (
-    "CAP_CHOWN", "CAP_DAC_OVERRIDE", "CAP_FSETID", "CAP_FOWNER", "CAP_MKNOD", "CAP_NET_RAW", "CAP_SETGID",
-    "CAP_SETUID", "CAP_SETFCAP", "CAP_SETPCAP", "CAP_NET_BIND_SERVICE", "CAP_SYS_CHROOT", "CAP_KILL",
-    "CAP_AUDIT_WRITE",
-)  # fmt: skip
 PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 _OWN_MOUNTS = ("/dev/", "/proc/", "/sys/")
+
+# moby, daemon/pkg/oci/defaults.go
+_MASKED = (
+    "/proc/acpi", "/proc/asound", "/proc/interrupts", "/proc/kcore", "/proc/keys", "/proc/latency_stats",
+    "/proc/sched_debug", "/proc/scsi", "/proc/timer_list", "/proc/timer_stats",
+    "/sys/devices/virtual/powercap", "/sys/firmware",
+)  # fmt: skip
+_MASKED_PER_CPU = "/sys/devices/system/cpu/cpu[0-9]*/thermal_throttle"
+_READ_ONLY = ("/proc/bus", "/proc/fs", "/proc/irq", "/proc/sys", "/proc/sysrq-trigger")
+_CGROUPS = "/sys/fs/cgroup"
 
 
 def find() -> str:
@@ -31,6 +38,18 @@ def find() -> str:
     return path
 
 
+@dataclass(frozen=True, slots=True)
+class Confinement:
+    """What keeps a command in its container."""
+
+    capabilities: Sequence[str] = ()
+    """Of uid 0; an ordinary user's command has none in any case."""
+    filter: bytes | None = None
+    """The seccomp program; None: no filter."""
+    privileged: bool = False
+    """The host's /dev, and writable /proc/sys and /sys."""
+
+
 def arguments(
     program: str,
     merged: str,
@@ -40,18 +59,22 @@ def arguments(
     hostname: str,
     own_network: bool,
     storage: Sequence[Spec],
+    confinement: Confinement,
     info_fd: int,
+    filter_fd: int | None,
 ) -> list[str]:
     """The whole command line: the merged tree as root, with what is mounted in it, /proc, /dev, /sys."""
-    words = [program, "--bind", merged, "/", "--proc", "/proc", "--dev", "/dev"]
-    if os.geteuid() == 0:
-        # Kernel settings ask for uid 0 and no capability; bubblewrap covers other places in /proc, not these.
-        words += ["--ro-bind", "/proc/sys", "/proc/sys"]
-    words += ["--ro-bind-try", "/sys", "/sys"]
-    for spec in storage:
-        # bubblewrap's own mounts cover what is mounted there in the union.
-        if spec.target.startswith(_OWN_MOUNTS):
-            words += ["--bind", merged + spec.target, spec.target]
+    if confinement.privileged:
+        words = [program, "--dev-bind", merged, "/", "--proc", "/proc"]
+        words += ["--dev-bind", "/dev", "/dev", "--dev-bind-try", "/sys", "/sys"]
+    else:
+        words = [program, "--bind", merged, "/", "--proc", "/proc", "--dev", "/dev"]
+        words += ["--ro-bind-try", "/sys", "/sys", *_protected()]
+    bind = "--dev-bind" if confinement.privileged else "--bind"
+    for target in _outermost(spec.target for spec in storage if spec.target.startswith(_OWN_MOUNTS)):
+        # bubblewrap's own mounts cover what is mounted there in the union. What is mounted below such a
+        # target comes along: a path through a volume, which other containers change, is not followed.
+        words += [bind, merged + target, target]
     words += ["--unshare-pid", "--unshare-uts", "--unshare-ipc", "--unshare-cgroup-try"]
     if own_network:
         words.append("--unshare-net")
@@ -59,10 +82,56 @@ def arguments(
         words += _name_resolution(merged, {spec.target for spec in storage})
     if os.geteuid() == 0:
         words += ["--cap-drop", "ALL"]
-        for name in _CAPABILITIES:
+        for name in confinement.capabilities:
             words += ["--cap-add", name]
+    if filter_fd is not None:
+        words += ["--seccomp", str(filter_fd)]
     words += ["--hostname", hostname, "--chdir", workdir, "--info-fd", str(info_fd), "--"]
     return [*words, *command]
+
+
+def _protected() -> list[str]:
+    """The kernel's files as Docker leaves them to a container: some hidden, some read-only.
+
+    Files in /proc ask for uid 0 and no capability. bubblewrap makes some of them read-only, and not all. What
+    is mounted below /sys (debugfs, tracefs, cgroups) is not in a sysfs of the container's own, as in Docker.
+    """
+    words = []
+    if os.geteuid() == 0:
+        for path in _READ_ONLY:
+            words += ["--ro-bind-try", path, path]
+    mounted = [entry.mountpoint for entry in read_mountinfo() if entry.mountpoint.startswith("/sys/")]
+    hidden = [path for path in (*_MASKED, *glob.glob(_MASKED_PER_CPU)) if os.path.lexists(path)]
+    for path in _outermost([*hidden, *mounted]):
+        if os.path.isdir(path):
+            words += ["--tmpfs", path, "--remount-ro", path]
+        else:
+            words += ["--dev-bind", os.devnull, path]
+    if _CGROUPS in mounted and (own := _own_cgroup()):
+        words += ["--ro-bind", own, _CGROUPS]
+    return words
+
+
+def _own_cgroup() -> str | None:
+    """The directory of this process's cgroup, which is the root of the container's; None without cgroup2."""
+    if any(entry.mountpoint == _CGROUPS and entry.fstype != "cgroup2" for entry in read_mountinfo()):
+        return None
+    try:
+        with open("/proc/self/cgroup", encoding="utf-8", errors="surrogateescape") as table:
+            path = next(line[3:].rstrip("\n") for line in table if line.startswith("0::"))
+    except (OSError, StopIteration):
+        return None
+    own = os.path.normpath(f"{_CGROUPS}/{path}")
+    return own if os.path.isdir(own) and ".." not in path.split("/") else None
+
+
+def _outermost(paths: Iterable[str]) -> list[str]:
+    """The paths that lie below no other one."""
+    found: list[str] = []
+    for path in sorted(set(paths)):
+        if not any(path.startswith(f"{other}/") for other in found):
+            found.append(path)
+    return found
 
 
 def _name_resolution(merged: str, targets: set[str]) -> list[str]:

@@ -1,9 +1,9 @@
 """A command in its container: starting it, handing signals on, and its exit code.
 
 bubblewrap is two processes: one outside that waits, and pid 1 of the new pid namespace, whose child is the
-command. What is typed at a terminal (Ctrl-C) goes to all of them, and ends the one outside; so this process
-becomes the reaper of what is left, waits for pid 1, and gets the command's exit code from there. A signal
-that somebody sends to this process alone is handed on to the command.
+command. What is typed at the container's terminal (Ctrl-C) goes to all of them, and ends the one outside; so
+this process becomes the reaper of what is left, waits for pid 1, and gets the command's exit code from there.
+A signal that reaches this process is handed on to the command.
 """
 
 from __future__ import annotations
@@ -13,49 +13,72 @@ import json
 import os
 import signal
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import suppress
 
+from unionfs.containers.launch import Launch
+from unionfs.containers.terminal import Terminal, standard_terminals
 from unionfs.sys.process import is_alive, start_time
 
 _PR_SET_CHILD_SUBREAPER = 36  # linux/prctl.h
-_SI_KERNEL = 0x80
 _FORWARDED = frozenset({
     signal.SIGHUP, signal.SIGINT, signal.SIGQUIT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2,
-    signal.SIGWINCH,
+    signal.SIGWINCH, signal.SIGCONT,
 })  # fmt: skip
 _START_SECONDS = 2.0
 _POLL_SECONDS = 0.02
 
 
-def hold_signals() -> None:
-    """Keep signals until there is a command to hand them to."""
+def hold_signals() -> frozenset[signal.Signals]:
+    """Keep signals until there is a command to hand them to; which are kept.
+
+    One that the caller ignores (nohup(1), a shell's background jobs) stays ignored: blocked it would be kept.
+    """
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-    signal.pthread_sigmask(signal.SIG_BLOCK, _FORWARDED | {signal.SIGCHLD})
+    held = frozenset(number for number in _FORWARDED if signal.getsignal(number) is not signal.SIG_IGN)
+    signal.pthread_sigmask(signal.SIG_BLOCK, held | {signal.SIGCHLD})
+    return held
 
 
 class Command:
     """bubblewrap with a command in it. Signals are held while it runs."""
 
-    def __init__(self, arguments: Callable[[int], Sequence[str]], environment: Mapping[str, str]) -> None:
-        """Start it; `arguments` is given the number of the fd for bubblewrap's --info-fd."""
-        hold_signals()
+    def __init__(
+        self,
+        program: str,
+        arguments: Callable[[int], Sequence[str]],
+        environment: Mapping[str, str],
+        *,
+        keep: Collection[int] = (),
+        small_root: str | None = None,
+    ) -> None:
+        """Start it. Raises UserError.
+
+        `arguments` gets the number of the fd for bubblewrap's --info-fd; `keep` are other fds that it names.
+        `small_root`: as for Launch.
+        """
+        self._held = hold_signals()
         ctypes.CDLL(None).prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
+        fds = standard_terminals()
+        self.terminal = Terminal(fds) if fds else None
         reader, writer = os.pipe()
-        os.set_inheritable(writer, True)
-        words = list(arguments(writer))
-        _keep_from_child(writer)
         try:
-            self._outer = os.posix_spawn(
-                words[0],
-                words,
-                dict(environment),
-                setsigmask=[],
-                # Python ignores these two.
-                setsigdef=[signal.SIGPIPE, signal.SIGXFSZ],
-            )
+            leader, self._outer = Launch(
+                program,
+                arguments(writer),
+                environment,
+                keep={writer, *keep},
+                terminal=self.terminal,
+                small_root=small_root,
+            ).start()
+            self._leader = os.pidfd_open(leader)
+        except BaseException:
+            os.close(reader)
+            raise
         finally:
             os.close(writer)
+            if self.terminal is not None:
+                self.terminal.close_slave()
         with os.fdopen(reader, "rb") as info:
             self._init = _child_pid(info.read())
         self._started = None if self._init is None else start_time(self._init)
@@ -78,7 +101,15 @@ class Command:
 
         What it has left running in the container is killed then, as everywhere when pid 1 ends.
         """
-        signals = _FORWARDED | {signal.SIGCHLD}
+        if self.terminal is not None:
+            self.terminal.start()
+        try:
+            return self._wait()
+        finally:
+            self._end_session()
+
+    def _wait(self) -> int:
+        signals = self._held | {signal.SIGCHLD}
         ended: dict[int, int] = {}
         self._find_command(ended)
         while True:
@@ -96,8 +127,7 @@ class Command:
                 if not self._command_lives():
                     self._kill_children()
                 info = signal.sigtimedwait(signals, _POLL_SECONDS)
-            # What comes from the terminal came to the command as well.
-            if info is not None and info.si_signo != signal.SIGCHLD and info.si_code != _SI_KERNEL:
+            if info is not None and info.si_signo != signal.SIGCHLD:
                 self._hand_on(info.si_signo)
 
     def _find_command(self, ended: dict[int, int]) -> None:
@@ -129,7 +159,21 @@ class Command:
             with suppress(OSError):
                 os.kill(pid, signal.SIGKILL)
 
+    def _end_session(self) -> None:
+        """End the session's leader, which has the last slave of the pty; restore the caller's terminal."""
+        with suppress(ProcessLookupError):
+            signal.pidfd_send_signal(self._leader, signal.SIGKILL)
+        with suppress(ChildProcessError):
+            os.waitid(os.P_PIDFD, self._leader, os.WEXITED)
+        if self.terminal is not None:
+            self.terminal.finish()
+
     def _hand_on(self, number: int) -> None:
+        if self.terminal is not None and number == signal.SIGWINCH:
+            self.terminal.resize()
+            return
+        if self.terminal is not None and number == signal.SIGCONT:
+            self.terminal.resume()
         if self._command is not None and is_alive(*self._command):
             with suppress(OSError):
                 os.kill(self._command[0], number)
@@ -140,14 +184,6 @@ def _reap(ended: dict[int, int]) -> None:
     with suppress(ChildProcessError):
         while (found := os.waitpid(-1, os.WNOHANG))[0]:
             ended[found[0]] = os.waitstatus_to_exitcode(found[1])
-
-
-def _keep_from_child(but: int) -> None:
-    """Whatever the caller left open: a directory of the host would be a way out of the container."""
-    for name in os.listdir("/proc/self/fd"):
-        if int(name) > 2 and int(name) != but:
-            with suppress(OSError):
-                os.set_inheritable(int(name), False)
 
 
 def _child_pid(info: bytes) -> int | None:

@@ -10,6 +10,8 @@ from contextlib import suppress
 from dataclasses import dataclass, field, replace
 
 from unionfs.containers import bubblewrap
+from unionfs.containers.bubblewrap import Confinement
+from unionfs.containers.confinement import settle_confinement
 from unionfs.containers.process import Command, hold_signals
 from unionfs.containers.store import Container, new_name
 from unionfs.daemon import guardian, live
@@ -31,6 +33,7 @@ _NOT_EXECUTABLE = 126
 _INTERPRETER_LINE = 256  # BINPRM_BUF_SIZE, linux/binfmts.h
 _LONGEST_HOSTNAME = 64  # HOST_NAME_MAX
 _END_SECONDS = 20.0
+_KERNEL_TREES = (b"proc", b"dev", b"sys")
 
 
 class CommandError(UserError):
@@ -57,6 +60,10 @@ class Wish:
     environment: Mapping[str, str] = field(default_factory=dict)
     hostname: str | None = None
     own_network: bool = False
+    cap_add: Sequence[str] = ()
+    cap_drop: Sequence[str] = ()
+    security: Sequence[str] = ()
+    privileged: bool = False
 
 
 def run(wish: Wish, complain: Callable[[str], object]) -> int:
@@ -67,6 +74,9 @@ def run(wish: Wish, complain: Callable[[str], object]) -> int:
     """
     _check(wish)
     program = bubblewrap.find()
+    confinement = settle_confinement(
+        wish.cap_add, wish.cap_drop, wish.security, privileged=wish.privileged
+    )
     container = Container(storage_root(wish.root), wish.name or new_name())
     new = not container.exists()
     if not new and wish.remove:
@@ -82,7 +92,7 @@ def run(wish: Wish, complain: Callable[[str], object]) -> int:
         try:
             lowers = _lowers(wish, container)
             container.make(lowers, layers=wish.upper is None)
-            code = _mounted(wish, program, container, lowers, complain)
+            code = _mounted(wish, program, confinement, container, lowers, complain)
             # With an upper of the caller's own nothing is left to be kept here.
             keep = keep or not (wish.remove or wish.upper is not None)
         finally:
@@ -99,6 +109,7 @@ def _check(wish: Wish) -> None:
         raise UserError("an empty path is given; name a directory.")
     if not wish.workdir.startswith("/"):
         raise UserError(f"--workdir {quoted(wish.workdir)} is a relative path; give an absolute one.")
+    _refuse_kernel_trees(wish.workdir, os.fsencode(os.path.normpath(wish.workdir)).strip(b"/").split(b"/")[0])
     hostname = wish.hostname
     if hostname is not None and not 0 < len(os.fsencode(hostname)) <= _LONGEST_HOSTNAME:
         raise UserError(
@@ -124,6 +135,7 @@ def _lowers(wish: Wish, container: Container) -> tuple[str, ...]:
 def _mounted(
     wish: Wish,
     program: str,
+    confinement: Confinement,
     container: Container,
     lowers: Sequence[str],
     complain: Callable[[str], object],
@@ -148,7 +160,7 @@ def _mounted(
         entry = next((entry for entry in live.entries() if entry.settings.mountpoint == merged), None)
         if entry is None:
             raise UserError(f"{quoted(merged)} was unmounted before the command could start; try again.")
-        return _in_union(wish, program, container, entry)
+        return _in_union(wish, program, confinement, container, entry)
     finally:
         _unmount(merged, complain)
         if wish.remove and entry is not None:
@@ -166,18 +178,23 @@ def _remove_anonymous(settings: MountSettings, complain: Callable[[str], object]
                 complain(str(error))
 
 
-def _in_union(wish: Wish, program: str, container: Container, entry: live.LiveMount) -> int:
+def _in_union(
+    wish: Wish, program: str, confinement: Confinement, container: Container, entry: live.LiveMount
+) -> int:
     merged = entry.settings.mountpoint
     hostname = wish.hostname or container.name[:_LONGEST_HOSTNAME]
     environment = bubblewrap.environment(wish.environment, hostname)
     root = os.open(merged, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
+        _check_mountpoints(root)
         workdir = _workdir(MountedTree(root), wish.workdir)
         _find_command(root, wish.command[0], workdir, environment["PATH"])
     finally:
         os.close(root)
     os.umask(0o022)
+    filter_fd = None if confinement.filter is None else _in_memory(confinement.filter)
     command = Command(
+        program,
         lambda info_fd: bubblewrap.arguments(
             program,
             merged,
@@ -186,14 +203,22 @@ def _in_union(wish: Wish, program: str, container: Container, entry: live.LiveMo
             hostname=hostname,
             own_network=wish.own_network,
             storage=entry.settings.storage,
+            confinement=confinement,
             info_fd=info_fd,
+            filter_fd=filter_fd,
         ),
         environment,
+        keep=() if filter_fd is None else (filter_fd,),
+        small_root=merged if _wants_small_root(confinement, workdir, entry.settings.storage) else None,
     )
+    if filter_fd is not None:
+        os.close(filter_fd)
 
     def clear(_: str) -> None:
         """This process was killed; the daemon, which lives as long as it does, unmounts the union."""
         command.kill()
+        if command.terminal is not None:
+            command.terminal.restore_from_outside()
         wait_gone(entry.pid, entry.started, _END_SECONDS)
         if wish.remove:
             _remove_anonymous(entry.settings, lambda sentence: None)
@@ -213,6 +238,50 @@ def _in_union(wish: Wish, program: str, container: Container, entry: live.LiveMo
     return code
 
 
+def _check_mountpoints(root: int) -> None:
+    """Refuse a union in which the kernel's filesystems would be mounted somewhere else. Raises UserError.
+
+    bubblewrap follows symlinks there, also those that lead to the host's tree while it still sees that.
+    """
+    for name in ("dev", "proc", "sys"):
+        try:
+            kind = stat.S_IFMT(os.stat(name, dir_fd=root, follow_symlinks=False).st_mode)
+        except FileNotFoundError:
+            continue
+        if kind != stat.S_IFDIR:
+            raise UserError(
+                f"/{name} in the union is not a directory, so nothing can be mounted there; remove it from "
+                "the layers."
+            )
+
+
+def _wants_small_root(confinement: Confinement, workdir: str, storage: Sequence[Spec]) -> bool:
+    """Whether bubblewrap starts in a tree of its own: as root, and where others may swap the workdir.
+
+    That is below what is mounted. For an ordinary user it takes one more user namespace.
+    """
+    if confinement.privileged:
+        return False
+    return os.geteuid() == 0 or any(workdir.startswith(f"{spec.target}/") for spec in storage)
+
+
+def _in_memory(data: bytes) -> int:
+    """An fd from which bubblewrap reads `data`."""
+    fd = os.memfd_create("seccomp", os.MFD_CLOEXEC)
+    with os.fdopen(os.dup(fd), "wb") as out:
+        out.write(data)
+    os.lseek(fd, 0, os.SEEK_SET)
+    return fd
+
+
+def _refuse_kernel_trees(given: str, first: bytes) -> None:
+    if first in _KERNEL_TREES:
+        raise UserError(
+            f"--workdir {quoted(given)} leads into /proc, /dev, or /sys, from where it could leave the "
+            "container; choose another directory."
+        )
+
+
 def _workdir(tree: MountedTree, given: str) -> str:
     """Where the command starts, cleaned of dots as in Docker; made if it is missing. Raises UserError."""
     clean = "/" + os.path.normpath(given).strip("/")
@@ -220,6 +289,7 @@ def _workdir(tree: MountedTree, given: str) -> str:
         names, missing = find(tree, clean)
         if not names and not missing:
             return "/"
+        _refuse_kernel_trees(given, (names + missing)[0])
         if not missing and tree.kind(names) != stat.S_IFDIR:
             raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR))
     except OSError as error:

@@ -1,0 +1,93 @@
+"""A container that an attacker has: `unionfs run` with the host's programs in it, as root and as a user.
+
+An attack that succeeds must do no harm to the machine that runs the tests: it opens for writing and writes
+nothing, sets a mode that is set already, and works on copies.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+
+from tests.mount import cli_calls, user_calls
+from tests.mount.cli_calls import Done
+from tests.mount.run_calls import Containers, cleaned
+from unionfs.containers import bubblewrap
+
+PYTHON = "/usr/bin/python3"
+
+
+class Prison:
+    """Calls of `unionfs run`. `area` is a directory of the host that must stay as it is."""
+
+    def __init__(self, area: Path, host: user_calls.Host | None = None) -> None:
+        self.area = area
+        self.box = Containers(area / "prison")
+        self.host = host
+        self.path = "/usr/local/bin:/usr/bin:/bin:/usr/sbin:/sbin"
+        self.is_root = host is None
+        if host is not None:
+            for path in (self.box.base, *self.box.base.rglob("*"), self.box.host, self.box.area):
+                os.chown(path, user_calls.UID, user_calls.UID, follow_symlinks=False)
+
+    def words(self, *arguments: str | Path) -> list[str | Path]:
+        """The call's arguments, with the host's programs mounted."""
+        return ["run", "--root", self.box.root, "-l", self.box.base, *self.box.system(), *arguments]
+
+    def call(self, *arguments: str | Path) -> Done:
+        """Run `unionfs run` with these arguments."""
+        words = self.words(*arguments)
+        if self.host is None:
+            return cli_calls.unionfs(*words, env={"PATH": self.path})
+        return self.host.run("env", f"PATH={self.path}", *self.host.command, *map(str, words))
+
+    def copy_bubblewrap(self) -> Path:
+        """Let `unionfs run` use a copy of bubblewrap, which belongs to its caller."""
+        copy = self.box.host / "bwrap"
+        shutil.copy(bubblewrap.find(), copy)
+        if not self.is_root:
+            os.chown(copy, user_calls.UID, user_calls.UID)
+        self.path = f"{self.box.host}:{self.path}"
+        return copy
+
+    def sh(self, script: str, *options: str | Path) -> Done:
+        """Run a script of the shell in a container that is thrown away."""
+        return self.call("--rm", *options, "--", "/usr/bin/bash", "-c", script)
+
+    def python(self, script: str, *options: str | Path) -> Done:
+        """Run a script of Python in a container that is thrown away."""
+        return self.call("--rm", *options, "--", PYTHON, "-c", script)
+
+    def out(self, done: Done) -> str:
+        """What a call has printed that must have ended well."""
+        assert done.returncode == 0, (done.returncode, done.stdout, done.stderr)
+        return done.stdout
+
+
+@contextmanager
+def prison(area: Path, who: str) -> Iterator[Prison]:
+    """A prison whose inmate is `root` or `user`."""
+    for program in ("bwrap", "busybox"):
+        if shutil.which(program) is None:
+            pytest.skip(f"{program} is not installed")
+    (area / "prison").mkdir()
+    if who == "root":
+        with cleaned(area):
+            yield Prison(area)
+        return
+    if shutil.which("fusermount3") is None or not os.path.exists("/etc/mtab"):
+        pytest.skip("an ordinary user cannot mount here")
+    with cli_calls.place(area) as place:
+        host = user_calls.Host(place)
+        try:
+            if not host.find_python():
+                pytest.skip("an ordinary user cannot read this repository, or no Python with pyfuse3")
+            yield Prison(area, host)
+        finally:
+            host.holder.kill()
+            host.holder.communicate()

@@ -1,0 +1,71 @@
+"""Which capabilities root has in a container: Docker's default set, changed by --cap-add and --cap-drop."""
+
+from __future__ import annotations
+
+import difflib
+import os
+from collections.abc import Sequence
+
+from unionfs.daemon.errors import UserError, quoted
+from unionfs.sys.capabilities import has_capability
+
+#: What Docker leaves to root in a container (moby, daemon/pkg/oci/caps/defaults.go).
+DEFAULT = (
+    "CAP_CHOWN", "CAP_DAC_OVERRIDE", "CAP_FSETID", "CAP_FOWNER", "CAP_MKNOD", "CAP_NET_RAW", "CAP_SETGID",
+    "CAP_SETUID", "CAP_SETFCAP", "CAP_SETPCAP", "CAP_NET_BIND_SERVICE", "CAP_SYS_CHROOT", "CAP_KILL",
+    "CAP_AUDIT_WRITE",
+)  # fmt: skip
+
+# linux/capability.h, in the order of their numbers
+_NAMES = (
+    "CAP_CHOWN", "CAP_DAC_OVERRIDE", "CAP_DAC_READ_SEARCH", "CAP_FOWNER", "CAP_FSETID", "CAP_KILL",
+    "CAP_SETGID", "CAP_SETUID", "CAP_SETPCAP", "CAP_LINUX_IMMUTABLE", "CAP_NET_BIND_SERVICE",
+    "CAP_NET_BROADCAST", "CAP_NET_ADMIN", "CAP_NET_RAW", "CAP_IPC_LOCK", "CAP_IPC_OWNER", "CAP_SYS_MODULE",
+    "CAP_SYS_RAWIO", "CAP_SYS_CHROOT", "CAP_SYS_PTRACE", "CAP_SYS_PACCT", "CAP_SYS_ADMIN", "CAP_SYS_BOOT",
+    "CAP_SYS_NICE", "CAP_SYS_RESOURCE", "CAP_SYS_TIME", "CAP_SYS_TTY_CONFIG", "CAP_MKNOD", "CAP_LEASE",
+    "CAP_AUDIT_WRITE", "CAP_AUDIT_CONTROL", "CAP_SETFCAP", "CAP_MAC_OVERRIDE", "CAP_MAC_ADMIN", "CAP_SYSLOG",
+    "CAP_WAKE_ALARM", "CAP_BLOCK_SUSPEND", "CAP_AUDIT_READ", "CAP_PERFMON", "CAP_BPF",
+    "CAP_CHECKPOINT_RESTORE",
+)  # fmt: skip
+_ALL = "ALL"
+
+
+def settle(add: Sequence[str], drop: Sequence[str], *, privileged: bool) -> tuple[str, ...]:
+    """The capabilities of a container, in the kernel's order; none for an ordinary user. Raises UserError.
+
+    As Docker counts them: an added ALL is reduced by what is dropped; with ALL dropped, the added ones stay.
+    Defaults that this process lacks itself are left out.
+    """
+    added, dropped = _read("--cap-add", add), _read("--cap-drop", drop)
+    if os.geteuid() != 0:
+        if added or privileged:
+            option = "--privileged" if privileged else f"--cap-add {quoted(add[0])}"
+            raise UserError(
+                f"{option} is refused: the command of an ordinary user has no capabilities; run it as root."
+            )
+        return ()
+    held = {name for number, name in enumerate(_NAMES) if has_capability(number)}
+    for name in sorted(added - {_ALL} - held):
+        raise UserError(f"--cap-add {name} is refused: this process lacks it itself; leave it out.")
+    if privileged:
+        return tuple(name for name in _NAMES if name in held)
+    if _ALL in added:
+        wanted = held - dropped
+    elif _ALL in dropped:
+        wanted = added
+    else:
+        wanted = set(DEFAULT) - dropped | added
+    return tuple(name for name in _NAMES if name in wanted & held)
+
+
+def _read(option: str, given: Sequence[str]) -> set[str]:
+    found = set()
+    for text in given:
+        name = text.upper()
+        if name != _ALL:
+            name = f"CAP_{name.removeprefix('CAP_')}"
+            if name not in _NAMES:
+                near = difflib.get_close_matches(name, _NAMES, n=1, cutoff=0.0)[0].removeprefix("CAP_")
+                raise UserError(f"{option} {quoted(text)}: unknown capability; the nearest one is {near}.")
+        found.add(name)
+    return found

@@ -1,0 +1,167 @@
+"""Starting bubblewrap in a session of its own, with nothing of the caller's but fds 0 to 2.
+
+The session has a leader, a small process that lives as long as `unionfs run`: when a session leader ends, its
+terminal is lost to all, and bubblewrap's outer process ends with the first Ctrl-C. The leader forks a process
+that prepares what the container inherits (keyring, devices, standard files), spawns bubblewrap and exits, so
+that bubblewrap becomes the child of `unionfs run`, the subreaper.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import fcntl
+import json
+import os
+import signal
+import stat
+import termios
+from collections.abc import Collection, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from typing import NoReturn
+
+from unionfs.containers.small_root import enter_small_root
+from unionfs.containers.terminal import Terminal
+from unionfs.daemon.errors import UserError, quoted, reason
+from unionfs.sys.keyring import new_session_keyring
+from unionfs.sys.mount import clone_tree
+
+_libc = ctypes.CDLL(None, use_errno=True)
+
+# linux/prctl.h
+_PR_SET_PDEATHSIG = 1
+_PR_SET_NAME = 15
+_TERMINAL_SIGNALS = (
+    signal.SIGHUP, signal.SIGINT, signal.SIGQUIT, signal.SIGTSTP, signal.SIGTTIN, signal.SIGTTOU,
+)  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True)
+class Launch:
+    """A call of bubblewrap."""
+
+    program: str
+    words: Sequence[str]
+    environment: Mapping[str, str]
+    keep: Collection[int]
+    """The fds that bubblewrap gets besides 0 to 2."""
+    terminal: Terminal | None
+    small_root: str | None
+    """The union, for bubblewrap to start in a tree with little more than that; None: in the host's tree."""
+
+    def start(self) -> tuple[int, int]:
+        """Start bubblewrap; the pids of the session's leader and of bubblewrap. Raises UserError.
+
+        The caller is a subreaper with one thread. All signals are as after boot: what the caller ignores, as
+        nohup(1) lets it, is not ignored in the container.
+        """
+        reader, writer = os.pipe()
+        parent = os.getpid()
+        leader = os.fork()
+        if leader == 0:
+            self._lead(parent, writer)
+        os.close(writer)
+        with os.fdopen(reader, "rb") as answer:
+            report = answer.read()
+        try:
+            pid, cause = json.loads(report)
+        except ValueError:
+            pid, cause = None, "its session ended"
+        if pid is None:
+            os.kill(leader, signal.SIGKILL)
+            os.waitpid(leader, 0)
+            raise UserError(
+                f"bubblewrap ({quoted(self.program)}) cannot be started: {cause}; `unionfs doctor` says what "
+                "this host lacks."
+            )
+        return leader, int(pid)
+
+    def _lead(self, parent: int, writer: int) -> NoReturn:
+        try:
+            os.setsid()
+            for number in _TERMINAL_SIGNALS:
+                signal.signal(number, signal.SIG_IGN)
+            last = os.open(os.devnull, os.O_RDWR) if self.terminal is None else self.terminal.slave
+            if self.terminal is not None:
+                fcntl.ioctl(last, termios.TIOCSCTTY, 0)
+            if os.fork() == 0:
+                self._spawn(writer)
+            _libc.prctl(_PR_SET_NAME, b"unionfs-session", 0, 0, 0)
+            _libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
+            # The slave stays open, so that the master does not end while no program in the container has it.
+            for fd in range(3):
+                os.dup2(last, fd)
+            os.closerange(3, 2**31 - 1)
+            while os.getppid() == parent:
+                signal.pause()
+        finally:
+            os._exit(1)
+
+    def _spawn(self, writer: int) -> NoReturn:
+        answer: tuple[int | None, str] = None, "its session failed"
+        try:
+            _join_new_keyring()
+            program = _unreachable(self.program)
+            if self.small_root is not None:
+                enter_small_root(self.small_root, self._slave_path())
+            if self.terminal is not None:
+                for fd in self.terminal.fds:
+                    os.dup2(self.terminal.slave, fd)
+            for name in os.listdir("/proc/self/fd"):
+                # A directory of the host would be a way out of the container.
+                if int(name) > 2:
+                    with suppress(OSError):
+                        os.set_inheritable(int(name), int(name) in self.keep)
+            pid = os.posix_spawn(
+                self.program if program is None else f"/proc/self/fd/{program}",
+                list(self.words),
+                dict(self.environment),
+                setsigmask=[],
+                setsigdef=signal.valid_signals() - {signal.SIGKILL, signal.SIGSTOP},
+            )
+            answer = pid, ""
+        except OSError as error:
+            answer = None, reason(error)
+        finally:
+            os.write(writer, json.dumps(answer).encode())
+            os._exit(0)
+
+    def _slave_path(self) -> str | None:
+        """Where the container's terminal is in /dev/pts."""
+        with suppress(OSError):
+            return None if self.terminal is None else os.ttyname(self.terminal.slave)
+        return None
+
+
+def _join_new_keyring() -> None:
+    """Leave the caller's session keyring, whose keys the container could use. Raises OSError."""
+    try:
+        new_session_keyring()
+    except OSError as error:
+        if error.errno != errno.ENOSYS:
+            raise OSError(error.errno, f"no new session keyring ({reason(error)})") from error
+
+
+def _unreachable(program: str) -> int | None:
+    """An fd of the program that the container cannot write through; None where it could not anyway.
+
+    Bubblewrap is pid 1 of the container, and /proc/1/exe leads to its file on the host: uid 0 could write it,
+    or change its mode (CVE-2019-5736). Through a read-only mount that is EROFS. Where there is none to be had
+    (an ordinary user whose own file it is, an old kernel) it is a sealed copy in memory.
+    """
+    if os.geteuid() == 0:
+        with suppress(OSError):
+            return clone_tree(program, readonly=True)
+    st = os.stat(program)
+    if st.st_mode & stat.S_ISUID or not (st.st_uid == os.geteuid() or os.access(program, os.W_OK)):
+        return None
+    fd = os.memfd_create("bwrap", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+    with open(program, "rb") as source:
+        while os.sendfile(fd, source.fileno(), None, 1 << 20):
+            pass
+    fcntl.fcntl(
+        fd, fcntl.F_ADD_SEALS,
+        fcntl.F_SEAL_SEAL | fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_WRITE,
+    )  # fmt: skip
+    return os.open(f"/proc/self/fd/{fd}", os.O_RDONLY | os.O_CLOEXEC)

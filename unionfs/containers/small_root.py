@@ -1,0 +1,118 @@
+"""The tree that bubblewrap starts in: not the host's, but a small one with what it binds and runs from.
+
+bubblewrap opens /proc before it makes its mount namespace, and still has it open when it changes to the
+working directory. A symlink there that leads to /proc/self/fd/3 (in an image, or put into a volume just in
+time) would make that the command's working directory, and from there `..` leads to the root of the tree in
+which bubblewrap was started (the kind of CVE-2024-21626). In this one are only programs and libraries,
+read-only, and the union.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import platform
+
+from unionfs.sys import detached
+from unionfs.sys.mount import MNT_DETACH, umount2
+
+_libc = ctypes.CDLL(None, use_errno=True)
+
+# linux/sched.h
+_CLONE_NEWNS = 0x00020000
+_CLONE_NEWUSER = 0x10000000
+# arch/x86/entry/syscalls/syscall_64.tbl, include/uapi/asm-generic/unistd.h
+_SYS_PIVOT_ROOT = {"x86_64": 155}.get(platform.machine(), 41)
+
+_DEVICES = ("/dev/null", "/dev/zero", "/dev/full", "/dev/random", "/dev/urandom", "/dev/tty")
+"""What bubblewrap's --dev binds from the host's /dev."""
+_PROGRAMS = ("/usr", "/bin", "/sbin", "/lib", "/lib32", "/lib64", "/libx32", "/nix", "/gnu")
+"""Where bubblewrap's libraries are, with /etc/ld.so.cache; ld.so(8)."""
+_FILES = ("/etc/ld.so.cache", "/etc/resolv.conf", "/etc/hosts")
+
+
+def enter_small_root(merged: str, terminal: str | None) -> None:
+    """Enter a mount namespace with a tree of its own. Raises OSError; Linux 5.12.
+
+    `merged` is the union, `terminal` the container's in the host's /dev/pts. The device files are the host's
+    inodes, and are read-only, for uid 0 of the container could change their owner and mode; a device on a
+    read-only mount can still be written to. For uid 0 /proc is read-only, too.
+    """
+    _new_namespaces()
+    old = _open("/")
+    detached.change(old, propagation=detached.PROPAGATION["slave"], recursive=True)
+    os.close(old)
+    links = [path for path in _PROGRAMS if os.path.islink(path)]
+    parts = [path for path in (*_PROGRAMS, *_FILES, *_DEVICES, "/sys") if os.path.exists(path)]
+    mounts = [(path, _read_only(path)) for path in parts if path not in links]
+    mounts.append((merged, detached.clone(merged, recursive=True)))
+    if terminal is not None:
+        mounts.append((terminal, detached.clone(terminal, recursive=False)))
+    mounts.append(("/proc", _proc()))
+    root = detached.new_filesystem("tmpfs", [("mode", "0755"), ("size", "1m")])
+    place = _open("/proc")
+    detached.attach(root, place)
+    os.close(place)
+    os.fchdir(root)
+    os.mkdir("tmp")
+    for path in links:
+        os.symlink(os.readlink(path), path[1:])
+    for path, fd in mounts:
+        _attach(path[1:], fd)
+    detached.change(root, add=detached.READ_ONLY)
+    os.close(root)
+    if _libc.syscall(_SYS_PIVOT_ROOT, ctypes.c_char_p(b"."), ctypes.c_char_p(b".")) != 0:
+        raise _failed()
+    umount2(".", MNT_DETACH)
+    os.chdir("/")
+
+
+def _new_namespaces() -> None:
+    uid, gid = os.geteuid(), os.getegid()
+    flags = _CLONE_NEWNS if uid == 0 else _CLONE_NEWNS | _CLONE_NEWUSER
+    if _libc.unshare(flags) != 0:
+        raise _failed()
+    if uid == 0:
+        return
+    for name, text in (("setgroups", "deny"), ("uid_map", f"{uid} {uid} 1"), ("gid_map", f"{gid} {gid} 1")):
+        with open(f"/proc/self/{name}", "w", encoding="ascii") as table:
+            table.write(text)
+
+
+def _proc() -> int:
+    """A detached mount of /proc, without the processes that the container may not trace."""
+    if os.geteuid() != 0:
+        # Read-only, it would be in the way of the container's own; mount_too_revealing(), fs/namespace.c.
+        return detached.clone("/proc", recursive=True)
+    try:
+        return detached.new_filesystem("proc", [("hidepid", "ptraceable")], detached.READ_ONLY)
+    except OSError:
+        return _read_only("/proc")
+
+
+def _read_only(path: str) -> int:
+    fd = detached.clone(path, recursive=True)
+    detached.change(fd, add=detached.READ_ONLY, recursive=True)
+    return fd
+
+
+def _attach(path: str, fd: int) -> None:
+    """Attach a mount at a path that is made, below the working directory."""
+    if os.path.isdir(fd):
+        os.makedirs(path, exist_ok=True)
+    else:
+        os.makedirs(os.path.dirname(path), exist_ok=True)
+        os.close(os.open(path, os.O_CREAT | os.O_WRONLY | os.O_CLOEXEC, 0o644))
+    target = _open(path)
+    detached.attach(fd, target)
+    os.close(target)
+    os.close(fd)
+
+
+def _open(path: str) -> int:
+    return os.open(path, os.O_PATH | os.O_CLOEXEC)
+
+
+def _failed() -> OSError:
+    code = ctypes.get_errno()
+    return OSError(code, os.strerror(code))
