@@ -7,7 +7,7 @@ import os
 from collections.abc import Sequence
 
 from unionfs.daemon.errors import UserError, quoted
-from unionfs.sys.capabilities import has_capability
+from unionfs.sys.capabilities import NAMES, has_capability
 
 #: What Docker leaves to root in a container (moby, daemon/pkg/oci/caps/defaults.go).
 DEFAULT = (
@@ -16,17 +16,7 @@ DEFAULT = (
     "CAP_AUDIT_WRITE",
 )  # fmt: skip
 
-# linux/capability.h, in the order of their numbers
-_NAMES = (
-    "CAP_CHOWN", "CAP_DAC_OVERRIDE", "CAP_DAC_READ_SEARCH", "CAP_FOWNER", "CAP_FSETID", "CAP_KILL",
-    "CAP_SETGID", "CAP_SETUID", "CAP_SETPCAP", "CAP_LINUX_IMMUTABLE", "CAP_NET_BIND_SERVICE",
-    "CAP_NET_BROADCAST", "CAP_NET_ADMIN", "CAP_NET_RAW", "CAP_IPC_LOCK", "CAP_IPC_OWNER", "CAP_SYS_MODULE",
-    "CAP_SYS_RAWIO", "CAP_SYS_CHROOT", "CAP_SYS_PTRACE", "CAP_SYS_PACCT", "CAP_SYS_ADMIN", "CAP_SYS_BOOT",
-    "CAP_SYS_NICE", "CAP_SYS_RESOURCE", "CAP_SYS_TIME", "CAP_SYS_TTY_CONFIG", "CAP_MKNOD", "CAP_LEASE",
-    "CAP_AUDIT_WRITE", "CAP_AUDIT_CONTROL", "CAP_SETFCAP", "CAP_MAC_OVERRIDE", "CAP_MAC_ADMIN", "CAP_SYSLOG",
-    "CAP_WAKE_ALARM", "CAP_BLOCK_SUSPEND", "CAP_AUDIT_READ", "CAP_PERFMON", "CAP_BPF",
-    "CAP_CHECKPOINT_RESTORE",
-)  # fmt: skip
+_NAMES = tuple(f"CAP_{name}" for name in NAMES)
 _ALL = "ALL"
 
 

@@ -56,7 +56,7 @@ def begin(coroutine: Coroutine[Any, Any, _T]) -> _T | _Pending:
     global _inline
     _inline = True
     try:
-        trap = coroutine.send(None)
+        trap: object = coroutine.send(None)
     except StopIteration as stop:
         return stop.value  # type: ignore[no-any-return]
     finally:
