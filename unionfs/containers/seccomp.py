@@ -50,7 +50,7 @@ def compile_profile(path: str, capabilities: Collection[str]) -> bytes:
 def _library() -> Any:
     """The module pyseccomp, which looks for the library when it is imported. Raises UserError."""
     try:
-        import pyseccomp  # type: ignore[import-untyped]
+        import pyseccomp
     except (ImportError, RuntimeError, OSError, AttributeError) as error:
         raise UserError(
             "libseccomp is missing, and the container's system calls are filtered with it; install the "
