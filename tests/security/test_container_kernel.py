@@ -94,7 +94,7 @@ def ask(name, number, *words):
     print(name, "done" if done >= 0 else errno.errorcode[ctypes.get_errno()])
 libc.syscall.restype = ctypes.c_long
 ask("keyctl", 250, 0, -4, 0)
-ask("add_key", 248, b"user", b"x", b"y", 1, -4)
+ask("add_key", 248, b"user", b"x", b"y", 1, -3)
 ask("request_key", 249, b"user", b"x", 0, -4)
 ask("bpf", 321, 5, 0, 0)
 ask("kexec_load", 246, 0, 0, 0, 0)
