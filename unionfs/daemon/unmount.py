@@ -80,6 +80,7 @@ def end_from_within(device: str) -> bool:
         if (on_top := mounted_at(mount.mountpoint)) is None or on_top.device != device:
             continue
         _sync(mount)
+        _leave_peers(mount)
         for inner in reversed(mounted_inside(mount)):
             with suppress(OSError):  # what is in use goes with the detached union
                 unmount(inner)
@@ -135,6 +136,7 @@ def clear_leftovers(device: str, *, connected: bool = False) -> None:
         if on_top is None or on_top.device != device:
             continue
         if connected or (on_top.is_fuse and is_dead(mount.mountpoint)):
+            _leave_peers(mount)
             with suppress(OSError):
                 unmount(mount, lazy=True)
 
@@ -154,6 +156,7 @@ def clear_dead_mounts(device: str) -> None:
     for mount in reversed(mounts_of_device(device)):
         if not is_dead(mount.mountpoint):
             continue  # the number was given to another one
+        _leave_peers(mount)
         for inner in reversed(mounted_inside(mount)):
             # The way to it leads through the dead union, so it may fail; then it goes with that.
             with suppress(OSError):
@@ -198,15 +201,22 @@ def _mounted_on(entry: MountEntry, by_id: Mapping[int, MountEntry]) -> tuple[str
     return above.device, f"{above.root.rstrip('/')}/{below}".rstrip("/")
 
 
-def _clone(mount: MountEntry) -> int:
-    """A clone keeps what would be gone with a tmpfs, and how the mount is set up. Raises OSError."""
+def _leave_peers(mount: MountEntry) -> None:
+    """Make what is mounted in a union private: unmounting it must not unmount its peers on the host.
+
+    A bind mount with shared propagation has such peers, below its source (mount_namespaces(7)).
+    """
     from unionfs.sys import detached
 
-    root = open_mount(mount.mountpoint, mount.mount_id)
-    try:
-        return detached.clone(root, recursive=False)
-    finally:
-        os.close(root)
+    for inner in mounted_inside(mount):
+        if inner.parent_id != mount.mount_id:
+            continue
+        with suppress(OSError):
+            root = open_mount(inner.mountpoint, inner.mount_id)
+            try:
+                detached.change(root, propagation=detached.PROPAGATION["private"], recursive=True)
+            finally:
+                os.close(root)
 
 
 class _Storage:
@@ -214,40 +224,75 @@ class _Storage:
 
     def __init__(self, mounts: Sequence[MountEntry]) -> None:
         self._mounts = mounts
-        self._taken: list[tuple[str, int]] = []
+        #: A clone of each keeps what would be gone with a tmpfs, how it is set up, and its peers.
+        self._clones: list[int] = []
+        self._taken: set[int] = set()
 
     def take_off(self) -> None:
         """Unmount all, last first. Raises OSError for one that is in use, with all as it was before."""
-        for mount in reversed(self._mounts):
-            try:
-                clone = _clone(mount)
-                try:
-                    unmount(mount)
-                except BaseException:
-                    os.close(clone)
-                    raise
-            except OSError as error:
-                self.put_back()
-                raise OSError(error.errno, error.strerror, mount.mountpoint) from error
-            self._taken.append((mount.mountpoint, clone))
+        at = ""
+        try:
+            for mount in self._mounts:
+                at = mount.mountpoint
+                self._clones.append(self._private_clone(mount))
+            for mount in reversed(self._mounts):
+                at = mount.mountpoint
+                unmount(mount)
+                self._taken.add(mount.mount_id)
+        except OSError as error:
+            self.put_back()
+            raise OSError(error.errno, error.strerror, at) from error
 
-    def put_back(self) -> None:
-        """Mount again what was taken off."""
+    def _private_clone(self, mount: MountEntry) -> int:
+        """A clone that has the mount's peers, which the mount leaves."""
         from unionfs.sys import detached
 
-        for path, clone in reversed(self._taken):
+        root = open_mount(mount.mountpoint, mount.mount_id)
+        try:
+            clone = detached.clone(root, recursive=False)
+            detached.change(root, propagation=detached.PROPAGATION["private"])
+        finally:
+            os.close(root)
+        return clone
+
+    def put_back(self) -> None:
+        """Mount again what was taken off, parents first, and join the peers once more when all is there."""
+        from unionfs.sys import detached
+
+        mounted: list[tuple[int, int]] = []
+        for mount, clone in zip(self._mounts, self._clones, strict=False):
             with suppress(OSError):
-                target = openat2(AT_FDCWD, os.fsencode(path), os.O_PATH, RESOLVE_NO_SYMLINKS)
-                try:
-                    detached.attach(clone, target)
-                finally:
-                    os.close(target)
+                mounted.append((self._mounted_again(mount, clone), clone))
+        for root, clone in mounted:
+            with suppress(OSError):
+                detached.join_group(root, clone)
+            os.close(root)
         self.let_go()
+
+    def _mounted_again(self, mount: MountEntry, clone: int) -> int:
+        """The root of the mount, or of a new one in its place."""
+        from unionfs.sys import detached
+
+        if mount.mount_id not in self._taken:
+            return open_mount(mount.mountpoint, mount.mount_id)
+        again = detached.clone(clone, recursive=False)
+        try:
+            # With its peers it would carry what is mounted on it next to them.
+            detached.change(again, propagation=detached.PROPAGATION["private"])
+            target = openat2(AT_FDCWD, os.fsencode(mount.mountpoint), os.O_PATH, RESOLVE_NO_SYMLINKS)
+            try:
+                detached.attach(again, target)
+            finally:
+                os.close(target)
+        except BaseException:
+            os.close(again)
+            raise
+        return again
 
     def let_go(self) -> None:
         """Close the clones."""
-        while self._taken:
-            os.close(self._taken.pop()[1])
+        while self._clones:
+            os.close(self._clones.pop())
 
 
 def umount(mountpoint: str, *, lazy: bool = False) -> None:
@@ -265,6 +310,8 @@ def umount(mountpoint: str, *, lazy: bool = False) -> None:
     alive = entry is not None and entry.is_alive()
     dead = is_dead(path) if entry is None else not alive
     storage = _Storage([] if entry is None or lazy or dead else _storage_mounts(mount, entry.settings))
+    if dead or lazy:
+        _leave_peers(mount)
     if dead and not lazy:
         for inner in reversed(mounted_inside(mount)):
             with suppress(OSError):

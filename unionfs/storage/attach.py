@@ -16,7 +16,8 @@ from unionfs.storage.sources import Source, Sources
 from unionfs.storage.specs import Spec, VolumeSpec
 from unionfs.storage.targets import MountedTree, Names, Tree, find, prepare, same_place
 from unionfs.sys import detached
-from unionfs.sys.mount import MNT_DETACH, umount2
+from unionfs.sys.mount import MNT_DETACH, unmount_id
+from unionfs.sys.mountinfo import mount_id_of_fd
 from unionfs.union.layers import LayerStack
 
 
@@ -76,7 +77,7 @@ def _one(
         raise UserError(
             f"{spec.source} cannot be mounted at {quoted(spec.target)}: {reason(error)}; check the target."
         ) from error
-    undo.callback(_unmount, mountpoint + target.path)
+    undo.callback(_unmount, mountpoint + target.path, source.mount)
     return replace(spec, target=target.path)
 
 
@@ -93,9 +94,8 @@ def fill(source: Source, tree: Tree, stack: LayerStack) -> None:
         populate(stack, names, source.fd, source.volume)
 
 
-def _unmount(path: str) -> None:
-    try:
-        umount2(path)
-    except OSError:
-        with suppress(OSError):
-            umount2(path, MNT_DETACH)
+def _unmount(path: str, root: int) -> None:
+    """Detach what was just mounted, by the fd of its root; what it has for peers on the host stays."""
+    with suppress(OSError):
+        detached.change(root, propagation=detached.PROPAGATION["private"], recursive=True)
+        unmount_id(path, mount_id_of_fd(root), MNT_DETACH)

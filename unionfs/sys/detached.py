@@ -34,6 +34,7 @@ _FSCONFIG_SET_STRING: Final = 1
 _FSCONFIG_CMD_CREATE: Final = 6
 _MOVE_MOUNT_F_EMPTY_PATH: Final = 0x4
 _MOVE_MOUNT_T_EMPTY_PATH: Final = 0x40
+_MOVE_MOUNT_SET_GROUP: Final = 0x100
 
 READ_ONLY: Final = 0x1
 ATTRIBUTES: Final = {
@@ -91,6 +92,20 @@ def attach(mount_fd: int, target_fd: int) -> None:
     done = _libc.syscall(
         _SYS_MOVE_MOUNT, mount_fd, ctypes.c_char_p(b""), target_fd, ctypes.c_char_p(b""),
         _MOVE_MOUNT_F_EMPTY_PATH | _MOVE_MOUNT_T_EMPTY_PATH,
+    )  # fmt: skip
+    if done != 0:
+        raise fail()
+
+
+def join_group(mount_fd: int, other_fd: int) -> None:
+    """Give the private mount ``mount_fd`` the peers and the master of the mount ``other_fd`` (Linux 5.15).
+
+    Both are of one filesystem, and ``other_fd`` shows at least what ``mount_fd`` does (fs/namespace.c,
+    do_set_group).
+    """
+    done = _libc.syscall(
+        _SYS_MOVE_MOUNT, other_fd, ctypes.c_char_p(b""), mount_fd, ctypes.c_char_p(b""),
+        _MOVE_MOUNT_F_EMPTY_PATH | _MOVE_MOUNT_T_EMPTY_PATH | _MOVE_MOUNT_SET_GROUP,
     )  # fmt: skip
     if done != 0:
         raise fail()
