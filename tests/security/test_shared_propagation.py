@@ -1,4 +1,4 @@
-"""Unmounting in a union is not unmounting on the host, also where a bind mount shares what is mounted below."""
+"""Unmounting in a union is not unmounting on the host, also where a bind mount shares what is below it."""
 
 from __future__ import annotations
 
