@@ -261,7 +261,12 @@ def swapping(directory: Path, name: str, link: str) -> Iterator[list[int]]:
 
 @pytest.mark.parametrize("how", ["absolute", "dots", "oldroot"])
 @pytest.mark.parametrize(
-    ("outer", "inner"), [("/v", "/v/sub"), ("/dev/shm", "/dev/shm/sub"), ("/v", "/v/sub/deep")]
+    ("outer", "inner"),
+    [
+        ("/dev/shm", "/dev/shm/sub"),
+        pytest.param("/v", "/v/sub", marks=pytest.mark.slow),
+        pytest.param("/v", "/v/sub/deep", marks=pytest.mark.slow),
+    ],
 )
 def test_a_target_in_a_volume_that_is_swapped(inside: Prison, outer: str, inner: str, how: str) -> None:
     """A container that shares a volume changes a target while another one starts."""

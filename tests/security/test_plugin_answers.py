@@ -35,6 +35,11 @@ _GOOD: dict[str, Any] = {
     "VolumeDriver.Mount": {"Mountpoint": "/", "Err": ""},
 }
 
+_SLOW = [
+    pytest.param(request, marks=pytest.mark.slow)
+    for request in ("VolumeDriver.Remove", "VolumeDriver.Unmount")
+]
+
 
 def _response(content: bytes, *headers: str) -> bytes:
     head = "".join(line + "\r\n" for line in ("HTTP/1.1 200 OK", *headers, f"Content-Length: {len(content)}"))
@@ -217,7 +222,7 @@ class TestWhoWaits:
         assert "did not answer a moment ago" in found[2]["Status"]["error"]
         assert _within(3, lambda: store.ok("ls", "-q")) == "one\nthree\ntwo\n"
 
-    @pytest.mark.parametrize("request_", ["*", "VolumeDriver.Remove", "VolumeDriver.Unmount"])
+    @pytest.mark.parametrize("request_", ["*", *_SLOW])
     def test_rm_force(self, store: Store, hostile: Hostile, request_: str) -> None:
         names = ["one", "two", "three"]
         for name in names:
@@ -230,7 +235,7 @@ class TestWhoWaits:
         assert "Traceback" not in done.stderr
         assert store.ok("ls", "-q") == ""
 
-    @pytest.mark.parametrize("request_", ["*", "VolumeDriver.Remove", "VolumeDriver.Unmount"])
+    @pytest.mark.parametrize("request_", ["*", *_SLOW])
     def test_prune(self, store: Store, hostile: Hostile, request_: str) -> None:
         for name in ("one", "two", "three"):
             store.ok("create", "-d", "p", name)

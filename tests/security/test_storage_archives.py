@@ -261,7 +261,7 @@ class TestBackups:
         with meanwhile(resize_file, area / "stop", pool / "sparse"):
             assert wait_for(lambda: (pool / "sparse").stat().st_size > 0)
             pool.rename(data / "pool")
-            for _ in range(30):
+            for _ in range(10):
                 done = _backup(store, area / "b.tar")
                 assert done.returncode == 0, done.stderr
                 store.ok("verify", area / "b.tar")

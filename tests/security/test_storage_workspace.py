@@ -246,7 +246,7 @@ def repeat(step: Callable[[], object]) -> int:
 
 
 class TestRaces:
-    @pytest.mark.parametrize("actor", [swap_hidden, swap_content])
+    @pytest.mark.parametrize("actor", [swap_hidden, pytest.param(swap_content, marks=pytest.mark.slow)])
     def test_restore(self, store: Store, shared: Path, outside: Outside, area: Path, actor: object) -> None:
         bind(store, shared)
         source = archive(store, area / "b.tar")
@@ -319,7 +319,7 @@ class TestRaces:
             repeat(step)
         assert shared.is_dir()
 
-    @pytest.mark.parametrize("force", [False, True])
+    @pytest.mark.parametrize("force", [True, pytest.param(False, marks=pytest.mark.slow)])
     def test_removal(self, store: Store, outside: Outside, area: Path, force: bool) -> None:
         """A directory whose owner still has it open goes with the volume."""
         pool = area / "pool"

@@ -17,6 +17,7 @@ from contextlib import suppress
 from typing import Final
 
 _POLL_SECONDS: Final = 0.02
+_END_SECONDS: Final = 1.0
 _PATH: Final = "/usr/local/bin:/usr/bin:/bin"
 
 
@@ -54,7 +55,10 @@ def run_as(
         time.sleep(_POLL_SECONDS)
     with suppress(ProcessLookupError):
         os.kill(pid, signal.SIGKILL)
-    # Not waited for: a child that waits for the user's own filesystem may never end.
+    # Not for ever: a child that waits for the user's own filesystem may never end.
+    deadline = time.monotonic() + _END_SECONDS
+    while time.monotonic() < deadline and os.waitpid(pid, os.WNOHANG)[0] == 0:
+        time.sleep(_POLL_SECONDS)
     return None
 
 
