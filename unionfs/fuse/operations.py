@@ -227,8 +227,8 @@ class Operations:
                 if opened:
                     os.close(fd)
         if change.atime_ns is not None or change.mtime_ns is not None:
-            path, follow = self.union.path(node)
-            calls.utimensat(calls.AT_FDCWD, path, change.atime_ns, change.mtime_ns, follow=follow)
+            with self.union.checked_path(node) as path:
+                calls.utimensat(calls.AT_FDCWD, path, change.atime_ns, change.mtime_ns, follow=True)
         return node, self.union.attributes(node)
 
     def _set_open(self, fd: int, change: Change) -> None:
@@ -243,8 +243,8 @@ class Operations:
     def _drop_set_ids(self, node: Node) -> None:
         mode = mode_without_set_ids(self.union.stat(node).st_mode)
         if mode is not None:
-            path, _ = self.union.path(node)
-            os.chmod(path, mode)
+            with self.union.checked_path(node) as path:
+                os.chmod(path, mode)
 
     def _truncate(self, node: Node, size: int, handle: Handle | None, *, kills_set_ids: bool) -> None:
         if node.kind != stat.S_IFREG:
@@ -273,15 +273,16 @@ class Operations:
         node = self.node(id_)
         if name == CAPABILITY and node.no_capability:
             raise error(errno.ENODATA)
-        path, follow = self.union.path(node)
-        return os.getxattr(path, self.union.stored_name(node, name), follow_symlinks=follow)
+        stored = self.union.stored_name(node, name)
+        with self.union.checked_path(node) as path:
+            return os.getxattr(path, stored)
 
     def listxattr(self, id_: int, uid: int) -> list[bytes]:
         """The names of the xattrs that user ``uid`` may see."""
         node = self.node(id_)
-        path, follow = self.union.path(node)
         try:
-            stored = [os.fsencode(name) for name in os.listxattr(path, follow_symlinks=follow)]
+            with self.union.checked_path(node) as path:
+                stored = [os.fsencode(name) for name in os.listxattr(path)]
         except OSError as failure:
             if failure.errno == errno.EOPNOTSUPP:
                 return []
@@ -301,9 +302,9 @@ class Operations:
         stored = self.union.stored_name(node, name)
         await self.copy_ups.ensure(node)
         node.ctime = None
-        path, follow = self.union.path(node)
         node.no_capability = False
-        os.setxattr(path, stored, value, flags, follow_symlinks=follow)
+        with self.union.checked_path(node) as path:
+            os.setxattr(path, stored, value, flags)
         self._acl_changed(node, name)
         return node
 
@@ -341,13 +342,13 @@ class Operations:
     async def _removexattr(self, id_: int, name: bytes) -> None:
         node = self.node(id_)
         stored = self.union.stored_name(node, name)
-        path, follow = self.union.path(node)
         if not node.is_upper:
-            os.getxattr(path, stored, follow_symlinks=follow)  # nothing to remove is no reason to copy up
+            with self.union.checked_path(node) as path:
+                os.getxattr(path, stored)  # nothing to remove is no reason to copy up
         await self.copy_ups.ensure(node)
         node.ctime = None
-        path, follow = self.union.path(node)
-        os.removexattr(path, stored, follow_symlinks=follow)
+        with self.union.checked_path(node) as path:
+            os.removexattr(path, stored)
         self._acl_changed(node, name)
 
     # -- durability -----------------------------------------------------------------------------------

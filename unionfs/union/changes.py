@@ -125,7 +125,8 @@ class Changes:
         """The node for what has just been made in the upper (``fd``, if it is open): nothing is below it."""
         union, place = self._union, parent.parts[0]
         st = os.fstat(fd) if fd >= 0 else os.stat(name, dir_fd=union.gate.fd(place), follow_symlinks=False)
-        where = [Place(place.layer, place, name)] if stat.S_ISDIR(st.st_mode) else place
+        is_directory = stat.S_ISDIR(st.st_mode)
+        where = [Place(place.layer, place, name, key=place.layer.key(st))] if is_directory else place
         node = union.nodes.add(parent, name, st, where)
         node.no_capability = node.identity is None
         return node, union.attributes_of(node, st)

@@ -165,20 +165,22 @@ def copy_up_special(union: Union, node: Node) -> None:
     """Copy up a symlink, fifo, socket or device, of which there is only metadata."""
     union.require_upper()
     assert node.parent is not None
-    st = union.stat(node)
     work = union.stack.work_fd
     name = temporary_name()
     source = union.open_path(node)
     try:
+        st = os.fstat(source)
         if stat.S_ISLNK(st.st_mode):
-            os.symlink(union.readlink(node), name, dir_fd=work)
+            os.symlink(os.readlink(b"", dir_fd=source), name, dir_fd=work)
         else:
             os.mknod(name, stat.S_IFMT(st.st_mode) | 0o600, st.st_rdev, dir_fd=work)
         try:
             target = os.open(name, os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=work)
             try:
                 copy_xattrs(
-                    union.markers, union.path(node), (b"/proc/self/fd/%d/%b" % (work, name), False)
+                    union.markers,
+                    (b"/proc/self/fd/%d" % source, True),
+                    (b"/proc/self/fd/%d/%b" % (work, name), False),
                 )
                 calls.chown_fd(target, st.st_uid, st.st_gid)
                 if not stat.S_ISLNK(st.st_mode):
@@ -245,6 +247,7 @@ def _copy_up_directory(union: Union, node: Node) -> None:
     place.empty = True
     node.parts.insert(0, place)
     st = os.stat(union.gate.fd(place))
+    place.key = place.layer.key(st)
     node.ctime = st.st_ctime_ns, shown
     _copied_up(union, node, st)
 

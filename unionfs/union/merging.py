@@ -31,13 +31,15 @@ class Merging:
         self._gate = gate
         self._lowest = len(stack.layers) - 1
 
-    def parts(self, above: list[Place], part: Place, name: bytes, below: list[Place]) -> list[Place]:
+    def parts(
+        self, above: list[Place], part: Place, name: bytes, st: os.stat_result, below: list[Place]
+    ) -> list[Place]:
         """The real directories that are merged under `name`, whose topmost is in `part`.
 
         `above` is what the directory above is merged of; `below` are those of them further down that may have
         the name. Raises OSError: EINVAL or EACCES for a broken redirect, EPERM for one that is not followed.
         """
-        place = Place(part.layer, part, name)
+        place = Place(part.layer, part, name, key=part.layer.key(st))
         found = [place]
         remaining: Searched = iter([(part, name) for part in below])
         redirected = False
@@ -63,7 +65,9 @@ class Merging:
         for part, here in remaining:
             st = stat_step(self._gate.fd(part), here)
             if st is not None:
-                return Place(part.layer, part, here) if stat.S_ISDIR(st.st_mode) else None
+                if not stat.S_ISDIR(st.st_mode):
+                    return None
+                return Place(part.layer, part, here, key=part.layer.key(st))
         return None
 
     def _redirected(self, redirect: bytes, index: int, remaining: Searched) -> Searched:
@@ -92,7 +96,7 @@ class Merging:
                     break
                 if not stat.S_ISDIR(st.st_mode):
                     return
-                place = Place(layer, place, step)
+                place = Place(layer, place, step, key=layer.key(st))
                 if layer.index == self._lowest:
                     continue
                 opaque, further = self._markers.directory(self._gate.fd(place))

@@ -32,6 +32,8 @@ if TYPE_CHECKING:
 
 ROOT_ID: Final = 1
 UNSEEN: Final = -1
+#: The key of no object.
+_NONE: Final = -1
 #: Hashed numbers have this bit, so they meet no inode number that a disk filesystem gives out.
 _HASHED: Final = 1 << 62
 
@@ -40,9 +42,9 @@ class Node:
     """One object of the merged tree."""
 
     __slots__ = (
-        "children", "copying", "ctime", "file", "handles", "held", "id", "identity", "ino", "io", "kind",
-        "links", "lookups", "name", "no_capability", "parent", "parts", "place", "successor", "superseded",
-        "unlinked",
+        "children", "copying", "ctime", "file", "handles", "held", "id", "identity", "ino", "io",
+        "key", "kind", "links", "lookups", "name", "no_capability", "parent", "parts", "place", "successor",
+        "superseded", "unlinked",
     )  # fmt: skip
 
     def __init__(self, id_: int, parent: Node | None, name: bytes, kind: int) -> None:
@@ -54,8 +56,9 @@ class Node:
         self.kind = kind
         #: Of a directory: the real directories merged into it, topmost first.
         self.parts: list[Place] = []
-        #: Of anything else: the real directory that holds it under ``name``.
+        #: Of anything else: the real directory that holds it under ``name``, and its `Layer.key`.
         self.place: Place | None = None
+        self.key = 0
         #: Known nodes below, by name (directories only).
         self.children: dict[bytes, Node] | None = {} if kind == stat.S_IFDIR else None
         #: Further names of an upper file with several hard links.
@@ -178,6 +181,8 @@ class NodeTable:
     def copied_up(self, node: Node, st: os.stat_result) -> None:
         """Remember that the upper object with attributes ``st`` carries the number of ``node``."""
         self._origin[st.st_dev, st.st_ino] = node.ino
+        if node.place is not None:
+            node.key = node.place.layer.key(st)
 
     # -- coming and going -----------------------------------------------------------------------------
 
@@ -209,6 +214,7 @@ class NodeTable:
             node.parts = where
         else:
             node.place = where
+            node.key = where.layer.key(st)
         self._by_id[number] = node
         parent.children[name] = node
         if linkable and st.st_nlink > 1:
@@ -308,6 +314,7 @@ class NodeTable:
         new = Node(number, node.parent, node.name, node.kind)
         new.ino = node.ino
         new.place, new.links, new.unlinked = node.place, node.links, node.unlinked
+        new.key = node.key
         node.links = None
         new.held, node.held = node.held, -1
         self._by_id[number] = new
@@ -322,6 +329,13 @@ class NodeTable:
         node.successor = new
         new.superseded = 1
         return new
+
+    def lose(self, node: Node, parent: Node, name: bytes) -> None:
+        """Another object was given the node's name behind the union: nothing is left of the node."""
+        node.key = _NONE
+        for part in node.parts:
+            part.key = _NONE
+        self.remove_name(node, parent, name)
 
     def forget(self, node: Node, lookups: int) -> None:
         """The kernel gave back that many lookups."""

@@ -8,6 +8,7 @@ PATH_MAX work, and a rename of a directory moves everything below it by changing
 
 from __future__ import annotations
 
+import errno
 import os
 from collections import OrderedDict
 from typing import TYPE_CHECKING, Final
@@ -21,10 +22,14 @@ _DIRECTORY: Final = os.O_PATH | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 class Place:
     """A directory of one layer. ``fd`` is -1 unless the gate has it open."""
 
-    __slots__ = ("default_acl", "empty", "fd", "layer", "mtime_ns", "name", "parent")
+    __slots__ = ("default_acl", "empty", "fd", "key", "layer", "mtime_ns", "name", "parent")
 
-    def __init__(self, layer: Layer, parent: Place | None, name: bytes, fd: int = -1) -> None:
+    def __init__(
+        self, layer: Layer, parent: Place | None, name: bytes, fd: int = -1, *, key: int = 0
+    ) -> None:
         self.layer = layer
+        #: `Layer.key` of the directory that it stands for; 0: not known.
+        self.key = key
         self.parent = parent
         self.name = name
         self.fd = fd
@@ -51,7 +56,8 @@ class Gate:
         return len(self._recent)
 
     def fd(self, place: Place) -> int:
-        """The directory's fd. Raises ``OSError`` (ENOENT, ENOTDIR, EACCES ...) when it cannot be opened."""
+        """The directory's fd. Raises ``OSError`` (ENOENT, EACCES ...) when it cannot be opened, ESTALE
+        when another directory has its name by now."""
         fd = place.fd
         if fd >= 0:
             if place.parent is not None:
@@ -66,6 +72,9 @@ class Gate:
         fd = above.fd
         for step in reversed(chain):
             fd = os.open(step.name, _DIRECTORY, dir_fd=fd)
+            if step.key and step.layer.key(os.fstat(fd)) != step.key:
+                os.close(fd)
+                raise OSError(errno.ESTALE, "a layer holds another directory there")
             step.fd = fd
             self._recent[step] = None
             if len(self._recent) > self.capacity:

@@ -86,7 +86,12 @@ class Union:
         if parent.identity is not None:
             return bound.lookup(self, parent, name, known)
         if known is not None:
-            return known, self.attributes(known)
+            try:
+                return known, self.attributes(known)
+            except OSError as error:
+                if error.errno != errno.ESTALE:
+                    raise
+            self.nodes.lose(known, parent, name)  # another object has the name now
         found = self._search(parent, name, first)
         if found is None:
             return None
@@ -173,7 +178,7 @@ class Union:
                 raise
             kind = stat.S_IFMT(st.st_mode)
             if kind == stat.S_IFDIR:
-                return st, self._merging.parts(parent.parts, part, name, parts[index + 1 :])
+                return st, self._merging.parts(parent.parts, part, name, st, parts[index + 1 :])
             # Most names are of what can be no marker.
             if (kind == stat.S_IFREG and st.st_size) or kind == stat.S_IFLNK:
                 return st, part
@@ -202,13 +207,15 @@ class Union:
         return self.attributes_of(node, self.stat(node))
 
     def stat(self, node: Node) -> os.stat_result:
-        """The attributes of the real object."""
+        """The attributes of the real object. Raises ESTALE when another one has its name by now."""
         if node.held >= 0:
             return os.stat(node.held)
         if node.is_dir:
             return os.stat(self.gate.fd(node.parts[0]))
         assert node.place is not None
-        return os.stat(node.name, dir_fd=self.gate.fd(node.place), follow_symlinks=False)
+        st = os.stat(node.name, dir_fd=self.gate.fd(node.place), follow_symlinks=False)
+        _check(node, st)
+        return st
 
     def attributes_of(self, node: Node, st: os.stat_result) -> Attributes:
         """What stat(2) says of a node whose object has the attributes ``st``."""
@@ -247,7 +254,23 @@ class Union:
         if node.is_dir:
             return self.gate.fd(node.parts[0]), False
         assert node.place is not None
-        return os.open(node.name, _PATH, dir_fd=self.gate.fd(node.place)), True
+        fd = os.open(node.name, _PATH, dir_fd=self.gate.fd(node.place))
+        try:
+            _check(node, os.fstat(fd))
+        except OSError:
+            os.close(fd)
+            raise
+        return fd, True
+
+    @contextmanager
+    def checked_path(self, node: Node) -> Iterator[bytes]:
+        """A path of the node's object within the block, for calls that follow its last link."""
+        fd, opened = self.path_fd(node)
+        try:
+            yield b"/proc/self/fd/%d" % fd
+        finally:
+            if opened:
+                os.close(fd)
 
     def open_path(self, node: Node) -> int:
         """A new O_PATH fd of the node's object; the caller closes it."""
@@ -313,6 +336,11 @@ class Union:
             file = open_held(node.held, write=write, waits=waits)
         else:
             file = open_backing(self.gate.fd(node.place), node.name, write=write, waits=waits)
+            try:
+                _check(node, file.st)
+            except OSError:
+                os.close(file.fd)
+                raise
         if node.identity is not None:
             return file
         try:
@@ -379,6 +407,15 @@ class Union:
     def close(self) -> None:
         """Close every fd that the tree opened (the layers' own stay)."""
         self.gate.close()
+
+
+def _check(node: Node, st: os.stat_result | None) -> None:
+    """Raise ESTALE for an object that is not the node's, so that the kernel looks the name up again."""
+    if node.key and st is not None:
+        place = node.place
+        assert place is not None
+        if place.layer.key(st) != node.key:
+            raise OSError(errno.ESTALE, "a layer holds another object there")
 
 
 def _metacopy() -> PermissionError:
