@@ -107,7 +107,8 @@ def _reasons(io: object) -> list[str]:
     """Why data flows as it does, why not otherwise, and what the kernel lacks: a sentence each."""
     if not isinstance(io, dict):
         return []
-    sentences = [io.get("why"), *(io.get("why_not") or {}).values(), *(io.get("missing") or {}).values()]
+    more = [values for name in ("why_not", "missing") if isinstance(values := io.get(name), dict)]
+    sentences = [io.get("why"), *(sentence for values in more for sentence in values.values())]
     found = [str(sentence) for sentence in sentences if sentence]
     return ["", *found] if found else []
 

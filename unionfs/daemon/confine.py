@@ -64,7 +64,9 @@ REFUSED_CALLS: Final = (
 def needed_capabilities(settings: MountSettings) -> frozenset[str]:
     """The names of the capabilities that the daemon of such a mount keeps, as far as it has them."""
     kept = _READING
-    if not settings.read_only or settings.storage:  # an empty volume is filled with files of any owner
+    # A union with an upper that is mounted read-only can be remounted; an empty volume is filled with files
+    # of any owner.
+    if settings.upper is not None or settings.upper_tmpfs is not None or settings.storage:
         kept |= _WRITING
     if settings.storage:
         kept |= _VOLUMES

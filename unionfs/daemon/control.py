@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 ANSWER_SECONDS: Final = 2.0
 _SEND_SECONDS: Final = 5.0
 _LONGEST_ANSWER: Final = 16 << 20
-_LONGEST_OF_OTHERS: Final = 1 << 20
+_LONGEST_OF_OTHERS: Final = 256 << 10
 _MOST_LEVELS: Final = 8
 _QUESTION_SECONDS: Final = 0.5
 _LONGEST_QUESTION: Final = 4096
@@ -97,6 +97,8 @@ def ask_all(
             poll.register(connection, select.POLLIN)
         while waiting and (left := deadline - time.monotonic()) > 0:
             for fd, _ in poll.poll(left * 1000):
+                if time.monotonic() > deadline:
+                    break
                 address, connection, data = waiting[fd]
                 longest = _LONGEST_ANSWER if addresses[address] is None else _LONGEST_OF_OTHERS
                 if not _receive(connection, data, longest):
@@ -171,7 +173,7 @@ async def serve_control(
     async def handle(stream: trio.SocketStream) -> None:
         peer = _peer(stream.socket)
         if peer.uid not in (0, os.geteuid()):
-            log.info("process %d of uid %d may not ask", peer.pid, peer.uid)
+            log.debug("process %d of uid %d may not ask", peer.pid, peer.uid)
             return
         try:
             data = json.dumps(answer(await _question(stream))).encode("ascii")

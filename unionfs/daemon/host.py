@@ -9,7 +9,7 @@ import stat
 import subprocess
 import tempfile
 from collections.abc import Callable, Iterator
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Literal
 
@@ -46,7 +46,7 @@ def examine(directory: str | None = None) -> list[Finding]:
     """
     findings = [_device(), _kernel(), _fusermount(), _allow_other(), _pyfuse3()]
     try:
-        with tempfile.TemporaryDirectory(prefix="unionfs-doctor-", dir=directory) as place:
+        with _scratch(directory) as place:
             findings += _filesystem(place)
     except OSError as error:
         raise UserError(
@@ -56,6 +56,25 @@ def examine(directory: str | None = None) -> list[Finding]:
     findings += [_overlayfs(), _passthrough(), _session()]
     findings += [_confinement(), _user_namespaces(), _bubblewrap(), _open_files(), *_dead_mounts()]
     return findings
+
+
+@contextmanager
+def _scratch(directory: str | None) -> Iterator[str]:
+    """A directory to try things out in, as a path by its fd: whoever owns `directory` may rename it."""
+    path = tempfile.mkdtemp(prefix="unionfs-doctor-", dir=directory)
+    fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
+    try:
+        status = os.fstat(fd)
+        if status.st_uid != os.geteuid() or status.st_mode & 0o077 or os.listdir(fd):
+            raise OSError(errno.EPERM, "somebody has replaced the directory that was made there")
+        yield f"/proc/self/fd/{fd}"
+    finally:
+        with suppress(OSError):
+            for name in os.listdir(fd):
+                os.unlink(name, dir_fd=fd)
+        os.close(fd)
+        with suppress(OSError):
+            os.rmdir(path)
 
 
 def mounting_is_possible(findings: list[Finding]) -> bool:

@@ -25,7 +25,7 @@ _SUBTYPE: Final = "fuse.unionfs"
 _SECONDS: Final = 2.0
 _LATEST: Final = 1 << 33
 """Seconds since the epoch; what a calendar can show."""
-_MOST_DAEMONS: Final = 256
+_MOST_DAEMONS: Final = 64
 """Of one user: more are not asked."""
 
 
@@ -111,8 +111,10 @@ def _confirmed(daemon: _Daemon, answer: Mapping[str, Any], table: Sequence[Mount
     device, since = answer.get("device"), answer.get("since")
     if not isinstance(device, str) or not isinstance(since, int | float) or not 0 <= since < _LATEST:
         return None
-    mount = next((m for m in reversed(table) if m.device == device and owner_of(m) == daemon.uid), None)
-    if mount is None:
+    here = [m for m in reversed(table) if m.device == device]
+    # A mount namespace that a user made began as a copy of ours: what is here has its owner here.
+    mount = next((m for m in here if owner_of(m) == daemon.uid), None)
+    if not here:
         mount = _elsewhere(daemon.pid, device)
     settings = _settings(answer.get("settings"), "" if mount is None else mount.mountpoint)
     if mount is None or settings is None:

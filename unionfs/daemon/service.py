@@ -26,7 +26,7 @@ from unionfs.daemon.stats import more_for
 from unionfs.fuse.errors import SessionError, SessionUnfit
 from unionfs.fuse.operations import Operations
 from unionfs.sys.capabilities import CAP_SYS_ADMIN, has_capability, in_initial_user_namespace
-from unionfs.sys.mountinfo import mounted_at
+from unionfs.sys.mountinfo import MountEntry, mount_of_id, mounted_at
 from unionfs.sys.process import is_alive
 from unionfs.union.errors import LayerError
 from unionfs.union.layers import LayerStack
@@ -73,6 +73,8 @@ class Service:
         #: device is then given to the next mount, of whatever kind.
         self._may_leave_mounts = True
         self._io: dict[str, Any] = {}
+        #: The mount, as the direct session made it.
+        self._mount: MountEntry | None = None
         #: Of a mount with storage: who it is to the registry of volumes, and the process that watches us.
         self._user = ""
         self._guardian: Guardian | None = None
@@ -171,12 +173,12 @@ class Service:
         # Devices and set-id programs are for the union's own mount to allow or not.
         return tmpfs.make(options, owner="the tmpfs for the upper")
 
-    def _attach(self, stack: LayerStack) -> tuple[Spec, ...]:
+    def _attach(self, mount: MountEntry, stack: LayerStack) -> tuple[Spec, ...]:
         """Mount the storage into the union, in a thread: every path leads through the union."""
         from unionfs.storage.attach import attach
 
         assert self._sources is not None
-        return attach(self.settings.mountpoint, self.device, self._sources, stack)
+        return attach(mount, self._sources, stack)
 
     def _serve_storage(self, union: Union, stack: LayerStack) -> None:
         """Without root the union shows its storage by itself."""
@@ -231,7 +233,8 @@ class Service:
             from unionfs.fuse.protocol import Decision, IoMode
             from unionfs.fuse.session_direct import serve as serve_directly
 
-            def on_ready(decision: Decision) -> None:
+            def on_ready(decision: Decision, entry: MountEntry | None) -> None:
+                self._mount = entry
                 self.settings = replace(settings, session="direct", io=str(decision.io))
                 self._io = {
                     "why": decision.why,
@@ -257,7 +260,11 @@ class Service:
 
     async def _announce(self, ready: trio.Event, claims: tuple[tuple[int, int], ...]) -> None:
         await ready.wait()
-        mount = mounted_at(self.settings.mountpoint)
+        # By its id where that is known: its path may lead to another mount by now.
+        if self._mount is None:
+            mount = mounted_at(self.settings.mountpoint)
+        else:
+            mount = mount_of_id(self._mount.mount_id)
         assert self._claim is not None
         self._claim.release()
         if mount is None or not mount.is_fuse:
@@ -270,7 +277,7 @@ class Service:
             self._guardian.tell(mount.device)
         if self.settings.storage and has_capability(CAP_SYS_ADMIN):
             assert self._stack is not None
-            attached = await trio.to_thread.run_sync(self._attach, self._stack, abandon_on_cancel=True)
+            attached = await trio.to_thread.run_sync(self._attach, mount, self._stack, abandon_on_cancel=True)
             self.settings = replace(self.settings, storage=attached)
             assert self._sources is not None
             self._sources.close()

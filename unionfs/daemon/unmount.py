@@ -16,11 +16,12 @@ from unionfs.daemon.errors import UserError, quoted, reason
 from unionfs.daemon.fuse import find_fusermount
 from unionfs.daemon.settings import absolute_mountpoint
 from unionfs.sys.asuser import run_as
-from unionfs.sys.calls import AT_FDCWD, syncfs
+from unionfs.sys.calls import syncfs
+from unionfs.sys.capabilities import CAP_SYS_ADMIN, has_capability
 from unionfs.sys.liveness import is_dead
 from unionfs.sys.mount import MNT_DETACH, open_mount, unmount_id
 from unionfs.sys.mountinfo import MountEntry, mounted_at, mounts_of_device, read_mountinfo
-from unionfs.sys.openat2 import RESOLVE_NO_SYMLINKS, openat2
+from unionfs.sys.openat2 import RESOLVE_BENEATH, RESOLVE_NO_SYMLINKS, openat2
 from unionfs.sys.process import users_of, wait_gone
 
 if TYPE_CHECKING:
@@ -49,7 +50,8 @@ def unmount(mount: MountEntry, *, lazy: bool = False) -> None:
         unmount_id(mountpoint, mount.mount_id, MNT_DETACH if lazy else 0)
     except PermissionError:
         program = find_fusermount()
-        if program is None:
+        # It works by the path alone: not for root, whom the owner of a directory could lead elsewhere.
+        if program is None or has_capability(CAP_SYS_ADMIN):
             raise
         command = [program, "-u", *(["-z"] if lazy else []), "--", mountpoint]
         # The C locale, because the message is read below. fusermount3 gives no errno but 1.
@@ -81,7 +83,7 @@ def end_from_within(device: str) -> bool:
             continue
         _sync(mount)
         _leave_peers(mount)
-        for inner in reversed(mounted_inside(mount)):
+        for inner in reversed(_reachable(mount)):
             with suppress(OSError):  # what is in use goes with the detached union
                 unmount(inner)
         try:
@@ -151,13 +153,26 @@ def mounted_inside(mount: MountEntry, table: Sequence[MountEntry] | None = None)
     return found
 
 
+def _reachable(mount: MountEntry) -> list[MountEntry]:
+    """What is mounted inside a mount, without another user's FUSE and what lies beyond: its daemon may never
+    answer, and the way leads through it."""
+    beyond: set[int] = set()
+    found = []
+    for inner in mounted_inside(mount):
+        if inner.parent_id in beyond or others.owner_of(inner) is not None:
+            beyond.add(inner.mount_id)
+        else:
+            found.append(inner)
+    return found
+
+
 def clear_dead_mounts(device: str) -> None:
     """Unmount the union `device` (major:minor), whose daemon was killed, and first what is mounted in it."""
     for mount in reversed(mounts_of_device(device)):
         if not is_dead(mount.mountpoint):
             continue  # the number was given to another one
         _leave_peers(mount)
-        for inner in reversed(mounted_inside(mount)):
+        for inner in reversed(_reachable(mount)):
             # The way to it leads through the dead union, so it may fail; then it goes with that.
             with suppress(OSError):
                 unmount(inner)
@@ -208,7 +223,7 @@ def _leave_peers(mount: MountEntry) -> None:
     """
     from unionfs.sys import detached
 
-    for inner in mounted_inside(mount):
+    for inner in _reachable(mount):
         if inner.parent_id != mount.mount_id:
             continue
         with suppress(OSError):
@@ -222,7 +237,8 @@ def _leave_peers(mount: MountEntry) -> None:
 class _Storage:
     """What is mounted into a union, taken off before the union, and put back if that cannot be unmounted."""
 
-    def __init__(self, mounts: Sequence[MountEntry]) -> None:
+    def __init__(self, union: MountEntry, mounts: Sequence[MountEntry]) -> None:
+        self._union = union
         self._mounts = mounts
         #: A clone of each keeps what would be gone with a tmpfs, how it is set up, and its peers.
         self._clones: list[int] = []
@@ -279,7 +295,7 @@ class _Storage:
         try:
             # With its peers it would carry what is mounted on it next to them.
             detached.change(again, propagation=detached.PROPAGATION["private"])
-            target = openat2(AT_FDCWD, os.fsencode(mount.mountpoint), os.O_PATH, RESOLVE_NO_SYMLINKS)
+            target = self._open_target(mount)
             try:
                 detached.attach(again, target)
             finally:
@@ -288,6 +304,16 @@ class _Storage:
             os.close(again)
             raise
         return again
+
+    def _open_target(self, mount: MountEntry) -> int:
+        """Where it was mounted in the union, wherever that is by now. Raises OSError."""
+        place = mount.mountpoint[len(self._union.mountpoint) :].lstrip("/")
+        now = next((m for m in read_mountinfo() if m.mount_id == self._union.mount_id), self._union)
+        root = open_mount(now.mountpoint, now.mount_id)
+        try:
+            return openat2(root, os.fsencode(place), os.O_PATH, RESOLVE_BENEATH | RESOLVE_NO_SYMLINKS)
+        finally:
+            os.close(root)
 
     def let_go(self) -> None:
         """Close the clones."""
@@ -309,11 +335,12 @@ def umount(mountpoint: str, *, lazy: bool = False) -> None:
         raise UserError(_why_not_ours(path, mount, entries))
     alive = entry is not None and entry.is_alive()
     dead = is_dead(path) if entry is None else not alive
-    storage = _Storage([] if entry is None or lazy or dead else _storage_mounts(mount, entry.settings))
+    inside = [] if entry is None or lazy or dead else _storage_mounts(mount, entry.settings)
+    storage = _Storage(mount, inside)
     if dead or lazy:
         _leave_peers(mount)
     if dead and not lazy:
-        for inner in reversed(mounted_inside(mount)):
+        for inner in reversed(_reachable(mount)):
             with suppress(OSError):
                 unmount(inner)
     try:

@@ -39,7 +39,7 @@ from unionfs.fuse.protocol import (
 from unionfs.fuse.protocol import requests as rq
 from unionfs.sys import calls
 from unionfs.sys.capabilities import CAP_SYS_ADMIN, has_capability, in_initial_user_namespace
-from unionfs.sys.mountinfo import mounted_at
+from unionfs.sys.mountinfo import MountEntry, mount_of_id
 from unionfs.union.layers import Layer
 
 READAHEAD = 4 << 20
@@ -53,25 +53,25 @@ async def serve(
     mountpoint: str,
     options: MountOptions,
     io: IoMode,
-    on_ready: Callable[[Decision], None],
+    on_ready: Callable[[Decision, MountEntry | None], None],
 ) -> None:
     """Mount, serve until the mount is gone (whoever unmounts it), and clean up.
 
-    ``on_ready`` is called with what was agreed when the mount can be used. Raises SessionError when mounting
-    fails, what was asked for cannot be had, or the mount is cut off; SessionUnfit when another session may
-    do.
+    ``on_ready`` is called with what was agreed, and the mount, when the mount can be used. Raises SessionError
+    when mounting fails, what was asked for cannot be had, or the mount is cut off; SessionUnfit when another
+    session may do.
     """
-    device = Device(mount(mountpoint, options))
+    fd, entry = mount(mountpoint, options)
+    device = Device(fd)
     splicer = Splicer(device.fd)
     ready = False
     try:
         decision = await _agree(device, splicer, operations, io)
-        entry = mounted_at(mountpoint)
         if entry is not None and entry.is_fuse:
             raise_readahead(entry.device, decision.max_readahead)
         loop = _loop(device, splicer, operations, decision)
         ready = True
-        on_ready(decision)
+        on_ready(decision, entry)
         try:
             await loop.run()
         except* ConnectionAbortedError as group:
@@ -80,7 +80,7 @@ async def serve(
         splicer.close()
         device.close()
         if not ready:
-            found = mounted_at(mountpoint)
+            found = None if entry is None else mount_of_id(entry.mount_id)
             if found is not None and found.is_fuse:
                 unmount(found)
 

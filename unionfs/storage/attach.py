@@ -16,42 +16,33 @@ from unionfs.storage.sources import Source, Sources
 from unionfs.storage.specs import Spec, VolumeSpec
 from unionfs.storage.targets import MountedTree, Names, Tree, find, prepare, same_place
 from unionfs.sys import detached
-from unionfs.sys.mount import MNT_DETACH, unmount_id
-from unionfs.sys.mountinfo import mount_id_of_fd
+from unionfs.sys.mount import MNT_DETACH, open_mount, unmount_id
+from unionfs.sys.mountinfo import MountEntry, mount_id_of_fd
 from unionfs.union.layers import LayerStack
 
 
-def attach(mountpoint: str, device: str, sources: Sources, stack: LayerStack) -> tuple[Spec, ...]:
-    """Mount everything. Gives the specs with the targets that they were given in the end.
+def attach(mount: MountEntry, sources: Sources, stack: LayerStack) -> tuple[Spec, ...]:
+    """Mount everything in the union `mount`. Returns the specs with the targets that were found in the end.
 
-    `device` is the union's `major:minor`: what lies below it must not be mounted on when it is gone already.
     Raises UserError when one cannot be mounted; then those before it are undone.
     """
-    root = _open_root(mountpoint, device)
+    try:
+        root = open_mount(mount.mountpoint, mount.mount_id)
+    except OSError as error:
+        raise UserError(
+            f"{quoted(mount.mountpoint)} was unmounted or moved before its storage was there "
+            f"({reason(error)}); mount again."
+        ) from error
     done: list[Spec] = []
     taken: dict[Names, str] = {}
     try:
         with ExitStack() as undo:
             for source in sources.opened:
-                done.append(_one(source, mountpoint, MountedTree(root), stack, taken, undo))
+                done.append(_one(source, mount.mountpoint, MountedTree(root), stack, taken, undo))
             undo.pop_all()
     finally:
         os.close(root)
     return tuple(done)
-
-
-def _open_root(mountpoint: str, device: str) -> int:
-    try:
-        root = os.open(mountpoint, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
-        st_dev = os.stat(root).st_dev
-    except OSError as error:
-        raise UserError(
-            f"mountpoint {quoted(mountpoint)} has vanished: {reason(error)}; mount again."
-        ) from error
-    if f"{os.major(st_dev)}:{os.minor(st_dev)}" != device:
-        os.close(root)
-        raise UserError(f"{quoted(mountpoint)} was unmounted before its storage was there; mount again.")
-    return root
 
 
 def _one(

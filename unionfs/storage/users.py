@@ -7,7 +7,7 @@ import os
 from collections.abc import Sequence
 from dataclasses import replace
 
-from unionfs.daemon.errors import UserError
+from unionfs.daemon.errors import UserError, quoted
 from unionfs.daemon.settings import MountSettings
 from unionfs.storage.names import anonymous_name
 from unionfs.storage.specs import Spec, VolumeSpec
@@ -41,4 +41,4 @@ def release(settings: MountSettings, user: str) -> None:
             try:
                 volumes.detach(spec.name, user)
             except (UserError, OSError) as error:
-                log.warning("volume %s could not be given back: %s", spec.name, error)
+                log.warning("volume %s could not be given back: %s", quoted(spec.name), error)

@@ -16,6 +16,8 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from typing import Final
 
+from unionfs.sys.keyring import new_session_keyring
+
 _POLL_SECONDS: Final = 0.02
 _END_SECONDS: Final = 1.0
 _PATH: Final = "/usr/local/bin:/usr/bin:/bin"
@@ -71,6 +73,8 @@ def _become(uid: int, environment: Mapping[str, str]) -> None:
     null = os.open(os.devnull, os.O_RDONLY)
     os.dup2(null, 0)
     os.closerange(3, 2**31 - 1)
+    with suppress(OSError):
+        new_session_keyring()
     os.chdir("/")
     os.umask(0o077)
     if name.isdigit():

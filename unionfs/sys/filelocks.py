@@ -9,13 +9,14 @@ import stat
 def may_be_a_mounts(fd: int) -> bool:
     """Whether the lock on the directory ``fd`` may belong to a mount of it: of a user who may write there.
 
-    True where that is not known: of a process in another pid namespace, or one that has ended.
+    True where that is not known: of a process in another pid namespace. A mount's daemon takes the lock
+    itself, and holds it while it lives.
     """
     status = os.fstat(fd)
     if status.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
         return True
     holders = _holders(status)
-    return not holders or any(_uid(pid) in (0, os.geteuid(), status.st_uid, None) for pid in holders)
+    return not holders or any(_uid(pid) in (0, os.geteuid(), status.st_uid) for pid in holders)
 
 
 def _holders(status: os.stat_result) -> list[int]:

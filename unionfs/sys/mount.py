@@ -26,10 +26,6 @@ _MOUNT_ATTR_RDONLY: Final = 0x1
 MNT_DETACH: Final = 2
 UMOUNT_NOFOLLOW: Final = 8
 
-MS_RDONLY: Final = 1
-MS_NOSUID: Final = 2
-MS_NODEV: Final = 4
-
 
 class _MountAttr(ctypes.Structure):
     """struct mount_attr, include/uapi/linux/mount.h."""
@@ -64,16 +60,6 @@ def clone_tree(path: str | bytes, *, readonly: bool) -> int:
             os.close(fd)
             raise error
     return int(fd)
-
-
-def mount(source: str, target: str | bytes, fstype: str, flags: int, data: str) -> None:
-    """mount(2); ``flags`` of MS_*, ``data`` the filesystem's own options."""
-    done = _libc.mount(
-        ctypes.c_char_p(os.fsencode(source)), ctypes.c_char_p(os.fsencode(target)),
-        ctypes.c_char_p(os.fsencode(fstype)), ctypes.c_ulong(flags), ctypes.c_char_p(os.fsencode(data)),
-    )  # fmt: skip
-    if done != 0:
-        raise fail(os.fsencode(target))
 
 
 def umount2(target: str | bytes, flags: int = 0) -> None:

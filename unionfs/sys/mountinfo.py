@@ -128,6 +128,12 @@ def mounted_at(path: str, table: Sequence[MountEntry] | None = None) -> MountEnt
     return next((entry for entry in here if entry.mount_id == mount_id), None)
 
 
+def mount_of_id(mount_id: int, table: Iterable[MountEntry] | None = None) -> MountEntry | None:
+    """The mount with this id, wherever its mountpoint is by now; None when it is gone."""
+    entries = read_mountinfo() if table is None else table
+    return next((entry for entry in entries if entry.mount_id == mount_id), None)
+
+
 def mounts_of_device(device: str, table: Iterable[MountEntry] | None = None) -> list[MountEntry]:
     """Every mount of one superblock, `device` being its `major:minor`, in the table's order."""
     return [entry for entry in (read_mountinfo() if table is None else table) if entry.device == device]

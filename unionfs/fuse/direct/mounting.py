@@ -19,17 +19,15 @@ from dataclasses import dataclass
 from typing import Final
 
 from unionfs.fuse.errors import SessionError
+from unionfs.sys import detached
 from unionfs.sys import mount as sys_mount
 from unionfs.sys.calls import AT_FDCWD
 from unionfs.sys.capabilities import CAP_SYS_ADMIN, has_capability
-from unionfs.sys.mountinfo import MountEntry
+from unionfs.sys.mountinfo import MountEntry, mount_id_of_fd, mount_of_id, mounted_at
 from unionfs.sys.openat2 import RESOLVE_NO_SYMLINKS, openat2
 
-_MS: Final = {
-    "ro": 1, "nosuid": 2, "nodev": 4, "noexec": 8, "sync": 16, "dirsync": 128, "noatime": 1024,
-    "nodiratime": 2048, "relatime": 1 << 21, "strictatime": 1 << 24, "lazytime": 1 << 25,
-}  # fmt: skip
-"""MS_* of include/uapi/linux/mount.h, by mount(8)'s names."""
+_SUPER: Final = ("dirsync", "lazytime", "sync")
+"""What is a property of the filesystem, and not of the mount, of mount(8)'s names."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,42 +46,50 @@ class MountOptions:
     """context= and its like."""
 
 
-def mount(mountpoint: str, options: MountOptions) -> int:
-    """Mount; gives the device, non-blocking. Raises SessionError."""
+def mount(mountpoint: str, options: MountOptions) -> tuple[int, MountEntry | None]:
+    """Mount; returns the device, non-blocking, and the mount, if it is still there. Raises SessionError."""
     if has_capability(CAP_SYS_ADMIN):
         return _by_call(mountpoint, options)
-    return _by_helper(mountpoint, options)
+    return _by_helper(mountpoint, options), mounted_at(mountpoint)
 
 
-def _by_call(mountpoint: str, options: MountOptions) -> int:
+def _by_call(mountpoint: str, options: MountOptions) -> tuple[int, MountEntry | None]:
     try:
         fd = os.open("/dev/fuse", os.O_RDWR | os.O_CLOEXEC | os.O_NONBLOCK)
     except OSError as error:
         raise SessionError(f"/dev/fuse cannot be opened: {error.strerror}") from error
-    flags = _MS["ro"] if options.read_only else 0
-    for name in options.flags:
-        flags |= _MS.get(name, 0)
-    data = [
-        f"fd={fd}",
-        f"rootmode={stat.S_IFDIR:o}",
-        f"user_id={os.getuid()}",
-        f"group_id={os.getgid()}",
-        "default_permissions",
-        *(["allow_other"] if options.allow_other else []),
-        *options.security,
+    words = [*options.flags, *(["ro"] if options.read_only else [])]
+    attributes = 0
+    for word in words:
+        attributes |= detached.ATTRIBUTES.get(word, 0)
+    parameters = [
+        ("source", options.source),
+        *([("subtype", options.subtype)] if options.subtype else []),
+        ("fd", str(fd)),
+        ("rootmode", f"{stat.S_IFDIR:o}"),
+        ("user_id", str(os.getuid())),
+        ("group_id", str(os.getgid())),
+        ("default_permissions", ""),
+        *([("allow_other", "")] if options.allow_other else []),
+        *((word, "") for word in words if word in (*_SUPER, "ro")),
+        *(label.split("=", 1) for label in options.security),
     ]
-    kind = f"fuse.{options.subtype}" if options.subtype else "fuse"
     try:
-        # By an fd, so that the owner of a directory above it cannot lead root to another place meanwhile.
+        # By fds, so that the owner of a directory above cannot lead root to another place meanwhile.
         target = openat2(AT_FDCWD, os.fsencode(mountpoint), os.O_PATH | os.O_DIRECTORY, RESOLVE_NO_SYMLINKS)
         try:
-            sys_mount.mount(options.source, f"/proc/self/fd/{target}", kind, flags, ",".join(data))
+            made = detached.new_filesystem("fuse", [(name, value) for name, value in parameters], attributes)
+            try:
+                detached.attach(made, target)
+                mount_id = mount_id_of_fd(made)
+            finally:
+                os.close(made)
         finally:
             os.close(target)
     except OSError as error:
         os.close(fd)
-        raise SessionError(f"mount(2) says: {error.strerror}") from error
-    return fd
+        raise SessionError(f"the kernel says: {error.strerror}") from error
+    return fd, mount_of_id(mount_id)
 
 
 def _by_helper(mountpoint: str, options: MountOptions) -> int:
@@ -127,6 +133,8 @@ def unmount(found: MountEntry) -> None:
     try:
         sys_mount.unmount_id(found.mountpoint, found.mount_id, sys_mount.MNT_DETACH)
     except OSError:
+        if has_capability(CAP_SYS_ADMIN):
+            return  # fusermount3 works by the path alone, which may lead root elsewhere
         helper = shutil.which("fusermount3") or "/usr/bin/fusermount3"
         with contextlib.suppress(OSError):
             subprocess.run([helper, "-u", "-z", "--", found.mountpoint], capture_output=True, check=False)
