@@ -38,14 +38,16 @@ def plant(path: str, what: str) -> None:
             _kept.append(listener)
 
 
-def swap(one: str, other: str) -> None:
-    """Exchange two names again and again, until `stop`."""
+def swap(one: str, other: str, pause: float = 0) -> None:
+    """Exchange two names again and again, until `stop`, with so many seconds in between."""
     _stop.clear()
 
     def run() -> None:
         while not _stop.is_set():
             with contextlib.suppress(OSError):
                 syscalls.renameat2(one, other, syscalls.RENAME_EXCHANGE)
+            if pause:
+                time.sleep(pause)
 
     thread = threading.Thread(target=run, daemon=True)
     thread.start()
@@ -119,3 +121,26 @@ def hold_lock(path: str) -> None:
     fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
     fcntl.flock(fd, fcntl.LOCK_EX)
     _kept.append(fd)
+
+
+def replace_new(directory: str, prefix: str, victim: str) -> None:
+    """Put a directory of one's own, with symlinks to `victim`, in the place of each new one, until `stop`."""
+    _stop.clear()
+
+    def run() -> None:
+        count = 0
+        while not _stop.is_set():
+            for name in os.listdir(directory):
+                path = f"{directory}/{name}"
+                if not name.startswith(prefix) or os.stat(path).st_uid == os.geteuid():
+                    continue
+                with contextlib.suppress(OSError):
+                    os.rename(path, f"{directory}/aside{count}")
+                    os.mkdir(path)
+                    for planted in ("source", "target", "RENAME_EXCHANGE.a", "RENAME_WHITEOUT.a", "whiteout"):
+                        os.symlink(victim, f"{path}/{planted}")
+                    count += 1
+
+    thread = threading.Thread(target=run, daemon=True)
+    thread.start()
+    _kept.append(thread)

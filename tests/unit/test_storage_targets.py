@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import stat
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -17,6 +18,7 @@ from unionfs.storage.served import UnionTree
 from unionfs.storage.sources import Sources
 from unionfs.storage.targets import MountedTree, Tree, find, prepare
 from unionfs.storage.volumes import Volumes
+from unionfs.sys.mountinfo import mounted_at
 
 
 @pytest.fixture(params=["directory", "union"])
@@ -131,7 +133,9 @@ def test_a_union_that_is_gone_is_not_mounted_on(tmp_path: Path, open_union: Open
     """What shows then at the mountpoint is the host's own directory."""
     stack = open_union().stack
     sources = Sources(Volumes(str(tmp_path)), "nobody", kernel_mounts=False)
+    elsewhere = mounted_at("/proc")
+    assert elsewhere is not None
     with pytest.raises(UserError, match="was unmounted before its storage was there"):
-        attach(str(tmp_path), "0:0", sources, stack)
-    with pytest.raises(UserError, match="has vanished: no such file"):
-        attach(str(tmp_path / "gone"), "0:0", sources, stack)
+        attach(replace(elsewhere, mountpoint=str(tmp_path)), sources, stack)
+    with pytest.raises(UserError, match=r"storage was there \(no such file"):
+        attach(replace(elsewhere, mountpoint=str(tmp_path / "gone")), sources, stack)

@@ -57,8 +57,8 @@ async def serve(
 ) -> None:
     """Mount, serve until the mount is gone (whoever unmounts it), and clean up.
 
-    ``on_ready`` is called with what was agreed, and the mount, when the mount can be used. Raises SessionError
-    when mounting fails, what was asked for cannot be had, or the mount is cut off; SessionUnfit when another
+    ``on_ready`` is called with what was agreed, and the mount, when it can be used. Raises SessionError when
+    mounting fails, what was asked for cannot be had, or the mount is cut off; SessionUnfit when another
     session may do.
     """
     fd, entry = mount(mountpoint, options)

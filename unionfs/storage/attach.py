@@ -30,8 +30,8 @@ def attach(mount: MountEntry, sources: Sources, stack: LayerStack) -> tuple[Spec
         root = open_mount(mount.mountpoint, mount.mount_id)
     except OSError as error:
         raise UserError(
-            f"{quoted(mount.mountpoint)} was unmounted or moved before its storage was there "
-            f"({reason(error)}); mount again."
+            f"{quoted(mount.mountpoint)} was unmounted before its storage was there ({reason(error)}); mount "
+            "again."
         ) from error
     done: list[Spec] = []
     taken: dict[Names, str] = {}

@@ -1,0 +1,155 @@
+"""Root's commands on mounts and directories in the directory of another user, who leads them elsewhere."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import time
+from collections.abc import Iterator
+from contextlib import suppress
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from tests.mount.cli_calls import Place, unionfs, wait_for
+from tests.security import attacks
+from tests.support import areas
+from tests.support.worker import Worker
+from unionfs.daemon import live, others, unmount
+from unionfs.sys.mountinfo import mounted_at
+
+SECONDS = 6.0
+
+
+@pytest.fixture
+def theirs(place: Place, attacker: Worker) -> Iterator[Path]:
+    """A directory of the attacker's with two others, `p` and `q`, each with `mnt/data`."""
+    top = place.root / "theirs"
+    for name in ("p", "q"):
+        (top / name / "mnt/data").mkdir(parents=True)
+    for path in (top, *top.rglob("*")):
+        os.chown(path, attacker.uid, attacker.uid)
+    (place.lower / "data").mkdir()
+    yield top
+    attacker.call(attacks.stop)
+    areas.detach(top)
+
+
+def test_doctor(place: Place, attacker: Worker, theirs: Path) -> None:
+    """It makes files, and removes them, in a directory that the attacker may rename."""
+    victim = place.root / "victim"
+    victim.write_text("precious\n")
+    victim.chmod(0o600)
+    attacker.call(attacks.replace_new, str(theirs), "unionfs-doctor-", str(victim))
+    deadline = time.monotonic() + SECONDS
+    while time.monotonic() < deadline:
+        assert "Traceback" not in unionfs("doctor", "--dir", theirs).stderr
+    assert victim.read_text() == "precious\n"
+
+
+def test_no_helper_that_works_by_path(
+    place: Place, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """fusermount3 as root would unmount whatever the path leads to by then."""
+    called = tmp_path / "called"
+    helper = tmp_path / "fusermount3"
+    helper.write_text(f"#!/bin/sh\ntouch {called}\n")
+    helper.chmod(0o755)
+    place.mount()
+    mount = mounted_at(str(place.merged))
+    assert mount is not None
+
+    def refuse(*_: object) -> None:
+        raise PermissionError(13, "not searchable")
+
+    with monkeypatch.context() as patch:
+        patch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+        patch.setattr(unmount, "unmount_id", refuse)
+        with pytest.raises(PermissionError):
+            unmount.unmount(mount)
+    assert not called.exists()
+    unmount.unmount(mount)
+
+
+def test_storage_that_is_put_back(place: Place, attacker: Worker, theirs: Path) -> None:
+    """The union is busy, so its storage is mounted again: in the union, wherever that is by now."""
+    mountpoint = theirs / "p/mnt"
+    done = unionfs("mount", *place.layers, "-v", f"{place.lower2}:/data", mountpoint)
+    assert done.returncode == 0, done.stderr
+    mount = mounted_at(str(mountpoint))
+    assert mount is not None
+    with subprocess.Popen(["sleep", "60"], cwd=mountpoint) as busy:
+        attacker.call(attacks.swap, str(theirs / "p"), str(theirs / "q"))
+        deadline = time.monotonic() + SECONDS
+        while time.monotonic() < deadline:
+            unionfs("umount", mountpoint)
+            for entry in all_below(theirs):
+                assert entry.device == mount.device or entry.parent_id == mount.mount_id
+        attacker.call(attacks.stop)
+        busy.kill()
+
+
+def all_below(path: Path) -> list[unmount.MountEntry]:
+    from unionfs.sys.mountinfo import read_mountinfo
+
+    return [entry for entry in read_mountinfo() if entry.mountpoint.startswith(f"{path}/")]
+
+
+def test_storage_of_a_new_mount(place: Place, attacker: Worker, theirs: Path) -> None:
+    """The mountpoint's directory is exchanged meanwhile: the storage follows the union, or is refused."""
+    other = place.root / "other"
+    for name in ("l", "u", "w"):
+        (other / name).mkdir(parents=True)
+    (other / "l/data").mkdir()
+    first = unionfs("mount", "-l", other / "l", "-u", other / "u", "-w", other / "w", theirs / "q/mnt")
+    assert first.returncode == 0, first.stderr
+    foreign = mounted_at(str(theirs / "q/mnt"))
+    assert foreign is not None
+    attacker.call(attacks.swap, str(theirs / "p"), str(theirs / "q"), 0.02)
+    deadline = time.monotonic() + SECONDS
+    mounted = 0
+    while time.monotonic() < deadline:
+        done = unionfs("mount", *place.layers, "-v", f"{place.lower2}:/data", theirs / "p/mnt")
+        mounted += done.returncode == 0
+        for entry in all_below(theirs):
+            assert entry.is_fuse or entry.parent_id != foreign.mount_id, done.stderr
+        for entry in live.live_mounts():
+            if entry.settings.upper == str(place.upper):
+                with suppress(ProcessLookupError):
+                    os.kill(entry.pid, 15)
+                assert wait_for(lambda entry=entry: not entry.is_alive())
+    assert mounted > 0
+
+
+def test_an_answer_for_another_users_mount(place: Place, attacker: Worker) -> None:
+    """Who has a mount namespace of his own has all mounts there, and owns none of them by that."""
+    place.mount()
+    mount = mounted_at(str(place.merged))
+    assert mount is not None
+    daemon = others._Daemon(attacker.pid, attacker.call(attacks.started), attacker.uid)
+    settings = json.loads(json.dumps(place.entry().settings.to_json()))
+    answer = {"device": mount.device, "since": 0, "settings": settings}
+    assert others._confirmed(daemon, answer, [replace(mount, super_options="rw,user_id=1002")]) is None
+    assert others._confirmed(daemon, answer, [mount]) is None
+    found = others._confirmed(daemon, answer, [replace(mount, super_options=f"rw,user_id={attacker.uid}")])
+    assert found is not None
+    assert found.settings.mountpoint == str(place.merged)
+    unmount.unmount(mount)
+
+
+def test_a_lock_whose_holder_has_ended(place: Place, attacker: Worker) -> None:
+    """The file stays open, and locked, in the process that started it."""
+    flock = shutil.which("flock")
+    if flock is None:
+        pytest.skip("flock is not installed")
+    with subprocess.Popen(
+        ["setpriv", "--reuid", str(attacker.uid), "--regid", str(attacker.uid), "--clear-groups", "sh", "-c",
+         f"exec 9< {place.upper}; flock -x 9; exec sleep 60"],
+    ) as holder:  # fmt: skip
+        time.sleep(0.5)
+        place.mount()
+        holder.kill()
+    assert unionfs("umount", place.merged).returncode == 0
