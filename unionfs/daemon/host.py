@@ -344,16 +344,9 @@ def _bubblewrap() -> Finding:
 
 def _confinement() -> Finding:
     """What a daemon could do if somebody took it over."""
-    import ctypes.util
+    from unionfs.daemon.confine import described
 
-    from unionfs.daemon.confine import REFUSED_CALLS, described
-
-    name = "rights of a daemon"
-    if not has_capability(CAP_SYS_ADMIN):
-        return Finding(name, "ok", described())
-    if ctypes.util.find_library("seccomp") is None:
-        return Finding(name, "limited", f"{described()}; all system calls", "install the package libseccomp2")
-    return Finding(name, "ok", f"{described()}; {len(REFUSED_CALLS)} system calls are refused")
+    return Finding("rights of a daemon", "ok", described())
 
 
 def _user_namespaces() -> Finding:

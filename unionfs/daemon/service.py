@@ -17,7 +17,7 @@ import trio
 
 from unionfs.daemon import live, unmount
 from unionfs.daemon.claiming import Claim
-from unionfs.daemon.confine import confine, refuse_calls
+from unionfs.daemon.confine import confine
 from unionfs.daemon.control import listen, serve_control
 from unionfs.daemon.errors import MountRefusedError, UserError, quoted, reason
 from unionfs.daemon.runtime import RuntimeDirectory
@@ -291,7 +291,6 @@ class Service:
         log.info("mounted at %s", self.settings.mountpoint)
         self._usable = True
         self._on_usable()
-        await trio.to_thread.run_sync(refuse_calls)
 
     def _answer(self, operations: Operations, question: dict[str, Any]) -> dict[str, Any]:
         upper = operations.union.stack.upper
