@@ -17,12 +17,11 @@ from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from unionfs.daemon.errors import UserError, quoted
-from unionfs.storage.drivers import replacing
+from unionfs.storage.drivers import replacing, trusted
 from unionfs.storage.drivers.base import Driver, Replacement
 from unionfs.storage.drivers.plugin_search import (
     ENVIRONMENT,
     Address,
-    check_certificate,
     find_address,
     plugin_names,
 )
@@ -103,7 +102,8 @@ class Plugin(Driver):
         tls = self._address.tls or {}
         for key in ("CAFile", "CertFile", "KeyFile"):
             if tls.get(key):
-                check_certificate(tls[key])
+                # Before OpenSSL opens it, and might wait. Nobody else can replace it afterwards.
+                trusted.read(tls[key], "file of certificates in a TLSConfig")
         try:
             context = ssl.create_default_context(cafile=tls.get("CAFile") or None)
             if tls.get("InsecureSkipVerify"):
