@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from unionfs.daemon.live import LiveMount
 
 
-_NEEDED = ("unionfs.cli.mounts", "unionfs.storage.specs", "unionfs.union.diff")
+_NEEDED = ("unionfs.cli.mounts", "unionfs.cli.terminal", "unionfs.storage.specs", "unionfs.union.diff")
 
 
 @click.command(
@@ -33,7 +33,7 @@ def diff(mountpoint: str | None, upper: str | None, lowers: tuple[str, ...], use
     """Show what a union's upper changes: A(dded), C(hanged) or D(eleted), and the path, sorted by path.
 
     Either of the live mount at MOUNTPOINT, or of the layers that are given. Names are printed as they are,
-    byte by byte.
+    byte by byte; on a terminal they are quoted where a shell would need it, as ls does.
     """
     if mountpoint is not None:
         if upper is not None or lowers:
@@ -83,10 +83,17 @@ def _of_other(mount: LiveMount, uid: int) -> int:
 
 
 def _print(upper: str, lowers: Sequence[str], *, userxattr: bool) -> int:
+    from unionfs.cli.run import on_terminal
+    from unionfs.cli.terminal import shell_word
     from unionfs.union.diff import diff as changes
 
+    found = changes(upper, lowers, b"user.overlay." if userxattr else b"trusted.overlay.")
+    if on_terminal():
+        for letter, name in found:
+            print(letter, shell_word(name))
+        return 0
     out = sys.stdout.buffer
-    for letter, name in changes(upper, lowers, b"user.overlay." if userxattr else b"trusted.overlay."):
+    for letter, name in found:
         out.write(letter.encode("ascii") + b" " + name + b"\n")
     out.flush()
     return 0

@@ -108,7 +108,9 @@ def terminal_table(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> Ta
     from rich.table import Table
     from rich.text import Text
 
+    from unionfs.cli.terminal import printable
+
     table = Table(*headings, box=box.SIMPLE_HEAD, pad_edge=False)
     for row in rows:
-        table.add_row(*(Text(cell, overflow="fold") for cell in row))
+        table.add_row(*(Text(printable(cell, keep="\n"), overflow="fold") for cell in row))
     return table

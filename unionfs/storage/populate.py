@@ -1,8 +1,9 @@
 """First use of an empty volume: what the union has at the target is copied into it, as Docker does.
 
 Owners, modes, times in nanoseconds, xattrs (ACLs among them), hard links, symlinks, devices and holes are
-kept. The layers are read directly, by a view of their own, and not through the mount: so hard links within a
-lower are seen as such, and nothing has to wait for the daemon.
+kept. The layers are read directly, by a view of their own, and not through the mount: so hard links within
+a lower are seen as such, and nothing has to wait for the daemon. A name that cannot be looked up is left out,
+and so is an xattr that cannot be read; the log says so. One broken name of a layer must not stop the rest.
 
 The copy is made in a workspace in the volume and moved out of it at the end. What a crash leaves of it is
 either thrown away or moved out by the next use, so a volume is never taken for filled when it is half filled.
@@ -11,6 +12,7 @@ either thrown away or moved out by the next use, so a volume is never taken for 
 from __future__ import annotations
 
 import errno
+import logging
 import os
 import stat
 from collections.abc import Iterator
@@ -27,8 +29,11 @@ from unionfs.union.nodes import Node
 from unionfs.union.places import open_for_listing
 from unionfs.union.tree import Union
 
+log = logging.getLogger(__name__)
+
 # mkfs makes it in a filesystem that is empty all the same.
 _NOTHING = frozenset({b"lost+found"})
+_SHORT = (errno.EMFILE, errno.ENFILE, errno.ENOMEM)
 _DIRECTORY = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 
 
@@ -123,10 +128,11 @@ class _Copier:
                     os.close(fd)
                     self._union.nodes.forget(node, 0)
                     continue
-                found = self._union.lookup(node, name)
+                here = b"%b/%b" % (path, name) if path else name
+                found = self._lookup(node, name, here)
                 if found is None:
                     continue
-                child, here = found[0], b"%b/%b" % (path, name) if path else name
+                child = found[0]
                 if child.is_dir:
                     os.mkdir(name, 0o700, dir_fd=fd)
                     inner = os.open(name, _DIRECTORY, dir_fd=fd)
@@ -137,6 +143,13 @@ class _Copier:
         finally:
             for _, fd, _, _ in steps:
                 os.close(fd)
+
+    def _lookup(self, node: Node, name: bytes, path: bytes) -> tuple[Node, object] | None:
+        try:
+            return self._union.lookup(node, name)
+        except OSError as error:
+            _leave_out(f"{_shown(path)} cannot be looked up", error)
+            return None
 
     def _leaf(self, node: Node, dir_fd: int, name: bytes, path: bytes) -> None:
         st = self._union.stat(node)
@@ -191,8 +204,19 @@ class _Copier:
     def _keep_xattrs(self, node: Node, target: bytes, *, follow: bool) -> None:
         markers = self._union.markers
         path, follow_source = self._union.path(node)
-        for name in markers.shown_names(_xattrs(path, follow=follow_source)):
-            value = os.getxattr(path, markers.stored_name(name), follow_symlinks=follow_source)
+        try:
+            stored = [os.fsencode(name) for name in os.listxattr(path, follow_symlinks=follow_source)]
+        except OSError as error:
+            if error.errno != errno.EOPNOTSUPP:
+                _leave_out(f"the xattrs of {_shown(node.name)} cannot be read", error)
+            return
+        for name in markers.shown_names(stored):
+            try:
+                value = os.getxattr(path, markers.stored_name(name), follow_symlinks=follow_source)
+            except OSError as error:
+                if error.errno != errno.ENODATA:
+                    _leave_out(f"the xattr {_shown(name)} of {_shown(node.name)} cannot be read", error)
+                continue
             _set_xattr(target, name, value, follow=follow)
 
 
@@ -205,14 +229,15 @@ def _keep_owner(fd: int, st: os.stat_result) -> None:
             raise
 
 
-def _xattrs(place: bytes | int, *, follow: bool = True) -> list[bytes]:
-    """The names of all xattrs; none on a filesystem without."""
-    try:
-        return [os.fsencode(name) for name in os.listxattr(place, follow_symlinks=follow)]
-    except OSError as error:
-        if error.errno != errno.EOPNOTSUPP:
-            raise
-        return []
+def _leave_out(what: str, error: OSError) -> None:
+    """Log that something of the layers is not copied; raise what is a lack of memory or fds instead."""
+    if error.errno in _SHORT:
+        raise error
+    log.warning("%s: %s; it is left out of the volume", what, reason(error))
+
+
+def _shown(name: bytes) -> str:
+    return quoted(os.fsdecode(name))
 
 
 def _set_xattr(target: bytes, name: bytes, value: bytes, *, follow: bool) -> None:

@@ -15,6 +15,7 @@ driver. The root is never listed. The order is that of the paths' bytes.
 
 from __future__ import annotations
 
+import errno
 import os
 import stat
 from collections.abc import Iterable, Iterator, Sequence
@@ -210,18 +211,27 @@ class _Comparison:
         replaced = top.layer.is_upper and self._is_opaque(top)
         return replaced or self._attributes(new) != self._attributes(old)
 
-    def _attributes(self, found: _Found) -> tuple[int, int, int, int, dict[bytes, bytes]]:
-        """What makes a directory differ: mode, owner, modification time and the xattrs a user has set."""
+    def _attributes(self, found: _Found) -> tuple[int, int, int, int, dict[bytes, bytes | object]]:
+        """What makes a directory differ: mode, owner, modification time and the xattrs a user has set.
+
+        An xattr that cannot be read is equal to no other.
+        """
         path = b"/proc/self/fd/%d" % self.union.gate.fd(found.parts[0])
-        xattrs = {}
+        xattrs: dict[bytes, bytes | object] = {}
         try:
             stored = [os.fsencode(name) for name in os.listxattr(path)]
-            for name in stored:
-                if not self.union.markers.is_private(name) and name != b"security.selinux":
-                    xattrs[name] = os.getxattr(path, name)
         except OSError as error:
+            stored = []
             if error.errno not in ABSENT:
-                raise
+                xattrs[b""] = object()
+        for name in stored:
+            if self.union.markers.is_private(name) or name == b"security.selinux":
+                continue
+            try:
+                xattrs[name] = os.getxattr(path, name)
+            except OSError as error:
+                if error.errno != errno.ENODATA:
+                    xattrs[name] = object()
         st = found.st
         assert st is not None
         return st.st_mode, st.st_uid, st.st_gid, st.st_mtime_ns, xattrs

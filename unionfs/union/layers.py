@@ -8,25 +8,21 @@ directories themselves.
 
 from __future__ import annotations
 
-import contextlib
 import errno
 import fcntl
 import os
-import stat
 from collections.abc import Sequence
 from contextlib import ExitStack
 from typing import Final
 
-from unionfs.sys import calls, mount
+from unionfs.sys import calls
 from unionfs.sys.capabilities import CAP_SYS_ADMIN, has_capability
 from unionfs.sys.filelocks import may_be_a_mounts
+from unionfs.union import opening
 from unionfs.union.errors import LayerError
 from unionfs.union.places import Place, open_for_listing
-from unionfs.union.removal import empty_directory
 
-_NO_CLONES: Final = (errno.EPERM, errno.ENOSYS, errno.EINVAL, errno.EOPNOTSUPP)
 _NO_LOCKS: Final = (errno.EBADF, errno.ENOLCK, errno.EOPNOTSUPP, errno.EINVAL)
-_DIRECTORY: Final = os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC
 #: include/uapi/linux/magic.h: ext2 to 4, xfs, btrfs, tmpfs, ramfs, f2fs, squashfs, erofs, NFS, bcachefs; and
 #: zfs. On others (FUSE, FAT, overlayfs of several filesystems) a number may go with the kernel's cache.
 _KEEP_NUMBERS: Final = frozenset({
@@ -135,6 +131,7 @@ class LayerStack:
     ) -> LayerStack:
         """Open every layer, lock upper and work, and empty what a crashed daemon left in work.
 
+        The paths have no symlinks (realpath(3)), and one that is on the way all the same is refused.
         ``scratch``: an O_PATH fd of an empty directory that nobody else reaches; upper and work are made in
         it, and no path is given for them. It stays open as long as the stack, and is closed with it.
 
@@ -149,17 +146,17 @@ class LayerStack:
                     raise LayerError(
                         f"upper {upper} needs a work directory on the same filesystem; give one with --work"
                     )
-                upper_fd, work_root = _open_upper_and_work(upper, work, privileged, resources)
+                upper_fd, work_root = opening.open_upper_and_work(upper, work, privileged, resources)
                 _lock(upper_fd, upper, "upper", resources)
                 _lock(work_root, work, "work", resources)
-                work_fd = _prepare_work(work_root, work, resources)
+                work_fd = opening.prepare_work(work_root, work, os.fstat(upper_fd).st_uid, resources)
                 layers.append(Layer(0, upper, upper_fd, is_upper=True))
             elif scratch is not None:
                 resources.callback(os.close, scratch)
-                upper_fd, work_fd = _make_upper_and_work(scratch, lowers, resources)
+                upper_fd, work_fd = opening.make_upper_and_work(scratch, lowers, resources)
                 layers.append(Layer(0, "", upper_fd, is_upper=True))
             for path in lowers:
-                fd = _open_lower(path, privileged)
+                fd = opening.open_lower(path, privileged)
                 resources.callback(os.close, fd)
                 layers.append(Layer(len(layers), path, fd, is_upper=False))
             if not layers:
@@ -217,60 +214,6 @@ def _replace_by_nothing(fd: int) -> None:
     os.close(null)
 
 
-def _open_lower(path: str, privileged: bool) -> int:
-    if privileged:
-        try:
-            return mount.clone_tree(path, readonly=True)
-        except OSError as error:
-            if error.errno not in _NO_CLONES:
-                raise
-    return os.open(path, _DIRECTORY)
-
-
-def _open_upper_and_work(upper: str, work: str, privileged: bool, resources: ExitStack) -> tuple[int, int]:
-    """O_PATH fds of both on one mount: a clone of the directory above both, else the directories."""
-    upper, work = os.path.realpath(upper), os.path.realpath(work)
-    if privileged:
-        above = os.path.commonpath([upper, work])
-        try:
-            clone = mount.clone_tree(above, readonly=False)
-        except OSError as error:
-            if error.errno not in _NO_CLONES:
-                raise
-        else:
-            try:
-                fds = []
-                for path in (upper, work):
-                    fd = os.open(os.path.relpath(path, above), _DIRECTORY, dir_fd=clone)
-                    resources.callback(os.close, fd)
-                    fds.append(fd)
-                return fds[0], fds[1]
-            finally:
-                os.close(clone)
-    fds = []
-    for path in (upper, work):
-        fd = os.open(path, _DIRECTORY)
-        resources.callback(os.close, fd)
-        fds.append(fd)
-    return fds[0], fds[1]
-
-
-def _make_upper_and_work(scratch: int, lowers: Sequence[str], resources: ExitStack) -> tuple[int, int]:
-    """O_PATH fds of a new upper, which looks as the topmost lower does, and a new work directory."""
-    os.mkdir(b"upper", 0o755, dir_fd=scratch)
-    os.mkdir(b"work", 0o700, dir_fd=scratch)
-    upper_fd = os.open(b"upper", _DIRECTORY | os.O_NOFOLLOW, dir_fd=scratch)
-    resources.callback(os.close, upper_fd)
-    if lowers:
-        st = os.stat(lowers[0])
-        with contextlib.suppress(PermissionError):  # an ordinary user's upper is his own
-            calls.chown_fd(upper_fd, st.st_uid, st.st_gid)
-        os.chmod(b"/proc/self/fd/%d" % upper_fd, stat.S_IMODE(st.st_mode))
-    work_root = os.open(b"work", _DIRECTORY | os.O_NOFOLLOW, dir_fd=scratch)
-    resources.callback(os.close, work_root)
-    return upper_fd, _prepare_work(work_root, "on the tmpfs", resources)
-
-
 def _lock(fd: int, path: str, role: str, resources: ExitStack) -> None:
     """Hold flock(2) on the directory for the life of the mount: another mount of it sees that.
 
@@ -289,37 +232,3 @@ def _lock(fd: int, path: str, role: str, resources: ExitStack) -> None:
     except OSError as error:
         if error.errno not in _NO_LOCKS:
             raise
-
-
-def _prepare_work(fd: int, path: str, resources: ExitStack) -> int:
-    """The kernel's layout: temporaries live in WORKDIR/work (fs/overlayfs/super.c, ovl_workdir_create)."""
-    try:
-        with contextlib.suppress(FileExistsError):
-            os.mkdir(b"work", 0o700, dir_fd=fd)
-        inner = os.open(b"work", _DIRECTORY | os.O_NOFOLLOW, dir_fd=fd)
-        resources.callback(os.close, inner)
-        _make_private(inner)
-    except OSError as error:
-        raise LayerError(
-            f"work {path} cannot be written: {error.strerror}; give a writable directory"
-        ) from error
-    if os.path.lexists(b"/proc/self/fd/%d/incompat" % inner):
-        raise LayerError(
-            f"work {path} holds work/incompat: its upper was last used in a way (volatile) that a crash may "
-            "have damaged; check the upper, then remove that directory"
-        )
-    empty_directory(inner)
-    return inner
-
-
-def _make_private(fd: int) -> None:
-    """What is prepared in work must inherit nothing from it: no group, no ACL (and the kernel makes it 0)."""
-    path = b"/proc/self/fd/%d" % fd
-    for acl in (b"system.posix_acl_default", b"system.posix_acl_access"):
-        try:
-            os.removexattr(path, acl)
-        except OSError as error:
-            if error.errno not in (errno.ENODATA, errno.EOPNOTSUPP):
-                raise
-    os.chown(path, os.geteuid(), os.getegid())
-    os.chmod(path, 0o700)

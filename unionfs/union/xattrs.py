@@ -20,7 +20,9 @@ def copy_xattrs(
     Paths, or fds, come with "follow the last link" (always, with an fd).
 
     As overlayfs (copy_up.c, ovl_copy_xattr): what the upper's filesystem cannot keep is left out, except
-    ACLs and ``security.*``, which grant or take rights.
+    ACLs and ``security.*``, which grant or take rights. Unlike there, what has vanished is left out, and so
+    are capabilities that are malformed (EINVAL, security/commoncap.c), which grant nothing: whoever may set
+    an empty value would keep others from changing the file, or from making any in the directory.
     """
     try:
         names = [os.fsencode(name) for name in os.listxattr(source[0], follow_symlinks=source[1])]
@@ -31,7 +33,12 @@ def copy_xattrs(
     for name in names:
         if markers.is_private(name):
             continue
-        value = os.getxattr(source[0], name, follow_symlinks=source[1])
+        try:
+            value = os.getxattr(source[0], name, follow_symlinks=source[1])
+        except OSError as error:
+            if error.errno == errno.ENODATA or (error.errno == errno.EINVAL and name == CAPABILITY):
+                continue
+            raise
         try:
             os.setxattr(target[0], name, value, follow_symlinks=target[1])
         except OSError as error:

@@ -194,7 +194,8 @@ def verify(root: str | None, what: str) -> int:
     """
     import os
 
-    from unionfs.cli.run import complain
+    from unionfs.cli.run import complain, on_terminal
+    from unionfs.cli.terminal import printable
     from unionfs.storage.backup import verify_archive, verify_volume
     from unionfs.storage.names import is_name
 
@@ -207,11 +208,10 @@ def verify(root: str | None, what: str) -> int:
         return 0
     with _progress(f"verification of {what}") as progress:
         found = verify_volume(volumes, what, progress)
-    for heading, paths in (("changed", found.changed), ("missing", found.missing), ("added", found.added)):
+    lists = ("changed", found.changed), ("missing", found.missing), ("added", found.added)
+    for heading, paths in (*lists, ("damaged", found.damaged)):
         for path in paths:
-            print(f"{heading} {path}")
-    for path in found.damaged:
-        print(f"damaged {path}")
+            print(heading, printable(path) if on_terminal() else path)
     if found.damaged:
         return complain(
             "unionfs",

@@ -54,7 +54,7 @@ def ls(quiet: bool, filters: tuple[str, ...], template: str | None, as_json: boo
         for volume in found:
             print(json.dumps(_docker_line(volume, users.get(volume.name, []))))
         return
-    lines = [_line(volume, users.get(volume.name, [])) for volume in found]
+    lines = [_for_template(_line(volume, users.get(volume.name, []))) for volume in found]
     if template and not template.startswith("table"):
         from unionfs.cli.template import render
 
@@ -105,6 +105,15 @@ def _line(volume: Volume, users: list[User]) -> dict[str, Any]:
     }
 
 
+def _for_template(values: dict[str, Any]) -> dict[str, Any]:
+    """The values without control characters where they go to a terminal: some are a plugin's own words."""
+    from unionfs.cli.run import on_terminal
+    from unionfs.cli.terminal import all_printable
+
+    cleaned: dict[str, Any] = all_printable(values) if on_terminal() else values
+    return cleaned
+
+
 def _docker_line(volume: Volume, users: list[User]) -> dict[str, str]:
     """The keys and the texts of `docker volume ls --format json`."""
     return {
@@ -152,7 +161,7 @@ def inspect(size: bool, template: str | None, as_json: bool, root: str | None, n
         from unionfs.cli.template import render
 
         for values in found:
-            print(render(template, values))
+            print(render(template, _for_template(values)))
     elif found or code == 0:
         print(json.dumps(found, indent=4))
     return code

@@ -31,28 +31,38 @@ _MOST_OPEN = 256
 _KINDS = {stat.S_IFIFO: FIFO, stat.S_IFCHR: CHARACTER, stat.S_IFBLK: BLOCK, stat.S_IFLNK: SYMLINK}
 _KEPT = ("user.", "trusted.", "security.")
 _NO_XATTRS = (errno.ENOTSUP, errno.ENOSYS, errno.EPERM, errno.ENODATA)
+_VANISHED = (errno.ENOTSUP, errno.ENOSYS, errno.ENODATA)
 
 
-def read_xattrs(place: int | bytes) -> dict[bytes, bytes]:
+def read_xattrs(place: int | bytes, complain: Callable[[str], None]) -> dict[bytes, bytes]:
     """All xattrs that are a volume's own, of an open file or of a path whose last part is no symlink to
     follow.
+
+    What cannot be read is left out, and `complain` gets a part of a sentence about it. Raises
+    FileNotFoundError.
     """
     follow = isinstance(place, int)
     try:
         names = os.listxattr(place, follow_symlinks=follow)
-    except OSError as error:
-        if error.errno in _NO_XATTRS:
-            return {}
+    except FileNotFoundError:
         raise
+    except OSError as error:
+        if error.errno not in _NO_XATTRS:
+            complain(f"its xattrs cannot be read ({reason(error)})")
+        return {}
     found = {}
     for name in names:
         key = os.fsencode(name)
         if key in acl.RECORDS or name.startswith(_KEPT):
             try:
                 found[key] = os.getxattr(place, name, follow_symlinks=follow)
+            except FileNotFoundError:
+                raise
             except OSError as error:
-                if error.errno not in _NO_XATTRS:
-                    raise
+                # ENODATA: it was there a moment ago. EINVAL: an empty security.capability, which its owner
+                # may set, is listed and cannot be read (security/commoncap.c).
+                if error.errno not in _VANISHED:
+                    complain(f"its xattr {quoted(name)} cannot be read ({reason(error)})")
     return found
 
 
@@ -74,7 +84,8 @@ class Walker:
     """Walks a tree. `note` gets a sentence for what is left out.
 
     Stays on the filesystem of the root, follows no symlink. Raises UserError for what cannot be read: an
-    archive that lacks it would not be the volume.
+    archive that lacks it would not be the volume. Only of xattrs those are left out that cannot be read:
+    whoever may write in the volume can make one that nobody can.
     """
 
     def __init__(self, root: str, note: Callable[[str], None], leave_out: Collection[bytes] = ()) -> None:
@@ -181,12 +192,15 @@ class Walker:
             # Only an owner may ask for no access times (open(2)).
             return os.open(name, flags, dir_fd=at)
 
-    def _xattrs(self, place: int | bytes) -> dict[bytes, bytes]:
-        return read_xattrs(place) if self._has_xattrs else {}
+    def _xattrs(self, place: int | bytes, path: bytes) -> dict[bytes, bytes]:
+        def complain(what: str) -> None:
+            self._note(f"of {_shown(path)} {what}; that was left out.")
+
+        return read_xattrs(place, complain) if self._has_xattrs else {}
 
     def _directory(self, level: _Level) -> Entry:
         entry = _entry(level.path, DIRECTORY, level.status)
-        entry.xattrs = self._xattrs(level.fd)
+        entry.xattrs = self._xattrs(level.fd, level.path)
         return entry
 
     def _file_fast(self, at: int, name: bytes, path: bytes) -> bool:
@@ -227,7 +241,7 @@ class Walker:
         if status.st_nlink > 1 and self._is_link(entry):
             return entry
         entry.size = status.st_size
-        entry.xattrs = self._xattrs(fd)
+        entry.xattrs = self._xattrs(fd, path)
         if status.st_blocks * 512 < status.st_size and status.st_size > 4096:
             entry.segments = data_segments(fd, status.st_size)
             if entry.segments != [(0, status.st_size)]:
@@ -250,7 +264,7 @@ class Walker:
             entry.link = self._readlink(at, name, path)
         elif kind in (stat.S_IFCHR, stat.S_IFBLK):
             entry.rdev = (os.major(status.st_rdev), os.minor(status.st_rdev))
-        entry.xattrs = self._xattrs(b"/proc/self/fd/%d/%s" % (at, name))
+        entry.xattrs = self._xattrs(b"/proc/self/fd/%d/%s" % (at, name), path)
         return entry
 
 

@@ -7,22 +7,23 @@ request.
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import math
 import os
+import stat
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from unionfs.daemon.errors import UserError, quoted
-from unionfs.storage.drivers import replacing
+from unionfs.daemon.errors import UserError, quoted, reason
+from unionfs.storage.drivers import looking, replacing, trusted
 from unionfs.storage.drivers.base import Driver, Replacement
 from unionfs.storage.drivers.plugin_search import (
     ENVIRONMENT,
     Address,
-    check_certificate,
     find_address,
     plugin_names,
 )
@@ -43,6 +44,8 @@ _HANDSHAKE_SECONDS = 10.0
 """Plugin.Activate, which comes first and takes a plugin no work."""
 _STATUS_SECONDS = 5.0
 """For the Status in `inspect`, which shows the rest without it."""
+_LOOK_SECONDS = 5.0
+"""For a look at a directory that a plugin names, which may be on a filesystem of its own."""
 _HURRIED_SECONDS = 10.0
 _SILENT_SECONDS = 30.0
 _DEEPEST = 32
@@ -103,7 +106,8 @@ class Plugin(Driver):
         tls = self._address.tls or {}
         for key in ("CAFile", "CertFile", "KeyFile"):
             if tls.get(key):
-                check_certificate(tls[key])
+                # Before OpenSSL opens it, and might wait. Nobody else can replace it afterwards.
+                trusted.read(tls[key], "file of certificates in a TLSConfig")
         try:
             context = ssl.create_default_context(cafile=tls.get("CAFile") or None)
             if tls.get("InsecureSkipVerify"):
@@ -211,7 +215,7 @@ class Plugin(Driver):
         if not plain or not path.startswith("/") or ".." in path.split("/"):
             self._odd(request, f"the Mountpoint {_words(repr(path))}, which is no absolute path without ..")
         found = self._address.host_path(path)
-        if self._address.is_beyond(found):
+        if self._address.base and self._look(found, lambda: int(self._address.is_beyond(found))) == 1:
             self._odd(request, f"the Mountpoint {quoted(path)}, which leads out of the plugin by a symlink")
         return found
 
@@ -243,16 +247,34 @@ class Plugin(Driver):
         answer = self._call("VolumeDriver.Mount", request)
         try:
             path = self._path(answer, "VolumeDriver.Mount") or self._told_by_path(volume)
-            if not os.path.isdir(path):
-                raise UserError(
-                    f"the volume plugin {quoted(self.name)} says that volume {quoted(volume.name)} is at "
-                    f"{quoted(path)}, which is no directory here; see its own messages."
-                )
+            self._check_directory(volume, path)
         except UserError:
             with suppress(UserError):
                 self._call("VolumeDriver.Unmount", request)
             raise
         return path
+
+    def _check_directory(self, volume: Volume, path: str) -> None:
+        found = self._look(path, lambda: 0 if stat.S_ISDIR(os.stat(path).st_mode) else errno.ENOTDIR)
+        if found:
+            cause = "no directory here" if found == errno.ENOTDIR else "not to be used"
+            raise UserError(
+                f"the volume plugin {quoted(self.name)} says that volume {quoted(volume.name)} is at "
+                f"{quoted(path)}, which is {cause} ({os.strerror(found).lower()}); see its own messages."
+            )
+
+    def _look(self, path: str, action: Callable[[], int]) -> int:
+        """The result of `look`. Raises UserError when it does not come in time."""
+        try:
+            found = looking.look(action, _LOOK_SECONDS)
+        except OSError as error:
+            raise UserError(f"no process can be started: {reason(error)}; end some others.") from error
+        if found is None:
+            raise UserError(
+                f"the volume plugin {quoted(self.name)} names the directory {quoted(path)}, whose filesystem "
+                f"has not answered within {_LOOK_SECONDS:.0f} s; restart what serves it."
+            )
+        return found
 
     def _told_by_path(self, volume: Volume) -> str:
         return self._path(self._call("VolumeDriver.Path", {"Name": volume.name}), "VolumeDriver.Path")
@@ -272,6 +294,7 @@ class Plugin(Driver):
                 f"the volume plugin {quoted(self.name)} does not say where volume {quoted(volume.name)} is "
                 "mounted; see its own messages."
             )
+        self._check_directory(volume, path)
         with replacing.in_place(volume, path) as place:
             yield place
 

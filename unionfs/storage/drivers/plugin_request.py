@@ -7,13 +7,21 @@ decompressed, and no redirect is followed.
 
 from __future__ import annotations
 
+import os
+import socket
 import ssl
+import struct
 from dataclasses import dataclass
 
 # This module is imported only to send a request (see `plugin`): the two take most of a short command's time.
 import h11
 import trio
 
+from unionfs.daemon.errors import reason
+from unionfs.storage.drivers import trusted
+from unionfs.storage.drivers.plugin_search import SOCKET
+
+_CREDENTIALS = struct.Struct("=iII")  # struct ucred, include/linux/socket.h
 MOST_BYTES = 1 << 20
 """A longer answer is refused: the longest one with a meaning is a few kilobytes."""
 _ACCEPT = "application/vnd.docker.plugins.v1.2+json"
@@ -63,10 +71,9 @@ def post(endpoint: Endpoint, request: str, content: bytes, seconds: float) -> An
     except h11.ProtocolError as error:
         raise RequestError(f"it does not speak HTTP ({error}); see its own messages") from error
     except (OSError, ValueError, trio.BrokenResourceError, trio.ClosedResourceError) as error:
-        # trio wraps what TLS says
-        raise RequestError(
-            f"it does not answer: {error.__cause__ or error}; start it, or remove what describes it"
-        ) from error
+        cause = error.__cause__ or error  # trio wraps what TLS says
+        words = reason(cause) if isinstance(cause, OSError) else str(cause)
+        raise RequestError(f"it does not answer: {words}; start it, or remove what describes it") from error
 
 
 def _shown(seconds: float) -> str:
@@ -85,7 +92,7 @@ async def _post(endpoint: Endpoint, request: str, content: bytes, seconds: float
 
 async def _connected(endpoint: Endpoint) -> trio.abc.Stream:
     if endpoint.path:
-        return await trio.open_unix_socket(endpoint.path)
+        return await _connected_to_socket(endpoint.path)
     stream = await trio.open_tcp_stream(endpoint.host, endpoint.port)
     if endpoint.tls is None:
         return stream
@@ -97,6 +104,22 @@ async def _connected(endpoint: Endpoint) -> trio.abc.Stream:
         await trio.aclose_forcefully(stream)
         raise
     return secured
+
+
+async def _connected_to_socket(path: str) -> trio.SocketStream:
+    """A connection to a socket of root or this user that nobody else could replace, and to such a process."""
+    with trusted.opened(path, SOCKET) as name:
+        stream = await trio.open_unix_socket(name)
+    # Who has called listen(2); unix(7). A socket may have been given away.
+    _, uid, _ = _CREDENTIALS.unpack(
+        stream.socket.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _CREDENTIALS.size)
+    )
+    if uid not in (0, os.geteuid()):
+        await trio.aclose_forcefully(stream)
+        raise RequestError(
+            f"the process that listens there has uid {uid}; run it as root, or remove what describes it"
+        )
+    return stream
 
 
 async def _exchange(stream: trio.abc.Stream, host: str, request: str, content: bytes) -> Answer:

@@ -3,7 +3,7 @@
 Sources: docs.docker.com/engine/extend/plugin_api (discovery); moby pkg/plugins/discovery.go and
 plugin/v2/plugin.go (paths of managed plugins). Root mounts the directory that a plugin names. So a socket or
 description must belong to root (or to the user who runs the command), and nobody else may be able to replace
-it.
+it (`trusted`). That holds for a socket that a description names, too: it is checked when it is used.
 """
 
 from __future__ import annotations
@@ -17,14 +17,15 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from unionfs.daemon.errors import UserError, quoted, reason
+from unionfs.storage.drivers import trusted
 
 ENVIRONMENT = "UNIONFS_PLUGIN_PATH"
 """Directories, separated by colons, to look in instead of docker's."""
 _SOCKETS = ("/run/docker/plugins",)
 _SPECS = ("/etc/docker/plugins", "/usr/lib/docker/plugins")
 _MANAGED = "/var/lib/docker/plugins"
-_MOST_BYTES = 1 << 20
-"""A description or a certificate that is longer is refused."""
+SOCKET = "socket of a plugin"
+_DESCRIPTION = "plugin description"
 _DEPTH = 4
 """Directories below each other that names of plugins have at most."""
 _PORTS = {"tcp": 80, "http": 80, "https": 443}
@@ -137,12 +138,12 @@ def find_address(name: str) -> Address | None:
     for directory in sockets:
         for path in (f"{directory}/{name}.sock", f"{directory}/{name}/{last}.sock"):
             if _kind(path) == stat.S_IFSOCK:
-                _check_trusted(path)
+                _check_socket(path)
                 return Address(name, f"unix://{path}")
     for directory in specs:
         for path in (f"{directory}/{name}.spec", f"{directory}/{name}/{last}.spec"):
             if _kind(path):
-                return Address(name, _checked_url(_read(path).strip(), path))
+                return Address(name, _checked_url(trusted.read(path, _DESCRIPTION).strip(), path))
         for path in (f"{directory}/{name}.json", f"{directory}/{name}/{last}.json"):
             if _kind(path):
                 return _from_json(name, path)
@@ -157,53 +158,15 @@ def _kind(path: str) -> int:
         return 0
 
 
-def _check_trusted(path: str, what: str = "plugin description") -> None:
-    """Refuse what another user has put there, or could replace. Raises UserError."""
-    ours = {0, os.geteuid()}
-    place = path
-    while True:
-        try:
-            place = os.path.realpath(place)
-            st = os.lstat(place)
-        except (OSError, ValueError) as error:
-            cause = reason(error) if isinstance(error, OSError) else str(error)
-            raise UserError(f"the {what} {quoted(path)} cannot be used: {cause}; correct it.") from error
-        writers = st.st_mode & (stat.S_IWOTH | (stat.S_IWGRP if st.st_gid else 0))
-        # Who may write to a socket may talk to the plugin; in a sticky directory others replace nothing.
-        shared = stat.S_ISSOCK(st.st_mode) or (stat.S_ISDIR(st.st_mode) and st.st_mode & stat.S_ISVTX)
-        if st.st_uid not in ours or (writers and not shared):
-            cause = f"belongs to uid {st.st_uid}" if st.st_uid not in ours else "can be written by others"
-            cure = "chown it" if st.st_uid not in ours else "chmod go-w it"
-            subject = "it" if place == os.path.realpath(path) else quoted(place)
-            raise UserError(
-                f"the {what} {quoted(path)} is not trusted: {subject} {cause}; {cure}, or remove the "
-                "description."
-            )
-        if place == "/":
-            return
-        place = os.path.dirname(place)
-
-
-def _read(path: str, what: str = "plugin description") -> str:
-    """A small regular file that can be trusted. Raises UserError."""
-    _check_trusted(path, what)
+def _check_socket(path: str) -> None:
+    """Refuse a socket that another user has put there, or could replace. Raises UserError."""
     try:
-        # A FIFO that nobody writes to would be waited for.
-        fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC)
-        with open(fd, "rb") as source:
-            if not stat.S_ISREG(os.fstat(fd).st_mode):
-                raise ValueError("it is no regular file")
-            content = source.read(_MOST_BYTES + 1)
-            if content is None:  # a file of /proc that would be waited for
-                raise ValueError("it cannot be read without waiting")
-            if len(content) > _MOST_BYTES:
-                raise ValueError(f"it has more than {_MOST_BYTES} bytes")
-            return content.decode()
-    except UnicodeDecodeError as error:
-        raise UserError(f"the {what} {quoted(path)} is not UTF-8; correct it.") from error
-    except (OSError, ValueError) as error:
-        cause = reason(error) if isinstance(error, OSError) else str(error)
-        raise UserError(f"the {what} {quoted(path)} cannot be read: {cause}; correct it.") from error
+        with trusted.opened(path, SOCKET):
+            pass
+    except OSError as error:
+        raise UserError(
+            f"the {SOCKET} {quoted(path)} cannot be used: {reason(error)}; correct it."
+        ) from error
 
 
 def _checked_url(url: str, path: str) -> str:
@@ -228,7 +191,7 @@ def _checked_url(url: str, path: str) -> str:
 
 def _from_json(name: str, path: str) -> Address:
     try:
-        values = json.loads(_read(path))
+        values = json.loads(trusted.read(path, _DESCRIPTION))
         url, tls = values["Addr"], values.get("TLSConfig")
         if not isinstance(url, str):
             raise TypeError("Addr is no text")
@@ -245,11 +208,6 @@ def _from_json(name: str, path: str) -> Address:
     return Address(name, _checked_url(url, path), tls)
 
 
-def check_certificate(path: str) -> None:
-    """Refuse a file of a TLSConfig that could make OpenSSL wait, or that another user put there."""
-    _read(path, "file of certificates in a TLSConfig")
-
-
 def _find_managed(name: str) -> Address | None:
     """A plugin that `docker plugin install` has put there and that is enabled."""
     wanted = name if ":" in name.rpartition("/")[2] else f"{name}:latest"
@@ -263,7 +221,7 @@ def _find_managed(name: str) -> Address | None:
             continue
         try:
             # Docker's own directory has whatever its plugins left there; one of them is no reason to fail.
-            plugin = json.loads(_read(path))["plugin"]
+            plugin = json.loads(trusted.read(path, _DESCRIPTION))["plugin"]
             if plugin["Name"] != wanted:
                 continue
             config = plugin["Config"]
@@ -275,6 +233,6 @@ def _find_managed(name: str) -> Address | None:
             raise UserError(
                 f"the plugin {quoted(name)} is installed but does not run; `docker plugin enable {name}`."
             )
-        _check_trusted(socket)
+        _check_socket(socket)
         return Address(name, f"unix://{socket}", None, f"{os.path.dirname(path)}/rootfs", propagated)
     return None

@@ -1,0 +1,53 @@
+"""Texts of others on a terminal, which takes control characters for commands."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Mapping
+from typing import Any
+
+_PLAIN_WORD = re.compile(r"[\w@%+=:,./-]+")
+_ESCAPES = {"\\": "\\\\", "'": "\\'", "\n": "\\n", "\t": "\\t", "\r": "\\r"}
+
+
+def printable(text: str, keep: str = "") -> str:
+    """A text with escapes for what is not printable, but not for the characters of `keep`."""
+    if text.isprintable():
+        return text
+    return "".join(char if char.isprintable() or char in keep else _escape(char) for char in text)
+
+
+def _escape(char: str) -> str:
+    return char.encode("unicode_escape").decode("ascii")
+
+
+def all_printable(value: Any) -> Any:
+    """A value as JSON has them, with `printable` texts in it."""
+    match value:
+        case str():
+            return printable(value)
+        case Mapping():
+            return {all_printable(key): all_printable(inner) for key, inner in value.items()}
+        case list() | tuple():
+            return [all_printable(inner) for inner in value]
+        case _:
+            return value
+
+
+def shell_word(name: bytes) -> str:
+    """A file's name as it would be typed into a shell, quoted where that is needed, as ls(1) shows it."""
+    text = os.fsdecode(name)
+    if _PLAIN_WORD.fullmatch(text) and text.isprintable():
+        return text
+    if text.isprintable():
+        return "'" + text.replace("'", "'\\''") + "'"
+    pieces = []
+    for char in text:
+        if char in _ESCAPES:
+            pieces.append(_ESCAPES[char])
+        elif char.isprintable():
+            pieces.append(char)
+        else:
+            pieces += [f"\\{byte:03o}" for byte in os.fsencode(char)]
+    return "$'" + "".join(pieces) + "'"

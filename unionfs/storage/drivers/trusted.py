@@ -1,0 +1,131 @@
+"""Files and sockets that nobody but root, or the user who runs the command, can have put or replaced.
+
+A path is walked once, from directory to directory by their fds, as the kernel walks it: each directory and
+each symlink on the way is checked, also those that a symlink leads through. What is found is then used by its
+fd.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import stat
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from unionfs.daemon.errors import UserError, quoted, reason
+
+_MOST_LINKS = 40  # MAXSYMLINKS, include/linux/namei.h
+_MOST_BYTES = 1 << 20
+"""A description or a certificate that is longer is refused."""
+_PATH = os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC
+
+
+@contextmanager
+def opened(path: str, what: str) -> Iterator[str]:
+    """A name of what is at `path`, good within the context; `what` it is called in a sentence.
+
+    Raises UserError for what another user has put there, or could replace, and OSError.
+    """
+    fd = _walk(path, what)
+    try:
+        yield f"/proc/self/fd/{fd}"
+    finally:
+        os.close(fd)
+
+
+def read(path: str, what: str) -> str:
+    """The text of a small regular file. Raises UserError."""
+    try:
+        with opened(path, what) as name:
+            # A FIFO would be waited for, and opening a device may do something.
+            if not stat.S_ISREG(os.stat(name).st_mode):
+                raise ValueError("it is no regular file")
+            with open(name, "rb", opener=_opener) as source:
+                content = source.read(_MOST_BYTES + 1)
+        if content is None:  # a file of /proc that would be waited for
+            raise ValueError("it cannot be read without waiting")
+        if len(content) > _MOST_BYTES:
+            raise ValueError(f"it has more than {_MOST_BYTES} bytes")
+        return content.decode()
+    except UnicodeDecodeError as error:
+        raise UserError(f"the {what} {quoted(path)} is not UTF-8; correct it.") from error
+    except (OSError, ValueError) as error:
+        cause = reason(error) if isinstance(error, OSError) else str(error)
+        raise UserError(f"the {what} {quoted(path)} cannot be read: {cause}; correct it.") from error
+
+
+def _opener(name: str, flags: int) -> int:
+    return os.open(name, flags | os.O_NONBLOCK | os.O_NOCTTY)
+
+
+def _walk(path: str, what: str) -> int:
+    """An O_PATH fd of what is at `path`, as path_resolution(7) finds it."""
+    waiting = _parts(path if path.startswith("/") else f"{os.getcwd()}/{path}")
+    links = 0
+    place, here = os.open("/", _PATH), "/"
+    try:
+        while True:
+            status = os.fstat(place)
+            if not stat.S_ISLNK(status.st_mode):
+                _check(path, what, here, status, place, is_last=not waiting)
+            if not waiting:
+                return place
+            name = waiting.pop()
+            found = os.open(name, _PATH, dir_fd=place)
+            inside = os.path.normpath(os.path.join(here, name))
+            if stat.S_ISLNK(os.fstat(found).st_mode):
+                try:
+                    _check(path, what, inside, os.fstat(found), found, is_last=False)
+                    target = os.readlink("", dir_fd=found)
+                finally:
+                    os.close(found)
+                links += 1
+                if links > _MOST_LINKS:
+                    raise OSError(errno.ELOOP, os.strerror(errno.ELOOP), path)
+                waiting += _parts(target)
+                if not target.startswith("/"):
+                    continue
+                found, inside = os.open("/", _PATH), "/"
+            os.close(place)
+            place, here = found, inside
+    except BaseException:
+        os.close(place)
+        raise
+
+
+def _parts(path: str) -> list[str]:
+    """The components of a path, the first one last."""
+    return [part for part in reversed(path.split("/")) if part not in ("", ".")]
+
+
+def _check(path: str, what: str, here: str, status: os.stat_result, fd: int, *, is_last: bool) -> None:
+    if status.st_uid not in (0, os.geteuid()):
+        cause, cure = f"belongs to uid {status.st_uid}", "chown it"
+    elif _is_written_by_others(status, fd):
+        cause, cure = "can be written by others", "chmod go-w it"
+    else:
+        return
+    subject = "it" if is_last else quoted(here)
+    raise UserError(
+        f"the {what} {quoted(path)} is not trusted: {subject} {cause}; {cure}, or remove the description."
+    )
+
+
+def _is_written_by_others(status: os.stat_result, fd: int) -> bool:
+    mode = status.st_mode
+    # Who may write to a socket may talk to the plugin; in a sticky directory others replace nothing.
+    if stat.S_ISLNK(mode) or stat.S_ISSOCK(mode) or (stat.S_ISDIR(mode) and mode & stat.S_ISVTX):
+        return False
+    if mode & stat.S_IWOTH:
+        return True
+    # With an ACL these bits are the mask of all users and groups that it names (acl(5)).
+    return bool(mode & stat.S_IWGRP) and (status.st_gid != 0 or _has_acl(fd))
+
+
+def _has_acl(fd: int) -> bool:
+    try:
+        os.getxattr(f"/proc/self/fd/{fd}", "system.posix_acl_access")
+    except OSError as error:
+        return error.errno not in (errno.ENODATA, errno.EOPNOTSUPP)
+    return True

@@ -1,0 +1,197 @@
+"""Opening the directories of a union's layers, and emptying its work directory.
+
+Another user may own a directory above a layer, and replace what lies in it at any time. So a layer is opened
+once, without following a symlink, and what is emptied is checked by the fd that it is then emptied by.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import stat
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import Final
+
+from unionfs.sys import calls, mount
+from unionfs.sys.openat2 import RESOLVE_BENEATH, RESOLVE_NO_SYMLINKS, RESOLVE_NO_XDEV, openat2
+from unionfs.union.errors import LayerError
+from unionfs.union.listing import NFS_REMOVED
+from unionfs.union.places import open_for_listing
+from unionfs.union.removal import empty_directory
+
+_NO_CLONES: Final = (errno.EPERM, errno.ENOSYS, errno.EINVAL, errno.EOPNOTSUPP)
+_DIRECTORY: Final = os.O_PATH | os.O_DIRECTORY
+_OURS_IN_WORK: Final = frozenset({"work", "index"})
+
+
+def open_lower(path: str, privileged: bool) -> int:
+    """An O_PATH fd: of a read-only clone where the caller may make one. Raises LayerError, OSError."""
+    with _opened(path) as fd:
+        if privileged:
+            clone = _clone(fd, path, readonly=True)
+            if clone is not None:
+                return clone
+        return os.dup(fd)
+
+
+def open_upper_and_work(upper: str, work: str, privileged: bool, resources: ExitStack) -> tuple[int, int]:
+    """O_PATH fds of both on one mount: a clone of the directory above both, else the directories.
+
+    Raises LayerError, OSError.
+    """
+    above, fds = os.path.commonpath([upper, work]), []
+    clone = None
+    if privileged:
+        with _opened(above) as fd:
+            clone = _clone(fd, above, readonly=False)
+    try:
+        for path in (upper, work):
+            if clone is None:
+                fd = _open(calls.AT_FDCWD, path, path)
+            else:
+                fd = _open(clone, os.path.relpath(path, above), path, RESOLVE_BENEATH)
+            resources.callback(os.close, fd)
+            fds.append(fd)
+    finally:
+        if clone is not None:
+            os.close(clone)
+    if os.path.samestat(os.fstat(fds[0]), os.fstat(fds[1])):
+        raise LayerError(f"work {work} is the same directory as upper {upper}; put work beside upper")
+    return fds[0], fds[1]
+
+
+def make_upper_and_work(scratch: int, lowers: Sequence[str], resources: ExitStack) -> tuple[int, int]:
+    """O_PATH fds of a new upper, which looks as the topmost lower does, and a new work directory."""
+    os.mkdir(b"upper", 0o755, dir_fd=scratch)
+    os.mkdir(b"work", 0o700, dir_fd=scratch)
+    upper_fd = _open(scratch, "upper", "upper")
+    resources.callback(os.close, upper_fd)
+    if lowers:
+        with _opened(lowers[0]) as lower:
+            st = os.fstat(lower)
+        with contextlib.suppress(PermissionError):  # an ordinary user's upper is his own
+            calls.chown_fd(upper_fd, st.st_uid, st.st_gid)
+        os.chmod(b"/proc/self/fd/%d" % upper_fd, stat.S_IMODE(st.st_mode))
+    work_root = _open(scratch, "work", "work")
+    resources.callback(os.close, work_root)
+    return upper_fd, prepare_work(work_root, "on the tmpfs", os.geteuid(), resources)
+
+
+def prepare_work(fd: int, path: str, upper_owner: int, resources: ExitStack) -> int:
+    """An O_PATH fd of WORKDIR/work, empty and this user's alone (the kernel's layout: fs/overlayfs/super.c,
+    ovl_workdir_create).
+
+    Refuses, with nothing changed, what no union filesystem has made, or another user than `upper_owner` has.
+    Raises LayerError, OSError.
+    """
+    owner = os.fstat(fd).st_uid
+    _check_owner(path, owner, upper_owner)
+    foreign = sorted(set(_names(fd)) - _OURS_IN_WORK)
+    if foreign:
+        raise LayerError(
+            f"work {path} is not empty (it holds {foreign[0]!r}), and what is in a work directory gets "
+            "deleted; choose an empty directory"
+        )
+    try:
+        with contextlib.suppress(FileExistsError):
+            os.mkdir(b"work", 0o700, dir_fd=fd)
+        inner = openat2(fd, b"work", _DIRECTORY, RESOLVE_NO_SYMLINKS | RESOLVE_NO_XDEV)
+        resources.callback(os.close, inner)
+        _check_owner(f"{path}/work", os.fstat(inner).st_uid, owner)
+        _check_leftovers(inner, path)
+        _make_private(inner)
+        # Now nobody else can put anything there.
+        _check_leftovers(inner, path)
+    except OSError as error:
+        raise LayerError(
+            f"work {path} cannot be written: {error.strerror}; give a writable directory"
+        ) from error
+    empty_directory(inner)
+    return inner
+
+
+def _check_owner(path: str, owner: int, other: int) -> None:
+    if owner not in (os.geteuid(), 0, other):
+        raise LayerError(
+            f"work {path} belongs to uid {owner}, another user than its upper's; choose another directory"
+        )
+
+
+def _check_leftovers(fd: int, path: str) -> None:
+    """Refuse what is no temporary: `#` and a number here and in the kernel (ovl_tempname), a number in
+    fuse-overlayfs, `.nfs` and a number of a file that was removed while open.
+    """
+    try:
+        names = _names(fd)
+    except PermissionError:
+        if os.fstat(fd).st_uid != os.geteuid():
+            raise
+        # The kernel makes it with mode 0, which its owner may change.
+        os.chmod(b"/proc/self/fd/%d" % fd, 0o700)
+        names = _names(fd)
+    for name in sorted(names):
+        if name == "incompat":
+            raise LayerError(
+                f"work {path} holds work/incompat: its upper was last used in a way (volatile) that a crash "
+                "may have damaged; check the upper, then remove that directory"
+            )
+        if not (name.startswith("#") or name.isdigit() or NFS_REMOVED.fullmatch(name)):
+            raise LayerError(
+                f"work {path} holds {'work/' + name!r}, which no union filesystem made and which would be "
+                "deleted; choose an empty directory"
+            )
+
+
+def _names(fd: int) -> list[str]:
+    listing = open_for_listing(fd)
+    try:
+        return os.listdir(listing)
+    finally:
+        os.close(listing)
+
+
+def _make_private(fd: int) -> None:
+    """What is prepared in work must inherit nothing from it: no group, no ACL (and the kernel makes it 0)."""
+    path = b"/proc/self/fd/%d" % fd
+    for acl in (b"system.posix_acl_default", b"system.posix_acl_access"):
+        try:
+            os.removexattr(path, acl)
+        except OSError as error:
+            if error.errno not in (errno.ENODATA, errno.EOPNOTSUPP):
+                raise
+    os.chown(path, os.geteuid(), os.getegid())
+    os.chmod(path, 0o700)
+
+
+def _open(at: int, name: str, path: str, resolve: int = 0) -> int:
+    """An O_PATH fd of a directory; `path` is for the sentence."""
+    try:
+        return openat2(at, os.fsencode(name), _DIRECTORY, resolve | RESOLVE_NO_SYMLINKS)
+    except OSError as error:
+        if error.errno == errno.ELOOP:
+            raise LayerError(
+                f"{path} was replaced by a symlink while it was mounted; choose a directory that nobody else "
+                "may move"
+            ) from error
+        raise OSError(error.errno, error.strerror, path) from error
+
+
+@contextmanager
+def _opened(path: str) -> Iterator[int]:
+    fd = _open(calls.AT_FDCWD, path, path)
+    try:
+        yield fd
+    finally:
+        os.close(fd)
+
+
+def _clone(fd: int, path: str, *, readonly: bool) -> int | None:
+    """A private bind mount of the directory `fd`; None where the kernel makes none."""
+    try:
+        return mount.clone_tree(f"/proc/self/fd/{fd}", readonly=readonly)
+    except OSError as error:
+        if error.errno not in _NO_CLONES:
+            raise OSError(error.errno, error.strerror, path) from error
+        return None
