@@ -2,8 +2,11 @@
 
 The session has a leader, a small process that lives as long as `unionfs run`: when a session leader ends, its
 terminal is lost to all, and bubblewrap's outer process ends with the first Ctrl-C. The leader forks a process
-that prepares what the container inherits (keyring, devices, standard files), spawns bubblewrap and exits, so
-that bubblewrap becomes the child of `unionfs run`, the subreaper.
+that forks bubblewrap and exits, so that bubblewrap becomes the child of `unionfs run`, the subreaper. The fork
+prepares what the container inherits (keyring, devices, standard files) before it executes bubblewrap.
+
+Where bubblewrap starts in a small root, it is pid 1 of a pid namespace around the container's own: the /proc
+that it has open shows no process but itself and the container's.
 """
 
 from __future__ import annotations
@@ -21,7 +24,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from typing import NoReturn
 
-from unionfs.containers.small_root import enter_small_root
+from unionfs.containers.small_root import enter_small_root, new_namespaces
 from unionfs.containers.terminal import Terminal
 from unionfs.daemon.errors import UserError, quoted, reason
 from unionfs.sys.keyring import new_session_keyring
@@ -101,6 +104,25 @@ class Launch:
     def _spawn(self, writer: int) -> NoReturn:
         answer: tuple[int | None, str] = None, "its session failed"
         try:
+            if self.small_root is not None:
+                new_namespaces()
+            failed, failure = os.pipe()
+            pid = os.fork()
+            if pid == 0:
+                self._execute(failure)
+            os.close(failure)
+            with os.fdopen(failed, "r", encoding="utf-8") as report:
+                cause = report.read()
+            answer = (None, cause) if cause else (pid, "")
+        except OSError as error:
+            answer = None, reason(error)
+        finally:
+            os.write(writer, json.dumps(answer).encode())
+            os._exit(0)
+
+    def _execute(self, failure: int) -> NoReturn:
+        """Become bubblewrap; what fails before is written to `failure`, which closes by itself."""
+        try:
             _join_new_keyring()
             program = _unreachable(self.program)
             if self.small_root is not None:
@@ -113,19 +135,15 @@ class Launch:
                 if int(name) > 2:
                     with suppress(OSError):
                         os.set_inheritable(int(name), int(name) in self.keep)
-            pid = os.posix_spawn(
-                self.program if program is None else f"/proc/self/fd/{program}",
-                list(self.words),
-                dict(self.environment),
-                setsigmask=[],
-                setsigdef=signal.valid_signals() - {signal.SIGKILL, signal.SIGSTOP},
-            )
-            answer = pid, ""
+            for number in signal.valid_signals() - {signal.SIGKILL, signal.SIGSTOP}:
+                signal.signal(number, signal.SIG_DFL)
+            signal.pthread_sigmask(signal.SIG_SETMASK, ())
+            path = self.program if program is None else f"/proc/self/fd/{program}"
+            os.execve(path, list(self.words), dict(self.environment))
         except OSError as error:
-            answer = None, reason(error)
+            os.write(failure, reason(error).encode())
         finally:
-            os.write(writer, json.dumps(answer).encode())
-            os._exit(0)
+            os._exit(1)
 
     def _slave_path(self) -> str | None:
         """Where the container's terminal is in /dev/pts."""

@@ -1,8 +1,9 @@
 """A command in its container: starting it, handing signals on, and its exit code.
 
 bubblewrap is two processes: one outside that waits, and pid 1 of the new pid namespace, whose child is the
-command. What is typed at the container's terminal (Ctrl-C) goes to all of them, and ends the one outside; so
-this process becomes the reaper of what is left, waits for pid 1, and gets the command's exit code from there.
+command. What is typed at the container's terminal (Ctrl-C) goes to all of them. In a small root the one outside
+is pid 1 of a pid namespace itself, which no such signal ends. Elsewhere it is ended; so this process becomes the
+reaper of what is left, waits for the inner pid 1, and gets the command's exit code from there.
 A signal that reaches this process is handed on to the command.
 """
 
@@ -81,14 +82,15 @@ class Command:
                 self.terminal.close_slave()
         with os.fdopen(reader, "rb") as info:
             self._init = _child_pid(info.read())
+        #: Whether bubblewrap came as far as to make the container.
+        self.made = self._init is not None
+        # The number is that of bubblewrap's own pid namespace.
+        self._nested = small_root is not None
+        if self._nested and self.made:
+            self._init = next(iter(_children(self._outer)), None)
         self._started = None if self._init is None else start_time(self._init)
         #: The command's pid and start time.
         self._command: tuple[int, int] | None = None
-
-    @property
-    def started(self) -> bool:
-        """Whether bubblewrap came as far as to make the container."""
-        return self._init is not None
 
     def kill(self) -> None:
         """End everything in the container at once."""
@@ -115,7 +117,8 @@ class Command:
         while True:
             _reap(ended)
             outer = ended.get(self._outer)
-            if outer is not None and (outer >= 0 or self._init is None):
+            # When a nested one is killed, the kernel has ended all in its namespace before.
+            if outer is not None and (outer >= 0 or self._init is None or self._nested):
                 self._end_the_rest()
                 return _code(outer)
             if outer is not None and self._init in ended:

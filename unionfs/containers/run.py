@@ -230,7 +230,7 @@ def _in_union(
         code = command.wait()
     finally:
         watcher.dismiss()
-    if not command.started:
+    if not command.made:
         raise UserError(
             f"bubblewrap could not make the container (exit code {code}); its own message says why, and "
             "`unionfs doctor` what this host lacks."
