@@ -15,6 +15,7 @@ import pytest
 
 from tests.mount.cli_calls import REPOSITORY, UNIONFS, refused
 from tests.security.container_calls import Prison, prison
+from tests.support.patience import patient
 from unionfs.containers import seccomp
 from unionfs.containers.capabilities import DEFAULT
 from unionfs.daemon.errors import UserError
@@ -298,6 +299,27 @@ def test_sys_is_read_only(inmate: Prison) -> None:
     hidden = [entry.mountpoint for entry in there if entry.fstype != "cgroup2"]
     script = "for p in " + " ".join(hidden) + "; do ls -A $p 2>/dev/null; done; true"
     assert inmate.out(inmate.sh(script)) == ""
+
+
+def test_what_the_host_mounts_later(inside: Prison) -> None:
+    """Nothing of it appears below /sys, /proc, or /dev, where it would be writable; nor in a private bind."""
+    places = ("/sys/kernel", "/proc/fs", "/dev/pts", inside.box.host)
+    script = (
+        "mount --make-rshared / && mkfifo $0/go && { \"$@\" >$0/out & "
+        "for n in $(seq 200); do [ -e $0/up ] && break; sleep 0.05; done; "
+        + "".join(f"mount -t tmpfs later {place}; " for place in places)
+        + "echo >$0/go; wait $!; }"
+    )
+    box = inside.box
+    words = [*map(str, inside.words("--rm", "-v", f"{box.host}:/host", "-v", f"{box.area}:/area"))]
+    words += ["--", "sh", "-c", "echo >/area/up; read x </area/go; cat /proc/self/mountinfo"]
+    subprocess.run(
+        ["unshare", "-m", "bash", "-c", script, box.area, *UNIONFS, *words], check=True,
+        timeout=patient(30), env={**os.environ, "PYTHONPATH": str(REPOSITORY)}, stdin=subprocess.DEVNULL,
+    )  # fmt: skip
+    table = (box.area / "out").read_text()
+    assert " / / " in table
+    assert "later" not in table
 
 
 def test_cgroups(inmate: Prison) -> None:

@@ -2,8 +2,8 @@
 
 The session has a leader, a small process that lives as long as `unionfs run`: when a session leader ends, its
 terminal is lost to all, and bubblewrap's outer process ends with the first Ctrl-C. The leader forks a process
-that forks bubblewrap and exits, so that bubblewrap becomes the child of `unionfs run`, the subreaper. The fork
-prepares what the container inherits (keyring, devices, standard files) before it executes bubblewrap.
+that forks bubblewrap and exits, so that bubblewrap becomes the child of `unionfs run`, the subreaper. What
+the container inherits (keyring, devices, standard files) is prepared before bubblewrap is executed.
 
 Where bubblewrap starts in a small root, it is pid 1 of a pid namespace around the container's own: the /proc
 that it has open shows no process but itself and the container's.

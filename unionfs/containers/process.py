@@ -1,9 +1,9 @@
 """A command in its container: starting it, handing signals on, and its exit code.
 
 bubblewrap is two processes: one outside that waits, and pid 1 of the new pid namespace, whose child is the
-command. What is typed at the container's terminal (Ctrl-C) goes to all of them. In a small root the one outside
-is pid 1 of a pid namespace itself, which no such signal ends. Elsewhere it is ended; so this process becomes the
-reaper of what is left, waits for the inner pid 1, and gets the command's exit code from there.
+command. What is typed at the container's terminal (Ctrl-C) goes to all of them. In a small root the one
+outside is pid 1 of a pid namespace itself, which no such signal ends. Elsewhere it ends; so this process
+becomes the reaper of what is left, waits for the inner pid 1, and gets the command's exit code from there.
 A signal that reaches this process is handed on to the command.
 """
 

@@ -37,6 +37,8 @@ _FILES = ("/etc/ld.so.cache", "/etc/resolv.conf", "/etc/hosts")
 def enter_small_root(merged: str, terminal: str | None) -> None:
     """Enter a tree of its own, as pid 1 after `new_namespaces`. Raises OSError; Linux 5.12.
 
+    What the host mounts later appears below the union alone, for storage with such a propagation.
+
     `merged` is the union, `terminal` the container's in the host's /dev/pts. The device files are the host's
     inodes, and are read-only, for uid 0 of the container could change their owner and mode; a device on a
     read-only mount can still be written to. For uid 0 /proc is read-only, too.
@@ -46,10 +48,10 @@ def enter_small_root(merged: str, terminal: str | None) -> None:
     os.close(old)
     links = [path for path in _PROGRAMS if os.path.islink(path)]
     parts = [path for path in (*_PROGRAMS, *_FILES, *_DEVICES, "/sys") if os.path.exists(path)]
-    mounts = [(path, _read_only(path)) for path in parts if path not in links]
+    mounts = [(path, _private(path, detached.READ_ONLY)) for path in parts if path not in links]
     mounts.append((merged, detached.clone(merged, recursive=True)))
     if terminal is not None:
-        mounts.append((terminal, detached.clone(terminal, recursive=False)))
+        mounts.append((terminal, _private(terminal)))
     mounts.append(("/proc", _proc()))
     root = detached.new_filesystem("tmpfs", [("mode", "0755"), ("size", "1m")])
     place = _open("/proc")
@@ -93,9 +95,10 @@ def _proc() -> int:
     return detached.new_filesystem("proc", (), attributes | _PROC_ATTRIBUTES)
 
 
-def _read_only(path: str) -> int:
+def _private(path: str, attributes: int = 0) -> int:
+    """A detached clone of what is mounted at a path, which gets none of the host's later mounts."""
     fd = detached.clone(path, recursive=True)
-    detached.change(fd, add=detached.READ_ONLY, recursive=True)
+    detached.change(fd, add=attributes, propagation=detached.PROPAGATION["private"], recursive=True)
     return fd
 
 
