@@ -1,4 +1,4 @@
-"""Starting bubblewrap in a session of its own, with nothing of the caller's but fds 0 to 2.
+"""Starting bubblewrap in a session of its own, with nothing of the caller's.
 
 The session has a leader, a small process that lives as long as `unionfs run`: when a session leader ends, its
 terminal is lost to all, and bubblewrap's outer process ends with the first Ctrl-C. The leader forks a process
@@ -50,6 +50,8 @@ class Launch:
     keep: Collection[int]
     """The fds that bubblewrap gets besides 0 to 2."""
     terminal: Terminal | None
+    streams: Mapping[int, int]
+    """The fds that bubblewrap gets as 0 to 2 where these are not terminals."""
     small_root: str | None
     """The union, for bubblewrap to start in a tree with little more than that; None: in the host's tree."""
 
@@ -130,6 +132,8 @@ class Launch:
             if self.terminal is not None:
                 for fd in self.terminal.fds:
                     os.dup2(self.terminal.slave, fd)
+            for fd, end in self.streams.items():
+                os.dup2(end, fd)
             for name in os.listdir("/proc/self/fd"):
                 # A directory of the host would be a way out of the container.
                 if int(name) > 2:

@@ -18,6 +18,7 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import suppress
 
 from unionfs.containers.launch import Launch
+from unionfs.containers.streams import Streams
 from unionfs.containers.terminal import Terminal, standard_terminals
 from unionfs.sys.process import is_alive, start_time
 
@@ -26,6 +27,7 @@ _FORWARDED = frozenset({
     signal.SIGHUP, signal.SIGINT, signal.SIGQUIT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2,
     signal.SIGWINCH, signal.SIGCONT,
 })  # fmt: skip
+_ENDING = frozenset({signal.SIGHUP, signal.SIGINT, signal.SIGQUIT, signal.SIGTERM})
 _START_SECONDS = 2.0
 _POLL_SECONDS = 0.02
 
@@ -62,6 +64,7 @@ class Command:
         ctypes.CDLL(None).prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
         fds = standard_terminals()
         self.terminal = Terminal(fds) if fds else None
+        self._streams = Streams({0, 1, 2}.difference(fds))
         reader, writer = os.pipe()
         try:
             leader, self._outer = Launch(
@@ -70,6 +73,7 @@ class Command:
                 environment,
                 keep={writer, *keep},
                 terminal=self.terminal,
+                streams=self._streams.ends,
                 small_root=small_root,
             ).start()
             self._leader = os.pidfd_open(leader)
@@ -78,6 +82,7 @@ class Command:
             raise
         finally:
             os.close(writer)
+            self._streams.close_ends()
             if self.terminal is not None:
                 self.terminal.close_slave()
         with os.fdopen(reader, "rb") as info:
@@ -101,14 +106,21 @@ class Command:
     def wait(self) -> int:
         """Hand signals on until the command has ended; its exit code, 128 and the signal if one ended it.
 
-        What it has left running in the container is killed then, as everywhere when pid 1 ends.
+        What it has left running in the container is killed then, as everywhere when pid 1 ends. Raises
+        UserError when the command's output cannot be written.
         """
         if self.terminal is not None:
             self.terminal.start()
+        self._streams.start()
         try:
-            return self._wait()
+            code = self._wait()
+            self._streams.finish(self._is_told_to_end)
+            return code
         finally:
             self._end_session()
+
+    def _is_told_to_end(self) -> bool:
+        return signal.sigtimedwait(self._held & _ENDING, 0) is not None
 
     def _wait(self) -> int:
         signals = self._held | {signal.SIGCHLD}
