@@ -95,6 +95,33 @@ def test_the_command_is_bubblewrap_itself(inside: Prison) -> None:
     assert before == state(program)
 
 
+def test_the_environment_is_the_command_s_alone(inmate: Prison) -> None:
+    """ld.so(8) has variables that change what a program loads, and does; bubblewrap itself is still outside."""
+    for variable in ("LD_TRACE_LOADED_OBJECTS=1", "LD_PRELOAD=/nowhere/x.so", "GLIBC_TUNABLES=glibc.x=1"):
+        done = inmate.call("--rm", "-e", variable, "--", "/bin/busybox", "env")
+        assert variable in inmate.out(done).splitlines()
+        assert done.stderr == ""
+    script = "echo up; sleep 82.5; exec true"
+    process = inmate.start("--rm", "-e", "PASSWORD=in-the-environment", "--", "sh", "-c", script)
+    try:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "up\n"
+        shown = {path: read(path) for path in Path("/proc").glob("[0-9]*/cmdline")}
+        assert any(b"bwrap" in words and b"82.5" in words for words in shown.values())
+        inside = [words for words in shown.values() if b"in-the-environment" in words]
+        assert all(b"bwrap" not in words for words in inside)
+    finally:
+        process.terminate()
+        process.communicate(timeout=patient(20))
+
+
+def read(path: Path) -> bytes:
+    """What is in a file; nothing if it is gone."""
+    with suppress(OSError):
+        return path.read_bytes()
+    return b""
+
+
 # -- open files of the host: CVE-2024-21626 -----------------------------------------------------------
 
 

@@ -60,10 +60,14 @@ def arguments(
     own_network: bool,
     storage: Sequence[Spec],
     confinement: Confinement,
+    environment_fd: int,
     info_fd: int,
     filter_fd: int | None,
 ) -> list[str]:
-    """The whole command line: the merged tree as root, with what is mounted in it, /proc, /dev, /sys."""
+    """The whole command line: the merged tree as root, with what is mounted in it, /proc, /dev, /sys.
+
+    From `environment_fd` bubblewrap reads `environment_arguments`.
+    """
     if confinement.privileged:
         words = [program, "--dev-bind", merged, "/", "--proc", "/proc"]
         words += ["--dev-bind", "/dev", "/dev", "--dev-bind-try", "/sys", "/sys"]
@@ -86,7 +90,8 @@ def arguments(
             words += ["--cap-add", name]
     if filter_fd is not None:
         words += ["--seccomp", str(filter_fd)]
-    words += ["--hostname", hostname, "--chdir", workdir, "--info-fd", str(info_fd), "--"]
+    words += ["--args", str(environment_fd), "--hostname", hostname]
+    words += ["--chdir", workdir, "--info-fd", str(info_fd), "--"]
     return [*words, *command]
 
 
@@ -149,6 +154,16 @@ def _name_resolution(merged: str, targets: set[str]) -> list[str]:
         if kind == stat.S_IFREG and not os.path.islink(merged + "/etc"):
             words += ["--ro-bind", path, path]
     return words
+
+
+def environment_arguments(values: Mapping[str, str]) -> bytes:
+    """What bubblewrap reads from --args to give the command an environment.
+
+    In bubblewrap's own, LD_PRELOAD and the like would load the container's libraries into it; in its command
+    line every user of the host would see the values.
+    """
+    words = ["--clearenv", *(word for item in values.items() for word in ("--setenv", *item))]
+    return b"".join(os.fsencode(word) + b"\0" for word in words)
 
 
 def environment(given: Mapping[str, str], hostname: str) -> dict[str, str]:

@@ -46,7 +46,6 @@ class Launch:
 
     program: str
     words: Sequence[str]
-    environment: Mapping[str, str]
     keep: Collection[int]
     """The fds that bubblewrap gets besides 0 to 2."""
     terminal: Terminal | None
@@ -143,7 +142,7 @@ class Launch:
                 signal.signal(number, signal.SIG_DFL)
             signal.pthread_sigmask(signal.SIG_SETMASK, ())
             path = self.program if program is None else f"/proc/self/fd/{program}"
-            os.execve(path, list(self.words), dict(self.environment))
+            os.execve(path, list(self.words), {})
         except OSError as error:
             os.write(failure, reason(error).encode())
         finally:

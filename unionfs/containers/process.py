@@ -14,7 +14,7 @@ import json
 import os
 import signal
 import time
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Sequence
 from contextlib import suppress
 
 from unionfs.containers.launch import Launch
@@ -50,7 +50,6 @@ class Command:
         self,
         program: str,
         arguments: Callable[[int], Sequence[str]],
-        environment: Mapping[str, str],
         *,
         keep: Collection[int] = (),
         small_root: str | None = None,
@@ -70,7 +69,6 @@ class Command:
             leader, self._outer = Launch(
                 program,
                 arguments(writer),
-                environment,
                 keep={writer, *keep},
                 terminal=self.terminal,
                 streams=self._streams.ends,
