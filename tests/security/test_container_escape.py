@@ -96,7 +96,7 @@ def test_the_command_is_bubblewrap_itself(inside: Prison) -> None:
 
 
 def test_the_environment_is_the_command_s_alone(inmate: Prison) -> None:
-    """ld.so(8) has variables that change what a program loads, and does; bubblewrap itself is still outside."""
+    """ld.so(8) has variables that change what a program loads, and bubblewrap itself is still outside."""
     for variable in ("LD_TRACE_LOADED_OBJECTS=1", "LD_PRELOAD=/nowhere/x.so", "GLIBC_TUNABLES=glibc.x=1"):
         done = inmate.call("--rm", "-e", variable, "--", "/bin/busybox", "env")
         assert variable in inmate.out(done).splitlines()

@@ -288,6 +288,20 @@ def test_nothing_of_the_kernel_is_written(inmate: Prison) -> None:
     assert "written" not in inmate.sh(script).stdout
 
 
+def test_owner_and_mode_of_the_kernel_s_files(inside: Prison) -> None:
+    """Every procfs has the same ones: what a container changes, the host sees. They are set to what they are."""
+    script = (
+        "for p in /proc/[a-z]* /proc/tty/drivers /proc/driver/rtc /proc/sysvipc/shm; do "
+        "if [ -f $p ] && ! [ -L $p ]; then chmod $(stat -c %a $p) $p && echo changed $p; "
+        "chown 0:0 $p && echo changed $p; fi; done 2>/dev/null; echo 100 >/proc/self/oom_score_adj; "
+        "cat /proc/self/oom_score_adj; head -n 1 /proc/meminfo /proc/cpuinfo /proc/mounts /proc/net/dev"
+    )
+    lines = inside.out(inside.sh(script)).splitlines()
+    assert [line for line in lines if line.startswith("changed")] == []
+    assert "100" in lines
+    assert any(line.startswith("MemTotal") for line in lines)
+
+
 def test_sys_is_read_only(inmate: Prison) -> None:
     """With all that is mounted below it on the host, none of which is shown."""
     table = inmate.out(inmate.sh("cat /proc/self/mountinfo")).splitlines()

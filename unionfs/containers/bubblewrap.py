@@ -23,7 +23,6 @@ _MASKED = (
     "/sys/devices/virtual/powercap", "/sys/firmware",
 )  # fmt: skip
 _MASKED_PER_CPU = "/sys/devices/system/cpu/cpu[0-9]*/thermal_throttle"
-_READ_ONLY = ("/proc/bus", "/proc/fs", "/proc/irq", "/proc/sys", "/proc/sysrq-trigger")
 _CGROUPS = "/sys/fs/cgroup"
 
 
@@ -98,12 +97,11 @@ def arguments(
 def _protected() -> list[str]:
     """The kernel's files as Docker leaves them to a container: some hidden, some read-only.
 
-    Files in /proc ask for uid 0 and no capability. bubblewrap makes some of them read-only, and not all. What
-    is mounted below /sys (debugfs, tracefs, cgroups) is not in a sysfs of the container's own, as in Docker.
+    What is mounted below /sys (debugfs, tracefs, cgroups) is not in a sysfs of the container's own, as in Docker.
     """
     words = []
     if os.geteuid() == 0:
-        for path in _READ_ONLY:
+        for path in _kernel_files():
             words += ["--ro-bind-try", path, path]
     mounted = [entry.mountpoint for entry in read_mountinfo() if entry.mountpoint.startswith("/sys/")]
     hidden = [path for path in (*_MASKED, *glob.glob(_MASKED_PER_CPU)) if os.path.lexists(path)]
@@ -115,6 +113,16 @@ def _protected() -> list[str]:
     if _CGROUPS in mounted and (own := _own_cgroup()):
         words += ["--ro-bind", own, _CGROUPS]
     return words
+
+
+def _kernel_files() -> list[str]:
+    """What is in /proc besides processes, to be read-only: it asks for uid 0 and no capability.
+
+    Docker leaves most of it writable. But owner and mode of such a file are the same in every procfs
+    (fs/proc/generic.c, proc_notify_change), so a container would change them for the host.
+    """
+    with os.scandir("/proc") as entries:
+        return [entry.path for entry in entries if not entry.name.isdigit() and not entry.is_symlink()]
 
 
 def _own_cgroup() -> str | None:
