@@ -212,7 +212,11 @@ def capabilities(done: str) -> int:
     ],
 )  # fmt: skip
 def test_capabilities(inside: Prison, options: list[str], expected: int | None) -> None:
-    found = capabilities(inside.out(inside.sh("grep CapEff /proc/self/status", *options)))
+    lines = inside.out(inside.sh("grep Cap /proc/self/status", *options)).splitlines()
+    sets = {line.split(":")[0]: capabilities(line) for line in lines}
+    found = sets["CapEff"]
+    assert sets["CapBnd"] == sets["CapPrm"] == found
+    assert sets["CapInh"] & ~found == sets["CapAmb"] & ~found == 0
     if expected is None:
         with open("/proc/self/status", encoding="ascii") as status:
             held = next(int(line.split()[1], 16) for line in status if line.startswith("CapEff"))
@@ -289,7 +293,7 @@ def test_nothing_of_the_kernel_is_written(inmate: Prison) -> None:
 
 
 def test_owner_and_mode_of_the_kernel_s_files(inside: Prison) -> None:
-    """Every procfs has the same ones: what a container changes, the host sees. They are set to what they are."""
+    """Every procfs has the same ones: the host sees what a container changes."""
     script = (
         "for p in /proc/[a-z]* /proc/tty/drivers /proc/driver/rtc /proc/sysvipc/shm; do "
         "if [ -f $p ] && ! [ -L $p ]; then chmod $(stat -c %a $p) $p && echo changed $p; "

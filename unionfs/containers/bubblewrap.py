@@ -97,7 +97,8 @@ def arguments(
 def _protected() -> list[str]:
     """The kernel's files as Docker leaves them to a container: some hidden, some read-only.
 
-    What is mounted below /sys (debugfs, tracefs, cgroups) is not in a sysfs of the container's own, as in Docker.
+    What is mounted below /sys (debugfs, tracefs, cgroups) is not in a sysfs of the container's own, as in
+    Docker.
     """
     words = []
     if os.geteuid() == 0:

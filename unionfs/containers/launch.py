@@ -27,6 +27,7 @@ from typing import NoReturn
 from unionfs.containers.small_root import enter_small_root, new_namespaces
 from unionfs.containers.terminal import Terminal
 from unionfs.daemon.errors import UserError, quoted, reason
+from unionfs.sys.capabilities import NUMBERS, capability_sets, set_capabilities
 from unionfs.sys.keyring import new_session_keyring
 from unionfs.sys.mount import clone_tree
 
@@ -35,6 +36,7 @@ _libc = ctypes.CDLL(None, use_errno=True)
 # linux/prctl.h
 _PR_SET_PDEATHSIG = 1
 _PR_SET_NAME = 15
+_PR_CAPBSET_DROP = 24
 _TERMINAL_SIGNALS = (
     signal.SIGHUP, signal.SIGINT, signal.SIGQUIT, signal.SIGTSTP, signal.SIGTTIN, signal.SIGTTOU,
 )  # fmt: skip
@@ -51,6 +53,8 @@ class Launch:
     terminal: Terminal | None
     streams: Mapping[int, int]
     """The fds that bubblewrap gets as 0 to 2 where these are not terminals."""
+    bounding: Collection[str]
+    """The capabilities (CAP_*) that no program in the container exceeds; of uid 0."""
     small_root: str | None
     """The union, for bubblewrap to start in a tree with little more than that; None: in the host's tree."""
 
@@ -141,6 +145,8 @@ class Launch:
             for number in signal.valid_signals() - {signal.SIGKILL, signal.SIGSTOP}:
                 signal.signal(number, signal.SIG_DFL)
             signal.pthread_sigmask(signal.SIG_SETMASK, ())
+            if os.geteuid() == 0:
+                _bound_capabilities(self.bounding)
             path = self.program if program is None else f"/proc/self/fd/{program}"
             os.execve(path, list(self.words), {})
         except OSError as error:
@@ -162,6 +168,22 @@ def _join_new_keyring() -> None:
     except OSError as error:
         if error.errno != errno.ENOSYS:
             raise OSError(error.errno, f"no new session keyring ({reason(error)})") from error
+
+
+def _bound_capabilities(names: Collection[str]) -> None:
+    """Reduce the bounding set, and leave bubblewrap what it needs: uid 0 executes with the inheritable set.
+
+    bubblewrap sets that to what --cap-add names. Source: capabilities(7). Raises OSError.
+    """
+    data = capability_sets()
+    for half in data:
+        half.inheritable = half.permitted
+    if not set_capabilities(data):
+        return  # no_new_privs keeps the command from more in any case
+    kept = {NUMBERS[name.removeprefix("CAP_")] for name in names}
+    for number in set(range(64)) - kept:
+        # EINVAL: the kernel has no such number; EPERM: no CAP_SETPCAP
+        _libc.prctl(_PR_CAPBSET_DROP, number, 0, 0, 0)
 
 
 def _unreachable(program: str) -> int | None:

@@ -52,12 +52,13 @@ class Command:
         arguments: Callable[[int], Sequence[str]],
         *,
         keep: Collection[int] = (),
-        small_root: str | None = None,
+        bounding: Collection[str],
+        small_root: str | None,
     ) -> None:
         """Start it. Raises UserError.
 
         `arguments` gets the number of the fd for bubblewrap's --info-fd; `keep` are other fds that it names.
-        `small_root`: as for Launch.
+        `bounding` and `small_root`: as for Launch.
         """
         self._held = hold_signals()
         ctypes.CDLL(None).prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
@@ -72,6 +73,7 @@ class Command:
                 keep={writer, *keep},
                 terminal=self.terminal,
                 streams=self._streams.ends,
+                bounding=bounding,
                 small_root=small_root,
             ).start()
             self._leader = os.pidfd_open(leader)

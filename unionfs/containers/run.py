@@ -211,6 +211,7 @@ def _in_union(
             filter_fd=filter_fd,
         ),
         keep=fds,
+        bounding=confinement.capabilities,
         small_root=merged if _wants_small_root(confinement, workdir, entry.settings.storage) else None,
     )
     for fd in fds:
