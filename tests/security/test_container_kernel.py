@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes.util
+import json
 import os
 import platform
 import shutil
@@ -153,20 +154,48 @@ text:   .ascii "32 bits\\n"
 """
 
 
+_SOCKETCALL_32 = """
+.globl _start
+_start: mov $102, %eax; mov $1, %ebx; mov $words, %ecx; int $0x80     # socket(AF_UNIX, SOCK_STREAM, 0)
+        neg %eax; mov %eax, %ebx; mov $1, %eax; int $0x80
+words:  .long 1, 1, 0
+"""
+
+
+def make_32(program: Path, source: str, *, prints: bytes) -> None:
+    """Make a 32-bit program that prints this outside of a container; skip the test where that fails."""
+    if shutil.which("gcc") is None:
+        pytest.skip("gcc is not installed")
+    built = subprocess.run(
+        ["gcc", "-m32", "-nostdlib", "-static", "-x", "assembler", "-", "-o", program],
+        input=source, text=True, capture_output=True,
+    )  # fmt: skip
+    if built.returncode != 0 or subprocess.run([program], capture_output=True).stdout != prints:
+        pytest.skip("32-bit programs cannot be made or run here")
+
+
 @pytest.mark.skipif(platform.machine() != "x86_64", reason="32-bit programs of x86")
 def test_32_bit_programs(inmate: Prison) -> None:
     """They run, under the same filter."""
-    if shutil.which("gcc") is None:
-        pytest.skip("gcc is not installed")
-    program = inmate.box.base / "bin/p32"
-    built = subprocess.run(
-        ["gcc", "-m32", "-nostdlib", "-static", "-x", "assembler", "-", "-o", program],
-        input=_PROGRAM_32, text=True, capture_output=True,
-    )  # fmt: skip
-    if built.returncode != 0 or subprocess.run([program], capture_output=True).stdout != b"32 bits\n":
-        pytest.skip("32-bit programs cannot be made or run here")
+    make_32(inmate.box.base / "bin/p32", _PROGRAM_32, prints=b"32 bits\n")
     done = inmate.call("--rm", "--", "/bin/p32")
     assert (done.stdout, done.returncode) == ("32 bits\n", 1), done
+
+
+@pytest.mark.skipif(platform.machine() != "x86_64", reason="32-bit programs of x86")
+def test_socketcall_can_be_refused(inside: Prison) -> None:
+    """32-bit programs need it; a profile with a rule for it refuses it, though it allows sockets."""
+    make_32(inside.box.base / "bin/p32", _SOCKETCALL_32, prints=b"")
+    allowed = inside.call("--rm", "--", "/bin/p32").returncode
+    assert allowed > 200  # the negative of a file descriptor
+    profile = json.loads(Path(seccomp.BUILT_IN).read_text())
+    for rule in profile["syscalls"]:
+        rule["names"] = [name for name in rule["names"] if name != "socketcall"]
+    refuse = {"names": ["socketcall"], "action": "SCMP_ACT_ERRNO", "errnoRet": 38}
+    profile["syscalls"].insert(0, refuse)
+    path = inside.box.host / "profile.json"
+    path.write_text(json.dumps(profile))
+    assert inside.call("--rm", "--security-opt", f"seccomp={path}", "--", "/bin/p32").returncode == 38
 
 
 def test_ordinary_programs_run(inmate: Prison) -> None:
