@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import os
 import shutil
+import subprocess
+import sysconfig
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,7 +17,7 @@ from pathlib import Path
 import pytest
 
 from tests.mount import cli_calls, user_calls
-from tests.mount.cli_calls import Done
+from tests.mount.cli_calls import UNIONFS, Done
 from tests.mount.run_calls import Containers, cleaned
 from unionfs.containers import bubblewrap
 
@@ -45,6 +47,21 @@ class Prison:
         if self.host is None:
             return cli_calls.unionfs(*words, env={"PATH": self.path})
         return self.host.run("env", f"PATH={self.path}", *self.host.command, *map(str, words))
+
+    def start(self, *arguments: str | Path) -> subprocess.Popen[str]:
+        """Start `unionfs run` with these arguments; its output comes through a pipe."""
+        words = [*UNIONFS, *map(str, self.words(*arguments))]
+        environment = {**os.environ, "PYTHONPATH": str(cli_calls.REPOSITORY), "PATH": self.path}
+        if self.host is not None:
+            uid = str(user_calls.UID)
+            words = ["nsenter", "-t", str(self.host.holder.pid), "-m", "setpriv", "--reuid", uid, "--regid",
+                     uid, "--clear-groups", *self.host.command, *words[len(UNIONFS) :]]  # fmt: skip
+            environment["XDG_RUNTIME_DIR"] = str(self.host.runtime)
+            environment["PYTHONPATH"] += f":{sysconfig.get_path('purelib')}"
+        return subprocess.Popen(
+            words, cwd="/", env=environment, text=True,
+            stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+        )  # fmt: skip
 
     def copy_bubblewrap(self) -> Path:
         """Let `unionfs run` use a copy of bubblewrap, which belongs to its caller."""

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.mount import cli_calls
+from tests.mount import cli_calls, user_calls
 from tests.mount.cli_calls import REPOSITORY, UNIONFS, refused, wait_for
 from tests.security.container_calls import PYTHON, Prison, prison
 from tests.support import areas
@@ -93,6 +93,33 @@ def test_the_command_is_bubblewrap_itself(inside: Prison) -> None:
     done = inside.call("--rm", "--", "/proc/self/exe", "--bind", "/", "/", PYTHON, "-c", _OVERWRITE)
     assert "done" not in done.stdout
     assert before == state(program)
+
+
+def test_the_environment_is_the_command_s_alone(inmate: Prison) -> None:
+    """ld.so(8) has variables that change what a program loads, and bubblewrap itself is still outside."""
+    for variable in ("LD_TRACE_LOADED_OBJECTS=1", "LD_PRELOAD=/nowhere/x.so", "GLIBC_TUNABLES=glibc.x=1"):
+        done = inmate.call("--rm", "-e", variable, "--", "/bin/busybox", "env")
+        assert variable in inmate.out(done).splitlines()
+        assert done.stderr == ""
+    script = "echo up; sleep 82.5; exec true"
+    process = inmate.start("--rm", "-e", "PASSWORD=in-the-environment", "--", "sh", "-c", script)
+    try:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "up\n"
+        shown = {path: read(path) for path in Path("/proc").glob("[0-9]*/cmdline")}
+        assert any(b"bwrap" in words and b"82.5" in words for words in shown.values())
+        inside = [words for words in shown.values() if b"in-the-environment" in words]
+        assert all(b"bwrap" not in words for words in inside)
+    finally:
+        process.terminate()
+        process.communicate(timeout=patient(20))
+
+
+def read(path: Path) -> bytes:
+    """What is in a file; nothing if it is gone."""
+    with suppress(OSError):
+        return path.read_bytes()
+    return b""
 
 
 # -- open files of the host: CVE-2024-21626 -----------------------------------------------------------
@@ -180,6 +207,46 @@ def test_a_workdir_that_is_swapped_in_time(root: None, area: Path, who: str) -> 
     # What is reached is the small root: if it is not any more, bubblewrap has become better than that.
     assert "usr" in seen
     assert not seen & {"root", "home", "var", "boot", "run"}
+
+
+@pytest.mark.parametrize("who", ["root", "user"])
+def test_a_swapped_workdir_shows_no_other_process(root: None, area: Path, who: str) -> None:
+    """The /proc that bubblewrap has open: there PID/root of what it may trace would be the host's tree."""
+    (area / "secret").write_text("secret\n")
+    (area / "secret").chmod(0o644)
+    script = (
+        f"for q in [0-9]*; do cat $q/root{area}/secret $q/cwd/secret && echo read; "
+        "ls $q/root/other && echo other; head -c 20 $q/environ | grep SECRET && echo read; "
+        "tr '\\0' ' ' <$q/cmdline | grep '81[.]25' && echo process; done 2>/dev/null; ls; true"
+    )
+    seen = set()
+    with prison(area, who) as inmate:
+        caller = ["setpriv", "--bounding-set", "-all", "--inh-caps", "-all"]
+        if inmate.host is not None:
+            caller = ["setpriv", "--reuid", str(user_calls.UID), "--clear-groups"]
+        process = subprocess.Popen(["env", "SECRET=1", *caller, "sleep", "81.25"], cwd=area)
+        other = inmate.start("--rm", "--", "sh", "-c", "mkdir /other; echo up; exec sleep 81.25")
+        try:
+            assert other.stdout is not None
+            assert other.stdout.readline() == "up\n"
+            for number in (3, 4, 5):
+                words = [str(number), *map(str, inmate.words("--rm", "--workdir", "/v/w", "-v", "vol:/v"))]
+                words += ["--", "/usr/bin/bash", "-c", script]
+                if inmate.host is None:
+                    done = cli_calls.call((UNIONFS[0], "-c", _WORKDIR_SWAPPED), *words)
+                else:
+                    done = inmate.host.run(inmate.host.command[0], "-c", _WORKDIR_SWAPPED, *words)
+                lines = done.stdout.splitlines()
+                seen.update(lines)
+                assert not {"read", "other", "process"} & set(lines), done
+                assert not {str(process.pid), str(other.pid), str(os.getpid())} & set(lines)
+        finally:
+            other.terminate()
+            process.kill()
+            process.wait()
+            other.communicate(timeout=patient(20))
+    # What is reached is the /proc of bubblewrap's own namespace.
+    assert "uptime" in seen
 
 
 # -- what is mounted where: CVE-2019-16884, CVE-2021-30465, CVE-2024-23651 ------------------------------

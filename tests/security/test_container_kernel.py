@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes.util
+import json
 import os
 import platform
 import shutil
@@ -15,6 +16,7 @@ import pytest
 
 from tests.mount.cli_calls import REPOSITORY, UNIONFS, refused
 from tests.security.container_calls import Prison, prison
+from tests.support.patience import patient
 from unionfs.containers import seccomp
 from unionfs.containers.capabilities import DEFAULT
 from unionfs.daemon.errors import UserError
@@ -152,20 +154,48 @@ text:   .ascii "32 bits\\n"
 """
 
 
+_SOCKETCALL_32 = """
+.globl _start
+_start: mov $102, %eax; mov $1, %ebx; mov $words, %ecx; int $0x80     # socket(AF_UNIX, SOCK_STREAM, 0)
+        neg %eax; mov %eax, %ebx; mov $1, %eax; int $0x80
+words:  .long 1, 1, 0
+"""
+
+
+def make_32(program: Path, source: str, *, prints: bytes) -> None:
+    """Make a 32-bit program that prints this outside of a container; skip the test where that fails."""
+    if shutil.which("gcc") is None:
+        pytest.skip("gcc is not installed")
+    built = subprocess.run(
+        ["gcc", "-m32", "-nostdlib", "-static", "-x", "assembler", "-", "-o", program],
+        input=source, text=True, capture_output=True,
+    )  # fmt: skip
+    if built.returncode != 0 or subprocess.run([program], capture_output=True).stdout != prints:
+        pytest.skip("32-bit programs cannot be made or run here")
+
+
 @pytest.mark.skipif(platform.machine() != "x86_64", reason="32-bit programs of x86")
 def test_32_bit_programs(inmate: Prison) -> None:
     """They run, under the same filter."""
-    if shutil.which("gcc") is None:
-        pytest.skip("gcc is not installed")
-    program = inmate.box.base / "bin/p32"
-    built = subprocess.run(
-        ["gcc", "-m32", "-nostdlib", "-static", "-x", "assembler", "-", "-o", program],
-        input=_PROGRAM_32, text=True, capture_output=True,
-    )  # fmt: skip
-    if built.returncode != 0 or subprocess.run([program], capture_output=True).stdout != b"32 bits\n":
-        pytest.skip("32-bit programs cannot be made or run here")
+    make_32(inmate.box.base / "bin/p32", _PROGRAM_32, prints=b"32 bits\n")
     done = inmate.call("--rm", "--", "/bin/p32")
     assert (done.stdout, done.returncode) == ("32 bits\n", 1), done
+
+
+@pytest.mark.skipif(platform.machine() != "x86_64", reason="32-bit programs of x86")
+def test_socketcall_can_be_refused(inside: Prison) -> None:
+    """32-bit programs need it; a profile with a rule for it refuses it, though it allows sockets."""
+    make_32(inside.box.base / "bin/p32", _SOCKETCALL_32, prints=b"")
+    allowed = inside.call("--rm", "--", "/bin/p32").returncode
+    assert allowed > 200  # the negative of a file descriptor
+    profile = json.loads(Path(seccomp.BUILT_IN).read_text())
+    for rule in profile["syscalls"]:
+        rule["names"] = [name for name in rule["names"] if name != "socketcall"]
+    refuse = {"names": ["socketcall"], "action": "SCMP_ACT_ERRNO", "errnoRet": 38}
+    profile["syscalls"].insert(0, refuse)
+    path = inside.box.host / "profile.json"
+    path.write_text(json.dumps(profile))
+    assert inside.call("--rm", "--security-opt", f"seccomp={path}", "--", "/bin/p32").returncode == 38
 
 
 def test_ordinary_programs_run(inmate: Prison) -> None:
@@ -211,7 +241,11 @@ def capabilities(done: str) -> int:
     ],
 )  # fmt: skip
 def test_capabilities(inside: Prison, options: list[str], expected: int | None) -> None:
-    found = capabilities(inside.out(inside.sh("grep CapEff /proc/self/status", *options)))
+    lines = inside.out(inside.sh("grep Cap /proc/self/status", *options)).splitlines()
+    sets = {line.split(":")[0]: capabilities(line) for line in lines}
+    found = sets["CapEff"]
+    assert sets["CapBnd"] == sets["CapPrm"] == found
+    assert sets["CapInh"] & ~found == sets["CapAmb"] & ~found == 0
     if expected is None:
         with open("/proc/self/status", encoding="ascii") as status:
             held = next(int(line.split()[1], 16) for line in status if line.startswith("CapEff"))
@@ -287,6 +321,20 @@ def test_nothing_of_the_kernel_is_written(inmate: Prison) -> None:
     assert "written" not in inmate.sh(script).stdout
 
 
+def test_owner_and_mode_of_the_kernel_s_files(inside: Prison) -> None:
+    """Every procfs has the same ones: the host sees what a container changes."""
+    script = (
+        "for p in /proc/[a-z]* /proc/tty/drivers /proc/driver/rtc /proc/sysvipc/shm; do "
+        "if [ -f $p ] && ! [ -L $p ]; then chmod $(stat -c %a $p) $p && echo changed $p; "
+        "chown 0:0 $p && echo changed $p; fi; done 2>/dev/null; echo 100 >/proc/self/oom_score_adj; "
+        "cat /proc/self/oom_score_adj; head -n 1 /proc/meminfo /proc/cpuinfo /proc/mounts /proc/net/dev"
+    )
+    lines = inside.out(inside.sh(script)).splitlines()
+    assert [line for line in lines if line.startswith("changed")] == []
+    assert "100" in lines
+    assert any(line.startswith("MemTotal") for line in lines)
+
+
 def test_sys_is_read_only(inmate: Prison) -> None:
     """With all that is mounted below it on the host, none of which is shown."""
     table = inmate.out(inmate.sh("cat /proc/self/mountinfo")).splitlines()
@@ -298,6 +346,27 @@ def test_sys_is_read_only(inmate: Prison) -> None:
     hidden = [entry.mountpoint for entry in there if entry.fstype != "cgroup2"]
     script = "for p in " + " ".join(hidden) + "; do ls -A $p 2>/dev/null; done; true"
     assert inmate.out(inmate.sh(script)) == ""
+
+
+def test_what_the_host_mounts_later(inside: Prison) -> None:
+    """Nothing of it appears below /sys, /proc, or /dev, where it would be writable; nor in a private bind."""
+    places = ("/sys/kernel", "/proc/fs", "/dev/pts", inside.box.host)
+    script = (
+        "mount --make-rshared / && mkfifo $0/go && { \"$@\" >$0/out & "
+        "for n in $(seq 200); do [ -e $0/up ] && break; sleep 0.05; done; "
+        + "".join(f"mount -t tmpfs later {place}; " for place in places)
+        + "echo >$0/go; wait $!; }"
+    )
+    box = inside.box
+    words = [*map(str, inside.words("--rm", "-v", f"{box.host}:/host", "-v", f"{box.area}:/area"))]
+    words += ["--", "sh", "-c", "echo >/area/up; read x </area/go; cat /proc/self/mountinfo"]
+    subprocess.run(
+        ["unshare", "-m", "bash", "-c", script, box.area, *UNIONFS, *words], check=True,
+        timeout=patient(30), env={**os.environ, "PYTHONPATH": str(REPOSITORY)}, stdin=subprocess.DEVNULL,
+    )  # fmt: skip
+    table = (box.area / "out").read_text()
+    assert " / / " in table
+    assert "later" not in table
 
 
 def test_cgroups(inmate: Prison) -> None:

@@ -23,7 +23,6 @@ _MASKED = (
     "/sys/devices/virtual/powercap", "/sys/firmware",
 )  # fmt: skip
 _MASKED_PER_CPU = "/sys/devices/system/cpu/cpu[0-9]*/thermal_throttle"
-_READ_ONLY = ("/proc/bus", "/proc/fs", "/proc/irq", "/proc/sys", "/proc/sysrq-trigger")
 _CGROUPS = "/sys/fs/cgroup"
 
 
@@ -60,10 +59,14 @@ def arguments(
     own_network: bool,
     storage: Sequence[Spec],
     confinement: Confinement,
+    environment_fd: int,
     info_fd: int,
     filter_fd: int | None,
 ) -> list[str]:
-    """The whole command line: the merged tree as root, with what is mounted in it, /proc, /dev, /sys."""
+    """The whole command line: the merged tree as root, with what is mounted in it, /proc, /dev, /sys.
+
+    From `environment_fd` bubblewrap reads `environment_arguments`.
+    """
     if confinement.privileged:
         words = [program, "--dev-bind", merged, "/", "--proc", "/proc"]
         words += ["--dev-bind", "/dev", "/dev", "--dev-bind-try", "/sys", "/sys"]
@@ -86,19 +89,20 @@ def arguments(
             words += ["--cap-add", name]
     if filter_fd is not None:
         words += ["--seccomp", str(filter_fd)]
-    words += ["--hostname", hostname, "--chdir", workdir, "--info-fd", str(info_fd), "--"]
+    words += ["--args", str(environment_fd), "--hostname", hostname]
+    words += ["--chdir", workdir, "--info-fd", str(info_fd), "--"]
     return [*words, *command]
 
 
 def _protected() -> list[str]:
     """The kernel's files as Docker leaves them to a container: some hidden, some read-only.
 
-    Files in /proc ask for uid 0 and no capability. bubblewrap makes some of them read-only, and not all. What
-    is mounted below /sys (debugfs, tracefs, cgroups) is not in a sysfs of the container's own, as in Docker.
+    What is mounted below /sys (debugfs, tracefs, cgroups) is not in a sysfs of the container's own, as in
+    Docker.
     """
     words = []
     if os.geteuid() == 0:
-        for path in _READ_ONLY:
+        for path in _kernel_files():
             words += ["--ro-bind-try", path, path]
     mounted = [entry.mountpoint for entry in read_mountinfo() if entry.mountpoint.startswith("/sys/")]
     hidden = [path for path in (*_MASKED, *glob.glob(_MASKED_PER_CPU)) if os.path.lexists(path)]
@@ -110,6 +114,16 @@ def _protected() -> list[str]:
     if _CGROUPS in mounted and (own := _own_cgroup()):
         words += ["--ro-bind", own, _CGROUPS]
     return words
+
+
+def _kernel_files() -> list[str]:
+    """What is in /proc besides processes, to be read-only: it asks for uid 0 and no capability.
+
+    Docker leaves most of it writable. But owner and mode of such a file are the same in every procfs
+    (fs/proc/generic.c, proc_notify_change), so a container would change them for the host.
+    """
+    with os.scandir("/proc") as entries:
+        return [entry.path for entry in entries if not entry.name.isdigit() and not entry.is_symlink()]
 
 
 def _own_cgroup() -> str | None:
@@ -149,6 +163,16 @@ def _name_resolution(merged: str, targets: set[str]) -> list[str]:
         if kind == stat.S_IFREG and not os.path.islink(merged + "/etc"):
             words += ["--ro-bind", path, path]
     return words
+
+
+def environment_arguments(values: Mapping[str, str]) -> bytes:
+    """What bubblewrap reads from --args to give the command an environment.
+
+    In bubblewrap's own, LD_PRELOAD and the like would load the container's libraries into it; in its command
+    line every user of the host would see the values.
+    """
+    words = ["--clearenv", *(word for item in values.items() for word in ("--setenv", *item))]
+    return b"".join(os.fsencode(word) + b"\0" for word in words)
 
 
 def environment(given: Mapping[str, str], hostname: str) -> dict[str, str]:

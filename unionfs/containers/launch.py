@@ -1,9 +1,12 @@
-"""Starting bubblewrap in a session of its own, with nothing of the caller's but fds 0 to 2.
+"""Starting bubblewrap in a session of its own, with nothing of the caller's.
 
 The session has a leader, a small process that lives as long as `unionfs run`: when a session leader ends, its
 terminal is lost to all, and bubblewrap's outer process ends with the first Ctrl-C. The leader forks a process
-that prepares what the container inherits (keyring, devices, standard files), spawns bubblewrap and exits, so
-that bubblewrap becomes the child of `unionfs run`, the subreaper.
+that forks bubblewrap and exits, so that bubblewrap becomes the child of `unionfs run`, the subreaper. What
+the container inherits (keyring, devices, standard files) is prepared before bubblewrap is executed.
+
+Where bubblewrap starts in a small root, it is pid 1 of a pid namespace around the container's own: the /proc
+that it has open shows no process but itself and the container's.
 """
 
 from __future__ import annotations
@@ -21,9 +24,10 @@ from contextlib import suppress
 from dataclasses import dataclass
 from typing import NoReturn
 
-from unionfs.containers.small_root import enter_small_root
+from unionfs.containers.small_root import enter_small_root, new_namespaces
 from unionfs.containers.terminal import Terminal
 from unionfs.daemon.errors import UserError, quoted, reason
+from unionfs.sys.capabilities import NUMBERS, capability_sets, set_capabilities
 from unionfs.sys.keyring import new_session_keyring
 from unionfs.sys.mount import clone_tree
 
@@ -32,6 +36,7 @@ _libc = ctypes.CDLL(None, use_errno=True)
 # linux/prctl.h
 _PR_SET_PDEATHSIG = 1
 _PR_SET_NAME = 15
+_PR_CAPBSET_DROP = 24
 _TERMINAL_SIGNALS = (
     signal.SIGHUP, signal.SIGINT, signal.SIGQUIT, signal.SIGTSTP, signal.SIGTTIN, signal.SIGTTOU,
 )  # fmt: skip
@@ -43,10 +48,13 @@ class Launch:
 
     program: str
     words: Sequence[str]
-    environment: Mapping[str, str]
     keep: Collection[int]
     """The fds that bubblewrap gets besides 0 to 2."""
     terminal: Terminal | None
+    streams: Mapping[int, int]
+    """The fds that bubblewrap gets as 0 to 2 where these are not terminals."""
+    bounding: Collection[str]
+    """The capabilities (CAP_*) that no program in the container exceeds; of uid 0."""
     small_root: str | None
     """The union, for bubblewrap to start in a tree with little more than that; None: in the host's tree."""
 
@@ -101,6 +109,25 @@ class Launch:
     def _spawn(self, writer: int) -> NoReturn:
         answer: tuple[int | None, str] = None, "its session failed"
         try:
+            if self.small_root is not None:
+                new_namespaces()
+            failed, failure = os.pipe()
+            pid = os.fork()
+            if pid == 0:
+                self._execute(failure)
+            os.close(failure)
+            with os.fdopen(failed, "r", encoding="utf-8") as report:
+                cause = report.read()
+            answer = (None, cause) if cause else (pid, "")
+        except OSError as error:
+            answer = None, reason(error)
+        finally:
+            os.write(writer, json.dumps(answer).encode())
+            os._exit(0)
+
+    def _execute(self, failure: int) -> NoReturn:
+        """Become bubblewrap; what fails before is written to `failure`, which closes by itself."""
+        try:
             _join_new_keyring()
             program = _unreachable(self.program)
             if self.small_root is not None:
@@ -108,24 +135,24 @@ class Launch:
             if self.terminal is not None:
                 for fd in self.terminal.fds:
                     os.dup2(self.terminal.slave, fd)
+            for fd, end in self.streams.items():
+                os.dup2(end, fd)
             for name in os.listdir("/proc/self/fd"):
                 # A directory of the host would be a way out of the container.
                 if int(name) > 2:
                     with suppress(OSError):
                         os.set_inheritable(int(name), int(name) in self.keep)
-            pid = os.posix_spawn(
-                self.program if program is None else f"/proc/self/fd/{program}",
-                list(self.words),
-                dict(self.environment),
-                setsigmask=[],
-                setsigdef=signal.valid_signals() - {signal.SIGKILL, signal.SIGSTOP},
-            )
-            answer = pid, ""
+            for number in signal.valid_signals() - {signal.SIGKILL, signal.SIGSTOP}:
+                signal.signal(number, signal.SIG_DFL)
+            signal.pthread_sigmask(signal.SIG_SETMASK, ())
+            if os.geteuid() == 0:
+                _bound_capabilities(self.bounding)
+            path = self.program if program is None else f"/proc/self/fd/{program}"
+            os.execve(path, list(self.words), {})
         except OSError as error:
-            answer = None, reason(error)
+            os.write(failure, reason(error).encode())
         finally:
-            os.write(writer, json.dumps(answer).encode())
-            os._exit(0)
+            os._exit(1)
 
     def _slave_path(self) -> str | None:
         """Where the container's terminal is in /dev/pts."""
@@ -141,6 +168,22 @@ def _join_new_keyring() -> None:
     except OSError as error:
         if error.errno != errno.ENOSYS:
             raise OSError(error.errno, f"no new session keyring ({reason(error)})") from error
+
+
+def _bound_capabilities(names: Collection[str]) -> None:
+    """Reduce the bounding set, and leave bubblewrap what it needs: uid 0 executes with the inheritable set.
+
+    bubblewrap sets that to what --cap-add names. Source: capabilities(7). Raises OSError.
+    """
+    data = capability_sets()
+    for half in data:
+        half.inheritable = half.permitted
+    if not set_capabilities(data):
+        return  # no_new_privs keeps the command from more in any case
+    kept = {NUMBERS[name.removeprefix("CAP_")] for name in names}
+    for number in set(range(64)) - kept:
+        # EINVAL: the kernel has no such number; EPERM: no CAP_SETPCAP
+        _libc.prctl(_PR_CAPBSET_DROP, number, 0, 0, 0)
 
 
 def _unreachable(program: str) -> int | None:

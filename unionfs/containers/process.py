@@ -1,8 +1,9 @@
 """A command in its container: starting it, handing signals on, and its exit code.
 
 bubblewrap is two processes: one outside that waits, and pid 1 of the new pid namespace, whose child is the
-command. What is typed at the container's terminal (Ctrl-C) goes to all of them, and ends the one outside; so
-this process becomes the reaper of what is left, waits for pid 1, and gets the command's exit code from there.
+command. What is typed at the container's terminal (Ctrl-C) goes to all of them. In a small root the one
+outside is pid 1 of a pid namespace itself, which no such signal ends. Elsewhere it ends; so this process
+becomes the reaper of what is left, waits for the inner pid 1, and gets the command's exit code from there.
 A signal that reaches this process is handed on to the command.
 """
 
@@ -13,10 +14,11 @@ import json
 import os
 import signal
 import time
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Sequence
 from contextlib import suppress
 
 from unionfs.containers.launch import Launch
+from unionfs.containers.streams import Streams
 from unionfs.containers.terminal import Terminal, standard_terminals
 from unionfs.sys.process import is_alive, start_time
 
@@ -25,6 +27,7 @@ _FORWARDED = frozenset({
     signal.SIGHUP, signal.SIGINT, signal.SIGQUIT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2,
     signal.SIGWINCH, signal.SIGCONT,
 })  # fmt: skip
+_ENDING = frozenset({signal.SIGHUP, signal.SIGINT, signal.SIGQUIT, signal.SIGTERM})
 _START_SECONDS = 2.0
 _POLL_SECONDS = 0.02
 
@@ -47,28 +50,30 @@ class Command:
         self,
         program: str,
         arguments: Callable[[int], Sequence[str]],
-        environment: Mapping[str, str],
         *,
         keep: Collection[int] = (),
-        small_root: str | None = None,
+        bounding: Collection[str],
+        small_root: str | None,
     ) -> None:
         """Start it. Raises UserError.
 
         `arguments` gets the number of the fd for bubblewrap's --info-fd; `keep` are other fds that it names.
-        `small_root`: as for Launch.
+        `bounding` and `small_root`: as for Launch.
         """
         self._held = hold_signals()
         ctypes.CDLL(None).prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
         fds = standard_terminals()
         self.terminal = Terminal(fds) if fds else None
+        self._streams = Streams({0, 1, 2}.difference(fds))
         reader, writer = os.pipe()
         try:
             leader, self._outer = Launch(
                 program,
                 arguments(writer),
-                environment,
                 keep={writer, *keep},
                 terminal=self.terminal,
+                streams=self._streams.ends,
+                bounding=bounding,
                 small_root=small_root,
             ).start()
             self._leader = os.pidfd_open(leader)
@@ -77,18 +82,20 @@ class Command:
             raise
         finally:
             os.close(writer)
+            self._streams.close_ends()
             if self.terminal is not None:
                 self.terminal.close_slave()
         with os.fdopen(reader, "rb") as info:
             self._init = _child_pid(info.read())
+        #: Whether bubblewrap came as far as to make the container.
+        self.made = self._init is not None
+        # The number is that of bubblewrap's own pid namespace.
+        self._nested = small_root is not None
+        if self._nested and self.made:
+            self._init = next(iter(_children(self._outer)), None)
         self._started = None if self._init is None else start_time(self._init)
         #: The command's pid and start time.
         self._command: tuple[int, int] | None = None
-
-    @property
-    def started(self) -> bool:
-        """Whether bubblewrap came as far as to make the container."""
-        return self._init is not None
 
     def kill(self) -> None:
         """End everything in the container at once."""
@@ -99,14 +106,21 @@ class Command:
     def wait(self) -> int:
         """Hand signals on until the command has ended; its exit code, 128 and the signal if one ended it.
 
-        What it has left running in the container is killed then, as everywhere when pid 1 ends.
+        What it has left running in the container is killed then, as everywhere when pid 1 ends. Raises
+        UserError when the command's output cannot be written.
         """
         if self.terminal is not None:
             self.terminal.start()
+        self._streams.start()
         try:
-            return self._wait()
+            code = self._wait()
+            self._streams.finish(self._is_told_to_end)
+            return code
         finally:
             self._end_session()
+
+    def _is_told_to_end(self) -> bool:
+        return signal.sigtimedwait(self._held & _ENDING, 0) is not None
 
     def _wait(self) -> int:
         signals = self._held | {signal.SIGCHLD}
@@ -115,7 +129,8 @@ class Command:
         while True:
             _reap(ended)
             outer = ended.get(self._outer)
-            if outer is not None and (outer >= 0 or self._init is None):
+            # When a nested one is killed, the kernel has ended all in its namespace before.
+            if outer is not None and (outer >= 0 or self._init is None or self._nested):
                 self._end_the_rest()
                 return _code(outer)
             if outer is not None and self._init in ended:

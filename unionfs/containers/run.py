@@ -193,6 +193,8 @@ def _in_union(
         os.close(root)
     os.umask(0o022)
     filter_fd = None if confinement.filter is None else _in_memory(confinement.filter)
+    environment_fd = _in_memory(bubblewrap.environment_arguments(environment))
+    fds = [fd for fd in (filter_fd, environment_fd) if fd is not None]
     command = Command(
         program,
         lambda info_fd: bubblewrap.arguments(
@@ -204,15 +206,16 @@ def _in_union(
             own_network=wish.own_network,
             storage=entry.settings.storage,
             confinement=confinement,
+            environment_fd=environment_fd,
             info_fd=info_fd,
             filter_fd=filter_fd,
         ),
-        environment,
-        keep=() if filter_fd is None else (filter_fd,),
+        keep=fds,
+        bounding=confinement.capabilities,
         small_root=merged if _wants_small_root(confinement, workdir, entry.settings.storage) else None,
     )
-    if filter_fd is not None:
-        os.close(filter_fd)
+    for fd in fds:
+        os.close(fd)
 
     def clear(_: str) -> None:
         """This process was killed; the daemon, which lives as long as it does, unmounts the union."""
@@ -230,7 +233,7 @@ def _in_union(
         code = command.wait()
     finally:
         watcher.dismiss()
-    if not command.started:
+    if not command.made:
         raise UserError(
             f"bubblewrap could not make the container (exit code {code}); its own message says why, and "
             "`unionfs doctor` what this host lacks."
@@ -267,7 +270,7 @@ def _wants_small_root(confinement: Confinement, workdir: str, storage: Sequence[
 
 def _in_memory(data: bytes) -> int:
     """An fd from which bubblewrap reads `data`."""
-    fd = os.memfd_create("seccomp", os.MFD_CLOEXEC)
+    fd = os.memfd_create("bwrap", os.MFD_CLOEXEC)
     with os.fdopen(os.dup(fd), "wb") as out:
         out.write(data)
     os.lseek(fd, 0, os.SEEK_SET)

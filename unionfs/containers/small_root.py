@@ -4,7 +4,8 @@ bubblewrap opens /proc before it makes its mount namespace, and still has it ope
 working directory. A symlink there that leads to /proc/self/fd/3 (in an image, or put into a volume just in
 time) would make that the command's working directory, and from there `..` leads to the root of the tree in
 which bubblewrap was started (the kind of CVE-2024-21626). In this one are only programs and libraries,
-read-only, and the union.
+read-only, and the union. Its /proc is that of a pid namespace around the container's: it shows PID/root and
+PID/fd of no process of the host, and of none of other containers.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ _libc = ctypes.CDLL(None, use_errno=True)
 # linux/sched.h
 _CLONE_NEWNS = 0x00020000
 _CLONE_NEWUSER = 0x10000000
+_CLONE_NEWPID = 0x20000000
 # arch/x86/entry/syscalls/syscall_64.tbl, include/uapi/asm-generic/unistd.h
 _SYS_PIVOT_ROOT = {"x86_64": 155}.get(platform.machine(), 41)
 
@@ -28,26 +30,28 @@ _DEVICES = ("/dev/null", "/dev/zero", "/dev/full", "/dev/random", "/dev/urandom"
 """What bubblewrap's --dev binds from the host's /dev."""
 _PROGRAMS = ("/usr", "/bin", "/sbin", "/lib", "/lib32", "/lib64", "/libx32", "/nix", "/gnu")
 """Where bubblewrap's libraries are, with /etc/ld.so.cache; ld.so(8)."""
+_PROC_ATTRIBUTES = sum(detached.ATTRIBUTES[name] for name in ("nosuid", "nodev", "noexec"))
 _FILES = ("/etc/ld.so.cache", "/etc/resolv.conf", "/etc/hosts")
 
 
 def enter_small_root(merged: str, terminal: str | None) -> None:
-    """Enter a mount namespace with a tree of its own. Raises OSError; Linux 5.12.
+    """Enter a tree of its own, as pid 1 after `new_namespaces`. Raises OSError; Linux 5.12.
+
+    What the host mounts later appears below the union alone, for storage with such a propagation.
 
     `merged` is the union, `terminal` the container's in the host's /dev/pts. The device files are the host's
     inodes, and are read-only, for uid 0 of the container could change their owner and mode; a device on a
     read-only mount can still be written to. For uid 0 /proc is read-only, too.
     """
-    _new_namespaces()
     old = _open("/")
     detached.change(old, propagation=detached.PROPAGATION["slave"], recursive=True)
     os.close(old)
     links = [path for path in _PROGRAMS if os.path.islink(path)]
     parts = [path for path in (*_PROGRAMS, *_FILES, *_DEVICES, "/sys") if os.path.exists(path)]
-    mounts = [(path, _read_only(path)) for path in parts if path not in links]
+    mounts = [(path, _private(path, detached.READ_ONLY)) for path in parts if path not in links]
     mounts.append((merged, detached.clone(merged, recursive=True)))
     if terminal is not None:
-        mounts.append((terminal, detached.clone(terminal, recursive=False)))
+        mounts.append((terminal, _private(terminal)))
     mounts.append(("/proc", _proc()))
     root = detached.new_filesystem("tmpfs", [("mode", "0755"), ("size", "1m")])
     place = _open("/proc")
@@ -67,9 +71,13 @@ def enter_small_root(merged: str, terminal: str | None) -> None:
     os.chdir("/")
 
 
-def _new_namespaces() -> None:
+def new_namespaces() -> None:
+    """Enter a mount namespace; the next child is pid 1 of a pid namespace. Raises OSError.
+
+    An ordinary user gets a user namespace for that.
+    """
     uid, gid = os.geteuid(), os.getegid()
-    flags = _CLONE_NEWNS if uid == 0 else _CLONE_NEWNS | _CLONE_NEWUSER
+    flags = _CLONE_NEWNS | _CLONE_NEWPID | (0 if uid == 0 else _CLONE_NEWUSER)
     if _libc.unshare(flags) != 0:
         raise _failed()
     if uid == 0:
@@ -80,19 +88,17 @@ def _new_namespaces() -> None:
 
 
 def _proc() -> int:
-    """A detached mount of /proc, without the processes that the container may not trace."""
-    if os.geteuid() != 0:
-        # Read-only, it would be in the way of the container's own; mount_too_revealing(), fs/namespace.c.
-        return detached.clone("/proc", recursive=True)
-    try:
-        return detached.new_filesystem("proc", [("hidepid", "ptraceable")], detached.READ_ONLY)
-    except OSError:
-        return _read_only("/proc")
+    """A detached mount of the /proc of this process's pid namespace."""
+    # For an ordinary user, read-only would be in the way of the container's own; mount_too_revealing(),
+    # fs/namespace.c.
+    attributes = detached.READ_ONLY if os.geteuid() == 0 else 0
+    return detached.new_filesystem("proc", (), attributes | _PROC_ATTRIBUTES)
 
 
-def _read_only(path: str) -> int:
+def _private(path: str, attributes: int = 0) -> int:
+    """A detached clone of what is mounted at a path, which gets none of the host's later mounts."""
     fd = detached.clone(path, recursive=True)
-    detached.change(fd, add=detached.READ_ONLY, recursive=True)
+    detached.change(fd, add=attributes, propagation=detached.PROPAGATION["private"], recursive=True)
     return fd
 
 
