@@ -238,7 +238,7 @@ def verify_archive(source: str, progress: Progress | None = None) -> Report:
         report.entries, report.size = reader.count, reader.read_bytes
         base = reader.info.get("base")
         if base is not None:
-            report.how = f"incremental, on top of {base['file']}"
+            report.how = f"incremental, on top of {quoted(str(base['file']))}"
     return report
 
 

@@ -118,8 +118,8 @@ def _find_base(
             return candidate, reader
         opened.close()
     raise UserError(
-        f"the backup {quoted(path)} is incremental, and the one it is built on ({quoted(file)}, id {wanted}) "
-        "is not beside it; name it by --base FILE."
+        f"the backup {quoted(path)} is incremental, and the one it is built on ({quoted(file)}, id "
+        f"{quoted(wanted)}) is not beside it; name it by --base FILE."
     )
 
 
