@@ -93,15 +93,17 @@ class Command:
         self._nested = small_root is not None
         if self._nested and self.made:
             self._init = next(iter(_children(self._outer)), None)
-        self._started = None if self._init is None else start_time(self._init)
+        # With this process all in the container ends.
+        self._top = self._outer if self._nested else self._init
+        self._started = None if self._top is None else start_time(self._top)
         #: The command's pid and start time.
         self._command: tuple[int, int] | None = None
 
     def kill(self) -> None:
         """End everything in the container at once."""
-        if self._init is not None and self._started is not None and is_alive(self._init, self._started):
+        if self._top is not None and self._started is not None and is_alive(self._top, self._started):
             with suppress(OSError):
-                os.kill(self._init, signal.SIGKILL)
+                os.kill(self._top, signal.SIGKILL)
 
     def wait(self) -> int:
         """Hand signals on until the command has ended; its exit code, 128 and the signal if one ended it.
