@@ -104,4 +104,4 @@ def test_verify(store: Store, area: Path) -> None:
     shown = _on_terminal("volume", "verify", "data", env={"UNIONFS_ROOT": str(store.root)})
     assert "\x1b[31mred" not in shown  # the progress has codes of its own
     assert "added \\x1b[31mred" in shown
-    assert "added \x1b[31mred\r\n" in store.ok("verify", "data")
+    assert "added \x1b[31mred\\r\n" in store.ok("verify", "data")

@@ -7,7 +7,7 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from unionfs.daemon.errors import UserError, quoted
+from unionfs.daemon.errors import UserError
 
 _ACTION = re.compile(r"\{\{-?\s*(.*?)\s*-?\}\}", re.DOTALL)
 _FIELDS = re.compile(r"(?:\.[A-Za-z_][A-Za-z0-9_]*)+|\.")
@@ -69,7 +69,7 @@ def _field(path: str, values: Mapping[str, Any]) -> Any:
         if not name:
             continue
         if not isinstance(value, Mapping) or name not in value:
-            known = ", ".join(quoted(str(key)) for key in values)
+            known = ", ".join(values)
             raise UserError(f"the template's {path} is not known; the fields are {known}.")
         value = value[name]
     return value
