@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.mount.cli_calls import Place, unionfs, wait_for
+from tests.mount.cli_calls import Place, refused, succeed, unionfs, wait_for
 from tests.security import attacks
 from tests.support import areas
 from tests.support.worker import Worker
@@ -153,3 +153,52 @@ def test_a_lock_whose_holder_has_ended(place: Place, attacker: Worker) -> None:
         place.mount()
         holder.kill()
     assert unionfs("umount", place.merged).returncode == 0
+
+
+class TestSymlinksOfOthers:
+    """Root follows another user's symlink only to what belongs to that user."""
+
+    @pytest.fixture
+    def home(self, place: Place, attacker: Worker) -> Path:
+        """The attacker's directory, with symlinks to one in it, and to one of root's."""
+        home = place.root / "home"
+        (home / "own").mkdir(parents=True)
+        private = place.root / "private"
+        private.mkdir(mode=0o700)
+        (private / "secret").write_text("precious")
+        (home / "good").symlink_to(home / "own")
+        (home / "evil").symlink_to(private)
+        (home / "file").symlink_to(private / "secret")
+        for path in (home, *home.iterdir()):
+            os.lchown(path, attacker.uid, attacker.uid)
+        return home
+
+    def test_a_bind(self, place: Place, home: Path) -> None:
+        mount = ("mount", *place.layers)
+        refused(unionfs(*mount, "-v", f"{home}/evil:/data", place.merged), "symlink of uid 1001")
+        refused(unionfs(*mount, "-v", f"{home}/evil/secret:/data", place.merged), "symlink of uid 1001")
+        succeed(unionfs(*mount, "-v", f"{home}/good:/data", place.merged))
+        succeed(unionfs("umount", place.merged))
+
+    def test_a_volume(self, place: Place, home: Path) -> None:
+        """It was made for a directory that the user replaces later."""
+        root = ("--root", place.root / "root")
+        for name in ("good", "evil"):
+            options = ("-o", "type=none", "-o", "o=bind", "-o", f"device={home}/{name}")
+            succeed(unionfs("volume", "create", *root, *options, name))
+        archive = place.root / "good.tar"
+        assert unionfs("volume", "backup", *root, "good", "-o", archive).returncode == 0
+        refused(unionfs("volume", "backup", *root, "evil", "-o", place.root / "x.tar"), "symlink of uid 1001")
+        refused(unionfs("volume", "restore", *root, "evil", "-i", archive), "symlink of uid 1001")
+        private = place.root / "private"
+        assert os.listdir(private) == ["secret"]
+        assert private.stat().st_uid == 0
+
+    def test_a_backup(self, place: Place, home: Path) -> None:
+        root = ("--root", place.root / "root")
+        succeed(unionfs("volume", "create", *root, "data"))
+        for target in (home / "file", home / "evil" / "new"):
+            refused(unionfs("volume", "backup", *root, "data", "-o", target), "symlink of uid 1001")
+        assert (place.root / "private/secret").read_text() == "precious"
+        assert unionfs("volume", "backup", *root, "data", "-o", home / "good" / "new").returncode == 0
+        assert (home / "own/new").stat().st_size > 0

@@ -15,6 +15,7 @@ from unionfs.storage.specs import BindSpec, Spec, TmpfsSpec, VolumeSpec
 from unionfs.storage.volumes import Volume, Volumes
 from unionfs.sys import detached
 from unionfs.sys.openat2 import open_in_root
+from unionfs.sys.walking import follow
 
 
 @dataclass(frozen=True, slots=True)
@@ -188,7 +189,7 @@ def _open_bind(spec: BindSpec, undo: ExitStack) -> int:
     try:
         if spec.create:
             _make_directories(spec.path, undo)
-        return os.open(spec.path, os.O_PATH | os.O_CLOEXEC)
+        return follow(spec.path)
     except OSError as error:
         raise UserError(_unusable(spec, error)) from error
 

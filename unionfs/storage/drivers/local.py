@@ -14,6 +14,7 @@ from unionfs.storage.mounts import mount_at, mount_call, run_mount, unmount
 from unionfs.storage.sizes import shown_size, volume_size
 from unionfs.sys import quota
 from unionfs.sys.capabilities import CAP_SYS_ADMIN, has_capability
+from unionfs.sys.walking import follow
 
 
 class Local(Driver):
@@ -113,6 +114,8 @@ class Local(Driver):
             if kind == "none" and not has_capability(CAP_SYS_ADMIN):
                 data = device  # what a bind mount would show, without the mount
             elif mount_at(data) is None:
+                if kind == "none":
+                    _check_way(device, what)
                 run_mount(mount_call(kind, device, volume.options.get("o", ""), data), what)
             if kind == "none" and not os.path.isdir(data):
                 raise UserError(f"{what} is bound to {quoted(device)}, which is no directory; make it first.")
@@ -192,3 +195,13 @@ class Local(Driver):
 
     def status(self, volume: Volume) -> Mapping[str, object]:
         return {"mounted": mount_at(volume.mountpoint) is not None} if "type" in volume.options else {}
+
+
+def _check_way(device: str, what: str) -> None:
+    """Refuse a directory that another user's symlink chooses. Raises UserError."""
+    try:
+        os.close(follow(device))
+    except OSError as error:
+        raise UserError(
+            f"{what} is bound to {quoted(device)}, which cannot be used: {reason(error)}; check the path."
+        ) from error

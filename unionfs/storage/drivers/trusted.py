@@ -14,11 +14,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from unionfs.daemon.errors import UserError, quoted, reason
+from unionfs.sys.walking import Step, walk
 
-_MOST_LINKS = 40  # MAXSYMLINKS, include/linux/namei.h
 _MOST_BYTES = 1 << 20
 """A description or a certificate that is longer is refused."""
-_PATH = os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC
 
 
 @contextmanager
@@ -60,53 +59,23 @@ def _opener(name: str, flags: int) -> int:
 
 
 def _walk(path: str, what: str) -> int:
-    """An O_PATH fd of what is at `path`, as path_resolution(7) finds it."""
-    waiting = _parts(path if path.startswith("/") else f"{os.getcwd()}/{path}")
-    links = 0
-    place, here = os.open("/", _PATH), "/"
-    try:
-        while True:
-            status = os.fstat(place)
-            if not stat.S_ISLNK(status.st_mode):
-                _check(path, what, here, status, place, is_last=not waiting)
-            if not waiting:
-                return place
-            name = waiting.pop()
-            found = os.open(name, _PATH, dir_fd=place)
-            inside = os.path.normpath(os.path.join(here, name))
-            if stat.S_ISLNK(os.fstat(found).st_mode):
-                try:
-                    _check(path, what, inside, os.fstat(found), found, is_last=False)
-                    target = os.readlink("", dir_fd=found)
-                finally:
-                    os.close(found)
-                links += 1
-                if links > _MOST_LINKS:
-                    raise OSError(errno.ELOOP, os.strerror(errno.ELOOP), path)
-                waiting += _parts(target)
-                if not target.startswith("/"):
-                    continue
-                found, inside = os.open("/", _PATH), "/"
-            os.close(place)
-            place, here = found, inside
-    except BaseException:
-        os.close(place)
-        raise
+    """An O_PATH fd of what is at `path`."""
+
+    def look(step: Step) -> None:
+        _check(path, what, step)
+
+    return walk(path, look)
 
 
-def _parts(path: str) -> list[str]:
-    """The components of a path, the first one last."""
-    return [part for part in reversed(path.split("/")) if part not in ("", ".")]
-
-
-def _check(path: str, what: str, here: str, status: os.stat_result, fd: int, *, is_last: bool) -> None:
+def _check(path: str, what: str, step: Step) -> None:
+    status = step.status
     if status.st_uid not in (0, os.geteuid()):
         cause, cure = f"belongs to uid {status.st_uid}", "chown it"
-    elif _is_written_by_others(status, fd):
+    elif _is_written_by_others(status, step.fd):
         cause, cure = "can be written by others", "chmod go-w it"
     else:
         return
-    subject = "it" if is_last else quoted(here)
+    subject = "it" if step.is_last else quoted(step.path)
     raise UserError(
         f"the {what} {quoted(path)} is not trusted: {subject} {cause}; {cure}, or remove the description."
     )

@@ -1,0 +1,91 @@
+"""Following a path from directory to directory by fds: what was looked at on the way is what was used."""
+
+from __future__ import annotations
+
+import errno
+import os
+import stat
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Final
+
+from unionfs.sys.capabilities import in_initial_user_namespace
+
+_MOST_LINKS: Final = 40  # MAXSYMLINKS, include/linux/namei.h
+_PATH: Final = os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """A directory or symlink on the way, or what the way leads to (``is_last``)."""
+
+    path: str
+    status: os.stat_result
+    fd: int
+    """An O_PATH fd, good within the call."""
+    is_last: bool
+
+
+def walk(path: str, look: Callable[[Step], None]) -> int:
+    """An O_PATH fd of what is at ``path``, as path_resolution(7) finds it; ``look`` sees every step.
+
+    Raises ``OSError``, and what ``look`` raises.
+    """
+    waiting = _parts(path if path.startswith("/") else f"{os.getcwd()}/{path}")
+    links = 0
+    place, here = os.open("/", _PATH), "/"
+    try:
+        while True:
+            look(Step(here, os.fstat(place), place, not waiting))
+            if not waiting:
+                return place
+            name = waiting.pop()
+            found = os.open(name, _PATH, dir_fd=place)
+            inside = os.path.normpath(os.path.join(here, name))
+            if stat.S_ISLNK((status := os.fstat(found)).st_mode):
+                try:
+                    look(Step(inside, status, found, is_last=False))
+                    target = os.readlink("", dir_fd=found)
+                finally:
+                    os.close(found)
+                links += 1
+                if links > _MOST_LINKS:
+                    raise OSError(errno.ELOOP, os.strerror(errno.ELOOP), path)
+                waiting += _parts(target)
+                if not target.startswith("/"):
+                    continue
+                found, inside = os.open("/", _PATH), "/"
+            os.close(place)
+            place, here = found, inside
+    except BaseException:
+        os.close(place)
+        raise
+
+
+def _parts(path: str) -> list[str]:
+    """The components of a path, the first one last."""
+    return [part for part in reversed(path.split("/")) if part not in ("", ".")]
+
+
+def follow(path: str) -> int:
+    """An O_PATH fd of what is at ``path``. Raises ``OSError``.
+
+    As root of the host a symlink of another user is followed only to what belongs to that user, EACCES else:
+    it would be the user who chooses what root works on.
+    """
+    owners: set[int] = set()
+
+    def look(step: Step) -> None:
+        if stat.S_ISLNK(step.status.st_mode) and step.status.st_uid != 0:
+            owners.add(step.status.st_uid)
+
+    fd = walk(path, look)
+    if owners and os.geteuid() == 0 and in_initial_user_namespace():
+        owner = os.fstat(fd).st_uid
+        if others := owners - {owner}:
+            os.close(fd)
+            user = min(others)
+            raise PermissionError(
+                errno.EACCES, f"a symlink of uid {user} on the way leads to what belongs to uid {owner}", path
+            )
+    return fd
