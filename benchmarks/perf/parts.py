@@ -66,7 +66,7 @@ NAMES_USED = 1000
 #: Rows that are read by their key.
 ROWS_READ = 2000
 #: What the Python program imports; their requirements come along.
-IMPORTED = ("trio", "rich", "click", "httpx")
+IMPORTED = ("trio", "rich", "click", "jinja2")
 #: Files of one npm package.
 PACKAGE_FILES = 25
 #: Files that every one of the many lowers has under its own name, and those that all of them have.

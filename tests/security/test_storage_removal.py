@@ -226,3 +226,18 @@ class TestLocked:
         assert find_locked(fd, b"top") is None
         assert find_locked(fd, b"outside") == b"outside/journal"
         os.close(fd)
+
+
+def test_nothing_stays_open_after_a_failure(area: Path) -> None:
+    """What cannot be removed keeps the directories above it, and none of their fds."""
+    top = area / "top"
+    (top / "a/b/mounted").mkdir(parents=True)
+    subprocess.run(["mount", "-t", "tmpfs", "tmpfs", top / "a/b/mounted"], check=True)
+    try:
+        before = len(os.listdir("/proc/self/fd"))
+        for _ in range(3):
+            with pytest.raises(OSError, match="mounted"):
+                remove_path(str(top))
+        assert len(os.listdir("/proc/self/fd")) == before
+    finally:
+        subprocess.run(["umount", top / "a/b/mounted"], check=True)

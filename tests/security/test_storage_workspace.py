@@ -139,13 +139,13 @@ class TestWorkspace:
         bind(store, shared)
         source = archive(store, area / "b.tar")
         (shared / "kept").write_text("old")
-        if os.fork() == 0:
+        if (pid := os.fork()) == 0:
             # A process that ends in the middle of a restore.
             workspace.Workspace.commit = lambda self, keep=False: os._exit(0)  # type: ignore[method-assign]
             with suppress(BaseException):
                 restore(store.volumes(), "vol", str(source))
             os._exit(1)
-        assert os.wait()[1] == 0
+        assert os.waitpid(pid, 0)[1] == 0
         (name,) = hidden(shared)
         assert stat.S_IMODE((shared / name).stat().st_mode) == 0o700
         assert (store.root / f"volumes/vol/{name}.json").stat().st_mode & 0o777 == 0o600

@@ -226,6 +226,7 @@ def _leave(descent: _Descent, unlock: bool) -> OSError | None:
         return error
     try:
         if level.failed:
+            level.close()
             _mark(descent)
             return None
         try:

@@ -201,6 +201,8 @@ def _check_way(device: str, what: str) -> None:
     """Refuse a directory that another user's symlink chooses. Raises UserError."""
     try:
         os.close(follow(device))
+    except FileNotFoundError:
+        return  # mount(8) says so
     except OSError as error:
         raise UserError(
             f"{what} is bound to {quoted(device)}, which cannot be used: {reason(error)}; check the path."
