@@ -24,6 +24,7 @@ from unionfs.fuse.direct.mounting import MountOptions, unmount
 from unionfs.fuse.operations import Operations
 from unionfs.fuse.protocol import IoMode
 from unionfs.fuse.session_direct import serve
+from unionfs.sys.mountinfo import mounted_at
 from unionfs.union.layers import LayerStack
 from unionfs.union.tree import Union
 
@@ -49,7 +50,7 @@ async def _measure(root: Path, io: IoMode, clients: int, seconds: float) -> tupl
     try:
         async with trio.open_nursery() as nursery:
             nursery.start_soon(
-                serve, operations, str(root / "merged"), options, io, lambda decision: ready.set()
+                serve, operations, str(root / "merged"), options, io, lambda *_: ready.set()
             )
             await ready.wait()
             command = [sys.executable, "-c", _CLIENT, str(root / "merged"), str(seconds)]
@@ -61,10 +62,16 @@ async def _measure(root: Path, io: IoMode, clients: int, seconds: float) -> tupl
                     wanted = time.perf_counter() + 0.001
                     await trio.sleep(0.001)
                     late.append((time.perf_counter() - wanted) * 1000)
-            await trio.to_thread.run_sync(unmount, str(root / "merged"))
+            await trio.to_thread.run_sync(_unmount, root / "merged")
     finally:
         stack.close()
     return late, sum(operations.requests.values())
+
+
+def _unmount(path: Path) -> None:
+    mount = mounted_at(str(path))
+    if mount is not None:
+        unmount(mount)
 
 
 def main() -> None:
@@ -85,7 +92,7 @@ def main() -> None:
         os.umask(0)
         late, requests = trio.run(_measure, root, arguments.io, arguments.clients, arguments.seconds)
     finally:
-        unmount(str(root / "merged"))
+        _unmount(root / "merged")
         shutil.rmtree(root, ignore_errors=True)
     late.sort()
     print(
