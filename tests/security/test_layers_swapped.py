@@ -105,6 +105,7 @@ def make(path: str) -> None:
         file.write("evil")
 
 
+pytestmark = pytest.mark.slow_on("pyfuse3", "direct-passthrough")
 FILE_ATTACKS = [read, append, truncate, set_id, touch, mark]
 
 

@@ -235,7 +235,8 @@ class TestWhoWaits:
         assert "Traceback" not in done.stderr
         assert store.ok("ls", "-q") == ""
 
-    @pytest.mark.parametrize("request_", ["*", *_SLOW])
+    @pytest.mark.slow
+    @pytest.mark.parametrize("request_", ["*", "VolumeDriver.Remove", "VolumeDriver.Unmount"])
     def test_prune(self, store: Store, hostile: Hostile, request_: str) -> None:
         for name in ("one", "two", "three"):
             store.ok("create", "-d", "p", name)
@@ -248,6 +249,7 @@ class TestWhoWaits:
         assert "other" in done.stdout
         assert store.ok("ls", "-q") == "one\nthree\ntwo\n"
 
+    @pytest.mark.slow
     def test_rm_without_force(self, store: Store, hostile: Hostile) -> None:
         store.ok("create", "-d", "p", "data")
         hostile.scripts["*"] = hangs

@@ -280,6 +280,7 @@ class TestRaces:
             assert repeat(fill) > 10
         os.close(fd)
 
+    @pytest.mark.slow
     def test_backup_and_clone(self, store: Store, outside: Outside, area: Path) -> None:
         """The user's directory lies in a local volume: a process of his keeps it open."""
         data = store.create("vol")
@@ -301,6 +302,7 @@ class TestRaces:
             pool.rename(data / "pool")
             repeat(step)
 
+    @pytest.mark.slow
     def test_backup_and_removal_of_a_bound_volume(
         self, store: Store, shared: Path, outside: Outside, area: Path
     ) -> None:
