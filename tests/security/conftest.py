@@ -14,6 +14,6 @@ __all__ = ["attacker", "host", "place"]
 
 @pytest.fixture
 def attacker(root: None) -> Iterator[Worker]:
-    """A process of uid 1001, who has no rights on this host but an ordinary user's."""
+    """A process of uid 1001 with the rights of an ordinary user."""
     with Worker(1001, 1001, modules=["tests.security.attacks"]) as worker:
         yield worker

@@ -125,7 +125,7 @@ def test_storage_of_a_new_mount(place: Place, attacker: Worker, theirs: Path) ->
 
 
 def test_an_answer_for_another_users_mount(place: Place, attacker: Worker) -> None:
-    """Who has a mount namespace of his own has all mounts there, and owns none of them by that."""
+    """A mount namespace of one's own holds copies of all mounts, which still belong to their owners."""
     place.mount()
     mount = mounted_at(str(place.merged))
     assert mount is not None

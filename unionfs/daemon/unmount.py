@@ -266,7 +266,11 @@ class _Storage:
         root = open_mount(mount.mountpoint, mount.mount_id)
         try:
             clone = detached.clone(root, recursive=False)
-            detached.change(root, propagation=detached.PROPAGATION["private"])
+            try:
+                detached.change(root, propagation=detached.PROPAGATION["private"])
+            except BaseException:
+                os.close(clone)
+                raise
         finally:
             os.close(root)
         return clone

@@ -72,7 +72,7 @@ def umount2(target: str | bytes, flags: int = 0) -> None:
 def _beside(path: str, mount_id: int) -> Iterator[str]:
     """A path for the mountpoint ``path`` by an fd of the directory above it, which nobody can lead elsewhere.
 
-    A mountpoint cannot be renamed, so what is at its name in that directory can only be unmounted. Raises
+    A mountpoint cannot be renamed in its own mount namespace, only from one that was copied before. Raises
     ``OSError``: ELOOP for a symlink on the way, EINVAL when another mount than ``mount_id`` is there.
     """
     above, name = os.path.split(path)
