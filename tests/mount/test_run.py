@@ -18,7 +18,7 @@ from tests.mount.cli_calls import refused, wait_for
 from tests.mount.run_calls import BUSYBOX, Containers, Terminal, cleaned
 from tests.support.patience import patient
 from unionfs.containers import bubblewrap
-from unionfs.daemon.errors import UserError
+from unionfs.errors import UserError
 
 
 @pytest.fixture

@@ -19,7 +19,7 @@ from tests.security.container_calls import Prison, prison
 from tests.support.patience import patient
 from unionfs.containers import seccomp
 from unionfs.containers.capabilities import DEFAULT
-from unionfs.daemon.errors import UserError
+from unionfs.errors import UserError
 from unionfs.sys.mountinfo import read_mountinfo
 
 

@@ -11,7 +11,7 @@ import pytest
 from unionfs.containers.capabilities import DEFAULT
 from unionfs.containers.profile import ALLOW, read_profile
 from unionfs.containers.seccomp import BUILT_IN, compile_profile
-from unionfs.daemon.errors import UserError
+from unionfs.errors import UserError
 
 _ALLOW_ALL = {"defaultAction": "SCMP_ACT_ALLOW"}
 

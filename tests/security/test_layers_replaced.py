@@ -14,8 +14,8 @@ from tests.security import attacks
 from tests.support import snapshot
 from tests.support.worker import Worker
 from unionfs.daemon import preflight
-from unionfs.daemon.errors import UserError
 from unionfs.daemon.settings import MountSettings, settle
+from unionfs.errors import UserError
 from unionfs.union.errors import LayerError
 from unionfs.union.layers import LayerStack
 

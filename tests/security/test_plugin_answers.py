@@ -18,7 +18,7 @@ import pytest
 
 from tests.mount.cli_calls import refused
 from tests.volumes.conftest import Store
-from unionfs.daemon.errors import UserError
+from unionfs.errors import UserError
 from unionfs.storage.drivers import plugin
 
 Script = Callable[[socket.socket], None]

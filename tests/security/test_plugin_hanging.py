@@ -17,7 +17,7 @@ from tests.security.test_plugin_answers import hostile as hostile
 from tests.security.test_plugin_answers import store as store
 from tests.support.syscalls import umount
 from tests.volumes.conftest import Store
-from unionfs.daemon.errors import UserError
+from unionfs.errors import UserError
 from unionfs.storage.drivers import looking, plugin, plugin_search
 
 SERVER = Path(__file__).with_name("hanging.py")

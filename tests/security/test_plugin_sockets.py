@@ -17,7 +17,7 @@ from tests.security.test_plugin_answers import Hostile
 from tests.support import acl
 from tests.support.worker import Worker
 from tests.volumes.conftest import Store
-from unionfs.daemon.errors import UserError
+from unionfs.errors import UserError
 from unionfs.storage.drivers import plugin, plugin_search
 
 STRANGER = 1001

@@ -25,7 +25,7 @@ from tests.volumes.conftest import Store
 from tests.volumes.conftest import as_root as as_root
 from tests.volumes.conftest import store as store
 from tests.volumes.forge import Member, directory, file, other
-from unionfs.daemon.errors import UserError
+from unionfs.errors import UserError
 from unionfs.storage.archive import entry, headers, walk
 from unionfs.storage.restore import restore
 

@@ -22,7 +22,7 @@ from tests.support.worker import Worker
 from tests.volumes.conftest import Store
 from tests.volumes.conftest import as_root as as_root
 from tests.volumes.conftest import store as store
-from unionfs.daemon.errors import UserError
+from unionfs.errors import UserError
 from unionfs.storage.volumes import Volumes
 
 pytestmark = pytest.mark.usefixtures("as_root")

@@ -32,7 +32,7 @@ from tests.volumes import trees
 from tests.volumes.conftest import Store
 from tests.volumes.conftest import as_root as as_root
 from tests.volumes.conftest import store as store
-from unionfs.daemon.errors import UserError
+from unionfs.errors import UserError
 from unionfs.storage import workspace
 from unionfs.storage.backup import backup
 from unionfs.storage.model import Volume

@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 
 from unionfs.daemon import fuse, host
-from unionfs.daemon.errors import MountRefusedError, UserError, quoted, reason
 from unionfs.daemon.process import CapturedStderr, explain
+from unionfs.errors import MountRefusedError, UserError, quoted, reason
 from unionfs.sys import fuseprobe
 
 

@@ -20,8 +20,8 @@ import pytest
 import trio
 
 from unionfs.daemon import control, live, logs, runtime
-from unionfs.daemon.errors import UserError
 from unionfs.daemon.settings import MountSettings, settle
+from unionfs.errors import UserError
 from unionfs.sys.process import is_alive, start_time, users_of, wait_gone
 
 

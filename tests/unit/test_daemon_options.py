@@ -8,9 +8,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from unionfs.daemon.errors import UserError
 from unionfs.daemon.options import parse_options, split_lowers, split_options, unescape_option
 from unionfs.daemon.settings import settle
+from unionfs.errors import UserError
 
 
 def _escape(text: str, also: str) -> str:

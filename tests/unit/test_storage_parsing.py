@@ -12,8 +12,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from unionfs.daemon.errors import UserError
 from unionfs.daemon.settings import MountSettings, settle
+from unionfs.errors import UserError
 from unionfs.storage import parsing
 from unionfs.storage.names import anonymous_name, is_name
 from unionfs.storage.root import make_directory, storage_root

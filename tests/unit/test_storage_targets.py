@@ -12,7 +12,7 @@ import pytest
 
 from tests.unit.union_support import OpenUnion
 from tests.unit.union_support import open_union as open_union
-from unionfs.daemon.errors import UserError
+from unionfs.errors import UserError
 from unionfs.storage.attach import attach
 from unionfs.storage.served import UnionTree
 from unionfs.storage.sources import Sources

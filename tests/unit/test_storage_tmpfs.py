@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 import pytest
 
-from unionfs.daemon.errors import UserError
+from unionfs.errors import UserError
 from unionfs.storage import tmpfs
 from unionfs.storage.specs import TmpfsOptions
 from unionfs.sys import detached

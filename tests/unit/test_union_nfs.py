@@ -10,8 +10,8 @@ import pytest
 
 from tests.support.world import errno_of
 from tests.unit.union_support import OpenUnion, get, names, open_union
-from unionfs.daemon.errors import UserError
 from unionfs.daemon.preflight import _check_work_content
+from unionfs.errors import UserError
 from unionfs.union.changes import Changes
 from unionfs.union.diff import diff
 from unionfs.union.layers import Layer

@@ -18,7 +18,7 @@ from tests.support import acl
 from tests.volumes import forge, trees
 from tests.volumes.conftest import Store
 from tests.volumes.forge import Member, directory, file, other
-from unionfs.daemon.errors import UserError
+from unionfs.errors import UserError
 from unionfs.storage import backup
 from unionfs.storage.archive import entry as entries
 from unionfs.storage.archive import headers, manifest

@@ -16,7 +16,7 @@ from tests.mount.cli_calls import refused, succeed, unionfs, wait_for
 from tests.support.patience import patient
 from tests.volumes import trees
 from tests.volumes.conftest import Store
-from unionfs.daemon.errors import UserError
+from unionfs.errors import UserError
 from unionfs.storage import mounts
 from unionfs.storage.mounts import mount_call
 from unionfs.sys.capabilities import CAP_SYS_RESOURCE, has_capability

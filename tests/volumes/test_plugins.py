@@ -19,7 +19,7 @@ import pytest
 from tests.mount.cli_calls import refused, wait_for
 from tests.volumes import trees
 from tests.volumes.conftest import Store
-from unionfs.daemon.errors import UserError
+from unionfs.errors import UserError
 from unionfs.storage.drivers import plugin, plugin_search
 
 Start = Callable[..., Path]

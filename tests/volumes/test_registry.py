@@ -19,7 +19,7 @@ import pytest
 from tests.mount.cli_calls import refused, succeed
 from tests.support.patience import patient
 from tests.volumes.conftest import Store
-from unionfs.daemon.errors import UserError
+from unionfs.errors import UserError
 from unionfs.storage import registry
 from unionfs.storage.model import User
 from unionfs.sys.process import start_time
@@ -249,7 +249,7 @@ _RACE = """
 import os, sys
 sys.path.insert(0, sys.argv[2])
 from unionfs.storage.volumes import Volumes
-from unionfs.daemon.errors import UserError
+from unionfs.errors import UserError
 from unionfs.storage.model import User
 root, number = sys.argv[1], int(sys.argv[3])
 volumes = Volumes(root, tell=lambda text: sys.exit(f"told: {text}"))

@@ -108,7 +108,7 @@ def run(
 def _environment(variables: tuple[str, ...]) -> dict[str, str]:
     import os
 
-    from unionfs.daemon.errors import UserError, quoted
+    from unionfs.errors import UserError, quoted
 
     values = {}
     for text in variables:
@@ -135,7 +135,7 @@ def rm(root: str | None, names: tuple[str, ...]) -> int:
     """
     from unionfs.cli.run import complain
     from unionfs.containers.store import Container
-    from unionfs.daemon.errors import UserError
+    from unionfs.errors import UserError
     from unionfs.storage.root import storage_root
 
     place = storage_root(root)

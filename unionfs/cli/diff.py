@@ -64,9 +64,9 @@ def _of_mount(mount: LiveMount) -> int:
 
 def _of_other(mount: LiveMount, uid: int) -> int:
     """Of another user's mount, read as that user: the layers are where the user says they are."""
-    from unionfs.daemon.errors import UserError, quoted
     from unionfs.daemon.live import find_by_device
     from unionfs.daemon.others import runtime_parent
+    from unionfs.errors import UserError, quoted
     from unionfs.sys.asuser import run_as
 
     def read() -> int:

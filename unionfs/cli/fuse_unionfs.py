@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 
 from unionfs import __version__
 from unionfs.cli.run import complain, leave, prepare_streams
-from unionfs.daemon.errors import UserError, quoted, reason
+from unionfs.errors import UserError, quoted, reason
 
 _HELP = """\
 usage: fuse-unionfs [-f] [-d] [-o OPTION,...]... MOUNTPOINT

@@ -45,7 +45,7 @@ def ls(as_json: bool) -> None:
     if not summaries:
         return
     from unionfs.cli.run import print_table
-    from unionfs.daemon.errors import quoted
+    from unionfs.errors import quoted
 
     print_table(
         ("MOUNTPOINT", "PID", "LAYERS", "SESSION", "SINCE"),
@@ -116,9 +116,9 @@ def _reasons(io: object) -> list[str]:
 def find_mount(mountpoint: str) -> LiveMount:
     """The live mount at `mountpoint`. Raises UserError when there is none."""
     from unionfs.daemon import live
-    from unionfs.daemon.errors import UserError, quoted
     from unionfs.daemon.others import mounts_of_others
     from unionfs.daemon.settings import absolute_mountpoint
+    from unionfs.errors import UserError, quoted
     from unionfs.sys.mountinfo import mounted_at
 
     path = absolute_mountpoint(mountpoint)
@@ -138,7 +138,7 @@ def find_mount(mountpoint: str) -> LiveMount:
 
 def upper_in_memory(mount: LiveMount) -> str:
     """A way to the upper that has no path: by its daemon's fd. Raises UserError."""
-    from unionfs.daemon.errors import UserError, quoted
+    from unionfs.errors import UserError, quoted
 
     answer = mount.ask()
     number = None if answer is None else answer.get("upper_fd")
@@ -155,8 +155,8 @@ def _why_not(path: str, mounted: MountEntry | None) -> str:
     import os
 
     from unionfs.daemon import live
-    from unionfs.daemon.errors import quoted
     from unionfs.daemon.others import owner_of
+    from unionfs.errors import quoted
 
     if mounted is not None and mounted.fstype == "fuse.unionfs":
         owner = mounted.super_option("user_id")
@@ -200,7 +200,7 @@ def _summary(mount: LiveMount) -> dict[str, Any]:
 
 
 def _shown_storage(spec: dict[str, Any]) -> str:
-    from unionfs.daemon.errors import quoted
+    from unionfs.errors import quoted
 
     what = {"volume": "name", "bind": "path"}.get(spec["type"])
     source = spec["type"] if what is None else f"{spec['type']} {quoted(spec[what])}"
@@ -208,7 +208,7 @@ def _shown_storage(spec: dict[str, Any]) -> str:
 
 
 def _shown(value: object) -> str:
-    from unionfs.daemon.errors import quoted
+    from unionfs.errors import quoted
 
     match value:
         case None:

@@ -196,7 +196,7 @@ def _json(mount: LiveMount, span: Span) -> dict[str, Any]:
 
 
 def _tables(mount: LiveMount, span: Span) -> list[_Table]:
-    from unionfs.daemon.errors import quoted
+    from unionfs.errors import quoted
 
     # What comes most often first: a small terminal shows the beginning.
     kinds = sorted(

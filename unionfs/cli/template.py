@@ -7,7 +7,7 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from unionfs.daemon.errors import UserError
+from unionfs.errors import UserError
 
 _ACTION = re.compile(r"\{\{-?\s*(.*?)\s*-?\}\}", re.DOTALL)
 _FIELDS = re.compile(r"(?:\.[A-Za-z_][A-Za-z0-9_]*)+|\.")

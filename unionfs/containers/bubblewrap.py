@@ -9,7 +9,7 @@ import stat
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
-from unionfs.daemon.errors import UserError
+from unionfs.errors import UserError
 from unionfs.storage.specs import Spec
 from unionfs.sys.mountinfo import read_mountinfo
 

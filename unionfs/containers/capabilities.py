@@ -6,7 +6,7 @@ import difflib
 import os
 from collections.abc import Sequence
 
-from unionfs.daemon.errors import UserError, quoted
+from unionfs.errors import UserError, quoted
 from unionfs.sys.capabilities import NAMES, has_capability
 
 #: What Docker leaves to root in a container (moby, daemon/pkg/oci/caps/defaults.go).

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from unionfs.containers import capabilities
 from unionfs.containers.bubblewrap import Confinement
 from unionfs.containers.seccomp import BUILT_IN, compile_profile
-from unionfs.daemon.errors import UserError, quoted
+from unionfs.errors import UserError, quoted
 
 _NO_NEW_PRIVILEGES = ("no-new-privileges", "no-new-privileges=true", "no-new-privileges:true")
 

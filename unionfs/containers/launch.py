@@ -26,7 +26,7 @@ from typing import NoReturn
 
 from unionfs.containers.small_root import enter_small_root, new_namespaces
 from unionfs.containers.terminal import Terminal
-from unionfs.daemon.errors import UserError, quoted, reason
+from unionfs.errors import UserError, quoted, reason
 from unionfs.sys.capabilities import NUMBERS, capability_sets, set_capabilities
 from unionfs.sys.keyring import new_session_keyring
 from unionfs.sys.mount import clone_tree

@@ -15,11 +15,11 @@ from unionfs.containers.confinement import settle_confinement
 from unionfs.containers.process import Command, hold_signals
 from unionfs.containers.store import Container, new_name
 from unionfs.daemon import guardian, live
-from unionfs.daemon.errors import UserError, quoted, reason
 from unionfs.daemon.preflight import check_directory
 from unionfs.daemon.process import mount
 from unionfs.daemon.settings import MountSettings, absolute, settle
 from unionfs.daemon.unmount import umount
+from unionfs.errors import UserError, quoted, reason
 from unionfs.storage.root import storage_root
 from unionfs.storage.specs import Spec, VolumeSpec
 from unionfs.storage.targets import MountedTree, find, prepare

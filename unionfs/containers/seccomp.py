@@ -9,7 +9,7 @@ from collections.abc import Collection, Iterator
 from typing import Any
 
 from unionfs.containers.profile import ALLOW, LOG, Condition, Profile, Rule, read_profile
-from unionfs.daemon.errors import UserError, quoted, reason
+from unionfs.errors import UserError, quoted, reason
 
 BUILT_IN = os.path.join(os.path.dirname(__file__), "seccomp.json")
 """A profile with the effect of Docker's default one (moby/profiles, seccomp/default.json)."""

@@ -19,7 +19,7 @@ import threading
 from collections.abc import Callable, Collection
 from contextlib import suppress
 
-from unionfs.daemon.errors import UserError, reason
+from unionfs.errors import UserError, reason
 
 _CHUNK = 1 << 18
 _POLL_SECONDS = 0.05

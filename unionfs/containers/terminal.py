@@ -18,7 +18,7 @@ from collections.abc import Collection
 from contextlib import suppress
 from typing import Any
 
-from unionfs.daemon.errors import UserError, reason
+from unionfs.errors import UserError, reason
 
 _POLL_SECONDS = 0.2
 _DRAIN_SECONDS = 10.0

@@ -9,8 +9,8 @@ from contextlib import suppress
 
 import xxhash
 
-from unionfs.daemon.errors import UserError, quoted
 from unionfs.daemon.runtime import RuntimeDirectory
+from unionfs.errors import UserError, quoted
 from unionfs.sys.mountinfo import mounted_at
 
 

@@ -6,7 +6,7 @@ import errno
 import os
 import shutil
 
-from unionfs.daemon.errors import reason
+from unionfs.errors import reason
 
 FUSE_DEVICE = "/dev/fuse"
 FUSE_CONF = "/etc/fuse.conf"

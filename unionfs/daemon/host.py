@@ -13,8 +13,8 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Literal
 
-from unionfs.daemon.errors import UserError, reason
 from unionfs.daemon.fuse import find_fusermount, fuse_device_problem, user_allow_other
+from unionfs.errors import UserError, reason
 from unionfs.sys import calls, libfuse
 from unionfs.sys.capabilities import (
     CAP_SYS_ADMIN,

@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 
-from unionfs.daemon.errors import UserError, quoted
+from unionfs.errors import UserError, quoted
 
 _SECURITY = ("context", "fscontext", "defcontext", "rootcontext")
 

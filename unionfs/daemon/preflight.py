@@ -15,7 +15,6 @@ from dataclasses import dataclass, field
 from typing import NoReturn
 
 from unionfs.daemon import live, others
-from unionfs.daemon.errors import UserError, quoted, reason
 from unionfs.daemon.fuse import (
     FUSE_CONF,
     FUSE_DEVICE,
@@ -25,6 +24,7 @@ from unionfs.daemon.fuse import (
 )
 from unionfs.daemon.options import unescape_option
 from unionfs.daemon.settings import MountSettings
+from unionfs.errors import UserError, quoted, reason
 from unionfs.sys.capabilities import CAP_SYS_ADMIN, has_capability
 from unionfs.sys.liveness import is_dead
 from unionfs.sys.mountinfo import (

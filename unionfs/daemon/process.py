@@ -17,9 +17,9 @@ from contextlib import suppress
 from typing import NoReturn
 
 from unionfs.daemon import logs, preflight
-from unionfs.daemon.errors import MountRefusedError, UserError, quoted
 from unionfs.daemon.runtime import RuntimeDirectory, runtime_directory
 from unionfs.daemon.settings import MountSettings
+from unionfs.errors import MountRefusedError, UserError, quoted
 from unionfs.sys.mountinfo import mounted_at
 from unionfs.sys.process import open_standard_files, start_time, wait_gone
 

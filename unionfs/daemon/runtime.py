@@ -11,7 +11,7 @@ import stat
 from contextlib import suppress
 from typing import Final
 
-from unionfs.daemon.errors import UserError
+from unionfs.errors import UserError
 from unionfs.sys.capabilities import in_initial_user_namespace, uid_outside
 
 _SYSTEM: Final = "/run/unionfs"

@@ -19,10 +19,10 @@ from unionfs.daemon import live, unmount
 from unionfs.daemon.claiming import Claim
 from unionfs.daemon.confine import confine
 from unionfs.daemon.control import listen, serve_control
-from unionfs.daemon.errors import MountRefusedError, UserError, quoted, reason
 from unionfs.daemon.runtime import RuntimeDirectory
 from unionfs.daemon.settings import MountSettings
 from unionfs.daemon.stats import more_for
+from unionfs.errors import MountRefusedError, UserError, quoted, reason
 from unionfs.fuse.errors import SessionError, SessionUnfit
 from unionfs.fuse.operations import Operations
 from unionfs.sys.capabilities import CAP_SYS_ADMIN, has_capability, in_initial_user_namespace

@@ -10,8 +10,8 @@ from collections.abc import Iterable, Sequence
 from dataclasses import MISSING, asdict, dataclass, fields
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from unionfs.daemon.errors import UserError, quoted
 from unionfs.daemon.options import Options, parse_options
+from unionfs.errors import UserError, quoted
 
 if TYPE_CHECKING:
     from unionfs.fuse.direct.mounting import MountOptions

@@ -8,8 +8,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, Final
 
-from unionfs.daemon.errors import UserError, quoted
 from unionfs.daemon.live import LiveMount
+from unionfs.errors import UserError, quoted
 from unionfs.fuse.latency import Histogram, Latencies
 
 COUNTERS: Final = (

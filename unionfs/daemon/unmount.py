@@ -12,9 +12,9 @@ from contextlib import suppress
 from typing import TYPE_CHECKING
 
 from unionfs.daemon import live, others
-from unionfs.daemon.errors import UserError, quoted, reason
 from unionfs.daemon.fuse import find_fusermount
 from unionfs.daemon.settings import absolute_mountpoint
+from unionfs.errors import UserError, quoted, reason
 from unionfs.sys.asuser import run_as
 from unionfs.sys.calls import syncfs
 from unionfs.sys.capabilities import CAP_SYS_ADMIN, has_capability

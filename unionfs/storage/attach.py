@@ -10,7 +10,7 @@ import os
 from contextlib import ExitStack, suppress
 from dataclasses import replace
 
-from unionfs.daemon.errors import UserError, quoted, reason
+from unionfs.errors import UserError, quoted, reason
 from unionfs.storage.populate import populate
 from unionfs.storage.sources import Source, Sources
 from unionfs.storage.specs import Spec, VolumeSpec

@@ -12,7 +12,7 @@ from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from typing import IO, Any
 
-from unionfs.daemon.errors import UserError, quoted, reason
+from unionfs.errors import UserError, quoted, reason
 from unionfs.storage import workspace
 from unionfs.storage.archive import manifest
 from unionfs.storage.archive.compress import Ahead, compressor, decompressor

@@ -5,7 +5,7 @@ from __future__ import annotations
 import errno
 import os
 
-from unionfs.daemon.errors import quoted
+from unionfs.errors import quoted
 from unionfs.storage.archive.entry import SPARSE, Entry
 from unionfs.storage.archive.extract import Extractor
 from unionfs.storage.archive.walk import Walker

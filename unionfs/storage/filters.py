@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable
 
-from unionfs.daemon.errors import UserError, quoted
+from unionfs.errors import UserError, quoted
 from unionfs.storage.model import Volume
 
 _KEYS = ("name", "label", "label!", "driver", "dangling", "anonymous")

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from unionfs.daemon.errors import quoted
+from unionfs.errors import quoted
 from unionfs.sys.process import is_alive, start_time
 
 ANONYMOUS_LABEL = "com.docker.volume.anonymous"

@@ -11,7 +11,7 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import IO
 
-from unionfs.daemon.errors import UserError, quoted
+from unionfs.errors import UserError, quoted
 from unionfs.sys.capabilities import CAP_SYS_ADMIN, has_capability
 from unionfs.sys.mountinfo import MountEntry, mounted_at
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import secrets
 
-from unionfs.daemon.errors import UserError, quoted
+from unionfs.errors import UserError, quoted
 
 # Docker's RestrictedNamePattern (daemon/names): at least two characters.
 _NAME = re.compile(r"[a-zA-Z0-9][a-zA-Z0-9_.-]+")

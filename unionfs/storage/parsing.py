@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from typing import Any, NoReturn, TypeVar
 
-from unionfs.daemon.errors import UserError, quoted
+from unionfs.errors import UserError, quoted
 from unionfs.storage.names import check_name
 from unionfs.storage.sizes import parse_count, parse_size, parse_tmpfs_size
 from unionfs.storage.specs import (

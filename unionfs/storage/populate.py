@@ -17,7 +17,7 @@ import os
 import stat
 from collections.abc import Iterator
 
-from unionfs.daemon.errors import UserError, quoted, reason
+from unionfs.errors import UserError, quoted, reason
 from unionfs.storage import locks, symlinks, workspace
 from unionfs.storage.model import Volume
 from unionfs.storage.targets import Names

@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager, suppress
 from typing import Any
 
-from unionfs.daemon.errors import UserError, quoted, reason
+from unionfs.errors import UserError, quoted, reason
 from unionfs.storage import locks, reserve
 from unionfs.storage.model import ANONYMOUS_LABEL, User, Volume
 from unionfs.storage.names import is_name

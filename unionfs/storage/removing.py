@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 
-from unionfs.daemon.errors import UserError, quoted, reason
+from unionfs.errors import UserError, quoted, reason
 from unionfs.union.removal import find_locked, remove_path
 
 

@@ -6,7 +6,7 @@ import os
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack, suppress
 
-from unionfs.daemon.errors import UserError, quoted, reason
+from unionfs.errors import UserError, quoted, reason
 from unionfs.storage import workspace
 from unionfs.storage.archive import manifest
 from unionfs.storage.archive.entry import FILE, SPARSE

@@ -16,7 +16,7 @@ import stat
 from collections.abc import Mapping
 from contextlib import suppress
 
-from unionfs.daemon.errors import UserError, quoted, reason
+from unionfs.errors import UserError, quoted, reason
 from unionfs.sys.capabilities import in_initial_user_namespace
 from unionfs.sys.mountinfo import split_path
 

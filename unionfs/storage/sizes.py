@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 
-from unionfs.daemon.errors import UserError, quoted
+from unionfs.errors import UserError, quoted
 
 # github.com/docker/go-units, RAMInBytes: 64m, 64MB, 64MiB, 1.5g; always powers of 1024.
 _SIZE = re.compile(r"(\d+(?:\.\d+)?)(?: (?=[a-z]))?(?:([kmgtp])i?)?b?", re.IGNORECASE)

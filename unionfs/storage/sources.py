@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass, replace
 
-from unionfs.daemon.errors import UserError, quoted, reason
+from unionfs.errors import UserError, quoted, reason
 from unionfs.storage import tmpfs
 from unionfs.storage.specs import BindSpec, Spec, TmpfsSpec, VolumeSpec
 from unionfs.storage.volumes import Volume, Volumes

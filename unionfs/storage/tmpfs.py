@@ -13,7 +13,7 @@ import os
 import socket
 from contextlib import suppress
 
-from unionfs.daemon.errors import UserError, reason
+from unionfs.errors import UserError, reason
 from unionfs.storage.specs import TmpfsOptions
 from unionfs.sys import detached
 

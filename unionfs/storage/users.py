@@ -7,8 +7,8 @@ import os
 from collections.abc import Sequence
 from dataclasses import replace
 
-from unionfs.daemon.errors import UserError, quoted
 from unionfs.daemon.settings import MountSettings
+from unionfs.errors import UserError, quoted
 from unionfs.storage.names import anonymous_name
 from unionfs.storage.specs import Spec, VolumeSpec
 from unionfs.storage.volumes import Volumes

@@ -19,7 +19,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import replace
 
-from unionfs.daemon.errors import UserError, quoted, reason
+from unionfs.errors import UserError, quoted, reason
 from unionfs.storage import locks
 from unionfs.storage.drivers import Driver, find_driver
 from unionfs.storage.drivers.replacing import finish_in_place

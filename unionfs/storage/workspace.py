@@ -19,7 +19,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import replace
 
-from unionfs.daemon.errors import UserError, quoted, reason
+from unionfs.errors import UserError, quoted, reason
 from unionfs.storage.model import User
 from unionfs.storage.workspace_record import Journal, Record, forget, names, read, write
 from unionfs.sys.calls import FUSE_MAGIC, NFS_MAGIC, filesystem_magic

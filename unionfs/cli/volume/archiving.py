@@ -85,7 +85,7 @@ def backup(output: str | None, compress: str | None, since: str | None, root: st
     --xattrs --acls` unpacks it. It gets its name when it is whole. An incremental one (--since) needs that
     backup, and those below it, to be restored.
     """
-    from unionfs.daemon.errors import UserError
+    from unionfs.errors import UserError
     from unionfs.storage.archive.compress import ENDINGS, kind_for
     from unionfs.storage.backup import backup as make
 
@@ -136,7 +136,7 @@ def restore(source: str, bases: tuple[str, ...], verify_only: bool, root: str | 
     is wrong, the volume is as it was. A volume in use is not restored. Archives whose entries would lie
     outside the volume are refused, and without root those with device files.
     """
-    from unionfs.daemon.errors import UserError
+    from unionfs.errors import UserError
     from unionfs.storage.restore import restore as put
     from unionfs.storage.restore import verify_chain
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
-from unionfs.daemon.errors import UserError, quoted
+from unionfs.errors import UserError, quoted
 
 if TYPE_CHECKING:
     from click.shell_completion import CompletionItem

@@ -148,7 +148,7 @@ Examples:
 def inspect(size: bool, template: str | None, as_json: bool, root: str | None, names: tuple[str, ...]) -> int:
     """Show all about volumes, as a JSON array with docker's keys; UsageData.RefCount counts the users."""
     from unionfs.cli.run import complain
-    from unionfs.daemon.errors import UserError
+    from unionfs.errors import UserError
 
     volumes = open_volumes(root)
     found, code = [], 0

@@ -19,7 +19,7 @@ def rm(force: bool, root: str | None, names: tuple[str, ...]) -> int:
     gone, or cannot give it up; what the driver says is told.
     """
     from unionfs.cli.run import complain
-    from unionfs.daemon.errors import UserError
+    from unionfs.errors import UserError
 
     volumes = open_volumes(root)
     code = 0
@@ -50,7 +50,7 @@ def prune(every: bool, filters: tuple[str, ...], force: bool, dry_run: bool, roo
     With -a named volumes that nobody uses go as well: their data is lost.
     """
     from unionfs.cli.run import complain
-    from unionfs.daemon.errors import UserError
+    from unionfs.errors import UserError
     from unionfs.storage.filters import matches, parse_filters, truth
     from unionfs.storage.sizes import shown_size
     from unionfs.storage.usage import reclaimable

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from typing import IO
 
-from unionfs.daemon.errors import UserError, quoted, reason
+from unionfs.errors import UserError, quoted, reason
 from unionfs.sys.calls import AT_FDCWD
 from unionfs.sys.openat2 import RESOLVE_NO_SYMLINKS, openat2
 from unionfs.sys.walking import follow

@@ -7,7 +7,7 @@ import os
 import stat
 from collections.abc import Callable, Collection, Iterator
 
-from unionfs.daemon.errors import UserError, quoted, reason
+from unionfs.errors import UserError, quoted, reason
 from unionfs.storage import symlinks
 from unionfs.storage.archive import acl
 from unionfs.storage.archive.entry import (

@@ -12,7 +12,7 @@ from typing import IO, Any
 
 from xxhash import xxh3_128
 
-from unionfs.daemon.errors import UserError, quoted, reason
+from unionfs.errors import UserError, quoted, reason
 from unionfs.storage.archive import manifest
 from unionfs.storage.archive.compress import Sink
 from unionfs.storage.archive.entry import FILE, HARDLINK, SPARSE, Entry, SparseDigest, digest_of

@@ -13,7 +13,7 @@ from __future__ import annotations
 import difflib
 from importlib.metadata import EntryPoint, entry_points
 
-from unionfs.daemon.errors import UserError, quoted
+from unionfs.errors import UserError, quoted
 from unionfs.storage.drivers.base import Driver, Replacement
 
 __all__ = ["Driver", "Replacement", "driver_names", "find_driver"]

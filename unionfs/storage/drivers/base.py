@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from contextlib import AbstractContextManager
 from typing import Protocol
 
-from unionfs.daemon.errors import UserError, quoted
+from unionfs.errors import UserError, quoted
 from unionfs.storage.model import Volume
 
 

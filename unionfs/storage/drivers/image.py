@@ -9,7 +9,7 @@ import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 
-from unionfs.daemon.errors import UserError, quoted, reason
+from unionfs.errors import UserError, quoted, reason
 from unionfs.storage.drivers.base import Replacement
 from unionfs.storage.drivers.replacing import fsync_directory
 from unionfs.storage.model import Volume

@@ -6,7 +6,7 @@ import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
-from unionfs.daemon.errors import UserError, quoted, reason
+from unionfs.errors import UserError, quoted, reason
 from unionfs.storage.drivers import image, replacing
 from unionfs.storage.drivers.base import Driver, Replacement
 from unionfs.storage.model import Volume

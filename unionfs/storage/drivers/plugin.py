@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from unionfs.daemon.errors import UserError, quoted, reason
+from unionfs.errors import UserError, quoted, reason
 from unionfs.storage.drivers import looking, replacing, trusted
 from unionfs.storage.drivers.base import Driver, Replacement
 from unionfs.storage.drivers.plugin_search import (

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 import h11
 import trio
 
-from unionfs.daemon.errors import reason
+from unionfs.errors import reason
 from unionfs.storage.drivers import trusted
 from unionfs.storage.drivers.plugin_search import SOCKET
 

@@ -9,7 +9,7 @@ import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
-from unionfs.daemon.errors import UserError, quoted, reason
+from unionfs.errors import UserError, quoted, reason
 from unionfs.storage.drivers import replacing
 from unionfs.storage.drivers.base import Driver, Replacement
 from unionfs.storage.model import Volume

@@ -11,8 +11,8 @@ import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 
-from unionfs.daemon.errors import UserError, quoted, reason
 from unionfs.daemon.options import split_lowers
+from unionfs.errors import UserError, quoted, reason
 from unionfs.storage.drivers.base import Driver, Replacement
 from unionfs.storage.drivers.replacing import exchange, fsync_directory
 from unionfs.storage.filters import truth
