@@ -71,14 +71,16 @@ def in_order(calls: list[Call], *steps: tuple[str, str]) -> bool:
     return all(any(c.name.startswith(name) and part in c.arguments for c in rest) for name, part in steps)
 
 
-def command(log: Path, names: str) -> list[str]:
+def command(log: Path, names: str, *, delay: float = 0) -> list[str]:
     """The start of a command line that records the calls ``names`` of a program and its children.
 
-    Skips the test where strace is missing.
+    The caller of each is held for ``delay`` seconds when it returns. Skips the test where strace is missing.
     """
     if shutil.which("strace") is None:
         pytest.skip("strace is not installed")
-    return ["strace", "-f", "-y", "-s", "256", "-e", f"trace={names}", "-e", "signal=none", "-o", str(log)]
+    delays = ["-e", f"inject={names}:delay_exit={int(delay * 1e6)}"] if delay else []
+    words = ["strace", "-I2", "-f", "-y", "-s", "256", "-e", f"trace={names}", *delays, "-e", "signal=none"]
+    return [*words, "-o", str(log)]
 
 
 @contextlib.contextmanager
