@@ -10,10 +10,11 @@ from typing import Final
 from unionfs.fuse.copying import CopyUps
 from unionfs.fuse.inline import in_thread
 from unionfs.sys import calls
+from unionfs.union.attributes import Attributes
 from unionfs.union.changes import Caller, Changes
 from unionfs.union.files import Handle, OpenFile, mode_without_set_ids
 from unionfs.union.nodes import Node
-from unionfs.union.tree import Attributes, Union
+from unionfs.union.tree import Union
 
 #: A write above this many bytes goes to a thread: the disk may make it wait.
 _LONG_WRITE: Final = 256 * 1024

@@ -26,11 +26,12 @@ from unionfs.fuse.inline import in_thread
 from unionfs.fuse.latency import Latencies
 from unionfs.fuse.permissions import group_set_id_goes
 from unionfs.sys import calls
+from unionfs.union.attributes import Attributes
 from unionfs.union.bound import same_storage
 from unionfs.union.changes import ACL_DEFAULT, Caller, Changes
 from unionfs.union.files import SET_IDS, Handle, mode_without_set_ids
 from unionfs.union.nodes import Node
-from unionfs.union.tree import Attributes, Union
+from unionfs.union.tree import Union
 from unionfs.union.xattrs import CAPABILITY
 
 ACL: Final = b"system.posix_acl_"
@@ -135,7 +136,7 @@ class Operations:
         if node is not None:
             self.union.nodes.forget(node, lookups)
             if self.union.nodes.named(id_) is not node:
-                self.union.forget_places(node.parts)
+                self.union.merge.forget(node.parts)
                 self.on_gone(node)
 
     # -- names ----------------------------------------------------------------------------------------

@@ -40,7 +40,7 @@ from unionfs.fuse.protocol import requests as rq
 from unionfs.sys import calls
 from unionfs.sys.capabilities import CAP_SYS_ADMIN, has_capability, in_initial_user_namespace
 from unionfs.sys.mountinfo import MountEntry, mount_of_id
-from unionfs.union.layers import Layer
+from unionfs.union.places import Layer
 
 READAHEAD = 4 << 20
 """Bytes that the kernel reads ahead of a sequential reader."""

@@ -17,9 +17,9 @@ from unionfs.fuse.errors import CUT_OFF, SessionError
 from unionfs.fuse.operations import ACL, Change, Found, Operations, error
 from unionfs.sys.liveness import is_dead
 from unionfs.sys.mountinfo import mounted_at, mounts_of_device
+from unionfs.union.attributes import Attributes
 from unionfs.union.changes import Caller
 from unionfs.union.nodes import Node
-from unionfs.union.tree import Attributes
 
 log = logging.getLogger(__name__)
 

@@ -19,9 +19,10 @@ from unionfs.sys import calls
 from unionfs.union.places import Place
 
 if TYPE_CHECKING:
-    from unionfs.union.layers import Layer
+    from unionfs.union.attributes import Attributes
     from unionfs.union.nodes import Node
-    from unionfs.union.tree import Attributes, Union
+    from unionfs.union.places import Layer
+    from unionfs.union.tree import Union
 
 
 def _error(code: int) -> OSError:
@@ -39,10 +40,9 @@ def bind(union: Union, parent: Node, name: bytes, layer: Layer) -> Node:
     parent.lookups += 1
     if known is not None:
         union.nodes.remove_name(known, parent, name)
-    directory = stat.S_ISDIR(st.st_mode)
-    node = union.nodes.add(parent, name, st, [layer.root] if directory else layer.root)
+    node = union.nodes.add(parent, name, st, [layer.root])
     parent.lookups -= 1
-    if not directory:
+    if not node.is_dir:
         node.held = os.dup(layer.root_fd)
     node.lookups += 1
     return node
@@ -78,8 +78,8 @@ def lookup(union: Union, parent: Node, name: bytes, known: Node | None) -> tuple
     if st is None:
         return None
     place = parent.parts[0]
-    where = [Place(place.layer, place, name)] if stat.S_ISDIR(st.st_mode) else place
-    node = union.nodes.add(parent, name, st, where)
+    where = Place(place.layer, place, name) if stat.S_ISDIR(st.st_mode) else place
+    node = union.nodes.add(parent, name, st, [where])
     return node, union.attributes_of(node, st)
 
 

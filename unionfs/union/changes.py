@@ -16,13 +16,13 @@ from typing import Final, TypeVar
 
 from unionfs.sys import calls
 from unionfs.union import bound
+from unionfs.union.attributes import Attributes
 from unionfs.union.copyup import ensure_upper, temporary_name
 from unionfs.union.exchange import NO_FLAGS, exchange, rename_leaving
-from unionfs.union.listing import is_empty
 from unionfs.union.nodes import Node
 from unionfs.union.places import Place
 from unionfs.union.removal import remove
-from unionfs.union.tree import Attributes, Union
+from unionfs.union.tree import Union
 
 ACL_DEFAULT: Final = b"system.posix_acl_default"
 _NEW: Final = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
@@ -126,8 +126,8 @@ class Changes:
         union, place = self._union, parent.parts[0]
         st = os.fstat(fd) if fd >= 0 else os.stat(name, dir_fd=union.gate.fd(place), follow_symlinks=False)
         is_directory = stat.S_ISDIR(st.st_mode)
-        where = [Place(place.layer, place, name, key=place.layer.key(st))] if is_directory else place
-        node = union.nodes.add(parent, name, st, where)
+        where = Place(place.layer, place, name, key=place.layer.key(st)) if is_directory else place
+        node = union.nodes.add(parent, name, st, [where])
         node.no_capability = node.identity is None
         return node, union.attributes_of(node, st)
 
@@ -315,7 +315,7 @@ class Changes:
         if not node.is_dir:
             raise _error(errno.ENOTDIR)
         self._union.require_writable(parent)
-        if not is_empty(union, node):
+        if not union.is_empty(node):
             raise _error(errno.ENOTEMPTY)
         hides_another = node.is_upper and union.is_visible_below(parent, name)
         with union.outliving(node):
@@ -481,7 +481,7 @@ class Changes:
                 raise _error(errno.EISDIR)
             if node.is_dir and not target.is_dir:
                 raise _error(errno.ENOTDIR)
-            if target.is_dir and not is_empty(union, target):
+            if target.is_dir and not union.is_empty(target):
                 raise _error(errno.ENOTEMPTY)
         for one in moved:
             if not one.is_dir and target is not node:

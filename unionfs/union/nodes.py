@@ -28,7 +28,7 @@ from unionfs.union.files import Handle, OpenFile
 from unionfs.union.places import Place
 
 if TYPE_CHECKING:
-    from unionfs.union.layers import Layer
+    from unionfs.union.places import Layer
 
 ROOT_ID: Final = 1
 UNSEEN: Final = -1
@@ -156,9 +156,8 @@ class NodeTable:
             return st.st_ino
         return _hashed(b"%d:%d" % (st.st_dev, st.st_ino))
 
-    def number(self, parent: Node, name: bytes, st: os.stat_result, where: list[Place] | Place) -> int:
-        """The inode number that :meth:`add` would give an object."""
-        place = where[0] if isinstance(where, list) else where
+    def number(self, parent: Node, name: bytes, st: os.stat_result, place: Place) -> int:
+        """The inode number that :meth:`add` would give an object of the real directory ``place``."""
         if place.layer.bound:
             return _bound_number(place.layer, st)
         upper = place.layer.is_upper
@@ -191,17 +190,17 @@ class NodeTable:
         assert parent.children is not None
         return parent.children.get(name)
 
-    def add(self, parent: Node, name: bytes, st: os.stat_result, where: list[Place] | Place) -> Node:
+    def add(self, parent: Node, name: bytes, st: os.stat_result, places: list[Place]) -> Node:
         """The node for an object found under ``name``: a new one, or the one that has another name already.
 
-        ``where``: a directory's parts, or the place that holds the object.
+        ``places``: a directory's parts, or the one place that holds the object.
         """
         assert parent.children is not None
         kind = stat.S_IFMT(st.st_mode)
-        place = where[0] if isinstance(where, list) else where
+        place = places[0]
         upper = place.layer.is_upper
         if place.layer.bound:
-            return self._add_bound(parent, name, st, where, place.layer)
+            return self._add_bound(parent, name, st, places)
         linkable = upper and kind != stat.S_IFDIR
         if linkable and self._by_inode:
             known = self._by_inode.get((st.st_dev, st.st_ino))
@@ -210,31 +209,29 @@ class NodeTable:
                 return known
         number = self._free(self._number(st, parent, name, upper=upper))
         node = Node(number, parent, name, kind)
-        if isinstance(where, list):
-            node.parts = where
+        if kind == stat.S_IFDIR:
+            node.parts = places
         else:
-            node.place = where
-            node.key = where.layer.key(st)
+            node.place = place
+            node.key = place.layer.key(st)
         self._by_id[number] = node
         parent.children[name] = node
         if linkable and st.st_nlink > 1:
             self.linked(node, st)
         return node
 
-    def _add_bound(
-        self, parent: Node, name: bytes, st: os.stat_result, where: list[Place] | Place, layer: Layer
-    ) -> Node:
+    def _add_bound(self, parent: Node, name: bytes, st: os.stat_result, places: list[Place]) -> Node:
         """A bound object: each name is a node of its own, and hard links have one ``st_ino``."""
         assert parent.children is not None
-        number = _bound_number(layer, st)
+        number = _bound_number(places[0].layer, st)
         node = Node(self._free(number), parent, name, stat.S_IFMT(st.st_mode))
         if not self.ids_are_numbers:
             node.ino = number
         node.identity = st.st_dev, st.st_ino
-        if isinstance(where, list):
-            node.parts = where
+        if node.is_dir:
+            node.parts = places
         else:
-            node.place = where
+            node.place = places[0]
         self._by_id[node.id] = node
         parent.children[name] = node
         return node

@@ -26,7 +26,6 @@ from typing import Final
 from unionfs.fuse.directories import NO_ENTRIES
 from unionfs.fuse.operations import Operations
 from unionfs.fuse.protocol import Listing
-from unionfs.union.listing import is_unchanged
 from unionfs.union.nodes import Node
 
 log = logging.getLogger(__name__)
@@ -144,7 +143,7 @@ class Ahead:
     def _holds(self, prepared: Prepared) -> bool:
         """Whether what was prepared is what would be found now. Raises ``OSError``."""
         node = prepared.node
-        if node.unlinked or not is_unchanged(self._operations.union, node):
+        if node.unlinked or not self._operations.union.merge.shows_only_lowers(node.parts):
             return False
         kept = all(part.layer.atime_stays for part in node.parts)
         return all(self._is_current(child) and (kept or not child.lookups) for child in prepared.nodes)

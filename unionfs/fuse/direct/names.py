@@ -28,10 +28,10 @@ from unionfs.fuse.protocol.flags import (
     SETXATTR_ACL_KILL_SGID,
 )
 from unionfs.sys import calls
+from unionfs.union.attributes import Attributes
 from unionfs.union.changes import Caller
 from unionfs.union.files import mode_without_set_ids
 from unionfs.union.nodes import Node
-from unionfs.union.tree import Attributes
 from unionfs.union.xattrs import CAPABILITY
 
 _NS: Final = 1_000_000_000

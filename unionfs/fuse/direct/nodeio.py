@@ -22,9 +22,9 @@ from typing import Final
 from unionfs.fuse.direct.device import Device
 from unionfs.fuse.protocol import FOREVER, NEVER, Decision, Timeout
 from unionfs.fuse.protocol.flags import FOPEN_KEEP_CACHE
+from unionfs.union.attributes import Attributes
 from unionfs.union.files import Handle
 from unionfs.union.nodes import Node
-from unionfs.union.tree import Attributes
 
 _WHILE_WRITING: Final[Timeout] = (0, 20_000_000)
 _AFTER_WRITING: Final[Timeout] = (1, 0)
