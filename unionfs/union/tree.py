@@ -25,6 +25,7 @@ from unionfs.union.markers import Markers
 from unionfs.union.merging import Merging
 from unionfs.union.nodes import UNSEEN, Node, NodeTable
 from unionfs.union.places import Gate, Place
+from unionfs.union.work import Work
 from unionfs.union.xattrs import CAPABILITY
 
 NAME_MAX: Final = 255
@@ -57,6 +58,7 @@ class Union:
         self.stack = stack
         self.markers = Markers(stack.xattr_prefix)
         self.gate = Gate(directory_fds)
+        self.work = Work(stack.work_fd)
         self._lower_names = LowerNames(self.gate)
         #: All roots are merged: overlayfs heeds no `opaque` on them (super.c, ovl_get_root).
         self.nodes = NodeTable([layer.root for layer in stack.layers])
