@@ -6,7 +6,7 @@ import errno
 import os
 import stat
 from collections.abc import Callable
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from typing import Final, TypeVar
 
 from unionfs.union import bound
@@ -14,6 +14,7 @@ from unionfs.union.changing import Changing, fail
 from unionfs.union.nodes import Node
 from unionfs.union.places import Place
 from unionfs.union.tree import Attributes
+from unionfs.union.work import rename
 
 ACL_DEFAULT: Final = b"system.posix_acl_default"
 _NEW: Final = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
@@ -166,8 +167,9 @@ class Making(Changing):
             made = temporary.at
             room = -1
             if directory or acl or st.st_mode & stat.S_ISGID:
-                room = _room_like(*temporary.at, st, acl)
+                room = temporary.mkdir()  # in work itself nothing is inherited
                 fds.callback(os.close, room)
+                _inherit(room, st, acl)
                 made = room, name
             with self._union.identity.acting_as(caller.uid, caller.gid):
                 result = make(*made, mode)
@@ -177,8 +179,10 @@ class Making(Changing):
                     fds.callback(os.close, fd)
                     self._union.markers.set_opaque(fd)
                     work.exchange(made, (dir_fd, name))
+                    with suppress(OSError):
+                        os.unlink(name, dir_fd=room)  # the whiteout
                 elif room >= 0:
-                    os.rename(name, name, src_dir_fd=room, dst_dir_fd=dir_fd)
+                    rename(made, (dir_fd, name))
                 else:
                     temporary.put(dir_fd, name)
             except BaseException:
@@ -208,18 +212,13 @@ class Making(Changing):
         return acl
 
 
-def _room_like(work: int, name: bytes, st: os.stat_result, acl: bytes) -> int:
-    """Make a directory in work from which a new file inherits as from one with ``st`` and ``acl``: an fd.
-
-    Work itself, where what is made in it inherits nothing, will not do for these.
-    """
-    os.mkdir(name, 0o700, dir_fd=work)
+def _inherit(fd: int, st: os.stat_result, acl: bytes) -> None:
+    """Have files in the directory ``fd``, which is empty, inherit as in one with ``st`` and ``acl``."""
     if st.st_mode & stat.S_ISGID:
-        os.chown(name, -1, st.st_gid, dir_fd=work)
-        os.chmod(name, 0o700 | stat.S_ISGID, dir_fd=work)
+        os.fchown(fd, -1, st.st_gid)
+        os.fchmod(fd, 0o700 | stat.S_ISGID)
     if acl:
-        os.setxattr(b"/proc/self/fd/%d/%b" % (work, name), ACL_DEFAULT, acl)
-    return os.open(name, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC, dir_fd=work)
+        os.setxattr(fd, ACL_DEFAULT, acl)
 
 
 def _create(dir_fd: int, name: bytes, mode: int) -> int:

@@ -8,6 +8,7 @@ import os
 from unionfs.union.changing import Changing, fail
 from unionfs.union.listing import is_empty
 from unionfs.union.nodes import Node
+from unionfs.union.work import NOT_EMPTY, rename
 
 
 class Removing(Changing):
@@ -65,6 +66,6 @@ class Removing(Changing):
             try:
                 os.rmdir(name, dir_fd=dir_fd)
             except OSError as error:
-                if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
+                if error.errno not in NOT_EMPTY:
                     raise
-                os.rename(name, temporary.name, src_dir_fd=dir_fd, dst_dir_fd=self._work.fd)
+                rename((dir_fd, name), temporary.at)

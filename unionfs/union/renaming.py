@@ -12,25 +12,34 @@ from unionfs.union import bound
 from unionfs.union.changing import Changing, fail
 from unionfs.union.listing import is_empty
 from unionfs.union.nodes import Node
-from unionfs.union.work import NO_FLAGS
+from unionfs.union.work import NO_FLAGS, NOT_EMPTY, At, rename
 
 
 class Renaming(Changing):
     """Renames."""
 
-    def rename(self, parent: Node, name: bytes, new_parent: Node, new_name: bytes, flags: int) -> None:
-        """renameat2(2) with NOREPLACE or EXCHANGE. What :meth:`renamed` returns is in the upper already."""
+    def rename(
+        self, parent: Node, name: bytes, new_parent: Node, new_name: bytes, flags: int
+    ) -> list[Node]:
+        """renameat2(2) with 0, NOREPLACE or EXCHANGE.
+
+        Returns the nodes that have to be copied up first; then nothing has changed. A rename that is to be
+        refused is refused before that.
+        """
         union = self._union
         node, target = self._accepted(parent, name, new_parent, new_name, flags)
         if parent.identity is not None:
             bound.rename(union, node, parent, name, new_parent, new_name, flags)
-            return
+            return []
         if target is node:
-            return
-        if flags == calls.RENAME_EXCHANGE:
-            assert target is not None
-            self._exchange(node, parent, name, target, new_parent, new_name)
-            return
+            return []
+        moved = [node, target] if flags == calls.RENAME_EXCHANGE and target is not None else [node]
+        lower = [one for one in moved if not one.is_dir and not one.is_upper]
+        if lower:
+            return lower
+        if len(moved) > 1:
+            self._exchange(node, parent, name, moved[1], new_parent, new_name)
+            return []
         with nullcontext() if target is None else union.outliving(target):
             self._replace(node, parent, name, target, new_parent, new_name)
             if target is not None:
@@ -38,26 +47,13 @@ class Renaming(Changing):
                     union.gate.forget(part)
                 union.nodes.remove_name(target, new_parent, new_name)
             union.nodes.move(node, parent, name, new_parent, new_name)
-
-    def renamed(
-        self, parent: Node, name: bytes, new_parent: Node, new_name: bytes, flags: int
-    ) -> list[Node]:
-        """What such a rename moves, and so has to be in the upper before, unless it is a directory.
-
-        Raises what :meth:`rename` would: a rename that is refused copies nothing up.
-        """
-        node, target = self._accepted(parent, name, new_parent, new_name, flags)
-        if flags == calls.RENAME_EXCHANGE:
-            assert target is not None
-            return [node, target]
-        return [node]
+        return []
 
     def _accepted(
         self, parent: Node, name: bytes, new_parent: Node, new_name: bytes, flags: int
     ) -> tuple[Node, Node | None]:
-        """The nodes of both names, when nothing speaks against the rename.
-
-        EXDEV for a directory that shows something of a lower, as overlayfs without ``redirect_dir``.
+        """The nodes of both names. Raises what speaks against the rename: EXDEV for a directory that shows
+        something of a lower, as overlayfs without ``redirect_dir``.
         """
         union = self._union
         if flags not in (0, calls.RENAME_NOREPLACE, calls.RENAME_EXCHANGE):
@@ -117,66 +113,57 @@ class Renaming(Changing):
         leaves_whiteout = self._union.is_visible_below(parent, name)
         self._hide_below(node, new_parent, new_name)
         with self._both_writable(parent, new_parent) as (old_fd, new_fd):
-            self._rename_over(node, name, target, new_name, old_fd, new_fd, leaves_whiteout=leaves_whiteout)
+            old, new = (old_fd, name), (new_fd, new_name)
+            try:
+                self._rename_over(node, old, new, leaves_whiteout=leaves_whiteout)
+            except OSError as error:
+                if error.errno not in NOT_EMPTY or target is None or not target.is_dir:
+                    raise
+                self._clear_whiteouts(target, new)
+                self._rename_over(node, old, new, leaves_whiteout=leaves_whiteout)
 
-    def _rename_over(
-        self,
-        node: Node,
-        name: bytes,
-        target: Node | None,
-        new_name: bytes,
-        old_fd: int,
-        new_fd: int,
-        *,
-        leaves_whiteout: bool,
-    ) -> None:
-        try:
-            st = os.stat(new_name, dir_fd=new_fd, follow_symlinks=False)
-        except FileNotFoundError:
-            st = None
-        if node.is_dir and st is not None and not stat.S_ISDIR(st.st_mode):
+    def _rename_over(self, node: Node, old: At, new: At, *, leaves_whiteout: bool) -> None:
+        there = _mode(new) if node.is_dir else 0
+        if there and not stat.S_ISDIR(there):
             # a whiteout: no directory can be renamed over it, but it can go where the directory was
-            self._work.exchange((old_fd, name), (new_fd, new_name))
+            self._work.exchange(old, new)
             if not leaves_whiteout:
-                os.unlink(name, dir_fd=old_fd)
+                os.unlink(old[1], dir_fd=old[0])
             return
-        if target is not None and target.is_dir and st is not None:
-            self._clear_whiteouts(target, new_fd, new_name)
         if not leaves_whiteout:
-            calls.renameat2(old_fd, name, new_fd, new_name)
+            rename(old, new)
             return
         try:
-            calls.renameat2(old_fd, name, new_fd, new_name, calls.RENAME_WHITEOUT)
+            calls.renameat2(*old, *new, calls.RENAME_WHITEOUT)
         except OSError as error:
             if error.errno not in (errno.EPERM, *NO_FLAGS):
                 raise
-            old, new = (old_fd, name), (new_fd, new_name)
             with self._work.temporary() as whiteout:
-                self._whiteout(whiteout.at, old_fd)
+                self._whiteout(whiteout.at, old[0])
                 self._work.rename_leaving(
-                    whiteout.at, old, new, directory=node.is_dir, occupied=st is not None
+                    whiteout.at, old, new, directory=node.is_dir, occupied=_mode(new) != 0
                 )
 
-    def _clear_whiteouts(self, node: Node, dir_fd: int, name: bytes) -> None:
-        """Put an opaque empty directory in the place of one that holds only whiteouts (overlayfs: dir.c,
-        ovl_clear_empty): nothing changes to the eye, and a directory can be renamed over it."""
-        union = self._union
-        inner = union.gate.open_for_listing(node.parts[0])
-        try:
-            if not os.listdir(inner):
-                return
-            st = os.stat(inner)
-            work = self._work.fd
-            with self._work.temporary() as temporary:
-                os.mkdir(temporary.name, 0o700, dir_fd=work)
-                fd = os.open(temporary.name, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC, dir_fd=work)
-                try:
-                    union.markers.set_opaque(fd)
-                    os.fchown(fd, st.st_uid, st.st_gid)
-                    os.fchmod(fd, stat.S_IMODE(st.st_mode))
-                finally:
-                    os.close(fd)
-                self._work.exchange(temporary.at, (dir_fd, name))
-        finally:
-            os.close(inner)
-        union.gate.forget(node.parts[0])
+    def _clear_whiteouts(self, node: Node, at: At) -> None:
+        """Replace a directory that holds only whiteouts by an empty opaque one, over which a directory can be
+        renamed; nobody sees a difference (overlayfs: dir.c, ovl_clear_empty)."""
+        gate = self._union.gate
+        st = os.stat(gate.fd(node.parts[0]))
+        with self._work.temporary() as temporary:
+            fd = temporary.mkdir()
+            try:
+                self._union.markers.set_opaque(fd)
+                os.fchown(fd, st.st_uid, st.st_gid)
+                os.fchmod(fd, stat.S_IMODE(st.st_mode))
+            finally:
+                os.close(fd)
+            self._work.exchange(temporary.at, at)
+        gate.forget(node.parts[0])
+
+
+def _mode(at: At) -> int:
+    """The mode of what has that name in the upper; 0: nothing has."""
+    try:
+        return os.stat(at[1], dir_fd=at[0], follow_symlinks=False).st_mode
+    except FileNotFoundError:
+        return 0

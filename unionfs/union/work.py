@@ -22,6 +22,7 @@ At = tuple[int, bytes]
 """A name: the fd of its directory, and the name in that."""
 
 NO_FLAGS: Final = (errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP)
+NOT_EMPTY: Final = (errno.ENOTEMPTY, errno.EEXIST)
 _NO_LINKS: Final = (errno.EPERM, errno.EOPNOTSUPP, errno.EMLINK)
 #: How many leftovers each discard tries again: there may be thousands.
 _AGAIN: Final = 4
@@ -90,9 +91,9 @@ class Work:
             if error.errno not in NO_FLAGS:
                 raise
             if directory or not self._linked_leaving(whiteout, old, new, occupied=occupied):
-                _rename(old, new)
+                rename(old, new)
                 with _undone_by(new, old):
-                    _rename(whiteout, old)
+                    rename(whiteout, old)
 
     def _linked_leaving(self, whiteout: At, old: At, new: At, *, occupied: bool) -> bool:
         """The same by links, so that a file always has one of its names; False where it cannot be linked."""
@@ -105,9 +106,9 @@ class Work:
                 if error.errno not in _NO_LINKS:
                     raise
                 return False
-            _rename(second.at, new)
+            rename(second.at, new)
             with _undone_by(replaced.at, new) if occupied else _undone_by(new, second.at):
-                _rename(whiteout, old)
+                rename(whiteout, old)
             return True
 
 
@@ -132,6 +133,11 @@ class Temporary:
         """Where it is."""
         return self._work.fd, self.name
 
+    def mkdir(self) -> int:
+        """Make a directory of it, for nobody but us; an fd of it that can be read, to be closed."""
+        os.mkdir(self.name, 0o700, dir_fd=self._work.fd)
+        return os.open(self.name, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC, dir_fd=self._work.fd)
+
     def put(self, dir_fd: int, name: bytes) -> None:
         """Rename it into the upper, over what is no directory or an empty one."""
         os.rename(self.name, name, src_dir_fd=self._work.fd, dst_dir_fd=dir_fd)
@@ -153,11 +159,11 @@ def exchange(one: At, other: At, aside: At) -> None:
     except OSError as error:
         if error.errno not in NO_FLAGS:
             raise
-    _rename(other, aside)
+    rename(other, aside)
     with _undone_by(aside, other):
-        _rename(one, other)
+        rename(one, other)
         with _undone_by(other, one):
-            _rename(aside, one)
+            rename(aside, one)
 
 
 @contextmanager
@@ -166,11 +172,12 @@ def _undone_by(now: At, before: At) -> Iterator[None]:
     try:
         yield
     except BaseException:
-        _rename(now, before)
+        rename(now, before)
         raise
 
 
-def _rename(old: At, new: At) -> None:
+def rename(old: At, new: At) -> None:
+    """rename(2)."""
     os.rename(old[1], new[1], src_dir_fd=old[0], dst_dir_fd=new[0])
 
 
