@@ -355,9 +355,9 @@ class TestChangesOnDisk:
         for other, code in ((b"d", errno.EXDEV), (b"none", errno.ENOENT)):
             for one, two in ((b"f", other), (other, b"f")):
                 with pytest.raises(OSError) as caught:  # noqa: PT011
-                    changes.renamed(root, one, root, two, calls.RENAME_EXCHANGE)
+                    changes.rename(root, one, root, two, calls.RENAME_EXCHANGE)
                 assert caught.value.errno == code
-        assert changes.renamed(root, b"f", root, b"g", 0) == [get(union, "f")]
+        assert changes.rename(root, b"f", root, b"g", 0) == [get(union, "f")]
 
     def test_without_upper_nothing_can_change(self, tmp_path: Path, open_union: OpenUnion) -> None:
         (tmp_path / "l0").mkdir()

@@ -176,10 +176,9 @@ class Operations:
     async def rename(self, parent: int, name: bytes, new_parent: int, new_name: bytes, flags: int) -> None:
         """renameat2(2) with 0, RENAME_NOREPLACE or RENAME_EXCHANGE."""
         old, new = self.directory(parent), self.directory(new_parent)
-        for moved in self.changes.renamed(old, name, new, new_name, flags):
-            if not moved.is_dir:
-                await self.copy_ups.ensure(moved)
-        self.changes.rename(old, name, new, new_name, flags)
+        while lower := self.changes.rename(old, name, new, new_name, flags):
+            for node in lower:
+                await self.copy_ups.ensure(node)
 
     def readlink(self, id_: int) -> bytes:
         """Where a symlink points."""

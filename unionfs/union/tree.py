@@ -19,6 +19,7 @@ from unionfs.union.listing import Listing
 from unionfs.union.merge import Merge
 from unionfs.union.nodes import UNSEEN, Node, NodeTable
 from unionfs.union.places import Layer
+from unionfs.union.work import Work
 from unionfs.union.xattrs import CAPABILITY
 
 NAME_MAX: Final = 255
@@ -35,6 +36,7 @@ class Union:
         self.merge = Merge(stack.layers, stack.markers, directory_fds=directory_fds)
         self.gate = self.merge.gate
         self.nodes = NodeTable(self.merge.roots)
+        self.work = Work(stack.work_fd)
         self.identity = Identity(stack.work_fd)
         self._metacopy = os.fsdecode(self.markers.metacopy)
         #: Nodes whose attributes changed by being copied up, which nobody asked to change them: whoever
