@@ -57,7 +57,7 @@ _MIN_SPIN_NS: Final = 5_000
 _RESIZED_SECONDS: Final = 0.05
 """How much later the kernel is told that the size of a directory is another one."""
 _OPCODE_UNIQUE: Final = struct.Struct("=4xIQ")  # of struct fuse_in_header
-_NO_ANSWER: Final = (Opcode.FORGET, Opcode.BATCH_FORGET, Opcode.INTERRUPT, Opcode.NOTIFY_REPLY)
+_NO_ANSWER: Final = (Opcode.FORGET, Opcode.BATCH_FORGET, Opcode.INTERRUPT)
 
 
 class Loop:
@@ -229,8 +229,6 @@ class Loop:
             self._interrupt(request.interrupted)
         if request.number in _NO_ANSWER:
             return None
-        if request.number == Opcode.DESTROY:
-            return encode.ok(request.unique)
         return encode.error(request.unique, errno.ENOSYS)
 
     def _reply(self, reply: Reply | None) -> None:
