@@ -180,7 +180,7 @@ class _Copier:
 
     def _file(self, node: Node, dir_fd: int, name: bytes) -> None:
         flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
-        source = self._union.open_file(node, write=False)
+        source = self._union.files.lend(node, write=False)
         try:
             fd = os.open(name, flags, 0o600, dir_fd=dir_fd)
             try:
@@ -191,7 +191,7 @@ class _Copier:
             finally:
                 os.close(fd)
         finally:
-            self._union.close_file(node, source)
+            self._union.files.take_back(node, source)
 
     def _keep(self, node: Node, fd: int) -> None:
         """Owner, xattrs, mode, times: in the order in which none undoes another."""

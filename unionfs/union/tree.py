@@ -12,25 +12,25 @@ import os
 import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import partial
 from typing import Final
 
 from unionfs.sys.creds import Identity
 from unionfs.union import bound
-from unionfs.union.files import OpenFile, UnreadFile, open_backing, open_held
+from unionfs.union.files import has_xattr
 from unionfs.union.layers import Layer, LayerStack
 from unionfs.union.listing import hides_xattr_whiteouts
 from unionfs.union.lowernames import MANY, LowerNames
 from unionfs.union.markers import Markers
 from unionfs.union.merging import Merging
 from unionfs.union.nodes import UNSEEN, Node, NodeTable
+from unionfs.union.openfiles import OpenFiles, metacopy_refused
 from unionfs.union.places import Gate, Place
-from unionfs.union.xattrs import CAPABILITY
+from unionfs.union.shortcuts import Capabilities, Shortcuts
 
 NAME_MAX: Final = 255
 #: A filesystem of a layer may have shorter names than others; as namei.c, ovl_lookup_single.
 _NOT_THERE: Final = (errno.ENOENT, errno.ENAMETOOLONG)
-_CAPABILITY: Final = os.fsdecode(CAPABILITY)
+_ALL_SHORTCUTS: Final = Shortcuts()
 _PATH: Final = os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC
 
 
@@ -53,15 +53,19 @@ class Attributes:
 class Union:
     """The merged tree of a layer stack. Not thread-safe: one thread calls it."""
 
-    def __init__(self, stack: LayerStack, *, directory_fds: int = 1024) -> None:
+    def __init__(
+        self, stack: LayerStack, *, directory_fds: int = 1024, shortcuts: Shortcuts = _ALL_SHORTCUTS
+    ) -> None:
         self.stack = stack
         self.markers = Markers(stack.xattr_prefix)
         self.gate = Gate(directory_fds)
         self._lower_names = LowerNames(self.gate)
         #: All roots are merged: overlayfs heeds no `opaque` on them (super.c, ovl_get_root).
-        self.nodes = NodeTable([layer.root for layer in stack.layers])
+        self.nodes = NodeTable([layer.root for layer in stack.layers], self._gone)
         self.identity = Identity(stack.work_fd)
-        self._metacopy = os.fsdecode(self.markers.metacopy)
+        self.shortcuts = shortcuts
+        self.capabilities = Capabilities(shortcuts)
+        self.files = OpenFiles(self.gate, self.markers.metacopy, self.capabilities, shortcuts)
         self._merging = Merging(stack, self.markers, self.gate)
         #: Nodes whose attributes changed by being copied up, which nobody asked to change them: whoever
         #: serves the union tells the kernel, and empties the list.
@@ -69,9 +73,6 @@ class Union:
         #: Directories whose size may be another one since something in them was copied up. That may be told
         #: a little later: who is told asks again, and copy-ups come in large numbers.
         self.resized: set[Node] = set()
-        #: Backing files to be closed, for which nobody need wait. None: they are closed at once. A session
-        #: that sets it to a list closes what is in it as soon as it has sent an answer.
-        self.to_close: list[tuple[Node, OpenFile]] | None = None
 
     # -- finding --------------------------------------------------------------------------------------
 
@@ -152,6 +153,10 @@ class Union:
             return None
         return None
 
+    def _gone(self, node: Node) -> None:
+        self.files.gone(node)
+        self.forget_places(node.parts)
+
     def forget_places(self, places: list[Place]) -> None:
         """Close the fds of real directories that no node stands for."""
         for place in places:
@@ -214,7 +219,7 @@ class Union:
             return os.stat(self.gate.fd(node.parts[0]))
         assert node.place is not None
         st = os.stat(node.name, dir_fd=self.gate.fd(node.place), follow_symlinks=False)
-        _check(node, st)
+        node.check(st)
         return st
 
     def attributes_of(self, node: Node, st: os.stat_result) -> Attributes:
@@ -256,7 +261,7 @@ class Union:
         assert node.place is not None
         fd = os.open(node.name, _PATH, dir_fd=self.gate.fd(node.place))
         try:
-            _check(node, os.fstat(fd))
+            node.check(os.fstat(fd))
         except OSError:
             os.close(fd)
             raise
@@ -304,83 +309,13 @@ class Union:
         assert node.place is not None
         return os.readlink(node.name, dir_fd=self.gate.fd(node.place))
 
-    def open_file(self, node: Node, *, write: bool) -> OpenFile:
-        """The node's backing file with one user more. It must be in the upper when ``write``."""
-        file = node.file
-        # No user: it was closed by work in a thread that went on longer than the last open.
-        if file is None or not file.users or not file.readable or (write and not file.writable):
-            file = self._open_file(node, write=write)
-            node.file = file
-        file.users += 1
-        return file
-
-    def open_unread(self, node: Node) -> OpenFile:
-        """As :meth:`open_file`, to read a lower's file of which nothing may have to be read: the kernel was
-        given its data before."""
-        file = node.file
-        if file is None or not file.users or not file.readable:
-            assert node.place is not None
-            waits = not node.place.layer.memory
-            file = node.file = UnreadFile(partial(self._open_file, node, write=False), waits=waits)
-        file.users += 1
-        return file
-
-    def _open_file(self, node: Node, *, write: bool) -> OpenFile:
-        assert node.place is not None
-        if write and not node.is_upper:
-            raise OSError(errno.EROFS, "a lower is never written")
-        waits = not node.place.layer.memory
-        if write and node.place.layer.read_only:
-            raise OSError(errno.EROFS, os.strerror(errno.EROFS))
-        if node.held >= 0:
-            file = open_held(node.held, write=write, waits=waits)
-        else:
-            file = open_backing(self.gate.fd(node.place), node.name, write=write, waits=waits)
-            try:
-                _check(node, file.st)
-            except OSError:
-                os.close(file.fd)
-                raise
-        if node.identity is not None:
-            return file
-        try:
-            file.xattrs = os.listxattr(file.fd)
-            metacopy = self._metacopy in file.xattrs
-            node.no_capability = _CAPABILITY not in file.xattrs
-        except OSError:  # too many to be listed, say
-            metacopy = self._is_metacopy(file.fd)
-        if metacopy:
-            os.close(file.fd)
-            raise _metacopy()
-        return file
-
-    def _is_metacopy(self, where: bytes | int, *, follow: bool = True) -> bool:
-        try:
-            os.getxattr(where, self._metacopy, follow_symlinks=follow)
-        except OSError:
-            return False
-        return True
-
     def refuse_metacopy(self, node: Node) -> None:
         """A regular file with only its metadata in this layer: better EPERM than zeros for its data."""
         if node.identity is not None:
             return
         path, follow = self.path(node)
-        if self._is_metacopy(path, follow=follow):
-            raise _metacopy()
-
-    def close_file(self, node: Node, file: OpenFile) -> None:
-        """Undo one :meth:`open_file`."""
-        if node.file is file and file.users == 1:
-            node.file = None
-        file.release()
-
-    def close_later(self, node: Node, file: OpenFile) -> None:
-        """As :meth:`close_file`, after the answer to the request if the session does so."""
-        if self.to_close is None:
-            self.close_file(node, file)
-        else:
-            self.to_close.append((node, file))
+        if has_xattr(path, os.fsdecode(self.markers.metacopy), follow=follow):
+            raise metacopy_refused()
 
     def require_upper(self) -> Layer:
         """The upper layer. Raises EROFS when there is none."""
@@ -407,16 +342,3 @@ class Union:
     def close(self) -> None:
         """Close every fd that the tree opened (the layers' own stay)."""
         self.gate.close()
-
-
-def _check(node: Node, st: os.stat_result | None) -> None:
-    """Raise ESTALE for an object that is not the node's, so that the kernel looks the name up again."""
-    if node.key and st is not None:
-        place = node.place
-        assert place is not None
-        if place.layer.key(st) != node.key:
-            raise OSError(errno.ESTALE, "a layer holds another object there")
-
-
-def _metacopy() -> PermissionError:
-    return PermissionError(errno.EPERM, "a metacopy file needs kernel overlayfs")
