@@ -64,13 +64,12 @@ def test_all_is_done_at_once(union: Union, tmp_path: Path, change: Change) -> No
 @pytest.mark.parametrize("change", CHANGES)
 def test_what_nobody_need_wait_for(union: Union, tmp_path: Path, change: Change) -> None:
     """When the answer is sent all is as it will be, but that files are open still."""
-    union.to_close = []
+    union.files.defer()
     fds = os.listdir("/proc/self/fd")
     _check(_set(union, get(union, "d/f"), change), change)
     assert (tmp_path / "upper/d").stat().st_mtime_ns == PAST
     assert len(os.listdir("/proc/self/fd")) > len(fds)
-    for node, file in union.to_close:
-        union.close_file(node, file)
+    union.files.close_waiting()
     assert os.listdir("/proc/self/fd") == fds
 
 

@@ -324,9 +324,9 @@ class TestChangesOnDisk:
         Changes(union).unlink(union.nodes.root, b"f")
         copy.finish()
         assert stat.S_ISCHR((tmp_path / "upper/f").lstat().st_mode)
-        file = union.open_file(node, write=True)
+        file = union.files.lend(node, write=True)
         assert file.write(b"yy", 0) == 2
-        union.close_file(node, file)
+        union.files.take_back(node, file)
         assert union.attributes(node).nlink == 0
         assert os.listdir(tmp_path / "work/work") == []
 

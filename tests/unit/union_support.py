@@ -68,11 +68,11 @@ def names(union: Union, path: str = "") -> set[bytes]:
 
 def read(union: Union, path: str) -> bytes:
     node = get(union, path)
-    file = union.open_file(node, write=False)
+    file = union.files.lend(node, write=False)
     try:
         return file.read(1 << 20, 0)
     finally:
-        union.close_file(node, file)
+        union.files.take_back(node, file)
 
 
 def copy_up(union: Union, node: Node, limit: int | None = None) -> None:

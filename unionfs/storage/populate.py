@@ -183,9 +183,7 @@ class _Copier:
 
     def _file(self, source: int, dir_fd: int, name: bytes, path: bytes) -> None:
         flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
-        opened = open_held(source, write=False, waits=False)
-        opened.users = 1
-        try:
+        with open_held(source, write=False, waits=False) as opened:
             self._merge.markers.refuse_metacopy(opened.fd)
             fd = os.open(name, flags, 0o600, dir_fd=dir_fd)
             try:
@@ -195,8 +193,6 @@ class _Copier:
                 self._keep(opened.fd, fd, path)
             finally:
                 os.close(fd)
-        finally:
-            opened.release()
 
     def _keep(self, source: int, fd: int, path: bytes) -> None:
         """Owner, xattrs, mode, times: in the order in which none undoes another."""

@@ -37,22 +37,20 @@ def bind(union: Union, parent: Node, name: bytes, layer: Layer) -> Node:
     st = os.stat(layer.root_fd)
     known = union.nodes.child(parent, name)
     # Nobody has looked the directory up, and without a child the table would let go of it.
-    parent.lookups += 1
+    union.nodes.looked_up(parent)
     if known is not None:
         union.nodes.remove_name(known, parent, name)
     node = union.nodes.add(parent, name, st, [layer.root])
-    parent.lookups -= 1
+    union.nodes.forget(parent, 1)
     if not node.is_dir:
         node.held = os.dup(layer.root_fd)
-    node.lookups += 1
+    union.nodes.looked_up(node)
     return node
 
 
 def unbind(union: Union, node: Node) -> None:
     """Undo :meth:`bind`, before the union is mounted."""
-    assert node.parent is not None
-    node.lookups -= 1
-    union.nodes.remove_name(node, node.parent, node.name)
+    union.nodes.forget(node, 1)
 
 
 def stat_name(union: Union, parent: Node, name: bytes) -> os.stat_result | None:

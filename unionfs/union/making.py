@@ -122,7 +122,7 @@ class Making(Changing):
         is_directory = stat.S_ISDIR(st.st_mode)
         where = Place(place.layer, place, name, key=place.layer.key(st)) if is_directory else place
         node = union.nodes.add(parent, name, st, [where])
-        node.no_capability = node.identity is None
+        union.capabilities.none(node)
         return node, union.attributes_of(node, st)
 
     def _make(

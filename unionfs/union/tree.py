@@ -7,47 +7,47 @@ import os
 import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import partial
 from typing import Final
 
 from unionfs.sys.creds import Identity
 from unionfs.union import bound
 from unionfs.union.attributes import Attributes
-from unionfs.union.files import OpenFile, UnreadFile, open_backing, open_held
 from unionfs.union.layers import LayerStack
 from unionfs.union.listing import Listing
 from unionfs.union.merge import Merge
 from unionfs.union.nodes import UNSEEN, Node, NodeTable
+from unionfs.union.openfiles import OpenFiles
 from unionfs.union.places import Layer
+from unionfs.union.shortcuts import Capabilities, Shortcuts
 from unionfs.union.work import Work
-from unionfs.union.xattrs import CAPABILITY
 
 NAME_MAX: Final = 255
-_CAPABILITY: Final = os.fsdecode(CAPABILITY)
+_ALL_SHORTCUTS: Final = Shortcuts()
 _PATH: Final = os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC
 
 
 class Union:
     """The merged tree of a layer stack. Not thread-safe: one thread calls it."""
 
-    def __init__(self, stack: LayerStack, *, directory_fds: int = 1024) -> None:
+    def __init__(
+        self, stack: LayerStack, *, directory_fds: int = 1024, shortcuts: Shortcuts = _ALL_SHORTCUTS
+    ) -> None:
         self.stack = stack
         self.markers = stack.markers
         self.merge = Merge(stack.layers, stack.markers, directory_fds=directory_fds)
         self.gate = self.merge.gate
-        self.nodes = NodeTable(self.merge.roots)
+        self.nodes = NodeTable(self.merge.roots, self._gone)
         self.work = Work(stack.work_fd)
         self.identity = Identity(stack.work_fd)
-        self._metacopy = os.fsdecode(self.markers.metacopy)
+        self.shortcuts = shortcuts
+        self.capabilities = Capabilities(shortcuts)
+        self.files = OpenFiles(self.gate, self.markers, self.capabilities, shortcuts)
         #: Nodes whose attributes changed by being copied up, which nobody asked to change them: whoever
         #: serves the union tells the kernel, and empties the list.
         self.stale: list[Node] = []
         #: Directories whose size may be another one since something in them was copied up. That may be told
         #: a little later: who is told asks again, and copy-ups come in large numbers.
         self.resized: set[Node] = set()
-        #: Backing files to be closed, for which nobody need wait. None: they are closed at once. A session
-        #: that sets it to a list closes what is in it as soon as it has sent an answer.
-        self.to_close: list[tuple[Node, OpenFile]] | None = None
 
     # -- finding --------------------------------------------------------------------------------------
 
@@ -114,6 +114,10 @@ class Union:
             return self.nodes.unreachable(parent, name), stat.S_IFREG
         return None
 
+    def _gone(self, node: Node) -> None:
+        self.files.gone(node)
+        self.merge.forget(node.parts)
+
     def listing(self, node: Node) -> Listing:
         """The names of a directory. Raises ``OSError``."""
         parts = () if node.unlinked else node.parts
@@ -141,7 +145,7 @@ class Union:
             return os.stat(self.gate.fd(node.parts[0]))
         assert node.place is not None
         st = os.stat(node.name, dir_fd=self.gate.fd(node.place), follow_symlinks=False)
-        _check(node, st)
+        node.check(st)
         return st
 
     def attributes_of(self, node: Node, st: os.stat_result) -> Attributes:
@@ -183,7 +187,7 @@ class Union:
         assert node.place is not None
         fd = os.open(node.name, _PATH, dir_fd=self.gate.fd(node.place))
         try:
-            _check(node, os.fstat(fd))
+            node.check(os.fstat(fd))
         except OSError:
             os.close(fd)
             raise
@@ -231,76 +235,11 @@ class Union:
         assert node.place is not None
         return os.readlink(node.name, dir_fd=self.gate.fd(node.place))
 
-    def open_file(self, node: Node, *, write: bool) -> OpenFile:
-        """The node's backing file with one user more. It must be in the upper when ``write``."""
-        file = node.file
-        # No user: it was closed by work in a thread that went on longer than the last open.
-        if file is None or not file.users or not file.readable or (write and not file.writable):
-            file = self._open_file(node, write=write)
-            node.file = file
-        file.users += 1
-        return file
-
-    def open_unread(self, node: Node) -> OpenFile:
-        """As :meth:`open_file`, to read a lower's file of which nothing may have to be read: the kernel was
-        given its data before."""
-        file = node.file
-        if file is None or not file.users or not file.readable:
-            assert node.place is not None
-            waits = not node.place.layer.memory
-            file = node.file = UnreadFile(partial(self._open_file, node, write=False), waits=waits)
-        file.users += 1
-        return file
-
-    def _open_file(self, node: Node, *, write: bool) -> OpenFile:
-        assert node.place is not None
-        if write and not node.is_upper:
-            raise OSError(errno.EROFS, "a lower is never written")
-        waits = not node.place.layer.memory
-        if write and node.place.layer.read_only:
-            raise OSError(errno.EROFS, os.strerror(errno.EROFS))
-        if node.held >= 0:
-            file = open_held(node.held, write=write, waits=waits)
-        else:
-            file = open_backing(self.gate.fd(node.place), node.name, write=write, waits=waits)
-            try:
-                _check(node, file.st)
-            except OSError:
-                os.close(file.fd)
-                raise
-        if node.identity is not None:
-            return file
-        try:
-            file.xattrs = os.listxattr(file.fd)
-            node.no_capability = _CAPABILITY not in file.xattrs
-        except OSError:  # too many to be listed, say
-            pass
-        if file.xattrs is None or self._metacopy in file.xattrs:
-            try:
-                self.markers.refuse_metacopy(file.fd)
-            except OSError:
-                os.close(file.fd)
-                raise
-        return file
-
     def refuse_metacopy(self, node: Node) -> None:
         """Raises EPERM for a file whose data is in another layer."""
         if node.identity is None:
             path, follow = self.path(node)
             self.markers.refuse_metacopy(path, follow=follow)
-
-    def close_file(self, node: Node, file: OpenFile) -> None:
-        """Undo one :meth:`open_file`."""
-        if node.file is file and file.users == 1:
-            node.file = None
-        file.release()
-
-    def close_later(self, node: Node, file: OpenFile) -> None:
-        """As :meth:`close_file`, after the answer to the request if the session does so."""
-        if self.to_close is None:
-            self.close_file(node, file)
-        else:
-            self.to_close.append((node, file))
 
     def require_upper(self) -> Layer:
         """The upper layer. Raises EROFS when there is none."""
@@ -327,12 +266,3 @@ class Union:
     def close(self) -> None:
         """Close every fd that the tree opened (the layers' own stay)."""
         self.merge.close()
-
-
-def _check(node: Node, st: os.stat_result | None) -> None:
-    """Raise ESTALE for an object that is not the node's, so that the kernel looks the name up again."""
-    if node.key and st is not None:
-        place = node.place
-        assert place is not None
-        if place.layer.key(st) != node.key:
-            raise OSError(errno.ESTALE, "a layer holds another object there")

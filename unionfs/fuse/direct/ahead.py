@@ -63,6 +63,7 @@ class Ahead:
     ) -> None:
         """``prepare`` begins to prepare a listing; each step does a part. It may raise `Unfit`."""
         self._operations = operations
+        self._enabled = operations.union.shortcuts.ahead
         self._prepare = prepare
         self._prepared: Prepared | None = None
         self._work: Iterator[None] | None = None
@@ -89,8 +90,8 @@ class Ahead:
             walk.clear()
         walk.extend(reversed(below))
         self._drop()
-        if self._right >= _SURE and walk and _is_fit(walk[-1]):
-            walk[-1].lookups += 1
+        if self._enabled and self._right >= _SURE and walk and _is_fit(walk[-1]):
+            self._operations.union.nodes.looked_up(walk[-1])
             self._prepared = Prepared(walk[-1], size)
             self._work = self._prepare(self._prepared)
             self.begun += 1
