@@ -13,7 +13,7 @@ from unionfs.sys import calls
 from unionfs.union.attributes import Attributes
 from unionfs.union.changes import Caller, Changes
 from unionfs.union.files import OpenFile, mode_without_set_ids
-from unionfs.union.nodes import Handle, Node
+from unionfs.union.node import Handle, Node
 from unionfs.union.tree import Union
 
 #: A write above this many bytes goes to a thread: the disk may make it wait.
@@ -152,9 +152,7 @@ class Files:
 
     async def fsync(self, node: Node, file: OpenFile, *, datasync: bool) -> None:
         """fsync(2) or fdatasync(2). Of a lower nothing can have changed, and memory keeps nothing anyway."""
-        if not node.is_upper or (self._union.stack.volatile and node.bound is None):
-            return
-        if node.place is not None and node.place.layer.memory:
+        if not node.in_place or not node.territory.durable:
             return
         with file:
             await in_thread(os.fdatasync if datasync else os.fsync, file.fd)

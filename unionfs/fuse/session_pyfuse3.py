@@ -18,7 +18,7 @@ from unionfs.fuse.operations import ACL, Change, Found, Operations, error
 from unionfs.sys.liveness import is_dead
 from unionfs.sys.mountinfo import mounted_at, mounts_of_device
 from unionfs.union.changes import Caller
-from unionfs.union.nodes import Node
+from unionfs.union.node import Node
 
 log = logging.getLogger(__name__)
 
@@ -284,7 +284,7 @@ class PyfuseOperations(pyfuse3.Operations):  # type: ignore[misc,unused-ignore]
         node = self.operations.node(inode)
         prepared = await self.files.prepare(node, flags)
         number = self.files.open(node, flags, ctx.uid, prepared, kills_set_ids=ctx.uid != 0)
-        return _opened(number, keep_cache=node.identity is None)
+        return _opened(number, keep_cache=node.territory.lasting)
 
     @_request
     async def create(
@@ -351,7 +351,7 @@ class PyfuseOperations(pyfuse3.Operations):  # type: ignore[misc,unused-ignore]
                 found = None
                 unknown = self.operations.union.number_of_unreachable(node, name)
             else:
-                unknown = None if found else self.operations.union.number_of_bare_whiteout(node, name)
+                unknown = None if found else node.territory.number_of_bare_whiteout(node, name)
             if unknown is not None and not pyfuse3.readdir_reply(
                 token, name, _unknown(*unknown), cookies[index]
             ):
@@ -387,7 +387,7 @@ def _opened(number: int, *, keep_cache: bool = True) -> pyfuse3.FileInfo:
 def _named(found: Found) -> pyfuse3.EntryAttributes:
     """The reply for a name, which holds for ever unless others can change what it stands for."""
     entry = _entry(found)
-    if found[0].identity is not None:
+    if not found[0].territory.lasting:
         entry.entry_timeout = 0
     return entry
 

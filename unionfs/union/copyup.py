@@ -16,10 +16,9 @@ from contextlib import ExitStack
 from typing import Final
 
 from unionfs.sys import calls
-from unionfs.union import bound
 from unionfs.union.filedata import clone, copy_data
 from unionfs.union.files import OpenFile
-from unionfs.union.nodes import UNSEEN, Node
+from unionfs.union.node import UNSEEN, Node
 from unionfs.union.places import Place
 from unionfs.union.tree import Union
 from unionfs.union.work import Temporary
@@ -162,14 +161,12 @@ def copy_up_special(union: Union, node: Node) -> None:
 
 def ensure_upper(union: Union, node: Node) -> Place:
     """The upper's directory for a directory node, copied up with all above it when there is none yet."""
-    if node.identity is not None:
-        return bound.writable(node)
     upper = union.require_upper()
     if node.unlinked:
         raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT))
     missing: list[Node] = []
     current = node
-    while not current.is_upper:
+    while not current.in_place:
         missing.append(current)
         assert current.parent is not None, "the upper's root is part of the merged root"
         current = current.parent
@@ -185,7 +182,7 @@ def _copy_up_directory(union: Union, node: Node) -> None:
     work = union.work.fd
     lower = union.gate.fd(node.parts[0])
     st = os.stat(lower)
-    shown = union.attributes_of(node, st).ctime_ns
+    shown = node.attributes_of(st).ctime_ns
     with union.work.temporary() as temporary:
         name = temporary.name
         os.mkdir(name, 0o700, dir_fd=work)
@@ -244,7 +241,7 @@ def _put(union: Union, temporary: Temporary, directory: Node, name: bytes) -> No
     else:  # this is the first copy-up since somebody asked for its attributes, or it was changed
         union.resized.add(directory)
         st = os.stat(dir_fd)
-        place.mtime_ns, shown = st.st_mtime_ns, union.attributes_of(directory, st).ctime_ns
+        place.mtime_ns, shown = st.st_mtime_ns, directory.attributes_of(st).ctime_ns
     place.empty = False
     temporary.put(dir_fd, name)
     with contextlib.suppress(OSError):

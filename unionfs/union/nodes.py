@@ -21,163 +21,31 @@ import errno
 import os
 import stat
 from collections.abc import Callable, Iterable
-from typing import TYPE_CHECKING, Final
+from typing import Final
 
 import xxhash
 
 from unionfs.sys import calls
+from unionfs.union.node import Node, Territory
 from unionfs.union.places import Place
 
-if TYPE_CHECKING:
-    from unionfs.union.files import OpenFile
-    from unionfs.union.places import Layer
-
 ROOT_ID: Final = 1
-UNSEEN: Final = -1
 #: The key of no object.
 _NONE: Final = -1
 #: Hashed numbers have this bit, so they meet no inode number that a disk filesystem gives out.
 _HASHED: Final = 1 << 62
 
 
-class Handle:
-    """One open of one file."""
-
-    __slots__ = ("file", "node", "through", "uid", "writes")
-
-    def __init__(self, node: Node, file: OpenFile, uid: int, *, writes: bool) -> None:
-        self.node = node
-        self.file = file
-        #: Who opened it: a write by anybody but root clears set-id bits.
-        self.uid = uid
-        self.writes = writes
-        #: The kernel reads and writes it by itself.
-        self.through = False
-
-
-class Use:
-    """How a node is used: its open files, and what its session agreed with the kernel about them."""
-
-    __slots__ = (
-        "backing_id", "cached", "capability", "file", "filled", "handles", "mtime_ns", "of_upper", "through",
-        "writebacks", "writers", "written",
-    )  # fmt: skip
-
-    def __init__(self) -> None:
-        #: The backing file, if it is open, and who has it open by a number.
-        self.file: OpenFile | None = None
-        self.handles: list[Handle] = []
-        #: Opens whose data goes through the page cache, and opens with a backing file.
-        self.cached = 0
-        self.through = 0
-        #: Whether the data was put into the page cache with the first open (or, of a large file, could have
-        #: been).
-        self.filled = False
-        #: What the backing file is registered as, and whether it is the upper's.
-        self.backing_id = 0
-        self.of_upper = False
-        #: Opens for writing, with the backing file; and whether there ever was one.
-        self.writers = 0
-        self.written = False
-        #: Writes of cached data that are under way, and what the file has to have after them.
-        self.writebacks = 0
-        self.mtime_ns = 0
-        self.capability: bytes | None = None
-
-
-class Node:
-    """One object of the merged tree."""
-
-    __slots__ = (
-        "children", "ctime", "held", "id", "identity", "ino", "key", "kind", "links", "lookups", "name",
-        "no_capability", "parent", "parts", "place", "successor", "superseded", "unlinked", "use",
-    )  # fmt: skip
-
-    def __init__(self, id_: int, parent: Node | None, name: bytes, kind: int) -> None:
-        self.id = id_
-        self.ino = id_
-        self.parent = parent
-        self.name = name
-        #: S_IFMT bits of the mode.
-        self.kind = kind
-        #: Of a directory: the real directories merged into it, topmost first.
-        self.parts: list[Place] = []
-        #: Of anything else: the real directory that holds it under ``name``, and its `Layer.key`.
-        self.place: Place | None = None
-        self.key = 0
-        #: Known nodes below, by name (directories only).
-        self.children: dict[bytes, Node] | None = {} if kind == stat.S_IFDIR else None
-        #: Further names of an upper file with several hard links.
-        self.links: list[tuple[Node, bytes]] | None = None
-        self.lookups = 0
-        self.held = -1
-        self.unlinked = False
-        #: See `shortcuts.Capabilities`.
-        self.no_capability = False
-        #: A ctime that a copy-up gave the real directory (`UNSEEN`: the one that it has when somebody asks
-        #: next), and the one that is shown for it; nanoseconds.
-        self.ctime: tuple[int, int] | None = None
-        #: From the first open on.
-        self.use: Use | None = None
-        #: The node that took over everything but the open files; see :meth:`NodeTable.supersede`.
-        self.successor: Node | None = None
-        #: How many nodes it took over from, which are still known.
-        self.superseded = 0
-        #: Of a bound object: device and inode number, to see when its name stands for another one.
-        self.identity: tuple[int, int] | None = None
-
-    @property
-    def is_dir(self) -> bool:
-        return self.kind == stat.S_IFDIR
-
-    @property
-    def is_upper(self) -> bool:
-        """Whether its metadata lives in the upper (for a directory: its topmost part)."""
-        if self.kind == stat.S_IFDIR:
-            return bool(self.parts) and self.parts[0].layer.is_upper
-        return self.place is not None and self.place.layer.is_upper
-
-    @property
-    def bound(self) -> Layer | None:
-        """The storage that it belongs to, if it is not of the merged layers; see `union.bound`."""
-        place = self.parts[0] if self.parts else self.place
-        return None if place is None or not place.layer.bound else place.layer
-
-    @property
-    def is_mountpoint(self) -> bool:
-        """Whether storage is shown here, so that the name is in use."""
-        return self.identity is not None and (self.parent is None or self.parent.bound is not self.bound)
-
-    @property
-    def is_pure_upper(self) -> bool:
-        """Nothing of a lower is seen through it."""
-        return self.is_upper and len(self.parts) <= 1
-
-
-    def in_use(self) -> Use:
-        """Its use, which begins now if it has none."""
-        if self.use is None:
-            self.use = Use()
-        return self.use
-
-    def check(self, st: os.stat_result) -> None:
-        """Raise ESTALE for an object that is not the node's, so that the kernel looks the name up again."""
-        if self.key:
-            assert self.place is not None
-            if self.place.layer.key(st) != self.key:
-                raise OSError(errno.ESTALE, "a layer holds another object there")
-
-
 class NodeTable:
     """All nodes that the kernel knows or is about to be told of, and the numbers they have."""
 
-    def __init__(self, root_parts: list[Place], gone: Callable[[Node], None] = lambda node: None) -> None:
+    #: The node of id 1.
+    root: Node
+
+    def __init__(self, gone: Callable[[Node], None] = lambda node: None) -> None:
         """``gone`` is called with each node that is forgotten."""
-        self.root = Node(ROOT_ID, None, b"", stat.S_IFDIR)
-        self.root.parts = root_parts
-        self.root.lookups = 1
-        self._plain_dev = root_parts[0].layer.dev
-        self._by_id: dict[int, Node] = {ROOT_ID: self.root}
+        self._plain_dev = -1
+        self._by_id: dict[int, Node] = {}
         self._by_inode: dict[tuple[int, int], Node] = {}
         self._inode_of: dict[int, tuple[int, int]] = {}
         self._origin: dict[tuple[int, int], int] = {}
@@ -185,6 +53,13 @@ class NodeTable:
 
     def __len__(self) -> int:
         return len(self._by_id)
+
+    def add_root(self, territory: Territory, parts: list[Place]) -> None:
+        """Begin with the root of the merged tree."""
+        self.root = self._by_id[ROOT_ID] = Node(ROOT_ID, territory, None, b"", stat.S_IFDIR)
+        self.root.parts = parts
+        self.root.lookups = 1
+        self._plain_dev = parts[0].layer.dev
 
     def get(self, id_: int) -> Node | None:
         """The node with that id, or the one that superseded it, if it is known."""
@@ -206,15 +81,13 @@ class NodeTable:
             if known is not None:
                 return known
         elif st.st_nlink > 1 and not stat.S_ISDIR(st.st_mode):
-            return _hashed(b"%d/%b" % (parent.ino, name))
+            return hashed(b"%d/%b" % (parent.ino, name))
         if st.st_dev == self._plain_dev and ROOT_ID < st.st_ino < _HASHED:
             return st.st_ino
-        return _hashed(b"%d:%d" % (st.st_dev, st.st_ino))
+        return hashed(b"%d:%d" % (st.st_dev, st.st_ino))
 
     def number(self, parent: Node, name: bytes, st: os.stat_result, place: Place) -> int:
         """The inode number that :meth:`add` would give an object of the real directory ``place``."""
-        if place.layer.bound:
-            return _bound_number(place.layer, st)
         upper = place.layer.is_upper
         if upper and self._by_inode and not stat.S_ISDIR(st.st_mode):
             known = self._by_inode.get((st.st_dev, st.st_ino))
@@ -224,12 +97,12 @@ class NodeTable:
 
     def unreachable(self, parent: Node, name: bytes) -> int:
         """A number for what cannot be looked up; no node has it."""
-        return self._free(_hashed(b"unreachable%d/%b" % (parent.ino, name)))
+        return self._free(hashed(b"unreachable%d/%b" % (parent.ino, name)))
 
     def _free(self, number: int) -> int:
         """The number itself, or another one when a node has it."""
         while number in self._by_id:
-            number = _hashed(b"taken%d" % number)
+            number = hashed(b"taken%d" % number)
         return number
 
     def copied_up(self, node: Node, st: os.stat_result) -> None:
@@ -246,7 +119,7 @@ class NodeTable:
         return parent.children.get(name)
 
     def add(self, parent: Node, name: bytes, st: os.stat_result, places: list[Place]) -> Node:
-        """The node for an object found under ``name``: a new one, or the one that has another name already.
+        """The node for an object of the layers: a new one, or the one that has another name already.
 
         ``places``: a directory's parts, or the one place that holds the object.
         """
@@ -254,8 +127,6 @@ class NodeTable:
         kind = stat.S_IFMT(st.st_mode)
         place = places[0]
         upper = place.layer.is_upper
-        if place.layer.bound:
-            return self._add_bound(parent, name, st, places)
         linkable = upper and kind != stat.S_IFDIR
         if linkable and self._by_inode:
             known = self._by_inode.get((st.st_dev, st.st_ino))
@@ -263,7 +134,7 @@ class NodeTable:
                 self.add_name(known, parent, name, place)
                 return known
         number = self._free(self._number(st, parent, name, upper=upper))
-        node = Node(number, parent, name, kind)
+        node = Node(number, parent.territory, parent, name, kind)
         if kind == stat.S_IFDIR:
             node.parts = places
         else:
@@ -275,19 +146,34 @@ class NodeTable:
             self.linked(node, st)
         return node
 
-    def _add_bound(self, parent: Node, name: bytes, st: os.stat_result, places: list[Place]) -> Node:
-        """A bound object: each name is a node of its own, and hard links have one ``st_ino``."""
-        assert parent.children is not None
-        number = _bound_number(places[0].layer, st)
-        node = Node(self._free(number), parent, name, stat.S_IFMT(st.st_mode))
+    def add_bound(
+        self,
+        territory: Territory,
+        parent: Node,
+        name: bytes,
+        number: int,
+        st: os.stat_result,
+        place: Place,
+        *,
+        held: int = -1,
+    ) -> Node:
+        """A node for one name of an object of bound storage: hard links are nodes of their own with one
+        ``number``. ``held``: an O_PATH fd of an object that has no name to open it by.
+        """
+        node = Node(self._free(number), territory, parent, name, stat.S_IFMT(st.st_mode))
         node.ino = number
         node.identity = st.st_dev, st.st_ino
+        node.held = held
         if node.is_dir:
-            node.parts = places
+            node.parts = [place]
         else:
-            node.place = places[0]
+            node.place = place
         self._by_id[node.id] = node
-        parent.children[name] = node
+        if name:
+            assert parent.children is not None
+            parent.children[name] = node
+        else:
+            node.unlinked = True
         return node
 
     def linked(self, node: Node, st: os.stat_result) -> None:
@@ -346,23 +232,19 @@ class NodeTable:
     def unnamed(self, parent: Node, held: int) -> Node:
         """A node for an upper file that has no name yet (O_TMPFILE), of which ``held`` is an O_PATH fd."""
         st = os.stat(held)
-        layer = parent.bound
-        number = self._number(st, parent, b"", upper=True) if layer is None else _bound_number(layer, st)
-        node = Node(self._free(number), parent, b"", stat.S_IFMT(st.st_mode))
+        number = self._free(self._number(st, parent, b"", upper=True))
+        node = Node(number, parent.territory, parent, b"", stat.S_IFMT(st.st_mode))
         node.place = parent.parts[0]
         node.held = held
         node.unlinked = True
-        self._by_id[node.id] = node
-        if layer is None:
-            self.linked(node, st)
-        else:
-            node.identity = st.st_dev, st.st_ino
+        self._by_id[number] = node
+        self.linked(node, st)
         return node
 
     def supersede(self, node: Node) -> Node:
         """Let a new node stand for the object of ``node``, which keeps its open files and lookups."""
-        number = self._free(_hashed(b"after%d" % node.id))
-        new = Node(number, node.parent, node.name, node.kind)
+        number = self._free(hashed(b"after%d" % node.id))
+        new = Node(number, node.territory, node.parent, node.name, node.kind)
         new.ino = node.ino
         new.place, new.links, new.unlinked = node.place, node.links, node.unlinked
         new.key = node.key
@@ -431,7 +313,7 @@ class NodeTable:
         if key is not None and self._by_inode.get(key) is node:
             del self._by_inode[key]
         if node.held >= 0:
-            if node.is_upper and self._origin:
+            if node.in_place and self._origin:
                 self._drop_origin(node)
             os.close(node.held)
             node.held = -1
@@ -458,9 +340,5 @@ def _remove_child(parent: Node | None, name: bytes, node: Node) -> None:
         del parent.children[name]
 
 
-def _bound_number(layer: Layer, st: os.stat_result) -> int:
-    return _hashed(b"bound%d:%d:%d" % (layer.index, st.st_dev, st.st_ino))
-
-
-def _hashed(key: bytes) -> int:
+def hashed(key: bytes) -> int:
     return xxhash.xxh3_64_intdigest(key) >> 2 | _HASHED

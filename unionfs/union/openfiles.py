@@ -17,8 +17,7 @@ from functools import partial
 from typing import Final
 
 from unionfs.union.files import OpenFile, UnreadFile, open_backing, open_held
-from unionfs.union.markers import Markers
-from unionfs.union.nodes import Node
+from unionfs.union.node import Node
 from unionfs.union.places import Gate
 from unionfs.union.shortcuts import Capabilities, Shortcuts
 
@@ -30,12 +29,8 @@ _KEPT_OPEN: Final = 512
 class OpenFiles:
     """The backing files that are open. Not thread-safe, like the union itself."""
 
-    def __init__(
-        self, gate: Gate, markers: Markers, capabilities: Capabilities, shortcuts: Shortcuts
-    ) -> None:
+    def __init__(self, gate: Gate, capabilities: Capabilities, shortcuts: Shortcuts) -> None:
         self._gate = gate
-        self._markers = markers
-        self._metacopy = os.fsdecode(markers.metacopy)
         self._capabilities = capabilities
         self._unread = shortcuts.unread_files
         self._kept: OrderedDict[Node, OpenFile] = OrderedDict()
@@ -160,10 +155,10 @@ class OpenFiles:
     def _open(self, node: Node, *, write: bool) -> OpenFile:
         place = node.place
         assert place is not None
-        if write and not node.is_upper:
+        if write and not node.in_place:
             raise OSError(errno.EROFS, "a lower is never written")
-        if write and place.layer.read_only:
-            raise OSError(errno.EROFS, os.strerror(errno.EROFS))
+        if write:
+            node.territory.require_writable()
         waits = not place.layer.memory
         if node.held >= 0:
             file = open_held(node.held, write=write, waits=waits)
@@ -173,19 +168,10 @@ class OpenFiles:
             if node.held < 0:
                 assert file.st is not None
                 node.check(file.st)
-            if node.identity is None:
-                self._look_at_xattrs(node, file)
+            node.territory.opened(file)
         except OSError:
             os.close(file.fd)
             raise
-        return file
-
-    def _look_at_xattrs(self, node: Node, file: OpenFile) -> None:
-        try:
-            file.xattrs = os.listxattr(file.fd)
-        except OSError:  # too many to be listed, say
-            pass
-        else:
+        if file.xattrs is not None:
             self._capabilities.seen(node, file.xattrs)
-        if file.xattrs is None or self._metacopy in file.xattrs:
-            self._markers.refuse_metacopy(file.fd)
+        return file

@@ -30,7 +30,7 @@ from unionfs.fuse.protocol.flags import (
     WRITE_KILL_SUIDGID,
 )
 from unionfs.union.files import OpenFile
-from unionfs.union.nodes import Node
+from unionfs.union.node import Node
 
 _MAX_COPY: Final = 0x7FFFF000  # MAX_RW_COUNT, and it fits the 32 bits of the answer
 
@@ -92,7 +92,7 @@ class DataRequests:
         flags = request.flags
         reads = flags & (os.O_ACCMODE | os.O_TRUNC) == os.O_RDONLY
         if not reads and self._ios.holds_lower(node):
-            self._union.require_writable(node)
+            node.territory.require_writable()
             # This open is refused and need not come again (/proc/self/fd), so it must not have truncated.
             if not self._operations.copy_ups.is_running(node):
                 self._union.nodes.supersede(node)

@@ -41,7 +41,7 @@ from unionfs.fuse.protocol import (
 )
 from unionfs.fuse.protocol import requests as rq
 from unionfs.sys.process import is_being_killed
-from unionfs.union.nodes import Node
+from unionfs.union.node import Node
 from unionfs.union.tree import Union
 
 log = logging.getLogger(__name__)

@@ -23,7 +23,7 @@ from unionfs.fuse.direct.device import Device
 from unionfs.fuse.protocol import FOREVER, NEVER, Decision, Timeout
 from unionfs.fuse.protocol.flags import FOPEN_KEEP_CACHE
 from unionfs.union.attributes import Attributes
-from unionfs.union.nodes import Handle, Node, Use
+from unionfs.union.node import Handle, Node, Use
 
 _WHILE_WRITING: Final[Timeout] = (0, 20_000_000)
 _AFTER_WRITING: Final[Timeout] = (1, 0)
@@ -50,12 +50,12 @@ class NodeIos:
     def is_outdated(self, node: Node) -> bool:
         """Whether the backing file in use is not the node's any more, so that it can't be opened again."""
         use = node.use
-        return use is not None and use.through > 0 and use.of_upper != node.is_upper
+        return use is not None and use.through > 0 and use.of_upper != node.in_place
 
     def holds_lower(self, node: Node) -> bool:
         """Whether the kernel reads the lower's file by itself for somebody, so no writer can join in."""
         use = node.use
-        return use is not None and use.through > 0 and not use.of_upper and not node.is_upper
+        return use is not None and use.through > 0 and not use.of_upper and not node.in_place
 
     def opened(self, handle: Handle) -> tuple[int, int]:
         """Count an open; returns FOPEN_* flags and the backing id for the answer."""
@@ -74,14 +74,14 @@ class NodeIos:
             return self._decision.passthrough_open_flags, use.backing_id
         use.cached += 1
         flags = self._decision.file_open_flags
-        if use.written or node.identity is not None:
+        if use.written or not node.territory.lasting:
             flags &= ~FOPEN_KEEP_CACHE  # what is cached from before may be old
         return flags, 0
 
     def may_have_all(self, node: Node) -> bool:
         """Whether the kernel may have all data of a lower file, which went through the page cache before."""
         use = node.use
-        return use is not None and use.filled and not use.through and not node.is_upper
+        return use is not None and use.filled and not use.through and not node.in_place
 
     def may_fill(self, handle: Handle) -> bool:
         """Whether an open just counted is the first and only one of a lower file that goes through the page
@@ -89,7 +89,7 @@ class NodeIos:
         node, use = handle.node, handle.node.use
         if use is None or use.filled or use.cached != 1 or use.through or use.written:
             return False
-        if node.is_upper or node.bound or not self._decision.file_open_flags & FOPEN_KEEP_CACHE:
+        if node.in_place or not self._decision.file_open_flags & FOPEN_KEEP_CACHE:
             return False
         use.filled = True
         return True
@@ -119,9 +119,9 @@ class NodeIos:
 
     def _wants_backing(self, use: Use, handle: Handle) -> bool:
         node, decision = handle.node, self._decision
-        if node.identity is not None:
+        if not node.territory.lasting:
             return False  # what is bound is changed by others too, and read through the page cache
-        if node.is_upper:
+        if node.in_place:
             return decision.passthrough_upper
         if not decision.passthrough_lower or use.filled:
             return False
@@ -136,7 +136,7 @@ class NodeIos:
                 raise
             self.refused += 1  # this file goes through the page cache
             return
-        use.of_upper = node.is_upper
+        use.of_upper = node.in_place
 
 
 def stale() -> OSError:

@@ -19,7 +19,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 
 from unionfs.union.files import SET_IDS, OpenFile
-from unionfs.union.nodes import Node, Use
+from unionfs.union.node import Node, Use
 from unionfs.union.shortcuts import Capabilities
 from unionfs.union.xattrs import CAPABILITY
 
