@@ -111,6 +111,7 @@ def _loop(device: Device, splicer: Splicer, operations: Operations, decision: De
         {**names.waiting, **listings.waiting, **data.waiting},
         operations.latencies,
         listings.ahead.step,
+        operations.invalidations,
     )
     splicer.on_written = loop.spliced
     return loop

@@ -65,12 +65,6 @@ class Union:
         self.identity = Identity(stack.work_fd)
         self._metacopy = os.fsdecode(self.markers.metacopy)
         self._merging = Merging(stack, self.markers, self.gate)
-        #: Nodes whose attributes changed by being copied up, which nobody asked to change them: whoever
-        #: serves the union tells the kernel, and empties the list.
-        self.stale: list[Node] = []
-        #: Directories whose size may be another one since something in them was copied up. That may be told
-        #: a little later: who is told asks again, and copy-ups come in large numbers.
-        self.resized: set[Node] = set()
         #: Backing files to be closed, for which nobody need wait. None: they are closed at once. A session
         #: that sets it to a list closes what is in it as soon as it has sent an answer.
         self.to_close: list[tuple[Node, OpenFile]] | None = None

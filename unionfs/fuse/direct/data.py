@@ -131,7 +131,7 @@ class DataRequests:
             # This open is refused and need not come again (/proc/self/fd), so it must not have truncated.
             if node.copying is None:
                 self._union.nodes.supersede(node)
-                self._union.stale.append(node)
+                self._operations.invalidations.of_node(node)
                 raise stale()
             flags = os.O_RDWR
         await self._files.prepare(node, flags)
