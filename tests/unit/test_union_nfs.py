@@ -14,7 +14,7 @@ from unionfs.daemon.preflight import _check_work_content
 from unionfs.errors import UserError
 from unionfs.union.changes import Changes
 from unionfs.union.diff import diff
-from unionfs.union.layers import Layer
+from unionfs.union.places import Layer
 from unionfs.union.tree import Union
 
 __all__ = ["open_union"]

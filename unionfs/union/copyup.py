@@ -187,7 +187,7 @@ class FileCopy:
         self._temporary = union.work.temporary()
         self._target = -1
         self._no_capability = False
-        self._source = union.open_file(node, write=False)
+        self._source = union.files.lend(node, write=False)
         self._open = True
         try:
             # one user: it was opened just now, and has not been read since, which changes the time of access
@@ -247,25 +247,19 @@ class FileCopy:
 
         ``keep``: and to the caller, who becomes one more user of the open file. It has its attributes.
         """
-        st = self._copy_up.put(self.node, self._temporary, self._target)
-        self.node.no_capability = self._no_capability
+        union, node = self._union, self.node
+        st = self._copy_up.put(node, self._temporary, self._target)
+        if self._no_capability:
+            union.capabilities.none(node)
+        else:
+            union.capabilities.changed(node)
         return self._hand_over(st, keep=keep)
 
     def _hand_over(self, st: os.stat_result, *, keep: bool) -> OpenFile | None:
         """Open handles, which only read, go on with the upper's file: they see what is written from now."""
-        node = self.node
-        node.file = None
-        if not keep and not node.handles:
-            return None
-        waits = not self._union.require_upper().memory
-        file = OpenFile(self._target, readable=True, writable=True, waits=waits, st=st)
-        self._target = -1
-        node.file = file
-        file.users = int(keep)
-        for handle in node.handles or ():
-            file.users += 1
-            old, handle.file = handle.file, file
-            old.release()
+        file = self._union.files.hand_over(self.node, self._target, st, lend=keep)
+        if file is not None:
+            self._target = -1
         return file if keep else None
 
     def close(self) -> None:
@@ -276,4 +270,4 @@ class FileCopy:
             self._target = -1
         if self._open:
             self._open = False
-            self._union.close_later(self.node, self._source)
+            self._union.files.take_back_later(self.node, self._source)

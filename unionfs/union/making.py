@@ -10,10 +10,10 @@ from contextlib import ExitStack, suppress
 from typing import Final, TypeVar
 
 from unionfs.union import bound
+from unionfs.union.attributes import Attributes
 from unionfs.union.changing import Changing, fail
 from unionfs.union.nodes import Node
 from unionfs.union.places import Place
-from unionfs.union.tree import Attributes
 from unionfs.union.work import rename
 
 ACL_DEFAULT: Final = b"system.posix_acl_default"
@@ -120,9 +120,9 @@ class Making(Changing):
         union, place = self._union, parent.parts[0]
         st = os.fstat(fd) if fd >= 0 else os.stat(name, dir_fd=union.gate.fd(place), follow_symlinks=False)
         is_directory = stat.S_ISDIR(st.st_mode)
-        where = [Place(place.layer, place, name, key=place.layer.key(st))] if is_directory else place
-        node = union.nodes.add(parent, name, st, where)
-        node.no_capability = node.identity is None
+        where = Place(place.layer, place, name, key=place.layer.key(st)) if is_directory else place
+        node = union.nodes.add(parent, name, st, [where])
+        union.capabilities.none(node)
         return node, union.attributes_of(node, st)
 
     def _make(

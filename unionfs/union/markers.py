@@ -24,6 +24,9 @@ class Markers:
 
     def __init__(self, prefix: bytes) -> None:
         self.prefix = prefix
+        #: A redirect shows what is anywhere in a layer without the permission checks on the way. Any user can
+        #: set a `user.*` one, so these are refused, as overlayfs does with `userxattr` (params.c).
+        self.follows_redirects = not prefix.startswith(b"user.")
         self.opaque = prefix + b"opaque"
         self.redirect = prefix + b"redirect"
         self.metacopy = prefix + b"metacopy"
@@ -97,6 +100,14 @@ class Markers:
             return _get(b"/proc/self/fd/%d" % fd, self.opaque, follow=True)
         except OSError:
             return None
+
+    def refuse_metacopy(self, where: bytes | int, *, follow: bool = True) -> None:
+        """Raise EPERM for a regular file with only its metadata in this layer: better than zeros for data."""
+        try:
+            os.getxattr(where, self.metacopy, follow_symlinks=follow)
+        except OSError:
+            return
+        raise PermissionError(errno.EPERM, "a metacopy file needs kernel overlayfs")
 
     # -- writing --------------------------------------------------------------------------------------
 

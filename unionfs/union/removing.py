@@ -6,7 +6,6 @@ import errno
 import os
 
 from unionfs.union.changing import Changing, fail
-from unionfs.union.listing import is_empty
 from unionfs.union.nodes import Node
 from unionfs.union.work import NOT_EMPTY, rename
 
@@ -41,7 +40,7 @@ class Removing(Changing):
         if not node.is_dir:
             raise fail(errno.ENOTDIR)
         union.require_writable(parent)
-        if not is_empty(union, node):
+        if not union.is_empty(node):
             raise fail(errno.ENOTEMPTY)
         hides_another = node.is_upper and union.is_visible_below(parent, name)
         with union.outliving(node):

@@ -10,7 +10,6 @@ from contextlib import nullcontext
 from unionfs.sys import calls
 from unionfs.union import bound
 from unionfs.union.changing import Changing, fail
-from unionfs.union.listing import is_empty
 from unionfs.union.nodes import Node
 from unionfs.union.work import NO_FLAGS, NOT_EMPTY, At, rename
 
@@ -82,7 +81,7 @@ class Renaming(Changing):
                 raise fail(errno.EISDIR)
             if node.is_dir and not target.is_dir:
                 raise fail(errno.ENOTDIR)
-            if target.is_dir and not is_empty(union, target):
+            if target.is_dir and not union.is_empty(target):
                 raise fail(errno.ENOTEMPTY)
         for one in moved:
             if not one.is_dir and target is not node:
