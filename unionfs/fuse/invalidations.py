@@ -1,4 +1,4 @@
-"""Nodes of which the kernel remembers attributes that are no longer true."""
+"""Nodes whose attributes in the kernel's cache are out of date."""
 
 from __future__ import annotations
 
@@ -7,33 +7,33 @@ from unionfs.union.nodes import Node
 
 
 class Invalidations:
-    """What a session has to tell the kernel: ``now`` before the next answer, so that nobody sees the old
-    attributes after it, and ``soon`` a little later. In the order in which it happened."""
+    """Nodes that a session has to invalidate in the kernel: ``now`` before the next answer, ``soon`` a little
+    later; both in the order in which they were added."""
 
     def __init__(self) -> None:
         self.now: dict[Node, None] = {}
         self.soon: dict[Node, None] = {}
 
     def of_copy_up(self, effects: Effects) -> None:
-        """Something was copied up."""
+        """Add what a copy-up made out of date."""
         self.now[effects.node] = None
         if effects.resized is not None:
             self.soon[effects.resized] = None
 
     def of_node(self, node: Node) -> None:
-        """The attributes that the kernel has of a node are not true."""
+        """Add one node."""
         self.now[node] = None
 
     def answered(self, node: Node) -> None:
-        """The next answer brings the node's new attributes."""
+        """Drop a node whose new attributes are in the next answer."""
         self.now.pop(node, None)
 
     def take_now(self) -> list[int]:
-        """The ids of the nodes to be told of now, as far as the kernel knows them."""
+        """The ids of the nodes in ``now`` that the kernel knows; empties it."""
         return _taken(self.now)
 
     def take_soon(self) -> list[int]:
-        """The ids of those that had time."""
+        """The same for ``soon``."""
         return _taken(self.soon)
 
 

@@ -32,20 +32,20 @@ _NEW: Final = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
 
 
 class Effects(NamedTuple):
-    """What a copy-up changed that nobody asked for, so that the kernel remembers something else."""
+    """Side effects of a copy-up: attributes that the kernel may have cached and has to ask for again."""
 
     node: Node
-    """What was copied up: its ctime is new."""
+    """The copied object: its ctime is new."""
     resized: Node | None = None
-    """The directory that it is in, if its size may be another one since the last copy-up into it. That may be
-    told a little later: copy-ups come in large numbers, and whoever is told asks again."""
+    """Its directory, if its size may be new to the kernel. That can wait: copy-ups come in large numbers, and
+    each notice costs another GETATTR."""
 
 
 Tell = Callable[[Effects], None]
 
 
 class CopyUp:
-    """Copies objects of one union up; ``tell`` gets the effects of each copy-up as soon as it appeared."""
+    """Copies up objects of one union; calls ``tell`` with the effects of each as soon as it appeared."""
 
     def __init__(self, union: Union, tell: Tell = lambda effects: None) -> None:
         self._union = union
@@ -56,7 +56,7 @@ class CopyUp:
         return FileCopy(self._union, self, node, limit, mode)
 
     def special(self, node: Node) -> None:
-        """Copy up a symlink, fifo, socket or device, of which there is only metadata."""
+        """Copy up a symlink, fifo, socket or device, which have only metadata."""
         union = self._union
         union.require_upper()
         work = union.work.fd
@@ -84,7 +84,7 @@ class CopyUp:
             self.put(node, temporary, target)
 
     def directory(self, node: Node) -> Place:
-        """The upper's directory of a directory node, which is copied up with all above it if need be."""
+        """The upper's directory of a directory node; copies up the directory and its parents if need be."""
         if node.identity is not None:
             return bound.writable(node)
         self._union.require_upper()
@@ -127,9 +127,9 @@ class CopyUp:
         self._tell(Effects(node, resized))
 
     def put(self, node: Node, temporary: Temporary, fd: int) -> os.stat_result:
-        """Give the copy of a node, of which ``fd`` is an fd, its name in the upper. Returns its attributes.
+        """Put the copy of a node (``fd``: an fd of the copy) into the upper. Returns its attributes.
 
-        When the node has no name any more, the copy has none either: only an fd of it is kept.
+        If the node's name was removed, the copy gets none either, and only an fd of it is held.
         """
         union, resized = self._union, None
         if node.unlinked:
@@ -151,13 +151,13 @@ class CopyUp:
         return st
 
     def _rename_into(self, directory: Node, name: bytes, temporary: Temporary) -> Node | None:
-        """Put a copy into a directory. That is no change, so the directory keeps its time. Its real ctime
-        cannot be kept, and is shown as it was. Returns the directory if its size is another one."""
+        """Put a copy into a directory, whose mtime is restored and whose ctime is shown as before: a copy-up
+        is not a change. Returns the directory if its size may be new to the kernel."""
         place, resized = directory.parts[0], None
         dir_fd = self._union.gate.fd(place)
         if directory.ctime is not None and directory.ctime[0] == UNSEEN:
             shown = directory.ctime[1]
-        else:  # this is the first copy-up since somebody asked for its attributes, or it was changed
+        else:  # the first copy-up since its attributes were asked for, or since a change
             resized = directory
             st = os.stat(dir_fd)
             place.mtime_ns, shown = st.st_mtime_ns, self._union.attributes_of(directory, st).ctime_ns
@@ -170,15 +170,15 @@ class CopyUp:
 
 
 class FileCopy:
-    """The copy-up of one regular file. Unless it is finished, nothing of the copy is left after its block."""
+    """The copy-up of one regular file. Leaving its block without :meth:`finish` discards the copy."""
 
     def __init__(
         self, union: Union, copy_up: CopyUp, node: Node, limit: int | None, mode: int | None
     ) -> None:
-        """Open the source and make the temporary file.
+        """Open the source and create the temporary file.
 
-        ``limit``: copy only so many bytes (truncation). ``mode``: the permission bits that it is to have
-        instead of the source's.
+        ``limit``: copy only so many bytes (truncation). ``mode``: permission bits to set instead of the
+        source's.
         """
         union.require_upper()
         self._union = union
@@ -190,7 +190,7 @@ class FileCopy:
         self._source = union.files.lend(node, write=False)
         self._open = True
         try:
-            # one user: it was opened just now, and has not been read since, which changes the time of access
+            # with one user it was opened just now, and not read since, so its atime is still the same
             known = self._source.st if self._source.users == 1 else None
             self._st = known or os.fstat(self._source.fd)
             self.size = self._st.st_size if limit is None else min(limit, self._st.st_size)
@@ -215,9 +215,9 @@ class FileCopy:
         return self.size <= SMALL and not self._union.stack.durable
 
     def copy(self, goes_on: Callable[[], None] = lambda: None) -> None:
-        """Copy data and metadata, and wait for the disk. Raises ``OSError``.
+        """Copy data and metadata, and sync them. Raises ``OSError``.
 
-        ``goes_on`` is called now and then, and ends the copying by what it raises.
+        ``goes_on`` is called between pieces of data; an exception that it raises ends the copying.
         """
         if self.size:
             dense = self.size <= SMALL and self._st.st_blocks * 512 >= self._st.st_size
@@ -243,9 +243,9 @@ class FileCopy:
         os.utime(target, ns=(st.st_atime_ns, st.st_mtime_ns))
 
     def finish(self, *, keep: bool = False) -> OpenFile | None:
-        """Let the copy appear in the upper, and give it to all who have the file open.
+        """Put the copy into the upper, and let all who have the file open go on with it.
 
-        ``keep``: and to the caller, who becomes one more user of the open file. It has its attributes.
+        ``keep``: lend it to the caller, too. Its ``st`` is up to date.
         """
         union, node = self._union, self.node
         st = self._copy_up.put(node, self._temporary, self._target)
@@ -256,14 +256,14 @@ class FileCopy:
         return self._hand_over(st, keep=keep)
 
     def _hand_over(self, st: os.stat_result, *, keep: bool) -> OpenFile | None:
-        """Open handles, which only read, go on with the upper's file: they see what is written from now."""
+        """Open handles, which only read, go on with the upper's file: they see later writes."""
         file = self._union.files.hand_over(self.node, self._target, st, lend=keep)
         if file is not None:
             self._target = -1
         return file if keep else None
 
     def close(self) -> None:
-        """Let go of everything."""
+        """Close everything, and discard what was not finished."""
         self._temporary.discard()
         if self._target >= 0:
             os.close(self._target)
