@@ -13,6 +13,7 @@ from unionfs.sys import calls
 from unionfs.union.attributes import Attributes
 from unionfs.union.bound import Bound
 from unionfs.union.changing import Steps, T, fail
+from unionfs.union.copyup import CopyUp
 from unionfs.union.making import Making
 from unionfs.union.node import Node
 from unionfs.union.removing import Removing
@@ -44,9 +45,10 @@ class _InUpper(Making, Removing, Renaming):
 class Changes:
     """The changing operations on one union. Not thread-safe, like the union itself."""
 
-    def __init__(self, union: Union) -> None:
+    def __init__(self, union: Union, copy_up: CopyUp | None = None) -> None:
+        """``copy_up`` copies up the directories that change."""
         self._union = union
-        self._in_upper = _InUpper(union)
+        self._in_upper = _InUpper(union, copy_up)
 
     def _steps(self, directory: Node) -> Steps:
         """What changes the territory of a directory."""

@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from typing import Protocol, TypeVar
 
 from unionfs.union.attributes import Attributes
-from unionfs.union.copyup import ensure_upper
+from unionfs.union.copyup import CopyUp
 from unionfs.union.node import Node
 from unionfs.union.places import Place
 from unionfs.union.tree import Union
@@ -55,13 +55,16 @@ def fail(code: int) -> OSError:
 class Changing:
     """A kind of changes of the merged layers. Not thread-safe, like the union itself."""
 
-    def __init__(self, union: Union) -> None:
+    def __init__(self, union: Union, copy_up: CopyUp | None = None) -> None:
+        """``copy_up`` copies up the directories that change."""
         self._union = union
+        self._copy_up = copy_up or CopyUp(union)
         self._work = union.work
 
     def writable(self, directory: Node) -> Place:
         """The upper's directory of a node that is about to change."""
-        place = ensure_upper(self._union, directory)
+        place = self._copy_up.directory(directory)
+        assert place.layer.is_upper
         place.empty = False
         directory.ctime = None
         return place
