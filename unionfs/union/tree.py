@@ -15,7 +15,7 @@ from unionfs.union.attributes import Attributes
 from unionfs.union.layers import LayerStack
 from unionfs.union.listing import Listing
 from unionfs.union.merge import Merge
-from unionfs.union.nodes import UNSEEN, Node, NodeTable
+from unionfs.union.nodes import Node, NodeTable
 from unionfs.union.openfiles import OpenFiles
 from unionfs.union.places import Layer
 from unionfs.union.shortcuts import Capabilities, Shortcuts
@@ -160,11 +160,7 @@ class Union:
         lasting = (st.st_nlink == 1 or node.is_dir or node.is_upper) and node.identity is None
         ctime = st.st_ctime_ns
         if node.ctime is not None:
-            given, shown = node.ctime
-            if given == UNSEEN:
-                node.ctime = ctime, shown
-            if given in (UNSEEN, ctime):
-                ctime = shown
+            ctime = node.shown_ctime(ctime)
         return Attributes(node.ino, nlink, st, ctime, lasting=lasting)
 
     # -- where a node's object is ---------------------------------------------------------------------
