@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from unionfs.union.changes import Caller
-from unionfs.union.copyup import FileCopy
+from unionfs.union.copyup import CopyUp
 from unionfs.union.layers import LayerStack
 from unionfs.union.nodes import Node
 from unionfs.union.tree import Union
@@ -76,9 +76,9 @@ def read(union: Union, path: str) -> bytes:
 
 
 def copy_up(union: Union, node: Node, limit: int | None = None) -> None:
-    copy = FileCopy(union, node, limit)
-    copy.copy()
-    copy.finish()
+    with CopyUp(union).file(node, limit) as copy:
+        copy.copy()
+        copy.finish()
 
 
 def whiteout(path: Path) -> None:

@@ -23,12 +23,14 @@ from unionfs.fuse.copying import CopyUps
 from unionfs.fuse.directories import Directories
 from unionfs.fuse.files import Files, Opened, truncate
 from unionfs.fuse.inline import in_thread
+from unionfs.fuse.invalidations import Invalidations
 from unionfs.fuse.latency import Latencies
 from unionfs.fuse.permissions import group_set_id_goes
 from unionfs.sys import calls
 from unionfs.union.attributes import Attributes
 from unionfs.union.bound import same_storage
 from unionfs.union.changes import ACL_DEFAULT, Caller, Changes
+from unionfs.union.copyup import CopyUp
 from unionfs.union.files import SET_IDS, mode_without_set_ids
 from unionfs.union.nodes import Node
 from unionfs.union.tree import Union
@@ -79,8 +81,10 @@ class Operations:
 
     def __init__(self, union: Union) -> None:
         self.union = union
-        self.changes = Changes(union)
-        self.copy_ups = CopyUps(union)
+        self.invalidations = Invalidations()
+        copy_up = CopyUp(union, self.invalidations.of_copy_up)
+        self.changes = Changes(union, copy_up)
+        self.copy_ups = CopyUps(union, copy_up)
         self.directories = Directories(union)
         self.files = Files(union, self.copy_ups)
         #: How many requests of a kind came; the session counts.

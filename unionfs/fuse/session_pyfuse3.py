@@ -103,7 +103,8 @@ def _request(handler: Callable[_P, Coroutine[Any, Any, _T]]) -> Callable[_P, Cor
             try:
                 return await handler(*args, **kwargs)
             finally:
-                if adapter.operations.union.stale or adapter.operations.union.resized:
+                invalidations = adapter.operations.invalidations
+                if invalidations.now or invalidations.soon:
                     await adapter.invalidate_attributes()
         except OSError as failure:
             raise pyfuse3.FUSEError(failure.errno or errno.EIO) from None
@@ -141,10 +142,8 @@ class PyfuseOperations(pyfuse3.Operations):  # type: ignore[misc,unused-ignore]
         """Let the kernel ask again for attributes that a copy-up changed; before the reply, so that nobody
         sees the old ones after it. In a thread: a notice may have to wait for requests that we serve.
         """
-        union = self.operations.union
-        stale = {node.id for node in (*union.stale, *union.resized) if node.lookups > 0}
-        union.stale.clear()
-        union.resized.clear()
+        invalidations = self.operations.invalidations
+        stale = {*invalidations.take_now(), *invalidations.take_soon()}
         await trio.to_thread.run_sync(_invalidate, stale)
 
     def _found(self, found: Found) -> pyfuse3.EntryAttributes:

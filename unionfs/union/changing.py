@@ -11,7 +11,7 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from unionfs.union.copyup import ensure_upper
+from unionfs.union.copyup import CopyUp
 from unionfs.union.nodes import Node
 from unionfs.union.places import Place
 from unionfs.union.tree import Union
@@ -26,13 +26,15 @@ def fail(code: int) -> OSError:
 class Changing:
     """A kind of changes of one union. Not thread-safe, like the union itself."""
 
-    def __init__(self, union: Union) -> None:
+    def __init__(self, union: Union, copy_up: CopyUp | None = None) -> None:
+        """``copy_up`` copies up the directories that change."""
         self._union = union
+        self._copy_up = copy_up or CopyUp(union)
         self._work = union.work
 
     def _writable(self, directory: Node) -> Place:
         """The upper's directory of a node that is about to change."""
-        place = ensure_upper(self._union, directory)
+        place = self._copy_up.directory(directory)
         place.empty = False
         directory.ctime = None
         return place

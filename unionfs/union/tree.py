@@ -42,12 +42,6 @@ class Union:
         self.shortcuts = shortcuts
         self.capabilities = Capabilities(shortcuts)
         self.files = OpenFiles(self.gate, self.markers, self.capabilities, shortcuts)
-        #: Nodes whose attributes changed by being copied up, which nobody asked to change them: whoever
-        #: serves the union tells the kernel, and empties the list.
-        self.stale: list[Node] = []
-        #: Directories whose size may be another one since something in them was copied up. That may be told
-        #: a little later: who is told asks again, and copy-ups come in large numbers.
-        self.resized: set[Node] = set()
 
     # -- finding --------------------------------------------------------------------------------------
 

@@ -96,7 +96,7 @@ class DataRequests:
             # This open is refused and need not come again (/proc/self/fd), so it must not have truncated.
             if not self._operations.copy_ups.is_running(node):
                 self._union.nodes.supersede(node)
-                self._union.stale.append(node)
+                self._operations.invalidations.of_node(node)
                 raise stale()
             flags = os.O_RDWR
         prepared = await self._files.prepare(node, flags)

@@ -213,9 +213,8 @@ class NameRequests:
         )
         handle = self._operations.files.get(request.fh) if valid & FATTR_FH else None
         found = await self._operations.setattr(request.nodeid, change, handle)
-        stale = self._union.stale
-        if stale and stale[-1] is found[0] and found[0].id == request.nodeid:
-            stale.pop()  # it was copied up for this, and the answer brings the new attributes
+        if self._operations.invalidations.now and found[0].id == request.nodeid:
+            self._operations.invalidations.answered(found[0])
         if self.write_back is not None and change.mtime_ns is not None:
             self.write_back.mtime_set(found[0], change.mtime_ns)
         return self._attributes(request.nodeid, request.unique, found)
