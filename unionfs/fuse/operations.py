@@ -310,7 +310,7 @@ class Operations:
 
     def _acl_changed(self, node: Node, name: bytes) -> None:
         if name == ACL_DEFAULT and node.parts:
-            node.parts[0].default_acl = None
+            node.parts[0].know_default_acl(None)
 
     def drop_group_set_id(self, node: Node) -> None:
         """An ACL set by somebody outside the file's group clears setgid (fs/posix_acl.c)."""

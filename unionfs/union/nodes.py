@@ -119,6 +119,14 @@ class Node:
             self.ctime = ctime, shown
         return shown if given in (UNSEEN, ctime) else ctime
 
+    def show_ctime(self, shown: int, real: int = UNSEEN) -> None:
+        """Show that ctime as long as the real one is the one that a copy-up caused."""
+        self.ctime = real, shown
+
+    def lies_in(self, place: Place) -> None:
+        """Its object was moved to another real directory."""
+        self.place = place
+
     def changes(self) -> None:
         """Its object is about to change, so that its own ctime counts."""
         self.ctime = None

@@ -208,7 +208,8 @@ class Union:
         try:
             yield
             if node.unlinked and node.held < 0:
-                node.held, fd = fd, -1
+                node.hold(fd)
+                fd = -1
                 if node.is_upper and not node.is_dir and node.identity is None:
                     st = os.stat(node.held)
                     if st.st_nlink > self.require_upper().links_of_removed:
