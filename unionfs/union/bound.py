@@ -19,7 +19,8 @@ from unionfs.union.attributes import Attributes
 from unionfs.union.files import OpenFile
 from unionfs.union.listing import Listing
 from unionfs.union.node import NAME_MAX, Node, Territory
-from unionfs.union.nodes import NodeTable, hashed
+from unionfs.union.nodes import NodeTable
+from unionfs.union.numbers import of_bound
 from unionfs.union.objects import Objects, link_object
 from unionfs.union.places import BoundLayer, Place
 
@@ -99,7 +100,7 @@ class Bound(Territory):
             return None
 
     def _number(self, st: os.stat_result) -> int:
-        return hashed(b"bound%d:%d:%d" % (self._layer.index, st.st_dev, st.st_ino))
+        return of_bound(self._layer, st)
 
     def _forget(self, node: Node, parent: Node, name: bytes) -> None:
         for part in node.parts:
@@ -138,7 +139,8 @@ class Bound(Territory):
                 if target is not None and flags != calls.RENAME_EXCHANGE:
                     self._forget(target, new_parent, new_name)
                     if target.held < 0:
-                        target.held, held = held, -1
+                        target.hold(held)
+                        held = -1
             finally:
                 if held >= 0:
                     os.close(held)

@@ -89,11 +89,8 @@ class Merged(Territory):
                 self._nodes.linked(node, st)  # it has names that nobody looked up yet
 
     def opened(self, file: OpenFile) -> None:
-        try:
-            names = file.xattrs = os.listxattr(file.fd)
-        except OSError:  # too many to be listed, say
-            names = [self._metacopy]
-        if self._metacopy in names:
+        names = file.look_at_xattrs()
+        if names is None or self._metacopy in names:
             self._stack.markers.refuse_metacopy(file.fd)
 
     def stored_name(self, name: bytes) -> bytes:

@@ -9,7 +9,7 @@ from abc import ABC, abstractmethod
 from typing import Final
 
 from unionfs.union.attributes import Attributes
-from unionfs.union.files import OpenFile
+from unionfs.union.files import OpenFile, Use
 from unionfs.union.listing import Listing
 from unionfs.union.places import Place
 
@@ -91,51 +91,6 @@ class Territory(ABC):
             raise OSError(errno.EROFS, os.strerror(errno.EROFS))
 
 
-class Handle:
-    """One open of one file."""
-
-    __slots__ = ("file", "node", "through", "uid", "writes")
-
-    def __init__(self, node: Node, file: OpenFile, uid: int, *, writes: bool) -> None:
-        self.node = node
-        self.file = file
-        #: Who opened it: a write by anybody but root clears set-id bits.
-        self.uid = uid
-        self.writes = writes
-        #: The kernel reads and writes it by itself.
-        self.through = False
-
-
-class Use:
-    """How a node is used: its open files, and what its session agreed with the kernel about them."""
-
-    __slots__ = (
-        "backing_id", "cached", "capability", "file", "filled", "handles", "mtime_ns", "of_upper", "through",
-        "writebacks", "writers", "written",
-    )  # fmt: skip
-
-    def __init__(self) -> None:
-        #: The backing file, if it is open, and who has it open by a number.
-        self.file: OpenFile | None = None
-        self.handles: list[Handle] = []
-        #: Opens whose data goes through the page cache, and opens with a backing file.
-        self.cached = 0
-        self.through = 0
-        #: Whether the data was put into the page cache with the first open (or, of a large file, could have
-        #: been).
-        self.filled = False
-        #: What the backing file is registered as, and whether it is the upper's.
-        self.backing_id = 0
-        self.of_upper = False
-        #: Opens for writing, with the backing file; and whether there ever was one.
-        self.writers = 0
-        self.written = False
-        #: Writes of cached data that are under way, and what the file has to have after them.
-        self.writebacks = 0
-        self.mtime_ns = 0
-        self.capability: bytes | None = None
-
-
 class Node:
     """One object of the merged tree."""
 
@@ -168,14 +123,14 @@ class Node:
         self.lookups = 0
         self.held = -1
         self.unlinked = False
-        #: See `shortcuts.Capabilities`.
+        #: It is known to have no security.capability; see `shortcuts.Capabilities`.
         self.no_capability = False
         #: A ctime that a copy-up gave the real directory (`UNSEEN`: the one that it has when somebody asks
         #: next), and the one that is shown for it; nanoseconds.
         self.ctime: tuple[int, int] | None = None
         #: From the first open on.
         self.use: Use | None = None
-        #: The node that took over everything but the open files; see :meth:`NodeTable.supersede`.
+        #: The node that took over everything but the open files; see `NodeTable.supersede`.
         self.successor: Node | None = None
         #: How many nodes it took over from, which are still known.
         self.superseded = 0
@@ -211,13 +166,7 @@ class Node:
             nlink = 1  # as overlayfs: counting the subdirectories of a merged directory is not worth it
         # Copying up one name of a lower file with several breaks the link: its count is 1 from then on.
         lasting = self.territory.lasting and (st.st_nlink == 1 or self.is_dir or self.in_place)
-        ctime = st.st_ctime_ns
-        if self.ctime is not None:
-            given, shown = self.ctime
-            if given == UNSEEN:
-                self.ctime = ctime, shown
-            if given in (UNSEEN, ctime):
-                ctime = shown
+        ctime = st.st_ctime_ns if self.ctime is None else self.shown_ctime(st.st_ctime_ns)
         return Attributes(self.ino, nlink, st, ctime, lasting=lasting)
 
     def in_use(self) -> Use:
@@ -225,6 +174,41 @@ class Node:
         if self.use is None:
             self.use = Use()
         return self.use
+
+    def end_use(self) -> None:
+        """Nothing of its use is left."""
+        self.use = None
+
+    def shown_ctime(self, ctime: int) -> int:
+        """The ctime that is shown while the real one is ``ctime``."""
+        if self.ctime is None:
+            return ctime
+        given, shown = self.ctime
+        if given == UNSEEN:
+            self.ctime = ctime, shown
+        return shown if given in (UNSEEN, ctime) else ctime
+
+    def show_ctime(self, shown: int, real: int = UNSEEN) -> None:
+        """Show that ctime as long as the real one is the one that a copy-up caused."""
+        self.ctime = real, shown
+
+    def lies_in(self, place: Place) -> None:
+        """Its object was moved to another real directory."""
+        self.place = place
+
+    def changes(self) -> None:
+        """Its object is about to change, so that its own ctime counts."""
+        self.ctime = None
+
+    def note_capability(self, *, none: bool) -> None:
+        """Whether it is known to have no security.capability."""
+        self.no_capability = none
+
+    def hold(self, fd: int) -> None:
+        """Keep an O_PATH fd of the object, in the place of an older one."""
+        if self.held >= 0:
+            os.close(self.held)
+        self.held = fd
 
     def check(self, st: os.stat_result) -> None:
         """Raise ESTALE for an object that is not the node's, so that the kernel looks the name up again."""

@@ -6,8 +6,7 @@ Rules (the table is the only place that knows them):
 - A directory, and an object of a lower, is known by its parent node and name; so each name of a lower file
   with several hard links is a node of its own. An object of the upper with several links is one node with
   several names, found by (device, inode).
-- ``st_ino`` comes from the object's origin, so that it is the same before and after copy-up and after the
-  kernel forgot the node: the inode number itself on the first layer's device, else a hash.
+- A node's id is its ``st_ino`` (see `numbers`), unless another node has that id.
 - A node stays while the kernel looks it up (``lookups``), somebody has it open, or nodes below it stay. Only
   the table counts lookups, and what a session knows of a node (`Use`) goes with it.
 - An fd (``held``) is kept for a node whose name is gone, until it is forgotten.
@@ -17,38 +16,32 @@ Rules (the table is the only place that knows them):
 
 from __future__ import annotations
 
-import errno
 import os
 import stat
 from collections.abc import Callable, Iterable
 from typing import Final
 
-import xxhash
-
-from unionfs.sys import calls
 from unionfs.union.node import Node, Territory
+from unionfs.union.numbers import Numbers, hashed
 from unionfs.union.places import Place
 
 ROOT_ID: Final = 1
 #: The key of no object.
 _NONE: Final = -1
-#: Hashed numbers have this bit, so they meet no inode number that a disk filesystem gives out.
-_HASHED: Final = 1 << 62
 
 
 class NodeTable:
     """All nodes that the kernel knows or is about to be told of, and the numbers they have."""
 
-    #: The node of id 1.
+    #: The node of id 1, and the numbers of the merged layers.
     root: Node
+    _numbers: Numbers
 
     def __init__(self, gone: Callable[[Node], None] = lambda node: None) -> None:
-        """``gone`` is called with each node that is forgotten."""
-        self._plain_dev = -1
+        """``gone`` is called with each directory that is forgotten, and with what was in use."""
         self._by_id: dict[int, Node] = {}
         self._by_inode: dict[tuple[int, int], Node] = {}
         self._inode_of: dict[int, tuple[int, int]] = {}
-        self._origin: dict[tuple[int, int], int] = {}
         self._gone = gone
 
     def __len__(self) -> int:
@@ -59,7 +52,7 @@ class NodeTable:
         self.root = self._by_id[ROOT_ID] = Node(ROOT_ID, territory, None, b"", stat.S_IFDIR)
         self.root.parts = parts
         self.root.lookups = 1
-        self._plain_dev = parts[0].layer.dev
+        self._numbers = Numbers(parts[0].layer.dev)
 
     def get(self, id_: int) -> Node | None:
         """The node with that id, or the one that superseded it, if it is known."""
@@ -74,18 +67,6 @@ class NodeTable:
 
     # -- numbers --------------------------------------------------------------------------------------
 
-    def _number(self, st: os.stat_result, parent: Node, name: bytes, *, upper: bool) -> int:
-        """The inode number for an object of a layer; see the rules at the top."""
-        if upper:
-            known = self._origin.get((st.st_dev, st.st_ino))
-            if known is not None:
-                return known
-        elif st.st_nlink > 1 and not stat.S_ISDIR(st.st_mode):
-            return hashed(b"%d/%b" % (parent.ino, name))
-        if st.st_dev == self._plain_dev and ROOT_ID < st.st_ino < _HASHED:
-            return st.st_ino
-        return hashed(b"%d:%d" % (st.st_dev, st.st_ino))
-
     def number(self, parent: Node, name: bytes, st: os.stat_result, place: Place) -> int:
         """The inode number that :meth:`add` would give an object of the real directory ``place``."""
         upper = place.layer.is_upper
@@ -93,7 +74,7 @@ class NodeTable:
             known = self._by_inode.get((st.st_dev, st.st_ino))
             if known is not None:
                 return known.ino
-        return self._free(self._number(st, parent, name, upper=upper))
+        return self._free(self._numbers.of(st, parent.ino, name, upper=upper))
 
     def unreachable(self, parent: Node, name: bytes) -> int:
         """A number for what cannot be looked up; no node has it."""
@@ -107,7 +88,7 @@ class NodeTable:
 
     def copied_up(self, node: Node, st: os.stat_result) -> None:
         """Remember that the upper object with attributes ``st`` carries the number of ``node``."""
-        self._origin[st.st_dev, st.st_ino] = node.ino
+        self._numbers.keep(st, node.ino)
         if node.place is not None:
             node.key = node.place.layer.key(st)
 
@@ -133,7 +114,7 @@ class NodeTable:
             if known is not None:
                 self.add_name(known, parent, name, place)
                 return known
-        number = self._free(self._number(st, parent, name, upper=upper))
+        number = self._free(self._numbers.of(st, parent.ino, name, upper=upper))
         node = Node(number, parent.territory, parent, name, kind)
         if kind == stat.S_IFDIR:
             node.parts = places
@@ -232,7 +213,7 @@ class NodeTable:
     def unnamed(self, parent: Node, held: int) -> Node:
         """A node for an upper file that has no name yet (O_TMPFILE), of which ``held`` is an O_PATH fd."""
         st = os.stat(held)
-        number = self._free(self._number(st, parent, b"", upper=True))
+        number = self._free(self._numbers.of(st, parent.ino, b"", upper=True))
         node = Node(number, parent.territory, parent, b"", stat.S_IFMT(st.st_mode))
         node.place = parent.parts[0]
         node.held = held
@@ -295,7 +276,8 @@ class NodeTable:
             if self._by_id.get(current.id) is not current:
                 return
             del self._by_id[current.id]
-            self._gone(current)
+            if current.use is not None or current.parts:
+                self._gone(current)
             if current.successor is not None:
                 current = current.successor
                 current.superseded -= 1
@@ -313,32 +295,13 @@ class NodeTable:
         if key is not None and self._by_inode.get(key) is node:
             del self._by_inode[key]
         if node.held >= 0:
-            if node.in_place and self._origin:
-                self._drop_origin(node)
+            place = node.parts[0] if node.is_dir else node.place
+            if place is not None and place.layer.is_upper:
+                self._numbers.release(node.held, place.layer)
             os.close(node.held)
             node.held = -1
-
-    def _drop_origin(self, node: Node) -> None:
-        """Forget its number in the upper, which may be another object's soon, unless it has names still."""
-        place = node.parts[0] if node.is_dir else node.place
-        assert place is not None
-        layer = place.layer
-        try:
-            st = os.stat(node.held)
-        except OSError as error:
-            if error.errno != errno.ESTALE:
-                raise
-            # the server has it no more, as a directory on NFS that was removed
-            self._origin.pop((layer.dev, calls.known_inode(node.held)), None)
-            return
-        if st.st_nlink <= layer.links_of_removed:
-            self._origin.pop((st.st_dev, st.st_ino), None)
 
 
 def _remove_child(parent: Node | None, name: bytes, node: Node) -> None:
     if parent is not None and parent.children is not None and parent.children.get(name) is node:
         del parent.children[name]
-
-
-def hashed(key: bytes) -> int:
-    return xxhash.xxh3_64_intdigest(key) >> 2 | _HASHED

@@ -84,7 +84,8 @@ class Objects:
         try:
             yield
             if node.unlinked and node.held < 0:
-                node.held, fd = fd, -1
+                node.hold(fd)
+                fd = -1
                 node.territory.lost_name(node)
         finally:
             if fd >= 0:

@@ -60,5 +60,5 @@ def default_acl(place: Place, dir_fd: int) -> bytes:
                 raise
             acl = b""
         if place.layer.is_upper:  # which nobody else changes
-            place.default_acl = acl
+            place.know_default_acl(acl)
     return acl
