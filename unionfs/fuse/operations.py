@@ -21,7 +21,7 @@ from typing import Final, NamedTuple
 
 from unionfs.fuse.copying import CopyUps
 from unionfs.fuse.directories import Directories
-from unionfs.fuse.files import Files, truncate
+from unionfs.fuse.files import Files, Opened, truncate
 from unionfs.fuse.inline import in_thread
 from unionfs.fuse.invalidations import Invalidations
 from unionfs.fuse.latency import Latencies
@@ -32,7 +32,7 @@ from unionfs.union.bound import same_storage
 from unionfs.union.changes import ACL_DEFAULT, Caller, Changes
 from unionfs.union.copyup import CopyUp
 from unionfs.union.files import SET_IDS, mode_without_set_ids
-from unionfs.union.nodes import Handle, Node
+from unionfs.union.nodes import Node
 from unionfs.union.tree import Union
 from unionfs.union.xattrs import CAPABILITY
 
@@ -193,7 +193,7 @@ class Operations:
         node = self.node(id_)
         return node, self.union.attributes(node)
 
-    async def setattr(self, id_: int, change: Change, handle: Handle | None) -> Found:
+    async def setattr(self, id_: int, change: Change, handle: Opened | None) -> Found:
         """truncate(2), chown(2), chmod(2) and utimensat(2), in this order."""
         node = self.node(id_)
         only_mode = change.mode if change == Change(mode=change.mode) else None
@@ -201,15 +201,15 @@ class Operations:
         try:
             if kept is not None and only_mode is not None:
                 assert kept.st is not None
-                node.ctime = None
+                node.changes()
                 return node, self.union.attributes_of(node, kept.st)
             return self._set(node, change, handle)
         finally:
             if kept is not None:
                 self.union.files.take_back_later(node, kept)
 
-    def _set(self, node: Node, change: Change, handle: Handle | None) -> Found:
-        node.ctime = None
+    def _set(self, node: Node, change: Change, handle: Opened | None) -> Found:
+        node.changes()
         if change.size is not None:
             self._truncate(node, change.size, handle, kills_set_ids=change.kills_set_ids)
         elif change.kills_set_ids and change.uid is None and change.gid is None:
@@ -248,7 +248,7 @@ class Operations:
             with self.union.checked_path(node) as path:
                 os.chmod(path, mode)
 
-    def _truncate(self, node: Node, size: int, handle: Handle | None, *, kills_set_ids: bool) -> None:
+    def _truncate(self, node: Node, size: int, handle: Opened | None, *, kills_set_ids: bool) -> None:
         if node.kind != stat.S_IFREG:
             raise error(errno.EINVAL)
         if handle is not None and handle.file.writable:
@@ -301,7 +301,7 @@ class Operations:
         node = self.node(id_)
         stored = self.union.stored_name(node, name)
         await self.copy_ups.ensure(node)
-        node.ctime = None
+        node.changes()
         self.union.capabilities.changed(node)
         with self.union.checked_path(node) as path:
             os.setxattr(path, stored, value, flags)
@@ -310,7 +310,7 @@ class Operations:
 
     def _acl_changed(self, node: Node, name: bytes) -> None:
         if name == ACL_DEFAULT and node.parts:
-            node.parts[0].default_acl = None
+            node.parts[0].know_default_acl(None)
 
     def drop_group_set_id(self, node: Node) -> None:
         """An ACL set by somebody outside the file's group clears setgid (fs/posix_acl.c)."""
@@ -343,7 +343,7 @@ class Operations:
             with self.union.checked_path(node) as path:
                 os.getxattr(path, stored)  # nothing to remove is no reason to copy up
         await self.copy_ups.ensure(node)
-        node.ctime = None
+        node.changes()
         with self.union.checked_path(node) as path:
             os.removexattr(path, stored)
         self._acl_changed(node, name)

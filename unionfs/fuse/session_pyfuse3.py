@@ -303,7 +303,7 @@ class PyfuseOperations(pyfuse3.Operations):  # type: ignore[misc,unused-ignore]
             count = file.read_into(view, off)
         if count is None:
             return await self.files.read(file, off, size)
-        self.files.bytes_read += count
+        self.files.was_read(count)
         del data[count:]
         return data
 

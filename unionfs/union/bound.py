@@ -43,7 +43,7 @@ def bind(union: Union, parent: Node, name: bytes, layer: Layer) -> Node:
     node = union.nodes.add(parent, name, st, [layer.root])
     union.nodes.forget(parent, 1)
     if not node.is_dir:
-        node.held = os.dup(layer.root_fd)
+        node.hold(os.dup(layer.root_fd))
     union.nodes.looked_up(node)
     return node
 
@@ -120,7 +120,8 @@ def rename(
                     union.gate.forget(part)
                 union.nodes.remove_name(target, new_parent, new_name)
                 if target.held < 0:
-                    target.held, held = held, -1
+                    target.hold(held)
+                    held = -1
         finally:
             if held >= 0:
                 os.close(held)

@@ -35,15 +35,15 @@ class Changing:
     def _writable(self, directory: Node) -> Place:
         """The upper's directory of a node that is about to change."""
         place = self._copy_up.directory(directory)
-        place.empty = False
-        directory.ctime = None
+        place.fills()
+        directory.changes()
         return place
 
     @contextmanager
     def _both_writable(self, one: Node, other: Node) -> Iterator[tuple[int, int]]:
         """Fds of the upper's directories of two nodes that are about to change, whatever the gate closes."""
         first, second = self._writable(one), self._writable(other)
-        one.ctime = None  # it was set again if the other one is in it, and was copied up
+        one.changes()  # it was set again if the other one is in it, and was copied up
         with self._directories(first, second) as fds:
             yield fds
 

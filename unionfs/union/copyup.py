@@ -118,11 +118,11 @@ class CopyUp:
             parent = node.parent.parts[0]
             resized = self._rename_into(node.parent, node.name, temporary)
         place = Place(parent.layer, parent, node.name)
-        place.empty = True
+        place.copied_up(empty=union.shortcuts.empty_places)
         node.parts.insert(0, place)
         st = os.stat(union.gate.fd(place))
-        place.key = place.layer.key(st)
-        node.ctime = st.st_ctime_ns, shown
+        place.stands_for(st)
+        node.show_ctime(shown, st.st_ctime_ns)
         union.nodes.copied_up(node, st)
         self._tell(Effects(node, resized))
 
@@ -136,15 +136,13 @@ class CopyUp:
             upper = union.require_upper()
             held = os.open(temporary.name, os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=union.work.fd)
             temporary.discard()
-            if node.held >= 0:
-                os.close(node.held)
-            node.held = held
-            node.place = Place(upper, upper.root, b"")
+            node.hold(held)
+            node.lies_in(Place(upper, upper.root, b""))
         else:
             assert node.parent is not None
             place = self.directory(node.parent)
             resized = self._rename_into(node.parent, node.name, temporary)
-            node.place = place
+            node.lies_in(place)
         st = os.fstat(fd)
         union.nodes.copied_up(node, st)
         self._tell(Effects(node, resized))
@@ -160,12 +158,13 @@ class CopyUp:
         else:  # the first copy-up since its attributes were asked for, or since a change
             resized = directory
             st = os.stat(dir_fd)
-            place.mtime_ns, shown = st.st_mtime_ns, self._union.attributes_of(directory, st).ctime_ns
-        place.empty = False
+            place.keep_mtime(st.st_mtime_ns)
+            shown = self._union.attributes_of(directory, st).ctime_ns
+        place.fills()
         temporary.put(dir_fd, name)
         with contextlib.suppress(OSError):
             calls.utimensat(dir_fd, b".", None, place.mtime_ns)
-        directory.ctime = UNSEEN, shown
+        directory.show_ctime(shown)
         return resized
 
 

@@ -208,7 +208,7 @@ class Making(Changing):
                     raise
                 acl = b""
             if not place.layer.bound:  # which is changed by others too
-                place.default_acl = acl
+                place.know_default_acl(acl)
         return acl
 
 

@@ -6,8 +6,7 @@ Rules (the table is the only place that knows them):
 - A directory, and an object of a lower, is known by its parent node and name; so each name of a lower file
   with several hard links is a node of its own. An object of the upper with several links is one node with
   several names, found by (device, inode).
-- ``st_ino`` comes from the object's origin, so that it is the same before and after copy-up and after the
-  kernel forgot the node: the inode number itself on the first layer's device, else a hash.
+- A node's id is its ``st_ino`` (see `numbers`), unless another node has that id.
 - A node stays while the kernel looks it up (``lookups``), somebody has it open, or nodes below it stay. Only
   the table counts lookups, and what a session knows of a node (`Use`) goes with it.
 - An fd (``held``) is kept for a node whose name is gone, until it is forgotten.
@@ -21,68 +20,16 @@ import errno
 import os
 import stat
 from collections.abc import Callable, Iterable
-from typing import TYPE_CHECKING, Final
+from typing import Final
 
-import xxhash
-
-from unionfs.sys import calls
-from unionfs.union.places import Place
-
-if TYPE_CHECKING:
-    from unionfs.union.files import OpenFile
-    from unionfs.union.places import Layer
+from unionfs.union.files import Use
+from unionfs.union.numbers import Numbers, hashed, of_bound
+from unionfs.union.places import Layer, Place
 
 ROOT_ID: Final = 1
 UNSEEN: Final = -1
 #: The key of no object.
 _NONE: Final = -1
-#: Hashed numbers have this bit, so they meet no inode number that a disk filesystem gives out.
-_HASHED: Final = 1 << 62
-
-
-class Handle:
-    """One open of one file."""
-
-    __slots__ = ("file", "node", "through", "uid", "writes")
-
-    def __init__(self, node: Node, file: OpenFile, uid: int, *, writes: bool) -> None:
-        self.node = node
-        self.file = file
-        #: Who opened it: a write by anybody but root clears set-id bits.
-        self.uid = uid
-        self.writes = writes
-        #: The kernel reads and writes it by itself.
-        self.through = False
-
-
-class Use:
-    """How a node is used: its open files, and what its session agreed with the kernel about them."""
-
-    __slots__ = (
-        "backing_id", "cached", "capability", "file", "filled", "handles", "mtime_ns", "of_upper", "through",
-        "writebacks", "writers", "written",
-    )  # fmt: skip
-
-    def __init__(self) -> None:
-        #: The backing file, if it is open, and who has it open by a number.
-        self.file: OpenFile | None = None
-        self.handles: list[Handle] = []
-        #: Opens whose data goes through the page cache, and opens with a backing file.
-        self.cached = 0
-        self.through = 0
-        #: Whether the data was put into the page cache with the first open (or, of a large file, could have
-        #: been).
-        self.filled = False
-        #: What the backing file is registered as, and whether it is the upper's.
-        self.backing_id = 0
-        self.of_upper = False
-        #: Opens for writing, with the backing file; and whether there ever was one.
-        self.writers = 0
-        self.written = False
-        #: Writes of cached data that are under way, and what the file has to have after them.
-        self.writebacks = 0
-        self.mtime_ns = 0
-        self.capability: bytes | None = None
 
 
 class Node:
@@ -112,14 +59,14 @@ class Node:
         self.lookups = 0
         self.held = -1
         self.unlinked = False
-        #: See `shortcuts.Capabilities`.
+        #: It is known to have no security.capability; see `shortcuts.Capabilities`.
         self.no_capability = False
         #: A ctime that a copy-up gave the real directory (`UNSEEN`: the one that it has when somebody asks
         #: next), and the one that is shown for it; nanoseconds.
         self.ctime: tuple[int, int] | None = None
         #: From the first open on.
         self.use: Use | None = None
-        #: The node that took over everything but the open files; see :meth:`NodeTable.supersede`.
+        #: The node that took over everything but the open files; see `NodeTable.supersede`.
         self.successor: Node | None = None
         #: How many nodes it took over from, which are still known.
         self.superseded = 0
@@ -153,12 +100,46 @@ class Node:
         """Nothing of a lower is seen through it."""
         return self.is_upper and len(self.parts) <= 1
 
-
     def in_use(self) -> Use:
         """Its use, which begins now if it has none."""
         if self.use is None:
             self.use = Use()
         return self.use
+
+    def end_use(self) -> None:
+        """Nothing of its use is left."""
+        self.use = None
+
+    def shown_ctime(self, ctime: int) -> int:
+        """The ctime that is shown while the real one is ``ctime``."""
+        if self.ctime is None:
+            return ctime
+        given, shown = self.ctime
+        if given == UNSEEN:
+            self.ctime = ctime, shown
+        return shown if given in (UNSEEN, ctime) else ctime
+
+    def show_ctime(self, shown: int, real: int = UNSEEN) -> None:
+        """Show that ctime as long as the real one is the one that a copy-up caused."""
+        self.ctime = real, shown
+
+    def lies_in(self, place: Place) -> None:
+        """Its object was moved to another real directory."""
+        self.place = place
+
+    def changes(self) -> None:
+        """Its object is about to change, so that its own ctime counts."""
+        self.ctime = None
+
+    def note_capability(self, *, none: bool) -> None:
+        """Whether it is known to have no security.capability."""
+        self.no_capability = none
+
+    def hold(self, fd: int) -> None:
+        """Keep an O_PATH fd of the object, in the place of an older one."""
+        if self.held >= 0:
+            os.close(self.held)
+        self.held = fd
 
     def check(self, st: os.stat_result) -> None:
         """Raise ESTALE for an object that is not the node's, so that the kernel looks the name up again."""
@@ -172,15 +153,14 @@ class NodeTable:
     """All nodes that the kernel knows or is about to be told of, and the numbers they have."""
 
     def __init__(self, root_parts: list[Place], gone: Callable[[Node], None] = lambda node: None) -> None:
-        """``gone`` is called with each node that is forgotten."""
+        """``gone`` is called with each directory that is forgotten, and with what was in use."""
         self.root = Node(ROOT_ID, None, b"", stat.S_IFDIR)
         self.root.parts = root_parts
         self.root.lookups = 1
-        self._plain_dev = root_parts[0].layer.dev
+        self._numbers = Numbers(root_parts[0].layer.dev)
         self._by_id: dict[int, Node] = {ROOT_ID: self.root}
         self._by_inode: dict[tuple[int, int], Node] = {}
         self._inode_of: dict[int, tuple[int, int]] = {}
-        self._origin: dict[tuple[int, int], int] = {}
         self._gone = gone
 
     def __len__(self) -> int:
@@ -199,42 +179,30 @@ class NodeTable:
 
     # -- numbers --------------------------------------------------------------------------------------
 
-    def _number(self, st: os.stat_result, parent: Node, name: bytes, *, upper: bool) -> int:
-        """The inode number for an object of a layer; see the rules at the top."""
-        if upper:
-            known = self._origin.get((st.st_dev, st.st_ino))
-            if known is not None:
-                return known
-        elif st.st_nlink > 1 and not stat.S_ISDIR(st.st_mode):
-            return _hashed(b"%d/%b" % (parent.ino, name))
-        if st.st_dev == self._plain_dev and ROOT_ID < st.st_ino < _HASHED:
-            return st.st_ino
-        return _hashed(b"%d:%d" % (st.st_dev, st.st_ino))
-
     def number(self, parent: Node, name: bytes, st: os.stat_result, place: Place) -> int:
         """The inode number that :meth:`add` would give an object of the real directory ``place``."""
         if place.layer.bound:
-            return _bound_number(place.layer, st)
+            return of_bound(place.layer, st)
         upper = place.layer.is_upper
         if upper and self._by_inode and not stat.S_ISDIR(st.st_mode):
             known = self._by_inode.get((st.st_dev, st.st_ino))
             if known is not None:
                 return known.ino
-        return self._free(self._number(st, parent, name, upper=upper))
+        return self._free(self._numbers.of(st, parent.ino, name, upper=upper))
 
     def unreachable(self, parent: Node, name: bytes) -> int:
         """A number for what cannot be looked up; no node has it."""
-        return self._free(_hashed(b"unreachable%d/%b" % (parent.ino, name)))
+        return self._free(hashed(b"unreachable%d/%b" % (parent.ino, name)))
 
     def _free(self, number: int) -> int:
         """The number itself, or another one when a node has it."""
         while number in self._by_id:
-            number = _hashed(b"taken%d" % number)
+            number = hashed(b"taken%d" % number)
         return number
 
     def copied_up(self, node: Node, st: os.stat_result) -> None:
         """Remember that the upper object with attributes ``st`` carries the number of ``node``."""
-        self._origin[st.st_dev, st.st_ino] = node.ino
+        self._numbers.keep(st, node.ino)
         if node.place is not None:
             node.key = node.place.layer.key(st)
 
@@ -262,7 +230,7 @@ class NodeTable:
             if known is not None:
                 self.add_name(known, parent, name, place)
                 return known
-        number = self._free(self._number(st, parent, name, upper=upper))
+        number = self._free(self._numbers.of(st, parent.ino, name, upper=upper))
         node = Node(number, parent, name, kind)
         if kind == stat.S_IFDIR:
             node.parts = places
@@ -278,7 +246,7 @@ class NodeTable:
     def _add_bound(self, parent: Node, name: bytes, st: os.stat_result, places: list[Place]) -> Node:
         """A bound object: each name is a node of its own, and hard links have one ``st_ino``."""
         assert parent.children is not None
-        number = _bound_number(places[0].layer, st)
+        number = of_bound(places[0].layer, st)
         node = Node(self._free(number), parent, name, stat.S_IFMT(st.st_mode))
         node.ino = number
         node.identity = st.st_dev, st.st_ino
@@ -347,7 +315,7 @@ class NodeTable:
         """A node for an upper file that has no name yet (O_TMPFILE), of which ``held`` is an O_PATH fd."""
         st = os.stat(held)
         layer = parent.bound
-        number = self._number(st, parent, b"", upper=True) if layer is None else _bound_number(layer, st)
+        number = self._numbers.of(st, parent.ino, b"", upper=True) if layer is None else of_bound(layer, st)
         node = Node(self._free(number), parent, b"", stat.S_IFMT(st.st_mode))
         node.place = parent.parts[0]
         node.held = held
@@ -361,7 +329,7 @@ class NodeTable:
 
     def supersede(self, node: Node) -> Node:
         """Let a new node stand for the object of ``node``, which keeps its open files and lookups."""
-        number = self._free(_hashed(b"after%d" % node.id))
+        number = self._free(hashed(b"after%d" % node.id))
         new = Node(number, node.parent, node.name, node.kind)
         new.ino = node.ino
         new.place, new.links, new.unlinked = node.place, node.links, node.unlinked
@@ -413,7 +381,8 @@ class NodeTable:
             if self._by_id.get(current.id) is not current:
                 return
             del self._by_id[current.id]
-            self._gone(current)
+            if current.use is not None or current.parts:
+                self._gone(current)
             if current.successor is not None:
                 current = current.successor
                 current.superseded -= 1
@@ -431,36 +400,13 @@ class NodeTable:
         if key is not None and self._by_inode.get(key) is node:
             del self._by_inode[key]
         if node.held >= 0:
-            if node.is_upper and self._origin:
-                self._drop_origin(node)
+            place = node.parts[0] if node.is_dir else node.place
+            if place is not None and place.layer.is_upper:
+                self._numbers.release(node.held, place.layer)
             os.close(node.held)
             node.held = -1
-
-    def _drop_origin(self, node: Node) -> None:
-        """Forget its number in the upper, which may be another object's soon, unless it has names still."""
-        place = node.parts[0] if node.is_dir else node.place
-        assert place is not None
-        layer = place.layer
-        try:
-            st = os.stat(node.held)
-        except OSError as error:
-            if error.errno != errno.ESTALE:
-                raise
-            # the server has it no more, as a directory on NFS that was removed
-            self._origin.pop((layer.dev, calls.known_inode(node.held)), None)
-            return
-        if st.st_nlink <= layer.links_of_removed:
-            self._origin.pop((st.st_dev, st.st_ino), None)
 
 
 def _remove_child(parent: Node | None, name: bytes, node: Node) -> None:
     if parent is not None and parent.children is not None and parent.children.get(name) is node:
         del parent.children[name]
-
-
-def _bound_number(layer: Layer, st: os.stat_result) -> int:
-    return _hashed(b"bound%d:%d:%d" % (layer.index, st.st_dev, st.st_ino))
-
-
-def _hashed(key: bytes) -> int:
-    return xxhash.xxh3_64_intdigest(key) >> 2 | _HASHED

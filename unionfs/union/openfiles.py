@@ -49,36 +49,34 @@ class OpenFiles:
         file = use.file
         # No user: it was closed by work in a thread that went on longer than the last open.
         if file is None or not file.users or not file.readable or (write and not file.writable):
-            file = use.file = self._open(node, write=write)
-        file.users += 1
-        return file
+            file = self._open(node, write=write)
+            use.has(file)
+            return file
+        return file.take()
 
     def lend_unread(self, node: Node) -> OpenFile:
         """As :meth:`lend`, to read a lower's file of which the kernel may have all data in its cache."""
         use = node.in_use()
         file = use.file
-        if file is None or not file.users or not file.readable:
-            assert node.place is not None
-            if not self._unread:
-                return self.lend(node, write=False)
-            waits = not node.place.layer.memory
-            file = use.file = UnreadFile(partial(self._open, node, write=False), waits=waits)
-        file.users += 1
+        if not self._unread or (file is not None and file.users and file.readable):
+            return self.lend(node, write=False)
+        assert node.place is not None
+        file = UnreadFile(partial(self._open, node, write=False), waits=not node.place.layer.memory)
+        use.has(file)
         return file
 
     def lend_new(self, node: Node, fd: int) -> OpenFile:
         """Lend the file of a new node, of which ``fd`` (O_RDWR) is the table's from now on."""
         assert node.place is not None
         file = OpenFile(fd, readable=True, writable=True, waits=not node.place.layer.memory)
-        file.users = 1
-        node.in_use().file = file
+        node.in_use().has(file)
         return file
 
     def take_back(self, node: Node, file: OpenFile) -> None:
         """End one loan."""
         use = node.use
         if file.users == 1 and use is not None and use.file is file:
-            use.file = None
+            use.has(None)
         file.release()
 
     def hand_over(self, node: Node, fd: int, st: os.stat_result, *, lend: bool) -> OpenFile | None:
@@ -89,16 +87,15 @@ class OpenFiles:
         """
         assert node.place is not None
         use = node.in_use()
-        use.file = None
         if not lend and not use.handles:
+            use.has(None)
             return None
         file = OpenFile(fd, readable=True, writable=True, waits=not node.place.layer.memory, st=st)
-        use.file = file
-        file.users = int(lend)
+        use.has(file)
         for handle in use.handles:
-            file.users += 1
-            old, handle.file = handle.file, file
-            old.release()
+            handle.go_on(file.take())
+        if not lend:
+            file.release()
         return file
 
     # -- files that stay open -------------------------------------------------------------------------
@@ -131,7 +128,7 @@ class OpenFiles:
         """The node is forgotten: nothing of its use is left."""
         if node.use is not None:
             self._drop(node)
-            node.use = None
+            node.end_use()
 
     # -- closing after the answer ---------------------------------------------------------------------
 
@@ -181,11 +178,8 @@ class OpenFiles:
         return file
 
     def _look_at_xattrs(self, node: Node, file: OpenFile) -> None:
-        try:
-            file.xattrs = os.listxattr(file.fd)
-        except OSError:  # too many to be listed, say
-            pass
-        else:
-            self._capabilities.seen(node, file.xattrs)
-        if file.xattrs is None or self._metacopy in file.xattrs:
+        names = file.look_at_xattrs()
+        if names is not None:
+            self._capabilities.seen(node, names)
+        if names is None or self._metacopy in names:
             self._markers.refuse_metacopy(file.fd)

@@ -113,6 +113,26 @@ class Place:
         #: Of the upper: its time of modification after a copy-up; good while `Node.ctime` is `UNSEEN`.
         self.mtime_ns = 0
 
+    def stands_for(self, st: os.stat_result) -> None:
+        """The directory with these attributes is its own from now on."""
+        self.key = self.layer.key(st)
+
+    def copied_up(self, *, empty: bool) -> None:
+        """It was just made by a copy-up; ``empty``: that may be remembered until :meth:`fills`."""
+        self.empty = empty
+
+    def fills(self) -> None:
+        """Something is about to be put into it."""
+        self.empty = False
+
+    def keep_mtime(self, mtime_ns: int) -> None:
+        """It had that time of modification before a copy-up put something into it."""
+        self.mtime_ns = mtime_ns
+
+    def know_default_acl(self, acl: bytes | None) -> None:
+        """Its default ACL; None: it has changed."""
+        self.default_acl = acl
+
 
 class Gate:
     """Directory fds (O_PATH), opened on demand; the least recently used are closed.

@@ -45,12 +45,12 @@ class Capabilities:
 
     def seen(self, node: Node, names: Iterable[str]) -> None:
         """These are all xattrs of the node's object."""
-        node.no_capability = self._remembers and node.identity is None and _CAPABILITY not in names
+        node.note_capability(none=self._remembers and node.identity is None and _CAPABILITY not in names)
 
     def none(self, node: Node) -> None:
         """The node's object has none."""
-        node.no_capability = self._remembers and node.identity is None
+        node.note_capability(none=self._remembers and node.identity is None)
 
     def changed(self, node: Node) -> None:
         """The node's object may have some now."""
-        node.no_capability = False
+        node.note_capability(none=False)

@@ -15,7 +15,7 @@ from unionfs.union.attributes import Attributes
 from unionfs.union.layers import LayerStack
 from unionfs.union.listing import Listing
 from unionfs.union.merge import Merge
-from unionfs.union.nodes import UNSEEN, Node, NodeTable
+from unionfs.union.nodes import Node, NodeTable
 from unionfs.union.openfiles import OpenFiles
 from unionfs.union.places import Layer
 from unionfs.union.shortcuts import Capabilities, Shortcuts
@@ -154,11 +154,7 @@ class Union:
         lasting = (st.st_nlink == 1 or node.is_dir or node.is_upper) and node.identity is None
         ctime = st.st_ctime_ns
         if node.ctime is not None:
-            given, shown = node.ctime
-            if given == UNSEEN:
-                node.ctime = ctime, shown
-            if given in (UNSEEN, ctime):
-                ctime = shown
+            ctime = node.shown_ctime(ctime)
         return Attributes(node.ino, nlink, st, ctime, lasting=lasting)
 
     # -- where a node's object is ---------------------------------------------------------------------
@@ -212,7 +208,8 @@ class Union:
         try:
             yield
             if node.unlinked and node.held < 0:
-                node.held, fd = fd, -1
+                node.hold(fd)
+                fd = -1
                 if node.is_upper and not node.is_dir and node.identity is None:
                     st = os.stat(node.held)
                     if st.st_nlink > self.require_upper().links_of_removed:

@@ -23,7 +23,7 @@ import logging
 from collections.abc import Callable, Iterator
 from typing import Final
 
-from unionfs.fuse.directories import NO_ENTRIES
+from unionfs.fuse.directories import NO_ENTRIES, Entries
 from unionfs.fuse.operations import Operations
 from unionfs.fuse.protocol import Listing
 from unionfs.union.nodes import Node
@@ -53,6 +53,10 @@ class Prepared:
         self.entries = NO_ENTRIES
         #: What is in it: a name after the other.
         self.nodes: list[Node] = []
+
+    def begin(self, entries: Entries) -> None:
+        """These are the names of the directory."""
+        self.entries = entries
 
 
 class Ahead:

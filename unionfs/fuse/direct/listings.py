@@ -75,7 +75,8 @@ class ListingRequests:
             raise Unfit("it is large, and made in a thread when somebody asks")
         if node.is_upper and (node.is_pure_upper or entries.shows_upper):
             raise Unfit("it shows names of the upper, which may go and leave nothing behind")
-        prepared.entries = entries = entries.later()
+        entries = entries.later()
+        prepared.begin(entries)
         _add_dots(prepared.listing, node, 0, plus=True)
         for child in self._found(node, entries, 0, prepared.listing, ahead=True):
             prepared.nodes.append(child)
