@@ -50,8 +50,9 @@ class Merged(Territory):
         found = self._merge.search(parent.parts, name, first)
         if found is None:
             return None
-        node = self._nodes.add(parent, name, *found)
-        return node, node.attributes_of(found[0])
+        st, places = found
+        node = self._nodes.add(parent, name, st, places)
+        return node, node.attributes_of(st)
 
     def number(self, parent: Node, name: bytes) -> tuple[int, int] | None:
         known = self._nodes.child(parent, name)
