@@ -1,4 +1,4 @@
-"""What a volume is: values only, as the registry and the volume's own record keep them."""
+"""What a volume is, and who uses it: plain values."""
 
 from __future__ import annotations
 

@@ -2,7 +2,7 @@
 
     ROOT/volumes/NAME/_data         a volume's files, in Docker's layout
     ROOT/containers/NAME/           a container's upper and work
-    ROOT/locks/                     files to lock, and space kept for a full disk
+    ROOT/locks/                     files to lock
 
 Only its owner passes through any of these directories, and only he may write to them: what lies there is
 believed, and what lies in a volume (`_data`) is not.
