@@ -26,8 +26,8 @@ _VERSION = 1
 _MISSPELT = (ValueError, KeyError, TypeError, AttributeError)
 
 
-def find(directory: str) -> tuple[Volume, bool] | None:
-    """The volume of a directory, and whether its record says so; None for a directory of anything else.
+def find(directory: str) -> Volume | None:
+    """The volume of a directory; None for anything else.
 
     A directory of this user's with `_data` and without a readable record is a local volume. Raises UserError
     for a record of a newer version, one that cannot be opened, and a damaged one without `_data`.
@@ -41,7 +41,7 @@ def find(directory: str) -> tuple[Volume, bool] | None:
         if os.fstat(at).st_uid != os.geteuid():
             return None
         if (volume := _recorded(directory, at)) is not None:
-            return volume, True
+            return volume
         try:
             status = os.stat("_data", dir_fd=at, follow_symlinks=False)
         except OSError:
@@ -56,7 +56,9 @@ def find(directory: str) -> tuple[Volume, bool] | None:
     anonymous = len(name) == 64 and set(name) <= set("0123456789abcdef")
     labels = {ANONYMOUS_LABEL: ""} if anonymous else {}
     data = f"{directory}/_data"
-    return Volume(name, "local", data, anonymous, {}, labels, status.st_mtime, directory=directory), False
+    return Volume(
+        name, "local", data, anonymous, {}, labels, status.st_mtime, directory=directory, recorded=False
+    )
 
 
 def _recorded(directory: str, at: int) -> Volume | None:

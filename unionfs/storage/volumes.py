@@ -21,12 +21,12 @@ from dataclasses import replace
 from unionfs.errors import UserError, quoted, reason
 from unionfs.storage import locks, records
 from unionfs.storage.drivers import Driver, find_driver
+from unionfs.storage.drivers.base import Forced
 from unionfs.storage.drivers.replacing import finish_in_place
 from unionfs.storage.model import ANONYMOUS_LABEL, User, Volume
 from unionfs.storage.names import anonymous_name, check_name, is_name
-from unionfs.storage.removing import refuse_locked, remove_all
+from unionfs.storage.removing import refuse_bound, refuse_locked, refuse_mounted, remove_all
 from unionfs.storage.root import check_directory, is_own_directory, make_directory, open_root
-from unionfs.sys.mountinfo import Location, location_of, read_mountinfo, split_path
 from unionfs.union.removal import remove_path
 
 __all__ = ["User", "Volume", "Volumes"]
@@ -50,11 +50,8 @@ class Volumes:
 
     def all(self) -> list[Volume]:
         """All volumes, sorted by name."""
-        found = []
-        for directory in self._directories():
-            if (known := records.find(directory)) is not None:
-                found.append(known[0] if known[1] else self._adopt(known[0]))
-        return found
+        found = filter(None, map(records.find, self._directories()))
+        return [volume if volume.recorded else self._adopt(volume) for volume in found]
 
     def get(self, name: str) -> Volume:
         """The volume of that name."""
@@ -67,8 +64,7 @@ class Volumes:
         self._check_root()
         directory = self._directory(name)
         check_directory(directory)
-        found = records.find(directory)
-        return None if found is None else found[0]
+        return records.find(directory)
 
     def _directory(self, name: str) -> str:
         return f"{self.root}/volumes/{name}"
@@ -104,7 +100,7 @@ class Volumes:
         """Record a local volume that has no readable record."""
         with suppress(UserError, OSError), locks.state(self.root, volume.name):
             known = records.find(volume.directory)
-            if known is not None and not known[1]:
+            if known is not None and not known.recorded:
                 records.keep_damaged(volume.directory)
                 records.write(volume)
                 self._tell(
@@ -355,16 +351,16 @@ class Volumes:
             if force or missing_ok:  # a removal that goes on without it, or one of many
                 driver = driver.hurried()
             if force:
-                driver = _Forced(driver, self._tell)
+                driver = Forced(driver, self._tell)
             users = self._without_the_dead(volume, driver)
             if users:
                 raise UserError(f"volume {quoted(name)} cannot be removed: {_in_use(users)}; end that first.")
-            self._check_not_bound(volume)
             complaint = f"volume {quoted(name)} cannot be removed"
+            refuse_bound(volume.directory, complaint)
             if not force:
                 refuse_locked(volume.directory, complaint)
             driver.remove(volume)
-            self._check_unmounted(volume)
+            refuse_mounted(volume.directory, complaint)
             aside = f"{self.root}/volumes/.gone-{name[:64]}-{os.getpid()}-{secrets.token_hex(8)}"
             try:
                 os.rename(volume.directory, aside)
@@ -379,56 +375,6 @@ class Volumes:
         if aside:
             remove_all(aside, f"volume {quoted(name)} is removed, but not all of its files", unlock=force)
         return True
-
-    def _check_not_bound(self, volume: Volume) -> None:
-        """A mount may outlive its daemon and the daemon's guardian, who counted as the volume's user."""
-        directory = os.path.realpath(volume.directory)
-        table = read_mountinfo()
-        try:
-            place = location_of(directory, table)
-        except OSError:
-            return  # removed by hand
-        for entry in table:
-            root = Location(entry.device, split_path(entry.root))
-            inside = entry.mountpoint.startswith(directory + "/")
-            if place is not None and place.contains(root) and not inside:
-                raise UserError(
-                    f"volume {quoted(volume.name)} cannot be removed: it is still mounted at "
-                    f"{quoted(entry.mountpoint)}; unmount that first."
-                )
-
-    def _check_unmounted(self, volume: Volume) -> None:
-        """Never remove a tree that something is mounted in: it would remove what is mounted."""
-        below = os.path.realpath(volume.directory) + "/"
-        for entry in read_mountinfo():
-            if entry.mountpoint.startswith(below):
-                raise UserError(
-                    f"volume {quoted(volume.name)} cannot be removed: {quoted(entry.mountpoint)} is still "
-                    "mounted; unmount it first."
-                )
-
-
-class _Forced(Driver):
-    """A driver that is told to give a volume up; where it cannot, that is said, and keeps nobody."""
-
-    def __init__(self, driver: Driver, tell: Callable[[str], object]) -> None:
-        self._driver = driver
-        self._tell = tell
-
-    def one_mount_each(self, volume: Volume) -> bool:
-        return self._driver.one_mount_each(volume)
-
-    def unmount(self, volume: Volume, user: str) -> None:
-        try:
-            self._driver.unmount(volume, user)
-        except UserError as error:
-            self._tell(str(error))
-
-    def remove(self, volume: Volume) -> None:
-        try:
-            self._driver.remove(volume)
-        except UserError as error:
-            self._tell(str(error))
 
 
 def _in_use(users: list[User]) -> str:
