@@ -52,9 +52,3 @@ def write_into(spare: str, path: str, values: object) -> bool:
             os.rename(spare, path)
             return True
     return False
-
-
-def sync_directory(path: str) -> None:
-    """Make the names in a directory durable. Raises OSError."""
-    with fds.directory(path) as fd:
-        os.fsync(fd)

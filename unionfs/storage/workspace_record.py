@@ -8,6 +8,7 @@ from contextlib import suppress
 from dataclasses import asdict, dataclass
 
 from unionfs.storage import jsonfiles
+from unionfs.sys.fds import sync_directory
 
 _RECORD = re.compile(r"(\.unionfs-[0-9a-f]{16})\.json")
 
@@ -51,7 +52,7 @@ def names(home: str) -> frozenset[bytes]:
 def write(home: str, record: Record) -> None:
     """Put a record on disk in one step. Raises OSError."""
     jsonfiles.write(f"{home}/{record.name}.json", asdict(record))
-    jsonfiles.sync_directory(home)
+    sync_directory(home)
 
 
 def read(path: str) -> Record:
@@ -70,4 +71,4 @@ def forget(home: str, record: Record) -> None:
     for name in (path, f"{path}.new"):
         with suppress(FileNotFoundError):
             os.unlink(name)
-    jsonfiles.sync_directory(home)
+    sync_directory(home)
