@@ -33,7 +33,7 @@ from unionfs.fuse.protocol.flags import (
     FATTR_MODE,
 )
 from unionfs.fuse.protocol.requests import InitRequest
-from unionfs.fuse.session_direct import _loop
+from unionfs.fuse.session_direct import make_loop
 from unionfs.union.layers import LayerStack
 from unionfs.union.tree import Union
 
@@ -74,7 +74,8 @@ class _Served:
         privileges = Privileges(initial_user_namespace=True, sys_admin=True)
         self._device = Device(os.open(os.devnull, os.O_WRONLY))
         decision = negotiate(offered, Settings(acl=True), privileges)
-        self._loop = _loop(self._device, Splicer(self._device.fd), self._operations, decision)
+        splicer = Splicer(self._device.fd, self._operations.latencies.written)
+        self._loop = make_loop(self._device, splicer, self._operations, decision)
         self._loop._tells_resized = True  # in a task, and there is none
 
     def serve(self, messages: Sequence[bytes]) -> float:
@@ -82,7 +83,7 @@ class _Served:
         began = time.thread_time_ns()
         for message in messages:
             self._loop._buffer[: len(message)] = message
-            self._loop._serve(len(message))
+            self._loop.serve(len(message))
         return (time.thread_time_ns() - began) / len(messages) / 1e3
 
     def id(self, *path: bytes) -> int:

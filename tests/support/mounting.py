@@ -28,7 +28,9 @@ from typing import Any
 
 from tests.support import areas, syscalls
 from tests.support.patience import patient
+from tests.support.prepared import PreparedProcess
 from tests.support.worker import REPOSITORY
+from unionfs.daemon import live
 from unionfs.sys import fuseprobe
 
 SESSIONS = ["pyfuse3", "direct-hybrid", "direct-passthrough", "direct-cached"]
@@ -76,7 +78,7 @@ class Mount:
     session: str
     log: Path | None = None
     options: list[str] = field(default_factory=list)
-    process: subprocess.Popen[bytes] | None = None
+    process: subprocess.Popen[bytes] | PreparedProcess | None = None
     allowed_log: list[str] = field(default_factory=list)
 
     @property
@@ -113,9 +115,13 @@ class Mount:
         return found
 
     def figure(self, name: str) -> int:
-        """One figure of the mount, wherever it stands in the answer of ``inspect``."""
-        found = _find(self.inspect(), name)
-        assert isinstance(found, int), f"inspect shows no figure {name!r}"
+        """One figure of the mount, wherever it stands in the answer that ``unionfs inspect`` shows."""
+        deadline = time.monotonic() + READY_SECONDS
+        while not (entries := [entry for entry in live.entries() if entry.pid == self.pid]):
+            assert time.monotonic() < deadline, "the daemon is not in the registry"
+            time.sleep(0.005)  # it answers requests a moment before it is announced
+        found = _find(entries[0].ask(), name)
+        assert isinstance(found, int), f"the daemon's answer has no figure {name!r}"
         return found
 
     def kill(self) -> None:
@@ -234,11 +240,13 @@ def _wait_ready(mount: Mount, process: subprocess.Popen[bytes]) -> None:
 def start(mount: Mount, arguments: Sequence[str]) -> None:
     """Run the daemon in the foreground with its stderr in a file, and wait until the mount answers."""
     assert mount.log is not None
-    with mount.log.open("ab") as log:
-        mount.process = subprocess.Popen(
-            list(arguments), stdin=subprocess.DEVNULL, stdout=log, stderr=log, cwd=REPOSITORY,
-            env={**os.environ, "PYTHONFAULTHANDLER": "1"},
-        )  # fmt: skip
+    if mount.is_ours:
+        mount.process = PreparedProcess(arguments[len(command()) :], mount.log, REPOSITORY)
+    else:
+        with mount.log.open("ab") as log:
+            mount.process = subprocess.Popen(
+                list(arguments), stdin=subprocess.DEVNULL, stdout=log, stderr=log, cwd=REPOSITORY
+            )
     mount.pid = mount.process.pid
     _wait_ready(mount, mount.process)
 

@@ -12,7 +12,6 @@ import pytest
 from tests.unit.test_union_bound import show
 from tests.unit.union_support import ME, OpenUnion, copy_up, get
 from tests.unit.union_support import open_union as open_union
-from unionfs.fuse.direct import ahead
 from unionfs.fuse.direct.device import Device
 from unionfs.fuse.direct.listings import ListingRequests
 from unionfs.fuse.direct.nodeio import NodeIos
@@ -21,6 +20,7 @@ from unionfs.fuse.operations import Operations
 from unionfs.fuse.protocol import Init, Opcode, Privileges, Settings, negotiate
 from unionfs.fuse.protocol.requests import InitRequest, Readdirplus
 from unionfs.union.copyup import ensure_upper
+from unionfs.union.merge import Merge
 from unionfs.union.nodes import Node
 from unionfs.union.tree import Union
 
@@ -248,7 +248,7 @@ def test_the_look_at_the_upper_fails(walk: Walk, monkeypatch: pytest.MonkeyPatch
     node = walked.walk(4)
     ensure_upper(walked.union, node)
     with monkeypatch.context() as patched:
-        patched.setattr(ahead, "is_unchanged", Mock(side_effect=OSError(24, "too many open files")))
+        patched.setattr(Merge, "shows_only_lowers", Mock(side_effect=OSError(24, "too many open files")))
         with pytest.raises(OSError, match="too many"):
             walked.list(node)
     walked.list(walked.in_order()[8])

@@ -166,7 +166,7 @@ def test_read_only(union: Union, tmp_path: Path) -> None:
         lambda: changes.rename(ro, b"file", ro, b"x", 0),
         lambda: changes.link(file, ro, b"x"),
         lambda: union.require_writable(file),
-        lambda: union.open_file(file, write=True),
+        lambda: union.files.lend(file, write=True),
     ):
         with fails(errno.EROFS):
             change()
@@ -201,9 +201,9 @@ def test_one_file(open_union: OpenUnion, tmp_path: Path) -> None:
     union = open_union()
     node = show(union, "etc/conf", tmp_path / "conf")
     assert read(union, "etc/conf") == b"host"
-    file = union.open_file(node, write=True)
+    file = union.files.lend(node, write=True)
     file.write(b"HOST", 0)
-    union.close_file(node, file)
+    union.files.take_back(node, file)
     assert (tmp_path / "conf").read_text() == "HOST"
     changes, etc = Changes(union), get(union, "etc")
     with fails(errno.EBUSY):

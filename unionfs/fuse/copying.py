@@ -23,6 +23,11 @@ class CopyUps:
         self.copied_bytes = 0
         #: Time from the begin of each to its end; several at once count each for itself.
         self.nanoseconds = 0
+        self._running: dict[Node, trio.Event] = {}
+
+    def is_running(self, node: Node) -> bool:
+        """Whether the node is being copied up in a thread."""
+        return node in self._running
 
     async def ensure(
         self,
@@ -34,19 +39,17 @@ class CopyUps:
     ) -> OpenFile | None:
         """Have the node in the upper. ``limit``: that many bytes of data are enough (truncation).
 
-        ``keep``: when it is a regular file and was copied up for that, its backing file comes back open, and
-        is the caller's to close (`Union.close_file`); it has the permission bits ``mode`` then, if they are
-        given. Raises ``OSError``; nothing is left of the copy then.
+        ``keep``: a regular file that was copied up for that is lent to the caller (`OpenFiles`), and has the
+        permission bits ``mode``, if they are given. Raises ``OSError``; nothing is left of the copy then.
         """
         if node.identity is not None:  # else the copy-up says that there is no upper
             self.union.require_writable(node)
         kept: OpenFile | None = None
         while not node.is_upper:
-            if node.copying is not None:
+            running = self._running.get(node)
+            if running is not None:
                 await may_wait()
-                # That one may be over by the time this runs on.
-                if isinstance(node.copying, trio.Event):
-                    await node.copying.wait()
+                await running.wait()
             elif node.kind == stat.S_IFREG:
                 kept = await self._file(node, limit, mode, keep=keep)
             else:
@@ -80,10 +83,10 @@ class CopyUps:
         return kept
 
     async def _in_thread(self, copy: FileCopy) -> None:
-        done = copy.node.copying = trio.Event()
+        done = self._running[copy.node] = trio.Event()
         try:
             # Ends early when the request is given up.
             await in_thread(copy.copy, trio.from_thread.check_cancelled)
         finally:
-            copy.node.copying = None
+            del self._running[copy.node]
             done.set()

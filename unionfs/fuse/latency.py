@@ -99,27 +99,26 @@ class Histogram:
 class Latencies:
     """The latencies of one mount's requests, by kind. They only grow; nothing is measured unless asked for.
 
-    Who has asked is forgotten when his time is over. A session looks at :attr:`watched` or is told by
-    :attr:`on_watched`, and calls :meth:`goes_on` while it measures.
+    A session measures while :attr:`watched`, and calls :meth:`goes_on` with each request: that ends when the
+    time asked for is over.
     """
 
     def __init__(self, clock: Callable[[], int] = perf_counter_ns) -> None:
         self.clock = clock
         #: Whether to measure.
         self.watched = False
-        #: Called when measuring is to begin.
-        self.on_watched: Callable[[], None] = lambda: None
         self._until = 0
         self._kinds: dict[str, Histogram] = {}
+        # Requests that are measured, by the id that the kernel gave each: when they were read, and answered.
+        self._begun: dict[int, int] = {}
+        self._written: dict[int, int] = {}
 
     def watch(self, seconds: float) -> None:
         """Measure for that long from now, or longer if somebody else asked for that."""
         if not 0 < seconds < math.inf:
             return
         self._until = max(self._until, self.clock() + int(min(seconds, LONGEST_WATCH) * _NS))
-        if not self.watched:
-            self.watched = True
-            self.on_watched()
+        self.watched = True
 
     def goes_on(self, now: int) -> bool:
         """Whether a request that begins now (by the clock) is to be measured."""
@@ -133,6 +132,21 @@ class Latencies:
         if histogram is None:
             histogram = self._kinds[kind] = Histogram()
         histogram.record(ns)
+
+    def begin(self, unique: int, now: int) -> None:
+        """The request was read."""
+        self._begun[unique] = now
+
+    def written(self, unique: int) -> None:
+        """The answer to a request was just written, though :meth:`end` comes later; from any thread."""
+        if unique in self._begun:
+            self._written[unique] = self.clock()
+
+    def end(self, unique: int, kind: str) -> None:
+        """The answer to a request is written. Does nothing for one that did not :meth:`begin`."""
+        began = self._begun.pop(unique, None)
+        if began is not None:
+            self.record(kind, (self._written.pop(unique, None) or self.clock()) - began)
 
     def to_json(self) -> dict[str, Any]:
         """The histogram of each kind that was measured."""

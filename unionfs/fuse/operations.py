@@ -21,21 +21,22 @@ from typing import Final, NamedTuple
 
 from unionfs.fuse.copying import CopyUps
 from unionfs.fuse.directories import Directories
-from unionfs.fuse.files import Files, drop_set_ids
+from unionfs.fuse.files import Files, truncate
 from unionfs.fuse.inline import in_thread
 from unionfs.fuse.latency import Latencies
 from unionfs.fuse.permissions import group_set_id_goes
 from unionfs.sys import calls
+from unionfs.union.attributes import Attributes
 from unionfs.union.bound import same_storage
 from unionfs.union.changes import ACL_DEFAULT, Caller, Changes
-from unionfs.union.files import SET_IDS, Handle, mode_without_set_ids
-from unionfs.union.nodes import Node
-from unionfs.union.tree import Attributes, Union
+from unionfs.union.files import SET_IDS, mode_without_set_ids
+from unionfs.union.nodes import Handle, Node
+from unionfs.union.tree import Union
 from unionfs.union.xattrs import CAPABILITY
 
 ACL: Final = b"system.posix_acl_"
 Found = tuple[Node, Attributes]
-"""A node and what stat(2) says of it. Whoever tells the kernel counts a lookup: `node.lookups += 1`."""
+"""A node and what stat(2) says of it. Whoever tells the kernel counts a lookup: `NodeTable.looked_up`."""
 
 
 class Change(NamedTuple):
@@ -86,10 +87,11 @@ class Operations:
         self.requests: Counter[str] = Counter()
         #: How long they took; the session measures while somebody watches.
         self.latencies = Latencies()
-        #: Called with a node that the table let go of.
-        self.on_gone: Callable[[Node], None] = lambda node: None
-        #: What the session has to add to the figures.
-        self.more_figures: Callable[[], Mapping[str, object]] = dict
+        self._more_figures: Callable[[], Mapping[str, object]] = dict
+
+    def add_figures(self, more: Callable[[], Mapping[str, object]]) -> None:
+        """A session begins: these figures are its own."""
+        self._more_figures = more
 
     def figures(self) -> dict[str, object]:
         """What the mount has done and holds now; all JSON-able."""
@@ -105,7 +107,7 @@ class Operations:
             "read_bytes": self.files.bytes_read,
             "written_bytes": self.files.bytes_written,
             **_memory(),
-            **self.more_figures(),
+            **self._more_figures(),
         }
 
     # -- nodes ----------------------------------------------------------------------------------------
@@ -134,9 +136,6 @@ class Operations:
         node = self.union.nodes.named(id_)
         if node is not None:
             self.union.nodes.forget(node, lookups)
-            if self.union.nodes.named(id_) is not node:
-                self.union.forget_places(node.parts)
-                self.on_gone(node)
 
     # -- names ----------------------------------------------------------------------------------------
 
@@ -175,10 +174,9 @@ class Operations:
     async def rename(self, parent: int, name: bytes, new_parent: int, new_name: bytes, flags: int) -> None:
         """renameat2(2) with 0, RENAME_NOREPLACE or RENAME_EXCHANGE."""
         old, new = self.directory(parent), self.directory(new_parent)
-        for moved in self.changes.renamed(old, name, new, new_name, flags):
-            if not moved.is_dir:
-                await self.copy_ups.ensure(moved)
-        self.changes.rename(old, name, new, new_name, flags)
+        while lower := self.changes.rename(old, name, new, new_name, flags):
+            for node in lower:
+                await self.copy_ups.ensure(node)
 
     def readlink(self, id_: int) -> bytes:
         """Where a symlink points."""
@@ -204,7 +202,7 @@ class Operations:
             return self._set(node, change, handle)
         finally:
             if kept is not None:
-                self.union.close_later(node, kept)
+                self.union.files.take_back_later(node, kept)
 
     def _set(self, node: Node, change: Change, handle: Handle | None) -> Found:
         node.ctime = None
@@ -212,7 +210,7 @@ class Operations:
             self._truncate(node, change.size, handle, kills_set_ids=change.kills_set_ids)
         elif change.kills_set_ids and change.uid is None and change.gid is None:
             self._drop_set_ids(node)
-        file = node.file
+        file = None if node.use is None else node.use.file
         if file is not None and file.users:
             self._set_open(file.fd, change)
             return node, self.union.attributes_of(node, os.fstat(file.fd))
@@ -249,16 +247,14 @@ class Operations:
     def _truncate(self, node: Node, size: int, handle: Handle | None, *, kills_set_ids: bool) -> None:
         if node.kind != stat.S_IFREG:
             raise error(errno.EINVAL)
-        file = handle.file if handle is not None and handle.file.writable else None
-        opened = self.union.open_file(node, write=True) if file is None else None
+        if handle is not None and handle.file.writable:
+            truncate(handle.file, size, kills_set_ids=kills_set_ids)
+            return
+        file = self.union.files.lend(node, write=True)
         try:
-            fd = (file or opened).fd  # type: ignore[union-attr]
-            os.ftruncate(fd, size)
-            if kills_set_ids:
-                drop_set_ids(fd)
+            truncate(file, size, kills_set_ids=kills_set_ids)
         finally:
-            if opened is not None:
-                self.union.close_file(node, opened)
+            self.union.files.take_back(node, file)
 
     def statfs(self) -> os.statvfs_result:
         """statvfs(3) of the topmost layer."""
@@ -302,7 +298,7 @@ class Operations:
         stored = self.union.stored_name(node, name)
         await self.copy_ups.ensure(node)
         node.ctime = None
-        node.no_capability = False
+        self.union.capabilities.changed(node)
         with self.union.checked_path(node) as path:
             os.setxattr(path, stored, value, flags)
         self._acl_changed(node, name)
@@ -316,11 +312,8 @@ class Operations:
         """An ACL set by somebody outside the file's group clears setgid (fs/posix_acl.c)."""
         st = self.union.stat(node)
         if st.st_mode & stat.S_ISGID:
-            fd = self.union.open_path(node)
-            try:
-                os.chmod(b"/proc/self/fd/%d" % fd, stat.S_IMODE(st.st_mode) & ~stat.S_ISGID)
-            finally:
-                os.close(fd)
+            with self.union.checked_path(node) as path:
+                os.chmod(path, stat.S_IMODE(st.st_mode) & ~stat.S_ISGID)
 
     def is_outside_group(self, node: Node, uid: int, gid: int, pid: int) -> bool:
         """Whether a caller is neither root nor in the group of the node's object."""

@@ -40,7 +40,7 @@ from unionfs.fuse.protocol import requests as rq
 from unionfs.sys import calls
 from unionfs.sys.capabilities import CAP_SYS_ADMIN, has_capability, in_initial_user_namespace
 from unionfs.sys.mountinfo import MountEntry, mount_of_id
-from unionfs.union.layers import Layer
+from unionfs.union.places import Layer
 
 READAHEAD = 4 << 20
 """Bytes that the kernel reads ahead of a sequential reader."""
@@ -63,13 +63,13 @@ async def serve(
     """
     fd, entry = mount(mountpoint, options)
     device = Device(fd)
-    splicer = Splicer(device.fd)
+    splicer = Splicer(device.fd, operations.latencies.written)
     ready = False
     try:
         decision = await _agree(device, splicer, operations, io)
         if entry is not None and entry.is_fuse:
             raise_readahead(entry.device, decision.max_readahead)
-        loop = _loop(device, splicer, operations, decision)
+        loop = make_loop(device, splicer, operations, decision)
         ready = True
         on_ready(decision, entry)
         try:
@@ -85,14 +85,15 @@ async def serve(
                 unmount(found)
 
 
-def _loop(device: Device, splicer: Splicer, operations: Operations, decision: Decision) -> Loop:
+def make_loop(device: Device, splicer: Splicer, operations: Operations, decision: Decision) -> Loop:
+    """The loop with all handlers."""
     ios = NodeIos(device, decision)
     names = NameRequests(operations, ios, decision)
     listings = ListingRequests(operations, ios)
     data = DataRequests(operations, ios, names, device, splicer, decision)
-    operations.more_figures = lambda: {
+    operations.add_figures(lambda: {
         **ios.figures(),
-        "kept_open_files": len(data.node_files),
+        "kept_open_files": len(operations.union.files),
         "listings_prepared": listings.ahead.begun,
         "prepared_listings_used": listings.ahead.used,
         "passthrough": {"upper": decision.passthrough_upper, "lower": decision.passthrough_lower},
@@ -101,8 +102,8 @@ def _loop(device: Device, splicer: Splicer, operations: Operations, decision: De
             "opens_without_request": Opcode.OPEN in decision.enosys,
             "readahead_bytes": decision.max_readahead,
         },
-    }
-    loop = Loop(
+    })  # fmt: skip
+    return Loop(
         device,
         decision,
         operations.union,
@@ -112,8 +113,6 @@ def _loop(device: Device, splicer: Splicer, operations: Operations, decision: De
         operations.latencies,
         listings.ahead.step,
     )
-    splicer.on_written = loop.spliced
-    return loop
 
 
 async def _agree(device: Device, splicer: Splicer, operations: Operations, io: IoMode) -> Decision:

@@ -19,12 +19,16 @@ from unionfs.sys.liveness import is_dead
 from unionfs.sys.mountinfo import mounted_at, mounts_of_device
 from unionfs.union.changes import Caller
 from unionfs.union.nodes import Node
-from unionfs.union.tree import Attributes
 
 log = logging.getLogger(__name__)
 
 #: Seconds; only this daemon changes the tree, so what the kernel knows stays true.
 FOREVER: Final = 1e9
+
+_FIGURES: Final[dict[str, object]] = {
+    "passthrough": {"upper": False, "lower": False},
+    "cache": {"writeback": False, "opens_without_request": False},
+}
 
 _P = ParamSpec("_P")
 _T = TypeVar("_T")
@@ -41,10 +45,7 @@ async def serve(
     ``mount_options`` are libfuse's (``fsname=...``, ``allow_other`` ...); ``on_ready`` is called when the
     kernel has begun to talk. Raises :class:`SessionError` when mounting fails or serving is cut off.
     """
-    operations.more_figures = lambda: {
-        "passthrough": {"upper": False, "lower": False},
-        "cache": {"writeback": PyfuseOperations.enable_writeback_cache, "opens_without_request": False},
-    }
+    operations.add_figures(lambda: _FIGURES)
     try:
         pyfuse3.init(
             PyfuseOperations(operations, on_ready), mountpoint, {"default_permissions", *mount_options}
@@ -129,8 +130,7 @@ class PyfuseOperations(pyfuse3.Operations):  # type: ignore[misc,unused-ignore]
         self.operations = operations
         self.files = operations.files
         self.enable_acl = operations.union.stack.acl
-        # The library knows one number for both.
-        operations.union.nodes.ids_are_numbers = True
+        self.nodes = operations.union.nodes
         self._on_init = on_init
 
     def init(self) -> None:
@@ -147,6 +147,11 @@ class PyfuseOperations(pyfuse3.Operations):  # type: ignore[misc,unused-ignore]
         union.resized.clear()
         await trio.to_thread.run_sync(_invalidate, stale)
 
+    def _found(self, found: Found) -> pyfuse3.EntryAttributes:
+        """The reply for a name the kernel will remember: one more lookup of the node."""
+        self.nodes.looked_up(found[0])
+        return _named(found)
+
     # -- names ----------------------------------------------------------------------------------------
 
     @_request
@@ -156,7 +161,7 @@ class PyfuseOperations(pyfuse3.Operations):  # type: ignore[misc,unused-ignore]
         found = self.operations.lookup(parent_inode, name)
         if found is None:
             return _absent(FOREVER if self.operations.is_ours_alone(parent_inode) else 0)
-        return _found(found)
+        return self._found(found)
 
     async def forget(self, inode_list: Sequence[tuple[int, int]]) -> None:
         for id_, lookups in inode_list:
@@ -170,25 +175,25 @@ class PyfuseOperations(pyfuse3.Operations):  # type: ignore[misc,unused-ignore]
     async def mkdir(
         self, parent_inode: int, name: bytes, mode: int, ctx: pyfuse3.RequestContext
     ) -> pyfuse3.EntryAttributes:
-        return _found(self.operations.mkdir(parent_inode, name, mode, Caller(ctx.uid, ctx.gid)))
+        return self._found(self.operations.mkdir(parent_inode, name, mode, Caller(ctx.uid, ctx.gid)))
 
     @_request
     async def mknod(
         self, parent_inode: int, name: bytes, mode: int, rdev: int, ctx: pyfuse3.RequestContext
     ) -> pyfuse3.EntryAttributes:
-        return _found(self.operations.mknod(parent_inode, name, mode, rdev, Caller(ctx.uid, ctx.gid)))
+        return self._found(self.operations.mknod(parent_inode, name, mode, rdev, Caller(ctx.uid, ctx.gid)))
 
     @_request
     async def symlink(
         self, parent_inode: int, name: bytes, target: bytes, ctx: pyfuse3.RequestContext
     ) -> pyfuse3.EntryAttributes:
-        return _found(self.operations.symlink(parent_inode, name, target, Caller(ctx.uid, ctx.gid)))
+        return self._found(self.operations.symlink(parent_inode, name, target, Caller(ctx.uid, ctx.gid)))
 
     @_request
     async def link(
         self, inode: int, new_parent_inode: int, new_name: bytes, ctx: pyfuse3.RequestContext
     ) -> pyfuse3.EntryAttributes:
-        return _found(await self.operations.link(inode, new_parent_inode, new_name))
+        return self._found(await self.operations.link(inode, new_parent_inode, new_name))
 
     @_request
     async def unlink(self, parent_inode: int, name: bytes, ctx: pyfuse3.RequestContext) -> None:
@@ -218,7 +223,7 @@ class PyfuseOperations(pyfuse3.Operations):  # type: ignore[misc,unused-ignore]
 
     @_request
     async def getattr(self, inode: int, ctx: pyfuse3.RequestContext) -> pyfuse3.EntryAttributes:
-        return _entry(self.operations.getattr(inode)[1])
+        return _entry(self.operations.getattr(inode))
 
     @_request
     async def setattr(
@@ -239,7 +244,7 @@ class PyfuseOperations(pyfuse3.Operations):  # type: ignore[misc,unused-ignore]
             kills_set_ids=fields.update_size and ctx.uid != 0,
         )
         handle = None if fh is None else self.files.get(fh)
-        return _entry((await self.operations.setattr(inode, change, handle))[1])
+        return _entry(await self.operations.setattr(inode, change, handle))
 
     async def access(self, inode: int, mode: int, ctx: pyfuse3.RequestContext) -> bool:
         return True  # the kernel checks (default_permissions)
@@ -277,8 +282,8 @@ class PyfuseOperations(pyfuse3.Operations):  # type: ignore[misc,unused-ignore]
     @_request
     async def open(self, inode: int, flags: int, ctx: pyfuse3.RequestContext) -> pyfuse3.FileInfo:
         node = self.operations.node(inode)
-        await self.files.prepare(node, flags)
-        number = self.files.open(node, flags, ctx.uid, kills_set_ids=ctx.uid != 0)
+        prepared = await self.files.prepare(node, flags)
+        number = self.files.open(node, flags, ctx.uid, prepared, kills_set_ids=ctx.uid != 0)
         return _opened(number, keep_cache=node.identity is None)
 
     @_request
@@ -289,7 +294,7 @@ class PyfuseOperations(pyfuse3.Operations):  # type: ignore[misc,unused-ignore]
         number, node, attributes = self.files.create(
             self.operations.changes, parent, name, mode, flags, Caller(ctx.uid, ctx.gid)
         )
-        return _opened(number), _found((node, attributes))
+        return _opened(number), self._found((node, attributes))
 
     @_request
     async def read(self, fh: int, off: int, size: int) -> bytes | bytearray:  # type: ignore[override]
@@ -355,9 +360,9 @@ class PyfuseOperations(pyfuse3.Operations):  # type: ignore[misc,unused-ignore]
                 continue
             child = found[0]
             if not pyfuse3.readdir_reply(token, name, _named(found), cookies[index]):
-                self.operations.union.nodes.forget(child, 0)
+                self.nodes.forget(child, 0)
                 return
-            child.lookups += 1
+            self.nodes.looked_up(child)
         if first == len(names):
             self.operations.directories.end(node)
 
@@ -379,24 +384,20 @@ def _opened(number: int, *, keep_cache: bool = True) -> pyfuse3.FileInfo:
     return pyfuse3.FileInfo(fh=pyfuse3.FileHandleT(number), keep_cache=keep_cache)
 
 
-def _found(found: Found) -> pyfuse3.EntryAttributes:
-    """The reply for a name the kernel will remember: one more lookup of the node."""
-    found[0].lookups += 1
-    return _named(found)
-
-
 def _named(found: Found) -> pyfuse3.EntryAttributes:
     """The reply for a name, which holds for ever unless others can change what it stands for."""
-    entry = _entry(found[1])
+    entry = _entry(found)
     if found[0].identity is not None:
         entry.entry_timeout = 0
     return entry
 
 
-def _entry(attributes: Attributes) -> pyfuse3.EntryAttributes:
+def _entry(found: Found) -> pyfuse3.EntryAttributes:
+    node, attributes = found
     st: Any = attributes.st
     entry = pyfuse3.EntryAttributes()
-    entry.st_ino = pyfuse3.InodeT(attributes.ino)
+    # The library has one number for node and inode, so bound hard links have several.
+    entry.st_ino = pyfuse3.InodeT(node.id)
     entry.entry_timeout = FOREVER
     entry.attr_timeout = FOREVER if attributes.lasting else 0
     entry.st_mode = pyfuse3.ModeT(st.st_mode)
@@ -424,7 +425,7 @@ def _absent(seconds: float) -> pyfuse3.EntryAttributes:
 def _reply_dot(token: pyfuse3.ReaddirToken, name: bytes, node: Node, position: int) -> bool:
     """``.`` and ``..``: the kernel takes number and type from it and counts no lookup (fs/fuse/readdir.c)."""
     entry = pyfuse3.EntryAttributes()
-    entry.st_ino = pyfuse3.InodeT(node.ino)
+    entry.st_ino = pyfuse3.InodeT(node.id)
     entry.st_mode = pyfuse3.ModeT(stat.S_IFDIR)
     return pyfuse3.readdir_reply(token, pyfuse3.FileNameT(name), entry, position)
 

@@ -19,9 +19,10 @@ from unionfs.sys import calls
 from unionfs.union.places import Place
 
 if TYPE_CHECKING:
-    from unionfs.union.layers import Layer
+    from unionfs.union.attributes import Attributes
     from unionfs.union.nodes import Node
-    from unionfs.union.tree import Attributes, Union
+    from unionfs.union.places import Layer
+    from unionfs.union.tree import Union
 
 
 def _error(code: int) -> OSError:
@@ -36,23 +37,20 @@ def bind(union: Union, parent: Node, name: bytes, layer: Layer) -> Node:
     st = os.stat(layer.root_fd)
     known = union.nodes.child(parent, name)
     # Nobody has looked the directory up, and without a child the table would let go of it.
-    parent.lookups += 1
+    union.nodes.looked_up(parent)
     if known is not None:
         union.nodes.remove_name(known, parent, name)
-    directory = stat.S_ISDIR(st.st_mode)
-    node = union.nodes.add(parent, name, st, [layer.root] if directory else layer.root)
-    parent.lookups -= 1
-    if not directory:
+    node = union.nodes.add(parent, name, st, [layer.root])
+    union.nodes.forget(parent, 1)
+    if not node.is_dir:
         node.held = os.dup(layer.root_fd)
-    node.lookups += 1
+    union.nodes.looked_up(node)
     return node
 
 
 def unbind(union: Union, node: Node) -> None:
     """Undo :meth:`bind`, before the union is mounted."""
-    assert node.parent is not None
-    node.lookups -= 1
-    union.nodes.remove_name(node, node.parent, node.name)
+    union.nodes.forget(node, 1)
 
 
 def stat_name(union: Union, parent: Node, name: bytes) -> os.stat_result | None:
@@ -78,8 +76,8 @@ def lookup(union: Union, parent: Node, name: bytes, known: Node | None) -> tuple
     if st is None:
         return None
     place = parent.parts[0]
-    where = [Place(place.layer, place, name)] if stat.S_ISDIR(st.st_mode) else place
-    node = union.nodes.add(parent, name, st, where)
+    where = Place(place.layer, place, name) if stat.S_ISDIR(st.st_mode) else place
+    node = union.nodes.add(parent, name, st, [where])
     return node, union.attributes_of(node, st)
 
 

@@ -1,7 +1,7 @@
 """Copy-up: the first change to an object of a lower moves it into the upper.
 
-Everything is prepared under a temporary name in the work directory and appears by one rename, so that
-a crash or a full disk leaves no trace. A regular file's data is copied by :meth:`FileCopy.copy`, which may
+Everything is prepared in the work directory and appears by one rename, so that a crash or a full disk leaves
+no trace. A regular file's data is copied by :meth:`FileCopy.copy`, which may
 run in any thread and touches only its own fds; begin and finish belong to the thread of the union.
 """
 
@@ -9,10 +9,10 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import itertools
 import os
 import stat
 from collections.abc import Callable
+from contextlib import ExitStack
 from typing import Final
 
 from unionfs.sys import calls
@@ -22,18 +22,13 @@ from unionfs.union.files import OpenFile
 from unionfs.union.nodes import UNSEEN, Node
 from unionfs.union.places import Place
 from unionfs.union.tree import Union
+from unionfs.union.work import Temporary
 from unionfs.union.xattrs import CAPABILITY, copy_xattrs
 
-_numbers: Final = itertools.count()
 #: A file up to this size (bytes) is copied at once when nothing has to reach a disk, and its holes are looked
 #: for only if it has some.
 SMALL: Final = 256 * 1024
 _NEW: Final = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
-
-
-def temporary_name() -> bytes:
-    """A fresh name for the work directory."""
-    return b"#%x" % next(_numbers)
 
 
 class FileCopy:
@@ -48,10 +43,10 @@ class FileCopy:
         union.require_upper()
         self._union = union
         self.node = node
-        self._name: bytes | None = None
+        self._temporary = union.work.temporary()
         self._target = -1
         self._no_capability = False
-        self._source = union.open_file(node, write=False)
+        self._source = union.files.lend(node, write=False)
         self._open = True
         try:
             # one user: it was opened just now, and has not been read since, which changes the time of access
@@ -60,11 +55,9 @@ class FileCopy:
             self.size = self._st.st_size if limit is None else min(limit, self._st.st_size)
             self._mode = stat.S_IMODE(self._st.st_mode if mode is None else mode)
             self._is_plain = self._source.xattrs == [] and self._mode & ~union.identity.sets == 0
-            name = temporary_name()
             self._target = os.open(
-                name, _NEW, self._mode if self._is_plain else 0o600, dir_fd=union.stack.work_fd
+                self._temporary.name, _NEW, self._mode if self._is_plain else 0o600, dir_fd=union.work.fd
             )
-            self._name = name
         except BaseException:
             self.abort()
             raise
@@ -109,98 +102,62 @@ class FileCopy:
         """
         union, node = self._union, self.node
         try:
-            self._appear()
-            self._name = None
+            _appear(union, node, self._temporary)
             st = os.fstat(self._target)
             _copied_up(union, node, st)
-            node.no_capability = self._no_capability
+            if self._no_capability:
+                union.capabilities.none(node)
+            else:
+                union.capabilities.changed(node)
             return self._hand_over(st, keep=keep)
         finally:
             self.abort()
 
-    def _appear(self) -> None:
-        """Give the temporary file its name, or take it away when the node has none any more."""
-        union, node = self._union, self.node
-        assert self._name is not None
-        assert node.parent is not None
-        if node.unlinked:
-            _keep_unnamed(union, node, self._name)
-        else:
-            place = ensure_upper(union, node.parent)
-            _rename_into(union, self._name, node.parent, node.name)
-            node.place = place
-
     def _hand_over(self, st: os.stat_result, *, keep: bool) -> OpenFile | None:
         """Open handles, which only read, go on with the upper's file: they see what is written from now."""
-        node = self.node
-        node.file = None
-        if not keep and not node.handles:
-            return None
-        waits = not self._union.require_upper().memory
-        file = OpenFile(self._target, readable=True, writable=True, waits=waits, st=st)
-        self._target = -1
-        node.file = file
-        file.users = int(keep)
-        for handle in node.handles or ():
-            file.users += 1
-            old, handle.file = handle.file, file
-            old.release()
+        file = self._union.files.hand_over(self.node, self._target, st, lend=keep)
+        if file is not None:
+            self._target = -1
         return file if keep else None
 
     def abort(self) -> None:
         """Let go of everything; without :meth:`finish` nothing of the copy is left."""
-        if self._name is not None:
-            with contextlib.suppress(OSError):
-                os.unlink(self._name, dir_fd=self._union.stack.work_fd)
-            self._name = None
+        self._temporary.discard()
         if self._target >= 0:
             os.close(self._target)
             self._target = -1
         if self._open:
             self._open = False
-            self._union.close_later(self.node, self._source)
+            self._union.files.take_back_later(self.node, self._source)
 
 
 def copy_up_special(union: Union, node: Node) -> None:
     """Copy up a symlink, fifo, socket or device, of which there is only metadata."""
     union.require_upper()
-    assert node.parent is not None
-    work = union.stack.work_fd
-    name = temporary_name()
-    source = union.open_path(node)
-    try:
+    work = union.work.fd
+    with ExitStack() as fds:
+        source = union.open_path(node)
+        fds.callback(os.close, source)
         st = os.fstat(source)
+        temporary = fds.enter_context(union.work.temporary())
+        name = temporary.name
         if stat.S_ISLNK(st.st_mode):
             os.symlink(os.readlink(b"", dir_fd=source), name, dir_fd=work)
         else:
             os.mknod(name, stat.S_IFMT(st.st_mode) | 0o600, st.st_rdev, dir_fd=work)
-        try:
-            target = os.open(name, os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=work)
-            try:
-                copy_xattrs(
-                    union.markers,
-                    (b"/proc/self/fd/%d" % source, True),
-                    (b"/proc/self/fd/%d/%b" % (work, name), False),
-                )
-                calls.chown_fd(target, st.st_uid, st.st_gid)
-                if not stat.S_ISLNK(st.st_mode):
-                    os.chmod(b"/proc/self/fd/%d" % target, stat.S_IMODE(st.st_mode))
-                calls.utimensat(work, name, st.st_atime_ns, st.st_mtime_ns)
-                if node.unlinked:
-                    _keep_unnamed(union, node, name)
-                else:
-                    place = ensure_upper(union, node.parent)
-                    _rename_into(union, name, node.parent, node.name)
-                    node.place = place
-                _copied_up(union, node, os.stat(target))
-            finally:
-                os.close(target)
-        except BaseException:
-            with contextlib.suppress(OSError):
-                os.unlink(name, dir_fd=work)
-            raise
-    finally:
-        os.close(source)
+        target = os.open(name, os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=work)
+        fds.callback(os.close, target)
+        copy_xattrs(
+            union.markers,
+            (b"/proc/self/fd/%d" % source, True),
+            (b"/proc/self/fd/%d/%b" % (work, name), False),
+        )
+        calls.chown_fd(target, st.st_uid, st.st_gid)
+        if not stat.S_ISLNK(st.st_mode):
+            os.chmod(b"/proc/self/fd/%d" % target, stat.S_IMODE(st.st_mode))
+        calls.utimensat(work, name, st.st_atime_ns, st.st_mtime_ns)
+        _appear(union, node, temporary)
+        _copied_up(union, node, os.stat(target))
 
 
 def ensure_upper(union: Union, node: Node) -> Place:
@@ -225,12 +182,13 @@ def ensure_upper(union: Union, node: Node) -> Place:
 
 def _copy_up_directory(union: Union, node: Node) -> None:
     assert node.parent is not None
-    work, name = union.stack.work_fd, temporary_name()
+    work = union.work.fd
     lower = union.gate.fd(node.parts[0])
     st = os.stat(lower)
     shown = union.attributes_of(node, st).ctime_ns
-    os.mkdir(name, 0o700, dir_fd=work)
-    try:
+    with union.work.temporary() as temporary:
+        name = temporary.name
+        os.mkdir(name, 0o700, dir_fd=work)
         path = b"/proc/self/fd/%d/%b" % (work, name)
         copy_xattrs(union.markers, (b"/proc/self/fd/%d" % lower, True), (path, False))
         if not union.identity.owns(st):
@@ -238,11 +196,7 @@ def _copy_up_directory(union: Union, node: Node) -> None:
         os.chmod(name, stat.S_IMODE(st.st_mode), dir_fd=work)
         os.utime(name, ns=(st.st_atime_ns, st.st_mtime_ns), dir_fd=work)
         parent = node.parent.parts[0]
-        _rename_into(union, name, node.parent, node.name)
-    except BaseException:
-        with contextlib.suppress(OSError):
-            os.rmdir(name, dir_fd=work)
-        raise
+        _put(union, temporary, node.parent, node.name)
     place = Place(parent.layer, parent, node.name)
     place.empty = True
     node.parts.insert(0, place)
@@ -258,15 +212,21 @@ def _copied_up(union: Union, node: Node, st: os.stat_result) -> None:
     union.stale.append(node)
 
 
-def _keep_unnamed(union: Union, node: Node, temporary: bytes) -> None:
-    """The copy of a node whose name is gone: only an fd of it stays."""
-    work = union.stack.work_fd
-    fd = os.open(temporary, os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=work)
-    try:
-        os.unlink(temporary, dir_fd=work)
-    except BaseException:
-        os.close(fd)
-        raise
+def _appear(union: Union, node: Node, temporary: Temporary) -> None:
+    """Give the copy of a node its name, or take its name away when the node has none any more."""
+    if node.unlinked:
+        _keep_unnamed(union, node, temporary)
+        return
+    assert node.parent is not None
+    place = ensure_upper(union, node.parent)
+    _put(union, temporary, node.parent, node.name)
+    node.place = place
+
+
+def _keep_unnamed(union: Union, node: Node, temporary: Temporary) -> None:
+    """Keep only an fd of the copy."""
+    fd = os.open(temporary.name, os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=union.work.fd)
+    temporary.discard()
     if node.held >= 0:
         os.close(node.held)
     node.held = fd
@@ -274,9 +234,9 @@ def _keep_unnamed(union: Union, node: Node, temporary: bytes) -> None:
     node.place = Place(upper, upper.root, b"")
 
 
-def _rename_into(union: Union, temporary: bytes, directory: Node, name: bytes) -> None:
-    """Rename from work into the upper; a copy-up is no change, so the directory keeps its time. Its real
-    ctime can't be kept, and is shown as it was; its size is another one, and is shown soon."""
+def _put(union: Union, temporary: Temporary, directory: Node, name: bytes) -> None:
+    """Put a copy into the upper. A copy-up is no change, so the directory keeps its time. Its real ctime
+    can't be kept, and is shown as it was; its size is another one, and is shown soon."""
     place = directory.parts[0]
     dir_fd = union.gate.fd(place)
     if directory.ctime is not None and directory.ctime[0] == UNSEEN:
@@ -286,7 +246,7 @@ def _rename_into(union: Union, temporary: bytes, directory: Node, name: bytes) -
         st = os.stat(dir_fd)
         place.mtime_ns, shown = st.st_mtime_ns, union.attributes_of(directory, st).ctime_ns
     place.empty = False
-    calls.renameat2(union.stack.work_fd, temporary, dir_fd, name)
+    temporary.put(dir_fd, name)
     with contextlib.suppress(OSError):
         calls.utimensat(dir_fd, b".", None, place.mtime_ns)
     directory.ctime = UNSEEN, shown

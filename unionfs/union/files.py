@@ -1,4 +1,4 @@
-"""Open files: backing fds shared by all opens of a node, and reading and writing through them."""
+"""Open files: backing fds, and reading and writing through them. Who has them: `openfiles`."""
 
 from __future__ import annotations
 
@@ -6,10 +6,7 @@ import errno
 import os
 import stat
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Final
-
-if TYPE_CHECKING:
-    from unionfs.union.nodes import Node
+from typing import Final, Self
 
 _FLAGS: Final = os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC | os.O_NOCTTY
 #: What opening a file says that a layer has lost, and what is no answer to read(2).
@@ -19,7 +16,10 @@ SET_IDS: Final = stat.S_ISUID | stat.S_ISGID
 
 
 class OpenFile:
-    """A backing fd and the number of its users (open handles, and work under way in threads)."""
+    """A backing fd and the number of its users, which only `OpenFiles` and ``with file`` change.
+
+    Within ``with file`` it stays open, whoever closes it meanwhile.
+    """
 
     __slots__ = ("fd", "readable", "st", "users", "waits", "writable", "xattrs")
 
@@ -37,6 +37,13 @@ class OpenFile:
         self.waits = waits
         self.users = 0
 
+    def __enter__(self) -> Self:
+        self.users += 1
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.release()
+
     def release(self) -> None:
         """One user fewer; the last one closes the fd."""
         self.users -= 1
@@ -45,8 +52,8 @@ class OpenFile:
             os.close(fd)
 
     def read_into(self, buffer: memoryview, offset: int) -> int | None:
-        """Fill a buffer with what needs no waiting for a disk, and give the number of bytes: fewer than fit
-        only at the end of the file. ``None``: read it in a thread."""
+        """Fill a buffer without waiting for a disk; returns the number of bytes, fewer than fit only at the
+        end of the file. ``None``: read it in a thread."""
         if not self.waits:
             return os.preadv(self.fd, [buffer], offset)
         try:
@@ -118,21 +125,6 @@ class UnreadFile(OpenFile):
             self.users -= 1
         else:
             super().release()
-
-
-class Handle:
-    """One open of one file."""
-
-    __slots__ = ("file", "node", "through", "uid", "writes")
-
-    def __init__(self, node: Node, file: OpenFile, uid: int, *, writes: bool) -> None:
-        self.node = node
-        self.file = file
-        #: Who opened it: a write by anybody but root clears set-id bits.
-        self.uid = uid
-        self.writes = writes
-        #: The kernel reads and writes it by itself.
-        self.through = False
 
 
 def open_backing(dir_fd: int, name: bytes, *, write: bool, waits: bool) -> OpenFile:

@@ -20,96 +20,20 @@ from unionfs.sys.capabilities import CAP_SYS_ADMIN, has_capability
 from unionfs.sys.filelocks import may_be_a_mounts
 from unionfs.union import opening
 from unionfs.union.errors import LayerError
-from unionfs.union.places import Place, open_for_listing
+from unionfs.union.markers import Markers
+from unionfs.union.places import Layer, open_for_listing
 
 _NO_LOCKS: Final = (errno.EBADF, errno.ENOLCK, errno.EOPNOTSUPP, errno.EINVAL)
-#: include/uapi/linux/magic.h: ext2 to 4, xfs, btrfs, tmpfs, ramfs, f2fs, squashfs, erofs, NFS, bcachefs; and
-#: zfs. On others (FUSE, FAT, overlayfs of several filesystems) a number may go with the kernel's cache.
-_KEEP_NUMBERS: Final = frozenset({
-    0xEF53, 0x58465342, 0x9123683E, calls.TMPFS_MAGIC, calls.RAMFS_MAGIC, 0xF2F52010, 0x73717368, 0xE0F5E1E2,
-    calls.NFS_MAGIC, 0xCA451A4E, 0x2FC12FC1,
-})  # fmt: skip
-
-
-class Layer:
-    """One directory tree of the stack; ``root`` is its place, whose fd stays open.
-
-    ``bound``: it is no layer of the merge but storage that is shown at one place of the union; see `bound`.
-    """
-
-    __slots__ = (
-        "acl", "atime_stays", "bound", "dev", "index", "is_upper", "keeps_numbers", "links_of_removed",
-        "memory", "path", "read_only", "root",
-    )  # fmt: skip
-
-    def __init__(
-        self,
-        index: int,
-        path: str,
-        root_fd: int,
-        *,
-        is_upper: bool,
-        bound: bool = False,
-        read_only: bool = False,
-    ) -> None:
-        self.index = index
-        self.path = path
-        #: Its objects are changed where they are.
-        self.is_upper = is_upper
-        self.bound = bound
-        #: Of storage that may not be changed (a lower never is).
-        self.read_only = read_only
-        self.root = Place(self, None, b"", root_fd)
-        self.dev = os.stat(root_fd).st_dev
-        self.acl = _has_acls(root_fd)
-        #: Whether reading leaves the times of access alone, as with a lower's read-only clone.
-        self.atime_stays = bool(os.fstatvfs(root_fd).f_flag & (os.ST_RDONLY | os.ST_NOATIME))
-        #: In memory: nothing to make durable, and reads never wait for a disk.
-        magic = calls.filesystem_magic(root_fd)
-        self.memory = magic in (calls.TMPFS_MAGIC, calls.RAMFS_MAGIC)
-        #: How many links a file has that was removed while an fd of it is held: on NFS it gets another name
-        #: (`.nfs` and a number, fs/nfs/unlink.c) until it is let go of.
-        self.links_of_removed = 1 if magic == calls.NFS_MAGIC else 0
-        #: Whether an object has the same inode number for as long as it lives.
-        self.keeps_numbers = magic in _KEEP_NUMBERS
-
-    @property
-    def root_fd(self) -> int:
-        return self.root.fd
-
-    def key(self, st: os.stat_result) -> int:
-        """What tells an object with these attributes from another one that gets its name; 0: nothing.
-
-        The kernel checks permissions by the attributes that it was told. Whoever may rename in a layer can
-        put another user's object in the place of an own one, so an object that is found again by its name
-        must be the same one; in a lower, whose attributes do not change, also as accessible as it was.
-        """
-        if self.bound:
-            return 0
-        number = st.st_ino if self.keeps_numbers else 0
-        return number if self.is_upper else hash((number, st.st_uid, st.st_gid, st.st_mode))
-
-
-def _has_acls(fd: int) -> bool:
-    """Whether the filesystem keeps POSIX ACLs: asking for one that is not there says ENODATA then."""
-    try:
-        os.getxattr(b"/proc/self/fd/%d" % fd, b"system.posix_acl_access")
-    except OSError as error:
-        return error.errno == errno.ENODATA
-    return True
 
 
 class LayerStack:
     """All layers of one union, topmost first, and the work directory of the upper."""
 
-    def __init__(self, layers: list[Layer], work_fd: int, xattr_prefix: bytes, resources: ExitStack) -> None:
+    def __init__(self, layers: list[Layer], work_fd: int, markers: Markers, resources: ExitStack) -> None:
         self.layers = layers
         self.upper = layers[0] if layers[0].is_upper else None
         self.work_fd = work_fd
-        self.xattr_prefix = xattr_prefix
-        #: A redirect shows what is anywhere in a layer without the permission checks on the way. Any user can
-        #: set a `user.*` one, so these are refused, as overlayfs does with `userxattr` (params.c).
-        self.follows_redirects = not xattr_prefix.startswith(b"user.")
+        self.markers = markers
         self.volatile = False
         #: What is shown at places of the union without being merged.
         self.bound: list[Layer] = []
@@ -162,7 +86,7 @@ class LayerStack:
             if not layers:
                 raise LayerError("a union needs at least one layer; give one with --lower")
             prefix = b"trusted.overlay." if privileged and not userxattr else b"user.overlay."
-            stack = cls(layers, work_fd, prefix, resources.pop_all())
+            stack = cls(layers, work_fd, Markers(prefix), resources.pop_all())
             stack.volatile = volatile
             return stack
 

@@ -8,7 +8,8 @@ Rules (the table is the only place that knows them):
   several names, found by (device, inode).
 - ``st_ino`` comes from the object's origin, so that it is the same before and after copy-up and after the
   kernel forgot the node: the inode number itself on the first layer's device, else a hash.
-- A node stays while the kernel looks it up (``lookups``), or nodes below it stay.
+- A node stays while the kernel looks it up (``lookups``), somebody has it open, or nodes below it stay. Only
+  the table counts lookups, and what a session knows of a node (`Use`) goes with it.
 - An fd (``held``) is kept for a node whose name is gone, until it is forgotten.
 - A node can be superseded: a new node, with a new id and the same ``st_ino``, takes over what it stands for.
   The old id leads to the new node; the old node itself is kept for its open files and lookups.
@@ -19,16 +20,17 @@ from __future__ import annotations
 import errno
 import os
 import stat
+from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Final
 
 import xxhash
 
 from unionfs.sys import calls
-from unionfs.union.files import Handle, OpenFile
 from unionfs.union.places import Place
 
 if TYPE_CHECKING:
-    from unionfs.union.layers import Layer
+    from unionfs.union.files import OpenFile
+    from unionfs.union.places import Layer
 
 ROOT_ID: Final = 1
 UNSEEN: Final = -1
@@ -38,13 +40,57 @@ _NONE: Final = -1
 _HASHED: Final = 1 << 62
 
 
+class Handle:
+    """One open of one file."""
+
+    __slots__ = ("file", "node", "through", "uid", "writes")
+
+    def __init__(self, node: Node, file: OpenFile, uid: int, *, writes: bool) -> None:
+        self.node = node
+        self.file = file
+        #: Who opened it: a write by anybody but root clears set-id bits.
+        self.uid = uid
+        self.writes = writes
+        #: The kernel reads and writes it by itself.
+        self.through = False
+
+
+class Use:
+    """How a node is used: its open files, and what its session agreed with the kernel about them."""
+
+    __slots__ = (
+        "backing_id", "cached", "capability", "file", "filled", "handles", "mtime_ns", "of_upper", "through",
+        "writebacks", "writers", "written",
+    )  # fmt: skip
+
+    def __init__(self) -> None:
+        #: The backing file, if it is open, and who has it open by a number.
+        self.file: OpenFile | None = None
+        self.handles: list[Handle] = []
+        #: Opens whose data goes through the page cache, and opens with a backing file.
+        self.cached = 0
+        self.through = 0
+        #: Whether the data was put into the page cache with the first open (or, of a large file, could have
+        #: been).
+        self.filled = False
+        #: What the backing file is registered as, and whether it is the upper's.
+        self.backing_id = 0
+        self.of_upper = False
+        #: Opens for writing, with the backing file; and whether there ever was one.
+        self.writers = 0
+        self.written = False
+        #: Writes of cached data that are under way, and what the file has to have after them.
+        self.writebacks = 0
+        self.mtime_ns = 0
+        self.capability: bytes | None = None
+
+
 class Node:
     """One object of the merged tree."""
 
     __slots__ = (
-        "children", "copying", "ctime", "file", "handles", "held", "id", "identity", "ino", "io",
-        "key", "kind", "links", "lookups", "name", "no_capability", "parent", "parts", "place", "successor",
-        "superseded", "unlinked",
+        "children", "ctime", "held", "id", "identity", "ino", "key", "kind", "links", "lookups", "name",
+        "no_capability", "parent", "parts", "place", "successor", "superseded", "unlinked", "use",
     )  # fmt: skip
 
     def __init__(self, id_: int, parent: Node | None, name: bytes, kind: int) -> None:
@@ -66,18 +112,13 @@ class Node:
         self.lookups = 0
         self.held = -1
         self.unlinked = False
-        #: It is known to have no security.capability, which the kernel asks for before writes and chown.
+        #: See `shortcuts.Capabilities`.
         self.no_capability = False
         #: A ctime that a copy-up gave the real directory (`UNSEEN`: the one that it has when somebody asks
         #: next), and the one that is shown for it; nanoseconds.
         self.ctime: tuple[int, int] | None = None
-        #: Open files on it, and the backing file they share.
-        self.handles: list[Handle] | None = None
-        self.file: OpenFile | None = None
-        #: Set by the session while a copy-up of this node runs.
-        self.copying: object | None = None
-        #: How the session reads and writes it.
-        self.io: object | None = None
+        #: From the first open on.
+        self.use: Use | None = None
         #: The node that took over everything but the open files; see :meth:`NodeTable.supersede`.
         self.successor: Node | None = None
         #: How many nodes it took over from, which are still known.
@@ -113,10 +154,25 @@ class Node:
         return self.is_upper and len(self.parts) <= 1
 
 
+    def in_use(self) -> Use:
+        """Its use, which begins now if it has none."""
+        if self.use is None:
+            self.use = Use()
+        return self.use
+
+    def check(self, st: os.stat_result) -> None:
+        """Raise ESTALE for an object that is not the node's, so that the kernel looks the name up again."""
+        if self.key:
+            assert self.place is not None
+            if self.place.layer.key(st) != self.key:
+                raise OSError(errno.ESTALE, "a layer holds another object there")
+
+
 class NodeTable:
     """All nodes that the kernel knows or is about to be told of, and the numbers they have."""
 
-    def __init__(self, root_parts: list[Place]) -> None:
+    def __init__(self, root_parts: list[Place], gone: Callable[[Node], None] = lambda node: None) -> None:
+        """``gone`` is called with each node that is forgotten."""
         self.root = Node(ROOT_ID, None, b"", stat.S_IFDIR)
         self.root.parts = root_parts
         self.root.lookups = 1
@@ -125,8 +181,7 @@ class NodeTable:
         self._by_inode: dict[tuple[int, int], Node] = {}
         self._inode_of: dict[int, tuple[int, int]] = {}
         self._origin: dict[tuple[int, int], int] = {}
-        #: Whether ``st_ino`` and id have to be the same; then bound hard links have several numbers.
-        self.ids_are_numbers = False
+        self._gone = gone
 
     def __len__(self) -> int:
         return len(self._by_id)
@@ -156,9 +211,8 @@ class NodeTable:
             return st.st_ino
         return _hashed(b"%d:%d" % (st.st_dev, st.st_ino))
 
-    def number(self, parent: Node, name: bytes, st: os.stat_result, where: list[Place] | Place) -> int:
-        """The inode number that :meth:`add` would give an object."""
-        place = where[0] if isinstance(where, list) else where
+    def number(self, parent: Node, name: bytes, st: os.stat_result, place: Place) -> int:
+        """The inode number that :meth:`add` would give an object of the real directory ``place``."""
         if place.layer.bound:
             return _bound_number(place.layer, st)
         upper = place.layer.is_upper
@@ -191,17 +245,17 @@ class NodeTable:
         assert parent.children is not None
         return parent.children.get(name)
 
-    def add(self, parent: Node, name: bytes, st: os.stat_result, where: list[Place] | Place) -> Node:
+    def add(self, parent: Node, name: bytes, st: os.stat_result, places: list[Place]) -> Node:
         """The node for an object found under ``name``: a new one, or the one that has another name already.
 
-        ``where``: a directory's parts, or the place that holds the object.
+        ``places``: a directory's parts, or the one place that holds the object.
         """
         assert parent.children is not None
         kind = stat.S_IFMT(st.st_mode)
-        place = where[0] if isinstance(where, list) else where
+        place = places[0]
         upper = place.layer.is_upper
         if place.layer.bound:
-            return self._add_bound(parent, name, st, where, place.layer)
+            return self._add_bound(parent, name, st, places)
         linkable = upper and kind != stat.S_IFDIR
         if linkable and self._by_inode:
             known = self._by_inode.get((st.st_dev, st.st_ino))
@@ -210,31 +264,28 @@ class NodeTable:
                 return known
         number = self._free(self._number(st, parent, name, upper=upper))
         node = Node(number, parent, name, kind)
-        if isinstance(where, list):
-            node.parts = where
+        if kind == stat.S_IFDIR:
+            node.parts = places
         else:
-            node.place = where
-            node.key = where.layer.key(st)
+            node.place = place
+            node.key = place.layer.key(st)
         self._by_id[number] = node
         parent.children[name] = node
         if linkable and st.st_nlink > 1:
             self.linked(node, st)
         return node
 
-    def _add_bound(
-        self, parent: Node, name: bytes, st: os.stat_result, where: list[Place] | Place, layer: Layer
-    ) -> Node:
+    def _add_bound(self, parent: Node, name: bytes, st: os.stat_result, places: list[Place]) -> Node:
         """A bound object: each name is a node of its own, and hard links have one ``st_ino``."""
         assert parent.children is not None
-        number = _bound_number(layer, st)
+        number = _bound_number(places[0].layer, st)
         node = Node(self._free(number), parent, name, stat.S_IFMT(st.st_mode))
-        if not self.ids_are_numbers:
-            node.ino = number
+        node.ino = number
         node.identity = st.st_dev, st.st_ino
-        if isinstance(where, list):
-            node.parts = where
+        if node.is_dir:
+            node.parts = places
         else:
-            node.place = where
+            node.place = places[0]
         self._by_id[node.id] = node
         parent.children[name] = node
         return node
@@ -337,6 +388,15 @@ class NodeTable:
             part.key = _NONE
         self.remove_name(node, parent, name)
 
+    def looked_up(self, node: Node) -> None:
+        """The kernel is told of the node, which counts one lookup."""
+        node.lookups += 1
+
+    def all_looked_up(self, nodes: Iterable[Node]) -> None:
+        """The same for several."""
+        for node in nodes:
+            node.lookups += 1
+
     def forget(self, node: Node, lookups: int) -> None:
         """The kernel gave back that many lookups."""
         node.lookups -= lookups
@@ -346,11 +406,14 @@ class NodeTable:
         """Drop the node, and the parents that only it kept, when nobody needs it."""
         current: Node | None = node
         while current is not None and current.id != ROOT_ID:
-            if current.lookups > 0 or current.children or current.handles or current.superseded:
+            if current.lookups > 0 or current.children or current.superseded:
+                return
+            if current.use is not None and current.use.handles:
                 return
             if self._by_id.get(current.id) is not current:
                 return
             del self._by_id[current.id]
+            self._gone(current)
             if current.successor is not None:
                 current = current.successor
                 current.superseded -= 1
@@ -372,7 +435,6 @@ class NodeTable:
                 self._drop_origin(node)
             os.close(node.held)
             node.held = -1
-
 
     def _drop_origin(self, node: Node) -> None:
         """Forget its number in the upper, which may be another object's soon, unless it has names still."""

@@ -11,12 +11,85 @@ from __future__ import annotations
 import errno
 import os
 from collections import OrderedDict
-from typing import TYPE_CHECKING, Final
+from typing import Final
 
-if TYPE_CHECKING:
-    from unionfs.union.layers import Layer
+from unionfs.sys import calls
 
 _DIRECTORY: Final = os.O_PATH | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
+#: include/uapi/linux/magic.h: ext2 to 4, xfs, btrfs, tmpfs, ramfs, f2fs, squashfs, erofs, NFS, bcachefs; and
+#: zfs. On others (FUSE, FAT, overlayfs of several filesystems) a number may go with the kernel's cache.
+_KEEP_NUMBERS: Final = frozenset({
+    0xEF53, 0x58465342, 0x9123683E, calls.TMPFS_MAGIC, calls.RAMFS_MAGIC, 0xF2F52010, 0x73717368, 0xE0F5E1E2,
+    calls.NFS_MAGIC, 0xCA451A4E, 0x2FC12FC1,
+})  # fmt: skip
+
+
+class Layer:
+    """One directory tree of the stack; ``root`` is its place, whose fd stays open.
+
+    ``bound``: it is no layer of the merge but storage that is shown at one place of the union; see `bound`.
+    """
+
+    __slots__ = (
+        "acl", "atime_stays", "bound", "dev", "index", "is_upper", "keeps_numbers", "links_of_removed",
+        "memory", "path", "read_only", "root",
+    )  # fmt: skip
+
+    def __init__(
+        self,
+        index: int,
+        path: str,
+        root_fd: int,
+        *,
+        is_upper: bool,
+        bound: bool = False,
+        read_only: bool = False,
+    ) -> None:
+        self.index = index
+        self.path = path
+        #: Its objects are changed where they are.
+        self.is_upper = is_upper
+        self.bound = bound
+        #: Of storage that may not be changed (a lower never is).
+        self.read_only = read_only
+        self.root = Place(self, None, b"", root_fd)
+        self.dev = os.stat(root_fd).st_dev
+        self.acl = _has_acls(root_fd)
+        #: Whether reading leaves the times of access alone, as with a lower's read-only clone.
+        self.atime_stays = bool(os.fstatvfs(root_fd).f_flag & (os.ST_RDONLY | os.ST_NOATIME))
+        #: In memory: nothing to make durable, and reads never wait for a disk.
+        magic = calls.filesystem_magic(root_fd)
+        self.memory = magic in (calls.TMPFS_MAGIC, calls.RAMFS_MAGIC)
+        #: How many links a file has that was removed while an fd of it is held: on NFS it gets another name
+        #: (`.nfs` and a number, fs/nfs/unlink.c) until it is let go of.
+        self.links_of_removed = 1 if magic == calls.NFS_MAGIC else 0
+        #: Whether an object has the same inode number for as long as it lives.
+        self.keeps_numbers = magic in _KEEP_NUMBERS
+
+    @property
+    def root_fd(self) -> int:
+        return self.root.fd
+
+    def key(self, st: os.stat_result) -> int:
+        """What tells an object with these attributes from another one that gets its name; 0: nothing.
+
+        The kernel checks permissions by the attributes that it was told. Whoever may rename in a layer can
+        put another user's object in the place of an own one, so an object that is found again by its name
+        must be the same one; in a lower, whose attributes do not change, also as accessible as it was.
+        """
+        if self.bound:
+            return 0
+        number = st.st_ino if self.keeps_numbers else 0
+        return number if self.is_upper else hash((number, st.st_uid, st.st_gid, st.st_mode))
+
+
+def _has_acls(fd: int) -> bool:
+    """Whether the filesystem keeps POSIX ACLs: asking for one that is not there says ENODATA then."""
+    try:
+        os.getxattr(b"/proc/self/fd/%d" % fd, b"system.posix_acl_access")
+    except OSError as error:
+        return error.errno == errno.ENODATA
+    return True
 
 
 class Place:

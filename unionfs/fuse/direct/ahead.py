@@ -26,7 +26,6 @@ from typing import Final
 from unionfs.fuse.directories import NO_ENTRIES
 from unionfs.fuse.operations import Operations
 from unionfs.fuse.protocol import Listing
-from unionfs.union.listing import is_unchanged
 from unionfs.union.nodes import Node
 
 log = logging.getLogger(__name__)
@@ -64,6 +63,7 @@ class Ahead:
     ) -> None:
         """``prepare`` begins to prepare a listing; each step does a part. It may raise `Unfit`."""
         self._operations = operations
+        self._enabled = operations.union.shortcuts.ahead
         self._prepare = prepare
         self._prepared: Prepared | None = None
         self._work: Iterator[None] | None = None
@@ -90,8 +90,8 @@ class Ahead:
             walk.clear()
         walk.extend(reversed(below))
         self._drop()
-        if self._right >= _SURE and walk and _is_fit(walk[-1]):
-            walk[-1].lookups += 1
+        if self._enabled and self._right >= _SURE and walk and _is_fit(walk[-1]):
+            self._operations.union.nodes.looked_up(walk[-1])
             self._prepared = Prepared(walk[-1], size)
             self._work = self._prepare(self._prepared)
             self.begun += 1
@@ -144,7 +144,7 @@ class Ahead:
     def _holds(self, prepared: Prepared) -> bool:
         """Whether what was prepared is what would be found now. Raises ``OSError``."""
         node = prepared.node
-        if node.unlinked or not is_unchanged(self._operations.union, node):
+        if node.unlinked or not self._operations.union.merge.shows_only_lowers(node.parts):
             return False
         kept = all(part.layer.atime_stays for part in node.parts)
         return all(self._is_current(child) and (kept or not child.lookups) for child in prepared.nodes)

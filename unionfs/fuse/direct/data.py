@@ -10,7 +10,8 @@ import errno
 import fcntl
 import os
 import stat
-from collections import OrderedDict
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Final
 
 from unionfs.fuse.direct.device import Device
@@ -30,9 +31,7 @@ from unionfs.fuse.protocol.flags import (
 )
 from unionfs.union.files import OpenFile
 from unionfs.union.nodes import Node
-from unionfs.union.tree import Union
 
-_KEPT_OPEN: Final = 512
 _MAX_COPY: Final = 0x7FFFF000  # MAX_RW_COUNT, and it fits the 32 bits of the answer
 
 # include/uapi/linux/fs.h; the 64-bit numbers, though the argument is an int
@@ -42,39 +41,6 @@ _FSGETXATTR: Final = 0x801C581F
 _FSSETXATTR: Final = 0x401C5820
 _READING_IOCTLS: Final = (_GETFLAGS, _FSGETXATTR)
 _WRITING_IOCTLS: Final = (_SETFLAGS, _FSSETXATTR)
-
-
-class NodeFiles:
-    """Backing files of nodes, open for requests that name no open file. The least used ones are closed."""
-
-    def __init__(self, union: Union) -> None:
-        self._union = union
-        self._files: OrderedDict[Node, OpenFile] = OrderedDict()
-
-    def __len__(self) -> int:
-        return len(self._files)
-
-    def get(self, node: Node, *, write: bool) -> OpenFile:
-        """The node's backing file. Raises ``OSError``."""
-        file = self._files.get(node)
-        if file is not None:
-            if file is node.file and (file.writable if write else file.readable):
-                self._files.move_to_end(node)
-                return file
-            self.drop(node)  # it was copied up, or more is needed
-        # Under writeback a page is read before it is written, so all that can be is opened for both.
-        file = self._union.open_file(node, write=write)
-        self._files[node] = file
-        if len(self._files) > _KEPT_OPEN:
-            oldest, unused = self._files.popitem(last=False)
-            self._union.close_file(oldest, unused)
-        return file
-
-    def drop(self, node: Node) -> None:
-        """Close the node's backing file, if it is open."""
-        file = self._files.pop(node, None)
-        if file is not None:
-            self._union.close_file(node, file)
 
 
 class DataRequests:
@@ -96,8 +62,7 @@ class DataRequests:
         self._names = names
         self._device = device
         self._splicer = splicer
-        self.node_files = NodeFiles(operations.union)
-        operations.on_gone = self.node_files.drop
+        self._open_files = operations.union.files
         #: Whether opens are not told to us.
         self._opens_unseen = Opcode.OPEN in decision.enosys
         self._buffer = memoryview(bytearray(max(1 << 20, decision.reply.max_write)))
@@ -129,22 +94,24 @@ class DataRequests:
         if not reads and self._ios.holds_lower(node):
             self._union.require_writable(node)
             # This open is refused and need not come again (/proc/self/fd), so it must not have truncated.
-            if node.copying is None:
+            if not self._operations.copy_ups.is_running(node):
                 self._union.nodes.supersede(node)
                 self._union.stale.append(node)
                 raise stale()
             flags = os.O_RDWR
-        await self._files.prepare(node, flags)
-        if node.successor is not None:  # somebody was faster
-            raise stale()
-        if self._ios.is_outdated(node):
-            self._union.nodes.supersede(node)
+        prepared = await self._files.prepare(node, flags)
+        outdated = node.successor is None and self._ios.is_outdated(node)
+        if outdated or node.successor is not None:  # else somebody was faster
+            if prepared is not None:
+                self._open_files.take_back(node, prepared)
+            if outdated:
+                self._union.nodes.supersede(node)
             raise stale()
         if reads and self._ios.may_have_all(node):
             number = self._files.open_unread(node, request.uid)
         else:
             kills = bool(request.open_flags & OPEN_KILL_SUIDGID)
-            number = self._files.open(node, request.flags, request.uid, kills_set_ids=kills)
+            number = self._files.open(node, request.flags, request.uid, prepared, kills_set_ids=kills)
         handle = self._files[number]
         try:
             open_flags, backing_id = self._ios.opened(handle)
@@ -191,7 +158,7 @@ class DataRequests:
         if self._opens_unseen:
             # No RELEASE will come either.
             entry = self._names.entry_out((node, attributes))  # type: ignore[arg-type]
-            self.node_files.get(node, write=True)
+            self._open_files.keep(node, write=True)
             self._files.release(number)
             return encode.created(unique, entry, 0, 0)
         opened = self._ios.opened(self._files[number])
@@ -212,7 +179,7 @@ class DataRequests:
             file = self._files[number].file
             _ = file.fd
             return file
-        return self.node_files.get(self._operations.node(id_), write=False)
+        return self._open_files.keep(self._operations.node(id_), write=False)
 
     async def _writing(self, id_: int, number: int) -> OpenFile:
         if number:
@@ -222,7 +189,7 @@ class DataRequests:
             return handle.file
         node = self._operations.node(id_)
         await self._operations.copy_ups.ensure(node)
-        return self.node_files.get(node, write=True)
+        return self._open_files.keep(node, write=True)
 
     async def _read(self, request: rq.Read) -> Reply | None:
         file = self._reading(request.nodeid, request.fh)
@@ -247,11 +214,8 @@ class DataRequests:
         if not file.waits:
             count = self._splicer.answer(*arguments)
         else:
-            file.users += 1
-            try:
+            with file:
                 count = await in_thread(self._splicer.answer, *arguments)
-            finally:
-                file.release()
         self._files.bytes_read += count
         return count > 0
 
@@ -286,7 +250,7 @@ class DataRequests:
             node, file = handle.node, handle.file
         else:
             node = self._operations.node(request.nodeid)
-            file = self.node_files.get(node, write=False)
+            file = self._open_files.keep(node, write=False)
         await self._files.fsync(node, file, datasync=bool(request.fsync_flags & FSYNC_FDATASYNC))
         return encode.ok(request.unique)
 
@@ -324,20 +288,24 @@ class DataRequests:
         if request.cmd in _WRITING_IOCTLS:
             await self._operations.copy_ups.ensure(node)
             node.ctime = None
-        fd = self._own_fd(node)
-        try:
+        with self._own_fd(node) as fd:
             result = fcntl.ioctl(fd, request.cmd, value)
-        finally:
-            os.close(fd)
         return encode.ioctl(request.unique, result, bytes(value[: request.out_size]))
 
-    def _own_fd(self, node: Node) -> int:
+    @contextmanager
+    def _own_fd(self, node: Node) -> Iterator[int]:
+        """An fd of the node's object within the block. Raises ENOTTY for what has no flags."""
         if node.is_dir:
-            return self._union.gate.open_for_listing(node.parts[0])
+            fd = self._union.gate.open_for_listing(node.parts[0])
+            try:
+                yield fd
+            finally:
+                os.close(fd)
+            return
         if node.kind != stat.S_IFREG:
             raise error(errno.ENOTTY)
-        file = self._union.open_file(node, write=False)
+        file = self._open_files.lend(node, write=False)
         try:
-            return os.dup(file.fd)
+            yield file.fd
         finally:
-            self._union.close_file(node, file)
+            self._open_files.take_back(node, file)

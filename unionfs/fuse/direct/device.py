@@ -31,7 +31,7 @@ class Device:
         self.fd = fd
         #: Backing files registered now.
         self.backing_files = 0
-        #: Notices that have to be sent from a thread.
+        #: Notices that have to be sent from a thread; see :meth:`take_later`.
         self.later: list[Reply] = []
 
     def answer(self, reply: Reply) -> None:
@@ -63,8 +63,13 @@ class Device:
         """Have the loop send a notice from a thread, after the answer to the request at hand."""
         self.later.append(notice)
 
+    def take_later(self) -> list[Reply]:
+        """The notices that have to be sent now."""
+        notices, self.later = self.later, []
+        return notices
+
     def register(self, fd: int) -> int:
-        """Let the kernel read and write the file behind ``fd`` by itself; gives the backing id.
+        """Let the kernel read and write the file behind ``fd`` by itself; returns the backing id.
 
         Raises ``OSError``: ELOOP for a file on too many stacked filesystems, EPERM without privilege.
         """

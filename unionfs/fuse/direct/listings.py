@@ -62,8 +62,7 @@ class ListingRequests:
                 raise
             if first == len(entries.names):
                 self._operations.directories.end(node)
-        for child in nodes:
-            child.lookups += 1
+        self._union.nodes.all_looked_up(nodes)
         if request.offset == 0:
             self.ahead.listed(node, [child for child in nodes if child.is_dir], request.size)
         return encode.data(request.unique, listing.packed())

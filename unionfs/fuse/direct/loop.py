@@ -7,10 +7,9 @@ Rules:
 - Neither reading nor asking lets another task run, so there is a checkpoint every two milliseconds.
 - A handler that need not wait is answered in line. One that waits goes on in a task of its own, and takes the
   receive buffer along if its data lies there.
-- Files that a copy-up used (`Union.to_close`) are closed right after the answer, while the caller wakes up.
+- Files that a copy-up used are closed right after the answer, while the caller wakes up.
 - A notice about changed attributes is sent before the answer, so that nobody sees the old ones after it.
-- Latency, from the request being read to the answer being written, is measured only while somebody watches:
-  then requests are given to another function. When nobody does, that costs nothing.
+- Latency, from the request being read to the answer being written, is measured only while somebody watches.
 """
 
 from __future__ import annotations
@@ -42,7 +41,6 @@ from unionfs.fuse.protocol import (
 )
 from unionfs.fuse.protocol import requests as rq
 from unionfs.sys.process import is_being_killed
-from unionfs.union.files import OpenFile
 from unionfs.union.nodes import Node
 from unionfs.union.tree import Union
 
@@ -57,7 +55,7 @@ _MIN_SPIN_NS: Final = 5_000
 _RESIZED_SECONDS: Final = 0.05
 """How much later the kernel is told that the size of a directory is another one."""
 _OPCODE_UNIQUE: Final = struct.Struct("=4xIQ")  # of struct fuse_in_header
-_NO_ANSWER: Final = (Opcode.FORGET, Opcode.BATCH_FORGET, Opcode.INTERRUPT, Opcode.NOTIFY_REPLY)
+_NO_ANSWER: Final = (Opcode.FORGET, Opcode.BATCH_FORGET, Opcode.INTERRUPT)
 
 
 class Loop:
@@ -77,8 +75,8 @@ class Loop:
         """``idle`` is called when there is nothing to answer: it does a little work; False: there is none."""
         self._device = device
         self._union = union
-        self._to_close: list[tuple[Node, OpenFile]] = []
-        union.to_close = self._to_close
+        self._files = union.files
+        self._files.defer()
         self._requests = requests
         self._decode = decoder(decision.flags)
         self._size = receive_buffer_size(decision.reply.max_write)
@@ -94,13 +92,6 @@ class Loop:
         #: Requests that are being answered in tasks: what ends the task, and who waits for it.
         self._running: dict[int, tuple[trio.CancelScope, int]] = {}
         self._latencies = latencies or Latencies()
-        self._latencies.on_watched = self._measure
-        #: What a request is given to.
-        self._serve: Callable[[int], bool] = self._answer_or_start
-        #: Requests that are measured: when they were read.
-        self._begun: dict[int, int] = {}
-        #: When an answer that did not come by here was written.
-        self._written: dict[int, int] = {}
 
     def _new_buffer(self) -> None:
         self._buffer = bytearray(self._size)
@@ -114,6 +105,7 @@ class Loop:
 
     async def _read_requests(self) -> None:
         fd, readv, clock, idle = self._device.fd, os.readv, perf_counter_ns, self._idle
+        serve, latencies, waiting = self.serve, self._latencies, self._files.waiting
         spin = _MIN_SPIN_NS
         spin_end = 0
         fair_until = clock() + _FAIR_NS
@@ -152,14 +144,17 @@ class Loop:
                     continue
                 raise
             spin_end = 0
-            self._serve(size)
-            if self._to_close:
-                self._close()
+            if latencies.watched:
+                self._measured(size)
+            else:
+                serve(size)
+            if waiting:
+                self._files.close_waiting()
             if clock() > fair_until:
                 await trio.lowlevel.checkpoint()
                 fair_until = clock() + _FAIR_NS
 
-    def _answer_or_start(self, size: int) -> bool:
+    def serve(self, size: int) -> bool:
         """Answer the request in the buffer; True: no, but a task was started that will."""
         try:
             request = self._decode(self._view, size)
@@ -194,33 +189,15 @@ class Loop:
 
     # -- while somebody watches -----------------------------------------------------------------------
 
-    def _measure(self) -> None:
-        self._serve = self._measured
-
-    def _measured(self, size: int) -> bool:
-        began = self._latencies.clock()
-        if not self._latencies.goes_on(began):
-            self._serve = self._answer_or_start
-            return self._answer_or_start(size)
+    def _measured(self, size: int) -> None:
         number, unique = _OPCODE_UNIQUE.unpack_from(self._buffer)
-        if number in _NO_ANSWER:
-            return self._answer_or_start(size)
-        self._begun[unique] = began
-        goes_on = self._answer_or_start(size)
-        if not goes_on:
-            self._answered(number, unique)
-        return goes_on
-
-    def _answered(self, number: int, unique: int) -> None:
-        began = self._begun.pop(unique, None)
-        written = self._written.pop(unique, None) or self._latencies.clock()
-        if began is not None:
-            self._latencies.record(self._names.get(number, "unknown"), written - began)
-
-    def spliced(self, unique: int) -> None:
-        """An answer was just written by another way than `Device.answer`; from any thread."""
-        if unique in self._begun:
-            self._written[unique] = self._latencies.clock()
+        began = self._latencies.clock()
+        if number in _NO_ANSWER or not self._latencies.goes_on(began):
+            self.serve(size)
+            return
+        self._latencies.begin(unique, began)
+        if not self.serve(size):
+            self._latencies.end(unique, self._names.get(number, "unknown"))
 
     # -- answers --------------------------------------------------------------------------------------
 
@@ -229,8 +206,6 @@ class Loop:
             self._interrupt(request.interrupted)
         if request.number in _NO_ANSWER:
             return None
-        if request.number == Opcode.DESTROY:
-            return encode.ok(request.unique)
         return encode.error(request.unique, errno.ENOSYS)
 
     def _reply(self, reply: Reply | None) -> None:
@@ -242,17 +217,7 @@ class Loop:
             self._tells_resized = True
             self._nursery.start_soon(self._tell_resized)
         if self._device.later:
-            notices, self._device.later = self._device.later, []
-            self._nursery.start_soon(trio.to_thread.run_sync, self._send, notices)
-
-    def _close(self) -> None:
-        """Close what waited for the answer to be sent."""
-        for node, file in self._to_close:
-            try:
-                self._union.close_file(node, file)
-            except Exception:
-                log.exception("a file could not be closed")
-        self._to_close.clear()
+            self._nursery.start_soon(trio.to_thread.run_sync, self._send, self._device.take_later())
 
     async def _tell_resized(self) -> None:
         """As `_tell_stale`, but not for each copy-up: whoever walks through the directory then asks anew."""
@@ -299,10 +264,9 @@ class Loop:
             finally:
                 del self._running[unique]
         self._reply(reply)
-        if self._begun:
-            self._answered(request.number, unique)
-        if self._to_close:
-            self._close()
+        self._latencies.end(unique, self._names.get(request.number, "unknown"))
+        if self._files.waiting:
+            self._files.close_waiting()
 
     def _interrupt(self, unique: int) -> None:
         """A caller got a signal. Only one that is to die of it is sent away: nobody expects EINTR here."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import os
 import stat
 import struct
 from typing import Final
@@ -28,10 +27,10 @@ from unionfs.fuse.protocol.flags import (
     SETXATTR_ACL_KILL_SGID,
 )
 from unionfs.sys import calls
+from unionfs.union.attributes import Attributes
 from unionfs.union.changes import Caller
 from unionfs.union.files import mode_without_set_ids
 from unionfs.union.nodes import Node
-from unionfs.union.tree import Attributes
 from unionfs.union.xattrs import CAPABILITY
 
 _NS: Final = 1_000_000_000
@@ -43,11 +42,13 @@ class NameRequests:
     def __init__(self, operations: Operations, ios: NodeIos, decision: Decision) -> None:
         self._operations = operations
         self._union = operations.union
+        self._looked_up = operations.union.nodes.looked_up
         self._ios = ios
         #: The caller's umask is still to be taken off.
         self._masks = bool(decision.flags & Init.DONT_MASK)
         #: Keeps attributes while data is written back, if the kernel does that.
-        self.write_back = WriteBack() if decision.flags & Init.WRITEBACK_CACHE else None
+        writes_back = bool(decision.flags & Init.WRITEBACK_CACHE)
+        self.write_back = WriteBack(operations.union.capabilities) if writes_back else None
         #: Opens are not told to us.
         self._opens_unseen = Opcode.OPEN in decision.enosys
         self.table: dict[Opcode, Answer] = {
@@ -82,7 +83,7 @@ class NameRequests:
     def _entry(self, unique: int, found: Found) -> Reply:
         """An entry, which counts one lookup."""
         node, attributes = found
-        node.lookups += 1
+        self._looked_up(node)
         return encode.entry(
             unique,
             node.id,
@@ -95,7 +96,7 @@ class NameRequests:
     def entry_out(self, found: Found) -> bytes:
         """An entry as part of another answer, which counts one lookup."""
         node, attributes = found
-        node.lookups += 1
+        self._looked_up(node)
         return encode.entry_out(
             node.id,
             0,
@@ -185,11 +186,8 @@ class NameRequests:
 
     def _statx(self, request: rq.Statx) -> Reply:
         node, attributes = self._operations.getattr(request.nodeid)
-        fd = self._union.open_path(node)
-        try:
-            raw = calls.statx(fd, b"", calls.AT_EMPTY_PATH, request.sx_mask)
-        finally:
-            os.close(fd)
+        with self._union.checked_path(node) as path:
+            raw = calls.statx(calls.AT_FDCWD, path, 0, request.sx_mask)
         patched = bytearray(raw)
         # stx_nlink and stx_ctime of struct statx, include/uapi/linux/stat.h
         struct.pack_into("=I", patched, 16, attributes.nlink)
@@ -219,7 +217,7 @@ class NameRequests:
         if stale and stale[-1] is found[0] and found[0].id == request.nodeid:
             stale.pop()  # it was copied up for this, and the answer brings the new attributes
         if self.write_back is not None and change.mtime_ns is not None:
-            self.write_back.told(found[0], change.mtime_ns)
+            self.write_back.mtime_set(found[0], change.mtime_ns)
         return self._attributes(request.nodeid, request.unique, found)
 
     def _is_told_of_removal(self, request: rq.Setattr) -> bool:
@@ -249,7 +247,7 @@ class NameRequests:
         if node.is_dir:
             return False  # chown(2) leaves them on directories
         writes = node.kind == stat.S_IFREG and (
-            self._opens_unseen or any(handle.writes for handle in node.handles or ())
+            self._opens_unseen or (node.use is not None and any(handle.writes for handle in node.use.handles))
         )
         if writes and not valid & FATTR_CTIME:
             return request.uid != 0  # root's is sent for file capabilities, which are gone by now
@@ -275,14 +273,14 @@ class NameRequests:
     async def _setxattr(self, request: rq.Setxattr) -> Reply:
         node = await self._operations.setxattr(request.nodeid, request.name, request.value, request.flags)
         if request.name == CAPABILITY and self.write_back is not None:
-            self.write_back.told_capability(node, bytes(request.value))
+            self.write_back.capability_set(node, bytes(request.value))
         if request.setxattr_flags & SETXATTR_ACL_KILL_SGID:
             self._operations.drop_group_set_id(node)
         return encode.ok(request.unique)
 
     async def _removexattr(self, request: rq.Removexattr) -> Reply:
         if request.name == CAPABILITY and self.write_back is not None:
-            self.write_back.told_capability(self._operations.node(request.nodeid), None)
+            self.write_back.capability_set(self._operations.node(request.nodeid), None)
         await self._operations.removexattr(request.nodeid, request.name, request.uid)
         return encode.ok(request.unique)
 

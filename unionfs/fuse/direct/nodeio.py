@@ -22,31 +22,11 @@ from typing import Final
 from unionfs.fuse.direct.device import Device
 from unionfs.fuse.protocol import FOREVER, NEVER, Decision, Timeout
 from unionfs.fuse.protocol.flags import FOPEN_KEEP_CACHE
-from unionfs.union.files import Handle
-from unionfs.union.nodes import Node
-from unionfs.union.tree import Attributes
+from unionfs.union.attributes import Attributes
+from unionfs.union.nodes import Handle, Node, Use
 
 _WHILE_WRITING: Final[Timeout] = (0, 20_000_000)
 _AFTER_WRITING: Final[Timeout] = (1, 0)
-
-
-class NodeIo:
-    """The opens of one node, by their way."""
-
-    __slots__ = ("backing_id", "cached", "filled", "of_upper", "through", "writers", "written")
-
-    def __init__(self) -> None:
-        self.cached = 0
-        #: Whether the data was given to the page cache unasked (or, of a large file, could have been).
-        self.filled = False
-        self.through = 0
-        self.backing_id = 0
-        #: Whether the backing file is the upper's.
-        self.of_upper = False
-        #: Opens for writing, with the backing file.
-        self.writers = 0
-        #: Whether there ever was one.
-        self.written = False
 
 
 class NodeIos:
@@ -69,96 +49,94 @@ class NodeIos:
 
     def is_outdated(self, node: Node) -> bool:
         """Whether the backing file in use is not the node's any more, so that it can't be opened again."""
-        io = node.io
-        return isinstance(io, NodeIo) and io.through > 0 and io.of_upper != node.is_upper
+        use = node.use
+        return use is not None and use.through > 0 and use.of_upper != node.is_upper
 
     def holds_lower(self, node: Node) -> bool:
         """Whether the kernel reads the lower's file by itself for somebody, so no writer can join in."""
-        io = node.io
-        return isinstance(io, NodeIo) and io.through > 0 and not io.of_upper and not node.is_upper
+        use = node.use
+        return use is not None and use.through > 0 and not use.of_upper and not node.is_upper
 
     def opened(self, handle: Handle) -> tuple[int, int]:
-        """Count an open; gives FOPEN_* flags and the backing id for the answer."""
+        """Count an open; returns FOPEN_* flags and the backing id for the answer."""
         node = handle.node
-        io = node.io
-        if not isinstance(io, NodeIo):
-            io = node.io = NodeIo()
-        if io.through == 0 and io.cached == 0 and self._wants_backing(io, handle):
-            self._register(io, node, handle)
-        if io.backing_id:
-            io.through += 1
+        use = node.use
+        assert use is not None
+        if use.through == 0 and use.cached == 0 and self._wants_backing(use, handle):
+            self._register(use, node, handle)
+        if use.backing_id:
+            use.through += 1
             handle.through = True
             self.passed_through += 1
             if handle.writes:
-                io.writers += 1
-                io.written = True
-            return self._decision.passthrough_open_flags, io.backing_id
-        io.cached += 1
+                use.writers += 1
+                use.written = True
+            return self._decision.passthrough_open_flags, use.backing_id
+        use.cached += 1
         flags = self._decision.file_open_flags
-        if io.written or node.identity is not None:
+        if use.written or node.identity is not None:
             flags &= ~FOPEN_KEEP_CACHE  # what is cached from before may be old
         return flags, 0
 
     def may_have_all(self, node: Node) -> bool:
         """Whether the kernel may have all data of a lower file, which went through the page cache before."""
-        io = node.io
-        return isinstance(io, NodeIo) and io.filled and not io.through and not node.is_upper
+        use = node.use
+        return use is not None and use.filled and not use.through and not node.is_upper
 
     def may_fill(self, handle: Handle) -> bool:
         """Whether an open just counted is the first and only one of a lower file that goes through the page
         cache and was never written to; True once."""
-        node, io = handle.node, handle.node.io
-        if not isinstance(io, NodeIo) or io.filled or io.cached != 1 or io.through or io.written:
+        node, use = handle.node, handle.node.use
+        if use is None or use.filled or use.cached != 1 or use.through or use.written:
             return False
         if node.is_upper or node.bound or not self._decision.file_open_flags & FOPEN_KEEP_CACHE:
             return False
-        io.filled = True
+        use.filled = True
         return True
 
     def released(self, handle: Handle) -> None:
         """Count a close."""
-        io = handle.node.io
-        if not isinstance(io, NodeIo):
-            return
+        use = handle.node.use
+        assert use is not None
         if not handle.through:
-            io.cached -= 1
+            use.cached -= 1
             return
-        io.through -= 1
+        use.through -= 1
         if handle.writes:
-            io.writers -= 1
-        if io.through == 0:
-            backing_id, io.backing_id = io.backing_id, 0
+            use.writers -= 1
+        if use.through == 0:
+            backing_id, use.backing_id = use.backing_id, 0
             self._device.unregister(backing_id)
 
     def valid(self, node: Node, attributes: Attributes) -> Timeout:
         """How long the kernel may believe the attributes of a node."""
         if not attributes.lasting:
             return NEVER
-        io = node.io
-        if isinstance(io, NodeIo) and io.written:
-            return _WHILE_WRITING if io.writers else _AFTER_WRITING
+        use = node.use
+        if use is not None and use.written:
+            return _WHILE_WRITING if use.writers else _AFTER_WRITING
         return FOREVER
 
-    def _wants_backing(self, io: NodeIo, handle: Handle) -> bool:
+    def _wants_backing(self, use: Use, handle: Handle) -> bool:
         node, decision = handle.node, self._decision
         if node.identity is not None:
             return False  # what is bound is changed by others too, and read through the page cache
         if node.is_upper:
             return decision.passthrough_upper
-        if not decision.passthrough_lower or io.filled:
+        if not decision.passthrough_lower or use.filled:
             return False
         st = handle.file.st
         return st is None or st.st_size > decision.small_lower
 
-    def _register(self, io: NodeIo, node: Node, handle: Handle) -> None:
+    def _register(self, use: Use, node: Node, handle: Handle) -> None:
         try:
-            io.backing_id = self._device.register(handle.file.fd)
+            use.backing_id = self._device.register(handle.file.fd)
         except OSError as error:
             if error.errno in (errno.EBADF, errno.EFAULT):
                 raise
             self.refused += 1  # this file goes through the page cache
             return
-        io.of_upper = node.is_upper
+        use.of_upper = node.is_upper
 
 
 def stale() -> OSError:

@@ -49,11 +49,11 @@ class _Pipe:
 class Splicer:
     """Gives large parts of files to a device. May be used by several threads."""
 
-    def __init__(self, device_fd: int) -> None:
+    def __init__(self, device_fd: int, written: Callable[[int], None]) -> None:
+        """``written`` is called with the id of every request that was answered, by the thread that did it."""
         self._device = device_fd
         self._free: list[_Pipe] = []
-        #: Told of every answer that was written, by the thread that wrote it.
-        self.on_written: Callable[[int], None] = lambda unique: None
+        self._written = written
 
     def capacity(self) -> int:
         """Bytes that an answer may have: a multiple of the page size."""
@@ -62,7 +62,7 @@ class Splicer:
         return self._free[-1].capacity
 
     def answer(self, unique: int, file: OpenFile, offset: int, size: int) -> int:
-        """Answer a READ with up to ``size`` bytes; gives their number, 0 when nothing was sent, so that
+        """Answer a READ with up to ``size`` bytes; returns their number, 0 when nothing was sent, so that
         others must."""
         length = min(size, os.fstat(file.fd).st_size - offset)
         if length < mmap.PAGESIZE:
@@ -85,7 +85,7 @@ class Splicer:
                 pipe.close()  # something may be left in it
         if not sent:
             return 0
-        self.on_written(unique)
+        self._written(unique)
         return length
 
     def _send(self, pipe: _Pipe, unique: int, fd: int, offset: int, length: int) -> bool:

@@ -19,79 +19,62 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 
 from unionfs.union.files import SET_IDS, OpenFile
-from unionfs.union.nodes import Node
+from unionfs.union.nodes import Node, Use
+from unionfs.union.shortcuts import Capabilities
 from unionfs.union.xattrs import CAPABILITY
-
-
-class _Kept:
-    """What a file has, of which so many writes are under way. The time is in nanoseconds."""
-
-    __slots__ = ("capability", "mtime_ns", "writes")
-
-    def __init__(self, mtime_ns: int, capability: bytes | None) -> None:
-        self.writes = 0
-        self.mtime_ns = mtime_ns
-        self.capability = capability
 
 
 class WriteBack:
     """Keeps the attributes of the files that are being written back."""
 
-    def __init__(self) -> None:
-        self._files: dict[Node, _Kept] = {}
+    def __init__(self, capabilities: Capabilities) -> None:
+        self._capabilities = capabilities
 
     @contextmanager
     def kept(self, node: Node, file: OpenFile) -> Iterator[None]:
-        """The node's backing file has the same attributes after the block, or those told meanwhile; and it
+        """The node's backing file has the same attributes after the block, or those set meanwhile; and it
         stays open until then."""
+        use = node.in_use()
         fd = file.fd
         st = os.fstat(fd)
-        kept = self._files.get(node)
-        if kept is None:
-            kept = _Kept(st.st_mtime_ns, None if node.no_capability else _capability(node, fd))
-            self._files[node] = kept
-        kept.writes += 1
-        file.users += 1
-        try:
-            yield
-        finally:
-            kept.writes -= 1
-            if kept.writes == 0:
-                del self._files[node]
+        if use.writebacks == 0:
+            use.mtime_ns, use.capability = st.st_mtime_ns, self._capability(node, fd)
+        use.writebacks += 1
+        with file:
             try:
-                _give_back(fd, st, kept)
+                yield
             finally:
-                file.release()
+                use.writebacks -= 1
+                _restore(fd, st, use)
 
-    def told(self, node: Node, mtime_ns: int) -> None:
+    def mtime_set(self, node: Node, mtime_ns: int) -> None:
         """The kernel has set the time."""
-        kept = self._files.get(node)
-        if kept is not None:
-            kept.mtime_ns = mtime_ns
+        if node.use is not None:
+            node.use.mtime_ns = mtime_ns
 
-    def told_capability(self, node: Node, value: bytes | None) -> None:
+    def capability_set(self, node: Node, value: bytes | None) -> None:
         """Capabilities were given, or removed (None) for a write that is yet to come."""
-        kept = self._files.get(node)
-        if kept is not None:
-            kept.capability = value
+        if node.use is not None:
+            node.use.capability = value
+
+    def _capability(self, node: Node, fd: int) -> bytes | None:
+        if node.no_capability:
+            return None
+        try:
+            return os.getxattr(fd, CAPABILITY)
+        except OSError:
+            self._capabilities.none(node)
+            return None
 
 
-def _give_back(fd: int, before: os.stat_result, kept: _Kept) -> None:
+def _restore(fd: int, before: os.stat_result, use: Use) -> None:
     # An ordinary user's daemon may write a file of somebody else, but not set its times.
     with suppress(PermissionError):
-        os.utime(fd, ns=(before.st_atime_ns, kept.mtime_ns))
+        os.utime(fd, ns=(before.st_atime_ns, use.mtime_ns))
     # No SETATTR of the mode comes while data is written back (fs/fuse/dir.c, fuse_do_setattr).
     if before.st_mode & SET_IDS:
         with suppress(PermissionError):
             os.fchmod(fd, stat.S_IMODE(before.st_mode))
-    if kept.capability is not None:
+    if use.capability is not None:
         with suppress(PermissionError, FileExistsError):  # another one was given meanwhile
-            os.setxattr(fd, CAPABILITY, kept.capability, os.XATTR_CREATE)
-
-
-def _capability(node: Node, fd: int) -> bytes | None:
-    try:
-        return os.getxattr(fd, CAPABILITY)
-    except OSError:
-        node.no_capability = True
-        return None
+            os.setxattr(fd, CAPABILITY, use.capability, os.XATTR_CREATE)

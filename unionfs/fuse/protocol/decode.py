@@ -23,7 +23,6 @@ import sys
 from collections.abc import Callable
 from typing import Final
 
-from unionfs.fuse.protocol import extensions
 from unionfs.fuse.protocol import requests as rq
 from unionfs.fuse.protocol.errors import ProtocolError
 from unionfs.fuse.protocol.flags import Init
@@ -43,7 +42,6 @@ Decode = Callable[[memoryview, int], Request]
 _OPCODE_BYTE: Final = 4 if sys.byteorder == "little" else 7  # its lowest byte: every opcode we know fits one
 _HEADER: Final = IN_HEADER.struct
 _UNIQUE_AT: Final = HEADER_FIELDS.index("unique")
-_EXTLEN_AT: Final = HEADER_FIELDS.index("extlen")
 _SLASH: Final = ord("/")
 
 
@@ -108,8 +106,8 @@ def _name(kind: type[Request]) -> Decode:
     return decode
 
 
-def _strings(*slash: bool, extended: bool = False) -> Callable[[type[Request]], Decode]:
-    """As many names as arguments, each True where a slash is allowed; then, if `extended`, extensions."""
+def _strings(*slash: bool) -> Callable[[type[Request]], Decode]:
+    """As many names as arguments, each True where a slash is allowed."""
 
     def shape(kind: type[Request]) -> Decode:
         layout = _layout(kind)
@@ -122,23 +120,13 @@ def _strings(*slash: bool, extended: bool = False) -> Callable[[type[Request]], 
             fields = unpack(view)
             if fields[0] != size or fields[1] != opcode:
                 return _other(kind, view, size)
-            end = size - 8 * fields[_EXTLEN_AT] if extended else size
-            if end <= start:
-                raise _bad(kind, view, size, "has extensions where its name should be")
-            names = view[start:end].tobytes().split(b"\0")
+            names = view[start:size].tobytes().split(b"\0")
             if len(names) != expected or names.pop():
                 raise _bad(kind, view, size, "has not the right number of names")
             for name, allowed in zip(names, slash, strict=True):
                 if not name or (_SLASH in name and not allowed):
                     raise _bad(kind, view, size, "has a bad name")
-            if not extended:
-                return kind((*fields, *names))
-            if end == size:
-                return kind((*fields, *names, *extensions.NONE))
-            try:
-                return kind((*fields, *names, *extensions.parse(view[end:size].tobytes())))
-            except ProtocolError as error:
-                raise _bad(kind, view, size, f"has bad extensions: {error}") from None
+            return kind((*fields, *names))
 
         return decode
 
@@ -236,9 +224,9 @@ _SHAPES: Final[dict[type[Request], Callable[[type[Request]], Decode]]] = {
     rq.Getattr: _nothing,
     rq.Setattr: _nothing,
     rq.Readlink: _nothing,
-    rq.Symlink: _strings(False, True, extended=True),
-    rq.Mknod: _strings(False, extended=True),
-    rq.Mkdir: _strings(False, extended=True),
+    rq.Symlink: _strings(False, True),
+    rq.Mknod: _name,
+    rq.Mkdir: _name,
     rq.Unlink: _name,
     rq.Rmdir: _name,
     rq.Rename: _strings(False, False),
@@ -253,23 +241,12 @@ _SHAPES: Final[dict[type[Request], Callable[[type[Request]], Decode]]] = {
     rq.Getxattr: _strings(True),
     rq.Listxattr: _nothing,
     rq.Removexattr: _strings(True),
-    rq.Flush: _nothing,
     rq.InitRequest: _init,
-    rq.Opendir: _nothing,
     rq.Readdir: _nothing,
-    rq.Releasedir: _nothing,
     rq.Fsyncdir: _nothing,
-    rq.Getlk: _nothing,
-    rq.Setlk: _nothing,
-    rq.Setlkw: _nothing,
-    rq.Access: _nothing,
-    rq.Create: _strings(False, extended=True),
+    rq.Create: _name,
     rq.Interrupt: _nothing,
-    rq.Bmap: _nothing,
-    rq.Destroy: _nothing,
     rq.Ioctl: _data("in_size"),
-    rq.Poll: _nothing,
-    rq.NotifyReply: _data("size"),
     rq.BatchForget: _forgets,
     rq.Fallocate: _nothing,
     rq.Readdirplus: _nothing,
@@ -277,13 +254,13 @@ _SHAPES: Final[dict[type[Request], Callable[[type[Request]], Decode]]] = {
     rq.Lseek: _nothing,
     rq.CopyFileRange: _nothing,
     rq.Syncfs: _nothing,
-    rq.Tmpfile: _strings(True, extended=True),
+    rq.Tmpfile: _strings(True),
     rq.Statx: _nothing,
     rq.CopyFileRange64: _nothing,
 }
 
 REQUESTS: Final = tuple(_SHAPES)
-"""Every class of request there is, in the order of opcodes; `Unknown` is not among them."""
+"""Every class but `Unknown`, in the order of opcodes."""
 
 
 def decoder(agreed: Init | int = Init.SETXATTR_EXT) -> Decode:
@@ -305,8 +282,8 @@ def receive_buffer_size(max_write: int) -> int:
     """Bytes a receive buffer needs for every message of a connection with this `max_write` (bytes).
 
     The kernel wants room for a WRITE, and 8 KiB at least (fs/fuse/dev.c, fuse_dev_do_read); a request that
-    does not fit fails with EIO, SETXATTR with E2BIG. The largest others are SETXATTR (a name of 255 bytes, a
-    value of 64 KiB) and a SYMLINK with a label; 128 KiB hold them all.
+    does not fit fails with EIO, SETXATTR with E2BIG. The largest other one is SETXATTR (a name of 255 bytes,
+    a value of 64 KiB); 128 KiB hold it.
     """
     write = IN_HEADER_SIZE + LAYOUTS["fuse_write_in"].size + max_write
     return max(record_align(write), 128 << 10)
