@@ -28,6 +28,7 @@ from unionfs.storage.archive.entry import (
     Entry,
 )
 from unionfs.storage.archive.headers import Malformed
+from unionfs.sys.fds import Owned
 from unionfs.union.removal import remove
 
 _DIRECTORY_FLAGS = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
@@ -59,7 +60,7 @@ class Extractor:
         self._now = time.time_ns()
         self._directories: IO[bytes] = tempfile.SpooledTemporaryFile(max_size=8 << 20)  # noqa: SIM115
         self._said: set[str] = set()
-        self.layers = 0  # how many archives have been put in
+        self._layers = 0  # how many archives have been extracted
 
     def close(self) -> None:
         """Let go of the directories."""
@@ -345,11 +346,14 @@ class Extractor:
         finally:
             os.close(source)
 
+    def end_archive(self) -> None:
+        """An archive has been extracted; another one, built on it, may follow."""
+        self._layers += 1
+
     # -- directories --------------------------------------------------------------------------------------
 
     def _remember(self, entry: Entry) -> None:
-        pickle.dump((entry.path, entry.mode, entry.uid, entry.gid, entry.mtime, dict(entry.xattrs)),
-                    self._directories)  # fmt: skip
+        pickle.dump(entry, self._directories)
 
     def finish(self) -> None:
         """Set the attributes of all directories, and wait until all is on disk."""
@@ -357,49 +361,48 @@ class Extractor:
         closed: dict[bytes, int] = {}
         while True:
             try:
-                path, mode, uid, gid, mtime, xattrs = pickle.load(self._directories)
+                entry: Entry = pickle.load(self._directories)
             except EOFError:
                 break
-            entry = Entry(path, DIRECTORY, mode, uid, gid, 0, mtime)
-            entry.xattrs = xattrs
-            closed.pop(path, None)
-            if not self._is_root and mode & 0o700 != 0o700:
+            closed.pop(entry.path, None)
+            if not self._is_root and entry.mode & 0o700 != 0o700:
                 # What lies below is still to be entered.
-                closed[path] = mode
-                entry.mode = mode | 0o700
-            fd = self._open_made(entry)
-            if fd is None:
-                continue
-            try:
-                if self.layers > 1:
-                    self._drop_xattrs(fd, xattrs)
-                self._attributes(fd, entry)
-            except OSError as error:
-                raise UserError(
-                    f"the attributes of {_shown(path)} cannot be set here: {reason(error)}; restore as root, "
-                    "or into a volume on another filesystem."
-                ) from error
-            finally:
-                os.close(fd)
-        for path in sorted(closed, key=lambda path: -path.count(b"/")):
-            fd = self._open_made(Entry(path, DIRECTORY, 0, 0, 0, 0, 0))
+                closed[entry.path] = entry.mode
+                entry = entry._replace(mode=entry.mode | 0o700)
+            fd = self._open_made(entry.path)
             if fd is not None:
-                os.fchmod(fd, closed[path])
-                os.close(fd)
+                with Owned(fd):
+                    self._finish_directory(fd, entry)
+        for path in sorted(closed, key=lambda path: -path.count(b"/")):
+            fd = self._open_made(path)
+            if fd is not None:
+                with Owned(fd):
+                    os.fchmod(fd, closed[path])
 
-    def _open_made(self, entry: Entry) -> int | None:
+    def _finish_directory(self, fd: int, entry: Entry) -> None:
+        try:
+            if self._layers > 1:
+                self._drop_xattrs(fd, entry.xattrs)
+            self._attributes(fd, entry)
+        except OSError as error:
+            raise UserError(
+                f"the attributes of {_shown(entry.path)} cannot be set here: {reason(error)}; restore as "
+                "root, or into a volume on another filesystem."
+            ) from error
+
+    def _open_made(self, path: bytes) -> int | None:
         """A directory that was made; None when a later archive has removed or replaced it."""
-        if not entry.path:
+        if not path:
             return os.dup(self._root)
         try:
-            at, name = self._place(entry.path)
+            at, name = self._place(path)
             return os.open(name, _DIRECTORY_FLAGS, dir_fd=at)
         except (Malformed, FileNotFoundError, NotADirectoryError):
-            if self.layers < 2:
+            if self._layers < 2:
                 raise
             return None
         except OSError as error:
-            if error.errno == errno.ELOOP and self.layers > 1:
+            if error.errno == errno.ELOOP and self._layers > 1:
                 return None
             raise
 
