@@ -28,6 +28,7 @@ from unionfs.storage.archive.entry import (
     Entry,
 )
 from unionfs.storage.archive.headers import Malformed
+from unionfs.sys import attributes
 from unionfs.sys.fds import Owned
 from unionfs.union.removal import remove
 
@@ -230,17 +231,23 @@ class Extractor:
                 written += os.pwrite(fd, memoryview(data)[written:], offset + written)
 
     def _attributes(self, fd: int, entry: Entry) -> None:
-        # In this order: chown takes away suid and capabilities, chmod changes an ACL's mask.
         mode = entry.mode
-        if self._is_root:
-            os.fchown(fd, entry.uid, entry.gid)
-        else:
-            self._check_owner(entry)
+        if not self._is_root:
+            if entry.uid != os.geteuid():
+                self._say_once("only root can restore owners; what others owned belongs to you now.")
             mode = self._without_set_id(fd, entry)
-        os.fchmod(fd, mode)
-        if entry.xattrs:
-            self._set_xattrs(fd, entry.xattrs, entry.path)
-        os.utime(fd, ns=(self._now, entry.mtime))
+        attributes.write(fd, None, self._wanted(entry, mode), _refuse, owner=self._is_root)
+
+    def _wanted(self, entry: Entry, mode: int) -> attributes.Attributes:
+        xattrs = entry.xattrs
+        if not self._is_root:
+            for name in filter(_is_privileged, xattrs):
+                self._say_once(
+                    f"only root can restore {os.fsdecode(name)} and its like (of {_shown(entry.path)}); they "
+                    "were left out."
+                )
+            xattrs = {name: value for name, value in xattrs.items() if not _is_privileged(name)}
+        return attributes.Attributes(mode, entry.uid, entry.gid, self._now, entry.mtime, xattrs)
 
     def _without_set_id(self, fd: int, entry: Entry) -> int:
         """The mode without the set-id bits that would stand for this user, and not for who had the file.
@@ -256,25 +263,10 @@ class Extractor:
             self._say_once(f"set-id bits of others' files were left out, as of {_shown(entry.path)}.")
         return entry.mode & ~lost
 
-    def _check_owner(self, entry: Entry) -> None:
-        if entry.uid != os.geteuid():
-            self._say_once("only root can restore owners; what others owned belongs to you now.")
-
     def _say_once(self, sentence: str) -> None:
         if sentence not in self._said:
             self._said.add(sentence)
             self._note(sentence)
-
-    def _set_xattrs(self, place: int | bytes, xattrs: Mapping[bytes, bytes], path: bytes) -> None:
-        follow = isinstance(place, int)
-        for name, value in xattrs.items():
-            if not self._is_root and name.startswith(_PRIVILEGED):
-                self._say_once(
-                    f"only root can restore {os.fsdecode(name)} and its like (of {_shown(path)}); they were "
-                    "left out."
-                )
-                continue
-            os.setxattr(place, name, value, follow_symlinks=follow)
 
     def _mkdir(self, at: int, name: bytes) -> None:
         try:
@@ -304,15 +296,8 @@ class Extractor:
                     raise
                 self._clear(at, name)
         changeable = kind != SYMLINK or self._changes_symlinks
-        path = b"/proc/self/fd/%d/%s" % (at, name)
-        if self._is_root and changeable:
-            os.chown(name, entry.uid, entry.gid, dir_fd=at, follow_symlinks=False)
-        if kind != SYMLINK:
-            os.chmod(name, entry.mode, dir_fd=at)
-        if entry.xattrs:
-            self._set_xattrs(path, entry.xattrs, entry.path)
-        if changeable:
-            os.utime(name, ns=(self._now, entry.mtime), dir_fd=at, follow_symlinks=False)
+        wanted = self._wanted(entry, entry.mode | (stat.S_IFLNK if kind == SYMLINK else 0))
+        attributes.write(at, name, wanted, _refuse, owner=self._is_root and changeable, times=changeable)
 
     def _mknod(self, at: int, name: bytes, entry: Entry) -> None:
         assert entry.kind in (CHARACTER, BLOCK)
@@ -417,6 +402,14 @@ class Extractor:
             key = os.fsencode(name)
             if key not in wanted and (key in acl.RECORDS or key.startswith((b"user.", b"trusted."))):
                 os.removexattr(fd, name)
+
+
+def _is_privileged(name: bytes) -> bool:
+    return name.startswith(_PRIVILEGED)
+
+
+def _refuse(name: bytes, error: OSError) -> None:
+    raise error
 
 
 def _shown(path: bytes) -> str:

@@ -23,6 +23,7 @@ from unionfs.storage.archive.entry import (
     SYMLINK,
     Entry,
 )
+from unionfs.sys import attributes
 from unionfs.sys.calls import FUSE_MAGIC, filesystem_magic
 from unionfs.sys.fds import Owned
 from unionfs.sys.mountinfo import mount_id_of_fd
@@ -31,44 +32,37 @@ _DIRECTORY_FLAGS = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 _FILE_FLAGS = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
 _MOST_OPEN = 256
 _KINDS = {stat.S_IFIFO: FIFO, stat.S_IFCHR: CHARACTER, stat.S_IFBLK: BLOCK, stat.S_IFLNK: SYMLINK}
-_KEPT = ("user.", "trusted.", "security.")
+_KEPT = (b"user.", b"trusted.", b"security.")
 _NO_XATTRS = (errno.ENOTSUP, errno.ENOSYS, errno.EPERM, errno.ENODATA)
-_VANISHED = (errno.ENOTSUP, errno.ENOSYS, errno.ENODATA)
+_VANISHED = (errno.ENOTSUP, errno.ENOSYS)
 
 Take = Callable[[int, bytes, os.stat_result], bool]
 """Gets a file's fd, path and status; returns whether it has taken the file."""
 
 
 def read_xattrs(place: int | bytes, complain: Callable[[str], None]) -> dict[bytes, bytes]:
-    """All xattrs that are a volume's own, of an open file or of a path whose last part is no symlink to
-    follow.
+    """All xattrs that are a volume's own, of an open file or of a path, whose last part may be a symlink.
 
     What cannot be read is left out, and `complain` gets a part of a sentence about it. Raises
     FileNotFoundError.
     """
-    follow = isinstance(place, int)
-    try:
-        names = os.listxattr(place, follow_symlinks=follow)
-    except FileNotFoundError:
-        raise
-    except OSError as error:
-        if error.errno not in _NO_XATTRS:
-            complain(f"its xattrs cannot be read ({reason(error)})")
-        return {}
-    found = {}
-    for name in names:
-        key = os.fsencode(name)
-        if key in acl.RECORDS or name.startswith(_KEPT):
-            try:
-                found[key] = os.getxattr(place, name, follow_symlinks=follow)
-            except FileNotFoundError:
-                raise
-            except OSError as error:
-                # ENODATA: it was there a moment ago. EINVAL: an empty security.capability, which its owner
-                # may set, is listed and cannot be read (security/commoncap.c).
-                if error.errno not in _VANISHED:
-                    complain(f"its xattr {quoted(name)} cannot be read ({reason(error)})")
-    return found
+
+    def failed(name: bytes, error: OSError) -> None:
+        if error.errno == errno.ENOENT:
+            raise error
+        if name == attributes.ALL:
+            if error.errno not in _NO_XATTRS:
+                complain(f"its xattrs cannot be read ({reason(error)})")
+        # EINVAL: an empty security.capability, which its owner may set, is listed and cannot be read
+        # (security/commoncap.c).
+        elif error.errno not in _VANISHED:
+            complain(f"its xattr {quoted(os.fsdecode(name))} cannot be read ({reason(error)})")
+
+    return attributes.read_xattrs(place, _is_kept, failed, follow=isinstance(place, int))
+
+
+def _is_kept(name: bytes) -> bool:
+    return name in acl.RECORDS or name.startswith(_KEPT)
 
 
 def _has_xattrs(fd: int) -> bool:
