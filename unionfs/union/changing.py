@@ -47,11 +47,6 @@ class Steps(Protocol):
         """Another name for a node that is changed in place."""
 
 
-def fail(code: int) -> OSError:
-    """The ``OSError`` of an errno."""
-    return OSError(code, os.strerror(code))
-
-
 class Changing:
     """A kind of changes of the merged layers. Not thread-safe, like the union itself."""
 

@@ -7,6 +7,7 @@ import os
 import stat
 
 from unionfs.union.attributes import Attributes
+from unionfs.union.errors import os_error
 from unionfs.union.files import OpenFile
 from unionfs.union.layers import LayerStack
 from unionfs.union.listing import Listing
@@ -45,7 +46,7 @@ class Merged(Territory):
                     raise
             self._nodes.lose(known, parent, name)  # another object has the name now
         if len(name) > NAME_MAX:
-            raise OSError(errno.ENAMETOOLONG, os.strerror(errno.ENAMETOOLONG))
+            raise os_error(errno.ENAMETOOLONG)
         found = self._merge.search(parent.parts, name, first)
         if found is None:
             return None
