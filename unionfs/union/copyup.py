@@ -12,10 +12,10 @@ import errno
 import os
 import stat
 from collections.abc import Callable
-from contextlib import ExitStack
 from typing import Final, NamedTuple
 
 from unionfs.sys import calls
+from unionfs.sys.fds import Owned
 from unionfs.union.filedata import clone, copy_data
 from unionfs.union.files import OpenFile
 from unionfs.union.node import UNSEEN, Node
@@ -27,6 +27,7 @@ from unionfs.union.xattrs import CAPABILITY, copy_xattrs
 #: A file up to this size (bytes) is copied at once when nothing has to reach a disk, and its holes are looked
 #: for only if it has some.
 SMALL: Final = 256 * 1024
+_PATH: Final = os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC
 _NEW: Final = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
 
 
@@ -59,28 +60,15 @@ class CopyUp:
         union = self._union
         union.require_upper()
         work = union.work.fd
-        with ExitStack() as fds:
-            source = union.open_path(node)
-            fds.callback(os.close, source)
-            st = os.fstat(source)
-            temporary = fds.enter_context(union.work.temporary())
-            name = temporary.name
+        with Owned(union.open_path(node)) as source, union.work.temporary() as temporary:
+            st, name = os.fstat(source), temporary.name
             if stat.S_ISLNK(st.st_mode):
                 os.symlink(os.readlink(b"", dir_fd=source), name, dir_fd=work)
             else:
                 os.mknod(name, stat.S_IFMT(st.st_mode) | 0o600, st.st_rdev, dir_fd=work)
-            target = os.open(name, os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=work)
-            fds.callback(os.close, target)
-            copy_xattrs(
-                union.markers,
-                (b"/proc/self/fd/%d" % source, True),
-                (b"/proc/self/fd/%d/%b" % (work, name), False),
-            )
-            calls.chown_fd(target, st.st_uid, st.st_gid)
-            if not stat.S_ISLNK(st.st_mode):
-                os.chmod(b"/proc/self/fd/%d" % target, stat.S_IMODE(st.st_mode))
-            calls.utimensat(work, name, st.st_atime_ns, st.st_mtime_ns)
-            self.put(node, temporary, target)
+            self._copy_attributes(source, st, name)
+            with Owned(os.open(name, _PATH, dir_fd=work)) as target:
+                self.put(node, temporary, target)
 
     def directory(self, node: Node) -> Place:
         """The upper's directory of a directory node; copies up the directory and its parents if need be."""
@@ -99,19 +87,12 @@ class CopyUp:
     def _directory(self, node: Node) -> None:
         assert node.parent is not None
         union = self._union
-        work = union.work.fd
         lower = union.gate.fd(node.parts[0])
         st = os.stat(lower)
         shown = node.attributes_of(st).ctime_ns
         with union.work.temporary() as temporary:
-            name = temporary.name
-            os.mkdir(name, 0o700, dir_fd=work)
-            path = b"/proc/self/fd/%d/%b" % (work, name)
-            copy_xattrs(union.markers, (b"/proc/self/fd/%d" % lower, True), (path, False))
-            if not union.identity.owns(st):
-                os.chown(name, st.st_uid, st.st_gid, dir_fd=work, follow_symlinks=False)
-            os.chmod(name, stat.S_IMODE(st.st_mode), dir_fd=work)
-            os.utime(name, ns=(st.st_atime_ns, st.st_mtime_ns), dir_fd=work)
+            os.mkdir(temporary.name, 0o700, dir_fd=union.work.fd)
+            self._copy_attributes(lower, st, temporary.name)
             parent = node.parent.parts[0]
             resized = self._rename_into(node.parent, node.name, temporary)
         place = Place(parent.layer, parent, node.name)
@@ -123,6 +104,18 @@ class CopyUp:
         union.nodes.copied_up(node, st)
         self._tell(Effects(node, resized))
 
+    def _copy_attributes(self, source: int, st: os.stat_result, name: bytes) -> None:
+        """Give ``name`` in work, which only the daemon can reach, the xattrs, owner, mode and times of
+        ``source`` (O_PATH), in an order in which none undoes another."""
+        union, work = self._union, self._union.work.fd
+        target = b"/proc/self/fd/%d/%b" % (work, name)
+        copy_xattrs(union.markers, (b"/proc/self/fd/%d" % source, True), (target, False))
+        if not union.identity.owns(st):
+            os.chown(name, st.st_uid, st.st_gid, dir_fd=work, follow_symlinks=False)
+        if not stat.S_ISLNK(st.st_mode):
+            os.chmod(name, stat.S_IMODE(st.st_mode), dir_fd=work)
+        os.utime(name, ns=(st.st_atime_ns, st.st_mtime_ns), dir_fd=work, follow_symlinks=False)
+
     def put(self, node: Node, temporary: Temporary, fd: int) -> os.stat_result:
         """Put the copy of a node (``fd``: an fd of the copy) into the upper. Returns its attributes.
 
@@ -131,7 +124,7 @@ class CopyUp:
         union, resized = self._union, None
         if node.unlinked:
             upper = union.require_upper()
-            held = os.open(temporary.name, os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=union.work.fd)
+            held = os.open(temporary.name, _PATH, dir_fd=union.work.fd)
             temporary.discard()
             node.hold(held)
             node.lies_in(Place(upper, upper.root, b""))

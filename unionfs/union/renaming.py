@@ -8,6 +8,7 @@ import stat
 from contextlib import nullcontext
 
 from unionfs.sys import calls
+from unionfs.sys.fds import Owned
 from unionfs.union.changing import Changing, Name
 from unionfs.union.errors import os_error
 from unionfs.union.node import Node
@@ -121,14 +122,10 @@ class Renaming(Changing):
         renamed; nobody sees a difference (overlayfs: dir.c, ovl_clear_empty)."""
         gate = self._union.gate
         st = os.stat(gate.fd(node.parts[0]))
-        with self._work.temporary() as temporary:
-            fd = temporary.mkdir()
-            try:
-                self._union.markers.set_opaque(fd)
-                os.fchown(fd, st.st_uid, st.st_gid)
-                os.fchmod(fd, stat.S_IMODE(st.st_mode))
-            finally:
-                os.close(fd)
+        with self._work.temporary() as temporary, Owned(temporary.mkdir()) as fd:
+            self._union.markers.set_opaque(fd)
+            os.fchown(fd, st.st_uid, st.st_gid)
+            os.fchmod(fd, stat.S_IMODE(st.st_mode))
             self._work.exchange(temporary.at, at)
         gate.forget(node.parts[0])
 
