@@ -21,7 +21,7 @@ from unionfs.errors import UserError, quoted, reason
 from unionfs.storage import locks, symlinks, workspace
 from unionfs.storage.model import Volume
 from unionfs.storage.targets import Names
-from unionfs.sys import calls
+from unionfs.sys import attributes, calls
 from unionfs.union.filedata import clone, copy_data
 from unionfs.union.files import open_held
 from unionfs.union.layers import LayerStack
@@ -124,7 +124,8 @@ class _Copier:
                 parts, fd, path, names = steps[-1]
                 name = next(names, None)
                 if name is None:
-                    self._keep(self._merge.gate.fd(parts[0]), fd, path)
+                    new = self._attributes(self._merge.gate.fd(parts[0]), path)
+                    attributes.write(fd, None, new, _not_kept)
                     steps.pop()
                     os.close(fd)
                     continue
@@ -169,17 +170,8 @@ class _Copier:
         else:
             os.mknod(name, stat.S_IFMT(st.st_mode) | 0o600, st.st_rdev, dir_fd=dir_fd)
         changeable = not stat.S_ISLNK(st.st_mode) or self._changes_symlinks
-        fd = os.open(name, os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=dir_fd)
-        try:
-            if changeable:
-                _keep_owner(fd, st)
-            self._keep_xattrs(source, b"/proc/self/fd/%d/%b" % (dir_fd, name), path, follow=False)
-            if not stat.S_ISLNK(st.st_mode):
-                os.chmod(b"/proc/self/fd/%d" % fd, stat.S_IMODE(st.st_mode))
-        finally:
-            os.close(fd)
-        if changeable:
-            calls.utimensat(dir_fd, name, st.st_atime_ns, st.st_mtime_ns)
+        new = self._attributes(source, path)
+        attributes.write(dir_fd, name, new, _not_kept, owner=changeable, times=changeable)
 
     def _file(self, source: int, dir_fd: int, name: bytes, path: bytes) -> None:
         flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
@@ -190,44 +182,32 @@ class _Copier:
                 st = os.fstat(opened.fd)
                 if not clone(opened.fd, fd, st.st_dev, self._never_clones):
                     copy_data(opened.fd, fd, st.st_size)
-                self._keep(opened.fd, fd, path)
+                attributes.write(fd, None, self._attributes(opened.fd, path), _not_kept)
             finally:
                 os.close(fd)
 
-    def _keep(self, source: int, fd: int, path: bytes) -> None:
-        """Owner, xattrs, mode, times: in the order in which none undoes another."""
-        st = os.fstat(source)
-        _keep_owner(fd, st)
-        self._keep_xattrs(source, b"/proc/self/fd/%d" % fd, path, follow=True)
-        os.fchmod(fd, stat.S_IMODE(st.st_mode))
-        os.utime(fd, ns=(st.st_atime_ns, st.st_mtime_ns))
+    def _attributes(self, source: int, path: bytes) -> attributes.Attributes:
+        """The attributes of an fd, with its xattrs as the union shows them."""
 
-    def _keep_xattrs(self, source: int, target: bytes, path: bytes, *, follow: bool) -> None:
+        def failed(name: bytes, error: OSError) -> None:
+            what = "the xattrs" if name == attributes.ALL else f"the xattr {_shown(name)}"
+            _leave_out(f"{what} of {_shown(path)} cannot be read", error)
+
         markers = self._merge.markers
-        object_ = b"/proc/self/fd/%d" % source
-        try:
-            stored = [os.fsencode(name) for name in os.listxattr(object_)]
-        except OSError as error:
-            if error.errno != errno.EOPNOTSUPP:
-                _leave_out(f"the xattrs of {_shown(path)} cannot be read", error)
-            return
-        for name in markers.shown_names(stored):
-            try:
-                value = os.getxattr(object_, markers.stored_name(name))
-            except OSError as error:
-                if error.errno != errno.ENODATA:
-                    _leave_out(f"the xattr {_shown(name)} of {_shown(path)} cannot be read", error)
-                continue
-            _set_xattr(target, name, value, follow=follow)
+        stored = attributes.read_xattrs(
+            b"/proc/self/fd/%d" % source, lambda name: not markers.is_private(name), failed
+        )
+        xattrs = dict(zip(markers.shown_names(list(stored)), stored.values(), strict=True))
+        return attributes.attributes(os.fstat(source), xattrs)
 
 
-def _keep_owner(fd: int, st: os.stat_result) -> None:
-    """As an ordinary user only what is the user's own can be kept."""
-    try:
-        calls.chown_fd(fd, st.st_uid, st.st_gid)
-    except PermissionError:
-        if os.geteuid() == 0:
-            raise
+def _not_kept(name: bytes, error: OSError) -> None:
+    """Leave out what an ordinary user may not set, and what the volume's filesystem does not support, unless
+    it grants or takes rights."""
+    rights = (attributes.OWNER, b"security.", b"system.posix_acl_")
+    may_not = error.errno == errno.EPERM and os.geteuid() != 0
+    if not may_not and (error.errno != errno.EOPNOTSUPP or name.startswith(rights)):
+        raise error
 
 
 def _leave_out(what: str, error: OSError) -> None:
@@ -239,14 +219,3 @@ def _leave_out(what: str, error: OSError) -> None:
 
 def _shown(name: bytes) -> str:
     return quoted(os.fsdecode(name or b"."))
-
-
-def _set_xattr(target: bytes, name: bytes, value: bytes, *, follow: bool) -> None:
-    try:
-        os.setxattr(target, name, value, follow_symlinks=follow)
-    except OSError as error:
-        if error.errno == errno.EPERM and os.geteuid() != 0:
-            return
-        # What the volume's filesystem cannot keep is left out, but not what grants or takes rights.
-        if error.errno != errno.EOPNOTSUPP or name.startswith((b"security.", b"system.posix_acl_")):
-            raise

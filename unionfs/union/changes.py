@@ -7,7 +7,7 @@ import os
 import stat
 from collections.abc import Callable
 from functools import partial
-from typing import Final
+from typing import Final, NamedTuple
 
 from unionfs.sys import calls
 from unionfs.union.attributes import Attributes
@@ -27,16 +27,13 @@ __all__ = ["ACL_DEFAULT", "Caller", "Changes"]
 _NEW: Final = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
 
 
-class Caller:
-    """Who asks for a change. ``umask``: what is still to be taken off a new object's mode, unless its
-    directory has a default ACL; 0 when the kernel took it off already."""
+class Caller(NamedTuple):
+    """Who asks for a change. ``umask`` is still to be applied to a new object's mode, unless its directory
+    has a default ACL; 0 if the kernel has applied it."""
 
-    __slots__ = ("gid", "uid", "umask")
-
-    def __init__(self, uid: int, gid: int, umask: int = 0) -> None:
-        self.uid = uid
-        self.gid = gid
-        self.umask = umask
+    uid: int
+    gid: int
+    umask: int = 0
 
 
 class _InUpper(Making, Removing, Renaming):

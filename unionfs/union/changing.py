@@ -80,6 +80,10 @@ class Changing:
         with Owned(os.dup(gate.fd(one))) as first, Owned(os.dup(gate.fd(other))) as second:
             yield first, second
 
+    def _refuse_metacopy(self, node: Node) -> None:
+        path, follow = self._union.path(node)
+        self._union.markers.refuse_metacopy(path, follow=follow)
+
     def _whiteout(self, at: At, directory: int) -> None:
         """Make a whiteout, that is or will be in the upper's directory with that fd."""
         union = self._union

@@ -27,8 +27,7 @@ class Making(Changing):
         """Another name for a node that is in the upper already."""
         union = self._union
         assert node.place is not None
-        path, follow = union.path(node)
-        union.markers.refuse_metacopy(path, follow=follow)
+        self._refuse_metacopy(node)
         place = self.writable(parent)
         with self._directories(node.place, place) as (source, dir_fd):
             try:

@@ -59,8 +59,7 @@ class Renaming(Changing):
                 raise os_error(errno.ENOTEMPTY)
         for one in moved:
             if not one.is_dir and target is not node:
-                path, follow = self._union.path(one)
-                self._union.markers.refuse_metacopy(path, follow=follow)
+                self._refuse_metacopy(one)
 
     def _exchange(
         self, node: Node, parent: Node, name: bytes, target: Node, new_parent: Node, new_name: bytes
