@@ -195,9 +195,6 @@ class FileCopy:
     def __enter__(self) -> FileCopy:
         return self
 
-    def __exit__(self, *exc: object) -> None:
-        self.close()
-
     @property
     def is_quick(self) -> bool:
         """Whether :meth:`copy` is short enough to run between two requests."""
@@ -242,16 +239,12 @@ class FileCopy:
             union.capabilities.none(node)
         else:
             union.capabilities.changed(node)
-        return self._hand_over(st, keep=keep)
-
-    def _hand_over(self, st: os.stat_result, *, keep: bool) -> OpenFile | None:
-        """Open handles, which only read, go on with the upper's file: they see later writes."""
-        file = self._union.files.hand_over(self.node, self._target, st, lend=keep)
+        file = union.files.hand_over(node, self._target, st, lend=keep)
         if file is not None:
             self._target = -1
         return file if keep else None
 
-    def close(self) -> None:
+    def close(self, *exc: object) -> None:
         """Close everything, and discard what was not finished."""
         self._temporary.discard()
         if self._target >= 0:
@@ -260,3 +253,5 @@ class FileCopy:
         if self._open:
             self._open = False
             self._union.files.take_back_later(self.node, self._source)
+
+    __exit__ = close

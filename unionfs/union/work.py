@@ -115,23 +115,20 @@ class Work:
 class Temporary:
     """A name in work. Leaving its block discards what was not put into place."""
 
-    __slots__ = ("_taken", "_work", "name")
+    __slots__ = ("_taken", "_work", "at", "name")
 
     def __init__(self, work: Work, name: bytes) -> None:
         self._work = work
         self._taken = True
         self.name = name
+        self.at: At = work.fd, name
 
     def __enter__(self) -> Temporary:
         return self
 
     def __exit__(self, *exc: object) -> None:
-        self.discard()
-
-    @property
-    def at(self) -> At:
-        """Its directory and name."""
-        return self._work.fd, self.name
+        if self._taken:
+            self.discard()
 
     def mkdir(self) -> int:
         """Make it a directory that only the daemon may use. Returns a readable fd, the caller's to close."""
