@@ -150,7 +150,7 @@ class Node:
 
 
 class NodeTable:
-    """All nodes that the kernel knows or is about to be told of, and the numbers they have."""
+    """All nodes that the kernel knows or is about to learn of, and their ids."""
 
     def __init__(self, root_parts: list[Place], gone: Callable[[Node], None] = lambda node: None) -> None:
         """``gone`` is called with each directory that is forgotten, and with what was in use."""
@@ -191,7 +191,7 @@ class NodeTable:
         return self._free(self._numbers.of(st, parent.ino, name, upper=upper))
 
     def unreachable(self, parent: Node, name: bytes) -> int:
-        """A number for what cannot be looked up; no node has it."""
+        """A number for an object that cannot be looked up; no node has it."""
         return self._free(hashed(b"unreachable%d/%b" % (parent.ino, name)))
 
     def _free(self, number: int) -> int:
@@ -328,7 +328,7 @@ class NodeTable:
         return node
 
     def supersede(self, node: Node) -> Node:
-        """Let a new node stand for the object of ``node``, which keeps its open files and lookups."""
+        """Make a new node for the object of ``node``, which keeps its open files and lookups."""
         number = self._free(hashed(b"after%d" % node.id))
         new = Node(number, node.parent, node.name, node.kind)
         new.ino = node.ino
@@ -350,14 +350,14 @@ class NodeTable:
         return new
 
     def lose(self, node: Node, parent: Node, name: bytes) -> None:
-        """Another object was given the node's name behind the union: nothing is left of the node."""
+        """Another object got the node's name behind the union's back: nothing is left of the node."""
         node.key = _NONE
         for part in node.parts:
             part.key = _NONE
         self.remove_name(node, parent, name)
 
     def looked_up(self, node: Node) -> None:
-        """The kernel is told of the node, which counts one lookup."""
+        """Count one lookup: an answer to the kernel has the node."""
         node.lookups += 1
 
     def all_looked_up(self, nodes: Iterable[Node]) -> None:
@@ -366,7 +366,7 @@ class NodeTable:
             node.lookups += 1
 
     def forget(self, node: Node, lookups: int) -> None:
-        """The kernel gave back that many lookups."""
+        """The kernel forgot that many lookups."""
         node.lookups -= lookups
         self._release(node)
 

@@ -29,6 +29,7 @@ from unionfs.fuse.protocol.flags import (
     WRITE_CACHE,
     WRITE_KILL_SUIDGID,
 )
+from unionfs.union.attributes import Attributes
 from unionfs.union.files import OpenFile
 from unionfs.union.nodes import Node
 
@@ -140,30 +141,28 @@ class DataRequests:
 
     def _create(self, request: rq.Create) -> Reply:
         parent = self._operations.directory(request.nodeid)
-        number, node, attributes = self._files.create(
+        created = self._files.create(
             self._operations.changes, parent, request.name, request.mode, request.flags,
             self._names.caller(request),
         )  # fmt: skip
-        return self._created(request.unique, number, (node, attributes))
+        return self._created(request.unique, *created)
 
     def _tmpfile(self, request: rq.Tmpfile) -> Reply:
         parent = self._operations.directory(request.nodeid)
-        number, node, attributes = self._files.tmpfile(
+        created = self._files.tmpfile(
             self._operations.changes, parent, request.mode, request.flags, self._names.caller(request)
         )
-        return self._created(request.unique, number, (node, attributes))
+        return self._created(request.unique, *created)
 
-    def _created(self, unique: int, number: int, found: tuple[Node, object]) -> Reply:
-        node, attributes = found
+    def _created(self, unique: int, number: int, node: Node, attributes: Attributes) -> Reply:
         if self._opens_unseen:
             # The kernel sends no RELEASE either.
-            entry = self._names.entry_out((node, attributes))  # type: ignore[arg-type]
+            entry = self._names.entry_out((node, attributes))
             self._open_files.keep(node, write=True)
             self._files.release(number)
             return encode.created(unique, entry, 0, 0)
         opened = self._ios.opened(self._files[number])
-        entry = self._names.entry_out((node, attributes))  # type: ignore[arg-type]
-        return encode.created(unique, entry, number, *opened)
+        return encode.created(unique, self._names.entry_out((node, attributes)), number, *opened)
 
     def _release(self, request: rq.Release) -> Reply:
         if request.fh:
