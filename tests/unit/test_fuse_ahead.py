@@ -21,7 +21,8 @@ from unionfs.fuse.protocol import Init, Opcode, Privileges, Settings, negotiate
 from unionfs.fuse.protocol.requests import InitRequest, Readdirplus
 from unionfs.union.copyup import CopyUp
 from unionfs.union.merge import Merge
-from unionfs.union.nodes import Node
+from unionfs.union.merged import Merged
+from unionfs.union.node import Node
 from unionfs.union.tree import Union
 
 SIZE = 4096
@@ -259,7 +260,7 @@ def test_a_copy_up_makes_it_useless(walk: Walk) -> None:
     walked = walk()
     node = walked.walk(4)
     copy_up(walked.union, get(walked.union, f"{node.name.decode()}/one"))
-    assert node.is_upper
+    assert node.in_place
     walked.list(node)
     assert walked.ahead.used == 2
     # and makes it careful
@@ -296,7 +297,7 @@ def test_it_fails(walk: Walk, monkeypatch: pytest.MonkeyPatch, error: Exception)
         raise error
 
     with monkeypatch.context() as patched:
-        patched.setattr(walked.union, "lookup", fail)
+        patched.setattr(Merged, "lookup", fail)
         walked.prepare_all()
     node = walked.in_order()[4]
     assert not node.children

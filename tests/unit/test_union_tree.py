@@ -73,7 +73,7 @@ class TestMergeRules:
         (tmp_path / "l1/d/f").touch()
         union = open_union(2)
         assert find(union, "d/f") is None
-        assert union.is_empty(get(union, "d"))
+        assert union.nodes.root.territory.is_empty(get(union, "d"))
 
     @pytest.mark.parametrize("redirect", [b"old", b"/deep/old"])
     def test_redirect_is_followed(self, tmp_path: Path, open_union: OpenUnion, redirect: bytes) -> None:
@@ -136,7 +136,7 @@ class TestGate:
         leaf = get(union, "/".join(["d" * 50] * 200 + ["leaf"]))
         assert len(union.gate) <= 64
         copy_up(union, leaf)
-        assert leaf.is_upper
+        assert leaf.in_place
         assert len(union.gate) <= 64
 
 
@@ -214,7 +214,7 @@ class TestNumbers:
         a, b = get(union, "a"), get(union, "b")
         assert a.ino != b.ino
         copy_up(union, a)
-        assert not b.is_upper
+        assert not b.in_place
 
     def test_upper_hard_links_are_one_node(self, open_union: OpenUnion) -> None:
         union = open_union()

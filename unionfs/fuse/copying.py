@@ -10,7 +10,7 @@ import trio
 from unionfs.fuse.inline import in_thread, may_wait
 from unionfs.union.copyup import CopyUp, FileCopy
 from unionfs.union.files import OpenFile
-from unionfs.union.nodes import Node
+from unionfs.union.node import Node
 from unionfs.union.tree import Union
 
 
@@ -43,10 +43,10 @@ class CopyUps:
         ``keep``: a regular file that was copied up for that is lent to the caller (`OpenFiles`), and has the
         permission bits ``mode``, if they are given. Raises ``OSError``; nothing is left of the copy then.
         """
-        if node.identity is not None:  # else the copy-up says that there is no upper
-            self.union.require_writable(node)
+        if node.territory.read_only:
+            node.territory.require_writable()
         kept: OpenFile | None = None
-        while not node.is_upper:
+        while not node.in_place:
             running = self._running.get(node)
             if running is not None:
                 await may_wait()

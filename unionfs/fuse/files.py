@@ -13,7 +13,7 @@ from unionfs.sys import calls
 from unionfs.union.attributes import Attributes
 from unionfs.union.changes import Caller, Changes
 from unionfs.union.files import Handle, OpenFile, mode_without_set_ids
-from unionfs.union.nodes import Node
+from unionfs.union.node import Node
 from unionfs.union.tree import Union
 
 #: A write above this many bytes goes to a thread: the disk may make it wait.
@@ -163,11 +163,8 @@ class Files:
         return count
 
     async def fsync(self, node: Node, file: OpenFile, *, datasync: bool) -> None:
-        """fsync(2) or fdatasync(2). A lower's file has not changed, and a filesystem in memory is not
-        durable."""
-        if not node.is_upper or (self._union.stack.volatile and node.bound is None):
-            return
-        if node.place is not None and node.place.layer.memory:
+        """fsync(2) or fdatasync(2). Does nothing for a lower's file, which has not changed, nor in memory."""
+        if not node.in_place or not node.territory.durable:
             return
         with file:
             await in_thread(os.fdatasync if datasync else os.fsync, file.fd)

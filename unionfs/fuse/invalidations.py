@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from unionfs.union.copyup import Effects
-from unionfs.union.nodes import Node
+from unionfs.union.node import Node
 
 
 class Invalidations:

@@ -28,11 +28,10 @@ from unionfs.fuse.latency import Latencies
 from unionfs.fuse.permissions import group_set_id_goes
 from unionfs.sys import calls
 from unionfs.union.attributes import Attributes
-from unionfs.union.bound import same_storage
 from unionfs.union.changes import ACL_DEFAULT, Caller, Changes
 from unionfs.union.copyup import CopyUp
 from unionfs.union.files import SET_IDS, mode_without_set_ids
-from unionfs.union.nodes import Node
+from unionfs.union.node import Node
 from unionfs.union.tree import Union
 from unionfs.union.xattrs import CAPABILITY
 
@@ -133,7 +132,7 @@ class Operations:
     def is_ours_alone(self, id_: int) -> bool:
         """Whether only this daemon changes a directory, so that the kernel may cache its names."""
         node = self.union.nodes.get(id_)
-        return node is None or node.identity is None
+        return node is None or node.territory.lasting
 
     def forget(self, id_: int, lookups: int) -> None:
         """The kernel forgot that many lookups."""
@@ -145,7 +144,8 @@ class Operations:
 
     def lookup(self, parent: int, name: bytes) -> Found | None:
         """The object of that name; None if there is none."""
-        return self.union.lookup(self.directory(parent), name)
+        node = self.directory(parent)
+        return node.territory.lookup(node, name)
 
     def mkdir(self, parent: int, name: bytes, mode: int, caller: Caller) -> Found:
         """A new directory."""
@@ -162,7 +162,7 @@ class Operations:
     async def link(self, id_: int, new_parent: int, new_name: bytes) -> Found:
         """One more name."""
         node = self.node(id_)
-        if not same_storage(node, self.directory(new_parent)):
+        if node.territory is not self.directory(new_parent).territory:
             raise error(errno.EXDEV)
         await self.copy_ups.ensure(node)
         return self.changes.link(node, self.directory(new_parent), new_name)
@@ -202,7 +202,7 @@ class Operations:
             if kept is not None and only_mode is not None:
                 assert kept.st is not None
                 node.changes()
-                return node, self.union.attributes_of(node, kept.st)
+                return node, node.attributes_of(kept.st)
             return self._set(node, change, handle)
         finally:
             if kept is not None:
@@ -217,7 +217,7 @@ class Operations:
         file = None if node.use is None else node.use.file
         if file is not None and file.users:
             self._set_open(file.fd, change)
-            return node, self.union.attributes_of(node, os.fstat(file.fd))
+            return node, node.attributes_of(os.fstat(file.fd))
         if change.uid is not None or change.gid is not None or change.mode is not None:
             fd, opened = self.union.path_fd(node)
             try:
@@ -273,7 +273,7 @@ class Operations:
         node = self.node(id_)
         if name == CAPABILITY and node.no_capability:
             raise error(errno.ENODATA)
-        stored = self.union.stored_name(node, name)
+        stored = node.territory.stored_name(name)
         with self.union.checked_path(node) as path:
             return os.getxattr(path, stored)
 
@@ -287,7 +287,7 @@ class Operations:
             if failure.errno == errno.EOPNOTSUPP:
                 return []
             raise
-        names = self.union.shown_names(node, stored)
+        names = node.territory.shown_names(stored)
         if uid != 0:  # as in every filesystem: trusted.* is for the administrator
             names = [name for name in names if not name.startswith(b"trusted.")]
         if not self.union.stack.acl:
@@ -299,7 +299,7 @@ class Operations:
         if name.startswith(ACL) and not self.union.stack.acl:
             raise error(errno.EOPNOTSUPP)
         node = self.node(id_)
-        stored = self.union.stored_name(node, name)
+        stored = node.territory.stored_name(name)
         await self.copy_ups.ensure(node)
         node.changes()
         self.union.capabilities.changed(node)
@@ -338,8 +338,8 @@ class Operations:
 
     async def _removexattr(self, id_: int, name: bytes) -> None:
         node = self.node(id_)
-        stored = self.union.stored_name(node, name)
-        if not node.is_upper:
+        stored = node.territory.stored_name(name)
+        if not node.in_place:
             with self.union.checked_path(node) as path:
                 os.getxattr(path, stored)  # no copy-up if there is nothing to remove
         await self.copy_ups.ensure(node)
@@ -353,9 +353,7 @@ class Operations:
     async def fsyncdir(self, id_: int) -> None:
         """fsync(2) of a directory."""
         node = self.node(id_)
-        if not node.is_upper or node.unlinked or (self.union.stack.volatile and node.bound is None):
-            return
-        if node.parts[0].layer.memory:
+        if not node.in_place or node.unlinked or not node.territory.durable:
             return
         fd = self.union.gate.open_for_listing(node.parts[0])
         try:

@@ -282,7 +282,7 @@ class PyfuseOperations(pyfuse3.Operations):  # type: ignore[misc,unused-ignore]
         node = self.operations.node(inode)
         prepared = await self.files.prepare(node, flags)
         number = self.files.open(node, flags, ctx.uid, prepared, kills_set_ids=ctx.uid != 0)
-        return _opened(number, keep_cache=node.identity is None)
+        return _opened(number, keep_cache=node.territory.lasting)
 
     @_request
     async def create(
@@ -349,7 +349,7 @@ class PyfuseOperations(pyfuse3.Operations):  # type: ignore[misc,unused-ignore]
                 found = None
                 unknown = self.operations.union.number_of_unreachable(node, name)
             else:
-                unknown = None if found else self.operations.union.number_of_bare_whiteout(node, name)
+                unknown = None if found else node.territory.number_of_bare_whiteout(node, name)
             if unknown is not None and not pyfuse3.readdir_reply(
                 token, name, _bare(*unknown), cookies[index]
             ):
@@ -385,7 +385,7 @@ def _opened(number: int, *, keep_cache: bool = True) -> pyfuse3.FileInfo:
 def _named(found: Found) -> pyfuse3.EntryAttributes:
     """The reply for a name, valid for ever unless others can change what it stands for."""
     entry = _entry(found)
-    if found[0].identity is not None:
+    if not found[0].territory.lasting:
         entry.entry_timeout = 0
     return entry
 

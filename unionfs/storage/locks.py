@@ -11,6 +11,7 @@ volume: flock(2) takes no more than the right to read, so anybody who may list t
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import os
 import time
@@ -19,11 +20,17 @@ from contextlib import contextmanager, suppress
 
 from unionfs.errors import UserError, quoted, reason
 from unionfs.storage.root import make_directory, open_root
+from unionfs.sys import fds
 
 _WAIT_SECONDS = 60.0
 _FILLING_SECONDS = 3600.0
 _POLL_SECONDS = 0.02
+_FULL = (errno.ENOSPC, errno.EDQUOT)
 _NAME_MAX = 255
+
+
+class _NoFile(UserError):
+    """A lock's file cannot be opened."""
 
 
 def _path(root: str, name: str, kind: str) -> str:
@@ -37,12 +44,12 @@ def _path(root: str, name: str, kind: str) -> str:
 
 
 def _take(path: str) -> int | None:
-    """A locked fd; None while another process has the lock."""
+    """A locked fd; None while another process has the lock. Raises _NoFile."""
     while True:
         try:
             fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, 0o600)
         except OSError as error:
-            raise UserError(
+            raise _NoFile(
                 f"the lock {quoted(path)} cannot be opened: {reason(error)}; free space, or move away what "
                 "has its name."
             ) from error
@@ -64,10 +71,7 @@ def _take(path: str) -> int | None:
 
 @contextmanager
 def state(root: str, name: str) -> Iterator[None]:
-    """The short lock of a volume (or of the whole registry, by a name no volume can have).
-
-    Raises UserError when another process keeps it for a minute.
-    """
+    """The short lock of a volume. Raises UserError when another process keeps it for a minute."""
     with _waited(root, name, "state", _WAIT_SECONDS, "being changed by another process for over a minute"):
         yield
 
@@ -84,22 +88,31 @@ def filling(root: str, name: str) -> Iterator[None]:
 @contextmanager
 def _waited(root: str, name: str, kind: str, seconds: float, what: str) -> Iterator[None]:
     path = _path(root, name, kind)
-    deadline = time.monotonic() + seconds
+    deadline, pause = time.monotonic() + seconds, 0.0005
     while (fd := _take(path)) is None:
         if time.monotonic() > deadline:
             raise UserError(f"volume {quoted(name)} is {what} (its storage may hang); try again later.")
-        time.sleep(_POLL_SECONDS)
-    try:
+        time.sleep(pause)
+        pause = min(2 * pause, _POLL_SECONDS)
+    with fds.Owned(fd):
         yield
-    finally:
-        os.close(fd)
 
 
 @contextmanager
-def work(root: str, name: str, what: str) -> Iterator[None]:
-    """The long lock of a volume for `what` ("a backup"). Raises UserError at once when it is taken."""
+def work(root: str, name: str, what: str, *, spare: bool = False) -> Iterator[None]:
+    """The long lock of a volume for `what` ("a backup"). Raises UserError at once when it is taken.
+
+    `spare`: go on where a full disk has no space for the lock's file; nobody can have the lock then.
+    """
     path = _path(root, name, "work")
-    fd = _take(path)
+    try:
+        fd = _take(path)
+    except _NoFile as error:
+        full = isinstance(error.__cause__, OSError) and error.__cause__.errno in _FULL
+        if not (spare and full):
+            raise
+        yield
+        return
     if fd is None:
         with suppress(OSError), open(path, encoding="utf-8", errors="replace") as file:
             holder = file.read(200).strip()
@@ -108,12 +121,11 @@ def work(root: str, name: str, what: str) -> Iterator[None]:
                 "that has ended."
             )
         raise UserError(f"volume {quoted(name)} is busy with another operation; try {what} again.")
-    try:
-        os.ftruncate(fd, 0)
-        os.pwrite(fd, f"{what} (pid {os.getpid()})\n".encode(), 0)
+    with fds.Owned(fd):
+        with suppress(OSError):  # on a full disk volumes are removed all the same
+            os.ftruncate(fd, 0)
+            os.pwrite(fd, f"{what} (pid {os.getpid()})\n".encode(), 0)
         yield
-    finally:
-        os.close(fd)
 
 
 def forget(root: str, name: str) -> None:
@@ -121,12 +133,3 @@ def forget(root: str, name: str) -> None:
     for kind in ("fill", "work", "state"):
         with suppress(OSError):
             os.unlink(_path(root, name, kind))
-
-
-def is_taken(root: str, name: str) -> bool:
-    """Whether some process has the short lock of a volume at this moment."""
-    fd = _take(_path(root, name, "state"))
-    if fd is None:
-        return True
-    os.close(fd)
-    return False

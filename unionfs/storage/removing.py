@@ -1,10 +1,12 @@
-"""Removing what the storage root keeps, with a sentence for what cannot be removed."""
+"""Removing directories of the storage root, and what speaks against it."""
 
 from __future__ import annotations
 
 import os
 
 from unionfs.errors import UserError, quoted, reason
+from unionfs.sys import fds
+from unionfs.sys.mountinfo import Location, location_of, read_mountinfo, split_path
 from unionfs.union.removal import find_locked, remove_path
 
 
@@ -14,11 +16,8 @@ def refuse_locked(path: str, complaint: str) -> None:
     """
     above, name = os.path.split(path)
     try:
-        at = os.open(above, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
-        try:
+        with fds.directory(above) as at:
             found = find_locked(at, os.fsencode(name))
-        finally:
-            os.close(at)
     except FileNotFoundError:
         return
     except OSError as error:
@@ -28,6 +27,35 @@ def refuse_locked(path: str, complaint: str) -> None:
         raise UserError(
             f"{complaint}: {shown} is immutable or append-only; run `chattr -i -a {shown}` first."
         )
+
+
+def refuse_bound(path: str, complaint: str) -> None:
+    """Raise UserError while a part of the tree is mounted elsewhere: a mount may outlive its daemon and the
+    daemon's guardian, which counted as the volume's user.
+    """
+    directory = os.path.realpath(path)
+    table = read_mountinfo()
+    try:
+        place = location_of(directory, table)
+    except OSError:
+        return  # removed by hand
+    for entry in table:
+        root = Location(entry.device, split_path(entry.root))
+        inside = entry.mountpoint.startswith(directory + "/")
+        if place is not None and place.contains(root) and not inside:
+            raise UserError(
+                f"{complaint}: it is still mounted at {quoted(entry.mountpoint)}; unmount that first."
+            )
+
+
+def refuse_mounted(path: str, complaint: str) -> None:
+    """Raise UserError while something is mounted in the tree: its content would be removed."""
+    below = os.path.realpath(path) + "/"
+    for entry in read_mountinfo():
+        if entry.mountpoint.startswith(below):
+            raise UserError(
+                f"{complaint}: {quoted(entry.mountpoint)} is still mounted; unmount it first."
+            )
 
 
 def remove_all(path: str, complaint: str, *, unlock: bool = False) -> None:

@@ -2,7 +2,7 @@
 
     ROOT/volumes/NAME/_data         a volume's files, in Docker's layout
     ROOT/containers/NAME/           a container's upper and work
-    ROOT/locks/                     files to lock, and space kept for a full disk
+    ROOT/locks/                     files to lock
 
 Only its owner passes through any of these directories, and only he may write to them: what lies there is
 believed, and what lies in a volume (`_data`) is not.
@@ -18,6 +18,7 @@ from contextlib import suppress
 
 from unionfs.errors import UserError, quoted, reason
 from unionfs.sys.capabilities import in_initial_user_namespace
+from unionfs.sys.fds import Owned
 from unionfs.sys.mountinfo import split_path
 
 ENVIRONMENT = "UNIONFS_ROOT"
@@ -136,11 +137,8 @@ def is_own_directory(path: str) -> bool:
 
 
 def _tighten(path: str) -> None:
-    fd = os.open(path, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
-    try:
+    with Owned(os.open(path, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)) as fd:
         os.chmod(f"/proc/self/fd/{fd}", _MODE)
-    finally:
-        os.close(fd)
 
 
 def _is_default(root: str) -> bool:

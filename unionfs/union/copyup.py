@@ -16,10 +16,9 @@ from contextlib import ExitStack
 from typing import Final, NamedTuple
 
 from unionfs.sys import calls
-from unionfs.union import bound
 from unionfs.union.filedata import clone, copy_data
 from unionfs.union.files import OpenFile
-from unionfs.union.nodes import UNSEEN, Node
+from unionfs.union.node import UNSEEN, Node
 from unionfs.union.places import Place
 from unionfs.union.tree import Union
 from unionfs.union.work import Temporary
@@ -85,13 +84,11 @@ class CopyUp:
 
     def directory(self, node: Node) -> Place:
         """The upper's directory of a directory node; copies up the directory and its parents if need be."""
-        if node.identity is not None:
-            return bound.writable(node)
         self._union.require_upper()
         if node.unlinked:
             raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT))
         missing: list[Node] = []
-        while not node.is_upper:
+        while not node.in_place:
             missing.append(node)
             assert node.parent is not None, "the upper's root is part of the merged root"
             node = node.parent
@@ -105,7 +102,7 @@ class CopyUp:
         work = union.work.fd
         lower = union.gate.fd(node.parts[0])
         st = os.stat(lower)
-        shown = union.attributes_of(node, st).ctime_ns
+        shown = node.attributes_of(st).ctime_ns
         with union.work.temporary() as temporary:
             name = temporary.name
             os.mkdir(name, 0o700, dir_fd=work)
@@ -159,7 +156,7 @@ class CopyUp:
             resized = directory
             st = os.stat(dir_fd)
             place.keep_mtime(st.st_mtime_ns)
-            shown = self._union.attributes_of(directory, st).ctime_ns
+            shown = directory.attributes_of(st).ctime_ns
         place.fills()
         temporary.put(dir_fd, name)
         with contextlib.suppress(OSError):

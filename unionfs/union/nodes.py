@@ -16,155 +16,43 @@ Rules (the table is the only place that knows them):
 
 from __future__ import annotations
 
-import errno
 import os
 import stat
 from collections.abc import Callable, Iterable
 from typing import Final
 
-from unionfs.union.files import Use
-from unionfs.union.numbers import Numbers, hashed, of_bound
-from unionfs.union.places import Layer, Place
+from unionfs.union.node import Node, Territory
+from unionfs.union.numbers import Numbers, hashed
+from unionfs.union.places import Place
 
 ROOT_ID: Final = 1
-UNSEEN: Final = -1
 #: The key of no object.
 _NONE: Final = -1
-
-
-class Node:
-    """One object of the merged tree."""
-
-    __slots__ = (
-        "children", "ctime", "held", "id", "identity", "ino", "key", "kind", "links", "lookups", "name",
-        "no_capability", "parent", "parts", "place", "successor", "superseded", "unlinked", "use",
-    )  # fmt: skip
-
-    def __init__(self, id_: int, parent: Node | None, name: bytes, kind: int) -> None:
-        self.id = id_
-        self.ino = id_
-        self.parent = parent
-        self.name = name
-        #: S_IFMT bits of the mode.
-        self.kind = kind
-        #: Of a directory: the real directories merged into it, topmost first.
-        self.parts: list[Place] = []
-        #: Of anything else: the real directory that holds it under ``name``, and its `Layer.key`.
-        self.place: Place | None = None
-        self.key = 0
-        #: Known nodes below, by name (directories only).
-        self.children: dict[bytes, Node] | None = {} if kind == stat.S_IFDIR else None
-        #: Further names of an upper file with several hard links.
-        self.links: list[tuple[Node, bytes]] | None = None
-        self.lookups = 0
-        self.held = -1
-        self.unlinked = False
-        #: It is known to have no security.capability; see `shortcuts.Capabilities`.
-        self.no_capability = False
-        #: A ctime that a copy-up gave the real directory (`UNSEEN`: the one that it has when somebody asks
-        #: next), and the one that is shown for it; nanoseconds.
-        self.ctime: tuple[int, int] | None = None
-        #: From the first open on.
-        self.use: Use | None = None
-        #: The node that took over everything but the open files; see `NodeTable.supersede`.
-        self.successor: Node | None = None
-        #: How many nodes it took over from, which are still known.
-        self.superseded = 0
-        #: Of a bound object: device and inode number, to see when its name stands for another one.
-        self.identity: tuple[int, int] | None = None
-
-    @property
-    def is_dir(self) -> bool:
-        return self.kind == stat.S_IFDIR
-
-    @property
-    def is_upper(self) -> bool:
-        """Whether its metadata lives in the upper (for a directory: its topmost part)."""
-        if self.kind == stat.S_IFDIR:
-            return bool(self.parts) and self.parts[0].layer.is_upper
-        return self.place is not None and self.place.layer.is_upper
-
-    @property
-    def bound(self) -> Layer | None:
-        """The storage that it belongs to, if it is not of the merged layers; see `union.bound`."""
-        place = self.parts[0] if self.parts else self.place
-        return None if place is None or not place.layer.bound else place.layer
-
-    @property
-    def is_mountpoint(self) -> bool:
-        """Whether storage is shown here, so that the name is in use."""
-        return self.identity is not None and (self.parent is None or self.parent.bound is not self.bound)
-
-    @property
-    def is_pure_upper(self) -> bool:
-        """Nothing of a lower is seen through it."""
-        return self.is_upper and len(self.parts) <= 1
-
-    def in_use(self) -> Use:
-        """Its use, which begins now if it has none."""
-        if self.use is None:
-            self.use = Use()
-        return self.use
-
-    def end_use(self) -> None:
-        """Nothing of its use is left."""
-        self.use = None
-
-    def shown_ctime(self, ctime: int) -> int:
-        """The ctime that is shown while the real one is ``ctime``."""
-        if self.ctime is None:
-            return ctime
-        given, shown = self.ctime
-        if given == UNSEEN:
-            self.ctime = ctime, shown
-        return shown if given in (UNSEEN, ctime) else ctime
-
-    def show_ctime(self, shown: int, real: int = UNSEEN) -> None:
-        """Show that ctime as long as the real one is the one that a copy-up caused."""
-        self.ctime = real, shown
-
-    def lies_in(self, place: Place) -> None:
-        """Its object was moved to another real directory."""
-        self.place = place
-
-    def changes(self) -> None:
-        """Its object is about to change, so that its own ctime counts."""
-        self.ctime = None
-
-    def note_capability(self, *, none: bool) -> None:
-        """Whether it is known to have no security.capability."""
-        self.no_capability = none
-
-    def hold(self, fd: int) -> None:
-        """Keep an O_PATH fd of the object, in the place of an older one."""
-        if self.held >= 0:
-            os.close(self.held)
-        self.held = fd
-
-    def check(self, st: os.stat_result) -> None:
-        """Raise ESTALE for an object that is not the node's, so that the kernel looks the name up again."""
-        if self.key:
-            assert self.place is not None
-            if self.place.layer.key(st) != self.key:
-                raise OSError(errno.ESTALE, "a layer holds another object there")
 
 
 class NodeTable:
     """All nodes that the kernel knows or is about to learn of, and their ids."""
 
-    def __init__(self, root_parts: list[Place], gone: Callable[[Node], None] = lambda node: None) -> None:
+    #: The node of id 1, and the numbers of the merged layers.
+    root: Node
+    _numbers: Numbers
+
+    def __init__(self, gone: Callable[[Node], None] = lambda node: None) -> None:
         """``gone`` is called with each directory that is forgotten, and with what was in use."""
-        self.root = Node(ROOT_ID, None, b"", stat.S_IFDIR)
-        self.root.parts = root_parts
-        self.root.lookups = 1
-        self._numbers = Numbers(root_parts[0].layer.dev)
-        self._by_id: dict[int, Node] = {ROOT_ID: self.root}
+        self._by_id: dict[int, Node] = {}
         self._by_inode: dict[tuple[int, int], Node] = {}
         self._inode_of: dict[int, tuple[int, int]] = {}
         self._gone = gone
 
     def __len__(self) -> int:
         return len(self._by_id)
+
+    def add_root(self, territory: Territory, parts: list[Place]) -> None:
+        """Begin with the root of the merged tree."""
+        self.root = self._by_id[ROOT_ID] = Node(ROOT_ID, territory, None, b"", stat.S_IFDIR)
+        self.root.parts = parts
+        self.root.lookups = 1
+        self._numbers = Numbers(parts[0].layer.dev)
 
     def get(self, id_: int) -> Node | None:
         """The node with that id, or the one that superseded it, if it is known."""
@@ -181,8 +69,6 @@ class NodeTable:
 
     def number(self, parent: Node, name: bytes, st: os.stat_result, place: Place) -> int:
         """The inode number that :meth:`add` would give an object of the real directory ``place``."""
-        if place.layer.bound:
-            return of_bound(place.layer, st)
         upper = place.layer.is_upper
         if upper and self._by_inode and not stat.S_ISDIR(st.st_mode):
             known = self._by_inode.get((st.st_dev, st.st_ino))
@@ -214,7 +100,7 @@ class NodeTable:
         return parent.children.get(name)
 
     def add(self, parent: Node, name: bytes, st: os.stat_result, places: list[Place]) -> Node:
-        """The node for an object found under ``name``: a new one, or the one that has another name already.
+        """The node for an object of the layers: a new one, or the one that has another name already.
 
         ``places``: a directory's parts, or the one place that holds the object.
         """
@@ -222,8 +108,6 @@ class NodeTable:
         kind = stat.S_IFMT(st.st_mode)
         place = places[0]
         upper = place.layer.is_upper
-        if place.layer.bound:
-            return self._add_bound(parent, name, st, places)
         linkable = upper and kind != stat.S_IFDIR
         if linkable and self._by_inode:
             known = self._by_inode.get((st.st_dev, st.st_ino))
@@ -231,7 +115,7 @@ class NodeTable:
                 self.add_name(known, parent, name, place)
                 return known
         number = self._free(self._numbers.of(st, parent.ino, name, upper=upper))
-        node = Node(number, parent, name, kind)
+        node = Node(number, parent.territory, parent, name, kind)
         if kind == stat.S_IFDIR:
             node.parts = places
         else:
@@ -243,19 +127,34 @@ class NodeTable:
             self.linked(node, st)
         return node
 
-    def _add_bound(self, parent: Node, name: bytes, st: os.stat_result, places: list[Place]) -> Node:
-        """A bound object: each name is a node of its own, and hard links have one ``st_ino``."""
-        assert parent.children is not None
-        number = of_bound(places[0].layer, st)
-        node = Node(self._free(number), parent, name, stat.S_IFMT(st.st_mode))
+    def add_bound(
+        self,
+        territory: Territory,
+        parent: Node,
+        name: bytes,
+        number: int,
+        st: os.stat_result,
+        place: Place,
+        *,
+        held: int = -1,
+    ) -> Node:
+        """A node for one name of an object of bound storage: hard links are nodes of their own with one
+        ``number``. ``held``: an O_PATH fd of an object that has no name to open it by.
+        """
+        node = Node(self._free(number), territory, parent, name, stat.S_IFMT(st.st_mode))
         node.ino = number
         node.identity = st.st_dev, st.st_ino
+        node.held = held
         if node.is_dir:
-            node.parts = places
+            node.parts = [place]
         else:
-            node.place = places[0]
+            node.place = place
         self._by_id[node.id] = node
-        parent.children[name] = node
+        if name:
+            assert parent.children is not None
+            parent.children[name] = node
+        else:
+            node.unlinked = True
         return node
 
     def linked(self, node: Node, st: os.stat_result) -> None:
@@ -314,23 +213,19 @@ class NodeTable:
     def unnamed(self, parent: Node, held: int) -> Node:
         """A node for an upper file that has no name yet (O_TMPFILE), of which ``held`` is an O_PATH fd."""
         st = os.stat(held)
-        layer = parent.bound
-        number = self._numbers.of(st, parent.ino, b"", upper=True) if layer is None else of_bound(layer, st)
-        node = Node(self._free(number), parent, b"", stat.S_IFMT(st.st_mode))
+        number = self._free(self._numbers.of(st, parent.ino, b"", upper=True))
+        node = Node(number, parent.territory, parent, b"", stat.S_IFMT(st.st_mode))
         node.place = parent.parts[0]
         node.held = held
         node.unlinked = True
-        self._by_id[node.id] = node
-        if layer is None:
-            self.linked(node, st)
-        else:
-            node.identity = st.st_dev, st.st_ino
+        self._by_id[number] = node
+        self.linked(node, st)
         return node
 
     def supersede(self, node: Node) -> Node:
         """Make a new node for the object of ``node``, which keeps its open files and lookups."""
         number = self._free(hashed(b"after%d" % node.id))
-        new = Node(number, node.parent, node.name, node.kind)
+        new = Node(number, node.territory, node.parent, node.name, node.kind)
         new.ino = node.ino
         new.place, new.links, new.unlinked = node.place, node.links, node.unlinked
         new.key = node.key

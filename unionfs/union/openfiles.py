@@ -17,8 +17,7 @@ from functools import partial
 from typing import Final
 
 from unionfs.union.files import OpenFile, UnreadFile, open_backing, open_held
-from unionfs.union.markers import Markers
-from unionfs.union.nodes import Node
+from unionfs.union.node import Node
 from unionfs.union.places import Gate
 from unionfs.union.shortcuts import Capabilities, Shortcuts
 
@@ -30,12 +29,8 @@ _KEPT_OPEN: Final = 512
 class OpenFiles:
     """The backing files that are open. Not thread-safe, like the union itself."""
 
-    def __init__(
-        self, gate: Gate, markers: Markers, capabilities: Capabilities, shortcuts: Shortcuts
-    ) -> None:
+    def __init__(self, gate: Gate, capabilities: Capabilities, shortcuts: Shortcuts) -> None:
         self._gate = gate
-        self._markers = markers
-        self._metacopy = os.fsdecode(markers.metacopy)
         self._capabilities = capabilities
         self._unread = shortcuts.unread_files
         self._kept: OrderedDict[Node, OpenFile] = OrderedDict()
@@ -157,10 +152,10 @@ class OpenFiles:
     def _open(self, node: Node, *, write: bool) -> OpenFile:
         place = node.place
         assert place is not None
-        if write and not node.is_upper:
+        if write and not node.in_place:
             raise OSError(errno.EROFS, "a lower is never written")
-        if write and place.layer.read_only:
-            raise OSError(errno.EROFS, os.strerror(errno.EROFS))
+        if write:
+            node.territory.require_writable()
         waits = not place.layer.memory
         if node.held >= 0:
             file = open_held(node.held, write=write, waits=waits)
@@ -170,16 +165,10 @@ class OpenFiles:
             if node.held < 0:
                 assert file.st is not None
                 node.check(file.st)
-            if node.identity is None:
-                self._look_at_xattrs(node, file)
+            node.territory.opened(file)
         except OSError:
             os.close(file.fd)
             raise
+        if file.xattrs is not None:
+            self._capabilities.seen(node, file.xattrs)
         return file
-
-    def _look_at_xattrs(self, node: Node, file: OpenFile) -> None:
-        names = file.look_at_xattrs()
-        if names is not None:
-            self._capabilities.seen(node, names)
-        if names is None or self._metacopy in names:
-            self._markers.refuse_metacopy(file.fd)

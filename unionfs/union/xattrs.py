@@ -7,8 +7,10 @@ import os
 from typing import Final
 
 from unionfs.union.markers import Markers
+from unionfs.union.places import Place
 
 CAPABILITY: Final = b"security.capability"
+ACL_DEFAULT: Final = b"system.posix_acl_default"
 _NOT_KEPT: Final = (errno.EOPNOTSUPP,)
 
 
@@ -45,3 +47,18 @@ def copy_xattrs(
             if error.errno not in _NOT_KEPT or name.startswith((b"security.", b"system.posix_acl_")):
                 raise
     return names
+
+
+def default_acl(place: Place, dir_fd: int) -> bytes:
+    """The default ACL of a real directory, of which ``dir_fd`` is an fd; b"" without one."""
+    acl = place.default_acl
+    if acl is None:
+        try:
+            acl = os.getxattr(b"/proc/self/fd/%d" % dir_fd, ACL_DEFAULT)
+        except OSError as error:
+            if error.errno not in (errno.ENODATA, errno.EOPNOTSUPP):
+                raise
+            acl = b""
+        if place.layer.is_upper:  # which nobody else changes
+            place.know_default_acl(acl)
+    return acl

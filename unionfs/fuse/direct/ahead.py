@@ -26,7 +26,7 @@ from typing import Final
 from unionfs.fuse.directories import NO_ENTRIES, Entries
 from unionfs.fuse.operations import Operations
 from unionfs.fuse.protocol import Listing
-from unionfs.union.nodes import Node
+from unionfs.union.node import Node
 
 log = logging.getLogger(__name__)
 
@@ -172,4 +172,4 @@ class Ahead:
 
 def _is_fit(node: Node) -> bool:
     """Whether a listing can be prepared: see the rules above."""
-    return node.lookups > 0 and not node.is_upper and node.identity is None and not node.unlinked
+    return node.lookups > 0 and not node.in_place and not node.unlinked

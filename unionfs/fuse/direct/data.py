@@ -31,7 +31,7 @@ from unionfs.fuse.protocol.flags import (
 )
 from unionfs.union.attributes import Attributes
 from unionfs.union.files import OpenFile
-from unionfs.union.nodes import Node
+from unionfs.union.node import Node
 
 _MAX_COPY: Final = 0x7FFFF000  # MAX_RW_COUNT, and it fits the 32 bits of the answer
 
@@ -93,7 +93,7 @@ class DataRequests:
         flags = request.flags
         reads = flags & (os.O_ACCMODE | os.O_TRUNC) == os.O_RDONLY
         if not reads and self._ios.holds_lower(node):
-            self._union.require_writable(node)
+            node.territory.require_writable()
             # This open fails, and may not be retried (/proc/self/fd), so it must not truncate.
             if not self._operations.copy_ups.is_running(node):
                 self._union.nodes.supersede(node)

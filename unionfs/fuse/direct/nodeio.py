@@ -25,7 +25,7 @@ from unionfs.fuse.protocol import FOREVER, NEVER, Decision, Timeout
 from unionfs.fuse.protocol.flags import FOPEN_KEEP_CACHE
 from unionfs.union.attributes import Attributes
 from unionfs.union.files import Use
-from unionfs.union.nodes import Node
+from unionfs.union.node import Node
 
 _WHILE_WRITING: Final[Timeout] = (0, 20_000_000)
 _AFTER_WRITING: Final[Timeout] = (1, 0)
@@ -52,12 +52,12 @@ class NodeIos:
     def is_outdated(self, node: Node) -> bool:
         """Whether the backing file in use is no longer the node's, so that it cannot be opened again."""
         use = node.use
-        return use is not None and use.through > 0 and use.of_upper != node.is_upper
+        return use is not None and use.through > 0 and use.of_upper != node.in_place
 
     def holds_lower(self, node: Node) -> bool:
         """Whether the lower's file is open in passthrough, so that no writer can join in."""
         use = node.use
-        return use is not None and use.through > 0 and not use.of_upper and not node.is_upper
+        return use is not None and use.through > 0 and not use.of_upper and not node.in_place
 
     def opened(self, handle: Opened) -> tuple[int, int]:
         """Count an open; returns FOPEN_* flags and the backing id for the answer."""
@@ -71,14 +71,14 @@ class NodeIos:
             self.passed_through += 1
             return self._decision.passthrough_open_flags, use.backing_id
         flags = self._decision.file_open_flags
-        if use.written or node.identity is not None:
+        if use.written or not node.territory.lasting:
             flags &= ~FOPEN_KEEP_CACHE  # what is cached from before may be old
         return flags, 0
 
     def may_have_all(self, node: Node) -> bool:
         """Whether the kernel may have all data of a lower file, which went through the page cache before."""
         use = node.use
-        return use is not None and use.filled and not use.through and not node.is_upper
+        return use is not None and use.filled and not use.through and not node.in_place
 
     def may_fill(self, handle: Opened) -> bool:
         """Whether an open just counted is the first and only one of a lower file that goes through the page
@@ -86,7 +86,7 @@ class NodeIos:
         node, use = handle.node, handle.node.use
         if use is None or use.filled or use.cached != 1 or use.through or use.written:
             return False
-        if node.is_upper or node.bound or not self._decision.file_open_flags & FOPEN_KEEP_CACHE:
+        if node.in_place or not self._decision.file_open_flags & FOPEN_KEEP_CACHE:
             return False
         use.fill()
         return True
@@ -110,9 +110,9 @@ class NodeIos:
 
     def _wants_backing(self, use: Use, handle: Opened) -> bool:
         node, decision = handle.node, self._decision
-        if node.identity is not None:
+        if not node.territory.lasting:
             return False  # others change bound storage too, so it is read through the page cache
-        if node.is_upper:
+        if node.in_place:
             return decision.passthrough_upper
         if not decision.passthrough_lower or use.filled:
             return False
@@ -127,7 +127,7 @@ class NodeIos:
                 raise
             self.refused += 1  # this file goes through the page cache
             return
-        use.passes_through(backing_id, of_upper=node.is_upper)
+        use.passes_through(backing_id, of_upper=node.in_place)
 
 
 def stale() -> OSError:

@@ -20,7 +20,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 
 from unionfs.union.files import SET_IDS, OpenFile, Use
-from unionfs.union.nodes import Node
+from unionfs.union.node import Node
 from unionfs.union.shortcuts import Capabilities
 from unionfs.union.xattrs import CAPABILITY
 

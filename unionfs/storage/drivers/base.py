@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from typing import Protocol
 
@@ -110,3 +110,26 @@ class Driver:
     def status(self, volume: Volume) -> Mapping[str, object]:
         """What `inspect` shows as Status; empty for nothing."""
         return {}
+
+
+class Forced(Driver):
+    """A driver for a volume that is given up: `tell` gets what it complains about, and nothing fails."""
+
+    def __init__(self, driver: Driver, tell: Callable[[str], object]) -> None:
+        self._driver = driver
+        self._tell = tell
+
+    def one_mount_each(self, volume: Volume) -> bool:
+        return self._driver.one_mount_each(volume)
+
+    def unmount(self, volume: Volume, user: str) -> None:
+        try:
+            self._driver.unmount(volume, user)
+        except UserError as error:
+            self._tell(str(error))
+
+    def remove(self, volume: Volume) -> None:
+        try:
+            self._driver.remove(volume)
+        except UserError as error:
+            self._tell(str(error))

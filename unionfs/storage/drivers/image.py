@@ -11,11 +11,11 @@ from contextlib import contextmanager, suppress
 
 from unionfs.errors import UserError, quoted, reason
 from unionfs.storage.drivers.base import Replacement
-from unionfs.storage.drivers.replacing import fsync_directory
 from unionfs.storage.model import Volume
 from unionfs.storage.mounts import MountCall, mount_at, need_program, run_mount, run_program, unmount
 from unionfs.storage.sizes import shown_size, volume_size
 from unionfs.sys.capabilities import CAP_SYS_ADMIN, CAP_SYS_RESOURCE, has_capability
+from unionfs.sys.fds import Owned, sync_directory
 
 _DETACH_SECONDS = 5.0
 
@@ -76,11 +76,9 @@ def _make(path: str, size: int, volume: Volume) -> None:
     program = _MAKE[kind][0]
     need_program(program, {"ext4": "e2fsprogs", "xfs": "xfsprogs"}[kind], "a volume with a size")
     try:
-        fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
-        try:
+        flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
+        with Owned(os.open(path, flags, 0o600)) as fd:
             os.ftruncate(fd, size)
-        finally:
-            os.close(fd)
     except OSError as error:
         raise UserError(
             f"the image of volume {quoted(volume.name)} cannot be made: {reason(error)}; free space, or give "
@@ -141,16 +139,13 @@ class _NewImage:
     def commit(self) -> None:
         """Unmount the new filesystem, so that it is whole, and give its image the old one's name."""
         unmount(self.path, f"volume {quoted(self._volume.name)}")
-        fd = os.open(self._new, os.O_RDONLY | os.O_CLOEXEC)
-        try:
+        with Owned(os.open(self._new, os.O_RDONLY | os.O_CLOEXEC)) as fd:
             os.fsync(fd)
-        finally:
-            os.close(fd)
         data = f"{self._volume.directory}/_data"
         if mount_at(data) is not None:
             unmount(data, f"volume {quoted(self._volume.name)}")
         os.rename(self._new, path_of(self._volume))
-        fsync_directory(self._volume.directory)
+        sync_directory(self._volume.directory)
 
 
 @contextmanager

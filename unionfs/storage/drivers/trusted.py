@@ -14,6 +14,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from unionfs.errors import UserError, quoted, reason
+from unionfs.sys.fds import Owned
 from unionfs.sys.walking import Step, walk
 
 _MOST_BYTES = 1 << 20
@@ -26,11 +27,8 @@ def opened(path: str, what: str) -> Iterator[str]:
 
     Raises UserError for what another user has put there, or could replace, and OSError.
     """
-    fd = _walk(path, what)
-    try:
+    with Owned(walk(path, lambda step: _check(path, what, step))) as fd:
         yield f"/proc/self/fd/{fd}"
-    finally:
-        os.close(fd)
 
 
 def read(path: str, what: str) -> str:
@@ -56,15 +54,6 @@ def read(path: str, what: str) -> str:
 
 def _opener(name: str, flags: int) -> int:
     return os.open(name, flags | os.O_NONBLOCK | os.O_NOCTTY)
-
-
-def _walk(path: str, what: str) -> int:
-    """An O_PATH fd of what is at `path`."""
-
-    def look(step: Step) -> None:
-        _check(path, what, step)
-
-    return walk(path, look)
 
 
 def _check(path: str, what: str, step: Step) -> None:

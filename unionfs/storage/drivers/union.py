@@ -14,11 +14,12 @@ from contextlib import contextmanager, suppress
 from unionfs.daemon.options import split_lowers
 from unionfs.errors import UserError, quoted, reason
 from unionfs.storage.drivers.base import Driver, Replacement
-from unionfs.storage.drivers.replacing import exchange, fsync_directory
+from unionfs.storage.drivers.replacing import exchange
 from unionfs.storage.filters import truth
 from unionfs.storage.model import Volume
 from unionfs.storage.mounts import mount_at, run_program
 from unionfs.storage.removing import refuse_locked
+from unionfs.sys.fds import sync_directory
 from unionfs.union.removal import remove_path
 
 
@@ -149,7 +150,7 @@ class _NewUpper:
         _unmount(self.path)
         _unmount(f"{self._volume.directory}/_data")
         exchange(f"{self._volume.directory}/upper", f"{self._place}/upper")
-        fsync_directory(self._volume.directory)
+        sync_directory(self._volume.directory)
 
 
 def _remove(path: str) -> None:
