@@ -37,7 +37,7 @@ from unionfs.union.xattrs import CAPABILITY
 
 ACL: Final = b"system.posix_acl_"
 Found = tuple[Node, Attributes]
-"""A node and its attributes. A reply with a new entry counts a lookup: `NodeTable.looked_up`."""
+"""A node and its attributes. A reply with a new entry counts a lookup: `Node.looked_up`."""
 
 
 class Change(NamedTuple):

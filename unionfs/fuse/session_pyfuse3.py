@@ -147,7 +147,7 @@ class PyfuseOperations(pyfuse3.Operations):  # type: ignore[misc,unused-ignore]
 
     def _found(self, found: Found) -> pyfuse3.EntryAttributes:
         """The reply for a name that the kernel caches: one more lookup of the node."""
-        self.nodes.looked_up(found[0])
+        found[0].looked_up()
         return _named(found)
 
     # -- names ----------------------------------------------------------------------------------------
@@ -360,7 +360,7 @@ class PyfuseOperations(pyfuse3.Operations):  # type: ignore[misc,unused-ignore]
             if not pyfuse3.readdir_reply(token, name, _named(found), cookies[index]):
                 self.nodes.forget(child, 0)
                 return
-            self.nodes.looked_up(child)
+            child.looked_up()
         if first == len(names):
             self.operations.directories.end(node)
 

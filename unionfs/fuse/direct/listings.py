@@ -62,7 +62,8 @@ class ListingRequests:
                 raise
             if first == len(entries.names):
                 self._operations.directories.end(node)
-        self._union.nodes.all_looked_up(nodes)
+        for child in nodes:
+            child.looked_up()
         if request.offset == 0:
             self.ahead.listed(node, [child for child in nodes if child.is_dir], request.size)
         return encode.data(request.unique, listing.packed())

@@ -42,7 +42,6 @@ class NameRequests:
     def __init__(self, operations: Operations, ios: NodeIos, decision: Decision) -> None:
         self._operations = operations
         self._union = operations.union
-        self._looked_up = operations.union.nodes.looked_up
         self._ios = ios
         #: Whether the daemon applies the caller's umask.
         self._masks = bool(decision.flags & Init.DONT_MASK)
@@ -83,7 +82,7 @@ class NameRequests:
     def _entry(self, unique: int, found: Found) -> Reply:
         """An entry, which counts one lookup."""
         node, attributes = found
-        self._looked_up(node)
+        node.looked_up()
         return encode.entry(
             unique,
             node.id,
@@ -96,7 +95,7 @@ class NameRequests:
     def entry_out(self, found: Found) -> bytes:
         """An entry as part of another answer, which counts one lookup."""
         node, attributes = found
-        self._looked_up(node)
+        node.looked_up()
         return encode.entry_out(
             node.id,
             0,
