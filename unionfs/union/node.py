@@ -300,9 +300,11 @@ class Node:
         """It is no longer known by any name; returns the directories of those but the first."""
         if self.parent is not None:
             self.parent.forget_child(self.name, self)
-        for directory, name in self.links or ():
+        if not self.links:
+            return []
+        for directory, name in self.links:
             directory.forget_child(name, self)
-        return [directory for directory, _ in self.links or ()]
+        return [directory for directory, _ in self.links]
 
     def supersede(self, number: int) -> Node:
         """A new node with that id for its object, its names and what is held; see `NodeTable.supersede`."""

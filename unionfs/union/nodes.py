@@ -214,7 +214,8 @@ class NodeTable:
                 continue
             for directory in current.forget_names():
                 self._release(directory)
-            self._drop_inode(current)
+            if self._inode_of or current.held >= 0:
+                self._drop_inode(current)
             current = current.parent
 
     def _drop_inode(self, node: Node) -> None:
