@@ -1,18 +1,19 @@
-"""Locks of one volume, by flock(2) on files in ROOT/locks: they end with their process, however it ends.
+"""Locks of one volume, by flock(2) on files in ROOT/locks. They end with their process, however it ends.
 
-A lock's file goes with its volume. Who finds after locking that the file is not the one of that name any more
-tries again, so that two processes never hold two locks of one name.
+A lock's file is removed with its volume. A process that has locked a file which no longer has its name tries
+again, so two processes never hold two locks of one name.
 
-Three of them: the short one (`state`) guards what is decided about a volume, and is waited for; the long one
-(`work`) belongs to a backup, restore, clone or resize, and who finds it taken is told by whom; `filling` is
-held while an empty volume is filled, and waited for by the next mount of it. None is on a directory of a
-volume: flock(2) takes no more than the right to read, so anybody who may list the volume could keep it.
+There are three: the short one (`state`) guards changes of a volume, and is waited for. The long one (`work`)
+belongs to a backup, restore, clone, resize or removal; the error for a second one names the first. `filling`
+is held while an empty volume gets its first content, and the next mount waits for it. None is on a directory
+of a volume: flock(2) needs read permission only, so anybody who may list the volume could hold it.
 """
 
 from __future__ import annotations
 
 import errno
 import fcntl
+import hashlib
 import os
 import time
 from collections.abc import Iterator
@@ -35,8 +36,6 @@ class _NoFile(UserError):
 
 def _path(root: str, name: str, kind: str) -> str:
     if len(name) + 1 + len(kind) > _NAME_MAX:
-        import hashlib
-
         # A volume's name may be as long as a file's, which leaves no room for the kind.
         name = f"{name[:128]}.{hashlib.sha256(name.encode()).hexdigest()}"
     open_root(root)
@@ -129,7 +128,7 @@ def work(root: str, name: str, what: str, *, spare: bool = False) -> Iterator[No
 
 
 def forget(root: str, name: str) -> None:
-    """Remove the files of a volume that is gone. To be called with both locks held."""
+    """Remove the files of a removed volume's locks. Called with the short lock held."""
     for kind in ("fill", "work", "state"):
         with suppress(OSError):
             os.unlink(_path(root, name, kind))
