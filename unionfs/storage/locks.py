@@ -30,10 +30,6 @@ _FULL = (errno.ENOSPC, errno.EDQUOT)
 _NAME_MAX = 255
 
 
-class _NoFile(UserError):
-    """A lock's file cannot be opened."""
-
-
 def _path(root: str, name: str, kind: str) -> str:
     if len(name) + 1 + len(kind) > _NAME_MAX:
         # A volume's name may be as long as a file's, which leaves no room for the kind.
@@ -43,15 +39,9 @@ def _path(root: str, name: str, kind: str) -> str:
 
 
 def _take(path: str) -> int | None:
-    """A locked fd; None while another process has the lock. Raises _NoFile."""
+    """A locked fd; None while another process has the lock. Raises OSError."""
     while True:
-        try:
-            fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, 0o600)
-        except OSError as error:
-            raise _NoFile(
-                f"the lock {quoted(path)} cannot be opened: {reason(error)}; free space, or move away what "
-                "has its name."
-            ) from error
+        fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, 0o600)
         try:
             fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
             there = os.stat(path, follow_symlinks=False)
@@ -66,6 +56,13 @@ def _take(path: str) -> int | None:
             os.close(fd)
             raise
         os.close(fd)
+
+
+def _unusable(path: str, error: OSError) -> UserError:
+    return UserError(
+        f"the lock {quoted(path)} cannot be opened: {reason(error)}; free space, or move away what has its "
+        "name."
+    )
 
 
 @contextmanager
@@ -88,11 +85,14 @@ def filling(root: str, name: str) -> Iterator[None]:
 def _waited(root: str, name: str, kind: str, seconds: float, what: str) -> Iterator[None]:
     path = _path(root, name, kind)
     deadline, pause = time.monotonic() + seconds, 0.0005
-    while (fd := _take(path)) is None:
-        if time.monotonic() > deadline:
-            raise UserError(f"volume {quoted(name)} is {what} (its storage may hang); try again later.")
-        time.sleep(pause)
-        pause = min(2 * pause, _POLL_SECONDS)
+    try:
+        while (fd := _take(path)) is None:
+            if time.monotonic() > deadline:
+                raise UserError(f"volume {quoted(name)} is {what} (its storage may hang); try again later.")
+            time.sleep(pause)
+            pause = min(2 * pause, _POLL_SECONDS)
+    except OSError as error:
+        raise _unusable(path, error) from error
     with fds.Owned(fd):
         yield
 
@@ -106,12 +106,10 @@ def work(root: str, name: str, what: str, *, spare: bool = False) -> Iterator[No
     path = _path(root, name, "work")
     try:
         fd = _take(path)
-    except _NoFile as error:
-        full = isinstance(error.__cause__, OSError) and error.__cause__.errno in _FULL
-        if not (spare and full):
-            raise
-        yield
-        return
+    except OSError as error:
+        if not (spare and error.errno in _FULL):
+            raise _unusable(path, error) from error
+        fd = os.open(os.devnull, os.O_RDONLY | os.O_CLOEXEC)
     if fd is None:
         with suppress(OSError), open(path, encoding="utf-8", errors="replace") as file:
             holder = file.read(200).strip()
