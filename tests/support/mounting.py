@@ -48,6 +48,10 @@ _HARMLESS_LOG = re.compile(r"fuse_release(dir)?\(\): fuse_reply_\* failed with N
 _BAD_LOG = re.compile(r"\b(ERROR|CRITICAL|Traceback|Exception ignored)\b")
 
 
+PLAIN = "-plain"
+"""Behind the name of a session: without `Shortcuts`."""
+
+
 def sessions() -> list[str]:
     """The sessions of this run."""
     chosen = os.environ.get("UNIONFS_TEST_SESSIONS", "")
@@ -241,7 +245,8 @@ def start(mount: Mount, arguments: Sequence[str]) -> None:
     """Run the daemon in the foreground with its stderr in a file, and wait until the mount answers."""
     assert mount.log is not None
     if mount.is_ours:
-        mount.process = PreparedProcess(arguments[len(command()) :], mount.log, REPOSITORY)
+        plain = mount.session.endswith(PLAIN)
+        mount.process = PreparedProcess(arguments[len(command()) :], mount.log, REPOSITORY, plain=plain)
     else:
         with mount.log.open("ab") as log:
             mount.process = subprocess.Popen(
@@ -298,7 +303,7 @@ def _arguments(mount: Mount, options: Sequence[str]) -> list[str]:
     layers = layer_options(mount.lowers, mount.upper, mount.work)
     if mount.session == "fuse-overlayfs":
         return ["fuse-overlayfs", "-f", "-o", ",".join([layers, *options]), str(mount.mountpoint)]
-    session, _, io = mount.session.partition("-")
+    session, _, io = mount.session.removesuffix(PLAIN).partition("-")
     arguments = [*command(), "mount", "-f", "--session", session, *(["--io", io] if io else [])]
     for lower in mount.lowers:
         arguments += ["-l", str(lower)]

@@ -18,6 +18,9 @@ from multiprocessing.context import ForkServerProcess
 from pathlib import Path
 from subprocess import TimeoutExpired
 
+from unionfs.union.shortcuts import NO_SHORTCUTS
+from unionfs.union.tree import Union
+
 _CONTEXT = multiprocessing.get_context("forkserver")
 _CONTEXT.set_forkserver_preload(
     ["unionfs.cli.main", "unionfs.cli.mount", "unionfs.daemon.service", "unionfs.fuse.session_direct",
@@ -46,7 +49,9 @@ class _Surroundings:
         resource.setrlimit(resource.RLIMIT_NOFILE, self.files)
 
 
-def _run(arguments: Sequence[str], log: Path, directory: Path, surroundings: _Surroundings) -> None:
+def _run(
+    arguments: Sequence[str], log: Path, directory: Path, surroundings: _Surroundings, plain: bool
+) -> None:
     surroundings.take()
     os.chdir(directory)
     os.setsid()
@@ -58,16 +63,23 @@ def _run(arguments: Sequence[str], log: Path, directory: Path, surroundings: _Su
     sys.argv = ["unionfs", *arguments]
     from unionfs.cli.main import main
 
+    if plain:
+        defaults = Union.__init__.__kwdefaults__
+        assert "shortcuts" in defaults
+        defaults["shortcuts"] = NO_SHORTCUTS
     main()
 
 
 class PreparedProcess:
     """``unionfs ARGUMENT...`` as a process, with what the tests need of subprocess.Popen."""
 
-    def __init__(self, arguments: Sequence[str], log: Path, directory: Path) -> None:
-        """Start it; stdin is /dev/null, stdout and stderr are appended to ``log``."""
+    def __init__(self, arguments: Sequence[str], log: Path, directory: Path, *, plain: bool = False) -> None:
+        """Start it; stdin is /dev/null, stdout and stderr are appended to ``log``.
+
+        ``plain``: its unions take none of the `Shortcuts`.
+        """
         self._process: ForkServerProcess = _CONTEXT.Process(
-            target=_run, args=(list(arguments), log, directory, _Surroundings.here()), daemon=True
+            target=_run, args=(list(arguments), log, directory, _Surroundings.here(), plain), daemon=True
         )
         self._process.start()
         assert self._process.pid is not None

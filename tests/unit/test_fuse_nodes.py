@@ -9,7 +9,8 @@ import pytest
 
 from tests.unit.union_support import ME, OpenUnion, copy_up, find, get, open_union
 from unionfs.union.changes import Changes
-from unionfs.union.nodes import ROOT_ID, Node
+from unionfs.union.node import Node
+from unionfs.union.nodes import ROOT_ID
 from unionfs.union.tree import Union
 
 __all__ = ["open_union"]

@@ -13,7 +13,7 @@ import pytest
 from tests.unit.union_support import OpenUnion, get, open_union
 from unionfs.fuse.direct.writeback import WriteBack
 from unionfs.union.files import OpenFile
-from unionfs.union.nodes import Node
+from unionfs.union.node import Node
 from unionfs.union.shortcuts import Capabilities, Shortcuts
 
 __all__ = ["open_union"]

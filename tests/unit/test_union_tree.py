@@ -14,7 +14,7 @@ from tests.unit.union_support import ME, OpenUnion, copy_up, find, get, names, o
 from unionfs.sys import calls
 from unionfs.union import lowernames, merge
 from unionfs.union.changes import Changes
-from unionfs.union.copyup import FileCopy, ensure_upper
+from unionfs.union.copyup import CopyUp, Effects
 from unionfs.union.tree import Union
 
 __all__ = ["open_union"]
@@ -73,7 +73,7 @@ class TestMergeRules:
         (tmp_path / "l1/d/f").touch()
         union = open_union(2)
         assert find(union, "d/f") is None
-        assert union.is_empty(get(union, "d"))
+        assert union.nodes.root.territory.is_empty(get(union, "d"))
 
     @pytest.mark.parametrize("redirect", [b"old", b"/deep/old"])
     def test_redirect_is_followed(self, tmp_path: Path, open_union: OpenUnion, redirect: bytes) -> None:
@@ -136,7 +136,7 @@ class TestGate:
         leaf = get(union, "/".join(["d" * 50] * 200 + ["leaf"]))
         assert len(union.gate) <= 64
         copy_up(union, leaf)
-        assert leaf.is_upper
+        assert leaf.in_place
         assert len(union.gate) <= 64
 
 
@@ -149,7 +149,7 @@ class TestEmptyCopies:
         for name in ("f", "g", "sub/h"):
             (tmp_path / "l0/d" / name).write_text("lower")
         union = open_union()
-        ensure_upper(union, get(union, "d"))
+        CopyUp(union).directory(get(union, "d"))
         assert get(union, "d").parts[0].empty
         return union
 
@@ -214,7 +214,7 @@ class TestNumbers:
         a, b = get(union, "a"), get(union, "b")
         assert a.ino != b.ino
         copy_up(union, a)
-        assert not b.is_upper
+        assert not b.in_place
 
     def test_upper_hard_links_are_one_node(self, open_union: OpenUnion) -> None:
         union = open_union()
@@ -306,12 +306,27 @@ class TestChangesOnDisk:
         (tmp_path / "l0").mkdir()
         (tmp_path / "l0/f").write_text("x")
         union = open_union()
-        copy = FileCopy(union, get(union, "f"), None)
-        copy.copy()
-        copy.abort()
+        with CopyUp(union).file(get(union, "f")) as copy:
+            copy.copy()
         assert os.listdir(tmp_path / "work/work") == []
         assert os.listdir(tmp_path / "upper") == []
         assert read(union, "f") == b"x"
+
+    def test_effects_are_told(self, tmp_path: Path, open_union: OpenUnion) -> None:
+        (tmp_path / "l0/d/e").mkdir(parents=True)
+        (tmp_path / "l0/d/e/f").write_text("x")
+        union = open_union()
+        told: list[Effects] = []
+        copy_up = CopyUp(union, told.append)
+        root, d, e, f = union.nodes.root, get(union, "d"), get(union, "d/e"), get(union, "d/e/f")
+        copied = [Effects(d, root), Effects(e, d)]
+        with pytest.raises(OSError, match="too long"):
+            Changes(union, copy_up).mkdir(e, b"n" * 256, 0o755, ME)
+        assert told == copied  # though the change failed
+        with copy_up.file(f) as copy:
+            copy.copy()
+            copy.finish()
+        assert told == [*copied, Effects(f, e)]
 
     def test_unlink_while_it_is_copied_up(self, tmp_path: Path, open_union: OpenUnion) -> None:
         (tmp_path / "l0").mkdir()
@@ -319,10 +334,10 @@ class TestChangesOnDisk:
         union = open_union()
         node = get(union, "f")
         node.lookups = 1
-        copy = FileCopy(union, node, None)
-        copy.copy()
-        Changes(union).unlink(union.nodes.root, b"f")
-        copy.finish()
+        with CopyUp(union).file(node) as copy:
+            copy.copy()
+            Changes(union).unlink(union.nodes.root, b"f")
+            copy.finish()
         assert stat.S_ISCHR((tmp_path / "upper/f").lstat().st_mode)
         file = union.files.lend(node, write=True)
         assert file.write(b"yy", 0) == 2

@@ -10,9 +10,9 @@ from pathlib import Path
 import pytest
 
 from unionfs.union.changes import Caller
-from unionfs.union.copyup import FileCopy
+from unionfs.union.copyup import CopyUp
 from unionfs.union.layers import LayerStack
-from unionfs.union.nodes import Node
+from unionfs.union.node import Node
 from unionfs.union.tree import Union
 
 OpenUnion = Callable[..., Union]
@@ -63,7 +63,7 @@ def get(union: Union, path: str) -> Node:
 
 def names(union: Union, path: str = "") -> set[bytes]:
     node = get(union, path) if path else union.nodes.root
-    return set(union.listing(node).names())
+    return set(node.territory.listing(node).names())
 
 
 def read(union: Union, path: str) -> bytes:
@@ -76,9 +76,9 @@ def read(union: Union, path: str) -> bytes:
 
 
 def copy_up(union: Union, node: Node, limit: int | None = None) -> None:
-    copy = FileCopy(union, node, limit)
-    copy.copy()
-    copy.finish()
+    with CopyUp(union).file(node, limit) as copy:
+        copy.copy()
+        copy.finish()
 
 
 def whiteout(path: Path) -> None:

@@ -601,6 +601,7 @@ class TestOrdinaryUser:
         for path in (data / "file", data / "dir", data / "dir/closed"):
             os.chown(path, 1000, 1000)
         os.setxattr(data / "file", "user.a", b"b")
+        os.chmod(data / "file", 0o444)  # setting such an xattr needs write permission
         os.chmod(data / "dir", 0o500)
         before = trees.value(data)
         assert run("backup", "data", "-o", home / "b.tar")[0] == 0

@@ -8,17 +8,18 @@ from time import perf_counter_ns
 import trio
 
 from unionfs.fuse.inline import in_thread, may_wait
-from unionfs.union.copyup import FileCopy, copy_up_special, ensure_upper
+from unionfs.union.copyup import CopyUp, FileCopy
 from unionfs.union.files import OpenFile
-from unionfs.union.nodes import Node
+from unionfs.union.node import Node
 from unionfs.union.tree import Union
 
 
 class CopyUps:
     """Has objects copied up, and counts them."""
 
-    def __init__(self, union: Union) -> None:
+    def __init__(self, union: Union, copy_up: CopyUp) -> None:
         self.union = union
+        self._copy_up = copy_up
         self.count = 0
         self.copied_bytes = 0
         #: Time from the begin of each to its end; several at once count each for itself.
@@ -42,10 +43,10 @@ class CopyUps:
         ``keep``: a regular file that was copied up for that is lent to the caller (`OpenFiles`), and has the
         permission bits ``mode``, if they are given. Raises ``OSError``; nothing is left of the copy then.
         """
-        if node.identity is not None:  # else the copy-up says that there is no upper
-            self.union.require_writable(node)
+        if node.territory.read_only:
+            node.territory.require_writable()
         kept: OpenFile | None = None
-        while not node.is_upper:
+        while not node.in_place:
             running = self._running.get(node)
             if running is not None:
                 await may_wait()
@@ -55,9 +56,9 @@ class CopyUps:
             else:
                 began = perf_counter_ns()
                 if node.is_dir:
-                    ensure_upper(self.union, node)
+                    self._copy_up.directory(node)
                 else:
-                    copy_up_special(self.union, node)
+                    self._copy_up.special(node)
                 self._count(began)
         return kept
 
@@ -67,17 +68,13 @@ class CopyUps:
 
     async def _file(self, node: Node, limit: int | None, mode: int | None, *, keep: bool) -> OpenFile | None:
         began = perf_counter_ns()
-        copy = FileCopy(self.union, node, limit, mode)
-        try:
+        with self._copy_up.file(node, limit, mode) as copy:
             if copy.is_quick:
                 copy.copy()
             else:
                 await self._in_thread(copy)
-        except BaseException:
-            copy.abort()
-            raise
-        # Whoever waited runs only after that.
-        kept = copy.finish(keep=keep)
+            # Whoever waited runs only after that.
+            kept = copy.finish(keep=keep)
         self._count(began)
         self.copied_bytes += copy.size
         return kept

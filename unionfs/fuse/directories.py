@@ -15,7 +15,7 @@ from typing import Final, NamedTuple
 import xxhash
 
 from unionfs.fuse.inline import in_thread
-from unionfs.union.nodes import Node
+from unionfs.union.node import Node
 from unionfs.union.tree import Union
 
 DOT: Final = 1
@@ -66,7 +66,7 @@ class Directories:
         """
         found = None if offset == 0 else self._kept.get(node.id)
         if found is None:
-            listing = self._union.listing(node)
+            listing = node.territory.listing(node)
             if listing.large:
                 found = (await in_thread(lambda: _ordered(listing.candidates()))).later()
             else:
@@ -76,7 +76,7 @@ class Directories:
 
     def at_once(self, node: Node) -> Entries | None:
         """The listing of a directory, which is not kept; None: it takes a thread. Raises ``OSError``."""
-        listing = self._union.listing(node)
+        listing = node.territory.listing(node)
         if listing.large:
             listing.close()
             return None

@@ -12,8 +12,8 @@ from unionfs.fuse.inline import in_thread
 from unionfs.sys import calls
 from unionfs.union.attributes import Attributes
 from unionfs.union.changes import Caller, Changes
-from unionfs.union.files import OpenFile, mode_without_set_ids
-from unionfs.union.nodes import Handle, Node
+from unionfs.union.files import Handle, OpenFile, mode_without_set_ids
+from unionfs.union.node import Node
 from unionfs.union.tree import Union
 
 #: A write above this many bytes goes to a thread: the disk may make it wait.
@@ -34,6 +34,13 @@ def truncate(file: OpenFile, size: int, *, kills_set_ids: bool) -> None:
         drop_set_ids(file.fd)
 
 
+class Opened(Handle):
+    """One open of one node."""
+
+    __slots__ = ("node",)
+    node: Node
+
+
 class Files:
     """The open files of one mount, by the number that the kernel has for each. Raises ``OSError``."""
 
@@ -41,7 +48,7 @@ class Files:
         self._union = union
         self._open_files = union.files
         self._copy_ups = copy_ups
-        self._handles: dict[int, Handle] = {}
+        self._handles: dict[int, Opened] = {}
         self._next = 1
         #: Bytes that came by here, unlike those that the kernel has in its page cache or handles by itself.
         self.bytes_read = 0
@@ -50,13 +57,13 @@ class Files:
     def __len__(self) -> int:
         return len(self._handles)
 
-    def __getitem__(self, number: int) -> Handle:
+    def __getitem__(self, number: int) -> Opened:
         try:
             return self._handles[number]
         except KeyError:
             raise OSError(errno.EBADF, os.strerror(errno.EBADF)) from None
 
-    def get(self, number: int) -> Handle | None:
+    def get(self, number: int) -> Opened | None:
         """The open file with that number, if there is one."""
         return self._handles.get(number)
 
@@ -109,7 +116,8 @@ class Files:
         return self._register(node, file, caller.uid, writes=flags & os.O_ACCMODE != os.O_RDONLY)
 
     def _register(self, node: Node, file: OpenFile, uid: int, *, writes: bool) -> int:
-        handle = Handle(node, file, uid, writes=writes)
+        handle = Opened(file, uid, writes=writes)
+        handle.node = node
         assert node.use is not None
         node.use.handles.append(handle)
         number = self._next
@@ -117,7 +125,7 @@ class Files:
         self._handles[number] = handle
         return number
 
-    def release(self, number: int) -> Handle:
+    def release(self, number: int) -> Opened:
         """Close an open file."""
         handle = self._handles.pop(number)
         node = handle.node
@@ -126,6 +134,10 @@ class Files:
         self._open_files.take_back(node, handle.file)
         self._union.nodes.forget(node, 0)
         return handle
+
+    def was_read(self, count: int) -> None:
+        """So many bytes were read and answered."""
+        self.bytes_read += count
 
     # -- data -----------------------------------------------------------------------------------------
 
@@ -152,9 +164,7 @@ class Files:
 
     async def fsync(self, node: Node, file: OpenFile, *, datasync: bool) -> None:
         """fsync(2) or fdatasync(2). Of a lower nothing can have changed, and memory keeps nothing anyway."""
-        if not node.is_upper or (self._union.stack.volatile and node.bound is None):
-            return
-        if node.place is not None and node.place.layer.memory:
+        if not node.in_place or not node.territory.durable:
             return
         with file:
             await in_thread(os.fdatasync if datasync else os.fsync, file.fd)

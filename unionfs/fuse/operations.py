@@ -21,16 +21,17 @@ from typing import Final, NamedTuple
 
 from unionfs.fuse.copying import CopyUps
 from unionfs.fuse.directories import Directories
-from unionfs.fuse.files import Files, truncate
+from unionfs.fuse.files import Files, Opened, truncate
 from unionfs.fuse.inline import in_thread
+from unionfs.fuse.invalidations import Invalidations
 from unionfs.fuse.latency import Latencies
 from unionfs.fuse.permissions import group_set_id_goes
 from unionfs.sys import calls
 from unionfs.union.attributes import Attributes
-from unionfs.union.bound import same_storage
 from unionfs.union.changes import ACL_DEFAULT, Caller, Changes
+from unionfs.union.copyup import CopyUp
 from unionfs.union.files import SET_IDS, mode_without_set_ids
-from unionfs.union.nodes import Handle, Node
+from unionfs.union.node import Node
 from unionfs.union.tree import Union
 from unionfs.union.xattrs import CAPABILITY
 
@@ -79,8 +80,10 @@ class Operations:
 
     def __init__(self, union: Union) -> None:
         self.union = union
-        self.changes = Changes(union)
-        self.copy_ups = CopyUps(union)
+        self.invalidations = Invalidations()
+        copy_up = CopyUp(union, self.invalidations.of_copy_up)
+        self.changes = Changes(union, copy_up)
+        self.copy_ups = CopyUps(union, copy_up)
         self.directories = Directories(union)
         self.files = Files(union, self.copy_ups)
         #: How many requests of a kind came; the session counts.
@@ -129,7 +132,7 @@ class Operations:
     def is_ours_alone(self, id_: int) -> bool:
         """Whether nobody but this daemon changes a directory, so that what is known of it stays true."""
         node = self.union.nodes.get(id_)
-        return node is None or node.identity is None
+        return node is None or node.territory.lasting
 
     def forget(self, id_: int, lookups: int) -> None:
         """The kernel gave back that many lookups."""
@@ -141,7 +144,8 @@ class Operations:
 
     def lookup(self, parent: int, name: bytes) -> Found | None:
         """What has that name; None: nothing, and it can be remembered that there is nothing."""
-        return self.union.lookup(self.directory(parent), name)
+        node = self.directory(parent)
+        return node.territory.lookup(node, name)
 
     def mkdir(self, parent: int, name: bytes, mode: int, caller: Caller) -> Found:
         """A new directory."""
@@ -158,7 +162,7 @@ class Operations:
     async def link(self, id_: int, new_parent: int, new_name: bytes) -> Found:
         """One more name."""
         node = self.node(id_)
-        if not same_storage(node, self.directory(new_parent)):
+        if node.territory is not self.directory(new_parent).territory:
             raise error(errno.EXDEV)
         await self.copy_ups.ensure(node)
         return self.changes.link(node, self.directory(new_parent), new_name)
@@ -189,7 +193,7 @@ class Operations:
         node = self.node(id_)
         return node, self.union.attributes(node)
 
-    async def setattr(self, id_: int, change: Change, handle: Handle | None) -> Found:
+    async def setattr(self, id_: int, change: Change, handle: Opened | None) -> Found:
         """truncate(2), chown(2), chmod(2) and utimensat(2), in this order."""
         node = self.node(id_)
         only_mode = change.mode if change == Change(mode=change.mode) else None
@@ -197,15 +201,15 @@ class Operations:
         try:
             if kept is not None and only_mode is not None:
                 assert kept.st is not None
-                node.ctime = None
-                return node, self.union.attributes_of(node, kept.st)
+                node.changes()
+                return node, node.attributes_of(kept.st)
             return self._set(node, change, handle)
         finally:
             if kept is not None:
                 self.union.files.take_back_later(node, kept)
 
-    def _set(self, node: Node, change: Change, handle: Handle | None) -> Found:
-        node.ctime = None
+    def _set(self, node: Node, change: Change, handle: Opened | None) -> Found:
+        node.changes()
         if change.size is not None:
             self._truncate(node, change.size, handle, kills_set_ids=change.kills_set_ids)
         elif change.kills_set_ids and change.uid is None and change.gid is None:
@@ -213,7 +217,7 @@ class Operations:
         file = None if node.use is None else node.use.file
         if file is not None and file.users:
             self._set_open(file.fd, change)
-            return node, self.union.attributes_of(node, os.fstat(file.fd))
+            return node, node.attributes_of(os.fstat(file.fd))
         if change.uid is not None or change.gid is not None or change.mode is not None:
             fd, opened = self.union.path_fd(node)
             try:
@@ -244,7 +248,7 @@ class Operations:
             with self.union.checked_path(node) as path:
                 os.chmod(path, mode)
 
-    def _truncate(self, node: Node, size: int, handle: Handle | None, *, kills_set_ids: bool) -> None:
+    def _truncate(self, node: Node, size: int, handle: Opened | None, *, kills_set_ids: bool) -> None:
         if node.kind != stat.S_IFREG:
             raise error(errno.EINVAL)
         if handle is not None and handle.file.writable:
@@ -269,7 +273,7 @@ class Operations:
         node = self.node(id_)
         if name == CAPABILITY and node.no_capability:
             raise error(errno.ENODATA)
-        stored = self.union.stored_name(node, name)
+        stored = node.territory.stored_name(name)
         with self.union.checked_path(node) as path:
             return os.getxattr(path, stored)
 
@@ -283,7 +287,7 @@ class Operations:
             if failure.errno == errno.EOPNOTSUPP:
                 return []
             raise
-        names = self.union.shown_names(node, stored)
+        names = node.territory.shown_names(stored)
         if uid != 0:  # as every filesystem does it: trusted.* is for the administrator
             names = [name for name in names if not name.startswith(b"trusted.")]
         if not self.union.stack.acl:
@@ -295,9 +299,9 @@ class Operations:
         if name.startswith(ACL) and not self.union.stack.acl:
             raise error(errno.EOPNOTSUPP)
         node = self.node(id_)
-        stored = self.union.stored_name(node, name)
+        stored = node.territory.stored_name(name)
         await self.copy_ups.ensure(node)
-        node.ctime = None
+        node.changes()
         self.union.capabilities.changed(node)
         with self.union.checked_path(node) as path:
             os.setxattr(path, stored, value, flags)
@@ -306,7 +310,7 @@ class Operations:
 
     def _acl_changed(self, node: Node, name: bytes) -> None:
         if name == ACL_DEFAULT and node.parts:
-            node.parts[0].default_acl = None
+            node.parts[0].know_default_acl(None)
 
     def drop_group_set_id(self, node: Node) -> None:
         """An ACL set by somebody outside the file's group clears setgid (fs/posix_acl.c)."""
@@ -334,12 +338,12 @@ class Operations:
 
     async def _removexattr(self, id_: int, name: bytes) -> None:
         node = self.node(id_)
-        stored = self.union.stored_name(node, name)
-        if not node.is_upper:
+        stored = node.territory.stored_name(name)
+        if not node.in_place:
             with self.union.checked_path(node) as path:
                 os.getxattr(path, stored)  # nothing to remove is no reason to copy up
         await self.copy_ups.ensure(node)
-        node.ctime = None
+        node.changes()
         with self.union.checked_path(node) as path:
             os.removexattr(path, stored)
         self._acl_changed(node, name)
@@ -349,9 +353,7 @@ class Operations:
     async def fsyncdir(self, id_: int) -> None:
         """fsync(2) of a directory."""
         node = self.node(id_)
-        if not node.is_upper or node.unlinked or (self.union.stack.volatile and node.bound is None):
-            return
-        if node.parts[0].layer.memory:
+        if not node.in_place or node.unlinked or not node.territory.durable:
             return
         fd = self.union.gate.open_for_listing(node.parts[0])
         try:

@@ -112,6 +112,7 @@ def make_loop(device: Device, splicer: Splicer, operations: Operations, decision
         {**names.waiting, **listings.waiting, **data.waiting},
         operations.latencies,
         listings.ahead.step,
+        operations.invalidations,
     )
 
 

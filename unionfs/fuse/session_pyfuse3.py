@@ -18,7 +18,6 @@ from unionfs.fuse.operations import ACL, Change, Found, Operations, error
 from unionfs.sys.liveness import is_dead
 from unionfs.sys.mountinfo import mounted_at, mounts_of_device
 from unionfs.union.changes import Caller
-from unionfs.union.nodes import Node
 
 log = logging.getLogger(__name__)
 
@@ -103,7 +102,8 @@ def _request(handler: Callable[_P, Coroutine[Any, Any, _T]]) -> Callable[_P, Cor
             try:
                 return await handler(*args, **kwargs)
             finally:
-                if adapter.operations.union.stale or adapter.operations.union.resized:
+                invalidations = adapter.operations.invalidations
+                if invalidations.now or invalidations.soon:
                     await adapter.invalidate_attributes()
         except OSError as failure:
             raise pyfuse3.FUSEError(failure.errno or errno.EIO) from None
@@ -141,10 +141,8 @@ class PyfuseOperations(pyfuse3.Operations):  # type: ignore[misc,unused-ignore]
         """Let the kernel ask again for attributes that a copy-up changed; before the reply, so that nobody
         sees the old ones after it. In a thread: a notice may have to wait for requests that we serve.
         """
-        union = self.operations.union
-        stale = {node.id for node in (*union.stale, *union.resized) if node.lookups > 0}
-        union.stale.clear()
-        union.resized.clear()
+        invalidations = self.operations.invalidations
+        stale = {*invalidations.take_now(), *invalidations.take_soon()}
         await trio.to_thread.run_sync(_invalidate, stale)
 
     def _found(self, found: Found) -> pyfuse3.EntryAttributes:
@@ -160,7 +158,7 @@ class PyfuseOperations(pyfuse3.Operations):  # type: ignore[misc,unused-ignore]
     ) -> pyfuse3.EntryAttributes:
         found = self.operations.lookup(parent_inode, name)
         if found is None:
-            return _absent(FOREVER if self.operations.is_ours_alone(parent_inode) else 0)
+            return _bare(0, seconds=FOREVER if self.operations.is_ours_alone(parent_inode) else 0)
         return self._found(found)
 
     async def forget(self, inode_list: Sequence[tuple[int, int]]) -> None:
@@ -284,7 +282,7 @@ class PyfuseOperations(pyfuse3.Operations):  # type: ignore[misc,unused-ignore]
         node = self.operations.node(inode)
         prepared = await self.files.prepare(node, flags)
         number = self.files.open(node, flags, ctx.uid, prepared, kills_set_ids=ctx.uid != 0)
-        return _opened(number, keep_cache=node.identity is None)
+        return _opened(number, keep_cache=node.territory.lasting)
 
     @_request
     async def create(
@@ -304,7 +302,7 @@ class PyfuseOperations(pyfuse3.Operations):  # type: ignore[misc,unused-ignore]
             count = file.read_into(view, off)
         if count is None:
             return await self.files.read(file, off, size)
-        self.files.bytes_read += count
+        self.files.was_read(count)
         del data[count:]
         return data
 
@@ -336,10 +334,10 @@ class PyfuseOperations(pyfuse3.Operations):  # type: ignore[misc,unused-ignore]
     @_request
     async def readdir(self, fh: int, start_id: int, token: pyfuse3.ReaddirToken) -> None:
         node = self.operations.node(fh)
-        if start_id < DOT and not _reply_dot(token, b".", node, DOT):
-            return
-        if start_id < DOT_DOT and not _reply_dot(token, b"..", node.parent or node, DOT_DOT):
-            return
+        for name, shown, place in ((b".", node, DOT), (b"..", node.parent or node, DOT_DOT)):
+            dot = _bare(shown.id, stat.S_IFDIR)
+            if start_id < place and not pyfuse3.readdir_reply(token, pyfuse3.FileNameT(name), dot, place):
+                return
         (cookies, names, _), first = await self.operations.directories.entries(node, start_id)
         for index in range(first, len(names)):
             if node.unlinked:
@@ -351,9 +349,9 @@ class PyfuseOperations(pyfuse3.Operations):  # type: ignore[misc,unused-ignore]
                 found = None
                 unknown = self.operations.union.number_of_unreachable(node, name)
             else:
-                unknown = None if found else self.operations.union.number_of_bare_whiteout(node, name)
+                unknown = None if found else node.territory.number_of_bare_whiteout(node, name)
             if unknown is not None and not pyfuse3.readdir_reply(
-                token, name, _unknown(*unknown), cookies[index]
+                token, name, _bare(*unknown), cookies[index]
             ):
                 return
             if found is None:
@@ -387,7 +385,7 @@ def _opened(number: int, *, keep_cache: bool = True) -> pyfuse3.FileInfo:
 def _named(found: Found) -> pyfuse3.EntryAttributes:
     """The reply for a name, which holds for ever unless others can change what it stands for."""
     entry = _entry(found)
-    if found[0].identity is not None:
+    if not found[0].territory.lasting:
         entry.entry_timeout = 0
     return entry
 
@@ -414,32 +412,19 @@ def _entry(found: Found) -> pyfuse3.EntryAttributes:
     return entry
 
 
-def _absent(seconds: float) -> pyfuse3.EntryAttributes:
-    """A reply that lets the kernel remember for a while that there is nothing."""
-    entry = pyfuse3.EntryAttributes()
-    entry.st_ino = pyfuse3.InodeT(0)
-    entry.entry_timeout = seconds
-    return entry
+def _bare(number: int, kind: int = 0, seconds: float = 0) -> pyfuse3.EntryAttributes:
+    """A name without more than a number and a file type, which the kernel may remember for so long.
 
-
-def _reply_dot(token: pyfuse3.ReaddirToken, name: bytes, node: Node, position: int) -> bool:
-    """``.`` and ``..``: the kernel takes number and type from it and counts no lookup (fs/fuse/readdir.c)."""
-    entry = pyfuse3.EntryAttributes()
-    entry.st_ino = pyfuse3.InodeT(node.id)
-    entry.st_mode = pyfuse3.ModeT(stat.S_IFDIR)
-    return pyfuse3.readdir_reply(token, pyfuse3.FileNameT(name), entry, position)
-
-
-def _unknown(number: int, kind: int) -> pyfuse3.EntryAttributes:
-    """A name in a listing that cannot be looked up.
-
-    pyfuse3 has one number for node and inode, and readdir(3) leaves out inode 0. So the kernel gets the id of
-    no node; its timeout is 0, so the kernel looks the name up before it uses it.
+    Number 0 says that there is nothing. In a listing it is a name that cannot be looked up: pyfuse3 has one
+    number for node and inode, and readdir(3) leaves out inode 0, so the kernel gets the id of no node, and
+    looks the name up before it uses it. Of ``.`` and ``..`` the kernel takes number and type, and counts no
+    lookup (fs/fuse/readdir.c).
     """
     entry = pyfuse3.EntryAttributes()
     entry.st_ino = pyfuse3.InodeT(number)
     entry.st_mode = pyfuse3.ModeT(kind)
-    entry.entry_timeout = entry.attr_timeout = 0
+    entry.entry_timeout = seconds
+    entry.attr_timeout = 0
     return entry
 
 

@@ -15,10 +15,9 @@ from unionfs.storage.attach import fill
 from unionfs.storage.sources import Sources
 from unionfs.storage.specs import Spec
 from unionfs.storage.targets import Names, prepare, same_place
-from unionfs.union import bound
 from unionfs.union.changes import Caller, Changes
 from unionfs.union.layers import LayerStack
-from unionfs.union.nodes import Node
+from unionfs.union.node import Node
 from unionfs.union.tree import Union
 
 
@@ -77,8 +76,8 @@ def serve(sources: Sources, union: Union, stack: LayerStack) -> tuple[Spec, ...]
             undo.callback(target.undo)
             same_place(taken, target, spec.target)
             layer = stack.bind(spec.target, os.dup(source.fd), read_only=spec.read_only)
-            node = bound.bind(union, tree.node(target.names[:-1]), target.names[-1], layer)
-            undo.callback(bound.unbind, union, node)
+            node = union.bind(tree.node(target.names[:-1]), target.names[-1], layer)
+            undo.callback(union.nodes.forget, node, 1)
             done.append(replace(spec, target=target.path))
         undo.pop_all()
     return tuple(done)

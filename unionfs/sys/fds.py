@@ -7,7 +7,7 @@ from types import TracebackType
 
 
 class Owned:
-    """Closes `fd` at the end of a `with` block."""
+    """Closes `fd` at the end of a `with` block, which gets its number."""
 
     __slots__ = ("fd",)
 

@@ -1,13 +1,219 @@
-"""Changes of the merged tree: all kinds of them."""
+"""Changes of a union: what holds in every territory. Then the territory makes the change."""
 
 from __future__ import annotations
 
-from unionfs.union.making import ACL_DEFAULT, Caller, Making
+import errno
+import os
+import stat
+from collections.abc import Callable
+from functools import partial
+from typing import Final
+
+from unionfs.sys import calls
+from unionfs.union.attributes import Attributes
+from unionfs.union.bound import Bound
+from unionfs.union.changing import Steps, T, fail
+from unionfs.union.copyup import CopyUp
+from unionfs.union.making import Making
+from unionfs.union.node import Node
 from unionfs.union.removing import Removing
 from unionfs.union.renaming import Renaming
+from unionfs.union.tree import Union
+from unionfs.union.xattrs import ACL_DEFAULT, default_acl
 
 __all__ = ["ACL_DEFAULT", "Caller", "Changes"]
 
+_NEW: Final = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
 
-class Changes(Making, Removing, Renaming):
-    """The changing operations on one union."""
+
+class Caller:
+    """Who asks for a change. ``umask``: what is still to be taken off a new object's mode, unless its
+    directory has a default ACL; 0 when the kernel took it off already."""
+
+    __slots__ = ("gid", "uid", "umask")
+
+    def __init__(self, uid: int, gid: int, umask: int = 0) -> None:
+        self.uid = uid
+        self.gid = gid
+        self.umask = umask
+
+
+class _InUpper(Making, Removing, Renaming):
+    """The changes of the merged layers: the only ones that copy up and write markers."""
+
+
+class Changes:
+    """The changing operations on one union. Not thread-safe, like the union itself."""
+
+    def __init__(self, union: Union, copy_up: CopyUp | None = None) -> None:
+        """``copy_up`` copies up the directories that change."""
+        self._union = union
+        self._in_upper = _InUpper(union, copy_up)
+
+    def _steps(self, directory: Node) -> Steps:
+        """What changes the territory of a directory."""
+        territory = directory.territory
+        return territory if type(territory) is Bound else self._in_upper
+
+    # -- making ---------------------------------------------------------------------------------------
+
+    def create(self, parent: Node, name: bytes, mode: int, caller: Caller) -> tuple[Node, Attributes, int]:
+        """A new regular file, and an fd of it (O_RDWR), which the caller owns."""
+        fd = self._make(parent, name, mode, caller, _create)
+        return (*self._new_node(parent, name, fd), fd)
+
+    def tmpfile(self, parent: Node, mode: int, caller: Caller, flags: int) -> tuple[Node, Attributes, int]:
+        """A new regular file without a name (O_TMPFILE), and an fd of it (O_RDWR), which the caller owns.
+
+        With O_EXCL in ``flags`` it can never get one. Raises EOPNOTSUPP where the upper's filesystem can't.
+        """
+        union = self._union
+        place = self._steps(parent).writable(parent)
+        wanted = os.O_RDWR | os.O_TMPFILE | os.O_CLOEXEC | flags & os.O_EXCL
+        dir_fd = union.gate.fd(place)
+        if caller.umask and not default_acl(place, dir_fd):
+            mode &= ~caller.umask
+        with union.identity.acting_as(caller.uid, caller.gid):
+            fd = os.open(b".", wanted, mode, dir_fd=dir_fd)
+        try:
+            held = os.open(b"/proc/self/fd/%d" % fd, os.O_PATH | os.O_CLOEXEC)
+            try:
+                node = parent.territory.unnamed(parent, held)
+            except BaseException:
+                os.close(held)
+                raise
+            return node, union.attributes(node), fd
+        except BaseException:
+            os.close(fd)
+            raise
+
+    def mkdir(self, parent: Node, name: bytes, mode: int, caller: Caller) -> tuple[Node, Attributes]:
+        """A new directory."""
+        self._make(parent, name, mode, caller, _mkdir, directory=True)
+        return self._new_node(parent, name)
+
+    def symlink(self, parent: Node, name: bytes, target: bytes, caller: Caller) -> tuple[Node, Attributes]:
+        """A new symlink."""
+        self._make(parent, name, 0, caller, lambda fd, here, _: os.symlink(target, here, dir_fd=fd))
+        return self._new_node(parent, name)
+
+    def mknod(
+        self, parent: Node, name: bytes, mode: int, rdev: int, caller: Caller
+    ) -> tuple[Node, Attributes]:
+        """A new fifo, socket, device or regular file. Character device 0/0 is a whiteout, so EPERM."""
+        if stat.S_ISCHR(mode) and rdev == 0 and parent.territory.has_markers:
+            raise fail(errno.EPERM)
+        self._make(parent, name, mode, caller, lambda fd, here, kept: os.mknod(here, kept, rdev, dir_fd=fd))
+        return self._new_node(parent, name)
+
+    def _new_node(self, parent: Node, name: bytes, fd: int = -1) -> tuple[Node, Attributes]:
+        """The node for what was just made (``fd``, if it is open): nothing is below it."""
+        union, place = self._union, parent.parts[0]
+        st = os.fstat(fd) if fd >= 0 else os.stat(name, dir_fd=union.gate.fd(place), follow_symlinks=False)
+        node = parent.territory.add(parent, name, st, place)
+        union.capabilities.none(node)
+        return node, node.attributes_of(st)
+
+    def _make(
+        self,
+        parent: Node,
+        name: bytes,
+        mode: int,
+        caller: Caller,
+        make: Callable[[int, bytes, int], T],
+        *,
+        directory: bool = False,
+    ) -> T:
+        """Run ``make``, with the fd of a directory, a name and a mode, as the caller."""
+        union, steps = self._union, self._steps(parent)
+        place = steps.writable(parent)
+        dir_fd = union.gate.fd(place)
+        if caller.umask and not default_acl(place, dir_fd):  # which stands in for the umask
+            mode &= ~caller.umask
+        try:
+            with union.identity.acting_as(caller.uid, caller.gid):
+                return make(dir_fd, name, mode)
+        except FileExistsError:
+            as_caller = partial(self._as_caller, caller, make, mode)
+            return steps.make_over(place, name, as_caller, directory=directory)
+
+    def _as_caller(
+        self, caller: Caller, make: Callable[[int, bytes, int], T], mode: int, dir_fd: int, name: bytes
+    ) -> T:
+        with self._union.identity.acting_as(caller.uid, caller.gid):
+            return make(dir_fd, name, mode)
+
+    def link(self, node: Node, parent: Node, name: bytes) -> tuple[Node, Attributes]:
+        """Another name for a node that is changed in place."""
+        if node.place is None:
+            raise fail(errno.ENOENT)
+        if node.territory is not parent.territory:
+            raise fail(errno.EXDEV)
+        return self._steps(parent).link(node, parent, name)
+
+    # -- removing -------------------------------------------------------------------------------------
+
+    def unlink(self, parent: Node, name: bytes) -> None:
+        """Remove a name that is not a directory's."""
+        node = self._existing(parent, name)
+        if node.is_dir:
+            raise fail(errno.EISDIR)
+        parent.territory.require_writable()
+        with self._union.outliving(node):
+            self._steps(parent).unlink(node, parent, name)
+            self._union.nodes.remove_name(node, parent, name)
+
+    def rmdir(self, parent: Node, name: bytes) -> None:
+        """Remove a directory that shows nothing."""
+        node = self._existing(parent, name)
+        if not node.is_dir:
+            raise fail(errno.ENOTDIR)
+        parent.territory.require_writable()
+        if not node.territory.is_empty(node):
+            raise fail(errno.ENOTEMPTY)
+        with self._union.outliving(node):
+            self._steps(parent).rmdir(node, parent, name)
+            self._union.merge.forget(node.parts)
+            self._union.nodes.remove_name(node, parent, name)
+
+    def _existing(self, parent: Node, name: bytes) -> Node:
+        """The node that is to lose that name. Raises ENOENT, and EBUSY for a place where storage is shown."""
+        node = self._union.nodes.child(parent, name)
+        if node is None or not parent.territory.lasting:
+            found = parent.territory.lookup(parent, name)
+            if found is None:
+                raise fail(errno.ENOENT)
+            node = found[0]
+        if node.is_mountpoint:
+            raise fail(errno.EBUSY)
+        return node
+
+    # -- renaming -------------------------------------------------------------------------------------
+
+    def rename(
+        self, parent: Node, name: bytes, new_parent: Node, new_name: bytes, flags: int
+    ) -> list[Node]:
+        """renameat2(2) with 0, NOREPLACE or EXCHANGE.
+
+        Returns the nodes that have to be copied up first; then nothing has changed. A rename that is to be
+        refused is refused before that.
+        """
+        if flags not in (0, calls.RENAME_NOREPLACE, calls.RENAME_EXCHANGE):
+            raise fail(errno.EINVAL)
+        node = self._existing(parent, name)
+        if parent.territory is not new_parent.territory:
+            raise fail(errno.EXDEV)
+        found = new_parent.territory.lookup(new_parent, new_name)
+        target = None if found is None else found[0]
+        parent.territory.require_writable()
+        if target is not None and target.is_mountpoint:
+            raise fail(errno.EBUSY)
+        return self._steps(parent).rename(node, target, (parent, name), (new_parent, new_name), flags)
+
+
+def _create(dir_fd: int, name: bytes, mode: int) -> int:
+    return os.open(name, _NEW, mode, dir_fd=dir_fd)
+
+
+def _mkdir(dir_fd: int, name: bytes, mode: int) -> None:
+    os.mkdir(name, mode, dir_fd=dir_fd)

@@ -1,4 +1,7 @@
-"""Open files: backing fds, and reading and writing through them. Who has them: `openfiles`."""
+"""Open files: backing fds, and reading and writing through them. Who has them: `openfiles`.
+
+What a session knows of a node that is in use is its `Use`, which goes with the node.
+"""
 
 from __future__ import annotations
 
@@ -16,9 +19,9 @@ SET_IDS: Final = stat.S_ISUID | stat.S_ISGID
 
 
 class OpenFile:
-    """A backing fd and the number of its users, which only `OpenFiles` and ``with file`` change.
+    """A backing fd and the number of its users: one at first. The last one who releases it closes the fd.
 
-    Within ``with file`` it stays open, whoever closes it meanwhile.
+    Within ``with file`` there is one more, so that it stays open whoever closes it meanwhile.
     """
 
     __slots__ = ("fd", "readable", "st", "users", "waits", "writable", "xattrs")
@@ -35,11 +38,14 @@ class OpenFile:
         self.writable = writable
         #: Whether a read may wait for a disk (and the filesystem can be asked not to).
         self.waits = waits
-        self.users = 0
+        self.users = 1
 
-    def __enter__(self) -> Self:
+    def take(self) -> Self:
+        """One user more."""
         self.users += 1
         return self
+
+    __enter__ = take
 
     def __exit__(self, *exception: object) -> None:
         self.release()
@@ -50,6 +56,14 @@ class OpenFile:
         if self.users == 0:
             fd, self.fd = self.fd, -1
             os.close(fd)
+
+    def look_at_xattrs(self) -> list[str] | None:
+        """The names of all its xattrs, which are remembered; None: they cannot be listed."""
+        try:
+            self.xattrs = os.listxattr(self.fd)
+        except OSError:  # too many, say
+            return None
+        return self.xattrs
 
     def read_into(self, buffer: memoryview, offset: int) -> int | None:
         """Fill a buffer without waiting for a disk; returns the number of bytes, fewer than fit only at the
@@ -125,6 +139,103 @@ class UnreadFile(OpenFile):
             self.users -= 1
         else:
             super().release()
+
+
+class Handle:
+    """One open of one file."""
+
+    __slots__ = ("file", "through", "uid", "writes")
+
+    def __init__(self, file: OpenFile, uid: int, *, writes: bool) -> None:
+        self.file = file
+        #: Who opened it: a write by anybody but root clears set-id bits.
+        self.uid = uid
+        self.writes = writes
+        #: The kernel reads and writes it by itself.
+        self.through = False
+
+    def go_on(self, file: OpenFile) -> None:
+        """Read and write another file from now on; the one until now is released."""
+        old, self.file = self.file, file
+        old.release()
+
+
+class Use:
+    """How a node is used: its open files, and what its session agreed with the kernel about them."""
+
+    __slots__ = (
+        "backing_id", "cached", "capability", "file", "filled", "handles", "mtime_ns", "of_upper", "through",
+        "writebacks", "writers", "written",
+    )  # fmt: skip
+
+    def __init__(self) -> None:
+        #: The backing file, if it is open, and who has it open by a number.
+        self.file: OpenFile | None = None
+        self.handles: list[Handle] = []
+        #: Opens whose data goes through the page cache, and opens with a backing file.
+        self.cached = 0
+        self.through = 0
+        #: Whether the data was put into the page cache with the first open (or, of a large file, could have
+        #: been).
+        self.filled = False
+        #: What the backing file is registered as, and whether it is the upper's.
+        self.backing_id = 0
+        self.of_upper = False
+        #: Opens for writing, with the backing file; and whether there ever was one.
+        self.writers = 0
+        self.written = False
+        #: Writes of cached data that are under way, and what the file has to have after them.
+        self.writebacks = 0
+        self.mtime_ns = 0
+        self.capability: bytes | None = None
+
+    def has(self, file: OpenFile | None) -> None:
+        """This is the backing file from now on."""
+        self.file = file
+
+    def passes_through(self, backing_id: int, *, of_upper: bool) -> None:
+        """The kernel knows the backing file by that id."""
+        self.backing_id, self.of_upper = backing_id, of_upper
+
+    def opened(self, handle: Handle) -> None:
+        """One open more, with the backing file if that is registered."""
+        if not self.backing_id:
+            self.cached += 1
+            return
+        self.through += 1
+        handle.through = True
+        if handle.writes:
+            self.writers += 1
+            self.written = True
+
+    def closed(self, handle: Handle) -> int:
+        """One open fewer; returns the backing id if nobody uses it any more, else 0."""
+        if not handle.through:
+            self.cached -= 1
+            return 0
+        self.through -= 1
+        if handle.writes:
+            self.writers -= 1
+        if self.through:
+            return 0
+        backing_id, self.backing_id = self.backing_id, 0
+        return backing_id
+
+    def fill(self) -> None:
+        """The kernel is given all data."""
+        self.filled = True
+
+    def writes_back(self, count: int) -> None:
+        """So many writes of cached data more are under way."""
+        self.writebacks += count
+
+    def keep_mtime(self, mtime_ns: int) -> None:
+        """The file is to have that time after the writes that are under way."""
+        self.mtime_ns = mtime_ns
+
+    def keep_capability(self, value: bytes | None) -> None:
+        """The file is to have these capabilities after the writes that are under way."""
+        self.capability = value
 
 
 def open_backing(dir_fd: int, name: bytes, *, write: bool, waits: bool) -> OpenFile:

@@ -21,7 +21,7 @@ from unionfs.sys.filelocks import may_be_a_mounts
 from unionfs.union import opening
 from unionfs.union.errors import LayerError
 from unionfs.union.markers import Markers
-from unionfs.union.places import Layer, open_for_listing
+from unionfs.union.places import BoundLayer, Layer, open_for_listing
 
 _NO_LOCKS: Final = (errno.EBADF, errno.ENOLCK, errno.EOPNOTSUPP, errno.EINVAL)
 
@@ -36,7 +36,7 @@ class LayerStack:
         self.markers = markers
         self.volatile = False
         #: What is shown at places of the union without being merged.
-        self.bound: list[Layer] = []
+        self.bound: list[BoundLayer] = []
         self.acl = all(layer.acl for layer in layers)
         #: Devices whose files can't share blocks with the upper's.
         self.never_clones: set[int] = set()
@@ -95,10 +95,10 @@ class LayerStack:
         """Whether copy-ups and fsync must reach a disk."""
         return self.upper is not None and not self.volatile and not self.upper.memory
 
-    def bind(self, path: str, root_fd: int, *, read_only: bool) -> Layer:
+    def bind(self, path: str, root_fd: int, *, read_only: bool) -> BoundLayer:
         """A tree, or a single file, to be shown at one place. The fd (O_PATH) is closed with the stack."""
         self._resources.callback(os.close, root_fd)
-        layer = Layer(-1 - len(self.bound), path, root_fd, is_upper=True, bound=True, read_only=read_only)
+        layer = BoundLayer(-1 - len(self.bound), path, root_fd, read_only=read_only)
         self.bound.append(layer)
         return layer
 

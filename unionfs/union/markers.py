@@ -3,7 +3,7 @@
 The format is kernel overlayfs's (Documentation/filesystems/overlayfs.rst): a whiteout is a character device
 0/0, or an empty regular file with the xattr ``whiteout``; a directory with ``opaque`` = ``y`` hides what lies
 below it, ``x`` says that it may hold xattr whiteouts. A user's own xattr with the overlay's prefix is stored
-with ``overlay.`` put in once more (fs/overlayfs/xattrs.c), and only so shown.
+with ``overlay.`` inserted a second time (fs/overlayfs/xattrs.c), and shown without it.
 """
 
 from __future__ import annotations
@@ -40,9 +40,9 @@ class Markers:
         return name.startswith(self.prefix) and not name.startswith(self._escaped)
 
     def stored_name(self, name: bytes) -> bytes:
-        """Where the xattr that the user calls ``name`` is kept.
+        """The name on disk of the xattr that the user calls ``name``.
 
-        EOPNOTSUPP when the escaped name is too long (xattrs.c, ovl_xattr_escape_name).
+        EOPNOTSUPP if the escaped name is too long (xattrs.c, ovl_xattr_escape_name).
         """
         if not name.startswith(self.prefix):
             return name
@@ -54,7 +54,7 @@ class Markers:
         return stored
 
     def shown_names(self, stored: list[bytes]) -> list[bytes]:
-        """What the user sees of the names kept on disk."""
+        """The names on disk as the user sees them."""
         shown = []
         for name in stored:
             if name.startswith(self._escaped):

@@ -17,8 +17,7 @@ from functools import partial
 from typing import Final
 
 from unionfs.union.files import OpenFile, UnreadFile, open_backing, open_held
-from unionfs.union.markers import Markers
-from unionfs.union.nodes import Node
+from unionfs.union.node import Node
 from unionfs.union.places import Gate
 from unionfs.union.shortcuts import Capabilities, Shortcuts
 
@@ -30,12 +29,8 @@ _KEPT_OPEN: Final = 512
 class OpenFiles:
     """The backing files that are open. Not thread-safe, like the union itself."""
 
-    def __init__(
-        self, gate: Gate, markers: Markers, capabilities: Capabilities, shortcuts: Shortcuts
-    ) -> None:
+    def __init__(self, gate: Gate, capabilities: Capabilities, shortcuts: Shortcuts) -> None:
         self._gate = gate
-        self._markers = markers
-        self._metacopy = os.fsdecode(markers.metacopy)
         self._capabilities = capabilities
         self._unread = shortcuts.unread_files
         self._kept: OrderedDict[Node, OpenFile] = OrderedDict()
@@ -49,36 +44,34 @@ class OpenFiles:
         file = use.file
         # No user: it was closed by work in a thread that went on longer than the last open.
         if file is None or not file.users or not file.readable or (write and not file.writable):
-            file = use.file = self._open(node, write=write)
-        file.users += 1
-        return file
+            file = self._open(node, write=write)
+            use.has(file)
+            return file
+        return file.take()
 
     def lend_unread(self, node: Node) -> OpenFile:
         """As :meth:`lend`, to read a lower's file of which the kernel may have all data in its cache."""
         use = node.in_use()
         file = use.file
-        if file is None or not file.users or not file.readable:
-            assert node.place is not None
-            if not self._unread:
-                return self.lend(node, write=False)
-            waits = not node.place.layer.memory
-            file = use.file = UnreadFile(partial(self._open, node, write=False), waits=waits)
-        file.users += 1
+        if not self._unread or (file is not None and file.users and file.readable):
+            return self.lend(node, write=False)
+        assert node.place is not None
+        file = UnreadFile(partial(self._open, node, write=False), waits=not node.place.layer.memory)
+        use.has(file)
         return file
 
     def lend_new(self, node: Node, fd: int) -> OpenFile:
         """Lend the file of a new node, of which ``fd`` (O_RDWR) is the table's from now on."""
         assert node.place is not None
         file = OpenFile(fd, readable=True, writable=True, waits=not node.place.layer.memory)
-        file.users = 1
-        node.in_use().file = file
+        node.in_use().has(file)
         return file
 
     def take_back(self, node: Node, file: OpenFile) -> None:
         """End one loan."""
         use = node.use
         if file.users == 1 and use is not None and use.file is file:
-            use.file = None
+            use.has(None)
         file.release()
 
     def hand_over(self, node: Node, fd: int, st: os.stat_result, *, lend: bool) -> OpenFile | None:
@@ -89,16 +82,15 @@ class OpenFiles:
         """
         assert node.place is not None
         use = node.in_use()
-        use.file = None
         if not lend and not use.handles:
+            use.has(None)
             return None
         file = OpenFile(fd, readable=True, writable=True, waits=not node.place.layer.memory, st=st)
-        use.file = file
-        file.users = int(lend)
+        use.has(file)
         for handle in use.handles:
-            file.users += 1
-            old, handle.file = handle.file, file
-            old.release()
+            handle.go_on(file.take())
+        if not lend:
+            file.release()
         return file
 
     # -- files that stay open -------------------------------------------------------------------------
@@ -131,7 +123,7 @@ class OpenFiles:
         """The node is forgotten: nothing of its use is left."""
         if node.use is not None:
             self._drop(node)
-            node.use = None
+            node.end_use()
 
     # -- closing after the answer ---------------------------------------------------------------------
 
@@ -160,10 +152,10 @@ class OpenFiles:
     def _open(self, node: Node, *, write: bool) -> OpenFile:
         place = node.place
         assert place is not None
-        if write and not node.is_upper:
+        if write and not node.in_place:
             raise OSError(errno.EROFS, "a lower is never written")
-        if write and place.layer.read_only:
-            raise OSError(errno.EROFS, os.strerror(errno.EROFS))
+        if write:
+            node.territory.require_writable()
         waits = not place.layer.memory
         if node.held >= 0:
             file = open_held(node.held, write=write, waits=waits)
@@ -173,19 +165,10 @@ class OpenFiles:
             if node.held < 0:
                 assert file.st is not None
                 node.check(file.st)
-            if node.identity is None:
-                self._look_at_xattrs(node, file)
+            node.territory.opened(file)
         except OSError:
             os.close(file.fd)
             raise
-        return file
-
-    def _look_at_xattrs(self, node: Node, file: OpenFile) -> None:
-        try:
-            file.xattrs = os.listxattr(file.fd)
-        except OSError:  # too many to be listed, say
-            pass
-        else:
+        if file.xattrs is not None:
             self._capabilities.seen(node, file.xattrs)
-        if file.xattrs is None or self._metacopy in file.xattrs:
-            self._markers.refuse_metacopy(file.fd)
+        return file

@@ -25,33 +25,19 @@ _KEEP_NUMBERS: Final = frozenset({
 
 
 class Layer:
-    """One directory tree of the stack; ``root`` is its place, whose fd stays open.
-
-    ``bound``: it is no layer of the merge but storage that is shown at one place of the union; see `bound`.
-    """
+    """One directory tree of the stack; ``root`` is its place, whose fd stays open."""
 
     __slots__ = (
-        "acl", "atime_stays", "bound", "dev", "index", "is_upper", "keeps_numbers", "links_of_removed",
-        "memory", "path", "read_only", "root",
+        "acl", "atime_stays", "dev", "in_place", "index", "is_upper", "keeps_numbers", "links_of_removed",
+        "memory", "path", "root",
     )  # fmt: skip
 
-    def __init__(
-        self,
-        index: int,
-        path: str,
-        root_fd: int,
-        *,
-        is_upper: bool,
-        bound: bool = False,
-        read_only: bool = False,
-    ) -> None:
+    def __init__(self, index: int, path: str, root_fd: int, *, is_upper: bool) -> None:
         self.index = index
         self.path = path
-        #: Its objects are changed where they are.
         self.is_upper = is_upper
-        self.bound = bound
-        #: Of storage that may not be changed (a lower never is).
-        self.read_only = read_only
+        #: Whether its objects are changed where they are.
+        self.in_place = is_upper
         self.root = Place(self, None, b"", root_fd)
         self.dev = os.stat(root_fd).st_dev
         self.acl = _has_acls(root_fd)
@@ -77,10 +63,22 @@ class Layer:
         put another user's object in the place of an own one, so an object that is found again by its name
         must be the same one; in a lower, whose attributes do not change, also as accessible as it was.
         """
-        if self.bound:
-            return 0
         number = st.st_ino if self.keeps_numbers else 0
         return number if self.is_upper else hash((number, st.st_uid, st.st_gid, st.st_mode))
+
+
+class BoundLayer(Layer):
+    """Storage that is shown at one place of the union, not merged: others change it too."""
+
+    __slots__ = ("read_only",)
+
+    def __init__(self, index: int, path: str, root_fd: int, *, read_only: bool) -> None:
+        super().__init__(index, path, root_fd, is_upper=False)
+        self.in_place = True
+        self.read_only = read_only
+
+    def key(self, st: os.stat_result) -> int:
+        return 0
 
 
 def _has_acls(fd: int) -> bool:
@@ -112,6 +110,26 @@ class Place:
         self.empty = False
         #: Of the upper: its time of modification after a copy-up; good while `Node.ctime` is `UNSEEN`.
         self.mtime_ns = 0
+
+    def stands_for(self, st: os.stat_result) -> None:
+        """The directory with these attributes is its own from now on."""
+        self.key = self.layer.key(st)
+
+    def copied_up(self, *, empty: bool) -> None:
+        """It was just made by a copy-up; ``empty``: that may be remembered until :meth:`fills`."""
+        self.empty = empty
+
+    def fills(self) -> None:
+        """Something is about to be put into it."""
+        self.empty = False
+
+    def keep_mtime(self, mtime_ns: int) -> None:
+        """It had that time of modification before a copy-up put something into it."""
+        self.mtime_ns = mtime_ns
+
+    def know_default_acl(self, acl: bytes | None) -> None:
+        """Its default ACL; None: it has changed."""
+        self.default_acl = acl
 
 
 class Gate:

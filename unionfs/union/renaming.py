@@ -1,4 +1,4 @@
-"""Renaming, with and without exchange."""
+"""Renaming in the merged layers, with and without exchange."""
 
 from __future__ import annotations
 
@@ -8,72 +8,44 @@ import stat
 from contextlib import nullcontext
 
 from unionfs.sys import calls
-from unionfs.union import bound
-from unionfs.union.changing import Changing, fail
-from unionfs.union.nodes import Node
+from unionfs.union.changing import Changing, Name, fail
+from unionfs.union.node import Node
 from unionfs.union.work import NO_FLAGS, NOT_EMPTY, At, rename
 
 
 class Renaming(Changing):
     """Renames."""
 
-    def rename(
-        self, parent: Node, name: bytes, new_parent: Node, new_name: bytes, flags: int
-    ) -> list[Node]:
-        """renameat2(2) with 0, NOREPLACE or EXCHANGE.
-
-        Returns the nodes that have to be copied up first; then nothing has changed. A rename that is to be
-        refused is refused before that.
-        """
-        union = self._union
-        node, target = self._accepted(parent, name, new_parent, new_name, flags)
-        if parent.identity is not None:
-            bound.rename(union, node, parent, name, new_parent, new_name, flags)
-            return []
+    def rename(self, node: Node, target: Node | None, old: Name, new: Name, flags: int) -> list[Node]:
+        """renameat2(2). Returns the nodes that have to be copied up first; then nothing has changed."""
+        moved = [node, target] if flags == calls.RENAME_EXCHANGE and target is not None else [node]
+        self._check(node, target, moved, flags)
         if target is node:
             return []
-        moved = [node, target] if flags == calls.RENAME_EXCHANGE and target is not None else [node]
-        lower = [one for one in moved if not one.is_dir and not one.is_upper]
+        lower = [one for one in moved if not one.is_dir and not one.in_place]
         if lower:
             return lower
         if len(moved) > 1:
-            self._exchange(node, parent, name, moved[1], new_parent, new_name)
+            self._exchange(node, *old, moved[1], *new)
             return []
+        union = self._union
         with nullcontext() if target is None else union.outliving(target):
-            self._replace(node, parent, name, target, new_parent, new_name)
+            self._replace(node, *old, target, *new)
             if target is not None:
-                for part in target.parts:
-                    union.gate.forget(part)
-                union.nodes.remove_name(target, new_parent, new_name)
-            union.nodes.move(node, parent, name, new_parent, new_name)
+                union.merge.forget(target.parts)
+                union.nodes.remove_name(target, *new)
+            union.nodes.move(node, *old, *new)
         return []
 
-    def _accepted(
-        self, parent: Node, name: bytes, new_parent: Node, new_name: bytes, flags: int
-    ) -> tuple[Node, Node | None]:
-        """The nodes of both names. Raises what speaks against the rename: EXDEV for a directory that shows
-        something of a lower, as overlayfs without ``redirect_dir``.
+    def _check(self, node: Node, target: Node | None, moved: list[Node], flags: int) -> None:
+        """Raise what speaks against the rename: EXDEV for a directory that shows something of a lower, as
+        overlayfs without ``redirect_dir``.
         """
-        union = self._union
-        if flags not in (0, calls.RENAME_NOREPLACE, calls.RENAME_EXCHANGE):
-            raise fail(errno.EINVAL)
-        node = self._existing(parent, name)
-        if not bound.same_storage(parent, new_parent):
-            raise fail(errno.EXDEV)
-        found = union.lookup(new_parent, new_name)
-        target = None if found is None else found[0]
-        if parent.identity is not None:
-            union.require_writable(parent)
-        if target is not None and target.is_mountpoint:
-            raise fail(errno.EBUSY)
-        if parent.identity is not None:
-            return node, node
         exchange = flags == calls.RENAME_EXCHANGE
         if exchange and target is None:
             raise fail(errno.ENOENT)
         if flags == calls.RENAME_NOREPLACE and target is not None:
             raise fail(errno.EEXIST)
-        moved = [node, target] if exchange and target is not None else [node]
         if any(one.is_dir and not one.is_pure_upper for one in moved):
             raise fail(errno.EXDEV)
         if target is not None and target is not node and not exchange:
@@ -81,12 +53,12 @@ class Renaming(Changing):
                 raise fail(errno.EISDIR)
             if node.is_dir and not target.is_dir:
                 raise fail(errno.ENOTDIR)
-            if target.is_dir and not union.is_empty(target):
+            if target.is_dir and not target.territory.is_empty(target):
                 raise fail(errno.ENOTEMPTY)
         for one in moved:
             if not one.is_dir and target is not node:
-                union.refuse_metacopy(one)
-        return node, target
+                path, follow = self._union.path(one)
+                self._union.markers.refuse_metacopy(path, follow=follow)
 
     def _exchange(
         self, node: Node, parent: Node, name: bytes, target: Node, new_parent: Node, new_name: bytes
@@ -102,14 +74,14 @@ class Renaming(Changing):
     def _hide_below(self, node: Node, parent: Node, name: bytes) -> None:
         """Make a directory opaque that is to be ``name`` in ``parent``, if a lower has that name there."""
         union = self._union
-        if node.is_dir and union.is_visible_below(parent, name):
+        if node.is_dir and union.merge.is_visible_below(parent.parts, name):
             union.markers.set_opaque(union.gate.fd(node.parts[0]))
 
     def _replace(
         self, node: Node, parent: Node, name: bytes, target: Node | None, new_parent: Node, new_name: bytes
     ) -> None:
         """The step on disk of a rename without EXCHANGE."""
-        leaves_whiteout = self._union.is_visible_below(parent, name)
+        leaves_whiteout = self._union.merge.is_visible_below(parent.parts, name)
         self._hide_below(node, new_parent, new_name)
         with self._both_writable(parent, new_parent) as (old_fd, new_fd):
             old, new = (old_fd, name), (new_fd, new_name)

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Final
 from unionfs.union.xattrs import CAPABILITY
 
 if TYPE_CHECKING:
-    from unionfs.union.nodes import Node
+    from unionfs.union.node import Node
 
 _CAPABILITY: Final = os.fsdecode(CAPABILITY)
 
@@ -45,12 +45,12 @@ class Capabilities:
 
     def seen(self, node: Node, names: Iterable[str]) -> None:
         """These are all xattrs of the node's object."""
-        node.no_capability = self._remembers and node.identity is None and _CAPABILITY not in names
+        node.note_capability(none=self._remembers and _CAPABILITY not in names)
 
     def none(self, node: Node) -> None:
         """The node's object has none."""
-        node.no_capability = self._remembers and node.identity is None
+        node.note_capability(none=self._remembers and node.territory.lasting)
 
     def changed(self, node: Node) -> None:
         """The node's object may have some now."""
-        node.no_capability = False
+        node.note_capability(none=False)

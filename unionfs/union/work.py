@@ -1,9 +1,9 @@
-"""The work directory, where changes of the upper are prepared, and the renames that put them into place.
+"""The work directory, in which changes of the upper are prepared, and the renames that put them into place.
 
-Each takes one step where the upper's filesystem knows the flags of renameat2(2). NFS and others refuse them
-with EINVAL (fs/nfs/dir.c, nfs_rename): there the same takes two or three steps, each with complete objects.
-Nothing else is answered between them, but when the daemon or the server dies there, a name of a lower that
-was removed or replaced may come back, and a renamed file may have both names.
+Each is one step where the upper's filesystem supports the flags of renameat2(2). NFS and others refuse them
+with EINVAL (fs/nfs/dir.c, nfs_rename) and take two or three steps, each with complete objects. No request is
+answered between them, but if the daemon or the server dies there, a removed or replaced name of a lower may
+reappear, and a renamed file may have both names.
 """
 
 from __future__ import annotations
@@ -42,10 +42,10 @@ class Work:
         return Temporary(self, b"#%x" % next(self._numbers))
 
     def discard(self, name: bytes) -> None:
-        """Remove whatever has that name in work, with everything in it.
+        """Remove that name and everything below it from work. A missing name is no error.
 
-        What cannot be removed now is tried again with later ones, and by the next mount: on NFS a directory
-        stays as long as a removed file in it is in use (EBUSY).
+        What cannot be removed is retried by later calls and by the next mount: on NFS a directory stays while
+        a removed file in it is in use (EBUSY).
         """
         again = self._left[:_AGAIN]
         del self._left[:_AGAIN]
@@ -96,7 +96,7 @@ class Work:
                     rename(whiteout, old)
 
     def _linked_leaving(self, whiteout: At, old: At, new: At, *, occupied: bool) -> bool:
-        """The same by links, so that a file always has one of its names; False where it cannot be linked."""
+        """The same by hard links, so that a file always has a name; False if it cannot be linked."""
         with self.temporary() as second, self.temporary() as replaced:
             try:
                 _link(old, second.at)
@@ -113,7 +113,7 @@ class Work:
 
 
 class Temporary:
-    """A name in work. What has it at the end of the block is discarded."""
+    """A name in work. Leaving its block discards what was not put into place."""
 
     __slots__ = ("_taken", "_work", "name")
 
@@ -130,29 +130,29 @@ class Temporary:
 
     @property
     def at(self) -> At:
-        """Where it is."""
+        """Its directory and name."""
         return self._work.fd, self.name
 
     def mkdir(self) -> int:
-        """Make a directory of it, for nobody but us; an fd of it that can be read, to be closed."""
+        """Make it a directory that only the daemon may use. Returns a readable fd, the caller's to close."""
         os.mkdir(self.name, 0o700, dir_fd=self._work.fd)
         return os.open(self.name, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC, dir_fd=self._work.fd)
 
     def put(self, dir_fd: int, name: bytes) -> None:
-        """Rename it into the upper, over what is no directory or an empty one."""
+        """Rename it into the upper, as rename(2) does."""
         os.rename(self.name, name, src_dir_fd=self._work.fd, dst_dir_fd=dir_fd)
         self._taken = False
 
     def discard(self) -> None:
-        """Remove it, unless it was put into place."""
+        """Remove it unless it was put into place."""
         if self._taken:
             self._taken = False
             self._work.discard(self.name)
 
 
 def exchange(one: At, other: At, aside: At) -> None:
-    """Exchange two names; where that takes three steps, ``other`` waits at ``aside``, and is missing for the
-    shorter time. After an ``OSError`` both are as they were."""
+    """Exchange two names. Where that takes three steps, ``other``, which is missing for the shorter time,
+    waits at ``aside``. After an ``OSError`` both are unchanged."""
     try:
         calls.renameat2(*one, *other, calls.RENAME_EXCHANGE)
         return

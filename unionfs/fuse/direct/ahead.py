@@ -23,10 +23,10 @@ import logging
 from collections.abc import Callable, Iterator
 from typing import Final
 
-from unionfs.fuse.directories import NO_ENTRIES
+from unionfs.fuse.directories import NO_ENTRIES, Entries
 from unionfs.fuse.operations import Operations
 from unionfs.fuse.protocol import Listing
-from unionfs.union.nodes import Node
+from unionfs.union.node import Node
 
 log = logging.getLogger(__name__)
 
@@ -53,6 +53,10 @@ class Prepared:
         self.entries = NO_ENTRIES
         #: What is in it: a name after the other.
         self.nodes: list[Node] = []
+
+    def begin(self, entries: Entries) -> None:
+        """These are the names of the directory."""
+        self.entries = entries
 
 
 class Ahead:
@@ -168,4 +172,4 @@ class Ahead:
 
 def _is_fit(node: Node) -> bool:
     """Whether a listing can be prepared: see the rules above."""
-    return node.lookups > 0 and not node.is_upper and node.identity is None and not node.unlinked
+    return node.lookups > 0 and not node.in_place and not node.unlinked

@@ -30,7 +30,7 @@ from unionfs.fuse.protocol.flags import (
     WRITE_KILL_SUIDGID,
 )
 from unionfs.union.files import OpenFile
-from unionfs.union.nodes import Node
+from unionfs.union.node import Node
 
 _MAX_COPY: Final = 0x7FFFF000  # MAX_RW_COUNT, and it fits the 32 bits of the answer
 
@@ -92,11 +92,11 @@ class DataRequests:
         flags = request.flags
         reads = flags & (os.O_ACCMODE | os.O_TRUNC) == os.O_RDONLY
         if not reads and self._ios.holds_lower(node):
-            self._union.require_writable(node)
+            node.territory.require_writable()
             # This open is refused and need not come again (/proc/self/fd), so it must not have truncated.
             if not self._operations.copy_ups.is_running(node):
                 self._union.nodes.supersede(node)
-                self._union.stale.append(node)
+                self._operations.invalidations.of_node(node)
                 raise stale()
             flags = os.O_RDWR
         prepared = await self._files.prepare(node, flags)
@@ -136,7 +136,7 @@ class DataRequests:
             return  # who reads it is told
         if count == size:
             self._device.notify(notify.store(id_, 0, self._buffer[:size]))
-            self._files.bytes_read += size
+            self._files.was_read(size)
 
     def _create(self, request: rq.Create) -> Reply:
         parent = self._operations.directory(request.nodeid)
@@ -203,7 +203,7 @@ class DataRequests:
         else:
             here = file.read_into(self._buffer[: request.size], request.offset)
         if here is not None:
-            self._files.bytes_read += here
+            self._files.was_read(here)
             return encode.data(request.unique, self._buffer[:here])
         return encode.data(request.unique, await self._files.read(file, request.offset, request.size))
 
@@ -216,7 +216,7 @@ class DataRequests:
         else:
             with file:
                 count = await in_thread(self._splicer.answer, *arguments)
-        self._files.bytes_read += count
+        self._files.was_read(count)
         return count > 0
 
     async def _write(self, request: rq.Write) -> Reply:
@@ -287,7 +287,7 @@ class DataRequests:
         value.extend(bytes(max(request.out_size, 32) - len(value)))
         if request.cmd in _WRITING_IOCTLS:
             await self._operations.copy_ups.ensure(node)
-            node.ctime = None
+            node.changes()
         with self._own_fd(node) as fd:
             result = fcntl.ioctl(fd, request.cmd, value)
         return encode.ioctl(request.unique, result, bytes(value[: request.out_size]))

@@ -19,7 +19,7 @@ import logging
 import os
 import struct
 from collections import Counter
-from collections.abc import Callable, Coroutine, Iterable, Mapping
+from collections.abc import Callable, Coroutine, Mapping
 from time import perf_counter_ns
 from typing import Any, Final
 
@@ -27,6 +27,7 @@ import trio
 
 from unionfs.fuse.direct.device import Device
 from unionfs.fuse.inline import PENDING, begin, finish
+from unionfs.fuse.invalidations import Invalidations
 from unionfs.fuse.latency import Latencies
 from unionfs.fuse.protocol import (
     Decision,
@@ -41,7 +42,6 @@ from unionfs.fuse.protocol import (
 )
 from unionfs.fuse.protocol import requests as rq
 from unionfs.sys.process import is_being_killed
-from unionfs.union.nodes import Node
 from unionfs.union.tree import Union
 
 log = logging.getLogger(__name__)
@@ -71,6 +71,7 @@ class Loop:
         waiting: Mapping[Opcode, Waiting],
         latencies: Latencies | None = None,
         idle: Callable[[], bool] = lambda: False,
+        invalidations: Invalidations | None = None,
     ) -> None:
         """``idle`` is called when there is nothing to answer: it does a little work; False: there is none."""
         self._device = device
@@ -83,6 +84,7 @@ class Loop:
         self._new_buffer()
         self._answers = {int(opcode): answer for opcode, answer in answers.items()}
         self._idle = idle
+        self._invalidations = invalidations or Invalidations()
         self._tells_resized = False
         self._waiting = {int(opcode): handler for opcode, handler in waiting.items()}
         for opcode in decision.enosys:
@@ -209,36 +211,26 @@ class Loop:
         return encode.error(request.unique, errno.ENOSYS)
 
     def _reply(self, reply: Reply | None) -> None:
-        if self._union.stale:
-            self._tell_stale()
+        if self._invalidations.now:
+            # In line: what was copied up is held by the request that wanted it, see `Device.notify`.
+            self._send(_ask_again(self._invalidations.take_now()))
         if reply is not None:
             self._device.answer(reply)
-        if self._union.resized and not self._tells_resized:
+        if self._invalidations.soon and not self._tells_resized:
             self._tells_resized = True
             self._nursery.start_soon(self._tell_resized)
         if self._device.later:
             self._nursery.start_soon(trio.to_thread.run_sync, self._send, self._device.take_later())
 
     async def _tell_resized(self) -> None:
-        """As `_tell_stale`, but not for each copy-up: whoever walks through the directory then asks anew."""
+        """Not for each copy-up: whoever walks through the directory then asks anew."""
         await trio.sleep(_RESIZED_SECONDS)
         self._tells_resized = False
-        notices = _ask_again(self._union.resized)
-        self._union.resized.clear()
-        await trio.to_thread.run_sync(self._send, notices)
+        await trio.to_thread.run_sync(self._send, _ask_again(self._invalidations.take_soon()))
 
     def _send(self, notices: list[Reply]) -> None:
         for notice in notices:
             self._device.notify(notice)
-
-    def _tell_stale(self) -> None:
-        """Let the kernel ask again for attributes that a copy-up changed.
-
-        In line: what was copied up is held by the request that wanted it, see `Device.notify`.
-        """
-        for notice in _ask_again(dict.fromkeys(self._union.stale)):
-            self._device.notify(notice)
-        self._union.stale.clear()
 
     def _failed(self, request: Request, error: BaseException) -> Reply | None:
         """The answer to a request whose handler raised. Raises what is not for the caller to know."""
@@ -275,6 +267,6 @@ class Loop:
             running[0].cancel()
 
 
-def _ask_again(nodes: Iterable[Node]) -> list[Reply]:
-    """Notices that the kernel must not believe attributes any more; those of nodes that it knows."""
-    return [notify.inval_inode(node.id, -1, 0) for node in nodes if node.lookups > 0]
+def _ask_again(ids: list[int]) -> list[Reply]:
+    """Notices that the kernel must not believe attributes any more."""
+    return [notify.inval_inode(id_, -1, 0) for id_ in ids]

@@ -15,6 +15,7 @@ import socket
 import stat
 import subprocess
 from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Final
 
@@ -76,16 +77,14 @@ def _by_call(mountpoint: str, options: MountOptions) -> tuple[int, MountEntry | 
     ]
     try:
         # By fds, so that the owner of a directory above cannot lead root to another place meanwhile.
-        target = openat2(AT_FDCWD, os.fsencode(mountpoint), os.O_PATH | os.O_DIRECTORY, RESOLVE_NO_SYMLINKS)
-        try:
+        with ExitStack() as fds:
+            path = os.fsencode(mountpoint)
+            target = openat2(AT_FDCWD, path, os.O_PATH | os.O_DIRECTORY, RESOLVE_NO_SYMLINKS)
+            fds.callback(os.close, target)
             made = detached.new_filesystem("fuse", [(name, value) for name, value in parameters], attributes)
-            try:
-                detached.attach(made, target)
-                mount_id = mount_id_of_fd(made)
-            finally:
-                os.close(made)
-        finally:
-            os.close(target)
+            fds.callback(os.close, made)
+            detached.attach(made, target)
+            mount_id = mount_id_of_fd(made)
     except OSError as error:
         os.close(fd)
         raise SessionError(f"the kernel says: {error.strerror}") from error

@@ -30,7 +30,7 @@ from unionfs.sys import calls
 from unionfs.union.attributes import Attributes
 from unionfs.union.changes import Caller
 from unionfs.union.files import mode_without_set_ids
-from unionfs.union.nodes import Node
+from unionfs.union.node import Node
 from unionfs.union.xattrs import CAPABILITY
 
 _NS: Final = 1_000_000_000
@@ -88,7 +88,7 @@ class NameRequests:
             unique,
             node.id,
             0,
-            FOREVER if node.identity is None else NEVER,
+            FOREVER if node.territory.lasting else NEVER,
             self._ios.valid(node, attributes),
             _packed(attributes),
         )
@@ -100,7 +100,7 @@ class NameRequests:
         return encode.entry_out(
             node.id,
             0,
-            FOREVER if node.identity is None else NEVER,
+            FOREVER if node.territory.lasting else NEVER,
             self._ios.valid(node, attributes),
             _packed(attributes),
         )
@@ -213,9 +213,8 @@ class NameRequests:
         )
         handle = self._operations.files.get(request.fh) if valid & FATTR_FH else None
         found = await self._operations.setattr(request.nodeid, change, handle)
-        stale = self._union.stale
-        if stale and stale[-1] is found[0] and found[0].id == request.nodeid:
-            stale.pop()  # it was copied up for this, and the answer brings the new attributes
+        if self._operations.invalidations.now and found[0].id == request.nodeid:
+            self._operations.invalidations.answered(found[0])
         if self.write_back is not None and change.mtime_ns is not None:
             self.write_back.mtime_set(found[0], change.mtime_ns)
         return self._attributes(request.nodeid, request.unique, found)
@@ -229,7 +228,7 @@ class NameRequests:
         if request.valid & ~(FATTR_FH | FATTR_LOCKOWNER) != FATTR_MTIME | FATTR_CTIME:
             return False
         node = self._operations.node(request.nodeid)
-        if node.is_upper or not node.unlinked:
+        if node.in_place or not node.unlinked:
             return False
         return self._union.stat(node).st_mtime_ns == request.mtime * _NS + request.mtimensec
 

@@ -20,10 +20,12 @@ import os
 from typing import Final
 
 from unionfs.fuse.direct.device import Device
+from unionfs.fuse.files import Opened
 from unionfs.fuse.protocol import FOREVER, NEVER, Decision, Timeout
 from unionfs.fuse.protocol.flags import FOPEN_KEEP_CACHE
 from unionfs.union.attributes import Attributes
-from unionfs.union.nodes import Handle, Node, Use
+from unionfs.union.files import Use
+from unionfs.union.node import Node
 
 _WHILE_WRITING: Final[Timeout] = (0, 20_000_000)
 _AFTER_WRITING: Final[Timeout] = (1, 0)
@@ -50,62 +52,51 @@ class NodeIos:
     def is_outdated(self, node: Node) -> bool:
         """Whether the backing file in use is not the node's any more, so that it can't be opened again."""
         use = node.use
-        return use is not None and use.through > 0 and use.of_upper != node.is_upper
+        return use is not None and use.through > 0 and use.of_upper != node.in_place
 
     def holds_lower(self, node: Node) -> bool:
         """Whether the kernel reads the lower's file by itself for somebody, so no writer can join in."""
         use = node.use
-        return use is not None and use.through > 0 and not use.of_upper and not node.is_upper
+        return use is not None and use.through > 0 and not use.of_upper and not node.in_place
 
-    def opened(self, handle: Handle) -> tuple[int, int]:
+    def opened(self, handle: Opened) -> tuple[int, int]:
         """Count an open; returns FOPEN_* flags and the backing id for the answer."""
         node = handle.node
         use = node.use
         assert use is not None
         if use.through == 0 and use.cached == 0 and self._wants_backing(use, handle):
             self._register(use, node, handle)
-        if use.backing_id:
-            use.through += 1
-            handle.through = True
+        use.opened(handle)
+        if handle.through:
             self.passed_through += 1
-            if handle.writes:
-                use.writers += 1
-                use.written = True
             return self._decision.passthrough_open_flags, use.backing_id
-        use.cached += 1
         flags = self._decision.file_open_flags
-        if use.written or node.identity is not None:
+        if use.written or not node.territory.lasting:
             flags &= ~FOPEN_KEEP_CACHE  # what is cached from before may be old
         return flags, 0
 
     def may_have_all(self, node: Node) -> bool:
         """Whether the kernel may have all data of a lower file, which went through the page cache before."""
         use = node.use
-        return use is not None and use.filled and not use.through and not node.is_upper
+        return use is not None and use.filled and not use.through and not node.in_place
 
-    def may_fill(self, handle: Handle) -> bool:
+    def may_fill(self, handle: Opened) -> bool:
         """Whether an open just counted is the first and only one of a lower file that goes through the page
         cache and was never written to; True once."""
         node, use = handle.node, handle.node.use
         if use is None or use.filled or use.cached != 1 or use.through or use.written:
             return False
-        if node.is_upper or node.bound or not self._decision.file_open_flags & FOPEN_KEEP_CACHE:
+        if node.in_place or not self._decision.file_open_flags & FOPEN_KEEP_CACHE:
             return False
-        use.filled = True
+        use.fill()
         return True
 
-    def released(self, handle: Handle) -> None:
+    def released(self, handle: Opened) -> None:
         """Count a close."""
         use = handle.node.use
         assert use is not None
-        if not handle.through:
-            use.cached -= 1
-            return
-        use.through -= 1
-        if handle.writes:
-            use.writers -= 1
-        if use.through == 0:
-            backing_id, use.backing_id = use.backing_id, 0
+        backing_id = use.closed(handle)
+        if backing_id:
             self._device.unregister(backing_id)
 
     def valid(self, node: Node, attributes: Attributes) -> Timeout:
@@ -117,26 +108,26 @@ class NodeIos:
             return _WHILE_WRITING if use.writers else _AFTER_WRITING
         return FOREVER
 
-    def _wants_backing(self, use: Use, handle: Handle) -> bool:
+    def _wants_backing(self, use: Use, handle: Opened) -> bool:
         node, decision = handle.node, self._decision
-        if node.identity is not None:
+        if not node.territory.lasting:
             return False  # what is bound is changed by others too, and read through the page cache
-        if node.is_upper:
+        if node.in_place:
             return decision.passthrough_upper
         if not decision.passthrough_lower or use.filled:
             return False
         st = handle.file.st
         return st is None or st.st_size > decision.small_lower
 
-    def _register(self, use: Use, node: Node, handle: Handle) -> None:
+    def _register(self, use: Use, node: Node, handle: Opened) -> None:
         try:
-            use.backing_id = self._device.register(handle.file.fd)
+            backing_id = self._device.register(handle.file.fd)
         except OSError as error:
             if error.errno in (errno.EBADF, errno.EFAULT):
                 raise
             self.refused += 1  # this file goes through the page cache
             return
-        use.of_upper = node.is_upper
+        use.passes_through(backing_id, of_upper=node.in_place)
 
 
 def stale() -> OSError:

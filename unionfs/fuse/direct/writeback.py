@@ -18,8 +18,8 @@ import stat
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 
-from unionfs.union.files import SET_IDS, OpenFile
-from unionfs.union.nodes import Node, Use
+from unionfs.union.files import SET_IDS, OpenFile, Use
+from unionfs.union.node import Node
 from unionfs.union.shortcuts import Capabilities
 from unionfs.union.xattrs import CAPABILITY
 
@@ -38,24 +38,25 @@ class WriteBack:
         fd = file.fd
         st = os.fstat(fd)
         if use.writebacks == 0:
-            use.mtime_ns, use.capability = st.st_mtime_ns, self._capability(node, fd)
-        use.writebacks += 1
+            use.keep_mtime(st.st_mtime_ns)
+            use.keep_capability(self._capability(node, fd))
+        use.writes_back(1)
         with file:
             try:
                 yield
             finally:
-                use.writebacks -= 1
+                use.writes_back(-1)
                 _restore(fd, st, use)
 
     def mtime_set(self, node: Node, mtime_ns: int) -> None:
         """The kernel has set the time."""
         if node.use is not None:
-            node.use.mtime_ns = mtime_ns
+            node.use.keep_mtime(mtime_ns)
 
     def capability_set(self, node: Node, value: bytes | None) -> None:
         """Capabilities were given, or removed (None) for a write that is yet to come."""
         if node.use is not None:
-            node.use.capability = value
+            node.use.keep_capability(value)
 
     def _capability(self, node: Node, fd: int) -> bytes | None:
         if node.no_capability:
