@@ -141,7 +141,7 @@ def watched(path: Path, new: bytes, worker: Worker) -> Iterator[str]:
             yield ""
             while True:
                 ready, _, _ = select.select([fd], [], [], 0.1)
-                yield "told" if ready else "not told"
+                yield "event" if ready else "no event"
         finally:
             os.close(fd)
 
