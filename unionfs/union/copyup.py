@@ -48,16 +48,12 @@ class CopyUp:
     """Copies up objects of one union; calls ``tell`` with the effects of each as soon as it appeared."""
 
     def __init__(self, union: Union, tell: Tell = lambda effects: None) -> None:
-        self._union = union
+        self.union = union
         self._tell = tell
-
-    def file(self, node: Node, limit: int | None = None, mode: int | None = None) -> FileCopy:
-        """Begin to copy a regular file."""
-        return FileCopy(self._union, self, node, limit, mode)
 
     def special(self, node: Node) -> None:
         """Copy up a symlink, fifo, socket or device, which have only metadata."""
-        union = self._union
+        union = self.union
         union.require_upper()
         work = union.work.fd
         with Owned(union.open_path(node)) as source, union.work.temporary() as temporary:
@@ -72,7 +68,7 @@ class CopyUp:
 
     def directory(self, node: Node) -> Place:
         """The upper's directory of a directory node; copies up the directory and its parents if need be."""
-        self._union.require_upper()
+        self.union.require_upper()
         if node.unlinked:
             raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT))
         missing: list[Node] = []
@@ -86,7 +82,7 @@ class CopyUp:
 
     def _directory(self, node: Node) -> None:
         assert node.parent is not None
-        union = self._union
+        union = self.union
         lower = union.gate.fd(node.parts[0])
         st = os.stat(lower)
         shown = node.attributes_of(st).ctime_ns
@@ -107,7 +103,7 @@ class CopyUp:
     def _copy_attributes(self, source: int, st: os.stat_result, name: bytes) -> None:
         """Give ``name`` in work, which only the daemon can reach, the xattrs, owner, mode and times of
         ``source`` (O_PATH), in an order in which none undoes another."""
-        union, work = self._union, self._union.work.fd
+        union, work = self.union, self.union.work.fd
         target = b"/proc/self/fd/%d/%b" % (work, name)
         copy_xattrs(union.markers, (b"/proc/self/fd/%d" % source, True), (target, False))
         if not union.identity.owns(st):
@@ -121,7 +117,7 @@ class CopyUp:
 
         If the node's name was removed, the copy gets none either, and only an fd of it is held.
         """
-        union, resized = self._union, None
+        union, resized = self.union, None
         if node.unlinked:
             upper = union.require_upper()
             held = os.open(temporary.name, _PATH, dir_fd=union.work.fd)
@@ -130,7 +126,7 @@ class CopyUp:
             node.lies_in(Place(upper, upper.root, b""))
         else:
             assert node.parent is not None
-            place = self.directory(node.parent)
+            place = node.parent.parts[0] if node.parent.in_place else self.directory(node.parent)
             resized = self._rename_into(node.parent, node.name, temporary)
             node.lies_in(place)
         st = os.fstat(fd)
@@ -142,7 +138,7 @@ class CopyUp:
         """Put a copy into a directory, whose mtime is restored and whose ctime is shown as before: a copy-up
         is not a change. Returns the directory if its size may be new to the kernel."""
         place, resized = directory.parts[0], None
-        dir_fd = self._union.gate.fd(place)
+        dir_fd = self.union.gate.fd(place)
         if directory.ctime is not None and directory.ctime[0] == UNSEEN:
             shown = directory.ctime[1]
         else:  # the first copy-up since its attributes were asked for, or since a change
@@ -162,13 +158,14 @@ class FileCopy:
     """The copy-up of one regular file. Leaving its block without :meth:`finish` discards the copy."""
 
     def __init__(
-        self, union: Union, copy_up: CopyUp, node: Node, limit: int | None, mode: int | None
+        self, copy_up: CopyUp, node: Node, limit: int | None = None, mode: int | None = None
     ) -> None:
         """Open the source and create the temporary file.
 
         ``limit``: copy only so many bytes (truncation). ``mode``: permission bits to set instead of the
         source's.
         """
+        union = copy_up.union
         union.require_upper()
         self._union = union
         self._copy_up = copy_up
@@ -194,9 +191,6 @@ class FileCopy:
 
     def __enter__(self) -> FileCopy:
         return self
-
-    def __exit__(self, *exc: object) -> None:
-        self.close()
 
     @property
     def is_quick(self) -> bool:
@@ -242,21 +236,20 @@ class FileCopy:
             union.capabilities.none(node)
         else:
             union.capabilities.changed(node)
-        return self._hand_over(st, keep=keep)
-
-    def _hand_over(self, st: os.stat_result, *, keep: bool) -> OpenFile | None:
-        """Open handles, which only read, go on with the upper's file: they see later writes."""
-        file = self._union.files.hand_over(self.node, self._target, st, lend=keep)
+        file = union.files.hand_over(node, self._target, st, lend=keep)
         if file is not None:
             self._target = -1
         return file if keep else None
 
-    def close(self) -> None:
+    def close(self, *exc: object) -> None:
         """Close everything, and discard what was not finished."""
-        self._temporary.discard()
+        if self._temporary.taken:
+            self._temporary.discard()
         if self._target >= 0:
             os.close(self._target)
             self._target = -1
         if self._open:
             self._open = False
             self._union.files.take_back_later(self.node, self._source)
+
+    __exit__ = close

@@ -24,6 +24,10 @@ _KEEP_NUMBERS: Final = frozenset({
 })  # fmt: skip
 
 
+#: A `Layer.key` that no object has.
+NO_KEY: Final = -1
+
+
 class Layer:
     """One directory tree of the stack; ``root`` is its place, whose fd stays open."""
 
@@ -110,6 +114,14 @@ class Place:
         self.empty = False
         #: Of the upper: its time of modification after a copy-up; good while `Node.ctime` is `UNSEEN`.
         self.mtime_ns = 0
+
+    def move(self, parent: Place, name: bytes) -> None:
+        """It was renamed."""
+        self.parent, self.name = parent, name
+
+    def lost(self) -> None:
+        """Another object has its name: it stands for nothing any more."""
+        self.key = NO_KEY
 
     def stands_for(self, st: os.stat_result) -> None:
         """The directory with these attributes is its own from now on."""

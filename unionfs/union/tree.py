@@ -79,12 +79,12 @@ class Union(Objects):
         """
         known = self.nodes.child(parent, name)
         # Nobody has looked the directory up, and without a child the table would let go of it.
-        self.nodes.looked_up(parent)
+        parent.looked_up()
         if known is not None:
             self.nodes.remove_name(known, parent, name)
         node = Bound(self, self.nodes, layer).root(parent, name)
         self.nodes.forget(parent, 1)
-        self.nodes.looked_up(node)
+        node.looked_up()
         return node
 
     def close(self) -> None:

@@ -95,7 +95,7 @@ class Ahead:
         walk.extend(reversed(below))
         self._drop()
         if self._enabled and self._right >= _SURE and walk and _is_fit(walk[-1]):
-            self._operations.union.nodes.looked_up(walk[-1])
+            walk[-1].looked_up()
             self._prepared = Prepared(walk[-1], size)
             self._work = self._prepare(self._prepared)
             self.begun += 1
