@@ -135,13 +135,12 @@ class Merge:
             os.close(upper)
 
     def open_object(self, found: Found, name: bytes) -> int:
-        """A new O_PATH fd of what a search for ``name`` found. Raises ``OSError``: ESTALE when another object
-        has taken its place."""
-        st, (top, *_) = found
-        if stat.S_ISDIR(st.st_mode):
-            return os.dup(self.gate.fd(top))
-        fd = os.open(name, _PATH, dir_fd=self.gate.fd(top))
-        if top.layer.key(os.fstat(fd)) != top.layer.key(st):
+        """A new O_PATH fd of the non-directory that a search for ``name`` found. Raises ``OSError``, ESTALE
+        when another object has taken its place.
+        """
+        st, (place,) = found
+        fd = os.open(name, _PATH, dir_fd=self.gate.fd(place))
+        if place.layer.key(os.fstat(fd)) != place.layer.key(st):
             os.close(fd)
             raise OSError(errno.ESTALE, "a layer holds another object there")
         return fd
