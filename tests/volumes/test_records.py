@@ -153,6 +153,9 @@ def test_on_a_full_disk_volumes_are_listed_and_removed(filesystem: Callable[...,
     store.volumes().attach("large", _user())
 
     def fill() -> None:
+        with suppress(OSError):  # ext4's inodes first, which are fixed: then there is none for a lock either
+            for number in range(10000 if kind == "ext4" else 0):
+                (place / f"inode {number}").touch()
         for size in (1 << 16, 512):
             with suppress(OSError), open(place / f"rest {size}", "ab", buffering=0) as rest:
                 while rest.write(bytes(size)):
@@ -303,13 +306,28 @@ print("done")
 """
 
 
+_AGAIN_AND_AGAIN = """
+import sys
+sys.path.insert(0, sys.argv[2])
+from unionfs.storage.model import User
+from unionfs.storage.volumes import Volumes
+volumes, user = Volumes(sys.argv[1]), User.of_this_process("mount", "/mnt")
+print("up", flush=True)
+while True:
+    volumes.create("data", labels={"a": "b"})
+    volumes.attach("data", user)
+    volumes.detach("data", user)
+    volumes.remove("data")
+"""
+_REPOSITORY = str(Path(__file__).resolve().parents[2])
+
+
 class TestManyProcesses:
     def test_they_make_use_and_remove_at_once(self, store: Store) -> None:
         store.create("common")
-        repository = Path(__file__).resolve().parents[2]
         children = [
             subprocess.Popen(
-                [sys.executable, "-c", _RACE, str(store.root), str(repository), str(number)],
+                [sys.executable, "-c", _RACE, str(store.root), _REPOSITORY, str(number)],
                 stdout=subprocess.PIPE,
                 stderr=subprocess.PIPE,
                 text=True,
@@ -322,22 +340,27 @@ class TestManyProcesses:
         assert [volume.name for volume in store.volumes().all()] == ["common"]
         assert store.volumes().users("common") == []
 
+    def test_a_volume_is_never_seen_without_its_record(self, store: Store) -> None:
+        """A directory with `_data` is a local volume: not while another process creates or removes one."""
+        words = [sys.executable, "-c", _AGAIN_AND_AGAIN, str(store.root), _REPOSITORY]
+        child = subprocess.Popen(words, stdout=subprocess.DEVNULL)
+        seen = 0
+        try:
+            end = time.monotonic() + 1.5
+            while time.monotonic() < end or (seen < 20 and time.monotonic() < end + 30):
+                for volume in store.volumes().all():
+                    seen += 1
+                    assert (volume.name, volume.labels) == ("data", {"a": "b"})
+        finally:
+            child.kill()
+            child.wait()
+        assert store.told == []
+
     @pytest.mark.parametrize("seed", range(4))
     def test_processes_that_are_killed_leave_nothing_half_made(self, store: Store, seed: int) -> None:
-        code = (
-            "import sys; sys.path.insert(0, sys.argv[2])\n"
-            "from unionfs.storage.volumes import Volumes\n"
-            "from unionfs.storage.model import User\n"
-            "volumes, user = Volumes(sys.argv[1]), User.of_this_process('mount', '/mnt')\n"
-            "print('up', flush=True)\n"
-            "while True:\n"
-            "    volumes.create('data', labels={'a': 'b'}); volumes.attach('data', user)\n"
-            "    volumes.detach('data', user); volumes.remove('data')\n"
-        )
-        repository = Path(__file__).resolve().parents[2]
         for turn in range(4):
             child = subprocess.Popen(
-                [sys.executable, "-c", code, str(store.root), str(repository)], stdout=subprocess.PIPE
+                [sys.executable, "-c", _AGAIN_AND_AGAIN, str(store.root), _REPOSITORY], stdout=subprocess.PIPE
             )
             assert child.stdout is not None
             assert child.stdout.readline() == b"up\n"

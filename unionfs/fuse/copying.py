@@ -68,7 +68,7 @@ class CopyUps:
 
     async def _file(self, node: Node, limit: int | None, mode: int | None, *, keep: bool) -> OpenFile | None:
         began = perf_counter_ns()
-        with self._copy_up.file(node, limit, mode) as copy:
+        with FileCopy(self._copy_up, node, limit, mode) as copy:
             if copy.is_quick:
                 copy.copy()
             else:

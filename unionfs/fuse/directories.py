@@ -16,7 +16,6 @@ import xxhash
 
 from unionfs.fuse.inline import in_thread
 from unionfs.union.node import Node
-from unionfs.union.tree import Union
 
 DOT: Final = 1
 DOT_DOT: Final = 2
@@ -51,8 +50,7 @@ NO_ENTRIES: Final = Entries([], [], [])
 class Directories:
     """Listings being read: a cache, limited by the number of names. A missing listing is made again."""
 
-    def __init__(self, union: Union) -> None:
-        self._union = union
+    def __init__(self) -> None:
         self._kept: OrderedDict[int, Entries] = OrderedDict()
         self._names = 0
 

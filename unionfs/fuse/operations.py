@@ -84,7 +84,7 @@ class Operations:
         copy_up = CopyUp(union, self.invalidations.of_copy_up)
         self.changes = Changes(union, copy_up)
         self.copy_ups = CopyUps(union, copy_up)
-        self.directories = Directories(union)
+        self.directories = Directories()
         self.files = Files(union, self.copy_ups)
         #: The number of requests by kind; the session counts.
         self.requests: Counter[str] = Counter()

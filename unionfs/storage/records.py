@@ -1,4 +1,4 @@
-"""A volume's record and its users: small files beside its data, and the only truth about them.
+"""A volume's record and users: small files beside its data, and the only truth about them.
 
     ROOT/volumes/NAME/volume.json    what the volume is; replaced by one rename
     ROOT/volumes/NAME/.user-DIGEST   one user: its text and the path of the data
@@ -34,9 +34,11 @@ def find(directory: str) -> Volume | None:
     """
     try:
         at = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
-    except OSError:
+    except (FileNotFoundError, NotADirectoryError):
         return None
-    # By its fd: in another one's place there is a new volume, whose record was never missing.
+    except OSError as error:
+        raise _unreadable(directory, error) from error
+    # By its fd: a new volume of the name is another directory, whose record was never missing.
     with fds.Owned(at):
         if os.fstat(at).st_uid != os.geteuid():
             return None
@@ -93,7 +95,7 @@ def _write(volume: Volume, old_users: dict[str, str]) -> None:
 
 
 def keep_damaged(directory: str) -> None:
-    """Keep a record that cannot be read under another name."""
+    """Rename a record that cannot be read."""
     with suppress(FileNotFoundError):
         os.rename(f"{directory}/{_RECORD}", f"{directory}/{_RECORD}.damaged")
 
@@ -102,12 +104,14 @@ def keep_damaged(directory: str) -> None:
 
 
 def users(directory: str) -> list[User]:
-    """The users of a volume, sorted by their texts; also those whose process has ended."""
+    """The users of a volume, sorted by text; also those whose process has ended. Raises UserError."""
     found = _old_users(directory)
     try:
         names = os.listdir(directory)
-    except (FileNotFoundError, NotADirectoryError):
+    except FileNotFoundError:
         return []
+    except OSError as error:
+        raise _unreadable(directory, error) from error
     for name in names:
         if not name.startswith(_USER) or name.endswith(".new"):
             continue
@@ -143,7 +147,7 @@ def remove_user(volume: Volume, text: str) -> None:
 
 
 def _keep_spare(directory: str) -> None:
-    """Set space aside for one user: on a full disk a volume can still be measured and backed up."""
+    """Set space aside for one user, so that a volume on a full disk can still be measured and backed up."""
     flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
     with suppress(OSError), fds.Owned(os.open(f"{directory}/{_SPARE}", flags, 0o600)) as fd:
         os.write(fd, b" " * _SPARE_BYTES)
@@ -154,9 +158,7 @@ def _user_file(directory: str, text: str) -> str:
 
 
 def _old_users(directory: str) -> dict[str, str]:
-    """Users that an earlier version has written into the record; its daemons may still run, and find them
-    there.
-    """
+    """Users whose daemons of an earlier version recorded them there, where they look for them again."""
     with suppress(OSError, *_MISSPELT):
         return {str(text): str(path) for text, path in jsonfiles.read(f"{directory}/{_RECORD}")["users"]}
     return {}

@@ -11,8 +11,8 @@ from unionfs.union.removal import find_locked, remove_path
 
 
 def refuse_locked(path: str, complaint: str) -> None:
-    """Raise UserError (`complaint`, as "volume x cannot be removed", first) when a file below `path` is
-    immutable or append-only; nothing is changed.
+    """Raise UserError when a file below `path` is immutable or append-only. It begins with `complaint`, as
+    "volume x cannot be removed".
     """
     above, name = os.path.split(path)
     try:
@@ -59,8 +59,8 @@ def refuse_mounted(path: str, complaint: str) -> None:
 
 
 def remove_all(path: str, complaint: str, *, unlock: bool = False) -> None:
-    """Remove a tree of the storage root, with `unlock` also what is immutable. Raises UserError for what is
-    left, `complaint` ("volume x is removed, but not all of its files") first.
+    """Remove a tree of the storage root, with `unlock` also what is immutable. The UserError about what is
+    left begins with `complaint`, as "volume x is removed, but not all of its files".
     """
     try:
         remove_path(path, unlock=unlock)

@@ -1,4 +1,4 @@
-"""The volumes below one storage root: made, listed, used, removed.
+"""The volumes below one storage root: create, list, use and remove them.
 
     ROOT/volumes/NAME/volume.json    the volume's record, and beside it one file for each user
     ROOT/volumes/NAME/_data          its files, in Docker's layout
@@ -109,11 +109,12 @@ class Volumes:
         return volume
 
     def driver_of(self, volume: Volume) -> Driver:
-        """The driver of a volume, which may be missing by now."""
+        """The driver of a volume. Raises UserError when it is no longer installed."""
         return find_driver(volume.driver)
 
     def users(self, name: str) -> list[User]:
         """Who uses a volume now."""
+        self._check_root()
         return [user for user in records.users(self._directory(check_name(name))) if not user.is_gone]
 
     def all_users(self) -> dict[str, list[User]]:
@@ -134,9 +135,9 @@ class Volumes:
         options: Mapping[str, str] = {},
         anonymous: bool = False,
     ) -> Volume:
-        """The volume of that name, made if it is missing; a new anonymous one for None.
+        """The volume of that name, created if it is missing; a new anonymous one for None.
 
-        A volume that is there is taken as it is when neither a driver (but local) nor options are given.
+        Without options and a driver other than local, an existing volume may have any.
         """
         chosen = None if driver == "local" and not options else driver
         return self.create(name, driver=chosen, options=options, anonymous=anonymous or name is None)
@@ -150,9 +151,9 @@ class Volumes:
         labels: Mapping[str, str] = {},
         anonymous: bool = False,
     ) -> Volume:
-        """Make a volume, or return the one that is there and has the same driver, options and labels.
+        """Create a volume, or return the existing one if it has the same driver, options and labels.
 
-        As with Docker, one that is there may be asked for by its name alone, whatever it is.
+        As with Docker, the name alone stands for an existing volume, whatever it is.
         """
         anonymous = anonymous or name is None
         name = anonymous_name() if name is None else check_name(name)
@@ -205,7 +206,7 @@ class Volumes:
         return replace(volume, directory=place)
 
     def _sweep(self, parent: str) -> None:
-        """Remove what killed processes left half made, and what could not be removed before."""
+        """Remove what killed processes left unfinished, and what could not be removed before."""
         for entry in os.listdir(parent):
             kind, _, rest = entry.partition("-")
             if kind not in (".new", ".gone"):
@@ -221,9 +222,9 @@ class Volumes:
     # -- using --------------------------------------------------------------------------------------------
 
     def attach(self, name: str, user: str) -> str:
-        """Count a user, and return the absolute path of the volume's data for him.
+        """Record a user, and return the absolute path of the volume's data for it.
 
-        `user` is a text as in `User`. The first user mounts what has to be mounted.
+        `user` is a text as in `User`. The volume is mounted for its first user.
         """
         with locks.state(self.root, name):
             volume = self.get(name)
@@ -232,7 +233,7 @@ class Volumes:
             for known in users:
                 if known.text == user:
                     return known.path
-            # Also for a second user: somebody may have unmounted it by hand.
+            # For a second user, too: the volume may have been unmounted by hand.
             path = driver.mount(volume, user)
             try:
                 finish_in_place(volume, path)
@@ -245,7 +246,7 @@ class Volumes:
             return path
 
     def detach(self, name: str, user: str) -> None:
-        """A user uses the volume no more; with the last one it is unmounted."""
+        """Remove a user; the volume is unmounted with its last one."""
         with locks.state(self.root, name):
             volume = self.get(name)
             driver = self.driver_of(volume)
@@ -257,7 +258,7 @@ class Volumes:
             records.remove_user(volume, user)
 
     def _without_the_dead(self, volume: Volume, driver: Driver, besides: str = "") -> list[User]:
-        """The users of a volume, after those that are gone were detached."""
+        """Detach the users whose process has ended, and return the others."""
         alive: list[User] = []
         dead: list[User] = []
         for user in records.users(volume.directory):
@@ -269,7 +270,7 @@ class Volumes:
         return alive
 
     def settle(self) -> None:
-        """Unmount what users that are gone have left mounted."""
+        """Detach the users whose process has ended, from all volumes."""
         for directory in self._directories():
             if any(user.is_gone for user in records.users(directory)):
                 name = os.path.basename(directory)
@@ -279,9 +280,7 @@ class Volumes:
 
     @contextmanager
     def used(self, name: str, kind: str) -> Iterator[str]:
-        """The data of a volume, used by this process within the context, `kind` being `backup` or the
-        like.
-        """
+        """The path of a volume's data, which this process uses within the context; `kind`: as `backup`."""
         user = User.of_this_process(kind, f"#{secrets.token_hex(4)}")
         path = self.attach(name, user)
         try:
@@ -291,14 +290,16 @@ class Volumes:
 
     @contextmanager
     def working_on(self, name: str, what: str) -> Iterator[Volume]:
-        """Keep other long operations, and removing, away from a volume. `what` is as in `a backup`."""
+        """Exclude other long operations, and removing. `what` is this one, as in `a backup`."""
         self.get(name)
         with locks.work(self.root, name, what):
             yield self.get(name)
 
     @contextmanager
     def still(self, name: str, what: str, *, besides: str = "") -> Iterator[None]:
-        """Keep users away from a volume that has none (but `besides`), to do `what` ("restored") to it."""
+        """Exclude new users while the volume is `what` ("restored"). Raises UserError when it has users other
+        than `besides`.
+        """
         with locks.state(self.root, name):
             volume = self.get(name)
             driver = self.driver_of(volume)
@@ -308,7 +309,7 @@ class Volumes:
             yield
 
     def refuse_users(self, name: str, what: str) -> None:
-        """Raise UserError when somebody uses the volume now."""
+        """Raise UserError when the volume has users."""
         with self.still(name, what):
             pass
 
@@ -320,7 +321,7 @@ class Volumes:
     # -- changing and removing ----------------------------------------------------------------------------
 
     def resize(self, name: str, size: str) -> Volume:
-        """Give a volume another size."""
+        """Change the size of a volume."""
         with self.working_on(name, "a resize"), locks.state(self.root, name):
             volume = self.get(name)
             driver = self.driver_of(volume)
@@ -331,10 +332,10 @@ class Volumes:
             return changed
 
     def remove(self, name: str, *, force: bool = False, missing_ok: bool = False) -> bool:
-        """Remove a volume and its data; refused while it has users.
+        """Remove a volume and its data. Raises UserError while it has users.
 
-        False: it is not there, with `missing_ok` or `force`. With `force` it goes too when its driver is
-        gone or cannot give it up, or when it holds files that chattr(1) made immutable or append-only.
+        Returns False if it does not exist, with `missing_ok` or `force`. `force` also removes one whose
+        driver is missing or fails, and files that chattr(1) made immutable or append-only.
         """
         if (force or missing_ok) and (not is_name(name) or self._find(name) is None):
             return False
@@ -344,11 +345,10 @@ class Volumes:
             try:
                 driver = self.driver_of(volume)
             except UserError:
-                # The program of a driver that is gone has nothing to say, when that is wanted.
                 if not force:
                     raise
                 driver = Driver()
-            if force or missing_ok:  # a removal that goes on without it, or one of many
+            if force or missing_ok:  # an answer is not needed, or this is one of many removals
                 driver = driver.hurried()
             if force:
                 driver = Forced(driver, self._tell)

@@ -9,6 +9,7 @@ from abc import ABC, abstractmethod
 from typing import Final
 
 from unionfs.union.attributes import Attributes
+from unionfs.union.errors import os_error
 from unionfs.union.files import OpenFile, Use
 from unionfs.union.listing import Listing
 from unionfs.union.places import Place
@@ -88,7 +89,7 @@ class Territory(ABC):
     def require_writable(self) -> None:
         """Raises EROFS when nothing can be changed."""
         if self.read_only:
-            raise OSError(errno.EROFS, os.strerror(errno.EROFS))
+            raise os_error(errno.EROFS)
 
 
 class Node:

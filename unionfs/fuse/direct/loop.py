@@ -182,7 +182,11 @@ class Loop:
                     if begun is PENDING:
                         if "data" in request.fields:
                             self._new_buffer()
-                        self._nursery.start_soon(self._finish, request, coroutine)
+                        # Known before its task runs: the next request may already be its INTERRUPT, which the
+                        # kernel sends once (fs/fuse/dev.c, request_wait_answer).
+                        scope = trio.CancelScope()
+                        self._running[request.unique] = scope, request.pid
+                        self._nursery.start_soon(self._finish, request, coroutine, scope)
                         return True
                     reply = begun  # type: ignore[assignment]
         except BaseException as error:
@@ -245,11 +249,12 @@ class Loop:
         log.error("%r failed", request, exc_info=error)
         return encode.error(request.unique, errno.EIO)
 
-    async def _finish(self, request: Request, coroutine: Coroutine[Any, Any, Reply | None]) -> None:
+    async def _finish(
+        self, request: Request, coroutine: Coroutine[Any, Any, Reply | None], scope: trio.CancelScope
+    ) -> None:
         unique = request.unique
         reply: Reply | None = encode.error(unique, errno.EINTR)
-        with trio.CancelScope() as scope:
-            self._running[unique] = scope, request.pid
+        with scope:
             try:
                 reply = await finish(coroutine)
             except Exception as error:
