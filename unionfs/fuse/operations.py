@@ -322,8 +322,8 @@ class Operations:
     def is_outside_group(self, node: Node, uid: int, gid: int, pid: int) -> bool:
         """Whether a caller is neither root nor in the group of the node's object.
 
-        A request has no supplementary groups: they come from /proc/PID/status. A caller that has exited counts
-        as being in none.
+        A request has no supplementary groups: they come from /proc/PID/status. A caller that has exited
+        counts as being in none.
         """
         group = self.union.stat(node).st_gid
         return uid != 0 and gid != group and group not in supplementary_groups(pid)
