@@ -2,6 +2,7 @@
 
     ROOT/volumes/NAME/volume.json    what the volume is; replaced by one rename
     ROOT/volumes/NAME/.user-DIGEST   one user: its text and the path of the data
+    ROOT/volumes/NAME/spare          space for one user, for a full disk
 
 Writers hold the volume's short lock; readers need none. A user is a file of its own: to remove it takes no
 space on a full disk, and it need not survive a power cut, since its process does not.
@@ -20,7 +21,7 @@ from unionfs.sys import fds
 
 _RECORD = "volume.json"
 _USER = ".user-"
-_SPARE = ".spare"
+_SPARE = "spare"
 _SPARE_BYTES = 4096
 _VERSION = 1
 _MISSPELT = (ValueError, KeyError, TypeError, AttributeError)
