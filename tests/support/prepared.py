@@ -30,7 +30,7 @@ _CONTEXT.set_forkserver_preload(
 
 @dataclass(frozen=True)
 class _Surroundings:
-    """What a child of this process would have had from it."""
+    """What a child of this process would have inherited."""
 
     environment: dict[str, str]
     umask: int
@@ -71,7 +71,7 @@ def _run(
 
 
 class PreparedProcess:
-    """``unionfs ARGUMENT...`` as a process, with what the tests need of subprocess.Popen."""
+    """``unionfs ARGUMENT...`` as a process, with the part of subprocess.Popen that the tests use."""
 
     def __init__(self, arguments: Sequence[str], log: Path, directory: Path, *, plain: bool = False) -> None:
         """Start it; stdin is /dev/null, stdout and stderr are appended to ``log``.
@@ -86,11 +86,11 @@ class PreparedProcess:
         self.pid = self._process.pid
 
     def poll(self) -> int | None:
-        """The exit code, minus the signal's number when a signal ended it; None while it runs."""
+        """The exit code, or minus the number of the signal that ended it; None while it runs."""
         return self._process.exitcode
 
     def wait(self, timeout: float | None = None) -> int:
-        """Wait for its end. Raises subprocess.TimeoutExpired after ``timeout`` seconds."""
+        """Wait for the process to end. Raises subprocess.TimeoutExpired after ``timeout`` seconds."""
         self._process.join(timeout)
         code = self._process.exitcode
         if code is None:

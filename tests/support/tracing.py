@@ -1,7 +1,7 @@
 """The system calls of a process and their order, recorded by strace(1).
 
-Only a power cut shows whether data reached the disk. So tests assert that the calls which make it durable are
-made, and in which order.
+Only a power cut shows whether data reached the disk. So tests assert that the calls that make it durable
+happen, and their order.
 """
 
 from __future__ import annotations
@@ -74,7 +74,7 @@ def in_order(calls: list[Call], *steps: tuple[str, str]) -> bool:
 def command(log: Path, names: str) -> list[str]:
     """The start of a command line that records the calls ``names`` of a program and its children.
 
-    Skips the test where strace is missing.
+    Skips the test if strace is missing.
     """
     if shutil.which("strace") is None:
         pytest.skip("strace is not installed")
@@ -94,7 +94,7 @@ def traced(pid: int, log: Path, names: str) -> Iterator[Trace]:
         assert "attached" in line, line
         yield Trace(log)
     finally:
-        # It ends with the traced process. Asked to detach from one that is just ending, it may wait for ever.
+        # It ends with the traced process. Asked to detach from a process that is ending, it may wait forever.
         if not gone(pid):
             process.send_signal(signal.SIGINT)
         try:

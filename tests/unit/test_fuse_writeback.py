@@ -81,6 +81,23 @@ def test_what_is_told_while_a_thread_writes(
     assert _capability(fd) == told
 
 
+@pytest.mark.parametrize("written", ["before", "after"])
+def test_a_time_that_is_told_while_a_thread_writes(file: tuple[Node, int], written: str) -> None:
+    """The kernel sends the time of modification by a SETATTR, which does not wait for the data."""
+    node, fd = file
+    told = 10**18 + 7
+    os.utime(fd, ns=(10**18, 10**18))
+    keeper = WriteBack()
+    with keeper.kept(node, _opened(fd)), keeper.kept(node, _opened(fd)):
+        if written == "before":
+            os.pwrite(fd, b"more", 0)
+        os.utime(fd, ns=(10**18, told))
+        keeper.told(node, told)
+        if written == "after":
+            os.pwrite(fd, b"more", 0)
+    assert os.fstat(fd).st_mtime_ns == told
+
+
 def test_nothing_is_remembered(file: tuple[Node, int]) -> None:
     node, fd = file
     os.setxattr(fd, NAME, CAPABILITY)

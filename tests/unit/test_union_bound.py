@@ -122,6 +122,38 @@ def test_markers_are_plain_data(union: Union, tmp_path: Path) -> None:
         assert (tmp_path / "host/made").stat().st_rdev == 0
 
 
+def test_no_change_makes_a_marker(union: Union, tmp_path: Path) -> None:
+    """Nor a copy, though the lower below the bound directory has the same names."""
+    changes, host = Changes(union), tmp_path / "host"
+    for name in ("file", "other", "sub", "gone", "new"):
+        (tmp_path / "l0/rw" / name).touch()
+    for name in ("other", "third"):
+        (host / name).write_text(name)
+    (host / "gone").mkdir()
+    (host / "sub/inner").mkdir()
+    rw = get(union, "rw")
+    changes.unlink(rw, b"file")
+    changes.rmdir(rw, b"gone")
+    changes.mkdir(rw, b"gone", 0o755, ME)
+    changes.mkdir(rw, b"new", 0o755, ME)
+    with fails(errno.EEXIST):
+        changes.mkdir(rw, b"new", 0o755, ME)
+    changes.rename(rw, b"other", rw, b"third", 0)
+    changes.rename(rw, b"new", rw, b"gone", 0)
+    changes.rename(rw, b"gone", rw, b"sub", calls.RENAME_EXCHANGE)
+    changes.rename(get(union, "rw/gone"), b"inner", rw, b"inner", 0)
+    changes.link(get(union, "rw/third"), rw, b"linked")
+    whiteout(host / "device")
+    with fails(errno.EEXIST):
+        changes.create(rw, b"device", 0o600, ME)
+    (host / "device").unlink()
+    found = {path: os.listxattr(path) for path in sorted(host.rglob("*"))}
+    expected = ("gone", "inner", "linked", "sub", "third")
+    assert found == {host / name: [] for name in expected}
+    assert not any(stat.S_ISCHR(path.lstat().st_mode) for path in found)
+    assert os.listdir(tmp_path / "upper") == []
+
+
 def test_the_border_is_one_between_filesystems(union: Union, tmp_path: Path) -> None:
     changes, root = Changes(union), union.nodes.root
     rw, other = get(union, "rw"), get(union, "other")

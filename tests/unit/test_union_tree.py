@@ -14,7 +14,7 @@ from tests.unit.union_support import ME, OpenUnion, copy_up, find, get, names, o
 from unionfs.sys import calls
 from unionfs.union import lowernames, merge
 from unionfs.union.changes import Changes
-from unionfs.union.copyup import CopyUp, Effects
+from unionfs.union.copyup import CopyUp, Effects, FileCopy
 from unionfs.union.tree import Union
 
 __all__ = ["open_union"]
@@ -306,7 +306,7 @@ class TestChangesOnDisk:
         (tmp_path / "l0").mkdir()
         (tmp_path / "l0/f").write_text("x")
         union = open_union()
-        with CopyUp(union).file(get(union, "f")) as copy:
+        with FileCopy(CopyUp(union), get(union, "f")) as copy:
             copy.copy()
         assert os.listdir(tmp_path / "work/work") == []
         assert os.listdir(tmp_path / "upper") == []
@@ -323,7 +323,7 @@ class TestChangesOnDisk:
         with pytest.raises(OSError, match="too long"):
             Changes(union, copy_up).mkdir(e, b"n" * 256, 0o755, ME)
         assert told == copied  # though the change failed
-        with copy_up.file(f) as copy:
+        with FileCopy(copy_up, f) as copy:
             copy.copy()
             copy.finish()
         assert told == [*copied, Effects(f, e)]
@@ -334,7 +334,7 @@ class TestChangesOnDisk:
         union = open_union()
         node = get(union, "f")
         node.lookups = 1
-        with CopyUp(union).file(node) as copy:
+        with FileCopy(CopyUp(union), node) as copy:
             copy.copy()
             Changes(union).unlink(union.nodes.root, b"f")
             copy.finish()

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from unionfs.union.changes import Caller
-from unionfs.union.copyup import CopyUp
+from unionfs.union.copyup import CopyUp, FileCopy
 from unionfs.union.layers import LayerStack
 from unionfs.union.node import Node
 from unionfs.union.tree import Union
@@ -76,7 +76,7 @@ def read(union: Union, path: str) -> bytes:
 
 
 def copy_up(union: Union, node: Node, limit: int | None = None) -> None:
-    with CopyUp(union).file(node, limit) as copy:
+    with FileCopy(CopyUp(union), node, limit) as copy:
         copy.copy()
         copy.finish()
 

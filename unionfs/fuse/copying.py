@@ -1,4 +1,4 @@
-"""Copy-up on behalf of requests: once for all who want it, in a thread when it takes long."""
+"""Copy-up on behalf of requests: once for all that wait for it, in a thread when it takes long."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ from unionfs.union.tree import Union
 
 
 class CopyUps:
-    """Has objects copied up, and counts them."""
+    """Copies objects up, and counts them."""
 
     def __init__(self, union: Union, copy_up: CopyUp) -> None:
         self.union = union
         self._copy_up = copy_up
         self.count = 0
         self.copied_bytes = 0
-        #: Time from the begin of each to its end; several at once count each for itself.
+        #: The sum of their durations, of which several may overlap.
         self.nanoseconds = 0
         self._running: dict[Node, trio.Event] = {}
 
@@ -38,7 +38,7 @@ class CopyUps:
         *,
         keep: bool = False,
     ) -> OpenFile | None:
-        """Have the node in the upper. ``limit``: that many bytes of data are enough (truncation).
+        """Copy the node up if it is not in the upper. ``limit``: copy only so many bytes (truncation).
 
         ``keep``: a regular file that was copied up for that is lent to the caller (`OpenFiles`), and has the
         permission bits ``mode``, if they are given. Raises ``OSError``; nothing is left of the copy then.
@@ -68,12 +68,12 @@ class CopyUps:
 
     async def _file(self, node: Node, limit: int | None, mode: int | None, *, keep: bool) -> OpenFile | None:
         began = perf_counter_ns()
-        with self._copy_up.file(node, limit, mode) as copy:
+        with FileCopy(self._copy_up, node, limit, mode) as copy:
             if copy.is_quick:
                 copy.copy()
             else:
                 await self._in_thread(copy)
-            # Whoever waited runs only after that.
+            # Waiting requests run only after that.
             kept = copy.finish(keep=keep)
         self._count(began)
         self.copied_bytes += copy.size
@@ -82,7 +82,7 @@ class CopyUps:
     async def _in_thread(self, copy: FileCopy) -> None:
         done = self._running[copy.node] = trio.Event()
         try:
-            # Ends early when the request is given up.
+            # Ends early when the request is cancelled.
             await in_thread(copy.copy, trio.from_thread.check_cancelled)
         finally:
             del self._running[copy.node]

@@ -21,7 +21,7 @@ _LONG_WRITE: Final = 256 * 1024
 
 
 def drop_set_ids(fd: int) -> None:
-    """What a write or truncation does by anybody who may not keep setuid and setgid."""
+    """Clear setuid and setgid, as a write or truncation by an ordinary user does."""
     mode = mode_without_set_ids(os.fstat(fd).st_mode)
     if mode is not None:
         os.fchmod(fd, mode)
@@ -35,14 +35,14 @@ def truncate(file: OpenFile, size: int, *, kills_set_ids: bool) -> None:
 
 
 class Opened(Handle):
-    """One open of one node."""
+    """A `Handle` with its node."""
 
     __slots__ = ("node",)
     node: Node
 
 
 class Files:
-    """The open files of one mount, by the number that the kernel has for each. Raises ``OSError``."""
+    """The open files of one mount, by their numbers (file handles). Raises ``OSError``."""
 
     def __init__(self, union: Union, copy_ups: CopyUps) -> None:
         self._union = union
@@ -50,7 +50,7 @@ class Files:
         self._copy_ups = copy_ups
         self._handles: dict[int, Opened] = {}
         self._next = 1
-        #: Bytes that came by here, unlike those that the kernel has in its page cache or handles by itself.
+        #: Bytes that passed through the daemon, not those of the page cache or of passthrough.
         self.bytes_read = 0
         self.bytes_written = 0
 
@@ -79,7 +79,7 @@ class Files:
         return await self._copy_ups.ensure(node, 0 if flags & os.O_TRUNC else None, keep=True)
 
     def open_unread(self, node: Node, uid: int) -> int:
-        """Open a lower's file to read it, though the kernel may have all its data; returns the number."""
+        """Open a lower's file whose data the kernel may have cached, for reading; returns the number."""
         return self._register(node, self._open_files.lend_unread(node), uid, writes=False)
 
     def open(
@@ -136,13 +136,13 @@ class Files:
         return handle
 
     def was_read(self, count: int) -> None:
-        """So many bytes were read and answered."""
+        """Count bytes that were read and answered."""
         self.bytes_read += count
 
     # -- data -----------------------------------------------------------------------------------------
 
     async def read(self, file: OpenFile, offset: int, size: int) -> bytes | bytearray:
-        """Up to ``size`` bytes, from a disk if need be; fewer only at the end of the file."""
+        """Read up to ``size`` bytes in a thread; fewer only at the end of the file."""
         with file:
             data = await in_thread(file.read, size, offset)
         self.bytes_read += len(data)
@@ -163,7 +163,7 @@ class Files:
         return count
 
     async def fsync(self, node: Node, file: OpenFile, *, datasync: bool) -> None:
-        """fsync(2) or fdatasync(2). Of a lower nothing can have changed, and memory keeps nothing anyway."""
+        """fsync(2) or fdatasync(2). Does nothing for a lower's file, which has not changed, nor in memory."""
         if not node.in_place or not node.territory.durable:
             return
         with file:

@@ -1,10 +1,10 @@
 """The union as a filesystem of requests: what every session does for names, attributes and listings.
 
-The sessions translate: a request of theirs into a call of these functions, what comes back into a reply, and
-``OSError`` into an error. Nothing here knows how a request came.
+The sessions translate a request into a call of these functions, the result into a reply, and ``OSError`` into
+an error. Nothing here knows how a request arrived.
 
-A function without ``async`` runs to its end undisturbed: that is what keeps the node table and the layers in
-step, so everything between finding a node and changing it happens without waiting. What may take long
+A function without ``async`` runs to its end undisturbed: that keeps the node table and the layers in step, so
+everything between finding a node and changing it happens without waiting. What may take long
 (copying data, fsync, reading from a disk, listing a huge directory) runs in a thread on fds of its own.
 """
 
@@ -37,7 +37,7 @@ from unionfs.union.xattrs import CAPABILITY
 
 ACL: Final = b"system.posix_acl_"
 Found = tuple[Node, Attributes]
-"""A node and what stat(2) says of it. Whoever tells the kernel counts a lookup: `NodeTable.looked_up`."""
+"""A node and its attributes. A reply with a new entry counts a lookup: `Node.looked_up`."""
 
 
 class Change(NamedTuple):
@@ -50,19 +50,19 @@ class Change(NamedTuple):
     atime_ns: int | None = None
     mtime_ns: int | None = None
     kills_set_ids: bool = False
-    """setuid and setgid are to be cleared: the caller may not keep them."""
+    """Clear setuid and setgid: the caller may not keep them."""
 
 
 def _owner(change: Change) -> tuple[int, int]:
-    """For chown(2), to which -1 is "as it is"."""
+    """The arguments of chown(2), where -1 leaves an id as it is."""
     return -1 if change.uid is None else change.uid, -1 if change.gid is None else change.gid
 
 
 def _memory() -> dict[str, int]:
     """This process's resident set in bytes, now and at its largest; proc_pid_statm(5), getrusage(2).
 
-    The kernel may know of some pages a CPU only a little later: smaps_rollup is exact, but its walk over the
-    page tables takes the longer the larger the daemon is, and requests wait for it.
+    The kernel counts some pages of each CPU a little later. smaps_rollup is exact, but walks the page tables
+    while requests wait.
     """
     with open("/proc/self/statm", "rb") as statm:
         now = int(statm.read().split()[1]) * resource.getpagesize()
@@ -76,7 +76,7 @@ def error(code: int) -> OSError:
 
 
 class Operations:
-    """Serves one union; any session may drive it. All functions raise ``OSError``."""
+    """Serves one union, for any session. All functions raise ``OSError``."""
 
     def __init__(self, union: Union) -> None:
         self.union = union
@@ -84,20 +84,20 @@ class Operations:
         copy_up = CopyUp(union, self.invalidations.of_copy_up)
         self.changes = Changes(union, copy_up)
         self.copy_ups = CopyUps(union, copy_up)
-        self.directories = Directories(union)
+        self.directories = Directories()
         self.files = Files(union, self.copy_ups)
-        #: How many requests of a kind came; the session counts.
+        #: The number of requests by kind; the session counts.
         self.requests: Counter[str] = Counter()
-        #: How long they took; the session measures while somebody watches.
+        #: The latencies of requests; the session measures while somebody watches.
         self.latencies = Latencies()
         self._more_figures: Callable[[], Mapping[str, object]] = dict
 
     def add_figures(self, more: Callable[[], Mapping[str, object]]) -> None:
-        """A session begins: these figures are its own."""
+        """Add a session's own figures."""
         self._more_figures = more
 
     def figures(self) -> dict[str, object]:
-        """What the mount has done and holds now; all JSON-able."""
+        """Counters and the current state of the mount; JSON-able."""
         return {
             "requests": dict(sorted(self.requests.items())),
             "nodes": len(self.union.nodes),
@@ -116,26 +116,26 @@ class Operations:
     # -- nodes ----------------------------------------------------------------------------------------
 
     def node(self, id_: int) -> Node:
-        """The node that an id leads to; ESTALE."""
+        """The node that an id leads to. Raises ESTALE."""
         node = self.union.nodes.get(id_)
         if node is None:
             raise error(errno.ESTALE)
         return node
 
     def directory(self, id_: int) -> Node:
-        """A directory that has not been removed; ESTALE, ENOENT."""
+        """A directory that was not removed. Raises ESTALE, ENOENT."""
         node = self.node(id_)
         if node.unlinked:
             raise error(errno.ENOENT)
         return node
 
     def is_ours_alone(self, id_: int) -> bool:
-        """Whether nobody but this daemon changes a directory, so that what is known of it stays true."""
+        """Whether only this daemon changes a directory, so that the kernel may cache its names."""
         node = self.union.nodes.get(id_)
         return node is None or node.territory.lasting
 
     def forget(self, id_: int, lookups: int) -> None:
-        """The kernel gave back that many lookups."""
+        """The kernel forgot that many lookups."""
         node = self.union.nodes.named(id_)
         if node is not None:
             self.union.nodes.forget(node, lookups)
@@ -143,7 +143,7 @@ class Operations:
     # -- names ----------------------------------------------------------------------------------------
 
     def lookup(self, parent: int, name: bytes) -> Found | None:
-        """What has that name; None: nothing, and it can be remembered that there is nothing."""
+        """The object of that name; None if there is none."""
         node = self.directory(parent)
         return node.territory.lookup(node, name)
 
@@ -168,11 +168,11 @@ class Operations:
         return self.changes.link(node, self.directory(new_parent), new_name)
 
     def unlink(self, parent: int, name: bytes) -> None:
-        """Remove what is not a directory."""
+        """Remove a name that is not a directory's."""
         self.changes.unlink(self.directory(parent), name)
 
     def rmdir(self, parent: int, name: bytes) -> None:
-        """Remove a directory that shows nothing."""
+        """Remove an empty directory."""
         self.changes.rmdir(self.directory(parent), name)
 
     async def rename(self, parent: int, name: bytes, new_parent: int, new_name: bytes, flags: int) -> None:
@@ -183,7 +183,7 @@ class Operations:
                 await self.copy_ups.ensure(node)
 
     def readlink(self, id_: int) -> bytes:
-        """Where a symlink points."""
+        """The target of a symlink."""
         return self.union.readlink(self.node(id_))
 
     # -- attributes -----------------------------------------------------------------------------------
@@ -234,7 +234,7 @@ class Operations:
         return node, self.union.attributes(node)
 
     def _set_open(self, fd: int, change: Change) -> None:
-        """Of a file that is open there is no need to find the name."""
+        """Change an open file by its fd, without its name."""
         if change.uid is not None or change.gid is not None:
             os.fchown(fd, *_owner(change))
         if change.mode is not None:
@@ -288,7 +288,7 @@ class Operations:
                 return []
             raise
         names = node.territory.shown_names(stored)
-        if uid != 0:  # as every filesystem does it: trusted.* is for the administrator
+        if uid != 0:  # as in every filesystem: trusted.* is for the administrator
             names = [name for name in names if not name.startswith(b"trusted.")]
         if not self.union.stack.acl:
             names = [name for name in names if not name.startswith(ACL)]
@@ -313,7 +313,7 @@ class Operations:
             node.parts[0].know_default_acl(None)
 
     def drop_group_set_id(self, node: Node) -> None:
-        """An ACL set by somebody outside the file's group clears setgid (fs/posix_acl.c)."""
+        """Clear setgid after an ACL was set by a caller outside the file's group (fs/posix_acl.c)."""
         st = self.union.stat(node)
         if st.st_mode & stat.S_ISGID:
             with self.union.checked_path(node) as path:
@@ -328,12 +328,12 @@ class Operations:
         if name != CAPABILITY or uid == 0:
             await self._removexattr(id_, name)
             return
-        # Not asked for by the caller, who may not, but sent ahead of a write, a truncation or a chown. They
-        # take the capabilities off the backing file, too; a stranger's chown that names no owner only gets
-        # so far, and fails, where it would have to clear setuid or setgid as well.
+        # The kernel sends it ahead of a write, a truncation or a chown, for a caller who may not ask for it.
+        # They remove the capabilities of the backing file, too; a stranger's chown that names no owner
+        # reaches this point, and then fails where it would have to clear setuid or setgid as well.
         st = self.union.stat(self.node(id_))
         if st.st_uid == uid or not st.st_mode & SET_IDS:
-            with contextlib.suppress(PermissionError):  # nor may an ordinary user's daemon
+            with contextlib.suppress(PermissionError):  # in an ordinary user's daemon
                 await self._removexattr(id_, name)
 
     async def _removexattr(self, id_: int, name: bytes) -> None:
@@ -341,7 +341,7 @@ class Operations:
         stored = node.territory.stored_name(name)
         if not node.in_place:
             with self.union.checked_path(node) as path:
-                os.getxattr(path, stored)  # nothing to remove is no reason to copy up
+                os.getxattr(path, stored)  # no copy-up if there is nothing to remove
         await self.copy_ups.ensure(node)
         node.changes()
         with self.union.checked_path(node) as path:

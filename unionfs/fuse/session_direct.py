@@ -1,6 +1,6 @@
-"""The session that speaks the kernel's protocol itself: everything FUSE can carry, and the fastest data path.
+"""The session that speaks the kernel's protocol itself: all features of FUSE, and the fastest data path.
 
-It mounts, agrees with the kernel by `protocol.negotiate`, and lets `direct.loop` answer requests with the
+It mounts, negotiates by `protocol.negotiate`, and lets `direct.loop` answer requests with the
 handlers of `direct.names`, `direct.listings` and `direct.data`, which drive the same `Operations` as the
 other session.
 """
@@ -43,7 +43,7 @@ from unionfs.sys.mountinfo import MountEntry, mount_of_id
 from unionfs.union.places import Layer
 
 READAHEAD = 4 << 20
-"""Bytes that the kernel reads ahead of a sequential reader."""
+"""Readahead in bytes."""
 _LARGEST_REQUEST = 1 << 20
 _INIT_SECONDS = 20.0
 
@@ -57,9 +57,9 @@ async def serve(
 ) -> None:
     """Mount, serve until the mount is gone (whoever unmounts it), and clean up.
 
-    ``on_ready`` is called with what was agreed, and the mount, when it can be used. Raises SessionError when
-    mounting fails, what was asked for cannot be had, or the mount is cut off; SessionUnfit when another
-    session may do.
+    ``on_ready`` is called with what was negotiated, and the mount, when it is usable. Raises SessionError
+    when mounting fails, the requested I/O mode is not available, or the mount is cut off; SessionUnfit when
+    another session may work.
     """
     fd, entry = mount(mountpoint, options)
     device = Device(fd)
@@ -153,20 +153,20 @@ def _settings(operations: Operations, io: IoMode, spliceable: int) -> Settings:
     lowers = [layer for layer in stack.layers if not layer.is_upper]
     return Settings(
         io=io,
-        # An upper may be written to later, when the mount is made writable (mount -o remount,rw).
+        # A read-only mount with an upper may become writable later (mount -o remount,rw).
         read_only=stack.upper is None,
         bound=bool(stack.bound),
         acl=stack.acl,
         upper_stack_depth=max(map(_stack_depth, uppers), default=0),
         lower_stack_depth=max(map(_stack_depth, lowers), default=0),
         max_readahead=READAHEAD,
-        # A read is answered by splicing, so it should fit a pipe.
+        # Large reads are answered by splicing, so they should fit a pipe.
         max_write=min(_LARGEST_REQUEST, spliceable),
     )
 
 
 def _stack_depth(layer: Layer) -> int:
-    """How many stacked filesystems a layer lies on, as far as that can be seen."""
+    """The number of stacked filesystems below a layer, as far as that is visible."""
     stacked = (calls.OVERLAYFS_MAGIC, calls.FUSE_MAGIC)
     return 1 if calls.filesystem_magic(layer.root_fd) in stacked else 0
 

@@ -1,4 +1,4 @@
-"""The session that pyfuse3 and libfuse run: everywhere, with what that library can carry."""
+"""The session of pyfuse3 and libfuse: runs everywhere, with the features of that library."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from unionfs.union.changes import Caller
 
 log = logging.getLogger(__name__)
 
-#: Seconds; only this daemon changes the tree, so what the kernel knows stays true.
+#: Seconds; only this daemon changes the tree, so cached entries stay valid.
 FOREVER: Final = 1e9
 
 _FIGURES: Final[dict[str, object]] = {
@@ -60,9 +60,9 @@ async def serve(
             aborted, others = group.split(_is_abort)
             if aborted is None or others is not None:
                 raise
-            # An ordinary umount says this where it meets a request that is just being read (fs/fuse/dev.c,
+            # An ordinary umount causes this, too, while a request is being read (fs/fuse/dev.c,
             # fuse_dev_do_read).
-        # libfuse does not tell the two ends apart, but a mount that was cut off is still there.
+        # libfuse does not tell the two apart, but a mount that was cut off still exists.
         cut_off = entry is not None and await _is_left(entry.device)
     finally:
         pyfuse3.close(unmount=True)
@@ -71,8 +71,8 @@ async def serve(
 
 
 async def _is_left(device: str) -> bool:
-    """Whether the mount with that number, which is served no more, is still there. The number may be another
-    mount's by now, which answers, or keeps us waiting."""
+    """Whether the mount with that device number, which is no longer served, still exists. The number may be
+    another mount's by now, which answers, or blocks."""
     for mount in mounts_of_device(device):
         if mount.is_fuse and await trio.to_thread.run_sync(is_dead, mount.mountpoint):
             return True
@@ -84,10 +84,10 @@ def _is_abort(failure: BaseException) -> bool:
 
 
 def _request(handler: Callable[_P, Coroutine[Any, Any, _T]]) -> Callable[_P, Coroutine[Any, Any, _T]]:
-    """Count the request; no exception but ``FUSEError`` leaves it, for that would end the daemon.
+    """Count the request, and turn every exception into ``FUSEError``: another one would end the daemon.
 
-    Its latency, measured while somebody watches, begins right after the library has read the request, and
-    ends right before it writes the answer.
+    The latency, measured while somebody watches, is the time from after the library read the request until
+    before it writes the answer.
     """
     kind = handler.__name__
 
@@ -120,7 +120,7 @@ def _request(handler: Callable[_P, Coroutine[Any, Any, _T]]) -> Callable[_P, Cor
 
 
 class PyfuseOperations(pyfuse3.Operations):  # type: ignore[misc,unused-ignore]
-    """Translates: a request of pyfuse3 into a call of ``Operations``, what comes back into a reply."""
+    """Translates a request of pyfuse3 into a call of ``Operations``, and the result into a reply."""
 
     supports_dot_lookup = False
     enable_writeback_cache = False
@@ -134,7 +134,7 @@ class PyfuseOperations(pyfuse3.Operations):  # type: ignore[misc,unused-ignore]
         self._on_init = on_init
 
     def init(self) -> None:
-        """The kernel and the library agreed: the mount is usable."""
+        """INIT is answered: the mount is usable."""
         self._on_init()
 
     async def invalidate_attributes(self) -> None:
@@ -146,8 +146,8 @@ class PyfuseOperations(pyfuse3.Operations):  # type: ignore[misc,unused-ignore]
         await trio.to_thread.run_sync(_invalidate, stale)
 
     def _found(self, found: Found) -> pyfuse3.EntryAttributes:
-        """The reply for a name the kernel will remember: one more lookup of the node."""
-        self.nodes.looked_up(found[0])
+        """The reply for a name that the kernel caches: one more lookup of the node."""
+        found[0].looked_up()
         return _named(found)
 
     # -- names ----------------------------------------------------------------------------------------
@@ -308,13 +308,13 @@ class PyfuseOperations(pyfuse3.Operations):  # type: ignore[misc,unused-ignore]
 
     @_request
     async def write(self, fh: int, off: int, buf: bytes) -> int:
-        # The library agrees to HANDLE_KILLPRIV, so clearing set-id bits is left to us.
+        # The library negotiates HANDLE_KILLPRIV, so the daemon clears set-id bits.
         handle = self.files[fh]
         return await self.files.write(handle.file, off, buf, kills_set_ids=handle.uid != 0)
 
     @_request
     async def flush(self, fh: int) -> None:
-        raise error(errno.ENOSYS)  # nothing to do at close; the kernel asks once and never again
+        raise error(errno.ENOSYS)  # nothing to do at close; the kernel sends no other FLUSH
 
     @_request
     async def fsync(self, fh: int, datasync: bool) -> None:
@@ -329,7 +329,7 @@ class PyfuseOperations(pyfuse3.Operations):  # type: ignore[misc,unused-ignore]
 
     @_request
     async def opendir(self, inode: int, ctx: pyfuse3.RequestContext) -> int:
-        return inode  # a listing is the directory's, whoever reads it
+        return inode  # listings belong to the directory, not to an open
 
     @_request
     async def readdir(self, fh: int, start_id: int, token: pyfuse3.ReaddirToken) -> None:
@@ -360,7 +360,7 @@ class PyfuseOperations(pyfuse3.Operations):  # type: ignore[misc,unused-ignore]
             if not pyfuse3.readdir_reply(token, name, _named(found), cookies[index]):
                 self.nodes.forget(child, 0)
                 return
-            self.nodes.looked_up(child)
+            child.looked_up()
         if first == len(names):
             self.operations.directories.end(node)
 
@@ -383,7 +383,7 @@ def _opened(number: int, *, keep_cache: bool = True) -> pyfuse3.FileInfo:
 
 
 def _named(found: Found) -> pyfuse3.EntryAttributes:
-    """The reply for a name, which holds for ever unless others can change what it stands for."""
+    """The reply for a name, valid for ever unless others can change what it stands for."""
     entry = _entry(found)
     if not found[0].territory.lasting:
         entry.entry_timeout = 0

@@ -1,12 +1,12 @@
 """First use of an empty volume: what the union has at the target is copied into it, as Docker does.
 
-Owners, modes, times in nanoseconds, xattrs (ACLs among them), hard links, symlinks, devices and holes are
-kept. The layers are read directly, by a merge of their own, and not through the mount: hard links within a
-lower are seen as such, and nothing waits for the daemon. A name that cannot be looked up is left out, and so
-is an xattr that cannot be read; the log says so. One broken name of a layer must not stop the rest.
+The copy has the same owners, modes, times, xattrs (ACLs among them), hard links, symlinks, devices and holes.
+The layers are read directly, by a merge of their own, and not through the mount: hard links within a
+lower are seen as such, and nothing waits for the daemon. A name that cannot be looked up and an xattr that
+cannot be read are left out and logged: one broken name in a layer does not stop the rest.
 
-The copy is made in a workspace in the volume and moved out of it at the end. What a crash leaves of it is
-either thrown away or moved out by the next use, so a volume is never taken for filled when it is half filled.
+The copy is made in a workspace in the volume and moved out of it at the end. The next use discards or moves
+out what a crash left, so a half-filled volume is never taken for a filled one.
 """
 
 from __future__ import annotations
@@ -31,16 +31,16 @@ from unionfs.union.places import Place, open_for_listing
 
 log = logging.getLogger(__name__)
 
-# mkfs makes it in a filesystem that is empty all the same.
+# What mkfs makes in an empty filesystem.
 _NOTHING = frozenset({b"lost+found"})
 _SHORT = (errno.EMFILE, errno.ENFILE, errno.ENOMEM)
 _DIRECTORY = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 
 
 def populate(stack: LayerStack, names: Names, data: int, volume: Volume) -> bool:
-    """Fill the volume's directory `data` (an fd), if it is empty, with what the union has at `names`.
+    """Fill the volume's directory `data` (an fd), if it is empty, with the directory at `names` in the union.
 
-    Returns whether anything was copied. Raises UserError; then the volume is as empty as before.
+    Returns whether it did. Raises UserError; then the volume is still empty.
     """
     storage_root = os.path.dirname(os.path.dirname(volume.directory))
     try:

@@ -12,10 +12,12 @@ from __future__ import annotations
 import errno
 import os
 import stat
+from contextlib import nullcontext
 from typing import NoReturn
 
 from unionfs.sys import calls
 from unionfs.union.attributes import Attributes
+from unionfs.union.errors import os_error
 from unionfs.union.files import OpenFile
 from unionfs.union.listing import Listing
 from unionfs.union.node import NAME_MAX, Node, Territory
@@ -23,10 +25,6 @@ from unionfs.union.nodes import NodeTable
 from unionfs.union.numbers import of_bound
 from unionfs.union.objects import Objects, link_object
 from unionfs.union.places import BoundLayer, Place
-
-
-def _error(code: int) -> OSError:
-    return OSError(code, os.strerror(code))
 
 
 class Bound(Territory):
@@ -54,7 +52,7 @@ class Bound(Territory):
 
     def lookup(self, parent: Node, name: bytes, first: int = 0) -> tuple[Node, Attributes] | None:
         if len(name) > NAME_MAX:
-            raise _error(errno.ENAMETOOLONG)
+            raise os_error(errno.ENAMETOOLONG)
         known = self._nodes.child(parent, name)
         if known is not None and known.is_mountpoint:
             return known, self._objects.attributes(known)
@@ -112,11 +110,11 @@ class Bound(Territory):
     def writable(self, directory: Node) -> Place:
         self.require_writable()
         if directory.unlinked:
-            raise _error(errno.ENOENT)
+            raise os_error(errno.ENOENT)
         return directory.parts[0]
 
     def make_over(self, place: Place, name: bytes, make: object, *, directory: bool) -> NoReturn:
-        raise _error(errno.EEXIST)
+        raise os_error(errno.EEXIST)
 
     def unlink(self, node: Node, parent: Node, name: bytes) -> None:
         os.unlink(name, dir_fd=self._objects.gate.fd(self.writable(parent)))
@@ -127,28 +125,20 @@ class Bound(Territory):
     def rename(
         self, node: Node, target: Node | None, old: tuple[Node, bytes], new: tuple[Node, bytes], flags: int
     ) -> list[Node]:
-        (parent, name), (new_parent, new_name) = old, new
-        gate = self._objects.gate
-        old_fd = os.dup(gate.fd(self.writable(parent)))
+        gate, exchanges = self._objects.gate, flags == calls.RENAME_EXCHANGE
+        replaced = None if exchanges or target is node else target
+        old_fd = os.dup(gate.fd(self.writable(old[0])))
         try:
-            held = -1 if target is None or flags else self._objects.open_path(target)
-            try:
-                calls.renameat2(old_fd, name, gate.fd(self.writable(new_parent)), new_name, flags)
-                if target is node:
-                    return []
-                if target is not None and flags != calls.RENAME_EXCHANGE:
-                    self._forget(target, new_parent, new_name)
-                    if target.held < 0:
-                        target.hold(held)
-                        held = -1
-            finally:
-                if held >= 0:
-                    os.close(held)
+            with nullcontext() if replaced is None else self._objects.outliving(replaced):
+                calls.renameat2(old_fd, old[1], gate.fd(self.writable(new[0])), new[1], flags)
+                if replaced is not None:
+                    self._forget(replaced, *new)
         finally:
             os.close(old_fd)
-        self._nodes.move(node, parent, name, new_parent, new_name)
-        if flags == calls.RENAME_EXCHANGE and target is not None:
-            self._nodes.move(target, new_parent, new_name, parent, name)
+        if target is not node:
+            self._nodes.move(node, *old, *new)
+            if exchanges and target is not None:
+                self._nodes.move(target, *new, *old)
         return []
 
     def link(self, node: Node, parent: Node, name: bytes) -> tuple[Node, Attributes]:
@@ -162,7 +152,7 @@ class Bound(Territory):
             os.close(source)
         found = self.lookup(parent, name)
         if found is None:
-            raise _error(errno.ENOENT)
+            raise os_error(errno.ENOENT)
         return found
 
 

@@ -12,8 +12,9 @@ from typing import Final
 from unionfs.sys import calls
 from unionfs.union.attributes import Attributes
 from unionfs.union.bound import Bound
-from unionfs.union.changing import Steps, T, fail
+from unionfs.union.changing import Steps, T
 from unionfs.union.copyup import CopyUp
+from unionfs.union.errors import os_error
 from unionfs.union.making import Making
 from unionfs.union.node import Node
 from unionfs.union.removing import Removing
@@ -102,7 +103,7 @@ class Changes:
     ) -> tuple[Node, Attributes]:
         """A new fifo, socket, device or regular file. Character device 0/0 is a whiteout, so EPERM."""
         if stat.S_ISCHR(mode) and rdev == 0 and parent.territory.has_markers:
-            raise fail(errno.EPERM)
+            raise os_error(errno.EPERM)
         self._make(parent, name, mode, caller, lambda fd, here, kept: os.mknod(here, kept, rdev, dir_fd=fd))
         return self._new_node(parent, name)
 
@@ -146,9 +147,9 @@ class Changes:
     def link(self, node: Node, parent: Node, name: bytes) -> tuple[Node, Attributes]:
         """Another name for a node that is changed in place."""
         if node.place is None:
-            raise fail(errno.ENOENT)
+            raise os_error(errno.ENOENT)
         if node.territory is not parent.territory:
-            raise fail(errno.EXDEV)
+            raise os_error(errno.EXDEV)
         return self._steps(parent).link(node, parent, name)
 
     # -- removing -------------------------------------------------------------------------------------
@@ -157,7 +158,7 @@ class Changes:
         """Remove a name that is not a directory's."""
         node = self._existing(parent, name)
         if node.is_dir:
-            raise fail(errno.EISDIR)
+            raise os_error(errno.EISDIR)
         parent.territory.require_writable()
         with self._union.outliving(node):
             self._steps(parent).unlink(node, parent, name)
@@ -167,10 +168,10 @@ class Changes:
         """Remove a directory that shows nothing."""
         node = self._existing(parent, name)
         if not node.is_dir:
-            raise fail(errno.ENOTDIR)
+            raise os_error(errno.ENOTDIR)
         parent.territory.require_writable()
         if not node.territory.is_empty(node):
-            raise fail(errno.ENOTEMPTY)
+            raise os_error(errno.ENOTEMPTY)
         with self._union.outliving(node):
             self._steps(parent).rmdir(node, parent, name)
             self._union.merge.forget(node.parts)
@@ -182,10 +183,10 @@ class Changes:
         if node is None or not parent.territory.lasting:
             found = parent.territory.lookup(parent, name)
             if found is None:
-                raise fail(errno.ENOENT)
+                raise os_error(errno.ENOENT)
             node = found[0]
         if node.is_mountpoint:
-            raise fail(errno.EBUSY)
+            raise os_error(errno.EBUSY)
         return node
 
     # -- renaming -------------------------------------------------------------------------------------
@@ -199,15 +200,15 @@ class Changes:
         refused is refused before that.
         """
         if flags not in (0, calls.RENAME_NOREPLACE, calls.RENAME_EXCHANGE):
-            raise fail(errno.EINVAL)
+            raise os_error(errno.EINVAL)
         node = self._existing(parent, name)
         if parent.territory is not new_parent.territory:
-            raise fail(errno.EXDEV)
+            raise os_error(errno.EXDEV)
         found = new_parent.territory.lookup(new_parent, new_name)
         target = None if found is None else found[0]
         parent.territory.require_writable()
         if target is not None and target.is_mountpoint:
-            raise fail(errno.EBUSY)
+            raise os_error(errno.EBUSY)
         return self._steps(parent).rename(node, target, (parent, name), (new_parent, new_name), flags)
 
 

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Protocol, TypeVar
 
+from unionfs.sys.fds import Owned
 from unionfs.union.attributes import Attributes
 from unionfs.union.copyup import CopyUp
 from unionfs.union.node import Node
@@ -47,11 +48,6 @@ class Steps(Protocol):
         """Another name for a node that is changed in place."""
 
 
-def fail(code: int) -> OSError:
-    """The ``OSError`` of an errno."""
-    return OSError(code, os.strerror(code))
-
-
 class Changing:
     """A kind of changes of the merged layers. Not thread-safe, like the union itself."""
 
@@ -81,15 +77,8 @@ class Changing:
     def _directories(self, one: Place, other: Place) -> Iterator[tuple[int, int]]:
         """Fds of two real directories, whatever the gate closes within the block."""
         gate = self._union.gate
-        first = os.dup(gate.fd(one))
-        try:
-            second = os.dup(gate.fd(other))
-            try:
-                yield first, second
-            finally:
-                os.close(second)
-        finally:
-            os.close(first)
+        with Owned(os.dup(gate.fd(one))) as first, Owned(os.dup(gate.fd(other))) as second:
+            yield first, second
 
     def _whiteout(self, at: At, directory: int) -> None:
         """Make a whiteout, that is or will be in the upper's directory with that fd."""

@@ -12,10 +12,10 @@ import errno
 import os
 import stat
 from collections.abc import Callable
-from contextlib import ExitStack
 from typing import Final, NamedTuple
 
 from unionfs.sys import calls
+from unionfs.sys.fds import Owned
 from unionfs.union.filedata import clone, copy_data
 from unionfs.union.files import OpenFile
 from unionfs.union.node import UNSEEN, Node
@@ -27,6 +27,7 @@ from unionfs.union.xattrs import CAPABILITY, copy_xattrs
 #: A file up to this size (bytes) is copied at once when nothing has to reach a disk, and its holes are looked
 #: for only if it has some.
 SMALL: Final = 256 * 1024
+_PATH: Final = os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC
 _NEW: Final = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
 
 
@@ -47,44 +48,27 @@ class CopyUp:
     """Copies up objects of one union; calls ``tell`` with the effects of each as soon as it appeared."""
 
     def __init__(self, union: Union, tell: Tell = lambda effects: None) -> None:
-        self._union = union
+        self.union = union
         self._tell = tell
-
-    def file(self, node: Node, limit: int | None = None, mode: int | None = None) -> FileCopy:
-        """Begin to copy a regular file."""
-        return FileCopy(self._union, self, node, limit, mode)
 
     def special(self, node: Node) -> None:
         """Copy up a symlink, fifo, socket or device, which have only metadata."""
-        union = self._union
+        union = self.union
         union.require_upper()
         work = union.work.fd
-        with ExitStack() as fds:
-            source = union.open_path(node)
-            fds.callback(os.close, source)
-            st = os.fstat(source)
-            temporary = fds.enter_context(union.work.temporary())
-            name = temporary.name
+        with Owned(union.open_path(node)) as source, union.work.temporary() as temporary:
+            st, name = os.fstat(source), temporary.name
             if stat.S_ISLNK(st.st_mode):
                 os.symlink(os.readlink(b"", dir_fd=source), name, dir_fd=work)
             else:
                 os.mknod(name, stat.S_IFMT(st.st_mode) | 0o600, st.st_rdev, dir_fd=work)
-            target = os.open(name, os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=work)
-            fds.callback(os.close, target)
-            copy_xattrs(
-                union.markers,
-                (b"/proc/self/fd/%d" % source, True),
-                (b"/proc/self/fd/%d/%b" % (work, name), False),
-            )
-            calls.chown_fd(target, st.st_uid, st.st_gid)
-            if not stat.S_ISLNK(st.st_mode):
-                os.chmod(b"/proc/self/fd/%d" % target, stat.S_IMODE(st.st_mode))
-            calls.utimensat(work, name, st.st_atime_ns, st.st_mtime_ns)
-            self.put(node, temporary, target)
+            self._copy_attributes(source, st, name)
+            with Owned(os.open(name, _PATH, dir_fd=work)) as target:
+                self.put(node, temporary, target)
 
     def directory(self, node: Node) -> Place:
         """The upper's directory of a directory node; copies up the directory and its parents if need be."""
-        self._union.require_upper()
+        self.union.require_upper()
         if node.unlinked:
             raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT))
         missing: list[Node] = []
@@ -98,20 +82,13 @@ class CopyUp:
 
     def _directory(self, node: Node) -> None:
         assert node.parent is not None
-        union = self._union
-        work = union.work.fd
+        union = self.union
         lower = union.gate.fd(node.parts[0])
         st = os.stat(lower)
         shown = node.attributes_of(st).ctime_ns
         with union.work.temporary() as temporary:
-            name = temporary.name
-            os.mkdir(name, 0o700, dir_fd=work)
-            path = b"/proc/self/fd/%d/%b" % (work, name)
-            copy_xattrs(union.markers, (b"/proc/self/fd/%d" % lower, True), (path, False))
-            if not union.identity.owns(st):
-                os.chown(name, st.st_uid, st.st_gid, dir_fd=work, follow_symlinks=False)
-            os.chmod(name, stat.S_IMODE(st.st_mode), dir_fd=work)
-            os.utime(name, ns=(st.st_atime_ns, st.st_mtime_ns), dir_fd=work)
+            os.mkdir(temporary.name, 0o700, dir_fd=union.work.fd)
+            self._copy_attributes(lower, st, temporary.name)
             parent = node.parent.parts[0]
             resized = self._rename_into(node.parent, node.name, temporary)
         place = Place(parent.layer, parent, node.name)
@@ -123,21 +100,33 @@ class CopyUp:
         union.nodes.copied_up(node, st)
         self._tell(Effects(node, resized))
 
+    def _copy_attributes(self, source: int, st: os.stat_result, name: bytes) -> None:
+        """Give ``name`` in work, which only the daemon can reach, the xattrs, owner, mode and times of
+        ``source`` (O_PATH), in an order in which none undoes another."""
+        union, work = self.union, self.union.work.fd
+        target = b"/proc/self/fd/%d/%b" % (work, name)
+        copy_xattrs(union.markers, (b"/proc/self/fd/%d" % source, True), (target, False))
+        if not union.identity.owns(st):
+            os.chown(name, st.st_uid, st.st_gid, dir_fd=work, follow_symlinks=False)
+        if not stat.S_ISLNK(st.st_mode):
+            os.chmod(name, stat.S_IMODE(st.st_mode), dir_fd=work)
+        os.utime(name, ns=(st.st_atime_ns, st.st_mtime_ns), dir_fd=work, follow_symlinks=False)
+
     def put(self, node: Node, temporary: Temporary, fd: int) -> os.stat_result:
         """Put the copy of a node (``fd``: an fd of the copy) into the upper. Returns its attributes.
 
         If the node's name was removed, the copy gets none either, and only an fd of it is held.
         """
-        union, resized = self._union, None
+        union, resized = self.union, None
         if node.unlinked:
             upper = union.require_upper()
-            held = os.open(temporary.name, os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=union.work.fd)
+            held = os.open(temporary.name, _PATH, dir_fd=union.work.fd)
             temporary.discard()
             node.hold(held)
             node.lies_in(Place(upper, upper.root, b""))
         else:
             assert node.parent is not None
-            place = self.directory(node.parent)
+            place = node.parent.parts[0] if node.parent.in_place else self.directory(node.parent)
             resized = self._rename_into(node.parent, node.name, temporary)
             node.lies_in(place)
         st = os.fstat(fd)
@@ -149,7 +138,7 @@ class CopyUp:
         """Put a copy into a directory, whose mtime is restored and whose ctime is shown as before: a copy-up
         is not a change. Returns the directory if its size may be new to the kernel."""
         place, resized = directory.parts[0], None
-        dir_fd = self._union.gate.fd(place)
+        dir_fd = self.union.gate.fd(place)
         if directory.ctime is not None and directory.ctime[0] == UNSEEN:
             shown = directory.ctime[1]
         else:  # the first copy-up since its attributes were asked for, or since a change
@@ -169,13 +158,14 @@ class FileCopy:
     """The copy-up of one regular file. Leaving its block without :meth:`finish` discards the copy."""
 
     def __init__(
-        self, union: Union, copy_up: CopyUp, node: Node, limit: int | None, mode: int | None
+        self, copy_up: CopyUp, node: Node, limit: int | None = None, mode: int | None = None
     ) -> None:
         """Open the source and create the temporary file.
 
         ``limit``: copy only so many bytes (truncation). ``mode``: permission bits to set instead of the
         source's.
         """
+        union = copy_up.union
         union.require_upper()
         self._union = union
         self._copy_up = copy_up
@@ -201,9 +191,6 @@ class FileCopy:
 
     def __enter__(self) -> FileCopy:
         return self
-
-    def __exit__(self, *exc: object) -> None:
-        self.close()
 
     @property
     def is_quick(self) -> bool:
@@ -249,21 +236,20 @@ class FileCopy:
             union.capabilities.none(node)
         else:
             union.capabilities.changed(node)
-        return self._hand_over(st, keep=keep)
-
-    def _hand_over(self, st: os.stat_result, *, keep: bool) -> OpenFile | None:
-        """Open handles, which only read, go on with the upper's file: they see later writes."""
-        file = self._union.files.hand_over(self.node, self._target, st, lend=keep)
+        file = union.files.hand_over(node, self._target, st, lend=keep)
         if file is not None:
             self._target = -1
         return file if keep else None
 
-    def close(self) -> None:
+    def close(self, *exc: object) -> None:
         """Close everything, and discard what was not finished."""
-        self._temporary.discard()
+        if self._temporary.taken:
+            self._temporary.discard()
         if self._target >= 0:
             os.close(self._target)
             self._target = -1
         if self._open:
             self._open = False
             self._union.files.take_back_later(self.node, self._source)
+
+    __exit__ = close

@@ -43,6 +43,8 @@ def copy_data(
 
     ``goes_on`` is called between pieces. ``dense``: the file has no holes.
     """
+    if dense and copy_piece(source, target, size, 0) == size:
+        return
     position = 0
     while position < size:
         start, end = (position, size) if dense else _next_data(source, position, size)

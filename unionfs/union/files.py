@@ -12,7 +12,7 @@ from collections.abc import Callable
 from typing import Final, Self
 
 _FLAGS: Final = os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC | os.O_NOCTTY
-#: What opening a file says that a layer has lost, and what is no answer to read(2).
+#: Errors of opening a file that a layer has lost; read(2) has none of them.
 _GONE: Final = (errno.ENOENT, errno.ENOTDIR, errno.ELOOP, errno.ESTALE)
 #: A privileged bit that a write by an ordinary user clears (inode.c, setattr_should_drop_suidgid).
 SET_IDS: Final = stat.S_ISUID | stat.S_ISGID
@@ -30,8 +30,8 @@ class OpenFile:
         self, fd: int, *, readable: bool, writable: bool, waits: bool, st: os.stat_result | None = None
     ) -> None:
         self.fd = fd
-        #: Its attributes, and the names of all its xattrs, when it was opened, or when a copy appeared; None:
-        #: not known. A lower's file keeps them, but for the time of access.
+        #: Its attributes, and the names of all its xattrs, when it was opened or copied up; None if not
+        #: known. A lower's file keeps them, but for the time of access.
         self.st = st
         self.xattrs: list[str] | None = None
         self.readable = readable
@@ -105,9 +105,8 @@ class OpenFile:
 
 
 class UnreadFile(OpenFile):
-    """A lower's file that somebody has open, and that is opened here when something is asked of it: while the
-    kernel has its data in the page cache, nothing is. Any access to `fd` opens it, in the caller's thread,
-    and raises ``OSError`` when that fails."""
+    """A lower's file that is opened on first use: while the kernel has its data in the page cache, there is
+    none. Any access to `fd` opens it, in the caller's thread, and raises ``OSError`` when that fails."""
 
     __slots__ = ("_fd", "_open")
 
@@ -148,10 +147,10 @@ class Handle:
 
     def __init__(self, file: OpenFile, uid: int, *, writes: bool) -> None:
         self.file = file
-        #: Who opened it: a write by anybody but root clears set-id bits.
+        #: The user who opened it: a write by anybody but root clears set-id bits.
         self.uid = uid
         self.writes = writes
-        #: The kernel reads and writes it by itself.
+        #: Whether it is in passthrough.
         self.through = False
 
     def go_on(self, file: OpenFile) -> None:

@@ -1,9 +1,8 @@
-"""Opening the layers of a union, and letting go of them.
+"""The layers of a union: opened, locked, synchronized and closed.
 
-As root every layer is reached through a private detached bind mount: read-only for lowers, so that a bug
-is EROFS and not damage, and one for upper and work together (a rename needs both on one mount), so that the
-filesystems under a union can be unmounted the moment the union is gone. An ordinary user's daemon opens the
-directories themselves.
+As root, a daemon reaches layers through private detached bind mounts: a read-only one for each lower, so that
+a bug ends in EROFS, and one for upper and work, since a rename needs both on one mount. So the filesystems
+under a union can be unmounted as soon as the union is. An ordinary user's daemon opens the directories.
 """
 
 from __future__ import annotations
@@ -35,7 +34,7 @@ class LayerStack:
         self.work_fd = work_fd
         self.markers = markers
         self.volatile = False
-        #: What is shown at places of the union without being merged.
+        #: Storage that is shown at places of the union and not merged.
         self.bound: list[BoundLayer] = []
         self.acl = all(layer.acl for layer in layers)
         #: Devices whose files can't share blocks with the upper's.
@@ -55,11 +54,10 @@ class LayerStack:
     ) -> LayerStack:
         """Open every layer, lock upper and work, and empty what a crashed daemon left in work.
 
-        The paths have no symlinks (realpath(3)), and one that is on the way all the same is refused.
-        ``scratch``: an O_PATH fd of an empty directory that nobody else reaches; upper and work are made in
-        it, and no path is given for them. It stays open as long as the stack, and is closed with it.
+        The paths are resolved (realpath(3)); a symlink in one is refused. ``scratch``: an O_PATH fd of an
+        empty private directory, in which upper and work are made; it is closed with the stack.
 
-        Raises ``LayerError`` or ``OSError``; nothing stays open then.
+        Raises ``LayerError`` or ``OSError``, and leaves nothing open then.
         """
         privileged = has_capability(CAP_SYS_ADMIN)
         with ExitStack() as resources:
@@ -96,52 +94,52 @@ class LayerStack:
         return self.upper is not None and not self.volatile and not self.upper.memory
 
     def bind(self, path: str, root_fd: int, *, read_only: bool) -> BoundLayer:
-        """A tree, or a single file, to be shown at one place. The fd (O_PATH) is closed with the stack."""
+        """A layer for a tree or a file to be shown at one place. The O_PATH fd is closed with the stack."""
         self._resources.callback(os.close, root_fd)
         layer = BoundLayer(-1 - len(self.bound), path, root_fd, read_only=read_only)
         self.bound.append(layer)
         return layer
 
     def close_lowers(self) -> None:
-        """Let go of the lowers, so that their filesystems can be unmounted."""
+        """Close the lowers, so that their filesystems can be unmounted."""
         for layer in self.layers:
             if not layer.is_upper:
                 _replace_by_nothing(layer.root_fd)
 
     def sync_upper(self) -> None:
-        """Wait until all of the upper's filesystem is on disk."""
+        """syncfs(2) of the upper's filesystem."""
         if self.upper is not None:
-            fd = open_for_listing(self.upper.root_fd)
-            try:
-                calls.syncfs(fd)
-            finally:
-                os.close(fd)
+            _syncfs(self.upper.root_fd)
 
     def sync_bound(self) -> None:
-        """Wait until the filesystems of what is bound are on disk."""
+        """syncfs(2) of the filesystems of bound storage."""
         for layer in self.bound:
-            fd = os.open(b"/proc/self/fd/%d" % layer.root_fd, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
-            try:
-                calls.syncfs(fd)
-            finally:
-                os.close(fd)
+            _syncfs(layer.root_fd)
 
     def close(self) -> None:
         """Close everything, the locks too."""
         self._resources.close()
 
 
+def _syncfs(root_fd: int) -> None:
+    fd = os.open(b"/proc/self/fd/%d" % root_fd, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    try:
+        calls.syncfs(fd)
+    finally:
+        os.close(fd)
+
+
 def _replace_by_nothing(fd: int) -> None:
-    """Let go of what ``fd`` stands for but keep its number, which :meth:`LayerStack.close` closes."""
+    """Release the directory but keep the fd's number, which :meth:`LayerStack.close` closes."""
     null = os.open("/dev/null", os.O_PATH | os.O_CLOEXEC)
     os.dup2(null, fd, inheritable=False)
     os.close(null)
 
 
 def _lock(fd: int, path: str, role: str, resources: ExitStack) -> None:
-    """Hold flock(2) on the directory for the life of the mount: another mount of it sees that.
+    """Hold flock(2) on the directory for the life of the mount, so that another mount refuses it.
 
-    Whoever can read a directory can lock it, so the lock of a user who may not write it is not a mount's.
+    Any user who can read a directory can lock it; a lock of one who may not write it is not a mount's.
     """
     lock = open_for_listing(fd)
     resources.callback(os.close, lock)

@@ -6,15 +6,17 @@ import errno
 import os
 import stat
 from collections.abc import Callable
-from contextlib import ExitStack, suppress
+from contextlib import suppress
+from functools import partial
 from typing import Final
 
+from unionfs.sys.fds import Owned
 from unionfs.union.attributes import Attributes
 from unionfs.union.changing import Changing, T
 from unionfs.union.node import Node
 from unionfs.union.objects import link_object
 from unionfs.union.places import Place
-from unionfs.union.work import rename
+from unionfs.union.work import At, rename
 from unionfs.union.xattrs import ACL_DEFAULT, default_acl
 
 _DIRECTORY: Final = os.O_PATH | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
@@ -53,32 +55,34 @@ class Making(Changing):
         if not union.markers.is_whiteout(st, dir_fd, name):
             raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST))
         st, acl = os.stat(dir_fd), default_acl(place, dir_fd)
-        with work.temporary() as temporary, ExitStack() as fds:
-            made = temporary.at
-            room = -1
+        with work.temporary() as temporary:
             if directory or acl or st.st_mode & stat.S_ISGID:
-                room = temporary.mkdir()  # in work itself nothing is inherited
-                fds.callback(os.close, room)
-                _inherit(room, st, acl)
-                made = room, name
-            result = make(*made)
-            try:
-                if directory:
-                    fd = os.open(name, _DIRECTORY, dir_fd=room)
-                    fds.callback(os.close, fd)
-                    union.markers.set_opaque(fd)
-                    work.exchange(made, (dir_fd, name))
-                    with suppress(OSError):
-                        os.unlink(name, dir_fd=room)  # the whiteout
-                elif room >= 0:
-                    rename(made, (dir_fd, name))
-                else:
-                    temporary.put(dir_fd, name)
-            except BaseException:
-                if isinstance(result, int):
-                    os.close(result)
-                raise
-            return result
+                with Owned(temporary.mkdir()) as room:  # in work itself nothing is inherited
+                    _inherit(room, st, acl)
+                    put = self._put_opaque if directory else rename
+                    return _make_and_put((room, name), make, partial(put, (room, name), (dir_fd, name)))
+            return _make_and_put(temporary.at, make, partial(temporary.put, dir_fd, name))
+
+    def _put_opaque(self, made: At, whiteout: At) -> None:
+        """Exchange a new directory with the whiteout in its place, which is removed."""
+        room, name = made
+        with Owned(os.open(name, _DIRECTORY, dir_fd=room)) as fd:
+            self._union.markers.set_opaque(fd)
+        self._work.exchange(made, whiteout)
+        with suppress(OSError):
+            os.unlink(name, dir_fd=room)
+
+
+def _make_and_put(at: At, make: Callable[[int, bytes], T], put: Callable[[], None]) -> T:
+    """Make something, and close it if it is an fd that cannot be put into place."""
+    result = make(*at)
+    try:
+        put()
+    except BaseException:
+        if isinstance(result, int):
+            os.close(result)
+        raise
+    return result
 
 
 def _inherit(fd: int, st: os.stat_result, acl: bytes) -> None:

@@ -7,6 +7,7 @@ import os
 import stat
 
 from unionfs.union.attributes import Attributes
+from unionfs.union.errors import os_error
 from unionfs.union.files import OpenFile
 from unionfs.union.layers import LayerStack
 from unionfs.union.listing import Listing
@@ -45,12 +46,13 @@ class Merged(Territory):
                     raise
             self._nodes.lose(known, parent, name)  # another object has the name now
         if len(name) > NAME_MAX:
-            raise OSError(errno.ENAMETOOLONG, os.strerror(errno.ENAMETOOLONG))
+            raise os_error(errno.ENAMETOOLONG)
         found = self._merge.search(parent.parts, name, first)
         if found is None:
             return None
-        node = self._nodes.add(parent, name, *found)
-        return node, node.attributes_of(found[0])
+        st, places = found
+        node = self._nodes.add(parent, name, st, places)
+        return node, node.attributes_of(st)
 
     def number(self, parent: Node, name: bytes) -> tuple[int, int] | None:
         known = self._nodes.child(parent, name)

@@ -9,6 +9,7 @@ from abc import ABC, abstractmethod
 from typing import Final
 
 from unionfs.union.attributes import Attributes
+from unionfs.union.errors import os_error
 from unionfs.union.files import OpenFile, Use
 from unionfs.union.listing import Listing
 from unionfs.union.places import Place
@@ -88,7 +89,7 @@ class Territory(ABC):
     def require_writable(self) -> None:
         """Raises EROFS when nothing can be changed."""
         if self.read_only:
-            raise OSError(errno.EROFS, os.strerror(errno.EROFS))
+            raise os_error(errno.EROFS)
 
 
 class Node:
@@ -100,12 +101,23 @@ class Node:
         "use",
     )  # fmt: skip
 
-    #: Of bound storage alone: device and inode number, to see when the name stands for another object.
-    identity: tuple[int, int]
-
-    def __init__(self, id_: int, territory: Territory, parent: Node | None, name: bytes, kind: int) -> None:
+    def __init__(
+        self,
+        id_: int,
+        territory: Territory,
+        parent: Node | None,
+        name: bytes,
+        kind: int,
+        places: list[Place],
+        key: int = 0,
+        *,
+        ino: int = 0,
+        held: int = -1,
+        identity: tuple[int, int] | None = None,
+    ) -> None:
+        """``places``: a directory's parts, or the place of the object. ``ino``: its number if not the id."""
         self.id = id_
-        self.ino = id_
+        self.ino = ino or id_
         self.territory = territory
         self.parent = parent
         self.name = name
@@ -115,14 +127,22 @@ class Node:
         self.parts: list[Place] = []
         #: Of anything else: the real directory that holds it under ``name``, and its `Layer.key`.
         self.place: Place | None = None
-        self.key = 0
+        self.key = key
         #: Known nodes below, by name (directories only).
-        self.children: dict[bytes, Node] | None = {} if kind == stat.S_IFDIR else None
+        self.children: dict[bytes, Node] | None = None
+        if kind == stat.S_IFDIR:
+            self.parts = places
+            self.children = {}
+        else:
+            self.place = places[0]
         #: Further names of an upper file with several hard links.
         self.links: list[tuple[Node, bytes]] | None = None
         self.lookups = 0
-        self.held = -1
-        self.unlinked = False
+        #: An O_PATH fd of an object that has no name.
+        self.held = held
+        self.unlinked = not name and parent is not None
+        #: Of bound storage alone: device and inode number, to see when the name stands for another object.
+        self.identity = identity
         #: It is known to have no security.capability; see `shortcuts.Capabilities`.
         self.no_capability = False
         #: A ctime that a copy-up gave the real directory (`UNSEEN`: the one that it has when somebody asks
@@ -134,6 +154,7 @@ class Node:
         self.successor: Node | None = None
         #: How many nodes it took over from, which are still known.
         self.superseded = 0
+
     @property
     def is_dir(self) -> bool:
         return self.kind == stat.S_IFDIR
@@ -205,10 +226,14 @@ class Node:
         self.no_capability = none
 
     def hold(self, fd: int) -> None:
-        """Keep an O_PATH fd of the object, in the place of an older one."""
+        """Keep an O_PATH fd of the object, in the place of an older one; -1: keep none."""
         if self.held >= 0:
             os.close(self.held)
         self.held = fd
+
+    def has_key(self, key: int) -> None:
+        """What tells its object from another one; see `Layer.key`."""
+        self.key = key
 
     def check(self, st: os.stat_result) -> None:
         """Raise ESTALE for an object that is not the node's, so that the kernel looks the name up again."""
@@ -216,3 +241,86 @@ class Node:
             assert self.place is not None
             if self.place.layer.key(st) != self.key:
                 raise OSError(errno.ESTALE, "a layer holds another object there")
+
+    def looked_up(self) -> None:
+        """An answer to the kernel has the node: one lookup more."""
+        self.lookups += 1
+
+    # -- changed by the table alone -------------------------------------------------------------------
+
+    def forgotten(self, lookups: int) -> None:
+        """The kernel forgot that many lookups."""
+        self.lookups -= lookups
+
+    def get_name(self, parent: Node, name: bytes, place: Place) -> None:
+        """It is also ``name`` in ``parent``, whose real directory is ``place``."""
+        assert parent.children is not None
+        parent.children[name] = self
+        if self.parent is None or self.unlinked:
+            self.parent, self.name, self.place, self.unlinked = parent, name, place, False
+            self.hold(-1)
+        else:
+            if self.links is None:
+                self.links = []
+            self.links.append((parent, name))
+
+    def lose_name(self, parent: Node, name: bytes) -> None:
+        """It is no longer ``name`` in ``parent``."""
+        parent.forget_child(name, self)
+        if self.links and (parent, name) in self.links:
+            self.links.remove((parent, name))
+        elif self.parent is parent and self.name == name:
+            if self.links:
+                self.parent, self.name = self.links.pop()
+                assert self.parent is not None
+                self.place = self.parent.parts[0]
+            else:
+                self.unlinked = True
+
+    def change_name(self, parent: Node, name: bytes, new_parent: Node, new_name: bytes) -> None:
+        """It was renamed."""
+        assert new_parent.children is not None
+        parent.forget_child(name, self)
+        new_parent.children[new_name] = self
+        if self.links and (parent, name) in self.links:
+            self.links.remove((parent, name))
+            self.links.append((new_parent, new_name))
+        else:
+            self.parent, self.name = new_parent, new_name
+            if self.is_dir:
+                self.parts[0].move(new_parent.parts[0], new_name)
+            else:
+                self.place = new_parent.parts[0]
+
+    def forget_child(self, name: bytes, node: Node) -> None:
+        """A name below it no longer stands for that node."""
+        if self.children is not None and self.children.get(name) is node:
+            del self.children[name]
+
+    def forget_names(self) -> list[Node]:
+        """It is no longer known by any name; returns the directories of those but the first."""
+        if self.parent is not None:
+            self.parent.forget_child(self.name, self)
+        if not self.links:
+            return []
+        for directory, name in self.links:
+            directory.forget_child(name, self)
+        return [directory for directory, _ in self.links]
+
+    def supersede(self, number: int) -> Node:
+        """A new node with that id for its object, its names and what is held; see `NodeTable.supersede`."""
+        places = self.parts if self.place is None else [self.place]
+        new = Node(number, self.territory, self.parent, self.name, self.kind, places, self.key, ino=self.ino)
+        new.links, new.unlinked, new.held = self.links, self.unlinked, self.held
+        self.links, self.held = None, -1
+        for directory, name in [(self.parent, self.name), *(new.links or ())]:
+            known = None if directory is None else directory.children
+            if known is not None and known.get(name) is self:
+                known[name] = new
+        self.successor = new
+        new.superseded = 1
+        return new
+
+    def outlive(self) -> None:
+        """One of the nodes that it took over from is forgotten."""
+        self.superseded -= 1

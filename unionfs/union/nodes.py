@@ -18,20 +18,18 @@ from __future__ import annotations
 
 import os
 import stat
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import Final
 
 from unionfs.union.node import Node, Territory
 from unionfs.union.numbers import Numbers, hashed
-from unionfs.union.places import Place
+from unionfs.union.places import NO_KEY, Place
 
 ROOT_ID: Final = 1
-#: The key of no object.
-_NONE: Final = -1
 
 
 class NodeTable:
-    """All nodes that the kernel knows or is about to be told of, and the numbers they have."""
+    """All nodes that the kernel knows or is about to learn of, and their ids."""
 
     #: The node of id 1, and the numbers of the merged layers.
     root: Node
@@ -49,9 +47,8 @@ class NodeTable:
 
     def add_root(self, territory: Territory, parts: list[Place]) -> None:
         """Begin with the root of the merged tree."""
-        self.root = self._by_id[ROOT_ID] = Node(ROOT_ID, territory, None, b"", stat.S_IFDIR)
-        self.root.parts = parts
-        self.root.lookups = 1
+        self.root = self._by_id[ROOT_ID] = Node(ROOT_ID, territory, None, b"", stat.S_IFDIR, parts)
+        self.root.looked_up()
         self._numbers = Numbers(parts[0].layer.dev)
 
     def get(self, id_: int) -> Node | None:
@@ -77,7 +74,7 @@ class NodeTable:
         return self._free(self._numbers.of(st, parent.ino, name, upper=upper))
 
     def unreachable(self, parent: Node, name: bytes) -> int:
-        """A number for what cannot be looked up; no node has it."""
+        """A number for an object that cannot be looked up; no node has it."""
         return self._free(hashed(b"unreachable%d/%b" % (parent.ino, name)))
 
     def _free(self, number: int) -> int:
@@ -90,7 +87,7 @@ class NodeTable:
         """Remember that the upper object with attributes ``st`` carries the number of ``node``."""
         self._numbers.keep(st, node.ino)
         if node.place is not None:
-            node.key = node.place.layer.key(st)
+            node.has_key(node.place.layer.key(st))
 
     # -- coming and going -----------------------------------------------------------------------------
 
@@ -115,12 +112,8 @@ class NodeTable:
                 self.add_name(known, parent, name, place)
                 return known
         number = self._free(self._numbers.of(st, parent.ino, name, upper=upper))
-        node = Node(number, parent.territory, parent, name, kind)
-        if kind == stat.S_IFDIR:
-            node.parts = places
-        else:
-            node.place = place
-            node.key = place.layer.key(st)
+        key = 0 if kind == stat.S_IFDIR else place.layer.key(st)
+        node = Node(number, parent.territory, parent, name, kind, places, key)
         self._by_id[number] = node
         parent.children[name] = node
         if linkable and st.st_nlink > 1:
@@ -141,20 +134,14 @@ class NodeTable:
         """A node for one name of an object of bound storage: hard links are nodes of their own with one
         ``number``. ``held``: an O_PATH fd of an object that has no name to open it by.
         """
-        node = Node(self._free(number), territory, parent, name, stat.S_IFMT(st.st_mode))
-        node.ino = number
-        node.identity = st.st_dev, st.st_ino
-        node.held = held
-        if node.is_dir:
-            node.parts = [place]
-        else:
-            node.place = place
+        node = Node(
+            self._free(number), territory, parent, name, stat.S_IFMT(st.st_mode), [place],
+            ino=number, held=held, identity=(st.st_dev, st.st_ino),
+        )  # fmt: skip
         self._by_id[node.id] = node
         if name:
             assert parent.children is not None
             parent.children[name] = node
-        else:
-            node.unlinked = True
         return node
 
     def linked(self, node: Node, st: os.stat_result) -> None:
@@ -164,105 +151,48 @@ class NodeTable:
 
     def add_name(self, node: Node, parent: Node, name: bytes, place: Place) -> None:
         """``node`` is also known as ``name`` in ``parent``; ``place`` is that real directory."""
-        assert parent.children is not None
-        parent.children[name] = node
-        if node.parent is None or node.unlinked:
-            node.parent, node.name, node.place, node.unlinked = parent, name, place, False
-            if node.held >= 0:
-                os.close(node.held)
-                node.held = -1
-        else:
-            if node.links is None:
-                node.links = []
-            node.links.append((parent, name))
+        node.get_name(parent, name, place)
 
     def remove_name(self, node: Node, parent: Node, name: bytes) -> None:
         """``name`` in ``parent`` no longer stands for ``node``; see ``Union.outliving``."""
-        assert parent.children is not None
-        if parent.children.get(name) is node:
-            del parent.children[name]
-        if node.links and (parent, name) in node.links:
-            node.links.remove((parent, name))
-        elif node.parent is parent and node.name == name:
-            if node.links:
-                node.parent, node.name = node.links.pop()
-                assert node.parent is not None
-                node.place = node.parent.parts[0]
-            else:
-                node.unlinked = True
+        node.lose_name(parent, name)
         self._release(parent)
 
     def move(self, node: Node, parent: Node, name: bytes, new_parent: Node, new_name: bytes) -> None:
         """``node`` was renamed."""
-        assert parent.children is not None
-        assert new_parent.children is not None
-        if parent.children.get(name) is node:
-            del parent.children[name]
-        new_parent.children[new_name] = node
-        if node.links and (parent, name) in node.links:
-            node.links.remove((parent, name))
-            node.links.append((new_parent, new_name))
-        else:
-            node.parent, node.name = new_parent, new_name
-            if node.is_dir:
-                node.parts[0].parent, node.parts[0].name = new_parent.parts[0], new_name
-            else:
-                node.place = new_parent.parts[0]
+        node.change_name(parent, name, new_parent, new_name)
         self._release(parent)
 
     def unnamed(self, parent: Node, held: int) -> Node:
         """A node for an upper file that has no name yet (O_TMPFILE), of which ``held`` is an O_PATH fd."""
         st = os.stat(held)
         number = self._free(self._numbers.of(st, parent.ino, b"", upper=True))
-        node = Node(number, parent.territory, parent, b"", stat.S_IFMT(st.st_mode))
-        node.place = parent.parts[0]
-        node.held = held
-        node.unlinked = True
+        kind = stat.S_IFMT(st.st_mode)
+        node = Node(number, parent.territory, parent, b"", kind, [parent.parts[0]], held=held)
         self._by_id[number] = node
         self.linked(node, st)
         return node
 
     def supersede(self, node: Node) -> Node:
-        """Let a new node stand for the object of ``node``, which keeps its open files and lookups."""
+        """Make a new node for the object of ``node``, which keeps its open files and lookups."""
         number = self._free(hashed(b"after%d" % node.id))
-        new = Node(number, node.territory, node.parent, node.name, node.kind)
-        new.ino = node.ino
-        new.place, new.links, new.unlinked = node.place, node.links, node.unlinked
-        new.key = node.key
-        node.links = None
-        new.held, node.held = node.held, -1
-        self._by_id[number] = new
-        for directory, name in [(node.parent, node.name), *(new.links or ())]:
-            known = None if directory is None else directory.children
-            if known is not None and known.get(name) is node:
-                known[name] = new
+        new = self._by_id[number] = node.supersede(number)
         key = self._inode_of.pop(node.id, None)
         if key is not None:
             self._inode_of[number] = key
             self._by_inode[key] = new
-        node.successor = new
-        new.superseded = 1
         return new
 
     def lose(self, node: Node, parent: Node, name: bytes) -> None:
-        """Another object was given the node's name behind the union: nothing is left of the node."""
-        node.key = _NONE
+        """Another object got the node's name behind the union's back: nothing is left of the node."""
+        node.has_key(NO_KEY)
         for part in node.parts:
-            part.key = _NONE
+            part.lost()
         self.remove_name(node, parent, name)
 
-    def looked_up(self, node: Node) -> None:
-        """The kernel is told of the node, which counts one lookup."""
-        node.lookups += 1
-
-    def all_looked_up(self, nodes: Iterable[Node]) -> None:
-        """The same for several."""
-        for node in nodes:
-            node.lookups += 1
-
     def forget(self, node: Node, lookups: int) -> None:
-        """The kernel gave back that many lookups."""
-        node.lookups -= lookups
+        """The kernel forgot that many lookups."""
+        node.forgotten(lookups)
         self._release(node)
 
     def _release(self, node: Node) -> None:
@@ -280,15 +210,13 @@ class NodeTable:
                 self._gone(current)
             if current.successor is not None:
                 current = current.successor
-                current.superseded -= 1
+                current.outlive()
                 continue
-            parent = current.parent
-            _remove_child(parent, current.name, current)
-            for other, name in current.links or ():
-                _remove_child(other, name, current)
-                self._release(other)
-            self._drop_inode(current)
-            current = parent
+            for directory in current.forget_names():
+                self._release(directory)
+            if self._inode_of or current.held >= 0:
+                self._drop_inode(current)
+            current = current.parent
 
     def _drop_inode(self, node: Node) -> None:
         key = self._inode_of.pop(node.id, None)
@@ -298,10 +226,4 @@ class NodeTable:
             place = node.parts[0] if node.is_dir else node.place
             if place is not None and place.layer.is_upper:
                 self._numbers.release(node.held, place.layer)
-            os.close(node.held)
-            node.held = -1
-
-
-def _remove_child(parent: Node | None, name: bytes, node: Node) -> None:
-    if parent is not None and parent.children is not None and parent.children.get(name) is node:
-        del parent.children[name]
+            node.hold(-1)

@@ -8,7 +8,9 @@ import stat
 from contextlib import nullcontext
 
 from unionfs.sys import calls
-from unionfs.union.changing import Changing, Name, fail
+from unionfs.sys.fds import Owned
+from unionfs.union.changing import Changing, Name
+from unionfs.union.errors import os_error
 from unionfs.union.node import Node
 from unionfs.union.work import NO_FLAGS, NOT_EMPTY, At, rename
 
@@ -43,18 +45,18 @@ class Renaming(Changing):
         """
         exchange = flags == calls.RENAME_EXCHANGE
         if exchange and target is None:
-            raise fail(errno.ENOENT)
+            raise os_error(errno.ENOENT)
         if flags == calls.RENAME_NOREPLACE and target is not None:
-            raise fail(errno.EEXIST)
+            raise os_error(errno.EEXIST)
         if any(one.is_dir and not one.is_pure_upper for one in moved):
-            raise fail(errno.EXDEV)
+            raise os_error(errno.EXDEV)
         if target is not None and target is not node and not exchange:
             if target.is_dir and not node.is_dir:
-                raise fail(errno.EISDIR)
+                raise os_error(errno.EISDIR)
             if node.is_dir and not target.is_dir:
-                raise fail(errno.ENOTDIR)
+                raise os_error(errno.ENOTDIR)
             if target.is_dir and not target.territory.is_empty(target):
-                raise fail(errno.ENOTEMPTY)
+                raise os_error(errno.ENOTEMPTY)
         for one in moved:
             if not one.is_dir and target is not node:
                 path, follow = self._union.path(one)
@@ -120,14 +122,10 @@ class Renaming(Changing):
         renamed; nobody sees a difference (overlayfs: dir.c, ovl_clear_empty)."""
         gate = self._union.gate
         st = os.stat(gate.fd(node.parts[0]))
-        with self._work.temporary() as temporary:
-            fd = temporary.mkdir()
-            try:
-                self._union.markers.set_opaque(fd)
-                os.fchown(fd, st.st_uid, st.st_gid)
-                os.fchmod(fd, stat.S_IMODE(st.st_mode))
-            finally:
-                os.close(fd)
+        with self._work.temporary() as temporary, Owned(temporary.mkdir()) as fd:
+            self._union.markers.set_opaque(fd)
+            os.fchown(fd, st.st_uid, st.st_gid)
+            os.fchmod(fd, stat.S_IMODE(st.st_mode))
             self._work.exchange(temporary.at, at)
         gate.forget(node.parts[0])
 

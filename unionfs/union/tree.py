@@ -10,6 +10,7 @@ from typing import Final
 from unionfs.sys.creds import Identity
 from unionfs.union.attributes import Attributes
 from unionfs.union.bound import Bound
+from unionfs.union.errors import os_error
 from unionfs.union.layers import LayerStack
 from unionfs.union.merge import Merge
 from unionfs.union.merged import Merged
@@ -68,7 +69,7 @@ class Union(Objects):
     def require_upper(self) -> Layer:
         """The upper layer. Raises EROFS when there is none."""
         if self.stack.upper is None:
-            raise OSError(errno.EROFS, os.strerror(errno.EROFS))
+            raise os_error(errno.EROFS)
         return self.stack.upper
 
     def bind(self, parent: Node, name: bytes, layer: BoundLayer) -> Node:
@@ -78,12 +79,12 @@ class Union(Objects):
         """
         known = self.nodes.child(parent, name)
         # Nobody has looked the directory up, and without a child the table would let go of it.
-        self.nodes.looked_up(parent)
+        parent.looked_up()
         if known is not None:
             self.nodes.remove_name(known, parent, name)
         node = Bound(self, self.nodes, layer).root(parent, name)
         self.nodes.forget(parent, 1)
-        self.nodes.looked_up(node)
+        node.looked_up()
         return node
 
     def close(self) -> None:

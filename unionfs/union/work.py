@@ -115,23 +115,21 @@ class Work:
 class Temporary:
     """A name in work. Leaving its block discards what was not put into place."""
 
-    __slots__ = ("_taken", "_work", "name")
+    __slots__ = ("_work", "at", "name", "taken")
 
     def __init__(self, work: Work, name: bytes) -> None:
         self._work = work
-        self._taken = True
         self.name = name
+        self.at: At = work.fd, name
+        #: It was not put into place or discarded.
+        self.taken = True
 
     def __enter__(self) -> Temporary:
         return self
 
     def __exit__(self, *exc: object) -> None:
-        self.discard()
-
-    @property
-    def at(self) -> At:
-        """Its directory and name."""
-        return self._work.fd, self.name
+        if self.taken:
+            self.discard()
 
     def mkdir(self) -> int:
         """Make it a directory that only the daemon may use. Returns a readable fd, the caller's to close."""
@@ -141,12 +139,12 @@ class Temporary:
     def put(self, dir_fd: int, name: bytes) -> None:
         """Rename it into the upper, as rename(2) does."""
         os.rename(self.name, name, src_dir_fd=self._work.fd, dst_dir_fd=dir_fd)
-        self._taken = False
+        self.taken = False
 
     def discard(self) -> None:
         """Remove it unless it was put into place."""
-        if self._taken:
-            self._taken = False
+        if self.taken:
+            self.taken = False
             self._work.discard(self.name)
 
 

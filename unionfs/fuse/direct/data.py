@@ -1,7 +1,7 @@
-"""Requests about open files: translated, answered.
+"""Requests about open files: handlers that translate and answer.
 
-An open file is known by its number, or, where the kernel was told not to send OPEN, by its node alone: then
-the number is 0, and the files that are read and written are kept open in a bounded number.
+A request names an open file by its number or, where the kernel sends no OPEN, by its node alone: then the
+number is 0, and a bounded number of files stay open (`OpenFiles.keep`).
 """
 
 from __future__ import annotations
@@ -29,6 +29,7 @@ from unionfs.fuse.protocol.flags import (
     WRITE_CACHE,
     WRITE_KILL_SUIDGID,
 )
+from unionfs.union.attributes import Attributes
 from unionfs.union.files import OpenFile
 from unionfs.union.node import Node
 
@@ -63,7 +64,7 @@ class DataRequests:
         self._device = device
         self._splicer = splicer
         self._open_files = operations.union.files
-        #: Whether opens are not told to us.
+        #: Whether the kernel sends no OPEN.
         self._opens_unseen = Opcode.OPEN in decision.enosys
         self._buffer = memoryview(bytearray(max(1 << 20, decision.reply.max_write)))
         self.table: dict[Opcode, Answer] = {
@@ -93,7 +94,7 @@ class DataRequests:
         reads = flags & (os.O_ACCMODE | os.O_TRUNC) == os.O_RDONLY
         if not reads and self._ios.holds_lower(node):
             node.territory.require_writable()
-            # This open is refused and need not come again (/proc/self/fd), so it must not have truncated.
+            # This open fails, and may not be retried (/proc/self/fd), so it must not truncate.
             if not self._operations.copy_ups.is_running(node):
                 self._union.nodes.supersede(node)
                 self._operations.invalidations.of_node(node)
@@ -101,7 +102,7 @@ class DataRequests:
             flags = os.O_RDWR
         prepared = await self._files.prepare(node, flags)
         outdated = node.successor is None and self._ios.is_outdated(node)
-        if outdated or node.successor is not None:  # else somebody was faster
+        if outdated or node.successor is not None:  # superseded meanwhile
             if prepared is not None:
                 self._open_files.take_back(node, prepared)
             if outdated:
@@ -125,7 +126,7 @@ class DataRequests:
     def _fill(self, id_: int, file: OpenFile) -> None:
         """Put a small file into the page cache with its first open, which saves the READ.
 
-        Nobody else has it open, so no page of it is locked by a request that waits for us.
+        It has no other open, so no request that waits for this daemon holds a lock on its pages.
         """
         size = 0 if file.st is None else file.st.st_size
         if not 0 < size <= SMALL_FILE:
@@ -133,37 +134,35 @@ class DataRequests:
         try:
             count = file.read_into(self._buffer[:size], 0)
         except OSError:
-            return  # who reads it is told
+            return  # the READ gets the error
         if count == size:
             self._device.notify(notify.store(id_, 0, self._buffer[:size]))
             self._files.was_read(size)
 
     def _create(self, request: rq.Create) -> Reply:
         parent = self._operations.directory(request.nodeid)
-        number, node, attributes = self._files.create(
+        created = self._files.create(
             self._operations.changes, parent, request.name, request.mode, request.flags,
             self._names.caller(request),
         )  # fmt: skip
-        return self._created(request.unique, number, (node, attributes))
+        return self._created(request.unique, *created)
 
     def _tmpfile(self, request: rq.Tmpfile) -> Reply:
         parent = self._operations.directory(request.nodeid)
-        number, node, attributes = self._files.tmpfile(
+        created = self._files.tmpfile(
             self._operations.changes, parent, request.mode, request.flags, self._names.caller(request)
         )
-        return self._created(request.unique, number, (node, attributes))
+        return self._created(request.unique, *created)
 
-    def _created(self, unique: int, number: int, found: tuple[Node, object]) -> Reply:
-        node, attributes = found
+    def _created(self, unique: int, number: int, node: Node, attributes: Attributes) -> Reply:
         if self._opens_unseen:
-            # No RELEASE will come either.
-            entry = self._names.entry_out((node, attributes))  # type: ignore[arg-type]
+            # The kernel sends no RELEASE either.
+            entry = self._names.entry_out((node, attributes))
             self._open_files.keep(node, write=True)
             self._files.release(number)
             return encode.created(unique, entry, 0, 0)
         opened = self._ios.opened(self._files[number])
-        entry = self._names.entry_out((node, attributes))  # type: ignore[arg-type]
-        return encode.created(unique, entry, number, *opened)
+        return encode.created(unique, self._names.entry_out((node, attributes)), number, *opened)
 
     def _release(self, request: rq.Release) -> Reply:
         if request.fh:
@@ -174,7 +173,7 @@ class DataRequests:
     # -- data -----------------------------------------------------------------------------------------
 
     def _reading(self, id_: int, number: int) -> OpenFile:
-        """The file to read, opened if it was not yet: not in a thread."""
+        """The file to read, opened here and not in a thread if it was not open yet."""
         if number:
             file = self._files[number].file
             _ = file.fd
@@ -197,9 +196,9 @@ class DataRequests:
             if await self._spliced(request, file):
                 return None
             file = self._reading(request.nodeid, request.fh)  # it may have been copied up meanwhile
-        # Answered before anything else is read, so one buffer serves all that need not wait for a disk.
+        # The answer is sent before the next request is read, so one buffer serves all reads that do not wait.
         if file.waits and request.size >= WORTHWHILE:
-            here = None  # other requests may have been read meanwhile, by whom the buffer may be in use
+            here = None  # other requests were read meanwhile, and may use the buffer
         else:
             here = file.read_into(self._buffer[: request.size], request.offset)
         if here is not None:
@@ -208,8 +207,8 @@ class DataRequests:
         return encode.data(request.unique, await self._files.read(file, request.offset, request.size))
 
     async def _spliced(self, request: rq.Read, file: OpenFile) -> bool:
-        """Answer without the data coming by here; in a thread when a disk may have to be waited for, so that
-        several are read at once. False: it can't be done that way."""
+        """Answer by splicing; in a thread when a read may wait for a disk, so that several run at once. False
+        if that is not possible."""
         arguments = request.unique, file, request.offset, request.size
         if not file.waits:
             count = self._splicer.answer(*arguments)
@@ -229,7 +228,7 @@ class DataRequests:
                 count = await self._write_all(request, file)
         except OSError:
             if request.write_flags & WRITE_CACHE:
-                # What could not be written must not stay readable from the page cache.
+                # Data that could not be written must not stay readable in the page cache.
                 self._device.notify_later(notify.inval_inode(request.nodeid))
             raise
         return encode.written(request.unique, count)
@@ -237,8 +236,8 @@ class DataRequests:
     async def _write_all(self, request: rq.Write, file: OpenFile) -> int:
         kills = bool(request.write_flags & WRITE_KILL_SUIDGID)
         count = await self._files.write(file, request.offset, request.data, kills_set_ids=kills)
-        # Written back from the page cache, nobody looks whether all was written: what is left out is an
-        # error (fs/fuse/file.c, fuse_writepage_end).
+        # The kernel does not check the count of a write-back, so a short one must be an error
+        # (fs/fuse/file.c, fuse_writepage_end).
         while request.write_flags & WRITE_CACHE and count < len(request.data):
             rest = request.data[count:]
             count += await self._files.write(file, request.offset + count, rest, kills_set_ids=kills)

@@ -62,7 +62,8 @@ class ListingRequests:
                 raise
             if first == len(entries.names):
                 self._operations.directories.end(node)
-        self._union.nodes.all_looked_up(nodes)
+        for child in nodes:
+            child.looked_up()
         if request.offset == 0:
             self.ahead.listed(node, [child for child in nodes if child.is_dir], request.size)
         return encode.data(request.unique, listing.packed())
@@ -72,22 +73,22 @@ class ListingRequests:
         yield
         entries = self._operations.directories.at_once(node)
         if entries is None:
-            raise Unfit("it is large, and made in a thread when somebody asks")
+            raise Unfit("it is large, so a thread reads it on request")
         if node.in_place and (node.is_pure_upper or entries.shows_upper):
-            raise Unfit("it shows names of the upper, which may go and leave nothing behind")
+            raise Unfit("it shows names of the upper, which can vanish without a trace")
         entries = entries.later()
         prepared.begin(entries)
         _add_dots(prepared.listing, node, 0, plus=True)
         for child in self._found(node, entries, 0, prepared.listing, ahead=True):
             prepared.nodes.append(child)
             if not child.territory.lasting:
-                raise Unfit("what is bound may change at any time")
+                raise Unfit("bound storage may change at any time")
             yield
 
     def _found(
         self, node: Node, entries: Entries, first: int, listing: Listing, *, ahead: bool = False
     ) -> Iterator[Node]:
-        """Add what has these names, from the index ``first`` on, as long as it fits: its node after each."""
+        """Add the names from the index ``first`` on as long as they fit; yields the node of each."""
         lookup, valid = node.territory.lookup, self._ios.valid
         cookies, names, parts = entries
         for index in range(first, len(names)):
@@ -121,12 +122,14 @@ class ListingRequests:
 
     @staticmethod
     def _add_unknown(listing: Listing, name: bytes, cookie: int, known: tuple[int, int] | None) -> None:
-        """A name that cannot be looked up. It counts no lookup; the next request for it gets the error."""
+        """Add a name that cannot be looked up. It counts no lookup; the next request for it gets the
+        error."""
         if known is not None:
             listing.add_plus(name, known[0], cookie, known[1], encode.NO_ENTRY)
 
     async def _start(self, node: Node, offset: int, listing: Listing, *, plus: bool) -> tuple[Entries, int]:
-        """``.`` and ``..`` where they are due, and the names of a directory with the first that is due."""
+        """Add ``.`` and ``..`` if the offset is before them; returns the listing and the index of the first
+        name."""
         if node.unlinked:
             return NO_ENTRIES, 0
         _add_dots(listing, node, offset, plus=plus)

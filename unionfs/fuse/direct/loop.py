@@ -1,15 +1,15 @@
 """The loop of the direct session: read a request, answer it, and stay fair to everything else in the process.
 
 Rules:
-- Requests are read until there are none. Then work is done ahead, in small pieces, and the loop keeps asking
-  for a short while, because being woken up costs far more than answering: how long, it learns from how soon
-  the request came after all. Only then it waits.
-- Neither reading nor asking lets another task run, so there is a checkpoint every two milliseconds.
-- A handler that need not wait is answered in line. One that waits goes on in a task of its own, and takes the
-  receive buffer along if its data lies there.
+- The loop reads requests until there are none. Then it does work ahead, in small pieces, and polls for a
+  short while, because waking up costs far more than answering; for how long, it learns from how soon the next
+  request came. Only then it waits.
+- Neither reading nor polling lets another task run, so there is a checkpoint every two milliseconds.
+- A handler that does not wait is answered in line. One that waits continues in a task, and takes the receive
+  buffer along if its data lies there.
 - Files that a copy-up used are closed right after the answer, while the caller wakes up.
 - A notice about changed attributes is sent before the answer, so that nobody sees the old ones after it.
-- Latency, from the request being read to the answer being written, is measured only while somebody watches.
+- Latency, from reading the request to writing the answer, is measured only while somebody watches.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ _FAIR_NS: Final = 2_000_000
 _MAX_SPIN_NS: Final = 100_000
 _MIN_SPIN_NS: Final = 5_000
 _RESIZED_SECONDS: Final = 0.05
-"""How much later the kernel is told that the size of a directory is another one."""
+"""The delay of the notice that the size of a directory changed."""
 _OPCODE_UNIQUE: Final = struct.Struct("=4xIQ")  # of struct fuse_in_header
 _NO_ANSWER: Final = (Opcode.FORGET, Opcode.BATCH_FORGET, Opcode.INTERRUPT)
 
@@ -73,7 +73,8 @@ class Loop:
         idle: Callable[[], bool] = lambda: False,
         invalidations: Invalidations | None = None,
     ) -> None:
-        """``idle`` is called when there is nothing to answer: it does a little work; False: there is none."""
+        """``idle`` is called when there is nothing to answer: it does a little work; False if there is
+        none."""
         self._device = device
         self._union = union
         self._files = union.files
@@ -91,7 +92,7 @@ class Loop:
             self._answers.pop(opcode, None)
             self._waiting.pop(opcode, None)
         self._names = {int(opcode): opcode.name.lower() for opcode in Opcode}
-        #: Requests that are being answered in tasks: what ends the task, and who waits for it.
+        #: Requests being answered in tasks: the scope that cancels the task, and the pid of the caller.
         self._running: dict[int, tuple[trio.CancelScope, int]] = {}
         self._latencies = latencies or Latencies()
 
@@ -100,7 +101,7 @@ class Loop:
         self._view = memoryview(self._buffer)
 
     async def run(self) -> None:
-        """Serve until the mount is gone. Raises ConnectionAbortedError when it was cut off (in a group)."""
+        """Serve until the mount is gone. Raises ConnectionAbortedError, in a group, when it was cut off."""
         async with trio.open_nursery() as self._nursery:
             await self._read_requests()
             self._nursery.cancel_scope.cancel()
@@ -118,7 +119,7 @@ class Loop:
             except BlockingIOError:
                 now = clock()
                 if now < fair_until and idle():
-                    spin_end = 0  # asking begins when there is nothing left to do
+                    spin_end = 0  # polling begins when there is nothing left to do
                     continue
                 if spin_end == 0:
                     spin_end = now + spin
@@ -129,7 +130,7 @@ class Loop:
                 else:
                     await trio.lowlevel.wait_readable(fd)
                     spin_end = 0
-                    # Had it asked for longer, would the request have come meanwhile?
+                    # Would the request have come if it had polled for longer?
                     came_soon = clock() - now < _MAX_SPIN_NS
                     spin = min(spin * 2, _MAX_SPIN_NS) if came_soon else max(spin // 2, _MIN_SPIN_NS)
                 fair_until = clock() + _FAIR_NS
@@ -138,10 +139,10 @@ class Loop:
                 if error.errno == errno.ENODEV:
                     return
                 if error.errno in (errno.ENOENT, errno.EINTR):
-                    continue  # the request was taken back while it was read
+                    continue  # the request was cancelled while it was read
                 if error.errno == errno.ECONNABORTED and not cut_off:
-                    # An ordinary umount says so, too, where it meets a request that is just being read
-                    # (fs/fuse/dev.c, fuse_dev_do_read). The next read knows.
+                    # An ordinary umount causes it, too, while a request is being read (fs/fuse/dev.c,
+                    # fuse_dev_do_read). The next read tells the two apart.
                     cut_off = True
                     continue
                 raise
@@ -157,11 +158,11 @@ class Loop:
                 fair_until = clock() + _FAIR_NS
 
     def serve(self, size: int) -> bool:
-        """Answer the request in the buffer; True: no, but a task was started that will."""
+        """Answer the request in the buffer; True if a task was started that will."""
         try:
             request = self._decode(self._view, size)
         except ProtocolError as error:
-            log.error("the kernel sent what is no request: %s", error)
+            log.error("invalid request from the kernel: %s", error)
             if error.unique is not None:
                 self._device.answer(encode.error(error.unique, errno.EIO))
             return False
@@ -181,7 +182,11 @@ class Loop:
                     if begun is PENDING:
                         if "data" in request.fields:
                             self._new_buffer()
-                        self._nursery.start_soon(self._finish, request, coroutine)
+                        # Known before its task runs: the next request may already be its INTERRUPT, which the
+                        # kernel sends once (fs/fuse/dev.c, request_wait_answer).
+                        scope = trio.CancelScope()
+                        self._running[request.unique] = scope, request.pid
+                        self._nursery.start_soon(self._finish, request, coroutine, scope)
                         return True
                     reply = begun  # type: ignore[assignment]
         except BaseException as error:
@@ -223,7 +228,7 @@ class Loop:
             self._nursery.start_soon(trio.to_thread.run_sync, self._send, self._device.take_later())
 
     async def _tell_resized(self) -> None:
-        """Not for each copy-up: whoever walks through the directory then asks anew."""
+        """Not for each copy-up: a process that walks through the directory would ask again each time."""
         await trio.sleep(_RESIZED_SECONDS)
         self._tells_resized = False
         await trio.to_thread.run_sync(self._send, _ask_again(self._invalidations.take_soon()))
@@ -233,7 +238,7 @@ class Loop:
             self._device.notify(notice)
 
     def _failed(self, request: Request, error: BaseException) -> Reply | None:
-        """The answer to a request whose handler raised. Raises what is not for the caller to know."""
+        """The answer to a request whose handler raised. Raises what is not an error of the request."""
         if request.number in _NO_ANSWER:
             log.error("%r failed", request, exc_info=error)
             return None
@@ -244,11 +249,12 @@ class Loop:
         log.error("%r failed", request, exc_info=error)
         return encode.error(request.unique, errno.EIO)
 
-    async def _finish(self, request: Request, coroutine: Coroutine[Any, Any, Reply | None]) -> None:
+    async def _finish(
+        self, request: Request, coroutine: Coroutine[Any, Any, Reply | None], scope: trio.CancelScope
+    ) -> None:
         unique = request.unique
         reply: Reply | None = encode.error(unique, errno.EINTR)
-        with trio.CancelScope() as scope:
-            self._running[unique] = scope, request.pid
+        with scope:
             try:
                 reply = await finish(coroutine)
             except Exception as error:
@@ -261,12 +267,12 @@ class Loop:
             self._files.close_waiting()
 
     def _interrupt(self, unique: int) -> None:
-        """A caller got a signal. Only one that is to die of it is sent away: nobody expects EINTR here."""
+        """A caller got a signal. Only a caller that it kills gets EINTR: no other expects that here."""
         running = self._running.get(unique)
         if running is not None and is_being_killed(running[1]):
             running[0].cancel()
 
 
 def _ask_again(ids: list[int]) -> list[Reply]:
-    """Notices that the kernel must not believe attributes any more."""
+    """Notices that invalidate the attributes of nodes."""
     return [notify.inval_inode(id_, -1, 0) for id_ in ids]

@@ -1,4 +1,4 @@
-"""Requests about names, attributes and xattrs: translated, answered."""
+"""Requests about names, attributes and xattrs: handlers that translate and answer."""
 
 from __future__ import annotations
 
@@ -42,14 +42,13 @@ class NameRequests:
     def __init__(self, operations: Operations, ios: NodeIos, decision: Decision) -> None:
         self._operations = operations
         self._union = operations.union
-        self._looked_up = operations.union.nodes.looked_up
         self._ios = ios
-        #: The caller's umask is still to be taken off.
+        #: Whether the daemon applies the caller's umask.
         self._masks = bool(decision.flags & Init.DONT_MASK)
-        #: Keeps attributes while data is written back, if the kernel does that.
+        #: Keeps attributes while data is written back; None without write-back.
         writes_back = bool(decision.flags & Init.WRITEBACK_CACHE)
         self.write_back = WriteBack(operations.union.capabilities) if writes_back else None
-        #: Opens are not told to us.
+        #: Whether the kernel sends no OPEN.
         self._opens_unseen = Opcode.OPEN in decision.enosys
         self.table: dict[Opcode, Answer] = {
             Opcode.LOOKUP: self._lookup,
@@ -83,7 +82,7 @@ class NameRequests:
     def _entry(self, unique: int, found: Found) -> Reply:
         """An entry, which counts one lookup."""
         node, attributes = found
-        self._looked_up(node)
+        node.looked_up()
         return encode.entry(
             unique,
             node.id,
@@ -96,7 +95,7 @@ class NameRequests:
     def entry_out(self, found: Found) -> bytes:
         """An entry as part of another answer, which counts one lookup."""
         node, attributes = found
-        self._looked_up(node)
+        node.looked_up()
         return encode.entry_out(
             node.id,
             0,
@@ -106,7 +105,7 @@ class NameRequests:
         )
 
     def _valid(self, id_: int, node: Node, attributes: Attributes) -> Timeout:
-        # Changes of the node that superseded this one are not told about the old id.
+        # Notices about changes of the node that superseded this one carry the new id.
         return self._ios.valid(node, attributes) if node.id == id_ else NEVER
 
     def _attributes(self, request_id: int, unique: int, found: Found) -> Reply:
@@ -118,7 +117,7 @@ class NameRequests:
         )
 
     def caller(self, request: rq.Mknod | rq.Mkdir | rq.Create | rq.Tmpfile) -> Caller:
-        """Who creates something, and with which umask."""
+        """Who creates an object, and with which umask."""
         return Caller(request.uid, request.gid, request.umask if self._masks else 0)
 
     # -- names ----------------------------------------------------------------------------------------
@@ -198,7 +197,7 @@ class NameRequests:
 
     async def _setattr(self, request: rq.Setattr) -> Reply:
         valid = request.valid
-        if self._is_told_of_removal(request):
+        if self._is_mtime_of_removed(request):
             return self._attributes(
                 request.nodeid, request.unique, self._operations.getattr(request.nodeid)
             )
@@ -219,11 +218,11 @@ class NameRequests:
             self.write_back.mtime_set(found[0], change.mtime_ns)
         return self._attributes(request.nodeid, request.unique, found)
 
-    def _is_told_of_removal(self, request: rq.Setattr) -> bool:
-        """Whether only the ctime of a lower file is new, because its name was removed.
+    def _is_mtime_of_removed(self, request: rq.Setattr) -> bool:
+        """Whether only the ctime of a lower file changes, because its name was removed.
 
-        With writeback the kernel keeps the times and tells them when it forgets the file (fs/fuse/inode.c,
-        fuse_flush_times). Copying all its data up for that would be for nobody.
+        With writeback the kernel keeps the times and sends them when it forgets the file (fs/fuse/inode.c,
+        fuse_flush_times). A copy-up for that would serve nobody.
         """
         if request.valid & ~(FATTR_FH | FATTR_LOCKOWNER) != FATTR_MTIME | FATTR_CTIME:
             return False
@@ -235,9 +234,10 @@ class NameRequests:
     def _only_kills(self, request: rq.Setattr) -> bool:
         """Whether a SETATTR that changes nothing is to clear setuid and setgid. Raises EPERM.
 
-        With HANDLE_KILLPRIV_V2 it stands for a write through a backing file (fs/backing-file.c,
-        file_remove_privs) or for a chown that names no owner, which the kernel leaves to us to allow. A chown
-        is known by its ctime, which is sent with writeback, or by nobody having the file open for writing.
+        With HANDLE_KILLPRIV_V2 the kernel sends it for a write through a backing file (fs/backing-file.c,
+        file_remove_privs) or for a chown that names no owner, whose permission check it leaves to the daemon.
+        It is a chown if it has a ctime, which is sent with writeback, or if nobody has the file open for
+        writing.
         """
         valid = request.valid
         if valid & ~(FATTR_FH | FATTR_LOCKOWNER | FATTR_CTIME):
@@ -249,7 +249,7 @@ class NameRequests:
             self._opens_unseen or (node.use is not None and any(handle.writes for handle in node.use.handles))
         )
         if writes and not valid & FATTR_CTIME:
-            return request.uid != 0  # root's is sent for file capabilities, which are gone by now
+            return request.uid != 0  # root's is sent for file capabilities, which are removed already
         if mode_without_set_ids(attributes.st.st_mode) is None:
             return False
         if request.uid not in (0, attributes.st.st_uid):
@@ -299,7 +299,7 @@ def _packed(attributes: Attributes) -> bytes:
 
 
 def _sized(unique: int, value: bytes, size: int) -> Reply:
-    """The answer of GETXATTR and LISTXATTR: a value, or only its size when that is asked for."""
+    """The answer to GETXATTR and LISTXATTR: the value, or its size if ``size`` is 0."""
     if size == 0:
         return encode.xattr_size(unique, len(value))
     if len(value) > size:

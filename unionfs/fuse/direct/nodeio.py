@@ -1,16 +1,16 @@
 """How a node is read and written: through the page cache of the mount, or by the kernel itself.
 
 Rules (fs/fuse/iomode.c and fs/fuse/passthrough.c of Linux 6.18):
-- A node has one way at a time. An open with a backing file while a cached open lives, an open without while
-  one with lives, or one with another backing id, fails with EIO. So the first open decides, and its way holds
-  until the last close.
-- One backing id a node, counted; it is given back with the last close.
-- A backing file that is not the node's file any more (a lower that was copied up) serves those who have it
-  open. Who opens the node now gets another node: see `NodeTable.supersede`.
-- What is written through a backing file is not told to us, though the kernel knows, and asks anew after it.
-  What is stored through a mapping is told to nobody: so attributes are good for some milliseconds while such
-  a file is open for writing (enough for the fstat that follows an open), and for a second afterwards, for a
-  mapping outlives the close. Only times can be old: a store does not change the size.
+- A node has one I/O mode at a time. An open with a backing file while a cached open lives, an open without
+  while one with lives, or one with another backing id, fails with EIO. So the first open decides, and its
+  mode holds until the last close.
+- A node has one backing id, counted; the last close unregisters it.
+- A backing file that is no longer the node's file (a lower that was copied up) serves those who have it open.
+  A new open gets another node: see `NodeTable.supersede`.
+- The kernel sends no request for a write through a backing file, but invalidates the attributes itself.
+  Nobody learns of a store through a mapping: so attributes are valid for some milliseconds while such a file
+  is open for writing (enough for the fstat that follows an open), and for a second afterwards, for a mapping
+  outlives the close. Only times can be stale: a store does not change the size.
 """
 
 from __future__ import annotations
@@ -32,12 +32,12 @@ _AFTER_WRITING: Final[Timeout] = (1, 0)
 
 
 class NodeIos:
-    """Decides the way of every open, and keeps the kernel's rules."""
+    """Decides the I/O mode of every open, and keeps the kernel's rules."""
 
     def __init__(self, device: Device, decision: Decision) -> None:
         self._device = device
         self._decision = decision
-        #: Opens with a backing file; opens that would have had one, had the kernel taken it.
+        #: Opens with a backing file, and opens whose backing file the kernel refused.
         self.passed_through = 0
         self.refused = 0
 
@@ -50,12 +50,12 @@ class NodeIos:
         }
 
     def is_outdated(self, node: Node) -> bool:
-        """Whether the backing file in use is not the node's any more, so that it can't be opened again."""
+        """Whether the backing file in use is no longer the node's, so that it cannot be opened again."""
         use = node.use
         return use is not None and use.through > 0 and use.of_upper != node.in_place
 
     def holds_lower(self, node: Node) -> bool:
-        """Whether the kernel reads the lower's file by itself for somebody, so no writer can join in."""
+        """Whether the lower's file is open in passthrough, so that no writer can join in."""
         use = node.use
         return use is not None and use.through > 0 and not use.of_upper and not node.in_place
 
@@ -82,7 +82,7 @@ class NodeIos:
 
     def may_fill(self, handle: Opened) -> bool:
         """Whether an open just counted is the first and only one of a lower file that goes through the page
-        cache and was never written to; True once."""
+        cache and was never written to; True only once."""
         node, use = handle.node, handle.node.use
         if use is None or use.filled or use.cached != 1 or use.through or use.written:
             return False
@@ -100,7 +100,7 @@ class NodeIos:
             self._device.unregister(backing_id)
 
     def valid(self, node: Node, attributes: Attributes) -> Timeout:
-        """How long the kernel may believe the attributes of a node."""
+        """How long the attributes of a node are valid."""
         if not attributes.lasting:
             return NEVER
         use = node.use
@@ -111,7 +111,7 @@ class NodeIos:
     def _wants_backing(self, use: Use, handle: Opened) -> bool:
         node, decision = handle.node, self._decision
         if not node.territory.lasting:
-            return False  # what is bound is changed by others too, and read through the page cache
+            return False  # others change bound storage too, so it is read through the page cache
         if node.in_place:
             return decision.passthrough_upper
         if not decision.passthrough_lower or use.filled:
@@ -131,5 +131,5 @@ class NodeIos:
 
 
 def stale() -> OSError:
-    """Makes the kernel look the name up again, and open what it finds then (fs/namei.c, do_filp_open)."""
+    """The error that makes the kernel look the name up again before it opens (fs/namei.c, do_filp_open)."""
     return OSError(errno.ESTALE, os.strerror(errno.ESTALE))

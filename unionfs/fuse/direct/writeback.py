@@ -1,13 +1,14 @@
-"""What writing cached data back must leave as it is.
+"""What writing back cached data must not change.
 
-With WRITEBACK_CACHE a write(2) or a store changes the page cache, and its data comes to us later. What else
-it changes the kernel has done or told by then, so the write of the backing file must not do it again:
+With WRITEBACK_CACHE a write(2) or a store changes the page cache, and the data arrives later. By then the
+kernel has done or requested everything else that it changes, so writing the backing file must not do it
+again:
 
-- The time of modification. The kernel tells it by a SETATTR, but only if its own time has changed
-  (fs/fuse/inode.c, fuse_flush_times); nobody corrects the later one of the backing file when the file was
-  made within the same tick of the clock, or when the SETATTR was quicker than the data.
-- `security.capability`, and in an ordinary user's daemon setuid and setgid. A write(2) has had them removed
-  (by REMOVEXATTR and SETATTR) before it changed the page cache; those that are there were given since then,
+- The time of modification. The kernel sends it in a SETATTR, but only if its own time has changed
+  (fs/fuse/inode.c, fuse_flush_times); nothing corrects the later one of the backing file when the file was
+  made within the same tick of the clock, or when the SETATTR overtook the data.
+- `security.capability`, and in an ordinary user's daemon setuid and setgid. A write(2) removes them (by
+  REMOVEXATTR and SETATTR) before it changes the page cache; if they exist now they were set since then,
   or the data was stored through a mapping, which removes nothing.
 """
 
@@ -32,7 +33,7 @@ class WriteBack:
 
     @contextmanager
     def kept(self, node: Node, file: OpenFile) -> Iterator[None]:
-        """The node's backing file has the same attributes after the block, or those set meanwhile; and it
+        """Restore the attributes of the node's backing file after the block, or those set meanwhile. The file
         stays open until then."""
         use = node.in_use()
         fd = file.fd
@@ -49,12 +50,12 @@ class WriteBack:
                 _restore(fd, st, use)
 
     def mtime_set(self, node: Node, mtime_ns: int) -> None:
-        """The kernel has set the time."""
+        """The kernel set the time of modification."""
         if node.use is not None:
             node.use.keep_mtime(mtime_ns)
 
     def capability_set(self, node: Node, value: bytes | None) -> None:
-        """Capabilities were given, or removed (None) for a write that is yet to come."""
+        """Capabilities were set, or removed (None) for a write that is yet to come."""
         if node.use is not None:
             node.use.keep_capability(value)
 

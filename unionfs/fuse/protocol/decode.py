@@ -4,14 +4,15 @@
     request = decode(view, size)            # a message: the first `size` bytes of `view`
 
 Rules:
-- Whatever the bytes are, the only exception is ProtocolError. An opcode nobody knows is not an error: it
-  becomes `Unknown`, to be answered with ENOSYS.
+- Whatever the bytes are, the only exception is ProtocolError. An unknown opcode is not an error: it becomes
+  `Unknown`, to be answered with ENOSYS.
 - `view` is a memoryview of bytes over the whole receive buffer, made once; `size` is what read(2) returned.
   `data` of a request is a slice of it (see requests.py), so a buffer holds one message at a time.
 - A message is exactly as long as its header says and as its opcode needs: the kernel never sends less nor
-  more, so anything else is an error, not something to guess at. Only INIT may grow.
-- `_SHAPES` says of each class what follows its structure. Nothing else in the program knows that.
-- Without SETXATTR_EXT the structure of SETXATTR is shorter: the one thing the bytes do not say themselves.
+  more, so anything else is an error. Only INIT may grow.
+- `_SHAPES` has for each class the data after its structure. Nothing else in the program knows that.
+- Without SETXATTR_EXT the structure of SETXATTR is shorter: the only fact that is not in the bytes
+  themselves.
 
 Source: as requests.py. What it costs: tests/unit/protocol/protocol_timing.py.
 """
@@ -58,7 +59,7 @@ def _bad(kind: type[Request], view: memoryview, size: int, why: str) -> Protocol
 
 
 def _other(kind: type[Request] | None, view: memoryview, size: int) -> Request:
-    """What a message is whose length or opcode is not what the decoder of `kind` expects."""
+    """Decode a message whose length or opcode is not what the decoder of `kind` expects."""
     fields = _HEADER.unpack_from(view)
     if fields[0] != size:
         raise ProtocolError(f"A message of {size} bytes says it has {fields[0]}.", fields[_UNIQUE_AT])
@@ -67,7 +68,7 @@ def _other(kind: type[Request] | None, view: memoryview, size: int) -> Request:
     return Unknown((*fields, view[IN_HEADER_SIZE:size]))
 
 
-# -- the shapes: what follows the structure -------------------------------------------------------------
+# -- the shapes: the data after the structure -------------------------------------------------------------
 
 
 def _nothing(kind: type[Request]) -> Decode:

@@ -1,8 +1,8 @@
 """Answers to requests, as buffers for one writev(2).
 
 Rules:
-- Every function takes the request's `unique` first and gives a list of buffers: the whole answer, no copy of
-  the data in it. One writev(2) must carry one answer; `os.writev(fd, encode.entry(...))`.
+- Every function takes the request's `unique` first and returns a list of buffers: the whole answer, without
+  copying data. One writev(2) must carry one answer; `os.writev(fd, encode.entry(...))`.
 - An answer with an error is a header alone (fs/fuse/dev.c, fuse_dev_do_write: anything after it is EINVAL).
 - A timeout is a pair (seconds, nanoseconds), such as `FOREVER` and `NEVER`.
 - An object's attributes are packed once, by `attributes_of`, and travel as those 88 bytes;
@@ -126,12 +126,12 @@ NO_ENTRY: Final = bytes(ENTRY_OUT_SIZE)
 
 
 def error(unique: int, errno: int) -> Reply:
-    """Any request failed with `errno` (positive). What the kernel would not take as an errno becomes EIO."""
+    """A request failed with `errno` (positive). A value that the kernel would refuse becomes EIO."""
     return [_EMPTY(OUT_HEADER_SIZE, -errno if 0 < errno <= _MAX_ERRNO else -_EIO, unique)]
 
 
 def ok(unique: int) -> Reply:
-    """It worked, and there is nothing to say: UNLINK, RMDIR, RENAME, FLUSH, RELEASE, FSYNC, SETXATTR, ..."""
+    """Success without data: UNLINK, RMDIR, RENAME, FLUSH, RELEASE, FSYNC, SETXATTR, ..."""
     return [_EMPTY(OUT_HEADER_SIZE, 0, unique)]
 
 
@@ -153,7 +153,7 @@ def entry(
 
 
 def negative_entry(unique: int, entry_valid: Timeout) -> Reply:
-    """LOOKUP found nothing, and the kernel may remember that; if not, `error(unique, ENOENT)` says it."""
+    """LOOKUP found nothing, and the kernel may cache that; if not, answer `error(unique, ENOENT)`."""
     return [_ENTRY(_ENTRY_SIZE, 0, unique, 0, 0, entry_valid[0], 0, entry_valid[1], 0, b"")]
 
 

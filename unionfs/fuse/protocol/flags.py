@@ -4,8 +4,8 @@ Source: include/uapi/linux/fuse.h, protocol 7.45 (Linux 6.18). Names are the hea
 prefix where an enumeration gives the context.
 
 Rules:
-- What is printed to people (opcodes, INIT flags) is an enumeration; what a handler tests for each request
-  is a plain integer, because `IntFlag` arithmetic costs a microsecond.
+- Numbers that are printed (opcodes, INIT flags) are enumerations; those that a handler tests for each request
+  are plain integers, because `IntFlag` arithmetic costs a microsecond.
 - A flag of INIT says since which protocol the kernel has it (`SINCE`); `LINUX` turns that into a release.
 """
 
@@ -19,11 +19,11 @@ KERNEL_MINOR_VERSION: Final = 45
 """The newest protocol spoken here: 7.45, Linux 6.18."""
 
 UNIQUE_RESEND: Final = 1 << 63
-"""In a request's unique: it was sent before, to a daemon that is gone (7.40). The answer has the bit too."""
+"""Set in the unique of a request that was sent before, to a daemon that is gone (7.40), and in its answer."""
 
 
 class Opcode(IntEnum):
-    """What a request asks for."""
+    """The kinds of requests."""
 
     LOOKUP = 1
     FORGET = 2
@@ -79,7 +79,7 @@ class Opcode(IntEnum):
 
 
 class Notify(IntEnum):
-    """What the daemon tells the kernel unasked; goes where a reply has its error."""
+    """The kinds of notifications; sent in the error field of a reply."""
 
     INVAL_INODE = 2
     STORE = 4

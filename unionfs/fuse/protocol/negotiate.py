@@ -1,4 +1,4 @@
-"""INIT: what the kernel offers, what was asked for and what we may do, to one decision. A pure function.
+"""INIT: from the kernel's offer, the settings and the privileges to a decision. A pure function.
 
 Rules of what goes with what (fs/fuse/inode.c, process_init_reply, Linux 6.18; those marked * were found by
 breaking them):
@@ -6,13 +6,13 @@ breaking them):
   lives in the answer to OPEN.
 - WRITEBACK_CACHE never with PASSTHROUGH (the kernel then drops passthrough, and registering a backing file is
   EPERM*), and never where bound storage is served: the kernel would ignore the sizes the daemon reports.
-- LSEEK (ENOSYS) never with WRITEBACK_CACHE*: what is only in the page cache yet would be called a hole, and
-  a program that copies would leave it out. Without our answer the kernel calls everything data.
+- LSEEK (ENOSYS) never with WRITEBACK_CACHE*: data that is only in the page cache would look like a hole, and
+  a program that copies would skip it. After ENOSYS the kernel reports everything as data.
 - PASSTHROUGH needs INIT_EXT, a max_stack_depth of 1 or 2, and CAP_SYS_ADMIN in the initial user namespace
   (fs/fuse/backing.c). Depth 2 only where a file to pass through lies on a stacked filesystem itself: a mount
   of depth 2 can be nobody's lower.
-- A lower file that is passed through is read from the lower while it is open, also after its copy-up:
-  hybrid, which promises better, does it only where there is no upper and so no copy-up.
+- A lower file that is passed through is read from the lower while it is open, even after its copy-up. So
+  hybrid does it only without an upper, where there is no copy-up.
 - HANDLE_KILLPRIV_V2 with PASSTHROUGH: before a write that is to clear suid and sgid the kernel sends a
   SETATTR that changes nothing*, and leaves the clearing to us. Without V2 it asks for the file's capabilities
   before every write. V1 is never agreed.
@@ -26,8 +26,8 @@ breaking them):
 - Flags from bit 32 on need INIT_EXT.
 - Locks stay with the kernel, so FLUSH, which would drop POSIX locks, has nothing to do.
 
-How it is written: `_obstacle` says why an I/O mode cannot be had, `_choose` takes the mode, `_RULES` is the
-flag table, one row a flag. An explicit choice that cannot be had is NegotiationRefused; `auto` never is.
+`_obstacle` says why an I/O mode is not available, `_choose` takes the mode, `_RULES` is the flag table, one
+row a flag. An explicit choice that is not available raises NegotiationRefused; `auto` never does.
 """
 
 from __future__ import annotations
@@ -62,8 +62,8 @@ _DEFAULT_MAX_PAGES: Final = 32  # FUSE_DEFAULT_MAX_PAGES_PER_REQ, without MAX_PA
 _MAX_STACK_DEPTH: Final = 2  # FILESYSTEM_MAX_STACK_DEPTH, include/linux/fs.h
 
 SMALL_FILE: Final = 64 << 10
-"""Bytes up to which a lower file is given to the page cache of the mount with its first open, which costs
-less than registering it to be passed through."""
+"""Lower files up to this many bytes are put into the page cache of the mount with their first open, which is
+cheaper than registering them for passthrough."""
 
 
 class IoMode(StrEnum):
@@ -80,13 +80,13 @@ MODES: Final = (IoMode.HYBRID, IoMode.PASSTHROUGH, IoMode.CACHED)
 
 @dataclass(frozen=True, slots=True)
 class Settings:
-    """What was asked for, and what the layers are. Sizes in bytes."""
+    """The requested mode, and facts about the layers. Sizes in bytes."""
 
     io: IoMode = IoMode.AUTO
     read_only: bool = False
     """No upper: nothing is ever written."""
     bound: bool = False
-    """Storage is served here, which others change too, and which may be read-only while the union is not."""
+    """Bound storage is served, which others change too, and which may be read-only while the union is not."""
     acl: bool = False
     """Every layer has POSIX ACLs."""
     upper_stack_depth: int = 0
@@ -99,7 +99,7 @@ class Settings:
 
 @dataclass(frozen=True, slots=True)
 class Privileges:
-    """What the daemon may do."""
+    """The privileges of the daemon."""
 
     initial_user_namespace: bool
     sys_admin: bool
@@ -108,7 +108,7 @@ class Privileges:
 
 @dataclass(frozen=True, slots=True)
 class Decision:
-    """The answer to INIT, and what follows from it for the session. Texts are full sentences for the user."""
+    """The answer to INIT, and its consequences for the session. Texts are full sentences for the user."""
 
     reply: InitReply
     io: IoMode
@@ -117,26 +117,26 @@ class Decision:
     why_not: Mapping[IoMode, str]
     """For each of the other two modes."""
     missing: Mapping[Init, str]
-    """Flags that were wanted and that the kernel does not offer, with a sentence for each."""
+    """Wanted flags that the kernel does not offer, with a sentence for each."""
     enosys: frozenset[Opcode]
-    """Requests to answer with ENOSYS; the kernel asks once and never again."""
+    """Requests to answer with ENOSYS; the kernel sends each only once."""
     passthrough_upper: bool
     """Upper files are opened with a backing file."""
     passthrough_lower: bool
-    """Lower files are, too, if they have more bytes than `small_lower`."""
+    """Lower files larger than `small_lower` are, too."""
     small_lower: int
-    """Bytes up to which lower files come from the page cache of the mount nevertheless; -1 for none."""
+    """Lower files up to this many bytes use the page cache of the mount nevertheless; -1 for none."""
     file_open_flags: int
     """FOPEN_* for a file opened through the page cache."""
     passthrough_open_flags: int
     """FOPEN_* for a file opened with a backing file; 0 if there are none."""
     max_readahead: int
-    """Bytes wanted, though INIT can only lower what the kernel has (128 KiB): root raises it afterwards, by
+    """The readahead in bytes. INIT can only lower the kernel's 128 KiB: root raises it afterwards, by
     /sys/class/bdi/MAJOR:MINOR/read_ahead_kb."""
 
     @property
     def flags(self) -> Init:
-        """What is agreed."""
+        """The agreed flags."""
         return Init(self.reply.flags)
 
 
@@ -223,7 +223,7 @@ _RULES: Final[tuple[_Rule, ...]] = (
 
 
 def _good(mode: IoMode, settings: Settings) -> str:
-    """What the mode brings, as a clause."""
+    """The advantage of the mode, as a clause."""
     if mode is IoMode.PASSTHROUGH:
         return f"all files are read {'' if settings.read_only else 'and written '}kernel to kernel"
     if mode is IoMode.CACHED:
@@ -243,7 +243,7 @@ def _good(mode: IoMode, settings: Settings) -> str:
 
 
 def _drawback(chosen: IoMode, other: IoMode, settings: Settings) -> str:
-    """What speaks against another mode that could be had, as a clause."""
+    """The drawback of another mode that is available, as a clause."""
     if chosen is IoMode.CACHED:
         against = "every open would cost a message"
         if other is IoMode.PASSTHROUGH and not settings.read_only:
@@ -268,7 +268,7 @@ def _drawback(chosen: IoMode, other: IoMode, settings: Settings) -> str:
 
 
 def _obstacle(mode: IoMode, offered: InitRequest, settings: Settings, privileges: Privileges) -> str | None:
-    """Why `mode` cannot be had, as a clause that can follow "because"; None if it can."""
+    """Why `mode` is not available, as a clause that can follow "because"; None if it is."""
     if mode is IoMode.CACHED:
         return None
     both = Init.PASSTHROUGH | Init.INIT_EXT
@@ -325,7 +325,7 @@ def _choose(
 
 
 def _check(offered: InitRequest) -> None:
-    """Refuse what no mode can help. Raises NegotiationRefused."""
+    """Raise NegotiationRefused for a kernel that no mode can serve."""
     if offered.major != KERNEL_VERSION or offered.minor < MIN_MINOR:
         raise NegotiationRefused(
             f"This kernel speaks FUSE {offered.major}.{offered.minor}; the direct session needs "
@@ -334,7 +334,7 @@ def _check(offered: InitRequest) -> None:
 
 
 def _agree(facts: _Facts) -> tuple[int, dict[Init, str]]:
-    """The flags agreed, by the table, and what is wanted but not offered."""
+    """The agreed flags, by the table, and those wanted but not offered."""
     agreed, missing = 0, {}
     offered = int(facts.offered.flags)
     for rule in _RULES:
@@ -352,7 +352,7 @@ def _agree(facts: _Facts) -> tuple[int, dict[Init, str]]:
 def negotiate(offered: InitRequest, settings: Settings, privileges: Privileges) -> Decision:
     """Decide how this mount is served. Raises NegotiationRefused with sentences for the user.
 
-    Pure: the same arguments give the same decision, and nothing is asked of the machine.
+    Pure: the decision depends on the arguments alone.
     """
     _check(offered)
     mode, why, why_not = _choose(offered, settings, privileges)

@@ -1,4 +1,4 @@
-"""What the daemon tells the kernel unasked, as buffers for one writev(2).
+"""Notifications to the kernel, as buffers for one writev(2).
 
 Rules:
 - `unique` is 0 and the error field is the notification's code (fs/fuse/dev.c, fuse_dev_do_write).
