@@ -607,7 +607,7 @@ class TestOrdinaryUser:
         assert run("backup", "data", "-o", home / "b.tar")[0] == 0
         assert run("restore", "data", "-i", home / "b.tar") == (0, "data\n", run_told("data", 4, 2))
         assert trees.value(data) == before
-        assert sorted(os.listdir(data.parent)) == ["_data", "manifest", "volume.json"]
+        assert sorted(os.listdir(data.parent)) == ["_data", "manifest", "spare", "volume.json"]
         # what an ordinary user can't have
         code, _, err = run("create", "-o", "size=50m", "sized")
         assert code == 1
