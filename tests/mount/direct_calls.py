@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import fcntl
+import mmap
 import os
 import resource
 import struct
@@ -192,6 +193,26 @@ def many_open_files(count: int) -> Iterator[None]:
         yield
     finally:
         resource.setrlimit(resource.RLIMIT_NOFILE, before)
+
+
+@contextlib.contextmanager
+def mapped(fd: int, size: int) -> Iterator[int]:
+    """The address of a shared mapping of a file. Unlike Python's own it keeps no other fd of it open."""
+    _libc.mmap.restype = ctypes.c_void_p
+    arguments = ctypes.c_size_t(size), mmap.PROT_READ | mmap.PROT_WRITE, mmap.MAP_SHARED, fd, ctypes.c_long(0)
+    address = _libc.mmap(None, *arguments)
+    if address == ctypes.c_void_p(-1).value:
+        raise OSError(ctypes.get_errno(), "mmap")
+    try:
+        yield address
+    finally:
+        _libc.munmap(ctypes.c_void_p(address), ctypes.c_size_t(size))
+
+
+def msync(address: int, size: int) -> None:
+    """msync(2) of a mapping, MS_SYNC."""
+    if _libc.msync(ctypes.c_void_p(address), ctypes.c_size_t(size), 4) != 0:
+        raise OSError(ctypes.get_errno(), "msync")
 
 
 def shared_bytes(path: Path) -> int:

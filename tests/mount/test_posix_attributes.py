@@ -192,12 +192,15 @@ def test_set_id_bits_through_an_open_file(world: MakeWorld, user: Worker) -> Non
 
 
 def test_setgid_directories(world: MakeWorld, user: Worker) -> None:
-    """What is made in a setgid directory gets its group; a file's setgid goes when the maker is no member."""
+    """What is made in a setgid directory, also over a whiteout, gets its group; a file's setgid goes when the
+    maker is no member."""
 
     def build(root: Path) -> None:
         for group in (TEAM, FOREIGN, USER):
             path = root / f"g{group}"
             path.mkdir()
+            for name in ("was-f", "was-d", "was-p", "was-s"):
+                (path / name).touch()
             os.chown(path, 0, group)
             path.chmod(0o2777)
 
@@ -219,6 +222,12 @@ def test_setgid_directories(world: MakeWorld, user: Worker) -> None:
                     os.umask(0o022)
             user.call(os.symlink, "x", str(base / "s"))
             user.call(os.chmod, str(base / "f6440"), 0o2755)
+            for name in ("was-f", "was-d", "was-p", "was-s"):
+                user.call(os.unlink, str(base / name))
+            user.call(actions.make_file, str(base / "was-f"), 0o2775, 0o027)
+            user.call(actions.make_directory, str(base / "was-d"), 0o755, 0o027)
+            user.call(actions.make_node, str(base / "was-p"), stat.S_IFIFO | 0o2775, 0o027)
+            user.call(os.symlink, "x", str(base / "was-s"))
             for name in sorted(os.listdir(base)):
                 info = (base / name).lstat()
                 found.append((name, oct(info.st_mode), info.st_uid, info.st_gid))

@@ -409,6 +409,26 @@ def test_the_first_change_is_of_the_mode(world: MakeWorld, has: str) -> None:
     assert os.listdir(made.upper.parent / "work/work") == []
 
 
+def test_ctime_of_a_file_that_an_open_copied_up(world: MakeWorld, session: str) -> None:
+    """What the kernel has remembered of the lower's file is good no more: the copy's ctime is shown."""
+    if _writes_later(session):
+        pytest.skip("an open copies nothing up there")
+
+    def build(root: Path) -> None:
+        (root / "f").write_bytes(b"data")
+        os.utime(root / "f", ns=(10**18, 10**18))
+
+    def calls(root: Path) -> list[object]:
+        before = (root / "f").stat()
+        with (root / "f").open("rb+"):
+            after = (root / "f").stat()
+        return [after.st_ctime_ns > before.st_ctime_ns, after.st_mtime_ns]
+
+    made = world(build)
+    made.as_kernel(calls)
+    assert (made.union / "f").stat().st_ctime_ns == (made.upper / "f").stat().st_ctime_ns
+
+
 def test_the_upper_is_whole_when_the_call_returns(world: MakeWorld) -> None:
     """Also the directory's time, for who reads the upper now, and after a crash now."""
 

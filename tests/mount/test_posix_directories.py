@@ -255,6 +255,28 @@ def test_inode_numbers_are_not_used_twice(union: Mount) -> None:
     assert len(set(numbers)) == len(numbers)
 
 
+def test_numbers_of_removed_copies_are_forgotten(world: MakeWorld) -> None:
+    """A copy shows its origin's number; once it is gone, the next file in its inode shows its own."""
+
+    def build(root: Path) -> None:
+        for index in range(10):
+            (root / f"f{index}").write_bytes(b"data")
+
+    made = world(build)
+    for root, upper in ((made.union, made.upper), (made.kernel, made.kernel_upper)):
+        freed = set()
+        for index in range(10):
+            os.chmod(root / f"f{index}", 0o600)
+            freed.add((upper / f"f{index}").stat().st_ino)
+            (root / f"f{index}").unlink()
+        for index in range(30):
+            (root / f"new{index}").write_bytes(b"")
+        numbers = {(upper / f"new{index}").stat().st_ino for index in range(30)}
+        if not numbers & freed:
+            pytest.skip("this filesystem did not use an inode again")
+        assert {(root / f"new{index}").stat().st_ino for index in range(30)} == numbers
+
+
 @pytest.mark.watchdog(200)
 def test_nodes_and_descriptors_are_given_back(root: None, area: Path, session: str) -> None:
     """find over 20,000 files opens no descriptor a file; forgetting gives back nodes and directories."""

@@ -224,6 +224,9 @@ def _for_format(root: Path) -> None:
     (root / "to-file").mkdir()
     (root / "swap1").write_bytes(b"1")
     (root / "swap2").write_bytes(b"2")
+    for name in ("recreated1", "recreated2"):
+        (root / name).mkdir()
+        (root / name / "x").write_bytes(b"x")
     (root / "a/b/c/d").mkdir(parents=True)
     (root / "a/b/c/d/deep").write_bytes(b"deep")
 
@@ -240,6 +243,11 @@ def _change(root: Path) -> None:
     os.rename(root / "file", root / "merged/moved")
     os.rename(root / "other", root / "swap1")
     syscalls.renameat2(str(root / "swap1"), str(root / "swap2"), syscalls.RENAME_EXCHANGE)
+    for one, other in (("recreated1", "pure1"), ("pure2", "recreated2")):
+        shutil.rmtree(root / f"recreated{one[-1]}")
+        for name in (one, other):
+            (root / name).mkdir()
+        syscalls.renameat2(str(root / one), str(root / other), syscalls.RENAME_EXCHANGE)
     (root / "to-dir").unlink()
     (root / "to-dir").mkdir()
     (root / "to-file").rmdir()

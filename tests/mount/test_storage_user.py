@@ -76,6 +76,74 @@ def test_a_directory_of_the_host(host: Host, place: Place, words: list[str]) -> 
     succeed(host.unionfs("umount", place.merged))
 
 
+MEMORY = """
+import os, stat, sys
+
+shown, there = sys.argv[1:]
+
+def kind(name):
+    try:
+        st = os.lstat(f"{shown}/{name}")
+        return stat.filemode(st.st_mode), st.st_size if stat.S_ISREG(st.st_mode) else None
+    except OSError as error:
+        return error.errno
+
+def swap(name):
+    path = f"{there}/{name}"
+    if os.path.isdir(path):
+        os.rename(path, path + ".was")
+        os.close(os.open(path, os.O_CREAT | os.O_WRONLY, 0o600))
+    else:
+        os.rename(path, path + ".was")
+        os.mkdir(path, 0o700)
+
+for name in ("listed-d", "looked-d"):
+    os.mkdir(f"{there}/{name}", 0o755)
+for name in ("listed-f", "looked-f", "data"):
+    with open(f"{there}/{name}", "wb") as file:
+        file.write(b"content")
+
+# READDIRPLUS, LOOKUP, CREATE and MKDIR let the kernel know a name
+print(sorted((e.name, e.is_dir(), e.stat().st_size > 0) for e in os.scandir(shown) if "listed" in e.name))
+print([kind(name) for name in ("looked-d", "looked-f", "absent")])
+os.close(os.open(f"{shown}/made-f", os.O_CREAT | os.O_WRONLY))
+os.mkdir(f"{shown}/made-d")
+names = "listed-d", "listed-f", "looked-d", "looked-f", "made-f", "made-d"
+for name in names:
+    swap(name)
+os.mkdir(f"{there}/absent", 0o711)
+print([kind(name) for name in (*names, "absent")])
+
+# attributes, data, and data that came without a new time of modification
+held = open(f"{shown}/data", "rb")
+print(kind("data"), held.read(), os.fstat(held.fileno()).st_size)
+os.truncate(f"{there}/data", 3)
+print(os.fstat(held.fileno()).st_size)
+os.chmod(f"{there}/data", 0o640)
+print(kind("data"), open(f"{shown}/data", "rb").read())
+times = os.stat(f"{there}/data").st_atime_ns, os.stat(f"{there}/data").st_mtime_ns
+with open(f"{there}/data", "rb+") as file:
+    file.write(b"new")
+os.utime(f"{there}/data", ns=times)
+print(open(f"{shown}/data", "rb").read())
+"""
+
+
+def test_what_the_kernel_may_not_remember(host: Host, place: Place, words: list[str]) -> None:
+    """Others change it at any time: entries, absent names, attributes and data are asked for again; as on the
+    host."""
+    host.mount(*words, "-v", f"{place.root}/shared:/data")
+    script = place.root / "memory.py"
+    script.write_text(MEMORY)
+
+    def printed(shown: str) -> str:
+        shell(host, "rm -rf shared/*")
+        return shell(host, f"{host.command[0]} {script} {shown} shared")
+
+    assert printed("merged/data") == printed("shared")
+    succeed(host.unionfs("umount", place.merged))
+
+
 def test_read_only(host: Host, place: Place, words: list[str]) -> None:
     host.mount(*words, "-v", f"{place.root}/shared:/ro:ro", "-v", f"{place.root}/shared/file:/conf:ro")
     assert shell(host, "cat merged/ro/file merged/conf") == "host\nhost\n"

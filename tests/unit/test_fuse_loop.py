@@ -11,11 +11,12 @@ from collections.abc import Callable, Sequence
 import pytest
 import trio
 
+from tests.support.patience import patient
 from tests.unit.union_support import OpenUnion, open_union
 from unionfs.fuse.direct import loop as loops
 from unionfs.fuse.direct.device import Device
 from unionfs.fuse.direct.loop import Loop
-from unionfs.fuse.inline import in_thread
+from unionfs.fuse.inline import in_thread, may_wait
 from unionfs.fuse.latency import Histogram, Latencies
 from unionfs.fuse.protocol import (
     Decision,
@@ -75,19 +76,19 @@ async def test_a_file_that_cannot_be_closed(
     union = open_union()
     closed: list[object] = []
 
-    def close_file(node: object, file: object) -> None:
+    def take_back(node: object, file: object) -> None:
         if node == "bad":
             raise ValueError("a bug")
         closed.append(node)
 
     def answer(request: Request) -> Reply:
-        union.close_later("bad", None)  # type: ignore[arg-type]
-        union.close_later("good", None)  # type: ignore[arg-type]
+        union.files.take_back_later("bad", None)  # type: ignore[arg-type]
+        union.files.take_back_later("good", None)  # type: ignore[arg-type]
         return encode.ok(request.unique)
 
     device = Device(os.open(os.devnull, os.O_WRONLY))
     loop = Loop(device, _decision(), union, Counter(), {Opcode.GETATTR: answer}, {})
-    monkeypatch.setattr(union, "close_file", close_file)
+    monkeypatch.setattr(union.files, "take_back", take_back)
     messages = [_request(Opcode.GETATTR, unique) for unique in (2, 4)]
 
     def readv(fd: int, buffers: Sequence[bytearray]) -> int:
@@ -105,9 +106,50 @@ async def test_a_file_that_cannot_be_closed(
     caplog.clear()
 
 
-def _request(opcode: Opcode, unique: int) -> bytes:
-    body = bytes(8 if opcode is Opcode.FORGET else 16)
-    return struct.pack("=IIQQIIIHH", 40 + len(body), int(opcode), unique, 1, 0, 0, 1, 0, 0) + body
+def _request(opcode: Opcode, unique: int, body: bytes | None = None, *, pid: int = 1) -> bytes:
+    if body is None:
+        body = bytes(8 if opcode is Opcode.FORGET else 16)
+    return struct.pack("=IIQQIIIHH", 40 + len(body), int(opcode), unique, 1, 0, 0, pid, 0, 0) + body
+
+
+async def test_an_interrupt_right_behind_its_request(
+    open_union: OpenUnion, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is read before the request's task runs. The kernel sends it once, so it must not be lost."""
+
+    async def waits(request: Request) -> Reply:
+        await may_wait()
+        await trio.sleep_forever()
+        raise AssertionError
+
+    reader, writer = os.pipe2(os.O_NONBLOCK)
+    device = Device(writer)
+    loop = Loop(device, _decision(), open_union(), Counter(), {}, {Opcode.FSYNC: waits})
+    messages = [
+        _request(Opcode.FSYNC, 2, pid=2**22 + 1),  # above PID_MAX_LIMIT: its caller is no more
+        _request(Opcode.INTERRUPT, 3, struct.pack("=Q", 2)),
+    ]
+    answer = b""
+
+    def readv(fd: int, buffers: Sequence[bytearray]) -> int:
+        nonlocal answer
+        if messages:
+            message = messages.pop(0)
+            buffers[0][: len(message)] = message
+            return len(message)
+        answer = os.read(reader, 100)  # raises BlockingIOError while there is none
+        raise OSError(errno.ENODEV, "")
+
+    async def wait_readable(fd: int) -> None:
+        await trio.lowlevel.checkpoint()
+
+    monkeypatch.setattr(os, "readv", readv)
+    monkeypatch.setattr(trio.lowlevel, "wait_readable", wait_readable)
+    with trio.fail_after(patient(5)):
+        await loop.run()
+    device.close()
+    os.close(reader)
+    assert struct.unpack("=IiQ", answer) == (16, -errno.EINTR, 2)
 
 
 async def test_latency_only_while_somebody_watches(

@@ -1,4 +1,4 @@
-"""Owners of file descriptors."""
+"""File descriptors that are closed at the end of a block."""
 
 from __future__ import annotations
 
@@ -7,22 +7,31 @@ from types import TracebackType
 
 
 class Owned:
-    """Closes an fd at the end of a `with` block, which gets its number."""
+    """Closes `fd` at the end of a `with` block, which gets its number."""
 
-    __slots__ = ("_fd",)
+    __slots__ = ("fd",)
 
     def __init__(self, fd: int) -> None:
-        self._fd = fd
+        self.fd = fd
+
+    def close(self) -> None:
+        os.close(self.fd)
 
     def __enter__(self) -> int:
-        return self._fd
+        return self.fd
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        os.close(self._fd)
+        os.close(self.fd)
 
 
 def directory(path: str) -> Owned:
     """A directory, opened for reading. Raises OSError."""
     return Owned(os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC))
+
+
+def sync_directory(path: str) -> None:
+    """Make the names in a directory durable. Raises OSError."""
+    with directory(path) as fd:
+        os.fsync(fd)
