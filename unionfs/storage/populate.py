@@ -21,19 +21,22 @@ from unionfs.errors import UserError, quoted, reason
 from unionfs.storage import locks, symlinks, workspace
 from unionfs.storage.model import Volume
 from unionfs.storage.targets import Names
-from unionfs.sys import calls
+from unionfs.sys import attributes, calls
+from unionfs.sys.fds import Owned
 from unionfs.union.filedata import clone, copy_data
 from unionfs.union.files import open_held
 from unionfs.union.layers import LayerStack
 from unionfs.union.listing import real_names
 from unionfs.union.merge import Found, Merge
 from unionfs.union.places import Place, open_for_listing
+from unionfs.union.xattrs import unsupported
 
 log = logging.getLogger(__name__)
 
 # What mkfs makes in an empty filesystem.
 _NOTHING = frozenset({b"lost+found"})
 _SHORT = (errno.EMFILE, errno.ENFILE, errno.ENOMEM)
+_NEW = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
 _DIRECTORY = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 
 
@@ -124,7 +127,7 @@ class _Copier:
                 parts, fd, path, names = steps[-1]
                 name = next(names, None)
                 if name is None:
-                    self._keep(self._merge.gate.fd(parts[0]), fd, path)
+                    self._keep(self._merge.gate.fd(parts[0]), path, fd)
                     steps.pop()
                     os.close(fd)
                     continue
@@ -137,11 +140,8 @@ class _Copier:
                     inner = os.open(name, _DIRECTORY, dir_fd=fd)
                     steps.append((found[1], inner, here, iter(self._merge.listing(found[1]).names())))
                 else:
-                    source = self._merge.open_object(found, name)
-                    try:
+                    with Owned(self._merge.open_object(found, name)) as source:
                         self._leaf(source, fd, name, here)
-                    finally:
-                        os.close(source)
         finally:
             for _, fd, _, _ in steps:
                 os.close(fd)
@@ -168,66 +168,41 @@ class _Copier:
             os.symlink(os.readlink(b"", dir_fd=source), name, dir_fd=dir_fd)
         else:
             os.mknod(name, stat.S_IFMT(st.st_mode) | 0o600, st.st_rdev, dir_fd=dir_fd)
-        changeable = not stat.S_ISLNK(st.st_mode) or self._changes_symlinks
-        fd = os.open(name, os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=dir_fd)
-        try:
-            if changeable:
-                _keep_owner(fd, st)
-            self._keep_xattrs(source, b"/proc/self/fd/%d/%b" % (dir_fd, name), path, follow=False)
-            if not stat.S_ISLNK(st.st_mode):
-                os.chmod(b"/proc/self/fd/%d" % fd, stat.S_IMODE(st.st_mode))
-        finally:
-            os.close(fd)
-        if changeable:
-            calls.utimensat(dir_fd, name, st.st_atime_ns, st.st_mtime_ns)
+        self._keep(source, path, dir_fd, name)
 
     def _file(self, source: int, dir_fd: int, name: bytes, path: bytes) -> None:
-        flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
         with open_held(source, write=False, waits=False) as opened:
             self._merge.markers.refuse_metacopy(opened.fd)
-            fd = os.open(name, flags, 0o600, dir_fd=dir_fd)
-            try:
+            with Owned(os.open(name, _NEW, 0o600, dir_fd=dir_fd)) as fd:
                 st = os.fstat(opened.fd)
                 if not clone(opened.fd, fd, st.st_dev, self._never_clones):
                     copy_data(opened.fd, fd, st.st_size)
-                self._keep(opened.fd, fd, path)
-            finally:
-                os.close(fd)
+                self._keep(opened.fd, path, fd)
 
-    def _keep(self, source: int, fd: int, path: bytes) -> None:
-        """Owner, xattrs, mode, times: in the order in which none undoes another."""
-        st = os.fstat(source)
-        _keep_owner(fd, st)
-        self._keep_xattrs(source, b"/proc/self/fd/%d" % fd, path, follow=True)
-        os.fchmod(fd, stat.S_IMODE(st.st_mode))
-        os.utime(fd, ns=(st.st_atime_ns, st.st_mtime_ns))
-
-    def _keep_xattrs(self, source: int, target: bytes, path: bytes, *, follow: bool) -> None:
+    def _keep(self, source: int, path: bytes, at: int, name: bytes | None = None) -> None:
+        """Copy the attributes of an fd to ``name`` in ``at``, or without a name to the fd ``at``."""
         markers = self._merge.markers
-        object_ = b"/proc/self/fd/%d" % source
-        try:
-            stored = [os.fsencode(name) for name in os.listxattr(object_)]
-        except OSError as error:
-            if error.errno != errno.EOPNOTSUPP:
-                _leave_out(f"the xattrs of {_shown(path)} cannot be read", error)
-            return
-        for name in markers.shown_names(stored):
-            try:
-                value = os.getxattr(object_, markers.stored_name(name))
-            except OSError as error:
-                if error.errno != errno.ENODATA:
-                    _leave_out(f"the xattr {_shown(name)} of {_shown(path)} cannot be read", error)
-                continue
-            _set_xattr(target, name, value, follow=follow)
+
+        def unreadable(xattr: bytes, error: OSError) -> None:
+            what = "the xattrs"
+            if xattr != attributes.ALL:
+                what = f"the xattr {_shown(markers.shown_names([xattr])[0])}"
+            _leave_out(f"{what} of {_shown(path)} cannot be read", error)
+
+        st = os.fstat(source)
+        stored = attributes.read_xattrs(
+            b"/proc/self/fd/%d" % source, lambda xattr: not markers.is_private(xattr), unreadable
+        )
+        shown = dict(zip(markers.shown_names(list(stored)), stored.values(), strict=True))
+        changeable = not stat.S_ISLNK(st.st_mode) or self._changes_symlinks
+        new = attributes.attributes(st, shown)
+        attributes.write(at, name, new, _refused, owner=changeable, times=changeable)
 
 
-def _keep_owner(fd: int, st: os.stat_result) -> None:
-    """As an ordinary user only what is the user's own can be kept."""
-    try:
-        calls.chown_fd(fd, st.st_uid, st.st_gid)
-    except PermissionError:
-        if os.geteuid() == 0:
-            raise
+def _refused(name: bytes, error: OSError) -> None:
+    """An ordinary user keeps what the kernel permits."""
+    if error.errno != errno.EPERM or os.geteuid() == 0:
+        unsupported(name, error)
 
 
 def _leave_out(what: str, error: OSError) -> None:
@@ -239,14 +214,3 @@ def _leave_out(what: str, error: OSError) -> None:
 
 def _shown(name: bytes) -> str:
     return quoted(os.fsdecode(name or b"."))
-
-
-def _set_xattr(target: bytes, name: bytes, value: bytes, *, follow: bool) -> None:
-    try:
-        os.setxattr(target, name, value, follow_symlinks=follow)
-    except OSError as error:
-        if error.errno == errno.EPERM and os.geteuid() != 0:
-            return
-        # What the volume's filesystem cannot keep is left out, but not what grants or takes rights.
-        if error.errno != errno.EOPNOTSUPP or name.startswith((b"security.", b"system.posix_acl_")):
-            raise
