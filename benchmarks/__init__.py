@@ -1,1 +1,1 @@
-"""Measurements. Nothing in here asserts a time: figures depend on the machine."""
+"""Benchmarks. Nothing here asserts a time: figures depend on the machine."""

@@ -1,10 +1,10 @@
-"""What the handlers of the direct session cost: CPU time of a request, from its bytes to the answer's.
+"""The cost of the direct session's handlers: CPU time per request, from its bytes to the answer's.
 
     python -m benchmarks.handler_cost [--files N] [--rounds N]
 
-No mount and no kernel FUSE: requests are made here, and answers go to /dev/null. The layers are in /dev/shm,
-so what is left is Python and the system calls on the layers. Printed are microseconds, the best and the
-median of the rounds. Nothing is asserted: figures depend on the machine. Must be root.
+No mount and no kernel FUSE: requests are built here, and answers go to /dev/null. The layers are in /dev/shm,
+so what remains is Python and the system calls on the layers. Prints microseconds, the best and the median of
+the rounds. Requires root.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from unionfs.fuse.protocol.flags import (
     FATTR_MODE,
 )
 from unionfs.fuse.protocol.requests import InitRequest
-from unionfs.fuse.session_direct import _loop
+from unionfs.fuse.session_direct import make_loop
 from unionfs.union.layers import LayerStack
 from unionfs.union.tree import Union
 
@@ -60,7 +60,7 @@ def _release(number: int, fh: int) -> bytes:
 
 
 class _Served:
-    """A union of one lower, that has `tree` with so many files, and an empty upper."""
+    """A union of one lower, which has `tree` with that many files, and an empty upper."""
 
     def __init__(self, home: Path, files: int) -> None:
         self.names = [b"file%05d" % number for number in range(files)]
@@ -74,15 +74,16 @@ class _Served:
         privileges = Privileges(initial_user_namespace=True, sys_admin=True)
         self._device = Device(os.open(os.devnull, os.O_WRONLY))
         decision = negotiate(offered, Settings(acl=True), privileges)
-        self._loop = _loop(self._device, Splicer(self._device.fd), self._operations, decision)
+        splicer = Splicer(self._device.fd, self._operations.latencies.written)
+        self._loop = make_loop(self._device, splicer, self._operations, decision)
         self._loop._tells_resized = True  # in a task, and there is none
 
     def serve(self, messages: Sequence[bytes]) -> float:
-        """Microseconds of CPU time a message."""
+        """Microseconds of CPU time per message."""
         began = time.thread_time_ns()
         for message in messages:
             self._loop._buffer[: len(message)] = message
-            self._loop._serve(len(message))
+            self._loop.serve(len(message))
         return (time.thread_time_ns() - began) / len(messages) / 1e3
 
     def id(self, *path: bytes) -> int:
@@ -150,7 +151,7 @@ def _no_backing_files() -> Iterator[None]:
 
 
 def main() -> None:
-    """Run it as the words of the command say."""
+    """Run the command."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--files", type=int, default=500)
     parser.add_argument("--rounds", type=int, default=9)
@@ -168,7 +169,7 @@ def main() -> None:
             finally:
                 served.close()
     for name, found in times.items():
-        print(f"{name:20} best {min(found):6.2f} µs, median {statistics.median(found):6.2f} µs a request")
+        print(f"{name:20} best {min(found):6.2f} µs, median {statistics.median(found):6.2f} µs per request")
 
 
 if __name__ == "__main__":

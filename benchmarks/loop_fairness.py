@@ -2,9 +2,9 @@
 
     python benchmarks/loop_fairness.py [--seconds S] [--clients N] [--io MODE]
 
-A union over /dev/shm is served in this process, next to a task that wants to run every millisecond. Each
-client is a process that walks the tree and reads its files. Printed is how late the task ran: median, 99th
-percentile and worst, in milliseconds. Nothing is asserted: figures depend on the machine.
+This process serves a union over /dev/shm, next to a task that is due every millisecond. Each client is a
+process that walks the tree and reads its files. Prints how late the task ran: median, 99th percentile and
+worst, in milliseconds.
 """
 
 from __future__ import annotations
@@ -75,7 +75,7 @@ def _unmount(path: Path) -> None:
 
 
 def main() -> None:
-    """Run it as the words of the command say."""
+    """Run the command."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--seconds", type=float, default=5.0)
     parser.add_argument("--clients", type=int, default=4)

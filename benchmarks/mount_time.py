@@ -1,11 +1,10 @@
-"""From typing to a usable mount: unionfs and fuse-overlayfs in turns, medians of many mounts.
+"""From the command to a usable mount: unionfs and fuse-overlayfs alternately, medians of many mounts.
 
     python benchmarks/mount_time.py [--rounds N] [--lowers N]
 
-Measured is the wall time (milliseconds) from starting the command to its return, and to the first listing
-of the merged tree; and that of unmounting (``unionfs umount`` waits for the daemon's end, ``fusermount3 -u``
-does not). The caches are warm: the first mount of each is not counted. Nothing is asserted: figures depend on
-the machine.
+Measures the wall time (milliseconds) from starting the command to its return, and to the first listing of the
+merged tree; and that of unmounting (``unionfs umount`` waits for the daemon to end, ``fusermount3 -u`` does
+not). The caches are warm: the first mount of each is not counted.
 """
 
 from __future__ import annotations
@@ -25,7 +24,7 @@ Layers = tuple[list[Path], Path, Path, Path]
 
 
 def unionfs_command(layers: Layers) -> list[str]:
-    """The mount command of the installed console script, else of the module."""
+    """The mount command by the installed console script, else by the module."""
     lowers, upper, work, mountpoint = layers
     script = Path(sys.executable).parent / "unionfs"
     start = [str(script)] if script.exists() else [sys.executable, "-m", "unionfs"]
@@ -41,7 +40,7 @@ def fuse_overlayfs_command(layers: Layers) -> list[str]:
 
 
 def once(command: list[str], mountpoint: Path) -> tuple[float, float, float]:
-    """Milliseconds to the command's return, to the first listing, and of the unmounting."""
+    """Milliseconds to the command's return, to the first listing, and for unmounting."""
     start = time.perf_counter()
     subprocess.run(command, check=True, stdin=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     returned = time.perf_counter()
@@ -57,7 +56,7 @@ def once(command: list[str], mountpoint: Path) -> tuple[float, float, float]:
 
 def main() -> None:
     """The command."""
-    parser = argparse.ArgumentParser(description="From typing to a usable mount, in milliseconds.")
+    parser = argparse.ArgumentParser(description="From the command to a usable mount, in milliseconds.")
     parser.add_argument("--rounds", type=int, default=20)
     parser.add_argument("--lowers", type=int, default=1)
     options = parser.parse_args()
@@ -80,7 +79,7 @@ def main() -> None:
                 taken[name].append(once(command(layers), mountpoint))
                 time.sleep(0.05)  # let the daemon end
 
-    print(f"{options.rounds} mounts each, in turns; {options.lowers} lowers; ms, median (min - max)")
+    print(f"{options.rounds} mounts each, alternately; {options.lowers} lowers; ms, median (min - max)")
     print(f"{'':16}{'command returned':>24}{'first listing':>24}{'unmounted':>24}")
     for name, rows in taken.items():
         cells = []

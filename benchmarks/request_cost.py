@@ -1,10 +1,9 @@
-"""What the loop of the direct session costs a request: with nobody who watches, and while somebody does.
+"""The cost of the direct session's loop per request: unwatched, and while somebody watches.
 
     python -m benchmarks.request_cost [--requests N] [--rounds N]
 
-No mount and no kernel: the same GETATTR is "read" again and again, its handler gives a ready answer, and that
-is written to /dev/null. Printed is the CPU time of a request in nanoseconds, the best and the median of the
-rounds. Nothing is asserted: figures depend on the machine.
+No mount and no kernel: the same GETATTR is "read" repeatedly, its handler returns a prepared answer, and that
+is written to /dev/null. Prints the CPU time per request in nanoseconds, best and median of the rounds.
 """
 
 from __future__ import annotations
@@ -46,7 +45,7 @@ def _loop(device: Device, union: Union, *, watched: bool) -> Loop:
 
 
 def _measure(device: Device, union: Union, requests: int, *, watched: bool) -> float:
-    """Nanoseconds of CPU time a request."""
+    """Nanoseconds of CPU time per request."""
     loop = _loop(device, union, watched=watched)
     message = _HEADER.pack(_HEADER.size + 16, int(Opcode.GETATTR), 1, 1, 0, 0, 1, 0, 0) + bytes(16)
     loop._buffer[: len(message)] = message
@@ -69,7 +68,7 @@ def _measure(device: Device, union: Union, requests: int, *, watched: bool) -> f
 
 
 def main() -> None:
-    """Run it as the words of the command say."""
+    """Run the command."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--requests", type=int, default=100_000)
     parser.add_argument("--rounds", type=int, default=15)
@@ -91,7 +90,7 @@ def main() -> None:
             stack.close()
             device.close()
     for name, found in times.items():
-        print(f"{name:15} best {min(found):7.0f} ns, median {statistics.median(found):7.0f} ns a request")
+        print(f"{name:15} best {min(found):7.0f} ns, median {statistics.median(found):7.0f} ns per request")
 
 
 if __name__ == "__main__":

@@ -1,14 +1,14 @@
 """Backups of volumes beside GNU tar: `python -m benchmarks.volume_backup [--files N] [--size MIB] [--rounds
 N]`.
 
-Two volumes, one of many small files and one of a few large ones, are archived in turn by `unionfs volume
-backup` and by `tar --xattrs --acls --sparse`, both uncompressed, and unpacked again. A ratio above 1 means
-that unionfs is faster.
+`unionfs volume backup` and `tar --xattrs --acls --sparse` alternately archive two volumes, one of many small
+files and one of a few large ones, both uncompressed, and unpack them again. A ratio above 1 means that
+unionfs is faster.
 
-    pipe      into a pipe whose reader throws it away: what the programs cost themselves
-    file      into a file that is on disk in the end; `unionfs` does that by itself, after tar comes `sync
-    FILE` unpack    `volume restore` (checked, on disk, in place at one moment), and tar into an empty
-    directory with `sync -f`
+    pipe      into a pipe whose reader discards it: the cost of the programs themselves
+    file      into a file that is on disk in the end; unionfs syncs it itself, tar is followed by `sync FILE`
+    unpack    `volume restore` (checked, on disk, put in place at once), and tar into an empty directory with
+              `sync -f`
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ def _timed(call: Callable[[], None]) -> float:
 
 
 def _discard(command: Sequence[str | Path]) -> None:
-    """Run a command into a pipe. (To /dev/null tar would not even read the files.)"""
+    """Run a command into a pipe. (For /dev/null tar would not even read the files.)"""
     with subprocess.Popen(
         list(map(str, command)), stdout=subprocess.PIPE, stderr=subprocess.DEVNULL
     ) as child:
@@ -79,12 +79,12 @@ class _Bench:
         self.unionfs = (Path(sys.executable).parent / "unionfs", "volume")
 
     def volume(self, name: str) -> Path:
-        """Make a volume; gives its data directory."""
+        """Create a volume; return its data directory."""
         _run([*self.unionfs, "create", name], stdout=subprocess.DEVNULL)
         return self.root / "volumes" / name / "_data"
 
     def compare(self, what: str, ours: Callable[[], None], tar: Callable[[], None]) -> None:
-        """Take turns, and print the medians and their ratio."""
+        """Run both alternately, and print the medians and their ratio."""
         times: tuple[list[float], list[float]] = ([], [])
         for _ in range(self.rounds):
             for call, found in zip((ours, tar), times, strict=True):
@@ -118,7 +118,7 @@ class _Bench:
             _run([*self.unionfs, "restore", "target", "-i", archive], **quiet)
 
         def unpack() -> None:
-            # The time it takes to remove the old content is in both.
+            # Both include the time to remove the old content.
             shutil.rmtree(place, ignore_errors=True)
             place.mkdir()
             _run([*_TAR, "--numeric-owner", "-xpf", tarball, "-C", place])
@@ -131,7 +131,7 @@ class _Bench:
 
 
 def main() -> None:
-    """Run it all in a directory of its own below the temporary directory."""
+    """Run everything in a new directory below the temporary directory."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )

@@ -21,19 +21,19 @@ from tests.support.storage import Storage, storage  # noqa: E402
 from tests.support.worker import Worker  # noqa: E402
 
 WATCHDOG_SECONDS = 100.0
-"""After this time the daemons of a test are ended, which wakes every request that waits for them."""
+"""After this time the daemons of a test are killed, which wakes every request that waits for them."""
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Declare the markers of this file and sweep what killed runs left."""
+    """Declare the markers of this file and remove what killed runs left."""
     config.addinivalue_line(
         "markers", "watchdog(seconds): end the test's daemons after this time (default 100)"
     )
     config.addinivalue_line(
-        "markers", "thorough: a long run of the oracle; chosen by UNIONFS_ORACLE=thorough"
+        "markers", "thorough: a long run of the oracle; selected by UNIONFS_ORACLE=thorough"
     )
     config.addinivalue_line(
-        "markers", "slow_on(session, ...): on these sessions the test is among the slow ones"
+        "markers", "slow_on(session, ...): the test is slow on these sessions"
     )
     areas.sweep()
 
@@ -49,7 +49,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    """Run every test that takes ``session`` once a session."""
+    """Run every test that takes ``session`` once per session."""
     if "session" in metafunc.fixturenames:
         marker = metafunc.definition.get_closest_marker("slow_on")
         slow = marker.args if marker else ()
@@ -67,7 +67,7 @@ def _mount_reason() -> str | None:
     if os.geteuid() != 0:
         return "these mounts need root (layers with trusted.* xattrs, other users' files)"
     if not os.access("/dev/fuse", os.R_OK | os.W_OK):
-        return "/dev/fuse is missing: modprobe fuse, or give the container the device"
+        return "/dev/fuse is missing: run modprobe fuse, or give the container the device"
     return None
 
 
@@ -78,21 +78,21 @@ def _overlay_reason() -> str | None:
 
 @pytest.fixture
 def root() -> None:
-    """Skip, with the reason, where the host or the user cannot mount as these tests need it."""
+    """Skip, with the reason, if the host or the user cannot mount as these tests require."""
     if reason := _mount_reason():
         pytest.skip(reason)
 
 
 @pytest.fixture
 def kernel_overlay(root: None) -> None:
-    """Skip, with the reason, where kernel overlayfs cannot be the oracle."""
+    """Skip, with the reason, if kernel overlayfs cannot be the oracle."""
     if reason := _overlay_reason():
         pytest.skip(reason)
 
 
 @pytest.fixture(autouse=True)
 def _watchdog(request: pytest.FixtureRequest) -> Iterator[None]:
-    """End the daemons of a test that hangs: a wait for FUSE ends only with its process or its daemon."""
+    """Kill the daemons of a test that hangs: a wait for FUSE ends only with its process or its daemon."""
     marker = request.node.get_closest_marker("watchdog")
     seconds = patient(float(marker.args[0]) if marker else WATCHDOG_SECONDS)
 
@@ -109,7 +109,7 @@ def _watchdog(request: pytest.FixtureRequest) -> Iterator[None]:
 
 @pytest.fixture
 def area() -> Iterator[Path]:
-    """A directory for layers, on a filesystem with all features, entered by anyone; gone after the test."""
+    """A directory for layers on a filesystem with all features, open to all users; removed after the test."""
     with areas.area() as path:
         yield path
         left = [where for _, where, _ in areas.mounts_below(path)]
@@ -118,7 +118,7 @@ def area() -> Iterator[Path]:
 
 @pytest.fixture
 def filesystem() -> Iterator[Callable[..., Path]]:
-    """``filesystem(kind, size)``: a mounted filesystem of its own (tmpfs, ext4, xfs, btrfs), or a skip."""
+    """``filesystem(kind, size)``: a new mounted filesystem (tmpfs, ext4, xfs, btrfs), or a skip."""
     with ExitStack() as stack:
 
         def make(kind: str, size: int = 256 << 20) -> Path:
@@ -172,6 +172,6 @@ def storing(root: None, area: Path, session: str) -> Iterator[Storage]:
 
 @pytest.fixture
 def one(root: None, area: Path) -> Iterator[Storage]:
-    """A storage root and layers, where the session makes no difference."""
+    """A storage root and layers, if the session makes no difference."""
     with storage(area) as found:
         yield found

@@ -1,9 +1,9 @@
-"""The union beside other ways to have one: throughput, metadata, real programs, and what the daemon needs.
+"""The union beside other merged trees: throughput, metadata, real programs, and the daemon's resources.
 
     processes     starting, timing and ending processes, also when the run is interrupted
-    parts         what lies in the lower, and how much of it
-    area          the place that is measured on
-    contestants   who takes part, and how each mounts
+    parts         the content of the lower
+    area          the place of the layers
+    contestants   the contestants, and how each mounts
     fio           the throughput jobs
     workloads     everything that is measured
     figures       samples, medians, ratios
@@ -12,8 +12,8 @@
     report        a run as tables on the terminal
     page          a run as an HTML page, from templates/
     plots         the page's plots
-    compare       what changed from one run to another
+    compare       what changed between two runs
     commands      scripts/perf report and scripts/perf compare
 
-Nothing in here asserts a time: figures depend on the machine and on who else uses it.
+Nothing here asserts a time: figures depend on the machine and its other load.
 """

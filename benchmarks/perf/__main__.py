@@ -23,7 +23,7 @@ from benchmarks.perf.workloads import GROUPS, Workload, all_workloads, chosen
 
 
 class _Parser(argparse.ArgumentParser):
-    """Says in one sentence what is wrong, and exits with 1."""
+    """Reports errors in one sentence, and exits with 1."""
 
     def error(self, message: str) -> NoReturn:
         _refuse(message.removeprefix("argument "))
@@ -36,27 +36,27 @@ def _refuse(sentence: str) -> NoReturn:
 def _arguments() -> argparse.Namespace:
     parser = _Parser(
         prog="scripts/perf", allow_abbrev=False,
-        description="The union beside kernel overlayfs and other FUSE unions, in turns.",
+        description="The union beside kernel overlayfs and other FUSE unions.",
     )  # fmt: skip
     add = parser.add_argument
-    add("--list", action="store_true", help="show contestants and workloads, and measure nothing")
+    add("--list", action="store_true", help="list contestants and workloads, and measure nothing")
     how_much = parser.add_mutually_exclusive_group()
     how_much.add_argument("--quick", action="store_true", help="fewer and smaller workloads, one round")
     how_much.add_argument("--full", action="store_true", help="all of fio's combinations, too")
     add("--only", nargs="+", default=[], metavar="NAME", help="these workloads or groups; patterns, too")
     add("--contestant", nargs="+", default=[], metavar="NAME", help="only these contestants")
-    add("--on", type=Path, metavar="DIR", help="where layers are made (default: in memory)")
+    add("--on", type=Path, metavar="DIR", help="where layers are created (default: in memory)")
     add("--rounds", type=_positive, metavar="N", help="turns of each contestant (default 3)")
-    add("--seconds", type=_seconds, metavar="S", help="how long an fio job runs at most (default 0.2)")
+    add("--seconds", type=_seconds, metavar="S", help="the maximum duration of an fio job (default 0.2)")
     add(
         "--size",
         type=_positive,
         metavar="MIB",
-        help="of fio's file (default 256); four times that is copied up",
+        help="size of fio's file (default 256); copy-up's is four times that",
     )
-    add("--entries", type=_positive, metavar="N", help="of the large tree (default 100000; 1000000 works)")
-    add("--json", type=_writable, metavar="FILE", help="write every sample there, too")
-    add("--html", type=_writable, metavar="FILE", help="write a page with plots there, too")
+    add("--entries", type=_positive, metavar="N", help="size of the large tree (default 100000)")
+    add("--json", type=_writable, metavar="FILE", help="also write every sample to FILE")
+    add("--html", type=_writable, metavar="FILE", help="also write a page with plots to FILE")
     return parser.parse_args()
 
 
@@ -77,7 +77,7 @@ def _seconds(text: str) -> float:
 
 
 def _writable(text: str) -> Path:
-    """A path that can be written; found out before ten minutes are spent."""
+    """A writable path, checked before ten minutes are spent."""
     path = Path(text)
     try:
         with path.open("a"):
@@ -143,33 +143,33 @@ def _facts(
 
 
 def _publish(run: results.Run, options: argparse.Namespace) -> bool:
-    """Hand the run to all who show it or write it down; whether all could."""
+    """Print the run and write its files; return whether all succeeded."""
     written = True
     try:
         if options.json is not None:
             results.save(run, options.json)
         if options.html is not None:
             commands.write_page(run, options.html, (options.json or options.html.with_suffix(".json")).name)
-    except OSError as error:  # what was measured is shown nevertheless
+    except OSError as error:  # still print what was measured
         print(
             f"scripts/perf: {error.filename or 'a file'} cannot be written: {error.strerror}", file=sys.stderr
         )
         written = False
-    signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # whoever reads may have seen enough
+    signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # the reader may have ended
     report.print_results(report.make_console(), run)
     return written
 
 
 def main() -> int:
-    """Measure and report; returns the exit code."""
+    """Measure and report; return the exit code."""
     if sys.argv[1:2] and sys.argv[1] in commands.NAMES:
-        signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `| head` is no error
+        signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `| head` is not an error
         return commands.main(sys.argv[1:])
     options = _arguments()
     sizes = _sizes(options)
     workloads = all_workloads(sizes.entries)
     if options.list:
-        signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `--list | head` is no error
+        signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `--list | head` is not an error
         _print_list(workloads)
         return 0
     workloads_chosen = _chosen_workloads(options, workloads)
@@ -187,7 +187,7 @@ def main() -> int:
     code = 0
     catch_signals()
     try:
-        # Trees are only made for what was chosen, so only that needs room.
+        # Only the selected workloads' trees are created, so only these need room.
         used = {part for workload in workloads_chosen for part in workload.parts()}
         with new_area(base, sizes, used) as area:
             try_all(contestants, area, versions, missing)

@@ -1,7 +1,7 @@
-"""The place that is measured on: memory (/dev/shm), so that the disk is out of the picture, or any directory.
+"""The place of the layers: memory (/dev/shm), which takes the disk out of the picture, or any directory.
 
-The lower is made once and shared by all, through a read-only bind mount: a contestant that writes into its
-lower fails instead of spoiling the turns of the others.
+The lower is created once and shared by all, through a read-only bind mount: a contestant that writes to its
+lower fails instead of spoiling the others' turns.
 """
 
 from __future__ import annotations
@@ -22,13 +22,13 @@ from benchmarks.perf.parts import Sizes
 from benchmarks.perf.processes import CommandFailed, held, run
 from tests.support import areas, syscalls
 
-#: Where layers are when nobody says otherwise: memory.
+#: The default place of the layers: memory.
 MEMORY = Path("/dev/shm")
 _PREFIX = "unionfs-perf-"
 
 
 class Area:
-    """One run's place. `lower` is what contestants get; parts are made when they are first asked for."""
+    """One run's place. `lower` is the contestants' lower; parts are created on first use."""
 
     def __init__(self, root: Path, sizes: Sizes) -> None:
         self.root = root
@@ -44,11 +44,11 @@ class Area:
         syscalls.mount("none", self.lower, "none", flags)
 
     def need(self, part: str) -> Path:
-        """A part of the lower, as the area has it (not through the read-only mount)."""
+        """A part of the lower, not through the read-only mount."""
         path = self._made / part
         if not path.exists():
             unfinished = self.root / f"{part}.new"
-            if unfinished.exists():  # what failed for the first contestant may work for the next
+            if unfinished.exists():  # what failed for one contestant may work for the next
                 run(["rm", "-rf", str(unfinished)])
             parts.make(part, unfinished, self.sizes)
             unfinished.rename(path)
@@ -72,7 +72,7 @@ class Area:
 
     @contextmanager
     def layers(self, *, stacked: bool = False) -> Iterator[Layers]:
-        """An empty upper and work for one mount, gone afterwards. `stacked`: over the many lowers."""
+        """An empty upper and work for one mount, removed afterwards. `stacked`: over the many lowers."""
         lowers: tuple[Path, ...] = (self.lower,)
         if stacked:
             self.need("lowers")
@@ -105,7 +105,7 @@ def _areas(base: Path) -> Iterator[Path]:
 
 
 def sweep(base: Path) -> None:
-    """Remove what a killed run has left: areas that nobody holds a lock on, and the mounts in them."""
+    """Remove what a killed run left: areas without a lock, and the mounts in them."""
     for path in _areas(base):
         fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
         try:
@@ -118,19 +118,19 @@ def sweep(base: Path) -> None:
 
 
 def filesystem_of(path: Path) -> str:
-    """Its type, as /proc/self/mountinfo calls it."""
+    """Its type from /proc/self/mountinfo."""
     device = path.stat().st_dev
     for line in Path("/proc/self/mountinfo").read_text(errors="surrogateescape").splitlines():
         left, right = line.split(" - ", 1)
         if left.split()[2] == f"{os.major(device)}:{os.minor(device)}":
             return right.split()[0]
-    # btrfs and others give files a device number of their own
+    # on btrfs and others files have their own device number
     told = run(["stat", "-f", "-c", "%T", str(path)]).output.strip()
     return told or "unknown"
 
 
 def check_place(base: Path) -> str | None:
-    """Why no layers can be made there, in one sentence; None when they can."""
+    """Why no layers can be created there, in one sentence; None if they can."""
     where = f"--on {base}"
     if not base.is_dir():
         return f"{where}: " + ("is no directory" if base.exists() else "there is no such directory")
@@ -152,7 +152,7 @@ def check_place(base: Path) -> str | None:
 
 
 def _check_room(base: Path, sizes: Sizes, used: Collection[str]) -> None:
-    """Raise CommandFailed when the parts that are used don't fit."""
+    """Raise CommandFailed if the used parts do not fit."""
     cure = "choose a smaller --size or fewer --entries"
     wanted = sum(parts.bytes_needed(part, sizes) for part in used)
     inodes = 50_000 + (sizes.entries if "many" in used else 0) + (sizes.names if "names" in used else 0)
@@ -165,8 +165,8 @@ def _check_room(base: Path, sizes: Sizes, used: Collection[str]) -> None:
             f"{base} has too little room: {needed >> 20} MiB and {inodes:,} inodes are needed, "
             f"{free >> 20} MiB and {room.f_favail:,} are free; {cure}"
         )
-    # The pages of both in a mount; an entry is an inode and a dentry in the mount, and what the daemon has
-    # for it. 512 MiB: everything else. On a tmpfs the layers themselves are memory, too.
+    # The pages of both in a mount; an entry is an inode and a dentry in the mount, and the daemon's node.
+    # 512 MiB: everything else. On a tmpfs the layers themselves are memory, too.
     memory = (2 * wanted >> 20) + 512 + (2 * wanted >> 20 if filesystem_of(base) == "tmpfs" else 0)
     for line in Path("/proc/meminfo").read_text().splitlines():
         if line.startswith("MemAvailable:") and (available := int(line.split()[1]) // 1024) < memory:
@@ -177,7 +177,7 @@ def _check_room(base: Path, sizes: Sizes, used: Collection[str]) -> None:
 def new_area(base: Path, sizes: Sizes, used: Collection[str]) -> Iterator[Area]:
     """A fresh area, removed at the end with everything mounted in it. Raises CommandFailed.
 
-    `used`: the parts that will be needed, since only those need room.
+    `used`: the needed parts, since only those need room.
     """
     sweep(base)
     _check_room(base, sizes, used)

@@ -1,4 +1,4 @@
-"""scripts/perf report and scripts/perf compare: what is made of the files of earlier runs."""
+"""scripts/perf report and scripts/perf compare, which read the files of earlier runs."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def _refuse(sentence: str) -> NoReturn:
 
 
 def main(words: Sequence[str]) -> int:
-    """Run the command that `words` begin with; returns the exit code."""
+    """Run the command that `words` begin with; return the exit code."""
     try:
         return (_compare if words[0] == "compare" else _report)(words[1:])
     except BadResults as error:
@@ -62,8 +62,8 @@ def _report(words: Sequence[str]) -> int:
 
 
 def write_page(run: Run, path: Path, name: str) -> None:
-    """The HTML report; `name` is what its data are called when they are downloaded. Raises OSError."""
-    from benchmarks.perf import page  # matplotlib takes half a second
+    """Write the HTML report; `name` is the file name of the download. Raises OSError."""
+    from benchmarks.perf import page  # importing matplotlib takes half a second
 
     path.write_text(page.render(run, name=name), encoding="utf-8")
 
@@ -99,7 +99,7 @@ def _compare(words: Sequence[str]) -> int:
 def print_comparison(
     console: Console, found: compare.Comparison, *, everything: bool, threshold: float
 ) -> None:
-    """What differs around the runs, then what changed, then what only one of them has."""
+    """Print the differing settings, then what changed, then what only one run has."""
     for words, facts in (
         ("Other hosts", found.machine), ("Other options", found.settings), ("Other versions", found.versions)
     ):  # fmt: skip
@@ -130,7 +130,7 @@ def print_comparison(
 
 
 def _only(names: Sequence[tuple[str, str]]) -> list[str]:
-    """Figures by contestant, those of nobody else first."""
+    """Figures by contestant, those without one first."""
     together: dict[str, list[str]] = {}
     for figure, contestant in names:
         together.setdefault(contestant, []).append(figure)

@@ -1,13 +1,12 @@
-"""What changed from one run to another, and whether that is more than the spread of both.
+"""What changed between two runs, and whether that is more than the spread of both.
 
 Two things are compared for each figure and contestant: the figure itself, and its ratio to kernel overlayfs
-of the same run and round, which a slower machine leaves alone.
+in the same run and round, which does not depend on the machine's speed.
 
-There are few samples, and nothing is known of how they are distributed, so the test is one of ranks: that
-of Mann and Whitney, exact and two-sided. A difference is clear when p is at most 5 %, or, with so few that
-none could reach that, when no sample of one run lies among those of the other (three against three: one in
-ten would look so by chance). With fewer than three nothing is decided. A difference of less than a threshold
-is none, however clear.
+Samples are few and of unknown distribution, so the test is one of ranks: the exact two-sided Mann-Whitney
+test. A difference is clear if p is at most 5 % or, with too few samples to reach that, if no sample of one
+run lies among those of the other (three against three: one in ten by chance). With fewer than three samples
+nothing is decided. Differences below a threshold are ignored.
 """
 
 from __future__ import annotations
@@ -43,12 +42,12 @@ class Change:
     """Medians."""
     ratio: float | None
     clear: bool | None
-    """None: too few samples to say."""
+    """None: too few samples."""
     relative: float | None = None
     """The same for the ratio to overlayfs; None where there is none."""
     relative_clear: bool | None = None
     limit: float = CHANCE
-    """How often at most it would look clear if nothing had changed."""
+    """The maximum probability to look clear if nothing had changed."""
 
     @property
     def size(self) -> float:
@@ -58,7 +57,7 @@ class Change:
 
     @property
     def verdict(self) -> Verdict:
-        """In a word."""
+        """The verdict, as a word."""
         if self.clear is None or self.ratio is None:
             return "unknown"
         better = self.ratio > 1
@@ -74,7 +73,7 @@ class Change:
 
 @dataclass(frozen=True)
 class Comparison:
-    """Both runs, side by side."""
+    """The comparison of two runs."""
 
     changes: list[Change]
     """The largest first."""
@@ -87,20 +86,20 @@ class Comparison:
     versions: list[tuple[str, str, str]]
 
     def by_chance(self) -> float:
-        """How many changes would look clear if nothing had changed, at most."""
+        """The maximum expected number of clear changes if nothing had changed."""
         return math.fsum(change.limit for change in self.changes if change.clear is not None)
 
 
 def chance(old: Sequence[float], new: Sequence[float]) -> float:
     """The exact two-sided p of the Mann-Whitney test.
 
-    That is, of all ways to deal the samples to two runs, the share where the ranks of one lie at least as far
-    from the middle as they do here. Equal samples share their rank.
+    That is, of all ways to assign the samples to two runs, the share in which the ranks of one lie at least
+    as far from the middle as here. Equal samples share their rank.
     """
     both = sorted([*old, *new])
-    # doubled, so that shared ranks are whole numbers
+    # doubled, so that shared ranks are integers
     ranks = {value: 2 * both.index(value) + both.count(value) + 1 for value in both}
-    ways = [{0: 1}, *({} for _ in new)]  # of so many samples: by sum of ranks the number of ways
+    ways = [{0: 1}, *({} for _ in new)]  # by number of samples: the number of ways by sum of ranks
     for value in both:
         for number in range(len(new), 0, -1):
             for total, count in list(ways[number - 1].items()):
@@ -113,25 +112,25 @@ def chance(old: Sequence[float], new: Sequence[float]) -> float:
 
 
 def smallest_chance(old: int, new: int) -> float:
-    """The least that so many samples can give: when the runs don't overlap."""
+    """The smallest p for these numbers of samples: if the runs do not overlap."""
     return 2 / math.comb(old + new, new)
 
 
 def is_clear(
     old: Sequence[float], new: Sequence[float], ratio: float | None, threshold: float
 ) -> bool | None:
-    """Whether the difference is larger than the spread of both; None when there are too few samples."""
+    """Whether the difference is larger than the spread of both; None with too few samples."""
     if min(len(old), len(new)) < FEWEST or ratio is None:
         return None
     if max(ratio, 1 / ratio) < 1 + threshold:
         return False
-    # as floats, the sum of products of a p of exactly the limit may be a little above it
+    # rounding may put a p of exactly the limit slightly above it
     limit = max(CHANCE, smallest_chance(len(old), len(new)))
     return chance(old, new) <= limit * (1 + 1e-9)
 
 
 def compare(old: Run, new: Run, *, threshold: float = 0.05) -> Comparison:
-    """Everything that both have. `threshold`: a smaller difference is none (0.05: five percent)."""
+    """Compare everything that both have. `threshold`: ignore smaller differences (0.05: five percent)."""
     changes: list[Change] = []
     only_old: list[tuple[str, str]] = []
     only_new: list[tuple[str, str]] = []
@@ -156,7 +155,7 @@ def compare(old: Run, new: Run, *, threshold: float = 0.05) -> Comparison:
 
 
 def _measured(run: Run) -> dict[Figure, dict[str, list[float]]]:
-    """The figures, and requests an operation as others."""
+    """The figures, including requests per operation."""
     found = dict(run.results.samples)
     operations = {workload.name: workload.operation for workload in run.workloads}
     for workload, by_name in run.results.daemons.items():
@@ -187,7 +186,7 @@ def _change(
 
 
 def _beside(change: Change, old: Run, new: Run, threshold: float) -> Change:
-    """With the ratios to overlayfs, where both runs have them."""
+    """The change with the ratios to overlayfs, if both runs have them."""
     figure, name = change.figure, change.contestant
     ratios = [run.results.ratio(figure, name, OVERLAYFS) for run in (old, new)]
     before, after = (run.round_ratios(figure, name, OVERLAYFS) for run in (old, new))
@@ -205,12 +204,12 @@ def _versions(run: Run) -> dict[str, object]:
 
 
 def _differing(old: Mapping[str, object], new: Mapping[str, object]) -> list[tuple[str, str, str]]:
-    """Facts that both know and that differ."""
+    """Facts that both have and that differ."""
     return [(name, str(old[name]), str(new[name])) for name in old if name in new and old[name] != new[name]]
 
 
 def to_json(found: Comparison) -> dict[str, object]:
-    """For programs."""
+    """The comparison as JSON values."""
 
     def differing(facts: Sequence[tuple[str, str, str]]) -> dict[str, object]:
         return {name: {"old": old, "new": new} for name, old, new in facts}

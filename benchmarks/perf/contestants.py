@@ -1,4 +1,4 @@
-"""Who takes part, and how each of them mounts the same layers."""
+"""The contestants, and how each of them mounts the same layers."""
 
 from __future__ import annotations
 
@@ -43,14 +43,14 @@ class Mount:
 
     merged: Path
     pid: int | None = None
-    """The daemon's process; None where the kernel does all."""
+    """The daemon's process; None if the kernel does everything."""
     counts: bool = False
-    """Whether the daemon tells its figures."""
+    """Whether the daemon reports figures."""
     seconds: float = 0.0
     """From the start of the command to a mount that answers."""
 
     def figures(self) -> Figures | None:
-        """What the daemon has counted until now; None for those that don't count."""
+        """The daemon's counters; None for daemons without counters."""
         if not self.counts:
             return None
         told = json.loads(run([*_OURS, "inspect", "--json", str(self.merged)], longest=30.0).output)
@@ -67,7 +67,7 @@ class Mount:
 
 @dataclass(frozen=True)
 class Figures:
-    """Requests by kind, and the size of the node table where it is told."""
+    """Requests by kind, and the size of the node table if reported."""
 
     requests: dict[str, int]
     nodes: int | None
@@ -84,9 +84,9 @@ class Contestant:
     command: Callable[[Layers], list[str]] | None = None
     ours: bool = False
     is_plain: bool = False
-    """A directory with nothing above it: what is changed there has to be copied first."""
+    """A directory without a union: what is changed there has to be copied first."""
     copies_up: bool = True
-    """Whether a lower's file can be changed."""
+    """Whether it supports changing a lower file."""
 
     @property
     def kind(self) -> Kind:
@@ -99,9 +99,9 @@ class Contestant:
 
     @contextmanager
     def mounted(self, layers: Layers, *, reads_only: bool = False) -> Iterator[Mount]:
-        """A live mount, gone afterwards with its daemon. Raises CommandFailed when there is none.
+        """A live mount, removed afterwards with its daemon. Raises CommandFailed if mounting fails.
 
-        `reads_only`: nothing in it will be changed, so that the plain directory can be the lower itself.
+        `reads_only`: nothing in it will be changed, so the plain directory can be the lower itself.
         """
         if self.is_plain:
             yield Mount(layers.lowers[0] if reads_only else layers.merged)
@@ -127,28 +127,28 @@ class Contestant:
                         # the daemon ends by itself when its mount is gone
                         wait(process, _GONE_SECONDS)
                     end(process)
-                    # it may have mounted only now, or not have ended well
+                    # it may have mounted only now, or have ended with an error
                     _unmount(layers.merged)
 
 
 def _options(layers: Layers) -> str:
-    """The layers as the kernel spells them; the paths are made here and need no escapes."""
+    """The layers in the kernel's syntax; the paths are created here and need no escapes."""
     lowers = ":".join(map(str, layers.lowers))
     return f"lowerdir={lowers},upperdir={layers.upper},workdir={layers.work}"
 
 
 def _mount_overlay(layers: Layers) -> float:
-    """Mount by mount(8), so that it too starts with a program. Gives the seconds that it took."""
+    """Mount by mount(8), so that it, too, starts with a program. Return the seconds it took."""
     # Relative to the lowers, since all options together have one page (mount(2)).
     home = layers.lowers[0].parent
     near = replace(
         layers, lowers=tuple(Path(lower.name) for lower in layers.lowers),
         upper=Path(os.path.relpath(layers.upper, home)), work=Path(os.path.relpath(layers.work, home)),
     )  # fmt: skip
-    # What distributions switch on by default differs; none of it changes what is done here but metacopy.
+    # Distributions enable different features by default; of these only metacopy changes the work done here.
     options = f"{_options(near)},index=off,redirect_dir=off,metacopy=off,nfs_export=off"
     began = time.perf_counter()
-    # The newer mount API, which mount(8) prefers, takes no option of more than 255 bytes.
+    # The newer mount API, which mount(8) prefers, accepts options of at most 255 bytes.
     run(
         ["mount", "-t", "overlay", "-o", options, "overlay", str(layers.merged)],
         cwd=home, environment={"LIBMOUNT_FORCE_MOUNT2": "always"}, longest=_READY_SECONDS,
@@ -186,7 +186,7 @@ def _wait_ready(process: subprocess.Popen[bytes], layers: Layers) -> None:
 
 
 def _unmount(merged: Path) -> None:
-    """Take the mount away, by force when it stays busy."""
+    """Unmount, by force if it stays busy."""
     deadline = time.monotonic() + 5.0
     while True:
         try:
@@ -218,7 +218,7 @@ def _ours(name: str, *words: str) -> Contestant:
 
 
 def _our_version() -> str:
-    """With the commit, where it comes from a checkout: two of them have the same version most of the time."""
+    """The version, with the commit of a checkout: two checkouts mostly have the same version."""
     where = Path(unionfs.__file__).parent.parent
     with suppress(OSError, subprocess.SubprocessError):
         done = subprocess.run(
@@ -230,7 +230,7 @@ def _our_version() -> str:
 
 
 def _first_line_with(word: str, command: Sequence[str]) -> str:
-    """What follows `word` in a program's --version."""
+    """The text after `word` in a program's --version."""
     if shutil.which(command[0]) is None:
         raise CommandFailed(f"{command[0]} is not installed")
     done = subprocess.run(command, capture_output=True, text=True, errors="replace", timeout=30)
@@ -252,7 +252,7 @@ def _unionfs_fuse(layers: Layers) -> list[str]:
 
 
 def _mergerfs(layers: Layers) -> list[str]:
-    # auto-full keeps a file's pages from one open to the next, as all others do.
+    # auto-full keeps a file's pages between opens, as all others do.
     options = "allow_other,use_ino,dev,suid,cache.files=auto-full,minfreespace=0,fsname=mergerfs"
     return [
         "mergerfs", "-f", "-o", options,
@@ -261,7 +261,7 @@ def _mergerfs(layers: Layers) -> list[str]:
 
 
 CONTESTANTS = (
-    Contestant("plain", "a directory, no union at all", platform.release, is_plain=True),
+    Contestant("plain", "a directory without a union", platform.release, is_plain=True),
     Contestant("overlayfs", "kernel overlayfs", platform.release),
     Contestant(
         "fuse-overlayfs", "fuse-overlayfs",

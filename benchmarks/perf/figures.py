@@ -10,7 +10,7 @@ from itertools import cycle
 
 
 def shown(value: float) -> str:
-    """Three significant digits, two below 0.1, and no fewer digits than there are before the point."""
+    """Three significant digits, two below 0.1, but all digits before the point."""
     size = abs(value)
     if size >= 99.95:
         return f"{value:,.0f}"
@@ -20,7 +20,7 @@ def shown(value: float) -> str:
 
 
 def geometric_mean(values: Iterable[float]) -> float | None:
-    """None of nothing."""
+    """The median; None without values."""
     logarithms = [math.log(value) for value in values]
     return math.exp(math.fsum(logarithms) / len(logarithms)) if logarithms else None
 
@@ -37,13 +37,13 @@ class Figure:
 
 @dataclass
 class Daemon:
-    """What a workload cost in the daemon: one sample a round."""
+    """A workload's cost in the daemon: one sample per round."""
 
     cpu_seconds: list[float] = field(default_factory=list)
     requests: list[dict[str, int]] = field(default_factory=list)
     """By kind; empty for daemons that do not count."""
     operations: list[float] = field(default_factory=list)
-    """How many operations of the workload each of `requests` was for; empty when that is not known."""
+    """The number of operations for each of `requests`; empty if unknown."""
 
     def milliseconds(self) -> float:
         """Median of the CPU time."""
@@ -58,7 +58,7 @@ class Daemon:
         return dict(sorted(medians.items(), key=lambda item: (-item[1], item[0])))
 
     def microseconds_each(self) -> float | None:
-        """CPU time a request, median of the rounds; None when requests are not known."""
+        """CPU time per request, median of the rounds; None if requests are unknown."""
         each = [
             cpu * 1e6 / total
             for cpu, sample in zip(self.cpu_seconds, self.requests, strict=False)
@@ -67,7 +67,7 @@ class Daemon:
         return statistics.median(each) if each else None
 
     def requests_each(self) -> float | None:
-        """Requests an operation, median of the rounds; None when requests are not known."""
+        """Requests per operation, median of the rounds; None if requests are unknown."""
         each = [
             sum(sample.values()) / operations
             for sample, operations in zip(self.requests, self.operations, strict=False)
@@ -76,9 +76,9 @@ class Daemon:
         return statistics.median(each) if each else None
 
     def rates(self) -> dict[str, float] | None:
-        """Requests an operation by kind, the most frequent first: median of the turns. None when not counted.
+        """Requests per operation by kind, the most frequent first: median of the turns. None if not counted.
 
-        Where the number of operations is not known, a turn is one.
+        If the number of operations is unknown, a turn counts as one.
         """
         if not self.requests:
             return None
@@ -100,9 +100,9 @@ class Results:
         self.samples: dict[Figure, dict[str, list[float]]] = {}
         self.daemons: dict[str, dict[str, Daemon]] = {}
         self.failures: dict[tuple[str, str], str] = {}
-        """(workload, contestant): why it has no figure there."""
+        """(workload, contestant): why it has no figure."""
         self.skipped: dict[tuple[str, str | None], str] = {}
-        """(workload, contestant, or None for all of them): why it was not tried."""
+        """(workload, contestant or None for all): why it was not tried."""
 
     def add(self, figure: Figure, contestant: str, value: float) -> None:
         """One sample."""
@@ -116,7 +116,7 @@ class Results:
         requests: dict[str, int] | None,
         operations: float | None = None,
     ) -> None:
-        """CPU time (seconds) and requests of one turn, and the operations that they were for."""
+        """CPU time (seconds), requests and operations of one turn."""
         daemon = self.daemons.setdefault(workload, {}).setdefault(contestant, Daemon())
         daemon.cpu_seconds.append(cpu)
         if requests is not None:
@@ -125,7 +125,7 @@ class Results:
                 daemon.operations.append(operations)
 
     def median(self, figure: Figure, contestant: str) -> float | None:
-        """None when there is no sample."""
+        """The median; None without samples."""
         samples = self.samples.get(figure, {}).get(contestant)
         return statistics.median(samples) if samples else None
 

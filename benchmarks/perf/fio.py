@@ -1,10 +1,10 @@
 """The throughput jobs, run by fio.
 
-Files are as ordinary programs have them: no fadvise or madvise, and fio does not drop their pages first
-(`invalidate=0`), which would make every read a cold one. Writes end with fsync, whose time counts: else a
-write that only reached the page cache would look as good as one that reached the layer. Buffers are aligned
-to pages, as those of cat, cp and dd are: copying from the page cache into others was four times slower.
-Several jobs are threads, each with a part of the file for itself.
+Files are used as by ordinary programs: no fadvise or madvise, and fio does not drop their pages first
+(`invalidate=0`), which would make every read a cold one. Writes end with fsync, which counts: else a write
+that only reached the page cache would look as good as one that reached the layer. Buffers are aligned to
+pages, as those of cat, cp and dd are: copying from the page cache into others was four times slower. Several
+jobs are threads, each with its own part of the file.
 """
 
 from __future__ import annotations
@@ -20,10 +20,10 @@ from benchmarks.perf.processes import CommandFailed, run
 _GLOBAL = [
     "--output-format=json", "--thread", "--invalidate=0", "--fadvise_hint=0", "--gtod_reduce=1",
     "--fallocate=none", "--iomem_align=4096", "--random_generator=tausworthe64", "--group_reporting",
-    # else it first finds out how fast the CPU's own clock is
+    # else fio first calibrates the CPU's clock
     "--clocksource=clock_gettime", "--eta=never", "--disk_util=0",
 ]  # fmt: skip
-#: An engine's name here, and its words for fio. Requests at once: one, but for io_uring.
+#: An engine's name here, and its fio options. One request at once, except io_uring.
 _ENGINES = {
     "psync": ["--ioengine=psync"],
     "uring": ["--ioengine=io_uring", "--iodepth=8"],
@@ -33,7 +33,7 @@ _ENGINES = {
 _PATTERNS = {"seqread": "read", "randread": "randread", "seqwrite": "write", "randwrite": "randwrite"}
 _BLOCKS = ("4k", "128k", "1m")
 _JOBS = (1, 4)
-#: lower: only read; upper: there before the mount; copied-up: a lower's, changed once; new: made in the mount
+#: lower: only read; upper: existed before the mount; copied-up: a lower's, changed once; new: created in it
 LAYERS = ("lower", "upper", "copied-up", "new")
 
 
@@ -51,7 +51,7 @@ class Kind:
 
     @property
     def name(self) -> str:
-        """As it is chosen and shown: LAYER-PATTERN-BLOCK, and what differs from psync by one job."""
+        """LAYER-PATTERN-BLOCK, and what differs from one job with psync."""
         words = [self.layer, self.pattern, self.block]
         words += [self.engine] if self.engine != "psync" else []
         words += [f"{self.jobs}jobs"] if self.jobs > 1 else []
@@ -64,18 +64,18 @@ class Kind:
 
     @property
     def is_random(self) -> bool:
-        """Whether its figure is operations a second; else it is bytes a second."""
+        """Whether its figure is operations per second; else bytes per second."""
         return self.pattern.startswith("rand") or self.fsync
 
     @property
     def exists(self) -> bool:
-        """Whether there is such a thing."""
-        # A lower's file that is written is a copied-up one. A mapping needs a file that has its size.
+        """Whether the combination is possible."""
+        # A written lower file is a copied-up one. A mapping needs a file of full size.
         return not (self.is_write and (self.layer == "lower" or (self.layer, self.engine) == ("new", "mmap")))
 
 
 def _default() -> tuple[Kind, ...]:
-    """One axis at a time, from reading and writing in order by 1 MiB, and at random by 4 KiB."""
+    """One axis at a time, from sequential access by 1 MiB and random access by 4 KiB."""
     read, write = Kind("lower", "seqread", "1m"), Kind("copied-up", "seqwrite", "1m")
     random_read, random_write = Kind("lower", "randread", "4k"), Kind("copied-up", "randwrite", "4k")
     new = Kind("new", "seqwrite", "1m")
@@ -105,19 +105,19 @@ MATRIX = tuple(kind for kind in _matrix() if kind.exists and kind not in KINDS)
 
 @dataclass(frozen=True)
 class Measured:
-    """MiB/s, or thousands of operations a second, by what was measured."""
+    """MiB/s, or thousands of operations per second, by figure."""
 
     values: dict[str, float]
     operations: int
-    """Reads and writes that were asked for, warming up included."""
+    """Requested reads and writes, including the warm-up."""
 
 
 def measure(file: Path, size: int, kind: Kind, seconds: float) -> Measured:
     """Run the jobs of a kind. `size` of the file is in bytes. Raises CommandFailed.
 
-    Reads: "cold" is one pass over the file, or as much of it as `seconds` suffice for; "warm" goes on for
-    `seconds` after the whole file was read. A new file is written first, so it is never cold. Writes: "write"
-    goes on for `seconds`, but over a new file only once.
+    Reads: "cold" is one pass over the file, for at most `seconds`; "warm" runs for `seconds` after the whole
+    file was read. A new file is written first, so it is never cold. Writes: "write" runs for `seconds`, but
+    over a new file only once.
     """
     again = ["--time_based=1"]
     if kind.is_write:
@@ -128,12 +128,12 @@ def measure(file: Path, size: int, kind: Kind, seconds: float) -> Measured:
     return _run(file, size, kind, seconds, {"cold": [], _WHOLE: [], "warm": again})
 
 
-#: The job between cold and warm, which no figure comes from.
+#: The job between cold and warm, which yields no figure.
 _WHOLE = "whole"
 
 
 def _run(file: Path, size: int, kind: Kind, seconds: float, jobs: Mapping[str, list[str]]) -> Measured:
-    """All jobs, one after the other by one fio, whose start takes longer than the shortest of them."""
+    """All jobs in sequence by one fio, which takes longer to start than the shortest of them."""
     part = size // kind.jobs
     wanted = [
         f"--size={part}", f"--numjobs={kind.jobs}", f"--offset_increment={part}",
@@ -145,7 +145,7 @@ def _run(file: Path, size: int, kind: Kind, seconds: float, jobs: Mapping[str, l
     for name, words in jobs.items():
         command += [f"--name={name}", "--stonewall", *(whole if name == _WHOLE else wanted), *words]
     done = run(command)
-    # messages may come before the report
+    # messages may precede the report
     values, operations = {}, 0
     for job in json.loads(done.output[done.output.index("{") :])["jobs"]:
         if job["error"]:

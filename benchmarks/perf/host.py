@@ -1,4 +1,4 @@
-"""What figures depend on beside the contestants: the host, and the programs that do the work."""
+"""What figures depend on besides the contestants: the host, and the workloads' programs."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def machine(base: Path, filesystem: str) -> dict[str, Scalar]:
 
 
 def _tools() -> str:
-    """Versions of the programs that do the work; without those that are not there."""
+    """Versions of the workloads' programs; without missing ones."""
     found = []
     for name, word in _TOOLS.items():
         if shutil.which(name) is None:

@@ -1,4 +1,4 @@
-"""The run itself: who can mount, warming up, and all turns in all rounds."""
+"""The run itself: which contestants can mount, warming up, and all turns in all rounds."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from benchmarks.perf.figures import Results
 from benchmarks.perf.processes import CommandFailed
 from benchmarks.perf.workloads import Workload
 
-#: What a turn may raise; ValueError where a program prints something else than it should.
+#: What a turn may raise; ValueError if a program prints unexpected output.
 _FAILURES = (CommandFailed, OSError, ValueError)
 #: Called with a text before each turn, and with nothing after it.
 Say = Callable[[str | None], None]
@@ -30,7 +30,7 @@ Say = Callable[[str | None], None]
 
 @contextmanager
 def progress(total: int) -> Iterator[Say]:
-    """A bar of so many turns on standard error; nothing where no terminal shows it."""
+    """A progress bar of the turns on standard error; nothing if that is not a terminal."""
     if not (sys.stderr.isatty() and sys.stdout.isatty()):
         yield lambda _text: None
         return
@@ -54,7 +54,7 @@ def progress(total: int) -> Iterator[Say]:
 def try_all(
     contestants: Sequence[Contestant], area: Area, versions: dict[str, str], missing: dict[str, str]
 ) -> None:
-    """Mount each once: the versions of those who can, the reasons of the others."""
+    """Mount each once: the versions of those that can, the reasons of the others."""
     for contestant in contestants:
         try:
             version = contestant.version()
@@ -66,7 +66,7 @@ def try_all(
 
 
 def turns(workloads: Sequence[Workload], contestants: Sequence[Contestant], rounds: int) -> int:
-    """How many there will be, those to warm up included."""
+    """The number of turns, including the warm-up."""
     total = 0
     for workload in workloads:
         suitable = sum(workload.reason_against(contestant) is None for contestant in contestants)
@@ -84,7 +84,7 @@ def measure(
     results: Results,
     say: Say,
 ) -> None:
-    """All rounds. Contestants follow one another at the same workload, every time in another order."""
+    """Run all rounds. All contestants run a workload in sequence, each time in another order."""
     for number in range(rounds):
         for index, workload in enumerate(workloads):
             if workload.once and number > 0:
@@ -123,8 +123,8 @@ def _suitable(
 
 
 def _warm_up(workload: Workload, contestant: Contestant, area: Area, seconds: float, say: Say) -> None:
-    """A turn that does not count: it makes the parts, and brings programs and layers into memory."""
+    """Run a turn that does not count: it creates the parts, and loads programs and layers into memory."""
     say(f"warming up: {workload.name}")
-    with suppress(*_FAILURES):  # the turns that count will tell
+    with suppress(*_FAILURES):  # the turns that count will report it
         workload.take_turn(contestant, area, seconds, None)
     say(None)

@@ -1,7 +1,7 @@
-"""The HTML report of a run: one file that needs nothing else, with plots, tables and the data itself.
+"""The HTML report of a run: one self-contained file with plots, tables and the data itself.
 
-It has no scripts, and a Content-Security-Policy that allows nothing to be loaded: what is in the results
-(names, messages of programs) is escaped, and could do nothing if it were not.
+It has no scripts, and its Content-Security-Policy allows nothing to be loaded: text from the results (names,
+messages of programs) is escaped, and would be harmless if it were not.
 """
 
 from __future__ import annotations
@@ -21,14 +21,14 @@ from benchmarks.perf.results import OVERLAYFS, ContestantFacts, Run, WorkloadFac
 
 _TEMPLATES = Path(__file__).parent / "templates"
 _PALETTE = 6
-"""Colours and shapes of ours, and so many of the others."""
+"""The number of colours and shapes for unionfs, and for the others."""
 _KNOWN_OURS = ("hybrid", "passthrough", "cached", "pyfuse3")
 _KNOWN_OTHERS = ("plain", "overlayfs", "fuse-overlayfs", "unionfs-fuse", "mergerfs")
 _PARTS = 9
-"""Kinds of requests with a colour of their own; the others are one more."""
-#: Below and above this a ratio is called a difference; between the two are machines, not programs.
+"""The number of request kinds with their own colour; all others share one more."""
+#: A ratio above this (or below its inverse) counts as a difference; smaller ones are the machine's.
 _ALIKE = 1.05
-#: In place of a value.
+#: Printed for a missing value.
 NONE = "\N{EN DASH}"
 
 
@@ -39,7 +39,7 @@ class Cell:
     median: str
     spread: str
     ratios: tuple[str, ...]
-    """To kernel overlayfs and to the best peer; `-` where there is none."""
+    """To kernel overlayfs and to the best peer; `-` if missing."""
     leads: bool
     """Whether no other union is better."""
 
@@ -65,7 +65,7 @@ class Section:
     columns: tuple[str, ...]
     lines: tuple[Line, ...]
     whats: tuple[tuple[str, str], ...]
-    """Workloads, and what each does."""
+    """Workloads and their descriptions."""
 
 
 @dataclass(frozen=True)
@@ -79,7 +79,7 @@ class Tile:
 
 @dataclass(frozen=True)
 class Means:
-    """A contestant's geometric means of the ratios to one reference, a group each."""
+    """A contestant's geometric means of the ratios to one reference, one per group."""
 
     name: str
     values: tuple[str, ...]
@@ -87,7 +87,7 @@ class Means:
 
 @dataclass(frozen=True)
 class Cost:
-    """What a workload cost in one daemon."""
+    """A workload's cost in one daemon."""
 
     workload: str
     operation: str
@@ -114,15 +114,15 @@ def render(run: Run, *, name: str = "") -> str:
 
 
 class _View:
-    """What the template shows."""
+    """The template's values."""
 
     def __init__(self, run: Run) -> None:
         self.run = run
         self.results = run.results
-        order = ("kernel", "ours", "peer", "plain")  # what matters most is seen first on a small screen
+        order = ("kernel", "ours", "peer", "plain")  # the most important first, for small screens
         self.present = sorted(run.present(), key=lambda each: order.index(each.kind))
         self.styles = _styles(run.contestants)
-        # drawn once in the page, and used wherever a name stands
+        # drawn once in the page, and used next to every name
         self.markers = [Markup(plots.swatch(style)) for style in self.styles.values()]
         self.swatches = {
             name: Markup('<svg class="swatch" viewBox="0 0 12 12" aria-hidden="true">'
@@ -138,7 +138,7 @@ class _View:
     # The summary
 
     def _best(self, reference: Mapping[Figure, str]) -> dict[Figure, float]:
-        """By figure the ratio of the best of ours to the reference."""
+        """By figure the ratio of the best contestant of unionfs to the reference."""
         found = {}
         for figure, other in reference.items():
             mine = self.run.best_ours(figure)
@@ -148,7 +148,7 @@ class _View:
         return found
 
     def _references(self) -> list[tuple[str, dict[Figure, str]]]:
-        """Words for what ours is held against, and who that is in each figure."""
+        """What unionfs is compared with: a label, and by figure the contestant."""
         found = []
         if self.overlayfs:
             found.append(("kernel overlayfs", dict.fromkeys(self.figures, self.overlayfs)))
@@ -158,7 +158,7 @@ class _View:
         return found
 
     def tiles(self) -> list[Tile]:
-        """How often the best of ours is as good as the others, and by how much."""
+        """How often unionfs at its best matches the others, and by how much."""
         tiles = []
         for words, reference in self._references():
             ratios = list(self._best(reference).values())
@@ -175,7 +175,7 @@ class _View:
         return tiles
 
     def means(self) -> list[tuple[str, list[Means]]]:
-        """For each reference the table of geometric means; the first value is that over everything."""
+        """For each reference the table of geometric means; the first value is the overall mean."""
         tables = []
         for words, reference in self._references():
             rows = []
@@ -197,7 +197,7 @@ class _View:
         return NONE if mean is None else times(mean)
 
     def groups(self) -> list[str]:
-        """Names, in order, of those with figures."""
+        """The names, in order, of contestants with figures."""
         there = dict.fromkeys(figure.group for figure in self.figures)
         return [*(name for name in self.run.groups if name in there),
                 *(name for name in there if name not in self.run.groups)]  # fmt: skip
@@ -207,7 +207,7 @@ class _View:
         return self.run.groups.get(group) or group
 
     def summary(self) -> list[tuple[str, str, plots.Plot, list[str]]]:
-        """The plots of all workloads: title, alternative text, plot, and who is in it."""
+        """The plots of all workloads: title, alternative text, plot, and its contestants."""
         found = []
         for words, reference in self._references():
             names = list(self.ours)
@@ -215,7 +215,7 @@ class _View:
                 names += self.peers
             rows = self._summary_rows(names, reference)
             if rows:
-                text = f"Ratios to {words} of {', '.join(names)}, a workload each; the tables have them."
+                text = f"Ratios to {words} of {', '.join(names)}, one row per workload; the tables have them."
                 plot = plots.ratios(rows, self._chosen(names), words.replace("the ", ""), text)
                 found.append((f"Against {words}", text, plot, names))
         return found
@@ -240,7 +240,7 @@ class _View:
         return rows
 
     def _family(self, figure: Figure) -> str:
-        """Its line of the summary. Cold and warm reads of a family are no mean of each other."""
+        """A figure's line of the summary. Cold and warm reads are not averaged with each other."""
         workload = self.run.workload_of(figure)
         if workload is None or not workload.family or not figure.name.startswith(workload.name):
             return figure.name
@@ -249,7 +249,7 @@ class _View:
     def _dot(
         self, label: str, figures: Sequence[Figure], name: str, reference: Mapping[Figure, str]
     ) -> plots.Dot | None:
-        """One figure with the spread of its rounds, or several with their mean, the worst and the best."""
+        """One figure with the spread of its rounds, or the mean of several with the worst and the best."""
         known = [
             (figure, ratio)
             for figure in figures
@@ -278,7 +278,7 @@ class _View:
     # The sections
 
     def sections(self) -> list[Section]:
-        """A group each."""
+        """One section per group."""
         sections = []
         for number, group in enumerate(self.groups()):
             figures = [figure for figure in self.figures if figure.group == group]
@@ -332,7 +332,7 @@ class _View:
         )
 
     def failure(self, line: str, name: str) -> str | None:
-        """Why a contestant has no such figure."""
+        """Why a contestant lacks a figure."""
         for figure in self.figures:
             if figure.name == line:
                 workload = self.run.workload_of(figure)
@@ -343,7 +343,7 @@ class _View:
     # The daemons
 
     def costs(self) -> list[list[Cost]]:
-        """Workload by workload the daemons' CPU time and requests."""
+        """The daemons' CPU time and requests by workload."""
         found = []
         for workload in self._costly():
             by_name = self.results.daemons[workload.name]
@@ -373,7 +373,7 @@ class _View:
         )  # fmt: skip
 
     def requests(self) -> list[tuple[str, plots.Plot, list[str]]]:
-        """For each group where requests were counted its title, its plot and the kinds in it."""
+        """For each group with counted requests its title, its plot and the kinds in it."""
         found = []
         for group in self.groups():
             workloads = [workload for workload in self._costly() if workload.group == group]
@@ -425,13 +425,13 @@ class _View:
         return facts
 
     def rounds(self) -> str:
-        """How many samples a figure has."""
+        """The number of samples per figure."""
         numbers = {len(samples) for by_name in self.results.samples.values() for samples in by_name.values()}
         low, high = (min(numbers), max(numbers)) if numbers else (0, 0)
         return str(low) if low == high else f"{low} to {high}"
 
     def skipped(self) -> list[tuple[str, str, str]]:
-        """Contestant (or all), workloads, and why they were not tried there."""
+        """Contestant (or all), workloads, and why they were not tried."""
         together: dict[tuple[str, str], list[str]] = {}
         for (workload, name), reason in self.results.skipped.items():
             together.setdefault((name or "all", reason), []).append(workload)
@@ -461,7 +461,7 @@ def _between(low: float, high: float) -> str:
 
 
 def _rate(value: float) -> str:
-    """Requests an operation: whole numbers as such."""
+    """Requests per operation; integers without decimals."""
     if 0 < value < 0.001:
         return "<0.001"
     return f"{value:,.0f}" if value == round(value) else shown(value)
@@ -478,7 +478,7 @@ def _plain(value: object) -> str:
 
 
 def _styles(contestants: Sequence[ContestantFacts]) -> dict[str, plots.Style]:
-    """Ours get the strong colours, the others the quieter ones; who is known, the same on every page."""
+    """Strong colours for unionfs, quieter ones for the others; known names have the same on every page."""
     ours, others = list(_KNOWN_OURS), list(_KNOWN_OTHERS)
     styles = {}
     for each in contestants:

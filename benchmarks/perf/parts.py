@@ -1,6 +1,6 @@
-"""What lies in the lower: trees, files, a database, sources; each made when a workload first needs it.
+"""The content of the lower: trees, files, a database, sources; each created when a workload first needs it.
 
-Everything is made from the same seeds in every run, and nothing comes from a network.
+Everything is generated from the same seeds in every run, and nothing comes from a network.
 """
 
 from __future__ import annotations
@@ -23,14 +23,14 @@ from benchmarks.perf.processes import CommandFailed, run
 
 @dataclass(frozen=True)
 class Sizes:
-    """How much there is of everything. The defaults are those of a whole run."""
+    """The sizes of everything. The defaults are those of a whole run."""
 
     megabytes: int = 256
     """Of fio's file."""
     copy_up_megabytes: int = 1024
-    """Of the file that is copied up for one byte."""
+    """Of the copy-up workload's file."""
     entries: int = 100_000
-    """Of the large tree, whose inodes' memory is measured."""
+    """Of the large tree for the memory per inode."""
     small_files: int = 5000
     tree_directories: int = 200
     tree_files: int = 2800
@@ -38,7 +38,7 @@ class Sizes:
     names: int = 100_000
     """In one directory."""
     lowers: int = 500
-    """As many as the kernel takes (OVL_MAX_STACK of fs/overlayfs/super.c)."""
+    """The kernel's maximum (OVL_MAX_STACK of fs/overlayfs/super.c)."""
     sources: int = 120
     """C files."""
     transactions: int = 300
@@ -61,7 +61,7 @@ QUICK = Sizes(
 
 #: The word that grep looks for; it is in every tenth file of the tree.
 WORD = "quagga"
-#: Names that are looked up in the large directory, and that are made in it.
+#: Names that are looked up in the large directory, and created in it.
 NAMES_USED = 1000
 #: Rows that are read by their key.
 ROWS_READ = 2000
@@ -69,10 +69,10 @@ ROWS_READ = 2000
 IMPORTED = ("trio", "rich", "click", "jinja2")
 #: Files of one npm package.
 PACKAGE_FILES = 25
-#: Files that every one of the many lowers has under its own name, and those that all of them have.
+#: Files that each of the many lowers has under its own name, and those that all of them have.
 SHARED_NAMES = 4
 
-#: Git without anybody's settings, and without the refreshed index that it would write after looking.
+#: Git without user settings, and without writing a refreshed index.
 GIT_ENVIRONMENT = {
     "GIT_CONFIG_GLOBAL": "/dev/null", "GIT_CONFIG_SYSTEM": "/dev/null", "GIT_OPTIONAL_LOCKS": "0",
     "GIT_AUTHOR_NAME": "perf", "GIT_AUTHOR_EMAIL": "perf@localhost",
@@ -82,12 +82,12 @@ _LONG_AGO = 1_500_000_000
 
 
 def make(part: str, path: Path, sizes: Sizes) -> None:
-    """Make a part at `path`, which does not exist yet. Raises CommandFailed and OSError."""
+    """Create a part at `path`, which does not exist yet. Raises CommandFailed and OSError."""
     _MAKERS[part](path, sizes)
 
 
 def bytes_needed(part: str, sizes: Sizes) -> int:
-    """About what a part takes on its filesystem."""
+    """The approximate space of a part on its filesystem."""
     many = {"many": sizes.entries, "names": sizes.names}
     if part in many:
         return many[part] * 1024
@@ -125,7 +125,7 @@ def _names(path: Path, sizes: Sizes) -> None:
 
 
 def _lowers(path: Path, sizes: Sizes) -> None:
-    """Directories that are stacked: each has a name of its own, and names that all have."""
+    """The stacked directories: each has its own name, and names that all have."""
     for number in range(sizes.lowers):
         shared = path / f"l{number}" / "shared"
         shared.mkdir(parents=True)
@@ -162,7 +162,7 @@ def _files(path: Path, directories: int, files: int) -> None:
         file = places[number % directories] / f"file{number:04}.txt"
         file.write_text(_text(dice, number))
         file.chmod(0o644)
-        # Git reads a file again that is as young as its index.
+        # Git rereads a file that is as young as its index.
         os.utime(file, (_LONG_AGO, _LONG_AGO))
 
 
@@ -174,8 +174,8 @@ def _repo(path: Path, sizes: Sizes) -> None:
     _files(path, sizes.tree_directories, sizes.repository_files)
     for words in (
         ("init", "-q", "."),
-        # Device and inode numbers, and the time of the last change, are others in every mount. Everybody
-        # shall do the same work: ask for all attributes, and not read what has not changed.
+        # Device and inode numbers and ctime differ between mounts. All contestants must do the same work:
+        # request all attributes, and not read unchanged files.
         ("config", "core.checkStat", "minimal"),
         ("config", "core.trustctime", "false"),
         ("add", "-A"),
@@ -210,7 +210,7 @@ def _database(path: Path, sizes: Sizes) -> None:
 
 
 def _sources(path: Path, sizes: Sizes) -> None:
-    """A C program of many small files, a header each, with a Makefile."""
+    """A C program of many small files, each with a header, and a Makefile."""
     (path / "include").mkdir(parents=True)
     count = sizes.sources
     for number in range(count):
@@ -240,7 +240,7 @@ def _sources(path: Path, sizes: Sizes) -> None:
 
 
 def _site(path: Path, _sizes: Sizes) -> None:
-    """The packages of IMPORTED with what they need, as they are installed where this runs."""
+    """The packages of IMPORTED with their requirements, as installed in this environment."""
     path.mkdir()
     todo, seen = list(IMPORTED), set[str]()
     while todo:
@@ -263,13 +263,13 @@ def _site(path: Path, _sizes: Sizes) -> None:
                 shutil.copy2(source, target)
     if not (path / "trio").is_dir():
         raise CommandFailed("trio is not installed as a package, so there is nothing to import")
-    # Whether a package came with its compiled modules must not matter; what a .pyc is checked by is the time
-    # of its source, which copying keeps.
+    # Packages with and without compiled modules must not differ; a .pyc is validated by its source's mtime,
+    # which copying preserves.
     run([sys.executable, "-m", "compileall", "-q", "-x", r"tests?/", str(path)])
 
 
 def _npm(path: Path, sizes: Sizes) -> None:
-    """A project and the packages that it depends on, each a tarball as `npm pack` makes it."""
+    """A project and its dependencies, each a tarball as by `npm pack`."""
     (path / "packages").mkdir(parents=True)
     dependencies = {}
     for number in range(sizes.packages):

@@ -1,7 +1,7 @@
 """Plots for the HTML report: SVG that takes its colours and fonts from the page, in a wide and a narrow form.
 
-matplotlib draws with colours that nobody else uses, and those are replaced by the page's CSS variables
-afterwards, so that one drawing serves light and dark pages and paper. All text stays text.
+matplotlib draws with unique colours, which are then replaced by the page's CSS variables, so that one drawing
+serves light and dark pages and paper. All text stays text.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from matplotlib.figure import Figure as Canvas
 from matplotlib.ticker import FixedLocator, FuncFormatter, NullFormatter, NullLocator
 from matplotlib.transforms import blended_transform_factory
 
-_DPI = 72  # matplotlib's SVG has one unit a point
+_DPI = 72  # matplotlib's SVG has one unit per point
 _WIDE, _NARROW = 960, 350
 _LABELS = 232
 """Pixels for the labels at the left of a wide plot."""
@@ -31,9 +31,9 @@ _LANE = 8.0
 _HEAD = 40.0
 _HEADING = 30.0
 _WORDS = 80.0
-"""Pixels that words take at each side of 1.0."""
+"""Pixels for the words at each side of 1.0."""
 _LONGEST = 10
-"""Rows of a piece."""
+"""Rows per piece."""
 
 TIMES = "\N{MULTIPLICATION SIGN}"
 
@@ -45,14 +45,14 @@ _PLACES = {"d", "x", "y", "transform"}
 _LONG_NUMBER = re.compile(r"\d+\.\d{3,}")
 _ids = count()
 
-#: In the order in which contestants of a kind get them; shapes differ as well as colours.
+#: Assigned in this order to contestants of a kind; shapes differ as well as colours.
 MARKERS_OURS = ("o", "D", "s", "^", "p", "h")
 MARKERS_OTHERS = ("X", "P", "v", "<", ">", "8")
 
 
 @dataclass(frozen=True)
 class Style:
-    """How a contestant looks: the CSS variable --cN, and a marker of matplotlib."""
+    """A contestant's style: the CSS variable --cN, and a marker of matplotlib."""
 
     colour: int
     marker: str
@@ -60,7 +60,7 @@ class Style:
 
 @dataclass(frozen=True)
 class Dot:
-    """A ratio with its spread. `text` is shown under the pointer."""
+    """A ratio with its spread. `text` is its tooltip."""
 
     contestant: str
     value: float
@@ -71,7 +71,7 @@ class Dot:
 
 @dataclass(frozen=True)
 class Row:
-    """A line of a plot of ratios, or with no dots a heading of those below."""
+    """A row of a plot of ratios, or without dots a heading of those below."""
 
     label: str
     dots: Sequence[Dot]
@@ -79,7 +79,7 @@ class Row:
 
 @dataclass(frozen=True)
 class Bar:
-    """A stack: lengths by part. `text` stands at its end."""
+    """A stack: lengths by part. `text` is printed at its end."""
 
     label: str
     parts: Mapping[str, float]
@@ -88,7 +88,7 @@ class Bar:
 
 @dataclass(frozen=True)
 class Stack:
-    """The bars of one workload. `what` they measure stands below its label, or behind it."""
+    """The bars of one workload. `what` they measure is printed below its label, or behind it."""
 
     label: str
     what: str
@@ -100,7 +100,7 @@ _Part = TypeVar("_Part", Row, Stack)
 
 @dataclass(frozen=True)
 class Plot:
-    """Both forms of a plot, as SVG to stand in a page: one or, when it is long, several."""
+    """Both forms of a plot, as SVG to embed in a page: one or, for a long plot, several."""
 
     wide: str
     narrow: str
@@ -111,12 +111,12 @@ def _standin(colour: int, series: str = "e") -> str:
 
 
 def _pieces(rows: Sequence[_Part]) -> list[list[_Part]]:
-    """Parts of a long plot, none longer than a page of paper or so long that its axes are out of sight."""
+    """The pieces of a long plot, each short enough for a sheet of paper and for its axes to stay in sight."""
     size = math.ceil(len(rows) / math.ceil(len(rows) / _LONGEST)) if rows else 1
     pieces: list[list[_Part]] = [[]]
     for row in rows:
         if len(pieces[-1]) >= size:
-            # a heading stays with what it is of
+            # a heading stays with its rows
             last = pieces[-1][-1]
             pieces.append([pieces[-1].pop()] if isinstance(last, Row) and not last.dots else [])
         pieces[-1].append(row)
@@ -131,7 +131,7 @@ def _both(
         rc_context({"svg.fonttype": "none", "svg.hashsalt": "-", "font.size": 12, "text.parse_math": False}),
         catch_warnings(),
     ):
-        # The browser has its own fonts, so it is no matter what matplotlib's lacks.
+        # The browser has its own fonts, so glyphs missing from matplotlib's do not matter.
         simplefilter("ignore", UserWarning)
         return Plot(
             *("".join(_svg(*draw(piece, narrow), label) for piece in pieces) for narrow in (False, True))
@@ -139,7 +139,7 @@ def _both(
 
 
 def _label(text: str, longest: int = 36) -> str:
-    """What fits, without what XML can't have."""
+    """The text cut to fit, without characters that XML forbids."""
     text = "".join(letter if letter.isprintable() else "\N{REPLACEMENT CHARACTER}" for letter in text)
     return text if len(text) <= longest else f"{text[: longest - 1]}…"
 
@@ -152,7 +152,7 @@ def _canvas(width: float, height: float) -> Canvas:
 
 
 def _svg(canvas: Canvas, titles: Mapping[str, str], label: str) -> str:
-    """What matplotlib draws, as an element for HTML: no namespaces, no sizes, no ids that others have."""
+    """matplotlib's drawing as an HTML element: no namespaces, no sizes, unique ids."""
     file = io.StringIO()
     canvas.savefig(file, format="svg", metadata={"Date": None, "Creator": None, "Format": None, "Type": None})
     root = ElementTree.fromstring(file.getvalue())
@@ -211,7 +211,7 @@ def _plain_axes(axes: Axes) -> None:
 
 
 def _limits(rows: Sequence[Row]) -> tuple[float, float]:
-    """Of the logarithmic axis: all dots with some room, and 1.0 within; a long spread may be cut off."""
+    """The limits of the logarithmic axis: all dots with a margin, and 1.0; a long spread may be cut off."""
     values = [dot.value for row in rows for dot in row.dots]
     lows = [max(dot.low, dot.value / 3) for row in rows for dot in row.dots]
     highs = [min(dot.high, dot.value * 3) for row in rows for dot in row.dots]
@@ -219,7 +219,7 @@ def _limits(rows: Sequence[Row]) -> tuple[float, float]:
 
 
 def _with_room(low: float, high: float, width: float) -> tuple[float, float]:
-    """Wider limits, where the words at 1.0 would not fit on both sides of it."""
+    """Wider limits, if the words would not fit on both sides of 1.0."""
     share = _WORDS / (width - _WORDS)
     high = max(high, low**-share)
     return min(low, high**-share), high
@@ -227,7 +227,7 @@ def _with_room(low: float, high: float, width: float) -> tuple[float, float]:
 
 def _ticks(low: float, high: float, width: float) -> list[float]:
     decades = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
-    room = width / math.log10(high / low)  # pixels a decade
+    room = width / math.log10(high / low)  # pixels per decade
     steps = (1, 2, 5) if room > 120 else (1, 3) if room > 75 else (1,)
     ticks = [step * 10.0**decade for decade in decades for step in steps]
     margin = (high / low) ** (14 / width)  # a label needs so many pixels to each side
@@ -235,7 +235,7 @@ def _ticks(low: float, high: float, width: float) -> list[float]:
 
 
 def ratios(rows: Sequence[Row], styles: Mapping[str, Style], reference: str, label: str) -> Plot:
-    """Dots on a logarithmic axis, better to the right; every contestant has a lane of its own in each row."""
+    """Dots on a logarithmic axis, better to the right; every contestant has its own lane in each row."""
     names = [name for name in styles if any(dot.contestant == name for row in rows for dot in row.dots)]
     lanes = {name: lane for lane, name in enumerate(names)}
     least, greatest = _limits(rows)
@@ -299,7 +299,7 @@ def ratios(rows: Sequence[Row], styles: Mapping[str, Style], reference: str, lab
 
 
 def _direction(axes: Axes, reference: str, narrow: bool) -> None:
-    """What the two sides of 1.0 mean."""
+    """Label the two sides of 1.0."""
     at = blended_transform_factory(axes.transData, axes.transAxes)
     offset = 26.0
     for side, words, place in ((-1, "◂ worse", "right"), (1, "better ▸", "left")):
@@ -310,9 +310,9 @@ def _direction(axes: Axes, reference: str, narrow: bool) -> None:
 
 
 def stacks(stacks: Sequence[Stack], parts: Sequence[str], label: str) -> Plot:
-    """Horizontal bars, made of `parts` in the colours --k0, --k1 ... of the page.
+    """Horizontal bars of `parts` in the colours --k0, --k1 ... of the page.
 
-    The longest bar of each stack has the full width: what is to be compared lies within a stack.
+    The longest bar of each stack has the full width: comparisons are within a stack.
     """
 
     def draw(stacks: Sequence[Stack], narrow: bool) -> tuple[Canvas, dict[str, str]]:
@@ -346,7 +346,7 @@ def stacks(stacks: Sequence[Stack], parts: Sequence[str], label: str) -> Plot:
                 start = begin
                 for colour, part in enumerate(parts):
                     length = bar.parts.get(part, 0.0) * pixels
-                    if length < 0.5:  # nobody sees it
+                    if length < 0.5:  # too short to see
                         start += length
                         continue
                     key = f"bar{index}x{number}x{colour}"

@@ -1,8 +1,8 @@
-"""Starting, timing and ending processes, also when the run is interrupted.
+"""Starts, times and ends processes, also when the run is interrupted.
 
-A signal raises `Interrupted` in whatever runs, but not within `held`: a process that was started is always
-known here, and cleaning up is never left half-way. Every process gets a session (and so a process group) of
-its own, so that a Ctrl-C reaches this program alone, which then ends the others in order.
+A signal raises `Interrupted` in the running code, but not within `held`: so every started process is known
+here, and cleaning up always completes. Every process gets its own session (and process group), so that a
+Ctrl-C reaches only this program, which then ends the others in order.
 """
 
 from __future__ import annotations
@@ -21,18 +21,18 @@ from types import FrameType
 from typing import IO
 
 REPOSITORY = Path(__file__).resolve().parents[2]
-#: Seconds after which a command is taken to hang.
+#: Seconds after which a command is considered hung.
 LONGEST = 120.0
 _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 _TICKS = os.sysconf("SC_CLK_TCK")
 
 
 class Interrupted(BaseException):
-    """A signal asked for the end; the argument is its number."""
+    """A signal requested termination; the argument is its number."""
 
 
 class CommandFailed(Exception):
-    """A command ended badly or not at all; the text is the reason, in one line."""
+    """A command failed or did not end; the text is the reason, in one line."""
 
 
 class _State:
@@ -44,7 +44,7 @@ def _on_signal(number: int, _frame: FrameType | None) -> None:
     if _State.depth:
         _State.pending = number
         return
-    # One is enough: a second one would cut the cleaning up short.
+    # One is enough: a second one would interrupt the clean-up.
     for each in _SIGNALS:
         signal.signal(each, signal.SIG_IGN)
     raise Interrupted(number)
@@ -58,7 +58,7 @@ def catch_signals() -> None:
 
 @contextmanager
 def held() -> Iterator[None]:
-    """Within this a signal has to wait."""
+    """Defer signals within the block."""
     _State.depth += 1
     try:
         yield
@@ -113,7 +113,7 @@ def wait(process: subprocess.Popen[bytes], seconds: float) -> bool:
 
 
 def end(process: subprocess.Popen[bytes], *, patience: float = 5.0) -> None:
-    """End a process that `start` started, with all in its group: politely, then by force."""
+    """End a process that `start` started, with its whole group: SIGTERM, then SIGKILL."""
     with held():
         for number, seconds in ((signal.SIGTERM, patience), (signal.SIGKILL, 10.0)):
             if process.poll() is None:
@@ -126,14 +126,14 @@ def end(process: subprocess.Popen[bytes], *, patience: float = 5.0) -> None:
 
 
 def end_all() -> None:
-    """End every process that is still there."""
+    """End every remaining process."""
     for process in list(_started):
         end(process, patience=1.0)
 
 
 @dataclass(frozen=True)
 class Done:
-    """A command that ended well."""
+    """A command that succeeded."""
 
     seconds: float
     output: str
@@ -148,7 +148,7 @@ def run(
 ) -> Done:
     """Run a command and time it, from its start to its end. Raises CommandFailed.
 
-    Its output goes to a file: GNU grep and others do less work when it goes to /dev/null.
+    Its output goes to a file: GNU grep and others do less work if it goes to /dev/null.
     """
     with tempfile.TemporaryFile(dir="/dev/shm") as output, tempfile.TemporaryFile(dir="/dev/shm") as errors:
         began = time.perf_counter()
@@ -175,7 +175,7 @@ def cpu_seconds(pid: int) -> float:
 
 
 def resident_bytes(pid: int) -> int:
-    """Memory of a process that is in RAM: VmRSS of proc_pid_status(5)."""
+    """The resident set of a process: VmRSS of proc_pid_status(5)."""
     for line in Path(f"/proc/{pid}/status").read_text(errors="replace").splitlines():
         if line.startswith("VmRSS:"):
             return int(line.split()[1]) * 1024

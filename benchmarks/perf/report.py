@@ -1,4 +1,4 @@
-"""What a run found, as tables on the terminal."""
+"""The results of a run, as tables on the terminal."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ _TOP_KINDS = 4
 
 
 def make_console() -> Console:
-    """For standard output; wide enough for all columns where no terminal tells its width."""
+    """A console for standard output; wide enough for all columns if it is not a terminal."""
     return Console(highlight=False, width=None if sys.stdout.isatty() else 170)
 
 
 def print_contestants(
     console: Console, machine: Mapping[str, Scalar], versions: Mapping[str, str], missing: Mapping[str, str]
 ) -> None:
-    """Where it runs, who takes part in which version, who does not and why."""
+    """The host, the contestants' versions, and the missing ones with reasons."""
     console.print(Text(
         f"{machine['system']}, Linux {machine['kernel']}, {machine['cpus']} x {machine['cpu']}, "
         f"{machine['memory_mib']} MiB; layers on {machine['filesystem']}\n"
@@ -63,10 +63,10 @@ def _cell(run: Run, figure: Figure, name: str, peer: str | None) -> Text:
 
 
 def print_results(console: Console, run: Run) -> None:
-    """The tables: a group each, then what it cost in the daemons, then what is missing."""
+    """The tables: one per group, then the daemons' costs, then what is missing."""
     columns = [each.name for each in run.present()]
     console.print(
-        f"\nMedians of up to {run.settings['rounds']} rounds. Below them the least and the most, and how "
+        f"\nMedians of up to {run.settings['rounds']} rounds. Below them the minimum and maximum, and how "
         f"many times as good as {OVERLAYFS}, and as the best of the other FUSE unions, whose name is at the "
         "left (above 1 is better)."
     )
@@ -74,7 +74,7 @@ def print_results(console: Console, run: Run) -> None:
         figures = [figure for figure in run.results.samples if figure.group == group]
         if not figures:
             continue
-        # Who has nothing in a group would only make its table wider.
+        # A contestant without figures in a group would only make its table wider.
         shows = [name for name in columns if any(name in run.results.samples[figure] for figure in figures)]
         table = _table(title, shows)
         for figure in figures:
@@ -122,7 +122,7 @@ def _print_daemons(console: Console, run: Run) -> None:
 
 
 def _print_missing(console: Console, run: Run) -> None:
-    """What has no figure: first what is in the nature of things, then what went wrong."""
+    """What has no figure: first what was not measured, then what failed."""
     together: dict[tuple[str, str], list[str]] = {}
     for (workload, name), reason in run.results.skipped.items():
         together.setdefault((name or "all", reason), []).append(workload)

@@ -1,9 +1,9 @@
-"""A run as a file of JSON: saved with all that was measured, loaded again for reports and comparisons.
+"""A run as a JSON file: saved with all samples, loaded again for reports and comparisons.
 
-Schema 2 has every sample, also of the daemons' CPU time and requests, and tells what contestants and
-workloads are, so that a file can be understood without the program that wrote it. What can be computed from
-samples (median, spread, ratios) is written for other readers, and ignored when the file is loaded. Schema 1,
-which has no `schema` key and only medians of the daemons, is understood too.
+Schema 2 has every sample, including the daemons' CPU time and requests, and describes contestants and
+workloads, so a file can be read without the program that wrote it. Values that follow from the samples
+(median, spread, ratios) are written for other readers, and ignored on loading. Schema 1, which has no
+`schema` key and only medians of the daemons, can also be loaded.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ OVERLAYFS = "overlayfs"
 Kind = Literal["plain", "kernel", "peer", "ours"]
 Scalar = str | int | float | bool | None
 
-#: Schema 1 does not tell what a contestant is; these are all there were.
+#: Schema 1 does not record a contestant's kind; these are all it had.
 _KINDS_OF_SCHEMA_1: dict[str, Kind] = {
     "plain": "plain", "overlayfs": "kernel", "fuse-overlayfs": "peer", "unionfs-fuse": "peer",
     "hybrid": "ours", "passthrough": "ours", "cached": "ours", "pyfuse3": "ours",
@@ -35,12 +35,12 @@ _KINDS_OF_SCHEMA_1: dict[str, Kind] = {
 
 
 class BadResults(Exception):
-    """The file can't be used; the text is one sentence that says why, and the cure."""
+    """The file cannot be used; the text is one sentence with the cause and the cure."""
 
 
 @dataclass(frozen=True)
 class ContestantFacts:
-    """Who took part, or wanted to."""
+    """A contestant, mounted or missing."""
 
     name: str
     what: str = ""
@@ -50,7 +50,7 @@ class ContestantFacts:
 
 @dataclass(frozen=True)
 class WorkloadFacts:
-    """What was measured, and which figures it gives."""
+    """A workload and its figures."""
 
     name: str
     group: str
@@ -59,19 +59,19 @@ class WorkloadFacts:
     operation: str = "entry"
     """What one operation is, in the singular: entry, file, read ..."""
     family: str = ""
-    """Workloads of one family are one line of a summary; empty: it has a line of its own."""
+    """Workloads of one family share a line of a summary; empty: it has its own line."""
 
 
 @dataclass
 class Run:
-    """All of one run."""
+    """One run."""
 
     results: Results
     contestants: list[ContestantFacts]
-    """In the order in which they are shown; those that are missing, too."""
+    """In display order, including missing ones."""
     workloads: list[WorkloadFacts]
     groups: dict[str, str] = field(default_factory=dict)
-    """Title by name, in the order in which they are shown."""
+    """Title by name, in display order."""
     machine: dict[str, Scalar] = field(default_factory=dict)
     settings: dict[str, object] = field(default_factory=dict)
     """The options of the run."""
@@ -80,9 +80,9 @@ class Run:
     complete: bool = True
     """False after an interruption."""
     made: str = ""
-    """When it began: ISO 8601 with the offset from UTC; empty in schema 1."""
+    """The start: ISO 8601 with the offset from UTC; empty in schema 1."""
     seconds: float | None = None
-    """How long it took."""
+    """The duration."""
 
     def present(self) -> list[ContestantFacts]:
         """Those with at least one sample."""
@@ -94,7 +94,7 @@ class Run:
         return [each.name for each in self.contestants if each.kind == kind]
 
     def best(self, figure: Figure, names: Sequence[str]) -> str | None:
-        """Which of them has the best median; None when none has one."""
+        """The one with the best median; None if none has one."""
         medians = {name: self.results.median(figure, name) for name in names}
         known = {name: median for name, median in medians.items() if median is not None}
         if not known:
@@ -102,20 +102,19 @@ class Run:
         return (max if figure.more_is_better else min)(known, key=lambda name: known[name])
 
     def best_peer(self, figure: Figure) -> str | None:
-        """The best FUSE union that is not ours."""
+        """The best FUSE union other than unionfs."""
         return self.best(figure, self.named("peer"))
 
     def best_ours(self, figure: Figure) -> str | None:
-        """The best way of ours."""
+        """The best contestant of unionfs."""
         return self.best(figure, self.named("ours"))
 
     def round_ratios(self, figure: Figure, name: str, reference: str) -> list[float]:
-        """Ratios within the rounds; none where Results.ratio gives None.
+        """Ratios within the rounds; none if Results.ratio returns None.
 
-        Both have their turns of a round one after the other, so what slows the machine for a while slows
-        both: the ratio within a round is steadier than its parts. The ratio of medians lies between the least
-        and the greatest of them. Where the numbers of samples differ, each sample is held against the other's
-        median.
+        Both have their turns of a round in sequence, so a slow period of the machine affects both: the ratio
+        within a round is steadier than its parts. The ratio of medians lies between the smallest and the
+        largest of them. If the numbers of samples differ, each sample is divided by the other's median.
         """
         if self.results.ratio(figure, name, reference) is None:
             return []
@@ -126,7 +125,7 @@ class Run:
         return [mine / its if figure.more_is_better else its / mine for mine, its in pairs]
 
     def workload_of(self, figure: Figure) -> WorkloadFacts | None:
-        """Which workload gives a figure; None when the file doesn't say so."""
+        """The workload of a figure; None if the file does not say."""
         for workload in self.workloads:
             if workload.group == figure.group and figure.name in workload.figures:
                 return workload
@@ -134,9 +133,9 @@ class Run:
 
 
 def join(runs: Sequence[Run]) -> Run:
-    """Runs of different workloads on one machine as one. Raises BadResults when they are no such runs.
+    """Merge runs of different workloads on one machine. Raises BadResults for other runs.
 
-    Every ratio stays one within a run, since each figure comes from one of them alone.
+    Every ratio stays within one run, since each figure comes from one of them alone.
     """
     first = runs[0]
     results = Results()
@@ -166,14 +165,14 @@ def join(runs: Sequence[Run]) -> Run:
 
 
 def _together(values: Sequence[object]) -> object:
-    """A setting of several runs: all lists in one, or what differs side by side."""
+    """A setting of several runs: the concatenated lists, or differing values side by side."""
     if all(isinstance(value, list) for value in values):
         return [each for value in values if isinstance(value, list) for each in value]
     different = list(dict.fromkeys(map(str, values)))
     return values[0] if len(different) == 1 else ", ".join(different)
 
 
-# What is in the file. msgspec checks types, and says where one is wrong; keys that are not here are ignored.
+# The file's content. msgspec checks types, and reports the place of a wrong one; unknown keys are ignored.
 
 
 @dataclass
@@ -235,7 +234,7 @@ class _File:
 
 
 def spread(samples: Sequence[float]) -> tuple[float, float]:
-    """The smallest and the largest; with as few rounds as there are, nothing finer is honest."""
+    """The minimum and maximum; so few rounds support nothing finer."""
     return min(samples), max(samples)
 
 
@@ -289,7 +288,7 @@ def _run(file: _File, name: str) -> Run:
 
 
 def _daemon(told: _Daemon) -> Daemon:
-    """Of schema 1 the medians, as if they were the only samples."""
+    """Load schema 1, with the medians as the only samples."""
     cpu = told.cpu_seconds
     if cpu is None:
         cpu = [] if told.cpu_ms is None else [told.cpu_ms / 1e3]
@@ -307,7 +306,7 @@ def _contestants(file: _File) -> list[ContestantFacts]:
 
 
 def _workloads(results: Results) -> list[WorkloadFacts]:
-    """Schema 1 has no workloads, but a figure is named like its workload, or begins with its name."""
+    """The workloads of schema 1, which has none: a figure's name is, or begins with, its workload's."""
     facts: dict[str, WorkloadFacts] = {}
     for figure in results.samples:
         name = figure.name.removesuffix(" cold").removesuffix(" warm").removesuffix(" write")
@@ -319,7 +318,7 @@ def _workloads(results: Results) -> list[WorkloadFacts]:
 
 
 def to_json(run: Run, references: Sequence[str] = (OVERLAYFS, "fuse-overlayfs")) -> dict[str, object]:
-    """The file as values; `references` are those that ratios are written to."""
+    """The file as values, with ratios to `references`."""
     results = run.results
     figures: list[dict[str, object]] = []
     for figure, by_name in results.samples.items():

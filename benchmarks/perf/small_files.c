@@ -1,12 +1,12 @@
 /*
- * small_files create DIR COUNT           make DIR with COUNT files of 1 KiB, a hundred in a directory
- * small_files read DIR COUNT MILLISEC    open, read and close each of them again and again for about that long,
- *                                        at least once; prints nanoseconds a file, and how often all were read
- * small_files lookup DIR COUNT STEP      ask for the attributes of name0000000, and of each STEP-th name after it
- * small_files absent DIR COUNT           the same for names that are not there
+ * small_files create DIR COUNT           make DIR with COUNT files of 1 KiB, a hundred per directory
+ * small_files read DIR COUNT MILLISEC    open, read and close each of them repeatedly for about that long,
+ *                                        at least once; prints nanoseconds per file, and how often all were read
+ * small_files lookup DIR COUNT STEP      get the attributes of name0000000, and of each STEP-th name after it
+ * small_files absent DIR COUNT           the same for absent names
  * small_files add DIR COUNT              make COUNT empty files in DIR
  *
- * The first pass of read is not counted: it fills the caches. The last three print nanoseconds a name.
+ * The first pass of read is not counted: it fills the caches. The last three print nanoseconds per name.
  */
 #include <errno.h>
 #include <fcntl.h>

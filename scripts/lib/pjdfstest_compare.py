@@ -21,7 +21,7 @@ Key = tuple[str, int]
 
 
 def run(test: Path, name: str, directory: Path) -> dict[Key, str]:
-    """The assertions of one test file; the text is empty for one that holds."""
+    """The assertions of one test file; the text is empty if the assertion holds."""
     done = subprocess.run(
         ["sh", str(test)], cwd=directory, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT, text=True, errors="replace",
@@ -32,7 +32,7 @@ def run(test: Path, name: str, directory: Path) -> dict[Key, str]:
         found[name, int(number)] = "" if held else text.strip(" -") or "failed"
     plan = _PLAN.search(done.stdout)
     for number in range(1, int(plan[1]) + 1 if plan else 0):
-        found.setdefault((name, number), "the test file ended before it")
+        found.setdefault((name, number), "the test file ended early")
     if not found:
         found[name, 0] = f"no result: {done.stdout[-300:]}"
     return found

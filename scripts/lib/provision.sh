@@ -1,13 +1,13 @@
-# Installing what the scripts need: Debian packages and a virtual environment. Sourced by bash, from scripts/*;
+# Installs what the scripts need: Debian packages and a virtual environment. Sourced by bash, from scripts/*;
 # scripts/provision is its command line.
 #
-# UNIONFS_VENV   where the virtual environment is made (default: .venv in the repository)
+# UNIONFS_VENV   the directory of the virtual environment (default: .venv in the repository)
 
 repository=$(cd "$(dirname "${BASH_SOURCE[0]}")/../.." && pwd)
 venv=${UNIONFS_VENV:-$repository/.venv}
 build_packages=(fuse3 libfuse3-dev pkg-config gcc libc6-dev)
 
-# packages_for WHAT: the Debian packages of a purpose, one a line.
+# packages_for WHAT: the Debian packages of a purpose, one per line.
 packages_for() {
     case $1 in
         run) printf '%s\n' fuse3 libseccomp2 ;;
@@ -25,15 +25,15 @@ packages_for() {
             printf '%s\n' coreutils findutils fio fuse-overlayfs fuse3 gcc git grep libc6-dev libseccomp2 make mergerfs \
                 mount sqlite3 tar unionfs-fuse
             ;;
-        vm) # what the host needs to make and run virtual machines
+        vm) # what the host needs to build and run virtual machines
             printf '%s\n' busybox-static cpio debian-archive-keyring e2fsprogs git mmdebstrap qemu-system-x86 tar \
                 util-linux xfsprogs
             ;;
-        guest) # what the tests in a virtual machine need, beside those of the tests anywhere
+        guest) # what the tests need in a virtual machine, besides the packages for `test`
             printf '%s\n' ca-certificates iproute2 kmod nfs-common nfs-kernel-server python3 python3-dev \
                 python3-venv xz-utils zstd
             ;;
-        *) die "there are no packages for $1; there are for run, test, dev, slow, perf, vm and guest" ;;
+        *) die "unknown purpose $1; choose run, test, dev, slow, perf, vm or guest" ;;
     esac
 }
 
@@ -49,9 +49,9 @@ missing_packages() {
     done
 }
 
-# install_packages NAME...: those that are missing, as root or through sudo; else says what to run.
+# install_packages NAME...: installs the missing ones, as root or through sudo; else prints the command to run.
 install_packages() {
-    command -v dpkg-query >/dev/null || die "this is no Debian or Ubuntu; install what these are called here: $*"
+    command -v dpkg-query >/dev/null || die "this is neither Debian nor Ubuntu; install this system's equivalents of: $*"
     local missing as_root=()
     mapfile -t missing < <(missing_packages "$@")
     [ ${#missing[@]} -gt 0 ] || return 0
@@ -59,7 +59,7 @@ install_packages() {
         if command -v sudo >/dev/null && { sudo -n true 2>/dev/null || [ -t 0 ]; }; then
             as_root=(sudo)
         else
-            die "packages are missing and only root can install them: apt-get install ${missing[*]}"
+            die "packages are missing, and only root can install them: run apt-get install ${missing[*]}"
         fi
     fi
     echo "Installing ${missing[*]}"
@@ -67,7 +67,7 @@ install_packages() {
         -o DPkg::Lock::Timeout=300 -o Dpkg::Use-Pty=0)
     local install=("${apt[@]}" install --no-install-recommends "${missing[@]}")
     "${install[@]}" >/dev/null 2>&1 && return 0
-    # no package lists yet, or old ones
+    # Package lists are missing or outdated.
     "${apt[@]}" update >/dev/null && "${install[@]}" >/dev/null ||
         die "apt-get could not install ${missing[*]}; its messages are above"
 }
@@ -76,7 +76,7 @@ usable_python() {
     "$1" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null
 }
 
-# install_for WHAT...: the packages of these purposes.
+# install_for WHAT...: installs the packages of these purposes.
 install_for() {
     local what names=()
     for what in "$@"; do
@@ -85,12 +85,12 @@ install_for() {
     install_packages "${names[@]}"
 }
 
-# install_node: npm may have come from elsewhere; Debian's would be a second one.
+# install_node: installs Debian's npm unless another one is present.
 install_node() {
     command -v npm >/dev/null || install_packages nodejs npm
 }
 
-# pick_python: sets $python to a Python of at least 3.11 that can make environments and build extensions.
+# pick_python: sets $python to a Python of at least 3.11 that can create environments and build extensions.
 pick_python() {
     local name
     python=
@@ -116,7 +116,7 @@ pick_python() {
     esac
 }
 
-# make_environment EXTRA: the project and its extra (run, perf, test or dev) in $venv; at once when nothing changed.
+# make_environment EXTRA: installs the project and its extra (run, perf, test or dev) in $venv, unless up to date.
 make_environment() {
     local extra=$1 key name within=
     key=$(cat "$repository/pyproject.toml" <(printf '%s' "$repository") | sha256sum | cut -d' ' -f1)
@@ -126,8 +126,8 @@ make_environment() {
     install_packages "${build_packages[@]}"
     pick_python
     if ! usable_python "$venv/bin/python"; then
-        echo "Making a virtual environment in $venv"
-        "$python" -m venv --clear "$venv" || die "$python could not make a virtual environment in $venv"
+        echo "Creating a virtual environment in $venv"
+        "$python" -m venv --clear "$venv" || die "$python could not create a virtual environment in $venv"
     fi
     local what=$repository
     [ "$extra" = run ] || what="$repository[$extra]"

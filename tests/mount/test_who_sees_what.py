@@ -22,7 +22,7 @@ DEVIATIONS = {
     "an old mapping": "old",
     "flock, old and new descriptor": "do not meet",
     "POSIX lock, old and new descriptor": "do not meet",
-    "inotify watch on the path": "not told",
+    "inotify watch on the path": "no event",
     "old descriptor opened again for writing": STALE,
     "old descriptor opened again for reading": STALE,
     "unlinked, then written: read of an old descriptor": "old",
@@ -32,7 +32,7 @@ DEVIATIONS = {
 OTHERWISE = {
     (wsw.WRITING, "/proc/self/fd"): STALE,
     (wsw.WRITING_UNLINKED, "/proc/self/fd"): STALE,
-    ("inotify watch on the path", "truncate"): "told",
+    ("inotify watch on the path", "truncate"): "event",
 }
 """By row and writer: a file that is open cannot be opened again for writing; truncating by the name
 opens nothing, so it happens to the node that is watched."""
@@ -58,7 +58,7 @@ def test_a_native_filesystem_shows_what_was_written() -> None:
     for trial in tried("native").trials:
         assert (trial.code, trial.content) == (0, WRITERS[trial.writer].final), trial
     cells = tried("native").cells()
-    assert {cells[row, "O_RDWR"] for row in wsw.IN_ORDER} == {"writes", "new", "meet", "told", "0"}
+    assert {cells[row, "O_RDWR"] for row in wsw.IN_ORDER} == {"writes", "new", "meet", "event", "0"}
 
 
 @both

@@ -118,6 +118,8 @@ class Pair:
 
     def __init__(self, home: Path, session: str, count: int, arenas: int = ARENAS) -> None:
         self.session, self.count, self.arenas = session, count, arenas
+        #: The session without shortcuts has the same rules.
+        self.kind = session.removesuffix(mounting.PLAIN)
         self.clock = normalise.Clock.start()
         self.ours = Side("ours", home / "ours", count, arenas)
         self.theirs = Side("theirs", home / "theirs", count, arenas)
@@ -200,7 +202,7 @@ class Pair:
             return  # rule 5
         if op.name in ("rmdir", "rename") and any(_normal(item) in normalise.KEPT for item in op.args):
             return
-        open_lowers = self._open_lowers(op) if self.session == normalise.KEEPING else set()
+        open_lowers = self._open_lowers(op) if self.kind == normalise.KEEPING else set()
         if op.name == "h_reopen" and (op.who, op.args[0]) in open_lowers and _writes(op.args[2]):
             return  # rule 11
         try:
@@ -226,7 +228,7 @@ class Pair:
         theirs = self.theirs.workers[op.who].finish()
         dead = op.name.startswith("h_") and (op.who, op.args[0]) in self._dead
         if wrong := normalise.compare_results(
-            ours, theirs, dead_lower=dead, late=self.session == normalise.LATE
+            ours, theirs, dead_lower=dead, late=self.kind == normalise.LATE
         ):
             if (
                 op.name in ("chown", "h_chown")
@@ -344,7 +346,7 @@ class Pair:
         if problem is not None:
             raise problem
         ours, theirs = answers
-        if self.session == normalise.LATE and op is not None and op.name in ("truncate", "h_truncate"):
+        if self.kind == normalise.LATE and op is not None and op.name in ("truncate", "h_truncate"):
             ours = self._with_times(ours, theirs)
         self.tree = theirs
         self._check(f"after {op}", ours, self.tree, self.theirs)
@@ -384,7 +386,7 @@ class Pair:
     def _is_late(self, path: bytes) -> bool:
         """Whether overlayfs has copied the path up, and we have not yet (rule 12)."""
         return (
-            self.session == normalise.LATE
+            self.kind == normalise.LATE
             and self.is_copied_up(path, self.theirs)
             and not self.is_copied_up(path, self.ours)
         )

@@ -18,6 +18,7 @@ import pytest
 from tests.oracle.machine import Machine
 from tests.oracle.pair import ARENAS, Pair
 from tests.oracle.replay import report
+from tests.support.mounting import PLAIN, session_reason
 
 SEED = os.environ.get("UNIONFS_ORACLE_SEED", "")
 RECORD = os.environ.get("UNIONFS_ORACLE_RECORD")
@@ -56,6 +57,16 @@ def _compare(area: Path, session: str, lowers: int, *, examples: int, steps: int
 def test_same_as_kernel_overlayfs(kernel_overlay: None, area: Path, session: str, lowers: int) -> None:
     """Results, errnos, whole trees equal after each step; uppers exchangeable; lowers untouched."""
     _compare(area, session, lowers, examples=EXAMPLES[lowers], steps=40)
+
+
+@pytest.mark.watchdog(SECONDS)
+@pytest.mark.timeout(SECONDS)
+@pytest.mark.parametrize("plain", [name + PLAIN for name in ("direct-hybrid", "direct-cached")])
+def test_same_without_shortcuts(kernel_overlay: None, area: Path, plain: str) -> None:
+    """What is done only for speed is not what makes it right."""
+    if reason := session_reason(plain.removesuffix(PLAIN)):
+        pytest.skip(reason)
+    _compare(area, plain, 2, examples=2, steps=40)
 
 
 @pytest.mark.watchdog(LONG_SECONDS)

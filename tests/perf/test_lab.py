@@ -165,7 +165,7 @@ def test_wrong_work_is_a_failure(place: Path, tmp_path: Path) -> None:
         "--quick", "--on", place, "--only", "chmod", "--contestant", "overlayfs",
         path=f"{programs}:{os.environ['PATH']}",
     )  # fmt: skip
-    assert "chmod on overlayfs failed: after chmod this does not hold" in done.stdout
+    assert "chmod on overlayfs failed: after chmod this check fails" in done.stdout
 
 
 def test_missing_contestant(place: Path, tmp_path: Path) -> None:

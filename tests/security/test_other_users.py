@@ -317,8 +317,6 @@ class TestStorageOfUsers:
         assert wait_for(lambda: gone(pid))
         private = place.root / "private"
         private.mkdir(mode=0o700)
-        for name in ("registry.db", "registry.db-wal", "registry.db-shm"):
-            (store / name).unlink(missing_ok=True)
         (store / "registry.db").symlink_to(private / "registry.db")
         shutil.rmtree(store / "locks")
         (store / "locks").symlink_to(private)

@@ -110,9 +110,8 @@ class TestForged:
     def test_an_owner_that_stands_for_none(self, store: Store, area: Path) -> None:
         """chown(2) leaves the owner for -1: root."""
         store.create("data")
-        member = file(b"./x", mode=0o4755)
-        member[0].uid = 0xFFFFFFFF
-        forge.write(area / "owner.tar", [member])
+        entry, name, data = file(b"./x", mode=0o4755)
+        forge.write(area / "owner.tar", [(entry._replace(uid=0xFFFFFFFF), name, data)])
         with pytest.raises(UserError, match="no user id"):
             restore(store.volumes(), "data", str(area / "owner.tar"))
 
@@ -134,8 +133,8 @@ def restored(area: Path) -> Restored:
 class TestOrdinaryUser:
     def test_no_set_id_file_of_another_s_becomes_his(self, restored: Restored) -> None:
         """Whoever runs it would be this user, who only unpacked an archive."""
-        mine = file(b"./mine", mode=0o6755)
-        mine[0].uid = mine[0].gid = 1000
+        entry, name, data = file(b"./mine", mode=0o6755)
+        mine = (entry._replace(uid=1000, gid=1000), name, data)
         members = [file(b"./both", mode=0o6755), mine, file(b"./plain", mode=0o755)]
         told, modes = restored(members)
         assert modes == {"both": 0o755, "mine": 0o6755, "plain": 0o755}

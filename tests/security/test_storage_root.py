@@ -5,11 +5,11 @@ from __future__ import annotations
 import errno
 import os
 import shutil
-import sqlite3
 import stat
 import subprocess
 import sys
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -161,7 +161,7 @@ class TestBelieving:
         Store(sticky / "ours/root").create("data")
         assert (real / "root/volumes/data/_data").is_dir()
 
-    @pytest.mark.parametrize("name", ["registry.db", "registry.db-wal", "locks", "volumes", "volumes/data"])
+    @pytest.mark.parametrize("name", ["locks", "volumes", "volumes/data", "volumes/data/volume.json"])
     def test_a_planted_symlink_is_not_followed(self, store: Store, area: Path, name: str) -> None:
         store.create("data")
         outside = area / "outside"
@@ -169,28 +169,44 @@ class TestBelieving:
         planted = store.root / name
         if planted.exists():
             planted.rename(area / "aside")
-        planted.symlink_to(outside / "new" if "registry" in name else outside)
+        planted.symlink_to(outside)
         for words in (("inspect", "data"), ("create", "data"), ("rm", "data"), ("ls",)):
             done = store(*words)
             if words != ("ls",) or name != "volumes/data":
                 refused(done, str(planted))
         assert list(outside.iterdir()) == []
 
-    def test_a_planted_reserve_is_not_written(self, store: Store, area: Path) -> None:
-        store.ok("ls")
-        reserve = store.root / "locks/.reserve"
-        reserve.unlink()
-        reserve.symlink_to(area / "new")
-        store.ok("ls")
+    @pytest.mark.parametrize("name", ["registry.db", "registry.db-wal", "locks/.reserve"])
+    def test_what_an_earlier_version_left_is_removed_and_not_followed(
+        self, store: Store, area: Path, name: str
+    ) -> None:
         store.create("data")
-        assert not (area / "new").exists()
-
-    def test_a_pipe_in_the_registry_s_place_hangs_nobody(self, store: Store) -> None:
-        store.ok("ls")
-        for path in store.root.glob("registry.db*"):
-            path.unlink()
+        (area / "outside").write_text("x")
         os.mkfifo(store.root / "registry.db")
-        refused(store("ls"), "registry.db is not a regular file")
+        (store.root / name).unlink(missing_ok=True)
+        (store.root / name).symlink_to(area / "outside")
+        assert store.ok("ls", "-q") == "data\n"
+        assert not (store.root / "registry.db").exists()
+        assert not os.path.lexists(store.root / name)
+        assert (area / "outside").read_text() == "x"
+
+    def test_a_pipe_in_a_record_s_place_hangs_nobody(self, store: Store) -> None:
+        path = store.create("data").parent / "volume.json"
+        path.unlink()
+        os.mkfifo(path)
+        assert store("ls", "-q").stdout == "data\n"
+
+    def test_a_planted_user_is_not_written(self, store: Store, area: Path) -> None:
+        directory = store.create("data").parent
+        volumes = store.volumes()
+        volumes.attach("data", "mount:1:1:/m")
+        (path,) = directory.glob(".user-*")
+        path.unlink()
+        for name in (path.name, f"{path.name}.new"):
+            (directory / name).symlink_to(area / "new")
+            with suppress(UserError):
+                volumes.attach("data", "mount:1:1:/m")
+            assert not (area / "new").exists()
 
     def test_a_user_of_a_foreign_root_is_not_given_back_there(self, area: Path) -> None:
         """As root unmounts what a user mounted: that user's root may hold anything, or nothing."""
@@ -207,5 +223,4 @@ class TestBelieving:
         (theirs / "_data").mkdir(parents=True)
         os.chown(theirs, 1000, 1000)
         assert store.ok("ls", "-q") == "mine\n"
-        with sqlite3.connect(store.root / "registry.db") as db:
-            assert db.execute("SELECT count(*) FROM volumes").fetchone() == (1,)
+        assert os.listdir(theirs) == ["_data"]

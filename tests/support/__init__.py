@@ -1,1 +1,1 @@
-"""What tests share: mounts, layer areas, workers with another identity, snapshots of trees."""
+"""Shared parts of the tests: mounts, layer areas, workers with another identity, snapshots of trees."""

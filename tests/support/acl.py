@@ -1,4 +1,4 @@
-"""POSIX ACLs as the xattrs system.posix_acl_access and system.posix_acl_default carry them.
+"""POSIX ACLs in the form of the xattrs system.posix_acl_access and system.posix_acl_default.
 
 The layout is ``struct posix_acl_xattr_header`` of include/uapi/linux/posix_acl_xattr.h.
 """
@@ -31,7 +31,7 @@ def decode(value: bytes) -> list[tuple[int, int, int]]:
 def simple(
     owner: int, group: int, other: int, *, users: dict[int, int] | None = None, mask: int | None = None
 ) -> bytes:
-    """An ACL with named users (uid to permission bits); the mask is there exactly when a name is."""
+    """An ACL with named users (uid to permission bits); it has a mask exactly if it has a named user."""
     users = users or {}
     entries = [(USER_OBJ, owner, 0)]
     entries += [(USER, permissions, uid) for uid, permissions in sorted(users.items())]

@@ -1,9 +1,9 @@
-"""Places for layers: directories on a filesystem that has all features, and small filesystems of their own.
+"""Places for layers: directories on a filesystem with all features, and separate small filesystems.
 
 An area is a directory with mode 0755 all the way, so that a worker with another identity can enter it
-(pytest's tmp_path cannot be entered by others). Its maker holds flock(2) on it while it lives, so that the
-next run sweeps what a killed run left behind, and never what another run uses: a process id would not tell
-that across PID namespaces.
+(pytest's tmp_path excludes others). Its creator holds flock(2) on it, so that the next run sweeps what a
+killed run left behind, and never what another run uses: a process id would not distinguish these across PID
+namespaces.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ _MIN_BYTES = {"ext4": 32 << 20, "xfs": 320 << 20, "btrfs": 128 << 20}
 
 
 class Unavailable(Exception):
-    """This host cannot give the filesystem; the text is the reason for a skip."""
+    """This host does not support the filesystem; the text is the reason for a skip."""
 
 
 def mounts_below(root: Path) -> list[tuple[int, str, str]]:
@@ -53,7 +53,7 @@ def mounts_below(root: Path) -> list[tuple[int, str, str]]:
 
 
 def detach(root: Path) -> list[str]:
-    """Take away every mount at or below ``root``, hung ones too. Gives their mountpoints."""
+    """Unmount every mount at or below ``root``, hung ones too. Return their mountpoints."""
     gone = []
     for minor, where, fstype in mounts_below(root):
         if fstype.startswith("fuse"):
@@ -72,12 +72,12 @@ def detach(root: Path) -> list[str]:
 def remove(root: Path) -> None:
     """Remove a tree of any depth, after everything mounted in it."""
     detach(root)
-    # rm copes with paths beyond PATH_MAX, shutil.rmtree of Python 3.11 does not for every Python we run on.
+    # rm handles paths beyond PATH_MAX; shutil.rmtree does not on every supported Python.
     subprocess.run(["rm", "-rf", "--one-file-system", "--", str(root)], check=False)
 
 
 def _fit(path: Path) -> str | None:
-    """Why layers on ``path`` would lack a feature; None when all are there."""
+    """Why layers on ``path`` would lack a feature; None if they have all."""
     probe = Path(tempfile.mkdtemp(dir=path))
     try:
         for name in ("user.probe", "trusted.probe") if os.geteuid() == 0 else ("user.probe",):
@@ -99,7 +99,7 @@ def _fit(path: Path) -> str | None:
 
 
 def sweep() -> None:
-    """Remove what killed test runs left: areas that nobody holds a lock on, and the mounts in them."""
+    """Remove what killed test runs left: areas without a lock, and the mounts in them."""
     for base in {Path(tempfile.gettempdir()), Path("/var/tmp"), Path("/dev/shm")}:
         if not base.is_dir():
             continue
@@ -111,7 +111,7 @@ def sweep() -> None:
 
 
 def _lock(path: Path) -> int | None:
-    """An fd that holds the area, None when another process holds it."""
+    """An fd that locks the area, None if another process holds the lock."""
     fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
         fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -155,7 +155,7 @@ def area() -> Iterator[Path]:
 
 @contextmanager
 def filesystem(kind: str, size: int = 256 << 20) -> Iterator[Path]:
-    """A filesystem of its own, ``size`` bytes, mounted: "tmpfs", or a loop device with ext4, xfs or btrfs.
+    """A new mounted filesystem of ``size`` bytes: "tmpfs", or a loop device with ext4, xfs or btrfs.
 
     Raises Unavailable with the reason.
     """

@@ -1,12 +1,12 @@
 """Real mounts for tests: the union through its command line, and kernel overlayfs beside it.
 
-``mounted`` starts ``python -m unionfs mount -f`` and always cleans up: whatever the test did, afterwards
-there is no mount and no process. When the body ended well, the daemon must have ended with exit code 0 and
-must have logged no error; when it failed, the daemon's log is attached to the failure.
+``mounted`` starts ``python -m unionfs mount -f`` and always cleans up: whatever the test does, no mount and
+no process remain. If the body succeeds, the daemon must exit with code 0 and must have logged no error; if it
+fails, the daemon's log is attached to the failure.
 
-``UNIONFS_TEST_SESSIONS=overlay`` (or ``fuse-overlayfs``; comma separated) puts another filesystem in the
-union's place. It is there for developing the tests themselves: with kernel overlayfs on both sides every
-comparison must pass, with fuse-overlayfs some must fail.
+``UNIONFS_TEST_SESSIONS=overlay`` (or ``fuse-overlayfs``; comma separated) substitutes another filesystem for
+the union, for developing the tests themselves: with kernel overlayfs on both sides every comparison must
+pass, with fuse-overlayfs some must fail.
 """
 
 from __future__ import annotations
@@ -28,22 +28,28 @@ from typing import Any
 
 from tests.support import areas, syscalls
 from tests.support.patience import patient
+from tests.support.prepared import PreparedProcess
 from tests.support.worker import REPOSITORY
+from unionfs.daemon import live
 from unionfs.sys import fuseprobe
 
 SESSIONS = ["pyfuse3", "direct-hybrid", "direct-passthrough", "direct-cached"]
-"""The sessions that every mount test runs on; the direct one in each way of I/O."""
+"""The sessions that every mount test runs on; the direct one in each I/O mode."""
 
 STAND_INS = ("overlay", "fuse-overlayfs")
-"""Session names that only the environment variable can choose."""
+"""Session names that only the environment variable can select."""
 
 READY_SECONDS = patient(20.0)
 GONE_SECONDS = patient(20.0)
 
-# Closing is told to the daemon after close(2) has returned; when the mount is gone by then, the answer has
-# nobody to go to (ENOENT from /dev/fuse), and libfuse's caller logs that.
+# RELEASE is sent after close(2) has returned; if the mount is gone by then, the reply fails (ENOENT from
+# /dev/fuse), and libfuse's caller logs that.
 _HARMLESS_LOG = re.compile(r"fuse_release(dir)?\(\): fuse_reply_\* failed with No such file or directory")
 _BAD_LOG = re.compile(r"\b(ERROR|CRITICAL|Traceback|Exception ignored)\b")
+
+
+PLAIN = "-plain"
+"""Behind the name of a session: without `Shortcuts`."""
 
 
 def sessions() -> list[str]:
@@ -54,14 +60,14 @@ def sessions() -> list[str]:
 
 @functools.cache
 def session_reason(name: str) -> str | None:
-    """Why this kernel cannot have the session; None when it can."""
+    """Why this kernel does not support the session; None if it does."""
     if name in ("direct-hybrid", "direct-passthrough") and fuseprobe.offers_passthrough() is False:
-        return "this kernel offers no passthrough, which needs Linux 6.9"
+        return "this kernel does not support passthrough, which needs Linux 6.9"
     return None
 
 
 class MountFailed(AssertionError):
-    """The daemon did not come up, or did not end as it must; the text has its log."""
+    """The daemon did not start, or did not end as it must; the text has its log."""
 
 
 @dataclass
@@ -76,7 +82,7 @@ class Mount:
     session: str
     log: Path | None = None
     options: list[str] = field(default_factory=list)
-    process: subprocess.Popen[bytes] | None = None
+    process: subprocess.Popen[bytes] | PreparedProcess | None = None
     allowed_log: list[str] = field(default_factory=list)
 
     @property
@@ -85,15 +91,15 @@ class Mount:
         return self.session not in STAND_INS and self.session != "kernel"
 
     def log_text(self) -> str:
-        """What the daemon wrote to stderr so far."""
+        """What the daemon has written to stderr."""
         return self.log.read_text(errors="replace") if self.log and self.log.exists() else ""
 
     def allow_log(self, pattern: str) -> None:
-        """A test that provokes an error names the regular expression of the lines it expects in the log."""
+        """Allow log lines that match the regular expression, in a test that provokes an error."""
         self.allowed_log.append(pattern)
 
     def bad_log_lines(self) -> list[str]:
-        """Log lines of level ERROR and above, and tracebacks, that no ``allow_log`` named."""
+        """Log lines of level ERROR and above, and tracebacks, that no ``allow_log`` matches."""
         return [
             line
             for line in self.log_text().splitlines()
@@ -113,9 +119,13 @@ class Mount:
         return found
 
     def figure(self, name: str) -> int:
-        """One figure of the mount, wherever it stands in the answer of ``inspect``."""
-        found = _find(self.inspect(), name)
-        assert isinstance(found, int), f"inspect shows no figure {name!r}"
+        """One figure of the mount, at any depth of ``unionfs inspect``'s output."""
+        deadline = time.monotonic() + READY_SECONDS
+        while not (entries := [entry for entry in live.entries() if entry.pid == self.pid]):
+            assert time.monotonic() < deadline, "the daemon is not in the registry"
+            time.sleep(0.005)  # It answers requests shortly before it is announced.
+        found = _find(entries[0].ask(), name)
+        assert isinstance(found, int), f"the daemon's answer has no figure {name!r}"
         return found
 
     def kill(self) -> None:
@@ -136,7 +146,7 @@ def _find(value: Any, name: str) -> Any:
 
 
 LIVE: list[Mount] = []
-"""The mounts of the running test; the watchdog in conftest ends their daemons when the test hangs."""
+"""The mounts of the running test; the watchdog in conftest kills their daemons if the test hangs."""
 
 
 def command() -> list[str]:
@@ -145,7 +155,7 @@ def command() -> list[str]:
 
 
 def is_mounted(path: Path) -> bool:
-    """Whether something is mounted exactly there."""
+    """Whether something is mounted exactly here."""
     return any(where == str(path) for _, where, _ in areas.mounts_below(path))
 
 
@@ -154,7 +164,7 @@ def _escape(path: Path) -> str:
 
 
 def layer_options(lowers: Sequence[Path], upper: Path | None, work: Path | None) -> str:
-    """The kernel's spelling: lowerdir=...,upperdir=...,workdir=..."""
+    """The layers as the kernel's mount options: lowerdir=...,upperdir=...,workdir=..."""
     data = "lowerdir=" + ":".join(_escape(item) for item in lowers)
     if upper is not None and work is not None:
         data += f",upperdir={_escape(upper)},workdir={_escape(work)}"
@@ -180,7 +190,7 @@ def kernel_mounted(
     if upper is None and len(lowers) == 1:
         lowers = [*lowers, _empty(tmp)]
     chosen = list(options)
-    # with userxattr the kernel takes neither redirect_dir nor metacopy, not even as off
+    # With userxattr the kernel accepts neither redirect_dir nor metacopy, not even with the value off.
     own = () if "userxattr" in options else ("redirect_dir", "metacopy")
     for key in ("index", "nfs_export", *own):
         if not any(option.startswith(key + "=") for option in options):
@@ -206,7 +216,7 @@ def _empty(tmp: Path) -> Path:
 
 
 def overlay_reason() -> str | None:
-    """Why kernel overlayfs cannot be the oracle here; None when it can."""
+    """Why kernel overlayfs cannot be the oracle here; None if it can."""
     if os.geteuid() != 0:
         return "kernel overlayfs needs root"
     with areas.area() as area:
@@ -234,11 +244,14 @@ def _wait_ready(mount: Mount, process: subprocess.Popen[bytes]) -> None:
 def start(mount: Mount, arguments: Sequence[str]) -> None:
     """Run the daemon in the foreground with its stderr in a file, and wait until the mount answers."""
     assert mount.log is not None
-    with mount.log.open("ab") as log:
-        mount.process = subprocess.Popen(
-            list(arguments), stdin=subprocess.DEVNULL, stdout=log, stderr=log, cwd=REPOSITORY,
-            env={**os.environ, "PYTHONFAULTHANDLER": "1"},
-        )  # fmt: skip
+    if mount.is_ours:
+        plain = mount.session.endswith(PLAIN)
+        mount.process = PreparedProcess(arguments[len(command()) :], mount.log, REPOSITORY, plain=plain)
+    else:
+        with mount.log.open("ab") as log:
+            mount.process = subprocess.Popen(
+                list(arguments), stdin=subprocess.DEVNULL, stdout=log, stderr=log, cwd=REPOSITORY
+            )
     mount.pid = mount.process.pid
     _wait_ready(mount, mount.process)
 
@@ -271,7 +284,7 @@ def stop(mount: Mount) -> None:
         code = process.wait(GONE_SECONDS)
     except subprocess.TimeoutExpired:
         if device is not None and _in_another_namespace(device):
-            return  # somebody unshared his mount namespace meanwhile and keeps a copy; ``destroy`` ends it
+            return  # A process that has unshared its mount namespace holds a copy; ``destroy`` ends it.
         raise MountFailed(f"the daemon lives {GONE_SECONDS} s after umount: {mount.log_text()}") from None
     if code != 0:
         raise MountFailed(f"the daemon ended with {code}: {mount.log_text()}")
@@ -290,7 +303,7 @@ def _arguments(mount: Mount, options: Sequence[str]) -> list[str]:
     layers = layer_options(mount.lowers, mount.upper, mount.work)
     if mount.session == "fuse-overlayfs":
         return ["fuse-overlayfs", "-f", "-o", ",".join([layers, *options]), str(mount.mountpoint)]
-    session, _, io = mount.session.partition("-")
+    session, _, io = mount.session.removesuffix(PLAIN).partition("-")
     arguments = [*command(), "mount", "-f", "--session", session, *(["--io", io] if io else [])]
     for lower in mount.lowers:
         arguments += ["-l", str(lower)]
@@ -316,7 +329,7 @@ def mounted(
 ) -> Iterator[Mount]:
     """Mount the layers (topmost lower first) at ``tmp/name`` through the command line.
 
-    Options are those of ``-o``. As root the mount gets allow_other, dev and suid, as a kernel mount has them.
+    Options are those of ``-o``. As root the mount gets allow_other, dev and suid, like a kernel mount.
     """
     if session == "overlay":
         with kernel_mounted(tmp, lowers=lowers, upper=upper, work=work, name=name) as mount:

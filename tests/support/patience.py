@@ -1,7 +1,7 @@
-"""How long a test waits: longer on a slow machine, such as one that is emulated.
+"""How long a test waits: longer on a slow machine, such as an emulated one.
 
-``UNIONFS_TEST_SLOWNESS`` is the factor (default 1); scripts/vm-test sets it. Deadlines there bound how long a
-failure takes to show; nothing waits longer than it must.
+``UNIONFS_TEST_SLOWNESS`` is the factor (default 1); scripts/vm-test sets it. It applies to deadlines, which
+bound how long a failure takes; nothing waits longer than it must.
 """
 
 from __future__ import annotations
@@ -12,5 +12,5 @@ SLOWNESS = float(os.environ.get("UNIONFS_TEST_SLOWNESS") or 1)
 
 
 def patient(seconds: float) -> float:
-    """So many seconds on an ordinary machine, as seconds on this one."""
+    """Seconds on this machine for seconds on an ordinary one."""
     return seconds * SLOWNESS

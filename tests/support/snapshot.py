@@ -1,4 +1,4 @@
-"""A whole tree as a value that can be compared: every entry's attributes, xattrs and content."""
+"""A whole tree as a comparable value: every entry's attributes, xattrs and content."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ Tree = dict[bytes, Entry]
 
 
 def read_xattrs(path: str | bytes, *, follow: bool = False) -> dict[str, bytes]:
-    """All xattrs that the caller may list; one that vanishes in between is left out."""
+    """All xattrs that the caller may list; one that vanishes meanwhile is left out."""
     found = {}
     for name in os.listxattr(path, follow_symlinks=follow):
         found[name] = os.getxattr(path, name, follow_symlinks=follow)
@@ -126,7 +126,7 @@ def dot_inodes(root: str | bytes | os.PathLike[str]) -> dict[bytes, int]:
 
 
 def manifest(root: str | bytes | os.PathLike[str]) -> dict[bytes, tuple[object, ...]]:
-    """What must never change in a lower: everything but atime. Equal manifests mean an untouched tree."""
+    """What must never change in a lower: everything but atime. Equal manifests mean an unchanged tree."""
     return {
         path: (
             e.mode, e.uid, e.gid, e.size, e.rdev, e.nlink, e.mtime, e.ctime, e.ino, e.content,

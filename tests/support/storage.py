@@ -32,12 +32,12 @@ class Storage:
         return cli_calls.unionfs(*arguments, cwd=cwd, env=environment, **extra)
 
     def try_mount(self, *storage: str | Path, layers: bool = True) -> Done:
-        """Mount with these options, or be refused."""
+        """Mount with these options; the mount may be refused."""
         chosen = self.place.layers if layers else ()
         return self.unionfs("mount", *chosen, *self._session, *storage, self.merged)
 
     def mount(self, *storage: str | Path, layers: bool = True) -> int:
-        """Mount with these options; gives the daemon's pid."""
+        """Mount with these options; return the daemon's pid."""
         assert succeed(self.try_mount(*storage, layers=layers)) == ""
         return self.place.pid()
 
@@ -49,14 +49,14 @@ class Storage:
         assert cli_calls.gone(pid)
 
     def mounts(self) -> list[tuple[str, str]]:
-        """(path in the union, type) of all that is mounted at it and in it; the kernel orders them by id."""
+        """(path in the union, type) of the mounts at and in the union; the kernel orders them by id."""
         return [
             (where.removeprefix(str(self.merged)) or "/", kind)
             for _, where, kind in areas.mounts_below(self.merged)
         ]
 
     def is_listed(self) -> bool:
-        """Whether `unionfs ls` shows the union."""
+        """Whether `unionfs ls` lists the union."""
         found = cli_calls.listed(self.unionfs("ls", "--json"))
         return any(item["mountpoint"] == str(self.merged) for item in found)
 

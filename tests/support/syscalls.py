@@ -102,12 +102,12 @@ def umount(target: str | os.PathLike[str], flags: int = 0) -> None:
 
 
 def set_dumpable() -> None:
-    """Let /proc/self belong to the process again after a change of uid (prctl(2), PR_SET_DUMPABLE)."""
+    """Make /proc/self belong to the process again after a change of uid (prctl(2), PR_SET_DUMPABLE)."""
     _check(_libc.prctl(PR_SET_DUMPABLE, 1, 0, 0, 0))
 
 
 def getdents(fd: int, size: int = 32768) -> list[Dirent]:
-    """One getdents64(2) call: the records it gave; an empty list means the end."""
+    """One getdents64(2) call: the records it returns; an empty list means the end."""
     buffer = ctypes.create_string_buffer(size)
     count = _check(_libc.getdents64(ctypes.c_int(fd), buffer, ctypes.c_size_t(size)))
     raw = buffer.raw[:count]

@@ -1,12 +1,12 @@
-"""Who sees what when a lower file is copied up under live users: tried everywhere, with each kind of writer.
+"""Who sees what when a lower file is copied up under live users, in every place, with each kind of writer.
 
-Somebody uses a lower file (a row: an old descriptor, a mapping, a lock, a watch), somebody else changes it (a
-writer: a way to open and change a file), and what the user sees then is one cell. The places are a native
+One process uses a lower file (a row: an old descriptor, a mapping, a lock, a watch), another changes it (a
+writer: a way to open and change a file), and a cell is what the user then sees. The places are a native
 filesystem, kernel overlayfs and each session of the union.
 
     python -m tests.support.who_sees_what [--write]
 
-prints the table of docs/compliance.md, or puts it there. Must be root.
+prints the table of docs/compliance.md, or writes it there. Requires root.
 """
 
 from __future__ import annotations
@@ -39,10 +39,10 @@ PLACES = {
     "direct-cached": "cached",
     "pyfuse3": "pyfuse3",
 }
-"""Where it is tried: a native filesystem, or a session of ``mounting``; and the column's title."""
+"""The places, a native filesystem or a session of ``mounting``, and their columns' titles."""
 
 REFUSED, SAME = "refused", "-"
-"""Cells where nothing can be seen: nothing was written; old and new look the same."""
+"""Cells without a result: nothing was written; old and new look the same."""
 
 DOCUMENT = REPOSITORY / "docs/compliance.md"
 BEGIN, END = "<!-- who-sees-what:begin -->", "<!-- who-sees-what:end -->"
@@ -57,7 +57,7 @@ _libc.memcpy.argtypes = (ctypes.c_void_p, ctypes.c_void_p, ctypes.c_size_t)
 # -- rows: who uses the file ---------------------------------------------------------------------------
 
 Row = Callable[[Path, bytes, Worker], Iterator[str]]
-"""Uses the file, and yields; and from then on yields what it sees now. The bytes: the new content."""
+"""Uses the file and yields once; then yields what it sees at that moment. The bytes: the new content."""
 
 
 @contextlib.contextmanager
@@ -94,7 +94,7 @@ def old_size(path: Path, new: bytes, worker: Worker) -> Iterator[str]:
 
 
 def old_mapping(path: Path, new: bytes, worker: Worker) -> Iterator[str]:
-    """A shared mapping made before, with its page read already, of a file that is closed."""
+    """A shared mapping made before, with its page already read, of a closed file."""
     with _opened(path) as fd:
         address = _libc.mmap(None, PAGE, mmap.PROT_READ, mmap.MAP_SHARED, fd, 0)
     assert address != ctypes.c_void_p(-1).value
@@ -132,7 +132,7 @@ def locked(call: str) -> Row:
 
 
 def watched(path: Path, new: bytes, worker: Worker) -> Iterator[str]:
-    """An inotify watch on the path, set before by somebody who has the file open."""
+    """An inotify watch on the path, set before by a process that has the file open."""
     with _opened(path):
         fd = _libc.inotify_init1(os.O_NONBLOCK | os.O_CLOEXEC)
         try:
@@ -141,7 +141,7 @@ def watched(path: Path, new: bytes, worker: Worker) -> Iterator[str]:
             yield ""
             while True:
                 ready, _, _ = select.select([fd], [], [], 0.1)
-                yield "told" if ready else "not told"
+                yield "event" if ready else "no event"
         finally:
             os.close(fd)
 
@@ -219,7 +219,7 @@ class Trial:
 
 @dataclass
 class Tried:
-    """One place. The lower before and after, as `snapshot.take` gives it (empty for a native filesystem)."""
+    """One place. The lower before and after, from `snapshot.take` (empty for a native filesystem)."""
 
     trials: list[Trial]
     before: snapshot.Tree
@@ -279,7 +279,7 @@ def _read_only(lower: Path) -> Iterator[Path]:
 
 @functools.cache
 def tried(place: str, *, read_only: bool = False) -> Tried:
-    """Every writer under every user in one place. Raises what ``mounting.mounted`` raises."""
+    """Try every writer under every user in one place. Raises what ``mounting.mounted`` raises."""
     trials = [Trial(row, writer, False) for row in ROWS for writer in WRITERS]
     named = [writer for writer in WRITERS if WRITERS[writer].flags >= 0]
     trials += [Trial(row, writer, True) for row in UNLINKED_ROWS for writer in named]
@@ -311,7 +311,7 @@ def tried(place: str, *, read_only: bool = False) -> Tried:
 
 
 def summary(cells: dict[str, str]) -> str:
-    """The cells of all writers as one: what most see, then the exceptions."""
+    """The cells of all writers as one: the most frequent result, then the exceptions."""
     counted = Counter(cell for cell in cells.values() if cell not in (REFUSED, SAME))
     if not counted:
         return SAME

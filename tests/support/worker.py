@@ -1,10 +1,10 @@
 """A process with another identity that runs functions for a test.
 
-Permission checks, umask and ownership belong to a process, so a test that wants an ordinary user's errno
-needs one. ``Worker(uid=1000, gid=1000, groups=[1001])`` starts it; ``call(function, *args)`` runs a function
-that pickle can name (``os.mkdir``, or one at the top of a module) over there and gives back its result, or
-raises its OSError here. A worker that does not answer in time is killed: the test's own process never hangs
-in a request that a broken filesystem does not answer.
+Permission checks, umask and ownership belong to a process, so a test of an ordinary user's errno needs one.
+``Worker(uid=1000, gid=1000, groups=[1001])`` starts it; ``call(function, *args)`` runs a function that pickle
+can name (``os.mkdir``, or one at the top of a module) in the worker and returns its result, or raises its
+OSError here. A worker that does not answer in time is killed: the test's own process never hangs in a request
+that a broken filesystem does not answer.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ REPOSITORY = Path(__file__).resolve().parents[2]
 
 
 class WorkerFailed(AssertionError):
-    """The function raised something that is no OSError; the text is its traceback."""
+    """The function raised an exception other than OSError; the text is its traceback."""
 
 
 class WorkerHung(AssertionError):
@@ -99,11 +99,11 @@ class Worker:
 
     @property
     def alive(self) -> bool:
-        """Whether the child can take calls."""
+        """Whether the child accepts calls."""
         return self._process.poll() is None
 
     def start(self, function: Callable[..., Any], *args: Any) -> None:
-        """Send the call and do not wait: ``finish`` gives the result."""
+        """Send the call without waiting: ``finish`` returns the result."""
         _send(self._to, (function, args))
 
     def finish(self, timeout: float | None = None) -> Any:
@@ -122,12 +122,12 @@ class Worker:
         raise WorkerFailed(value)
 
     def call(self, function: Callable[..., Any], *args: Any, timeout: float | None = None) -> Any:
-        """Run ``function(*args)`` over there and give its result back."""
+        """Run ``function(*args)`` in the worker and return its result."""
         self.start(function, *args)
         return self.finish(timeout)
 
     def errno(self, function: Callable[..., Any], *args: Any) -> int:
-        """The errno that the call ends with; 0 when it succeeds."""
+        """The errno of the call; 0 if it succeeds."""
         try:
             self.call(function, *args)
         except OSError as error:
@@ -135,11 +135,11 @@ class Worker:
         return 0
 
     def kill(self) -> None:
-        """End the child at once; a request that is stuck in the kernel ends with it."""
+        """Kill the child; a request that is stuck in the kernel ends with it."""
         self._process.kill()
 
     def close(self) -> None:
-        """End the child in order, or by force after 5 s."""
+        """End the child in order, or kill it after 5 s."""
         for pipe in (self._process.stdin, self._process.stdout):
             if pipe is not None:
                 pipe.close()

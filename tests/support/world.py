@@ -1,6 +1,6 @@
 """The same content three times: as the lower of a union, as the lower of kernel overlayfs, and native.
 
-The expected value of a test is what the same calls give on one of the other two.
+The expected value of a test is the result of the same calls on one of the other two.
 """
 
 from __future__ import annotations
@@ -60,20 +60,20 @@ class World:
         return self.kernel_mount.upper
 
     def as_native(self, function: Callable[[Path], Any]) -> Any:
-        """Run the function on the union and natively; both must give the same. Returns it."""
+        """Run the function on the union and natively; both results must be equal. Returns the result."""
         expected, found = outcome(function, self.native), outcome(function, self.union)
         assert found == expected
         return found
 
     def as_kernel(self, function: Callable[[Path], Any]) -> Any:
-        """Run the function on the union and on kernel overlayfs; both must give the same. Returns it."""
+        """Run the function on the union and on kernel overlayfs; both results must be equal. Returns it."""
         expected, found = outcome(function, self.kernel), outcome(function, self.union)
         assert found == expected
         return found
 
 
 def outcome(function: Callable[[Path], Any], root: Path) -> Any:
-    """What the function returns, or the errno that ends it."""
+    """What the function returns, or its errno."""
     try:
         return function(root)
     except OSError as error:
@@ -81,7 +81,7 @@ def outcome(function: Callable[[Path], Any], root: Path) -> Any:
 
 
 def errno_of(function: Callable[..., Any], *args: Any, **kwargs: Any) -> int:
-    """The errno that a call ends with; 0 when it succeeds."""
+    """The errno of a call; 0 if it succeeds."""
     try:
         function(*args, **kwargs)
     except OSError as error:

@@ -15,7 +15,7 @@ PAGE = 4096
 
 @dataclass(frozen=True)
 class Writer:
-    """A way to change a file, and the content that it then has."""
+    """A way to change a file, and its content afterwards."""
 
     flags: int
     how: str
@@ -38,7 +38,7 @@ _mapped: list[mmap.mmap] = []
 
 
 def begin(path: str, name: str, unlinked: bool) -> None:
-    """In the worker: open and change the file, which has lost its name in between when ``unlinked``."""
+    """In the worker: open and change the file; if ``unlinked``, its name is removed in between."""
     writer = WRITERS[name]
     if writer.flags < 0:
         os.truncate(path, SHORT)
@@ -59,7 +59,7 @@ def begin(path: str, name: str, unlinked: bool) -> None:
 
 
 def end() -> bytes | None:
-    """In the worker: have it on the disk and close; gives the file's content, if it is open."""
+    """In the worker: sync and close the file; return its content, if it is open."""
     content = None
     try:
         for mapping in _mapped:

@@ -12,7 +12,6 @@ import pytest
 from tests.unit.test_union_bound import show
 from tests.unit.union_support import ME, OpenUnion, copy_up, get
 from tests.unit.union_support import open_union as open_union
-from unionfs.fuse.direct import ahead
 from unionfs.fuse.direct.device import Device
 from unionfs.fuse.direct.listings import ListingRequests
 from unionfs.fuse.direct.nodeio import NodeIos
@@ -20,8 +19,10 @@ from unionfs.fuse.inline import begin
 from unionfs.fuse.operations import Operations
 from unionfs.fuse.protocol import Init, Opcode, Privileges, Settings, negotiate
 from unionfs.fuse.protocol.requests import InitRequest, Readdirplus
-from unionfs.union.copyup import ensure_upper
-from unionfs.union.nodes import Node
+from unionfs.union.copyup import CopyUp
+from unionfs.union.merge import Merge
+from unionfs.union.merged import Merged
+from unionfs.union.node import Node
 from unionfs.union.tree import Union
 
 SIZE = 4096
@@ -246,9 +247,9 @@ def test_the_look_at_the_upper_fails(walk: Walk, monkeypatch: pytest.MonkeyPatch
     """Nothing stays of what was prepared then."""
     walked = walk()
     node = walked.walk(4)
-    ensure_upper(walked.union, node)
+    CopyUp(walked.union).directory(node)
     with monkeypatch.context() as patched:
-        patched.setattr(ahead, "is_unchanged", Mock(side_effect=OSError(24, "too many open files")))
+        patched.setattr(Merge, "shows_only_lowers", Mock(side_effect=OSError(24, "too many open files")))
         with pytest.raises(OSError, match="too many"):
             walked.list(node)
     walked.list(walked.in_order()[8])
@@ -259,7 +260,7 @@ def test_a_copy_up_makes_it_useless(walk: Walk) -> None:
     walked = walk()
     node = walked.walk(4)
     copy_up(walked.union, get(walked.union, f"{node.name.decode()}/one"))
-    assert node.is_upper
+    assert node.in_place
     walked.list(node)
     assert walked.ahead.used == 2
     # and makes it careful
@@ -272,7 +273,7 @@ def test_it_is_copied_up_itself(walk: Walk) -> None:
     """That changes nothing in it (and it can't be moved: what has a part in a lower is EXDEV)."""
     asked, walked = walk(upper=False), walk()
     node = walked.walk(4)
-    ensure_upper(walked.union, node)
+    CopyUp(walked.union).directory(node)
     assert walked.list(node) == asked.list(asked.in_order()[4])
     assert walked.ahead.used == 3
     assert [child.lookups for child in (node.children or {}).values()] == [1, 1, 1]
@@ -296,7 +297,7 @@ def test_it_fails(walk: Walk, monkeypatch: pytest.MonkeyPatch, error: Exception)
         raise error
 
     with monkeypatch.context() as patched:
-        patched.setattr(walked.union, "lookup", fail)
+        patched.setattr(Merged, "lookup", fail)
         walked.prepare_all()
     node = walked.in_order()[4]
     assert not node.children

@@ -25,7 +25,7 @@ def lower(tmp_path: Path) -> Path:
 
 async def test_every_name_once_from_any_place(lower: Path, open_union: OpenUnion) -> None:
     union = open_union()
-    directories = Directories(union)
+    directories = Directories()
     node = get(union, "a")
     (cookies, names, _), first = await directories.entries(node, 0)
     assert first == 0
@@ -42,7 +42,7 @@ async def test_every_name_once_from_any_place(lower: Path, open_union: OpenUnion
 
 async def test_places_stay_when_the_listing_is_made_anew(lower: Path, open_union: OpenUnion) -> None:
     union = open_union()
-    directories = Directories(union)
+    directories = Directories()
     node = get(union, "a")
     (cookies, names, _), _ = await directories.entries(node, 0)
     place = dict(zip(names, cookies, strict=True))
@@ -61,7 +61,7 @@ async def test_equal_hashes(lower: Path, open_union: OpenUnion, monkeypatch: pyt
     hashes = {b"n%d" % number: 400 + number // 10 * 4 for number in range(50)}
     monkeypatch.setattr(module, "xxhash", SimpleNamespace(xxh3_64_intdigest=lambda name: hashes[name]))
     union = open_union()
-    directories = Directories(union)
+    directories = Directories()
     node = get(union, "a")
     (cookies, names, _), _ = await directories.entries(node, 0)
     assert len(set(cookies)) == len(set(names)) == 50
@@ -76,7 +76,7 @@ async def test_hashes_of_dot_and_dot_dot_are_not_given(
 ) -> None:
     monkeypatch.setattr(module, "xxhash", SimpleNamespace(xxh3_64_intdigest=lambda name: 0))
     union = open_union()
-    (cookies, _, _), _ = await Directories(union).entries(get(union, "a"), 0)
+    (cookies, _, _), _ = await Directories().entries(get(union, "a"), 0)
     assert cookies == list(range(DOT_DOT + 1, DOT_DOT + 51))
 
 
@@ -85,7 +85,7 @@ async def test_the_oldest_are_dropped(
 ) -> None:
     monkeypatch.setattr(module, "_KEPT_NAMES", 120)
     union = open_union()
-    directories = Directories(union)
+    directories = Directories()
     nodes = [get(union, name) for name in ("a", "b", "c")]
     first = [await directories.entries(node, 0) for node in nodes]
     assert len(directories) == 2
@@ -107,6 +107,6 @@ async def test_one_listing_is_kept_however_large(
 ) -> None:
     monkeypatch.setattr(module, "_KEPT_NAMES", 10)
     union = open_union()
-    directories = Directories(union)
+    directories = Directories()
     await directories.entries(get(union, "a"), 0)
     assert len(directories) == 1

@@ -76,19 +76,19 @@ async def test_a_file_that_cannot_be_closed(
     union = open_union()
     closed: list[object] = []
 
-    def close_file(node: object, file: object) -> None:
+    def take_back(node: object, file: object) -> None:
         if node == "bad":
             raise ValueError("a bug")
         closed.append(node)
 
     def answer(request: Request) -> Reply:
-        union.close_later("bad", None)  # type: ignore[arg-type]
-        union.close_later("good", None)  # type: ignore[arg-type]
+        union.files.take_back_later("bad", None)  # type: ignore[arg-type]
+        union.files.take_back_later("good", None)  # type: ignore[arg-type]
         return encode.ok(request.unique)
 
     device = Device(os.open(os.devnull, os.O_WRONLY))
     loop = Loop(device, _decision(), union, Counter(), {Opcode.GETATTR: answer}, {})
-    monkeypatch.setattr(union, "close_file", close_file)
+    monkeypatch.setattr(union.files, "take_back", take_back)
     messages = [_request(Opcode.GETATTR, unique) for unique in (2, 4)]
 
     def readv(fd: int, buffers: Sequence[bytearray]) -> int:

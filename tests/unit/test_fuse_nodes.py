@@ -9,7 +9,8 @@ import pytest
 
 from tests.unit.union_support import ME, OpenUnion, copy_up, find, get, open_union
 from unionfs.union.changes import Changes
-from unionfs.union.nodes import ROOT_ID, Node
+from unionfs.union.node import Node
+from unionfs.union.nodes import ROOT_ID
 from unionfs.union.tree import Union
 
 __all__ = ["open_union"]
@@ -86,15 +87,15 @@ def test_open_files_keep_the_old_one(lower: Path, open_union: OpenUnion) -> None
     union = open_union()
     nodes = union.nodes
     old = _known(union, "f")
-    old.handles = []
-    old.handles.append(object())  # type: ignore[arg-type]
+    handles = old.in_use().handles
+    handles.append(object())  # type: ignore[arg-type]
     copy_up_free = nodes.supersede(old)
     copy_up_free.lookups += 1
     nodes.forget(old, 1)
     nodes.forget(copy_up_free, 1)
     assert nodes.named(old.id) is old
     assert nodes.get(old.id) is copy_up_free
-    old.handles = None
+    handles.clear()
     nodes.forget(old, 0)
     assert len(nodes) == 1
 

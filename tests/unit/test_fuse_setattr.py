@@ -12,8 +12,7 @@ from tests.unit.union_support import OpenUnion, get
 from tests.unit.union_support import open_union as open_union
 from unionfs.fuse.inline import begin
 from unionfs.fuse.operations import Change, Found, Operations
-from unionfs.union.listing import Listing
-from unionfs.union.nodes import Node
+from unionfs.union.node import Node
 from unionfs.union.tree import Union
 
 PAST = 10**18
@@ -65,13 +64,12 @@ def test_all_is_done_at_once(union: Union, tmp_path: Path, change: Change) -> No
 @pytest.mark.parametrize("change", CHANGES)
 def test_what_nobody_need_wait_for(union: Union, tmp_path: Path, change: Change) -> None:
     """When the answer is sent all is as it will be, but that files are open still."""
-    union.to_close = []
+    union.files.defer()
     fds = os.listdir("/proc/self/fd")
     _check(_set(union, get(union, "d/f"), change), change)
     assert (tmp_path / "upper/d").stat().st_mtime_ns == PAST
     assert len(os.listdir("/proc/self/fd")) > len(fds)
-    for node, file in union.to_close:
-        union.close_file(node, file)
+    union.files.close_waiting()
     assert os.listdir("/proc/self/fd") == fds
 
 
@@ -84,9 +82,9 @@ def test_a_listing_between_two_copy_ups(union: Union, tmp_path: Path, begun: str
     files, directory = [get(union, "d/f"), get(union, "d/h")], get(union, "d")
     os.utime(tmp_path / "native", ns=(PAST, PAST))
     os.utime(tmp_path / "upper/d", ns=(PAST, PAST))
-    early = Listing(union, directory)
+    early = directory.territory.listing(directory)
     _set(union, files[0], Change(mode=0o600))  # nobody asks for attributes of the directory from here on
-    (early if begun == "before" else Listing(union, directory)).names()
+    (early if begun == "before" else directory.territory.listing(directory)).names()
     os.listdir(tmp_path / "native")
     _set(union, files[1], Change(mode=0o600))
     noted = [(tmp_path / name).stat().st_atime_ns > PAST for name in ("upper/d", "native")]

@@ -13,7 +13,8 @@ import pytest
 from tests.unit.union_support import OpenUnion, get, open_union
 from unionfs.fuse.direct.writeback import WriteBack
 from unionfs.union.files import OpenFile
-from unionfs.union.nodes import Node
+from unionfs.union.node import Node
+from unionfs.union.shortcuts import Capabilities, Shortcuts
 
 __all__ = ["open_union"]
 
@@ -48,7 +49,7 @@ def test_what_was_there(file: tuple[Node, int]) -> None:
     os.setxattr(fd, NAME, CAPABILITY)
     os.fchmod(fd, 0o6755)
     os.utime(fd, ns=(10**18, 10**18))
-    with WriteBack().kept(node, _opened(fd)):
+    with WriteBack(Capabilities(Shortcuts())).kept(node, _opened(fd)):
         os.pwrite(fd, b"more", 0)
         assert _capability(fd) is None  # so a write does take it away
     assert _capability(fd) == CAPABILITY
@@ -66,7 +67,7 @@ def test_what_is_told_while_a_thread_writes(
     node, fd = file
     if before is not None:
         os.setxattr(fd, NAME, before)
-    keeper = WriteBack()
+    keeper = WriteBack(Capabilities(Shortcuts()))
     with keeper.kept(node, _opened(fd)), keeper.kept(node, _opened(fd)):
         if written == "before":
             os.pwrite(fd, b"more", 0)
@@ -74,7 +75,7 @@ def test_what_is_told_while_a_thread_writes(
             os.setxattr(fd, NAME, told)
         elif _capability(fd) is not None:
             os.removexattr(fd, NAME)
-        keeper.told_capability(node, told)
+        keeper.capability_set(node, told)
         if written == "after":
             os.pwrite(fd, b"more", 0)
     assert _capability(fd) == told
@@ -86,12 +87,12 @@ def test_a_time_that_is_told_while_a_thread_writes(file: tuple[Node, int], writt
     node, fd = file
     told = 10**18 + 7
     os.utime(fd, ns=(10**18, 10**18))
-    keeper = WriteBack()
+    keeper = WriteBack(Capabilities(Shortcuts()))
     with keeper.kept(node, _opened(fd)), keeper.kept(node, _opened(fd)):
         if written == "before":
             os.pwrite(fd, b"more", 0)
         os.utime(fd, ns=(10**18, told))
-        keeper.told(node, told)
+        keeper.mtime_set(node, told)
         if written == "after":
             os.pwrite(fd, b"more", 0)
     assert os.fstat(fd).st_mtime_ns == told
@@ -100,11 +101,11 @@ def test_a_time_that_is_told_while_a_thread_writes(file: tuple[Node, int], writt
 def test_nothing_is_remembered(file: tuple[Node, int]) -> None:
     node, fd = file
     os.setxattr(fd, NAME, CAPABILITY)
-    keeper = WriteBack()
+    keeper = WriteBack(Capabilities(Shortcuts()))
     with keeper.kept(node, _opened(fd)):
         pass
     os.removexattr(fd, NAME)
-    keeper.told_capability(node, OTHER)
+    keeper.capability_set(node, OTHER)
     with keeper.kept(node, _opened(fd)):
         os.pwrite(fd, b"more", 0)
     assert _capability(fd) is None

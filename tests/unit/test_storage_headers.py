@@ -18,8 +18,10 @@ GIB = 1 << 30
 @pytest.fixture
 def archive(tmp_path: Path) -> Path:
     """A sparse member that stores more than 8 GiB, of which the archive has only holes, and one after it."""
-    large = Entry(b"large", SPARSE, 0o644, 0, 0, 20 * GIB, 1_700_000_000_000_000_000)
-    large.segments = [(GIB, 9 * GIB), (20 * GIB, 0)]
+    large = Entry(
+        b"large", SPARSE, 0o644, 0, 0, 20 * GIB, 1_700_000_000_000_000_000,
+        segments=[(GIB, 9 * GIB), (20 * GIB, 0)],
+    )  # fmt: skip
     after = Entry(b"after", FILE, 0o644, 0, 0, 5, 1_700_000_000_000_000_000)
     path = tmp_path / "large.tar"
     with path.open("wb") as out:

@@ -116,6 +116,17 @@ def test_what_is_merged_is_copied(open_union: OpenUnion, tmp_path: Path) -> None
     assert snapshot.read_xattrs(str(volume / "up")) == {"user.overlay.shown": b"plain"}
 
 
+def test_the_work_directory_is_left_alone(open_union: OpenUnion, tmp_path: Path) -> None:
+    """The union that serves uses it meanwhile."""
+    (tmp_path / "l0/d").mkdir(parents=True)
+    (tmp_path / "l0/d/file").touch()
+    (tmp_path / "volume").mkdir()
+    stack = open_union().stack
+    before = snapshot.take(tmp_path / "work")
+    assert fill(stack, tmp_path / "volume", b"d")
+    assert snapshot.take(tmp_path / "work") == before
+
+
 def test_deep_trees(open_union: OpenUnion, tmp_path: Path) -> None:
     """Deeper than PATH_MAX and than Python's recursion limit."""
     (tmp_path / "l0").mkdir()

@@ -14,9 +14,8 @@ import pytest
 from tests.unit.union_support import ME, OpenUnion, copy_up, get, names, read, whiteout
 from tests.unit.union_support import open_union as open_union
 from unionfs.sys import calls
-from unionfs.union import bound
 from unionfs.union.changes import Changes
-from unionfs.union.nodes import Node
+from unionfs.union.node import Node
 from unionfs.union.tree import Union
 
 
@@ -32,7 +31,7 @@ def show(union: Union, path: str, source: Path, *, read_only: bool = False) -> N
     above, _, name = path.rpartition("/")
     parent = get(union, above) if above else union.nodes.root
     layer = union.stack.bind(path, os.open(source, os.O_PATH), read_only=read_only)
-    return bound.bind(union, parent, name.encode(), layer)
+    return union.bind(parent, name.encode(), layer)
 
 
 @pytest.fixture
@@ -105,7 +104,7 @@ def test_hard_links_have_one_number(union: Union) -> None:
     assert one is not two
     assert one.ino == two.ino
     assert union.attributes(one).nlink == 2
-    assert union.number(rw, b"second") == (one.ino, stat.S_IFREG)
+    assert rw.territory.number(rw, b"second") == (one.ino, stat.S_IFREG)
 
 
 def test_markers_are_plain_data(union: Union, tmp_path: Path) -> None:
@@ -116,11 +115,43 @@ def test_markers_are_plain_data(union: Union, tmp_path: Path) -> None:
     assert get(union, "rw/device").kind == stat.S_IFCHR
     assert read(union, "rw/file") == b"host"
     sub = get(union, "rw/sub")
-    assert union.stored_name(sub, b"user.overlay.opaque") == b"user.overlay.opaque"
-    assert union.shown_names(sub, [b"user.overlay.opaque"]) == [b"user.overlay.opaque"]
+    assert sub.territory.stored_name(b"user.overlay.opaque") == b"user.overlay.opaque"
+    assert sub.territory.shown_names([b"user.overlay.opaque"]) == [b"user.overlay.opaque"]
     if os.geteuid() == 0:
         Changes(union).mknod(get(union, "rw"), b"made", stat.S_IFCHR | 0o600, 0, ME)
         assert (tmp_path / "host/made").stat().st_rdev == 0
+
+
+def test_no_change_makes_a_marker(union: Union, tmp_path: Path) -> None:
+    """Nor a copy, though the lower below the bound directory has the same names."""
+    changes, host = Changes(union), tmp_path / "host"
+    for name in ("file", "other", "sub", "gone", "new"):
+        (tmp_path / "l0/rw" / name).touch()
+    for name in ("other", "third"):
+        (host / name).write_text(name)
+    (host / "gone").mkdir()
+    (host / "sub/inner").mkdir()
+    rw = get(union, "rw")
+    changes.unlink(rw, b"file")
+    changes.rmdir(rw, b"gone")
+    changes.mkdir(rw, b"gone", 0o755, ME)
+    changes.mkdir(rw, b"new", 0o755, ME)
+    with fails(errno.EEXIST):
+        changes.mkdir(rw, b"new", 0o755, ME)
+    changes.rename(rw, b"other", rw, b"third", 0)
+    changes.rename(rw, b"new", rw, b"gone", 0)
+    changes.rename(rw, b"gone", rw, b"sub", calls.RENAME_EXCHANGE)
+    changes.rename(get(union, "rw/gone"), b"inner", rw, b"inner", 0)
+    changes.link(get(union, "rw/third"), rw, b"linked")
+    whiteout(host / "device")
+    with fails(errno.EEXIST):
+        changes.create(rw, b"device", 0o600, ME)
+    (host / "device").unlink()
+    found = {path: os.listxattr(path) for path in sorted(host.rglob("*"))}
+    expected = ("gone", "inner", "linked", "sub", "third")
+    assert found == {host / name: [] for name in expected}
+    assert not any(stat.S_ISCHR(path.lstat().st_mode) for path in found)
+    assert os.listdir(tmp_path / "upper") == []
 
 
 def test_the_border_is_one_between_filesystems(union: Union, tmp_path: Path) -> None:
@@ -165,8 +196,8 @@ def test_read_only(union: Union, tmp_path: Path) -> None:
         lambda: changes.rmdir(ro, b"sub"),
         lambda: changes.rename(ro, b"file", ro, b"x", 0),
         lambda: changes.link(file, ro, b"x"),
-        lambda: union.require_writable(file),
-        lambda: union.open_file(file, write=True),
+        lambda: file.territory.require_writable(),
+        lambda: union.files.lend(file, write=True),
     ):
         with fails(errno.EROFS):
             change()
@@ -201,9 +232,9 @@ def test_one_file(open_union: OpenUnion, tmp_path: Path) -> None:
     union = open_union()
     node = show(union, "etc/conf", tmp_path / "conf")
     assert read(union, "etc/conf") == b"host"
-    file = union.open_file(node, write=True)
+    file = union.files.lend(node, write=True)
     file.write(b"HOST", 0)
-    union.close_file(node, file)
+    union.files.take_back(node, file)
     assert (tmp_path / "conf").read_text() == "HOST"
     changes, etc = Changes(union), get(union, "etc")
     with fails(errno.EBUSY):
@@ -224,14 +255,14 @@ def test_storage_within_storage(union: Union, tmp_path: Path) -> None:
         changes.rmdir(rw, b"sub")
     with fails(errno.EXDEV):
         changes.rename(rw, b"file", get(union, "rw/sub"), b"file", 0)
-    assert union.number(rw, b"sub") == (get(union, "rw/sub").ino, stat.S_IFDIR)
+    assert rw.territory.number(rw, b"sub") == (get(union, "rw/sub").ino, stat.S_IFDIR)
     assert names(union, "rw") == {b"file", b"sub"}
 
 
 def test_unbound_again(union: Union, tmp_path: Path) -> None:
     node = show(union, "other", tmp_path / "host")
     assert names(union, "other") == {b"file", b"sub"}
-    bound.unbind(union, node)
+    union.nodes.forget(node, 1)
     assert names(union, "other") == set()
     Changes(union).rmdir(union.nodes.root, b"other")
 

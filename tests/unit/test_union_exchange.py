@@ -15,7 +15,7 @@ from tests.support.world import errno_of
 from tests.unit.union_support import ME, OpenUnion, copy_up, find, get, names, open_union
 from unionfs.sys import calls
 from unionfs.union.changes import Changes
-from unionfs.union.exchange import exchange
+from unionfs.union.renaming import Renaming
 from unionfs.union.tree import Union
 
 __all__ = ["open_union"]
@@ -161,9 +161,9 @@ def test_an_exchange_that_fails_is_undone(
         real(*arguments, **extra)  # type: ignore[arg-type]
 
     monkeypatch.setattr(os, "rename", rename)
-    fd, work = union.require_upper().root_fd, union.stack.work_fd
+    fd = union.require_upper().root_fd
     with pytest.raises(OSError, match="Input/output"):
-        exchange(Changes(union)._temporary, work, fd, b"one", fd, b"other")
+        union.work.exchange((fd, b"one"), (fd, b"other"))
     assert (upper / "one").is_dir()
     assert (upper / "other").read_text() == "other"
     assert os.listdir(tmp_path / "work/work") == []
@@ -186,7 +186,7 @@ def test_a_rename_that_leaves_no_whiteout_is_undone(
         pytest.skip("whiteouts are devices, which only root can make")
     link, rename = os.link, os.rename
     _refuse_flags(monkeypatch, but=known)
-    renameat2, rename_over = calls.renameat2, Changes._rename_over
+    renameat2, rename_over = calls.renameat2, Renaming._rename_over
     before: list[object] = []
     steps = 0
     failing = -1
@@ -215,7 +215,7 @@ def test_a_rename_that_leaves_no_whiteout_is_undone(
     monkeypatch.setattr(os, "link", step(link))
     monkeypatch.setattr(os, "rename", step(rename))
     monkeypatch.setattr(calls, "renameat2", step(renameat2))
-    monkeypatch.setattr(Changes, "_rename_over", observed)
+    monkeypatch.setattr(Renaming, "_rename_over", observed)
     for failing in range(1, 20):
         before.clear()
         steps, undoes = 0, False

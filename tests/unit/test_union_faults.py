@@ -46,9 +46,9 @@ class TestFailedSteps:
             Changes(union).unlink(union.nodes.root, b"f")
         assert node.held < 0
         copy_up(union, node)
-        file = union.open_file(node, write=True)
+        file = union.files.lend(node, write=True)
         file.write(b"UPPER", 0)
-        union.close_file(node, file)
+        union.files.take_back(node, file)
         assert (tmp_path / "l0/f").read_text() == "lower"
         assert (tmp_path / "upper/f").read_text() == "UPPER"
 
@@ -57,7 +57,7 @@ class TestFailedSteps:
         (tmp_path / "l0/f").touch()
         union = open_union()
         with pytest.raises(OSError, match="never written"):
-            union.open_file(get(union, "f"), write=True)
+            union.files.lend(get(union, "f"), write=True)
 
     def test_work_that_outlives_the_last_open_leaves_no_closed_file(
         self, tmp_path: Path, open_union: OpenUnion
@@ -67,13 +67,12 @@ class TestFailedSteps:
         (tmp_path / "l0/f").write_text("lower")
         union = open_union()
         node = get(union, "f")
-        file = union.open_file(node, write=False)
-        file.users += 1
-        union.close_file(node, file)
-        file.release()
-        again = union.open_file(node, write=False)
+        file = union.files.lend(node, write=False)
+        with file:
+            union.files.take_back(node, file)
+        again = union.files.lend(node, write=False)
         assert again.read(10, 0) == b"lower"
-        union.close_file(node, again)
+        union.files.take_back(node, again)
 
     def test_failed_changes_leave_nothing_in_work(self, tmp_path: Path, open_union: OpenUnion) -> None:
         (tmp_path / "l0").mkdir()

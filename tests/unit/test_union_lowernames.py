@@ -103,7 +103,7 @@ def test_directories_below_are_merged(tmp_path: Path, open_union: OpenUnion) -> 
     os.setxattr(tmp_path / "l8/other", "user.overlay.opaque", b"y")
     union = open_union(COUNT)
     _warm(union)
-    assert union._lower_names._kept[get(union, "d").parts[-1]].having
+    assert union.merge._lower_names._kept[get(union, "d").parts[-1]].having
     assert names(union, "d/x") == {
         *(b"x%d" % number for number in (0, 1, 2)),
         *(b"old%d" % number for number in (3, 4, 5)),
@@ -125,7 +125,7 @@ def test_what_cannot_be_listed_is_asked(union: Union, monkeypatch: pytest.Monkey
 
         monkeypatch.setattr(os, "listdir", refuse)
     _warm(union)
-    assert union._lower_names._kept[get(union, "d").parts[-1]].having is None
+    assert union.merge._lower_names._kept[get(union, "d").parts[-1]].having is None
     assert read(union, "d/last") == b"last"
     assert find(union, "d/hidden") is None
 
@@ -145,7 +145,7 @@ def test_the_oldest_are_dropped(
             for number in range(10):
                 assert find(union, f"{name}/absent{number}") is None
                 assert find(union, f"{name}/f{number}") is not None
-            kept = union._lower_names
+            kept = union.merge._lower_names
             assert kept._count == sum(len(one.having or ()) for one in kept._kept.values()) <= 25
 
 
@@ -160,5 +160,5 @@ def test_directories_without_listed_lowers_are_dropped_too(
     union = open_union(COUNT)
     for name in range(6):
         assert find(union, f"d{name}/absent") is None
-        assert len(union._lower_names._kept) <= 3
-    assert get(union, "d5").parts[-1] in union._lower_names._kept
+        assert len(union.merge._lower_names._kept) <= 3
+    assert get(union, "d5").parts[-1] in union.merge._lower_names._kept

@@ -14,7 +14,7 @@ from unionfs.daemon.preflight import _check_work_content
 from unionfs.errors import UserError
 from unionfs.union.changes import Changes
 from unionfs.union.diff import diff
-from unionfs.union.layers import Layer
+from unionfs.union.places import Layer
 from unionfs.union.tree import Union
 
 __all__ = ["open_union"]
@@ -70,7 +70,7 @@ def test_what_is_in_use_is_removed_from_work_later(
     open_union: OpenUnion, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """All of it, and without trying everything with each change."""
-    changes = Changes(open_union())
+    work = open_union().work
     in_use = {b"%d" % number for number in range(100)}
     tried: list[bytes] = []
 
@@ -79,15 +79,15 @@ def test_what_is_in_use_is_removed_from_work_later(
         if name in in_use:
             raise OSError(errno.EBUSY, os.strerror(errno.EBUSY))
 
-    monkeypatch.setattr(changes, "_remove", remove)
+    monkeypatch.setattr(work, "_remove", remove)
     names = sorted(in_use)
     for name in names:
-        changes._discard(name)
+        work.discard(name)
     assert len(tried) <= 5 * len(names)
     in_use.clear()
     tried.clear()
     for _ in range(30):
-        changes._discard(b"other")
+        work.discard(b"other")
     assert sorted(name for name in tried if name != b"other") == names
 
 

@@ -12,10 +12,9 @@ import pytest
 
 from tests.unit.union_support import ME, OpenUnion, copy_up, find, get, names, open_union, read, whiteout
 from unionfs.sys import calls
-from unionfs.union import lowernames, tree
+from unionfs.union import lowernames, merge
 from unionfs.union.changes import Changes
-from unionfs.union.copyup import FileCopy, ensure_upper
-from unionfs.union.listing import is_empty, is_unchanged
+from unionfs.union.copyup import CopyUp, Effects, FileCopy
 from unionfs.union.tree import Union
 
 __all__ = ["open_union"]
@@ -25,7 +24,7 @@ class TestMergeRules:
     @pytest.fixture(params=[False, True], ids=["each lower is asked", "lowers are listed"], autouse=True)
     def _listed(self, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
         if request.param:
-            monkeypatch.setattr(tree, "MANY", 1)
+            monkeypatch.setattr(merge, "MANY", 1)
             monkeypatch.setattr(lowernames, "MANY", 1)
             monkeypatch.setattr(lowernames, "_ASKED", 1)
 
@@ -74,7 +73,7 @@ class TestMergeRules:
         (tmp_path / "l1/d/f").touch()
         union = open_union(2)
         assert find(union, "d/f") is None
-        assert is_empty(union, get(union, "d"))
+        assert union.nodes.root.territory.is_empty(get(union, "d"))
 
     @pytest.mark.parametrize("redirect", [b"old", b"/deep/old"])
     def test_redirect_is_followed(self, tmp_path: Path, open_union: OpenUnion, redirect: bytes) -> None:
@@ -137,7 +136,7 @@ class TestGate:
         leaf = get(union, "/".join(["d" * 50] * 200 + ["leaf"]))
         assert len(union.gate) <= 64
         copy_up(union, leaf)
-        assert leaf.is_upper
+        assert leaf.in_place
         assert len(union.gate) <= 64
 
 
@@ -150,7 +149,7 @@ class TestEmptyCopies:
         for name in ("f", "g", "sub/h"):
             (tmp_path / "l0/d" / name).write_text("lower")
         union = open_union()
-        ensure_upper(union, get(union, "d"))
+        CopyUp(union).directory(get(union, "d"))
         assert get(union, "d").parts[0].empty
         return union
 
@@ -182,11 +181,11 @@ class TestEmptyCopies:
         for node in list((directory.children or {}).values()):
             union.nodes.forget(node, node.lookups)
         assert {name for name in (b"f", b"g", b"sub", b"new") if union.lookup(directory, name)} == seen
-        assert is_unchanged(union, directory) is False
+        assert union.merge.shows_only_lowers(directory.parts) is False
 
     def test_nothing_comes(self, union: Union) -> None:
         directory = get(union, "d")
-        assert is_unchanged(union, directory)
+        assert union.merge.shows_only_lowers(directory.parts)
         assert read(union, "d/f") == b"lower"
         for node in (get(union, "d/f"), directory):
             union.nodes.forget(node, 0)
@@ -215,7 +214,7 @@ class TestNumbers:
         a, b = get(union, "a"), get(union, "b")
         assert a.ino != b.ino
         copy_up(union, a)
-        assert not b.is_upper
+        assert not b.in_place
 
     def test_upper_hard_links_are_one_node(self, open_union: OpenUnion) -> None:
         union = open_union()
@@ -307,12 +306,27 @@ class TestChangesOnDisk:
         (tmp_path / "l0").mkdir()
         (tmp_path / "l0/f").write_text("x")
         union = open_union()
-        copy = FileCopy(union, get(union, "f"), None)
-        copy.copy()
-        copy.abort()
+        with FileCopy(CopyUp(union), get(union, "f")) as copy:
+            copy.copy()
         assert os.listdir(tmp_path / "work/work") == []
         assert os.listdir(tmp_path / "upper") == []
         assert read(union, "f") == b"x"
+
+    def test_effects_are_told(self, tmp_path: Path, open_union: OpenUnion) -> None:
+        (tmp_path / "l0/d/e").mkdir(parents=True)
+        (tmp_path / "l0/d/e/f").write_text("x")
+        union = open_union()
+        told: list[Effects] = []
+        copy_up = CopyUp(union, told.append)
+        root, d, e, f = union.nodes.root, get(union, "d"), get(union, "d/e"), get(union, "d/e/f")
+        copied = [Effects(d, root), Effects(e, d)]
+        with pytest.raises(OSError, match="too long"):
+            Changes(union, copy_up).mkdir(e, b"n" * 256, 0o755, ME)
+        assert told == copied  # though the change failed
+        with FileCopy(copy_up, f) as copy:
+            copy.copy()
+            copy.finish()
+        assert told == [*copied, Effects(f, e)]
 
     def test_unlink_while_it_is_copied_up(self, tmp_path: Path, open_union: OpenUnion) -> None:
         (tmp_path / "l0").mkdir()
@@ -320,14 +334,14 @@ class TestChangesOnDisk:
         union = open_union()
         node = get(union, "f")
         node.lookups = 1
-        copy = FileCopy(union, node, None)
-        copy.copy()
-        Changes(union).unlink(union.nodes.root, b"f")
-        copy.finish()
+        with FileCopy(CopyUp(union), node) as copy:
+            copy.copy()
+            Changes(union).unlink(union.nodes.root, b"f")
+            copy.finish()
         assert stat.S_ISCHR((tmp_path / "upper/f").lstat().st_mode)
-        file = union.open_file(node, write=True)
+        file = union.files.lend(node, write=True)
         assert file.write(b"yy", 0) == 2
-        union.close_file(node, file)
+        union.files.take_back(node, file)
         assert union.attributes(node).nlink == 0
         assert os.listdir(tmp_path / "work/work") == []
 
@@ -356,9 +370,9 @@ class TestChangesOnDisk:
         for other, code in ((b"d", errno.EXDEV), (b"none", errno.ENOENT)):
             for one, two in ((b"f", other), (other, b"f")):
                 with pytest.raises(OSError) as caught:  # noqa: PT011
-                    changes.renamed(root, one, root, two, calls.RENAME_EXCHANGE)
+                    changes.rename(root, one, root, two, calls.RENAME_EXCHANGE)
                 assert caught.value.errno == code
-        assert changes.renamed(root, b"f", root, b"g", 0) == [get(union, "f")]
+        assert changes.rename(root, b"f", root, b"g", 0) == [get(union, "f")]
 
     def test_without_upper_nothing_can_change(self, tmp_path: Path, open_union: OpenUnion) -> None:
         (tmp_path / "l0").mkdir()

@@ -10,10 +10,9 @@ from pathlib import Path
 import pytest
 
 from unionfs.union.changes import Caller
-from unionfs.union.copyup import FileCopy
+from unionfs.union.copyup import CopyUp, FileCopy
 from unionfs.union.layers import LayerStack
-from unionfs.union.listing import Listing
-from unionfs.union.nodes import Node
+from unionfs.union.node import Node
 from unionfs.union.tree import Union
 
 OpenUnion = Callable[..., Union]
@@ -34,7 +33,7 @@ def open_union(tmp_path: Path) -> Iterator[OpenUnion]:
             str(tmp_path / "work") if upper else None,
             userxattr=True,
         )
-        stack.follows_redirects = True  # as with the prefix that needs root
+        stack.markers.follows_redirects = True  # as with the prefix that needs root
         union = Union(stack, directory_fds=directory_fds)
         opened.append(union)
         return union
@@ -64,22 +63,22 @@ def get(union: Union, path: str) -> Node:
 
 def names(union: Union, path: str = "") -> set[bytes]:
     node = get(union, path) if path else union.nodes.root
-    return set(Listing(union, node).names())
+    return set(node.territory.listing(node).names())
 
 
 def read(union: Union, path: str) -> bytes:
     node = get(union, path)
-    file = union.open_file(node, write=False)
+    file = union.files.lend(node, write=False)
     try:
         return file.read(1 << 20, 0)
     finally:
-        union.close_file(node, file)
+        union.files.take_back(node, file)
 
 
 def copy_up(union: Union, node: Node, limit: int | None = None) -> None:
-    copy = FileCopy(union, node, limit)
-    copy.copy()
-    copy.finish()
+    with FileCopy(CopyUp(union), node, limit) as copy:
+        copy.copy()
+        copy.finish()
 
 
 def whiteout(path: Path) -> None:

@@ -1,1 +1,1 @@
-"""Tests of named volumes: the registry, drivers, and backups, by the command line and in the process."""
+"""Tests of named volumes: records, drivers, and backups, by the command line and in the process."""

@@ -11,8 +11,8 @@ from pathlib import Path
 
 from unionfs.storage.archive import entry as entries
 from unionfs.storage.archive import headers, manifest
-from unionfs.storage.archive.entry import Entry, digest_of
-from unionfs.storage.archive.write import INFO, MANIFEST
+from unionfs.storage.archive.entry import NO_DIGEST, Entry, digest_of
+from unionfs.storage.archive.headers import INFO, MANIFEST
 
 Member = tuple[Entry, bytes, bytes]
 """An entry (its path is for the manifest), the name in the header, and the data."""
@@ -21,7 +21,6 @@ Member = tuple[Entry, bytes, bytes]
 def file(name: bytes, data: bytes = b"forged\n", *, mode: int = 0o644) -> Member:
     """A regular file."""
     made = Entry(name.removeprefix(b"./"), entries.FILE, mode, 0, 0, len(data), 1_600_000_000_000_000_000)
-    made.digest = digest_of(data)
     return made, name, data
 
 
@@ -30,8 +29,7 @@ def other(kind: str, name: bytes, link: bytes = b"", rdev: tuple[int, int] = (0,
     path = (
         name.removeprefix(b"./").removesuffix(b"/") if kind == entries.DIRECTORY else name.removeprefix(b"./")
     )
-    made = Entry(path, kind, 0o755, 0, 0, 0, 1_600_000_000_000_000_000)
-    made.link, made.rdev = link, rdev
+    made = Entry(path, kind, 0o755, 0, 0, 0, 1_600_000_000_000_000_000, link=link, rdev=rdev)
     return made, name, b""
 
 
@@ -68,11 +66,10 @@ def archive(members: Sequence[Member], *, info: dict[str, object] | None = None,
     written.add(manifest.member_line(b"info.json", digest_of(text.encode())))
     for made, name, data in whole:
         out.write(header((made, name, data)) + _padded(data))
-        link = made.link
         if made.kind == entries.HARDLINK:
-            made.link = link.removeprefix(b"./")
-        written.add(manifest.whole_line(made, manifest.HERE))
-        made.link = link
+            made = made._replace(link=made.link.removeprefix(b"./"))
+        digest = digest_of(data) if made.kind == entries.FILE else NO_DIGEST
+        written.add(manifest.whole_line(made, digest, manifest.HERE))
     written.finish()
     listed = lines.getvalue()
     out.write(headers.special_file(MANIFEST, len(listed), 0) + _padded(listed) + bytes(1024))

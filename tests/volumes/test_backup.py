@@ -624,12 +624,13 @@ class TestOrdinaryUser:
         for path in (data / "file", data / "dir", data / "dir/closed"):
             os.chown(path, 1000, 1000)
         os.setxattr(data / "file", "user.a", b"b")
+        os.chmod(data / "file", 0o444)  # setting such an xattr needs write permission
         os.chmod(data / "dir", 0o500)
         before = trees.value(data)
         assert run("backup", "data", "-o", home / "b.tar")[0] == 0
         assert run("restore", "data", "-i", home / "b.tar") == (0, "data\n", run_told("data", 4, 2))
         assert trees.value(data) == before
-        assert sorted(os.listdir(data.parent)) == ["_data", "manifest", "volume.json"]
+        assert sorted(os.listdir(data.parent)) == ["_data", "manifest", "spare", "volume.json"]
         # what an ordinary user can't have
         code, _, err = run("create", "-o", "size=50m", "sized")
         assert code == 1

@@ -1,4 +1,4 @@
-"""The command line of bubblewrap, which puts a command into namespaces of its own; bwrap(1)."""
+"""The command line of bubblewrap, which runs a command in new namespaces; bwrap(1)."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def find() -> str:
 
 @dataclass(frozen=True, slots=True)
 class Confinement:
-    """What keeps a command in its container."""
+    """How a command is confined to its container."""
 
     capabilities: Sequence[str] = ()
     """Of uid 0; an ordinary user's command has none in any case."""
@@ -63,9 +63,9 @@ def arguments(
     info_fd: int,
     filter_fd: int | None,
 ) -> list[str]:
-    """The whole command line: the merged tree as root, with what is mounted in it, /proc, /dev, /sys.
+    """The whole command line: the merged tree as root, with the mounts in it, /proc, /dev, /sys.
 
-    From `environment_fd` bubblewrap reads `environment_arguments`.
+    bubblewrap reads `environment_arguments` from `environment_fd`.
     """
     if confinement.privileged:
         words = [program, "--dev-bind", merged, "/", "--proc", "/proc"]
@@ -75,8 +75,8 @@ def arguments(
         words += ["--ro-bind-try", "/sys", "/sys", *_protected()]
     bind = "--dev-bind" if confinement.privileged else "--bind"
     for target in _outermost(spec.target for spec in storage if spec.target.startswith(_OWN_MOUNTS)):
-        # bubblewrap's own mounts cover what is mounted there in the union. What is mounted below such a
-        # target comes along: a path through a volume, which other containers change, is not followed.
+        # bubblewrap's own mounts cover the union's mounts there. Mounts below such a target come along:
+        # no path through a volume, which other containers can change, is followed.
         words += [bind, merged + target, target]
     words += ["--unshare-pid", "--unshare-uts", "--unshare-ipc", "--unshare-cgroup-try"]
     if own_network:
@@ -95,10 +95,9 @@ def arguments(
 
 
 def _protected() -> list[str]:
-    """The kernel's files as Docker leaves them to a container: some hidden, some read-only.
+    """Hides some of the kernel's files and makes others read-only, as Docker does.
 
-    What is mounted below /sys (debugfs, tracefs, cgroups) is not in a sysfs of the container's own, as in
-    Docker.
+    Mounts below /sys (debugfs, tracefs, cgroups) are not visible in the container's /sys, as in Docker.
     """
     words = []
     if os.geteuid() == 0:
@@ -117,7 +116,7 @@ def _protected() -> list[str]:
 
 
 def _kernel_files() -> list[str]:
-    """What is in /proc besides processes, to be read-only: it asks for uid 0 and no capability.
+    """Everything in /proc but processes, to be made read-only: writing it takes uid 0 but no capability.
 
     Docker leaves most of it writable. But owner and mode of such a file are the same in every procfs
     (fs/proc/generic.c, proc_notify_change), so a container would change them for the host.
@@ -127,7 +126,7 @@ def _kernel_files() -> list[str]:
 
 
 def _own_cgroup() -> str | None:
-    """The directory of this process's cgroup, which is the root of the container's; None without cgroup2."""
+    """The directory of this process's cgroup, the root of the container's; None without cgroup2."""
     if any(entry.mountpoint == _CGROUPS and entry.fstype != "cgroup2" for entry in read_mountinfo()):
         return None
     try:
@@ -140,7 +139,7 @@ def _own_cgroup() -> str | None:
 
 
 def _outermost(paths: Iterable[str]) -> list[str]:
-    """The paths that lie below no other one."""
+    """The paths that are below none of the others."""
     found: list[str] = []
     for path in sorted(set(paths)):
         if not any(path.startswith(f"{other}/") for other in found):
@@ -149,7 +148,7 @@ def _outermost(paths: Iterable[str]) -> list[str]:
 
 
 def _name_resolution(merged: str, targets: set[str]) -> list[str]:
-    """The host's network is of use only with the host's way of finding names."""
+    """Bind the host's resolv.conf and hosts: its network needs its name resolution."""
     words: list[str] = []
     for path in ("/etc/resolv.conf", "/etc/hosts"):
         if not os.path.exists(path) or path in targets or "/etc" in targets:
@@ -157,7 +156,7 @@ def _name_resolution(merged: str, targets: set[str]) -> list[str]:
         try:
             kind = stat.S_IFMT(os.lstat(merged + path).st_mode)
         except FileNotFoundError:
-            # bubblewrap makes the file, and ends where it cannot: in no /etc, or in that of others.
+            # bubblewrap creates the file, and fails if it cannot: without /etc, or in another user's.
             etc = merged + "/etc"
             kind = stat.S_IFREG if os.path.isdir(etc) and os.access(etc, os.W_OK | os.X_OK) else 0
         if kind == stat.S_IFREG and not os.path.islink(merged + "/etc"):
@@ -166,17 +165,17 @@ def _name_resolution(merged: str, targets: set[str]) -> list[str]:
 
 
 def environment_arguments(values: Mapping[str, str]) -> bytes:
-    """What bubblewrap reads from --args to give the command an environment.
+    """What bubblewrap reads from --args to set the command's environment.
 
-    In bubblewrap's own, LD_PRELOAD and the like would load the container's libraries into it; in its command
-    line every user of the host would see the values.
+    In bubblewrap's own environment, LD_PRELOAD and the like would load the container's libraries into it; on
+    its command line every user of the host would see the values.
     """
     words = ["--clearenv", *(word for item in values.items() for word in ("--setenv", *item))]
     return b"".join(os.fsencode(word) + b"\0" for word in words)
 
 
 def environment(given: Mapping[str, str], hostname: str) -> dict[str, str]:
-    """What a command finds in its environment: Docker's few variables, and those that were given."""
+    """A command's environment: Docker's few variables, and the `given` ones."""
     values = {"PATH": PATH, "HOME": "/root" if os.geteuid() == 0 else "/", "HOSTNAME": hostname}
     if "TERM" in os.environ:
         values["TERM"] = os.environ["TERM"]

@@ -1,4 +1,4 @@
-"""Which capabilities root has in a container: Docker's default set, changed by --cap-add and --cap-drop."""
+"""Root's capabilities in a container: Docker's default set, changed by --cap-add and --cap-drop."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from unionfs.errors import UserError, quoted
 from unionfs.sys.capabilities import NAMES, has_capability
 
-#: What Docker leaves to root in a container (moby, daemon/pkg/oci/caps/defaults.go).
+#: Root's capabilities in Docker's containers (moby, daemon/pkg/oci/caps/defaults.go).
 DEFAULT = (
     "CAP_CHOWN", "CAP_DAC_OVERRIDE", "CAP_FSETID", "CAP_FOWNER", "CAP_MKNOD", "CAP_NET_RAW", "CAP_SETGID",
     "CAP_SETUID", "CAP_SETFCAP", "CAP_SETPCAP", "CAP_NET_BIND_SERVICE", "CAP_SYS_CHROOT", "CAP_KILL",
@@ -23,7 +23,7 @@ _ALL = "ALL"
 def settle(add: Sequence[str], drop: Sequence[str], *, privileged: bool) -> tuple[str, ...]:
     """The capabilities of a container, in the kernel's order; none for an ordinary user. Raises UserError.
 
-    As Docker counts them: an added ALL is reduced by what is dropped; with ALL dropped, the added ones stay.
+    As in Docker: an added ALL is reduced by the dropped ones; with ALL dropped, the added ones stay.
     Defaults that this process lacks itself are left out.
     """
     added, dropped = _read("--cap-add", add), _read("--cap-drop", drop)

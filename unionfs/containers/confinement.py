@@ -1,4 +1,4 @@
-"""What keeps a command in its container, from the options of `unionfs run`."""
+"""The confinement of a command, from the options of `unionfs run`."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ _NO_NEW_PRIVILEGES = ("no-new-privileges", "no-new-privileges=true", "no-new-pri
 def settle_confinement(
     add: Sequence[str], drop: Sequence[str], security: Sequence[str], *, privileged: bool
 ) -> Confinement:
-    """The confinement that --cap-add, --cap-drop, --security-opt, and --privileged ask for. Raises UserError.
+    """The confinement for --cap-add, --cap-drop, --security-opt, and --privileged. Raises UserError.
 
-    A profile that is given holds for a privileged container, too, as in Docker.
+    An explicit profile applies to a privileged container, too, as in Docker.
     """
     kept = capabilities.settle(add, drop, privileged=privileged)
     profile = None if privileged else BUILT_IN

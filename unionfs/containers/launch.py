@@ -1,12 +1,12 @@
-"""Starting bubblewrap in a session of its own, with nothing of the caller's.
+"""Starts bubblewrap in a new session that inherits nothing of the caller's.
 
-The session has a leader, a small process that lives as long as `unionfs run`: when a session leader ends, its
-terminal is lost to all, and bubblewrap's outer process ends with the first Ctrl-C. The leader forks a process
-that forks bubblewrap and exits, so that bubblewrap becomes the child of `unionfs run`, the subreaper. What
-the container inherits (keyring, devices, standard files) is prepared before bubblewrap is executed.
+The session has a leader, a small process that lives as long as `unionfs run`: when a session leader ends, all
+lose its terminal, and the first Ctrl-C ends bubblewrap's outer process. The leader forks a process that forks
+bubblewrap and exits, so that bubblewrap becomes the child of `unionfs run`, the subreaper. What the container
+inherits (keyring, devices, standard files) is prepared before bubblewrap is executed.
 
-Where bubblewrap starts in a small root, it is pid 1 of a pid namespace around the container's own: the /proc
-that it has open shows no process but itself and the container's.
+In a small root, bubblewrap is pid 1 of a pid namespace around the container's own: the /proc that it has open
+shows no process but itself and the container's.
 """
 
 from __future__ import annotations
@@ -49,20 +49,20 @@ class Launch:
     program: str
     words: Sequence[str]
     keep: Collection[int]
-    """The fds that bubblewrap gets besides 0 to 2."""
+    """The fds that bubblewrap inherits besides 0 to 2."""
     terminal: Terminal | None
     streams: Mapping[int, int]
-    """The fds that bubblewrap gets as 0 to 2 where these are not terminals."""
+    """The fds that bubblewrap inherits as 0 to 2 where these are not terminals."""
     bounding: Collection[str]
     """The capabilities (CAP_*) that no program in the container exceeds; of uid 0."""
     small_root: str | None
     """The union, for bubblewrap to start in a tree with little more than that; None: in the host's tree."""
 
     def start(self) -> tuple[int, int]:
-        """Start bubblewrap; the pids of the session's leader and of bubblewrap. Raises UserError.
+        """Start bubblewrap; return the pids of the session's leader and of bubblewrap. Raises UserError.
 
-        The caller is a subreaper with one thread. All signals are as after boot: what the caller ignores, as
-        nohup(1) lets it, is not ignored in the container.
+        The caller is a subreaper with one thread. All signals get their defaults: the container does not
+        ignore those that the caller ignores (nohup(1)).
         """
         reader, writer = os.pipe()
         parent = os.getpid()
@@ -97,7 +97,7 @@ class Launch:
                 self._spawn(writer)
             _libc.prctl(_PR_SET_NAME, b"unionfs-session", 0, 0, 0)
             _libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
-            # The slave stays open, so that the master does not end while no program in the container has it.
+            # The slave stays open, so that the master lasts while no program in the container has it.
             for fd in range(3):
                 os.dup2(last, fd)
             os.closerange(3, 2**31 - 1)
@@ -126,7 +126,7 @@ class Launch:
             os._exit(0)
 
     def _execute(self, failure: int) -> NoReturn:
-        """Become bubblewrap; what fails before is written to `failure`, which closes by itself."""
+        """Become bubblewrap; errors before that are written to `failure`, which exec closes."""
         try:
             _join_new_keyring()
             program = _unreachable(self.program)
@@ -155,7 +155,7 @@ class Launch:
             os._exit(1)
 
     def _slave_path(self) -> str | None:
-        """Where the container's terminal is in /dev/pts."""
+        """The path of the container's terminal in /dev/pts."""
         with suppress(OSError):
             return None if self.terminal is None else os.ttyname(self.terminal.slave)
         return None
@@ -171,7 +171,7 @@ def _join_new_keyring() -> None:
 
 
 def _bound_capabilities(names: Collection[str]) -> None:
-    """Reduce the bounding set, and leave bubblewrap what it needs: uid 0 executes with the inheritable set.
+    """Reduce the bounding set, but not what bubblewrap needs: uid 0 execs with the inheritable set.
 
     bubblewrap sets that to what --cap-add names. Source: capabilities(7). Raises OSError.
     """
@@ -179,7 +179,7 @@ def _bound_capabilities(names: Collection[str]) -> None:
     for half in data:
         half.inheritable = half.permitted
     if not set_capabilities(data):
-        return  # no_new_privs keeps the command from more in any case
+        return  # no_new_privs keeps the command from gaining more in any case
     kept = {NUMBERS[name.removeprefix("CAP_")] for name in names}
     for number in set(range(64)) - kept:
         # EINVAL: the kernel has no such number; EPERM: no CAP_SETPCAP
@@ -187,11 +187,11 @@ def _bound_capabilities(names: Collection[str]) -> None:
 
 
 def _unreachable(program: str) -> int | None:
-    """An fd of the program that the container cannot write through; None where it could not anyway.
+    """An fd of the program that the container cannot write through; None if the file itself is safe.
 
     Bubblewrap is pid 1 of the container, and /proc/1/exe leads to its file on the host: uid 0 could write it,
-    or change its mode (CVE-2019-5736). Through a read-only mount that is EROFS. Where there is none to be had
-    (an ordinary user whose own file it is, an old kernel) it is a sealed copy in memory.
+    or change its mode (CVE-2019-5736). Through a read-only mount that fails with EROFS. Where no such mount
+    is possible (an ordinary user who owns the file, an old kernel) the fd is a sealed copy in memory.
     """
     if os.geteuid() == 0:
         with suppress(OSError):

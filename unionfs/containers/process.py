@@ -1,10 +1,10 @@
-"""A command in its container: starting it, handing signals on, and its exit code.
+"""A command in its container: starting it, forwarding signals, and its exit code.
 
-bubblewrap is two processes: one outside that waits, and pid 1 of the new pid namespace, whose child is the
-command. What is typed at the container's terminal (Ctrl-C) goes to all of them. In a small root the one
-outside is pid 1 of a pid namespace itself, which no such signal ends. Elsewhere it ends; so this process
-becomes the reaper of what is left, waits for the inner pid 1, and gets the command's exit code from there.
-A signal that reaches this process is handed on to the command.
+bubblewrap is two processes: an outer one that waits, and pid 1 of the new pid namespace, whose child is the
+command. Signals typed at the container's terminal (Ctrl-C) go to all of them. In a small root the outer one
+is itself pid 1 of a pid namespace, which no such signal ends. Elsewhere it ends; so this process becomes the
+reaper of the rest, waits for the inner pid 1, and gets the command's exit code from there. Signals to this
+process are forwarded to the command.
 """
 
 from __future__ import annotations
@@ -33,9 +33,10 @@ _POLL_SECONDS = 0.02
 
 
 def hold_signals() -> frozenset[signal.Signals]:
-    """Keep signals until there is a command to hand them to; which are kept.
+    """Block signals until there is a command to forward them to; return the blocked ones.
 
-    One that the caller ignores (nohup(1), a shell's background jobs) stays ignored: blocked it would be kept.
+    A signal that the caller ignores (nohup(1), a shell's background jobs) stays ignored: blocked, it
+    would become pending.
     """
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     held = frozenset(number for number in _FORWARDED if signal.getsignal(number) is not signal.SIG_IGN)
@@ -57,7 +58,7 @@ class Command:
     ) -> None:
         """Start it. Raises UserError.
 
-        `arguments` gets the number of the fd for bubblewrap's --info-fd; `keep` are other fds that it names.
+        `arguments` takes the number of the fd for bubblewrap's --info-fd; `keep` are other fds that it names.
         `bounding` and `small_root`: as for Launch.
         """
         self._held = hold_signals()
@@ -87,13 +88,13 @@ class Command:
                 self.terminal.close_slave()
         with os.fdopen(reader, "rb") as info:
             self._init = _child_pid(info.read())
-        #: Whether bubblewrap came as far as to make the container.
+        #: Whether bubblewrap got as far as creating the container.
         self.made = self._init is not None
         # The number is that of bubblewrap's own pid namespace.
         self._nested = small_root is not None
         if self._nested and self.made:
             self._init = next(iter(_children(self._outer)), None)
-        # With this process all in the container ends.
+        # When this process ends, everything in the container ends.
         self._top = self._outer if self._nested else self._init
         self._started = None if self._top is None else start_time(self._top)
         #: The command's pid and start time.
@@ -106,22 +107,22 @@ class Command:
                 os.kill(self._top, signal.SIGKILL)
 
     def wait(self) -> int:
-        """Hand signals on until the command has ended; its exit code, 128 and the signal if one ended it.
+        """Forward signals until the command has ended; return its exit code, or 128 plus the signal's number.
 
-        What it has left running in the container is killed then, as everywhere when pid 1 ends. Raises
-        UserError when the command's output cannot be written.
+        Processes still running in the container are then killed, as always when pid 1 ends. Raises UserError
+        if the command's output cannot be written.
         """
         if self.terminal is not None:
             self.terminal.start()
         self._streams.start()
         try:
             code = self._wait()
-            self._streams.finish(self._is_told_to_end)
+            self._streams.finish(self._should_end)
             return code
         finally:
             self._end_session()
 
-    def _is_told_to_end(self) -> bool:
+    def _should_end(self) -> bool:
         return signal.sigtimedwait(self._held & _ENDING, 0) is not None
 
     def _wait(self) -> int:
@@ -131,7 +132,7 @@ class Command:
         while True:
             _reap(ended)
             outer = ended.get(self._outer)
-            # When a nested one is killed, the kernel has ended all in its namespace before.
+            # When a nested one is killed, the kernel has already ended everything in its namespace.
             if outer is not None and (outer >= 0 or self._init is None or self._nested):
                 self._end_the_rest()
                 return _code(outer)
@@ -140,15 +141,15 @@ class Command:
             if outer is None:
                 info: signal.struct_siginfo | None = signal.sigwaitinfo(signals)
             else:
-                # Pid 1 has the exit code, and ends when nothing runs any more.
+                # Pid 1 has the exit code, and ends when nothing else runs.
                 if not self._command_lives():
                     self._kill_children()
                 info = signal.sigtimedwait(signals, _POLL_SECONDS)
             if info is not None and info.si_signo != signal.SIGCHLD:
-                self._hand_on(info.si_signo)
+                self._forward(info.si_signo)
 
     def _find_command(self, ended: dict[int, int]) -> None:
-        """Learn which process is the command, while it lives: bubblewrap's first child in the container."""
+        """Find the command's process while it lives: bubblewrap's first child in the container."""
         deadline = time.monotonic() + _START_SECONDS
         while self._init is not None and self._command is None and time.monotonic() < deadline:
             _reap(ended)
@@ -165,7 +166,7 @@ class Command:
         return self._command is not None and is_alive(*self._command)
 
     def _end_the_rest(self) -> None:
-        """Kill pid 1, and all that runs below it, and wait until the namespaces are gone."""
+        """Kill pid 1 and everything below it, and wait until the namespaces are gone."""
         self.kill()
         if self._init is not None:
             with suppress(ChildProcessError):
@@ -177,7 +178,7 @@ class Command:
                 os.kill(pid, signal.SIGKILL)
 
     def _end_session(self) -> None:
-        """End the session's leader, which has the last slave of the pty; restore the caller's terminal."""
+        """End the session's leader, which holds the last slave of the pty; restore the caller's terminal."""
         with suppress(ProcessLookupError):
             signal.pidfd_send_signal(self._leader, signal.SIGKILL)
         with suppress(ChildProcessError):
@@ -185,7 +186,7 @@ class Command:
         if self.terminal is not None:
             self.terminal.finish()
 
-    def _hand_on(self, number: int) -> None:
+    def _forward(self, number: int) -> None:
         if self.terminal is not None and number == signal.SIGWINCH:
             self.terminal.resize()
             return
@@ -197,7 +198,7 @@ class Command:
 
 
 def _reap(ended: dict[int, int]) -> None:
-    """Note the exit codes (negative: signals) of all children that have ended."""
+    """Record the exit codes (negative: signals) of all children that have ended."""
     with suppress(ChildProcessError):
         while (found := os.waitpid(-1, os.WNOHANG))[0]:
             ended[found[0]] = os.waitstatus_to_exitcode(found[1])

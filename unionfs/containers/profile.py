@@ -1,4 +1,4 @@
-"""Seccomp profiles in Docker's JSON form: reading one, and what is left of it on this host.
+"""Reads seccomp profiles in Docker's JSON form, and selects the rules that apply on this host.
 
 Source of the form: moby's profiles/seccomp, and the OCI runtime specification, config-linux.md, "Seccomp".
 The numbers of actions and operators are the kernel's (linux/seccomp.h) and libseccomp's (seccomp.h).
@@ -53,7 +53,7 @@ class Condition:
 
 @dataclass(frozen=True, slots=True)
 class Rule:
-    """What happens to system calls when all conditions hold."""
+    """The action for system calls for which all conditions hold."""
 
     names: tuple[str, ...]
     action: int
@@ -62,17 +62,17 @@ class Rule:
 
 @dataclass(frozen=True, slots=True)
 class Profile:
-    """A profile as it holds on this host, for a container with certain capabilities."""
+    """A profile as it applies to this host and a container's capabilities."""
 
     default: int
     architectures: tuple[str, ...]
     rules: tuple[Rule, ...]
     known: frozenset[str]
-    """All names in the profile, also those of rules that do not hold here."""
+    """All names in the profile, also those of rules that do not apply here."""
 
 
 class _Bad(Exception):
-    """What is wrong in a profile, as a part of a sentence."""
+    """An error in a profile, as a part of a sentence."""
 
 
 def read_profile(path: str, capabilities: Collection[str]) -> Profile:

@@ -24,9 +24,8 @@ _X32_BIT = 0x40000000  # __X32_SYSCALL_BIT, asm/unistd.h
 def compile_profile(path: str, capabilities: Collection[str]) -> bytes:
     """The program (struct sock_filter[]) for a profile and a container's capabilities. Raises UserError.
 
-    Names that this libseccomp does not know are skipped, as in runc. System calls that are newer than all
-    that the profile names end with ENOSYS (runc does that too): programs take EPERM for an answer, and do not
-    fall back to an older call.
+    Names that this libseccomp does not know are skipped, as in runc. System calls newer than all that the
+    profile names fail with ENOSYS, as in runc: with EPERM programs would not fall back to an older call.
     """
     profile = read_profile(path, capabilities)
     library = _library()
@@ -48,7 +47,7 @@ def compile_profile(path: str, capabilities: Collection[str]) -> bytes:
 
 
 def _library() -> Any:
-    """The module pyseccomp, which looks for the library when it is imported. Raises UserError."""
+    """The module pyseccomp, which loads the library when it is imported. Raises UserError."""
     try:
         import pyseccomp
     except (ImportError, RuntimeError, OSError, AttributeError) as error:
@@ -74,7 +73,7 @@ def _add_architectures(library: Any, made: Any, profile: Profile) -> list[int]:
 
 def _add(library: Any, made: Any, rule: Rule) -> None:
     counts = Counter(condition.index for condition in rule.conditions)
-    # libseccomp compares an argument once a rule; several comparisons of one are alternatives, as in runc.
+    # libseccomp compares an argument once per rule; several comparisons of one are alternatives, as in runc.
     several = any(count > 1 for count in counts.values())
     groups: list[tuple[Condition, ...]] = [rule.conditions]
     if several:
@@ -98,10 +97,10 @@ def _exported(made: Any) -> bytes:
 
 
 def _newer_calls(library: Any, tokens: Collection[int], profile: Profile) -> Iterator[bytes]:
-    """Instructions before the filter: ENOSYS for numbers above all that the profile has a name for."""
+    """Instructions before the filter: ENOSYS for numbers above all that the profile names."""
     for token in tokens:
         if token == library.Arch.X32:
-            continue  # the kernel calls it x86-64, and marks the number
+            continue  # seccomp_data has x86-64's architecture and a marked number
         newest = max((library.resolve_syscall(token, name) for name in profile.known), default=-1)
         if newest < 0:
             continue

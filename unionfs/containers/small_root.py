@@ -1,11 +1,11 @@
-"""The tree that bubblewrap starts in: not the host's, but a small one with what it binds and runs from.
+"""The tree that bubblewrap starts in: not the host's, but a small one with what it executes and binds.
 
-bubblewrap opens /proc before it makes its mount namespace, and still has it open when it changes to the
-working directory. A symlink there that leads to /proc/self/fd/3 (in an image, or put into a volume just in
-time) would make that the command's working directory, and from there `..` leads to the root of the tree in
-which bubblewrap was started (the kind of CVE-2024-21626). In this one are only programs and libraries,
-read-only, and the union. Its /proc is that of a pid namespace around the container's: it shows PID/root and
-PID/fd of no process of the host, and of none of other containers.
+bubblewrap opens /proc before it creates its mount namespace, and still has it open when it changes to the
+working directory. A symlink there to /proc/self/fd/3 (in an image, or put into a volume just in time) would
+make that the command's working directory, and from there `..` leads to the root of the tree in which
+bubblewrap was started (as in CVE-2024-21626). The small tree has only programs and libraries, read-only, and
+the union. Its /proc belongs to a pid namespace around the container's: it shows PID/root and PID/fd of no
+process of the host or of other containers.
 """
 
 from __future__ import annotations
@@ -35,13 +35,13 @@ _FILES = ("/etc/ld.so.cache", "/etc/resolv.conf", "/etc/hosts")
 
 
 def enter_small_root(merged: str, terminal: str | None) -> None:
-    """Enter a tree of its own, as pid 1 after `new_namespaces`. Raises OSError; Linux 5.12.
+    """Enter the small tree, as pid 1 after `new_namespaces`. Raises OSError; Linux 5.12.
 
-    What the host mounts later appears below the union alone, for storage with such a propagation.
+    The host's later mounts appear only below the union, for storage with such a propagation.
 
     `merged` is the union, `terminal` the container's in the host's /dev/pts. The device files are the host's
-    inodes, and are read-only, for uid 0 of the container could change their owner and mode; a device on a
-    read-only mount can still be written to. For uid 0 /proc is read-only, too.
+    inodes; their mounts are read-only, as uid 0 of the container could change their owner and mode (a device
+    on a read-only mount can still be written to). For uid 0 /proc is read-only, too.
     """
     old = _open("/")
     detached.change(old, propagation=detached.PROPAGATION["slave"], recursive=True)
@@ -72,9 +72,9 @@ def enter_small_root(merged: str, terminal: str | None) -> None:
 
 
 def new_namespaces() -> None:
-    """Enter a mount namespace; the next child is pid 1 of a pid namespace. Raises OSError.
+    """Enter a new mount namespace; the next child is pid 1 of a new pid namespace. Raises OSError.
 
-    An ordinary user gets a user namespace for that.
+    For an ordinary user also enter a new user namespace.
     """
     uid, gid = os.geteuid(), os.getegid()
     flags = _CLONE_NEWNS | _CLONE_NEWPID | (0 if uid == 0 else _CLONE_NEWUSER)
@@ -89,21 +89,21 @@ def new_namespaces() -> None:
 
 def _proc() -> int:
     """A detached mount of the /proc of this process's pid namespace."""
-    # For an ordinary user, read-only would be in the way of the container's own; mount_too_revealing(),
+    # For an ordinary user a read-only one would prevent mounting the container's own; mount_too_revealing(),
     # fs/namespace.c.
     attributes = detached.READ_ONLY if os.geteuid() == 0 else 0
     return detached.new_filesystem("proc", (), attributes | _PROC_ATTRIBUTES)
 
 
 def _private(path: str, attributes: int = 0) -> int:
-    """A detached clone of what is mounted at a path, which gets none of the host's later mounts."""
+    """A detached clone of the mount at a path, which receives none of the host's later mounts."""
     fd = detached.clone(path, recursive=True)
     detached.change(fd, add=attributes, propagation=detached.PROPAGATION["private"], recursive=True)
     return fd
 
 
 def _attach(path: str, fd: int) -> None:
-    """Attach a mount at a path that is made, below the working directory."""
+    """Create a path below the working directory, and attach a mount there."""
     if os.path.isdir(fd):
         os.makedirs(path, exist_ok=True)
     else:

@@ -1,4 +1,4 @@
-"""Where containers keep what they change: ROOT/containers/NAME/{upper,work,merged,container.json}."""
+"""Where containers store their changes: ROOT/containers/NAME/{upper,work,merged,container.json}."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ _FACTS = "container.json"
 
 
 def new_name() -> str:
-    """A name for a container that is given none: 12 hexadecimal digits."""
+    """A name for a container without one: 12 hexadecimal digits."""
     return secrets.token_hex(6)
 
 
 class Container:
-    """One container's directory. Its layers stay when it ends, until it is removed."""
+    """One container's directory. Its layers stay until the container is removed."""
 
     def __init__(self, root: str, name: str) -> None:
         self.name = check_name(name, "container")
@@ -46,12 +46,12 @@ class Container:
         return f"{self.path}/merged"
 
     def exists(self) -> bool:
-        """Whether it was made before."""
+        """Whether it has been created."""
         return os.path.isdir(self.path)
 
     @contextmanager
     def claimed(self, *, make: bool) -> Iterator[None]:
-        """Keep everybody else out of the directory. Raises UserError, also if it is missing and not made."""
+        """Lock the directory. Raises UserError, also if it is missing and `make` is false."""
         if make or os.path.lexists(self._root):
             open_root(self._root)
             check_directory(self.above)
@@ -77,7 +77,7 @@ class Container:
             os.close(fd)
 
     def lowers(self) -> tuple[str, ...]:
-        """The lowers that it was made over; none for a new container."""
+        """The lowers that it was created with; none for a new container."""
         try:
             with open(f"{self.path}/{_FACTS}", encoding="utf-8", errors="surrogateescape") as source:
                 return tuple(json.load(source)["lowers"])
@@ -90,7 +90,7 @@ class Container:
             ) from error
 
     def make(self, lowers: Sequence[str], *, layers: bool) -> None:
-        """Make the mountpoint, and with `layers` an upper that looks like the topmost lower, and work."""
+        """Create the mountpoint, and with `layers` work and an upper with the topmost lower's attributes."""
         try:
             with suppress(FileExistsError):
                 os.mkdir(self.merged, 0o700)
@@ -116,13 +116,11 @@ class Container:
             ) from error
 
     def remove(self) -> None:
-        """Throw it away with all that it changed. Raises UserError; for an immutable file in it, nothing is
-        changed.
-        """
+        """Remove it with all its changes. Raises UserError; an immutable file in it prevents any removal."""
         complaint = f"container {quoted(self.name)} cannot be removed"
         refuse_locked(self.path, complaint)
         self._sweep()
-        # A name that no container can have: what is half removed is none any more.
+        # A name that no container can have: a partly removed one is not a container any more.
         doomed = f"{self.above}/.removed-{secrets.token_hex(8)}"
         try:
             os.rename(self.path, doomed)
@@ -135,7 +133,7 @@ class Container:
         remove_all(doomed, f"container {quoted(self.name)} is removed, but not all of its files")
 
     def _sweep(self) -> None:
-        """Remove what could not be removed before."""
+        """Remove what earlier removals left."""
         with suppress(FileNotFoundError):
             for name in os.listdir(self.above):
                 path = f"{self.above}/{name}"

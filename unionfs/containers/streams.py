@@ -1,10 +1,10 @@
 """Pipes between the caller's standard files and the container's.
 
-A container that had a file of the caller's as stdin or stdout could do more with it than the caller meant:
+A container with one of the caller's files as stdin or stdout could do more with it than the caller meant:
 open /proc/self/fd/0 for writing, change owner and mode, send descriptors through a socket. So the container
-gets pipes, as Docker's do, and their data is copied. Terminals are replaced by a pty instead.
+gets pipes, as in Docker, and their data is copied. Terminals are replaced by a pty instead.
 
-stdout and stderr that are one file (`2>&1`) share a pipe, so that what is written to them keeps its order.
+stdout and stderr that are one file (`2>&1`) share a pipe, which keeps their order.
 """
 
 from __future__ import annotations
@@ -28,12 +28,12 @@ _GONE = select.POLLERR | select.POLLHUP | select.POLLNVAL
 
 
 class Streams:
-    """Pipes in the place of some standard files; `ends` are the container's, by the number they replace."""
+    """Pipes in place of some standard files; `ends` are the container's, by the number they replace."""
 
     def __init__(self, fds: Collection[int]) -> None:
         """`fds`: which of 0 to 2 get a pipe. Raises UserError."""
         self.ends: dict[int, int] = {}
-        #: Both ends of stdin's pipe: what is left in it at the end has not been read.
+        #: Both ends of stdin's pipe: data left in it at the end has not been read.
         self._input: tuple[int, int] | None = None
         self._outputs: list[tuple[int, int]] = []
         self._threads: list[threading.Thread] = []
@@ -57,7 +57,7 @@ class Streams:
             raise UserError(f"the container cannot get pipes: {reason(error)}; raise `ulimit -n`.") from error
 
     def close_ends(self) -> None:
-        """Leave the container's ends to the container."""
+        """Close this process's copies of the container's ends."""
         for fd in set(self.ends.values()):
             os.close(fd)
 
@@ -73,9 +73,9 @@ class Streams:
             thread.start()
 
     def finish(self, give_up: Callable[[], bool]) -> None:
-        """Give back what the container has not read, and copy what it has written last, or until `give_up`.
+        """Put back unread input, and copy the remaining output, or until `give_up`.
 
-        All in the container has ended. Raises UserError when the caller's file does not take the output.
+        All processes of the container have ended. Raises UserError if the output cannot be written.
         """
         os.write(self._wake, b".")
         if self._reader is not None and self._input is not None:
@@ -91,7 +91,7 @@ class Streams:
             ) from self._error
 
     def _give_back(self, reader: int) -> None:
-        """Leave the rest of a file to the next reader: `while read line; do unionfs run ...; done <FILE`."""
+        """Leave the rest of a file for the next reader: `while read line; do unionfs run ...; done <FILE`."""
         unread = struct.unpack("i", fcntl.ioctl(reader, termios.FIONREAD, b"\0" * 4))[0] + len(self._pending)
         with suppress(OSError):
             os.lseek(0, -unread, os.SEEK_CUR)
@@ -121,7 +121,7 @@ class Streams:
         os.close(writer)
 
     def _copy_output(self, reader: int, target: int) -> None:
-        """Copy to the caller's file until all in the container have closed the pipe."""
+        """Copy to the caller's file until all processes of the container have closed the pipe."""
         poll = select.poll()
         poll.register(reader, select.POLLIN)
         poll.register(target, 0)
@@ -139,7 +139,7 @@ class Streams:
                     except BlockingIOError:
                         select.select([], [target], [])
         except OSError as error:
-            # EPIPE: the caller wants no more; the command gets SIGPIPE.
+            # EPIPE: the caller's reader has ended; the command gets SIGPIPE.
             if error.errno != errno.EPIPE:
                 self._error = error
         finally:

@@ -1,9 +1,9 @@
-"""The container's own terminal: a pty, and what relays between it and the caller's terminal.
+"""The container's own terminal: a pty, and the relays between it and the caller's terminal.
 
-A container that had the caller's terminal could type into it (TIOCSTI, ioctl_tty(2)), and the caller's shell
+A container with the caller's terminal could type into it (TIOCSTI, ioctl_tty(2)), and the caller's shell
 would execute that. So every standard file that is a terminal is replaced by the slave of a new pty. While
-`unionfs run` is in the foreground of the terminal at its stdin, that is raw: the pty makes signals of Ctrl-C
-and Ctrl-Z, in the container's session. In the background nothing is read and nothing is set.
+`unionfs run` is in the foreground of the terminal at its stdin, that is raw: the pty turns Ctrl-C and Ctrl-Z
+into signals in the container's session. In the background the terminal is neither read nor changed.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ class Terminal:
         except OSError:
             self._path = None  # a terminal of another mount namespace has no name here
         self._saved = termios.tcgetattr(self._main)
-        # Where stdout is no terminal, the next program of a pipeline writes to this one, and needs its
+        # If stdout is not a terminal, the next program of a pipeline writes to this one, and needs its
         # newlines translated.
         keep_output = not self._input or 1 not in self.fds
         self._raw = _raw(self._saved, keep_output=keep_output)
@@ -63,16 +63,16 @@ class Terminal:
         self._threads: list[threading.Thread] = []
         inside = list(self._saved)
         if keep_output:
-            inside[1] &= ~termios.OPOST  # they are translated once
+            inside[1] &= ~termios.OPOST  # translate them only once
         termios.tcsetattr(self.slave, termios.TCSANOW, inside)
         self.resize()
 
     def close_slave(self) -> None:
-        """Leave the slave to the container: the master then ends with its last user."""
+        """Close this process's slave: the master then ends with the container's last one."""
         os.close(self.slave)
 
     def resize(self) -> None:
-        """Carry the terminal's size over; the kernel sends SIGWINCH to the container's foreground."""
+        """Copy the terminal's size; the kernel sends SIGWINCH to the container's foreground."""
         with suppress(OSError):
             size = fcntl.ioctl(self._main, termios.TIOCGWINSZ, _SIZE)
             fcntl.ioctl(self.master, termios.TIOCSWINSZ, size)
@@ -85,12 +85,12 @@ class Terminal:
             self._threads[-1].start()
 
     def resume(self) -> None:
-        """This process was stopped and goes on: the shell has set the terminal in between."""
+        """Called when this process continues after a stop: the shell has changed the terminal meanwhile."""
         if self._input and _in_foreground():
             self._make_raw()
 
     def finish(self) -> None:
-        """Relay what the container has written last, and restore the terminal. All slaves are closed."""
+        """Relay the container's remaining output, and restore the terminal. All slaves are closed."""
         with self._lock:
             self._over = True
         os.write(self._wake, b".")
@@ -100,7 +100,7 @@ class Terminal:
             self._restore(0)
 
     def restore_from_outside(self) -> None:
-        """Restore the terminal from a process that has no fd of it, after this one was killed."""
+        """Restore the terminal from a process without an fd of it, after this one was killed."""
         if not self._input or self._path is None:
             return
         with suppress(OSError):
@@ -111,7 +111,7 @@ class Terminal:
                 os.close(fd)
 
     def _restore(self, fd: int) -> None:
-        # Only what was set here: in the background the terminal is another program's.
+        # Only if its settings are those of _make_raw: in the background the terminal is another program's.
         with suppress(termios.error):
             if termios.tcgetattr(fd)[:4] == self._raw[:4]:
                 termios.tcsetattr(fd, termios.TCSANOW, self._saved)
@@ -122,7 +122,7 @@ class Terminal:
                 termios.tcsetattr(0, termios.TCSANOW, self._raw)
 
     def _relay_input(self) -> None:
-        """Copy what is typed to the master, in the foreground. Ends with the terminal."""
+        """Copy the terminal's input to the master, in the foreground. Ends with the terminal."""
         raw, pending = False, b""
         os.set_blocking(self.master, False)
         while not self._over:
@@ -148,7 +148,7 @@ class Terminal:
                 return
 
     def _relay_output(self) -> None:
-        """Copy what the container writes to the terminal, until all slaves are closed (EIO; pty(7))."""
+        """Copy the container's output to the terminal, until all slaves are closed (EIO; pty(7))."""
         broken = False
         while True:
             try:
@@ -166,12 +166,12 @@ class Terminal:
                 except BlockingIOError:
                     select.select([], [self._output], [])
                 except OSError as error:
-                    # A terminal that is gone must not stop the command: its output goes nowhere.
+                    # A lost terminal must not stop the command: its output is discarded.
                     broken = error.errno != errno.EINTR
 
 
 def _in_foreground() -> bool:
-    """Whether this process may read stdin; a terminal of another session knows no job control for it."""
+    """Whether this process may read stdin; without job control (a terminal of another session) it may."""
     try:
         return os.tcgetpgrp(0) == os.getpgrp()
     except OSError:
@@ -179,7 +179,7 @@ def _in_foreground() -> bool:
 
 
 def _raw(saved: list[Any], *, keep_output: bool) -> list[Any]:
-    """Settings as of cfmakeraw(3), which Python has from 3.12 on; `keep_output`: but output as it is."""
+    """Settings as by cfmakeraw(3), which Python has since 3.12; `keep_output`: keep output processing."""
     iflag, oflag, cflag, lflag, ispeed, ospeed, cc = saved
     iflag &= ~(
         termios.IGNBRK | termios.BRKINT | termios.PARMRK | termios.ISTRIP | termios.INLCR | termios.IGNCR

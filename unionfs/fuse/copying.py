@@ -1,4 +1,4 @@
-"""Copy-up on behalf of requests: once for all who want it, in a thread when it takes long."""
+"""Copy-up on behalf of requests: once for all that wait for it, in a thread when it takes long."""
 
 from __future__ import annotations
 
@@ -8,21 +8,27 @@ from time import perf_counter_ns
 import trio
 
 from unionfs.fuse.inline import in_thread, may_wait
-from unionfs.union.copyup import FileCopy, copy_up_special, ensure_upper
+from unionfs.union.copyup import CopyUp, FileCopy
 from unionfs.union.files import OpenFile
-from unionfs.union.nodes import Node
+from unionfs.union.node import Node
 from unionfs.union.tree import Union
 
 
 class CopyUps:
-    """Has objects copied up, and counts them."""
+    """Copies objects up, and counts them."""
 
-    def __init__(self, union: Union) -> None:
+    def __init__(self, union: Union, copy_up: CopyUp) -> None:
         self.union = union
+        self._copy_up = copy_up
         self.count = 0
         self.copied_bytes = 0
-        #: Time from the begin of each to its end; several at once count each for itself.
+        #: The sum of their durations, of which several may overlap.
         self.nanoseconds = 0
+        self._running: dict[Node, trio.Event] = {}
+
+    def is_running(self, node: Node) -> bool:
+        """Whether the node is being copied up in a thread."""
+        return node in self._running
 
     async def ensure(
         self,
@@ -32,29 +38,27 @@ class CopyUps:
         *,
         keep: bool = False,
     ) -> OpenFile | None:
-        """Have the node in the upper. ``limit``: that many bytes of data are enough (truncation).
+        """Copy the node up if it is not in the upper. ``limit``: copy only so many bytes (truncation).
 
-        ``keep``: when it is a regular file and was copied up for that, its backing file comes back open, and
-        is the caller's to close (`Union.close_file`); it has the permission bits ``mode`` then, if they are
-        given. Raises ``OSError``; nothing is left of the copy then.
+        ``keep``: a regular file that was copied up for that is lent to the caller (`OpenFiles`), and has the
+        permission bits ``mode``, if they are given. Raises ``OSError``; nothing is left of the copy then.
         """
-        if node.identity is not None:  # else the copy-up says that there is no upper
-            self.union.require_writable(node)
+        if node.territory.read_only:
+            node.territory.require_writable()
         kept: OpenFile | None = None
-        while not node.is_upper:
-            if node.copying is not None:
+        while not node.in_place:
+            running = self._running.get(node)
+            if running is not None:
                 await may_wait()
-                # That one may be over by the time this runs on.
-                if isinstance(node.copying, trio.Event):
-                    await node.copying.wait()
+                await running.wait()
             elif node.kind == stat.S_IFREG:
                 kept = await self._file(node, limit, mode, keep=keep)
             else:
                 began = perf_counter_ns()
                 if node.is_dir:
-                    ensure_upper(self.union, node)
+                    self._copy_up.directory(node)
                 else:
-                    copy_up_special(self.union, node)
+                    self._copy_up.special(node)
                 self._count(began)
         return kept
 
@@ -64,26 +68,22 @@ class CopyUps:
 
     async def _file(self, node: Node, limit: int | None, mode: int | None, *, keep: bool) -> OpenFile | None:
         began = perf_counter_ns()
-        copy = FileCopy(self.union, node, limit, mode)
-        try:
+        with FileCopy(self._copy_up, node, limit, mode) as copy:
             if copy.is_quick:
                 copy.copy()
             else:
                 await self._in_thread(copy)
-        except BaseException:
-            copy.abort()
-            raise
-        # Whoever waited runs only after that.
-        kept = copy.finish(keep=keep)
+            # Waiting requests run only after that.
+            kept = copy.finish(keep=keep)
         self._count(began)
         self.copied_bytes += copy.size
         return kept
 
     async def _in_thread(self, copy: FileCopy) -> None:
-        done = copy.node.copying = trio.Event()
+        done = self._running[copy.node] = trio.Event()
         try:
-            # Ends early when the request is given up.
+            # Ends early when the request is cancelled.
             await in_thread(copy.copy, trio.from_thread.check_cancelled)
         finally:
-            copy.node.copying = None
+            del self._running[copy.node]
             done.set()

@@ -1,9 +1,9 @@
 """Listings that can be read in pieces, by any number of readers, while names come and go.
 
-The place of a name in a listing is made of the name alone: a hash, as ext4 has it in its hashed directories.
-So a reader goes on behind the last name it saw whatever has changed, in a listing made anew if need be: a
-name that is there all the time comes exactly once, and nothing has to be kept for an open directory. That is
-what lets the kernel leave OPENDIR out, and what lets it cache listings.
+The cookie of a name in a listing depends on the name alone: it is a hash, as in ext4's hashed directories. So
+a reader continues after the last name it saw whatever has changed, in a new listing if need be: a name that
+exists all the time appears exactly once, and an open directory needs no state. So the kernel can leave
+OPENDIR out, and cache listings.
 """
 
 from __future__ import annotations
@@ -15,34 +15,32 @@ from typing import Final, NamedTuple
 import xxhash
 
 from unionfs.fuse.inline import in_thread
-from unionfs.union.listing import Listing
-from unionfs.union.nodes import Node
-from unionfs.union.tree import Union
+from unionfs.union.node import Node
 
 DOT: Final = 1
 DOT_DOT: Final = 2
-"""Where reading goes on behind ``.`` and ``..``."""
+"""Cookies of ``.`` and ``..``."""
 
 _KEPT_NAMES: Final = 200_000
 
 
 class Entries(NamedTuple):
-    """A listing, in the order of its cookies. Who reads asks the union for each name: not all need exist."""
+    """A listing, in the order of its cookies. A reader looks each name up: not all need exist."""
 
     cookies: list[int]
-    """Each says where to go on behind its name."""
+    """Each says where to continue after its name."""
     names: list[bytes]
     parts: list[int]
-    """Which is the topmost part of the directory that has the name; for `Union.lookup`, until there is time
-    for another request. Then, and when it is the first for all, there are none."""
+    """The index of the topmost part of the directory that has the name, for `Union.lookup`; valid until
+    another request is served. Empty after that, and when it is 0 for all."""
 
     @property
     def shows_upper(self) -> bool:
-        """Of a directory whose first part is the upper's: whether that has any of the names."""
+        """Whether the upper has any of the names, in a directory whose first part is the upper's."""
         return bool(self.names) and (not self.parts or 0 in self.parts)
 
     def later(self) -> Entries:
-        """What is true of it after other requests, too."""
+        """The part of it that stays valid when other requests are served."""
         return Entries(self.cookies, self.names, [])
 
 
@@ -50,10 +48,9 @@ NO_ENTRIES: Final = Entries([], [], [])
 
 
 class Directories:
-    """Listings being read. They are kept up to a number of names, and made again when they are missing."""
+    """Listings being read: a cache, limited by the number of names. A missing listing is made again."""
 
-    def __init__(self, union: Union) -> None:
-        self._union = union
+    def __init__(self) -> None:
         self._kept: OrderedDict[int, Entries] = OrderedDict()
         self._names = 0
 
@@ -61,13 +58,13 @@ class Directories:
         return len(self._kept)
 
     async def entries(self, node: Node, offset: int) -> tuple[Entries, int]:
-        """The listing of a directory, and the index of the first name behind ``offset`` in it.
+        """The listing of a directory, and the index in it of the first name after ``offset``.
 
-        Offset 0 is the start, where the listing is made anew. Raises ``OSError``.
+        At offset 0 a new listing is made. Raises ``OSError``.
         """
         found = None if offset == 0 else self._kept.get(node.id)
         if found is None:
-            listing = Listing(self._union, node)
+            listing = node.territory.listing(node)
             if listing.large:
                 found = (await in_thread(lambda: _ordered(listing.candidates()))).later()
             else:
@@ -76,19 +73,19 @@ class Directories:
         return found, bisect_right(found[0], offset)
 
     def at_once(self, node: Node) -> Entries | None:
-        """The listing of a directory, which is not kept; None: it takes a thread. Raises ``OSError``."""
-        listing = Listing(self._union, node)
+        """The listing of a directory, without caching it; None if that takes a thread. Raises ``OSError``."""
+        listing = node.territory.listing(node)
         if listing.large:
             listing.close()
             return None
         return _ordered(listing.candidates())
 
     def end(self, node: Node) -> None:
-        """A reader has seen that there is no more (the kernel asks once behind the last name)."""
+        """A reader reached the end (the kernel asks once more after the last name)."""
         self._drop(node.id)
 
     def keep(self, node: Node, entries: Entries) -> None:
-        """A reader begins with this listing."""
+        """A reader begins with this listing: cache it."""
         self._drop(node.id)
         self._kept[node.id] = entries.later()
         self._names += len(entries[0])
@@ -107,7 +104,7 @@ def _ordered(names: dict[bytes, int]) -> Entries:
     cookies = []
     last = DOT_DOT
     for cookie, _ in pairs:
-        # Two names with one hash: the second comes right behind.
+        # Two names with one hash: the second comes right after.
         last = cookie if cookie > last else last + 1
         cookies.append(last)
     ordered = [name for _, name in pairs]

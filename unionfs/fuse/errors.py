@@ -1,4 +1,4 @@
-"""What can go wrong with a session, as sentences for the user."""
+"""Errors of a session, as sentences for the user."""
 
 from __future__ import annotations
 
@@ -15,4 +15,4 @@ class SessionError(Exception):
 
 
 class SessionUnfit(SessionError):
-    """This kind of session cannot be had on this host; another kind may."""
+    """This kind of session does not work on this host; another kind may."""

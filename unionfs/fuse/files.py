@@ -10,70 +10,90 @@ from typing import Final
 from unionfs.fuse.copying import CopyUps
 from unionfs.fuse.inline import in_thread
 from unionfs.sys import calls
+from unionfs.union.attributes import Attributes
 from unionfs.union.changes import Caller, Changes
 from unionfs.union.files import Handle, OpenFile, mode_without_set_ids
-from unionfs.union.nodes import Node
-from unionfs.union.tree import Attributes, Union
+from unionfs.union.node import Node
+from unionfs.union.tree import Union
 
 #: A write above this many bytes goes to a thread: the disk may make it wait.
 _LONG_WRITE: Final = 256 * 1024
 
 
 def drop_set_ids(fd: int) -> None:
-    """What a write or truncation does by anybody who may not keep setuid and setgid."""
+    """Clear setuid and setgid, as a write or truncation by an ordinary user does."""
     mode = mode_without_set_ids(os.fstat(fd).st_mode)
     if mode is not None:
         os.fchmod(fd, mode)
 
 
+def truncate(file: OpenFile, size: int, *, kills_set_ids: bool) -> None:
+    """ftruncate(2), by a caller who may not keep setuid and setgid if ``kills_set_ids``."""
+    os.ftruncate(file.fd, size)
+    if kills_set_ids:
+        drop_set_ids(file.fd)
+
+
+class Opened(Handle):
+    """A `Handle` with its node."""
+
+    __slots__ = ("node",)
+    node: Node
+
+
 class Files:
-    """The open files of one mount, by the number that the kernel has for each. Raises ``OSError``."""
+    """The open files of one mount, by their numbers (file handles). Raises ``OSError``."""
 
     def __init__(self, union: Union, copy_ups: CopyUps) -> None:
         self._union = union
+        self._open_files = union.files
         self._copy_ups = copy_ups
-        self._handles: dict[int, Handle] = {}
+        self._handles: dict[int, Opened] = {}
         self._next = 1
-        #: Bytes that came by here, unlike those that the kernel has in its page cache or handles by itself.
+        #: Bytes that passed through the daemon, not those of the page cache or of passthrough.
         self.bytes_read = 0
         self.bytes_written = 0
 
     def __len__(self) -> int:
         return len(self._handles)
 
-    def __getitem__(self, number: int) -> Handle:
+    def __getitem__(self, number: int) -> Opened:
         try:
             return self._handles[number]
         except KeyError:
             raise OSError(errno.EBADF, os.strerror(errno.EBADF)) from None
 
-    def get(self, number: int) -> Handle | None:
+    def get(self, number: int) -> Opened | None:
         """The open file with that number, if there is one."""
         return self._handles.get(number)
 
     # -- opening --------------------------------------------------------------------------------------
 
-    async def prepare(self, node: Node, flags: int) -> None:
-        """Have a node in the upper when it is opened with ``flags`` that change it."""
-        if flags & (os.O_ACCMODE | os.O_TRUNC) != os.O_RDONLY:
-            await self._copy_ups.ensure(node, 0 if flags & os.O_TRUNC else None)
+    async def prepare(self, node: Node, flags: int) -> OpenFile | None:
+        """Have a node in the upper when it is opened with ``flags`` that change it.
+
+        What was copied up for that is lent, and goes on to :meth:`open`, or back.
+        """
+        if flags & (os.O_ACCMODE | os.O_TRUNC) == os.O_RDONLY:
+            return None
+        return await self._copy_ups.ensure(node, 0 if flags & os.O_TRUNC else None, keep=True)
 
     def open_unread(self, node: Node, uid: int) -> int:
-        """Open a lower's file to read it, though the kernel may have all its data; gives the number."""
-        return self._register(node, self._union.open_unread(node), uid, writes=False)
+        """Open a lower's file whose data the kernel may have cached, for reading; returns the number."""
+        return self._register(node, self._open_files.lend_unread(node), uid, writes=False)
 
-    def open(self, node: Node, flags: int, uid: int, *, kills_set_ids: bool) -> int:
-        """Open a node that :meth:`prepare` was called for; gives the number."""
+    def open(
+        self, node: Node, flags: int, uid: int, prepared: OpenFile | None, *, kills_set_ids: bool
+    ) -> int:
+        """Open a node, with what :meth:`prepare` returned for it; returns the number."""
         truncates = bool(flags & os.O_TRUNC)
         writes = flags & os.O_ACCMODE != os.O_RDONLY
-        file = self._union.open_file(node, write=writes or truncates)
+        file = prepared or self._open_files.lend(node, write=writes or truncates)
         try:
             if truncates:
-                os.ftruncate(file.fd, 0)
-                if kills_set_ids:
-                    drop_set_ids(file.fd)
+                truncate(file, 0, kills_set_ids=kills_set_ids)
         except BaseException:
-            self._union.close_file(node, file)
+            self._open_files.take_back(node, file)
             raise
         return self._register(node, file, uid, writes=writes)
 
@@ -92,96 +112,74 @@ class Files:
         return self._created(node, fd, flags, caller), node, attributes
 
     def _created(self, node: Node, fd: int, flags: int, caller: Caller) -> int:
-        assert node.place is not None
-        file = OpenFile(fd, readable=True, writable=True, waits=not node.place.layer.memory)
-        file.users = 1
-        node.file = file
+        file = self._open_files.lend_new(node, fd)
         return self._register(node, file, caller.uid, writes=flags & os.O_ACCMODE != os.O_RDONLY)
 
     def _register(self, node: Node, file: OpenFile, uid: int, *, writes: bool) -> int:
-        handle = Handle(node, file, uid, writes=writes)
-        if node.handles is None:
-            node.handles = []
-        node.handles.append(handle)
+        handle = Opened(file, uid, writes=writes)
+        handle.node = node
+        assert node.use is not None
+        node.use.handles.append(handle)
         number = self._next
         self._next += 1
         self._handles[number] = handle
         return number
 
-    def release(self, number: int) -> Handle:
+    def release(self, number: int) -> Opened:
         """Close an open file."""
         handle = self._handles.pop(number)
         node = handle.node
-        assert node.handles is not None
-        node.handles.remove(handle)
-        if not node.handles:
-            node.handles = None
-        self._union.close_file(node, handle.file)
+        assert node.use is not None
+        node.use.handles.remove(handle)
+        self._open_files.take_back(node, handle.file)
         self._union.nodes.forget(node, 0)
         return handle
+
+    def was_read(self, count: int) -> None:
+        """Count bytes that were read and answered."""
+        self.bytes_read += count
 
     # -- data -----------------------------------------------------------------------------------------
 
     async def read(self, file: OpenFile, offset: int, size: int) -> bytes | bytearray:
-        """Up to ``size`` bytes, from a disk if need be; fewer only at the end of the file."""
-        file.users += 1
-        try:
+        """Read up to ``size`` bytes in a thread; fewer only at the end of the file."""
+        with file:
             data = await in_thread(file.read, size, offset)
-        finally:
-            file.release()
         self.bytes_read += len(data)
         return data
 
     async def write(
         self, file: OpenFile, offset: int, data: bytes | memoryview, *, kills_set_ids: bool
     ) -> int:
-        """Write; gives the number of bytes, fewer than all only when there was no room for more."""
+        """Write; returns the number of bytes, fewer than all only when there was no room for more."""
         if kills_set_ids:
             drop_set_ids(file.fd)
         if len(data) <= _LONG_WRITE or not file.waits:
             count = file.write(data, offset)
         else:
-            file.users += 1
-            try:
+            with file:
                 count = await in_thread(file.write, data, offset)
-            finally:
-                file.release()
         self.bytes_written += count
         return count
 
     async def fsync(self, node: Node, file: OpenFile, *, datasync: bool) -> None:
-        """fsync(2) or fdatasync(2). Of a lower nothing can have changed, and memory keeps nothing anyway."""
-        if not node.is_upper or (self._union.stack.volatile and node.bound is None):
+        """fsync(2) or fdatasync(2). Does nothing for a lower's file, which has not changed, nor in memory."""
+        if not node.in_place or not node.territory.durable:
             return
-        if node.place is not None and node.place.layer.memory:
-            return
-        file.users += 1
-        try:
+        with file:
             await in_thread(os.fdatasync if datasync else os.fsync, file.fd)
-        finally:
-            file.release()
 
     async def allocate(self, file: OpenFile, mode: int, offset: int, length: int) -> None:
         """fallocate(2)."""
-        file.users += 1
-        try:
+        with file:
             await in_thread(calls.fallocate, file.fd, mode, offset, length)
-        finally:
-            file.release()
 
     async def copy_range(
         self, source: OpenFile, offset_in: int, target: OpenFile, offset_out: int, length: int
     ) -> int:
-        """copy_file_range(2); gives the number of bytes."""
-        source.users += 1
-        target.users += 1
-        try:
-            count = await in_thread(
-                os.copy_file_range, source.fd, target.fd, length, offset_in, offset_out
-            )
-        finally:
-            source.release()
-            target.release()
+        """copy_file_range(2); returns the number of bytes."""
+        with source, target:
+            count = await in_thread(os.copy_file_range, source.fd, target.fd, length, offset_in, offset_out)
         self.bytes_read += count
         self.bytes_written += count
         return count

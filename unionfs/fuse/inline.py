@@ -1,14 +1,14 @@
-"""Beginning a handler at once, and giving it a task only when it has to wait.
+"""Running a handler in line, and in a task only when it has to wait.
 
-Most requests are answered without waiting for anything, and starting a task for each would cost more than the
-answer. So a session runs a handler's coroutine up to its end right where the request was read. A handler that
-has to wait says so by `may_wait`, before it touches anything of trio's; the rest of it then runs in a task.
+Most requests are answered without waiting, and starting a task for each would cost more than the answer. So a
+session runs a handler's coroutine to its end where the request was read. A handler that has to wait calls
+`may_wait` before it uses trio; the rest of it then runs in a task.
 
     result = begin(coroutine)               # its result, or PENDING, or its exception
     if result is PENDING:
         nursery.start_soon(finish, coroutine)
 
-Under a session that gives every request a task of its own, `may_wait` does nothing.
+Under a session that runs every request in a task, `may_wait` does nothing.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ _Ts = TypeVarTuple("_Ts")
 
 
 class _Pending:
-    """What `begin` gives for a coroutine that has to wait."""
+    """What `begin` returns for a coroutine that has to wait."""
 
 
 PENDING: Final = _Pending()
@@ -37,13 +37,13 @@ def _leave() -> Generator[_Pending, None, None]:
 
 
 async def may_wait() -> None:
-    """The handler is about to wait: what follows runs in a task."""
+    """Declare that the handler is about to wait: what follows runs in a task."""
     if _inline:
         await _leave()
 
 
 async def in_thread(function: Callable[[*_Ts], _T], *arguments: *_Ts) -> _T:
-    """Run a function that may take long in a worker thread. It runs to its end even when we are cancelled."""
+    """Run a slow function in a worker thread. It runs to its end even when the caller is cancelled."""
     await may_wait()
     return await trio.to_thread.run_sync(function, *arguments)
 
@@ -69,8 +69,8 @@ def begin(coroutine: Coroutine[Any, Any, _T]) -> _T | _Pending:
 
 @types.coroutine
 def finish(coroutine: Coroutine[Any, Any, _T]) -> Generator[Any, Any, _T]:
-    """The rest of a coroutine for which `begin` gave PENDING; await it in a task."""
-    # `await` refuses a coroutine that has begun, so what goes in and out is handed on here.
+    """Run the rest of a coroutine for which `begin` returned PENDING; await it in a task."""
+    # `await` refuses a coroutine that has begun, so this forwards what it yields and receives.
     step: Callable[[Any], Any] = coroutine.send
     value: Any = None
     while True:

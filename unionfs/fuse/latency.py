@@ -1,6 +1,6 @@
-"""How long requests take: histograms by kind, filled only while somebody wants to know.
+"""How long requests take: histograms by kind, filled only while somebody watches.
 
-Without I/O: times come in as nanoseconds, what goes out is JSON-able.
+No I/O: times are nanoseconds, results are JSON-able.
 
 A bucket holds times in (lower, upper]. Up to 16 ns each nanosecond has its own; above, every power of two is
 divided into eight buckets of the same width. So a bucket's middle is at most 1/16 (6.25 %) away from every
@@ -17,13 +17,13 @@ from time import perf_counter_ns
 from typing import Any, Final
 
 ERROR: Final = 1 / 16
-"""How far a quantile may be from the true one, as a part of that."""
+"""The largest error of a quantile, relative to the true one."""
 
 _STEPS: Final = 8  # buckets a power of two
-_BITS: Final = 4  # so many bits of a number tell its bucket
+_BITS: Final = 4  # the leading bits of a number that choose its bucket
 _NS: Final = 1_000_000_000
 LONGEST_WATCH: Final = 3600.0
-"""Seconds that can be asked for at once."""
+"""The longest time to watch, in seconds."""
 
 
 def _bucket(ns: int) -> int:
@@ -57,12 +57,12 @@ class Histogram:
 
     @property
     def count(self) -> int:
-        """How many times were added."""
+        """The number of times added."""
         return self.buckets.total()
 
     def quantile(self, part: float) -> float | None:
-        """Nanoseconds that ``part`` (0 to 1) of the times do not exceed, by nearest rank: the true one times
-        1 ± ``ERROR``. None: there are no times.
+        """Nanoseconds that ``part`` (0 to 1) of the times do not exceed, by nearest rank, within ``ERROR``.
+        None without times.
         """
         rank = max(1, math.ceil(part * self.count))
         for bucket in sorted(self.buckets):
@@ -73,20 +73,20 @@ class Histogram:
         return None
 
     def up_to(self, ns: int) -> int:
-        """How many times are at most ``ns``, which is a power of two from 16 on; or the end of any bucket."""
+        """The number of times up to ``ns``, which is a power of two from 16 on, or the end of any bucket."""
         return sum(count for bucket, count in self.buckets.items() if _bounds(bucket)[1] <= ns)
 
     def since(self, earlier: Histogram) -> Histogram:
-        """What came after an earlier state of the same histogram."""
+        """What was added since an earlier state of the same histogram."""
         return Histogram(self.buckets - earlier.buckets, self.total_ns - earlier.total_ns)
 
     def add(self, other: Histogram) -> None:
-        """Take in another one's times."""
+        """Add the times of another one."""
         self.buckets.update(other.buckets)
         self.total_ns += other.total_ns
 
     def to_json(self) -> dict[str, Any]:
-        """Plain values; `from_json` reads them back."""
+        """JSON-able values for `from_json`."""
         return {"buckets": sorted(self.buckets.items()), "total_ns": self.total_ns}
 
     @classmethod
@@ -97,42 +97,56 @@ class Histogram:
 
 
 class Latencies:
-    """The latencies of one mount's requests, by kind. They only grow; nothing is measured unless asked for.
+    """The latencies of one mount's requests, by kind. They only grow, and are measured only on demand.
 
-    Who has asked is forgotten when his time is over. A session looks at :attr:`watched` or is told by
-    :attr:`on_watched`, and calls :meth:`goes_on` while it measures.
+    A session measures while :attr:`watched`, and calls :meth:`goes_on` with each request: that ends when the
+    time asked for is over.
     """
 
     def __init__(self, clock: Callable[[], int] = perf_counter_ns) -> None:
         self.clock = clock
         #: Whether to measure.
         self.watched = False
-        #: Called when measuring is to begin.
-        self.on_watched: Callable[[], None] = lambda: None
         self._until = 0
         self._kinds: dict[str, Histogram] = {}
+        # Requests that are measured, by the id that the kernel gave each: when they were read, and answered.
+        self._begun: dict[int, int] = {}
+        self._written: dict[int, int] = {}
 
     def watch(self, seconds: float) -> None:
-        """Measure for that long from now, or longer if somebody else asked for that."""
+        """Measure for that long from now, or longer if another caller asked for that."""
         if not 0 < seconds < math.inf:
             return
         self._until = max(self._until, self.clock() + int(min(seconds, LONGEST_WATCH) * _NS))
-        if not self.watched:
-            self.watched = True
-            self.on_watched()
+        self.watched = True
 
     def goes_on(self, now: int) -> bool:
-        """Whether a request that begins now (by the clock) is to be measured."""
+        """Whether to measure a request that begins now (by the clock)."""
         if now > self._until:
             self.watched = False
         return self.watched
 
     def record(self, kind: str, ns: int) -> None:
-        """A request of that kind took so long."""
+        """Add the time of a request of that kind."""
         histogram = self._kinds.get(kind)
         if histogram is None:
             histogram = self._kinds[kind] = Histogram()
         histogram.record(ns)
+
+    def begin(self, unique: int, now: int) -> None:
+        """The request was read."""
+        self._begun[unique] = now
+
+    def written(self, unique: int) -> None:
+        """The answer to a request was just written, though :meth:`end` comes later; from any thread."""
+        if unique in self._begun:
+            self._written[unique] = self.clock()
+
+    def end(self, unique: int, kind: str) -> None:
+        """The answer to a request is written. Does nothing for one that did not :meth:`begin`."""
+        began = self._begun.pop(unique, None)
+        if began is not None:
+            self.record(kind, (self._written.pop(unique, None) or self.clock()) - began)
 
     def to_json(self) -> dict[str, Any]:
         """The histogram of each kind that was measured."""

@@ -1,10 +1,10 @@
 """The union as a filesystem of requests: what every session does for names, attributes and listings.
 
-The sessions translate: a request of theirs into a call of these functions, what comes back into a reply, and
-``OSError`` into an error. Nothing here knows how a request came.
+The sessions translate a request into a call of these functions, the result into a reply, and ``OSError`` into
+an error. Nothing here knows how a request arrived.
 
-A function without ``async`` runs to its end undisturbed: that is what keeps the node table and the layers in
-step, so everything between finding a node and changing it happens without waiting. What may take long
+A function without ``async`` runs to its end undisturbed: that keeps the node table and the layers in step, so
+everything between finding a node and changing it happens without waiting. What may take long
 (copying data, fsync, reading from a disk, listing a huge directory) runs in a thread on fds of its own.
 """
 
@@ -21,21 +21,23 @@ from typing import Final, NamedTuple
 
 from unionfs.fuse.copying import CopyUps
 from unionfs.fuse.directories import Directories
-from unionfs.fuse.files import Files, drop_set_ids
+from unionfs.fuse.files import Files, Opened, truncate
 from unionfs.fuse.inline import in_thread
+from unionfs.fuse.invalidations import Invalidations
 from unionfs.fuse.latency import Latencies
-from unionfs.fuse.permissions import group_set_id_goes
 from unionfs.sys import calls
-from unionfs.union.bound import same_storage
+from unionfs.sys.process import supplementary_groups
+from unionfs.union.attributes import Attributes
 from unionfs.union.changes import ACL_DEFAULT, Caller, Changes
-from unionfs.union.files import SET_IDS, Handle, mode_without_set_ids
-from unionfs.union.nodes import Node
-from unionfs.union.tree import Attributes, Union
+from unionfs.union.copyup import CopyUp
+from unionfs.union.files import SET_IDS, mode_without_set_ids
+from unionfs.union.node import Node
+from unionfs.union.tree import Union
 from unionfs.union.xattrs import CAPABILITY
 
 ACL: Final = b"system.posix_acl_"
 Found = tuple[Node, Attributes]
-"""A node and what stat(2) says of it. Whoever tells the kernel counts a lookup: `node.lookups += 1`."""
+"""A node and its attributes. A reply with a new entry counts a lookup: `Node.looked_up`."""
 
 
 class Change(NamedTuple):
@@ -48,19 +50,19 @@ class Change(NamedTuple):
     atime_ns: int | None = None
     mtime_ns: int | None = None
     kills_set_ids: bool = False
-    """setuid and setgid are to be cleared: the caller may not keep them."""
+    """Clear setuid and setgid: the caller may not keep them."""
 
 
 def _owner(change: Change) -> tuple[int, int]:
-    """For chown(2), to which -1 is "as it is"."""
+    """The arguments of chown(2), where -1 leaves an id as it is."""
     return -1 if change.uid is None else change.uid, -1 if change.gid is None else change.gid
 
 
 def _memory() -> dict[str, int]:
     """This process's resident set in bytes, now and at its largest; proc_pid_statm(5), getrusage(2).
 
-    The kernel may know of some pages a CPU only a little later: smaps_rollup is exact, but its walk over the
-    page tables takes the longer the larger the daemon is, and requests wait for it.
+    The kernel counts some pages of each CPU a little later. smaps_rollup is exact, but walks the page tables
+    while requests wait.
     """
     with open("/proc/self/statm", "rb") as statm:
         now = int(statm.read().split()[1]) * resource.getpagesize()
@@ -74,25 +76,28 @@ def error(code: int) -> OSError:
 
 
 class Operations:
-    """Serves one union; any session may drive it. All functions raise ``OSError``."""
+    """Serves one union, for any session. All functions raise ``OSError``."""
 
     def __init__(self, union: Union) -> None:
         self.union = union
-        self.changes = Changes(union)
-        self.copy_ups = CopyUps(union)
-        self.directories = Directories(union)
+        self.invalidations = Invalidations()
+        copy_up = CopyUp(union, self.invalidations.of_copy_up)
+        self.changes = Changes(union, copy_up)
+        self.copy_ups = CopyUps(union, copy_up)
+        self.directories = Directories()
         self.files = Files(union, self.copy_ups)
-        #: How many requests of a kind came; the session counts.
+        #: The number of requests by kind; the session counts.
         self.requests: Counter[str] = Counter()
-        #: How long they took; the session measures while somebody watches.
+        #: The latencies of requests; the session measures while somebody watches.
         self.latencies = Latencies()
-        #: Called with a node that the table let go of.
-        self.on_gone: Callable[[Node], None] = lambda node: None
-        #: What the session has to add to the figures.
-        self.more_figures: Callable[[], Mapping[str, object]] = dict
+        self._more_figures: Callable[[], Mapping[str, object]] = dict
+
+    def add_figures(self, more: Callable[[], Mapping[str, object]]) -> None:
+        """Add a session's own figures."""
+        self._more_figures = more
 
     def figures(self) -> dict[str, object]:
-        """What the mount has done and holds now; all JSON-able."""
+        """Counters and the current state of the mount; JSON-able."""
         return {
             "requests": dict(sorted(self.requests.items())),
             "nodes": len(self.union.nodes),
@@ -105,44 +110,42 @@ class Operations:
             "read_bytes": self.files.bytes_read,
             "written_bytes": self.files.bytes_written,
             **_memory(),
-            **self.more_figures(),
+            **self._more_figures(),
         }
 
     # -- nodes ----------------------------------------------------------------------------------------
 
     def node(self, id_: int) -> Node:
-        """The node that an id leads to; ESTALE."""
+        """The node that an id leads to. Raises ESTALE."""
         node = self.union.nodes.get(id_)
         if node is None:
             raise error(errno.ESTALE)
         return node
 
     def directory(self, id_: int) -> Node:
-        """A directory that has not been removed; ESTALE, ENOENT."""
+        """A directory that was not removed. Raises ESTALE, ENOENT."""
         node = self.node(id_)
         if node.unlinked:
             raise error(errno.ENOENT)
         return node
 
     def is_ours_alone(self, id_: int) -> bool:
-        """Whether nobody but this daemon changes a directory, so that what is known of it stays true."""
+        """Whether only this daemon changes a directory, so that the kernel may cache its names."""
         node = self.union.nodes.get(id_)
-        return node is None or node.identity is None
+        return node is None or node.territory.lasting
 
     def forget(self, id_: int, lookups: int) -> None:
-        """The kernel gave back that many lookups."""
+        """The kernel forgot that many lookups."""
         node = self.union.nodes.named(id_)
         if node is not None:
             self.union.nodes.forget(node, lookups)
-            if self.union.nodes.named(id_) is not node:
-                self.union.forget_places(node.parts)
-                self.on_gone(node)
 
     # -- names ----------------------------------------------------------------------------------------
 
     def lookup(self, parent: int, name: bytes) -> Found | None:
-        """What has that name; None: nothing, and it can be remembered that there is nothing."""
-        return self.union.lookup(self.directory(parent), name)
+        """The object of that name; None if there is none."""
+        node = self.directory(parent)
+        return node.territory.lookup(node, name)
 
     def mkdir(self, parent: int, name: bytes, mode: int, caller: Caller) -> Found:
         """A new directory."""
@@ -159,29 +162,28 @@ class Operations:
     async def link(self, id_: int, new_parent: int, new_name: bytes) -> Found:
         """One more name."""
         node = self.node(id_)
-        if not same_storage(node, self.directory(new_parent)):
+        if node.territory is not self.directory(new_parent).territory:
             raise error(errno.EXDEV)
         await self.copy_ups.ensure(node)
         return self.changes.link(node, self.directory(new_parent), new_name)
 
     def unlink(self, parent: int, name: bytes) -> None:
-        """Remove what is not a directory."""
+        """Remove a name that is not a directory's."""
         self.changes.unlink(self.directory(parent), name)
 
     def rmdir(self, parent: int, name: bytes) -> None:
-        """Remove a directory that shows nothing."""
+        """Remove an empty directory."""
         self.changes.rmdir(self.directory(parent), name)
 
     async def rename(self, parent: int, name: bytes, new_parent: int, new_name: bytes, flags: int) -> None:
         """renameat2(2) with 0, RENAME_NOREPLACE or RENAME_EXCHANGE."""
         old, new = self.directory(parent), self.directory(new_parent)
-        for moved in self.changes.renamed(old, name, new, new_name, flags):
-            if not moved.is_dir:
-                await self.copy_ups.ensure(moved)
-        self.changes.rename(old, name, new, new_name, flags)
+        while lower := self.changes.rename(old, name, new, new_name, flags):
+            for node in lower:
+                await self.copy_ups.ensure(node)
 
     def readlink(self, id_: int) -> bytes:
-        """Where a symlink points."""
+        """The target of a symlink."""
         return self.union.readlink(self.node(id_))
 
     # -- attributes -----------------------------------------------------------------------------------
@@ -191,7 +193,7 @@ class Operations:
         node = self.node(id_)
         return node, self.union.attributes(node)
 
-    async def setattr(self, id_: int, change: Change, handle: Handle | None) -> Found:
+    async def setattr(self, id_: int, change: Change, handle: Opened | None) -> Found:
         """truncate(2), chown(2), chmod(2) and utimensat(2), in this order."""
         node = self.node(id_)
         only_mode = change.mode if change == Change(mode=change.mode) else None
@@ -199,23 +201,23 @@ class Operations:
         try:
             if kept is not None and only_mode is not None:
                 assert kept.st is not None
-                node.ctime = None
-                return node, self.union.attributes_of(node, kept.st)
+                node.changes()
+                return node, node.attributes_of(kept.st)
             return self._set(node, change, handle)
         finally:
             if kept is not None:
-                self.union.close_later(node, kept)
+                self.union.files.take_back_later(node, kept)
 
-    def _set(self, node: Node, change: Change, handle: Handle | None) -> Found:
-        node.ctime = None
+    def _set(self, node: Node, change: Change, handle: Opened | None) -> Found:
+        node.changes()
         if change.size is not None:
             self._truncate(node, change.size, handle, kills_set_ids=change.kills_set_ids)
         elif change.kills_set_ids and change.uid is None and change.gid is None:
             self._drop_set_ids(node)
-        file = node.file
+        file = None if node.use is None else node.use.file
         if file is not None and file.users:
             self._set_open(file.fd, change)
-            return node, self.union.attributes_of(node, os.fstat(file.fd))
+            return node, node.attributes_of(os.fstat(file.fd))
         if change.uid is not None or change.gid is not None or change.mode is not None:
             fd, opened = self.union.path_fd(node)
             try:
@@ -232,7 +234,7 @@ class Operations:
         return node, self.union.attributes(node)
 
     def _set_open(self, fd: int, change: Change) -> None:
-        """Of a file that is open there is no need to find the name."""
+        """Change an open file by its fd, without its name."""
         if change.uid is not None or change.gid is not None:
             os.fchown(fd, *_owner(change))
         if change.mode is not None:
@@ -246,19 +248,17 @@ class Operations:
             with self.union.checked_path(node) as path:
                 os.chmod(path, mode)
 
-    def _truncate(self, node: Node, size: int, handle: Handle | None, *, kills_set_ids: bool) -> None:
+    def _truncate(self, node: Node, size: int, handle: Opened | None, *, kills_set_ids: bool) -> None:
         if node.kind != stat.S_IFREG:
             raise error(errno.EINVAL)
-        file = handle.file if handle is not None and handle.file.writable else None
-        opened = self.union.open_file(node, write=True) if file is None else None
+        if handle is not None and handle.file.writable:
+            truncate(handle.file, size, kills_set_ids=kills_set_ids)
+            return
+        file = self.union.files.lend(node, write=True)
         try:
-            fd = (file or opened).fd  # type: ignore[union-attr]
-            os.ftruncate(fd, size)
-            if kills_set_ids:
-                drop_set_ids(fd)
+            truncate(file, size, kills_set_ids=kills_set_ids)
         finally:
-            if opened is not None:
-                self.union.close_file(node, opened)
+            self.union.files.take_back(node, file)
 
     def statfs(self) -> os.statvfs_result:
         """statvfs(3) of the topmost layer."""
@@ -273,7 +273,7 @@ class Operations:
         node = self.node(id_)
         if name == CAPABILITY and node.no_capability:
             raise error(errno.ENODATA)
-        stored = self.union.stored_name(node, name)
+        stored = node.territory.stored_name(name)
         with self.union.checked_path(node) as path:
             return os.getxattr(path, stored)
 
@@ -287,8 +287,8 @@ class Operations:
             if failure.errno == errno.EOPNOTSUPP:
                 return []
             raise
-        names = self.union.shown_names(node, stored)
-        if uid != 0:  # as every filesystem does it: trusted.* is for the administrator
+        names = node.territory.shown_names(stored)
+        if uid != 0:  # as in every filesystem: trusted.* is for the administrator
             names = [name for name in names if not name.startswith(b"trusted.")]
         if not self.union.stack.acl:
             names = [name for name in names if not name.startswith(ACL)]
@@ -299,10 +299,10 @@ class Operations:
         if name.startswith(ACL) and not self.union.stack.acl:
             raise error(errno.EOPNOTSUPP)
         node = self.node(id_)
-        stored = self.union.stored_name(node, name)
+        stored = node.territory.stored_name(name)
         await self.copy_ups.ensure(node)
-        node.ctime = None
-        node.no_capability = False
+        node.changes()
+        self.union.capabilities.changed(node)
         with self.union.checked_path(node) as path:
             os.setxattr(path, stored, value, flags)
         self._acl_changed(node, name)
@@ -310,43 +310,45 @@ class Operations:
 
     def _acl_changed(self, node: Node, name: bytes) -> None:
         if name == ACL_DEFAULT and node.parts:
-            node.parts[0].default_acl = None
+            node.parts[0].know_default_acl(None)
 
     def drop_group_set_id(self, node: Node) -> None:
-        """An ACL set by somebody outside the file's group clears setgid (fs/posix_acl.c)."""
+        """Clear setgid after an ACL was set by a caller outside the file's group (fs/posix_acl.c)."""
         st = self.union.stat(node)
         if st.st_mode & stat.S_ISGID:
-            fd = self.union.open_path(node)
-            try:
-                os.chmod(b"/proc/self/fd/%d" % fd, stat.S_IMODE(st.st_mode) & ~stat.S_ISGID)
-            finally:
-                os.close(fd)
+            with self.union.checked_path(node) as path:
+                os.chmod(path, stat.S_IMODE(st.st_mode) & ~stat.S_ISGID)
 
     def is_outside_group(self, node: Node, uid: int, gid: int, pid: int) -> bool:
-        """Whether a caller is neither root nor in the group of the node's object."""
-        return group_set_id_goes(self.union.stat(node).st_gid, uid, gid, pid)
+        """Whether a caller is neither root nor in the group of the node's object.
+
+        A request has no supplementary groups: they come from /proc/PID/status. A caller that has exited
+        counts as being in none.
+        """
+        group = self.union.stat(node).st_gid
+        return uid != 0 and gid != group and group not in supplementary_groups(pid)
 
     async def removexattr(self, id_: int, name: bytes, uid: int) -> None:
         """Remove an xattr, for user ``uid``."""
         if name != CAPABILITY or uid == 0:
             await self._removexattr(id_, name)
             return
-        # Not asked for by the caller, who may not, but sent ahead of a write, a truncation or a chown. They
-        # take the capabilities off the backing file, too; a stranger's chown that names no owner only gets
-        # so far, and fails, where it would have to clear setuid or setgid as well.
+        # The kernel sends it ahead of a write, a truncation or a chown, for a caller who may not ask for it.
+        # They remove the capabilities of the backing file, too; a stranger's chown that names no owner
+        # reaches this point, and then fails where it would have to clear setuid or setgid as well.
         st = self.union.stat(self.node(id_))
         if st.st_uid == uid or not st.st_mode & SET_IDS:
-            with contextlib.suppress(PermissionError):  # nor may an ordinary user's daemon
+            with contextlib.suppress(PermissionError):  # in an ordinary user's daemon
                 await self._removexattr(id_, name)
 
     async def _removexattr(self, id_: int, name: bytes) -> None:
         node = self.node(id_)
-        stored = self.union.stored_name(node, name)
-        if not node.is_upper:
+        stored = node.territory.stored_name(name)
+        if not node.in_place:
             with self.union.checked_path(node) as path:
-                os.getxattr(path, stored)  # nothing to remove is no reason to copy up
+                os.getxattr(path, stored)  # no copy-up if there is nothing to remove
         await self.copy_ups.ensure(node)
-        node.ctime = None
+        node.changes()
         with self.union.checked_path(node) as path:
             os.removexattr(path, stored)
         self._acl_changed(node, name)
@@ -356,9 +358,7 @@ class Operations:
     async def fsyncdir(self, id_: int) -> None:
         """fsync(2) of a directory."""
         node = self.node(id_)
-        if not node.is_upper or node.unlinked or (self.union.stack.volatile and node.bound is None):
-            return
-        if node.parts[0].layer.memory:
+        if not node.in_place or node.unlinked or not node.territory.durable:
             return
         fd = self.union.gate.open_for_listing(node.parts[0])
         try:

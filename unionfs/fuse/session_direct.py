@@ -1,6 +1,6 @@
-"""The session that speaks the kernel's protocol itself: everything FUSE can carry, and the fastest data path.
+"""The session that speaks the kernel's protocol itself: all features of FUSE, and the fastest data path.
 
-It mounts, agrees with the kernel by `protocol.negotiate`, and lets `direct.loop` answer requests with the
+It mounts, negotiates by `protocol.negotiate`, and lets `direct.loop` answer requests with the
 handlers of `direct.names`, `direct.listings` and `direct.data`, which drive the same `Operations` as the
 other session.
 """
@@ -40,10 +40,10 @@ from unionfs.fuse.protocol import requests as rq
 from unionfs.sys import calls
 from unionfs.sys.capabilities import CAP_SYS_ADMIN, has_capability, in_initial_user_namespace
 from unionfs.sys.mountinfo import MountEntry, mount_of_id
-from unionfs.union.layers import Layer
+from unionfs.union.places import Layer
 
 READAHEAD = 4 << 20
-"""Bytes that the kernel reads ahead of a sequential reader."""
+"""Readahead in bytes."""
 _LARGEST_REQUEST = 1 << 20
 _INIT_SECONDS = 20.0
 
@@ -57,19 +57,19 @@ async def serve(
 ) -> None:
     """Mount, serve until the mount is gone (whoever unmounts it), and clean up.
 
-    ``on_ready`` is called with what was agreed, and the mount, when it can be used. Raises SessionError when
-    mounting fails, what was asked for cannot be had, or the mount is cut off; SessionUnfit when another
-    session may do.
+    ``on_ready`` is called with what was negotiated, and the mount, when it is usable. Raises SessionError
+    when mounting fails, the requested I/O mode is not available, or the mount is cut off; SessionUnfit when
+    another session may work.
     """
     fd, entry = mount(mountpoint, options)
     device = Device(fd)
-    splicer = Splicer(device.fd)
+    splicer = Splicer(device.fd, operations.latencies.written)
     ready = False
     try:
         decision = await _agree(device, splicer, operations, io)
         if entry is not None and entry.is_fuse:
             raise_readahead(entry.device, decision.max_readahead)
-        loop = _loop(device, splicer, operations, decision)
+        loop = make_loop(device, splicer, operations, decision)
         ready = True
         on_ready(decision, entry)
         try:
@@ -85,14 +85,15 @@ async def serve(
                 unmount(found)
 
 
-def _loop(device: Device, splicer: Splicer, operations: Operations, decision: Decision) -> Loop:
+def make_loop(device: Device, splicer: Splicer, operations: Operations, decision: Decision) -> Loop:
+    """The loop with all handlers."""
     ios = NodeIos(device, decision)
     names = NameRequests(operations, ios, decision)
     listings = ListingRequests(operations, ios)
     data = DataRequests(operations, ios, names, device, splicer, decision)
-    operations.more_figures = lambda: {
+    operations.add_figures(lambda: {
         **ios.figures(),
-        "kept_open_files": len(data.node_files),
+        "kept_open_files": len(operations.union.files),
         "listings_prepared": listings.ahead.begun,
         "prepared_listings_used": listings.ahead.used,
         "passthrough": {"upper": decision.passthrough_upper, "lower": decision.passthrough_lower},
@@ -101,8 +102,8 @@ def _loop(device: Device, splicer: Splicer, operations: Operations, decision: De
             "opens_without_request": Opcode.OPEN in decision.enosys,
             "readahead_bytes": decision.max_readahead,
         },
-    }
-    loop = Loop(
+    })  # fmt: skip
+    return Loop(
         device,
         decision,
         operations.union,
@@ -111,9 +112,8 @@ def _loop(device: Device, splicer: Splicer, operations: Operations, decision: De
         {**names.waiting, **listings.waiting, **data.waiting},
         operations.latencies,
         listings.ahead.step,
+        operations.invalidations,
     )
-    splicer.on_written = loop.spliced
-    return loop
 
 
 async def _agree(device: Device, splicer: Splicer, operations: Operations, io: IoMode) -> Decision:
@@ -153,20 +153,20 @@ def _settings(operations: Operations, io: IoMode, spliceable: int) -> Settings:
     lowers = [layer for layer in stack.layers if not layer.is_upper]
     return Settings(
         io=io,
-        # An upper may be written to later, when the mount is made writable (mount -o remount,rw).
+        # A read-only mount with an upper may become writable later (mount -o remount,rw).
         read_only=stack.upper is None,
         bound=bool(stack.bound),
         acl=stack.acl,
         upper_stack_depth=max(map(_stack_depth, uppers), default=0),
         lower_stack_depth=max(map(_stack_depth, lowers), default=0),
         max_readahead=READAHEAD,
-        # A read is answered by splicing, so it should fit a pipe.
+        # Large reads are answered by splicing, so they should fit a pipe.
         max_write=min(_LARGEST_REQUEST, spliceable),
     )
 
 
 def _stack_depth(layer: Layer) -> int:
-    """How many stacked filesystems a layer lies on, as far as that can be seen."""
+    """The number of stacked filesystems below a layer, as far as that is visible."""
     stacked = (calls.OVERLAYFS_MAGIC, calls.FUSE_MAGIC)
     return 1 if calls.filesystem_magic(layer.root_fd) in stacked else 0
 

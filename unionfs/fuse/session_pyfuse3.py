@@ -1,4 +1,4 @@
-"""The session that pyfuse3 and libfuse run: everywhere, with what that library can carry."""
+"""The session of pyfuse3 and libfuse: runs everywhere, with the features of that library."""
 
 from __future__ import annotations
 
@@ -18,13 +18,16 @@ from unionfs.fuse.operations import ACL, Change, Found, Operations, error
 from unionfs.sys.liveness import is_dead
 from unionfs.sys.mountinfo import mounted_at, mounts_of_device
 from unionfs.union.changes import Caller
-from unionfs.union.nodes import Node
-from unionfs.union.tree import Attributes
 
 log = logging.getLogger(__name__)
 
-#: Seconds; only this daemon changes the tree, so what the kernel knows stays true.
+#: Seconds; only this daemon changes the tree, so cached entries stay valid.
 FOREVER: Final = 1e9
+
+_FIGURES: Final[dict[str, object]] = {
+    "passthrough": {"upper": False, "lower": False},
+    "cache": {"writeback": False, "opens_without_request": False},
+}
 
 _P = ParamSpec("_P")
 _T = TypeVar("_T")
@@ -41,10 +44,7 @@ async def serve(
     ``mount_options`` are libfuse's (``fsname=...``, ``allow_other`` ...); ``on_ready`` is called when the
     kernel has begun to talk. Raises :class:`SessionError` when mounting fails or serving is cut off.
     """
-    operations.more_figures = lambda: {
-        "passthrough": {"upper": False, "lower": False},
-        "cache": {"writeback": PyfuseOperations.enable_writeback_cache, "opens_without_request": False},
-    }
+    operations.add_figures(lambda: _FIGURES)
     try:
         pyfuse3.init(
             PyfuseOperations(operations, on_ready), mountpoint, {"default_permissions", *mount_options}
@@ -60,9 +60,9 @@ async def serve(
             aborted, others = group.split(_is_abort)
             if aborted is None or others is not None:
                 raise
-            # An ordinary umount says this where it meets a request that is just being read (fs/fuse/dev.c,
+            # An ordinary umount causes this, too, while a request is being read (fs/fuse/dev.c,
             # fuse_dev_do_read).
-        # libfuse does not tell the two ends apart, but a mount that was cut off is still there.
+        # libfuse does not tell the two apart, but a mount that was cut off still exists.
         cut_off = entry is not None and await _is_left(entry.device)
     finally:
         pyfuse3.close(unmount=True)
@@ -71,8 +71,8 @@ async def serve(
 
 
 async def _is_left(device: str) -> bool:
-    """Whether the mount with that number, which is served no more, is still there. The number may be another
-    mount's by now, which answers, or keeps us waiting."""
+    """Whether the mount with that device number, which is no longer served, still exists. The number may be
+    another mount's by now, which answers, or blocks."""
     for mount in mounts_of_device(device):
         if mount.is_fuse and await trio.to_thread.run_sync(is_dead, mount.mountpoint):
             return True
@@ -84,10 +84,10 @@ def _is_abort(failure: BaseException) -> bool:
 
 
 def _request(handler: Callable[_P, Coroutine[Any, Any, _T]]) -> Callable[_P, Coroutine[Any, Any, _T]]:
-    """Count the request; no exception but ``FUSEError`` leaves it, for that would end the daemon.
+    """Count the request, and turn every exception into ``FUSEError``: another one would end the daemon.
 
-    Its latency, measured while somebody watches, begins right after the library has read the request, and
-    ends right before it writes the answer.
+    The latency, measured while somebody watches, is the time from after the library read the request until
+    before it writes the answer.
     """
     kind = handler.__name__
 
@@ -102,7 +102,8 @@ def _request(handler: Callable[_P, Coroutine[Any, Any, _T]]) -> Callable[_P, Cor
             try:
                 return await handler(*args, **kwargs)
             finally:
-                if adapter.operations.union.stale or adapter.operations.union.resized:
+                invalidations = adapter.operations.invalidations
+                if invalidations.now or invalidations.soon:
                     await adapter.invalidate_attributes()
         except OSError as failure:
             raise pyfuse3.FUSEError(failure.errno or errno.EIO) from None
@@ -119,7 +120,7 @@ def _request(handler: Callable[_P, Coroutine[Any, Any, _T]]) -> Callable[_P, Cor
 
 
 class PyfuseOperations(pyfuse3.Operations):  # type: ignore[misc,unused-ignore]
-    """Translates: a request of pyfuse3 into a call of ``Operations``, what comes back into a reply."""
+    """Translates a request of pyfuse3 into a call of ``Operations``, and the result into a reply."""
 
     supports_dot_lookup = False
     enable_writeback_cache = False
@@ -129,23 +130,25 @@ class PyfuseOperations(pyfuse3.Operations):  # type: ignore[misc,unused-ignore]
         self.operations = operations
         self.files = operations.files
         self.enable_acl = operations.union.stack.acl
-        # The library knows one number for both.
-        operations.union.nodes.ids_are_numbers = True
+        self.nodes = operations.union.nodes
         self._on_init = on_init
 
     def init(self) -> None:
-        """The kernel and the library agreed: the mount is usable."""
+        """INIT is answered: the mount is usable."""
         self._on_init()
 
     async def invalidate_attributes(self) -> None:
         """Let the kernel ask again for attributes that a copy-up changed; before the reply, so that nobody
         sees the old ones after it. In a thread: a notice may have to wait for requests that we serve.
         """
-        union = self.operations.union
-        stale = {node.id for node in (*union.stale, *union.resized) if node.lookups > 0}
-        union.stale.clear()
-        union.resized.clear()
+        invalidations = self.operations.invalidations
+        stale = {*invalidations.take_now(), *invalidations.take_soon()}
         await trio.to_thread.run_sync(_invalidate, stale)
+
+    def _found(self, found: Found) -> pyfuse3.EntryAttributes:
+        """The reply for a name that the kernel caches: one more lookup of the node."""
+        found[0].looked_up()
+        return _named(found)
 
     # -- names ----------------------------------------------------------------------------------------
 
@@ -155,8 +158,8 @@ class PyfuseOperations(pyfuse3.Operations):  # type: ignore[misc,unused-ignore]
     ) -> pyfuse3.EntryAttributes:
         found = self.operations.lookup(parent_inode, name)
         if found is None:
-            return _absent(FOREVER if self.operations.is_ours_alone(parent_inode) else 0)
-        return _found(found)
+            return _bare(0, seconds=FOREVER if self.operations.is_ours_alone(parent_inode) else 0)
+        return self._found(found)
 
     async def forget(self, inode_list: Sequence[tuple[int, int]]) -> None:
         for id_, lookups in inode_list:
@@ -170,25 +173,25 @@ class PyfuseOperations(pyfuse3.Operations):  # type: ignore[misc,unused-ignore]
     async def mkdir(
         self, parent_inode: int, name: bytes, mode: int, ctx: pyfuse3.RequestContext
     ) -> pyfuse3.EntryAttributes:
-        return _found(self.operations.mkdir(parent_inode, name, mode, Caller(ctx.uid, ctx.gid)))
+        return self._found(self.operations.mkdir(parent_inode, name, mode, Caller(ctx.uid, ctx.gid)))
 
     @_request
     async def mknod(
         self, parent_inode: int, name: bytes, mode: int, rdev: int, ctx: pyfuse3.RequestContext
     ) -> pyfuse3.EntryAttributes:
-        return _found(self.operations.mknod(parent_inode, name, mode, rdev, Caller(ctx.uid, ctx.gid)))
+        return self._found(self.operations.mknod(parent_inode, name, mode, rdev, Caller(ctx.uid, ctx.gid)))
 
     @_request
     async def symlink(
         self, parent_inode: int, name: bytes, target: bytes, ctx: pyfuse3.RequestContext
     ) -> pyfuse3.EntryAttributes:
-        return _found(self.operations.symlink(parent_inode, name, target, Caller(ctx.uid, ctx.gid)))
+        return self._found(self.operations.symlink(parent_inode, name, target, Caller(ctx.uid, ctx.gid)))
 
     @_request
     async def link(
         self, inode: int, new_parent_inode: int, new_name: bytes, ctx: pyfuse3.RequestContext
     ) -> pyfuse3.EntryAttributes:
-        return _found(await self.operations.link(inode, new_parent_inode, new_name))
+        return self._found(await self.operations.link(inode, new_parent_inode, new_name))
 
     @_request
     async def unlink(self, parent_inode: int, name: bytes, ctx: pyfuse3.RequestContext) -> None:
@@ -218,7 +221,7 @@ class PyfuseOperations(pyfuse3.Operations):  # type: ignore[misc,unused-ignore]
 
     @_request
     async def getattr(self, inode: int, ctx: pyfuse3.RequestContext) -> pyfuse3.EntryAttributes:
-        return _entry(self.operations.getattr(inode)[1])
+        return _entry(self.operations.getattr(inode))
 
     @_request
     async def setattr(
@@ -239,7 +242,7 @@ class PyfuseOperations(pyfuse3.Operations):  # type: ignore[misc,unused-ignore]
             kills_set_ids=fields.update_size and ctx.uid != 0,
         )
         handle = None if fh is None else self.files.get(fh)
-        return _entry((await self.operations.setattr(inode, change, handle))[1])
+        return _entry(await self.operations.setattr(inode, change, handle))
 
     async def access(self, inode: int, mode: int, ctx: pyfuse3.RequestContext) -> bool:
         return True  # the kernel checks (default_permissions)
@@ -277,9 +280,9 @@ class PyfuseOperations(pyfuse3.Operations):  # type: ignore[misc,unused-ignore]
     @_request
     async def open(self, inode: int, flags: int, ctx: pyfuse3.RequestContext) -> pyfuse3.FileInfo:
         node = self.operations.node(inode)
-        await self.files.prepare(node, flags)
-        number = self.files.open(node, flags, ctx.uid, kills_set_ids=ctx.uid != 0)
-        return _opened(number, keep_cache=node.identity is None)
+        prepared = await self.files.prepare(node, flags)
+        number = self.files.open(node, flags, ctx.uid, prepared, kills_set_ids=ctx.uid != 0)
+        return _opened(number, keep_cache=node.territory.lasting)
 
     @_request
     async def create(
@@ -289,7 +292,7 @@ class PyfuseOperations(pyfuse3.Operations):  # type: ignore[misc,unused-ignore]
         number, node, attributes = self.files.create(
             self.operations.changes, parent, name, mode, flags, Caller(ctx.uid, ctx.gid)
         )
-        return _opened(number), _found((node, attributes))
+        return _opened(number), self._found((node, attributes))
 
     @_request
     async def read(self, fh: int, off: int, size: int) -> bytes | bytearray:  # type: ignore[override]
@@ -299,19 +302,19 @@ class PyfuseOperations(pyfuse3.Operations):  # type: ignore[misc,unused-ignore]
             count = file.read_into(view, off)
         if count is None:
             return await self.files.read(file, off, size)
-        self.files.bytes_read += count
+        self.files.was_read(count)
         del data[count:]
         return data
 
     @_request
     async def write(self, fh: int, off: int, buf: bytes) -> int:
-        # The library agrees to HANDLE_KILLPRIV, so clearing set-id bits is left to us.
+        # The library negotiates HANDLE_KILLPRIV, so the daemon clears set-id bits.
         handle = self.files[fh]
         return await self.files.write(handle.file, off, buf, kills_set_ids=handle.uid != 0)
 
     @_request
     async def flush(self, fh: int) -> None:
-        raise error(errno.ENOSYS)  # nothing to do at close; the kernel asks once and never again
+        raise error(errno.ENOSYS)  # nothing to do at close; the kernel sends no other FLUSH
 
     @_request
     async def fsync(self, fh: int, datasync: bool) -> None:
@@ -326,15 +329,15 @@ class PyfuseOperations(pyfuse3.Operations):  # type: ignore[misc,unused-ignore]
 
     @_request
     async def opendir(self, inode: int, ctx: pyfuse3.RequestContext) -> int:
-        return inode  # a listing is the directory's, whoever reads it
+        return inode  # listings belong to the directory, not to an open
 
     @_request
     async def readdir(self, fh: int, start_id: int, token: pyfuse3.ReaddirToken) -> None:
         node = self.operations.node(fh)
-        if start_id < DOT and not _reply_dot(token, b".", node, DOT):
-            return
-        if start_id < DOT_DOT and not _reply_dot(token, b"..", node.parent or node, DOT_DOT):
-            return
+        for name, shown, place in ((b".", node, DOT), (b"..", node.parent or node, DOT_DOT)):
+            dot = _bare(shown.id, stat.S_IFDIR)
+            if start_id < place and not pyfuse3.readdir_reply(token, pyfuse3.FileNameT(name), dot, place):
+                return
         (cookies, names, _), first = await self.operations.directories.entries(node, start_id)
         for index in range(first, len(names)):
             if node.unlinked:
@@ -346,18 +349,18 @@ class PyfuseOperations(pyfuse3.Operations):  # type: ignore[misc,unused-ignore]
                 found = None
                 unknown = self.operations.union.number_of_unreachable(node, name)
             else:
-                unknown = None if found else self.operations.union.number_of_bare_whiteout(node, name)
+                unknown = None if found else node.territory.number_of_bare_whiteout(node, name)
             if unknown is not None and not pyfuse3.readdir_reply(
-                token, name, _unknown(*unknown), cookies[index]
+                token, name, _bare(*unknown), cookies[index]
             ):
                 return
             if found is None:
                 continue
             child = found[0]
             if not pyfuse3.readdir_reply(token, name, _named(found), cookies[index]):
-                self.operations.union.nodes.forget(child, 0)
+                self.nodes.forget(child, 0)
                 return
-            child.lookups += 1
+            child.looked_up()
         if first == len(names):
             self.operations.directories.end(node)
 
@@ -379,24 +382,20 @@ def _opened(number: int, *, keep_cache: bool = True) -> pyfuse3.FileInfo:
     return pyfuse3.FileInfo(fh=pyfuse3.FileHandleT(number), keep_cache=keep_cache)
 
 
-def _found(found: Found) -> pyfuse3.EntryAttributes:
-    """The reply for a name the kernel will remember: one more lookup of the node."""
-    found[0].lookups += 1
-    return _named(found)
-
-
 def _named(found: Found) -> pyfuse3.EntryAttributes:
-    """The reply for a name, which holds for ever unless others can change what it stands for."""
-    entry = _entry(found[1])
-    if found[0].identity is not None:
+    """The reply for a name, valid for ever unless others can change what it stands for."""
+    entry = _entry(found)
+    if not found[0].territory.lasting:
         entry.entry_timeout = 0
     return entry
 
 
-def _entry(attributes: Attributes) -> pyfuse3.EntryAttributes:
+def _entry(found: Found) -> pyfuse3.EntryAttributes:
+    node, attributes = found
     st: Any = attributes.st
     entry = pyfuse3.EntryAttributes()
-    entry.st_ino = pyfuse3.InodeT(attributes.ino)
+    # The library has one number for node and inode, so bound hard links have several.
+    entry.st_ino = pyfuse3.InodeT(node.id)
     entry.entry_timeout = FOREVER
     entry.attr_timeout = FOREVER if attributes.lasting else 0
     entry.st_mode = pyfuse3.ModeT(st.st_mode)
@@ -413,32 +412,19 @@ def _entry(attributes: Attributes) -> pyfuse3.EntryAttributes:
     return entry
 
 
-def _absent(seconds: float) -> pyfuse3.EntryAttributes:
-    """A reply that lets the kernel remember for a while that there is nothing."""
-    entry = pyfuse3.EntryAttributes()
-    entry.st_ino = pyfuse3.InodeT(0)
-    entry.entry_timeout = seconds
-    return entry
+def _bare(number: int, kind: int = 0, seconds: float = 0) -> pyfuse3.EntryAttributes:
+    """A name without more than a number and a file type, which the kernel may remember for so long.
 
-
-def _reply_dot(token: pyfuse3.ReaddirToken, name: bytes, node: Node, position: int) -> bool:
-    """``.`` and ``..``: the kernel takes number and type from it and counts no lookup (fs/fuse/readdir.c)."""
-    entry = pyfuse3.EntryAttributes()
-    entry.st_ino = pyfuse3.InodeT(node.ino)
-    entry.st_mode = pyfuse3.ModeT(stat.S_IFDIR)
-    return pyfuse3.readdir_reply(token, pyfuse3.FileNameT(name), entry, position)
-
-
-def _unknown(number: int, kind: int) -> pyfuse3.EntryAttributes:
-    """A name in a listing that cannot be looked up.
-
-    pyfuse3 has one number for node and inode, and readdir(3) leaves out inode 0. So the kernel gets the id of
-    no node; its timeout is 0, so the kernel looks the name up before it uses it.
+    Number 0 says that there is nothing. In a listing it is a name that cannot be looked up: pyfuse3 has one
+    number for node and inode, and readdir(3) leaves out inode 0, so the kernel gets the id of no node, and
+    looks the name up before it uses it. Of ``.`` and ``..`` the kernel takes number and type, and counts no
+    lookup (fs/fuse/readdir.c).
     """
     entry = pyfuse3.EntryAttributes()
     entry.st_ino = pyfuse3.InodeT(number)
     entry.st_mode = pyfuse3.ModeT(kind)
-    entry.entry_timeout = entry.attr_timeout = 0
+    entry.entry_timeout = seconds
+    entry.attr_timeout = 0
     return entry
 
 

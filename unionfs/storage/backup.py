@@ -14,19 +14,19 @@ from typing import IO, Any
 
 from unionfs.errors import UserError, quoted, reason
 from unionfs.storage import workspace
-from unionfs.storage.archive import manifest
+from unionfs.storage.archive.base import Base
 from unionfs.storage.archive.compress import Ahead, compressor, decompressor
+from unionfs.storage.archive.content import Contents
+from unionfs.storage.archive.entry import Entry
 from unionfs.storage.archive.freeze import frozen, own_filesystem
 from unionfs.storage.archive.headers import Malformed
-from unionfs.storage.archive.manifest import Line, latest, read_manifest
+from unionfs.storage.archive.manifest import AGAIN, Line, escape, latest, read_manifest
 from unionfs.storage.archive.output import whole_file
 from unionfs.storage.archive.read import ArchiveReader
+from unionfs.storage.archive.tar import Members, Tar
 from unionfs.storage.archive.walk import Walker
-from unionfs.storage.archive.write import ArchiveWriter
+from unionfs.storage.archive.write import ArchiveWriter, Pass, Progress
 from unionfs.storage.volumes import Volume, Volumes
-
-Progress = Callable[[int, int], None]
-"""Called now and then with the entries and the bytes so far."""
 
 MANIFEST = "manifest"
 """Beside a volume's data: the manifest of its last backup or restore, for `verify`."""
@@ -35,13 +35,13 @@ _MOST_NOTES = 20
 
 @dataclass
 class Report:
-    """What came out of an operation."""
+    """The result of an operation."""
 
     entries: int = 0
     size: int = 0
     """Bytes of content."""
     how: str = ""
-    """How consistency was got, as a part of a sentence."""
+    """How consistency was achieved, as part of a sentence."""
     notes: list[str] = field(default_factory=list)
     more_notes: int = 0
 
@@ -66,8 +66,17 @@ def backup(
     report = Report()
     if since is not None and target != "-":
         _keep_bases(since, target)
+    unstable: list[Entry] = []
+
+    def note_unstable(entry: Entry) -> None:
+        unstable[:] = [entry]
+        report.note(
+            f"{quoted(os.fsdecode(entry.path))} changed each time it was read; the archive holds it as it "
+            "was over a short while."
+        )
+
     with volumes.working_on(name, "a backup") as volume, ExitStack() as stack:
-        base_info, base_lines = _base(since, volume, stack)
+        base_info, base = _base(since, volume, stack)
         path = stack.enter_context(volumes.used(name, "backup"))
         others = len(volumes.users(name)) > 1
         out = stack.enter_context(whole_file(target) if target != "-" else _standard_output())
@@ -87,12 +96,9 @@ def backup(
             walker = Walker(path, report.note, leave_out=workspace.names(volume.directory))
             sink = Ahead(compressor(out, compress))
             stack.callback(sink.stop)
-            writer = ArchiveWriter(
-                sink, walker, report.note, base=base_lines,
-                base_started=0 if base_info is None else int(base_info["started"]),
-                scratch=scratch, progress=progress,
-            )  # fmt: skip
-            writer.write(info)
+            contents = Contents(walker, note_unstable, scratch=scratch)
+            writer = ArchiveWriter(Tar(sink), walker, contents, base=base, progress=progress)
+            done = writer.write(info)
             sink.close()
         except BrokenPipeError:
             raise
@@ -102,10 +108,10 @@ def backup(
                 f"the backup cannot be written to {quoted(place)}: {reason(error)}; nothing is left of it. "
                 "Free space, or write it elsewhere."
             ) from error
-        report.entries, report.size = writer.entries, writer.read_bytes
-        if writer.changed and not report.how:
+        report.entries, report.size = done.entries, done.read_bytes
+        if unstable and not report.how:
             report.how = "files that changed meanwhile were read again"
-    # The archive is there: what is kept for `verify` is a help only.
+    # The archive is there: the manifest kept for `verify` is only a help.
     with suppress(OSError):
         keep_manifest(volume, writer.copy_manifest)
     return report
@@ -127,7 +133,7 @@ def _hold_still(
     others: bool,
     report: Report,
 ) -> str | None:
-    """Freeze the volume's filesystem if it is its own, else give a directory for clones of its files."""
+    """Freeze the volume's filesystem if it has its own, else return a directory for clones of its files."""
     if not others:
         return None
     status = os.fstat(out.fileno())
@@ -140,7 +146,8 @@ def _hold_still(
 
 def _base(
     since: str | None, volume: Volume, stack: ExitStack
-) -> tuple[dict[str, Any] | None, Iterator[Line] | None]:
+) -> tuple[dict[str, Any] | None, Base | None]:
+    """What the archive says about its base, and the base itself."""
     if since is None:
         return None, None
     reader = stack.enter_context(open_archive(since))
@@ -157,7 +164,7 @@ def _base(
         "file": os.path.basename(since),
         "started": int(reader.info["started"]),
     }
-    return info, latest(reader.manifest_lines())
+    return info, Base(latest(reader.manifest_lines()), info["started"])
 
 
 def _keep_bases(since: str, target: str) -> None:
@@ -266,58 +273,47 @@ def verify_volume(volumes: Volumes, name: str, progress: Progress | None = None)
             ) from None
         with source, explained(f"{volume.directory}/{MANIFEST}"):
             walker = Walker(path, lambda sentence: None, leave_out=workspace.names(volume.directory))
-            _compare(walker, latest(read_manifest(source)), found, progress)
+            comparison = _Comparison(latest(read_manifest(source)), found)
+            contents = Contents(walker, lambda entry: None)
+            Pass(walker, contents, Members(), comparison.add, progress=progress).run()
+            comparison.finish()
     return found
 
 
-class _Nowhere:
-    def write(self, data: bytes, /) -> int:
-        return len(data)
+class _Comparison:
+    """Compares the lines of a manifest with those of a walk; both have the same order."""
 
-    def close(self) -> None:
-        pass
+    def __init__(self, lines: Iterator[Line], found: Differences) -> None:
+        self._lines = lines
+        self._old = next(lines, None)
+        self._found = found
 
+    def add(self, raw: bytes) -> None:
+        """The next line of the walk."""
+        new = Line(raw)
+        if new.state == AGAIN:
+            return
+        self._found.entries += 1
+        while (old := self._old) is not None and old.order() < new.order():
+            self._next_is_missing(old)
+        if old is None or old.path != new.path:
+            self._found.added.append(_shown(new))
+            return
+        if old.shown != new.shown:
+            same = (old.kind, old.size, old.mtime) == (new.kind, new.size, new.mtime)
+            damaged = same and old.digest != new.digest
+            (self._found.damaged if damaged else self._found.changed).append(_shown(new))
+        self._old = next(self._lines, None)
 
-def _compare(walker: Walker, lines: Iterator[Line], found: Differences, progress: Progress | None) -> None:
-    writer = ArchiveWriter(_Nowhere(), walker, lambda sentence: None, progress=progress)
-    writer.write({})
-    with _manifest_of(writer) as now:
-        for old, new in _paired(lines, now):
-            found.entries += new is not None
-            if new is None:
-                assert old is not None
-                found.missing.append(_shown(old))
-            elif old is None:
-                found.added.append(_shown(new))
-            elif old.shown != new.shown:
-                same = (old.kind, old.size, old.mtime) == (new.kind, new.size, new.mtime)
-                (found.damaged if same and old.digest != new.digest else found.changed).append(_shown(new))
+    def finish(self) -> None:
+        """The walk has ended."""
+        while self._old is not None:
+            self._next_is_missing(self._old)
 
-
-@contextmanager
-def _manifest_of(writer: ArchiveWriter) -> Iterator[Iterator[Line]]:
-    import tempfile
-
-    with tempfile.TemporaryFile() as copy:
-        writer.copy_manifest(copy)
-        copy.seek(0)
-        yield latest(read_manifest(copy))
-
-
-def _paired(one: Iterator[Line], other: Iterator[Line]) -> Iterator[tuple[Line | None, Line | None]]:
-    """The lines of two manifests with the same path side by side."""
-    a, b = next(one, None), next(other, None)
-    while a is not None or b is not None:
-        if b is None or (a is not None and a.order() < b.order()):
-            yield a, None
-            a = next(one, None)
-        elif a is None or b.order() < a.order():
-            yield None, b
-            b = next(other, None)
-        else:
-            yield a, b
-            a, b = next(one, None), next(other, None)
+    def _next_is_missing(self, old: Line) -> None:
+        self._found.missing.append(_shown(old))
+        self._old = next(self._lines, None)
 
 
 def _shown(line: Line) -> str:
-    return os.fsdecode(manifest.escape(line.path))
+    return os.fsdecode(escape(line.path))

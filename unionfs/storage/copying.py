@@ -5,45 +5,27 @@ from __future__ import annotations
 import errno
 import os
 
-from unionfs.errors import quoted
+from unionfs.storage.archive.content import Contents
 from unionfs.storage.archive.entry import SPARSE, Entry
 from unionfs.storage.archive.extract import Extractor
-from unionfs.storage.archive.walk import Walker
-from unionfs.storage.backup import Report
 from unionfs.sys.calls import clone_file
 from unionfs.union.filedata import copy_piece
 
 _CHUNK = 64 << 20
-_TRIES = 3
 _NO_REFLINK = (errno.EOPNOTSUPP, errno.EXDEV, errno.EINVAL, errno.ENOTTY, errno.ENOSYS, errno.EPERM)
 
 
-def copy_content(extractor: Extractor, walker: Walker, entry: Entry, fd: int, report: Report) -> bool:
+def copy_content(extractor: Extractor, contents: Contents, entry: Entry, fd: int) -> bool:
     """Make the file `entry`, open as `fd`; returns whether its blocks are shared.
 
     A file that changes meanwhile is copied again.
     """
     shared = True
-    for left in range(_TRIES, -1, -1):
-        with extractor.new_file(entry) as target:
-            shared = _share(target, fd)
+    for attempt, source in contents.attempts(entry, fd):
+        with extractor.new_file(attempt) as target:
+            shared = _share(target, source)
             if not shared:
-                _copy(target, fd, entry)
-        status = os.fstat(fd)
-        same = (status.st_mtime_ns, status.st_ctime_ns, status.st_size) == (
-            entry.mtime,
-            entry.ctime,
-            entry.size,
-        )
-        if same:
-            break
-        if not left:
-            report.note(f"{quoted(os.fsdecode(entry.path))} changed each time it was copied.")
-            break
-        again = walker.file_entry(fd, entry.path)
-        if again is None or again.kind not in ("f", "s"):
-            break
-        entry = again
+                _copy(target, source, attempt)
     return shared
 
 

@@ -1,4 +1,4 @@
-"""Filters of lists of volumes, in Docker's words; all of them must hold."""
+"""Filters for lists of volumes, with Docker's keys; all of them must match."""
 
 from __future__ import annotations
 

@@ -1,17 +1,19 @@
-"""Locks of one volume, by flock(2) on files in ROOT/locks: they end with their process, however it ends.
+"""Locks of one volume, by flock(2) on files in ROOT/locks. They end with their process, however it ends.
 
-A lock's file goes with its volume. Who finds after locking that the file is not the one of that name any more
-tries again, so that two processes never hold two locks of one name.
+A lock's file is removed with its volume. A process that has locked a file which no longer has its name tries
+again, so two processes never hold two locks of one name.
 
-Three of them: the short one (`state`) guards what is decided about a volume, and is waited for; the long one
-(`work`) belongs to a backup, restore, clone or resize, and who finds it taken is told by whom; `filling` is
-held while an empty volume is filled, and waited for by the next mount of it. None is on a directory of a
-volume: flock(2) takes no more than the right to read, so anybody who may list the volume could keep it.
+There are three: the short one (`state`) guards changes of a volume, and is waited for. The long one (`work`)
+belongs to a backup, restore, clone, resize or removal; the error for a second one names the first. `filling`
+is held while an empty volume gets its first content, and the next mount waits for it. None is on a directory
+of a volume: flock(2) needs read permission only, so anybody who may list the volume could hold it.
 """
 
 from __future__ import annotations
 
+import errno
 import fcntl
+import hashlib
 import os
 import time
 from collections.abc import Iterator
@@ -19,17 +21,17 @@ from contextlib import contextmanager, suppress
 
 from unionfs.errors import UserError, quoted, reason
 from unionfs.storage.root import make_directory, open_root
+from unionfs.sys import fds
 
 _WAIT_SECONDS = 60.0
 _FILLING_SECONDS = 3600.0
 _POLL_SECONDS = 0.02
+_FULL = (errno.ENOSPC, errno.EDQUOT)
 _NAME_MAX = 255
 
 
 def _path(root: str, name: str, kind: str) -> str:
     if len(name) + 1 + len(kind) > _NAME_MAX:
-        import hashlib
-
         # A volume's name may be as long as a file's, which leaves no room for the kind.
         name = f"{name[:128]}.{hashlib.sha256(name.encode()).hexdigest()}"
     open_root(root)
@@ -37,15 +39,9 @@ def _path(root: str, name: str, kind: str) -> str:
 
 
 def _take(path: str) -> int | None:
-    """A locked fd; None while another process has the lock."""
+    """A locked fd; None while another process has the lock. Raises OSError."""
     while True:
-        try:
-            fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, 0o600)
-        except OSError as error:
-            raise UserError(
-                f"the lock {quoted(path)} cannot be opened: {reason(error)}; free space, or move away what "
-                "has its name."
-            ) from error
+        fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, 0o600)
         try:
             fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
             there = os.stat(path, follow_symlinks=False)
@@ -62,12 +58,16 @@ def _take(path: str) -> int | None:
         os.close(fd)
 
 
+def _unusable(path: str, error: OSError) -> UserError:
+    return UserError(
+        f"the lock {quoted(path)} cannot be opened: {reason(error)}; free space, or move away what has its "
+        "name."
+    )
+
+
 @contextmanager
 def state(root: str, name: str) -> Iterator[None]:
-    """The short lock of a volume (or of the whole registry, by a name no volume can have).
-
-    Raises UserError when another process keeps it for a minute.
-    """
+    """The short lock of a volume. Raises UserError when another process keeps it for a minute."""
     with _waited(root, name, "state", _WAIT_SECONDS, "being changed by another process for over a minute"):
         yield
 
@@ -84,22 +84,32 @@ def filling(root: str, name: str) -> Iterator[None]:
 @contextmanager
 def _waited(root: str, name: str, kind: str, seconds: float, what: str) -> Iterator[None]:
     path = _path(root, name, kind)
-    deadline = time.monotonic() + seconds
-    while (fd := _take(path)) is None:
-        if time.monotonic() > deadline:
-            raise UserError(f"volume {quoted(name)} is {what} (its storage may hang); try again later.")
-        time.sleep(_POLL_SECONDS)
+    deadline, pause = time.monotonic() + seconds, 0.0005
     try:
+        while (fd := _take(path)) is None:
+            if time.monotonic() > deadline:
+                raise UserError(f"volume {quoted(name)} is {what} (its storage may hang); try again later.")
+            time.sleep(pause)
+            pause = min(2 * pause, _POLL_SECONDS)
+    except OSError as error:
+        raise _unusable(path, error) from error
+    with fds.Owned(fd):
         yield
-    finally:
-        os.close(fd)
 
 
 @contextmanager
-def work(root: str, name: str, what: str) -> Iterator[None]:
-    """The long lock of a volume for `what` ("a backup"). Raises UserError at once when it is taken."""
+def work(root: str, name: str, what: str, *, spare: bool = False) -> Iterator[None]:
+    """The long lock of a volume for `what` ("a backup"). Raises UserError at once when it is taken.
+
+    `spare`: go on where a full disk has no space for the lock's file; nobody can have the lock then.
+    """
     path = _path(root, name, "work")
-    fd = _take(path)
+    try:
+        fd = _take(path)
+    except OSError as error:
+        if not (spare and error.errno in _FULL):
+            raise _unusable(path, error) from error
+        fd = os.open(os.devnull, os.O_RDONLY | os.O_CLOEXEC)
     if fd is None:
         with suppress(OSError), open(path, encoding="utf-8", errors="replace") as file:
             holder = file.read(200).strip()
@@ -108,25 +118,15 @@ def work(root: str, name: str, what: str) -> Iterator[None]:
                 "that has ended."
             )
         raise UserError(f"volume {quoted(name)} is busy with another operation; try {what} again.")
-    try:
-        os.ftruncate(fd, 0)
-        os.pwrite(fd, f"{what} (pid {os.getpid()})\n".encode(), 0)
+    with fds.Owned(fd):
+        with suppress(OSError):  # on a full disk volumes are removed all the same
+            os.ftruncate(fd, 0)
+            os.pwrite(fd, f"{what} (pid {os.getpid()})\n".encode(), 0)
         yield
-    finally:
-        os.close(fd)
 
 
 def forget(root: str, name: str) -> None:
-    """Remove the files of a volume that is gone. To be called with both locks held."""
+    """Remove the files of a removed volume's locks. Called with the short lock held."""
     for kind in ("fill", "work", "state"):
         with suppress(OSError):
             os.unlink(_path(root, name, kind))
-
-
-def is_taken(root: str, name: str) -> bool:
-    """Whether some process has the short lock of a volume at this moment."""
-    fd = _take(_path(root, name, "state"))
-    if fd is None:
-        return True
-    os.close(fd)
-    return False

@@ -1,10 +1,10 @@
-"""What a volume is: values only, as the registry and the volume's own record keep them."""
+"""What a volume is, and who uses it: plain values."""
 
 from __future__ import annotations
 
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from unionfs.errors import quoted
@@ -31,19 +31,14 @@ class Volume:
     """`local`, or `global` for a driver whose volumes are the same ones on every host."""
     directory: str = ""
     """ROOT/volumes/NAME, where the driver may keep what it needs."""
+    recorded: bool = field(default=True, compare=False)
+    """Whether its record says all this; else it is a directory with `_data` alone."""
 
     def to_json(self) -> dict[str, Any]:
         """Plain values for the record beside the data."""
-        return {
-            "name": self.name,
-            "driver": self.driver,
-            "options": dict(self.options),
-            "labels": dict(self.labels),
-            "anonymous": self.anonymous,
-            "created": self.created,
-            "scope": self.scope,
-            "mountpoint": self.mountpoint,
-        }
+        values = asdict(self)
+        del values["directory"], values["recorded"]
+        return values
 
     @classmethod
     def from_json(cls, values: dict[str, Any], directory: str) -> Volume:

@@ -1,12 +1,12 @@
 """First use of an empty volume: what the union has at the target is copied into it, as Docker does.
 
-Owners, modes, times in nanoseconds, xattrs (ACLs among them), hard links, symlinks, devices and holes are
-kept. The layers are read directly, by a view of their own, and not through the mount: so hard links within
-a lower are seen as such, and nothing has to wait for the daemon. A name that cannot be looked up is left out,
-and so is an xattr that cannot be read; the log says so. One broken name of a layer must not stop the rest.
+The copy has the same owners, modes, times, xattrs (ACLs among them), hard links, symlinks, devices and holes.
+The layers are read directly, by a merge of their own, and not through the mount: hard links within a
+lower are seen as such, and nothing waits for the daemon. A name that cannot be looked up and an xattr that
+cannot be read are left out and logged: one broken name in a layer does not stop the rest.
 
-The copy is made in a workspace in the volume and moved out of it at the end. What a crash leaves of it is
-either thrown away or moved out by the next use, so a volume is never taken for filled when it is half filled.
+The copy is made in a workspace in the volume and moved out of it at the end. The next use discards or moves
+out what a crash left, so a half-filled volume is never taken for a filled one.
 """
 
 from __future__ import annotations
@@ -21,26 +21,29 @@ from unionfs.errors import UserError, quoted, reason
 from unionfs.storage import locks, symlinks, workspace
 from unionfs.storage.model import Volume
 from unionfs.storage.targets import Names
-from unionfs.sys import calls
+from unionfs.sys import attributes, calls
+from unionfs.sys.fds import Owned
 from unionfs.union.filedata import clone, copy_data
+from unionfs.union.files import open_held
 from unionfs.union.layers import LayerStack
-from unionfs.union.listing import Listing
-from unionfs.union.nodes import Node
-from unionfs.union.places import open_for_listing
-from unionfs.union.tree import Union
+from unionfs.union.listing import real_names
+from unionfs.union.merge import Found, Merge
+from unionfs.union.places import Place, open_for_listing
+from unionfs.union.xattrs import unsupported
 
 log = logging.getLogger(__name__)
 
-# mkfs makes it in a filesystem that is empty all the same.
+# What mkfs makes in an empty filesystem.
 _NOTHING = frozenset({b"lost+found"})
 _SHORT = (errno.EMFILE, errno.ENFILE, errno.ENOMEM)
+_NEW = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
 _DIRECTORY = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 
 
 def populate(stack: LayerStack, names: Names, data: int, volume: Volume) -> bool:
-    """Fill the volume's directory `data` (an fd), if it is empty, with what the union has at `names`.
+    """Fill the volume's directory `data` (an fd), if it is empty, with the directory at `names` in the union.
 
-    Returns whether anything was copied. Raises UserError; then the volume is as empty as before.
+    Returns whether it did. Raises UserError; then the volume is still empty.
     """
     storage_root = os.path.dirname(os.path.dirname(volume.directory))
     try:
@@ -58,24 +61,24 @@ def populate(stack: LayerStack, names: Names, data: int, volume: Volume) -> bool
 def _is_empty(data: int, volume: Volume) -> bool:
     listing = open_for_listing(data)
     try:
-        held = {os.fsencode(name) for name in os.listdir(listing)}
+        held = set(real_names(listing))
     finally:
         os.close(listing)
     return not held - _NOTHING - workspace.names(volume.directory)
 
 
 def _fill(stack: LayerStack, names: Names, data: int, volume: Volume) -> bool:
-    union = Union(stack)
+    merge = Merge(stack.layers, stack.markers)
     try:
-        node = _find(union, names)
-        if node is None or not node.is_dir:
+        parts = _find(merge, names)
+        if parts is None:
             return False
         root = open_for_listing(data)
         try:
             with workspace.workspace(volume.directory, root, "population") as place:
-                copier = _Copier(union, os.dup(place.new))
+                copier = _Copier(merge, os.dup(place.new))
                 try:
-                    copier.tree(node)
+                    copier.tree(parts)
                 finally:
                     copier.close()
                 calls.syncfs(place.new)
@@ -84,27 +87,28 @@ def _fill(stack: LayerStack, names: Names, data: int, volume: Volume) -> bool:
             os.close(root)
         return True
     finally:
-        union.close()
+        merge.close()
 
 
-def _find(union: Union, names: Names) -> Node | None:
-    node = union.nodes.root
+def _find(merge: Merge, names: Names) -> list[Place] | None:
+    """The parts of the directory at a path; None: there is none."""
+    parts = merge.roots
     for name in names:
-        found = union.lookup(node, name) if node.is_dir else None
-        if found is None:
+        found = merge.search(parts, name)
+        if found is None or not stat.S_ISDIR(found[0].st_mode):
             return None
-        node = found[0]
-    return node
+        parts = found[1]
+    return parts
 
 
 class _Copier:
     """Copies a merged directory into a real one, without recursion: trees may be deep."""
 
-    def __init__(self, union: Union, root: int) -> None:
-        self._union = union
+    def __init__(self, merge: Merge, root: int) -> None:
+        self._merge = merge
         self._root = root
         self._changes_symlinks = not symlinks.are_sshfs(root)
-        #: Where the first name of a file with several went, relative to the root.
+        #: The path, from the root, of the copy of the first name of a file with several.
         self._links: dict[tuple[int, int], bytes] = {}
         #: Devices whose files cannot share blocks with the volume's.
         self._never_clones: set[int] = set()
@@ -112,121 +116,93 @@ class _Copier:
     def close(self) -> None:
         os.close(self._root)
 
-    def tree(self, top: Node) -> None:
-        """Copy the content and attributes of a directory to the root."""
-        # Each step: a directory, where its copy is, the path of that, and the names that are still to come.
-        steps: list[tuple[Node, int, bytes, Iterator[bytes]]] = [
-            (top, os.dup(self._root), b"", iter(Listing(self._union, top).names()))
+    def tree(self, top: list[Place]) -> None:
+        """Copy the content and attributes of the directory merged of ``top`` to the root."""
+        # Each step: a directory's parts, an fd of its copy, the path of that, and the names still to come.
+        steps: list[tuple[list[Place], int, bytes, Iterator[bytes]]] = [
+            (top, os.dup(self._root), b"", iter(self._merge.listing(top).names()))
         ]
         try:
             while steps:
-                node, fd, path, names = steps[-1]
+                parts, fd, path, names = steps[-1]
                 name = next(names, None)
                 if name is None:
-                    self._keep(node, fd)
+                    self._keep(self._merge.gate.fd(parts[0]), path, fd)
                     steps.pop()
                     os.close(fd)
-                    self._union.nodes.forget(node, 0)
                     continue
                 here = b"%b/%b" % (path, name) if path else name
-                found = self._lookup(node, name, here)
+                found = self._search(parts, name, here)
                 if found is None:
                     continue
-                child = found[0]
-                if child.is_dir:
+                if stat.S_ISDIR(found[0].st_mode):
                     os.mkdir(name, 0o700, dir_fd=fd)
                     inner = os.open(name, _DIRECTORY, dir_fd=fd)
-                    steps.append((child, inner, here, iter(Listing(self._union, child).names())))
+                    steps.append((found[1], inner, here, iter(self._merge.listing(found[1]).names())))
                 else:
-                    self._leaf(child, fd, name, here)
-                    self._union.nodes.forget(child, 0)
+                    with Owned(self._merge.open_object(found, name)) as source:
+                        self._leaf(source, fd, name, here)
         finally:
             for _, fd, _, _ in steps:
                 os.close(fd)
 
-    def _lookup(self, node: Node, name: bytes, path: bytes) -> tuple[Node, object] | None:
+    def _search(self, parts: list[Place], name: bytes, path: bytes) -> Found | None:
         try:
-            return self._union.lookup(node, name)
+            return self._merge.search(parts, name)
         except OSError as error:
             _leave_out(f"{_shown(path)} cannot be looked up", error)
             return None
 
-    def _leaf(self, node: Node, dir_fd: int, name: bytes, path: bytes) -> None:
-        st = self._union.stat(node)
+    def _leaf(self, source: int, dir_fd: int, name: bytes, path: bytes) -> None:
+        """Copy a non-directory, of which ``source`` is an O_PATH fd."""
+        st = os.fstat(source)
         if st.st_nlink > 1:
             first = self._links.setdefault((st.st_dev, st.st_ino), path)
             if first is not path:
                 os.link(first, name, src_dir_fd=self._root, dst_dir_fd=dir_fd, follow_symlinks=False)
                 return
         if stat.S_ISREG(st.st_mode):
-            self._file(node, dir_fd, name)
+            self._file(source, dir_fd, name, path)
             return
         if stat.S_ISLNK(st.st_mode):
-            os.symlink(self._union.readlink(node), name, dir_fd=dir_fd)
+            os.symlink(os.readlink(b"", dir_fd=source), name, dir_fd=dir_fd)
         else:
             os.mknod(name, stat.S_IFMT(st.st_mode) | 0o600, st.st_rdev, dir_fd=dir_fd)
+        self._keep(source, path, dir_fd, name)
+
+    def _file(self, source: int, dir_fd: int, name: bytes, path: bytes) -> None:
+        with open_held(source, write=False, waits=False) as opened:
+            self._merge.markers.refuse_metacopy(opened.fd)
+            with Owned(os.open(name, _NEW, 0o600, dir_fd=dir_fd)) as fd:
+                st = os.fstat(opened.fd)
+                if not clone(opened.fd, fd, st.st_dev, self._never_clones):
+                    copy_data(opened.fd, fd, st.st_size)
+                self._keep(opened.fd, path, fd)
+
+    def _keep(self, source: int, path: bytes, at: int, name: bytes | None = None) -> None:
+        """Copy the attributes of an fd to ``name`` in ``at``, or without a name to the fd ``at``."""
+        markers = self._merge.markers
+
+        def unreadable(xattr: bytes, error: OSError) -> None:
+            what = "the xattrs"
+            if xattr != attributes.ALL:
+                what = f"the xattr {_shown(markers.shown_names([xattr])[0])}"
+            _leave_out(f"{what} of {_shown(path)} cannot be read", error)
+
+        st = os.fstat(source)
+        stored = attributes.read_xattrs(
+            b"/proc/self/fd/%d" % source, lambda xattr: not markers.is_private(xattr), unreadable
+        )
+        shown = dict(zip(markers.shown_names(list(stored)), stored.values(), strict=True))
         changeable = not stat.S_ISLNK(st.st_mode) or self._changes_symlinks
-        fd = os.open(name, os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=dir_fd)
-        try:
-            if changeable:
-                _keep_owner(fd, st)
-            self._keep_xattrs(node, b"/proc/self/fd/%d/%b" % (dir_fd, name), follow=False)
-            if not stat.S_ISLNK(st.st_mode):
-                os.chmod(b"/proc/self/fd/%d" % fd, stat.S_IMODE(st.st_mode))
-        finally:
-            os.close(fd)
-        if changeable:
-            calls.utimensat(dir_fd, name, st.st_atime_ns, st.st_mtime_ns)
-
-    def _file(self, node: Node, dir_fd: int, name: bytes) -> None:
-        flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
-        source = self._union.open_file(node, write=False)
-        try:
-            fd = os.open(name, flags, 0o600, dir_fd=dir_fd)
-            try:
-                st = os.fstat(source.fd)
-                if not clone(source.fd, fd, st.st_dev, self._never_clones):
-                    copy_data(source.fd, fd, st.st_size)
-                self._keep(node, fd)
-            finally:
-                os.close(fd)
-        finally:
-            self._union.close_file(node, source)
-
-    def _keep(self, node: Node, fd: int) -> None:
-        """Owner, xattrs, mode, times: in the order in which none undoes another."""
-        st = self._union.stat(node)
-        _keep_owner(fd, st)
-        self._keep_xattrs(node, b"/proc/self/fd/%d" % fd, follow=True)
-        os.fchmod(fd, stat.S_IMODE(st.st_mode))
-        os.utime(fd, ns=(st.st_atime_ns, st.st_mtime_ns))
-
-    def _keep_xattrs(self, node: Node, target: bytes, *, follow: bool) -> None:
-        markers = self._union.markers
-        path, follow_source = self._union.path(node)
-        try:
-            stored = [os.fsencode(name) for name in os.listxattr(path, follow_symlinks=follow_source)]
-        except OSError as error:
-            if error.errno != errno.EOPNOTSUPP:
-                _leave_out(f"the xattrs of {_shown(node.name)} cannot be read", error)
-            return
-        for name in markers.shown_names(stored):
-            try:
-                value = os.getxattr(path, markers.stored_name(name), follow_symlinks=follow_source)
-            except OSError as error:
-                if error.errno != errno.ENODATA:
-                    _leave_out(f"the xattr {_shown(name)} of {_shown(node.name)} cannot be read", error)
-                continue
-            _set_xattr(target, name, value, follow=follow)
+        new = attributes.attributes(st, shown)
+        attributes.write(at, name, new, _refused, owner=changeable, times=changeable)
 
 
-def _keep_owner(fd: int, st: os.stat_result) -> None:
-    """As an ordinary user only what is the user's own can be kept."""
-    try:
-        calls.chown_fd(fd, st.st_uid, st.st_gid)
-    except PermissionError:
-        if os.geteuid() == 0:
-            raise
+def _refused(name: bytes, error: OSError) -> None:
+    """An ordinary user keeps what the kernel permits."""
+    if error.errno != errno.EPERM or os.geteuid() == 0:
+        unsupported(name, error)
 
 
 def _leave_out(what: str, error: OSError) -> None:
@@ -237,15 +213,4 @@ def _leave_out(what: str, error: OSError) -> None:
 
 
 def _shown(name: bytes) -> str:
-    return quoted(os.fsdecode(name))
-
-
-def _set_xattr(target: bytes, name: bytes, value: bytes, *, follow: bool) -> None:
-    try:
-        os.setxattr(target, name, value, follow_symlinks=follow)
-    except OSError as error:
-        if error.errno == errno.EPERM and os.geteuid() != 0:
-            return
-        # What the volume's filesystem cannot keep is left out, but not what grants or takes rights.
-        if error.errno != errno.EOPNOTSUPP or name.startswith((b"security.", b"system.posix_acl_")):
-            raise
+    return quoted(os.fsdecode(name or b"."))

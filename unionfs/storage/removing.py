@@ -1,24 +1,23 @@
-"""Removing what the storage root keeps, with a sentence for what cannot be removed."""
+"""Removing directories of the storage root, and what speaks against it."""
 
 from __future__ import annotations
 
 import os
 
 from unionfs.errors import UserError, quoted, reason
+from unionfs.sys import fds
+from unionfs.sys.mountinfo import Location, location_of, read_mountinfo, split_path
 from unionfs.union.removal import find_locked, remove_path
 
 
 def refuse_locked(path: str, complaint: str) -> None:
-    """Raise UserError (`complaint`, as "volume x cannot be removed", first) when a file below `path` is
-    immutable or append-only; nothing is changed.
+    """Raise UserError when a file below `path` is immutable or append-only. It begins with `complaint`, as
+    "volume x cannot be removed".
     """
     above, name = os.path.split(path)
     try:
-        at = os.open(above, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
-        try:
+        with fds.directory(above) as at:
             found = find_locked(at, os.fsencode(name))
-        finally:
-            os.close(at)
     except FileNotFoundError:
         return
     except OSError as error:
@@ -30,9 +29,38 @@ def refuse_locked(path: str, complaint: str) -> None:
         )
 
 
+def refuse_bound(path: str, complaint: str) -> None:
+    """Raise UserError while a part of the tree is mounted elsewhere: a mount may outlive its daemon and the
+    daemon's guardian, which counted as the volume's user.
+    """
+    directory = os.path.realpath(path)
+    table = read_mountinfo()
+    try:
+        place = location_of(directory, table)
+    except OSError:
+        return  # removed by hand
+    for entry in table:
+        root = Location(entry.device, split_path(entry.root))
+        inside = entry.mountpoint.startswith(directory + "/")
+        if place is not None and place.contains(root) and not inside:
+            raise UserError(
+                f"{complaint}: it is still mounted at {quoted(entry.mountpoint)}; unmount that first."
+            )
+
+
+def refuse_mounted(path: str, complaint: str) -> None:
+    """Raise UserError while something is mounted in the tree: its content would be removed."""
+    below = os.path.realpath(path) + "/"
+    for entry in read_mountinfo():
+        if entry.mountpoint.startswith(below):
+            raise UserError(
+                f"{complaint}: {quoted(entry.mountpoint)} is still mounted; unmount it first."
+            )
+
+
 def remove_all(path: str, complaint: str, *, unlock: bool = False) -> None:
-    """Remove a tree of the storage root, with `unlock` also what is immutable. Raises UserError for what is
-    left, `complaint` ("volume x is removed, but not all of its files") first.
+    """Remove a tree of the storage root, with `unlock` also what is immutable. The UserError about what is
+    left begins with `complaint`, as "volume x is removed, but not all of its files".
     """
     try:
         remove_path(path, unlock=unlock)

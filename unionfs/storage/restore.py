@@ -9,17 +9,20 @@ from contextlib import ExitStack, suppress
 from unionfs.errors import UserError, quoted, reason
 from unionfs.storage import workspace
 from unionfs.storage.archive import manifest
+from unionfs.storage.archive.content import Contents
 from unionfs.storage.archive.entry import FILE, SPARSE
 from unionfs.storage.archive.extract import Extractor
 from unionfs.storage.archive.headers import Malformed
 from unionfs.storage.archive.manifest import latest
 from unionfs.storage.archive.read import ArchiveReader
 from unionfs.storage.archive.walk import Walker
-from unionfs.storage.backup import Progress, Report, explained, keep_manifest, open_archive
+from unionfs.storage.archive.write import Progress
+from unionfs.storage.backup import Report, explained, keep_manifest, open_archive
 from unionfs.storage.copying import copy_content
 from unionfs.storage.model import User
 from unionfs.storage.volumes import Volume, Volumes
 from unionfs.sys.calls import syncfs
+from unionfs.sys.fds import directory
 
 _LONGEST_CHAIN = 1000
 
@@ -75,11 +78,8 @@ def _fill(
             with Extractor(place.path, report.note) as extractor:
                 fill(extractor)
                 extractor.finish()
-            fd = os.open(place.path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-            try:
+            with directory(place.path) as fd:
                 syncfs(fd)
-            finally:
-                os.close(fd)
             # Somebody may have begun to use the volume meanwhile.
             with volumes.still(volume.name, what, besides=user if mounted else ""):
                 place.commit()
@@ -131,7 +131,7 @@ def _apply(
     for path, reader in chain:
         with explained(path):
             for entry in reader.entries():
-                extractor.add(entry, reader.content() if entry.kind in (FILE, SPARSE) else ())
+                extractor.add(entry, reader.content())
                 if progress is not None and reader.count % 64 == 0:
                     progress(count + reader.count, size + reader.read_bytes)
             for gone in reader.deleted():
@@ -139,7 +139,7 @@ def _apply(
             if before is not None:
                 _check_base(before, reader)
         count, size = count + reader.count, size + reader.read_bytes
-        extractor.layers += 1
+        extractor.end_archive()
         before = reader
     report.entries, report.size = count, size
 
@@ -207,12 +207,16 @@ def clone(volumes: Volumes, source: str, target: str, *, progress: Progress | No
 
 def _copy(volume: Volume, path: str, extractor: Extractor, report: Report, progress: Progress | None) -> None:
     walker = Walker(path, report.note, leave_out=workspace.names(volume.directory))
+    contents = Contents(
+        walker,
+        lambda entry: report.note(f"{quoted(os.fsdecode(entry.path))} changed each time it was copied."),
+    )
     copied = 0
     shared = True
     for entry, fd in walker.entries():
         if entry.kind in (FILE, SPARSE):
             copied += 1
-            shared &= copy_content(extractor, walker, entry, fd, report)
+            shared &= copy_content(extractor, contents, entry, fd)
             report.size += entry.size
         else:
             extractor.add(entry)

@@ -2,10 +2,10 @@
 
     ROOT/volumes/NAME/_data         a volume's files, in Docker's layout
     ROOT/containers/NAME/           a container's upper and work
-    ROOT/locks/                     files to lock, and space kept for a full disk
+    ROOT/locks/                     files to lock
 
-Only its owner passes through any of these directories, and only he may write to them: what lies there is
-believed, and what lies in a volume (`_data`) is not.
+Only its owner may enter these directories or write to them: what lies there is trusted, and what lies in a
+volume (`_data`) is not.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from contextlib import suppress
 
 from unionfs.errors import UserError, quoted, reason
 from unionfs.sys.capabilities import in_initial_user_namespace
+from unionfs.sys.fds import Owned
 from unionfs.sys.mountinfo import split_path
 
 ENVIRONMENT = "UNIONFS_ROOT"
@@ -31,7 +32,7 @@ def storage_root(chosen: str | None = None, environment: Mapping[str, str] | Non
     """The storage root as an absolute path; it need not exist.
 
     The first of: `chosen` (`--root`), `UNIONFS_ROOT`, /var/lib/unionfs for root, `$XDG_DATA_HOME/unionfs` for
-    others (XDG Base Directory Specification: ~/.local/share by default, relative values don't count). Uid 0
+    others (XDG Base Directory Specification: ~/.local/share by default, relative values are ignored). Uid 0
     of a user namespace is an ordinary user. Raises UserError when there is no home directory either.
     """
     values = os.environ if environment is None else environment
@@ -60,12 +61,12 @@ def storage_root(chosen: str | None = None, environment: Mapping[str, str] | Non
 
 
 def open_root(root: str) -> None:
-    """Make the storage root if it is missing, and refuse one that somebody else could change.
+    """Create the storage root if it is missing, and refuse one that another user could change.
 
-    Its owner is this user, and neither its group nor others may write to it. As root the same holds for every
-    directory and symlink on the way to it: whoever may rename one of these puts another root in its place (a
-    sticky directory as /tmp keeps them from it; inode(7)). Uid 0 of a user namespace can harm no more than
-    the user it stands for, and only its root is looked at. Raises UserError, with nothing made.
+    It must belong to this user, and neither group nor others may write to it. As root the same holds for
+    every directory and symlink on the way: whoever may rename one of these can replace the root (not in a
+    sticky directory as /tmp; inode(7)). For uid 0 of a user namespace, which can harm no more than the user
+    it stands for, only the root itself is checked. Raises UserError, with nothing created.
     """
     try:
         if os.geteuid() == 0 and in_initial_user_namespace():
@@ -85,14 +86,14 @@ def open_root(root: str) -> None:
 
 
 def make_directory(path: str) -> str:
-    """Make a directory of the storage root, with those above it, if it is missing. Raises UserError.
+    """Create a directory of the storage root and its parents, if it is missing. Raises UserError.
 
-    It is 0700: whoever passes through can run a set-id file in a volume (as CVE-2021-41091). One that is
-    there must be a directory of this user's that nobody else may write to, and gets this mode; a symlink is
-    not followed.
+    Its mode is 0700: whoever may pass through can run a set-id file in a volume (as CVE-2021-41091). An
+    existing one must be a directory of this user that nobody else may write to, and gets this mode. A symlink
+    is not followed.
     """
     try:
-        # Each with its mode: os.makedirs would make those above with whatever the umask leaves of 0777.
+        # os.makedirs would create the parents with whatever the umask leaves of 0777.
         missing = [path]
         while not os.path.lexists(missing[-1]):
             missing.append(os.path.dirname(missing[-1]))
@@ -107,9 +108,9 @@ def make_directory(path: str) -> str:
 
 
 def check_directory(path: str) -> None:
-    """Refuse a directory below the storage root that is not this user's alone; take others' way through it.
+    """Refuse a directory below the storage root that others could change, and close it to them.
 
-    Raises UserError. Nothing happens when it is missing.
+    Raises UserError. A missing directory is ignored.
     """
     try:
         status = os.lstat(path)
@@ -127,7 +128,7 @@ def check_directory(path: str) -> None:
 
 
 def is_own_directory(path: str) -> bool:
-    """Whether `path` is a directory (no symlink) of this user's."""
+    """Whether `path` is a directory of this user, and not a symlink."""
     try:
         status = os.lstat(path)
     except OSError:
@@ -136,11 +137,8 @@ def is_own_directory(path: str) -> bool:
 
 
 def _tighten(path: str) -> None:
-    fd = os.open(path, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
-    try:
+    with Owned(os.open(path, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)) as fd:
         os.chmod(f"/proc/self/fd/{fd}", _MODE)
-    finally:
-        os.close(fd)
 
 
 def _is_default(root: str) -> bool:
@@ -165,7 +163,7 @@ def _check_owner(path: str, status: os.stat_result) -> None:
 
 
 def _check_way(root: str) -> None:
-    """Refuse a path that another user than root could lead elsewhere. Raises UserError, OSError."""
+    """Refuse a path that a user other than root could lead elsewhere. Raises UserError, OSError."""
     place, waiting, links = "/", [*reversed(split_path(root))], 0
     _check_above(root, place, os.lstat(place))
     while waiting:

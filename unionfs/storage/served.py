@@ -1,7 +1,7 @@
-"""Storage without root: the daemon shows it in the union by itself, for it may not make kernel mounts.
+"""Storage without root: the daemon may make no kernel mounts and serves it as a part of the union.
 
-The same sources, targets and errors as in `attach`; done before the union is mounted, so that nobody has
-looked a target up yet. What the served storage is and how it behaves: `union.bound`.
+Sources, targets and errors are those of `attach`. It is bound before the union is mounted, when no target has
+been looked up yet; see `union.bound`.
 """
 
 from __future__ import annotations
@@ -15,15 +15,14 @@ from unionfs.storage.attach import fill
 from unionfs.storage.sources import Sources
 from unionfs.storage.specs import Spec
 from unionfs.storage.targets import Names, prepare, same_place
-from unionfs.union import bound
 from unionfs.union.changes import Caller, Changes
 from unionfs.union.layers import LayerStack
-from unionfs.union.nodes import Node
+from unionfs.union.node import Node
 from unionfs.union.tree import Union
 
 
 class UnionTree:
-    """A union that is not mounted yet, for the search for targets. Raises OSError."""
+    """A union that is not mounted yet, as `targets` search it. Raises OSError."""
 
     def __init__(self, union: Union) -> None:
         self._union = union
@@ -31,7 +30,7 @@ class UnionTree:
         self._caller = Caller(os.geteuid(), os.getegid())
 
     def node(self, names: Names) -> Node:
-        """The node with that path; ENOENT."""
+        """The node at a path. Raises ENOENT."""
         node = self._union.nodes.root
         for name in names:
             found = self._union.lookup(node, name)
@@ -62,9 +61,9 @@ class UnionTree:
 
 
 def serve(sources: Sources, union: Union, stack: LayerStack) -> tuple[Spec, ...]:
-    """Show everything in the union. Gives the specs with the targets that they were given in the end.
+    """Bind all sources in the union. Returns the specs with the targets that were found.
 
-    Raises UserError when one cannot be had; what was made for those before it is undone.
+    Raises UserError if one fails, after those before it are undone.
     """
     done: list[Spec] = []
     tree = UnionTree(union)
@@ -77,8 +76,8 @@ def serve(sources: Sources, union: Union, stack: LayerStack) -> tuple[Spec, ...]
             undo.callback(target.undo)
             same_place(taken, target, spec.target)
             layer = stack.bind(spec.target, os.dup(source.fd), read_only=spec.read_only)
-            node = bound.bind(union, tree.node(target.names[:-1]), target.names[-1], layer)
-            undo.callback(bound.unbind, union, node)
+            node = union.bind(tree.node(target.names[:-1]), target.names[-1], layer)
+            undo.callback(union.nodes.forget, node, 1)
             done.append(replace(spec, target=target.path))
         undo.pop_all()
     return tuple(done)

@@ -1,4 +1,4 @@
-"""How much a volume holds."""
+"""The size of a volume's content."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from unionfs.storage.volumes import Volumes
 
 
 def size_of_tree(path: str) -> int:
-    """The bytes of all files below a directory, each inode once, directories and holes not counted.
+    """The bytes of all files below a directory; each inode counts once, directories and holes do not.
 
-    Never leaves the filesystem, follows no symlink; what vanishes meanwhile is left out. Raises OSError when
-    a directory cannot be read.
+    Stays on the filesystem, follows no symlink, and ignores what vanishes meanwhile. Raises OSError when a
+    directory cannot be read.
     """
     total, device = 0, os.lstat(path).st_dev
     seen: set[tuple[int, int]] = set()
@@ -54,7 +54,7 @@ def size_of_tree(path: str) -> int:
 
 
 def size_of(volumes: Volumes, volume: Volume) -> int:
-    """The bytes of a volume's files; it is mounted for that when it has to be. Raises UserError, OSError."""
+    """The bytes of a volume's files; the volume is mounted for that. Raises UserError, OSError."""
     with volumes.used(volume.name, "measurement") as path:
         return size_of_tree(path)
 

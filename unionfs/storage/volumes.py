@@ -1,11 +1,10 @@
-"""The volumes below one storage root: made, listed, used, removed.
+"""The volumes below one storage root: create, list, use and remove them.
 
-    ROOT/registry.db                 which volumes there are, and who uses them
-    ROOT/volumes/NAME/volume.json    the same about one volume, to make the registry anew from
+    ROOT/volumes/NAME/volume.json    the volume's record, and beside it one file for each user
     ROOT/volumes/NAME/_data          its files, in Docker's layout
     ROOT/locks/                      one operation at a time on a volume
 
-Drivers do what is particular.
+A volume exists while its directory has its name, which it gets and loses by one rename.
 """
 
 from __future__ import annotations
@@ -20,15 +19,14 @@ from contextlib import contextmanager, suppress
 from dataclasses import replace
 
 from unionfs.errors import UserError, quoted, reason
-from unionfs.storage import locks
+from unionfs.storage import locks, records
 from unionfs.storage.drivers import Driver, find_driver
+from unionfs.storage.drivers.base import Forced
 from unionfs.storage.drivers.replacing import finish_in_place
 from unionfs.storage.model import ANONYMOUS_LABEL, User, Volume
 from unionfs.storage.names import anonymous_name, check_name, is_name
-from unionfs.storage.registry import Registry, write_record
-from unionfs.storage.removing import refuse_locked, remove_all
-from unionfs.storage.root import check_directory, is_own_directory, make_directory
-from unionfs.sys.mountinfo import Location, location_of, read_mountinfo, split_path
+from unionfs.storage.removing import refuse_bound, refuse_locked, refuse_mounted, remove_all
+from unionfs.storage.root import check_directory, is_own_directory, make_directory, open_root
 from unionfs.union.removal import remove_path
 
 __all__ = ["User", "Volume", "Volumes"]
@@ -39,44 +37,96 @@ _log = logging.getLogger(__name__)
 class Volumes:
     """The volumes of one storage root. Every method may raise UserError.
 
-    `tell` gets sentences about what had to be put right on the way; by default they are logged as warnings.
-    Any number of processes may work on one root.
+    `tell` gets sentences about what was repaired; by default they are logged as warnings. Any number of
+    processes may work on one root.
     """
 
     def __init__(self, root: str, *, tell: Callable[[str], None] = _log.warning) -> None:
         self.root = root
         self._tell = tell
-        self._registry = Registry(root, tell)
+        self._checked = False
 
     # -- looking ------------------------------------------------------------------------------------------
 
     def all(self) -> list[Volume]:
         """All volumes, sorted by name."""
-        return self._registry.volumes()
+        found = filter(None, map(records.find, self._directories()))
+        return [volume if volume.recorded else self._adopt(volume) for volume in found]
 
     def get(self, name: str) -> Volume:
         """The volume of that name."""
-        check_name(name)
-        found = self._registry.find(name)
+        found = self._find(check_name(name))
         if found is None:
             raise UserError(f"there is no volume {quoted(name)}; `unionfs volume ls` shows those there are.")
-        check_directory(found.directory)
         return found
 
+    def _find(self, name: str) -> Volume | None:
+        self._check_root()
+        directory = self._directory(name)
+        check_directory(directory)
+        return records.find(directory)
+
+    def _directory(self, name: str) -> str:
+        return f"{self.root}/volumes/{name}"
+
+    def _directories(self) -> Iterator[str]:
+        """The directories that may be volumes, sorted."""
+        self._check_root()
+        try:
+            names = sorted(os.listdir(f"{self.root}/volumes"))
+        except FileNotFoundError:
+            return
+        for name in names:
+            if is_name(name) and is_own_directory(self._directory(name)):
+                yield self._directory(name)
+
+    def _check_root(self) -> None:
+        if self._checked:
+            return
+        open_root(self.root)
+        for name in ("volumes", "containers", "locks"):
+            check_directory(f"{self.root}/{name}")
+        self._checked = True
+        registry = f"{self.root}/registry.db"
+        if os.path.lexists(registry):
+            self._take_over(registry)
+
+    def _take_over(self, registry: str) -> None:
+        """Do without the database of earlier versions: their daemons rebuild it from the records."""
+        with suppress(UserError):  # a full disk: tried again by the next command
+            for directory in self._directories():
+                records.take_over_users(directory)
+            for path in (registry, f"{registry}-wal", f"{registry}-shm", f"{self.root}/locks/.reserve"):
+                with suppress(OSError):
+                    os.unlink(path)
+
+    def _adopt(self, volume: Volume) -> Volume:
+        """Record a local volume that has no readable record."""
+        with suppress(UserError, OSError), locks.state(self.root, volume.name):
+            known = records.find(volume.directory)
+            if known is not None and not known.recorded:
+                records.keep_damaged(volume.directory)
+                records.write(volume)
+                self._tell(
+                    f"the directory of volume {quoted(volume.name)} had no record; it was entered as local."
+                )
+        return volume
+
     def driver_of(self, volume: Volume) -> Driver:
-        """The driver of a volume, which may be missing by now."""
+        """The driver of a volume. Raises UserError when it is no longer installed."""
         return find_driver(volume.driver)
 
     def users(self, name: str) -> list[User]:
         """Who uses a volume now."""
-        return [user for user in self._registry.users(name) if not user.is_gone]
+        self._check_root()
+        return [user for user in records.users(self._directory(check_name(name))) if not user.is_gone]
 
     def all_users(self) -> dict[str, list[User]]:
         """Who uses volumes now, by the volumes' names."""
         return {
-            name: alive
-            for name, users in self._registry.all_users().items()
-            if (alive := [user for user in users if not user.is_gone])
+            os.path.basename(directory): alive
+            for directory in self._directories()
+            if (alive := [user for user in records.users(directory) if not user.is_gone])
         }
 
     # -- making -------------------------------------------------------------------------------------------
@@ -89,9 +139,9 @@ class Volumes:
         options: Mapping[str, str] = {},
         anonymous: bool = False,
     ) -> Volume:
-        """The volume of that name, made if it is missing; a new anonymous one for None.
+        """The volume of that name, created if it is missing; a new anonymous one for None.
 
-        A volume that is there is taken as it is when neither a driver (but local) nor options are given.
+        Without options and a driver other than local, an existing volume may have any.
         """
         chosen = None if driver == "local" and not options else driver
         return self.create(name, driver=chosen, options=options, anonymous=anonymous or name is None)
@@ -105,22 +155,21 @@ class Volumes:
         labels: Mapping[str, str] = {},
         anonymous: bool = False,
     ) -> Volume:
-        """Make a volume, or return the one that is there and has the same driver, options and labels.
+        """Create a volume, or return the existing one if it has the same driver, options and labels.
 
-        As with Docker, one that is there may be asked for by its name alone, whatever it is.
+        As with Docker, the name alone stands for an existing volume, whatever it is.
         """
         anonymous = anonymous or name is None
         name = anonymous_name() if name is None else check_name(name)
-        found = self._registry.find(name)
+        found = self._find(name)
         if found is None:
             maker = find_driver(driver or "local")
             maker.check(options)
             with locks.state(self.root, name):
-                found = self._registry.find(name)
+                found = self._find(name)
                 if found is None:
                     made = {**labels, ANONYMOUS_LABEL: ""} if anonymous else dict(labels)
                     return self._make(name, maker, driver or "local", options, made, anonymous)
-        check_directory(found.directory)
         _check_same(found, driver, options, labels)
         return found
 
@@ -128,7 +177,7 @@ class Volumes:
         self, name: str, maker: Driver, driver: str, options: Mapping[str, str], labels: Mapping[str, str],
         anonymous: bool,
     ) -> Volume:  # fmt: skip
-        place = self._registry.directory(name)
+        place = self._directory(name)
         parent = make_directory(os.path.dirname(place))
         self._sweep(parent)
         temporary = f"{parent}/.new-{name[:64]}-{os.getpid()}-{secrets.token_hex(8)}"
@@ -140,8 +189,7 @@ class Volumes:
             os.chmod(temporary, 0o700)
             maker.create(volume)
             volume = replace(volume, mountpoint=maker.mountpoint(replace(volume, directory=place)))
-            # The record first: with it the directory is the volume, whatever happens next.
-            write_record(volume, [])
+            records.write(volume)
             os.rename(temporary, place)
         except BaseException as error:
             with suppress(Exception):
@@ -159,12 +207,10 @@ class Volumes:
                     "check the permissions, or give another storage root."
                 ) from error
             raise
-        volume = replace(volume, directory=place)
-        self._registry.enter(volume)
-        return volume
+        return replace(volume, directory=place)
 
     def _sweep(self, parent: str) -> None:
-        """Remove what killed processes left half made, and what could not be removed before."""
+        """Remove what killed processes left unfinished, and what could not be removed before."""
         for entry in os.listdir(parent):
             kind, _, rest = entry.partition("-")
             if kind not in (".new", ".gone"):
@@ -180,9 +226,9 @@ class Volumes:
     # -- using --------------------------------------------------------------------------------------------
 
     def attach(self, name: str, user: str) -> str:
-        """Count a user, and return the absolute path of the volume's data for him.
+        """Record a user, and return the absolute path of the volume's data for it.
 
-        `user` is a text as in `User`. The first user mounts what has to be mounted.
+        `user` is a text as in `User`. The volume is mounted for its first user.
         """
         with locks.state(self.root, name):
             volume = self.get(name)
@@ -191,11 +237,11 @@ class Volumes:
             for known in users:
                 if known.text == user:
                     return known.path
-            # Also for a second user: somebody may have unmounted it by hand.
+            # For a second user, too: the volume may have been unmounted by hand.
             path = driver.mount(volume, user)
             try:
                 finish_in_place(volume, path)
-                self._registry.add_user(volume, User(user, path))
+                records.add_user(volume.directory, User(user, path))
             except BaseException:
                 if driver.one_mount_each(volume) or not users:
                     with suppress(UserError):
@@ -204,7 +250,7 @@ class Volumes:
             return path
 
     def detach(self, name: str, user: str) -> None:
-        """A user uses the volume no more; with the last one it is unmounted."""
+        """Remove a user; the volume is unmounted with its last one."""
         with locks.state(self.root, name):
             volume = self.get(name)
             driver = self.driver_of(volume)
@@ -213,33 +259,32 @@ class Volumes:
                 return
             if driver.one_mount_each(volume) or len(users) == 1:
                 driver.unmount(volume, user)
-            self._registry.remove_user(volume, user)
+            records.remove_user(volume.directory, user)
 
     def _without_the_dead(self, volume: Volume, driver: Driver, besides: str = "") -> list[User]:
-        """The users of a volume, after those that are gone were detached."""
+        """Detach the users whose process has ended, and return the others."""
         alive: list[User] = []
         dead: list[User] = []
-        for user in self._registry.users(volume.name):
+        for user in records.users(volume.directory):
             (dead if user.is_gone and user.text != besides else alive).append(user)
         for user in dead:
             if driver.one_mount_each(volume) or (not alive and user is dead[-1]):
                 driver.unmount(volume, user.text)
-            self._registry.remove_user(volume, user.text)
+            records.remove_user(volume.directory, user.text)
         return alive
 
     def settle(self) -> None:
-        """Unmount what users that are gone have left mounted."""
-        for name, users in self._registry.all_users().items():
-            if any(user.is_gone for user in users):
+        """Detach the users whose process has ended, from all volumes."""
+        for directory in self._directories():
+            if any(user.is_gone for user in records.users(directory)):
+                name = os.path.basename(directory)
                 with suppress(UserError), locks.state(self.root, name):
                     volume = self.get(name)
                     self._without_the_dead(volume, self.driver_of(volume).hurried())
 
     @contextmanager
     def used(self, name: str, kind: str) -> Iterator[str]:
-        """The data of a volume, used by this process within the context, `kind` being `backup` or the
-        like.
-        """
+        """The path of a volume's data, which this process uses within the context; `kind`: as `backup`."""
         user = User.of_this_process(kind, f"#{secrets.token_hex(4)}")
         path = self.attach(name, user)
         try:
@@ -249,14 +294,16 @@ class Volumes:
 
     @contextmanager
     def working_on(self, name: str, what: str) -> Iterator[Volume]:
-        """Keep other long operations, and removing, away from a volume. `what` is as in `a backup`."""
+        """Exclude other long operations, and removing. `what` is this one, as in `a backup`."""
         self.get(name)
         with locks.work(self.root, name, what):
             yield self.get(name)
 
     @contextmanager
     def still(self, name: str, what: str, *, besides: str = "") -> Iterator[None]:
-        """Keep users away from a volume that has none (but `besides`), to do `what` ("restored") to it."""
+        """Exclude new users while the volume is `what` ("restored"). Raises UserError when it has users other
+        than `besides`.
+        """
         with locks.state(self.root, name):
             volume = self.get(name)
             driver = self.driver_of(volume)
@@ -266,59 +313,58 @@ class Volumes:
             yield
 
     def refuse_users(self, name: str, what: str) -> None:
-        """Raise UserError when somebody uses the volume now."""
+        """Raise UserError when the volume has users."""
         with self.still(name, what):
             pass
 
     def refuse_existing(self, name: str) -> None:
         """Raise UserError when there is a volume of that name."""
-        if self._registry.find(check_name(name)) is not None:
+        if self._find(check_name(name)) is not None:
             raise UserError(f"volume {quoted(name)} already exists; choose another name, or remove it first.")
 
     # -- changing and removing ----------------------------------------------------------------------------
 
     def resize(self, name: str, size: str) -> Volume:
-        """Give a volume another size."""
+        """Change the size of a volume."""
         with self.working_on(name, "a resize"), locks.state(self.root, name):
             volume = self.get(name)
             driver = self.driver_of(volume)
             users = self._without_the_dead(volume, driver)
             options = driver.resize(volume, size, mounted=bool(users))
             changed = replace(volume, options=dict(options))
-            self._registry.replace(changed)
+            records.write(changed)
             return changed
 
     def remove(self, name: str, *, force: bool = False, missing_ok: bool = False) -> bool:
-        """Remove a volume and its data; refused while it has users.
+        """Remove a volume and its data. Raises UserError while it has users.
 
-        False: it is not there, with `missing_ok` or `force`. With `force` it goes too when its driver is
-        gone or cannot give it up, or when it holds files that chattr(1) made immutable or append-only.
+        Returns False if it does not exist, with `missing_ok` or `force`. `force` also removes one whose
+        driver is missing or fails, and files that chattr(1) made immutable or append-only.
         """
-        if (force or missing_ok) and (not is_name(name) or self._registry.find(name) is None):
+        if (force or missing_ok) and (not is_name(name) or self._find(name) is None):
             return False
         self.get(name)
-        with locks.work(self.root, name, "a removal"), locks.state(self.root, name):
+        with locks.work(self.root, name, "a removal", spare=True), locks.state(self.root, name):
             volume = self.get(name)
             try:
                 driver = self.driver_of(volume)
             except UserError:
-                # The program of a driver that is gone has nothing to say, when that is wanted.
                 if not force:
                     raise
                 driver = Driver()
-            if force or missing_ok:  # a removal that goes on without it, or one of many
+            if force or missing_ok:  # an answer is not needed, or this is one of many removals
                 driver = driver.hurried()
             if force:
-                driver = _Forced(driver, self._tell)
+                driver = Forced(driver, self._tell)
             users = self._without_the_dead(volume, driver)
             if users:
                 raise UserError(f"volume {quoted(name)} cannot be removed: {_in_use(users)}; end that first.")
-            self._check_not_bound(volume)
             complaint = f"volume {quoted(name)} cannot be removed"
+            refuse_bound(volume.directory, complaint)
             if not force:
                 refuse_locked(volume.directory, complaint)
             driver.remove(volume)
-            self._check_unmounted(volume)
+            refuse_mounted(volume.directory, complaint)
             aside = f"{self.root}/volumes/.gone-{name[:64]}-{os.getpid()}-{secrets.token_hex(8)}"
             try:
                 os.rename(volume.directory, aside)
@@ -329,61 +375,10 @@ class Volumes:
                     f"volume {quoted(name)} cannot be removed from {quoted(self.root)}: {reason(error)}; "
                     "check the permissions."
                 ) from error
-            self._registry.forget(name)
             locks.forget(self.root, name)
         if aside:
             remove_all(aside, f"volume {quoted(name)} is removed, but not all of its files", unlock=force)
         return True
-
-    def _check_not_bound(self, volume: Volume) -> None:
-        """A mount may outlive its daemon and the daemon's guardian, who counted as the volume's user."""
-        directory = os.path.realpath(volume.directory)
-        table = read_mountinfo()
-        try:
-            place = location_of(directory, table)
-        except OSError:
-            return  # removed by hand
-        for entry in table:
-            root = Location(entry.device, split_path(entry.root))
-            inside = entry.mountpoint.startswith(directory + "/")
-            if place is not None and place.contains(root) and not inside:
-                raise UserError(
-                    f"volume {quoted(volume.name)} cannot be removed: it is still mounted at "
-                    f"{quoted(entry.mountpoint)}; unmount that first."
-                )
-
-    def _check_unmounted(self, volume: Volume) -> None:
-        """Never remove a tree that something is mounted in: it would remove what is mounted."""
-        below = os.path.realpath(volume.directory) + "/"
-        for entry in read_mountinfo():
-            if entry.mountpoint.startswith(below):
-                raise UserError(
-                    f"volume {quoted(volume.name)} cannot be removed: {quoted(entry.mountpoint)} is still "
-                    "mounted; unmount it first."
-                )
-
-
-class _Forced(Driver):
-    """A driver that is told to give a volume up; where it cannot, that is said, and keeps nobody."""
-
-    def __init__(self, driver: Driver, tell: Callable[[str], object]) -> None:
-        self._driver = driver
-        self._tell = tell
-
-    def one_mount_each(self, volume: Volume) -> bool:
-        return self._driver.one_mount_each(volume)
-
-    def unmount(self, volume: Volume, user: str) -> None:
-        try:
-            self._driver.unmount(volume, user)
-        except UserError as error:
-            self._tell(str(error))
-
-    def remove(self, volume: Volume) -> None:
-        try:
-            self._driver.remove(volume)
-        except UserError as error:
-            self._tell(str(error))
 
 
 def _in_use(users: list[User]) -> str:

@@ -1,12 +1,12 @@
-"""New content that is prepared in a volume itself, where others may write too.
+"""New content that is prepared in the volume itself, where other users may write too.
 
     DATA/.unionfs-XXXXXXXXXXXXXXXX/new                the new content
     DATA/.unionfs-XXXXXXXXXXXXXXXX/old                what it takes the place of
     ROOT/volumes/NAME/.unionfs-XXXXXXXXXXXXXXXX.json  the workspace's record, with the journal
 
-Nobody can foresee the name, and only this user can enter the directory. The record alone says what is still
-to be done; nothing that is found in a volume says so. When the process has died, the next use of the volume
-removes the workspace, or finishes an exchange that has begun.
+Nobody can foresee the name, and only this user can enter the directory. The record alone says what remains to
+be done; nothing found in a volume does. After a crash the next use of the volume removes the workspace, or
+finishes an exchange that has begun.
 """
 
 from __future__ import annotations
@@ -22,7 +22,9 @@ from dataclasses import replace
 from unionfs.errors import UserError, quoted, reason
 from unionfs.storage.model import User
 from unionfs.storage.workspace_record import Journal, Record, forget, names, read, write
+from unionfs.sys import attributes
 from unionfs.sys.calls import FUSE_MAGIC, NFS_MAGIC, filesystem_magic
+from unionfs.sys.fds import Owned, directory
 from unionfs.sys.openat2 import RESOLVE_NO_SYMLINKS, RESOLVE_NO_XDEV, openat2
 from unionfs.union.places import open_for_listing
 from unionfs.union.removal import empty_directory, find_locked
@@ -37,13 +39,15 @@ _TRIES = 100
 class Workspace:
     """A workspace whose new content is still being made."""
 
-    def __init__(self, home: str, root: int, fd: int, record: Record, settle: Callable[[], None] | None):
+    def __init__(
+        self, home: str, root: int, fd: int, new: int, record: Record, settle: Callable[[], None] | None
+    ) -> None:
         self._home = home
         self._root = root
         self._fd = fd
         self._record = record
         self._settle = settle
-        self.new = _make_inner(fd, "new")
+        self.new = new
         """An fd of the empty directory for the new content, which gets the attributes of the root too."""
         self.committed = False
 
@@ -63,12 +67,10 @@ class Workspace:
         old = [] if keep else [name for name in _list(self._root) if os.fsencode(name) not in ours]
         _refuse_immovable(self._root, old)
         status = os.fstat(self.new)
-        xattrs = {}
-        with suppress(OSError):
-            xattrs = {name: os.getxattr(self.new, name).hex() for name in os.listxattr(self.new)}
+        xattrs = attributes.read_xattrs(self.new, lambda name: True, _leave_out)
         journal = Journal(
             old, _list(self.new), stat.S_IMODE(status.st_mode), status.st_uid, status.st_gid,
-            status.st_mtime_ns, xattrs,
+            status.st_mtime_ns, {os.fsdecode(name): value.hex() for name, value in xattrs.items()},
         )  # fmt: skip
         record = replace(self._record, journal=journal)
         write(self._home, record)
@@ -95,31 +97,30 @@ def workspace(
     write(home, record)
     try:
         os.mkdir(record.name, 0o700, dir_fd=root)
-        fd = openat2(root, os.fsencode(record.name), _DIRECTORY, _WITHIN)
+        opened = Owned(openat2(root, os.fsencode(record.name), _DIRECTORY, _WITHIN))
     except BaseException:
         forget(home, record)
         raise
-    place: Workspace | None = None
-    try:
-        record = _claim(root, fd, record)
-        write(home, record)
-        place = Workspace(home, root, fd, record, settle)
-        yield place
-    finally:
-        if record.uid < 0:
-            forget(home, record)  # what is there is not ours
-        elif place is None or not place.committed:
-            # Else the next use of the volume finishes the exchange, if that is not yet.
-            _sweep(home, root, fd, record)
-        if place is not None:
-            os.close(place.new)
-        os.close(fd)
+    with opened as fd:
+        place: Workspace | None = None
+        try:
+            record = _claim(root, fd, record)
+            write(home, record)
+            with Owned(_make_inner(fd, "new")) as new:
+                place = Workspace(home, root, fd, new, record, settle)
+                yield place
+        finally:
+            if record.uid < 0:
+                forget(home, record)  # the directory is another user's
+            elif place is None or not place.committed:
+                # After a commit the next use of the volume finishes the exchange if need be.
+                _sweep(home, root, fd, record)
 
 
 def recover(home: str, data: str) -> None:
-    """Finish or remove what processes that have ended left in the volume's root `data`. Raises UserError.
+    """Finish or remove what dead processes left in the volume's root `data`. Raises UserError.
 
-    To be called under the volume's short lock.
+    Called under the volume's short lock.
     """
     for name in sorted(names(home)):
         path = f"{home}/{os.fsdecode(name)}.json"
@@ -127,11 +128,8 @@ def recover(home: str, data: str) -> None:
             record = read(path)
             if not User(record.user, "").is_gone:
                 continue
-            root = os.open(data, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-            try:
+            with directory(data) as root:
                 _recover(home, root, record)
-            finally:
-                os.close(root)
         except (OSError, ValueError, KeyError, TypeError) as error:
             cause = reason(error) if isinstance(error, OSError) else str(error)
             raise UserError(
@@ -141,31 +139,29 @@ def recover(home: str, data: str) -> None:
 
 
 def _recover(home: str, root: int, record: Record) -> None:
-    fd = _open_known(root, record)
-    if fd is None:
-        # What somebody has moved away or removed; storage of objects keeps no empty directory either.
+    known = _open_known(root, record)
+    if known is None:
+        # Somebody has moved it away or removed it; object stores keep no empty directory either.
         journal = record.journal
         if journal is not None and not journal.done and not set(journal.new) <= set(_list(root)):
             raise FileNotFoundError(2, "its directory with the volume's content is gone")
         forget(home, record)
         return
-    try:
+    with known as fd:
         if record.journal is None:
             _sweep(home, root, fd, record)
         else:
             _finish(home, root, fd, record)
-    finally:
-        os.close(fd)
 
 
 # -- the directory -----------------------------------------------------------------------------------------
 
 
 def _claim(root: int, fd: int, record: Record) -> Record:
-    """The record of the directory that was just made, when it is that. Raises UserError.
+    """The record with the owner and inode of the directory just made. Raises UserError if it was replaced.
 
-    Who may write to the volume's root may have put another one in its place: one of his own, or an empty one
-    of this user's, which others may then write to.
+    Any writer of the volume's root may have put another directory in its place: one of its own, or an empty
+    one of this user's that others may write to.
     """
     uid = os.fstat(fd).st_uid
     with suppress(OSError):
@@ -187,31 +183,32 @@ def _claim(root: int, fd: int, record: Record) -> Record:
 
 
 def _own_uid(root: int) -> int:
-    """The owner of what this user makes in a directory, which a server may choose (root_squash, sshfs)."""
+    """The owner of what this user creates in a directory; a server may choose it (root_squash, sshfs)."""
     name = f".unionfs-{secrets.token_hex(8)}"
-    fd = os.open(name, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600, dir_fd=root)
+    flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
+    probe = Owned(os.open(name, flags, 0o600, dir_fd=root))
     try:
-        return os.fstat(fd).st_uid
+        with probe as fd:
+            return os.fstat(fd).st_uid
     finally:
-        os.close(fd)
         os.unlink(name, dir_fd=root)
 
 
-def _open_known(root: int, record: Record) -> int | None:
-    """The recorded directory; None when it is not there, or another one has its name."""
+def _open_known(root: int, record: Record) -> Owned | None:
+    """The recorded directory; None when it is gone, or another one has its name."""
     try:
         if record.uid < 0:
             os.rmdir(record.name, dir_fd=root)
             return None
-        fd = openat2(root, os.fsencode(record.name), _DIRECTORY, _WITHIN)
+        found = Owned(openat2(root, os.fsencode(record.name), _DIRECTORY, _WITHIN))
     except OSError as error:
         if error.errno in (errno.ENOENT, errno.ENOTDIR, errno.ELOOP, errno.EXDEV, errno.ENOTEMPTY):
             return None
         raise
-    status = os.fstat(fd)
+    status = os.fstat(found.fd)
     if status.st_uid == record.uid and record.ino in (0, status.st_ino):
-        return fd
-    os.close(fd)
+        return found
+    found.close()
     return None
 
 
@@ -256,8 +253,8 @@ def _finish(home: str, root: int, fd: int, record: Record) -> None:
     if not journal.done:
         _exchange(root, fd, journal)
         journal = replace(journal, done=True)
-        # Before anything old is given up: a name in the journal whose old file is gone would be taken for
-        # one that is still to be moved away, and by now it is the new file's.
+        # Before anything old is removed: after that a name in the journal would seem not to be moved away
+        # yet, and it is the new file's by now.
         write(home, replace(record, journal=journal))
     _sweep(home, root, fd, record)
     with suppress(OSError):
@@ -266,8 +263,7 @@ def _finish(home: str, root: int, fd: int, record: Record) -> None:
 
 def _exchange(root: int, fd: int, journal: Journal) -> None:
     """Each step is one that may be found done already."""
-    old, new = _make_inner(fd, "old"), _make_inner(fd, "new")
-    try:
+    with Owned(_make_inner(fd, "old")) as old, Owned(_make_inner(fd, "new")) as new:
         for name in journal.old:
             if not _exists(old, name):
                 _move_away(name, name, root, old)
@@ -276,14 +272,11 @@ def _exchange(root: int, fd: int, journal: Journal) -> None:
                 _move_in(name, new, root, old)
         _set_attributes(root, journal)
         os.fsync(root)
-    finally:
-        os.close(old)
-        os.close(new)
 
 
 def _rename(name: str, source: int, wanted: str, target: int) -> None:
-    """Rename into another directory; an ordinary user's own directory without write permission, too, which
-    rename(2) refuses because its `..` changes.
+    """Rename into another directory. rename(2) refuses a directory without write permission to an ordinary
+    user, because its `..` changes: an own one gets that permission for the moment.
     """
     try:
         os.rename(name, wanted, src_dir_fd=source, dst_dir_fd=target)
@@ -291,8 +284,8 @@ def _rename(name: str, source: int, wanted: str, target: int) -> None:
     except PermissionError as error:
         if error.errno != errno.EACCES:
             raise
-    fd = openat2(source, os.fsencode(name), os.O_PATH | os.O_DIRECTORY | os.O_NOFOLLOW, _WITHIN)
-    try:
+    flags = os.O_PATH | os.O_DIRECTORY | os.O_NOFOLLOW
+    with Owned(openat2(source, os.fsencode(name), flags, _WITHIN)) as fd:
         status = os.fstat(fd)
         if status.st_uid != os.geteuid():
             raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), name)
@@ -301,8 +294,6 @@ def _rename(name: str, source: int, wanted: str, target: int) -> None:
             os.rename(name, wanted, src_dir_fd=source, dst_dir_fd=target)
         finally:
             os.chmod(f"/proc/self/fd/{fd}", stat.S_IMODE(status.st_mode))
-    finally:
-        os.close(fd)
 
 
 def _move_away(name: str, aside: str, root: int, old: int) -> None:
@@ -333,17 +324,18 @@ def _move_in(name: str, new: int, root: int, old: int) -> None:
 
 def _set_attributes(root: int, journal: Journal) -> None:
     """What this filesystem and this user can set: it is what could be set of the new content's directory."""
+    xattrs = {os.fsencode(name): bytes.fromhex(value) for name, value in journal.xattrs.items()}
+    new = attributes.Attributes(journal.mode, journal.uid, journal.gid, 0, 0, xattrs)
     with suppress(OSError):
-        os.chown(root, journal.uid, journal.gid)
-    for name, value in journal.xattrs.items():
-        with suppress(OSError):
-            os.setxattr(root, name, bytes.fromhex(value))
-    with suppress(OSError):
-        os.chmod(root, journal.mode)
+        attributes.write(root, None, new, _leave_out, times=False)
+
+
+def _leave_out(name: bytes, error: OSError) -> None:
+    pass
 
 
 def _sweep(home: str, root: int, fd: int, record: Record) -> None:
-    """Remove the workspace, then its record; what cannot be removed now is tried with the next use again."""
+    """Remove the workspace, then its record; the next use of the volume tries again what fails."""
     with suppress(OSError):
         with suppress(FileNotFoundError):  # as far as somebody has removed it, while it was empty
             empty_directory(fd)
@@ -362,8 +354,5 @@ def _exists(at: int, name: str) -> bool:
 
 
 def _list(fd: int) -> list[str]:
-    listing = open_for_listing(fd)
-    try:
+    with Owned(open_for_listing(fd)) as listing:
         return os.listdir(listing)
-    finally:
-        os.close(listing)

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import os
 import re
 from contextlib import suppress
 from dataclasses import asdict, dataclass
+
+from unionfs.storage import jsonfiles
+from unionfs.sys.fds import sync_directory
 
 _RECORD = re.compile(r"(\.unionfs-[0-9a-f]{16})\.json")
 
@@ -49,21 +51,13 @@ def names(home: str) -> frozenset[bytes]:
 
 def write(home: str, record: Record) -> None:
     """Put a record on disk in one step. Raises OSError."""
-    path = f"{home}/{record.name}.json"
-    fd = os.open(f"{path}.new", os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
-    with open(fd, "w", encoding="ascii") as out:
-        json.dump(asdict(record), out)
-        out.flush()
-        os.fsync(fd)
-    os.rename(f"{path}.new", path)
-    _sync(home)
+    jsonfiles.write(f"{home}/{record.name}.json", asdict(record))
+    sync_directory(home)
 
 
 def read(path: str) -> Record:
     """Raises OSError; ValueError, KeyError or TypeError for what is no record."""
-    fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
-    with open(fd, encoding="ascii") as source:
-        values = json.load(source)
+    values = jsonfiles.read(path)
     journal = values.pop("journal")
     record = Record(**values, journal=None if journal is None else Journal(**journal))
     if not path.endswith(f"/{record.name}.json"):
@@ -77,12 +71,4 @@ def forget(home: str, record: Record) -> None:
     for name in (path, f"{path}.new"):
         with suppress(FileNotFoundError):
             os.unlink(name)
-    _sync(home)
-
-
-def _sync(home: str) -> None:
-    fd = os.open(home, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)
+    sync_directory(home)

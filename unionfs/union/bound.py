@@ -1,8 +1,7 @@
 """Storage that the union shows at one place by itself, where no kernel mount can be made (without root).
 
-A bound directory is served as it is: no merging, no copy-up, no markers. A change goes to the real directory
-at once; a character device 0/0 and `trusted.overlay.*` xattrs are plain data in there. What leaves it or
-comes in by rename or link is EXDEV, as between two filesystems, and read-only storage is EROFS.
+A bound directory is served as it is: no merge, no copy-up, no markers. A change goes to the real directory
+at once; a character device 0/0 and `trusted.overlay.*` xattrs are plain data in there.
 
 Others change it too, so nothing that is known of it lasts: every lookup asks the real directory, and a name
 that has come to stand for another object is another node.
@@ -13,143 +12,149 @@ from __future__ import annotations
 import errno
 import os
 import stat
-from typing import TYPE_CHECKING
+from contextlib import nullcontext
+from typing import NoReturn
 
 from unionfs.sys import calls
-from unionfs.union.places import Place
-
-if TYPE_CHECKING:
-    from unionfs.union.layers import Layer
-    from unionfs.union.nodes import Node
-    from unionfs.union.tree import Attributes, Union
-
-
-def _error(code: int) -> OSError:
-    return OSError(code, os.strerror(code))
-
-
-def bind(union: Union, parent: Node, name: bytes, layer: Layer) -> Node:
-    """Show ``layer`` as ``name``, which the union has already, in ``parent``; for the life of the union.
-
-    To be called before anybody has looked the name up.
-    """
-    st = os.stat(layer.root_fd)
-    known = union.nodes.child(parent, name)
-    # Nobody has looked the directory up, and without a child the table would let go of it.
-    parent.lookups += 1
-    if known is not None:
-        union.nodes.remove_name(known, parent, name)
-    directory = stat.S_ISDIR(st.st_mode)
-    node = union.nodes.add(parent, name, st, [layer.root] if directory else layer.root)
-    parent.lookups -= 1
-    if not directory:
-        node.held = os.dup(layer.root_fd)
-    node.lookups += 1
-    return node
+from unionfs.union.attributes import Attributes
+from unionfs.union.errors import os_error
+from unionfs.union.files import OpenFile
+from unionfs.union.listing import Listing
+from unionfs.union.node import NAME_MAX, Node, Territory
+from unionfs.union.nodes import NodeTable
+from unionfs.union.numbers import of_bound
+from unionfs.union.objects import Objects, link_object
+from unionfs.union.places import BoundLayer, Place
 
 
-def unbind(union: Union, node: Node) -> None:
-    """Undo :meth:`bind`, before the union is mounted."""
-    assert node.parent is not None
-    node.lookups -= 1
-    union.nodes.remove_name(node, node.parent, node.name)
+class Bound(Territory):
+    """The territory of one bound layer, which also makes the changes in it."""
 
+    __slots__ = ("_layer", "_nodes", "_objects")
 
-def stat_name(union: Union, parent: Node, name: bytes) -> os.stat_result | None:
-    """stat(2) of a name in a bound directory, ``None`` when there is none."""
-    try:
-        return os.stat(name, dir_fd=union.gate.fd(parent.parts[0]), follow_symlinks=False)
-    except FileNotFoundError:
-        return None
+    def __init__(self, objects: Objects, nodes: NodeTable, layer: BoundLayer) -> None:
+        super().__init__(lasting=False, has_markers=False, read_only=layer.read_only)
+        self._objects = objects
+        self._nodes = nodes
+        self._layer = layer
 
+    @property
+    def durable(self) -> bool:
+        return not self._layer.memory
 
-def lookup(union: Union, parent: Node, name: bytes, known: Node | None) -> tuple[Node, Attributes] | None:
-    """The node of a name in a bound directory; ``known`` is the one that it stood for until now."""
-    if known is not None and known.is_mountpoint:
-        return known, union.attributes(known)
-    st = stat_name(union, parent, name)
-    if known is not None:
-        if st is not None and _is_still(known, st):
-            return known, union.attributes_of(known, st)
-        # Somebody else has removed or replaced it.
-        for part in known.parts:
-            union.gate.forget(part)
-        union.nodes.remove_name(known, parent, name)
-    if st is None:
-        return None
-    place = parent.parts[0]
-    where = [Place(place.layer, place, name)] if stat.S_ISDIR(st.st_mode) else place
-    node = union.nodes.add(parent, name, st, where)
-    return node, union.attributes_of(node, st)
+    # -- finding --------------------------------------------------------------------------------------
+
+    def root(self, parent: Node, name: bytes) -> Node:
+        """The node that shows the storage as ``name`` in ``parent``."""
+        st = os.stat(self._layer.root_fd)
+        held = -1 if stat.S_ISDIR(st.st_mode) else os.dup(self._layer.root_fd)
+        return self._nodes.add_bound(self, parent, name, self._number(st), st, self._layer.root, held=held)
+
+    def lookup(self, parent: Node, name: bytes, first: int = 0) -> tuple[Node, Attributes] | None:
+        if len(name) > NAME_MAX:
+            raise os_error(errno.ENAMETOOLONG)
+        known = self._nodes.child(parent, name)
+        if known is not None and known.is_mountpoint:
+            return known, self._objects.attributes(known)
+        st = self._stat(parent, name)
+        if known is not None:
+            if st is not None and _is_still(known, st):
+                return known, known.attributes_of(st)
+            self._forget(known, parent, name)  # somebody else has removed or replaced it
+        if st is None:
+            return None
+        node = self.add(parent, name, st, parent.parts[0])
+        return node, node.attributes_of(st)
+
+    def number(self, parent: Node, name: bytes) -> tuple[int, int] | None:
+        known = self._nodes.child(parent, name)
+        if known is not None and known.is_mountpoint:
+            return known.ino, known.kind
+        st = self._stat(parent, name)
+        return None if st is None else (self._number(st), stat.S_IFMT(st.st_mode))
+
+    def listing(self, directory: Node) -> Listing:
+        return Listing(self._objects.gate, () if directory.unlinked else directory.parts)
+
+    def add(self, parent: Node, name: bytes, st: os.stat_result, place: Place) -> Node:
+        if stat.S_ISDIR(st.st_mode):
+            place = Place(place.layer, place, name)
+        return self._nodes.add_bound(self, parent, name, self._number(st), st, place)
+
+    def unnamed(self, parent: Node, held: int) -> Node:
+        st = os.stat(held)
+        return self._nodes.add_bound(self, parent, b"", self._number(st), st, parent.parts[0], held=held)
+
+    def lost_name(self, node: Node) -> None:
+        """Its other names are other nodes."""
+
+    def opened(self, file: OpenFile) -> None:
+        """Any regular file is served."""
+
+    def _stat(self, parent: Node, name: bytes) -> os.stat_result | None:
+        try:
+            return os.stat(name, dir_fd=self._objects.gate.fd(parent.parts[0]), follow_symlinks=False)
+        except FileNotFoundError:
+            return None
+
+    def _number(self, st: os.stat_result) -> int:
+        return of_bound(self._layer, st)
+
+    def _forget(self, node: Node, parent: Node, name: bytes) -> None:
+        for part in node.parts:
+            self._objects.gate.forget(part)
+        self._nodes.remove_name(node, parent, name)
+
+    # -- changing: see `changing.Steps` ---------------------------------------------------------------
+
+    def writable(self, directory: Node) -> Place:
+        self.require_writable()
+        if directory.unlinked:
+            raise os_error(errno.ENOENT)
+        return directory.parts[0]
+
+    def make_over(self, place: Place, name: bytes, make: object, *, directory: bool) -> NoReturn:
+        raise os_error(errno.EEXIST)
+
+    def unlink(self, node: Node, parent: Node, name: bytes) -> None:
+        os.unlink(name, dir_fd=self._objects.gate.fd(self.writable(parent)))
+
+    def rmdir(self, node: Node, parent: Node, name: bytes) -> None:
+        os.rmdir(name, dir_fd=self._objects.gate.fd(self.writable(parent)))
+
+    def rename(
+        self, node: Node, target: Node | None, old: tuple[Node, bytes], new: tuple[Node, bytes], flags: int
+    ) -> list[Node]:
+        gate, exchanges = self._objects.gate, flags == calls.RENAME_EXCHANGE
+        replaced = None if exchanges or target is node else target
+        old_fd = os.dup(gate.fd(self.writable(old[0])))
+        try:
+            with nullcontext() if replaced is None else self._objects.outliving(replaced):
+                calls.renameat2(old_fd, old[1], gate.fd(self.writable(new[0])), new[1], flags)
+                if replaced is not None:
+                    self._forget(replaced, *new)
+        finally:
+            os.close(old_fd)
+        if target is not node:
+            self._nodes.move(node, *old, *new)
+            if exchanges and target is not None:
+                self._nodes.move(target, *new, *old)
+        return []
+
+    def link(self, node: Node, parent: Node, name: bytes) -> tuple[Node, Attributes]:
+        """The new name is a node of its own with the same ``st_ino``."""
+        target, gate = self.writable(parent), self._objects.gate
+        assert node.place is not None
+        source = os.dup(gate.fd(node.place))
+        try:
+            link_object(node, source, gate.fd(target), name)
+        finally:
+            os.close(source)
+        found = self.lookup(parent, name)
+        if found is None:
+            raise os_error(errno.ENOENT)
+        return found
 
 
 def _is_still(node: Node, st: os.stat_result) -> bool:
     return node.identity == (st.st_dev, st.st_ino) and node.kind == stat.S_IFMT(st.st_mode)
-
-
-def writable(node: Node) -> Place:
-    """The real directory of a bound directory that is about to change. Raises EROFS, ENOENT."""
-    layer = node.bound
-    assert layer is not None
-    if layer.read_only:
-        raise _error(errno.EROFS)
-    if node.unlinked:
-        raise _error(errno.ENOENT)
-    return node.parts[0]
-
-
-def same_storage(one: Node, other: Node) -> bool:
-    """Whether two nodes are both of the merged layers, or of one bound storage. Else EXDEV is due."""
-    return one.bound is other.bound
-
-
-def rename(
-    union: Union, node: Node, parent: Node, name: bytes, new_parent: Node, new_name: bytes, flags: int
-) -> None:
-    """renameat2(2) within one storage; the real filesystem says what is allowed."""
-    places = writable(parent), writable(new_parent)
-    found = union.lookup(new_parent, new_name)
-    target = None if found is None else found[0]
-    old_fd = os.dup(union.gate.fd(places[0]))
-    try:
-        held = -1 if target is None or flags else union.open_path(target)
-        try:
-            calls.renameat2(old_fd, name, union.gate.fd(places[1]), new_name, flags)
-            if target is node:
-                return
-            if target is not None and flags != calls.RENAME_EXCHANGE:
-                for part in target.parts:
-                    union.gate.forget(part)
-                union.nodes.remove_name(target, new_parent, new_name)
-                if target.held < 0:
-                    target.held, held = held, -1
-        finally:
-            if held >= 0:
-                os.close(held)
-    finally:
-        os.close(old_fd)
-    union.nodes.move(node, parent, name, new_parent, new_name)
-    if flags == calls.RENAME_EXCHANGE and target is not None:
-        union.nodes.move(target, new_parent, new_name, parent, name)
-
-
-def link(union: Union, node: Node, parent: Node, name: bytes) -> tuple[Node, Attributes]:
-    """linkat(2) within one storage: the new name is a node of its own with the same ``st_ino``."""
-    target = writable(parent)
-    source = union.open_path(node)
-    try:
-        # By the fd for what has no name (O_TMPFILE).
-        path = b"/proc/self/fd/%d" % source
-        if node.held < 0 and node.place is not None:
-            os.close(source)
-            source = os.dup(union.gate.fd(node.place))
-            dir_fd = union.gate.fd(target)
-            os.link(node.name, name, src_dir_fd=source, dst_dir_fd=dir_fd, follow_symlinks=False)
-        else:
-            os.link(path, name, dst_dir_fd=union.gate.fd(target), follow_symlinks=True)
-    finally:
-        os.close(source)
-    found = union.lookup(parent, name)
-    if found is None:
-        raise _error(errno.ENOENT)
-    return found

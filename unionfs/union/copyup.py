@@ -1,73 +1,191 @@
 """Copy-up: the first change to an object of a lower moves it into the upper.
 
-Everything is prepared under a temporary name in the work directory and appears by one rename, so that
-a crash or a full disk leaves no trace. A regular file's data is copied by :meth:`FileCopy.copy`, which may
-run in any thread and touches only its own fds; begin and finish belong to the thread of the union.
+Everything is prepared in the work directory and appears by one rename, so that a crash or a full disk leaves
+no trace. A regular file's data is copied by :meth:`FileCopy.copy`, which may run in any thread and touches
+only its own fds; everything else belongs to the thread of the union.
 """
 
 from __future__ import annotations
 
 import contextlib
 import errno
-import itertools
 import os
 import stat
 from collections.abc import Callable
-from typing import Final
+from typing import Final, NamedTuple
 
-from unionfs.sys import calls
-from unionfs.union import bound
+from unionfs.sys import attributes, calls
+from unionfs.sys.fds import Owned
 from unionfs.union.filedata import clone, copy_data
 from unionfs.union.files import OpenFile
-from unionfs.union.nodes import UNSEEN, Node
+from unionfs.union.node import UNSEEN, Node
 from unionfs.union.places import Place
 from unionfs.union.tree import Union
-from unionfs.union.xattrs import CAPABILITY, copy_xattrs
+from unionfs.union.work import Temporary
+from unionfs.union.xattrs import CAPABILITY, copied_xattrs, unsupported
 
-_numbers: Final = itertools.count()
 #: A file up to this size (bytes) is copied at once when nothing has to reach a disk, and its holes are looked
 #: for only if it has some.
 SMALL: Final = 256 * 1024
+_PATH: Final = os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC
 _NEW: Final = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
 
 
-def temporary_name() -> bytes:
-    """A fresh name for the work directory."""
-    return b"#%x" % next(_numbers)
+class Effects(NamedTuple):
+    """Side effects of a copy-up: attributes that the kernel may have cached and has to ask for again."""
+
+    node: Node
+    """The copied object: its ctime is new."""
+    resized: Node | None = None
+    """Its directory, if its size may be new to the kernel. That can wait: copy-ups come in large numbers, and
+    each notice costs another GETATTR."""
+
+
+Tell = Callable[[Effects], None]
+
+
+class CopyUp:
+    """Copies up objects of one union; calls ``tell`` with the effects of each as soon as it appeared."""
+
+    def __init__(self, union: Union, tell: Tell = lambda effects: None) -> None:
+        self.union = union
+        self._tell = tell
+
+    def special(self, node: Node) -> None:
+        """Copy up a symlink, fifo, socket or device, which have only metadata."""
+        union = self.union
+        union.require_upper()
+        work = union.work.fd
+        with Owned(union.open_path(node)) as source, union.work.temporary() as temporary:
+            st, name = os.fstat(source), temporary.name
+            if stat.S_ISLNK(st.st_mode):
+                os.symlink(os.readlink(b"", dir_fd=source), name, dir_fd=work)
+            else:
+                os.mknod(name, stat.S_IFMT(st.st_mode) | 0o600, st.st_rdev, dir_fd=work)
+            self._copy_attributes(source, st, name)
+            with Owned(os.open(name, _PATH, dir_fd=work)) as target:
+                self.put(node, temporary, target)
+
+    def directory(self, node: Node) -> Place:
+        """The upper's directory of a directory node; copies up the directory and its parents if need be."""
+        self.union.require_upper()
+        if node.unlinked:
+            raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT))
+        missing: list[Node] = []
+        while not node.in_place:
+            missing.append(node)
+            assert node.parent is not None, "the upper's root is part of the merged root"
+            node = node.parent
+        for node in reversed(missing):
+            self._directory(node)
+        return node.parts[0]
+
+    def _directory(self, node: Node) -> None:
+        assert node.parent is not None
+        union = self.union
+        lower = union.gate.fd(node.parts[0])
+        st = os.stat(lower)
+        shown = node.attributes_of(st).ctime_ns
+        with union.work.temporary() as temporary:
+            os.mkdir(temporary.name, 0o700, dir_fd=union.work.fd)
+            self._copy_attributes(lower, st, temporary.name)
+            parent = node.parent.parts[0]
+            resized = self._rename_into(node.parent, node.name, temporary)
+        place = Place(parent.layer, parent, node.name)
+        place.copied_up(empty=union.shortcuts.empty_places)
+        node.parts.insert(0, place)
+        st = os.stat(union.gate.fd(place))
+        place.stands_for(st)
+        node.show_ctime(shown, st.st_ctime_ns)
+        union.nodes.copied_up(node, st)
+        self._tell(Effects(node, resized))
+
+    def _copy_attributes(self, source: int, st: os.stat_result, name: bytes) -> None:
+        """Give ``name`` in work, which only the daemon can reach, the attributes of ``source`` (O_PATH)."""
+        union = self.union
+        xattrs = copied_xattrs(union.markers, b"/proc/self/fd/%d" % source)
+        owner = not union.identity.owns(st)
+        attributes.write(union.work.fd, name, attributes.attributes(st, xattrs), unsupported, owner=owner)
+
+    def put(self, node: Node, temporary: Temporary, fd: int) -> os.stat_result:
+        """Put the copy of a node (``fd``: an fd of the copy) into the upper. Returns its attributes.
+
+        If the node's name was removed, the copy gets none either, and only an fd of it is held.
+        """
+        union, resized = self.union, None
+        if node.unlinked:
+            upper = union.require_upper()
+            held = os.open(temporary.name, _PATH, dir_fd=union.work.fd)
+            temporary.discard()
+            node.hold(held)
+            node.lies_in(Place(upper, upper.root, b""))
+        else:
+            assert node.parent is not None
+            place = node.parent.parts[0] if node.parent.in_place else self.directory(node.parent)
+            resized = self._rename_into(node.parent, node.name, temporary)
+            node.lies_in(place)
+        st = os.fstat(fd)
+        union.nodes.copied_up(node, st)
+        self._tell(Effects(node, resized))
+        return st
+
+    def _rename_into(self, directory: Node, name: bytes, temporary: Temporary) -> Node | None:
+        """Put a copy into a directory, whose mtime is restored and whose ctime is shown as before: a copy-up
+        is not a change. Returns the directory if its size may be new to the kernel."""
+        place, resized = directory.parts[0], None
+        dir_fd = self.union.gate.fd(place)
+        if directory.ctime is not None and directory.ctime[0] == UNSEEN:
+            shown = directory.ctime[1]
+        else:  # the first copy-up since its attributes were asked for, or since a change
+            resized = directory
+            st = os.stat(dir_fd)
+            place.keep_mtime(st.st_mtime_ns)
+            shown = directory.attributes_of(st).ctime_ns
+        place.fills()
+        temporary.put(dir_fd, name)
+        with contextlib.suppress(OSError):
+            calls.utimensat(dir_fd, b".", None, place.mtime_ns)
+        directory.show_ctime(shown)
+        return resized
 
 
 class FileCopy:
-    """The copy-up of one regular file."""
+    """The copy-up of one regular file. Leaving its block without :meth:`finish` discards the copy."""
 
-    def __init__(self, union: Union, node: Node, limit: int | None, mode: int | None = None) -> None:
-        """Open the source and make the temporary file.
+    def __init__(
+        self, copy_up: CopyUp, node: Node, limit: int | None = None, mode: int | None = None
+    ) -> None:
+        """Open the source and create the temporary file.
 
-        ``limit``: copy only so many bytes (truncation). ``mode``: the permission bits that it is to have
-        instead of the source's.
+        ``limit``: copy only so many bytes (truncation). ``mode``: permission bits to set instead of the
+        source's.
         """
+        union = copy_up.union
         union.require_upper()
         self._union = union
+        self._copy_up = copy_up
         self.node = node
-        self._name: bytes | None = None
+        self._temporary = union.work.temporary()
         self._target = -1
         self._no_capability = False
-        self._source = union.open_file(node, write=False)
+        self._source = union.files.lend(node, write=False)
         self._open = True
         try:
-            # one user: it was opened just now, and has not been read since, which changes the time of access
+            # with one user it was opened just now, and not read since, so its atime is still the same
             known = self._source.st if self._source.users == 1 else None
             self._st = known or os.fstat(self._source.fd)
             self.size = self._st.st_size if limit is None else min(limit, self._st.st_size)
             self._mode = stat.S_IMODE(self._st.st_mode if mode is None else mode)
             self._is_plain = self._source.xattrs == [] and self._mode & ~union.identity.sets == 0
-            name = temporary_name()
             self._target = os.open(
-                name, _NEW, self._mode if self._is_plain else 0o600, dir_fd=union.stack.work_fd
+                self._temporary.name, _NEW, self._mode if self._is_plain else 0o600, dir_fd=union.work.fd
             )
-            self._name = name
         except BaseException:
-            self.abort()
+            self.close()
             raise
+
+    def __enter__(self) -> FileCopy:
+        return self
 
     @property
     def is_quick(self) -> bool:
@@ -75,9 +193,9 @@ class FileCopy:
         return self.size <= SMALL and not self._union.stack.durable
 
     def copy(self, goes_on: Callable[[], None] = lambda: None) -> None:
-        """Copy data and metadata, and wait for the disk. Raises ``OSError``.
+        """Copy data and metadata, and sync them. Raises ``OSError``.
 
-        ``goes_on`` is called now and then, and ends the copying by what it raises.
+        ``goes_on`` is called between pieces of data; an exception that it raises ends the copying.
         """
         if self.size:
             dense = self.size <= SMALL and self._st.st_blocks * 512 >= self._st.st_size
@@ -90,203 +208,44 @@ class FileCopy:
             os.fsync(self._target)
 
     def _copy_metadata(self) -> None:
-        """Owner, xattrs, mode, times: in the order in which none undoes another."""
-        st, target = self._st, self._target
-        if not self._union.identity.owns(st):
-            os.fchown(target, st.st_uid, st.st_gid)
+        st, target, union = self._st, self._target, self._union
+        owner = not union.identity.owns(st)
         if self._is_plain:
+            if owner:
+                os.fchown(target, st.st_uid, st.st_gid)
+            os.utime(target, ns=(st.st_atime_ns, st.st_mtime_ns))
             self._no_capability = True
-        else:
-            names = copy_xattrs(self._union.markers, (self._source.fd, True), (target, True))
-            self._no_capability = CAPABILITY not in names
-            os.fchmod(target, self._mode)
-        os.utime(target, ns=(st.st_atime_ns, st.st_mtime_ns))
+            return
+        xattrs = copied_xattrs(union.markers, self._source.fd)
+        new = attributes.attributes(st, xattrs)._replace(mode=self._mode)
+        attributes.write(target, None, new, unsupported, owner=owner)
+        self._no_capability = CAPABILITY not in xattrs
 
     def finish(self, *, keep: bool = False) -> OpenFile | None:
-        """Let the copy appear in the upper, and give it to all who have the file open.
+        """Put the copy into the upper, and let all who have the file open go on with it.
 
-        ``keep``: and to the caller, who becomes one more user of the open file. It has its attributes.
+        ``keep``: lend it to the caller, too. Its ``st`` is up to date.
         """
         union, node = self._union, self.node
-        try:
-            self._appear()
-            self._name = None
-            st = os.fstat(self._target)
-            _copied_up(union, node, st)
-            node.no_capability = self._no_capability
-            return self._hand_over(st, keep=keep)
-        finally:
-            self.abort()
-
-    def _appear(self) -> None:
-        """Give the temporary file its name, or take it away when the node has none any more."""
-        union, node = self._union, self.node
-        assert self._name is not None
-        assert node.parent is not None
-        if node.unlinked:
-            _keep_unnamed(union, node, self._name)
+        st = self._copy_up.put(node, self._temporary, self._target)
+        if self._no_capability:
+            union.capabilities.none(node)
         else:
-            place = ensure_upper(union, node.parent)
-            _rename_into(union, self._name, node.parent, node.name)
-            node.place = place
-
-    def _hand_over(self, st: os.stat_result, *, keep: bool) -> OpenFile | None:
-        """Open handles, which only read, go on with the upper's file: they see what is written from now."""
-        node = self.node
-        node.file = None
-        if not keep and not node.handles:
-            return None
-        waits = not self._union.require_upper().memory
-        file = OpenFile(self._target, readable=True, writable=True, waits=waits, st=st)
-        self._target = -1
-        node.file = file
-        file.users = int(keep)
-        for handle in node.handles or ():
-            file.users += 1
-            old, handle.file = handle.file, file
-            old.release()
+            union.capabilities.changed(node)
+        file = union.files.hand_over(node, self._target, st, lend=keep)
+        if file is not None:
+            self._target = -1
         return file if keep else None
 
-    def abort(self) -> None:
-        """Let go of everything; without :meth:`finish` nothing of the copy is left."""
-        if self._name is not None:
-            with contextlib.suppress(OSError):
-                os.unlink(self._name, dir_fd=self._union.stack.work_fd)
-            self._name = None
+    def close(self, *exc: object) -> None:
+        """Close everything, and discard what was not finished."""
+        if self._temporary.taken:
+            self._temporary.discard()
         if self._target >= 0:
             os.close(self._target)
             self._target = -1
         if self._open:
             self._open = False
-            self._union.close_later(self.node, self._source)
+            self._union.files.take_back_later(self.node, self._source)
 
-
-def copy_up_special(union: Union, node: Node) -> None:
-    """Copy up a symlink, fifo, socket or device, of which there is only metadata."""
-    union.require_upper()
-    assert node.parent is not None
-    work = union.stack.work_fd
-    name = temporary_name()
-    source = union.open_path(node)
-    try:
-        st = os.fstat(source)
-        if stat.S_ISLNK(st.st_mode):
-            os.symlink(os.readlink(b"", dir_fd=source), name, dir_fd=work)
-        else:
-            os.mknod(name, stat.S_IFMT(st.st_mode) | 0o600, st.st_rdev, dir_fd=work)
-        try:
-            target = os.open(name, os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=work)
-            try:
-                copy_xattrs(
-                    union.markers,
-                    (b"/proc/self/fd/%d" % source, True),
-                    (b"/proc/self/fd/%d/%b" % (work, name), False),
-                )
-                calls.chown_fd(target, st.st_uid, st.st_gid)
-                if not stat.S_ISLNK(st.st_mode):
-                    os.chmod(b"/proc/self/fd/%d" % target, stat.S_IMODE(st.st_mode))
-                calls.utimensat(work, name, st.st_atime_ns, st.st_mtime_ns)
-                if node.unlinked:
-                    _keep_unnamed(union, node, name)
-                else:
-                    place = ensure_upper(union, node.parent)
-                    _rename_into(union, name, node.parent, node.name)
-                    node.place = place
-                _copied_up(union, node, os.stat(target))
-            finally:
-                os.close(target)
-        except BaseException:
-            with contextlib.suppress(OSError):
-                os.unlink(name, dir_fd=work)
-            raise
-    finally:
-        os.close(source)
-
-
-def ensure_upper(union: Union, node: Node) -> Place:
-    """The upper's directory for a directory node, copied up with all above it when there is none yet."""
-    if node.identity is not None:
-        return bound.writable(node)
-    upper = union.require_upper()
-    if node.unlinked:
-        raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT))
-    missing: list[Node] = []
-    current = node
-    while not current.is_upper:
-        missing.append(current)
-        assert current.parent is not None, "the upper's root is part of the merged root"
-        current = current.parent
-    for directory in reversed(missing):
-        _copy_up_directory(union, directory)
-    place = node.parts[0]
-    assert place.layer is upper
-    return place
-
-
-def _copy_up_directory(union: Union, node: Node) -> None:
-    assert node.parent is not None
-    work, name = union.stack.work_fd, temporary_name()
-    lower = union.gate.fd(node.parts[0])
-    st = os.stat(lower)
-    shown = union.attributes_of(node, st).ctime_ns
-    os.mkdir(name, 0o700, dir_fd=work)
-    try:
-        path = b"/proc/self/fd/%d/%b" % (work, name)
-        copy_xattrs(union.markers, (b"/proc/self/fd/%d" % lower, True), (path, False))
-        if not union.identity.owns(st):
-            os.chown(name, st.st_uid, st.st_gid, dir_fd=work, follow_symlinks=False)
-        os.chmod(name, stat.S_IMODE(st.st_mode), dir_fd=work)
-        os.utime(name, ns=(st.st_atime_ns, st.st_mtime_ns), dir_fd=work)
-        parent = node.parent.parts[0]
-        _rename_into(union, name, node.parent, node.name)
-    except BaseException:
-        with contextlib.suppress(OSError):
-            os.rmdir(name, dir_fd=work)
-        raise
-    place = Place(parent.layer, parent, node.name)
-    place.empty = True
-    node.parts.insert(0, place)
-    st = os.stat(union.gate.fd(place))
-    place.key = place.layer.key(st)
-    node.ctime = st.st_ctime_ns, shown
-    _copied_up(union, node, st)
-
-
-def _copied_up(union: Union, node: Node, st: os.stat_result) -> None:
-    """Note the number that the copy carries, and that its ctime is new."""
-    union.nodes.copied_up(node, st)
-    union.stale.append(node)
-
-
-def _keep_unnamed(union: Union, node: Node, temporary: bytes) -> None:
-    """The copy of a node whose name is gone: only an fd of it stays."""
-    work = union.stack.work_fd
-    fd = os.open(temporary, os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=work)
-    try:
-        os.unlink(temporary, dir_fd=work)
-    except BaseException:
-        os.close(fd)
-        raise
-    if node.held >= 0:
-        os.close(node.held)
-    node.held = fd
-    upper = union.require_upper()
-    node.place = Place(upper, upper.root, b"")
-
-
-def _rename_into(union: Union, temporary: bytes, directory: Node, name: bytes) -> None:
-    """Rename from work into the upper; a copy-up is no change, so the directory keeps its time. Its real
-    ctime can't be kept, and is shown as it was; its size is another one, and is shown soon."""
-    place = directory.parts[0]
-    dir_fd = union.gate.fd(place)
-    if directory.ctime is not None and directory.ctime[0] == UNSEEN:
-        shown = directory.ctime[1]
-    else:  # this is the first copy-up since somebody asked for its attributes, or it was changed
-        union.resized.add(directory)
-        st = os.stat(dir_fd)
-        place.mtime_ns, shown = st.st_mtime_ns, union.attributes_of(directory, st).ctime_ns
-    place.empty = False
-    calls.renameat2(union.stack.work_fd, temporary, dir_fd, name)
-    with contextlib.suppress(OSError):
-        calls.utimensat(dir_fd, b".", None, place.mtime_ns)
-    directory.ctime = UNSEEN, shown
+    __exit__ = close

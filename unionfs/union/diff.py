@@ -15,19 +15,16 @@ driver. The root is never listed. The order is that of the paths' bytes.
 
 from __future__ import annotations
 
-import errno
 import os
 import stat
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack
 from typing import Final
 
-from unionfs.union.layers import Layer, LayerStack
-from unionfs.union.listing import NFS_REMOVED
-from unionfs.union.markers import ABSENT
-from unionfs.union.nodes import Node
-from unionfs.union.places import Place
-from unionfs.union.tree import Union
+from unionfs.sys.attributes import ALL, read_xattrs
+from unionfs.union.markers import ABSENT, Markers
+from unionfs.union.merge import Merge
+from unionfs.union.places import Layer, Place
 
 _VANISHED: Final = (FileNotFoundError, NotADirectoryError)
 
@@ -45,9 +42,9 @@ def diff(upper: str, lowers: Sequence[str], xattr_prefix: bytes) -> Iterator[tup
             fd = os.open(path, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
             resources.callback(os.close, fd)
             layers.append(Layer(index, path, fd, is_upper=index == 0))
-        union = Union(LayerStack(layers, -1, xattr_prefix, ExitStack()), directory_fds=256)
-        resources.callback(union.close)
-        root = _Comparison(union).run()
+        merge = Merge(layers, Markers(xattr_prefix), directory_fds=256)
+        resources.callback(merge.close)
+        root = _Comparison(merge).run()
     yield from _sorted_changes(root)
 
 
@@ -97,9 +94,8 @@ def _in_order(directory: _Change) -> Iterator[tuple[_Change, bool]]:
 
 
 class _Found:
-    """An object of a merged tree: its attributes, and its place or the parts that it is merged of.
-
-    Without attributes it cannot be looked up, for a broken redirect or an error of its layer.
+    """An object of a merged tree. Without attributes it cannot be looked up: a broken redirect, or an error
+    of its layer.
     """
 
     __slots__ = ("is_directory", "parts", "st")
@@ -107,24 +103,23 @@ class _Found:
     def __init__(self, st: os.stat_result | None, parts: list[Place]) -> None:
         self.st = st
         self.is_directory = st is not None and stat.S_ISDIR(st.st_mode)
-        #: Of a directory: what it is merged of, topmost first. Else the directory that holds it.
+        #: The real directories merged into it, topmost first; of a non-directory the one that holds it.
         self.parts = parts
 
 
 class _Comparison:
     """Walks both merged trees side by side with a list of directories to do, never by recursion."""
 
-    def __init__(self, union: Union) -> None:
-        self.union = union
-        self._scratch = Node(0, None, b"", stat.S_IFDIR)
+    def __init__(self, merge: Merge) -> None:
+        self._merge = merge
         self._todo: list[tuple[_Change, list[Place], list[Place]]] = []
-        #: The places found in the directories that are being compared, so that equal ones are one object.
+        #: The places found in the directories being compared, so that equal ones are one object.
         self._places: dict[tuple[Place | None, bytes], Place] = {}
 
     def run(self) -> _Change:
         """The root of all changes."""
         root = _Change(None, b"")
-        roots = [layer.root for layer in self.union.stack.layers]
+        roots = self._merge.roots
         self._todo.append((root, roots, roots[1:]))
         while self._todo:
             change, now, before = self._todo.pop()
@@ -138,24 +133,13 @@ class _Comparison:
         return root
 
     def _is_opaque(self, place: Place) -> bool:
-        return self.union.markers.directory(self.union.gate.fd(place))[0]
+        return self._merge.markers.directory(self._merge.gate.fd(place))[0]
 
     def _candidates(self, now: list[Place], before: list[Place]) -> Iterable[bytes]:
         """The names that can differ: only those in the upper, where the lower parts are the same ones."""
-        if now[0].layer.is_upper and now[1:] == before:
-            return self._names(now[0])
-        # no place twice, and a set of names, because most of them are in both trees
-        return {name for place in dict.fromkeys(now + before) for name in self._names(place)}
-
-    def _names(self, place: Place) -> list[bytes]:
-        fd = self.union.gate.open_for_listing(place)
-        try:
-            names = os.listdir(fd)
-        finally:
-            os.close(fd)
-        if place.layer.is_upper and place.layer.links_of_removed:
-            names = [name for name in names if not NFS_REMOVED.fullmatch(name)]
-        return [os.fsencode(name) for name in names]
+        same_below = now[0].layer.is_upper and now[1:] == before
+        places = now[:1] if same_below else dict.fromkeys(now + before)
+        return self._merge.listing(places).candidates()
 
     def _compare(self, change: _Change, now: list[Place], before: list[Place]) -> None:
         try:
@@ -180,9 +164,8 @@ class _Comparison:
         """What the merged directory of ``parts`` holds under ``name``."""
         if not parts:
             return None
-        self._scratch.parts = parts
         try:
-            found = self.union._search(self._scratch, name)
+            found = self._merge.search(parts, name)
         except _VANISHED:
             raise
         except OSError:
@@ -191,14 +174,14 @@ class _Comparison:
             return _Found(None, parts[:1])
         if found is None:
             return None
-        st, where = found
-        if isinstance(where, Place):
-            return _Found(st, [where])
-        return _Found(st, [self._places.setdefault((place.parent, place.name), place) for place in where])
+        st, places = found
+        if not stat.S_ISDIR(st.st_mode):
+            return _Found(st, places)
+        return _Found(st, [self._places.setdefault((place.parent, place.name), place) for place in places])
 
     def _has(self, place: Place, name: bytes) -> bool:
         try:
-            os.stat(name, dir_fd=self.union.gate.fd(place), follow_symlinks=False)
+            os.stat(name, dir_fd=self._merge.gate.fd(place), follow_symlinks=False)
         except FileNotFoundError:
             return False
         except OSError:
@@ -211,27 +194,22 @@ class _Comparison:
         replaced = top.layer.is_upper and self._is_opaque(top)
         return replaced or self._attributes(new) != self._attributes(old)
 
-    def _attributes(self, found: _Found) -> tuple[int, int, int, int, dict[bytes, bytes | object]]:
+    def _attributes(self, found: _Found) -> tuple[int, int, int, int, dict[bytes, object]]:
         """What makes a directory differ: mode, owner, modification time and the xattrs a user has set.
 
         An xattr that cannot be read is equal to no other.
         """
-        path = b"/proc/self/fd/%d" % self.union.gate.fd(found.parts[0])
-        xattrs: dict[bytes, bytes | object] = {}
-        try:
-            stored = [os.fsencode(name) for name in os.listxattr(path)]
-        except OSError as error:
-            stored = []
-            if error.errno not in ABSENT:
-                xattrs[b""] = object()
-        for name in stored:
-            if self.union.markers.is_private(name) or name == b"security.selinux":
-                continue
-            try:
-                xattrs[name] = os.getxattr(path, name)
-            except OSError as error:
-                if error.errno != errno.ENODATA:
-                    xattrs[name] = object()
+        unreadable: dict[bytes, object] = {}
+
+        def failed(name: bytes, error: OSError) -> None:
+            if name != ALL or error.errno not in ABSENT:
+                unreadable[name] = object()
+
+        xattrs = read_xattrs(
+            b"/proc/self/fd/%d" % self._merge.gate.fd(found.parts[0]),
+            lambda name: not self._merge.markers.is_private(name) and name != b"security.selinux",
+            failed,
+        )
         st = found.st
         assert st is not None
-        return st.st_mode, st.st_uid, st.st_gid, st.st_mtime_ns, xattrs
+        return st.st_mode, st.st_uid, st.st_gid, st.st_mtime_ns, {**xattrs, **unreadable}

@@ -18,9 +18,10 @@ _NEVER_CLONES: Final = (errno.EOPNOTSUPP, errno.EXDEV, errno.ENOTTY)
 
 
 def clone(source: int, target: int, device: int, never: set[int]) -> bool:
-    """Share all blocks of the source (FICLONE), where the filesystems can.
+    """Share all blocks of the source (FICLONE); False where the filesystems cannot.
 
-    ``never``: devices (``device``: the source's) that cannot with this target's, which are remembered there.
+    ``never``: devices whose files cannot be cloned into this target's filesystem, to which the source's
+    (``device``) is added if need be.
     """
     if device in never:
         return False
@@ -40,8 +41,10 @@ def copy_data(
 ) -> None:
     """Copy the first ``size`` bytes, holes as holes.
 
-    ``goes_on`` is called now and then. ``dense``: there are blocks for all bytes, so no hole is looked for.
+    ``goes_on`` is called between pieces. ``dense``: the file has no holes.
     """
+    if dense and copy_piece(source, target, size, 0) == size:
+        return
     position = 0
     while position < size:
         start, end = (position, size) if dense else _next_data(source, position, size)
@@ -49,7 +52,7 @@ def copy_data(
             goes_on()
             done = copy_piece(source, target, min(end - start, _CHUNK), start)
             if done == 0:
-                end = start  # the source became shorter under us
+                end = start  # the source was truncated
             start += done
         position = end if end > position else size
     if not dense:
@@ -57,7 +60,7 @@ def copy_data(
 
 
 def copy_piece(source: int, target: int, count: int, offset: int) -> int:
-    """Copy at most ``count`` bytes at ``offset``, to the same place; gives their number, 0 at the end."""
+    """Copy up to ``count`` bytes at ``offset`` to the same offset. Returns their number, 0 at the end."""
     try:
         done = os.copy_file_range(source, target, count, offset, offset)
         if done:
@@ -65,7 +68,7 @@ def copy_piece(source: int, target: int, count: int, offset: int) -> int:
     except OSError as error:
         if error.errno not in _NO_RANGE_COPY:
             raise
-    # Some filesystems copy nothing, and do not say that they cannot.
+    # Some filesystems copy nothing and report no error.
     data = os.pread(source, min(count, _READ), offset)
     written = 0
     while written < len(data):
@@ -74,7 +77,7 @@ def copy_piece(source: int, target: int, count: int, offset: int) -> int:
 
 
 def _next_data(fd: int, position: int, size: int) -> tuple[int, int]:
-    """The next stretch with data from ``position`` on; ``(size, size)`` when only a hole is left."""
+    """Start and end of the next data from ``position`` on; ``(size, size)`` if only a hole is left."""
     try:
         start = os.lseek(fd, position, os.SEEK_DATA)
         return start, min(os.lseek(fd, start, os.SEEK_HOLE), size)

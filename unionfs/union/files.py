@@ -1,4 +1,7 @@
-"""Open files: backing fds shared by all opens of a node, and reading and writing through them."""
+"""Open files: backing fds, and reading and writing through them. Who has them: `openfiles`.
+
+What a session knows of a node that is in use is its `Use`, which goes with the node.
+"""
 
 from __future__ import annotations
 
@@ -6,20 +9,20 @@ import errno
 import os
 import stat
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Final
-
-if TYPE_CHECKING:
-    from unionfs.union.nodes import Node
+from typing import Final, Self
 
 _FLAGS: Final = os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC | os.O_NOCTTY
-#: What opening a file says that a layer has lost, and what is no answer to read(2).
+#: Errors of opening a file that a layer has lost; read(2) has none of them.
 _GONE: Final = (errno.ENOENT, errno.ENOTDIR, errno.ELOOP, errno.ESTALE)
 #: A privileged bit that a write by an ordinary user clears (inode.c, setattr_should_drop_suidgid).
 SET_IDS: Final = stat.S_ISUID | stat.S_ISGID
 
 
 class OpenFile:
-    """A backing fd and the number of its users (open handles, and work under way in threads)."""
+    """A backing fd and the number of its users: one at first. The last one who releases it closes the fd.
+
+    Within ``with file`` there is one more, so that it stays open whoever closes it meanwhile.
+    """
 
     __slots__ = ("fd", "readable", "st", "users", "waits", "writable", "xattrs")
 
@@ -27,15 +30,25 @@ class OpenFile:
         self, fd: int, *, readable: bool, writable: bool, waits: bool, st: os.stat_result | None = None
     ) -> None:
         self.fd = fd
-        #: Its attributes, and the names of all its xattrs, when it was opened, or when a copy appeared; None:
-        #: not known. A lower's file keeps them, but for the time of access.
+        #: Its attributes, and the names of all its xattrs, when it was opened or copied up; None if not
+        #: known. A lower's file keeps them, but for the time of access.
         self.st = st
         self.xattrs: list[str] | None = None
         self.readable = readable
         self.writable = writable
         #: Whether a read may wait for a disk (and the filesystem can be asked not to).
         self.waits = waits
-        self.users = 0
+        self.users = 1
+
+    def take(self) -> Self:
+        """One user more."""
+        self.users += 1
+        return self
+
+    __enter__ = take
+
+    def __exit__(self, *exception: object) -> None:
+        self.release()
 
     def release(self) -> None:
         """One user fewer; the last one closes the fd."""
@@ -44,9 +57,17 @@ class OpenFile:
             fd, self.fd = self.fd, -1
             os.close(fd)
 
+    def look_at_xattrs(self) -> list[str] | None:
+        """The names of all its xattrs, which are remembered; None: they cannot be listed."""
+        try:
+            self.xattrs = os.listxattr(self.fd)
+        except OSError:  # too many, say
+            return None
+        return self.xattrs
+
     def read_into(self, buffer: memoryview, offset: int) -> int | None:
-        """Fill a buffer with what needs no waiting for a disk, and give the number of bytes: fewer than fit
-        only at the end of the file. ``None``: read it in a thread."""
+        """Fill a buffer without waiting for a disk; returns the number of bytes, fewer than fit only at the
+        end of the file. ``None``: read it in a thread."""
         if not self.waits:
             return os.preadv(self.fd, [buffer], offset)
         try:
@@ -84,9 +105,8 @@ class OpenFile:
 
 
 class UnreadFile(OpenFile):
-    """A lower's file that somebody has open, and that is opened here when something is asked of it: while the
-    kernel has its data in the page cache, nothing is. Any access to `fd` opens it, in the caller's thread,
-    and raises ``OSError`` when that fails."""
+    """A lower's file that is opened on first use: while the kernel has its data in the page cache, there is
+    none. Any access to `fd` opens it, in the caller's thread, and raises ``OSError`` when that fails."""
 
     __slots__ = ("_fd", "_open")
 
@@ -123,16 +143,98 @@ class UnreadFile(OpenFile):
 class Handle:
     """One open of one file."""
 
-    __slots__ = ("file", "node", "through", "uid", "writes")
+    __slots__ = ("file", "through", "uid", "writes")
 
-    def __init__(self, node: Node, file: OpenFile, uid: int, *, writes: bool) -> None:
-        self.node = node
+    def __init__(self, file: OpenFile, uid: int, *, writes: bool) -> None:
         self.file = file
-        #: Who opened it: a write by anybody but root clears set-id bits.
+        #: The user who opened it: a write by anybody but root clears set-id bits.
         self.uid = uid
         self.writes = writes
-        #: The kernel reads and writes it by itself.
+        #: Whether it is in passthrough.
         self.through = False
+
+    def go_on(self, file: OpenFile) -> None:
+        """Read and write another file from now on; the one until now is released."""
+        old, self.file = self.file, file
+        old.release()
+
+
+class Use:
+    """How a node is used: its open files, and what its session agreed with the kernel about them."""
+
+    __slots__ = (
+        "backing_id", "cached", "capability", "file", "filled", "handles", "mtime_ns", "of_upper", "through",
+        "writebacks", "writers", "written",
+    )  # fmt: skip
+
+    def __init__(self) -> None:
+        #: The backing file, if it is open, and who has it open by a number.
+        self.file: OpenFile | None = None
+        self.handles: list[Handle] = []
+        #: Opens whose data goes through the page cache, and opens with a backing file.
+        self.cached = 0
+        self.through = 0
+        #: Whether the data was put into the page cache with the first open (or, of a large file, could have
+        #: been).
+        self.filled = False
+        #: What the backing file is registered as, and whether it is the upper's.
+        self.backing_id = 0
+        self.of_upper = False
+        #: Opens for writing, with the backing file; and whether there ever was one.
+        self.writers = 0
+        self.written = False
+        #: Writes of cached data that are under way, and what the file has to have after them.
+        self.writebacks = 0
+        self.mtime_ns = 0
+        self.capability: bytes | None = None
+
+    def has(self, file: OpenFile | None) -> None:
+        """This is the backing file from now on."""
+        self.file = file
+
+    def passes_through(self, backing_id: int, *, of_upper: bool) -> None:
+        """The kernel knows the backing file by that id."""
+        self.backing_id, self.of_upper = backing_id, of_upper
+
+    def opened(self, handle: Handle) -> None:
+        """One open more, with the backing file if that is registered."""
+        if not self.backing_id:
+            self.cached += 1
+            return
+        self.through += 1
+        handle.through = True
+        if handle.writes:
+            self.writers += 1
+            self.written = True
+
+    def closed(self, handle: Handle) -> int:
+        """One open fewer; returns the backing id if nobody uses it any more, else 0."""
+        if not handle.through:
+            self.cached -= 1
+            return 0
+        self.through -= 1
+        if handle.writes:
+            self.writers -= 1
+        if self.through:
+            return 0
+        backing_id, self.backing_id = self.backing_id, 0
+        return backing_id
+
+    def fill(self) -> None:
+        """The kernel is given all data."""
+        self.filled = True
+
+    def writes_back(self, count: int) -> None:
+        """So many writes of cached data more are under way."""
+        self.writebacks += count
+
+    def keep_mtime(self, mtime_ns: int) -> None:
+        """The file is to have that time after the writes that are under way."""
+        self.mtime_ns = mtime_ns
+
+    def keep_capability(self, value: bytes | None) -> None:
+        """The file is to have these capabilities after the writes that are under way."""
+        self.capability = value
 
 
 def open_backing(dir_fd: int, name: bytes, *, write: bool, waits: bool) -> OpenFile:

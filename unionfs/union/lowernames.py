@@ -1,8 +1,8 @@
 """Which lowers have a name, for directories that are merged from many of them.
 
-Asking each layer for a name takes a system call a layer, and most names are in few of them, or in none: a
-shell looks for a program in each directory of PATH, Python for a module in each of sys.path. So when names in
-such a directory were looked up some times, its lowers are listed once. They do not change.
+A lookup costs a system call for each layer, and most names are in few layers or none: a shell searches every
+directory of PATH, Python every one of sys.path. So after a few lookups in such a directory its lowers are
+listed once. They do not change.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from unionfs.union.listing import LARGE, real_names
 from unionfs.union.places import Gate, Place
 
 MANY: Final = 8
-"""Lowers from which on listing them may be worth it."""
+"""The least number of lowers to be listed."""
 _ASKED: Final = 4
 """Lookups in a directory before its lowers are listed."""
 _KEPT_NAMES: Final = 500_000
@@ -23,14 +23,14 @@ _KEPT_DIRECTORIES: Final = 4096
 
 
 class _Names:
-    """One directory's lowers: what each name is in, once they were listed."""
+    """The lowers of one directory, and which of them have a name."""
 
     __slots__ = ("asked", "having", "lowers")
 
     def __init__(self, lowers: list[Place]) -> None:
         self.lowers = lowers
         self.asked = 0
-        #: None: not listed, or it can't or should not be done.
+        #: None: not listed yet, or cannot be.
         self.having: dict[bytes, list[Place]] | None = None
 
 
@@ -39,12 +39,12 @@ class LowerNames:
 
     def __init__(self, gate: Gate) -> None:
         self._gate = gate
-        #: By the lowest real directory, which belongs to one merged directory.
+        #: By the lowest real directory, which is part of one merged directory only.
         self._kept: OrderedDict[Place, _Names] = OrderedDict()
         self._count = 0
 
     def parts(self, parts: list[Place], name: bytes) -> list[Place]:
-        """Of a merged directory's parts those that may have ``name``: all in which it is are among them."""
+        """Those parts of a merged directory that may have ``name``; the others do not have it."""
         if len(parts) < MANY:
             return parts
         upper = parts[:1] if parts[0].layer.is_upper else []
@@ -56,7 +56,7 @@ class LowerNames:
             if names is not None:
                 self._forget(lowers[-1])
             names = self._kept[lowers[-1]] = _Names(lowers)
-            self._bound()
+            self._limit()
         self._kept.move_to_end(lowers[-1])
         if names.asked < _ASKED:
             names.asked += 1
@@ -67,8 +67,8 @@ class LowerNames:
     def _forget(self, lowest: Place) -> None:
         self._count -= len(self._kept.pop(lowest).having or ())
 
-    def _bound(self) -> None:
-        """Forget what was not asked for the longest, when it is too much."""
+    def _limit(self) -> None:
+        """Forget the least recently used directories when there are too many names."""
         while len(self._kept) > 1 and (self._count > _KEPT_NAMES or len(self._kept) > _KEPT_DIRECTORIES):
             self._forget(next(iter(self._kept)))
 
@@ -79,13 +79,13 @@ class LowerNames:
                 fd = self._gate.open_for_listing(place)
                 try:
                     if os.fstat(fd).st_size > LARGE:
-                        return  # that would take long
+                        return  # listing it takes too long
                     for name in real_names(fd):
                         having.setdefault(name, []).append(place)
                 finally:
                     os.close(fd)
         except OSError:
-            return  # one that may be searched but not read, say
+            return  # a directory that may be searched but not read, say
         names.having = having
         self._count += len(having)
-        self._bound()
+        self._limit()

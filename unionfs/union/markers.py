@@ -3,7 +3,7 @@
 The format is kernel overlayfs's (Documentation/filesystems/overlayfs.rst): a whiteout is a character device
 0/0, or an empty regular file with the xattr ``whiteout``; a directory with ``opaque`` = ``y`` hides what lies
 below it, ``x`` says that it may hold xattr whiteouts. A user's own xattr with the overlay's prefix is stored
-with ``overlay.`` put in once more (fs/overlayfs/xattrs.c), and only so shown.
+with ``overlay.`` inserted a second time (fs/overlayfs/xattrs.c), and shown without it.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from __future__ import annotations
 import errno
 import os
 import stat
+from collections.abc import Iterable
 from typing import Final
 
 ABSENT: Final = (errno.ENODATA, errno.EOPNOTSUPP, errno.EPERM, errno.EACCES)
@@ -23,6 +24,9 @@ class Markers:
 
     def __init__(self, prefix: bytes) -> None:
         self.prefix = prefix
+        #: A redirect shows what is anywhere in a layer without the permission checks on the way. Any user can
+        #: set a `user.*` one, so these are refused, as overlayfs does with `userxattr` (params.c).
+        self.follows_redirects = not prefix.startswith(b"user.")
         self.opaque = prefix + b"opaque"
         self.redirect = prefix + b"redirect"
         self.metacopy = prefix + b"metacopy"
@@ -36,9 +40,9 @@ class Markers:
         return name.startswith(self.prefix) and not name.startswith(self._escaped)
 
     def stored_name(self, name: bytes) -> bytes:
-        """Where the xattr that the user calls ``name`` is kept.
+        """The name on disk of the xattr that the user calls ``name``.
 
-        EOPNOTSUPP when the escaped name is too long (xattrs.c, ovl_xattr_escape_name).
+        EOPNOTSUPP if the escaped name is too long (xattrs.c, ovl_xattr_escape_name).
         """
         if not name.startswith(self.prefix):
             return name
@@ -50,7 +54,7 @@ class Markers:
         return stored
 
     def shown_names(self, stored: list[bytes]) -> list[bytes]:
-        """What the user sees of the names kept on disk."""
+        """The names on disk as the user sees them."""
         shown = []
         for name in stored:
             if name.startswith(self._escaped):
@@ -97,32 +101,42 @@ class Markers:
         except OSError:
             return None
 
+    def refuse_metacopy(self, where: bytes | int, *, follow: bool = True) -> None:
+        """Raise EPERM for a regular file with only its metadata in this layer: better than zeros for data."""
+        try:
+            os.getxattr(where, self.metacopy, follow_symlinks=follow)
+        except OSError:
+            return
+        raise PermissionError(errno.EPERM, "a metacopy file needs kernel overlayfs")
+
     # -- writing --------------------------------------------------------------------------------------
 
     def set_opaque(self, fd: int) -> None:
         """Make the directory ``fd`` hide what lies below it."""
         os.setxattr(b"/proc/self/fd/%d" % fd, self.opaque, b"y")
 
-    def make_whiteout(self, dir_fd: int, name: bytes) -> bool:
-        """Make a whiteout; gives whether it is an xattr whiteout, as it is where mknod is refused.
+    def make_whiteout(self, dir_fd: int, name: bytes, announced: Iterable[int]) -> None:
+        """Make a whiteout: one by xattr where mknod(2) is refused. Raises FileExistsError.
 
-        Raises FileExistsError.
+        ``announced``: directories to be marked if it is one by xattr, because the kernel looks for these only
+        where both the directory that they are in and the layer's root say so.
         """
         try:
             os.mknod(name, stat.S_IFCHR, 0, dir_fd=dir_fd)
-            return False
+            return
         except PermissionError:
             os.close(os.open(name, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0, dir_fd=dir_fd))
-            try:
-                os.setxattr(b"/proc/self/fd/%d/%b" % (dir_fd, name), self.whiteout, b"y",
-                            follow_symlinks=False)  # fmt: skip
-            except OSError:
-                os.unlink(name, dir_fd=dir_fd)
-                raise
-            return True
+        try:
+            path = b"/proc/self/fd/%d/%b" % (dir_fd, name)
+            os.setxattr(path, self.whiteout, b"y", follow_symlinks=False)
+            for fd in announced:
+                self.allow_xattr_whiteouts(fd)
+        except OSError:
+            os.unlink(name, dir_fd=dir_fd)
+            raise
 
     def allow_xattr_whiteouts(self, fd: int) -> None:
-        """Say on the directory ``fd`` that xattr whiteouts may be in it, unless it is opaque already."""
+        """Mark the directory ``fd`` as one that may hold xattr whiteouts, unless it is opaque."""
         path = b"/proc/self/fd/%d" % fd
         if _get(path, self.opaque, follow=True) is None:
             os.setxattr(path, self.opaque, b"x")

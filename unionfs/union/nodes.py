@@ -6,9 +6,9 @@ Rules (the table is the only place that knows them):
 - A directory, and an object of a lower, is known by its parent node and name; so each name of a lower file
   with several hard links is a node of its own. An object of the upper with several links is one node with
   several names, found by (device, inode).
-- ``st_ino`` comes from the object's origin, so that it is the same before and after copy-up and after the
-  kernel forgot the node: the inode number itself on the first layer's device, else a hash.
-- A node stays while the kernel looks it up (``lookups``), or nodes below it stay.
+- A node's id is its ``st_ino`` (see `numbers`), unless another node has that id.
+- A node stays while the kernel looks it up (``lookups``), somebody has it open, or nodes below it stay. Only
+  the table counts lookups, and what a session knows of a node (`Use`) goes with it.
 - An fd (``held``) is kept for a node whose name is gone, until it is forgotten.
 - A node can be superseded: a new node, with a new id and the same ``st_ino``, takes over what it stands for.
   The old id leads to the new node; the old node itself is kept for its open files and lookups.
@@ -16,120 +16,40 @@ Rules (the table is the only place that knows them):
 
 from __future__ import annotations
 
-import errno
 import os
 import stat
-from typing import TYPE_CHECKING, Final
+from collections.abc import Callable
+from typing import Final
 
-import xxhash
-
-from unionfs.sys import calls
-from unionfs.union.files import Handle, OpenFile
-from unionfs.union.places import Place
-
-if TYPE_CHECKING:
-    from unionfs.union.layers import Layer
+from unionfs.union.node import Node, Territory
+from unionfs.union.numbers import Numbers, hashed
+from unionfs.union.places import NO_KEY, Place
 
 ROOT_ID: Final = 1
-UNSEEN: Final = -1
-#: The key of no object.
-_NONE: Final = -1
-#: Hashed numbers have this bit, so they meet no inode number that a disk filesystem gives out.
-_HASHED: Final = 1 << 62
-
-
-class Node:
-    """One object of the merged tree."""
-
-    __slots__ = (
-        "children", "copying", "ctime", "file", "handles", "held", "id", "identity", "ino", "io",
-        "key", "kind", "links", "lookups", "name", "no_capability", "parent", "parts", "place", "successor",
-        "superseded", "unlinked",
-    )  # fmt: skip
-
-    def __init__(self, id_: int, parent: Node | None, name: bytes, kind: int) -> None:
-        self.id = id_
-        self.ino = id_
-        self.parent = parent
-        self.name = name
-        #: S_IFMT bits of the mode.
-        self.kind = kind
-        #: Of a directory: the real directories merged into it, topmost first.
-        self.parts: list[Place] = []
-        #: Of anything else: the real directory that holds it under ``name``, and its `Layer.key`.
-        self.place: Place | None = None
-        self.key = 0
-        #: Known nodes below, by name (directories only).
-        self.children: dict[bytes, Node] | None = {} if kind == stat.S_IFDIR else None
-        #: Further names of an upper file with several hard links.
-        self.links: list[tuple[Node, bytes]] | None = None
-        self.lookups = 0
-        self.held = -1
-        self.unlinked = False
-        #: It is known to have no security.capability, which the kernel asks for before writes and chown.
-        self.no_capability = False
-        #: A ctime that a copy-up gave the real directory (`UNSEEN`: the one that it has when somebody asks
-        #: next), and the one that is shown for it; nanoseconds.
-        self.ctime: tuple[int, int] | None = None
-        #: Open files on it, and the backing file they share.
-        self.handles: list[Handle] | None = None
-        self.file: OpenFile | None = None
-        #: Set by the session while a copy-up of this node runs.
-        self.copying: object | None = None
-        #: How the session reads and writes it.
-        self.io: object | None = None
-        #: The node that took over everything but the open files; see :meth:`NodeTable.supersede`.
-        self.successor: Node | None = None
-        #: How many nodes it took over from, which are still known.
-        self.superseded = 0
-        #: Of a bound object: device and inode number, to see when its name stands for another one.
-        self.identity: tuple[int, int] | None = None
-
-    @property
-    def is_dir(self) -> bool:
-        return self.kind == stat.S_IFDIR
-
-    @property
-    def is_upper(self) -> bool:
-        """Whether its metadata lives in the upper (for a directory: its topmost part)."""
-        if self.kind == stat.S_IFDIR:
-            return bool(self.parts) and self.parts[0].layer.is_upper
-        return self.place is not None and self.place.layer.is_upper
-
-    @property
-    def bound(self) -> Layer | None:
-        """The storage that it belongs to, if it is not of the merged layers; see `union.bound`."""
-        place = self.parts[0] if self.parts else self.place
-        return None if place is None or not place.layer.bound else place.layer
-
-    @property
-    def is_mountpoint(self) -> bool:
-        """Whether storage is shown here, so that the name is in use."""
-        return self.identity is not None and (self.parent is None or self.parent.bound is not self.bound)
-
-    @property
-    def is_pure_upper(self) -> bool:
-        """Nothing of a lower is seen through it."""
-        return self.is_upper and len(self.parts) <= 1
 
 
 class NodeTable:
-    """All nodes that the kernel knows or is about to be told of, and the numbers they have."""
+    """All nodes that the kernel knows or is about to learn of, and their ids."""
 
-    def __init__(self, root_parts: list[Place]) -> None:
-        self.root = Node(ROOT_ID, None, b"", stat.S_IFDIR)
-        self.root.parts = root_parts
-        self.root.lookups = 1
-        self._plain_dev = root_parts[0].layer.dev
-        self._by_id: dict[int, Node] = {ROOT_ID: self.root}
+    #: The node of id 1, and the numbers of the merged layers.
+    root: Node
+    _numbers: Numbers
+
+    def __init__(self, gone: Callable[[Node], None] = lambda node: None) -> None:
+        """``gone`` is called with each directory that is forgotten, and with what was in use."""
+        self._by_id: dict[int, Node] = {}
         self._by_inode: dict[tuple[int, int], Node] = {}
         self._inode_of: dict[int, tuple[int, int]] = {}
-        self._origin: dict[tuple[int, int], int] = {}
-        #: Whether ``st_ino`` and id have to be the same; then bound hard links have several numbers.
-        self.ids_are_numbers = False
+        self._gone = gone
 
     def __len__(self) -> int:
         return len(self._by_id)
+
+    def add_root(self, territory: Territory, parts: list[Place]) -> None:
+        """Begin with the root of the merged tree."""
+        self.root = self._by_id[ROOT_ID] = Node(ROOT_ID, territory, None, b"", stat.S_IFDIR, parts)
+        self.root.looked_up()
+        self._numbers = Numbers(parts[0].layer.dev)
 
     def get(self, id_: int) -> Node | None:
         """The node with that id, or the one that superseded it, if it is known."""
@@ -144,45 +64,30 @@ class NodeTable:
 
     # -- numbers --------------------------------------------------------------------------------------
 
-    def _number(self, st: os.stat_result, parent: Node, name: bytes, *, upper: bool) -> int:
-        """The inode number for an object of a layer; see the rules at the top."""
-        if upper:
-            known = self._origin.get((st.st_dev, st.st_ino))
-            if known is not None:
-                return known
-        elif st.st_nlink > 1 and not stat.S_ISDIR(st.st_mode):
-            return _hashed(b"%d/%b" % (parent.ino, name))
-        if st.st_dev == self._plain_dev and ROOT_ID < st.st_ino < _HASHED:
-            return st.st_ino
-        return _hashed(b"%d:%d" % (st.st_dev, st.st_ino))
-
-    def number(self, parent: Node, name: bytes, st: os.stat_result, where: list[Place] | Place) -> int:
-        """The inode number that :meth:`add` would give an object."""
-        place = where[0] if isinstance(where, list) else where
-        if place.layer.bound:
-            return _bound_number(place.layer, st)
+    def number(self, parent: Node, name: bytes, st: os.stat_result, place: Place) -> int:
+        """The inode number that :meth:`add` would give an object of the real directory ``place``."""
         upper = place.layer.is_upper
         if upper and self._by_inode and not stat.S_ISDIR(st.st_mode):
             known = self._by_inode.get((st.st_dev, st.st_ino))
             if known is not None:
                 return known.ino
-        return self._free(self._number(st, parent, name, upper=upper))
+        return self._free(self._numbers.of(st, parent.ino, name, upper=upper))
 
     def unreachable(self, parent: Node, name: bytes) -> int:
-        """A number for what cannot be looked up; no node has it."""
-        return self._free(_hashed(b"unreachable%d/%b" % (parent.ino, name)))
+        """A number for an object that cannot be looked up; no node has it."""
+        return self._free(hashed(b"unreachable%d/%b" % (parent.ino, name)))
 
     def _free(self, number: int) -> int:
         """The number itself, or another one when a node has it."""
         while number in self._by_id:
-            number = _hashed(b"taken%d" % number)
+            number = hashed(b"taken%d" % number)
         return number
 
     def copied_up(self, node: Node, st: os.stat_result) -> None:
         """Remember that the upper object with attributes ``st`` carries the number of ``node``."""
-        self._origin[st.st_dev, st.st_ino] = node.ino
+        self._numbers.keep(st, node.ino)
         if node.place is not None:
-            node.key = node.place.layer.key(st)
+            node.has_key(node.place.layer.key(st))
 
     # -- coming and going -----------------------------------------------------------------------------
 
@@ -191,52 +96,52 @@ class NodeTable:
         assert parent.children is not None
         return parent.children.get(name)
 
-    def add(self, parent: Node, name: bytes, st: os.stat_result, where: list[Place] | Place) -> Node:
-        """The node for an object found under ``name``: a new one, or the one that has another name already.
+    def add(self, parent: Node, name: bytes, st: os.stat_result, places: list[Place]) -> Node:
+        """The node for an object of the layers: a new one, or the one that has another name already.
 
-        ``where``: a directory's parts, or the place that holds the object.
+        ``places``: a directory's parts, or the one place that holds the object.
         """
         assert parent.children is not None
         kind = stat.S_IFMT(st.st_mode)
-        place = where[0] if isinstance(where, list) else where
+        place = places[0]
         upper = place.layer.is_upper
-        if place.layer.bound:
-            return self._add_bound(parent, name, st, where, place.layer)
         linkable = upper and kind != stat.S_IFDIR
         if linkable and self._by_inode:
             known = self._by_inode.get((st.st_dev, st.st_ino))
             if known is not None:
                 self.add_name(known, parent, name, place)
                 return known
-        number = self._free(self._number(st, parent, name, upper=upper))
-        node = Node(number, parent, name, kind)
-        if isinstance(where, list):
-            node.parts = where
-        else:
-            node.place = where
-            node.key = where.layer.key(st)
+        number = self._free(self._numbers.of(st, parent.ino, name, upper=upper))
+        key = 0 if kind == stat.S_IFDIR else place.layer.key(st)
+        node = Node(number, parent.territory, parent, name, kind, places, key)
         self._by_id[number] = node
         parent.children[name] = node
         if linkable and st.st_nlink > 1:
             self.linked(node, st)
         return node
 
-    def _add_bound(
-        self, parent: Node, name: bytes, st: os.stat_result, where: list[Place] | Place, layer: Layer
+    def add_bound(
+        self,
+        territory: Territory,
+        parent: Node,
+        name: bytes,
+        number: int,
+        st: os.stat_result,
+        place: Place,
+        *,
+        held: int = -1,
     ) -> Node:
-        """A bound object: each name is a node of its own, and hard links have one ``st_ino``."""
-        assert parent.children is not None
-        number = _bound_number(layer, st)
-        node = Node(self._free(number), parent, name, stat.S_IFMT(st.st_mode))
-        if not self.ids_are_numbers:
-            node.ino = number
-        node.identity = st.st_dev, st.st_ino
-        if isinstance(where, list):
-            node.parts = where
-        else:
-            node.place = where
+        """A node for one name of an object of bound storage: hard links are nodes of their own with one
+        ``number``. ``held``: an O_PATH fd of an object that has no name to open it by.
+        """
+        node = Node(
+            self._free(number), territory, parent, name, stat.S_IFMT(st.st_mode), [place],
+            ino=number, held=held, identity=(st.st_dev, st.st_ino),
+        )  # fmt: skip
         self._by_id[node.id] = node
-        parent.children[name] = node
+        if name:
+            assert parent.children is not None
+            parent.children[name] = node
         return node
 
     def linked(self, node: Node, st: os.stat_result) -> None:
@@ -246,159 +151,79 @@ class NodeTable:
 
     def add_name(self, node: Node, parent: Node, name: bytes, place: Place) -> None:
         """``node`` is also known as ``name`` in ``parent``; ``place`` is that real directory."""
-        assert parent.children is not None
-        parent.children[name] = node
-        if node.parent is None or node.unlinked:
-            node.parent, node.name, node.place, node.unlinked = parent, name, place, False
-            if node.held >= 0:
-                os.close(node.held)
-                node.held = -1
-        else:
-            if node.links is None:
-                node.links = []
-            node.links.append((parent, name))
+        node.get_name(parent, name, place)
 
     def remove_name(self, node: Node, parent: Node, name: bytes) -> None:
         """``name`` in ``parent`` no longer stands for ``node``; see ``Union.outliving``."""
-        assert parent.children is not None
-        if parent.children.get(name) is node:
-            del parent.children[name]
-        if node.links and (parent, name) in node.links:
-            node.links.remove((parent, name))
-        elif node.parent is parent and node.name == name:
-            if node.links:
-                node.parent, node.name = node.links.pop()
-                assert node.parent is not None
-                node.place = node.parent.parts[0]
-            else:
-                node.unlinked = True
+        node.lose_name(parent, name)
         self._release(parent)
 
     def move(self, node: Node, parent: Node, name: bytes, new_parent: Node, new_name: bytes) -> None:
         """``node`` was renamed."""
-        assert parent.children is not None
-        assert new_parent.children is not None
-        if parent.children.get(name) is node:
-            del parent.children[name]
-        new_parent.children[new_name] = node
-        if node.links and (parent, name) in node.links:
-            node.links.remove((parent, name))
-            node.links.append((new_parent, new_name))
-        else:
-            node.parent, node.name = new_parent, new_name
-            if node.is_dir:
-                node.parts[0].parent, node.parts[0].name = new_parent.parts[0], new_name
-            else:
-                node.place = new_parent.parts[0]
+        node.change_name(parent, name, new_parent, new_name)
         self._release(parent)
 
     def unnamed(self, parent: Node, held: int) -> Node:
         """A node for an upper file that has no name yet (O_TMPFILE), of which ``held`` is an O_PATH fd."""
         st = os.stat(held)
-        layer = parent.bound
-        number = self._number(st, parent, b"", upper=True) if layer is None else _bound_number(layer, st)
-        node = Node(self._free(number), parent, b"", stat.S_IFMT(st.st_mode))
-        node.place = parent.parts[0]
-        node.held = held
-        node.unlinked = True
-        self._by_id[node.id] = node
-        if layer is None:
-            self.linked(node, st)
-        else:
-            node.identity = st.st_dev, st.st_ino
+        number = self._free(self._numbers.of(st, parent.ino, b"", upper=True))
+        kind = stat.S_IFMT(st.st_mode)
+        node = Node(number, parent.territory, parent, b"", kind, [parent.parts[0]], held=held)
+        self._by_id[number] = node
+        self.linked(node, st)
         return node
 
     def supersede(self, node: Node) -> Node:
-        """Let a new node stand for the object of ``node``, which keeps its open files and lookups."""
-        number = self._free(_hashed(b"after%d" % node.id))
-        new = Node(number, node.parent, node.name, node.kind)
-        new.ino = node.ino
-        new.place, new.links, new.unlinked = node.place, node.links, node.unlinked
-        new.key = node.key
-        node.links = None
-        new.held, node.held = node.held, -1
-        self._by_id[number] = new
-        for directory, name in [(node.parent, node.name), *(new.links or ())]:
-            known = None if directory is None else directory.children
-            if known is not None and known.get(name) is node:
-                known[name] = new
+        """Make a new node for the object of ``node``, which keeps its open files and lookups."""
+        number = self._free(hashed(b"after%d" % node.id))
+        new = self._by_id[number] = node.supersede(number)
         key = self._inode_of.pop(node.id, None)
         if key is not None:
             self._inode_of[number] = key
             self._by_inode[key] = new
-        node.successor = new
-        new.superseded = 1
         return new
 
     def lose(self, node: Node, parent: Node, name: bytes) -> None:
-        """Another object was given the node's name behind the union: nothing is left of the node."""
-        node.key = _NONE
+        """Another object got the node's name behind the union's back: nothing is left of the node."""
+        node.has_key(NO_KEY)
         for part in node.parts:
-            part.key = _NONE
+            part.lost()
         self.remove_name(node, parent, name)
 
     def forget(self, node: Node, lookups: int) -> None:
-        """The kernel gave back that many lookups."""
-        node.lookups -= lookups
+        """The kernel forgot that many lookups."""
+        node.forgotten(lookups)
         self._release(node)
 
     def _release(self, node: Node) -> None:
         """Drop the node, and the parents that only it kept, when nobody needs it."""
         current: Node | None = node
         while current is not None and current.id != ROOT_ID:
-            if current.lookups > 0 or current.children or current.handles or current.superseded:
+            if current.lookups > 0 or current.children or current.superseded:
+                return
+            if current.use is not None and current.use.handles:
                 return
             if self._by_id.get(current.id) is not current:
                 return
             del self._by_id[current.id]
+            if current.use is not None or current.parts:
+                self._gone(current)
             if current.successor is not None:
                 current = current.successor
-                current.superseded -= 1
+                current.outlive()
                 continue
-            parent = current.parent
-            _remove_child(parent, current.name, current)
-            for other, name in current.links or ():
-                _remove_child(other, name, current)
-                self._release(other)
-            self._drop_inode(current)
-            current = parent
+            for directory in current.forget_names():
+                self._release(directory)
+            if self._inode_of or current.held >= 0:
+                self._drop_inode(current)
+            current = current.parent
 
     def _drop_inode(self, node: Node) -> None:
         key = self._inode_of.pop(node.id, None)
         if key is not None and self._by_inode.get(key) is node:
             del self._by_inode[key]
         if node.held >= 0:
-            if node.is_upper and self._origin:
-                self._drop_origin(node)
-            os.close(node.held)
-            node.held = -1
-
-
-    def _drop_origin(self, node: Node) -> None:
-        """Forget its number in the upper, which may be another object's soon, unless it has names still."""
-        place = node.parts[0] if node.is_dir else node.place
-        assert place is not None
-        layer = place.layer
-        try:
-            st = os.stat(node.held)
-        except OSError as error:
-            if error.errno != errno.ESTALE:
-                raise
-            # the server has it no more, as a directory on NFS that was removed
-            self._origin.pop((layer.dev, calls.known_inode(node.held)), None)
-            return
-        if st.st_nlink <= layer.links_of_removed:
-            self._origin.pop((st.st_dev, st.st_ino), None)
-
-
-def _remove_child(parent: Node | None, name: bytes, node: Node) -> None:
-    if parent is not None and parent.children is not None and parent.children.get(name) is node:
-        del parent.children[name]
-
-
-def _bound_number(layer: Layer, st: os.stat_result) -> int:
-    return _hashed(b"bound%d:%d:%d" % (layer.index, st.st_dev, st.st_ino))
-
-
-def _hashed(key: bytes) -> int:
-    return xxhash.xxh3_64_intdigest(key) >> 2 | _HASHED
+            place = node.parts[0] if node.is_dir else node.place
+            if place is not None and place.layer.is_upper:
+                self._numbers.release(node.held, place.layer)
+            node.hold(-1)

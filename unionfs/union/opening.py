@@ -1,7 +1,7 @@
 """Opening the directories of a union's layers, and emptying its work directory.
 
-Another user may own a directory above a layer, and replace what lies in it at any time. So a layer is opened
-once, without following a symlink, and what is emptied is checked by the fd that it is then emptied by.
+Another user may own a directory above a layer and replace what is in it at any time. So a layer is opened
+once, following no symlink, and a directory is checked through the same fd through which it is then emptied.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ _OURS_IN_WORK: Final = frozenset({"work", "index"})
 
 
 def open_lower(path: str, privileged: bool) -> int:
-    """An O_PATH fd: of a read-only clone where the caller may make one. Raises LayerError, OSError."""
+    """An O_PATH fd, of a read-only clone if ``privileged``. Raises LayerError, OSError."""
     with _opened(path) as fd:
         if privileged:
             clone = _clone(fd, path, readonly=True)
@@ -37,7 +37,7 @@ def open_lower(path: str, privileged: bool) -> int:
 
 
 def open_upper_and_work(upper: str, work: str, privileged: bool, resources: ExitStack) -> tuple[int, int]:
-    """O_PATH fds of both on one mount: a clone of the directory above both, else the directories.
+    """O_PATH fds of both on one mount: in a clone of their common parent if ``privileged``.
 
     Raises LayerError, OSError.
     """
@@ -63,7 +63,7 @@ def open_upper_and_work(upper: str, work: str, privileged: bool, resources: Exit
 
 
 def make_upper_and_work(scratch: int, lowers: Sequence[str], resources: ExitStack) -> tuple[int, int]:
-    """O_PATH fds of a new upper, which looks as the topmost lower does, and a new work directory."""
+    """O_PATH fds of a new upper, with the owner and mode of the topmost lower, and a new work directory."""
     os.mkdir(b"upper", 0o755, dir_fd=scratch)
     os.mkdir(b"work", 0o700, dir_fd=scratch)
     upper_fd = _open(scratch, "upper", "upper")
@@ -71,7 +71,7 @@ def make_upper_and_work(scratch: int, lowers: Sequence[str], resources: ExitStac
     if lowers:
         with _opened(lowers[0]) as lower:
             st = os.fstat(lower)
-        with contextlib.suppress(PermissionError):  # an ordinary user's upper is his own
+        with contextlib.suppress(PermissionError):  # an ordinary user's upper belongs to that user
             calls.chown_fd(upper_fd, st.st_uid, st.st_gid)
         os.chmod(b"/proc/self/fd/%d" % upper_fd, stat.S_IMODE(st.st_mode))
     work_root = _open(scratch, "work", "work")
@@ -80,11 +80,11 @@ def make_upper_and_work(scratch: int, lowers: Sequence[str], resources: ExitStac
 
 
 def prepare_work(fd: int, path: str, upper_owner: int, resources: ExitStack) -> int:
-    """An O_PATH fd of WORKDIR/work, empty and this user's alone (the kernel's layout: fs/overlayfs/super.c,
+    """An O_PATH fd of WORKDIR/work, emptied and private (the kernel's layout: fs/overlayfs/super.c,
     ovl_workdir_create).
 
-    Refuses, with nothing changed, what no union filesystem has made, or another user than `upper_owner` has.
-    Raises LayerError, OSError.
+    Refuses a directory that holds anything no union filesystem made, or that belongs to a user other than
+    `upper_owner`; then nothing is changed. Raises LayerError, OSError.
     """
     owner = os.fstat(fd).st_uid
     _check_owner(path, owner, upper_owner)
@@ -102,7 +102,7 @@ def prepare_work(fd: int, path: str, upper_owner: int, resources: ExitStack) -> 
         _check_owner(f"{path}/work", os.fstat(inner).st_uid, owner)
         _check_leftovers(inner, path)
         _make_private(inner)
-        # Now nobody else can put anything there.
+        # From here on nobody else can add anything.
         _check_leftovers(inner, path)
     except OSError as error:
         raise LayerError(
@@ -120,15 +120,15 @@ def _check_owner(path: str, owner: int, other: int) -> None:
 
 
 def _check_leftovers(fd: int, path: str) -> None:
-    """Refuse what is no temporary: `#` and a number here and in the kernel (ovl_tempname), a number in
-    fuse-overlayfs, `.nfs` and a number of a file that was removed while open.
+    """Refuse anything but temporaries: `#` and a number (ours and the kernel's, ovl_tempname), a number
+    (fuse-overlayfs), `.nfs` and a number (a file removed while open).
     """
     try:
         names = _names(fd)
     except PermissionError:
         if os.fstat(fd).st_uid != os.geteuid():
             raise
-        # The kernel makes it with mode 0, which its owner may change.
+        # The kernel makes it with mode 0; its owner may change that.
         os.chmod(b"/proc/self/fd/%d" % fd, 0o700)
         names = _names(fd)
     for name in sorted(names):
@@ -153,7 +153,7 @@ def _names(fd: int) -> list[str]:
 
 
 def _make_private(fd: int) -> None:
-    """What is prepared in work must inherit nothing from it: no group, no ACL (and the kernel makes it 0)."""
+    """Nothing prepared in work may inherit a group or an ACL from it. (The kernel gives it mode 0.)"""
     path = b"/proc/self/fd/%d" % fd
     for acl in (b"system.posix_acl_default", b"system.posix_acl_access"):
         try:
@@ -166,7 +166,7 @@ def _make_private(fd: int) -> None:
 
 
 def _open(at: int, name: str, path: str, resolve: int = 0) -> int:
-    """An O_PATH fd of a directory; `path` is for the sentence."""
+    """An O_PATH fd of a directory; `path` is for error messages."""
     try:
         return openat2(at, os.fsencode(name), _DIRECTORY, resolve | RESOLVE_NO_SYMLINKS)
     except OSError as error:
@@ -188,7 +188,7 @@ def _opened(path: str) -> Iterator[int]:
 
 
 def _clone(fd: int, path: str, *, readonly: bool) -> int | None:
-    """A private bind mount of the directory `fd`; None where the kernel makes none."""
+    """A private bind mount of the directory `fd`; None where the kernel does not support that."""
     try:
         return mount.clone_tree(f"/proc/self/fd/{fd}", readonly=readonly)
     except OSError as error:

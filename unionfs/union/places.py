@@ -1,9 +1,9 @@
 """Real directories in layers, and the one gate from a directory to an fd.
 
-A :class:`Place` says where a real directory lives: its layer, its parent place, its name. Nothing else in
-the project builds paths: whoever needs a directory asks :meth:`Gate.fd`, which walks down from the nearest
-ancestor whose fd is known, one ``openat`` a component, never through a symlink. So trees deeper than
-PATH_MAX work, and a rename of a directory moves everything below it by changing one object.
+A :class:`Place` says where a real directory is: its layer, its parent place, its name. Nothing else builds
+paths: :meth:`Gate.fd` walks down from the nearest ancestor that is open, one ``openat`` a component, never
+through a symlink. So trees deeper than PATH_MAX work, and a renamed directory moves everything below it by a
+change to one object.
 """
 
 from __future__ import annotations
@@ -11,12 +11,87 @@ from __future__ import annotations
 import errno
 import os
 from collections import OrderedDict
-from typing import TYPE_CHECKING, Final
+from typing import Final
 
-if TYPE_CHECKING:
-    from unionfs.union.layers import Layer
+from unionfs.sys import calls
 
 _DIRECTORY: Final = os.O_PATH | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
+#: include/uapi/linux/magic.h: ext2 to 4, xfs, btrfs, tmpfs, ramfs, f2fs, squashfs, erofs, NFS, bcachefs; and
+#: zfs. On others (FUSE, FAT, overlayfs of several filesystems) a number may change when it leaves the cache.
+_KEEP_NUMBERS: Final = frozenset({
+    0xEF53, 0x58465342, 0x9123683E, calls.TMPFS_MAGIC, calls.RAMFS_MAGIC, 0xF2F52010, 0x73717368, 0xE0F5E1E2,
+    calls.NFS_MAGIC, 0xCA451A4E, 0x2FC12FC1,
+})  # fmt: skip
+
+
+#: A `Layer.key` that no object has.
+NO_KEY: Final = -1
+
+
+class Layer:
+    """One directory tree of the stack; ``root`` is its place, whose fd stays open."""
+
+    __slots__ = (
+        "acl", "atime_stays", "dev", "in_place", "index", "is_upper", "keeps_numbers", "links_of_removed",
+        "memory", "path", "root",
+    )  # fmt: skip
+
+    def __init__(self, index: int, path: str, root_fd: int, *, is_upper: bool) -> None:
+        self.index = index
+        self.path = path
+        self.is_upper = is_upper
+        #: Whether its objects are changed where they are, without a copy-up.
+        self.in_place = is_upper
+        self.root = Place(self, None, b"", root_fd)
+        self.dev = os.stat(root_fd).st_dev
+        self.acl = _has_acls(root_fd)
+        #: Whether reading leaves access times alone, as in a lower's read-only clone.
+        self.atime_stays = bool(os.fstatvfs(root_fd).f_flag & (os.ST_RDONLY | os.ST_NOATIME))
+        #: In memory: nothing to make durable, and reads never wait for a disk.
+        magic = calls.filesystem_magic(root_fd)
+        self.memory = magic in (calls.TMPFS_MAGIC, calls.RAMFS_MAGIC)
+        #: The link count of a file that was removed while it is open: on NFS it has another name (`.nfs` and
+        #: a number, fs/nfs/unlink.c) until it is closed.
+        self.links_of_removed = 1 if magic == calls.NFS_MAGIC else 0
+        #: Whether an object keeps its inode number.
+        self.keeps_numbers = magic in _KEEP_NUMBERS
+
+    @property
+    def root_fd(self) -> int:
+        return self.root.fd
+
+    def key(self, st: os.stat_result) -> int:
+        """Tells an object with these attributes from another one that takes its name; 0: nothing does.
+
+        The kernel checks permissions by the attributes it was given. A user who may rename in a layer can put
+        another user's object in the place of one of his own, so an object found again by its name must be
+        the same one; in a lower, whose attributes do not change, with the same owner and mode.
+        """
+        number = st.st_ino if self.keeps_numbers else 0
+        return number if self.is_upper else hash((number, st.st_uid, st.st_gid, st.st_mode))
+
+
+class BoundLayer(Layer):
+    """Storage that is shown at one place of the union and not merged. Others change it too."""
+
+    __slots__ = ("read_only",)
+
+    def __init__(self, index: int, path: str, root_fd: int, *, read_only: bool) -> None:
+        super().__init__(index, path, root_fd, is_upper=False)
+        self.in_place = True
+        self.read_only = read_only
+
+    def key(self, st: os.stat_result) -> int:
+        return 0
+
+
+def _has_acls(fd: int) -> bool:
+    """Whether the filesystem has POSIX ACLs: then ENODATA reports a missing one."""
+    try:
+        os.getxattr(b"/proc/self/fd/%d" % fd, b"system.posix_acl_access")
+    except OSError as error:
+        return error.errno == errno.ENODATA
+    return True
 
 
 class Place:
@@ -28,17 +103,45 @@ class Place:
         self, layer: Layer, parent: Place | None, name: bytes, fd: int = -1, *, key: int = 0
     ) -> None:
         self.layer = layer
-        #: `Layer.key` of the directory that it stands for; 0: not known.
+        #: The directory's `Layer.key`; 0: unknown.
         self.key = key
         self.parent = parent
         self.name = name
         self.fd = fd
-        #: Of the upper: its default ACL, b"" without one; None until somebody asks, and when it has changed.
+        #: In the upper: the default ACL, b"" without one; None: unknown.
         self.default_acl: bytes | None = None
         #: Of the upper: a directory that was copied up, and into which nothing was put since.
         self.empty = False
         #: Of the upper: its time of modification after a copy-up; good while `Node.ctime` is `UNSEEN`.
         self.mtime_ns = 0
+
+    def move(self, parent: Place, name: bytes) -> None:
+        """It was renamed."""
+        self.parent, self.name = parent, name
+
+    def lost(self) -> None:
+        """Another object has its name: it stands for nothing any more."""
+        self.key = NO_KEY
+
+    def stands_for(self, st: os.stat_result) -> None:
+        """The directory with these attributes is its own from now on."""
+        self.key = self.layer.key(st)
+
+    def copied_up(self, *, empty: bool) -> None:
+        """It was just made by a copy-up; ``empty``: that may be remembered until :meth:`fills`."""
+        self.empty = empty
+
+    def fills(self) -> None:
+        """Something is about to be put into it."""
+        self.empty = False
+
+    def keep_mtime(self, mtime_ns: int) -> None:
+        """It had that time of modification before a copy-up put something into it."""
+        self.mtime_ns = mtime_ns
+
+    def know_default_acl(self, acl: bytes | None) -> None:
+        """Its default ACL; None: it has changed."""
+        self.default_acl = acl
 
 
 class Gate:

@@ -1,8 +1,7 @@
-"""Removing trees that others may be changing: however deep, with few fds, and nothing else with them.
+"""Remove trees of any depth, with few fds, while others may be changing them, and nothing outside of them.
 
-Every directory is opened by its name in the one above it, never through a symlink, and never in another mount
-(RESOLVE_NO_XDEV), so what somebody swaps for a directory meanwhile is not followed. Nothing is changed by
-path.
+Every directory is opened by its name in its parent, never through a symlink and never into another mount
+(RESOLVE_NO_XDEV), so an object that is swapped for a directory is not followed. Nothing is changed by path.
 """
 
 from __future__ import annotations
@@ -40,12 +39,12 @@ _LOCKS: Final = 0x10 | 0x20
 
 
 def remove(at: int, name: bytes, *, unlock: bool = False) -> None:
-    """Remove `name` from the directory `at`, with all below it; nothing when it is missing.
+    """Remove `name` and everything below it from the directory `at`. A missing name is no error.
 
-    An ordinary user's own directories are made accessible for that. With `unlock` files and directories that
-    chattr(1) made immutable or append-only are, too (CAP_LINUX_IMMUTABLE); the flag of a file that has
-    another name is set again. What cannot be removed does not keep the rest: the first such OSError is raised
-    at the end, its `filename` being the path below `at`. What is mounted there stays, and is EXDEV or EBUSY.
+    An ordinary user's own directories are made accessible first. With `unlock`, so are objects that chattr(1)
+    made immutable or append-only (CAP_LINUX_IMMUTABLE); a file with other names gets its flag back. If an
+    object cannot be removed, the rest is: the first OSError is raised at the end, with the path below `at` as
+    its `filename`. Mounts stay, as EXDEV or EBUSY.
     """
     with _Descent(at) as descent:
         problem = _remove(descent, name, unlock)
@@ -58,7 +57,7 @@ def remove(at: int, name: bytes, *, unlock: bool = False) -> None:
 
 
 def remove_path(path: str, *, unlock: bool = False) -> None:
-    """As `remove`, of a path whose directory nobody else may change."""
+    """As `remove`, by a path whose directory no other user may change."""
     directory, name = os.path.split(path)
     try:
         at = os.open(directory, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
@@ -83,9 +82,9 @@ def empty_directory(fd: int) -> None:
 
 
 def find_locked(at: int, name: bytes) -> bytes | None:
-    """The path below `at` of something in the tree `name` that chattr(1) made immutable or append-only.
+    """The path below `at` of an object in the tree `name` that chattr(1) made immutable or append-only.
 
-    None when there is nothing, as far as this user may look. Raises OSError.
+    None if there is none that this user may see. Raises OSError.
     """
     with _Descent(at) as descent:
         waiting: list[list[bytes]] = [[name]]
@@ -134,7 +133,7 @@ class _Level:
 
 
 class _Descent:
-    """The way from the directory `at` down to one below it; only the deepest fds stay open."""
+    """The directories from `at` down to the current one; only the deepest fds stay open."""
 
     def __init__(self, at: int) -> None:
         self.levels: list[_Level] = []
@@ -149,15 +148,15 @@ class _Descent:
 
     @property
     def fd(self) -> int:
-        """The directory that was reached."""
+        """The current directory."""
         return self.levels[-1].fd if self.levels else self._at
 
     def path(self, name: bytes = b"") -> bytes:
-        """The path of a name there, below `at`."""
+        """The path of a name in it, below `at`."""
         return b"/".join([*(level.name for level in self.levels), *([name] if name else [])])
 
     def enter(self, name: bytes, *, accessible: bool) -> _Level:
-        """Go down into a directory. Raises OSError: ENOTDIR or ELOOP when it is none, EXDEV for a mount."""
+        """Enter a directory. Raises OSError: ENOTDIR or ELOOP for a non-directory, EXDEV for a mount."""
         fd = _open_directory(self.fd, name, accessible)
         try:
             level = _Level(fd, name)
@@ -170,23 +169,23 @@ class _Descent:
         return level
 
     def leave(self) -> _Level:
-        """Go up again. Raises OSError when the directory was moved meanwhile."""
+        """Return to the parent. Raises OSError if the directory was moved."""
         level = self.levels[-1]
         if len(self.levels) > 1 and self.levels[-2].fd < 0:
             above = self.levels[-2]
             fd = os.open("..", _DIRECTORY | os.O_CLOEXEC, dir_fd=level.fd)
             if not os.path.samestat(os.fstat(fd), above.status):
                 os.close(fd)
-                raise OSError(errno.EBUSY, "it was moved meanwhile", self.path())
+                raise OSError(errno.EBUSY, "it was moved while it was being removed", self.path())
             above.fd = fd
         return self.levels.pop()
 
 
 def _remove(descent: _Descent, name: bytes, unlock: bool) -> OSError | None:
-    """Remove what is no directory, and go down into what is one; returns what kept it."""
+    """Remove a non-directory, or enter a directory. Returns the error, if any."""
     try:
         status = os.stat(name, dir_fd=descent.fd, follow_symlinks=False)
-        # Whatever it was, somebody may have put the other kind in its place by now.
+        # It may have been replaced by an object of the other kind since.
         if not stat.S_ISDIR(status.st_mode):
             with suppress(IsADirectoryError):
                 _unlink(descent, name, unlock)
@@ -215,11 +214,11 @@ def _unlink(descent: _Descent, name: bytes, unlock: bool) -> None:
 
 
 def _leave(descent: _Descent, unlock: bool) -> OSError | None:
-    """Remove the directory that was emptied; returns what kept it."""
+    """Remove the current directory, which was emptied. Returns the error, if any."""
     try:
         level = descent.leave()
     except OSError as error:
-        # There is no way up any more.
+        # There is no way back up.
         descent.levels, lost = [], descent.levels
         for level in lost:
             level.close()
@@ -240,7 +239,7 @@ def _leave(descent: _Descent, unlock: bool) -> OSError | None:
         pass
     except OSError as error:
         if error.errno in (errno.ENOTEMPTY, errno.EEXIST) and level.tries:
-            # Somebody goes on making files in it.
+            # Files are still being created in it.
             level.tries -= 1
             level.names = _names(level.fd)
             descent.levels.append(level)
@@ -255,7 +254,7 @@ def _failed(descent: _Descent, name: bytes, error: OSError) -> OSError:
     _mark(descent)
     code = error.errno or errno.EIO
     if code == errno.EXDEV:
-        return OSError(code, "something is mounted there", descent.path(name))
+        return OSError(code, "a filesystem is mounted there", descent.path(name))
     return OSError(code, os.strerror(code), descent.path(name))
 
 
@@ -273,7 +272,7 @@ def _names(fd: int) -> list[bytes]:
 
 
 def _open_directory(at: int, name: bytes, accessible: bool) -> int:
-    """An fd of a directory; with `accessible` its owner (this user) may do everything in it afterwards."""
+    """An fd of a directory. With `accessible` it gets rwx for its owner, if that is this user."""
     try:
         fd = openat2(at, name, _DIRECTORY, _WITHIN)
     except PermissionError as error:
@@ -296,14 +295,14 @@ def _open_directory(at: int, name: bytes, accessible: bool) -> int:
 
 @contextmanager
 def _unlocked(descent: _Descent, name: bytes) -> Iterator[None]:
-    """Without the flags of chattr(1), for its removal; a file's other names have them back afterwards."""
+    """Clear the flags of chattr(1) for a removal; a file that has other names gets them back."""
     if descent.levels:
         _change_flags(open_for_listing(descent.fd), 0)
     path = openat2(descent.fd, name, _PATH, _WITHIN)
     try:
         mode = os.fstat(path).st_mode
         if not stat.S_ISREG(mode) and not stat.S_ISDIR(mode):
-            yield  # it has no flags, and opening it might do something
+            yield  # it has no flags, and opening it may have side effects
             return
         fd = os.open(f"/proc/self/fd/{path}", os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
     finally:
@@ -318,12 +317,12 @@ def _unlocked(descent: _Descent, name: bytes) -> Iterator[None]:
 
 
 def _change_flags(fd: int, locks: int) -> int:
-    """Set the flags that lock the open file, and close it. Returns those it had."""
+    """Set the locking flags of the open file, and close it. Returns its previous ones."""
     try:
         try:
             flags = int.from_bytes(fcntl.ioctl(fd, _GETFLAGS, bytes(4)), sys.byteorder)
         except OSError:
-            return 0  # a filesystem without
+            return 0  # the filesystem has no flags
         if flags & _LOCKS != locks:
             fcntl.ioctl(fd, _SETFLAGS, (flags & ~_LOCKS | locks).to_bytes(4, sys.byteorder))
         return flags & _LOCKS

@@ -1,10 +1,10 @@
 """Everything that is measured.
 
-base        what a workload is, and a turn at one
+base        a workload, and a turn at one
 files       fio, and opening small files
 metadata    trees of names and attributes
 programs    a database, a build, imports, npm
-scale       what grows: large files, many lowers, huge directories
+scale       large files, many lowers, huge directories
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from benchmarks.perf.workloads.scale import scale
 
 __all__ = ["GROUPS", "Measured", "Turn", "Workload", "all_workloads", "chosen"]
 
-#: Titles, in the order in which they are shown.
+#: Titles, in display order.
 GROUPS = {
     "fio": "Throughput",
     "fio-matrix": "Throughput, all other combinations",
@@ -31,21 +31,21 @@ GROUPS = {
     "nodes": "A large tree",
 }
 
-#: Only measured when it is asked for.
+#: Only measured on request.
 MATRIX = "fio-matrix"
 
 
 def all_workloads(entries: int) -> tuple[Workload, ...]:
-    """Everything, in the order in which it is measured. `entries`: those of the large tree."""
+    """Everything, in the order of measurement. `entries`: those of the large tree."""
     return (*throughput(), *matrix(), *opens(), *metadata(), *programs(), *scale(entries))
 
 
 def chosen(
     workloads: Sequence[Workload], patterns: Sequence[str], *, quick: bool = False, full: bool = False
 ) -> list[Workload]:
-    """Those whose name or group fits one of the patterns (fnmatch); without patterns, the usual ones.
+    """Those whose name or group matches one of the patterns (fnmatch); without patterns, the default ones.
 
-    Raises ValueError with a pattern that fits nothing.
+    Raises ValueError with a pattern that matches nothing.
     """
     if not patterns:
         if quick:

@@ -1,7 +1,7 @@
-"""What a workload is, and how one contestant takes its turn at it.
+"""A workload, and a contestant's turn at it.
 
-Each turn has a mount of its own with an empty upper, so all begins cold. This process itself never looks into
-a mount: a daemon that hangs would take it along. What it starts can be killed.
+Each turn has a fresh mount with an empty upper, so everything starts cold. This process itself never accesses
+a mount: a hung daemon would hang it, too. The processes that it starts can be killed.
 """
 
 from __future__ import annotations
@@ -27,20 +27,20 @@ class Turn:
 
     @property
     def sizes(self) -> Sizes:
-        """How much there is of everything."""
+        """The sizes of everything."""
         return self.area.sizes
 
 
 @dataclass(frozen=True)
 class Measured:
-    """A value for each of a workload's figures by name, and how many operations there were."""
+    """A value for each of a workload's figures by name, and the number of operations."""
 
     values: Mapping[str, float]
     operations: float
 
 
 def never(_area: Area) -> None:
-    """For workloads that can be done everywhere."""
+    """For workloads that run everywhere."""
 
 
 @dataclass(frozen=True)
@@ -53,13 +53,13 @@ class Workload:
     figures: tuple[Figure, ...]
     measure: Callable[[Turn], Measured]
     operation: str = "entry"
-    """What it does many times, for the number of requests that each takes."""
+    """The repeated operation, for the number of requests per operation."""
     family: str = ""
     """Those of one family share a line of a summary."""
     lower: tuple[str, ...] = ()
     """The parts of the lower that are used."""
     upper: tuple[str, ...] = ()
-    """The parts of which there is a copy in the upper, as upper-NAME."""
+    """The parts that are copied into the upper, as upper-NAME."""
     writes: bool = True
     """Whether something in the merged tree is changed."""
     once: bool = False
@@ -69,18 +69,18 @@ class Workload:
     quick: bool = False
     """Part of --quick."""
     unless: Callable[[Area], str | None] = never
-    """Why nobody can do it here."""
+    """Why it cannot run here."""
     daemons_only: bool = False
     unions_only: bool = False
 
     def parts(self) -> set[str]:
-        """What has to be made for it."""
+        """The parts to create for it."""
         return {*self.lower, *self.upper, *(["lowers"] if self.stacked else [])}
 
     def reason_against(self, contestant: Contestant) -> str | None:
-        """Why there is nothing to measure on a contestant; None when there is."""
+        """Why there is nothing to measure on a contestant; None if there is."""
         if contestant.is_plain and (self.unions_only or self.stacked):
-            return "a plain directory is no union"
+            return "a plain directory is not a union"
         if self.daemons_only and contestant.command is None:
             return "it has no daemon"
         if self.writes and not contestant.copies_up:
@@ -90,7 +90,7 @@ class Workload:
     def take_turn(self, contestant: Contestant, area: Area, seconds: float, results: Results | None) -> None:
         """Mount, measure, unmount. Raises CommandFailed, and OSError of a mount that fails.
 
-        Without `results` it is a turn to warm up.
+        Without `results` it is a warm-up turn.
         """
         for part in self.lower:
             area.need(part)
@@ -107,7 +107,7 @@ class Workload:
                     try:
                         figures = mount.figures()
                     except (CommandFailed, ValueError) as error:
-                        # what was measured counts nevertheless
+                        # keep what was measured
                         results.failures["counting requests", contestant.name] = str(error)
                         figures = None
                     requests = None if figures is None else figures.requests
@@ -143,7 +143,7 @@ def timed(
     unions_only: bool = False,
     unless: Callable[[Area], str | None] = never,
 ) -> Workload:
-    """A command in the merged directory that prints so many `lines`; `check` is a shell test of its work."""
+    """A command in the merged directory that prints `lines` lines; `check` is a shell test of its work."""
 
     def measure(turn: Turn) -> Measured:
         words = command(turn)
@@ -155,7 +155,7 @@ def timed(
         try:
             run(["sh", "-c", check], cwd=turn.mount.merged)
         except CommandFailed as error:
-            raise CommandFailed(f"after {program} this does not hold: {check}") from error
+            raise CommandFailed(f"after {program} this check fails: {check}") from error
         return Measured({name: done.seconds * 1e3}, operations(turn.sizes))
 
     return Workload(
@@ -165,5 +165,5 @@ def timed(
 
 
 def one_byte(path: str) -> list[str]:
-    """The command that writes one byte at the begin of a file, which copies it up."""
+    """The command that writes one byte at the start of a file, which copies it up."""
     return ["dd", "if=/dev/zero", f"of={path}", "bs=1", "count=1", "conv=notrunc", "status=none"]

@@ -11,7 +11,7 @@ _GIT = ["git", "-c", "safe.directory=*"]
 def metadata() -> tuple[Workload, ...]:
     """The group metadata."""
     return (
-        timed("find", "metadata", "find, which asks for no attributes", lambda turn: ["find", "tree"],
+        timed("find", "metadata", "find, which requests no attributes", lambda turn: ["find", "tree"],
               lambda sizes: sizes.tree_entries, lines=lambda sizes: sizes.tree_entries,
               writes=False, quick=True),
         timed("du", "metadata", "du -s", lambda turn: ["du", "-s", "tree"],
@@ -27,7 +27,7 @@ def metadata() -> tuple[Workload, ...]:
               lambda turn: [*_GIT, "clone", "-q", "--no-hardlinks", "repo", "clone"],
               lambda sizes: sizes.repository_files, lower=("repo",), check="[ -s clone/file0000.txt ]",
               environment=lambda turn: GIT_ENVIRONMENT, operation="file", quick=True),
-        # to a directory of its own: the tree may be in the lower, and tar would remove each file first
+        # to a new directory: the tree may be in the lower, and tar would remove each file first
         timed("untar", "metadata", "tar -x of the tree",
               lambda turn: ["tar", "-xf", str(turn.area.archive()), "--one-top-level=new"],
               lambda sizes: sizes.tree_entries, lower=(), check="[ -s new/tree/file0000.txt ]", quick=True),

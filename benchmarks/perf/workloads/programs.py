@@ -1,4 +1,4 @@
-"""What people do with such mounts: a database, a C build, the start of a Python program, npm install."""
+"""Common uses of such mounts: a database, a C build, the start of a Python program, npm install."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def _no_npm(_area: Area) -> str | None:
 
 
 def _npm_environment(turn: Turn) -> dict[str, str]:
-    # Its cache is outside of the union, as it is where people build in one.
+    # Its cache is outside the union, as in real builds.
     return {
         "HOME": str(turn.area.root), "npm_config_cache": str(turn.area.root / "npm-cache"),
         "npm_config_update_notifier": "false", "npm_config_audit": "false", "npm_config_fund": "false",
@@ -43,7 +43,7 @@ def programs() -> tuple[Workload, ...]:
         timed("python-imports", "programs", f"a Python that imports {', '.join(IMPORTED)} from the lower",
               lambda turn: [sys.executable, "-I", "-S", "-B", "-c", _IMPORT],
               lambda sizes: 1, lower=("site",), operation="start", writes=False, quick=True),
-        timed("npm-install", "programs", f"npm install --offline, {PACKAGE_FILES} files a package",
+        timed("npm-install", "programs", f"npm install --offline, {PACKAGE_FILES} files per package",
               lambda turn: ["npm", "install", "--offline", "--ignore-scripts", "--silent", "--prefix", "npm"],
               lambda sizes: sizes.packages * PACKAGE_FILES, lower=("npm",), operation="file",
               environment=_npm_environment, check="[ -s npm/node_modules/perf-package-00/lib/part0.js ]",

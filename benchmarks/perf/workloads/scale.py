@@ -1,4 +1,4 @@
-"""What grows: a large file's copy-up, hundreds of lowers, huge directories, the memory of a huge tree."""
+"""Scale: a large file's copy-up, hundreds of lowers, huge directories, the memory of a huge tree."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ def _mount_time(turn: Turn) -> Measured:
 
 
 def _names(turn: Turn, what: str, directory: str, *more: int) -> float:
-    """Microseconds a name."""
+    """Microseconds per name."""
     command = [str(turn.area.helper()), what, str(turn.mount.merged / directory), *map(str, more)]
     return float(run(command).output) / 1e3
 
 
 def _stack(turn: Turn) -> Measured:
-    """Mounting many lowers, then names that lie in each of them, then all of them."""
+    """Mounting many lowers, then names in each of them, then all of them."""
     count = turn.sizes.lowers
     values: Mapping[str, float] = {
         "stack-mount": turn.mount.seconds * 1e3,
@@ -56,7 +56,7 @@ def _nodes(entries: int) -> Workload:
         assert pid is not None
         run(["ls"], cwd=turn.mount.merged)
         before = resident_bytes(pid)
-        # A test of the size makes find ask for every entry's attributes, so that each becomes known.
+        # A test of the size makes find request every entry's attributes, so each gets a node.
         done = run(["find", "many", "-size", "+9"], cwd=turn.mount.merged)
         grown = resident_bytes(pid) - before
         figures = turn.mount.figures()
@@ -73,23 +73,23 @@ def _nodes(entries: int) -> Workload:
 def scale(entries: int) -> tuple[Workload, ...]:
     """The groups scale and nodes. `entries`: those of the large tree."""
     return (
-        timed("copy-up", "scale", "the first byte that is written to a large file of the lower",
+        timed("copy-up", "scale", "the first byte written to a large file of the lower",
               lambda turn: one_byte("huge"),
               lambda sizes: 1, lower=("huge",), operation="copy-up", unions_only=True, quick=True),
         Workload("mount", "scale", "from the start of the command to a mount that answers",
                  (Figure("scale", "mount", "ms"),), _mount_time, operation="mount", unions_only=True,
                  quick=True, writes=False),
-        Workload("stack", "scale", "500 lowers: mount, names that are in one and in none of them, find",
+        Workload("stack", "scale", "500 lowers: mount, names in one and in none of them, find",
                  (Figure("scale", "stack-mount", "ms"), Figure("scale", "stack-lookup", "µs each"),
                   Figure("scale", "stack-absent", "µs each"), Figure("scale", "stack-find", "ms")),
                  _stack, operation="name", stacked=True, quick=True, writes=False),
         timed("names-list", "scale", "list one huge directory", lambda turn: ["ls", "-f", "names"],
               lambda sizes: sizes.names, lower=("names",), lines=lambda sizes: sizes.names + 2,
               operation="name", writes=False, quick=True),
-        Workload("names-lookup", "scale", f"look {NAMES_USED} names up in it, and as many that are not there",
+        Workload("names-lookup", "scale", f"look up {NAMES_USED} names in it, and as many absent ones",
                  (Figure("scale", "names-lookup", "µs each"), Figure("scale", "names-absent", "µs each")),
                  _lookups, operation="name", lower=("names",), writes=False),
-        Workload("names-create", "scale", f"make {NAMES_USED} files in it",
+        Workload("names-create", "scale", f"create {NAMES_USED} files in it",
                  (Figure("scale", "names-create", "µs each"),), _additions, operation="file",
                  lower=("names",), quick=True),
         _nodes(entries),

@@ -1,1 +1,1 @@
-"""Virtual machines for the tests: an image with Debian's own kernel, made once, and QEMU that runs it."""
+"""Virtual machines for the tests: an image with Debian's own kernel, built once, and QEMU to run it."""

@@ -1,4 +1,4 @@
-"""The command line of scripts/vm-test: its options are read there, and come here as they are."""
+"""The command line of scripts/vm-test, which passes its options on unchanged."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ _PASSED_ON = ("UNIONFS_TEST_SESSIONS", "UNIONFS_ORACLE", "UNIONFS_ORACLE_SEED")
 
 
 def main() -> int:
-    """Run what the command line says; gives the exit code."""
-    usage = "scripts/vm-test [--kernel 6.1|6.12|host] [PYTEST ARGUMENT...]; --help tells more"
+    """Run the command; return the exit code."""
+    usage = "scripts/vm-test [--kernel 6.1|6.12|host] [PYTEST ARGUMENT...]; see --help"
     parser = argparse.ArgumentParser(prog="vm-test", usage=usage, add_help=False, allow_abbrev=False)
     parser.add_argument("--kernel", choices=[*image.SUITES, "host"], default="6.12")
     parser.add_argument("--packages", required=True)
@@ -58,13 +58,13 @@ def _kernel(name: str, packages: list[str], work: Path) -> Iterator[Kernel]:
         with image.image(name, packages) as kernel:
             yield kernel
         return
-    image.host_kernel(work)  # refuses before anything is made
+    image.host_kernel(work)  # raises before anything is built
     with image.image("6.12", packages) as kernel:
         yield image.host_kernel(kernel.root)
 
 
 def environment(kernel: str) -> dict[str, str]:
-    """The environment variables of the tests in the machine."""
+    """The environment variables for the tests in the machine."""
     passed = {name: os.environ[name] for name in _PASSED_ON if name in os.environ}
     return {
         **passed,
@@ -81,7 +81,7 @@ def _run(kernel: Kernel, name: str, command: str, work: Path) -> int:
     with machine.running(kernel, command, environment(name), work) as running:
         if sys.stdout.isatty():
             output = running.pieces()
-        else:  # what a terminal would have overwritten is not shown
+        else:  # Skip what a terminal would have overwritten.
             output = (line.rstrip(b"\r\n").rpartition(b"\r")[2] + b"\n" for line in running.lines())
         for part in output:
             sys.stdout.buffer.write(part)

@@ -1,4 +1,4 @@
-"""What a user of the virtual machines is told in one sentence."""
+"""Errors that a user of the virtual machines sees, as one sentence."""
 
 
 class VmError(Exception):

@@ -1,6 +1,6 @@
-"""What of this machine goes into an image while it is made: how apt and pip here reach their packages.
+"""This machine's settings for building an image: how apt and pip reach their packages.
 
-An image is kept in the user's cache only, so nothing of it gets into the repository.
+An image stays in the user's cache, so nothing of it gets into the repository.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ def _output(*command: str) -> str:
 
 
 def debian_mirror() -> str:
-    """Where this machine's apt gets Debian from; deb.debian.org when it is another distribution."""
+    """This machine's apt source for Debian; deb.debian.org on another distribution."""
     try:
         release = platform.freedesktop_os_release()
     except OSError:
@@ -46,16 +46,16 @@ def debian_mirror() -> str:
 
 
 def apt_settings() -> str:
-    """How apt here reaches its repositories (proxies, certificates, retries), as lines of apt.conf."""
+    """This machine's settings of apt (proxies, certificates, retries), as lines of apt.conf."""
     lines = _output("apt-config", "dump").splitlines()
     return "".join(line + "\n" for line in lines if _CARRIED.match(line))
 
 
 def pip_settings() -> tuple[dict[str, str], list[Path]]:
-    """How pip here reaches its index, as environment variables, and the certificates' files that they name.
+    """This machine's settings of pip as environment variables, and the certificate files that they name.
 
     From ``pip config list``, which merges files and variables; see "pip config" in pip's documentation.
-    Indexes and wheels in directories of this machine are left out: such an index names files anywhere.
+    Indexes and wheels in directories of this machine are left out: such an index may name files anywhere.
     """
     environment = {name: os.environ[name] for name in _PROXIES if name in os.environ}
     files = []

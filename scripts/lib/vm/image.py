@@ -1,7 +1,7 @@
 """The images: a Debian root on an ext4, the kernel that belongs to it, and the tests' Python environment.
 
-An image is a directory in the cache, named after a hash of all that it is made from, so that another list of
-packages makes another image. It is made under another name and renamed when it is whole.
+An image is a directory in the cache, named after a hash of its inputs, so another list of packages builds
+another image. It is built under a temporary name and renamed when it is complete.
 """
 
 from __future__ import annotations
@@ -27,10 +27,10 @@ SUITES = {"6.1": "bookworm", "6.12": "trixie"}
 """Debian's releases by the kernels that they ship."""
 
 SOURCE = "/src"
-"""Where the repository is in the machine; the image's environment has the project installed from there."""
+"""The repository's path in the machine; the image's environment has the project installed from there."""
 
 _RECIPE = "1"
-"""To be changed with the code below, when what it makes changes."""
+"""Change it together with the code below, if the image changes."""
 
 _DISK_BYTES = 6 << 30
 _KEPT_SECONDS = 7 * 24 * 3600.0
@@ -44,7 +44,7 @@ mv -- "$name"_*.deb kernel.deb
 rm -rf /var/lib/apt/lists/* /var/cache/apt/*.bin
 """
 
-# The project is installed editable, so that what is put into SOURCE later is what runs.
+# The project is installed editable, so the source that is later put into SOURCE is what runs.
 _INSTALL_PYTHON = f"""
 python3 -m venv /opt/venv
 /opt/venv/bin/python -m pip install -q -e '{SOURCE}[test]'
@@ -70,7 +70,7 @@ exec chroot "$root" /bin/sh -euc "$script"
 
 @dataclass(frozen=True)
 class Kernel:
-    """A kernel to boot: its image, its modules, and the root that it gets."""
+    """A kernel to boot: its image, its modules, and its root."""
 
     release: str  # as uname -r says
     image: Path
@@ -79,7 +79,7 @@ class Kernel:
 
 
 def cache() -> Path:
-    """Where images are kept: ``$XDG_CACHE_HOME/unionfs/vm``, or the same below ``~/.cache``."""
+    """The directory of images: ``$XDG_CACHE_HOME/unionfs/vm``, or the same below ``~/.cache``."""
     base = os.environ.get("XDG_CACHE_HOME", "")
     return (Path(base) if os.path.isabs(base) else Path.home() / ".cache") / "unionfs/vm"
 
@@ -96,7 +96,7 @@ def _run(*command: str | Path, doing: str, env: dict[str, str] | None = None, cw
 
 
 def _project_files() -> list[Path]:
-    """What decides how the project is installed: its requirements, entry points and version."""
+    """The files that determine how the project is installed: its requirements, entry points and version."""
     return [REPOSITORY / name for name in ("pyproject.toml", "README.md", "LICENSE", "unionfs/__init__.py")]
 
 
@@ -112,7 +112,7 @@ def _key(suite: str, packages: Sequence[str]) -> str:
 
 @contextmanager
 def image(name: str, packages: Sequence[str]) -> Iterator[Kernel]:
-    """The image of a kernel in SUITES, held while it is used; made if there is none. Raises VmError."""
+    """The image of a kernel in SUITES, locked while in use; built if missing. Raises VmError."""
     suite = SUITES[name]
     home = cache()
     home.mkdir(parents=True, exist_ok=True)
@@ -141,7 +141,7 @@ def kernel_of(directory: Path) -> Kernel:
 def host_kernel(
     root: Path, release: str | None = None, boot: str = "/boot", lib: str = "/lib/modules"
 ) -> Kernel:
-    """The kernel that runs here (or ``release``), for a root made for another. Raises VmError."""
+    """The running kernel (or ``release``), for a root built for another one. Raises VmError."""
     release = release or os.uname().release
     found = Kernel(release, Path(boot, f"vmlinuz-{release}"), Path(lib, release), root)
     missing = [str(path) for path in (found.image, found.modules / "modules.dep") if not path.is_file()]
@@ -156,12 +156,12 @@ def host_kernel(
 
 def _make(suite: str, packages: Sequence[str], target: Path) -> None:
     if os.geteuid() != 0:
-        raise VmError(f"There is no image of Debian {suite} yet, and only root can make one: run it as root.")
+        raise VmError(f"No image of Debian {suite} exists yet, and only root can build one: run it as root.")
     if os.uname().machine != "x86_64":
-        raise VmError(f"Images are made for x86_64 only, and this machine is {os.uname().machine}.")
+        raise VmError(f"Images are built for x86_64 only, and this machine is {os.uname().machine}.")
     _remove_old(suite, target.parent)
     began = time.monotonic()
-    print(f"Making an image of Debian {suite} in {target}; this takes a few minutes, once", flush=True)
+    print(f"Building an image of Debian {suite} in {target}; this takes a few minutes, once", flush=True)
     partial = Path(tempfile.mkdtemp(prefix=f"partial-{suite}-", dir=target.parent))
     try:
         _build(suite, packages, partial)
@@ -169,12 +169,12 @@ def _make(suite: str, packages: Sequence[str], target: Path) -> None:
         partial.rename(target)
     finally:
         if partial.is_dir():
-            _run("rm", "-rf", "--one-file-system", partial, doing="removing a half-made image")
-    print(f"Made in {time.monotonic() - began:.0f} s", flush=True)
+            _run("rm", "-rf", "--one-file-system", partial, doing="removing an incomplete image")
+    print(f"Built in {time.monotonic() - began:.0f} s", flush=True)
 
 
 def _remove_old(suite: str, home: Path) -> None:
-    """Remove what killed runs left half-made (the caller holds the lock), and images unused for a week."""
+    """Remove incomplete images of killed runs (the caller holds the lock), and images unused for a week."""
     old = list(home.glob(f"partial-{suite}-*"))
     for path in home.glob(f"{suite}-*"):
         held = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
@@ -200,7 +200,7 @@ def _build(suite: str, packages: Sequence[str], home: Path) -> None:
         f"--aptopt={settings}", '--aptopt=Apt::Install-Recommends "false"',
         '--dpkgopt=path-exclude=/usr/share/man/*', '--dpkgopt=path-exclude=/usr/share/doc/*',
         f"--include={','.join(packages)}", suite, root, host.debian_mirror(),
-        doing=f"making a root of Debian {suite}", cwd=home,
+        doing=f"building a root of Debian {suite}", cwd=home,
     )  # fmt: skip
     print("  the kernel", flush=True)
     _chroot(root, _FETCH_KERNEL, doing="fetching the kernel")
@@ -218,14 +218,14 @@ def _build(suite: str, packages: Sequence[str], home: Path) -> None:
     with disk.open("wb") as file:
         file.truncate(_DISK_BYTES)
     options = ("-q", "-t", "ext4", "-E", "lazy_itable_init=0")
-    _run("/usr/sbin/mke2fs", *options, "-d", root, disk, doing="making the disk")
+    _run("/usr/sbin/mke2fs", *options, "-d", root, disk, doing="creating the disk")
     _run("rm", "-rf", "--one-file-system", root, settings, doing="removing the root's directory")
 
 
 def _chroot(
     root: Path, script: str, *, doing: str, env: dict[str, str] | None = None, paths: Sequence[Path] = ()
 ) -> None:
-    """Run a shell script in ``root``, where ``paths`` are as they are here; nothing stays mounted."""
+    """Run a shell script in ``root``, with ``paths`` bound from the host; nothing stays mounted."""
     _run(
         "unshare", "--mount", "--pid", "--fork", "--kill-child", "/bin/sh", "-euc", _ENTER, "enter", root,
         script, "/etc/resolv.conf", *paths, doing=doing,
@@ -237,7 +237,7 @@ def _chroot(
 
 
 def _take_kernel(root: Path, home: Path) -> None:
-    """Unpack the kernel's package: its image and modules to ``home``, its modules into ``root`` too."""
+    """Unpack the kernel's package: its image and modules to ``home``, its modules also into ``root``."""
     unpacked = home / "kernel"
     _run("dpkg-deb", "-x", root / "tmp/kernel.deb", unpacked, doing="unpacking the kernel")
     (root / "tmp/kernel.deb").unlink()

@@ -14,10 +14,10 @@ _GUEST = Path(__file__).parent / "guest"
 
 
 def module_order(modules: Path, wanted: tuple[str, ...] = _WANTED) -> list[str]:
-    """The files of these modules and of what they need, in the order in which they must be loaded.
+    """The files of these modules and their dependencies, in load order.
 
     Those built into the kernel are left out. From modules.dep and modules.builtin, depmod(8): a line of
-    modules.dep lists what a module needs, each one after those that need it.
+    modules.dep lists a module's dependencies, each one after those that need it.
     """
     needs = {}
     for line in (modules / "modules.dep").read_text().splitlines():
@@ -69,7 +69,7 @@ def make(modules: Path, work: Path, files: dict[str, str]) -> Path:
 
 
 def _content(path: Path) -> bytes:
-    """A module without its compression, which busybox's insmod may not know."""
+    """A module uncompressed, as busybox's insmod may not support its compression."""
     if path.suffix == ".xz":
         return lzma.decompress(path.read_bytes())
     if path.suffix == ".zst":

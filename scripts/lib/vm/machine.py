@@ -23,25 +23,25 @@ _QEMU = "qemu-system-x86_64"
 
 
 def acceleration() -> str:
-    """``kvm`` where it works, else ``tcg``; ``$UNIONFS_VM_ACCEL`` overrides. Raises VmError."""
+    """``kvm`` if it works, else ``tcg``; ``$UNIONFS_VM_ACCEL`` overrides. Raises VmError."""
     chosen = os.environ.get("UNIONFS_VM_ACCEL", "")
     if chosen:
         if chosen not in ("kvm", "tcg"):
-            raise VmError(f"UNIONFS_VM_ACCEL is {chosen!r}, and can be kvm or tcg.")
+            raise VmError(f"invalid UNIONFS_VM_ACCEL {chosen!r}: choose kvm or tcg.")
         return chosen
-    # /dev/kvm may be there and open in a machine whose processor cannot run guests.
+    # /dev/kvm may exist and open in a machine whose processor cannot run guests.
     flags = set(re.findall(r"\b(?:vmx|svm)\b", Path("/proc/cpuinfo").read_text()))
     return "kvm" if flags and os.access("/dev/kvm", os.R_OK | os.W_OK) else "tcg"
 
 
 def slowness() -> float:
-    """How many times longer than on the host things may take; ``$UNIONFS_TEST_SLOWNESS`` overrides."""
+    """The factor for timeouts in the machine; ``$UNIONFS_TEST_SLOWNESS`` overrides."""
     return float(os.environ.get("UNIONFS_TEST_SLOWNESS") or (12 if acceleration() == "tcg" else 2))
 
 
 @contextmanager
 def workplace() -> Iterator[Path]:
-    """A directory for one run, removed afterwards; those of runs that were killed are removed, too."""
+    """A directory for one run, removed afterwards, as are those of killed runs."""
     home = image.cache()
     home.mkdir(parents=True, exist_ok=True)
     for path in home.glob("run-*"):
@@ -64,14 +64,14 @@ def workplace() -> Iterator[Path]:
 
 
 def pack_source(target: Path) -> None:
-    """The repository as a tar: what git tracks or would track; the whole directory where there is no git."""
+    """The repository as a tar: what git tracks or would track; the whole directory without git."""
     listed = subprocess.run(
         ["git", "ls-files", "-z", "-co", "--exclude-standard"], cwd=REPOSITORY, stdin=subprocess.DEVNULL,
         capture_output=True,
     )  # fmt: skip
     command = ["tar", "-c", "--owner=0", "--group=0", "-f", str(target)]
     if listed.returncode == 0:
-        # git lists also what is tracked and removed
+        # git also lists tracked files that were removed.
         root = os.fsencode(REPOSITORY)
         names = [n for n in listed.stdout.split(b"\0") if n and os.path.lexists(os.path.join(root, n))]
         command += ["--null", "--no-recursion", "-T", "-"]
@@ -90,7 +90,7 @@ class Disk:
 
 
 class Machine:
-    """A running machine. ``lines`` gives what its command prints; ``code`` is set when that has ended."""
+    """A running machine. ``lines`` yields its command's output; ``code`` is set when the command ends."""
 
     def __init__(self, process: subprocess.Popen[bytes], console: Path) -> None:
         self.process = process
@@ -98,17 +98,17 @@ class Machine:
         self.code: int | None = None
 
     def lines(self) -> Iterator[bytes]:
-        """Each line as it comes, until the machine is off."""
+        """Yield each line as it arrives, until the machine is off."""
         assert self.process.stdout is not None
         for line in self.process.stdout:
             if not self._is_exit(line):
                 yield line
 
     def pieces(self) -> Iterator[bytes]:
-        """What is printed as it comes, also when no line is whole yet."""
+        """Yield the output as it arrives, including incomplete lines."""
         assert self.process.stdout is not None
         output = self.process.stdout.fileno()
-        held, fresh = b"", True  # what may become the line that tells the exit code; a line begins there
+        held, fresh = b"", True  # At the start of a line: possibly the one with the exit code.
         while piece := os.read(output, 1 << 16):
             for line in (held + piece).splitlines(keepends=True):
                 held = b""
@@ -127,12 +127,12 @@ class Machine:
         return found is not None
 
     def cut(self) -> None:
-        """End it without warning, as when the power fails."""
+        """Kill it without warning, as when the power fails."""
         self.process.kill()
         self.process.wait()
 
     def console_text(self) -> str:
-        """The end of what the kernel and the first process said."""
+        """The end of the output of the kernel and the first process."""
         return self.console.read_text(errors="replace")[-4000:] if self.console.exists() else ""
 
 
@@ -146,9 +146,9 @@ def running(
     name: str = "vm",
     files: Mapping[str, str] | None = None,
 ) -> Iterator[Machine]:
-    """Boot a machine that runs a shell script in the repository's directory; ended when the block is left.
+    """Boot a machine that runs a shell script in the repository's directory; killed at the end of the block.
 
-    ``files``: what it finds in /run/guest, name to text.
+    ``files``: the content of its /run/guest, name to text.
     """
     if shutil.which(_QEMU) is None:
         raise VmError(f"{_QEMU} is not installed: apt-get install qemu-system-x86.")
@@ -174,7 +174,7 @@ def running(
     ]  # fmt: skip
     for disk in disks:
         arguments += ["-drive", f"file={disk.path},if=virtio,format=raw{disk.options}"]
-    # A signal of the terminal is for the script, which then ends QEMU; so does the script's own death.
+    # The terminal's signals are for the script, which then ends QEMU, as does the script's own death.
     process = subprocess.Popen(
         ["setpriv", "--pdeathsig", "KILL", *arguments], stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
         stderr=(home / "qemu").open("wb"), start_new_session=True, env={**os.environ, "TMPDIR": str(home)},
@@ -191,9 +191,9 @@ def _quoted(value: str) -> str:
 
 
 def failure(work: Path, machine: Machine, name: str = "vm") -> str:
-    """Why a machine that ended without saying so did; prints what its console and QEMU said."""
+    """Why a machine ended without an exit code; prints the output of its console and QEMU."""
     said = (work / name / "qemu").read_text(errors="replace").strip()
     for title, text in (("console", machine.console_text()), ("QEMU", said)):
         if text:
             print(f"--- {title}:\n{text}")
-    return "The virtual machine ended without saying how its command did; what its console said is above."
+    return "The virtual machine ended without its command's exit code; its console output is above."

@@ -1,4 +1,4 @@
-"""The power cut: QEMU is killed under a load, and after the next boot all that was made durable is there.
+"""The power cut: kills QEMU under a load, and checks after the next boot that all durable data is there.
 
 The disk is attached with ``cache=none``: what the guest's kernel has not written is lost, as with a real cut.
 tests/vm/power_cut.py is the part in the machine.
@@ -26,7 +26,7 @@ _LONGEST_SECONDS = 25.0
 
 
 def run(kernel: Kernel, environment: dict[str, str], work: Path, count: int) -> int:
-    """So many cuts, at moments that differ; gives the exit code. Raises VmError."""
+    """Cut the power ``count`` times, at different moments; return the exit code. Raises VmError."""
     failed = 0
     for turn in range(count):
         kind = KINDS[turn % len(KINDS)]
@@ -34,17 +34,17 @@ def run(kernel: Kernel, environment: dict[str, str], work: Path, count: int) -> 
         home.mkdir()
         disk = home / "disk"
         _format(disk, kind)
-        # from the first write on; the same moments in every run, as far as the machine is as fast
+        # After the first write; the same moments in every run on an equally fast machine.
         seconds = random.Random(turn).uniform(0, _LONGEST_SECONDS * (turn + 1) / count)
         head = f"cut {turn + 1} of {count}, on {kind}"
         print(f"{head}: after {seconds:.1f} s of writing", flush=True)
         claims = _load(kernel, environment, home, disk, kind, turn, seconds)
         removed = sum(1 for line in claims if json.loads(line)["digest"] is None)
         if _is_right(kernel, environment, home, disk, kind, turn, claims):
-            print(f"{head}: {len(claims) - removed} files and {removed} removals were durable, and are")
+            print(f"{head}: {len(claims) - removed} files and {removed} removals were durable and are there")
         else:
             failed += 1
-            print(f"{head}: FAILED; what is wrong is above")
+            print(f"{head}: FAILED; the errors are above")
         disk.unlink()
     print(f"{count} power cuts on Linux {kernel.release}: {count - failed} passed, {failed} failed")
     return 1 if failed else 0
@@ -59,12 +59,12 @@ def _format(disk: Path, kind: str) -> None:
         stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
     )  # fmt: skip
     if done.returncode != 0:
-        raise VmError(f"No {kind} could be made for the power cut: {done.stdout.strip()}.")
+        raise VmError(f"No {kind} could be created for the power cut: {done.stdout.strip()}.")
 
 
 @contextmanager
 def _alarm(running: Machine, seconds: float) -> Iterator[None]:
-    """End the machine after so many seconds."""
+    """Kill the machine after ``seconds``."""
     timer = threading.Timer(seconds, running.process.kill)
     timer.daemon = True
     timer.start()
@@ -77,7 +77,7 @@ def _alarm(running: Machine, seconds: float) -> Iterator[None]:
 def _load(
     kernel: Kernel, environment: dict[str, str], home: Path, disk: Path, kind: str, turn: int, seconds: float
 ) -> list[str]:
-    """Boot, write, cut; gives what was told to be durable until then."""
+    """Boot, write, cut; return what was reported as durable until then."""
     command = f"exec python -m tests.vm.power_cut load /dev/vdc {kind} {turn}"
     attached = Disk(disk, ",cache=none")
     claims: list[str] = []
@@ -93,7 +93,7 @@ def _load(
         with _alarm(running, seconds):  # the cut
             for line in lines:
                 text = line.decode(errors="replace").strip()
-                with suppress(ValueError):  # the last line may be a piece of one
+                with suppress(ValueError):  # The last line may be incomplete.
                     json.loads(text)
                     claims.append(text)
                     continue

@@ -14,17 +14,6 @@ class Struct:
     size: int
     fields: dict[str, tuple[int, int]] = field(default_factory=dict)
 
-    def flat(self) -> dict[str, tuple[int, int]]:
-        """The fields, with those of the nested fuse_file_lock in place of `lk`: the one a request has."""
-        found: dict[str, tuple[int, int]] = {}
-        for name, (offset, size) in self.fields.items():
-            if name == "lk":
-                lock = STRUCTS["fuse_file_lock"].fields.items()
-                found |= {f"lk.{inner}": (offset + at, length) for inner, (at, length) in lock}
-            else:
-                found[name] = (offset, size)
-        return found
-
 
 STRUCTS: Final[dict[str, Struct]] = {}
 NUMBERS: Final[dict[str, int]] = {}

@@ -2,7 +2,7 @@
 
 Run by test_protocol_kernel.py:
 
-    python protocol_server.py MOUNTPOINT LOG --io MODE [--remote-locks] [--unprivileged]
+    python protocol_server.py MOUNTPOINT LOG --io MODE [--unprivileged]
         [--old-copy] [--backing FILE]
 
 Mounts by mount(2), prints "ready" when INIT was answered, serves until the mount is gone, and writes every
@@ -41,6 +41,7 @@ from unionfs.fuse.protocol import (
     Reply,
     Request,
     Settings,
+    Unknown,
     decoder,
     encode,
     negotiate,
@@ -49,6 +50,7 @@ from unionfs.fuse.protocol import (
     requests,
 )
 from unionfs.fuse.protocol import flags as fl
+from unionfs.fuse.protocol.structs import LAYOUTS
 
 HELLO = b"Hello from the other side.\n"
 LIMIT = 60
@@ -77,9 +79,9 @@ class Node:
         size = len(self.target) or len(self.data)
         a, m, c = self.times
         ns = 10**9
-        return encode.attributes(
+        return LAYOUTS["fuse_attr"].struct.pack(
             self.ino, size, -(-size // 512), a // ns, m // ns, c // ns, a % ns, m % ns, c % ns, self.mode,
-            self.nlink, self.uid, self.gid, self.rdev, 4096,
+            self.nlink, self.uid, self.gid, self.rdev, 4096, 0,
         )  # fmt: skip
 
 
@@ -92,7 +94,7 @@ class Memory:
 
     def __init__(self) -> None:
         self.nodes: dict[int, Node] = {}
-        self.root = self.new(stat.S_IFDIR | 0o755, fl.ROOT_ID)
+        self.root = self.new(stat.S_IFDIR | 0o755, 1)
         hello = self.new(stat.S_IFREG | 0o644)
         hello.data[:] = HELLO
         self.root.names[b"hello"] = hello
@@ -102,7 +104,7 @@ class Memory:
             if hasattr(requests, name.title().replace("_", ""))
         }
         self.enosys: frozenset[Opcode] = frozenset()
-        self.open_flags = self.dir_flags = 0
+        self.open_flags = 0
         self.slow = 0
 
     def new(self, mode: int, ino: int | None = None) -> Node:
@@ -142,8 +144,6 @@ class Memory:
     def forget(self, r: requests.Forget) -> None: ...
 
     def batch_forget(self, r: requests.BatchForget) -> None: ...
-
-    def notify_reply(self, r: requests.NotifyReply) -> None: ...
 
     def interrupt(self, r: requests.Interrupt) -> Reply | None:
         if r.interrupted != self.slow:
@@ -248,7 +248,7 @@ class Memory:
     def done(self, r: Request) -> Reply:
         return encode.ok(r.unique)
 
-    flush = release = releasedir = fsync = fsyncdir = setlk = setlkw = done
+    release = fsync = fsyncdir = done
 
     def fallocate(self, r: requests.Fallocate) -> Reply:
         data = self.nodes[r.nodeid].data
@@ -275,9 +275,6 @@ class Memory:
 
     def ioctl(self, r: requests.Ioctl) -> Reply:
         return encode.ioctl(r.unique, 0, struct.pack("=I", 0x10).ljust(r.out_size, b"\0"))  # FS_IMMUTABLE_FL
-
-    def poll(self, r: requests.Poll) -> Reply:
-        return encode.poll(r.unique, r.events & 1)
 
     def statfs(self, r: requests.Statfs) -> Reply:
         return encode.statfs(r.unique, os.statvfs_result((4096, 512, 111, 99, 88, 77, 66, 66, 0, 255)))
@@ -306,12 +303,6 @@ class Memory:
         del self.nodes[r.nodeid].xattrs[r.name]
         return encode.ok(r.unique)
 
-    def getlk(self, r: requests.Getlk) -> Reply:
-        return encode.lock(r.unique, 3, 7, fcntl.F_WRLCK, 12345)
-
-    def opendir(self, r: requests.Opendir) -> Reply:
-        return encode.opened(r.unique, 0, self.dir_flags)
-
     def readdir(self, r: Any, plus: bool = False) -> Reply:
         listing = Listing(r.size)
         node = self.nodes[r.nodeid]
@@ -333,12 +324,19 @@ class Memory:
     def answer(self, request: Request) -> Reply | None:
         """The reply to any request."""
         handler = self.handlers.get(type(request))
-        if handler is None or request.opcode in self.enosys:
+        if handler is None or request.number in self.enosys:
             return encode.error(request.unique, errno.ENOSYS)
         try:
             return handler(request)
         except Refused as error:
             return encode.error(request.unique, error.args[0])
+
+
+def kind_of(request: Request) -> str:
+    """The name of its class, or what it would be called if it had one."""
+    if isinstance(request, Unknown) and request.number in set(Opcode):
+        return Opcode(request.number).name.title().replace("_", "")
+    return type(request).__name__
 
 
 def notifications(fd: int, gate: threading.Lock) -> None:
@@ -369,18 +367,12 @@ def main() -> None:
     parser.add_argument("mountpoint")
     parser.add_argument("log")
     parser.add_argument("--io", type=IoMode, default=IoMode.AUTO)
-    parser.add_argument("--remote-locks", action="store_true")
     parser.add_argument("--unprivileged", action="store_true")
     parser.add_argument("--old-copy", action="store_true")
     parser.add_argument("--backing")
     arguments = parser.parse_args()
     signal.alarm(LIMIT)
-    settings = Settings(
-        io=arguments.io,
-        remote_locks=arguments.remote_locks,
-        security_context=True,
-        supplementary_groups=True,
-    )
+    settings = Settings(io=arguments.io)
     privileges = Privileges(initial_user_namespace=True, sys_admin=not arguments.unprivileged)
     memory = Memory()
     gate = threading.Lock()
@@ -402,7 +394,7 @@ def main() -> None:
             with gate:
                 request = decode(view, size)
                 entry = {
-                    "kind": type(request).__name__,
+                    "kind": kind_of(request),
                     "repr": repr(request)[:400],
                     "hex": view[: min(size, 512)].hex(),
                 }
@@ -413,14 +405,13 @@ def main() -> None:
                     if reply is not None:
                         # ENOENT: an umount came meanwhile, and nobody waits for the answer (fs/fuse/dev.c)
                         with contextlib.suppress(FileNotFoundError):
-                            assert os.writev(fd, reply) == encode.total(reply)
+                            assert os.writev(fd, reply) == sum(map(len, reply))
                     continue
                 decision = negotiate(request, settings, privileges)
                 memory.enosys = decision.enosys
                 if arguments.old_copy:
                     memory.enosys |= {Opcode.COPY_FILE_RANGE_64}
                 memory.open_flags = decision.file_open_flags
-                memory.dir_flags = decision.directory_open_flags
                 decode = decoder(decision.flags)
                 os.writev(fd, encode.init(request.unique, decision.reply))
                 if arguments.backing:

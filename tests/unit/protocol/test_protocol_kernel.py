@@ -177,14 +177,6 @@ def exercise(root: Path) -> None:
     directory = os.open(root, os.O_RDONLY)
     os.fsync(directory)
     os.close(directory)
-    # a creation by somebody in the directory's group sends that group along
-    (root / "shared").mkdir()
-    os.chown(root / "shared", 0, 4242)
-    subprocess.run(
-        [sys.executable, "-c", f"open({str(root / 'shared' / 'x')!r}, 'w').close()"],
-        check=True,
-        extra_groups=[4242],
-    )
 
 
 EVERYWHERE = {
@@ -209,17 +201,17 @@ def check_against_header(messages: list[dict[str, str]]) -> set[str]:
             offset, size = header.fields[name]
             assert getattr(request, name) == int.from_bytes(raw[offset : offset + size], sys.byteorder)
         offset, size = header.fields["opcode"]
-        assert request.opcode == int.from_bytes(raw[offset : offset + size], sys.byteorder)
+        assert request.number == int.from_bytes(raw[offset : offset + size], sys.byteorder)
         if isinstance(request, InitRequest) or request.body is None:
             continue
         own = request[len(HEADER_FIELDS) :]
         names = [
             name
-            for name in STRUCTS[request.body].flat()
+            for name in STRUCTS[request.body].fields
             if not name.startswith(("padding", "unused", "dummy", "reserved"))
         ]
         for value, name in zip(own, names, strict=False):
-            offset, size = STRUCTS[request.body].flat()[name]
+            offset, size = STRUCTS[request.body].fields[name]
             found = raw[header.size + offset : header.size + offset + size]
             signed = name in ("atime", "mtime", "ctime") or (request.body, name) == (
                 "fuse_lseek_in",
@@ -236,7 +228,6 @@ def check_against_header(messages: list[dict[str, str]]) -> set[str]:
         ("--io", "hybrid"),
         ("--io", "passthrough"),
         ("--io", "cached"),
-        ("--io", "cached", "--remote-locks"),
         ("--io", "auto", "--unprivileged"),
         ("--io", "auto", "--old-copy"),
     ],
@@ -250,16 +241,13 @@ def test_every_request_that_a_system_call_makes(tmp_path: Path, arguments: tuple
     assert kinds & {"CopyFileRange", "CopyFileRange64"}
     assert "CopyFileRange" in kinds or "--old-copy" not in arguments
     assert not kinds & {"Unknown", "Access"}
-    assert ("Flush" in kinds) == ("--remote-locks" in arguments) or served.kinds().count("Flush") == 1
-    if "--remote-locks" in arguments:
-        assert kinds >= {"Getlk", "Setlk", "Setlkw"}
+    assert not kinds & {"Getlk", "Setlk", "Setlkw"}
+    assert served.kinds().count("Flush") <= 1
     if served.io == IoMode.CACHED:
         assert served.kinds().count("Open") == 1, "ENOSYS is for ever"
         assert "Release" not in kinds
     assert served.kinds().count("Opendir") == 1
     assert len(check_against_header(served.messages())) > 20
-    created = [message["repr"] for message in served.messages() if message["kind"] == "Create"]
-    assert "groups=(4242,)" in created[-1]
 
 
 def test_passthrough(tmp_path: Path) -> None:
@@ -277,9 +265,6 @@ def test_notifications(tmp_path: Path) -> None:
     """The kernel takes each of them (all bytes of it), and what it should do happens."""
     with serve(tmp_path, "--io", "cached") as served:
         root = served.path
-        for name in "abcdef":
-            (root / name).write_text(name)
-        inodes = {name: (root / name).stat().st_ino for name in "abcdef"}
         hello = (root / "hello").stat().st_ino
         assert (root / "hello").read_text() == HELLO
         reads = served.kinds().count("Read")
@@ -290,33 +275,11 @@ def test_notifications(tmp_path: Path) -> None:
         assert (root / "hello").read_text() == HELLO
         assert served.kinds().count("Read") == reads + 1
 
-        assert served.notify(["retrieve", 77, hello, 0, 4096]) == [48]
-        (root / "new name").exists()
-        replies = [message for message in served.messages() if message["kind"] == "NotifyReply"]
-        assert len(replies) == 1
-        assert replies[0]["repr"].startswith("NotifyReply(unique=77, ")
-        assert bytes.fromhex(replies[0]["hex"])[80:] == HELLO.encode()
         assert served.notify(["store", hello, 6, "stored text"]) == [40 + 11]
         assert (root / "hello").read_text() == HELLO[:6] + "stored text" + HELLO[17:]
 
-        lookups = served.kinds().count("Lookup")
-        assert served.notify(["inval_entry", 1, "a"], ["expire_entry", 1, "b"]) == [34, 34]
-        (root / "a").stat(), (root / "b").stat()
-        assert served.kinds().count("Lookup") == lookups + 2
-
-        assert served.notify(["delete", 1, inodes["c"], "c"]) == [42]
-        assert served.notify(["inc_epoch"]) == [16]
-        (root / "d").stat()
-        assert served.kinds().count("Lookup") == lookups + 3
-
         assert served.notify(["resend"]) == [16]
-        assert served.notify(["poll_wakeup", 1]) == [24]
-        assert served.notify(["inval_entry", 1, "never seen"], ["inval_inode", 999, 0, 0]) == [
-            "ENOENT",
-            "ENOENT",
-        ]
-        assert served.notify(["prune", list(inodes.values())]) == [32 + 48]
-        wait_for(lambda: "BatchForget" in served.kinds())
+        assert served.notify(["inval_inode", 999, 0, 0]) == ["ENOENT"]
         assert "Unknown" not in served.kinds()
 
 

@@ -12,7 +12,8 @@ import click
 from unionfs.cli.volume.common import complete_volumes, open_volumes, root_option, tell
 
 if TYPE_CHECKING:
-    from unionfs.storage.backup import Progress, Report
+    from unionfs.storage.archive.write import Progress
+    from unionfs.storage.backup import Report
 
 _COMPRESS = ("zstd", "gzip", "none")
 

@@ -56,7 +56,7 @@ def pairs(words: Iterable[str], what: str, *, bare: bool = False) -> dict[str, s
 def complete_volumes(
     context: click.Context, parameter: click.Parameter, incomplete: str
 ) -> list[CompletionItem]:
-    """The names of volumes that begin with what is typed; none when the registry can't be read."""
+    """The names of volumes that begin with what is typed; none when the storage root can't be read."""
     from click.shell_completion import CompletionItem
 
     try:

@@ -1,20 +1,20 @@
-"""Preparing the listing that is asked for next, in the time in which there is nothing to answer.
+"""Preparing the next listing while there is nothing to answer.
 
-Who walks a tree (find, du, grep -r, git status) lists directories in an order that is easily guessed: the
-first one below that which was just listed, else the next one beside or above it. While the walker is busy
-with one listing, the daemon makes the next one; when it is asked for, only the answer is left to be sent.
+A process that walks a tree (find, du, grep -r, git status) lists directories in a predictable order: the
+first one below the one just listed, else the next one beside or above it. While it works on one listing, the
+daemon makes the next one; when the request comes, only the answer is left to be sent.
 
 Rules:
 - Only for a walker: the last guesses were right.
-- Only of directories that show just what the lowers have: those without a part in the upper. Whatever changes
-  a name of a lower there, or an object, leaves something in such a part; so when it comes to the answer,
-  there must still be none, or an empty one (chmod -R and chown -R copy each directory up, then list it).
-- In small steps: a request that comes meanwhile waits for one of them. So nothing that is learned in one step
-  may be taken for granted in the next.
-- The kernel does not know what was prepared. The directory is kept in the node table until then (one of its
-  lookups is ours). Nodes made for it have no lookups until the answer is sent, and go when it is not wanted;
-  nodes that were known may be forgotten, superseded or, where times of access are kept, read meanwhile: then
-  it is not used.
+- Only for directories that show just what the lowers have: those without a part in the upper. Whatever
+  changes a name of a lower there, or an object, leaves something in such a part; so before the answer, there
+  must still be none, or an empty one (chmod -R and chown -R copy each directory up, then list it).
+- In small steps: a request that arrives meanwhile waits for one of them. So a fact learned in one step may be
+  wrong in the next.
+- The kernel does not know what was prepared. The directory stays in the node table until then (one of its
+  lookups is the daemon's). Nodes made for it have no lookups until the answer is sent, and go when it is not
+  used. It is not used if nodes that were known are forgotten or superseded meanwhile or, where times of
+  access are kept, read.
 """
 
 from __future__ import annotations
@@ -23,22 +23,21 @@ import logging
 from collections.abc import Callable, Iterator
 from typing import Final
 
-from unionfs.fuse.directories import NO_ENTRIES
+from unionfs.fuse.directories import NO_ENTRIES, Entries
 from unionfs.fuse.operations import Operations
 from unionfs.fuse.protocol import Listing
-from unionfs.union.listing import is_unchanged
-from unionfs.union.nodes import Node
+from unionfs.union.node import Node
 
 log = logging.getLogger(__name__)
 
 _SURE: Final = 2
-"""So many right guesses, one after the other, make a walker."""
+"""This many right guesses in a row make a walker."""
 _IN_VAIN: Final = -16
-"""What counts as that many wrong ones: a listing that was prepared and then could not be used."""
+"""The count of right guesses after a listing was prepared and could not be used."""
 _LEFT_OUT: Final = 64
-"""A walker that leaves out more directories at once is taken for another one."""
+"""A walker that skips more directories at once counts as another one."""
 _WALK: Final = 10_000
-"""Directories to come that are remembered, at most."""
+"""The largest number of directories to come that are remembered."""
 
 
 class Unfit(Exception):
@@ -46,7 +45,7 @@ class Unfit(Exception):
 
 
 class Prepared:
-    """The first part of a listing for which nobody has asked yet."""
+    """The first part of a listing, ahead of its request."""
 
     def __init__(self, node: Node, size: int) -> None:
         self.node = node
@@ -55,15 +54,20 @@ class Prepared:
         #: What is in it: a name after the other.
         self.nodes: list[Node] = []
 
+    def begin(self, entries: Entries) -> None:
+        """These are the names of the directory."""
+        self.entries = entries
+
 
 class Ahead:
-    """Guesses which directory is listed next, and has its listing prepared, one at a time."""
+    """Guesses which directory is listed next, and prepares its listing, one at a time."""
 
     def __init__(
         self, operations: Operations, prepare: Callable[[Prepared], Iterator[None]]
     ) -> None:
         """``prepare`` begins to prepare a listing; each step does a part. It may raise `Unfit`."""
         self._operations = operations
+        self._enabled = operations.union.shortcuts.ahead
         self._prepare = prepare
         self._prepared: Prepared | None = None
         self._work: Iterator[None] | None = None
@@ -77,7 +81,7 @@ class Ahead:
     def listed(self, node: Node, below: list[Node], size: int) -> None:
         """A listing was read from its start; ``below``: the directories in it, in the order of the listing.
 
-        ``size``: bytes that the answer could have.
+        ``size``: the size limit of the answer, in bytes.
         """
         walk = self._walk
         if walk and walk[-1] is node:
@@ -90,14 +94,14 @@ class Ahead:
             walk.clear()
         walk.extend(reversed(below))
         self._drop()
-        if self._right >= _SURE and walk and _is_fit(walk[-1]):
-            walk[-1].lookups += 1
+        if self._enabled and self._right >= _SURE and walk and _is_fit(walk[-1]):
+            walk[-1].looked_up()
             self._prepared = Prepared(walk[-1], size)
             self._work = self._prepare(self._prepared)
             self.begun += 1
 
     def _leave_out(self, node: Node) -> None:
-        """What should have come before ``node`` was not listed."""
+        """The walker skipped what was expected before ``node``."""
         walk = self._walk
         for back in range(1, min(len(walk), _LEFT_OUT) + 1):
             if walk[-back] is node:
@@ -106,14 +110,14 @@ class Ahead:
         walk.clear()
 
     def step(self) -> bool:
-        """Do a small part of the work there is; False: there is none."""
+        """Do a small part of the work; False if there is none."""
         if self._work is None:
             return False
         try:
             next(self._work)
         except StopIteration:
             self._work = None
-        except (OSError, Unfit):  # an error is told to who asks for the listing
+        except (OSError, Unfit):  # the request for the listing gets the error
             self._drop()
         except Exception:
             log.exception("a listing could not be prepared")
@@ -121,7 +125,7 @@ class Ahead:
         return True
 
     def take(self, node: Node, size: int) -> Prepared | None:
-        """The listing of a directory for an answer of ``size`` bytes, if it is the one that is prepared."""
+        """The listing of a directory for an answer of ``size`` bytes, if it is prepared."""
         if self._prepared is None or self._prepared.node is not node:
             return None
         prepared = self._finished()
@@ -144,7 +148,7 @@ class Ahead:
     def _holds(self, prepared: Prepared) -> bool:
         """Whether what was prepared is what would be found now. Raises ``OSError``."""
         node = prepared.node
-        if node.unlinked or not is_unchanged(self._operations.union, node):
+        if node.unlinked or not self._operations.union.merge.shows_only_lowers(node.parts):
             return False
         kept = all(part.layer.atime_stays for part in node.parts)
         return all(self._is_current(child) and (kept or not child.lookups) for child in prepared.nodes)
@@ -160,7 +164,7 @@ class Ahead:
             self._operations.forget(prepared.node.id, 1)
 
     def let_go(self, nodes: list[Node]) -> None:
-        """Nodes that were looked up, and not told to the kernel, are not needed."""
+        """Drop nodes that were looked up without telling the kernel."""
         for node in nodes:
             if self._is_current(node):
                 self._operations.forget(node.id, 0)
@@ -168,4 +172,4 @@ class Ahead:
 
 def _is_fit(node: Node) -> bool:
     """Whether a listing can be prepared: see the rules above."""
-    return node.lookups > 0 and not node.is_upper and node.identity is None and not node.unlinked
+    return node.lookups > 0 and not node.in_place and not node.unlinked

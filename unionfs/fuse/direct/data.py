@@ -1,7 +1,7 @@
-"""Requests about open files: translated, answered.
+"""Requests about open files: handlers that translate and answer.
 
-An open file is known by its number, or, where the kernel was told not to send OPEN, by its node alone: then
-the number is 0, and the files that are read and written are kept open in a bounded number.
+A request names an open file by its number or, where the kernel sends no OPEN, by its node alone: then the
+number is 0, and a bounded number of files stay open (`OpenFiles.keep`).
 """
 
 from __future__ import annotations
@@ -10,7 +10,8 @@ import errno
 import fcntl
 import os
 import stat
-from collections import OrderedDict
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Final
 
 from unionfs.fuse.direct.device import Device
@@ -28,11 +29,10 @@ from unionfs.fuse.protocol.flags import (
     WRITE_CACHE,
     WRITE_KILL_SUIDGID,
 )
+from unionfs.union.attributes import Attributes
 from unionfs.union.files import OpenFile
-from unionfs.union.nodes import Node
-from unionfs.union.tree import Union
+from unionfs.union.node import Node
 
-_KEPT_OPEN: Final = 512
 _MAX_COPY: Final = 0x7FFFF000  # MAX_RW_COUNT, and it fits the 32 bits of the answer
 
 # include/uapi/linux/fs.h; the 64-bit numbers, though the argument is an int
@@ -42,39 +42,6 @@ _FSGETXATTR: Final = 0x801C581F
 _FSSETXATTR: Final = 0x401C5820
 _READING_IOCTLS: Final = (_GETFLAGS, _FSGETXATTR)
 _WRITING_IOCTLS: Final = (_SETFLAGS, _FSSETXATTR)
-
-
-class NodeFiles:
-    """Backing files of nodes, open for requests that name no open file. The least used ones are closed."""
-
-    def __init__(self, union: Union) -> None:
-        self._union = union
-        self._files: OrderedDict[Node, OpenFile] = OrderedDict()
-
-    def __len__(self) -> int:
-        return len(self._files)
-
-    def get(self, node: Node, *, write: bool) -> OpenFile:
-        """The node's backing file. Raises ``OSError``."""
-        file = self._files.get(node)
-        if file is not None:
-            if file is node.file and (file.writable if write else file.readable):
-                self._files.move_to_end(node)
-                return file
-            self.drop(node)  # it was copied up, or more is needed
-        # Under writeback a page is read before it is written, so all that can be is opened for both.
-        file = self._union.open_file(node, write=write)
-        self._files[node] = file
-        if len(self._files) > _KEPT_OPEN:
-            oldest, unused = self._files.popitem(last=False)
-            self._union.close_file(oldest, unused)
-        return file
-
-    def drop(self, node: Node) -> None:
-        """Close the node's backing file, if it is open."""
-        file = self._files.pop(node, None)
-        if file is not None:
-            self._union.close_file(node, file)
 
 
 class DataRequests:
@@ -96,9 +63,8 @@ class DataRequests:
         self._names = names
         self._device = device
         self._splicer = splicer
-        self.node_files = NodeFiles(operations.union)
-        operations.on_gone = self.node_files.drop
-        #: Whether opens are not told to us.
+        self._open_files = operations.union.files
+        #: Whether the kernel sends no OPEN.
         self._opens_unseen = Opcode.OPEN in decision.enosys
         self._buffer = memoryview(bytearray(max(1 << 20, decision.reply.max_write)))
         self.table: dict[Opcode, Answer] = {
@@ -127,24 +93,26 @@ class DataRequests:
         flags = request.flags
         reads = flags & (os.O_ACCMODE | os.O_TRUNC) == os.O_RDONLY
         if not reads and self._ios.holds_lower(node):
-            self._union.require_writable(node)
-            # This open is refused and need not come again (/proc/self/fd), so it must not have truncated.
-            if node.copying is None:
+            node.territory.require_writable()
+            # This open fails, and may not be retried (/proc/self/fd), so it must not truncate.
+            if not self._operations.copy_ups.is_running(node):
                 self._union.nodes.supersede(node)
-                self._union.stale.append(node)
+                self._operations.invalidations.of_node(node)
                 raise stale()
             flags = os.O_RDWR
-        await self._files.prepare(node, flags)
-        if node.successor is not None:  # somebody was faster
-            raise stale()
-        if self._ios.is_outdated(node):
-            self._union.nodes.supersede(node)
+        prepared = await self._files.prepare(node, flags)
+        outdated = node.successor is None and self._ios.is_outdated(node)
+        if outdated or node.successor is not None:  # superseded meanwhile
+            if prepared is not None:
+                self._open_files.take_back(node, prepared)
+            if outdated:
+                self._union.nodes.supersede(node)
             raise stale()
         if reads and self._ios.may_have_all(node):
             number = self._files.open_unread(node, request.uid)
         else:
             kills = bool(request.open_flags & OPEN_KILL_SUIDGID)
-            number = self._files.open(node, request.flags, request.uid, kills_set_ids=kills)
+            number = self._files.open(node, request.flags, request.uid, prepared, kills_set_ids=kills)
         handle = self._files[number]
         try:
             open_flags, backing_id = self._ios.opened(handle)
@@ -158,7 +126,7 @@ class DataRequests:
     def _fill(self, id_: int, file: OpenFile) -> None:
         """Put a small file into the page cache with its first open, which saves the READ.
 
-        Nobody else has it open, so no page of it is locked by a request that waits for us.
+        It has no other open, so no request that waits for this daemon holds a lock on its pages.
         """
         size = 0 if file.st is None else file.st.st_size
         if not 0 < size <= SMALL_FILE:
@@ -166,37 +134,35 @@ class DataRequests:
         try:
             count = file.read_into(self._buffer[:size], 0)
         except OSError:
-            return  # who reads it is told
+            return  # the READ gets the error
         if count == size:
             self._device.notify(notify.store(id_, 0, self._buffer[:size]))
-            self._files.bytes_read += size
+            self._files.was_read(size)
 
     def _create(self, request: rq.Create) -> Reply:
         parent = self._operations.directory(request.nodeid)
-        number, node, attributes = self._files.create(
+        created = self._files.create(
             self._operations.changes, parent, request.name, request.mode, request.flags,
             self._names.caller(request),
         )  # fmt: skip
-        return self._created(request.unique, number, (node, attributes))
+        return self._created(request.unique, *created)
 
     def _tmpfile(self, request: rq.Tmpfile) -> Reply:
         parent = self._operations.directory(request.nodeid)
-        number, node, attributes = self._files.tmpfile(
+        created = self._files.tmpfile(
             self._operations.changes, parent, request.mode, request.flags, self._names.caller(request)
         )
-        return self._created(request.unique, number, (node, attributes))
+        return self._created(request.unique, *created)
 
-    def _created(self, unique: int, number: int, found: tuple[Node, object]) -> Reply:
-        node, attributes = found
+    def _created(self, unique: int, number: int, node: Node, attributes: Attributes) -> Reply:
         if self._opens_unseen:
-            # No RELEASE will come either.
-            entry = self._names.entry_out((node, attributes))  # type: ignore[arg-type]
-            self.node_files.get(node, write=True)
+            # The kernel sends no RELEASE either.
+            entry = self._names.entry_out((node, attributes))
+            self._open_files.keep(node, write=True)
             self._files.release(number)
             return encode.created(unique, entry, 0, 0)
         opened = self._ios.opened(self._files[number])
-        entry = self._names.entry_out((node, attributes))  # type: ignore[arg-type]
-        return encode.created(unique, entry, number, *opened)
+        return encode.created(unique, self._names.entry_out((node, attributes)), number, *opened)
 
     def _release(self, request: rq.Release) -> Reply:
         if request.fh:
@@ -207,12 +173,12 @@ class DataRequests:
     # -- data -----------------------------------------------------------------------------------------
 
     def _reading(self, id_: int, number: int) -> OpenFile:
-        """The file to read, opened if it was not yet: not in a thread."""
+        """The file to read, opened here and not in a thread if it was not open yet."""
         if number:
             file = self._files[number].file
             _ = file.fd
             return file
-        return self.node_files.get(self._operations.node(id_), write=False)
+        return self._open_files.keep(self._operations.node(id_), write=False)
 
     async def _writing(self, id_: int, number: int) -> OpenFile:
         if number:
@@ -222,7 +188,7 @@ class DataRequests:
             return handle.file
         node = self._operations.node(id_)
         await self._operations.copy_ups.ensure(node)
-        return self.node_files.get(node, write=True)
+        return self._open_files.keep(node, write=True)
 
     async def _read(self, request: rq.Read) -> Reply | None:
         file = self._reading(request.nodeid, request.fh)
@@ -230,29 +196,26 @@ class DataRequests:
             if await self._spliced(request, file):
                 return None
             file = self._reading(request.nodeid, request.fh)  # it may have been copied up meanwhile
-        # Answered before anything else is read, so one buffer serves all that need not wait for a disk.
+        # The answer is sent before the next request is read, so one buffer serves all reads that do not wait.
         if file.waits and request.size >= WORTHWHILE:
-            here = None  # other requests may have been read meanwhile, by whom the buffer may be in use
+            here = None  # other requests were read meanwhile, and may use the buffer
         else:
             here = file.read_into(self._buffer[: request.size], request.offset)
         if here is not None:
-            self._files.bytes_read += here
+            self._files.was_read(here)
             return encode.data(request.unique, self._buffer[:here])
         return encode.data(request.unique, await self._files.read(file, request.offset, request.size))
 
     async def _spliced(self, request: rq.Read, file: OpenFile) -> bool:
-        """Answer without the data coming by here; in a thread when a disk may have to be waited for, so that
-        several are read at once. False: it can't be done that way."""
+        """Answer by splicing; in a thread when a read may wait for a disk, so that several run at once. False
+        if that is not possible."""
         arguments = request.unique, file, request.offset, request.size
         if not file.waits:
             count = self._splicer.answer(*arguments)
         else:
-            file.users += 1
-            try:
+            with file:
                 count = await in_thread(self._splicer.answer, *arguments)
-            finally:
-                file.release()
-        self._files.bytes_read += count
+        self._files.was_read(count)
         return count > 0
 
     async def _write(self, request: rq.Write) -> Reply:
@@ -265,7 +228,7 @@ class DataRequests:
                 count = await self._write_all(request, file)
         except OSError:
             if request.write_flags & WRITE_CACHE:
-                # What could not be written must not stay readable from the page cache.
+                # Data that could not be written must not stay readable in the page cache.
                 self._device.notify_later(notify.inval_inode(request.nodeid))
             raise
         return encode.written(request.unique, count)
@@ -273,8 +236,8 @@ class DataRequests:
     async def _write_all(self, request: rq.Write, file: OpenFile) -> int:
         kills = bool(request.write_flags & WRITE_KILL_SUIDGID)
         count = await self._files.write(file, request.offset, request.data, kills_set_ids=kills)
-        # Written back from the page cache, nobody looks whether all was written: what is left out is an
-        # error (fs/fuse/file.c, fuse_writepage_end).
+        # The kernel does not check the count of a write-back, so a short one must be an error
+        # (fs/fuse/file.c, fuse_writepage_end).
         while request.write_flags & WRITE_CACHE and count < len(request.data):
             rest = request.data[count:]
             count += await self._files.write(file, request.offset + count, rest, kills_set_ids=kills)
@@ -286,7 +249,7 @@ class DataRequests:
             node, file = handle.node, handle.file
         else:
             node = self._operations.node(request.nodeid)
-            file = self.node_files.get(node, write=False)
+            file = self._open_files.keep(node, write=False)
         await self._files.fsync(node, file, datasync=bool(request.fsync_flags & FSYNC_FDATASYNC))
         return encode.ok(request.unique)
 
@@ -305,7 +268,7 @@ class DataRequests:
     async def _copy_file_range_64(self, request: rq.CopyFileRange64) -> Reply:
         return encode.copied(request.unique, await self._copied(request))
 
-    async def _copied(self, request: rq.CopyFileRange | rq.CopyFileRange64) -> int:
+    async def _copied(self, request: rq.CopyFileRange) -> int:
         target = await self._writing(request.nodeid_out, request.fh_out)
         source = self._reading(request.nodeid, request.fh_in)
         return await self._files.copy_range(
@@ -323,21 +286,25 @@ class DataRequests:
         value.extend(bytes(max(request.out_size, 32) - len(value)))
         if request.cmd in _WRITING_IOCTLS:
             await self._operations.copy_ups.ensure(node)
-            node.ctime = None
-        fd = self._own_fd(node)
-        try:
+            node.changes()
+        with self._own_fd(node) as fd:
             result = fcntl.ioctl(fd, request.cmd, value)
-        finally:
-            os.close(fd)
         return encode.ioctl(request.unique, result, bytes(value[: request.out_size]))
 
-    def _own_fd(self, node: Node) -> int:
+    @contextmanager
+    def _own_fd(self, node: Node) -> Iterator[int]:
+        """An fd of the node's object within the block. Raises ENOTTY for what has no flags."""
         if node.is_dir:
-            return self._union.gate.open_for_listing(node.parts[0])
+            fd = self._union.gate.open_for_listing(node.parts[0])
+            try:
+                yield fd
+            finally:
+                os.close(fd)
+            return
         if node.kind != stat.S_IFREG:
             raise error(errno.ENOTTY)
-        file = self._union.open_file(node, write=False)
+        file = self._open_files.lend(node, write=False)
         try:
-            return os.dup(file.fd)
+            yield file.fd
         finally:
-            self._union.close_file(node, file)
+            self._open_files.take_back(node, file)

@@ -31,11 +31,11 @@ class Device:
         self.fd = fd
         #: Backing files registered now.
         self.backing_files = 0
-        #: Notices that have to be sent from a thread.
+        #: Notices that have to be sent from a thread; see :meth:`take_later`.
         self.later: list[Reply] = []
 
     def answer(self, reply: Reply) -> None:
-        """Send an answer; one that nobody waits for any more is dropped."""
+        """Send an answer; if the caller is gone it is dropped."""
         try:
             os.writev(self.fd, reply)
         except OSError as error:
@@ -47,10 +47,10 @@ class Device:
                     os.writev(self.fd, encode.error(unique, errno.EIO))
 
     def notify(self, notice: Reply) -> None:
-        """Send a notice; an object that the kernel does not know any more is no error.
+        """Send a notice; an object that the kernel has forgotten is not an error.
 
-        A notice about cached data may have to wait for requests that we serve, so it is sent from a thread.
-        One about attributes alone waits for nothing, when a request holds the object (fs/fuse/inode.c,
+        A notice about cached data may have to wait for requests that this daemon serves, so it is sent from a
+        thread. One about attributes alone does not wait when a request holds the object (fs/fuse/inode.c,
         fuse_reverse_inval_inode).
         """
         try:
@@ -60,11 +60,16 @@ class Device:
                 log.warning("the kernel refused a notice: %s", error.strerror)
 
     def notify_later(self, notice: Reply) -> None:
-        """Have the loop send a notice from a thread, after the answer to the request at hand."""
+        """Have the loop send a notice from a thread, after the answer to the current request."""
         self.later.append(notice)
 
+    def take_later(self) -> list[Reply]:
+        """The notices that have to be sent now."""
+        notices, self.later = self.later, []
+        return notices
+
     def register(self, fd: int) -> int:
-        """Let the kernel read and write the file behind ``fd`` by itself; gives the backing id.
+        """Register ``fd`` as a backing file, for passthrough; returns the backing id.
 
         Raises ``OSError``: ELOOP for a file on too many stacked filesystems, EPERM without privilege.
         """
@@ -75,10 +80,10 @@ class Device:
         return backing_id
 
     def unregister(self, backing_id: int) -> None:
-        """The kernel may let go of a backing file when no open file uses it any more."""
+        """Unregister a backing file; the kernel keeps it until the last open file that uses it is closed."""
         self.backing_files -= 1
         fcntl.ioctl(self.fd, DEV_IOC_BACKING_CLOSE, _ID.pack(backing_id))
 
     def close(self) -> None:
-        """Close the device: what is mounted still is cut off."""
+        """Close the device, which cuts off a mount that still exists."""
         os.close(self.fd)

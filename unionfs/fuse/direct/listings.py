@@ -12,7 +12,7 @@ from unionfs.fuse.directories import DOT, DOT_DOT, NO_ENTRIES, Entries
 from unionfs.fuse.operations import Operations
 from unionfs.fuse.protocol import FOREVER, NEVER, Listing, Opcode, Reply, encode
 from unionfs.fuse.protocol import requests as rq
-from unionfs.union.nodes import Node
+from unionfs.union.node import Node
 
 
 class ListingRequests:
@@ -34,11 +34,11 @@ class ListingRequests:
         (cookies, names, _), first = await self._start(node, request.offset, listing, plus=False)
         for index in range(first, len(names)):
             try:
-                known = self._union.number(node, names[index])
+                known = node.territory.number(node, names[index])
             except OSError:
                 known = self._union.number_of_unreachable(node, names[index])
             else:
-                known = known or self._union.number_of_bare_whiteout(node, names[index])
+                known = known or node.territory.number_of_bare_whiteout(node, names[index])
             if known is not None and not listing.add(names[index], known[0], cookies[index], known[1]):
                 break
         if first == len(names):
@@ -63,7 +63,7 @@ class ListingRequests:
             if first == len(entries.names):
                 self._operations.directories.end(node)
         for child in nodes:
-            child.lookups += 1
+            child.looked_up()
         if request.offset == 0:
             self.ahead.listed(node, [child for child in nodes if child.is_dir], request.size)
         return encode.data(request.unique, listing.packed())
@@ -73,22 +73,23 @@ class ListingRequests:
         yield
         entries = self._operations.directories.at_once(node)
         if entries is None:
-            raise Unfit("it is large, and made in a thread when somebody asks")
-        if node.is_upper and (node.is_pure_upper or entries.shows_upper):
-            raise Unfit("it shows names of the upper, which may go and leave nothing behind")
-        prepared.entries = entries = entries.later()
+            raise Unfit("it is large, so a thread reads it on request")
+        if node.in_place and (node.is_pure_upper or entries.shows_upper):
+            raise Unfit("it shows names of the upper, which can vanish without a trace")
+        entries = entries.later()
+        prepared.begin(entries)
         _add_dots(prepared.listing, node, 0, plus=True)
         for child in self._found(node, entries, 0, prepared.listing, ahead=True):
             prepared.nodes.append(child)
-            if child.identity is not None:
-                raise Unfit("what is bound may change at any time")
+            if not child.territory.lasting:
+                raise Unfit("bound storage may change at any time")
             yield
 
     def _found(
         self, node: Node, entries: Entries, first: int, listing: Listing, *, ahead: bool = False
     ) -> Iterator[Node]:
-        """Add what has these names, from the index ``first`` on, as long as it fits: its node after each."""
-        lookup, valid = self._union.lookup, self._ios.valid
+        """Add the names from the index ``first`` on as long as they fit; yields the node of each."""
+        lookup, valid = node.territory.lookup, self._ios.valid
         cookies, names, parts = entries
         for index in range(first, len(names)):
             name = names[index]
@@ -103,7 +104,7 @@ class ListingRequests:
                 self._add_unknown(listing, name, cookies[index], unknown)
                 continue
             if found is None:
-                unknown = self._union.number_of_bare_whiteout(node, name)
+                unknown = node.territory.number_of_bare_whiteout(node, name)
                 self._add_unknown(listing, name, cookies[index], unknown)
                 continue
             child, attributes = found
@@ -111,7 +112,7 @@ class ListingRequests:
                 name,
                 cookies[index],
                 child.id,
-                FOREVER if child.identity is None else NEVER,
+                FOREVER if child.territory.lasting else NEVER,
                 valid(child, attributes),
                 encode.attribute_values(
                     attributes.st, attributes.ino, attributes.nlink, attributes.ctime_ns
@@ -121,12 +122,14 @@ class ListingRequests:
 
     @staticmethod
     def _add_unknown(listing: Listing, name: bytes, cookie: int, known: tuple[int, int] | None) -> None:
-        """A name that cannot be looked up. It counts no lookup; the next request for it gets the error."""
+        """Add a name that cannot be looked up. It counts no lookup; the next request for it gets the
+        error."""
         if known is not None:
             listing.add_plus(name, known[0], cookie, known[1], encode.NO_ENTRY)
 
     async def _start(self, node: Node, offset: int, listing: Listing, *, plus: bool) -> tuple[Entries, int]:
-        """``.`` and ``..`` where they are due, and the names of a directory with the first that is due."""
+        """Add ``.`` and ``..`` if the offset is before them; returns the listing and the index of the first
+        name."""
         if node.unlinked:
             return NO_ENTRIES, 0
         _add_dots(listing, node, offset, plus=plus)

@@ -1,16 +1,15 @@
 """The loop of the direct session: read a request, answer it, and stay fair to everything else in the process.
 
 Rules:
-- Requests are read until there are none. Then work is done ahead, in small pieces, and the loop keeps asking
-  for a short while, because being woken up costs far more than answering: how long, it learns from how soon
-  the request came after all. Only then it waits.
-- Neither reading nor asking lets another task run, so there is a checkpoint every two milliseconds.
-- A handler that need not wait is answered in line. One that waits goes on in a task of its own, and takes the
-  receive buffer along if its data lies there.
-- Files that a copy-up used (`Union.to_close`) are closed right after the answer, while the caller wakes up.
+- The loop reads requests until there are none. Then it does work ahead, in small pieces, and polls for a
+  short while, because waking up costs far more than answering; for how long, it learns from how soon the next
+  request came. Only then it waits.
+- Neither reading nor polling lets another task run, so there is a checkpoint every two milliseconds.
+- A handler that does not wait is answered in line. One that waits continues in a task, and takes the receive
+  buffer along if its data lies there.
+- Files that a copy-up used are closed right after the answer, while the caller wakes up.
 - A notice about changed attributes is sent before the answer, so that nobody sees the old ones after it.
-- Latency, from the request being read to the answer being written, is measured only while somebody watches:
-  then requests are given to another function. When nobody does, that costs nothing.
+- Latency, from reading the request to writing the answer, is measured only while somebody watches.
 """
 
 from __future__ import annotations
@@ -20,7 +19,7 @@ import logging
 import os
 import struct
 from collections import Counter
-from collections.abc import Callable, Coroutine, Iterable, Mapping
+from collections.abc import Callable, Coroutine, Mapping
 from time import perf_counter_ns
 from typing import Any, Final
 
@@ -28,6 +27,7 @@ import trio
 
 from unionfs.fuse.direct.device import Device
 from unionfs.fuse.inline import PENDING, begin, finish
+from unionfs.fuse.invalidations import Invalidations
 from unionfs.fuse.latency import Latencies
 from unionfs.fuse.protocol import (
     Decision,
@@ -42,8 +42,6 @@ from unionfs.fuse.protocol import (
 )
 from unionfs.fuse.protocol import requests as rq
 from unionfs.sys.process import is_being_killed
-from unionfs.union.files import OpenFile
-from unionfs.union.nodes import Node
 from unionfs.union.tree import Union
 
 log = logging.getLogger(__name__)
@@ -55,9 +53,9 @@ _FAIR_NS: Final = 2_000_000
 _MAX_SPIN_NS: Final = 100_000
 _MIN_SPIN_NS: Final = 5_000
 _RESIZED_SECONDS: Final = 0.05
-"""How much later the kernel is told that the size of a directory is another one."""
+"""The delay of the notice that the size of a directory changed."""
 _OPCODE_UNIQUE: Final = struct.Struct("=4xIQ")  # of struct fuse_in_header
-_NO_ANSWER: Final = (Opcode.FORGET, Opcode.BATCH_FORGET, Opcode.INTERRUPT, Opcode.NOTIFY_REPLY)
+_NO_ANSWER: Final = (Opcode.FORGET, Opcode.BATCH_FORGET, Opcode.INTERRUPT)
 
 
 class Loop:
@@ -73,47 +71,44 @@ class Loop:
         waiting: Mapping[Opcode, Waiting],
         latencies: Latencies | None = None,
         idle: Callable[[], bool] = lambda: False,
+        invalidations: Invalidations | None = None,
     ) -> None:
-        """``idle`` is called when there is nothing to answer: it does a little work; False: there is none."""
+        """``idle`` is called when there is nothing to answer: it does a little work; False if there is
+        none."""
         self._device = device
         self._union = union
-        self._to_close: list[tuple[Node, OpenFile]] = []
-        union.to_close = self._to_close
+        self._files = union.files
+        self._files.defer()
         self._requests = requests
         self._decode = decoder(decision.flags)
         self._size = receive_buffer_size(decision.reply.max_write)
         self._new_buffer()
         self._answers = {int(opcode): answer for opcode, answer in answers.items()}
         self._idle = idle
+        self._invalidations = invalidations or Invalidations()
         self._tells_resized = False
         self._waiting = {int(opcode): handler for opcode, handler in waiting.items()}
         for opcode in decision.enosys:
             self._answers.pop(opcode, None)
             self._waiting.pop(opcode, None)
         self._names = {int(opcode): opcode.name.lower() for opcode in Opcode}
-        #: Requests that are being answered in tasks: what ends the task, and who waits for it.
+        #: Requests being answered in tasks: the scope that cancels the task, and the pid of the caller.
         self._running: dict[int, tuple[trio.CancelScope, int]] = {}
         self._latencies = latencies or Latencies()
-        self._latencies.on_watched = self._measure
-        #: What a request is given to.
-        self._serve: Callable[[int], bool] = self._answer_or_start
-        #: Requests that are measured: when they were read.
-        self._begun: dict[int, int] = {}
-        #: When an answer that did not come by here was written.
-        self._written: dict[int, int] = {}
 
     def _new_buffer(self) -> None:
         self._buffer = bytearray(self._size)
         self._view = memoryview(self._buffer)
 
     async def run(self) -> None:
-        """Serve until the mount is gone. Raises ConnectionAbortedError when it was cut off (in a group)."""
+        """Serve until the mount is gone. Raises ConnectionAbortedError, in a group, when it was cut off."""
         async with trio.open_nursery() as self._nursery:
             await self._read_requests()
             self._nursery.cancel_scope.cancel()
 
     async def _read_requests(self) -> None:
         fd, readv, clock, idle = self._device.fd, os.readv, perf_counter_ns, self._idle
+        serve, latencies, waiting = self.serve, self._latencies, self._files.waiting
         spin = _MIN_SPIN_NS
         spin_end = 0
         fair_until = clock() + _FAIR_NS
@@ -124,7 +119,7 @@ class Loop:
             except BlockingIOError:
                 now = clock()
                 if now < fair_until and idle():
-                    spin_end = 0  # asking begins when there is nothing left to do
+                    spin_end = 0  # polling begins when there is nothing left to do
                     continue
                 if spin_end == 0:
                     spin_end = now + spin
@@ -135,7 +130,7 @@ class Loop:
                 else:
                     await trio.lowlevel.wait_readable(fd)
                     spin_end = 0
-                    # Had it asked for longer, would the request have come meanwhile?
+                    # Would the request have come if it had polled for longer?
                     came_soon = clock() - now < _MAX_SPIN_NS
                     spin = min(spin * 2, _MAX_SPIN_NS) if came_soon else max(spin // 2, _MIN_SPIN_NS)
                 fair_until = clock() + _FAIR_NS
@@ -144,27 +139,30 @@ class Loop:
                 if error.errno == errno.ENODEV:
                     return
                 if error.errno in (errno.ENOENT, errno.EINTR):
-                    continue  # the request was taken back while it was read
+                    continue  # the request was cancelled while it was read
                 if error.errno == errno.ECONNABORTED and not cut_off:
-                    # An ordinary umount says so, too, where it meets a request that is just being read
-                    # (fs/fuse/dev.c, fuse_dev_do_read). The next read knows.
+                    # An ordinary umount causes it, too, while a request is being read (fs/fuse/dev.c,
+                    # fuse_dev_do_read). The next read tells the two apart.
                     cut_off = True
                     continue
                 raise
             spin_end = 0
-            self._serve(size)
-            if self._to_close:
-                self._close()
+            if latencies.watched:
+                self._measured(size)
+            else:
+                serve(size)
+            if waiting:
+                self._files.close_waiting()
             if clock() > fair_until:
                 await trio.lowlevel.checkpoint()
                 fair_until = clock() + _FAIR_NS
 
-    def _answer_or_start(self, size: int) -> bool:
-        """Answer the request in the buffer; True: no, but a task was started that will."""
+    def serve(self, size: int) -> bool:
+        """Answer the request in the buffer; True if a task was started that will."""
         try:
             request = self._decode(self._view, size)
         except ProtocolError as error:
-            log.error("the kernel sent what is no request: %s", error)
+            log.error("invalid request from the kernel: %s", error)
             if error.unique is not None:
                 self._device.answer(encode.error(error.unique, errno.EIO))
             return False
@@ -198,33 +196,15 @@ class Loop:
 
     # -- while somebody watches -----------------------------------------------------------------------
 
-    def _measure(self) -> None:
-        self._serve = self._measured
-
-    def _measured(self, size: int) -> bool:
-        began = self._latencies.clock()
-        if not self._latencies.goes_on(began):
-            self._serve = self._answer_or_start
-            return self._answer_or_start(size)
+    def _measured(self, size: int) -> None:
         number, unique = _OPCODE_UNIQUE.unpack_from(self._buffer)
-        if number in _NO_ANSWER:
-            return self._answer_or_start(size)
-        self._begun[unique] = began
-        goes_on = self._answer_or_start(size)
-        if not goes_on:
-            self._answered(number, unique)
-        return goes_on
-
-    def _answered(self, number: int, unique: int) -> None:
-        began = self._begun.pop(unique, None)
-        written = self._written.pop(unique, None) or self._latencies.clock()
-        if began is not None:
-            self._latencies.record(self._names.get(number, "unknown"), written - began)
-
-    def spliced(self, unique: int) -> None:
-        """An answer was just written by another way than `Device.answer`; from any thread."""
-        if unique in self._begun:
-            self._written[unique] = self._latencies.clock()
+        began = self._latencies.clock()
+        if number in _NO_ANSWER or not self._latencies.goes_on(began):
+            self.serve(size)
+            return
+        self._latencies.begin(unique, began)
+        if not self.serve(size):
+            self._latencies.end(unique, self._names.get(number, "unknown"))
 
     # -- answers --------------------------------------------------------------------------------------
 
@@ -233,54 +213,32 @@ class Loop:
             self._interrupt(request.interrupted)
         if request.number in _NO_ANSWER:
             return None
-        if request.number == Opcode.DESTROY:
-            return encode.ok(request.unique)
         return encode.error(request.unique, errno.ENOSYS)
 
     def _reply(self, reply: Reply | None) -> None:
-        if self._union.stale:
-            self._tell_stale()
+        if self._invalidations.now:
+            # In line: what was copied up is held by the request that wanted it, see `Device.notify`.
+            self._send(_ask_again(self._invalidations.take_now()))
         if reply is not None:
             self._device.answer(reply)
-        if self._union.resized and not self._tells_resized:
+        if self._invalidations.soon and not self._tells_resized:
             self._tells_resized = True
             self._nursery.start_soon(self._tell_resized)
         if self._device.later:
-            notices, self._device.later = self._device.later, []
-            self._nursery.start_soon(trio.to_thread.run_sync, self._send, notices)
-
-    def _close(self) -> None:
-        """Close what waited for the answer to be sent."""
-        for node, file in self._to_close:
-            try:
-                self._union.close_file(node, file)
-            except Exception:
-                log.exception("a file could not be closed")
-        self._to_close.clear()
+            self._nursery.start_soon(trio.to_thread.run_sync, self._send, self._device.take_later())
 
     async def _tell_resized(self) -> None:
-        """As `_tell_stale`, but not for each copy-up: whoever walks through the directory then asks anew."""
+        """Not for each copy-up: a process that walks through the directory would ask again each time."""
         await trio.sleep(_RESIZED_SECONDS)
         self._tells_resized = False
-        notices = _ask_again(self._union.resized)
-        self._union.resized.clear()
-        await trio.to_thread.run_sync(self._send, notices)
+        await trio.to_thread.run_sync(self._send, _ask_again(self._invalidations.take_soon()))
 
     def _send(self, notices: list[Reply]) -> None:
         for notice in notices:
             self._device.notify(notice)
 
-    def _tell_stale(self) -> None:
-        """Let the kernel ask again for attributes that a copy-up changed.
-
-        In line: what was copied up is held by the request that wanted it, see `Device.notify`.
-        """
-        for notice in _ask_again(dict.fromkeys(self._union.stale)):
-            self._device.notify(notice)
-        self._union.stale.clear()
-
     def _failed(self, request: Request, error: BaseException) -> Reply | None:
-        """The answer to a request whose handler raised. Raises what is not for the caller to know."""
+        """The answer to a request whose handler raised. Raises what is not an error of the request."""
         if request.number in _NO_ANSWER:
             log.error("%r failed", request, exc_info=error)
             return None
@@ -304,18 +262,17 @@ class Loop:
             finally:
                 del self._running[unique]
         self._reply(reply)
-        if self._begun:
-            self._answered(request.number, unique)
-        if self._to_close:
-            self._close()
+        self._latencies.end(unique, self._names.get(request.number, "unknown"))
+        if self._files.waiting:
+            self._files.close_waiting()
 
     def _interrupt(self, unique: int) -> None:
-        """A caller got a signal. Only one that is to die of it is sent away: nobody expects EINTR here."""
+        """A caller got a signal. Only a caller that it kills gets EINTR: no other expects that here."""
         running = self._running.get(unique)
         if running is not None and is_being_killed(running[1]):
             running[0].cancel()
 
 
-def _ask_again(nodes: Iterable[Node]) -> list[Reply]:
-    """Notices that the kernel must not believe attributes any more; those of nodes that it knows."""
-    return [notify.inval_inode(node.id, -1, 0) for node in nodes if node.lookups > 0]
+def _ask_again(ids: list[int]) -> list[Reply]:
+    """Notices that invalidate the attributes of nodes."""
+    return [notify.inval_inode(id_, -1, 0) for id_ in ids]

@@ -1,7 +1,7 @@
 """Mounting without libfuse: mount(2) where that is allowed, else libfuse's helper fusermount3.
 
-Source: fs/fuse/inode.c (the options), util/fusermount.c and lib/mount.c of libfuse 3 (the helper: the device
-comes back over the socket that the environment variable _FUSE_COMMFD names).
+Source: fs/fuse/inode.c (the options), util/fusermount.c and lib/mount.c of libfuse 3 (the helper sends the
+device over the socket in the environment variable _FUSE_COMMFD).
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import socket
 import stat
 import subprocess
 from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Final
 
@@ -27,27 +28,27 @@ from unionfs.sys.mountinfo import MountEntry, mount_id_of_fd, mount_of_id, mount
 from unionfs.sys.openat2 import RESOLVE_NO_SYMLINKS, openat2
 
 _SUPER: Final = ("dirsync", "lazytime", "sync")
-"""What is a property of the filesystem, and not of the mount, of mount(8)'s names."""
+"""Options of mount(8) that belong to the filesystem and not to the mount."""
 
 
 @dataclass(frozen=True, slots=True)
 class MountOptions:
-    """How a union is mounted, apart from what it shows."""
+    """How a union is mounted, apart from its layers."""
 
     source: str
-    """What /proc/mounts shows as the source."""
+    """The source in /proc/mounts."""
     subtype: str
-    """The type is shown as fuse.SUBTYPE; empty: fuse."""
+    """The type is fuse.SUBTYPE; fuse if empty."""
     allow_other: bool
     read_only: bool
     flags: Sequence[str]
-    """mount(8)'s names; those that ask for nothing special (rw, dev, suid, exec) count for nothing."""
+    """Options of mount(8); the defaults (rw, dev, suid, exec) are ignored."""
     security: Sequence[str]
-    """context= and its like."""
+    """context= and similar options."""
 
 
 def mount(mountpoint: str, options: MountOptions) -> tuple[int, MountEntry | None]:
-    """Mount; returns the device, non-blocking, and the mount, if it is still there. Raises SessionError."""
+    """Mount; returns the device, non-blocking, and the mount if it still exists. Raises SessionError."""
     if has_capability(CAP_SYS_ADMIN):
         return _by_call(mountpoint, options)
     return _by_helper(mountpoint, options), mounted_at(mountpoint)
@@ -75,17 +76,15 @@ def _by_call(mountpoint: str, options: MountOptions) -> tuple[int, MountEntry | 
         *(label.split("=", 1) for label in options.security),
     ]
     try:
-        # By fds, so that the owner of a directory above cannot lead root to another place meanwhile.
-        target = openat2(AT_FDCWD, os.fsencode(mountpoint), os.O_PATH | os.O_DIRECTORY, RESOLVE_NO_SYMLINKS)
-        try:
+        # By fds, so that the owner of a directory above cannot redirect root meanwhile.
+        with ExitStack() as fds:
+            path = os.fsencode(mountpoint)
+            target = openat2(AT_FDCWD, path, os.O_PATH | os.O_DIRECTORY, RESOLVE_NO_SYMLINKS)
+            fds.callback(os.close, target)
             made = detached.new_filesystem("fuse", [(name, value) for name, value in parameters], attributes)
-            try:
-                detached.attach(made, target)
-                mount_id = mount_id_of_fd(made)
-            finally:
-                os.close(made)
-        finally:
-            os.close(target)
+            fds.callback(os.close, made)
+            detached.attach(made, target)
+            mount_id = mount_id_of_fd(made)
     except OSError as error:
         os.close(fd)
         raise SessionError(f"the kernel says: {error.strerror}") from error
@@ -121,7 +120,7 @@ def _by_helper(mountpoint: str, options: MountOptions) -> int:
         theirs.close()
         if done.returncode != 0:
             said = " ".join(os.fsdecode(done.stderr).split())
-            raise SessionError(said or "fusermount3 does not say why")
+            raise SessionError(said or "fusermount3 failed without a message")
         fd = _received(ours)
     os.set_inheritable(fd, False)
     os.set_blocking(fd, False)
@@ -129,12 +128,12 @@ def _by_helper(mountpoint: str, options: MountOptions) -> int:
 
 
 def unmount(found: MountEntry) -> None:
-    """Take a mount away that never could be used, whatever it takes."""
+    """Unmount a mount that was never usable, by any means."""
     try:
         sys_mount.unmount_id(found.mountpoint, found.mount_id, sys_mount.MNT_DETACH)
     except OSError:
         if has_capability(CAP_SYS_ADMIN):
-            return  # fusermount3 works by the path alone, which may lead root elsewhere
+            return  # fusermount3 takes only a path, which may lead root elsewhere
         helper = shutil.which("fusermount3") or "/usr/bin/fusermount3"
         with contextlib.suppress(OSError):
             subprocess.run([helper, "-u", "-z", "--", found.mountpoint], capture_output=True, check=False)
@@ -149,11 +148,11 @@ def _received(channel: socket.socket) -> int:
 
 
 def raise_readahead(device: str, size: int) -> None:
-    """Let the kernel read ``size`` bytes ahead on the mount ``device`` (major:minor), where we may say so.
+    """Set the readahead of the mount ``device`` (major:minor) to ``size`` bytes, where that is allowed.
 
-    INIT can only lower it from the 128 KiB that every FUSE mount begins with (fs/fuse/inode.c).
+    INIT can only lower it from the initial 128 KiB of a FUSE mount (fs/fuse/inode.c).
     """
     path = f"/sys/class/bdi/{device}/read_ahead_kb"
-    # A user's mount, or no /sys here: smaller reads, nothing worse.
+    # In a user's mount, or without /sys, reads stay smaller.
     with contextlib.suppress(OSError), open(path, "w", encoding="ascii") as setting:
         setting.write(str(size // 1024))

@@ -1,9 +1,8 @@
-"""Requests about names, attributes and xattrs: translated, answered."""
+"""Requests about names, attributes and xattrs: handlers that translate and answer."""
 
 from __future__ import annotations
 
 import errno
-import os
 import stat
 import struct
 from typing import Final
@@ -28,10 +27,10 @@ from unionfs.fuse.protocol.flags import (
     SETXATTR_ACL_KILL_SGID,
 )
 from unionfs.sys import calls
+from unionfs.union.attributes import Attributes
 from unionfs.union.changes import Caller
 from unionfs.union.files import mode_without_set_ids
-from unionfs.union.nodes import Node
-from unionfs.union.tree import Attributes
+from unionfs.union.node import Node
 from unionfs.union.xattrs import CAPABILITY
 
 _NS: Final = 1_000_000_000
@@ -44,11 +43,12 @@ class NameRequests:
         self._operations = operations
         self._union = operations.union
         self._ios = ios
-        #: The caller's umask is still to be taken off.
+        #: Whether the daemon applies the caller's umask.
         self._masks = bool(decision.flags & Init.DONT_MASK)
-        #: Keeps attributes while data is written back, if the kernel does that.
-        self.write_back = WriteBack() if decision.flags & Init.WRITEBACK_CACHE else None
-        #: Opens are not told to us.
+        #: Keeps attributes while data is written back; None without write-back.
+        writes_back = bool(decision.flags & Init.WRITEBACK_CACHE)
+        self.write_back = WriteBack(operations.union.capabilities) if writes_back else None
+        #: Whether the kernel sends no OPEN.
         self._opens_unseen = Opcode.OPEN in decision.enosys
         self.table: dict[Opcode, Answer] = {
             Opcode.LOOKUP: self._lookup,
@@ -82,12 +82,12 @@ class NameRequests:
     def _entry(self, unique: int, found: Found) -> Reply:
         """An entry, which counts one lookup."""
         node, attributes = found
-        node.lookups += 1
+        node.looked_up()
         return encode.entry(
             unique,
             node.id,
             0,
-            FOREVER if node.identity is None else NEVER,
+            FOREVER if node.territory.lasting else NEVER,
             self._ios.valid(node, attributes),
             _packed(attributes),
         )
@@ -95,17 +95,17 @@ class NameRequests:
     def entry_out(self, found: Found) -> bytes:
         """An entry as part of another answer, which counts one lookup."""
         node, attributes = found
-        node.lookups += 1
+        node.looked_up()
         return encode.entry_out(
             node.id,
             0,
-            FOREVER if node.identity is None else NEVER,
+            FOREVER if node.territory.lasting else NEVER,
             self._ios.valid(node, attributes),
             _packed(attributes),
         )
 
     def _valid(self, id_: int, node: Node, attributes: Attributes) -> Timeout:
-        # Changes of the node that superseded this one are not told about the old id.
+        # Notices about changes of the node that superseded this one carry the new id.
         return self._ios.valid(node, attributes) if node.id == id_ else NEVER
 
     def _attributes(self, request_id: int, unique: int, found: Found) -> Reply:
@@ -116,8 +116,8 @@ class NameRequests:
             _packed(attributes),
         )
 
-    def caller(self, request: rq.Mknod | rq.Mkdir | rq.Create | rq.Tmpfile) -> Caller:
-        """Who creates something, and with which umask."""
+    def caller(self, request: rq.Mknod | rq.Mkdir | rq.Create) -> Caller:
+        """Who creates an object, and with which umask."""
         return Caller(request.uid, request.gid, request.umask if self._masks else 0)
 
     # -- names ----------------------------------------------------------------------------------------
@@ -185,11 +185,8 @@ class NameRequests:
 
     def _statx(self, request: rq.Statx) -> Reply:
         node, attributes = self._operations.getattr(request.nodeid)
-        fd = self._union.open_path(node)
-        try:
-            raw = calls.statx(fd, b"", calls.AT_EMPTY_PATH, request.sx_mask)
-        finally:
-            os.close(fd)
+        with self._union.checked_path(node) as path:
+            raw = calls.statx(calls.AT_FDCWD, path, 0, request.sx_mask)
         patched = bytearray(raw)
         # stx_nlink and stx_ctime of struct statx, include/uapi/linux/stat.h
         struct.pack_into("=I", patched, 16, attributes.nlink)
@@ -200,7 +197,7 @@ class NameRequests:
 
     async def _setattr(self, request: rq.Setattr) -> Reply:
         valid = request.valid
-        if self._is_told_of_removal(request):
+        if self._is_mtime_of_removed(request):
             return self._attributes(
                 request.nodeid, request.unique, self._operations.getattr(request.nodeid)
             )
@@ -215,32 +212,32 @@ class NameRequests:
         )
         handle = self._operations.files.get(request.fh) if valid & FATTR_FH else None
         found = await self._operations.setattr(request.nodeid, change, handle)
-        stale = self._union.stale
-        if stale and stale[-1] is found[0] and found[0].id == request.nodeid:
-            stale.pop()  # it was copied up for this, and the answer brings the new attributes
+        if self._operations.invalidations.now and found[0].id == request.nodeid:
+            self._operations.invalidations.answered(found[0])
         if self.write_back is not None and change.mtime_ns is not None:
-            self.write_back.told(found[0], change.mtime_ns)
+            self.write_back.mtime_set(found[0], change.mtime_ns)
         return self._attributes(request.nodeid, request.unique, found)
 
-    def _is_told_of_removal(self, request: rq.Setattr) -> bool:
-        """Whether only the ctime of a lower file is new, because its name was removed.
+    def _is_mtime_of_removed(self, request: rq.Setattr) -> bool:
+        """Whether only the ctime of a lower file changes, because its name was removed.
 
-        With writeback the kernel keeps the times and tells them when it forgets the file (fs/fuse/inode.c,
-        fuse_flush_times). Copying all its data up for that would be for nobody.
+        With writeback the kernel keeps the times and sends them when it forgets the file (fs/fuse/inode.c,
+        fuse_flush_times). A copy-up for that would serve nobody.
         """
         if request.valid & ~(FATTR_FH | FATTR_LOCKOWNER) != FATTR_MTIME | FATTR_CTIME:
             return False
         node = self._operations.node(request.nodeid)
-        if node.is_upper or not node.unlinked:
+        if node.in_place or not node.unlinked:
             return False
         return self._union.stat(node).st_mtime_ns == request.mtime * _NS + request.mtimensec
 
     def _only_kills(self, request: rq.Setattr) -> bool:
         """Whether a SETATTR that changes nothing is to clear setuid and setgid. Raises EPERM.
 
-        With HANDLE_KILLPRIV_V2 it stands for a write through a backing file (fs/backing-file.c,
-        file_remove_privs) or for a chown that names no owner, which the kernel leaves to us to allow. A chown
-        is known by its ctime, which is sent with writeback, or by nobody having the file open for writing.
+        With HANDLE_KILLPRIV_V2 the kernel sends it for a write through a backing file (fs/backing-file.c,
+        file_remove_privs) or for a chown that names no owner, whose permission check it leaves to the daemon.
+        It is a chown if it has a ctime, which is sent with writeback, or if nobody has the file open for
+        writing.
         """
         valid = request.valid
         if valid & ~(FATTR_FH | FATTR_LOCKOWNER | FATTR_CTIME):
@@ -249,10 +246,10 @@ class NameRequests:
         if node.is_dir:
             return False  # chown(2) leaves them on directories
         writes = node.kind == stat.S_IFREG and (
-            self._opens_unseen or any(handle.writes for handle in node.handles or ())
+            self._opens_unseen or (node.use is not None and any(handle.writes for handle in node.use.handles))
         )
         if writes and not valid & FATTR_CTIME:
-            return request.uid != 0  # root's is sent for file capabilities, which are gone by now
+            return request.uid != 0  # root's is sent for file capabilities, which are removed already
         if mode_without_set_ids(attributes.st.st_mode) is None:
             return False
         if request.uid not in (0, attributes.st.st_uid):
@@ -275,14 +272,14 @@ class NameRequests:
     async def _setxattr(self, request: rq.Setxattr) -> Reply:
         node = await self._operations.setxattr(request.nodeid, request.name, request.value, request.flags)
         if request.name == CAPABILITY and self.write_back is not None:
-            self.write_back.told_capability(node, bytes(request.value))
+            self.write_back.capability_set(node, bytes(request.value))
         if request.setxattr_flags & SETXATTR_ACL_KILL_SGID:
             self._operations.drop_group_set_id(node)
         return encode.ok(request.unique)
 
     async def _removexattr(self, request: rq.Removexattr) -> Reply:
         if request.name == CAPABILITY and self.write_back is not None:
-            self.write_back.told_capability(self._operations.node(request.nodeid), None)
+            self.write_back.capability_set(self._operations.node(request.nodeid), None)
         await self._operations.removexattr(request.nodeid, request.name, request.uid)
         return encode.ok(request.unique)
 
@@ -302,7 +299,7 @@ def _packed(attributes: Attributes) -> bytes:
 
 
 def _sized(unique: int, value: bytes, size: int) -> Reply:
-    """The answer of GETXATTR and LISTXATTR: a value, or only its size when that is asked for."""
+    """The answer to GETXATTR and LISTXATTR: the value, or its size if ``size`` is 0."""
     if size == 0:
         return encode.xattr_size(unique, len(value))
     if len(value) > size:

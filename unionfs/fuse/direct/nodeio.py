@@ -1,16 +1,16 @@
 """How a node is read and written: through the page cache of the mount, or by the kernel itself.
 
 Rules (fs/fuse/iomode.c and fs/fuse/passthrough.c of Linux 6.18):
-- A node has one way at a time. An open with a backing file while a cached open lives, an open without while
-  one with lives, or one with another backing id, fails with EIO. So the first open decides, and its way holds
-  until the last close.
-- One backing id a node, counted; it is given back with the last close.
-- A backing file that is not the node's file any more (a lower that was copied up) serves those who have it
-  open. Who opens the node now gets another node: see `NodeTable.supersede`.
-- What is written through a backing file is not told to us, though the kernel knows, and asks anew after it.
-  What is stored through a mapping is told to nobody: so attributes are good for some milliseconds while such
-  a file is open for writing (enough for the fstat that follows an open), and for a second afterwards, for a
-  mapping outlives the close. Only times can be old: a store does not change the size.
+- A node has one I/O mode at a time. An open with a backing file while a cached open lives, an open without
+  while one with lives, or one with another backing id, fails with EIO. So the first open decides, and its
+  mode holds until the last close.
+- A node has one backing id, counted; the last close unregisters it.
+- A backing file that is no longer the node's file (a lower that was copied up) serves those who have it open.
+  A new open gets another node: see `NodeTable.supersede`.
+- The kernel sends no request for a write through a backing file, but invalidates the attributes itself.
+  Nobody learns of a store through a mapping: so attributes are valid for some milliseconds while such a file
+  is open for writing (enough for the fstat that follows an open), and for a second afterwards, for a mapping
+  outlives the close. Only times can be stale: a store does not change the size.
 """
 
 from __future__ import annotations
@@ -20,42 +20,24 @@ import os
 from typing import Final
 
 from unionfs.fuse.direct.device import Device
+from unionfs.fuse.files import Opened
 from unionfs.fuse.protocol import FOREVER, NEVER, Decision, Timeout
 from unionfs.fuse.protocol.flags import FOPEN_KEEP_CACHE
-from unionfs.union.files import Handle
-from unionfs.union.nodes import Node
-from unionfs.union.tree import Attributes
+from unionfs.union.attributes import Attributes
+from unionfs.union.files import Use
+from unionfs.union.node import Node
 
 _WHILE_WRITING: Final[Timeout] = (0, 20_000_000)
 _AFTER_WRITING: Final[Timeout] = (1, 0)
 
 
-class NodeIo:
-    """The opens of one node, by their way."""
-
-    __slots__ = ("backing_id", "cached", "filled", "of_upper", "through", "writers", "written")
-
-    def __init__(self) -> None:
-        self.cached = 0
-        #: Whether the data was given to the page cache unasked (or, of a large file, could have been).
-        self.filled = False
-        self.through = 0
-        self.backing_id = 0
-        #: Whether the backing file is the upper's.
-        self.of_upper = False
-        #: Opens for writing, with the backing file.
-        self.writers = 0
-        #: Whether there ever was one.
-        self.written = False
-
-
 class NodeIos:
-    """Decides the way of every open, and keeps the kernel's rules."""
+    """Decides the I/O mode of every open, and keeps the kernel's rules."""
 
     def __init__(self, device: Device, decision: Decision) -> None:
         self._device = device
         self._decision = decision
-        #: Opens with a backing file; opens that would have had one, had the kernel taken it.
+        #: Opens with a backing file, and opens whose backing file the kernel refused.
         self.passed_through = 0
         self.refused = 0
 
@@ -68,99 +50,86 @@ class NodeIos:
         }
 
     def is_outdated(self, node: Node) -> bool:
-        """Whether the backing file in use is not the node's any more, so that it can't be opened again."""
-        io = node.io
-        return isinstance(io, NodeIo) and io.through > 0 and io.of_upper != node.is_upper
+        """Whether the backing file in use is no longer the node's, so that it cannot be opened again."""
+        use = node.use
+        return use is not None and use.through > 0 and use.of_upper != node.in_place
 
     def holds_lower(self, node: Node) -> bool:
-        """Whether the kernel reads the lower's file by itself for somebody, so no writer can join in."""
-        io = node.io
-        return isinstance(io, NodeIo) and io.through > 0 and not io.of_upper and not node.is_upper
+        """Whether the lower's file is open in passthrough, so that no writer can join in."""
+        use = node.use
+        return use is not None and use.through > 0 and not use.of_upper and not node.in_place
 
-    def opened(self, handle: Handle) -> tuple[int, int]:
-        """Count an open; gives FOPEN_* flags and the backing id for the answer."""
+    def opened(self, handle: Opened) -> tuple[int, int]:
+        """Count an open; returns FOPEN_* flags and the backing id for the answer."""
         node = handle.node
-        io = node.io
-        if not isinstance(io, NodeIo):
-            io = node.io = NodeIo()
-        if io.through == 0 and io.cached == 0 and self._wants_backing(io, handle):
-            self._register(io, node, handle)
-        if io.backing_id:
-            io.through += 1
-            handle.through = True
+        use = node.use
+        assert use is not None
+        if use.through == 0 and use.cached == 0 and self._wants_backing(use, handle):
+            self._register(use, node, handle)
+        use.opened(handle)
+        if handle.through:
             self.passed_through += 1
-            if handle.writes:
-                io.writers += 1
-                io.written = True
-            return self._decision.passthrough_open_flags, io.backing_id
-        io.cached += 1
+            return self._decision.passthrough_open_flags, use.backing_id
         flags = self._decision.file_open_flags
-        if io.written or node.identity is not None:
+        if use.written or not node.territory.lasting:
             flags &= ~FOPEN_KEEP_CACHE  # what is cached from before may be old
         return flags, 0
 
     def may_have_all(self, node: Node) -> bool:
         """Whether the kernel may have all data of a lower file, which went through the page cache before."""
-        io = node.io
-        return isinstance(io, NodeIo) and io.filled and not io.through and not node.is_upper
+        use = node.use
+        return use is not None and use.filled and not use.through and not node.in_place
 
-    def may_fill(self, handle: Handle) -> bool:
+    def may_fill(self, handle: Opened) -> bool:
         """Whether an open just counted is the first and only one of a lower file that goes through the page
-        cache and was never written to; True once."""
-        node, io = handle.node, handle.node.io
-        if not isinstance(io, NodeIo) or io.filled or io.cached != 1 or io.through or io.written:
+        cache and was never written to; True only once."""
+        node, use = handle.node, handle.node.use
+        if use is None or use.filled or use.cached != 1 or use.through or use.written:
             return False
-        if node.is_upper or node.bound or not self._decision.file_open_flags & FOPEN_KEEP_CACHE:
+        if node.in_place or not self._decision.file_open_flags & FOPEN_KEEP_CACHE:
             return False
-        io.filled = True
+        use.fill()
         return True
 
-    def released(self, handle: Handle) -> None:
+    def released(self, handle: Opened) -> None:
         """Count a close."""
-        io = handle.node.io
-        if not isinstance(io, NodeIo):
-            return
-        if not handle.through:
-            io.cached -= 1
-            return
-        io.through -= 1
-        if handle.writes:
-            io.writers -= 1
-        if io.through == 0:
-            backing_id, io.backing_id = io.backing_id, 0
+        use = handle.node.use
+        assert use is not None
+        backing_id = use.closed(handle)
+        if backing_id:
             self._device.unregister(backing_id)
 
     def valid(self, node: Node, attributes: Attributes) -> Timeout:
-        """How long the kernel may believe the attributes of a node."""
+        """How long the attributes of a node are valid."""
         if not attributes.lasting:
             return NEVER
-        io = node.io
-        if isinstance(io, NodeIo) and io.written:
-            return _WHILE_WRITING if io.writers else _AFTER_WRITING
+        use = node.use
+        if use is not None and use.written:
+            return _WHILE_WRITING if use.writers else _AFTER_WRITING
         return FOREVER
 
-    def _wants_backing(self, io: NodeIo, handle: Handle) -> bool:
+    def _wants_backing(self, use: Use, handle: Opened) -> bool:
         node, decision = handle.node, self._decision
-        if node.identity is not None:
-            return False  # what is bound is changed by others too, and read through the page cache
-        if node.is_upper:
+        if not node.territory.lasting:
+            return False  # others change bound storage too, so it is read through the page cache
+        if node.in_place:
             return decision.passthrough_upper
-        if not decision.passthrough_lower or io.filled:
+        if not decision.passthrough_lower or use.filled:
             return False
         st = handle.file.st
         return st is None or st.st_size > decision.small_lower
 
-    def _register(self, io: NodeIo, node: Node, handle: Handle) -> None:
+    def _register(self, use: Use, node: Node, handle: Opened) -> None:
         try:
-            io.backing_id = self._device.register(handle.file.fd)
+            backing_id = self._device.register(handle.file.fd)
         except OSError as error:
             if error.errno in (errno.EBADF, errno.EFAULT):
                 raise
             self.refused += 1  # this file goes through the page cache
             return
-        io.of_upper = node.is_upper
+        use.passes_through(backing_id, of_upper=node.in_place)
 
 
 def stale() -> OSError:
-    """Makes the kernel look the name up again, and open what it finds then (fs/namei.c, do_filp_open)."""
+    """The error that makes the kernel look the name up again before it opens (fs/namei.c, do_filp_open)."""
     return OSError(errno.ESTALE, os.strerror(errno.ESTALE))

@@ -1,9 +1,9 @@
 """Answering large reads without copying the data through this process: file, pipe, device.
 
-The pages of the file are put into a pipe behind the answer's header and from there given to the device, which
+The pages of the file are spliced into a pipe after the answer's header and from there into the device, which
 copies them into the reader's: one copy instead of two, and no buffer. Source: fs/fuse/dev.c,
-fuse_dev_splice_write: one splice(2) must carry one whole answer, so its length has to be right from the
-start, and all of it must fit a pipe.
+fuse_dev_splice_write: one splice(2) must carry a whole answer, so its length has to be right from the start,
+and all of it must fit the pipe.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from typing import Final
 from unionfs.union.files import OpenFile
 
 WORTHWHILE: Final = 128 * 1024
-"""Bytes from which on a read is answered this way."""
+"""The smallest read in bytes that is answered this way."""
 
 _HEADER: Final = struct.Struct("=IiQ")  # struct fuse_out_header: len, error, unique
 _SIZES: Final = (4 << 20, 2 << 20, 1 << 20)
@@ -47,22 +47,22 @@ class _Pipe:
 
 
 class Splicer:
-    """Gives large parts of files to a device. May be used by several threads."""
+    """Splices large parts of files into a device. Thread-safe."""
 
-    def __init__(self, device_fd: int) -> None:
+    def __init__(self, device_fd: int, written: Callable[[int], None]) -> None:
+        """``written`` is called with the id of every request that was answered, by the thread that did it."""
         self._device = device_fd
         self._free: list[_Pipe] = []
-        #: Told of every answer that was written, by the thread that wrote it.
-        self.on_written: Callable[[int], None] = lambda unique: None
+        self._written = written
 
     def capacity(self) -> int:
-        """Bytes that an answer may have: a multiple of the page size."""
+        """The largest answer in bytes, a multiple of the page size."""
         if not self._free:
             self._free.append(_Pipe())
         return self._free[-1].capacity
 
     def answer(self, unique: int, file: OpenFile, offset: int, size: int) -> int:
-        """Answer a READ with up to ``size`` bytes; gives their number, 0 when nothing was sent, so that
+        """Answer a READ with up to ``size`` bytes; returns their number, 0 when nothing was sent, so that
         others must."""
         length = min(size, os.fstat(file.fd).st_size - offset)
         if length < mmap.PAGESIZE:
@@ -77,7 +77,7 @@ class Splicer:
         except OSError as error:
             if error.errno not in _GONE:
                 raise
-            return length  # nobody waits for it any more
+            return length  # the caller is gone
         finally:
             if sent:
                 self._free.append(pipe)
@@ -85,7 +85,7 @@ class Splicer:
                 pipe.close()  # something may be left in it
         if not sent:
             return 0
-        self.on_written(unique)
+        self._written(unique)
         return length
 
     def _send(self, pipe: _Pipe, unique: int, fd: int, offset: int, length: int) -> bool:

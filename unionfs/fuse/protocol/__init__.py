@@ -1,9 +1,9 @@
 """The FUSE kernel protocol, ABI up to 7.45 (Linux 6.18), without any I/O: bytes in, values out.
 
-    structs     every structure of the header, as a table
+    structs     the structures of the header, as a table
     flags       opcodes, flags, ioctls
-    request     what every request is;  requests: one class an opcode
-    decode      bytes -> request        extensions: labels and groups at a request's end
+    request     what every request is;  requests: one class for each opcode served
+    decode      bytes -> request
     encode      answers -> buffers      dirents: directory listings      notify: notifications
     negotiate   INIT: offered flags, settings, privileges -> decision
     errors      ProtocolError, NegotiationRefused
@@ -27,11 +27,11 @@ A session, in short:
 from unionfs.fuse.protocol import encode, notify, requests
 from unionfs.fuse.protocol.decode import Decode, decoder, receive_buffer_size
 from unionfs.fuse.protocol.dirents import Listing
-from unionfs.fuse.protocol.encode import FOREVER, NEVER, InitReply, Reply, Timeout, timeout
+from unionfs.fuse.protocol.encode import FOREVER, NEVER, InitReply, Reply, Timeout
 from unionfs.fuse.protocol.errors import NegotiationRefused, ProtocolError
 from unionfs.fuse.protocol.flags import Init, Notify, Opcode
 from unionfs.fuse.protocol.negotiate import SMALL_FILE, Decision, IoMode, Privileges, Settings, negotiate
-from unionfs.fuse.protocol.request import Request, SecurityContext, Unknown
+from unionfs.fuse.protocol.request import Request, Unknown
 
 __all__ = [
     "FOREVER",
@@ -50,7 +50,6 @@ __all__ = [
     "ProtocolError",
     "Reply",
     "Request",
-    "SecurityContext",
     "Settings",
     "Timeout",
     "Unknown",
@@ -60,5 +59,4 @@ __all__ = [
     "notify",
     "receive_buffer_size",
     "requests",
-    "timeout",
 ]

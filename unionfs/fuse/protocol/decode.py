@@ -4,14 +4,15 @@
     request = decode(view, size)            # a message: the first `size` bytes of `view`
 
 Rules:
-- Whatever the bytes are, the only exception is ProtocolError. An opcode nobody knows is not an error: it
-  becomes `Unknown`, to be answered with ENOSYS.
+- Whatever the bytes are, the only exception is ProtocolError. An unknown opcode is not an error: it becomes
+  `Unknown`, to be answered with ENOSYS.
 - `view` is a memoryview of bytes over the whole receive buffer, made once; `size` is what read(2) returned.
   `data` of a request is a slice of it (see requests.py), so a buffer holds one message at a time.
 - A message is exactly as long as its header says and as its opcode needs: the kernel never sends less nor
-  more, so anything else is an error, not something to guess at. Only INIT may grow.
-- `_SHAPES` says of each class what follows its structure. Nothing else in the program knows that.
-- Without SETXATTR_EXT the structure of SETXATTR is shorter: the one thing the bytes do not say themselves.
+  more, so anything else is an error. Only INIT may grow.
+- `_SHAPES` has for each class the data after its structure. Nothing else in the program knows that.
+- Without SETXATTR_EXT the structure of SETXATTR is shorter: the only fact that is not in the bytes
+  themselves.
 
 Source: as requests.py. What it costs: tests/unit/protocol/protocol_timing.py.
 """
@@ -23,7 +24,6 @@ import sys
 from collections.abc import Callable
 from typing import Final
 
-from unionfs.fuse.protocol import extensions
 from unionfs.fuse.protocol import requests as rq
 from unionfs.fuse.protocol.errors import ProtocolError
 from unionfs.fuse.protocol.flags import Init
@@ -43,7 +43,6 @@ Decode = Callable[[memoryview, int], Request]
 _OPCODE_BYTE: Final = 4 if sys.byteorder == "little" else 7  # its lowest byte: every opcode we know fits one
 _HEADER: Final = IN_HEADER.struct
 _UNIQUE_AT: Final = HEADER_FIELDS.index("unique")
-_EXTLEN_AT: Final = HEADER_FIELDS.index("extlen")
 _SLASH: Final = ord("/")
 
 
@@ -60,7 +59,7 @@ def _bad(kind: type[Request], view: memoryview, size: int, why: str) -> Protocol
 
 
 def _other(kind: type[Request] | None, view: memoryview, size: int) -> Request:
-    """What a message is whose length or opcode is not what the decoder of `kind` expects."""
+    """Decode a message whose length or opcode is not what the decoder of `kind` expects."""
     fields = _HEADER.unpack_from(view)
     if fields[0] != size:
         raise ProtocolError(f"A message of {size} bytes says it has {fields[0]}.", fields[_UNIQUE_AT])
@@ -69,7 +68,7 @@ def _other(kind: type[Request] | None, view: memoryview, size: int) -> Request:
     return Unknown((*fields, view[IN_HEADER_SIZE:size]))
 
 
-# -- the shapes: what follows the structure -------------------------------------------------------------
+# -- the shapes: the data after the structure -------------------------------------------------------------
 
 
 def _nothing(kind: type[Request]) -> Decode:
@@ -108,8 +107,8 @@ def _name(kind: type[Request]) -> Decode:
     return decode
 
 
-def _strings(*slash: bool, extended: bool = False) -> Callable[[type[Request]], Decode]:
-    """As many names as arguments, each True where a slash is allowed; then, if `extended`, extensions."""
+def _strings(*slash: bool) -> Callable[[type[Request]], Decode]:
+    """As many names as arguments, each True where a slash is allowed."""
 
     def shape(kind: type[Request]) -> Decode:
         layout = _layout(kind)
@@ -122,23 +121,13 @@ def _strings(*slash: bool, extended: bool = False) -> Callable[[type[Request]], 
             fields = unpack(view)
             if fields[0] != size or fields[1] != opcode:
                 return _other(kind, view, size)
-            end = size - 8 * fields[_EXTLEN_AT] if extended else size
-            if end <= start:
-                raise _bad(kind, view, size, "has extensions where its name should be")
-            names = view[start:end].tobytes().split(b"\0")
+            names = view[start:size].tobytes().split(b"\0")
             if len(names) != expected or names.pop():
                 raise _bad(kind, view, size, "has not the right number of names")
             for name, allowed in zip(names, slash, strict=True):
                 if not name or (_SLASH in name and not allowed):
                     raise _bad(kind, view, size, "has a bad name")
-            if not extended:
-                return kind((*fields, *names))
-            if end == size:
-                return kind((*fields, *names, *extensions.NONE))
-            try:
-                return kind((*fields, *names, *extensions.parse(view[end:size].tobytes())))
-            except ProtocolError as error:
-                raise _bad(kind, view, size, f"has bad extensions: {error}") from None
+            return kind((*fields, *names))
 
         return decode
 
@@ -236,9 +225,9 @@ _SHAPES: Final[dict[type[Request], Callable[[type[Request]], Decode]]] = {
     rq.Getattr: _nothing,
     rq.Setattr: _nothing,
     rq.Readlink: _nothing,
-    rq.Symlink: _strings(False, True, extended=True),
-    rq.Mknod: _strings(False, extended=True),
-    rq.Mkdir: _strings(False, extended=True),
+    rq.Symlink: _strings(False, True),
+    rq.Mknod: _name,
+    rq.Mkdir: _name,
     rq.Unlink: _name,
     rq.Rmdir: _name,
     rq.Rename: _strings(False, False),
@@ -253,23 +242,12 @@ _SHAPES: Final[dict[type[Request], Callable[[type[Request]], Decode]]] = {
     rq.Getxattr: _strings(True),
     rq.Listxattr: _nothing,
     rq.Removexattr: _strings(True),
-    rq.Flush: _nothing,
     rq.InitRequest: _init,
-    rq.Opendir: _nothing,
     rq.Readdir: _nothing,
-    rq.Releasedir: _nothing,
     rq.Fsyncdir: _nothing,
-    rq.Getlk: _nothing,
-    rq.Setlk: _nothing,
-    rq.Setlkw: _nothing,
-    rq.Access: _nothing,
-    rq.Create: _strings(False, extended=True),
+    rq.Create: _name,
     rq.Interrupt: _nothing,
-    rq.Bmap: _nothing,
-    rq.Destroy: _nothing,
     rq.Ioctl: _data("in_size"),
-    rq.Poll: _nothing,
-    rq.NotifyReply: _data("size"),
     rq.BatchForget: _forgets,
     rq.Fallocate: _nothing,
     rq.Readdirplus: _nothing,
@@ -277,13 +255,13 @@ _SHAPES: Final[dict[type[Request], Callable[[type[Request]], Decode]]] = {
     rq.Lseek: _nothing,
     rq.CopyFileRange: _nothing,
     rq.Syncfs: _nothing,
-    rq.Tmpfile: _strings(True, extended=True),
+    rq.Tmpfile: _strings(True),
     rq.Statx: _nothing,
     rq.CopyFileRange64: _nothing,
 }
 
 REQUESTS: Final = tuple(_SHAPES)
-"""Every class of request there is, in the order of opcodes; `Unknown` is not among them."""
+"""Every class but `Unknown`, in the order of opcodes."""
 
 
 def decoder(agreed: Init | int = Init.SETXATTR_EXT) -> Decode:
@@ -305,8 +283,8 @@ def receive_buffer_size(max_write: int) -> int:
     """Bytes a receive buffer needs for every message of a connection with this `max_write` (bytes).
 
     The kernel wants room for a WRITE, and 8 KiB at least (fs/fuse/dev.c, fuse_dev_do_read); a request that
-    does not fit fails with EIO, SETXATTR with E2BIG. The largest others are SETXATTR (a name of 255 bytes, a
-    value of 64 KiB) and a SYMLINK with a label; 128 KiB hold them all.
+    does not fit fails with EIO, SETXATTR with E2BIG. The largest other one is SETXATTR (a name of 255 bytes,
+    a value of 64 KiB); 128 KiB hold it.
     """
     write = IN_HEADER_SIZE + LAYOUTS["fuse_write_in"].size + max_write
     return max(record_align(write), 128 << 10)

@@ -3,7 +3,7 @@
 Rules (fs/fuse/readdir.c, parse_dirfile and parse_dirplusfile, Linux 6.18):
 - A record is the structure, the name without a NUL, and zeros up to the next multiple of 8.
 - The whole answer is at most the request's `size` bytes; a record that does not fit comes next time.
-- `off` is where the listing goes on *after* this entry: a cookie of our own, never 0, below 2**63.
+- `off` is the position *after* this entry: a cookie of the daemon, never 0, below 2**63.
 - An empty name, one with a slash, or one above 1024 bytes fails the whole listing with EIO: refused here.
 - READDIRPLUS: an entry with a nodeid counts one lookup, so look it up only when it fits (`fits_plus`) and
   then add it. `encode.NO_ENTRY` (for "." and "..", or what could not be looked up) counts none.
@@ -31,7 +31,8 @@ _PADDING: Final = tuple(bytes(-size % 8) for size in range(8))
 class Listing:
     """The answer to one READDIR or READDIRPLUS, growing entry by entry up to `limit` bytes.
 
-    `size` is the bytes so far. Every `add` says whether the entry fitted; after the first that did not, stop.
+    `size` is the number of bytes so far. `add` returns whether the entry fits; stop after the first that does
+    not.
     """
 
     __slots__ = ("_records", "limit", "size")
@@ -74,8 +75,8 @@ class Listing:
     ) -> None:
         """As `add_plus`, packed with its entry by one call. Only for what fits, see `fits_plus`.
 
-        `entry` and `attr`: how long the kernel may believe name and attributes, which are `values`, from
-        `encode.attribute_values`. Raises ValueError for a bad name.
+        `entry` and `attr`: how long name and attributes are valid; `values`: from `encode.attribute_values`.
+        Raises ValueError for a bad name.
         """
         length = len(name)
         if not 0 < length <= NAME_MAX or 47 in name:
@@ -87,7 +88,7 @@ class Listing:
         self.size += (_DIRENTPLUS_SIZE + length + 7) & ~7
 
     def packed(self) -> bytes:
-        """What goes into `encode.data`."""
+        """The data for `encode.data`."""
         return b"".join(self._records)
 
 

@@ -1,13 +1,13 @@
 """Answers to requests, as buffers for one writev(2).
 
 Rules:
-- Every function takes the request's `unique` first and gives a list of buffers: the whole answer, no copy of
-  the data in it. One writev(2) must carry one answer; `os.writev(fd, encode.entry(...))`.
+- Every function takes the request's `unique` first and returns a list of buffers: the whole answer, without
+  copying data. One writev(2) must carry one answer; `os.writev(fd, encode.entry(...))`.
 - An answer with an error is a header alone (fs/fuse/dev.c, fuse_dev_do_write: anything after it is EINVAL).
-- A timeout is a pair (seconds, nanoseconds): `FOREVER`, `NEVER`, or `timeout(seconds)`.
-- An object's attributes are packed once, by `attributes` or `attributes_of`, and travel as those 88 bytes;
+- A timeout is a pair (seconds, nanoseconds), such as `FOREVER` and `NEVER`.
+- An object's attributes are packed once, by `attributes_of`, and travel as those 88 bytes;
   a node may keep them. An entry likewise is packed by `entry_out` (128 bytes): LOOKUP, CREATE, READDIRPLUS.
-- FORGET, BATCH_FORGET and NOTIFY_REPLY get no answer.
+- FORGET and BATCH_FORGET get no answer.
 - A value that does not fit its field is a bug of ours, and raises struct.error.
 
 Source: include/uapi/linux/fuse.h 7.45; what the kernel reads of an answer, fs/fuse/dir.c, file.c, xattr.c,
@@ -18,7 +18,6 @@ from __future__ import annotations
 
 import os
 import struct
-from collections.abc import Sequence
 from typing import Final, NamedTuple
 
 from unionfs.fuse.protocol.structs import ATTR_SIZE, ENTRY_OUT_SIZE, LAYOUTS, OUT_HEADER_SIZE
@@ -55,18 +54,16 @@ _STATX_OUT: Final = _header("fuse_statx_out")
 _STATX_INO: Final = LAYOUTS["fuse_statx"].names.index("ino")
 _OPEN: Final = _header("fuse_open_out")
 _CREATE: Final = struct.Struct(f"=IiQ{ENTRY_OUT_SIZE}s{LAYOUTS['fuse_open_out'].format}")
-_SIZE: Final = _header("fuse_write_out")  # fuse_getxattr_out and fuse_poll_out are the same
+_SIZE: Final = _header("fuse_write_out")  # fuse_getxattr_out is the same
 _STATFS: Final = _header("fuse_statfs_out")
-_LK: Final = _header("fuse_lk_out")
-_NUMBER: Final = _header("fuse_bmap_out")  # fuse_copy_file_range_out is the same
+_COPIED: Final = _header("fuse_copy_file_range_out")
 _LSEEK: Final = _header("fuse_lseek_out")
 _IOCTL: Final = _header("fuse_ioctl_out")
 _INIT: Final = _header("fuse_init_out")
-_VERSION: Final = struct.Struct("=IiQII")
 
 
 class InitReply(NamedTuple):
-    """fuse_init_out. `flags` has all 64 bits. Sizes: bytes, time_gran: nanoseconds, timeout: seconds."""
+    """fuse_init_out. `flags` has all 64 bits. Sizes: bytes, time_gran: nanoseconds."""
 
     major: int
     minor: int
@@ -77,31 +74,10 @@ class InitReply(NamedTuple):
     max_write: int
     time_gran: int
     max_pages: int
-    map_alignment: int
     max_stack_depth: int
-    request_timeout: int
-
-
-def timeout(seconds: float) -> Timeout:
-    """How long the kernel may believe something; never negative, and at most FOREVER."""
-    if seconds >= FOREVER[0]:
-        return FOREVER
-    whole = max(0, int(seconds * _NS))
-    return whole // _NS, whole % _NS
 
 
 # -- what a file is -------------------------------------------------------------------------------------
-
-
-def attributes(
-    ino: int, size: int, blocks: int, atime: int, mtime: int, ctime: int, atimensec: int, mtimensec: int,
-    ctimensec: int, mode: int, nlink: int, uid: int, gid: int, rdev: int, blksize: int, flags: int = 0,
-) -> bytes:  # fmt: skip
-    """fuse_attr, in the header's order. Times: signed seconds since 1970, nanoseconds; blocks: 512 bytes."""
-    return _ATTR(
-        ino, size, blocks, atime, mtime, ctime, atimensec, mtimensec, ctimensec, mode, nlink, uid, gid, rdev,
-        blksize, flags,
-    )  # fmt: skip
 
 
 def attributes_of(
@@ -150,12 +126,12 @@ NO_ENTRY: Final = bytes(ENTRY_OUT_SIZE)
 
 
 def error(unique: int, errno: int) -> Reply:
-    """Any request failed with `errno` (positive). What the kernel would not take as an errno becomes EIO."""
+    """A request failed with `errno` (positive). A value that the kernel would refuse becomes EIO."""
     return [_EMPTY(OUT_HEADER_SIZE, -errno if 0 < errno <= _MAX_ERRNO else -_EIO, unique)]
 
 
 def ok(unique: int) -> Reply:
-    """It worked, and there is nothing to say: UNLINK, RMDIR, RENAME, FLUSH, RELEASE, FSYNC, SETXATTR, ..."""
+    """Success without data: UNLINK, RMDIR, RENAME, FLUSH, RELEASE, FSYNC, SETXATTR, ..."""
     return [_EMPTY(OUT_HEADER_SIZE, 0, unique)]
 
 
@@ -177,7 +153,7 @@ def entry(
 
 
 def negative_entry(unique: int, entry_valid: Timeout) -> Reply:
-    """LOOKUP found nothing, and the kernel may remember that; if not, `error(unique, ENOENT)` says it."""
+    """LOOKUP found nothing, and the kernel may cache that; if not, answer `error(unique, ENOENT)`."""
     return [_ENTRY(_ENTRY_SIZE, 0, unique, 0, 0, entry_valid[0], 0, entry_valid[1], 0, b"")]
 
 
@@ -213,7 +189,7 @@ def written(unique: int, size: int) -> Reply:
 
 def copied(unique: int, size: int) -> Reply:
     """COPY_FILE_RANGE_64 (7.45): bytes copied."""
-    return [_NUMBER.pack(_NUMBER.size, 0, unique, size)]
+    return [_COPIED.pack(_COPIED.size, 0, unique, size)]
 
 
 def xattr_size(unique: int, size: int) -> Reply:
@@ -231,29 +207,14 @@ def statfs(unique: int, st: os.statvfs_result) -> Reply:
     ]  # fmt: skip
 
 
-def lock(unique: int, start: int, end: int, type: int, pid: int) -> Reply:
-    """GETLK: the lock in the way; `type` F_UNLCK if there is none. `end` is included."""
-    return [_LK.pack(_LK.size, 0, unique, start, end, type, pid)]
-
-
 def lseek(unique: int, offset: int) -> Reply:
     """LSEEK (7.24): where the data or hole begins."""
     return [_LSEEK.pack(_LSEEK.size, 0, unique, offset)]
 
 
-def bmap(unique: int, block: int) -> Reply:
-    """BMAP: the device's block."""
-    return [_NUMBER.pack(_NUMBER.size, 0, unique, block)]
-
-
 def ioctl(unique: int, result: int, out: Buffer = b"") -> Reply:
     """IOCTL: what ioctl(2) returns, and what it writes, at most the request's `out_size` bytes."""
     return [_IOCTL.pack(_IOCTL.size + len(out), 0, unique, result, 0, 0, 0), *([out] if out else [])]
-
-
-def poll(unique: int, revents: int) -> Reply:
-    """POLL: POLLIN, POLLOUT, ..."""
-    return [_SIZE.pack(_SIZE.size, 0, unique, revents)]
 
 
 def init(unique: int, reply: InitReply) -> Reply:
@@ -263,16 +224,6 @@ def init(unique: int, reply: InitReply) -> Reply:
         _INIT.pack(
             _INIT.size, 0, unique, reply.major, reply.minor, reply.max_readahead, flags & 0xFFFFFFFF,
             reply.max_background, reply.congestion_threshold, reply.max_write, reply.time_gran,
-            reply.max_pages, reply.map_alignment, flags >> 32, reply.max_stack_depth, reply.request_timeout,
+            reply.max_pages, 0, flags >> 32, reply.max_stack_depth, 0,
         )
     ]  # fmt: skip
-
-
-def version(unique: int, major: int, minor: int) -> Reply:
-    """INIT from a kernel with a newer major: only our version; it then sends INIT again, in ours."""
-    return [_VERSION.pack(_VERSION.size, 0, unique, major, minor)]
-
-
-def total(buffers: Sequence[Buffer]) -> int:
-    """Bytes of an answer or notification: what writev(2) must return for it."""
-    return sum(map(len, buffers))

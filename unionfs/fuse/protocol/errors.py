@@ -2,8 +2,8 @@
 
 Rules:
 - Decoding raises `ProtocolError` and nothing else, whatever the bytes are.
-- Encoding is fed by our own code: a value that does not fit its field is a bug there, and raises
-  `struct.error` (out of range) or `ValueError` (a rule of this room was broken).
+- Encoding takes values of this program: one that does not fit its field is a bug, and raises `struct.error`
+  (out of range) or `ValueError` (a rule of this room was broken).
 - `NegotiationRefused` is for the user: `str(error)` is full sentences with thing, cause and cure.
 """
 
@@ -23,4 +23,4 @@ class ProtocolError(Exception):
 
 
 class NegotiationRefused(Exception):
-    """What was asked for explicitly cannot be had on this mount, or the kernel is too old to be served."""
+    """An explicit choice is not available on this mount, or the kernel is too old."""

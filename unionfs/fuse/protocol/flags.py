@@ -4,8 +4,8 @@ Source: include/uapi/linux/fuse.h, protocol 7.45 (Linux 6.18). Names are the hea
 prefix where an enumeration gives the context.
 
 Rules:
-- What is printed to people (opcodes, INIT flags) is an enumeration; what a handler tests for each request
-  is a plain integer, because `IntFlag` arithmetic costs a microsecond.
+- Numbers that are printed (opcodes, INIT flags) are enumerations; those that a handler tests for each request
+  are plain integers, because `IntFlag` arithmetic costs a microsecond.
 - A flag of INIT says since which protocol the kernel has it (`SINCE`); `LINUX` turns that into a release.
 """
 
@@ -18,20 +18,12 @@ KERNEL_VERSION: Final = 7
 KERNEL_MINOR_VERSION: Final = 45
 """The newest protocol spoken here: 7.45, Linux 6.18."""
 
-ROOT_ID: Final = 1
-
-MIN_READ_BUFFER: Final = 8192
-"""Bytes; the kernel fails a read from /dev/fuse with a smaller buffer (EINVAL)."""
-
 UNIQUE_RESEND: Final = 1 << 63
-"""In a request's unique: it was sent before, to a daemon that is gone (7.40). The answer has the bit too."""
-
-INVALID_UIDGID: Final = 0xFFFFFFFF
-"""The header's uid and gid under ALLOW_IDMAP, except in requests that create something (7.41)."""
+"""Set in the unique of a request that was sent before, to a daemon that is gone (7.40), and in its answer."""
 
 
 class Opcode(IntEnum):
-    """What a request asks for."""
+    """The kinds of requests that the kernel sends to this daemon."""
 
     LOOKUP = 1
     FORGET = 2
@@ -59,66 +51,38 @@ class Opcode(IntEnum):
     INIT = 26
     OPENDIR = 27
     READDIR = 28
-    RELEASEDIR = 29
     FSYNCDIR = 30
-    GETLK = 31
-    SETLK = 32
-    SETLKW = 33
-    ACCESS = 34
     CREATE = 35
     INTERRUPT = 36
-    BMAP = 37
-    DESTROY = 38
     IOCTL = 39
     POLL = 40
-    NOTIFY_REPLY = 41
     BATCH_FORGET = 42
     FALLOCATE = 43
     READDIRPLUS = 44
     RENAME2 = 45
     LSEEK = 46
     COPY_FILE_RANGE = 47
-    SETUPMAPPING = 48
-    REMOVEMAPPING = 49
     SYNCFS = 50
     TMPFILE = 51
     STATX = 52
     COPY_FILE_RANGE_64 = 53
 
 
-NO_REPLY: Final = frozenset({Opcode.FORGET, Opcode.BATCH_FORGET, Opcode.NOTIFY_REPLY})
-"""Requests without an answer. INTERRUPT may have one (EAGAIN: send it again; ENOSYS: never again), or not."""
-
-
 class Notify(IntEnum):
-    """What the daemon tells the kernel unasked; goes where a reply has its error."""
+    """The kinds of notifications; sent in the error field of a reply."""
 
-    POLL = 1
     INVAL_INODE = 2
-    INVAL_ENTRY = 3
     STORE = 4
-    RETRIEVE = 5
-    DELETE = 6
     RESEND = 7
-    INC_EPOCH = 8
-    PRUNE = 9
 
 
 class Init(IntFlag):
-    """Flags of INIT; bits 32 and up travel in `flags2` and count only together with INIT_EXT."""
+    """Flags of INIT that are wanted; bits from 32 on travel in `flags2`, and count only with INIT_EXT."""
 
     ASYNC_READ = 1 << 0
-    POSIX_LOCKS = 1 << 1
-    FILE_OPS = 1 << 2
     ATOMIC_O_TRUNC = 1 << 3
-    EXPORT_SUPPORT = 1 << 4
     BIG_WRITES = 1 << 5
     DONT_MASK = 1 << 6
-    SPLICE_WRITE = 1 << 7
-    SPLICE_MOVE = 1 << 8
-    SPLICE_READ = 1 << 9
-    FLOCK_LOCKS = 1 << 10
-    HAS_IOCTL_DIR = 1 << 11
     AUTO_INVAL_DATA = 1 << 12
     DO_READDIRPLUS = 1 << 13
     READDIRPLUS_AUTO = 1 << 14
@@ -126,61 +90,36 @@ class Init(IntFlag):
     WRITEBACK_CACHE = 1 << 16
     NO_OPEN_SUPPORT = 1 << 17
     PARALLEL_DIROPS = 1 << 18
-    HANDLE_KILLPRIV = 1 << 19
     POSIX_ACL = 1 << 20
     ABORT_ERROR = 1 << 21
     MAX_PAGES = 1 << 22
     CACHE_SYMLINKS = 1 << 23
     NO_OPENDIR_SUPPORT = 1 << 24
     EXPLICIT_INVAL_DATA = 1 << 25
-    MAP_ALIGNMENT = 1 << 26
-    SUBMOUNTS = 1 << 27
     HANDLE_KILLPRIV_V2 = 1 << 28
     SETXATTR_EXT = 1 << 29
     INIT_EXT = 1 << 30
-    INIT_RESERVED = 1 << 31
-    SECURITY_CTX = 1 << 32
-    HAS_INODE_DAX = 1 << 33
-    CREATE_SUPP_GROUP = 1 << 34
-    HAS_EXPIRE_ONLY = 1 << 35
-    DIRECT_IO_ALLOW_MMAP = 1 << 36
     PASSTHROUGH = 1 << 37
-    NO_EXPORT_SUPPORT = 1 << 38
     HAS_RESEND = 1 << 39
-    ALLOW_IDMAP = 1 << 40
-    OVER_IO_URING = 1 << 41
-    REQUEST_TIMEOUT = 1 << 42
 
 
 SINCE: Final[dict[Init, int]] = {
     Init.WRITEBACK_CACHE: 23,
     Init.NO_OPEN_SUPPORT: 23,
     Init.PARALLEL_DIROPS: 25,
-    Init.HANDLE_KILLPRIV: 26,
     Init.POSIX_ACL: 26,
     Init.ABORT_ERROR: 27,
     Init.MAX_PAGES: 28,
     Init.CACHE_SYMLINKS: 28,
     Init.NO_OPENDIR_SUPPORT: 29,
     Init.EXPLICIT_INVAL_DATA: 30,
-    Init.MAP_ALIGNMENT: 31,
-    Init.SUBMOUNTS: 32,
     Init.HANDLE_KILLPRIV_V2: 33,
     Init.SETXATTR_EXT: 33,
     Init.INIT_EXT: 36,
-    Init.SECURITY_CTX: 36,
-    Init.HAS_INODE_DAX: 36,
-    Init.CREATE_SUPP_GROUP: 38,
-    Init.HAS_EXPIRE_ONLY: 38,
-    Init.DIRECT_IO_ALLOW_MMAP: 39,
     Init.PASSTHROUGH: 40,
-    Init.NO_EXPORT_SUPPORT: 40,
     Init.HAS_RESEND: 40,
-    Init.ALLOW_IDMAP: 41,
-    Init.OVER_IO_URING: 42,
-    Init.REQUEST_TIMEOUT: 43,
 }
-"""Protocol minor that brought a flag, from the changelog in the header; older ones are left out."""
+"""Protocol minor that brought a flag, from the changelog in the header: of those wanted, and not older."""
 
 LINUX: Final[dict[int, str]] = {
     23: "3.15", 24: "4.5", 25: "4.7", 26: "4.9", 27: "4.18", 28: "4.20", 29: "5.1", 30: "5.2", 31: "5.2",
@@ -197,56 +136,26 @@ FATTR_SIZE: Final = 1 << 3
 FATTR_ATIME: Final = 1 << 4
 FATTR_MTIME: Final = 1 << 5
 FATTR_FH: Final = 1 << 6
-FATTR_ATIME_NOW: Final = 1 << 7
-FATTR_MTIME_NOW: Final = 1 << 8
 FATTR_LOCKOWNER: Final = 1 << 9
 FATTR_CTIME: Final = 1 << 10  # 7.23, with WRITEBACK_CACHE
 FATTR_KILL_SUIDGID: Final = 1 << 11  # 7.33, with HANDLE_KILLPRIV_V2
 
 # fuse_open_out.open_flags
-FOPEN_DIRECT_IO: Final = 1 << 0
 FOPEN_KEEP_CACHE: Final = 1 << 1
-FOPEN_NONSEEKABLE: Final = 1 << 2
-FOPEN_CACHE_DIR: Final = 1 << 3  # 7.28
-FOPEN_STREAM: Final = 1 << 4
 FOPEN_NOFLUSH: Final = 1 << 5  # 7.35; nothing under WRITEBACK_CACHE
-FOPEN_PARALLEL_DIRECT_WRITES: Final = 1 << 6  # 7.38; only with FOPEN_DIRECT_IO
 FOPEN_PASSTHROUGH: Final = 1 << 7  # 7.40; never with FOPEN_KEEP_CACHE (fs/fuse/iomode.c: EIO)
 
-RELEASE_FLUSH: Final = 1 << 0
-RELEASE_FLOCK_UNLOCK: Final = 1 << 1
-GETATTR_FH: Final = 1 << 0
-LK_FLOCK: Final = 1 << 0
 WRITE_CACHE: Final = 1 << 0
 """Writeback from the page cache: the file handle is a guess, the caller's ids are not the writer's."""
-WRITE_LOCKOWNER: Final = 1 << 1
 WRITE_KILL_SUIDGID: Final = 1 << 2  # with HANDLE_KILLPRIV_V2, 7.33
-READ_LOCKOWNER: Final = 1 << 1
 OPEN_KILL_SUIDGID: Final = 1 << 0  # 7.33
 SETXATTR_ACL_KILL_SGID: Final = 1 << 0  # 7.33, with SETXATTR_EXT
 FSYNC_FDATASYNC: Final = 1 << 0
-POLL_SCHEDULE_NOTIFY: Final = 1 << 0
-ATTR_SUBMOUNT: Final = 1 << 0  # 7.32
-ATTR_DAX: Final = 1 << 1  # 7.36
-EXPIRE_ONLY: Final = 1 << 0  # 7.38, notification INVAL_ENTRY
 
-IOCTL_COMPAT: Final = 1 << 0
-IOCTL_UNRESTRICTED: Final = 1 << 1
-IOCTL_RETRY: Final = 1 << 2
-IOCTL_32BIT: Final = 1 << 3
-IOCTL_DIR: Final = 1 << 4
-IOCTL_COMPAT_X32: Final = 1 << 5  # 7.30
-IOCTL_MAX_IOV: Final = 256
-
-# Request extensions (7.38): types up to MAX_NR_SECCTX are the count of a fuse_secctx_header.
-MAX_NR_SECCTX: Final = 31
-EXT_GROUPS: Final = 32
 
 # ioctls of /dev/fuse; the numbers are those of x86, arm and riscv (asm-generic/ioctl.h)
-DEV_IOC_CLONE: Final = 0x8004E500  # _IOR(229, 0, uint32_t)
 DEV_IOC_BACKING_OPEN: Final = 0x4010E501  # _IOW(229, 1, struct fuse_backing_map), 7.40
 DEV_IOC_BACKING_CLOSE: Final = 0x4004E502  # _IOW(229, 2, uint32_t), 7.40
-DEV_IOC_SYNC_INIT: Final = 0xE503  # _IO(229, 3), 6.18
 
 
 def since(flag: Init) -> str:

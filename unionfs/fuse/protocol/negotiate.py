@@ -1,33 +1,33 @@
-"""INIT: what the kernel offers, what was asked for and what we may do, to one decision. A pure function.
+"""INIT: from the kernel's offer, the settings and the privileges to a decision. A pure function.
 
 Rules of what goes with what (fs/fuse/inode.c, process_init_reply, Linux 6.18; those marked * were found by
 breaking them):
 - NO_OPEN (ENOSYS to OPEN) never with ATOMIC_O_TRUNC*: O_TRUNC would be lost. Never with PASSTHROUGH, which
   lives in the answer to OPEN.
 - WRITEBACK_CACHE never with PASSTHROUGH (the kernel then drops passthrough, and registering a backing file is
-  EPERM*), and never where a lower is live: the kernel would ignore the sizes the daemon reports.
-- LSEEK (ENOSYS) never with WRITEBACK_CACHE*: what is only in the page cache yet would be called a hole, and
-  a program that copies would leave it out. Without our answer the kernel calls everything data.
+  EPERM*), and never where bound storage is served: the kernel would ignore the sizes the daemon reports.
+- LSEEK (ENOSYS) never with WRITEBACK_CACHE*: data that is only in the page cache would look like a hole, and
+  a program that copies would skip it. After ENOSYS the kernel reports everything as data.
 - PASSTHROUGH needs INIT_EXT, a max_stack_depth of 1 or 2, and CAP_SYS_ADMIN in the initial user namespace
   (fs/fuse/backing.c). Depth 2 only where a file to pass through lies on a stacked filesystem itself: a mount
   of depth 2 can be nobody's lower.
-- A lower file that is passed through is read from the lower while it is open, also after its copy-up:
-  hybrid, which promises better, does it only where there is no upper and so no copy-up.
+- A lower file that is passed through is read from the lower while it is open, even after its copy-up. So
+  hybrid does it only without an upper, where there is no copy-up.
 - HANDLE_KILLPRIV_V2 with PASSTHROUGH: before a write that is to clear suid and sgid the kernel sends a
   SETATTR that changes nothing*, and leaves the clearing to us. Without V2 it asks for the file's capabilities
   before every write. V1 is never agreed.
 - ALLOW_IDMAP only when asked for, never with a policy on the caller's uid (it is blank except on creation),
   and only under default_permissions: without, the kernel ends the connection.
 - POSIX_ACL and DONT_MASK both or neither, when every layer has ACLs.
-- EXPLICIT_INVAL_DATA, unless a lower is live: then AUTO_INVAL_DATA (the kernel prefers AUTO if it gets both).
-- Storage served here (bound) is like a live lower, and its opens must be told: a read-only one refuses some.
+- EXPLICIT_INVAL_DATA, unless bound storage is served, which others change too: then AUTO_INVAL_DATA (the
+  kernel prefers AUTO if it gets both). Its opens must be sent: read-only storage refuses some.
 - READDIRPLUS_AUTO only with DO_READDIRPLUS. NO_OPENDIR and cached directories need directory cookies that are
   stable for a node, which the node table promises.
 - Flags from bit 32 on need INIT_EXT.
-- Locks stay with the kernel unless asked for; if they come here, so must FLUSH (it drops POSIX locks).
+- Locks stay with the kernel, so FLUSH, which would drop POSIX locks, has nothing to do.
 
-How it is written: `_obstacle` says why an I/O mode cannot be had, `_choose` takes the mode, `_RULES` is the
-flag table, one row a flag. An explicit choice that cannot be had is NegotiationRefused; `auto` never is.
+`_obstacle` says why an I/O mode is not available, `_choose` takes the mode, `_RULES` is the flag table, one
+row a flag. An explicit choice that is not available raises NegotiationRefused; `auto` never does.
 """
 
 from __future__ import annotations
@@ -41,7 +41,6 @@ from typing import Final, NamedTuple
 from unionfs.fuse.protocol.encode import InitReply
 from unionfs.fuse.protocol.errors import NegotiationRefused
 from unionfs.fuse.protocol.flags import (
-    FOPEN_CACHE_DIR,
     FOPEN_KEEP_CACHE,
     FOPEN_NOFLUSH,
     FOPEN_PASSTHROUGH,
@@ -58,12 +57,13 @@ MIN_MINOR: Final = 23
 """Oldest protocol served, Linux 3.15: since then every structure we send has the length it has now."""
 
 _NOFLUSH_MINOR: Final = 35
+_MAX_BACKGROUND: Final = 64
 _DEFAULT_MAX_PAGES: Final = 32  # FUSE_DEFAULT_MAX_PAGES_PER_REQ, without MAX_PAGES
 _MAX_STACK_DEPTH: Final = 2  # FILESYSTEM_MAX_STACK_DEPTH, include/linux/fs.h
 
 SMALL_FILE: Final = 64 << 10
-"""Bytes up to which a lower file is given to the page cache of the mount with its first open, which costs
-less than registering it to be passed through."""
+"""Lower files up to this many bytes are put into the page cache of the mount with their first open, which is
+cheaper than registering them for passthrough."""
 
 
 class IoMode(StrEnum):
@@ -80,44 +80,26 @@ MODES: Final = (IoMode.HYBRID, IoMode.PASSTHROUGH, IoMode.CACHED)
 
 @dataclass(frozen=True, slots=True)
 class Settings:
-    """What was asked for, and what the layers are. Sizes in bytes."""
+    """The requested mode, and facts about the layers. Sizes in bytes."""
 
     io: IoMode = IoMode.AUTO
     read_only: bool = False
     """No upper: nothing is ever written."""
-    live_lowers: bool = False
-    """A lower may change while it is mounted."""
     bound: bool = False
-    """Storage is served here, which others change too, and which may be read-only while the union is not."""
+    """Bound storage is served, which others change too, and which may be read-only while the union is not."""
     acl: bool = False
     """Every layer has POSIX ACLs."""
-    idmap: bool = False
-    """Idmapped mounts of the union were asked for."""
-    caller_policy: bool = False
-    """Something here decides by the caller's uid or gid."""
-    default_permissions: bool = True
-    """The mount option: the kernel checks permissions."""
     upper_stack_depth: int = 0
     """0: the upper is on an ordinary filesystem. 1: on overlayfs, or a mount with passthrough. 2: deeper."""
     lower_stack_depth: int = 0
     """The largest of the lowers."""
-    remote_locks: bool = False
-    """Locks (POSIX and flock) are to come to the daemon."""
-    security_context: bool = False
-    """Labels for new objects are to come with the request (SECURITY_CTX)."""
-    supplementary_groups: bool = False
-    """The caller's group that matches the parent is to come with a creation (CREATE_SUPP_GROUP)."""
     max_write: int = 1 << 20
     max_readahead: int = 1 << 20
-    max_background: int = 64
-    request_timeout: int = 0
-    """Seconds until the kernel gives the whole mount up for a request without an answer. 0: never."""
-    page_size: int = mmap.PAGESIZE
 
 
 @dataclass(frozen=True, slots=True)
 class Privileges:
-    """What the daemon may do."""
+    """The privileges of the daemon."""
 
     initial_user_namespace: bool
     sys_admin: bool
@@ -126,7 +108,7 @@ class Privileges:
 
 @dataclass(frozen=True, slots=True)
 class Decision:
-    """The answer to INIT, and what follows from it for the session. Texts are full sentences for the user."""
+    """The answer to INIT, and its consequences for the session. Texts are full sentences for the user."""
 
     reply: InitReply
     io: IoMode
@@ -135,28 +117,26 @@ class Decision:
     why_not: Mapping[IoMode, str]
     """For each of the other two modes."""
     missing: Mapping[Init, str]
-    """Flags that were wanted and that the kernel does not offer, with a sentence for each."""
+    """Wanted flags that the kernel does not offer, with a sentence for each."""
     enosys: frozenset[Opcode]
-    """Requests to answer with ENOSYS; the kernel asks once and never again."""
+    """Requests to answer with ENOSYS; the kernel sends each only once."""
     passthrough_upper: bool
     """Upper files are opened with a backing file."""
     passthrough_lower: bool
-    """Lower files are, too, if they have more bytes than `small_lower`."""
+    """Lower files larger than `small_lower` are, too."""
     small_lower: int
-    """Bytes up to which lower files come from the page cache of the mount nevertheless; -1 for none."""
+    """Lower files up to this many bytes use the page cache of the mount nevertheless; -1 for none."""
     file_open_flags: int
     """FOPEN_* for a file opened through the page cache."""
     passthrough_open_flags: int
     """FOPEN_* for a file opened with a backing file; 0 if there are none."""
-    directory_open_flags: int
-    """FOPEN_* for a directory."""
     max_readahead: int
-    """Bytes wanted, though INIT can only lower what the kernel has (128 KiB): root raises it afterwards, by
+    """The readahead in bytes. INIT can only lower the kernel's 128 KiB: root raises it afterwards, by
     /sys/class/bdi/MAJOR:MINOR/read_ahead_kb."""
 
     @property
     def flags(self) -> Init:
-        """What is agreed."""
+        """The agreed flags."""
         return Init(self.reply.flags)
 
 
@@ -201,11 +181,6 @@ def _passes_uppers(mode: IoMode, settings: Settings) -> bool:
     return mode is not IoMode.CACHED and not settings.read_only
 
 
-def _changes_below(facts: _Facts) -> bool:
-    """Whether files may change without this daemon."""
-    return facts.settings.live_lowers or facts.settings.bound
-
-
 _RULES: Final[tuple[_Rule, ...]] = (
     _rule(Init.INIT_EXT),
     _rule(
@@ -223,7 +198,7 @@ _RULES: Final[tuple[_Rule, ...]] = (
     _rule(
         Init.WRITEBACK_CACHE,
         lambda facts: (
-            facts.mode is IoMode.CACHED and not facts.settings.read_only and not _changes_below(facts)
+            facts.mode is IoMode.CACHED and not facts.settings.read_only and not facts.settings.bound
         ),
         never_with=Init.PASSTHROUGH,
     ),
@@ -231,9 +206,8 @@ _RULES: Final[tuple[_Rule, ...]] = (
     _rule(Init.HANDLE_KILLPRIV_V2),
     _rule(Init.POSIX_ACL, lambda facts: facts.settings.acl, needs=Init.DONT_MASK),
     _rule(Init.DONT_MASK, lambda facts: facts.settings.acl, needs=Init.POSIX_ACL),
-    _rule(Init.ALLOW_IDMAP, lambda facts: facts.settings.idmap),
-    _rule(Init.AUTO_INVAL_DATA, lambda facts: _changes_below(facts)),
-    _rule(Init.EXPLICIT_INVAL_DATA, lambda facts: not _changes_below(facts)),
+    _rule(Init.AUTO_INVAL_DATA, lambda facts: facts.settings.bound),
+    _rule(Init.EXPLICIT_INVAL_DATA, lambda facts: not facts.settings.bound),
     _rule(Init.DO_READDIRPLUS),
     _rule(Init.READDIRPLUS_AUTO, needs=Init.DO_READDIRPLUS),
     _rule(Init.PARALLEL_DIROPS),
@@ -244,18 +218,12 @@ _RULES: Final[tuple[_Rule, ...]] = (
     _rule(Init.ASYNC_DIO),
     _rule(Init.BIG_WRITES),
     _rule(Init.ABORT_ERROR),
-    _rule(Init.HAS_EXPIRE_ONLY),
     _rule(Init.HAS_RESEND),
-    _rule(Init.POSIX_LOCKS, lambda facts: facts.settings.remote_locks),
-    _rule(Init.FLOCK_LOCKS, lambda facts: facts.settings.remote_locks),
-    _rule(Init.SECURITY_CTX, lambda facts: facts.settings.security_context),
-    _rule(Init.CREATE_SUPP_GROUP, lambda facts: facts.settings.supplementary_groups),
-    _rule(Init.REQUEST_TIMEOUT, lambda facts: facts.settings.request_timeout > 0),
 )
 
 
 def _good(mode: IoMode, settings: Settings) -> str:
-    """What the mode brings, as a clause."""
+    """The advantage of the mode, as a clause."""
     if mode is IoMode.PASSTHROUGH:
         return f"all files are read {'' if settings.read_only else 'and written '}kernel to kernel"
     if mode is IoMode.CACHED:
@@ -275,7 +243,7 @@ def _good(mode: IoMode, settings: Settings) -> str:
 
 
 def _drawback(chosen: IoMode, other: IoMode, settings: Settings) -> str:
-    """What speaks against another mode that could be had, as a clause."""
+    """The drawback of another mode that is available, as a clause."""
     if chosen is IoMode.CACHED:
         against = "every open would cost a message"
         if other is IoMode.PASSTHROUGH and not settings.read_only:
@@ -300,7 +268,7 @@ def _drawback(chosen: IoMode, other: IoMode, settings: Settings) -> str:
 
 
 def _obstacle(mode: IoMode, offered: InitRequest, settings: Settings, privileges: Privileges) -> str | None:
-    """Why `mode` cannot be had, as a clause that can follow "because"; None if it can."""
+    """Why `mode` is not available, as a clause that can follow "because"; None if it is."""
     if mode is IoMode.CACHED:
         return None
     both = Init.PASSTHROUGH | Init.INIT_EXT
@@ -356,32 +324,17 @@ def _choose(
     return mode, why, why_not
 
 
-def _check(offered: InitRequest, settings: Settings) -> None:
-    """Refuse what no mode can help. Raises NegotiationRefused."""
+def _check(offered: InitRequest) -> None:
+    """Raise NegotiationRefused for a kernel that no mode can serve."""
     if offered.major != KERNEL_VERSION or offered.minor < MIN_MINOR:
         raise NegotiationRefused(
             f"This kernel speaks FUSE {offered.major}.{offered.minor}; the direct session needs "
             f"{KERNEL_VERSION}.{MIN_MINOR} (Linux {LINUX[MIN_MINOR]}) or later. Use --session pyfuse3."
         )
-    if not settings.idmap:
-        return
-    both = Init.ALLOW_IDMAP | Init.INIT_EXT
-    if offered.flags & both != both:
-        raise NegotiationRefused(
-            f"Idmapped mounts cannot be had: this kernel does not offer them for FUSE, which needs "
-            f"{since(Init.ALLOW_IDMAP)}. Mount without idmap."
-        )
-    if settings.caller_policy:
-        raise NegotiationRefused(
-            "Idmapped mounts cannot be had together with a rule about the caller's uid, which the kernel "
-            "then does not tell. Drop one of the two."
-        )
-    if not settings.default_permissions:
-        raise NegotiationRefused("Idmapped mounts need default_permissions. Add that option.")
 
 
 def _agree(facts: _Facts) -> tuple[int, dict[Init, str]]:
-    """The flags agreed, by the table, and what is wanted but not offered."""
+    """The agreed flags, by the table, and those wanted but not offered."""
     agreed, missing = 0, {}
     offered = int(facts.offered.flags)
     for rule in _RULES:
@@ -399,40 +352,35 @@ def _agree(facts: _Facts) -> tuple[int, dict[Init, str]]:
 def negotiate(offered: InitRequest, settings: Settings, privileges: Privileges) -> Decision:
     """Decide how this mount is served. Raises NegotiationRefused with sentences for the user.
 
-    Pure: the same arguments give the same decision, and nothing is asked of the machine.
+    Pure: the decision depends on the arguments alone.
     """
-    _check(offered, settings)
+    _check(offered)
     mode, why, why_not = _choose(offered, settings, privileges)
     agreed, missing = _agree(_Facts(offered, settings, privileges, mode))
 
     max_write = max(4096, settings.max_write)
     pages = _DEFAULT_MAX_PAGES
     if agreed & Init.MAX_PAGES:
-        pages = min(-(-max_write // settings.page_size), 0xFFFF)
-    max_background = min(max(1, settings.max_background), 0xFFFF)
+        pages = min(-(-max_write // mmap.PAGESIZE), 0xFFFF)
     passthrough = bool(agreed & Init.PASSTHROUGH)
     reply = InitReply(
         major=KERNEL_VERSION,
         minor=min(offered.minor, KERNEL_MINOR_VERSION),
         max_readahead=min(offered.max_readahead, settings.max_readahead),
         flags=agreed,
-        max_background=max_background,
-        # where the kernel begins to call the mount congested: 3/4, as in FUSE_DEFAULT_CONGESTION_THRESHOLD
-        congestion_threshold=max(1, max_background * 3 // 4),
-        max_write=min(max_write, pages * settings.page_size),
+        max_background=_MAX_BACKGROUND,
+        congestion_threshold=_MAX_BACKGROUND * 3 // 4,  # as in FUSE_DEFAULT_CONGESTION_THRESHOLD
+        max_write=min(max_write, pages * mmap.PAGESIZE),
         time_gran=1,
         max_pages=pages if agreed & Init.MAX_PAGES else 0,
-        map_alignment=0,
         max_stack_depth=(_stack_depth(mode, settings) or 0) if passthrough else 0,
-        request_timeout=min(settings.request_timeout, 0xFFFF) if agreed & Init.REQUEST_TIMEOUT else 0,
     )
 
-    locks_here = bool(agreed & (Init.POSIX_LOCKS | Init.FLOCK_LOCKS))
-    noflush = FOPEN_NOFLUSH if offered.minor >= _NOFLUSH_MINOR and not locks_here else 0
+    noflush = FOPEN_NOFLUSH if offered.minor >= _NOFLUSH_MINOR else 0
     enosys = {
         Opcode.OPEN: bool(agreed & Init.NO_OPEN_SUPPORT),
         Opcode.OPENDIR: bool(agreed & Init.NO_OPENDIR_SUPPORT),
-        Opcode.FLUSH: not locks_here,
+        Opcode.FLUSH: True,
         Opcode.LSEEK: bool(agreed & Init.WRITEBACK_CACHE),
     }
     return Decision(
@@ -447,6 +395,5 @@ def negotiate(offered: InitRequest, settings: Settings, privileges: Privileges) 
         small_lower=SMALL_FILE if mode is IoMode.HYBRID else -1,
         file_open_flags=FOPEN_KEEP_CACHE | noflush,
         passthrough_open_flags=FOPEN_PASSTHROUGH | noflush if passthrough else 0,
-        directory_open_flags=FOPEN_KEEP_CACHE | FOPEN_CACHE_DIR,
         max_readahead=settings.max_readahead,
     )

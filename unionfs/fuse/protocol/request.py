@@ -1,40 +1,34 @@
-"""What every request of the kernel is: a tuple whose fields are read by name.
+"""The base of all requests: a tuple whose fields are read by name.
 
 Rules:
 - A request is a tuple, so that one call of `Struct.unpack_from` makes nearly all of it. Every class has the
   fields of `Request`, then those of the body's structure in the header's order, then what follows the
-  structure (names, a value, data, extensions).
-- The annotations of a class are its fields. They are checked against structs.py when the class is made, so
-  that a class cannot disagree with the ABI. `renamed` maps the header's names that would hide another field.
-- A request is as true as its type annotations: decode.py makes it with `tuple.__new__`, unchecked.
+  structure (names, a value, data).
+- The annotations of a class are its fields (without any, its base's are). They are checked against structs.py
+  when the class is made, so that a class cannot disagree with the ABI. `renamed` maps the header's names that
+  would hide another field.
+- Values are unchecked: decode.py makes a request with `tuple.__new__`.
 """
 
 from __future__ import annotations
 
 from operator import itemgetter
-from typing import Any, ClassVar, Final, NamedTuple, Self
+from typing import Any, ClassVar, Final, Self
 
 from unionfs.fuse.protocol.flags import UNIQUE_RESEND, Opcode
 from unionfs.fuse.protocol.structs import LAYOUTS
 
 HEADER_FIELDS: Final = ("message_size", "number", "unique", "nodeid", "uid", "gid", "pid", "extlen")
-"""What every request begins with: fuse_in_header, with names that hide nothing."""
-
-
-class SecurityContext(NamedTuple):
-    """A label the kernel wants on a new object (7.36, SECURITY_CTX): xattr `name`, and its value."""
-
-    name: bytes
-    value: bytes
+"""The fields of fuse_in_header, with names that hide nothing."""
 
 
 class Request(tuple[Any, ...]):
-    """What all requests have in common.
+    """The base class of requests.
 
     message_size: in bytes. number: the opcode as sent; `opcode` is the class's.
     unique: the id to answer with, resend bit included. nodeid: the object (or directory) meant.
     uid, gid, pid: of the caller, in the namespaces of the mount; pid is 0 where it cannot be seen.
-    extlen: of the extensions at the message's end, in 8-byte units.
+    extlen: of extensions at the message's end (none are negotiated), in 8-byte units.
     """
 
     __slots__ = ()
@@ -57,7 +51,7 @@ class Request(tuple[Any, ...]):
         cls, opcode: Opcode | None = None, body: str | None = None, renamed: dict[str, str] | None = None
     ) -> None:
         super().__init_subclass__()
-        own = tuple(cls.__annotations__)
+        own = tuple(cls.__annotations__) or getattr(cls, "fields", HEADER_FIELDS)[len(HEADER_FIELDS) :]
         if body is not None:
             names = [(renamed or {}).get(name, name) for name in LAYOUTS[body].names]
             if list(own[: len(names)]) != names:
@@ -66,13 +60,13 @@ class Request(tuple[Any, ...]):
             cls.opcode = opcode
         cls.body = body
         cls.fields = HEADER_FIELDS + own
-        # Not by namedtuple(), whose fields are read a little faster: every mount waits until all are made.
+        # Not by namedtuple(): its fields are a little faster, but the classes take longer to make at start.
         for index, name in enumerate(cls.fields):
             setattr(cls, name, property(itemgetter(index)))
 
     @property
     def resent(self) -> bool:
-        """True when this was sent before, to a daemon that is gone (7.40): it may have happened already."""
+        """Whether this was sent before, to a daemon that is gone (7.40), which may have executed it."""
         return bool(self.unique & UNIQUE_RESEND)
 
     @classmethod
@@ -93,7 +87,7 @@ class Request(tuple[Any, ...]):
 
 
 class Unknown(Request):
-    """A request no class stands for (from a newer kernel, CUSE or DAX): answer ENOSYS. `data` is its body."""
+    """A request that no class stands for: answer ENOSYS. `data` is its body."""
 
     __slots__ = ()
     data: memoryview

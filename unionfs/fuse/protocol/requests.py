@@ -1,14 +1,13 @@
-"""The requests of the kernel as typed values: one class an opcode.
+"""The requests of the kernel as typed values: one class for each opcode that is served.
 
 Rules:
 - How a class is made, and that its fields agree with the ABI: request.py.
 - Names are bytes without the closing NUL, never empty, never with a slash (TMPFILE alone is given b"/").
-- `data` (WRITE, IOCTL, NOTIFY_REPLY, Unknown) is a view on the receive buffer, not a copy: it must be
+- `data` (WRITE, IOCTL, Unknown) is a view on the receive buffer, not a copy: it must be
   consumed before the buffer is read into again. Everything else is copied and may be kept.
 - Offsets and sizes are bytes, times seconds and nanoseconds since 1970, `rdev` is what `os.makedev` gives
   (fs/fuse/dir.c sends new_encode_dev(), which is the same 32 bits for majors below 4096).
-- `security` and `groups` are what the kernel adds to a creation: labels (7.36, SECURITY_CTX) and
-  supplementary groups (7.38, CREATE_SUPP_GROUP); empty unless those flags were agreed.
+- A request that no handler takes has no class: it arrives as `Unknown`, and the answer is ENOSYS.
 
 Source: include/uapi/linux/fuse.h 7.45; which argument follows which, fs/fuse/dir.c, file.c, xattr.c, ioctl.c
 of Linux 6.18. A number like 7.40 in a docstring is the protocol that brought the request (flags.LINUX says
@@ -17,10 +16,8 @@ which release that is); those without one are older than 7.23, Linux 3.15.
 
 from __future__ import annotations
 
-from typing import Final
-
-from unionfs.fuse.protocol.flags import Init, Opcode
-from unionfs.fuse.protocol.request import Request, SecurityContext
+from unionfs.fuse.protocol.flags import Opcode
+from unionfs.fuse.protocol.request import Request
 
 # -- the connection -------------------------------------------------------------------------------------
 
@@ -34,17 +31,6 @@ class InitRequest(Request, opcode=Opcode.INIT):
     max_readahead: int
     flags: int
 
-    @property
-    def offered(self) -> Init:
-        """The flags as an enumeration, for sentences."""
-        return Init(self.flags)
-
-
-class Destroy(Request, opcode=Opcode.DESTROY):
-    """The filesystem is going away. Sent for block-device mounts only; a plain mount just ends (ENODEV)."""
-
-    __slots__ = ()
-
 
 class Interrupt(
     Request, opcode=Opcode.INTERRUPT, body="fuse_interrupt_in", renamed={"unique": "interrupted"}
@@ -53,15 +39,6 @@ class Interrupt(
 
     __slots__ = ()
     interrupted: int
-
-
-class NotifyReply(Request, opcode=Opcode.NOTIFY_REPLY, body="fuse_notify_retrieve_in"):
-    """Cached data asked for by the notification RETRIEVE; `unique` is that notification's. No answer."""
-
-    __slots__ = ()
-    offset: int
-    size: int
-    data: memoryview
 
 
 # -- names, attributes ----------------------------------------------------------------------------------
@@ -130,13 +107,6 @@ class Setattr(
     new_gid: int
 
 
-class Access(Request, opcode=Opcode.ACCESS, body="fuse_access_in"):
-    """access(2) and chdir(2); never sent under default_permissions."""
-
-    __slots__ = ()
-    mask: int
-
-
 class Readlink(Request, opcode=Opcode.READLINK):
     """Where the symlink `nodeid` points."""
 
@@ -164,8 +134,6 @@ class Symlink(Request, opcode=Opcode.SYMLINK):
     __slots__ = ()
     name: bytes
     target: bytes
-    security: tuple[SecurityContext, ...]
-    groups: tuple[int, ...]
 
 
 class Mknod(Request, opcode=Opcode.MKNOD, body="fuse_mknod_in"):
@@ -176,8 +144,6 @@ class Mknod(Request, opcode=Opcode.MKNOD, body="fuse_mknod_in"):
     rdev: int
     umask: int
     name: bytes
-    security: tuple[SecurityContext, ...]
-    groups: tuple[int, ...]
 
 
 class Mkdir(Request, opcode=Opcode.MKDIR, body="fuse_mkdir_in"):
@@ -187,8 +153,6 @@ class Mkdir(Request, opcode=Opcode.MKDIR, body="fuse_mkdir_in"):
     mode: int
     umask: int
     name: bytes
-    security: tuple[SecurityContext, ...]
-    groups: tuple[int, ...]
 
 
 class Create(Request, opcode=Opcode.CREATE, body="fuse_create_in"):
@@ -200,21 +164,12 @@ class Create(Request, opcode=Opcode.CREATE, body="fuse_create_in"):
     umask: int
     open_flags: int
     name: bytes
-    security: tuple[SecurityContext, ...]
-    groups: tuple[int, ...]
 
 
-class Tmpfile(Request, opcode=Opcode.TMPFILE, body="fuse_create_in"):
+class Tmpfile(Create, opcode=Opcode.TMPFILE, body="fuse_create_in"):
     """7.37. O_TMPFILE in directory `nodeid`: as CREATE, but `name` means nothing (the kernel sends b"/")."""
 
     __slots__ = ()
-    flags: int
-    mode: int
-    umask: int
-    open_flags: int
-    name: bytes
-    security: tuple[SecurityContext, ...]
-    groups: tuple[int, ...]
 
 
 class Unlink(Request, opcode=Opcode.UNLINK):
@@ -294,14 +249,6 @@ class Write(Request, opcode=Opcode.WRITE, body="fuse_write_in"):
     data: memoryview
 
 
-class Flush(Request, opcode=Opcode.FLUSH, body="fuse_flush_in"):
-    """A descriptor was closed; others of the same open file may remain."""
-
-    __slots__ = ()
-    fh: int
-    lock_owner: int
-
-
 class Release(Request, opcode=Opcode.RELEASE, body="fuse_release_in"):
     """The open file is gone. The answer's error is seen by nobody."""
 
@@ -352,67 +299,10 @@ class CopyFileRange(Request, opcode=Opcode.COPY_FILE_RANGE, body="fuse_copy_file
     flags: int
 
 
-class CopyFileRange64(Request, opcode=Opcode.COPY_FILE_RANGE_64, body="fuse_copy_file_range_in"):
+class CopyFileRange64(CopyFileRange, opcode=Opcode.COPY_FILE_RANGE_64, body="fuse_copy_file_range_in"):
     """7.45. Tried first; ENOSYS makes the kernel fall back to COPY_FILE_RANGE."""
 
     __slots__ = ()
-    fh_in: int
-    off_in: int
-    nodeid_out: int
-    fh_out: int
-    off_out: int
-    len: int
-    flags: int
-
-
-_LOCK_NAMES: Final = {"lk.start": "start", "lk.end": "end", "lk.type": "type", "lk.pid": "lock_pid"}
-
-
-class Getlk(Request, opcode=Opcode.GETLK, body="fuse_lk_in", renamed=_LOCK_NAMES):
-    """F_GETLK; only with POSIX_LOCKS. `end` is included; `type` is F_RDLCK, F_WRLCK or F_UNLCK."""
-
-    __slots__ = ()
-    fh: int
-    owner: int
-    start: int
-    end: int
-    type: int
-    lock_pid: int
-    lk_flags: int
-
-
-class Setlk(Request, opcode=Opcode.SETLK, body="fuse_lk_in", renamed=_LOCK_NAMES):
-    """F_SETLK, or flock(2) with LK_FLOCK in `lk_flags` (then only with FLOCK_LOCKS)."""
-
-    __slots__ = ()
-    fh: int
-    owner: int
-    start: int
-    end: int
-    type: int
-    lock_pid: int
-    lk_flags: int
-
-
-class Setlkw(Request, opcode=Opcode.SETLKW, body="fuse_lk_in", renamed=_LOCK_NAMES):
-    """As SETLK, waiting for the lock."""
-
-    __slots__ = ()
-    fh: int
-    owner: int
-    start: int
-    end: int
-    type: int
-    lock_pid: int
-    lk_flags: int
-
-
-class Bmap(Request, opcode=Opcode.BMAP, body="fuse_bmap_in"):
-    """FIBMAP; sent for block-device mounts only."""
-
-    __slots__ = ()
-    block: int
-    blocksize: int
 
 
 class Ioctl(Request, opcode=Opcode.IOCTL, body="fuse_ioctl_in"):
@@ -428,25 +318,7 @@ class Ioctl(Request, opcode=Opcode.IOCTL, body="fuse_ioctl_in"):
     data: memoryview
 
 
-class Poll(Request, opcode=Opcode.POLL, body="fuse_poll_in"):
-    """`kh` is for the notification POLL, wanted with POLL_SCHEDULE_NOTIFY in `flags`."""
-
-    __slots__ = ()
-    fh: int
-    kh: int
-    flags: int
-    events: int
-
-
 # -- directories ----------------------------------------------------------------------------------------
-
-
-class Opendir(Request, opcode=Opcode.OPENDIR, body="fuse_open_in"):
-    """As OPEN, for a directory."""
-
-    __slots__ = ()
-    flags: int
-    open_flags: int
 
 
 class Readdir(Request, opcode=Opcode.READDIR, body="fuse_read_in"):
@@ -461,34 +333,16 @@ class Readdir(Request, opcode=Opcode.READDIR, body="fuse_read_in"):
     flags: int
 
 
-class Readdirplus(Request, opcode=Opcode.READDIRPLUS, body="fuse_read_in"):
+class Readdirplus(Readdir, opcode=Opcode.READDIRPLUS, body="fuse_read_in"):
     """As READDIR, each entry with what LOOKUP would answer; an entry with a nodeid counts one lookup."""
 
     __slots__ = ()
-    fh: int
-    offset: int
-    size: int
-    read_flags: int
-    lock_owner: int
-    flags: int
 
 
-class Releasedir(Request, opcode=Opcode.RELEASEDIR, body="fuse_release_in"):
-    """As RELEASE, for a directory."""
-
-    __slots__ = ()
-    fh: int
-    flags: int
-    release_flags: int
-    lock_owner: int
-
-
-class Fsyncdir(Request, opcode=Opcode.FSYNCDIR, body="fuse_fsync_in"):
+class Fsyncdir(Fsync, opcode=Opcode.FSYNCDIR, body="fuse_fsync_in"):
     """As FSYNC, for a directory."""
 
     __slots__ = ()
-    fh: int
-    fsync_flags: int
 
 
 # -- extended attributes --------------------------------------------------------------------------------

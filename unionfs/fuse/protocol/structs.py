@@ -1,4 +1,4 @@
-"""Every structure of the FUSE ABI, as a table: names, sizes and offsets are those of the kernel's header.
+"""The structures of the FUSE ABI that are used, as a table: names, sizes, offsets are those of the header.
 
 Source: include/uapi/linux/fuse.h, protocol 7.45 (Linux 6.18). Fields that are younger than protocol 7.23
 (Linux 3.15) carry the minor version that brought them, in a comment at the row.
@@ -8,8 +8,7 @@ Rules:
 - Host byte order, no implicit alignment: the header pads by hand, so do the rows ("=").
 - A field whose name begins with `padding`, `unused`, `spare`, `dummy`, `reserved` or `__` is skipped when
   unpacked and zero when packed; it keeps its place in `Layout.fields`.
-- A name in brackets, `fuse_attr attr`, is a nested structure: its fields appear flattened as `attr.ino`,
-  and the nested structure itself has an offset too.
+- A group like `fuse_attr attr` is a nested structure: its fields appear flattened as `attr.ino`.
 - The header has unsigned times; the kernel reads and writes them as signed 64-bit seconds (fs/fuse/inode.c,
   fuse_change_attributes_common), so they are signed here: files from before 1970 keep their time. The same
   goes for the offset of LSEEK (fs/fuse/file.c, fuse_lseek).
@@ -23,16 +22,12 @@ from typing import Final, NamedTuple
 
 _SKIPPED: Final = re.compile(r"(?:.*\.)?(?:padding|unused|spare|dummy|reserved|__)\w*$")
 
-_CODE_SIZE: Final = {"B": 1, "H": 2, "I": 4, "i": 4, "Q": 8, "q": 8}
-
 
 class Field(NamedTuple):
-    """One field: `code` is a `struct` code, with a count for arrays; `offset` and `size` are in bytes."""
+    """One field; `code` is a `struct` code, with a count for arrays."""
 
     name: str
     code: str
-    offset: int
-    size: int
 
     @property
     def skipped(self) -> bool:
@@ -41,50 +36,31 @@ class Field(NamedTuple):
 
 
 class Layout:
-    """One structure of the header: where its fields lie, and the compiled `struct.Struct` for its bytes."""
+    """One structure of the header: its fields, and the compiled `struct.Struct` for its bytes."""
 
-    __slots__ = ("fields", "format", "name", "names", "nested", "size", "struct")
+    __slots__ = ("fields", "format", "names", "size", "struct")
 
-    def __init__(self, name: str, fields: tuple[Field, ...], nested: dict[str, int]) -> None:
-        self.name = name
+    def __init__(self, fields: list[Field]) -> None:
         self.fields = fields
-        self.nested = nested
         self.names = tuple(field.name for field in fields if not field.skipped)
         # The format without its "=", so that formats can be joined: header + body in one call.
-        self.format = "".join(f"{field.size}x" if field.skipped else field.code for field in fields)
+        self.format = "".join(
+            f"{struct.calcsize('=' + field.code)}x" if field.skipped else field.code for field in fields
+        )
         self.struct = struct.Struct("=" + self.format)
         self.size = self.struct.size
 
-    def offsets(self) -> dict[str, tuple[int, int]]:
-        """Offset and size in bytes of every field, by the header's name; nested ones as `attr.ino`."""
-        return {field.name: (field.offset, field.size) for field in self.fields}
 
-
-def _code_size(code: str) -> int:
-    count, kind = code[:-1], code[-1]
-    return _CODE_SIZE[kind] * int(count or "1")
-
-
-def _build(name: str, groups: tuple[str, ...], known: dict[str, Layout]) -> Layout:
+def _build(groups: tuple[str, ...], known: dict[str, Layout]) -> Layout:
     fields: list[Field] = []
-    nested: dict[str, int] = {}
-    offset = 0
     for group in groups:
         code, *names = group.split()
-        for field in names:
+        for name in names:
             if code in known:
-                inner = known[code]
-                nested[field] = offset
-                fields += [
-                    Field(f"{field}.{part.name}", part.code, offset + part.offset, part.size)
-                    for part in inner.fields
-                ]
-                offset += inner.size
+                fields += [Field(f"{name}.{part.name}", part.code) for part in known[code].fields]
             else:
-                size = _code_size(code)
-                fields.append(Field(field, code, offset, size))
-                offset += size
-    return Layout(name, tuple(fields), nested)
+                fields.append(Field(name, code))
+    return Layout(fields)
 
 
 _TABLE: Final[dict[str, tuple[str, ...]]] = {
@@ -109,7 +85,6 @@ _TABLE: Final[dict[str, tuple[str, ...]]] = {
         "14Q __spare2",
     ),
     "fuse_kstatfs": ("Q blocks bfree bavail files ffree", "I bsize namelen frsize padding", "6I spare"),
-    "fuse_file_lock": ("Q start end", "I type pid"),
     # -- names and attributes
     "fuse_entry_out": (
         "Q nodeid generation entry_valid attr_valid",
@@ -129,7 +104,6 @@ _TABLE: Final[dict[str, tuple[str, ...]]] = {
         "q atime mtime ctime",
         "I atimensec mtimensec ctimensec mode unused4 uid gid unused5",
     ),
-    "fuse_access_in": ("I mask padding",),
     # -- creation, renaming
     "fuse_mknod_in": ("I mode rdev umask padding",),
     "fuse_mkdir_in": ("I mode umask",),
@@ -141,7 +115,6 @@ _TABLE: Final[dict[str, tuple[str, ...]]] = {
     "fuse_open_in": ("I flags open_flags",),  # open_flags: 7.33
     "fuse_open_out": ("Q fh", "I open_flags", "i backing_id"),  # backing_id: 7.40
     "fuse_release_in": ("Q fh", "I flags release_flags", "Q lock_owner"),
-    "fuse_flush_in": ("Q fh", "I unused padding", "Q lock_owner"),
     "fuse_read_in": ("Q fh offset", "I size read_flags", "Q lock_owner", "I flags padding"),
     "fuse_write_in": ("Q fh offset", "I size write_flags", "Q lock_owner", "I flags padding"),
     "fuse_write_out": ("I size padding",),
@@ -151,15 +124,8 @@ _TABLE: Final[dict[str, tuple[str, ...]]] = {
     "fuse_lseek_out": ("q offset",),  # 7.24
     "fuse_copy_file_range_in": ("Q fh_in off_in nodeid_out fh_out off_out len flags",),  # 7.28
     "fuse_copy_file_range_out": ("Q bytes_copied",),  # 7.45
-    "fuse_lk_in": ("Q fh owner", "fuse_file_lock lk", "I lk_flags padding"),
-    "fuse_lk_out": ("fuse_file_lock lk",),
-    "fuse_bmap_in": ("Q block", "I blocksize padding"),
-    "fuse_bmap_out": ("Q block",),
     "fuse_ioctl_in": ("Q fh", "I flags cmd", "Q arg", "I in_size out_size"),
-    "fuse_ioctl_iovec": ("Q base len",),
     "fuse_ioctl_out": ("i result", "I flags in_iovs out_iovs"),
-    "fuse_poll_in": ("Q fh kh", "I flags events"),
-    "fuse_poll_out": ("I revents padding",),
     "fuse_syncfs_in": ("Q padding",),  # 7.34
     # -- the whole filesystem
     "fuse_statfs_out": ("fuse_kstatfs st",),
@@ -179,36 +145,24 @@ _TABLE: Final[dict[str, tuple[str, ...]]] = {
         "11H unused",
     ),
     "fuse_interrupt_in": ("Q unique",),
-    "fuse_backing_map": ("i fd", "I flags", "Q padding"),  # 7.40
     # -- directories
     "fuse_dirent": ("Q ino off", "I namelen type"),
     "fuse_direntplus": ("fuse_entry_out entry_out", "fuse_dirent dirent"),
     # -- notifications
-    "fuse_notify_poll_wakeup_out": ("Q kh",),
     "fuse_notify_inval_inode_out": ("Q ino", "q off len"),
-    "fuse_notify_inval_entry_out": ("Q parent", "I namelen flags"),  # flags: 7.38
-    "fuse_notify_delete_out": ("Q parent child", "I namelen padding"),
     "fuse_notify_store_out": ("Q nodeid offset", "I size padding"),
-    "fuse_notify_retrieve_out": ("Q notify_unique nodeid offset", "I size padding"),
-    "fuse_notify_retrieve_in": ("Q dummy1 offset", "I size dummy2", "Q dummy3 dummy4"),
-    "fuse_notify_prune_out": ("I count padding", "Q spare"),  # 7.45
-    # -- extensions of a request
-    "fuse_secctx_header": ("I size nr_secctx",),  # 7.36
-    "fuse_secctx": ("I size padding",),  # 7.36
-    "fuse_ext_header": ("I size type",),  # 7.38
-    "fuse_supp_groups": ("I nr_groups",),  # 7.38; the groups follow
 }
 
 
 def _build_all() -> dict[str, Layout]:
     known: dict[str, Layout] = {}
     for name, groups in _TABLE.items():
-        known[name] = _build(name, groups, known)
+        known[name] = _build(groups, known)
     return known
 
 
 LAYOUTS: Final[dict[str, Layout]] = _build_all()
-"""Every structure by the header's name. Left out: CUSE, DAX mappings and io_uring, which no union needs."""
+"""Each structure by the header's name."""
 
 IN_HEADER: Final = LAYOUTS["fuse_in_header"]
 OUT_HEADER: Final = LAYOUTS["fuse_out_header"]
@@ -225,5 +179,5 @@ INIT_COMPAT_SIZE: Final = 16
 
 
 def record_align(size: int) -> int:
-    """`size` bytes rounded up to 8 (FUSE_REC_ALIGN): directory entries and extensions are padded so."""
+    """`size` bytes rounded up to 8 (FUSE_REC_ALIGN): directory entries are padded so."""
     return (size + 7) & ~7

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import struct
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from typing import Final, NamedTuple, Protocol
 
 from xxhash import xxh3_64_hexdigest, xxh3_128, xxh3_128_hexdigest
 
 FILE, SPARSE, DIRECTORY, SYMLINK, HARDLINK, FIFO, CHARACTER, BLOCK = "f", "s", "d", "l", "h", "p", "c", "b"
-KINDS = frozenset("fsdlhpcb")
 
 NO_DIGEST = "-"
 MOST_SEGMENTS = 1 << 20
@@ -16,32 +16,25 @@ MOST_SEGMENTS = 1 << 20
 _BLOCK = 4096
 _ZEROS = bytes(_BLOCK)
 _RUN = struct.Struct("<QQ")
+NO_XATTRS: Final[Mapping[bytes, bytes]] = {}
 
 
-class Entry:
+class Entry(NamedTuple):
     """Attributes as of lstat(2). Names are bytes: `path` is relative and without `./`, the root is empty."""
 
-    __slots__ = (
-        "ctime", "device", "digest", "gid", "ino", "kind", "link", "mode", "mtime", "path", "rdev",
-        "segments", "size", "uid", "xattrs",
-    )  # fmt: skip
-
-    def __init__(self, path: bytes, kind: str, mode: int, uid: int, gid: int, size: int, mtime: int) -> None:
-        self.path = path
-        self.kind = kind
-        self.mode = mode  # the permission bits, 07777
-        self.uid = uid
-        self.gid = gid
-        self.size = size  # of the content; 0 for what is no file
-        self.mtime = mtime  # nanoseconds
-        self.ctime = 0
-        self.ino = 0
-        self.device = 0
-        self.rdev = (0, 0)
-        self.link = b""  # a symlink's target as it is, or the path of a hard link's first name
-        self.xattrs: Mapping[bytes, bytes] = _NONE
-        self.segments: list[tuple[int, int]] = []  # of a sparse file: offset and length of the data
-        self.digest = NO_DIGEST
+    path: bytes
+    kind: str
+    mode: int  # the permission bits, 07777
+    uid: int
+    gid: int
+    size: int  # of the content; 0 unless it is a file
+    mtime: int  # nanoseconds
+    ctime: int = 0
+    ino: int = 0
+    rdev: tuple[int, int] = (0, 0)
+    link: bytes = b""  # a symlink's target as it is, or the path of a hard link's first name
+    xattrs: Mapping[bytes, bytes] = NO_XATTRS
+    segments: Sequence[tuple[int, int]] = ()  # of a sparse file: offset and length of the data
 
     def attributes(self) -> str:
         """A digest of what the manifest's line does not show: link, device number and xattrs."""
@@ -53,12 +46,37 @@ class Entry:
         return xxh3_64_hexdigest(b"".join(b"%d:%s" % (len(part), part) for part in parts))
 
 
-_NONE: Mapping[bytes, bytes] = {}
-
-
 def digest_of(data: bytes) -> str:
     """The digest of a file's content: xxh3-128, in hexadecimal digits."""
     return xxh3_128_hexdigest(data)
+
+
+class Digest(Protocol):
+    """The digest of a file's content, given piece by piece in the order of the offsets."""
+
+    def update(self, offset: int, data: bytes) -> None: ...
+
+    def hexdigest(self, size: int) -> str:
+        """The digest of a file of `size` bytes."""
+        ...
+
+
+def new_digest(entry: Entry) -> Digest:
+    """The digest that the manifest holds for a file of this kind."""
+    return SparseDigest() if entry.kind == SPARSE else _WholeDigest()
+
+
+class _WholeDigest:
+    """As `digest_of`, for a file without holes."""
+
+    def __init__(self) -> None:
+        self._data = xxh3_128()
+
+    def update(self, offset: int, data: bytes) -> None:
+        self._data.update(data)
+
+    def hexdigest(self, size: int) -> str:
+        return self._data.hexdigest()
 
 
 class SparseDigest:
@@ -77,7 +95,7 @@ class SparseDigest:
         self._at = 0  # the offset of `_left`, a multiple of the block
 
     def update(self, offset: int, data: bytes) -> None:
-        """Data at an offset that is at or behind the end of the data before."""
+        """Add data at an offset at or after the end of the previous data."""
         if self._left and offset != self._at + len(self._left):
             self._flush_left()
         if not self._left:

@@ -28,6 +28,8 @@ from unionfs.storage.archive.entry import (
     Entry,
 )
 from unionfs.storage.archive.headers import Malformed
+from unionfs.sys import attributes
+from unionfs.sys.fds import Owned
 from unionfs.union.removal import remove
 
 _DIRECTORY_FLAGS = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
@@ -59,7 +61,7 @@ class Extractor:
         self._now = time.time_ns()
         self._directories: IO[bytes] = tempfile.SpooledTemporaryFile(max_size=8 << 20)  # noqa: SIM115
         self._said: set[str] = set()
-        self.layers = 0  # how many archives have been put in
+        self._layers = 0  # how many archives have been extracted
 
     def close(self) -> None:
         """Let go of the directories."""
@@ -229,17 +231,23 @@ class Extractor:
                 written += os.pwrite(fd, memoryview(data)[written:], offset + written)
 
     def _attributes(self, fd: int, entry: Entry) -> None:
-        # In this order: chown takes away suid and capabilities, chmod changes an ACL's mask.
         mode = entry.mode
-        if self._is_root:
-            os.fchown(fd, entry.uid, entry.gid)
-        else:
-            self._check_owner(entry)
+        if not self._is_root:
+            if entry.uid != os.geteuid():
+                self._say_once("only root can restore owners; what others owned belongs to you now.")
             mode = self._without_set_id(fd, entry)
-        os.fchmod(fd, mode)
-        if entry.xattrs:
-            self._set_xattrs(fd, entry.xattrs, entry.path)
-        os.utime(fd, ns=(self._now, entry.mtime))
+        attributes.write(fd, None, self._wanted(entry, mode), _refuse, owner=self._is_root)
+
+    def _wanted(self, entry: Entry, mode: int) -> attributes.Attributes:
+        xattrs = entry.xattrs
+        if not self._is_root:
+            for name in filter(_is_privileged, xattrs):
+                self._say_once(
+                    f"only root can restore {os.fsdecode(name)} and its like (of {_shown(entry.path)}); they "
+                    "were left out."
+                )
+            xattrs = {name: value for name, value in xattrs.items() if not _is_privileged(name)}
+        return attributes.Attributes(mode, entry.uid, entry.gid, self._now, entry.mtime, xattrs)
 
     def _without_set_id(self, fd: int, entry: Entry) -> int:
         """The mode without the set-id bits that would stand for this user, and not for who had the file.
@@ -255,25 +263,10 @@ class Extractor:
             self._say_once(f"set-id bits of others' files were left out, as of {_shown(entry.path)}.")
         return entry.mode & ~lost
 
-    def _check_owner(self, entry: Entry) -> None:
-        if entry.uid != os.geteuid():
-            self._say_once("only root can restore owners; what others owned belongs to you now.")
-
     def _say_once(self, sentence: str) -> None:
         if sentence not in self._said:
             self._said.add(sentence)
             self._note(sentence)
-
-    def _set_xattrs(self, place: int | bytes, xattrs: Mapping[bytes, bytes], path: bytes) -> None:
-        follow = isinstance(place, int)
-        for name, value in xattrs.items():
-            if not self._is_root and name.startswith(_PRIVILEGED):
-                self._say_once(
-                    f"only root can restore {os.fsdecode(name)} and its like (of {_shown(path)}); they were "
-                    "left out."
-                )
-                continue
-            os.setxattr(place, name, value, follow_symlinks=follow)
 
     def _mkdir(self, at: int, name: bytes) -> None:
         try:
@@ -303,15 +296,8 @@ class Extractor:
                     raise
                 self._clear(at, name)
         changeable = kind != SYMLINK or self._changes_symlinks
-        path = b"/proc/self/fd/%d/%s" % (at, name)
-        if self._is_root and changeable:
-            os.chown(name, entry.uid, entry.gid, dir_fd=at, follow_symlinks=False)
-        if kind != SYMLINK:
-            os.chmod(name, entry.mode, dir_fd=at)
-        if entry.xattrs:
-            self._set_xattrs(path, entry.xattrs, entry.path)
-        if changeable:
-            os.utime(name, ns=(self._now, entry.mtime), dir_fd=at, follow_symlinks=False)
+        wanted = self._wanted(entry, entry.mode | (stat.S_IFLNK if kind == SYMLINK else 0))
+        attributes.write(at, name, wanted, _refuse, owner=self._is_root and changeable, times=changeable)
 
     def _mknod(self, at: int, name: bytes, entry: Entry) -> None:
         assert entry.kind in (CHARACTER, BLOCK)
@@ -345,11 +331,14 @@ class Extractor:
         finally:
             os.close(source)
 
+    def end_archive(self) -> None:
+        """An archive has been extracted; another one, built on it, may follow."""
+        self._layers += 1
+
     # -- directories --------------------------------------------------------------------------------------
 
     def _remember(self, entry: Entry) -> None:
-        pickle.dump((entry.path, entry.mode, entry.uid, entry.gid, entry.mtime, dict(entry.xattrs)),
-                    self._directories)  # fmt: skip
+        pickle.dump(entry, self._directories)
 
     def finish(self) -> None:
         """Set the attributes of all directories, and wait until all is on disk."""
@@ -357,49 +346,48 @@ class Extractor:
         closed: dict[bytes, int] = {}
         while True:
             try:
-                path, mode, uid, gid, mtime, xattrs = pickle.load(self._directories)
+                entry: Entry = pickle.load(self._directories)
             except EOFError:
                 break
-            entry = Entry(path, DIRECTORY, mode, uid, gid, 0, mtime)
-            entry.xattrs = xattrs
-            closed.pop(path, None)
-            if not self._is_root and mode & 0o700 != 0o700:
+            closed.pop(entry.path, None)
+            if not self._is_root and entry.mode & 0o700 != 0o700:
                 # What lies below is still to be entered.
-                closed[path] = mode
-                entry.mode = mode | 0o700
-            fd = self._open_made(entry)
-            if fd is None:
-                continue
-            try:
-                if self.layers > 1:
-                    self._drop_xattrs(fd, xattrs)
-                self._attributes(fd, entry)
-            except OSError as error:
-                raise UserError(
-                    f"the attributes of {_shown(path)} cannot be set here: {reason(error)}; restore as root, "
-                    "or into a volume on another filesystem."
-                ) from error
-            finally:
-                os.close(fd)
-        for path in sorted(closed, key=lambda path: -path.count(b"/")):
-            fd = self._open_made(Entry(path, DIRECTORY, 0, 0, 0, 0, 0))
+                closed[entry.path] = entry.mode
+                entry = entry._replace(mode=entry.mode | 0o700)
+            fd = self._open_made(entry.path)
             if fd is not None:
-                os.fchmod(fd, closed[path])
-                os.close(fd)
+                with Owned(fd):
+                    self._finish_directory(fd, entry)
+        for path in sorted(closed, key=lambda path: -path.count(b"/")):
+            fd = self._open_made(path)
+            if fd is not None:
+                with Owned(fd):
+                    os.fchmod(fd, closed[path])
 
-    def _open_made(self, entry: Entry) -> int | None:
+    def _finish_directory(self, fd: int, entry: Entry) -> None:
+        try:
+            if self._layers > 1:
+                self._drop_xattrs(fd, entry.xattrs)
+            self._attributes(fd, entry)
+        except OSError as error:
+            raise UserError(
+                f"the attributes of {_shown(entry.path)} cannot be set here: {reason(error)}; restore as "
+                "root, or into a volume on another filesystem."
+            ) from error
+
+    def _open_made(self, path: bytes) -> int | None:
         """A directory that was made; None when a later archive has removed or replaced it."""
-        if not entry.path:
+        if not path:
             return os.dup(self._root)
         try:
-            at, name = self._place(entry.path)
+            at, name = self._place(path)
             return os.open(name, _DIRECTORY_FLAGS, dir_fd=at)
         except (Malformed, FileNotFoundError, NotADirectoryError):
-            if self.layers < 2:
+            if self._layers < 2:
                 raise
             return None
         except OSError as error:
-            if error.errno == errno.ELOOP and self.layers > 1:
+            if error.errno == errno.ELOOP and self._layers > 1:
                 return None
             raise
 
@@ -414,6 +402,14 @@ class Extractor:
             key = os.fsencode(name)
             if key not in wanted and (key in acl.RECORDS or key.startswith((b"user.", b"trusted."))):
                 os.removexattr(fd, name)
+
+
+def _is_privileged(name: bytes) -> bool:
+    return name.startswith(_PRIVILEGED)
+
+
+def _refuse(name: bytes, error: OSError) -> None:
+    raise error
 
 
 def _shown(path: bytes) -> str:

@@ -11,6 +11,7 @@ the `base` of an incremental archive, or `again` behind it because it changed wh
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable, Iterator
 from typing import IO
 
@@ -56,17 +57,25 @@ def unescape(word: bytes) -> bytes:
     return bytes(out)
 
 
-def line_of(entry: Entry) -> bytes:
-    """What an archive's reader knows of an entry too: the part before the tab."""
+def line_of(entry: Entry, digest: str) -> bytes:
+    """The part before the tab, which a reader of the archive knows too."""
     return b"%s %o %d %d %d %d %s %s %s" % (
         entry.kind.encode(), entry.mode, entry.uid, entry.gid, entry.size, entry.mtime,
-        entry.attributes().encode(), entry.digest.encode(), escape(entry.path),
+        entry.attributes().encode(), digest.encode(), escape(entry.path),
     )  # fmt: skip
 
 
-def whole_line(entry: Entry, state: bytes) -> bytes:
+def whole_line(entry: Entry, digest: str, state: bytes) -> bytes:
     """The line with its end."""
-    return b"%s\t%s %d %d\n" % (line_of(entry), state, entry.ctime, entry.ino)
+    return b"%s\t%s %d %d\n" % (line_of(entry, digest), state, entry.ctime, entry.ino)
+
+
+def plain_line(path: bytes, status: os.stat_result, digest: str) -> bytes:
+    """As `whole_line`, for a file in this archive without links and xattrs."""
+    return b"f %o %d %d %d %d - %b %b\there %d %d\n" % (
+        status.st_mode & 0o7777, status.st_uid, status.st_gid, status.st_size, status.st_mtime_ns,
+        digest.encode(), escape(path), status.st_ctime_ns, status.st_ino,
+    )  # fmt: skip
 
 
 def member_line(name: bytes, data_digest: str) -> bytes:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import IO, Any
 
 from xxhash import xxh3_128
@@ -12,25 +12,27 @@ from xxhash import xxh3_128
 from unionfs.storage.archive import manifest
 from unionfs.storage.archive.compress import Source
 from unionfs.storage.archive.entry import (
-    DIRECTORY,
     FILE,
-    HARDLINK,
     MOST_SEGMENTS,
+    NO_DIGEST,
     SPARSE,
     Entry,
-    SparseDigest,
     digest_of,
+    new_digest,
 )
 from unionfs.storage.archive.headers import (
+    DELETED,
+    INFO,
+    MANIFEST,
     RECORD,
     Header,
     Malformed,
     check_pax_size,
+    checked_path,
     decode,
     parse_records,
 )
 from unionfs.storage.archive.manifest import Line, line_of, lines_of, read_manifest, unescape
-from unionfs.storage.archive.write import DELETED, INFO, MANIFEST
 
 _CHUNK = 1 << 20
 _MOST_INFO = 1 << 20
@@ -40,7 +42,7 @@ _END = bytes(RECORD)
 class ArchiveReader:
     """Reads one archive to its end: `info`, then `entries`, then `deleted` and `manifest_lines`.
 
-    Every method may raise Malformed; OSError is the source's.
+    Every method may raise Malformed, and OSError of the source.
     """
 
     def __init__(self, source: Source) -> None:
@@ -49,8 +51,8 @@ class ArchiveReader:
         self._at = 0
         self._left = 0  # bytes of the current member's data that are not read
         self._padding = 0
-        self._entry: Entry | None = None
-        self._content: Iterator[tuple[int, bytes]] | None = None
+        self._digest = NO_DIGEST  # of the current file, once it has been read
+        self._content: Iterable[tuple[int, bytes]] = ()
         self._seen: IO[bytes] = tempfile.SpooledTemporaryFile(max_size=8 << 20)  # noqa: SIM115
         self._lines: IO[bytes] = tempfile.SpooledTemporaryFile(max_size=8 << 20)  # noqa: SIM115
         self._deleted: IO[bytes] = tempfile.SpooledTemporaryFile(max_size=1 << 20)  # noqa: SIM115
@@ -151,7 +153,7 @@ class ArchiveReader:
         return found
 
     def entries(self) -> Iterator[Entry]:
-        """The volume's entries; `content` gives the data of the one that was given last.
+        """The volume's entries; `content` reads the data of the current one.
 
         When this ends, the archive has been read to its end, and every entry agrees with the manifest.
         """
@@ -163,52 +165,47 @@ class ArchiveReader:
             if not name.startswith(b"./"):
                 self._tail(name, size, entry)
                 return
-            entry.path = checked_path(name, entry.kind == DIRECTORY)
-            if entry.kind == HARDLINK:
-                if not entry.link.startswith(b"./"):
-                    raise Malformed(f"the hard link {name!r} leads outside the volume, to {entry.link!r}")
-                entry.link = checked_path(entry.link, False)
-                if entry.link == entry.path:
-                    raise Malformed(f"the hard link {name!r} leads to itself")
             self.count += 1
             self._open_data(size)
-            self._entry = entry
             if entry.kind == SPARSE:
-                entry.segments = self._read_map(entry)
-            self._content = self._read_content(entry) if entry.kind in (FILE, SPARSE) else None
+                entry = entry._replace(segments=self._read_map(entry))
+            self._digest = NO_DIGEST
+            if entry.kind == FILE and size <= _CHUNK:
+                self._content = self._read_small(size)
+            elif entry.kind in (FILE, SPARSE):
+                self._content = self._read_large(entry)
+            else:
+                self._content = ()
             yield entry
-            if self._content is not None:
-                for _ in self._content:
-                    pass
-            self._seen.write(line_of(entry) + b"\n")
+            for _ in self._content:
+                pass
+            self._seen.write(line_of(entry, self._digest) + b"\n")
 
-    def content(self) -> Iterator[tuple[int, bytes]]:
-        """(offset, data) of the current file. Its digest is in the entry when this has ended."""
-        assert self._content is not None
+    def content(self) -> Iterable[tuple[int, bytes]]:
+        """(offset, data) of the current file; nothing of another entry. Good for one iteration."""
         return self._content
 
-    def _read_content(self, entry: Entry) -> Iterator[tuple[int, bytes]]:
-        if entry.kind == SPARSE:
-            sparse = SparseDigest()
-            for offset, length in entry.segments:
-                end = offset + length
-                while offset < end:
-                    chunk = self._take(min(end - offset, _CHUNK))
-                    sparse.update(offset, chunk)
-                    self.read_bytes += len(chunk)
-                    yield offset, chunk
-                    offset += len(chunk)
-            self._left = 0
-            self._skip_padding()
-            entry.digest = sparse.hexdigest(entry.size)
-            return
-        total, offset = xxh3_128(), 0
-        for chunk in self._rest():
-            total.update(chunk)
-            self.read_bytes += len(chunk)
-            yield offset, chunk
-            offset += len(chunk)
-        entry.digest = total.hexdigest()
+    def _read_small(self, size: int) -> Iterable[tuple[int, bytes]]:
+        data = self._take(size)
+        self._left = 0
+        self._skip_padding()
+        self.read_bytes += size
+        self._digest = digest_of(data)
+        return ((0, data),) if data else ()
+
+    def _read_large(self, entry: Entry) -> Iterator[tuple[int, bytes]]:
+        digest = new_digest(entry)
+        for offset, length in entry.segments if entry.kind == SPARSE else ((0, entry.size),):
+            end = offset + length
+            while offset < end:
+                chunk = self._take(min(end - offset, _CHUNK))
+                digest.update(offset, chunk)
+                self.read_bytes += len(chunk)
+                yield offset, chunk
+                offset += len(chunk)
+        self._left = 0
+        self._skip_padding()
+        self._digest = digest.hexdigest(entry.size)
 
     def _read_map(self, entry: Entry) -> list[tuple[int, int]]:
         """The map at the start of a sparse file's data, whose rest then is the data."""
@@ -337,20 +334,3 @@ def _difference(seen: bytes, line: Line | None) -> str:
 def _shown(word: bytes) -> str:
     text = word.decode("utf-8", "backslashreplace")
     return text if text.isprintable() else repr(text)
-
-
-def checked_path(name: bytes, is_directory: bool) -> bytes:
-    """A member's name (`./a/b`, of directories `./a/b/`) as a path below the volume. Raises Malformed."""
-    path = name[2:]
-    if is_directory:
-        if path and not path.endswith(b"/"):
-            raise Malformed(f"the name {name!r} of a directory is misspelt")
-        path = path[:-1]
-        if not path:
-            return path
-    if b"\0" in path or any(part in (b"", b".", b"..") for part in path.split(b"/")):
-        raise Malformed(f"the name {name!r} leads outside the volume")
-    return path
-
-
-__all__ = ["ArchiveReader", "Malformed", "checked_path"]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import stat
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 
 from unionfs.errors import UserError, quoted, reason
 from unionfs.storage import symlinks
@@ -18,52 +18,51 @@ from unionfs.storage.archive.entry import (
     FILE,
     HARDLINK,
     MOST_SEGMENTS,
+    NO_XATTRS,
     SPARSE,
     SYMLINK,
     Entry,
 )
+from unionfs.sys import attributes
 from unionfs.sys.calls import FUSE_MAGIC, filesystem_magic
+from unionfs.sys.fds import Owned
 from unionfs.sys.mountinfo import mount_id_of_fd
 
 _DIRECTORY_FLAGS = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 _FILE_FLAGS = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
 _MOST_OPEN = 256
 _KINDS = {stat.S_IFIFO: FIFO, stat.S_IFCHR: CHARACTER, stat.S_IFBLK: BLOCK, stat.S_IFLNK: SYMLINK}
-_KEPT = ("user.", "trusted.", "security.")
+_KEPT = (b"user.", b"trusted.", b"security.")
 _NO_XATTRS = (errno.ENOTSUP, errno.ENOSYS, errno.EPERM, errno.ENODATA)
-_VANISHED = (errno.ENOTSUP, errno.ENOSYS, errno.ENODATA)
+_VANISHED = (errno.ENOTSUP, errno.ENOSYS)
+
+Take = Callable[[int, bytes, os.stat_result], bool]
+"""Gets a file's fd, path and status; returns whether it has taken the file."""
 
 
 def read_xattrs(place: int | bytes, complain: Callable[[str], None]) -> dict[bytes, bytes]:
-    """All xattrs that are a volume's own, of an open file or of a path whose last part is no symlink to
-    follow.
+    """All xattrs that are a volume's own, of an open file or of a path, whose last part may be a symlink.
 
     What cannot be read is left out, and `complain` gets a part of a sentence about it. Raises
     FileNotFoundError.
     """
-    follow = isinstance(place, int)
-    try:
-        names = os.listxattr(place, follow_symlinks=follow)
-    except FileNotFoundError:
-        raise
-    except OSError as error:
-        if error.errno not in _NO_XATTRS:
-            complain(f"its xattrs cannot be read ({reason(error)})")
-        return {}
-    found = {}
-    for name in names:
-        key = os.fsencode(name)
-        if key in acl.RECORDS or name.startswith(_KEPT):
-            try:
-                found[key] = os.getxattr(place, name, follow_symlinks=follow)
-            except FileNotFoundError:
-                raise
-            except OSError as error:
-                # ENODATA: it was there a moment ago. EINVAL: an empty security.capability, which its owner
-                # may set, is listed and cannot be read (security/commoncap.c).
-                if error.errno not in _VANISHED:
-                    complain(f"its xattr {quoted(name)} cannot be read ({reason(error)})")
-    return found
+
+    def failed(name: bytes, error: OSError) -> None:
+        if error.errno == errno.ENOENT:
+            raise error
+        if name == attributes.ALL:
+            if error.errno not in _NO_XATTRS:
+                complain(f"its xattrs cannot be read ({reason(error)})")
+        # EINVAL: an empty security.capability, which its owner may set, is listed and cannot be read
+        # (security/commoncap.c).
+        elif error.errno not in _VANISHED:
+            complain(f"its xattr {quoted(os.fsdecode(name))} cannot be read ({reason(error)})")
+
+    return attributes.read_xattrs(place, _is_kept, failed, follow=isinstance(place, int))
+
+
+def _is_kept(name: bytes) -> bool:
+    return name in acl.RECORDS or name.startswith(_KEPT)
 
 
 def _has_xattrs(fd: int) -> bool:
@@ -89,9 +88,6 @@ class Walker:
     """
 
     def __init__(self, root: str, note: Callable[[str], None], leave_out: Collection[bytes] = ()) -> None:
-        self.fast: Callable[[int, bytes, os.stat_result], bool] | None = None
-        """Gets every regular file with one link first, open and with its status, before anything else is
-        asked about it. When it returns True, the file is not among the entries."""
         self._root = root
         self._note = note
         self._leave_out = leave_out  # names in the root
@@ -100,9 +96,12 @@ class Walker:
         self._device = 0
         self._has_xattrs = True
 
-    def entries(self) -> Iterator[tuple[Entry, int]]:
+    def entries(self, take: Take | None = None) -> Iterator[tuple[Entry, int]]:
         """Each entry, with an open fd of a file's content, or -1. The fd is good until the next one is asked
         for.
+
+        `take` gets every regular file with one link before anything else is asked about it. Those for which
+        it returns True are not among the entries.
         """
         fd = os.open(self._root, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
         stack = [_Level(b"", fd, os.fstat(fd))]
@@ -116,31 +115,28 @@ class Walker:
                 if not level.names:
                     stack.pop()
                     self._reopen_parent(stack, level)
-                    os.close(level.fd)
+                    level.close()
                     continue
                 name, is_file = level.names.pop()
                 path = level.prefix + name
                 try:
                     if is_file:
-                        if self.fast is not None and self._file_fast(level.fd, name, path):
-                            continue
-                        yield from self._file(level.fd, name, path)
-                        continue
-                    status = os.stat(name, dir_fd=level.fd, follow_symlinks=False)
-                    kind = stat.S_IFMT(status.st_mode)
-                    if kind == stat.S_IFDIR:
-                        below = self._enter(level.fd, name, path, status)
-                        if below is not None:
-                            if len(stack) >= _MOST_OPEN:
-                                stack[-_MOST_OPEN].close()
-                            stack.append(below)
-                            yield self._directory(below), -1
-                    elif kind == stat.S_IFREG:
-                        yield from self._file(level.fd, name, path)
-                    elif kind == stat.S_IFSOCK:
-                        self._note(f"{_shown(path)} is a socket, which no archive can hold; it was left out.")
+                        # There may be millions of them: as few steps as possible.
+                        fd = self._open(name, _FILE_FLAGS, level.fd)
+                        try:
+                            status = os.fstat(fd)
+                            # 0o100000: S_IFREG
+                            if not (
+                                take is not None
+                                and status.st_nlink == 1
+                                and status.st_mode & 0o170000 == 0o100000
+                                and take(fd, path, status)
+                            ):
+                                yield self.file_entry(fd, path, status), fd
+                        finally:
+                            os.close(fd)
                     else:
-                        yield self._special(level.fd, name, path, kind, status), -1
+                        yield from self._other(stack, name, path)
                 except FileNotFoundError:
                     self._note(f"{_shown(path)} vanished while it was read; it was left out.")
                 except OSError as error:
@@ -151,6 +147,26 @@ class Walker:
         finally:
             for level in stack:
                 level.close()
+
+    def _other(self, stack: list[_Level], name: bytes, path: bytes) -> Iterator[tuple[Entry, int]]:
+        """The entry of what was no regular file when the directory was listed."""
+        at = stack[-1].fd
+        status = os.stat(name, dir_fd=at, follow_symlinks=False)
+        kind = stat.S_IFMT(status.st_mode)
+        if kind == stat.S_IFDIR:
+            below = self._enter(at, name, path)
+            if below is not None:
+                if len(stack) >= _MOST_OPEN:
+                    stack[-_MOST_OPEN].close()
+                stack.append(below)
+                yield self._directory(below), -1
+        elif kind == stat.S_IFREG:
+            with Owned(self._open(name, _FILE_FLAGS, at)) as fd:
+                yield self.file_entry(fd, path, os.fstat(fd)), fd
+        elif kind == stat.S_IFSOCK:
+            self._note(f"{_shown(path)} is a socket, which no archive can hold; it was left out.")
+        else:
+            yield self._special(at, name, path, kind, status), -1
 
     def _reopen_parent(self, stack: list[_Level], child: _Level) -> None:
         if stack and stack[-1].fd < 0:
@@ -170,7 +186,7 @@ class Walker:
         if self._leave_out and not level.path:
             level.names = [item for item in level.names if item[0] not in self._leave_out]
 
-    def _enter(self, at: int, name: bytes, path: bytes, status: os.stat_result) -> _Level | None:
+    def _enter(self, at: int, name: bytes, path: bytes) -> _Level | None:
         fd = self._open(name, _DIRECTORY_FLAGS, at)
         try:
             status = os.fstat(fd)
@@ -199,74 +215,37 @@ class Walker:
         return read_xattrs(place, complain) if self._has_xattrs else {}
 
     def _directory(self, level: _Level) -> Entry:
-        entry = _entry(level.path, DIRECTORY, level.status)
-        entry.xattrs = self._xattrs(level.fd, level.path)
-        return entry
+        return _entry(level.path, DIRECTORY, level.status, xattrs=self._xattrs(level.fd, level.path))
 
-    def _file_fast(self, at: int, name: bytes, path: bytes) -> bool:
-        """Have `fast` take a file, in as few steps as can be: there may be millions."""
-        assert self.fast is not None
-        try:
-            fd = os.open(name, _FILE_FLAGS | self._noatime, dir_fd=at)
-        except PermissionError:
-            return False
-        try:
-            status = os.fstat(fd)
-            # 0o100000: S_IFREG
-            return (
-                status.st_nlink == 1 and status.st_mode & 0o170000 == 0o100000 and self.fast(fd, path, status)
-            )
-        finally:
-            os.close(fd)
-
-    def _file(self, at: int, name: bytes, path: bytes) -> Iterator[tuple[Entry, int]]:
-        try:
-            fd = os.open(name, _FILE_FLAGS | self._noatime, dir_fd=at)
-        except PermissionError:
-            fd = os.open(name, _FILE_FLAGS, dir_fd=at)
-        try:
-            entry = self.file_entry(fd, path)
-            if entry is None:
-                raise FileNotFoundError(errno.ENOENT, "it is no file any more")
-            yield entry, fd
-        finally:
-            os.close(fd)
-
-    def file_entry(self, fd: int, path: bytes) -> Entry | None:
-        """An open file as an entry; None when it is not a regular file."""
-        status = os.fstat(fd)
+    def file_entry(self, fd: int, path: bytes, status: os.stat_result) -> Entry:
+        """An open file as an entry. Raises FileNotFoundError when it is not a regular file."""
         if not stat.S_ISREG(status.st_mode):
-            return None
-        entry = _entry(path, FILE, status)
-        if status.st_nlink > 1 and self._is_link(entry):
-            return entry
-        entry.size = status.st_size
-        entry.xattrs = self._xattrs(fd, path)
-        if status.st_blocks * 512 < status.st_size and status.st_size > 4096:
-            entry.segments = data_segments(fd, status.st_size)
-            if entry.segments != [(0, status.st_size)]:
-                entry.kind = SPARSE
-        return entry
+            raise FileNotFoundError(errno.ENOENT, "it is no file any more")
+        if status.st_nlink > 1 and (first := self._first_name(status, path)) != path:
+            return _entry(path, HARDLINK, status, link=first)
+        size = status.st_size
+        segments: Sequence[tuple[int, int]] = ()
+        if status.st_blocks * 512 < size and size > 4096:
+            segments = sparse_segments(fd, size)
+        return _entry(
+            path, SPARSE if segments else FILE, status,
+            size=size, xattrs=self._xattrs(fd, path), segments=segments,
+        )  # fmt: skip
 
-    def _is_link(self, entry: Entry) -> bool:
-        """Whether the file was seen under another name; it is then a hard link to that."""
-        first = self._links.setdefault((entry.device, entry.ino), entry.path)
-        if first == entry.path:
-            return False
-        entry.kind, entry.link = HARDLINK, first
-        return True
+    def _first_name(self, status: os.stat_result, path: bytes) -> bytes:
+        """The path under which a file with several names was seen first; other names are links to that."""
+        return self._links.setdefault((status.st_dev, status.st_ino), path)
 
     def _special(self, at: int, name: bytes, path: bytes, kind: int, status: os.stat_result) -> Entry:
-        entry = _entry(path, _KINDS[kind], status)
-        if status.st_nlink > 1 and self._is_link(entry):
-            return entry
+        if status.st_nlink > 1 and (first := self._first_name(status, path)) != path:
+            return _entry(path, HARDLINK, status, link=first)
+        link, rdev = b"", (0, 0)
         if kind == stat.S_IFLNK:
-            entry.link = self._readlink(at, name, path)
+            link = self._readlink(at, name, path)
         elif kind in (stat.S_IFCHR, stat.S_IFBLK):
-            entry.rdev = (os.major(status.st_rdev), os.minor(status.st_rdev))
-        entry.xattrs = self._xattrs(b"/proc/self/fd/%d/%s" % (at, name), path)
-        return entry
-
+            rdev = (os.major(status.st_rdev), os.minor(status.st_rdev))
+        xattrs = self._xattrs(b"/proc/self/fd/%d/%s" % (at, name), path)
+        return _entry(path, _KINDS[kind], status, rdev=rdev, link=link, xattrs=xattrs)
 
     def _readlink(self, at: int, name: bytes, path: bytes) -> bytes:
         try:
@@ -298,18 +277,35 @@ class _Level:
             self.fd = -1
 
 
-def _entry(path: bytes, kind: str, status: os.stat_result) -> Entry:
-    entry = Entry(path, kind, status.st_mode & 0o7777, status.st_uid, status.st_gid, 0, status.st_mtime_ns)
-    entry.ctime, entry.ino, entry.device = status.st_ctime_ns, status.st_ino, status.st_dev
-    return entry
+def _entry(
+    path: bytes,
+    kind: str,
+    status: os.stat_result,
+    *,
+    size: int = 0,
+    rdev: tuple[int, int] = (0, 0),
+    link: bytes = b"",
+    xattrs: Mapping[bytes, bytes] = NO_XATTRS,
+    segments: Sequence[tuple[int, int]] = (),
+) -> Entry:
+    return Entry(
+        path, kind, status.st_mode & 0o7777, status.st_uid, status.st_gid, size, status.st_mtime_ns,
+        status.st_ctime_ns, status.st_ino, rdev, link, xattrs, segments,
+    )  # fmt: skip
 
 
 def _shown(path: bytes) -> str:
     return quoted(os.fsdecode(path) or ".")
 
 
+def sparse_segments(fd: int, size: int) -> Sequence[tuple[int, int]]:
+    """As `data_segments`; empty for a file without holes."""
+    segments = data_segments(fd, size)
+    return () if segments == [(0, size)] else segments
+
+
 def data_segments(fd: int, size: int) -> list[tuple[int, int]]:
-    """Where a file has data, by SEEK_DATA and SEEK_HOLE; with an empty one at the end when that is a hole."""
+    """Where a file has data, by SEEK_DATA and SEEK_HOLE; a hole at the end is an empty last segment."""
     segments, at = [], 0
     while at < size:
         try:
@@ -329,7 +325,6 @@ def data_segments(fd: int, size: int) -> list[tuple[int, int]]:
         if len(segments) >= MOST_SEGMENTS:
             segments = [(0, size)]
             break
-    os.lseek(fd, 0, os.SEEK_SET)
     if not segments or sum(segments[-1]) < size:
         segments.append((size, 0))
     return segments

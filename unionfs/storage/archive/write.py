@@ -1,372 +1,170 @@
-"""A tree into an archive: one pass, constant memory, every file as of one moment where that can be had."""
+"""A tree into an archive, or into a manifest alone: one pass, in constant memory."""
 
 from __future__ import annotations
 
-import errno
+import io
 import json
 import os
 import tempfile
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import IO, Any
 
-from xxhash import xxh3_128
-
-from unionfs.errors import UserError, quoted, reason
 from unionfs.storage.archive import manifest
-from unionfs.storage.archive.compress import Sink
-from unionfs.storage.archive.entry import FILE, HARDLINK, SPARSE, Entry, SparseDigest, digest_of
-from unionfs.storage.archive.headers import PlainFiles, encode, sparse_map, special_file, stored_size
-from unionfs.storage.archive.manifest import Line, ManifestWriter, whole_line
+from unionfs.storage.archive.base import Base
+from unionfs.storage.archive.content import SMALL, Contents, pieces
+from unionfs.storage.archive.entry import FILE, NO_DIGEST, SPARSE, Entry, digest_of, new_digest
+from unionfs.storage.archive.headers import DELETED, INFO, MANIFEST
+from unionfs.storage.archive.manifest import ManifestWriter, plain_line, whole_line
+from unionfs.storage.archive.tar import Members, Tar
 from unionfs.storage.archive.walk import Walker
-from unionfs.sys.calls import clone_file
 
-INFO, MANIFEST, DELETED = (b".unionfs-backup/" + name for name in (b"info.json", b"manifest", b"deleted"))
-
-_SMALL = 256 << 10
 _CHUNK = 1 << 20
-_FLUSH = 1 << 20
-_TRIES = 3
-_ZEROS = bytes(_CHUNK)
-# A file that changed in the same tick of the kernel's clock as the backup before began may look unchanged
-# (the clock of most filesystems ticks 100 to 1000 times a second), so such a file is taken again.
-_RACY = 50_000_000
+
+Progress = Callable[[int, int], None]
+"""Called now and then with the entries and the bytes so far."""
 
 
-class ArchiveWriter:
-    """Writes one archive.
-
-    `base` gives the lines of the manifest of the archive that this one is built on, and `base_started` when
-    that one was begun (nanoseconds). `scratch` is a directory on the tree's filesystem where files may be
-    cloned to, to be read as of one moment. `progress` gets (entries, bytes read) now and then.
-    """
+class Pass:
+    """One pass over a tree: each entry goes to `members`, and its line of the manifest to `add_line`."""
 
     def __init__(
         self,
-        sink: Sink,
         walker: Walker,
-        note: Callable[[str], None],
+        contents: Contents,
+        members: Members,
+        add_line: Callable[[bytes], None],
         *,
-        base: Iterator[Line] | None = None,
-        base_started: int = 0,
-        scratch: str | None = None,
-        progress: Callable[[int, int], None] | None = None,
+        base: Base | None = None,
+        progress: Progress | None = None,
     ) -> None:
-        self._sink = sink
         self._walker = walker
-        self._note = note
-        self._parts: list[bytes] = []
-        self._size = 0
-        self._lines: IO[bytes] = tempfile.SpooledTemporaryFile(max_size=8 << 20)  # noqa: SIM115
-        self.manifest = ManifestWriter(self._lines)
-        self._deleted: IO[bytes] = tempfile.SpooledTemporaryFile(max_size=1 << 20)  # noqa: SIM115
-        self._deleted_digest = xxh3_128()
+        self._contents = contents
+        self._members = members
+        self._add_line = add_line
         self._base = base
-        self._base_started = base_started
-        self._next = None if base is None else next(base, None)
-        self._scratch = scratch
         self._progress = progress
-        self._plain = PlainFiles()
-        if base is None:
-            walker.fast = self._add_plain
         self.entries = 0
         self.read_bytes = 0
-        self.changed = 0
 
-    def write(self, info: dict[str, Any]) -> None:
-        """Write the whole archive. Raises UserError, and OSError of the sink."""
-        text = json.dumps(info, indent=2).encode("ascii") + b"\n"
-        self._put_special(INFO, text)
-        self.manifest.add(manifest.member_line(b"info.json", digest_of(text)))
-        for entry, fd in self._walker.entries():
-            self._add(entry, fd)
-        if self._base is not None:
-            while self._next is not None:
-                self._delete(self._next)
-            self.manifest.add(manifest.member_line(b"deleted", self._deleted_digest.hexdigest()))
-            self._put_stream(DELETED, self._deleted)
-        self.manifest.finish()
-        self._put_stream(MANIFEST, self._lines)
-        self._put(bytes(1024))
-        self._flush()
+    def run(self) -> None:
+        """Walk the tree. Raises UserError, and OSError of where the members go."""
+        for entry, fd in self._walker.entries(self._take if self._base is None else None):
+            self._count(0)
+            if self._base is not None and (line := self._base.line_if_unchanged(entry)) is not None:
+                self._add_line(line)
+            elif entry.kind == FILE and entry.size <= SMALL:
+                self._add_small(entry, fd)
+            elif entry.kind in (FILE, SPARSE):
+                self._add_large(entry, fd)
+            else:
+                self._members.add(entry)
+                self._add_line(whole_line(entry, NO_DIGEST, manifest.HERE))
 
-    def copy_manifest(self, out: IO[bytes]) -> None:
-        """The manifest of the archive that has been written."""
-        self._lines.seek(0)
-        while chunk := self._lines.read(_CHUNK):
-            out.write(chunk)
-
-    # -- output -------------------------------------------------------------------------------------------
-
-    def _put(self, data: bytes) -> None:
-        self._parts.append(data)
-        self._size += len(data)
-        if self._size >= _FLUSH:
-            self._flush()
-
-    def _flush(self) -> None:
-        if self._parts:
-            data = self._parts[0] if len(self._parts) == 1 else b"".join(self._parts)
-            self._parts, self._size = [], 0
-            self._sink.write(data)
-        if self._progress is not None:
+    def _count(self, size: int) -> None:
+        self.entries += 1
+        self.read_bytes += size
+        if self._progress is not None and not self.entries & 255:
             self._progress(self.entries, self.read_bytes)
 
-    def _put_special(self, name: bytes, data: bytes) -> None:
-        self._put(special_file(name, len(data), time.time_ns()) + data + bytes(-len(data) % 512))
+    def _take(self, fd: int, path: bytes, status: os.stat_result) -> bool:
+        """Add a small file without anything particular, as most are; False for others.
 
-    def _put_stream(self, name: bytes, stream: IO[bytes]) -> None:
-        size = stream.tell()
-        self._put(special_file(name, size, time.time_ns()))
-        stream.seek(0)
-        while chunk := stream.read(_CHUNK):
-            self._put(chunk)
-        self._put(bytes(-size % 512))
-
-    # -- entries ------------------------------------------------------------------------------------------
-
-    def _add(self, entry: Entry, fd: int) -> None:
-        self.entries += 1
-        if self._base is not None:
-            known = self._known(entry)
-            if known is not None and self._is_unchanged(entry, known):
-                entry.digest = known.digest
-                line = whole_line(entry, manifest.BASE)
-                # Attributes are compared as well: a clock that was set back may hide a change.
-                if line.partition(b"\t")[0] == known.shown:
-                    self.manifest.add(line)
-                    return
-                entry.digest = "-"
-        if entry.kind == FILE and entry.size <= _SMALL:
-            self._add_small(entry, fd)
-        elif entry.kind in (FILE, SPARSE):
-            self._add_large(entry, fd)
-        else:
-            self._put(encode(entry, 0))
-            self.manifest.add(whole_line(entry, manifest.HERE))
-
-    def _add_plain(self, fd: int, path: bytes, status: os.stat_result) -> bool:
-        """Add a small file that has nothing particular, as most have not; False for others.
-
-        What `_add` does too, in as few steps as can be: this is where the time of a backup goes.
+        The result is that of `_add_small`, in as few steps as possible: the time of a backup is spent here.
         """
         size = status.st_size
-        if not 0 < size <= _SMALL or status.st_blocks * 512 < size:
+        if not 0 < size <= SMALL or status.st_blocks * 512 < size:
             return False
         try:
             if os.listxattr(fd):
                 return False
         except OSError:
             return False
-        mtime, ctime = status.st_mtime_ns, status.st_ctime_ns
-        mode, uid, gid = status.st_mode & 0o7777, status.st_uid, status.st_gid
-        header = self._plain.encode(path, mode, uid, gid, size, mtime)
+        mtime = status.st_mtime_ns
+        header = self._members.plain_header(
+            path, status.st_mode & 0o7777, status.st_uid, status.st_gid, size, mtime
+        )
         if header is None:
             return False
-        data = os.read(fd, size + 1)
+        data = os.pread(fd, size + 1, 0)
         after = os.fstat(fd)
         if (
             len(data) != size
             or after.st_mtime_ns != mtime
-            or after.st_ctime_ns != ctime
+            or after.st_ctime_ns != status.st_ctime_ns
             or after.st_size != size
         ):
             return False
-        parts = self._parts
-        parts.append(header)
-        parts.append(data)
-        parts.append(_ZEROS[: -size % 512])
-        self._size += size + 1536
-        self.manifest.add(
-            b"f %o %d %d %d %d - %b %b\there %d %d\n"
-            % (
-                mode,
-                uid,
-                gid,
-                size,
-                mtime,
-                digest_of(data).encode(),
-                manifest.escape(path),
-                ctime,
-                status.st_ino,
-            )
-        )
-        self.entries += 1
-        self.read_bytes += size
-        if self._size >= _FLUSH:
-            self._flush()
+        self._members.add_plain(header, data)
+        self._add_line(plain_line(path, status, digest_of(data)))
+        self._count(size)
         return True
 
     def _add_small(self, entry: Entry, fd: int) -> None:
-        for left in range(_TRIES, -1, -1):
-            data = os.read(fd, entry.size + 1) if entry.size else b""
-            while 0 < len(data) < entry.size and (more := os.read(fd, entry.size - len(data))):
-                data += more
-            status = os.fstat(fd)
-            if (status.st_mtime_ns, status.st_ctime_ns, status.st_size, len(data)) == (
-                entry.mtime, entry.ctime, entry.size, entry.size,
-            ):  # fmt: skip
-                break
-            if not left:
-                self._say_changed(entry)
-                data = data[: entry.size].ljust(entry.size, b"\0")
-                break
-            again = self._again(entry, fd)
-            if again.kind != FILE or again.size > _SMALL:
-                self._add_large(again, fd)
-                return
-            entry = again
-        entry.digest = digest_of(data)
+        entry, data = self._contents.small(entry, fd)
+        if data is None:
+            self._add_large(entry, fd)
+            return
         self.read_bytes += entry.size
-        if data:
-            self._put(encode(entry, entry.size) + data + _ZEROS[: -entry.size % 512])
-        else:
-            self._put(encode(entry, 0))
-        self.manifest.add(whole_line(entry, manifest.HERE))
+        self._members.add(entry, data)
+        self._add_line(whole_line(entry, digest_of(data), manifest.HERE))
 
-    def _again(self, entry: Entry, fd: int) -> Entry:
-        """The attributes of a file as they are by now, and its content from the start."""
-        os.lseek(fd, 0, os.SEEK_SET)
-        again = self._walker.file_entry(fd, entry.path)
-        assert again is not None
-        if again.kind == HARDLINK:  # it got a second name meanwhile, which will be the link
-            again.kind, again.link = FILE, b""
-            again.size = os.fstat(fd).st_size
-            again.xattrs = entry.xattrs
-        return again
+    def _add_large(self, first: Entry, fd: int) -> None:
+        attempted: tuple[Entry, str] | None = None
+        for entry, source in self._contents.attempts(first, fd):
+            if attempted is not None:
+                self._add_line(whole_line(*attempted, manifest.AGAIN))
+            digest = new_digest(entry)
+            self._members.begin(entry)
+            for offset, data in pieces(entry, source):
+                digest.update(offset, data)
+                self._members.put(data)
+                self.read_bytes += len(data)
+                if self._progress is not None:
+                    self._progress(self.entries, self.read_bytes)
+            self._members.end(entry)
+            attempted = entry, digest.hexdigest(entry.size)
+        assert attempted is not None
+        self._add_line(whole_line(*attempted, manifest.HERE))
 
-    def _say_changed(self, entry: Entry) -> None:
-        self.changed += 1
-        self._note(
-            f"{quoted(os.fsdecode(entry.path))} changed each time it was read; the archive holds it as it "
-            "was over a short while."
-        )
 
-    def _add_large(self, entry: Entry, fd: int) -> None:
-        for left in range(_TRIES, -1, -1):
-            source = self._frozen(entry, fd)
-            try:
-                if source != fd:
-                    # Of a clone only the content counts; the attributes are the file's.
-                    segments = self._walker_segments(source, entry)
-                    entry.kind = FILE if segments is None else SPARSE
-                    entry.segments = segments or []
-                self._put(encode(entry, stored_size(entry)))
-                if entry.kind == SPARSE:
-                    self._put(sparse_map(entry.segments))
-                    entry.digest = self._sparse_content(entry, source)
-                else:
-                    entry.digest = self._content(entry, source)
-                self._put(bytes(-stored_size(entry) % 512))
-            finally:
-                if source != fd:
-                    os.close(source)
-            status = os.fstat(fd)
-            good = source != fd or (status.st_mtime_ns, status.st_ctime_ns, status.st_size) == (
-                entry.mtime, entry.ctime, entry.size,
-            )  # fmt: skip
-            if good or not left:
-                if not good:
-                    self._say_changed(entry)
-                self.manifest.add(whole_line(entry, manifest.HERE))
-                return
-            self.manifest.add(whole_line(entry, manifest.AGAIN))
-            entry = self._again(entry, fd)
+class ArchiveWriter:
+    """Writes one archive; `base` makes it an incremental one."""
 
-    def _walker_segments(self, fd: int, entry: Entry) -> list[tuple[int, int]] | None:
-        from unionfs.storage.archive.walk import data_segments
+    def __init__(
+        self,
+        tar: Tar,
+        walker: Walker,
+        contents: Contents,
+        *,
+        base: Base | None = None,
+        progress: Progress | None = None,
+    ) -> None:
+        self._tar = tar
+        self._base = base
+        self._lines: IO[bytes] = tempfile.SpooledTemporaryFile(max_size=8 << 20)  # noqa: SIM115
+        self._manifest = ManifestWriter(self._lines)
+        self._pass = Pass(walker, contents, tar, self._manifest.add, base=base, progress=progress)
 
-        if entry.kind != SPARSE:
-            return None
-        segments = data_segments(fd, entry.size)
-        return None if segments == [(0, entry.size)] else segments
-
-    def _frozen(self, entry: Entry, fd: int) -> int:
-        """A clone of the file as of this moment, with the entry made right for it; the file itself without
-        one.
+    def write(self, info: dict[str, Any]) -> Pass:
+        """Write the whole archive; returns the pass, for its figures. Raises UserError, and OSError of the
+        sink.
         """
-        if self._scratch is None:
-            return fd
-        try:
-            clone = os.open(self._scratch, os.O_TMPFILE | os.O_RDWR | os.O_CLOEXEC, 0o600)
-        except OSError:
-            self._scratch = None
-            return fd
-        try:
-            for _ in range(_TRIES):
-                clone_file(clone, fd)
-                status = os.fstat(fd)
-                if status.st_size == os.fstat(clone).st_size:
-                    entry.size = status.st_size
-                    entry.mtime, entry.ctime = status.st_mtime_ns, status.st_ctime_ns
-                    return clone
-                os.ftruncate(clone, 0)
-        except OSError as error:
-            if error.errno not in (errno.ENOSPC, errno.EDQUOT):
-                self._scratch = None  # no reflinks here
-        os.close(clone)
-        return fd
+        text = json.dumps(info, indent=2).encode("ascii") + b"\n"
+        self._add_own(b"info.json", INFO, io.BytesIO(text), digest_of(text))
+        self._pass.run()
+        if self._base is not None:
+            self._add_own(b"deleted", DELETED, *self._base.deleted())
+        self._manifest.finish()
+        self._tar.special(MANIFEST, self._lines)
+        self._tar.finish()
+        return self._pass
 
-    def _content(self, entry: Entry, fd: int) -> str:
-        """Put exactly as many bytes as the header says: what is missing is zeros, what is more is left
-        out.
-        """
-        total, left = xxh3_128(), entry.size
-        while left:
-            chunk = os.read(fd, min(left, _CHUNK)) or _ZEROS[: min(left, _CHUNK)]
-            total.update(chunk)
-            self._put(chunk)
-            left -= len(chunk)
-            self.read_bytes += len(chunk)
-        return total.hexdigest()
+    def _add_own(self, short_name: bytes, name: bytes, content: IO[bytes], digest: str) -> None:
+        self._manifest.add(manifest.member_line(short_name, digest))
+        self._tar.special(name, content)
 
-    def _sparse_content(self, entry: Entry, fd: int) -> str:
-        digest = SparseDigest()
-        for offset, length in entry.segments:
-            end = offset + length
-            while offset < end:
-                chunk = os.pread(fd, min(end - offset, _CHUNK), offset) or _ZEROS[: min(end - offset, _CHUNK)]
-                digest.update(offset, chunk)
-                self._put(chunk)
-                offset += len(chunk)
-                self.read_bytes += len(chunk)
-        return digest.hexdigest(entry.size)
-
-    # -- incremental --------------------------------------------------------------------------------------
-
-    def _known(self, entry: Entry) -> Line | None:
-        """The line of the base about the same path; what the base has before it is gone now."""
-        assert self._base is not None
-        place = manifest.order(entry.path)
-        while self._next is not None:
-            known = self._next.order()
-            if known > place:
-                return None
-            if known == place:
-                found, self._next = self._next, next(self._base, None)
-                return found
-            self._delete(self._next)
-        return None
-
-    def _delete(self, line: Line) -> None:
-        assert self._base is not None
-        text = manifest.escape(line.path) + b"\n"
-        self._deleted.write(text)
-        self._deleted_digest.update(text)
-        self._next = next(self._base, None)
-
-    def _is_unchanged(self, entry: Entry, known: Line) -> bool:
-        return (
-            (entry.ctime, entry.ino, entry.mtime, entry.size)
-            == (known.ctime, known.ino, known.mtime, known.size)
-            and entry.kind == known.kind
-            and entry.ctime < self._base_started - _RACY
-        )
-
-
-def explain_full(error: OSError, place: str) -> UserError:
-    """The sentence for a backup that could not be written."""
-    return UserError(
-        f"the backup could not be written to {quoted(place)}: {reason(error)}; nothing is left of it. Free "
-        "space, or write it elsewhere."
-    )
+    def copy_manifest(self, out: IO[bytes]) -> None:
+        """The manifest of the archive that has been written."""
+        self._lines.seek(0)
+        while chunk := self._lines.read(_CHUNK):
+            out.write(chunk)

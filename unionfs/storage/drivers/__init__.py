@@ -1,11 +1,11 @@
-"""Volume drivers: what a volume's data is kept in, and how it gets to a directory.
+"""Volume drivers: where a volume's data is stored, and how it becomes a directory.
 
 A driver is a subclass of `Driver` that a package names in the entry point group `unionfs.volume_drivers`:
 
     [project.entry-points."unionfs.volume_drivers"]
     mine = "package.module:MyDriver"
 
-Names that no entry point has are looked for among Docker's volume plugins (`drivers.plugin`).
+Any other name is that of a Docker volume plugin (`drivers.plugin`).
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ __all__ = ["Driver", "Replacement", "driver_names", "find_driver"]
 
 GROUP = "unionfs.volume_drivers"
 
-# Found without looking through all installed packages, which takes longer than anything else here.
+# These need no search through all installed packages, which takes longer than anything else here.
 _BUILT_IN = {
     "local": "unionfs.storage.drivers.local:Local",
     "union": "unionfs.storage.drivers.union:Union",
@@ -31,8 +31,8 @@ _BUILT_IN = {
 
 
 def driver_names() -> list[str]:
-    """The drivers there are now, plugins among them."""
-    from unionfs.storage.drivers.plugin import plugin_names
+    """The names of all drivers, plugins included."""
+    from unionfs.storage.drivers.plugin import plugin_names  # few commands need it: start-up time
 
     others = {point.name for point in entry_points(group=GROUP)} | set(plugin_names())
     return [*_BUILT_IN, *sorted(others - set(_BUILT_IN))]
@@ -44,7 +44,7 @@ def find_driver(name: str) -> Driver:
         return _load(EntryPoint(name, _BUILT_IN[name], GROUP))
     for point in entry_points(group=GROUP, name=name):
         return _load(point)
-    from unionfs.storage.drivers.plugin import find_plugin
+    from unionfs.storage.drivers.plugin import find_plugin  # as above
 
     plugin = find_plugin(name)
     if plugin is not None:

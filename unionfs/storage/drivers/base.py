@@ -1,8 +1,8 @@
-"""The interface of a volume driver, and how new content gets into a volume all at once."""
+"""The interface of a volume driver, and of replacing a volume's content in one step."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from typing import Protocol
 
@@ -15,33 +15,33 @@ class Replacement(Protocol):
 
     @property
     def path(self) -> str:
-        """An empty directory, which is to get the attributes of the volume's root too."""
+        """An empty directory for the content, and for the attributes of the volume's root."""
 
     def commit(self) -> None:
         """Put the new content in the old one's place. What is in `path` must be on disk."""
 
 
 class Driver:
-    """One way to keep volumes. A subclass sets `name` and `known_options`, and does what is its own.
+    """A kind of storage for volumes. A subclass sets `name` and `known_options`, and overrides what differs.
 
-    Every method may raise UserError with a full sentence. They are called under the volume's lock, so never
-    twice at once for one volume. A driver keeps what it needs in `volume.directory`, and nothing in memory:
-    the next call may come from another process. A call that finds its work already done (a mount that is
-    there, a directory that is gone) is content: the process before it may have been killed half-way.
+    Every method may raise UserError with a full sentence. The volume's lock is held, so methods never run
+    twice at once for one volume. A driver stores its state in `volume.directory`, and nothing in memory: the
+    next call may come from another process. Work that is already done (an existing mount, a missing
+    directory) is no error: the process before may have been killed half-way.
     """
 
     name: str = ""
     scope: str = "local"
-    """`global` when the same volume is seen from every host."""
+    """`global` when every host sees the same volume."""
     known_options: Mapping[str, str] = {}
-    """The options a volume may have, with a line about each."""
+    """The options that a volume may have, with a line about each."""
 
     def hurried(self) -> Driver:
-        """The same driver for a caller that waits some seconds at most, even if the storage needs longer."""
+        """The same driver for a caller that waits some seconds at most, even if the storage takes longer."""
         return self
 
     def check(self, options: Mapping[str, str]) -> None:
-        """Refuse options that are unknown or make no sense together. Nothing is made yet."""
+        """Refuse options that are unknown or exclude each other, before anything is created."""
         for key in options:
             if key not in self.known_options:
                 known = ", ".join(self.known_options) or "none"
@@ -51,35 +51,32 @@ class Driver:
                 )
 
     def one_mount_each(self, volume: Volume) -> bool:
-        """Whether every user gets a mount of his own; else the first user mounts and the last one
-        unmounts.
-        """
+        """Whether every user has its own mount; else all share one, from the first user to the last."""
         return False
 
     def create(self, volume: Volume) -> None:
-        """Make what the volume needs. `volume.directory` is there and empty, and becomes ROOT/volumes/NAME.
-
-        Until this returns it has another name, so paths below it must not be kept.
+        """Create what the volume needs. `volume.directory` is empty, and gets its final name afterwards, so
+        paths below it must not be stored.
         """
 
     def remove(self, volume: Volume) -> None:
-        """Give up what lies outside `volume.directory`, which is removed afterwards."""
+        """Release what lies outside `volume.directory`, which is removed afterwards."""
 
     def mountpoint(self, volume: Volume) -> str:
-        """Where the data is when it is mounted; empty when only `mount` knows."""
+        """The path of the mounted data; empty when only `mount` knows it."""
         return f"{volume.directory}/_data"
 
     def mount(self, volume: Volume, user: str) -> str:
-        """Make the data reachable, and return the directory's absolute path. Called for every user."""
+        """Mount the data, and return its absolute path. Called for every user."""
         raise NotImplementedError
 
     def unmount(self, volume: Volume, user: str) -> None:
-        """The reverse of `mount`, after the last user (after each one, with a mount each)."""
+        """The reverse of `mount`, after the last user (after each one with `one_mount_each`)."""
 
     def replacement(self, volume: Volume) -> AbstractContextManager[Replacement]:
-        """A place for new content; leaving the context without `commit` leaves the old as it was.
+        """A place for new content. Without `commit` the old content stays as it was.
 
-        The volume is mounted for nobody but the caller meanwhile.
+        Meanwhile the volume is mounted for the caller only.
         """
         raise UserError(
             f"volume {quoted(volume.name)} cannot be restored: the driver {self.name} has no way to replace "
@@ -87,26 +84,45 @@ class Driver:
         )
 
     def restores_mounted(self, volume: Volume) -> bool:
-        """Whether `replacement` works on the mounted volume; else it is called while the volume isn't
-        mounted.
-        """
+        """Whether `replacement` needs the volume mounted; else it needs it unmounted."""
         return False
 
     def check_clone(self, volume: Volume) -> None:
-        """Refuse to make a second volume with the same options, where both would be the same storage."""
+        """Refuse a second volume with the same options where both would be the same storage."""
 
     def may_share(self, volume: Volume) -> str | None:
-        """A directory on the same filesystem as the data and outside it, for reflinks; None: there is
-        none.
-        """
+        """A directory outside the data on the same filesystem, for reflinks; None if there is none."""
         return None
 
     def resize(self, volume: Volume, size: str, *, mounted: bool) -> Mapping[str, str]:
-        """Give the volume another size; returns its options as they are then."""
+        """Change the volume's size, and return its new options."""
         raise UserError(
             f"volume {quoted(volume.name)} cannot be resized: its driver {self.name} has no sizes."
         )
 
     def status(self, volume: Volume) -> Mapping[str, object]:
-        """What `inspect` shows as Status; empty for nothing."""
+        """The Status that `inspect` shows, if any."""
         return {}
+
+
+class Forced(Driver):
+    """A driver whose failures are passed to `tell`, for a volume that is removed in any case."""
+
+    def __init__(self, driver: Driver, tell: Callable[[str], object]) -> None:
+        self._driver = driver
+        self._tell = tell
+
+    def one_mount_each(self, volume: Volume) -> bool:
+        return self._driver.one_mount_each(volume)
+
+    def unmount(self, volume: Volume, user: str) -> None:
+        try:
+            self._driver.unmount(volume, user)
+        except UserError as error:
+            self._tell(str(error))
+
+    def remove(self, volume: Volume) -> None:
+        try:
+            self._driver.remove(volume)
+        except UserError as error:
+            self._tell(str(error))

@@ -11,11 +11,11 @@ from contextlib import contextmanager, suppress
 
 from unionfs.errors import UserError, quoted, reason
 from unionfs.storage.drivers.base import Replacement
-from unionfs.storage.drivers.replacing import fsync_directory
 from unionfs.storage.model import Volume
 from unionfs.storage.mounts import MountCall, mount_at, need_program, run_mount, run_program, unmount
 from unionfs.storage.sizes import shown_size, volume_size
 from unionfs.sys.capabilities import CAP_SYS_ADMIN, CAP_SYS_RESOURCE, has_capability
+from unionfs.sys.fds import Owned, sync_directory
 
 _DETACH_SECONDS = 5.0
 
@@ -39,7 +39,7 @@ _MAKE = {
 
 
 def check(options: Mapping[str, str]) -> None:
-    """Refuse sizes and filesystems that cannot be made. Raises UserError."""
+    """Raise UserError for sizes and filesystems that cannot be made."""
     kind, size = options.get("fs", "ext4"), volume_size(options["size"])
     if kind not in _SMALLEST:
         raise UserError(f"fs={quoted(kind)} is no filesystem for a volume with a size; it is ext4 or xfs.")
@@ -53,17 +53,17 @@ def check(options: Mapping[str, str]) -> None:
 
 
 def path_of(volume: Volume) -> str:
-    """Where the image is."""
+    """The path of the image."""
     return f"{volume.directory}/image"
 
 
 def exists(volume: Volume) -> bool:
-    """Whether the volume lies in an image."""
+    """Whether the volume is stored in an image."""
     return os.path.lexists(path_of(volume))
 
 
 def create(volume: Volume, size: int) -> None:
-    """Make the image with an empty filesystem. Raises UserError."""
+    """Create the image with an empty filesystem. Raises UserError."""
     _make(path_of(volume), size, volume)
 
 
@@ -76,11 +76,9 @@ def _make(path: str, size: int, volume: Volume) -> None:
     program = _MAKE[kind][0]
     need_program(program, {"ext4": "e2fsprogs", "xfs": "xfsprogs"}[kind], "a volume with a size")
     try:
-        fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
-        try:
+        flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
+        with Owned(os.open(path, flags, 0o600)) as fd:
             os.ftruncate(fd, size)
-        finally:
-            os.close(fd)
     except OSError as error:
         raise UserError(
             f"the image of volume {quoted(volume.name)} cannot be made: {reason(error)}; free space, or give "
@@ -98,15 +96,13 @@ def _make(path: str, size: int, volume: Volume) -> None:
 
 
 def _empty(root: str) -> None:
-    """Remove e2fsck's directory, which it makes anew when it needs it: a new volume is empty, as Docker's
-    are.
-    """
+    """Remove e2fsck's directory, which it creates again when needed: a new volume is empty, as in Docker."""
     with suppress(OSError):
         os.rmdir(f"{root}/lost+found")
 
 
 def _call(path: str, target: str, kind: str) -> MountCall:
-    # The loop device goes with the mount (mount(8), autoclear). A clone of an xfs has the same UUID.
+    # The loop device ends with the mount (mount(8), autoclear). A clone of an xfs has the same UUID.
     options = "loop,nouuid" if kind == "xfs" else "loop"
     return MountCall(("mount", "-t", kind, "-o", options, "--", path, target))
 
@@ -139,23 +135,20 @@ class _NewImage:
         self._new = new
 
     def commit(self) -> None:
-        """Unmount the new filesystem, so that it is whole, and give its image the old one's name."""
+        """Unmount the new filesystem, so that it is complete, and rename its image over the old one."""
         unmount(self.path, f"volume {quoted(self._volume.name)}")
-        fd = os.open(self._new, os.O_RDONLY | os.O_CLOEXEC)
-        try:
+        with Owned(os.open(self._new, os.O_RDONLY | os.O_CLOEXEC)) as fd:
             os.fsync(fd)
-        finally:
-            os.close(fd)
         data = f"{self._volume.directory}/_data"
         if mount_at(data) is not None:
             unmount(data, f"volume {quoted(self._volume.name)}")
         os.rename(self._new, path_of(self._volume))
-        fsync_directory(self._volume.directory)
+        sync_directory(self._volume.directory)
 
 
 @contextmanager
 def replacement(volume: Volume) -> Iterator[Replacement]:
-    """New content in a second image, which takes the first one's name when its filesystem is unmounted."""
+    """New content in a second image, which replaces the first one when its filesystem is unmounted."""
     sweep(volume)
     new = f"{volume.directory}/.image-new"
     _make(new, volume_size(volume.options["size"]), volume)
@@ -168,7 +161,7 @@ def replacement(volume: Volume) -> Iterator[Replacement]:
 
 
 def sweep(volume: Volume) -> None:
-    """Remove what a killed restore left."""
+    """Remove the leftovers of a killed restore."""
     for name in os.listdir(volume.directory):
         if not name.startswith(".image-"):
             continue
@@ -202,22 +195,22 @@ def resize(volume: Volume, size: int, *, mounted: bool) -> None:
             _empty(root)
         return
     if kind == "ext4" and not has_capability(CAP_SYS_RESOURCE):
-        # The kernel asks for it (fs/ext4/ioctl.c); an xfs asks for CAP_SYS_ADMIN.
+        # The kernel requires it (fs/ext4/ioctl.c); an xfs requires CAP_SYS_ADMIN.
         raise UserError(
-            f"{what}: an ext4 grows in use only for a process with CAP_SYS_RESOURCE, which this one has not; "
+            f"{what}: an ext4 grows in use only for a process with CAP_SYS_RESOURCE, which this one lacks; "
             "end its users first."
         )
     _lengthen(path, size, what)
     with _in_use(volume, data) as device:
-        # After a failure the image stays as long as it is: the filesystem may have grown by a part of that.
+        # After a failure the image keeps its length: the filesystem may have grown in part.
         run_program(("losetup", "-c", device), what)
         run_program(("xfs_growfs", data) if kind == "xfs" else ("resize2fs", device), what)
 
 
 def _refuse_attached(path: str, what: str) -> None:
-    """Raise UserError while a loop device has the image: e2fsck(8) would ruin a filesystem that is mounted.
+    """Raise UserError while a loop device has the image: e2fsck(8) would destroy a mounted filesystem.
 
-    The kernel lets go of a loop device a moment after it was unmounted.
+    The kernel releases a loop device a moment after the unmount.
     """
     deadline = time.monotonic() + _DETACH_SECONDS
     while True:
@@ -253,14 +246,14 @@ def _lengthen(path: str, size: int, what: str) -> None:
 
 def _resize_ext4(path: str, size: int, before: int, what: str) -> None:
     _refuse_attached(os.path.realpath(path), what)
-    # 1: all is right now (e2fsck(8)); it misses lost+found, and makes it.
+    # 1: errors corrected (e2fsck(8)); it creates the missing lost+found.
     run_program(("e2fsck", "-f", "-p", path), what, good=(0, 1))
     if size > before:
         _lengthen(path, size, what)
     try:
         run_program(("resize2fs", path, f"{size // 1024}K"), what)
     except UserError as error:
-        # The image stays as long as it is: the filesystem may have grown by a part of that.
+        # The image keeps its length: the filesystem may have grown in part.
         if "smaller than minimum" in str(error):
             raise UserError(
                 f"{what}: what it holds does not fit into {shown_size(size)}; give a larger size, or remove "
@@ -272,7 +265,7 @@ def _resize_ext4(path: str, size: int, before: int, what: str) -> None:
 
 @contextmanager
 def _in_use(volume: Volume, data: str) -> Iterator[str]:
-    """The loop device of the mounted volume, which is mounted for that if it is not."""
+    """The loop device of the volume, which is mounted if it is not."""
     was = mount_at(data)
     if was is None:
         mount(volume, data)

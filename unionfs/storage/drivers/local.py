@@ -20,8 +20,8 @@ from unionfs.sys.walking import follow
 class Local(Driver):
     """Volumes on this host.
 
-    Without options a directory. With `size` a directory with a project quota, where kernel and filesystem
-    have them, else a sparse image with an ext4 or xfs on a loop device. With `type`, `o` and `device`, as in
+    Without options a directory. With `size` a directory with a project quota where kernel and filesystem
+    support it, else a sparse image with an ext4 or xfs on a loop device. With `type`, `o` and `device`, as in
     Docker, whatever mount(8) mounts.
     """
 
@@ -112,7 +112,7 @@ class Local(Driver):
         elif "type" in volume.options:
             kind, device = volume.options["type"], volume.options["device"]
             if kind == "none" and not has_capability(CAP_SYS_ADMIN):
-                data = device  # what a bind mount would show, without the mount
+                data = device  # the same as a bind mount would show
             elif mount_at(data) is None:
                 if kind == "none":
                     _check_way(device, what)
@@ -144,7 +144,7 @@ class Local(Driver):
                 try:
                     yield beside
                 finally:
-                    quota.unlimit_directory(beside.path)  # what goes now: the old content, or the new
+                    quota.unlimit_directory(beside.path)  # the old content by now, or the refused new one
 
     def restores_mounted(self, volume: Volume) -> bool:
         if volume.options.get("type") == "tmpfs":
@@ -198,7 +198,7 @@ class Local(Driver):
 
 
 def _check_way(device: str, what: str) -> None:
-    """Refuse a directory that another user's symlink chooses. Raises UserError."""
+    """Raise UserError for a directory that another user's symlink leads to."""
     try:
         os.close(follow(device))
     except FileNotFoundError:

@@ -1,4 +1,4 @@
-"""Drivers for storage on other machines, by the FUSE programs made for it: sshfs, rclone, glusterfs."""
+"""Drivers for storage on other machines, by existing FUSE programs: sshfs, rclone, glusterfs."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _SENT_SECONDS = 600.0
 
 
 class RemoteDriver(Driver):
-    """What they have in common: a program mounts at `_data`, and goes with the mount."""
+    """The common part: a program mounts at `_data`, and ends with the mount."""
 
     scope = "global"
     program = ""
@@ -82,15 +82,15 @@ class RemoteDriver(Driver):
         return data
 
     def secret(self, options: Mapping[str, str]) -> str:
-        """What the program reads from its standard input."""
+        """The program's standard input."""
         return ""
 
     def log(self, volume: Volume) -> str:
-        """What the program said to a log, as a part of a sentence."""
+        """The end of the program's log, as a part of a sentence."""
         return ""
 
     def settle(self, volume: Volume) -> None:
-        """Wait until files that were written can be renamed. Raises UserError."""
+        """Wait until written files can be renamed. Raises UserError."""
 
     def unmount(self, volume: Volume, user: str) -> None:
         from unionfs.daemon.unmount import unmount
@@ -184,8 +184,7 @@ class Rclone(RemoteDriver):
     def command(self, options: Mapping[str, str], target: str, directory: str) -> list[str]:
         words = ["mount", options["remote"], target, "--daemon", "--log-file", f"{directory}/rclone.log"]
         words += [f"--vfs-cache-mode={options.get('vfs-cache-mode', 'writes')}"]
-        # Otherwise a file is sent some seconds after its close, and not at all when the volume is unmounted
-        # before.
+        # Else rclone sends a file seconds after its close, and never if the volume is unmounted before.
         words += ["--vfs-write-back=0", f"--cache-dir={directory}/cache"]
         if os.geteuid() == 0:
             words += ["--allow-other", "--default-permissions"]
@@ -209,7 +208,7 @@ class Rclone(RemoteDriver):
 
 
 def _is_sending(directory: str) -> bool:
-    """Whether a file in rclone's cache is not sent yet, as a JSON object for each tells (vfs/vfscache)."""
+    """Whether rclone's cache holds a file that is not sent, by the JSON file of each (vfs/vfscache)."""
     for where, _, names in os.walk(directory):
         for name in names:
             try:

@@ -7,14 +7,14 @@ from __future__ import annotations
 import os
 import tempfile
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager, nullcontext, suppress
+from contextlib import ExitStack, contextmanager, suppress
 
 from unionfs.errors import UserError, quoted, reason
 from unionfs.storage.model import Volume
 from unionfs.storage.removing import refuse_locked
 from unionfs.storage.workspace import Workspace, recover, workspace
-from unionfs.union.exchange import exchange as exchange_names
 from unionfs.union.removal import remove_path
+from unionfs.union.work import exchange as exchange_names
 
 _SIBLING = ".restore-"
 _ASIDE = ".old"
@@ -33,9 +33,9 @@ def fsync_directory(path: str) -> None:
 def exchange(one: str, other: str) -> None:
     """Exchange two names on one filesystem: in one step, or in steps that `recover_sibling` can undo."""
     at = os.open("/", os.O_PATH | os.O_CLOEXEC)
-    aside = nullcontext(os.fsencode(other + _ASIDE))
     try:
-        exchange_names(lambda: aside, at, at, os.fsencode(other), at, os.fsencode(one))
+        new, old, aside = ((at, os.fsencode(path)) for path in (other, one, other + _ASIDE))
+        exchange_names(new, old, aside)
     finally:
         os.close(at)
 

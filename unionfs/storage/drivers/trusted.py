@@ -1,8 +1,7 @@
 """Files and sockets that nobody but root, or the user who runs the command, can have put or replaced.
 
-A path is walked once, from directory to directory by their fds, as the kernel walks it: each directory and
-each symlink on the way is checked, also those that a symlink leads through. What is found is then used by its
-fd.
+A path is walked once, from directory to directory by fds, as the kernel does. Each directory and symlink on
+the way is checked, also on the way of a symlink. What is found is used by its fd.
 """
 
 from __future__ import annotations
@@ -14,6 +13,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from unionfs.errors import UserError, quoted, reason
+from unionfs.sys.fds import Owned
 from unionfs.sys.walking import Step, walk
 
 _MOST_BYTES = 1 << 20
@@ -22,15 +22,12 @@ _MOST_BYTES = 1 << 20
 
 @contextmanager
 def opened(path: str, what: str) -> Iterator[str]:
-    """A name of what is at `path`, good within the context; `what` it is called in a sentence.
+    """A name for what is at `path`, valid within the context. `what` is the word for it in a sentence.
 
-    Raises UserError for what another user has put there, or could replace, and OSError.
+    Raises OSError, and UserError for what another user has put there or could replace.
     """
-    fd = _walk(path, what)
-    try:
+    with Owned(walk(path, lambda step: _check(path, what, step))) as fd:
         yield f"/proc/self/fd/{fd}"
-    finally:
-        os.close(fd)
 
 
 def read(path: str, what: str) -> str:
@@ -56,15 +53,6 @@ def read(path: str, what: str) -> str:
 
 def _opener(name: str, flags: int) -> int:
     return os.open(name, flags | os.O_NONBLOCK | os.O_NOCTTY)
-
-
-def _walk(path: str, what: str) -> int:
-    """An O_PATH fd of what is at `path`."""
-
-    def look(step: Step) -> None:
-        _check(path, what, step)
-
-    return walk(path, look)
 
 
 def _check(path: str, what: str, step: Step) -> None:

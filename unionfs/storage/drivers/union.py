@@ -14,19 +14,20 @@ from contextlib import contextmanager, suppress
 from unionfs.daemon.options import split_lowers
 from unionfs.errors import UserError, quoted, reason
 from unionfs.storage.drivers.base import Driver, Replacement
-from unionfs.storage.drivers.replacing import exchange, fsync_directory
+from unionfs.storage.drivers.replacing import exchange
 from unionfs.storage.filters import truth
 from unionfs.storage.model import Volume
 from unionfs.storage.mounts import mount_at, run_program
 from unionfs.storage.removing import refuse_locked
+from unionfs.sys.fds import sync_directory
 from unionfs.union.removal import remove_path
 
 
 class Union(Driver):
     """A volume over lowers that are never written.
 
-    Every user gets a view of his own, whose changes go with him; or, with `shared`, all have one view, whose
-    changes stay.
+    Every user has its own view, whose changes end with it; with `shared` all have one view, whose changes
+    stay.
     """
 
     name = "union"
@@ -85,10 +86,10 @@ class Union(Driver):
         merged = f"{view}/merged"
         if _is_alive(merged):
             return merged
-        _remove(view)  # of a user before who had the same name
+        _remove(view)  # of an earlier user of the same text
         for name in ("", "/upper", "/work", "/merged"):
             os.mkdir(view + name, 0o755)
-        # The root of a view looks like that of the topmost lower.
+        # The root of a view has the attributes of the topmost lower.
         shutil.copystat(split_lowers(volume.options["lower"])[0], f"{view}/upper")
         try:
             _mount(volume, f"{view}/upper", f"{view}/work", merged)
@@ -149,17 +150,17 @@ class _NewUpper:
         _unmount(self.path)
         _unmount(f"{self._volume.directory}/_data")
         exchange(f"{self._volume.directory}/upper", f"{self._place}/upper")
-        fsync_directory(self._volume.directory)
+        sync_directory(self._volume.directory)
 
 
 def _remove(path: str) -> None:
-    """Remove a view or a restore's place; what cannot be removed is tried again before its name is used."""
+    """Remove a view or a restore's place; what fails is tried again before the name is used."""
     with suppress(OSError):
         remove_path(path, unlock=True)
 
 
 def _sweep(volume: Volume) -> None:
-    """Remove what a killed restore left."""
+    """Remove the leftovers of a killed restore."""
     for name in os.listdir(volume.directory):
         if name.startswith(".restore-"):
             _unmount(f"{volume.directory}/{name}/merged")
@@ -167,7 +168,7 @@ def _sweep(volume: Volume) -> None:
 
 
 def _hide(lowers: Sequence[str], upper: str) -> None:
-    """Whiteouts for all that the lowers show (Documentation/filesystems/overlayfs.rst): an empty union."""
+    """Hide everything in the lowers by whiteouts (Documentation/filesystems/overlayfs.rst)."""
     for name in {name for lower in lowers for name in os.listdir(lower)}:
         try:
             os.mknod(f"{upper}/{name}", stat.S_IFCHR, 0)
@@ -187,7 +188,7 @@ def _mount(volume: Volume, upper: str, work: str, target: str) -> None:
 
 
 def _is_alive(target: str) -> bool:
-    """Whether a union is mounted and answers; one whose daemon has died is cleared away."""
+    """Whether a union is mounted and answers; one whose daemon has died is unmounted."""
     from unionfs.sys.liveness import is_dead
 
     if mount_at(target) is None:
@@ -206,6 +207,6 @@ def _unmount(target: str) -> None:
     try:
         umount(target, lazy=False)
     except UserError:
-        # It may live on in another mount namespace, which was made meanwhile; here it is gone.
+        # It may live on in a mount namespace that was created meanwhile; here it is gone.
         if mount_at(target) is not None:
             raise

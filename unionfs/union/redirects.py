@@ -12,32 +12,31 @@ from __future__ import annotations
 import errno
 import os
 import stat
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
-from unionfs.union.layers import LayerStack
 from unionfs.union.markers import Markers
-from unionfs.union.places import Gate, Place
+from unionfs.union.places import Gate, Layer, Place
 
 Searched = Iterator[tuple[Place, bytes]]
-"""Real directories that are still to be searched, topmost first, with the name that is searched there."""
+"""Real directories still to be searched, topmost first, each with the name to search for in it."""
 
 
-class Merging:
-    """Finds the parts of merged directories in the layers, topmost layer first."""
+class PartSearch:
+    """Finds the real directories merged under one name, topmost layer first."""
 
-    def __init__(self, stack: LayerStack, markers: Markers, gate: Gate) -> None:
-        self._stack = stack
+    def __init__(self, layers: Sequence[Layer], markers: Markers, gate: Gate) -> None:
+        self._layers = layers
         self._markers = markers
         self._gate = gate
-        self._lowest = len(stack.layers) - 1
+        self._lowest = len(layers) - 1
 
     def parts(
         self, above: list[Place], part: Place, name: bytes, st: os.stat_result, below: list[Place]
     ) -> list[Place]:
-        """The real directories that are merged under `name`, whose topmost is in `part`.
+        """The real directories merged under `name`; the topmost is in `part`.
 
-        `above` is what the directory above is merged of; `below` are those of them further down that may have
-        the name. Raises OSError: EINVAL or EACCES for a broken redirect, EPERM for one that is not followed.
+        `above`: the parts of the parent directory; `below`: those further down that may have the name.
+        Raises OSError: EINVAL or EACCES for a broken redirect, EPERM for one that is not followed.
         """
         place = Place(part.layer, part, name, key=part.layer.key(st))
         found = [place]
@@ -61,7 +60,7 @@ class Merging:
         return found
 
     def _next_directory(self, remaining: Searched) -> Place | None:
-        """The topmost of the directories that are there; taken from `remaining` with what is above it."""
+        """The topmost existing directory; takes it and what is above it from `remaining`."""
         for part, here in remaining:
             st = stat_step(self._gate.fd(part), here)
             if st is not None:
@@ -73,7 +72,7 @@ class Merging:
     def _redirected(self, redirect: bytes, index: int, remaining: Searched) -> Searched:
         """Where to search on below layer `index`: a sibling's name, or a path from each layer's root."""
         steps = _steps(redirect)
-        if not self._stack.follows_redirects:
+        if not self._markers.follows_redirects:
             raise OSError(errno.EPERM, "a layer holds a redirect that any user could have made")
         if steps is None:
             name = _c_string(redirect)
@@ -86,7 +85,7 @@ class Merging:
         On the way, a whiteout, an opaque directory or anything that is no directory hides the layers further
         down, and a redirect counts for them.
         """
-        for layer in self._stack.layers[index + 1 :]:
+        for layer in self._layers[index + 1 :]:
             place = layer.root
             goes_on = True
             below = steps

@@ -1,0 +1,98 @@
+"""Daemons of mounts, forked from a process that has imported their modules.
+
+Starting an interpreter and importing trio, pyfuse3 and the package costs more than most tests of a mount do.
+The forked process runs the same `main`; only the imports happen before the fork. The tests of the command
+line start real processes.
+"""
+
+from __future__ import annotations
+
+import faulthandler
+import multiprocessing
+import os
+import resource
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from multiprocessing.context import ForkServerProcess
+from pathlib import Path
+from subprocess import TimeoutExpired
+
+from unionfs.union.shortcuts import NO_SHORTCUTS
+from unionfs.union.tree import Union
+
+_CONTEXT = multiprocessing.get_context("forkserver")
+_CONTEXT.set_forkserver_preload(
+    ["unionfs.cli.main", "unionfs.cli.mount", "unionfs.daemon.service", "unionfs.fuse.session_direct",
+     "unionfs.fuse.session_pyfuse3", __name__],
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class _Surroundings:
+    """What a child of this process would have inherited."""
+
+    environment: dict[str, str]
+    umask: int
+    files: tuple[int, int]
+
+    @staticmethod
+    def here() -> _Surroundings:
+        umask = os.umask(0)
+        os.umask(umask)
+        return _Surroundings(dict(os.environ), umask, resource.getrlimit(resource.RLIMIT_NOFILE))
+
+    def take(self) -> None:
+        os.environ.clear()
+        os.environ.update(self.environment)
+        os.umask(self.umask)
+        resource.setrlimit(resource.RLIMIT_NOFILE, self.files)
+
+
+def _run(
+    arguments: Sequence[str], log: Path, directory: Path, surroundings: _Surroundings, plain: bool
+) -> None:
+    surroundings.take()
+    os.chdir(directory)
+    os.setsid()
+    fd = os.open(log, os.O_WRONLY | os.O_APPEND | os.O_CREAT)
+    os.dup2(fd, 1)
+    os.dup2(fd, 2)
+    os.close(fd)
+    faulthandler.enable()
+    sys.argv = ["unionfs", *arguments]
+    from unionfs.cli.main import main
+
+    if plain:
+        defaults = Union.__init__.__kwdefaults__
+        assert "shortcuts" in defaults
+        defaults["shortcuts"] = NO_SHORTCUTS
+    main()
+
+
+class PreparedProcess:
+    """``unionfs ARGUMENT...`` as a process, with the part of subprocess.Popen that the tests use."""
+
+    def __init__(self, arguments: Sequence[str], log: Path, directory: Path, *, plain: bool = False) -> None:
+        """Start it; stdin is /dev/null, stdout and stderr are appended to ``log``.
+
+        ``plain``: its unions take none of the `Shortcuts`.
+        """
+        self._process: ForkServerProcess = _CONTEXT.Process(
+            target=_run, args=(list(arguments), log, directory, _Surroundings.here(), plain), daemon=True
+        )
+        self._process.start()
+        assert self._process.pid is not None
+        self.pid = self._process.pid
+
+    def poll(self) -> int | None:
+        """The exit code, or minus the number of the signal that ended it; None while it runs."""
+        return self._process.exitcode
+
+    def wait(self, timeout: float | None = None) -> int:
+        """Wait for the process to end. Raises subprocess.TimeoutExpired after ``timeout`` seconds."""
+        self._process.join(timeout)
+        code = self._process.exitcode
+        if code is None:
+            raise TimeoutExpired("unionfs", timeout or 0)
+        return code

@@ -1,0 +1,72 @@
+"""How often a rename reads the directory that it replaces."""
+
+from __future__ import annotations
+
+import os
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import trio
+
+from tests.unit.union_support import ME, OpenUnion, get, names, open_union
+from unionfs.fuse.operations import Operations
+
+__all__ = ["open_union"]
+
+
+def _listings(monkeypatch: pytest.MonkeyPatch) -> Counter[int]:
+    """How often each directory is listed from now on, by its inode number."""
+    counted: Counter[int] = Counter()
+
+    def counting(function: Callable[..., Any]) -> Callable[..., Any]:
+        def called(directory: int) -> Any:
+            counted[os.fstat(directory).st_ino] += 1
+            return function(directory)
+
+        return called
+
+    for name in ("listdir", "scandir"):
+        monkeypatch.setattr(os, name, counting(getattr(os, name)))
+    return counted
+
+
+@pytest.mark.parametrize("target", ["upper", "lower", "both"])
+def test_a_replaced_directory_is_listed_once(
+    tmp_path: Path, open_union: OpenUnion, monkeypatch: pytest.MonkeyPatch, target: str
+) -> None:
+    layers = [name for name, on in (("l0", "lower"), ("upper", "upper")) if target in (on, "both")]
+    for layer in layers:
+        (tmp_path / layer / "target").mkdir(parents=True)
+    union = open_union()
+    operations, root = Operations(union), union.nodes.root
+    operations.mkdir(root.id, b"new", 0o755, ME)
+    (tmp_path / "upper/new/in").touch()
+    inodes = [(tmp_path / layer / "target").stat().st_ino for layer in layers]
+    counted = _listings(monkeypatch)
+    trio.run(operations.rename, root.id, b"new", root.id, b"target", 0)
+    assert [counted[inode] for inode in inodes] == [1] * len(layers)
+    monkeypatch.undo()
+    assert names(union) == {b"target"}
+    assert names(union, "target") == {b"in"}
+
+
+def test_one_that_holds_whiteouts_is_replaced(
+    tmp_path: Path, open_union: OpenUnion, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "l0/target").mkdir(parents=True)
+    (tmp_path / "l0/target/in").touch()
+    union = open_union()
+    operations, root = Operations(union), union.nodes.root
+    operations.unlink(get(union, "target").id, b"in")
+    operations.mkdir(root.id, b"new", 0o755, ME)
+    lower = (tmp_path / "l0/target").stat().st_ino
+    counted = _listings(monkeypatch)
+    trio.run(operations.rename, root.id, b"new", root.id, b"target", 0)
+    assert counted[lower] == 1
+    monkeypatch.undo()
+    assert names(union) == {b"target"}
+    assert names(union, "target") == set()
+    assert os.listdir(tmp_path / "work/work") == []

@@ -1,0 +1,43 @@
+"""Nodes whose attributes in the kernel's cache are out of date."""
+
+from __future__ import annotations
+
+from unionfs.union.copyup import Effects
+from unionfs.union.node import Node
+
+
+class Invalidations:
+    """Nodes that a session has to invalidate in the kernel: ``now`` before the next answer, ``soon`` a little
+    later; both in the order in which they were added."""
+
+    def __init__(self) -> None:
+        self.now: dict[Node, None] = {}
+        self.soon: dict[Node, None] = {}
+
+    def of_copy_up(self, effects: Effects) -> None:
+        """Add what a copy-up made out of date."""
+        self.now[effects.node] = None
+        if effects.resized is not None:
+            self.soon[effects.resized] = None
+
+    def of_node(self, node: Node) -> None:
+        """Add one node."""
+        self.now[node] = None
+
+    def answered(self, node: Node) -> None:
+        """Drop a node whose new attributes are in the next answer."""
+        self.now.pop(node, None)
+
+    def take_now(self) -> list[int]:
+        """The ids of the nodes in ``now`` that the kernel knows; empties it."""
+        return _taken(self.now)
+
+    def take_soon(self) -> list[int]:
+        """The same for ``soon``."""
+        return _taken(self.soon)
+
+
+def _taken(nodes: dict[Node, None]) -> list[int]:
+    ids = [node.id for node in nodes if node.lookups > 0]
+    nodes.clear()
+    return ids

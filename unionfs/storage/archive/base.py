@@ -1,0 +1,68 @@
+"""What an incremental backup leaves out: entries that are as in the archive it is built on."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Iterator
+from typing import IO
+
+from xxhash import xxh3_128
+
+from unionfs.storage.archive.entry import Entry
+from unionfs.storage.archive.manifest import BASE, Line, escape, order, whole_line
+
+# A file that changed in the same tick of the kernel's clock in which the base was begun may look unchanged
+# (the clocks of most filesystems tick 100 to 1000 times a second), so such a file is taken again.
+_RACY = 50_000_000
+
+
+class Base:
+    """The manifest of the base, read along with a walk: both have the same order.
+
+    `lines` are those of the manifest, `started` is when the base was begun (nanoseconds).
+    """
+
+    def __init__(self, lines: Iterator[Line], started: int) -> None:
+        self._lines = lines
+        self._started = started
+        self._next = next(lines, None)
+        self._deleted: IO[bytes] = tempfile.SpooledTemporaryFile(max_size=1 << 20)  # noqa: SIM115
+        self._digest = xxh3_128()
+
+    def line_if_unchanged(self, entry: Entry) -> bytes | None:
+        """The manifest's line for an entry that the base holds as it is now."""
+        known = self._known(entry)
+        if known is None or entry.ctime >= self._started - _RACY:
+            return None
+        if (entry.kind, entry.ctime, entry.ino, entry.mtime, entry.size) != (
+            known.kind, known.ctime, known.ino, known.mtime, known.size,
+        ):  # fmt: skip
+            return None
+        line = whole_line(entry, known.digest, BASE)
+        # Attributes are compared as well: a clock that was set back may hide a change.
+        return line if line.partition(b"\t")[0] == known.shown else None
+
+    def deleted(self) -> tuple[IO[bytes], str]:
+        """The list of what the base has and the walk, which must have ended, did not find; and its digest."""
+        while self._next is not None:
+            self._delete(self._next)
+        return self._deleted, self._digest.hexdigest()
+
+    def _known(self, entry: Entry) -> Line | None:
+        """The line about the same path; what comes before it in the base is gone now."""
+        place = order(entry.path)
+        while self._next is not None:
+            known = self._next.order()
+            if known > place:
+                return None
+            if known == place:
+                found, self._next = self._next, next(self._lines, None)
+                return found
+            self._delete(self._next)
+        return None
+
+    def _delete(self, line: Line) -> None:
+        text = escape(line.path) + b"\n"
+        self._deleted.write(text)
+        self._digest.update(text)
+        self._next = next(self._lines, None)

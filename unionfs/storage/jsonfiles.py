@@ -1,0 +1,54 @@
+"""Small JSON files below the storage root. Only its owner can write there."""
+
+from __future__ import annotations
+
+import json
+import os
+from contextlib import suppress
+from typing import Any
+
+from unionfs.sys import fds
+
+
+def read(path: str, at: int | None = None) -> Any:
+    """The values in a file; `at` is the fd of a directory that `path` is relative to.
+
+    Raises OSError (ELOOP for a symlink), and ValueError for what is not JSON.
+    """
+    flags = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
+    with fds.Owned(os.open(path, flags, dir_fd=at)) as fd:
+        content = bytearray()
+        while chunk := os.read(fd, 1 << 16):
+            content += chunk
+    return json.loads(content.decode())
+
+
+def write(path: str, values: object, *, sync: bool = True) -> None:
+    """Replace a file in one step. One writer at a time. Raises OSError.
+
+    With `sync` a power cut leaves the old or the new content, and never an empty file.
+    """
+    new = f"{path}.new"
+    fd = os.open(new, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
+    try:
+        with open(fd, "w", encoding="ascii") as out:
+            json.dump(values, out)
+            if sync:
+                out.flush()
+                os.fsync(fd)
+        os.rename(new, path)
+    except BaseException:
+        with suppress(OSError):
+            os.unlink(new)
+        raise
+
+
+def write_into(spare: str, path: str, values: object) -> bool:
+    """Write into the blocks that the file `spare` has, and rename it; whether they are enough."""
+    content = json.dumps(values).encode("ascii")
+    with suppress(OSError), fds.Owned(os.open(spare, os.O_WRONLY | os.O_NOFOLLOW | os.O_CLOEXEC)) as fd:
+        if len(content) <= os.fstat(fd).st_size:
+            os.pwrite(fd, content, 0)
+            os.rename(spare, path)
+            return True
+    return False

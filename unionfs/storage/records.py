@@ -1,0 +1,173 @@
+"""A volume's record and users: small files beside its data, and the only truth about them.
+
+    ROOT/volumes/NAME/volume.json    what the volume is; replaced by one rename
+    ROOT/volumes/NAME/.user-DIGEST   one user: its text and the path of the data
+    ROOT/volumes/NAME/spare          space for one user, for a full disk
+
+Writers hold the volume's short lock; readers need none. A user is a file of its own: to remove it takes no
+space on a full disk, and it need not survive a power cut, since its process does not.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from contextlib import suppress
+
+from unionfs.errors import UserError, quoted, reason
+from unionfs.storage import jsonfiles
+from unionfs.storage.model import ANONYMOUS_LABEL, User, Volume
+from unionfs.sys import fds
+
+_RECORD = "volume.json"
+_USER = ".user-"
+_SPARE = "spare"
+_SPARE_BYTES = 4096
+_VERSION = 1
+_MISSPELT = (ValueError, KeyError, TypeError, AttributeError)
+
+
+def find(directory: str) -> Volume | None:
+    """The volume of a directory; None for anything else.
+
+    A directory of this user's with `_data` and without a readable record is a local volume. Raises UserError
+    for a record of a newer version, one that cannot be opened, and a damaged one without `_data`.
+    """
+    try:
+        at = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    except OSError as error:
+        raise _unreadable(directory, error) from error
+    # By its fd: a new volume of the name is another directory, whose record was never missing.
+    with fds.Owned(at):
+        if os.fstat(at).st_uid != os.geteuid():
+            return None
+        if (volume := _recorded(directory, at)) is not None:
+            return volume
+        try:
+            status = os.stat("_data", dir_fd=at, follow_symlinks=False)
+        except OSError:
+            if not os.path.lexists(f"{directory}/{_RECORD}"):
+                return None
+            raise UserError(
+                f"the record {quoted(f'{directory}/{_RECORD}')} is damaged; correct it, or move the volume's "
+                "directory away."
+            ) from None
+    name = os.path.basename(directory)
+    # Anonymous volumes have 64 hexadecimal digits for a name, as in Docker.
+    anonymous = len(name) == 64 and set(name) <= set("0123456789abcdef")
+    labels = {ANONYMOUS_LABEL: ""} if anonymous else {}
+    data = f"{directory}/_data"
+    return Volume(
+        name, "local", data, anonymous, {}, labels, status.st_mtime, directory=directory, recorded=False
+    )
+
+
+def _recorded(directory: str, at: int) -> Volume | None:
+    path = f"{directory}/{_RECORD}"
+    try:
+        values = jsonfiles.read(_RECORD, at)
+        if values.get("version", _VERSION) > _VERSION:
+            raise UserError(
+                f"the record {quoted(path)} has version {values['version']}, and this unionfs knows "
+                f"{_VERSION}: a newer one wrote it; use that one, or another storage root."
+            )
+        volume = Volume.from_json(values, directory)
+    except (FileNotFoundError, *_MISSPELT):
+        return None
+    except OSError as error:
+        raise _unreadable(path, error) from error
+    return volume if volume.name == os.path.basename(directory) else None
+
+
+def write(volume: Volume) -> None:
+    """Write a volume's record. Raises UserError."""
+    path = f"{volume.directory}/{_RECORD}"
+    try:
+        # Earlier versions take a record without users for a damaged one.
+        jsonfiles.write(path, {**volume.to_json(), "users": []})
+    except OSError as error:
+        raise _unrecorded(volume.name, path, error) from error
+    _keep_spare(volume.directory)
+
+
+def keep_damaged(directory: str) -> None:
+    """Rename a record that cannot be read."""
+    with suppress(FileNotFoundError):
+        os.rename(f"{directory}/{_RECORD}", f"{directory}/{_RECORD}.damaged")
+
+
+# -- users -------------------------------------------------------------------------------------------------
+
+
+def users(directory: str) -> list[User]:
+    """The users of a volume, sorted by text; also those whose process has ended. Raises UserError."""
+    found = []
+    try:
+        names = os.listdir(directory)
+    except FileNotFoundError:
+        return []
+    except OSError as error:
+        raise _unreadable(directory, error) from error
+    for name in names:
+        if not name.startswith(_USER) or name.endswith(".new"):
+            continue
+        try:
+            text, path = jsonfiles.read(f"{directory}/{name}")
+            found.append(User(str(text), str(path)))
+        except (FileNotFoundError, *_MISSPELT):
+            continue  # removed just now, or a power cut came before its content was on disk
+        except OSError as error:
+            raise _unreadable(f"{directory}/{name}", error) from error
+    return sorted(found, key=lambda user: user.text)
+
+
+def add_user(directory: str, user: User) -> None:
+    """Record a user; once, however often it is added. Raises UserError."""
+    path, values = _user_file(directory, user.text), [user.text, user.path]
+    try:
+        jsonfiles.write(path, values, sync=False)
+    except OSError as error:
+        if not jsonfiles.write_into(f"{directory}/{_SPARE}", path, values):
+            raise _unrecorded(os.path.basename(directory), path, error) from error
+    else:
+        _keep_spare(directory)
+
+
+def remove_user(directory: str, text: str) -> None:
+    """Remove a user, if it is there. Raises OSError."""
+    with suppress(FileNotFoundError):
+        os.unlink(_user_file(directory, text))
+
+
+def take_over_users(directory: str) -> None:
+    """Record the users that mounts of an earlier version have left in the record. Raises UserError."""
+    try:
+        old = [User(str(text), str(path)) for text, path in jsonfiles.read(f"{directory}/{_RECORD}")["users"]]
+    except (OSError, *_MISSPELT):
+        return
+    for user in old:
+        add_user(directory, user)
+
+
+def _keep_spare(directory: str) -> None:
+    """Set space aside for one user, so that a volume on a full disk can still be measured and backed up."""
+    flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
+    with suppress(OSError), fds.Owned(os.open(f"{directory}/{_SPARE}", flags, 0o600)) as fd:
+        os.write(fd, b" " * _SPARE_BYTES)
+
+
+def _user_file(directory: str, text: str) -> str:
+    return f"{directory}/{_USER}{hashlib.sha256(os.fsencode(text)).hexdigest()[:32]}"
+
+
+def _unreadable(path: str, error: OSError) -> UserError:
+    return UserError(f"the record {quoted(path)} cannot be read: {reason(error)}; check its permissions.")
+
+
+def _unrecorded(name: str, path: str, error: OSError) -> UserError:
+    return UserError(
+        f"volume {quoted(name)} cannot be recorded in {quoted(path)}: {reason(error)}; free space or check "
+        "the permissions."
+    )

@@ -1,0 +1,37 @@
+"""File descriptors that are closed at the end of a block."""
+
+from __future__ import annotations
+
+import os
+from types import TracebackType
+
+
+class Owned:
+    """Closes `fd` at the end of a `with` block, which gets its number."""
+
+    __slots__ = ("fd",)
+
+    def __init__(self, fd: int) -> None:
+        self.fd = fd
+
+    def close(self) -> None:
+        os.close(self.fd)
+
+    def __enter__(self) -> int:
+        return self.fd
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        os.close(self.fd)
+
+
+def directory(path: str) -> Owned:
+    """A directory, opened for reading. Raises OSError."""
+    return Owned(os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC))
+
+
+def sync_directory(path: str) -> None:
+    """Make the names in a directory durable. Raises OSError."""
+    with directory(path) as fd:
+        os.fsync(fd)

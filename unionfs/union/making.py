@@ -1,0 +1,93 @@
+"""New names in the merged layers: hard links, and what takes the place of a whiteout."""
+
+from __future__ import annotations
+
+import errno
+import os
+import stat
+from collections.abc import Callable
+from contextlib import suppress
+from functools import partial
+from typing import Final
+
+from unionfs.sys.fds import Owned
+from unionfs.union.attributes import Attributes
+from unionfs.union.changing import Changing, T
+from unionfs.union.node import Node
+from unionfs.union.objects import link_object
+from unionfs.union.places import Place
+from unionfs.union.work import At, rename
+from unionfs.union.xattrs import ACL_DEFAULT, default_acl
+
+_DIRECTORY: Final = os.O_PATH | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
+
+
+class Making(Changing):
+    """Makes new names."""
+
+    def link(self, node: Node, parent: Node, name: bytes) -> tuple[Node, Attributes]:
+        """Another name for a node that is in the upper already."""
+        union = self._union
+        assert node.place is not None
+        self._refuse_metacopy(node)
+        place = self.writable(parent)
+        with self._directories(node.place, place) as (source, dir_fd):
+            try:
+                link_object(node, source, dir_fd, name)
+            except FileExistsError:
+                st = os.stat(name, dir_fd=dir_fd, follow_symlinks=False)
+                if not union.markers.is_whiteout(st, dir_fd, name):
+                    raise
+                with self._work.temporary() as temporary:
+                    link_object(node, source, *temporary.at)
+                    temporary.put(dir_fd, name)
+            st = os.stat(name, dir_fd=dir_fd, follow_symlinks=False)
+        union.nodes.linked(node, st)
+        union.nodes.add_name(node, parent, name, place)
+        return node, union.attributes(node)
+
+    def make_over(self, place: Place, name: bytes, make: Callable[[int, bytes], T], *, directory: bool) -> T:
+        """Make it in work, and put it into the place of the whiteout: a directory as an opaque one."""
+        union, work = self._union, self._work
+        dir_fd = union.gate.fd(place)
+        st = os.stat(name, dir_fd=dir_fd, follow_symlinks=False)
+        if not union.markers.is_whiteout(st, dir_fd, name):
+            raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST))
+        st, acl = os.stat(dir_fd), default_acl(place, dir_fd)
+        with work.temporary() as temporary:
+            if directory or acl or st.st_mode & stat.S_ISGID:
+                with Owned(temporary.mkdir()) as room:  # in work itself nothing is inherited
+                    _inherit(room, st, acl)
+                    put = self._put_opaque if directory else rename
+                    return _make_and_put((room, name), make, partial(put, (room, name), (dir_fd, name)))
+            return _make_and_put(temporary.at, make, partial(temporary.put, dir_fd, name))
+
+    def _put_opaque(self, made: At, whiteout: At) -> None:
+        """Exchange a new directory with the whiteout in its place, which is removed."""
+        room, name = made
+        with Owned(os.open(name, _DIRECTORY, dir_fd=room)) as fd:
+            self._union.markers.set_opaque(fd)
+        self._work.exchange(made, whiteout)
+        with suppress(OSError):
+            os.unlink(name, dir_fd=room)
+
+
+def _make_and_put(at: At, make: Callable[[int, bytes], T], put: Callable[[], None]) -> T:
+    """Make something, and close it if it is an fd that cannot be put into place."""
+    result = make(*at)
+    try:
+        put()
+    except BaseException:
+        if isinstance(result, int):
+            os.close(result)
+        raise
+    return result
+
+
+def _inherit(fd: int, st: os.stat_result, acl: bytes) -> None:
+    """Have files in the directory ``fd``, which is empty, inherit as in one with ``st`` and ``acl``."""
+    if st.st_mode & stat.S_ISGID:
+        os.fchown(fd, -1, st.st_gid)
+        os.fchmod(fd, 0o700 | stat.S_ISGID)
+    if acl:
+        os.setxattr(fd, ACL_DEFAULT, acl)

@@ -1,0 +1,218 @@
+"""The merge of layers: what a name stands for, and which names there are.
+
+Merge rules (Documentation/filesystems/overlayfs.rst): going down the layers, the first object of a name
+wins; a directory merges with the directories of that name below it until a non-directory, a whiteout or an
+opaque directory ends the search; a redirect says under which name to go on searching.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import stat
+from collections.abc import Iterable, Sequence
+from typing import Final
+
+from unionfs.union.listing import NFS_REMOVED, Listing, real_names
+from unionfs.union.lowernames import MANY, LowerNames
+from unionfs.union.markers import Markers
+from unionfs.union.places import Gate, Layer, Place
+from unionfs.union.redirects import PartSearch
+
+#: A filesystem of a layer may have shorter names than others; as namei.c, ovl_lookup_single.
+_NOT_THERE: Final = (errno.ENOENT, errno.ENAMETOOLONG)
+_PATH: Final = os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC
+
+Found = tuple[os.stat_result, list[Place]]
+"""An object's attributes and its real directories: those merged into it, topmost first, if it is a directory,
+else the one that holds it."""
+
+
+class Merge:
+    """Finds and lists names in layers, given topmost first.
+
+    Not thread-safe, but it changes nothing: each thread may have one of the same layers.
+    """
+
+    def __init__(self, layers: Sequence[Layer], markers: Markers, *, directory_fds: int = 1024) -> None:
+        #: The parts of the root. Overlayfs heeds no `opaque` on them (super.c, ovl_get_root).
+        self.roots = [layer.root for layer in layers]
+        self.markers = markers
+        self.gate = Gate(directory_fds)
+        self._lowest = len(layers) - 1
+        self._lower_names = LowerNames(self.gate)
+        self._directories = PartSearch(layers, markers, self.gate)
+
+    def search(self, parts: list[Place], name: bytes, first: int = 0) -> Found | None:
+        """What the directory merged of ``parts`` has under ``name``; None: nothing. Raises ``OSError``.
+
+        ``first``: the index of the topmost part that may have the name, if known.
+        """
+        searched = parts
+        if len(parts) >= MANY:
+            searched, first = self._lower_names.parts(parts, name), 0
+        elif first == 0 and parts[0].empty:
+            first = 1
+        for index in range(first, len(searched)):
+            part = searched[index]
+            dir_fd = self.gate.fd(part)
+            try:
+                st = os.stat(name, dir_fd=dir_fd, follow_symlinks=False)
+            except OSError as error:
+                if error.errno in _NOT_THERE:
+                    continue
+                raise
+            kind = stat.S_IFMT(st.st_mode)
+            if kind == stat.S_IFDIR:
+                return st, self._directories.parts(parts, part, name, st, searched[index + 1 :])
+            # Most names are of what can be no marker.
+            if (kind == stat.S_IFREG and st.st_size) or kind == stat.S_IFLNK:
+                return st, [part]
+            return None if self.markers.is_whiteout(st, dir_fd, name) else (st, [part])
+        return None
+
+    def is_visible_below(self, parts: list[Place], name: bytes) -> bool:
+        """Whether a lower has ``name``, so that removing it from the upper takes a whiteout."""
+        for part in self._lower_names.parts(parts, name):
+            if part.layer.is_upper:
+                continue
+            dir_fd = self.gate.fd(part)
+            try:
+                st = os.stat(name, dir_fd=dir_fd, follow_symlinks=False)
+            except OSError as error:
+                if error.errno in _NOT_THERE:
+                    continue
+                raise
+            return not self.markers.is_whiteout(st, dir_fd, name)
+        return False
+
+    def listing(self, parts: Iterable[Place]) -> Listing:
+        """The names of the directory merged of ``parts``. Raises ``OSError``."""
+        return _MergedListing(self, tuple(parts))
+
+    def lists_bare_whiteout(self, parts: Sequence[Place], name: bytes) -> bool:
+        """Whether listings show a name that has no object but an xattr whiteout, in a place without `x`.
+
+        A lookup of it finds nothing, as on overlayfs; see :meth:`hides_xattr_whiteouts`.
+        """
+        for part in parts:
+            fd = self.gate.fd(part)
+            try:
+                st = os.stat(name, dir_fd=fd, follow_symlinks=False)
+            except FileNotFoundError:
+                continue
+            except OSError:
+                return False
+            return stat.S_ISREG(st.st_mode) and not self.hides_xattr_whiteouts(parts, part, fd)
+        return False
+
+    def hides_xattr_whiteouts(self, parts: Sequence[Place], part: Place, fd: int) -> bool:
+        """Whether listings leave out xattr whiteouts in one part of a directory; ``fd`` is an fd of it.
+
+        Only where ``opaque`` is ``x``, only in merged directories, and not in the lowest layer, as overlayfs
+        (namei.c, ovl_lookup_single; readdir.c, ovl_dir_read_merged). Elsewhere they are listed, though a
+        lookup finds nothing. Our own uppers have them where device nodes are refused; there overlayfs would
+        list them.
+        """
+        if self.markers.opaque_value(fd) != b"x":
+            return False
+        return part.layer.is_upper or (len(parts) > 1 and part.layer.index < self._lowest)
+
+    def shows_only_lowers(self, parts: Sequence[Place]) -> bool:
+        """Whether a directory shows exactly what the lowers have, as they have it."""
+        top = parts[0]
+        if not top.layer.is_upper:
+            return True
+        if len(parts) == 1:
+            return False
+        if top.empty:
+            return True
+        upper = self.gate.open_for_listing(top)
+        try:
+            with os.scandir(upper) as entries:
+                return next(entries, None) is None
+        finally:
+            os.close(upper)
+
+    def open_object(self, found: Found, name: bytes) -> int:
+        """A new O_PATH fd of the non-directory that a search for ``name`` found. Raises ``OSError``, ESTALE
+        when another object has taken its place.
+        """
+        st, (place,) = found
+        fd = os.open(name, _PATH, dir_fd=self.gate.fd(place))
+        if place.layer.key(os.fstat(fd)) != place.layer.key(st):
+            os.close(fd)
+            raise OSError(errno.ESTALE, "a layer holds another object there")
+        return fd
+
+    def forget(self, places: Iterable[Place]) -> None:
+        """Close the fds of real directories that are no longer needed."""
+        for place in places:
+            self.gate.forget(place)
+
+    def close(self) -> None:
+        """Close all directory fds but those of the layers."""
+        self.gate.close()
+
+
+class _MergedListing(Listing):
+    """The names of a merged directory: whiteouts hide names, and are none."""
+
+    def __init__(self, merge: Merge, parts: Sequence[Place]) -> None:
+        self._merge = merge
+        self._parts = parts
+        #: The upper's files that were removed and are in use; it comes first.
+        self._hides_removed = bool(parts) and parts[0].layer.is_upper and parts[0].layer.links_of_removed > 0
+        super().__init__(merge.gate, parts)
+
+    def names(self) -> list[bytes]:
+        hidden: set[bytes] = set()
+        shown: dict[bytes, None] = {}
+        try:
+            for index, fd in enumerate(self._fds):
+                whiteouts: set[bytes] = set()
+                for name in self._in_use(index, self._entries(index, fd, whiteouts)):
+                    if name not in hidden:
+                        shown[name] = None
+                hidden |= whiteouts
+            return list(shown)
+        finally:
+            self.close()
+
+    def _listed(self, index: int, fd: int) -> list[bytes]:
+        return self._in_use(index, real_names(fd))
+
+    def _in_use(self, index: int, names: list[bytes]) -> list[bytes]:
+        if index == 0 and self._hides_removed:
+            return [name for name in names if not NFS_REMOVED.fullmatch(os.fsdecode(name))]
+        return names
+
+    def _entries(self, index: int, fd: int, whiteouts: set[bytes]) -> list[bytes]:
+        """The names in one real directory without its whiteouts, which go into ``whiteouts``."""
+        shown = []
+        hides = self._merge.hides_xattr_whiteouts(self._parts, self._parts[index], fd)
+        with os.scandir(fd) as entries:
+            for entry in entries:
+                name = os.fsencode(entry.name)
+                try:
+                    hidden = _may_be_whiteout(entry, hides) and self._merge.markers.is_whiteout(
+                        os.stat(name, dir_fd=fd, follow_symlinks=False), fd, name
+                    )
+                except FileNotFoundError:
+                    continue
+                except OSError:  # a name that cannot be examined is there all the same
+                    hidden = False
+                if hidden:
+                    whiteouts.add(name)
+                else:
+                    shown.append(name)
+        return shown
+
+
+def _may_be_whiteout(entry: os.DirEntry[str], files: bool) -> bool:
+    """Whether an entry may be a whiteout, as regular files may if ``files``. Raises OSError."""
+    if entry.is_file(follow_symlinks=False):
+        return files
+    if entry.is_dir(follow_symlinks=False) or entry.is_symlink():
+        return False
+    return stat.S_ISCHR(entry.stat(follow_symlinks=False).st_mode)

@@ -1,0 +1,102 @@
+"""The merged layers: the territory in which names are searched down the layers."""
+
+from __future__ import annotations
+
+import errno
+import os
+import stat
+
+from unionfs.union.attributes import Attributes
+from unionfs.union.errors import os_error
+from unionfs.union.files import OpenFile
+from unionfs.union.layers import LayerStack
+from unionfs.union.listing import Listing
+from unionfs.union.merge import Merge
+from unionfs.union.node import NAME_MAX, Node, Territory
+from unionfs.union.nodes import NodeTable
+from unionfs.union.objects import Objects
+from unionfs.union.places import Place
+
+
+class Merged(Territory):
+    """The territory of the root. Only this daemon changes it."""
+
+    __slots__ = ("_merge", "_metacopy", "_nodes", "_objects", "_stack")
+
+    def __init__(self, objects: Objects, nodes: NodeTable, merge: Merge, stack: LayerStack) -> None:
+        super().__init__(lasting=True, has_markers=True, read_only=stack.upper is None)
+        self._objects = objects
+        self._nodes = nodes
+        self._merge = merge
+        self._stack = stack
+        self._metacopy = os.fsdecode(stack.markers.metacopy)
+
+    @property
+    def durable(self) -> bool:
+        return self._stack.durable
+
+    def lookup(self, parent: Node, name: bytes, first: int = 0) -> tuple[Node, Attributes] | None:
+        assert parent.children is not None
+        known = parent.children.get(name)
+        if known is not None:
+            try:
+                return known, self._objects.attributes(known)
+            except OSError as error:
+                if error.errno != errno.ESTALE:
+                    raise
+            self._nodes.lose(known, parent, name)  # another object has the name now
+        if len(name) > NAME_MAX:
+            raise os_error(errno.ENAMETOOLONG)
+        found = self._merge.search(parent.parts, name, first)
+        if found is None:
+            return None
+        st, places = found
+        node = self._nodes.add(parent, name, st, places)
+        return node, node.attributes_of(st)
+
+    def number(self, parent: Node, name: bytes) -> tuple[int, int] | None:
+        known = self._nodes.child(parent, name)
+        if known is not None:
+            return known.ino, known.kind
+        found = self._merge.search(parent.parts, name)
+        if found is None:
+            return None
+        st, places = found
+        kind = stat.S_IFMT(st.st_mode)
+        if kind == stat.S_IFDIR:
+            self._merge.forget(places)  # no node stands for them
+        return self._nodes.number(parent, name, st, places[0]), kind
+
+    def number_of_bare_whiteout(self, parent: Node, name: bytes) -> tuple[int, int] | None:
+        if self._merge.lists_bare_whiteout(parent.parts, name):
+            return self._nodes.unreachable(parent, name), stat.S_IFREG
+        return None
+
+    def listing(self, directory: Node) -> Listing:
+        return self._merge.listing(() if directory.unlinked else directory.parts)
+
+    def add(self, parent: Node, name: bytes, st: os.stat_result, place: Place) -> Node:
+        if stat.S_ISDIR(st.st_mode):
+            place = Place(place.layer, place, name, key=place.layer.key(st))
+        return self._nodes.add(parent, name, st, [place])
+
+    def unnamed(self, parent: Node, held: int) -> Node:
+        return self._nodes.unnamed(parent, held)
+
+    def lost_name(self, node: Node) -> None:
+        upper = self._stack.upper
+        if upper is not None and node.in_place and not node.is_dir:
+            st = os.stat(node.held)
+            if st.st_nlink > upper.links_of_removed:
+                self._nodes.linked(node, st)  # it has names that nobody looked up yet
+
+    def opened(self, file: OpenFile) -> None:
+        names = file.look_at_xattrs()
+        if names is None or self._metacopy in names:
+            self._stack.markers.refuse_metacopy(file.fd)
+
+    def stored_name(self, name: bytes) -> bytes:
+        return self._stack.markers.stored_name(name)
+
+    def shown_names(self, stored: list[bytes]) -> list[bytes]:
+        return self._stack.markers.shown_names(stored)

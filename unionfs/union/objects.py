@@ -1,0 +1,109 @@
+"""Where the object of a node really is: its attributes, its paths and fds."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Final
+
+from unionfs.union.attributes import Attributes
+from unionfs.union.node import Node
+from unionfs.union.places import Gate
+
+_PATH: Final = os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC
+
+
+class Objects:
+    """Reaches the objects of nodes through the gate."""
+
+    def __init__(self, gate: Gate) -> None:
+        self.gate = gate
+
+    def attributes(self, node: Node) -> Attributes:
+        """stat(2) of a node."""
+        return node.attributes_of(self.stat(node))
+
+    def stat(self, node: Node) -> os.stat_result:
+        """The attributes of the real object. Raises ESTALE when another one has its name by now."""
+        if node.held >= 0:
+            return os.stat(node.held)
+        if node.is_dir:
+            return os.stat(self.gate.fd(node.parts[0]))
+        assert node.place is not None
+        st = os.stat(node.name, dir_fd=self.gate.fd(node.place), follow_symlinks=False)
+        node.check(st)
+        return st
+
+    def path(self, node: Node) -> tuple[bytes, bool]:
+        """A path of /proc/self/fd for calls without an ``at`` form, and whether to follow its last link."""
+        if node.held >= 0:
+            return b"/proc/self/fd/%d" % node.held, True
+        if node.is_dir:
+            return b"/proc/self/fd/%d" % self.gate.fd(node.parts[0]), True
+        assert node.place is not None
+        return b"/proc/self/fd/%d/%b" % (self.gate.fd(node.place), node.name), False
+
+    def path_fd(self, node: Node) -> tuple[int, bool]:
+        """An O_PATH fd of the node's object, to be used at once, and whether it is the caller's to close."""
+        if node.held >= 0:
+            return node.held, False
+        if node.is_dir:
+            return self.gate.fd(node.parts[0]), False
+        assert node.place is not None
+        fd = os.open(node.name, _PATH, dir_fd=self.gate.fd(node.place))
+        try:
+            node.check(os.fstat(fd))
+        except OSError:
+            os.close(fd)
+            raise
+        return fd, True
+
+    @contextmanager
+    def checked_path(self, node: Node) -> Iterator[bytes]:
+        """A path of the node's object within the block, for calls that follow its last link."""
+        fd, opened = self.path_fd(node)
+        try:
+            yield b"/proc/self/fd/%d" % fd
+        finally:
+            if opened:
+                os.close(fd)
+
+    def open_path(self, node: Node) -> int:
+        """A new O_PATH fd of the node's object; the caller closes it."""
+        fd, opened = self.path_fd(node)
+        return fd if opened else os.dup(fd)
+
+    @contextmanager
+    def outliving(self, node: Node) -> Iterator[None]:
+        """When the last known name of ``node`` goes within the block, an fd of its object is kept.
+
+        Not before the block succeeded: an object that still has its name is reached by the name.
+        """
+        fd = self.open_path(node)
+        try:
+            yield
+            if node.unlinked and node.held < 0:
+                node.hold(fd)
+                fd = -1
+                node.territory.lost_name(node)
+        finally:
+            if fd >= 0:
+                os.close(fd)
+
+    def readlink(self, node: Node) -> bytes:
+        """The target of a symlink."""
+        if node.held >= 0:
+            return os.readlink(b"", dir_fd=node.held)
+        assert node.place is not None
+        return os.readlink(node.name, dir_fd=self.gate.fd(node.place))
+
+
+def link_object(node: Node, source: int, dir_fd: int, name: bytes) -> None:
+    """linkat(2) of the node's object, from the real directory ``source`` if it has a name. One without gets
+    its first name only if it never had one: a file of O_TMPFILE; any other is ENOENT (fs/namei.c, vfs_link).
+    """
+    if node.held >= 0:
+        os.link(b"/proc/self/fd/%d" % node.held, name, dst_dir_fd=dir_fd, follow_symlinks=True)
+    else:
+        os.link(node.name, name, src_dir_fd=source, dst_dir_fd=dir_fd, follow_symlinks=False)

@@ -1,0 +1,175 @@
+"""The table of open files: it lends the backing file of a node, and takes it back.
+
+Rules:
+- All opens of a node share one fd; taking back the last one closes it.
+- A copy-up hands over: all opens of the node continue with the upper's file.
+- Where the kernel sends no OPEN, files stay open for requests that name none; the least recently used are
+  closed.
+- Nobody else counts users. Work in a thread holds a file by ``with file``, since its caller may close it.
+"""
+
+from __future__ import annotations
+
+import errno
+import logging
+import os
+from collections import OrderedDict
+from functools import partial
+from typing import Final
+
+from unionfs.union.files import OpenFile, UnreadFile, open_backing, open_held
+from unionfs.union.node import Node
+from unionfs.union.places import Gate
+from unionfs.union.shortcuts import Capabilities, Shortcuts
+
+log = logging.getLogger(__name__)
+
+_KEPT_OPEN: Final = 512
+
+
+class OpenFiles:
+    """The backing files that are open. Not thread-safe, like the union itself."""
+
+    def __init__(self, gate: Gate, capabilities: Capabilities, shortcuts: Shortcuts) -> None:
+        self._gate = gate
+        self._capabilities = capabilities
+        self._unread = shortcuts.unread_files
+        self._kept: OrderedDict[Node, OpenFile] = OrderedDict()
+        self._defers = False
+        #: Lent files that :meth:`close_waiting` takes back.
+        self.waiting: list[tuple[Node, OpenFile]] = []
+
+    def lend(self, node: Node, *, write: bool) -> OpenFile:
+        """The node's backing file, until :meth:`take_back`. With ``write`` the node must be in the upper."""
+        use = node.in_use()
+        file = use.file
+        # Without a user it was closed by work in a thread that outlived the last open.
+        if file is None or not file.users or not file.readable or (write and not file.writable):
+            file = self._open(node, write=write)
+            use.has(file)
+            return file
+        return file.take()
+
+    def lend_unread(self, node: Node) -> OpenFile:
+        """As :meth:`lend`, to read a lower's file of which the kernel may have all data in its cache."""
+        use = node.in_use()
+        file = use.file
+        if not self._unread or (file is not None and file.users and file.readable):
+            return self.lend(node, write=False)
+        assert node.place is not None
+        file = UnreadFile(partial(self._open, node, write=False), waits=not node.place.layer.memory)
+        use.has(file)
+        return file
+
+    def lend_new(self, node: Node, fd: int) -> OpenFile:
+        """Lend the file of a new node, of which ``fd`` (O_RDWR) is the table's from now on."""
+        assert node.place is not None
+        file = OpenFile(fd, readable=True, writable=True, waits=not node.place.layer.memory)
+        node.in_use().has(file)
+        return file
+
+    def take_back(self, node: Node, file: OpenFile) -> None:
+        """End one loan."""
+        use = node.use
+        if file.users == 1 and use is not None and use.file is file:
+            use.has(None)
+        file.release()
+
+    def hand_over(self, node: Node, fd: int, st: os.stat_result, *, lend: bool) -> OpenFile | None:
+        """The node was copied up, and ``fd`` (O_RDWR) is its file in the upper, with the attributes ``st``.
+
+        All opens of the node continue with that, and see later writes. ``lend``: lend it to the caller, too.
+        Returns None if nobody needs it; then ``fd`` stays the caller's.
+        """
+        assert node.place is not None
+        use = node.in_use()
+        if not lend and not use.handles:
+            use.has(None)
+            return None
+        file = OpenFile(fd, readable=True, writable=True, waits=not node.place.layer.memory, st=st)
+        use.has(file)
+        for handle in use.handles:
+            handle.go_on(file.take())
+        if not lend:
+            file.release()
+        return file
+
+    # -- files that stay open -------------------------------------------------------------------------
+
+    def __len__(self) -> int:
+        """The number of files that stay open for requests that name none."""
+        return len(self._kept)
+
+    def keep(self, node: Node, *, write: bool) -> OpenFile:
+        """The node's backing file, which stays open for a while. Raises ``OSError``."""
+        file = self._kept.get(node)
+        if file is not None:
+            if node.use is not None and file is node.use.file and (file.writable if write else file.readable):
+                self._kept.move_to_end(node)
+                return file
+            self._drop(node)  # it was copied up, or more is needed
+        # With writeback a page may be read before it is written, so a file is opened for both where possible.
+        file = self.lend(node, write=write)
+        self._kept[node] = file
+        if len(self._kept) > _KEPT_OPEN:
+            self.take_back(*self._kept.popitem(last=False))
+        return file
+
+    def _drop(self, node: Node) -> None:
+        file = self._kept.pop(node, None)
+        if file is not None:
+            self.take_back(node, file)
+
+    def gone(self, node: Node) -> None:
+        """The node is forgotten: end its use."""
+        if node.use is not None:
+            self._drop(node)
+            node.end_use()
+
+    # -- closing after the answer ---------------------------------------------------------------------
+
+    def defer(self) -> None:
+        """From now on :meth:`close_waiting` is called after every answer."""
+        self._defers = True
+
+    def take_back_later(self, node: Node, file: OpenFile) -> None:
+        """As :meth:`take_back`, after the answer to the request if the session does so."""
+        if self._defers:
+            self.waiting.append((node, file))
+        else:
+            self.take_back(node, file)
+
+    def close_waiting(self) -> None:
+        """Take back the files that waited for the answer."""
+        for node, file in self.waiting:
+            try:
+                self.take_back(node, file)
+            except Exception:
+                log.exception("a file could not be closed")
+        self.waiting.clear()
+
+    # -- opening --------------------------------------------------------------------------------------
+
+    def _open(self, node: Node, *, write: bool) -> OpenFile:
+        place = node.place
+        assert place is not None
+        if write and not node.in_place:
+            raise OSError(errno.EROFS, "a lower is never written")
+        if write:
+            node.territory.require_writable()
+        waits = not place.layer.memory
+        if node.held >= 0:
+            file = open_held(node.held, write=write, waits=waits)
+        else:
+            file = open_backing(self._gate.fd(place), node.name, write=write, waits=waits)
+        try:
+            if node.held < 0:
+                assert file.st is not None
+                node.check(file.st)
+            node.territory.opened(file)
+        except OSError:
+            os.close(file.fd)
+            raise
+        if file.xattrs is not None:
+            self._capabilities.seen(node, file.xattrs)
+        return file

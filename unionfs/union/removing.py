@@ -1,0 +1,45 @@
+"""Removing names from the merged layers: a whiteout hides what a lower has."""
+
+from __future__ import annotations
+
+import os
+
+from unionfs.union.changing import Changing
+from unionfs.union.node import Node
+from unionfs.union.work import NOT_EMPTY, rename
+
+
+class Removing(Changing):
+    """Removes names."""
+
+    def unlink(self, node: Node, parent: Node, name: bytes) -> None:
+        """Remove a name of a non-directory from the disk."""
+        hides_another = node.in_place and self._union.merge.is_visible_below(parent.parts, name)
+        dir_fd = self._union.gate.fd(self.writable(parent))
+        if not node.in_place:
+            self._whiteout((dir_fd, name), dir_fd)
+        elif hides_another:
+            with self._work.temporary() as temporary:
+                self._whiteout(temporary.at, dir_fd)
+                temporary.put(dir_fd, name)
+        else:
+            os.unlink(name, dir_fd=dir_fd)
+
+    def rmdir(self, node: Node, parent: Node, name: bytes) -> None:
+        """Remove a directory that shows nothing, but may hold whiteouts, from the disk."""
+        hides_another = node.in_place and self._union.merge.is_visible_below(parent.parts, name)
+        dir_fd = self._union.gate.fd(self.writable(parent))
+        if not node.in_place:
+            self._whiteout((dir_fd, name), dir_fd)
+            return
+        with self._work.temporary() as temporary:
+            if hides_another:
+                self._whiteout(temporary.at, dir_fd)
+                self._work.exchange(temporary.at, (dir_fd, name))
+                return
+            try:
+                os.rmdir(name, dir_fd=dir_fd)
+            except OSError as error:
+                if error.errno not in NOT_EMPTY:
+                    raise
+                rename((dir_fd, name), temporary.at)

@@ -1,0 +1,137 @@
+"""Renaming in the merged layers, with and without exchange."""
+
+from __future__ import annotations
+
+import errno
+import os
+import stat
+from contextlib import nullcontext
+
+from unionfs.sys import calls
+from unionfs.sys.fds import Owned
+from unionfs.union.changing import Changing, Name
+from unionfs.union.errors import os_error
+from unionfs.union.node import Node
+from unionfs.union.work import NO_FLAGS, NOT_EMPTY, At, rename
+
+
+class Renaming(Changing):
+    """Renames."""
+
+    def rename(self, node: Node, target: Node | None, old: Name, new: Name, flags: int) -> list[Node]:
+        """renameat2(2). Returns the nodes that have to be copied up first; then nothing has changed."""
+        moved = [node, target] if flags == calls.RENAME_EXCHANGE and target is not None else [node]
+        self._check(node, target, moved, flags)
+        if target is node:
+            return []
+        lower = [one for one in moved if not one.is_dir and not one.in_place]
+        if lower:
+            return lower
+        if len(moved) > 1:
+            self._exchange(node, *old, moved[1], *new)
+            return []
+        union = self._union
+        with nullcontext() if target is None else union.outliving(target):
+            self._replace(node, *old, target, *new)
+            if target is not None:
+                union.merge.forget(target.parts)
+                union.nodes.remove_name(target, *new)
+            union.nodes.move(node, *old, *new)
+        return []
+
+    def _check(self, node: Node, target: Node | None, moved: list[Node], flags: int) -> None:
+        """Raise what speaks against the rename: EXDEV for a directory that shows something of a lower, as
+        overlayfs without ``redirect_dir``.
+        """
+        exchange = flags == calls.RENAME_EXCHANGE
+        if exchange and target is None:
+            raise os_error(errno.ENOENT)
+        if flags == calls.RENAME_NOREPLACE and target is not None:
+            raise os_error(errno.EEXIST)
+        if any(one.is_dir and not one.is_pure_upper for one in moved):
+            raise os_error(errno.EXDEV)
+        if target is not None and target is not node and not exchange:
+            if target.is_dir and not node.is_dir:
+                raise os_error(errno.EISDIR)
+            if node.is_dir and not target.is_dir:
+                raise os_error(errno.ENOTDIR)
+            if target.is_dir and not target.territory.is_empty(target):
+                raise os_error(errno.ENOTEMPTY)
+        for one in moved:
+            if not one.is_dir and target is not node:
+                self._refuse_metacopy(one)
+
+    def _exchange(
+        self, node: Node, parent: Node, name: bytes, target: Node, new_parent: Node, new_name: bytes
+    ) -> None:
+        nodes = self._union.nodes
+        self._hide_below(node, new_parent, new_name)
+        self._hide_below(target, parent, name)
+        with self._both_writable(parent, new_parent) as (old_fd, new_fd):
+            calls.renameat2(old_fd, name, new_fd, new_name, calls.RENAME_EXCHANGE)
+        nodes.move(node, parent, name, new_parent, new_name)
+        nodes.move(target, new_parent, new_name, parent, name)
+
+    def _hide_below(self, node: Node, parent: Node, name: bytes) -> None:
+        """Make a directory opaque that is to be ``name`` in ``parent``, if a lower has that name there."""
+        union = self._union
+        if node.is_dir and union.merge.is_visible_below(parent.parts, name):
+            union.markers.set_opaque(union.gate.fd(node.parts[0]))
+
+    def _replace(
+        self, node: Node, parent: Node, name: bytes, target: Node | None, new_parent: Node, new_name: bytes
+    ) -> None:
+        """The step on disk of a rename without EXCHANGE."""
+        leaves_whiteout = self._union.merge.is_visible_below(parent.parts, name)
+        self._hide_below(node, new_parent, new_name)
+        with self._both_writable(parent, new_parent) as (old_fd, new_fd):
+            old, new = (old_fd, name), (new_fd, new_name)
+            try:
+                self._rename_over(node, old, new, leaves_whiteout=leaves_whiteout)
+            except OSError as error:
+                if error.errno not in NOT_EMPTY or target is None or not target.is_dir:
+                    raise
+                self._clear_whiteouts(target, new)
+                self._rename_over(node, old, new, leaves_whiteout=leaves_whiteout)
+
+    def _rename_over(self, node: Node, old: At, new: At, *, leaves_whiteout: bool) -> None:
+        there = _mode(new) if node.is_dir else 0
+        if there and not stat.S_ISDIR(there):
+            # a whiteout: no directory can be renamed over it, but it can go where the directory was
+            self._work.exchange(old, new)
+            if not leaves_whiteout:
+                os.unlink(old[1], dir_fd=old[0])
+            return
+        if not leaves_whiteout:
+            rename(old, new)
+            return
+        try:
+            calls.renameat2(*old, *new, calls.RENAME_WHITEOUT)
+        except OSError as error:
+            if error.errno not in (errno.EPERM, *NO_FLAGS):
+                raise
+            with self._work.temporary() as whiteout:
+                self._whiteout(whiteout.at, old[0])
+                self._work.rename_leaving(
+                    whiteout.at, old, new, directory=node.is_dir, occupied=_mode(new) != 0
+                )
+
+    def _clear_whiteouts(self, node: Node, at: At) -> None:
+        """Replace a directory that holds only whiteouts by an empty opaque one, over which a directory can be
+        renamed; nobody sees a difference (overlayfs: dir.c, ovl_clear_empty)."""
+        gate = self._union.gate
+        st = os.stat(gate.fd(node.parts[0]))
+        with self._work.temporary() as temporary, Owned(temporary.mkdir()) as fd:
+            self._union.markers.set_opaque(fd)
+            os.fchown(fd, st.st_uid, st.st_gid)
+            os.fchmod(fd, stat.S_IMODE(st.st_mode))
+            self._work.exchange(temporary.at, at)
+        gate.forget(node.parts[0])
+
+
+def _mode(at: At) -> int:
+    """The mode of what has that name in the upper; 0: nothing has."""
+    try:
+        return os.stat(at[1], dir_fd=at[0], follow_symlinks=False).st_mode
+    except FileNotFoundError:
+        return 0
