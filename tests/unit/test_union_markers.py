@@ -37,6 +37,22 @@ def test_names_of_xattrs() -> None:
     assert MARKERS.shown_names(stored) == [b"user.overlay.mine", b"user.other"]
 
 
+def test_who_may_redirect() -> None:
+    """Any user can set user.* xattrs (fs/overlayfs/params.c: userxattr turns redirects off)."""
+    assert not MARKERS.follows_redirects
+    assert Markers(b"trusted.overlay.").follows_redirects
+
+
+def test_files_without_data(area: Path) -> None:
+    (area / "whole").touch()
+    MARKERS.refuse_metacopy(os.fsencode(area / "whole"))
+    os.setxattr(area / "whole", MARKERS.metacopy, b"")
+    (area / "link").symlink_to("whole")
+    assert errno_of(MARKERS.refuse_metacopy, os.fsencode(area / "whole"), follow=False) == errno.EPERM
+    assert errno_of(MARKERS.refuse_metacopy, os.fsencode(area / "link")) == errno.EPERM
+    MARKERS.refuse_metacopy(os.fsencode(area / "link"), follow=False)
+
+
 def test_names_that_cannot_be_stored() -> None:
     fits = b"user.overlay." + b"x" * (LONGEST - len(b"user.overlay.overlay."))
     assert len(MARKERS.stored_name(fits)) == LONGEST
@@ -112,22 +128,25 @@ def test_xattrs_that_cannot_be_read(
 
 def test_making_whiteouts(root: None, area: Path, fd: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """A device where that can be made, else an empty file that nobody may read; never over something."""
-    assert MARKERS.make_whiteout(fd, b"device") is False
+    MARKERS.make_whiteout(fd, b"device", [fd])
     assert _is_whiteout(fd, b"device")
-    assert errno_of(MARKERS.make_whiteout, fd, b"device") == errno.EEXIST
+    assert stat.S_ISCHR((area / "device").lstat().st_mode)
+    assert MARKERS.opaque_value(fd) is None
+    assert errno_of(MARKERS.make_whiteout, fd, b"device", [fd]) == errno.EEXIST
 
     def refused(*_: object, **__: object) -> None:
         raise PermissionError(errno.EPERM, "")
 
     monkeypatch.setattr(os, "mknod", refused)
-    assert MARKERS.make_whiteout(fd, b"file") is True
+    MARKERS.make_whiteout(fd, b"file", [fd])
+    assert MARKERS.opaque_value(fd) == b"x"
     st = (area / "file").lstat()
     assert (st.st_size, st.st_mode) == (0, stat.S_IFREG)
     assert _is_whiteout(fd, b"file")
     assert os.getxattr(area / "file", MARKERS.whiteout) == b"y"
-    assert errno_of(MARKERS.make_whiteout, fd, b"file") == errno.EEXIST
+    assert errno_of(MARKERS.make_whiteout, fd, b"file", [fd]) == errno.EEXIST
     before = len(os.listdir("/proc/self/fd"))
     monkeypatch.setattr(os, "setxattr", refused)
-    assert errno_of(MARKERS.make_whiteout, fd, b"no-xattrs") == errno.EPERM
+    assert errno_of(MARKERS.make_whiteout, fd, b"no-xattrs", [fd]) == errno.EPERM
     assert not (area / "no-xattrs").exists()
     assert len(os.listdir("/proc/self/fd")) == before
