@@ -48,6 +48,9 @@ class Mutant:
     before: str
     after: str
 
+    def __str__(self) -> str:
+        return f"{self.path.relative_to(REPOSITORY)}:{self.line}:\n    - {self.before}\n    + {self.after}"
+
     def source(self) -> bytes:
         """The whole module with the change."""
         code = self.path.read_bytes()
@@ -242,8 +245,8 @@ def _modules(names: list[str]) -> Iterator[Path]:
         yield from sorted(path.rglob("*.py")) if path.is_dir() else [path]
 
 
-def _try_all(module: Path, mutants: list[Mutant], tests: list[str], jobs: int) -> list[Mutant]:
-    """Those that no test notices."""
+def _survivors(module: Path, mutants: list[Mutant], tests: list[str], jobs: int) -> int:
+    """How many no test notices; each is printed as soon as it is found."""
     name = module.relative_to(REPOSITORY)
     with tempfile.TemporaryDirectory(prefix="unionfs-mutants-") as place:
         copies: SimpleQueue[Path] = SimpleQueue()
@@ -262,14 +265,16 @@ def _try_all(module: Path, mutants: list[Mutant], tests: list[str], jobs: int) -
             copy = copies.get()
             try:
                 (copy / name).write_bytes(mutant.source())
-                return not _tests_fail(copy, tests, limit)
+                if _tests_fail(copy, tests, limit):
+                    return False
+                print(mutant, flush=True)
+                return True
             finally:
                 (copy / name).write_bytes(module.read_bytes())
                 copies.put(copy)
 
         with ThreadPoolExecutor(jobs) as pool:
-            alive = list(pool.map(survives, mutants))
-    return [mutant for mutant, lives in zip(mutants, alive, strict=True) if lives]
+            return sum(pool.map(survives, mutants))
 
 
 def main() -> int:
@@ -287,17 +292,13 @@ def main() -> int:
         name = str(module.relative_to(REPOSITORY))
         mutants = [mutant for mutant in Finder(module).found if first <= mutant.line <= last]
         mutants = [mutant for mutant in mutants if not configuration.is_equivalent(mutant)]
-        survivors = []
         if options.list:
-            survivors = mutants
+            print(*mutants, sep="\n")
         elif mutants:
-            survivors = _try_all(module, mutants, configuration.tests(name), options.jobs)
-        for mutant in survivors:
-            print(f"{name}:{mutant.line}:\n    - {mutant.before}\n    + {mutant.after}", flush=True)
-        caught = len(mutants) - len(survivors)
-        rate = caught / len(mutants) if mutants else 1
-        print(f"{name}: {caught} of {len(mutants)} caught ({rate:.0%})", flush=True)
-        enough = enough and (options.list or rate >= ENOUGH)
+            caught = len(mutants) - _survivors(module, mutants, configuration.tests(name), options.jobs)
+            rate = caught / len(mutants)
+            print(f"{name}: {caught} of {len(mutants)} caught ({rate:.0%})", flush=True)
+            enough = enough and rate >= ENOUGH
     return 0 if enough else 1
 
 
