@@ -87,12 +87,12 @@ def test_a_time_that_is_told_while_a_thread_writes(file: tuple[Node, int], writt
     node, fd = file
     told = 10**18 + 7
     os.utime(fd, ns=(10**18, 10**18))
-    keeper = WriteBack()
+    keeper = WriteBack(Capabilities(Shortcuts()))
     with keeper.kept(node, _opened(fd)), keeper.kept(node, _opened(fd)):
         if written == "before":
             os.pwrite(fd, b"more", 0)
         os.utime(fd, ns=(10**18, told))
-        keeper.told(node, told)
+        keeper.mtime_set(node, told)
         if written == "after":
             os.pwrite(fd, b"more", 0)
     assert os.fstat(fd).st_mtime_ns == told

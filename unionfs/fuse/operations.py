@@ -25,8 +25,8 @@ from unionfs.fuse.files import Files, Opened, truncate
 from unionfs.fuse.inline import in_thread
 from unionfs.fuse.invalidations import Invalidations
 from unionfs.fuse.latency import Latencies
-from unionfs.fuse.permissions import group_set_id_goes
 from unionfs.sys import calls
+from unionfs.sys.process import supplementary_groups
 from unionfs.union.attributes import Attributes
 from unionfs.union.changes import ACL_DEFAULT, Caller, Changes
 from unionfs.union.copyup import CopyUp
@@ -320,8 +320,13 @@ class Operations:
                 os.chmod(path, stat.S_IMODE(st.st_mode) & ~stat.S_ISGID)
 
     def is_outside_group(self, node: Node, uid: int, gid: int, pid: int) -> bool:
-        """Whether a caller is neither root nor in the group of the node's object."""
-        return group_set_id_goes(self.union.stat(node).st_gid, uid, gid, pid)
+        """Whether a caller is neither root nor in the group of the node's object.
+
+        A request has no supplementary groups: they come from /proc/PID/status. A caller that has exited
+        counts as being in none.
+        """
+        group = self.union.stat(node).st_gid
+        return uid != 0 and gid != group and group not in supplementary_groups(pid)
 
     async def removexattr(self, id_: int, name: bytes, uid: int) -> None:
         """Remove an xattr, for user ``uid``."""

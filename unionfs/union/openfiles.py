@@ -1,10 +1,11 @@
 """The table of open files: it lends the backing file of a node, and takes it back.
 
 Rules:
-- All who have a node open share one fd, and the last one who gives it back closes it.
-- A copy-up hands over: whoever has the node open goes on with the upper's file.
-- Where the kernel sends no OPEN, files stay open for requests that name none; the least used are closed.
-- Nobody else counts users. Work in a thread holds a file by ``with file``, for its caller may close it.
+- All opens of a node share one fd; taking back the last one closes it.
+- A copy-up hands over: all opens of the node continue with the upper's file.
+- Where the kernel sends no OPEN, files stay open for requests that name none; the least recently used are
+  closed.
+- Nobody else counts users. Work in a thread holds a file by ``with file``, since its caller may close it.
 """
 
 from __future__ import annotations
@@ -42,7 +43,7 @@ class OpenFiles:
         """The node's backing file, until :meth:`take_back`. With ``write`` the node must be in the upper."""
         use = node.in_use()
         file = use.file
-        # No user: it was closed by work in a thread that went on longer than the last open.
+        # Without a user it was closed by work in a thread that outlived the last open.
         if file is None or not file.users or not file.readable or (write and not file.writable):
             file = self._open(node, write=write)
             use.has(file)
@@ -77,8 +78,8 @@ class OpenFiles:
     def hand_over(self, node: Node, fd: int, st: os.stat_result, *, lend: bool) -> OpenFile | None:
         """The node was copied up, and ``fd`` (O_RDWR) is its file in the upper, with the attributes ``st``.
 
-        Whoever has the node open goes on with that, and sees what is written from now on. ``lend``: the
-        caller gets it, too. None: nobody needs it, and ``fd`` stays the caller's.
+        All opens of the node continue with that, and see later writes. ``lend``: lend it to the caller, too.
+        Returns None if nobody needs it; then ``fd`` stays the caller's.
         """
         assert node.place is not None
         use = node.in_use()
@@ -96,7 +97,7 @@ class OpenFiles:
     # -- files that stay open -------------------------------------------------------------------------
 
     def __len__(self) -> int:
-        """How many files stay open for requests that name none."""
+        """The number of files that stay open for requests that name none."""
         return len(self._kept)
 
     def keep(self, node: Node, *, write: bool) -> OpenFile:
@@ -107,7 +108,7 @@ class OpenFiles:
                 self._kept.move_to_end(node)
                 return file
             self._drop(node)  # it was copied up, or more is needed
-        # Under writeback a page is read before it is written, so all that can be is opened for both.
+        # With writeback a page may be read before it is written, so a file is opened for both where possible.
         file = self.lend(node, write=write)
         self._kept[node] = file
         if len(self._kept) > _KEPT_OPEN:
@@ -120,7 +121,7 @@ class OpenFiles:
             self.take_back(node, file)
 
     def gone(self, node: Node) -> None:
-        """The node is forgotten: nothing of its use is left."""
+        """The node is forgotten: end its use."""
         if node.use is not None:
             self._drop(node)
             node.end_use()
@@ -139,7 +140,7 @@ class OpenFiles:
             self.take_back(node, file)
 
     def close_waiting(self) -> None:
-        """Take back what waited for the answer to be sent."""
+        """Take back the files that waited for the answer."""
         for node, file in self.waiting:
             try:
                 self.take_back(node, file)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import shutil
+import struct
 import subprocess
 from pathlib import Path
 
@@ -19,12 +20,22 @@ VARIABLE = {"fuse_dirent": "name"}
 """Fields without a size of their own, at the end of a structure."""
 
 
+def offsets(layout: Layout) -> dict[str, tuple[int, int]]:
+    """Offset and size in bytes of every field; nested ones as `attr.ino`."""
+    found, at = {}, 0
+    for field in layout.fields:
+        size = struct.calcsize("=" + field.code)
+        found[field.name] = (at, size)
+        at += size
+    return found
+
+
 def fields(layout: Layout) -> dict[str, tuple[int, int]]:
     """The direct fields, a nested structure being one."""
-    found = {name: place for name, place in layout.offsets().items() if "." not in name}
-    for name, offset in layout.nested.items():
-        inner = [place for field, place in layout.offsets().items() if field.startswith(name + ".")]
-        found[name] = (offset, inner[-1][0] + inner[-1][1] - offset)
+    found: dict[str, tuple[int, int]] = {}
+    for name, (offset, size) in offsets(layout).items():
+        start, _ = found.setdefault(name.partition(".")[0], (offset, size))
+        found[name.partition(".")[0]] = (start, offset + size - start)
     return found
 
 
@@ -43,11 +54,14 @@ def test_packing_puts_each_value_at_its_offset(name: str) -> None:
     raw = layout.struct.pack(*values)
     assert layout.struct.unpack(raw) == tuple(values)
     assert len(layout.names) == len(shown)
+    places = offsets(layout)
     for field, value in zip(shown, values, strict=True):
-        assert raw[field.offset] == value, "little-endian" if raw[field.offset] else "big-endian"
+        offset = places[field.name][0]
+        assert raw[offset] == value, "little-endian" if raw[offset] else "big-endian"
     for field in layout.fields:
         if field.skipped:
-            assert not any(raw[field.offset : field.offset + field.size])
+            offset, size = places[field.name]
+            assert not any(raw[offset : offset + size])
 
 
 def our_name(number: str) -> int | None:

@@ -268,7 +268,7 @@ class DataRequests:
     async def _copy_file_range_64(self, request: rq.CopyFileRange64) -> Reply:
         return encode.copied(request.unique, await self._copied(request))
 
-    async def _copied(self, request: rq.CopyFileRange | rq.CopyFileRange64) -> int:
+    async def _copied(self, request: rq.CopyFileRange) -> int:
         target = await self._writing(request.nodeid_out, request.fh_out)
         source = self._reading(request.nodeid, request.fh_in)
         return await self._files.copy_range(

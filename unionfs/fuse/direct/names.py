@@ -116,7 +116,7 @@ class NameRequests:
             _packed(attributes),
         )
 
-    def caller(self, request: rq.Mknod | rq.Mkdir | rq.Create | rq.Tmpfile) -> Caller:
+    def caller(self, request: rq.Mknod | rq.Mkdir | rq.Create) -> Caller:
         """Who creates an object, and with which umask."""
         return Caller(request.uid, request.gid, request.umask if self._masks else 0)
 

@@ -4,8 +4,9 @@ Rules:
 - A request is a tuple, so that one call of `Struct.unpack_from` makes nearly all of it. Every class has the
   fields of `Request`, then those of the body's structure in the header's order, then what follows the
   structure (names, a value, data).
-- The annotations of a class are its fields. They are checked against structs.py when the class is made, so
-  that a class cannot disagree with the ABI. `renamed` maps the header's names that would hide another field.
+- The annotations of a class are its fields (without any, its base's are). They are checked against structs.py
+  when the class is made, so that a class cannot disagree with the ABI. `renamed` maps the header's names that
+  would hide another field.
 - Values are unchecked: decode.py makes a request with `tuple.__new__`.
 """
 
@@ -50,7 +51,7 @@ class Request(tuple[Any, ...]):
         cls, opcode: Opcode | None = None, body: str | None = None, renamed: dict[str, str] | None = None
     ) -> None:
         super().__init_subclass__()
-        own = tuple(cls.__annotations__)
+        own = tuple(cls.__annotations__) or getattr(cls, "fields", HEADER_FIELDS)[len(HEADER_FIELDS) :]
         if body is not None:
             names = [(renamed or {}).get(name, name) for name in LAYOUTS[body].names]
             if list(own[: len(names)]) != names:

@@ -166,15 +166,10 @@ class Create(Request, opcode=Opcode.CREATE, body="fuse_create_in"):
     name: bytes
 
 
-class Tmpfile(Request, opcode=Opcode.TMPFILE, body="fuse_create_in"):
+class Tmpfile(Create, opcode=Opcode.TMPFILE, body="fuse_create_in"):
     """7.37. O_TMPFILE in directory `nodeid`: as CREATE, but `name` means nothing (the kernel sends b"/")."""
 
     __slots__ = ()
-    flags: int
-    mode: int
-    umask: int
-    open_flags: int
-    name: bytes
 
 
 class Unlink(Request, opcode=Opcode.UNLINK):
@@ -304,17 +299,10 @@ class CopyFileRange(Request, opcode=Opcode.COPY_FILE_RANGE, body="fuse_copy_file
     flags: int
 
 
-class CopyFileRange64(Request, opcode=Opcode.COPY_FILE_RANGE_64, body="fuse_copy_file_range_in"):
+class CopyFileRange64(CopyFileRange, opcode=Opcode.COPY_FILE_RANGE_64, body="fuse_copy_file_range_in"):
     """7.45. Tried first; ENOSYS makes the kernel fall back to COPY_FILE_RANGE."""
 
     __slots__ = ()
-    fh_in: int
-    off_in: int
-    nodeid_out: int
-    fh_out: int
-    off_out: int
-    len: int
-    flags: int
 
 
 class Ioctl(Request, opcode=Opcode.IOCTL, body="fuse_ioctl_in"):
@@ -345,24 +333,16 @@ class Readdir(Request, opcode=Opcode.READDIR, body="fuse_read_in"):
     flags: int
 
 
-class Readdirplus(Request, opcode=Opcode.READDIRPLUS, body="fuse_read_in"):
+class Readdirplus(Readdir, opcode=Opcode.READDIRPLUS, body="fuse_read_in"):
     """As READDIR, each entry with what LOOKUP would answer; an entry with a nodeid counts one lookup."""
 
     __slots__ = ()
-    fh: int
-    offset: int
-    size: int
-    read_flags: int
-    lock_owner: int
-    flags: int
 
 
-class Fsyncdir(Request, opcode=Opcode.FSYNCDIR, body="fuse_fsync_in"):
+class Fsyncdir(Fsync, opcode=Opcode.FSYNCDIR, body="fuse_fsync_in"):
     """As FSYNC, for a directory."""
 
     __slots__ = ()
-    fh: int
-    fsync_flags: int
 
 
 # -- extended attributes --------------------------------------------------------------------------------

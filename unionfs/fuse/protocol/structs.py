@@ -8,8 +8,7 @@ Rules:
 - Host byte order, no implicit alignment: the header pads by hand, so do the rows ("=").
 - A field whose name begins with `padding`, `unused`, `spare`, `dummy`, `reserved` or `__` is skipped when
   unpacked and zero when packed; it keeps its place in `Layout.fields`.
-- A name in brackets, `fuse_attr attr`, is a nested structure: its fields appear flattened as `attr.ino`,
-  and the nested structure itself has an offset too.
+- A group like `fuse_attr attr` is a nested structure: its fields appear flattened as `attr.ino`.
 - The header has unsigned times; the kernel reads and writes them as signed 64-bit seconds (fs/fuse/inode.c,
   fuse_change_attributes_common), so they are signed here: files from before 1970 keep their time. The same
   goes for the offset of LSEEK (fs/fuse/file.c, fuse_lseek).
@@ -23,16 +22,12 @@ from typing import Final, NamedTuple
 
 _SKIPPED: Final = re.compile(r"(?:.*\.)?(?:padding|unused|spare|dummy|reserved|__)\w*$")
 
-_CODE_SIZE: Final = {"B": 1, "H": 2, "I": 4, "i": 4, "Q": 8, "q": 8}
-
 
 class Field(NamedTuple):
-    """One field: `code` is a `struct` code, with a count for arrays; `offset` and `size` are in bytes."""
+    """One field; `code` is a `struct` code, with a count for arrays."""
 
     name: str
     code: str
-    offset: int
-    size: int
 
     @property
     def skipped(self) -> bool:
@@ -41,50 +36,31 @@ class Field(NamedTuple):
 
 
 class Layout:
-    """One structure of the header: where its fields lie, and the compiled `struct.Struct` for its bytes."""
+    """One structure of the header: its fields, and the compiled `struct.Struct` for its bytes."""
 
-    __slots__ = ("fields", "format", "name", "names", "nested", "size", "struct")
+    __slots__ = ("fields", "format", "names", "size", "struct")
 
-    def __init__(self, name: str, fields: tuple[Field, ...], nested: dict[str, int]) -> None:
-        self.name = name
+    def __init__(self, fields: list[Field]) -> None:
         self.fields = fields
-        self.nested = nested
         self.names = tuple(field.name for field in fields if not field.skipped)
         # The format without its "=", so that formats can be joined: header + body in one call.
-        self.format = "".join(f"{field.size}x" if field.skipped else field.code for field in fields)
+        self.format = "".join(
+            f"{struct.calcsize('=' + field.code)}x" if field.skipped else field.code for field in fields
+        )
         self.struct = struct.Struct("=" + self.format)
         self.size = self.struct.size
 
-    def offsets(self) -> dict[str, tuple[int, int]]:
-        """Offset and size in bytes of every field, by the header's name; nested ones as `attr.ino`."""
-        return {field.name: (field.offset, field.size) for field in self.fields}
 
-
-def _code_size(code: str) -> int:
-    count, kind = code[:-1], code[-1]
-    return _CODE_SIZE[kind] * int(count or "1")
-
-
-def _build(name: str, groups: tuple[str, ...], known: dict[str, Layout]) -> Layout:
+def _build(groups: tuple[str, ...], known: dict[str, Layout]) -> Layout:
     fields: list[Field] = []
-    nested: dict[str, int] = {}
-    offset = 0
     for group in groups:
         code, *names = group.split()
-        for field in names:
+        for name in names:
             if code in known:
-                inner = known[code]
-                nested[field] = offset
-                fields += [
-                    Field(f"{field}.{part.name}", part.code, offset + part.offset, part.size)
-                    for part in inner.fields
-                ]
-                offset += inner.size
+                fields += [Field(f"{name}.{part.name}", part.code) for part in known[code].fields]
             else:
-                size = _code_size(code)
-                fields.append(Field(field, code, offset, size))
-                offset += size
-    return Layout(name, tuple(fields), nested)
+                fields.append(Field(name, code))
+    return Layout(fields)
 
 
 _TABLE: Final[dict[str, tuple[str, ...]]] = {
@@ -181,7 +157,7 @@ _TABLE: Final[dict[str, tuple[str, ...]]] = {
 def _build_all() -> dict[str, Layout]:
     known: dict[str, Layout] = {}
     for name, groups in _TABLE.items():
-        known[name] = _build(name, groups, known)
+        known[name] = _build(groups, known)
     return known
 
 

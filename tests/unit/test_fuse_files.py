@@ -1,0 +1,92 @@
+"""Open files without a mount: who has a backing file, and when it is closed; unions without shortcuts."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+from tests.unit.union_support import OpenUnion, get
+from tests.unit.union_support import open_union as open_union
+from unionfs.fuse.inline import begin
+from unionfs.fuse.operations import Operations
+from unionfs.union import openfiles
+from unionfs.union.files import OpenFile, UnreadFile
+from unionfs.union.shortcuts import NO_SHORTCUTS
+from unionfs.union.tree import Union
+
+
+@pytest.fixture
+def union(tmp_path: Path, open_union: OpenUnion) -> Union:
+    (tmp_path / "l0/d").mkdir(parents=True)
+    for name in ("f", "g", "h"):
+        (tmp_path / "l0/d" / name).write_text("data")
+    union = open_union()
+    union.stack.volatile = True  # so nothing has to wait for a disk
+    return union
+
+
+@pytest.mark.parametrize("flags", [os.O_RDWR, os.O_WRONLY | os.O_TRUNC])
+def test_an_open_goes_on_with_the_file_of_its_copy_up(union: Union, tmp_path: Path, flags: int) -> None:
+    operations = Operations(union)
+    begin(operations.copy_ups.ensure(get(union, "d/g")))  # opens the directories
+    files, node = operations.files, get(union, "d/f")
+    fds = os.listdir("/proc/self/fd")
+    prepared = begin(files.prepare(node, flags))
+    assert isinstance(prepared, OpenFile)
+    number = files.open(node, flags, 0, prepared, kills_set_ids=False)
+    assert files[number].file is prepared
+    assert prepared.users == 1
+    assert begin(files.write(prepared, 0, b"D", kills_set_ids=False)) == 1
+    assert (tmp_path / "upper/d/f").read_text() == ("D" if flags & os.O_TRUNC else "Data")
+    files.release(number)
+    assert prepared.fd == -1
+    assert os.listdir("/proc/self/fd") == fds
+
+
+def test_readers_go_on_with_the_upper_after_a_copy_up(union: Union) -> None:
+    operations = Operations(union)
+    files, node = operations.files, get(union, "d/f")
+    reader = files.open(node, os.O_RDONLY, 0, None, kills_set_ids=False)
+    lower = files[reader].file
+    prepared = begin(files.prepare(node, os.O_RDWR))
+    assert isinstance(prepared, OpenFile)
+    assert files[reader].file is prepared is not lower
+    assert lower.fd == -1
+    writer = files.open(node, os.O_RDWR, 0, prepared, kills_set_ids=False)
+    files.release(writer)
+    assert prepared.read(4, 0) == b"data"
+    files.release(reader)
+    assert prepared.fd == -1
+
+
+def test_files_that_stay_open_are_few_and_go_with_their_nodes(
+    union: Union, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(openfiles, "_KEPT_OPEN", 2)
+    nodes = [get(union, f"d/{name}") for name in "fgh"]
+    for node in nodes:
+        node.looked_up()
+    kept = [union.files.keep(node, write=False) for node in nodes]
+    assert (kept[0].fd, len(union.files)) == (-1, 2)
+    assert union.files.keep(nodes[1], write=False) is kept[1]
+    union.nodes.forget(nodes[1], 1)
+    assert (kept[1].fd, len(union.files), nodes[1].use) == (-1, 1, None)
+
+
+def test_without_shortcuts(union: Union) -> None:
+    plain = Union(union.stack, shortcuts=NO_SHORTCUTS)
+    operations = Operations(plain)
+    node = get(plain, "d/f")
+    assert isinstance(union.files.lend_unread(get(union, "d/f")), UnreadFile)
+    file = plain.files.lend_unread(node)
+    assert not isinstance(file, UnreadFile)
+    assert not node.no_capability
+    plain.files.take_back(node, file)
+    begin(operations.copy_ups.ensure(node))
+    assert node.parent is not None
+    begin(operations.copy_ups.ensure(get(plain, "d/g")))
+    assert not node.parent.parts[0].empty
+    assert not node.no_capability
+    plain.close()
