@@ -409,4 +409,5 @@ def test_cut_off_from_outside(place: Place, session: str) -> None:
         assert daemon.wait(10) == 1
         assert daemon.stderr is not None
         assert "was cut off from outside" in daemon.stderr.read()
+        assert mounts_at(place.merged) == []
         assert (place.upper / "new").read_text() == "x"

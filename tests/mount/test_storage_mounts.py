@@ -135,25 +135,35 @@ class _tmpfs:
 
 
 def test_propagation(one: Storage) -> None:
-    """rprivate sees no later mount of the host, rslave does; rshared lets the host see ours."""
+    """rprivate sees no later mount of the host, rslave does; rshared lets the host see ours. As do the mounts
+    below the source."""
     subprocess.run(["mount", "--bind", one.host, one.host], check=True)
     subprocess.run(["mount", "--make-shared", one.host], check=True)
     try:
-        for name in ("later", "mine"):
+        (one.host / "below").mkdir()
+        syscalls.mount("tmpfs", one.host / "below", "tmpfs", 0, "size=1m")
+        subprocess.run(["mount", "--make-shared", one.host / "below"], check=True)
+        for name in ("later", "mine", "below/later", "below/mine"):
             (one.host / name).mkdir()
         one.mount(
             "-v", f"{one.host}:/private", "-v", f"{one.host}:/slave:rslave",
             "--mount", f"type=bind,source={one.host},target=/shared,bind-propagation=rshared",
+            "-v", f"{one.host}:/flat:slave",
         )  # fmt: skip
-        with _tmpfs(one.host / "later"):
-            assert not (one.merged / "private/later/inner").exists()
-            assert (one.merged / "slave/later/inner").exists()
-            assert (one.merged / "shared/later/inner").exists()
-        with _tmpfs(one.merged / "shared/mine"):
-            assert (one.host / "mine/inner").exists()
-        with _tmpfs(one.merged / "slave/mine"):
-            assert not (one.host / "mine/inner").exists()
+        for later in ("later", "below/later"):
+            with _tmpfs(one.host / later):
+                assert not (one.merged / "private" / later / "inner").exists()
+                assert (one.merged / "slave" / later / "inner").exists()
+                assert (one.merged / "shared" / later / "inner").exists()
+        for mine in ("mine", "below/mine"):
+            with _tmpfs(one.merged / "shared" / mine):
+                assert (one.host / mine / "inner").exists()
+            with _tmpfs(one.merged / "slave" / mine):
+                assert not (one.host / mine / "inner").exists()
+        with _tmpfs(one.merged / "flat/below/mine"):  # what lies below goes on as it was
+            assert (one.host / "below/mine/inner").exists()
         one.umount()
+        syscalls.umount(one.host / "below")
     finally:
         syscalls.umount(one.host)
 
@@ -315,6 +325,16 @@ def test_the_daemon_is_killed(storing: Storage) -> None:
     assert (storing.host / "file").read_text() == "host\n"
     storing.mount(*storage_options(storing))
     storing.umount()
+
+
+def test_a_killed_daemons_volumes_are_given_back(one: Storage) -> None:
+    """Also what such a volume lies on, though nobody calls a command afterwards."""
+    succeed(one.unionfs("volume", "create", "-o", "type=tmpfs", "-o", "device=tmpfs", "vol"))
+    pid = one.mount("-v", "vol:/v")
+    assert len(areas.mounts_below(one.root)) == 1
+    os.kill(pid, signal.SIGKILL)
+    assert unmounted(one)
+    assert wait_for(lambda: areas.mounts_below(one.root) == [])
 
 
 def test_the_mountpoint_has_another_name(one: Storage) -> None:

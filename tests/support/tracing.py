@@ -1,7 +1,7 @@
 """The system calls of a process and their order, recorded by strace(1).
 
-Only a power cut shows whether data reached the disk. So tests assert that the calls that make it durable
-happen, and their order.
+Only a power cut shows whether data reached the disk. So tests assert that the calls which make it durable are
+made, and in which order.
 """
 
 from __future__ import annotations
@@ -71,14 +71,16 @@ def in_order(calls: list[Call], *steps: tuple[str, str]) -> bool:
     return all(any(c.name.startswith(name) and part in c.arguments for c in rest) for name, part in steps)
 
 
-def command(log: Path, names: str) -> list[str]:
+def command(log: Path, names: str, *, delay: float = 0) -> list[str]:
     """The start of a command line that records the calls ``names`` of a program and its children.
 
-    Skips the test if strace is missing.
+    The caller of each is held for ``delay`` seconds when it returns. Skips the test where strace is missing.
     """
     if shutil.which("strace") is None:
         pytest.skip("strace is not installed")
-    return ["strace", "-f", "-y", "-s", "256", "-e", f"trace={names}", "-e", "signal=none", "-o", str(log)]
+    delays = ["-e", f"inject={names}:delay_exit={int(delay * 1e6)}"] if delay else []
+    words = ["strace", "-I2", "-f", "-y", "-s", "256", "-e", f"trace={names}", *delays, "-e", "signal=none"]
+    return [*words, "-o", str(log)]
 
 
 @contextlib.contextmanager
@@ -94,7 +96,7 @@ def traced(pid: int, log: Path, names: str) -> Iterator[Trace]:
         assert "attached" in line, line
         yield Trace(log)
     finally:
-        # It ends with the traced process. Asked to detach from a process that is ending, it may wait forever.
+        # It ends with the traced process. Asked to detach from one that is just ending, it may wait for ever.
         if not gone(pid):
             process.send_signal(signal.SIGINT)
         try:

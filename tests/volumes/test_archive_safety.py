@@ -3,6 +3,7 @@ volume is as it was, nothing is written outside it, and no half file has the fin
 
 from __future__ import annotations
 
+import fcntl
 import os
 import random
 import signal
@@ -85,7 +86,7 @@ def _volume(store: Store) -> tuple[Path, dict[bytes, dict[str, object]]]:
 
 def _is_untouched(store: Store, before: object) -> None:
     assert trees.value(store.data("data")) == before
-    assert sorted(path.name for path in store.data("data").parent.iterdir()) == ["_data", "volume.json"]
+    assert sorted(os.listdir(store.data("data").parent)) == ["_data", "spare", "volume.json"]
     assert not os.path.lexists(_outside(store))
 
 
@@ -366,7 +367,7 @@ class TestFullDisks:
         refused(store("restore", "data", "-i", area / "b.tar"), "no space left")
         with store.volumes().used("data", "test") as path:
             assert os.listdir(path) == ["old"]
-        assert sorted(os.listdir(store.root / "volumes/data")) == ["_data", "image", "volume.json"]
+        assert sorted(os.listdir(store.root / "volumes/data")) == ["_data", "image", "spare", "volume.json"]
 
 
 def _start(store: Store, *arguments: str | Path, **named: object) -> subprocess.Popen[bytes]:
@@ -449,6 +450,26 @@ def _read(pid: int) -> int:
 
 
 class TestAtOnce:
+    def test_a_lock_whose_file_is_replaced(
+        self, store: Store, area: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """Between opening it and locking it, it goes with its volume, and the next one's is taken at once."""
+        store.create("data")
+        lock, taken = fcntl.flock, []
+
+        def replaced(fd: int, operation: int) -> None:
+            path = os.readlink(f"/proc/self/fd/{fd}")
+            if path.endswith("/data.work") and not taken:
+                os.unlink(path)
+                taken.append(os.open(path, os.O_RDWR | os.O_CREAT))
+                lock(taken[0], fcntl.LOCK_EX)
+            lock(fd, operation)
+
+        monkeypatch.setattr(fcntl, "flock", replaced)
+        refused(store("backup", "data", "-o", area / "b.tar"), "is busy with another operation")
+        os.close(taken[0])
+        store.ok("backup", "data", "-o", area / "b.tar")
+
     def test_two_backups_or_a_backup_and_a_removal(self, store: Store, area: Path) -> None:
         data = store.create("data")
         (data / "file").write_bytes(os.urandom(4 << 20))

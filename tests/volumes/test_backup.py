@@ -11,6 +11,7 @@ import sys
 import sysconfig
 import threading
 import time
+import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -382,13 +383,14 @@ class TestIncremental:
         data = _tree(store)
         states = []
         archives = []
-        for number in range(3):
+        for number in range(4):
+            if number:
+                _change(data, number - 1)
             time.sleep(0.06)  # what changed in the moment before a backup counts as changed once more
             name = area / f"{number}.tar.zst"
             store.ok("backup", "data", "-o", name, *(["--since", archives[-1]] if archives else []))
             archives.append(name)
             states.append(trees.value(data))
-            _change(data, number)
         sizes = [path.stat().st_size for path in archives]
         assert sizes[2] < sizes[0] / 5
         for archive, state in zip(archives, states, strict=True):
@@ -433,6 +435,26 @@ class TestIncremental:
         store.ok("backup", "data", "-o", area / "a.tar")
         refused(store("restore", "data", "-i", area / "b.tar"), "is not beside it")
 
+    def test_a_base_with_the_same_id_and_other_content(
+        self, store: Store, area: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        data = store.create("data")
+        (data / "a").write_text("a")
+        with monkeypatch.context() as patched:
+            patched.setattr(uuid, "uuid4", lambda: uuid.UUID(int=7))
+            store.ok("backup", "data", "-o", area / "a.tar")
+            (data / "a").write_text("b")
+            store.ok("backup", "data", "-o", area / "other.tar")
+            (data / "a").write_text("a")
+            store.ok("backup", "data", "-o", area / "a.tar")
+        time.sleep(0.06)
+        store.ok("backup", "data", "-o", area / "b.tar", "--since", area / "a.tar")
+        store.ok("restore", "data", "-i", area / "b.tar")
+        os.rename(area / "other.tar", area / "a.tar")
+        for words in ((), ("--verify-only",)):
+            refused(store("restore", "data", "-i", area / "b.tar", *words), "its base does not hold a")
+        assert (data / "a").read_text() == "a"
+
     def test_bad_bases_are_refused_when_the_backup_is_made(self, store: Store, area: Path) -> None:
         store.create("data")
         store.create("other")
@@ -444,6 +466,20 @@ class TestIncremental:
         refused(store("backup", "data", "-o", area / "b.tar", "--since", area / "cut.tar"), "cut off")
         assert not (area / "b.tar").exists()
 
+    def test_one_does_not_replace_what_it_is_built_on(self, store: Store, area: Path) -> None:
+        data = _tree(store)
+        full, first = area / "full.tar", area / "first.tar"
+        store.ok("backup", "data", "-o", full)
+        (data / "new").write_text("1")
+        store.ok("backup", "data", "-o", first, "--since", full)
+        before = full.read_bytes(), first.read_bytes()
+        (area / "link.tar").symlink_to(full)
+        for target, since in ((full, full), (full, first), (first, first), (area / "link.tar", full)):
+            refused(store("backup", "data", "-o", target, "--since", since), "is needed to restore")
+        assert (full.read_bytes(), first.read_bytes()) == before
+        store.ok("backup", "data", "-o", area / "second.tar", "--since", first)
+        store.ok("restore", "data", "-i", area / "second.tar")
+
 
 def _change(data: Path, number: int) -> None:
     """What a day brings: new, changed, renamed, removed, and names that become something else."""
@@ -452,6 +488,7 @@ def _change(data: Path, number: int) -> None:
         with (data / "zeros").open("ab") as file:
             file.write(b"more")
         (data / "dir/file").unlink()  # two of three links are left
+        os.removexattr(data / "dir", "trusted.mark")
         os.rename(data / "large", data / "larger")
         os.chmod(data / "size 512", 0o600)
     elif number == 1:
@@ -468,20 +505,6 @@ def _change(data: Path, number: int) -> None:
         subprocess.run(["rm", "-r", data / ("d" * 60)], check=True)
         os.removexattr(data, "user.root")
         (data / "size 1").write_bytes(b"2")
-
-    def test_one_does_not_replace_what_it_is_built_on(self, store: Store, area: Path) -> None:
-        data = _tree(store)
-        full, first = area / "full.tar", area / "first.tar"
-        store.ok("backup", "data", "-o", full)
-        (data / "new").write_text("1")
-        store.ok("backup", "data", "-o", first, "--since", full)
-        before = full.read_bytes(), first.read_bytes()
-        (area / "link.tar").symlink_to(full)
-        for target, since in ((full, full), (full, first), (first, first), (area / "link.tar", full)):
-            refused(store("backup", "data", "-o", target, "--since", since), "is needed to restore")
-        assert (full.read_bytes(), first.read_bytes()) == before
-        store.ok("backup", "data", "-o", area / "second.tar", "--since", first)
-        store.ok("restore", "data", "-i", area / "second.tar")
 
 
 class TestVerify:
@@ -607,7 +630,7 @@ class TestOrdinaryUser:
         assert run("backup", "data", "-o", home / "b.tar")[0] == 0
         assert run("restore", "data", "-i", home / "b.tar") == (0, "data\n", run_told("data", 4, 2))
         assert trees.value(data) == before
-        assert sorted(os.listdir(data.parent)) == ["_data", "manifest", "volume.json"]
+        assert sorted(os.listdir(data.parent)) == ["_data", "manifest", "spare", "volume.json"]
         # what an ordinary user can't have
         code, _, err = run("create", "-o", "size=50m", "sized")
         assert code == 1

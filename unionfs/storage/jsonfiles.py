@@ -20,7 +20,7 @@ def read(path: str, at: int | None = None) -> Any:
         content = bytearray()
         while chunk := os.read(fd, 1 << 16):
             content += chunk
-    return json.loads(content)
+    return json.loads(content.decode())
 
 
 def write(path: str, values: object, *, sync: bool = True) -> None:

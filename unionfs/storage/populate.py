@@ -22,18 +22,21 @@ from unionfs.storage import locks, symlinks, workspace
 from unionfs.storage.model import Volume
 from unionfs.storage.targets import Names
 from unionfs.sys import attributes, calls
+from unionfs.sys.fds import Owned
 from unionfs.union.filedata import clone, copy_data
 from unionfs.union.files import open_held
 from unionfs.union.layers import LayerStack
 from unionfs.union.listing import real_names
 from unionfs.union.merge import Found, Merge
 from unionfs.union.places import Place, open_for_listing
+from unionfs.union.xattrs import unsupported
 
 log = logging.getLogger(__name__)
 
 # What mkfs makes in an empty filesystem.
 _NOTHING = frozenset({b"lost+found"})
 _SHORT = (errno.EMFILE, errno.ENFILE, errno.ENOMEM)
+_NEW = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
 _DIRECTORY = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 
 
@@ -124,8 +127,7 @@ class _Copier:
                 parts, fd, path, names = steps[-1]
                 name = next(names, None)
                 if name is None:
-                    new = self._attributes(self._merge.gate.fd(parts[0]), path)
-                    attributes.write(fd, None, new, _not_kept)
+                    self._keep(self._merge.gate.fd(parts[0]), path, fd)
                     steps.pop()
                     os.close(fd)
                     continue
@@ -138,11 +140,8 @@ class _Copier:
                     inner = os.open(name, _DIRECTORY, dir_fd=fd)
                     steps.append((found[1], inner, here, iter(self._merge.listing(found[1]).names())))
                 else:
-                    source = self._merge.open_object(found, name)
-                    try:
+                    with Owned(self._merge.open_object(found, name)) as source:
                         self._leaf(source, fd, name, here)
-                    finally:
-                        os.close(source)
         finally:
             for _, fd, _, _ in steps:
                 os.close(fd)
@@ -169,45 +168,41 @@ class _Copier:
             os.symlink(os.readlink(b"", dir_fd=source), name, dir_fd=dir_fd)
         else:
             os.mknod(name, stat.S_IFMT(st.st_mode) | 0o600, st.st_rdev, dir_fd=dir_fd)
-        changeable = not stat.S_ISLNK(st.st_mode) or self._changes_symlinks
-        new = self._attributes(source, path)
-        attributes.write(dir_fd, name, new, _not_kept, owner=changeable, times=changeable)
+        self._keep(source, path, dir_fd, name)
 
     def _file(self, source: int, dir_fd: int, name: bytes, path: bytes) -> None:
-        flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
         with open_held(source, write=False, waits=False) as opened:
             self._merge.markers.refuse_metacopy(opened.fd)
-            fd = os.open(name, flags, 0o600, dir_fd=dir_fd)
-            try:
+            with Owned(os.open(name, _NEW, 0o600, dir_fd=dir_fd)) as fd:
                 st = os.fstat(opened.fd)
                 if not clone(opened.fd, fd, st.st_dev, self._never_clones):
                     copy_data(opened.fd, fd, st.st_size)
-                attributes.write(fd, None, self._attributes(opened.fd, path), _not_kept)
-            finally:
-                os.close(fd)
+                self._keep(opened.fd, path, fd)
 
-    def _attributes(self, source: int, path: bytes) -> attributes.Attributes:
-        """The attributes of an fd, with its xattrs as the union shows them."""
+    def _keep(self, source: int, path: bytes, at: int, name: bytes | None = None) -> None:
+        """Copy the attributes of an fd to ``name`` in ``at``, or without a name to the fd ``at``."""
+        markers = self._merge.markers
 
-        def failed(name: bytes, error: OSError) -> None:
-            what = "the xattrs" if name == attributes.ALL else f"the xattr {_shown(name)}"
+        def unreadable(xattr: bytes, error: OSError) -> None:
+            what = "the xattrs"
+            if xattr != attributes.ALL:
+                what = f"the xattr {_shown(markers.shown_names([xattr])[0])}"
             _leave_out(f"{what} of {_shown(path)} cannot be read", error)
 
-        markers = self._merge.markers
+        st = os.fstat(source)
         stored = attributes.read_xattrs(
-            b"/proc/self/fd/%d" % source, lambda name: not markers.is_private(name), failed
+            b"/proc/self/fd/%d" % source, lambda xattr: not markers.is_private(xattr), unreadable
         )
-        xattrs = dict(zip(markers.shown_names(list(stored)), stored.values(), strict=True))
-        return attributes.attributes(os.fstat(source), xattrs)
+        shown = dict(zip(markers.shown_names(list(stored)), stored.values(), strict=True))
+        changeable = not stat.S_ISLNK(st.st_mode) or self._changes_symlinks
+        new = attributes.attributes(st, shown)
+        attributes.write(at, name, new, _refused, owner=changeable, times=changeable)
 
 
-def _not_kept(name: bytes, error: OSError) -> None:
-    """Leave out what an ordinary user may not set, and what the volume's filesystem does not support, unless
-    it grants or takes rights."""
-    rights = (attributes.OWNER, b"security.", b"system.posix_acl_")
-    may_not = error.errno == errno.EPERM and os.geteuid() != 0
-    if not may_not and (error.errno != errno.EOPNOTSUPP or name.startswith(rights)):
-        raise error
+def _refused(name: bytes, error: OSError) -> None:
+    """An ordinary user keeps what the kernel permits."""
+    if error.errno != errno.EPERM or os.geteuid() == 0:
+        unsupported(name, error)
 
 
 def _leave_out(what: str, error: OSError) -> None:

@@ -2,6 +2,7 @@
 
     ROOT/volumes/NAME/volume.json    what the volume is; replaced by one rename
     ROOT/volumes/NAME/.user-DIGEST   one user: its text and the path of the data
+    ROOT/volumes/NAME/spare          space for one user, for a full disk
 
 Writers hold the volume's short lock; readers need none. A user is a file of its own: to remove it takes no
 space on a full disk, and it need not survive a power cut, since its process does not.
@@ -20,7 +21,7 @@ from unionfs.sys import fds
 
 _RECORD = "volume.json"
 _USER = ".user-"
-_SPARE = ".spare"
+_SPARE = "spare"
 _SPARE_BYTES = 4096
 _VERSION = 1
 _MISSPELT = (ValueError, KeyError, TypeError, AttributeError)
@@ -82,13 +83,10 @@ def _recorded(directory: str, at: int) -> Volume | None:
 
 def write(volume: Volume) -> None:
     """Write a volume's record. Raises UserError."""
-    _write(volume, _old_users(volume.directory))
-
-
-def _write(volume: Volume, old_users: dict[str, str]) -> None:
     path = f"{volume.directory}/{_RECORD}"
     try:
-        jsonfiles.write(path, {**volume.to_json(), "users": list(old_users.items())})
+        # Earlier versions take a record without users for a damaged one.
+        jsonfiles.write(path, {**volume.to_json(), "users": []})
     except OSError as error:
         raise _unrecorded(volume.name, path, error) from error
     _keep_spare(volume.directory)
@@ -105,7 +103,7 @@ def keep_damaged(directory: str) -> None:
 
 def users(directory: str) -> list[User]:
     """The users of a volume, sorted by text; also those whose process has ended. Raises UserError."""
-    found = _old_users(directory)
+    found = []
     try:
         names = os.listdir(directory)
     except FileNotFoundError:
@@ -117,33 +115,40 @@ def users(directory: str) -> list[User]:
             continue
         try:
             text, path = jsonfiles.read(f"{directory}/{name}")
-            found[str(text)] = str(path)
+            found.append(User(str(text), str(path)))
         except (FileNotFoundError, *_MISSPELT):
             continue  # removed just now, or a power cut came before its content was on disk
         except OSError as error:
             raise _unreadable(f"{directory}/{name}", error) from error
-    return [User(text, found[text]) for text in sorted(found)]
+    return sorted(found, key=lambda user: user.text)
 
 
-def add_user(volume: Volume, user: User) -> None:
+def add_user(directory: str, user: User) -> None:
     """Record a user; once, however often it is added. Raises UserError."""
-    path, values = _user_file(volume.directory, user.text), [user.text, user.path]
+    path, values = _user_file(directory, user.text), [user.text, user.path]
     try:
         jsonfiles.write(path, values, sync=False)
     except OSError as error:
-        if not jsonfiles.write_into(f"{volume.directory}/{_SPARE}", path, values):
-            raise _unrecorded(volume.name, path, error) from error
+        if not jsonfiles.write_into(f"{directory}/{_SPARE}", path, values):
+            raise _unrecorded(os.path.basename(directory), path, error) from error
     else:
-        _keep_spare(volume.directory)
+        _keep_spare(directory)
 
 
-def remove_user(volume: Volume, text: str) -> None:
-    """Remove a user, if it is there. Raises UserError, OSError."""
+def remove_user(directory: str, text: str) -> None:
+    """Remove a user, if it is there. Raises OSError."""
     with suppress(FileNotFoundError):
-        os.unlink(_user_file(volume.directory, text))
-    old = _old_users(volume.directory)
-    if old.pop(text, None) is not None:
-        _write(volume, old)
+        os.unlink(_user_file(directory, text))
+
+
+def take_over_users(directory: str) -> None:
+    """Record the users that mounts of an earlier version have left in the record. Raises UserError."""
+    try:
+        old = [User(str(text), str(path)) for text, path in jsonfiles.read(f"{directory}/{_RECORD}")["users"]]
+    except (OSError, *_MISSPELT):
+        return
+    for user in old:
+        add_user(directory, user)
 
 
 def _keep_spare(directory: str) -> None:
@@ -155,18 +160,6 @@ def _keep_spare(directory: str) -> None:
 
 def _user_file(directory: str, text: str) -> str:
     return f"{directory}/{_USER}{hashlib.sha256(os.fsencode(text)).hexdigest()[:32]}"
-
-
-def _old_users(directory: str) -> dict[str, str]:
-    """Users whose daemons of an earlier version recorded them there, where they look for them again."""
-    with suppress(OSError, *_MISSPELT):
-        return {str(text): str(path) for text, path in jsonfiles.read(f"{directory}/{_RECORD}")["users"]}
-    return {}
-
-
-def old_users(directory: str) -> list[User]:
-    """The users that daemons of an earlier version have recorded."""
-    return [User(*pair) for pair in _old_users(directory).items()]
 
 
 def _unreadable(path: str, error: OSError) -> UserError:

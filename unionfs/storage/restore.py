@@ -131,7 +131,7 @@ def _apply(
     for path, reader in chain:
         with explained(path):
             for entry in reader.entries():
-                extractor.add(entry, reader.content() if entry.kind in (FILE, SPARSE) else ())
+                extractor.add(entry, reader.content())
                 if progress is not None and reader.count % 64 == 0:
                     progress(count + reader.count, size + reader.read_bytes)
             for gone in reader.deleted():

@@ -88,10 +88,14 @@ class Volumes:
             check_directory(f"{self.root}/{name}")
         self._checked = True
         registry = f"{self.root}/registry.db"
-        # Earlier versions repeated the records in a database. It stays while daemons of theirs look there.
-        if os.path.lexists(registry) and all(
-            user.is_gone for directory in self._directories() for user in records.old_users(directory)
-        ):
+        if os.path.lexists(registry):
+            self._take_over(registry)
+
+    def _take_over(self, registry: str) -> None:
+        """Do without the database of earlier versions: their daemons rebuild it from the records."""
+        with suppress(UserError):  # a full disk: tried again by the next command
+            for directory in self._directories():
+                records.take_over_users(directory)
             for path in (registry, f"{registry}-wal", f"{registry}-shm", f"{self.root}/locks/.reserve"):
                 with suppress(OSError):
                     os.unlink(path)
@@ -237,7 +241,7 @@ class Volumes:
             path = driver.mount(volume, user)
             try:
                 finish_in_place(volume, path)
-                records.add_user(volume, User(user, path))
+                records.add_user(volume.directory, User(user, path))
             except BaseException:
                 if driver.one_mount_each(volume) or not users:
                     with suppress(UserError):
@@ -255,7 +259,7 @@ class Volumes:
                 return
             if driver.one_mount_each(volume) or len(users) == 1:
                 driver.unmount(volume, user)
-            records.remove_user(volume, user)
+            records.remove_user(volume.directory, user)
 
     def _without_the_dead(self, volume: Volume, driver: Driver, besides: str = "") -> list[User]:
         """Detach the users whose process has ended, and return the others."""
@@ -266,7 +270,7 @@ class Volumes:
         for user in dead:
             if driver.one_mount_each(volume) or (not alive and user is dead[-1]):
                 driver.unmount(volume, user.text)
-            records.remove_user(volume, user.text)
+            records.remove_user(volume.directory, user.text)
         return alive
 
     def settle(self) -> None:

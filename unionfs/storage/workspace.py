@@ -22,6 +22,7 @@ from dataclasses import replace
 from unionfs.errors import UserError, quoted, reason
 from unionfs.storage.model import User
 from unionfs.storage.workspace_record import Journal, Record, forget, names, read, write
+from unionfs.sys import attributes
 from unionfs.sys.calls import FUSE_MAGIC, NFS_MAGIC, filesystem_magic
 from unionfs.sys.fds import Owned, directory
 from unionfs.sys.openat2 import RESOLVE_NO_SYMLINKS, RESOLVE_NO_XDEV, openat2
@@ -66,12 +67,10 @@ class Workspace:
         old = [] if keep else [name for name in _list(self._root) if os.fsencode(name) not in ours]
         _refuse_immovable(self._root, old)
         status = os.fstat(self.new)
-        xattrs = {}
-        with suppress(OSError):
-            xattrs = {name: os.getxattr(self.new, name).hex() for name in os.listxattr(self.new)}
+        xattrs = attributes.read_xattrs(self.new, lambda name: True, _leave_out)
         journal = Journal(
             old, _list(self.new), stat.S_IMODE(status.st_mode), status.st_uid, status.st_gid,
-            status.st_mtime_ns, xattrs,
+            status.st_mtime_ns, {os.fsdecode(name): value.hex() for name, value in xattrs.items()},
         )  # fmt: skip
         record = replace(self._record, journal=journal)
         write(self._home, record)
@@ -325,13 +324,14 @@ def _move_in(name: str, new: int, root: int, old: int) -> None:
 
 def _set_attributes(root: int, journal: Journal) -> None:
     """What this filesystem and this user can set: it is what could be set of the new content's directory."""
+    xattrs = {os.fsencode(name): bytes.fromhex(value) for name, value in journal.xattrs.items()}
+    new = attributes.Attributes(journal.mode, journal.uid, journal.gid, 0, 0, xattrs)
     with suppress(OSError):
-        os.chown(root, journal.uid, journal.gid)
-    for name, value in journal.xattrs.items():
-        with suppress(OSError):
-            os.setxattr(root, name, bytes.fromhex(value))
-    with suppress(OSError):
-        os.chmod(root, journal.mode)
+        attributes.write(root, None, new, _leave_out, times=False)
+
+
+def _leave_out(name: bytes, error: OSError) -> None:
+    pass
 
 
 def _sweep(home: str, root: int, fd: int, record: Record) -> None:

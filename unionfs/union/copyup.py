@@ -14,7 +14,7 @@ import stat
 from collections.abc import Callable
 from typing import Final, NamedTuple
 
-from unionfs.sys import calls
+from unionfs.sys import attributes, calls
 from unionfs.sys.fds import Owned
 from unionfs.union.filedata import clone, copy_data
 from unionfs.union.files import OpenFile
@@ -22,7 +22,7 @@ from unionfs.union.node import UNSEEN, Node
 from unionfs.union.places import Place
 from unionfs.union.tree import Union
 from unionfs.union.work import Temporary
-from unionfs.union.xattrs import CAPABILITY, copy_xattrs
+from unionfs.union.xattrs import CAPABILITY, copied_xattrs, unsupported
 
 #: A file up to this size (bytes) is copied at once when nothing has to reach a disk, and its holes are looked
 #: for only if it has some.
@@ -101,16 +101,11 @@ class CopyUp:
         self._tell(Effects(node, resized))
 
     def _copy_attributes(self, source: int, st: os.stat_result, name: bytes) -> None:
-        """Give ``name`` in work, which only the daemon can reach, the xattrs, owner, mode and times of
-        ``source`` (O_PATH), in an order in which none undoes another."""
-        union, work = self.union, self.union.work.fd
-        target = b"/proc/self/fd/%d/%b" % (work, name)
-        copy_xattrs(union.markers, (b"/proc/self/fd/%d" % source, True), (target, False))
-        if not union.identity.owns(st):
-            os.chown(name, st.st_uid, st.st_gid, dir_fd=work, follow_symlinks=False)
-        if not stat.S_ISLNK(st.st_mode):
-            os.chmod(name, stat.S_IMODE(st.st_mode), dir_fd=work)
-        os.utime(name, ns=(st.st_atime_ns, st.st_mtime_ns), dir_fd=work, follow_symlinks=False)
+        """Give ``name`` in work, which only the daemon can reach, the attributes of ``source`` (O_PATH)."""
+        union = self.union
+        xattrs = copied_xattrs(union.markers, b"/proc/self/fd/%d" % source)
+        owner = not union.identity.owns(st)
+        attributes.write(union.work.fd, name, attributes.attributes(st, xattrs), unsupported, owner=owner)
 
     def put(self, node: Node, temporary: Temporary, fd: int) -> os.stat_result:
         """Put the copy of a node (``fd``: an fd of the copy) into the upper. Returns its attributes.
@@ -213,17 +208,18 @@ class FileCopy:
             os.fsync(self._target)
 
     def _copy_metadata(self) -> None:
-        """Owner, xattrs, mode, times: in the order in which none undoes another."""
-        st, target = self._st, self._target
-        if not self._union.identity.owns(st):
-            os.fchown(target, st.st_uid, st.st_gid)
+        st, target, union = self._st, self._target, self._union
+        owner = not union.identity.owns(st)
         if self._is_plain:
+            if owner:
+                os.fchown(target, st.st_uid, st.st_gid)
+            os.utime(target, ns=(st.st_atime_ns, st.st_mtime_ns))
             self._no_capability = True
-        else:
-            names = copy_xattrs(self._union.markers, (self._source.fd, True), (target, True))
-            self._no_capability = CAPABILITY not in names
-            os.fchmod(target, self._mode)
-        os.utime(target, ns=(st.st_atime_ns, st.st_mtime_ns))
+            return
+        xattrs = copied_xattrs(union.markers, self._source.fd)
+        new = attributes.attributes(st, xattrs)._replace(mode=self._mode)
+        attributes.write(target, None, new, unsupported, owner=owner)
+        self._no_capability = CAPABILITY not in xattrs
 
     def finish(self, *, keep: bool = False) -> OpenFile | None:
         """Put the copy into the upper, and let all who have the file open go on with it.

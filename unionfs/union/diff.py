@@ -15,13 +15,13 @@ driver. The root is never listed. The order is that of the paths' bytes.
 
 from __future__ import annotations
 
-import errno
 import os
 import stat
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack
 from typing import Final
 
+from unionfs.sys.attributes import ALL, read_xattrs
 from unionfs.union.markers import ABSENT, Markers
 from unionfs.union.merge import Merge
 from unionfs.union.places import Layer, Place
@@ -194,27 +194,22 @@ class _Comparison:
         replaced = top.layer.is_upper and self._is_opaque(top)
         return replaced or self._attributes(new) != self._attributes(old)
 
-    def _attributes(self, found: _Found) -> tuple[int, int, int, int, dict[bytes, bytes | object]]:
+    def _attributes(self, found: _Found) -> tuple[int, int, int, int, dict[bytes, object]]:
         """What makes a directory differ: mode, owner, modification time and the xattrs a user has set.
 
         An xattr that cannot be read is equal to no other.
         """
-        path = b"/proc/self/fd/%d" % self._merge.gate.fd(found.parts[0])
-        xattrs: dict[bytes, bytes | object] = {}
-        try:
-            stored = [os.fsencode(name) for name in os.listxattr(path)]
-        except OSError as error:
-            stored = []
-            if error.errno not in ABSENT:
-                xattrs[b""] = object()
-        for name in stored:
-            if self._merge.markers.is_private(name) or name == b"security.selinux":
-                continue
-            try:
-                xattrs[name] = os.getxattr(path, name)
-            except OSError as error:
-                if error.errno != errno.ENODATA:
-                    xattrs[name] = object()
+        unreadable: dict[bytes, object] = {}
+
+        def failed(name: bytes, error: OSError) -> None:
+            if name != ALL or error.errno not in ABSENT:
+                unreadable[name] = object()
+
+        xattrs = read_xattrs(
+            b"/proc/self/fd/%d" % self._merge.gate.fd(found.parts[0]),
+            lambda name: not self._merge.markers.is_private(name) and name != b"security.selinux",
+            failed,
+        )
         st = found.st
         assert st is not None
-        return st.st_mode, st.st_uid, st.st_gid, st.st_mtime_ns, xattrs
+        return st.st_mode, st.st_uid, st.st_gid, st.st_mtime_ns, {**xattrs, **unreadable}

@@ -6,47 +6,39 @@ import errno
 import os
 from typing import Final
 
+from unionfs.sys.attributes import OWNER, read_xattrs
 from unionfs.union.markers import Markers
 from unionfs.union.places import Place
 
 CAPABILITY: Final = b"security.capability"
 ACL_DEFAULT: Final = b"system.posix_acl_default"
-_NOT_KEPT: Final = (errno.EOPNOTSUPP,)
 
 
-def copy_xattrs(
-    markers: Markers, source: tuple[bytes | int, bool], target: tuple[bytes | int, bool]
-) -> list[bytes]:
-    """Copy all xattrs, ACLs included, except the overlay's own. Returns the names of all of them.
+def copied_xattrs(markers: Markers, place: int | bytes) -> dict[bytes, bytes]:
+    """The xattrs that a copy-up copies: all, ACLs included, except the overlay's own.
 
-    Each path or fd comes with "follow the last link" (always true for an fd).
-
-    As overlayfs (copy_up.c, ovl_copy_xattr), skips what the upper's filesystem does not support, except ACLs
-    and ``security.*``, which grant or deny rights. Unlike overlayfs, also skips what has vanished, and
-    malformed capabilities (EINVAL, security/commoncap.c): they grant nothing, and a user who may set an empty
-    value could otherwise keep others from changing the file, or from creating any in the directory.
+    Unlike overlayfs (copy_up.c, ovl_copy_xattr), skips what has vanished, and malformed capabilities (EINVAL,
+    security/commoncap.c): they grant nothing, and a user who may set an empty value could otherwise keep
+    others from changing the file, or from creating any in the directory.
     """
-    try:
-        names = [os.fsencode(name) for name in os.listxattr(source[0], follow_symlinks=source[1])]
-    except OSError as error:
-        if error.errno in _NOT_KEPT:
-            return []
-        raise
-    for name in names:
-        if markers.is_private(name):
-            continue
-        try:
-            value = os.getxattr(source[0], name, follow_symlinks=source[1])
-        except OSError as error:
-            if error.errno == errno.ENODATA or (error.errno == errno.EINVAL and name == CAPABILITY):
-                continue
-            raise
-        try:
-            os.setxattr(target[0], name, value, follow_symlinks=target[1])
-        except OSError as error:
-            if error.errno not in _NOT_KEPT or name.startswith((b"security.", b"system.posix_acl_")):
-                raise
-    return names
+    return read_xattrs(place, lambda name: not markers.is_private(name), _unreadable)
+
+
+def _unreadable(name: bytes, error: OSError) -> None:
+    if error.errno != errno.EINVAL or name != CAPABILITY:
+        raise error
+
+
+def unsupported(name: bytes, error: OSError) -> None:
+    """Raise the error of an attribute that cannot be set, except for xattrs which the filesystem does not
+    support: they are left out as on overlayfs, but for ACLs and ``security.*``, which grant or deny rights.
+    """
+    if (
+        error.errno != errno.EOPNOTSUPP
+        or name == OWNER
+        or name.startswith((b"security.", b"system.posix_acl_"))
+    ):
+        raise error
 
 
 def default_acl(place: Place, dir_fd: int) -> bytes:

@@ -219,11 +219,11 @@ def _number(raw: bytes, what: str) -> int:
     if not text:
         return 0
     try:
-        if text.strip(b"01234567"):
-            raise ValueError
-        return int(text, 8)
+        if text.isdigit():  # int() takes signs and underscores too
+            return int(text, 8)
     except ValueError:
-        raise Malformed(f"a header's {what} is no number") from None
+        pass
+    raise Malformed(f"a header's {what} is no number")
 
 
 def _size(raw: bytes) -> int:

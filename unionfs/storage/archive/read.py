@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import IO, Any
 
 from xxhash import xxh3_128
@@ -52,7 +52,7 @@ class ArchiveReader:
         self._left = 0  # bytes of the current member's data that are not read
         self._padding = 0
         self._digest = NO_DIGEST  # of the current file, once it has been read
-        self._content: Iterator[tuple[int, bytes]] | None = None
+        self._content: Iterable[tuple[int, bytes]] = ()
         self._seen: IO[bytes] = tempfile.SpooledTemporaryFile(max_size=8 << 20)  # noqa: SIM115
         self._lines: IO[bytes] = tempfile.SpooledTemporaryFile(max_size=8 << 20)  # noqa: SIM115
         self._deleted: IO[bytes] = tempfile.SpooledTemporaryFile(max_size=1 << 20)  # noqa: SIM115
@@ -170,19 +170,30 @@ class ArchiveReader:
             if entry.kind == SPARSE:
                 entry = entry._replace(segments=self._read_map(entry))
             self._digest = NO_DIGEST
-            self._content = self._read_content(entry) if entry.kind in (FILE, SPARSE) else None
+            if entry.kind == FILE and size <= _CHUNK:
+                self._content = self._read_small(size)
+            elif entry.kind in (FILE, SPARSE):
+                self._content = self._read_large(entry)
+            else:
+                self._content = ()
             yield entry
-            if self._content is not None:
-                for _ in self._content:
-                    pass
+            for _ in self._content:
+                pass
             self._seen.write(line_of(entry, self._digest) + b"\n")
 
-    def content(self) -> Iterator[tuple[int, bytes]]:
-        """(offset, data) of the current file."""
-        assert self._content is not None
+    def content(self) -> Iterable[tuple[int, bytes]]:
+        """(offset, data) of the current file; nothing of another entry. Good for one iteration."""
         return self._content
 
-    def _read_content(self, entry: Entry) -> Iterator[tuple[int, bytes]]:
+    def _read_small(self, size: int) -> Iterable[tuple[int, bytes]]:
+        data = self._take(size)
+        self._left = 0
+        self._skip_padding()
+        self.read_bytes += size
+        self._digest = digest_of(data)
+        return ((0, data),) if data else ()
+
+    def _read_large(self, entry: Entry) -> Iterator[tuple[int, bytes]]:
         digest = new_digest(entry)
         for offset, length in entry.segments if entry.kind == SPARSE else ((0, entry.size),):
             end = offset + length

@@ -1,8 +1,7 @@
-"""Docker's volume plugins as drivers: the published protocol, and the checks of every answer.
+"""Docker's volume plugins as drivers: the published protocol, with checks of every answer.
 
 Sources: docs.docker.com/engine/extend/plugin_api (handshake) and plugins_volume (the VolumeDriver requests);
-moby volume/drivers/proxy.go (how long docker waits). `plugin_search` finds them, `plugin_request` sends one
-request.
+moby volume/drivers/proxy.go (timeouts). `plugin_search` finds plugins, `plugin_request` sends one request.
 """
 
 from __future__ import annotations
@@ -39,24 +38,24 @@ __all__ = ["ENVIRONMENT", "Plugin", "find_plugin", "plugin_names"]
 _LONG = ("VolumeDriver.Create", "VolumeDriver.Mount")
 _LONG_SECONDS = 120.0
 _SHORT_SECONDS = 60.0
-"""Docker's own deadlines: what `_LONG` names may have to make a disk or to attach it, the rest need not."""
+"""Docker's own deadlines: the requests of `_LONG` may create or attach a disk."""
 _HANDSHAKE_SECONDS = 10.0
-"""Plugin.Activate, which comes first and takes a plugin no work."""
+"""Plugin.Activate, the first request, which means no work for a plugin."""
 _STATUS_SECONDS = 5.0
-"""For the Status in `inspect`, which shows the rest without it."""
+"""For the Status in `inspect`, which goes without it if need be."""
 _LOOK_SECONDS = 5.0
-"""For a look at a directory that a plugin names, which may be on a filesystem of its own."""
+"""For access to a directory that a plugin names, whose filesystem may hang."""
 _HURRIED_SECONDS = 10.0
 _SILENT_SECONDS = 30.0
 _DEEPEST = 32
-"""Objects and lists within each other in an answer."""
+"""Nesting of objects and lists in an answer."""
 _LONGEST_PATH = 4095
 """PATH_MAX without its NUL; linux/limits.h."""
 _LONGEST_WORDS = 300
 
 _silent_until: dict[str, float] = {}
-"""Until when (time.monotonic) a plugin is not asked again, by its URL: the removal of a hundred volumes waits
-for a plugin that hangs only once."""
+"""By URL, the time (time.monotonic) before which a silent plugin gets no other request: the removal of a
+hundred volumes waits only once for a plugin that hangs."""
 
 
 def find_plugin(name: str) -> Plugin | None:
@@ -66,9 +65,9 @@ def find_plugin(name: str) -> Plugin | None:
 
 
 class Plugin(Driver):
-    """A volume plugin as a driver. The plugin keeps its volumes; here is only which ones are ours.
+    """A volume plugin as a driver. The plugin stores the volumes; the records here say which ones are ours.
 
-    `until` (time.monotonic): the deadline of all requests together, for a caller that waits less than docker.
+    `until` (time.monotonic) is one deadline for all requests, for a caller that waits less than docker.
     """
 
     def __init__(self, address: Address, until: float = math.inf) -> None:
@@ -82,7 +81,7 @@ class Plugin(Driver):
 
     @property
     def scope(self) -> str:  # type: ignore[override]
-        """What the plugin says of itself; an old one says nothing."""
+        """The scope that the plugin reports; an old one reports none."""
         try:
             answer = self._call("VolumeDriver.Capabilities", {})
             found = self._object(answer, "Capabilities", "VolumeDriver.Capabilities").get("Scope")
@@ -93,6 +92,7 @@ class Plugin(Driver):
     # -- the protocol -------------------------------------------------------------------------------------
 
     def _endpoint(self) -> Endpoint:
+        # Start-up time, as in _post.
         from unionfs.storage.drivers.plugin_request import Endpoint
 
         if self._address.socket:
@@ -101,12 +101,12 @@ class Plugin(Driver):
         return Endpoint("", host, port, self._tls() if self._address.is_secure else None)
 
     def _tls(self) -> ssl.SSLContext:
-        import ssl  # takes longer than a short command's own work
+        import ssl  # start-up time: it takes longer than a short command's own work
 
         tls = self._address.tls or {}
         for key in ("CAFile", "CertFile", "KeyFile"):
             if tls.get(key):
-                # Before OpenSSL opens it, and might wait. Nobody else can replace it afterwards.
+                # Checked before OpenSSL opens it, which might wait. Nobody else can replace it afterwards.
                 trusted.read(tls[key], "file of certificates in a TLSConfig")
         try:
             context = ssl.create_default_context(cafile=tls.get("CAFile") or None)
@@ -135,7 +135,7 @@ class Plugin(Driver):
         return self._answer(request, self._post(request, content, seconds, until))
 
     def _post(self, request: str, content: bytes, seconds: float, until: float) -> Answer:
-        # Other commands start without what it imports.
+        # Start-up time: other commands do without what it imports.
         from unionfs.storage.drivers.plugin_request import RequestError, post
 
         now, url = time.monotonic(), self._address.url
@@ -179,10 +179,7 @@ class Plugin(Driver):
                 "its own messages."
             )
         if not isinstance(values, dict):
-            raise UserError(
-                f"the volume plugin {quoted(self.name)} answers {request} with no JSON object; see its own "
-                "messages."
-            )
+            self._odd(request, "no JSON object")
         return values
 
     def _odd(self, request: str, what: str) -> NoReturn:
@@ -191,7 +188,7 @@ class Plugin(Driver):
         )
 
     def _object(self, values: Mapping[str, Any], key: str, request: str) -> dict[str, Any]:
-        """An object in an answer, empty when there is none."""
+        """An object in an answer, empty if it is missing."""
         found = values.get(key)
         if found is None:
             return {}
@@ -200,7 +197,7 @@ class Plugin(Driver):
         return found
 
     def _path(self, values: Mapping[str, Any], request: str) -> str:
-        """The mountpoint in an answer as this host sees it, empty when there is none."""
+        """The mountpoint in an answer as a path of this host, empty if it is missing."""
         path = values.get("Mountpoint")
         if path is None or path == "":
             return ""
@@ -222,10 +219,10 @@ class Plugin(Driver):
     # -- the driver ---------------------------------------------------------------------------------------
 
     def check(self, options: Mapping[str, str]) -> None:
-        """The plugin knows its options itself; it says so in `create`."""
+        """Nothing: the plugin checks its options in `create`."""
 
     def one_mount_each(self, volume: Volume) -> bool:
-        """The plugin counts the users, by an ID each."""
+        """Always: the plugin counts users by their IDs."""
         return True
 
     def create(self, volume: Volume) -> None:
@@ -264,7 +261,7 @@ class Plugin(Driver):
             )
 
     def _look(self, path: str, action: Callable[[], int]) -> int:
-        """The result of `look`. Raises UserError when it does not come in time."""
+        """The result of `look`. Raises UserError when it takes too long."""
         try:
             found = looking.look(action, _LOOK_SECONDS)
         except OSError as error:
@@ -309,7 +306,7 @@ class Plugin(Driver):
 
 
 def _words(text: str) -> str:
-    """A plugin's own words as a part of a sentence: one short line without control characters."""
+    """A plugin's text as a part of a sentence: one short line without control characters."""
     line = " ".join(text[: 4 * _LONGEST_WORDS].split())
     shown = "".join(char if char.isprintable() else "?" for char in line)
     return shown if len(shown) <= _LONGEST_WORDS else shown[:_LONGEST_WORDS] + "..."

@@ -1,8 +1,8 @@
-"""One request to a Docker volume plugin, which may be broken or hostile: HTTP/1.1 with limits on all of it.
+"""One request to a Docker volume plugin, which may be broken or hostile: HTTP/1.1 with limits.
 
-h11 knows the protocol; the limits are kept here. Every byte that arrives counts (headers, interim answers and
-chunk sizes too), and one deadline is for the whole: connecting, sending, headers and body. Nothing is
-decompressed, and no redirect is followed.
+h11 implements the protocol, this module the limits. Every received byte counts (headers, interim answers and
+chunk sizes, too), and one deadline covers connecting, sending, headers and body. Nothing is decompressed, and
+no redirect is followed.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import ssl
 import struct
 from dataclasses import dataclass
 
-# This module is imported only to send a request (see `plugin`): the two take most of a short command's time.
+# This module is imported only for a request (see `plugin`): these two take most of a short command's time.
 import h11
 import trio
 
@@ -23,12 +23,12 @@ from unionfs.storage.drivers.plugin_search import SOCKET
 
 _CREDENTIALS = struct.Struct("=iII")  # struct ucred, include/linux/socket.h
 MOST_BYTES = 1 << 20
-"""A longer answer is refused: the longest one with a meaning is a few kilobytes."""
+"""A longer answer is refused: the longest sensible one has a few kilobytes."""
 _ACCEPT = "application/vnd.docker.plugins.v1.2+json"
 
 
 class RequestError(Exception):
-    """Why there is no answer that can be used; `str(error)` is a part of a sentence: `CAUSE; CURE`."""
+    """There is no usable answer; `str(error)` is a part of a sentence: `CAUSE; CURE`."""
 
     silent = False
     """Whether the deadline passed."""
@@ -40,7 +40,7 @@ class _SilentError(RequestError):
 
 @dataclass(frozen=True, slots=True)
 class Endpoint:
-    """Where to connect to: the path of a unix socket, or host, port and perhaps TLS."""
+    """The path of a unix socket, or host, port and perhaps TLS."""
 
     path: str = ""
     host: str = ""
@@ -57,9 +57,9 @@ class Answer:
 
 
 def post(endpoint: Endpoint, request: str, content: bytes, seconds: float) -> Answer:
-    """Send a request and return its answer, after at most `seconds`. Raises RequestError.
+    """Send a request and return its answer, within `seconds`. Raises RequestError.
 
-    Blocks. It has an event loop of its own, so it can be called from any thread in which none runs.
+    Blocks. It has its own event loop, so it can be called from any thread without one.
     """
     try:
         return trio.run(_post, endpoint, request, content, seconds)
@@ -96,7 +96,7 @@ async def _connected(endpoint: Endpoint) -> trio.abc.Stream:
     stream = await trio.open_tcp_stream(endpoint.host, endpoint.port)
     if endpoint.tls is None:
         return stream
-    # Many servers close without TLS's own goodbye.
+    # Many servers close without TLS's close_notify.
     secured = trio.SSLStream(stream, endpoint.tls, server_hostname=endpoint.host, https_compatible=True)
     try:
         await secured.do_handshake()
@@ -110,7 +110,7 @@ async def _connected_to_socket(path: str) -> trio.SocketStream:
     """A connection to a socket of root or this user that nobody else could replace, and to such a process."""
     with trusted.opened(path, SOCKET) as name:
         stream = await trio.open_unix_socket(name)
-    # Who has called listen(2); unix(7). A socket may have been given away.
+    # Of the process that called listen(2); unix(7). A socket may have been given away.
     _, uid, _ = _CREDENTIALS.unpack(
         stream.socket.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _CREDENTIALS.size)
     )

@@ -1,9 +1,9 @@
-"""Where Docker's volume plugins are, found as docker finds them, and which descriptions can be trusted.
+"""Discovery of Docker's volume plugins, as docker does it, and the trust in their descriptions.
 
 Sources: docs.docker.com/engine/extend/plugin_api (discovery); moby pkg/plugins/discovery.go and
 plugin/v2/plugin.go (paths of managed plugins). Root mounts the directory that a plugin names. So a socket or
 description must belong to root (or to the user who runs the command), and nobody else may be able to replace
-it (`trusted`). That holds for a socket that a description names, too: it is checked when it is used.
+it (`trusted`). The same is true of a socket that a description names: it is checked when it is used.
 """
 
 from __future__ import annotations
@@ -20,29 +20,29 @@ from unionfs.errors import UserError, quoted, reason
 from unionfs.storage.drivers import trusted
 
 ENVIRONMENT = "UNIONFS_PLUGIN_PATH"
-"""Directories, separated by colons, to look in instead of docker's."""
+"""Directories, separated by colons, to search instead of docker's."""
 _SOCKETS = ("/run/docker/plugins",)
 _SPECS = ("/etc/docker/plugins", "/usr/lib/docker/plugins")
 _MANAGED = "/var/lib/docker/plugins"
 SOCKET = "socket of a plugin"
 _DESCRIPTION = "plugin description"
 _DEPTH = 4
-"""Directories below each other that names of plugins have at most."""
+"""Deepest nesting of directories in a plugin's name."""
 _PORTS = {"tcp": 80, "http": 80, "https": 443}
 
 
 @dataclass(frozen=True, slots=True)
 class Address:
-    """Where a plugin listens."""
+    """The address of a plugin."""
 
     name: str
     url: str
     """`unix://PATH`, `tcp://HOST:PORT`, `http://` or `https://`."""
     tls: Mapping[str, Any] | None = None
     base: str = ""
-    """Of a managed plugin: the directory that its paths are below."""
+    """The directory that a managed plugin's paths are below."""
     propagated: str = ""
-    """The part of its paths that is at `../propagated-mount` of `base`."""
+    """The prefix of its paths that stands for `../propagated-mount` of `base`."""
 
     @property
     def shown(self) -> str:
@@ -51,23 +51,23 @@ class Address:
 
     @property
     def socket(self) -> str:
-        """The path of its unix socket, empty when it has none."""
+        """The path of its unix socket, empty if it has none."""
         return self.url.removeprefix("unix://") if self.url.startswith("unix://") else ""
 
     @property
     def host_and_port(self) -> tuple[str, int]:
-        """Of one that has no unix socket."""
+        """Host and port of a plugin without unix socket."""
         parts = urlsplit(self.url)
         default = 443 if self.is_secure else _PORTS[parts.scheme]
         return parts.hostname or "", parts.port or default
 
     @property
     def is_secure(self) -> bool:
-        """Whether it speaks TLS."""
+        """Whether it uses TLS."""
         return self.url.startswith("https://") or (self.tls is not None and self.url.startswith("tcp://"))
 
     def host_path(self, path: str) -> str:
-        """A path that the plugin names, as this host sees it."""
+        """The path on this host of a path that the plugin names."""
         if not self.base:
             return path
         if self.propagated and (path + "/").startswith(self.propagated.rstrip("/") + "/"):
@@ -76,7 +76,7 @@ class Address:
         return self.base + path
 
     def is_beyond(self, path: str) -> bool:
-        """Whether a path on this host leaves a managed plugin's directories, by a symlink."""
+        """Whether a path on this host leaves a managed plugin's directories through a symlink."""
         if not self.base:
             return False
         homes = (self.base, f"{os.path.dirname(self.base)}/propagated-mount")
@@ -97,7 +97,7 @@ def _directories() -> tuple[tuple[str, ...], tuple[str, ...]]:
 
 
 def plugin_names() -> list[str]:
-    """The plugins that can be found without asking them anything."""
+    """The names of plugins that can be found without a request to them."""
     sockets, specs = _directories()
     names = set()
     for directories, endings in ((sockets, (".sock",)), (specs, (".spec", ".json"))):
@@ -122,14 +122,14 @@ def _files(directory: str) -> Iterator[str]:
 def _name_of(path: str, ending: str) -> str:
     path = path.removesuffix(ending)
     parent, _, name = path.rpartition("/")
-    # A plugin may have a directory of its own name.
+    # A plugin may lie in a directory of its own name.
     return parent if parent == name else path
 
 
 def find_address(name: str) -> Address | None:
-    """Where the plugin of that name listens, or None when there is none.
+    """The address of the plugin of that name, or None.
 
-    Raises UserError for one whose description is misspelt or cannot be trusted.
+    Raises UserError for a description that is misspelt or not trusted.
     """
     if any(part in ("", ".", "..") for part in name.split("/")) or not name.isprintable():
         return None
@@ -151,7 +151,7 @@ def find_address(name: str) -> Address | None:
 
 
 def _kind(path: str) -> int:
-    """S_IFMT bits of what is there, symlinks followed as docker follows them; 0 for nothing."""
+    """The S_IFMT bits of a file, symlinks followed as docker does; 0 if it is missing."""
     try:
         return stat.S_IFMT(os.stat(path).st_mode)
     except OSError:
@@ -159,7 +159,7 @@ def _kind(path: str) -> int:
 
 
 def _check_socket(path: str) -> None:
-    """Refuse a socket that another user has put there, or could replace. Raises UserError."""
+    """Raise UserError for a socket that another user has put there, or could replace."""
     try:
         with trusted.opened(path, SOCKET):
             pass
@@ -209,7 +209,7 @@ def _from_json(name: str, path: str) -> Address:
 
 
 def _find_managed(name: str) -> Address | None:
-    """A plugin that `docker plugin install` has put there and that is enabled."""
+    """An enabled plugin that `docker plugin install` has installed."""
     wanted = name if ":" in name.rpartition("/")[2] else f"{name}:latest"
     try:
         found = sorted(os.listdir(_MANAGED))
@@ -220,7 +220,7 @@ def _find_managed(name: str) -> Address | None:
         if not _kind(path):
             continue
         try:
-            # Docker's own directory has whatever its plugins left there; one of them is no reason to fail.
+            # Plugins leave anything in docker's directory; a broken one does not stop the search.
             plugin = json.loads(trusted.read(path, _DESCRIPTION))["plugin"]
             if plugin["Name"] != wanted:
                 continue
