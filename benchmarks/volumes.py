@@ -1,10 +1,9 @@
-"""What the commands for volumes cost on a storage root with many of them.
+"""The cost of volume commands on a storage root with many volumes.
 
     python benchmarks/volumes.py [--volumes N] [--repeat N] [--directory DIR]
 
 Creates N volumes, a tenth of them in use, and prints milliseconds: listing all (in process, and as the
-command), and creating, finding, using and removing one more. Nothing is asserted: figures depend on the
-machine.
+command), and creating, finding, using and removing one more.
 """
 
 from __future__ import annotations
@@ -41,7 +40,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--volumes", type=int, default=1000, metavar="N")
     parser.add_argument("--repeat", type=int, default=20, metavar="N")
-    parser.add_argument("--directory", help="where the storage root is made")
+    parser.add_argument("--directory", help="the directory of the storage root")
     options = parser.parse_args()
     root = tempfile.mkdtemp(dir=options.directory)
     user = User.of_this_process("benchmark")
@@ -51,7 +50,7 @@ def main() -> None:
             Volumes(root).create(f"volume{number:05}", labels={"number": str(number)})
             if number % 10 == 0:
                 Volumes(root).attach(f"volume{number:05}", user)
-        print(f"{options.volumes} volumes made in {time.perf_counter() - started:.1f} s")
+        print(f"{options.volumes} volumes created in {time.perf_counter() - started:.1f} s")
         one = f"volume{options.volumes // 2 + 1:05}"
         _measured(
             "", options.repeat,
