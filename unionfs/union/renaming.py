@@ -8,9 +8,9 @@ import stat
 from contextlib import nullcontext
 
 from unionfs.sys import calls
+from unionfs.sys.calls import os_error
 from unionfs.sys.fds import Owned
 from unionfs.union.changing import Changing, Name
-from unionfs.union.errors import os_error
 from unionfs.union.node import Node
 from unionfs.union.work import NO_FLAGS, NOT_EMPTY, At, rename
 
