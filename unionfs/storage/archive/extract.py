@@ -126,18 +126,14 @@ class Extractor:
         *parts, name = path.split(b"/")
         fd = os.dup(self._root)
         for part in parts:
-            try:
-                below = self._open_directory(fd, part, path)
-            finally:
-                os.close(fd)
-            fd = below
+            with Owned(fd):
+                fd = self._open_directory(fd, part, path)
         return fd, name
 
     def _clear(self, at: int, name: bytes) -> None:
-        """Remove what has that name: an earlier state of the same entry."""
+        """Remove what has that name."""
         status = os.stat(name, dir_fd=at, follow_symlinks=False)
         if stat.S_ISDIR(status.st_mode):
-            # No directory below it is open: those that are lead to `at`.
             remove(at, name)
         else:
             os.unlink(name, dir_fd=at)
@@ -151,11 +147,7 @@ class Extractor:
         except Malformed:
             return
         with suppress(FileNotFoundError):
-            status = os.stat(name, dir_fd=at, follow_symlinks=False)
-            if stat.S_ISDIR(status.st_mode):
-                remove(at, name)
-            else:
-                os.unlink(name, dir_fd=at)
+            self._clear(at, name)
 
     # -- entries ------------------------------------------------------------------------------------------
 
@@ -170,12 +162,9 @@ class Extractor:
         at, name = self._place(entry.path)
         try:
             if kind in (FILE, SPARSE):
-                fd = self._create(at, name)
-                try:
+                with Owned(self._create(at, name)) as fd:
                     self._fill(fd, entry, content)
                     self._attributes(fd, entry)
-                finally:
-                    os.close(fd)
             elif kind == DIRECTORY:
                 self._mkdir(at, name)
                 self._remember(entry)
@@ -203,12 +192,9 @@ class Extractor:
     def new_file(self, entry: Entry) -> Iterator[int]:
         """The fd of a new file to be filled; it gets its attributes at the end of the context."""
         at, name = self._place(entry.path)
-        fd = self._create(at, name)
-        try:
+        with Owned(self._create(at, name)) as fd:
             yield fd
             self._attributes(fd, entry)
-        finally:
-            os.close(fd)
 
     def _create(self, at: int, name: bytes) -> int:
         try:
@@ -310,26 +296,25 @@ class Extractor:
             ) from error
 
     def _link(self, at: int, name: bytes, entry: Entry) -> None:
-        source, first = self._open_once(entry.link)
-        try:
-            for tried in (False, True):
-                try:
-                    os.link(first, name, src_dir_fd=source, dst_dir_fd=at, follow_symlinks=False)
-                    return
-                except FileExistsError:
-                    if tried:
-                        raise
-                    self._clear(at, name)
-        except FileNotFoundError:
-            raise Malformed(
-                f"the hard link {_shown(entry.path)} leads to {_shown(entry.link)}, which is not there"
-            ) from None
-        except PermissionError as error:
-            if stat.S_ISDIR(os.stat(first, dir_fd=source, follow_symlinks=False).st_mode):
-                raise Malformed(f"the hard link {_shown(entry.path)} leads to a directory") from None
-            raise error
-        finally:
-            os.close(source)
+        above, first = self._open_once(entry.link)
+        with Owned(above) as source:
+            try:
+                for tried in (False, True):
+                    try:
+                        os.link(first, name, src_dir_fd=source, dst_dir_fd=at, follow_symlinks=False)
+                        return
+                    except FileExistsError:
+                        if tried:
+                            raise
+                        self._clear(at, name)
+            except FileNotFoundError:
+                raise Malformed(
+                    f"the hard link {_shown(entry.path)} leads to {_shown(entry.link)}, which is not there"
+                ) from None
+            except PermissionError as error:
+                if stat.S_ISDIR(os.stat(first, dir_fd=source, follow_symlinks=False).st_mode):
+                    raise Malformed(f"the hard link {_shown(entry.path)} leads to a directory") from None
+                raise error
 
     def end_archive(self) -> None:
         """An archive has been extracted; another one, built on it, may follow."""

@@ -13,6 +13,7 @@ from unionfs.errors import UserError, quoted, reason
 from unionfs.storage.model import Volume
 from unionfs.storage.removing import refuse_locked
 from unionfs.storage.workspace import Workspace, recover, workspace
+from unionfs.sys.fds import directory
 from unionfs.union.removal import remove_path
 from unionfs.union.work import exchange as exchange_names
 
@@ -23,21 +24,15 @@ _ASIDE = ".old"
 
 def fsync_directory(path: str) -> None:
     """Make the names in a directory durable."""
-    fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    try:
+    with directory(path) as fd:
         os.fsync(fd)
-    finally:
-        os.close(fd)
 
 
 def exchange(one: str, other: str) -> None:
     """Exchange two names on one filesystem: in one step, or in steps that `recover_sibling` can undo."""
-    at = os.open("/", os.O_PATH | os.O_CLOEXEC)
-    try:
+    with directory("/") as at:
         new, old, aside = ((at, os.fsencode(path)) for path in (other, one, other + _ASIDE))
         exchange_names(new, old, aside)
-    finally:
-        os.close(at)
 
 
 class _Sibling:
@@ -99,18 +94,15 @@ def in_place(volume: Volume, data: str, settle: Callable[[], None] | None = None
     The exchange is many renames, which a journal outside the volume finishes when it is interrupted. `settle`
     is called before, and may wait until all that was written can be renamed.
     """
-    root = os.open(data, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    try:
-        with ExitStack() as stack:
-            try:
-                place = stack.enter_context(workspace(volume.directory, root, "restore", settle))
-            except OSError as error:
-                raise UserError(
-                    f"nothing can be prepared in {quoted(data)}: {reason(error)}; make the volume writable."
-                ) from error
-            yield place
-    finally:
-        os.close(root)
+    with ExitStack() as stack:
+        root = stack.enter_context(directory(data))
+        try:
+            place = stack.enter_context(workspace(volume.directory, root, "restore", settle))
+        except OSError as error:
+            raise UserError(
+                f"nothing can be prepared in {quoted(data)}: {reason(error)}; make the volume writable."
+            ) from error
+        yield place
 
 
 def finish_in_place(volume: Volume, data: str) -> None:
