@@ -202,6 +202,17 @@ def open_archive(source: str) -> Iterator[ArchiveReader]:
         yield reader
 
 
+def read_whole(reader: ArchiveReader, report: Report, progress: Progress | None) -> None:
+    """Read an archive to its end, and add its figures to the report. Raises Malformed."""
+    for _ in reader.entries():
+        if progress is not None and reader.count % 256 == 0:
+            progress(report.entries + reader.count, report.size + reader.read_bytes)
+    for _ in reader.deleted():
+        pass
+    report.entries += reader.count
+    report.size += reader.read_bytes
+
+
 @contextmanager
 def explained(source: str) -> Iterator[None]:
     """Turn what is wrong with an archive into a sentence."""
@@ -235,15 +246,10 @@ def verify_archive(source: str, progress: Progress | None = None) -> Report:
     """Read an archive to its end and hold it against its manifest. Raises UserError when it doesn't agree."""
     report = Report()
     with open_archive(source) as reader, explained(source):
-        for _ in reader.entries():
-            if progress is not None and reader.count % 256 == 0:
-                progress(reader.count, reader.read_bytes)
+        read_whole(reader, report, progress)
         # An incremental archive names what lies in its base too.
         for _ in latest(reader.manifest_lines()):
             pass
-        for _ in reader.deleted():
-            pass
-        report.entries, report.size = reader.count, reader.read_bytes
         base = reader.info.get("base")
         if base is not None:
             report.how = f"incremental, on top of {quoted(str(base['file']))}"

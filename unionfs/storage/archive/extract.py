@@ -11,7 +11,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
-from typing import IO
+from typing import IO, TypeVar
 
 from unionfs.errors import UserError, quoted, reason
 from unionfs.storage import symlinks
@@ -36,6 +36,7 @@ _DIRECTORY_FLAGS = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 _NEW_FILE = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
 _MOST_OPEN = 128
 _PRIVILEGED = (b"trusted.", b"security.")
+T = TypeVar("T")
 
 
 class Extractor:
@@ -197,11 +198,15 @@ class Extractor:
             self._attributes(fd, entry)
 
     def _create(self, at: int, name: bytes) -> int:
+        return self._in_place_of(at, name, lambda: os.open(name, _NEW_FILE, 0o600, dir_fd=at))
+
+    def _in_place_of(self, at: int, name: bytes, make: Callable[[], T]) -> T:
+        """Make something under a name that an earlier state of the entry may have."""
         try:
-            return os.open(name, _NEW_FILE, 0o600, dir_fd=at)
+            return make()
         except FileExistsError:
             self._clear(at, name)
-            return os.open(name, _NEW_FILE, 0o600, dir_fd=at)
+            return make()
 
     def _fill(self, fd: int, entry: Entry, content: Iterable[tuple[int, bytes]]) -> None:
         if entry.kind == FILE:
@@ -268,19 +273,12 @@ class Extractor:
         if kind == HARDLINK:
             self._link(at, name, entry)
             return
-        for tried in (False, True):
-            try:
-                if kind == SYMLINK:
-                    os.symlink(entry.link, name, dir_fd=at)
-                elif kind == FIFO:
-                    os.mkfifo(name, 0o600, dir_fd=at)
-                else:
-                    self._mknod(at, name, entry)
-                break
-            except FileExistsError:
-                if tried:
-                    raise
-                self._clear(at, name)
+        if kind == SYMLINK:
+            self._in_place_of(at, name, lambda: os.symlink(entry.link, name, dir_fd=at))
+        elif kind == FIFO:
+            self._in_place_of(at, name, lambda: os.mkfifo(name, 0o600, dir_fd=at))
+        else:
+            self._in_place_of(at, name, lambda: self._mknod(at, name, entry))
         changeable = kind != SYMLINK or self._changes_symlinks
         wanted = self._wanted(entry, entry.mode | (stat.S_IFLNK if kind == SYMLINK else 0))
         attributes.write(at, name, wanted, _refuse, owner=self._is_root and changeable, times=changeable)
@@ -299,14 +297,10 @@ class Extractor:
         above, first = self._open_once(entry.link)
         with Owned(above) as source:
             try:
-                for tried in (False, True):
-                    try:
-                        os.link(first, name, src_dir_fd=source, dst_dir_fd=at, follow_symlinks=False)
-                        return
-                    except FileExistsError:
-                        if tried:
-                            raise
-                        self._clear(at, name)
+                self._in_place_of(
+                    at, name,
+                    lambda: os.link(first, name, src_dir_fd=source, dst_dir_fd=at, follow_symlinks=False),
+                )  # fmt: skip
             except FileNotFoundError:
                 raise Malformed(
                     f"the hard link {_shown(entry.path)} leads to {_shown(entry.link)}, which is not there"
