@@ -86,7 +86,8 @@ def compressor(out: IO[bytes], kind: str) -> Sink:
         return cast(
             Sink, _Both(gzip.GzipFile(fileobj=buffered, mode="wb", compresslevel=4, mtime=0), buffered)
         )
-    import zstandard  # only here: it slows the start down
+    # start-up time: only archives need it
+    import zstandard
 
     made = zstandard.ZstdCompressor(level=3, threads=os.cpu_count() or 1, write_checksum=True)
     return cast(Sink, _Both(made.stream_writer(buffered, closefd=False), buffered))
@@ -177,7 +178,8 @@ def decompressor(source: IO[bytes]) -> Source:
     buffered = io.BufferedReader(cast(io.RawIOBase, source), _BUFFER)
     start = buffered.peek(4)[:4]
     if start == _ZSTD:
-        import zstandard  # see above
+        # start-up time: only archives need it
+        import zstandard
 
         # A read returns no more than is asked for, so that a bomb of zeros takes no memory.
         made = zstandard.ZstdDecompressor().stream_reader(buffered, read_across_frames=True, closefd=False)
