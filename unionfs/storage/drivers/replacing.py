@@ -13,7 +13,7 @@ from unionfs.errors import UserError, quoted, reason
 from unionfs.storage.model import Volume
 from unionfs.storage.removing import refuse_locked
 from unionfs.storage.workspace import Workspace, recover, workspace
-from unionfs.sys.fds import directory
+from unionfs.sys.fds import Owned, directory, sync_directory
 from unionfs.union.removal import remove_path
 from unionfs.union.work import exchange as exchange_names
 
@@ -22,15 +22,9 @@ _ASIDE = ".old"
 """Where the old content waits on a filesystem that cannot exchange, between two renames."""
 
 
-def fsync_directory(path: str) -> None:
-    """Make the names in a directory durable."""
-    with directory(path) as fd:
-        os.fsync(fd)
-
-
 def exchange(one: str, other: str) -> None:
     """Exchange two names on one filesystem: in one step, or in steps that `recover_sibling` can undo."""
-    with directory("/") as at:
+    with Owned(os.open("/", os.O_PATH | os.O_CLOEXEC)) as at:
         new, old, aside = ((at, os.fsencode(path)) for path in (other, one, other + _ASIDE))
         exchange_names(new, old, aside)
 
@@ -48,7 +42,7 @@ class _Sibling:
         else:
             # Somebody has removed the volume's directory: a restore is the cure for that.
             os.rename(self.path, self._data)
-        fsync_directory(os.path.dirname(self._data))
+        sync_directory(os.path.dirname(self._data))
 
 
 @contextmanager
@@ -94,8 +88,7 @@ def in_place(volume: Volume, data: str, settle: Callable[[], None] | None = None
     The exchange is many renames, which a journal outside the volume finishes when it is interrupted. `settle`
     is called before, and may wait until all that was written can be renamed.
     """
-    with ExitStack() as stack:
-        root = stack.enter_context(directory(data))
+    with directory(data) as root, ExitStack() as stack:
         try:
             place = stack.enter_context(workspace(volume.directory, root, "restore", settle))
         except OSError as error:
