@@ -1,15 +1,19 @@
-"""Fixtures of the attacks: layers, an ordinary user's host, and an attacker."""
+"""Fixtures of the attacks: layers, an ordinary user's host, a storage root, containers, and an attacker."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
 from tests.mount.conftest import host, place
+from tests.security.container_calls import Prison, prison
+from tests.security.storage_actors import Outside
 from tests.support.worker import Worker
+from tests.volumes.conftest import as_root, store
 
-__all__ = ["attacker", "host", "place"]
+__all__ = ["as_root", "attacker", "host", "inmate", "inside", "outside", "place", "store"]
 
 
 @pytest.fixture
@@ -17,3 +21,25 @@ def attacker(root: None) -> Iterator[Worker]:
     """A process of uid 1001 with the rights of an ordinary user."""
     with Worker(1001, 1001, modules=["tests.security.attacks"]) as worker:
         yield worker
+
+
+@pytest.fixture(params=["root", "user"])
+def inmate(root: None, area: Path, request: pytest.FixtureRequest) -> Iterator[Prison]:
+    """A container of uid 0, and one of an ordinary user."""
+    with prison(area, request.param) as found:
+        yield found
+
+
+@pytest.fixture
+def inside(root: None, area: Path) -> Iterator[Prison]:
+    """A container of uid 0."""
+    with prison(area, "root") as found:
+        yield found
+
+
+@pytest.fixture
+def outside(area: Path) -> Iterator[Outside]:
+    """A tree that must stay as it is."""
+    found = Outside(area)
+    yield found
+    found.check()

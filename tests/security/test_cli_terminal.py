@@ -12,7 +12,6 @@ import pytest
 from tests.mount.cli_calls import REPOSITORY, UNIONFS, refused
 from tests.security.test_plugin_answers import Hostile, says
 from tests.security.test_plugin_answers import hostile as hostile
-from tests.security.test_plugin_answers import store as store
 from tests.volumes.conftest import Store
 
 NAMES = [

@@ -25,20 +25,6 @@ from unionfs.sys import calls
 RACE_SECONDS = 10.0
 
 
-@pytest.fixture(params=["root", "user"])
-def inmate(root: None, area: Path, request: pytest.FixtureRequest) -> Iterator[Prison]:
-    """As uid 0, and as an ordinary user."""
-    with prison(area, request.param) as found:
-        yield found
-
-
-@pytest.fixture
-def inside(root: None, area: Path) -> Iterator[Prison]:
-    """As uid 0."""
-    with prison(area, "root") as found:
-        yield found
-
-
 def state(path: str | Path) -> tuple[object, ...]:
     """What must not change of a file of the host."""
     st = os.stat(path)

@@ -15,27 +15,12 @@ from pathlib import Path
 import pytest
 
 from tests.mount.cli_calls import REPOSITORY, UNIONFS, refused
-from tests.security.container_calls import Prison, prison
+from tests.security.container_calls import Prison
 from tests.support.patience import patient
 from unionfs.containers import seccomp
 from unionfs.containers.capabilities import DEFAULT
 from unionfs.errors import UserError
 from unionfs.sys.mountinfo import read_mountinfo
-
-
-@pytest.fixture(params=["root", "user"])
-def inmate(root: None, area: Path, request: pytest.FixtureRequest) -> Iterator[Prison]:
-    """As uid 0, and as an ordinary user."""
-    with prison(area, request.param) as found:
-        yield found
-
-
-@pytest.fixture
-def inside(root: None, area: Path) -> Iterator[Prison]:
-    """As uid 0."""
-    with prison(area, "root") as found:
-        yield found
-
 
 # -- keys ---------------------------------------------------------------------------------------------
 

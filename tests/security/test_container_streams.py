@@ -7,20 +7,12 @@ import signal
 import socket
 import subprocess
 import time
-from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
 
 from tests.mount.cli_calls import REPOSITORY, UNIONFS, Done
-from tests.security.container_calls import Prison, prison
+from tests.security.container_calls import Prison
 from tests.support.patience import patient
-
-
-@pytest.fixture
-def inside(root: None, area: Path) -> Iterator[Prison]:
-    with prison(area, "root") as found:
-        yield found
 
 
 def shell(inside: Prison, line: str, script: str) -> Done:

@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from pathlib import Path
-
 import pytest
 
 from tests.mount.run_calls import Terminal
-from tests.security.container_calls import PYTHON, Prison, prison
+from tests.security.container_calls import PYTHON, Prison
 
 _TYPE = """
 import fcntl, os, termios
@@ -25,12 +22,6 @@ for place in [*range(20), *names]:
 """
 _REDIRECTIONS = ("", "</dev/null", ">/dev/null", "2>/dev/null", "</dev/null >/dev/null", ">/dev/null 2>&1",
                  "| cat", "</dev/null >/dev/null 2>&1", "</dev/null 2>&1 | cat", "& wait")  # fmt: skip
-
-
-@pytest.fixture
-def inside(root: None, area: Path) -> Iterator[Prison]:
-    with prison(area, "root") as found:
-        yield found
 
 
 @pytest.mark.parametrize("redirection", _REDIRECTIONS)

@@ -15,7 +15,6 @@ from tests.unit.test_storage_populate import fill
 from tests.unit.union_support import OpenUnion, whiteout
 from tests.unit.union_support import open_union as open_union
 from tests.volumes.conftest import Store
-from tests.volumes.conftest import as_root as as_root
 from unionfs.storage.archive.walk import read_xattrs
 from unionfs.union.diff import diff
 from unionfs.union.layers import LayerStack
@@ -31,12 +30,6 @@ def spoil(path: Path) -> None:
         os.getxattr(path, BROKEN)
 
 
-@pytest.fixture
-def store(area: Path, as_root: None) -> Store:
-    """An empty storage root."""
-    return Store(area / "root")
-
-
 def tree(top: Path) -> None:
     """A directory, a file in it and an empty file, all spoiled."""
     (top / "dir").mkdir(parents=True, exist_ok=True)
@@ -45,6 +38,9 @@ def tree(top: Path) -> None:
     for name in ("dir", "dir/file", "empty"):
         spoil(top / name)
     (top / "other").write_text("other")
+
+
+pytestmark = pytest.mark.usefixtures("as_root")
 
 
 class TestDiff:

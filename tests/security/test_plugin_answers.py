@@ -107,12 +107,6 @@ class Hostile:
 
 
 @pytest.fixture
-def store(area: Path) -> Store:
-    """An empty storage root."""
-    return Store(area / "root")
-
-
-@pytest.fixture
 def hostile(area: Path, store: Store, monkeypatch: pytest.MonkeyPatch) -> Iterator[Hostile]:
     directory = area / "plugins"
     directory.mkdir()

@@ -20,12 +20,6 @@ STRANGER = 1001
 
 
 @pytest.fixture
-def store(area: Path) -> Store:
-    """An empty storage root."""
-    return Store(area / "root")
-
-
-@pytest.fixture
 def places(area: Path, store: Store) -> Iterator[Path]:
     """The directory in which plugins are looked for."""
     if os.geteuid() != 0:

@@ -14,7 +14,6 @@ import pytest
 from tests.mount.cli_calls import refused
 from tests.security.test_plugin_answers import Hostile, says
 from tests.security.test_plugin_answers import hostile as hostile
-from tests.security.test_plugin_answers import store as store
 from tests.support.syscalls import umount
 from tests.volumes.conftest import Store
 from unionfs.errors import UserError

@@ -25,12 +25,6 @@ ROUNDS = 1000
 
 
 @pytest.fixture
-def store(area: Path) -> Store:
-    """An empty storage root."""
-    return Store(area / "root")
-
-
-@pytest.fixture
 def places(root: None, area: Path, store: Store, monkeypatch: pytest.MonkeyPatch) -> Path:
     """The directory in which plugins are looked for."""
     directory = area / "plugins"

@@ -22,7 +22,6 @@ from tests.security.storage_actors import Outside, VolumeUser, meanwhile, resize
 from tests.support.worker import Worker
 from tests.volumes import forge, trees
 from tests.volumes.conftest import Store
-from tests.volumes.conftest import as_root as as_root
 from tests.volumes.conftest import store as store
 from tests.volumes.forge import Member, directory, file, other
 from unionfs.errors import UserError
@@ -34,14 +33,6 @@ pytestmark = [pytest.mark.usefixtures("as_root"), pytest.mark.watchdog(200), pyt
 LONG = b"d" * 247
 _MEMORY = 700 << 20
 Restored = Callable[[Sequence[Member]], tuple[str, dict[str, int]]]
-
-
-@pytest.fixture
-def outside(area: Path) -> Iterator[Outside]:
-    """A tree that must stay as it is."""
-    found = Outside(area)
-    yield found
-    found.check()
 
 
 def chain(depth: int, target: bytes) -> list[Member]:

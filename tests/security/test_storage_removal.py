@@ -21,19 +21,10 @@ from tests.security.storage_actors import SECONDS, Outside, meanwhile, swap_cont
 from tests.support import syscalls
 from tests.support.worker import Worker
 from tests.volumes.conftest import Store
-from tests.volumes.conftest import as_root as as_root
 from tests.volumes.conftest import store as store
 from unionfs.union.removal import find_locked, remove, remove_path
 
 pytestmark = [pytest.mark.usefixtures("as_root"), pytest.mark.watchdog(200), pytest.mark.timeout(200)]
-
-
-@pytest.fixture
-def outside(area: Path) -> Iterator[Outside]:
-    """A tree that must stay as it is."""
-    found = Outside(area)
-    yield found
-    found.check()
 
 
 @pytest.fixture

@@ -20,7 +20,6 @@ from tests.mount.test_run import box as box
 from tests.support.storage import Storage
 from tests.support.worker import Worker
 from tests.volumes.conftest import Store
-from tests.volumes.conftest import as_root as as_root
 from tests.volumes.conftest import store as store
 from unionfs.errors import UserError
 from unionfs.storage.volumes import Volumes

@@ -30,7 +30,6 @@ from tests.unit.union_support import OpenUnion
 from tests.unit.union_support import open_union as open_union
 from tests.volumes import trees
 from tests.volumes.conftest import Store
-from tests.volumes.conftest import as_root as as_root
 from tests.volumes.conftest import store as store
 from unionfs.errors import UserError
 from unionfs.storage import workspace

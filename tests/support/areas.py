@@ -22,6 +22,7 @@ from pathlib import Path
 from tests.support import acl, syscalls
 
 PREFIX = "unionfs-tests-"
+_LONGEST_BASE = 40
 FILESYSTEMS = ("ext4", "tmpfs", "xfs", "btrfs")
 _MKFS = {
     "ext4": ["mkfs.ext4", "-q", "-F", "-E", "lazy_itable_init=0,nodiscard"],
@@ -137,11 +138,17 @@ def _new(base: Path) -> Iterator[Path]:
         os.close(lock)
 
 
+def _bases() -> list[Path]:
+    """Where areas may lie. The path of a socket in one has to fit into 108 bytes (unix(7))."""
+    paths = (Path(tempfile.gettempdir()), Path("/var/tmp"))
+    return [path for path in paths if path.is_dir() and len(os.fsencode(path)) <= _LONGEST_BASE]
+
+
 @contextmanager
 def area() -> Iterator[Path]:
     """A directory on a filesystem with xattrs, ACLs and whiteouts: the host's own, else an ext4 in a file."""
-    for base in (Path(tempfile.gettempdir()), Path("/var/tmp")):
-        if base.is_dir() and _fit(base) is None:
+    for base in _bases():
+        if _fit(base) is None:
             with _new(base) as path:
                 yield path
             return
@@ -157,7 +164,7 @@ def filesystem(kind: str, size: int = 256 << 20) -> Iterator[Path]:
     """
     if os.geteuid() != 0:
         raise Unavailable("mounting a filesystem needs root")
-    base = Path("/var/tmp") if _fit(Path(tempfile.gettempdir())) else Path(tempfile.gettempdir())
+    base = next((path for path in _bases() if _fit(path) is None), Path("/var/tmp"))
     with _new(base) as home:
         where = home / "fs"
         where.mkdir()

@@ -39,14 +39,14 @@ async def _asked(path: Path, client: Callable[[], Any]) -> Any:
     return answer
 
 
-async def test_a_question(tmp_path: Path) -> None:
-    path = tmp_path / "s"
+async def test_a_question(area: Path) -> None:
+    path = area / "s"
     client = functools.partial(ask, str(path), question={"watch_seconds": 2.5})
     assert await _asked(path, client) == {"asked": {"watch_seconds": 2.5}}
 
 
-async def test_no_question(tmp_path: Path) -> None:
-    path = tmp_path / "s"
+async def test_no_question(area: Path) -> None:
+    path = area / "s"
     assert await _asked(path, functools.partial(ask, str(path))) == {"asked": {}}
 
 
@@ -63,14 +63,14 @@ async def test_no_question(tmp_path: Path) -> None:
         (b'{"half":', True),
     ],
 )
-async def test_who_asks_for_nothing(tmp_path: Path, sent: bytes | None, ends: bool) -> None:
-    path = tmp_path / "s"
+async def test_who_asks_for_nothing(area: Path, sent: bytes | None, ends: bool) -> None:
+    path = area / "s"
     assert await _asked(path, functools.partial(_raw, path, sent, ends=ends)) == {"asked": {}}
 
 
-async def test_an_older_daemon_that_reads_no_question(tmp_path: Path) -> None:
+async def test_an_older_daemon_that_reads_no_question(area: Path) -> None:
     """It answers and closes with our question unread, which is a reset to us."""
-    listener = listen(str(tmp_path / "s"))
+    listener = listen(str(area / "s"))
 
     def serve() -> None:
         connection, _ = listener.accept()
@@ -81,7 +81,7 @@ async def test_an_older_daemon_that_reads_no_question(tmp_path: Path) -> None:
     async with trio.open_nursery() as nursery:
         nursery.start_soon(trio.to_thread.run_sync, serve)
         answer = await trio.to_thread.run_sync(
-            functools.partial(ask, str(tmp_path / "s"), question={"watch_seconds": 1})
+            functools.partial(ask, str(area / "s"), question={"watch_seconds": 1})
         )
     listener.close()
     assert answer == {"figures": {}}

@@ -160,8 +160,8 @@ def test_users_of_a_directory(tmp_path: Path) -> None:
     assert [(user.pid, user.how) for user in users] == [(process.pid, "cwd")]
 
 
-async def test_control_answers_everyone(tmp_path: Path) -> None:
-    directory = tmp_path / ("long" * 40)
+async def test_control_answers_everyone(area: Path) -> None:
+    directory = area / ("long" * 40)
     directory.mkdir()
     path = runtime.RuntimeDirectory(str(directory)).address("1.sock")
     answers: Iterator[dict[str, Any]] = iter([{"figures": {"x": 1}}, {"figures": {"big": "x" * 300_000}}])
@@ -177,8 +177,8 @@ async def test_control_answers_everyone(tmp_path: Path) -> None:
     assert third is None
 
 
-def test_ask_does_not_wait_for_ever(tmp_path: Path) -> None:
-    path = str(tmp_path / "s.sock")
+def test_ask_does_not_wait_for_ever(area: Path) -> None:
+    path = str(area / "s.sock")
     assert control.ask(path) is None
     with answering.listen(path):
         began = time.monotonic()
@@ -186,8 +186,8 @@ def test_ask_does_not_wait_for_ever(tmp_path: Path) -> None:
         assert time.monotonic() - began < 2
 
 
-def test_ask_a_daemon_that_talks_slowly(tmp_path: Path) -> None:
-    path = str(tmp_path / "s.sock")
+def test_ask_a_daemon_that_talks_slowly(area: Path) -> None:
+    path = str(area / "s.sock")
     listener = answering.listen(path)
 
     def talk() -> None:
@@ -237,8 +237,8 @@ def test_log_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         logging.raiseExceptions = raising
 
 
-def test_log_to_syslog(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    path = tmp_path / "log"
+def test_log_to_syslog(area: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = area / "log"
     receiver = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
     receiver.bind(str(path))
     receiver.settimeout(5)
@@ -246,8 +246,8 @@ def test_log_to_syslog(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     root = logging.getLogger()
     before, level, raising = root.handlers[:], root.level, logging.raiseExceptions
     try:
-        assert logs.log_place(str(tmp_path)) == "syslog"
-        logs.to_host("info", runtime.RuntimeDirectory(str(tmp_path)), "/m")
+        assert logs.log_place(str(area)) == "syslog"
+        logs.to_host("info", runtime.RuntimeDirectory(str(area)), "/m")
         logging.getLogger("x").info("hello")
         assert f"unionfs[{os.getpid()}]: /m: INFO hello".encode() in receiver.recv(4096)
         root.handlers[0].close()

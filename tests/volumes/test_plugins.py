@@ -7,7 +7,6 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import socket
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -183,9 +182,8 @@ class TestFound:
         with pytest.raises(UserError, match="does not run"):
             plugin.find_plugin("rexray/ebs")
         (area / "run" / ident).mkdir(parents=True)
-        with socket.socket(socket.AF_UNIX) as made:
-            made.bind(str(area / "run" / ident / "ebs.sock"))
-            found = plugin_search.find_address("rexray/ebs")
+        trees.add_socket(area / "run" / ident / "ebs.sock")
+        found = plugin_search.find_address("rexray/ebs")
         assert found is not None
         assert found.url == f"unix://{area}/run/{ident}/ebs.sock"
         # As docker's Plugin.ScopedPath has it

@@ -13,7 +13,7 @@ from unionfs.errors import UserError, quoted, reason
 from unionfs.storage.model import Volume
 from unionfs.storage.removing import refuse_locked
 from unionfs.storage.workspace import Workspace, recover, workspace
-from unionfs.sys.fds import Owned, directory, sync_directory
+from unionfs.sys.fds import directory, sync_directory
 from unionfs.union.removal import remove_path
 from unionfs.union.work import exchange as exchange_names
 
@@ -24,7 +24,7 @@ _ASIDE = ".old"
 
 def exchange(one: str, other: str) -> None:
     """Exchange two names on one filesystem: in one step, or in steps that `recover_sibling` can undo."""
-    with Owned(os.open("/", os.O_PATH | os.O_CLOEXEC)) as at:
+    with directory("/") as at:
         new, old, aside = ((at, os.fsencode(path)) for path in (other, one, other + _ASIDE))
         exchange_names(new, old, aside)
 
