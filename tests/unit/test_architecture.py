@@ -150,3 +150,36 @@ def test_sizes() -> None:
     }
     assert long_modules == set()
     assert long_functions == set()
+
+
+def _assigned(tree: ast.AST) -> Iterator[ast.Attribute]:
+    """Every attribute that is assigned, of any object."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Store):
+            yield node
+
+
+def _is_own(node: ast.Attribute) -> bool:
+    return isinstance(node.value, ast.Name) and node.value.id in ("self", "cls")
+
+
+def _attributes(tree: ast.Module) -> set[str]:
+    """The names of the attributes that a module's own classes have."""
+    names = {node.attr for node in _assigned(tree) if _is_own(node)}
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ClassDef):
+            fields = (item.target for item in node.body if isinstance(item, ast.AnnAssign))
+            names |= {field.id for field in fields if isinstance(field, ast.Name)}
+    return names
+
+
+def test_no_attribute_is_assigned_from_another_module() -> None:
+    own = {name: _attributes(tree_of(name)) for name in modules()}
+    everywhere = set().union(*own.values())
+    wrong = {
+        f"{name}:{node.lineno} {ast.unparse(node)}"
+        for name in modules()
+        for node in _assigned(tree_of(name))
+        if not _is_own(node) and node.attr in everywhere - own[name]
+    }
+    assert wrong == set()

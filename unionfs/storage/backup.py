@@ -47,12 +47,21 @@ class Report:
     notes: list[str] = field(default_factory=list)
     more_notes: int = 0
 
+    def count(self, entries: int, size: int) -> None:
+        """Add entries and their bytes of content."""
+        self.entries += entries
+        self.size += size
+
     def note(self, sentence: str) -> None:
         """Add a sentence about what was left out or changed."""
         if len(self.notes) < _MOST_NOTES:
             self.notes.append(sentence)
         else:
             self.more_notes += 1
+
+    def shared_blocks(self) -> None:
+        """Say that every file was copied by sharing its blocks."""
+        self.how = "sharing blocks (reflinks)"
 
     def note_unstable(self, entry: Entry) -> None:
         """Add a sentence about a file that changed each time the backup read it."""
@@ -209,8 +218,7 @@ def read_whole(reader: ArchiveReader, report: Report, progress: Progress | None)
             progress(report.entries + reader.count, report.size + reader.read_bytes)
     for _ in reader.deleted():
         pass
-    report.entries += reader.count
-    report.size += reader.read_bytes
+    report.count(reader.count, reader.read_bytes)
 
 
 @contextmanager

@@ -132,8 +132,7 @@ def _apply(
                 extractor.remove(gone)
             if before is not None:
                 _check_base(before, reader)
-        report.entries += reader.count
-        report.size += reader.read_bytes
+        report.count(reader.count, reader.read_bytes)
         extractor.end_archive()
         before = reader
 
@@ -205,11 +204,11 @@ def _copy(volume: Volume, path: str, extractor: Extractor, report: Report, progr
         if entry.kind in (FILE, SPARSE):
             copied += 1
             shared &= copy_content(extractor, contents, entry, fd)
-            report.size += entry.size
+            report.count(1, entry.size)
         else:
             extractor.add(entry)
-        report.entries += 1
+            report.count(1, 0)
         if progress is not None and report.entries % 64 == 0:
             progress(report.entries, report.size)
     if copied and shared:
-        report.how = "sharing blocks (reflinks)"
+        report.shared_blocks()
