@@ -20,11 +20,12 @@ from pathlib import Path
 
 import trio
 
-from unionfs.fuse.direct.mounting import MountOptions, unmount
+from unionfs.fuse.direct.mounting import MountOptions
 from unionfs.fuse.operations import Operations
 from unionfs.fuse.protocol import IoMode
 from unionfs.fuse.session_direct import serve
 from unionfs.sys.mountinfo import mounted_at
+from unionfs.sys.unmount import unmount
 from unionfs.union.layers import LayerStack
 from unionfs.union.tree import Union
 
@@ -71,7 +72,7 @@ async def _measure(root: Path, io: IoMode, clients: int, seconds: float) -> tupl
 def _unmount(path: Path) -> None:
     mount = mounted_at(str(path))
     if mount is not None:
-        unmount(mount)
+        unmount(mount, lazy=True)
 
 
 def main() -> None:

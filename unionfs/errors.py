@@ -1,10 +1,14 @@
-"""The one kind of error that a user of the command line sees."""
+"""The errors that a user of the command line sees."""
 
 from __future__ import annotations
 
 
 class UserError(Exception):
     """`str(error)` is one full sentence for the user: the thing, the cause and the cure."""
+
+
+class LayerError(UserError):
+    """A layer cannot be used."""
 
 
 class MountRefusedError(UserError):

@@ -19,7 +19,7 @@ from tests.mount import cli_calls
 from tests.mount.cli_calls import UNIONFS, Place, gone, mounts_at, refused, succeed, unionfs, wait_for
 from tests.support import syscalls
 from tests.support.patience import patient
-from unionfs.daemon import live, unmount
+from unionfs.daemon import clearing, live, unmount
 
 
 @contextmanager
@@ -275,8 +275,8 @@ def test_signal_does_not_unmount_what_covers_the_union(place: Place) -> None:
 def test_a_daemon_that_ends_leaves_the_next_mount_alone(place: Place) -> None:
     """The device number of a mount that is gone is given to the next one, maybe before its daemon ended."""
     place.mount()
-    unmount.clear_leftovers(place.entry().device)
-    unmount.clear_dead_mounts(place.entry().device)
+    clearing.clear_leftovers(place.entry().device)
+    clearing.clear_dead_mounts(place.entry().device)
     assert mounts_at(place.merged) == ["fuse.unionfs"]
     assert (place.merged / "base").read_text() == "base\n"
 

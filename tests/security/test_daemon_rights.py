@@ -92,7 +92,7 @@ def test_the_keyring_of_the_mounting_session(place: Place) -> None:
         "keyctl add user unionfs-test secret @s > /dev/null && "
         "keyctl search @s user unionfs-test > /dev/null && "
         f"exec {sys.executable} -c 'import os; from unionfs.daemon.confine import confine; "
-        'from unionfs.daemon.settings import settle; confine(settle("/mnt", lowers=["/usr"])); '
+        'from unionfs.daemon.settle import settle; confine(settle("/mnt", lowers=["/usr"])); '
         'os.execvp("keyctl", ["keyctl", "search", "@s", "user", "unionfs-test"])\''
     )
     done = call(("keyctl", "session", "-", "sh", "-c", script))

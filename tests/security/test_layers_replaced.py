@@ -14,9 +14,9 @@ from tests.security import attacks
 from tests.support import snapshot
 from tests.support.worker import Worker
 from unionfs.daemon import preflight
-from unionfs.daemon.settings import MountSettings, settle
-from unionfs.errors import UserError
-from unionfs.union.errors import LayerError
+from unionfs.daemon.settle import settle
+from unionfs.errors import LayerError, UserError
+from unionfs.settings.mount import MountSettings
 from unionfs.union.layers import LayerStack
 
 ROUNDS = 1000

@@ -18,7 +18,8 @@ from tests.mount.cli_calls import Place, refused, succeed, unionfs, wait_for
 from tests.security import attacks
 from tests.support import areas
 from tests.support.worker import Worker
-from unionfs.daemon import live, others, unmount
+from unionfs.daemon import live, others
+from unionfs.sys import unmount
 from unionfs.sys.mountinfo import mounted_at
 
 SECONDS = 6.0

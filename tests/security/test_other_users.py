@@ -20,7 +20,7 @@ from tests.security import attacks
 from tests.support import syscalls
 from tests.support.worker import Worker
 from unionfs.daemon import live, others
-from unionfs.sys import mount as sys_mount
+from unionfs.sys import unmount as sys_unmount
 from unionfs.sys.mountinfo import MountEntry, mounted_at
 
 ATTACKER = 1001
@@ -269,7 +269,7 @@ class TestMounts:
                 syscalls.mount("theirs", theirs / "a" / "m", "tmpfs", 0, "size=64k")
                 for mount in [m for m in all_mounts() if m.source == "theirs"]:
                     with suppress(OSError):
-                        sys_mount.unmount_id(f"{theirs}/a/m", mount.mount_id, sys_mount.MNT_DETACH)
+                        sys_unmount.unmount_id(f"{theirs}/a/m", mount.mount_id, sys_unmount.MNT_DETACH)
                         ended += 1
                 assert victim.mount_id in {m.mount_id for m in all_mounts()}
         finally:

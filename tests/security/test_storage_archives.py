@@ -88,7 +88,7 @@ class TestForged:
             assert os.listdir(data) == []
         outside.check()
         assert sorted(path.name for path in data.parent.iterdir() if path.name != "manifest") == [
-            "_data", "volume.json",
+            "_data", "spare", "volume.json",
         ]  # fmt: skip
 
     def test_links_are_kept_as_they_are(self, store: Store, area: Path, outside: Outside) -> None:

@@ -104,7 +104,10 @@ def sweep() -> None:
         if not base.is_dir():
             continue
         for path in base.glob(PREFIX + "*"):
-            lock = _lock(path)
+            try:
+                lock = _lock(path)
+            except FileNotFoundError:
+                continue  # another run has just removed it
             if lock is not None:
                 remove(path)
                 os.close(lock)

@@ -12,7 +12,8 @@ from typing import Any
 import pytest
 import trio
 
-from unionfs.daemon.control import ask, listen, serve_control
+from unionfs.daemon.answering import listen, serve_control
+from unionfs.daemon.control import ask
 
 
 def _raw(path: Path, sent: bytes | None, *, ends: bool) -> dict[str, Any]:

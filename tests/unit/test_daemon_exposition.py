@@ -11,7 +11,7 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from unionfs.daemon.exposition import exposition
 from unionfs.daemon.live import LiveMount
-from unionfs.daemon.settings import settle
+from unionfs.daemon.settle import settle
 from unionfs.daemon.stats import Snapshot
 from unionfs.fuse.latency import Histogram
 

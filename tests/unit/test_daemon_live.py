@@ -19,9 +19,10 @@ from typing import Any
 import pytest
 import trio
 
-from unionfs.daemon import control, live, logs, runtime
-from unionfs.daemon.settings import MountSettings, settle
+from unionfs.daemon import answering, control, live, logs, runtime
+from unionfs.daemon.settle import settle
 from unionfs.errors import UserError
+from unionfs.settings.mount import MountSettings
 from unionfs.sys.process import is_alive, start_time, users_of, wait_gone
 
 
@@ -121,7 +122,7 @@ def test_where_the_registry_is(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("XDG_RUNTIME_DIR")
     assert runtime.candidates() == ["/tmp/unionfs-1000"]
     monkeypatch.setattr(os, "geteuid", lambda: 0)
-    monkeypatch.setattr(runtime, "in_initial_user_namespace", lambda: True)
+    monkeypatch.setattr(runtime, "is_host_root", lambda: True)
     assert runtime.candidates()[0] == "/run/unionfs"
 
 
@@ -165,7 +166,7 @@ async def test_control_answers_everyone(area: Path) -> None:
     path = runtime.RuntimeDirectory(str(directory)).address("1.sock")
     answers: Iterator[dict[str, Any]] = iter([{"figures": {"x": 1}}, {"figures": {"big": "x" * 300_000}}])
     async with trio.open_nursery() as nursery:
-        nursery.start_soon(control.serve_control, [control.listen(path)], lambda asked: next(answers))
+        nursery.start_soon(answering.serve_control, [answering.listen(path)], lambda asked: next(answers))
         first: Any = await trio.to_thread.run_sync(control.ask, path)
         second: Any = await trio.to_thread.run_sync(control.ask, path)
         # An answer that cannot be made ends the question and not the daemon.
@@ -179,7 +180,7 @@ async def test_control_answers_everyone(area: Path) -> None:
 def test_ask_does_not_wait_for_ever(area: Path) -> None:
     path = str(area / "s.sock")
     assert control.ask(path) is None
-    with control.listen(path):
+    with answering.listen(path):
         began = time.monotonic()
         assert control.ask(path, 0.2) is None
         assert time.monotonic() - began < 2
@@ -187,7 +188,7 @@ def test_ask_does_not_wait_for_ever(area: Path) -> None:
 
 def test_ask_a_daemon_that_talks_slowly(area: Path) -> None:
     path = str(area / "s.sock")
-    listener = control.listen(path)
+    listener = answering.listen(path)
 
     def talk() -> None:
         connection, _ = listener.accept()

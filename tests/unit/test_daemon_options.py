@@ -8,9 +8,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from unionfs.daemon.options import parse_options, split_lowers, split_options, unescape_option
-from unionfs.daemon.settings import settle
+from unionfs.daemon.settle import settle
 from unionfs.errors import UserError
+from unionfs.settings.options import parse_options, split_lowers, split_options, unescape_option
 
 
 def _escape(text: str, also: str) -> str:
@@ -104,7 +104,7 @@ def test_refusals_name_the_option_and_the_reason() -> None:
 def test_settings_survive_json(tmp_path: object) -> None:
     import json
 
-    from unionfs.daemon.settings import MountSettings
+    from unionfs.settings.mount import MountSettings
 
     settings = settle("/m\udcff", options=["lowerdir=/l:/k,noexec"], trusted_xattrs=False)
     assert settings.userxattr

@@ -12,13 +12,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from unionfs.daemon.settings import MountSettings, settle
+from unionfs.daemon.settle import settle
 from unionfs.errors import UserError
-from unionfs.storage import parsing
-from unionfs.storage.names import anonymous_name, is_name
+from unionfs.settings import parsing, tmpfs
+from unionfs.settings.mount import MountSettings
+from unionfs.settings.names import anonymous_name, is_name
+from unionfs.settings.sizes import parse_count, parse_size, parse_tmpfs_size
+from unionfs.settings.specs import BindSpec, TmpfsOptions, TmpfsSpec, VolumeSpec, from_json, to_json
 from unionfs.storage.root import make_directory, storage_root
-from unionfs.storage.sizes import parse_count, parse_size, parse_tmpfs_size
-from unionfs.storage.specs import BindSpec, TmpfsOptions, TmpfsSpec, VolumeSpec, from_json, to_json
 
 NAMES = st.from_regex(r"[a-zA-Z0-9][a-zA-Z0-9_.-]{1,20}", fullmatch=True)
 STEPS = st.from_regex(r"[a-zA-Z0-9_.@-]{1,12}", fullmatch=True).filter(lambda step: step not in (".", ".."))
@@ -187,7 +188,7 @@ def test_mount_refused(text: str, parts: list[str]) -> None:
     ],
 )
 def test_tmpfs(text: str, spec: object) -> None:
-    assert parsing.parse_tmpfs(text) == spec
+    assert tmpfs.parse_tmpfs(text) == spec
 
 
 @pytest.mark.parametrize(
@@ -205,20 +206,20 @@ def test_tmpfs(text: str, spec: object) -> None:
     ],
 )
 def test_tmpfs_refused(text: str, parts: list[str]) -> None:
-    sentence = refusal(lambda: parsing.parse_tmpfs(text))
+    sentence = refusal(lambda: tmpfs.parse_tmpfs(text))
     for part in parts:
         assert part in sentence
 
 
 def test_tmpfs_upper() -> None:
-    assert parsing.is_tmpfs_upper("tmpfs")
-    assert parsing.is_tmpfs_upper("tmpfs:size=64m")
-    assert not parsing.is_tmpfs_upper("./tmpfs")
-    assert not parsing.is_tmpfs_upper("tmpfs2")
-    assert parsing.parse_tmpfs_upper("tmpfs") == TmpfsOptions()
-    assert parsing.parse_tmpfs_upper("tmpfs:size=64m") == TmpfsOptions(size="67108864")
-    assert "size=1z" in refusal(lambda: parsing.parse_tmpfs_upper("tmpfs:size=1z"))
-    assert "unknown option ro" in refusal(lambda: parsing.parse_tmpfs_upper("tmpfs:ro"))
+    assert tmpfs.is_tmpfs_upper("tmpfs")
+    assert tmpfs.is_tmpfs_upper("tmpfs:size=64m")
+    assert not tmpfs.is_tmpfs_upper("./tmpfs")
+    assert not tmpfs.is_tmpfs_upper("tmpfs2")
+    assert tmpfs.parse_tmpfs_upper("tmpfs") == TmpfsOptions()
+    assert tmpfs.parse_tmpfs_upper("tmpfs:size=64m") == TmpfsOptions(size="67108864")
+    assert "size=1z" in refusal(lambda: tmpfs.parse_tmpfs_upper("tmpfs:size=1z"))
+    assert "unknown option ro" in refusal(lambda: tmpfs.parse_tmpfs_upper("tmpfs:ro"))
 
 
 def test_order_and_double_targets() -> None:
@@ -246,7 +247,7 @@ def test_sizes() -> None:
 
 @given(st.text(max_size=40))
 def test_no_text_is_a_crash(text: str) -> None:
-    for parse in (parsing.parse_volume, parsing.parse_mount, parsing.parse_tmpfs, parsing.parse_tmpfs_upper):
+    for parse in (parsing.parse_volume, parsing.parse_mount, tmpfs.parse_tmpfs, tmpfs.parse_tmpfs_upper):
         try:
             spec = parse(text)
         except UserError as error:
@@ -325,9 +326,9 @@ def test_storage_root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert storage_root("r", {}) == f"{tmp_path}/r"
     assert storage_root(None, {"UNIONFS_ROOT": "/e"}) == "/e"
     monkeypatch.setattr("os.geteuid", lambda: 0)
-    monkeypatch.setattr("unionfs.storage.root.in_initial_user_namespace", lambda: True)
+    monkeypatch.setattr("unionfs.storage.root.is_host_root", lambda: True)
     assert storage_root(None, {"XDG_DATA_HOME": "/d"}) == "/var/lib/unionfs"
-    monkeypatch.setattr("unionfs.storage.root.in_initial_user_namespace", lambda: False)
+    monkeypatch.setattr("unionfs.storage.root.is_host_root", lambda: False)
     assert storage_root(None, {"XDG_DATA_HOME": "/d"}) == "/d/unionfs"
     assert storage_root(None, {"XDG_DATA_HOME": "d", "HOME": "/h"}) == "/h/.local/share/unionfs"
     assert "--root" in refusal(lambda: storage_root(""))

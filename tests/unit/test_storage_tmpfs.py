@@ -9,8 +9,8 @@ from collections.abc import Sequence
 import pytest
 
 from unionfs.errors import UserError
+from unionfs.settings.specs import TmpfsOptions
 from unionfs.storage import tmpfs
-from unionfs.storage.specs import TmpfsOptions
 from unionfs.sys import detached
 
 Parameters = Sequence[tuple[str, str]]

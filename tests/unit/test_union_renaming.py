@@ -1,4 +1,4 @@
-"""How often a rename reads the directory that it replaces."""
+"""Renames: how often the replaced directory is listed, and what is left in the upper."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ import trio
 
 from tests.unit.union_support import ME, OpenUnion, get, names, open_union
 from unionfs.fuse.operations import Operations
+from unionfs.union.changes import Changes
 
 __all__ = ["open_union"]
 
@@ -69,4 +70,18 @@ def test_one_that_holds_whiteouts_is_replaced(
     monkeypatch.undo()
     assert names(union) == {b"target"}
     assert names(union, "target") == set()
+    assert os.listdir(tmp_path / "work/work") == []
+
+
+def test_a_new_directory_over_a_whiteout_leaves_nothing_behind(tmp_path: Path, open_union: OpenUnion) -> None:
+    (tmp_path / "l0").mkdir()
+    (tmp_path / "l0/f").touch()
+    union = open_union()
+    changes, root = Changes(union), union.nodes.root
+    get(union, "f")
+    changes.unlink(root, b"f")
+    changes.mkdir(root, b"new", 0o755, ME)
+    changes.rename(root, b"new", root, b"f", 0)
+    assert os.listdir(tmp_path / "upper") == ["f"]
+    assert os.getxattr(tmp_path / "upper/f", "user.overlay.opaque") == b"y"
     assert os.listdir(tmp_path / "work/work") == []

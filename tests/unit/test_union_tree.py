@@ -19,6 +19,8 @@ from unionfs.union.tree import Union
 
 __all__ = ["open_union"]
 
+KEPT = ("st_mode", "st_uid", "st_gid", "st_atime_ns", "st_mtime_ns")
+
 
 class TestMergeRules:
     @pytest.fixture(params=[False, True], ids=["each lower is asked", "lowers are listed"], autouse=True)
@@ -311,6 +313,26 @@ class TestChangesOnDisk:
         assert os.listdir(tmp_path / "work/work") == []
         assert os.listdir(tmp_path / "upper") == []
         assert read(union, "f") == b"x"
+
+    @pytest.mark.parametrize("name", ["directory", "fifo", "symlink"])
+    def test_what_has_no_data_keeps_its_attributes(
+        self, tmp_path: Path, open_union: OpenUnion, name: str
+    ) -> None:
+        if os.geteuid() != 0:
+            pytest.skip("owners are changed only by root")
+        (tmp_path / "l0/directory").mkdir(parents=True)
+        os.mkfifo(tmp_path / "l0/fifo")
+        (tmp_path / "l0/symlink").symlink_to("target")
+        lower, upper = tmp_path / "l0" / name, tmp_path / "upper" / name
+        os.chown(lower, 1000, 1001, follow_symlinks=False)
+        if name != "symlink":
+            lower.chmod(0o3751)
+        os.utime(lower, ns=(10**18 + 1, 10**18 + 2), follow_symlinks=False)
+        union = open_union()
+        copy_up, node = CopyUp(union), get(union, name)
+        (copy_up.directory if node.is_dir else copy_up.special)(node)
+        for field in KEPT:
+            assert getattr(upper.lstat(), field) == getattr(lower.lstat(), field), field
 
     def test_effects_are_told(self, tmp_path: Path, open_union: OpenUnion) -> None:
         (tmp_path / "l0/d/e").mkdir(parents=True)

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import click
+from click.shell_completion import get_completion_class
 
 _SHELLS = ("bash", "zsh", "fish")
 
 
 @click.command(
-    short_help="Print the completion script for a shell.",
     epilog="""\b
 Examples:
   unionfs completion bash > /etc/bash_completion.d/unionfs
@@ -16,15 +16,12 @@ Examples:
   unionfs completion fish > ~/.config/fish/completions/unionfs.fish
 """,
 )
+@click.pass_context
 @click.argument("shell", type=click.Choice(_SHELLS))
-def completion(shell: str) -> None:
+def completion(context: click.Context, shell: str) -> None:
     """Print the script with which SHELL completes subcommands, options, files and names of volumes."""
-    from click.shell_completion import get_completion_class
-
-    from unionfs.cli.main import cli
-
     found = get_completion_class(shell)
     assert found is not None
-    source = found(cli, {}, "unionfs", "_UNIONFS_COMPLETE")
+    source = found(context.find_root().command, {}, "unionfs", "_UNIONFS_COMPLETE")
     # click asks the bash in PATH for its version before it prints, and the target may have another one.
     print(source.source_template % source.source_vars())

@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
+import os
+from typing import TYPE_CHECKING
+
 import click
 
-from unionfs.cli.storage_options import STORAGE_HELP, read_storage, storage_options
+from unionfs.cli.run import complain
+from unionfs.cli.storage_options import storage_options
+from unionfs.errors import UserError, quoted
+
+if TYPE_CHECKING:
+    from unionfs.settings.specs import Spec
 
 
 @click.command(
-    short_help="Run a command in a union.",
     context_settings={"allow_interspersed_args": False},
     epilog="""\b
 Examples:
@@ -48,9 +55,7 @@ def run(
     lowers: tuple[str, ...],
     upper: str | None,
     work: str | None,
-    volumes: tuple[str, ...],
-    mounts: tuple[str, ...],
-    tmpfs: tuple[str, ...],
+    storage: tuple[Spec, ...],
     root: str | None,
     name: str | None,
     remove: bool,
@@ -77,7 +82,7 @@ def run(
 
     {storage}
     """
-    from unionfs.cli.run import complain
+    # For start-up time: --help and completion do without.
     from unionfs.containers.run import CommandError, Wish
     from unionfs.containers.run import run as start
 
@@ -86,7 +91,7 @@ def run(
         lowers=lowers,
         upper=upper,
         work=work,
-        storage=read_storage(volumes, mounts, tmpfs),
+        storage=storage,
         root=root,
         name=name,
         remove=remove,
@@ -106,10 +111,6 @@ def run(
 
 
 def _environment(variables: tuple[str, ...]) -> dict[str, str]:
-    import os
-
-    from unionfs.errors import UserError, quoted
-
     values = {}
     for text in variables:
         key, equals, value = text.partition("=")
@@ -122,7 +123,7 @@ def _environment(variables: tuple[str, ...]) -> dict[str, str]:
     return values
 
 
-@click.command(short_help="Remove kept containers.", epilog="Example: unionfs rm web")
+@click.command(epilog="Example: unionfs rm web")
 @click.option(
     "--root", metavar="DIR",
     help="Where containers are kept. [UNIONFS_ROOT; /var/lib/unionfs, or ~/.local/share/unionfs]",
@@ -133,9 +134,8 @@ def rm(root: str | None, names: tuple[str, ...]) -> int:
 
     Volumes stay. What cannot be removed is told, and does not keep the others.
     """
-    from unionfs.cli.run import complain
+    # For start-up time: --help and completion do without.
     from unionfs.containers.store import Container
-    from unionfs.errors import UserError
     from unionfs.storage.root import storage_root
 
     place = storage_root(root)
@@ -149,7 +149,3 @@ def rm(root: str | None, names: tuple[str, ...]) -> int:
         except UserError as error:
             code = complain("unionfs", str(error))
     return code
-
-
-assert run.help is not None
-run.help = run.help.replace("{storage}", STORAGE_HELP)

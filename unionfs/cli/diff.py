@@ -4,19 +4,22 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 import click
 
-if TYPE_CHECKING:
-    from unionfs.daemon.live import LiveMount
-
-
-_NEEDED = ("unionfs.cli.mounts", "unionfs.cli.terminal", "unionfs.storage.specs", "unionfs.union.diff")
+from unionfs.cli.finding import find_mount, upper_in_memory
+from unionfs.cli.run import on_terminal
+from unionfs.cli.terminal import shell_word
+from unionfs.daemon.live import LiveMount, find_by_device
+from unionfs.daemon.others import runtime_parent
+from unionfs.daemon.preflight import check_directory
+from unionfs.errors import UserError, quoted
+from unionfs.sys.asuser import run_as
+from unionfs.sys.capabilities import may_use_trusted_xattrs
+from unionfs.union.diff import diff as changes
 
 
 @click.command(
-    short_help="Show what a union's upper changes.",
     epilog="""\b
 Examples:
   unionfs diff /mnt
@@ -38,15 +41,10 @@ def diff(mountpoint: str | None, upper: str | None, lowers: tuple[str, ...], use
     if mountpoint is not None:
         if upper is not None or lowers:
             raise click.UsageError("give either a mountpoint or the layers, not both")
-        from unionfs.cli.mounts import find_mount
-
         found = find_mount(mountpoint)
         return _of_mount(found) if found.uid is None else _of_other(found, found.uid)
     if upper is None or not lowers:
         raise click.UsageError("give a mountpoint, or --upper and at least one --lower")
-    from unionfs.daemon.preflight import check_directory
-    from unionfs.sys.capabilities import may_use_trusted_xattrs
-
     for kind, path in (("upper", upper), *(("lower", lower) for lower in lowers)):
         check_directory(kind, path)
     return _print(upper, lowers, userxattr=userxattr or not may_use_trusted_xattrs())
@@ -56,25 +54,18 @@ def _of_mount(mount: LiveMount) -> int:
     settings = mount.settings
     upper = settings.upper
     if settings.upper_tmpfs is not None:
-        from unionfs.cli.mounts import upper_in_memory
-
         upper = upper_in_memory(mount)
     return 0 if upper is None else _print(upper, settings.lowers, userxattr=settings.userxattr)
 
 
 def _of_other(mount: LiveMount, uid: int) -> int:
     """Of another user's mount, read as that user: the layers are where the user says they are."""
-    from unionfs.daemon.live import find_by_device
-    from unionfs.daemon.others import runtime_parent
-    from unionfs.errors import UserError, quoted
-    from unionfs.sys.asuser import run_as
-
     def read() -> int:
         own = find_by_device(mount.device)
         return 1 if own is None else _of_mount(own)
 
     sys.stdout.flush()
-    if run_as(uid, read, modules=_NEEDED, environment=runtime_parent(mount.pid)) != 0:
+    if run_as(uid, read, environment=runtime_parent(mount.pid)) != 0:
         raise UserError(
             f"the changes of {quoted(mount.settings.mountpoint)} cannot be read as its owner (uid {uid}); "
             "run `unionfs diff` as that user."
@@ -83,10 +74,6 @@ def _of_other(mount: LiveMount, uid: int) -> int:
 
 
 def _print(upper: str, lowers: Sequence[str], *, userxattr: bool) -> int:
-    from unionfs.cli.run import on_terminal
-    from unionfs.cli.terminal import shell_word
-    from unionfs.union.diff import diff as changes
-
     found = changes(upper, lowers, b"user.overlay." if userxattr else b"trusted.overlay.")
     if on_terminal():
         for letter, name in found:

@@ -6,9 +6,10 @@ import json
 
 import click
 
+from unionfs.cli.run import print_table
+
 
 @click.command(
-    short_help="Say what this host offers and lacks.",
     epilog="Example: unionfs doctor --dir /var/lib/containers",
 )
 @click.option("--json", "as_json", is_flag=True, help="Print a JSON object.")
@@ -21,6 +22,7 @@ def doctor(directory: str | None, as_json: bool) -> int:
     What can be tried out is tried, in a temporary directory that is removed afterwards. The exit code is 1
     when mounting is impossible, else 0.
     """
+    # For start-up time: --help and completion do without.
     from unionfs.daemon.host import examine, mounting_is_possible
 
     findings = examine(directory)
@@ -32,8 +34,6 @@ def doctor(directory: str | None, as_json: bool) -> int:
         ]
         print(json.dumps({"mounting_is_possible": possible, "findings": facts}, indent=2))
     else:
-        from unionfs.cli.run import print_table
-
         print_table(
             ("STATE", "WHAT", "FOUND", "CURE"),
             [(finding.state, finding.name, finding.detail, finding.cure or "") for finding in findings],

@@ -9,14 +9,19 @@ own.
 
 from __future__ import annotations
 
+import ctypes
 import os
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from unionfs import __version__
-from unionfs.cli.run import complain, leave, prepare_streams
-from unionfs.errors import UserError, quoted, reason
+from unionfs.cli.run import failed, leave, prepare_streams
+from unionfs.daemon import preflight
+from unionfs.daemon.process import mount
+from unionfs.daemon.settle import settle
+from unionfs.errors import UserError, quoted
+from unionfs.sys import libfuse
 
 _HELP = """\
 usage: fuse-unionfs [-f] [-d] [-o OPTION,...]... MOUNTPOINT
@@ -97,10 +102,6 @@ def _letters(call: _Call, letters: str, rest: list[str], *, helper: bool) -> Non
 def _print_version() -> None:
     """In fuse-overlayfs's form: `podman info` shows it as it is."""
     print(f"fuse-unionfs: version {__version__}", flush=True)
-    import ctypes
-
-    from unionfs.sys import libfuse
-
     library = libfuse.load()
     if library is not None:
         print(f"FUSE library version {libfuse.version(library)}", flush=True)
@@ -118,10 +119,6 @@ def _mount(call: _Call, program: str) -> int:
             raise UserError(f"no mountpoint is given; see `{program} --help`.")
         case _:
             raise UserError(f"{quoted(call.words[2])} is one word too many; see `{program} --help`.")
-    from unionfs.daemon import preflight
-    from unionfs.daemon.process import mount
-    from unionfs.daemon.settings import settle
-
     settings = settle(
         mountpoint,
         options=call.options,
@@ -145,13 +142,8 @@ def _run(arguments: Sequence[str], program: str, *, helper: bool) -> int:
             _print_version()
             return 0
         return _mount(call, program)
-    except UserError as error:
-        return complain(program, str(error))
-    except KeyboardInterrupt:
-        return complain(program, "interrupted.", 130)
-    except OSError as error:
-        name = f"{quoted(os.fsdecode(error.filename))}: " if error.filename else ""
-        return complain(program, f"{name}{reason(error)}; check the path and the permissions.")
+    except (UserError, KeyboardInterrupt, OSError) as error:
+        return failed(program, error)
 
 
 def mount_helper(arguments: Sequence[str], program: str) -> int:

@@ -1,18 +1,21 @@
-"""A click group whose commands' modules are imported when they are called, to start fast."""
+"""A click group that imports a command's module when the command is called, to start fast."""
 
 from __future__ import annotations
 
 import importlib
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
+if TYPE_CHECKING:
+    from click.shell_completion import CompletionItem
+
 
 class LazyGroup(click.Group):
-    """A group made with `places`: name to `module:object`, in the order of the help."""
+    """A group of `places`: name to `module:object` and line in the help, in the order of the help."""
 
-    def __init__(self, *arguments: Any, places: Mapping[str, str], **named: Any) -> None:
+    def __init__(self, *arguments: Any, places: Mapping[str, tuple[str, str]], **named: Any) -> None:
         super().__init__(*arguments, **named)
         self._places = places
 
@@ -20,10 +23,24 @@ class LazyGroup(click.Group):
         return list(self._places)
 
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
-        place = self._places.get(cmd_name)
-        if place is None:
+        if cmd_name not in self._places:
             return None
-        module, _, name = place.partition(":")
+        module, _, name = self._places[cmd_name][0].partition(":")
         command = getattr(importlib.import_module(module), name)
         assert isinstance(command, click.Command)
         return command
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        with formatter.section("Commands"):
+            formatter.write_dl([(name, line) for name, (_, line) in self._places.items()])
+
+    def shell_complete(self, ctx: click.Context, incomplete: str) -> list[CompletionItem]:
+        # For start-up time: only completion needs it.
+        from click.shell_completion import CompletionItem
+
+        found = [
+            CompletionItem(name, help=line)
+            for name, (_, line) in self._places.items()
+            if name.startswith(incomplete)
+        ]
+        return found + click.Command.shell_complete(self, ctx, incomplete)

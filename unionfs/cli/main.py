@@ -12,19 +12,19 @@ from unionfs import __version__
 from unionfs.cli.lazy import LazyGroup
 from unionfs.cli.run import leave, run
 
-# Name: module and object. The order is that of the help.
+# Name: module and object, line in the help; in the order of the help.
 _COMMANDS = {
-    "mount": "unionfs.cli.mount:mount",
-    "umount": "unionfs.cli.mounts:umount",
-    "ls": "unionfs.cli.mounts:ls",
-    "inspect": "unionfs.cli.mounts:inspect",
-    "stats": "unionfs.cli.stats:stats",
-    "diff": "unionfs.cli.diff:diff",
-    "run": "unionfs.cli.containers:run",
-    "rm": "unionfs.cli.containers:rm",
-    "volume": "unionfs.cli.volume:volume",
-    "doctor": "unionfs.cli.doctor:doctor",
-    "completion": "unionfs.cli.completion:completion",
+    "mount": ("unionfs.cli.mount:mount", "Mount a union."),
+    "umount": ("unionfs.cli.umount:umount", "Unmount, and wait until all is on disk."),
+    "ls": ("unionfs.cli.mounts:ls", "List the mounts that live now."),
+    "inspect": ("unionfs.cli.mounts:inspect", "Show a mount's settings and figures."),
+    "stats": ("unionfs.cli.stats:stats", "Show what a mount does: requests, latency, bytes."),
+    "diff": ("unionfs.cli.diff:diff", "Show what a union's upper changes."),
+    "run": ("unionfs.cli.containers:run", "Run a command in a union."),
+    "rm": ("unionfs.cli.containers:rm", "Remove kept containers."),
+    "volume": ("unionfs.cli.volume:volume", "Manage named volumes."),
+    "doctor": ("unionfs.cli.doctor:doctor", "Say what this host offers and lacks."),
+    "completion": ("unionfs.cli.completion:completion", "Print the completion script for a shell."),
 }
 
 
@@ -59,6 +59,7 @@ def main() -> None:
     """The console script `unionfs`."""
     arguments = sys.argv[1:]
     if is_mount_helper_call(arguments, sys.argv[0]):
+        # For start-up time: only mount(8) needs it.
         from unionfs.cli.fuse_unionfs import mount_helper
 
         leave(mount_helper(arguments, "unionfs"))

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import click
 
-from unionfs.cli.storage_options import STORAGE_HELP, read_storage, storage_options
-from unionfs.daemon.settings import IO_MODES, LOG_LEVELS, SESSIONS
+from unionfs.cli.storage_options import storage_options
+from unionfs.settings.mount import IO_MODES, LOG_LEVELS, SESSIONS
+
+if TYPE_CHECKING:
+    from unionfs.settings.specs import Spec
 
 
 @click.command(
-    short_help="Mount a union.",
     epilog="""\b
 Examples:
   unionfs mount -l /srv/base -u /srv/changes -w /srv/work /mnt
@@ -62,9 +66,7 @@ def mount(
     upper: str | None,
     work: str | None,
     options: tuple[str, ...],
-    volumes: tuple[str, ...],
-    mounts: tuple[str, ...],
-    tmpfs: tuple[str, ...],
+    storage: tuple[Spec, ...],
     root: str | None,
     foreground: bool,
     session: str,
@@ -102,25 +104,20 @@ def mount(
 
     {storage}
     """
+    # For start-up time: --help and completion do without.
     from unionfs.daemon.process import mount as start
-    from unionfs.daemon.settings import settle
+    from unionfs.daemon.settle import settle
 
-    return start(
-        settle(
-            mountpoint,
-            lowers=lowers,
-            upper=upper,
-            work=work,
-            options=options,
-            session=session,
-            io=io,
-            log_level=log_level.lower(),
-            storage=read_storage(volumes, mounts, tmpfs),
-            storage_root=root,
-        ),
-        foreground=foreground,
+    settings = settle(
+        mountpoint,
+        lowers=lowers,
+        upper=upper,
+        work=work,
+        options=options,
+        session=session,
+        io=io,
+        log_level=log_level.lower(),
+        storage=storage,
+        storage_root=root,
     )
-
-
-assert mount.help is not None
-mount.help = mount.help.replace("{storage}", STORAGE_HELP)
+    return start(settings, foreground=foreground)

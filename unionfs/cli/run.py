@@ -6,11 +6,14 @@ import os
 import sys
 from collections.abc import Sequence
 from contextlib import suppress
+from datetime import datetime
 from typing import TYPE_CHECKING, NoReturn
 
 import click
 
+from unionfs.cli.terminal import printable
 from unionfs.errors import UserError, quoted, reason
+from unionfs.sys.process import open_standard_files
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -29,18 +32,24 @@ def run(command: click.Command, arguments: Sequence[str], program: str) -> int:
         return error.exit_code
     except click.ClickException as error:
         return complain(program, _usage(error, program))
-    except UserError as error:
-        return complain(program, str(error))
-    except (KeyboardInterrupt, click.Abort):
-        return complain(program, "interrupted.", 130)
-    except BrokenPipeError:
-        # The reader (`head`) has enough; the interpreter would complain once more at its end.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
-        return 1
-    except OSError as error:
-        name = f"{quoted(os.fsdecode(error.filename))}: " if error.filename else ""
-        return complain(program, f"{name}{reason(error)}; check the path and the permissions.")
+    except (UserError, KeyboardInterrupt, click.Abort, OSError) as error:
+        return failed(program, error)
     return result if isinstance(result, int) else 0
+
+
+def failed(program: str, error: BaseException) -> int:
+    """Say what ended a command, in one sentence; returns the exit code."""
+    match error:
+        case UserError():
+            return complain(program, str(error))
+        case BrokenPipeError():
+            # The reader (`head`) has enough; the interpreter would complain once more at its end.
+            os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+            return 1
+        case OSError():
+            name = f"{quoted(os.fsdecode(error.filename))}: " if error.filename else ""
+            return complain(program, f"{name}{reason(error)}; check the path and the permissions.")
+    return complain(program, "interrupted.", 130)
 
 
 def leave(code: int) -> NoReturn:
@@ -54,8 +63,6 @@ def leave(code: int) -> NoReturn:
 
 def prepare_streams() -> None:
     """Make stdout and stderr fit for every name, and all three be there when the caller has closed them."""
-    from unionfs.sys.process import open_standard_files
-
     open_standard_files()
     sys.stdin = sys.stdin or open(os.devnull)  # noqa: SIM115
     sys.stdout = sys.stdout or open(os.devnull, "w")  # noqa: SIM115
@@ -81,6 +88,11 @@ def _usage(error: click.ClickException, program: str) -> str:
     return f"{text[:1].lower()}{text[1:]}; see `{path} --help`."
 
 
+def moment(seconds: float, timespec: str = "seconds") -> str:
+    """A time since the epoch in ISO 8601 with the local offset."""
+    return datetime.fromtimestamp(seconds).astimezone().isoformat(timespec=timespec)
+
+
 def on_terminal() -> bool:
     """Whether standard output is a terminal, which gets tables; everything else gets plain lines."""
     try:
@@ -92,6 +104,7 @@ def on_terminal() -> bool:
 def print_table(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
     """A table on a terminal; columns with two spaces between them elsewhere."""
     if on_terminal():
+        # For start-up time: only a terminal needs it.
         from rich.console import Console
 
         Console(highlight=False).print(terminal_table(headings, rows))
@@ -104,11 +117,10 @@ def print_table(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
 
 def terminal_table(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> Table:
     """A table in the form that all have on a terminal."""
+    # For start-up time: only a terminal needs it.
     from rich import box
     from rich.table import Table
     from rich.text import Text
-
-    from unionfs.cli.terminal import printable
 
     table = Table(*headings, box=box.SIMPLE_HEAD, pad_edge=False)
     for row in rows:

@@ -6,13 +6,16 @@ import json
 import sys
 import time
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import click
 
-if TYPE_CHECKING:
-    from unionfs.daemon.live import LiveMount
-    from unionfs.daemon.stats import Kind, Snapshot, Span
+from unionfs.cli.finding import find_mount
+from unionfs.cli.run import complain, moment, on_terminal, print_table, terminal_table
+from unionfs.daemon.exposition import SCRAPE_SECONDS, exposition
+from unionfs.daemon.live import LiveMount
+from unionfs.daemon.stats import Kind, MountGoneError, NoAnswerError, Snapshot, Span, snapshot
+from unionfs.errors import quoted
 
 _Table = tuple[Sequence[str], Sequence[Sequence[str]]]
 # How much longer than the span the daemon goes on measuring, for we may be late.
@@ -30,7 +33,6 @@ _COUNTERS = {
 
 
 @click.command(
-    short_help="Show what a mount does: requests, latency, bytes.",
     epilog="""\b
 Examples:
   unionfs stats /mnt
@@ -65,13 +67,8 @@ def stats(mountpoint: str, watch: bool, as_json: bool, prometheus: bool, seconds
         raise click.UsageError("--prometheus goes neither with --watch nor with --json")
     if watch and seconds < 0.1:
         raise click.UsageError("--watch needs --seconds of at least 0.1")
-    from unionfs.cli.mounts import find_mount
-
     mount = find_mount(mountpoint)
     if prometheus:
-        from unionfs.daemon.exposition import SCRAPE_SECONDS, exposition
-        from unionfs.daemon.stats import snapshot
-
         sys.stdout.buffer.write(exposition(mount, snapshot(mount, SCRAPE_SECONDS)).encode("utf-8"))
         sys.stdout.buffer.flush()
         return 0
@@ -81,8 +78,6 @@ def stats(mountpoint: str, watch: bool, as_json: bool, prometheus: bool, seconds
     if as_json:
         print(json.dumps(_json(mount, span), indent=2))
         return 0
-    from unionfs.cli.run import print_table
-
     for index, table in enumerate(_tables(mount, span)):
         if index:
             print()
@@ -91,8 +86,6 @@ def stats(mountpoint: str, watch: bool, as_json: bool, prometheus: bool, seconds
 
 
 def _span(mount: LiveMount, seconds: float) -> Span:
-    from unionfs.daemon.stats import Span, snapshot
-
     if seconds == 0:
         return Span(None, snapshot(mount, 0))
     earlier = snapshot(mount, seconds + _SPARE_SECONDS)
@@ -105,9 +98,6 @@ def _span(mount: LiveMount, seconds: float) -> Span:
 
 def _watch(mount: LiveMount, seconds: float, *, as_json: bool) -> int:
     """Until Ctrl-C, which is how one ends it, and so no error (as with watch(1) and top(1))."""
-    from unionfs.cli.run import complain, on_terminal
-    from unionfs.daemon.stats import MountGoneError
-
     try:
         if as_json:
             _follow(mount, seconds, lambda span: print(json.dumps(_json(mount, span)), flush=True))
@@ -124,8 +114,6 @@ def _watch(mount: LiveMount, seconds: float, *, as_json: bool) -> int:
 
 def _follow(mount: LiveMount, seconds: float, show: Callable[[Span], None]) -> None:
     """Show every span; ends by an exception."""
-    from unionfs.daemon.stats import Span
-
     earlier = _ask_until_answered(mount, seconds)
     due = time.monotonic() + seconds
     while True:
@@ -138,9 +126,6 @@ def _follow(mount: LiveMount, seconds: float, show: Callable[[Span], None]) -> N
 
 def _ask_until_answered(mount: LiveMount, seconds: float) -> Snapshot:
     """A daemon that says nothing for a while is just what one wants to go on watching."""
-    from unionfs.cli.run import complain
-    from unionfs.daemon.stats import NoAnswerError, snapshot
-
     told = False
     while True:
         try:
@@ -153,10 +138,9 @@ def _ask_until_answered(mount: LiveMount, seconds: float) -> Snapshot:
 
 
 def _on_terminal(mount: LiveMount, seconds: float) -> None:
+    # For start-up time: only a terminal needs it.
     from rich.console import Group
     from rich.live import Live
-
-    from unionfs.cli.run import terminal_table
 
     with Live(auto_refresh=False, vertical_overflow="ellipsis") as screen:
         _follow(
@@ -169,8 +153,6 @@ def _on_terminal(mount: LiveMount, seconds: float) -> None:
 
 
 def _print_block(mount: LiveMount, span: Span) -> None:
-    from unionfs.cli.run import print_table
-
     for table in _tables(mount, span):
         print_table(*table)
         print()
@@ -181,23 +163,16 @@ def _print_block(mount: LiveMount, span: Span) -> None:
 
 
 def _json(mount: LiveMount, span: Span) -> dict[str, Any]:
-    from datetime import datetime
-
-    def moment(seconds: float) -> str:
-        return datetime.fromtimestamp(seconds).astimezone().isoformat(timespec="milliseconds")
-
     return {
         "mountpoint": mount.settings.mountpoint,
         "pid": mount.pid,
-        "since": moment(mount.since),
-        "time": moment(time.time()),
+        "since": moment(mount.since, "milliseconds"),
+        "time": moment(time.time(), "milliseconds"),
         **span.to_json(),
     }
 
 
 def _tables(mount: LiveMount, span: Span) -> list[_Table]:
-    from unionfs.errors import quoted
-
     # What comes most often first: a small terminal shows the beginning.
     kinds = sorted(
         span.kinds().items(), key=lambda item: (-(item[1].per_second or 0), -item[1].total, item[0])

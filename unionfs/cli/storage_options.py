@@ -2,17 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any, TypeVar
+from collections.abc import Callable
+from functools import wraps
+from typing import Any
 
 import click
 
-if TYPE_CHECKING:
-    from unionfs.storage.specs import Spec
-
-_F = TypeVar("_F", bound=Callable[..., Any])
-
-STORAGE_HELP = """\b
+_HELP = """\b
     Storage (-v, --mount, --tmpfs), as for docker run; at most one thing at a target, and none at /:
       -v NAME:/target[:ro,nocopy]       a named volume, made if it is missing
       -v /host/path:/target[:ro]        a directory or file of the host; a missing directory is made
@@ -27,8 +23,25 @@ STORAGE_HELP = """\b
     of swap where the kernel can do that (swap: it need not), and is mounted nosuid,nodev,noexec."""
 
 
-def storage_options(command: _F) -> _F:
-    """Add the options to a command."""
+def storage_options(command: Callable[..., int]) -> Callable[..., int]:
+    """Add the options to a command, which gets `root`, and as `storage` what the others ask for.
+
+    `{storage}` in its help is replaced by the help for them.
+    """
+
+    @wraps(command)
+    def with_storage(
+        volumes: tuple[str, ...], mounts: tuple[str, ...], tmpfs: tuple[str, ...], **others: Any
+    ) -> int:
+        if not (volumes or mounts or tmpfs):
+            return command(storage=(), **others)
+        # For start-up time: most calls have none of them.
+        from unionfs.settings.parsing import parse_all
+
+        return command(storage=parse_all(volumes, mounts, tmpfs), **others)
+
+    with_storage.__doc__ = (command.__doc__ or "").replace("{storage}", _HELP)
+    added: Callable[..., int] = with_storage
     for option in reversed((
         click.option(
             "-v", "--volume", "volumes", multiple=True, metavar="[SRC:]TARGET[:MODE]",
@@ -47,16 +60,5 @@ def storage_options(command: _F) -> _F:
             help="Where volumes are kept. [UNIONFS_ROOT; /var/lib/unionfs, or ~/.local/share/unionfs]",
         ),
     )):  # fmt: skip
-        command = option(command)
-    return command
-
-
-def read_storage(
-    volumes: Sequence[str], mounts: Sequence[str], tmpfs: Sequence[str]
-) -> tuple[Spec, ...]:
-    """What the options ask for, in the order of mounting. Raises UserError."""
-    if not (volumes or mounts or tmpfs):
-        return ()
-    from unionfs.storage.parsing import parse_all
-
-    return parse_all(volumes, mounts, tmpfs)
+        added = option(added)
+    return added

@@ -10,7 +10,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from unionfs.errors import UserError
-from unionfs.storage.specs import Spec
+from unionfs.settings.specs import Spec
 from unionfs.sys.mountinfo import read_mountinfo
 
 PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"

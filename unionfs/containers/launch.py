@@ -27,9 +27,9 @@ from typing import NoReturn
 from unionfs.containers.small_root import enter_small_root, new_namespaces
 from unionfs.containers.terminal import Terminal
 from unionfs.errors import UserError, quoted, reason
+from unionfs.sys import detached
 from unionfs.sys.capabilities import NUMBERS, capability_sets, set_capabilities
 from unionfs.sys.keyring import new_session_keyring
-from unionfs.sys.mount import clone_tree
 
 _libc = ctypes.CDLL(None, use_errno=True)
 
@@ -195,7 +195,7 @@ def _unreachable(program: str) -> int | None:
     """
     if os.geteuid() == 0:
         with suppress(OSError):
-            return clone_tree(program, readonly=True)
+            return detached.clone(program, read_only=True)
     st = os.stat(program)
     if st.st_mode & stat.S_ISUID or not (st.st_uid == os.geteuid() or os.access(program, os.W_OK)):
         return None

@@ -17,13 +17,15 @@ from unionfs.containers.store import Container, new_name
 from unionfs.daemon import guardian, live
 from unionfs.daemon.preflight import check_directory
 from unionfs.daemon.process import mount
-from unionfs.daemon.settings import MountSettings, absolute, settle
+from unionfs.daemon.settle import absolute, settle
 from unionfs.daemon.unmount import umount
 from unionfs.errors import UserError, quoted, reason
+from unionfs.settings.mount import MountSettings
+from unionfs.settings.specs import Spec, VolumeSpec
 from unionfs.storage.root import storage_root
-from unionfs.storage.specs import Spec, VolumeSpec
 from unionfs.storage.targets import MountedTree, find, prepare
 from unionfs.storage.volumes import Volumes
+from unionfs.sys.fds import Owned
 from unionfs.sys.mountinfo import mounted_at
 from unionfs.sys.openat2 import open_in_root
 from unionfs.sys.process import start_time, wait_gone
@@ -67,10 +69,10 @@ class Wish:
 
 
 def run(wish: Wish, complain: Callable[[str], object]) -> int:
-    """Run a command in a union and give its exit code. Raises UserError when it cannot be started.
+    """Run a command in a union and return its exit code. Raises UserError when it cannot be started; then a
+    new container is removed again.
 
-    Then a container that was not there before is not there afterwards. `complain` is told in a sentence what
-    goes wrong once the command has ended.
+    `complain` gets a sentence about each thing that goes wrong once the command has ended.
     """
     _check(wish)
     program = bubblewrap.find()
@@ -181,16 +183,43 @@ def _remove_anonymous(settings: MountSettings, complain: Callable[[str], object]
 def _in_union(
     wish: Wish, program: str, confinement: Confinement, container: Container, entry: live.LiveMount
 ) -> int:
-    merged = entry.settings.mountpoint
-    hostname = wish.hostname or container.name[:_LONGEST_HOSTNAME]
-    environment = bubblewrap.environment(wish.environment, hostname)
-    root = os.open(merged, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+    command = _started(wish, program, confinement, container.name, entry)
+
+    def clear(_: str) -> None:
+        """This process was killed; the daemon, which lives as long as it does, unmounts the union."""
+        command.kill()
+        if command.terminal is not None:
+            command.terminal.restore_from_outside()
+        wait_gone(entry.pid, entry.started, _END_SECONDS)
+        if wish.remove:
+            _remove_anonymous(entry.settings, lambda sentence: None)
+            with suppress(UserError), container.claimed(make=False):
+                container.remove()
+
+    watcher = guardian.start(clear)
     try:
+        code = command.wait()
+    finally:
+        watcher.dismiss()
+    if not command.made:
+        raise UserError(
+            f"bubblewrap could not make the container (exit code {code}); its own message says why, and "
+            "`unionfs doctor` what this host lacks."
+        )
+    return code
+
+
+def _started(
+    wish: Wish, program: str, confinement: Confinement, name: str, entry: live.LiveMount
+) -> Command:
+    """The command, started in the union of the container called `name`."""
+    merged = entry.settings.mountpoint
+    hostname = wish.hostname or name[:_LONGEST_HOSTNAME]
+    environment = bubblewrap.environment(wish.environment, hostname)
+    with Owned(os.open(merged, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)) as root:
         _check_mountpoints(root)
         workdir = _workdir(MountedTree(root), wish.workdir)
         _find_command(root, wish.command[0], workdir, environment["PATH"])
-    finally:
-        os.close(root)
     os.umask(0o022)
     filter_fd = None if confinement.filter is None else _in_memory(confinement.filter)
     environment_fd = _in_memory(bubblewrap.environment_arguments(environment))
@@ -216,29 +245,7 @@ def _in_union(
     )
     for fd in fds:
         os.close(fd)
-
-    def clear(_: str) -> None:
-        """This process was killed; the daemon, which lives as long as it does, unmounts the union."""
-        command.kill()
-        if command.terminal is not None:
-            command.terminal.restore_from_outside()
-        wait_gone(entry.pid, entry.started, _END_SECONDS)
-        if wish.remove:
-            _remove_anonymous(entry.settings, lambda sentence: None)
-            with suppress(UserError), container.claimed(make=False):
-                container.remove()
-
-    watcher = guardian.start(clear)
-    try:
-        code = command.wait()
-    finally:
-        watcher.dismiss()
-    if not command.made:
-        raise UserError(
-            f"bubblewrap could not make the container (exit code {code}); its own message says why, and "
-            "`unionfs doctor` what this host lacks."
-        )
-    return code
+    return command
 
 
 def _check_mountpoints(root: int) -> None:

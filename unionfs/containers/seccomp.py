@@ -49,6 +49,7 @@ def compile_profile(path: str, capabilities: Collection[str]) -> bytes:
 def _library() -> Any:
     """The module pyseccomp, which loads the library when it is imported. Raises UserError."""
     try:
+        # For start-up time, and because the library may be missing.
         import pyseccomp
     except (ImportError, RuntimeError, OSError, AttributeError) as error:
         raise UserError(

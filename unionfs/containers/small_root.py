@@ -15,7 +15,7 @@ import os
 import platform
 
 from unionfs.sys import detached
-from unionfs.sys.mount import MNT_DETACH, umount2
+from unionfs.sys.unmount import MNT_DETACH, umount2
 
 _libc = ctypes.CDLL(None, use_errno=True)
 

@@ -11,7 +11,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 
 from unionfs.errors import UserError, quoted, reason
-from unionfs.storage.names import check_name
+from unionfs.settings.names import check_name
 from unionfs.storage.removing import refuse_locked, remove_all
 from unionfs.storage.root import check_directory, is_own_directory, make_directory, open_root
 from unionfs.union.removal import remove_path

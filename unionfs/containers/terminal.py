@@ -19,6 +19,7 @@ from contextlib import suppress
 from typing import Any
 
 from unionfs.errors import UserError, reason
+from unionfs.sys.fds import Owned
 
 _POLL_SECONDS = 0.2
 _DRAIN_SECONDS = 10.0
@@ -103,12 +104,9 @@ class Terminal:
         """Restore the terminal from a process without an fd of it, after this one was killed."""
         if not self._input or self._path is None:
             return
-        with suppress(OSError):
-            fd = os.open(self._path, os.O_RDWR | os.O_NOCTTY | os.O_NONBLOCK | os.O_CLOEXEC)
-            try:
-                self._restore(fd)
-            finally:
-                os.close(fd)
+        flags = os.O_RDWR | os.O_NOCTTY | os.O_NONBLOCK | os.O_CLOEXEC
+        with suppress(OSError), Owned(os.open(self._path, flags)) as fd:
+            self._restore(fd)
 
     def _restore(self, fd: int) -> None:
         # Only if its settings are those of _make_raw: in the background the terminal is another program's.

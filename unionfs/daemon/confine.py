@@ -14,7 +14,7 @@ import logging
 import resource
 from typing import Final
 
-from unionfs.daemon.settings import MountSettings
+from unionfs.settings.mount import MountSettings
 from unionfs.sys.capabilities import (
     CAP_SYS_ADMIN,
     NAMES,

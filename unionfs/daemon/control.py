@@ -10,14 +10,13 @@ size.
 from __future__ import annotations
 
 import json
-import logging
 import os
 import select
 import socket
 import struct
 import time
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack, suppress
+from collections.abc import Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final
 
@@ -25,15 +24,10 @@ if TYPE_CHECKING:
     import trio
 
 ANSWER_SECONDS: Final = 2.0
-_SEND_SECONDS: Final = 5.0
 _LONGEST_ANSWER: Final = 16 << 20
 _LONGEST_OF_OTHERS: Final = 256 << 10
 _MOST_LEVELS: Final = 8
-_QUESTION_SECONDS: Final = 0.5
-_LONGEST_QUESTION: Final = 4096
 _CREDENTIALS: Final = struct.Struct("3i")  # struct ucred: pid, uid, gid
-
-log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,7 +38,8 @@ class Peer:
     uid: int
 
 
-def _peer(connection: socket.socket | trio.socket.SocketType) -> Peer:
+def peer_of(connection: socket.socket | trio.socket.SocketType) -> Peer:
+    """Who the other end is; SO_PEERCRED, unix(7)."""
     pid, uid, _ = _CREDENTIALS.unpack(
         connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _CREDENTIALS.size)
     )
@@ -88,7 +83,7 @@ def ask_all(
             connection.setblocking(False)
             try:
                 connection.connect(address)
-                if not _is_expected(_peer(connection), pid):
+                if not _is_expected(peer_of(connection), pid):
                     continue
                 connection.send(line)
             except OSError:
@@ -107,7 +102,7 @@ def ask_all(
                 del waiting[fd]
                 answer = None if len(data) > longest else _parsed(data)
                 if answer is not None:
-                    found[address] = answer if addresses[address] is None else printable(answer)
+                    found[address] = answer if addresses[address] is None else _harmless(answer)
     return found
 
 
@@ -135,7 +130,7 @@ def _parsed(data: bytearray) -> dict[str, Any] | None:
     return answer if isinstance(answer, dict) else None
 
 
-def printable(value: Any, levels: int = _MOST_LEVELS) -> Any:
+def _harmless(value: Any, levels: int = _MOST_LEVELS) -> Any:
     """What another user's daemon says, safe to be shown: no text in it can control a terminal."""
     if levels == 0:
         return None
@@ -143,66 +138,7 @@ def printable(value: Any, levels: int = _MOST_LEVELS) -> Any:
         case str():
             return value if value.isprintable() else repr(value)
         case dict():
-            return {str(printable(key)): printable(item, levels - 1) for key, item in value.items()}
+            return {str(_harmless(key)): _harmless(item, levels - 1) for key, item in value.items()}
         case list():
-            return [printable(item, levels - 1) for item in value]
+            return [_harmless(item, levels - 1) for item in value]
     return value
-
-
-def listen(address: str) -> socket.socket:
-    """A listening socket at an address as in `ask`. Raises OSError."""
-    listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-    try:
-        if not address.startswith("\0"):
-            with suppress(FileNotFoundError):
-                os.unlink(address)
-        listener.bind(address)
-        listener.listen(16)
-    except OSError:
-        listener.close()
-        raise
-    return listener
-
-
-async def serve_control(
-    listeners: Sequence[socket.socket], answer: Callable[[dict[str, Any]], dict[str, Any]]
-) -> None:
-    """Send `answer(question)` to every connection of root and of this user, until cancelled."""
-    import trio
-
-    async def handle(stream: trio.SocketStream) -> None:
-        peer = _peer(stream.socket)
-        if peer.uid not in (0, os.geteuid()):
-            log.debug("process %d of uid %d may not ask", peer.pid, peer.uid)
-            return
-        try:
-            data = json.dumps(answer(await _question(stream))).encode("ascii")
-            with trio.move_on_after(_SEND_SECONDS):
-                await stream.send_all(data)
-        except trio.BrokenResourceError:
-            pass
-        except Exception:
-            # A question must never end a mount.
-            log.exception("a question for the figures could not be answered")
-
-    await trio.serve_listeners(
-        handle, [trio.SocketListener(trio.socket.from_stdlib_socket(listener)) for listener in listeners]
-    )
-
-
-async def _question(stream: trio.SocketStream) -> dict[str, Any]:
-    """What a client wants; nothing in particular when it sends nothing, or what is not a JSON object."""
-    import trio
-
-    line = b""
-    with trio.move_on_after(_QUESTION_SECONDS):
-        while b"\n" not in line and len(line) < _LONGEST_QUESTION:
-            piece = await stream.receive_some(_LONGEST_QUESTION)
-            if not piece:
-                break
-            line += piece
-    try:
-        question = json.loads(line.partition(b"\n")[0])
-    except (ValueError, RecursionError):
-        return {}
-    return question if isinstance(question, dict) else {}

@@ -1,10 +1,9 @@
-"""The host's side of FUSE: its device, its helper and its settings."""
+"""The host's side of FUSE: its device and its settings."""
 
 from __future__ import annotations
 
 import errno
 import os
-import shutil
 
 from unionfs.errors import reason
 
@@ -30,13 +29,6 @@ def fuse_device_problem(error: OSError) -> str:
             "allow char device 10:229."
         )
     return f"{FUSE_DEVICE} cannot be opened: {reason(error)}; check that the kernel has FUSE."
-
-
-def find_fusermount() -> str | None:
-    """The path of libfuse's helper that mounts for ordinary users, None when it is not installed."""
-    return shutil.which("fusermount3") or next(
-        (path for path in ("/usr/bin/fusermount3", "/bin/fusermount3") if os.access(path, os.X_OK)), None
-    )
 
 
 def user_allow_other(conf: str = FUSE_CONF) -> bool:

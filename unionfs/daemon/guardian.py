@@ -16,6 +16,8 @@ from collections.abc import Callable
 from contextlib import suppress
 from typing import NoReturn
 
+from unionfs.sys.process import standard_files_to_null
+
 _DISMISSED = b"."
 _LONGEST = 64
 _PR_SET_NAME = 15  # linux/prctl.h
@@ -72,9 +74,7 @@ def _guard(daemon: int, reader: int, clear: Callable[[str], object]) -> NoReturn
         os.chdir("/")
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
             signal.signal(number, signal.SIG_IGN)
-        null = os.open(os.devnull, os.O_RDWR)
-        for fd in range(3):
-            os.dup2(null, fd)
+        standard_files_to_null()
         # Above the two numbers they move to, so that neither takes the other's.
         daemon, reader = fcntl.fcntl(daemon, fcntl.F_DUPFD, 5), fcntl.fcntl(reader, fcntl.F_DUPFD, 5)
         daemon, reader = os.dup2(daemon, 3, inheritable=False), os.dup2(reader, 4, inheritable=False)

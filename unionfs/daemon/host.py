@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import errno
+import gzip
 import os
+import resource
 import shutil
 import stat
 import subprocess
@@ -11,10 +13,16 @@ import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from importlib import metadata
 from typing import Literal
 
-from unionfs.daemon.fuse import find_fusermount, fuse_device_problem, user_allow_other
+from unionfs.daemon import live, others
+from unionfs.daemon.confine import described
+from unionfs.daemon.fuse import fuse_device_problem, user_allow_other
 from unionfs.errors import UserError, reason
+from unionfs.fuse.protocol import NegotiationRefused, Privileges, Settings, negotiate
+from unionfs.fuse.protocol.flags import KERNEL_VERSION
+from unionfs.fuse.protocol.requests import InitRequest
 from unionfs.sys import calls, libfuse
 from unionfs.sys.capabilities import (
     CAP_SYS_ADMIN,
@@ -22,6 +30,11 @@ from unionfs.sys.capabilities import (
     in_initial_user_namespace,
     may_use_trusted_xattrs,
 )
+from unionfs.sys.fds import Owned
+from unionfs.sys.fuseprobe import init_offer, offers_passthrough
+from unionfs.sys.fusermount import find_fusermount
+from unionfs.sys.liveness import is_dead
+from unionfs.sys.mountinfo import mount_id_of_path, read_mountinfo
 
 State = Literal["ok", "limited", "missing"]
 
@@ -156,10 +169,9 @@ def _allow_other() -> Finding:
 
 
 def _pyfuse3() -> Finding:
-    from importlib import metadata
-
     try:
         version = metadata.version("pyfuse3")
+        # For start-up time, and because it may be missing.
         import pyfuse3  # noqa: F401  (its libfuse is found or not when it is imported)
     except ImportError as error:
         return Finding("pyfuse3", "missing", str(error), "install libfuse3-dev, then pip install pyfuse3")
@@ -197,8 +209,6 @@ def _filesystem(place: str) -> Iterator[Finding]:
 
 
 def _filesystem_type(place: str) -> str:
-    from unionfs.sys.mountinfo import mount_id_of_path, read_mountinfo
-
     try:
         mount_id = mount_id_of_path(place)
         return next(entry.fstype for entry in read_mountinfo() if entry.mount_id == mount_id)
@@ -244,11 +254,8 @@ def _renames(place: str, kind: str) -> Iterator[Finding]:
                 pass
 
         def trial(name: str = name, flag: int = flag) -> None:
-            fd = os.open(place, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
-            try:
+            with Owned(os.open(place, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)) as fd:
                 calls.renameat2(fd, f"{name}.a".encode(), fd, f"{name}.b".encode(), flag)
-            finally:
-                os.close(fd)
 
         yield _tried(name, trial, f"works on {kind}", otherwise, "ext4, xfs, btrfs or tmpfs")
 
@@ -281,8 +288,6 @@ def _passthrough() -> Finding:
         return Finding(
             name, "limited", f"not in Linux {os.uname().release}: data goes through the daemon", "Linux 6.9"
         )
-    from unionfs.sys.fuseprobe import offers_passthrough
-
     answer, how = offers_passthrough(), "as the kernel's FUSE_INIT says"
     if answer is None:
         answer, how = _configured("CONFIG_FUSE_PASSTHROUGH"), "as the kernel's configuration says"
@@ -299,11 +304,6 @@ def _passthrough() -> Finding:
 
 def _session() -> Finding:
     """What --session auto and --io auto choose here, and why nothing else."""
-    from unionfs.fuse.protocol import NegotiationRefused, Privileges, Settings, negotiate
-    from unionfs.fuse.protocol.flags import KERNEL_VERSION
-    from unionfs.fuse.protocol.requests import InitRequest
-    from unionfs.sys.fuseprobe import init_offer
-
     name = "session and I/O"
     offer = init_offer()
     if offer is None:
@@ -326,11 +326,8 @@ def _configured(option: str) -> bool | None:
     for path in (f"/boot/config-{os.uname().release}", f"/lib/modules/{os.uname().release}/config"):
         with suppress(OSError), open(path, encoding="utf-8", errors="replace") as lines:
             return f"{option}=y" in (line.strip() for line in lines)
-    with suppress(OSError, EOFError):
-        import gzip
-
-        with gzip.open("/proc/config.gz", "rt", errors="replace") as packed:
-            return f"{option}=y" in (line.strip() for line in packed)
+    with suppress(OSError, EOFError), gzip.open("/proc/config.gz", "rt", errors="replace") as packed:
+        return f"{option}=y" in (line.strip() for line in packed)
     return None
 
 
@@ -344,8 +341,6 @@ def _bubblewrap() -> Finding:
 
 def _confinement() -> Finding:
     """What a daemon could do if somebody took it over."""
-    from unionfs.daemon.confine import described
-
     return Finding("rights of a daemon", "ok", described())
 
 
@@ -368,8 +363,6 @@ def _user_namespaces() -> Finding:
 
 
 def _open_files() -> Finding:
-    import resource
-
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     detail = f"{hard} per daemon (soft limit {soft}, raised by the daemon)"
     if hard < 4096:
@@ -378,10 +371,6 @@ def _open_files() -> Finding:
 
 
 def _dead_mounts() -> Iterator[Finding]:
-    from unionfs.daemon import live, others
-    from unionfs.sys.liveness import is_dead
-    from unionfs.sys.mountinfo import read_mountinfo
-
     alive = {mount.device for mount in live.live_mounts()}
     for entry in read_mountinfo():
         if entry.fstype != "fuse.unionfs" or entry.device in alive or others.owner_of(entry) is not None:

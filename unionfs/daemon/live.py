@@ -17,8 +17,8 @@ from typing import Any
 
 from unionfs.daemon.control import ANSWER_SECONDS, ask
 from unionfs.daemon.runtime import RuntimeDirectory, runtime_directories
-from unionfs.daemon.settings import MountSettings
 from unionfs.errors import quoted
+from unionfs.settings.mount import MountSettings
 from unionfs.sys.mountinfo import MountEntry, mounts_of_device, read_mountinfo
 from unionfs.sys.process import is_alive, start_time
 

@@ -52,6 +52,7 @@ def to_host(level: str, directory: RuntimeDirectory, mountpoint: str) -> None:
     where = mountpoint.encode("utf-8", "backslashreplace").decode()
     where = where.replace("%", "%%")
     if _has_syslog():
+        # For start-up time: only a daemon needs it.
         from logging.handlers import SysLogHandler
 
         handler = SysLogHandler(_SYSLOG, facility=SysLogHandler.LOG_DAEMON)

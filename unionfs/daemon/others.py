@@ -16,8 +16,8 @@ from typing import Any, Final
 
 from unionfs.daemon.control import ask_all
 from unionfs.daemon.live import LiveMount, abstract_name, entry_name
-from unionfs.daemon.settings import MountSettings
-from unionfs.sys.capabilities import in_initial_user_namespace
+from unionfs.settings.mount import MountSettings
+from unionfs.sys.capabilities import is_host_root
 from unionfs.sys.mountinfo import MountEntry, read_mountinfo
 from unionfs.sys.process import is_alive
 
@@ -38,17 +38,12 @@ class Others:
     """Those whose daemon does not answer root: it is dead, stopped, or in another network namespace."""
 
 
-def sees_others() -> bool:
-    """Whether this process is root of the host, not of a user namespace."""
-    return os.geteuid() == 0 and in_initial_user_namespace()
-
-
 def owner_of(mount: MountEntry) -> int | None:
     """The other user that a FUSE mount belongs to, as the kernel says; None for root's, and other kinds.
 
     A request to such a mount may wait for ever for its daemon.
     """
-    if not mount.is_fuse or not sees_others():
+    if not mount.is_fuse or not is_host_root():
         return None
     user = mount.super_option("user_id") or "0"
     return int(user) or None
@@ -56,7 +51,7 @@ def owner_of(mount: MountEntry) -> int | None:
 
 def mounts_of_others() -> Others:
     """The mounts of all other users; none for an ordinary user. Takes at most some seconds."""
-    if not sees_others():
+    if not is_host_root():
         return Others((), ())
     table = read_mountinfo()
     daemons = _daemons()

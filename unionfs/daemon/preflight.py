@@ -18,14 +18,15 @@ from unionfs.daemon import live, others
 from unionfs.daemon.fuse import (
     FUSE_CONF,
     FUSE_DEVICE,
-    find_fusermount,
     fuse_device_problem,
     user_allow_other,
 )
-from unionfs.daemon.options import unescape_option
-from unionfs.daemon.settings import MountSettings
 from unionfs.errors import UserError, quoted, reason
+from unionfs.settings.mount import MountSettings
+from unionfs.settings.options import unescape_option
 from unionfs.sys.capabilities import CAP_SYS_ADMIN, has_capability
+from unionfs.sys.fds import Owned
+from unionfs.sys.fusermount import find_fusermount
 from unionfs.sys.liveness import is_dead
 from unionfs.sys.mountinfo import (
     Location,
@@ -35,9 +36,7 @@ from unionfs.sys.mountinfo import (
     mounted_at,
     read_mountinfo,
 )
-from unionfs.union.listing import NFS_REMOVED
-
-_OURS_IN_WORK = frozenset({"work", "index"})
+from unionfs.union.leftovers import check_work
 
 
 @dataclass(slots=True)
@@ -89,6 +88,7 @@ def check(settings: MountSettings) -> None:
     _check_mountpoint(settings, host)
     _check_fuse(settings)
     if settings.storage:
+        # For start-up time: most unions have no storage.
         from unionfs.storage import sources
 
         privileged = has_capability(CAP_SYS_ADMIN)
@@ -187,59 +187,24 @@ def _reaches(host: _Host, outer: str, inner: str) -> bool:
 
 def _can_clone(path: str) -> bool:
     """Whether this process may make a private bind mount of a directory; makes one that is gone at once."""
-    from unionfs.sys.mount import clone_tree
+    # For start-up time: few mounts need to know.
+    from unionfs.sys import detached
 
     try:
-        os.close(clone_tree(path, readonly=True))
+        os.close(detached.clone(path, read_only=True))
     except OSError:
         return False
     return True
 
 
 def _check_work_content(work: str) -> None:
-    foreign = sorted(set(os.listdir(work)) - _OURS_IN_WORK)
-    if foreign:
-        raise UserError(
-            f"work {quoted(work)} is not empty (it holds {quoted(foreign[0])}), and what is in a work "
-            "directory gets deleted; choose an empty directory."
-        )
-    try:
-        leftovers = sorted(os.listdir(f"{work}/work"))
-    except FileNotFoundError:
-        return
-    except OSError as error:  # mode 0, as the kernel makes it: an ordinary user finds out when opening it
-        if error.errno == errno.EACCES:
-            return
-        raise UserError(
-            f"work {quoted(work)}: its `work` cannot be read: {reason(error)}; choose an empty directory."
-        ) from error
-    for name in leftovers:
-        # Temporaries are `#` and a number here and in the kernel (ovl_tempname), a number in fuse-overlayfs.
-        # `.nfs` and a number is a file that was removed while open, if its NFS client could not end that.
-        if not (name == "incompat" or name[0] == "#" or name.isdigit() or NFS_REMOVED.fullmatch(name)):
+    with Owned(os.open(work, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)) as fd:
+        try:
+            check_work(fd, work)
+        except OSError as error:
             raise UserError(
-                f"work {quoted(work)} holds {quoted('work/' + name)}, which no union filesystem made and "
-                "which would be deleted; choose an empty directory."
-            )
-    if "incompat" in leftovers:
-        _refuse_incompatible(work)
-
-
-def _refuse_incompatible(work: str) -> None:
-    try:
-        features = os.listdir(f"{work}/work/incompat")
-    except OSError:
-        features = []
-    if features in ([], ["volatile"]):
-        raise UserError(
-            f"work {quoted(work)} was left by a volatile overlayfs mount that did not end cleanly, so its "
-            f"upper may have lost data; throw the upper away, or remove {quoted(work + '/work/incompat')} "
-            "to use it all the same."
-        )
-    raise UserError(
-        f"work {quoted(work)} needs the overlayfs feature {quoted(features[0])}, which is not supported; use "
-        "another upper and work."
-    )
+                f"work {quoted(work)}: its `work` cannot be read: {reason(error)}; choose an empty directory."
+            ) from error
 
 
 def _check_unused(upper: str, work: str, host: _Host) -> None:

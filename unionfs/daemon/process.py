@@ -7,6 +7,7 @@ whose content becomes part of the sentence.
 
 from __future__ import annotations
 
+import gc
 import json
 import logging
 import os
@@ -18,10 +19,12 @@ from typing import NoReturn
 
 from unionfs.daemon import logs, preflight
 from unionfs.daemon.runtime import RuntimeDirectory, runtime_directory
-from unionfs.daemon.settings import MountSettings
 from unionfs.errors import MountRefusedError, UserError, quoted
+from unionfs.settings.mount import MountSettings
+from unionfs.sys.liveness import is_dead
 from unionfs.sys.mountinfo import mounted_at
-from unionfs.sys.process import open_standard_files, start_time, wait_gone
+from unionfs.sys.process import open_standard_files, standard_files_to_null, start_time, wait_gone
+from unionfs.sys.unmount import unmount
 
 _SIGNALS = frozenset({signal.SIGINT, signal.SIGTERM, signal.SIGHUP})
 _SIGNAL_POLL_SECONDS = 0.05
@@ -113,11 +116,10 @@ def _serve(
     *,
     foreground: bool,
 ) -> bool:
-    import gc
-
     # Collecting while 400 modules are imported finds nothing and takes a tenth of the time to a usable mount;
     # what they made stays for ever, so later collections need not look at it.
     gc.disable()
+    # For start-up time: the parent does without trio and the union.
     from unionfs.daemon.service import Service
 
     gc.freeze()
@@ -186,13 +188,9 @@ def _stop_child(pid: int, settings: MountSettings) -> None:
 def _clear_dead_mount(settings: MountSettings) -> None:
     """Unmount what a daemon that died between mounting and being ready may have left."""
     found = mounted_at(settings.mountpoint)
-    if found is not None and found.is_fuse:
-        from unionfs.daemon.unmount import unmount
-        from unionfs.sys.liveness import is_dead
-
-        if is_dead(settings.mountpoint):
-            with suppress(OSError):
-                unmount(found, lazy=True)
+    if found is not None and found.is_fuse and is_dead(settings.mountpoint):
+        with suppress(OSError):
+            unmount(found, lazy=True)
 
 
 def _be_daemon(settings: MountSettings, directory: str, writer: int) -> NoReturn:
@@ -214,9 +212,7 @@ def _daemon(settings: MountSettings, path: str, writer: int) -> int:
     for number in _SIGNALS:
         signal.signal(number, signal.SIG_DFL)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, _SIGNALS)
-    null = os.open(os.devnull, os.O_RDWR)
-    for fd in range(3):
-        os.dup2(null, fd)
+    standard_files_to_null()
     # Whatever the caller had open (pipes, locks, directories) is not ours to keep.
     writer = _close_all_but(writer)
     directory = RuntimeDirectory(path)

@@ -12,7 +12,7 @@ from contextlib import suppress
 from typing import Final
 
 from unionfs.errors import UserError
-from unionfs.sys.capabilities import in_initial_user_namespace, uid_outside
+from unionfs.sys.capabilities import is_host_root, uid_outside
 
 _SYSTEM: Final = "/run/unionfs"
 _LARGEST: Final = 4 << 20
@@ -89,7 +89,7 @@ def candidates() -> list[str]:
     is the user outside that it stands for (XDG Base Directory Specification; user_namespaces(7)).
     """
     uid = os.geteuid()
-    if uid == 0 and in_initial_user_namespace():
+    if is_host_root():
         return [_SYSTEM, "/tmp/unionfs-0"]
     uid = uid_outside(uid)
     chosen = os.environ.get("XDG_RUNTIME_DIR", "")

@@ -26,6 +26,7 @@ from unionfs.fuse.inline import in_thread
 from unionfs.fuse.invalidations import Invalidations
 from unionfs.fuse.latency import Latencies
 from unionfs.sys import calls
+from unionfs.sys.calls import os_error
 from unionfs.sys.process import supplementary_groups
 from unionfs.union.attributes import Attributes
 from unionfs.union.changes import ACL_DEFAULT, Caller, Changes
@@ -68,11 +69,6 @@ def _memory() -> dict[str, int]:
         now = int(statm.read().split()[1]) * resource.getpagesize()
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     return {"resident_bytes": now, "peak_resident_bytes": max(now, peak)}
-
-
-def error(code: int) -> OSError:
-    """The ``OSError`` for an errno."""
-    return OSError(code, os.strerror(code))
 
 
 class Operations:
@@ -119,14 +115,14 @@ class Operations:
         """The node that an id leads to. Raises ESTALE."""
         node = self.union.nodes.get(id_)
         if node is None:
-            raise error(errno.ESTALE)
+            raise os_error(errno.ESTALE)
         return node
 
     def directory(self, id_: int) -> Node:
         """A directory that was not removed. Raises ESTALE, ENOENT."""
         node = self.node(id_)
         if node.unlinked:
-            raise error(errno.ENOENT)
+            raise os_error(errno.ENOENT)
         return node
 
     def is_ours_alone(self, id_: int) -> bool:
@@ -163,7 +159,7 @@ class Operations:
         """One more name."""
         node = self.node(id_)
         if node.territory is not self.directory(new_parent).territory:
-            raise error(errno.EXDEV)
+            raise os_error(errno.EXDEV)
         await self.copy_ups.ensure(node)
         return self.changes.link(node, self.directory(new_parent), new_name)
 
@@ -250,7 +246,7 @@ class Operations:
 
     def _truncate(self, node: Node, size: int, handle: Opened | None, *, kills_set_ids: bool) -> None:
         if node.kind != stat.S_IFREG:
-            raise error(errno.EINVAL)
+            raise os_error(errno.EINVAL)
         if handle is not None and handle.file.writable:
             truncate(handle.file, size, kills_set_ids=kills_set_ids)
             return
@@ -269,10 +265,10 @@ class Operations:
     def getxattr(self, id_: int, name: bytes) -> bytes:
         """The value of an xattr."""
         if name.startswith(ACL) and not self.union.stack.acl:
-            raise error(errno.EOPNOTSUPP)
+            raise os_error(errno.EOPNOTSUPP)
         node = self.node(id_)
         if name == CAPABILITY and node.no_capability:
-            raise error(errno.ENODATA)
+            raise os_error(errno.ENODATA)
         stored = node.territory.stored_name(name)
         with self.union.checked_path(node) as path:
             return os.getxattr(path, stored)
@@ -297,7 +293,7 @@ class Operations:
     async def setxattr(self, id_: int, name: bytes, value: bytes, flags: int = 0) -> Node:
         """Set an xattr; ``flags`` as in setxattr(2)."""
         if name.startswith(ACL) and not self.union.stack.acl:
-            raise error(errno.EOPNOTSUPP)
+            raise os_error(errno.EOPNOTSUPP)
         node = self.node(id_)
         stored = node.territory.stored_name(name)
         await self.copy_ups.ensure(node)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import errno
 import os
 from collections.abc import Callable
+from contextlib import suppress
 
 import trio
 
@@ -17,7 +18,7 @@ from unionfs.fuse.direct.data import DataRequests
 from unionfs.fuse.direct.device import Device
 from unionfs.fuse.direct.listings import ListingRequests
 from unionfs.fuse.direct.loop import Loop
-from unionfs.fuse.direct.mounting import MountOptions, mount, raise_readahead, unmount
+from unionfs.fuse.direct.mounting import MountOptions, mount, raise_readahead
 from unionfs.fuse.direct.names import NameRequests
 from unionfs.fuse.direct.nodeio import NodeIos
 from unionfs.fuse.direct.splicing import Splicer
@@ -40,6 +41,7 @@ from unionfs.fuse.protocol import requests as rq
 from unionfs.sys import calls
 from unionfs.sys.capabilities import CAP_SYS_ADMIN, has_capability, in_initial_user_namespace
 from unionfs.sys.mountinfo import MountEntry, mount_of_id
+from unionfs.sys.unmount import unmount
 from unionfs.union.places import Layer
 
 READAHEAD = 4 << 20
@@ -82,7 +84,8 @@ async def serve(
         if not ready:
             found = None if entry is None else mount_of_id(entry.mount_id)
             if found is not None and found.is_fuse:
-                unmount(found)
+                with suppress(OSError):
+                    unmount(found, lazy=True)
 
 
 def make_loop(device: Device, splicer: Splicer, operations: Operations, decision: Decision) -> Loop:

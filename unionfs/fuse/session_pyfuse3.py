@@ -14,7 +14,8 @@ import trio
 
 from unionfs.fuse.directories import DOT, DOT_DOT
 from unionfs.fuse.errors import CUT_OFF, SessionError
-from unionfs.fuse.operations import ACL, Change, Found, Operations, error
+from unionfs.fuse.operations import ACL, Change, Found, Operations
+from unionfs.sys.calls import os_error
 from unionfs.sys.liveness import is_dead
 from unionfs.sys.mountinfo import mounted_at, mounts_of_device
 from unionfs.union.changes import Caller
@@ -314,7 +315,7 @@ class PyfuseOperations(pyfuse3.Operations):  # type: ignore[misc,unused-ignore]
 
     @_request
     async def flush(self, fh: int) -> None:
-        raise error(errno.ENOSYS)  # nothing to do at close; the kernel sends no other FLUSH
+        raise os_error(errno.ENOSYS)  # nothing to do at close; the kernel sends no other FLUSH
 
     @_request
     async def fsync(self, fh: int, datasync: bool) -> None:

@@ -11,13 +11,14 @@ from contextlib import ExitStack, suppress
 from dataclasses import replace
 
 from unionfs.errors import UserError, quoted, reason
+from unionfs.settings.specs import Spec, VolumeSpec
 from unionfs.storage.populate import populate
 from unionfs.storage.sources import Source, Sources
-from unionfs.storage.specs import Spec, VolumeSpec
 from unionfs.storage.targets import MountedTree, Names, Tree, find, prepare, same_place
 from unionfs.sys import detached
-from unionfs.sys.mount import MNT_DETACH, open_mount, unmount_id
+from unionfs.sys.fds import Owned
 from unionfs.sys.mountinfo import MountEntry, mount_id_of_fd
+from unionfs.sys.unmount import MNT_DETACH, open_mount, unmount_id
 from unionfs.union.layers import LayerStack
 
 
@@ -27,7 +28,7 @@ def attach(mount: MountEntry, sources: Sources, stack: LayerStack) -> tuple[Spec
     Raises UserError when one cannot be mounted; then those before it are undone.
     """
     try:
-        root = open_mount(mount.mountpoint, mount.mount_id)
+        root = open_mount(mount)
     except OSError as error:
         raise UserError(
             f"{quoted(mount.mountpoint)} was unmounted before its storage was there ({reason(error)}); mount "
@@ -59,11 +60,8 @@ def _one(
     undo.callback(target.undo)
     same_place(taken, target, spec.target)
     try:
-        fd = tree.open(target.names)
-        try:
+        with Owned(tree.open(target.names)) as fd:
             detached.attach(source.mount, fd)
-        finally:
-            os.close(fd)
     except OSError as error:
         raise UserError(
             f"{spec.source} cannot be mounted at {quoted(spec.target)}: {reason(error)}; check the target."

@@ -42,8 +42,15 @@ class Report:
     """Bytes of content."""
     how: str = ""
     """How consistency was achieved, as part of a sentence."""
+    unstable: int = 0
+    """Files that changed each time they were read."""
     notes: list[str] = field(default_factory=list)
     more_notes: int = 0
+
+    def count(self, entries: int, size: int) -> None:
+        """Add entries and their bytes of content."""
+        self.entries += entries
+        self.size += size
 
     def note(self, sentence: str) -> None:
         """Add a sentence about what was left out or changed."""
@@ -51,6 +58,18 @@ class Report:
             self.notes.append(sentence)
         else:
             self.more_notes += 1
+
+    def shared_blocks(self) -> None:
+        """Say that every file was copied by sharing its blocks."""
+        self.how = "sharing blocks (reflinks)"
+
+    def note_unstable(self, entry: Entry) -> None:
+        """Add a sentence about a file that changed each time the backup read it."""
+        self.unstable += 1
+        self.note(
+            f"{quoted(os.fsdecode(entry.path))} changed each time it was read; the archive holds it as it "
+            "was over a short while."
+        )
 
 
 def backup(
@@ -66,15 +85,6 @@ def backup(
     report = Report()
     if since is not None and target != "-":
         _keep_bases(since, target)
-    unstable: list[Entry] = []
-
-    def note_unstable(entry: Entry) -> None:
-        unstable[:] = [entry]
-        report.note(
-            f"{quoted(os.fsdecode(entry.path))} changed each time it was read; the archive holds it as it "
-            "was over a short while."
-        )
-
     with volumes.working_on(name, "a backup") as volume, ExitStack() as stack:
         base_info, base = _base(since, volume, stack)
         path = stack.enter_context(volumes.used(name, "backup"))
@@ -96,7 +106,7 @@ def backup(
             walker = Walker(path, report.note, leave_out=workspace.names(volume.directory))
             sink = Ahead(compressor(out, compress))
             stack.callback(sink.stop)
-            contents = Contents(walker, note_unstable, scratch=scratch)
+            contents = Contents(walker, report.note_unstable, scratch=scratch)
             writer = ArchiveWriter(Tar(sink), walker, contents, base=base, progress=progress)
             done = writer.write(info)
             sink.close()
@@ -109,7 +119,7 @@ def backup(
                 "Free space, or write it elsewhere."
             ) from error
         report.entries, report.size = done.entries, done.read_bytes
-        if unstable and not report.how:
+        if report.unstable and not report.how:
             report.how = "files that changed meanwhile were read again"
     # The archive is there: the manifest kept for `verify` is only a help.
     with suppress(OSError):
@@ -201,6 +211,16 @@ def open_archive(source: str) -> Iterator[ArchiveReader]:
         yield reader
 
 
+def read_whole(reader: ArchiveReader, report: Report, progress: Progress | None) -> None:
+    """Read an archive to its end, and add its figures to the report. Raises Malformed."""
+    for _ in reader.entries():
+        if progress is not None and reader.count % 256 == 0:
+            progress(report.entries + reader.count, report.size + reader.read_bytes)
+    for _ in reader.deleted():
+        pass
+    report.count(reader.count, reader.read_bytes)
+
+
 @contextmanager
 def explained(source: str) -> Iterator[None]:
     """Turn what is wrong with an archive into a sentence."""
@@ -234,15 +254,10 @@ def verify_archive(source: str, progress: Progress | None = None) -> Report:
     """Read an archive to its end and hold it against its manifest. Raises UserError when it doesn't agree."""
     report = Report()
     with open_archive(source) as reader, explained(source):
-        for _ in reader.entries():
-            if progress is not None and reader.count % 256 == 0:
-                progress(reader.count, reader.read_bytes)
+        read_whole(reader, report, progress)
         # An incremental archive names what lies in its base too.
         for _ in latest(reader.manifest_lines()):
             pass
-        for _ in reader.deleted():
-            pass
-        report.entries, report.size = reader.count, reader.read_bytes
         base = reader.info.get("base")
         if base is not None:
             report.how = f"incremental, on top of {quoted(str(base['file']))}"

@@ -14,6 +14,7 @@ from typing import IO
 from unionfs.errors import UserError, quoted
 from unionfs.sys.capabilities import CAP_SYS_ADMIN, has_capability
 from unionfs.sys.mountinfo import MountEntry, mounted_at
+from unionfs.sys.unmount import MNT_DETACH, umount2
 
 _PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 _SECONDS = 120.0
@@ -159,8 +160,8 @@ def mount_at(target: str) -> MountEntry | None:
     return mounted_at(f"{parent}/{os.path.basename(target)}")
 
 
-def unmount(target: str, what: str) -> None:
-    """Unmount what is mounted at `target`, if anything is. Raises UserError when it is busy."""
+def run_umount(target: str, what: str) -> None:
+    """Run umount(8) on what is mounted at `target`, if anything is. Raises UserError when it is busy."""
     for _ in range(16):
         if mount_at(target) is None:
             return
@@ -169,7 +170,5 @@ def unmount(target: str, what: str) -> None:
 
 def detach(target: str) -> None:
     """Take away a mount that does not let itself be unmounted (its server is dead); no error."""
-    from unionfs.sys.mount import MNT_DETACH, umount2
-
     with suppress(OSError):
         umount2(target, MNT_DETACH)

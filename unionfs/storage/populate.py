@@ -59,11 +59,8 @@ def populate(stack: LayerStack, names: Names, data: int, volume: Volume) -> bool
 
 
 def _is_empty(data: int, volume: Volume) -> bool:
-    listing = open_for_listing(data)
-    try:
+    with Owned(open_for_listing(data)) as listing:
         held = set(real_names(listing))
-    finally:
-        os.close(listing)
     return not held - _NOTHING - workspace.names(volume.directory)
 
 
@@ -73,18 +70,13 @@ def _fill(stack: LayerStack, names: Names, data: int, volume: Volume) -> bool:
         parts = _find(merge, names)
         if parts is None:
             return False
-        root = open_for_listing(data)
-        try:
-            with workspace.workspace(volume.directory, root, "population") as place:
-                copier = _Copier(merge, os.dup(place.new))
-                try:
-                    copier.tree(parts)
-                finally:
-                    copier.close()
-                calls.syncfs(place.new)
-                place.commit(keep=True)
-        finally:
-            os.close(root)
+        with (
+            Owned(open_for_listing(data)) as root,
+            workspace.workspace(volume.directory, root, "population") as place,
+        ):
+            _Copier(merge, place.new).tree(parts)
+            calls.syncfs(place.new)
+            place.commit(keep=True)
         return True
     finally:
         merge.close()
@@ -112,9 +104,6 @@ class _Copier:
         self._links: dict[tuple[int, int], bytes] = {}
         #: Devices whose files cannot share blocks with the volume's.
         self._never_clones: set[int] = set()
-
-    def close(self) -> None:
-        os.close(self._root)
 
     def tree(self, top: list[Place]) -> None:
         """Copy the content and attributes of the directory merged of ``top`` to the root."""

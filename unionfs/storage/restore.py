@@ -17,7 +17,7 @@ from unionfs.storage.archive.manifest import latest
 from unionfs.storage.archive.read import ArchiveReader
 from unionfs.storage.archive.walk import Walker
 from unionfs.storage.archive.write import Progress
-from unionfs.storage.backup import Report, explained, keep_manifest, open_archive
+from unionfs.storage.backup import Report, explained, keep_manifest, open_archive, read_whole
 from unionfs.storage.copying import copy_content
 from unionfs.storage.model import User
 from unionfs.storage.volumes import Volume, Volumes
@@ -45,13 +45,9 @@ def restore(
         volumes.driver_of(volume).restores_mounted(volume)
         chain = open_chain(source, bases, stack)
         _fill(
-            volumes,
-            volume,
-            stack,
-            report,
-            "restored",
+            volumes, volume, stack, report, "restored",
             lambda extractor: _apply(extractor, chain, report, progress),
-        )
+        )  # fmt: skip
         last = chain[-1][1]
         with suppress(OSError):
             keep_manifest(volume, last.copy_manifest)
@@ -94,13 +90,12 @@ def open_chain(source: str, bases: Sequence[str], stack: ExitStack) -> list[tupl
     """The archives that make up a state, the full one first. Raises UserError when one is missing."""
     chain = [(source, stack.enter_context(open_archive(source)))]
     while (base := chain[0][1].info.get("base")) is not None:
-        path, reader = chain[0]
+        path = chain[0][0]
         with explained(path):
             wanted, file = str(base["id"]), os.path.basename(str(base["file"]))
         if len(chain) > _LONGEST_CHAIN or any(other.info["id"] == wanted for _, other in chain):
             raise UserError(f"the backup {quoted(path)} is built on itself; use another copy of it.")
         chain.insert(0, _find_base(path, wanted, file, bases, stack))
-        del reader
     return chain
 
 
@@ -127,21 +122,19 @@ def _apply(
     extractor: Extractor, chain: list[tuple[str, ArchiveReader]], report: Report, progress: Progress | None
 ) -> None:
     before: ArchiveReader | None = None
-    count = size = 0
     for path, reader in chain:
         with explained(path):
             for entry in reader.entries():
                 extractor.add(entry, reader.content())
                 if progress is not None and reader.count % 64 == 0:
-                    progress(count + reader.count, size + reader.read_bytes)
+                    progress(report.entries + reader.count, report.size + reader.read_bytes)
             for gone in reader.deleted():
                 extractor.remove(gone)
             if before is not None:
                 _check_base(before, reader)
-        count, size = count + reader.count, size + reader.read_bytes
+        report.count(reader.count, reader.read_bytes)
         extractor.end_archive()
         before = reader
-    report.entries, report.size = count, size
 
 
 def _check_base(base: ArchiveReader, reader: ArchiveReader) -> None:
@@ -167,15 +160,9 @@ def verify_chain(source: str, bases: Sequence[str], progress: Progress | None = 
         before: ArchiveReader | None = None
         for path, reader in open_chain(source, bases, stack):
             with explained(path):
-                for _ in reader.entries():
-                    if progress is not None and reader.count % 256 == 0:
-                        progress(report.entries + reader.count, report.size + reader.read_bytes)
-                for _ in reader.deleted():
-                    pass
+                read_whole(reader, report, progress)
                 if before is not None:
                     _check_base(before, reader)
-            report.entries += reader.count
-            report.size += reader.read_bytes
             before = reader
     return report
 
@@ -217,11 +204,11 @@ def _copy(volume: Volume, path: str, extractor: Extractor, report: Report, progr
         if entry.kind in (FILE, SPARSE):
             copied += 1
             shared &= copy_content(extractor, contents, entry, fd)
-            report.size += entry.size
+            report.count(1, entry.size)
         else:
             extractor.add(entry)
-        report.entries += 1
+            report.count(1, 0)
         if progress is not None and report.entries % 64 == 0:
             progress(report.entries, report.size)
     if copied and shared:
-        report.how = "sharing blocks (reflinks)"
+        report.shared_blocks()

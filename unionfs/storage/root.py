@@ -17,7 +17,7 @@ from collections.abc import Mapping
 from contextlib import suppress
 
 from unionfs.errors import UserError, quoted, reason
-from unionfs.sys.capabilities import in_initial_user_namespace
+from unionfs.sys.capabilities import is_host_root
 from unionfs.sys.fds import Owned
 from unionfs.sys.mountinfo import split_path
 
@@ -47,7 +47,7 @@ def storage_root(chosen: str | None = None, environment: Mapping[str, str] | Non
                 f"the storage root {quoted(path)} is relative, but the current directory is gone; give an "
                 "absolute path."
             ) from error
-    if os.geteuid() == 0 and in_initial_user_namespace():
+    if is_host_root():
         return _SYSTEM
     data = values.get("XDG_DATA_HOME", "")
     if not data.startswith("/"):
@@ -69,7 +69,7 @@ def open_root(root: str) -> None:
     it stands for, only the root itself is checked. Raises UserError, with nothing created.
     """
     try:
-        if os.geteuid() == 0 and in_initial_user_namespace():
+        if is_host_root():
             _check_way(root)
         if not os.path.lexists(root):
             make_directory(root)

@@ -11,9 +11,9 @@ import os
 from contextlib import ExitStack
 from dataclasses import replace
 
+from unionfs.settings.specs import Spec
 from unionfs.storage.attach import fill
 from unionfs.storage.sources import Sources
-from unionfs.storage.specs import Spec
 from unionfs.storage.targets import Names, prepare, same_place
 from unionfs.union.changes import Caller, Changes
 from unionfs.union.layers import LayerStack

@@ -10,8 +10,8 @@ from contextlib import ExitStack, suppress
 from dataclasses import dataclass, replace
 
 from unionfs.errors import UserError, quoted, reason
+from unionfs.settings.specs import BindSpec, Spec, TmpfsSpec, VolumeSpec
 from unionfs.storage import tmpfs
-from unionfs.storage.specs import BindSpec, Spec, TmpfsSpec, VolumeSpec
 from unionfs.storage.volumes import Volume, Volumes
 from unionfs.sys import detached
 from unionfs.sys.openat2 import open_in_root

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from unionfs.errors import UserError, quoted, reason
+from unionfs.sys.fds import Owned
 from unionfs.sys.openat2 import RESOLVE_IN_ROOT, RESOLVE_NO_MAGICLINKS, RESOLVE_NO_SYMLINKS, openat2
 
 _MOST_LINKS = 40  # as many as the kernel follows: MAXSYMLINKS, include/linux/namei.h
@@ -172,47 +173,29 @@ class MountedTree:
         )
 
     def kind(self, names: Names) -> int:
-        fd = self._open_last(names)
-        try:
+        with Owned(self._open_last(names)) as fd:
             return stat.S_IFMT(os.fstat(fd).st_mode)
-        finally:
-            os.close(fd)
 
     def readlink(self, names: Names) -> bytes:
-        fd = self._open_last(names)
-        try:
+        with Owned(self._open_last(names)) as fd:
             return os.readlink(b"", dir_fd=fd)
-        finally:
-            os.close(fd)
 
     def mkdir(self, names: Names) -> None:
-        fd = self.open(names[:-1])
-        try:
+        with Owned(self.open(names[:-1])) as fd:
             os.mkdir(names[-1], 0o755, dir_fd=fd)
-        finally:
-            os.close(fd)
 
     def create(self, names: Names) -> None:
-        fd = self.open(names[:-1])
-        try:
+        with Owned(self.open(names[:-1])) as fd:
             os.close(os.open(names[-1], _EMPTY_FILE, 0o644, dir_fd=fd))
-        finally:
-            os.close(fd)
 
     def remove(self, names: Names, *, directory: bool) -> None:
-        fd = self.open(names[:-1])
-        try:
+        with Owned(self.open(names[:-1])) as fd:
             if directory:
                 os.rmdir(names[-1], dir_fd=fd)
             else:
                 os.unlink(names[-1], dir_fd=fd)
-        finally:
-            os.close(fd)
 
     def _open_last(self, names: Names) -> int:
         """Of a name that may be a symlink: itself."""
-        fd = self.open(names[:-1])
-        try:
+        with Owned(self.open(names[:-1])) as fd:
             return openat2(fd, names[-1], os.O_PATH | os.O_NOFOLLOW, RESOLVE_NO_MAGICLINKS)
-        finally:
-            os.close(fd)

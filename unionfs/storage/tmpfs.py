@@ -14,7 +14,7 @@ import socket
 from contextlib import suppress
 
 from unionfs.errors import UserError, reason
-from unionfs.storage.specs import TmpfsOptions
+from unionfs.settings.specs import TmpfsOptions
 from unionfs.sys import detached
 
 _CLONE_NEWUSER = 0x10000000

@@ -7,10 +7,10 @@ import os
 from collections.abc import Sequence
 from dataclasses import replace
 
-from unionfs.daemon.settings import MountSettings
 from unionfs.errors import UserError, quoted
-from unionfs.storage.names import anonymous_name
-from unionfs.storage.specs import Spec, VolumeSpec
+from unionfs.settings.mount import MountSettings
+from unionfs.settings.names import anonymous_name
+from unionfs.settings.specs import Spec, VolumeSpec
 from unionfs.storage.volumes import Volumes
 from unionfs.sys.process import start_time
 

@@ -19,12 +19,12 @@ from contextlib import contextmanager, suppress
 from dataclasses import replace
 
 from unionfs.errors import UserError, quoted, reason
+from unionfs.settings.names import anonymous_name, check_name, is_name
 from unionfs.storage import locks, records
 from unionfs.storage.drivers import Driver, find_driver
 from unionfs.storage.drivers.base import Forced
 from unionfs.storage.drivers.replacing import finish_in_place
 from unionfs.storage.model import ANONYMOUS_LABEL, User, Volume
-from unionfs.storage.names import anonymous_name, check_name, is_name
 from unionfs.storage.removing import refuse_bound, refuse_locked, refuse_mounted, remove_all
 from unionfs.storage.root import check_directory, is_own_directory, make_directory, open_root
 from unionfs.union.removal import remove_path

@@ -10,16 +10,13 @@ from __future__ import annotations
 import importlib
 import os
 import pwd
-import signal
-import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from typing import Final
 
+from unionfs.sys.child import run_child
 from unionfs.sys.keyring import new_session_keyring
 
-_POLL_SECONDS: Final = 0.02
-_END_SECONDS: Final = 1.0
 _PATH: Final = "/usr/local/bin:/usr/bin:/bin"
 
 
@@ -31,37 +28,18 @@ def run_as(
     environment: Mapping[str, str] = {},
     seconds: float | None = None,
 ) -> int | None:
-    """The exit code of `action()`, run by a child as user `uid`; None when it did not end by itself.
+    """As `run_child`, with a child that is user `uid`. stdout and stderr are the caller's.
 
-    It is killed after `seconds` (None: never) and when the user stops it. stdout and stderr are the caller's.
-    `modules` are imported before: the user may not be able to read this program's files. To be called while
-    there is one thread. Raises OSError when no process can be started.
+    `modules` are imported before: the user may not be able to read this program's files.
     """
     for name in modules:
         importlib.import_module(name)
-    pid = os.fork()
-    if pid == 0:
-        code = 1
-        try:
-            _become(uid, environment)
-            code = action()
-        finally:
-            os._exit(code)
-    deadline = None if seconds is None else time.monotonic() + seconds
-    while deadline is None or time.monotonic() < deadline:
-        found, status = os.waitpid(pid, os.WUNTRACED | os.WNOHANG)
-        if found and os.WIFSTOPPED(status):
-            break
-        if found:
-            return os.WEXITSTATUS(status) if os.WIFEXITED(status) else None
-        time.sleep(_POLL_SECONDS)
-    with suppress(ProcessLookupError):
-        os.kill(pid, signal.SIGKILL)
-    # Not for ever: a child that waits for the user's own filesystem may never end.
-    deadline = time.monotonic() + _END_SECONDS
-    while time.monotonic() < deadline and os.waitpid(pid, os.WNOHANG)[0] == 0:
-        time.sleep(_POLL_SECONDS)
-    return None
+
+    def as_user() -> int:
+        _become(uid, environment)
+        return action()
+
+    return run_child(as_user, seconds)
 
 
 def _become(uid: int, environment: Mapping[str, str]) -> None:

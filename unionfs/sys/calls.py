@@ -53,6 +53,11 @@ _libc.statx.argtypes = (
 _libc.fstatfs.argtypes = (ctypes.c_int, ctypes.c_char_p)
 
 
+def os_error(code: int) -> OSError:
+    """The ``OSError`` for an errno."""
+    return OSError(code, os.strerror(code))
+
+
 def fail(what: bytes | None = None) -> OSError:
     """The ``OSError`` for the errno that the last libc call of this thread left."""
     code = ctypes.get_errno()

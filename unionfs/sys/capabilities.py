@@ -117,6 +117,11 @@ def in_initial_user_namespace() -> bool:
         return True
 
 
+def is_host_root() -> bool:
+    """Whether this process is root of the host, not of a user namespace."""
+    return os.geteuid() == 0 and in_initial_user_namespace()
+
+
 def uid_outside(uid: int) -> int:
     """The uid that ``uid`` of this user namespace is in the one around it; user_namespaces(7).
 

@@ -57,10 +57,10 @@ class _MountAttr(ctypes.Structure):
     )
 
 
-def clone(source: int | str | bytes, *, recursive: bool) -> int:
+def clone(source: int | str | bytes, *, recursive: bool = False, read_only: bool = False) -> int:
     """A detached bind mount of a file or directory, given by an O_PATH fd or a path; an O_PATH fd of it.
 
-    ``recursive``: with what is mounted below.
+    ``recursive``: with what is mounted below, which ``read_only`` does not make read-only.
     """
     dir_fd, path, flags = AT_FDCWD, b"", _OPEN_TREE_CLONE | os.O_CLOEXEC
     if isinstance(source, int):
@@ -72,6 +72,12 @@ def clone(source: int | str | bytes, *, recursive: bool) -> int:
     fd = _libc.syscall(_SYS_OPEN_TREE, dir_fd, ctypes.c_char_p(path), flags)
     if fd < 0:
         raise fail(path or None)
+    if read_only:
+        try:
+            change(fd, add=READ_ONLY)
+        except BaseException:
+            os.close(fd)
+            raise
     return int(fd)
 
 

@@ -10,6 +10,8 @@ import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
+from unionfs.sys.fds import Owned
+
 _OCTAL = re.compile(rb"\\([0-7]{3})")
 
 
@@ -106,11 +108,8 @@ def mount_id_of_fd(fd: int) -> int:
 
 def mount_id_of_path(path: str) -> int:
     """The id of the mount that `path` lies in. Sends a FUSE daemon nothing when `path` is a mountpoint."""
-    fd = os.open(path, os.O_PATH | os.O_CLOEXEC)
-    try:
+    with Owned(os.open(path, os.O_PATH | os.O_CLOEXEC)) as fd:
         return mount_id_of_fd(fd)
-    finally:
-        os.close(fd)
 
 
 def mounted_at(path: str, table: Sequence[MountEntry] | None = None) -> MountEntry | None:

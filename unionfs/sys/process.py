@@ -132,6 +132,13 @@ def is_being_killed(task: int) -> bool:
         return True
 
 
+def standard_files_to_null() -> None:
+    """Connect fds 0 to 2 to /dev/null."""
+    null = os.open(os.devnull, os.O_RDWR)
+    for fd in range(3):
+        os.dup2(null, fd)
+
+
 def open_standard_files() -> None:
     """Make sure that fds 0 to 2 are taken, so that no file of ours gets a number that everyone prints to."""
     for fd in range(3):

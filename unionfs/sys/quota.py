@@ -14,6 +14,7 @@ import zlib
 from typing import Final
 
 from unionfs.sys.calls import fail
+from unionfs.sys.fds import Owned
 
 _libc = ctypes.CDLL(None, use_errno=True)
 
@@ -110,8 +111,7 @@ def limit_directory(path: str, size: int) -> bool:
 
     Raises OSError.
     """
-    fd = _open(path)
-    try:
+    with Owned(_open(path)) as fd:
         if not has_project_quota(fd):
             return False
         project = _new_project(fd)
@@ -122,30 +122,22 @@ def limit_directory(path: str, size: int) -> bool:
         )  # fmt: skip
         _set(fd, project, size)
         return True
-    finally:
-        os.close(fd)
 
 
 def change_limit(path: str, size: int) -> bool:
     """Change what `limit_directory` has set; False where there is nothing to change. Raises OSError."""
-    fd = _open(path)
-    try:
+    with Owned(_open(path)) as fd:
         project = _project_of(fd) if has_project_quota(fd) else 0
         if project:
             _set(fd, project, size)
         return bool(project)
-    finally:
-        os.close(fd)
 
 
 def space_used(path: str) -> int:
     """How many bytes count for the limit that `limit_directory` has set; 0 without one. Raises OSError."""
-    fd = _open(path)
-    try:
+    with Owned(_open(path)) as fd:
         project = _project_of(fd)  # 0 is everything else on the filesystem
         return _quota(fd, project)[2] if project else 0
-    finally:
-        os.close(fd)
 
 
 def unlimit_directory(path: str) -> None:

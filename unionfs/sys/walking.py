@@ -9,7 +9,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Final
 
-from unionfs.sys.capabilities import in_initial_user_namespace
+from unionfs.sys.capabilities import is_host_root
 
 _MOST_LINKS: Final = 40  # MAXSYMLINKS, include/linux/namei.h
 _PATH: Final = os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC
@@ -80,7 +80,7 @@ def follow(path: str) -> int:
             owners.add(step.status.st_uid)
 
     fd = walk(path, look)
-    if owners and os.geteuid() == 0 and in_initial_user_namespace():
+    if owners and is_host_root():
         owner = os.fstat(fd).st_uid
         if others := owners - {owner}:
             os.close(fd)

@@ -16,8 +16,8 @@ from contextlib import nullcontext
 from typing import NoReturn
 
 from unionfs.sys import calls
+from unionfs.sys.calls import os_error
 from unionfs.union.attributes import Attributes
-from unionfs.union.errors import os_error
 from unionfs.union.files import OpenFile
 from unionfs.union.listing import Listing
 from unionfs.union.node import NAME_MAX, Node, Territory

@@ -10,11 +10,11 @@ from functools import partial
 from typing import Final, NamedTuple
 
 from unionfs.sys import calls
+from unionfs.sys.calls import os_error
 from unionfs.union.attributes import Attributes
 from unionfs.union.bound import Bound
 from unionfs.union.changing import Steps, T
 from unionfs.union.copyup import CopyUp
-from unionfs.union.errors import os_error
 from unionfs.union.making import Making
 from unionfs.union.node import Node
 from unionfs.union.removing import Removing

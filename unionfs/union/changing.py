@@ -31,8 +31,8 @@ class Steps(Protocol):
         """The real directory of one that is about to change. Raises EROFS, ENOENT."""
 
     def make_over(self, place: Place, name: bytes, make: Callable[[int, bytes], T], *, directory: bool) -> T:
-        """Make what could not be made in ``place`` because the name is taken. Raises FileExistsError, unless
-        only a marker has it. ``make``: makes it, from the fd of a directory and a name.
+        """Call ``make`` (with a directory fd and a name), and replace the marker at ``name`` by its result.
+        Raises FileExistsError if there is no marker.
         """
 
     def unlink(self, node: Node, parent: Node, name: bytes) -> None:
@@ -49,7 +49,7 @@ class Steps(Protocol):
 
 
 class Changing:
-    """A kind of changes of the merged layers. Not thread-safe, like the union itself."""
+    """Base of the changes of the merged layers. Not thread-safe, like the union itself."""
 
     def __init__(self, union: Union, copy_up: CopyUp | None = None) -> None:
         """``copy_up`` copies up the directories that change."""
@@ -58,7 +58,7 @@ class Changing:
         self._work = union.work
 
     def writable(self, directory: Node) -> Place:
-        """The upper's directory of a node that is about to change."""
+        """The upper's directory of a node, to be changed now."""
         place = self._copy_up.directory(directory)
         assert place.layer.is_upper
         place.fills()
@@ -67,15 +67,15 @@ class Changing:
 
     @contextmanager
     def _both_writable(self, one: Node, other: Node) -> Iterator[tuple[int, int]]:
-        """Fds of the upper's directories of two nodes that are about to change, whatever the gate closes."""
+        """Fds of the upper's directories of two nodes, to be changed now; see :meth:`_directories`."""
         first, second = self.writable(one), self.writable(other)
-        one.changes()  # it was set again if the other one is in it, and was copied up
+        one.changes()  # again: copying up the other one into it restored its ctime
         with self._directories(first, second) as fds:
             yield fds
 
     @contextmanager
     def _directories(self, one: Place, other: Place) -> Iterator[tuple[int, int]]:
-        """Fds of two real directories, whatever the gate closes within the block."""
+        """Fds of two real directories that stay open even if the gate closes its own."""
         gate = self._union.gate
         with Owned(os.dup(gate.fd(one))) as first, Owned(os.dup(gate.fd(other))) as second:
             yield first, second
@@ -85,6 +85,6 @@ class Changing:
         self._union.markers.refuse_metacopy(path, follow=follow)
 
     def _whiteout(self, at: At, directory: int) -> None:
-        """Make a whiteout, that is or will be in the upper's directory with that fd."""
+        """Make a whiteout at a name that is, or will be, in the upper's directory with that fd."""
         union = self._union
         union.markers.make_whiteout(*at, (directory, union.require_upper().root_fd))

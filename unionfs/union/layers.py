@@ -14,11 +14,11 @@ from collections.abc import Sequence
 from contextlib import ExitStack
 from typing import Final
 
+from unionfs.errors import LayerError
 from unionfs.sys import calls
 from unionfs.sys.capabilities import CAP_SYS_ADMIN, has_capability
 from unionfs.sys.filelocks import may_be_a_mounts
 from unionfs.union import opening
-from unionfs.union.errors import LayerError
 from unionfs.union.markers import Markers
 from unionfs.union.places import BoundLayer, Layer, open_for_listing
 
@@ -66,7 +66,7 @@ class LayerStack:
             if upper is not None:
                 if work is None:
                     raise LayerError(
-                        f"upper {upper} needs a work directory on the same filesystem; give one with --work"
+                        f"upper {upper} needs a work directory on the same filesystem; give one with --work."
                     )
                 upper_fd, work_root = opening.open_upper_and_work(upper, work, privileged, resources)
                 _lock(upper_fd, upper, "upper", resources)
@@ -82,7 +82,7 @@ class LayerStack:
                 resources.callback(os.close, fd)
                 layers.append(Layer(len(layers), path, fd, is_upper=False))
             if not layers:
-                raise LayerError("a union needs at least one layer; give one with --lower")
+                raise LayerError("a union needs at least one layer; give one with --lower.")
             prefix = b"trusted.overlay." if privileged and not userxattr else b"user.overlay."
             stack = cls(layers, work_fd, Markers(prefix), resources.pop_all())
             stack.volatile = volatile
@@ -149,7 +149,7 @@ def _lock(fd: int, path: str, role: str, resources: ExitStack) -> None:
         if not may_be_a_mounts(lock):
             return
         raise LayerError(
-            f"{role} {path} is already in use by another mount; unmount that first or give another {role}"
+            f"{role} {path} is already in use by another mount; unmount that first or give another {role}."
         ) from error
     except OSError as error:
         if error.errno not in _NO_LOCKS:

@@ -6,8 +6,8 @@ import errno
 import os
 import stat
 
+from unionfs.sys.calls import os_error
 from unionfs.union.attributes import Attributes
-from unionfs.union.errors import os_error
 from unionfs.union.files import OpenFile
 from unionfs.union.layers import LayerStack
 from unionfs.union.listing import Listing

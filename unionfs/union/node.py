@@ -8,8 +8,8 @@ import stat
 from abc import ABC, abstractmethod
 from typing import Final
 
+from unionfs.sys.calls import os_error
 from unionfs.union.attributes import Attributes
-from unionfs.union.errors import os_error
 from unionfs.union.files import OpenFile, Use
 from unionfs.union.listing import Listing
 from unionfs.union.places import Place

@@ -10,25 +10,24 @@ import contextlib
 import errno
 import os
 import stat
-from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Sequence
+from contextlib import ExitStack
 from typing import Final
 
-from unionfs.sys import calls, mount
+from unionfs.errors import LayerError
+from unionfs.sys import calls, detached
+from unionfs.sys.fds import Owned
 from unionfs.sys.openat2 import RESOLVE_BENEATH, RESOLVE_NO_SYMLINKS, RESOLVE_NO_XDEV, openat2
-from unionfs.union.errors import LayerError
-from unionfs.union.listing import NFS_REMOVED
-from unionfs.union.places import open_for_listing
+from unionfs.union.leftovers import check_leftovers, check_work
 from unionfs.union.removal import empty_directory
 
 _NO_CLONES: Final = (errno.EPERM, errno.ENOSYS, errno.EINVAL, errno.EOPNOTSUPP)
 _DIRECTORY: Final = os.O_PATH | os.O_DIRECTORY
-_OURS_IN_WORK: Final = frozenset({"work", "index"})
 
 
 def open_lower(path: str, privileged: bool) -> int:
     """An O_PATH fd, of a read-only clone if ``privileged``. Raises LayerError, OSError."""
-    with _opened(path) as fd:
+    with Owned(_open(calls.AT_FDCWD, path, path)) as fd:
         if privileged:
             clone = _clone(fd, path, readonly=True)
             if clone is not None:
@@ -44,7 +43,7 @@ def open_upper_and_work(upper: str, work: str, privileged: bool, resources: Exit
     above, fds = os.path.commonpath([upper, work]), []
     clone = None
     if privileged:
-        with _opened(above) as fd:
+        with Owned(_open(calls.AT_FDCWD, above, above)) as fd:
             clone = _clone(fd, above, readonly=False)
     try:
         for path in (upper, work):
@@ -58,7 +57,7 @@ def open_upper_and_work(upper: str, work: str, privileged: bool, resources: Exit
         if clone is not None:
             os.close(clone)
     if os.path.samestat(os.fstat(fds[0]), os.fstat(fds[1])):
-        raise LayerError(f"work {work} is the same directory as upper {upper}; put work beside upper")
+        raise LayerError(f"work {work} is the same directory as upper {upper}; put work beside upper.")
     return fds[0], fds[1]
 
 
@@ -69,7 +68,7 @@ def make_upper_and_work(scratch: int, lowers: Sequence[str], resources: ExitStac
     upper_fd = _open(scratch, "upper", "upper")
     resources.callback(os.close, upper_fd)
     if lowers:
-        with _opened(lowers[0]) as lower:
+        with Owned(_open(calls.AT_FDCWD, lowers[0], lowers[0])) as lower:
             st = os.fstat(lower)
         with contextlib.suppress(PermissionError):  # an ordinary user's upper belongs to that user
             calls.chown_fd(upper_fd, st.st_uid, st.st_gid)
@@ -88,25 +87,19 @@ def prepare_work(fd: int, path: str, upper_owner: int, resources: ExitStack) -> 
     """
     owner = os.fstat(fd).st_uid
     _check_owner(path, owner, upper_owner)
-    foreign = sorted(set(_names(fd)) - _OURS_IN_WORK)
-    if foreign:
-        raise LayerError(
-            f"work {path} is not empty (it holds {foreign[0]!r}), and what is in a work directory gets "
-            "deleted; choose an empty directory"
-        )
+    check_work(fd, path)
     try:
         with contextlib.suppress(FileExistsError):
             os.mkdir(b"work", 0o700, dir_fd=fd)
         inner = openat2(fd, b"work", _DIRECTORY, RESOLVE_NO_SYMLINKS | RESOLVE_NO_XDEV)
         resources.callback(os.close, inner)
         _check_owner(f"{path}/work", os.fstat(inner).st_uid, owner)
-        _check_leftovers(inner, path)
         _make_private(inner)
         # From here on nobody else can add anything.
-        _check_leftovers(inner, path)
+        check_leftovers(inner, path)
     except OSError as error:
         raise LayerError(
-            f"work {path} cannot be written: {error.strerror}; give a writable directory"
+            f"work {path} cannot be written: {error.strerror}; give a writable directory."
         ) from error
     empty_directory(inner)
     return inner
@@ -115,41 +108,8 @@ def prepare_work(fd: int, path: str, upper_owner: int, resources: ExitStack) -> 
 def _check_owner(path: str, owner: int, other: int) -> None:
     if owner not in (os.geteuid(), 0, other):
         raise LayerError(
-            f"work {path} belongs to uid {owner}, another user than its upper's; choose another directory"
+            f"work {path} belongs to uid {owner}, another user than its upper's; choose another directory."
         )
-
-
-def _check_leftovers(fd: int, path: str) -> None:
-    """Refuse anything but temporaries: `#` and a number (ours and the kernel's, ovl_tempname), a number
-    (fuse-overlayfs), `.nfs` and a number (a file removed while open).
-    """
-    try:
-        names = _names(fd)
-    except PermissionError:
-        if os.fstat(fd).st_uid != os.geteuid():
-            raise
-        # The kernel makes it with mode 0; its owner may change that.
-        os.chmod(b"/proc/self/fd/%d" % fd, 0o700)
-        names = _names(fd)
-    for name in sorted(names):
-        if name == "incompat":
-            raise LayerError(
-                f"work {path} holds work/incompat: its upper was last used in a way (volatile) that a crash "
-                "may have damaged; check the upper, then remove that directory"
-            )
-        if not (name.startswith("#") or name.isdigit() or NFS_REMOVED.fullmatch(name)):
-            raise LayerError(
-                f"work {path} holds {'work/' + name!r}, which no union filesystem made and which would be "
-                "deleted; choose an empty directory"
-            )
-
-
-def _names(fd: int) -> list[str]:
-    listing = open_for_listing(fd)
-    try:
-        return os.listdir(listing)
-    finally:
-        os.close(listing)
 
 
 def _make_private(fd: int) -> None:
@@ -173,24 +133,15 @@ def _open(at: int, name: str, path: str, resolve: int = 0) -> int:
         if error.errno == errno.ELOOP:
             raise LayerError(
                 f"{path} was replaced by a symlink while it was mounted; choose a directory that nobody else "
-                "may move"
+                "may move."
             ) from error
         raise OSError(error.errno, error.strerror, path) from error
-
-
-@contextmanager
-def _opened(path: str) -> Iterator[int]:
-    fd = _open(calls.AT_FDCWD, path, path)
-    try:
-        yield fd
-    finally:
-        os.close(fd)
 
 
 def _clone(fd: int, path: str, *, readonly: bool) -> int | None:
     """A private bind mount of the directory `fd`; None where the kernel does not support that."""
     try:
-        return mount.clone_tree(f"/proc/self/fd/{fd}", readonly=readonly)
+        return detached.clone(fd, read_only=readonly)
     except OSError as error:
         if error.errno not in _NO_CLONES:
             raise OSError(error.errno, error.strerror, path) from error

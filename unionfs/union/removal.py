@@ -17,6 +17,7 @@ from contextlib import contextmanager, suppress
 from typing import Final
 
 from unionfs.sys import calls
+from unionfs.sys.fds import Owned
 from unionfs.sys.openat2 import RESOLVE_NO_SYMLINKS, RESOLVE_NO_XDEV, openat2
 from unionfs.union.places import open_for_listing
 
@@ -60,13 +61,11 @@ def remove_path(path: str, *, unlock: bool = False) -> None:
     """As `remove`, by a path whose directory no other user may change."""
     directory, name = os.path.split(path)
     try:
-        at = os.open(directory, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+        fd = os.open(directory, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
     except FileNotFoundError:
         return
-    try:
+    with Owned(fd) as at:
         remove(at, os.fsencode(name), unlock=unlock)
-    finally:
-        os.close(at)
 
 
 def empty_directory(fd: int) -> None:
@@ -264,11 +263,8 @@ def _mark(descent: _Descent) -> None:
 
 
 def _names(fd: int) -> list[bytes]:
-    listing = open_for_listing(fd)
-    try:
+    with Owned(open_for_listing(fd)) as listing:
         return [os.fsencode(name) for name in os.listdir(listing)]
-    finally:
-        os.close(listing)
 
 
 def _open_directory(at: int, name: bytes, accessible: bool) -> int:
@@ -278,13 +274,10 @@ def _open_directory(at: int, name: bytes, accessible: bool) -> int:
     except PermissionError as error:
         if error.errno != errno.EACCES or not accessible:
             raise
-        path = openat2(at, name, _PATH | os.O_DIRECTORY, _WITHIN)
-        try:
+        with Owned(openat2(at, name, _PATH | os.O_DIRECTORY, _WITHIN)) as path:
             if os.fstat(path).st_uid != os.geteuid():
                 raise
             os.chmod(f"/proc/self/fd/{path}", 0o700)
-        finally:
-            os.close(path)
         return openat2(at, name, _DIRECTORY, _WITHIN)
     if accessible:
         status = os.fstat(fd)
@@ -297,34 +290,29 @@ def _open_directory(at: int, name: bytes, accessible: bool) -> int:
 def _unlocked(descent: _Descent, name: bytes) -> Iterator[None]:
     """Clear the flags of chattr(1) for a removal; a file that has other names gets them back."""
     if descent.levels:
-        _change_flags(open_for_listing(descent.fd), 0)
-    path = openat2(descent.fd, name, _PATH, _WITHIN)
-    try:
+        with Owned(open_for_listing(descent.fd)) as fd:
+            _change_flags(fd, 0)
+    with Owned(openat2(descent.fd, name, _PATH, _WITHIN)) as path:
         mode = os.fstat(path).st_mode
         if not stat.S_ISREG(mode) and not stat.S_ISDIR(mode):
             yield  # it has no flags, and opening it may have side effects
             return
-        fd = os.open(f"/proc/self/fd/{path}", os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
-    finally:
-        os.close(path)
-    before = _change_flags(os.dup(fd), 0)
-    try:
-        yield
-    finally:
-        if before and os.fstat(fd).st_nlink and stat.S_ISREG(mode):
-            _change_flags(os.dup(fd), before)
-        os.close(fd)
+        file = os.open(f"/proc/self/fd/{path}", os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    with Owned(file) as fd:
+        before = _change_flags(fd, 0)
+        try:
+            yield
+        finally:
+            if before and os.fstat(fd).st_nlink and stat.S_ISREG(mode):
+                _change_flags(fd, before)
 
 
 def _change_flags(fd: int, locks: int) -> int:
-    """Set the locking flags of the open file, and close it. Returns its previous ones."""
+    """Set the locking flags of an open file. Returns its previous ones."""
     try:
-        try:
-            flags = int.from_bytes(fcntl.ioctl(fd, _GETFLAGS, bytes(4)), sys.byteorder)
-        except OSError:
-            return 0  # the filesystem has no flags
-        if flags & _LOCKS != locks:
-            fcntl.ioctl(fd, _SETFLAGS, (flags & ~_LOCKS | locks).to_bytes(4, sys.byteorder))
-        return flags & _LOCKS
-    finally:
-        os.close(fd)
+        flags = int.from_bytes(fcntl.ioctl(fd, _GETFLAGS, bytes(4)), sys.byteorder)
+    except OSError:
+        return 0  # the filesystem has no flags
+    if flags & _LOCKS != locks:
+        fcntl.ioctl(fd, _SETFLAGS, (flags & ~_LOCKS | locks).to_bytes(4, sys.byteorder))
+    return flags & _LOCKS

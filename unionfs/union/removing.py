@@ -26,7 +26,7 @@ class Removing(Changing):
             os.unlink(name, dir_fd=dir_fd)
 
     def rmdir(self, node: Node, parent: Node, name: bytes) -> None:
-        """Remove a directory that shows nothing, but may hold whiteouts, from the disk."""
+        """Remove a directory that shows no names but may hold whiteouts, from the disk."""
         hides_another = node.in_place and self._union.merge.is_visible_below(parent.parts, name)
         dir_fd = self._union.gate.fd(self.writable(parent))
         if not node.in_place:

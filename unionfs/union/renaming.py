@@ -8,9 +8,9 @@ import stat
 from contextlib import nullcontext
 
 from unionfs.sys import calls
+from unionfs.sys.calls import os_error
 from unionfs.sys.fds import Owned
 from unionfs.union.changing import Changing, Name
-from unionfs.union.errors import os_error
 from unionfs.union.node import Node
 from unionfs.union.work import NO_FLAGS, NOT_EMPTY, At, rename
 
@@ -40,7 +40,7 @@ class Renaming(Changing):
         return []
 
     def _check(self, node: Node, target: Node | None, moved: list[Node], flags: int) -> None:
-        """Raise what speaks against the rename: EXDEV for a directory that shows something of a lower, as
+        """Raise OSError for a rename that is not allowed: EXDEV for a directory that shows a lower's, as
         overlayfs without ``redirect_dir``.
         """
         exchange = flags == calls.RENAME_EXCHANGE
@@ -73,7 +73,7 @@ class Renaming(Changing):
         nodes.move(target, new_parent, new_name, parent, name)
 
     def _hide_below(self, node: Node, parent: Node, name: bytes) -> None:
-        """Make a directory opaque that is to be ``name`` in ``parent``, if a lower has that name there."""
+        """Make a directory opaque before it becomes ``name`` in ``parent``, if a lower has that name."""
         union = self._union
         if node.is_dir and union.merge.is_visible_below(parent.parts, name):
             union.markers.set_opaque(union.gate.fd(node.parts[0]))
@@ -81,7 +81,7 @@ class Renaming(Changing):
     def _replace(
         self, node: Node, parent: Node, name: bytes, target: Node | None, new_parent: Node, new_name: bytes
     ) -> None:
-        """The step on disk of a rename without EXCHANGE."""
+        """Rename on disk, without EXCHANGE."""
         leaves_whiteout = self._union.merge.is_visible_below(parent.parts, name)
         self._hide_below(node, new_parent, new_name)
         with self._both_writable(parent, new_parent) as (old_fd, new_fd):
@@ -117,8 +117,8 @@ class Renaming(Changing):
                 )
 
     def _clear_whiteouts(self, node: Node, at: At) -> None:
-        """Replace a directory that holds only whiteouts by an empty opaque one, over which a directory can be
-        renamed; nobody sees a difference (overlayfs: dir.c, ovl_clear_empty)."""
+        """Replace a directory that holds only whiteouts by an empty opaque one, which shows the same and can
+        be renamed over (overlayfs: dir.c, ovl_clear_empty)."""
         gate = self._union.gate
         st = os.stat(gate.fd(node.parts[0]))
         with self._work.temporary() as temporary, Owned(temporary.mkdir()) as fd:
@@ -130,7 +130,7 @@ class Renaming(Changing):
 
 
 def _mode(at: At) -> int:
-    """The mode of what has that name in the upper; 0: nothing has."""
+    """The mode of a name in the upper, 0 if it is missing."""
     try:
         return os.stat(at[1], dir_fd=at[0], follow_symlinks=False).st_mode
     except FileNotFoundError:

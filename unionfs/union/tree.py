@@ -7,10 +7,10 @@ import os
 import stat
 from typing import Final
 
+from unionfs.sys.calls import os_error
 from unionfs.sys.creds import Identity
 from unionfs.union.attributes import Attributes
 from unionfs.union.bound import Bound
-from unionfs.union.errors import os_error
 from unionfs.union.layers import LayerStack
 from unionfs.union.merge import Merge
 from unionfs.union.merged import Merged

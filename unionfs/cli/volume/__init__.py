@@ -7,23 +7,22 @@ import click
 from unionfs.cli.lazy import LazyGroup
 
 _COMMANDS = {
-    "create": "unionfs.cli.volume.making:create",
-    "ls": "unionfs.cli.volume.listing:ls",
-    "inspect": "unionfs.cli.volume.listing:inspect",
-    "rm": "unionfs.cli.volume.removing:rm",
-    "prune": "unionfs.cli.volume.removing:prune",
-    "backup": "unionfs.cli.volume.archiving:backup",
-    "restore": "unionfs.cli.volume.archiving:restore",
-    "clone": "unionfs.cli.volume.archiving:clone",
-    "verify": "unionfs.cli.volume.archiving:verify",
-    "resize": "unionfs.cli.volume.making:resize",
+    "create": ("unionfs.cli.volume.making:create", "Create a volume."),
+    "ls": ("unionfs.cli.volume.listing:ls", "List volumes."),
+    "inspect": ("unionfs.cli.volume.listing:inspect", "Show all about volumes."),
+    "rm": ("unionfs.cli.volume.removing:rm", "Remove volumes."),
+    "prune": ("unionfs.cli.volume.removing:prune", "Remove volumes that nobody uses."),
+    "backup": ("unionfs.cli.volume.archiving:backup", "Write a volume into an archive."),
+    "restore": ("unionfs.cli.volume.archiving:restore", "Put an archive's content into a volume."),
+    "clone": ("unionfs.cli.volume.archiving:clone", "Copy a volume."),
+    "verify": ("unionfs.cli.volume.archiving:verify", "Check a volume or an archive against its manifest."),
+    "resize": ("unionfs.cli.volume.making:resize", "Change the size of a volume that has one."),
 }
 
 
 @click.command(
     cls=LazyGroup,
     places=_COMMANDS,
-    short_help="Manage named volumes.",
     epilog="Example: unionfs volume create --label app=shop orders",
 )
 def volume() -> None:

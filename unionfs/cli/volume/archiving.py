@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
+import os
 import sys
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 import click
 
+from unionfs.cli.run import complain, on_terminal
+from unionfs.cli.terminal import printable
 from unionfs.cli.volume.common import complete_volumes, open_volumes, root_option, tell
+from unionfs.errors import UserError
+from unionfs.settings.names import is_name
+from unionfs.settings.sizes import shown_size
 
 if TYPE_CHECKING:
     from unionfs.storage.archive.write import Progress
@@ -24,6 +31,7 @@ def _progress(what: str) -> Iterator[Progress | None]:
     if not sys.stderr.isatty():
         yield None
         return
+    # For start-up time: only a terminal needs it.
     from rich.console import Console
     from rich.progress import Progress as Bar
     from rich.progress import SpinnerColumn, TextColumn, TimeElapsedColumn
@@ -35,8 +43,6 @@ def _progress(what: str) -> Iterator[Progress | None]:
         TimeElapsedColumn(),
     )
     with Bar(*columns, console=Console(stderr=True), transient=True) as bar:
-        from unionfs.storage.sizes import shown_size
-
         task = bar.add_task(what, total=None, done="")
 
         def step(entries: int, size: int) -> None:
@@ -46,8 +52,6 @@ def _progress(what: str) -> Iterator[Progress | None]:
 
 
 def _told(report: Report, what: str, command: Callable[[str], None] = tell) -> None:
-    from unionfs.storage.sizes import shown_size
-
     for sentence in report.notes:
         command(sentence)
     if report.more_notes:
@@ -58,7 +62,6 @@ def _told(report: Report, what: str, command: Callable[[str], None] = tell) -> N
 
 
 @click.command(
-    short_help="Write a volume into an archive.",
     epilog="""\b
 Examples:
   unionfs volume backup orders -o /backups/orders.tar.zst
@@ -86,15 +89,13 @@ def backup(output: str | None, compress: str | None, since: str | None, root: st
     --xattrs --acls` unpacks it. It gets its name when it is whole. An incremental one (--since) needs that
     backup, and those below it, to be restored.
     """
-    from unionfs.errors import UserError
+    # For start-up time: --help and completion do without.
     from unionfs.storage.archive.compress import ENDINGS, kind_for
     from unionfs.storage.backup import backup as make
 
     volumes = open_volumes(root)
     volumes.get(name)
     if output is None:
-        import time
-
         kind = compress or "zstd"
         output = f"{name}-{time.strftime('%Y%m%dT%H%M%SZ', time.gmtime())}{ENDINGS[kind]}"
     else:
@@ -114,7 +115,6 @@ def backup(output: str | None, compress: str | None, since: str | None, root: st
 
 
 @click.command(
-    short_help="Put an archive's content into a volume.",
     epilog="""\b
 Examples:
   unionfs volume restore orders -i /backups/orders.tar.zst
@@ -137,7 +137,7 @@ def restore(source: str, bases: tuple[str, ...], verify_only: bool, root: str | 
     is wrong, the volume is as it was. A volume in use is not restored. Archives whose entries would lie
     outside the volume are refused, and without root those with device files.
     """
-    from unionfs.errors import UserError
+    # For start-up time: --help and completion do without.
     from unionfs.storage.restore import restore as put
     from unionfs.storage.restore import verify_chain
 
@@ -158,7 +158,7 @@ def restore(source: str, bases: tuple[str, ...], verify_only: bool, root: str | 
     print(name)
 
 
-@click.command(short_help="Copy a volume.", epilog="Example: unionfs volume clone orders orders-test")
+@click.command(epilog="Example: unionfs volume clone orders orders-test")
 @root_option
 @click.argument("source", metavar="SRC", shell_complete=complete_volumes)
 @click.argument("target", metavar="DST")
@@ -167,6 +167,7 @@ def clone(root: str | None, source: str, target: str) -> None:
 
     Where the filesystem has reflinks (xfs, btrfs) both share their blocks until one of them is changed.
     """
+    # For start-up time: --help and completion do without.
     from unionfs.storage.restore import clone as copy
 
     with _progress(f"clone of {source}") as progress:
@@ -176,7 +177,6 @@ def clone(root: str | None, source: str, target: str) -> None:
 
 
 @click.command(
-    short_help="Check a volume or an archive against its manifest.",
     epilog="""\b
 Examples:
   unionfs volume verify orders
@@ -193,12 +193,8 @@ def verify(root: str | None, what: str) -> int:
     content differs while its size and time are the same is damaged: exit code 1. What is both a volume and a
     file here is taken for the volume; write ./FILE for the file.
     """
-    import os
-
-    from unionfs.cli.run import complain, on_terminal
-    from unionfs.cli.terminal import printable
+    # For start-up time: --help and completion do without.
     from unionfs.storage.backup import verify_archive, verify_volume
-    from unionfs.storage.names import is_name
 
     volumes = open_volumes(root)
     known = is_name(what) and any(volume.name == what for volume in volumes.all())

@@ -29,6 +29,7 @@ def root_option(command: _F) -> _F:
 
 def open_volumes(root: str | None) -> Volumes:
     """The volumes of the storage root; what had to be repaired is told on stderr."""
+    # For start-up time: --help and completion do without.
     from unionfs.storage.root import storage_root
     from unionfs.storage.volumes import Volumes
 
@@ -57,6 +58,7 @@ def complete_volumes(
     context: click.Context, parameter: click.Parameter, incomplete: str
 ) -> list[CompletionItem]:
     """The names of volumes that begin with what is typed; none when the storage root can't be read."""
+    # For start-up time: only completion needs it.
     from click.shell_completion import CompletionItem
 
     try:
@@ -75,8 +77,10 @@ def complete_drivers(
     context: click.Context, parameter: click.Parameter, incomplete: str
 ) -> list[CompletionItem]:
     """The names of drivers that begin with what is typed."""
+    # For start-up time: only completion needs it.
     from click.shell_completion import CompletionItem
 
+    # For start-up time: only completion needs it.
     from unionfs.storage.drivers import driver_names
 
     return [CompletionItem(name) for name in driver_names() if name.startswith(incomplete)]

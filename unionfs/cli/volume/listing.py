@@ -7,14 +7,18 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from unionfs.cli.run import complain, moment, on_terminal, print_table
+from unionfs.cli.template import render, render_rows
+from unionfs.cli.terminal import all_printable
 from unionfs.cli.volume.common import complete_volumes, open_volumes, root_option
+from unionfs.errors import UserError
+from unionfs.storage.filters import matches, parse_filters
 
 if TYPE_CHECKING:
     from unionfs.storage.volumes import User, Volume, Volumes
 
 
 @click.command(
-    short_help="List volumes.",
     epilog="""\b
 Examples:
   unionfs volume ls -f label=app=shop -f dangling=true
@@ -37,8 +41,6 @@ def ls(quiet: bool, filters: tuple[str, ...], template: str | None, as_json: boo
     and the functions json, index, lower and upper; `table TEMPLATE` adds headings. `--format json` prints an
     object a line, as docker does.
     """
-    from unionfs.storage.filters import matches, parse_filters
-
     wanted = parse_filters(filters)
     volumes = open_volumes(root)
     users = volumes.all_users()
@@ -56,16 +58,10 @@ def ls(quiet: bool, filters: tuple[str, ...], template: str | None, as_json: boo
         return
     lines = [_for_template(_line(volume, users.get(volume.name, []))) for volume in found]
     if template and not template.startswith("table"):
-        from unionfs.cli.template import render
-
         for line in lines:
             print(render(template, line))
         return
-    from unionfs.cli.run import print_table
-
     if template and template != "table":
-        from unionfs.cli.template import render_rows
-
         headings, *rows = render_rows(template, lines, _HEADINGS)
         print_table(headings, rows)
         return
@@ -85,12 +81,6 @@ _HEADINGS = {
 }
 
 
-def _moment(seconds: float) -> str:
-    from datetime import datetime
-
-    return datetime.fromtimestamp(seconds).astimezone().isoformat(timespec="seconds")
-
-
 def _line(volume: Volume, users: list[User]) -> dict[str, Any]:
     return {
         "Name": volume.name,
@@ -101,15 +91,12 @@ def _line(volume: Volume, users: list[User]) -> dict[str, Any]:
         "Options": dict(volume.options),
         "Links": len(users),
         "Anonymous": volume.anonymous,
-        "CreatedAt": _moment(volume.created),
+        "CreatedAt": moment(volume.created),
     }
 
 
 def _for_template(values: dict[str, Any]) -> dict[str, Any]:
     """The values without control characters where they go to a terminal: some are a plugin's own words."""
-    from unionfs.cli.run import on_terminal
-    from unionfs.cli.terminal import all_printable
-
     cleaned: dict[str, Any] = all_printable(values) if on_terminal() else values
     return cleaned
 
@@ -131,7 +118,6 @@ def _docker_line(volume: Volume, users: list[User]) -> dict[str, str]:
 
 
 @click.command(
-    short_help="Show all about volumes.",
     epilog="""\b
 Examples:
   unionfs volume inspect --size orders
@@ -147,9 +133,6 @@ Examples:
 @click.argument("names", metavar="NAME...", nargs=-1, required=True, shell_complete=complete_volumes)
 def inspect(size: bool, template: str | None, as_json: bool, root: str | None, names: tuple[str, ...]) -> int:
     """Show all about volumes, as a JSON array with docker's keys; UsageData.RefCount counts the users."""
-    from unionfs.cli.run import complain
-    from unionfs.errors import UserError
-
     volumes = open_volumes(root)
     found, code = [], 0
     for name in names:
@@ -158,8 +141,6 @@ def inspect(size: bool, template: str | None, as_json: bool, root: str | None, n
         except UserError as error:
             code = complain("unionfs", str(error))
     if template and template != "json" and not as_json:
-        from unionfs.cli.template import render
-
         for values in found:
             print(render(template, _for_template(values)))
     elif found or code == 0:
@@ -170,7 +151,7 @@ def inspect(size: bool, template: str | None, as_json: bool, root: str | None, n
 def _details(volumes: Volumes, volume: Volume, size: bool) -> dict[str, Any]:
     users = volumes.users(volume.name)
     values: dict[str, Any] = {
-        "CreatedAt": _moment(volume.created),
+        "CreatedAt": moment(volume.created),
         "Driver": volume.driver,
         "Labels": dict(volume.labels),
         "Mountpoint": volume.mountpoint or (users[0].path if users else ""),
@@ -182,6 +163,7 @@ def _details(volumes: Volumes, volume: Volume, size: bool) -> dict[str, Any]:
         values["Status"] = dict(status)
     held = -1
     if size:
+        # For start-up time.
         from unionfs.storage.usage import size_of
 
         held = size_of(volumes, volume)

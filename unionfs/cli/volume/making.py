@@ -8,7 +8,6 @@ from unionfs.cli.volume.common import complete_drivers, complete_volumes, open_v
 
 
 @click.command(
-    short_help="Create a volume.",
     epilog="""\b
 Examples:
   unionfs volume create orders
@@ -56,9 +55,7 @@ def create(
     print(made.name)
 
 
-@click.command(
-    short_help="Change the size of a volume that has one.", epilog="Example: unionfs volume resize orders 4g"
-)
+@click.command(epilog="Example: unionfs volume resize orders 4g")
 @root_option
 @click.argument("name", shell_complete=complete_volumes)
 @click.argument("size")

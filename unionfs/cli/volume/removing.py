@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import click
 
+from unionfs.cli.run import complain
 from unionfs.cli.volume.common import complete_volumes, open_volumes, root_option
+from unionfs.errors import UserError
+from unionfs.settings.sizes import shown_size
+from unionfs.storage.filters import matches, parse_filters, truth
 
 
-@click.command(short_help="Remove volumes.", epilog="Example: unionfs volume rm orders carts")
+@click.command(epilog="Example: unionfs volume rm orders carts")
 @click.option("-f", "--force", is_flag=True, help="Also one whose driver fails; no error for a missing one.")
 @root_option
 @click.argument("names", metavar="NAME...", nargs=-1, required=True, shell_complete=complete_volumes)
@@ -18,9 +22,6 @@ def rm(force: bool, root: str | None, names: tuple[str, ...]) -> int:
     plugin's storage if the plugin keeps it) stays there. With --force a volume can be removed whose driver is
     gone, or cannot give it up; what the driver says is told.
     """
-    from unionfs.cli.run import complain
-    from unionfs.errors import UserError
-
     volumes = open_volumes(root)
     code = 0
     for name in dict.fromkeys(names):
@@ -33,7 +34,6 @@ def rm(force: bool, root: str | None, names: tuple[str, ...]) -> int:
 
 
 @click.command(
-    short_help="Remove volumes that nobody uses.",
     epilog="Example: unionfs volume prune -a --filter label!=keep --dry-run",
 )
 @click.option("-a", "--all", "every", is_flag=True, help="Named volumes too, not only anonymous ones.")
@@ -49,10 +49,7 @@ def prune(every: bool, filters: tuple[str, ...], force: bool, dry_run: bool, roo
 
     With -a named volumes that nobody uses go as well: their data is lost.
     """
-    from unionfs.cli.run import complain
-    from unionfs.errors import UserError
-    from unionfs.storage.filters import matches, parse_filters, truth
-    from unionfs.storage.sizes import shown_size
+    # For start-up time: --help and completion do without.
     from unionfs.storage.usage import reclaimable
 
     rest = []

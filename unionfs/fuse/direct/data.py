@@ -20,7 +20,7 @@ from unionfs.fuse.direct.names import NameRequests
 from unionfs.fuse.direct.nodeio import NodeIos, stale
 from unionfs.fuse.direct.splicing import WORTHWHILE, Splicer
 from unionfs.fuse.inline import in_thread
-from unionfs.fuse.operations import Operations, error
+from unionfs.fuse.operations import Operations
 from unionfs.fuse.protocol import SMALL_FILE, Decision, Opcode, Reply, encode, notify
 from unionfs.fuse.protocol import requests as rq
 from unionfs.fuse.protocol.flags import (
@@ -29,6 +29,7 @@ from unionfs.fuse.protocol.flags import (
     WRITE_CACHE,
     WRITE_KILL_SUIDGID,
 )
+from unionfs.sys.calls import os_error
 from unionfs.union.attributes import Attributes
 from unionfs.union.files import OpenFile
 from unionfs.union.node import Node
@@ -184,7 +185,7 @@ class DataRequests:
         if number:
             handle = self._files[number]
             if not handle.file.writable:
-                raise error(errno.EBADF)
+                raise os_error(errno.EBADF)
             return handle.file
         node = self._operations.node(id_)
         await self._operations.copy_ups.ensure(node)
@@ -280,7 +281,7 @@ class DataRequests:
     async def _ioctl(self, request: rq.Ioctl) -> Reply:
         """The flags of chattr(1), of files and directories (fs/fuse/ioctl.c, fuse_fileattr_get)."""
         if request.cmd not in _READING_IOCTLS + _WRITING_IOCTLS:
-            raise error(errno.ENOTTY)
+            raise os_error(errno.ENOTTY)
         node = self._operations.node(request.nodeid)
         value = bytearray(request.data)
         value.extend(bytes(max(request.out_size, 32) - len(value)))
@@ -302,7 +303,7 @@ class DataRequests:
                 os.close(fd)
             return
         if node.kind != stat.S_IFREG:
-            raise error(errno.ENOTTY)
+            raise os_error(errno.ENOTTY)
         file = self._open_files.lend(node, write=False)
         try:
             yield file.fd

@@ -10,7 +10,6 @@ import array
 import contextlib
 import errno
 import os
-import shutil
 import socket
 import stat
 import subprocess
@@ -21,9 +20,9 @@ from typing import Final
 
 from unionfs.fuse.errors import SessionError
 from unionfs.sys import detached
-from unionfs.sys import mount as sys_mount
 from unionfs.sys.calls import AT_FDCWD
 from unionfs.sys.capabilities import CAP_SYS_ADMIN, has_capability
+from unionfs.sys.fusermount import find_fusermount
 from unionfs.sys.mountinfo import MountEntry, mount_id_of_fd, mount_of_id, mounted_at
 from unionfs.sys.openat2 import RESOLVE_NO_SYMLINKS, openat2
 
@@ -92,7 +91,7 @@ def _by_call(mountpoint: str, options: MountOptions) -> tuple[int, MountEntry | 
 
 
 def _by_helper(mountpoint: str, options: MountOptions) -> int:
-    helper = shutil.which("fusermount3") or "/usr/bin/fusermount3"
+    helper = find_fusermount() or "fusermount3"
     words = [f"fsname={options.source}", *options.security]
     if options.subtype:
         words.append(f"subtype={options.subtype}")
@@ -125,18 +124,6 @@ def _by_helper(mountpoint: str, options: MountOptions) -> int:
     os.set_inheritable(fd, False)
     os.set_blocking(fd, False)
     return fd
-
-
-def unmount(found: MountEntry) -> None:
-    """Unmount a mount that was never usable, by any means."""
-    try:
-        sys_mount.unmount_id(found.mountpoint, found.mount_id, sys_mount.MNT_DETACH)
-    except OSError:
-        if has_capability(CAP_SYS_ADMIN):
-            return  # fusermount3 takes only a path, which may lead root elsewhere
-        helper = shutil.which("fusermount3") or "/usr/bin/fusermount3"
-        with contextlib.suppress(OSError):
-            subprocess.run([helper, "-u", "-z", "--", found.mountpoint], capture_output=True, check=False)
 
 
 def _received(channel: socket.socket) -> int:

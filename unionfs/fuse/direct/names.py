@@ -10,7 +10,7 @@ from typing import Final
 from unionfs.fuse.direct.loop import Answer, Waiting
 from unionfs.fuse.direct.nodeio import NodeIos
 from unionfs.fuse.direct.writeback import WriteBack
-from unionfs.fuse.operations import Change, Found, Operations, error
+from unionfs.fuse.operations import Change, Found, Operations
 from unionfs.fuse.protocol import FOREVER, NEVER, Decision, Init, Opcode, Reply, Timeout, encode
 from unionfs.fuse.protocol import requests as rq
 from unionfs.fuse.protocol.flags import (
@@ -27,6 +27,7 @@ from unionfs.fuse.protocol.flags import (
     SETXATTR_ACL_KILL_SGID,
 )
 from unionfs.sys import calls
+from unionfs.sys.calls import os_error
 from unionfs.union.attributes import Attributes
 from unionfs.union.changes import Caller
 from unionfs.union.files import mode_without_set_ids
@@ -253,7 +254,7 @@ class NameRequests:
         if mode_without_set_ids(attributes.st.st_mode) is None:
             return False
         if request.uid not in (0, attributes.st.st_uid):
-            raise error(errno.EPERM)
+            raise os_error(errno.EPERM)
         return True
 
     def _statfs(self, request: rq.Statfs) -> Reply:
@@ -303,5 +304,5 @@ def _sized(unique: int, value: bytes, size: int) -> Reply:
     if size == 0:
         return encode.xattr_size(unique, len(value))
     if len(value) > size:
-        raise error(errno.ERANGE)
+        raise os_error(errno.ERANGE)
     return encode.data(unique, value)

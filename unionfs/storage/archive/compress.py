@@ -1,4 +1,4 @@
-"""Compressed streams: what is written, and what is found out when reading."""
+"""Compressed streams."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ _WRITEBACK = 32 << 20
 
 
 class Sink(Protocol):
-    """Where an archive goes."""
+    """What an archive is written to."""
 
     def write(self, data: bytes, /) -> int: ...
 
@@ -32,13 +32,13 @@ class Sink(Protocol):
 
 
 class Source(Protocol):
-    """Where an archive comes from; less than was asked for only at the end."""
+    """What an archive is read from; returns less than was asked for only at the end."""
 
     def read(self, size: int, /) -> bytes: ...
 
 
 def kind_for(path: str) -> str:
-    """The compression that a file's name asks for; zstd when it says nothing."""
+    """The compression that a file's name implies; zstd by default."""
     lowered = path.lower()
     if lowered.endswith((".tar", ".tar.none")):
         return "none"
@@ -48,8 +48,8 @@ def kind_for(path: str) -> str:
 
 
 class _Plain:
-    """Goes through the file object, never to the number of its fd: a stream that was given up in the middle
-    is ended by the garbage collector, when that number may be another file's."""
+    """Writes through the file object, never to its fd's number: the garbage collector ends an abandoned
+    stream, when that number may be another file's."""
 
     def __init__(self, out: IO[bytes]) -> None:
         self._out = out
@@ -86,6 +86,7 @@ def compressor(out: IO[bytes], kind: str) -> Sink:
         return cast(
             Sink, _Both(gzip.GzipFile(fileobj=buffered, mode="wb", compresslevel=4, mtime=0), buffered)
         )
+    # start-up time: only archives need it
     import zstandard
 
     made = zstandard.ZstdCompressor(level=3, threads=os.cpu_count() or 1, write_checksum=True)
@@ -111,7 +112,7 @@ class Ahead:
                     self._error = error
 
     def write(self, data: bytes, /) -> int:
-        """Raises what an earlier write has come to."""
+        """Raises the error of an earlier write."""
         if self._error is not None:
             raise self._error
         self._queue.put(data)
@@ -173,13 +174,14 @@ class _Checked:
 
 
 def decompressor(source: IO[bytes]) -> Source:
-    """The tar within `source`, whatever compresses it."""
+    """The tar in `source`, decompressed."""
     buffered = io.BufferedReader(cast(io.RawIOBase, source), _BUFFER)
     start = buffered.peek(4)[:4]
     if start == _ZSTD:
+        # start-up time: only archives need it
         import zstandard
 
-        # Reading never gives more than is asked for, so that a bomb of zeros takes no memory.
+        # A read returns no more than is asked for, so that a bomb of zeros takes no memory.
         made = zstandard.ZstdDecompressor().stream_reader(buffered, read_across_frames=True, closefd=False)
         return _Checked(cast(Source, made), (zstandard.ZstdError,))
     if start[:2] == _GZIP:

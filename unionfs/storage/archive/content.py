@@ -70,11 +70,12 @@ class Contents:
         self._unstable(entry)
 
     def _again(self, entry: Entry, fd: int) -> Entry:
-        again = self._walker.file_entry(fd, entry.path, os.fstat(fd))
+        status = os.fstat(fd)
+        again = self._walker.file_entry(fd, entry.path, status)
         if again.kind in (FILE, SPARSE):
             return again
         # It got a second name meanwhile, which will be the link.
-        return again._replace(kind=FILE, link=b"", size=os.fstat(fd).st_size, xattrs=entry.xattrs)
+        return again._replace(kind=FILE, link=b"", size=status.st_size, xattrs=entry.xattrs)
 
     def _clone(self, entry: Entry, fd: int) -> tuple[Entry, int] | None:
         """A clone of the file, and the file's attributes as of the same moment; None where there can be

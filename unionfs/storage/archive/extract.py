@@ -11,7 +11,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
-from typing import IO
+from typing import IO, TypeVar
 
 from unionfs.errors import UserError, quoted, reason
 from unionfs.storage import symlinks
@@ -36,6 +36,7 @@ _DIRECTORY_FLAGS = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 _NEW_FILE = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
 _MOST_OPEN = 128
 _PRIVILEGED = (b"trusted.", b"security.")
+T = TypeVar("T")
 
 
 class Extractor:
@@ -126,18 +127,14 @@ class Extractor:
         *parts, name = path.split(b"/")
         fd = os.dup(self._root)
         for part in parts:
-            try:
-                below = self._open_directory(fd, part, path)
-            finally:
-                os.close(fd)
-            fd = below
+            with Owned(fd):
+                fd = self._open_directory(fd, part, path)
         return fd, name
 
     def _clear(self, at: int, name: bytes) -> None:
-        """Remove what has that name: an earlier state of the same entry."""
+        """Remove what has that name."""
         status = os.stat(name, dir_fd=at, follow_symlinks=False)
         if stat.S_ISDIR(status.st_mode):
-            # No directory below it is open: those that are lead to `at`.
             remove(at, name)
         else:
             os.unlink(name, dir_fd=at)
@@ -151,11 +148,7 @@ class Extractor:
         except Malformed:
             return
         with suppress(FileNotFoundError):
-            status = os.stat(name, dir_fd=at, follow_symlinks=False)
-            if stat.S_ISDIR(status.st_mode):
-                remove(at, name)
-            else:
-                os.unlink(name, dir_fd=at)
+            self._clear(at, name)
 
     # -- entries ------------------------------------------------------------------------------------------
 
@@ -170,12 +163,9 @@ class Extractor:
         at, name = self._place(entry.path)
         try:
             if kind in (FILE, SPARSE):
-                fd = self._create(at, name)
-                try:
+                with Owned(self._create(at, name)) as fd:
                     self._fill(fd, entry, content)
                     self._attributes(fd, entry)
-                finally:
-                    os.close(fd)
             elif kind == DIRECTORY:
                 self._mkdir(at, name)
                 self._remember(entry)
@@ -203,19 +193,20 @@ class Extractor:
     def new_file(self, entry: Entry) -> Iterator[int]:
         """The fd of a new file to be filled; it gets its attributes at the end of the context."""
         at, name = self._place(entry.path)
-        fd = self._create(at, name)
-        try:
+        with Owned(self._create(at, name)) as fd:
             yield fd
             self._attributes(fd, entry)
-        finally:
-            os.close(fd)
 
     def _create(self, at: int, name: bytes) -> int:
+        return self._in_place_of(at, name, lambda: os.open(name, _NEW_FILE, 0o600, dir_fd=at))
+
+    def _in_place_of(self, at: int, name: bytes, make: Callable[[], T]) -> T:
+        """Make something under a name that an earlier state of the entry may have."""
         try:
-            return os.open(name, _NEW_FILE, 0o600, dir_fd=at)
+            return make()
         except FileExistsError:
             self._clear(at, name)
-            return os.open(name, _NEW_FILE, 0o600, dir_fd=at)
+            return make()
 
     def _fill(self, fd: int, entry: Entry, content: Iterable[tuple[int, bytes]]) -> None:
         if entry.kind == FILE:
@@ -282,19 +273,12 @@ class Extractor:
         if kind == HARDLINK:
             self._link(at, name, entry)
             return
-        for tried in (False, True):
-            try:
-                if kind == SYMLINK:
-                    os.symlink(entry.link, name, dir_fd=at)
-                elif kind == FIFO:
-                    os.mkfifo(name, 0o600, dir_fd=at)
-                else:
-                    self._mknod(at, name, entry)
-                break
-            except FileExistsError:
-                if tried:
-                    raise
-                self._clear(at, name)
+        if kind == SYMLINK:
+            self._in_place_of(at, name, lambda: os.symlink(entry.link, name, dir_fd=at))
+        elif kind == FIFO:
+            self._in_place_of(at, name, lambda: os.mkfifo(name, 0o600, dir_fd=at))
+        else:
+            self._in_place_of(at, name, lambda: self._mknod(at, name, entry))
         changeable = kind != SYMLINK or self._changes_symlinks
         wanted = self._wanted(entry, entry.mode | (stat.S_IFLNK if kind == SYMLINK else 0))
         attributes.write(at, name, wanted, _refuse, owner=self._is_root and changeable, times=changeable)
@@ -310,26 +294,21 @@ class Extractor:
             ) from error
 
     def _link(self, at: int, name: bytes, entry: Entry) -> None:
-        source, first = self._open_once(entry.link)
-        try:
-            for tried in (False, True):
-                try:
-                    os.link(first, name, src_dir_fd=source, dst_dir_fd=at, follow_symlinks=False)
-                    return
-                except FileExistsError:
-                    if tried:
-                        raise
-                    self._clear(at, name)
-        except FileNotFoundError:
-            raise Malformed(
-                f"the hard link {_shown(entry.path)} leads to {_shown(entry.link)}, which is not there"
-            ) from None
-        except PermissionError as error:
-            if stat.S_ISDIR(os.stat(first, dir_fd=source, follow_symlinks=False).st_mode):
-                raise Malformed(f"the hard link {_shown(entry.path)} leads to a directory") from None
-            raise error
-        finally:
-            os.close(source)
+        above, first = self._open_once(entry.link)
+        with Owned(above) as source:
+            try:
+                self._in_place_of(
+                    at, name,
+                    lambda: os.link(first, name, src_dir_fd=source, dst_dir_fd=at, follow_symlinks=False),
+                )  # fmt: skip
+            except FileNotFoundError:
+                raise Malformed(
+                    f"the hard link {_shown(entry.path)} leads to {_shown(entry.link)}, which is not there"
+                ) from None
+            except PermissionError as error:
+                if stat.S_ISDIR(os.stat(first, dir_fd=source, follow_symlinks=False).st_mode):
+                    raise Malformed(f"the hard link {_shown(entry.path)} leads to a directory") from None
+                raise error
 
     def end_archive(self) -> None:
         """An archive has been extracted; another one, built on it, may follow."""

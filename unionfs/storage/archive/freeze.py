@@ -8,6 +8,7 @@ import signal
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 
+from unionfs.sys.fds import directory
 from unionfs.sys.mountinfo import mount_id_of_fd, read_mountinfo
 
 _FIFREEZE, _FITHAW = 0xC0045877, 0xC0045878
@@ -21,11 +22,8 @@ def own_filesystem(path: str) -> bool:
     ourselves.
     """
     try:
-        fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-        try:
+        with directory(path) as fd:
             mount_id = mount_id_of_fd(fd)
-        finally:
-            os.close(fd)
         table = read_mountinfo()
     except OSError:
         return False
@@ -39,7 +37,7 @@ def own_filesystem(path: str) -> bool:
 
 @contextmanager
 def frozen(path: str) -> Iterator[bool]:
-    """Freeze the filesystem for the time of the context; gives False when that is not possible.
+    """Freeze the filesystem for the time of the context, which gets False when that is not possible.
 
     A helper process thaws it when this one ends, however it does: a filesystem that stayed frozen would hang
     everything that writes to it.

@@ -12,6 +12,7 @@ from typing import IO
 
 from unionfs.errors import UserError, quoted, reason
 from unionfs.sys.calls import AT_FDCWD
+from unionfs.sys.fds import Owned
 from unionfs.sys.openat2 import RESOLVE_NO_SYMLINKS, openat2
 from unionfs.sys.walking import follow
 
@@ -104,8 +105,5 @@ def _open_nameless(directory: int, name: str) -> tuple[int, str | None]:
 
 
 def _fsync(directory: int) -> None:
-    fd = os.open(".", os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC, dir_fd=directory)
-    try:
+    with Owned(os.open(".", os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC, dir_fd=directory)) as fd:
         os.fsync(fd)
-    finally:
-        os.close(fd)

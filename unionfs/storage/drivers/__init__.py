@@ -32,7 +32,8 @@ _BUILT_IN = {
 
 def driver_names() -> list[str]:
     """The names of all drivers, plugins included."""
-    from unionfs.storage.drivers.plugin import plugin_names  # few commands need it: start-up time
+    # start-up time: few commands need it
+    from unionfs.storage.drivers.plugin import plugin_names
 
     others = {point.name for point in entry_points(group=GROUP)} | set(plugin_names())
     return [*_BUILT_IN, *sorted(others - set(_BUILT_IN))]
@@ -44,7 +45,8 @@ def find_driver(name: str) -> Driver:
         return _load(EntryPoint(name, _BUILT_IN[name], GROUP))
     for point in entry_points(group=GROUP, name=name):
         return _load(point)
-    from unionfs.storage.drivers.plugin import find_plugin  # as above
+    # start-up time: few commands need it
+    from unionfs.storage.drivers.plugin import find_plugin
 
     plugin = find_plugin(name)
     if plugin is not None:

@@ -10,10 +10,10 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 
 from unionfs.errors import UserError, quoted, reason
+from unionfs.settings.sizes import shown_size, volume_size
 from unionfs.storage.drivers.base import Replacement
 from unionfs.storage.model import Volume
-from unionfs.storage.mounts import MountCall, mount_at, need_program, run_mount, run_program, unmount
-from unionfs.storage.sizes import shown_size, volume_size
+from unionfs.storage.mounts import MountCall, mount_at, need_program, run_mount, run_program, run_umount
 from unionfs.sys.capabilities import CAP_SYS_ADMIN, CAP_SYS_RESOURCE, has_capability
 from unionfs.sys.fds import Owned, sync_directory
 
@@ -121,7 +121,7 @@ def _mounted(path: str, volume: Volume) -> Iterator[str]:
         try:
             yield target
         finally:
-            unmount(target, what)
+            run_umount(target, what)
     finally:
         if mount_at(target) is None:
             with suppress(OSError):
@@ -136,12 +136,12 @@ class _NewImage:
 
     def commit(self) -> None:
         """Unmount the new filesystem, so that it is complete, and rename its image over the old one."""
-        unmount(self.path, f"volume {quoted(self._volume.name)}")
+        run_umount(self.path, f"volume {quoted(self._volume.name)}")
         with Owned(os.open(self._new, os.O_RDONLY | os.O_CLOEXEC)) as fd:
             os.fsync(fd)
         data = f"{self._volume.directory}/_data"
         if mount_at(data) is not None:
-            unmount(data, f"volume {quoted(self._volume.name)}")
+            run_umount(data, f"volume {quoted(self._volume.name)}")
         os.rename(self._new, path_of(self._volume))
         sync_directory(self._volume.directory)
 
@@ -167,7 +167,7 @@ def sweep(volume: Volume) -> None:
             continue
         path = f"{volume.directory}/{name}"
         if os.path.isdir(path):
-            unmount(path, f"volume {quoted(volume.name)}")
+            run_umount(path, f"volume {quoted(volume.name)}")
             with suppress(OSError):
                 os.rmdir(path)
         else:
@@ -189,7 +189,7 @@ def resize(volume: Volume, size: int, *, mounted: bool) -> None:
         raise UserError(f"{what}: an ext4 cannot shrink while it is in use; end its users first.")
     if kind == "ext4" and not mounted:
         if mount_at(data) is not None:
-            unmount(data, what)
+            run_umount(data, what)
         _resize_ext4(path, size // 1024 * 1024, before, what)
         with _mounted(path, volume) as root:
             _empty(root)
@@ -275,4 +275,4 @@ def _in_use(volume: Volume, data: str) -> Iterator[str]:
         yield found.source
     finally:
         if was is None:
-            unmount(data, f"volume {quoted(volume.name)}")
+            run_umount(data, f"volume {quoted(volume.name)}")

@@ -7,11 +7,11 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
 from unionfs.errors import UserError, quoted, reason
+from unionfs.settings.sizes import shown_size, volume_size
 from unionfs.storage.drivers import image, replacing
 from unionfs.storage.drivers.base import Driver, Replacement
 from unionfs.storage.model import Volume
-from unionfs.storage.mounts import mount_at, mount_call, run_mount, unmount
-from unionfs.storage.sizes import shown_size, volume_size
+from unionfs.storage.mounts import mount_at, mount_call, run_mount, run_umount
 from unionfs.sys import quota
 from unionfs.sys.capabilities import CAP_SYS_ADMIN, has_capability
 from unionfs.sys.walking import follow
@@ -125,7 +125,7 @@ class Local(Driver):
 
     def unmount(self, volume: Volume, user: str) -> None:
         if image.exists(volume) or "type" in volume.options:
-            unmount(f"{volume.directory}/_data", f"volume {quoted(volume.name)}")
+            run_umount(f"{volume.directory}/_data", f"volume {quoted(volume.name)}")
 
     @contextmanager
     def replacement(self, volume: Volume) -> Iterator[Replacement]:

@@ -92,7 +92,7 @@ class Plugin(Driver):
     # -- the protocol -------------------------------------------------------------------------------------
 
     def _endpoint(self) -> Endpoint:
-        # Start-up time, as in _post.
+        # start-up time: as in _post
         from unionfs.storage.drivers.plugin_request import Endpoint
 
         if self._address.socket:
@@ -101,7 +101,8 @@ class Plugin(Driver):
         return Endpoint("", host, port, self._tls() if self._address.is_secure else None)
 
     def _tls(self) -> ssl.SSLContext:
-        import ssl  # start-up time: it takes longer than a short command's own work
+        # start-up time: importing it takes longer than a short command's own work
+        import ssl
 
         tls = self._address.tls or {}
         for key in ("CAFile", "CertFile", "KeyFile"):
@@ -135,7 +136,7 @@ class Plugin(Driver):
         return self._answer(request, self._post(request, content, seconds, until))
 
     def _post(self, request: str, content: bytes, seconds: float, until: float) -> Answer:
-        # Start-up time: other commands do without what it imports.
+        # start-up time: other commands do without what it imports
         from unionfs.storage.drivers.plugin_request import RequestError, post
 
         now, url = time.monotonic(), self._address.url

@@ -14,6 +14,8 @@ from unionfs.storage.drivers import replacing
 from unionfs.storage.drivers.base import Driver, Replacement
 from unionfs.storage.model import Volume
 from unionfs.storage.mounts import detach, mount_at, need_program, run_program
+from unionfs.sys.liveness import is_dead
+from unionfs.sys.unmount import unmount
 
 _READY_SECONDS = 30.0
 _SENT_SECONDS = 600.0
@@ -56,8 +58,6 @@ class RemoteDriver(Driver):
         self.unmount(volume, "")
 
     def mount(self, volume: Volume, user: str) -> str:
-        from unionfs.sys.liveness import is_dead
-
         data = f"{volume.directory}/_data"
         what = f"volume {quoted(volume.name)}"
         if mount_at(data) is not None:
@@ -93,9 +93,6 @@ class RemoteDriver(Driver):
         """Wait until written files can be renamed. Raises UserError."""
 
     def unmount(self, volume: Volume, user: str) -> None:
-        from unionfs.daemon.unmount import unmount
-        from unionfs.sys.liveness import is_dead
-
         data = f"{volume.directory}/_data"
         if (found := mount_at(data)) is None:
             return

@@ -13,6 +13,7 @@ from unionfs.errors import UserError, quoted, reason
 from unionfs.storage.model import Volume
 from unionfs.storage.removing import refuse_locked
 from unionfs.storage.workspace import Workspace, recover, workspace
+from unionfs.sys.fds import directory, sync_directory
 from unionfs.union.removal import remove_path
 from unionfs.union.work import exchange as exchange_names
 
@@ -21,23 +22,11 @@ _ASIDE = ".old"
 """Where the old content waits on a filesystem that cannot exchange, between two renames."""
 
 
-def fsync_directory(path: str) -> None:
-    """Make the names in a directory durable."""
-    fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)
-
-
 def exchange(one: str, other: str) -> None:
     """Exchange two names on one filesystem: in one step, or in steps that `recover_sibling` can undo."""
-    at = os.open("/", os.O_PATH | os.O_CLOEXEC)
-    try:
+    with directory("/") as at:
         new, old, aside = ((at, os.fsencode(path)) for path in (other, one, other + _ASIDE))
         exchange_names(new, old, aside)
-    finally:
-        os.close(at)
 
 
 class _Sibling:
@@ -53,7 +42,7 @@ class _Sibling:
         else:
             # Somebody has removed the volume's directory: a restore is the cure for that.
             os.rename(self.path, self._data)
-        fsync_directory(os.path.dirname(self._data))
+        sync_directory(os.path.dirname(self._data))
 
 
 @contextmanager
@@ -99,18 +88,14 @@ def in_place(volume: Volume, data: str, settle: Callable[[], None] | None = None
     The exchange is many renames, which a journal outside the volume finishes when it is interrupted. `settle`
     is called before, and may wait until all that was written can be renamed.
     """
-    root = os.open(data, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    try:
-        with ExitStack() as stack:
-            try:
-                place = stack.enter_context(workspace(volume.directory, root, "restore", settle))
-            except OSError as error:
-                raise UserError(
-                    f"nothing can be prepared in {quoted(data)}: {reason(error)}; make the volume writable."
-                ) from error
-            yield place
-    finally:
-        os.close(root)
+    with directory(data) as root, ExitStack() as stack:
+        try:
+            place = stack.enter_context(workspace(volume.directory, root, "restore", settle))
+        except OSError as error:
+            raise UserError(
+                f"nothing can be prepared in {quoted(data)}: {reason(error)}; make the volume writable."
+            ) from error
+        yield place
 
 
 def finish_in_place(volume: Volume, data: str) -> None:

@@ -6,13 +6,14 @@ import hashlib
 import os
 import shutil
 import stat
+import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 
-from unionfs.daemon.options import split_lowers
 from unionfs.errors import UserError, quoted, reason
+from unionfs.settings.options import split_lowers
 from unionfs.storage.drivers.base import Driver, Replacement
 from unionfs.storage.drivers.replacing import exchange
 from unionfs.storage.filters import truth
@@ -20,6 +21,7 @@ from unionfs.storage.model import Volume
 from unionfs.storage.mounts import mount_at, run_program
 from unionfs.storage.removing import refuse_locked
 from unionfs.sys.fds import sync_directory
+from unionfs.sys.liveness import is_dead
 from unionfs.union.removal import remove_path
 
 
@@ -189,8 +191,6 @@ def _mount(volume: Volume, upper: str, work: str, target: str) -> None:
 
 def _is_alive(target: str) -> bool:
     """Whether a union is mounted and answers; one whose daemon has died is unmounted."""
-    from unionfs.sys.liveness import is_dead
-
     if mount_at(target) is None:
         return False
     if is_dead(os.path.realpath(os.path.dirname(target)) + "/" + os.path.basename(target)):
@@ -200,13 +200,17 @@ def _is_alive(target: str) -> bool:
 
 
 def _unmount(target: str) -> None:
-    from unionfs.daemon.unmount import umount
-
     if mount_at(target) is None:
         return
-    try:
-        umount(target, lazy=False)
-    except UserError:
-        # It may live on in a mount namespace that was created meanwhile; here it is gone.
-        if mount_at(target) is not None:
-            raise
+    done = subprocess.run(
+        [sys.executable, "-m", "unionfs", "umount", target],
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        check=False,
+        cwd="/",
+        errors="surrogateescape",
+    )
+    # It may live on in another mount namespace, that was created meanwhile; here it is gone.
+    if done.returncode != 0 and mount_at(target) is not None:
+        said = done.stderr.strip().removeprefix("unionfs: ")
+        raise UserError(said or f"{quoted(target)} cannot be unmounted; run `unionfs umount` on it.")

@@ -1,46 +1,35 @@
-"""`-v`, `--mount`, `--tmpfs` and `-u tmpfs:` in Docker's syntax.
+"""`-v` and `--mount` in Docker's syntax.
 
 Sources of the rules: docker/cli opts/mount.go (the keys of `--mount`), moby volume/mounts/linux_parser.go
-(the parts of `-v`, and what goes with what), pkg/mount/flags.go (the words of `--tmpfs`). Nothing is looked
-at on the host; a relative source is taken against the caller's directory.
+(the parts of `-v`, and what goes with what). A relative source is taken against the caller's directory.
 """
 
 from __future__ import annotations
 
 import csv
 import os
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
-from typing import Any, NoReturn, TypeVar
+from typing import Any
 
 from unionfs.errors import UserError, quoted
-from unionfs.storage.names import check_name
-from unionfs.storage.sizes import parse_count, parse_size, parse_tmpfs_size
-from unionfs.storage.specs import (
+from unionfs.settings.names import check_name
+from unionfs.settings.sizes import parse_size
+from unionfs.settings.specs import (
     PROPAGATIONS,
-    TMPFS_FLAGS,
     BindSpec,
     Spec,
     TmpfsOptions,
     TmpfsSpec,
     VolumeSpec,
 )
+from unionfs.settings.tmpfs import octal, parse_tmpfs, target_of, value_of
 
-TMPFS_UPPER = "tmpfs"
 _CONSISTENCIES = ("default", "consistent", "cached", "delegated")
 _BOOLEANS = {
     "1": True, "t": True, "T": True, "true": True, "TRUE": True, "True": True,
     "0": False, "f": False, "F": False, "false": False, "FALSE": False, "False": False,
 }  # fmt: skip
-# Words of mount(8) in --tmpfs: the flag each adds or takes away, None for those that change nothing.
-_TMPFS_ADD = ("nosuid", "nodev", "noexec", "noatime", "nodiratime", "relatime", "strictatime", "nosymfollow")
-_TMPFS_TAKE = {
-    "suid": "nosuid", "dev": "nodev", "exec": "noexec", "atime": "noatime", "diratime": "nodiratime",
-}  # fmt: skip
-_TMPFS_SKIPPED = ("rw", "defaults", "async", "private", "rprivate")
-_TMPFS_MORE = ("huge", "mpol", "nr_blocks", "inode32", "inode64")
-
-_T = TypeVar("_T")
 
 
 def parse_all(volumes: Iterable[str], mounts: Iterable[str], tmpfs: Iterable[str]) -> tuple[Spec, ...]:
@@ -58,18 +47,6 @@ def parse_all(volumes: Iterable[str], mounts: Iterable[str], tmpfs: Iterable[str
             raise UserError(f"target {quoted(spec.target)} is given twice; mount one thing at each target.")
         taken.add(spec.target)
     return tuple(sorted(found, key=lambda spec: spec.target.count("/")))
-
-
-def _target(option: str, text: str) -> str:
-    """A target, cleaned of `.`, `..` and double slashes, as Docker does it: without a look at symlinks."""
-    if not text.startswith("/"):
-        shown = f"target {quoted(text)}" if text else "the target"
-        what = "is a relative path" if text else "is empty"
-        raise UserError(f"{option}: {shown} {what}; give an absolute path within the union, such as /data.")
-    clean = "/" + os.path.normpath(text).strip("/")
-    if clean == "/":
-        raise UserError(f"{option}: target {quoted(text)} is the union's root; mount below it.")
-    return clean
 
 
 def _host_path(option: str, text: str) -> str:
@@ -104,14 +81,14 @@ def parse_volume(text: str) -> VolumeSpec | BindSpec:
     if not parts[0]:
         raise UserError(f"{option}: the source is empty; write SOURCE:/target, or /target alone.")
     if len(parts) == 1:
-        return VolumeSpec(_target(option, parts[0]), anonymous=True)
+        return VolumeSpec(target_of(option, parts[0]), anonymous=True)
     source, target = parts[0], parts[1]
     if len(parts) == 2 and target and all(word in _WORDS for word in target.split(",")):
         raise UserError(
             f"{option}: `{target}` stands where the target should; write SOURCE:/target:{target}."
         )
     modes = _modes(option, parts[2] if len(parts) == 3 else "")
-    target = _target(option, target)
+    target = target_of(option, target)
     if source.startswith(("/", ".")):
         for word in ("nocopy", "copy"):
             if modes.get("copy") == word:
@@ -185,7 +162,7 @@ def parse_mount(text: str) -> Spec:
             raise UserError(f"{option}: {key} cannot go with type {kind}; drop it, or write type={prefix}.")
     if "target" not in given:
         raise UserError(f"{option}: target is missing; add target=/path/in/the/union.")
-    target = _target(option, str(given["target"]))
+    target = target_of(option, str(given["target"]))
     read_only = bool(given.get("readonly", False))
     match kind:
         case "bind":
@@ -300,98 +277,9 @@ def _volume(
 def _tmpfs_of_mount(option: str, given: dict[str, Any]) -> TmpfsOptions:
     options = TmpfsOptions(mode=0o1777)
     if "tmpfs-size" in given:
-        size = _value(option, "tmpfs-size", str(given["tmpfs-size"]), parse_size, "a size as 64m")
+        size = value_of(option, "tmpfs-size", str(given["tmpfs-size"]), parse_size, "a size as 64m")
         options = replace(options, size=str(size) if size else None)
     if "tmpfs-mode" in given:
-        mode = _value(option, "tmpfs-mode", str(given["tmpfs-mode"]), _octal, "an octal mode as 1777")
+        mode = value_of(option, "tmpfs-mode", str(given["tmpfs-mode"]), octal, "an octal mode as 1777")
         options = replace(options, mode=mode)
     return options
-
-
-# -- --tmpfs and -u tmpfs: ----------------------------------------------------------------------------
-
-
-def parse_tmpfs(text: str) -> TmpfsSpec:
-    """One `--tmpfs`: /target[:option,...] with the words of mount(8) and tmpfs(5). Raises UserError."""
-    option = f"--tmpfs {quoted(text)}"
-    target, _, words = text.partition(":")
-    target = _target(option, target)
-    flags = list(TMPFS_FLAGS)
-    rest = []
-    read_only = False
-    for word in words.split(","):
-        if word in ("ro", "rw"):
-            read_only = word == "ro"
-        elif word in _TMPFS_ADD:
-            flags = [flag for flag in flags if flag != word] + [word]
-        elif word in _TMPFS_TAKE:
-            flags = [flag for flag in flags if flag != _TMPFS_TAKE[word]]
-        elif word and word not in _TMPFS_SKIPPED:
-            rest.append(word)
-    options = _tmpfs_options(option, rest, TmpfsOptions(mode=0o1777))
-    return TmpfsSpec(target, options, read_only=read_only, flags=tuple(flags))
-
-
-def is_tmpfs_upper(upper: str) -> bool:
-    """Whether `-u` asks for a tmpfs: `tmpfs` or `tmpfs:OPTION,...`. A directory of that name is ./tmpfs."""
-    return upper == TMPFS_UPPER or upper.startswith(TMPFS_UPPER + ":")
-
-
-def parse_tmpfs_upper(upper: str) -> TmpfsOptions:
-    """What a tmpfs for upper and work is made with. Raises UserError."""
-    words = upper.partition(":")[2].split(",")
-    return _tmpfs_options(f"-u {quoted(upper)}", [word for word in words if word], TmpfsOptions())
-
-
-def _tmpfs_options(option: str, words: Iterable[str], options: TmpfsOptions) -> TmpfsOptions:
-    more: list[tuple[str, str]] = []
-    for word in words:
-        name, equals, value = word.partition("=")
-        match name:
-            case "size":
-                size = _value(option, name, value, parse_tmpfs_size, "a size as 64m, or 50%")
-                options = replace(options, size=size)
-            case "mode":
-                mode = _value(option, name, value, _octal, "an octal mode as 1777")
-                options = replace(options, mode=mode)
-            case "nr_inodes":
-                count = _value(option, name, value, parse_count, "a number as 10k")
-                options = replace(options, nr_inodes=count)
-            case "uid" | "gid":
-                number = _value(option, name, value, _id, "a number")
-                options = replace(options, **{name: number})  # type: ignore[arg-type]
-            case "swap" | "noswap" if not equals:
-                options = replace(options, swap=name == "swap")
-            case _ if name in _TMPFS_MORE:
-                more.append((name, value))
-            case _:
-                raise UserError(
-                    f"{option}: unknown option {quoted(word)}; there are size=, mode=, nr_inodes=, uid=, "
-                    "gid=, noswap and swap, and for --tmpfs mount(8)'s ro, exec, suid, dev, noatime."
-                )
-    return replace(options, more=tuple(more))
-
-
-def _octal(text: str) -> int:
-    mode = int(text, 8) if text.isascii() and text.isdecimal() else -1
-    if not 0 <= mode <= 0o7777:
-        raise ValueError(text)
-    return mode
-
-
-def _id(text: str) -> int:
-    if not text.isascii() or not text.isdecimal() or int(text) >= 2**32 - 1:
-        raise ValueError(text)
-    return int(text)
-
-
-def _value(option: str, name: str, text: str, parse: Callable[[str], _T], what: str) -> _T:
-    try:
-        return parse(text)
-    except ValueError:
-        _refuse_value(option, name, text, what)
-
-
-def _refuse_value(option: str, name: str, text: str, what: str) -> NoReturn:
-    shown = quoted(text) if text else ""
-    raise UserError(f"{option}: {name}={shown} cannot be read; write {what}.") from None

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import os
 import re
-import secrets
 
 from unionfs.errors import UserError, quoted
 
@@ -36,4 +36,4 @@ def check_name(text: str, kind: str = "volume") -> str:
 
 def anonymous_name() -> str:
     """A new name for an anonymous volume: 64 hexadecimal digits, as Docker's."""
-    return secrets.token_hex(32)
+    return os.urandom(32).hex()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from unionfs.errors import UserError
-from unionfs.storage import sizes
+from unionfs.settings import sizes
 
 K, M, G = 1 << 10, 1 << 20, 1 << 30
 LARGEST = 2**63 - 1  # of an off_t

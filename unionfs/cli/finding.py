@@ -1,0 +1,55 @@
+"""The mount that a command is about."""
+
+from __future__ import annotations
+
+import os
+
+from unionfs.daemon import live
+from unionfs.daemon.live import LiveMount
+from unionfs.daemon.others import mounts_of_others, owner_of
+from unionfs.daemon.settle import absolute_mountpoint
+from unionfs.errors import UserError, quoted
+from unionfs.sys.mountinfo import MountEntry, mounted_at
+
+
+def find_mount(mountpoint: str) -> LiveMount:
+    """The live mount at `mountpoint`. Raises UserError when there is none."""
+    path = absolute_mountpoint(mountpoint)
+    mounted = mounted_at(path)
+    known = live.live_mounts()
+    found = None if mounted is None else live.find_by_device(mounted.device, known)
+    if found is None:
+        known = [*known, *mounts_of_others().answered]
+        found = None if mounted is None else live.find_by_device(mounted.device, known)
+    if found is None:
+        # It may be mounted in another mount namespace, where the daemon is.
+        found = next((mount for mount in reversed(known) if mount.settings.mountpoint == path), None)
+    if found is None:
+        raise UserError(f"{quoted(path)} is no live unionfs mount{_why_not(path, mounted)}.")
+    return found
+
+
+def upper_in_memory(mount: LiveMount) -> str:
+    """A way to the upper that has no path: by its daemon's fd. Raises UserError."""
+    answer = mount.ask()
+    number = None if answer is None else answer.get("upper_fd")
+    if not isinstance(number, int):
+        raise UserError(
+            f"the daemon of {quoted(mount.settings.mountpoint)} (pid {mount.pid}) does not answer, and only "
+            "it knows the way to an upper in memory; try again later."
+        )
+    return f"/proc/{mount.pid}/fd/{number}"
+
+
+def _why_not(path: str, mounted: MountEntry | None) -> str:
+    """The cause and the cure, as the end of a sentence, for there being no live mount of ours at a path."""
+    if mounted is not None and mounted.fstype == "fuse.unionfs":
+        owner = mounted.super_option("user_id")
+        if (other := owner_of(mounted)) is not None:
+            return f" of root, but one of uid {other} whose daemon does not answer root; ask as that user"
+        if os.geteuid() != 0 and owner != str(os.geteuid()):
+            return f" of this user, but one of uid {owner}; ask as that user or as root"
+        entry = live.find_by_device(mounted.device)
+        if entry is not None and not entry.is_alive():
+            return f": its daemon (pid {entry.pid}) has died; `unionfs umount {quoted(path)}` clears it away"
+    return "; `unionfs ls` shows those there are"

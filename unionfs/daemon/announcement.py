@@ -1,0 +1,69 @@
+"""How others find a mount: an entry in the registry of live mounts, and sockets that answer questions."""
+
+from __future__ import annotations
+
+import logging
+import os
+import socket
+
+from unionfs.daemon import live
+from unionfs.daemon.answering import listen
+from unionfs.daemon.runtime import RuntimeDirectory
+from unionfs.errors import UserError, quoted, reason
+from unionfs.settings.mount import MountSettings
+from unionfs.sys.capabilities import in_initial_user_namespace
+
+log = logging.getLogger(__name__)
+
+
+class Announcement:
+    """Of the mount that this process serves."""
+
+    def __init__(self, settings: MountSettings, directory: RuntimeDirectory) -> None:
+        """Before the mount, which may cover the paths of the layers. Raises OSError."""
+        self._directory = directory
+        self._claims = live.claims_of(settings)
+        self._entry: live.LiveMount | None = None
+
+    @property
+    def since(self) -> float | None:
+        """Seconds since the epoch when the mount became usable."""
+        return None if self._entry is None else self._entry.since
+
+    def listen(self) -> list[socket.socket]:
+        """Where this user asks, in the runtime directory, and where root asks an ordinary user's daemon."""
+        name = live.own_name()
+        addresses = [self._directory.address(f"{name}.sock")]
+        # In a user namespace root of the host cannot be told from anybody else.
+        if os.geteuid() != 0 and in_initial_user_namespace():
+            addresses.append("\0" + live.abstract_name(name))
+        found = []
+        for address in addresses:
+            try:
+                found.append(listen(address))
+            except OSError as error:
+                # Only the figures of `inspect` are lost.
+                log.warning("no socket for questions: %s", error)
+        return found
+
+    def publish(self, settings: MountSettings, device: str) -> None:
+        """The mount is usable. Raises UserError."""
+        try:
+            self._entry = live.announce(settings, device, self._directory.path, self._claims)
+        except OSError as error:
+            raise UserError(
+                f"the mount cannot be entered in {quoted(self._directory.path)}: {reason(error)}; make room "
+                "there."
+            ) from error
+
+    def mark_ending(self) -> None:
+        """The mount is gone; only the layers are still written and closed."""
+        if self._entry is not None:
+            live.mark_ending(self._entry)
+
+    def withdraw(self) -> None:
+        """The daemon is about to end."""
+        if self._entry is not None:
+            self._entry.remove()
+        else:
+            self._directory.remove(f"{live.own_name()}.sock")

@@ -1,0 +1,100 @@
+"""Mounting and serving a union by the session that was asked for, or by the first that works here."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from typing import Any
+
+from unionfs.daemon.clearing import clear_leftovers
+from unionfs.fuse.direct.mounting import MountOptions
+from unionfs.fuse.errors import SessionUnfit
+from unionfs.fuse.operations import Operations
+from unionfs.fuse.protocol import Decision, IoMode
+from unionfs.fuse.session_direct import serve as serve_directly
+from unionfs.settings.mount import MountSettings
+from unionfs.sys.mountinfo import MountEntry, mount_of_id, mounted_at
+
+log = logging.getLogger(__name__)
+
+
+class Serving:
+    """The FUSE mount of one union, and what is known of it."""
+
+    def __init__(self, operations: Operations, settings: MountSettings) -> None:
+        self.settings = settings
+        """With the session and the I/O mode that were chosen, once these are known."""
+        self.io: Mapping[str, Any] = {}
+        """Why data flows as it does, as plain values."""
+        self.device = ""
+        """`major:minor` of the mount, once it is known."""
+        self._operations = operations
+        self._mount: MountEntry | None = None
+        self._gone = False
+
+    async def serve(self, on_mounted: Callable[[], None]) -> None:
+        """Mount and serve until the mount is gone. Raises SessionError."""
+        await self._serve(on_mounted)
+        # The number of the device is given to the next mount, of whatever kind.
+        self._gone = True
+
+    async def _serve(self, on_mounted: Callable[[], None]) -> None:
+        settings = self.settings
+        if settings.session != "pyfuse3":
+            try:
+                await self._serve_directly(on_mounted)
+                return
+            except SessionUnfit as unfit:
+                if settings.session == "direct":
+                    raise
+                log.info("no direct session: %s", unfit)
+                self.io = {"why": f"The direct session cannot be had. {unfit}"}
+        # For start-up time: most mounts never load libfuse.
+        from unionfs.fuse.session_pyfuse3 import serve as serve_by_pyfuse3
+
+        self.settings = replace(settings, session="pyfuse3")
+        await serve_by_pyfuse3(
+            self._operations, settings.mountpoint, settings.fuse_options(), on_mounted
+        )
+
+    async def _serve_directly(self, on_mounted: Callable[[], None]) -> None:
+        settings = self.settings
+        options = MountOptions(
+            source=settings.fsname,
+            subtype=settings.subtype,
+            allow_other=settings.allow_other,
+            read_only=settings.read_only,
+            flags=settings.flags,
+            security=settings.security,
+        )
+
+        def on_ready(decision: Decision, mount: MountEntry | None) -> None:
+            self._mount = mount
+            self.settings = replace(settings, session="direct", io=str(decision.io))
+            self.io = {
+                "why": decision.why,
+                "why_not": {str(mode): reason for mode, reason in decision.why_not.items()},
+                "missing": {str(flag.name): reason for flag, reason in decision.missing.items()},
+            }
+            on_mounted()
+
+        await serve_directly(
+            self._operations, settings.mountpoint, options, IoMode(settings.io), on_ready
+        )
+
+    def locate(self) -> MountEntry | None:
+        """The mount, by its id where that is known: its path may lead to another mount by now."""
+        if self._mount is None:
+            mount = mounted_at(self.settings.mountpoint)
+        else:
+            mount = mount_of_id(self._mount.mount_id)
+        if mount is None or not mount.is_fuse:
+            return None
+        self.device = mount.device
+        return mount
+
+    def clear_leftovers(self, *, connected: bool) -> None:
+        """Detach what an error left mounted; `connected`: the session is still being served."""
+        if self.device and not self._gone:
+            clear_leftovers(self.device, connected=connected)

@@ -1,0 +1,176 @@
+"""What the words of a call mean on this host: which one wins, what the rest defaults to, where paths lead."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING, TypeVar
+
+from unionfs.errors import UserError, quoted
+from unionfs.settings.mount import IO_MODES, SESSIONS, MountSettings
+from unionfs.settings.options import Options, parse_options
+from unionfs.storage.root import storage_root as find_storage_root
+from unionfs.sys.capabilities import may_use_trusted_xattrs
+from unionfs.sys.mountinfo import read_mountinfo
+
+if TYPE_CHECKING:
+    from unionfs.settings.specs import Spec, TmpfsOptions
+
+_MOST_LINKS = 40  # MAXSYMLINKS, include/linux/namei.h
+_T = TypeVar("_T")
+
+
+def settle(
+    mountpoint: str,
+    *,
+    lowers: Sequence[str] = (),
+    upper: str | None = None,
+    work: str | None = None,
+    options: Iterable[str] = (),
+    session: str = "auto",
+    io: str = "auto",
+    log_level: str = "info",
+    source: str | None = None,
+    trusted_xattrs: bool | None = None,
+    storage: Sequence[Spec] = (),
+    storage_root: str | None = None,
+) -> MountSettings:
+    """The settings that a call asks for. Changes nothing. Raises UserError.
+
+    `source` is mount(8)'s first word, the `fsname` unless `-o` names one. `trusted_xattrs`: whether
+    `trusted.*` may be written (None: find out). `storage_root` is `--root`, ignored without `storage`.
+    """
+    parsed = parse_options(options)
+    chosen_lowers = _either("lower", "-l", "lowerdir=", tuple(lowers), tuple(parsed.lowers))
+    chosen_upper = _either("upper", "-u", "upperdir=", upper, parsed.upper)
+    chosen_work = _either("work", "-w", "workdir=", work, parsed.work)
+    if not chosen_lowers:
+        raise UserError("no lower is given; add -l DIR for each one, topmost first, or -o lowerdir=DIR:DIR.")
+    if "" in (*chosen_lowers, chosen_upper, chosen_work, mountpoint):
+        raise UserError("an empty path is given; name a directory.")
+    chosen_upper, upper_tmpfs = _writable_layer(chosen_upper, chosen_work)
+    if parsed.allow_other and parsed.allow_root:
+        raise UserError("allow_other and allow_root exclude each other; allow_other lets root in too.")
+    session, io = _session_and_io(parsed, session, io)
+    if trusted_xattrs is None:
+        trusted_xattrs = may_use_trusted_xattrs()
+    is_root = os.geteuid() == 0
+    return MountSettings(
+        mountpoint=absolute_mountpoint(mountpoint),
+        lowers=tuple(absolute(path) for path in chosen_lowers),
+        upper=None if chosen_upper is None else absolute(chosen_upper),
+        work=None if chosen_work is None else absolute(chosen_work),
+        read_only=(chosen_upper is None and upper_tmpfs is None) or parsed.read_only,
+        session=session,
+        io=io,
+        fsname=parsed.fsname or source or "unionfs",
+        subtype="unionfs" if parsed.subtype is None else parsed.subtype,
+        # Like the kernel's, root's mounts are open to everybody; the kernel checks permissions.
+        allow_other=parsed.allow_other or (is_root and not parsed.allow_root),
+        allow_root=parsed.allow_root,
+        volatile=parsed.volatile,
+        userxattr=parsed.userxattr or not trusted_xattrs,
+        flags=_flags(parsed, is_root),
+        security=tuple(parsed.security),
+        log_level="debug" if parsed.debug else log_level,
+        mounted_by=os.getuid(),
+        upper_tmpfs=upper_tmpfs,
+        storage=tuple(storage),
+        storage_root=find_storage_root(storage_root) if storage else "",
+    )
+
+
+def _either(thing: str, letter: str, option: str, by_letter: _T, by_option: _T) -> _T:
+    if by_letter and by_option and by_letter != by_option:
+        raise UserError(f"the {thing} is given both by {letter} and by -o {option}; use one of the two.")
+    return by_letter or by_option
+
+
+def _writable_layer(upper: str | None, work: str | None) -> tuple[str | None, TmpfsOptions | None]:
+    """The upper directory, or what a tmpfs in its place is made with. Checks `work` against it."""
+    if upper is not None and upper.startswith("tmpfs"):
+        # For start-up time: most uppers are directories.
+        from unionfs.settings.tmpfs import is_tmpfs_upper, parse_tmpfs_upper
+
+        if is_tmpfs_upper(upper):
+            if work is not None:
+                raise UserError(
+                    f"work {quoted(work)} is given, but with upper {quoted(upper)} the work directory is on "
+                    "the tmpfs too; leave --work out."
+                )
+            return None, parse_tmpfs_upper(upper)
+    if upper is not None and work is None:
+        raise UserError(
+            f"upper {quoted(upper)} is given without a work directory; add --work DIR, an empty directory on "
+            "the same filesystem."
+        )
+    if work is not None and upper is None:
+        raise UserError(
+            f"work {quoted(work)} is given without an upper; add --upper DIR, or leave the work directory "
+            "out for a read-only union."
+        )
+    return upper, None
+
+
+def _session_and_io(parsed: Options, session: str, io: str) -> tuple[str, str]:
+    session = _chosen("session", session, parsed.session, SESSIONS)
+    io = _chosen("io", io, parsed.io, IO_MODES)
+    if session == "pyfuse3" and io != "auto":
+        raise UserError(
+            f"--io {io} needs --session direct: with pyfuse3 all data goes through the page cache and the "
+            "daemon. Leave one of the two out."
+        )
+    return session, io
+
+
+def _chosen(name: str, by_letter: str, by_option: str | None, values: Sequence[str]) -> str:
+    if by_option is None:
+        return by_letter
+    if by_option not in values:
+        raise UserError(f"option {name}={quoted(by_option)}: it is one of {', '.join(values)}.")
+    if by_letter not in ("auto", by_option):
+        raise UserError(f"--{name} {by_letter} and -o {name}={by_option} differ; use one of the two.")
+    return by_option
+
+
+def _flags(options: Options, is_root: bool) -> tuple[str, ...]:
+    chosen = {flag for flag in options.flags.values() if flag not in ("ro", "rw")}
+    # The defaults; libfuse would pass them on to fusermount3, which refuses some of them.
+    chosen -= {"exec", "async", "atime", "diratime"}
+    if is_root:
+        # libfuse starts from nosuid,nodev; a root tree needs both (/dev, sudo, ping).
+        chosen |= {"suid"} if "nosuid" not in chosen else set()
+        chosen |= {"dev"} if "nodev" not in chosen else set()
+    else:
+        # fusermount3 forces them on a user's mount, and complains on stderr about the opposite.
+        chosen = chosen - {"suid", "dev"} | {"nosuid", "nodev"}
+    return tuple(sorted(chosen))
+
+
+def absolute(path: str) -> str:
+    """`path` against the caller's directory, symlinks resolved; missing parts stay as they are."""
+    if "\0" in path:
+        raise UserError(f"{path!r} holds a zero byte, which no path can.")
+    try:
+        return os.path.realpath(path)
+    except FileNotFoundError as error:  # of getcwd, in a directory that was removed
+        raise UserError(
+            f"{quoted(path)} is a relative path, but the current directory is gone; give an absolute path."
+        ) from error
+
+
+def absolute_mountpoint(path: str) -> str:
+    """As `absolute`, but without a request to what is mounted there, whose daemon may be dead or hang."""
+    mountpoints = {entry.mountpoint for entry in read_mountinfo()}
+    for _ in range(_MOST_LINKS):
+        parent, name = os.path.split(path.rstrip("/"))
+        if name in ("", ".", ".."):
+            break
+        place = os.path.join(absolute(parent or "."), name)
+        if place in mountpoints:
+            return place
+        try:
+            path = os.path.join(os.path.dirname(place), os.readlink(place))
+        except OSError:
+            break
+    return absolute(path)

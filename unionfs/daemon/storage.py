@@ -1,0 +1,89 @@
+"""The storage of one union: opened before its layers, mounted or served, given back at its end."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from unionfs.daemon import guardian, live
+from unionfs.daemon.clearing import clear_dead_mounts
+from unionfs.errors import UserError, reason
+from unionfs.settings.mount import MountSettings
+from unionfs.settings.specs import Spec
+from unionfs.storage import served
+from unionfs.storage.attach import attach
+from unionfs.storage.sources import Sources
+from unionfs.storage.users import release, user_of, with_names
+from unionfs.storage.volumes import Volumes
+from unionfs.sys.capabilities import CAP_SYS_ADMIN, has_capability
+from unionfs.sys.mountinfo import MountEntry
+from unionfs.union.layers import LayerStack
+from unionfs.union.tree import Union
+
+
+class Storage:
+    """With CAP_SYS_ADMIN it is mounted into the union that is mounted; else the union itself serves it."""
+
+    def __init__(self, settings: MountSettings) -> None:
+        """Open all sources; a guardian waits for this process's end. Before there are threads or a mount.
+
+        Raises UserError, with everything undone.
+        """
+        self.settings = replace(settings, storage=with_names(settings.storage))
+        self._user = user_of(settings.mountpoint)
+        self._kernel_mounts = has_capability(CAP_SYS_ADMIN)
+        self._kept = False
+        try:
+            self._guardian = guardian.start(self._clear)
+        except OSError as error:
+            raise UserError(f"no process can be started: {reason(error)}; end some others.") from error
+        volumes = Volumes(settings.storage_root)
+        self._sources: Sources | None = Sources(volumes, self._user, kernel_mounts=self._kernel_mounts)
+        try:
+            self._sources.open(self.settings.storage)
+        except BaseException:
+            self._guardian.dismiss()
+            raise
+
+    def _clear(self, device: str) -> None:
+        """What the guardian does when this process was killed."""
+        if device:
+            clear_dead_mounts(device)
+        release(self.settings, self._user)
+        live.entries()
+
+    def serve(self, union: Union, stack: LayerStack) -> tuple[Spec, ...]:
+        """Before the union is mounted. Returns the specs with their real targets. Raises UserError."""
+        if not self._kernel_mounts and self._sources is not None:
+            self._found(served.serve(self._sources, union, stack))
+        return self.settings.storage
+
+    def mount(self, mount: MountEntry, stack: LayerStack) -> tuple[Spec, ...]:
+        """As `serve`, when the union is mounted; in a thread: every path leads through the union."""
+        self._guardian.tell(mount.device)
+        if self._kernel_mounts and self._sources is not None:
+            self._found(attach(mount, self._sources, stack))
+        return self.settings.storage
+
+    def _found(self, specs: tuple[Spec, ...]) -> None:
+        self.settings = replace(self.settings, storage=specs)
+        if self._sources is not None:
+            self._sources.close()
+
+    def keep(self) -> None:
+        """The mount came to be used: what was made for its storage stays."""
+        self._kept = True
+
+    def give_back(self) -> None:
+        """Give the volumes back, or undo all that was made if the mount never came to be used."""
+        if self._sources is None:
+            return
+        if self._kept:
+            release(self.settings, self._user)
+        else:
+            self._sources.give_up()
+        self._sources = None
+
+    def let_go(self) -> None:
+        """The last step, however the mount ends: from now on nobody has to watch this process."""
+        self.give_back()
+        self._guardian.dismiss()

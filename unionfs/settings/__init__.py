@@ -1,0 +1,1 @@
+"""Settings: plain values and their parsing. Asks nothing of the host."""

@@ -1,0 +1,96 @@
+"""All settings of one mount: absolute, complete, not yet checked against the host (`daemon.preflight`)."""
+
+from __future__ import annotations
+
+from dataclasses import MISSING, asdict, dataclass, fields
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from unionfs.settings.specs import Spec, TmpfsOptions
+
+SESSIONS = ("auto", "direct", "pyfuse3")
+IO_MODES = ("auto", "hybrid", "passthrough", "cached")
+LOG_LEVELS = ("debug", "info", "warning", "error")
+
+
+@dataclass(frozen=True, slots=True)
+class MountSettings:
+    """One mount. Paths are absolute and free of symlinks; names are decoded as by `os.fsdecode`."""
+
+    mountpoint: str
+    lowers: tuple[str, ...]
+    """Topmost first."""
+    upper: str | None
+    work: str | None
+    read_only: bool
+    """No upper, or `ro`."""
+    session: str
+    """What serves it: `auto` until that is known, then `direct` or `pyfuse3`."""
+    io: str
+    """How the direct session reads and writes files: one of IO_MODES, `auto` until that is known."""
+    fsname: str
+    subtype: str
+    allow_other: bool
+    allow_root: bool
+    volatile: bool
+    userxattr: bool
+    """Whether markers are `user.overlay.*` instead of `trusted.overlay.*`."""
+    flags: tuple[str, ...]
+    """Mount flags: `dev`, `nosuid`, `noexec` and the like."""
+    security: tuple[str, ...]
+    log_level: str
+    mounted_by: int
+    """The user id that made the mount."""
+    upper_tmpfs: TmpfsOptions | None = None
+    """Upper and work are on a tmpfs of this kind, which no path leads to; `upper` and `work` are None."""
+    storage: tuple[Spec, ...] = ()
+    """What is mounted into the union, in this order."""
+    storage_root: str = ""
+    """Where volumes are; empty when there is no storage."""
+    lives_with: tuple[int, int] | None = None
+    """A process (pid, start time in clock ticks since boot) whose end ends the mount."""
+
+    def fuse_options(self) -> list[str]:
+        """libfuse's options, each escaped as lib/fuse_opt.c wants it."""
+        named = [f"fsname={self.fsname}", *self.security]
+        if self.subtype:
+            named.append(f"subtype={self.subtype}")
+        options = [text.replace("\\", "\\\\").replace(",", "\\,") for text in named]
+        if self.allow_other:
+            options.append("allow_other")
+        elif self.allow_root:
+            options.append("allow_root")
+        if self.read_only:
+            options.append("ro")
+        return options + list(self.flags)
+
+    def to_json(self) -> dict[str, Any]:
+        """The settings as plain values; `from_json` reads them back."""
+        values = asdict(self)
+        if self.storage:
+            # For start-up time: most mounts have no storage.
+            from unionfs.settings.specs import to_json
+
+            values["storage"] = [to_json(spec) for spec in self.storage]
+        return values
+
+    @classmethod
+    def from_json(cls, values: dict[str, Any]) -> MountSettings:
+        """Raises KeyError or TypeError when the values are not those of `to_json`."""
+        plain: dict[str, Any] = {
+            item.name: values[item.name]
+            for item in fields(cls)
+            # the daemon may be of an older version, with fewer settings
+            if item.name in values or item.default is MISSING
+        }
+        for name, value in plain.items():
+            if isinstance(value, list):
+                plain[name] = tuple(value)
+        if plain.get("storage") or plain.get("upper_tmpfs"):
+            # For start-up time: most mounts have no storage.
+            from unionfs.settings.specs import TmpfsOptions, from_json
+
+            plain["storage"] = tuple(from_json(item) for item in plain.get("storage", ()))
+            if plain.get("upper_tmpfs") is not None:
+                plain["upper_tmpfs"] = TmpfsOptions.from_json(plain["upper_tmpfs"])
+        return cls(**plain)

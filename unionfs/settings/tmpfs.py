@@ -1,0 +1,119 @@
+"""`--tmpfs` (moby pkg/mount/flags.go) and `-u tmpfs:`, with the words of mount(8) and tmpfs(5)."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterable
+from dataclasses import replace
+from typing import TypeVar
+
+from unionfs.errors import UserError, quoted
+from unionfs.settings.sizes import parse_count, parse_tmpfs_size
+from unionfs.settings.specs import TMPFS_FLAGS, TmpfsOptions, TmpfsSpec
+
+TMPFS_UPPER = "tmpfs"
+# Words of mount(8) in --tmpfs: the flag each adds or takes away, None for those that change nothing.
+_TMPFS_ADD = ("nosuid", "nodev", "noexec", "noatime", "nodiratime", "relatime", "strictatime", "nosymfollow")
+_TMPFS_TAKE = {
+    "suid": "nosuid", "dev": "nodev", "exec": "noexec", "atime": "noatime", "diratime": "nodiratime",
+}  # fmt: skip
+_TMPFS_SKIPPED = ("rw", "defaults", "async", "private", "rprivate")
+_TMPFS_MORE = ("huge", "mpol", "nr_blocks", "inode32", "inode64")
+
+_T = TypeVar("_T")
+
+
+def target_of(option: str, text: str) -> str:
+    """A target, cleaned of `.`, `..` and double slashes, as Docker does it: without a look at symlinks."""
+    if not text.startswith("/"):
+        shown = f"target {quoted(text)}" if text else "the target"
+        what = "is a relative path" if text else "is empty"
+        raise UserError(f"{option}: {shown} {what}; give an absolute path within the union, such as /data.")
+    clean = "/" + os.path.normpath(text).strip("/")
+    if clean == "/":
+        raise UserError(f"{option}: target {quoted(text)} is the union's root; mount below it.")
+    return clean
+
+
+def parse_tmpfs(text: str) -> TmpfsSpec:
+    """One `--tmpfs`: /target[:option,...] with the words of mount(8) and tmpfs(5). Raises UserError."""
+    option = f"--tmpfs {quoted(text)}"
+    target, _, words = text.partition(":")
+    target = target_of(option, target)
+    flags = list(TMPFS_FLAGS)
+    rest = []
+    read_only = False
+    for word in words.split(","):
+        if word in ("ro", "rw"):
+            read_only = word == "ro"
+        elif word in _TMPFS_ADD:
+            flags = [flag for flag in flags if flag != word] + [word]
+        elif word in _TMPFS_TAKE:
+            flags = [flag for flag in flags if flag != _TMPFS_TAKE[word]]
+        elif word and word not in _TMPFS_SKIPPED:
+            rest.append(word)
+    options = _tmpfs_options(option, rest, TmpfsOptions(mode=0o1777))
+    return TmpfsSpec(target, options, read_only=read_only, flags=tuple(flags))
+
+
+def is_tmpfs_upper(upper: str) -> bool:
+    """Whether `-u` asks for a tmpfs: `tmpfs` or `tmpfs:OPTION,...`. A directory of that name is ./tmpfs."""
+    return upper == TMPFS_UPPER or upper.startswith(TMPFS_UPPER + ":")
+
+
+def parse_tmpfs_upper(upper: str) -> TmpfsOptions:
+    """What a tmpfs for upper and work is made with. Raises UserError."""
+    words = upper.partition(":")[2].split(",")
+    return _tmpfs_options(f"-u {quoted(upper)}", [word for word in words if word], TmpfsOptions())
+
+
+def _tmpfs_options(option: str, words: Iterable[str], options: TmpfsOptions) -> TmpfsOptions:
+    more: list[tuple[str, str]] = []
+    for word in words:
+        name, equals, value = word.partition("=")
+        match name:
+            case "size":
+                size = value_of(option, name, value, parse_tmpfs_size, "a size as 64m, or 50%")
+                options = replace(options, size=size)
+            case "mode":
+                mode = value_of(option, name, value, octal, "an octal mode as 1777")
+                options = replace(options, mode=mode)
+            case "nr_inodes":
+                count = value_of(option, name, value, parse_count, "a number as 10k")
+                options = replace(options, nr_inodes=count)
+            case "uid" | "gid":
+                number = value_of(option, name, value, _id, "a number")
+                options = replace(options, **{name: number})  # type: ignore[arg-type]
+            case "swap" | "noswap" if not equals:
+                options = replace(options, swap=name == "swap")
+            case _ if name in _TMPFS_MORE:
+                more.append((name, value))
+            case _:
+                raise UserError(
+                    f"{option}: unknown option {quoted(word)}; there are size=, mode=, nr_inodes=, uid=, "
+                    "gid=, noswap and swap, and for --tmpfs mount(8)'s ro, exec, suid, dev, noatime."
+                )
+    return replace(options, more=tuple(more))
+
+
+def octal(text: str) -> int:
+    """A mode. Raises ValueError."""
+    mode = int(text, 8) if text.isascii() and text.isdecimal() else -1
+    if not 0 <= mode <= 0o7777:
+        raise ValueError(text)
+    return mode
+
+
+def _id(text: str) -> int:
+    if not text.isascii() or not text.isdecimal() or int(text) >= 2**32 - 1:
+        raise ValueError(text)
+    return int(text)
+
+
+def value_of(option: str, name: str, text: str, parse: Callable[[str], _T], what: str) -> _T:
+    """`text` by `parse`, whose ValueError becomes a UserError that asks for `what`."""
+    try:
+        return parse(text)
+    except ValueError:
+        shown = quoted(text) if text else ""
+        raise UserError(f"{option}: {name}={shown} cannot be read; write {what}.") from None

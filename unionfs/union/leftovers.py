@@ -1,0 +1,69 @@
+"""What may lie in a work directory: what a union filesystem has made, and the next mount may remove."""
+
+from __future__ import annotations
+
+import os
+from contextlib import suppress
+from typing import Final, NoReturn
+
+from unionfs.errors import LayerError, quoted
+from unionfs.sys.fds import Owned
+from unionfs.sys.openat2 import RESOLVE_BENEATH, RESOLVE_NO_SYMLINKS, RESOLVE_NO_XDEV, openat2
+from unionfs.union.listing import NFS_REMOVED
+from unionfs.union.places import open_for_listing
+
+_DIRECTORY: Final = os.O_PATH | os.O_DIRECTORY
+_OURS_IN_WORK: Final = frozenset({"work", "index"})
+
+
+def check_work(fd: int, path: str) -> None:
+    """Refuse a work directory that holds what no union filesystem has made. Raises LayerError, OSError."""
+    foreign = sorted(set(_names(fd)) - _OURS_IN_WORK)
+    if foreign:
+        raise LayerError(
+            f"work {quoted(path)} is not empty (it holds {quoted(foreign[0])}), and what is in a work "
+            "directory gets deleted; choose an empty directory."
+        )
+    try:
+        inner = openat2(fd, b"work", _DIRECTORY, RESOLVE_NO_SYMLINKS | RESOLVE_NO_XDEV)
+    except FileNotFoundError:
+        return
+    with Owned(inner), suppress(PermissionError):  # mode 0, as the kernel makes it
+        check_leftovers(inner, path)
+
+
+def check_leftovers(fd: int, path: str) -> None:
+    """Refuse anything but temporaries: `#` and a number (ours and the kernel's, ovl_tempname), a number
+    (fuse-overlayfs), `.nfs` and a number (a file removed while open).
+    """
+    names = sorted(_names(fd))
+    for name in names:
+        if not (name == "incompat" or name[0] == "#" or name.isdigit() or NFS_REMOVED.fullmatch(name)):
+            raise LayerError(
+                f"work {quoted(path)} holds {quoted('work/' + name)}, which no union filesystem made and "
+                "which would be deleted; choose an empty directory."
+            )
+    if "incompat" in names:
+        _refuse_incompatible(fd, path)
+
+
+def _refuse_incompatible(fd: int, path: str) -> NoReturn:
+    features: list[str] = []
+    resolve = RESOLVE_NO_SYMLINKS | RESOLVE_BENEATH
+    with suppress(OSError), Owned(openat2(fd, b"incompat", _DIRECTORY, resolve)) as incompat:
+        features = _names(incompat)
+    if features in ([], ["volatile"]):
+        raise LayerError(
+            f"work {quoted(path)} was left by a volatile overlayfs mount that did not end cleanly, so its "
+            f"upper may have lost data; throw the upper away, or remove {quoted(path + '/work/incompat')} "
+            "to use it all the same."
+        )
+    raise LayerError(
+        f"work {quoted(path)} needs the overlayfs feature {quoted(features[0])}, which is not supported; use "
+        "another upper and work."
+    )
+
+
+def _names(fd: int) -> list[str]:
+    with Owned(open_for_listing(fd)) as listing:
+        return os.listdir(listing)
