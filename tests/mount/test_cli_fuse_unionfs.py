@@ -126,8 +126,8 @@ def test_usage_errors(place: Place) -> None:
     assert "no lower" in wrong(place.merged)
     assert "--nonsense" in wrong("--nonsense", place.merged)
     assert "-x" in wrong("-x", place.merged)
-    assert "-o has no value" in wrong(place.merged, "-o")
-    assert "one word too many" in wrong("a", place.merged, "b")
+    assert "-o needs a value" in wrong(place.merged, "-o")
+    assert "unexpected argument b;" in wrong("a", place.merged, "b")
     assert "unknown option nonsense" in wrong("-o", f"{place.data},nonsense", place.merged)
 
 

@@ -49,7 +49,7 @@ def test_ls_shows_live_mounts_only(place: Place) -> None:
     assert cli_calls.wait_for(lambda: cli_calls.gone(pid))
     assert str(place.merged) not in succeed(unionfs("ls"))
     assert str(place.merged) not in succeed(unionfs("ls", "--json"))
-    refused(unionfs("inspect", place.merged), "no live unionfs mount")
+    refused(unionfs("inspect", place.merged), "not a live unionfs mount")
 
 
 def test_inspect(place: Place) -> None:
@@ -195,7 +195,7 @@ def test_inspect_of_a_daemon_that_does_not_answer(place: Place) -> None:
 
 
 def test_inspect_of_no_mount(place: Place) -> None:
-    refused(unionfs("inspect", place.merged), f"{place.merged} is no live unionfs mount")
+    refused(unionfs("inspect", place.merged), f"{place.merged} is not a live unionfs mount")
 
 
 def test_diff(place: Place) -> None:
@@ -223,7 +223,7 @@ def test_diff_without_an_upper(place: Place) -> None:
 
 
 def test_diff_of_what_is_not_there(place: Place) -> None:
-    refused(unionfs("diff", place.merged), "no live unionfs mount")
+    refused(unionfs("diff", place.merged), "not a live unionfs mount")
     refused(unionfs("diff", "--upper", "/nowhere", "--lower", place.lower), "upper /nowhere does not exist")
     refused(unionfs("diff", "--upper", place.upper, "--lower", place.lower / "base"), "is not a directory")
 

@@ -119,7 +119,7 @@ def test_what_cannot_be_started(box: Containers) -> None:
     for command in ("/etc/passwd", "/etc"):
         done = box.run("--", command)
         assert done.returncode == 126
-        assert f"{command} in the union is no program" in done.stderr
+        assert f"{command} in the union is not executable" in done.stderr
     assert box.run("--", "./nothing").returncode == 127
     for first in ("#!/bin/no-such-shell -e", "#! bin/nor-this"):
         script = box.base / "script"
@@ -423,7 +423,7 @@ def test_refusals_of_containers(box: Containers) -> None:
     refused(box.run("--rm", "--name", "kept", "--", "true"), "kept exists already", "--rm")
     (box.area / "other").mkdir()
     done = box.run("--name", "kept", "-l", box.area / "other", "--", "true", lower=False)
-    refused(done, "made over other lowers", str(box.base))
+    refused(done, "created with other lowers", str(box.base))
     refused(cli_calls.unionfs("rm", "gone", env=box.environment()), "no container gone")
     # A failure of its storage keeps it, and leaves nothing mounted.
     done = box.run("--name", "kept", "-v", "vol:/bin/sh/x", "--", "true")

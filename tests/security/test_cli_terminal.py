@@ -92,7 +92,7 @@ def test_words_of_plugins(store: Store, hostile: Hostile, command: tuple[str, ..
 def test_words_of_plugins_in_an_error(store: Store, hostile: Hostile) -> None:
     hostile.scripts["VolumeDriver.Get"] = says({"Volume": {"Name": "data", "Status": {EVIL: 1}}})
     store.ok("create", "-d", "p", "data")
-    said = refused(store("inspect", "-f", "{{.Status.x}}", "data"), "is not known")
+    said = refused(store("inspect", "-f", "{{.Status.x}}", "data"), "is unknown")
     assert _is_clean(said)
 
 

@@ -1,4 +1,4 @@
-"""`unionfs completion`: what a shell needs to complete commands, options and names of volumes."""
+"""`unionfs completion`: a shell's completion script for commands, options and volume names."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ Examples:
 @click.pass_context
 @click.argument("shell", type=click.Choice(_SHELLS))
 def completion(context: click.Context, shell: str) -> None:
-    """Print the script with which SHELL completes subcommands, options, files and names of volumes."""
+    """Print the completion script for SHELL: subcommands, options, files and volume names."""
     found = get_completion_class(shell)
     assert found is not None
     source = found(context.find_root().command, {}, "unionfs", "_UNIONFS_COMPLETE")
-    # click asks the bash in PATH for its version before it prints, and the target may have another one.
+    # click checks the version of the bash in PATH before it prints, but the script may be for another one.
     print(source.source_template % source.source_vars())

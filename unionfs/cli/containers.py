@@ -26,18 +26,18 @@ Examples:
 )
 @click.option(
     "-l", "--lower", "lowers", multiple=True, metavar="DIR",
-    help="A read-only layer; the first is on top. A kept container knows its own.",
+    help="A read-only layer; the first is on top. A kept container remembers its own.",
 )  # fmt: skip
 @click.option(
     "-u", "--upper", metavar="DIR|tmpfs[:OPT,...]",
-    help="Where changes go instead of into the container: a directory, or memory.",
+    help="Store changes in a directory or in memory instead of in the container.",
 )  # fmt: skip
-@click.option("-w", "--work", metavar="DIR", help="As for mount; needed with a directory as upper.")
+@click.option("-w", "--work", metavar="DIR", help="As for mount; required with a directory as upper.")
 @storage_options
 @click.option("--name", metavar="NAME", help="The container's name: the same name finds its files again.")
-@click.option("--rm", "remove", is_flag=True, help="Throw the container away at the end.")
+@click.option("--rm", "remove", is_flag=True, help="Remove the container at the end.")
 @click.option("--workdir", metavar="DIR", default="/", show_default=True,
-              help="Where the command starts; made if it is missing.")  # fmt: skip
+              help="The command's working directory; created if missing.")  # fmt: skip
 @click.option("-e", "--env", "variables", multiple=True, metavar="K=V",
               help="An environment variable; K alone takes the caller's value.")  # fmt: skip
 @click.option("--hostname", metavar="NAME", help="The host name inside.  [the container's name]")
@@ -69,16 +69,16 @@ def run(
     privileged: bool,
     command: tuple[str, ...],
 ) -> int:
-    """Run COMMAND with a union as its root, in mount, pid, uts and ipc namespaces of its own (bubblewrap).
+    """Run COMMAND with a union as its root, in new mount, pid, uts and ipc namespaces (bubblewrap).
 
-    The union's upper is the container's own: what the command changes stays there, and `run --name NAME`
-    finds it again, until `unionfs rm NAME`; with --rm it is thrown away at the end. Volumes and bind mounts
-    stay in any case. The command has /proc, /dev and the host's network. Root's capabilities, the filter of
-    system calls (seccomp), and what is hidden or read-only in /proc and /sys are as in Docker by default;
-    set-id programs gain nothing. Where stdin, stdout, or stderr is a terminal, the command gets its own.
+    The container has its own upper: the command's changes stay there, and `run --name NAME` finds them again,
+    until `unionfs rm NAME`; with --rm they are removed at the end. Volumes and bind mounts always stay. The
+    command has /proc, /dev and the host's network. Root's capabilities, the system call filter (seccomp), and
+    the hidden and read-only parts of /proc and /sys are Docker's by default; set-id programs gain nothing. If
+    stdin, stdout or stderr is a terminal, the command gets its own.
 
-    The exit code is the command's, 128 and the signal's number if a signal ended it, 126 and 127 if it cannot
-    be executed or found, 1 if the union cannot be mounted. Signals are handed on to it.
+    The exit code is the command's; 128 plus the signal's number if a signal ended it; 126 or 127 if it cannot
+    be executed or found; 1 if the union cannot be mounted. Signals are forwarded to the command.
 
     {storage}
     """
@@ -126,13 +126,13 @@ def _environment(variables: tuple[str, ...]) -> dict[str, str]:
 @click.command(epilog="Example: unionfs rm web")
 @click.option(
     "--root", metavar="DIR",
-    help="Where containers are kept. [UNIONFS_ROOT; /var/lib/unionfs, or ~/.local/share/unionfs]",
+    help="The storage root. [UNIONFS_ROOT; /var/lib/unionfs, or ~/.local/share/unionfs]",
 )  # fmt: skip
 @click.argument("names", nargs=-1, required=True, metavar="NAME...")
 def rm(root: str | None, names: tuple[str, ...]) -> int:
-    """Remove containers that `unionfs run` kept, with all that was changed in them, and print their names.
+    """Remove containers that `unionfs run` kept, with all their changes, and print their names.
 
-    Volumes stay. What cannot be removed is told, and does not keep the others.
+    Volumes stay. A container that cannot be removed is reported; the others are still removed.
     """
     # For start-up time: --help and completion do without.
     from unionfs.containers.store import Container

@@ -26,17 +26,17 @@ Examples:
   unionfs diff --upper /srv/changes --lower /srv/base
 """,
 )
-@click.option("-u", "--upper", metavar="DIR", help="An upper that need not be mounted.")
+@click.option("-u", "--upper", metavar="DIR", help="An upper, mounted or not.")
 @click.option(
-    "-l", "--lower", "lowers", multiple=True, metavar="DIR", help="A lower of it; the first one is on top."
+    "-l", "--lower", "lowers", multiple=True, metavar="DIR", help="A lower; the first is on top."
 )
-@click.option("--userxattr", is_flag=True, help="Markers are user.overlay.* xattrs (without root: always).")
+@click.option("--userxattr", is_flag=True, help="Markers are user.overlay.* xattrs (always without root).")
 @click.argument("mountpoint", required=False)
 def diff(mountpoint: str | None, upper: str | None, lowers: tuple[str, ...], userxattr: bool) -> int:
-    """Show what a union's upper changes: A(dded), C(hanged) or D(eleted), and the path, sorted by path.
+    """Show the changes in a union's upper: A(dded), C(hanged) or D(eleted), and the path, sorted by path.
 
-    Either of the live mount at MOUNTPOINT, or of the layers that are given. Names are printed as they are,
-    byte by byte; on a terminal they are quoted where a shell would need it, as ls does.
+    They are those of the mount at MOUNTPOINT, or of the given layers. Names are printed unchanged, as bytes;
+    on a terminal they are quoted for the shell if necessary, as ls does.
     """
     if mountpoint is not None:
         if upper is not None or lowers:
@@ -59,7 +59,7 @@ def _of_mount(mount: LiveMount) -> int:
 
 
 def _of_other(mount: LiveMount, uid: int) -> int:
-    """Of another user's mount, read as that user: the layers are where the user says they are."""
+    """The changes of another user's mount, read as that user, whose daemon names the layers."""
     def read() -> int:
         own = find_by_device(mount.device)
         return 1 if own is None else _of_mount(own)

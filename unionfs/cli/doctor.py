@@ -14,13 +14,13 @@ from unionfs.cli.run import print_table
 )
 @click.option("--json", "as_json", is_flag=True, help="Print a JSON object.")
 @click.option(
-    "--dir", "directory", metavar="DIR", help="Where layers will be; the default is /tmp or TMPDIR."
+    "--dir", "directory", metavar="DIR", help="The directory of the layers; default: TMPDIR or /tmp."
 )
 def doctor(directory: str | None, as_json: bool) -> int:
-    """Say what this host offers to a union and what it lacks, each with the cure.
+    """Report what this host supports and what it lacks, each with the cure.
 
-    What can be tried out is tried, in a temporary directory that is removed afterwards. The exit code is 1
-    when mounting is impossible, else 0.
+    Features are tested where possible, in a temporary directory that is removed afterwards. The exit code is
+    1 if mounting is impossible, else 0.
     """
     # For start-up time: --help and completion do without.
     from unionfs.daemon.host import examine, mounting_is_possible

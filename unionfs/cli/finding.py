@@ -13,7 +13,7 @@ from unionfs.sys.mountinfo import MountEntry, mounted_at
 
 
 def find_mount(mountpoint: str) -> LiveMount:
-    """The live mount at `mountpoint`. Raises UserError when there is none."""
+    """The live mount at `mountpoint`. Raises UserError if there is none."""
     path = absolute_mountpoint(mountpoint)
     mounted = mounted_at(path)
     known = live.live_mounts()
@@ -22,34 +22,34 @@ def find_mount(mountpoint: str) -> LiveMount:
         known = [*known, *mounts_of_others().answered]
         found = None if mounted is None else live.find_by_device(mounted.device, known)
     if found is None:
-        # It may be mounted in another mount namespace, where the daemon is.
+        # It may be mounted in the daemon's mount namespace only.
         found = next((mount for mount in reversed(known) if mount.settings.mountpoint == path), None)
     if found is None:
-        raise UserError(f"{quoted(path)} is no live unionfs mount{_why_not(path, mounted)}.")
+        raise UserError(f"{quoted(path)} is not a live unionfs mount{_why_not(path, mounted)}.")
     return found
 
 
 def upper_in_memory(mount: LiveMount) -> str:
-    """A way to the upper that has no path: by its daemon's fd. Raises UserError."""
+    """A path to an upper in memory, through its daemon's fd. Raises UserError."""
     answer = mount.ask()
     number = None if answer is None else answer.get("upper_fd")
     if not isinstance(number, int):
         raise UserError(
-            f"the daemon of {quoted(mount.settings.mountpoint)} (pid {mount.pid}) does not answer, and only "
-            "it knows the way to an upper in memory; try again later."
+            f"the daemon of {quoted(mount.settings.mountpoint)} (pid {mount.pid}) does not answer, and "
+            "only it can reach an upper in memory; try again later."
         )
     return f"/proc/{mount.pid}/fd/{number}"
 
 
 def _why_not(path: str, mounted: MountEntry | None) -> str:
-    """The cause and the cure, as the end of a sentence, for there being no live mount of ours at a path."""
+    """The cause and the cure, as the end of a sentence, if a path is not a live mount of this user."""
     if mounted is not None and mounted.fstype == "fuse.unionfs":
         owner = mounted.super_option("user_id")
         if (other := owner_of(mounted)) is not None:
-            return f" of root, but one of uid {other} whose daemon does not answer root; ask as that user"
+            return f" of root, but one of uid {other} whose daemon does not answer root; run it as that user"
         if os.geteuid() != 0 and owner != str(os.geteuid()):
-            return f" of this user, but one of uid {owner}; ask as that user or as root"
+            return f" of this user, but one of uid {owner}; run it as that user or as root"
         entry = live.find_by_device(mounted.device)
         if entry is not None and not entry.is_alive():
-            return f": its daemon (pid {entry.pid}) has died; `unionfs umount {quoted(path)}` clears it away"
-    return "; `unionfs ls` shows those there are"
+            return f": its daemon (pid {entry.pid}) has died; run `unionfs umount {quoted(path)}`"
+    return "; `unionfs ls` lists active mounts"

@@ -3,8 +3,7 @@
     fuse-unionfs [-f] [-d] -o lowerdir=A:B,upperdir=U,workdir=W MOUNTPOINT
     fuse-unionfs SOURCE MOUNTPOINT [-sfnv] [-o OPTIONS] [-t TYPE]
 
-Read by hand, because these callers (podman, mount(8), mount.fuse(8)) mix flags and words in ways of their
-own.
+Parsed by hand, because these callers (podman, mount(8), mount.fuse(8)) mix flags and words in their own ways.
 """
 
 from __future__ import annotations
@@ -27,12 +26,12 @@ _HELP = """\
 usage: fuse-unionfs [-f] [-d] [-o OPTION,...]... MOUNTPOINT
        fuse-unionfs SOURCE MOUNTPOINT [-o OPTION,...]... [-sfnv] [-t TYPE]
 
-Mounts a union as fuse-overlayfs does, and as mount(8) wants it done.
+Mounts a union, with the command line of fuse-overlayfs or of mount(8)'s helpers.
 
-  -o OPTION,...   lowerdir=A:B, upperdir=U, workdir=W and all that `unionfs mount --help` lists
-  -f              stay in the foreground; when called as mount.TYPE: check, but mount nothing
+  -o OPTION,...   lowerdir=A:B, upperdir=U, workdir=W and all others of `unionfs mount --help`
+  -f              stay in the foreground; if called as mount.TYPE: check, but mount nothing
   -d, --debug     stay in the foreground and log everything
-  -s, -n, -v      taken for mount(8)'s sake
+  -s, -n, -v      ignored, for compatibility with mount(8)
   -t TYPE         likewise
   -V, --version   print the versions
   -h, --help      print this
@@ -75,12 +74,12 @@ def _parse(arguments: Sequence[str], *, helper: bool) -> _Call:
 
 
 def _letters(call: _Call, letters: str, rest: list[str], *, helper: bool) -> None:
-    """Flags written together (`-sfnv`), the last of which may take the next word."""
+    """Parse combined flags (`-sfnv`), the last of which may take the next word."""
     for position, letter in enumerate(letters):
         if letter in "otN":
             value = letters[position + 1 :] or (rest.pop(0) if rest else None)
             if value is None:
-                raise UserError(f"option -{letter} has no value; see `fuse-unionfs --help`.")
+                raise UserError(f"option -{letter} needs a value; see `fuse-unionfs --help`.")
             if letter == "o":
                 call.options.append(value)
             elif letter == "N":
@@ -88,7 +87,7 @@ def _letters(call: _Call, letters: str, rest: list[str], *, helper: bool) -> Non
             return
         match letter:
             case "f":
-                # mount(8) says --fake by it: "Causes everything to be done except for the actual system
+                # mount(8) passes --fake as -f: "Causes everything to be done except for the actual system
                 # call".
                 call.fake, call.foreground = helper, not helper
             case "d":
@@ -100,7 +99,7 @@ def _letters(call: _Call, letters: str, rest: list[str], *, helper: bool) -> Non
 
 
 def _print_version() -> None:
-    """In fuse-overlayfs's form: `podman info` shows it as it is."""
+    """Print the versions in fuse-overlayfs's form, which `podman info` shows unchanged."""
     print(f"fuse-unionfs: version {__version__}", flush=True)
     library = libfuse.load()
     if library is not None:
@@ -118,7 +117,7 @@ def _mount(call: _Call, program: str) -> int:
         case []:
             raise UserError(f"no mountpoint is given; see `{program} --help`.")
         case _:
-            raise UserError(f"{quoted(call.words[2])} is one word too many; see `{program} --help`.")
+            raise UserError(f"unexpected argument {quoted(call.words[2])}; see `{program} --help`.")
     settings = settle(
         mountpoint,
         options=call.options,
@@ -147,7 +146,7 @@ def _run(arguments: Sequence[str], program: str, *, helper: bool) -> int:
 
 
 def mount_helper(arguments: Sequence[str], program: str) -> int:
-    """mount(8)'s call, whatever the program's name is. Returns the exit code."""
+    """Serve a call from mount(8), whatever the program's name is. Returns the exit code."""
     return _run(arguments, program, helper=True)
 
 

@@ -15,15 +15,15 @@ from unionfs.cli.run import leave, run
 # Name: module and object, line in the help; in the order of the help.
 _COMMANDS = {
     "mount": ("unionfs.cli.mount:mount", "Mount a union."),
-    "umount": ("unionfs.cli.umount:umount", "Unmount, and wait until all is on disk."),
-    "ls": ("unionfs.cli.mounts:ls", "List the mounts that live now."),
+    "umount": ("unionfs.cli.umount:umount", "Unmount, and wait until all data is on disk."),
+    "ls": ("unionfs.cli.mounts:ls", "List active mounts."),
     "inspect": ("unionfs.cli.mounts:inspect", "Show a mount's settings and figures."),
-    "stats": ("unionfs.cli.stats:stats", "Show what a mount does: requests, latency, bytes."),
+    "stats": ("unionfs.cli.stats:stats", "Show a mount's activity: requests, latency, bytes."),
     "diff": ("unionfs.cli.diff:diff", "Show what a union's upper changes."),
     "run": ("unionfs.cli.containers:run", "Run a command in a union."),
     "rm": ("unionfs.cli.containers:rm", "Remove kept containers."),
     "volume": ("unionfs.cli.volume:volume", "Manage named volumes."),
-    "doctor": ("unionfs.cli.doctor:doctor", "Say what this host offers and lacks."),
+    "doctor": ("unionfs.cli.doctor:doctor", "Report what this host supports and lacks."),
     "completion": ("unionfs.cli.completion:completion", "Print the completion script for a shell."),
 }
 
@@ -36,22 +36,22 @@ _COMMANDS = {
 )
 @click.version_option(__version__, "-V", "--version", prog_name="unionfs", message="%(prog)s %(version)s")
 def cli() -> None:
-    """Stack read-only directories under a writable one, and see them as one tree.
+    """Stack read-only directories under a writable one, and show them as one tree.
 
-    A union's lowers are never written; all changes go to its upper, in the disk format of the kernel's
-    overlayfs. The command is also what `mount -t fuse.unionfs` runs.
+    A union's lowers are never written; all changes go to its upper, in kernel overlayfs's on-disk format.
+    `mount -t fuse.unionfs` runs this command, too.
     """
 
 
 def is_mount_helper_call(arguments: Sequence[str], program: str) -> bool:
-    """Whether mount(8) calls: as /sbin/mount.TYPE, or by mount.fuse(8) as SOURCE MOUNTPOINT -o OPTIONS."""
+    """Whether mount(8) calls, as /sbin/mount.TYPE or through mount.fuse(8): SOURCE MOUNTPOINT -o OPTIONS."""
     if os.path.basename(program).startswith("mount."):
         return True
     if len(arguments) < 3 or arguments[0].startswith("-") or arguments[0] == "mount":
         return False
     if arguments[0] == "volume" and not arguments[1].startswith("/"):
-        return False  # its commands know -o too; mount(8) gives mountpoints as absolute paths
-    # No other subcommand knows -o, so a SOURCE may have a subcommand's name.
+        return False  # its commands take -o, too; mount(8) passes absolute mountpoints
+    # No other subcommand takes -o, so a SOURCE may have a subcommand's name.
     return not arguments[1].startswith("-") and any(word.startswith("-o") for word in arguments[2:])
 
 

@@ -32,33 +32,33 @@ Examples:
     help="Where changes go: a directory, or memory. Without it the union is read-only.",
 )
 @click.option(
-    "-w", "--work", metavar="DIR", help="An empty directory on the upper's filesystem; needed with --upper."
+    "-w", "--work", metavar="DIR", help="An empty directory on the upper's filesystem; required with --upper."
 )
 @click.option(
     "-o", "options", multiple=True, metavar="OPT,...", help="Mount options, see above; may be repeated."
 )
 @storage_options
-@click.option("-f", "--foreground", is_flag=True, help="Stay here until the mount is gone; log to stderr.")
+@click.option("-f", "--foreground", is_flag=True, help="Stay in the foreground; log to stderr.")
 @click.option(
     "--session",
     type=click.Choice(SESSIONS),
     default="auto",
     show_default=True,
-    help="What serves the mount: our own loop (direct), or libfuse's.",
+    help="The FUSE implementation: unionfs's own loop (direct), or libfuse.",
 )
 @click.option(
     "--io",
     type=click.Choice(IO_MODES),
     default="auto",
     show_default=True,
-    help="How data flows; hybrid as root on Linux 6.9 and later, else cached.",
+    help="The I/O mode, see above; auto: hybrid as root on Linux 6.9 and later, else cached.",
 )
 @click.option(
     "--log-level",
     type=click.Choice(LOG_LEVELS, case_sensitive=False),
     default="info",
     show_default=True,
-    help="How much is logged (to syslog, or to a file beside the registry).",
+    help="The log level (the log goes to syslog, or to a file beside the registry).",
 )
 @click.argument("mountpoint")
 def mount(
@@ -74,33 +74,33 @@ def mount(
     log_level: str,
     mountpoint: str,
 ) -> int:
-    """Mount a union at MOUNTPOINT, and return when it can be used.
+    """Mount a union at MOUNTPOINT, and return when it is usable.
 
     \b
     Options for -o:
       lowerdir=A:B:C    the lowers, leftmost on top (write \\: and \\, for : and , in names)
       upperdir=, workdir=
-      ro                nothing can be changed, though there is an upper
-      volatile          nothing is ever synced to disk: for trees that are thrown away
-      userxattr         keep markers in user.overlay.* xattrs (always so without root)
-      allow_other       let all users in (root: always); allow_root: only root
+      ro                read-only, even with an upper
+      volatile          never sync to disk: for disposable trees
+      userxattr         store markers in user.overlay.* xattrs (always without root)
+      allow_other       allow access by all users (root: always); allow_root: only by root
       nodev nosuid noexec sync dirsync noatime nodiratime
       fsname=, subtype= what /proc/mounts shows
       session=, io=     as --session and --io, for /etc/fstab
       context=, fscontext=, defcontext=, rootcontext=   SELinux contexts
     \b
-    Ways of data (--io), with --session direct:
+    I/O modes (--io), with --session direct:
       hybrid       upper files kernel to kernel, lower files from the page cache: the best for most;
                    without an upper, large files kernel to kernel, too
-      passthrough  all files kernel to kernel: for many mounts of one image, and huge files read once; who
-                   holds a lower file open keeps its old data when another opens it for writing
-      cached       all files from the page cache, and opening one costs nothing: for many small files
-    The kernel's redirect_dir=, index=, metacopy=, nfs_export=, xino= and uuid= are taken where they ask for
-    nothing that is missing here; so are words that only concern fstab, and those of fuse-overlayfs.
+      passthrough  all files kernel to kernel: for many mounts of one image, and huge files read once; a
+                   process with a lower file open keeps the old data when another opens it for writing
+      cached       all files from the page cache, and no request for an open: for many small files
+    The kernel's redirect_dir=, index=, metacopy=, nfs_export=, xino= and uuid= are accepted with values that
+    need no missing feature, as are options that only concern fstab, and those of fuse-overlayfs.
 
     \b
     An upper in memory: -u tmpfs[:size=64m,nr_inodes=,mode=,uid=,gid=,swap] puts upper and work on a tmpfs
-    that no path leads to and that is gone with the mount. A directory of that name is ./tmpfs.
+    without a path, which is discarded at unmount. Write ./tmpfs for a directory of that name.
 
     {storage}
     """

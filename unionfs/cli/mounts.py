@@ -1,4 +1,4 @@
-"""`unionfs ls` and `inspect`: the mounts that live now."""
+"""`unionfs ls` and `inspect`: active mounts."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ from unionfs.sys.mountinfo import MountEntry
 @click.command(epilog="Example: unionfs ls --json")
 @click.option("--json", "as_json", is_flag=True, help="Print a JSON array.")
 def ls(as_json: bool) -> None:
-    """List the mounts that live now: mountpoint, daemon's pid, layers, session and since when.
+    """List active mounts: mountpoint, the daemon's pid, layers, session and start time.
 
-    Root sees the mounts of all users, others see their own. Where a user's daemon does not answer root, only
-    the mountpoint is shown.
+    Root sees the mounts of all users, others see their own. If a user's daemon does not answer root, only the
+    mountpoint is shown.
     """
     others = mounts_of_others()
     summaries = [_summary(mount) for mount in (*live_mounts(), *others.answered)]
@@ -50,7 +50,7 @@ def ls(as_json: bool) -> None:
 @click.option("--json", "as_json", is_flag=True, help="Print a JSON object.")
 @click.argument("mountpoint")
 def inspect(mountpoint: str, as_json: bool) -> None:
-    """Show all settings of the mount at MOUNTPOINT, and its figures: requests, nodes, copy-ups and so on."""
+    """Show all settings of the mount at MOUNTPOINT, and its figures: requests, nodes, copy-ups and others."""
     mount = find_mount(mountpoint)
     answer = mount.ask()
     figures = None if answer is None else answer.get("figures")
@@ -71,7 +71,7 @@ def inspect(mountpoint: str, as_json: bool) -> None:
     for reason in _reasons(whole["io"]):
         print(reason)
     if whole["figures"] is None:
-        print("\nThe daemon does not answer; its figures are not known.")
+        print("\nThe daemon does not answer; its figures are unknown.")
         return
     print()
     counts = []
@@ -84,7 +84,7 @@ def inspect(mountpoint: str, as_json: bool) -> None:
 
 
 def _reasons(io: object) -> list[str]:
-    """Why data flows as it does, why not otherwise, and what the kernel lacks: a sentence each."""
+    """Why the I/O mode was chosen, why not the others, and what the kernel lacks: a sentence each."""
     if not isinstance(io, dict):
         return []
     more = [values for name in ("why_not", "missing") if isinstance(values := io.get(name), dict)]
@@ -102,7 +102,7 @@ def _layers(mount: LiveMount) -> list[str]:
 
 
 def _unknown(mount: MountEntry) -> dict[str, Any]:
-    """A mount of another user whose daemon does not answer root: what the kernel says."""
+    """A mount of another user whose daemon does not answer root: the facts from the kernel."""
     return {"mountpoint": mount.mountpoint, "pid": None, "layers": None, "session": None, "since": None}
 
 

@@ -1,4 +1,4 @@
-"""What every command's call has in common: one sentence for an error, and exit code 1."""
+"""Common to every command: one sentence for an error, and exit code 1."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 
 def run(command: click.Command, arguments: Sequence[str], program: str) -> int:
-    """Run a command and return the exit code. Nothing a user does wrong shows a traceback."""
+    """Run a command and return the exit code. A user's mistake never shows a traceback."""
     prepare_streams()
     try:
         result = command.main(list(arguments), prog_name=program, standalone_mode=False)
@@ -43,7 +43,7 @@ def failed(program: str, error: BaseException) -> int:
         case UserError():
             return complain(program, str(error))
         case BrokenPipeError():
-            # The reader (`head`) has enough; the interpreter would complain once more at its end.
+            # The reader (`head`) has ended; the interpreter would report that again at its exit.
             os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
             return 1
         case OSError():
@@ -53,7 +53,7 @@ def failed(program: str, error: BaseException) -> int:
 
 
 def leave(code: int) -> NoReturn:
-    """End the process at once: taking an interpreter apart takes longer than many a command."""
+    """End the process at once: finalizing the interpreter takes longer than many commands."""
     with suppress(OSError, ValueError):
         sys.stdout.flush()
     with suppress(OSError, ValueError):
@@ -62,12 +62,12 @@ def leave(code: int) -> NoReturn:
 
 
 def prepare_streams() -> None:
-    """Make stdout and stderr fit for every name, and all three be there when the caller has closed them."""
+    """Let stdout and stderr take every name, and open standard files that the caller has closed."""
     open_standard_files()
     sys.stdin = sys.stdin or open(os.devnull)  # noqa: SIM115
     sys.stdout = sys.stdout or open(os.devnull, "w")  # noqa: SIM115
     sys.stderr = sys.stderr or open(os.devnull, "w")  # noqa: SIM115
-    # Names of files are bytes; those that are no UTF-8 leave as they came.
+    # File names are bytes; those that are not UTF-8 are printed unchanged.
     for stream in (sys.stdout, sys.stderr):
         with suppress(AttributeError, ValueError):
             stream.reconfigure(errors="surrogateescape")  # type: ignore[union-attr]
@@ -81,7 +81,7 @@ def complain(program: str, sentence: str, code: int = 1) -> int:
 
 
 def _usage(error: click.ClickException, program: str) -> str:
-    """click's message as one sentence that says where the help is."""
+    """click's message as one sentence that points to the help."""
     context = getattr(error, "ctx", None)
     path = program if context is None else context.command_path
     text = " ".join(error.format_message().split()).rstrip(".")
@@ -94,7 +94,7 @@ def moment(seconds: float, timespec: str = "seconds") -> str:
 
 
 def on_terminal() -> bool:
-    """Whether standard output is a terminal, which gets tables; everything else gets plain lines."""
+    """Whether standard output is a terminal, which gets tables; others get plain lines."""
     try:
         return sys.stdout.isatty()
     except ValueError:
@@ -102,7 +102,7 @@ def on_terminal() -> bool:
 
 
 def print_table(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-    """A table on a terminal; columns with two spaces between them elsewhere."""
+    """Print a table on a terminal, elsewhere columns separated by two spaces."""
     if on_terminal():
         # For start-up time: only a terminal needs it.
         from rich.console import Console
@@ -116,7 +116,7 @@ def print_table(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
 
 
 def terminal_table(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> Table:
-    """A table in the form that all have on a terminal."""
+    """A table in the common style for terminals."""
     # For start-up time: only a terminal needs it.
     from rich import box
     from rich.table import Table

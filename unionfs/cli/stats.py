@@ -18,7 +18,7 @@ from unionfs.daemon.stats import Kind, MountGoneError, NoAnswerError, Snapshot, 
 from unionfs.errors import quoted
 
 _Table = tuple[Sequence[str], Sequence[Sequence[str]]]
-# How much longer than the span the daemon goes on measuring, for we may be late.
+# The daemon measures this much longer than the span, as this process may be late.
 _SPARE_SECONDS = 5.0
 
 _COUNTERS = {
@@ -40,31 +40,30 @@ Examples:
   unionfs stats --prometheus /mnt
 """,
 )
-@click.option("--watch", is_flag=True, help="Show it again and again, until Ctrl-C or the mount's end.")
-@click.option("--json", "as_json", is_flag=True, help="Print a JSON object; with --watch one a line.")
-@click.option("--prometheus", is_flag=True, help="Print Prometheus's text format, at once.")
+@click.option("--watch", is_flag=True, help="Repeat, until Ctrl-C or unmounting.")
+@click.option("--json", "as_json", is_flag=True, help="Print a JSON object; with --watch one per line.")
+@click.option("--prometheus", is_flag=True, help="Print Prometheus's text format immediately.")
 @click.option(
     "--seconds",
     type=click.FloatRange(0, 600),
     default=1.0,
     show_default=True,
-    help="The span that is looked at; 0: none, only what has come about since the mount.",
+    help="The measured span; 0: only totals since the mount.",
 )
 @click.argument("mountpoint")
 def stats(mountpoint: str, watch: bool, as_json: bool, prometheus: bool, seconds: float) -> int:
-    """Show what the mount at MOUNTPOINT does: requests by kind, their latency, bytes, copy-ups, its state.
+    """Show the activity of the mount at MOUNTPOINT: requests by kind, latency, bytes, copy-ups, state.
 
     REQUESTS and TOTAL count since the mount. PER SECOND, P50 and P99 are of one second (or --seconds), for
-    which the daemon measures; when nobody asks, it does not. P50 and P99: half, and 99 of 100, of the
-    requests of that second took at most that long, from the kernel's request to the daemon's answer; within
-    6.25 %. Bytes are those that go through the daemon: neither what passes through nor what the page cache
-    answers.
+    which the daemon measures; it measures only on demand. P50 and P99: half, and 99 %, of that second's
+    requests took at most that long, from the kernel's request to the daemon's answer; accurate to 6.25 %.
+    Bytes are those that pass through the daemon, without passthrough and what the page cache answers.
 
-    With --prometheus the daemon measures for the next 150 seconds, so that who comes again in time finds the
-    latency of all requests, as a histogram.
+    With --prometheus the daemon measures for the next 150 seconds, so that regular calls within that time get
+    the latency of all requests, as a histogram.
     """
     if prometheus and (watch or as_json):
-        raise click.UsageError("--prometheus goes neither with --watch nor with --json")
+        raise click.UsageError("--prometheus cannot be combined with --watch or --json")
     if watch and seconds < 0.1:
         raise click.UsageError("--watch needs --seconds of at least 0.1")
     mount = find_mount(mountpoint)
@@ -97,7 +96,7 @@ def _span(mount: LiveMount, seconds: float) -> Span:
 
 
 def _watch(mount: LiveMount, seconds: float, *, as_json: bool) -> int:
-    """Until Ctrl-C, which is how one ends it, and so no error (as with watch(1) and top(1))."""
+    """Repeat until Ctrl-C, which is the way to end it and not an error (as with watch(1) and top(1))."""
     try:
         if as_json:
             _follow(mount, seconds, lambda span: print(json.dumps(_json(mount, span)), flush=True))
@@ -125,14 +124,14 @@ def _follow(mount: LiveMount, seconds: float, show: Callable[[Span], None]) -> N
 
 
 def _ask_until_answered(mount: LiveMount, seconds: float) -> Snapshot:
-    """A daemon that says nothing for a while is just what one wants to go on watching."""
+    """Keep watching a daemon that does not answer for a while."""
     told = False
     while True:
         try:
             return snapshot(mount, seconds + _SPARE_SECONDS)
         except NoAnswerError as error:
             if not told:
-                complain("unionfs", f"{error} Still asking.")
+                complain("unionfs", f"{error} Retrying.")
             told = True
             time.sleep(0.2)
 
@@ -173,7 +172,7 @@ def _json(mount: LiveMount, span: Span) -> dict[str, Any]:
 
 
 def _tables(mount: LiveMount, span: Span) -> list[_Table]:
-    # What comes most often first: a small terminal shows the beginning.
+    # The most frequent first: a small terminal shows the beginning.
     kinds = sorted(
         span.kinds().items(), key=lambda item: (-(item[1].per_second or 0), -item[1].total, item[0])
     )
@@ -200,7 +199,7 @@ def _row(name: str, kind: Kind) -> tuple[str, ...]:
 
 
 def _duration(ns: float | None) -> str:
-    """Three digits, which is as much as is known."""
+    """Three digits, the accuracy of the measurement."""
     if ns is None:
         return "-"
     for unit, size in (("s", 1e9), ("ms", 1e6), ("µs", 1e3)):

@@ -1,4 +1,4 @@
-"""The options that `mount` and `run` have in common: what is mounted into the union."""
+"""The storage options of `mount` and `run`."""
 
 from __future__ import annotations
 
@@ -9,18 +9,18 @@ from typing import Any
 import click
 
 _HELP = """\b
-    Storage (-v, --mount, --tmpfs), as for docker run; at most one thing at a target, and none at /:
-      -v NAME:/target[:ro,nocopy]       a named volume, made if it is missing
-      -v /host/path:/target[:ro]        a directory or file of the host; a missing directory is made
+    Storage (-v, --mount, --tmpfs), as for docker run; at most one mount per target, and none at /:
+      -v NAME:/target[:ro,nocopy]       a named volume, created if missing
+      -v /host/path:/target[:ro]        a directory or file of the host; a missing directory is created
       -v /target                        an anonymous volume
       --mount type=volume,source=NAME,target=/target[,readonly,volume-driver=,volume-opt=K=V,
               volume-nocopy,volume-subpath=]
       --mount type=bind,source=/host/path,target=/target[,readonly,bind-propagation=,bind-create-src,
-              bind-recursive=]          a missing source is an error, unless bind-create-src is given
+              bind-recursive=]          a missing source is an error without bind-create-src
       --mount type=tmpfs,target=/target[,readonly,tmpfs-size=64m,tmpfs-mode=1777]
       --tmpfs /target[:ro,size=64m,mode=1777,nr_inodes=,uid=,gid=,exec,swap]
-    A target that is missing is made. An empty volume gets what the union has at its target. A tmpfs stays out
-    of swap where the kernel can do that (swap: it need not), and is mounted nosuid,nodev,noexec."""
+    A missing target is created. An empty volume is filled with what the union has at its target. A tmpfs is
+    not swapped out where the kernel supports that (swap allows it), and is mounted nosuid,nodev,noexec."""
 
 
 def storage_options(command: Callable[..., int]) -> Callable[..., int]:
@@ -49,7 +49,7 @@ def storage_options(command: Callable[..., int]) -> Callable[..., int]:
         ),
         click.option(
             "--mount", "mounts", multiple=True, metavar="KEY=VALUE,...",
-            help="The same in the long form, and tmpfs.",
+            help="The same in long form, also for tmpfs.",
         ),
         click.option(
             "--tmpfs", "tmpfs", multiple=True, metavar="TARGET[:OPT,...]",
@@ -57,7 +57,7 @@ def storage_options(command: Callable[..., int]) -> Callable[..., int]:
         ),
         click.option(
             "--root", metavar="DIR",
-            help="Where volumes are kept. [UNIONFS_ROOT; /var/lib/unionfs, or ~/.local/share/unionfs]",
+            help="The storage root. [UNIONFS_ROOT; /var/lib/unionfs, or ~/.local/share/unionfs]",
         ),
     )):  # fmt: skip
         added = option(added)

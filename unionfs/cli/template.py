@@ -1,4 +1,4 @@
-"""The part of Go's text/template that people write behind `--format`: fields, json, index, and plain text."""
+"""The subset of Go's text/template that is used with `--format`: fields, json, index, and plain text."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ _KNOWN = '{{.Field}}, {{json .Field}}, {{index .Labels "key"}}, {{.Label "key"}}
 
 
 def render(template: str, values: Mapping[str, Any]) -> str:
-    """One value through a template. Raises UserError for what this part of the language has not."""
+    """Render one value. Raises UserError for parts of the language outside this subset."""
     return "".join(_pieces(template, values))
 
 
@@ -35,12 +35,12 @@ def _pieces(template: str, values: Mapping[str, Any]) -> list[str]:
         at = action.end()
     rest = template[at:]
     if "{{" in rest or "}}" in rest:
-        raise UserError(f"the template {template!r} has a {{{{ or }}}} without its other half; close it.")
+        raise UserError(f"the template {template!r} has an unbalanced {{{{ or }}}}; add the missing one.")
     return [*pieces, _escapes(rest)]
 
 
 def _escapes(text: str) -> str:
-    # The shell gives \t and \n as two characters, and docker's commands take them for what they mean.
+    # The shell passes \t and \n as two characters, which docker's commands interpret.
     return text.replace("\\t", "\t").replace("\\n", "\n")
 
 
@@ -60,7 +60,7 @@ def _evaluate(action: str, values: Mapping[str, Any]) -> str:
             raise UserError(f"{found[2]} in the template has no keys to index; it is {_plain(value)!r}.")
         if function in _TEXT_FUNCTIONS and found[3] is None:
             return _TEXT_FUNCTIONS[function](_plain(value))
-    raise UserError(f"the template's {{{{{action}}}}} is not supported; there are {_KNOWN}.")
+    raise UserError(f"the template's {{{{{action}}}}} is not supported; use {_KNOWN}.")
 
 
 def _field(path: str, values: Mapping[str, Any]) -> Any:
@@ -70,7 +70,7 @@ def _field(path: str, values: Mapping[str, Any]) -> Any:
             continue
         if not isinstance(value, Mapping) or name not in value:
             known = ", ".join(values)
-            raise UserError(f"the template's {path} is not known; the fields are {known}.")
+            raise UserError(f"the template's {path} is unknown; the fields are {known}.")
         value = value[name]
     return value
 
@@ -102,4 +102,4 @@ def render_rows(
 
 
 class _Headings(dict[str, Any]):
-    """The heading of a field in the place of its value."""
+    """The heading of a field instead of its value."""

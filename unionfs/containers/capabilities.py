@@ -36,7 +36,7 @@ def settle(add: Sequence[str], drop: Sequence[str], *, privileged: bool) -> tupl
         return ()
     held = {name for number, name in enumerate(_NAMES) if has_capability(number)}
     for name in sorted(added - {_ALL} - held):
-        raise UserError(f"--cap-add {name} is refused: this process lacks it itself; leave it out.")
+        raise UserError(f"--cap-add {name} is refused: this process does not have it; omit it.")
     if privileged:
         return tuple(name for name in _NAMES if name in held)
     if _ALL in added:

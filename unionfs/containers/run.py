@@ -1,4 +1,4 @@
-"""`unionfs run`: a union, a command in it, and the end of both."""
+"""`unionfs run`: mounts a union, runs a command in it, and ends both."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ _KERNEL_TREES = (b"proc", b"dev", b"sys")
 
 
 class CommandError(UserError):
-    """The command cannot be started; `code` is the exit code that shells and docker have for that."""
+    """The command cannot be started; `code` is the exit code that shells and docker use for that."""
 
     def __init__(self, sentence: str, code: int) -> None:
         super().__init__(sentence)
@@ -48,7 +48,7 @@ class CommandError(UserError):
 
 @dataclass(frozen=True, slots=True)
 class Wish:
-    """What a call of `unionfs run` asks for."""
+    """The options of `unionfs run`."""
 
     command: Sequence[str]
     lowers: Sequence[str] = ()
@@ -69,10 +69,10 @@ class Wish:
 
 
 def run(wish: Wish, complain: Callable[[str], object]) -> int:
-    """Run a command in a union and return its exit code. Raises UserError when it cannot be started; then a
-    new container is removed again.
+    """Run a command in a union and return its exit code. Raises UserError if it cannot be started; then a new
+    container is removed again.
 
-    `complain` gets a sentence about each thing that goes wrong once the command has ended.
+    `complain` gets a sentence for each error after the command has ended.
     """
     _check(wish)
     program = bubblewrap.find()
@@ -83,8 +83,8 @@ def run(wish: Wish, complain: Callable[[str], object]) -> int:
     new = not container.exists()
     if not new and wish.remove:
         raise UserError(
-            f"container {quoted(container.name)} exists already, and --rm would throw its files away; leave "
-            "--rm out, or choose another name."
+            f"container {quoted(container.name)} already exists, and --rm would remove its files; omit --rm, "
+            "or choose another name."
         )
     if new and not wish.lowers:
         missing = "" if wish.name is None else f"there is no container {quoted(container.name)} yet, and "
@@ -95,7 +95,7 @@ def run(wish: Wish, complain: Callable[[str], object]) -> int:
             lowers = _lowers(wish, container)
             container.make(lowers, layers=wish.upper is None)
             code = _mounted(wish, program, confinement, container, lowers, complain)
-            # With an upper of the caller's own nothing is left to be kept here.
+            # With the caller's own upper there is nothing to keep here.
             keep = keep or not (wish.remove or wish.upper is not None)
         finally:
             if not keep:
@@ -108,7 +108,7 @@ def run(wish: Wish, complain: Callable[[str], object]) -> int:
 
 def _check(wish: Wish) -> None:
     if "" in wish.lowers or wish.upper == "" or wish.work == "":
-        raise UserError("an empty path is given; name a directory.")
+        raise UserError("the path is empty; name a directory.")
     if not wish.workdir.startswith("/"):
         raise UserError(f"--workdir {quoted(wish.workdir)} is a relative path; give an absolute one.")
     _refuse_kernel_trees(wish.workdir, os.fsencode(os.path.normpath(wish.workdir)).strip(b"/").split(b"/")[0])
@@ -120,14 +120,14 @@ def _check(wish: Wish) -> None:
 
 
 def _lowers(wish: Wish, container: Container) -> tuple[str, ...]:
-    """Those of the call, or those that a kept container was made over."""
+    """The lowers given, or those of a kept container."""
     given = tuple(absolute(path) for path in wish.lowers)
     known = container.lowers()
     if given and known and given != known:
         shown = ", ".join(quoted(path) for path in known)
         raise UserError(
-            f"container {quoted(container.name)} was made over other lowers ({shown}), and what it changed "
-            "fits no others; leave -l out, or choose another name."
+            f"container {quoted(container.name)} was created with other lowers ({shown}), and its changes "
+            "fit only these; omit -l, or choose another name."
         )
     for path in given or known:
         check_directory("lower", path)
@@ -148,14 +148,14 @@ def _mounted(
         lowers=lowers,
         upper=container.upper if own_upper else wish.upper,
         work=container.work if own_upper else wish.work,
-        # What is thrown away need not reach a disk.
+        # Changes that will be removed need not reach a disk.
         options=["volatile"] if own_upper and wish.remove else [],
         storage=wish.storage,
         storage_root=wish.root,
     )
     me = os.getpid()
     mount(replace(settings, lives_with=(me, start_time(me) or 0)))
-    # From here on a signal waits until the command can be told.
+    # From here on signals wait until the command can receive them.
     hold_signals()
     merged, entry = settings.mountpoint, None
     try:
@@ -170,7 +170,7 @@ def _mounted(
 
 
 def _remove_anonymous(settings: MountSettings, complain: Callable[[str], object]) -> None:
-    """As `docker run --rm` does it: nobody else can know the names of these volumes."""
+    """Remove anonymous volumes, as `docker run --rm` does: nobody else knows their names."""
     volumes = Volumes(settings.storage_root)
     for spec in settings.storage:
         if isinstance(spec, VolumeSpec) and spec.anonymous and spec.name is not None:
@@ -186,7 +186,7 @@ def _in_union(
     command = _started(wish, program, confinement, container.name, entry)
 
     def clear(_: str) -> None:
-        """This process was killed; the daemon, which lives as long as it does, unmounts the union."""
+        """This process was killed; the daemon, whose life is tied to it, unmounts the union."""
         command.kill()
         if command.terminal is not None:
             command.terminal.restore_from_outside()
@@ -203,8 +203,8 @@ def _in_union(
         watcher.dismiss()
     if not command.made:
         raise UserError(
-            f"bubblewrap could not make the container (exit code {code}); its own message says why, and "
-            "`unionfs doctor` what this host lacks."
+            f"bubblewrap could not create the container (exit code {code}); see its own message, and "
+            "`unionfs doctor` for what this host lacks."
         )
     return code
 
@@ -249,9 +249,9 @@ def _started(
 
 
 def _check_mountpoints(root: int) -> None:
-    """Refuse a union in which the kernel's filesystems would be mounted somewhere else. Raises UserError.
+    """Refuse a union in which the kernel's filesystems would be mounted elsewhere. Raises UserError.
 
-    bubblewrap follows symlinks there, also those that lead to the host's tree while it still sees that.
+    bubblewrap follows symlinks there, including those to the host's tree while it still sees that.
     """
     for name in ("dev", "proc", "sys"):
         try:
@@ -266,9 +266,9 @@ def _check_mountpoints(root: int) -> None:
 
 
 def _wants_small_root(confinement: Confinement, workdir: str, storage: Sequence[Spec]) -> bool:
-    """Whether bubblewrap starts in a tree of its own: as root, and where others may swap the workdir.
+    """Whether bubblewrap starts in a small tree: as root, and if others may swap the workdir.
 
-    That is below what is mounted. For an ordinary user it takes one more user namespace.
+    The latter is possible below storage. For an ordinary user it takes one more user namespace.
     """
     if confinement.privileged:
         return False
@@ -293,7 +293,7 @@ def _refuse_kernel_trees(given: str, first: bytes) -> None:
 
 
 def _workdir(tree: MountedTree, given: str) -> str:
-    """Where the command starts, cleaned of dots as in Docker; made if it is missing. Raises UserError."""
+    """The command's working directory, normalized as in Docker; created if missing. Raises UserError."""
     clean = "/" + os.path.normpath(given).strip("/")
     try:
         names, missing = find(tree, clean)
@@ -310,7 +310,7 @@ def _workdir(tree: MountedTree, given: str) -> str:
 
 
 def _find_command(root: int, name: str, workdir: str, search: str) -> None:
-    """Refuse what cannot be started, with the exit code for that, before anything is. Raises CommandError."""
+    """Refuse a command that cannot be started, with its exit code, before starting. Raises CommandError."""
     directories = [workdir] if "/" in name else [part or "." for part in search.split(":")]
     found = False
     for directory in directories:
@@ -329,7 +329,7 @@ def _find_command(root: int, name: str, workdir: str, search: str) -> None:
             os.close(fd)
     if found:
         raise CommandError(
-            f"{quoted(name)} in the union is no program to be executed; check its mode.", _NOT_EXECUTABLE
+            f"{quoted(name)} in the union is not executable; check its mode.", _NOT_EXECUTABLE
         )
     where = "" if "/" in name else f" in {search}"
     raise CommandError(
@@ -338,12 +338,12 @@ def _find_command(root: int, name: str, workdir: str, search: str) -> None:
 
 
 def _check_interpreter(root: int, fd: int, name: str, workdir: str) -> None:
-    """Refuse a script whose interpreter is missing, which execve(2) says with the script's own ENOENT."""
+    """Refuse a script whose interpreter is missing, for which execve(2) fails with ENOENT."""
     try:
         with open(f"/proc/self/fd/{fd}", "rb") as script:
             first = script.read(_INTERPRETER_LINE).partition(b"\n")[0]
     except OSError:
-        return  # what root may not even read is left to the kernel
+        return  # leave what even root may not read to the kernel
     if not first.startswith(b"#!"):
         return
     words = first[2:].split(maxsplit=1)

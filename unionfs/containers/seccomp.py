@@ -65,7 +65,7 @@ def _add_architectures(library: Any, made: Any, profile: Profile) -> list[int]:
     for name in profile.architectures:
         token = getattr(library.Arch, name.removeprefix("SCMP_ARCH_"), None)
         if token is None:
-            raise UserError(f"seccomp profile: unknown architecture {quoted(name)}; leave it out.")
+            raise UserError(f"seccomp profile: unknown architecture {quoted(name)}; remove it.")
         if token not in tokens:
             made.add_arch(token)
             tokens.append(token)

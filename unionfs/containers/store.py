@@ -70,7 +70,7 @@ class Container:
                 fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError as error:
                 raise UserError(
-                    f"container {quoted(self.name)} is running; wait for its end, or choose another name."
+                    f"container {quoted(self.name)} is running; wait for it to end, or choose another name."
                 ) from error
             yield
         finally:
@@ -111,7 +111,7 @@ class Container:
                 os.replace(temporary, f"{self.path}/{_FACTS}")
         except OSError as error:
             raise UserError(
-                f"container {quoted(self.name)} cannot be made in {quoted(self.above)}: {reason(error)}; "
+                f"container {quoted(self.name)} cannot be created in {quoted(self.above)}: {reason(error)}; "
                 "check the lowers, or give another --root."
             ) from error
 

@@ -94,7 +94,7 @@ def _silence(mount: LiveMount) -> UserError:
         return MountGoneError(f"{name} is not mounted any more.")
     if not mount.is_alive():
         return UserError(
-            f"the daemon of {name} (pid {mount.pid}) has died; `unionfs umount {name}` clears the mount away."
+            f"the daemon of {name} (pid {mount.pid}) has died; run `unionfs umount {name}`."
         )
     return NoAnswerError(
         f"the daemon of {name} (pid {mount.pid}) does not answer; it is stopped, or waits for a disk that "

@@ -27,7 +27,7 @@ _COMPRESS = ("zstd", "gzip", "none")
 
 @contextmanager
 def _progress(what: str) -> Iterator[Progress | None]:
-    """A line on stderr that tells how far it is, on a terminal only."""
+    """A progress line on stderr, on a terminal only."""
     if not sys.stderr.isatty():
         yield None
         return
@@ -55,7 +55,7 @@ def _told(report: Report, what: str, command: Callable[[str], None] = tell) -> N
     for sentence in report.notes:
         command(sentence)
     if report.more_notes:
-        command(f"{report.more_notes} more entries were left out or changed in the same ways.")
+        command(f"{report.more_notes} more entries were skipped or changed likewise.")
     how = f"; {report.how}" if report.how else ""
     entries = "1 entry" if report.entries == 1 else f"{report.entries} entries"
     command(f"{what}: {entries}, {shown_size(report.size)}{how}.")
@@ -71,7 +71,7 @@ Examples:
 )
 @click.option("-o", "--output", metavar="FILE|-", help="The archive; default NAME-TIME.tar.zst here.")
 @click.option(
-    "--compress", type=click.Choice(_COMPRESS), help="Default: what the name of FILE says, else zstd."
+    "--compress", type=click.Choice(_COMPRESS), help="Default: by the name of FILE, else zstd."
 )
 @click.option(
     "--since", metavar="BACKUP", help="Write only what has changed since that backup."
@@ -79,15 +79,15 @@ Examples:
 @root_option
 @click.argument("name", shell_complete=complete_volumes)
 def backup(output: str | None, compress: str | None, since: str | None, root: str | None, name: str) -> None:
-    """Write all that is in a volume into an archive, and print the archive's name.
+    """Write the content of a volume to an archive, and print the archive's name.
 
-    The volume may be in use. A volume on a filesystem of its own (-o size=) is frozen meanwhile; else large
-    files are cloned where the filesystem can (xfs, btrfs), and what changes while it is read is read again.
-    Databases that write several files at once are backed up by their own programs, beside this.
+    The volume may be in use. A volume on its own filesystem (-o size=) is frozen during the backup; elsewhere
+    large files are cloned if the filesystem supports it (xfs, btrfs), and files that change while they are
+    read are read again. Back up databases, which write several files at once, with their own programs.
 
     The archive is a pax tar with a manifest (xxh3-128) as its last member: `tar tf` lists it, `tar xf
-    --xattrs --acls` unpacks it. It gets its name when it is whole. An incremental one (--since) needs that
-    backup, and those below it, to be restored.
+    --xattrs --acls` unpacks it. It gets its name when it is complete. Restoring an incremental one (--since)
+    needs that backup and those below it.
     """
     # For start-up time: --help and completion do without.
     from unionfs.storage.archive.compress import ENDINGS, kind_for
@@ -102,11 +102,11 @@ def backup(output: str | None, compress: str | None, since: str | None, root: st
         kind = compress or ("zstd" if output == "-" else kind_for(output))
     if output == "-" and sys.stdout.isatty():
         raise UserError(
-            "an archive is nothing for a terminal; redirect standard output, or name a file by -o."
+            "an archive cannot be written to a terminal; redirect standard output, or name a file with -o."
         )
     if output == "-" and sys.__stdout__ is None:
-        # What is in its place by now is /dev/null, where a backup would be lost without a word.
-        raise UserError("standard output is closed; redirect it, or name a file by -o.")
+        # /dev/null has replaced it, where a backup would be lost silently.
+        raise UserError("standard output is closed; redirect it, or name a file with -o.")
     with _progress(f"backup of {name}") as progress:
         report = make(volumes, name, output, compress=kind, since=since, progress=progress)
     _told(report, f"backed up volume {name}")
@@ -125,17 +125,17 @@ Examples:
 @click.option("-i", "--input", "source", metavar="FILE|-", default="-", help="The archive (default: stdin).")
 @click.option(
     "--base", "bases", multiple=True, metavar="FILE",
-    help="What an incremental archive is built on, if it isn't beside it.",
+    help="The base of an incremental archive, if it is not beside it.",
 )  # fmt: skip
-@click.option("--verify-only", is_flag=True, help="Only read the archive and check it; change nothing.")
+@click.option("--verify-only", is_flag=True, help="Only check the archive; change nothing.")
 @root_option
 @click.argument("name", shell_complete=complete_volumes)
 def restore(source: str, bases: tuple[str, ...], verify_only: bool, root: str | None, name: str) -> None:
-    """Replace what is in a volume by an archive's content.
+    """Replace the content of a volume by that of an archive.
 
-    Everything is checked while it is read, and the old content stays until the new is whole: when something
-    is wrong, the volume is as it was. A volume in use is not restored. Archives whose entries would lie
-    outside the volume are refused, and without root those with device files.
+    Everything is checked while it is read, and the old content stays until the new is complete: after an
+    error the volume is unchanged. A volume in use is not restored. Archives with entries outside the volume
+    are refused, as are those with device files without root.
     """
     # For start-up time: --help and completion do without.
     from unionfs.storage.restore import restore as put
@@ -145,12 +145,12 @@ def restore(source: str, bases: tuple[str, ...], verify_only: bool, root: str | 
     volumes.get(name)
     if source == "-" and sys.stdin.isatty():
         raise UserError(
-            "an archive does not come from a terminal; redirect standard input, or name a file by -i."
+            "an archive cannot be read from a terminal; redirect standard input, or name a file with -i."
         )
     if verify_only:
         with _progress("verification") as progress:
             report = verify_chain(source, bases, progress)
-        _told(report, "the archive is whole and agrees with its manifest")
+        _told(report, "the archive is complete and matches its manifest")
         return
     with _progress(f"restore of {name}") as progress:
         report = put(volumes, name, source, bases=bases, progress=progress)
@@ -163,9 +163,9 @@ def restore(source: str, bases: tuple[str, ...], verify_only: bool, root: str | 
 @click.argument("source", metavar="SRC", shell_complete=complete_volumes)
 @click.argument("target", metavar="DST")
 def clone(root: str | None, source: str, target: str) -> None:
-    """Make the volume DST with the driver, options, labels and content of SRC.
+    """Create the volume DST with the driver, options, labels and content of SRC.
 
-    Where the filesystem has reflinks (xfs, btrfs) both share their blocks until one of them is changed.
+    If the filesystem supports reflinks (xfs, btrfs), both share their blocks until one of them is changed.
     """
     # For start-up time: --help and completion do without.
     from unionfs.storage.restore import clone as copy
@@ -186,12 +186,11 @@ Examples:
 @root_option
 @click.argument("what", metavar="NAME|FILE", shell_complete=complete_volumes)
 def verify(root: str | None, what: str) -> int:
-    """Check an archive's content against its manifest, or a volume's against that of its last backup or
-    restore.
+    """Check an archive against its manifest, or a volume against that of its last backup or restore.
 
-    A volume's files that were changed, added or removed since are listed, and are no error. A file whose
-    content differs while its size and time are the same is damaged: exit code 1. What is both a volume and a
-    file here is taken for the volume; write ./FILE for the file.
+    Files of a volume that were changed, added or removed since are listed, and are not errors. A file whose
+    content differs while its size and time are the same is damaged: exit code 1. A name of both a volume and
+    a file means the volume; write ./FILE for the file.
     """
     # For start-up time: --help and completion do without.
     from unionfs.storage.backup import verify_archive, verify_volume
@@ -201,7 +200,7 @@ def verify(root: str | None, what: str) -> int:
     if not known and ("/" in what or os.path.exists(what)):
         with _progress("verification") as progress:
             report = verify_archive(what, progress)
-        _told(report, f"{what} is whole and agrees with its manifest", print)
+        _told(report, f"{what} is complete and matches its manifest", print)
         return 0
     with _progress(f"verification of {what}") as progress:
         found = verify_volume(volumes, what, progress)
@@ -212,8 +211,8 @@ def verify(root: str | None, what: str) -> int:
     if found.damaged:
         return complain(
             "unionfs",
-            f"volume {what} is damaged: the content of {len(found.damaged)} files is not that of its last "
-            "backup, though nobody wrote to them; restore a backup, and check the disk.",
+            f"volume {what} is damaged: the content of {len(found.damaged)} files differs from its last "
+            "backup, though they were not written to; restore a backup, and check the disk.",
         )
     same = not (found.changed or found.missing or found.added)
     print(f"{what}: {found.entries} entries, " + ("as in its last backup." if same else "none damaged."))

@@ -1,4 +1,4 @@
-"""What the volume commands have in common: --root, key=value options, names that the shell completes."""
+"""Common to the volume commands: --root, key=value options, shell completion of names."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def root_option(command: _F) -> _F:
 
 
 def open_volumes(root: str | None) -> Volumes:
-    """The volumes of the storage root; what had to be repaired is told on stderr."""
+    """The volumes of the storage root; repairs are reported on stderr."""
     # For start-up time: --help and completion do without.
     from unionfs.storage.root import storage_root
     from unionfs.storage.volumes import Volumes
@@ -37,17 +37,17 @@ def open_volumes(root: str | None) -> Volumes:
 
 
 def tell(sentence: str) -> None:
-    """A sentence that is no error."""
+    """Print a sentence that is not an error."""
     print(f"unionfs: {sentence}", file=sys.stderr)
 
 
 def pairs(words: Iterable[str], what: str, *, bare: bool = False) -> dict[str, str]:
-    """KEY=VALUE words as a dictionary; `bare` takes KEY alone for an empty value, as labels may be."""
+    """KEY=VALUE words as a dictionary; `bare` accepts KEY alone with an empty value, as for labels."""
     found: dict[str, str] = {}
     for word in words:
         key, equals, value = word.partition("=")
         if not key or not (equals or bare):
-            raise UserError(f"the {what} {quoted(word)} is no KEY=VALUE; write it so.")
+            raise UserError(f"invalid {what} {quoted(word)}; write KEY=VALUE.")
         if key in found and found[key] != value:
             raise UserError(f"the {what} {quoted(key)} is given twice with different values; give it once.")
         found[key] = value
@@ -57,7 +57,7 @@ def pairs(words: Iterable[str], what: str, *, bare: bool = False) -> dict[str, s
 def complete_volumes(
     context: click.Context, parameter: click.Parameter, incomplete: str
 ) -> list[CompletionItem]:
-    """The names of volumes that begin with what is typed; none when the storage root can't be read."""
+    """The names of volumes that begin with the typed text; none if the storage root cannot be read."""
     # For start-up time: only completion needs it.
     from click.shell_completion import CompletionItem
 
@@ -76,7 +76,7 @@ def complete_volumes(
 def complete_drivers(
     context: click.Context, parameter: click.Parameter, incomplete: str
 ) -> list[CompletionItem]:
-    """The names of drivers that begin with what is typed."""
+    """The names of drivers that begin with the typed text."""
     # For start-up time: only completion needs it.
     from click.shell_completion import CompletionItem
 

@@ -31,15 +31,15 @@ Examples:
     "-f", "--filter", "filters", multiple=True, metavar="KEY=VALUE",
     help="name, label, driver, dangling or anonymous; may be repeated, and all must hold.",
 )  # fmt: skip
-@click.option("--format", "template", metavar="table|json|TEMPLATE", help="A Go template, see below.")
+@click.option("--format", "template", metavar="table|json|TEMPLATE", help="A Go template, see above.")
 @click.option("--json", "as_json", is_flag=True, help="Print a JSON array.")
 @root_option
 def ls(quiet: bool, filters: tuple[str, ...], template: str | None, as_json: bool, root: str | None) -> None:
     """List volumes, sorted by name.
 
     A template has the fields .Name .Driver .Scope .Mountpoint .Labels .Options .Links .Anonymous .CreatedAt,
-    and the functions json, index, lower and upper; `table TEMPLATE` adds headings. `--format json` prints an
-    object a line, as docker does.
+    and the functions json, index, lower and upper; `table TEMPLATE` adds headings. `--format json` prints one
+    object per line, as docker does.
     """
     wanted = parse_filters(filters)
     volumes = open_volumes(root)
@@ -96,7 +96,7 @@ def _line(volume: Volume, users: list[User]) -> dict[str, Any]:
 
 
 def _for_template(values: dict[str, Any]) -> dict[str, Any]:
-    """The values without control characters where they go to a terminal: some are a plugin's own words."""
+    """The values, on a terminal without control characters: a plugin chooses some of the text."""
     cleaned: dict[str, Any] = all_printable(values) if on_terminal() else values
     return cleaned
 
@@ -125,14 +125,14 @@ Examples:
 """,
 )
 @click.option(
-    "-s", "--size", is_flag=True, help="Count the bytes the volume holds (UsageData.Size, else -1)."
+    "-s", "--size", is_flag=True, help="Compute the size of each volume (UsageData.Size, else -1)."
 )
 @click.option("-f", "--format", "template", metavar="TEMPLATE", help="A Go template, as with `volume ls`.")
-@click.option("--json", "as_json", is_flag=True, help="Print a JSON array (that is the default).")
+@click.option("--json", "as_json", is_flag=True, help="Print a JSON array (the default).")
 @root_option
 @click.argument("names", metavar="NAME...", nargs=-1, required=True, shell_complete=complete_volumes)
 def inspect(size: bool, template: str | None, as_json: bool, root: str | None, names: tuple[str, ...]) -> int:
-    """Show all about volumes, as a JSON array with docker's keys; UsageData.RefCount counts the users."""
+    """Show details of volumes, as a JSON array with docker's keys; UsageData.RefCount counts the users."""
     volumes = open_volumes(root)
     found, code = [], 0
     for name in names:

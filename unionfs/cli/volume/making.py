@@ -22,7 +22,7 @@ Examples:
     "--driver",
     metavar="DRIVER",
     shell_complete=complete_drivers,
-    help="What keeps it (default: local).",
+    help="The volume's driver (default: local).",
 )
 @click.option("-o", "--opt", "options", multiple=True, metavar="KEY=VALUE", help="An option of the driver.")
 @click.option("--label", "labels", multiple=True, metavar="KEY=VALUE", help="A label.")
@@ -33,18 +33,18 @@ def create(
 ) -> None:
     """Create a volume and print its name; without NAME an anonymous one of 64 hexadecimal digits.
 
-    A volume that is there with the same driver and options is left as it is.
+    An existing volume with the same driver and options is left unchanged.
 
     \b
     Drivers and their options (-o):
       local      a directory of this host
-                 size=2g, fs=ext4|xfs    the most it may hold
+                 size=2g, fs=ext4|xfs    the maximum size
                  type=, device=, o=      what mount(8) mounts, as with docker: nfs, tmpfs ...
-      union      lower=A:B, shared       a union over these; a view for each user, or one for all
+      union      lower=A:B, shared       a union of these; one view per user, or one for all
       sshfs      sshcmd=USER@HOST:PATH, port=, IdentityFile=, o=
       rclone     remote=NAME:PATH, config=FILE, vfs-cache-mode=, o=
       glusterfs  servers=A,B, volname=, subdir=, o=
-    Any other name is that of a docker volume plugin, or of an installed Python package's driver.
+    Any other name is a docker volume plugin, or a driver of an installed Python package.
     """
     made = open_volumes(root).create(
         name,
@@ -60,9 +60,8 @@ def create(
 @click.argument("name", shell_complete=complete_volumes)
 @click.argument("size")
 def resize(root: str | None, name: str, size: str) -> None:
-    """Give NAME, a volume made with -o size=, another SIZE, as 500m or 4g.
+    """Change the size of NAME, a volume created with -o size=, to SIZE, such as 500m or 4g.
 
-    It grows also while it is used (an ext4 where root has CAP_SYS_RESOURCE); only an ext4 that is not in use
-    shrinks.
+    A volume can grow while in use (an ext4 only with CAP_SYS_RESOURCE); only an unused ext4 can shrink.
     """
     print(open_volumes(root).resize(name, size).name)

@@ -12,15 +12,15 @@ from unionfs.storage.filters import matches, parse_filters, truth
 
 
 @click.command(epilog="Example: unionfs volume rm orders carts")
-@click.option("-f", "--force", is_flag=True, help="Also one whose driver fails; no error for a missing one.")
+@click.option("-f", "--force", is_flag=True, help="Remove it even if its driver fails; ignore a missing one.")
 @root_option
 @click.argument("names", metavar="NAME...", nargs=-1, required=True, shell_complete=complete_volumes)
 def rm(force: bool, root: str | None, names: tuple[str, ...]) -> int:
-    """Remove volumes with all that is in them, and print their names.
+    """Remove volumes with their content, and print their names.
 
-    A volume in use is not removed, with --force neither. What lies elsewhere (a bind, an NFS export, a
-    plugin's storage if the plugin keeps it) stays there. With --force a volume can be removed whose driver is
-    gone, or cannot give it up; what the driver says is told.
+    A volume in use is never removed, not even with --force. Content elsewhere (a bind, an NFS export, a
+    plugin's storage if the plugin keeps it) stays there. --force also removes a volume whose driver is
+    missing or fails; the driver's error is reported.
     """
     volumes = open_volumes(root)
     code = 0
@@ -36,18 +36,18 @@ def rm(force: bool, root: str | None, names: tuple[str, ...]) -> int:
 @click.command(
     epilog="Example: unionfs volume prune -a --filter label!=keep --dry-run",
 )
-@click.option("-a", "--all", "every", is_flag=True, help="Named volumes too, not only anonymous ones.")
+@click.option("-a", "--all", "every", is_flag=True, help="Also remove named volumes.")
 @click.option(
     "--filter", "filters", multiple=True, metavar="KEY=VALUE",
     help="label, label!, name, driver, or all=true as -a; may be repeated, and all must hold.",
 )  # fmt: skip
 @click.option("-f", "--force", is_flag=True, help="Don't ask.")
-@click.option("--dry-run", is_flag=True, help="Only tell what would be removed.")
+@click.option("--dry-run", is_flag=True, help="Only print what would be removed.")
 @root_option
 def prune(every: bool, filters: tuple[str, ...], force: bool, dry_run: bool, root: str | None) -> int:
-    """Remove anonymous volumes that nobody uses, and tell the space that this frees.
+    """Remove unused anonymous volumes, and print the space freed.
 
-    With -a named volumes that nobody uses go as well: their data is lost.
+    With -a unused named volumes are removed, too: their data is lost.
     """
     # For start-up time: --help and completion do without.
     from unionfs.storage.usage import reclaimable
@@ -74,7 +74,7 @@ def prune(every: bool, filters: tuple[str, ...], force: bool, dry_run: bool, roo
         except click.Abort:
             agreed = False
         if not agreed:
-            raise UserError("nothing was removed; say y, or give --force.")
+            raise UserError("nothing was removed; answer y, or use --force.")
     volumes.settle()
     gone, freed, code = [], 0, 0
     for volume in found:
