@@ -63,6 +63,9 @@ class Service:
                 self._storage = Storage(settings)
                 settings = self._storage.settings
             self._announcement, self._stack = _open(settings, directory)
+            # Before the union notes the capabilities to restore after it acted as a caller: capset(2) of
+            # more than are left fails, and the caller's own rights would count in work.
+            confine(settings)
             self._operations = Operations(Union(self._stack))
         except BaseException:
             self._let_go()
@@ -76,7 +79,6 @@ class Service:
         Raises UserError when it can't be mounted; nothing is left mounted then.
         """
         try:
-            confine(self._settings())
             if self._storage is not None:
                 self._storage.serve(self._operations.union, self._stack)
             listeners = self._announcement.listen()
