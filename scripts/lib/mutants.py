@@ -41,6 +41,7 @@ class Mutant:
     """One change: the span of bytes that is replaced, and the line before and after it."""
 
     path: Path
+    code: bytes
     line: int
     start: int
     end: int
@@ -53,8 +54,7 @@ class Mutant:
 
     def source(self) -> bytes:
         """The whole module with the change."""
-        code = self.path.read_bytes()
-        return code[: self.start] + self.text + code[self.end :]
+        return self.code[: self.start] + self.text + self.code[self.end :]
 
 
 class Finder(ast.NodeVisitor):
@@ -79,7 +79,7 @@ class Finder(ast.NodeVisitor):
         before = self.code[line_start:line_end]
         after = self.code[line_start:start] + text.encode() + self.code[end:line_end]
         shown = [" ".join(part.decode().split()) for part in (before, after)]
-        self.found.append(Mutant(self.path, node.lineno, start, end, text.encode(), *shown))
+        self.found.append(Mutant(self.path, self.code, node.lineno, start, end, text.encode(), *shown))
 
     def _other(self, node: ast.expr, new: ast.expr) -> None:
         self._replace(node, f"({ast.unparse(new)})")
@@ -270,7 +270,7 @@ def _survivors(module: Path, mutants: list[Mutant], tests: list[str], jobs: int)
                 print(mutant, flush=True)
                 return True
             finally:
-                (copy / name).write_bytes(module.read_bytes())
+                (copy / name).write_bytes(mutant.code)
                 copies.put(copy)
 
         with ThreadPoolExecutor(jobs) as pool:

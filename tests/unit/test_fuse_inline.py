@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib.util
+
 import pytest
 import trio
 import trio.lowlevel
@@ -22,6 +24,23 @@ def test_what_does_not_wait_is_done_at_once() -> None:
     assert begin(_answers(7)) == 7
     with pytest.raises(FileNotFoundError):
         begin(_fails())
+
+
+async def test_what_runs_in_a_thread_waits() -> None:
+    coroutine = in_thread(int, "7")
+    assert begin(coroutine) is PENDING
+    assert await finish(coroutine) == 7
+
+
+def test_outside_of_begin_nothing_has_to_be_said() -> None:
+    """As in a session that gives each request a task, whatever ran before."""
+    fresh = importlib.util.find_spec("unionfs.fuse.inline")
+    assert fresh is not None
+    assert fresh.loader is not None
+    module = importlib.util.module_from_spec(fresh)
+    fresh.loader.exec_module(module)
+    with pytest.raises(StopIteration):
+        module.may_wait().send(None)
 
 
 async def test_what_waits_goes_on_in_a_task() -> None:
@@ -146,6 +165,7 @@ async def test_what_waits_without_saying_so_fails_loudly() -> None:
         finally:
             cleared.append("up")
 
+    coroutine = handler()  # kept, so that not its deletion ends it
     with pytest.raises(RuntimeError, match=r"handler waits without may_wait"):
-        begin(handler())
+        begin(coroutine)
     assert cleared == ["up"]

@@ -60,8 +60,8 @@ def test_names_that_cannot_be_stored() -> None:
     assert errno_of(MARKERS.stored_name, b"user.overlay.") == errno.EINVAL
 
 
-def _is_whiteout(fd: int, name: bytes) -> bool:
-    return MARKERS.is_whiteout(os.stat(name, dir_fd=fd, follow_symlinks=False), fd, name)
+def _is_whiteout(fd: int, name: bytes, markers: Markers = MARKERS) -> bool:
+    return markers.is_whiteout(os.stat(name, dir_fd=fd, follow_symlinks=False), fd, name)
 
 
 def test_what_is_a_whiteout(root: None, area: Path, fd: int) -> None:
@@ -73,10 +73,12 @@ def test_what_is_a_whiteout(root: None, area: Path, fd: int) -> None:
         (area / name).write_bytes(content)
     (area / "dir").mkdir()
     (area / "link").symlink_to("marked")
-    for name in ("marked", "full", "dir"):
-        os.setxattr(area / name, MARKERS.whiteout, b"y")
-    names = (b"device", b"null", b"block", b"marked", b"full", b"empty", b"dir", b"link")
-    assert [name for name in names if _is_whiteout(fd, name)] == [b"device", b"marked"]
+    os.mkfifo(area / "fifo")
+    markers = Markers(b"trusted.overlay.")
+    for name in ("marked", "full", "dir", "fifo"):
+        os.setxattr(area / name, markers.whiteout, b"y")
+    names = (b"device", b"null", b"block", b"marked", b"full", b"empty", b"dir", b"link", b"fifo")
+    assert [name for name in names if _is_whiteout(fd, name, markers)] == [b"device", b"marked"]
 
 
 def test_opaque_and_redirect(area: Path, fd: int) -> None:
