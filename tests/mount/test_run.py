@@ -420,7 +420,7 @@ def test_bad_input(box: Containers, arguments: list[str], parts: list[str]) -> N
 
 def test_refusals_of_containers(box: Containers) -> None:
     box.say("--name", "kept", "--", "touch", "/x")
-    refused(box.run("--rm", "--name", "kept", "--", "true"), "kept exists already", "--rm")
+    refused(box.run("--rm", "--name", "kept", "--", "true"), "kept already exists", "--rm")
     (box.area / "other").mkdir()
     done = box.run("--name", "kept", "-l", box.area / "other", "--", "true", lower=False)
     refused(done, "created with other lowers", str(box.base))

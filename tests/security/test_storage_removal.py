@@ -22,7 +22,7 @@ from tests.support import syscalls
 from tests.support.worker import Worker
 from tests.volumes.conftest import Store
 from tests.volumes.conftest import store as store
-from unionfs.union.removal import find_locked, remove, remove_path
+from unionfs.sys.trees import find_locked, remove, remove_path
 
 pytestmark = [pytest.mark.usefixtures("as_root"), pytest.mark.watchdog(200), pytest.mark.timeout(200)]
 
@@ -107,7 +107,7 @@ class TestTrees:
             os.chown(path, 1000, 1000)
         for path, mode in {"a/b": 0o555, "a": 0o000, "x": 0o111}.items():
             (home / "top" / path).chmod(mode)
-        with Worker(1000, 1000, modules=["unionfs.union.removal"]) as user:
+        with Worker(1000, 1000, modules=["unionfs.sys.trees"]) as user:
             user.call(remove_path, str(home / "top"))
             assert os.listdir(home) == []
             # what belongs to others stays, and everything else goes

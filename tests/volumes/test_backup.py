@@ -234,7 +234,7 @@ class TestConsistency:
             done = store("backup", "data", "-o", area / "b.tar")
         assert done.returncode == 0
         assert "log changed each time it was read" in done.stderr
-        assert "whole and agrees" in store.ok("verify", area / "b.tar")
+        assert "complete and matches" in store.ok("verify", area / "b.tar")
         store.create("copy")
         store.ok("restore", "copy", "-i", area / "b.tar")
         assert (store.data("copy") / "log").stat().st_size == 40 << 20
@@ -254,7 +254,7 @@ class TestConsistency:
         with _meanwhile(write):
             done = store("backup", "data", "-o", area / "b.tar")
             assert done.returncode == 0, done.stderr
-        assert "whole and agrees" in store.ok("verify", area / "b.tar")
+        assert "complete and matches" in store.ok("verify", area / "b.tar")
         trees.tar("tf", area / "b.tar")
 
     def test_a_file_that_is_cut_between_two_looks(self, area: Path, monkeypatch: pytest.MonkeyPatch) -> None:

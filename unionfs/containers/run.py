@@ -108,7 +108,7 @@ def run(wish: Wish, complain: Callable[[str], object]) -> int:
 
 def _check(wish: Wish) -> None:
     if "" in wish.lowers or wish.upper == "" or wish.work == "":
-        raise UserError("the path is empty; name a directory.")
+        raise UserError("an empty path is given; name a directory.")
     if not wish.workdir.startswith("/"):
         raise UserError(f"--workdir {quoted(wish.workdir)} is a relative path; give an absolute one.")
     _refuse_kernel_trees(wish.workdir, os.fsencode(os.path.normpath(wish.workdir)).strip(b"/").split(b"/")[0])

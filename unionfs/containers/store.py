@@ -14,7 +14,7 @@ from unionfs.errors import UserError, quoted, reason
 from unionfs.settings.names import check_name
 from unionfs.storage.removing import refuse_locked, remove_all
 from unionfs.storage.root import check_directory, is_own_directory, make_directory, open_root
-from unionfs.union.removal import remove_path
+from unionfs.sys.trees import remove_path
 
 _FACTS = "container.json"
 

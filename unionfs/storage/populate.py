@@ -22,13 +22,13 @@ from unionfs.storage import locks, symlinks, workspace
 from unionfs.storage.model import Volume
 from unionfs.storage.targets import Names
 from unionfs.sys import attributes, calls
-from unionfs.sys.fds import Owned
+from unionfs.sys.fds import Owned, open_for_listing
 from unionfs.union.filedata import clone, copy_data
 from unionfs.union.files import open_held
 from unionfs.union.layers import LayerStack
 from unionfs.union.listing import real_names
 from unionfs.union.merge import Found, Merge
-from unionfs.union.places import Place, open_for_listing
+from unionfs.union.places import Place
 from unionfs.union.xattrs import unsupported
 
 log = logging.getLogger(__name__)

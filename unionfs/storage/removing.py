@@ -7,7 +7,7 @@ import os
 from unionfs.errors import UserError, quoted, reason
 from unionfs.sys import fds
 from unionfs.sys.mountinfo import Location, location_of, read_mountinfo, split_path
-from unionfs.union.removal import find_locked, remove_path
+from unionfs.sys.trees import find_locked, remove_path
 
 
 def refuse_locked(path: str, complaint: str) -> None:

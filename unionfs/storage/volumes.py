@@ -27,7 +27,7 @@ from unionfs.storage.drivers.replacing import finish_in_place
 from unionfs.storage.model import ANONYMOUS_LABEL, User, Volume
 from unionfs.storage.removing import refuse_bound, refuse_locked, refuse_mounted, remove_all
 from unionfs.storage.root import check_directory, is_own_directory, make_directory, open_root
-from unionfs.union.removal import remove_path
+from unionfs.sys.trees import remove_path
 
 __all__ = ["User", "Volume", "Volumes"]
 

@@ -24,10 +24,9 @@ from unionfs.storage.model import User
 from unionfs.storage.workspace_record import Journal, Record, forget, names, read, write
 from unionfs.sys import attributes
 from unionfs.sys.calls import FUSE_MAGIC, NFS_MAGIC, filesystem_magic
-from unionfs.sys.fds import Owned, directory
+from unionfs.sys.fds import Owned, directory, open_for_listing
 from unionfs.sys.openat2 import RESOLVE_NO_SYMLINKS, RESOLVE_NO_XDEV, openat2
-from unionfs.union.places import open_for_listing
-from unionfs.union.removal import empty_directory, find_locked
+from unionfs.sys.trees import empty_directory, find_locked
 
 __all__ = ["Workspace", "names", "recover", "workspace"]
 

@@ -35,3 +35,8 @@ def sync_directory(path: str) -> None:
     """Make the names in a directory durable. Raises OSError."""
     with directory(path) as fd:
         os.fsync(fd)
+
+
+def open_for_listing(fd: int) -> int:
+    """A new fd of the same directory that can be read (getdents, fsync)."""
+    return os.open(b".", os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC, dir_fd=fd)

@@ -17,10 +17,11 @@ from typing import Final
 from unionfs.errors import LayerError
 from unionfs.sys import calls
 from unionfs.sys.capabilities import CAP_SYS_ADMIN, has_capability
+from unionfs.sys.fds import open_for_listing
 from unionfs.sys.filelocks import may_be_a_mounts
 from unionfs.union import opening
 from unionfs.union.markers import Markers
-from unionfs.union.places import BoundLayer, Layer, open_for_listing
+from unionfs.union.places import BoundLayer, Layer
 
 _NO_LOCKS: Final = (errno.EBADF, errno.ENOLCK, errno.EOPNOTSUPP, errno.EINVAL)
 

@@ -7,10 +7,9 @@ from contextlib import suppress
 from typing import Final, NoReturn
 
 from unionfs.errors import LayerError, quoted
-from unionfs.sys.fds import Owned
+from unionfs.sys.fds import Owned, open_for_listing
 from unionfs.sys.openat2 import RESOLVE_BENEATH, RESOLVE_NO_SYMLINKS, RESOLVE_NO_XDEV, openat2
 from unionfs.union.listing import NFS_REMOVED
-from unionfs.union.places import open_for_listing
 
 _DIRECTORY: Final = os.O_PATH | os.O_DIRECTORY
 _OURS_IN_WORK: Final = frozenset({"work", "index"})

@@ -18,8 +18,8 @@ from unionfs.errors import LayerError
 from unionfs.sys import calls, detached
 from unionfs.sys.fds import Owned
 from unionfs.sys.openat2 import RESOLVE_BENEATH, RESOLVE_NO_SYMLINKS, RESOLVE_NO_XDEV, openat2
+from unionfs.sys.trees import empty_directory
 from unionfs.union.leftovers import check_leftovers, check_work
-from unionfs.union.removal import empty_directory
 
 _NO_CLONES: Final = (errno.EPERM, errno.ENOSYS, errno.EINVAL, errno.EOPNOTSUPP)
 _DIRECTORY: Final = os.O_PATH | os.O_DIRECTORY

@@ -14,6 +14,7 @@ from collections import OrderedDict
 from typing import Final
 
 from unionfs.sys import calls
+from unionfs.sys.fds import open_for_listing
 
 _DIRECTORY: Final = os.O_PATH | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 #: include/uapi/linux/magic.h: ext2 to 4, xfs, btrfs, tmpfs, ramfs, f2fs, squashfs, erofs, NFS, bcachefs; and
@@ -202,8 +203,3 @@ class Gate:
             os.close(place.fd)
             place.fd = -1
         self._recent.clear()
-
-
-def open_for_listing(fd: int) -> int:
-    """A new fd of the same directory that can be read (getdents, fsync)."""
-    return os.open(b".", os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC, dir_fd=fd)

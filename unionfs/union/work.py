@@ -16,7 +16,7 @@ from contextlib import contextmanager, suppress
 from typing import Final
 
 from unionfs.sys import calls
-from unionfs.union.removal import remove
+from unionfs.sys.trees import remove
 
 At = tuple[int, bytes]
 """A name: the fd of its directory, and the name in that."""

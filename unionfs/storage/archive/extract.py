@@ -30,7 +30,7 @@ from unionfs.storage.archive.entry import (
 from unionfs.storage.archive.headers import Malformed
 from unionfs.sys import attributes
 from unionfs.sys.fds import Owned
-from unionfs.union.removal import remove
+from unionfs.sys.trees import remove
 
 _DIRECTORY_FLAGS = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 _NEW_FILE = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC

@@ -14,7 +14,7 @@ from unionfs.storage.model import Volume
 from unionfs.storage.removing import refuse_locked
 from unionfs.storage.workspace import Workspace, recover, workspace
 from unionfs.sys.fds import directory, sync_directory
-from unionfs.union.removal import remove_path
+from unionfs.sys.trees import remove_path
 from unionfs.union.work import exchange as exchange_names
 
 _SIBLING = ".restore-"

@@ -22,7 +22,7 @@ from unionfs.storage.mounts import mount_at, run_program
 from unionfs.storage.removing import refuse_locked
 from unionfs.sys.fds import sync_directory
 from unionfs.sys.liveness import is_dead
-from unionfs.union.removal import remove_path
+from unionfs.sys.trees import remove_path
 
 
 class Union(Driver):

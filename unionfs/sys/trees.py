@@ -17,9 +17,8 @@ from contextlib import contextmanager, suppress
 from typing import Final
 
 from unionfs.sys import calls
-from unionfs.sys.fds import Owned
+from unionfs.sys.fds import Owned, open_for_listing
 from unionfs.sys.openat2 import RESOLVE_NO_SYMLINKS, RESOLVE_NO_XDEV, openat2
-from unionfs.union.places import open_for_listing
 
 _DIRECTORY: Final = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW
 _PATH: Final = os.O_PATH | os.O_NOFOLLOW
