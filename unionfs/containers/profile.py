@@ -29,7 +29,6 @@ _OPERATORS = {
     "SCMP_CMP_NE": 1, "SCMP_CMP_LT": 2, "SCMP_CMP_LE": 3, "SCMP_CMP_EQ": 4, "SCMP_CMP_GE": 5,
     "SCMP_CMP_GT": 6, "SCMP_CMP_MASKED_EQ": 7,
 }  # fmt: skip
-_MASKED_EQ = _OPERATORS["SCMP_CMP_MASKED_EQ"]
 #: uname(2)'s machine → Docker's name in `arches`, the OCI's name of the architecture.
 _MACHINES = {
     "x86_64": ("amd64", "SCMP_ARCH_X86_64"), "i686": ("x86", "SCMP_ARCH_X86"),
