@@ -1,10 +1,10 @@
-"""The errors that a user of the command line sees."""
+"""Errors shown to users of the command line."""
 
 from __future__ import annotations
 
 
 class UserError(Exception):
-    """`str(error)` is one full sentence for the user: the thing, the cause and the cure."""
+    """`str(error)` is one sentence for the user: the thing, the cause and the cure."""
 
 
 class LayerError(UserError):
@@ -12,14 +12,14 @@ class LayerError(UserError):
 
 
 class MountRefusedError(UserError):
-    """The kernel or libfuse refused the mount; what libfuse printed says why."""
+    """The kernel or libfuse refused the mount; libfuse's output contains the reason."""
 
     def __init__(self, mountpoint: str, cause: str) -> None:
         super().__init__(_refusal(mountpoint, cause))
         self.mountpoint = mountpoint
 
     def explained(self, printed: str) -> str:
-        """The sentence with libfuse's reason."""
+        """Return the sentence with libfuse's reason."""
         return _refusal(self.mountpoint, printed) if printed else str(self)
 
 
@@ -34,11 +34,11 @@ def _refusal(mountpoint: str, cause: str) -> str:
 
 
 def quoted(path: str) -> str:
-    """A path as it appears in a sentence: as it is, unless it holds what would break the line."""
+    """Return a path for use in a sentence: unchanged if printable, else its repr()."""
     return path if path.isprintable() and path else repr(path)
 
 
 def reason(error: OSError) -> str:
-    """The cause within a sentence, in the C library's words, in small letters as a part of a sentence."""
+    """Return the C library's text for an error, starting in lower case for use within a sentence."""
     text = error.strerror or str(error)
     return text[:1].lower() + text[1:] if text[1:2].islower() else text

@@ -23,5 +23,5 @@ def completion(context: click.Context, shell: str) -> None:
     found = get_completion_class(shell)
     assert found is not None
     source = found(context.find_root().command, {}, "unionfs", "_UNIONFS_COMPLETE")
-    # click checks the version of the bash in PATH before it prints, but the script may be for another one.
+    # Not source.source(): click checks the version of the bash in PATH, but the script may be for another.
     print(source.source_template % source.source_vars())

@@ -82,7 +82,7 @@ def run(
 
     {storage}
     """
-    # For start-up time: --help and completion do without.
+    # For start-up time: --help and completion do not need it.
     from unionfs.containers.run import CommandError, Wish
     from unionfs.containers.run import run as start
 
@@ -134,7 +134,7 @@ def rm(root: str | None, names: tuple[str, ...]) -> int:
 
     Volumes stay. A container that cannot be removed is reported; the others are still removed.
     """
-    # For start-up time: --help and completion do without.
+    # For start-up time: --help and completion do not need it.
     from unionfs.containers.store import Container
     from unionfs.storage.root import storage_root
 

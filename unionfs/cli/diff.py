@@ -35,8 +35,8 @@ Examples:
 def diff(mountpoint: str | None, upper: str | None, lowers: tuple[str, ...], userxattr: bool) -> int:
     """Show the changes in a union's upper: A(dded), C(hanged) or D(eleted), and the path, sorted by path.
 
-    They are those of the mount at MOUNTPOINT, or of the given layers. Names are printed unchanged, as bytes;
-    on a terminal they are quoted for the shell if necessary, as ls does.
+    The union is the mount at MOUNTPOINT, or the given layers. Names are printed unchanged, as bytes; on a
+    terminal they are quoted for the shell if necessary, as in ls.
     """
     if mountpoint is not None:
         if upper is not None or lowers:
@@ -59,7 +59,7 @@ def _of_mount(mount: LiveMount) -> int:
 
 
 def _of_other(mount: LiveMount, uid: int) -> int:
-    """The changes of another user's mount, read as that user, whose daemon names the layers."""
+    """Print the changes of another user's mount, read as that user: its daemon names the layers."""
     def read() -> int:
         own = find_by_device(mount.device)
         return 1 if own is None else _of_mount(own)

@@ -17,12 +17,12 @@ from unionfs.cli.run import print_table
     "--dir", "directory", metavar="DIR", help="The directory of the layers; default: TMPDIR or /tmp."
 )
 def doctor(directory: str | None, as_json: bool) -> int:
-    """Report what this host supports and what it lacks, each with the cure.
+    """Report what this host supports and what it lacks, with cures.
 
     Features are tested where possible, in a temporary directory that is removed afterwards. The exit code is
     1 if mounting is impossible, else 0.
     """
-    # For start-up time: --help and completion do without.
+    # For start-up time: --help and completion do not need it.
     from unionfs.daemon.host import examine, mounting_is_possible
 
     findings = examine(directory)

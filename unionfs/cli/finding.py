@@ -1,4 +1,4 @@
-"""The mount that a command is about."""
+"""Finds the mount that a command names."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from unionfs.sys.mountinfo import MountEntry, mounted_at
 
 
 def find_mount(mountpoint: str) -> LiveMount:
-    """The live mount at `mountpoint`. Raises UserError if there is none."""
+    """Return the live mount at `mountpoint`. Raises UserError if there is none."""
     path = absolute_mountpoint(mountpoint)
     mounted = mounted_at(path)
     known = live.live_mounts()
@@ -30,7 +30,7 @@ def find_mount(mountpoint: str) -> LiveMount:
 
 
 def upper_in_memory(mount: LiveMount) -> str:
-    """A path to an upper in memory, through its daemon's fd. Raises UserError."""
+    """Return a path to an upper in memory, through its daemon's fd. Raises UserError."""
     answer = mount.ask()
     number = None if answer is None else answer.get("upper_fd")
     if not isinstance(number, int):
@@ -42,7 +42,7 @@ def upper_in_memory(mount: LiveMount) -> str:
 
 
 def _why_not(path: str, mounted: MountEntry | None) -> str:
-    """The cause and the cure, as the end of a sentence, if a path is not a live mount of this user."""
+    """Return cause and cure, as the end of a sentence, for a path that is not a live mount of this user."""
     if mounted is not None and mounted.fstype == "fuse.unionfs":
         owner = mounted.super_option("user_id")
         if (other := owner_of(mounted)) is not None:

@@ -3,7 +3,7 @@
     fuse-unionfs [-f] [-d] -o lowerdir=A:B,upperdir=U,workdir=W MOUNTPOINT
     fuse-unionfs SOURCE MOUNTPOINT [-sfnv] [-o OPTIONS] [-t TYPE]
 
-Parsed by hand, because these callers (podman, mount(8), mount.fuse(8)) mix flags and words in their own ways.
+Parsed by hand, because these callers (podman, mount(8), mount.fuse(8)) mix flags and arguments differently.
 """
 
 from __future__ import annotations
@@ -74,7 +74,7 @@ def _parse(arguments: Sequence[str], *, helper: bool) -> _Call:
 
 
 def _letters(call: _Call, letters: str, rest: list[str], *, helper: bool) -> None:
-    """Parse combined flags (`-sfnv`), the last of which may take the next word."""
+    """Parse combined flags (`-sfnv`); the last one may take the next argument."""
     for position, letter in enumerate(letters):
         if letter in "otN":
             value = letters[position + 1 :] or (rest.pop(0) if rest else None)
@@ -146,7 +146,7 @@ def _run(arguments: Sequence[str], program: str, *, helper: bool) -> int:
 
 
 def mount_helper(arguments: Sequence[str], program: str) -> int:
-    """Serve a call from mount(8), whatever the program's name is. Returns the exit code."""
+    """Serve a call from mount(8), independent of the program's name. Returns the exit code."""
     return _run(arguments, program, helper=True)
 
 

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 
 class LazyGroup(click.Group):
-    """A group of `places`: name to `module:object` and line in the help, in the order of the help."""
+    """A group of `places`: name to `module:object` and help line, in the order of the help."""
 
     def __init__(self, *arguments: Any, places: Mapping[str, tuple[str, str]], **named: Any) -> None:
         super().__init__(*arguments, **named)

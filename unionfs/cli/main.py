@@ -1,4 +1,4 @@
-"""The command `unionfs`. Each subcommand's module is imported when it is called, to start fast."""
+"""The command `unionfs`. Imports each subcommand's module only when it is called, to start fast."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from unionfs import __version__
 from unionfs.cli.lazy import LazyGroup
 from unionfs.cli.run import leave, run
 
-# Name: module and object, line in the help; in the order of the help.
+# Name: module and object, help line; in the order of the help.
 _COMMANDS = {
     "mount": ("unionfs.cli.mount:mount", "Mount a union."),
     "umount": ("unionfs.cli.umount:umount", "Unmount, and wait until all data is on disk."),
@@ -44,13 +44,13 @@ def cli() -> None:
 
 
 def is_mount_helper_call(arguments: Sequence[str], program: str) -> bool:
-    """Whether mount(8) calls, as /sbin/mount.TYPE or through mount.fuse(8): SOURCE MOUNTPOINT -o OPTIONS."""
+    """Return whether mount(8) calls, as mount.TYPE or through mount.fuse(8): SOURCE MOUNTPOINT -o OPTIONS."""
     if os.path.basename(program).startswith("mount."):
         return True
     if len(arguments) < 3 or arguments[0].startswith("-") or arguments[0] == "mount":
         return False
     if arguments[0] == "volume" and not arguments[1].startswith("/"):
-        return False  # its commands take -o, too; mount(8) passes absolute mountpoints
+        return False  # some volume commands take -o; mount(8) passes absolute mountpoints
     # No other subcommand takes -o, so a SOURCE may have a subcommand's name.
     return not arguments[1].startswith("-") and any(word.startswith("-o") for word in arguments[2:])
 

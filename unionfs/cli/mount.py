@@ -104,7 +104,7 @@ def mount(
 
     {storage}
     """
-    # For start-up time: --help and completion do without.
+    # For start-up time: --help and completion do not need it.
     from unionfs.daemon.process import mount as start
     from unionfs.daemon.settle import settle
 

@@ -50,7 +50,7 @@ def ls(as_json: bool) -> None:
 @click.option("--json", "as_json", is_flag=True, help="Print a JSON object.")
 @click.argument("mountpoint")
 def inspect(mountpoint: str, as_json: bool) -> None:
-    """Show all settings of the mount at MOUNTPOINT, and its figures: requests, nodes, copy-ups and others."""
+    """Show all settings of the mount at MOUNTPOINT, and its figures: requests, nodes, copy-ups and more."""
     mount = find_mount(mountpoint)
     answer = mount.ask()
     figures = None if answer is None else answer.get("figures")
@@ -84,7 +84,7 @@ def inspect(mountpoint: str, as_json: bool) -> None:
 
 
 def _reasons(io: object) -> list[str]:
-    """Why the I/O mode was chosen, why not the others, and what the kernel lacks: a sentence each."""
+    """Return sentences: why this I/O mode, why not the others, and what the kernel lacks."""
     if not isinstance(io, dict):
         return []
     more = [values for name in ("why_not", "missing") if isinstance(values := io.get(name), dict)]
@@ -102,7 +102,7 @@ def _layers(mount: LiveMount) -> list[str]:
 
 
 def _unknown(mount: MountEntry) -> dict[str, Any]:
-    """A mount of another user whose daemon does not answer root: the facts from the kernel."""
+    """Summarize another user's mount, whose daemon does not answer root, from the kernel's data."""
     return {"mountpoint": mount.mountpoint, "pid": None, "layers": None, "session": None, "since": None}
 
 

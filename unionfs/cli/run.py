@@ -1,4 +1,4 @@
-"""Common to every command: one sentence for an error, and exit code 1."""
+"""Common to all commands: errors as one sentence with exit code 1, and tables."""
 
 from __future__ import annotations
 
@@ -38,12 +38,12 @@ def run(command: click.Command, arguments: Sequence[str], program: str) -> int:
 
 
 def failed(program: str, error: BaseException) -> int:
-    """Say what ended a command, in one sentence; returns the exit code."""
+    """Report the error that ended a command, in one sentence. Returns the exit code."""
     match error:
         case UserError():
             return complain(program, str(error))
         case BrokenPipeError():
-            # The reader (`head`) has ended; the interpreter would report that again at its exit.
+            # The reader (`head`) has ended; the interpreter would report that again at exit.
             os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
             return 1
         case OSError():
@@ -62,7 +62,7 @@ def leave(code: int) -> NoReturn:
 
 
 def prepare_streams() -> None:
-    """Let stdout and stderr take every name, and open standard files that the caller has closed."""
+    """Let stdout and stderr accept every file name, and open standard files that the caller has closed."""
     open_standard_files()
     sys.stdin = sys.stdin or open(os.devnull)  # noqa: SIM115
     sys.stdout = sys.stdout or open(os.devnull, "w")  # noqa: SIM115
@@ -81,7 +81,7 @@ def complain(program: str, sentence: str, code: int = 1) -> int:
 
 
 def _usage(error: click.ClickException, program: str) -> str:
-    """click's message as one sentence that points to the help."""
+    """Turn click's message into one sentence that refers to the help."""
     context = getattr(error, "ctx", None)
     path = program if context is None else context.command_path
     text = " ".join(error.format_message().split()).rstrip(".")
@@ -89,12 +89,12 @@ def _usage(error: click.ClickException, program: str) -> str:
 
 
 def moment(seconds: float, timespec: str = "seconds") -> str:
-    """A time since the epoch in ISO 8601 with the local offset."""
+    """Format seconds since the epoch as ISO 8601 with the local offset."""
     return datetime.fromtimestamp(seconds).astimezone().isoformat(timespec=timespec)
 
 
 def on_terminal() -> bool:
-    """Whether standard output is a terminal, which gets tables; others get plain lines."""
+    """Return whether stdout is a terminal."""
     try:
         return sys.stdout.isatty()
     except ValueError:
@@ -102,7 +102,7 @@ def on_terminal() -> bool:
 
 
 def print_table(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-    """Print a table on a terminal, elsewhere columns separated by two spaces."""
+    """Print a table on a terminal, else columns separated by two spaces."""
     if on_terminal():
         # For start-up time: only a terminal needs it.
         from rich.console import Console
@@ -116,7 +116,7 @@ def print_table(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
 
 
 def terminal_table(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> Table:
-    """A table in the common style for terminals."""
+    """Return a table in the common style for terminals."""
     # For start-up time: only a terminal needs it.
     from rich import box
     from rich.table import Table

@@ -18,7 +18,7 @@ from unionfs.daemon.stats import Kind, MountGoneError, NoAnswerError, Snapshot, 
 from unionfs.errors import quoted
 
 _Table = tuple[Sequence[str], Sequence[Sequence[str]]]
-# The daemon measures this much longer than the span, as this process may be late.
+# The daemon measures this much longer than the span, in case this process is delayed.
 _SPARE_SECONDS = 5.0
 
 _COUNTERS = {
@@ -54,13 +54,13 @@ Examples:
 def stats(mountpoint: str, watch: bool, as_json: bool, prometheus: bool, seconds: float) -> int:
     """Show the activity of the mount at MOUNTPOINT: requests by kind, latency, bytes, copy-ups, state.
 
-    REQUESTS and TOTAL count since the mount. PER SECOND, P50 and P99 are of one second (or --seconds), for
-    which the daemon measures; it measures only on demand. P50 and P99: half, and 99 %, of that second's
-    requests took at most that long, from the kernel's request to the daemon's answer; accurate to 6.25 %.
-    Bytes are those that pass through the daemon, without passthrough and what the page cache answers.
+    REQUESTS and TOTAL count since the mount. PER SECOND, P50 and P99 cover one second (or --seconds), which
+    the daemon measures on demand. Half (P50) and 99 % (P99) of the requests in that second took at most that
+    long, from the kernel's request to the daemon's answer; accurate to 6.25 %. Bytes count data that passes
+    through the daemon, without passthrough and page cache hits.
 
-    With --prometheus the daemon measures for the next 150 seconds, so that regular calls within that time get
-    the latency of all requests, as a histogram.
+    With --prometheus the daemon measures for the next 150 seconds, so that regular calls within that time
+    return the latency of all requests, as a histogram.
     """
     if prometheus and (watch or as_json):
         raise click.UsageError("--prometheus cannot be combined with --watch or --json")
@@ -92,11 +92,11 @@ def _span(mount: LiveMount, seconds: float) -> Span:
     return Span(earlier, snapshot(mount, 0))
 
 
-# -- again and again ----------------------------------------------------------------------------------
+# -- --watch ------------------------------------------------------------------------------------------
 
 
 def _watch(mount: LiveMount, seconds: float, *, as_json: bool) -> int:
-    """Repeat until Ctrl-C, which is the way to end it and not an error (as with watch(1) and top(1))."""
+    """Repeat until Ctrl-C, which is not an error (as with watch(1) and top(1))."""
     try:
         if as_json:
             _follow(mount, seconds, lambda span: print(json.dumps(_json(mount, span)), flush=True))
@@ -112,7 +112,7 @@ def _watch(mount: LiveMount, seconds: float, *, as_json: bool) -> int:
 
 
 def _follow(mount: LiveMount, seconds: float, show: Callable[[Span], None]) -> None:
-    """Show every span; ends by an exception."""
+    """Show every span; ends only by an exception."""
     earlier = _ask_until_answered(mount, seconds)
     due = time.monotonic() + seconds
     while True:
@@ -124,7 +124,7 @@ def _follow(mount: LiveMount, seconds: float, show: Callable[[Span], None]) -> N
 
 
 def _ask_until_answered(mount: LiveMount, seconds: float) -> Snapshot:
-    """Keep watching a daemon that does not answer for a while."""
+    """Return a snapshot; retry while the daemon does not answer."""
     told = False
     while True:
         try:
@@ -158,7 +158,7 @@ def _print_block(mount: LiveMount, span: Span) -> None:
     sys.stdout.flush()
 
 
-# -- what is shown ------------------------------------------------------------------------------------
+# -- output -------------------------------------------------------------------------------------------
 
 
 def _json(mount: LiveMount, span: Span) -> dict[str, Any]:
@@ -172,7 +172,7 @@ def _json(mount: LiveMount, span: Span) -> dict[str, Any]:
 
 
 def _tables(mount: LiveMount, span: Span) -> list[_Table]:
-    # The most frequent first: a small terminal shows the beginning.
+    # Most frequent first: a small terminal shows only the beginning.
     kinds = sorted(
         span.kinds().items(), key=lambda item: (-(item[1].per_second or 0), -item[1].total, item[0])
     )
@@ -199,7 +199,7 @@ def _row(name: str, kind: Kind) -> tuple[str, ...]:
 
 
 def _duration(ns: float | None) -> str:
-    """Three digits, the accuracy of the measurement."""
+    """Format a duration with three digits, the accuracy of the measurement."""
     if ns is None:
         return "-"
     for unit, size in (("s", 1e9), ("ms", 1e6), ("µs", 1e3)):

@@ -24,9 +24,9 @@ _HELP = """\b
 
 
 def storage_options(command: Callable[..., int]) -> Callable[..., int]:
-    """Add the options to a command, which gets `root`, and as `storage` what the others ask for.
+    """Add the storage options to a command, which receives `root` and the parsed specs as `storage`.
 
-    `{storage}` in its help is replaced by the help for them.
+    Replaces `{storage}` in its help by the help of these options.
     """
 
     @wraps(command)
@@ -35,7 +35,7 @@ def storage_options(command: Callable[..., int]) -> Callable[..., int]:
     ) -> int:
         if not (volumes or mounts or tmpfs):
             return command(storage=(), **others)
-        # For start-up time: most calls have none of them.
+        # For start-up time: most calls have no storage.
         from unionfs.settings.parsing import parse_all
 
         return command(storage=parse_all(volumes, mounts, tmpfs), **others)

@@ -1,4 +1,4 @@
-"""The subset of Go's text/template that is used with `--format`: fields, json, index, and plain text."""
+"""The subset of Go's text/template for `--format`: fields, json, index, text functions, and plain text."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ _KNOWN = '{{.Field}}, {{json .Field}}, {{index .Labels "key"}}, {{.Label "key"}}
 
 
 def render(template: str, values: Mapping[str, Any]) -> str:
-    """Render one value. Raises UserError for parts of the language outside this subset."""
+    """Render one value. Raises UserError for unsupported parts of the language."""
     return "".join(_pieces(template, values))
 
 
@@ -40,7 +40,7 @@ def _pieces(template: str, values: Mapping[str, Any]) -> list[str]:
 
 
 def _escapes(text: str) -> str:
-    # The shell passes \t and \n as two characters, which docker's commands interpret.
+    # The shell passes \t and \n as two characters; docker interprets them.
     return text.replace("\\t", "\t").replace("\\n", "\n")
 
 
@@ -76,7 +76,7 @@ def _field(path: str, values: Mapping[str, Any]) -> Any:
 
 
 def _plain(value: Any) -> str:
-    """A value as Go prints it."""
+    """Format a value like Go."""
     match value:
         case None:
             return "<no value>"
@@ -93,7 +93,7 @@ def _plain(value: Any) -> str:
 def render_rows(
     template: str, rows: Sequence[Mapping[str, Any]], headings: Mapping[str, str]
 ) -> list[list[str]]:
-    """The cells of docker's `table TEMPLATE`, the heading first; columns are separated by tabs."""
+    """Return the rows of docker's `table TEMPLATE`, headings first; tabs separate the columns."""
     shown = [template.removeprefix("table").strip()]
     table = [render(shown[0], _Headings(headings)).split("\t")]
     table += [render(shown[0], row).split("\t") for row in rows]
@@ -102,4 +102,4 @@ def render_rows(
 
 
 class _Headings(dict[str, Any]):
-    """The heading of a field instead of its value."""
+    """Maps a field to its heading."""

@@ -1,4 +1,4 @@
-"""Foreign text on a terminal, which interprets control characters."""
+"""Escapes untrusted text for a terminal, which interprets control characters."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ _ESCAPES = {"\\": "\\\\", "'": "\\'", "\n": "\\n", "\t": "\\t", "\r": "\\r"}
 
 
 def printable(text: str, keep: str = "") -> str:
-    """The text with unprintable characters escaped, except those in `keep`."""
+    """Return the text with unprintable characters escaped, except those in `keep`."""
     if text.isprintable():
         return text
     return "".join(char if char.isprintable() or char in keep else _escape(char) for char in text)
@@ -23,7 +23,7 @@ def _escape(char: str) -> str:
 
 
 def all_printable(value: Any) -> Any:
-    """A JSON value with all its strings made `printable`."""
+    """Return a JSON value with all strings made `printable`."""
     match value:
         case str():
             return printable(value)
@@ -36,7 +36,7 @@ def all_printable(value: Any) -> Any:
 
 
 def shell_word(name: bytes) -> str:
-    """A file name quoted for the shell if necessary, as by ls(1)."""
+    """Return a file name quoted for the shell if necessary, as in ls(1)."""
     text = os.fsdecode(name)
     if _PLAIN_WORD.fullmatch(text) and text.isprintable():
         return text

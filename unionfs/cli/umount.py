@@ -13,7 +13,7 @@ def umount(mountpoint: str, lazy: bool) -> None:
 
     A mount whose daemon has died is removed, too.
     """
-    # For start-up time: --help and completion do without.
+    # For start-up time: --help and completion do not need it.
     from unionfs.daemon.unmount import umount as end
 
     end(mountpoint, lazy=lazy)

@@ -42,7 +42,7 @@ class Confinement:
     """How a command is confined to its container."""
 
     capabilities: Sequence[str] = ()
-    """Of uid 0; an ordinary user's command has none in any case."""
+    """Capabilities of uid 0; an ordinary user's command has none."""
     filter: bytes | None = None
     """The seccomp program; None: no filter."""
     privileged: bool = False
@@ -63,7 +63,7 @@ def arguments(
     info_fd: int,
     filter_fd: int | None,
 ) -> list[str]:
-    """The whole command line: the merged tree as root, with the mounts in it, /proc, /dev, /sys.
+    """Return the whole command line: the merged tree as root, with its mounts, /proc, /dev and /sys.
 
     bubblewrap reads `environment_arguments` from `environment_fd`.
     """
@@ -75,8 +75,8 @@ def arguments(
         words += ["--ro-bind-try", "/sys", "/sys", *_protected()]
     bind = "--dev-bind" if confinement.privileged else "--bind"
     for target in _outermost(spec.target for spec in storage if spec.target.startswith(_OWN_MOUNTS)):
-        # bubblewrap's own mounts cover the union's mounts there. Mounts below such a target come along:
-        # no path through a volume, which other containers can change, is followed.
+        # bubblewrap's own mounts cover the union's mounts there. Mounts below such a target are included:
+        # no path is followed through a volume, which other containers can change.
         words += [bind, merged + target, target]
     words += ["--unshare-pid", "--unshare-uts", "--unshare-ipc", "--unshare-cgroup-try"]
     if own_network:
@@ -95,7 +95,7 @@ def arguments(
 
 
 def _protected() -> list[str]:
-    """Hides some of the kernel's files and makes others read-only, as Docker does.
+    """Hide some of the kernel's files and make others read-only, as in Docker.
 
     Mounts below /sys (debugfs, tracefs, cgroups) are not visible in the container's /sys, as in Docker.
     """
@@ -116,9 +116,9 @@ def _protected() -> list[str]:
 
 
 def _kernel_files() -> list[str]:
-    """Everything in /proc but processes, to be made read-only: writing it takes uid 0 but no capability.
+    """Return all names in /proc except processes, to be made read-only: uid 0 needs no capability to write.
 
-    Docker leaves most of it writable. But owner and mode of such a file are the same in every procfs
+    Docker leaves most of it writable. But owner and mode of such a file are shared by every procfs
     (fs/proc/generic.c, proc_notify_change), so a container would change them for the host.
     """
     with os.scandir("/proc") as entries:
@@ -126,7 +126,7 @@ def _kernel_files() -> list[str]:
 
 
 def _own_cgroup() -> str | None:
-    """The directory of this process's cgroup, the root of the container's; None without cgroup2."""
+    """Return the directory of this process's cgroup, the container's root cgroup; None without cgroup2."""
     if any(entry.mountpoint == _CGROUPS and entry.fstype != "cgroup2" for entry in read_mountinfo()):
         return None
     try:
@@ -139,7 +139,7 @@ def _own_cgroup() -> str | None:
 
 
 def _outermost(paths: Iterable[str]) -> list[str]:
-    """The paths that are below none of the others."""
+    """Return the paths that are not below another one."""
     found: list[str] = []
     for path in sorted(set(paths)):
         if not any(path.startswith(f"{other}/") for other in found):
@@ -148,7 +148,7 @@ def _outermost(paths: Iterable[str]) -> list[str]:
 
 
 def _name_resolution(merged: str, targets: set[str]) -> list[str]:
-    """Bind the host's resolv.conf and hosts: its network needs its name resolution."""
+    """Bind the host's resolv.conf and hosts: the host's network needs its name resolution."""
     words: list[str] = []
     for path in ("/etc/resolv.conf", "/etc/hosts"):
         if not os.path.exists(path) or path in targets or "/etc" in targets:
@@ -165,17 +165,17 @@ def _name_resolution(merged: str, targets: set[str]) -> list[str]:
 
 
 def environment_arguments(values: Mapping[str, str]) -> bytes:
-    """What bubblewrap reads from --args to set the command's environment.
+    """Return the arguments that set the command's environment, for bubblewrap's --args.
 
     In bubblewrap's own environment, LD_PRELOAD and the like would load the container's libraries into it; on
-    its command line every user of the host would see the values.
+    its command line, all users of the host could read the values.
     """
     words = ["--clearenv", *(word for item in values.items() for word in ("--setenv", *item))]
     return b"".join(os.fsencode(word) + b"\0" for word in words)
 
 
 def environment(given: Mapping[str, str], hostname: str) -> dict[str, str]:
-    """A command's environment: Docker's few variables, and the `given` ones."""
+    """Return a command's environment: Docker's defaults and the `given` variables."""
     values = {"PATH": PATH, "HOME": "/root" if os.geteuid() == 0 else "/", "HOSTNAME": hostname}
     if "TERM" in os.environ:
         values["TERM"] = os.environ["TERM"]

@@ -21,10 +21,10 @@ _ALL = "ALL"
 
 
 def settle(add: Sequence[str], drop: Sequence[str], *, privileged: bool) -> tuple[str, ...]:
-    """The capabilities of a container, in the kernel's order; none for an ordinary user. Raises UserError.
+    """Return a container's capabilities, in the kernel's order; none for an ordinary user. Raises UserError.
 
     As in Docker: an added ALL is reduced by the dropped ones; with ALL dropped, the added ones stay.
-    Defaults that this process lacks itself are left out.
+    Defaults that this process lacks are left out.
     """
     added, dropped = _read("--cap-add", add), _read("--cap-drop", drop)
     if os.geteuid() != 0:

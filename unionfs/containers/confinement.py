@@ -16,7 +16,7 @@ _NO_NEW_PRIVILEGES = ("no-new-privileges", "no-new-privileges=true", "no-new-pri
 def settle_confinement(
     add: Sequence[str], drop: Sequence[str], security: Sequence[str], *, privileged: bool
 ) -> Confinement:
-    """The confinement for --cap-add, --cap-drop, --security-opt, and --privileged. Raises UserError.
+    """Return the confinement for --cap-add, --cap-drop, --security-opt and --privileged. Raises UserError.
 
     An explicit profile applies to a privileged container, too, as in Docker.
     """

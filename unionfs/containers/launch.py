@@ -1,12 +1,12 @@
-"""Starts bubblewrap in a new session that inherits nothing of the caller's.
+"""Starts bubblewrap in a new session that inherits nothing from the caller.
 
-The session has a leader, a small process that lives as long as `unionfs run`: when a session leader ends, all
-lose its terminal, and the first Ctrl-C ends bubblewrap's outer process. The leader forks a process that forks
-bubblewrap and exits, so that bubblewrap becomes the child of `unionfs run`, the subreaper. What the container
-inherits (keyring, devices, standard files) is prepared before bubblewrap is executed.
+The session has a leader, a small process that lives as long as `unionfs run`: when a session leader exits,
+the session loses its terminal, and the first Ctrl-C ends bubblewrap's outer process. The leader forks a
+process that forks bubblewrap and exits, so that bubblewrap becomes a child of `unionfs run`, the subreaper.
+What the container inherits (keyring, devices, standard files) is prepared before bubblewrap is executed.
 
 In a small root, bubblewrap is pid 1 of a pid namespace around the container's own: the /proc that it has open
-shows no process but itself and the container's.
+shows only itself and the container's processes.
 """
 
 from __future__ import annotations
@@ -52,11 +52,11 @@ class Launch:
     """The fds that bubblewrap inherits besides 0 to 2."""
     terminal: Terminal | None
     streams: Mapping[int, int]
-    """The fds that bubblewrap inherits as 0 to 2 where these are not terminals."""
+    """The fds that bubblewrap inherits as 0 to 2 instead of non-terminals."""
     bounding: Collection[str]
-    """The capabilities (CAP_*) that no program in the container exceeds; of uid 0."""
+    """The capability bounding set of the container (CAP_*), if uid 0 starts it."""
     small_root: str | None
-    """The union, for bubblewrap to start in a tree with little more than that; None: in the host's tree."""
+    """The union, to start bubblewrap in a small tree around it; None: in the host's tree."""
 
     def start(self) -> tuple[int, int]:
         """Start bubblewrap; return the pids of the session's leader and of bubblewrap. Raises UserError.
@@ -97,7 +97,7 @@ class Launch:
                 self._spawn(writer)
             _libc.prctl(_PR_SET_NAME, b"unionfs-session", 0, 0, 0)
             _libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
-            # The slave stays open, so that the master lasts while no program in the container has it.
+            # Keep the slave open, so that the master stays usable while no program in the container has one.
             for fd in range(3):
                 os.dup2(last, fd)
             os.closerange(3, 2**31 - 1)
@@ -126,7 +126,7 @@ class Launch:
             os._exit(0)
 
     def _execute(self, failure: int) -> NoReturn:
-        """Become bubblewrap; errors before that are written to `failure`, which exec closes."""
+        """Execute bubblewrap; write earlier errors to `failure`, which execve closes."""
         try:
             _join_new_keyring()
             program = _unreachable(self.program)
@@ -171,9 +171,9 @@ def _join_new_keyring() -> None:
 
 
 def _bound_capabilities(names: Collection[str]) -> None:
-    """Reduce the bounding set, but not what bubblewrap needs: uid 0 execs with the inheritable set.
+    """Reduce the bounding set. bubblewrap keeps its capabilities: execve by uid 0 adds the inheritable set.
 
-    bubblewrap sets that to what --cap-add names. Source: capabilities(7). Raises OSError.
+    bubblewrap then reduces that set to --cap-add. Source: capabilities(7). Raises OSError.
     """
     data = capability_sets()
     for half in data:
@@ -187,7 +187,7 @@ def _bound_capabilities(names: Collection[str]) -> None:
 
 
 def _unreachable(program: str) -> int | None:
-    """An fd of the program that the container cannot write through; None if the file itself is safe.
+    """Return an fd of the program through which the container cannot write; None if the file is safe.
 
     Bubblewrap is pid 1 of the container, and /proc/1/exe leads to its file on the host: uid 0 could write it,
     or change its mode (CVE-2019-5736). Through a read-only mount that fails with EROFS. Where no such mount

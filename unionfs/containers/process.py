@@ -1,10 +1,10 @@
 """A command in its container: starting it, forwarding signals, and its exit code.
 
 bubblewrap is two processes: an outer one that waits, and pid 1 of the new pid namespace, whose child is the
-command. Signals typed at the container's terminal (Ctrl-C) go to all of them. In a small root the outer one
-is itself pid 1 of a pid namespace, which no such signal ends. Elsewhere it ends; so this process becomes the
-reaper of the rest, waits for the inner pid 1, and gets the command's exit code from there. Signals to this
-process are forwarded to the command.
+command. All of them receive terminal signals (Ctrl-C). In a small root, the outer process is also pid 1 of a
+pid namespace, so that these do not end it. Elsewhere they do: this process then becomes the reaper, waits for
+the inner pid 1, and takes the command's exit code from it. Signals to this process are forwarded to the
+command.
 """
 
 from __future__ import annotations
@@ -88,7 +88,7 @@ class Command:
                 self.terminal.close_slave()
         with os.fdopen(reader, "rb") as info:
             self._init = _child_pid(info.read())
-        #: Whether bubblewrap got as far as creating the container.
+        #: Whether bubblewrap has created the container.
         self.made = self._init is not None
         # The number is that of bubblewrap's own pid namespace.
         self._nested = small_root is not None
@@ -132,7 +132,7 @@ class Command:
         while True:
             _reap(ended)
             outer = ended.get(self._outer)
-            # When a nested one is killed, the kernel has already ended everything in its namespace.
+            # If a nested outer process is killed, the kernel has already killed everything in its namespace.
             if outer is not None and (outer >= 0 or self._init is None or self._nested):
                 self._end_the_rest()
                 return _code(outer)

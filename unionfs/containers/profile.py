@@ -61,7 +61,7 @@ class Rule:
 
 @dataclass(frozen=True, slots=True)
 class Profile:
-    """A profile as it applies to this host and a container's capabilities."""
+    """A profile, reduced to this host and a container's capabilities."""
 
     default: int
     architectures: tuple[str, ...]
@@ -186,7 +186,7 @@ def _condition(item: Any, where: str) -> Condition:
 
 
 def _all_hold(part: Mapping[str, Any], machine: str, capabilities: Collection[str]) -> bool:
-    """Whether `includes` holds: one of the arches, all capabilities, at least the kernel."""
+    """Return whether `includes` holds: one of its arches, all its capabilities, and at least its kernel."""
     arches, caps, kernel = _filters(part)
     return (
         (not arches or machine in arches)
@@ -196,7 +196,7 @@ def _all_hold(part: Mapping[str, Any], machine: str, capabilities: Collection[st
 
 
 def _any_holds(part: Mapping[str, Any], machine: str, capabilities: Collection[str]) -> bool:
-    """Whether `excludes` holds: one of its arches, one of its capabilities, or at least its kernel."""
+    """Return whether `excludes` holds: one of its arches or capabilities, or at least its kernel."""
     arches, caps, kernel = _filters(part)
     return (
         machine in arches

@@ -39,7 +39,7 @@ _KERNEL_TREES = (b"proc", b"dev", b"sys")
 
 
 class CommandError(UserError):
-    """The command cannot be started; `code` is the exit code that shells and docker use for that."""
+    """The command cannot be started; `code` is the exit code as in shells and docker."""
 
     def __init__(self, sentence: str, code: int) -> None:
         super().__init__(sentence)
@@ -95,7 +95,7 @@ def run(wish: Wish, complain: Callable[[str], object]) -> int:
             lowers = _lowers(wish, container)
             container.make(lowers, layers=wish.upper is None)
             code = _mounted(wish, program, confinement, container, lowers, complain)
-            # With the caller's own upper there is nothing to keep here.
+            # If the caller names an upper, the container has nothing to keep.
             keep = keep or not (wish.remove or wish.upper is not None)
         finally:
             if not keep:
@@ -120,7 +120,7 @@ def _check(wish: Wish) -> None:
 
 
 def _lowers(wish: Wish, container: Container) -> tuple[str, ...]:
-    """The lowers given, or those of a kept container."""
+    """Return the lowers of the options, or those of an existing container."""
     given = tuple(absolute(path) for path in wish.lowers)
     known = container.lowers()
     if given and known and given != known:
@@ -170,7 +170,7 @@ def _mounted(
 
 
 def _remove_anonymous(settings: MountSettings, complain: Callable[[str], object]) -> None:
-    """Remove anonymous volumes, as `docker run --rm` does: nobody else knows their names."""
+    """Remove anonymous volumes like `docker run --rm`: nobody else knows their names."""
     volumes = Volumes(settings.storage_root)
     for spec in settings.storage:
         if isinstance(spec, VolumeSpec) and spec.anonymous and spec.name is not None:
@@ -186,7 +186,7 @@ def _in_union(
     command = _started(wish, program, confinement, container.name, entry)
 
     def clear(_: str) -> None:
-        """This process was killed; the daemon, whose life is tied to it, unmounts the union."""
+        """Clean up after this process was killed; the daemon, which ends with it, unmounts the union."""
         command.kill()
         if command.terminal is not None:
             command.terminal.restore_from_outside()
@@ -266,9 +266,9 @@ def _check_mountpoints(root: int) -> None:
 
 
 def _wants_small_root(confinement: Confinement, workdir: str, storage: Sequence[Spec]) -> bool:
-    """Whether bubblewrap starts in a small tree: as root, and if others may swap the workdir.
+    """Return whether bubblewrap starts in a small tree: if not privileged, for root or a workdir on storage.
 
-    The latter is possible below storage. For an ordinary user it takes one more user namespace.
+    Others may swap a workdir below storage. An ordinary user needs one more user namespace.
     """
     if confinement.privileged:
         return False
@@ -343,7 +343,7 @@ def _check_interpreter(root: int, fd: int, name: str, workdir: str) -> None:
         with open(f"/proc/self/fd/{fd}", "rb") as script:
             first = script.read(_INTERPRETER_LINE).partition(b"\n")[0]
     except OSError:
-        return  # leave what even root may not read to the kernel
+        return  # not readable even for root: let the kernel decide
     if not first.startswith(b"#!"):
         return
     words = first[2:].split(maxsplit=1)

@@ -12,7 +12,7 @@ from unionfs.containers.profile import ALLOW, LOG, Condition, Profile, Rule, rea
 from unionfs.errors import UserError, quoted, reason
 
 BUILT_IN = os.path.join(os.path.dirname(__file__), "seccomp.json")
-"""A profile with the effect of Docker's default one (moby/profiles, seccomp/default.json)."""
+"""A profile equivalent to Docker's default (moby/profiles, seccomp/default.json)."""
 
 _RET_ENOSYS = 0x00050000 | 38
 # linux/filter.h; struct seccomp_data has the number of the call at 0 and the architecture at 4
@@ -22,10 +22,10 @@ _X32_BIT = 0x40000000  # __X32_SYSCALL_BIT, asm/unistd.h
 
 
 def compile_profile(path: str, capabilities: Collection[str]) -> bytes:
-    """The program (struct sock_filter[]) for a profile and a container's capabilities. Raises UserError.
+    """Compile a profile and a container's capabilities to struct sock_filter[]. Raises UserError.
 
-    Names that this libseccomp does not know are skipped, as in runc. System calls newer than all that the
-    profile names fail with ENOSYS, as in runc: with EPERM programs would not fall back to an older call.
+    As in runc, names unknown to this libseccomp are skipped, and system calls newer than all that the profile
+    names fail with ENOSYS: with EPERM, programs would not fall back to an older call.
     """
     profile = read_profile(path, capabilities)
     library = _library()
@@ -47,7 +47,7 @@ def compile_profile(path: str, capabilities: Collection[str]) -> bytes:
 
 
 def _library() -> Any:
-    """The module pyseccomp, which loads the library when it is imported. Raises UserError."""
+    """Return the module pyseccomp, whose import loads the library. Raises UserError."""
     try:
         # For start-up time, and because the library may be missing.
         import pyseccomp
@@ -98,7 +98,7 @@ def _exported(made: Any) -> bytes:
 
 
 def _newer_calls(library: Any, tokens: Collection[int], profile: Profile) -> Iterator[bytes]:
-    """Instructions before the filter: ENOSYS for numbers above all that the profile names."""
+    """Yield instructions before the filter: ENOSYS for numbers above all that the profile names."""
     for token in tokens:
         if token == library.Arch.X32:
             continue  # seccomp_data has x86-64's architecture and a marked number

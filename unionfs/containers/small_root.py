@@ -1,11 +1,11 @@
-"""The tree that bubblewrap starts in: not the host's, but a small one with what it executes and binds.
+"""A small tree for bubblewrap to start in, instead of the host's.
 
 bubblewrap opens /proc before it creates its mount namespace, and still has it open when it changes to the
-working directory. A symlink there to /proc/self/fd/3 (in an image, or put into a volume just in time) would
-make that the command's working directory, and from there `..` leads to the root of the tree in which
-bubblewrap was started (as in CVE-2024-21626). The small tree has only programs and libraries, read-only, and
-the union. Its /proc belongs to a pid namespace around the container's: it shows PID/root and PID/fd of no
-process of the host or of other containers.
+working directory. If that is a symlink to /proc/self/fd/3 (from an image, or raced into a volume), /proc
+becomes the command's working directory, and `..` leads to the root of the tree in which bubblewrap was
+started (as in CVE-2024-21626). The small tree contains only read-only programs and libraries, and the union.
+Its /proc belongs to a pid namespace around the container's, so it shows PID/root and PID/fd of no process of
+the host or of other containers.
 """
 
 from __future__ import annotations
@@ -27,21 +27,21 @@ _CLONE_NEWPID = 0x20000000
 _SYS_PIVOT_ROOT = {"x86_64": 155}.get(platform.machine(), 41)
 
 _DEVICES = ("/dev/null", "/dev/zero", "/dev/full", "/dev/random", "/dev/urandom", "/dev/tty")
-"""What bubblewrap's --dev binds from the host's /dev."""
+"""The devices that bubblewrap's --dev binds from the host's /dev."""
 _PROGRAMS = ("/usr", "/bin", "/sbin", "/lib", "/lib32", "/lib64", "/libx32", "/nix", "/gnu")
-"""Where bubblewrap's libraries are, with /etc/ld.so.cache; ld.so(8)."""
+"""Where bubblewrap's libraries are, besides /etc/ld.so.cache; ld.so(8)."""
 _PROC_ATTRIBUTES = sum(detached.ATTRIBUTES[name] for name in ("nosuid", "nodev", "noexec"))
 _FILES = ("/etc/ld.so.cache", "/etc/resolv.conf", "/etc/hosts")
 
 
 def enter_small_root(merged: str, terminal: str | None) -> None:
-    """Enter the small tree, as pid 1 after `new_namespaces`. Raises OSError; Linux 5.12.
+    """Enter the small tree, as pid 1 after `new_namespaces`. Raises OSError; needs Linux 5.12.
 
-    The host's later mounts appear only below the union, for storage with such a propagation.
+    Later mounts of the host appear only below the union, for storage with such a propagation.
 
     `merged` is the union, `terminal` the container's in the host's /dev/pts. The device files are the host's
-    inodes; their mounts are read-only, as uid 0 of the container could change their owner and mode (a device
-    on a read-only mount can still be written to). For uid 0 /proc is read-only, too.
+    inodes, mounted read-only because uid 0 of the container could change their owner and mode (a device on a
+    read-only mount remains writable). For uid 0, /proc is also read-only.
     """
     old = _open("/")
     detached.change(old, propagation=detached.PROPAGATION["slave"], recursive=True)
@@ -88,15 +88,15 @@ def new_namespaces() -> None:
 
 
 def _proc() -> int:
-    """A detached mount of the /proc of this process's pid namespace."""
-    # For an ordinary user a read-only one would prevent mounting the container's own; mount_too_revealing(),
+    """Return a detached mount of the /proc of this process's pid namespace."""
+    # An ordinary user's read-only /proc would prevent mounting the container's own; mount_too_revealing(),
     # fs/namespace.c.
     attributes = detached.READ_ONLY if os.geteuid() == 0 else 0
     return detached.new_filesystem("proc", (), attributes | _PROC_ATTRIBUTES)
 
 
 def _private(path: str, attributes: int = 0) -> int:
-    """A detached clone of the mount at a path, which receives none of the host's later mounts."""
+    """Return a detached clone of the mount at a path that receives no later mounts of the host."""
     fd = detached.clone(path, recursive=True)
     detached.change(fd, add=attributes, propagation=detached.PROPAGATION["private"], recursive=True)
     return fd

@@ -1,4 +1,4 @@
-"""Where containers store their changes: ROOT/containers/NAME/{upper,work,merged,container.json}."""
+"""The storage of containers: ROOT/containers/NAME/{upper,work,merged,container.json}."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ class Container:
         return f"{self.path}/merged"
 
     def exists(self) -> bool:
-        """Whether it has been created."""
+        """Return whether it exists."""
         return os.path.isdir(self.path)
 
     @contextmanager
@@ -77,7 +77,7 @@ class Container:
             os.close(fd)
 
     def lowers(self) -> tuple[str, ...]:
-        """The lowers that it was created with; none for a new container."""
+        """Return the lowers that it was created with; none for a new container."""
         try:
             with open(f"{self.path}/{_FACTS}", encoding="utf-8", errors="surrogateescape") as source:
                 return tuple(json.load(source)["lowers"])
@@ -120,7 +120,7 @@ class Container:
         complaint = f"container {quoted(self.name)} cannot be removed"
         refuse_locked(self.path, complaint)
         self._sweep()
-        # A name that no container can have: a partly removed one is not a container any more.
+        # Rename it to an invalid container name first, so that a partly removed one is no container.
         doomed = f"{self.above}/.removed-{secrets.token_hex(8)}"
         try:
             os.rename(self.path, doomed)
@@ -133,7 +133,7 @@ class Container:
         remove_all(doomed, f"container {quoted(self.name)} is removed, but not all of its files")
 
     def _sweep(self) -> None:
-        """Remove what earlier removals left."""
+        """Remove leftovers of earlier removals."""
         with suppress(FileNotFoundError):
             for name in os.listdir(self.above):
                 path = f"{self.above}/{name}"

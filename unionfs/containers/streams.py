@@ -1,8 +1,8 @@
 """Pipes between the caller's standard files and the container's.
 
-A container with one of the caller's files as stdin or stdout could do more with it than the caller meant:
-open /proc/self/fd/0 for writing, change owner and mode, send descriptors through a socket. So the container
-gets pipes, as in Docker, and their data is copied. Terminals are replaced by a pty instead.
+A container with one of the caller's files as stdin or stdout could misuse it: open /proc/self/fd/0 for
+writing, change owner and mode, send descriptors through a socket. So the container gets pipes, as in Docker,
+and their data is copied. Terminals are replaced by a pty instead.
 
 stdout and stderr that are one file (`2>&1`) share a pipe, which keeps their order.
 """
@@ -28,7 +28,7 @@ _GONE = select.POLLERR | select.POLLHUP | select.POLLNVAL
 
 
 class Streams:
-    """Pipes in place of some standard files; `ends` are the container's, by the number they replace."""
+    """Pipes in place of some standard files; `ends` maps the replaced fd numbers to the container's ends."""
 
     def __init__(self, fds: Collection[int]) -> None:
         """`fds`: which of 0 to 2 get a pipe. Raises UserError."""
@@ -73,7 +73,7 @@ class Streams:
             thread.start()
 
     def finish(self, give_up: Callable[[], bool]) -> None:
-        """Put back unread input, and copy the remaining output, or until `give_up`.
+        """Put back unread input, and copy the remaining output until its end or `give_up()`.
 
         All processes of the container have ended. Raises UserError if the output cannot be written.
         """

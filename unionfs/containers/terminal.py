@@ -86,7 +86,7 @@ class Terminal:
             self._threads[-1].start()
 
     def resume(self) -> None:
-        """Called when this process continues after a stop: the shell has changed the terminal meanwhile."""
+        """Reset the terminal when this process continues after a stop: the shell has changed it."""
         if self._input and _in_foreground():
             self._make_raw()
 
@@ -169,7 +169,7 @@ class Terminal:
 
 
 def _in_foreground() -> bool:
-    """Whether this process may read stdin; without job control (a terminal of another session) it may."""
+    """Return whether this process may read stdin; always without job control (another session's terminal)."""
     try:
         return os.tcgetpgrp(0) == os.getpgrp()
     except OSError:
@@ -177,7 +177,7 @@ def _in_foreground() -> bool:
 
 
 def _raw(saved: list[Any], *, keep_output: bool) -> list[Any]:
-    """Settings as by cfmakeraw(3), which Python has since 3.12; `keep_output`: keep output processing."""
+    """Return raw settings as cfmakeraw(3) (Python 3.12); `keep_output` keeps output processing."""
     iflag, oflag, cflag, lflag, ispeed, ospeed, cc = saved
     iflag &= ~(
         termios.IGNBRK | termios.BRKINT | termios.PARMRK | termios.ISTRIP | termios.INLCR | termios.IGNCR

@@ -1,1 +1,1 @@
-"""One mount as a process: its settings, its start and end, and how others find it."""
+"""One mount as a process: its settings, start and end, and how others find it."""

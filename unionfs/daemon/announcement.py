@@ -1,4 +1,4 @@
-"""How others find a mount: an entry in the registry of live mounts, and sockets that answer questions."""
+"""Publishes a mount: an entry in the registry of live mounts, and sockets that answer questions."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ log = logging.getLogger(__name__)
 
 
 class Announcement:
-    """Of the mount that this process serves."""
+    """The announcement of the mount that this process serves."""
 
     def __init__(self, settings: MountSettings, directory: RuntimeDirectory) -> None:
-        """Before the mount, which may cover the paths of the layers. Raises OSError."""
+        """Call it before mounting, which may cover the layers' paths. Raises OSError."""
         self._directory = directory
         self._claims = live.claims_of(settings)
         self._entry: live.LiveMount | None = None
@@ -31,10 +31,10 @@ class Announcement:
         return None if self._entry is None else self._entry.since
 
     def listen(self) -> list[socket.socket]:
-        """Where this user asks, in the runtime directory, and where root asks an ordinary user's daemon."""
+        """Listen in the runtime directory for this user, and in the abstract namespace for root."""
         name = live.own_name()
         addresses = [self._directory.address(f"{name}.sock")]
-        # In a user namespace root of the host cannot be told from anybody else.
+        # In a user namespace, the host's root is not distinguishable from other users.
         if os.geteuid() != 0 and in_initial_user_namespace():
             addresses.append("\0" + live.abstract_name(name))
         found = []
@@ -42,12 +42,12 @@ class Announcement:
             try:
                 found.append(listen(address))
             except OSError as error:
-                # Only the figures of `inspect` are lost.
+                # Only `inspect` and `stats` lose their figures.
                 log.warning("no socket for questions: %s", error)
         return found
 
     def publish(self, settings: MountSettings, device: str) -> None:
-        """The mount is usable. Raises UserError."""
+        """Register the usable mount. Raises UserError."""
         try:
             self._entry = live.announce(settings, device, self._directory.path, self._claims)
         except OSError as error:
@@ -57,12 +57,12 @@ class Announcement:
             ) from error
 
     def mark_ending(self) -> None:
-        """The mount is gone; only the layers are still written and closed."""
+        """Record that the mount is gone and only the layers are still synced and closed."""
         if self._entry is not None:
             live.mark_ending(self._entry)
 
     def withdraw(self) -> None:
-        """The daemon is about to end."""
+        """Remove the entry and the socket: the daemon is about to end."""
         if self._entry is not None:
             self._entry.remove()
         else:

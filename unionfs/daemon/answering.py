@@ -1,4 +1,4 @@
-"""The daemon's side of `control`: answering questions."""
+"""The daemon's side of `control`: answers questions."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ log = logging.getLogger(__name__)
 
 
 def listen(address: str) -> socket.socket:
-    """A listening socket at an address as in `ask`. Raises OSError."""
+    """Return a socket that listens at `address` (see `ask`). Raises OSError."""
     listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     try:
         if not address.startswith("\0"):
@@ -39,7 +39,7 @@ def listen(address: str) -> socket.socket:
 async def serve_control(
     listeners: Sequence[socket.socket], answer: Callable[[dict[str, Any]], dict[str, Any]]
 ) -> None:
-    """Send `answer(question)` to every connection of root and of this user, until cancelled."""
+    """Send `answer(question)` to each client that is root or this user, until cancelled."""
     async def handle(stream: trio.SocketStream) -> None:
         peer = peer_of(stream.socket)
         if peer.uid not in (0, os.geteuid()):
@@ -61,7 +61,7 @@ async def serve_control(
 
 
 async def _question(stream: trio.SocketStream) -> dict[str, Any]:
-    """What a client wants; nothing in particular when it sends nothing, or what is not a JSON object."""
+    """Read a client's question. Returns {} if it sends nothing or something other than a JSON object."""
     line = b""
     with trio.move_on_after(_QUESTION_SECONDS):
         while b"\n" not in line and len(line) < _LONGEST_QUESTION:

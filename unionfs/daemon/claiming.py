@@ -1,5 +1,5 @@
-"""One mount at a time at a mountpoint: between the check that nothing is mounted there and the mount itself,
-another process could come first, and its mount would be covered."""
+"""Serializes mounts at a mountpoint: otherwise another process could mount there between the check and the
+mount itself, and its mount would be covered."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from unionfs.sys.mountinfo import mounted_at
 
 
 class Claim:
-    """Held from before the mount until it is there: a locked file among the runtime files of the user."""
+    """A locked file in the user's runtime directory, held until the mount is complete."""
 
     def __init__(self, mountpoint: str, directory: RuntimeDirectory) -> None:
-        """Raises UserError when another process of this user is mounting there, or has just done so."""
+        """Raises UserError if another process of this user is mounting there or has just done so."""
         self._directory = directory
         self._name = f"mounting-{xxhash.xxh3_64_hexdigest(os.fsencode(mountpoint))}.lock"
         self._fd = self._lock(mountpoint)
@@ -35,7 +35,7 @@ class Claim:
             try:
                 fd = self._directory.open(self._name, os.O_RDWR | os.O_CREAT)
             except OSError:
-                return -1  # a full disk: that is no reason not to mount
+                return -1  # such as a full disk: mount anyway
             try:
                 fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
@@ -47,10 +47,10 @@ class Claim:
             with suppress(FileNotFoundError):
                 if os.path.samestat(os.stat(self._name, dir_fd=self._directory.fd), os.fstat(fd)):
                     return fd
-            os.close(fd)  # its holder has removed it in between
+            os.close(fd)  # its holder has removed it
 
     def release(self) -> None:
-        """The mount is there, or will not be."""
+        """Release the claim: the mount is complete or has failed."""
         if self._fd >= 0:
             self._directory.remove(self._name)
             os.close(self._fd)

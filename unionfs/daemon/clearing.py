@@ -1,4 +1,4 @@
-"""Taking a union's mounts away without a command: the daemon's own at its end, and those of a killed one."""
+"""Removes a union's mounts without a command: a daemon's own when it ends, and those of a killed daemon."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ from unionfs.sys.unmount import open_mount, unmount
 
 
 def end_from_within(device: str) -> bool:
-    """End this process's own mount, `device` being its `major:minor`, with everything written to disk.
+    """Sync and unmount this process's own mount. `device` is its `major:minor`.
 
-    Blocks, so it runs in a thread while the daemon goes on answering: what programs wrote through mmap comes
-    only now. Mounts that are in use are detached. Returns whether any were.
+    Blocks: run it in a thread while the daemon keeps serving, since data written through mmap arrives only
+    now. Mounts in use are detached. Returns whether any were.
     """
     detached = False
-    # The newest first: bind mounts of parts of the union before the union.
+    # Newest first: bind mounts of parts of the union before the union.
     for mount in reversed(mounts_of_device(device)):
         if not _is_on_top(mount):
             continue
@@ -32,7 +32,7 @@ def end_from_within(device: str) -> bool:
         try:
             unmount(mount)
         except OSError as error:
-            if error.errno in (errno.EINVAL, errno.ENOENT):  # somebody else was quicker
+            if error.errno in (errno.EINVAL, errno.ENOENT):  # already unmounted
                 continue
             detached = True
             with _synced(mount), suppress(OSError):
@@ -41,14 +41,14 @@ def end_from_within(device: str) -> bool:
 
 
 def _is_on_top(mount: MountEntry) -> bool:
-    """Whether nothing else is mounted over it, which would be unmounted in its place."""
+    """Return whether nothing is mounted over it; umount would remove that mount instead."""
     on_top = mounted_at(mount.mountpoint)
     return on_top is not None and on_top.device == mount.device
 
 
 @contextmanager
 def _synced(mount: MountEntry) -> Iterator[None]:
-    """Write the mount's filesystem to disk at the end of the block, though the block detaches the mount."""
+    """Sync the mount's filesystem at the end of the block, even if the block detaches the mount."""
     fd = None
     with ExitStack() as held:
         with suppress(OSError), Owned(open_mount(mount)) as root:
@@ -61,10 +61,9 @@ def _synced(mount: MountEntry) -> Iterator[None]:
 
 
 def clear_leftovers(device: str, *, connected: bool = False) -> None:
-    """Detach the mounts that are left of this process's connection, for a daemon that ends by an error.
+    """Detach the remaining mounts of this process's connection after an error.
 
-    Unless it is still `connected`, a mount that is not dead is somebody else's: the device number of a mount
-    that is gone is given to the next.
+    Unless `connected`, a mount that is not dead is another one: the kernel reuses device numbers.
     """
     for mount in reversed(mounts_of_device(device)):
         if _is_on_top(mount) and (connected or (mount.is_fuse and is_dead(mount.mountpoint))):
@@ -74,9 +73,9 @@ def clear_leftovers(device: str, *, connected: bool = False) -> None:
 
 
 def clear_dead_mounts(device: str) -> None:
-    """Unmount the union `device` (major:minor), whose daemon was killed, and first what is mounted in it."""
+    """Unmount the union `device` (major:minor) of a killed daemon, after the mounts inside it."""
     for mount in reversed(mounts_of_device(device)):
-        if is_dead(mount.mountpoint):  # else the number was given to another one
+        if is_dead(mount.mountpoint):  # else the device number was reused
             unmount_inside(mount)
             with suppress(OSError):
                 unmount(mount, lazy=True)

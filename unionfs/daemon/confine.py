@@ -1,11 +1,11 @@
-"""What a daemon gives up: it serves other people's requests for as long as its mount lives.
+"""Drops the privileges that a daemon does not need to serve its mount.
 
-Before it serves it gets limits of its own in place of the mounting shell's and a session keyring of its own,
-and gives up all capabilities but those that serving takes, and new privileges (`no_new_privs`). There is no
-filter of system calls: it costs 50 to 80 ns a call (6 % of a stat), and what CAP_SYS_ADMIN can do is worse.
+Before serving, the daemon replaces the resource limits of the mounting shell, joins a new session keyring,
+drops all unneeded capabilities and sets `no_new_privs`. It installs no seccomp filter: that costs 50 to 80 ns
+per system call (6 % of a stat), and the remaining CAP_SYS_ADMIN is worse than what a filter would block.
 
-An ordinary user's daemon has no capabilities to give up, and needs fusermount3, which is set-user-id, to
-unmount: so it gets limits and a keyring alone.
+An ordinary user's daemon has no capabilities to drop and needs set-user-id fusermount3 to unmount, so only
+its limits and keyring change.
 """
 
 from __future__ import annotations
@@ -28,10 +28,10 @@ from unionfs.sys.mountinfo import mounted_at
 
 log = logging.getLogger(__name__)
 
-# What every mount takes: O_NOATIME, reading what others own, trusted.* xattrs, backing files, and the space
-# that is reserved for root.
+# Needed by every mount: O_NOATIME, reading other users' files, trusted.* xattrs, backing files, and the
+# space reserved for root.
 _READING: Final = frozenset({"DAC_OVERRIDE", "DAC_READ_SEARCH", "FOWNER", "SYS_ADMIN", "SYS_RESOURCE"})
-# Creating files as the caller, with any owner, mode, type, flag and security.* xattr.
+# Needed to create files as the caller, with any owner, mode, type, flag and security.* xattr.
 _WRITING: Final = frozenset({
     "CHOWN", "FSETID", "LINUX_IMMUTABLE", "MAC_ADMIN", "MAC_OVERRIDE", "MKNOD", "SETFCAP", "SETGID", "SETUID",
 })  # fmt: skip
@@ -49,22 +49,22 @@ _LIMITS: Final = {
 
 
 def needed_capabilities(settings: MountSettings) -> frozenset[str]:
-    """The names of the capabilities that the daemon of such a mount keeps, as far as it has them."""
+    """Return the names of the capabilities to keep for a mount with these settings."""
     kept = _READING
-    # A union with an upper that is mounted read-only can be remounted; an empty volume is filled with files
-    # of any owner.
+    # A read-only union with an upper can be remounted read-write; an empty volume is filled with files of
+    # any owner.
     if settings.upper is not None or settings.upper_tmpfs is not None or settings.storage:
         kept |= _WRITING
     if settings.storage:
         kept |= _VOLUMES
     proc = mounted_at("/proc")
     if proc is not None and "hidepid=" in proc.super_options:
-        kept |= {"SYS_PTRACE"}  # the groups of a caller are read in /proc
+        kept |= {"SYS_PTRACE"}  # the caller's groups are read from /proc
     return kept
 
 
 def own_limits() -> list[str]:
-    """Lift the limits of the mounting shell; returns those that this user may not lift, as words."""
+    """Raise the limits inherited from the mounting shell. Returns those that stay, as "NAME VALUE"."""
     left = []
     for name, number in _LIMITS.items():
         soft, hard = resource.getrlimit(number)
@@ -78,13 +78,13 @@ def own_limits() -> list[str]:
         soft, _ = resource.getrlimit(number)
         if soft != resource.RLIM_INFINITY and name not in ("open files", "processes"):
             left.append(f"{name} {soft}")
-    # A dump would hold what the files hold.
+    # A core dump would contain file data.
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     return left
 
 
 def described() -> str:
-    """What the daemon of a writable mount by this user keeps, within a sentence."""
+    """Describe, as part of a sentence, the privileges that the daemon of a writable mount keeps."""
     if not has_capability(CAP_SYS_ADMIN):
         return "it keeps this user's rights, also to unmount by fusermount3; its own keyring and limits"
     kept = sorted(_READING | _WRITING)
@@ -93,7 +93,7 @@ def described() -> str:
 
 
 def confine(settings: MountSettings) -> None:
-    """Give up all but what serving takes. To be called while there is one thread."""
+    """Drop the privileges that serving does not need. Call it while the process has one thread."""
     if left := own_limits():
         log.warning("limits of the mounting process stay (%s), and may end the mount", ", ".join(left))
     try:

@@ -1,10 +1,9 @@
-"""Asking a daemon how its mount is doing, over a unix socket.
+"""Asks a daemon about its mount over a unix socket.
 
-A client sends one line with a JSON object, what it wants beyond the usual, and receives one JSON document and
-the end of the stream. A client that sends nothing is answered as well, half a second later. Both sides check
-by SO_PEERCRED whom they talk to (unix(7)): a daemon answers its own user and root; a client reads the answer
-of a process of its own user, or of the very process that it expects. An answer has a deadline and a largest
-size.
+A client sends one line with a JSON object that requests extra information, and receives one JSON document
+until end of file. A client that sends nothing is answered after half a second. Both sides check the peer by
+SO_PEERCRED (unix(7)): a daemon answers its own user and root; a client accepts an answer from a process of
+its own user, or from the one expected process. Answers are limited in time and size.
 """
 
 from __future__ import annotations
@@ -32,14 +31,14 @@ _CREDENTIALS: Final = struct.Struct("3i")  # struct ucred: pid, uid, gid
 
 @dataclass(frozen=True, slots=True)
 class Peer:
-    """The process at the other end of a unix socket when it called connect(2) or listen(2)."""
+    """The process that called connect(2) or listen(2) at the other end of a unix socket."""
 
     pid: int
     uid: int
 
 
 def peer_of(connection: socket.socket | trio.socket.SocketType) -> Peer:
-    """Who the other end is; SO_PEERCRED, unix(7)."""
+    """Return the peer of a connection; SO_PEERCRED, unix(7)."""
     pid, uid, _ = _CREDENTIALS.unpack(
         connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _CREDENTIALS.size)
     )
@@ -53,10 +52,10 @@ def ask(
     question: dict[str, Any] | None = None,
     pid: int | None = None,
 ) -> dict[str, Any] | None:
-    """The daemon's answer, None when there is none within `timeout` seconds.
+    """Return the daemon's answer, or None if none arrives within `timeout` seconds.
 
     `address` is a path of at most 107 bytes, or a zero byte and an abstract name. The daemon must be process
-    `pid`, or any process of this user. A daemon that does not know what the question asks for leaves it out.
+    `pid`, or any process of this user if None. It ignores unknown parts of a question.
     """
     return ask_all({address: pid}, timeout, question=question).get(address)
 
@@ -67,10 +66,10 @@ def ask_all(
     *,
     question: dict[str, Any] | None = None,
 ) -> dict[str, dict[str, Any]]:
-    """The answers of many daemons, asked at once, by their addresses; those within `timeout` seconds.
+    """Ask many daemons at once; return the answers within `timeout` seconds, by address.
 
-    `addresses` says which process each must be (None: any of this user). The answer of a named process, which
-    may be another user's, is `printable`; one that is too long counts as none.
+    `addresses` maps each address to the required pid (None: any process of this user). Answers of named
+    processes, which may be another user's, are made printable; too long answers are dropped.
     """
     deadline = time.monotonic() + timeout
     line = json.dumps(question or {}).encode("ascii") + b"\n"
@@ -87,7 +86,7 @@ def ask_all(
                     continue
                 connection.send(line)
             except OSError:
-                continue  # nobody listens, or too many wait to be heard
+                continue  # no listener, or a full backlog
             waiting[connection.fileno()] = address, connection, bytearray()
             poll.register(connection, select.POLLIN)
         while waiting and (left := deadline - time.monotonic()) > 0:
@@ -111,13 +110,13 @@ def _is_expected(peer: Peer, pid: int | None) -> bool:
 
 
 def _receive(connection: socket.socket, data: bytearray, longest: int) -> bool:
-    """Take what has come; whether that was all."""
+    """Append received data; return whether the answer is complete."""
     try:
         piece = connection.recv(1 << 16)
     except BlockingIOError:
         return False
     except OSError:
-        return True  # a daemon that does not read its question resets the connection (net/unix/af_unix.c)
+        return True  # a daemon that closes without reading resets the connection (net/unix/af_unix.c)
     data += piece
     return not piece or len(data) > longest
 
@@ -131,7 +130,7 @@ def _parsed(data: bytearray) -> dict[str, Any] | None:
 
 
 def _harmless(value: Any, levels: int = _MOST_LEVELS) -> Any:
-    """What another user's daemon says, safe to be shown: no text in it can control a terminal."""
+    """Make another user's answer safe to print: its text cannot control a terminal."""
     if levels == 0:
         return None
     match value:

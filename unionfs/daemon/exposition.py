@@ -1,8 +1,8 @@
 """A mount's statistics in Prometheus's text format, version 0.0.4.
 
-Source: prometheus.io/docs/instrumenting/exposition_formats. One group of lines a metric, HELP and TYPE first;
-in label values backslash, double quote and line feed are escaped; a histogram has a bucket `+Inf`, equal to
-its count.
+Source: prometheus.io/docs/instrumenting/exposition_formats. Each metric is a group of lines with HELP and
+TYPE first; label values escape backslash, double quote and line feed; a histogram has a bucket `+Inf` equal
+to its count.
 """
 
 from __future__ import annotations
@@ -16,11 +16,11 @@ from unionfs.daemon.stats import Snapshot
 from unionfs.fuse.latency import Histogram
 
 SCRAPE_SECONDS: Final = 150.0
-"""How long latencies are measured after each time somebody asks: longer than Prometheus takes to come again
-(by default a minute), even when it misses once."""
+"""How long latencies are measured after each scrape: longer than two scrape intervals of Prometheus (one
+minute by default), in case a scrape is missed."""
 
 _BOUNDS: Final = range(12, 35)
-"""Buckets end at these powers of two, in nanoseconds: 4 µs to 17 s."""
+"""Upper bounds of the buckets: these powers of two, in nanoseconds (4 µs to 17 s)."""
 
 _DURATION: Final = "unionfs_request_duration_seconds"
 # Figure, name, type, help.
@@ -49,12 +49,12 @@ _METRICS: Final = (
 
 
 def exposition(mount: LiveMount, now: Snapshot) -> str:
-    """All metrics of a mount."""
+    """Return all metrics of a mount."""
     return "".join(f"{line}\n" for line in _lines(mount, now))
 
 
 def label_value(value: str) -> str:
-    """A value as it stands between the quotes. Bytes of a name that are no UTF-8 appear as `\\xNN`."""
+    """Escape a label value. Bytes that are not valid UTF-8 become `\\xNN`."""
     text = os.fsencode(value).decode("utf-8", "backslashreplace")
     return text.replace("\\", r"\\").replace('"', r"\"").replace("\n", r"\n")
 

@@ -1,4 +1,4 @@
-"""The host's side of FUSE: its device and its settings."""
+"""The host's FUSE device and configuration."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ FUSE_CONF = "/etc/fuse.conf"
 
 
 def fuse_device_problem(error: OSError) -> str:
-    """The sentence for /dev/fuse not being there or not to be opened."""
+    """Explain why /dev/fuse cannot be opened."""
     if error.errno in (errno.ENOENT, errno.ENODEV, errno.ENXIO):
         return (
             f"{FUSE_DEVICE} is missing; load the kernel module by `modprobe fuse`, or give the container "
@@ -32,7 +32,7 @@ def fuse_device_problem(error: OSError) -> str:
 
 
 def user_allow_other(conf: str = FUSE_CONF) -> bool:
-    """Whether the host lets ordinary users give allow_other; fusermount3(1)."""
+    """Return whether ordinary users may use allow_other; fusermount3(1)."""
     try:
         with open(conf, encoding="utf-8", errors="replace") as lines:
             return any(line.strip() == "user_allow_other" for line in lines)

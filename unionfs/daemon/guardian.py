@@ -1,8 +1,8 @@
-"""A small process that unmounts in order what a killed daemon leaves.
+"""A small process that cleans up after a killed daemon.
 
-While a union with storage lives, its guardian waits for the daemon's end. A daemon that ends by itself says
-so before; when it is killed (SIGKILL, out of memory) the guardian unmounts what was mounted into the union,
-last first, then the dead union, and gives the volumes back.
+While a union with storage is mounted, its guardian waits for the daemon's end. A daemon that ends normally
+dismisses it first. If the daemon is killed (SIGKILL, out of memory), the guardian unmounts the storage inside
+the union, last first, then the dead union, and releases the volumes.
 """
 
 from __future__ import annotations
@@ -24,18 +24,18 @@ _PR_SET_NAME = 15  # linux/prctl.h
 
 
 class Guardian:
-    """The daemon's end of a guardian."""
+    """The daemon's handle on its guardian."""
 
     def __init__(self, pipe: int) -> None:
         self._pipe = pipe
 
     def tell(self, device: str) -> None:
-        """The union is mounted, and this is its `major:minor`."""
+        """Send the `major:minor` of the mounted union."""
         with suppress(OSError):
             os.write(self._pipe, device.encode("ascii"))
 
     def dismiss(self) -> None:
-        """All is unmounted; the guardian ends without a deed."""
+        """End the guardian without cleanup: everything is unmounted."""
         if self._pipe >= 0:
             with suppress(OSError):
                 os.write(self._pipe, _DISMISSED)
@@ -44,12 +44,12 @@ class Guardian:
 
 
 def start(clear: Callable[[str], object]) -> Guardian:
-    """Fork a guardian of this process, which calls `clear(device)` when this process is killed.
+    """Fork a guardian that calls `clear(device)` if this process is killed.
 
-    `device` is what it was told, empty if nothing.
+    `device` is the argument of `Guardian.tell`, or empty.
 
-    To be called while there is one thread and nothing is open that must not outlive the daemon: layers, the
-    FUSE device. Raises OSError.
+    Call it while the process has one thread, and before opening what must not outlive the daemon (layers,
+    the FUSE device). Raises OSError.
     """
     daemon = os.pidfd_open(os.getpid())
     reader, writer = os.pipe()
@@ -69,13 +69,13 @@ def start(clear: Callable[[str], object]) -> Guardian:
 
 def _guard(daemon: int, reader: int, clear: Callable[[str], object]) -> NoReturn:
     try:
-        # Ctrl-C in the terminal of a daemon in the foreground is for the daemon.
+        # Ctrl-C in the terminal of a foreground daemon is for the daemon only.
         os.setsid()
         os.chdir("/")
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
             signal.signal(number, signal.SIG_IGN)
         standard_files_to_null()
-        # Above the two numbers they move to, so that neither takes the other's.
+        # First above their final numbers, so that neither overwrites the other.
         daemon, reader = fcntl.fcntl(daemon, fcntl.F_DUPFD, 5), fcntl.fcntl(reader, fcntl.F_DUPFD, 5)
         daemon, reader = os.dup2(daemon, 3, inheritable=False), os.dup2(reader, 4, inheritable=False)
         os.closerange(5, 2**31 - 1)
@@ -85,7 +85,7 @@ def _guard(daemon: int, reader: int, clear: Callable[[str], object]) -> NoReturn
             told += more
         if more:
             os._exit(0)
-        # The pipe may be closed before the process is gone, and with it the FUSE connection.
+        # The pipe may close before the process, and with it the FUSE connection, is gone.
         poll = select.poll()
         poll.register(daemon, select.POLLIN)
         poll.poll()

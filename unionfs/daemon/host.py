@@ -1,4 +1,4 @@
-"""What this host offers to a union, and what it lacks: facts that were tried out where they can be."""
+"""Checks which features the host offers, by trying them where possible."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ _OLDEST_KERNEL = (5, 12)  # mount_setattr(2), for read-only private lowers
 
 @dataclass(frozen=True, slots=True)
 class Finding:
-    """One fact. `limited`: unions work, but something is slower or left out."""
+    """One result. `limited`: unions work, but slower or without some feature."""
 
     name: str
     state: State
@@ -53,9 +53,9 @@ class Finding:
 
 
 def examine(directory: str | None = None) -> list[Finding]:
-    """Look at everything; what concerns filesystems is tried in `directory` (None: the one for temporaries).
+    """Run all checks; filesystem features are tried in `directory` (None: the temporary directory).
 
-    Raises UserError when nothing can be made there.
+    Raises UserError if it is not writable.
     """
     findings = [_device(), _kernel(), _fusermount(), _allow_other(), _pyfuse3()]
     try:
@@ -73,7 +73,7 @@ def examine(directory: str | None = None) -> list[Finding]:
 
 @contextmanager
 def _scratch(directory: str | None) -> Iterator[str]:
-    """A directory to try things out in, as a path by its fd: whoever owns `directory` may rename it."""
+    """Yield a scratch directory as a path through its fd: the owner of `directory` may rename it."""
     path = tempfile.mkdtemp(prefix="unionfs-doctor-", dir=directory)
     fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
     try:
@@ -91,7 +91,7 @@ def _scratch(directory: str | None) -> Iterator[str]:
 
 
 def mounting_is_possible(findings: list[Finding]) -> bool:
-    """Whether nothing is missing that no mount can be without."""
+    """Return whether everything that each mount needs is present."""
     return not any(finding.state == "missing" and finding.name in _MOUNT_NEEDS for finding in findings)
 
 
@@ -132,7 +132,7 @@ def _fusermount() -> Finding:
     path = find_fusermount()
     root = os.geteuid() == 0
     if path is None:
-        # Root mounts by mount(2) itself.
+        # Root calls mount(2) directly.
         return Finding(
             "fusermount3",
             "limited" if root else "missing",
@@ -172,7 +172,7 @@ def _pyfuse3() -> Finding:
     try:
         version = metadata.version("pyfuse3")
         # For start-up time, and because it may be missing.
-        import pyfuse3  # noqa: F401  (its libfuse is found or not when it is imported)
+        import pyfuse3  # noqa: F401  (the import fails if libfuse is missing)
     except ImportError as error:
         return Finding("pyfuse3", "missing", str(error), "install libfuse3-dev, then pip install pyfuse3")
     library = libfuse.load()
@@ -303,7 +303,7 @@ def _passthrough() -> Finding:
 
 
 def _session() -> Finding:
-    """What --session auto and --io auto choose here, and why nothing else."""
+    """Report what --session auto and --io auto choose here, and why not the others."""
     name = "session and I/O"
     offer = init_offer()
     if offer is None:
@@ -340,12 +340,12 @@ def _bubblewrap() -> Finding:
 
 
 def _confinement() -> Finding:
-    """What a daemon could do if somebody took it over."""
+    """Report the privileges of a daemon."""
     return Finding("rights of a daemon", "ok", described())
 
 
 def _user_namespaces() -> Finding:
-    # In a process of its own: there is no way back out of a namespace.
+    # In a child process: a process cannot leave its user namespace.
     command = ["unshare", "--user", "--map-root-user", "true"]
     try:
         done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, check=False)

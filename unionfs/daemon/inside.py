@@ -1,4 +1,4 @@
-"""What is mounted inside a union: on it, and on what is mounted there."""
+"""Mounts inside a union."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _PRIVATE = detached.PROPAGATION["private"]
 
 
 def mounted_inside(mount: MountEntry, table: Sequence[MountEntry] | None = None) -> list[MountEntry]:
-    """What is mounted on a mount and on what is mounted there, parents before children."""
+    """Return all mounts below a mount, at any depth, parents before children."""
     left = list(read_mountinfo() if table is None else table)
     known, found = {mount.mount_id}, []
     while newer := [entry for entry in left if entry.parent_id in known and entry.mount_id not in known]:
@@ -28,8 +28,8 @@ def mounted_inside(mount: MountEntry, table: Sequence[MountEntry] | None = None)
 
 
 def reachable(mount: MountEntry) -> list[MountEntry]:
-    """What is mounted inside a mount, without another user's FUSE mounts, whose daemons may never answer, and
-    what lies beyond these.
+    """Like `mounted_inside`, without other users' FUSE mounts, whose daemons may never answer, and all
+    mounts below those.
     """
     beyond: set[int] = set()
     found = []
@@ -42,11 +42,11 @@ def reachable(mount: MountEntry) -> list[MountEntry]:
 
 
 def storage_mounts(mount: MountEntry, storage: Sequence[Spec]) -> list[MountEntry]:
-    """The mounts of the union's storage, in the order in which they were mounted.
+    """Return the mounts of the union's storage in mount order.
 
-    A source brings along what is mounted below it; such a mount has a twin elsewhere: of the same directory
-    of the same filesystem, on the same directory. What another mount covers is left out, with all below it:
-    no path leads there.
+    A recursive bind mount also clones the mounts below its source; such a clone has a twin elsewhere: the
+    same root of the same filesystem, mounted on the same directory. Covered mounts and those below them are
+    left out: no path leads there.
     """
     table = read_mountinfo()
     inside = mounted_inside(mount, table)
@@ -69,18 +69,18 @@ def storage_mounts(mount: MountEntry, storage: Sequence[Spec]) -> list[MountEntr
 
 
 def _mounted_on(entry: MountEntry, by_id: Mapping[int, MountEntry]) -> tuple[str, str] | None:
-    """The directory that a mount covers: device and path within it, the same for every bind mount."""
+    """Return device and path of the directory that a mount covers, the same for every bind mount."""
     above = by_id.get(entry.parent_id)
     if above is None:
-        return None  # outside of this process's root
+        return None  # outside this process's root
     below = entry.mountpoint[len(above.mountpoint.rstrip("/")) :].lstrip("/")
     return above.device, f"{above.root.rstrip('/')}/{below}".rstrip("/")
 
 
 def leave_peers(mount: MountEntry) -> None:
-    """Make what is mounted in a union private, so that unmounting it does not unmount its peers on the host.
+    """Make the mounts in a union private, so that unmounting them does not unmount their peers on the host.
 
-    A bind mount with shared propagation has such peers, below its source (mount_namespaces(7)).
+    A bind mount with shared propagation has such peers below its source (mount_namespaces(7)).
     """
     for inner in reachable(mount):
         if inner.parent_id == mount.mount_id:
@@ -89,25 +89,25 @@ def leave_peers(mount: MountEntry) -> None:
 
 
 def unmount_inside(mount: MountEntry) -> None:
-    """Unmount what is mounted in a union, as far as possible; the rest goes with the union."""
+    """Unmount the mounts in a union, as far as possible; the rest is detached with the union."""
     leave_peers(mount)
     for inner in reversed(reachable(mount)):
-        with suppress(OSError):  # it is in use, or the way to it leads through a dead union
+        with suppress(OSError):  # in use, or only reachable through a dead union
             unmount(inner)
 
 
 class TakenOff:
-    """A union's storage, taken off before the union, and put back if the union cannot be unmounted."""
+    """A union's storage: unmounted before the union, and restored if the union cannot be unmounted."""
 
     def __init__(self, union: MountEntry, mounts: Sequence[MountEntry]) -> None:
         self._union = union
         self._mounts = mounts
-        #: A clone of each keeps the content of a tmpfs, the attributes and the peers of the mount.
+        #: Each clone preserves the content of a tmpfs, and the mount's attributes and peers.
         self._clones: list[int] = []
         self._taken: set[int] = set()
 
     def take_off(self) -> None:
-        """Unmount all, last first. Raises OSError for one that is in use, with all as it was before."""
+        """Unmount all, last first. Raises OSError if one is in use, after restoring the others."""
         at = ""
         try:
             for mount in self._mounts:
@@ -124,7 +124,7 @@ class TakenOff:
             raise OSError(error.errno, error.strerror, at) from error
 
     def put_back(self) -> None:
-        """Mount again what was taken off, parents first; then join the peers again."""
+        """Remount what was unmounted, parents first, then rejoin the peer groups."""
         mounted: list[tuple[int, int]] = []
         for mount, clone in zip(self._mounts, self._clones, strict=False):
             with suppress(OSError):
@@ -136,12 +136,12 @@ class TakenOff:
         self.let_go()
 
     def _mounted_again(self, mount: MountEntry, clone: int) -> int:
-        """The root of the mount, or of a new one in its place."""
+        """Return the root of the mount, or of its replacement."""
         if mount.mount_id not in self._taken:
             return open_mount(mount)
         again = detached.clone(clone)
         try:
-            # With its peers it would carry what is mounted on it next to them.
+            # With peers, mounts made on it would propagate to them.
             detached.change(again, propagation=_PRIVATE)
             with Owned(self._open_target(mount)) as target:
                 detached.attach(again, target)
@@ -151,7 +151,7 @@ class TakenOff:
         return again
 
     def _open_target(self, mount: MountEntry) -> int:
-        """Its mountpoint in the union, wherever the union is by now. Raises OSError."""
+        """Open its mountpoint in the union, even if the union has moved. Raises OSError."""
         place = mount.mountpoint[len(self._union.mountpoint) :].lstrip("/")
         with Owned(open_mount(mount_of_id(self._union.mount_id) or self._union)) as root:
             return openat2(root, os.fsencode(place), os.O_PATH, RESOLVE_BENEATH | RESOLVE_NO_SYMLINKS)

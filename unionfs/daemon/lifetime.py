@@ -1,4 +1,4 @@
-"""When a mount ends: by a signal, with the process it was made for, or by whoever unmounts it."""
+"""When a mount ends: on a signal, with its owner process, or when it is unmounted."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from unionfs.settings.mount import MountSettings
 from unionfs.sys.process import is_alive
 
 _SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
-# How long a mount that was unmounted in this namespace may live on elsewhere once the daemon was told to end.
+# How long a mount may stay in use elsewhere after the daemon has unmounted it in this namespace.
 _GRACE_SECONDS = 2.0
 _DETACHED_SECONDS = 0.1
 
@@ -22,10 +22,10 @@ log = logging.getLogger(__name__)
 
 
 def hold_signals() -> None:
-    """From here on a signal means "end cleanly", and waits until `Lifetime.watch_signals` looks for it.
+    """Block and ignore the ending signals; they stay pending until `Lifetime.watch_signals`.
 
-    What is blocked is kept even if it is ignored (kernel/signal.c). Ignored, a signal cannot end the process
-    before the upper is on disk once trio's receiver has put that handler back.
+    A blocked signal stays pending even if ignored (kernel/signal.c). When trio's receiver restores the
+    handlers at the end, SIG_IGN keeps signals from ending the process before the upper is on disk.
     """
     signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)
     for number in _SIGNALS:
@@ -33,12 +33,12 @@ def hold_signals() -> None:
 
 
 class Lifetime:
-    """Ends a session, `finish` being called when it has to be cut off from its users."""
+    """Ends a session; calls `finish` if the mount is still in use."""
 
     def __init__(self, settings: MountSettings, finish: Callable[[], bool], *, foreground: bool) -> None:
-        """`finish` lets go of everything and returns whether the upper is on disk.
+        """`finish` releases everything and returns whether the upper is on disk.
 
-        With `foreground` the loss of the terminal (SIGHUP) ends the mount.
+        With `foreground`, SIGHUP (loss of the terminal) ends the mount.
         """
         self._mountpoint = settings.mountpoint
         self._owner = settings.lives_with
@@ -48,13 +48,13 @@ class Lifetime:
         self._ending = False
 
     def mounted(self, device: str) -> None:
-        """The mount is there, and this is its `major:minor`."""
+        """Record the `major:minor` of the mount."""
         self._device = device
 
     async def watch_signals(
         self, session: trio.CancelScope, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED
     ) -> None:
-        """End the session at a signal."""
+        """End the session on a signal."""
         with trio.open_signal_receiver(*_SIGNALS) as signals:
             task_status.started()
             signal.pthread_sigmask(signal.SIG_UNBLOCK, _SIGNALS)
@@ -65,7 +65,7 @@ class Lifetime:
                     nursery.start_soon(self._end, session, signal.Signals(number).name)
 
     async def watch_owner(self, session: trio.CancelScope) -> None:
-        """End the session when the process ends for which the mount is there."""
+        """End the session when the mount's owner process ends."""
         if self._owner is None:
             return
         pid, started = self._owner
@@ -75,7 +75,7 @@ class Lifetime:
             pass
         else:
             try:
-                # Asked after the pidfd is there, so that the pid cannot have got to another process since.
+                # Checked after pidfd_open, so that the pid cannot have been reused.
                 if is_alive(pid, started):
                     await trio.lowlevel.wait_readable(pidfd)
             finally:
@@ -83,7 +83,7 @@ class Lifetime:
         await self._end(session, f"process {pid} has ended")
 
     async def _end(self, session: trio.CancelScope, why: str) -> None:
-        """Unmount while the loop goes on serving, then stop serving even if somebody still holds files."""
+        """Unmount while the loop keeps serving, then stop serving even if files are still open."""
         if self._ending:
             return
         self._ending = True
@@ -99,8 +99,8 @@ class Lifetime:
         # When the mount is gone, the session ends and cancels this task.
         await trio.sleep(_DETACHED_SECONDS if detached else _GRACE_SECONDS)
         log.warning("%s is still in use: its users are cut off", self._mountpoint)
-        # The session is not cancelled: libfuse would unmount by name, which by now is somebody else's mount.
-        # The end of the process ends the connection.
+        # Do not cancel the session: libfuse would unmount by path, which may be another mount by now.
+        # The connection ends with the process.
         on_disk = self._finish()
         logging.shutdown()
         os._exit(0 if on_disk else 1)

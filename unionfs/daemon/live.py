@@ -1,8 +1,8 @@
-"""The registry of this user's live mounts: one small JSON file a mount, in the directory for runtime files.
+"""The registry of this user's live mounts: one JSON file per mount in the runtime directory.
 
-The file is written by the daemon when its mount is usable and removed at its end. A file whose daemon is gone
-is stale; the next reader removes it, unless the dead mount is still there to be unmounted. What root knows of
-other users' mounts comes from the kernel and their daemons: `unionfs.daemon.others`.
+The daemon writes the file when its mount is usable and removes it at the end. A file without a daemon is
+stale; the next reader removes it unless the dead mount still exists. For other users' mounts, root asks the
+kernel and their daemons: `unionfs.daemon.others`.
 """
 
 from __future__ import annotations
@@ -38,23 +38,23 @@ class LiveMount:
     claims: tuple[tuple[int, int], ...]
     """(st_dev, st_ino) of upper and work."""
     ending: bool = False
-    """The mount is gone, the daemon is about to go."""
+    """The mount is gone, and the daemon is about to end."""
     directory: str = ""
-    """The runtime directory that this entry is in; empty for a mount of another user."""
+    """The runtime directory of this entry; empty for a mount of another user."""
     uid: int | None = None
-    """The other user, as the kernel says; None: this one."""
+    """The uid of another user, from the kernel; None: this user."""
 
     @property
     def name(self) -> str:
-        """What the entry's files are called, without their endings."""
+        """The name of the entry's files, without suffix."""
         return entry_name(self.pid, self.started)
 
     def is_alive(self) -> bool:
-        """Whether the daemon still runs."""
+        """Return whether the daemon still runs."""
         return is_alive(self.pid, self.started)
 
     def mounts(self) -> list[MountEntry]:
-        """The mounts of it in the daemon's mount namespace, or in ours when that may not be read."""
+        """Return its mounts in the daemon's mount namespace, or in ours if that is not readable."""
         try:
             return mounts_of_device(self.device, read_mountinfo(self.pid))
         except OSError:
@@ -63,9 +63,9 @@ class LiveMount:
     def ask(
         self, question: dict[str, Any] | None = None, *, timeout: float = ANSWER_SECONDS
     ) -> dict[str, Any] | None:
-        """The daemon's answer, None when there is none within `timeout` seconds.
+        """Return the daemon's answer, or None if none arrives within `timeout` seconds.
 
-        What the question asks for and the daemon does not know is left out of the answer.
+        The daemon ignores unknown parts of a question.
         """
         if self.uid is not None:
             return ask("\0" + abstract_name(self.name), timeout, question=question, pid=self.pid)
@@ -76,7 +76,7 @@ class LiveMount:
             return None
 
     def to_json(self) -> dict[str, Any]:
-        """The entry as plain values; `from_json` reads them back."""
+        """Return the entry as plain values, for `from_json`."""
         return {
             "settings": self.settings.to_json(),
             "pid": self.pid,
@@ -89,7 +89,7 @@ class LiveMount:
 
     @classmethod
     def from_json(cls, values: Any, directory: str = "") -> LiveMount:
-        """Raises KeyError, TypeError or ValueError when the values are not those of `to_json`."""
+        """Read the values of `to_json`. Raises KeyError, TypeError or ValueError for other values."""
         return cls(
             settings=MountSettings.from_json(values["settings"]),
             pid=int(values["pid"]),
@@ -102,33 +102,33 @@ class LiveMount:
         )
 
     def save(self) -> None:
-        """Write the entry in one step. Raises OSError."""
+        """Write the entry atomically. Raises OSError."""
         with RuntimeDirectory(self.directory) as directory:
             directory.write(f"{self.name}.json", json.dumps(self.to_json()).encode("ascii"))
 
     def remove(self) -> None:
-        """Take the entry and the socket away."""
+        """Remove the entry and the socket."""
         with suppress(OSError), RuntimeDirectory(self.directory) as directory:
             directory.remove(f"{self.name}.json", f"{self.name}.sock")
 
 
 def entry_name(pid: int, started: int | None) -> str:
-    """What the files of a daemon are called, without their endings."""
+    """Return the name of a daemon's files, without suffix."""
     return f"{pid}-{started or 0}"
 
 
 def own_name() -> str:
-    """`entry_name` of this process."""
+    """Return `entry_name` of this process."""
     return entry_name(os.getpid(), start_time(os.getpid()))
 
 
 def abstract_name(name: str) -> str:
-    """The name in the abstract namespace (unix(7)) where a user's daemon answers root."""
+    """Return the abstract socket name (unix(7)) at which a user's daemon answers root."""
     return f"unionfs/{name}"
 
 
 def _stored(directory: RuntimeDirectory) -> Iterator[tuple[str, LiveMount | None]]:
-    """Every entry with its file's name without ending; None for what cannot be read as one."""
+    """Yield the name (without suffix) and entry of each file; None for an unreadable entry."""
     for file in directory.names():
         if file.endswith(".json"):
             try:
@@ -139,14 +139,14 @@ def _stored(directory: RuntimeDirectory) -> Iterator[tuple[str, LiveMount | None
 
 
 def _is_abandoned(entry: LiveMount) -> bool:
-    """Whether the daemon is gone, and the mount too."""
+    """Return whether both daemon and mount are gone."""
     if entry.is_alive():
         return False
     return entry.ending or all(m.mountpoint != entry.settings.mountpoint for m in entry.mounts())
 
 
 def abandoned() -> list[LiveMount]:
-    """This user's entries that have neither daemon nor mount; the next call of `entries` removes them."""
+    """Return this user's entries with neither daemon nor mount; the next call of `entries` removes them."""
     found: list[LiveMount] = []
     for directory in runtime_directories():
         with directory:
@@ -155,7 +155,7 @@ def abandoned() -> list[LiveMount]:
 
 
 def entries() -> list[LiveMount]:
-    """Every entry of this user whose daemon lives or whose dead mount remains; the others get removed."""
+    """Return this user's entries with a live daemon or a dead mount; remove all others."""
     found: list[LiveMount] = []
     for directory in runtime_directories():
         with directory:
@@ -170,27 +170,27 @@ def entries() -> list[LiveMount]:
 
 
 def _remove_unreadable(directory: RuntimeDirectory, name: str) -> None:
-    """Remove a file that is not an entry, unless its daemon, whose pid is in the name, lives."""
+    """Remove an unreadable entry, unless the daemon whose pid is in the name is alive."""
     pid, _, started = name.partition("-")
     if not (pid.isdigit() and started.isdigit() and is_alive(int(pid), int(started))):
         directory.remove(f"{name}.json", f"{name}.sock")
 
 
 def live_mounts() -> list[LiveMount]:
-    """This user's mounts that can be used now, oldest first."""
+    """Return this user's usable mounts, oldest first."""
     alive = (entry for entry in entries() if not entry.ending and entry.is_alive() and entry.mounts())
     return sorted(alive, key=lambda entry: entry.since)
 
 
 def find_by_device(device: str, known: Sequence[LiveMount] | None = None) -> LiveMount | None:
-    """The entry of the mount with this `major:minor`, a dead one too: of this user, or among `known`."""
+    """Return the entry with this `major:minor`, even of a dead mount, from `known` or this user's entries."""
     among = [entry for entry in (entries() if known is None else known) if entry.device == device]
-    # A number may have been given to a new mount while a dead one's entry is still there.
+    # A new mount may have reused the number of a dead mount whose entry still exists.
     return next((entry for entry in sorted(among, key=lambda entry: not entry.is_alive())), None)
 
 
 def claims_of(settings: MountSettings) -> tuple[tuple[int, int], ...]:
-    """What a mount keeps others from using. To be asked before mounting: the mount may cover these paths."""
+    """Return (st_dev, st_ino) of upper and work. Call it before mounting, which may cover their paths."""
     claims = []
     for path in (settings.upper, settings.work):
         if path is not None:
@@ -202,7 +202,7 @@ def claims_of(settings: MountSettings) -> tuple[tuple[int, int], ...]:
 def announce(
     settings: MountSettings, device: str, directory: str, claims: tuple[tuple[int, int], ...]
 ) -> LiveMount:
-    """Enter this process as the daemon of a mount that is usable now. Raises OSError."""
+    """Register this process as the daemon of a usable mount. Raises OSError."""
     entry = LiveMount(
         settings=settings,
         pid=os.getpid(),
@@ -217,11 +217,11 @@ def announce(
 
 
 def mark_ending(entry: LiveMount) -> None:
-    """Say that the mount is gone and that only the layers are still being written and closed."""
+    """Record that the mount is gone and the daemon only syncs and closes the layers."""
     with suppress(OSError):
         replace(entry, ending=True).save()
 
 
 def describe_owner(entry: LiveMount) -> str:
-    """The mount within a sentence."""
+    """Describe the mount as part of a sentence."""
     return f"the live mount {quoted(entry.settings.mountpoint)} (pid {entry.pid})"

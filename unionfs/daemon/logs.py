@@ -1,5 +1,4 @@
-"""Where a daemon's log goes: syslog if the host has one, else a file beside the registry; stderr with
-`-f`."""
+"""Where a daemon logs: stderr with `-f`, else syslog if the host has one, else a file beside the registry."""
 
 from __future__ import annotations
 
@@ -27,26 +26,26 @@ def _has_syslog() -> bool:
 
 
 def log_place(directory: str) -> str:
-    """Where the log of a daemon without `-f` is found, as words for a person."""
+    """Return, for a message, the log of a daemon without `-f`."""
     return "syslog" if _has_syslog() else log_file(directory)
 
 
 def log_file(directory: str) -> str:
-    """The log file of all daemons that share a runtime directory."""
+    """Return the log file of all daemons that share a runtime directory."""
     return f"{directory}/{_FILE}"
 
 
 def to_stream(level: str, stream: TextIO | None = None) -> None:
-    """Log to a stream, stderr when None, each line with time and level."""
+    """Log to a stream (None: stderr), each line with time and level."""
     handler = logging.StreamHandler(sys.stderr if stream is None else stream)
     handler.setFormatter(logging.Formatter("%(asctime)s unionfs %(levelname)s %(message)s"))
     _install(handler, level)
 
 
 def to_host(level: str, directory: RuntimeDirectory, mountpoint: str) -> None:
-    """Log to syslog or to the file in `directory`, which starts anew when it has grown past 1 MiB.
+    """Log to syslog, or to the file in `directory`, which is rotated when larger than 1 MiB.
 
-    The directory stays open for as long as there is something to log.
+    The directory must stay open as long as the process logs.
     """
     handler: logging.Handler
     where = mountpoint.encode("utf-8", "backslashreplace").decode()
@@ -73,7 +72,7 @@ class _PrivateFile(logging.FileHandler):
 
     def __init__(self, directory: RuntimeDirectory) -> None:
         self._directory = directory
-        # Opened at the first line, so that a mount without trouble leaves no file.
+        # Opened at the first line, so that a mount that logs nothing leaves no file.
         super().__init__(
             log_file(directory.path), encoding="utf-8", errors="backslashreplace", delay=True
         )
@@ -84,9 +83,9 @@ class _PrivateFile(logging.FileHandler):
 
 
 def _is_news(record: logging.LogRecord) -> bool:
-    """False for pyfuse3's complaint that the kernel no longer waits for an answer.
+    """Return False for pyfuse3's warning that the kernel no longer waits for an answer.
 
-    write(2) to /dev/fuse fails by ENOENT when the request was interrupted or the mount has gone meanwhile.
+    write(2) to /dev/fuse returns ENOENT if the request was interrupted or the mount is gone.
     """
     return not (
         record.name.startswith("pyfuse3")
@@ -96,7 +95,7 @@ def _is_news(record: logging.LogRecord) -> bool:
 
 
 def _install(handler: logging.Handler, level: str) -> None:
-    # A full disk under the log must not end a mount, nor print.
+    # A full disk under the log must neither end a mount nor print a traceback.
     logging.raiseExceptions = False
     root = logging.getLogger()
     for old in root.handlers[:]:

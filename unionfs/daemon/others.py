@@ -1,9 +1,9 @@
-"""What root knows of other users' mounts: from the kernel, and from their daemons.
+"""Other users' mounts as root sees them, from the kernel and from their daemons.
 
-Nothing of another user's is opened by path, believed, written or removed. A user's daemon listens in the
-abstract namespace of unix(7), where there is no file to be swapped, under a name with its pid and start time;
-the kernel says who listens (SO_PEERCRED). What the daemon says is only shown: where the mount is, and whose,
-comes from the mount table.
+Root never opens by path, trusts, writes or removes anything of another user. A user's daemon listens in the
+abstract namespace (unix(7)), where no file can be swapped, under a name with its pid and start time; the
+kernel identifies the listener (SO_PEERCRED). Its answers are only displayed: mountpoint and owner come from
+the mount table.
 """
 
 from __future__ import annotations
@@ -24,9 +24,9 @@ from unionfs.sys.process import is_alive
 _SUBTYPE: Final = "fuse.unionfs"
 _SECONDS: Final = 2.0
 _LATEST: Final = 1 << 33
-"""Seconds since the epoch; what a calendar can show."""
+"""The latest `since` that is accepted, in seconds since the epoch."""
 _MOST_DAEMONS: Final = 64
-"""Of one user: more are not asked."""
+"""Per user; further daemons are not asked."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,13 +35,13 @@ class Others:
 
     answered: Sequence[LiveMount]
     silent: Sequence[MountEntry]
-    """Those whose daemon does not answer root: it is dead, stopped, or in another network namespace."""
+    """Mounts whose daemon does not answer: it is dead, stopped, or in another network namespace."""
 
 
 def owner_of(mount: MountEntry) -> int | None:
-    """The other user that a FUSE mount belongs to, as the kernel says; None for root's, and other kinds.
+    """Return the uid of another user's FUSE mount, from the kernel; None for root's and non-FUSE mounts.
 
-    A request to such a mount may wait for ever for its daemon.
+    A request to such a mount may block forever.
     """
     if not mount.is_fuse or not is_host_root():
         return None
@@ -50,7 +50,7 @@ def owner_of(mount: MountEntry) -> int | None:
 
 
 def mounts_of_others() -> Others:
-    """The mounts of all other users; none for an ordinary user. Takes at most some seconds."""
+    """Return all other users' mounts; none if the caller is an ordinary user. Takes at most a few seconds."""
     if not is_host_root():
         return Others((), ())
     table = read_mountinfo()
@@ -74,7 +74,7 @@ class _Daemon:
 
 
 def _daemons() -> dict[str, _Daemon]:
-    """The processes of other users whose sockets have a daemon's name, by their addresses (proc_net(5))."""
+    """Return other users' processes that listen under a daemon's name, by address (proc_net(5))."""
     prefix = "@" + abstract_name("")
     found: dict[str, _Daemon] = {}
     counts: dict[int, int] = {}
@@ -102,12 +102,12 @@ def _process(pid: int, started: int) -> _Daemon | None:
 
 
 def _confirmed(daemon: _Daemon, answer: Mapping[str, Any], table: Sequence[MountEntry]) -> LiveMount | None:
-    """The mount that a daemon speaks of, if the kernel has such a mount of that user; None else."""
+    """Return the mount in a daemon's answer if the kernel lists it as that user's, else None."""
     device, since = answer.get("device"), answer.get("since")
     if not isinstance(device, str) or not isinstance(since, int | float) or not 0 <= since < _LATEST:
         return None
     here = [m for m in reversed(table) if m.device == device]
-    # A mount namespace that a user made began as a copy of ours: what is here has its owner here.
+    # A user's mount namespace starts as a copy of ours: the owner of a device in our table is known here.
     mount = next((m for m in here if owner_of(m) == daemon.uid), None)
     if not here:
         mount = _elsewhere(daemon.pid, device)
@@ -120,7 +120,7 @@ def _confirmed(daemon: _Daemon, answer: Mapping[str, Any], table: Sequence[Mount
 
 
 def _elsewhere(pid: int, device: str) -> MountEntry | None:
-    """A FUSE mount in the mount namespace of a process, if that is another one than ours."""
+    """Return a FUSE mount in the mount namespace of a process if that differs from ours."""
     try:
         if os.stat(f"/proc/{pid}/ns/mnt").st_ino == os.stat("/proc/self/ns/mnt").st_ino:
             return None
@@ -131,7 +131,7 @@ def _elsewhere(pid: int, device: str) -> MountEntry | None:
 
 
 def runtime_parent(pid: int) -> dict[str, str]:
-    """XDG_RUNTIME_DIR of a user's daemon, as an environment for a process of that user; empty when unset."""
+    """Return XDG_RUNTIME_DIR of a user's daemon as environment variables; empty if unset."""
     try:
         with open(f"/proc/{pid}/environ", "rb") as environment:
             words = environment.read(1 << 16).split(b"\0")
@@ -148,11 +148,11 @@ _SHOWN: Final[Mapping[str, tuple[type, ...]]] = {
     "volatile": (bool,), "userxattr": (bool,), "session": (str,), "io": (str,), "fsname": (str,),
     "subtype": (str,), "log_level": (str,), "mounted_by": (int,),
 }  # fmt: skip
-"""What is shown of another user's settings, and of which type that must be."""
+"""The settings of other users that are displayed, with their required types."""
 
 
 def _settings(values: Any, mountpoint: str) -> MountSettings | None:
-    """The settings that another user's daemon tells, to be shown; None for values of the wrong types."""
+    """Return another user's settings for display; None if a value has the wrong type."""
     if not isinstance(values, dict):
         return None
     words: dict[str, Any] = {name: values.get(name) for name in _SHOWN}

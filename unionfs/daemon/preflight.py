@@ -1,8 +1,8 @@
-"""Holds a mount's settings against the host before anything is changed.
+"""Checks a mount's settings against the host before anything changes.
 
-Everything that can be known beforehand is refused here with one sentence. Whether two directories are the
-same or one holds the other is asked twice: by (st_dev, st_ino) of all directories above, and by the place
-within the filesystem that the mount table tells, so that neither symlinks nor bind mounts hide it.
+Every foreseeable failure is refused here with one sentence. Whether one directory is or contains another is
+checked twice: by (st_dev, st_ino) of all parent directories, and by the location within the filesystem from
+the mount table, so that neither symlinks nor bind mounts hide it.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ from unionfs.union.leftovers import check_work
 
 @dataclass(slots=True)
 class _Host:
-    """What was asked of the host already; 500 lowers have most directories above them in common."""
+    """A cache of facts about the host; 500 lowers share most of their parent directories."""
 
     table: Sequence[MountEntry]
     identities: dict[str, tuple[int, int]] = field(default_factory=dict)
@@ -59,9 +59,9 @@ class _Host:
         return self.locations[path]
 
     def contains(self, outer: str, inner: str, *, through_mounts: bool) -> bool:
-        """Whether directory `inner` is `outer` or below it.
+        """Return whether directory `inner` is `outer` or below it.
 
-        With `through_mounts` another filesystem that is mounted below `outer` counts as a part of it.
+        With `through_mounts`, filesystems mounted below `outer` count as part of it.
         """
         there, here = self.location(outer), self.location(inner)
         if there is not None and here is not None:
@@ -79,7 +79,7 @@ class _Host:
 
 
 def check(settings: MountSettings) -> None:
-    """Raises UserError for what cannot be mounted as it is wanted; changes nothing."""
+    """Raises UserError if these settings cannot be mounted. Changes nothing."""
     host = _Host(read_mountinfo())
     for lower in settings.lowers:
         check_directory("lower", lower)
@@ -99,10 +99,10 @@ def check(settings: MountSettings) -> None:
 
 
 def check_directory(kind: str, path: str, access: int = os.R_OK | os.X_OK) -> None:
-    """Raises UserError unless `path` is a directory that may be used; `kind` is lower, upper or work."""
+    """Raises UserError unless `path` is a directory with this `access`; `kind` is lower, upper or work."""
     try:
         status = os.stat(path)
-        # The kernel may know a dead mount's attributes still, but this it has to ask the daemon.
+        # The kernel may cache a dead mount's attributes, but statfs always asks the daemon.
         os.statvfs(path)
     except OSError as error:
         _refuse_missing(kind, path, error)
@@ -134,7 +134,7 @@ def _refuse_missing(kind: str, path: str, error: OSError) -> NoReturn:
 
 
 def _check_writable_layers(settings: MountSettings, upper: str, work: str, host: _Host) -> None:
-    # A union that is mounted read-only still empties work, as the kernel does.
+    # A read-only mount also empties work, as in kernel overlayfs.
     check_directory("upper", upper, os.R_OK | os.W_OK | os.X_OK)
     check_directory("work", work, os.R_OK | os.W_OK | os.X_OK)
     _check_same_filesystem(upper, work, host)
@@ -176,9 +176,9 @@ def _check_apart(settings: MountSettings, upper: str, work: str, host: _Host) ->
 
 
 def _reaches(host: _Host, outer: str, inner: str) -> bool:
-    """Whether the daemon comes to `inner` when it goes down from the layer `outer`.
+    """Return whether the daemon reaches `inner` by descending from the layer `outer`.
 
-    A privileged daemon sees a layer through a bind mount of its own, which has nothing mounted below.
+    A privileged daemon opens a layer through a private bind mount, without the mounts below it.
     """
     if host.contains(outer, inner, through_mounts=False):
         return True
@@ -186,7 +186,7 @@ def _reaches(host: _Host, outer: str, inner: str) -> bool:
 
 
 def _can_clone(path: str) -> bool:
-    """Whether this process may make a private bind mount of a directory; makes one that is gone at once."""
+    """Return whether this process may make a private bind mount of a directory, by making one briefly."""
     # For start-up time: few mounts need to know.
     from unionfs.sys import detached
 
@@ -223,7 +223,7 @@ def _check_unused(upper: str, work: str, host: _Host) -> None:
             taken = mount.super_option(option)
             if taken is None:
                 continue
-            # The kernel shows the path as it was given: with backslashes if it came as a mount option.
+            # The kernel shows the path as passed, so with backslashes from a mount option string.
             shown = (taken, unescape_option(taken))
             for kind, path in (("upper", upper), ("work", work)):
                 if any(_is_taken(host, path, name, ()) for name in shown):
@@ -234,7 +234,7 @@ def _check_unused(upper: str, work: str, host: _Host) -> None:
 
 
 def _is_taken(host: _Host, path: str, taken: str, claims: Sequence[tuple[int, int]]) -> bool:
-    """Whether `path` is, holds or lies inside a directory that a mount has taken."""
+    """Return whether `path` is, contains or lies inside a directory that a mount uses."""
     if host.identity(path) in claims:
         return True
     try:
@@ -242,7 +242,7 @@ def _is_taken(host: _Host, path: str, taken: str, claims: Sequence[tuple[int, in
             path, taken, through_mounts=True
         )
     except OSError:
-        # The directory cannot be seen from here (covered, removed, another mount namespace).
+        # The directory is not visible here (covered, removed, another mount namespace).
         return False
 
 
@@ -272,11 +272,11 @@ def _check_mountpoint(settings: MountSettings, host: _Host) -> None:
             "mountpoint / is the root of all paths, so nobody would come to what is mounted on it; choose "
             "another directory."
         )
-    # Before anything is asked of the mountpoint, where a dead or hanging daemon may be mounted.
+    # Before any request to the mountpoint, where a dead or hanging daemon may be mounted.
     mount = mounted_at(path, host.table)
     if mount is not None and mount.is_fuse:
         entry = live.find_by_device(mount.device)
-        # Another user's daemon may not want to answer; to such a mount no request is sent.
+        # Another user's daemon may not answer; send no request to such a mount.
         may_ask = others.owner_of(mount) is None
         if (may_ask and is_dead(path)) if entry is None else not entry.is_alive():
             _refuse_missing("mountpoint", path, OSError(errno.ENOTCONN, "dead"))
@@ -296,7 +296,7 @@ def _check_mountpoint(settings: MountSettings, host: _Host) -> None:
                 "directory outside it."
             )
     for lower in settings.lowers:
-        # A mount over the lower itself is no trouble: the daemon has opened what is below it.
+        # A mount over the lower itself is harmless: the daemon has opened the lower before.
         inside = host.identity(lower) != host.identity(path) and host.contains(
             lower, path, through_mounts=True
         )

@@ -1,8 +1,8 @@
-"""From a command to a daemon: check, fork, wait until the mount is usable, let go of the caller.
+"""Starts a daemon: checks, forks, and waits until the mount is usable.
 
-The parent imports neither trio nor pyfuse3, and returns when the child says over a pipe that the mount is
-usable or why it is not. What libfuse and fusermount3 print to fd 2 on the way goes into a file in memory,
-whose content becomes part of the sentence.
+The parent imports neither trio nor pyfuse3, and returns when the child reports over a pipe that the mount is
+usable, or why it is not. What libfuse and fusermount3 print to fd 2 until then goes into a memfd and becomes
+part of the error message.
 """
 
 from __future__ import annotations
@@ -34,9 +34,9 @@ log = logging.getLogger(__name__)
 
 
 def mount(settings: MountSettings, *, foreground: bool = False) -> int:
-    """Mount; returns the exit code when the mount is usable, or with `foreground` when it is gone.
+    """Mount; return the exit code when the mount is usable, or with `foreground` when it is gone.
 
-    Raises UserError when it can't be mounted; nothing is left mounted then.
+    Raises UserError if mounting fails, leaving nothing mounted.
     """
     open_standard_files()
     preflight.check(settings)
@@ -48,7 +48,7 @@ def mount(settings: MountSettings, *, foreground: bool = False) -> int:
 
 
 class CapturedStderr:
-    """Has what this process's C code and its helpers print to fd 2 go into memory until `release`."""
+    """Redirects fd 2 of this process and its helpers to memory until `release`."""
 
     def __init__(self) -> None:
         self._saved = os.dup(2)
@@ -56,24 +56,24 @@ class CapturedStderr:
         os.dup2(self._memory, 2)
 
     def saved(self) -> int:
-        """Another fd for the real stderr."""
+        """Return a new fd of the real stderr."""
         return os.dup(self._saved)
 
     def text(self) -> str:
-        """What was printed up to now, in one line."""
+        """Return the output so far as one line."""
         size = os.fstat(self._memory).st_size
         lines = os.fsdecode(os.pread(self._memory, min(size, 4096), 0)).split("\n")
         return "; ".join(line.strip() for line in lines if line.strip())
 
     def release(self) -> None:
-        """Put the real stderr back."""
+        """Restore the real stderr."""
         os.dup2(self._saved, 2)
         os.close(self._saved)
         os.close(self._memory)
 
 
 def explain(error: Exception, printed: str) -> str:
-    """One sentence out of an error and of what libfuse printed meanwhile."""
+    """Combine an error and libfuse's output into one sentence."""
     if isinstance(error, MountRefusedError):
         return " ".join(error.explained(printed).split())
     text = str(error) if isinstance(error, UserError) else f"internal error: {type(error).__name__}: {error}."
@@ -87,7 +87,7 @@ def _serve_here(settings: MountSettings, directory: RuntimeDirectory) -> int:
     captured: CapturedStderr | None = CapturedStderr()
     assert captured is not None
     logs.to_stream(settings.log_level, os.fdopen(captured.saved(), "w", buffering=1))
-    # The caller's directory may be inside the mountpoint, and would keep it busy.
+    # The caller's directory may be inside the mountpoint and would keep it busy.
     os.chdir("/")
 
     def on_usable() -> None:
@@ -116,22 +116,22 @@ def _serve(
     *,
     foreground: bool,
 ) -> bool:
-    # Collecting while 400 modules are imported finds nothing and takes a tenth of the time to a usable mount;
-    # what they made stays for ever, so later collections need not look at it.
+    # Garbage collection during the import of 400 modules finds nothing and takes a tenth of the time until
+    # the mount is usable; their objects are permanent, so later collections can skip them.
     gc.disable()
-    # For start-up time: the parent does without trio and the union.
+    # For start-up time: the parent needs neither trio nor the union.
     from unionfs.daemon.service import Service
 
     gc.freeze()
-    # Nodes and requests are no garbage in cycles. Looking through all of them, as Python does after so many
-    # allocations, stops a mount with a million nodes for a second.
+    # Nodes and requests form no cycles. A full collection, which Python starts after enough allocations,
+    # stops a mount with a million nodes for a second.
     gc.set_threshold(10_000, 20, 10_000)
     gc.enable()
     return Service(settings, directory, on_usable, foreground=foreground).run()
 
 
 def _start_daemon(settings: MountSettings, directory: str) -> None:
-    # Blocked and looked for, so that a signal never ends this process but not the daemon.
+    # Signals are blocked and polled, so that none ends this process but not the daemon.
     before = signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)
     reader, writer = os.pipe()
     pid = os.fork()
@@ -141,7 +141,7 @@ def _start_daemon(settings: MountSettings, directory: str) -> None:
     os.close(writer)
     answer = _wait_for_answer(reader)
     if answer == b"ready\n":
-        # The signals stay blocked: this process ends now, and its exit code has to say that there is a mount.
+        # Signals stay blocked: this process ends now, and its exit code must report the mount.
         return
     if answer is None:
         _stop_child(pid, settings)
@@ -163,7 +163,7 @@ def _start_daemon(settings: MountSettings, directory: str) -> None:
 
 
 def _wait_for_answer(reader: int) -> bytes | None:
-    """The line the daemon sends, nothing if it ended without; None when a signal came."""
+    """Return the line that the daemon sends, empty if it ended without one; None after a signal."""
     with os.fdopen(reader, "rb") as pipe:
         while not select.select([pipe], [], [], _SIGNAL_POLL_SECONDS)[0]:
             if signal.sigpending() & _SIGNALS:
@@ -173,7 +173,7 @@ def _wait_for_answer(reader: int) -> bytes | None:
 
 
 def _stop_child(pid: int, settings: MountSettings) -> None:
-    """Have a daemon end that has just been started, by force if it does not want to."""
+    """Terminate a daemon that is starting, by SIGKILL if it ignores SIGTERM."""
     started = start_time(pid)
     for number in (signal.SIGTERM, signal.SIGKILL):
         with suppress(ProcessLookupError):
@@ -186,7 +186,7 @@ def _stop_child(pid: int, settings: MountSettings) -> None:
 
 
 def _clear_dead_mount(settings: MountSettings) -> None:
-    """Unmount what a daemon that died between mounting and being ready may have left."""
+    """Unmount the dead mount of a daemon that died between mounting and being ready."""
     found = mounted_at(settings.mountpoint)
     if found is not None and found.is_fuse and is_dead(settings.mountpoint):
         with suppress(OSError):
@@ -194,7 +194,7 @@ def _clear_dead_mount(settings: MountSettings) -> None:
 
 
 def _be_daemon(settings: MountSettings, directory: str, writer: int) -> NoReturn:
-    """The child's whole life; it never returns into the caller's code."""
+    """Run the child process; never returns to the caller."""
     code = 1
     try:
         code = _daemon(settings, directory, writer)
@@ -202,7 +202,7 @@ def _be_daemon(settings: MountSettings, directory: str, writer: int) -> NoReturn
         log.exception("the daemon failed")
     finally:
         logging.shutdown()
-        # No atexit handlers of the parent's, no flushing of its buffers a second time.
+        # Do not run the parent's atexit handlers or flush its buffers again.
         os._exit(code)
 
 
@@ -213,7 +213,7 @@ def _daemon(settings: MountSettings, path: str, writer: int) -> int:
         signal.signal(number, signal.SIG_DFL)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, _SIGNALS)
     standard_files_to_null()
-    # Whatever the caller had open (pipes, locks, directories) is not ours to keep.
+    # Do not keep the caller's open files (pipes, locks, directories).
     writer = _close_all_but(writer)
     directory = RuntimeDirectory(path)
     captured = CapturedStderr()
@@ -227,7 +227,7 @@ def _daemon(settings: MountSettings, path: str, writer: int) -> int:
         try:
             os.write(writer, b"ready\n")
         except BrokenPipeError:
-            # Nobody waits any more: the caller was killed and will think that nothing is mounted.
+            # The caller was killed, so nobody learns of this mount: end it.
             os.kill(os.getpid(), signal.SIGTERM)
         os.close(writer)
 
@@ -244,7 +244,7 @@ def _daemon(settings: MountSettings, path: str, writer: int) -> int:
 
 
 def _close_all_but(fd: int) -> int:
-    """Close every fd but 0 to 2 and `fd`, which moves to 3; returns 3."""
+    """Close all fds except 0 to 2 and `fd`, which moves to 3. Returns 3."""
     if fd != 3:
         os.dup2(fd, 3, inheritable=False)
     os.closerange(4, 2**31 - 1)

@@ -1,7 +1,7 @@
-"""The directory for files of the running system: registry, sockets, locks and log of this user's daemons.
+"""The runtime directory: registry, sockets, locks and log of this user's daemons.
 
-Its files are reached from a descriptor of the directory, never by a path, and read only when they are regular
-files of this user: nothing that another user has put in the way is followed, waited for or believed.
+Its files are opened relative to a directory fd, never by path, and read only if they are regular files of
+this user: nothing that another user has planted is followed, waited for or trusted.
 """
 
 from __future__ import annotations
@@ -20,10 +20,10 @@ _FLAGS: Final = os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
 
 
 class RuntimeDirectory:
-    """A directory of this user that nobody else may write, held open."""
+    """An open directory of this user that nobody else may write."""
 
     def __init__(self, path: str) -> None:
-        """Open the directory. Raises OSError; PermissionError for one that others could have filled."""
+        """Open the directory. Raises OSError; PermissionError if other users own it or may write it."""
         self.path = path
         self.fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
         status = os.fstat(self.fd)
@@ -32,7 +32,7 @@ class RuntimeDirectory:
             raise PermissionError(1, "it belongs to another user, or others may write it", path)
 
     def close(self) -> None:
-        """Let go of the directory."""
+        """Close the directory."""
         if self.fd >= 0:
             os.close(self.fd)
             self.fd = -1
@@ -44,11 +44,11 @@ class RuntimeDirectory:
         self.close()
 
     def names(self) -> list[str]:
-        """The names in it, sorted. Raises OSError."""
+        """Return the sorted names in it. Raises OSError."""
         return sorted(os.listdir(self.fd))
 
     def open(self, name: str, flags: int) -> int:
-        """An fd of a regular file of this user, made with mode 0600 where `flags` say so. Raises OSError."""
+        """Open a regular file of this user; O_CREAT creates it with mode 0600. Raises OSError."""
         fd = os.open(name, flags | _FLAGS, 0o600, dir_fd=self.fd)
         status = os.fstat(fd)
         if not stat.S_ISREG(status.st_mode) or status.st_uid != os.geteuid():
@@ -57,7 +57,7 @@ class RuntimeDirectory:
         return fd
 
     def read(self, name: str) -> bytes:
-        """The content of a file of at most 4 MiB. Raises OSError, ValueError when it is larger."""
+        """Return the content of a file. Raises OSError, and ValueError if it is larger than 4 MiB."""
         with open(self.open(name, os.O_RDONLY), "rb", buffering=0) as source:
             content = source.read(_LARGEST + 1)
         if len(content) > _LARGEST:
@@ -65,28 +65,28 @@ class RuntimeDirectory:
         return content
 
     def write(self, name: str, content: bytes) -> None:
-        """Give a file new content in one step. Raises OSError."""
+        """Replace the content of a file atomically. Raises OSError."""
         temporary = f"{name}.new"
         with open(self.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), "wb") as out:
             out.write(content)
         os.replace(temporary, name, src_dir_fd=self.fd, dst_dir_fd=self.fd)
 
     def remove(self, *names: str) -> None:
-        """Remove files, those that are there."""
+        """Remove files; missing ones are ignored."""
         for name in names:
             with suppress(OSError):
                 os.unlink(name, dir_fd=self.fd)
 
     def address(self, name: str) -> str:
-        """A path for a socket in it, short enough for unix(7), which has room for 108 bytes."""
+        """Return a path for a socket in it that fits into the 108 bytes of unix(7)."""
         return f"/proc/self/fd/{self.fd}/{name}"
 
 
 def candidates() -> list[str]:
-    """Directories that may be this user's, the preferred one first.
+    """Return the possible directories of this user, the preferred one first.
 
-    What logind makes comes before /tmp, where another user may have taken the name. Uid 0 of a user namespace
-    is the user outside that it stands for (XDG Base Directory Specification; user_namespaces(7)).
+    logind's directory comes before /tmp, where another user may have taken the name. Uid 0 of a user
+    namespace counts as the uid outside (XDG Base Directory Specification; user_namespaces(7)).
     """
     uid = os.geteuid()
     if is_host_root():
@@ -100,7 +100,7 @@ def candidates() -> list[str]:
 
 
 def runtime_directory() -> RuntimeDirectory:
-    """The directory for new files, made with mode 0700. Raises UserError."""
+    """Return the directory for new files, created with mode 0700. Raises UserError."""
     for path in candidates():
         with suppress(OSError):
             os.mkdir(path, 0o700)
@@ -108,7 +108,7 @@ def runtime_directory() -> RuntimeDirectory:
             directory = RuntimeDirectory(path)
             try:
                 os.fchmod(directory.fd, 0o700)
-            except OSError:  # on a filesystem that is mounted read-only
+            except OSError:  # on a read-only filesystem
                 directory.close()
                 raise
             return directory
@@ -119,7 +119,7 @@ def runtime_directory() -> RuntimeDirectory:
 
 
 def runtime_directories() -> list[RuntimeDirectory]:
-    """Every one that this user has, to be closed by the caller."""
+    """Return all existing directories of this user; the caller closes them."""
     found = []
     for path in candidates():
         with suppress(OSError):

@@ -1,4 +1,4 @@
-"""The daemon at work: claim, storage, layers, mount, announcement and lifetime, each with its owner.
+"""Runs the daemon: claim, storage, layers, mount, announcement and lifetime.
 
 Imports trio and the whole union, so only the process that serves a mount imports this module.
 """
@@ -36,7 +36,7 @@ log = logging.getLogger(__name__)
 
 
 class Service:
-    """One mount from its layers to its end."""
+    """One mount, from opening its layers to its end."""
 
     def __init__(
         self,
@@ -46,12 +46,12 @@ class Service:
         *,
         foreground: bool,
     ) -> None:
-        """`directory` is for runtime files; `on_usable` is called once, when the mount can be used.
+        """`directory` holds runtime files; `on_usable` is called once, when the mount is usable.
 
-        With `foreground` the loss of the terminal (SIGHUP) ends the mount. Raises UserError, with nothing
-        left open.
+        With `foreground`, SIGHUP (loss of the terminal) ends the mount. Raises UserError, leaving nothing
+        open.
         """
-        os.umask(0)  # files get the mode that callers ask for; the kernel has applied their umask already
+        os.umask(0)  # the kernel has already applied the caller's umask
         self._on_usable = on_usable
         self._claim = Claim(settings.mountpoint, directory)
         self._storage: Storage | None = None
@@ -74,9 +74,9 @@ class Service:
         self._lifetime = Lifetime(settings, lambda: self._finish(connected=True), foreground=foreground)
 
     def run(self) -> bool:
-        """Serve until the mount is gone. Returns whether the upper reached the disk.
+        """Serve until the mount is gone. Returns whether the upper is on disk.
 
-        Raises UserError when it can't be mounted; nothing is left mounted then.
+        Raises UserError if mounting fails, leaving nothing mounted.
         """
         try:
             if self._storage is not None:
@@ -97,7 +97,7 @@ class Service:
         return on_disk
 
     def _settings(self) -> MountSettings:
-        """The settings as they have become: with a session, and the targets of the storage."""
+        """Return the settings with the chosen session and the real targets of the storage."""
         settings = self._serving.settings
         if self._storage is not None:
             settings = replace(settings, storage=self._storage.settings.storage)
@@ -130,7 +130,7 @@ class Service:
         mount = self._serving.locate()
         self._claim.release()
         if mount is None:
-            # Whoever waited for the mount has unmounted it already, and the session is about to end.
+            # It has been unmounted already, and the session is about to end.
             log.info("%s was unmounted as soon as it was there", self._serving.settings.mountpoint)
             self._on_usable()
             return
@@ -156,7 +156,7 @@ class Service:
         }
 
     def _finish(self, *, connected: bool = False) -> bool:
-        """Let go of all, lowers first, the upper when it is on disk; returns whether it is."""
+        """Release everything: lowers first, the upper after its sync. Returns whether it is on disk."""
         settings, on_disk = self._settings(), True
         self._stack.close_lowers()
         self._serving.clear_leftovers(connected=connected)
@@ -182,14 +182,14 @@ class Service:
 
 
 def _open(settings: MountSettings, directory: RuntimeDirectory) -> tuple[Announcement, LayerStack]:
-    """What the mount may cover: the layers, and what others must not use. Raises UserError."""
+    """Open the layers and claims, whose paths the mount may cover. Raises UserError."""
     try:
         announcement, scratch = Announcement(settings, directory), None
         if settings.upper_tmpfs is not None:
             # For start-up time: most uppers are directories.
             from unionfs.storage import tmpfs
 
-            # Devices and set-id programs are for the union's own mount to allow or not.
+            # The union's own mount decides on devices and set-id programs.
             scratch = tmpfs.make(settings.upper_tmpfs, owner="the tmpfs for the upper")
         stack = LayerStack.open(
             settings.lowers,
@@ -206,7 +206,7 @@ def _open(settings: MountSettings, directory: RuntimeDirectory) -> tuple[Announc
 
 
 def _cause(group: BaseExceptionGroup[Any]) -> BaseException:
-    """The exception in a tree of groups that is meant for the user, else the first one."""
+    """Return the exception in a tree of groups that is meant for the user, else the first one."""
     known = group.subgroup((SessionError, UserError))
     error: BaseException = group if known is None else known
     while isinstance(error, BaseExceptionGroup):

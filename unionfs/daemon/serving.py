@@ -1,4 +1,4 @@
-"""Mounting and serving a union by the session that was asked for, or by the first that works here."""
+"""Mounts and serves a union with the requested session, or with the first one that works here."""
 
 from __future__ import annotations
 
@@ -20,15 +20,15 @@ log = logging.getLogger(__name__)
 
 
 class Serving:
-    """The FUSE mount of one union, and what is known of it."""
+    """The FUSE mount of one union."""
 
     def __init__(self, operations: Operations, settings: MountSettings) -> None:
         self.settings = settings
-        """With the session and the I/O mode that were chosen, once these are known."""
+        """With the chosen session and I/O mode, once known."""
         self.io: Mapping[str, Any] = {}
-        """Why data flows as it does, as plain values."""
+        """The reasons for the I/O mode, as plain values."""
         self.device = ""
-        """`major:minor` of the mount, once it is known."""
+        """`major:minor` of the mount, once known."""
         self._operations = operations
         self._mount: MountEntry | None = None
         self._gone = False
@@ -36,7 +36,7 @@ class Serving:
     async def serve(self, on_mounted: Callable[[], None]) -> None:
         """Mount and serve until the mount is gone. Raises SessionError."""
         await self._serve(on_mounted)
-        # The number of the device is given to the next mount, of whatever kind.
+        # The kernel reuses the device number for the next mount.
         self._gone = True
 
     async def _serve(self, on_mounted: Callable[[], None]) -> None:
@@ -84,7 +84,7 @@ class Serving:
         )
 
     def locate(self) -> MountEntry | None:
-        """The mount, by its id where that is known: its path may lead to another mount by now."""
+        """Return the mount, by its id if known: another mount may cover its path by now."""
         if self._mount is None:
             mount = mounted_at(self.settings.mountpoint)
         else:
@@ -95,6 +95,6 @@ class Serving:
         return mount
 
     def clear_leftovers(self, *, connected: bool) -> None:
-        """Detach what an error left mounted; `connected`: the session is still being served."""
+        """Detach mounts left by an error; `connected`: the session is still served."""
         if self.device and not self._gone:
             clear_leftovers(self.device, connected=connected)

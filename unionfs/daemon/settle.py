@@ -1,4 +1,4 @@
-"""What the words of a call mean on this host: which one wins, what the rest defaults to, where paths lead."""
+"""Turns command-line arguments into settings: precedence, defaults, absolute paths."""
 
 from __future__ import annotations
 
@@ -35,10 +35,10 @@ def settle(
     storage: Sequence[Spec] = (),
     storage_root: str | None = None,
 ) -> MountSettings:
-    """The settings that a call asks for. Changes nothing. Raises UserError.
+    """Return the settings for a call. Changes nothing. Raises UserError.
 
-    `source` is mount(8)'s first word, the `fsname` unless `-o` names one. `trusted_xattrs`: whether
-    `trusted.*` may be written (None: find out). `storage_root` is `--root`, ignored without `storage`.
+    `source` is mount(8)'s first argument, the default of `fsname`. `trusted_xattrs`: whether `trusted.*` may
+    be written (None: find out). `storage_root` is `--root`, ignored without `storage`.
     """
     parsed = parse_options(options)
     chosen_lowers = _either("lower", "-l", "lowerdir=", tuple(lowers), tuple(parsed.lowers))
@@ -65,7 +65,7 @@ def settle(
         io=io,
         fsname=parsed.fsname or source or "unionfs",
         subtype="unionfs" if parsed.subtype is None else parsed.subtype,
-        # Like the kernel's, root's mounts are open to everybody; the kernel checks permissions.
+        # As with kernel filesystems, all users may access root's mounts; the kernel checks permissions.
         allow_other=parsed.allow_other or (is_root and not parsed.allow_root),
         allow_root=parsed.allow_root,
         volatile=parsed.volatile,
@@ -87,7 +87,7 @@ def _either(thing: str, letter: str, option: str, by_letter: _T, by_option: _T) 
 
 
 def _writable_layer(upper: str | None, work: str | None) -> tuple[str | None, TmpfsOptions | None]:
-    """The upper directory, or what a tmpfs in its place is made with. Checks `work` against it."""
+    """Return the upper directory, or the options of a tmpfs in its place. Checks `work` against it."""
     if upper is not None and upper.startswith("tmpfs"):
         # For start-up time: most uppers are directories.
         from unionfs.settings.tmpfs import is_tmpfs_upper, parse_tmpfs_upper
@@ -135,20 +135,20 @@ def _chosen(name: str, by_letter: str, by_option: str | None, values: Sequence[s
 
 def _flags(options: Options, is_root: bool) -> tuple[str, ...]:
     chosen = {flag for flag in options.flags.values() if flag not in ("ro", "rw")}
-    # The defaults; libfuse would pass them on to fusermount3, which refuses some of them.
+    # Defaults; libfuse would pass them on to fusermount3, which refuses some of them.
     chosen -= {"exec", "async", "atime", "diratime"}
     if is_root:
-        # libfuse starts from nosuid,nodev; a root tree needs both (/dev, sudo, ping).
+        # libfuse defaults to nosuid,nodev; a root tree needs suid and dev (/dev, sudo, ping).
         chosen |= {"suid"} if "nosuid" not in chosen else set()
         chosen |= {"dev"} if "nodev" not in chosen else set()
     else:
-        # fusermount3 forces them on a user's mount, and complains on stderr about the opposite.
+        # fusermount3 forces these for ordinary users, and warns on stderr about the opposite.
         chosen = chosen - {"suid", "dev"} | {"nosuid", "nodev"}
     return tuple(sorted(chosen))
 
 
 def absolute(path: str) -> str:
-    """`path` against the caller's directory, symlinks resolved; missing parts stay as they are."""
+    """Return `path` as an absolute path with symlinks resolved; missing parts stay as they are."""
     if "\0" in path:
         raise UserError(f"{path!r} holds a zero byte, which no path can.")
     try:
@@ -160,7 +160,7 @@ def absolute(path: str) -> str:
 
 
 def absolute_mountpoint(path: str) -> str:
-    """As `absolute`, but without a request to what is mounted there, whose daemon may be dead or hang."""
+    """Like `absolute`, but sends no request to a mount at `path`, whose daemon may be dead or hang."""
     mountpoints = {entry.mountpoint for entry in read_mountinfo()}
     for _ in range(_MOST_LINKS):
         parent, name = os.path.split(path.rstrip("/"))

@@ -1,6 +1,6 @@
-"""What a mount does: asked of its daemon, and what lies between two answers.
+"""Statistics of a mount: snapshots from its daemon, and the difference between two of them.
 
-The daemon measures latencies only for as long as it was asked to: see `unionfs.fuse.latency`.
+The daemon measures latencies only for the requested time: see `unionfs.fuse.latency`.
 """
 
 from __future__ import annotations
@@ -21,14 +21,14 @@ COUNTERS: Final = (
     "opened_with_backing_file",
     "backing_files_refused",
 )
-"""Figures that only grow; the others are states. A session has only some of them."""
+"""Figures that only grow; all others are gauges. Not every session has all of them."""
 
 _WATCH: Final = "watch_seconds"
 _NS: Final = 1_000_000_000
 
 
 def more_for(question: dict[str, Any], latencies: Latencies) -> dict[str, Any]:
-    """The daemon's part: what it answers to a question for statistics beyond what it tells everybody.
+    """Return the daemon's extra answer to a question for statistics.
 
     Latencies are measured for the next `watch_seconds` seconds.
     """
@@ -40,7 +40,7 @@ def more_for(question: dict[str, Any], latencies: Latencies) -> dict[str, Any]:
 
 
 class NoAnswerError(UserError):
-    """The daemon lives, but says nothing."""
+    """The daemon is alive but does not answer."""
 
 
 class MountGoneError(UserError):
@@ -49,23 +49,23 @@ class MountGoneError(UserError):
 
 @dataclass(frozen=True, slots=True)
 class Snapshot:
-    """What a daemon told at one moment."""
+    """A daemon's answer at one moment."""
 
     clock_ns: int
-    """By the daemon's clock."""
+    """The daemon's clock."""
     session: str
     io: str
     requests: dict[str, int]
     """Since the mount, by kind."""
     figures: dict[str, Any]
     latencies: dict[str, Histogram]
-    """Of the requests that were measured since the mount, by kind."""
+    """Of the requests measured since the mount, by kind."""
 
 
 def snapshot(mount: LiveMount, watch_seconds: float) -> Snapshot:
-    """Ask the daemon, and have it measure for so many seconds more.
+    """Ask the daemon, and let it measure latencies for `watch_seconds` more.
 
-    Raises NoAnswerError, MountGoneError, and UserError when the daemon has died or is too old.
+    Raises NoAnswerError, MountGoneError, and UserError if the daemon has died or is too old.
     """
     answer = mount.ask({_WATCH: watch_seconds})
     if answer is None:
@@ -88,7 +88,7 @@ def snapshot(mount: LiveMount, watch_seconds: float) -> Snapshot:
 
 
 def _silence(mount: LiveMount) -> UserError:
-    """Why there was no answer."""
+    """Return the error that explains a missing answer."""
     name = quoted(mount.settings.mountpoint)
     if not mount.mounts():
         return MountGoneError(f"{name} is not mounted any more.")
@@ -109,26 +109,26 @@ class Kind:
     total: int
     """Since the mount."""
     per_second: float | None
-    """None: nothing is known but the total."""
+    """None: only the total is known."""
     latency: Histogram
-    """Of those that were begun and answered in the span."""
+    """Of the requests that began and ended within the span."""
 
 
 @dataclass(frozen=True, slots=True)
 class Span:
-    """What a mount did between two moments."""
+    """A mount's activity between two snapshots."""
 
     earlier: Snapshot | None
-    """None: there is only the one moment."""
+    """None: there is only one snapshot."""
     now: Snapshot
 
     @property
     def seconds(self) -> float:
-        """Its length; 0 when there is only one moment."""
+        """The length of the span; 0 with only one snapshot."""
         return 0.0 if self.earlier is None else (self.now.clock_ns - self.earlier.clock_ns) / _NS
 
     def kinds(self) -> dict[str, Kind]:
-        """By the name of the kind."""
+        """Return the requests by kind."""
         return {name: self._kind(name) for name in sorted(self.now.requests)}
 
     def _kind(self, name: str) -> Kind:
@@ -141,7 +141,7 @@ class Span:
         return Kind(total, (total - self.earlier.requests.get(name, 0)) / self.seconds, latency)
 
     def all_kinds(self) -> Kind:
-        """All requests as one kind."""
+        """Return all requests as one kind."""
         kinds = self.kinds().values()
         latency = Histogram()
         for kind in kinds:
@@ -150,7 +150,7 @@ class Span:
         return Kind(sum(kind.total for kind in kinds), sum(rates) if self.seconds > 0 else None, latency)
 
     def counters(self) -> dict[str, tuple[float, float | None]]:
-        """Figures that only grow: since the mount, and a second."""
+        """Return (total since the mount, rate per second) of each of COUNTERS."""
         found: dict[str, tuple[float, float | None]] = {}
         for name in COUNTERS:
             total = self.now.figures.get(name)
@@ -163,11 +163,11 @@ class Span:
         return found
 
     def states(self) -> dict[str, Any]:
-        """All other figures, as they are now."""
+        """Return the current values of all other figures."""
         return {name: value for name, value in self.now.figures.items() if name not in COUNTERS}
 
     def to_json(self) -> dict[str, Any]:
-        """Plain values; times in seconds, sizes in bytes."""
+        """Return plain values; times in seconds, sizes in bytes."""
         return {
             "session": self.now.session,
             "io": self.now.io,

@@ -1,4 +1,4 @@
-"""The storage of one union: opened before its layers, mounted or served, given back at its end."""
+"""The storage of one union: opened before its layers, mounted or served, and released at its end."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ from unionfs.union.tree import Union
 
 
 class Storage:
-    """With CAP_SYS_ADMIN it is mounted into the union that is mounted; else the union itself serves it."""
+    """With CAP_SYS_ADMIN, storage is mounted inside the mounted union; otherwise the union serves it."""
 
     def __init__(self, settings: MountSettings) -> None:
-        """Open all sources; a guardian waits for this process's end. Before there are threads or a mount.
+        """Start the guardian and open all sources. Call it before there are threads or a mount.
 
         Raises UserError, with everything undone.
         """
@@ -45,20 +45,20 @@ class Storage:
             raise
 
     def _clear(self, device: str) -> None:
-        """What the guardian does when this process was killed."""
+        """Clean up after this process; the guardian calls this if the process is killed."""
         if device:
             clear_dead_mounts(device)
         release(self.settings, self._user)
         live.entries()
 
     def serve(self, union: Union, stack: LayerStack) -> tuple[Spec, ...]:
-        """Before the union is mounted. Returns the specs with their real targets. Raises UserError."""
+        """Return the specs with their real targets, before the union is mounted. Raises UserError."""
         if not self._kernel_mounts and self._sources is not None:
             self._found(served.serve(self._sources, union, stack))
         return self.settings.storage
 
     def mount(self, mount: MountEntry, stack: LayerStack) -> tuple[Spec, ...]:
-        """As `serve`, when the union is mounted; in a thread: every path leads through the union."""
+        """Like `serve`, after the union is mounted. Call it in a thread: all its paths are in the union."""
         self._guardian.tell(mount.device)
         if self._kernel_mounts and self._sources is not None:
             self._found(attach(mount, self._sources, stack))
@@ -70,11 +70,11 @@ class Storage:
             self._sources.close()
 
     def keep(self) -> None:
-        """The mount came to be used: what was made for its storage stays."""
+        """Keep newly created storage: the mount is usable."""
         self._kept = True
 
     def give_back(self) -> None:
-        """Give the volumes back, or undo all that was made if the mount never came to be used."""
+        """Release the volumes, or undo everything if `keep` was never called."""
         if self._sources is None:
             return
         if self._kept:
@@ -84,6 +84,6 @@ class Storage:
         self._sources = None
 
     def let_go(self) -> None:
-        """The last step, however the mount ends: from now on nobody has to watch this process."""
+        """Release the volumes and dismiss the guardian; the last step, however the mount ends."""
         self.give_back()
         self._guardian.dismiss()

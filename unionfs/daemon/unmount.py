@@ -1,4 +1,4 @@
-"""The command `umount`: the union, its storage, and what a killed daemon left."""
+"""The command `umount`: unmounts the union and its storage, and cleans up after a killed daemon."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from unionfs.sys.mountinfo import MountEntry, mounted_at, read_mountinfo
 from unionfs.sys.process import users_of, wait_gone
 from unionfs.sys.unmount import unmount
 
-# How long a daemon may take to notice that its mount is gone before we look for what else holds the mount.
+# How long a daemon may take to notice the unmount before we look for other users of the mount.
 _NOTICE_SECONDS = 2.0
 _DEAF_SECONDS = 30.0
 _LAZY_SECONDS = 0.5
@@ -30,7 +30,7 @@ _NEEDED_TO_CLEAR = (
 
 
 def umount(mountpoint: str, *, lazy: bool = False) -> None:
-    """Unmount, and wait until the daemon is gone and all is on disk. Raises UserError."""
+    """Unmount, and wait until the daemon has ended and all data is on disk. Raises UserError."""
     path = absolute_mountpoint(mountpoint)
     mount = mounted_at(path)
     if mount is not None and mount.fstype == _SUBTYPE and (owner := others.owner_of(mount)) is not None:
@@ -64,7 +64,7 @@ def _unmount_dead(mount: MountEntry, *, lazy: bool) -> None:
         if error.errno != errno.EBUSY:
             _refuse_unless_gone(mount, error)
             return
-        # Nobody can use a dead mount; those who have a directory there only keep it from going.
+        # A dead mount is unusable; a process with a directory open there only keeps it busy.
         try:
             unmount(mount, lazy=True)
         except OSError as again:
@@ -93,7 +93,7 @@ def _unmount_living(mount: MountEntry, entry: live.LiveMount | None, *, lazy: bo
 
 
 def _refuse_unless_gone(mount: MountEntry, error: OSError) -> None:
-    if error.errno not in (errno.EINVAL, errno.ENOENT):  # unmounted by somebody else in between
+    if error.errno not in (errno.EINVAL, errno.ENOENT):  # unmounted in between
         raise UserError(
             f"{quoted(mount.mountpoint)} cannot be unmounted: {reason(error)}; run the command as the user "
             "who mounted it, or as root."
@@ -101,9 +101,9 @@ def _refuse_unless_gone(mount: MountEntry, error: OSError) -> None:
 
 
 def _umount_of_other(mount: MountEntry, owner: int, *, lazy: bool) -> None:
-    """End another user's mount; what a dead daemon of that user left is cleared as that user.
+    """Unmount another user's mount; clean up after that user's dead daemon as that user.
 
-    No request is sent to the mount, whose daemon may not answer. Raises UserError.
+    Sends no request to the mount, whose daemon may not answer. Raises UserError.
     """
     path = mount.mountpoint
     entry = live.find_by_device(mount.device, others.mounts_of_others().answered)
@@ -120,9 +120,9 @@ def _umount_of_other(mount: MountEntry, owner: int, *, lazy: bool) -> None:
 
 
 def clear_abandoned() -> int:
-    """Give back the volumes of this user's mounts that have neither a daemon nor a mount any more.
+    """Release the volumes of this user's mounts that have neither daemon nor mount left.
 
-    Returns 0, the exit code of a process of its own.
+    Returns 0, the exit code of the process that runs it.
     """
     for entry in live.abandoned():
         _clear(entry)
@@ -130,7 +130,7 @@ def clear_abandoned() -> int:
 
 
 def _clear(entry: live.LiveMount) -> None:
-    """Give back the volumes of a daemon that was killed, when its guardian was too."""
+    """Release the volumes of a daemon that was killed together with its guardian."""
     if entry.settings.storage:
         # For start-up time: most unions have no storage.
         from unionfs.storage.users import release, user_of
@@ -148,10 +148,10 @@ def _wait_for_end(entry: live.LiveMount, path: str, *, lazy: bool) -> None:
             return
         if waited < _NOTICE_SECONDS or lazy:
             continue
-        # An ending daemon still writes the upper to disk, which may take long on a slow one.
+        # An ending daemon still syncs the upper, which may take long on a slow disk.
         if entry.uid is None and any(e.pid == entry.pid and e.ending for e in live.entries()):
             continue
-        # One that gets no processor has noticed nothing yet; one that answers has.
+        # A daemon without CPU time has not noticed yet; one that answers has.
         if not answered and waited < _DEAF_SECONDS:
             answered = entry.ask() is not None
             continue
@@ -164,8 +164,8 @@ def _wait_for_end(entry: live.LiveMount, path: str, *, lazy: bool) -> None:
 
 
 def _busy(path: str, mount: MountEntry, entry: live.LiveMount | None) -> str:
-    """Why the union at `path` cannot be unmounted: `mount`, itself or something mounted in it, is in use."""
-    # Whoever has a file of the host's filesystem mapped is no user of a bind mount of it.
+    """Explain why the union at `path` is busy: `mount`, the union itself or a mount inside it, is in use."""
+    # A process that maps a file of the host's filesystem does not use a bind mount of it.
     users = users_of(mount.mountpoint, mount.device if mount.is_fuse else "-1:-1")
     ours = set()
     if entry is not None and entry.settings.storage and (top := mounted_at(path)) is not None:

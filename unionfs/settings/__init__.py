@@ -1,1 +1,1 @@
-"""Settings: plain values and their parsing. Asks nothing of the host."""
+"""Settings: plain values and their parsing, independent of the host."""

@@ -1,4 +1,4 @@
-"""All settings of one mount: absolute, complete, not yet checked against the host (`daemon.preflight`)."""
+"""The settings of one mount: absolute and complete, not checked against the host (see `daemon.preflight`)."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ LOG_LEVELS = ("debug", "info", "warning", "error")
 
 @dataclass(frozen=True, slots=True)
 class MountSettings:
-    """One mount. Paths are absolute and free of symlinks; names are decoded as by `os.fsdecode`."""
+    """One mount. Paths are absolute, without symlinks, and decoded by `os.fsdecode`."""
 
     mountpoint: str
     lowers: tuple[str, ...]
@@ -25,9 +25,9 @@ class MountSettings:
     read_only: bool
     """No upper, or `ro`."""
     session: str
-    """What serves it: `auto` until that is known, then `direct` or `pyfuse3`."""
+    """`auto` until chosen, then `direct` or `pyfuse3`."""
     io: str
-    """How the direct session reads and writes files: one of IO_MODES, `auto` until that is known."""
+    """The I/O mode of the direct session: one of IO_MODES, `auto` until chosen."""
     fsname: str
     subtype: str
     allow_other: bool
@@ -36,22 +36,22 @@ class MountSettings:
     userxattr: bool
     """Whether markers are `user.overlay.*` instead of `trusted.overlay.*`."""
     flags: tuple[str, ...]
-    """Mount flags: `dev`, `nosuid`, `noexec` and the like."""
+    """Mount flags such as `dev`, `nosuid` and `noexec`."""
     security: tuple[str, ...]
     log_level: str
     mounted_by: int
-    """The user id that made the mount."""
+    """The uid of the mounting user."""
     upper_tmpfs: TmpfsOptions | None = None
-    """Upper and work are on a tmpfs of this kind, which no path leads to; `upper` and `work` are None."""
+    """Options of a detached tmpfs for upper and work; then `upper` and `work` are None."""
     storage: tuple[Spec, ...] = ()
-    """What is mounted into the union, in this order."""
+    """The storage of the union, in mount order."""
     storage_root: str = ""
-    """Where volumes are; empty when there is no storage."""
+    """The directory of the volumes; empty without storage."""
     lives_with: tuple[int, int] | None = None
     """A process (pid, start time in clock ticks since boot) whose end ends the mount."""
 
     def fuse_options(self) -> list[str]:
-        """libfuse's options, each escaped as lib/fuse_opt.c wants it."""
+        """Return libfuse's options, escaped for lib/fuse_opt.c."""
         named = [f"fsname={self.fsname}", *self.security]
         if self.subtype:
             named.append(f"subtype={self.subtype}")
@@ -65,7 +65,7 @@ class MountSettings:
         return options + list(self.flags)
 
     def to_json(self) -> dict[str, Any]:
-        """The settings as plain values; `from_json` reads them back."""
+        """Return the settings as plain values, for `from_json`."""
         values = asdict(self)
         if self.storage:
             # For start-up time: most mounts have no storage.
@@ -76,11 +76,11 @@ class MountSettings:
 
     @classmethod
     def from_json(cls, values: dict[str, Any]) -> MountSettings:
-        """Raises KeyError or TypeError when the values are not those of `to_json`."""
+        """Read the values of `to_json`. Raises KeyError or TypeError for other values."""
         plain: dict[str, Any] = {
             item.name: values[item.name]
             for item in fields(cls)
-            # the daemon may be of an older version, with fewer settings
+            # An older daemon may have fewer settings.
             if item.name in values or item.default is MISSING
         }
         for name, value in plain.items():

@@ -1,4 +1,4 @@
-"""Names of volumes and containers: Docker's rule for them, and names for what was given none."""
+"""Names of volumes and containers: Docker's rule, and names of anonymous volumes."""
 
 from __future__ import annotations
 
@@ -9,16 +9,16 @@ from unionfs.errors import UserError, quoted
 
 # Docker's RestrictedNamePattern (daemon/names): at least two characters.
 _NAME = re.compile(r"[a-zA-Z0-9][a-zA-Z0-9_.-]+")
-_LONGEST = 255  # NAME_MAX: it becomes a directory's name
+_LONGEST = 255  # NAME_MAX: the name becomes a directory name
 
 
 def is_name(text: str) -> bool:
-    """Whether a volume or container may be called so."""
+    """Return whether this is a valid name of a volume or container."""
     return _NAME.fullmatch(text) is not None and len(text) <= _LONGEST
 
 
 def check_name(text: str, kind: str = "volume") -> str:
-    """The name itself. Raises UserError for one that a `kind` can't have."""
+    """Return the name itself. Raises UserError if it is not a valid name for `kind`."""
     if is_name(text):
         return text
     if len(text) > _LONGEST:
@@ -35,5 +35,5 @@ def check_name(text: str, kind: str = "volume") -> str:
 
 
 def anonymous_name() -> str:
-    """A new name for an anonymous volume: 64 hexadecimal digits, as Docker's."""
+    """Return a new name for an anonymous volume: 64 hexadecimal digits, as in Docker."""
     return os.urandom(32).hex()

@@ -1,10 +1,9 @@
-"""What may stand behind `-o`, and what becomes of it.
+"""Parses the mount options of `-o`.
 
-The spelling is the kernel's (Documentation/filesystems/overlayfs.rst, mount(8)); the words that
-fuse-overlayfs takes are known too, so that its callers can call this program instead. Three ways there are
-for an option: it is followed, or it is skipped because the mount is right without it, or it is refused with
-the reason. A mount that looked like what was asked for but owned files differently, or let others in, would
-be worse than none.
+The syntax is the kernel's (Documentation/filesystems/overlayfs.rst, mount(8)); options of fuse-overlayfs are
+known too, so that its callers can use this program instead. An option is either applied, or ignored if the
+mount is correct without it, or refused with the reason: a mount that silently showed other owners or let
+other users in would be worse than none.
 """
 
 from __future__ import annotations
@@ -18,9 +17,9 @@ _SECURITY = ("context", "fscontext", "defcontext", "rootcontext")
 
 
 def _split(text: str, separator: str) -> list[str]:
-    """Split at separators without a backslash before them; keeps all escapes.
+    """Split at unescaped separators; keep all escapes.
 
-    A separator within the double quotes of an SELinux context does not count, as in the kernel.
+    A separator within the double quotes of an SELinux context does not split, as in the kernel.
     """
     parts, start, position, in_quotes = [], 0, 0, False
     while position < len(text):
@@ -38,7 +37,7 @@ def _split(text: str, separator: str) -> list[str]:
 
 
 def unescape_option(text: str) -> str:
-    """Take one level of backslashes away: `\\x` is `x`, as fs/overlayfs/params.c does."""
+    """Remove one level of backslashes: `\\x` becomes `x`, as in fs/overlayfs/params.c."""
     out, position = [], 0
     while position < len(text):
         if text[position] == "\\" and position + 1 < len(text):
@@ -49,7 +48,7 @@ def unescape_option(text: str) -> str:
 
 
 def split_options(text: str) -> Iterator[tuple[str, str | None]]:
-    """The (name, value) pairs of one `-o` argument, values still escaped; empty options are left out."""
+    """Yield the (name, value) pairs of one `-o` argument, values still escaped; empty options are skipped."""
     for option in _split(text, ","):
         name, equals, value = option.partition("=")
         if option:
@@ -57,7 +56,7 @@ def split_options(text: str) -> Iterator[tuple[str, str | None]]:
 
 
 def split_lowers(value: str) -> list[str]:
-    """`A:B:C` as three paths, topmost first, `\\:` being a colon. Raises UserError for an empty one."""
+    """Split `A:B:C` into paths, topmost first; `\\:` is a colon. Raises UserError for an empty path."""
     parts = _split(value, ":")
     if "" in parts:
         raise UserError(
@@ -67,7 +66,7 @@ def split_lowers(value: str) -> list[str]:
     return [unescape_option(part) for part in parts]
 
 
-# Mount flags that are handed to the mount; those which contradict each other, the last one counts.
+# Mount flags that are passed on; the last flag of a group wins.
 _FLAG_GROUPS: tuple[tuple[str, ...], ...] = (
     ("dev", "nodev"),
     ("suid", "nosuid"),
@@ -80,8 +79,8 @@ _FLAG_GROUPS: tuple[tuple[str, ...], ...] = (
 )
 _GROUP_OF = {flag: group for group in _FLAG_GROUPS for flag in group}
 
-# Words that say nothing to a union: a FUSE mount has no atime of its own (fs/fuse/inode.c sets S_NOATIME),
-# lazytime is the kernel's own affair, and the rest are for fstab and mount(8).
+# Options without meaning for a union: FUSE does not update atime itself (fs/fuse/inode.c sets S_NOATIME),
+# lazytime is up to the kernel, and the rest are for fstab and mount(8).
 _SKIPPED_WORDS = frozenset({
     "defaults", "auto", "noauto", "user", "nouser", "users", "nousers", "owner", "noowner", "group",
     "nogroup", "nofail", "_netdev", "symfollow",
@@ -92,8 +91,8 @@ _SKIPPED_WORDS = frozenset({
 })  # fmt: skip
 _SKIPPED_PREFIXES = ("x-", "X-", "comment=", "user=", "helper=", "uhelper=")
 
-# fuse-overlayfs's own words; each concerns how that program works and not what the mount shows. `private`
-# is a propagation word that podman sends with `-v src:/x:O`; the mount is made in a namespace of podman's.
+# Options of fuse-overlayfs that concern how it works, not the mount's content. podman passes the propagation
+# `private` with `-v src:/x:O`, but the mount is made in podman's own namespace.
 _SKIPPED_FUSE_OVERLAYFS = frozenset({
     "redirect_dir", "timeout", "threaded", "fsync", "fast_ino", "writeback", "static_nlink", "noacl",
     "private", "rprivate", "slave", "rslave", "shared", "rshared", "clone_fd", "max_idle_threads",
@@ -101,7 +100,7 @@ _SKIPPED_FUSE_OVERLAYFS = frozenset({
     "max_read", "max_write", "max_readahead", "max_background", "congestion_threshold", "noxattrs",
 })  # fmt: skip
 
-# What an ignored option would change, and so why it is refused.
+# Refused options with the reason: ignoring them would change the mount.
 _REFUSED: Mapping[str, str] = {
     "uidmapping": "mapping of user ids is not supported, and without it files would show other owners",
     "gidmapping": "mapping of group ids is not supported, and without it files would show other owners",
@@ -125,7 +124,7 @@ _REFUSED: Mapping[str, str] = {
     "override_creds": "the caller's rights are always checked by the kernel, so leave the option out",
 }
 
-# Features of kernel overlayfs: the values that ask for what this program does, and what it lacks.
+# Features of kernel overlayfs: values that match this program, and the name of the unsupported feature.
 _FEATURES: Mapping[str, tuple[frozenset[str], str]] = {
     "redirect_dir": (frozenset({"off", "nofollow", "follow"}), "renaming of lower directories by redirects"),
     "index": (frozenset({"off"}), "the index of hard links"),
@@ -140,13 +139,13 @@ _FEATURES: Mapping[str, tuple[frozenset[str], str]] = {
 
 @dataclass(slots=True)
 class Options:
-    """All `-o` arguments of a call, read but not yet checked against the host."""
+    """All `-o` arguments of a call, parsed but not checked against the host."""
 
     lowers: list[str] = field(default_factory=list)
     upper: str | None = None
     work: str | None = None
     flags: dict[tuple[str, ...], str] = field(default_factory=dict)
-    """The chosen flag of each group that was mentioned."""
+    """The last flag of each group that occurred."""
     allow_other: bool = False
     allow_root: bool = False
     fsname: str | None = None
@@ -157,16 +156,16 @@ class Options:
     session: str | None = None
     io: str | None = None
     security: list[str] = field(default_factory=list)
-    """SELinux contexts, `name=value`, as mount(2) takes them."""
+    """SELinux contexts, as `name=value` of mount(2)."""
 
     @property
     def read_only(self) -> bool:
-        """Whether `ro` was said last."""
+        """Whether `ro` was the last of `ro` and `rw`."""
         return "ro" in self.flags.values()
 
 
 def parse_options(arguments: Iterable[str]) -> Options:
-    """Read every `-o` argument of a call, in order. Raises UserError naming the one that can't be taken."""
+    """Parse all `-o` arguments of a call, in order. Raises UserError that names an invalid option."""
     options = Options()
     lowerdir: str | None = None
     for argument in arguments:
@@ -249,7 +248,7 @@ def _feature(name: str, value: str) -> None:
 
 
 def _word(options: Options, name: str) -> bool:
-    """Take an option that has no value; False when it isn't one of these."""
+    """Apply an option without a value. Returns False if it is unknown."""
     match name:
         case "allow_other":
             options.allow_other = True

@@ -1,7 +1,7 @@
-"""`-v` and `--mount` in Docker's syntax.
+"""Parses `-v` and `--mount` in Docker's syntax.
 
 Sources of the rules: docker/cli opts/mount.go (the keys of `--mount`), moby volume/mounts/linux_parser.go
-(the parts of `-v`, and what goes with what). A relative source is taken against the caller's directory.
+(the parts of `-v`, and valid combinations). A relative source is relative to the caller's directory.
 """
 
 from __future__ import annotations
@@ -33,10 +33,10 @@ _BOOLEANS = {
 
 
 def parse_all(volumes: Iterable[str], mounts: Iterable[str], tmpfs: Iterable[str]) -> tuple[Spec, ...]:
-    """Everything that a call wants mounted, in the order in which it is to be mounted.
+    """Parse all storage arguments of a call. Returns the specs in mount order.
 
-    As Docker does: by the number of directories in the target, so that /a comes before /a/b. Raises
-    UserError for what cannot be read, and for a target that is given twice.
+    Like Docker, sorts by the number of directories in the target, so that /a comes before /a/b. Raises
+    UserError for invalid arguments and duplicate targets.
     """
     found: list[Spec] = [parse_volume(text) for text in volumes]
     found += [parse_mount(text) for text in mounts]
@@ -70,7 +70,7 @@ def _host_path(option: str, text: str) -> str:
 
 
 def parse_volume(text: str) -> VolumeSpec | BindSpec:
-    """One `-v`: /target, NAME:/target[:mode,...] or /host/path:/target[:mode,...]. Raises UserError."""
+    """Parse a `-v`: /target, NAME:/target[:mode,...] or /host/path:/target[:mode,...]. Raises UserError."""
     option = f"-v {quoted(text)}"
     parts = text.split(":")
     if len(parts) > 3:
@@ -122,7 +122,7 @@ _WORDS = {
 
 
 def _modes(option: str, text: str) -> dict[str, str]:
-    """The words behind the second colon, by what they are about. One of a sort, as in Docker."""
+    """Return the modes after the second colon, by category. One per category, as in Docker."""
     found: dict[str, str] = {}
     for word in text.split(",") if text else ():
         sort = _WORDS.get(word)
@@ -150,7 +150,7 @@ _FLAGS = ("readonly", "volume-nocopy", "bind-nonrecursive", "bind-create-src")
 
 
 def parse_mount(text: str) -> Spec:
-    """One `--mount`: key=value pairs, separated and quoted as CSV. Raises UserError."""
+    """Parse a `--mount`: key=value pairs in CSV form. Raises UserError."""
     option = f"--mount {quoted(text)}"
     given, driver_options = _pairs(option, text)
     kind = str(given.pop("type", "volume")).lower()

@@ -1,4 +1,4 @@
-"""Sizes as people write them, as tmpfs takes them, and as they are shown."""
+"""Parses and formats sizes."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _LARGEST = 2**63 - 1
 
 
 def parse_size(text: str) -> int:
-    """Bytes of `64m`, `1.5GiB`, `4096` and the like. Raises ValueError."""
+    """Return the bytes of a size such as `64m`, `1.5GiB` or `4096`. Raises ValueError."""
     found = _SIZE.fullmatch(text)
     if found is None:
         raise ValueError(text)
@@ -29,7 +29,7 @@ def parse_size(text: str) -> int:
 
 
 def volume_size(text: str, what: str = "size") -> int:
-    """As `parse_size`, for a volume, which has at least a byte. Raises UserError."""
+    """Like `parse_size`, for a volume: at least one byte. Raises UserError."""
     try:
         size = parse_size(text.strip())
     except ValueError:
@@ -42,7 +42,7 @@ def volume_size(text: str, what: str = "size") -> int:
 
 
 def parse_tmpfs_size(text: str) -> str:
-    """A size as tmpfs takes it: bytes, or `50%` of the memory; 0 is no limit. Raises ValueError."""
+    """Return a size for tmpfs: bytes, or `50%` of memory; 0 is no limit. Raises ValueError."""
     if found := _PERCENT.fullmatch(text):
         if not 0 < int(found[1]) <= 100:
             raise ValueError(text)
@@ -51,7 +51,7 @@ def parse_tmpfs_size(text: str) -> str:
 
 
 def parse_count(text: str) -> str:
-    """A number of inodes as tmpfs takes it; `k`, `m` and `g` are powers of 1024. Raises ValueError."""
+    """Return a number of inodes for tmpfs; `k`, `m` and `g` are powers of 1024. Raises ValueError."""
     found = _COUNT.fullmatch(text)
     if found is None:
         raise ValueError(text)
@@ -62,7 +62,7 @@ def parse_count(text: str) -> str:
 
 
 def shown_size(size: float) -> str:
-    """Bytes as Docker shows them (go-units HumanSize): four digits, powers of 1000."""
+    """Format bytes like Docker (go-units HumanSize): four digits, powers of 1000."""
     for unit in ("B", "kB", "MB", "GB", "TB"):
         if size < 1000:
             return f"{size:.4g}{unit}"

@@ -1,6 +1,6 @@
-"""What is to be mounted into a union, as plain values that go through JSON and back.
+"""Specifications of a union's storage, as plain values with a JSON form.
 
-`parsing` makes them out of `-v`, `--mount` and `--tmpfs`; `attach` mounts them.
+`parsing` makes them from `-v`, `--mount` and `--tmpfs`; `attach` mounts them.
 """
 
 from __future__ import annotations
@@ -11,27 +11,27 @@ from typing import Any, ClassVar
 
 PROPAGATIONS = ("private", "rprivate", "slave", "rslave", "shared", "rshared")
 TMPFS_FLAGS = ("nosuid", "nodev", "noexec")
-"""What Docker's tmpfs mounts have unless the contrary is asked for."""
+"""Default flags of Docker's tmpfs mounts."""
 
 
 @dataclass(frozen=True, slots=True)
 class TmpfsOptions:
-    """What a tmpfs is made with; tmpfs(5). None: the kernel's own default."""
+    """Options of a tmpfs; tmpfs(5). None: the kernel's default."""
 
     size: str | None = None
-    """Bytes as a decimal number, or `50%` of the memory; `0` is no limit."""
+    """Decimal bytes, or `50%` of memory; `0` is no limit."""
     mode: int | None = None
-    """Of the root directory."""
+    """Mode of the root directory."""
     nr_inodes: str | None = None
     uid: int | None = None
     gid: int | None = None
     swap: bool | None = None
-    """None: kept out of swap if the kernel can do that (`noswap`, Linux 6.4). False: that or a refusal."""
+    """None: `noswap` if the kernel supports it (Linux 6.4). False: `noswap`, or an error."""
     more: tuple[tuple[str, str], ...] = ()
-    """Further options of tmpfs, such as `huge`; a flag has an empty value."""
+    """Other options of tmpfs, such as `huge`; a flag has an empty value."""
 
     def parameters(self) -> list[tuple[str, str]]:
-        """Names and values for fsconfig(2), without `noswap`."""
+        """Return names and values for fsconfig(2), without `noswap`."""
         given = {
             "size": self.size,
             "mode": None if self.mode is None else f"{self.mode:o}",
@@ -43,7 +43,7 @@ class TmpfsOptions:
 
     @classmethod
     def from_json(cls, values: Mapping[str, Any]) -> TmpfsOptions:
-        """Raises KeyError or TypeError when the values are not those of `asdict`."""
+        """Read the values of `asdict`. Raises KeyError or TypeError for other values."""
         return cls(**{**values, "more": tuple((str(name), str(value)) for name, value in values["more"])})
 
 
@@ -55,20 +55,20 @@ class VolumeSpec:
 
     target: str
     name: str | None = None
-    """None: an anonymous one, not made yet."""
+    """None: an anonymous volume, not created yet."""
     read_only: bool = False
     anonymous: bool = False
     driver: str = "local"
     options: tuple[tuple[str, str], ...] = ()
-    """For the driver."""
+    """Options of the driver."""
     copy: bool = True
-    """An empty volume is filled with what the union has at the target."""
+    """Fill an empty volume with the union's content at the target."""
     subpath: str = ""
-    """A directory or file in the volume to mount instead of all of it."""
+    """A directory or file in the volume to mount instead of the whole volume."""
 
     @property
     def source(self) -> str:
-        """What a sentence calls it."""
+        """Its name for use in a sentence."""
         return f"volume {self.name}" if self.name and not self.anonymous else "an anonymous volume"
 
 
@@ -84,21 +84,21 @@ class BindSpec:
     read_only: bool = False
     propagation: str = "rprivate"
     create: bool = False
-    """A missing source is made, as a directory."""
+    """Create a missing source as a directory."""
     recursive: bool = True
-    """With what is mounted below the source."""
+    """Include the mounts below the source."""
     read_only_below: bool = True
-    """`read_only` is true of what is mounted below, too."""
+    """Apply `read_only` to the mounts below, too."""
 
     @property
     def source(self) -> str:
-        """What a sentence calls it."""
+        """Its name for use in a sentence."""
         return self.path
 
 
 @dataclass(frozen=True, slots=True)
 class TmpfsSpec:
-    """A tmpfs of its own, gone with the union."""
+    """A private tmpfs that ends with the union."""
 
     kind: ClassVar[str] = "tmpfs"
 
@@ -109,7 +109,7 @@ class TmpfsSpec:
 
     @property
     def source(self) -> str:
-        """What a sentence calls it."""
+        """Its name for use in a sentence."""
         return "a tmpfs"
 
 
@@ -117,12 +117,12 @@ Spec = VolumeSpec | BindSpec | TmpfsSpec
 
 
 def to_json(spec: Spec) -> dict[str, Any]:
-    """A spec as plain values; `from_json` reads them back."""
+    """Return a spec as plain values, for `from_json`."""
     return {"type": spec.kind, **asdict(spec)}
 
 
 def from_json(values: Mapping[str, Any]) -> Spec:
-    """Raises KeyError or TypeError when the values are not those of `to_json`."""
+    """Read the values of `to_json`. Raises KeyError or TypeError for other values."""
     given = {name: value for name, value in values.items() if name != "type"}
     match values["type"]:
         case "volume":

@@ -1,4 +1,4 @@
-"""`--tmpfs` (moby pkg/mount/flags.go) and `-u tmpfs:`, with the words of mount(8) and tmpfs(5)."""
+"""Parses `--tmpfs` (moby pkg/mount/flags.go) and `-u tmpfs:`, with options of mount(8) and tmpfs(5)."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from unionfs.settings.sizes import parse_count, parse_tmpfs_size
 from unionfs.settings.specs import TMPFS_FLAGS, TmpfsOptions, TmpfsSpec
 
 TMPFS_UPPER = "tmpfs"
-# Words of mount(8) in --tmpfs: the flag each adds or takes away, None for those that change nothing.
+# Options of mount(8) in --tmpfs: flags to add, flags to remove, and options without effect.
 _TMPFS_ADD = ("nosuid", "nodev", "noexec", "noatime", "nodiratime", "relatime", "strictatime", "nosymfollow")
 _TMPFS_TAKE = {
     "suid": "nosuid", "dev": "nodev", "exec": "noexec", "atime": "noatime", "diratime": "nodiratime",
@@ -24,7 +24,7 @@ _T = TypeVar("_T")
 
 
 def target_of(option: str, text: str) -> str:
-    """A target, cleaned of `.`, `..` and double slashes, as Docker does it: without a look at symlinks."""
+    """Normalize a target (`.`, `..`, double slashes) without resolving symlinks, like Docker."""
     if not text.startswith("/"):
         shown = f"target {quoted(text)}" if text else "the target"
         what = "is a relative path" if text else "is empty"
@@ -36,7 +36,7 @@ def target_of(option: str, text: str) -> str:
 
 
 def parse_tmpfs(text: str) -> TmpfsSpec:
-    """One `--tmpfs`: /target[:option,...] with the words of mount(8) and tmpfs(5). Raises UserError."""
+    """Parse a `--tmpfs`: /target[:option,...], options of mount(8) and tmpfs(5). Raises UserError."""
     option = f"--tmpfs {quoted(text)}"
     target, _, words = text.partition(":")
     target = target_of(option, target)
@@ -57,12 +57,12 @@ def parse_tmpfs(text: str) -> TmpfsSpec:
 
 
 def is_tmpfs_upper(upper: str) -> bool:
-    """Whether `-u` asks for a tmpfs: `tmpfs` or `tmpfs:OPTION,...`. A directory of that name is ./tmpfs."""
+    """Return whether `-u` requests a tmpfs: `tmpfs` or `tmpfs:OPTION,...`. A directory is ./tmpfs."""
     return upper == TMPFS_UPPER or upper.startswith(TMPFS_UPPER + ":")
 
 
 def parse_tmpfs_upper(upper: str) -> TmpfsOptions:
-    """What a tmpfs for upper and work is made with. Raises UserError."""
+    """Parse the options of a tmpfs for upper and work. Raises UserError."""
     words = upper.partition(":")[2].split(",")
     return _tmpfs_options(f"-u {quoted(upper)}", [word for word in words if word], TmpfsOptions())
 
@@ -97,7 +97,7 @@ def _tmpfs_options(option: str, words: Iterable[str], options: TmpfsOptions) -> 
 
 
 def octal(text: str) -> int:
-    """A mode. Raises ValueError."""
+    """Parse an octal mode. Raises ValueError."""
     mode = int(text, 8) if text.isascii() and text.isdecimal() else -1
     if not 0 <= mode <= 0o7777:
         raise ValueError(text)
@@ -111,7 +111,7 @@ def _id(text: str) -> int:
 
 
 def value_of(option: str, name: str, text: str, parse: Callable[[str], _T], what: str) -> _T:
-    """`text` by `parse`, whose ValueError becomes a UserError that asks for `what`."""
+    """Return `parse(text)`. Turns ValueError into a UserError that asks for `what`."""
     try:
         return parse(text)
     except ValueError:

@@ -1,1 +1,1 @@
-"""Thin typed wrappers of the system calls Python lacks. No policy lives here."""
+"""Thin typed wrappers of the system calls Python lacks. No policy."""

@@ -1,8 +1,8 @@
-"""Work that root does for another user, in a child that is that user and has nothing of root's.
+"""Runs work for another user in a child process with that user's ids and none of root's resources.
 
-What the child opens, makes or removes it may as that user only, so nothing planted in the way leads further
-than the user can reach. The kernel makes a process that changed its uid undumpable: the user can end or stop
-it, but neither read its memory nor trace it (kernel/cred.c, commit_creds; ptrace(2)).
+The child has only that user's permissions, so a planted symlink leads nowhere that the user cannot reach.
+The kernel makes a process that changes its uid undumpable: the user can kill or stop it, but neither read its
+memory nor trace it (kernel/cred.c, commit_creds; ptrace(2)).
 """
 
 from __future__ import annotations
@@ -28,9 +28,9 @@ def run_as(
     environment: Mapping[str, str] = {},
     seconds: float | None = None,
 ) -> int | None:
-    """As `run_child`, with a child that is user `uid`. stdout and stderr are the caller's.
+    """Like `run_child`, with a child that runs as `uid`. It inherits stdout and stderr.
 
-    `modules` are imported before: the user may not be able to read this program's files.
+    `modules` are imported first: the user may not be able to read this program's files.
     """
     for name in modules:
         importlib.import_module(name)

@@ -1,6 +1,6 @@
-"""Copying a file with its attributes: owner, mode, times and xattrs, ACLs among them.
+"""Copies a file's attributes: owner, mode, times and xattrs, including ACLs.
 
-Which xattrs are copied, and which errors are tolerated, is for the caller to say.
+The caller chooses which xattrs to copy and which errors to tolerate.
 """
 
 from __future__ import annotations
@@ -12,15 +12,15 @@ from collections.abc import Callable, Mapping
 from typing import Final, NamedTuple
 
 ALL: Final = b""
-"""Stands for all xattrs of a file where the name of one is expected."""
+"""All xattrs of a file, where one name is expected."""
 OWNER: Final = b"owner"
 
 Failed = Callable[[bytes, OSError], None]
-"""Gets the name of an xattr, or ALL or OWNER, and the error; returns if the attribute is to be left out."""
+"""Called with an xattr name, ALL or OWNER, and the error; returns to skip the attribute, or raises."""
 
 
 class Attributes(NamedTuple):
-    """What is set on a copy."""
+    """The attributes to set on a copy."""
 
     mode: int  # as st_mode
     uid: int
@@ -31,7 +31,7 @@ class Attributes(NamedTuple):
 
 
 def attributes(status: os.stat_result, xattrs: Mapping[bytes, bytes]) -> Attributes:
-    """All attributes of what has this status."""
+    """Return the attributes of an object with this status."""
     return Attributes(
         status.st_mode, status.st_uid, status.st_gid, status.st_atime_ns, status.st_mtime_ns, xattrs
     )
@@ -40,9 +40,9 @@ def attributes(status: os.stat_result, xattrs: Mapping[bytes, bytes]) -> Attribu
 def read_xattrs(
     place: int | bytes, wanted: Callable[[bytes], bool], failed: Failed, *, follow: bool = True
 ) -> dict[bytes, bytes]:
-    """The xattrs of an fd (not O_PATH) or a path; none on a filesystem without xattrs.
+    """Return the xattrs of an fd (not O_PATH) or a path; none on a filesystem without xattrs.
 
-    One that vanishes meanwhile is left out. Raises what ``failed`` raises.
+    Skips one that is removed concurrently. Raises what ``failed`` raises.
     """
     try:
         names = os.listxattr(place, follow_symlinks=follow)
@@ -70,11 +70,11 @@ def write(
     owner: bool = True,
     times: bool = True,
 ) -> None:
-    """Set the attributes of ``name`` in the directory ``at``, which may be a symlink; without a name those of
-    the fd ``at``. ``failed`` is asked about owner and xattrs; other errors are raised.
+    """Set the attributes of ``name``, which may be a symlink, in the directory ``at``, or of the fd ``at`` if
+    ``name`` is None. Calls ``failed`` for errors of owner and xattrs; raises other errors.
 
-    In the order in which none undoes another: chown(2) drops set-id bits and capabilities, an ACL changes the
-    mode, and a ``user.`` xattr needs write permission, which the mode may take away (xattr(7)).
+    The order matters: chown(2) clears set-id bits and capabilities, an ACL changes the mode, and a ``user.``
+    xattr needs write permission, which the new mode may not grant (xattr(7)).
     """
     follow = name is None
     target, where = (at, None) if name is None else (name, at)

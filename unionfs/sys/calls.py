@@ -1,4 +1,4 @@
-"""System calls on directory fds that the ``os`` module does not offer.
+"""System calls that the ``os`` module lacks.
 
 Every function raises ``OSError`` with the kernel's errno; nothing is retried or hidden.
 """
@@ -54,12 +54,12 @@ _libc.fstatfs.argtypes = (ctypes.c_int, ctypes.c_char_p)
 
 
 def os_error(code: int) -> OSError:
-    """The ``OSError`` for an errno."""
+    """Return the ``OSError`` for an errno."""
     return OSError(code, os.strerror(code))
 
 
 def fail(what: bytes | None = None) -> OSError:
-    """The ``OSError`` for the errno that the last libc call of this thread left."""
+    """Return the ``OSError`` for the errno of this thread's last libc call."""
     code = ctypes.get_errno()
     if what is None:
         return OSError(code, os.strerror(code))
@@ -69,7 +69,7 @@ def fail(what: bytes | None = None) -> OSError:
 def renameat2(old_fd: int, old: bytes, new_fd: int, new: bytes, flags: int = 0) -> None:
     """renameat2(2); ``flags`` of RENAME_*."""
     if flags == 0:
-        os.rename(old, new, src_dir_fd=old_fd, dst_dir_fd=new_fd)  # costs a third of a call by ctypes
+        os.rename(old, new, src_dir_fd=old_fd, dst_dir_fd=new_fd)  # a third of the cost of ctypes
         return
     if _libc.renameat2(old_fd, old, new_fd, new, flags) != 0:
         raise fail(old)
@@ -84,26 +84,26 @@ def _times(atime_ns: int | None, mtime_ns: int | None) -> bytes:
 def utimensat(
     dir_fd: int, name: bytes, atime_ns: int | None, mtime_ns: int | None, *, follow: bool = False
 ) -> None:
-    """Set times in nanoseconds; ``None`` leaves that time as it is (UTIME_OMIT)."""
+    """Set times in nanoseconds; ``None`` leaves a time unchanged (UTIME_OMIT)."""
     flags = 0 if follow else AT_SYMLINK_NOFOLLOW
     if _libc.utimensat(dir_fd, name, _times(atime_ns, mtime_ns), flags) != 0:
         raise fail(name)
 
 
 def futimens(fd: int, atime_ns: int | None, mtime_ns: int | None) -> None:
-    """As :func:`utimensat`, of an open file."""
+    """Like :func:`utimensat`, for an open file."""
     if _libc.futimens(fd, _times(atime_ns, mtime_ns)) != 0:
         raise fail()
 
 
 def chown_fd(fd: int, uid: int, gid: int) -> None:
-    """Change owner of what ``fd`` (O_PATH also, a symlink also) stands for; -1 leaves one as it is."""
+    """Change the owner of the object ``fd`` (O_PATH and symlinks too); -1 leaves an id unchanged."""
     if _libc.fchownat(fd, b"", uid & 0xFFFFFFFF, gid & 0xFFFFFFFF, AT_EMPTY_PATH) != 0:
         raise fail()
 
 
 def syncfs(fd: int) -> None:
-    """syncfs(2): all of the filesystem that holds ``fd`` is on disk when this returns."""
+    """syncfs(2): write the whole filesystem of ``fd`` to disk."""
     if _libc.syncfs(fd) != 0:
         raise fail()
 
@@ -115,13 +115,13 @@ def fallocate(fd: int, mode: int, offset: int, length: int) -> None:
 
 
 def start_writeback(fd: int, offset: int, length: int) -> None:
-    """Have a range of a file written to disk from now on, without waiting; sync_file_range(2)."""
+    """Start writing a range of a file to disk, without waiting; sync_file_range(2)."""
     if _libc.sync_file_range(fd, offset, length, _SYNC_FILE_RANGE_WRITE) != 0:
         raise fail()
 
 
 def statx(dir_fd: int, name: bytes, flags: int, mask: int) -> bytes:
-    """struct statx of statx(2), 256 bytes. ``flags`` of AT_*; AT_EMPTY_PATH and no name: the fd itself."""
+    """Return struct statx of statx(2), 256 bytes. ``flags`` of AT_*; AT_EMPTY_PATH and b"": the fd itself."""
     buffer = ctypes.create_string_buffer(256)
     if _libc.statx(dir_fd, name, flags, mask, buffer) != 0:
         raise fail(name)
@@ -129,9 +129,9 @@ def statx(dir_fd: int, name: bytes, flags: int, mask: int) -> bytes:
 
 
 def known_inode(fd: int) -> int:
-    """The inode number behind ``fd`` (O_PATH is enough), without asking a server that may have lost it.
+    """Return the inode number of ``fd`` (O_PATH suffices) without asking a server, which may have lost it.
 
-    From /proc/self/fdinfo (``ino`` since Linux 5.14); 0 when it is not known.
+    From /proc/self/fdinfo (``ino`` since Linux 5.14); 0 if unknown.
     """
     with open(f"/proc/self/fdinfo/{fd}", "rb") as lines:
         return next((int(line[4:]) for line in lines if line.startswith(b"ino:")), 0)
@@ -143,7 +143,7 @@ def clone_file(target_fd: int, source_fd: int) -> None:
 
 
 def filesystem_magic(fd: int) -> int:
-    """``f_type`` of statfs(2) for the filesystem that holds ``fd`` (O_PATH is enough)."""
+    """Return ``f_type`` of statfs(2) for the filesystem of ``fd`` (O_PATH suffices)."""
     buffer = ctypes.create_string_buffer(256)  # struct statfs takes 120 bytes on 64-bit Linux
     if _libc.fstatfs(fd, buffer) != 0:
         raise fail()

@@ -1,4 +1,4 @@
-"""What this thread may do, capabilities(7), and giving some of it up for good."""
+"""The capabilities of this thread (capabilities(7)), and dropping them for good."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ _HEADER: Final = _Header(0x20080522, 0)  # _LINUX_CAPABILITY_VERSION_3, this thr
 
 
 def capability_sets() -> ctypes.Array[_Data]:
-    """The capability sets of this thread, for `set_capabilities`. Raises ``OSError``."""
+    """Return this thread's capability sets, for `set_capabilities`. Raises ``OSError``."""
     data = (_Data * 2)()
     if _libc.capget(ctypes.byref(_HEADER), data) != 0:
         raise fail()
@@ -62,20 +62,20 @@ def capability_sets() -> ctypes.Array[_Data]:
 
 
 def set_capabilities(data: ctypes.Array[_Data]) -> bool:
-    """capset(2) of this thread; whether the kernel took it."""
+    """Call capset(2) for this thread. Returns whether it succeeded."""
     return bool(_libc.capset(ctypes.byref(_HEADER), data) == 0)
 
 
 def keep_capabilities(numbers: Iterable[int]) -> None:
-    """Give up all other capabilities of this thread, and of what it starts, for good. Raises ``OSError``.
+    """Drop all other capabilities of this thread and its children for good. Raises ``OSError``.
 
-    A program that uid 0 executes gets what is in the bounding set, so the set loses them too; that takes
-    CAP_SETPCAP, and without it what is started may have more.
+    A program executed by uid 0 gains the bounding set, so they are dropped from it too; without CAP_SETPCAP
+    that is not possible, and child processes may have more.
     """
     kept = set(numbers)
     for number in range(64):
         if number not in kept and _libc.prctl(_PR_CAPBSET_DROP, number, 0, 0, 0) != 0:
-            break  # EINVAL: the kernel knows no higher number; EPERM: no CAP_SETPCAP
+            break  # EINVAL: past the kernel's last capability; EPERM: no CAP_SETPCAP
     _libc.prctl(_PR_CAP_AMBIENT, _PR_CAP_AMBIENT_CLEAR_ALL, 0, 0, 0)
     data = capability_sets()
     for half in range(2):
@@ -88,15 +88,15 @@ def keep_capabilities(numbers: Iterable[int]) -> None:
 
 
 def no_new_privileges() -> None:
-    """No program that this thread executes gains privileges from then on; prctl(2). Raises ``OSError``."""
+    """Set no_new_privs (prctl(2)) on this thread: execve(2) grants no privileges. Raises ``OSError``."""
     if _libc.prctl(_PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0) != 0:
         raise fail()
 
 
 def has_capability(number: int) -> bool:
-    """Whether this thread has capability `number` (CAP_*) in effect, in its user namespace.
+    """Return whether capability `number` (CAP_*) is effective for this thread in its user namespace.
 
-    Source: proc_pid_status(5), CapEff. Without /proc it is taken for granted for uid 0.
+    Source: proc_pid_status(5), CapEff. Without /proc, uid 0 is assumed to have it.
     """
     try:
         with open("/proc/thread-self/status", "rb") as status:
@@ -109,7 +109,7 @@ def has_capability(number: int) -> bool:
 
 
 def in_initial_user_namespace() -> bool:
-    """Whether every uid of the host exists here as itself, as it only does outside user namespaces."""
+    """Return whether uid_map maps every uid to itself, as only the initial user namespace does."""
     try:
         with open("/proc/self/uid_map", encoding="ascii") as uid_map:
             return uid_map.read().split() == ["0", "0", "4294967295"]
@@ -118,14 +118,14 @@ def in_initial_user_namespace() -> bool:
 
 
 def is_host_root() -> bool:
-    """Whether this process is root of the host, not of a user namespace."""
+    """Return whether this process is root of the host, not of a user namespace."""
     return os.geteuid() == 0 and in_initial_user_namespace()
 
 
 def uid_outside(uid: int) -> int:
-    """The uid that ``uid`` of this user namespace is in the one around it; user_namespaces(7).
+    """Map ``uid`` of this user namespace to the parent namespace; user_namespaces(7).
 
-    The uid itself in the initial namespace, and where it is not mapped.
+    Returns ``uid`` itself in the initial namespace or if unmapped.
     """
     try:
         with open("/proc/self/uid_map", encoding="ascii") as uid_map:
@@ -139,5 +139,5 @@ def uid_outside(uid: int) -> int:
 
 
 def may_use_trusted_xattrs() -> bool:
-    """Whether `trusted.*` xattrs can be written: CAP_SYS_ADMIN of the initial user namespace; xattr(7)."""
+    """Return whether `trusted.*` xattrs are writable: initial user namespace, CAP_SYS_ADMIN; xattr(7)."""
     return has_capability(CAP_SYS_ADMIN) and in_initial_user_namespace()

@@ -1,4 +1,4 @@
-"""Work in a child process that can be given up: it may wait for a filesystem that never answers."""
+"""Runs work in a child process that can be abandoned if it blocks on a filesystem that never answers."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ _END_SECONDS: Final = 0.1
 
 
 def run_child(action: Callable[[], int], seconds: float | None) -> int | None:
-    """What `action()` returns (0 to 254) in a child, or the errno of its OSError; 255 for another exception.
+    """Run `action` in a child. Returns its result (0 to 254), the errno of its OSError, else 255.
 
-    None when the child was stopped, killed, or took more than `seconds` (None: no limit); it is killed then,
-    but may never end: a wait for a FUSE server cannot be interrupted (fs/fuse/dev.c, request_wait_answer). To
-    be called while there is one thread. Raises ``OSError`` when no process can be started.
+    Returns None if the child was stopped or killed, or took more than `seconds` (None: no limit). It is then
+    killed, but may never end: a wait for a FUSE server is uninterruptible (fs/fuse/dev.c,
+    request_wait_answer). Call it while the process has one thread. Raises ``OSError`` if fork fails.
     """
     pid = os.fork()
     if pid == 0:
@@ -39,7 +39,7 @@ def run_child(action: Callable[[], int], seconds: float | None) -> int | None:
 
 
 def _wait(pid: int, seconds: float | None) -> int | None:
-    """The status of a child that has ended or was stopped; None when that takes longer."""
+    """Return the status of a child that has ended or stopped; None after `seconds`."""
     deadline, pause = None if seconds is None else time.monotonic() + seconds, 0.0002
     while deadline is None or time.monotonic() < deadline:
         found, status = os.waitpid(pid, os.WUNTRACED | os.WNOHANG)

@@ -1,10 +1,9 @@
-"""Creating files as somebody else while keeping the daemon's capabilities.
+"""Creates files as another user while keeping the daemon's capabilities.
 
-``setfsuid(2)`` makes the kernel itself give a new file its owner, apply a setgid directory and a default
-ACL, in the same step that creates it. Leaving uid 0 drops the filesystem capabilities of the thread
-(capabilities(7), "Effect of user ID changes"), so they are raised again: the caller's permissions on the
-merged tree were checked by the kernel (``default_permissions``), and the layer must not be asked twice.
-All of this is a property of the calling thread only.
+With ``setfsuid(2)`` the kernel itself sets the owner of a new file and applies setgid directories and default
+ACLs, atomically with its creation. Leaving uid 0 drops the thread's filesystem capabilities (capabilities(7),
+"Effect of user ID changes"), so they are raised again: the kernel has checked the caller's permissions on the
+merged tree (``default_permissions``), and the layer must not check them again. All of this is per thread.
 """
 
 from __future__ import annotations
@@ -34,7 +33,7 @@ _AS_WE_ARE: Final = nullcontext()
 
 
 def _umask() -> int:
-    """The umask, without changing it (proc_pid_status(5))."""
+    """Read the umask without changing it (proc_pid_status(5))."""
     with open("/proc/self/status", "rb") as status:
         for line in status:
             if line.startswith(b"Umask:"):
@@ -43,14 +42,14 @@ def _umask() -> int:
 
 
 class Identity:
-    """Who the daemon is, and the power to create files as others."""
+    """The daemon's own ids, and creating files as another user."""
 
     def __init__(self, work_fd: int = -1) -> None:
-        """``work_fd``: a directory where files will be created, to see whether they come out as asked for."""
+        """``work_fd``: a directory in which to test whether new files get the requested attributes."""
         self.uid = os.geteuid()
         self.gid = os.getegid()
-        #: The permission bits that what it creates has if it asks for them: all but those of its umask, as
-        #: it is now. (Setuid, setgid and sticky are none of them: a change of the owner may clear them.)
+        #: The permission bits that new files get if requested: all except those of the current umask.
+        #: (Without setuid, setgid and sticky, which a change of owner may clear.)
         self.sets = 0o777 & ~_umask()
         self._is_obeyed = work_fd < 0 or self._creates_as_asked(work_fd)
         if not self._is_obeyed:
@@ -59,11 +58,11 @@ class Identity:
         self._capabilities = capability_sets()
 
     def owns(self, st: os.stat_result) -> bool:
-        """Whether what it creates has the owner and the group of the object with these attributes."""
+        """Return whether new files get the same owner and group as the object with these attributes."""
         return st.st_uid == self.uid and st.st_gid == self.gid and self._is_obeyed
 
     def _creates_as_asked(self, work_fd: int) -> bool:
-        """Not so, for one, on NFS whose server takes root for nobody, or lets files inherit its own ACLs."""
+        """Test file creation; NFS servers, for example, may squash root or make files inherit ACLs."""
         flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
         try:
             fd = os.open(_PROBE, flags, 0o777, dir_fd=work_fd)
@@ -73,13 +72,13 @@ class Identity:
                 os.close(fd)
                 os.unlink(_PROBE, dir_fd=work_fd)
         except OSError:
-            return False  # not to be found out now
+            return False  # cannot be tested now
         return (st.st_uid, st.st_gid, stat.S_IMODE(st.st_mode)) == (self.uid, self.gid, self.sets)
 
     def acting_as(self, uid: int, gid: int) -> AbstractContextManager[None]:
-        """Within the block, what this thread creates belongs to ``uid`` and ``gid``.
+        """Within the block, files that this thread creates belong to ``uid`` and ``gid``.
 
-        Raises ``PermissionError`` when the daemon may not create for others (an ordinary user's daemon).
+        Raises ``PermissionError`` if the daemon may not create files for others (an ordinary user's daemon).
         """
         if uid == self.uid and gid == self.gid:
             return _AS_WE_ARE

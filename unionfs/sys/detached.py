@@ -1,6 +1,6 @@
-"""Mounts that are made detached, set up, and then attached at a directory fd (or never at all).
+"""Mounts that are created detached, configured, and optionally attached at a directory fd.
 
-Linux 5.2 (fsopen, open_tree, move_mount) and 5.12 (mount_setattr); all need CAP_SYS_ADMIN over the mount
+Needs Linux 5.2 (fsopen, open_tree, move_mount), 5.12 (mount_setattr) and CAP_SYS_ADMIN in the mount
 namespace. A detached mount is in no mount table and lives as long as an fd refers to it. All functions raise
 ``OSError`` with the kernel's errno. Source: include/uapi/linux/mount.h.
 """
@@ -43,7 +43,7 @@ ATTRIBUTES: Final = {
 }  # fmt: skip
 """MOUNT_ATTR_*, by mount(8)'s names."""
 PROPAGATION: Final = {"private": 1 << 18, "slave": 1 << 19, "shared": 1 << 20}
-"""MS_PRIVATE and so on, as mount_setattr(2) takes them."""
+"""MS_PRIVATE and so on, for mount_setattr(2)."""
 
 
 class _MountAttr(ctypes.Structure):
@@ -58,9 +58,9 @@ class _MountAttr(ctypes.Structure):
 
 
 def clone(source: int | str | bytes, *, recursive: bool = False, read_only: bool = False) -> int:
-    """A detached bind mount of a file or directory, given by an O_PATH fd or a path; an O_PATH fd of it.
+    """Make a detached bind mount of a file or directory (O_PATH fd or path). Returns an O_PATH fd of it.
 
-    ``recursive``: with what is mounted below, which ``read_only`` does not make read-only.
+    ``recursive`` includes the mounts below; ``read_only`` does not affect those.
     """
     dir_fd, path, flags = AT_FDCWD, b"", _OPEN_TREE_CLONE | os.O_CLOEXEC
     if isinstance(source, int):
@@ -82,7 +82,7 @@ def clone(source: int | str | bytes, *, recursive: bool = False, read_only: bool
 
 
 def change(fd: int, *, add: int = 0, propagation: int = 0, recursive: bool = False) -> None:
-    """Add attributes to the mount that ``fd`` is the root of, and set its propagation (0: as it is)."""
+    """Add attributes to the mount with root ``fd``, and set its propagation (0: unchanged)."""
     attr = _MountAttr(attr_set=add, propagation=propagation)
     flags = AT_EMPTY_PATH | (_AT_RECURSIVE if recursive else 0)
     done = _libc.syscall(
@@ -94,7 +94,7 @@ def change(fd: int, *, add: int = 0, propagation: int = 0, recursive: bool = Fal
 
 
 def attach(mount_fd: int, target_fd: int) -> None:
-    """Mount a detached mount on the file or directory that ``target_fd`` (O_PATH) stands for."""
+    """Attach a detached mount at the file or directory ``target_fd`` (O_PATH)."""
     done = _libc.syscall(
         _SYS_MOVE_MOUNT, mount_fd, ctypes.c_char_p(b""), target_fd, ctypes.c_char_p(b""),
         _MOVE_MOUNT_F_EMPTY_PATH | _MOVE_MOUNT_T_EMPTY_PATH,
@@ -104,9 +104,9 @@ def attach(mount_fd: int, target_fd: int) -> None:
 
 
 def join_group(mount_fd: int, other_fd: int) -> None:
-    """Give the private mount ``mount_fd`` the peers and the master of the mount ``other_fd`` (Linux 5.15).
+    """Join the private mount ``mount_fd`` to the peer group and master of ``other_fd`` (Linux 5.15).
 
-    Both are of one filesystem, and ``other_fd`` shows at least what ``mount_fd`` does (fs/namespace.c,
+    Both must be of one filesystem, and the root of ``mount_fd`` within that of ``other_fd`` (fs/namespace.c,
     do_set_group).
     """
     done = _libc.syscall(
@@ -118,10 +118,10 @@ def join_group(mount_fd: int, other_fd: int) -> None:
 
 
 def new_filesystem(fstype: str, parameters: Iterable[tuple[str, str]], attributes: int = 0) -> int:
-    """A new filesystem without a device, mounted nowhere; an fd of its root (O_PATH).
+    """Create a filesystem without a device, not mounted. Returns an O_PATH fd of its root.
 
-    ``parameters``: its own options; one with an empty value is a flag. The text of the error has the kernel's
-    message, which names the option that it does not take.
+    ``parameters``: filesystem options; an empty value means a flag. The error text includes the kernel's
+    message, which names a rejected option.
     """
     context = _libc.syscall(_SYS_FSOPEN, ctypes.c_char_p(fstype.encode()), _FSOPEN_CLOEXEC)
     if context < 0:
@@ -154,7 +154,7 @@ def _configure(context: int, name: str, value: str) -> None:
 
 
 def _explained(context: int) -> OSError:
-    """The errno of the last call with what the kernel wrote into the log of a filesystem context."""
+    """Return the error of the last call with the messages from the filesystem context's log."""
     error = fail()
     lines = []
     with suppress(OSError):

@@ -7,7 +7,7 @@ from types import TracebackType
 
 
 class Owned:
-    """Closes `fd` at the end of a `with` block, which gets its number."""
+    """Closes `fd` at the end of a `with` block; `as` binds the number."""
 
     __slots__ = ("fd",)
 
@@ -27,16 +27,16 @@ class Owned:
 
 
 def directory(path: str) -> Owned:
-    """A directory, opened for reading. Raises OSError."""
+    """Open a directory for reading. Raises OSError."""
     return Owned(os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC))
 
 
 def sync_directory(path: str) -> None:
-    """Make the names in a directory durable. Raises OSError."""
+    """fsync(2) a directory, so that its entries are durable. Raises OSError."""
     with directory(path) as fd:
         os.fsync(fd)
 
 
 def open_for_listing(fd: int) -> int:
-    """A new fd of the same directory that can be read (getdents, fsync)."""
+    """Reopen a directory fd for reading (getdents, fsync)."""
     return os.open(b".", os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC, dir_fd=fd)

@@ -1,4 +1,4 @@
-"""Who holds flock(2) on a file, as /proc/locks says (proc_locks(5))."""
+"""The holders of flock(2) locks on a file, from /proc/locks (proc_locks(5))."""
 
 from __future__ import annotations
 
@@ -7,10 +7,10 @@ import stat
 
 
 def may_be_a_mounts(fd: int) -> bool:
-    """Whether the lock on the directory ``fd`` may belong to a mount of it: of a user who may write there.
+    """Return whether the lock on the directory ``fd`` may belong to a mount of a user who may write there.
 
-    True where that is not known: of a process in another pid namespace. A mount's daemon takes the lock
-    itself, and holds it while it lives.
+    True if unknown, as for a process in another pid namespace. A mount's daemon takes the lock itself and
+    holds it while it lives.
     """
     status = os.fstat(fd)
     if status.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
@@ -20,8 +20,8 @@ def may_be_a_mounts(fd: int) -> bool:
 
 
 def _holders(status: os.stat_result) -> list[int]:
-    """The processes that hold flock(2) on the file with these attributes, as far as they can be seen."""
-    # st_dev of a file on btrfs is not that of its superblock, which is what stands here.
+    """Return the visible processes that hold flock(2) on the file with these attributes."""
+    # /proc/locks shows the superblock's device, which on btrfs is not st_dev: compare inodes only.
     inode = f":{status.st_ino}"
     found = []
     with open("/proc/locks", encoding="ascii") as locks:

@@ -1,7 +1,7 @@
-"""Asking the kernel what its FUSE can do, without mounting anywhere.
+"""Asks the kernel for its FUSE features without mounting.
 
-A FUSE superblock sends FUSE_INIT as soon as it is made; fsopen(2) makes one that is mounted nowhere and that
-goes when its fds are closed.
+A FUSE superblock sends FUSE_INIT when created; fsopen(2) creates one that is not mounted and disappears when
+its fds are closed.
 """
 
 from __future__ import annotations
@@ -29,13 +29,13 @@ _FUSE_PASSTHROUGH: Final = 1 << 37
 
 
 def init_flags() -> int | None:
-    """The 64 flags of the kernel's FUSE_INIT; None when they can't be asked for (not root, an old kernel)."""
+    """Return the 64 flags of the kernel's FUSE_INIT; None if unavailable (not root, an old kernel)."""
     offer = init_offer()
     return None if offer is None else offer[1]
 
 
 def init_offer() -> tuple[int, int] | None:
-    """The minor version of the kernel's FUSE_INIT, and its 64 flags; None as in `init_flags`."""
+    """Return the minor version and the 64 flags of the kernel's FUSE_INIT; None as in `init_flags`."""
     try:
         device = os.open("/dev/fuse", os.O_RDWR | os.O_NONBLOCK | os.O_CLOEXEC)
     except OSError:
@@ -61,7 +61,7 @@ def init_offer() -> tuple[int, int] | None:
     except OSError:
         return None
     finally:
-        # The device first: that aborts the connection, and nothing waits for an answer.
+        # Close the device first: that aborts the connection, so nothing waits for an answer.
         os.close(device)
         if context >= 0:
             os.close(context)
@@ -75,6 +75,6 @@ def _offer(message: bytes) -> tuple[int, int] | None:
 
 
 def offers_passthrough() -> bool | None:
-    """Whether the kernel offers FUSE passthrough (Linux 6.9, CONFIG_FUSE_PASSTHROUGH); None: not known."""
+    """Return whether the kernel offers passthrough (Linux 6.9, CONFIG_FUSE_PASSTHROUGH); None: unknown."""
     flags = init_flags()
     return None if flags is None else bool(flags & _FUSE_PASSTHROUGH)

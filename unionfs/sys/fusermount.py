@@ -1,4 +1,4 @@
-"""libfuse's set-user-id helper, which mounts and unmounts for ordinary users."""
+"""fusermount3, libfuse's set-user-id helper that mounts and unmounts for ordinary users."""
 
 from __future__ import annotations
 
@@ -8,21 +8,21 @@ import shutil
 
 
 def find_fusermount() -> str | None:
-    """The path of fusermount3, None when it is not installed."""
+    """Return the path of fusermount3, or None if it is not installed."""
     return shutil.which("fusermount3") or next(
         (path for path in ("/usr/bin/fusermount3", "/bin/fusermount3") if os.access(path, os.X_OK)), None
     )
 
 
 def unmount(mountpoint: str, *, lazy: bool) -> bool:
-    """Unmount what is mounted at a path; False when there is no helper. Raises ``OSError``: EBUSY, EPERM."""
+    """Unmount ``mountpoint``. Returns False without a helper. Raises ``OSError``: EBUSY, EPERM."""
     program = find_fusermount()
     if program is None:
         return False
-    # For start-up time: umount2(2) mostly does.
+    # For start-up time: umount2(2) usually suffices.
     import subprocess
 
-    # The C locale, because the message is read below: the exit code is 1 for every failure.
+    # The C locale, because the message is parsed below: the exit code is 1 for every failure.
     done = subprocess.run(
         [program, "-u", *(["-z"] if lazy else []), "--", mountpoint],
         stdin=subprocess.DEVNULL,

@@ -16,9 +16,9 @@ _KEYCTL_JOIN_SESSION_KEYRING: Final = 1  # include/uapi/linux/keyctl.h
 
 
 def new_session_keyring() -> None:
-    """Give this process a new, empty session keyring that nobody else knows. Raises ``OSError``.
+    """Join a new, empty, anonymous session keyring, which children inherit. Raises ``OSError``.
 
-    ENOSYS on a kernel without keyrings; EDQUOT when the user has too many keys. A child inherits it.
+    ENOSYS on a kernel without keyrings; EDQUOT if the user has too many keys.
     """
     if _libc.syscall(_SYS_KEYCTL, _KEYCTL_JOIN_SESSION_KEYRING, None) < 0:
         raise fail()

@@ -1,4 +1,4 @@
-"""The libfuse that pyfuse3 is linked with, to ask it for its version."""
+"""The version of the libfuse that pyfuse3 is linked with."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from contextlib import suppress
 
 
 def load() -> ctypes.CDLL | None:
-    """libfuse 3: its file is called ``.so.4`` since 3.17, ``.so.3`` before. ``None`` where there is none."""
+    """Load libfuse 3 (``.so.4`` since 3.17, ``.so.3`` before). Returns ``None`` if it is missing."""
     for name in ("libfuse3.so.4", "libfuse3.so.3"):
         with suppress(OSError):
             return ctypes.CDLL(name)
@@ -15,7 +15,7 @@ def load() -> ctypes.CDLL | None:
 
 
 def version(library: ctypes.CDLL) -> str:
-    """Its version, such as ``3.14.0``; ``unknown`` when it does not say."""
+    """Return its version, such as ``3.14.0``, or ``unknown``."""
     try:
         library.fuse_pkgversion.restype = ctypes.c_char_p
         return str(library.fuse_pkgversion().decode())

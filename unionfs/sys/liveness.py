@@ -1,4 +1,4 @@
-"""Whether the daemon behind a FUSE mount still answers."""
+"""Detects FUSE mounts whose daemon has died."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ _ANSWER_SECONDS: Final = 2.0
 
 
 def is_dead(path: str) -> bool:
-    """Whether the daemon behind a mount has died; False when that cannot be known within two seconds."""
+    """Return whether the daemon of a mount has died; False if that is not known within two seconds."""
     dead = False
 
     def ask() -> None:
@@ -22,7 +22,7 @@ def is_dead(path: str) -> bool:
         except OSError as error:
             dead = error.errno in (errno.ENOTCONN, errno.ECONNABORTED)
 
-    # A daemon that hangs would keep us waiting for ever.
+    # A hanging daemon would block this thread forever.
     thread = threading.Thread(target=ask, daemon=True)
     thread.start()
     thread.join(_ANSWER_SECONDS)

@@ -1,4 +1,4 @@
-"""The mount table of a process, and where in which filesystem a path lies.
+"""The mount table of a process, and the location of a path within its filesystem.
 
 Source of the format: proc_pid_mountinfo(5).
 """
@@ -24,16 +24,16 @@ class MountEntry:
     device: str
     """`major:minor` of the superblock, which is not `st_dev` on btrfs."""
     root: str
-    """Path within the filesystem that is mounted here; `/` unless it is a bind mount or a subvolume."""
+    """The mounted path within the filesystem; `/` except for bind mounts and subvolumes."""
     mountpoint: str
     options: str
     fstype: str
     source: str
     super_options: str
-    """As the kernel writes it, octal escapes and all; `super_option` reads one of them."""
+    """As the kernel writes them, with octal escapes; `super_option` decodes one."""
 
     def super_option(self, name: str) -> str | None:
-        """The value of one of the filesystem's own options, None when it is not there."""
+        """Return the value of a superblock option, or None if absent."""
         for option in self.super_options.split(","):
             key, equals, value = option.partition("=")
             if key == name and equals:
@@ -42,29 +42,29 @@ class MountEntry:
 
     @property
     def is_fuse(self) -> bool:
-        """Whether a FUSE daemon serves it (`fuseblk` and `fusectl` do not count)."""
+        """Whether it is a FUSE mount (not `fuseblk` or `fusectl`)."""
         return self.fstype == "fuse" or self.fstype.startswith("fuse.")
 
 
 @dataclass(frozen=True, slots=True)
 class Location:
-    """A place that stays the same through bind mounts: a filesystem and a path within it."""
+    """A filesystem and a path within it, the same for all bind mounts."""
 
     device: str
     parts: tuple[str, ...]
 
     def contains(self, other: Location) -> bool:
-        """Whether `other` is this place or lies below it, in the same filesystem."""
+        """Return whether `other` is this location or below it, in the same filesystem."""
         return self.device == other.device and other.parts[: len(self.parts)] == self.parts
 
 
 def unescape(field: bytes) -> str:
-    """Undo the octal escapes (`\\040` and so on) of a mount table's field."""
+    """Decode the octal escapes (`\\040` and so on) in a field of a mount table."""
     return os.fsdecode(_OCTAL.sub(lambda match: bytes([int(match[1], 8) & 0xFF]), field))
 
 
 def parse_mountinfo(table: bytes) -> list[MountEntry]:
-    """Read a whole mountinfo table; lines of another form are left out."""
+    """Parse a whole mountinfo table; malformed lines are skipped."""
     entries = []
     for line in table.split(b"\n"):
         before, separator, after = line.partition(b" - ")
@@ -88,8 +88,8 @@ def parse_mountinfo(table: bytes) -> list[MountEntry]:
 
 
 def read_mountinfo(pid: int | str = "self") -> list[MountEntry]:
-    """The mount table of process `pid`. Raises OSError when it may not be read or is gone."""
-    # The table is read at one go: a reader that takes it in pieces may miss a mount when the table changes.
+    """Return the mount table of process `pid`. Raises OSError if it is not readable or `pid` is gone."""
+    # Read in large blocks: a reader of small pieces may miss a mount when the table changes.
     with open(f"/proc/{pid}/mountinfo", "rb", buffering=0) as table:
         pieces = []
         while piece := table.read(1 << 20):
@@ -98,7 +98,7 @@ def read_mountinfo(pid: int | str = "self") -> list[MountEntry]:
 
 
 def mount_id_of_fd(fd: int) -> int:
-    """The id of the mount an open file (O_PATH too) was reached through; proc_pid_fdinfo(5)."""
+    """Return the id of the mount through which a file (O_PATH too) was opened; proc_pid_fdinfo(5)."""
     with open(f"/proc/self/fdinfo/{fd}", encoding="ascii") as info:
         for line in info:
             if line.startswith("mnt_id:"):
@@ -107,13 +107,13 @@ def mount_id_of_fd(fd: int) -> int:
 
 
 def mount_id_of_path(path: str) -> int:
-    """The id of the mount that `path` lies in. Sends a FUSE daemon nothing when `path` is a mountpoint."""
+    """Return the id of the mount of `path`. Sends no request to a FUSE daemon if `path` is its mountpoint."""
     with Owned(os.open(path, os.O_PATH | os.O_CLOEXEC)) as fd:
         return mount_id_of_fd(fd)
 
 
 def mounted_at(path: str, table: Sequence[MountEntry] | None = None) -> MountEntry | None:
-    """The visible mount whose mountpoint is exactly `path` (absolute, no symlinks), or None."""
+    """Return the visible mount at exactly `path` (absolute, no symlinks), or None."""
     entries = read_mountinfo() if table is None else table
     here = [entry for entry in entries if entry.mountpoint == path]
     if not here:
@@ -121,32 +121,32 @@ def mounted_at(path: str, table: Sequence[MountEntry] | None = None) -> MountEnt
     try:
         mount_id = mount_id_of_path(path)
     except OSError:
-        # A directory on the way cannot be searched. The mount that nothing is mounted on is on top.
+        # A parent directory is not searchable. The topmost mount is the one with nothing mounted on it.
         covered = {entry.parent_id for entry in here}
         return next((entry for entry in reversed(here) if entry.mount_id not in covered), here[-1])
     return next((entry for entry in here if entry.mount_id == mount_id), None)
 
 
 def mount_of_id(mount_id: int, table: Iterable[MountEntry] | None = None) -> MountEntry | None:
-    """The mount with this id, wherever its mountpoint is by now; None when it is gone."""
+    """Return the mount with this id, even if its mountpoint has moved; None if it is gone."""
     entries = read_mountinfo() if table is None else table
     return next((entry for entry in entries if entry.mount_id == mount_id), None)
 
 
 def mounts_of_device(device: str, table: Iterable[MountEntry] | None = None) -> list[MountEntry]:
-    """Every mount of one superblock, `device` being its `major:minor`, in the table's order."""
+    """Return all mounts of the superblock `device` (`major:minor`), in the table's order."""
     return [entry for entry in (read_mountinfo() if table is None else table) if entry.device == device]
 
 
 def split_path(path: str) -> tuple[str, ...]:
-    """The components of an absolute path."""
+    """Return the components of an absolute path."""
     return tuple(part for part in path.split("/") if part)
 
 
 def location_of(path: str, table: Sequence[MountEntry] | None = None) -> Location | None:
-    """Where `path` (absolute, no symlinks) lies whatever bind mounts lead there; None when it can't be told.
+    """Return the location of `path` (absolute, no symlinks), independent of bind mounts; None if unknown.
 
-    Raises OSError when `path` cannot be opened.
+    Raises OSError if `path` cannot be opened.
     """
     mount_id = mount_id_of_path(path)
     for entry in read_mountinfo() if table is None else table:

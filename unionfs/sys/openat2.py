@@ -1,4 +1,4 @@
-"""openat2(2): opening a path that cannot lead out of a directory."""
+"""openat2(2): opens a path that cannot leave a directory."""
 
 from __future__ import annotations
 
@@ -29,9 +29,9 @@ class _OpenHow(ctypes.Structure):
 
 
 def openat2(dir_fd: int, path: bytes, flags: int, resolve: int) -> int:
-    """Open ``path`` below ``dir_fd``; ``resolve`` of RESOLVE_*. Raises ``OSError``; needs Linux 5.6.
+    """Open ``path`` relative to ``dir_fd``; ``resolve`` of RESOLVE_*. Raises ``OSError``; needs Linux 5.6.
 
-    EAGAIN (something was renamed while ``..`` was followed) is tried again, as the man page wants it.
+    Retries on EAGAIN (a rename raced with ``..``), as the man page recommends.
     """
     how = _OpenHow(flags | os.O_CLOEXEC, 0, resolve)
     for _ in range(_TRIES):

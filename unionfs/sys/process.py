@@ -1,4 +1,4 @@
-"""Processes: is it still the same one, wait for its end, who uses a mount."""
+"""Processes: identity, waiting for their end, users of a mount."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from dataclasses import dataclass
 
 
 def start_time(pid: int) -> int | None:
-    """When process `pid` was started, in clock ticks since boot; None when it is gone or a zombie.
+    """Return when process `pid` started, in clock ticks since boot; None if it is gone or a zombie.
 
-    Together with the pid this names one process for good. Source: proc_pid_stat(5), fields 3 and 22.
+    Pid and start time together identify a process uniquely. Source: proc_pid_stat(5), fields 3 and 22.
     """
     try:
         with open(f"/proc/{pid}/stat", "rb") as stat:
-            # The command in brackets may itself hold spaces and brackets: what counts begins after the last.
+            # The command in parentheses may contain spaces and parentheses: split after the last one.
             fields = stat.read().rpartition(b")")[2].split()
     except OSError:
         return None
@@ -25,18 +25,18 @@ def start_time(pid: int) -> int | None:
 
 
 def is_alive(pid: int, started: int) -> bool:
-    """Whether the process that had this pid and start time still runs."""
+    """Return whether the process with this pid and start time still runs."""
     return start_time(pid) == started
 
 
 def wait_gone(pid: int, started: int, timeout: float | None) -> bool:
-    """Wait at most `timeout` seconds (None: for ever) for the process's end; False when it still runs."""
+    """Wait at most `timeout` seconds (None: forever) for a process. Returns False if it still runs."""
     try:
         pidfd = os.pidfd_open(pid)
     except OSError:
         return not is_alive(pid, started)
     try:
-        # Asked after the pidfd is there, so that the pid cannot be given to another process in between.
+        # Checked after pidfd_open, so that the pid cannot be reused in between.
         if not is_alive(pid, started):
             return True
         poll = select.poll()
@@ -85,9 +85,9 @@ def _maps_device(pid: int, device: str) -> bool:
 
 
 def users_of(mountpoint: str, device: str, limit: int = 5) -> list[User]:
-    """At most `limit` processes that hold files of a mount; those of other users are not seen by everyone.
+    """Return at most `limit` processes that use a mount, as far as this user may see them.
 
-    Only names are compared, so that nothing is asked of the mount, which may hang.
+    Compares only names and sends no request to the mount, which may hang.
     """
     below, found = mountpoint.rstrip("/") + "/", []
     for entry in os.listdir("/proc"):
@@ -113,7 +113,7 @@ def _status_field(name: str, process: int | str = "self") -> str:
 
 
 def supplementary_groups(task: int) -> list[int]:
-    """The supplementary groups of a task; none for one that is gone. Source: proc_pid_status(5)."""
+    """Return the supplementary groups of a task; none if it is gone. Source: proc_pid_status(5)."""
     try:
         return [int(group) for group in _status_field("Groups", task).split()]
     except (OSError, ValueError):
@@ -121,9 +121,9 @@ def supplementary_groups(task: int) -> list[int]:
 
 
 def is_being_killed(task: int) -> bool:
-    """Whether a task has a fatal signal to die of, or is gone.
+    """Return whether a task has a pending fatal signal or is gone.
 
-    The kernel gives every task of a process that a fatal signal ends a pending SIGKILL (kernel/signal.c,
+    On a fatal signal, the kernel queues SIGKILL to every task of the process (kernel/signal.c,
     complete_signal).
     """
     try:
@@ -140,7 +140,7 @@ def standard_files_to_null() -> None:
 
 
 def open_standard_files() -> None:
-    """Make sure that fds 0 to 2 are taken, so that no file of ours gets a number that everyone prints to."""
+    """Open fds 0 to 2 on /dev/null if closed, so that no later file gets the number of a standard stream."""
     for fd in range(3):
         try:
             os.fstat(fd)

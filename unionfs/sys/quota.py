@@ -1,4 +1,4 @@
-"""Project quotas: a limit for all below one directory, where kernel and filesystem have them (xfs, ext4).
+"""Project quotas: size limits for directory trees, where kernel and filesystem support them (xfs, ext4).
 
 Sources: quotactl(2), include/uapi/linux/quota.h, include/uapi/linux/fs.h (struct fsxattr).
 """
@@ -49,8 +49,9 @@ def _quotactl(fd: int, command: int, project: int, buffer: ctypes.Array[ctypes.c
 
 
 def has_project_quota(fd: int) -> bool:
-    """Whether the filesystem that holds `fd` counts and enforces project quotas now (quotactl_fd, Linux
-    5.14). An ext4 with the feature that is mounted without `prjquota` only counts.
+    """Return whether the filesystem of `fd` counts and enforces project quotas (quotactl_fd, Linux 5.14).
+
+    An ext4 with the feature but mounted without `prjquota` only counts.
     """
     state = ctypes.create_string_buffer(256)
     try:
@@ -72,13 +73,13 @@ def _open(path: str) -> int:
 
 
 def _project_of(fd: int) -> int:
-    """The project of a directory that `limit_directory` made one; 0 for another."""
+    """Return the project id that `limit_directory` assigned to a directory; 0 if none."""
     flags, _, _, project, _ = _attributes(fd)
     return project if flags & _FS_XFLAG_PROJINHERIT and project & ~_PROJECT_MASK == _PROJECTS else 0
 
 
 def _new_project(fd: int) -> int:
-    """A number that nothing on the filesystem has; those of Docker and xfs_quota are small."""
+    """Return a project id unused on the filesystem; Docker and xfs_quota use small ones."""
     status = os.fstat(fd)
     project = zlib.crc32(b"%d:%d" % (status.st_dev, status.st_ino))
     while True:
@@ -90,7 +91,7 @@ def _new_project(fd: int) -> int:
 
 
 def _quota(fd: int, project: int) -> tuple[int, ...]:
-    """The fields of struct if_dqblk; limits in blocks, space in bytes."""
+    """Return the fields of struct if_dqblk; limits in blocks, space in bytes."""
     found = ctypes.create_string_buffer(_DQBLK.size)
     try:
         _quotactl(fd, _Q_GETQUOTA, project, found)
@@ -107,7 +108,7 @@ def _set(fd: int, project: int, size: int) -> None:
 
 
 def limit_directory(path: str, size: int) -> bool:
-    """Limit what will be below an empty directory to `size` bytes; False where there are no quotas.
+    """Limit an empty directory's tree to `size` bytes. Returns False without quota support.
 
     Raises OSError.
     """
@@ -125,7 +126,7 @@ def limit_directory(path: str, size: int) -> bool:
 
 
 def change_limit(path: str, size: int) -> bool:
-    """Change what `limit_directory` has set; False where there is nothing to change. Raises OSError."""
+    """Change the limit set by `limit_directory`. Returns False if there is none. Raises OSError."""
     with Owned(_open(path)) as fd:
         project = _project_of(fd) if has_project_quota(fd) else 0
         if project:
@@ -134,14 +135,14 @@ def change_limit(path: str, size: int) -> bool:
 
 
 def space_used(path: str) -> int:
-    """How many bytes count for the limit that `limit_directory` has set; 0 without one. Raises OSError."""
+    """Return the bytes used of the limit set by `limit_directory`; 0 without one. Raises OSError."""
     with Owned(_open(path)) as fd:
         project = _project_of(fd)  # 0 is everything else on the filesystem
         return _quota(fd, project)[2] if project else 0
 
 
 def unlimit_directory(path: str) -> None:
-    """Take the limit away again; nothing where there was none."""
+    """Remove the limit, if any."""
     try:
         fd = _open(path)
     except OSError:

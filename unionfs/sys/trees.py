@@ -1,7 +1,7 @@
-"""Remove trees of any depth, with few fds, while others may be changing them, and nothing outside of them.
+"""Removes trees of any depth with few fds, even while others change them, and nothing outside them.
 
-Every directory is opened by its name in its parent, never through a symlink and never into another mount
-(RESOLVE_NO_XDEV), so an object that is swapped for a directory is not followed. Nothing is changed by path.
+Every directory is opened by name in its parent, never through a symlink or into another mount
+(RESOLVE_NO_XDEV), so an object swapped for a directory is not followed. Nothing is changed by path.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ def remove(at: int, name: bytes, *, unlock: bool = False) -> None:
     An ordinary user's own directories are made accessible first. With `unlock`, so are objects that chattr(1)
     made immutable or append-only (CAP_LINUX_IMMUTABLE); a file with other names gets its flag back. If an
     object cannot be removed, the rest is: the first OSError is raised at the end, with the path below `at` as
-    its `filename`. Mounts stay, as EXDEV or EBUSY.
+    its `filename`. Mounts are not removed (EXDEV or EBUSY).
     """
     with _Descent(at) as descent:
         problem = _remove(descent, name, unlock)
@@ -57,7 +57,7 @@ def remove(at: int, name: bytes, *, unlock: bool = False) -> None:
 
 
 def remove_path(path: str, *, unlock: bool = False) -> None:
-    """As `remove`, by a path whose directory no other user may change."""
+    """Like `remove`, by a path whose directory no other user may change."""
     directory, name = os.path.split(path)
     try:
         fd = os.open(directory, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
@@ -68,7 +68,7 @@ def remove_path(path: str, *, unlock: bool = False) -> None:
 
 
 def empty_directory(fd: int) -> None:
-    """Remove everything in the directory `fd`. Raises OSError as `remove`."""
+    """Remove everything in the directory `fd`. Raises OSError like `remove`."""
     problem: OSError | None = None
     for name in _names(fd):
         try:
@@ -80,9 +80,9 @@ def empty_directory(fd: int) -> None:
 
 
 def find_locked(at: int, name: bytes) -> bytes | None:
-    """The path below `at` of an object in the tree `name` that chattr(1) made immutable or append-only.
+    """Return the path below `at` of an immutable or append-only object (chattr(1)) in the tree `name`.
 
-    None if there is none that this user may see. Raises OSError.
+    None if this user sees none. Raises OSError.
     """
     with _Descent(at) as descent:
         waiting: list[list[bytes]] = [[name]]
@@ -117,7 +117,7 @@ class _Level:
     __slots__ = ("failed", "fd", "name", "names", "status", "tries")
 
     def __init__(self, fd: int, name: bytes) -> None:
-        self.fd = fd  # -1 where it was closed
+        self.fd = fd  # -1 if closed
         self.name = name
         self.status = os.fstat(fd)
         self.names = _names(fd)
@@ -146,11 +146,11 @@ class _Descent:
 
     @property
     def fd(self) -> int:
-        """The current directory."""
+        """The fd of the current directory."""
         return self.levels[-1].fd if self.levels else self._at
 
     def path(self, name: bytes = b"") -> bytes:
-        """The path of a name in it, below `at`."""
+        """Return the path, below `at`, of a name in the current directory."""
         return b"/".join([*(level.name for level in self.levels), *([name] if name else [])])
 
     def enter(self, name: bytes, *, accessible: bool) -> _Level:
@@ -183,7 +183,7 @@ def _remove(descent: _Descent, name: bytes, unlock: bool) -> OSError | None:
     """Remove a non-directory, or enter a directory. Returns the error, if any."""
     try:
         status = os.stat(name, dir_fd=descent.fd, follow_symlinks=False)
-        # It may have been replaced by an object of the other kind since.
+        # It may have been replaced by an object of the other kind in between.
         if not stat.S_ISDIR(status.st_mode):
             with suppress(IsADirectoryError):
                 _unlink(descent, name, unlock)
@@ -216,7 +216,7 @@ def _leave(descent: _Descent, unlock: bool) -> OSError | None:
     try:
         level = descent.leave()
     except OSError as error:
-        # There is no way back up.
+        # The parent is lost.
         descent.levels, lost = [], descent.levels
         for level in lost:
             level.close()
@@ -267,7 +267,7 @@ def _names(fd: int) -> list[bytes]:
 
 
 def _open_directory(at: int, name: bytes, accessible: bool) -> int:
-    """An fd of a directory. With `accessible` it gets rwx for its owner, if that is this user."""
+    """Open a directory. With `accessible`, chmod it to u+rwx first if this user owns it."""
     try:
         fd = openat2(at, name, _DIRECTORY, _WITHIN)
     except PermissionError as error:
@@ -287,7 +287,7 @@ def _open_directory(at: int, name: bytes, accessible: bool) -> int:
 
 @contextmanager
 def _unlocked(descent: _Descent, name: bytes) -> Iterator[None]:
-    """Clear the flags of chattr(1) for a removal; a file that has other names gets them back."""
+    """Clear the flags of chattr(1) for a removal; restore them if the file has other links."""
     if descent.levels:
         with Owned(open_for_listing(descent.fd)) as fd:
             _change_flags(fd, 0)

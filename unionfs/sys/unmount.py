@@ -1,4 +1,4 @@
-"""Unmounting: umount2(2), of the mount with an id, and by fusermount3 where umount2 is not allowed."""
+"""Unmounts by umount2(2), checked by mount id, or by fusermount3 where umount2 is not permitted."""
 
 from __future__ import annotations
 
@@ -30,10 +30,10 @@ def umount2(target: str | bytes, flags: int = 0) -> None:
 
 @contextmanager
 def _beside(path: str, mount_id: int) -> Iterator[str]:
-    """A path for the mountpoint ``path`` through an fd of its parent, which nobody can redirect.
+    """Yield a path for the mountpoint ``path`` through an fd of its parent, which nobody can redirect.
 
-    A mountpoint cannot be renamed in its own mount namespace, only from one that was copied before. Raises
-    ``OSError``: ELOOP for a symlink on the way, EINVAL when another mount than ``mount_id`` is there.
+    A mountpoint cannot be renamed in its own mount namespace, only from an older copy of it. Raises
+    ``OSError``: ELOOP for a symlink in the path, EINVAL if a mount other than ``mount_id`` is there.
     """
     above, name = os.path.split(path)
     flags = os.O_PATH | os.O_DIRECTORY
@@ -46,29 +46,29 @@ def _beside(path: str, mount_id: int) -> Iterator[str]:
 
 
 def open_mount(mount: MountEntry) -> int:
-    """An O_PATH fd of the root of this mount. Raises ``OSError`` as :func:`unmount_id`."""
+    """Return an O_PATH fd of the root of this mount. Raises ``OSError`` like :func:`unmount_id`."""
     with _beside(mount.mountpoint, mount.mount_id) as here:
         return os.open(here, os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC)
 
 
 def unmount_id(path: str, mount_id: int, flags: int = 0) -> None:
-    """As :func:`umount2`, of the mount with this id, even if others may change the directories above.
+    """Like :func:`umount2`, for the mount with this id, even if others may change its parent directories.
 
-    Raises ``OSError``: ELOOP for a symlink on the way, EINVAL when another mount than ``mount_id`` is there.
+    Raises ``OSError``: ELOOP for a symlink in the path, EINVAL if a mount other than ``mount_id`` is there.
     """
     with _beside(path, mount_id) as here:
         umount2(here, flags | UMOUNT_NOFOLLOW)
 
 
 def unmount(mount: MountEntry, *, lazy: bool = False) -> None:
-    """Unmount this mount, by fusermount3 where umount2(2) is not allowed.
+    """Unmount this mount, by fusermount3 where umount2(2) is not permitted.
 
-    With ``lazy`` the mount leaves the tree at once, and ends when its last user ends. Raises ``OSError``:
-    EBUSY when it is in use, EINVAL when it is gone or no longer there.
+    With ``lazy``, detach the mount at once; it ends with its last user. Raises ``OSError``: EBUSY if it is
+    in use, EINVAL if it is gone or another mount is there.
     """
     try:
         unmount_id(mount.mountpoint, mount.mount_id, MNT_DETACH if lazy else 0)
     except PermissionError:
-        # The helper goes by the path alone, so not for root: the owner of a directory could redirect it.
+        # Not for root: the helper uses the path alone, which the owner of a directory could redirect.
         if has_capability(CAP_SYS_ADMIN) or not fusermount.unmount(mount.mountpoint, lazy=lazy):
             raise

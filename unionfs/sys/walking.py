@@ -1,4 +1,4 @@
-"""Following a path from directory to directory by fds: what was looked at on the way is what was used."""
+"""Walks a path by directory fds, so that every checked component is the one that is used."""
 
 from __future__ import annotations
 
@@ -17,17 +17,17 @@ _PATH: Final = os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC
 
 @dataclass(frozen=True, slots=True)
 class Step:
-    """A directory or symlink on the way, or what the way leads to (``is_last``)."""
+    """A directory or symlink on the path, or its final object (``is_last``)."""
 
     path: str
     status: os.stat_result
     fd: int
-    """An O_PATH fd, good within the call."""
+    """An O_PATH fd, valid during the call."""
     is_last: bool
 
 
 def walk(path: str, look: Callable[[Step], None]) -> int:
-    """An O_PATH fd of what is at ``path``, as path_resolution(7) finds it; ``look`` sees every step.
+    """Resolve ``path`` as in path_resolution(7) and return an O_PATH fd; calls ``look`` for every step.
 
     Raises ``OSError``, and what ``look`` raises.
     """
@@ -63,15 +63,15 @@ def walk(path: str, look: Callable[[Step], None]) -> int:
 
 
 def _parts(path: str) -> list[str]:
-    """The components of a path, the first one last."""
+    """Return the components of a path in reverse order."""
     return [part for part in reversed(path.split("/")) if part not in ("", ".")]
 
 
 def follow(path: str) -> int:
-    """An O_PATH fd of what is at ``path``. Raises ``OSError``.
+    """Resolve ``path`` and return an O_PATH fd. Raises ``OSError``.
 
-    As root of the host a symlink of another user is followed only to what belongs to that user, EACCES else:
-    it would be the user who chooses what root works on.
+    The host's root follows another user's symlink only to an object of that user, else EACCES is raised:
+    the user must not choose what root works on.
     """
     owners: set[int] = set()
 

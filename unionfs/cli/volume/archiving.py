@@ -27,7 +27,7 @@ _COMPRESS = ("zstd", "gzip", "none")
 
 @contextmanager
 def _progress(what: str) -> Iterator[Progress | None]:
-    """A progress line on stderr, on a terminal only."""
+    """Show a progress line if stderr is a terminal."""
     if not sys.stderr.isatty():
         yield None
         return
@@ -89,7 +89,7 @@ def backup(output: str | None, compress: str | None, since: str | None, root: st
     --xattrs --acls` unpacks it. It gets its name when it is complete. Restoring an incremental one (--since)
     needs that backup and those below it.
     """
-    # For start-up time: --help and completion do without.
+    # For start-up time: --help and completion do not need it.
     from unionfs.storage.archive.compress import ENDINGS, kind_for
     from unionfs.storage.backup import backup as make
 
@@ -105,7 +105,7 @@ def backup(output: str | None, compress: str | None, since: str | None, root: st
             "an archive cannot be written to a terminal; redirect standard output, or name a file with -o."
         )
     if output == "-" and sys.__stdout__ is None:
-        # /dev/null has replaced it, where a backup would be lost silently.
+        # It was replaced by /dev/null, where a backup would be lost silently.
         raise UserError("standard output is closed; redirect it, or name a file with -o.")
     with _progress(f"backup of {name}") as progress:
         report = make(volumes, name, output, compress=kind, since=since, progress=progress)
@@ -131,13 +131,13 @@ Examples:
 @root_option
 @click.argument("name", shell_complete=complete_volumes)
 def restore(source: str, bases: tuple[str, ...], verify_only: bool, root: str | None, name: str) -> None:
-    """Replace the content of a volume by that of an archive.
+    """Replace the content of a volume with that of an archive.
 
     Everything is checked while it is read, and the old content stays until the new is complete: after an
     error the volume is unchanged. A volume in use is not restored. Archives with entries outside the volume
     are refused, as are those with device files without root.
     """
-    # For start-up time: --help and completion do without.
+    # For start-up time: --help and completion do not need it.
     from unionfs.storage.restore import restore as put
     from unionfs.storage.restore import verify_chain
 
@@ -167,7 +167,7 @@ def clone(root: str | None, source: str, target: str) -> None:
 
     If the filesystem supports reflinks (xfs, btrfs), both share their blocks until one of them is changed.
     """
-    # For start-up time: --help and completion do without.
+    # For start-up time: --help and completion do not need it.
     from unionfs.storage.restore import clone as copy
 
     with _progress(f"clone of {source}") as progress:
@@ -192,7 +192,7 @@ def verify(root: str | None, what: str) -> int:
     content differs while its size and time are the same is damaged: exit code 1. A name of both a volume and
     a file means the volume; write ./FILE for the file.
     """
-    # For start-up time: --help and completion do without.
+    # For start-up time: --help and completion do not need it.
     from unionfs.storage.backup import verify_archive, verify_volume
 
     volumes = open_volumes(root)

@@ -19,7 +19,7 @@ _F = TypeVar("_F", bound=Callable[..., Any])
 
 
 def root_option(command: _F) -> _F:
-    """`--root`, the same for every command."""
+    """Add `--root`, the same for every command."""
     return click.option(
         "--root",
         metavar="DIR",
@@ -28,8 +28,8 @@ def root_option(command: _F) -> _F:
 
 
 def open_volumes(root: str | None) -> Volumes:
-    """The volumes of the storage root; repairs are reported on stderr."""
-    # For start-up time: --help and completion do without.
+    """Open the volumes of the storage root. Reports repairs on stderr."""
+    # For start-up time: --help and completion do not need it.
     from unionfs.storage.root import storage_root
     from unionfs.storage.volumes import Volumes
 
@@ -42,7 +42,7 @@ def tell(sentence: str) -> None:
 
 
 def pairs(words: Iterable[str], what: str, *, bare: bool = False) -> dict[str, str]:
-    """KEY=VALUE words as a dictionary; `bare` accepts KEY alone with an empty value, as for labels."""
+    """Parse KEY=VALUE arguments; `bare` also accepts KEY with an empty value, as for labels."""
     found: dict[str, str] = {}
     for word in words:
         key, equals, value = word.partition("=")
@@ -57,7 +57,7 @@ def pairs(words: Iterable[str], what: str, *, bare: bool = False) -> dict[str, s
 def complete_volumes(
     context: click.Context, parameter: click.Parameter, incomplete: str
 ) -> list[CompletionItem]:
-    """The names of volumes that begin with the typed text; none if the storage root cannot be read."""
+    """Complete volume names; none if the storage root cannot be read."""
     # For start-up time: only completion needs it.
     from click.shell_completion import CompletionItem
 
@@ -76,7 +76,7 @@ def complete_volumes(
 def complete_drivers(
     context: click.Context, parameter: click.Parameter, incomplete: str
 ) -> list[CompletionItem]:
-    """The names of drivers that begin with the typed text."""
+    """Complete driver names."""
     # For start-up time: only completion needs it.
     from click.shell_completion import CompletionItem
 

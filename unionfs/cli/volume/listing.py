@@ -96,13 +96,13 @@ def _line(volume: Volume, users: list[User]) -> dict[str, Any]:
 
 
 def _for_template(values: dict[str, Any]) -> dict[str, Any]:
-    """The values, on a terminal without control characters: a plugin chooses some of the text."""
+    """Escape control characters on a terminal: some values come from plugins."""
     cleaned: dict[str, Any] = all_printable(values) if on_terminal() else values
     return cleaned
 
 
 def _docker_line(volume: Volume, users: list[User]) -> dict[str, str]:
-    """The keys and the texts of `docker volume ls --format json`."""
+    """Return the keys and texts of `docker volume ls --format json`."""
     return {
         "Availability": "N/A",
         "Driver": volume.driver,

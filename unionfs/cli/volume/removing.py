@@ -49,7 +49,7 @@ def prune(every: bool, filters: tuple[str, ...], force: bool, dry_run: bool, roo
 
     With -a unused named volumes are removed, too: their data is lost.
     """
-    # For start-up time: --help and completion do without.
+    # For start-up time: --help and completion do not need it.
     from unionfs.storage.usage import reclaimable
 
     rest = []
