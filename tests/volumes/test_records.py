@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import shutil
 import signal
+import sqlite3
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import suppress
+from contextlib import closing, suppress
 from pathlib import Path
 
 import pytest
@@ -19,7 +21,7 @@ from tests.mount.cli_calls import refused, succeed
 from tests.support.patience import patient
 from tests.volumes.conftest import Store
 from unionfs.errors import UserError
-from unionfs.storage import records
+from unionfs.storage import jsonfiles, records
 from unionfs.storage.model import User
 from unionfs.sys.process import start_time
 
@@ -273,6 +275,98 @@ class TestEarlierVersion:
         volumes.detach("data", _user(old.pid))
         assert volumes.users("data") == []
         store.ok("rm", "data")
+
+    def test_when_its_daemon_ends_it_knows_the_users_that_came_since(
+        self, store: Store, old: subprocess.Popen[bytes]
+    ) -> None:
+        def listed() -> list[str]:
+            return [
+                text
+                for text, _ in json.loads((store.data("data").parent / "volume.json").read_text())["users"]
+            ]
+
+        volumes = store.volumes()
+        volumes.attach("data", _user())
+        assert listed() == [_user(old.pid), _user()]
+        volumes.detach("data", _user())
+        assert listed() == [_user(old.pid)]
+        volumes.detach("data", _user(old.pid))
+        assert listed() == []
+        (store.root / "registry.db").touch()  # that daemon's
+        assert store.volumes().users("data") == []
+
+    def test_its_users_count_on_a_full_disk(
+        self, store: Store, old: subprocess.Popen[bytes], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        def full(*_: object, **__: object) -> None:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+        monkeypatch.setattr(jsonfiles, "write", full)
+        (store.data("data").parent / "spare").unlink()
+        refused(store("rm", "data"), f"pid {old.pid}")
+        monkeypatch.undo()
+        store.volumes().attach("data", _user())
+        assert len(store.volumes().users("data")) == 2
+
+    @pytest.fixture
+    def database(self, store: Store) -> Iterator[sqlite3.Connection]:
+        """The database of an earlier version, with what it wrote last in its WAL."""
+        store.create("other")
+        store.create("nfs")
+        with closing(sqlite3.connect(store.root / "registry.db", isolation_level=None)) as db:
+            db.execute("PRAGMA journal_mode = WAL")
+            db.execute(
+                "CREATE TABLE volumes (name TEXT PRIMARY KEY, driver TEXT, mountpoint TEXT, "
+                "anonymous INTEGER, options TEXT, labels TEXT, created REAL, scope TEXT)"
+            )
+            db.execute("CREATE TABLE users (volume TEXT, user TEXT, path TEXT)")
+            yield db
+
+    @pytest.mark.parametrize("content", [b"", b"{", None])
+    def test_a_record_that_only_the_database_has_is_written(
+        self, store: Store, database: sqlite3.Connection, content: bytes | None
+    ) -> None:
+        path = store.data("nfs").parent / "volume.json"
+        options = {"type": "nfs", "device": ":/x", "o": "addr=10.0.0.1"}
+        row = ("nfs", "local", str(store.data("nfs")), 0, json.dumps(options), '{"a": "b"}', 5.0, "local")
+        database.execute("INSERT INTO volumes VALUES (?, ?, ?, ?, ?, ?, ?, ?)", row)
+        database.execute("INSERT INTO users VALUES ('nfs', ?, '/somewhere')", (_user(),))
+        path.write_bytes(content) if content is not None else path.unlink()
+        volumes = store.volumes()
+        found = volumes.get("nfs")
+        assert (found.options, found.labels, found.created) == (options, {"a": "b"}, 5.0)
+        assert volumes.users("nfs") == [User(_user(), "/somewhere")]
+        assert json.loads(path.read_text())["options"] == options
+        assert not list(store.root.glob("registry.db*"))
+        assert "record of volume nfs was lost" in store.told[0]
+
+    def test_it_stays_until_every_record_is_written(self, store: Store, database: sqlite3.Connection) -> None:
+        path = store.data("nfs").parent / "volume.json"
+        row = ("nfs", "local", "", 0, '{"type": "nfs"}', "{}", 5.0, "local")
+        database.execute("INSERT INTO volumes VALUES (?, ?, ?, ?, ?, ?, ?, ?)", row)
+        path.unlink()
+        (path.parent / "volume.json.new").mkdir()  # it cannot be written
+        with pytest.raises(UserError, match="record of volume nfs is lost"):
+            store.volumes().get("nfs")
+        assert "nfs cannot be recorded" in store.told[0]
+        assert (store.root / "registry.db").exists()
+        assert not path.exists()
+        (path.parent / "volume.json.new").rmdir()
+        assert store.volumes().get("nfs").options == {"type": "nfs"}
+
+    def test_a_damaged_database_is_kept_if_a_record_is_lost(self, store: Store) -> None:
+        (store.create("data").parent / "volume.json").unlink()
+        (store.root / "registry.db").write_bytes(b"no database" * 1000)
+        assert store.volumes().get("data").driver == "local"
+        assert (store.root / "registry.db.old").exists()
+        assert "is damaged" in store.told[0]
+
+    def test_what_else_it_left_is_removed(self, store: Store, old: subprocess.Popen[bytes]) -> None:
+        for name in ("registry.db.damaged-20250101T000000Z-1", "locks/.registry.state"):
+            (store.root / name).touch()
+        store.ok("ls")
+        assert not list(store.root.glob("registry.db*"))
+        assert not list((store.root / "locks").glob(".re*"))
 
     def test_it_finds_what_it_expects_in_a_record(self, store: Store) -> None:
         record = json.loads((store.create("data").parent / "volume.json").read_text())

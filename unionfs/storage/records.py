@@ -6,12 +6,16 @@
 
 Writers hold the volume's short lock; readers need none. A user is a file of its own: to remove it takes no
 space on a full disk, and it need not survive a power cut, since its process does not.
+
+Earlier versions have the users in the record, and take one without `users` for a damaged one. When their
+daemons end, they take those for all users there are; so while there are any, new users are added, too.
 """
 
 from __future__ import annotations
 
 import hashlib
 import os
+from collections.abc import Iterable
 from contextlib import suppress
 
 from unionfs.errors import UserError, quoted, reason
@@ -81,12 +85,22 @@ def _recorded(directory: str, at: int) -> Volume | None:
     return volume if volume.name == os.path.basename(directory) else None
 
 
-def write(volume: Volume) -> None:
-    """Write a volume's record. Raises UserError."""
-    path = f"{volume.directory}/{_RECORD}"
+def is_lost(directory: str) -> bool:
+    """Whether a volume's record is missing or damaged."""
     try:
-        # Earlier versions take a record without users for a damaged one.
-        jsonfiles.write(path, {**volume.to_json(), "users": []})
+        with fds.directory(directory) as at:
+            return _recorded(directory, at) is None
+    except (UserError, OSError):
+        return False
+
+
+def write(volume: Volume, users: Iterable[User] | None = None) -> None:
+    """Write a volume's record; None: with the users of earlier versions in it. Raises UserError."""
+    path = f"{volume.directory}/{_RECORD}"
+    if users is None:
+        users = _earlier_users(volume.directory)
+    try:
+        jsonfiles.write(path, {**volume.to_json(), "users": [[user.text, user.path] for user in users]})
     except OSError as error:
         raise _unrecorded(volume.name, path, error) from error
     _keep_spare(volume.directory)
@@ -103,7 +117,7 @@ def keep_damaged(directory: str) -> None:
 
 def users(directory: str) -> list[User]:
     """The users of a volume, sorted by text; also those whose process has ended. Raises UserError."""
-    found = []
+    found = {user.text: user for user in _earlier_users(directory)}
     try:
         names = os.listdir(directory)
     except FileNotFoundError:
@@ -115,12 +129,12 @@ def users(directory: str) -> list[User]:
             continue
         try:
             text, path = jsonfiles.read(f"{directory}/{name}")
-            found.append(User(str(text), str(path)))
+            found[str(text)] = User(str(text), str(path))
         except (FileNotFoundError, *_MISSPELT):
             continue  # removed just now, or a power cut came before its content was on disk
         except OSError as error:
             raise _unreadable(f"{directory}/{name}", error) from error
-    return sorted(found, key=lambda user: user.text)
+    return sorted(found.values(), key=lambda user: user.text)
 
 
 def add_user(directory: str, user: User) -> None:
@@ -133,22 +147,39 @@ def add_user(directory: str, user: User) -> None:
             raise _unrecorded(os.path.basename(directory), path, error) from error
     else:
         _keep_spare(directory)
+    if earlier := _earlier_users(directory):
+        _write_earlier_users(directory, [*(one for one in earlier if one.text != user.text), user])
 
 
 def remove_user(directory: str, text: str) -> None:
-    """Remove a user, if it is there. Raises OSError."""
-    with suppress(FileNotFoundError):
-        os.unlink(_user_file(directory, text))
-
-
-def take_over_users(directory: str) -> None:
-    """Record the users that mounts of an earlier version have left in the record. Raises UserError."""
+    """Remove a user, if it is there. Raises UserError."""
+    path = _user_file(directory, text)
     try:
-        old = [User(str(text), str(path)) for text, path in jsonfiles.read(f"{directory}/{_RECORD}")["users"]]
+        with suppress(FileNotFoundError):
+            os.unlink(path)
+    except OSError as error:
+        raise UserError(
+            f"the user {quoted(path)} of a volume cannot be removed: {reason(error)}; correct that."
+        ) from error
+    earlier = _earlier_users(directory)
+    if any(user.text == text for user in earlier):
+        _write_earlier_users(directory, [user for user in earlier if user.text != text])
+
+
+def _earlier_users(directory: str) -> list[User]:
+    try:
+        return [
+            User(str(text), str(path)) for text, path in jsonfiles.read(f"{directory}/{_RECORD}")["users"]
+        ]
     except (OSError, *_MISSPELT):
-        return
-    for user in old:
-        add_user(directory, user)
+        return []
+
+
+def _write_earlier_users(directory: str, users: list[User]) -> None:
+    volume = find(directory)
+    if volume is not None and volume.recorded:
+        with suppress(UserError):  # a full disk: they count until their process ends
+            write(volume, users)
 
 
 def _keep_spare(directory: str) -> None:

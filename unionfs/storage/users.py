@@ -1,4 +1,4 @@
-"""Who uses a volume: the text that names a mount in the registry of volumes, and giving volumes back."""
+"""Who uses a volume: the text that names a mount as its user, and giving volumes back."""
 
 from __future__ import annotations
 

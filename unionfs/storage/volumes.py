@@ -50,7 +50,7 @@ class Volumes:
 
     def all(self) -> list[Volume]:
         """All volumes, sorted by name."""
-        found = filter(None, map(records.find, self._directories()))
+        found = filter(None, map(self._read, self._directories()))
         return [volume if volume.recorded else self._adopt(volume) for volume in found]
 
     def get(self, name: str) -> Volume:
@@ -64,7 +64,7 @@ class Volumes:
         self._check_root()
         directory = self._directory(name)
         check_directory(directory)
-        return records.find(directory)
+        return self._read(directory)
 
     def _directory(self, name: str) -> str:
         return f"{self.root}/volumes/{name}"
@@ -87,18 +87,24 @@ class Volumes:
         for name in ("volumes", "containers", "locks"):
             check_directory(f"{self.root}/{name}")
         self._checked = True
-        registry = f"{self.root}/registry.db"
-        if os.path.lexists(registry):
-            self._take_over(registry)
+        if os.path.lexists(f"{self.root}/registry.db"):
+            # start-up time: only the first command after an earlier version needs it
+            from unionfs.storage.earlier import take_over
 
-    def _take_over(self, registry: str) -> None:
-        """Do without the database of earlier versions: their daemons rebuild it from the records."""
-        with suppress(UserError):  # a full disk: tried again by the next command
-            for directory in self._directories():
-                records.take_over_users(directory)
-            for path in (registry, f"{registry}-wal", f"{registry}-shm", f"{self.root}/locks/.reserve"):
-                with suppress(OSError):
-                    os.unlink(path)
+            try:
+                take_over(self.root, self._directories(), self._tell)
+            except UserError as error:
+                self._tell(str(error))
+
+    def _read(self, directory: str) -> Volume | None:
+        found = records.find(directory)
+        registry = f"{self.root}/registry.db"
+        if found is not None and not found.recorded and os.path.lexists(registry):
+            raise UserError(
+                f"the record of volume {quoted(found.name)} is lost, and {quoted(registry)}, which may have "
+                "it, could not be read; correct that and try again."
+            )
+        return found
 
     def _adopt(self, volume: Volume) -> Volume:
         """Record a local volume that has no readable record."""
