@@ -72,6 +72,42 @@ class TestUsers:
         assert store.ok("rm", "data") == "data\n"
 
 
+    @pytest.mark.parametrize("written", [0, 100])
+    def test_the_spare_of_a_full_disk_is_filled_by_the_next_use(
+        self, store: Store, monkeypatch: pytest.MonkeyPatch, written: int
+    ) -> None:
+        real = os.write
+
+        def full(fd: int, data: bytes) -> int:
+            if data != b" " * 4096:
+                return real(fd, data)
+            if written == 0:
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            return real(fd, data[:written])
+
+        monkeypatch.setattr(os, "write", full)
+        spare = store.create("data").parent / "spare"
+        monkeypatch.undo()
+        assert not spare.exists()
+        spare.touch()  # of an earlier version
+        with store.volumes().used("data", "backup"):
+            assert spare.stat().st_size == 4096
+
+    def test_a_user_that_cannot_be_removed_is_named(
+        self, store: Store, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        store.create("data")
+        volumes = store.volumes()
+        volumes.attach("data", _user())
+
+        def broken(path: str) -> None:
+            raise OSError(errno.EROFS, os.strerror(errno.EROFS))
+
+        monkeypatch.setattr(os, "unlink", broken)
+        with pytest.raises(UserError, match=r"\.user-.*read-only"):
+            volumes.detach("data", _user())
+
+
 class TestMaking:
     def test_what_is_made_is_docker_s_layout(self, store: Store) -> None:
         data = store.create("data")
@@ -472,6 +508,23 @@ class TestManyProcesses:
         assert volumes.remove("data")
         assert [path.name for path in (store.root / "volumes").iterdir()] == []
         assert store.told == []
+
+    def test_a_volume_that_is_replaced_while_it_is_read_is_not_damaged(
+        self, store: Store, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        directory = store.create("data").parent
+        real, writer = jsonfiles.read, store.volumes()
+
+        def slow(path: str, at: int | None = None) -> object:
+            if at is not None:
+                monkeypatch.undo()
+                writer.remove("data")
+                writer.create("data")
+            return real(path, at)
+
+        monkeypatch.setattr(jsonfiles, "read", slow)
+        assert records.find(str(directory)) is None
+        assert [volume.name for volume in store.volumes().all()] == ["data"]
 
     def test_users_are_recorded_beside_the_data(self, store: Store) -> None:
         directory = store.create("data").parent

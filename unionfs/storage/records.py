@@ -52,12 +52,13 @@ def find(directory: str) -> Volume | None:
         try:
             status = os.stat("_data", dir_fd=at, follow_symlinks=False)
         except OSError:
-            if not os.path.lexists(f"{directory}/{_RECORD}"):
-                return None
-            raise UserError(
-                f"the record {quoted(f'{directory}/{_RECORD}')} is damaged; correct it, or move the volume's "
-                "directory away."
-            ) from None
+            with suppress(FileNotFoundError):
+                os.stat(_RECORD, dir_fd=at, follow_symlinks=False)
+                raise UserError(
+                    f"the record {quoted(f'{directory}/{_RECORD}')} is damaged; correct it, or move the "
+                    "volume's directory away."
+                ) from None
+            return None
     name = os.path.basename(directory)
     # Anonymous volumes have 64 hexadecimal digits for a name, as in Docker.
     anonymous = len(name) == 64 and set(name) <= set("0123456789abcdef")
@@ -184,9 +185,19 @@ def _write_earlier_users(directory: str, users: list[User]) -> None:
 
 def _keep_spare(directory: str) -> None:
     """Set space aside for one user, so that a volume on a full disk can still be measured and backed up."""
-    flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
-    with suppress(OSError), fds.Owned(os.open(f"{directory}/{_SPARE}", flags, 0o600)) as fd:
-        os.write(fd, b" " * _SPARE_BYTES)
+    path, written = f"{directory}/{_SPARE}", 0
+    with suppress(OSError):
+        if os.stat(path, follow_symlinks=False).st_size >= _SPARE_BYTES:
+            return
+        os.unlink(path)
+    with suppress(OSError):
+        try:
+            flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
+            with fds.Owned(os.open(path, flags, 0o600)) as fd:
+                written = os.write(fd, b" " * _SPARE_BYTES)
+        finally:
+            if written < _SPARE_BYTES:
+                os.unlink(path)
 
 
 def _user_file(directory: str, text: str) -> str:
