@@ -222,8 +222,10 @@ class TestRepair:
         path = store.create("data").parent / "volume.json"
         path.write_text(json.dumps({**json.loads(path.read_text()), "version": 99}))
         before = path.read_bytes()
-        for words in (("ls",), ("create", "data"), ("rm", "-f", "data"), ("inspect", "data")):
+        for words in (("create", "data"), ("rm", "-f", "data")):
             refused(store(*words), "version 99", "newer", str(path))
+        for words in (("ls", "-q"), ("inspect", "data")):
+            assert "version 99" in store(*words).stderr
         assert path.read_bytes() == before
         assert store.data("data").is_dir()
 
@@ -247,17 +249,41 @@ class TestRepair:
 
     def test_a_damaged_record_of_another_volume_is_named(self, store: Store) -> None:
         path = store.create("-d", "union", "-o", "lower=/usr", "views").parent / "volume.json"
+        store.create("data")
         path.write_bytes(b"")
-        for words in (("ls",), ("create", "views"), ("rm", "-f", "views")):
+        for words in (("create", "views"), ("rm", "views")):
             refused(store(*words), str(path), "damaged")
+        done = store("ls", "-q")
+        assert (done.returncode, done.stdout) == (0, "data\n")
+        assert f"{path} is damaged" in done.stderr
+        done = store("prune", "-a", "-f")
+        assert (done.returncode, "Deleted Volumes:\ndata\n" in done.stdout) == (0, True)
+        assert f"{path} is damaged" in done.stderr
+        assert store.ok("rm", "-f", "views") == "views\n"
+        assert not path.parent.exists()
+
+    def test_a_volume_with_a_damaged_record_is_not_removed_while_it_is_mounted(self, store: Store) -> None:
+        if os.geteuid() != 0:
+            pytest.skip("needs root")
+        directory = store.create("-d", "union", "-o", "lower=/usr", "views").parent
+        (directory / "volume.json").write_bytes(b"")
+        subprocess.run(["mount", "-t", "tmpfs", "none", str(directory / "views")], check=True)
+        refused(store("rm", "-f", "views"), "still mounted")
+        subprocess.run(["umount", str(directory / "views")], check=True)
+        store.volumes().remove("views", force=True)
 
     @pytest.mark.parametrize("name", ["volume.json", ".user-x"])
     def test_what_cannot_be_read_is_named(self, store: Store, area: Path, name: str) -> None:
         path = store.create("data").parent / name
         path.unlink(missing_ok=True)
         path.symlink_to(area / "secret")
-        refused(store("ls"), str(path))
+        store.create("other")
+        done = store("ls", "-q")
+        assert (done.returncode, done.stdout.endswith("other\n"), str(path) in done.stderr) == (0, True, True)
         refused(store("rm", "data"), str(path))
+        done = store("prune", "-a", "-f")
+        assert ("Deleted Volumes:\nother\n" in done.stdout, str(path) in done.stderr) == (True, True)
+        assert path.is_symlink()
 
     def test_a_directory_without_a_record_is_a_local_volume(self, store: Store) -> None:
         store.create("data")

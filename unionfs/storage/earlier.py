@@ -21,7 +21,7 @@ from unionfs.storage.model import User, Volume
 _UNREADABLE = (sqlite3.SQLITE_ERROR, sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB)
 
 
-def take_over(root: str, directories: Iterable[str], tell: Callable[[str], None]) -> None:
+def take_over(root: str, directories: Iterable[str], tell: Callable[[str], object]) -> None:
     """Write the records that only the database has, and remove it. Raises UserError, with it still there."""
     registry = f"{root}/registry.db"
     try:
@@ -44,7 +44,7 @@ def _remove(path: str) -> None:
         os.unlink(path)
 
 
-def _write_record(registry: str, directory: str, tell: Callable[[str], None]) -> None:
+def _write_record(registry: str, directory: str, tell: Callable[[str], object]) -> None:
     name = os.path.basename(directory)
     with locks.state(os.path.dirname(registry), name):
         if not records.is_lost(directory):

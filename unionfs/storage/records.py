@@ -31,11 +31,16 @@ _VERSION = 1
 _MISSPELT = (ValueError, KeyError, TypeError, AttributeError)
 
 
+class UnreadableRecordError(UserError):
+    """A record is damaged, or cannot be opened."""
+
+
 def find(directory: str) -> Volume | None:
     """The volume of a directory; None for anything else.
 
     A directory of this user's with `_data` and without a readable record is a local volume. Raises UserError
-    for a record of a newer version, one that cannot be opened, and a damaged one without `_data`.
+    for a record of a newer version, and UnreadableRecordError for one that cannot be opened, and a damaged
+    one without `_data`.
     """
     try:
         at = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
@@ -54,9 +59,9 @@ def find(directory: str) -> Volume | None:
         except OSError:
             with suppress(FileNotFoundError):
                 os.stat(_RECORD, dir_fd=at, follow_symlinks=False)
-                raise UserError(
-                    f"the record {quoted(f'{directory}/{_RECORD}')} is damaged; correct it, or move the "
-                    "volume's directory away."
+                raise UnreadableRecordError(
+                    f"the record {quoted(f'{directory}/{_RECORD}')} is damaged; correct it, or remove the "
+                    "volume with --force."
                 ) from None
             return None
     name = os.path.basename(directory)
@@ -205,7 +210,9 @@ def _user_file(directory: str, text: str) -> str:
 
 
 def _unreadable(path: str, error: OSError) -> UserError:
-    return UserError(f"the record {quoted(path)} cannot be read: {reason(error)}; check its permissions.")
+    return UnreadableRecordError(
+        f"the record {quoted(path)} cannot be read: {reason(error)}; check its permissions."
+    )
 
 
 def _unrecorded(name: str, path: str, error: OSError) -> UserError:

@@ -41,7 +41,7 @@ class Volumes:
     processes may work on one root.
     """
 
-    def __init__(self, root: str, *, tell: Callable[[str], None] = _log.warning) -> None:
+    def __init__(self, root: str, *, tell: Callable[[str], object] = _log.warning) -> None:
         self.root = root
         self._tell = tell
         self._checked = False
@@ -49,9 +49,17 @@ class Volumes:
     # -- looking ------------------------------------------------------------------------------------------
 
     def all(self) -> list[Volume]:
-        """All volumes, sorted by name."""
-        found = filter(None, map(self._read, self._directories()))
-        return [volume if volume.recorded else self._adopt(volume) for volume in found]
+        """All volumes, sorted by name; of a record that cannot be read `tell` gets the reason."""
+        found = []
+        for directory in self._directories():
+            try:
+                volume = self._read(directory)
+            except UserError as error:
+                self._tell(str(error))
+                continue
+            if volume is not None:
+                found.append(volume if volume.recorded else self._adopt(volume))
+        return found
 
     def get(self, name: str) -> Volume:
         """The volume of that name."""
@@ -128,12 +136,17 @@ class Volumes:
         return [user for user in records.users(self._directory(check_name(name))) if not user.is_gone]
 
     def all_users(self) -> dict[str, list[User]]:
-        """Who uses volumes now, by the volumes' names."""
-        return {
-            os.path.basename(directory): alive
-            for directory in self._directories()
-            if (alive := [user for user in records.users(directory) if not user.is_gone])
-        }
+        """Who uses volumes now, by the volumes' names; of what cannot be read `tell` gets the reason."""
+        found = {}
+        for directory in self._directories():
+            try:
+                alive = [user for user in records.users(directory) if not user.is_gone]
+            except UserError as error:
+                self._tell(str(error))
+                continue
+            if alive:
+                found[os.path.basename(directory)] = alive
+        return found
 
     # -- making -------------------------------------------------------------------------------------------
 
@@ -282,11 +295,12 @@ class Volumes:
     def settle(self) -> None:
         """Detach the users whose process has ended, from all volumes."""
         for directory in self._directories():
-            if any(user.is_gone for user in records.users(directory)):
-                name = os.path.basename(directory)
-                with suppress(UserError), locks.state(self.root, name):
-                    volume = self.get(name)
-                    self._without_the_dead(volume, self.driver_of(volume).hurried())
+            name = os.path.basename(directory)
+            with suppress(UserError):
+                if any(user.is_gone for user in records.users(directory)):
+                    with locks.state(self.root, name):
+                        volume = self.get(name)
+                        self._without_the_dead(volume, self.driver_of(volume).hurried())
 
     @contextmanager
     def used(self, name: str, kind: str) -> Iterator[str]:
@@ -345,15 +359,26 @@ class Volumes:
         """Remove a volume and its data. Raises UserError while it has users.
 
         Returns False if it does not exist, with `missing_ok` or `force`. `force` also removes one whose
-        driver is missing or fails, and files that chattr(1) made immutable or append-only.
+        driver is missing or fails, or whose record cannot be read, and files that chattr(1) made immutable or
+        append-only.
         """
-        if (force or missing_ok) and (not is_name(name) or self._find(name) is None):
-            return False
-        self.get(name)
-        with locks.work(self.root, name, "a removal", spare=True), locks.state(self.root, name):
-            volume = self.get(name)
+
+        def find() -> Volume | None:
             try:
-                driver = self.driver_of(volume)
+                return self._find(name)
+            except records.UnreadableRecordError:
+                if not force:
+                    raise
+                return Volume(name, "", "", anonymous=False, directory=self._directory(name))
+
+        if (force or missing_ok) and (not is_name(name) or find() is None):
+            return False
+        if not force:
+            self.get(name)
+        with locks.work(self.root, name, "a removal", spare=True), locks.state(self.root, name):
+            volume = find() or self.get(name)
+            try:
+                driver = self.driver_of(volume) if volume.driver else Driver()
             except UserError:
                 if not force:
                     raise

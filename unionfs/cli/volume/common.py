@@ -27,18 +27,18 @@ def root_option(command: _F) -> _F:
     )(command)
 
 
-def open_volumes(root: str | None) -> Volumes:
-    """Open the volumes of the storage root. Reports repairs on stderr."""
+def tell(sentence: str) -> None:
+    """Print a sentence that is not an error."""
+    print(f"unionfs: {sentence}", file=sys.stderr)
+
+
+def open_volumes(root: str | None, tell: Callable[[str], object] = tell) -> Volumes:
+    """Open the volumes of the storage root. Reports repairs, and what cannot be read, on stderr."""
     # For start-up time: --help and completion do not need it.
     from unionfs.storage.root import storage_root
     from unionfs.storage.volumes import Volumes
 
     return Volumes(storage_root(root), tell=tell)
-
-
-def tell(sentence: str) -> None:
-    """Print a sentence that is not an error."""
-    print(f"unionfs: {sentence}", file=sys.stderr)
 
 
 def pairs(words: Iterable[str], what: str, *, bare: bool = False) -> dict[str, str]:
@@ -62,7 +62,7 @@ def complete_volumes(
     from click.shell_completion import CompletionItem
 
     try:
-        volumes = open_volumes(context.params.get("root"))
+        volumes = open_volumes(context.params.get("root"), tell=lambda sentence: None)
         chosen = set(context.params.get("names") or ())
         return [
             CompletionItem(volume.name, help=volume.driver)
