@@ -18,6 +18,7 @@ from unionfs.errors import UserError
 from unionfs.storage import populate as subject
 from unionfs.storage.model import Volume
 from unionfs.storage.populate import populate
+from unionfs.sys import attributes
 from unionfs.union.layers import LayerStack
 
 pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="owners and devices need root")
@@ -202,3 +203,27 @@ def test_nothing_in_a_volume_is_believed(open_union: OpenUnion, tmp_path: Path, 
     before = snapshot.take(volume)
     assert not fill(open_union().stack, volume, b"d")
     assert snapshot.take(volume) == before
+
+
+@pytest.mark.parametrize(
+    ("name", "code", "tolerated"),
+    [
+        (attributes.OWNER, errno.EPERM, True),
+        (attributes.OWNER, errno.EACCES, True),  # sshfs
+        (attributes.OWNER, errno.EROFS, False),
+        (b"user.note", errno.EPERM, True),
+        (b"user.note", errno.EACCES, False),
+    ],
+)
+def test_an_ordinary_user_keeps_what_is_permitted(
+    monkeypatch: pytest.MonkeyPatch, name: bytes, code: int, tolerated: bool
+) -> None:
+    error = OSError(code, os.strerror(code))
+    with pytest.raises(OSError, match=os.strerror(code)):
+        subject._refused(name, error)  # root
+    monkeypatch.setattr(os, "geteuid", lambda: 1000)
+    if tolerated:
+        subject._refused(name, error)
+    else:
+        with pytest.raises(OSError, match=os.strerror(code)):
+            subject._refused(name, error)

@@ -189,8 +189,9 @@ class _Copier:
 
 
 def _refused(name: bytes, error: OSError) -> None:
-    """An ordinary user keeps what the kernel permits."""
-    if error.errno != errno.EPERM or os.geteuid() == 0:
+    """An ordinary user keeps what is permitted; sshfs refuses an owner by EACCES."""
+    permitted = (errno.EPERM, errno.EACCES) if name == attributes.OWNER else (errno.EPERM,)
+    if error.errno not in permitted or os.geteuid() == 0:
         unsupported(name, error)
 
 
