@@ -11,6 +11,8 @@ import stat
 from collections.abc import Callable, Mapping
 from typing import Final, NamedTuple
 
+from unionfs.sys.fds import Owned
+
 ALL: Final = b""
 """All xattrs of a file, where one name is expected."""
 OWNER: Final = b"owner"
@@ -90,7 +92,12 @@ def write(
                 os.setxattr(place, key, value, follow_symlinks=follow)
             except OSError as error:
                 failed(key, error)
-    if not stat.S_ISLNK(new.mode):
-        os.chmod(target, stat.S_IMODE(new.mode), dir_fd=where)
+    if name is None:
+        os.chmod(at, stat.S_IMODE(new.mode))
+    elif not stat.S_ISLNK(new.mode):
+        # Not by name: chmod(2) follows a symlink that the filesystem's server may have put there meanwhile.
+        with Owned(os.open(name, os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=at)) as fd:
+            if not stat.S_ISLNK(os.fstat(fd).st_mode):
+                os.chmod(b"/proc/self/fd/%d" % fd, stat.S_IMODE(new.mode))
     if times:
         os.utime(target, ns=(new.atime_ns, new.mtime_ns), dir_fd=where, follow_symlinks=follow)
