@@ -586,6 +586,43 @@ class TestClone:
         assert [path.name for path in (store.root / "volumes").iterdir()] == ["data"]
 
 
+
+
+@pytest.mark.parametrize("size", [1000, 1 << 20])
+def test_a_full_target_is_no_unreadable_file(
+    store: Store, filesystem: Callable[..., Path], size: int
+) -> None:
+    data = store.create("data")
+    for number in range((4 << 20) // size):
+        (data / f"{number}").write_bytes(os.urandom(size))
+    target = filesystem("tmpfs", 1 << 20) / "b.tar"
+    done = store("backup", "data", "--compress", "none", "-o", target)
+    message = refused(done, "the backup cannot be written", "no space left on device")
+    assert "cannot be read" not in message
+
+
+def test_a_small_file_that_cannot_be_read_is_named(store: Store, area: Path) -> None:
+    (store.create("data") / "file").write_text("x")
+    script = (
+        "import errno, os, sys; pread = os.pread\n"
+        "def broken(fd, *more):\n"
+        "    if os.readlink(f'/proc/self/fd/{fd}').endswith('/file'): raise OSError(errno.EIO, 'broken')\n"
+        "    return pread(fd, *more)\n"
+        "os.pread = broken\n"
+        "from unionfs.cli.run import run; from unionfs.cli.main import cli\n"
+        "sys.exit(run(cli, sys.argv[1:], 'unionfs'))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", script, "volume", "backup", "data", "-o", area / "b.tar"],
+        env={**os.environ, "UNIONFS_ROOT": str(store.root), "PYTHONPATH": REPOSITORY},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 1
+    assert "file in" in done.stderr
+    assert "cannot be read" in done.stderr
+
+
 class TestOrdinaryUser:
     def test_backup_and_restore_without_root(self, area: Path) -> None:
         home = area / "home"

@@ -120,33 +120,49 @@ class Walker:
                 name, is_file = level.names.pop()
                 path = level.prefix + name
                 try:
-                    if is_file:
-                        # There may be millions of them: as few steps as possible.
-                        fd = self._open(name, _FILE_FLAGS, level.fd)
-                        try:
-                            status = os.fstat(fd)
-                            # 0o100000: S_IFREG
-                            if not (
-                                take is not None
-                                and status.st_nlink == 1
-                                and status.st_mode & 0o170000 == 0o100000
-                                and take(fd, path, status)
-                            ):
-                                yield self.file_entry(fd, path, status), fd
-                        finally:
-                            os.close(fd)
-                    else:
+                    if not is_file:
                         yield from self._other(stack, name, path)
-                except FileNotFoundError:
-                    self._note(f"{_shown(path)} vanished while it was read; it was left out.")
+                        continue
+                    # There may be millions of them: as few steps as possible.
+                    fd = self._open(name, _FILE_FLAGS, level.fd)
                 except OSError as error:
-                    raise UserError(
-                        f"{_shown(path)} in {quoted(self._root)} cannot be read: {reason(error)}; nothing is "
-                        "left out of a backup, so make it readable, or run as root."
-                    ) from error
+                    self.failed(path, error)
+                    continue
+                try:
+                    try:
+                        status = os.fstat(fd)
+                    except OSError as error:
+                        self.failed(path, error)
+                        continue
+                    # 0o100000: S_IFREG. The errors of `take` are not the file's.
+                    if (
+                        take is not None
+                        and status.st_nlink == 1
+                        and status.st_mode & 0o170000 == 0o100000
+                        and take(fd, path, status)
+                    ):
+                        continue
+                    try:
+                        entry = self.file_entry(fd, path, status)
+                    except OSError as error:
+                        self.failed(path, error)
+                    else:
+                        yield entry, fd
+                finally:
+                    os.close(fd)
         finally:
             for level in stack:
                 level.close()
+
+    def failed(self, path: bytes, error: OSError) -> None:
+        """Note that a file has vanished; raise UserError for one that cannot be read."""
+        if isinstance(error, FileNotFoundError):
+            self._note(f"{_shown(path)} vanished while it was read; it was left out.")
+            return
+        raise UserError(
+            f"{_shown(path)} in {quoted(self._root)} cannot be read: {reason(error)}; nothing is left out of "
+            "a backup, so make it readable, or run as root."
+        ) from error
 
     def _other(self, stack: list[_Level], name: bytes, path: bytes) -> Iterator[tuple[Entry, int]]:
         """The entry of what was no regular file when the directory was listed."""

@@ -79,14 +79,18 @@ class Pass:
                 return False
         except OSError:
             return False
+        try:
+            data = os.pread(fd, size + 1, 0)
+            after = os.fstat(fd)
+        except OSError as error:
+            self._walker.failed(path, error)
+            return True
         mtime = status.st_mtime_ns
         header = self._members.plain_header(
             path, status.st_mode & 0o7777, status.st_uid, status.st_gid, size, mtime
         )
         if header is None:
             return False
-        data = os.pread(fd, size + 1, 0)
-        after = os.fstat(fd)
         if (
             len(data) != size
             or after.st_mtime_ns != mtime
