@@ -9,6 +9,7 @@ import logging
 import os
 import socket
 from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -55,7 +56,8 @@ class Service:
         self._on_usable = on_usable
         self._claim = Claim(settings.mountpoint, directory)
         self._storage: Storage | None = None
-        try:
+        with ExitStack() as undo:
+            undo.callback(self._let_go)
             if settings.storage:
                 # For start-up time: most unions have no storage.
                 from unionfs.daemon.storage import Storage
@@ -63,13 +65,12 @@ class Service:
                 self._storage = Storage(settings)
                 settings = self._storage.settings
             self._announcement, self._stack = _open(settings, directory)
+            undo.callback(self._stack.close)
             # Before the union notes the capabilities to restore after it acted as a caller: capset(2) of
             # more than are left fails, and the caller's own rights would count in work.
             confine(settings)
             self._operations = Operations(Union(self._stack))
-        except BaseException:
-            self._let_go()
-            raise
+            undo.pop_all()
         self._serving = Serving(self._operations, settings)
         self._lifetime = Lifetime(settings, lambda: self._finish(connected=True), foreground=foreground)
 
