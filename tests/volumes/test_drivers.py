@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import shutil
@@ -344,6 +345,37 @@ class TestUnion:
         assert sorted(os.listdir(area / "bottom/dir")) == ["bottom"]
         assert _mounts_below(store.root) == []
         store.ok("rm", "data", "copy")
+
+    def test_it_is_unmounted_without_a_program_of_its_own(
+        self, store: Store, lowers: str, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """A child that cleans up for another user may not be able to read this program."""
+        from unionfs.daemon import live
+
+        store.ok("create", "-d", "union", "-o", f"lower={lowers}", "-o", "shared", "data")
+        volumes = store.volumes()
+        path = volumes.attach("data", "test")
+        daemon = next(entry for entry in live.entries() if entry.settings.mountpoint == path)
+
+        def unavailable(*_: object, **__: object) -> None:
+            raise OSError(errno.EACCES, os.strerror(errno.EACCES))
+
+        monkeypatch.setattr(subprocess, "run", unavailable)
+        monkeypatch.setattr(subprocess, "Popen", unavailable)
+        volumes.detach("data", "test")
+        assert not daemon.is_alive()
+        assert _mounts_below(store.root) == []
+
+    def test_who_keeps_it_busy_is_named(self, store: Store, lowers: str) -> None:
+        store.ok("create", "-d", "union", "-o", f"lower={lowers}", "-o", "shared", "data")
+        volumes = store.volumes()
+        path = volumes.attach("data", "test")
+        with subprocess.Popen(["sleep", "100"], cwd=path) as user:
+            with pytest.raises(UserError, match=rf"busy: used by sleep \(pid {user.pid}\)"):
+                volumes.detach("data", "test")
+            user.kill()
+        volumes.detach("data", "test")
+        assert volumes.users("data") == []
 
     def test_a_view_whose_daemon_died_comes_again(self, store: Store, lowers: str) -> None:
         from unionfs.daemon import live

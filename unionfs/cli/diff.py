@@ -65,7 +65,8 @@ def _of_other(mount: LiveMount, uid: int) -> int:
         return 1 if own is None else _of_mount(own)
 
     sys.stdout.flush()
-    if run_as(uid, read, environment=runtime_parent(mount.pid)) != 0:
+    needed = ("unionfs.settings.specs",)
+    if run_as(uid, read, modules=needed, environment=runtime_parent(mount.pid)) != 0:
         raise UserError(
             f"the changes of {quoted(mount.settings.mountpoint)} cannot be read as its owner (uid {uid}); "
             "run `unionfs diff` as that user."

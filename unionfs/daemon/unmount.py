@@ -25,7 +25,8 @@ _CLEARING_SECONDS = 20.0
 _SUBTYPE = "fuse.unionfs"
 _NEEDED_TO_CLEAR = (
     "unionfs.storage.users",
-    *(f"unionfs.storage.drivers.{name}" for name in ("local", "plugin", "remote", "union")),
+    "unionfs.storage.earlier",
+    *(f"unionfs.storage.drivers.{name}" for name in ("local", "plugin", "plugin_request", "remote", "union")),
 )
 
 

@@ -15,11 +15,11 @@ def may_be_a_mounts(fd: int) -> bool:
     status = os.fstat(fd)
     if status.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
         return True
-    holders = _holders(status)
-    return not holders or any(_uid(pid) in (0, os.geteuid(), status.st_uid) for pid in holders)
+    found = holders(status)
+    return not found or any(_uid(pid) in (0, os.geteuid(), status.st_uid) for pid in found)
 
 
-def _holders(status: os.stat_result) -> list[int]:
+def holders(status: os.stat_result) -> list[int]:
     """Return the visible processes that hold flock(2) on the file with these attributes."""
     # /proc/locks shows the superblock's device, which on btrfs is not st_dev: compare inodes only.
     inode = f":{status.st_ino}"

@@ -6,9 +6,9 @@ import hashlib
 import os
 import shutil
 import stat
-import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 
@@ -21,8 +21,14 @@ from unionfs.storage.model import Volume
 from unionfs.storage.mounts import mount_at, run_program
 from unionfs.storage.removing import refuse_locked
 from unionfs.sys.fds import sync_directory
+from unionfs.sys.filelocks import holders
 from unionfs.sys.liveness import is_dead
+from unionfs.sys.process import start_time, users_of, wait_gone
 from unionfs.sys.trees import remove_path
+from unionfs.sys.unmount import unmount
+
+# How long a daemon may take to notice the unmount.
+_NOTICE_SECONDS = 5.0
 
 
 class Union(Driver):
@@ -200,17 +206,37 @@ def _is_alive(target: str) -> bool:
 
 
 def _unmount(target: str) -> None:
-    if mount_at(target) is None:
+    mount = mount_at(target)
+    if mount is None:
         return
-    done = subprocess.run(
-        [sys.executable, "-m", "unionfs", "umount", target],
-        stdin=subprocess.DEVNULL,
-        capture_output=True,
-        check=False,
-        cwd="/",
-        errors="surrogateescape",
-    )
-    # It may live on in another mount namespace, that was created meanwhile; here it is gone.
-    if done.returncode != 0 and mount_at(target) is not None:
-        said = done.stderr.strip().removeprefix("unionfs: ")
-        raise UserError(said or f"{quoted(target)} cannot be unmounted; run `unionfs umount` on it.")
+    daemons = _daemons(f"{os.path.dirname(target)}/upper")
+    try:
+        unmount(mount, lazy=is_dead(mount.mountpoint))
+    except OSError as error:
+        if mount_at(target) is not None:
+            users = [f"{quoted(user.command)} (pid {user.pid})" for user in users_of(target, mount.device)]
+            cause = "used by " + ", ".join(users) if users else reason(error)
+            raise UserError(f"{quoted(target)} is busy: {cause}; end that first.") from error
+    began = time.monotonic()
+    for pid, started in daemons:
+        while not wait_gone(pid, started, 0.2):
+            # It may live on in another mount namespace, that was created meanwhile; here it is gone.
+            if time.monotonic() > began + _NOTICE_SECONDS and _serves(pid):
+                break
+
+
+def _daemons(upper: str) -> list[tuple[int, int]]:
+    """The daemons that hold an upper's lock, with their start times."""
+    with suppress(OSError):
+        return [(pid, start_time(pid) or 0) for pid in holders(os.stat(upper)) if _serves(pid)]
+    return []
+
+
+def _serves(pid: int) -> bool:
+    """Whether a process has not closed its connection to FUSE, as a daemon does that ends."""
+    with suppress(OSError):
+        for fd in os.listdir(f"/proc/{pid}/fd"):
+            with suppress(OSError):
+                if os.readlink(f"/proc/{pid}/fd/{fd}") == "/dev/fuse":
+                    return True
+    return False
