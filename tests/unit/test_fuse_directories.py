@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import trio
 
 from tests.unit.union_support import OpenUnion, get, open_union
 from unionfs.fuse import directories as module
@@ -110,3 +112,19 @@ async def test_one_listing_is_kept_however_large(
     directories = Directories()
     await directories.entries(get(union, "a"), 0)
     assert len(directories) == 1
+
+
+async def test_a_cancelled_listing_closes_its_fds(
+    lower: Path, open_union: OpenUnion, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A request that was interrupted before its thread began: nothing else has the fds."""
+    monkeypatch.setattr("unionfs.union.listing.LARGE", 0)
+    union = open_union()
+    node = get(union, "a")
+    node.territory.listing(node).close()  # opens the directories
+    fds = os.listdir("/proc/self/fd")
+    with trio.CancelScope() as scope:
+        scope.cancel()
+        await Directories().entries(node, 0)
+    assert scope.cancelled_caught
+    assert os.listdir("/proc/self/fd") == fds

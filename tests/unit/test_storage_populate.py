@@ -80,7 +80,9 @@ def test_everything_is_kept(open_union: OpenUnion, tmp_path: Path) -> None:
     volume = tmp_path / "volume"
     volume.mkdir(mode=0o700)
     stack = open_union().stack
+    fds = os.listdir("/proc/self/fd")
     assert fill(stack, volume, b"var", b"data")
+    assert os.listdir("/proc/self/fd") == fds
     assert comparable(volume) == comparable(tmp_path / "reference")
     links = {(volume / name).stat().st_ino for name in ("file", "sub/hard", "sub/deeper/hard2")}
     assert len(links) == 1

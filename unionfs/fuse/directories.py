@@ -66,7 +66,10 @@ class Directories:
         if found is None:
             listing = node.territory.listing(node)
             if listing.large:
-                found = (await in_thread(lambda: _ordered(listing.candidates()))).later()
+                try:
+                    found = (await in_thread(lambda: _ordered(listing.candidates()))).later()
+                finally:
+                    listing.close()  # an interrupted request's thread may never have begun
             else:
                 found = _ordered(listing.candidates())
             self.keep(node, found)

@@ -160,13 +160,13 @@ class _Copier:
         self._keep(source, path, dir_fd, name)
 
     def _file(self, source: int, dir_fd: int, name: bytes, path: bytes) -> None:
-        with open_held(source, write=False, waits=False) as opened:
-            self._merge.markers.refuse_metacopy(opened.fd)
+        with Owned(open_held(source, write=False, waits=False).fd) as opened:
+            self._merge.markers.refuse_metacopy(opened)
             with Owned(os.open(name, _NEW, 0o600, dir_fd=dir_fd)) as fd:
-                st = os.fstat(opened.fd)
-                if not clone(opened.fd, fd, st.st_dev, self._never_clones):
-                    copy_data(opened.fd, fd, st.st_size)
-                self._keep(opened.fd, path, fd)
+                st = os.fstat(opened)
+                if not clone(opened, fd, st.st_dev, self._never_clones):
+                    copy_data(opened, fd, st.st_size)
+                self._keep(opened, path, fd)
 
     def _keep(self, source: int, path: bytes, at: int, name: bytes | None = None) -> None:
         """Copy the attributes of an fd to ``name`` in ``at``, or without a name to the fd ``at``."""

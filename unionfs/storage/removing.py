@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 
 from unionfs.errors import UserError, quoted, reason
-from unionfs.sys import fds
+from unionfs.sys.fds import Owned
 from unionfs.sys.mountinfo import Location, location_of, read_mountinfo, split_path
 from unionfs.sys.trees import find_locked, remove_path
 
@@ -16,7 +16,7 @@ def refuse_locked(path: str, complaint: str) -> None:
     """
     above, name = os.path.split(path)
     try:
-        with fds.directory(above) as at:
+        with Owned(os.open(above, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)) as at:
             found = find_locked(at, os.fsencode(name))
     except FileNotFoundError:
         return

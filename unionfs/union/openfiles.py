@@ -112,13 +112,20 @@ class OpenFiles:
         file = self.lend(node, write=write)
         self._kept[node] = file
         if len(self._kept) > _KEPT_OPEN:
-            self.take_back(*self._kept.popitem(last=False))
+            self._take_back_logged(*self._kept.popitem(last=False))
         return file
 
     def _drop(self, node: Node) -> None:
         file = self._kept.pop(node, None)
         if file is not None:
+            self._take_back_logged(node, file)
+
+    def _take_back_logged(self, node: Node, file: OpenFile) -> None:
+        """As :meth:`take_back`, where no request waits for an error of close(2), as NFS reports."""
+        try:
             self.take_back(node, file)
+        except Exception:
+            log.exception("a file could not be closed")
 
     def gone(self, node: Node) -> None:
         """The node is forgotten: end its use."""
@@ -142,10 +149,7 @@ class OpenFiles:
     def close_waiting(self) -> None:
         """Take back the files that waited for the answer."""
         for node, file in self.waiting:
-            try:
-                self.take_back(node, file)
-            except Exception:
-                log.exception("a file could not be closed")
+            self._take_back_logged(node, file)
         self.waiting.clear()
 
     # -- opening --------------------------------------------------------------------------------------

@@ -87,8 +87,8 @@ def prepare_work(fd: int, path: str, upper_owner: int, resources: ExitStack) -> 
     """
     owner = os.fstat(fd).st_uid
     _check_owner(path, owner, upper_owner)
-    check_work(fd, path)
     try:
+        check_work(fd, path)
         with contextlib.suppress(FileExistsError):
             os.mkdir(b"work", 0o700, dir_fd=fd)
         inner = openat2(fd, b"work", _DIRECTORY, RESOLVE_NO_SYMLINKS | RESOLVE_NO_XDEV)

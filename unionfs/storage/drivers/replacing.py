@@ -13,6 +13,7 @@ from unionfs.errors import UserError, quoted, reason
 from unionfs.storage.model import Volume
 from unionfs.storage.removing import refuse_locked
 from unionfs.storage.workspace import Workspace, recover, workspace
+from unionfs.sys import calls
 from unionfs.sys.fds import directory, sync_directory
 from unionfs.sys.trees import remove_path
 from unionfs.union.work import exchange as exchange_names
@@ -24,9 +25,8 @@ _ASIDE = ".old"
 
 def exchange(one: str, other: str) -> None:
     """Exchange two names on one filesystem: in one step, or in steps that `recover_sibling` can undo."""
-    with directory("/") as at:
-        new, old, aside = ((at, os.fsencode(path)) for path in (other, one, other + _ASIDE))
-        exchange_names(new, old, aside)
+    new, old, aside = ((calls.AT_FDCWD, os.fsencode(path)) for path in (other, one, other + _ASIDE))
+    exchange_names(new, old, aside)
 
 
 class _Sibling:
