@@ -336,7 +336,7 @@ def _leave_out(name: bytes, error: OSError) -> None:
 def _sweep(home: str, root: int, fd: int, record: Record) -> None:
     """Remove the workspace, then its record; the next use of the volume retries after a failure."""
     with suppress(OSError):
-        with suppress(FileNotFoundError):  # as far as somebody has removed it, while it was empty
+        with suppress(FileNotFoundError):  # another process may have removed it while it was empty
             empty_directory(fd)
             there = os.stat(record.name, dir_fd=root, follow_symlinks=False)
             if os.path.samestat(there, os.fstat(fd)):

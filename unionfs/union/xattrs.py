@@ -51,6 +51,6 @@ def default_acl(place: Place, dir_fd: int) -> bytes:
             if error.errno not in (errno.ENODATA, errno.EOPNOTSUPP):
                 raise
             acl = b""
-        if place.layer.is_upper:  # which nobody else changes
+        if place.layer.is_upper:  # only this daemon changes it
             place.know_default_acl(acl)
     return acl

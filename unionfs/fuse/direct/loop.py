@@ -193,7 +193,7 @@ class Loop:
         self._reply(reply)
         return False
 
-    # -- while somebody watches -----------------------------------------------------------------------
+    # -- measuring latencies --------------------------------------------------------------------------
 
     def _measured(self, size: int) -> None:
         number, unique = _OPCODE_UNIQUE.unpack_from(self._buffer)

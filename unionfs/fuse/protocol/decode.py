@@ -14,7 +14,7 @@ Rules:
 - Without SETXATTR_EXT the structure of SETXATTR is shorter: the only fact that is not in the bytes
   themselves.
 
-Source: as requests.py. What it costs: tests/unit/protocol/protocol_timing.py.
+Source: as requests.py. Timing: tests/unit/protocol/protocol_timing.py.
 """
 
 from __future__ import annotations

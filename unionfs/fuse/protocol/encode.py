@@ -30,7 +30,7 @@ AttributeValues = tuple[
 ]  # fmt: skip
 
 FOREVER: Final[Timeout] = (1 << 32, 0)
-"""136 years: what the kernel makes of it fits its clock on every machine (fs/fuse/dir.c, time_to_jiffies)."""
+"""136 years: converted, it fits the kernel's clock on every machine (fs/fuse/dir.c, time_to_jiffies)."""
 NEVER: Final[Timeout] = (0, 0)
 
 _MAX_ERRNO: Final = 511  # fs/fuse/dev.c: an error of -512 or below is an invalid answer
@@ -77,7 +77,7 @@ class InitReply(NamedTuple):
     max_stack_depth: int
 
 
-# -- what a file is -------------------------------------------------------------------------------------
+# -- file attributes ------------------------------------------------------------------------------------
 
 
 def attributes_of(

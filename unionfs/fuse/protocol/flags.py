@@ -1,7 +1,7 @@
 """The numbers of the FUSE ABI: opcodes, notification codes, flags, ioctls.
 
 Source: include/uapi/linux/fuse.h, protocol 7.45 (Linux 6.18). Names are the header's, without the FUSE_
-prefix where an enumeration gives the context.
+prefix where an enumeration provides the context.
 
 Rules:
 - Numbers that are printed (opcodes, INIT flags) are enumerations; those tested by a handler for each request

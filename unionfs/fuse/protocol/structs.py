@@ -64,10 +64,10 @@ def _build(groups: tuple[str, ...], known: dict[str, Layout]) -> Layout:
 
 
 _TABLE: Final[dict[str, tuple[str, ...]]] = {
-    # -- what every message begins with
+    # -- headers of messages
     "fuse_in_header": ("I len opcode", "Q unique nodeid", "I uid gid pid", "H total_extlen padding"),
     "fuse_out_header": ("I len", "i error", "Q unique"),
-    # -- what a file is
+    # -- file attributes
     "fuse_attr": (
         "Q ino size blocks",
         "q atime mtime ctime",

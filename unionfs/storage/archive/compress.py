@@ -60,7 +60,7 @@ class _Plain:
         view = memoryview(data)
         while view:
             written = cast("int | None", self._out.write(view))
-            if written is None:  # standard output may be a pipe that somebody made non-blocking
+            if written is None:  # standard output may be a non-blocking pipe
                 select.select([], [self._out], [])
             else:
                 view = view[written:]

@@ -136,7 +136,7 @@ class Plugin(Driver):
         return self._answer(request, self._post(request, content, seconds, until))
 
     def _post(self, request: str, content: bytes, seconds: float, until: float) -> Answer:
-        # start-up time: other commands do without what it imports
+        # start-up time: other commands do not need its imports
         from unionfs.storage.drivers.plugin_request import RequestError, post
 
         now, url = time.monotonic(), self._address.url
