@@ -35,7 +35,7 @@ class Record:
     user: str
     """The process that uses it, as in `model.User`."""
     uid: int = -1
-    """The directory's owner; -1 until the directory is made, which leaves it empty."""
+    """The directory's owner; -1 until it is claimed: a crash before that leaves an empty directory."""
     ino: int = 0
     """Its inode number; 0 where it changes with each mount (FUSE)."""
     journal: Journal | None = None

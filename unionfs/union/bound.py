@@ -3,8 +3,8 @@
 A bound directory is served unchanged: no merge, no copy-up, no markers. A change goes to the real directory
 at once; a character device 0/0 and `trusted.overlay.*` xattrs are plain data there.
 
-Other processes change it too, so nothing is cached: every lookup queries the real directory, and a name that
-now refers to another object is a new node.
+Other processes change it too, so no known state stays valid: every lookup queries the real directory, and a
+name that now refers to another object is a new node.
 """
 
 from __future__ import annotations

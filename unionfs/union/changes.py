@@ -193,8 +193,8 @@ class Changes:
     ) -> list[Node]:
         """renameat2(2) with 0, NOREPLACE or EXCHANGE.
 
-        Returns nodes that must be copied up first; in that case nothing has changed. Errors are raised
-        before.
+        Returns nodes that must be copied up first; in that case nothing has changed. A refused rename raises
+        before that.
         """
         if flags not in (0, calls.RENAME_NOREPLACE, calls.RENAME_EXCHANGE):
             raise os_error(errno.EINVAL)

@@ -27,7 +27,7 @@ class Territory(ABC):
     __slots__ = ("has_markers", "lasting", "read_only")
 
     def __init__(self, *, lasting: bool, has_markers: bool, read_only: bool) -> None:
-        #: Whether only this daemon changes it, so that cached answers stay valid until then.
+        #: Whether only this daemon changes it, so that cached answers stay valid until it does.
         self.lasting = lasting
         #: Whether a character device 0/0 is a whiteout, and making one is refused.
         self.has_markers = has_markers
@@ -145,7 +145,7 @@ class Node:
         self.identity = identity
         #: It is known to have no security.capability; see `shortcuts.Capabilities`.
         self.no_capability = False
-        #: A ctime set on the real object by a copy-up (`UNSEEN`: the one at the next query), and the ctime
+        #: A ctime set on the real directory by a copy-up (`UNSEEN`: the one at the next query), and the ctime
         #: shown instead; nanoseconds.
         self.ctime: tuple[int, int] | None = None
         #: Set at the first open.
