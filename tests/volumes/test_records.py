@@ -365,7 +365,7 @@ class TestManyProcesses:
             assert child.stdout.readline() == b"up\n"
             time.sleep(
                 0.003 * (seed * 4 + turn)
-            )  # the moment of its death may be any, but should vary
+            )  # the moment of its death does not matter, but it should vary
             child.send_signal(signal.SIGKILL)
             child.wait()
             child.stdout.close()
