@@ -1,4 +1,4 @@
-"""Listings read in pieces: order, equal hashes, what is kept."""
+"""Listings read in pieces: order, equal hashes, caching."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ async def test_every_name_once_from_any_place(lower: Path, open_union: OpenUnion
     for index in (0, 10, 48, 49):
         _, behind = await directories.entries(node, cookies[index])
         assert behind == index + 1
-    # a place whose name is gone is between its neighbours still
+    # a position whose name is gone is still between its neighbours
     _, behind = await directories.entries(node, cookies[10] + 1)
     assert behind == 11
 
@@ -59,7 +59,7 @@ async def test_places_stay_when_the_listing_is_made_anew(lower: Path, open_union
 
 
 async def test_equal_hashes(lower: Path, open_union: OpenUnion, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Names with one hash follow one another; also where the next hash is the next number."""
+    """Names with the same hash follow each other; also if the next hash is the next number."""
     hashes = {b"n%d" % number: 400 + number // 10 * 4 for number in range(50)}
     monkeypatch.setattr(module, "xxhash", SimpleNamespace(xxh3_64_intdigest=lambda name: hashes[name]))
     union = open_union()
@@ -91,7 +91,7 @@ async def test_the_oldest_are_dropped(
     nodes = [get(union, name) for name in ("a", "b", "c")]
     first = [await directories.entries(node, 0) for node in nodes]
     assert len(directories) == 2
-    # the one that was dropped is made again where it is read on
+    # the dropped listing is recreated to continue reading
     cookie = first[0][0][0][20]
     assert (await directories.entries(nodes[0], cookie))[1] == 21
     assert len(directories) == 2

@@ -1,4 +1,4 @@
-"""Open files without a mount: who has a backing file, and when it is closed; unions without shortcuts."""
+"""Open files without a mount: users of backing files, and their closing; unions without shortcuts."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def union(tmp_path: Path, open_union: OpenUnion) -> Union:
     for name in ("f", "g", "h"):
         (tmp_path / "l0/d" / name).write_text("data")
     union = open_union()
-    union.stack.volatile = True  # so nothing has to wait for a disk
+    union.stack.volatile = True  # so no sync to a disk is needed
     return union
 
 

@@ -1,11 +1,11 @@
-"""A volume's record and users: small files beside its data, and the only truth about them.
+"""A volume's record and users: small files beside its data, the only authoritative state.
 
-    ROOT/volumes/NAME/volume.json    what the volume is; replaced by one rename
+    ROOT/volumes/NAME/volume.json    the volume's record; replaced by one rename
     ROOT/volumes/NAME/.user-DIGEST   one user: its text and the path of the data
     ROOT/volumes/NAME/spare          space for one user, for a full disk
 
-Writers hold the volume's short lock; readers need none. A user is a file of its own: to remove it takes no
-space on a full disk, and it need not survive a power cut, since its process does not.
+Writers hold the volume's short lock; readers need no lock. Each user has a separate file: removing it needs
+no space on a full disk. It need not survive a power cut, because its process does not.
 """
 
 from __future__ import annotations
@@ -28,10 +28,10 @@ _MISSPELT = (ValueError, KeyError, TypeError, AttributeError)
 
 
 def find(directory: str) -> Volume | None:
-    """The volume of a directory; None for anything else.
+    """The volume of a directory, or None if it is not a volume.
 
-    A directory of this user's with `_data` and without a readable record is a local volume. Raises UserError
-    for a record of a newer version, one that cannot be opened, and a damaged one without `_data`.
+    A directory of this user with `_data` and without a readable record is a local volume. Raises UserError
+    for a record of a newer version, a record that cannot be opened, and a damaged record without `_data`.
     """
     try:
         at = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
@@ -39,7 +39,7 @@ def find(directory: str) -> Volume | None:
         return None
     except OSError as error:
         raise _unreadable(directory, error) from error
-    # By its fd: a new volume of the name is another directory, whose record was never missing.
+    # Through its fd: a new volume of that name is another directory, whose record was never missing.
     with fds.Owned(at):
         if os.fstat(at).st_uid != os.geteuid():
             return None
@@ -55,7 +55,7 @@ def find(directory: str) -> Volume | None:
                 "directory away."
             ) from None
     name = os.path.basename(directory)
-    # Anonymous volumes have 64 hexadecimal digits for a name, as in Docker.
+    # As in Docker, the names of anonymous volumes are 64 hexadecimal digits.
     anonymous = len(name) == 64 and set(name) <= set("0123456789abcdef")
     labels = {ANONYMOUS_LABEL: ""} if anonymous else {}
     data = f"{directory}/_data"
@@ -85,7 +85,7 @@ def write(volume: Volume) -> None:
     """Write a volume's record. Raises UserError."""
     path = f"{volume.directory}/{_RECORD}"
     try:
-        # Earlier versions take a record without users for a damaged one.
+        # Earlier versions treat a record without users as damaged.
         jsonfiles.write(path, {**volume.to_json(), "users": []})
     except OSError as error:
         raise _unrecorded(volume.name, path, error) from error
@@ -93,7 +93,7 @@ def write(volume: Volume) -> None:
 
 
 def keep_damaged(directory: str) -> None:
-    """Rename a record that cannot be read."""
+    """Rename an unreadable record."""
     with suppress(FileNotFoundError):
         os.rename(f"{directory}/{_RECORD}", f"{directory}/{_RECORD}.damaged")
 
@@ -102,7 +102,7 @@ def keep_damaged(directory: str) -> None:
 
 
 def users(directory: str) -> list[User]:
-    """The users of a volume, sorted by text; also those whose process has ended. Raises UserError."""
+    """The users of a volume, sorted by text, including those whose process has ended. Raises UserError."""
     found = []
     try:
         names = os.listdir(directory)
@@ -124,7 +124,7 @@ def users(directory: str) -> list[User]:
 
 
 def add_user(directory: str, user: User) -> None:
-    """Record a user; once, however often it is added. Raises UserError."""
+    """Record a user; adding it again has no effect. Raises UserError."""
     path, values = _user_file(directory, user.text), [user.text, user.path]
     try:
         jsonfiles.write(path, values, sync=False)
@@ -136,13 +136,13 @@ def add_user(directory: str, user: User) -> None:
 
 
 def remove_user(directory: str, text: str) -> None:
-    """Remove a user, if it is there. Raises OSError."""
+    """Remove a user, if recorded. Raises OSError."""
     with suppress(FileNotFoundError):
         os.unlink(_user_file(directory, text))
 
 
 def take_over_users(directory: str) -> None:
-    """Record the users that mounts of an earlier version have left in the record. Raises UserError."""
+    """Record the users that an earlier version's mounts left in the record. Raises UserError."""
     try:
         old = [User(str(text), str(path)) for text, path in jsonfiles.read(f"{directory}/{_RECORD}")["users"]]
     except (OSError, *_MISSPELT):
@@ -152,7 +152,7 @@ def take_over_users(directory: str) -> None:
 
 
 def _keep_spare(directory: str) -> None:
-    """Set space aside for one user, so that a volume on a full disk can still be measured and backed up."""
+    """Reserve space for one user, so that a volume on a full disk can still be measured and backed up."""
     flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
     with suppress(OSError), fds.Owned(os.open(f"{directory}/{_SPARE}", flags, 0o600)) as fd:
         os.write(fd, b" " * _SPARE_BYTES)
