@@ -1,6 +1,6 @@
-"""A whole Debian (or Ubuntu) root tree, made once by debootstrap from where this machine's apt gets packages.
+"""A whole Debian (or Ubuntu) root tree, created once by debootstrap from the package source of this machine.
 
-It is kept in ``$UNIONFS_CACHE`` (default ``~/.cache/unionfs``) as ``debian-SUITE``.
+It is stored in ``$UNIONFS_CACHE`` (default ``~/.cache/unionfs``) as ``debian-SUITE``.
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ from tests.support import areas
 
 
 class Unavailable(Exception):
-    """No tree can be made here; the text is the reason for a skip."""
+    """No tree can be created here; the text is the reason for a skip."""
 
 
 @dataclass(frozen=True)
 class Source:
-    """One repository of packages that apt on this machine uses."""
+    """One package repository of apt on this machine."""
 
     uri: str
     suite: str
@@ -33,7 +33,7 @@ class Source:
 
     @classmethod
     def of_this_machine(cls) -> Source:
-        """The repository of the release that runs here. Raises Unavailable."""
+        """The repository of the running release. Raises Unavailable."""
         if shutil.which("apt-get") is None:
             raise Unavailable("apt-get is not installed: this is no Debian or Ubuntu")
         codename = platform.freedesktop_os_release().get("VERSION_CODENAME", "")
@@ -48,18 +48,18 @@ class Source:
         raise Unavailable(f"apt on this machine has no repository of {codename or 'its release'}")
 
     def line(self) -> str:
-        """For sources.list."""
+        """The line for sources.list."""
         signed = f"[signed-by={self.keyring}] " if self.keyring else ""
         return f"deb {signed}{self.uri} {self.suite} main\n"
 
     def files(self) -> list[Path]:
-        """What apt in a chroot needs of this machine beside its settings, at the same paths."""
+        """Files of this machine that apt needs in a chroot besides its settings, at the same paths."""
         names = ["/etc/resolv.conf", "/etc/hosts", "/etc/ssl/certs/ca-certificates.crt", self.keyring]
         return [path for path in map(Path, filter(None, names)) if path.is_file()]
 
 
 def apt_settings() -> str:
-    """How apt on this machine reaches its repositories (proxies, certificates, retries), for apt.conf."""
+    """This machine's settings of apt for its repositories (proxies, certificates, retries), for apt.conf."""
     kept = []
     for line in run("apt-config", "dump").splitlines():
         if re.match(r"Acquire::(https?|Retries|Check-|ForceIPv)", line, re.IGNORECASE):
@@ -78,7 +78,7 @@ def _proxies() -> dict[str, str]:
 
 
 def tree() -> Path:
-    """The root tree; made if there is none yet, which takes a minute or two. Raises Unavailable."""
+    """The root tree, created if missing, which takes a minute or two. Raises Unavailable."""
     source = Source.of_this_machine()
     path = f"{ENVIRONMENT['PATH']}:/usr/sbin:/sbin"
     if shutil.which("debootstrap", path=path) is None:
@@ -116,7 +116,7 @@ def _bootstrap(source: Source, target: Path, path: str) -> None:
 
 
 def install_host_settings(root: Path) -> None:
-    """Let apt and dpkg in the chroot ``root`` reach what this machine reaches, and start no service."""
+    """Give apt and dpkg in the chroot ``root`` this machine's network access, and start no services."""
     source = Source.of_this_machine()
     (root / "etc/apt/sources.list").write_text(source.line())
     (root / "etc/apt/apt.conf.d/90machine").write_text(apt_settings())
@@ -136,7 +136,7 @@ exec chroot "$0" /bin/sh -ec "$1"
 
 
 def chroot(root: Path, script: str, timeout: float = 600) -> str:
-    """Run a shell script in ``root`` with /proc and /dev; in namespaces of its own, so that nothing stays."""
+    """Run a shell script in ``root`` with /proc and /dev; in separate namespaces, so that nothing stays."""
     return run(
         "unshare", "--mount", "--pid", "--fork", "--kill-child", "/bin/sh", "-ec", _ENTER, root, script,
         env={

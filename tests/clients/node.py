@@ -20,11 +20,11 @@ _PROTOCOL = "vite-hmr"
 
 
 class Unavailable(Exception):
-    """Node or npm's registry cannot be had; the text is the reason for a skip."""
+    """Node or npm's registry is not available; the text is the reason for a skip."""
 
 
 def vite_modules() -> Path:
-    """A node_modules directory with vite; installed if there is none yet. Raises Unavailable."""
+    """A node_modules directory with vite, installed if missing. Raises Unavailable."""
     for program in ("node", "npm"):
         if shutil.which(program) is None:
             raise Unavailable(f"{program} is not installed")
@@ -58,7 +58,7 @@ def _install(target: Path) -> None:
 
 
 def free_port() -> int:
-    """A TCP port of the loopback that nobody uses at this moment."""
+    """A currently unused TCP port of the loopback."""
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
         port: int = listener.getsockname()[1]
@@ -66,7 +66,7 @@ def free_port() -> int:
 
 
 class HotUpdates:
-    """The browser's end of vite's websocket; RFC 6455, as much of it as vite needs."""
+    """The browser's end of vite's websocket: the part of RFC 6455 that vite needs."""
 
     def __init__(self, port: int) -> None:
         self._socket = socket.create_connection(("127.0.0.1", port), timeout=20)

@@ -1,4 +1,4 @@
-"""Running programs on a union, and proof that its lower was not touched by them."""
+"""Runs programs on a union, and proves that they did not change its lower."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def run(
 
 
 def manifest(root: Path) -> dict[bytes, tuple[object, ...]]:
-    """Everything of a tree but atimes: content (XXH3), mode, owner, size, times (ns), inode, xattrs."""
+    """A tree except atimes: content (XXH3), mode, owner, size, times (ns), inode, xattrs."""
     entries = {}
     for path, entry in snapshot.take(root, contents=False).items():
         content: bytes = entry.content
@@ -65,7 +65,7 @@ def _without_atime(path: str | bytes, flags: int) -> int:
 def union_over(
     lowers: Path | Sequence[Path], area: Path, session: str, options: Sequence[str] = ()
 ) -> Iterator[Path]:
-    """The merged tree over ``lowers``. Afterwards every lower must be what it was."""
+    """The merged tree over ``lowers``. Afterwards every lower must be unchanged."""
     stack = [lowers] if isinstance(lowers, Path) else list(lowers)
     for name in ("upper", "work"):
         (area / name).mkdir()

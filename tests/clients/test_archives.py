@@ -1,4 +1,4 @@
-"""tar and rsync: what they store and restore is what a native filesystem would give."""
+"""tar and rsync: they store and restore the same as on a native filesystem."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ MIB = 1 << 20
 
 
 def make_tree(root: Path) -> None:
-    """Every kind of file with every kind of attribute."""
+    """Create every type of file with every type of attribute."""
     (root / "plain/sub").mkdir(parents=True)
     (root / "plain/file").write_bytes(os.urandom(100_000))
     (root / "plain/empty").touch()
@@ -56,9 +56,9 @@ def make_tree(root: Path) -> None:
 
 
 def contents(root: Path, *, special_times: bool = True) -> dict[bytes, object]:
-    """What an archive must restore: all but inode numbers, change times and sizes of directories.
+    """The content that an archive must restore: no inode numbers, change times and sizes of directories.
 
-    Without ``special_times`` the modification times of symlinks, fifos and devices are left out.
+    Without ``special_times`` the modification times of symlinks, fifos and devices are skipped.
     """
     found: dict[bytes, object] = {}
     groups: dict[tuple[int, int], set[bytes]] = {}
@@ -107,7 +107,7 @@ def test_tar_there_and_back(area: Path, session: str) -> None:
 
 
 def test_tar_of_a_lower(area: Path, session: str) -> None:
-    """Read from the lower, and again after everything was copied up."""
+    """Read from the lower, and again after a copy-up of everything."""
     make_tree(area / "lower/tree")
     for name in ("plain/two", "plain/three"):
         (area / "lower/tree" / name).unlink()
@@ -126,7 +126,7 @@ def test_tar_of_a_lower(area: Path, session: str) -> None:
 
 
 def test_unpacking_over_a_lower(area: Path, session: str) -> None:
-    """tar replaces what is there: files, links, and a directory by a symlink."""
+    """tar replaces existing entries: files, links, and a directory by a symlink."""
     make_tree(area / "source")
     expected = contents(area / "source")
     run(*TAR, "-cf", area / "in.tar", "-C", area / "source", ".")
@@ -138,7 +138,7 @@ def test_unpacking_over_a_lower(area: Path, session: str) -> None:
     with union_over(area / "lower", area, session) as merged:
         run(*TAR, "--recursive-unlink", "-xpf", area / "in.tar", "-C", merged / "tree")
         found = contents(merged / "tree")
-    # tar leaves the time of a directory that was there before
+    # tar does not set the time of an existing directory
     del found[b"."], expected[b"."]
     assert found == expected
 
@@ -147,7 +147,7 @@ def test_rsync_there_and_back(area: Path, session: str) -> None:
     rsync = ("rsync", "-aHAXS", "--numeric-ids", "--delete", "--devices", "--specials", "--itemize-changes")
     source = area / "source"
     make_tree(source)
-    # rsync 3.2 does not set the times of symlinks, fifos and devices that it has just made, nor natively
+    # rsync 3.2 does not set the times of new symlinks, fifos and devices, nor natively
     expected = contents(source, special_times=False)
     (area / "lower/there/plain").mkdir(parents=True)
     (area / "lower/there/plain/file").write_text("old")

@@ -1,4 +1,4 @@
-"""make and a C compiler: a build that takes its decisions from the times of files."""
+"""make and a C compiler: a build whose decisions depend on the times of files."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ def compiled(output: str) -> int:
 
 @pytest.mark.parametrize("built_before", [False, True], ids=["sources", "built"])
 def test_incremental_build(area: Path, session: str, built_before: bool) -> None:
-    """In a lower with sources alone, and in one that was built already."""
+    """In a lower with only sources, and in an already built one."""
     make_project(area / "lower/project")
     if built_before:
         run("make", "-j2", cwd=area / "lower/project")

@@ -43,7 +43,7 @@ def test_clone_commit_and_gc(area: Path, session: str) -> None:
         run("git", "fsck", "--full", "--strict", cwd=clone)
         assert run("git", "status", "--porcelain", cwd=clone) == ""
 
-        # the repository that lies in the lower: its index, refs, packs and loose objects are copied up
+        # the repository in the lower: its index, refs, packs and loose objects are copied up
         there = merged / "origin"
         assert run("git", "status", "--porcelain", cwd=there) == ""
         (there / "d0/file0").write_text("changed\n")

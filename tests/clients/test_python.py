@@ -37,7 +37,7 @@ def make_wheel(directory: Path, name: str) -> Path:
     return path
 
 
-#: A build backend inside the source archive itself: it needs nothing from elsewhere.
+#: A build backend inside the source archive itself, without dependencies.
 BACKEND = """
 import zipfile
 def build_wheel(wheel_directory, config_settings=None, metadata_directory=None):
@@ -77,7 +77,7 @@ def make_source_archive(directory: Path, name: str) -> Path:
 @pytest.mark.timeout(300)
 @pytest.mark.slow_on("direct-passthrough")
 def test_environment_and_installations(area: Path, session: str) -> None:
-    """The environment is made on the union, then changed in a second union over the first one's upper."""
+    """The environment is created on the union, then changed in a second union over the first one's upper."""
     (area / "lower").mkdir()
     wheel, archive = make_wheel(area, "fromwheel"), make_source_archive(area, "fromsource")
     pip = ("-m", "pip", "--disable-pip-version-check", "--no-input", "--no-cache-dir")

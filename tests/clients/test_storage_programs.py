@@ -27,7 +27,7 @@ SYSTEM = [path for path in ("/usr", "/lib", "/lib64", "/bin", "/etc/alternatives
 
 @contextmanager
 def running(arguments: list[str | Path], log: Path, **more: str) -> Iterator[subprocess.Popen[bytes]]:
-    """A program in a process group of its own, its output in a file; ended by SIGTERM."""
+    """A program in a separate process group, its output in a file; ended by SIGTERM."""
     with log.open("wb") as out:
         process = subprocess.Popen(
             [str(word) for word in arguments], stdin=subprocess.DEVNULL, stdout=out, stderr=out, cwd="/",
@@ -48,7 +48,7 @@ def running(arguments: list[str | Path], log: Path, **more: str) -> Iterator[sub
 
 
 def fetched(url: str) -> str | None:
-    """The content of a URL, None while nobody answers."""
+    """The content of a URL, None while no server answers."""
     try:
         with urllib.request.urlopen(url, timeout=5) as answer:
             text: str = answer.read().decode()
@@ -61,7 +61,7 @@ def fetched(url: str) -> str | None:
 
 
 def make_site(site: Path) -> None:
-    """A page whose module accepts a hot update of the one that it imports."""
+    """A page whose module accepts a hot update of its import."""
     (site / "src").mkdir(parents=True)
     (site / "package.json").write_text('{"name": "site", "private": true, "scripts": {"dev": "vite"}}')
     (site / "vite.config.js").write_text('export default { cacheDir: "/tmp/vite-cache" }\n')
@@ -74,7 +74,7 @@ def make_site(site: Path) -> None:
 
 
 def watch_a_change(port: int, site: Path) -> None:
-    """What a browser does: load the page and its modules, wait for the update, load the new module."""
+    """The actions of a browser: load the page and its modules, wait for the update, load the new module."""
     url = f"http://localhost:{port}"
     assert wait_for(lambda: fetched(url) is not None, 40), "vite does not answer"
     assert "/src/main.js" in (fetched(url) or "")
@@ -83,10 +83,10 @@ def watch_a_change(port: int, site: Path) -> None:
     browser = node.HotUpdates(port)
     try:
         browser.wait_for("connected")
-        # As an editor saves it: written in place; and beside it, then renamed over it.
+        # The ways of editors to save: written in place; and beside it, then renamed over it.
         for number, text in enumerate(("in place", "renamed")):
             if number:
-                # chokidar, by which vite watches, drops a second change of a file within 50 ms.
+                # chokidar, vite's watcher, drops a second change of a file within 50 ms.
                 time.sleep(0.2)
             beside = site / "src/text.js.new"
             beside.write_text(f'export const text = "{text}"\n')
@@ -122,7 +122,7 @@ def test_live_reload(modules: Path, root: None, area: Path) -> None:
         ):
             watch_a_change(port, one.host / "site")
         assert wait_for(lambda: one.unionfs("umount", one.merged).returncode == 0)
-        # node_modules' mountpoint was made in the host's directory, as Docker makes it.
+        # node_modules' mountpoint was created in the host's directory, as in Docker.
         assert os.listdir(one.host / "site/node_modules") == []
 
 
@@ -147,7 +147,7 @@ def test_live_reload_in_a_container(modules: Path, root: None, area: Path) -> No
         assert process.wait(20) in (0, 128 + signal.SIGTERM)
     assert areas.mounts_below(area) == []
     assert os.listdir(area / "storage/containers") == []
-    # npm leaves vite running when it is ended; with the container it ends.
+    # npm leaves vite running when it ends; it ends with the container.
     assert "unionfs:" not in (area / "vite.log").read_text()
     assert fetched(f"http://localhost:{port}") is None
 
@@ -167,7 +167,7 @@ http {{
 
 
 def test_nginx_with_a_read_only_file(storing: Storage) -> None:
-    """The page lies in a lower, the configuration is one file of the host, the logs are on a tmpfs."""
+    """The page is in a lower, the configuration is one file of the host, the logs are on a tmpfs."""
     nginx = shutil.which("nginx", path=f"{os.environ['PATH']}:/usr/sbin")
     if nginx is None:
         pytest.skip("nginx is not installed")
@@ -201,7 +201,7 @@ def test_nginx_with_a_read_only_file(storing: Storage) -> None:
 
 
 def test_ephemeral_and_persistent(root: None, area: Path) -> None:
-    """Write in a container, remove it: the data is gone. With a volume it is there. On a whole Debian."""
+    """Write in a container, remove it: the data is gone. With a volume it stays. On a whole Debian."""
     if shutil.which("bwrap") is None:
         pytest.skip("bubblewrap is not installed")
     try:
@@ -218,7 +218,7 @@ def test_ephemeral_and_persistent(root: None, area: Path) -> None:
         write = "echo important > /data/file && dpkg-query -W -f '${Package}\\n' bash"
         out = unionfs("run", "--name", "c1", "-l", tree, "--", "bash", "-c", f"mkdir /data; {write}")
         assert out == "bash\n"
-        # The container can be used again; its data is there as long as it is.
+        # The container can be reused; its data exists until its removal.
         assert unionfs("run", "--name", "c1", "--", "cat", "/data/file") == "important\n"
         unionfs("rm", "c1")
         gone = unionfs("run", "--name", "c1", "-l", tree, "--", "bash", "-c", "ls /data 2>&1 || true")
@@ -233,7 +233,7 @@ def test_ephemeral_and_persistent(root: None, area: Path) -> None:
             env={"UNIONFS_ROOT": str(area / "storage")},
         )  # fmt: skip
         assert "Read-only file system" in done.stderr
-        # What is on a tmpfs is in no container's upper and in no volume.
+        # Content of a tmpfs is in no container's upper and in no volume.
         unionfs("run", "--name", "c2", "-l", tree, "--tmpfs", "/secret", "--", "touch", "/secret/key")
         assert not list((area / "storage").rglob("key"))
     finally:

@@ -30,7 +30,7 @@ Done = subprocess.CompletedProcess[str]
 
 
 def call(command: Sequence[str], *arguments: str | Path, cwd: Path | None = None, **extra: Any) -> Done:
-    """Run a command to the end of its output; the daemon it leaves must hold none of its pipes."""
+    """Run a command to the end of its output; the daemon it leaves must not hold its pipes."""
     environment = {**os.environ, "PYTHONPATH": str(REPOSITORY), **extra.pop("env", {})}
     return subprocess.run(
         [*command, *map(str, arguments)],
@@ -51,20 +51,20 @@ def unionfs(*arguments: str | Path, cwd: Path | None = None, **extra: Any) -> Do
 
 
 def session_words(session: str) -> list[str]:
-    """A session of the tests, as `direct-cached`, in the words of `unionfs mount`."""
+    """The `unionfs mount` options for a test session such as `direct-cached`."""
     name, _, io = session.partition("-")
     return ["--session", name, *(["--io", io] if io else [])]
 
 
 def succeed(done: Done) -> str:
-    """The command must have ended well and printed nothing to stderr; gives its standard output."""
+    """The command must have succeeded without output on stderr; returns its standard output."""
     assert done.returncode == 0, done.stderr
     assert done.stderr == ""
     return done.stdout
 
 
 def refused(done: Done, *parts: str, program: str = "unionfs") -> str:
-    """The command must have ended with code 1 and one sentence on stderr, with these parts in it."""
+    """The command must have failed with code 1 and one sentence on stderr, with these parts in it."""
     assert done.returncode == 1, (done.returncode, done.stdout, done.stderr)
     assert done.stdout == ""
     assert done.stderr.startswith(f"{program}: "), done.stderr
@@ -78,7 +78,7 @@ def refused(done: Done, *parts: str, program: str = "unionfs") -> str:
 
 @dataclass
 class Place:
-    """Layers that are not mounted yet. `lower` holds the file `base`, `lower2` the file `deep`."""
+    """Unmounted layers. `lower` contains the file `base`, `lower2` the file `deep`."""
 
     root: Path
 
@@ -119,7 +119,7 @@ class Place:
         return ("-l", self.lower, "-l", self.lower2, "-u", self.upper, "-w", self.work)
 
     def mount(self, *extra: str) -> int:
-        """Mount it in the background; gives the daemon's pid."""
+        """Mount it in the background; returns the daemon's pid."""
         assert succeed(unionfs("mount", *self.layers, *extra, self.merged)) == ""
         return self.pid()
 
@@ -132,7 +132,7 @@ class Place:
         return next(e for e in live.entries() if e.settings.mountpoint == str(self.merged))
 
     def snapshot(self) -> dict[str, bytes | None]:
-        """Every path below the root and the content of files, to see that nothing has changed."""
+        """Every path below the root and the content of files, to detect changes."""
         return {
             str(path.relative_to(self.root)): path.read_bytes() if path.is_file() else None
             for path in sorted(self.root.rglob("*"))
@@ -141,7 +141,7 @@ class Place:
 
 @contextmanager
 def place(area: Path) -> Iterator[Place]:
-    """Layers in `area`; afterwards no mount and no daemon of it is left, nor an entry in the registry."""
+    """Layers in `area`; at the end removes their mounts, daemons and registry entries."""
     try:
         yield Place(area)
     finally:
@@ -165,7 +165,7 @@ def wait_for(condition: Any, seconds: float = 10.0) -> bool:
 
 
 def gone(pid: int) -> bool:
-    """Whether a process has ended; one that nobody has waited for yet counts as ended."""
+    """Whether a process has ended; a zombie counts as ended."""
     try:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] in "ZX"
     except OSError:
@@ -173,10 +173,10 @@ def gone(pid: int) -> bool:
 
 
 def mounts_at(path: Path) -> list[str]:
-    """The types of what is mounted exactly there."""
+    """The types of the mounts exactly there."""
     return [kind for _, where, kind in areas.mounts_below(path) if where == str(path)]
 
 
 def listed(done: Done) -> Any:
-    """What a command printed with --json."""
+    """The values printed by a command with --json."""
     return json.loads(succeed(done))

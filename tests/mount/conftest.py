@@ -17,7 +17,7 @@ from tests.mount.user_calls import Host
 
 @pytest.fixture
 def place(root: None, area: Path) -> Iterator[Place]:
-    """Layers in an area of the test's own."""
+    """Layers in a separate area for the test."""
     with cli_calls.place(area) as found:
         yield found
 

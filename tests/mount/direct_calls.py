@@ -1,4 +1,4 @@
-"""System calls of the direct session's tests, and small looks at a daemon."""
+"""System calls of the direct session's tests, and simple checks of a daemon."""
 
 from __future__ import annotations
 
@@ -71,13 +71,13 @@ def fallocate(fd: int, mode: int, offset: int, length: int) -> None:
 
 
 def link_fd(fd: int, path: Path) -> None:
-    """Give an open file a name, as linkat(2) says for O_TMPFILE (os.link never follows a symlink here)."""
+    """Give an open file a name, as in linkat(2) for O_TMPFILE (os.link never follows a symlink here)."""
     source = b"/proc/self/fd/%d" % fd
     _check(_libc.linkat(AT_FDCWD, source, AT_FDCWD, os.fsencode(path), AT_SYMLINK_FOLLOW))
 
 
 def open_errno(path: Path | str, flags: int) -> int:
-    """The errno of an open(2), of which nothing stays open."""
+    """The errno of an open(2); closes the file."""
     try:
         os.close(os.open(path, flags, 0o600))
     except OSError as error:
@@ -87,7 +87,7 @@ def open_errno(path: Path | str, flags: int) -> int:
 
 @contextlib.contextmanager
 def opened(path: Path | str, flags: int = os.O_RDONLY, mode: int = 0o644) -> Iterator[int]:
-    """An open file that a failed test leaves no fd of: that would keep the mount busy."""
+    """An open file, closed even if the test fails: it would keep the mount busy."""
     fd = os.open(path, flags, mode)
     try:
         yield fd
@@ -115,7 +115,7 @@ def seek_stream(stream: ctypes.c_void_p, where: int) -> None:
 
 
 def read_stream(stream: ctypes.c_void_p, limit: int | None = None) -> list[tuple[bytes, int]]:
-    """(name, telldir(3) behind it) of the next entries of a directory stream."""
+    """(name, telldir(3) after it) of the next entries of a directory stream."""
     _libc.readdir.restype = ctypes.c_void_p
     _libc.telldir.restype = ctypes.c_long
     found: list[tuple[bytes, int]] = []
@@ -138,22 +138,22 @@ def _raise() -> None:
 
 
 def natively(made: World, calls: Callable[[Path], list[Any]]) -> list[Any]:
-    """What the calls give on the union, which must be what they give natively; and they must not fail."""
+    """The results of the calls on the union, which must equal the native ones and must not be errors."""
     found = made.as_native(calls)
     assert isinstance(found, list), f"the calls themselves fail: {found}"
     return found
 
 
-# -- what a session can do, and what its daemon holds
+# -- features of a session, and resources of its daemon
 
 
 def is_direct(session: str) -> bool:
-    """Whether it speaks the kernel's protocol itself, or is no FUSE at all (kernel overlayfs as stand-in)."""
+    """Whether it speaks the kernel's protocol itself, or is not FUSE (kernel overlayfs as replacement)."""
     return session.startswith("direct") or session == "overlay"
 
 
 def need_direct(session: str, what: str) -> None:
-    """Skip a session that cannot carry a request."""
+    """Skip a session that does not support a request."""
     if not is_direct(session):
         pytest.skip(f"{session} carries no {what}")
 
@@ -164,12 +164,12 @@ def passes_through(session: str, *, lower: bool = False) -> bool:
 
 
 def descriptors(mount: Mount) -> int:
-    """How many fds the daemon has open."""
+    """The number of open fds of the daemon."""
     return len(os.listdir(f"/proc/{mount.pid}/fd"))
 
 
 def wait_for(condition: Callable[[], bool], seconds: float = 5.0) -> bool:
-    """Whether the condition comes true in time: the kernel sends RELEASE and FORGET when it likes."""
+    """Whether the condition becomes true in time: the kernel sends RELEASE and FORGET at any time."""
     end = time.monotonic() + patient(seconds)
     while not condition():
         if time.monotonic() > end:
@@ -179,14 +179,14 @@ def wait_for(condition: Callable[[], bool], seconds: float = 5.0) -> bool:
 
 
 def drop_caches() -> None:
-    """Let the kernel forget the nodes and pages that nobody uses."""
+    """Let the kernel drop unused nodes and pages."""
     os.sync()
     Path("/proc/sys/vm/drop_caches").write_text("3")
 
 
 @contextlib.contextmanager
 def many_open_files(count: int) -> Iterator[None]:
-    """This process may have so many files open: by default it is 1024."""
+    """Raise this process's limit of open files: the default is 1024."""
     before = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (min(before[1], max(before[0], count)), before[1]))
     try:
@@ -197,7 +197,7 @@ def many_open_files(count: int) -> Iterator[None]:
 
 @contextlib.contextmanager
 def mapped(fd: int, size: int) -> Iterator[int]:
-    """The address of a shared mapping of a file. Unlike Python's own it keeps no other fd of it open."""
+    """The address of a shared mapping of a file. Unlike Python's mmap it holds no other fd of it open."""
     _libc.mmap.restype = ctypes.c_void_p
     arguments = ctypes.c_size_t(size), mmap.PROT_READ | mmap.PROT_WRITE, mmap.MAP_SHARED, fd, ctypes.c_long(0)
     address = _libc.mmap(None, *arguments)
@@ -216,7 +216,7 @@ def msync(address: int, size: int) -> None:
 
 
 def shared_bytes(path: Path) -> int:
-    """How many bytes of a file lie in blocks that another file has, too: FIEMAP, as filefrag(8) shows it."""
+    """The bytes of a file in blocks shared with another file: FIEMAP, as shown by filefrag(8)."""
     done = subprocess.run(["filefrag", "-v", "-b1", "-s", path], capture_output=True, text=True, check=True)
     return sum(
         int(line.split(":")[3]) for line in done.stdout.splitlines() if "shared" in line.rpartition(":")[2]

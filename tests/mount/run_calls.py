@@ -26,7 +26,7 @@ BUSYBOX = next((path for path in ("/bin/busybox", "/usr/bin/busybox") if os.path
 
 
 class Containers:
-    """A root filesystem of one busybox, a storage root, and calls of `unionfs run`."""
+    """A root filesystem with one busybox, a storage root, and calls of `unionfs run`."""
 
     def __init__(self, area: Path) -> None:
         assert BUSYBOX is not None
@@ -59,7 +59,7 @@ class Containers:
         return cli_calls.unionfs(*words, env=self.environment(**more))
 
     def say(self, *arguments: str | Path, lower: bool = True) -> str:
-        """What a command prints that ends well."""
+        """The output of a command, which must succeed."""
         done = self.run(*arguments, lower=lower)
         assert (done.returncode, done.stderr) == (0, ""), done
         return done.stdout
@@ -67,7 +67,7 @@ class Containers:
     def start(self, *arguments: str | Path, prefix: Sequence[str] = (), **more: str) -> subprocess.Popen[str]:
         """Start a command; its output comes through a pipe.
 
-        No signal is ignored, unless a `prefix` does it: pytest may have been started by nohup(1).
+        No signal is ignored, unless by a `prefix`: pytest may have been started by nohup(1).
         """
         return subprocess.Popen(
             ["env", "--default-signal", *prefix, *mounting.command(), *map(str, self.words(*arguments))],
@@ -82,7 +82,7 @@ class Containers:
         return [f"--mount=type=bind,src={path},dst={path},readonly" for path in paths]
 
     def kept(self) -> list[str]:
-        """The names of the containers that there are."""
+        """The names of the existing containers."""
         path = self.root / "containers"
         return sorted(os.listdir(path)) if path.is_dir() else []
 
@@ -93,7 +93,7 @@ class Containers:
 
 @contextmanager
 def cleaned(area: Path) -> Iterator[None]:
-    """Ends daemons below an area, as `cli_calls.place` does it."""
+    """End daemons below an area, like `cli_calls.place`."""
     try:
         yield
     finally:
@@ -105,10 +105,10 @@ def cleaned(area: Path) -> Iterator[None]:
 
 
 class Terminal:
-    """A command on a terminal of its own, with 31 lines of 97 characters."""
+    """A command on a separate terminal with 31 lines of 97 characters."""
 
     def __init__(self, box: Containers, *arguments: str | Path, shell: str | None = None) -> None:
-        """`shell`: a script for bash around the call, which it has as `"$@"`."""
+        """`shell`: a bash script around the call, which is its `"$@"`."""
         words = ["env", "--default-signal", *mounting.command(), *map(str, box.words(*arguments))]
         if shell is not None:
             words = ["bash", "--norc", "--noprofile", "-c", shell, "bash", *words]
@@ -124,7 +124,7 @@ class Terminal:
         self.seen = b""
 
     def resize(self, lines: int, columns: int, fd: int | None = None) -> None:
-        """Give it another size."""
+        """Set another size."""
         size = struct.pack("HHHH", lines, columns, 0, 0)  # struct winsize
         fcntl.ioctl(self.fd if fd is None else fd, termios.TIOCSWINSZ, size)
 
@@ -133,7 +133,7 @@ class Terminal:
         return termios.tcgetattr(self.fd)
 
     def wait_for(self, text: bytes, seconds: float = 20) -> bytes:
-        """Read until the text has come, and forget it; what came before it."""
+        """Read until the text appears, and drop it; returns the text before it."""
         deadline = time.monotonic() + patient(seconds)
         while text not in self.seen:
             assert time.monotonic() < deadline, self.seen

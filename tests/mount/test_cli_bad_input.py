@@ -196,7 +196,7 @@ def test_upper_or_work_of_a_live_mount(place: Place) -> None:
 
 
 def test_upper_of_a_mount_that_hides_it(place: Place) -> None:
-    """The registry knows a directory also when its path leads into the union."""
+    """The registry recognizes a directory even if its path leads into the union."""
     with areas.area() as bound:
         subprocess.run(["mount", "--bind", place.root, bound], check=True)
         succeed(unionfs("mount", *place.layers, place.root))
@@ -235,7 +235,7 @@ def test_mountpoint_missing_or_a_file(place: Place) -> None:
 
 
 def test_root_as_the_mountpoint(place: Place) -> None:
-    """The kernel would mount it, where no path leads; and whoever unmounts / makes the host read-only."""
+    """The kernel would mount it where no path leads; unmounting / makes the host read-only."""
     done = cli_calls.call(("unshare", "-m", *cli_calls.UNIONFS), "mount", *place.layers, "/")
     _refused(place, done, "mountpoint / is the root of all paths")
 
@@ -252,7 +252,7 @@ def test_busy_mountpoint(place: Place) -> None:
 
 
 def test_several_mounts_at_once_on_one_mountpoint(place: Place) -> None:
-    """One of them wins; none is covered by another."""
+    """One of them succeeds; none covers another."""
     calls = []
     for number in range(4):
         for name in ("upper", "work"):
@@ -354,7 +354,7 @@ def test_relative_path_in_a_removed_directory(place: Place) -> None:
 
 
 def _with_fuse_device(script: str, *arguments: str | Path) -> Done:
-    """Run `unionfs ARGUMENTS` in a mount namespace where `script` has changed /dev."""
+    """Run `unionfs ARGUMENTS` in a mount namespace with /dev changed by `script`."""
     return cli_calls.call(
         ("unshare", "-m", "sh", "-c", f'{script}; exec "$@"', "sh", *cli_calls.UNIONFS), *arguments
     )
@@ -404,7 +404,7 @@ def test_upper_without_xattrs(place: Place, filesystem: Callable[..., Path]) -> 
 
 
 def test_upper_on_a_filesystem_without_xattrs_of_the_kernel(place: Place) -> None:
-    """ramfs knows no xattrs, and every kernel has it."""
+    """ramfs has no xattrs, and every kernel supports it."""
     disk = place.root / "disk"
     disk.mkdir()
     if subprocess.run(["mount", "-t", "ramfs", "ramfs", disk], check=False, capture_output=True).returncode:

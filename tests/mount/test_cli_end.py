@@ -24,7 +24,7 @@ from unionfs.daemon import clearing, live, unmount
 
 @contextmanager
 def _foreground(place: Place, *extra: str) -> Iterator[subprocess.Popen[str]]:
-    """A daemon in the foreground, whose exit code can be seen."""
+    """A daemon in the foreground, with a visible exit code."""
     process = subprocess.Popen(
         [*UNIONFS, "mount", "-f", *extra, *map(str, place.layers), str(place.merged)],
         stderr=subprocess.PIPE,
@@ -42,7 +42,7 @@ def _foreground(place: Place, *extra: str) -> Iterator[subprocess.Popen[str]]:
 
 
 def _user(path: Path, how: str = "cwd") -> subprocess.Popen[bytes]:
-    """A process that uses a mount in some way, started when it does."""
+    """A process that uses a mount in the given way, already started."""
     script = {
         "cwd": "import os,sys; os.chdir(sys.argv[1])",
         "open file": "import sys; held = open(sys.argv[1] + '/base')",
@@ -64,7 +64,7 @@ def _user(path: Path, how: str = "cwd") -> subprocess.Popen[bytes]:
 
 
 def _program(path: Path) -> subprocess.Popen[bytes]:
-    """A process whose program lies in the mount."""
+    """A process whose program is in the mount."""
     shutil.copy("/bin/sleep", path / "program")
     process = subprocess.Popen([path / "program", "60"], cwd="/")
     assert wait_for(lambda: os.readlink(f"/proc/{process.pid}/exe") == str(path / "program"))
@@ -273,7 +273,7 @@ def test_signal_does_not_unmount_what_covers_the_union(place: Place) -> None:
 
 
 def test_a_daemon_that_ends_leaves_the_next_mount_alone(place: Place) -> None:
-    """The device number of a mount that is gone is given to the next one, maybe before its daemon ended."""
+    """The device number of a removed mount is reused by the next one, maybe before its daemon ended."""
     place.mount()
     clearing.clear_leftovers(place.entry().device)
     clearing.clear_dead_mounts(place.entry().device)
@@ -282,7 +282,7 @@ def test_a_daemon_that_ends_leaves_the_next_mount_alone(place: Place) -> None:
 
 
 def test_signal_after_the_mount_was_moved(place: Place) -> None:
-    """The mount is found by what it is, not by where it was."""
+    """The mount is identified by its device, not by its old path."""
     moved = place.root / "moved"
     moved.mkdir()
     with _foreground(place) as daemon:
@@ -321,7 +321,7 @@ def test_umount_of_a_dead_mount_that_is_in_use(place: Place) -> None:
 
 
 def test_layers_are_free_at_once(place: Place, filesystem: Callable[..., Path]) -> None:
-    """The filesystems of the layers can be unmounted right after the union, without a retry."""
+    """The filesystems of the layers can be unmounted directly after the union, without a retry."""
     lower, upper = filesystem("tmpfs", 16 << 20), filesystem("tmpfs", 16 << 20)
     for name in ("upper", "work"):
         (upper / name).mkdir()
@@ -339,7 +339,7 @@ def test_layers_are_free_at_once(place: Place, filesystem: Callable[..., Path]) 
 
 
 def test_the_next_mount_with_the_number_of_the_device_stays(place: Place, session: str) -> None:
-    """The kernel gives the number of an unmounted filesystem to the next one, and the daemon looks later."""
+    """The kernel assigns the number of an unmounted filesystem to the next, and the daemon checks later."""
     (place.root / "others").mkdir()
     with _foreground(place, *cli_calls.session_words(session)) as daemon:
         device = os.stat(place.merged).st_dev
@@ -371,7 +371,7 @@ def test_lowers_may_be_unmounted_while_mounted(place: Place, filesystem: Callabl
 
 
 def test_daemon_ends_when_its_mount_namespace_does(place: Place) -> None:
-    """As in a container: the last process of a namespace takes the mount along."""
+    """As in a container: the mount ends with the last process of its namespace."""
     script = " ".join([*UNIONFS, "mount", *map(str, place.layers), str(place.merged)])
     done = cli_calls.call(
         ("unshare", "-m", "sh", "-c", f"{script} && {' '.join(UNIONFS)} ls --json && umount {place.merged}")
@@ -382,7 +382,7 @@ def test_daemon_ends_when_its_mount_namespace_does(place: Place) -> None:
 
 
 def test_umount_right_after_many_closes(place: Place, session: str) -> None:
-    """Closes are told to the daemon after close(2); umount takes some back while they are being read."""
+    """The daemon gets closes after close(2); umount cancels some while they are read."""
     for round_ in range(12):
         with _foreground(place, *cli_calls.session_words(session)) as daemon:
             held = []
@@ -393,7 +393,7 @@ def test_umount_right_after_many_closes(place: Place, session: str) -> None:
             for fd in held:
                 os.close(fd)
             while subprocess.run(["umount", place.merged], capture_output=True).returncode != 0:
-                pass  # busy until the last close has been told
+                pass  # busy until the daemon has got the last close
             assert daemon.wait(10) == 0
 
 

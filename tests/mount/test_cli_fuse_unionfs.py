@@ -1,4 +1,4 @@
-"""`fuse-unionfs` as podman calls it, and mount(8) with its helpers and /etc/fstab."""
+"""`fuse-unionfs` as called by podman, and mount(8) with its helpers and /etc/fstab."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def _line(path: Path) -> list[str]:
 
 
 def _write_script(path: Path, module: str) -> Path:
-    """A console script as pip writes it."""
+    """A console script like pip's."""
     path.parent.mkdir(exist_ok=True)
     path.write_text(
         f"#!{sys.executable}\nimport sys\nsys.path.insert(0, {str(cli_calls.REPOSITORY)!r})\n"
@@ -48,7 +48,7 @@ def _write_script(path: Path, module: str) -> Path:
 
 
 def test_as_podman_calls_it(place: Place) -> None:
-    """One -o, layers named by symlinks, empty options, the caller reading stderr to its end."""
+    """One -o, layers named by symlinks, empty options, the caller reads stderr to its end."""
     links = place.root / "l"
     links.mkdir()
     (links / "A").symlink_to("../lower")
@@ -156,7 +156,7 @@ def test_as_a_mount_helper(place: Place, arguments: list[str]) -> None:
 
 
 def test_fake_mount_of_a_helper(place: Place) -> None:
-    """mount -f: everything but the mount itself."""
+    """mount -f: every step except the mount itself."""
     succeed(unionfs("source", place.merged, "-f", "-o", place.data))
     refused(unionfs("source", place.merged, "-f", "-o", "lowerdir=/nowhere"), "/nowhere")
     assert mounts_at(place.merged) == []
@@ -164,7 +164,7 @@ def test_fake_mount_of_a_helper(place: Place) -> None:
 
 
 class Mounter:
-    """mount(8) in a mount namespace of its own, where /sbin and /etc can be changed."""
+    """mount(8) in a separate mount namespace, where /sbin and /etc can be changed."""
 
     def __init__(self, place: Place, *, link: bool) -> None:
         self.bin = place.root / "bin"
@@ -176,10 +176,10 @@ class Mounter:
         )
         assert self.holder.stdout is not None
         self.holder.stdout.readline()
-        # mount(8) and mount.fuse(8) look for programs in the system's directories only.
+        # mount(8) and mount.fuse(8) search programs in the system's directories only.
         self.run("mount", "--bind", str(self.bin), "/usr/local/bin")
         if link:
-            # mount(8) looks for helpers in /sbin and in few other directories.
+            # mount(8) searches helpers in /sbin and a few other directories.
             extra = place.root / "sbin"
             extra.mkdir()
             for name in os.listdir("/sbin"):

@@ -78,7 +78,7 @@ def _can_pass_through() -> bool:
 
 @pytest.mark.parametrize("asked", ["auto", *IO_MODES])
 def test_inspect_tells_how_data_flows(place: Place, asked: str) -> None:
-    """The mode, why, and why not the others: in words that name the mode."""
+    """The mode, the reason for it, and the reasons against the others, with the mode's name."""
     passes = _can_pass_through()
     if not passes and asked in ("hybrid", "passthrough"):
         refused(unionfs("mount", *place.layers, "--io", asked, place.merged), f"--io {asked} cannot be had")
@@ -147,7 +147,7 @@ def test_session_and_io_that_cannot_be(
 
 
 def _in_user_namespace(place: Place, io: str) -> cli_calls.Done:
-    """Mount as the root of a user namespace, show the mounts and `inspect --json`, unmount."""
+    """Mount as root of a user namespace, show the mounts and `inspect --json`, unmount."""
     program = " ".join(cli_calls.UNIONFS)
     script = (
         f'{program} mount "$@"; code=$?; grep " {place.merged} " /proc/self/mountinfo >&2; '

@@ -1,4 +1,4 @@
-"""`unionfs mount`: what it does, what the daemon keeps, and the ways to name layers and options."""
+"""`unionfs mount`: its effects, the daemon's state, and the forms of layers and options."""
 
 from __future__ import annotations
 
@@ -200,7 +200,7 @@ def test_daemon_holds_nothing_of_its_caller(place: Place) -> None:
         )
         ends = [end for end in (done.stdin, done.stdout, done.stderr) if end is not None]
         pipes = {os.readlink(f"/proc/self/fd/{end.fileno()}") for end in ends}
-        # Ends only when no one else has the pipes open.
+        # Ends only when all other holders of the pipes have closed them.
         assert done.communicate(timeout=patient(20)) == (b"", b"")
         assert done.returncode == 0
     pid = place.pid()
@@ -252,7 +252,7 @@ def test_mountpoint_inside_a_lower_as_root(place: Place) -> None:
 
 
 def test_mountpoint_that_holds_the_layers(place: Place) -> None:
-    # The paths of the layers lead into the union from then on.
+    # The paths of the layers then lead into the union.
     succeed(unionfs("mount", *place.layers, place.root))
     (place.root / "new").touch()
     succeed(unionfs("umount", place.root))
@@ -305,7 +305,7 @@ def test_mount_and_unmount_over_and_over(place: Place) -> None:
 
 
 def test_unmounted_as_soon_as_it_is_there(place: Place) -> None:
-    """The daemon ends with exit code 0 however early its mount goes."""
+    """The daemon ends with exit code 0 however early its mount is removed."""
     process = subprocess.Popen(
         [*UNIONFS, "mount", "-f", *map(str, place.layers), str(place.merged)],
         stderr=subprocess.DEVNULL,
@@ -342,7 +342,7 @@ def test_interrupted_mount_leaves_nothing(place: Place) -> None:
 
 
 def _processes_with(path: Path) -> list[str]:
-    """Command lines of the processes that were started with ``path`` among their arguments."""
+    """Command lines of the processes with ``path`` among their arguments."""
     found = []
     for process in Path("/proc").glob("[0-9]*/cmdline"):
         with contextlib.suppress(OSError):
@@ -362,8 +362,8 @@ def test_a_mount_whose_caller_was_killed_goes_again(place: Place) -> None:
         time.sleep(delay)
         process.kill()
         told = process.wait() == 0
-        # The daemon may be on its way to the mount still. Or the caller had heard of the mount and was killed
-        # while it ended, some milliseconds long: then there is a mount like any other.
+        # The daemon may still be mounting. Or the caller knew of the mount and was killed while it ended,
+        # which takes some milliseconds: then the mount is an ordinary one.
         if told or not wait_for(lambda: not _processes_with(place.merged), 10):
             succeed(unionfs("umount", place.merged))
         assert wait_for(lambda: not _processes_with(place.merged), 30)

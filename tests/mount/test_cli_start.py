@@ -1,4 +1,4 @@
-"""The start of a mount: what others do before it can be used, and what may fail."""
+"""The start of a mount: interference before it is usable, and failures."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from unionfs.daemon import live
 
 @contextmanager
 def _held(place: Place, call: str, *layers: str | Path) -> Iterator[subprocess.Popen[str]]:
-    """`unionfs mount`, whose daemon waits for a while when it returns from this system call."""
+    """`unionfs mount`, whose daemon pauses after it returns from this system call."""
     log = place.root / f"trace-{len(os.listdir(place.root))}"
     words = [*tracing.command(log, call, delay=1), *UNIONFS, "mount", "--session", "direct"]
     with subprocess.Popen(
@@ -34,7 +34,7 @@ def _held(place: Place, call: str, *layers: str | Path) -> Iterator[subprocess.P
 
 
 def _daemon(process: subprocess.Popen[str]) -> int:
-    """The pid of the daemon that a held `unionfs mount` has started: the child of strace's child."""
+    """The pid of the daemon started by a held `unionfs mount`: the child of strace's child."""
     pid = process.pid
     for _ in range(2):
         pid = int(Path(f"/proc/{pid}/task/{pid}/children").read_text().split()[0])
@@ -42,7 +42,7 @@ def _daemon(process: subprocess.Popen[str]) -> int:
 
 
 def test_a_daemon_that_dies_before_the_mount_can_be_used(place: Place) -> None:
-    """Its dead mount is taken away, and the command says how it ended."""
+    """Its dead mount is removed, and the command reports how it ended."""
     with _held(place, "move_mount", *place.layers) as process:
         assert wait_for(lambda: mounts_at(place.merged) != [])
         os.kill(_daemon(process), signal.SIGKILL)
@@ -73,7 +73,7 @@ def test_two_at_once(place: Place) -> None:
 
 
 def test_a_lower_cannot_be_written_through_the_daemon(place: Place) -> None:
-    """The daemon's own fd leads to a read-only mount, so a mistake of its would be EROFS, not damage."""
+    """The daemon's own fd refers to a read-only mount, so a bug causes EROFS, not damage."""
     pid = place.mount()
     wanted = place.lower.stat()
     found = []

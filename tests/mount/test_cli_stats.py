@@ -39,7 +39,7 @@ def _started(*arguments: str | Path) -> subprocess.Popen[str]:
 
 
 def test_stats(place: Place, session: str) -> None:
-    """Totals since the mount; and latencies only of what happens while somebody looks."""
+    """Totals since the mount; latencies only during measurement."""
     data = os.urandom(300_000)
     (place.lower / "large").write_bytes(data)
     pid = place.mount(*session_words(session))
@@ -82,7 +82,7 @@ def test_latency_of_a_span(place: Place, session: str) -> None:
     found = json.loads(output)
     statfs = found["requests"]["statfs"]
     assert 1.5 <= found["seconds"] < 10
-    # measured is what was both read and answered in the span
+    # only requests both read and answered in the interval are measured
     assert abs(statfs["latency"]["count"] - statfs["per_second"] * found["seconds"]) <= 2
     assert 0 < statfs["latency"]["p50_seconds"] <= statfs["latency"]["p99_seconds"] < 10
     mean = statfs["latency"]["mean_seconds"]
@@ -90,7 +90,7 @@ def test_latency_of_a_span(place: Place, session: str) -> None:
 
 
 def test_latency_has_the_wait_in_a_thread(place: Place) -> None:
-    """An fsync that waits for a disk takes as long for the daemon as for who asked for it, but for little."""
+    """An fsync that waits for a disk takes as long in the daemon as for its caller, except a little."""
     place.mount("--session", "direct", "--io", "cached")
     with _started("stats", "--json", "--seconds", "2", place.merged) as process:
         slowest = 0.0
@@ -117,7 +117,7 @@ def test_tables(place: Place) -> None:
 
 
 def test_prometheus(place: Place, session: str) -> None:
-    """The second scrape has the latency of what came after the first, and no counter falls."""
+    """The second scrape contains the latency of requests after the first, and no counter decreases."""
     place.mount(*session_words(session))
     os.statvfs(place.merged)
 
@@ -160,7 +160,7 @@ def test_prometheus_of_an_odd_mountpoint(place: Place) -> None:
 
 
 def test_watch_until_ctrl_c(place: Place) -> None:
-    """With --json a line a span, each of its own; Ctrl-C is its ordinary end."""
+    """With --json one line per interval, each separate; Ctrl-C is the normal end."""
     place.mount()
     with _started("stats", "--watch", "--json", "--seconds", "0.2", place.merged) as process:
         assert process.stdout is not None
@@ -237,7 +237,7 @@ def test_a_daemon_that_does_not_answer(place: Place) -> None:
         assert watching.stdout is not None
         assert "does not answer" in watching.stderr.readline()
         os.kill(pid, signal.SIGCONT)
-        assert json.loads(watching.stdout.readline())["pid"] == pid  # it went on asking
+        assert json.loads(watching.stdout.readline())["pid"] == pid  # it continued
         watching.send_signal(signal.SIGINT)
         watching.communicate(timeout=patient(10))
         assert watching.returncode == 0

@@ -123,7 +123,7 @@ def test_umount_of_somebody_elses_mount(host: Host, place: Place) -> None:
 
 
 def test_root_sees_and_ends_a_users_mount(host: Host, place: Place) -> None:
-    """With the runtime directory where logind has it, root finds the mounts of users."""
+    """With the runtime directory at logind's path, root finds the mounts of users."""
     pid = host.mount()
     done = host.root("env", f"PYTHONPATH={cli_calls.REPOSITORY}", *UNIONFS, "umount", place.merged)
     assert done.stderr == ""
@@ -131,7 +131,7 @@ def test_root_sees_and_ends_a_users_mount(host: Host, place: Place) -> None:
 
 
 def test_runtime_directory_of_somebody_else(host: Host, place: Place) -> None:
-    """A directory that others could fill is not trusted."""
+    """A directory that others can write is not trusted."""
     (host.runtime / "unionfs").mkdir(mode=0o777)
     (host.runtime / "unionfs").chmod(0o777)
     fallback = Path(f"/tmp/unionfs-{UID}")
@@ -145,7 +145,7 @@ def test_runtime_directory_of_somebody_else(host: Host, place: Place) -> None:
 
 
 def test_in_a_user_namespace(host: Host, place: Place) -> None:
-    """As podman without root does: uid 0 of a namespace, /dev/fuse opened and mounted without a helper."""
+    """Like podman without root: uid 0 of a namespace opens /dev/fuse and mounts without a helper."""
     command = " ".join(host.command)
     script = (
         f"{command} mount {' '.join(map(str, place.layers))} {place.merged} && rm {place.merged}/deep && "

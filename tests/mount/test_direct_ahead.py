@@ -1,4 +1,4 @@
-"""Listings that are prepared before they are asked for: of use to who walks, and never to be seen."""
+"""Listings prepared before their request: useful for a walk, and never visible."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ from tests.support.world import World, errno_of
 
 MakeWorld = Callable[..., World]
 EVERY = 19
-"""Directories from one that is changed at random to the next."""
+"""Directories between two that are changed at random."""
 WRITTEN = 10**18
-"""When files were changed last, in nanoseconds."""
+"""The last change of the files, in nanoseconds."""
 BETWEEN = 25
-"""Directories from one change to the next: after one the daemon is careful for a while."""
+"""Directories between two changes: after one the daemon is careful for some time."""
 
 
 def _remove_all(directory: Path) -> None:
@@ -52,7 +52,7 @@ def _write_elsewhere(directory: Path) -> None:
     (directory.parent / f"beside-{directory.name}").write_bytes(b"1")
 
 
-# The last comes first, and after forgetting much that was remembered of the walk is of no use.
+# The last one comes first, because after FORGETs most of the walk's history is useless.
 CHANGES: dict[str, Callable[[Path], object]] = {
     "look, and forget": _look_and_forget,
     "create": lambda directory: (directory / "new").write_bytes(b"12345"),
@@ -72,7 +72,7 @@ CHANGES: dict[str, Callable[[Path], object]] = {
 
 
 def _build(root: Path) -> None:
-    """Directories in three levels, each with some files; several times as many as there are changes."""
+    """Directories in three levels, each with some files; several times as many as changes."""
     count = len(CHANGES) * BETWEEN // 20 + 1
     for first in range(count):
         for second in range(19):
@@ -87,7 +87,7 @@ Seen = list[tuple[str, int, int, int, int]]
 
 
 def _listed(directory: Path) -> tuple[Seen, list[Path]]:
-    """What one listing, and stat of each name, show; and the directories in the order of the listing."""
+    """The result of one listing, and of stat for each name; and the directories in listing order."""
     found, below = [], []
     with os.scandir(directory) as entries:
         for entry in entries:
@@ -103,7 +103,7 @@ def _listed(directory: Path) -> tuple[Seen, list[Path]]:
 
 
 def test_what_changes_before_it_is_listed(world: MakeWorld, session: str) -> None:
-    """A directory that the daemon has prepared is changed in every way, and then listed: as natively."""
+    """A directory prepared by the daemon is changed in every way, then listed: same as natively."""
     made = world(_build)
     changes = list(CHANGES.values())
     done: list[tuple[Path, Callable[[Path], object] | None, Seen]] = []
@@ -134,7 +134,7 @@ def test_what_changes_before_it_is_listed(world: MakeWorld, session: str) -> Non
 
 
 def test_a_walk(world: MakeWorld, session: str) -> None:
-    """All that is prepared for a walk in the order of the listings is used, and there is a lot of it."""
+    """Every listing prepared for a walk in listing order is used, and there are many."""
     made = world(_build)
     expected = sorted(str(path.relative_to(made.native)) for path in made.native.rglob("*"))
     found = subprocess.run(["find", "t", "-mindepth", "1"], cwd=made.union, capture_output=True, text=True)
@@ -146,7 +146,7 @@ def test_a_walk(world: MakeWorld, session: str) -> None:
 
 
 def test_who_ends_a_walk(world: MakeWorld, session: str) -> None:
-    """What was prepared for nobody is gone when somebody lists something else."""
+    """An unused preparation is dropped when another directory is listed."""
     dc.need_direct(session, "listing ahead")
     made = world(_build)
     nodes = made.mount.figure("nodes")
@@ -160,7 +160,7 @@ def test_who_ends_a_walk(world: MakeWorld, session: str) -> None:
 
 
 def test_only_what_is_of_lowers_alone(root: None, area: Path, session: str) -> None:
-    """Nothing with a part in the upper is prepared; merged directories of lowers are."""
+    """No directory with a part in the upper is prepared; merged directories of lowers are."""
     dc.need_direct(session, "listing ahead")
     for top in ("upper", "lower/half", "upper/half", "lower/two", "bottom/two"):
         _build(area / top)
@@ -185,7 +185,7 @@ def test_only_what_is_of_lowers_alone(root: None, area: Path, session: str) -> N
 
 
 class _Both:
-    """Does the same to the union and to a native copy; the results must be the same, too."""
+    """Applies calls to the union and to a native copy; the results must be equal too."""
 
     def __init__(self, union: Path, native: Path, choice: random.Random) -> None:
         self.union, self.native, self.choice = union, native, choice
@@ -196,11 +196,11 @@ class _Both:
         """Run a call on these names."""
         found = errno_of(lambda: call(*[self.union / name for name in names]))
         if found == errno.EXDEV:
-            return  # a directory with a part in a lower is not renamed, as on overlayfs
+            return  # a directory with a part in a lower cannot be renamed, as on overlayfs
         assert found == errno_of(lambda: call(*[self.native / name for name in names])), (call, names)
 
     def change(self, directory: str) -> None:
-        """Change something in a directory, or itself."""
+        """Change an entry of a directory, or the directory itself."""
         pick = self.choice.choice
         names = [*sorted(os.listdir(self.native / directory)), "new"]
         one, other = f"{directory}/{pick(names)}", f"{directory}/{pick(names)}"
@@ -228,7 +228,7 @@ class _Both:
             self.do(os.unlink, f"{directory}/new")
 
     def pause(self) -> None:
-        """Let the daemon do nothing, a step, some steps, or all of its work; or the kernel forget."""
+        """Let the daemon do nothing, a step, some steps, or all of its work; or the kernel drop caches."""
         kind = self.choice.randrange(8)
         if kind < 3:
             time.sleep((0.00005, 0.0003, 0.003)[kind])
@@ -261,7 +261,7 @@ def _chmod(path: Path) -> None:
 
 
 def _build_layers(area: Path, choice: random.Random) -> None:
-    """Two lowers and, in `native`, what they show: with whiteouts, and directories of few and many names."""
+    """Two lowers and, in `native`, their merged view: with whiteouts, and small and large directories."""
     for name in ("l0", "l1", "native", "upper", "work"):
         (area / name).mkdir()
     for number in range(800):
@@ -283,7 +283,7 @@ def _build_layers(area: Path, choice: random.Random) -> None:
 
 @pytest.mark.parametrize("seed", [2, *(pytest.param(seed, marks=pytest.mark.slow) for seed in (1, 3, 4))])
 def test_any_changes_at_any_moment(root: None, area: Path, session: str, seed: int) -> None:
-    """What is being prepared is changed in any way, at any moment, and listed: as natively, also later."""
+    """Directories in preparation are changed in any way at any time and listed: as natively, also later."""
     choice = random.Random(seed)
     _build_layers(area, choice)
     lowers = [area / "l0", area / "l1"]
@@ -294,8 +294,8 @@ def test_any_changes_at_any_moment(root: None, area: Path, session: str, seed: i
         while todo:
             path = todo.pop()
             since += 1
-            # What was listed is compared after the next one was changed, which should begin when the daemon
-            # begins to prepare it; but a change of a directory itself is one of the directory above.
+            # A listing is compared after the next directory was changed, preferably when the daemon starts to
+            # prepare it; but a change of a directory itself belongs to its parent.
             if since >= EVERY and path.count("/") == 2 and not path.startswith(before[0] + "/"):
                 since = 0
                 changed.append(path)

@@ -1,4 +1,4 @@
-"""stat of files that are open and written, by whatever way: never an old size, and soon the new times."""
+"""stat of open files being written in every way: never an old size, and soon the new times."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from tests.support.world import World, errno_of
 MakeWorld = Callable[..., World]
 OLD = 10**18
 LATE = 1.2
-"""How late a time may be seen that nobody is told of: a second, and a little for the test itself."""
+"""The maximum delay of a time without a notice: a second, and a little for the test itself."""
 
 
 def _files(root: Path) -> None:
@@ -33,7 +33,7 @@ def _files(root: Path) -> None:
 
 @pytest.mark.parametrize("where", ["lower", "upper"])
 def test_changes_of_an_open_file(world: MakeWorld, where: str) -> None:
-    """rename, rename over, unlink, link, truncate, chmod, chown of a file that is open for writing."""
+    """rename, rename over, unlink, link, truncate, chmod, chown of a file open for writing."""
     made = world(_files)
 
     def calls(root: Path) -> list[object]:
@@ -81,7 +81,7 @@ def test_changes_of_an_open_file(world: MakeWorld, where: str) -> None:
 
 
 def test_another_process_sees_each_size_at_once(world: MakeWorld, session: str) -> None:
-    """Appended through one fd, every stat by name, by fd and by another process tells the new size."""
+    """After appending through one fd, every stat by name, by fd and by another process has the new size."""
     made = world(_files)
     path = made.union / "a"
     with Worker() as other, dc.opened(path, os.O_WRONLY | os.O_APPEND) as fd, dc.opened(path) as reader:
@@ -96,7 +96,7 @@ def test_another_process_sees_each_size_at_once(world: MakeWorld, session: str) 
 
 
 def test_mtime_and_ctime_after_a_write(world: MakeWorld) -> None:
-    """Not older than a second, whoever asks, while the file is open and after it was closed."""
+    """At most a second old in every process, while the file is open and after its close."""
     made = world(_files)
 
     def changes(path: Path) -> list[bool]:
@@ -104,7 +104,7 @@ def test_mtime_and_ctime_after_a_write(world: MakeWorld) -> None:
         for closes in (False, True):
             fd = os.open(path, os.O_RDWR)
             os.utime(fd, ns=(OLD, OLD))
-            assert os.stat(path).st_mtime_ns == OLD  # the kernel remembers it now
+            assert os.stat(path).st_mtime_ns == OLD  # the kernel now caches it
             before = time.time_ns()
             os.pwrite(fd, b"written", 3)
             if closes:
@@ -122,8 +122,8 @@ def test_mtime_and_ctime_after_a_write(world: MakeWorld) -> None:
 
 @pytest.mark.parametrize("ask_between", [True, False], ids=["asked between", "not asked"])
 def test_mtime_of_a_store_through_a_mapping(world: MakeWorld, ask_between: bool) -> None:
-    """map, stat, store, msync, close: a second later the new mtime is seen, though nobody is told of a
-    store; the file was closed before."""
+    """map, stat, store, msync, close: a second later the new mtime is visible, though a store is not
+    reported; the file was closed before."""
     made = world(_files)
 
     def changes(path: Path) -> bool:
@@ -132,7 +132,7 @@ def test_mtime_of_a_store_through_a_mapping(world: MakeWorld, ask_between: bool)
         with dc.mapped(fd, 1000) as address:
             os.close(fd)
             if ask_between:
-                time.sleep(0.05)  # attributes that were sent while it was open for writing are good no more
+                time.sleep(0.05)  # attributes sent while it was open for writing have expired
                 assert os.stat(path).st_mtime_ns == OLD
             before = time.time_ns()
             ctypes.memmove(address, b"store", 5)
@@ -199,7 +199,7 @@ os.close(fd)
 
 @pytest.mark.parametrize("how", ["user write", "root write", "user truncate", "user allocate"])
 def test_set_id_bits_go_with_another_users_write(world: MakeWorld, session: str, how: str) -> None:
-    """Through an fd opened for him: gone at once for all, and on disk; a write by root keeps them."""
+    """Through an fd opened for the user: cleared at once for all, and on disk; a write by root keeps them."""
     if how.endswith("allocate"):
         dc.need_direct(session, "fallocate")
     modes = (0o4777, 0o2777, 0o6777, 0o6755)

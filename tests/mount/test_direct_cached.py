@@ -1,4 +1,4 @@
-"""Files whose opens and closes nobody is told of, and whose writes come late."""
+"""Files whose opens and closes are not reported, and whose writes arrive late."""
 
 from __future__ import annotations
 
@@ -44,8 +44,7 @@ def _build(root: Path) -> None:
 @pytest.mark.parametrize("where", ["lower", "upper"])
 @pytest.mark.parametrize("how", ["unlink", "rename over"])
 def test_open_file_that_lost_its_name(world: MakeWorld, where: str, how: str) -> None:
-    """Read, written, synced, truncated, with its pages out of the cache; the file that took the name is
-    another."""
+    """Read, written, synced, truncated, with its pages evicted; the file that took its name is different."""
     made = world(_build)
 
     def calls(root: Path) -> list[object]:
@@ -113,8 +112,8 @@ def test_truncating_opens_truncate(world: MakeWorld) -> None:
 
 
 def test_times_that_were_seen_are_those_on_disk(root: None, area: Path, session: str) -> None:
-    """Of files that are written as soon as they are made, grown, stored into, or given a time: what stat(2)
-    said stays true when the kernel forgets it, and in the next mount."""
+    """Files written directly after creation, extended, stored into, or given a time: the result of stat(2)
+    stays valid when the kernel drops it, and in the next mount."""
     (area / "lower").mkdir()
     for number in range(50):
         (area / "lower" / f"low{number}").write_bytes(DATA)
@@ -147,7 +146,7 @@ def test_times_that_were_seen_are_those_on_disk(root: None, area: Path, session:
 def test_no_space_is_told(
     root: None, area: Path, session: str, filesystem: Callable[..., Path], when: str
 ) -> None:
-    """Somebody who looks at write, fsync, msync and close learns of it, and lost bytes are not readable."""
+    """Callers that check write, fsync, msync and close get the error, and lost bytes are not readable."""
     if when == "msync" and session == "pyfuse3":
         pytest.xfail("pyfuse3 does not tell which writes come from the page cache: a short one is lost data")
     small = filesystem("tmpfs", 4 * MIB)
@@ -184,7 +183,7 @@ def test_no_space_is_told(
         path.write_bytes(DATA)
         assert path.read_bytes() == DATA
         with dc.opened(path) as reader:
-            # an error that no fsync told of is told by the next one, by whomever (lib/errseq.c)
+            # an error that no fsync reported is reported by the next one, of any process (lib/errseq.c)
             assert errno_of(os.fsync, reader) in (0, errno.ENOSPC)
             assert errno_of(os.fsync, reader) == 0
     assert (small / "upper/f").read_bytes() == DATA
@@ -202,20 +201,20 @@ mapped.flush()
 
 
 def _agree(path: Path, backing: Path) -> bool:
-    """What is read from the union is what the upper has, apart from zeros at the end."""
+    """The union's content equals the upper's, apart from zeros at the end."""
     try:
         return path.read_bytes().rstrip(b"\0") == backing.read_bytes().rstrip(b"\0")
     except OSError as error:
         if error.errno != errno.ENOSPC:
             raise
-        return False  # seen on Linux 6.1: who opens the file next is told, once
+        return False  # seen on Linux 6.1: the next open reports it, once
 
 
 # -- mappings, many files
 
 
 def test_a_store_through_a_mapping_copies_up(world: MakeWorld) -> None:
-    """Of a lower file, mapped when nothing is known to be going to change; the lower is as before."""
+    """Of a lower file, mapped when no change is expected; the lower stays unchanged."""
     made = world(_build)
     before = snapshot.manifest(made.lower)
 
@@ -243,7 +242,7 @@ def test_a_store_through_a_mapping_copies_up(world: MakeWorld) -> None:
 
 
 def test_more_files_than_are_kept_open(root: None, area: Path, session: str) -> None:
-    """350 lower and 350 new files, each written in turn, twice; some are open all the time."""
+    """350 lower and 350 new files, each written in turn, twice; some stay open."""
     (area / "lower").mkdir()
     for number in range(350):
         (area / f"lower/l{number}").write_bytes(b"lower %d" % number)
@@ -277,7 +276,7 @@ def test_more_files_than_are_kept_open(root: None, area: Path, session: str) -> 
 def test_space_of_removed_files_comes_back(
     root: None, area: Path, session: str, filesystem: Callable[..., Path], forgotten: bool
 ) -> None:
-    """A file that was written, closed and removed takes no space, known to the kernel still or not."""
+    """A file that was written, closed and removed takes no space, whether the kernel caches it or not."""
     small = filesystem("tmpfs", 64 * MIB)
     with _mount(area, session, small) as mount:
         free = os.statvfs(small).f_bavail
@@ -295,8 +294,8 @@ def test_space_of_removed_files_comes_back(
 
 
 def test_removing_lower_files_copies_nothing(root: None, area: Path, session: str) -> None:
-    """Neither at once, nor when the kernel writes back what it knows of them: unlink, rename over, rm of a
-    file that is open."""
+    """Neither at once, nor when the kernel writes cached data back: unlink, rename over, rm of an open
+    file."""
     (area / "lower").mkdir()
     for name in ("removed", "replaced", "open", "changed"):
         (area / "lower" / name).write_bytes(DATA)
@@ -313,7 +312,7 @@ def test_removing_lower_files_copies_nothing(root: None, area: Path, session: st
             assert os.fstat(fd).st_mtime_ns == 10**18
         dc.drop_caches()
         assert mount.figure("copy_ups") == 0
-        # times that somebody sets count all the same
+        # explicitly set times still count
         with dc.opened(mount.mountpoint / "changed") as fd:
             os.unlink(mount.mountpoint / "changed")
             os.utime(fd, ns=(10**18 + 1, 10**18 + 1))
@@ -325,7 +324,7 @@ def test_removing_lower_files_copies_nothing(root: None, area: Path, session: st
 
 
 def test_appends_of_two_processes(world: MakeWorld) -> None:
-    """O_APPEND and plain writes of two processes: every one is there, each whole."""
+    """O_APPEND and plain writes of two processes: every write is complete."""
     made = world(_build)
     script = (
         "import os, sys\n"

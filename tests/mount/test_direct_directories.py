@@ -1,4 +1,4 @@
-"""Listings without an open directory in the daemon: stable places of names, while names come and go."""
+"""Listings without an open directory in the daemon: stable positions, while names come and go."""
 
 from __future__ import annotations
 
@@ -76,14 +76,14 @@ def _remove_while_listed(area: Path, session: str, count: int) -> None:
         (big / "lower-000001").write_bytes(b"again")
         assert os.listdir(big) == ["lower-000001"]
         if session.startswith("direct"):
-            # the kernel asks once and then never again
+            # the kernel requests once and then never again
             assert mount.figure("readdirplus") > 1
             assert mount.figure("opendir") == 1
     assert len(os.listdir(area / "lower/big")) == count // 2
 
 
 def test_rm_rf_of_a_big_directory(root: None, area: Path, session: str) -> None:
-    """rm -rf ends without an error, while another process lists; no listing has a name twice."""
+    """rm -rf succeeds while another process lists; no listing has a duplicate name."""
     _remove_while_listed(area, session, 3_000)
 
 
@@ -98,7 +98,7 @@ def test_rm_rf_of_a_huge_directory(root: None, area: Path, session: str, count: 
 
 @pytest.mark.parametrize("size", [256, 32768], ids=["small buffer", "large buffer"])
 def test_names_that_stay_come_once(world: MakeWorld, size: int) -> None:
-    """Names come, go, are renamed, copied up and removed meanwhile; those that are there all the time appear
+    """Names are created, renamed, copied up and removed concurrently; names that exist all the time appear
     exactly once in each listing, with the d_ino of stat."""
 
     def build(root: Path) -> None:
@@ -153,7 +153,7 @@ def test_names_that_stay_come_once(world: MakeWorld, size: int) -> None:
 
 
 def test_places_are_good_across_streams(world: MakeWorld, session: str) -> None:
-    """seekdir to what telldir gave goes on behind that name: in the same stream, after changes elsewhere in
+    """seekdir to a telldir result continues after that name: in the same stream, after changes elsewhere in
     the directory, and (where opening one costs nothing) in another stream."""
 
     def build(root: Path) -> None:
@@ -174,7 +174,7 @@ def test_places_are_good_across_streams(world: MakeWorld, session: str) -> None:
             for where in (stream, other) if session.startswith("direct") else (stream,):
                 dc.seek_stream(where, entries[index][1])
                 assert [name for name, _ in dc.read_stream(where, 20)] == names[index + 1 : index + 21]
-        # what is behind a place stays behind it, whatever happens to the names before
+        # entries after a position stay after it, whatever happens to the names before
         dc.seek_stream(stream, entries[150][1])
         for name in names[:150]:
             if name.startswith(b"name"):
@@ -188,7 +188,7 @@ def test_places_are_good_across_streams(world: MakeWorld, session: str) -> None:
 
 
 def test_an_open_directory_that_is_removed_and_made_again(world: MakeWorld) -> None:
-    """The old one shows nothing and takes nothing, the new one is another."""
+    """The old one is empty and refuses new entries, the new one is different."""
 
     def build(root: Path) -> None:
         (root / "d").mkdir()
@@ -219,7 +219,7 @@ def test_an_open_directory_that_is_removed_and_made_again(world: MakeWorld) -> N
 
 
 def test_cached_listings_are_dropped(world: MakeWorld) -> None:
-    """A listing that the kernel keeps is gone with any change: create, unlink, rename in and out, link."""
+    """Every change drops a listing cached by the kernel: create, unlink, rename in and out, link."""
     made = world(lambda root: [(root / name).mkdir() for name in ("d", "e")])
 
     def calls(root: Path) -> list[object]:
@@ -227,7 +227,7 @@ def test_cached_listings_are_dropped(world: MakeWorld) -> None:
         found: list[object] = []
 
         def look() -> None:
-            for _ in range(3):  # the second reading is what is kept
+            for _ in range(3):  # the second reading is cached
                 found.append((sorted(os.listdir(d)), sorted(os.listdir(e))))
 
         changes: list[Callable[[], object]] = [

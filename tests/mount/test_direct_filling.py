@@ -1,4 +1,4 @@
-"""Small lower files come with their first open, so that the kernel need not ask for their data."""
+"""Small lower files are sent with their first open, so the kernel need not request their data."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def test_every_size_reads_as_below(root: None, layers: Path, session: str) -> No
                 if size:
                     with mmap.mmap(file.fileno(), 0, prot=mmap.PROT_READ) as memory:
                         assert memory[:] == _content(size)
-                        # what lies behind the end of the file, within its last page, is zero
+                        # the rest of the last page after the end of the file is zero
                 assert os.pread(file.fileno(), size + 10, 0) == _content(size)
 
 
@@ -74,7 +74,7 @@ def test_pages_that_the_kernel_dropped_are_read_again(root: None, layers: Path, 
 
 
 def test_changes_after_the_first_open_are_seen(root: None, layers: Path, session: str) -> None:
-    """The lower's data in the page cache does not outlive a copy-up, a truncation or a rename over it."""
+    """The lower's cached data does not survive a copy-up, a truncation or a rename over it."""
     with _mounted(layers, session) as mount:
         path = mount.mountpoint / "f10000"
         assert path.read_bytes() == _content(10_000)
@@ -103,13 +103,13 @@ def test_what_the_kernel_has_is_not_opened_again(root: None, layers: Path, sessi
         try:
             if session == "direct-hybrid":
                 assert dc.descriptors(mount) <= before
-            # two opens of one file; what is asked of it opens it once
+            # two opens of one file; the first read opens it once
             with dc.opened(mount.mountpoint / "f10000") as again:
                 assert os.pread(again, 20_000, 0) == _content(10_000)
                 dc.drop_caches()
                 assert os.pread(again, 20_000, 0) == _content(10_000)
                 assert os.pread(fds["f10000"], 20_000, 0) == _content(10_000)
-            # written by another, who has it opened after it was
+            # written by another process, which opened it later
             with dc.opened(mount.mountpoint / "f4097", os.O_RDWR) as writer:
                 os.pwrite(writer, b"new", 0)
                 assert os.pread(fds["f4097"], 5000, 0) == written
@@ -133,7 +133,7 @@ def test_what_the_kernel_has_is_not_opened_again(root: None, layers: Path, sessi
 
 
 def test_read_while_it_is_copied_up(root: None, layers: Path, session: str) -> None:
-    """Past the page cache, with a buffer larger than the file, by several threads: never an error."""
+    """Direct I/O with a buffer larger than the file, by several threads: never an error."""
     for number in range(60):
         (layers / f"lower/small{number}").write_bytes(_content(1000))
     errors: list[OSError] = []
@@ -167,7 +167,7 @@ def test_read_while_it_is_copied_up(root: None, layers: Path, session: str) -> N
 
 
 def test_a_lower_whose_data_cannot_be_read(root: None, area: Path, session: str) -> None:
-    """Opening it succeeds and reading it fails, as in the layer; nothing stays open."""
+    """Opening succeeds and reading fails, as in the layer; no file stays open."""
     layer = Path("/sys/class/net/lo").resolve()
 
     def calls(top: Path) -> list[object]:
@@ -186,7 +186,7 @@ def test_a_lower_whose_data_cannot_be_read(root: None, area: Path, session: str)
 
 
 def test_a_lower_that_lost_a_file(root: None, layers: Path, session: str) -> None:
-    """What the kernel has of it can be read; then it is an error for the reader alone."""
+    """Its cached data is readable; after that only the reader gets an error."""
     with _mounted(layers, session) as mount:
         assert (mount.mountpoint / "f10000").read_bytes() == _content(10_000)
         os.unlink(layers / "lower/f10000")

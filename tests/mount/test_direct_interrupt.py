@@ -1,4 +1,4 @@
-"""Callers that get a signal while a big file is copied up for them."""
+"""Signals to callers that wait for the copy-up of a big file."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ CALLS = {
 
 @pytest.fixture
 def big(root: None, area: Path, session: str) -> Iterator[Mount]:
-    """A union with a lower file of 300 MiB without holes, on a filesystem that can't share its extents."""
+    """A union with a lower file of 300 MiB without holes, on a filesystem without reflinks."""
     for name in ("lower", "upper", "work"):
         (area / name).mkdir()
     chunk = random.Random(1).randbytes(1 << 20)
@@ -44,7 +44,7 @@ def big(root: None, area: Path, session: str) -> Iterator[Mount]:
 
 
 def _work(mount: Mount) -> Path:
-    """Where copies are prepared."""
+    """The directory where copies are prepared."""
     assert mount.work is not None
     return mount.work / "work"
 
@@ -69,7 +69,7 @@ def _start(mount: Mount, call: str) -> subprocess.Popen[bytes]:
 
 @contextmanager
 def _slow_copies(mount: Mount) -> Iterator[None]:
-    """Stop the daemon in the middle of a copy and let it go on, so that a fast disk makes no difference."""
+    """Stop the daemon during a copy and continue it, so that a fast disk makes no difference."""
     os.kill(mount.pid, signal.SIGSTOP)
     try:
         yield
@@ -79,17 +79,17 @@ def _slow_copies(mount: Mount) -> Iterator[None]:
 
 @pytest.mark.parametrize("call", ["open", "chmod", "rename"])
 def test_killed_while_it_waits(big: Mount, session: str, call: str) -> None:
-    """SIGKILL ends it within two seconds; the daemon lives, the copy leaves nothing, the next try works."""
+    """SIGKILL ends it within two seconds; the daemon survives, the copy is removed, the next try succeeds."""
     dc.need_direct(session, "INTERRUPT")
     path = big.mountpoint / "big"
     assert big.upper is not None
     if session == "direct-cached" and call == "open":
-        call = "write"  # an open alone copies nothing up there
+        call = "write"  # an open alone does not copy up there
     waiting = _start(big, call)
     assert dc.wait_for(lambda: _copied(big) > 0 or waiting.poll() is not None, 20), "no copy was begun"
     begun = time.monotonic()
     with _slow_copies(big):
-        waiting.kill()  # while nobody can answer it
+        waiting.kill()  # while no answer is possible
         was_waiting = _copied(big) > 0
     waiting.wait(patient(20))
     took = time.monotonic() - begun
@@ -109,12 +109,12 @@ def test_killed_while_it_waits(big: Mount, session: str, call: str) -> None:
     assert (big.upper / "big").stat().st_size == SIZE
     with path.open("rb") as file:
         assert file.read(5) == b"after"
-    # what is in the page cache already is written back, whether its writer lives or not
+    # cached data is written back, whether its writer lives or not
     assert interrupted or call == "write", "the copy ran to its end for nobody"
 
 
 def test_only_the_killed_one_gives_up(big: Mount, session: str) -> None:
-    """Two wait for one copy; the one that began it is killed, the other gets what it asked for."""
+    """Two wait for one copy; the one that started it is killed, the other succeeds."""
     first = _start(big, "write")
     assert dc.wait_for(lambda: _copied(big) > 0 or first.poll() is not None, 20)
     second = _start(big, "write")
@@ -129,9 +129,9 @@ def test_only_the_killed_one_gives_up(big: Mount, session: str) -> None:
 
 
 def test_a_signal_that_is_handled_interrupts_nothing(big: Mount, session: str) -> None:
-    """A program with a handler and SA_RESTART sees no EINTR from open, write or fsync, as on a disk.
+    """A program with a handler and SA_RESTART gets no EINTR from open, write or fsync, as on a disk.
 
-    The calls are made by ctypes, for Python itself repeats what ends with EINTR (PEP 475).
+    The calls use ctypes, because Python itself retries after EINTR (PEP 475).
     """
     script = (
         "import ctypes, os, signal, sys\n"

@@ -1,4 +1,4 @@
-"""Layers on every kind of filesystem, stacked ones too: where the kernel takes no backing file, it works
+"""Layers on every filesystem, including stacked ones: where the kernel refuses backing files, it works
 without."""
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ def _build(lower: Path) -> None:
 
 
 def _use(top: Path) -> None:
-    """Read, write, copy up, map, rename, remove; everything as on a native filesystem."""
+    """Read, write, copy up, map, rename, remove; all as on a native filesystem."""
     assert (top / "read").read_bytes() == DATA
     with dc.opened(top / "written", os.O_RDWR) as fd, dc.opened(top / "written") as reader:
         os.pwrite(fd, b"WRITTEN", 1000)
@@ -104,20 +104,20 @@ def test_lower_on_kernel_overlayfs(kernel_overlay: None, area: Path, session: st
         with _union(area, session, stacked.mountpoint, area) as mount:
             _use(mount.mountpoint)
             if session.startswith("direct"):
-                assert _refused(mount) == 0  # the depth is agreed to be 2 then
+                assert _refused(mount) == 0  # the agreed depth is then 2
         assert snapshot.manifest(stacked.mountpoint) == before
 
 
 @pytest.mark.parametrize("inner", ["direct-passthrough", "direct-cached"])
 def test_lower_on_another_union(root: None, area: Path, session: str, inner: str) -> None:
-    """The lower is another union of ours, whatever its way of I/O: files of one that passes through can't be
-    backing files, and are read in the ordinary way."""
+    """The lower is another union, in any I/O mode: files of one with passthrough cannot be backing files, and
+    are read normally."""
     if reason := session_reason(inner):
         pytest.skip(reason)
     _build(area / "ground")
     (area / "ground/own").write_bytes(DATA)
     with _union(area / "inner", inner, area / "ground", area / "inner") as below:
-        os.chmod(below.mountpoint / "own", 0o640)  # is in the upper of the inner one
+        os.chmod(below.mountpoint / "own", 0o640)  # now in the upper of the inner one
         with _union(area, session, below.mountpoint, area) as mount:
             assert (mount.mountpoint / "own").read_bytes() == DATA
             with dc.opened(mount.mountpoint / "own", os.O_RDWR) as fd:
@@ -131,7 +131,7 @@ def test_lower_on_another_union(root: None, area: Path, session: str, inner: str
 
 
 def test_upper_on_another_union(root: None, area: Path, session: str) -> None:
-    """It works, or the mount is refused with a sentence that says why."""
+    """It works, or the mount is refused with a sentence about the reason."""
     _build(area / "ground")
     inner = "direct-cached" if session_reason("direct-hybrid") else "direct-hybrid"
     with _union(area / "inner", inner, area / "ground", area / "inner") as below:
@@ -147,7 +147,7 @@ def test_upper_on_another_union(root: None, area: Path, session: str) -> None:
 
 
 def test_files_that_cannot_back_fall_back(kernel_overlay: None, area: Path, session: str) -> None:
-    """A lower on a stack too deep: counted, read and written in the ordinary way, again and again."""
+    """A lower on too deep a stack: counted, read and written normally, repeatedly."""
     if not dc.passes_through(session, lower=True) or session == "overlay":
         pytest.skip("lower files have no backing files here")
     _build(area / "ground")
@@ -170,7 +170,7 @@ def test_files_that_cannot_back_fall_back(kernel_overlay: None, area: Path, sess
             refused = _refused(mount)
             assert refused >= 1
             assert (mount.mountpoint / "plain").read_bytes() == DATA
-            assert _refused(mount) == refused  # that one lies on a plain filesystem
+            assert _refused(mount) == refused  # that file is on a plain filesystem
             with dc.opened(mount.mountpoint / "read") as old:
                 with dc.opened(mount.mountpoint / "read", os.O_RDWR) as fd:
                     os.pwrite(fd, b"NEW", 0)

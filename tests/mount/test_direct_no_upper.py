@@ -1,4 +1,4 @@
-"""Unions without an upper: nothing is copied up, so hybrid passes large files through, too."""
+"""Unions without an upper: there is no copy-up, so hybrid passes large files through too."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from tests.support.mounting import Mount, kernel_mounted, mounted
 from tests.support.world import errno_of
 
 SMALL = 65_536
-"""Up to this size a file comes from the page cache of the mount."""
+"""The maximum size of a file that uses the page cache of the mount."""
 SIZES = (0, 1, 4097, SMALL - 1, SMALL, SMALL + 1, 1_000_000, 5 << 20)
 LARGE = [size for size in SIZES if size > SMALL]
 
@@ -26,7 +26,7 @@ def _content(size: int) -> bytes:
 
 @pytest.fixture
 def lowers(area: Path) -> list[Path]:
-    """Two lowers with files of every size; in the upper one of them a sparse file and a file of two names."""
+    """Two lowers with files of every size; the topmost has a sparse file and a file with two names."""
     found = [area / "top", area / "bottom"]
     for lower in found:
         lower.mkdir()
@@ -42,7 +42,7 @@ def lowers(area: Path) -> list[Path]:
 
 
 def _expected(session: str, large: int, small: int) -> int:
-    """How many opens have a backing file."""
+    """The expected number of opens with a backing file."""
     return {"direct-hybrid": large, "direct-passthrough": large + small}.get(session, 0)
 
 
@@ -51,7 +51,7 @@ def _opened_with_backing_file(mount: Mount) -> int:
 
 
 def test_every_size_reads_as_below(root: None, area: Path, lowers: list[Path], session: str) -> None:
-    """By pread(2), through a mapping, and by sendfile(2); the lowers are as before."""
+    """By pread(2), through a mapping, and by sendfile(2); the lowers stay unchanged."""
     before = [snapshot.manifest(lower) for lower in lowers]
     with mounted(area, lowers=lowers, session=session) as mount:
         for size in SIZES:
@@ -101,7 +101,7 @@ def test_holes_are_found(root: None, area: Path, lowers: list[Path], session: st
 
 
 def test_many_opens_of_one_file(root: None, area: Path, lowers: list[Path], session: str) -> None:
-    """Of both its names, some closed while others stay; every backing file is given back."""
+    """Of both its names, some closed while others stay; every backing file is unregistered."""
     with mounted(area, lowers=lowers, session=session) as mount:
         fds = [os.open(mount.mountpoint / name, os.O_RDONLY) for name in ("one", "two") * 5]
         try:
@@ -115,7 +115,7 @@ def test_many_opens_of_one_file(root: None, area: Path, lowers: list[Path], sess
                 assert os.pread(fd, 300_000, 0) == _content(200_000)
             assert _opened_with_backing_file(mount) == _expected(session, 11, 0)
             if session in ("direct-hybrid", "direct-passthrough"):
-                assert mount.figure("backing_files") in (1, 2)  # one an inode
+                assert mount.figure("backing_files") in (1, 2)  # one per inode
         finally:
             for fd in fds:
                 os.close(fd)
@@ -124,7 +124,7 @@ def test_many_opens_of_one_file(root: None, area: Path, lowers: list[Path], sess
 
 
 def test_nothing_can_be_written(kernel_overlay: None, area: Path, lowers: list[Path], session: str) -> None:
-    """Not by an open of a large file either; nor when the mount is said to be writable, as on overlayfs."""
+    """Not by an open of a large file either; nor if the mount is declared writable, as on overlayfs."""
 
     def calls(top: Path) -> list[int]:
         found = [
@@ -144,14 +144,14 @@ def test_nothing_can_be_written(kernel_overlay: None, area: Path, lowers: list[P
             fd = -1
             try:
                 fd = os.open(mount.mountpoint / "f5242880", os.O_RDWR)
-                written = errno_of(os.pwrite, fd, b"x", 0)  # where opens do not come to the daemon
+                written = errno_of(os.pwrite, fd, b"x", 0)  # where opens do not reach the daemon
             except OSError as error:
                 written = error.errno or 0
             finally:
                 if fd >= 0:
                     os.close(fd)
             assert written == errno.EROFS
-            if session != "direct-cached":  # where no open comes to the daemon
+            if session != "direct-cached":  # where opens do not reach the daemon
                 again = f"/proc/self/fd/{reader}"
                 assert errno_of(lambda: os.close(os.open(again, os.O_RDWR))) == errno.EROFS
             assert os.pread(reader, 100, 0) == _content(5 << 20)[:100]
@@ -162,7 +162,7 @@ def test_nothing_can_be_written(kernel_overlay: None, area: Path, lowers: list[P
 def test_read_only_with_an_upper_may_become_writable(
     root: None, area: Path, lowers: list[Path], session: str
 ) -> None:
-    """Who has a large lower file open then sees what is written, as always with hybrid."""
+    """A process with a large lower file open then sees writes, as always with hybrid."""
     for name in ("upper", "work"):
         (area / name).mkdir()
     with mounted(
@@ -184,7 +184,7 @@ def test_read_only_with_an_upper_may_become_writable(
 
 
 def test_it_can_be_a_lower(kernel_overlay: None, area: Path, lowers: list[Path], session: str) -> None:
-    """Of kernel overlayfs, which allows two filesystems to lie on each other: passing through costs one."""
+    """Of kernel overlayfs, which permits two stacked filesystems: passthrough uses one level."""
     with (
         mounted(area, lowers=lowers, session=session) as mount,
         kernel_mounted(area, lowers=[mount.mountpoint, area / "bottom"]) as kernel,
@@ -194,7 +194,7 @@ def test_it_can_be_a_lower(kernel_overlay: None, area: Path, lowers: list[Path],
 
 
 def test_on_an_overlayfs(kernel_overlay: None, area: Path, lowers: list[Path], session: str) -> None:
-    """Only passthrough, which was asked for, goes as deep; hybrid reads through the page cache there."""
+    """Only an explicit passthrough goes as deep; hybrid uses the page cache there."""
     with (
         kernel_mounted(area, lowers=lowers, name="ground") as ground,
         mounted(area, lowers=[ground.mountpoint], session=session) as mount,

@@ -1,4 +1,4 @@
-"""Many opens of one file: every one succeeds, and nothing is left of them."""
+"""Many opens of one file: every one succeeds, and none leaks."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ FLAGS = {
 }
 CONTENT = b"0123456789" * 500
 
-# a plan: open in one of these ways, by name or through an fd; read, write or close the n-th open one
+# a plan: open in one of these ways, by name or through an fd; read, write or close the n-th open file
 STEPS = st.lists(
     st.one_of(
         st.tuples(st.just("open"), st.sampled_from(sorted(FLAGS)), st.integers(0, 3)),
@@ -52,7 +52,7 @@ def _mount(area: Path, session: str, files: int) -> Iterator[Mount]:
 
 
 def _nothing_left(mount: Mount, before: int, *, slack: int = 3) -> None:
-    """No backing file registered, no open file counted, no fd held but the few that are kept on purpose."""
+    """No backing file registered, no open file counted, no fd open except the few kept on purpose."""
     if not mount.is_ours:
         return
     assert dc.wait_for(lambda: mount.figure("open_files") == 0), mount.inspect()
@@ -62,7 +62,7 @@ def _nothing_left(mount: Mount, before: int, *, slack: int = 3) -> None:
 
 
 def _run(path: Path, model: bytearray, plan: list[tuple[str, str, int]]) -> None:
-    """Do the plan on the file; ``model`` is its content, as any filesystem would have it."""
+    """Run the plan on the file; ``model`` is the content it would have on any filesystem."""
     fds: list[int] = []
     try:
         for what, how, number in plan:
@@ -98,9 +98,9 @@ def _run(path: Path, model: bytearray, plan: list[tuple[str, str, int]]) -> None
 
 
 def test_any_order_of_opens(root: None, area: Path, session: str) -> None:
-    """Random plans of opens, reads, writes and closes of one lower file; and of its copy, in the second half.
+    """Random plans of opens, reads, writes and closes of one lower file; in the second half, of its copy.
 
-    In passthrough a reader of a lower keeps what it opened: there nothing but a writer comes second.
+    With passthrough a reader of a lower keeps its file: there the file is copied up first.
     """
     with _mount(area, session, 80) as mount:
         before = dc.descriptors(mount) if mount.is_ours else 0
@@ -135,7 +135,7 @@ def test_any_order_of_opens(root: None, area: Path, session: str) -> None:
 def test_readers_and_writers_of_a_lower_file(root: None, area: Path, session: str, seed: int) -> None:
     """Readers before a writer, writers before readers, closed in any order: never EIO.
 
-    A reader that came before the first writer may see old data with --io passthrough, and there alone.
+    A reader from before the first writer may see old data with --io passthrough, and only there.
     """
     order = random.Random(seed)
     with _mount(area, session, 40) as mount:
@@ -222,7 +222,7 @@ def test_a_crowd_of_open_files(root: None, area: Path, session: str) -> None:
 
 
 def test_passthrough_keeps_what_a_reader_opened(root: None, area: Path, session: str) -> None:
-    """With --io passthrough: an old reader keeps the lower's data, everybody after the writer sees his."""
+    """With --io passthrough: an old reader keeps the lower's data, others see the writer's."""
     if session != "direct-passthrough":
         pytest.skip("the other ways of I/O show an old reader the new data")
     with _mount(area, session, 3) as mount:

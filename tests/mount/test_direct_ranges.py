@@ -1,4 +1,4 @@
-"""Parts of files: holes found, made and kept, ranges copied between files."""
+"""Parts of files: holes found, punched and preserved, ranges copied between files."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def _digest(path: Path) -> tuple[int, str]:
 
 
 def _sparse(root: Path) -> None:
-    """data 0-64K, hole, data 1M-1M+64K, hole up to 3M; and files with only holes, only data, nothing."""
+    """data 0-64K, hole, data 1M-1M+64K, hole up to 3M; and files with only holes, only data, no content."""
     with (root / "sparse").open("wb") as file:
         file.write(b"d" * 64 * KIB)
         file.seek(MIB)
@@ -53,7 +53,7 @@ def _segments(fd: int) -> list[object]:
 
 @pytest.mark.parametrize("flags", [os.O_RDONLY, os.O_RDWR], ids=["reading", "writing"])
 def test_seek_data_and_hole(world: MakeWorld, session: str, flags: int) -> None:
-    """Of lower files and of copies in the upper: where data and holes begin."""
+    """In lower files and copies in the upper: where data and holes begin."""
     dc.need_direct(session, "SEEK_DATA")
     made = world(_sparse)
 
@@ -68,7 +68,7 @@ def test_seek_data_and_hole(world: MakeWorld, session: str, flags: int) -> None:
         return found
 
     if session == "direct-cached":
-        # left to the kernel, which calls everything data: see test_data_just_written_is_no_hole
+        # left to the kernel, which reports everything as data: see test_data_just_written_is_no_hole
         found = calls(made.union)
         assert found[:2] == [0, 1]
         assert found[7:9] == [3 * MIB - 1, NO_DATA]
@@ -79,8 +79,8 @@ def test_seek_data_and_hole(world: MakeWorld, session: str, flags: int) -> None:
 
 @pytest.mark.parametrize("how", ["write", "mapping"])
 def test_data_just_written_is_no_hole(world: MakeWorld, session: str, how: str) -> None:
-    """What was written and is on no disk yet must not be called a hole: programs that copy would leave it
-    out."""
+    """Data that is written but on no disk yet must not be reported as a hole: programs that copy would skip
+    it."""
     if how == "mapping" and not dc.passes_through(session):
         pytest.skip("a store through a mapping is known to the page cache alone until msync or close")
     made = world()
@@ -102,7 +102,7 @@ def test_data_just_written_is_no_hole(world: MakeWorld, session: str, how: str) 
 
 
 def test_cp_of_a_file_being_written(world: MakeWorld, session: str) -> None:
-    """A program that copies by SEEK_DATA while the writer still has the file open misses nothing."""
+    """A program that copies by SEEK_DATA while the writer has the file open misses no data."""
     made = world()
 
     def calls(root: Path) -> list[object]:
@@ -155,7 +155,7 @@ def _patterns(root: Path) -> None:
 def test_fallocate(
     kernel_overlay: None, area: Path, session: str, kind: str, filesystem: Callable[..., Path]
 ) -> None:
-    """Every mode, on a copy of a lower file, with what is not supported or not valid; sizes and content."""
+    """Every mode, on a copy of a lower file, including unsupported and invalid ones; sizes and content."""
     dc.need_direct(session, "fallocate")
     place = area if kind == "area" else filesystem(kind)
 
@@ -186,7 +186,7 @@ def test_fallocate(
                 with (made.union / f"s{number}").open("r+b") as file:
                     assert errno_of(dc.fallocate, file.fileno(), *arguments) == errno.EOPNOTSUPP
                 assert (made.union / f"s{number}").read_bytes() == PATTERN
-        # what was given away is given back to the filesystem
+        # freed blocks return to the filesystem
         holed = made.union / "holed"
         holed.write_bytes(b"h" * 4 * MIB)
         with holed.open("r+b") as file:
@@ -228,7 +228,7 @@ def _copies(root: Path) -> None:
 
 
 def test_copy_file_range(world: MakeWorld, session: str) -> None:
-    """Lower to upper, upper to upper, into a lower file that is copied up, within one file; and errors."""
+    """Lower to upper, upper to upper, into a copied-up lower file, within one file; and errors."""
     dc.need_direct(session, "copy_file_range")
     made = world(_copies)
 
@@ -248,7 +248,7 @@ def test_copy_file_range(world: MakeWorld, session: str) -> None:
         found.append(copy(low, own, 200_000, 1000, 0))
         found.append(os.fstat(own).st_size)
         found.append(hashlib.sha256(os.pread(own, 1 << 20, 0)).hexdigest())
-        # what was just written and never synced is copied too
+        # unsynced data is copied too
         os.pwrite(own, b"FRESH" * 1000, 150_000)
         other = os.open(root / "other", os.O_RDWR | os.O_CREAT, 0o644)
         found.append(copy(own, other, 1 << 20, 100, 7777))
@@ -261,7 +261,7 @@ def test_copy_file_range(world: MakeWorld, session: str) -> None:
         found.append(copy(own, own, 5000, 0, 190_000))
         found.append(outcome(lambda _: copy(own, own, 5000, 0, 2000), root))
         found.append(outcome(lambda _: copy(own, low, 5000, 0, 2000), root))
-        found.append(copy(low, own, 5000, 400_000, 0))  # behind the end: nothing
+        found.append(copy(low, own, 5000, 400_000, 0))  # beyond the end: nothing
         for fd in (low, own, other, old_reader, into):
             os.close(fd)
         appending = os.open(root / "low3", os.O_WRONLY | os.O_APPEND)
@@ -277,7 +277,7 @@ def test_copy_file_range(world: MakeWorld, session: str) -> None:
 
 
 def test_copies_share_extents(root: None, area: Path, session: str, filesystem: Callable[..., Path]) -> None:
-    """On a filesystem with reflinks copy_file_range between upper files takes no more space."""
+    """On a filesystem with reflinks copy_file_range between upper files takes no additional space."""
     dc.need_direct(session, "copy_file_range")
     place = filesystem("xfs", 400 * MIB)
     if not dc.can_reflink(place):

@@ -1,4 +1,4 @@
-"""What only the direct session carries: O_TMPFILE, birth times, file flags, xattr flags, umask and ACLs."""
+"""Features of the direct session only: O_TMPFILE, birth times, file flags, xattr flags, umask and ACLs."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ def test_file_without_a_name(world: MakeWorld, session: str) -> None:
 
 
 def test_many_files_without_a_name_are_given_back(world: MakeWorld, session: str) -> None:
-    """Each takes an fd of the daemon while it is open, and no longer."""
+    """Each uses an fd of the daemon while it is open, and no longer."""
     dc.need_direct(session, "O_TMPFILE")
     made = world()
     if not made.mount.is_ours:
@@ -100,7 +100,7 @@ def _tmpfile(root: str, mask: int, mode: int) -> tuple[Any, ...]:
 
 
 def test_owner_mode_and_acl_of_a_file_without_a_name(world: MakeWorld, session: str) -> None:
-    """The umask, the default ACL and the setgid bit of the directory count, as for one with a name."""
+    """The umask, the default ACL and the setgid bit of the directory apply, as for a file with a name."""
     dc.need_direct(session, "O_TMPFILE")
 
     def build(root: Path) -> None:
@@ -126,7 +126,7 @@ def test_owner_mode_and_acl_of_a_file_without_a_name(world: MakeWorld, session: 
 
 
 def test_umask_while_a_default_acl_comes_and_goes(world: MakeWorld, session: str) -> None:
-    """Each file gets what holds when it is made: in a new directory, one of the lower, and over whiteouts."""
+    """Each file gets the rules at its creation: in a new directory, one of the lower, and over whiteouts."""
     dc.need_direct(session, "umask apart from the mode")
 
     def build(root: Path) -> None:
@@ -161,7 +161,7 @@ def test_umask_while_a_default_acl_comes_and_goes(world: MakeWorld, session: str
 
 
 def test_umask_is_nothing_under_a_default_acl(world: MakeWorld, session: str) -> None:
-    """A default ACL takes the umask's place (acl(5)): files, directories, fifos."""
+    """A default ACL replaces the umask (acl(5)): files, directories, fifos."""
     dc.need_direct(session, "umask apart from the mode")
 
     def build(root: Path) -> None:
@@ -198,7 +198,7 @@ def test_umask_is_nothing_under_a_default_acl(world: MakeWorld, session: str) ->
 
 
 def test_birth_time_and_agreement_of_stat_and_statx(world: MakeWorld, session: str) -> None:
-    """statx gives a birth time, the layer's, and the same numbers as stat; links count in both."""
+    """statx returns the layer's birth time, and the same numbers as stat; links count in both."""
     dc.need_direct(session, "STATX")
 
     def build(root: Path) -> None:
@@ -309,7 +309,7 @@ def _write_through(path: Path) -> None:
 
 
 def test_append_only_and_immutable(world: MakeWorld, session: str) -> None:
-    """The flags hold: writing, unlink and chmod are refused until the flag is taken back."""
+    """The flags apply: writing, unlink and chmod are refused until the flag is cleared."""
     dc.need_direct(session, "IOCTL")
     made = world(lambda root: [(root / name).write_bytes(b"data") for name in ("i", "a")])
 
@@ -320,12 +320,12 @@ def test_append_only_and_immutable(world: MakeWorld, session: str) -> None:
             return [
                 _flags(root / "i"),
                 _flags(root / "a"),
-                # an open that is not told to the daemon cannot be refused by it: what is written then fails
+                # the daemon cannot refuse an open that is not reported to it: the write then fails
                 errno_of(_write_through, root / "i"),
                 errno_of(os.chmod, root / "i", 0o600),
                 errno_of(os.unlink, root / "i"),
                 errno_of(os.truncate, root / "a", 0),
-                # pages that were lost leave the cache after the error was told
+                # lost pages leave the cache after the error was reported
                 dc.wait_for(lambda: (root / "i").read_bytes() == b"data"),
             ]
         finally:
@@ -338,7 +338,7 @@ def test_append_only_and_immutable(world: MakeWorld, session: str) -> None:
 
 
 def test_flags_are_for_the_owner(world: MakeWorld, user: Worker, session: str) -> None:
-    """A stranger may not set them, an ordinary owner not the privileged ones."""
+    """Another user may not set them, an ordinary owner not the privileged ones."""
     dc.need_direct(session, "IOCTL")
 
     def build(root: Path) -> None:
@@ -368,7 +368,7 @@ def test_flags_are_for_the_owner(world: MakeWorld, user: Worker, session: str) -
 
 
 def test_xattr_create_and_replace(world: MakeWorld, session: str) -> None:
-    """XATTR_CREATE and XATTR_REPLACE on lower and upper objects; an error copies nothing up."""
+    """XATTR_CREATE and XATTR_REPLACE on lower and upper objects; an error does not copy up."""
     made = world(_two_with_xattrs)
 
     def calls(root: Path) -> list[object]:
@@ -403,7 +403,7 @@ def _with_xattr(path: Path) -> None:
 
 
 def test_renameat2_of_open_files(world: MakeWorld) -> None:
-    """NOREPLACE and EXCHANGE with files that are open; WHITEOUT and nonsense are EINVAL."""
+    """NOREPLACE and EXCHANGE with open files; WHITEOUT and invalid flags are EINVAL."""
     made = world(lambda root: [(root / name).write_bytes(name.encode()) for name in ("a", "b", "c")])
 
     def calls(root: Path) -> list[object]:

@@ -1,4 +1,4 @@
-"""Calls that make data durable: which ones are made, and in which order."""
+"""Calls that make data durable, and their order."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def _sync(path: Path, flags: int, sync: Callable[[int], None]) -> None:
 
 
 def _syncs(trace: Trace, part: str) -> list[str]:
-    """The names of the syncing calls with this in their arguments."""
+    """The names of the syncing calls with this text in their arguments."""
     return [call.name for call in trace.take() if "sync" in call.name and part in call.arguments]
 
 
@@ -67,7 +67,7 @@ def test_requests(root: None, area: Path, session: str) -> None:
 
 @pytest.mark.parametrize("end", ["umount", "SIGTERM", "SIGTERM in use"])
 def test_the_end(place: Place, end: str) -> None:
-    """The upper's filesystem is synced by the daemon itself, also when it cuts its users off."""
+    """The daemon itself syncs the upper's filesystem, also when it disconnects its users."""
     pid = place.mount()
     (place.merged / "new").write_bytes(b"data")
     with traced(pid, place.root / "trace", SYNCS) as trace:
@@ -81,7 +81,7 @@ def test_the_end(place: Place, end: str) -> None:
 
 
 def test_volatile(place: Place) -> None:
-    """Neither requests, nor copy-ups, nor the end wait for a disk."""
+    """Requests, copy-ups and the end do not wait for a disk."""
     pid = place.mount("-o", "volatile")
     with traced(pid, place.root / "trace", SYNCS) as trace:
         _sync(place.merged / "base", os.O_RDWR, os.fsync)
@@ -92,7 +92,7 @@ def test_volatile(place: Place) -> None:
 
 @pytest.mark.parametrize("loop", ["direct", "pyfuse3"])
 def test_bound_storage_of_a_volatile_union(host: Host, place: Place, loop: str) -> None:
-    """Only the upper is volatile: what is bound belongs to somebody else."""
+    """Only the upper is volatile: bound storage is not the union's."""
     shared = place.root / "shared"
     (shared / "d").mkdir(parents=True)
     (shared / "f").write_bytes(b"data")

@@ -1,4 +1,4 @@
-"""Modes, owners, times, ACLs: what the calls change and what they clear."""
+"""Modes, owners, times, ACLs: changed and cleared by calls."""
 
 from __future__ import annotations
 
@@ -96,7 +96,7 @@ def test_set_id_bits_and_capabilities_are_cleared(world: MakeWorld, user: Worker
 
 
 def test_capabilities_beside_setgid_for_locking(world: MakeWorld, user: Worker) -> None:
-    """A stranger's chown that names no owner does not take them, where setgid would have to go as well."""
+    """Another user's chown without an owner does not remove them, where setgid must be cleared as well."""
 
     def build(root: Path) -> None:
         for mode in (0o2666, 0o2767, 0o666):
@@ -117,7 +117,7 @@ def test_capabilities_beside_setgid_for_locking(world: MakeWorld, user: Worker) 
 
 
 def test_chown_that_names_no_owner(world: MakeWorld, user: Worker) -> None:
-    """Of a fifo and a device as of a file; a directory keeps its setgid bit."""
+    """For a fifo and a device as for a file; a directory keeps its setgid bit."""
 
     def build(root: Path) -> None:
         for owner in (0, USER):
@@ -147,7 +147,7 @@ def test_chown_that_names_no_owner(world: MakeWorld, user: Worker) -> None:
 
 @pytest.mark.parametrize("size", [10, 10_000, 3_000_000])
 def test_what_is_given_after_a_write_stays(world: MakeWorld, size: int) -> None:
-    """Set-id bits, or capabilities, of a file that may still have to be written back."""
+    """Set-id bits, or capabilities, of a file with data not written back yet."""
     made = world(lambda root: (root / "lower").touch())
 
     def calls(root: Path) -> list[object]:
@@ -173,7 +173,7 @@ def test_what_is_given_after_a_write_stays(world: MakeWorld, size: int) -> None:
 
 
 def test_set_id_bits_through_an_open_file(world: MakeWorld, user: Worker) -> None:
-    """A second write after chmod gave the bits back clears them again."""
+    """A second write, after chmod restored the bits, clears them again."""
     made = world(lambda root: None)
 
     def calls(root: Path) -> list[object]:
@@ -192,8 +192,8 @@ def test_set_id_bits_through_an_open_file(world: MakeWorld, user: Worker) -> Non
 
 
 def test_setgid_directories(world: MakeWorld, user: Worker) -> None:
-    """What is made in a setgid directory, also over a whiteout, gets its group; a file's setgid goes when the
-    maker is no member."""
+    """New entries in a setgid directory, also over a whiteout, get its group; a file's setgid is cleared if
+    its creator is not a member."""
 
     def build(root: Path) -> None:
         for group in (TEAM, FOREIGN, USER):
@@ -237,7 +237,7 @@ def test_setgid_directories(world: MakeWorld, user: Worker) -> None:
 
 
 def test_umask(world: MakeWorld, user: Worker) -> None:
-    """The umask applies where no default ACL does, also over a whiteout and in an opaque directory."""
+    """The umask applies without a default ACL, also over a whiteout and in an opaque directory."""
 
     def build(root: Path) -> None:
         root.chmod(0o777)
@@ -276,7 +276,7 @@ def _acls(path: Path) -> list[object]:
 
 
 def test_acl_and_mode_in_step(world: MakeWorld, user: Worker) -> None:
-    """chmod changes the mask, an ACL changes the mode, a minimal ACL is none; users get what it says."""
+    """chmod changes the mask, an ACL changes the mode, a minimal ACL is none; users get its rights."""
     made = world(_acl_tree)
 
     def calls(root: Path) -> list[object]:
@@ -342,7 +342,7 @@ def test_default_acl_is_inherited(world: MakeWorld, user: Worker) -> None:
 
 
 def test_default_acl_under_a_umask_grants_no_more(world: MakeWorld, session: str) -> None:
-    """It replaces the umask; with pyfuse3 both apply, so that a mode may have fewer bits, never more."""
+    """It replaces the umask; with pyfuse3 both apply, so a mode may have fewer bits, never more."""
     made = world(_acl_tree)
 
     def calls(root: Path) -> list[int]:
@@ -398,7 +398,7 @@ def test_times(world: MakeWorld, user: Worker) -> None:
         after = (root / "f").stat()
         found += [after.st_atime_ns == before.st_atime_ns, after.st_mtime_ns > 1_600_000_000 * 10**9]
         found += [after.st_ctime_ns >= before.st_ctime_ns]
-        # a user who may write may set the present time, but no other
+        # a user with write permission may set the current time, but no other
         for times in ((now, now), (omit, now), ((5, 5), now), (omit, omit), ((5, 5), (5, 5))):
             found.append(user.errno(syscalls.utimensat, str(root / "w"), *times))
             found.append(user.errno(syscalls.utimensat, str(root / "f"), *times))
@@ -416,7 +416,7 @@ def _own_copy(root: Path, calls: Callable[[Path], list[object]]) -> list[object]
 
 
 def test_ctime_and_mtime_move(world: MakeWorld) -> None:
-    """ctime moves with metadata, mtime with content, the directory's with its names, nothing else does."""
+    """ctime changes with metadata, mtime with content, a directory's with its names; nothing else changes."""
 
     def build(root: Path) -> None:
         (root / "d").mkdir()
@@ -461,7 +461,7 @@ def test_ctime_and_mtime_move(world: MakeWorld) -> None:
 
 
 def test_ctime_moves_when_a_name_goes_into_a_directory_of_a_lower_below(world: MakeWorld) -> None:
-    """The new directory is copied up for it, which is no change of the old one; the rename is."""
+    """The new directory is copied up for it, which does not change the old one; the rename does."""
 
     def build(root: Path) -> None:
         for name in ("file", "directory"):
@@ -486,7 +486,7 @@ def test_ctime_moves_when_a_name_goes_into_a_directory_of_a_lower_below(world: M
 
 
 def test_permissions_are_checked(world: MakeWorld, user: Worker) -> None:
-    """Mode bits, sticky directories and search permission count for the caller, not for the daemon."""
+    """Mode bits, sticky directories and search permission apply to the caller, not to the daemon."""
 
     def build(root: Path) -> None:
         (root / "secret").mkdir(0o700)
@@ -532,7 +532,7 @@ def test_permissions_are_checked(world: MakeWorld, user: Worker) -> None:
 
 
 def test_setuid_program_runs_as_its_owner(world: MakeWorld, user: Worker) -> None:
-    """A suid program of the lower has its effect (the mount has no nosuid), and so has a copied-up one."""
+    """A suid program of the lower is effective (the mount has no nosuid), also after copy-up."""
 
     def build(root: Path) -> None:
         subprocess.run(["cp", "/usr/bin/id", str(root / "id")], check=True)

@@ -1,4 +1,4 @@
-"""Copy-up: what it costs, who waits for it, what it keeps, and a full upper."""
+"""Copy-up: its cost, its waiters, preserved attributes, and a full upper."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ MIB = 1 << 20
 
 
 def _writes_later(session: str) -> bool:
-    """Whether the daemon hears of a write when it is synced, and of an open never (docs/compliance.md)."""
+    """Whether the daemon gets a write when it is synced, and never an open (docs/compliance.md)."""
     return session == "direct-cached"
 
 
@@ -77,7 +77,7 @@ def test_truncating_opens_copy_no_data(root: None, area: Path, session: str) -> 
 def test_copy_up_shares_extents(
     root: None, area: Path, session: str, filesystem: Callable[..., Path], kind: str
 ) -> None:
-    """With reflinks the copy of a big file takes no space: its blocks are the lower's."""
+    """With reflinks the copy of a big file takes no space: it shares the lower's blocks."""
     place = filesystem(kind, 400 * MIB)
     if not dc.can_reflink(place):
         pytest.skip(f"this {kind} has no reflinks")
@@ -96,12 +96,12 @@ def test_copy_up_shares_extents(
         shared = dc.shared_bytes(place / "upper/big")
         assert 63 * MIB < shared <= 64 * MIB
         assert dc.shared_bytes(place / "lower/big") == shared
-    # not while a daemon has the file open: xfs then keeps room for more behind its end
+    # not while a daemon has the file open: xfs then reserves space after its end
     assert (before.f_bavail - os.statvfs(place).f_bavail) * before.f_bsize < 4 * MIB
 
 
 def test_two_writers_cause_one_copy_up(root: None, area: Path, session: str) -> None:
-    """Many opens for writing at the same time wait for one copy."""
+    """Many concurrent opens for writing wait for one copy."""
     size = 64 * MIB
     _layers(area, lambda lower: (lower / "big").write_bytes(os.urandom(MIB) * 64))
     with _union(area, session) as mount:
@@ -129,7 +129,7 @@ def test_two_writers_cause_one_copy_up(root: None, area: Path, session: str) -> 
 
 
 def test_requests_go_on_during_copy_up(root: None, area: Path, session: str) -> None:
-    """While 300 MiB are copied up, other requests are answered and the parent can be listed and changed."""
+    """During a copy-up of 300 MiB, other requests are answered and the parent can be listed and changed."""
     chunk = os.urandom(MIB)
 
     def build(lower: Path) -> None:
@@ -170,9 +170,9 @@ def test_requests_go_on_during_copy_up(root: None, area: Path, session: str) -> 
 def test_no_space_leaves_no_trace(
     root: None, area: Path, session: str, filesystem: Callable[..., Path]
 ) -> None:
-    """ENOSPC during copy-up reaches the caller; upper and work are as before, and the file stays readable.
+    """ENOSPC during copy-up reaches the caller; upper and work are unchanged, the file stays readable.
 
-    Where copy-up waits for the first write and writes wait for a sync, ENOSPC is the answer to the sync.
+    If copy-up waits for the first write and writes wait for a sync, the sync reports ENOSPC.
     """
     small = filesystem("tmpfs", 8 * MIB)
     data = os.urandom(16 * MIB)
@@ -199,7 +199,7 @@ def test_no_space_leaves_no_trace(
         ):
             assert errno_of(call) == errno.ENOSPC
         assert os.pread(reader, 100, 5 * MIB) == data[5 * MIB : 5 * MIB + 100]
-        # What could not be written does not stay in the page cache as if it had been.
+        # Data that could not be written does not remain in the page cache as if it had been.
         assert _eventually(lambda: os.pread(reader, 100, 0) == data[:100])
         os.close(reader)
         assert (top / "d/big").read_bytes() == data
@@ -208,7 +208,7 @@ def test_no_space_leaves_no_trace(
         assert files == [small / "upper/own"]
         assert os.listdir(small / "work/work") == []
         assert sorted(os.listdir(top)) == ["d", "own"]
-        # what fits still works, and there is space again for it
+        # smaller copies still work, and their space is available again
         (top / "d/little").write_bytes(b"bigger than before")
         os.truncate(top / "d/big", MIB)
         assert (top / "d/big").read_bytes() == data[:MIB]
@@ -216,7 +216,7 @@ def test_no_space_leaves_no_trace(
 
 
 def _write_and_sync(path: Path, *, later: bool, how: str) -> None:
-    """Open, write and sync; ``later``: only syncing may fail, else only opening may."""
+    """Open, write and sync; ``later``: only the sync may fail, else only the open."""
     fd = os.open(path, os.O_RDWR)
     assert later, "the open had to fail"
     try:
@@ -237,7 +237,7 @@ def _write_and_sync(path: Path, *, later: bool, how: str) -> None:
 def test_writes_beyond_the_space(
     root: None, area: Path, session: str, filesystem: Callable[..., Path]
 ) -> None:
-    """A full upper answers ENOSPC to writes, keeps what was written before, and has room after a removal."""
+    """A full upper reports ENOSPC for writes, keeps earlier data, and has space after a removal."""
     small = filesystem("tmpfs", 4 * MIB)
     (area / "lower").mkdir()
     for name in ("upper", "work"):
@@ -274,7 +274,7 @@ def test_writes_beyond_the_space(
             assert stored == b"x" * len(stored)
             assert len(stored) < 4 * MIB
             (top / "f").unlink()
-            # The kernel tells a daemon some milliseconds later that nobody uses the file any more.
+            # The kernel reports the end of the last use some milliseconds later.
             assert _eventually(lambda: os.statvfs(top).f_bavail * os.statvfs(top).f_frsize >= 3 * MIB)
         (top / "g").write_bytes(b"x" * MIB)
         assert (top / "g").stat().st_size == MIB
@@ -371,7 +371,7 @@ def _describe(path: Path) -> list[Any]:
 
 @pytest.mark.parametrize("has", ["nothing", "an owner", "xattrs", "an ACL"])
 def test_the_first_change_is_of_the_mode(world: MakeWorld, has: str) -> None:
-    """A file that is copied up to get other permissions has those, and the rest of what the original has."""
+    """A file copied up for a mode change has the new mode, and the other attributes of the original."""
     modes = [0, 0o400, 0o640, 0o777, 0o4755, 0o2755, 0o1777, 0o6711]
     acl = struct.pack("<I", 2) + b"".join(
         struct.pack("<HHI", *entry)
@@ -410,7 +410,7 @@ def test_the_first_change_is_of_the_mode(world: MakeWorld, has: str) -> None:
 
 
 def test_ctime_of_a_file_that_an_open_copied_up(world: MakeWorld, session: str) -> None:
-    """What the kernel has remembered of the lower's file is good no more: the copy's ctime is shown."""
+    """The kernel's cached attributes of the lower's file expire: the copy's ctime is shown."""
     if _writes_later(session):
         pytest.skip("an open copies nothing up there")
 
@@ -430,7 +430,7 @@ def test_ctime_of_a_file_that_an_open_copied_up(world: MakeWorld, session: str) 
 
 
 def test_the_upper_is_whole_when_the_call_returns(world: MakeWorld) -> None:
-    """Also the directory's time, for who reads the upper now, and after a crash now."""
+    """Including the directory's time, for readers of the upper now, and after a crash now."""
 
     def build(root: Path) -> None:
         (root / "d").mkdir()
@@ -453,7 +453,7 @@ def test_the_upper_is_whole_when_the_call_returns(world: MakeWorld) -> None:
 
 
 def test_copy_up_leaves_the_directory_as_it_was(world: MakeWorld) -> None:
-    """What is copied up within a directory changes none of its times; what is made or changed in it does."""
+    """A copy-up within a directory changes none of its times; a creation or change in it does."""
 
     def build(root: Path) -> None:
         (root / "d/sub").mkdir(parents=True)
@@ -495,7 +495,7 @@ def test_copy_up_leaves_the_directory_as_it_was(world: MakeWorld) -> None:
 def test_the_size_of_a_directory(
     kernel_overlay: None, area: Path, session: str, filesystem: Callable[..., Path], kind: str
 ) -> None:
-    """Each copy-up makes the upper's directory larger where sizes say that, and stat shows it soon."""
+    """Each copy-up enlarges the upper's directory on filesystems with such sizes, and stat shows it soon."""
     for number in range(6):
         (area / f"lower/d/f{number}").parent.mkdir(parents=True, exist_ok=True)
         (area / f"lower/d/f{number}").write_text("f")

@@ -1,4 +1,4 @@
-"""Listing directories, inode numbers, and what the daemon holds in memory."""
+"""Listing directories, inode numbers, and the daemon's memory."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def _drop_caches() -> None:
 
 @pytest.mark.watchdog(240)
 def test_a_hundred_thousand_names(root: None, area: Path, session: str) -> None:
-    """A listing is complete and has no name twice, while other names come and go."""
+    """A listing is complete without duplicates, while other names come and go."""
     for name in ("lower", "lower2", "upper", "work"):
         (area / name).mkdir()
     for lower, prefix in (("lower", "a"), ("lower2", "b")):
@@ -75,7 +75,7 @@ def test_a_hundred_thousand_names(root: None, area: Path, session: str) -> None:
 
 
 def test_removing_while_listing(world: MakeWorld) -> None:
-    """Every name is met when each is removed as soon as it is listed (what rm -r does)."""
+    """Every name is listed when each is removed directly after its listing (as by rm -r)."""
 
     def build(root: Path) -> None:
         (root / "d").mkdir()
@@ -96,7 +96,7 @@ def test_removing_while_listing(world: MakeWorld) -> None:
 
 
 class _Dir:
-    """opendir(3) and its relatives, which Python does not give."""
+    """opendir(3) and related calls, which Python lacks."""
 
     def __init__(self, path: Path) -> None:
         self._libc = ctypes.CDLL(None, use_errno=True)
@@ -123,7 +123,7 @@ class _Dir:
 
 
 def test_seekdir_telldir_rewinddir(world: MakeWorld) -> None:
-    """A position leads back to the same name; rewinding shows what came meanwhile."""
+    """A position leads back to the same name; rewinding shows new names."""
 
     def build(root: Path) -> None:
         (root / "d").mkdir()
@@ -164,7 +164,7 @@ def test_seekdir_telldir_rewinddir(world: MakeWorld) -> None:
 
 
 def test_small_buffers(world: MakeWorld) -> None:
-    """A listing read a few records at a time is the same, in the same order."""
+    """A listing in pieces of a few records is the same, in the same order."""
 
     def build(root: Path) -> None:
         for length in (1, 100, 255):
@@ -220,7 +220,7 @@ def test_d_ino_d_type_and_st_dev(world: MakeWorld) -> None:
 
 
 def test_st_ino_is_stable(world: MakeWorld) -> None:
-    """Before and after copy-up, rename, and the kernel's forgetting everything; also for open files."""
+    """Before and after copy-up, rename, and dropped caches; also for open files."""
     made = world(_mixed)
     (made.union / "own").write_bytes(b"")
     before = {path: entry.ino for path, entry in snapshot.take(made.union).items()}
@@ -242,7 +242,7 @@ def test_st_ino_is_stable(world: MakeWorld) -> None:
 
 
 def test_inode_numbers_are_not_used_twice(union: Mount) -> None:
-    """A file that is open without a name shares its number with no new file."""
+    """An open file without a name never shares its number with a new file."""
     path = union.mountpoint / "f"
     held = []
     for _ in range(50):
@@ -256,7 +256,7 @@ def test_inode_numbers_are_not_used_twice(union: Mount) -> None:
 
 
 def test_numbers_of_removed_copies_are_forgotten(world: MakeWorld) -> None:
-    """A copy shows its origin's number; once it is gone, the next file in its inode shows its own."""
+    """A copy shows its origin's number; after its removal, the next file in its inode shows its own."""
 
     def build(root: Path) -> None:
         for index in range(10):
@@ -279,7 +279,7 @@ def test_numbers_of_removed_copies_are_forgotten(world: MakeWorld) -> None:
 
 @pytest.mark.watchdog(200)
 def test_nodes_and_descriptors_are_given_back(root: None, area: Path, session: str) -> None:
-    """find over 20,000 files opens no descriptor a file; forgetting gives back nodes and directories."""
+    """find over 20,000 files opens no descriptor per file; forgetting releases nodes and directories."""
     for name in ("lower", "upper", "work"):
         (area / name).mkdir()
     for folder in range(100):
@@ -301,7 +301,7 @@ def test_nodes_and_descriptors_are_given_back(root: None, area: Path, session: s
             _drop_caches()
             time.sleep(0.1)
         assert mount.figure("nodes") <= 500
-        # none of a directory that is not known any more; some may be forgotten between the questions
+        # none of a directory no longer known; some may be forgotten between the queries
         fds = mount.figure("directory_fds")
         assert fds <= mount.figure("nodes") + 3
         for folder in range(100):
@@ -311,7 +311,7 @@ def test_nodes_and_descriptors_are_given_back(root: None, area: Path, session: s
 
 
 def test_names_change_under_two_listings(world: MakeWorld) -> None:
-    """An open listing goes on from where it was; a new one shows the present."""
+    """An open listing continues from its position; a new one shows the current state."""
 
     def build(root: Path) -> None:
         (root / "d").mkdir()
@@ -336,7 +336,7 @@ def test_names_change_under_two_listings(world: MakeWorld) -> None:
 
 
 def test_a_removed_directory_that_is_open(world: MakeWorld) -> None:
-    """Nothing can be made in it, it lists nothing, and it can still be looked at."""
+    """No entries can be created in it, it lists none, and it can still be examined."""
 
     def build(root: Path) -> None:
         (root / "d").mkdir()

@@ -1,4 +1,4 @@
-"""Open files: without a name, seen and locked across copy-up, mapped, appended to, synced."""
+"""Open files: without a name, shared and locked across copy-up, mapped, appended to, synced."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ LOWER_DATA = b"lower " * 100
 
 
 def _keeps_old_readers(session: str) -> bool:
-    """Whether who has a lower file open goes on with the lower after its copy-up (docs/compliance.md)."""
+    """Whether an open lower file stays on the lower after its copy-up (docs/compliance.md)."""
     return session == "direct-passthrough"
 
 
@@ -41,9 +41,9 @@ def _own(root: Path) -> None:
 @pytest.mark.parametrize("where", ["lower", "upper"])
 @pytest.mark.parametrize("how", ["unlink", "rename over"])
 def test_open_file_without_a_name(world: MakeWorld, session: str, where: str, how: str) -> None:
-    """An open file that lost its name goes on working, with st_nlink 0, and opens again through /proc.
+    """An open file that lost its name still works, with st_nlink 0, and can be reopened through /proc.
 
-    With passthrough a lower file that is open for reading cannot be opened again once it was copied up.
+    With passthrough a lower file open for reading cannot be reopened after its copy-up.
     """
     made = world(_files if where == "lower" else lambda root: None)
 
@@ -103,7 +103,7 @@ def test_open_file_without_a_name(world: MakeWorld, session: str, where: str, ho
 def test_many_opens_of_a_removed_lower_file_share_it(world: MakeWorld, session: str) -> None:
     """Several readers and a later writer of a removed lower file see one content.
 
-    With passthrough there can be no later writer, and what it wanted to do has not happened.
+    With passthrough a later writer is refused, and has no effect.
     """
     made = world(_files)
 
@@ -141,7 +141,7 @@ def _closed(found: list[object], *fds: int) -> list[object]:
 
 
 def test_a_refused_open_changes_nothing(world: MakeWorld, session: str) -> None:
-    """Truncating through the descriptor of a reader empties the file, or fails and leaves it as it was."""
+    """Truncating through a reader's descriptor empties the file, or fails and leaves it unchanged."""
     made = world(_files)
 
     def calls(root: Path) -> list[object]:
@@ -160,9 +160,9 @@ def test_a_refused_open_changes_nothing(world: MakeWorld, session: str) -> None:
 
 
 def test_old_reader_sees_the_copy(world: MakeWorld, session: str) -> None:
-    """A descriptor opened before copy-up reads what is written after it, and fstat says the new size.
+    """A descriptor opened before copy-up reads later writes, and fstat returns the new size.
 
-    With passthrough it reads the old data; what fstat says is new there, too.
+    With passthrough it reads the old data; fstat returns new values there too.
     """
     made = world(_files)
 
@@ -198,9 +198,9 @@ def test_old_reader_sees_the_copy(world: MakeWorld, session: str) -> None:
 
 
 def test_locks_meet_across_copy_up(world: MakeWorld, session: str, user: Worker) -> None:
-    """flock and POSIX locks taken through an old descriptor bind one opened after copy-up.
+    """flock and POSIX locks through an old descriptor conflict with one opened after copy-up.
 
-    With passthrough they do not, as old and new are two inodes for the kernel; new ones meet each other.
+    With passthrough they do not, as the kernel has two inodes for old and new; new ones conflict.
     """
     made = world(_files)
 

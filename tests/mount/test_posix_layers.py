@@ -1,4 +1,4 @@
-"""Stacks of layers: how many, on which filesystems, read-only, and what is on disk afterwards."""
+"""Stacks of layers: their number, filesystems, read-only ones, and the result on disk."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def _same_tree(ours: Path, theirs: Path) -> None:
 
 @pytest.mark.parametrize("count", [1, 2, 30, 500])
 def test_numbers_of_lowers(kernel_overlay: None, area: Path, session: str, count: int) -> None:
-    """The topmost wins, all are seen, whiteouts and opaque directories of each count."""
+    """The topmost wins, all are visible, whiteouts and opaque directories of each apply."""
     lowers = [area / f"l{index}" for index in range(count)]
     for index, lower in enumerate(lowers):
         (lower / "d").mkdir(parents=True)
@@ -44,7 +44,7 @@ def test_numbers_of_lowers(kernel_overlay: None, area: Path, session: str, count
         (area / name).mkdir()
     with (
         mounted(area, lowers=lowers, upper=area / "upper", work=area / "work", session=session) as mount,
-        # names relative to the current directory, for mount(2) takes no more than a page of options
+        # names relative to the current directory, because mount(2) limits options to one page
         contextlib.chdir(area),
         kernel_mounted(area, lowers=[Path(lower.name) for lower in lowers]) as kernel,
     ):
@@ -112,7 +112,7 @@ def _read_only_image(area: Path, source: Path, kind: str) -> Iterator[Path]:
         if shutil.which(tool) is None:
             pytest.skip(f"{tool} is not installed")
         if kind == "erofs":
-            # erofs-utils 1.5 says "No such file or directory" of a name with 255 bytes.
+            # erofs-utils 1.5 reports "No such file or directory" for a name with 255 bytes.
             for entry in source.iterdir():
                 if len(os.fsencode(entry.name)) == 255:
                     entry.unlink()
@@ -132,7 +132,7 @@ def _read_only_image(area: Path, source: Path, kind: str) -> Iterator[Path]:
 
 @pytest.mark.parametrize("kind", ["bind", "squashfs", "erofs"])
 def test_lower_on_a_read_only_filesystem(kernel_overlay: None, area: Path, session: str, kind: str) -> None:
-    """Lowers that can never be written serve as any other, copy-up included."""
+    """Lowers that are never writable work like others, including copy-up."""
     layers.build([area / "top", area / "bottom"])
     for side in ("u", "k"):
         for name in ("upper", "work"):
@@ -185,7 +185,7 @@ def test_upper_on_each_filesystem(
         shutil.rmtree(top / "white")
         (top / "white").mkdir()
         os.rename(top / "file", top / "white/file")
-        time.sleep(0.2)  # the sizes of directories in which something was copied up are shown a little later
+        time.sleep(0.2)  # the sizes of directories with copy-ups are shown a little later
         after = snapshot.take(top)
         assert not normalise.strict(after)
         assert not normalise.moved_inodes(before, after, (b"file", b"white", b"m/low"))
@@ -267,7 +267,7 @@ def _change(root: Path) -> None:
 def _on_disk(upper: Path) -> list[tuple[object, ...]]:
     """A raw upper: types, whiteouts, modes, owners, markers.
 
-    ``origin``, ``impure`` and ``uuid`` are hints that a writer may leave out
+    ``origin``, ``impure`` and ``uuid`` are hints that a writer may omit
     (Documentation/filesystems/overlayfs.rst).
     """
     hints = {"trusted.overlay.origin", "trusted.overlay.impure", "trusted.overlay.uuid"}
@@ -275,7 +275,7 @@ def _on_disk(upper: Path) -> list[tuple[object, ...]]:
     for path, entry in sorted(snapshot.take(upper).items()):
         xattrs = {name: value for name, value in entry.xattrs.items() if name not in hints}
         size = entry.size if entry.kind == stat.S_IFREG else 0
-        nlink = entry.nlink if entry.kind == stat.S_IFREG else 0  # the kernel links its whiteouts together
+        nlink = entry.nlink if entry.kind == stat.S_IFREG else 0  # the kernel hard-links its whiteouts
         is_whiteout = entry.kind == stat.S_IFCHR and entry.rdev == 0
         mode = stat.S_IFCHR if is_whiteout else entry.mode
         found.append((path, oct(mode), entry.uid, entry.gid, size, entry.rdev, nlink, entry.content, xattrs))
@@ -293,7 +293,7 @@ def test_upper_is_what_the_kernel_writes(world: MakeWorld) -> None:
 
 
 def test_each_reads_what_the_other_wrote(kernel_overlay: None, area: Path, session: str) -> None:
-    """An upper goes on under the other filesystem, writable, and comes back."""
+    """An upper is used under the other filesystem, writable, and then again here."""
     (area / "lower").mkdir()
     _for_format(area / "lower")
     for name in ("upper", "work"):
@@ -316,7 +316,7 @@ def test_each_reads_what_the_other_wrote(kernel_overlay: None, area: Path, sessi
 
 
 def test_hostile_upper(kernel_overlay: None, area: Path, session: str) -> None:
-    """Odd xattrs and files in layers are data: nothing crashes, and what can be read is read."""
+    """Odd xattrs and files in layers are data: nothing crashes, and readable files are read."""
     for name in ("lower", "upper", "work"):
         (area / name).mkdir()
     for name in ("lower", "upper"):

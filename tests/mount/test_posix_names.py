@@ -25,7 +25,7 @@ def _one_file(root: Path) -> None:
 
 
 def test_name_lengths(world: MakeWorld) -> None:
-    """255 bytes are a name, 256 are ENAMETOOLONG, for every call that takes one."""
+    """255 bytes are a name, 256 are ENAMETOOLONG, in every call with a name."""
     made = world(_one_file)
 
     def calls(root: Path, name: bytes) -> list[object]:
@@ -90,7 +90,7 @@ def test_rename_flags(world: MakeWorld) -> None:
 
 
 def test_refused_exchange_copies_nothing_up(world: MakeWorld) -> None:
-    """A lower file keeps its hard links when the other name is missing, or a directory with lower parts."""
+    """A lower file keeps its hard links if the other name is missing, or is a directory with lower parts."""
 
     def build(root: Path) -> None:
         (root / "dir").mkdir()
@@ -142,7 +142,7 @@ def test_whiteout_node_cannot_be_made(world: MakeWorld, user: Worker) -> None:
 
 
 def _chain(root: Path, depth: int) -> int:
-    """A chain of directories with 200-byte names; gives the number of levels it stopped at."""
+    """A chain of directories with 200-byte names; returns the number of levels created."""
     fd = os.open(root, os.O_RDONLY | os.O_DIRECTORY)
     name = "d" * 200
     for _ in range(depth):
@@ -165,7 +165,7 @@ def _descend(root: Path, depth: int) -> int:
 
 
 def test_deeper_than_path_max_in_upper(union: Mount) -> None:
-    """A chain of more than 5,000 bytes is made, changed and removed."""
+    """A chain of more than 5,000 bytes is created, changed and removed."""
     root = union.mountpoint
     _chain(root, 30)
     fd = _descend(root, 30)
@@ -183,7 +183,7 @@ def test_deeper_than_path_max_in_upper(union: Mount) -> None:
 
 
 def test_deeper_than_path_max_in_lower(world: MakeWorld) -> None:
-    """The same with a chain that is in the lower: copy-up of a deep file and its parents, and rm -rf."""
+    """The same with a chain in the lower: copy-up of a deep file and its parents, and rm -rf."""
     made = world(lambda root: _chain(root, 30))
     fd = _descend(made.union, 30)
     try:
@@ -213,7 +213,7 @@ def _merged_dirs(root: Path) -> None:
 
 
 def test_rename_of_lower_directory_is_exdev_and_mv_copies(world: MakeWorld) -> None:
-    """A directory with lower parts cannot be renamed yet; mv falls back to copying, with nothing lost."""
+    """A directory with lower parts cannot be renamed yet; mv falls back to copying, without loss."""
     made = world(_merged_dirs)
 
     def calls(root: Path) -> list[object]:
@@ -235,7 +235,7 @@ def test_rename_of_lower_directory_is_exdev_and_mv_copies(world: MakeWorld) -> N
 
 
 def test_lower_hard_links_break(world: MakeWorld) -> None:
-    """A write to one of several lower names leaves the content of the others; a link made here stays."""
+    """A write to one of several lower names does not change the others; a link made here stays."""
 
     def build(root: Path) -> None:
         (root / "a").write_bytes(b"same")
@@ -259,7 +259,7 @@ def test_lower_hard_links_break(world: MakeWorld) -> None:
 
 
 def test_recreate_over_whiteout(world: MakeWorld) -> None:
-    """What is made where something was removed shows nothing of the old object."""
+    """A new object in place of a removed one shows nothing of the old one."""
     made = world(_merged_dirs)
 
     def calls(root: Path) -> list[object]:
@@ -313,7 +313,7 @@ def test_odd_names(world: MakeWorld) -> None:
 
 
 def test_symlink_lengths(world: MakeWorld) -> None:
-    """A target of up to 4,095 bytes is kept; an empty or longer one is refused."""
+    """A target of up to 4,095 bytes is stored; an empty or longer one is refused."""
     made = world()
 
     def calls(root: Path) -> list[object]:

@@ -1,4 +1,4 @@
-"""Extended attributes: on everything, of everybody, and those that are the overlay's own."""
+"""Extended attributes: on every type, of every namespace, and the overlay's own."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ USER, TEAM, FOREIGN = 1000, 1001, 3000
 
 
 def test_xattrs_on_everything(world: MakeWorld, user: Worker) -> None:
-    """User xattrs belong to files and directories only; trusted ones to root; a symlink is never followed."""
+    """User xattrs exist on files and directories only; trusted ones are root's; symlinks are not followed."""
 
     def build(root: Path) -> None:
         (root / "f").write_bytes(b"x")
@@ -72,7 +72,7 @@ def _xattr_call(
 
 
 def test_overlay_xattrs_are_escaped(world: MakeWorld) -> None:
-    """A user's trusted.overlay.* is stored as the kernel stores it; the overlay's own are never shown."""
+    """A user's trusted.overlay.* is stored as by the kernel; the overlay's own are never shown."""
 
     def build(root: Path) -> None:
         (root / "d/sub").mkdir(parents=True)

@@ -53,7 +53,7 @@ def test_namespaces(box: Containers) -> None:
         assert os.readlink(f"/proc/self/ns/{name}") not in line
     assert [line.split(": ")[1] for line in lines if line.startswith("1: ")] == ["lo"]
     assert not any(line.startswith("2: ") for line in lines)
-    # Of the host's processes none is seen.
+    # No process of the host is visible.
     assert str(os.getpid()) not in lines
     net = box.say("--rm", "--", "ls", "-l", "/proc/self/ns/net")
     assert os.readlink("/proc/self/ns/net") in net
@@ -129,7 +129,7 @@ def test_what_cannot_be_started(box: Containers) -> None:
         assert (done.returncode, done.stdout) == (127, "")
         interpreter = first[2:].split()[0]
         assert f"/script is a script for {interpreter}, which cannot be found in the union" in done.stderr
-    # Nothing of these is kept, for nothing has run.
+    # No container of these is kept, because no command has run.
     assert box.kept() == []
     assert box.is_over()
 
@@ -144,19 +144,19 @@ def test_a_command_by_its_path(box: Containers) -> None:
 
 
 def test_kept_and_thrown_away(box: Containers) -> None:
-    """The tutorial's story: what is written in a container goes with it, but not what is in a volume."""
+    """The tutorial: files written in a container are removed with it, but not those in a volume."""
     box.say("--name", "writer", "-v", "vol:/vol", "--", "sh", "-c", "echo mine > /root/note; echo v > /vol/x")
     assert box.kept() == ["writer"]
-    # The same name finds the files again, over the lowers that it knows.
+    # The same name finds the files again, over the recorded lowers.
     assert box.say("--name", "writer", "--", "cat", "/root/note", lower=False) == "mine\n"
     assert box.say("--name", "writer", "-v", "vol:/vol", "--", "cat", "/vol/x", lower=False) == "v\n"
-    # Another container sees the volume alone.
+    # Another container sees only the volume.
     assert box.say("--rm", "-v", "vol:/vol", "--", "sh", "-c", "ls /root; cat /vol/x") == "v\n"
     assert cli_calls.unionfs("rm", "writer", env=box.environment()).returncode == 0
     assert box.kept() == []
     assert box.say("--name", "writer", "--", "ls", "/root") == ""
     assert (box.root / "volumes/vol/_data/x").read_text() == "v\n"
-    # An upper is the kernel's format, seen by `diff` without a mount.
+    # An upper has the kernel's format; `diff` reads it without a mount.
     box.say("--name", "writer", "--", "rm", "/data/seed")
     upper = box.root / "containers/writer/upper"
     diff = cli_calls.unionfs("diff", "--upper", upper, "--lower", box.base)
@@ -171,7 +171,7 @@ def test_anonymous_volumes_go_with_the_container(box: Containers) -> None:
     box.say("--name", "kept", "-v", "/anon", "--", "touch", "/anon/x")
     (anonymous,) = [name for name in os.listdir(volumes) if name != "named"]
     assert (volumes / anonymous / "_data/x").exists()
-    # Nor is one left by a mount that fails.
+    # Nor is one left by a failed mount.
     refused(box.run("-v", "/anon", "-v", "other:/data/seed/x", "--", "true"), "target /data/seed/x")
     assert sorted(os.listdir(volumes)) == sorted([anonymous, "named", "other"])
 
@@ -212,7 +212,7 @@ def test_upper_elsewhere(box: Containers) -> None:
 
 
 def test_capabilities(box: Containers) -> None:
-    """Of root's rights those that Docker leaves it: it may use files of others, but mount nothing."""
+    """The capabilities of root in Docker: it may use files of others, but not mount."""
     assert box.run("--rm", "--", "mount", "-t", "tmpfs", "none", "/tmp").returncode != 0
     status = box.say("--rm", "--", "cat", "/proc/self/status")
     (effective,) = [line.split()[1] for line in status.splitlines() if line.startswith("CapEff:")]
@@ -220,8 +220,8 @@ def test_capabilities(box: Containers) -> None:
 
 
 def test_kernel_settings_are_read_only(box: Containers) -> None:
-    """As in Docker: files in /proc/sys ask for uid 0 and no capability, and most are the whole machine's."""
-    # What it holds is written back, so that nothing changes where it can be written.
+    """As in Docker: files in /proc/sys require uid 0 but no capability, and most affect the whole machine."""
+    # The current value is written back, so that nothing changes if it is writable.
     again = "value=$(cat /proc/sys/kernel/core_pattern); echo \"$value\" > /proc/sys/kernel/core_pattern"
     for network in ("host", "none"):
         out = box.run("--rm", "--net", network, "--", "sh", "-c", again)
@@ -268,7 +268,7 @@ def test_signals_are_handed_on(box: Containers) -> None:
 
 
 def processes_in(box: Containers) -> list[str]:
-    """The command lines of all that runs with a root below the area."""
+    """The command lines of all processes with a root below the area."""
     found = []
     for path in Path("/proc").glob("[0-9]*"):
         with suppress(OSError):
@@ -280,7 +280,7 @@ def processes_in(box: Containers) -> list[str]:
 
 @pytest.mark.parametrize("how", ["exit", "signal", "terminal"])
 def test_what_the_command_leaves_running_is_killed(box: Containers, how: str) -> None:
-    """The exit code is the command's, at once; a background process neither delays it nor outlives it."""
+    """The exit code is the command's, immediate; a background process neither delays it nor outlives it."""
     background = "(trap '' INT TERM HUP; sleep 81.5; sleep 81.5) & "
     if how == "exit":
         done = box.run("--rm", "--", "sh", "-c", f"{background} exit 6")
@@ -315,7 +315,7 @@ def test_a_signal_that_ends_the_command(box: Containers) -> None:
 
 
 def test_the_runner_is_killed(box: Containers) -> None:
-    """The command ends, the union goes, and a container that was to be thrown away is."""
+    """The command ends, the union is removed, and so is a temporary container."""
     process = box.start("--rm", "--name", "doomed", "--tmpfs", "/t", "--", "sh", "-c", "echo up; sleep 61.25")
     assert process.stdout is not None
     assert process.stdout.readline() == "up\n"
@@ -350,7 +350,7 @@ def test_a_terminal(box: Containers) -> None:
     terminal.wait_for(b"/dev/")
     terminal.type(b"typed\n")
     terminal.wait_for(b"got-typed-here")
-    # Ctrl-C ends what runs in the shell, not the shell, and not the container.
+    # Ctrl-C ends the program in the shell, not the shell or the container.
     terminal.type(b"sleep 60\n")
     assert wait_for(lambda: terminal.runs("sleep"))
     terminal.type(b"\x03")
@@ -361,7 +361,7 @@ def test_a_terminal(box: Containers) -> None:
 
 
 def test_ctrl_c_reaches_the_command_once(box: Containers) -> None:
-    """A command that handles it goes on, though bubblewrap dies of it; its exit code is still found."""
+    """A command that handles it continues, though bubblewrap dies of it; its exit code is still returned."""
     script = "trap 'echo caught' INT; trap 'exit 4' TERM; echo up; while true; do sleep 0.05; done"
     terminal = Terminal(box, "--rm", "--name", "ctrl", "--", "sh", "-c", script)
     terminal.wait_for(b"up")
@@ -425,7 +425,7 @@ def test_refusals_of_containers(box: Containers) -> None:
     done = box.run("--name", "kept", "-l", box.area / "other", "--", "true", lower=False)
     refused(done, "created with other lowers", str(box.base))
     refused(cli_calls.unionfs("rm", "gone", env=box.environment()), "no container gone")
-    # A failure of its storage keeps it, and leaves nothing mounted.
+    # A failure of its storage keeps it, and leaves no mounts.
     done = box.run("--name", "kept", "-v", "vol:/bin/sh/x", "--", "true")
     refused(done, "target /bin/sh/x")
     assert box.kept() == ["kept"]
@@ -433,7 +433,7 @@ def test_refusals_of_containers(box: Containers) -> None:
     facts = json.loads((box.root / "containers/kept/container.json").read_text())
     assert facts == {"lowers": [str(box.base)]}
     assert stat.S_IMODE((box.root / "containers/kept").stat().st_mode) == 0o700
-    # One that is missing does not keep the others.
+    # A missing one does not keep the others.
     done = cli_calls.unionfs("rm", "gone", "kept", env=box.environment())
     assert (done.returncode, done.stdout) == (1, "kept\n"), done.stderr
     assert box.kept() == []

@@ -1,4 +1,4 @@
-"""The terminal of `unionfs run`: a pty of the container's own, as with `docker run -it`."""
+"""The terminal of `unionfs run`: a separate pty for the container, as with `docker run -it`."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def test_nothing_written_last_is_lost(box: Containers) -> None:
     terminal = Terminal(box, "--rm", "--", "seq", "1", "60000")
     terminal.wait_for(b"\n60000\r\n")
     assert terminal.end() == 0
-    # Nor where no program has the terminal open in between.
+    # Nor while no program has the terminal open.
     script = "exec </dev/null >/dev/null 2>&1; sleep 0.5; seq 1 2000 > /dev/tty"
     terminal = Terminal(box, "--rm", "--", "sh", "-c", script)
     terminal.wait_for(b"\n2000\r\n")
@@ -48,7 +48,7 @@ def test_nothing_written_last_is_lost(box: Containers) -> None:
 
 @pytest.mark.parametrize("end", ["exit", "term", "kill", "refused"])
 def test_settings_are_restored(box: Containers, end: str) -> None:
-    """Also when the runner is killed: by the process that cleans up after it."""
+    """Also when the runner is killed: by its cleanup process."""
     command = ["nothing-like-it"] if end == "refused" else ["sh", "-c", "echo up; read x; exit 3"]
     terminal = Terminal(box, "--rm", "--", *command, shell='read x; "$@"; echo code-$?; read x')
     before = terminal.settings()
@@ -94,7 +94,7 @@ def test_job_control(box: Containers) -> None:
 
 
 def test_in_the_background(box: Containers) -> None:
-    """The caller's shell goes on, and what is typed is its own, until the job comes to the foreground."""
+    """The caller's shell continues and gets the typed input, until the job comes to the foreground."""
     script = "echo started; read line; echo got-$line; exit 5"
     terminal = Terminal(
         box, "--rm", "--", "sh", "-c", script,
@@ -113,7 +113,7 @@ def test_in_the_background(box: Containers) -> None:
 
 
 def test_stopped_and_continued(box: Containers) -> None:
-    """A shell has set the terminal in between; in the foreground again it is raw again."""
+    """A shell has changed the terminal in between; in the foreground it is raw again."""
     script = "echo up; read line; echo got-$line; exit 6"
     terminal = Terminal(
         box, "--rm", "--", "sh", "-c", script,
@@ -133,7 +133,7 @@ def test_stopped_and_continued(box: Containers) -> None:
 
 
 def is_raw(terminal: Terminal) -> bool:
-    """Whether it hands on every character as it is typed."""
+    """Whether it passes every character on as it is typed."""
     return not termios.tcgetattr(terminal.fd)[3] & termios.ICANON
 
 
@@ -145,7 +145,7 @@ def is_raw(terminal: Terminal) -> bool:
     ],
 )  # fmt: skip
 def test_redirections(box: Containers, redirection: str, terminals: str) -> None:
-    """What is a file or a pipe stays one: stdout and stderr stay apart."""
+    """A file or a pipe stays one: stdout and stderr stay separate."""
     script = "for n in 0 1 2; do test -t $n && echo terminal-$n- > /data/$n; done; echo o-u-t; echo e-r-r >&2"
     terminal = Terminal(
         box, "--name", "kept", "--", "sh", "-c", script,
@@ -175,7 +175,7 @@ def test_the_terminal_goes_away(box: Containers) -> None:
 
 
 def test_nohup(box: Containers) -> None:
-    """A hangup that the caller ignores is not handed on, and is not ignored in the container."""
+    """A hangup ignored by the caller is not passed on, and is not ignored in the container."""
     script = "trap 'echo hup' HUP; trap 'exit 4' TERM; echo up; kill -HUP $$; while :; do sleep 0.05; done"
     process = box.start("--rm", "--", "sh", "-c", script, prefix=["env", "--ignore-signal=HUP"])
     try:
@@ -192,7 +192,7 @@ def test_nohup(box: Containers) -> None:
 
 
 def test_a_session_without_a_terminal(box: Containers) -> None:
-    """The caller's terminal is not that of the container either where nothing is connected to it."""
+    """The container does not get the caller's terminal through unconnected streams either."""
     terminal = Terminal(
         box, "--rm", "--", "sh", "-c", "echo x > /dev/tty && echo reached",
         shell='out=$("$@" </dev/null 2>&1); echo "<$out>"',

@@ -1,4 +1,4 @@
-"""Volumes, bind mounts and tmpfs on a union: kernel mounts, in order, and gone in order whatever happens."""
+"""Volumes, bind mounts and tmpfs on a union: kernel mounts, in order, always undone in reverse."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def test_all_kinds(storing: Storage) -> None:
     (anonymous,) = [name for name in storing.volumes() if name != "db"]
     assert len(anonymous) == 64
     assert set(anonymous) <= set("0123456789abcdef")
-    # The targets were made in the upper, and nothing else.
+    # Only the targets were created in the upper.
     assert sorted(str(p.relative_to(storing.place.upper)) for p in storing.place.upper.rglob("*")) == [
         "anonymous", "etc", "etc/conf", "run", "run/secrets", "srv", "srv/host", "t",
     ]  # fmt: skip
@@ -114,7 +114,7 @@ def test_read_only_is_recursive(one: Storage) -> None:
         (one.merged / "top/below/written2").touch()
         assert sorted(os.listdir(one.host / "below")) == ["inner", "written", "written2"]
         assert os.listdir(one.merged / "flat/below") == []
-        # The host's own mounts are as they were.
+        # The host's own mounts are unchanged.
         (one.host / "y").touch()
         (one.host / "below/y").touch()
         one.umount()
@@ -135,8 +135,8 @@ class _tmpfs:
 
 
 def test_propagation(one: Storage) -> None:
-    """rprivate sees no later mount of the host, rslave does; rshared lets the host see ours. As do the mounts
-    below the source."""
+    """rprivate receives no later mounts of the host, rslave does; rshared shows the host the union's. The
+    mounts below the source behave likewise."""
     subprocess.run(["mount", "--bind", one.host, one.host], check=True)
     subprocess.run(["mount", "--make-shared", one.host], check=True)
     try:
@@ -160,7 +160,7 @@ def test_propagation(one: Storage) -> None:
                 assert (one.host / mine / "inner").exists()
             with _tmpfs(one.merged / "slave" / mine):
                 assert not (one.host / mine / "inner").exists()
-        with _tmpfs(one.merged / "flat/below/mine"):  # what lies below goes on as it was
+        with _tmpfs(one.merged / "flat/below/mine"):  # mounts below it keep their propagation
             assert (one.host / "below/mine/inner").exists()
         one.umount()
         syscalls.umount(one.host / "below")
@@ -169,11 +169,11 @@ def test_propagation(one: Storage) -> None:
 
 
 def test_targets_within_targets(one: Storage) -> None:
-    """Mounted from the outside in, whatever the order of the options; what is missing is made on the way."""
+    """Mounted from the outside in, for any order of the options; missing parts are created."""
     one.mount("-v", f"{one.host}:/a/b/c", "--tmpfs", "/a/b", "-v", "vol:/a")
     assert {path for path, _ in one.mounts()} == {"/a/b/c", "/a/b", "/a", "/"}
     assert (one.merged / "a/b/c/file").read_text() == "host\n"
-    # The second target was made in the volume, the third in the tmpfs.
+    # The second target was created in the volume, the third in the tmpfs.
     assert os.listdir(one.volume("vol")) == ["b"]
     one.umount()
     assert os.listdir(one.volume("vol")) == ["b"]
@@ -194,7 +194,7 @@ def test_symlinks_stay_inside(one: Storage) -> None:
 
 
 def test_read_only_union(one: Storage) -> None:
-    """Without an upper the targets have to be there; what is mounted is written all the same."""
+    """Without an upper the targets must exist; the mounts are still writable."""
     (one.place.lower / "data").mkdir()
     layers = ("-l", one.place.lower, "-l", one.place.lower2)
     one.mount(*layers, "-v", "db:/data", layers=False)
@@ -207,7 +207,7 @@ def test_read_only_union(one: Storage) -> None:
 
 
 def test_first_use_of_a_volume(storing: Storage) -> None:
-    """What lies in a lower, in the upper and behind whiteouts, through a target that is a symlink."""
+    """Files of a lower, of the upper and behind whiteouts, through a target that is a symlink."""
     lower, upper = storing.place.lower2 / "var/lib", storing.place.upper / "var/lib"
     for path in (lower, upper):
         path.mkdir(parents=True)
@@ -304,7 +304,7 @@ def test_sigterm(storing: Storage) -> None:
 
 
 def test_sigterm_while_in_use(one: Storage) -> None:
-    """Who uses a mount is not waited for: what is busy is detached."""
+    """It does not wait for the users of a mount: busy mounts are detached."""
     pid = one.mount(*storage_options(one))
     with (one.merged / "v/t/open").open("w") as held:
         os.kill(pid, signal.SIGTERM)
@@ -315,7 +315,7 @@ def test_sigterm_while_in_use(one: Storage) -> None:
 
 
 def test_the_daemon_is_killed(storing: Storage) -> None:
-    """Nothing is left, though nobody calls `umount`; and the union can be mounted again at once."""
+    """No mount remains, without a call of `umount`; and the union can be mounted again at once."""
     pid = storing.mount(*storage_options(storing))
     guardian = storing.guardian()
     os.kill(pid, signal.SIGKILL)
@@ -328,7 +328,7 @@ def test_the_daemon_is_killed(storing: Storage) -> None:
 
 
 def test_a_killed_daemons_volumes_are_given_back(one: Storage) -> None:
-    """Also what such a volume lies on, though nobody calls a command afterwards."""
+    """Also the storage of such a volume, without a later command."""
     succeed(one.unionfs("volume", "create", "-o", "type=tmpfs", "-o", "device=tmpfs", "vol"))
     pid = one.mount("-v", "vol:/v")
     assert len(areas.mounts_below(one.root)) == 1
@@ -338,7 +338,7 @@ def test_a_killed_daemons_volumes_are_given_back(one: Storage) -> None:
 
 
 def test_the_mountpoint_has_another_name(one: Storage) -> None:
-    """A directory above the mountpoint is renamed meanwhile."""
+    """A directory above the mountpoint is renamed during the mount."""
     above = one.place.root / "above"
     for end in ("umount", "kill"):
         (above / "point").mkdir(parents=True, exist_ok=True)
@@ -358,7 +358,7 @@ def test_the_mountpoint_has_another_name(one: Storage) -> None:
 
 
 def test_sources_that_the_union_covers(one: Storage) -> None:
-    """A source is what was there before the union: below its mountpoint, or above it."""
+    """A source is resolved before the union is mounted: below its mountpoint, or above it."""
     (one.merged / "below").mkdir()
     (one.merged / "below/x").write_text("covered\n")
     one.mount("-v", f"{one.merged}/below:/shown", "-v", f"{one.place.root}:/all")
@@ -401,7 +401,7 @@ def test_unmounted_by_others(one: Storage) -> None:
         subprocess.run([*command, one.merged], check=True)
         assert unmounted(one)
         assert wait_for(lambda pid=pid: gone(pid))
-        # The guardian was told that all is over.
+        # The guardian received the end.
         assert not one.is_listed()
 
 
@@ -413,7 +413,7 @@ def test_a_mount_taken_away_by_hand_is_no_trouble(one: Storage) -> None:
 
 
 def test_busy_storage_keeps_the_union_as_it_is(one: Storage) -> None:
-    """`umount` refuses, names the user, and everything is there as before, a tmpfs with its files too."""
+    """`umount` refuses, names the user, and leaves everything mounted, including a tmpfs with its files."""
     one.mount(*storage_options(one))
     (one.merged / "v/t/secret").write_text("kept")
     before = one.mounts()
@@ -451,7 +451,7 @@ def test_foreground_and_its_terminal(one: Storage) -> None:
         assert wait_for(lambda: len(one.mounts()) == 2)
         os.killpg(daemon.pid, signal.SIGINT)
         began = time.monotonic()
-        # The pipe ends when the last process that has it is gone: the guardian keeps nobody waiting.
+        # The pipe ends with its last process: the guardian does not block the reader.
         assert daemon.communicate(timeout=patient(20))[1] is not None
         assert time.monotonic() - began < patient(15)
         assert daemon.returncode == 0
@@ -481,7 +481,7 @@ def test_a_failure_undoes_what_came_before(storing: Storage) -> None:
     assert storing.mounts() == []
     assert not storing.is_listed()
     after = storing.place.snapshot()
-    # A volume that was made stays, as with Docker; of the union, the host and the upper nothing is left.
+    # A created volume stays, as with Docker; union, host and upper are unchanged.
     assert {name for name in set(after) - set(before) if name.split("/")[0] != "storage"} <= {"work/work"}
     assert {name: after[name] for name in before} == before
     storing.mount("-v", "vol:/fine")

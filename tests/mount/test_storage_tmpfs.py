@@ -1,4 +1,4 @@
-"""tmpfs in a union and under it: limits, options, and not one byte on a disk."""
+"""tmpfs in a union and under it: limits, options, and no byte on a disk."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from tests.support.storage import Storage, storage
 
 
 def fill(path: Path, size: int) -> None:
-    """Write so many bytes to a file, and close it so that all of them have arrived."""
+    """Write that many bytes to a file, and close it so that all of them have arrived."""
     fd = os.open(path, os.O_WRONLY | os.O_CREAT, 0o600)
     try:
         left = size
@@ -29,7 +29,7 @@ def fill(path: Path, size: int) -> None:
 
 
 def options_of(path: Path) -> set[str]:
-    """All that the mount table says of the mount at `path`."""
+    """All options of the mount at `path` in the mount table."""
     for line in Path("/proc/self/mountinfo").read_text().splitlines():
         left, right = line.split(" - ")
         if left.split()[4] == str(path):
@@ -38,7 +38,7 @@ def options_of(path: Path) -> set[str]:
 
 
 def has_noswap() -> bool:
-    """Whether a tmpfs of this kernel can be kept out of swap."""
+    """Whether this kernel can exclude a tmpfs from swap."""
     return tuple(map(int, os.uname().release.split(".")[:2])) >= (6, 4)
 
 
@@ -61,7 +61,7 @@ def test_options_and_limits(one: Storage) -> None:
     assert caught.value.errno == errno.ENOSPC
     (a / "full").unlink()
     (a / "more").unlink()
-    for number in range(4):  # the root is an inode, too
+    for number in range(4):  # the root is an inode too
         (a / f"n{number}").touch()
     with pytest.raises(OSError, match="No space"):
         (a / "n4").touch()
@@ -70,7 +70,7 @@ def test_options_and_limits(one: Storage) -> None:
     with pytest.raises(OSError, match="Read-only"):
         (one.merged / "c/x").touch()
     one.umount()
-    # Nothing of it was in the union's upper.
+    # None of it was in the union's upper.
     assert all(not path.is_file() for path in one.place.upper.rglob("*"))
 
 
@@ -111,7 +111,7 @@ def test_upper_in_memory(storing: Storage) -> None:
     with pytest.raises(OSError, match="No space"):
         fill(merged / "too-big", 8 << 20)
     (merged / "too-big").unlink()
-    # No mount table but the kernel's own knows of the tmpfs.
+    # No mount table lists the tmpfs.
     assert [kind for _, kind in storing.mounts()] == ["fuse.unionfs"]
     pid = storing.place.pid()
     assert "size=4096k" not in Path("/proc/self/mountinfo").read_text()
@@ -174,7 +174,7 @@ MARKER = b"the-secret-that-must-not-be-on-a-disk-" + os.urandom(16).hex().encode
 def test_not_one_byte_reaches_the_disk(
     root: None, filesystem: Callable[..., Path], where: str, session: str
 ) -> None:
-    """Lower, mountpoint and storage root are on a loop device; its image is searched for what was written."""
+    """Lower, mountpoint and storage root are on a loop device; its image is searched for the written data."""
     disk = filesystem("ext4", 64 << 20)
     image = disk.parent / "image"
     (disk / "place").mkdir()
@@ -200,14 +200,14 @@ def test_not_one_byte_reaches_the_disk(
         one.umount()
     os.sync()
     assert not contains(image, MARKER)
-    # The search finds what is there.
+    # The search finds existing data.
     (disk / "proof").write_bytes(MARKER)
     os.sync()
     assert contains(image, MARKER)
 
 
 def contains(image: Path, marker: bytes) -> bool:
-    """Whether the file holds the marker, read past the page cache's idea of it."""
+    """Whether the file contains the marker, read without the page cache."""
     fd = os.open(image, os.O_RDONLY)
     try:
         os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
@@ -222,7 +222,7 @@ def contains(image: Path, marker: bytes) -> bool:
 
 
 def test_what_the_mount_table_shows(one: Storage) -> None:
-    """`--tmpfs` shows in the mount table, as any mount does; the upper's tmpfs does not."""
+    """`--tmpfs` is listed in the mount table like any mount; the upper's tmpfs is not."""
     one.mount("-l", one.place.lower, "-u", "tmpfs:size=2m", "--tmpfs", "/s:size=3m", layers=False)
     table = Path("/proc/self/mountinfo").read_text()
     assert table.count("size=3072k") == 1
@@ -243,7 +243,7 @@ def test_swapping_can_be_chosen(one: Storage) -> None:
 
 
 def test_umount_of_the_image_below(root: None, filesystem: Callable[..., Path]) -> None:
-    """Nothing of the union keeps the filesystems of its lowers and binds busy once it is unmounted."""
+    """The unmounted union keeps no filesystem of its lowers and binds busy."""
     disk = filesystem("ext4", 64 << 20)
     with areas.area() as other, storage(other) as one:
         (disk / "shared").mkdir()

@@ -1,4 +1,4 @@
-"""Storage without root: the daemon serves it itself, and it behaves as a bind mount of the host does."""
+"""Storage without root: the daemon serves it, and it behaves like a bind mount of the host."""
 
 from __future__ import annotations
 
@@ -30,12 +30,12 @@ def host(host: Host, place: Place) -> Host:
 
 @pytest.fixture(params=["direct", "pyfuse3"])
 def words(request: pytest.FixtureRequest, place: Place) -> list[str]:
-    """Options of `mount` for each session that a user can have."""
+    """Options of `mount` for each session available to a user."""
     return ["--session", request.param, "--root", str(place.root / "storage")]
 
 
 def shell(host: Host, script: str) -> str:
-    """What a script of the user prints; it must end well."""
+    """The output of a user's script, which must succeed."""
     done = host.run("sh", "-ec", f"cd {host.place.root}; {script}")
     assert done.returncode == 0, (done.stdout, done.stderr)
     return done.stdout
@@ -55,9 +55,9 @@ def test_a_directory_of_the_host(host: Host, place: Place, words: list[str]) -> 
     shared = place.root / "shared"
     assert (shared / "dir/moved").read_text() == "new\n"
     assert not (shared / "file").exists()
-    # No copy-up: nothing of it is in the upper, which has only the target.
+    # No copy-up: the upper contains only the target.
     assert sorted(str(p.relative_to(place.upper)) for p in place.upper.rglob("*")) == ["srv", "srv/data"]
-    # What the host changes is seen at once: content, new names, removed ones, and ones that came back.
+    # Changes by the host are visible at once: content, new names, removed ones, and recreated ones.
     (shared / "dir/moved").write_text("changed on the host\n")
     (shared / "fresh").write_text("fresh\n")
     out = shell(host, "cat merged/srv/data/dir/moved merged/srv/data/fresh")
@@ -67,7 +67,7 @@ def test_a_directory_of_the_host(host: Host, place: Place, words: list[str]) -> 
     (shared / "fresh").mkdir()
     out = shell(host, "ls merged/srv/data; stat -c %F merged/srv/data/fresh")
     assert out == "dir\nfresh\nsub\ndirectory\n"
-    # An open file follows a host that writes to it.
+    # An open file shows the host's writes.
     os.chown(shared / "dir/moved", UID, UID)
     out = shell(
         host, "exec 3< merged/srv/data/dir/moved; cat <&3 > /dev/null; echo more >> shared/dir/moved; cat <&3"
@@ -130,7 +130,7 @@ print(open(f"{shown}/data", "rb").read())
 
 
 def test_what_the_kernel_may_not_remember(host: Host, place: Place, words: list[str]) -> None:
-    """Others change it at any time: entries, absent names, attributes and data are asked for again; as on the
+    """Others change it at any time: entries, absent names, attributes and data are requested again; as on the
     host."""
     host.mount(*words, "-v", f"{place.root}/shared:/data")
     script = place.root / "memory.py"
@@ -228,7 +228,7 @@ def test_an_upper_in_memory(host: Host, place: Place, words: list[str]) -> None:
 
 
 def test_killed(host: Host, place: Place, words: list[str]) -> None:
-    """Here the union's own mount is all there is to clear, and the guardian does it."""
+    """The union's mount is the only one to remove, and the guardian does it."""
     pid = host.mount(*words, "-v", f"{place.root}/shared:/data")
     os.kill(pid, signal.SIGKILL)
     assert wait_for(lambda: str(place.merged) not in host.root("cat", "/proc/mounts").stdout)
@@ -303,8 +303,8 @@ def test_in_a_user_namespace(host: Host, place: Place) -> None:
 
 
 def test_capabilities_and_default_acls_of_the_host(host: Host, place: Place, words: list[str]) -> None:
-    """Nothing is remembered of them, since anybody changes them: a write takes off capabilities that the host
-    has given after another write, and what is made follows the default ACL that the directory has now.
+    """They are not cached, since others change them: a write removes capabilities that the host set after
+    another write, and new files follow the directory's current default ACL.
     """
     host.mount(*words, "-v", f"{place.root}/shared:/srv/data")
     merged, shared = "merged/srv/data", place.root / "shared"
@@ -326,6 +326,6 @@ def test_capabilities_and_default_acls_of_the_host(host: Host, place: Place, wor
             [os.stat(shared / f"sub/{step}-{by}{kind}").st_mode for kind in ("", ".d")]
             for by in ("union", "host")
         ])  # fmt: skip
-    if "pyfuse3" in words:  # which takes the umask off before anybody asks for ACLs
+    if "pyfuse3" in words:  # which applies the umask before it queries ACLs
         del found[1]
     assert [union for union, _ in found] == [native for _, native in found]

@@ -1,4 +1,4 @@
-"""Random reading and writing of one file, by all calls there are, against the same calls on a native file."""
+"""Random reads and writes of one file, by all calls, compared with the same calls on a native file."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ CALLS = (
 
 
 class Pair:
-    """The union's file and the native one, with the same calls for both; every answer is compared."""
+    """The union's file and the native one, with the same calls for both; compares every result."""
 
     def __init__(self, union: Path, native: Path, seed: int, *, direct: bool) -> None:
         self.roots = (union, native)
@@ -42,7 +42,7 @@ class Pair:
         self.open(os.O_RDWR)
 
     def open(self, flags: int) -> None:
-        """Open the file anew on both sides; what was open is closed."""
+        """Reopen the file on both sides; closes the old ones."""
         self.close()
         self.fds = [os.open(root / self.name, flags) for root in self.roots]
 
@@ -53,7 +53,7 @@ class Pair:
         self.fds = []
 
     def both(self, call: Callable[[int, Path], object]) -> object:
-        """The call on both sides, which must give the same."""
+        """Make the call on both sides, which must return the same."""
         found = []
         for fd, root in zip(self.fds, self.roots, strict=True):
             try:
@@ -64,7 +64,7 @@ class Pair:
         return found[1]
 
     def history(self, found: list[object]) -> str:
-        """What led here, for the message of a failure."""
+        """The preceding calls, for the message of a failure."""
         shown = [repr(item)[:200] for item in found]
         return "\n".join([*self.done[-40:], f"union: {shown[0]}", f"native: {shown[1]}"])
 
@@ -135,7 +135,7 @@ def _append(path: Path, data: bytes) -> int:
 
 
 def _mapped(fd: int, at: int, size: int, data: bytes | None) -> bytes | None:
-    """Read or store through a mapping, within the file as it is; every other store is synced."""
+    """Read or store through a mapping, within the current file; every other store is synced."""
     end = min(at + size, os.fstat(fd).st_size)
     if end <= at:
         return None
@@ -230,7 +230,7 @@ os.write(1, part)
 
 
 def test_processes_on_parts_of_one_file(world: MakeWorld, session: str) -> None:
-    """Four processes write, map and punch a part each; pages that two of them share lose nothing."""
+    """Four processes each write, map and punch a part; pages shared by two of them lose nothing."""
     made = world(lambda root: (root / "low").write_bytes(random.Random(7).randbytes(4 * PART)))
     direct = "1" if dc.is_direct(session) else "0"
     running = [
@@ -251,7 +251,7 @@ def test_processes_on_parts_of_one_file(world: MakeWorld, session: str) -> None:
 @pytest.mark.watchdog(300)
 @pytest.mark.timeout(400)
 def test_fio_verify(root: None, area: Path, session: str) -> None:
-    """fio writes in several processes, by write and by mapping, and verifies what it reads."""
+    """fio writes in several processes, by write and by mapping, and verifies its reads."""
     if shutil.which("fio") is None:
         pytest.skip("fio is not installed")
     for name in ("lower", "upper", "work"):

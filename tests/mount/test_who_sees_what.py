@@ -1,7 +1,7 @@
-"""What live users of a lower file see when others change it: as on overlayfs, or nearer to a native one.
+"""What current users of a lower file see when others change it: as on overlayfs, or closer to native.
 
-With passthrough those who have a lower file open keep it: how far that goes is in DEVIATIONS, and in the
-table of docs/compliance.md, which `scripts/copy-up-table --write` makes.
+With passthrough a process keeps the lower file it has open: DEVIATIONS lists the effects, as does the table
+of docs/compliance.md, which `scripts/copy-up-table --write` generates.
 """
 
 from __future__ import annotations
@@ -27,15 +27,15 @@ DEVIATIONS = {
     "old descriptor opened again for reading": STALE,
     "unlinked, then written: read of an old descriptor": "old",
 }
-"""Rows where passthrough is neither as native nor as overlayfs, whoever writes."""
+"""Rows where passthrough is neither as native nor as overlayfs, for every writer."""
 
 OTHERWISE = {
     (wsw.WRITING, "/proc/self/fd"): STALE,
     (wsw.WRITING_UNLINKED, "/proc/self/fd"): STALE,
     ("inotify watch on the path", "truncate"): "event",
 }
-"""By row and writer: a file that is open cannot be opened again for writing; truncating by the name
-opens nothing, so it happens to the node that is watched."""
+"""By row and writer: an open file cannot be reopened for writing; truncating by name opens nothing, so it
+affects the watched node."""
 
 both = pytest.mark.parametrize("read_only", [False, True], ids=["lower", "read-only-lower"])
 
@@ -54,7 +54,7 @@ def place(session: str) -> str:
 
 
 def test_a_native_filesystem_shows_what_was_written() -> None:
-    """The expected content after each writer, and that the probes see a difference at all."""
+    """The expected content after each writer, and a proof that the probes detect differences."""
     for trial in tried("native").trials:
         assert (trial.code, trial.content) == (0, WRITERS[trial.writer].final), trial
     cells = tried("native").cells()
@@ -63,7 +63,7 @@ def test_a_native_filesystem_shows_what_was_written() -> None:
 
 @both
 def test_the_lower_is_never_written(place: str, read_only: bool) -> None:
-    """Not a byte, not a time: whatever way data took into the upper."""
+    """Not a byte, not a time: in every way that data gets into the upper."""
     found = tried(place, read_only=read_only)
     assert found.after == found.before
     assert found.before
@@ -71,7 +71,7 @@ def test_the_lower_is_never_written(place: str, read_only: bool) -> None:
 
 @both
 def test_what_is_written_is_in_the_upper(place: str, read_only: bool) -> None:
-    """After fsync and close, before and after the mount has ended, and in the merged tree."""
+    """After fsync and close, before and after the end of the mount, and in the merged tree."""
     for trial in tried(place, read_only=read_only).trials:
         if trial.code:
             _nothing_has_changed(trial)
@@ -82,7 +82,7 @@ def test_what_is_written_is_in_the_upper(place: str, read_only: bool) -> None:
 
 
 def _nothing_has_changed(trial: Trial) -> None:
-    """After an open that failed: a copy may have been made, with the same content."""
+    """After a failed open: a copy may have been made, with the same content."""
     if trial.unlinked:
         assert trial.upper == trial.upper_later == "whiteout", trial
     else:
@@ -92,14 +92,14 @@ def _nothing_has_changed(trial: Trial) -> None:
 
 @both
 def test_as_overlayfs_or_nearer_to_native(place: str, read_only: bool) -> None:
-    """Every cell; with passthrough all but the deviations, and these exactly."""
+    """Every cell; with passthrough all except the deviations, and these exactly."""
     native, overlay = tried("native").cells(), tried("overlay", read_only=read_only).cells()
     wrong = {}
     for key, cell in tried(place, read_only=read_only).cells().items():
         allowed = {native[key], overlay[key]}
         if place == "direct-passthrough":
             row, writer = key
-            # a writer that comes through an open descriptor is refused, and nobody can see anything
+            # a writer through an open descriptor is refused, so there is no change to see
             if writer == "/proc/self/fd" and key not in OTHERWISE:
                 allowed = {REFUSED}
             elif (deviation := OTHERWISE.get(key, DEVIATIONS.get(row))) is not None and native[key] != SAME:
@@ -110,18 +110,18 @@ def test_as_overlayfs_or_nearer_to_native(place: str, read_only: bool) -> None:
 
 
 def test_a_read_only_lower_makes_no_difference(place: str) -> None:
-    """To what is seen."""
+    """The results are the same."""
     assert tried(place, read_only=True).cells() == tried(place).cells()
 
 
 @pytest.mark.parametrize("column", ["native", "overlay"])
 def test_the_table_of_the_references(column: str) -> None:
-    """The documented columns of the native filesystem and of overlayfs are what is seen."""
+    """The documented columns of the native filesystem and of overlayfs equal the results."""
     assert _documented(column) == wsw.column(column)
 
 
 def test_the_table(place: str) -> None:
-    """The documented column is what is seen; `scripts/copy-up-table --write` makes it so."""
+    """The documented column equals the results; `scripts/copy-up-table --write` updates it."""
     assert _documented(place) == wsw.column(place)
 
 

@@ -13,12 +13,12 @@ from pathlib import Path
 from tests.mount import cli_calls
 from tests.mount.cli_calls import Done, Place, call, listed, succeed
 
-# fusermount3 wants a user with a name; every Debian has this one
+# fusermount3 requires a user with a name; every Debian has this one
 UID = pwd.getpwnam("nobody").pw_uid
 
 
 class Host:
-    """An ordinary user in a mount namespace where /dev/fuse is open to him, whatever its mode is here."""
+    """An ordinary user in a mount namespace where he may open /dev/fuse, whatever its mode on this host."""
 
     def __init__(self, place: Place) -> None:
         self.place = place
@@ -42,7 +42,7 @@ class Host:
         self.command: tuple[str, ...] = ()
 
     def find_python(self) -> bool:
-        """Find a Python that the user may run; the one of a virtual environment may lie in root's home."""
+        """Find a Python that the user may run; a virtual environment's may be in root's home."""
         for python in (sys.executable, "/usr/bin/python3"):
             if self.run("sh", "-c", f"{python} -c 'import pyfuse3, unionfs.cli.main'").returncode == 0:
                 self.command = (python, "-m", "unionfs")
@@ -72,12 +72,12 @@ class Host:
         return self.run(*self.command, *arguments, cwd=cwd)
 
     def mount(self, *extra: str) -> int:
-        """Mount the place; gives the daemon's pid."""
+        """Mount the place; returns the daemon's pid."""
         succeed(self.unionfs("mount", *self.place.layers, *extra, self.place.merged))
         (mine,) = listed(self.unionfs("ls", "--json"))
         return int(mine["pid"])
 
     def options(self) -> set[str]:
-        """What the mount table says of the mount."""
+        """The options of the mount in the mount table."""
         line = self.root("grep", f" {self.place.merged} ", "/proc/mounts").stdout
         return set(line.split()[3].split(","))

@@ -1,7 +1,7 @@
-"""The lowers that the oracle starts from: one small tree with every case that a union treats specially.
+"""The initial lowers of the oracle: one small tree with every case that a union treats specially.
 
-``build`` makes it the same way each time (modes, owners, times, xattrs), so that two copies are equal but
-for inode numbers. Topmost lower first, as everywhere.
+``build`` makes it identically each time (modes, owners, times, xattrs), so two copies differ only in inode
+numbers. Topmost lower first, as everywhere.
 """
 
 from __future__ import annotations
@@ -83,14 +83,14 @@ class Layer:
         self.node(name, stat.S_IFCHR | 0o000)
 
     def sparse(self, name: str, size: int, tail: bytes) -> None:
-        """A file that is a hole but for its end."""
+        """A file with data only at its end."""
         path = self._at(name)
         with open(path, "wb") as file:
             file.seek(size)
             file.write(tail)
 
     def finish(self) -> None:
-        """Give every object its old time, children before parents."""
+        """Set the old time of every object, children before parents."""
         for index, path in enumerate(reversed(self._times)):
             when = (EPOCH + len(self._times) - index) * 10**9 + 123456789
             os.utime(path, ns=(when + 5, when), follow_symlinks=False)
@@ -151,7 +151,7 @@ def _bottom(low: Layer) -> None:
     low.directory("white", 0o777)
     low.file("white/a", b"a")
     low.directory("white/b")
-    # overlayfs filters whiteouts out of merged directories only, so the marked one has to be merged
+    # overlayfs filters whiteouts out of merged directories only, so the marked one must be merged
     low.directory("marked")
     low.file("marked/gone", b"whited out by an xattr above")
     low.directory("gone-dir")

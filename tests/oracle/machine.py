@@ -1,11 +1,11 @@
-"""Draws operations that fit the present tree, and plays them on a ``Pair``.
+"""Draws operations that fit the current tree, and plays them on a ``Pair``.
 
-A seed decides everything: the same code on the same kernel plays the same operations, wherever the repository
-lies and whatever else runs in the process. So the numbers come from ``random.Random`` alone (seeded with a
-text, which does not go through ``hash``), every choice is made from a list or something sorted, and the tree
-that is chosen from is overlayfs's. A library that draws examples would mix in what it sees around itself:
-Hypothesis puts constants from the source of every imported module among its integers. Nor is its shrinking
-missed: a sequence of operations is shortened best by leaving steps out (``replay``).
+A seed decides everything: the same code on the same kernel plays the same operations, independent of the
+repository's location and other code in the process. So numbers come only from ``random.Random`` (seeded with
+a text, which does not go through ``hash``), every choice is from a list or a sorted sequence, and the source
+tree is overlayfs's. A library that draws examples would depend on its environment: Hypothesis adds constants
+from the source of every imported module to its integers. Its shrinking is not needed either: leaving out
+steps (``replay``) shortens a sequence of operations best.
 """
 
 from __future__ import annotations
@@ -22,11 +22,11 @@ from tests.oracle.pair import Pair
 
 _T = TypeVar("_T")
 HANDLES = 4
-"""Open files an identity has at most."""
+"""The maximum number of open files of an identity."""
 
 
 class Machine:
-    """One example in a fresh arena; ``Pair.step`` compares after each operation. ``played`` has them all."""
+    """One example in a fresh arena; ``Pair.step`` compares after each operation. ``played`` lists all."""
 
     def __init__(self, pair: Pair, seed: str) -> None:
         self.pair = pair
@@ -34,7 +34,7 @@ class Machine:
         self.played: list[Op] = []
 
     def play(self, steps: int) -> None:
-        """So many choices from ``OPERATIONS``, then the checks at the end; raises Difference."""
+        """Make that many choices from ``OPERATIONS``, then the final checks; raises Difference."""
         names = [name for name, _ in OPERATIONS]
         weights = [weight for _, weight in OPERATIONS]
         self.pair.begin()
@@ -59,7 +59,7 @@ class Machine:
         return self.pick(values.WHO)
 
     def existing(self, *kinds: int) -> bytes:
-        """A name in the tree, of one of the file types if any are given."""
+        """A name in the tree, of one of the file types if any are set."""
         paths = sorted(p for p, e in self.pair.tree.items() if p != b"." and (not kinds or e.kind in kinds))
         return self.pick(paths or [b"file"])
 
@@ -70,26 +70,26 @@ class Machine:
         return name if folder == b"." else folder + b"/" + name
 
     def path(self, *kinds: int) -> bytes:
-        """Mostly an existing name (of the given types), sometimes a free or an odd one."""
+        """Usually an existing name (of the given types), sometimes a free or an odd one."""
         way = self.random.random()
         if way < 0.85:
             return self.existing(*kinds)
         return self.fresh() if way < 0.93 else self.pick(values.ODD_PATHS)
 
     def place(self) -> bytes:
-        """Mostly a free name, sometimes an existing or an odd one."""
+        """Usually a free name, sometimes an existing or an odd one."""
         way = self.random.random()
         if way < 0.8:
             return self.fresh()
         return self.existing() if way < 0.9 else self.pick(values.ODD_PATHS)
 
     def is_plain(self, path: bytes) -> bool:
-        """Device nodes are not opened: what is behind them is the host's."""
+        """Device nodes are not opened: they are the host's devices."""
         entry = self.pair.tree.get(os.path.normpath(path))
         return entry is None or entry.kind not in (stat.S_IFCHR, stat.S_IFBLK)
 
     def handle(self) -> tuple[str, int]:
-        """An open handle, when there is one."""
+        """An open handle, if any."""
         opened = sorted((who, number) for who, numbers in self.pair.handles.items() for number in numbers)
         return self.pick(opened or [("root", 0)])
 
@@ -145,7 +145,7 @@ class Machine:
         self.do("rmdir", self.who(), self.path(*([stat.S_IFDIR] if self.random.random() < 0.9 else [])))
 
     def remove_all(self) -> None:
-        """rm -rf of a directory by root, step by step; one time in two it is made again."""
+        """rm -rf of a directory by root, step by step; recreates it half of the time."""
         root = self.existing(stat.S_IFDIR)
         below = [p for p in self.pair.tree if p == root or p.startswith(root + b"/")]
         if len(below) > 12:
@@ -174,7 +174,7 @@ class Machine:
         self.do("setxattr", self.who(), path, name, self.pick(pool), flags)
 
     def _named_xattr(self) -> tuple[bytes, str]:
-        """A path and the name of an xattr, mostly of one that it has."""
+        """A path and the name of an xattr, usually an existing one."""
         having = sorted(p for p, e in self.pair.tree.items() if e.xattrs and p != b".")
         if having and self.random.random() < 0.7:
             path = self.pick(having)
@@ -217,7 +217,7 @@ class Machine:
             self.do("open", self.who(), number, path, flags, mode, mask=self.pick(values.UMASKS))
 
     def open_and_remove(self) -> None:
-        """An open file loses its name, by unlink or by a rename over it."""
+        """Remove the name of an open file, by unlink or by a rename over it."""
         path, who, number = self.existing(stat.S_IFREG), self.who(), self.random.randrange(HANDLES)
         self.do("open", who, number, path, self.pick([os.O_RDONLY, os.O_RDWR]), 0)
         if self.random.random() < 0.5:
@@ -268,4 +268,4 @@ OPERATIONS = [
     ("look_at", 2), ("access", 1), ("fsync", 1), ("drop_caches", 1), ("open", 5), ("open_and_remove", 3),
     ("handle_io", 6), ("handle_meta", 5), ("handle_reopen", 2), ("handle_close", 1),
 ]  # fmt: skip
-"""The methods of the machine that make a step, and how often relative to each other."""
+"""The machine's methods that make a step, and their relative frequency."""

@@ -1,37 +1,37 @@
-"""Everything that the comparison with kernel overlayfs lets differ, and why. Nothing else may.
+"""All differences that the comparison with kernel overlayfs permits, with reasons. No others are permitted.
 
 1. Inode values: only their relation is compared (which names are one file). A lower file with several hard
-   links that is not copied up is left out: overlayfs without ``index`` shows its names as one file until
-   copy-up breaks them, the union shows a file a name from the start, which keeps ``st_ino`` the same.
-2. ``st_nlink`` of a directory, where either side says 1: a merged directory has no true count.
-3. Size and blocks of directories, and the order in which they are listed.
-4. atime, and ctime. An mtime is compared to the nanosecond unless it lies in the time of the run: then both
+   links that is not copied up is skipped: overlayfs without ``index`` shows its names as one file until
+   copy-up breaks them, the union always shows one file per name, which keeps ``st_ino`` constant.
+2. ``st_nlink`` of a directory, if either side reports 1: a merged directory has no true count.
+3. Size and blocks of directories, and their listing order.
+4. atime, and ctime. An mtime is compared to the nanosecond unless it is within the time of the run: then both
    sides must have it there ("now").
-5. An open lower file that lost its last name: overlayfs keeps ``st_nlink`` at 1 and answers EEXIST to
-   whatever would copy it up (O_RDWR reopening, fchmod ...). A native filesystem says 0 and succeeds, and that
-   is what the union must do; from there the two sides have nothing to compare, so the handles are closed.
-6. Filesystem type and statfs figures but for the longest name.
-7. The umask is 0 wherever the parent directory has a default ACL: without FUSE_DONT_MASK the kernel applies
-   the umask before the filesystem is asked, and a default ACL should have replaced it. A documented limit.
-8. A directory whose last names are hidden by xattr whiteouts of a lower: overlayfs counts them when it looks
-   whether the directory is empty (``ovl_check_empty_dir`` does not ask for the xattr) and answers ENOTEMPTY,
-   where its own listing shows nothing. The union removes it, as a native filesystem does; the one directory
-   of the layers where this can happen is not removed here.
-9. setgid on a regular file without group execute, which no exec looks at: overlayfs clears it at a write,
-   truncation or chown by somebody outside the file's group, the kernel's FUSE client keeps it
-   (``fuse_setattr`` drops it only together with S_IXGRP, and sends nothing for chown(-1, -1)). Our file is
-   given their mode then.
-10. A setxattr that XATTR_CREATE or XATTR_REPLACE lets fail: overlayfs copies the file up before it looks,
-   which breaks a hard link for nothing. The union changes nothing then, so the flags are not drawn for the
-   lowers' hard links.
-11. ``--io passthrough`` alone: whoever has a lower file open keeps the lower's data when it is copied up, and
-    opening the old descriptor again is ESTALE (docs/compliance.md). So such handles are closed when it
-    happens, and are not reopened for writing.
-12. ``--io cached`` alone: an open for writing copies nothing up, the first write does. Until then a lower's
+5. An open lower file that lost its last name: overlayfs keeps ``st_nlink`` at 1 and returns EEXIST for every
+   call that would copy it up (O_RDWR reopening, fchmod ...). A native filesystem reports 0 and succeeds, as
+   the union must; afterwards the two sides are not comparable, so the handles are closed.
+6. Filesystem type and statfs figures, except the maximum name length.
+7. The umask is 0 if the parent directory has a default ACL: without FUSE_DONT_MASK the kernel applies the
+   umask before the request, though a default ACL should have replaced it. A documented limit.
+8. A directory whose last names are hidden by xattr whiteouts of a lower: overlayfs counts them when it checks
+   whether the directory is empty (``ovl_check_empty_dir`` does not query the xattr) and returns ENOTEMPTY,
+   though its own listing is empty. The union removes it, as a native filesystem does; the one directory of
+   the layers where this can happen is not removed here.
+9. setgid on a regular file without group execute, which no exec uses: overlayfs clears it at a write,
+   truncation or chown by a caller outside the file's group, the kernel's FUSE client keeps it
+   (``fuse_setattr`` drops it only together with S_IXGRP, and sends no request for chown(-1, -1)). Our file
+   then gets overlayfs's mode.
+10. A setxattr that fails because of XATTR_CREATE or XATTR_REPLACE: overlayfs copies the file up before the
+    check, which breaks a hard link needlessly. The union then changes nothing, so the flags are not drawn for
+    the lowers' hard links.
+11. Only ``--io passthrough``: an open lower file keeps the lower's data when it is copied up, and reopening
+    the old descriptor is ESTALE (docs/compliance.md). So such handles are closed at the copy-up, and are not
+    reopened for writing.
+12. Only ``--io cached``: an open for writing does not copy up, the first write does. Until then a lower's
     hard link keeps its ``st_nlink``, which overlayfs has broken.
-13. ``--io cached`` alone: truncation to the size that a file has leaves its mtime (POSIX asks for a new one
-    only if the size is changed): under writeback the FUSE client keeps the times, and counts this as no
-    change (``fuse_do_setattr``). Our file is given the new mtime then.
+13. Only ``--io cached``: truncation to the current size keeps a file's mtime (POSIX requires a new one only
+    if the size changes): under writeback the FUSE client keeps the times, and does not treat this as a change
+    (``fuse_do_setattr``). Our file then gets the new mtime.
 """
 
 from __future__ import annotations
@@ -46,15 +46,15 @@ from tests.oracle.operations import Attributes
 from tests.support.snapshot import Entry, Tree
 
 NOW = -(10**18)
-"""Stands for every mtime within the run."""
+"""Represents every mtime within the run."""
 
 KEPT = frozenset({b"marked"})
-"""Directories that rule 8 is about."""
+"""The directories of rule 8."""
 
 KEEPING = "direct-passthrough"
-"""The session that rule 11 is about."""
+"""The session of rule 11."""
 LATE = "direct-cached"
-"""The session that rule 12 is about."""
+"""The session of rule 12."""
 
 Result = tuple[str, Any]
 
@@ -67,11 +67,11 @@ class Clock:
 
     @classmethod
     def start(cls) -> Clock:
-        """A run that begins now."""
+        """A run that starts now."""
         return cls(time.time_ns() - 5 * 10**9)
 
     def mtime(self, value: int) -> int:
-        """``value``, or NOW when it lies in the run."""
+        """``value``, or NOW if it is within the run."""
         return NOW if self.started <= value <= time.time_ns() + 5 * 10**9 else value
 
 
@@ -80,7 +80,7 @@ def _nlinks(kind: int, ours: int, theirs: int) -> bool:
 
 
 def keeps_idle_setgid(ours: int, theirs: int) -> bool:
-    """Whether the two modes of a regular file differ as rule 9 lets them."""
+    """Whether the two modes of a regular file differ as rule 9 permits."""
     idle = ours & (stat.S_ISGID | stat.S_IXGRP) == stat.S_ISGID
     return stat.S_ISREG(ours) and idle and ours & ~stat.S_ISGID == theirs
 
@@ -115,8 +115,8 @@ def compare_trees(
     is_copied_up: Callable[[bytes], bool] = lambda path: True,
     is_late: Callable[[bytes], bool] = lambda path: False,
 ) -> list[str]:
-    """The differences, a line each. ``is_copied_up`` says of a path whether overlayfs has it in its upper,
-    ``is_late`` whether rule 12 holds for it."""
+    """The differences, one per line. ``is_copied_up`` returns whether overlayfs has a path in its upper,
+    ``is_late`` whether rule 12 applies to it."""
     lines = [f"{path!r} is missing" for path in theirs.keys() - ours.keys()]
     lines += [f"{path!r} should not be there" for path in ours.keys() - theirs.keys()]
     shared = sorted(ours.keys() & theirs.keys())
@@ -146,7 +146,7 @@ def compare_trees(
 
 
 def strict(ours: Tree) -> list[str]:
-    """What holds for the union by itself: d_ino = st_ino, and one st_dev for all."""
+    """Rules for the union alone: d_ino = st_ino, and one st_dev for all."""
     lines = [
         f"{path!r}: d_ino is {entry.d_ino}, st_ino {entry.ino}"
         for path, entry in ours.items()
@@ -159,7 +159,7 @@ def strict(ours: Tree) -> list[str]:
 
 
 def truncated_to_same(before: Tree, ours: Tree, theirs: Tree, clock: Clock) -> list[bytes]:
-    """The files that rule 13 is about: of the same size as before, and only overlayfs has a new mtime."""
+    """The files of rule 13: their size is unchanged, and only overlayfs has a new mtime."""
     return [
         path
         for path in sorted(before.keys() & ours.keys() & theirs.keys())
@@ -171,7 +171,7 @@ def truncated_to_same(before: Tree, ours: Tree, theirs: Tree, clock: Clock) -> l
 
 
 def moved_inodes(before: Tree, after: Tree, touched: tuple[bytes, ...]) -> list[str]:
-    """Names that kept their object and yet changed st_ino; ``touched`` are those that a step may replace."""
+    """Names that kept their object but changed st_ino; ``touched`` are those that a step may replace."""
     lines = []
     for path in before.keys() & after.keys():
         if any(path == name or path.startswith(name + b"/") for name in touched):
@@ -183,8 +183,8 @@ def moved_inodes(before: Tree, after: Tree, touched: tuple[bytes, ...]) -> list[
 
 
 def compare_results(ours: Result, theirs: Result, *, dead_lower: bool, late: bool = False) -> str | None:
-    """What is wrong with our result; None when nothing. ``dead_lower``: rule 5 holds for the handle,
-    ``late``: rule 12 for the session."""
+    """The error in our result, or None. ``dead_lower``: rule 5 applies to the handle, ``late``: rule 12 to
+    the session."""
     if ours == theirs:
         return None
     text = f"result is {ours!r}, overlayfs has {theirs!r}"

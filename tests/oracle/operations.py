@@ -1,8 +1,8 @@
-"""The operations of the oracle, as they run in a worker whose current directory is the tree's root.
+"""The operations of the oracle, run in a worker whose current directory is the tree's root.
 
 An operation is data (``Op``), so a failing sequence can be printed, replayed and shortened. Paths are bytes
-relative to the root. Every function gives back only what must be equal on both sides; what a side may choose
-freely is left to ``normalise``.
+relative to the root. Every function returns only values that must be equal on both sides; permitted
+differences are left to ``normalise``.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ HANDLES: dict[int, int] = {}
 
 @dataclass(frozen=True)
 class Op:
-    """One step: the operation's name, who does it (a key of ``IDENTITIES``), the umask, and its arguments."""
+    """One step: the operation's name, its user (a key of ``IDENTITIES``), the umask, and its arguments."""
 
     name: str
     who: str
@@ -35,7 +35,7 @@ class Op:
 
 
 def op(name: str, who: str, *args: Any, umask: int = 0o022) -> Op:
-    """The spelling in which a sequence is printed."""
+    """The printed form of a step."""
     return Op(name, who, umask, args)
 
 
@@ -47,12 +47,12 @@ IDENTITIES: dict[str, tuple[int, int, tuple[int, ...]]] = {
 """uid, gid and supplementary groups of the workers."""
 
 CREATING = frozenset({"create", "open", "mkdir", "mknod"})
-"""Operations whose mode the umask (or a default ACL) changes."""
+"""Operations whose mode depends on the umask (or a default ACL)."""
 
 
 @dataclass(frozen=True)
 class Attributes:
-    """What stat(2) says of a handle or a path, without inode values and times."""
+    """The result of stat(2) for a handle or a path, without inode values and times."""
 
     mode: int
     uid: int
@@ -84,17 +84,17 @@ def end() -> None:
 
 
 def take() -> snapshot.Tree:
-    """The whole tree as it is now."""
+    """The whole current tree."""
     return snapshot.take(b".")
 
 
 def handle_names() -> dict[int, bytes]:
-    """Where the kernel says each open handle is now ("... (deleted)" when it has no name)."""
+    """The kernel's current path of each open handle ("... (deleted)" without a name)."""
     return {number: os.fsencode(os.readlink(f"/proc/self/fd/{fd}")) for number, fd in HANDLES.items()}
 
 
 def has_default_acl(path: bytes) -> bool:
-    """Whether the directory that would hold ``path`` gives a default ACL to what is created in it."""
+    """Whether the parent directory of ``path`` has a default ACL."""
     parent = os.path.dirname(path) or b"."
     try:
         return bool(os.getxattr(parent, acl.DEFAULT))

@@ -1,8 +1,8 @@
 """Two mounts over copies of the same layers, and workers that do every operation on both.
 
-One pair of mounts serves many examples: every lower holds a number of equal trees ("arenas"), and each
-example plays in the next one. When they are used up, or when a side is broken, the uppers are emptied and
-both sides are mounted anew over the same lowers.
+One pair of mounts serves many examples: every lower holds several equal trees ("arenas"), one for each
+example. When they are used up, or a side is broken, the uppers are emptied and both sides are mounted again
+over the same lowers.
 """
 
 from __future__ import annotations
@@ -24,11 +24,11 @@ from tests.support.snapshot import Tree
 from tests.support.worker import Worker, WorkerFailed, WorkerHung
 
 ARENAS = 24
-"""Arenas of a pair, unless it is told how many it will need: to make them takes longer than an example."""
+"""The default number of arenas of a pair: creating them takes longer than an example."""
 REMOVING = frozenset({"unlink", "rmdir", "rename"})
-"""Operations after which an open file may have lost its name."""
+"""Operations that may remove the name of an open file."""
 COPYING_HANDLE = frozenset({"h_chmod", "h_chown", "h_setxattr"})
-"""Operations by which an open directory is copied up."""
+"""Operations that copy up an open directory."""
 
 
 class Difference(AssertionError):
@@ -48,7 +48,7 @@ class Side:
     workers: dict[str, Worker] = field(default_factory=dict)
 
     def build(self) -> None:
-        """Make the lowers, with all arenas."""
+        """Create the lowers, with all arenas."""
         shutil.rmtree(self.home, ignore_errors=True)
         self.home.mkdir()
         for lower in self.lowers:
@@ -69,7 +69,7 @@ class Side:
         return self.home / "work"
 
     def open(self, session: str) -> None:
-        """Mount with an empty upper and start the workers that are missing."""
+        """Mount with an empty upper and start missing workers."""
         for path in (self.upper, self.work):
             shutil.rmtree(path, ignore_errors=True)
             path.mkdir()
@@ -88,7 +88,7 @@ class Side:
         return self.stack.enter_context(context)
 
     def leave(self) -> None:
-        """Unmount; raises MountFailed when the daemon does not end as it must."""
+        """Unmount; raises MountFailed if the daemon does not end correctly."""
         for worker in self.workers.values():
             if worker.alive:
                 worker.call(operations.end)
@@ -125,8 +125,8 @@ class Pair:
         self.theirs = Side("theirs", home / "theirs", count, arenas)
         self.home = home
         self._next = arenas
-        self._broken = False  # the mounts cannot be used any more
-        self._spoiled = False  # nor the lowers
+        self._broken = False  # the mounts are unusable
+        self._spoiled = False  # so are the lowers
         self._final: dict[str, Tree] = {}
         self._manifests: dict[tuple[Path, str], dict[bytes, tuple[object, ...]]] = {}
         self.arena = ""
@@ -157,7 +157,7 @@ class Pair:
         self._next, self._broken = 0, False
 
     def close(self) -> None:
-        """Unmount both, then look at every finished tree once more with the uppers exchanged, writable."""
+        """Unmount both, then check every finished tree again with the uppers exchanged, writable."""
         if self.ours.mount is None or self._broken:
             return
         for side in (self.ours, self.theirs):
@@ -195,7 +195,7 @@ class Pair:
         self.look(None)
 
     def step(self, op: Op) -> None:
-        """Do one operation on both sides and compare; raises Difference. Without the handle: skipped."""
+        """Do one operation on both sides and compare; raises Difference. Skipped without the handle."""
         if op.name.startswith("h_") and op.args[0] not in self.handles[op.who]:
             return
         if op.name in COPYING_HANDLE and self._is_dead_directory(op.who, op.args[0]):
@@ -273,7 +273,7 @@ class Pair:
         }
 
     def _where(self, op: Op) -> dict[tuple[str, int], tuple[bytes, bool]]:
-        """Of each open handle of overlayfs its name, and whether that is in the upper already."""
+        """The name of each open handle on overlayfs, and whether that is already in the upper."""
         assert self.theirs.mount is not None
         prefix = os.fsencode(self.theirs.mount.mountpoint / self.arena) + b"/"
         found = {}
@@ -299,7 +299,7 @@ class Pair:
             self._forget(who, number)
 
     def _open_lowers(self, op: Op) -> set[tuple[str, int]]:
-        """The handles that are on a regular file of a lower."""
+        """The handles on a regular file of a lower."""
         found = set(self._dead)
         for key, (name, copied_up) in self._where(op).items():
             entry = self.tree.get(name)
@@ -308,7 +308,7 @@ class Pair:
         return found
 
     def _close_copied_up(self, op: Op, open_lowers: set[tuple[str, int]]) -> None:
-        """Rule 11: close those of the handles whose file is in the upper now."""
+        """Rule 11: close the handles whose file is now in the upper."""
         if not open_lowers:
             return
         new = {"open": 0, "h_reopen": 1}.get(op.name)
@@ -324,7 +324,7 @@ class Pair:
         self._dead.pop((who, number), None)
 
     def is_copied_up(self, path: bytes, side: Side | None = None) -> bool:
-        """Whether a side (overlayfs) has the path in its upper (a whiteout there is no copy)."""
+        """Whether a side (by default overlayfs) has the path in its upper (a whiteout there is no copy)."""
         upper = (side or self.theirs).upper / self.arena
         try:
             found = os.lstat(os.path.join(os.fsencode(upper), path))
@@ -351,7 +351,7 @@ class Pair:
         self.tree = theirs
         self._check(f"after {op}", ours, self.tree, self.theirs)
         lines: list[str] = []
-        if self.session != "overlay":  # whose d_ino and st_ino are not always what the union promises
+        if self.session != "overlay":  # which does not always fulfil the union's rules of d_ino and st_ino
             lines += normalise.strict(ours)
             lines += normalise.moved_inodes(self._our_tree, ours, _touched(op)) if op is not None else []
         self._our_tree = ours
@@ -364,7 +364,7 @@ class Pair:
             raise Difference(f"after {op}:\n  " + "\n  ".join(lines[:20]))
 
     def _with_times(self, ours: Tree, theirs: Tree) -> Tree:
-        """Rule 13: give the file that was truncated to the size it had the time that overlayfs gave it."""
+        """Rule 13: set overlayfs's time on the file that was truncated to its current size."""
         changed = {}
         for path in normalise.truncated_to_same(self.tree, ours, theirs, self.clock):
             self.ours.workers["root"].call(os.utime, path)
@@ -372,7 +372,7 @@ class Pair:
         return {**ours, **changed}
 
     def _check(self, when: str, ours: Tree, theirs: Tree, upper_of: Side | None = None) -> None:
-        """``upper_of``: the side whose upper says what is copied up; without it, no file."""
+        """``upper_of``: the side whose upper determines the copied-up files; without it, none."""
         lines = normalise.compare_trees(
             ours,
             theirs,
@@ -384,7 +384,7 @@ class Pair:
             raise Difference(f"{when}:\n  " + "\n  ".join(lines[:20]))
 
     def _is_late(self, path: bytes) -> bool:
-        """Whether overlayfs has copied the path up, and we have not yet (rule 12)."""
+        """Whether overlayfs has copied the path up, but the union has not yet (rule 12)."""
         return (
             self.kind == normalise.LATE
             and self.is_copied_up(path, self.theirs)
@@ -392,7 +392,7 @@ class Pair:
         )
 
     def finish(self) -> None:
-        """The end of an example: lowers untouched, and each side reads what the other wrote."""
+        """End an example: lowers are unchanged, and each side reads the other's changes."""
         try:
             self._finish()
         except (AssertionError, OSError):
@@ -452,7 +452,7 @@ def _normal(item: object) -> bytes:
 
 
 def _touched(op: Op | None) -> tuple[bytes, ...]:
-    """The names that a step may give to another object (through symlinks too, by their last component)."""
+    """The names that a step may assign to another object (through symlinks too, by their last component)."""
     if op is None or op.name not in {
         "create",
         "open",

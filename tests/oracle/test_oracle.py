@@ -1,11 +1,11 @@
-"""Random operations on the union and on kernel overlayfs at once, over copies of the same lowers.
+"""Random operations on the union and on kernel overlayfs in parallel, over copies of the same lowers.
 
-A run is always the same (see ``machine``). The environment makes others of it:
+A run is deterministic (see ``machine``). The environment varies it:
 
 ``UNIONFS_ORACLE_SEED``       any text: other operations
 ``UNIONFS_ORACLE=thorough``   400 examples in the slow test, for hours, instead of 15
 ``UNIONFS_ORACLE_EXAMPLES``   or this number of them
-``UNIONFS_ORACLE_RECORD``     a directory that gets the operations of each example, as ``replay`` reads them
+``UNIONFS_ORACLE_RECORD``     a directory for the operations of each example, in the format of ``replay``
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ RECORD = os.environ.get("UNIONFS_ORACLE_RECORD")
 THOROUGH = os.environ.get("UNIONFS_ORACLE") == "thorough"
 
 EXAMPLES = {2: 1, 3: 3}
-"""Examples of a session by the number of lowers, of 40 steps each: each session has others, and the sessions
-together take less than a minute."""
+"""Examples of a session by the number of lowers, of 40 steps each: each session has different ones, and the
+sessions together take less than a minute."""
 LONG = int(os.environ.get("UNIONFS_ORACLE_EXAMPLES", "400" if THOROUGH else "15"))
 """Examples of the slow test, of 80 steps each: one takes about five seconds."""
 SECONDS, LONG_SECONDS = 900, 100_000
@@ -63,7 +63,7 @@ def test_same_as_kernel_overlayfs(kernel_overlay: None, area: Path, session: str
 @pytest.mark.timeout(SECONDS)
 @pytest.mark.parametrize("plain", [name + PLAIN for name in ("direct-hybrid", "direct-cached")])
 def test_same_without_shortcuts(kernel_overlay: None, area: Path, plain: str) -> None:
-    """What is done only for speed is not what makes it right."""
+    """Correctness does not depend on optimizations."""
     if reason := session_reason(plain.removesuffix(PLAIN)):
         pytest.skip(reason)
     _compare(area, plain, 2, examples=2, steps=40)
@@ -74,5 +74,5 @@ def test_same_without_shortcuts(kernel_overlay: None, area: Path, plain: str) ->
 @pytest.mark.parametrize("lowers", sorted(EXAMPLES))
 @pytest.mark.slow
 def test_same_for_long(kernel_overlay: None, area: Path, session: str, lowers: int) -> None:
-    """The same with longer examples, and many of them."""
+    """The same with longer examples, and more of them."""
     _compare(area, session, lowers, examples=LONG, steps=80)

@@ -1,4 +1,4 @@
-"""The values that operations are drawn from: names, modes, owners, xattrs, times, flags."""
+"""The values of random operations: names, modes, owners, xattrs, times, flags."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import stat
 from tests.oracle.layers import CAPABILITY, LONG_NAME, TEAM
 from tests.support import acl, syscalls
 
-# Names of the lowers come again, so that something is created over a whiteout or in an opaque directory.
+# Names of the lowers recur, so that objects are created over a whiteout or in an opaque directory.
 NAMES = [
     b"new", b"n2", b"gone", b"low", b"hidden", b"a", b"b", b"x", b"both", b"f", b"top", b"never-was", b"d",
     b"sp ace\n", b"\xfe\xff", b"N" * 255, b"\xc3\xa9" * 127 + b"x",

@@ -1,1 +1,1 @@
-"""What other users, containers, archives, plugins and layers must not get: attacks as tests."""
+"""Attacks by other users, containers, archives, plugins and layers, as tests."""

@@ -1,4 +1,4 @@
-"""What an attacking process does: run by `Worker` with another uid, so each is a function at the top."""
+"""The actions of an attacker: `Worker` runs them with another uid, so each is a top-level function."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _kept: list[Any] = []
 
 
 def plant(path: str, what: str) -> None:
-    """Put a FIFO, /dev/zero, a directory or other trouble at `path`."""
+    """Create a FIFO, /dev/zero, a directory or another obstacle at `path`."""
     match what:
         case "fifo":
             os.mkfifo(path)
@@ -39,7 +39,7 @@ def plant(path: str, what: str) -> None:
 
 
 def swap(one: str, other: str, pause: float = 0) -> None:
-    """Exchange two names again and again, until `stop`, with so many seconds in between."""
+    """Exchange two names repeatedly until `stop`, with a pause of that many seconds."""
     _stop.clear()
 
     def run() -> None:
@@ -55,7 +55,7 @@ def swap(one: str, other: str, pause: float = 0) -> None:
 
 
 def stop() -> None:
-    """End what `swap` and `lie` have begun."""
+    """End `swap` and `lie`."""
     _stop.set()
     for thread in _kept:
         if isinstance(thread, threading.Thread):
@@ -63,13 +63,13 @@ def stop() -> None:
 
 
 def started() -> int:
-    """The start time of this process, as proc_pid_stat(5) has it."""
+    """The start time of this process, as in proc_pid_stat(5)."""
     with open("/proc/self/stat", "rb") as stat:
         return int(stat.read().rpartition(b")")[2].split()[19])
 
 
 def lie(name: str, how: str, answer: dict[str, Any]) -> None:
-    """Listen under an abstract name as a daemon does, and answer each connection in a bad way."""
+    """Listen under an abstract name like a daemon, and answer each connection incorrectly."""
     _stop.clear()
     listener = socket.socket(socket.AF_UNIX)
     listener.bind("\0" + name)
@@ -101,7 +101,7 @@ def lie(name: str, how: str, answer: dict[str, Any]) -> None:
 
 
 def ask(name: str) -> bytes:
-    """What a daemon answers this process, under its abstract name."""
+    """The answer of a daemon to this process, under its abstract name."""
     with socket.socket(socket.AF_UNIX) as connection:
         connection.settimeout(10)
         connection.connect("\0" + name)
@@ -118,7 +118,7 @@ _accepted: list[bytes] = []
 
 
 def listen(path: str) -> None:
-    """Listen at a unix socket that everybody may talk to, and keep what is sent."""
+    """Listen at a unix socket that all users may write, and store the received data."""
     listener = socket.socket(socket.AF_UNIX)
     listener.bind(path)
     os.chmod(path, 0o777)
@@ -135,7 +135,7 @@ def listen(path: str) -> None:
 
 
 def accepted() -> int:
-    """How many requests `listen` got."""
+    """The number of requests received by `listen`."""
     return sum(map(bool, _accepted))
 
 
@@ -149,7 +149,7 @@ def hold_lock(path: str) -> None:
 
 
 def replace_new(directory: str, prefix: str, victim: str) -> None:
-    """Put a directory of one's own, with symlinks to `victim`, in the place of each new one, until `stop`."""
+    """Replace each new directory with one that contains symlinks to `victim`, until `stop`."""
     _stop.clear()
 
     def run() -> None:

@@ -39,7 +39,7 @@ def inside(root: None, area: Path) -> Iterator[Prison]:
 
 @pytest.fixture
 def outside(area: Path) -> Iterator[Outside]:
-    """A tree that must stay as it is."""
+    """A tree that must stay unchanged."""
     found = Outside(area)
     yield found
     found.check()

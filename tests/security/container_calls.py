@@ -1,7 +1,7 @@
-"""A container that an attacker has: `unionfs run` with the host's programs in it, as root and as a user.
+"""An attacker's container: `unionfs run` with the host's programs in it, as root and as a user.
 
-An attack that succeeds must do no harm to the machine that runs the tests: it opens for writing and writes
-nothing, sets a mode that is set already, and works on copies.
+A successful attack must not harm the machine of the tests: it opens for writing without writing, sets the
+mode that a file already has, and works on copies.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ PYTHON = "/usr/bin/python3"
 
 
 class Prison:
-    """Calls of `unionfs run`. `area` is a directory of the host that must stay as it is."""
+    """Calls of `unionfs run`. `area` is a directory of the host that must stay unchanged."""
 
     def __init__(self, area: Path, host: user_calls.Host | None = None) -> None:
         self.area = area
@@ -64,7 +64,7 @@ class Prison:
         )  # fmt: skip
 
     def copy_bubblewrap(self) -> Path:
-        """Let `unionfs run` use a copy of bubblewrap, which belongs to its caller."""
+        """Let `unionfs run` use a copy of bubblewrap that belongs to its caller."""
         copy = self.box.host / "bwrap"
         shutil.copy(bubblewrap.find(), copy)
         if not self.is_root:
@@ -73,15 +73,15 @@ class Prison:
         return copy
 
     def sh(self, script: str, *options: str | Path) -> Done:
-        """Run a script of the shell in a container that is thrown away."""
+        """Run a shell script in a temporary container."""
         return self.call("--rm", *options, "--", "/usr/bin/bash", "-c", script)
 
     def python(self, script: str, *options: str | Path) -> Done:
-        """Run a script of Python in a container that is thrown away."""
+        """Run a Python script in a temporary container."""
         return self.call("--rm", *options, "--", PYTHON, "-c", script)
 
     def out(self, done: Done) -> str:
-        """What a call has printed that must have ended well."""
+        """The output of a call, which must have succeeded."""
         assert done.returncode == 0, (done.returncode, done.stdout, done.stderr)
         return done.stdout
 

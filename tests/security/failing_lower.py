@@ -1,6 +1,6 @@
-"""A filesystem some of whose names fail: `failing_lower.py MOUNTPOINT` prints "up" and serves.
+"""A filesystem with failing names: `failing_lower.py MOUNTPOINT` prints "up" and serves.
 
-`file` and `dir` are well. A name such as `EIO` or `ESTALE` fails in a lookup with that errno. The xattrs of
+`file` and `dir` work. A name such as `EIO` or `ESTALE` fails in a lookup with that errno. The xattrs of
 `xattr-dir` and of the empty file `xattr-file` cannot be read (EIO).
 """
 

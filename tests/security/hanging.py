@@ -1,4 +1,4 @@
-"""A filesystem that does not answer: `hanging.py MOUNTPOINT` prints "up", and then waits in every request."""
+"""A filesystem that never answers: `hanging.py MOUNTPOINT` prints "up", and then blocks in every request."""
 
 from __future__ import annotations
 

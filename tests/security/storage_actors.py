@@ -1,4 +1,4 @@
-"""What another user does to a directory that root works in, and what must not change by it."""
+"""Actions of another user in a directory that root works in, and a check of unaffected files."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ State = dict[str, tuple[int, int, int, bytes]]
 
 
 class Outside:
-    """A tree that no command has anything to do with: its owners, modes and content stay."""
+    """A tree that no command may affect: its owners, modes and content stay."""
 
     def __init__(self, area: Path) -> None:
         self.path = area / "outside"
@@ -46,13 +46,13 @@ class Outside:
         return found
 
     def check(self) -> None:
-        """Nothing has changed."""
+        """Check that nothing has changed."""
         assert self._state() == self._before
 
 
 @contextmanager
 def meanwhile(function: object, *args: object) -> Iterator[None]:
-    """Run a function of this module as uid 1000, until the context makes the file that it is given first."""
+    """Run a function of this module as uid 1000 until the context creates the file in its first argument."""
     stop = Path(str(args[0]))
     with Worker(1000, 1000, modules=[MODULE]) as worker:
         worker.start(function, *map(str, args))  # type: ignore[arg-type]
@@ -66,13 +66,13 @@ def meanwhile(function: object, *args: object) -> Iterator[None]:
 
 
 class VolumeUser:
-    """`unionfs volume` as uid 1000, with a home and a storage root of his own, or a skip."""
+    """`unionfs volume` as uid 1000, with a separate home and storage root, or a skip."""
 
     def __init__(self, area: Path) -> None:
         self.home = area / "home"
         self.home.mkdir()
         os.chown(self.home, 1000, 1000)
-        # A virtual environment may lie in root's home.
+        # A virtual environment may be in root's home.
         for self._python in (sys.executable, "/usr/bin/python3"):
             if self("ls").returncode == 0:
                 return
@@ -98,7 +98,7 @@ def _until(stop: str) -> Iterator[int]:
 
 
 def swap_hidden(stop: str, directory: str, target: str) -> int:
-    """Put a symlink, or a directory of one's own, in the place of each hidden name as soon as it is seen."""
+    """Replace each hidden name with a symlink, or the user's directory, as soon as it appears."""
     rounds = 0
     for rounds in _until(stop):
         for name in os.listdir(directory):
@@ -122,7 +122,7 @@ def swap_hidden(stop: str, directory: str, target: str) -> int:
 
 
 def swap_content(stop: str, directory: str, target: str) -> int:
-    """Exchange directories of the content for symlinks, move them up and down, and make new ones."""
+    """Exchange directories of the content for symlinks, move them up and down, and create new ones."""
     fd = os.open(directory, os.O_RDONLY)
     rounds = 0
     for rounds in _until(stop):
@@ -132,7 +132,7 @@ def swap_content(stop: str, directory: str, target: str) -> int:
 
 
 def swap_content_again(stop: str, directory: str, target: str) -> int:
-    """The same in a directory that root moves into a volume: an fd of it is kept for a while."""
+    """The same in a directory that root moves into a volume: keeps an fd of it for some time."""
     rounds = 0
     for _ in _until(stop):
         try:
@@ -167,7 +167,7 @@ def _swap(fd: int, target: str, rounds: int) -> None:
 
 
 def hold_lock(stop: str, directory: str) -> int:
-    """Hold flock(2) on a directory that one may only read."""
+    """Hold flock(2) on a directory with read permission only."""
     fd = os.open(directory, os.O_RDONLY)
     fcntl.flock(fd, fcntl.LOCK_EX)
     for _ in _until(stop):
@@ -177,7 +177,7 @@ def hold_lock(stop: str, directory: str) -> int:
 
 
 def resize_file(stop: str, path: str) -> int:
-    """Make a sparse file, and cut it off and lengthen it again."""
+    """Create a sparse file, and truncate and extend it repeatedly."""
     fd = os.open(path, os.O_RDWR)
     rounds = 0
     for rounds in _until(stop):

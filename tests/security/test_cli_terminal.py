@@ -1,4 +1,4 @@
-"""Control characters in texts of others do not reach a terminal; what is piped stays byte for byte."""
+"""Control characters in others' texts do not reach a terminal; piped output stays byte for byte."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ EVIL = "\x1b]0;title\x07\x1b[31mred\nforged \x9b2J"
 
 
 def _on_terminal(*arguments: str | Path, env: dict[str, str] | None = None) -> str:
-    """What a command writes on a terminal; without the ends of line that the terminal makes."""
+    """The output of a command on a terminal, without the terminal's line ends."""
     controller, terminal = os.openpty()
     done = subprocess.Popen(
         [*UNIONFS, *map(str, arguments)],
@@ -101,6 +101,6 @@ def test_verify(store: Store, area: Path) -> None:
     store.ok("backup", "data", "-o", area / "b.tar")
     (store.data("data") / "\x1b[31mred\r").touch()
     shown = _on_terminal("volume", "verify", "data", env={"UNIONFS_ROOT": str(store.root)})
-    assert "\x1b[31mred" not in shown  # the progress has codes of its own
+    assert "\x1b[31mred" not in shown  # the progress has its own codes
     assert "added \\x1b[31mred" in shown
     assert "added \x1b[31mred\\r\n" in store.ok("verify", "data")

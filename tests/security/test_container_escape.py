@@ -1,4 +1,4 @@
-"""Ways out of a container that runc and Docker had: each is tried here, and must lead nowhere."""
+"""Container escapes of runc and Docker: each is tried here, and must fail."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ RACE_SECONDS = 10.0
 
 
 def state(path: str | Path) -> tuple[object, ...]:
-    """What must not change of a file of the host."""
+    """The attributes of a host file that must not change."""
     st = os.stat(path)
     return st.st_mode, st.st_uid, st.st_gid, st.st_mtime_ns, hashlib.sha256(Path(path).read_bytes()).digest()
 
@@ -55,7 +55,7 @@ for name in names:
 
 
 def test_bubblewrap_cannot_be_written(inmate: Prison) -> None:
-    """It is pid 1 in the container, and its file is the host's: root's, or a user's own."""
+    """It is pid 1 in the container, and its file is the host's: root's, or the user's own."""
     program = inmate.copy_bubblewrap()
     before = state(program)
     done = inmate.python(_OVERWRITE)
@@ -64,14 +64,14 @@ def test_bubblewrap_cannot_be_written(inmate: Prison) -> None:
     assert len(answers) >= 14
     if inmate.is_root:
         assert {answer.split()[1] for answer in answers} <= {"EROFS", "ETXTBSY"}
-    else:  # the mode of a copy in memory is nobody's concern
+    else:  # the mode of a copy in memory does not matter
         assert "memfd:bwrap" in inmate.sh("ls -l /proc/1/exe").stdout
         writes = {answer.split()[1] for answer in answers if answer.startswith(("write", "trunc"))}
         assert writes <= {"EPERM", "ETXTBSY", "EACCES"}
 
 
 def test_the_command_is_bubblewrap_itself(inside: Prison) -> None:
-    """The original: a command that is /proc/self/exe is the runtime, with libraries of the container."""
+    """The original: the command /proc/self/exe is the runtime, with libraries of the container."""
     program = inside.copy_bubblewrap()
     before = state(program)
     (inside.box.base / "proc/self").mkdir(parents=True)
@@ -82,7 +82,7 @@ def test_the_command_is_bubblewrap_itself(inside: Prison) -> None:
 
 
 def test_the_environment_is_the_command_s_alone(inmate: Prison) -> None:
-    """ld.so(8) has variables that change what a program loads, and bubblewrap itself is still outside."""
+    """Variables of ld.so(8) change the libraries of a program, and bubblewrap itself is still outside."""
     for variable in ("LD_TRACE_LOADED_OBJECTS=1", "LD_PRELOAD=/nowhere/x.so", "GLIBC_TUNABLES=glibc.x=1"):
         done = inmate.call("--rm", "-e", variable, "--", "/bin/busybox", "env")
         assert variable in inmate.out(done).splitlines()
@@ -102,7 +102,7 @@ def test_the_environment_is_the_command_s_alone(inmate: Prison) -> None:
 
 
 def read(path: Path) -> bytes:
-    """What is in a file; nothing if it is gone."""
+    """The content of a file; empty if it is gone."""
     with suppress(OSError):
         return path.read_bytes()
     return b""
@@ -112,7 +112,7 @@ def read(path: Path) -> bytes:
 
 
 def test_open_files(inmate: Prison) -> None:
-    """Neither of the caller's nor of bubblewrap's has the container one."""
+    """The container has none of the caller's or bubblewrap's."""
     done = inmate.python(
         "import os\n"
         "for pid in ('self', 1):\n"
@@ -159,9 +159,9 @@ sys.exit(main())
 
 @pytest.mark.parametrize("who", ["root", "user"])
 def test_a_workdir_that_is_swapped_in_time(root: None, area: Path, who: str) -> None:
-    """A symlink in a volume may appear after the check: what bubblewrap has open then leads to nothing.
+    """A symlink in a volume may appear after the check: open directories of bubblewrap must be useless.
 
-    bubblewrap gets here where the swapped path leads; no other part is changed.
+    bubblewrap receives the target of the swapped path here; everything else is unchanged.
     """
     victim = area / "victim"
     victim.mkdir()
@@ -190,14 +190,14 @@ def test_a_workdir_that_is_swapped_in_time(root: None, area: Path, who: str) -> 
             assert [line for line in lines if not line.startswith("up ")] == [], (number, done)
             seen |= {line[3:] for line in lines}
     assert os.listdir(victim) == ["secret"]
-    # What is reached is the small root: if it is not any more, bubblewrap has become better than that.
+    # The reachable tree is the small root: if not, bubblewrap has improved.
     assert "usr" in seen
     assert not seen & {"root", "home", "var", "boot", "run"}
 
 
 @pytest.mark.parametrize("who", ["root", "user"])
 def test_a_swapped_workdir_shows_no_other_process(root: None, area: Path, who: str) -> None:
-    """The /proc that bubblewrap has open: there PID/root of what it may trace would be the host's tree."""
+    """Through an open /proc of bubblewrap: PID/root of a process it may trace would be the host's tree."""
     (area / "secret").write_text("secret\n")
     (area / "secret").chmod(0o644)
     script = (
@@ -231,17 +231,17 @@ def test_a_swapped_workdir_shows_no_other_process(root: None, area: Path, who: s
             process.kill()
             process.wait()
             other.communicate(timeout=patient(20))
-    # What is reached is the /proc of bubblewrap's own namespace.
+    # The reachable directory is the /proc of bubblewrap's own namespace.
     assert "uptime" in seen
 
 
-# -- what is mounted where: CVE-2019-16884, CVE-2021-30465, CVE-2024-23651 ------------------------------
+# -- targets of mounts: CVE-2019-16884, CVE-2021-30465, CVE-2024-23651 ----------------------------------
 
 
 @pytest.mark.parametrize("name", ["proc", "dev", "sys"])
 @pytest.mark.parametrize("kind", ["link", "file", "oldroot"])
 def test_the_kernel_s_trees_lead_elsewhere(inside: Prison, name: str, kind: str) -> None:
-    """A container or image whose /proc is a symlink: bubblewrap would mount at its end."""
+    """A container or image whose /proc is a symlink: bubblewrap would mount at its target."""
     victim = inside.area / "victim"
     victim.mkdir()
     place = inside.box.base / name
@@ -269,7 +269,7 @@ def test_name_resolution_leads_elsewhere(inside: Prison) -> None:
 
 
 def test_targets_that_the_container_has_changed(inside: Prison) -> None:
-    """Between two runs: what is mounted lands inside, wherever the container's symlinks lead."""
+    """Between two runs: mounts stay inside, wherever the container's symlinks lead."""
     victim = inside.area / "victim"
     (victim / "sub").mkdir(parents=True)
     inside.out(inside.call(
@@ -286,7 +286,7 @@ def test_targets_that_the_container_has_changed(inside: Prison) -> None:
 
 @contextmanager
 def swapping(directory: Path, name: str, link: str) -> Iterator[list[int]]:
-    """While it lasts, `name` is a directory and a symlink by turns; the number of swaps comes in a list."""
+    """Within the context, `name` alternates between a directory and a symlink; a list has the swap count."""
     other = directory / ".other"
     (directory / name).mkdir(exist_ok=True)
     with suppress(FileNotFoundError):
@@ -322,7 +322,7 @@ def swapping(directory: Path, name: str, link: str) -> Iterator[list[int]]:
     ],
 )
 def test_a_target_in_a_volume_that_is_swapped(inside: Prison, outer: str, inner: str, how: str) -> None:
-    """A container that shares a volume changes a target while another one starts."""
+    """A container with a shared volume changes a target while another one starts."""
     victim = inside.area / "victim"
     (victim / "deep").mkdir(parents=True)
     above = {"absolute": "", "dots": "../../../../../../../..", "oldroot": "/oldroot"}[how]
@@ -344,7 +344,7 @@ def test_a_target_in_a_volume_that_is_swapped(inside: Prison, outer: str, inner:
 
 
 def test_processes_of_the_host(inmate: Prison) -> None:
-    """No number of the container's leads to one, and no namespace of theirs can be entered."""
+    """No pid in the container refers to one, and none of their namespaces can be entered."""
     me = os.getpid()
     done = inmate.sh(
         f"kill -0 {me} && echo reached; ls /proc/{me}/root && echo reached; "
@@ -358,7 +358,7 @@ def test_processes_of_the_host(inmate: Prison) -> None:
 
 
 def test_signals_to_its_process_group(inside: Prison) -> None:
-    """kill(2) with pid 0 reaches the whole process group, also what is outside of the pid namespace."""
+    """kill(2) with pid 0 reaches the whole process group, also outside the pid namespace."""
     script = "kill -KILL 0; kill -TERM 0; sleep 60"
     words = map(str, inside.words("--rm", "--", "/usr/bin/bash", "-c", script))
     done = subprocess.run(
@@ -370,14 +370,14 @@ def test_signals_to_its_process_group(inside: Prison) -> None:
 
 
 def test_the_session_s_leader_is_not_seen(inside: Prison) -> None:
-    """It is a process of the host's, with files of the host open."""
+    """It is a process of the host with open files of the host."""
     done = inside.sh("cat /proc/[0-9]*/comm; echo sid $(cut -d' ' -f6 /proc/self/stat)")
     assert "unionfs" not in done.stdout
     assert "sid 0" in done.stdout
 
 
 def test_errno_of_a_read_only_mount(inside: Prison) -> None:
-    """The read-only mount is what keeps uid 0 from the file, and no accident of its mode."""
+    """The read-only mount protects the file from uid 0, not its mode by accident."""
     inside.copy_bubblewrap()
     done = inside.python(
         "import os\ntry: os.chmod('/proc/1/exe', 0o755)\nexcept OSError as error: print(error.errno)"
@@ -386,7 +386,7 @@ def test_errno_of_a_read_only_mount(inside: Prison) -> None:
 
 
 def test_other_uids_of_a_container(inside: Prison) -> None:
-    """A container's root that becomes another user has no more rights on the host's files."""
+    """A container's root that changes to another user gets no more rights on the host's files."""
     secret = inside.box.host / "secret"
     secret.write_text("secret")
     secret.chmod(0o600)

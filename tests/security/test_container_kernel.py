@@ -1,4 +1,4 @@
-"""What a container can ask of the kernel: keys, system calls, devices, and the kernel's files."""
+"""Kernel interfaces in a container: keys, system calls, devices, and the kernel's files."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from unionfs.sys.mountinfo import read_mountinfo
 
 @pytest.fixture
 def key(root: None) -> Iterator[str]:
-    """A key in the keyring of uid 0, with access for all that have it."""
+    """A key in the keyring of uid 0, accessible to all possessors."""
     if shutil.which("keyctl") is None:
         pytest.skip("keyctl is not installed")
     name = f"unionfs-test-{os.getpid()}"
@@ -54,7 +54,7 @@ def test_keys_of_the_host(inmate: Prison, key: str) -> None:
 
 
 def test_the_session_keyring_is_new_without_a_filter(inside: Prison, key: str) -> None:
-    """Where the filter is off, the caller's session keyring still stays outside."""
+    """Without the filter, the caller's session keyring still stays outside."""
     script = (
         f"keyctl new_session >/dev/null; keyctl add user {key}-s session-secret @s >/dev/null; "
         '"$@"; echo; keyctl print %user:' + f"{key}-s"
@@ -121,7 +121,7 @@ ask("newer than the profile", 9999)
 
 @pytest.mark.skipif(platform.machine() != "x86_64", reason="the numbers are those of x86-64")
 def test_system_calls(inmate: Prison) -> None:
-    """The answers of Docker's default profile: EPERM, and ENOSYS where a program is to fall back."""
+    """The results of Docker's default profile: EPERM, and ENOSYS where programs should fall back."""
     lines = inmate.out(inmate.python(_CALLS)).splitlines()
     found = dict(line.rsplit(" ", 1) for line in lines)
     missing = {"clone3", "newer than the profile"}
@@ -148,7 +148,7 @@ words:  .long 1, 1, 0
 
 
 def make_32(program: Path, source: str, *, prints: bytes) -> None:
-    """Make a 32-bit program that prints this outside of a container; skip the test where that fails."""
+    """Build a 32-bit program that prints this outside a container; skip the test if that fails."""
     if shutil.which("gcc") is None:
         pytest.skip("gcc is not installed")
     built = subprocess.run(
@@ -198,7 +198,7 @@ def test_ordinary_programs_run(inmate: Prison) -> None:
 
 
 def test_ptrace_of_the_own_children_alone(inmate: Prison) -> None:
-    """Docker leaves ptrace from Linux 4.8 on; processes of the host have no number in the container."""
+    """Docker allows ptrace since Linux 4.8; processes of the host have no pid in the container."""
     done = inmate.python(
         "import os\n"
         f"for pid in ({os.getpid()}, 2, 3, 4, 5, 6, 7, 8, 9):\n"
@@ -251,7 +251,7 @@ def test_a_user_has_none_and_gets_none(inmate: Prison) -> None:
 
 
 def test_devices_of_the_host(inmate: Prison) -> None:
-    """A device file can be made by root, as in Docker, but nowhere opened."""
+    """Root can create a device file, as in Docker, but not open it."""
     disk = os.stat("/").st_dev
     done = inmate.sh(
         "mkdir -p /mk; for d in /mk /tmp /dev /dev/shm /data /v /t; do "
@@ -266,7 +266,7 @@ def test_devices_of_the_host(inmate: Prison) -> None:
 
 
 def test_device_files_keep_their_mode(inside: Prison) -> None:
-    """Those of /dev are the host's inodes."""
+    """Those in /dev are the host's inodes."""
     names = ("null", "zero", "full", "random", "urandom", "tty")
     before = [(os.stat(f"/dev/{name}").st_mode, os.stat(f"/dev/{name}").st_uid) for name in names]
     script = f"cd /dev; chmod 666 {' '.join(names)}; chown 0 {' '.join(names)}; echo x > null && echo well"
@@ -280,7 +280,7 @@ def test_device_files_keep_their_mode(inside: Prison) -> None:
 
 
 def test_masked_and_read_only_paths(inmate: Prison) -> None:
-    """The list of moby, daemon/pkg/oci/defaults.go: files are empty, directories have nothing in them."""
+    """The list of moby, daemon/pkg/oci/defaults.go: files and directories are empty."""
     masked = ("acpi", "asound", "interrupts", "kcore", "keys", "latency_stats", "sched_debug", "scsi",
               "timer_list", "timer_stats")  # fmt: skip
     paths = [*(f"/proc/{name}" for name in masked), "/sys/firmware", "/sys/devices/virtual/powercap"]
@@ -307,7 +307,7 @@ def test_nothing_of_the_kernel_is_written(inmate: Prison) -> None:
 
 
 def test_owner_and_mode_of_the_kernel_s_files(inside: Prison) -> None:
-    """Every procfs has the same ones: the host sees what a container changes."""
+    """They are the same in every procfs: the host sees a container's changes."""
     script = (
         "for p in /proc/[a-z]* /proc/tty/drivers /proc/driver/rtc /proc/sysvipc/shm; do "
         "if [ -f $p ] && ! [ -L $p ]; then chmod $(stat -c %a $p) $p && echo changed $p; "
@@ -321,7 +321,7 @@ def test_owner_and_mode_of_the_kernel_s_files(inside: Prison) -> None:
 
 
 def test_sys_is_read_only(inmate: Prison) -> None:
-    """With all that is mounted below it on the host, none of which is shown."""
+    """Including the host's mounts below it, none of which is shown."""
     table = inmate.out(inmate.sh("cat /proc/self/mountinfo")).splitlines()
     found = {line.split()[4]: line.split()[5].split(",") for line in table}
     below = {path: options for path, options in found.items() if path == "/sys" or path.startswith("/sys/")}
@@ -334,7 +334,7 @@ def test_sys_is_read_only(inmate: Prison) -> None:
 
 
 def test_what_the_host_mounts_later(inside: Prison) -> None:
-    """Nothing of it appears below /sys, /proc, or /dev, where it would be writable; nor in a private bind."""
+    """It does not appear below /sys, /proc, or /dev, where it would be writable; nor in a private bind."""
     places = ("/sys/kernel", "/proc/fs", "/dev/pts", inside.box.host)
     script = (
         "mount --make-rshared / && mkfifo $0/go && { \"$@\" >$0/out & "
@@ -355,7 +355,7 @@ def test_what_the_host_mounts_later(inside: Prison) -> None:
 
 
 def test_cgroups(inmate: Prison) -> None:
-    """CVE-2022-0492: no cgroup can be mounted, and release_agent is nowhere to be found."""
+    """CVE-2022-0492: no cgroup can be mounted, and release_agent does not exist."""
     here = Path("/proc/self/cgroup").read_text()
     done = inmate.sh(
         "cat /proc/self/cgroup; readlink /proc/self/ns/cgroup; mkdir -p /tmp/c; "
@@ -403,7 +403,7 @@ def test_a_profile_of_the_users_own(inmate: Prison) -> None:
 
 
 def test_privileged(inside: Prison) -> None:
-    """It is what it says: nothing is kept from it."""
+    """As documented: all protections are off."""
     script = (
         "grep -E 'CapEff|Seccomp:' /proc/self/status; mount -t tmpfs x /tmp && echo mounted; "
         "ls -A /dev | wc -l"
@@ -417,7 +417,7 @@ def test_privileged(inside: Prison) -> None:
 
 
 def test_without_libseccomp(inside: Prison, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A container is not started without the filter that was asked for."""
+    """A container does not start without the requested filter."""
     monkeypatch.setattr(ctypes.util, "find_library", lambda name: None if name == "seccomp" else "libc.so.6")
     monkeypatch.delitem(sys.modules, "pyseccomp", raising=False)
     with pytest.raises(UserError, match=r"install the package libseccomp2"):

@@ -1,4 +1,4 @@
-"""Seccomp profiles: what is read of one, and that a bad file is one sentence."""
+"""Seccomp profiles: supported content, and one sentence for a bad file."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _ALLOW_ALL = {"defaultAction": "SCMP_ACT_ALLOW"}
 
 
 def rule(**more: Any) -> dict[str, Any]:
-    """A profile that allows all but what one rule says."""
+    """A profile that allows everything except one rule."""
     return {**_ALLOW_ALL, "syscalls": [{"names": ["mkdir"], "action": "SCMP_ACT_ERRNO", **more}]}
 
 
@@ -86,7 +86,7 @@ def test_conditions(tmp_path: Path, condition: Any, capabilities: list[str], hol
 
 
 def test_several_comparisons_of_one_argument(tmp_path: Path) -> None:
-    """libseccomp takes one comparison of an argument a rule: they become alternatives, as in runc."""
+    """libseccomp accepts one comparison per argument and rule: they become alternatives, as in runc."""
     compared = [{"index": 0, "value": value, "op": "SCMP_CMP_EQ"} for value in (1, 2)]
     path = tmp_path / "p.json"
     path.write_text(json.dumps(rule(args=compared)))
@@ -94,6 +94,6 @@ def test_several_comparisons_of_one_argument(tmp_path: Path) -> None:
 
 
 def test_the_built_in_profile() -> None:
-    """It can be compiled for no capabilities and for the default ones, and fits into the kernel's limit."""
+    """It compiles for no capabilities and for the default ones, and fits into the kernel's limit."""
     for capabilities in ((), DEFAULT, (*DEFAULT, "CAP_SYS_ADMIN")):
         assert 0 < len(compile_profile(BUILT_IN, capabilities)) // 8 <= 4096  # BPF_MAXINSNS

@@ -1,4 +1,4 @@
-"""The caller's files at stdin, stdout, and stderr: a container reads and writes them, and can do no more."""
+"""The caller's files at stdin, stdout, and stderr: a container can only read and write them."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from tests.support.patience import patient
 
 
 def shell(inside: Prison, line: str, script: str) -> Done:
-    """Run a shell's line, in which `"$@"` is a container with a script, in the host's directory."""
+    """Run a shell line in the host's directory; `"$@"` is a container with a script."""
     words = [*UNIONFS, *map(str, inside.words("--rm", "--", "/usr/bin/bash", "-c", script))]
     return subprocess.run(
         ["bash", "-c", line, "bash", *words], cwd=inside.box.host, capture_output=True, text=True,
@@ -48,7 +48,7 @@ def test_a_file_of_the_host(inside: Prison, line: str) -> None:
 
 
 def test_a_device_of_the_host(inside: Prison) -> None:
-    """The one that is there most often is /dev/null."""
+    """The most common one is /dev/null."""
     script = "k=; for n in 0 1 2; do k+=$(stat -Lc %F. /proc/$$/fd/$n); done; echo $k >&2"
     done = shell(inside, '"$@" </dev/null >/dev/null', script)
     assert done.stderr == "fifo.fifo.fifo.\n"
@@ -75,10 +75,10 @@ def test_end_of_the_input_and_of_the_output(inside: Prison) -> None:
     assert shell(inside, '"$@" </dev/null', "cat; exit 3").returncode == 3
     done = shell(inside, '"$@" | head -n 1; echo ${PIPESTATUS[0]}', "yes")
     assert done.stdout == "y\n141\n"
-    # The reader ends while nothing is written.
+    # The reader ends while no output is written.
     done = shell(inside, '"$@" | :; echo ${PIPESTATUS[0]}', "sleep 0.5; echo x; sleep 0.1; echo y; sleep 5")
     assert done.stdout == "141\n"
-    # Input that nobody reads keeps nobody waiting.
+    # Unread input blocks no process.
     begin = time.monotonic()
     assert shell(inside, '"$@" < <(exec sleep 20 >/dev/null 2>&1)', "exit 4").returncode == 4
     assert time.monotonic() - begin < patient(10)
@@ -109,7 +109,7 @@ def test_output_that_cannot_be_written(inside: Prison) -> None:
 
 
 def test_a_slow_reader(inside: Prison) -> None:
-    """All that was written comes, however long after the command's end; a signal ends the wait."""
+    """All output arrives, however long after the command's end; a signal ends the wait."""
     line = '"$@" | { sleep 1; wc -c; }'
     assert shell(inside, line, "head -c 130000 /dev/zero").stdout == "130000\n"
     words = [*UNIONFS, *map(str, inside.words("--rm", "--", "/usr/bin/bash", "-c"))]

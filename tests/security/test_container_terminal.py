@@ -27,7 +27,7 @@ _REDIRECTIONS = ("", "</dev/null", ">/dev/null", "2>/dev/null", "</dev/null >/de
 @pytest.mark.parametrize("redirection", _REDIRECTIONS)
 @pytest.mark.parametrize("filtered", [True, False])
 def test_typing_into_the_callers_terminal(inside: Prison, redirection: str, filtered: bool) -> None:
-    """What is typed there would be read by the shell that has called, whichever files it redirects."""
+    """The calling shell would read the typed text, whichever files it redirects."""
     box = inside.box
     options = [*box.system(), *([] if filtered else ["--security-opt", "seccomp=unconfined"])]
     shell = f'"$@" {redirection}; echo waits; read -t 0.3 typed; echo "typed<$typed>"'

@@ -1,4 +1,4 @@
-"""What a daemon has given up when its mount can be used."""
+"""Rights that a daemon has dropped when its mount is usable."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def capabilities(pid: int, which: str) -> set[str]:
 
 
 def test_names_of_capabilities() -> None:
-    """As the C library of another program has them."""
+    """As in the C library of another program."""
     if shutil.which("capsh") is None:
         pytest.skip("capsh is not installed")
     bits = (1 << len(NAMES)) - 1
@@ -76,7 +76,7 @@ def test_the_other_session(place: Place) -> None:
 
 
 def test_a_users_daemon_can_still_unmount(host: Host, place: Place) -> None:
-    """fusermount3 is set-user-id, so no_new_privs would keep a daemon from ending its mount."""
+    """fusermount3 is set-user-id, so no_new_privs would prevent a daemon from ending its mount."""
     pid = host.mount()
     assert status(pid, "NoNewPrivs") == "0"
     assert capabilities(pid, "CapEff") == set()
@@ -85,7 +85,7 @@ def test_a_users_daemon_can_still_unmount(host: Host, place: Place) -> None:
 
 
 def test_the_keyring_of_the_mounting_session(place: Place) -> None:
-    """A daemon has a session keyring of its own, without the keys of whoever mounted."""
+    """A daemon has a new session keyring, without the keys of the mounting user."""
     if shutil.which("keyctl") is None:
         pytest.skip("keyctl is not installed")
     script = (

@@ -1,4 +1,4 @@
-"""A lower of which some names fail: the others are listed and used, as on kernel overlayfs."""
+"""A lower with failing names: the others are listed and used, as on kernel overlayfs."""
 
 from __future__ import annotations
 
@@ -77,7 +77,7 @@ def test_names_that_fail(
             facts["new"] = sorted(os.listdir(top))
             found.append(facts)
     kernel, ours = found
-    # on overlayfs a directory of one layer alone is listed as it is there
+    # overlayfs lists a directory of only one layer unchanged
     assert ours == kernel
     assert set(ERRORS) <= set(ours[""])
 

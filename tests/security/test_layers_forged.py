@@ -1,4 +1,4 @@
-"""Layers with forged markers: the union shows and does what kernel overlayfs does."""
+"""Layers with forged markers: the union behaves like kernel overlayfs."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ TRUSTED = "trusted.overlay."
 
 
 class Forge:
-    """Three lowers and an upper, in which shapes are made before anything is mounted."""
+    """Three lowers and an upper, filled before the mount."""
 
     def __init__(self, root: Path, prefix: str = TRUSTED) -> None:
         self.root = root
@@ -31,7 +31,7 @@ class Forge:
             path.mkdir(parents=True)
 
     def path(self, place: str) -> Path:
-        """`l0:a/b` as a path, with the directories above it."""
+        """`l0:a/b` as a path; creates the directories above it."""
         layer, _, rest = place.partition(":")
         path = self.layers[layer] / rest
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -90,7 +90,7 @@ def _listed(path: Path) -> Any:
 
 
 def _facts(path: Path) -> Any:
-    """Of one object: the error that stat gives, or all that does not depend on the filesystem."""
+    """For one object: the errno of stat, or all values independent of the filesystem."""
     st = _tried(os.lstat, path)
     if isinstance(st, str):
         return st
@@ -106,7 +106,7 @@ def _facts(path: Path) -> Any:
 
 
 def _walk(top: Path, path: Path | None = None) -> dict[str, Any]:
-    """Each directory is listed before anything in it is looked up, and once more afterwards."""
+    """List each directory before any lookup in it, and once more afterwards."""
     path = path or top
     name = str(path.relative_to(top))
     found: dict[str, Any] = {name: [_facts(path), _tried(_listed, path)]}
@@ -122,7 +122,7 @@ def _walk(top: Path, path: Path | None = None) -> dict[str, Any]:
 
 
 def _removed(top: Path, names: list[str]) -> list[Any]:
-    """What removing, renaming and making says of these names."""
+    """The results of removing, renaming and creating these names."""
     said: list[Any] = []
     for name in names:
         path = top / name
@@ -143,7 +143,7 @@ def _removed(top: Path, names: list[str]) -> list[Any]:
 
 
 def _same(area: Path, session: str, make: Callable[[Forge], list[str]], prefix: str = TRUSTED) -> None:
-    """Both walk alike, and say the same of what is done with the names that `make` returns."""
+    """Walks of both, and the results of operations on the names from `make`, are equal."""
     found = []
     for which in ("kernel", session):
         forge = Forge(area / which, prefix)
@@ -186,17 +186,17 @@ def _redirects(forge: Forge) -> list[str]:
 
 
 def test_broken_redirects(kernel_overlay: None, area: Path, session: str) -> None:
-    """The name cannot be looked up, or is not merged; the directory that it is in is listed with it."""
+    """The name cannot be looked up, or is not merged; its directory still lists it."""
     _same(area, session, _redirects)
 
 
 def test_redirects_that_any_user_could_make(kernel_overlay: None, area: Path, session: str) -> None:
-    """With the prefix `user.overlay.` none is followed: it would lead past the permissions on the way."""
+    """With the prefix `user.overlay.` none is followed: it would bypass the permissions on the way."""
     _same(area, session, _redirects, "user.overlay.")
 
 
 def test_broken_redirects_among_many_names(kernel_overlay: None, area: Path, session: str) -> None:
-    """A long listing is asked for as READDIRPLUS and as READDIR."""
+    """A long listing uses READDIRPLUS and READDIR."""
 
     def make(forge: Forge) -> list[str]:
         for index in range(2000):
@@ -211,7 +211,7 @@ def test_broken_redirects_among_many_names(kernel_overlay: None, area: Path, ses
 
 
 def test_a_walk_prepares_them_too(kernel_overlay: None, area: Path, session: str) -> None:
-    """Of directories that a walk will list next, listings are prepared."""
+    """Listings of directories that a walk will list next are prepared."""
 
     def make(forge: Forge) -> list[str]:
         for index in range(40):
@@ -226,7 +226,7 @@ def test_a_walk_prepares_them_too(kernel_overlay: None, area: Path, session: str
 
 
 def test_redirects_on_the_way(kernel_overlay: None, area: Path, session: str) -> None:
-    """A directory on the way of an absolute redirect may be redirected, opaque or broken itself."""
+    """A directory in the path of an absolute redirect may itself be redirected, opaque or broken."""
 
     def make(forge: Forge) -> list[str]:
         names = []
@@ -262,10 +262,10 @@ _EVERYWHERE = ("upper", "l0", "l1", "l2")
 
 
 def _whiteout_shapes(forge: Forge) -> list[str]:
-    """Where the whiteout is, where its directory is, and where an opaque is.
+    """Positions of the whiteout, of its directory, and of an opaque.
 
-    Not where another layer's directory alone is marked: overlayfs hides these, too, once it has looked up any
-    marked directory of the whiteout's layer.
+    Excludes marks on another layer's directory alone: overlayfs hides these too, after its first lookup of
+    any marked directory of the whiteout's layer.
     """
     names = []
     shapes: list[tuple[str, list[str], tuple[str, ...]]] = []
@@ -273,7 +273,7 @@ def _whiteout_shapes(forge: Forge) -> list[str]:
         for dirs in (_EVERYWHERE, ("l0", "l1", "l2"), (layer,)):
             for marked in ([], *([one] for one in dirs), list(dirs)):
                 if layer == "upper" and "upper" in marked:
-                    continue  # the union makes such ones itself, and hides them
+                    continue  # the union creates and hides such ones itself
                 if marked and layer not in marked:
                     continue
                 shapes.append((layer, marked, dirs))
@@ -298,7 +298,7 @@ def _whiteout_shapes(forge: Forge) -> list[str]:
 
 @pytest.mark.parametrize("prefix", [TRUSTED, "user.overlay."])
 def test_xattr_whiteouts(kernel_overlay: None, area: Path, session: str, prefix: str) -> None:
-    """A lookup finds none of them; a listing leaves out those whose directory is marked for it."""
+    """A lookup finds none of them; a listing omits those whose directory is marked."""
     _same(area, session, _whiteout_shapes, prefix)
 
 
@@ -406,7 +406,7 @@ def _whiteouts_that_are_none(forge: Forge) -> None:
         os.mknod(forge.path(f"{layer}:d/{layer}null"), stat.S_IFCHR | 0o666, os.makedev(1, 3))
         for name in ("dir", "empty", "full", "sparse", "fifo", "link", "null"):
             forge.mark(f"{layer}:d/{layer}{name}", "whiteout", b"y")
-    # (real ones in the upper are in overlayfs's first listing, but not in later ones)
+    # (overlayfs's first listing contains real ones in the upper, later ones do not)
     for index, value in enumerate((b"", b"y", b"n", b"x" * 100)):
         forge.file(f"l0:d/value{index}", "")
         forge.mark(f"l0:d/value{index}", "whiteout", value)
@@ -427,7 +427,7 @@ def _garbage(forge: Forge) -> None:
 
 
 def _devices(forge: Forge) -> None:
-    """Merged directories; of others overlayfs lists whiteouts, too, which the union does not."""
+    """In merged directories; elsewhere overlayfs lists whiteouts too, unlike the union."""
     for layer in ("l0", "upper"):
         d = f"{layer}:{layer}"
         os.link(forge.char(f"{d}/whiteout"), forge.path(f"{d}/linked"))

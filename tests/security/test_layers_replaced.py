@@ -24,7 +24,7 @@ ROUNDS = 1000
 
 @pytest.fixture
 def his(root: None, area: Path) -> Path:
-    """A directory of uid 1001 with a lower, an upper and a work directory, and one that is called `other`."""
+    """A directory of uid 1001 with a lower, an upper and a work directory, and one named `other`."""
     place = area / "his"
     for name in ("lower", "upper", "work"):
         (place / name).mkdir(parents=True)
@@ -36,7 +36,7 @@ def his(root: None, area: Path) -> Path:
 
 @pytest.fixture
 def victim(area: Path) -> Path:
-    """A directory of root that looks like a work directory in which somebody kept something."""
+    """A directory of root that looks like a work directory containing files."""
     place = area / "victim"
     (place / "work").mkdir(parents=True)
     (place / "work/precious").write_text("data")
@@ -111,7 +111,7 @@ def test_one_directory_twice(his: Path) -> None:
 
 @pytest.mark.parametrize("name", ["work", "upper", pytest.param("above", marks=pytest.mark.slow)])
 def test_races(his: Path, victim: Path, attacker: Worker, name: str) -> None:
-    """What is checked is exchanged for a symlink again and again, while root checks and opens it."""
+    """The checked path is repeatedly exchanged for a symlink, while root checks and opens it."""
     settings, before = _settings(his), snapshot.take(victim)
     link = his.parent / "link" if name == "above" else his / "link"
     link.symlink_to(victim.parent if name == "above" else victim)

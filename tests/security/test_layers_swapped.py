@@ -1,7 +1,7 @@
-"""Who may rename in a layer puts another user's object in the place of an own one, that the kernel knows.
+"""A user who may rename in a layer replaces their object, known to the kernel, with another user's.
 
-The kernel checks permissions by the attributes that it was told, and the daemon acts as root: so the daemon
-must act on the object that the kernel means, or on none.
+The kernel checks permissions with the attributes it received, and the daemon acts as root: so the daemon must
+act on the object that the kernel means, or on none.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ def attacker(root: None) -> Iterator[Worker]:
 
 @pytest.fixture(params=["lower", "upper"])
 def union(request: pytest.FixtureRequest, area: Path, session: str) -> Iterator[tuple[Mount, Path]]:
-    """A union, and the attacker's directory in one of its layers, with an object of root's beside it."""
+    """A union, and the attacker's directory in one of its layers, beside an object of root."""
     for name in ("lower", "upper", "work"):
         (area / name).mkdir()
     home = area / request.param / "home"
@@ -49,7 +49,7 @@ def union(request: pytest.FixtureRequest, area: Path, session: str) -> Iterator[
 
 
 def own(home: str, merged: str, kind: str) -> None:
-    """Make an object of one's own, have the kernel know it, and put root's in its place."""
+    """Create an object, let the kernel look it up, and replace it with root's."""
     path = f"{home}/own"
     if kind == "directory":
         os.mkdir(path, 0o777)
@@ -59,7 +59,7 @@ def own(home: str, merged: str, kind: str) -> None:
         os.chmod(path, 0o777)
     os.stat(f"{merged}/home/own")
     if kind == "directory":
-        os.rmdir(path)  # rename(2) does so itself, but asks for write permission on what it moves
+        os.rmdir(path)  # rename(2) would do so itself, but requires write permission on the moved directory
     with suppress(OSError):
         os.rename(f"{home}/{'private' if kind == 'directory' else kind}", path)
 
@@ -120,7 +120,7 @@ def test_a_file(union: tuple[Mount, Path], attacker: Worker, attack: object) -> 
     assert found != SECRET
     _unharmed(home / "own", before)
     if mount.session == "direct-cached" and attack is append:
-        return  # the kernel opens and writes it by itself, and learns of the daemon's refusal too late
+        return  # the kernel opens and writes it itself, and gets the daemon's refusal too late
     shown = (mount.mountpoint / "home/own").stat()
     assert (shown.st_uid, stat.S_IMODE(shown.st_mode)) == (0, 0o600)
     assert (mount.mountpoint / "home/own").read_text() == SECRET
@@ -155,7 +155,7 @@ def test_a_directory(union: tuple[Mount, Path], attacker: Worker, attack: object
 
 
 def test_an_open_path_to_the_old_object(union: tuple[Mount, Path], attacker: Worker) -> None:
-    """By /proc/self/fd the kernel asks for the node that it had, not for the name."""
+    """Through /proc/self/fd the kernel requests its old node, not the name."""
     mount, home = union
     found = attacker.call(reopen, str(home), str(mount.mountpoint))
     assert found in ("mine", "ESTALE")

@@ -1,4 +1,4 @@
-"""Xattrs that are there and cannot be read: an empty `security.capability`, or an error of the filesystem."""
+"""Existing but unreadable xattrs: an empty `security.capability`, or an error of the filesystem."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ BROKEN = "security.capability"
 
 
 def spoil(path: Path) -> None:
-    """Give it one xattr that cannot be read, and one that can."""
+    """Set one unreadable xattr, and one readable one."""
     os.setxattr(path, "user.kept", b"value")
     os.setxattr(path, BROKEN, b"")
     with pytest.raises(OSError, match="Invalid argument"):
@@ -31,7 +31,7 @@ def spoil(path: Path) -> None:
 
 
 def tree(top: Path) -> None:
-    """A directory, a file in it and an empty file, all spoiled."""
+    """A directory, a file in it and an empty file, all with unreadable xattrs."""
     (top / "dir").mkdir(parents=True, exist_ok=True)
     (top / "dir/file").write_text("data")
     (top / "empty").touch()
@@ -118,7 +118,7 @@ class TestPopulate:
         above = area / "above"
         above.mkdir()
         (above / "mine").touch()
-        whiteout(above / "ENOMEM")  # may be this host's own lack, which ends the filling
+        whiteout(above / "ENOMEM")  # may be a lack on this host, which ends the population
         volume = area / "volume"
         volume.mkdir()
         stack = LayerStack.open([str(above), str(failing)], None, None)
@@ -134,7 +134,7 @@ class TestPopulate:
 class TestCopyUp:
     @pytest.mark.parametrize("name", ["dir", "dir/file", "empty"])
     def test_an_empty_capability_stops_nobody(self, root: None, area: Path, session: str, name: str) -> None:
-        """Kernel overlayfs answers EINVAL; `cp -a` leaves the xattr out."""
+        """Kernel overlayfs returns EINVAL; `cp -a` skips the xattr."""
         tree(area / "lower")
         subprocess.run(["cp", "-a", area / "lower", area / "reference"], check=True)
         for made in ("upper", "work"):

@@ -1,4 +1,4 @@
-"""Root's commands on mounts and directories in the directory of another user, who leads them elsewhere."""
+"""Root's commands on mounts and directories in the directory of another user, who redirects them."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ SECONDS = 6.0
 
 @pytest.fixture
 def theirs(place: Place, attacker: Worker) -> Iterator[Path]:
-    """A directory of the attacker's with two others, `p` and `q`, each with `mnt/data`."""
+    """A directory of the attacker with two others, `p` and `q`, each with `mnt/data`."""
     top = place.root / "theirs"
     for name in ("p", "q"):
         (top / name / "mnt/data").mkdir(parents=True)
@@ -40,7 +40,7 @@ def theirs(place: Place, attacker: Worker) -> Iterator[Path]:
 
 
 def test_doctor(place: Place, attacker: Worker, theirs: Path) -> None:
-    """It makes files, and removes them, in a directory that the attacker may rename."""
+    """It creates files, and removes them, in a directory that the attacker may rename."""
     victim = place.root / "victim"
     victim.write_text("precious\n")
     victim.chmod(0o600)
@@ -54,7 +54,7 @@ def test_doctor(place: Place, attacker: Worker, theirs: Path) -> None:
 def test_no_helper_that_works_by_path(
     place: Place, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    """fusermount3 as root would unmount whatever the path leads to by then."""
+    """As root, fusermount3 would unmount the current target of the path."""
     called = tmp_path / "called"
     helper = tmp_path / "fusermount3"
     helper.write_text(f"#!/bin/sh\ntouch {called}\n")
@@ -76,7 +76,7 @@ def test_no_helper_that_works_by_path(
 
 
 def test_storage_that_is_put_back(place: Place, attacker: Worker, theirs: Path) -> None:
-    """The union is busy, so its storage is mounted again: in the union, wherever that is by now."""
+    """The union is busy, so its storage is mounted again: in the union, wherever that is now."""
     mountpoint = theirs / "p/mnt"
     done = unionfs("mount", *place.layers, "-v", f"{place.lower2}:/data", mountpoint)
     assert done.returncode == 0, done.stderr
@@ -100,7 +100,7 @@ def all_below(path: Path) -> list[unmount.MountEntry]:
 
 
 def test_storage_of_a_new_mount(place: Place, attacker: Worker, theirs: Path) -> None:
-    """The mountpoint's directory is exchanged meanwhile: the storage follows the union, or is refused."""
+    """The mountpoint's directory is exchanged during the mount: storage follows the union, or is refused."""
     other = place.root / "other"
     for name in ("l", "u", "w"):
         (other / name).mkdir(parents=True)
@@ -116,7 +116,7 @@ def test_storage_of_a_new_mount(place: Place, attacker: Worker, theirs: Path) ->
         for entry in all_below(theirs):
             assert entry.is_fuse or entry.parent_id != foreign.mount_id, done.stderr
         end_daemons_of(place)
-    # how many of these succeed is chance; undisturbed the same command does
+    # the number of successes is random; without the attack the same command succeeds
     attacker.call(attacks.stop)
     calm = theirs / "r"
     calm.mkdir()
@@ -134,7 +134,7 @@ def end_daemons_of(place: Place) -> None:
 
 
 def test_an_answer_for_another_users_mount(place: Place, attacker: Worker) -> None:
-    """A mount namespace of one's own holds copies of all mounts, which still belong to their owners."""
+    """A new mount namespace has copies of all mounts, which still belong to their owners."""
     place.mount()
     mount = mounted_at(str(place.merged))
     assert mount is not None
@@ -165,11 +165,11 @@ def test_a_lock_whose_holder_has_ended(place: Place, attacker: Worker) -> None:
 
 
 class TestSymlinksOfOthers:
-    """Root follows another user's symlink only to what belongs to that user."""
+    """Root follows another user's symlink only to objects of that user."""
 
     @pytest.fixture
     def home(self, place: Place, attacker: Worker) -> Path:
-        """The attacker's directory, with symlinks to one in it, and to one of root's."""
+        """The attacker's directory, with symlinks to a directory in it, and to one of root's."""
         home = place.root / "home"
         (home / "own").mkdir(parents=True)
         private = place.root / "private"
@@ -190,7 +190,7 @@ class TestSymlinksOfOthers:
         succeed(unionfs("umount", place.merged))
 
     def test_a_volume(self, place: Place, home: Path) -> None:
-        """It was made for a directory that the user replaces later."""
+        """It was created for a directory that the user replaces later."""
         root = ("--root", place.root / "root")
         for name in ("good", "evil"):
             options = ("-o", "type=none", "-o", "o=bind", "-o", f"device={home}/{name}")

@@ -1,4 +1,4 @@
-"""Root's commands beside users who mislead them: their runtime files, daemons, mounts and storage roots."""
+"""Root's commands and misleading users: their runtime files, daemons, mounts and storage roots."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ TROUBLE = ("fifo", "zero", "huge", "nested", "directory", "socket")
 
 @contextmanager
 def directory_of(uid: int, path: Path) -> Iterator[Path]:
-    """A directory of a user at a well-known place, which must not be there yet."""
+    """A directory of a user at a well-known path, which must not exist yet."""
     above = None if path.parent.exists() else path.parent
     if path.exists() or path.is_symlink():
         pytest.skip(f"{path} is in use")
@@ -49,13 +49,13 @@ def directory_of(uid: int, path: Path) -> Iterator[Path]:
 
 @pytest.fixture(params=[f"/tmp/unionfs-{ATTACKER}", f"/run/user/{ATTACKER}/unionfs"])
 def runtime(request: pytest.FixtureRequest, root: None) -> Iterator[Path]:
-    """Where the attacker's daemons would have their runtime files."""
+    """The attacker's runtime directory for daemons."""
     with directory_of(ATTACKER, Path(request.param)) as path:
         yield path
 
 
 def all_commands(place: Place) -> None:
-    """Everything that reads the registry or looks for other mounts; each must end soon, and well."""
+    """Run every command that reads the registry or searches for mounts; each must end soon, with success."""
     began = time.monotonic()
     place.mount()
     for command in (
@@ -80,7 +80,7 @@ class TestRuntimeFiles:
 
     @pytest.mark.parametrize("what", TROUBLE)
     def test_trouble_in_the_own_directory(self, place: Place, what: str) -> None:
-        """As after a restore of /run, or by a mistake of root's."""
+        """As after a restore of /run, or a mistake by root."""
         for name in (f"x-{what}.json", "unionfs.log.x"):
             attacks.plant(f"/run/unionfs/{name}", what)
         try:
@@ -94,7 +94,7 @@ class TestRuntimeFiles:
             attacks.stop()
 
     def test_nothing_of_a_user_is_removed(self, place: Place, attacker: Worker, runtime: Path) -> None:
-        """Neither where it lies, nor where a symlink leads."""
+        """Neither in place, nor through a symlink."""
         victim = place.root / "victim"
         victim.mkdir(mode=0o700)
         for name in ("daemon.json", "daemon.sock"):
@@ -150,7 +150,7 @@ class TestRuntimeFiles:
 
 @pytest.fixture
 def silent_mount(place: Place) -> Iterator[Path]:
-    """A mount of the attacker's whose daemon answers nothing, not even root, who may ask it."""
+    """A mount of the attacker whose daemon never answers, not even root, who has the right to ask."""
     where = place.root / "silent"
     where.mkdir()
     device = os.open("/dev/fuse", os.O_RDWR | os.O_CLOEXEC)
@@ -217,7 +217,7 @@ class TestMounts:
         succeed(unionfs("umount", place.merged))
 
     def test_a_name_with_somebody_elses_pid(self, place: Place, attacker: Worker) -> None:
-        """A socket counts only for the process that listens on it."""
+        """A socket counts only for its listening process."""
         place.mount()
         entry = place.entry()
         attacker.call(attacks.lie, live.abstract_name(entry.name), "answer", {"device": entry.device})
@@ -239,7 +239,7 @@ class TestMounts:
         succeed(host.unionfs("umount", place.merged))
 
     def test_root_reads_the_diff_as_the_user(self, host: Host, place: Place) -> None:
-        """Where the layers are is what the user says."""
+        """The user determines the paths of the layers."""
         host.mount()
         host.run("sh", "-c", f"echo new > {place.merged}/new")
         assert as_root(host, "diff", place.merged) == "A /new\n"
@@ -253,7 +253,7 @@ class TestMounts:
         succeed(host.unionfs("umount", place.merged))
 
     def test_unmounting_where_the_way_is_led_elsewhere(self, attacker: Worker, area: Path) -> None:
-        """A user swaps a directory above his mount for one where root has mounted something."""
+        """A user exchanges a directory above the mount for one where root has a mount."""
         theirs = area / "theirs"
         for name in ("a", "b"):
             (theirs / name / "m").mkdir(parents=True)
@@ -286,7 +286,7 @@ def all_mounts() -> list[MountEntry]:
 
 
 def clear(source: str) -> None:
-    """Unmount all that has this source."""
+    """Unmount all mounts with this source."""
     while left := [m for m in all_mounts() if m.source == source]:
         for mount in left:
             with suppress(OSError):
@@ -300,13 +300,13 @@ def environment(host: Host) -> list[str]:
 
 
 def as_root(host: Host, *arguments: str | Path) -> str:
-    """What a command of root prints in the user's mount namespace."""
+    """The output of a command by root in the user's mount namespace."""
     return host.root("env", *environment(host), *UNIONFS, *arguments).stdout
 
 
 class TestStorageOfUsers:
     def test_umount_of_a_dead_mount_with_volumes(self, host: Host, place: Place) -> None:
-        """What its daemon left in the user's storage is cleared away as the user, who led it elsewhere."""
+        """The cleanup in the user's storage, which the user has redirected, runs as the user."""
         store = place.root / "store"
         store.mkdir()
         os.chown(store, UID, UID)
@@ -327,7 +327,7 @@ class TestStorageOfUsers:
         assert f" {place.merged} " not in host.root("cat", "/proc/mounts").stdout
 
     def test_umount_of_a_dead_mount_gives_volumes_back(self, host: Host, place: Place) -> None:
-        """The same without tricks: with logind's directory root's umount finds what is left to do."""
+        """The same without an attack: with logind's directory root's umount finds the remaining work."""
         with directory_of(UID, Path(f"/run/user/{UID}/unionfs")) as runtime:
             host.runtime = runtime.parent
             pid = host.mount("-v", "mine:/v", "--root", str(place.root / "runtime" / "store"))
@@ -350,7 +350,7 @@ def children_named(name: str, uid: int) -> list[int]:
 
 class TestUserNamespace:
     def test_uid_0_there_is_not_the_real_root(self, host: Host, place: Place) -> None:
-        """Without XDG_RUNTIME_DIR, as in cron and `su`, and with root's own directory in the way."""
+        """Without XDG_RUNTIME_DIR, as in cron and `su`, and with root's own directory as an obstacle."""
         with directory_of(0, Path("/tmp/unionfs-0")) as roots:
             script = (
                 f"{' '.join(host.command)} mount {' '.join(map(str, place.layers))} {place.merged} && "
@@ -366,7 +366,7 @@ class TestUserNamespace:
         shutil.rmtree(left, ignore_errors=True)
 
     def test_logind_has_a_directory(self, host: Host, place: Place) -> None:
-        """It comes before /tmp, also when the variable is not set."""
+        """It is searched before /tmp, even if the variable is not set."""
         with directory_of(UID, Path(f"/run/user/{UID}/unionfs")) as runtime:
             runtime.rmdir()
             done = host.run(
@@ -386,14 +386,14 @@ class TestLocks:
         all_commands(place)
 
     def test_a_lock_of_a_user_who_may_write_it(self, place: Place, attacker: Worker) -> None:
-        """As that of a mount by this user."""
+        """Like the lock of a mount by this user."""
         os.chown(place.upper, ATTACKER, ATTACKER)
         attacker.call(attacks.hold_lock, str(place.upper))
         refused(unionfs("mount", *place.layers, place.merged), "already in use by another mount")
 
 
 class TestLimits:
-    """The mounting shell's limits are for the shell."""
+    """The mounting shell's limits are only for the shell."""
 
     def test_processor_time(self, place: Place) -> None:
         layers = " ".join(map(str, place.layers))
@@ -419,7 +419,7 @@ class TestLimits:
         succeed(unionfs("umount", place.merged))
 
     def test_all_of_them(self, place: Place) -> None:
-        """Hard ones too where root may lift them; a daemon dumps no core in any case."""
+        """Including hard ones if root may raise them; a daemon never dumps core."""
         layers = " ".join(map(str, place.layers))
         limits = "ulimit -Sd 2000000; ulimit -Sv 4000000; ulimit -Su 300; ulimit -Sc unlimited; ulimit -Sn 64"
         succeed(call(("bash", "-c"), f"{limits}; exec {' '.join(UNIONFS)} mount {layers} {place.merged}"))
@@ -434,13 +434,13 @@ class TestLimits:
 
 
 def cpu_seconds(pid: int) -> float:
-    """The processor time that a process has taken; proc_pid_stat(5)."""
+    """The processor time used by a process; proc_pid_stat(5)."""
     fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
     return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
 
 def test_signals_of_users_do_not_reach_the_child_of_root(attacker: Worker) -> None:
-    """A user may stop or end what root runs as that user; root then goes on."""
+    """A user may stop or end a child of root that runs as that user; root then continues."""
     from unionfs.sys.asuser import run_as
 
     def stop_myself() -> int:

@@ -1,4 +1,4 @@
-"""Docker volume plugins that misbehave: answers without end, in drips, of odd content, or none at all."""
+"""Misbehaving Docker volume plugins: endless answers, slow ones, invalid ones, or none at all."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from unionfs.errors import UserError
 from unionfs.storage.drivers import plugin
 
 Script = Callable[[socket.socket], None]
-"""What a server does with a connection whose request it has read."""
+"""A server's handling of a connection after reading its request."""
 
 _GOOD: dict[str, Any] = {
     "Plugin.Activate": {"Implements": ["VolumeDriver"]},
@@ -53,12 +53,12 @@ def says(values: Any) -> Script:
 
 
 def sends(data: bytes) -> Script:
-    """These bytes, and the end of the connection."""
+    """These bytes, then the end of the connection."""
     return lambda connection: connection.sendall(data)
 
 
 def repeats(first: bytes, piece: bytes, pause: float = 0.0) -> Script:
-    """Something at the beginning, and the same piece without end."""
+    """A prefix, then the same piece endlessly."""
 
     def script(connection: socket.socket) -> None:
         connection.sendall(first)
@@ -70,12 +70,12 @@ def repeats(first: bytes, piece: bytes, pause: float = 0.0) -> Script:
 
 
 def hangs(connection: socket.socket) -> None:
-    """No answer until the other side gives up."""
+    """No answer until the client gives up."""
     connection.recv(1)
 
 
 class Hostile:
-    """A plugin whose answers to some requests are scripts; `*` stands for all."""
+    """A plugin with scripted answers to some requests; `*` matches all."""
 
     def __init__(self, path: Path) -> None:
         self.scripts: dict[str, Script] = {}

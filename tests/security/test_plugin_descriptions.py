@@ -1,4 +1,4 @@
-"""Sockets and descriptions of Docker volume plugins: made by another user, unreadable, or without an end."""
+"""Sockets and descriptions of Docker volume plugins: created by another user, unreadable, or endless."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ STRANGER = 1001
 
 @pytest.fixture
 def places(area: Path, store: Store) -> Iterator[Path]:
-    """The directory in which plugins are looked for."""
+    """The search directory for plugins."""
     if os.geteuid() != 0:
         pytest.skip("needs root, whom others mislead")
     directory = area / "plugins"
@@ -119,7 +119,7 @@ class TestTrust:
         _describe(place / "p.spec")
         os.chown(place, STRANGER, STRANGER)
         os.chown(place / "p.spec", STRANGER, STRANGER)
-        child = os.fork()  # the interpreter itself may be where only root reads
+        child = os.fork()  # the interpreter itself may be readable by root only
         if child == 0:
             code = 1
             try:

@@ -1,4 +1,4 @@
-"""Plugins that name a directory on a filesystem which does not answer, or whose server is dead."""
+"""Plugins that name a directory on a filesystem that never answers, or whose server is dead."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ def test_backup(
 
 
 def test_a_command_ends_though_its_child_does_not(store: Store, hostile: Hostile, hanging: Path) -> None:
-    """Also for who waits until nobody has its output open any more, and its locks are free."""
+    """Also for a caller that waits for the end of all holders of its output, and its locks are released."""
     store.ok("create", "-d", "p", "data")
     hostile.scripts["VolumeDriver.Mount"] = says({"Mountpoint": str(hanging)})
     began = time.monotonic()

@@ -1,4 +1,4 @@
-"""Sockets of plugins that another user listens at, or puts in the place of root's."""
+"""Plugin sockets on which another user listens, or with which a user replaces root's."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ ROUNDS = 1000
 
 @pytest.fixture
 def places(root: None, area: Path, store: Store, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The directory in which plugins are looked for."""
+    """The search directory for plugins."""
     directory = area / "plugins"
     directory.mkdir()
     store.env[plugin_search.ENVIRONMENT] = str(directory)
@@ -37,7 +37,7 @@ def places(root: None, area: Path, store: Store, monkeypatch: pytest.MonkeyPatch
 
 @pytest.fixture
 def his(area: Path) -> Path:
-    """A directory of the attacker's."""
+    """A directory of the attacker."""
     directory = area / "his"
     directory.mkdir()
     os.chown(directory, STRANGER, STRANGER)
@@ -46,7 +46,7 @@ def his(area: Path) -> Path:
 
 @pytest.fixture
 def roots(area: Path) -> Iterator[Hostile]:
-    """A plugin of root's, at `good/p.sock`."""
+    """A plugin of root, at `good/p.sock`."""
     (area / "good").mkdir()
     server = Hostile(area / "good/p.sock")
     yield server
@@ -60,7 +60,7 @@ def _describe(path: Path, socket_: Path) -> None:
 
 @pytest.mark.parametrize("ending", ["spec", "json"])
 class TestNamed:
-    """Sockets that a description of root's names."""
+    """Sockets named by a description of root."""
 
     def test_in_a_directory_of_others(
         self, store: Store, places: Path, his: Path, attacker: Worker, ending: str
@@ -91,7 +91,7 @@ class TestNamed:
         refused(store("create", "-d", "p", "data"), f"has uid {STRANGER}")
 
     def test_one_of_root(self, store: Store, places: Path, area: Path, roots: Hostile, ending: str) -> None:
-        """Also by a relative symlink, and below a path that is longer than a socket's address may be."""
+        """Also by a relative symlink, and below a path longer than a socket address."""
         long = area / ("x" * 200)
         long.mkdir()
         (long / "p.sock").symlink_to("../good/./p.sock")
@@ -104,7 +104,7 @@ class TestSymlinks:
     def test_one_in_a_directory_of_others(
         self, store: Store, places: Path, area: Path, his: Path, roots: Hostile, where: str
     ) -> None:
-        """The end of the way is root's, but the attacker may lead it elsewhere at any time."""
+        """The end of the path is root's, but the attacker may redirect it at any time."""
         if where == "file":
             (his / "link").symlink_to(area / "good/p.sock")
             (places / "p.sock").symlink_to(his / "link")
@@ -147,7 +147,7 @@ class TestSymlinks:
     def test_races(
         self, places: Path, area: Path, his: Path, roots: Hostile, attacker: Worker, kind: str
     ) -> None:
-        """Root's socket and the attacker's change places all the time."""
+        """Root's socket and the attacker's are exchanged continuously."""
         attacker.call(os.mkdir, str(his / "d"))
         attacker.call(attacks.listen, str(his / "d/p.sock"))
         if kind == "link":
@@ -178,7 +178,7 @@ class TestLists:
     @pytest.mark.parametrize("who", [acl.USER, acl.GROUP])
     @pytest.mark.parametrize("where", ["file", "directory"])
     def test_an_acl_lets_others_write(self, store: Store, places: Path, who: int, where: str) -> None:
-        """With an ACL the group bits of the mode are its mask, also where the group is root's."""
+        """With an ACL the group bits of the mode are its mask, even if the group is root's."""
         (places / "p.spec").write_text("unix:///nowhere")
         place = places / "p.spec" if where == "file" else places
         entries = [(acl.USER_OBJ, 7, 0), (acl.GROUP_OBJ, 5, 0), (acl.MASK, 7, 0), (acl.OTHER, 5, 0)]

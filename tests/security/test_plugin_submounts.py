@@ -1,4 +1,4 @@
-"""What is mounted below a source of storage: it comes into the union with the source, and goes with it."""
+"""Mounts below a source of storage: they are mounted into the union and unmounted with the source."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def one(area: Path) -> Iterator[Storage]:
 
 @contextmanager
 def _mounts(top: Path) -> Iterator[None]:
-    """A tmpfs, one in that, and a bind mount of a directory of the outer one in the inner one."""
+    """A tmpfs, one in it, and a bind mount of a directory of the outer one in the inner one."""
     made: list[Path] = []
     try:
         for path in (top / "sub", top / "sub/deep/er"):
@@ -51,7 +51,7 @@ def _mounts(top: Path) -> Iterator[None]:
 
 @contextmanager
 def _plugin(one: Storage, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    """A plugin that serves; the directory of its volume `data`, which is made."""
+    """A running plugin; yields the directory of its volume `data`, created here."""
     places, home = one.place.root / "plugins", one.place.root / "server"
     places.mkdir()
     home.mkdir()
@@ -69,7 +69,7 @@ def _plugin(one: Storage, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
 
 @contextmanager
 def _source(one: Storage, kind: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[Path, list[str]]]:
-    """A source's directory, and the words that mount it at /data."""
+    """A source's directory, and the options that mount it at /data."""
     if kind == "plugin":
         with _plugin(one, monkeypatch) as path:
             yield path, ["-v", "data:/data"]
@@ -108,13 +108,13 @@ def test_umount(one: Storage, kind: str, monkeypatch: pytest.MonkeyPatch) -> Non
         assert _paths(one) == _INSIDE
         assert (one.merged / "data/sub/deep/er/file").read_text() == "er\n"
         one.umount()
-        assert (path / "sub/deep/er/file").read_text() == "er\n"  # the host's own stay
+        assert (path / "sub/deep/er/file").read_text() == "er\n"  # the host's own mounts stay
 
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("busy", ["data", "data/sub", "data/sub/deep/er", "data/sub/deep/er/bound"])
 def test_busy(one: Storage, kind: str, busy: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Everything is as it was, and what a tmpfs holds too."""
+    """Nothing changes, including the content of a tmpfs."""
     with _source(one, kind, monkeypatch) as (path, words), _mounts(path):
         one.mount(*words)
         before = _paths(one)
@@ -136,7 +136,7 @@ def test_busy(one: Storage, kind: str, busy: str, monkeypatch: pytest.MonkeyPatc
 def test_mounts_of_others_are_left(
     one: Storage, kind: str, where: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Also one that lies upon what came along."""
+    """Also one mounted on top of a submount of the source."""
     with _source(one, kind, monkeypatch) as (path, words), _mounts(path):
         (path / "plain").mkdir()
         one.mount(*words)

@@ -1,4 +1,4 @@
-"""Unmounting in a union is not unmounting on the host, also where a bind mount shares what is below it."""
+"""Unmounting in a union does not unmount on the host, even if a bind mount shares its submounts."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from tests.support.storage import Storage, storage, unmounted
 
 @pytest.fixture(params=["rshared", "rslave", "shared"])
 def one(request: pytest.FixtureRequest, root: None, area: Path) -> Iterator[Storage]:
-    """A union with a bind mount of a shared mount of the host, which has others below."""
+    """A union with a bind mount of a shared mount of the host, with others below it."""
     with storage(area) as found:
         subprocess.run(["mount", "--bind", found.host, found.host], check=True)
         subprocess.run(["mount", "--make-shared", found.host], check=True)
@@ -61,7 +61,7 @@ def test_the_hosts_mounts_stay(one: Storage, how: str) -> None:
 
 @pytest.mark.parametrize("busy", ["data", "data/sub", "data/sub/deep"])
 def test_what_is_busy_goes_on_sharing(one: Storage, busy: str, request: pytest.FixtureRequest) -> None:
-    """What the host mounts afterwards comes into the union as before, and nothing is there twice."""
+    """Later mounts of the host appear in the union as before, without duplicates."""
     before = peers(one)
     fd = os.open(one.merged / busy, os.O_RDONLY)
     try:
@@ -80,7 +80,7 @@ def test_what_is_busy_goes_on_sharing(one: Storage, busy: str, request: pytest.F
 
 
 def peers(one: Storage) -> list[tuple[str, str]]:
-    """The optional fields (shared:N, master:N) of what is mounted in the union; proc_pid_mountinfo(5)."""
+    """The optional fields (shared:N, master:N) of the union's mounts; proc_pid_mountinfo(5)."""
     found = []
     for line in Path("/proc/self/mountinfo").read_text().splitlines():
         fields = line.split(" - ")[0].split()

@@ -1,4 +1,4 @@
-"""Forged archives as in the CVEs of tar programs: nothing outside the volume changes, and memory is bounded.
+"""Forged archives as in the CVEs of tar programs: nothing outside the volume changes, memory is limited.
 
 CVE-2001-1267, CVE-2007-4559 and CVE-2016-6321, names that lead outside: tests/volumes/test_archive_safety.py.
 """
@@ -36,9 +36,9 @@ Restored = Callable[[Sequence[Member]], tuple[str, dict[str, int]]]
 
 
 def chain(depth: int, target: bytes) -> list[Member]:
-    """Directories with long names, symlinks that go down through them, one that leads up and out at the end.
+    """Directories with long names, symlinks down through them, and one at the end that leads up and out.
 
-    So realpath(3) gives up beyond PATH_MAX, and what asked it takes the way for a safe one: CVE-2025-4517,
+    So realpath(3) fails beyond PATH_MAX, and its caller accepts the path as safe: CVE-2025-4517,
     CVE-2025-4330 and CVE-2025-4138 of Python's tarfile.
     """
     members: list[Member] = []
@@ -51,7 +51,7 @@ def chain(depth: int, target: bytes) -> list[Member]:
 
 
 def attempts(target: bytes) -> dict[str, Sequence[Member]]:
-    """Archives that try to change what is in the directory `target`, which has the file `journal`."""
+    """Archives that try to change files in the directory `target`, which has the file `journal`."""
     link, journal = other("l", b"./link", target), target + b"/journal"
     return {
         "a file through a chain of links": [*chain(16, target), file(b"./link/new/planted")],
@@ -108,7 +108,7 @@ class TestForged:
         assert os.listdir(data) == []
 
     def test_an_owner_that_stands_for_none(self, store: Store, area: Path) -> None:
-        """chown(2) leaves the owner for -1: root."""
+        """chown(2) keeps the owner for -1: root."""
         store.create("data")
         entry, name, data = file(b"./x", mode=0o4755)
         forge.write(area / "owner.tar", [(entry._replace(uid=0xFFFFFFFF), name, data)])
@@ -118,7 +118,7 @@ class TestForged:
 
 @pytest.fixture
 def restored(area: Path) -> Restored:
-    """Restores an archive as uid 1000: what the command says, and the modes of what it made."""
+    """Restores an archive as uid 1000: the command's output, and the modes of the restored files."""
     user = VolumeUser(area)
 
     def restore_as_user(members: Sequence[Member]) -> tuple[str, dict[str, int]]:
@@ -132,7 +132,7 @@ def restored(area: Path) -> Restored:
 
 class TestOrdinaryUser:
     def test_no_set_id_file_of_another_s_becomes_his(self, restored: Restored) -> None:
-        """Whoever runs it would be this user, who only unpacked an archive."""
+        """Anyone who runs it would act as this user, who only unpacked an archive."""
         entry, name, data = file(b"./mine", mode=0o6755)
         mine = (entry._replace(uid=1000, gid=1000), name, data)
         members = [file(b"./both", mode=0o6755), mine, file(b"./plain", mode=0o755)]
@@ -159,7 +159,7 @@ def _zeros(size: int, byte: bytes = b"\0") -> Callable[[], Iterator[bytes]]:
 
 
 def _bombs() -> dict[str, tuple[bytes, Callable[[], Iterator[bytes]]]]:
-    """Headers, and what follows them: small when it is compressed."""
+    """Headers and their data: small when compressed."""
     large = 1 << 30
     field = headers._field
     sparse = b"".join(
@@ -198,7 +198,7 @@ class TestBombs:
         assert os.listdir(data) == ["old"]
 
     def test_a_huge_window(self, store: Store, area: Path) -> None:
-        """A frame may ask its reader for 2 GiB."""
+        """A frame may require 2 GiB from its reader."""
         store.create("data")
         parameters = zstandard.ZstdCompressionParameters(window_log=31, enable_ldm=False, compression_level=1)
         made = zstandard.ZstdCompressor(compression_params=parameters).compressobj()
@@ -216,7 +216,7 @@ class TestBombs:
         refused(store("restore", "data", "-i", area / "b.gz", preexec_fn=_limit), "cannot be trusted")
 
     def test_deep_brackets(self, store: Store, area: Path) -> None:
-        """What the archive says of itself is JSON; too deep for a parser that calls itself."""
+        """The archive's description is JSON, too deep for a recursive parser."""
         store.create("data")
         text = '{"format": 1, "id": "x", "volume": ' + "[" * 100_000 + "]" * 100_000 + "}"
         header = headers.special_file(b".unionfs-backup/info.json", len(text), 0)
@@ -226,7 +226,7 @@ class TestBombs:
     def test_a_file_with_too_many_holes_is_kept_without(
         self, area: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        """What is written can be read: the writer has the reader's limit."""
+        """Every written archive is readable: the writer has the reader's limit."""
         monkeypatch.setattr(walk, "MOST_SEGMENTS", 4)
         with (area / "holes").open("wb") as out:
             for number in range(8):
@@ -257,7 +257,7 @@ class TestBackups:
                 store.ok("verify", area / "b.tar")
 
     def test_modes_whatever_the_umask(self, store: Store, area: Path) -> None:
-        """An archive holds what others may not read; tar(1) leaves that to the umask."""
+        """An archive contains private content; tar(1) leaves the mode to the umask."""
         (store.create("data") / "secret").touch(mode=0o600)
         for umask in (0, 0o077):
             old = os.umask(umask)
@@ -273,7 +273,7 @@ class TestBackups:
     def test_no_symlink_of_another_s_is_written_through(
         self, store: Store, area: Path, outside: Outside, user: Worker
     ) -> None:
-        """In a directory as /tmp, whether the kernel has that rule (fs.protected_symlinks) or not."""
+        """In a directory such as /tmp, whether the kernel has that rule (fs.protected_symlinks) or not."""
         (store.create("data") / "file").touch()
         shared = area / "shared"
         shared.mkdir()
@@ -290,7 +290,7 @@ class TestBackups:
 
 
 def _backup(store: Store, target: Path) -> subprocess.CompletedProcess[str]:
-    """In a process that can be ended when it does not end."""
+    """Run it in a process that can be killed if it hangs."""
     return subprocess.run(
         [sys.executable, "-m", "unionfs", "volume", "backup", "data", "-o", target],
         env={**os.environ, "UNIONFS_ROOT": str(store.root), "PYTHONPATH": str(REPOSITORY)},

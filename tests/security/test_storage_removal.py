@@ -1,4 +1,4 @@
-"""Removing: what another user swaps meanwhile, what is mounted, and what chattr(1) protects."""
+"""Removal: names exchanged by another user during it, mounts, and files protected by chattr(1)."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ pytestmark = [pytest.mark.usefixtures("as_root"), pytest.mark.watchdog(200), pyt
 
 @pytest.fixture
 def locking(area: Path) -> Iterator[None]:
-    """Whether the filesystem knows the flags; takes them away at the end."""
+    """Whether the filesystem supports the flags; clears them at the end."""
     probe = area / "probe"
     probe.touch()
     if subprocess.run(["chattr", "+i", probe], capture_output=True, check=False).returncode != 0:
@@ -43,7 +43,7 @@ def chattr(flags: str, path: Path) -> None:
 
 
 def flags(path: Path) -> set[str]:
-    """The flags of a file, as lsattr(1) shows them."""
+    """The flags of a file, as shown by lsattr(1)."""
     shown = subprocess.run(["lsattr", "-d", path], capture_output=True, text=True, check=True).stdout
     return set(shown.split()[0]) & {"i", "a"}
 
@@ -110,7 +110,7 @@ class TestTrees:
         with Worker(1000, 1000, modules=["unionfs.sys.trees"]) as user:
             user.call(remove_path, str(home / "top"))
             assert os.listdir(home) == []
-            # what belongs to others stays, and everything else goes
+            # files of others stay, and everything else is removed
             (home / "top/theirs").mkdir(parents=True)
             (home / "top/theirs/file").touch()
             (home / "top/mine").touch()
@@ -142,7 +142,7 @@ class TestLocked:
     @pytest.mark.parametrize("flag", ["+i", "+a"])
     @pytest.mark.parametrize("name", ["dir/file", "dir", "."])
     def test_a_volume_with_it_is_refused_as_a_whole(self, store: Store, flag: str, name: str) -> None:
-        """The command ended well, and the files stayed for ever."""
+        """The command succeeded, and the files stayed for ever."""
         data = store.create("data")
         (data / "dir").mkdir()
         (data / "dir/file").touch()
@@ -220,7 +220,7 @@ class TestLocked:
 
 
 def test_nothing_stays_open_after_a_failure(area: Path) -> None:
-    """What cannot be removed keeps the directories above it, and none of their fds."""
+    """A file that cannot be removed keeps the directories above it, but none of their fds."""
     top = area / "top"
     (top / "a/b/mounted").mkdir(parents=True)
     subprocess.run(["mount", "-t", "tmpfs", "tmpfs", top / "a/b/mounted"], check=True)

@@ -1,4 +1,4 @@
-"""Who passes through the storage root, and which roots are believed: two real users, root and uid 1000."""
+"""Access to the storage root, and trusted roots: two real users, root and uid 1000."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def modes(root: Path) -> dict[str, int]:
 
 class TestPassing:
     def test_no_host_user_runs_a_set_id_file_of_a_volume(self, store: Store, user: Worker) -> None:
-        """CVE-2021-41091: root in a container makes it, and a user of the host is root then."""
+        """CVE-2021-41091: root in a container creates it, and a user of the host becomes root."""
         data = store.create("data")
         program = shutil.copy("/usr/bin/id", data / "id")
         os.chmod(program, 0o4755)
@@ -55,7 +55,7 @@ class TestPassing:
         assert set(found.values()) == {0o700}
 
     def test_what_an_earlier_version_made_is_closed(self, store: Store, user: Worker) -> None:
-        """The root that somebody chose keeps its mode."""
+        """An explicitly chosen root keeps its mode."""
         data = store.create("data")
         for name in ("locks", "volumes", "volumes/data"):
             (store.root / name).chmod(0o711)
@@ -71,7 +71,7 @@ class TestPassing:
         assert set(found.values()) == {0o700}
 
     def test_the_default_root_is_closed_too(self, area: Path) -> None:
-        """No user chose the mode that an earlier version gave it."""
+        """An earlier version set its mode; no user chose it."""
         root = area / "data/unionfs"
         (root / "volumes").mkdir(parents=True)
         root.chmod(0o711)
@@ -85,7 +85,7 @@ class TestPassing:
         assert root.stat().st_mode & 0o777 == 0o700
 
     def test_users_reach_a_volume_through_the_union(self, one: Storage, user: Worker) -> None:
-        """The mount in the union is the way, for a volume of each driver."""
+        """The mount in the union is the access path, for a volume of each driver."""
         (one.host / "file").chmod(0o644)
         for name, words in {"plain": (), "views": ("-d", "union", "-o", f"lower={one.host}")}.items():
             succeed(one.unionfs("volume", "create", *words, name))
@@ -142,7 +142,7 @@ class TestBelieving:
         store = Store(above / "deeper/root")
         refused(store("create", "data"), f"lies below {above}", "--root")
         refused(unionfs("run", "-l", "/", "--", "true", env={"UNIONFS_ROOT": str(store.root)}))
-        assert list(above.iterdir()) == []  # nothing is half made
+        assert list(above.iterdir()) == []  # nothing is partly created
 
     def test_below_a_sticky_directory_it_is_safe(self, area: Path) -> None:
         above = area / "above"
@@ -209,7 +209,7 @@ class TestBelieving:
             assert not (area / "new").exists()
 
     def test_a_user_of_a_foreign_root_is_not_given_back_there(self, area: Path) -> None:
-        """As root unmounts what a user mounted: that user's root may hold anything, or nothing."""
+        """As when root unmounts a user's mount: that user's root may contain anything, or nothing."""
         root = area / "root"
         root.mkdir()
         os.chown(root, 1000, 1000)

@@ -1,4 +1,4 @@
-"""Volumes that another user may write to: what he plants or swaps there is not believed or followed."""
+"""Volumes writable by another user: names that the user creates or swaps are not trusted or followed."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ pytestmark = [pytest.mark.usefixtures("as_root"), pytest.mark.watchdog(200), pyt
 
 @pytest.fixture
 def outside(area: Path) -> Iterator[Outside]:
-    """A tree that must stay as it is."""
+    """A tree that must stay unchanged."""
     found = Outside(area)
     yield found
     found.check()
@@ -51,7 +51,7 @@ def outside(area: Path) -> Iterator[Outside]:
 
 @pytest.fixture
 def shared(area: Path) -> Path:
-    """A directory of uid 1000's that root binds as a volume."""
+    """A directory of uid 1000 that root binds as a volume."""
     path = area / "shared"
     path.mkdir(mode=0o777)
     os.chown(path, 1000, 1000)
@@ -65,7 +65,7 @@ def bind(store: Store, shared: Path) -> None:
 
 
 def archive(store: Store, path: Path) -> Path:
-    """A backup with a little tree, whose root is root's."""
+    """A backup with a small tree, whose root belongs to root."""
     data = store.create("source")
     (data / "d/e").mkdir(parents=True)
     (data / "d/e/file").write_text("restored")
@@ -85,7 +85,7 @@ class TestPlanted:
     def test_names_in_the_volume_are_content(
         self, store: Store, shared: Path, outside: Outside, area: Path, kind: str, name: str, user: Worker
     ) -> None:
-        """A symlink of this name had root change the modes of all below its target."""
+        """With a symlink of this name, root once changed all modes below its target."""
         bind(store, shared)
         source = archive(store, area / "b.tar")
         if kind == "symlink":
@@ -102,7 +102,7 @@ class TestPlanted:
     def test_a_journal_in_the_volume_is_content(
         self, store: Store, shared: Path, area: Path, user: Worker
     ) -> None:
-        """It had root give the volume's root any owner and mode."""
+        """With it, root once gave the volume's root any owner and mode."""
         bind(store, shared)
         planted = shared / ".unionfs-restore"
         for path in (planted, planted / "old", planted / "new"):
@@ -120,7 +120,7 @@ class TestPlanted:
     def test_the_lock_of_the_first_filling_is_nobody_else_s(
         self, one: Storage, shared: Path, user: Worker
     ) -> None:
-        """flock(2) on a directory takes the right to read it, and had a mount of root's wait for ever."""
+        """flock(2) on a directory needs read permission only, and once blocked a mount by root for ever."""
         (one.place.lower / "etc").mkdir()
         (one.place.lower / "etc/x").write_text("x")
         bound = ("-o", "type=none", "-o", "o=bind", "-o", f"device={shared}")
@@ -139,7 +139,7 @@ class TestWorkspace:
         source = archive(store, area / "b.tar")
         (shared / "kept").write_text("old")
         if (pid := os.fork()) == 0:
-            # A process that ends in the middle of a restore.
+            # A process that dies during a restore.
             workspace.Workspace.commit = lambda self, keep=False: os._exit(0)  # type: ignore[method-assign]
             with suppress(BaseException):
                 restore(store.volumes(), "vol", str(source))
@@ -213,7 +213,7 @@ class TestWorkspace:
 
 class TestOrdinaryUser:
     def test_directories_without_write_permission(self, area: Path) -> None:
-        """rename(2) into another directory wants it on the directory itself: the exchange ended half-way."""
+        """rename(2) into another directory requires it on the moved one: the exchange ended half-way."""
         user = VolumeUser(area)
         shared = user.home / "shared"
         (shared / "closed/inner").mkdir(parents=True)
@@ -234,7 +234,7 @@ class TestOrdinaryUser:
 
 
 def repeat(step: Callable[[], object]) -> int:
-    """Call it for 10 s; a refusal is as good as a success. Returns how often it was a success."""
+    """Call it for 10 s; a refusal is acceptable. Returns the number of successes."""
     done = 0
     end = time.monotonic() + SECONDS
     while time.monotonic() < end:
@@ -281,7 +281,7 @@ class TestRaces:
 
     @pytest.mark.slow
     def test_backup_and_clone(self, store: Store, outside: Outside, area: Path) -> None:
-        """The user's directory lies in a local volume: a process of his keeps it open."""
+        """The user's directory is in a local volume: a process of the user keeps it open."""
         data = store.create("vol")
         pool = area / "pool"
         pool.mkdir()
@@ -322,7 +322,7 @@ class TestRaces:
 
     @pytest.mark.parametrize("force", [True, pytest.param(False, marks=pytest.mark.slow)])
     def test_removal(self, store: Store, outside: Outside, area: Path, force: bool) -> None:
-        """A directory whose owner still has it open goes with the volume."""
+        """A directory that its owner still has open is removed with the volume."""
         pool = area / "pool"
         volumes = store.volumes()
 

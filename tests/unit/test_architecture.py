@@ -1,4 +1,4 @@
-"""The rules of docs/architecture.md that can be read off the source: arrows, circles, imports, sizes."""
+"""The rules of docs/architecture.md that the source shows: arrows, circles, imports, sizes."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from pathlib import Path
 import unionfs
 
 ROOT = Path(unionfs.__file__).parent
-# Each room may import from itself and from those that stand after it.
+# Each room may import from itself and from those after it.
 ROOMS = ("cli", "containers", "daemon", "storage", "fuse", "union", "settings", "sys", "errors")
 LONGEST_MODULE = 450
 LONGEST_FUNCTION = 60
@@ -53,7 +53,7 @@ def room_of(name: str) -> str:
 
 
 def _kinds(node: ast.AST, kind: str = "module") -> Iterator[tuple[ast.Import | ast.ImportFrom, str]]:
-    """All imports below a node, with where they stand."""
+    """All imports below a node, with their kind."""
     for child in ast.iter_child_nodes(node):
         inner = kind
         if isinstance(child, ast.FunctionDef | ast.AsyncFunctionDef):
@@ -153,7 +153,7 @@ def test_sizes() -> None:
 
 
 def _assigned(tree: ast.AST) -> Iterator[ast.Attribute]:
-    """Every attribute that is assigned, of any object."""
+    """Every assigned attribute, of any object."""
     for node in ast.walk(tree):
         if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Store):
             yield node
@@ -164,7 +164,7 @@ def _is_own(node: ast.Attribute) -> bool:
 
 
 def _attributes(tree: ast.Module) -> set[str]:
-    """The names of the attributes that a module's own classes have."""
+    """The names of the attributes of a module's own classes."""
     names = {node.attr for node in _assigned(tree) if _is_own(node)}
     for node in ast.walk(tree):
         if isinstance(node, ast.ClassDef):

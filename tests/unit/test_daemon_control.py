@@ -1,4 +1,4 @@
-"""The control socket: with a question, without one, and with what is none."""
+"""The control socket: with a question, without one, and with an invalid one."""
 
 from __future__ import annotations
 
@@ -69,13 +69,13 @@ async def test_who_asks_for_nothing(area: Path, sent: bytes | None, ends: bool) 
 
 
 async def test_an_older_daemon_that_reads_no_question(area: Path) -> None:
-    """It answers and closes with our question unread, which is a reset to us."""
+    """It answers and closes without reading the question, which resets our connection."""
     listener = listen(str(area / "s"))
 
     def serve() -> None:
         connection, _ = listener.accept()
         with connection:
-            connection.recv(1, socket.MSG_PEEK)  # the question is there
+            connection.recv(1, socket.MSG_PEEK)  # the question has arrived
             connection.sendall(b'{"figures": {}}')
 
     async with trio.open_nursery() as nursery:

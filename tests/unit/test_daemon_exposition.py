@@ -1,4 +1,4 @@
-"""Prometheus's text format, read by the parser of Prometheus's own client."""
+"""Prometheus's text format, parsed by Prometheus's own client."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def test_is_what_the_parser_takes(mountpoint: str, shown: str) -> None:
     samples = [sample for family in families.values() for sample in family.samples]
     assert {sample.labels["mountpoint"] for sample in samples} == {shown}
     assert len({(sample.name, *sorted(sample.labels.items())) for sample in samples}) == len(samples)
-    # the client's names of counters lack the _total
+    # the client's counter names lack the _total
     assert families["unionfs_requests"].type == "counter"
     assert {s.labels["kind"]: s.value for s in families["unionfs_requests"].samples} == {
         "lookup": 10, "read": 3,

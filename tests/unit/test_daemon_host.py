@@ -1,4 +1,4 @@
-"""What doctor finds out, and how errors become sentences."""
+"""The checks of doctor, and the conversion of errors to sentences."""
 
 from __future__ import annotations
 

@@ -28,7 +28,7 @@ from unionfs.sys.process import is_alive, start_time, users_of, wait_gone
 
 @pytest.fixture
 def registry(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A registry of the test's own."""
+    """A registry for one test."""
     directory = tmp_path / "unionfs"
     monkeypatch.setattr(runtime, "candidates", lambda: [str(directory)])
     return directory
@@ -36,7 +36,7 @@ def registry(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 @pytest.fixture
 def settings() -> MountSettings:
-    # Something that is mounted everywhere stands in for the mount.
+    # A mount that exists everywhere replaces the union.
     return settle("/proc", lowers=["/usr"], trusted_xattrs=True)
 
 
@@ -135,7 +135,7 @@ def test_start_time_names_one_process() -> None:
         assert wait_gone(process.pid, started + 1, 0)
         assert not wait_gone(process.pid, started, 0.01)
         process.send_signal(signal.SIGKILL)
-        # Nobody has waited for it yet: a zombie counts as gone.
+        # Not reaped yet: a zombie counts as gone.
         assert wait_gone(process.pid, started, 5)
         assert start_time(process.pid) is None
     assert start_time(2**22 + 1) is None
@@ -169,7 +169,7 @@ async def test_control_answers_everyone(area: Path) -> None:
         nursery.start_soon(answering.serve_control, [answering.listen(path)], lambda asked: next(answers))
         first: Any = await trio.to_thread.run_sync(control.ask, path)
         second: Any = await trio.to_thread.run_sync(control.ask, path)
-        # An answer that cannot be made ends the question and not the daemon.
+        # A failing answer ends the question, not the daemon.
         third: Any = await trio.to_thread.run_sync(control.ask, path)
         nursery.cancel_scope.cancel()
     assert first == {"figures": {"x": 1}}

@@ -1,4 +1,4 @@
-"""The mount table, and where in which filesystem a path lies."""
+"""The mount table, and the filesystem location of a path."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Reading `-o`: what is followed, skipped and refused."""
+"""Parsing `-o`: accepted, ignored and refused options."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def test_every_escaped_path_comes_back(lowers: list[str], upper: str, work: str)
 
 @given(st.text(max_size=30))
 def test_any_text_is_read_or_refused(text: str) -> None:
-    # Nothing but a sentence for the user ever comes out.
+    # Every failure is a sentence for the user.
     with contextlib.suppress(UserError):
         parse_options([text])
 

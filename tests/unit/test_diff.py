@@ -1,4 +1,4 @@
-"""The diff of uppers that kernel overlayfs made, and of hand-made ones where the kernel is not needed."""
+"""The diff of uppers made by kernel overlayfs, and of hand-made ones that do not need the kernel."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def listed(area: Path, lowers: int = 1) -> list[str]:
 
 @contextlib.contextmanager
 def edited(area: Path, *options: str, lowers: int = 1) -> Iterator[Path]:
-    """The kernel's merged tree; edits of it go into the upper."""
+    """The kernel's merged tree; its edits go into the upper."""
     for name in ("upper", "work"):
         (area / name).mkdir(exist_ok=True)
     paths = [area / f"lower{index}" for index in range(lowers)]
@@ -109,7 +109,7 @@ def test_a_name_that_is_no_utf8(kernel_overlay: None, tree: Path) -> None:
 
 
 def test_markers_in_the_lowers_count(kernel_overlay: None, tree: Path) -> None:
-    """lower0 was an upper of lower1: what it deleted is not there before."""
+    """lower0 was an upper of lower1: the names it deleted do not exist before."""
     (tree / "lower0").rename(tree / "lower1")
     (tree / "upper").mkdir()
     (tree / "work").mkdir()
@@ -155,7 +155,7 @@ def test_a_renamed_directory_that_takes_another_ones_name(kernel_overlay: None, 
 
 
 def test_whiteouts_made_by_hand(area: Path, root: None) -> None:
-    """Over something: D, in both forms. Over nothing: nothing."""
+    """Over an object: D, in both forms. Over no object: no change."""
     for path in ("lower0/d", "upper/d"):
         (area / path).mkdir(parents=True)
     for name in ("device", "xattr"):
@@ -172,7 +172,7 @@ def test_whiteouts_made_by_hand(area: Path, root: None) -> None:
 
 
 def test_an_opaque_root(area: Path, root: None) -> None:
-    """Overlayfs does not heed it."""
+    """Overlayfs ignores it."""
     for path in ("lower0/d/e", "upper/new"):
         (area / path).mkdir(parents=True)
     os.setxattr(area / "upper", PREFIX + b"opaque", b"y")
@@ -205,7 +205,7 @@ def test_trees_deeper_than_path_max(area: Path, root: None) -> None:
         fd = os.open(area / layer, os.O_RDONLY)
         for level in range(DEPTH):
             os.mkdir(name, dir_fd=fd)
-            # a second directory a level, so that every level is come back to
+            # a second directory per level, so that the walk returns to every level
             os.mkdir(b"side", dir_fd=fd)
             if layer == "upper":
                 mark = b"y" if level > 3 else b"x"
@@ -226,7 +226,7 @@ def test_trees_deeper_than_path_max(area: Path, root: None) -> None:
     assert sum(path.endswith(name) and kind == "C" for kind, path in found) == DEPTH
 
 
-# -- any edits at all: the diff must be what a comparison of the two merged trees finds ---------------------
+# -- random edits: the diff must equal a comparison of the two merged trees ----------------------------------
 
 NAMES = ("a", "b", "a-b", "c")
 paths = st.lists(st.sampled_from(NAMES), min_size=1, max_size=3).map("/".join)
@@ -267,7 +267,7 @@ def apply(root: Path, steps: list[tuple[str, str, str]]) -> None:
 
 
 def naive(merged: Path, before: Path, upper: Path) -> list[str]:
-    """The same by another way: walk both mounted trees, and let a file's place in the upper say C."""
+    """An independent diff: walk both mounted trees; C depends on a file's presence in the upper."""
     found: dict[str, str] = {}
 
     def attributes(path: Path) -> tuple[int, int, int, int]:

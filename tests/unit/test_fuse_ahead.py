@@ -1,4 +1,4 @@
-"""Listings that are prepared ahead, request by request and without a mount."""
+"""Listings prepared ahead, request by request and without a mount."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ SIZE = 4096
 
 
 class Walked:
-    """A union whose directories ``d0``, ``d1`` ... are listed one after the other."""
+    """A union with directories ``d0``, ``d1`` ... for successive listings."""
 
     def __init__(self, union: Union) -> None:
         self.union = union
@@ -49,16 +49,16 @@ class Walked:
         return b"".join(reply)[16:]
 
     def in_order(self) -> list[Node]:
-        """The directories below the root, as they were listed."""
+        """The directories below the root, in listing order."""
         return [node for node in (self.union.nodes.root.children or {}).values() if node.is_dir]
 
     def prepare_all(self) -> None:
-        """Do the work there is."""
+        """Do all pending work."""
         while self.ahead.step():
             pass
 
     def walk(self, count: int) -> Node:
-        """List so many directories; gives the next one, which is prepared."""
+        """List that many directories; returns the next one, which is prepared."""
         directories = self.in_order()
         for node in directories[:count]:
             self.list(node)
@@ -103,7 +103,7 @@ def test_what_was_prepared_is_the_same(walk: Walk) -> None:
 
 
 def test_half_of_it_is_prepared(walk: Walk) -> None:
-    """The rest is done when it is asked for."""
+    """The rest is done on request."""
     asked, walked = walk(upper=False), walk()
     for node in walked.in_order()[:4]:
         walked.list(node)
@@ -115,7 +115,7 @@ def test_half_of_it_is_prepared(walk: Walk) -> None:
 
 
 def test_another_directory_is_listed(walk: Walk) -> None:
-    """Nothing stays of what was prepared in vain, and no more is prepared until the walk goes on."""
+    """The unused preparation is dropped, and none follows until the walk continues."""
     walked = walk()
     node = walked.walk(4)
     known = len(walked.union.nodes)
@@ -131,7 +131,7 @@ def test_another_directory_is_listed(walk: Walk) -> None:
 
 
 def test_a_node_that_was_known_is_forgotten(walk: Walk) -> None:
-    """Its id is not told again: it stands for nothing."""
+    """Its id is not sent again: it is invalid."""
     walked = walk()
     node = walked.in_order()[4]
     name, (child, _) = b"two", walked.union.lookup(node, b"two") or (node, None)
@@ -171,12 +171,12 @@ def test_a_directory_that_nobody_asks_for_is_forgotten(walk: Walk) -> None:
     known = len(walked.union.nodes)
     walked.list(walked.in_order()[8])
     assert walked.union.nodes.get(node.id) is None
-    # the directory and its three names are gone, and those of another one came
+    # the directory and its three names are gone, and those of another one are new
     assert len(walked.union.nodes) == known - 1
 
 
 def test_a_name_is_removed_meanwhile(tmp_path: Path, walk: Walk, open_union: OpenUnion) -> None:
-    """Of a directory that is merged from two lowers, and gets a part in the upper by that."""
+    """From a directory merged from two lowers, which thereby gets a part in the upper."""
     for number in range(12):
         (tmp_path / f"l1/d{number}").mkdir(parents=True)
         for name in range(20):
@@ -200,7 +200,7 @@ def test_a_name_is_removed_meanwhile(tmp_path: Path, walk: Walk, open_union: Ope
 
 @pytest.mark.parametrize("listed", [False, True], ids=["before its names are read", "then"])
 def test_a_new_file_comes_and_goes(walk: Walk, listed: bool) -> None:
-    """It leaves nothing behind in the upper."""
+    """It leaves no entry in the upper."""
     walked = walk()
     for node in walked.in_order()[:4]:
         walked.list(node)
@@ -217,7 +217,7 @@ def test_a_new_file_comes_and_goes(walk: Walk, listed: bool) -> None:
 
 
 def test_a_file_is_superseded(walk: Walk) -> None:
-    """Somebody reads it in passthrough, another opens it for writing, and the copy-up still runs."""
+    """It is open for reading in passthrough, another process opens it for writing, the copy-up still runs."""
     walked = walk()
     node = walked.in_order()[4]
     old, _ = walked.union.lookup(node, b"one") or (node, None)
@@ -231,7 +231,7 @@ def test_a_file_is_superseded(walk: Walk) -> None:
 
 @pytest.mark.parametrize("stays", [True, False])
 def test_times_of_access(walk: Walk, stays: bool) -> None:
-    """What was known may have been read meanwhile, where the lower's filesystem notes that."""
+    """Known names may have been read in between, if the lower's filesystem records access times."""
     walked = walk()
     walked.union.stack.layers[-1].atime_stays = stays
     node = walked.in_order()[4]
@@ -244,7 +244,7 @@ def test_times_of_access(walk: Walk, stays: bool) -> None:
 
 
 def test_the_look_at_the_upper_fails(walk: Walk, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Nothing stays of what was prepared then."""
+    """Then the prepared listing is dropped."""
     walked = walk()
     node = walked.walk(4)
     CopyUp(walked.union).directory(node)
@@ -263,14 +263,14 @@ def test_a_copy_up_makes_it_useless(walk: Walk) -> None:
     assert node.in_place
     walked.list(node)
     assert walked.ahead.used == 2
-    # and makes it careful
+    # and the prediction becomes more careful
     for other in walked.in_order()[5:]:
         walked.list(other)
     assert walked.ahead.begun == 3
 
 
 def test_it_is_copied_up_itself(walk: Walk) -> None:
-    """That changes nothing in it (and it can't be moved: what has a part in a lower is EXDEV)."""
+    """This changes no entry (and it cannot be moved: a part in a lower is EXDEV)."""
     asked, walked = walk(upper=False), walk()
     node = walked.walk(4)
     CopyUp(walked.union).directory(node)
@@ -288,7 +288,7 @@ def test_a_smaller_answer(walk: Walk) -> None:
 
 @pytest.mark.parametrize("error", [OSError(5, "an error"), RuntimeError("a bug")], ids=["error", "bug"])
 def test_it_fails(walk: Walk, monkeypatch: pytest.MonkeyPatch, error: Exception) -> None:
-    """Then it is as if nothing had been prepared."""
+    """Then the result is as without preparation."""
     asked, walked = walk(upper=False), walk()
     for node in walked.in_order()[:4]:
         walked.list(node)
@@ -306,7 +306,7 @@ def test_it_fails(walk: Walk, monkeypatch: pytest.MonkeyPatch, error: Exception)
 
 
 def test_what_is_bound_is_not_prepared(walk: Walk, tmp_path: Path) -> None:
-    """Others change it at any time, so the whole directory is made when it is asked for."""
+    """Others change it at any time, so the whole directory is listed on request."""
     (tmp_path / "host").mkdir()
     walked = walk()
     node = walked.in_order()[4]
@@ -314,4 +314,4 @@ def test_what_is_bound_is_not_prepared(walk: Walk, tmp_path: Path) -> None:
     assert walked.walk(4) is node
     walked.list(node)
     assert walked.ahead.used == 2
-    assert walked.ahead.begun == 3  # nor is the bound directory itself, which would be the next
+    assert walked.ahead.begun == 3  # nor is the bound directory itself, the next one

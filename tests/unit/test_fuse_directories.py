@@ -1,11 +1,13 @@
-"""Listings read in pieces: order, equal hashes, what is kept."""
+"""Listings read in pieces: order, equal hashes, caching."""
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import trio
 
 from tests.unit.union_support import OpenUnion, get, open_union
 from unionfs.fuse import directories as module
@@ -35,7 +37,7 @@ async def test_every_name_once_from_any_place(lower: Path, open_union: OpenUnion
     for index in (0, 10, 48, 49):
         _, behind = await directories.entries(node, cookies[index])
         assert behind == index + 1
-    # a place whose name is gone is between its neighbours still
+    # a position whose name is gone is still between its neighbours
     _, behind = await directories.entries(node, cookies[10] + 1)
     assert behind == 11
 
@@ -57,7 +59,7 @@ async def test_places_stay_when_the_listing_is_made_anew(lower: Path, open_union
 
 
 async def test_equal_hashes(lower: Path, open_union: OpenUnion, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Names with one hash follow one another; also where the next hash is the next number."""
+    """Names with the same hash follow each other; also if the next hash is the next number."""
     hashes = {b"n%d" % number: 400 + number // 10 * 4 for number in range(50)}
     monkeypatch.setattr(module, "xxhash", SimpleNamespace(xxh3_64_intdigest=lambda name: hashes[name]))
     union = open_union()
@@ -89,7 +91,7 @@ async def test_the_oldest_are_dropped(
     nodes = [get(union, name) for name in ("a", "b", "c")]
     first = [await directories.entries(node, 0) for node in nodes]
     assert len(directories) == 2
-    # the one that was dropped is made again where it is read on
+    # the dropped listing is recreated to continue reading
     cookie = first[0][0][0][20]
     assert (await directories.entries(nodes[0], cookie))[1] == 21
     assert len(directories) == 2
@@ -110,3 +112,19 @@ async def test_one_listing_is_kept_however_large(
     directories = Directories()
     await directories.entries(get(union, "a"), 0)
     assert len(directories) == 1
+
+
+async def test_a_cancelled_listing_closes_its_fds(
+    lower: Path, open_union: OpenUnion, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A request that was interrupted before its thread began: nothing else has the fds."""
+    monkeypatch.setattr("unionfs.union.listing.LARGE", 0)
+    union = open_union()
+    node = get(union, "a")
+    node.territory.listing(node).close()  # opens the directories
+    fds = os.listdir("/proc/self/fd")
+    with trio.CancelScope() as scope:
+        scope.cancel()
+        await Directories().entries(node, 0)
+    assert scope.cancelled_caught
+    assert os.listdir("/proc/self/fd") == fds

@@ -1,7 +1,8 @@
-"""Open files without a mount: who has a backing file, and when it is closed; unions without shortcuts."""
+"""Open files without a mount: users of backing files, and their closing; unions without shortcuts."""
 
 from __future__ import annotations
 
+import errno
 import os
 from pathlib import Path
 
@@ -23,7 +24,7 @@ def union(tmp_path: Path, open_union: OpenUnion) -> Union:
     for name in ("f", "g", "h"):
         (tmp_path / "l0/d" / name).write_text("data")
     union = open_union()
-    union.stack.volatile = True  # so nothing has to wait for a disk
+    union.stack.volatile = True  # so no sync to a disk is needed
     return union
 
 
@@ -90,3 +91,26 @@ def test_without_shortcuts(union: Union) -> None:
     assert not node.parent.parts[0].empty
     assert not node.no_capability
     plain.close()
+
+
+def test_an_error_of_close_leaves_the_node_table_whole(
+    union: Union, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """NFS reports EDQUOT by close(2), FUSE whatever its daemon likes; FORGET has nobody to report it to."""
+    node = get(union, "d/f")
+    kept = union.files.keep(node, write=False)
+    close = os.close
+
+    def refuse(fd: int) -> None:
+        close(fd)
+        if fd == number:
+            raise OSError(errno.EDQUOT, os.strerror(errno.EDQUOT))
+
+    number = kept.fd
+    monkeypatch.setattr(os, "close", refuse)
+    union.nodes.forget(node, node.lookups)
+    monkeypatch.undo()
+    assert "could not be closed" in caplog.text
+    again = get(union, "d/f")
+    assert again is not node
+    assert union.nodes.get(again.id) is again

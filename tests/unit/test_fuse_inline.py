@@ -1,4 +1,4 @@
-"""Handlers begun at once and finished in a task."""
+"""Handlers started in line and finished in a task."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ async def test_what_runs_in_a_thread_waits() -> None:
 
 
 def test_outside_of_begin_nothing_has_to_be_said() -> None:
-    """As in a session that gives each request a task, whatever ran before."""
+    """As in a session with a task per request, after any other handler."""
     fresh = importlib.util.find_spec("unionfs.fuse.inline")
     assert fresh is not None
     assert fresh.loader is not None
@@ -73,13 +73,13 @@ async def test_what_fails_after_waiting() -> None:
 
 
 async def test_waiting_means_nothing_in_an_ordinary_task() -> None:
-    """Under a session that gives each request a task of its own; also after a handler was begun in line."""
+    """As in a session with a task per request; also after a handler was started in line."""
     assert begin(_answers(1)) == 1
     await may_wait()
 
     async def handler() -> int:
         await may_wait()
-        await may_wait()  # a second time, in the task by now
+        await may_wait()  # a second time, now in the task
         return await in_thread(lambda: 3)
 
     coroutine = handler()
@@ -91,11 +91,11 @@ async def test_waiting_means_nothing_in_an_ordinary_task() -> None:
 async def test_a_failed_beginning_leaves_no_trace() -> None:
     with pytest.raises(FileNotFoundError):
         begin(_fails())
-    await may_wait()  # not taken for a handler that was begun in line
+    await may_wait()  # not treated as a handler started in line
 
 
 async def test_cancelling_reaches_the_handler() -> None:
-    """It can clean up, and what it raises then comes out."""
+    """It can clean up, and its exception propagates."""
     seen: list[str] = []
 
     async def handler() -> None:
@@ -132,7 +132,7 @@ async def test_a_cancelled_handler_may_answer_all_the_same() -> None:
 
 
 async def test_many_side_by_side() -> None:
-    """Several begun handlers wait for one another, and end in any order."""
+    """Several started handlers wait for one another, and end in any order."""
     event = trio.Event()
     results: list[int] = []
 
@@ -156,7 +156,7 @@ async def test_many_side_by_side() -> None:
 
 
 async def test_what_waits_without_saying_so_fails_loudly() -> None:
-    """Nobody would send it on: the request would never be answered."""
+    """Nothing would resume it: the request would never be answered."""
     cleared: list[str] = []
 
     async def handler() -> None:
@@ -165,7 +165,7 @@ async def test_what_waits_without_saying_so_fails_loudly() -> None:
         finally:
             cleared.append("up")
 
-    coroutine = handler()  # kept, so that not its deletion ends it
+    coroutine = handler()  # referenced, so that its deletion does not end it
     with pytest.raises(RuntimeError, match=r"handler waits without may_wait"):
         begin(coroutine)
     assert cleared == ["up"]

@@ -1,4 +1,4 @@
-"""Histograms of latency against sorted samples, and how long is measured."""
+"""Latency histograms compared with sorted samples, and the measuring time."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def _nearest_rank(times: list[int], part: float) -> int:
 def test_quantile(times: list[int], part: float) -> None:
     found, wanted = _filled(times).quantile(part), _nearest_rank(times, part)
     assert found is not None
-    # a clock that stands still (0 ns) is taken for 1 ns
+    # with a clock that stands still, 0 ns counts as 1 ns
     assert abs(found - max(1, wanted)) <= ERROR * max(1, wanted)
 
 
@@ -73,7 +73,7 @@ def test_measures_for_as_long_as_was_asked() -> None:
     latencies = Latencies(clock)
     assert not latencies.watched
     latencies.watch(2)
-    latencies.watch(1)  # who asks for less takes nothing from others
+    latencies.watch(1)  # a shorter request does not shorten the others
     assert latencies.watched
     assert latencies.goes_on(2_000_000_000)
     assert not latencies.goes_on(2_000_000_001)

@@ -1,4 +1,4 @@
-"""What the loop of the direct session makes of the errors that reading /dev/fuse gives."""
+"""The handling of /dev/fuse read errors in the loop of the direct session."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def _loop(open_union: OpenUnion) -> Loop:
 
 
 def _reads(monkeypatch: pytest.MonkeyPatch, *errors: int) -> None:
-    """Reading the device gives these errors, one after the other."""
+    """Reading the device fails with these errors, in order."""
     rest = list(errors)
 
     def readv(fd: int, buffers: Sequence[bytearray]) -> int:
@@ -57,7 +57,7 @@ def _reads(monkeypatch: pytest.MonkeyPatch, *errors: int) -> None:
 async def test_an_umount_that_takes_a_request_back(
     open_union: OpenUnion, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """fuse_dev_do_read has ECONNABORTED for a request that umount(2) overtakes, and ENODEV afterwards."""
+    """fuse_dev_do_read returns ECONNABORTED for a request overtaken by umount(2), and ENODEV afterwards."""
     _reads(monkeypatch, errno.EINTR, errno.ENOENT, errno.ECONNABORTED, errno.ENODEV)
     await _loop(open_union).run()
 
@@ -72,7 +72,7 @@ async def test_a_mount_that_is_cut_off(open_union: OpenUnion, monkeypatch: pytes
 async def test_a_file_that_cannot_be_closed(
     open_union: OpenUnion, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """After the answer, that is nobody's business: it is logged, and the next one is closed."""
+    """After the answer an error affects no caller: it is logged, and the next file is closed."""
     union = open_union()
     closed: list[object] = []
 
@@ -126,7 +126,7 @@ async def test_an_interrupt_right_behind_its_request(
     device = Device(writer)
     loop = Loop(device, _decision(), open_union(), Counter(), {}, {Opcode.FSYNC: waits})
     messages = [
-        _request(Opcode.FSYNC, 2, pid=2**22 + 1),  # above PID_MAX_LIMIT: its caller is no more
+        _request(Opcode.FSYNC, 2, pid=2**22 + 1),  # above PID_MAX_LIMIT: its caller does not exist
         _request(Opcode.INTERRUPT, 3, struct.pack("=Q", 2)),
     ]
     answer = b""
@@ -137,7 +137,7 @@ async def test_an_interrupt_right_behind_its_request(
             message = messages.pop(0)
             buffers[0][: len(message)] = message
             return len(message)
-        answer = os.read(reader, 100)  # raises BlockingIOError while there is none
+        answer = os.read(reader, 100)  # raises BlockingIOError without an answer
         raise OSError(errno.ENODEV, "")
 
     async def wait_readable(fd: int) -> None:
@@ -155,7 +155,7 @@ async def test_an_interrupt_right_behind_its_request(
 async def test_latency_only_while_somebody_watches(
     open_union: OpenUnion, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """One request before, one answered in line and one in a task while, one after the time is over."""
+    """One request before, one answered in line and one in a task during it, one after its end."""
     now = 0
     latencies = Latencies(lambda: now)
     taken: list[int] = []
@@ -229,7 +229,7 @@ async def test_latency_only_while_somebody_watches(
 async def test_how_long_it_asks(
     open_union: OpenUnion, monkeypatch: pytest.MonkeyPatch, between_us: int, waits: int
 ) -> None:
-    """It learns to go on asking when the next request comes soon, and not to when it comes late."""
+    """It polls longer if the next request arrives soon, and shorter if it arrives late."""
     now, left, waited, asked = 0, 200, 0, 0
     due = between_us * 1000
 

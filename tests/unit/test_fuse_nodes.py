@@ -1,4 +1,4 @@
-"""Nodes that supersede others, and nodes without a name: who leads where, and who is given back when."""
+"""Nodes that supersede others, and nodes without a name: ids, successors and lookup counts."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def test_the_old_id_leads_to_the_new_node(lower: Path, open_union: OpenUnion) ->
 
 @pytest.mark.parametrize("first", ["old", "new"])
 def test_both_are_given_back(lower: Path, open_union: OpenUnion, first: str) -> None:
-    """Whichever the kernel forgets first; the name leads to a fresh node afterwards."""
+    """In either order of the kernel's FORGETs; the name then leads to a new node."""
     union = open_union()
     nodes = union.nodes
     old = _known(union, "d/g", 3)
@@ -59,7 +59,7 @@ def test_both_are_given_back(lower: Path, open_union: OpenUnion, first: str) -> 
     new.lookups += 2
     order = [(old, 3), (new, 2)] if first == "old" else [(new, 2), (old, 3)]
     nodes.forget(*order[0])
-    assert nodes.get(new.id) is new  # the old one leads to it, or it is known itself
+    assert nodes.get(new.id) is new  # the old one leads to it, or it is itself known
     assert (nodes.named(old.id) is None) == (first == "old")
     nodes.forget(*order[1])
     assert nodes.named(old.id) is nodes.named(new.id) is None
@@ -101,7 +101,7 @@ def test_open_files_keep_the_old_one(lower: Path, open_union: OpenUnion) -> None
 
 
 def test_further_names_go_along(lower: Path, open_union: OpenUnion) -> None:
-    """Hard links: every name leads to the new node, and to the one object of the upper."""
+    """Hard links: every name leads to the new node, and to the one object in the upper."""
     union = open_union()
     nodes, changes = union.nodes, Changes(union)
     old = _known(union, "f")
@@ -125,7 +125,7 @@ def test_further_names_go_along(lower: Path, open_union: OpenUnion) -> None:
 
 
 def test_superseded_after_its_name_was_gone(lower: Path, open_union: OpenUnion) -> None:
-    """The fd that is held for it goes along, and is closed once."""
+    """The new node takes over the held fd, which is closed once."""
     union = open_union()
     nodes, changes = union.nodes, Changes(union)
     old = _known(union, "f")
@@ -143,7 +143,7 @@ def test_superseded_after_its_name_was_gone(lower: Path, open_union: OpenUnion) 
 
 
 def test_a_node_without_a_name(open_union: OpenUnion, tmp_path: Path) -> None:
-    """Known by its id alone until it gets a name; given back with its fd."""
+    """Known only by its id until it gets a name; released with its fd."""
     union = open_union()
     changes, nodes = Changes(union), union.nodes
     node, attributes, fd = changes.tmpfile(nodes.root, 0o600, ME, 0)

@@ -1,4 +1,4 @@
-"""SETATTR of files that are copied up for it, without a mount."""
+"""SETATTR with a copy-up, without a mount."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def union(tmp_path: Path, open_union: OpenUnion) -> Union:
         (tmp_path / "l0/d" / name).chmod(0o644)
     os.utime(tmp_path / "l0/d", ns=(PAST, PAST))
     union = open_union()
-    union.stack.volatile = True  # so nothing has to wait for a disk
+    union.stack.volatile = True  # so no sync to a disk is needed
     _set(union, get(union, "d/g"), Change(mode=0o600))  # opens the directories
     return union
 
@@ -63,7 +63,7 @@ def test_all_is_done_at_once(union: Union, tmp_path: Path, change: Change) -> No
 
 @pytest.mark.parametrize("change", CHANGES)
 def test_what_nobody_need_wait_for(union: Union, tmp_path: Path, change: Change) -> None:
-    """When the answer is sent all is as it will be, but that files are open still."""
+    """After the answer the state is final, except that files are still open."""
     union.files.defer()
     fds = os.listdir("/proc/self/fd")
     _check(_set(union, get(union, "d/f"), change), change)
@@ -75,15 +75,15 @@ def test_what_nobody_need_wait_for(union: Union, tmp_path: Path, change: Change)
 
 @pytest.mark.parametrize("begun", ["before", "after"])
 def test_a_listing_between_two_copy_ups(union: Union, tmp_path: Path, begun: str) -> None:
-    """The upper's directory keeps the time of that access, as far as its filesystem notes any. A large one is
-    read by a thread, in which a copy-up may come between its begin and its access."""
+    """The upper's directory keeps that access time, if its filesystem records any. A thread reads a large
+    one, and a copy-up may come between its start and its access."""
     (tmp_path / "native").mkdir()
     (tmp_path / "l0/d/h").touch()
     files, directory = [get(union, "d/f"), get(union, "d/h")], get(union, "d")
     os.utime(tmp_path / "native", ns=(PAST, PAST))
     os.utime(tmp_path / "upper/d", ns=(PAST, PAST))
     early = directory.territory.listing(directory)
-    _set(union, files[0], Change(mode=0o600))  # nobody asks for attributes of the directory from here on
+    _set(union, files[0], Change(mode=0o600))  # the directory's attributes are not requested from here on
     (early if begun == "before" else directory.territory.listing(directory)).names()
     os.listdir(tmp_path / "native")
     _set(union, files[1], Change(mode=0o600))
@@ -92,7 +92,7 @@ def test_a_listing_between_two_copy_ups(union: Union, tmp_path: Path, begun: str
 
 
 def test_under_a_umask(tmp_path: Path, open_union: OpenUnion) -> None:
-    """The permissions are those that were asked for, whoever uses the union."""
+    """The permissions equal the requested ones for every user of the union."""
     (tmp_path / "l0/d").mkdir(parents=True)
     (tmp_path / "l0/d/f").touch()
     before = os.umask(0o077)

@@ -1,4 +1,4 @@
-"""What stays of a file's attributes while its data is written back."""
+"""The attributes preserved while a file's data is written back."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def test_what_was_there(file: tuple[Node, int]) -> None:
     os.utime(fd, ns=(10**18, 10**18))
     with WriteBack(Capabilities(Shortcuts())).kept(node, _opened(fd)):
         os.pwrite(fd, b"more", 0)
-        assert _capability(fd) is None  # so a write does take it away
+        assert _capability(fd) is None  # so a write does remove it
     assert _capability(fd) == CAPABILITY
     assert stat.S_IMODE(os.fstat(fd).st_mode) == 0o6755
     assert os.fstat(fd).st_mtime_ns == 10**18
@@ -63,7 +63,7 @@ def test_what_was_there(file: tuple[Node, int]) -> None:
 def test_what_is_told_while_a_thread_writes(
     file: tuple[Node, int], before: bytes | None, told: bytes | None, written: str
 ) -> None:
-    """It counts, whether the thread's write takes the capabilities away before or after it is told."""
+    """The set value counts, whether the thread's write removes the capabilities before or after it."""
     node, fd = file
     if before is not None:
         os.setxattr(fd, NAME, before)
@@ -83,7 +83,7 @@ def test_what_is_told_while_a_thread_writes(
 
 @pytest.mark.parametrize("written", ["before", "after"])
 def test_a_time_that_is_told_while_a_thread_writes(file: tuple[Node, int], written: str) -> None:
-    """The kernel sends the time of modification by a SETATTR, which does not wait for the data."""
+    """The kernel sends the time of modification in a SETATTR, which does not wait for the data."""
     node, fd = file
     told = 10**18 + 7
     os.utime(fd, ns=(10**18, 10**18))

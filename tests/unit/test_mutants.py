@@ -1,4 +1,4 @@
-"""scripts/mutants: what it changes, and that its list of tests is up to date."""
+"""scripts/mutants: its changes, and whether its list of tests is up to date."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ def test_what_is_changed(mutants: ModuleType, tmp_path: Path) -> None:
 
 
 def test_the_list_of_tests() -> None:
-    """Modules and tests that are moved are moved there, too."""
+    """The list follows moved modules and tests."""
     values = tomllib.loads((REPOSITORY / "tests/mutants.toml").read_text())
     for module, tests in values["tests"].items():
         assert (REPOSITORY / module).exists(), module

@@ -1,4 +1,4 @@
-"""Sizes as people write them; the expected values are those of docker (go-units) and of tmpfs(5)."""
+"""Human-readable sizes; the expected values are those of docker (go-units) and of tmpfs(5)."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def test_what_is_no_size(text: str) -> None:
 
 
 def test_sizes_of_volumes() -> None:
-    """At least a byte, and less than 1 EiB."""
+    """At least one byte, and less than 1 EiB."""
     assert sizes.volume_size(" 100m ") == 100 * M
     assert sizes.volume_size("1") == 1
     assert sizes.volume_size(str((1 << 60) - 1)) == (1 << 60) - 1
@@ -68,5 +68,5 @@ def test_counts() -> None:
     ],
 )  # fmt: skip
 def test_sizes_that_are_shown(size: int, shown: str) -> None:
-    """As HumanSize has it: four digits, powers of 1000."""
+    """As in HumanSize: four digits, powers of 1000."""
     assert sizes.shown_size(size) == shown

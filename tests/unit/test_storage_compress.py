@@ -1,4 +1,4 @@
-"""Compressed streams: what is left of one that was not ended."""
+"""Compressed streams: the result of an abandoned one."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ from unionfs.storage.archive.compress import KINDS, Sink, compressor
 
 
 def _write_much(sink: Sink) -> None:
-    """More than any compressor keeps back."""
+    """More than any compressor buffers."""
     for _ in range(100):
         sink.write(os.urandom(1 << 20))
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_stream_that_is_given_up_writes_nothing_any_more(tmp_path: Path, kind: str) -> None:
-    """Nor to another file, which has the number of the one that was closed: a database of ours, say."""
-    # not through a with statement: the order in which things end is the point
+    """Not even to another file with the number of the closed one, such as our database."""
+    # without a with statement: the order of the ends matters
     out = open(tmp_path / "archive", "wb", buffering=0)  # noqa: SIM115
     sink = compressor(out, kind)
     sink.write(os.urandom(100_000))

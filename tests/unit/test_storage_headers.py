@@ -1,4 +1,4 @@
-"""Headers of archives as other programs read them."""
+"""Headers of archives, read by other programs."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ GIB = 1 << 30
 
 @pytest.fixture
 def archive(tmp_path: Path) -> Path:
-    """A sparse member that stores more than 8 GiB, of which the archive has only holes, and one after it."""
+    """A sparse member that stores more than 8 GiB, only holes in this file, and one member after it."""
     large = Entry(
         b"large", SPARSE, 0o644, 0, 0, 20 * GIB, 1_700_000_000_000_000_000,
         segments=[(GIB, 9 * GIB), (20 * GIB, 0)],

@@ -1,4 +1,4 @@
-"""`-v`, `--mount`, `--tmpfs` and `-u tmpfs:`: Docker's rules, and one sentence for what breaks them."""
+"""`-v`, `--mount`, `--tmpfs` and `-u tmpfs:`: Docker's rules, and one sentence for each violation."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def refusal(parse: Callable[[], object]) -> str:
         ("/srv/site:/var/www:ro,Z", BindSpec("/var/www", "/srv/site", read_only=True, create=True)),
         ("//srv//site/:/w:rslave", BindSpec("/w", "/srv/site", propagation="rslave", create=True)),
         ("/:/host:ro", BindSpec("/host", "/", read_only=True, create=True)),
-        # Docker takes `ro` as a target only where there is a source for it to be the mode of.
+        # Docker accepts `ro` as a target only without a source whose mode it could be.
         ("ro:/data", VolumeSpec("/data", "ro")),
     ],
 )

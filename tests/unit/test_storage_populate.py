@@ -1,4 +1,4 @@
-"""The first use of an empty volume: everything of the merged directory is copied, as GNU cp -a does it."""
+"""First use of an empty volume: the merged directory is copied completely, as by GNU cp -a."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def fill(stack: LayerStack, volume: Path, *names: bytes) -> bool:
 
 
 def make_tree(top: Path) -> None:
-    """One of everything."""
+    """Make one entry of each kind."""
     (top / "sub/deeper").mkdir(parents=True)
     (top / "empty").mkdir()
     (top / "file").write_bytes(b"data\n" * 1000)
@@ -65,7 +65,7 @@ def make_tree(top: Path) -> None:
 
 
 def comparable(root: Path) -> dict[bytes, object]:
-    """What a copy keeps: everything but inode and device numbers and ctimes."""
+    """The attributes that a copy preserves: all except inode and device numbers and ctimes."""
     found: dict[bytes, object] = {}
     for path, entry in snapshot.take(root).items():
         size = 0 if stat.S_ISDIR(entry.mode) else entry.size
@@ -81,12 +81,14 @@ def test_everything_is_kept(open_union: OpenUnion, tmp_path: Path) -> None:
     volume = tmp_path / "volume"
     volume.mkdir(mode=0o700)
     stack = open_union().stack
+    fds = os.listdir("/proc/self/fd")
     assert fill(stack, volume, b"var", b"data")
+    assert os.listdir("/proc/self/fd") == fds
     assert comparable(volume) == comparable(tmp_path / "reference")
     links = {(volume / name).stat().st_ino for name in ("file", "sub/hard", "sub/deeper/hard2")}
     assert len(links) == 1
     assert (volume / "holes").stat().st_blocks == (tmp_path / "reference/holes").stat().st_blocks
-    # It is not empty now, so the next use leaves it alone.
+    # It is no longer empty, so the next use does not change it.
     (volume / "suid").unlink()
     assert not fill(stack, volume, b"var", b"data")
     assert not (volume / "suid").exists()
@@ -113,12 +115,12 @@ def test_what_is_merged_is_copied(open_union: OpenUnion, tmp_path: Path) -> None
     found = {str(path.relative_to(volume)) for path in volume.rglob("*")}
     assert found == {"low", "up", "opaque", "opaque/above"}
     assert os.listxattr(volume / "opaque") == []
-    # What the union shows as user.overlay.shown is that in a volume, which is no layer.
+    # The xattr shown as user.overlay.shown in the union has that name in a volume, which is not a layer.
     assert snapshot.read_xattrs(str(volume / "up")) == {"user.overlay.shown": b"plain"}
 
 
 def test_the_work_directory_is_left_alone(open_union: OpenUnion, tmp_path: Path) -> None:
-    """The union that serves uses it meanwhile."""
+    """The serving union uses it at the same time."""
     (tmp_path / "l0/d").mkdir(parents=True)
     (tmp_path / "l0/d/file").touch()
     (tmp_path / "volume").mkdir()
@@ -193,7 +195,7 @@ def test_a_failure_leaves_the_volume_empty(
 
 @pytest.mark.parametrize("planted", [".unionfs-copy", ".unionfs-copy-unfinished", ".unionfs-restore"])
 def test_nothing_in_a_volume_is_believed(open_union: OpenUnion, tmp_path: Path, planted: str) -> None:
-    """Whoever writes to the volume may make any name: it is content, and the volume keeps its attributes."""
+    """A writer of the volume may create any name: it is content, and the volume keeps its attributes."""
     (tmp_path / "l0/d").mkdir(parents=True)
     (tmp_path / "l0/d/x").write_text("layer")
     volume = tmp_path / "volume"

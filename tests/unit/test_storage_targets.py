@@ -1,4 +1,4 @@
-"""Targets: inside the merged root whatever symlinks say, made when missing, and unmade when that fails."""
+"""Targets: inside the merged root despite symlinks, created if missing, and removed after a failure."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from unionfs.sys.mountinfo import mounted_at
 
 @pytest.fixture(params=["directory", "union"])
 def tree(request: pytest.FixtureRequest, tmp_path: Path, open_union: OpenUnion) -> Iterator[Tree]:
-    """A tree with symlinks of all sorts: a real directory, and the same as the lower of a union."""
+    """A tree with all kinds of symlinks: a real directory, and the same as the lower of a union."""
     os.umask(0o022)
     top = tmp_path / "l0"
     (top / "var/run").mkdir(parents=True)
@@ -100,7 +100,7 @@ def test_missing_is_made_and_unmade(tree: Tree, directory: bool) -> None:
     with pytest.raises(FileNotFoundError):
         tree.kind((b"srv",))
     target.undo()
-    # What was there before stays.
+    # Existing entries stay.
     prepare(tree, "/etc", "the source", directory=True).undo()
     assert tree.kind((b"etc",)) == stat.S_IFDIR
 
@@ -130,7 +130,7 @@ def test_without_an_upper_nothing_can_be_made(open_union: OpenUnion) -> None:
 
 
 def test_a_union_that_is_gone_is_not_mounted_on(tmp_path: Path, open_union: OpenUnion) -> None:
-    """What shows then at the mountpoint is the host's own directory."""
+    """The mountpoint then shows the host's own directory."""
     stack = open_union().stack
     sources = Sources(Volumes(str(tmp_path)), "nobody", kernel_mounts=False)
     elsewhere = mounted_at("/proc")

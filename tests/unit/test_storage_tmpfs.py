@@ -1,4 +1,4 @@
-"""Making a tmpfs where that is not simple: without root, and by kernels that lack something."""
+"""Making a tmpfs in difficult cases: without root, and on kernels that lack options."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ Parameters = Sequence[tuple[str, str]]
 
 
 def refusing(monkeypatch: pytest.MonkeyPatch, code: int, *names: str) -> list[dict[str, str]]:
-    """Have the kernel refuse every filesystem with one of these options (or all, without names)."""
+    """Let the kernel refuse every filesystem with one of these options (or all, without names)."""
     calls: list[dict[str, str]] = []
 
     def make(fstype: str, parameters: Parameters, attributes: int = 0) -> int:

@@ -1,4 +1,4 @@
-"""Project quotas, as far as they can be looked at where the kernel has none; the rest is in tests/vm."""
+"""Project quotas, as far as testable without kernel support; the rest is in tests/vm."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from unionfs.sys import quota
 def test_nothing_counts_for_a_directory_without_a_limit(
     root: None, filesystem: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Project 0 is not its own: what counts for that is everything else on the filesystem."""
+    """Project 0 is not the directory's own: it counts everything else on the filesystem."""
     directory = filesystem("ext4", 64 << 20)
     monkeypatch.setattr(quota, "_quota", lambda fd, project: (0, 0, 1 << 40, 0, 0, 0, 0, 0, 0))
     assert quota.space_used(str(directory)) == 0

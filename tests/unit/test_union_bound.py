@@ -1,4 +1,4 @@
-"""Storage that the union shows by itself: what is done there is done to the host's directory, as it is."""
+"""Storage served by the union itself: operations go to the host's directory unchanged."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def fails(code: int) -> Iterator[None]:
 
 
 def show(union: Union, path: str, source: Path, *, read_only: bool = False) -> Node:
-    """Bind a host path at a path of the union, which is there."""
+    """Bind a host path at an existing path of the union."""
     above, _, name = path.rpartition("/")
     parent = get(union, above) if above else union.nodes.root
     layer = union.stack.bind(path, os.open(source, os.O_PATH), read_only=read_only)
@@ -71,7 +71,7 @@ def test_changes_go_to_the_host_without_copy_up(union: Union, tmp_path: Path) ->
     changes.rmdir(rw, b"dir")
     changes.unlink(rw, b"file")
     assert sorted(os.listdir(tmp_path / "host")) == ["link", "sub"]
-    # Nothing of this concerns the upper, and no whiteout is made anywhere.
+    # None of this affects the upper, and no whiteout is made.
     assert os.listdir(tmp_path / "upper") == []
 
 
@@ -87,7 +87,7 @@ def test_renames_within(union: Union, tmp_path: Path) -> None:
         changes.rename(rw, b"sub", rw, b"file", calls.RENAME_NOREPLACE)
     changes.rename(rw, b"file", rw, b"dir", 0)
     assert read(union, "rw/dir/inner") == b"inner"
-    # Over another file, which somebody has open.
+    # Over another file, which is open.
     (tmp_path / "host/victim").write_text("victim")
     victim = get(union, "rw/victim")
     victim.lookups += 1

@@ -181,7 +181,7 @@ def test_a_rename_that_leaves_no_whiteout_is_undone(
     scenario: Callable[[Union], None],
     known: int,
 ) -> None:
-    """Each of its steps fails once, in whatever way the rename is done."""
+    """Each of its steps fails once, in every implementation of the rename."""
     if os.geteuid() != 0:
         pytest.skip("whiteouts are devices, which only root can make")
     link, rename = os.link, os.rename
@@ -197,7 +197,7 @@ def test_a_rename_that_leaves_no_whiteout_is_undone(
             nonlocal steps, undoes
             steps += bool(before) and not undoes
             if steps == failing and not undoes:
-                undoes = True  # what comes now puts things back, and must not fail
+                undoes = True  # later calls undo changes, and must not fail
                 raise OSError(errno.EIO, os.strerror(errno.EIO))
             undoes = steps == failing
             try:

@@ -1,4 +1,4 @@
-"""What must hold when a step fails, or a layer is not what it should be."""
+"""Invariants when a step fails, or a layer has unexpected content."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ __all__ = ["open_union"]
 
 @contextmanager
 def immutable(directory: Path) -> Iterator[None]:
-    """Every change of the directory is refused."""
+    """The directory refuses every change."""
     done = subprocess.run(["chattr", "+i", directory], capture_output=True, text=True, check=False)
     if done.returncode != 0:
         pytest.skip(f"chattr +i: {done.stderr.strip()}")
@@ -62,7 +62,7 @@ class TestFailedSteps:
     def test_work_that_outlives_the_last_open_leaves_no_closed_file(
         self, tmp_path: Path, open_union: OpenUnion
     ) -> None:
-        """A caller may close the file before a thread that read for him is done with it."""
+        """A caller may close the file before a thread has finished reading for it."""
         (tmp_path / "l0").mkdir()
         (tmp_path / "l0/f").write_text("lower")
         union = open_union()
@@ -99,7 +99,7 @@ class TestFailedSteps:
     def test_an_xattr_whiteout_that_the_directory_cannot_announce(
         self, tmp_path: Path, open_union: OpenUnion, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        """Nothing is left of it, or the next mount would believe what this one says failed."""
+        """No trace is left, or the next mount would accept what this one reported as failed."""
         (tmp_path / "l0").mkdir()
         (tmp_path / "l0/f").write_text("lower")
         union = open_union()
@@ -122,7 +122,7 @@ class TestFailedSteps:
     def test_where_new_files_are_not_as_asked_for(
         self, tmp_path: Path, open_union: OpenUnion, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        """As on NFS whose server takes root for nobody: mode and owner of a copy are set, or refused."""
+        """As on NFS with root_squash: mode and owner of a copy are set, or refused."""
         (tmp_path / "l0").mkdir()
         (tmp_path / "l0/f").write_text("lower")
         os.chmod(tmp_path / "l0/f", 0o640)
@@ -164,7 +164,7 @@ class TestFailedSteps:
 
 
 class TestRedirects:
-    """What the kernel writes with ``redirect_dir=on`` is read; what leads out of a layer is refused."""
+    """Redirects written by the kernel with ``redirect_dir=on`` are read; those out of a layer are refused."""
 
     @pytest.mark.parametrize("redirect", [b"..", b".", b"/..", b"/a/../..", b"//", b"/a//b"])
     def test_it_never_leads_out_of_a_layer(

@@ -1,4 +1,4 @@
-"""Directories that are merged from many lowers: what is asked of the layers, and that it is right."""
+"""Directories merged from many lowers: the number and results of lookups in layers."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ COUNT = MANY + 4
 
 @pytest.fixture
 def union(tmp_path: Path, open_union: OpenUnion) -> Union:
-    """Every lower has the directory ``d``, with ``own<number>`` in it; the last one has ``last``, too."""
+    """Every lower has the directory ``d``, with ``own<number>`` in it; the last one also has ``last``."""
     for number in range(COUNT):
         (tmp_path / f"l{number}/d").mkdir(parents=True)
         (tmp_path / f"l{number}/d/own{number}").write_text(str(number))
@@ -34,7 +34,7 @@ def union(tmp_path: Path, open_union: OpenUnion) -> Union:
 
 @pytest.fixture
 def asked(monkeypatch: pytest.MonkeyPatch) -> Callable[[], int]:
-    """How many times a name was looked for in a layer since it was last called."""
+    """The number of lookups in layers since the last call."""
     counted: Counter[str] = Counter()
     stat = os.stat
 
@@ -76,7 +76,7 @@ def test_absent_names_are_not_asked_for(union: Union, asked: Callable[[], int]) 
 
 
 def test_the_upper_is_asked(union: Union) -> None:
-    """What is made, removed and copied up afterwards is seen."""
+    """Names created, removed and copied up afterwards are seen."""
     _warm(union)
     changes, node = Changes(union), get(union, "d")
     changes.mkdir(node, b"absent1", 0o755, ME)
@@ -90,7 +90,7 @@ def test_the_upper_is_asked(union: Union) -> None:
 
 
 def test_directories_below_are_merged(tmp_path: Path, open_union: OpenUnion) -> None:
-    """A relative and an absolute redirect go on under names that the lowers have, too."""
+    """A relative and an absolute redirect continue under names that the lowers have too."""
     for number in range(COUNT):
         (tmp_path / f"l{number}/d/x").mkdir(parents=True)
         (tmp_path / f"l{number}/d/x/x{number}").touch()

@@ -1,4 +1,4 @@
-"""The markers of the disk format; test_posix_layers.py holds them against kernel overlayfs."""
+"""The markers of the disk format; test_posix_layers.py compares them with kernel overlayfs."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ def _is_whiteout(fd: int, name: bytes, markers: Markers = MARKERS) -> bool:
 
 
 def test_what_is_a_whiteout(root: None, area: Path, fd: int) -> None:
-    """A character device 0/0, or an empty file with the xattr; nothing else."""
+    """A character device 0/0, or an empty file with the xattr; no other file."""
     os.mknod(area / "device", stat.S_IFCHR, os.makedev(0, 0))
     os.mknod(area / "null", stat.S_IFCHR, os.makedev(1, 3))
     os.mknod(area / "block", stat.S_IFBLK, os.makedev(0, 0))
@@ -98,7 +98,7 @@ def test_opaque_and_redirect(area: Path, fd: int) -> None:
 
 @pytest.mark.parametrize("code", [errno.EOPNOTSUPP, errno.EACCES, errno.E2BIG])
 def test_xattrs_that_cannot_be_listed(fd: int, monkeypatch: pytest.MonkeyPatch, code: int) -> None:
-    """A filesystem without xattrs has no markers; of too many (listxattr(2), E2BIG) each is asked for."""
+    """A filesystem without xattrs has no markers; with too many (listxattr(2), E2BIG) each is read."""
     MARKERS.set_opaque(fd)
     os.setxattr(b"/proc/self/fd/%d" % fd, MARKERS.redirect, b"r")
 
@@ -113,7 +113,7 @@ def test_xattrs_that_cannot_be_listed(fd: int, monkeypatch: pytest.MonkeyPatch, 
 def test_xattrs_that_cannot_be_read(
     area: Path, fd: int, monkeypatch: pytest.MonkeyPatch, code: int
 ) -> None:
-    """Not to know whether a file is a whiteout is an error; opaque counts as none (ovl_get_dir_xattr_val)."""
+    """An unreadable whiteout xattr is an error; opaque counts as none (ovl_get_dir_xattr_val)."""
     (area / "empty").touch()
     MARKERS.set_opaque(fd)
 
@@ -129,7 +129,7 @@ def test_xattrs_that_cannot_be_read(
 
 
 def test_making_whiteouts(root: None, area: Path, fd: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A device where that can be made, else an empty file that nobody may read; never over something."""
+    """A device where permitted, else an empty file without read permission; never over another object."""
     MARKERS.make_whiteout(fd, b"device", [fd])
     assert _is_whiteout(fd, b"device")
     assert stat.S_ISCHR((area / "device").lstat().st_mode)

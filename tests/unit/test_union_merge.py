@@ -1,4 +1,4 @@
-"""The merge by itself: names are searched and listed in layers, without nodes and without a union."""
+"""The merge alone: searches and lists names in layers, without nodes and without a union."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from unionfs.union.tree import Union
 
 @pytest.fixture
 def union(tmp_path: Path, open_union: OpenUnion) -> Union:
-    """Two lowers and an upper, all of which have ``d``."""
+    """Two lowers and an upper, all with ``d``."""
     for layer in ("l0", "l1", "upper"):
         (tmp_path / layer / "d").mkdir(parents=True)
         (tmp_path / layer / "d" / layer).write_text(layer)
@@ -70,7 +70,7 @@ def test_a_found_object_that_is_replaced_is_stale(union: Union, tmp_path: Path) 
 
 
 def test_it_stands_beside_the_union_that_serves(union: Union, tmp_path: Path) -> None:
-    """Its directory fds are its own, and neither the layers nor the work directory are changed."""
+    """It has separate directory fds, and changes neither the layers nor the work directory."""
     before = [snapshot.take(tmp_path / name) for name in ("l0", "l1", "upper", "work")]
     merge = Merge(union.stack.layers, union.stack.markers)
     shown = names(union, "d")

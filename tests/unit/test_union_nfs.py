@@ -1,4 +1,4 @@
-"""What an NFS client leaves in directories: what was removed while in use has another name meanwhile."""
+"""Leftovers of an NFS client in directories: a file removed while in use is renamed until its close."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ OTHERS = [".nfs", ".nfs1", ".nfs000000000000abcd", ".nfs000000000000ABCD00000001
 
 
 def _on_nfs(open_union: OpenUnion) -> Union:
-    """As if the upper was on NFS, which takes a server; with one it is tested in a virtual machine."""
+    """As if the upper were on NFS, which needs a server; the test with one runs in a virtual machine."""
     union = open_union()
     union.require_upper().links_of_removed = 1
     return union
@@ -69,7 +69,7 @@ def test_the_diff_has_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
 def test_what_is_in_use_is_removed_from_work_later(
     open_union: OpenUnion, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """All of it, and without trying everything with each change."""
+    """All of it, and without retrying everything at each change."""
     work = open_union().work
     in_use = {b"%d" % number for number in range(100)}
     tried: list[bytes] = []

@@ -1,4 +1,4 @@
-"""Renames: how often the replaced directory is listed, and what is left in the upper."""
+"""Renames: how often the replaced directory is listed, and the remains in the upper."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ __all__ = ["open_union"]
 
 
 def _listings(monkeypatch: pytest.MonkeyPatch) -> Counter[int]:
-    """How often each directory is listed from now on, by its inode number."""
+    """The number of listings of each directory from now on, by its inode number."""
     counted: Counter[int] = Counter()
 
     def counting(function: Callable[..., Any]) -> Callable[..., Any]:

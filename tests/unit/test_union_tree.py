@@ -90,7 +90,7 @@ class TestMergeRules:
     def test_metacopy_file_is_refused_not_read_as_zeros(
         self, tmp_path: Path, open_union: OpenUnion, monkeypatch: pytest.MonkeyPatch, listed: bool
     ) -> None:
-        """Also where a filesystem has xattrs and does not list them."""
+        """Also where a filesystem has xattrs but does not list them."""
         for layer in ("l0", "l1"):
             (tmp_path / layer).mkdir()
             (tmp_path / layer / "f").write_text("data")
@@ -104,7 +104,7 @@ class TestMergeRules:
     def test_more_xattrs_than_can_be_listed(
         self, tmp_path: Path, open_union: OpenUnion, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        """Such a file (of xfs, say) is read, and not copied up without them."""
+        """Such a file (for example of xfs) is read, and not copied up without them."""
         (tmp_path / "l0").mkdir()
         (tmp_path / "l0/f").write_text("data")
         os.setxattr(tmp_path / "l0/f", "user.kept", b"value")
@@ -143,7 +143,7 @@ class TestGate:
 
 
 class TestEmptyCopies:
-    """A directory that was copied up is not asked for names until something is put into it."""
+    """A copied-up directory is not searched for names until an entry is added."""
 
     @pytest.fixture
     def union(self, tmp_path: Path, open_union: OpenUnion) -> Union:
@@ -191,7 +191,7 @@ class TestEmptyCopies:
         assert read(union, "d/f") == b"lower"
         for node in (get(union, "d/f"), directory):
             union.nodes.forget(node, 0)
-        assert not get(union, "d").parts[0].empty  # nobody knows any more
+        assert not get(union, "d").parts[0].empty  # it is no longer known
 
 
 class TestNumbers:
@@ -407,7 +407,7 @@ class TestChangesOnDisk:
     def test_users_overlay_xattr_is_escaped(self, open_union: OpenUnion) -> None:
         markers = open_union().markers
         assert markers.stored_name(b"user.overlay.mine") == b"user.overlay.overlay.mine"
-        with pytest.raises(OSError, match="not supported"):  # as overlayfs says it
+        with pytest.raises(OSError, match="not supported"):  # the message of overlayfs
             markers.stored_name(b"user.overlay." + b"n" * 240)
         assert markers.shown_names([b"user.overlay.opaque", b"user.overlay.overlay.mine", b"user.x"]) == [
             b"user.overlay.mine",

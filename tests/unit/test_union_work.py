@@ -1,4 +1,4 @@
-"""The work directory: what is put into place, and what is left."""
+"""The work directory: files put in place, and leftovers."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def test_only_what_was_not_put_into_place_is_discarded(tmp_path: Path, open_unio
             os.close(temporary.mkdir())
             (work / os.fsdecode(temporary.name) / "in").touch()
         placed.put(root, b"there")
-        # another one that got its name meanwhile would be left alone
+        # a new file that got its name would not be removed
         (work / os.fsdecode(placed.name)).touch()
     assert os.listdir(work) == [os.fsdecode(placed.name)]
     assert os.listdir(tmp_path / "upper/there") == ["in"]

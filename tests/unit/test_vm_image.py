@@ -1,4 +1,4 @@
-"""What makes and chooses virtual machines, as far as it needs none."""
+"""Creation and selection of virtual machines, as far as testable without one."""
 
 from __future__ import annotations
 
@@ -100,7 +100,7 @@ def test_acceleration_can_be_chosen(accel: str, works: bool, monkeypatch: pytest
 
 
 def test_pip_s_settings(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """Those of the network go into a chroot; what names directories of this machine cannot."""
+    """Network settings go into a chroot; settings that name directories of this machine do not."""
     certificate = tmp_path / "certificate.pem"
     certificate.touch()
     lines = (

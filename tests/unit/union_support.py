@@ -33,7 +33,7 @@ def open_union(tmp_path: Path) -> Iterator[OpenUnion]:
             str(tmp_path / "work") if upper else None,
             userxattr=True,
         )
-        stack.markers.follows_redirects = True  # as with the prefix that needs root
+        stack.markers.follows_redirects = True  # as with the prefix that requires root
         union = Union(stack, directory_fds=directory_fds)
         opened.append(union)
         return union

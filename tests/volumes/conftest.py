@@ -1,4 +1,4 @@
-"""A storage root of each test's own, and the volume commands on it."""
+"""A separate storage root for each test, and the volume commands on it."""
 
 from __future__ import annotations
 
@@ -25,31 +25,29 @@ class Store:
         self.env: dict[str, str] = {}
 
     def volumes(self) -> Volumes:
-        """As another process would open it."""
+        """The volumes, opened as by another process."""
         return Volumes(str(self.root), tell=self.told.append)
 
     def __call__(self, *arguments: str | Path, **extra: Any) -> Done:
-        """Run `unionfs volume ARGUMENT...`: in this process, which is faster, or with `extra` in one of its
-        own.
-        """
+        """Run `unionfs volume ARGUMENT...`: in this process (faster), or with `extra` in a new one."""
         environment = {"UNIONFS_ROOT": str(self.root), **self.env, **extra.pop("env", {})}
         if extra or "PYTHONPATH" in environment:
             return unionfs("volume", *arguments, env=environment, **extra)
         return _here(["volume", *map(str, arguments)], environment)
 
     def ok(self, *arguments: str | Path, **extra: Any) -> str:
-        """The command must end well; gives its standard output."""
+        """The command must succeed; returns its standard output."""
         done = self(*arguments, **extra)
         assert done.returncode == 0, done.stderr
         return done.stdout
 
     def create(self, *arguments: str | Path) -> Path:
-        """Create a volume (the name last) and give its data directory."""
+        """Create a volume (the name last) and return its data directory."""
         name = succeed(self("create", *arguments)).strip()
         return self.data(name)
 
     def data(self, name: str) -> Path:
-        """Where a local volume's data is."""
+        """The data directory of a local volume."""
         return self.root / "volumes" / name / "_data"
 
 
@@ -71,7 +69,7 @@ def _here(arguments: list[str], environment: dict[str, str]) -> Done:
 
 @pytest.fixture
 def store(area: Path) -> Iterator[Store]:
-    """An empty storage root; whatever is mounted below it is taken away at the end."""
+    """An empty storage root; mounts below it are removed at the end."""
     root = area / "root"
     yield Store(root)
     areas.detach(root)

@@ -1,6 +1,4 @@
-"""Archives with whatever members one likes and a manifest that agrees with them, as a forger would make
-them.
-"""
+"""Archives with arbitrary members and a matching manifest, as forged by an attacker."""
 
 from __future__ import annotations
 
@@ -25,7 +23,7 @@ def file(name: bytes, data: bytes = b"forged\n", *, mode: int = 0o644) -> Member
 
 
 def other(kind: str, name: bytes, link: bytes = b"", rdev: tuple[int, int] = (0, 0)) -> Member:
-    """A directory, link, device ... `link` is written as it is."""
+    """A directory, link, device ... `link` is written unchanged."""
     path = (
         name.removeprefix(b"./").removesuffix(b"/") if kind == entries.DIRECTORY else name.removeprefix(b"./")
     )
@@ -39,7 +37,7 @@ def directory(name: bytes) -> Member:
 
 
 def header(member: Member) -> bytes:
-    """The headers of a member; what does not fit into one has a record."""
+    """The headers of a member; values that do not fit have a record."""
     made, name, data = member
     kind = headers._TYPES[made.kind]
     records = b""

@@ -1,9 +1,9 @@
 """A volume plugin for docker, small and strict: `python plugin_server.py DIRECTORY ADDRESS [OPTION...]`.
 
-ADDRESS is the path of a unix socket, or a TCP port. It keeps its volumes in DIRECTORY, and writes every
-request to DIRECTORY/log. Options: `refuse=REQUEST` answers that request with an error, `no-volume-driver`
-implements another kind of plugin, `late` tells the mountpoint only by Path, `garbage` answers no JSON,
-`cert=FILE` serves TLS.
+ADDRESS is the path of a unix socket, or a TCP port. The plugin stores its volumes in DIRECTORY, and writes
+every request to DIRECTORY/log. Options: `refuse=REQUEST` answers that request with an error,
+`no-volume-driver` implements another type of plugin, `late` reports the mountpoint only by Path, `garbage`
+answers with invalid JSON, `cert=FILE` serves TLS.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ class _Handler(BaseHTTPRequestHandler):
         self.wfile.write(data)
 
     def answer(self, request: str, values: dict[str, Any]) -> dict[str, Any]:
-        """The protocol, as docker documents it."""
+        """The protocol as documented by docker."""
         if request == "Plugin.Activate":
             return {"Implements": ["NetworkDriver" if "no-volume-driver" in OPTIONS else "VolumeDriver"]}
         if request == "VolumeDriver.Capabilities":

@@ -1,5 +1,5 @@
-"""Archives that are cut off, damaged or forged, full disks, killed processes and two operations at once: the
-volume is as it was, nothing is written outside it, and no half file has the final name."""
+"""Truncated, damaged and forged archives, full disks, killed processes and concurrent operations: the volume
+is unchanged, nothing is written outside it, and no incomplete file has the final name."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ pytestmark = pytest.mark.usefixtures("as_root")
 
 
 def forged(outside: bytes) -> dict[str, Sequence[Member]]:
-    """Archives that try to make the file `outside` (an absolute path) or another one outside the volume."""
+    """Archives that try to create the file `outside` (an absolute path) or another one outside the volume."""
     above, name = os.path.split(outside)
     return {
         "dot dot": [file(b"./../escaped")],
@@ -73,7 +73,7 @@ def forged(outside: bytes) -> dict[str, Sequence[Member]]:
 
 
 def _outside(store: Store) -> bytes:
-    """A path that is missing, and of this test alone."""
+    """A missing path, unique to this test."""
     return os.fsencode(store.root.parent / "outside")
 
 
@@ -91,7 +91,7 @@ def _is_untouched(store: Store, before: object) -> None:
 
 
 def _restore(store: Store, archive: Path) -> str:
-    """In this process, to be fast; gives the sentence of the refusal."""
+    """Restore in this process, to be fast; returns the sentence of the refusal."""
     with pytest.raises(UserError) as caught:
         restore(store.volumes(), "data", str(archive))
     return str(caught.value)
@@ -127,7 +127,7 @@ class TestForged:
         ]
         restore(store.volumes(), "data", str(forge.write(area / "good.tar", members)))
         assert (data / "h").read_text() == "forged\n"
-        assert os.readlink(data / "l") == "/etc"  # a symlink may lead anywhere: nothing is written through it
+        assert os.readlink(data / "l") == "/etc"  # a symlink may lead anywhere: no write goes through it
 
     @pytest.mark.parametrize(
         ("info", "words"),
@@ -341,7 +341,7 @@ class TestFullDisks:
         assert (small / "b.tar.zst").read_bytes() == good
         assert (
             os.statvfs(small).f_bavail * os.statvfs(small).f_frsize > 2 << 20
-        )  # nothing nameless is left either
+        )  # no nameless file is left either
 
     @pytest.mark.parametrize("kind", ["ext4", "tmpfs"])
     def test_in_the_middle_of_a_restore(self, filesystem: Callable[..., Path], area: Path, kind: str) -> None:
@@ -415,7 +415,7 @@ class TestKilled:
         assert child.stdin is not None
         child.stdin.write(whole[: len(whole) // 2])
         child.stdin.flush()
-        # Half of it is there, and it waits for the other half.
+        # Half of it is there, and the reader waits for the other half.
         assert wait_for(lambda: _read(child.pid) > len(whole) // 3)
         refused(store("rm", "data"), "busy with a restore", f"pid {child.pid}")
         child.send_signal(signal.SIGKILL)
@@ -453,7 +453,7 @@ class TestAtOnce:
     def test_a_lock_whose_file_is_replaced(
         self, store: Store, area: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        """Between opening it and locking it, it goes with its volume, and the next one's is taken at once."""
+        """Between open and lock it is removed with its volume, and the next one's is taken at once."""
         store.create("data")
         lock, taken = fcntl.flock, []
 
@@ -475,7 +475,7 @@ class TestAtOnce:
         (data / "file").write_bytes(os.urandom(4 << 20))
         child = _start(store, "backup", "data", "--compress", "none", "-o", "-")
         assert child.stdout is not None
-        assert child.stdout.read(1 << 20)  # it has begun, and waits for its reader
+        assert child.stdout.read(1 << 20)  # it has started, and waits for its reader
         try:
             busy = f"busy with a backup (pid {child.pid})"
             refused(store("backup", "data", "-o", area / "b.tar"), busy)
@@ -485,7 +485,7 @@ class TestAtOnce:
             refused(store("clone", "data", "copy"), busy)
             done = store("prune", "-a", "-f")
             assert "data" not in done.stdout
-            with store.volumes().used("data", "test"):  # using it is no matter
+            with store.volumes().used("data", "test"):  # it may be used
                 pass
         finally:
             rest = child.stdout.read()

@@ -1,4 +1,4 @@
-"""Backups hold everything, GNU tar reads them, and what comes back is what was there."""
+"""Backups contain everything, GNU tar reads them, and a restore reproduces the original."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ class TestEverything:
         before = trees.value(data)
         archive = area / f"backup{ending}"
         assert store.ok("backup", "data", "-o", archive) == f"{archive}\n"
-        assert trees.value(data) == before  # not even access times count, but nothing else may change either
+        assert trees.value(data) == before  # access times may change, but nothing else
         store.ok("rm", "data")
         data = store.create("data")
         assert store.ok("restore", "data", "-i", archive) == "data\n"
@@ -48,7 +48,7 @@ class TestEverything:
 
     def test_gnu_tar_reads_it_whole(self, store: Store, area: Path) -> None:
         data = _tree(store)
-        os.utime(data / "size 4096", ns=(0, 10**18))  # GNU tar warns of times before 1970
+        os.utime(data / "size 4096", ns=(0, 10**18))  # GNU tar warns about times before 1970
         os.utime(data / "empty", ns=(0, 10**18))
         before = trees.value(data)
         store.ok("backup", "data", "-o", area / "b.tar.gz")
@@ -62,7 +62,7 @@ class TestEverything:
         words = ("--xattrs", "--xattrs-include=*", "--acls", "--numeric-owner", "-xzpf")
         trees.tar("-C", out, *words, area / "b.tar.gz", "--exclude=.unionfs-backup")
         after = trees.value(out)
-        # GNU tar sets no xattrs of symlinks and pipes.
+        # GNU tar does not set xattrs of symlinks and pipes.
         for path in (b"absolute", b"pipe"):
             before[path]["xattrs"] = after[path]["xattrs"] = {}
         assert after == before
@@ -117,7 +117,7 @@ class TestEverything:
         name = done.stdout.strip()
         assert name.startswith("data-")
         assert name.endswith(".tar.zst")
-        assert (area / name).stat().st_mode & 0o777 == 0o600  # what the volume keeps from others stays so
+        assert (area / name).stat().st_mode & 0o777 == 0o600  # private content of the volume stays private
         assert "\r" not in done.stderr  # progress is for terminals
         assert "\x1b" not in done.stderr
 
@@ -163,7 +163,7 @@ class TestEverything:
 
 
 class TestClosedStreams:
-    """What a caller has closed is not taken for an archive, nor for a place where one could go."""
+    """A closed stream is neither read as an archive nor used as the place for one."""
 
     def test_a_backup_does_not_go_to_a_closed_standard_output(self, store: Store) -> None:
         store.create("data")
@@ -206,7 +206,7 @@ def test_a_volume_whose_directory_was_removed_is_restored(store: Store, area: Pa
 
 @contextmanager
 def _meanwhile(write: Callable[[threading.Event], None]) -> Iterator[None]:
-    """Let a thread change files until the block ends."""
+    """Let a thread change files until the context ends."""
     stop = threading.Event()
     thread = threading.Thread(target=write, args=(stop,))
     thread.start()
@@ -280,7 +280,7 @@ class TestConsistency:
 
             def write(stop: threading.Event) -> None:
                 while not stop.is_set():
-                    # Two files that must agree: a backup between the two steps would show it.
+                    # Two files that must be equal: a backup between the two steps would show a difference.
                     for name in ("file 0", "file 49"):
                         (Path(path) / name).write_text(str(len(turns)))
                     turns.append(1)
@@ -304,14 +304,14 @@ class TestConsistency:
                 env={**os.environ, "UNIONFS_ROOT": str(store.root)},
                 stderr=subprocess.DEVNULL,
             )
-            # It writes when it has frozen; asking before that would itself freeze.
+            # It writes once it has frozen; a check before that would itself freeze.
             assert wait_for(lambda: _written(child.pid) > 1 << 20)
             assert _is_frozen(Path(path))
             child.kill()
             child.wait()
             assert wait_for(lambda: not _is_frozen(Path(path)))
             (Path(path) / "thawed").touch()
-        assert [item.name for item in area.iterdir()] == ["root"]  # and nothing half written
+        assert [item.name for item in area.iterdir()] == ["root"]  # and no incomplete file
 
     def test_the_root_filesystem_is_never_frozen(self, store: Store, area: Path) -> None:
         from unionfs.storage.archive.freeze import own_filesystem
@@ -342,7 +342,7 @@ class TestConsistency:
         store.create("copy")
         store.ok("restore", "copy", "-i", area / "b.tar")
         content = (store.data("copy") / "one").read_bytes()
-        # FICLONE waits for a write that is going on (xfs: the inode's lock), so at most one is seen half
+        # FICLONE waits for a write in progress (xfs: the inode's lock), so at most one is incomplete.
         # done.
         assert len(content) == size
         assert len(set(content)) <= 2
@@ -360,13 +360,13 @@ class TestConsistency:
 
 
 def _written(pid: int) -> int:
-    """Bytes that a process has written so far."""
+    """The number of bytes a process has written so far."""
     lines = Path(f"/proc/{pid}/io").read_text().splitlines()
     return int(next(line for line in lines if line.startswith("wchar:")).split()[1])
 
 
 def _is_frozen(path: Path) -> bool:
-    """Whether a write would wait: FIFREEZE of what is frozen is EBUSY (fs/super.c, freeze_super)."""
+    """Whether a write would block: FIFREEZE of a frozen filesystem is EBUSY (fs/super.c, freeze_super)."""
     fd = os.open(path, os.O_RDONLY)
     try:
         fcntl.ioctl(fd, 0xC0045877, 0)
@@ -386,7 +386,7 @@ class TestIncremental:
         for number in range(4):
             if number:
                 _change(data, number - 1)
-            time.sleep(0.06)  # what changed in the moment before a backup counts as changed once more
+            time.sleep(0.06)  # a change just before a backup counts once more
             name = area / f"{number}.tar.zst"
             store.ok("backup", "data", "-o", name, *(["--since", archives[-1]] if archives else []))
             archives.append(name)
@@ -446,7 +446,7 @@ class TestIncremental:
             (data / "a").write_text("b")
             store.ok("backup", "data", "-o", area / "other.tar")
             (data / "a").write_text("a")
-            time.sleep(0.06)  # a file that was changed just before the base is not left out
+            time.sleep(0.06)  # a file changed just before the base is backed up again
             store.ok("backup", "data", "-o", area / "a.tar")
         store.ok("backup", "data", "-o", area / "b.tar", "--since", area / "a.tar")
         store.ok("restore", "data", "-i", area / "b.tar")
@@ -482,7 +482,7 @@ class TestIncremental:
 
 
 def _change(data: Path, number: int) -> None:
-    """What a day brings: new, changed, renamed, removed, and names that become something else."""
+    """The changes of a day: new, changed, renamed, removed names, and names of a new type."""
     if number == 0:
         (data / "new").write_text("new")
         with (data / "zeros").open("ab") as file:
@@ -645,7 +645,7 @@ class TestOrdinaryUser:
             )
             return done.returncode, done.stdout, done.stderr
 
-        # A virtual environment may lie in root's home.
+        # A virtual environment may be in root's home.
         pythons = [python for python in (sys.executable, "/usr/bin/python3") if call(python, "ls")[0] == 0]
         if not pythons:
             pytest.skip("no Python that an ordinary user may run")
@@ -661,14 +661,14 @@ class TestOrdinaryUser:
         for path in (data / "file", data / "dir", data / "dir/closed"):
             os.chown(path, 1000, 1000)
         os.setxattr(data / "file", "user.a", b"b")
-        os.chmod(data / "file", 0o444)  # setting such an xattr needs write permission
+        os.chmod(data / "file", 0o444)  # setting such an xattr requires write permission
         os.chmod(data / "dir", 0o500)
         before = trees.value(data)
         assert run("backup", "data", "-o", home / "b.tar")[0] == 0
         assert run("restore", "data", "-i", home / "b.tar") == (0, "data\n", run_told("data", 4, 2))
         assert trees.value(data) == before
         assert sorted(os.listdir(data.parent)) == ["_data", "manifest", "spare", "volume.json"]
-        # what an ordinary user can't have
+        # entries that an ordinary user cannot restore
         code, _, err = run("create", "-o", "size=50m", "sized")
         assert code == 1
         assert "needs root" in err
@@ -689,7 +689,7 @@ class TestOrdinaryUser:
 
 
 def run_told(name: str, entries: int, size: int) -> str:
-    """What a restore says on stderr."""
+    """The report of a restore on stderr."""
     return f"unionfs: restored volume {name}: {entries} entries, {size}B.\n"
 
 

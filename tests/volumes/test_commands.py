@@ -1,4 +1,4 @@
-"""`unionfs volume ls`, `inspect`, `rm` and `prune` speak as docker's do; completion; help."""
+"""`unionfs volume ls`, `inspect`, `rm` and `prune` print docker's output; completion; help."""
 
 from __future__ import annotations
 
@@ -148,7 +148,7 @@ class TestLs:
         os.close(controller)
         lines = re.sub(r"\x1b\[[0-9;]*m|\r", "", text.decode()).split("\n")
         assert max(map(len, lines)) <= 60
-        assert "".join("".join(lines).split()).count("n" * 200) == 1  # nothing is cut off
+        assert "".join("".join(lines).split()).count("n" * 200) == 1  # nothing is truncated
 
 
 class TestInspect:
@@ -301,7 +301,7 @@ class TestCompletion:
         program = {
             "bash": f". {area}/script; COMP_WORDS=(unionfs volume inspect al); COMP_CWORD=3; "
             "_unionfs_completion unionfs; echo ${COMPREPLY[@]}",
-            # What zsh's completion system would be given
+            # The words that zsh's completion system would receive
             "zsh": "compdef() { :; }; compadd() { for one in $@; do [[ $one == completions* ]] && print "
             "-rl -- ${(P)one}; done; }; _describe() { compadd $@; }; "
             "words=(unionfs volume inspect al); CURRENT=4; "

@@ -1,4 +1,4 @@
-"""Drivers: what mount(8) mounts, unions, and programs for storage on other machines."""
+"""Drivers: mounts by mount(8), unions, and programs for storage on other machines."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ class TestMounted:
             volumes.attach("data", second)
             with pytest.raises(OSError, match="No space left"):
                 (data / "file").write_bytes(bytes(3 << 20))
-        assert os.path.ismount(data)  # the second user is still there
+        assert os.path.ismount(data)  # the second user remains
         refused(store("rm", "data"), "in use by a user without a process")
         volumes.detach("data", second)
         assert not os.path.ismount(data)
@@ -80,7 +80,7 @@ class TestMounted:
         store.ok("restore", "data", "-i", area / "b.tar")
         assert trees.value(area / "host") == before
         store.ok("rm", "data")
-        assert (area / "host/file").read_text() == "x"  # what it was bound to stays
+        assert (area / "host/file").read_text() == "x"  # the bound directory stays
 
     def test_bind_read_only_and_bind_to_nothing(self, store: Store, area: Path) -> None:
         (area / "host").mkdir()
@@ -139,7 +139,7 @@ class TestMounted:
 
 
 class TestCommandLines:
-    """Network filesystems: there is no client in this kernel, so what mount(8) is called with is compared."""
+    """Network filesystems: this kernel has no client, so only the call of mount(8) is compared."""
 
     @pytest.fixture(autouse=True)
     def _helpers(self, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -204,7 +204,7 @@ class TestSize:
                 _fill_up(Path(path) / "fill")
             held = (Path(path) / "fill").stat().st_size
             assert held < image.stat().st_size
-            if fs == "xfs":  # online; an ext4 needs CAP_SYS_RESOURCE for that, which not every root has
+            if fs == "xfs":  # online; ext4 requires CAP_SYS_RESOURCE, which not every root has
                 assert store.ok("resize", "data", more) == "data\n"
         if fs == "ext4":
             assert store.ok("resize", "data", more) == "data\n"
@@ -239,7 +239,7 @@ class TestSize:
         refused(store("resize", "none", "1g"), "no volume none")
 
     def test_an_image_that_is_still_mounted_elsewhere(self, store: Store, area: Path) -> None:
-        """As after a union was killed whose files somebody still has open."""
+        """As after killing a union whose files are still open."""
         store.create("-o", "size=16m", "data")
         (area / "elsewhere").mkdir()
         volumes = store.volumes()
@@ -250,7 +250,7 @@ class TestSize:
             assert not os.path.ismount(store.data("data"))
             refused(store("resize", "data", "32m"), "still mounted in another mount namespace")
             with volumes.used("data", "test") as path:
-                # One filesystem, and not two on one image
+                # One filesystem, not two on one image
                 assert os.stat(path).st_dev == (area / "elsewhere").stat().st_dev
                 (Path(path) / "more").write_text("y")
                 assert (area / "elsewhere/more").read_text() == "y"
@@ -280,7 +280,7 @@ class TestSize:
         def loops() -> str:
             return subprocess.run(["losetup", "-a"], capture_output=True, text=True, check=True).stdout
 
-        assert wait_for(lambda: str(store.root) not in loops())  # the kernel lets go of them a little later
+        assert wait_for(lambda: str(store.root) not in loops())  # the kernel releases them a little later
         store.ok("rm", "data")
 
 
@@ -308,7 +308,7 @@ class TestUnion:
             refused(store("rm", "data"), "in use by one, two")
             volumes.detach("data", "one")
             again = volumes.attach("data", "one")
-            assert (Path(again) / "both").read_text() == "top"  # its changes went with it
+            assert (Path(again) / "both").read_text() == "top"  # its changes were removed with it
         finally:
             volumes.detach("data", "one")
             volumes.detach("data", "two")
@@ -404,7 +404,7 @@ class TestUnion:
 
 
 def _tutorial(store: Store, area: Path, *options: str, simple: bool = False, kept: bool = True) -> None:
-    """Docker's tutorial: fill a volume, back it up, remove it, make it anew, restore, compare."""
+    """Docker's tutorial: fill a volume, back it up, remove it, create it again, restore, compare."""
     store.ok("create", *options, "data")
     with store.volumes().used("data", "test") as path:
         root = Path(path)
@@ -425,7 +425,7 @@ def _tutorial(store: Store, area: Path, *options: str, simple: bool = False, kep
     store.ok("create", *options, "data")
     if kept:
         with store.volumes().used("data", "test") as path:
-            assert os.listdir(path) == ["later"]  # it lies elsewhere
+            assert os.listdir(path) == ["later"]  # its storage is elsewhere
     store.ok("restore", "data", "-i", area / "backup.tar.gz")
     with store.volumes().used("data", "test") as path:
         assert _seen(Path(path)) == before
@@ -460,7 +460,7 @@ def _sshfs(area: Path) -> tuple[str, ...]:
 
 
 def _outside(area: Path) -> Path:
-    """A file of another time, for symlinks of a volume to lead to."""
+    """A file with another mtime, as the target of a volume's symlinks."""
     path = area / "outside"
     path.write_text("x")
     os.utime(path, (1_000_000_000, 1_000_000_000))
@@ -483,7 +483,7 @@ class TestElsewhere:
         words = _sshfs(area)
         _tutorial(store, area, *words)
         assert sorted(os.listdir(area / "far")) == ["dir", "large", "link"]
-        # SFTP changes what a symlink leads to
+        # SFTP changes a symlink's target
         os.symlink(outside, store.create("links") / "out")
         os.chown(store.data("links") / "out", 1, 1, follow_symlinks=False)
         store.ok("backup", "links", "-o", area / "links.tar")
@@ -510,7 +510,7 @@ class TestElsewhere:
             store.volumes().attach("bad", "user")
 
     def test_sshfs_is_filled(self, store: Store, area: Path) -> None:
-        """From what the union has at the volume's target. It has no xattrs, and its symlinks stay alone."""
+        """With the union's content at the target. It has no xattrs; targets of symlinks are unchanged."""
         _need("sshfs", "sftp-server")
         for name in ("far", "lower/x/dir", "upper", "work", "merged"):
             (area / name).mkdir(parents=True)
@@ -550,7 +550,7 @@ class TestElsewhere:
         _tutorial(store, area, *words, simple=True)
         assert (area / "far/dir/file").read_text() == "content"
         refused(store("create", "-d", "rclone", "-o", "remote=far:", "-o", "o=Bad Flag", "data"), "Bad Flag")
-        # what its storage cannot hold is refused, and the old content stays
+        # unsupported entries are refused, and the old content stays
         (store.create("links") / "link").symlink_to("x")
         store.ok("backup", "links", "-o", area / "links.tar")
         store.ok("create", *words, "data")
@@ -595,7 +595,7 @@ def brick(area: Path) -> Iterator[str]:
     home = area / "glusterd"
     for name in ("state", "log", "run", "brick"):
         (home / name).mkdir(parents=True)
-    # What glusterd keeps in fixed places is on private mounts of a namespace of its own.
+    # glusterd's state in fixed places is on private mounts of a separate namespace.
     hide = " && ".join(
         f"mkdir -p {there} && mount --bind {home}/{here} {there}"
         for here, there in (
@@ -619,7 +619,7 @@ def brick(area: Path) -> Iterator[str]:
     try:
         if not wait_for(lambda: gluster("volume", "list"), 20):
             pytest.skip("glusterd does not come up here")
-        # A brick is never on localhost for gluster.
+        # gluster refuses a brick on localhost.
         addresses = subprocess.run(
             ["hostname", "-I"], capture_output=True, text=True, check=False
         ).stdout.split()
@@ -634,7 +634,7 @@ def brick(area: Path) -> Iterator[str]:
                 words = path.read_bytes()
             except OSError:
                 continue
-            # Bricks are daemons of their own; their command lines name this test's directory.
+            # Bricks are separate daemons; their command lines contain this test's directory.
             if os.fsencode(home) in words and words.startswith((b"/usr/sbin/gluster", b"glusterfsd")):
                 os.kill(int(path.parent.name), 9)
         daemon.kill()
@@ -683,7 +683,7 @@ def test_a_driver_of_another_package(store: Store, area: Path) -> None:
 
 
 def test_a_volume_that_is_mounted_elsewhere_is_not_removed(root: None, store: Store, area: Path) -> None:
-    """As one is whose daemon was killed together with its guardian."""
+    """As after killing a daemon together with its guardian."""
     data = store.create("data")
     (data / "f").write_text("kept")
     place = area / "bound"

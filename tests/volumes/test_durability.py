@@ -1,4 +1,4 @@
-"""What a backup, a restore and the first use of a volume have on disk before it counts."""
+"""The data that a backup, a restore and the first use of a volume have on disk before they complete."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ pytestmark = pytest.mark.usefixtures("as_root")
 
 
 def _calls(root: Path, *arguments: str | Path) -> list[Call]:
-    """The syncing and renaming calls of a command that ends well."""
+    """The syncing and renaming calls of a command, which must succeed."""
     log = root.parent / "trace"
     words = [*tracing.command(log, f"{SYNCS},{RENAMES},unlink,unlinkat"), *UNIONFS, *map(str, arguments)]
     environment = {**os.environ, "PYTHONPATH": str(REPOSITORY), "UNIONFS_ROOT": str(root)}
@@ -44,7 +44,7 @@ def test_a_backup(store: Store, area: Path) -> None:
 
 
 def test_a_restore(store: Store, archive: Path) -> None:
-    """The new content before it takes the old one's place, and that before the old one is removed."""
+    """The new content before it replaces the old, and that before the old is removed."""
     calls = _calls(store.root, "volume", "restore", "data", "-i", archive)
     switch = ("renameat2", "RENAME_EXCHANGE"), ("fsync", "volumes/data>")
     assert in_order(calls, ("syncfs", ".restore-"), *switch, ("unlink", '"f"')), calls
@@ -63,13 +63,13 @@ def test_a_restore_in_place(store: Store, area: Path, archive: Path) -> None:
 
 
 def test_the_first_use_of_a_volume(one: Storage) -> None:
-    """What comes from the layers is on disk before it appears in the volume."""
+    """The copied content is on disk before it appears in the volume."""
     (one.place.lower / "srv").mkdir()
     (one.place.lower / "srv/f").write_text("data")
     log = one.place.root / "trace"
     words = [*tracing.command(log, f"{SYNCS},{RENAMES}"), *UNIONFS, "mount", *map(str, one.place.layers)]
     environment = {**os.environ, "PYTHONPATH": str(REPOSITORY), "UNIONFS_ROOT": str(one.root)}
-    # strace ends with the last of the processes, which is the daemon
+    # strace ends with the last process, which is the daemon
     process = subprocess.Popen([*words, "-v", "vol:/srv", str(one.merged)], env=environment, cwd="/")
     try:
         assert wait_for(lambda: len(one.mounts()) == 2)

@@ -1,4 +1,4 @@
-"""What people keep in named volumes: databases whose union dies, uploads that two unions share."""
+"""Typical uses of named volumes: databases whose union dies, uploads shared by two unions."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def _mounts_volumes() -> bool:
 
 @contextmanager
 def _place(store: Store, area: Path, how: str) -> Iterator[Callable[[], tuple[Path, int]]]:
-    """A call that brings the named volume `data` up, in a union; gives where it is and the daemon's pid."""
+    """A function that mounts the named volume `data` in a union and returns its path and the daemon's pid."""
     (area / "lower").mkdir()
     (area / "merged").mkdir()
     if how == "driver":
@@ -96,7 +96,7 @@ def _run_as(name: str, **environment: str) -> Run:
 @pytest.mark.slow
 @pytest.mark.parametrize("how", ["driver", "mount"])
 def test_postgresql(store: Store, area: Path, how: str) -> None:
-    """initdb, pgbench, the daemon is killed, mounted again: the data is there; a pg_dump beside."""
+    """initdb, pgbench, the daemon is killed, mounted again: the data is intact; also a pg_dump."""
     found = sorted(Path("/usr/lib/postgresql").glob("*/bin"))
     if not found or not (found[-1] / "initdb").exists():
         pytest.skip("PostgreSQL is not installed")
@@ -133,7 +133,7 @@ def test_postgresql(store: Store, area: Path, how: str) -> None:
             run(programs / "psql", "-c", "drop table pgbench_history")
             run(programs / "psql", "-q", "-f", _readable(area / "dump.sql"))
             assert run(programs / "psql", "-Atc", "select count(*) from pgbench_history") == count
-            # a backup of the running volume holds a database that recovers
+            # a backup of the running volume contains a database that recovers
             store.ok("backup", "data", "-o", area / "b.tar.zst")
         finally:
             control(data, "stop", "-m", "immediate")

@@ -1,5 +1,5 @@
-"""Docker's volume plugins: found by .sock, .spec and .json, used by the published protocol, their errors
-told.
+"""Docker's volume plugins: found by .sock, .spec and .json, used by the published protocol, with error
+messages.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ SERVER = Path(__file__).with_name("plugin_server.py")
 
 
 class Plugins:
-    """A directory for plugins' descriptions, and plugins that serve."""
+    """A directory for plugins' descriptions, and running plugins."""
 
     def __init__(self, area: Path) -> None:
         self.directory = area / "plugins"
@@ -35,7 +35,7 @@ class Plugins:
         self.running: list[subprocess.Popen[str]] = []
 
     def start(self, address: str, *options: str, home: str = "server") -> tuple[Path, str]:
-        """Start one; gives its home and what it printed before it was up (the TCP port)."""
+        """Start one; returns its home and its output at the start (the TCP port)."""
         place = self.area / home
         place.mkdir(exist_ok=True)
         child = subprocess.Popen(
@@ -48,7 +48,7 @@ class Plugins:
         return place, lines[0]
 
     def socket(self, name: str, *options: str) -> Path:
-        """One that is found by its socket."""
+        """Start a plugin that is found by its socket."""
         path = self.directory / f"{name}.sock"
         path.parent.mkdir(parents=True, exist_ok=True)
         return self.start(str(path), *options)[0]
@@ -74,7 +74,7 @@ def plugins(area: Path, store: Store, monkeypatch: pytest.MonkeyPatch) -> Iterat
 
 
 def _whole_life(store: Store, area: Path, driver: str, home: Path, *options: str) -> None:
-    """Everything that is done with a volume."""
+    """Run every operation on a volume."""
     assert store.ok("create", "-d", driver, *options, "data") == "data\n"
     volumes = store.volumes()
     one, two = volumes.attach("data", "one"), volumes.attach("data", "two")
@@ -96,14 +96,14 @@ class TestFound:
     @pytest.mark.parametrize("name", ["simple", "rexray/ebs", "own/own"])
     def test_by_a_socket(self, store: Store, area: Path, plugins: Plugins, name: str) -> None:
         home = plugins.socket(name)
-        driver = "own" if name == "own/own" else name  # in a directory of its own name
+        driver = "own" if name == "own/own" else name  # in a directory of the same name
         _whole_life(store, area, driver, home, "-o", "colour=red")
         requests = _log(home)
         assert requests[0] == ["Plugin.Activate", None]
         assert ["VolumeDriver.Create", {"Name": "data", "Opts": {"colour": "red"}}] in requests
         ids = [values["ID"] for request, values in requests if request == "VolumeDriver.Mount"]
         assert all(len(one) == 64 and set(one) <= set("0123456789abcdef") for one in ids)
-        assert len(set(ids)) == len(ids)  # an ID a user
+        assert len(set(ids)) == len(ids)  # one ID per user
         gone = [values["ID"] for request, values in requests if request == "VolumeDriver.Unmount"]
         assert sorted(gone) == sorted(ids)
         assert driver in plugin.plugin_names()
@@ -186,7 +186,7 @@ class TestFound:
         found = plugin_search.find_address("rexray/ebs")
         assert found is not None
         assert found.url == f"unix://{area}/run/{ident}/ebs.sock"
-        # As docker's Plugin.ScopedPath has it
+        # As in docker's Plugin.ScopedPath
         assert found.host_path("/var/lib/ebs/v") == f"{area}/managed/{ident}/propagated-mount/v"
         assert found.host_path("/data/v") == f"{area}/managed/{ident}/rootfs/data/v"
         assert plugin_search.find_address("rexray/s3") is None
@@ -238,7 +238,7 @@ class TestErrors:
         plugins.running[0].kill()
         plugins.running[0].wait()
         refused(store("create", "-d", "p", "other"), "does not answer", "start it")
-        assert store.ok("ls", "-q") == "data\n"  # a list asks no plugin
+        assert store.ok("ls", "-q") == "data\n"  # a list sends no requests to plugins
         (found,) = json.loads(store.ok("inspect", "data"))
         assert "does not answer" in found["Status"]["error"]
         refused(store("rm", "data"), "does not answer")
@@ -281,7 +281,7 @@ class TestErrors:
 
 @pytest.mark.usefixtures("as_root")
 def test_rclone_serves_as_a_plugin(store: Store, area: Path, plugins: Plugins) -> None:
-    """A real one, written for docker."""
+    """A real plugin, written for docker."""
     if shutil.which("rclone") is None:
         pytest.skip("rclone is not installed")
     (area / "far").mkdir()
@@ -311,7 +311,7 @@ def test_rclone_serves_as_a_plugin(store: Store, area: Path, plugins: Plugins) -
         assert wait_for(path.exists)
         words = ("-d", "rclone.sock-less", "data")
         refused(store("create", *words), "not known")
-        # rclone is a driver of ours as well: the plugin has that name in docker's directory.
+        # rclone is also a driver of ours: the plugin has that name in docker's directory.
         os.rename(path, plugins.directory / "far.sock")
         options = (
             "-o",

@@ -1,4 +1,4 @@
-"""Which volumes exist and who uses them: records, their repair, full disks, and many processes at once."""
+"""The records of volumes and users, their repair, full disks, and many concurrent processes."""
 
 from __future__ import annotations
 
@@ -191,7 +191,7 @@ def test_on_a_full_disk_volumes_are_listed_and_removed(filesystem: Callable[...,
     store.volumes().attach("large", _user())
 
     def fill() -> None:
-        with suppress(OSError):  # ext4's inodes first, which are fixed: then there is none for a lock either
+        with suppress(OSError):  # first ext4's fixed number of inodes: then none is left for a lock
             for number in range(10000 if kind == "ext4" else 0):
                 (place / f"inode {number}").touch()
         for size in (1 << 16, 512):
@@ -303,11 +303,11 @@ class TestRepair:
 
 
 class TestEarlierVersion:
-    """Users stood in the record, and an SQLite database repeated all records."""
+    """Users were stored in the record, and an SQLite database repeated all records."""
 
     @pytest.fixture
     def old(self, store: Store) -> Iterator[subprocess.Popen[bytes]]:
-        """A storage root whose volume `data` is used by that process."""
+        """A storage root whose volume `data` is in use by that process."""
         path = store.create("data").parent / "volume.json"
         user = subprocess.Popen(["sleep", "100"])
         record = {**json.loads(path.read_text()), "users": [[_user(user.pid), str(store.data("data"))]]}
@@ -324,7 +324,7 @@ class TestEarlierVersion:
         refused(store("rm", "data"), f"in use by the mount /mnt (pid {old.pid})")
         assert not list(store.root.glob("registry.db*"))
         assert not (store.root / "locks/.reserve").exists()
-        # Its daemon makes the registry anew from the record when it ends.
+        # Its daemon recreates the registry from the record when it ends.
         assert json.loads((store.data("data").parent / "volume.json").read_text())["users"]
         old.kill()
         old.wait()
@@ -496,7 +496,7 @@ class TestManyProcesses:
         assert store.volumes().users("common") == []
 
     def test_a_volume_is_never_seen_without_its_record(self, store: Store) -> None:
-        """A directory with `_data` is a local volume: not while another process creates or removes one."""
+        """A directory with `_data` is a local volume, except while another process creates or removes one."""
         words = [sys.executable, "-c", _AGAIN_AND_AGAIN, str(store.root), _REPOSITORY]
         child = subprocess.Popen(words, stdout=subprocess.DEVNULL)
         seen = 0
@@ -521,7 +521,7 @@ class TestManyProcesses:
             assert child.stdout.readline() == b"up\n"
             time.sleep(
                 0.003 * (seed * 4 + turn)
-            )  # where in its turn it dies does not matter, but should vary
+            )  # the moment of its death does not matter, but it should vary
             child.send_signal(signal.SIGKILL)
             child.wait()
             child.stdout.close()

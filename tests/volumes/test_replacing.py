@@ -1,4 +1,4 @@
-"""Content that is exchanged entry by entry, and a process that is killed at any step of that."""
+"""Content exchanged entry by entry, and a process killed at every step of it."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def _tree(root: Path) -> dict[str, str | None]:
 
 
 def _volume(data: Path) -> Volume:
-    """The volume with that directory: its records are in one beside it."""
+    """The volume with that directory: its records are in a directory beside it."""
     home = data.parent / f"records of {data.name}"
     home.mkdir(exist_ok=True)
     return Volume("vol", "local", str(data), False, directory=str(home))
@@ -56,7 +56,7 @@ def _restore_beside(data: Path) -> None:
 
 
 def _killed_at(step: int, data: Path, restore: Restore) -> bool:
-    """Restore in a process that is killed before its `step`th change; False: there are fewer."""
+    """Restore in a process that is killed before its `step`th change; False if there are fewer."""
     child = os.fork()
     if child == 0:
         left = step
@@ -81,7 +81,7 @@ def _killed_at(step: int, data: Path, restore: Restore) -> bool:
 
 
 def test_a_kill_at_each_step(area: Path) -> None:
-    """The content is the old or the new one, and the new one from the step on that decides it."""
+    """The content is either the old or the new one, and the new one from the deciding step on."""
     old, new = area / "old", area / "new"
     for place, word in ((old, "old"), (new, "new")):
         place.mkdir()
@@ -99,7 +99,7 @@ def test_a_kill_at_each_step(area: Path) -> None:
         left = os.listdir(_volume(data).directory)
         assert all(name.endswith(".json.new") for name in left), left
         seen.append(found == _tree(new))
-        _restore(data)  # what was left is in nobody's way
+        _restore(data)  # the leftovers do not interfere
         assert _tree(data) == _tree(new)
         assert sorted(os.listdir(data)) == sorted(os.listdir(new))
         if not killed:
@@ -127,7 +127,7 @@ def test_a_workspace_of_a_living_process_is_left_alone(area: Path) -> None:
 
 @pytest.mark.parametrize("exchanges", [True, False])
 def test_a_kill_at_each_step_beside(area: Path, monkeypatch: pytest.MonkeyPatch, exchanges: bool) -> None:
-    """The same for content that lies beside, on filesystems with and without RENAME_EXCHANGE."""
+    """The same for content beside it, on filesystems with and without RENAME_EXCHANGE."""
 
     def refuse(*_: object) -> None:
         raise OSError(errno.EINVAL, "renameat2")

@@ -1,4 +1,4 @@
-"""Trees with everything in them that a filesystem can hold, and trees as values."""
+"""Trees with every kind of entry of a filesystem, and trees as values."""
 
 from __future__ import annotations
 
@@ -91,7 +91,7 @@ def fill(root: Path) -> None:
 
 
 def _has_far_times(root: Path) -> bool:
-    """Whether the filesystem has times beyond the year 2446, where ext4 ends."""
+    """Whether the filesystem supports times after the year 2446, ext4's limit."""
     probe = root / "probe"
     probe.touch()
     os.utime(probe, ns=(0, 20_000_000_000 * 1_000_000_000))
@@ -101,7 +101,7 @@ def _has_far_times(root: Path) -> bool:
 
 
 def add_socket(path: Path) -> None:
-    """A socket's file."""
+    """Create a socket file."""
     with socket.socket(socket.AF_UNIX) as made:
         fd = os.open(path.parent, os.O_PATH)
         try:
@@ -111,7 +111,7 @@ def add_socket(path: Path) -> None:
 
 
 def value(root: Path, *, without: Sequence[str] = ()) -> dict[bytes, dict[str, Any]]:
-    """All that a backup has to hold, by path; links by the set of their names, not by inode numbers."""
+    """All content of a backup, by path; links by the set of their names, not by inode numbers."""
     found: dict[bytes, dict[str, Any]] = {}
     names: dict[tuple[int, int], list[bytes]] = {}
     start = os.fsencode(root)
@@ -161,7 +161,7 @@ def _content(path: bytes, status: os.stat_result) -> str:
             end = os.lseek(fd, at, os.SEEK_HOLE)
             while at < end:
                 chunk = os.pread(fd, min(end - at, 4096), at)
-                # Which blocks of zeros are holes may differ.
+                # The blocks of zeros that are holes may differ.
                 if chunk.strip(b"\0"):
                     total.update(b"%d" % at + chunk)
                 at += len(chunk)
@@ -171,7 +171,7 @@ def _content(path: bytes, status: os.stat_result) -> str:
 
 
 def tar(*arguments: str | Path) -> str:
-    """Run GNU tar, which must end well and say nothing."""
+    """Run GNU tar, which must succeed without output on stderr."""
     done = subprocess.run(["tar", *map(str, arguments)], capture_output=True, check=False)
     assert done.returncode == 0, done.stderr
     return os.fsdecode(done.stdout)

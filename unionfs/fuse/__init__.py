@@ -1,1 +1,1 @@
-"""How a union is served: one ``Operations`` class and the sessions that drive it."""
+"""Serves a union: one ``Operations`` class and the sessions that drive it."""

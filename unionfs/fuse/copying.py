@@ -1,4 +1,4 @@
-"""Copy-up on behalf of requests: once for all that wait for it, in a thread when it takes long."""
+"""Copy-up on behalf of requests: once for all that wait for it, in a thread if it takes long."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ class CopyUps:
         self._copy_up = copy_up
         self.count = 0
         self.copied_bytes = 0
-        #: The sum of their durations, of which several may overlap.
+        #: The sum of their durations, which may overlap.
         self.nanoseconds = 0
         self._running: dict[Node, trio.Event] = {}
 
@@ -38,10 +38,10 @@ class CopyUps:
         *,
         keep: bool = False,
     ) -> OpenFile | None:
-        """Copy the node up if it is not in the upper. ``limit``: copy only so many bytes (truncation).
+        """Copy the node up if it is not in the upper. ``limit``: copy only that many bytes (truncation).
 
-        ``keep``: a regular file that was copied up for that is lent to the caller (`OpenFiles`), and has the
-        permission bits ``mode``, if they are given. Raises ``OSError``; nothing is left of the copy then.
+        ``keep``: lend the copied regular file to the caller (`OpenFiles`), with the permission bits ``mode``,
+        if set. Raises ``OSError``; then nothing is left of the copy.
         """
         if node.territory.read_only:
             node.territory.require_writable()
@@ -73,7 +73,7 @@ class CopyUps:
                 copy.copy()
             else:
                 await self._in_thread(copy)
-            # Waiting requests run only after that.
+            # Waiting requests continue only after that.
             kept = copy.finish(keep=keep)
         self._count(began)
         self.copied_bytes += copy.size
@@ -82,7 +82,7 @@ class CopyUps:
     async def _in_thread(self, copy: FileCopy) -> None:
         done = self._running[copy.node] = trio.Event()
         try:
-            # Ends early when the request is cancelled.
+            # Ends early if the request is cancelled.
             await in_thread(copy.copy, trio.from_thread.check_cancelled)
         finally:
             del self._running[copy.node]

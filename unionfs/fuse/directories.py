@@ -1,9 +1,9 @@
-"""Listings that can be read in pieces, by any number of readers, while names come and go.
+"""Listings for any number of readers, read in pieces while names come and go.
 
-The cookie of a name in a listing depends on the name alone: it is a hash, as in ext4's hashed directories. So
-a reader continues after the last name it saw whatever has changed, in a new listing if need be: a name that
-exists all the time appears exactly once, and an open directory needs no state. So the kernel can leave
-OPENDIR out, and cache listings.
+The cookie of a name depends only on the name: it is a hash, as in ext4's hashed directories. So a reader
+continues after its last name whatever has changed, if necessary in a new listing: a name that exists all the
+time appears exactly once, and an open directory needs no state. So the kernel can omit OPENDIR, and cache
+listings.
 """
 
 from __future__ import annotations
@@ -25,14 +25,14 @@ _KEPT_NAMES: Final = 200_000
 
 
 class Entries(NamedTuple):
-    """A listing, in the order of its cookies. A reader looks each name up: not all need exist."""
+    """A listing in cookie order. Readers look each name up: some may not exist."""
 
     cookies: list[int]
-    """Each says where to continue after its name."""
+    """For each name, the offset at which to continue after it."""
     names: list[bytes]
     parts: list[int]
-    """The index of the topmost part of the directory that has the name, for `Union.lookup`; valid until
-    another request is served. Empty after that, and when it is 0 for all."""
+    """The index of the topmost part of the directory that has the name, for `Union.lookup`; valid until the
+    next request. Empty after that, and if it is 0 for all."""
 
     @property
     def shows_upper(self) -> bool:
@@ -40,7 +40,7 @@ class Entries(NamedTuple):
         return bool(self.names) and (not self.parts or 0 in self.parts)
 
     def later(self) -> Entries:
-        """The part of it that stays valid when other requests are served."""
+        """The listing without the data that other requests invalidate."""
         return Entries(self.cookies, self.names, [])
 
 
@@ -48,7 +48,7 @@ NO_ENTRIES: Final = Entries([], [], [])
 
 
 class Directories:
-    """Listings being read: a cache, limited by the number of names. A missing listing is made again."""
+    """A cache of listings being read, limited by the number of names. Missing listings are recreated."""
 
     def __init__(self) -> None:
         self._kept: OrderedDict[int, Entries] = OrderedDict()
@@ -58,22 +58,25 @@ class Directories:
         return len(self._kept)
 
     async def entries(self, node: Node, offset: int) -> tuple[Entries, int]:
-        """The listing of a directory, and the index in it of the first name after ``offset``.
+        """The listing of a directory, and the index of its first name after ``offset``.
 
-        At offset 0 a new listing is made. Raises ``OSError``.
+        Offset 0 creates a new listing. Raises ``OSError``.
         """
         found = None if offset == 0 else self._kept.get(node.id)
         if found is None:
             listing = node.territory.listing(node)
             if listing.large:
-                found = (await in_thread(lambda: _ordered(listing.candidates()))).later()
+                try:
+                    found = (await in_thread(lambda: _ordered(listing.candidates()))).later()
+                finally:
+                    listing.close()  # an interrupted request's thread may never have begun
             else:
                 found = _ordered(listing.candidates())
             self.keep(node, found)
         return found, bisect_right(found[0], offset)
 
     def at_once(self, node: Node) -> Entries | None:
-        """The listing of a directory, without caching it; None if that takes a thread. Raises ``OSError``."""
+        """The listing of a directory, without caching it; None if it needs a thread. Raises ``OSError``."""
         listing = node.territory.listing(node)
         if listing.large:
             listing.close()
@@ -81,11 +84,11 @@ class Directories:
         return _ordered(listing.candidates())
 
     def end(self, node: Node) -> None:
-        """A reader reached the end (the kernel asks once more after the last name)."""
+        """A reader reached the end (the kernel requests once more after the last name)."""
         self._drop(node.id)
 
     def keep(self, node: Node, entries: Entries) -> None:
-        """A reader begins with this listing: cache it."""
+        """Cache a listing: a reader starts with it."""
         self._drop(node.id)
         self._kept[node.id] = entries.later()
         self._names += len(entries[0])
@@ -104,7 +107,7 @@ def _ordered(names: dict[bytes, int]) -> Entries:
     cookies = []
     last = DOT_DOT
     for cookie, _ in pairs:
-        # Two names with one hash: the second comes right after.
+        # Two names with the same hash: the second follows directly.
         last = cookie if cookie > last else last + 1
         cookies.append(last)
     ordered = [name for _, name in pairs]

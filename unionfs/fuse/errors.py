@@ -11,8 +11,8 @@ CUT_OFF: Final = (
 
 
 class SessionError(Exception):
-    """The union could not be mounted, or could not be served on; ``str()`` says why, without a full stop."""
+    """Mounting or serving failed; ``str()`` is the reason, without a full stop."""
 
 
 class SessionUnfit(SessionError):
-    """This kind of session does not work on this host; another kind may."""
+    """This type of session does not work on this host; another may."""

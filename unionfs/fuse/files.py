@@ -1,4 +1,4 @@
-"""Reading and writing for requests, and the open files that a session counts."""
+"""Reading and writing for requests, and the open files counted by a session."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from unionfs.union.files import Handle, OpenFile, mode_without_set_ids
 from unionfs.union.node import Node
 from unionfs.union.tree import Union
 
-#: A write above this many bytes goes to a thread: the disk may make it wait.
+#: A write above this many bytes runs in a thread: it may wait for the disk.
 _LONG_WRITE: Final = 256 * 1024
 
 
@@ -28,7 +28,7 @@ def drop_set_ids(fd: int) -> None:
 
 
 def truncate(file: OpenFile, size: int, *, kills_set_ids: bool) -> None:
-    """ftruncate(2), by a caller who may not keep setuid and setgid if ``kills_set_ids``."""
+    """ftruncate(2); with ``kills_set_ids`` it clears setuid and setgid."""
     os.ftruncate(file.fd, size)
     if kills_set_ids:
         drop_set_ids(file.fd)
@@ -42,7 +42,7 @@ class Opened(Handle):
 
 
 class Files:
-    """The open files of one mount, by their numbers (file handles). Raises ``OSError``."""
+    """The open files of one mount, by number (file handle). Raises ``OSError``."""
 
     def __init__(self, union: Union, copy_ups: CopyUps) -> None:
         self._union = union
@@ -50,7 +50,7 @@ class Files:
         self._copy_ups = copy_ups
         self._handles: dict[int, Opened] = {}
         self._next = 1
-        #: Bytes that passed through the daemon, not those of the page cache or of passthrough.
+        #: Bytes read and written by the daemon, excluding the page cache and passthrough.
         self.bytes_read = 0
         self.bytes_written = 0
 
@@ -64,28 +64,28 @@ class Files:
             raise OSError(errno.EBADF, os.strerror(errno.EBADF)) from None
 
     def get(self, number: int) -> Opened | None:
-        """The open file with that number, if there is one."""
+        """The open file with that number, or None."""
         return self._handles.get(number)
 
     # -- opening --------------------------------------------------------------------------------------
 
     async def prepare(self, node: Node, flags: int) -> OpenFile | None:
-        """Have a node in the upper when it is opened with ``flags`` that change it.
+        """Copy a node up if ``flags`` open it for a change.
 
-        What was copied up for that is lent, and goes on to :meth:`open`, or back.
+        A file copied up for that is lent: pass it to :meth:`open`, or return it.
         """
         if flags & (os.O_ACCMODE | os.O_TRUNC) == os.O_RDONLY:
             return None
         return await self._copy_ups.ensure(node, 0 if flags & os.O_TRUNC else None, keep=True)
 
     def open_unread(self, node: Node, uid: int) -> int:
-        """Open a lower's file whose data the kernel may have cached, for reading; returns the number."""
+        """Open a lower's file for reading whose data the kernel may have cached; returns the number."""
         return self._register(node, self._open_files.lend_unread(node), uid, writes=False)
 
     def open(
         self, node: Node, flags: int, uid: int, prepared: OpenFile | None, *, kills_set_ids: bool
     ) -> int:
-        """Open a node, with what :meth:`prepare` returned for it; returns the number."""
+        """Open a node, with the result of :meth:`prepare`; returns the number."""
         truncates = bool(flags & os.O_TRUNC)
         writes = flags & os.O_ACCMODE != os.O_RDONLY
         file = prepared or self._open_files.lend(node, write=writes or truncates)
@@ -100,14 +100,14 @@ class Files:
     def create(
         self, changes: Changes, parent: Node, name: bytes, mode: int, flags: int, caller: Caller
     ) -> tuple[int, Node, Attributes]:
-        """A new file and its number."""
+        """Create a file; returns its number too."""
         node, attributes, fd = changes.create(parent, name, stat.S_IMODE(mode), caller)
         return self._created(node, fd, flags, caller), node, attributes
 
     def tmpfile(
         self, changes: Changes, parent: Node, mode: int, flags: int, caller: Caller
     ) -> tuple[int, Node, Attributes]:
-        """A new file without a name and its number."""
+        """Create a file without a name; returns its number too."""
         node, attributes, fd = changes.tmpfile(parent, stat.S_IMODE(mode), caller, flags)
         return self._created(node, fd, flags, caller), node, attributes
 
@@ -136,7 +136,7 @@ class Files:
         return handle
 
     def was_read(self, count: int) -> None:
-        """Count bytes that were read and answered."""
+        """Count bytes read for an answer."""
         self.bytes_read += count
 
     # -- data -----------------------------------------------------------------------------------------
@@ -151,7 +151,7 @@ class Files:
     async def write(
         self, file: OpenFile, offset: int, data: bytes | memoryview, *, kills_set_ids: bool
     ) -> int:
-        """Write; returns the number of bytes, fewer than all only when there was no room for more."""
+        """Write; returns the number of bytes, short only if there is no space for more."""
         if kills_set_ids:
             drop_set_ids(file.fd)
         if len(data) <= _LONG_WRITE or not file.waits:
@@ -163,7 +163,7 @@ class Files:
         return count
 
     async def fsync(self, node: Node, file: OpenFile, *, datasync: bool) -> None:
-        """fsync(2) or fdatasync(2). Does nothing for a lower's file, which has not changed, nor in memory."""
+        """fsync(2) or fdatasync(2). Does nothing for a lower's file, which has not changed, or in memory."""
         if not node.in_place or not node.territory.durable:
             return
         with file:

@@ -1,14 +1,14 @@
-"""Running a handler in line, and in a task only when it has to wait.
+"""Runs a handler in line, and in a task only when it must wait.
 
 Most requests are answered without waiting, and starting a task for each would cost more than the answer. So a
-session runs a handler's coroutine to its end where the request was read. A handler that has to wait calls
-`may_wait` before it uses trio; the rest of it then runs in a task.
+session runs a handler's coroutine where it read the request. A handler that must wait calls `may_wait` before
+it uses trio; the rest of it then runs in a task.
 
     result = begin(coroutine)               # its result, or PENDING, or its exception
     if result is PENDING:
         nursery.start_soon(finish, coroutine)
 
-Under a session that runs every request in a task, `may_wait` does nothing.
+In a session that runs every request in a task, `may_wait` does nothing.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ _Ts = TypeVarTuple("_Ts")
 
 
 class _Pending:
-    """What `begin` returns for a coroutine that has to wait."""
+    """The result of `begin` for a coroutine that must wait."""
 
 
 PENDING: Final = _Pending()
@@ -37,21 +37,21 @@ def _leave() -> Generator[_Pending, None, None]:
 
 
 async def may_wait() -> None:
-    """Declare that the handler is about to wait: what follows runs in a task."""
+    """Declare that the handler is about to wait: the rest runs in a task."""
     if _inline:
         await _leave()
 
 
 async def in_thread(function: Callable[[*_Ts], _T], *arguments: *_Ts) -> _T:
-    """Run a slow function in a worker thread. It runs to its end even when the caller is cancelled."""
+    """Run a slow function in a worker thread. It runs to its end even if the caller is cancelled."""
     await may_wait()
     return await trio.to_thread.run_sync(function, *arguments)
 
 
 def begin(coroutine: Coroutine[Any, Any, _T]) -> _T | _Pending:
-    """Run a coroutine up to its end, or up to its first wait. Raises what it raises.
+    """Run a coroutine to its end or its first wait. Raises its exceptions.
 
-    RuntimeError for one that waits for trio without `may_wait`: nobody would wake it.
+    RuntimeError for one that waits for trio without `may_wait`: nothing would wake it.
     """
     global _inline
     _inline = True
@@ -70,7 +70,7 @@ def begin(coroutine: Coroutine[Any, Any, _T]) -> _T | _Pending:
 @types.coroutine
 def finish(coroutine: Coroutine[Any, Any, _T]) -> Generator[Any, Any, _T]:
     """Run the rest of a coroutine for which `begin` returned PENDING; await it in a task."""
-    # `await` refuses a coroutine that has begun, so this forwards what it yields and receives.
+    # `await` refuses a coroutine that has begun, so this forwards the values it yields and receives.
     step: Callable[[Any], Any] = coroutine.send
     value: Any = None
     while True:

@@ -1,4 +1,4 @@
-"""Nodes whose attributes in the kernel's cache are out of date."""
+"""Nodes with outdated attributes in the kernel's cache."""
 
 from __future__ import annotations
 
@@ -7,15 +7,15 @@ from unionfs.union.node import Node
 
 
 class Invalidations:
-    """Nodes that a session has to invalidate in the kernel: ``now`` before the next answer, ``soon`` a little
-    later; both in the order in which they were added."""
+    """Nodes that a session must invalidate in the kernel: ``now`` before the next answer, ``soon`` a little
+    later; both in the order of addition."""
 
     def __init__(self) -> None:
         self.now: dict[Node, None] = {}
         self.soon: dict[Node, None] = {}
 
     def of_copy_up(self, effects: Effects) -> None:
-        """Add what a copy-up made out of date."""
+        """Add the nodes changed by a copy-up."""
         self.now[effects.node] = None
         if effects.resized is not None:
             self.soon[effects.resized] = None
@@ -25,7 +25,7 @@ class Invalidations:
         self.now[node] = None
 
     def answered(self, node: Node) -> None:
-        """Drop a node whose new attributes are in the next answer."""
+        """Drop a node: the next answer contains its new attributes."""
         self.now.pop(node, None)
 
     def take_now(self) -> list[int]:

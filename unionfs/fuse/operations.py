@@ -1,11 +1,11 @@
-"""The union as a filesystem of requests: what every session does for names, attributes and listings.
+"""The union as a filesystem of requests: the common part of all sessions for names, attributes and listings.
 
-The sessions translate a request into a call of these functions, the result into a reply, and ``OSError`` into
-an error. Nothing here knows how a request arrived.
+A session translates a request into a call of these functions, the result into a reply, and ``OSError`` into
+an error. This module does not know how a request arrived.
 
-A function without ``async`` runs to its end undisturbed: that keeps the node table and the layers in step, so
-everything between finding a node and changing it happens without waiting. What may take long
-(copying data, fsync, reading from a disk, listing a huge directory) runs in a thread on fds of its own.
+A function without ``async`` runs without interruption: this keeps the node table and the layers consistent,
+so everything between finding a node and changing it happens without waiting. Operations that may take long
+(copying data, fsync, reading from a disk, listing a huge directory) run in a thread with separate fds.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ Found = tuple[Node, Attributes]
 
 
 class Change(NamedTuple):
-    """What SETATTR is to change; None stays. Times in nanoseconds since 1970."""
+    """The changes of a SETATTR; None: unchanged. Times in nanoseconds since 1970."""
 
     size: int | None = None
     uid: int | None = None
@@ -60,7 +60,7 @@ def _owner(change: Change) -> tuple[int, int]:
 
 
 def _memory() -> dict[str, int]:
-    """This process's resident set in bytes, now and at its largest; proc_pid_statm(5), getrusage(2).
+    """This process's resident set in bytes, now and its maximum; proc_pid_statm(5), getrusage(2).
 
     The kernel counts some pages of each CPU a little later. smaps_rollup is exact, but walks the page tables
     while requests wait.
@@ -82,14 +82,14 @@ class Operations:
         self.copy_ups = CopyUps(union, copy_up)
         self.directories = Directories()
         self.files = Files(union, self.copy_ups)
-        #: The number of requests by kind; the session counts.
+        #: The number of requests by kind, counted by the session.
         self.requests: Counter[str] = Counter()
-        #: The latencies of requests; the session measures while somebody watches.
+        #: The latencies of requests, measured by the session on demand.
         self.latencies = Latencies()
         self._more_figures: Callable[[], Mapping[str, object]] = dict
 
     def add_figures(self, more: Callable[[], Mapping[str, object]]) -> None:
-        """Add a session's own figures."""
+        """Add figures of a session."""
         self._more_figures = more
 
     def figures(self) -> dict[str, object]:
@@ -112,14 +112,14 @@ class Operations:
     # -- nodes ----------------------------------------------------------------------------------------
 
     def node(self, id_: int) -> Node:
-        """The node that an id leads to. Raises ESTALE."""
+        """The node of an id. Raises ESTALE."""
         node = self.union.nodes.get(id_)
         if node is None:
             raise os_error(errno.ESTALE)
         return node
 
     def directory(self, id_: int) -> Node:
-        """A directory that was not removed. Raises ESTALE, ENOENT."""
+        """An existing directory by id. Raises ESTALE, ENOENT."""
         node = self.node(id_)
         if node.unlinked:
             raise os_error(errno.ENOENT)
@@ -139,24 +139,24 @@ class Operations:
     # -- names ----------------------------------------------------------------------------------------
 
     def lookup(self, parent: int, name: bytes) -> Found | None:
-        """The object of that name; None if there is none."""
+        """The object of that name, or None."""
         node = self.directory(parent)
         return node.territory.lookup(node, name)
 
     def mkdir(self, parent: int, name: bytes, mode: int, caller: Caller) -> Found:
-        """A new directory."""
+        """Create a directory."""
         return self.changes.mkdir(self.directory(parent), name, stat.S_IMODE(mode), caller)
 
     def mknod(self, parent: int, name: bytes, mode: int, rdev: int, caller: Caller) -> Found:
-        """A new fifo, socket, device or regular file."""
+        """Create a fifo, socket, device or regular file."""
         return self.changes.mknod(self.directory(parent), name, mode, rdev, caller)
 
     def symlink(self, parent: int, name: bytes, target: bytes, caller: Caller) -> Found:
-        """A new symlink."""
+        """Create a symlink."""
         return self.changes.symlink(self.directory(parent), name, target, caller)
 
     async def link(self, id_: int, new_parent: int, new_name: bytes) -> Found:
-        """One more name."""
+        """Create a hard link."""
         node = self.node(id_)
         if node.territory is not self.directory(new_parent).territory:
             raise os_error(errno.EXDEV)
@@ -164,7 +164,7 @@ class Operations:
         return self.changes.link(node, self.directory(new_parent), new_name)
 
     def unlink(self, parent: int, name: bytes) -> None:
-        """Remove a name that is not a directory's."""
+        """Remove the name of a non-directory."""
         self.changes.unlink(self.directory(parent), name)
 
     def rmdir(self, parent: int, name: bytes) -> None:
@@ -274,7 +274,7 @@ class Operations:
             return os.getxattr(path, stored)
 
     def listxattr(self, id_: int, uid: int) -> list[bytes]:
-        """The names of the xattrs that user ``uid`` may see."""
+        """The names of the xattrs visible to user ``uid``."""
         node = self.node(id_)
         try:
             with self.union.checked_path(node) as path:
@@ -284,7 +284,7 @@ class Operations:
                 return []
             raise
         names = node.territory.shown_names(stored)
-        if uid != 0:  # as in every filesystem: trusted.* is for the administrator
+        if uid != 0:  # as in every filesystem: only the administrator sees trusted.*
             names = [name for name in names if not name.startswith(b"trusted.")]
         if not self.union.stack.acl:
             names = [name for name in names if not name.startswith(ACL)]
@@ -319,7 +319,7 @@ class Operations:
         """Whether a caller is neither root nor in the group of the node's object.
 
         A request has no supplementary groups: they come from /proc/PID/status. A caller that has exited
-        counts as being in none.
+        counts as in none.
         """
         group = self.union.stat(node).st_gid
         return uid != 0 and gid != group and group not in supplementary_groups(pid)
@@ -329,9 +329,9 @@ class Operations:
         if name != CAPABILITY or uid == 0:
             await self._removexattr(id_, name)
             return
-        # The kernel sends it ahead of a write, a truncation or a chown, for a caller who may not ask for it.
-        # They remove the capabilities of the backing file, too; a stranger's chown that names no owner
-        # reaches this point, and then fails where it would have to clear setuid or setgid as well.
+        # The kernel sends it before a write, a truncation or a chown, for a caller who may not request it.
+        # They remove the capabilities of the backing file too; a stranger's chown without an owner gets here,
+        # and then fails if it must clear setuid or setgid as well.
         st = self.union.stat(self.node(id_))
         if st.st_uid == uid or not st.st_mode & SET_IDS:
             with contextlib.suppress(PermissionError):  # in an ordinary user's daemon

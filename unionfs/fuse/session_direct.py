@@ -1,8 +1,7 @@
 """The session that speaks the kernel's protocol itself: all features of FUSE, and the fastest data path.
 
-It mounts, negotiates by `protocol.negotiate`, and lets `direct.loop` answer requests with the
-handlers of `direct.names`, `direct.listings` and `direct.data`, which drive the same `Operations` as the
-other session.
+It mounts, negotiates by `protocol.negotiate`, and runs `direct.loop` with the handlers of `direct.names`,
+`direct.listings` and `direct.data`, which drive the same `Operations` as the other session.
 """
 
 from __future__ import annotations
@@ -57,10 +56,10 @@ async def serve(
     io: IoMode,
     on_ready: Callable[[Decision, MountEntry | None], None],
 ) -> None:
-    """Mount, serve until the mount is gone (whoever unmounts it), and clean up.
+    """Mount, serve until the mount is gone, and clean up.
 
-    ``on_ready`` is called with what was negotiated, and the mount, when it is usable. Raises SessionError
-    when mounting fails, the requested I/O mode is not available, or the mount is cut off; SessionUnfit when
+    ``on_ready`` is called with the negotiated decision and the mount, when it is usable. Raises SessionError
+    if mounting fails, the requested I/O mode is not available, or the mount is disconnected; SessionUnfit if
     another session may work.
     """
     fd, entry = mount(mountpoint, options)
@@ -163,13 +162,13 @@ def _settings(operations: Operations, io: IoMode, spliceable: int) -> Settings:
         upper_stack_depth=max(map(_stack_depth, uppers), default=0),
         lower_stack_depth=max(map(_stack_depth, lowers), default=0),
         max_readahead=READAHEAD,
-        # Large reads are answered by splicing, so they should fit a pipe.
+        # Large reads are answered by splicing, so they should fit into a pipe.
         max_write=min(_LARGEST_REQUEST, spliceable),
     )
 
 
 def _stack_depth(layer: Layer) -> int:
-    """The number of stacked filesystems below a layer, as far as that is visible."""
+    """The number of visible stacked filesystems below a layer."""
     stacked = (calls.OVERLAYFS_MAGIC, calls.FUSE_MAGIC)
     return 1 if calls.filesystem_magic(layer.root_fd) in stacked else 0
 

@@ -40,10 +40,10 @@ async def serve(
     mount_options: Sequence[str],
     on_ready: Callable[[], None],
 ) -> None:
-    """Mount, serve until the mount is gone (whoever unmounts it), and clean up.
+    """Mount, serve until the mount is gone, and clean up.
 
-    ``mount_options`` are libfuse's (``fsname=...``, ``allow_other`` ...); ``on_ready`` is called when the
-    kernel has begun to talk. Raises :class:`SessionError` when mounting fails or serving is cut off.
+    ``mount_options`` are libfuse's (``fsname=...``, ``allow_other`` ...); ``on_ready`` is called at the
+    kernel's first request. Raises :class:`SessionError` if mounting fails or the mount is disconnected.
     """
     operations.add_figures(lambda: _FIGURES)
     try:
@@ -61,9 +61,9 @@ async def serve(
             aborted, others = group.split(_is_abort)
             if aborted is None or others is not None:
                 raise
-            # An ordinary umount causes this, too, while a request is being read (fs/fuse/dev.c,
+            # An ordinary umount causes this too, during the read of a request (fs/fuse/dev.c,
             # fuse_dev_do_read).
-        # libfuse does not tell the two apart, but a mount that was cut off still exists.
+        # libfuse does not distinguish the two, but a disconnected mount still exists.
         cut_off = entry is not None and await _is_left(entry.device)
     finally:
         pyfuse3.close(unmount=True)
@@ -72,8 +72,8 @@ async def serve(
 
 
 async def _is_left(device: str) -> bool:
-    """Whether the mount with that device number, which is no longer served, still exists. The number may be
-    another mount's by now, which answers, or blocks."""
+    """Whether the unserved mount with that device number still exists. The number may now belong to another
+    mount, which answers, or blocks."""
     for mount in mounts_of_device(device):
         if mount.is_fuse and await trio.to_thread.run_sync(is_dead, mount.mountpoint):
             return True
@@ -85,10 +85,10 @@ def _is_abort(failure: BaseException) -> bool:
 
 
 def _request(handler: Callable[_P, Coroutine[Any, Any, _T]]) -> Callable[_P, Coroutine[Any, Any, _T]]:
-    """Count the request, and turn every exception into ``FUSEError``: another one would end the daemon.
+    """Count the request, and turn every exception into ``FUSEError``: any other would end the daemon.
 
-    The latency, measured while somebody watches, is the time from after the library read the request until
-    before it writes the answer.
+    The latency, measured on demand, is the time between the library's read of the request and its write of
+    the answer.
     """
     kind = handler.__name__
 
@@ -139,15 +139,15 @@ class PyfuseOperations(pyfuse3.Operations):  # type: ignore[misc,unused-ignore]
         self._on_init()
 
     async def invalidate_attributes(self) -> None:
-        """Let the kernel ask again for attributes that a copy-up changed; before the reply, so that nobody
-        sees the old ones after it. In a thread: a notice may have to wait for requests that we serve.
+        """Invalidate attributes changed by a copy-up, before the reply, so that no process sees old ones
+        after it. In a thread: a notice may have to wait for requests that the daemon serves.
         """
         invalidations = self.operations.invalidations
         stale = {*invalidations.take_now(), *invalidations.take_soon()}
         await trio.to_thread.run_sync(_invalidate, stale)
 
     def _found(self, found: Found) -> pyfuse3.EntryAttributes:
-        """The reply for a name that the kernel caches: one more lookup of the node."""
+        """The reply for a name that the kernel caches; counts a lookup of the node."""
         found[0].looked_up()
         return _named(found)
 
@@ -315,7 +315,7 @@ class PyfuseOperations(pyfuse3.Operations):  # type: ignore[misc,unused-ignore]
 
     @_request
     async def flush(self, fh: int) -> None:
-        raise os_error(errno.ENOSYS)  # nothing to do at close; the kernel sends no other FLUSH
+        raise os_error(errno.ENOSYS)  # close does nothing; the kernel sends no other FLUSH
 
     @_request
     async def fsync(self, fh: int, datasync: bool) -> None:
@@ -384,7 +384,7 @@ def _opened(number: int, *, keep_cache: bool = True) -> pyfuse3.FileInfo:
 
 
 def _named(found: Found) -> pyfuse3.EntryAttributes:
-    """The reply for a name, valid for ever unless others can change what it stands for."""
+    """The reply for a name, valid for ever unless others can change its object."""
     entry = _entry(found)
     if not found[0].territory.lasting:
         entry.entry_timeout = 0
@@ -395,7 +395,7 @@ def _entry(found: Found) -> pyfuse3.EntryAttributes:
     node, attributes = found
     st: Any = attributes.st
     entry = pyfuse3.EntryAttributes()
-    # The library has one number for node and inode, so bound hard links have several.
+    # The library has one number for node and inode, so bound hard links have several numbers.
     entry.st_ino = pyfuse3.InodeT(node.id)
     entry.entry_timeout = FOREVER
     entry.attr_timeout = FOREVER if attributes.lasting else 0
@@ -414,12 +414,12 @@ def _entry(found: Found) -> pyfuse3.EntryAttributes:
 
 
 def _bare(number: int, kind: int = 0, seconds: float = 0) -> pyfuse3.EntryAttributes:
-    """A name without more than a number and a file type, which the kernel may remember for so long.
+    """A name with only a number and a file type, which the kernel may cache for ``seconds``.
 
-    Number 0 says that there is nothing. In a listing it is a name that cannot be looked up: pyfuse3 has one
-    number for node and inode, and readdir(3) leaves out inode 0, so the kernel gets the id of no node, and
-    looks the name up before it uses it. Of ``.`` and ``..`` the kernel takes number and type, and counts no
-    lookup (fs/fuse/readdir.c).
+    Number 0 means a missing name. In a listing the entry is a name whose lookup fails: pyfuse3 has one number
+    for node and inode, and readdir(3) skips inode 0, so the kernel gets an id without a node, and looks the
+    name up before use. For ``.`` and ``..`` the kernel uses number and type, and counts no lookup
+    (fs/fuse/readdir.c).
     """
     entry = pyfuse3.EntryAttributes()
     entry.st_ino = pyfuse3.InodeT(number)

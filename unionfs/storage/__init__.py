@@ -1,1 +1,1 @@
-"""What goes around a union's layers: volumes, bind mounts and tmpfs."""
+"""Storage around a union's layers: volumes, bind mounts and tmpfs."""

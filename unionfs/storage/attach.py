@@ -1,7 +1,7 @@
-"""Mounting storage into a union that is mounted: kernel mounts on top of it, in order, undone in reverse.
+"""Mounts storage into a mounted union: kernel mounts on top of it, made in order and undone in reverse.
 
-The sources are detached mounts that only have to be moved onto the fds of their targets: no path is looked up
-twice. All of this blocks, and the daemon has to go on serving meanwhile, so it runs in a thread.
+The sources are detached mounts, moved onto the fds of their targets: no path is looked up twice. These calls
+block, so they run in a thread while the daemon serves requests.
 """
 
 from __future__ import annotations
@@ -23,9 +23,9 @@ from unionfs.union.layers import LayerStack
 
 
 def attach(mount: MountEntry, sources: Sources, stack: LayerStack) -> tuple[Spec, ...]:
-    """Mount everything in the union `mount`. Returns the specs with the targets that were found in the end.
+    """Mount all sources in the union `mount`. Returns the specs with their resolved targets.
 
-    Raises UserError when one cannot be mounted; then those before it are undone.
+    Raises UserError if a mount fails, after undoing the earlier ones.
     """
     try:
         root = open_mount(mount)
@@ -71,20 +71,20 @@ def _one(
 
 
 def fill(source: Source, tree: Tree, stack: LayerStack) -> None:
-    """The first use of an empty volume. Raises UserError."""
+    """Populate an empty volume on first use. Raises UserError."""
     spec = source.spec
     if source.volume is None or not isinstance(spec, VolumeSpec) or spec.subpath or not spec.copy:
         return
     try:
         names, missing = find(tree, spec.target)
     except OSError:
-        return  # `prepare` says what is wrong with the target
+        return  # `prepare` reports what is wrong with the target
     if names and not missing:
         populate(stack, names, source.fd, source.volume)
 
 
 def _unmount(path: str, root: int) -> None:
-    """Detach what was just mounted, by the fd of its root; what it has for peers on the host stays."""
+    """Detach a new mount by the fd of its root; its peers on the host stay mounted."""
     with suppress(OSError):
         detached.change(root, propagation=detached.PROPAGATION["private"], recursive=True)
         unmount_id(path, mount_id_of_fd(root), MNT_DETACH)

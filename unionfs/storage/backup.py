@@ -1,4 +1,4 @@
-"""Backups of volumes, and holding one against the other: backup, verify."""
+"""Backup and verification of volumes."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from unionfs.storage.archive.write import ArchiveWriter, Pass, Progress
 from unionfs.storage.volumes import Volume, Volumes
 
 MANIFEST = "manifest"
-"""Beside a volume's data: the manifest of its last backup or restore, for `verify`."""
+"""The manifest of the last backup or restore, stored beside the volume's data for `verify`."""
 _MOST_NOTES = 20
 
 
@@ -41,30 +41,30 @@ class Report:
     size: int = 0
     """Bytes of content."""
     how: str = ""
-    """How consistency was achieved, as part of a sentence."""
+    """How consistency was achieved, as a sentence fragment."""
     unstable: int = 0
-    """Files that changed each time they were read."""
+    """Files that changed during every read attempt."""
     notes: list[str] = field(default_factory=list)
     more_notes: int = 0
 
     def count(self, entries: int, size: int) -> None:
-        """Add entries and their bytes of content."""
+        """Add to the counts of entries and content bytes."""
         self.entries += entries
         self.size += size
 
     def note(self, sentence: str) -> None:
-        """Add a sentence about what was left out or changed."""
+        """Add a sentence about something left out or changed."""
         if len(self.notes) < _MOST_NOTES:
             self.notes.append(sentence)
         else:
             self.more_notes += 1
 
     def shared_blocks(self) -> None:
-        """Say that every file was copied by sharing its blocks."""
+        """Record that every file was copied by sharing its blocks."""
         self.how = "sharing blocks (reflinks)"
 
     def note_unstable(self, entry: Entry) -> None:
-        """Add a sentence about a file that changed each time the backup read it."""
+        """Add a sentence about a file that changed during every read attempt."""
         self.unstable += 1
         self.note(
             f"{quoted(os.fsdecode(entry.path))} changed each time it was read; the archive holds it as it "
@@ -121,7 +121,7 @@ def backup(
         report.entries, report.size = done.entries, done.read_bytes
         if report.unstable and not report.how:
             report.how = "files that changed meanwhile were read again"
-    # The archive is there: the manifest kept for `verify` is only a help.
+    # The archive is complete: the manifest for `verify` is optional.
     with suppress(OSError):
         keep_manifest(volume, writer.copy_manifest)
     return report
@@ -143,7 +143,7 @@ def _hold_still(
     others: bool,
     report: Report,
 ) -> str | None:
-    """Freeze the volume's filesystem if it has its own, else return a directory for clones of its files."""
+    """Freeze the volume's own filesystem, or without one return a directory for clones of its files."""
     if not others:
         return None
     status = os.fstat(out.fileno())
@@ -157,7 +157,7 @@ def _hold_still(
 def _base(
     since: str | None, volume: Volume, stack: ExitStack
 ) -> tuple[dict[str, Any] | None, Base | None]:
-    """What the archive says about its base, and the base itself."""
+    """Returns the archive's record of its base, and the base itself."""
     if since is None:
         return None, None
     reader = stack.enter_context(open_archive(since))
@@ -178,7 +178,7 @@ def _base(
 
 
 def _keep_bases(since: str, target: str) -> None:
-    """Refuse to put an incremental backup in the place of one that it needs."""
+    """Refuse to overwrite an archive that the incremental backup depends on."""
     seen: set[str] = set()
     while since not in seen and os.path.exists(since) and os.path.exists(target):
         if os.path.samefile(since, target):
@@ -196,7 +196,7 @@ def _keep_bases(since: str, target: str) -> None:
 
 @contextmanager
 def open_archive(source: str) -> Iterator[ArchiveReader]:
-    """An archive that is a file, or `-`: standard input. Raises UserError."""
+    """Open the archive `source` (`-`: standard input). Raises UserError."""
     try:
         raw = open(0 if source == "-" else source, "rb", buffering=0, closefd=source != "-")  # noqa: SIM115
         if stat.S_ISDIR(os.fstat(raw.fileno()).st_mode):
@@ -212,7 +212,7 @@ def open_archive(source: str) -> Iterator[ArchiveReader]:
 
 
 def read_whole(reader: ArchiveReader, report: Report, progress: Progress | None) -> None:
-    """Read an archive to its end, and add its figures to the report. Raises Malformed."""
+    """Read an archive to its end and add its figures to the report. Raises Malformed."""
     for _ in reader.entries():
         if progress is not None and reader.count % 256 == 0:
             progress(report.entries + reader.count, report.size + reader.read_bytes)
@@ -223,7 +223,7 @@ def read_whole(reader: ArchiveReader, report: Report, progress: Progress | None)
 
 @contextmanager
 def explained(source: str) -> Iterator[None]:
-    """Turn what is wrong with an archive into a sentence."""
+    """Turn errors in an archive into a UserError."""
     shown = "standard input" if source == "-" else quoted(source)
     try:
         yield
@@ -239,7 +239,7 @@ def explained(source: str) -> Iterator[None]:
 
 
 def keep_manifest(volume: Volume, copy: Callable[[IO[bytes]], None]) -> None:
-    """Keep a manifest beside the volume's data."""
+    """Store a manifest beside the volume's data."""
     path = f"{volume.directory}/{MANIFEST}"
     fd = os.open(f"{path}.new", os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
     with open(fd, "wb") as out:
@@ -251,11 +251,11 @@ def keep_manifest(volume: Volume, copy: Callable[[IO[bytes]], None]) -> None:
 
 
 def verify_archive(source: str, progress: Progress | None = None) -> Report:
-    """Read an archive to its end and hold it against its manifest. Raises UserError when it doesn't agree."""
+    """Read an archive to its end and check it against its manifest. Raises UserError on a mismatch."""
     report = Report()
     with open_archive(source) as reader, explained(source):
         read_whole(reader, report, progress)
-        # An incremental archive names what lies in its base too.
+        # An incremental archive also names entries stored in its base.
         for _ in latest(reader.manifest_lines()):
             pass
         base = reader.info.get("base")
@@ -270,14 +270,14 @@ class Differences:
 
     entries: int = 0
     damaged: list[str] = field(default_factory=list)
-    """Content differs, though size and times say that nobody wrote to it."""
+    """Content that differs although size and times are unchanged."""
     changed: list[str] = field(default_factory=list)
     missing: list[str] = field(default_factory=list)
     added: list[str] = field(default_factory=list)
 
 
 def verify_volume(volumes: Volumes, name: str, progress: Progress | None = None) -> Differences:
-    """Hold a volume's content against the manifest of its last backup or restore. Raises UserError."""
+    """Compare a volume's content with the manifest of its last backup or restore. Raises UserError."""
     found = Differences()
     with volumes.working_on(name, "a verification") as volume, volumes.used(name, "verification") as path:
         try:
@@ -296,7 +296,7 @@ def verify_volume(volumes: Volumes, name: str, progress: Progress | None = None)
 
 
 class _Comparison:
-    """Compares the lines of a manifest with those of a walk; both have the same order."""
+    """Compares the lines of a manifest with those of a walk; both use the same order."""
 
     def __init__(self, lines: Iterator[Line], found: Differences) -> None:
         self._lines = lines
@@ -304,7 +304,7 @@ class _Comparison:
         self._found = found
 
     def add(self, raw: bytes) -> None:
-        """The next line of the walk."""
+        """Compare the next line of the walk."""
         new = Line(raw)
         if new.state == AGAIN:
             return
@@ -321,7 +321,7 @@ class _Comparison:
         self._old = next(self._lines, None)
 
     def finish(self) -> None:
-        """The walk has ended."""
+        """Report the remaining lines of the manifest after the walk."""
         while self._old is not None:
             self._next_is_missing(self._old)
 

@@ -1,4 +1,4 @@
-"""A file's content from one volume into another: by reflink, else by the kernel's copy, with its holes."""
+"""Copies a file's content between volumes: by reflink, else by the kernel's copy, preserving holes."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ _NO_REFLINK = (errno.EOPNOTSUPP, errno.EXDEV, errno.EINVAL, errno.ENOTTY, errno.
 
 
 def copy_content(extractor: Extractor, contents: Contents, entry: Entry, fd: int) -> bool:
-    """Make the file `entry`, open as `fd`; returns whether its blocks are shared.
+    """Fill the file `entry`, open as `fd`. Returns whether its blocks are shared.
 
-    A file that changes meanwhile is copied again.
+    A file that changes during the copy is copied again.
     """
     shared = True
     for attempt, source in contents.attempts(entry, fd):

@@ -1,4 +1,4 @@
-"""Filters for lists of volumes, with Docker's keys; all of them must match."""
+"""Filters for lists of volumes, with Docker's keys; a volume must match all of them."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ _TRUE, _FALSE = frozenset({"1", "true", "t", "yes"}), frozenset({"0", "false", "
 
 
 def parse_filters(words: Iterable[str]) -> list[tuple[str, str]]:
-    """KEY=VALUE words (`label!=x` too) as pairs. Raises UserError."""
+    """Parse KEY=VALUE words (also `label!=x`) into pairs. Raises UserError."""
     found = []
     for word in words:
         key, equals, value = word.partition("=")
@@ -35,7 +35,7 @@ def parse_filters(words: Iterable[str]) -> list[tuple[str, str]]:
 
 
 def truth(value: str, key: str) -> bool:
-    """`true`, `1` and the like. Raises UserError."""
+    """Parse a boolean (`true`, `1` ...). Raises UserError."""
     if value.lower() in _TRUE:
         return True
     if value.lower() in _FALSE:
@@ -44,9 +44,7 @@ def truth(value: str, key: str) -> bool:
 
 
 def matches(volume: Volume, filters: Iterable[tuple[str, str]], *, used: bool) -> bool:
-    """Whether a volume passes all filters. A name passes when the value, a regular expression, is found in
-    it.
-    """
+    """Whether a volume passes all filters. A name filter is a regular expression, matched anywhere."""
     return all(_holds(volume, key, value, used) for key, value in filters)
 
 

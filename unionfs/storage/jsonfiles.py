@@ -1,4 +1,4 @@
-"""Small JSON files below the storage root. Only its owner can write there."""
+"""Small JSON files below the storage root, writable only by its owner."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from unionfs.sys import fds
 
 
 def read(path: str, at: int | None = None) -> Any:
-    """The values in a file; `at` is the fd of a directory that `path` is relative to.
+    """Returns the values in a file. `path` is relative to the directory fd `at`, if set.
 
-    Raises OSError (ELOOP for a symlink), and ValueError for what is not JSON.
+    Raises OSError (ELOOP for a symlink), and ValueError for invalid JSON.
     """
     flags = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
     with fds.Owned(os.open(path, flags, dir_fd=at)) as fd:
@@ -24,9 +24,9 @@ def read(path: str, at: int | None = None) -> Any:
 
 
 def write(path: str, values: object, *, sync: bool = True) -> None:
-    """Replace a file in one step. One writer at a time. Raises OSError.
+    """Replace a file atomically. Allows one writer at a time. Raises OSError.
 
-    With `sync` a power cut leaves the old or the new content, and never an empty file.
+    With `sync`, a power cut leaves either the old or the new content, never an empty file.
     """
     new = f"{path}.new"
     fd = os.open(new, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
@@ -44,7 +44,7 @@ def write(path: str, values: object, *, sync: bool = True) -> None:
 
 
 def write_into(spare: str, path: str, values: object) -> bool:
-    """Write into the blocks that the file `spare` has, and rename it; whether they are enough."""
+    """Write into the blocks of the file `spare` and rename it. Returns False if they are too few."""
     content = json.dumps(values).encode("ascii")
     with suppress(OSError), fds.Owned(os.open(spare, os.O_WRONLY | os.O_NOFOLLOW | os.O_CLOEXEC)) as fd:
         if len(content) <= os.fstat(fd).st_size:

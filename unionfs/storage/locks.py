@@ -1,12 +1,12 @@
-"""Locks of one volume, by flock(2) on files in ROOT/locks. They end with their process, however it ends.
+"""Locks of one volume: flock(2) on files in ROOT/locks, released when their process ends.
 
-A lock's file is removed with its volume. A process that has locked a file which no longer has its name tries
-again, so two processes never hold two locks of one name.
+A lock's file is removed with its volume. A process that locked a file whose name is gone tries again, so two
+processes never hold two locks of one name.
 
-There are three: the short one (`state`) guards changes of a volume, and is waited for. The long one (`work`)
-belongs to a backup, restore, clone, resize or removal; the error for a second one names the first. `filling`
-is held while an empty volume gets its first content, and the next mount waits for it. None is on a directory
-of a volume: flock(2) needs read permission only, so anybody who may list the volume could hold it.
+There are three locks. The short one (`state`) guards changes of a volume; callers wait for it. The long one
+(`work`) covers a backup, restore, clone, resize or removal; the error for a second operation names the first.
+`filling` is held while an empty volume is populated; the next mount waits for it. No lock is on a directory
+of a volume: flock(2) needs read permission only, so every user who may list the volume could hold it.
 """
 
 from __future__ import annotations
@@ -32,14 +32,14 @@ _NAME_MAX = 255
 
 def _path(root: str, name: str, kind: str) -> str:
     if len(name) + 1 + len(kind) > _NAME_MAX:
-        # A volume's name may be as long as a file's, which leaves no room for the kind.
+        # A volume's name may have the maximum length of a file name, which leaves no room for the kind.
         name = f"{name[:128]}.{hashlib.sha256(name.encode()).hexdigest()}"
     open_root(root)
     return f"{make_directory(f'{root}/locks')}/{name}.{kind}"
 
 
 def _take(path: str) -> int | None:
-    """A locked fd; None while another process has the lock. Raises OSError."""
+    """Returns a locked fd, or None while another process holds the lock. Raises OSError."""
     while True:
         fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, 0o600)
         try:
@@ -67,16 +67,14 @@ def _unusable(path: str, error: OSError) -> UserError:
 
 @contextmanager
 def state(root: str, name: str) -> Iterator[None]:
-    """The short lock of a volume. Raises UserError when another process keeps it for a minute."""
+    """Hold the short lock of a volume. Raises UserError after waiting one minute."""
     with _waited(root, name, "state", _WAIT_SECONDS, "being changed by another process for over a minute"):
         yield
 
 
 @contextmanager
 def filling(root: str, name: str) -> Iterator[None]:
-    """The lock of a volume for its first content. Raises UserError when another process keeps it for an
-    hour.
-    """
+    """Hold the lock of a volume while it is populated. Raises UserError after waiting one hour."""
     with _waited(root, name, "fill", _FILLING_SECONDS, "being filled by another process for over an hour"):
         yield
 
@@ -99,9 +97,9 @@ def _waited(root: str, name: str, kind: str, seconds: float, what: str) -> Itera
 
 @contextmanager
 def work(root: str, name: str, what: str, *, spare: bool = False) -> Iterator[None]:
-    """The long lock of a volume for `what` ("a backup"). Raises UserError at once when it is taken.
+    """Hold the long lock of a volume for `what` ("a backup"). Raises UserError at once when it is taken.
 
-    `spare`: go on where a full disk has no space for the lock's file; nobody can have the lock then.
+    `spare`: continue if a full disk has no space for the lock's file; then no process can hold the lock.
     """
     path = _path(root, name, "work")
     try:
@@ -126,7 +124,7 @@ def work(root: str, name: str, what: str, *, spare: bool = False) -> Iterator[No
 
 
 def forget(root: str, name: str) -> None:
-    """Remove the files of a removed volume's locks. Called with the short lock held."""
+    """Remove the lock files of a removed volume. The caller holds the short lock."""
     for kind in ("fill", "work", "state"):
         with suppress(OSError):
             os.unlink(_path(root, name, kind))

@@ -1,4 +1,4 @@
-"""What a volume is, and who uses it: plain values."""
+"""Plain values that describe a volume and its users."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from unionfs.errors import quoted
 from unionfs.sys.process import is_alive, start_time
 
 ANONYMOUS_LABEL = "com.docker.volume.anonymous"
-"""Docker marks anonymous volumes with this label, its value being empty."""
+"""Docker marks anonymous volumes with this label; its value is empty."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -21,28 +21,28 @@ class Volume:
     name: str
     driver: str
     mountpoint: str
-    """The absolute path of its data when it is mounted; empty while a plugin has not told it."""
+    """The absolute path of its data when mounted; empty until a plugin reports it."""
     anonymous: bool
     options: Mapping[str, str] = field(default_factory=dict)
     labels: Mapping[str, str] = field(default_factory=dict)
     created: float = 0.0
     """Seconds since the epoch."""
     scope: str = "local"
-    """`local`, or `global` for a driver whose volumes are the same ones on every host."""
+    """`local`, or `global` for a driver with the same volumes on every host."""
     directory: str = ""
-    """ROOT/volumes/NAME, where the driver may keep what it needs."""
+    """ROOT/volumes/NAME, where the driver may store its state."""
     recorded: bool = field(default=True, compare=False)
-    """Whether its record says all this; else it is a directory with `_data` alone."""
+    """Whether these values come from its record; else the volume is only a directory with `_data`."""
 
     def to_json(self) -> dict[str, Any]:
-        """Plain values for the record beside the data."""
+        """Returns plain values for the record beside the data."""
         values = asdict(self)
         del values["directory"], values["recorded"]
         return values
 
     @classmethod
     def from_json(cls, values: dict[str, Any], directory: str) -> Volume:
-        """Raises KeyError, TypeError or ValueError when the values are not those of `to_json`."""
+        """Raises KeyError, TypeError or ValueError for values that `to_json` cannot return."""
         options, labels = dict(values["options"]), dict(values["labels"])
         if not all(isinstance(text, str) for part in (options, labels) for text in (*part, *part.values())):
             raise TypeError("options and labels are texts")
@@ -61,19 +61,19 @@ class Volume:
 
 @dataclass(frozen=True, slots=True)
 class User:
-    """Who uses a volume: a text `KIND:PID:STARTTIME:WHAT`, the start time in clock ticks since boot.
+    """A user of a volume: a text `KIND:PID:STARTTIME:WHAT`, with the start time in clock ticks since boot.
 
-    A process that is gone (proc_pid_stat(5) has neither this pid nor this start time any more) uses nothing.
-    A text of another form names a user that goes only by `detach`.
+    A user ends with its process (when proc_pid_stat(5) no longer shows this pid and start time). A user with
+    a text of another form stays until `detach`.
     """
 
     text: str
     path: str
-    """Where the volume's data is for this user."""
+    """The path of the volume's data for this user."""
 
     @classmethod
     def of_this_process(cls, kind: str, what: str = "") -> str:
-        """The text for this process."""
+        """Returns the text for this process."""
         return f"{kind}:{os.getpid()}:{start_time(os.getpid()) or 0}:{what}"
 
     def _process(self) -> tuple[int, int] | None:
@@ -89,12 +89,12 @@ class User:
         return process is not None and not is_alive(*process)
 
     def __str__(self) -> str:
-        """The user within a sentence."""
+        """The user as a sentence fragment."""
         process = self._process()
         if process is None:
             return quoted(self.text)
         kind, what = self.text.split(":", 1)[0], self.text.split(":", 3)[3:]
-        # After "#" stands what only makes the text unique.
+        # The part after "#" only makes the text unique.
         what = what if what and not what[0].startswith("#") else []
         named = f"the {kind} {quoted(what[0])}" if what and what[0] else f"a {kind}"
         return f"{named} (pid {process[0]})"

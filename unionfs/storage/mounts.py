@@ -1,4 +1,4 @@
-"""Mounting what a volume lies on, by mount(8) and umount(8), which know loop devices and helper programs."""
+"""Mounts a volume's storage by mount(8) and umount(8), which handle loop devices and helper programs."""
 
 from __future__ import annotations
 
@@ -30,19 +30,19 @@ _HELPERS = {
 
 @dataclass(frozen=True, slots=True)
 class MountCall:
-    """One call of mount(8). `environment` holds what must not be seen in a list of processes."""
+    """One call of mount(8). `environment` holds values that a process list must not show."""
 
     command: tuple[str, ...]
     environment: Mapping[str, str] = field(default_factory=dict)
 
 
 def program_path(name: str) -> str | None:
-    """Where a program is, also in the directories for administrators; None when it is not installed."""
+    """The path of a program, searched also in the sbin directories; None when it is not installed."""
     return shutil.which(name, path=f"{os.environ.get('PATH', '')}:{_PATH}")
 
 
 def need_program(name: str, package: str, what: str) -> str:
-    """The path of a program. Raises UserError naming the package it is in."""
+    """The path of a program. Raises UserError that names its package."""
     found = program_path(name)
     if found is None:
         raise UserError(
@@ -52,10 +52,10 @@ def need_program(name: str, package: str, what: str) -> str:
 
 
 def mount_call(fstype: str, device: str, options: str, target: str) -> MountCall:
-    """The call of mount(8) for Docker's type, device and o. Raises UserError for a helper that is missing.
+    """The call of mount(8) for Docker's type, device and o. Raises UserError if a helper is missing.
 
-    Docker hands these words to mount(2), where an NFS device is `:/path` and the server is addr=; the helpers
-    want `server:/path` (nfs(5)). A password for cifs goes by the environment (mount.cifs(8), PASSWD).
+    Docker passes these words to mount(2), where an NFS device is `:/path` and the server is addr=; helpers
+    expect `server:/path` (nfs(5)). A cifs password goes into the environment (mount.cifs(8), PASSWD).
     """
     words = [word for word in options.split(",") if word]
     environment = {}
@@ -90,7 +90,7 @@ def mount_call(fstype: str, device: str, options: str, target: str) -> MountCall
 
 
 def run_mount(call: MountCall, what: str) -> None:
-    """Run mount(8) for `what` ("volume x"). Raises UserError with mount's own reason."""
+    """Run mount(8) for `what` ("volume x"). Raises UserError with mount's error message."""
     if not has_capability(CAP_SYS_ADMIN):
         raise UserError(
             f"{what} cannot be mounted: that needs root; run as root, or use a volume without options."
@@ -106,9 +106,9 @@ def run_program(
     good: Sequence[int] = (0,),
     stdin: str = "",
 ) -> str:
-    """Run a program to its end and return what it printed. Raises UserError: `complaint`, then its reason."""
+    """Run a program and return its output. Raises UserError: `complaint`, then the program's message."""
     path = need_program(command[0], _PACKAGES.get(command[0], command[0]), complaint.split(" cannot")[0])
-    # Files and no pipes: a program that goes on in the background may keep them open.
+    # Files, not pipes: a program that stays in the background may keep pipes open.
     with tempfile.TemporaryFile() as out, tempfile.TemporaryFile() as err, tempfile.TemporaryFile() as given:
         given.write(stdin.encode())
         given.seek(0)
@@ -155,13 +155,13 @@ _PACKAGES = {
 
 
 def mount_at(target: str) -> MountEntry | None:
-    """What is mounted exactly at `target`, or None."""
+    """The mount exactly at `target`, or None."""
     parent = os.path.realpath(os.path.dirname(target))
     return mounted_at(f"{parent}/{os.path.basename(target)}")
 
 
 def run_umount(target: str, what: str) -> None:
-    """Run umount(8) on what is mounted at `target`, if anything is. Raises UserError when it is busy."""
+    """Run umount(8) if `target` is a mount. Raises UserError when it is busy."""
     for _ in range(16):
         if mount_at(target) is None:
             return
@@ -169,6 +169,6 @@ def run_umount(target: str, what: str) -> None:
 
 
 def detach(target: str) -> None:
-    """Take away a mount that does not let itself be unmounted (its server is dead); no error."""
+    """Detach a mount that cannot be unmounted because its server is dead; ignores errors."""
     with suppress(OSError):
         umount2(target, MNT_DETACH)

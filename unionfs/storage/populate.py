@@ -1,12 +1,12 @@
-"""First use of an empty volume: what the union has at the target is copied into it, as Docker does.
+"""First use of an empty volume: copies the union's content at the target into it, as Docker does.
 
-The copy has the same owners, modes, times, xattrs (ACLs among them), hard links, symlinks, devices and holes.
-The layers are read directly, by a merge of their own, and not through the mount: hard links within a
-lower are seen as such, and nothing waits for the daemon. A name that cannot be looked up and an xattr that
-cannot be read are left out and logged: one broken name in a layer does not stop the rest.
+The copy preserves owners, modes, times, xattrs (including ACLs), hard links, symlinks, devices and holes. It
+reads the layers directly, by a merge of its own, and not through the mount: this detects hard links within a
+lower, and does not wait for the daemon. Names that cannot be looked up and xattrs that cannot be read are
+skipped and logged: one broken name in a layer does not stop the copy.
 
-The copy is made in a workspace in the volume and moved out of it at the end. The next use discards or moves
-out what a crash left, so a half-filled volume is never taken for a filled one.
+The copy is made in a workspace in the volume and moved out of it at the end. After a crash the next use
+discards or finishes it, so a half-filled volume never counts as filled.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from unionfs.union.xattrs import unsupported
 
 log = logging.getLogger(__name__)
 
-# What mkfs makes in an empty filesystem.
+# Entries that mkfs creates in an empty filesystem.
 _NOTHING = frozenset({b"lost+found"})
 _SHORT = (errno.EMFILE, errno.ENFILE, errno.ENOMEM)
 _NEW = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
@@ -41,13 +41,13 @@ _DIRECTORY = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 
 
 def populate(stack: LayerStack, names: Names, data: int, volume: Volume) -> bool:
-    """Fill the volume's directory `data` (an fd), if it is empty, with the directory at `names` in the union.
+    """Copy the union's directory at `names` into the volume's directory `data` (an fd), if that is empty.
 
-    Returns whether it did. Raises UserError; then the volume is still empty.
+    Returns whether it copied. Raises UserError, and then leaves the volume empty.
     """
     storage_root = os.path.dirname(os.path.dirname(volume.directory))
     try:
-        # Two unions may use a new volume at the same time.
+        # Two unions may use a new volume for the first time concurrently.
         with locks.filling(storage_root, volume.name):
             return _is_empty(data, volume) and _fill(stack, names, data, volume)
     except OSError as error:
@@ -83,7 +83,7 @@ def _fill(stack: LayerStack, names: Names, data: int, volume: Volume) -> bool:
 
 
 def _find(merge: Merge, names: Names) -> list[Place] | None:
-    """The parts of the directory at a path; None: there is none."""
+    """The parts of the directory at a path, or None if it does not exist."""
     parts = merge.roots
     for name in names:
         found = merge.search(parts, name)
@@ -100,14 +100,14 @@ class _Copier:
         self._merge = merge
         self._root = root
         self._changes_symlinks = not symlinks.are_sshfs(root)
-        #: The path, from the root, of the copy of the first name of a file with several.
+        #: For a file with several names, the path of the first copy from the root.
         self._links: dict[tuple[int, int], bytes] = {}
-        #: Devices whose files cannot share blocks with the volume's.
+        #: Devices whose files cannot share blocks with the volume.
         self._never_clones: set[int] = set()
 
     def tree(self, top: list[Place]) -> None:
-        """Copy the content and attributes of the directory merged of ``top`` to the root."""
-        # Each step: a directory's parts, an fd of its copy, the path of that, and the names still to come.
+        """Copy the content and attributes of the directory merged from ``top`` to the root."""
+        # Each step: a directory's parts, the fd and the path of its copy, and the remaining names.
         steps: list[tuple[list[Place], int, bytes, Iterator[bytes]]] = [
             (top, os.dup(self._root), b"", iter(self._merge.listing(top).names()))
         ]
@@ -143,7 +143,7 @@ class _Copier:
             return None
 
     def _leaf(self, source: int, dir_fd: int, name: bytes, path: bytes) -> None:
-        """Copy a non-directory, of which ``source`` is an O_PATH fd."""
+        """Copy a non-directory; ``source`` is its O_PATH fd."""
         st = os.fstat(source)
         if st.st_nlink > 1:
             first = self._links.setdefault((st.st_dev, st.st_ino), path)
@@ -160,16 +160,16 @@ class _Copier:
         self._keep(source, path, dir_fd, name)
 
     def _file(self, source: int, dir_fd: int, name: bytes, path: bytes) -> None:
-        with open_held(source, write=False, waits=False) as opened:
-            self._merge.markers.refuse_metacopy(opened.fd)
+        with Owned(open_held(source, write=False, waits=False).fd) as opened:
+            self._merge.markers.refuse_metacopy(opened)
             with Owned(os.open(name, _NEW, 0o600, dir_fd=dir_fd)) as fd:
-                st = os.fstat(opened.fd)
-                if not clone(opened.fd, fd, st.st_dev, self._never_clones):
-                    copy_data(opened.fd, fd, st.st_size)
-                self._keep(opened.fd, path, fd)
+                st = os.fstat(opened)
+                if not clone(opened, fd, st.st_dev, self._never_clones):
+                    copy_data(opened, fd, st.st_size)
+                self._keep(opened, path, fd)
 
     def _keep(self, source: int, path: bytes, at: int, name: bytes | None = None) -> None:
-        """Copy the attributes of an fd to ``name`` in ``at``, or without a name to the fd ``at``."""
+        """Copy the attributes of an fd to ``name`` in ``at``, or to the fd ``at`` without a name."""
         markers = self._merge.markers
 
         def unreadable(xattr: bytes, error: OSError) -> None:
@@ -189,14 +189,14 @@ class _Copier:
 
 
 def _refused(name: bytes, error: OSError) -> None:
-    """An ordinary user keeps what is permitted; sshfs refuses an owner by EACCES."""
+    """An ordinary user gets the attributes that are permitted; sshfs refuses an owner by EACCES."""
     permitted = (errno.EPERM, errno.EACCES) if name == attributes.OWNER else (errno.EPERM,)
     if error.errno not in permitted or os.geteuid() == 0:
         unsupported(name, error)
 
 
 def _leave_out(what: str, error: OSError) -> None:
-    """Log that something of the layers is not copied; raise what is a lack of memory or fds instead."""
+    """Log a skipped entry or xattr. Re-raises an error about a lack of memory or fds."""
     if error.errno in _SHORT:
         raise error
     log.warning("%s: %s; it is left out of the volume", what, reason(error))

@@ -1,11 +1,11 @@
-"""A volume's record and users: small files beside its data, and the only truth about them.
+"""A volume's record and users: small files beside its data, the only authoritative state.
 
-    ROOT/volumes/NAME/volume.json    what the volume is; replaced by one rename
+    ROOT/volumes/NAME/volume.json    the volume's record; replaced by one rename
     ROOT/volumes/NAME/.user-DIGEST   one user: its text and the path of the data
     ROOT/volumes/NAME/spare          space for one user, for a full disk
 
-Writers hold the volume's short lock; readers need none. A user is a file of its own: to remove it takes no
-space on a full disk, and it need not survive a power cut, since its process does not.
+Writers hold the volume's short lock; readers need no lock. Each user has a separate file: removing it needs
+no space on a full disk. It need not survive a power cut, because its process does not.
 
 Earlier versions have the users in the record, and take one without `users` for a damaged one. When their
 daemons end, they take those for all users there are; so while there are any, new users are added, too.
@@ -36,9 +36,9 @@ class UnreadableRecordError(UserError):
 
 
 def find(directory: str) -> Volume | None:
-    """The volume of a directory; None for anything else.
+    """The volume of a directory, or None if it is not a volume.
 
-    A directory of this user's with `_data` and without a readable record is a local volume. Raises UserError
+    A directory of this user with `_data` and without a readable record is a local volume. Raises UserError
     for a record of a newer version, and UnreadableRecordError for one that cannot be opened, and a damaged
     one without `_data`.
     """
@@ -48,7 +48,7 @@ def find(directory: str) -> Volume | None:
         return None
     except OSError as error:
         raise _unreadable(directory, error) from error
-    # By its fd: a new volume of the name is another directory, whose record was never missing.
+    # Through its fd: a new volume of that name is another directory, whose record was never missing.
     with fds.Owned(at):
         if os.fstat(at).st_uid != os.geteuid():
             return None
@@ -65,7 +65,7 @@ def find(directory: str) -> Volume | None:
                 ) from None
             return None
     name = os.path.basename(directory)
-    # Anonymous volumes have 64 hexadecimal digits for a name, as in Docker.
+    # As in Docker, the names of anonymous volumes are 64 hexadecimal digits.
     anonymous = len(name) == 64 and set(name) <= set("0123456789abcdef")
     labels = {ANONYMOUS_LABEL: ""} if anonymous else {}
     data = f"{directory}/_data"
@@ -113,7 +113,7 @@ def write(volume: Volume, users: Iterable[User] | None = None) -> None:
 
 
 def keep_damaged(directory: str) -> None:
-    """Rename a record that cannot be read."""
+    """Rename an unreadable record."""
     with suppress(FileNotFoundError):
         os.rename(f"{directory}/{_RECORD}", f"{directory}/{_RECORD}.damaged")
 
@@ -122,7 +122,7 @@ def keep_damaged(directory: str) -> None:
 
 
 def users(directory: str) -> list[User]:
-    """The users of a volume, sorted by text; also those whose process has ended. Raises UserError."""
+    """The users of a volume, sorted by text, including those whose process has ended. Raises UserError."""
     found = {user.text: user for user in _earlier_users(directory)}
     try:
         names = os.listdir(directory)
@@ -144,7 +144,7 @@ def users(directory: str) -> list[User]:
 
 
 def add_user(directory: str, user: User) -> None:
-    """Record a user; once, however often it is added. Raises UserError."""
+    """Record a user; adding it again has no effect. Raises UserError."""
     path, values = _user_file(directory, user.text), [user.text, user.path]
     try:
         jsonfiles.write(path, values, sync=False)
@@ -158,7 +158,7 @@ def add_user(directory: str, user: User) -> None:
 
 
 def remove_user(directory: str, text: str) -> None:
-    """Remove a user, if it is there. Raises UserError."""
+    """Remove a user, if recorded. Raises UserError."""
     path = _user_file(directory, text)
     try:
         with suppress(FileNotFoundError):
@@ -189,7 +189,7 @@ def _write_earlier_users(directory: str, users: list[User]) -> None:
 
 
 def _keep_spare(directory: str) -> None:
-    """Set space aside for one user, so that a volume on a full disk can still be measured and backed up."""
+    """Reserve space for one user, so that a volume on a full disk can still be measured and backed up."""
     path, written = f"{directory}/{_SPARE}", 0
     with suppress(OSError):
         if os.stat(path, follow_symlinks=False).st_size >= _SPARE_BYTES:

@@ -1,22 +1,22 @@
-"""Removing directories of the storage root, and what speaks against it."""
+"""Removes directories of the storage root, and checks for obstacles first."""
 
 from __future__ import annotations
 
 import os
 
 from unionfs.errors import UserError, quoted, reason
-from unionfs.sys import fds
+from unionfs.sys.fds import Owned
 from unionfs.sys.mountinfo import Location, location_of, read_mountinfo, split_path
 from unionfs.sys.trees import find_locked, remove_path
 
 
 def refuse_locked(path: str, complaint: str) -> None:
-    """Raise UserError when a file below `path` is immutable or append-only. It begins with `complaint`, as
-    "volume x cannot be removed".
+    """Raise UserError when a file below `path` is immutable or append-only. The message starts with
+    `complaint`, such as "volume x cannot be removed".
     """
     above, name = os.path.split(path)
     try:
-        with fds.directory(above) as at:
+        with Owned(os.open(above, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)) as at:
             found = find_locked(at, os.fsencode(name))
     except FileNotFoundError:
         return
@@ -31,7 +31,7 @@ def refuse_locked(path: str, complaint: str) -> None:
 
 def refuse_bound(path: str, complaint: str) -> None:
     """Raise UserError while a part of the tree is mounted elsewhere: a mount may outlive its daemon and the
-    daemon's guardian, which counted as the volume's user.
+    daemon's guardian, which counts as the volume's user.
     """
     directory = os.path.realpath(path)
     table = read_mountinfo()
@@ -49,7 +49,7 @@ def refuse_bound(path: str, complaint: str) -> None:
 
 
 def refuse_mounted(path: str, complaint: str) -> None:
-    """Raise UserError while something is mounted in the tree: its content would be removed."""
+    """Raise UserError while the tree contains a mount: removal would delete the mount's content."""
     below = os.path.realpath(path) + "/"
     for entry in read_mountinfo():
         if entry.mountpoint.startswith(below):
@@ -59,8 +59,8 @@ def refuse_mounted(path: str, complaint: str) -> None:
 
 
 def remove_all(path: str, complaint: str, *, unlock: bool = False) -> None:
-    """Remove a tree of the storage root, with `unlock` also what is immutable. The UserError about what is
-    left begins with `complaint`, as "volume x is removed, but not all of its files".
+    """Remove a tree of the storage root; `unlock` also removes immutable files. If files remain, raises a
+    UserError that starts with `complaint`, such as "volume x is removed, but not all of its files".
     """
     try:
         remove_path(path, unlock=unlock)

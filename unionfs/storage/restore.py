@@ -1,4 +1,4 @@
-"""Restoring and cloning volumes: new content is made whole beside the old, and then takes its place."""
+"""Restores and clones volumes: new content is completed beside the old, then replaces it."""
 
 from __future__ import annotations
 
@@ -35,9 +35,9 @@ def restore(
     bases: Sequence[str] = (),
     progress: Progress | None = None,
 ) -> Report:
-    """Replace a volume's content by that of the archive `source` (`-`: standard input). Raises UserError.
+    """Replace a volume's content with the archive `source` (`-`: standard input). Raises UserError.
 
-    An incremental archive needs those it is built on: they are looked for beside it, and among `bases`.
+    The bases of an incremental archive are searched beside it and in `bases`.
     """
     report = Report()
     with volumes.working_on(name, "a restore") as volume, ExitStack() as stack:
@@ -62,7 +62,7 @@ def _fill(
     what: str,
     fill: Callable[[Extractor], None],
 ) -> None:
-    """Have `fill` make the volume's new content, and put it in the old one's place."""
+    """Let `fill` create the volume's new content, then replace the old content with it."""
     driver = volumes.driver_of(volume)
     user = User.of_this_process("restore")
     mounted = driver.restores_mounted(volume)
@@ -76,7 +76,7 @@ def _fill(
                 extractor.finish()
             with directory(place.path) as fd:
                 syncfs(fd)
-            # Somebody may have begun to use the volume meanwhile.
+            # Another process may have started to use the volume.
             with volumes.still(volume.name, what, besides=user if mounted else ""):
                 place.commit()
     except OSError as error:
@@ -138,7 +138,7 @@ def _apply(
 
 
 def _check_base(base: ArchiveReader, reader: ArchiveReader) -> None:
-    """What an incremental archive says to lie in its base must lie there, as it says."""
+    """Check that the base holds every entry the incremental archive refers to, unchanged."""
     old = latest(base.manifest_lines())
     known = next(old, None)
     for line in latest(reader.manifest_lines()):
@@ -152,9 +152,7 @@ def _check_base(base: ArchiveReader, reader: ArchiveReader) -> None:
 
 
 def verify_chain(source: str, bases: Sequence[str], progress: Progress | None = None) -> Report:
-    """What `restore` would do, without a volume. Raises UserError when it would fail for the archives'
-    sake.
-    """
+    """Check the archives that `restore` would read, without a volume. Raises UserError if it would fail."""
     report = Report()
     with ExitStack() as stack:
         before: ArchiveReader | None = None
@@ -183,7 +181,7 @@ def clone(volumes: Volumes, source: str, target: str, *, progress: Progress | No
                 )  # fmt: skip
                 stack.close()
         except BaseException:
-            # A clone is whole or not there.
+            # Remove an incomplete clone.
             with suppress(UserError):
                 stack.close()
             with suppress(UserError):

@@ -2,10 +2,10 @@
 
     ROOT/volumes/NAME/_data         a volume's files, in Docker's layout
     ROOT/containers/NAME/           a container's upper and work
-    ROOT/locks/                     files to lock
+    ROOT/locks/                     lock files
 
-Only its owner may enter these directories or write to them: what lies there is trusted, and what lies in a
-volume (`_data`) is not.
+Only its owner may enter or write these directories: their content is trusted, the content of a volume
+(`_data`) is not.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ def storage_root(chosen: str | None = None, environment: Mapping[str, str] | Non
 
     The first of: `chosen` (`--root`), `UNIONFS_ROOT`, /var/lib/unionfs for root, `$XDG_DATA_HOME/unionfs` for
     others (XDG Base Directory Specification: ~/.local/share by default, relative values are ignored). Uid 0
-    of a user namespace is an ordinary user. Raises UserError when there is no home directory either.
+    of a user namespace counts as an ordinary user. Raises UserError if there is no home directory.
     """
     values = os.environ if environment is None else environment
     if chosen is not None and not chosen:
@@ -63,10 +63,10 @@ def storage_root(chosen: str | None = None, environment: Mapping[str, str] | Non
 def open_root(root: str) -> None:
     """Create the storage root if it is missing, and refuse one that another user could change.
 
-    It must belong to this user, and neither group nor others may write to it. As root the same holds for
-    every directory and symlink on the way: whoever may rename one of these can replace the root (not in a
-    sticky directory as /tmp; inode(7)). For uid 0 of a user namespace, which can harm no more than the user
-    it stands for, only the root itself is checked. Raises UserError, with nothing created.
+    It must belong to this user and be writable only by its owner. For root, the same applies to every
+    directory and symlink on the path: a user who may rename one of them can replace the root (except in a
+    sticky directory such as /tmp; inode(7)). For uid 0 of a user namespace, which can do no more harm than
+    the user it maps to, only the root itself is checked. Raises UserError, with nothing created.
     """
     try:
         if is_host_root():
@@ -81,19 +81,19 @@ def open_root(root: str) -> None:
         raise UserError(f"the storage root {quoted(root)} is not a directory; {_OTHER}.")
     _check_owner(root, status)
     if status.st_mode & 0o077 and _is_default(root):
-        # Nobody chose this mode: an earlier version made it 0711.
+        # An earlier version set mode 0711; no user chose it.
         _tighten(root)
 
 
 def make_directory(path: str) -> str:
-    """Create a directory of the storage root and its parents, if it is missing. Raises UserError.
+    """Create a directory of the storage root and its parents, if missing. Raises UserError.
 
-    Its mode is 0700: whoever may pass through can run a set-id file in a volume (as CVE-2021-41091). An
-    existing one must be a directory of this user that nobody else may write to, and gets this mode. A symlink
-    is not followed.
+    Its mode is 0700: a user who may pass through it can run a set-id file in a volume (as CVE-2021-41091). An
+    existing directory must belong to this user and not be writable by others; its mode becomes 0700. A
+    symlink is not followed.
     """
     try:
-        # os.makedirs would create the parents with whatever the umask leaves of 0777.
+        # os.makedirs creates the parents with mode 0777 less the umask.
         missing = [path]
         while not os.path.lexists(missing[-1]):
             missing.append(os.path.dirname(missing[-1]))
@@ -108,9 +108,9 @@ def make_directory(path: str) -> str:
 
 
 def check_directory(path: str) -> None:
-    """Refuse a directory below the storage root that others could change, and close it to them.
+    """Refuse a directory below the storage root that others could change, and make it private.
 
-    Raises UserError. A missing directory is ignored.
+    Raises UserError. Ignores a missing directory.
     """
     try:
         status = os.lstat(path)
@@ -128,7 +128,7 @@ def check_directory(path: str) -> None:
 
 
 def is_own_directory(path: str) -> bool:
-    """Whether `path` is a directory of this user, and not a symlink."""
+    """Whether `path` is a directory of this user, not a symlink."""
     try:
         status = os.lstat(path)
     except OSError:
@@ -163,7 +163,7 @@ def _check_owner(path: str, status: os.stat_result) -> None:
 
 
 def _check_way(root: str) -> None:
-    """Refuse a path that a user other than root could lead elsewhere. Raises UserError, OSError."""
+    """Refuse a path that a user other than root could redirect. Raises UserError, OSError."""
     place, waiting, links = "/", [*reversed(split_path(root))], 0
     _check_above(root, place, os.lstat(place))
     while waiting:

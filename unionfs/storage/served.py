@@ -1,7 +1,7 @@
-"""Storage without root: the daemon may make no kernel mounts and serves it as a part of the union.
+"""Storage without root: the daemon may not make kernel mounts and serves storage as part of the union.
 
-Sources, targets and errors are those of `attach`. It is bound before the union is mounted, when no target has
-been looked up yet; see `union.bound`.
+Sources, targets and errors are as in `attach`. Sources are bound before the union is mounted, when no target
+has been looked up yet; see `union.bound`.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from unionfs.union.tree import Union
 
 
 class UnionTree:
-    """A union that is not mounted yet, as `targets` search it. Raises OSError."""
+    """A union before its mount, as the tree that `targets` searches. Raises OSError."""
 
     def __init__(self, union: Union) -> None:
         self._union = union
@@ -30,7 +30,7 @@ class UnionTree:
         self._caller = Caller(os.geteuid(), os.getegid())
 
     def node(self, names: Names) -> Node:
-        """The node at a path. Raises ENOENT."""
+        """The node at a path. Raises OSError with ENOENT."""
         node = self._union.nodes.root
         for name in names:
             found = self._union.lookup(node, name)
@@ -61,9 +61,9 @@ class UnionTree:
 
 
 def serve(sources: Sources, union: Union, stack: LayerStack) -> tuple[Spec, ...]:
-    """Bind all sources in the union. Returns the specs with the targets that were found.
+    """Bind all sources in the union. Returns the specs with their resolved targets.
 
-    Raises UserError if one fails, after those before it are undone.
+    Raises UserError if one fails, after undoing the earlier ones.
     """
     done: list[Spec] = []
     tree = UnionTree(union)

@@ -1,4 +1,4 @@
-"""What is to be mounted, opened: a directory or file of the host, of a volume, or the root of a new tmpfs."""
+"""Opens the sources of mounts: a directory or file of the host, of a volume, or the root of a new tmpfs."""
 
 from __future__ import annotations
 
@@ -20,22 +20,22 @@ from unionfs.sys.walking import follow
 
 @dataclass(frozen=True, slots=True)
 class Source:
-    """An opened source. The fds are closed by `Sources.close`."""
+    """An opened source. `Sources.close` closes the fds."""
 
     spec: Spec
-    """With the name that an anonymous volume has been given."""
+    """Includes the generated name of an anonymous volume."""
     fd: int
-    """An O_PATH fd of the directory or file that is to be mounted; of a tmpfs its detached mount."""
+    """An O_PATH fd of the source directory or file; for a tmpfs, of its detached mount."""
     directory: bool
     volume: Volume | None = None
     mount: int = -1
-    """The root of a detached mount of it, set up as it is to be mounted; -1 where the daemon serves it."""
+    """The root of its detached mount, with the mount attributes set; -1 where the daemon serves it."""
 
 
 class Sources:
     """All sources of a union's storage, opened before the union is mounted (which may cover their paths).
 
-    `undo` has what to do when the union does not come about. `user` is who uses the volumes.
+    `undo` runs if the union is not mounted. `user` is the user of the volumes.
     """
 
     def __init__(self, volumes: Volumes, user: str, *, kernel_mounts: bool) -> None:
@@ -46,7 +46,7 @@ class Sources:
         self._kernel_mounts = kernel_mounts
 
     def open(self, specs: Sequence[Spec]) -> None:
-        """Open all, made if that is wanted. Raises UserError, with all undone."""
+        """Open all sources, creating missing ones on request. Raises UserError, after undoing all of it."""
         try:
             for spec in specs:
                 self.opened.append(self._open(spec))
@@ -55,12 +55,12 @@ class Sources:
             raise
 
     def give_up(self) -> None:
-        """Undo what was made and close everything."""
+        """Undo all changes and close the fds."""
         self.close()
         self.undo.close()
 
     def close(self) -> None:
-        """Close the fds: what is mounted stays, and what is served has fds of its own."""
+        """Close the fds: mounts stay, and served sources have their own fds."""
         while self.opened:
             source = self.opened.pop()
             os.close(source.fd)
@@ -117,13 +117,13 @@ class Sources:
 
 
 def _quietly(action: Callable[[], object]) -> None:
-    """One step of undoing, which must not keep the others from being done."""
+    """Run one step of undoing; its errors do not stop the others."""
     with suppress(UserError, OSError):
         action()
 
 
 def _detached(spec: VolumeSpec | BindSpec, fd: int) -> int:
-    """A detached bind mount, set up before anybody can see it: a read-only one was never writable."""
+    """A detached bind mount, set up before it is visible: a read-only one is never writable."""
     bind = spec if isinstance(spec, BindSpec) else BindSpec(spec.target, "", spec.read_only)
     clone = detached.clone(fd, recursive=bind.recursive)
     try:
@@ -149,7 +149,7 @@ def _cure(spec: Spec, error: OSError) -> str:
 
 
 def check(spec: Spec) -> None:
-    """Look at a source before anything is mounted or made. Raises UserError."""
+    """Check a source before anything is mounted or created. Raises UserError."""
     if isinstance(spec, BindSpec) and not spec.create:
         try:
             os.stat(spec.path)
@@ -158,7 +158,7 @@ def check(spec: Spec) -> None:
 
 
 def check_without_root(spec: Spec, *, read_only: bool) -> None:
-    """Refuse what only a kernel mount can be, of a union that is `read_only` or not. Raises UserError."""
+    """Refuse storage that needs a kernel mount; `read_only` describes the union. Raises UserError."""
     if not spec.read_only and read_only:
         raise UserError(
             f"{spec.source} at {quoted(spec.target)} would be read-only like the union, for without root the "
@@ -195,7 +195,7 @@ def _open_bind(spec: BindSpec, undo: ExitStack) -> int:
 
 
 def _make_directories(path: str, undo: ExitStack) -> None:
-    """Make a missing directory with those above it, mode 0755."""
+    """Create a missing directory and its parents, mode 0755."""
     if os.path.exists(path):
         return
     above = os.path.dirname(path)

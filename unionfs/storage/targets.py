@@ -1,8 +1,7 @@
-"""Where a target is in a merged tree: symlinks are followed as if the tree's root were `/`, never out of it.
+"""Resolves targets in a merged tree: symlinks resolve with the tree's root as `/`, and never leave it.
 
-What is missing is made, as Docker does it: directories with mode 0755, and an empty file where a file is to
-be mounted. Two trees can be asked: a mounted union (`MountedTree`), and one that is not mounted yet
-(`served.UnionTree`).
+Missing parts are created as in Docker: directories with mode 0755, and an empty file as the target of a file.
+The tree is either a mounted union (`MountedTree`) or one that is not mounted yet (`served.UnionTree`).
 """
 
 from __future__ import annotations
@@ -27,13 +26,13 @@ Names = tuple[bytes, ...]
 
 
 class Tree(Protocol):
-    """What the search for a target asks of a tree. All raise OSError; names but the last are directories."""
+    """The tree to resolve a target in. Methods raise OSError; all names but the last are directories."""
 
     def kind(self, names: Names) -> int:
-        """The file type (S_IFMT bits), of a symlink itself."""
+        """The file type (S_IFMT bits); symlinks are not followed."""
 
     def readlink(self, names: Names) -> bytes:
-        """Where a symlink points."""
+        """The target of a symlink."""
 
     def mkdir(self, names: Names) -> None:
         """Make a directory, mode 0755."""
@@ -42,12 +41,12 @@ class Tree(Protocol):
         """Make an empty file, mode 0644."""
 
     def remove(self, names: Names, *, directory: bool) -> None:
-        """Take one of these away again."""
+        """Remove a file or directory created here."""
 
 
 @dataclass(frozen=True, slots=True)
 class Target:
-    """A target that is there. `undo` removes what was made for it."""
+    """An existing target. `undo` removes what was created for it."""
 
     names: Names
     undo: Callable[[], None]
@@ -59,7 +58,7 @@ class Target:
 
 
 def find(tree: Tree, target: str) -> tuple[Names, Names]:
-    """How much of a target is there, and which names are missing below that. Raises OSError."""
+    """Returns the existing part of a target, and the missing names below it. Raises OSError."""
     done: list[bytes] = []
     rest = os.fsencode(target).split(b"/")
     links = 0
@@ -94,7 +93,7 @@ def find(tree: Tree, target: str) -> tuple[Names, Names]:
 
 
 def prepare(tree: Tree, target: str, source: str, *, directory: bool) -> Target:
-    """Find a target for a directory or file; what is missing is made. Raises UserError, nothing made."""
+    """Resolve the target of a directory or file, creating missing parts. On UserError, nothing is created."""
     made: list[tuple[Names, bool]] = []
 
     def undo() -> None:
@@ -131,7 +130,7 @@ def prepare(tree: Tree, target: str, source: str, *, directory: bool) -> Target:
 
 
 def same_place(taken: dict[Names, str], target: Target, given: str) -> None:
-    """Note a target, and refuse one that another was found to be. Raises UserError."""
+    """Record a target; refuse one that another target resolved to. Raises UserError."""
     if target.names in taken:
         raise UserError(
             f"targets {quoted(taken[target.names])} and {quoted(given)} are the same place in the union, "
@@ -164,7 +163,7 @@ class MountedTree:
         self._root = root_fd
 
     def open(self, names: Names) -> int:
-        """An O_PATH fd; a symlink on the way is ELOOP, for it was none when the names were found."""
+        """An O_PATH fd. Raises ELOOP if a name on the path became a symlink after it was resolved."""
         return openat2(
             self._root,
             b"/".join(names) or b".",
@@ -196,6 +195,6 @@ class MountedTree:
                 os.unlink(names[-1], dir_fd=fd)
 
     def _open_last(self, names: Names) -> int:
-        """Of a name that may be a symlink: itself."""
+        """Open the last name without following a symlink."""
         with Owned(self.open(names[:-1])) as fd:
             return openat2(fd, names[-1], os.O_PATH | os.O_NOFOLLOW, RESOLVE_NO_MAGICLINKS)

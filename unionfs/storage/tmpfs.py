@@ -1,7 +1,7 @@
-"""Making a tmpfs that is mounted nowhere, by root or in a user namespace of its own.
+"""Creates a tmpfs that is not mounted anywhere, as root or in a new user namespace.
 
-Nothing but the fd leads to it, and no mount table shows it. It goes, with all that is in it, when the last fd
-and the last mount of it are gone.
+Only the fd refers to it, and no mount table lists it. The kernel frees it and its content when its last fd
+and last mount are gone.
 """
 
 from __future__ import annotations
@@ -22,9 +22,9 @@ _CLONE_NEWNS = 0x00020000
 
 
 def make(options: TmpfsOptions, flags: tuple[str, ...] = (), *, owner: str) -> int:
-    """An fd (O_PATH) of a new tmpfs's root. `flags` are mount(8)'s words. Raises UserError.
+    """An fd (O_PATH) of a new tmpfs's root. `flags` are words of mount(8). Raises UserError.
 
-    `owner` names it in a sentence.
+    `owner` names the tmpfs in error messages.
     """
     attributes = 0
     for flag in flags:
@@ -49,16 +49,16 @@ def _made(options: TmpfsOptions, attributes: int) -> int:
         try:
             return detached.new_filesystem("tmpfs", [*parameters, ("noswap", "")], attributes)
         except OSError as error:
-            # Kernels before 6.4 do not know it, and user namespaces may not ask for it (mm/shmem.c): EINVAL.
+            # EINVAL: kernels before 6.4 do not have the option, user namespaces may not set it (mm/shmem.c).
             if error.errno != errno.EINVAL or options.swap is False:
                 raise
     return detached.new_filesystem("tmpfs", parameters, attributes)
 
 
 def _in_user_namespace(options: TmpfsOptions, attributes: int) -> int:
-    """Have a child make it as root of a user namespace, where this user keeps his own ids.
+    """Let a child create it as root of a user namespace that maps this user's ids to themselves.
 
-    Called while there is one thread: the child goes on with Python after a fork.
+    Call it while the process has one thread: the child continues in Python after a fork.
     """
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
     uid, gid = os.geteuid(), os.getegid()
@@ -92,7 +92,7 @@ def _in_user_namespace(options: TmpfsOptions, attributes: int) -> int:
 
 
 def _enter_user_namespace(uid: int, gid: int) -> None:
-    """user_namespaces(7): the ids stay what they are, so that files in there belong to the user outside."""
+    """user_namespaces(7): the ids map to themselves, so files inside belong to the user outside."""
     libc = ctypes.CDLL(None, use_errno=True)
     if libc.unshare(_CLONE_NEWUSER | _CLONE_NEWNS) != 0:
         number = ctypes.get_errno()

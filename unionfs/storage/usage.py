@@ -11,10 +11,10 @@ from unionfs.storage.volumes import Volumes
 
 
 def size_of_tree(path: str) -> int:
-    """The bytes of all files below a directory; each inode counts once, directories and holes do not.
+    """The bytes of all files below a directory; counts each inode once, without directories and holes.
 
-    Stays on the filesystem, follows no symlink, and ignores what vanishes meanwhile. Raises OSError when a
-    directory cannot be read.
+    Stays on the filesystem, follows no symlink, and ignores files that vanish during the walk. Raises OSError
+    when a directory cannot be read.
     """
     total, device = 0, os.lstat(path).st_dev
     seen: set[tuple[int, int]] = set()
@@ -54,13 +54,13 @@ def size_of_tree(path: str) -> int:
 
 
 def size_of(volumes: Volumes, volume: Volume) -> int:
-    """The bytes of a volume's files; the volume is mounted for that. Raises UserError, OSError."""
+    """The bytes of a volume's files; mounts the volume for the walk. Raises UserError, OSError."""
     with volumes.used(volume.name, "measurement") as path:
         return size_of_tree(path)
 
 
 def reclaimable(volume: Volume) -> int:
-    """The bytes of this host that removing an unused volume frees; 0 for what lies elsewhere."""
+    """The bytes that removing an unused volume frees on this host; 0 for storage elsewhere."""
     if image.exists(volume):
         return os.stat(image.path_of(volume)).st_blocks * 512
     if volume.driver != "local" or "type" in volume.options:

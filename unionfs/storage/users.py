@@ -1,4 +1,4 @@
-"""Who uses a volume: the text that names a mount as its user, and giving volumes back."""
+"""Users of volumes: the text that names a mount as a user, and the release of its volumes."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ log = logging.getLogger(__name__)
 
 
 def with_names(specs: Sequence[Spec]) -> tuple[Spec, ...]:
-    """The specs with names for anonymous volumes, known before they are made to whoever gives them back."""
+    """The specs with names for anonymous volumes, chosen before creation so that `release` knows them."""
     return tuple(
         replace(spec, name=anonymous_name()) if isinstance(spec, VolumeSpec) and spec.name is None else spec
         for spec in specs
@@ -26,7 +26,7 @@ def with_names(specs: Sequence[Spec]) -> tuple[Spec, ...]:
 
 
 def user_of(mountpoint: str, pid: int | None = None, started: int | None = None) -> str:
-    """The user that a mount is: mount:PID:STARTTIME:MOUNTPOINT, of this process unless another is named."""
+    """The text mount:PID:STARTTIME:MOUNTPOINT for a mount, of this process by default."""
     if pid is None:
         pid = os.getpid()
         started = start_time(pid)
@@ -34,7 +34,7 @@ def user_of(mountpoint: str, pid: int | None = None, started: int | None = None)
 
 
 def release(settings: MountSettings, user: str) -> None:
-    """Give back every volume of a mount, last first."""
+    """Release every volume of a mount, last first."""
     volumes = Volumes(settings.storage_root)
     for spec in reversed(settings.storage):
         if isinstance(spec, VolumeSpec) and spec.name is not None:

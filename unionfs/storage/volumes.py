@@ -1,10 +1,10 @@
 """The volumes below one storage root: create, list, use and remove them.
 
-    ROOT/volumes/NAME/volume.json    the volume's record, and beside it one file for each user
+    ROOT/volumes/NAME/volume.json    the volume's record; each user has a file beside it
     ROOT/volumes/NAME/_data          its files, in Docker's layout
-    ROOT/locks/                      one operation at a time on a volume
+    ROOT/locks/                      locks for one operation at a time on a volume
 
-A volume exists while its directory has its name, which it gets and loses by one rename.
+A volume exists while its directory has its final name, set and removed by one rename.
 """
 
 from __future__ import annotations
@@ -37,8 +37,8 @@ _log = logging.getLogger(__name__)
 class Volumes:
     """The volumes of one storage root. Every method may raise UserError.
 
-    `tell` gets sentences about what was repaired; by default they are logged as warnings. Any number of
-    processes may work on one root.
+    `tell` receives sentences about repairs; by default they are logged as warnings. Any number of processes
+    may work on one root.
     """
 
     def __init__(self, root: str, *, tell: Callable[[str], object] = _log.warning) -> None:
@@ -115,7 +115,7 @@ class Volumes:
         return found
 
     def _adopt(self, volume: Volume) -> Volume:
-        """Record a local volume that has no readable record."""
+        """Write a record for a local volume without a readable one."""
         with suppress(UserError, OSError), locks.state(self.root, volume.name):
             known = records.find(volume.directory)
             if known is not None and not known.recorded:
@@ -127,11 +127,11 @@ class Volumes:
         return volume
 
     def driver_of(self, volume: Volume) -> Driver:
-        """The driver of a volume. Raises UserError when it is no longer installed."""
+        """The driver of a volume. Raises UserError when it is not installed."""
         return find_driver(volume.driver)
 
     def users(self, name: str) -> list[User]:
-        """Who uses a volume now."""
+        """The current users of a volume."""
         self._check_root()
         return [user for user in records.users(self._directory(check_name(name))) if not user.is_gone]
 
@@ -158,9 +158,9 @@ class Volumes:
         options: Mapping[str, str] = {},
         anonymous: bool = False,
     ) -> Volume:
-        """The volume of that name, created if it is missing; a new anonymous one for None.
+        """The volume of that name, created if it is missing; a new anonymous volume for None.
 
-        Without options and a driver other than local, an existing volume may have any.
+        Without options and with the driver local, an existing volume of any driver and options is accepted.
         """
         chosen = None if driver == "local" and not options else driver
         return self.create(name, driver=chosen, options=options, anonymous=anonymous or name is None)
@@ -174,9 +174,9 @@ class Volumes:
         labels: Mapping[str, str] = {},
         anonymous: bool = False,
     ) -> Volume:
-        """Create a volume, or return the existing one if it has the same driver, options and labels.
+        """Create a volume, or return the existing one if its driver, options and labels match.
 
-        As with Docker, the name alone stands for an existing volume, whatever it is.
+        As in Docker, a name alone selects an existing volume whatever its settings.
         """
         anonymous = anonymous or name is None
         name = anonymous_name() if name is None else check_name(name)
@@ -229,7 +229,7 @@ class Volumes:
         return replace(volume, directory=place)
 
     def _sweep(self, parent: str) -> None:
-        """Remove what killed processes left unfinished, and what could not be removed before."""
+        """Remove leftovers of killed processes and of failed removals."""
         for entry in os.listdir(parent):
             kind, _, rest = entry.partition("-")
             if kind not in (".new", ".gone"):
@@ -245,9 +245,9 @@ class Volumes:
     # -- using --------------------------------------------------------------------------------------------
 
     def attach(self, name: str, user: str) -> str:
-        """Record a user, and return the absolute path of the volume's data for it.
+        """Record a user and return the absolute path of the volume's data for it.
 
-        `user` is a text as in `User`. The volume is mounted for its first user.
+        `user` is a text as in `User`. The first user mounts the volume.
         """
         with locks.state(self.root, name):
             volume = self.get(name)
@@ -256,7 +256,7 @@ class Volumes:
             for known in users:
                 if known.text == user:
                     return known.path
-            # For a second user, too: the volume may have been unmounted by hand.
+            # For later users too: the volume may have been unmounted by hand.
             path = driver.mount(volume, user)
             try:
                 finish_in_place(volume, path)
@@ -269,7 +269,7 @@ class Volumes:
             return path
 
     def detach(self, name: str, user: str) -> None:
-        """Remove a user; the volume is unmounted with its last one."""
+        """Remove a user; the last one unmounts the volume."""
         with locks.state(self.root, name):
             volume = self.get(name)
             driver = self.driver_of(volume)
@@ -281,7 +281,7 @@ class Volumes:
             records.remove_user(volume.directory, user)
 
     def _without_the_dead(self, volume: Volume, driver: Driver, besides: str = "") -> list[User]:
-        """Detach the users whose process has ended, and return the others."""
+        """Detach users whose process has ended, and return the others."""
         alive: list[User] = []
         dead: list[User] = []
         for user in records.users(volume.directory):
@@ -293,7 +293,7 @@ class Volumes:
         return alive
 
     def settle(self) -> None:
-        """Detach the users whose process has ended, from all volumes."""
+        """Detach users whose process has ended from all volumes."""
         for directory in self._directories():
             name = os.path.basename(directory)
             with suppress(UserError):
@@ -304,7 +304,7 @@ class Volumes:
 
     @contextmanager
     def used(self, name: str, kind: str) -> Iterator[str]:
-        """The path of a volume's data, which this process uses within the context; `kind`: as `backup`."""
+        """The path of a volume's data, in use by this process within the context; `kind` is e.g. `backup`."""
         user = User.of_this_process(kind, f"#{secrets.token_hex(4)}")
         path = self.attach(name, user)
         try:
@@ -314,14 +314,14 @@ class Volumes:
 
     @contextmanager
     def working_on(self, name: str, what: str) -> Iterator[Volume]:
-        """Exclude other long operations, and removing. `what` is this one, as in `a backup`."""
+        """Exclude other long operations and removal. `what` names this one, such as `a backup`."""
         self.get(name)
         with locks.work(self.root, name, what):
             yield self.get(name)
 
     @contextmanager
     def still(self, name: str, what: str, *, besides: str = "") -> Iterator[None]:
-        """Exclude new users while the volume is `what` ("restored"). Raises UserError when it has users other
+        """Exclude new users while the volume is `what` ("restored"). Raises UserError if it has users other
         than `besides`.
         """
         with locks.state(self.root, name):
@@ -338,7 +338,7 @@ class Volumes:
             pass
 
     def refuse_existing(self, name: str) -> None:
-        """Raise UserError when there is a volume of that name."""
+        """Raise UserError when a volume of that name exists."""
         if self._find(check_name(name)) is not None:
             raise UserError(f"volume {quoted(name)} already exists; choose another name, or remove it first.")
 
@@ -383,7 +383,7 @@ class Volumes:
                 if not force:
                     raise
                 driver = Driver()
-            if force or missing_ok:  # an answer is not needed, or this is one of many removals
+            if force or missing_ok:  # the answer is not needed, or this is one of many removals
                 driver = driver.hurried()
             if force:
                 driver = Forced(driver, self._tell)

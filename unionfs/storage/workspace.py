@@ -1,11 +1,11 @@
-"""New content that is prepared in the volume itself, where other users may write too.
+"""Prepares new content inside the volume itself, where other users may write too.
 
     DATA/.unionfs-XXXXXXXXXXXXXXXX/new                the new content
-    DATA/.unionfs-XXXXXXXXXXXXXXXX/old                what it takes the place of
+    DATA/.unionfs-XXXXXXXXXXXXXXXX/old                the content it replaces
     ROOT/volumes/NAME/.unionfs-XXXXXXXXXXXXXXXX.json  the workspace's record, with the journal
 
-Nobody can foresee the name, and only this user can enter the directory. The record alone says what remains to
-be done; nothing found in a volume does. After a crash the next use of the volume removes the workspace, or
+The name is random, and only this user can enter the directory. The remaining steps come from the record
+alone, never from files in a volume. After a crash the next use of the volume removes the workspace, or
 finishes an exchange that has begun.
 """
 
@@ -36,7 +36,7 @@ _TRIES = 100
 
 
 class Workspace:
-    """A workspace whose new content is still being made."""
+    """A workspace whose new content is incomplete."""
 
     def __init__(
         self, home: str, root: int, fd: int, new: int, record: Record, settle: Callable[[], None] | None
@@ -47,18 +47,18 @@ class Workspace:
         self._record = record
         self._settle = settle
         self.new = new
-        """An fd of the empty directory for the new content, which gets the attributes of the root too."""
+        """An fd of the empty directory for the new content; the volume's root takes over its attributes."""
         self.committed = False
 
     @property
     def path(self) -> str:
-        """The same as a path, which no renaming leads elsewhere."""
+        """The same directory as a path that a rename cannot redirect."""
         return f"/proc/self/fd/{self.new}"
 
     def commit(self, *, keep: bool = False) -> None:
-        """Put the new content in the volume: in the old one's place, or beside it with `keep`.
+        """Put the new content in the volume: in place of the old content, or with `keep` beside it.
 
-        What is in `new` must be on disk. Raises UserError and OSError, nearly always with nothing changed.
+        `new` must be on disk. Raises UserError and OSError, nearly always with nothing changed.
         """
         if self._settle is not None:
             self._settle()
@@ -89,8 +89,8 @@ def workspace(
 ) -> Iterator[Workspace]:
     """A new workspace for a `kind` of work ("restore") in the volume's root, an fd.
 
-    `home` is ROOT/volumes/NAME. `settle` is called before the exchange, and may wait until all that was
-    written can be renamed. Raises OSError, and UserError when somebody interferes.
+    `home` is ROOT/volumes/NAME. `settle` is called before the exchange, and may wait until all written files
+    can be renamed. Raises OSError, and UserError when another user interferes.
     """
     record = Record(f".unionfs-{secrets.token_hex(8)}", User.of_this_process(kind))
     write(home, record)
@@ -110,16 +110,16 @@ def workspace(
                 yield place
         finally:
             if record.uid < 0:
-                forget(home, record)  # the directory is another user's
+                forget(home, record)  # the directory belongs to another user
             elif place is None or not place.committed:
-                # After a commit the next use of the volume finishes the exchange if need be.
+                # After a commit the next use of the volume finishes the exchange if necessary.
                 _sweep(home, root, fd, record)
 
 
 def recover(home: str, data: str) -> None:
-    """Finish or remove what dead processes left in the volume's root `data`. Raises UserError.
+    """Finish or remove workspaces that dead processes left in the volume's root `data`. Raises UserError.
 
-    Called under the volume's short lock.
+    The caller holds the volume's short lock.
     """
     for name in sorted(names(home)):
         path = f"{home}/{os.fsdecode(name)}.json"
@@ -140,7 +140,7 @@ def recover(home: str, data: str) -> None:
 def _recover(home: str, root: int, record: Record) -> None:
     known = _open_known(root, record)
     if known is None:
-        # Somebody has moved it away or removed it; object stores keep no empty directory either.
+        # Another process moved or removed it; object stores do not keep empty directories either.
         journal = record.journal
         if journal is not None and not journal.done and not set(journal.new) <= set(_list(root)):
             raise FileNotFoundError(2, "its directory with the volume's content is gone")
@@ -157,10 +157,10 @@ def _recover(home: str, root: int, record: Record) -> None:
 
 
 def _claim(root: int, fd: int, record: Record) -> Record:
-    """The record with the owner and inode of the directory just made. Raises UserError if it was replaced.
+    """The record with the owner and inode of the new directory. Raises UserError if it was replaced.
 
-    Any writer of the volume's root may have put another directory in its place: one of its own, or an empty
-    one of this user's that others may write to.
+    Any writer of the volume's root may have put another directory in its place: one that it owns, or an empty
+    directory of this user that others may write to.
     """
     uid = os.fstat(fd).st_uid
     with suppress(OSError):
@@ -182,7 +182,7 @@ def _claim(root: int, fd: int, record: Record) -> Record:
 
 
 def _own_uid(root: int) -> int:
-    """The owner of what this user creates in a directory; a server may choose it (root_squash, sshfs)."""
+    """The owner of new files of this user in a directory; a server may choose it (root_squash, sshfs)."""
     name = f".unionfs-{secrets.token_hex(8)}"
     flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
     probe = Owned(os.open(name, flags, 0o600, dir_fd=root))
@@ -194,7 +194,7 @@ def _own_uid(root: int) -> int:
 
 
 def _open_known(root: int, record: Record) -> Owned | None:
-    """The recorded directory; None when it is gone, or another one has its name."""
+    """The recorded directory; None if it is gone or another one has its name."""
     try:
         if record.uid < 0:
             os.rmdir(record.name, dir_fd=root)
@@ -212,14 +212,14 @@ def _open_known(root: int, record: Record) -> Owned | None:
 
 
 def _make_inner(fd: int, name: str) -> int:
-    """An fd of a directory in the workspace, made if it is missing."""
+    """An fd of a directory in the workspace, created if missing."""
     with suppress(FileExistsError):
         os.mkdir(name, 0o700, dir_fd=fd)
     return os.open(name, _DIRECTORY, dir_fd=fd)
 
 
 def _refuse_immovable(root: int, old: list[str]) -> None:
-    """Raise UserError for what could not be moved away: the exchange would end half-way."""
+    """Raise UserError for entries that cannot be moved away: the exchange would end half-way."""
     has_flags = filesystem_magic(root) not in (FUSE_MAGIC, NFS_MAGIC)
     for name in old:
         try:
@@ -246,14 +246,14 @@ def _refuse_immovable(root: int, old: list[str]) -> None:
 
 
 def _finish(home: str, root: int, fd: int, record: Record) -> None:
-    """Do what the journal says and is not done. Raises OSError."""
+    """Do the remaining steps of the journal. Raises OSError."""
     journal = record.journal
     assert journal is not None
     if not journal.done:
         _exchange(root, fd, journal)
         journal = replace(journal, done=True)
-        # Before anything old is removed: after that a name in the journal would seem not to be moved away
-        # yet, and it is the new file's by now.
+        # Before removing old entries: afterwards a name in the journal would seem not moved away yet, but
+        # would already belong to the new file.
         write(home, replace(record, journal=journal))
     _sweep(home, root, fd, record)
     with suppress(OSError):
@@ -261,7 +261,7 @@ def _finish(home: str, root: int, fd: int, record: Record) -> None:
 
 
 def _exchange(root: int, fd: int, journal: Journal) -> None:
-    """Each step is one that may be found done already."""
+    """Every step may find its work already done."""
     with Owned(_make_inner(fd, "old")) as old, Owned(_make_inner(fd, "new")) as new:
         for name in journal.old:
             if not _exists(old, name):
@@ -274,8 +274,8 @@ def _exchange(root: int, fd: int, journal: Journal) -> None:
 
 
 def _rename(name: str, source: int, wanted: str, target: int) -> None:
-    """Rename into another directory. rename(2) refuses a directory without write permission to an ordinary
-    user, because its `..` changes: an own one gets that permission for the moment.
+    """Rename into another directory. rename(2) refuses to move a directory that an ordinary user cannot
+    write, because its `..` changes: a directory of this user gets that permission for the rename.
     """
     try:
         os.rename(name, wanted, src_dir_fd=source, dst_dir_fd=target)
@@ -303,7 +303,7 @@ def _move_away(name: str, aside: str, root: int, old: int) -> None:
     except OSError as error:
         if error.errno != errno.EINVAL:
             raise
-        # Somebody has given the name to the workspace, which does not go into itself (rename(2)).
+        # Another process moved the name to the workspace, which cannot be moved into itself (rename(2)).
         with suppress(FileNotFoundError):
             os.rename(name, f".unionfs-{secrets.token_hex(8)}", src_dir_fd=root, dst_dir_fd=root)
 
@@ -317,12 +317,12 @@ def _move_in(name: str, new: int, root: int, old: int) -> None:
             in_the_way = (errno.EEXIST, errno.ENOTEMPTY, errno.EISDIR, errno.ENOTDIR)
             if error.errno not in in_the_way or not left:
                 raise
-        # Somebody has just made it.
+        # Another process has just created it.
         _move_away(name, secrets.token_hex(16), root, old)
 
 
 def _set_attributes(root: int, journal: Journal) -> None:
-    """What this filesystem and this user can set: it is what could be set of the new content's directory."""
+    """Set the attributes, ignoring errors: those set on the new content's directory can be set here too."""
     xattrs = {os.fsencode(name): bytes.fromhex(value) for name, value in journal.xattrs.items()}
     new = attributes.Attributes(journal.mode, journal.uid, journal.gid, 0, 0, xattrs)
     with suppress(OSError):
@@ -334,9 +334,9 @@ def _leave_out(name: bytes, error: OSError) -> None:
 
 
 def _sweep(home: str, root: int, fd: int, record: Record) -> None:
-    """Remove the workspace, then its record; the next use of the volume tries again what fails."""
+    """Remove the workspace, then its record; the next use of the volume retries after a failure."""
     with suppress(OSError):
-        with suppress(FileNotFoundError):  # as far as somebody has removed it, while it was empty
+        with suppress(FileNotFoundError):  # another process may have removed it while it was empty
             empty_directory(fd)
             there = os.stat(record.name, dir_fd=root, follow_symlinks=False)
             if os.path.samestat(there, os.fstat(fd)):

@@ -1,4 +1,4 @@
-"""Records of workspaces, ROOT/volumes/NAME/.unionfs-XXXXXXXXXXXXXXXX.json: only this user can write there."""
+"""Records of workspaces, ROOT/volumes/NAME/.unionfs-XXXXXXXXXXXXXXXX.json, writable only by this user."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _RECORD = re.compile(r"(\.unionfs-[0-9a-f]{16})\.json")
 
 @dataclass(frozen=True, slots=True)
 class Journal:
-    """One exchange of the volume's entries, and the attributes that its root gets."""
+    """One exchange of the volume's entries, and the new attributes of its root."""
 
     old: list[str]
     new: list[str]
@@ -24,25 +24,25 @@ class Journal:
     gid: int
     mtime: int
     xattrs: dict[str, str]
-    """Values in hexadecimal digits."""
+    """Hexadecimal values."""
     done: bool = False
-    """From then on its names mean other files, and only the workspace is to be removed."""
+    """If set, the journal's names mean other files, and only the removal of the workspace remains."""
 
 
 @dataclass(frozen=True, slots=True)
 class Record:
     name: str
     user: str
-    """The process that works in it, as in `model.User`."""
+    """The process that uses it, as in `model.User`."""
     uid: int = -1
-    """The directory's owner; -1 until it is made, which leaves it empty."""
+    """The directory's owner; -1 until it is claimed: a crash before that leaves an empty directory."""
     ino: int = 0
-    """Its inode number; 0 where that changes with each mount (FUSE)."""
+    """Its inode number; 0 where it changes with each mount (FUSE)."""
     journal: Journal | None = None
 
 
 def names(home: str) -> frozenset[bytes]:
-    """The names of all workspaces in the root of the volume that `home` (ROOT/volumes/NAME) is of."""
+    """The names of all workspaces in the root of the volume whose `home` is ROOT/volumes/NAME."""
     with suppress(FileNotFoundError):
         found = (_RECORD.fullmatch(name) for name in os.listdir(home))
         return frozenset(os.fsencode(match[1]) for match in found if match is not None)
@@ -50,13 +50,13 @@ def names(home: str) -> frozenset[bytes]:
 
 
 def write(home: str, record: Record) -> None:
-    """Put a record on disk in one step. Raises OSError."""
+    """Put a record on disk atomically. Raises OSError."""
     jsonfiles.write(f"{home}/{record.name}.json", asdict(record))
     sync_directory(home)
 
 
 def read(path: str) -> Record:
-    """Raises OSError; ValueError, KeyError or TypeError for what is no record."""
+    """Read a record. Raises OSError; ValueError, KeyError or TypeError for an invalid one."""
     values = jsonfiles.read(path)
     journal = values.pop("journal")
     record = Record(**values, journal=None if journal is None else Journal(**journal))

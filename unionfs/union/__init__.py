@@ -1,4 +1,4 @@
-"""What the merged tree is: layers, lookup, listing, copy-up, changes and the node table.
+"""The merged tree: layers, lookup, listing, copy-up, changes and the node table.
 
-No FUSE and no trio in here; every function works on directory fds and names.
+This package does not use FUSE or trio; functions work on directory fds and names.
 """

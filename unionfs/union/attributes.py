@@ -1,4 +1,4 @@
-"""What stat(2) says of an object of the union."""
+"""The result of stat(2) for an object of the union."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import os
 
 
 class Attributes:
-    """The attributes of the real object, but number, link count and ctime of the merged tree."""
+    """The attributes of the real object, with inode number, link count and ctime of the merged tree."""
 
     __slots__ = ("ctime_ns", "ino", "lasting", "nlink", "st")
 
@@ -17,5 +17,5 @@ class Attributes:
         self.nlink = nlink
         self.st = st
         self.ctime_ns = ctime_ns
-        #: Whether they stay true until the daemon is asked to change them.
+        #: Whether they stay valid until the daemon changes them.
         self.lasting = lasting

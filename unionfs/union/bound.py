@@ -1,10 +1,10 @@
-"""Storage that the union shows at one place by itself, where no kernel mount can be made (without root).
+"""Storage that the union serves at one place itself, where kernel mounts are not permitted (without root).
 
-A bound directory is served as it is: no merge, no copy-up, no markers. A change goes to the real directory
-at once; a character device 0/0 and `trusted.overlay.*` xattrs are plain data in there.
+A bound directory is served unchanged: no merge, no copy-up, no markers. A change goes to the real directory
+at once; a character device 0/0 and `trusted.overlay.*` xattrs are plain data there.
 
-Others change it too, so nothing that is known of it lasts: every lookup asks the real directory, and a name
-that has come to stand for another object is another node.
+Other processes change it too, so no known state stays valid: every lookup queries the real directory, and a
+name that now refers to another object is a new node.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from unionfs.union.places import BoundLayer, Place
 
 
 class Bound(Territory):
-    """The territory of one bound layer, which also makes the changes in it."""
+    """The territory of one bound layer, including the changes in it."""
 
     __slots__ = ("_layer", "_nodes", "_objects")
 
@@ -45,7 +45,7 @@ class Bound(Territory):
     # -- finding --------------------------------------------------------------------------------------
 
     def root(self, parent: Node, name: bytes) -> Node:
-        """The node that shows the storage as ``name`` in ``parent``."""
+        """The node of the storage's root, as ``name`` in ``parent``."""
         st = os.stat(self._layer.root_fd)
         held = -1 if stat.S_ISDIR(st.st_mode) else os.dup(self._layer.root_fd)
         return self._nodes.add_bound(self, parent, name, self._number(st), st, self._layer.root, held=held)
@@ -60,7 +60,7 @@ class Bound(Territory):
         if known is not None:
             if st is not None and _is_still(known, st):
                 return known, known.attributes_of(st)
-            self._forget(known, parent, name)  # somebody else has removed or replaced it
+            self._forget(known, parent, name)  # another process removed or replaced it
         if st is None:
             return None
         node = self.add(parent, name, st, parent.parts[0])
@@ -86,10 +86,10 @@ class Bound(Territory):
         return self._nodes.add_bound(self, parent, b"", self._number(st), st, parent.parts[0], held=held)
 
     def lost_name(self, node: Node) -> None:
-        """Its other names are other nodes."""
+        """Nothing to hold: its other names are other nodes."""
 
     def opened(self, file: OpenFile) -> None:
-        """Any regular file is served."""
+        """Accept any regular file."""
 
     def _stat(self, parent: Node, name: bytes) -> os.stat_result | None:
         try:
@@ -142,7 +142,7 @@ class Bound(Territory):
         return []
 
     def link(self, node: Node, parent: Node, name: bytes) -> tuple[Node, Attributes]:
-        """The new name is a node of its own with the same ``st_ino``."""
+        """Create a hard link; the new name is a separate node with the same ``st_ino``."""
         target, gate = self.writable(parent), self._objects.gate
         assert node.place is not None
         source = os.dup(gate.fd(node.place))

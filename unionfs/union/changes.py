@@ -1,4 +1,4 @@
-"""Changes of a union: what holds in every territory. Then the territory makes the change."""
+"""Changes of a union: the checks common to all territories; the territory then makes the change."""
 
 from __future__ import annotations
 
@@ -28,8 +28,8 @@ _NEW: Final = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
 
 
 class Caller(NamedTuple):
-    """Who asks for a change. ``umask`` is still to be applied to a new object's mode, unless its directory
-    has a default ACL; 0 if the kernel has applied it."""
+    """The caller of a change. ``umask`` applies to a new object's mode, unless its directory has a default
+    ACL; 0 if the kernel has applied it."""
 
     uid: int
     gid: int
@@ -37,33 +37,33 @@ class Caller(NamedTuple):
 
 
 class _InUpper(Making, Removing, Renaming):
-    """The changes of the merged layers: the only ones that copy up and write markers."""
+    """The changes of the merged layers, the only territory with copy-ups and markers."""
 
 
 class Changes:
     """The changing operations on one union. Not thread-safe, like the union itself."""
 
     def __init__(self, union: Union, copy_up: CopyUp | None = None) -> None:
-        """``copy_up`` copies up the directories that change."""
+        """``copy_up`` copies up directories before a change."""
         self._union = union
         self._in_upper = _InUpper(union, copy_up)
 
     def _steps(self, directory: Node) -> Steps:
-        """What changes the territory of a directory."""
+        """The implementation of changes in a directory's territory."""
         territory = directory.territory
         return territory if type(territory) is Bound else self._in_upper
 
     # -- making ---------------------------------------------------------------------------------------
 
     def create(self, parent: Node, name: bytes, mode: int, caller: Caller) -> tuple[Node, Attributes, int]:
-        """A new regular file, and an fd of it (O_RDWR), which the caller owns."""
+        """Create a regular file; returns an fd of it too (O_RDWR), which the caller owns."""
         fd = self._make(parent, name, mode, caller, _create)
         return (*self._new_node(parent, name, fd), fd)
 
     def tmpfile(self, parent: Node, mode: int, caller: Caller, flags: int) -> tuple[Node, Attributes, int]:
-        """A new regular file without a name (O_TMPFILE), and an fd of it (O_RDWR), which the caller owns.
+        """Create a nameless regular file (O_TMPFILE); returns an fd too (O_RDWR), which the caller owns.
 
-        With O_EXCL in ``flags`` it can never get one. Raises EOPNOTSUPP where the upper's filesystem can't.
+        With O_EXCL in ``flags`` it cannot be linked. EOPNOTSUPP if the upper's filesystem lacks support.
         """
         union = self._union
         place = self._steps(parent).writable(parent)
@@ -86,26 +86,26 @@ class Changes:
             raise
 
     def mkdir(self, parent: Node, name: bytes, mode: int, caller: Caller) -> tuple[Node, Attributes]:
-        """A new directory."""
+        """Create a directory."""
         self._make(parent, name, mode, caller, _mkdir, directory=True)
         return self._new_node(parent, name)
 
     def symlink(self, parent: Node, name: bytes, target: bytes, caller: Caller) -> tuple[Node, Attributes]:
-        """A new symlink."""
+        """Create a symlink."""
         self._make(parent, name, 0, caller, lambda fd, here, _: os.symlink(target, here, dir_fd=fd))
         return self._new_node(parent, name)
 
     def mknod(
         self, parent: Node, name: bytes, mode: int, rdev: int, caller: Caller
     ) -> tuple[Node, Attributes]:
-        """A new fifo, socket, device or regular file. Character device 0/0 is a whiteout, so EPERM."""
+        """Create a fifo, socket, device or regular file. EPERM for character device 0/0, a whiteout."""
         if stat.S_ISCHR(mode) and rdev == 0 and parent.territory.has_markers:
             raise os_error(errno.EPERM)
         self._make(parent, name, mode, caller, lambda fd, here, kept: os.mknod(here, kept, rdev, dir_fd=fd))
         return self._new_node(parent, name)
 
     def _new_node(self, parent: Node, name: bytes, fd: int = -1) -> tuple[Node, Attributes]:
-        """The node for what was just made (``fd``, if it is open): nothing is below it."""
+        """The node of a new object (``fd``, if open) without lower parts."""
         union, place = self._union, parent.parts[0]
         st = os.fstat(fd) if fd >= 0 else os.stat(name, dir_fd=union.gate.fd(place), follow_symlinks=False)
         node = parent.territory.add(parent, name, st, place)
@@ -126,7 +126,7 @@ class Changes:
         union, steps = self._union, self._steps(parent)
         place = steps.writable(parent)
         dir_fd = union.gate.fd(place)
-        if caller.umask and not default_acl(place, dir_fd):  # which stands in for the umask
+        if caller.umask and not default_acl(place, dir_fd):  # which replaces the umask
             mode &= ~caller.umask
         try:
             with union.identity.acting_as(caller.uid, caller.gid):
@@ -142,7 +142,7 @@ class Changes:
             return make(dir_fd, name, mode)
 
     def link(self, node: Node, parent: Node, name: bytes) -> tuple[Node, Attributes]:
-        """Another name for a node that is changed in place."""
+        """Create a hard link to a node that is changed in place."""
         if node.place is None:
             raise os_error(errno.ENOENT)
         if node.territory is not parent.territory:
@@ -152,7 +152,7 @@ class Changes:
     # -- removing -------------------------------------------------------------------------------------
 
     def unlink(self, parent: Node, name: bytes) -> None:
-        """Remove a name that is not a directory's."""
+        """Remove the name of a non-directory."""
         node = self._existing(parent, name)
         if node.is_dir:
             raise os_error(errno.EISDIR)
@@ -162,7 +162,7 @@ class Changes:
             self._union.nodes.remove_name(node, parent, name)
 
     def rmdir(self, parent: Node, name: bytes) -> None:
-        """Remove a directory that shows nothing."""
+        """Remove a directory without visible names."""
         node = self._existing(parent, name)
         if not node.is_dir:
             raise os_error(errno.ENOTDIR)
@@ -175,7 +175,7 @@ class Changes:
             self._union.nodes.remove_name(node, parent, name)
 
     def _existing(self, parent: Node, name: bytes) -> Node:
-        """The node that is to lose that name. Raises ENOENT, and EBUSY for a place where storage is shown."""
+        """The node of a name to be removed. Raises ENOENT, and EBUSY for the root of bound storage."""
         node = self._union.nodes.child(parent, name)
         if node is None or not parent.territory.lasting:
             found = parent.territory.lookup(parent, name)
@@ -193,8 +193,8 @@ class Changes:
     ) -> list[Node]:
         """renameat2(2) with 0, NOREPLACE or EXCHANGE.
 
-        Returns the nodes that have to be copied up first; then nothing has changed. A rename that is to be
-        refused is refused before that.
+        Returns nodes that must be copied up first; in that case nothing has changed. A refused rename raises
+        before that.
         """
         if flags not in (0, calls.RENAME_NOREPLACE, calls.RENAME_EXCHANGE):
             raise os_error(errno.EINVAL)

@@ -1,7 +1,7 @@
 """The changes of the merged layers, on disk and in the node table.
 
-Each change becomes visible by one step: a system call in the upper, or one rename of what was prepared in
-work. Order in every function: what can fail first, then that step, then the node table.
+Each change becomes visible atomically: by one system call in the upper, or one rename out of work. The order
+in every function: steps that can fail, then that step, then the node table.
 """
 
 from __future__ import annotations
@@ -21,44 +21,44 @@ from unionfs.union.work import At
 
 T = TypeVar("T")
 Name = tuple[Node, bytes]
-"""A name: the node of its directory, and the name in that."""
+"""A name: the node of its directory, and the name within it."""
 
 
 class Steps(Protocol):
-    """What makes the changes in one territory. `Changes` has checked what holds in all of them."""
+    """The changes in one territory. `Changes` has done the checks common to all territories."""
 
     def writable(self, directory: Node) -> Place:
-        """The real directory of one that is about to change. Raises EROFS, ENOENT."""
+        """The real directory of a directory to be changed. Raises EROFS, ENOENT."""
 
     def make_over(self, place: Place, name: bytes, make: Callable[[int, bytes], T], *, directory: bool) -> T:
-        """Call ``make`` (with a directory fd and a name), and replace the marker at ``name`` by its result.
-        Raises FileExistsError if there is no marker.
+        """Call ``make`` (with a directory fd and a name), and replace the marker at ``name`` with its result.
+        Raises FileExistsError without a marker.
         """
 
     def unlink(self, node: Node, parent: Node, name: bytes) -> None:
         """Remove a name of a non-directory from the disk."""
 
     def rmdir(self, node: Node, parent: Node, name: bytes) -> None:
-        """Remove a directory that shows nothing from the disk."""
+        """Remove a directory without visible names from the disk."""
 
     def rename(self, node: Node, target: Node | None, old: Name, new: Name, flags: int) -> list[Node]:
-        """renameat2(2). Returns the nodes that have to be copied up first; then nothing has changed."""
+        """renameat2(2). Returns nodes that must be copied up first; in that case nothing has changed."""
 
     def link(self, node: Node, parent: Node, name: bytes) -> tuple[Node, Attributes]:
-        """Another name for a node that is changed in place."""
+        """Create a hard link to a node that is changed in place."""
 
 
 class Changing:
-    """Base of the changes of the merged layers. Not thread-safe, like the union itself."""
+    """The base of the changes of the merged layers. Not thread-safe, like the union itself."""
 
     def __init__(self, union: Union, copy_up: CopyUp | None = None) -> None:
-        """``copy_up`` copies up the directories that change."""
+        """``copy_up`` copies up directories before a change."""
         self._union = union
         self._copy_up = copy_up or CopyUp(union)
         self._work = union.work
 
     def writable(self, directory: Node) -> Place:
-        """The upper's directory of a node, to be changed now."""
+        """The upper's directory of a node, about to be changed."""
         place = self._copy_up.directory(directory)
         assert place.layer.is_upper
         place.fills()
@@ -67,9 +67,9 @@ class Changing:
 
     @contextmanager
     def _both_writable(self, one: Node, other: Node) -> Iterator[tuple[int, int]]:
-        """Fds of the upper's directories of two nodes, to be changed now; see :meth:`_directories`."""
+        """Fds of the upper's directories of two nodes, about to be changed; see :meth:`_directories`."""
         first, second = self.writable(one), self.writable(other)
-        one.changes()  # again: copying up the other one into it restored its ctime
+        one.changes()  # again: copying up the other into it has restored its ctime
         with self._directories(first, second) as fds:
             yield fds
 
@@ -85,6 +85,6 @@ class Changing:
         self._union.markers.refuse_metacopy(path, follow=follow)
 
     def _whiteout(self, at: At, directory: int) -> None:
-        """Make a whiteout at a name that is, or will be, in the upper's directory with that fd."""
+        """Make a whiteout at a name that is, or will be, in the upper's directory ``directory`` (an fd)."""
         union = self._union
         union.markers.make_whiteout(*at, (directory, union.require_upper().root_fd))

@@ -1,8 +1,8 @@
 """Copy-up: the first change to an object of a lower moves it into the upper.
 
-Everything is prepared in the work directory and appears by one rename, so that a crash or a full disk leaves
-no trace. A regular file's data is copied by :meth:`FileCopy.copy`, which may run in any thread and touches
-only its own fds; everything else belongs to the thread of the union.
+A copy is prepared in the work directory and appears by one rename, so a crash or a full disk leaves no trace.
+:meth:`FileCopy.copy` copies a regular file's data; it may run in any thread and uses only its own fds. All
+other code runs in the union's thread.
 """
 
 from __future__ import annotations
@@ -24,20 +24,20 @@ from unionfs.union.tree import Union
 from unionfs.union.work import Temporary
 from unionfs.union.xattrs import CAPABILITY, copied_xattrs, unsupported
 
-#: A file up to this size (bytes) is copied at once when nothing has to reach a disk, and its holes are looked
-#: for only if it has some.
+#: Up to this size (bytes) a file is copied at once if no sync is needed, and its holes are searched only if
+#: it has some.
 SMALL: Final = 256 * 1024
 _PATH: Final = os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC
 _NEW: Final = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
 
 
 class Effects(NamedTuple):
-    """Side effects of a copy-up: attributes that the kernel may have cached and has to ask for again."""
+    """Side effects of a copy-up: cached attributes that the kernel must request again."""
 
     node: Node
-    """The copied object: its ctime is new."""
+    """The copied object: its ctime has changed."""
     resized: Node | None = None
-    """Its directory, if its size may be new to the kernel. That can wait: copy-ups come in large numbers, and
+    """Its directory, if its size may have changed for the kernel. This can wait: copy-ups come in bulk, and
     each notice costs another GETATTR."""
 
 
@@ -45,14 +45,14 @@ Tell = Callable[[Effects], None]
 
 
 class CopyUp:
-    """Copies up objects of one union; calls ``tell`` with the effects of each as soon as it appeared."""
+    """Copies up objects of one union; calls ``tell`` with the effects of each as soon as it appears."""
 
     def __init__(self, union: Union, tell: Tell = lambda effects: None) -> None:
         self.union = union
         self._tell = tell
 
     def special(self, node: Node) -> None:
-        """Copy up a symlink, fifo, socket or device, which have only metadata."""
+        """Copy up a symlink, fifo, socket or device, which have metadata only."""
         union = self.union
         union.require_upper()
         work = union.work.fd
@@ -67,7 +67,7 @@ class CopyUp:
                 self.put(node, temporary, target)
 
     def directory(self, node: Node) -> Place:
-        """The upper's directory of a directory node; copies up the directory and its parents if need be."""
+        """The upper's directory of a directory node; copies up the directory and its parents if necessary."""
         self.union.require_upper()
         if node.unlinked:
             raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT))
@@ -101,7 +101,7 @@ class CopyUp:
         self._tell(Effects(node, resized))
 
     def _copy_attributes(self, source: int, st: os.stat_result, name: bytes) -> None:
-        """Give ``name`` in work, which only the daemon can reach, the attributes of ``source`` (O_PATH)."""
+        """Copy the attributes of ``source`` (O_PATH) to ``name`` in work, accessible to the daemon only."""
         union = self.union
         xattrs = copied_xattrs(union.markers, b"/proc/self/fd/%d" % source)
         owner = not union.identity.owns(st)
@@ -110,7 +110,7 @@ class CopyUp:
     def put(self, node: Node, temporary: Temporary, fd: int) -> os.stat_result:
         """Put the copy of a node (``fd``: an fd of the copy) into the upper. Returns its attributes.
 
-        If the node's name was removed, the copy gets none either, and only an fd of it is held.
+        If the node's name was removed, the copy has no name either; only an fd of it is held.
         """
         union, resized = self.union, None
         if node.unlinked:
@@ -130,13 +130,13 @@ class CopyUp:
         return st
 
     def _rename_into(self, directory: Node, name: bytes, temporary: Temporary) -> Node | None:
-        """Put a copy into a directory, whose mtime is restored and whose ctime is shown as before: a copy-up
-        is not a change. Returns the directory if its size may be new to the kernel."""
+        """Put a copy into a directory, restoring its mtime and the ctime shown for it: a copy-up is not a
+        change. Returns the directory if its size may have changed for the kernel."""
         place, resized = directory.parts[0], None
         dir_fd = self.union.gate.fd(place)
         if directory.ctime is not None and directory.ctime[0] == UNSEEN:
             shown = directory.ctime[1]
-        else:  # the first copy-up since its attributes were asked for, or since a change
+        else:  # the first copy-up since its attributes were requested, or since a change
             resized = directory
             st = os.stat(dir_fd)
             place.keep_mtime(st.st_mtime_ns)
@@ -150,14 +150,14 @@ class CopyUp:
 
 
 class FileCopy:
-    """The copy-up of one regular file. Leaving its block without :meth:`finish` discards the copy."""
+    """The copy-up of one regular file. Leaving its context without :meth:`finish` discards the copy."""
 
     def __init__(
         self, copy_up: CopyUp, node: Node, limit: int | None = None, mode: int | None = None
     ) -> None:
         """Open the source and create the temporary file.
 
-        ``limit``: copy only so many bytes (truncation). ``mode``: permission bits to set instead of the
+        ``limit``: copy only that many bytes (truncation). ``mode``: permission bits to set instead of the
         source's.
         """
         union = copy_up.union
@@ -171,7 +171,7 @@ class FileCopy:
         self._source = union.files.lend(node, write=False)
         self._open = True
         try:
-            # with one user it was opened just now, and not read since, so its atime is still the same
+            # with one user it was just opened and not read since, so its atime is unchanged
             known = self._source.st if self._source.users == 1 else None
             self._st = known or os.fstat(self._source.fd)
             self.size = self._st.st_size if limit is None else min(limit, self._st.st_size)
@@ -189,13 +189,13 @@ class FileCopy:
 
     @property
     def is_quick(self) -> bool:
-        """Whether :meth:`copy` is short enough to run between two requests."""
+        """Whether :meth:`copy` is fast enough to run between two requests."""
         return self.size <= SMALL and not self._union.stack.durable
 
     def copy(self, goes_on: Callable[[], None] = lambda: None) -> None:
         """Copy data and metadata, and sync them. Raises ``OSError``.
 
-        ``goes_on`` is called between pieces of data; an exception that it raises ends the copying.
+        ``goes_on`` is called between pieces of data; an exception from it ends the copy.
         """
         if self.size:
             dense = self.size <= SMALL and self._st.st_blocks * 512 >= self._st.st_size
@@ -222,9 +222,9 @@ class FileCopy:
         self._no_capability = CAPABILITY not in xattrs
 
     def finish(self, *, keep: bool = False) -> OpenFile | None:
-        """Put the copy into the upper, and let all who have the file open go on with it.
+        """Put the copy into the upper and switch all opens of the file to it.
 
-        ``keep``: lend it to the caller, too. Its ``st`` is up to date.
+        ``keep``: lend it to the caller too. Its ``st`` is up to date.
         """
         union, node = self._union, self.node
         st = self._copy_up.put(node, self._temporary, self._target)
@@ -238,7 +238,7 @@ class FileCopy:
         return file if keep else None
 
     def close(self, *exc: object) -> None:
-        """Close everything, and discard what was not finished."""
+        """Close all fds, and discard an unfinished copy."""
         if self._temporary.taken:
             self._temporary.discard()
         if self._target >= 0:

@@ -1,15 +1,15 @@
-"""What an upper changes, as ``docker diff`` shows it.
+"""The changes in an upper, as shown by ``docker diff``.
 
-Two merged trees are compared: *now*, the upper over the lowers, and *before*, the lowers alone. The rules are
+Compares two merged trees: *now*, the upper over the lowers, and *before*, the lowers alone. The rules are
 those of docker's ``pkg/archive/changes.go``:
 
-- ``A``: the name was not there before; every name below an added directory is listed too;
-- ``D``: it was there and is gone; nothing below a deleted directory is listed;
-- ``C``: it is there in both. A non-directory is changed when the upper holds it, and a directory when its
-  own attributes differ, when it was replaced (opaque), or when anything below it is listed. A change of type
-  is one ``C``: nothing below a directory that became a file is listed, all below a former file is ``A``.
+- ``A``: the name did not exist before; every name below an added directory is listed too;
+- ``D``: the name no longer exists; names below a deleted directory are not listed;
+- ``C``: the name exists in both. A non-directory is changed if the upper holds it; a directory if its own
+  attributes differ, if it was replaced (opaque), or if a name below it is listed. A change of type is one
+  ``C``: names below a directory that became a file are not listed, names below a former file are ``A``.
 
-Contents are never read: a file that was copied up and is the same again is ``C``, as with docker's overlay2
+Contents are never read: a file that was copied up but has its old content is ``C``, as with docker's overlay2
 driver. The root is never listed. The order is that of the paths' bytes.
 """
 
@@ -32,9 +32,8 @@ _VANISHED: Final = (FileNotFoundError, NotADirectoryError)
 def diff(upper: str, lowers: Sequence[str], xattr_prefix: bytes) -> Iterator[tuple[str, bytes]]:
     """Yield (``A`` | ``C`` | ``D``, path from the root) for every change, sorted by the bytes of the path.
 
-    ``lowers`` are given topmost first; ``xattr_prefix`` is ``trusted.overlay.`` or ``user.overlay.``. The
-    upper may be in use: what vanishes while it is read is left out. Raises ``OSError`` when a layer cannot be
-    read.
+    ``lowers`` are topmost first; ``xattr_prefix`` is ``trusted.overlay.`` or ``user.overlay.``. The upper may
+    be in use: names that vanish during the walk are skipped. Raises ``OSError`` if a layer cannot be read.
     """
     with ExitStack() as resources:
         layers = []
@@ -49,7 +48,7 @@ def diff(upper: str, lowers: Sequence[str], xattr_prefix: bytes) -> Iterator[tup
 
 
 class _Change:
-    """A name on the way to a change. It hangs on its parent once it is known to be listed."""
+    """A name on the path to a change. It is attached to its parent when it is listed."""
 
     __slots__ = ("children", "kind", "name", "parent")
 
@@ -60,7 +59,7 @@ class _Change:
         self.children: list[_Change] = []
 
     def report(self, kind: str) -> None:
-        """List this name as ``kind``, and as ``C`` every directory above that is not listed yet."""
+        """List this name as ``kind``, and as ``C`` every parent directory not listed yet."""
         change: _Change | None = self
         while change is not None and change.parent is not None and not change.kind:
             change.kind = kind
@@ -86,7 +85,7 @@ def _sorted_changes(root: _Change) -> Iterator[tuple[str, bytes]]:
 
 
 def _in_order(directory: _Change) -> Iterator[tuple[_Change, bool]]:
-    """Each child, and later (True) what is below it: ``/a-b`` sorts between ``/a`` and ``/a/b``."""
+    """Each child, and later (True) the names below it: ``/a-b`` sorts between ``/a`` and ``/a/b``."""
     steps = [(child.name, child, False) for child in directory.children]
     steps += [(child.name + b"/", child, True) for child in directory.children if child.children]
     steps.sort(key=lambda step: step[0])
@@ -94,7 +93,7 @@ def _in_order(directory: _Change) -> Iterator[tuple[_Change, bool]]:
 
 
 class _Found:
-    """An object of a merged tree. Without attributes it cannot be looked up: a broken redirect, or an error
+    """An object of a merged tree. It has no attributes if the lookup failed: a broken redirect, or an error
     of its layer.
     """
 
@@ -103,12 +102,12 @@ class _Found:
     def __init__(self, st: os.stat_result | None, parts: list[Place]) -> None:
         self.st = st
         self.is_directory = st is not None and stat.S_ISDIR(st.st_mode)
-        #: The real directories merged into it, topmost first; of a non-directory the one that holds it.
+        #: The real directories merged into it, topmost first; for a non-directory the one that contains it.
         self.parts = parts
 
 
 class _Comparison:
-    """Walks both merged trees side by side with a list of directories to do, never by recursion."""
+    """Walks both merged trees side by side, with a list of pending directories instead of recursion."""
 
     def __init__(self, merge: Merge) -> None:
         self._merge = merge
@@ -136,7 +135,7 @@ class _Comparison:
         return self._merge.markers.directory(self._merge.gate.fd(place))[0]
 
     def _candidates(self, now: list[Place], before: list[Place]) -> Iterable[bytes]:
-        """The names that can differ: only those in the upper, where the lower parts are the same ones."""
+        """The names that can differ: only those in the upper if the lower parts are the same."""
         same_below = now[0].layer.is_upper and now[1:] == before
         places = now[:1] if same_below else dict.fromkeys(now + before)
         return self._merge.listing(places).candidates()
@@ -161,7 +160,7 @@ class _Comparison:
             self._todo.append((change, new.parts, old.parts if old and old.is_directory else []))
 
     def _find(self, parts: list[Place], name: bytes) -> _Found | None:
-        """What the merged directory of ``parts`` holds under ``name``."""
+        """The object ``name`` in the merged directory of ``parts``."""
         if not parts:
             return None
         try:
@@ -195,9 +194,9 @@ class _Comparison:
         return replaced or self._attributes(new) != self._attributes(old)
 
     def _attributes(self, found: _Found) -> tuple[int, int, int, int, dict[bytes, object]]:
-        """What makes a directory differ: mode, owner, modification time and the xattrs a user has set.
+        """The compared attributes of a directory: mode, owner, modification time and the user's xattrs.
 
-        An xattr that cannot be read is equal to no other.
+        An unreadable xattr differs from every other value.
         """
         unreadable: dict[bytes, object] = {}
 

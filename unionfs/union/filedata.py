@@ -1,4 +1,4 @@
-"""The bytes of a regular file, from one fd into another: shared, copied by the kernel, or read."""
+"""Copies the bytes of a regular file from one fd to another: shared, copied by the kernel, or read."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ _NEVER_CLONES: Final = (errno.EOPNOTSUPP, errno.EXDEV, errno.ENOTTY)
 
 
 def clone(source: int, target: int, device: int, never: set[int]) -> bool:
-    """Share all blocks of the source (FICLONE); False where the filesystems cannot.
+    """Share all blocks of the source (FICLONE); returns False if the filesystems cannot.
 
-    ``never``: devices whose files cannot be cloned into this target's filesystem, to which the source's
-    (``device``) is added if need be.
+    ``never``: devices whose files cannot be cloned into the target's filesystem; the source's ``device`` is
+    added after a failure.
     """
     if device in never:
         return False
@@ -39,7 +39,7 @@ def clone(source: int, target: int, device: int, never: set[int]) -> bool:
 def copy_data(
     source: int, target: int, size: int, goes_on: Callable[[], None] = lambda: None, *, dense: bool = False
 ) -> None:
-    """Copy the first ``size`` bytes, holes as holes.
+    """Copy the first ``size`` bytes, preserving holes.
 
     ``goes_on`` is called between pieces. ``dense``: the file has no holes.
     """
@@ -77,7 +77,7 @@ def copy_piece(source: int, target: int, count: int, offset: int) -> int:
 
 
 def _next_data(fd: int, position: int, size: int) -> tuple[int, int]:
-    """Start and end of the next data from ``position`` on; ``(size, size)`` if only a hole is left."""
+    """Start and end of the next data from ``position``; ``(size, size)`` if only a hole is left."""
     try:
         start = os.lseek(fd, position, os.SEEK_DATA)
         return start, min(os.lseek(fd, start, os.SEEK_HOLE), size)

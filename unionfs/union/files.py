@@ -1,6 +1,6 @@
-"""Open files: backing fds, and reading and writing through them. Who has them: `openfiles`.
+"""Open files: backing fds, and reading and writing through them. `openfiles` tracks their users.
 
-What a session knows of a node that is in use is its `Use`, which goes with the node.
+A session's state about a node in use is the node's `Use`, and ends with the node.
 """
 
 from __future__ import annotations
@@ -12,16 +12,16 @@ from collections.abc import Callable
 from typing import Final, Self
 
 _FLAGS: Final = os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC | os.O_NOCTTY
-#: Errors of opening a file that a layer has lost; read(2) has none of them.
+#: Errors of opening a file that a layer has lost; read(2) does not report them.
 _GONE: Final = (errno.ENOENT, errno.ENOTDIR, errno.ELOOP, errno.ESTALE)
 #: A privileged bit that a write by an ordinary user clears (inode.c, setattr_should_drop_suidgid).
 SET_IDS: Final = stat.S_ISUID | stat.S_ISGID
 
 
 class OpenFile:
-    """A backing fd and the number of its users: one at first. The last one who releases it closes the fd.
+    """A backing fd and its user count, initially one. The release of the last user closes the fd.
 
-    Within ``with file`` there is one more, so that it stays open whoever closes it meanwhile.
+    ``with file`` adds a user, so the fd stays open within the context.
     """
 
     __slots__ = ("fd", "readable", "st", "users", "waits", "writable", "xattrs")
@@ -30,18 +30,18 @@ class OpenFile:
         self, fd: int, *, readable: bool, writable: bool, waits: bool, st: os.stat_result | None = None
     ) -> None:
         self.fd = fd
-        #: Its attributes, and the names of all its xattrs, when it was opened or copied up; None if not
-        #: known. A lower's file keeps them, but for the time of access.
+        #: Its attributes and the names of all its xattrs at open or copy-up; None if unknown. They stay valid
+        #: for a lower's file, except the access time.
         self.st = st
         self.xattrs: list[str] | None = None
         self.readable = readable
         self.writable = writable
-        #: Whether a read may wait for a disk (and the filesystem can be asked not to).
+        #: Whether a read may wait for a disk (and the filesystem supports RWF_NOWAIT).
         self.waits = waits
         self.users = 1
 
     def take(self) -> Self:
-        """One user more."""
+        """Add a user."""
         self.users += 1
         return self
 
@@ -51,23 +51,23 @@ class OpenFile:
         self.release()
 
     def release(self) -> None:
-        """One user fewer; the last one closes the fd."""
+        """Remove a user; the last one closes the fd."""
         self.users -= 1
         if self.users == 0:
             fd, self.fd = self.fd, -1
             os.close(fd)
 
     def look_at_xattrs(self) -> list[str] | None:
-        """The names of all its xattrs, which are remembered; None: they cannot be listed."""
+        """List the names of all its xattrs and remember them; None if they cannot be listed."""
         try:
             self.xattrs = os.listxattr(self.fd)
-        except OSError:  # too many, say
+        except OSError:  # for example too many
             return None
         return self.xattrs
 
     def read_into(self, buffer: memoryview, offset: int) -> int | None:
-        """Fill a buffer without waiting for a disk; returns the number of bytes, fewer than fit only at the
-        end of the file. ``None``: read it in a thread."""
+        """Fill a buffer without waiting for a disk; returns the byte count, short only at the end of the
+        file. ``None``: read it in a thread."""
         if not self.waits:
             return os.preadv(self.fd, [buffer], offset)
         try:
@@ -94,19 +94,19 @@ class OpenFile:
         return data
 
     def write(self, data: bytes | memoryview, offset: int) -> int:
-        """Write all of ``data``, or as much as fits. Raises ``OSError`` when nothing was written."""
+        """Write all of ``data``, or as much as fits. Raises ``OSError`` if nothing was written."""
         done = os.pwrite(self.fd, data, offset)
         while done < len(data):
             try:
                 done += os.pwrite(self.fd, memoryview(data)[done:], offset + done)
             except OSError:
-                break  # what fits is written; the next write meets the error
+                break  # the rest did not fit; the next write reports the error
         return done
 
 
 class UnreadFile(OpenFile):
-    """A lower's file that is opened on first use: while the kernel has its data in the page cache, there is
-    none. Any access to `fd` opens it, in the caller's thread, and raises ``OSError`` when that fails."""
+    """A lower's file that is opened on first use: no fd is open while the kernel has its data in the page
+    cache. An access to `fd` opens it in the caller's thread, and raises ``OSError`` on failure."""
 
     __slots__ = ("_fd", "_open")
 
@@ -147,20 +147,20 @@ class Handle:
 
     def __init__(self, file: OpenFile, uid: int, *, writes: bool) -> None:
         self.file = file
-        #: The user who opened it: a write by anybody but root clears set-id bits.
+        #: The user who opened it: a write by any user but root clears set-id bits.
         self.uid = uid
         self.writes = writes
         #: Whether it is in passthrough.
         self.through = False
 
     def go_on(self, file: OpenFile) -> None:
-        """Read and write another file from now on; the one until now is released."""
+        """Switch to another file, releasing the current one."""
         old, self.file = self.file, file
         old.release()
 
 
 class Use:
-    """How a node is used: its open files, and what its session agreed with the kernel about them."""
+    """The use of a node: its open files, and the session's agreements with the kernel about them."""
 
     __slots__ = (
         "backing_id", "cached", "capability", "file", "filled", "handles", "mtime_ns", "of_upper", "through",
@@ -168,36 +168,35 @@ class Use:
     )  # fmt: skip
 
     def __init__(self) -> None:
-        #: The backing file, if it is open, and who has it open by a number.
+        #: The backing file, if it is open, and its open file handles.
         self.file: OpenFile | None = None
         self.handles: list[Handle] = []
         #: Opens whose data goes through the page cache, and opens with a backing file.
         self.cached = 0
         self.through = 0
-        #: Whether the data was put into the page cache with the first open (or, of a large file, could have
-        #: been).
+        #: Whether the first open put the data into the page cache (or could have, for a large file).
         self.filled = False
-        #: What the backing file is registered as, and whether it is the upper's.
+        #: The backing id, and whether the backing file is the upper's.
         self.backing_id = 0
         self.of_upper = False
-        #: Opens for writing, with the backing file; and whether there ever was one.
+        #: Opens for writing with the backing file, and whether there ever was one.
         self.writers = 0
         self.written = False
-        #: Writes of cached data that are under way, and what the file has to have after them.
+        #: Writes of cached data in progress, and the attributes to restore after them.
         self.writebacks = 0
         self.mtime_ns = 0
         self.capability: bytes | None = None
 
     def has(self, file: OpenFile | None) -> None:
-        """This is the backing file from now on."""
+        """Set the backing file."""
         self.file = file
 
     def passes_through(self, backing_id: int, *, of_upper: bool) -> None:
-        """The kernel knows the backing file by that id."""
+        """Record the id under which the kernel knows the backing file."""
         self.backing_id, self.of_upper = backing_id, of_upper
 
     def opened(self, handle: Handle) -> None:
-        """One open more, with the backing file if that is registered."""
+        """Count an open, with the backing file if that is registered."""
         if not self.backing_id:
             self.cached += 1
             return
@@ -208,7 +207,7 @@ class Use:
             self.written = True
 
     def closed(self, handle: Handle) -> int:
-        """One open fewer; returns the backing id if nobody uses it any more, else 0."""
+        """Count a close; returns the backing id if it is now unused, else 0."""
         if not handle.through:
             self.cached -= 1
             return 0
@@ -221,32 +220,32 @@ class Use:
         return backing_id
 
     def fill(self) -> None:
-        """The kernel is given all data."""
+        """Record that the kernel received all data."""
         self.filled = True
 
     def writes_back(self, count: int) -> None:
-        """So many writes of cached data more are under way."""
+        """Count the start (or, with a negative count, the end) of writes of cached data."""
         self.writebacks += count
 
     def keep_mtime(self, mtime_ns: int) -> None:
-        """The file is to have that time after the writes that are under way."""
+        """Set the time of modification to restore after the writes in progress."""
         self.mtime_ns = mtime_ns
 
     def keep_capability(self, value: bytes | None) -> None:
-        """The file is to have these capabilities after the writes that are under way."""
+        """Set the capabilities to restore after the writes in progress."""
         self.capability = value
 
 
 def open_backing(dir_fd: int, name: bytes, *, write: bool, waits: bool) -> OpenFile:
-    """Open the regular file ``name`` of ``dir_fd``, for reading also when ``write`` is asked for.
+    """Open the regular file ``name`` of ``dir_fd``; with ``write`` for reading and writing.
 
-    Raises ``OSError``; EIO when it is no regular file (a layer changed under the union).
+    Raises ``OSError``; EIO if it is not a regular file (a layer changed under the union).
     """
     readable = True
     if write:
         try:
             fd = os.open(name, os.O_RDWR | _FLAGS, dir_fd=dir_fd)
-        except PermissionError:  # an ordinary user's own file that may be written but not read
+        except PermissionError:  # an ordinary user's own file that is writable but not readable
             fd = os.open(name, os.O_WRONLY | _FLAGS, dir_fd=dir_fd)
             readable = False
     else:
@@ -255,7 +254,7 @@ def open_backing(dir_fd: int, name: bytes, *, write: bool, waits: bool) -> OpenF
 
 
 def open_held(held: int, *, write: bool, waits: bool) -> OpenFile:
-    """Open again the file that the O_PATH fd ``held`` stands for."""
+    """Reopen the file of the O_PATH fd ``held``."""
     fd = os.open(
         b"/proc/self/fd/%d" % held,
         (os.O_RDWR if write else os.O_RDONLY) | os.O_NONBLOCK | os.O_CLOEXEC | os.O_NOCTTY,
@@ -275,10 +274,10 @@ def _checked(fd: int, *, readable: bool, writable: bool, waits: bool) -> OpenFil
 
 
 def mode_without_set_ids(mode: int) -> int | None:
-    """The mode after a write by an ordinary user, or ``None`` when it stays.
+    """The mode after a write by an ordinary user, or ``None`` if unchanged.
 
-    setgid without group execute is a mark for mandatory locking, and stays for members of the group;
-    the kernel of the merged tree decides about that one.
+    setgid without group execute marks mandatory locking, and stays for members of the group; the kernel
+    decides for the merged tree.
     """
     if not mode & SET_IDS:
         return None

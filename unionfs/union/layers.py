@@ -1,7 +1,7 @@
 """The layers of a union: opened, locked, synchronized and closed.
 
-As root, a daemon reaches layers through private detached bind mounts: a read-only one for each lower, so that
-a bug ends in EROFS, and one for upper and work, since a rename needs both on one mount. So the filesystems
+As root, a daemon accesses layers through private detached bind mounts: a read-only one for each lower, so
+that a bug ends in EROFS, and one for upper and work, as a rename needs both on one mount. The filesystems
 under a union can be unmounted as soon as the union is. An ordinary user's daemon opens the directories.
 """
 
@@ -35,10 +35,10 @@ class LayerStack:
         self.work_fd = work_fd
         self.markers = markers
         self.volatile = False
-        #: Storage that is shown at places of the union and not merged.
+        #: Storage shown at places of the union without merging.
         self.bound: list[BoundLayer] = []
         self.acl = all(layer.acl for layer in layers)
-        #: Devices whose files can't share blocks with the upper's.
+        #: Devices whose files cannot share blocks with the upper's.
         self.never_clones: set[int] = set()
         self._resources = resources
 
@@ -53,12 +53,12 @@ class LayerStack:
         volatile: bool = False,
         scratch: int | None = None,
     ) -> LayerStack:
-        """Open every layer, lock upper and work, and empty what a crashed daemon left in work.
+        """Open every layer, lock upper and work, and empty a crashed daemon's leftovers in work.
 
         The paths are resolved (realpath(3)); a symlink in one is refused. ``scratch``: an O_PATH fd of an
         empty private directory, in which upper and work are made; it is closed with the stack.
 
-        Raises ``LayerError`` or ``OSError``, and leaves nothing open then.
+        Raises ``LayerError`` or ``OSError``, and then leaves nothing open.
         """
         privileged = has_capability(CAP_SYS_ADMIN)
         with ExitStack() as resources:
@@ -95,7 +95,7 @@ class LayerStack:
         return self.upper is not None and not self.volatile and not self.upper.memory
 
     def bind(self, path: str, root_fd: int, *, read_only: bool) -> BoundLayer:
-        """A layer for a tree or a file to be shown at one place. The O_PATH fd is closed with the stack."""
+        """A layer for a directory or file shown at one place. The O_PATH fd is closed with the stack."""
         self._resources.callback(os.close, root_fd)
         layer = BoundLayer(-1 - len(self.bound), path, root_fd, read_only=read_only)
         self.bound.append(layer)
@@ -118,7 +118,7 @@ class LayerStack:
             _syncfs(layer.root_fd)
 
     def close(self) -> None:
-        """Close everything, the locks too."""
+        """Close all fds, including the locks."""
         self._resources.close()
 
 
@@ -131,16 +131,16 @@ def _syncfs(root_fd: int) -> None:
 
 
 def _replace_by_nothing(fd: int) -> None:
-    """Release the directory but keep the fd's number, which :meth:`LayerStack.close` closes."""
+    """Release the directory but keep the fd number, which :meth:`LayerStack.close` closes."""
     null = os.open("/dev/null", os.O_PATH | os.O_CLOEXEC)
     os.dup2(null, fd, inheritable=False)
     os.close(null)
 
 
 def _lock(fd: int, path: str, role: str, resources: ExitStack) -> None:
-    """Hold flock(2) on the directory for the life of the mount, so that another mount refuses it.
+    """Hold flock(2) on the directory for the life of the mount, so that other mounts refuse it.
 
-    Any user who can read a directory can lock it; a lock of one who may not write it is not a mount's.
+    Any user who can read a directory can lock it; a lock of a user who may not write it is not a mount's.
     """
     lock = open_for_listing(fd)
     resources.callback(os.close, lock)

@@ -1,4 +1,4 @@
-"""What may lie in a work directory: what a union filesystem has made, and the next mount may remove."""
+"""Leftovers in a work directory: files that a union filesystem made, and the next mount may remove."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _OURS_IN_WORK: Final = frozenset({"work", "index"})
 
 
 def check_work(fd: int, path: str) -> None:
-    """Refuse a work directory that holds what no union filesystem has made. Raises LayerError, OSError."""
+    """Refuse a work directory with files that no union filesystem made. Raises LayerError, OSError."""
     foreign = sorted(set(_names(fd)) - _OURS_IN_WORK)
     if foreign:
         raise LayerError(

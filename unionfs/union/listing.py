@@ -10,17 +10,17 @@ from typing import Final
 
 from unionfs.union.places import Gate, Place
 
-#: What an NFS client calls a file that was removed while an fd of it is held: its number in 16 digits and a
-#: count in 8 (fs/nfs/unlink.c, nfs_sillyrename).
+#: An NFS client's name for a removed file with an open fd: its number in 16 digits and a count in 8
+#: (fs/nfs/unlink.c, nfs_sillyrename).
 NFS_REMOVED: Final = re.compile(r"\.nfs[0-9a-f]{24}")
-#: A directory that takes more bytes than this on its filesystem is listed in a thread.
+#: A directory larger than this (bytes on its filesystem) is listed in a thread.
 LARGE: Final = 64 * 1024
-#: As `os.fsencode`, which looks at each name's type first.
+#: Like `os.fsencode`, which checks each name's type first.
 _ENCODING: Final = sys.getfilesystemencoding(), sys.getfilesystemencodeerrors()
 
 
 class Listing:
-    """The names in some real directories. It has fds of its own, so any thread may read it, once."""
+    """The names in some real directories. It owns its fds, so any thread may read it, once."""
 
     def __init__(self, gate: Gate, parts: Iterable[Place]) -> None:
         self._fds: list[int] = []
@@ -39,9 +39,9 @@ class Listing:
         return list(self.candidates())
 
     def candidates(self) -> dict[bytes, int]:
-        """Every name that may be visible, and the index of the topmost directory that has it; closes the fds.
+        """Every possibly visible name, with the index of the topmost directory that has it; closes the fds.
 
-        For callers that look each name up anyway: no name is examined here. Raises ``OSError``.
+        For callers that look each name up anyway: names are not examined here. Raises ``OSError``.
         """
         try:
             found: dict[bytes, int] = {}

@@ -1,8 +1,8 @@
 """Which lowers have a name, for directories that are merged from many of them.
 
-A lookup costs a system call for each layer, and most names are in few layers or none: a shell searches every
-directory of PATH, Python every one of sys.path. So after a few lookups in such a directory its lowers are
-listed once. They do not change.
+A lookup costs a system call per layer, and most names are in few layers or none: a shell searches every
+directory of PATH, Python every one of sys.path. So after a few lookups in such a directory its lowers, which
+do not change, are listed once.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from unionfs.union.listing import LARGE, real_names
 from unionfs.union.places import Gate, Place
 
 MANY: Final = 8
-"""The least number of lowers to be listed."""
+"""The minimum number of lowers to list."""
 _ASKED: Final = 4
 """Lookups in a directory before its lowers are listed."""
 _KEPT_NAMES: Final = 500_000
@@ -30,7 +30,7 @@ class _Names:
     def __init__(self, lowers: list[Place]) -> None:
         self.lowers = lowers
         self.asked = 0
-        #: None: not listed yet, or cannot be.
+        #: None: not listed yet, or cannot be listed.
         self.having: dict[bytes, list[Place]] | None = None
 
 
@@ -39,12 +39,12 @@ class LowerNames:
 
     def __init__(self, gate: Gate) -> None:
         self._gate = gate
-        #: By the lowest real directory, which is part of one merged directory only.
+        #: By the lowest real directory, which is part of only one merged directory.
         self._kept: OrderedDict[Place, _Names] = OrderedDict()
         self._count = 0
 
     def parts(self, parts: list[Place], name: bytes) -> list[Place]:
-        """Those parts of a merged directory that may have ``name``; the others do not have it."""
+        """The parts of a merged directory that may have ``name``."""
         if len(parts) < MANY:
             return parts
         upper = parts[:1] if parts[0].layer.is_upper else []
@@ -68,7 +68,7 @@ class LowerNames:
         self._count -= len(self._kept.pop(lowest).having or ())
 
     def _limit(self) -> None:
-        """Forget the least recently used directories when there are too many names."""
+        """Forget the least recently used directories if there are too many names."""
         while len(self._kept) > 1 and (self._count > _KEPT_NAMES or len(self._kept) > _KEPT_DIRECTORIES):
             self._forget(next(iter(self._kept)))
 
@@ -85,7 +85,7 @@ class LowerNames:
                 finally:
                     os.close(fd)
         except OSError:
-            return  # a directory that may be searched but not read, say
+            return  # for example a directory with search but no read permission
         names.having = having
         self._count += len(having)
         self._limit()

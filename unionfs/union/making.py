@@ -1,4 +1,4 @@
-"""New names in the merged layers: hard links, and new objects in the place of a whiteout."""
+"""New names in the merged layers: hard links, and new objects in place of a whiteout."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class Making(Changing):
     """Makes new names."""
 
     def link(self, node: Node, parent: Node, name: bytes) -> tuple[Node, Attributes]:
-        """Another name for a node that is in the upper already."""
+        """Create a hard link to a node in the upper."""
         union = self._union
         assert node.place is not None
         self._refuse_metacopy(node)
@@ -47,7 +47,7 @@ class Making(Changing):
         return node, union.attributes(node)
 
     def make_over(self, place: Place, name: bytes, make: Callable[[int, bytes], T], *, directory: bool) -> T:
-        """Make it in work, and replace the whiteout by it; a directory becomes opaque."""
+        """Make the object in work, and replace the whiteout with it; a directory becomes opaque."""
         union, work = self._union, self._work
         dir_fd = union.gate.fd(place)
         st = os.stat(name, dir_fd=dir_fd, follow_symlinks=False)
@@ -63,7 +63,7 @@ class Making(Changing):
             return _make_and_put(temporary.at, make, partial(temporary.put, dir_fd, name))
 
     def _put_opaque(self, made: At, whiteout: At) -> None:
-        """Replace a whiteout by a new directory, which becomes opaque."""
+        """Replace a whiteout with a new directory, which becomes opaque."""
         room, name = made
         with Owned(os.open(name, _DIRECTORY, dir_fd=room)) as fd:
             self._union.markers.set_opaque(fd)
@@ -73,7 +73,7 @@ class Making(Changing):
 
 
 def _make_and_put(at: At, make: Callable[[int, bytes], T], put: Callable[[], None]) -> T:
-    """The result of ``make``, after ``put``; an fd is closed if that fails."""
+    """Returns the result of ``make``, after ``put``; closes an fd if ``put`` fails."""
     result = make(*at)
     try:
         put()
@@ -85,7 +85,7 @@ def _make_and_put(at: At, make: Callable[[int, bytes], T], put: Callable[[], Non
 
 
 def _inherit(fd: int, st: os.stat_result, acl: bytes) -> None:
-    """Let new files in the directory ``fd`` inherit group and ACL as in one with ``st`` and ``acl``."""
+    """Let new files in the directory ``fd`` inherit group and ACL as from one with ``st`` and ``acl``."""
     if st.st_mode & stat.S_ISGID:
         os.fchown(fd, -1, st.st_gid)
         os.fchmod(fd, 0o700 | stat.S_ISGID)

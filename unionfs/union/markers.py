@@ -1,9 +1,9 @@
 """The disk format: whiteouts, opaque directories, redirects and the overlay's own xattrs.
 
 The format is kernel overlayfs's (Documentation/filesystems/overlayfs.rst): a whiteout is a character device
-0/0, or an empty regular file with the xattr ``whiteout``; a directory with ``opaque`` = ``y`` hides what lies
-below it, ``x`` says that it may hold xattr whiteouts. A user's own xattr with the overlay's prefix is stored
-with ``overlay.`` inserted a second time (fs/overlayfs/xattrs.c), and shown without it.
+0/0, or an empty regular file with the xattr ``whiteout``; a directory with ``opaque`` = ``y`` hides the
+layers below it, ``x`` says that it may contain xattr whiteouts. A user's own xattr with the overlay's prefix
+is stored with a second ``overlay.`` inserted (fs/overlayfs/xattrs.c), and shown without it.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ class Markers:
 
     def __init__(self, prefix: bytes) -> None:
         self.prefix = prefix
-        #: A redirect shows what is anywhere in a layer without the permission checks on the way. Any user can
-        #: set a `user.*` one, so these are refused, as overlayfs does with `userxattr` (params.c).
+        #: A redirect bypasses the permission checks on the way to its target in a layer. Any user can set a
+        #: `user.*` one, so these are refused, as by overlayfs with `userxattr` (params.c).
         self.follows_redirects = not prefix.startswith(b"user.")
         self.opaque = prefix + b"opaque"
         self.redirect = prefix + b"redirect"
@@ -36,11 +36,11 @@ class Markers:
     # -- the overlay's own names ----------------------------------------------------------------------
 
     def is_private(self, name: bytes) -> bool:
-        """An xattr of the overlay itself: never shown, never copied."""
+        """Whether the xattr is internal to the overlay: never shown, never copied."""
         return name.startswith(self.prefix) and not name.startswith(self._escaped)
 
     def stored_name(self, name: bytes) -> bytes:
-        """The name on disk of the xattr that the user calls ``name``.
+        """The name on disk of the user's xattr ``name``.
 
         EOPNOTSUPP if the escaped name is too long (xattrs.c, ovl_xattr_escape_name).
         """
@@ -54,7 +54,7 @@ class Markers:
         return stored
 
     def shown_names(self, stored: list[bytes]) -> list[bytes]:
-        """The names on disk as the user sees them."""
+        """Convert names on disk to the names that users see."""
         shown = []
         for name in stored:
             if name.startswith(self._escaped):
@@ -66,9 +66,9 @@ class Markers:
     # -- reading --------------------------------------------------------------------------------------
 
     def is_whiteout(self, st: os.stat_result, dir_fd: int, name: bytes) -> bool:
-        """Whether the entry ``name`` of ``dir_fd``, which has the attributes ``st``, is a whiteout.
+        """Whether the entry ``name`` of ``dir_fd``, with attributes ``st``, is a whiteout.
 
-        Raises ``OSError`` when that cannot be read, as a lookup does on overlayfs.
+        Raises ``OSError`` if its xattr cannot be read, as a lookup does on overlayfs.
         """
         if stat.S_ISCHR(st.st_mode):
             return st.st_rdev == 0
@@ -77,14 +77,14 @@ class Markers:
         return False
 
     def directory(self, fd: int) -> tuple[bool, bytes | None]:
-        """Of the directory ``fd``: is it opaque, and its redirect."""
+        """Whether the directory ``fd`` is opaque, and its redirect."""
         path = b"/proc/self/fd/%d" % fd
         try:
             names = os.listxattr(path)
         except OSError as error:
             if error.errno in ABSENT:
                 return False, None
-            names = [os.fsdecode(self.opaque), os.fsdecode(self.redirect)]  # too many to be listed, say
+            names = [os.fsdecode(self.opaque), os.fsdecode(self.redirect)]  # for example too many to list
         if not names:
             return False, None
         opaque = os.fsdecode(self.opaque) in names and self.opaque_value(fd) == b"y"
@@ -94,7 +94,7 @@ class Markers:
         return opaque, redirect
 
     def opaque_value(self, fd: int) -> bytes | None:
-        """The value of ``opaque`` on the directory ``fd``; as none when it cannot be read (as util.c,
+        """The value of ``opaque`` on the directory ``fd``; None also if it cannot be read (as util.c,
         ovl_get_dir_xattr_val)."""
         try:
             return _get(b"/proc/self/fd/%d" % fd, self.opaque, follow=True)
@@ -102,7 +102,7 @@ class Markers:
             return None
 
     def refuse_metacopy(self, where: bytes | int, *, follow: bool = True) -> None:
-        """Raise EPERM for a regular file with only its metadata in this layer: better than zeros for data."""
+        """Raise EPERM for a regular file with only its metadata in this layer, rather than return zeros."""
         try:
             os.getxattr(where, self.metacopy, follow_symlinks=follow)
         except OSError:
@@ -112,14 +112,14 @@ class Markers:
     # -- writing --------------------------------------------------------------------------------------
 
     def set_opaque(self, fd: int) -> None:
-        """Make the directory ``fd`` hide what lies below it."""
+        """Make the directory ``fd`` hide the layers below it."""
         os.setxattr(b"/proc/self/fd/%d" % fd, self.opaque, b"y")
 
     def make_whiteout(self, dir_fd: int, name: bytes, announced: Iterable[int]) -> None:
-        """Make a whiteout: one by xattr where mknod(2) is refused. Raises FileExistsError.
+        """Make a whiteout, by xattr where mknod(2) is refused. Raises FileExistsError.
 
-        ``announced``: directories to be marked if it is one by xattr, because the kernel looks for these only
-        where both the directory that they are in and the layer's root say so.
+        ``announced``: directories to mark for an xattr whiteout, because the kernel looks for these only if
+        both their directory and the layer's root are marked.
         """
         try:
             os.mknod(name, stat.S_IFCHR, 0, dir_fd=dir_fd)
@@ -136,7 +136,7 @@ class Markers:
             raise
 
     def allow_xattr_whiteouts(self, fd: int) -> None:
-        """Mark the directory ``fd`` as one that may hold xattr whiteouts, unless it is opaque."""
+        """Mark the directory ``fd`` as one that may contain xattr whiteouts, unless it is opaque."""
         path = b"/proc/self/fd/%d" % fd
         if _get(path, self.opaque, follow=True) is None:
             os.setxattr(path, self.opaque, b"x")

@@ -1,8 +1,8 @@
-"""The merge of layers: what a name stands for, and which names there are.
+"""The merge of layers: resolves names to objects, and lists names.
 
-Merge rules (Documentation/filesystems/overlayfs.rst): going down the layers, the first object of a name
-wins; a directory merges with the directories of that name below it until a non-directory, a whiteout or an
-opaque directory ends the search; a redirect says under which name to go on searching.
+Merge rules (Documentation/filesystems/overlayfs.rst): from the top layer down, the first object of a name
+wins; a directory merges with directories of the same name below it until a non-directory, a whiteout or an
+opaque directory ends the search; a redirect sets the name for the layers below.
 """
 
 from __future__ import annotations
@@ -19,23 +19,23 @@ from unionfs.union.markers import Markers
 from unionfs.union.places import Gate, Layer, Place
 from unionfs.union.redirects import PartSearch
 
-#: A filesystem of a layer may have shorter names than others; as namei.c, ovl_lookup_single.
+#: A layer's filesystem may have a shorter name limit; as namei.c, ovl_lookup_single.
 _NOT_THERE: Final = (errno.ENOENT, errno.ENAMETOOLONG)
 _PATH: Final = os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC
 
 Found = tuple[os.stat_result, list[Place]]
-"""An object's attributes and its real directories: those merged into it, topmost first, if it is a directory,
-else the one that holds it."""
+"""An object's attributes and its real directories: for a directory those merged into it, topmost first; else
+the one that contains it."""
 
 
 class Merge:
-    """Finds and lists names in layers, given topmost first.
+    """Finds and lists names in layers, topmost first.
 
-    Not thread-safe, but it changes nothing: each thread may have one of the same layers.
+    Not thread-safe, but it does not change layers: each thread may have its own for the same layers.
     """
 
     def __init__(self, layers: Sequence[Layer], markers: Markers, *, directory_fds: int = 1024) -> None:
-        #: The parts of the root. Overlayfs heeds no `opaque` on them (super.c, ovl_get_root).
+        #: The parts of the root. Overlayfs ignores `opaque` on them (super.c, ovl_get_root).
         self.roots = [layer.root for layer in layers]
         self.markers = markers
         self.gate = Gate(directory_fds)
@@ -44,7 +44,7 @@ class Merge:
         self._directories = PartSearch(layers, markers, self.gate)
 
     def search(self, parts: list[Place], name: bytes, first: int = 0) -> Found | None:
-        """What the directory merged of ``parts`` has under ``name``; None: nothing. Raises ``OSError``.
+        """The object ``name`` in the directory merged from ``parts``, or None. Raises ``OSError``.
 
         ``first``: the index of the topmost part that may have the name, if known.
         """
@@ -65,14 +65,14 @@ class Merge:
             kind = stat.S_IFMT(st.st_mode)
             if kind == stat.S_IFDIR:
                 return st, self._directories.parts(parts, part, name, st, searched[index + 1 :])
-            # Most names are of what can be no marker.
+            # Most names belong to objects that cannot be markers.
             if (kind == stat.S_IFREG and st.st_size) or kind == stat.S_IFLNK:
                 return st, [part]
             return None if self.markers.is_whiteout(st, dir_fd, name) else (st, [part])
         return None
 
     def is_visible_below(self, parts: list[Place], name: bytes) -> bool:
-        """Whether a lower has ``name``, so that removing it from the upper takes a whiteout."""
+        """Whether a lower has ``name``, so that removing it from the upper requires a whiteout."""
         for part in self._lower_names.parts(parts, name):
             if part.layer.is_upper:
                 continue
@@ -87,13 +87,13 @@ class Merge:
         return False
 
     def listing(self, parts: Iterable[Place]) -> Listing:
-        """The names of the directory merged of ``parts``. Raises ``OSError``."""
+        """The names of the directory merged from ``parts``. Raises ``OSError``."""
         return _MergedListing(self, tuple(parts))
 
     def lists_bare_whiteout(self, parts: Sequence[Place], name: bytes) -> bool:
-        """Whether listings show a name that has no object but an xattr whiteout, in a place without `x`.
+        """Whether listings show a name whose only object is an xattr whiteout in a directory without `x`.
 
-        A lookup of it finds nothing, as on overlayfs; see :meth:`hides_xattr_whiteouts`.
+        A lookup finds nothing, as on overlayfs; see :meth:`hides_xattr_whiteouts`.
         """
         for part in parts:
             fd = self.gate.fd(part)
@@ -107,7 +107,7 @@ class Merge:
         return False
 
     def hides_xattr_whiteouts(self, parts: Sequence[Place], part: Place, fd: int) -> bool:
-        """Whether listings leave out xattr whiteouts in one part of a directory; ``fd`` is an fd of it.
+        """Whether listings omit xattr whiteouts in one part of a directory; ``fd`` is an fd of it.
 
         Only where ``opaque`` is ``x``, only in merged directories, and not in the lowest layer, as overlayfs
         (namei.c, ovl_lookup_single; readdir.c, ovl_dir_read_merged). Elsewhere they are listed, though a
@@ -119,7 +119,7 @@ class Merge:
         return part.layer.is_upper or (len(parts) > 1 and part.layer.index < self._lowest)
 
     def shows_only_lowers(self, parts: Sequence[Place]) -> bool:
-        """Whether a directory shows exactly what the lowers have, as they have it."""
+        """Whether a directory shows exactly the content of the lowers, unchanged."""
         top = parts[0]
         if not top.layer.is_upper:
             return True
@@ -135,8 +135,8 @@ class Merge:
             os.close(upper)
 
     def open_object(self, found: Found, name: bytes) -> int:
-        """A new O_PATH fd of the non-directory that a search for ``name`` found. Raises ``OSError``, ESTALE
-        when another object has taken its place.
+        """A new O_PATH fd of the non-directory found as ``name``. Raises ``OSError``, ESTALE if another
+        object has replaced it.
         """
         st, (place,) = found
         fd = os.open(name, _PATH, dir_fd=self.gate.fd(place))
@@ -146,22 +146,22 @@ class Merge:
         return fd
 
     def forget(self, places: Iterable[Place]) -> None:
-        """Close the fds of real directories that are no longer needed."""
+        """Close the fds of real directories no longer needed."""
         for place in places:
             self.gate.forget(place)
 
     def close(self) -> None:
-        """Close all directory fds but those of the layers."""
+        """Close all directory fds except those of the layers."""
         self.gate.close()
 
 
 class _MergedListing(Listing):
-    """The names of a merged directory: whiteouts hide names, and are none."""
+    """The names of a merged directory, without whiteouts and the names they hide."""
 
     def __init__(self, merge: Merge, parts: Sequence[Place]) -> None:
         self._merge = merge
         self._parts = parts
-        #: The upper's files that were removed and are in use; it comes first.
+        #: Removed files of the upper that are in use; the upper comes first.
         self._hides_removed = bool(parts) and parts[0].layer.is_upper and parts[0].layer.links_of_removed > 0
         super().__init__(merge.gate, parts)
 
@@ -200,7 +200,7 @@ class _MergedListing(Listing):
                     )
                 except FileNotFoundError:
                     continue
-                except OSError:  # a name that cannot be examined is there all the same
+                except OSError:  # a name that cannot be examined exists all the same
                     hidden = False
                 if hidden:
                     whiteouts.add(name)

@@ -1,4 +1,4 @@
-"""The merged layers: the territory in which names are searched down the layers."""
+"""The merged layers: the territory whose names are searched down the layers."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ class Merged(Territory):
             except OSError as error:
                 if error.errno != errno.ESTALE:
                     raise
-            self._nodes.lose(known, parent, name)  # another object has the name now
+            self._nodes.lose(known, parent, name)  # the name now belongs to another object
         if len(name) > NAME_MAX:
             raise os_error(errno.ENAMETOOLONG)
         found = self._merge.search(parent.parts, name, first)
@@ -64,7 +64,7 @@ class Merged(Territory):
         st, places = found
         kind = stat.S_IFMT(st.st_mode)
         if kind == stat.S_IFDIR:
-            self._merge.forget(places)  # no node stands for them
+            self._merge.forget(places)  # no node uses them
         return self._nodes.number(parent, name, st, places[0]), kind
 
     def number_of_bare_whiteout(self, parent: Node, name: bytes) -> tuple[int, int] | None:
@@ -88,7 +88,7 @@ class Merged(Territory):
         if upper is not None and node.in_place and not node.is_dir:
             st = os.stat(node.held)
             if st.st_nlink > upper.links_of_removed:
-                self._nodes.linked(node, st)  # it has names that nobody looked up yet
+                self._nodes.linked(node, st)  # it has names that were not looked up yet
 
     def opened(self, file: OpenFile) -> None:
         names = file.look_at_xattrs()

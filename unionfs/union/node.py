@@ -1,4 +1,4 @@
-"""Nodes: the objects of a union's tree, and the territories that they belong to."""
+"""Nodes, the objects of a union's tree, and the territories they belong to."""
 
 from __future__ import annotations
 
@@ -19,39 +19,39 @@ UNSEEN: Final = -1
 
 
 class Territory(ABC):
-    """A part of the tree with rules of its own: the merged layers, or storage bound at one place.
+    """A part of the tree with its own rules: the merged layers, or storage bound at one place.
 
-    Nothing is renamed or linked from one to another: EXDEV, as between filesystems.
+    Renames and links from one territory to another are EXDEV, as between filesystems.
     """
 
     __slots__ = ("has_markers", "lasting", "read_only")
 
     def __init__(self, *, lasting: bool, has_markers: bool, read_only: bool) -> None:
-        #: Whether only this daemon changes it, so that answers stay true until it does.
+        #: Whether only this daemon changes it, so that cached answers stay valid until it does.
         self.lasting = lasting
-        #: Whether a character device 0/0 is a whiteout, so that nobody may make one.
+        #: Whether a character device 0/0 is a whiteout, and making one is refused.
         self.has_markers = has_markers
-        #: Whether nothing in it can be changed.
+        #: Whether it is read-only.
         self.read_only = read_only
 
     @property
     @abstractmethod
     def durable(self) -> bool:
-        """Whether fsync has to reach a disk."""
+        """Whether fsync must reach a disk."""
 
     @abstractmethod
     def lookup(self, parent: Node, name: bytes, first: int = 0) -> tuple[Node, Attributes] | None:
-        """The node called ``name`` in ``parent`` with its attributes; None: there is none.
+        """The node ``name`` in ``parent`` with its attributes, or None.
 
-        ``first``: the index of the topmost of the parent's parts that may have the name, if known.
+        ``first``: the index of the topmost part of the parent that may have the name, if known.
         """
 
     @abstractmethod
     def number(self, parent: Node, name: bytes) -> tuple[int, int] | None:
-        """``st_ino`` and file type (S_IFMT bits) of what has that name, without a node for it."""
+        """``st_ino`` and file type (S_IFMT bits) of a name, without creating a node."""
 
     def number_of_bare_whiteout(self, parent: Node, name: bytes) -> tuple[int, int] | None:
-        """The same of a name that has no object, but that overlayfs lists."""
+        """The same for a name without an object that overlayfs lists."""
         return None
 
     @abstractmethod
@@ -64,30 +64,30 @@ class Territory(ABC):
 
     @abstractmethod
     def add(self, parent: Node, name: bytes, st: os.stat_result, place: Place) -> Node:
-        """The node for what was just made in the real directory ``place``: nothing is below it."""
+        """The node of a new object in the real directory ``place``, without lower parts."""
 
     @abstractmethod
     def unnamed(self, parent: Node, held: int) -> Node:
-        """A node for a new file without a name (O_TMPFILE), of which ``held`` is an O_PATH fd."""
+        """A node for a new file without a name (O_TMPFILE); ``held`` is an O_PATH fd of it."""
 
     @abstractmethod
     def lost_name(self, node: Node) -> None:
-        """The last known name of a node is gone; its object is held."""
+        """The last known name of a node was removed; its object is held."""
 
     @abstractmethod
     def opened(self, file: OpenFile) -> None:
-        """Note what is to be known of a backing file. Raises ``OSError`` for one that cannot be served."""
+        """Record facts about a backing file. Raises ``OSError`` for a file that cannot be served."""
 
     def stored_name(self, name: bytes) -> bytes:
-        """The name on disk of the xattr that the user calls ``name``."""
+        """The name on disk of the user's xattr ``name``."""
         return name
 
     def shown_names(self, stored: list[bytes]) -> list[bytes]:
-        """What the user sees of the names of xattrs kept on disk."""
+        """Convert names of xattrs on disk to the names that users see."""
         return stored
 
     def require_writable(self) -> None:
-        """Raises EROFS when nothing can be changed."""
+        """Raises EROFS if the territory is read-only."""
         if self.read_only:
             raise os_error(errno.EROFS)
 
@@ -115,7 +115,7 @@ class Node:
         held: int = -1,
         identity: tuple[int, int] | None = None,
     ) -> None:
-        """``places``: a directory's parts, or the place of the object. ``ino``: its number if not the id."""
+        """``places``: a directory's parts, or the object's place. ``ino``: its number, the id by default."""
         self.id = id_
         self.ino = ino or id_
         self.territory = territory
@@ -123,9 +123,9 @@ class Node:
         self.name = name
         #: S_IFMT bits of the mode.
         self.kind = kind
-        #: Of a directory: the real directories merged into it, topmost first.
+        #: For a directory: the real directories merged into it, topmost first.
         self.parts: list[Place] = []
-        #: Of anything else: the real directory that holds it under ``name``, and its `Layer.key`.
+        #: For other types: the real directory that contains it as ``name``, and its `Layer.key`.
         self.place: Place | None = None
         self.key = key
         #: Known nodes below, by name (directories only).
@@ -135,24 +135,24 @@ class Node:
             self.children = {}
         else:
             self.place = places[0]
-        #: Further names of an upper file with several hard links.
+        #: Additional names of an upper file with several hard links.
         self.links: list[tuple[Node, bytes]] | None = None
         self.lookups = 0
         #: An O_PATH fd of an object that has no name.
         self.held = held
         self.unlinked = not name and parent is not None
-        #: Of bound storage alone: device and inode number, to see when the name stands for another object.
+        #: For bound storage only: device and inode number, to detect another object under the name.
         self.identity = identity
         #: It is known to have no security.capability; see `shortcuts.Capabilities`.
         self.no_capability = False
-        #: A ctime that a copy-up gave the real directory (`UNSEEN`: the one that it has when somebody asks
-        #: next), and the one that is shown for it; nanoseconds.
+        #: A ctime set on the real directory by a copy-up (`UNSEEN`: the one at the next query), and the ctime
+        #: shown instead; nanoseconds.
         self.ctime: tuple[int, int] | None = None
-        #: From the first open on.
+        #: Set at the first open.
         self.use: Use | None = None
-        #: The node that took over everything but the open files; see `NodeTable.supersede`.
+        #: The node that took over its state except the open files; see `NodeTable.supersede`.
         self.successor: Node | None = None
-        #: How many nodes it took over from, which are still known.
+        #: The number of known nodes that it superseded.
         self.superseded = 0
 
     @property
@@ -161,8 +161,8 @@ class Node:
 
     @property
     def in_place(self) -> bool:
-        """Whether it is changed where it is, as in the upper; else it is copied up first. A directory:
-        whether its topmost part is.
+        """Whether it is changed in place, as in the upper, without a copy-up. For a directory: whether its
+        topmost part is.
         """
         if self.kind == stat.S_IFDIR:
             return bool(self.parts) and self.parts[0].layer.in_place
@@ -170,38 +170,38 @@ class Node:
 
     @property
     def is_pure_upper(self) -> bool:
-        """Whether nothing of a lower is seen through it."""
+        """Whether it has no lower parts."""
         return self.in_place and len(self.parts) <= 1
 
     @property
     def is_mountpoint(self) -> bool:
-        """Whether storage is shown here, so that the name is in use."""
+        """Whether it is the root of bound storage, so that the name is in use."""
         return self.parent is not None and self.parent.territory is not self.territory
 
     def attributes_of(self, st: os.stat_result) -> Attributes:
-        """What stat(2) says of it, when its object has the attributes ``st``."""
+        """The result of stat(2), for an object with the attributes ``st``."""
         nlink = st.st_nlink
         if self.unlinked and (self.is_dir or not self.in_place):
             nlink = 0
         elif len(self.parts) > 1:
-            nlink = 1  # as overlayfs: counting the subdirectories of a merged directory is not worth it
-        # Copying up one name of a lower file with several breaks the link: its count is 1 from then on.
+            nlink = 1  # as overlayfs, which does not count the subdirectories of a merged directory
+        # Copying up one name of a lower file with several breaks the link: its count is then 1.
         lasting = self.territory.lasting and (st.st_nlink == 1 or self.is_dir or self.in_place)
         ctime = st.st_ctime_ns if self.ctime is None else self.shown_ctime(st.st_ctime_ns)
         return Attributes(self.ino, nlink, st, ctime, lasting=lasting)
 
     def in_use(self) -> Use:
-        """Its use, which begins now if it has none."""
+        """Its use, created if it has none."""
         if self.use is None:
             self.use = Use()
         return self.use
 
     def end_use(self) -> None:
-        """Nothing of its use is left."""
+        """End its use."""
         self.use = None
 
     def shown_ctime(self, ctime: int) -> int:
-        """The ctime that is shown while the real one is ``ctime``."""
+        """The ctime to show while the real one is ``ctime``."""
         if self.ctime is None:
             return ctime
         given, shown = self.ctime
@@ -210,50 +210,50 @@ class Node:
         return shown if given in (UNSEEN, ctime) else ctime
 
     def show_ctime(self, shown: int, real: int = UNSEEN) -> None:
-        """Show that ctime as long as the real one is the one that a copy-up caused."""
+        """Show that ctime while the real one is the one set by a copy-up."""
         self.ctime = real, shown
 
     def lies_in(self, place: Place) -> None:
-        """Its object was moved to another real directory."""
+        """Record that its object moved to another real directory."""
         self.place = place
 
     def changes(self) -> None:
-        """Its object is about to change, so that its own ctime counts."""
+        """Its object is about to change: show its real ctime from now on."""
         self.ctime = None
 
     def note_capability(self, *, none: bool) -> None:
-        """Whether it is known to have no security.capability."""
+        """Record whether it is known to have no security.capability."""
         self.no_capability = none
 
     def hold(self, fd: int) -> None:
-        """Keep an O_PATH fd of the object, in the place of an older one; -1: keep none."""
+        """Keep an O_PATH fd of the object, replacing an older one; -1: keep none."""
         if self.held >= 0:
             os.close(self.held)
         self.held = fd
 
     def has_key(self, key: int) -> None:
-        """What tells its object from another one; see `Layer.key`."""
+        """Set the key that identifies its object; see `Layer.key`."""
         self.key = key
 
     def check(self, st: os.stat_result) -> None:
-        """Raise ESTALE for an object that is not the node's, so that the kernel looks the name up again."""
+        """Raise ESTALE if the object is not the node's, so that the kernel looks the name up again."""
         if self.key:
             assert self.place is not None
             if self.place.layer.key(st) != self.key:
                 raise OSError(errno.ESTALE, "a layer holds another object there")
 
     def looked_up(self) -> None:
-        """An answer to the kernel has the node: one lookup more."""
+        """Count a lookup: an answer to the kernel contains the node."""
         self.lookups += 1
 
     # -- changed by the table alone -------------------------------------------------------------------
 
     def forgotten(self, lookups: int) -> None:
-        """The kernel forgot that many lookups."""
+        """Subtract lookups that the kernel forgot."""
         self.lookups -= lookups
 
     def get_name(self, parent: Node, name: bytes, place: Place) -> None:
-        """It is also ``name`` in ``parent``, whose real directory is ``place``."""
+        """Add the name ``name`` in ``parent``, whose real directory is ``place``."""
         assert parent.children is not None
         parent.children[name] = self
         if self.parent is None or self.unlinked:
@@ -265,7 +265,7 @@ class Node:
             self.links.append((parent, name))
 
     def lose_name(self, parent: Node, name: bytes) -> None:
-        """It is no longer ``name`` in ``parent``."""
+        """Remove the name ``name`` in ``parent``."""
         parent.forget_child(name, self)
         if self.links and (parent, name) in self.links:
             self.links.remove((parent, name))
@@ -278,7 +278,7 @@ class Node:
                 self.unlinked = True
 
     def change_name(self, parent: Node, name: bytes, new_parent: Node, new_name: bytes) -> None:
-        """It was renamed."""
+        """Record a rename."""
         assert new_parent.children is not None
         parent.forget_child(name, self)
         new_parent.children[new_name] = self
@@ -293,12 +293,12 @@ class Node:
                 self.place = new_parent.parts[0]
 
     def forget_child(self, name: bytes, node: Node) -> None:
-        """A name below it no longer stands for that node."""
+        """Forget that a name below it refers to the node."""
         if self.children is not None and self.children.get(name) is node:
             del self.children[name]
 
     def forget_names(self) -> list[Node]:
-        """It is no longer known by any name; returns the directories of those but the first."""
+        """Forget all its names; returns the directories of all but the first."""
         if self.parent is not None:
             self.parent.forget_child(self.name, self)
         if not self.links:
@@ -308,7 +308,7 @@ class Node:
         return [directory for directory, _ in self.links]
 
     def supersede(self, number: int) -> Node:
-        """A new node with that id for its object, its names and what is held; see `NodeTable.supersede`."""
+        """A new node with that id that takes over object, names and held fd; see `NodeTable.supersede`."""
         places = self.parts if self.place is None else [self.place]
         new = Node(number, self.territory, self.parent, self.name, self.kind, places, self.key, ino=self.ino)
         new.links, new.unlinked, new.held = self.links, self.unlinked, self.held
@@ -322,5 +322,5 @@ class Node:
         return new
 
     def outlive(self) -> None:
-        """One of the nodes that it took over from is forgotten."""
+        """Record that one of the nodes it superseded is forgotten."""
         self.superseded -= 1

@@ -1,17 +1,17 @@
-"""The node table: which node id stands for which object of the merged tree.
+"""The node table: maps node ids to objects of the merged tree.
 
-Rules (the table is the only place that knows them):
+Rules (the table is the only place that implements them):
 
 - A node keeps its id through copy-up, rename and metadata changes.
-- A directory, and an object of a lower, is known by its parent node and name; so each name of a lower file
-  with several hard links is a node of its own. An object of the upper with several links is one node with
+- A directory, and an object of a lower, is identified by its parent node and name; so each name of a lower
+  file with several hard links is a separate node. An object of the upper with several links is one node with
   several names, found by (device, inode).
-- A node's id is its ``st_ino`` (see `numbers`), unless another node has that id.
-- A node stays while the kernel looks it up (``lookups``), somebody has it open, or nodes below it stay. Only
-  the table counts lookups, and what a session knows of a node (`Use`) goes with it.
-- An fd (``held``) is kept for a node whose name is gone, until it is forgotten.
-- A node can be superseded: a new node, with a new id and the same ``st_ino``, takes over what it stands for.
-  The old id leads to the new node; the old node itself is kept for its open files and lookups.
+- A node's id is its ``st_ino`` (see `numbers`), unless another node has that id. - A node stays while the
+kernel holds lookups (``lookups``), it is open, or nodes below it stay. Only the table
+  counts lookups; a session's state about a node (`Use`) ends with the node.
+- A node without a name keeps an fd (``held``) until it is forgotten.
+- A node can be superseded: a new node, with a new id and the same ``st_ino``, takes over its object. The old
+  id leads to the new node; the old node itself stays for its open files and lookups.
 """
 
 from __future__ import annotations
@@ -29,14 +29,14 @@ ROOT_ID: Final = 1
 
 
 class NodeTable:
-    """All nodes that the kernel knows or is about to learn of, and their ids."""
+    """All nodes that the kernel knows or is about to receive, and their ids."""
 
     #: The node of id 1, and the numbers of the merged layers.
     root: Node
     _numbers: Numbers
 
     def __init__(self, gone: Callable[[Node], None] = lambda node: None) -> None:
-        """``gone`` is called with each directory that is forgotten, and with what was in use."""
+        """``gone`` is called for each forgotten directory, and for each forgotten node that was in use."""
         self._by_id: dict[int, Node] = {}
         self._by_inode: dict[tuple[int, int], Node] = {}
         self._inode_of: dict[int, tuple[int, int]] = {}
@@ -46,13 +46,13 @@ class NodeTable:
         return len(self._by_id)
 
     def add_root(self, territory: Territory, parts: list[Place]) -> None:
-        """Begin with the root of the merged tree."""
+        """Add the root of the merged tree."""
         self.root = self._by_id[ROOT_ID] = Node(ROOT_ID, territory, None, b"", stat.S_IFDIR, parts)
         self.root.looked_up()
         self._numbers = Numbers(parts[0].layer.dev)
 
     def get(self, id_: int) -> Node | None:
-        """The node with that id, or the one that superseded it, if it is known."""
+        """The node with that id, or its successor, if known."""
         node = self._by_id.get(id_)
         while node is not None and node.successor is not None:
             node = node.successor
@@ -65,7 +65,7 @@ class NodeTable:
     # -- numbers --------------------------------------------------------------------------------------
 
     def number(self, parent: Node, name: bytes, st: os.stat_result, place: Place) -> int:
-        """The inode number that :meth:`add` would give an object of the real directory ``place``."""
+        """The inode number that :meth:`add` would assign to an object of the real directory ``place``."""
         upper = place.layer.is_upper
         if upper and self._by_inode and not stat.S_ISDIR(st.st_mode):
             known = self._by_inode.get((st.st_dev, st.st_ino))
@@ -78,7 +78,7 @@ class NodeTable:
         return self._free(hashed(b"unreachable%d/%b" % (parent.ino, name)))
 
     def _free(self, number: int) -> int:
-        """The number itself, or another one when a node has it."""
+        """The number itself, or another one if a node has it."""
         while number in self._by_id:
             number = hashed(b"taken%d" % number)
         return number
@@ -97,9 +97,9 @@ class NodeTable:
         return parent.children.get(name)
 
     def add(self, parent: Node, name: bytes, st: os.stat_result, places: list[Place]) -> Node:
-        """The node for an object of the layers: a new one, or the one that has another name already.
+        """The node of an object of the layers: a new node, or the one that already has another name of it.
 
-        ``places``: a directory's parts, or the one place that holds the object.
+        ``places``: a directory's parts, or the place of the object.
         """
         assert parent.children is not None
         kind = stat.S_IFMT(st.st_mode)
@@ -131,8 +131,8 @@ class NodeTable:
         *,
         held: int = -1,
     ) -> Node:
-        """A node for one name of an object of bound storage: hard links are nodes of their own with one
-        ``number``. ``held``: an O_PATH fd of an object that has no name to open it by.
+        """A node for one name of an object of bound storage: hard links are separate nodes with one
+        ``number``. ``held``: an O_PATH fd of an object without a name.
         """
         node = Node(
             self._free(number), territory, parent, name, stat.S_IFMT(st.st_mode), [place],
@@ -145,26 +145,26 @@ class NodeTable:
         return node
 
     def linked(self, node: Node, st: os.stat_result) -> None:
-        """The upper object of ``node`` got a further hard link."""
+        """Record that the upper object of ``node`` got another hard link."""
         self._by_inode[st.st_dev, st.st_ino] = node
         self._inode_of[node.id] = (st.st_dev, st.st_ino)
 
     def add_name(self, node: Node, parent: Node, name: bytes, place: Place) -> None:
-        """``node`` is also known as ``name`` in ``parent``; ``place`` is that real directory."""
+        """Add the name ``name`` in ``parent`` to ``node``; ``place`` is that real directory."""
         node.get_name(parent, name, place)
 
     def remove_name(self, node: Node, parent: Node, name: bytes) -> None:
-        """``name`` in ``parent`` no longer stands for ``node``; see ``Union.outliving``."""
+        """Remove the name ``name`` in ``parent`` from ``node``; see ``Union.outliving``."""
         node.lose_name(parent, name)
         self._release(parent)
 
     def move(self, node: Node, parent: Node, name: bytes, new_parent: Node, new_name: bytes) -> None:
-        """``node`` was renamed."""
+        """Record a rename of ``node``."""
         node.change_name(parent, name, new_parent, new_name)
         self._release(parent)
 
     def unnamed(self, parent: Node, held: int) -> Node:
-        """A node for an upper file that has no name yet (O_TMPFILE), of which ``held`` is an O_PATH fd."""
+        """A node for an upper file without a name yet (O_TMPFILE); ``held`` is an O_PATH fd of it."""
         st = os.stat(held)
         number = self._free(self._numbers.of(st, parent.ino, b"", upper=True))
         kind = stat.S_IFMT(st.st_mode)
@@ -174,7 +174,7 @@ class NodeTable:
         return node
 
     def supersede(self, node: Node) -> Node:
-        """Make a new node for the object of ``node``, which keeps its open files and lookups."""
+        """Make a new node for the object of ``node``; the old node keeps its open files and lookups."""
         number = self._free(hashed(b"after%d" % node.id))
         new = self._by_id[number] = node.supersede(number)
         key = self._inode_of.pop(node.id, None)
@@ -184,19 +184,19 @@ class NodeTable:
         return new
 
     def lose(self, node: Node, parent: Node, name: bytes) -> None:
-        """Another object got the node's name behind the union's back: nothing is left of the node."""
+        """Drop a node whose name another process gave to another object."""
         node.has_key(NO_KEY)
         for part in node.parts:
             part.lost()
         self.remove_name(node, parent, name)
 
     def forget(self, node: Node, lookups: int) -> None:
-        """The kernel forgot that many lookups."""
+        """Subtract lookups that the kernel forgot."""
         node.forgotten(lookups)
         self._release(node)
 
     def _release(self, node: Node) -> None:
-        """Drop the node, and the parents that only it kept, when nobody needs it."""
+        """Drop the node if nothing needs it, and parents that only it needed."""
         current: Node | None = node
         while current is not None and current.id != ROOT_ID:
             if current.lookups > 0 or current.children or current.superseded:

@@ -1,7 +1,7 @@
 """``st_ino`` of the merged tree.
 
-It comes from an object's origin, so that it is the same before and after copy-up and after the kernel forgot
-the node: the inode number itself on the first layer's device, else a hash.
+It derives from an object's origin, so it is the same before and after copy-up and after the kernel forgot the
+node: the inode number itself on the first layer's device, else a hash.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from unionfs.sys import calls
 if TYPE_CHECKING:
     from unionfs.union.places import Layer
 
-#: Hashed numbers have this bit, so they meet no inode number that a disk filesystem gives out.
+#: Set in hashed numbers, so they never equal an inode number of a disk filesystem.
 _HASHED: Final = 1 << 62
 _ROOT: Final = 1
 
@@ -27,14 +27,14 @@ class Numbers:
     """The numbers of objects of the merged layers."""
 
     def __init__(self, plain_dev: int) -> None:
-        """``plain_dev``: the device whose inode numbers are shown as they are."""
+        """``plain_dev``: the device whose inode numbers are shown unchanged."""
         self._plain_dev = plain_dev
         self._origin: dict[tuple[int, int], int] = {}
 
     def of(self, st: os.stat_result, parent: int, name: bytes, *, upper: bool) -> int:
-        """The number of an object with the attributes ``st``: ``name`` in the directory numbered ``parent``.
+        """The number of the object ``name`` with attributes ``st`` in the directory numbered ``parent``.
 
-        Each name of a lower file with several hard links has its own: copying up one must not change another.
+        Each name of a lower file with several hard links has its own: copying up one must not change others.
         """
         if upper:
             known = self._origin.get((st.st_dev, st.st_ino))
@@ -47,11 +47,11 @@ class Numbers:
         return hashed(b"%d:%d" % (st.st_dev, st.st_ino))
 
     def keep(self, st: os.stat_result, number: int) -> None:
-        """The upper's object with the attributes ``st`` carries the number of what it is a copy of."""
+        """Keep the original's number for its copy in the upper, which has the attributes ``st``."""
         self._origin[st.st_dev, st.st_ino] = number
 
     def release(self, held: int, layer: Layer) -> None:
-        """Forget the number of the upper's object ``held``, unless it has names: it may be another's soon."""
+        """Forget the number of the upper's object ``held``, unless it has names: the inode may be reused."""
         if not self._origin:
             return
         try:
@@ -59,7 +59,7 @@ class Numbers:
         except OSError as error:
             if error.errno != errno.ESTALE:
                 raise
-            # the server has it no more, as a directory on NFS that was removed
+            # the server no longer has it, such as a removed directory on NFS
             self._origin.pop((layer.dev, calls.known_inode(held)), None)
             return
         if st.st_nlink <= layer.links_of_removed:
@@ -72,5 +72,5 @@ def of_bound(layer: Layer, st: os.stat_result) -> int:
 
 
 def hashed(key: bytes) -> int:
-    """A number made of something that names an object."""
+    """A number derived from a key that identifies an object."""
     return xxhash.xxh3_64_intdigest(key) >> 2 | _HASHED

@@ -1,4 +1,4 @@
-"""Where the object of a node really is: its attributes, its paths and fds."""
+"""Access to the real object of a node: its attributes, paths and fds."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _PATH: Final = os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC
 
 
 class Objects:
-    """Reaches the objects of nodes through the gate."""
+    """Accesses the objects of nodes through the gate."""
 
     def __init__(self, gate: Gate) -> None:
         self.gate = gate
@@ -25,7 +25,7 @@ class Objects:
         return node.attributes_of(self.stat(node))
 
     def stat(self, node: Node) -> os.stat_result:
-        """The attributes of the real object. Raises ESTALE when another one has its name by now."""
+        """The attributes of the real object. Raises ESTALE if another object now has its name."""
         if node.held >= 0:
             return os.stat(node.held)
         if node.is_dir:
@@ -36,7 +36,7 @@ class Objects:
         return st
 
     def path(self, node: Node) -> tuple[bytes, bool]:
-        """A path of /proc/self/fd for calls without an ``at`` form, and whether to follow its last link."""
+        """A path of /proc/self/fd for calls without an ``at`` form, and whether to follow its final link."""
         if node.held >= 0:
             return b"/proc/self/fd/%d" % node.held, True
         if node.is_dir:
@@ -45,7 +45,7 @@ class Objects:
         return b"/proc/self/fd/%d/%b" % (self.gate.fd(node.place), node.name), False
 
     def path_fd(self, node: Node) -> tuple[int, bool]:
-        """An O_PATH fd of the node's object, to be used at once, and whether it is the caller's to close."""
+        """An O_PATH fd of the node's object for immediate use, and whether the caller must close it."""
         if node.held >= 0:
             return node.held, False
         if node.is_dir:
@@ -61,7 +61,7 @@ class Objects:
 
     @contextmanager
     def checked_path(self, node: Node) -> Iterator[bytes]:
-        """A path of the node's object within the block, for calls that follow its last link."""
+        """A path of the node's object within the context, for calls that follow its final link."""
         fd, opened = self.path_fd(node)
         try:
             yield b"/proc/self/fd/%d" % fd
@@ -76,9 +76,9 @@ class Objects:
 
     @contextmanager
     def outliving(self, node: Node) -> Iterator[None]:
-        """When the last known name of ``node`` goes within the block, an fd of its object is kept.
+        """Keep an fd of the object if the context removes the last known name of ``node``.
 
-        Not before the block succeeded: an object that still has its name is reached by the name.
+        Only after the context succeeds: until then the object is accessed by its name.
         """
         fd = self.open_path(node)
         try:
@@ -100,8 +100,8 @@ class Objects:
 
 
 def link_object(node: Node, source: int, dir_fd: int, name: bytes) -> None:
-    """linkat(2) of the node's object, from the real directory ``source`` if it has a name. One without gets
-    its first name only if it never had one: a file of O_TMPFILE; any other is ENOENT (fs/namei.c, vfs_link).
+    """linkat(2) of the node's object, from the real directory ``source`` if it has a name. A nameless object
+    can be linked only if it never had a name (O_TMPFILE); else ENOENT (fs/namei.c, vfs_link).
     """
     if node.held >= 0:
         os.link(b"/proc/self/fd/%d" % node.held, name, dst_dir_fd=dir_fd, follow_symlinks=True)

@@ -1,11 +1,11 @@
-"""The table of open files: it lends the backing file of a node, and takes it back.
+"""The table of open files: lends the backing file of a node and takes it back.
 
 Rules:
 - All opens of a node share one fd; taking back the last one closes it.
 - A copy-up hands over: all opens of the node continue with the upper's file.
-- Where the kernel sends no OPEN, files stay open for requests that name none; the least recently used are
-  closed.
-- Nobody else counts users. Work in a thread holds a file by ``with file``, since its caller may close it.
+- Where the kernel sends no OPEN, files stay open for requests without a file handle; the least recently used
+  are closed.
+- Only this table counts users. Work in a thread holds a file by ``with file``, since its caller may close it.
 """
 
 from __future__ import annotations
@@ -36,14 +36,14 @@ class OpenFiles:
         self._unread = shortcuts.unread_files
         self._kept: OrderedDict[Node, OpenFile] = OrderedDict()
         self._defers = False
-        #: Lent files that :meth:`close_waiting` takes back.
+        #: Lent files for :meth:`close_waiting` to take back.
         self.waiting: list[tuple[Node, OpenFile]] = []
 
     def lend(self, node: Node, *, write: bool) -> OpenFile:
         """The node's backing file, until :meth:`take_back`. With ``write`` the node must be in the upper."""
         use = node.in_use()
         file = use.file
-        # Without a user it was closed by work in a thread that outlived the last open.
+        # Without users it was closed by work in a thread that outlived the last open.
         if file is None or not file.users or not file.readable or (write and not file.writable):
             file = self._open(node, write=write)
             use.has(file)
@@ -51,7 +51,7 @@ class OpenFiles:
         return file.take()
 
     def lend_unread(self, node: Node) -> OpenFile:
-        """As :meth:`lend`, to read a lower's file of which the kernel may have all data in its cache."""
+        """Like :meth:`lend`, to read a lower's file whose data the kernel may have cached completely."""
         use = node.in_use()
         file = use.file
         if not self._unread or (file is not None and file.users and file.readable):
@@ -62,7 +62,7 @@ class OpenFiles:
         return file
 
     def lend_new(self, node: Node, fd: int) -> OpenFile:
-        """Lend the file of a new node, of which ``fd`` (O_RDWR) is the table's from now on."""
+        """Lend the file of a new node; the table takes over its ``fd`` (O_RDWR)."""
         assert node.place is not None
         file = OpenFile(fd, readable=True, writable=True, waits=not node.place.layer.memory)
         node.in_use().has(file)
@@ -76,10 +76,10 @@ class OpenFiles:
         file.release()
 
     def hand_over(self, node: Node, fd: int, st: os.stat_result, *, lend: bool) -> OpenFile | None:
-        """The node was copied up, and ``fd`` (O_RDWR) is its file in the upper, with the attributes ``st``.
+        """Switch a copied-up node to ``fd`` (O_RDWR), its file in the upper, with the attributes ``st``.
 
-        All opens of the node continue with that, and see later writes. ``lend``: lend it to the caller, too.
-        Returns None if nobody needs it; then ``fd`` stays the caller's.
+        All opens of the node continue with it, and see later writes. ``lend``: lend it to the caller too.
+        Returns None if it has no users; then the caller keeps ``fd``.
         """
         assert node.place is not None
         use = node.in_use()
@@ -97,28 +97,35 @@ class OpenFiles:
     # -- files that stay open -------------------------------------------------------------------------
 
     def __len__(self) -> int:
-        """The number of files that stay open for requests that name none."""
+        """The number of files that stay open for requests without a file handle."""
         return len(self._kept)
 
     def keep(self, node: Node, *, write: bool) -> OpenFile:
-        """The node's backing file, which stays open for a while. Raises ``OSError``."""
+        """The node's backing file, which stays open for some time. Raises ``OSError``."""
         file = self._kept.get(node)
         if file is not None:
             if node.use is not None and file is node.use.file and (file.writable if write else file.readable):
                 self._kept.move_to_end(node)
                 return file
-            self._drop(node)  # it was copied up, or more is needed
-        # With writeback a page may be read before it is written, so a file is opened for both where possible.
+            self._drop(node)  # it was copied up, or needs another access mode
+        # With writeback a page may be read before it is written, so open the file for both if possible.
         file = self.lend(node, write=write)
         self._kept[node] = file
         if len(self._kept) > _KEPT_OPEN:
-            self.take_back(*self._kept.popitem(last=False))
+            self._take_back_logged(*self._kept.popitem(last=False))
         return file
 
     def _drop(self, node: Node) -> None:
         file = self._kept.pop(node, None)
         if file is not None:
+            self._take_back_logged(node, file)
+
+    def _take_back_logged(self, node: Node, file: OpenFile) -> None:
+        """As :meth:`take_back`, where no request waits for an error of close(2), as NFS reports."""
+        try:
             self.take_back(node, file)
+        except Exception:
+            log.exception("a file could not be closed")
 
     def gone(self, node: Node) -> None:
         """The node is forgotten: end its use."""
@@ -129,23 +136,20 @@ class OpenFiles:
     # -- closing after the answer ---------------------------------------------------------------------
 
     def defer(self) -> None:
-        """From now on :meth:`close_waiting` is called after every answer."""
+        """Enable deferred closing: :meth:`close_waiting` is called after every answer."""
         self._defers = True
 
     def take_back_later(self, node: Node, file: OpenFile) -> None:
-        """As :meth:`take_back`, after the answer to the request if the session does so."""
+        """Like :meth:`take_back`, but after the answer to the request if the session defers."""
         if self._defers:
             self.waiting.append((node, file))
         else:
             self.take_back(node, file)
 
     def close_waiting(self) -> None:
-        """Take back the files that waited for the answer."""
+        """Take back the deferred files."""
         for node, file in self.waiting:
-            try:
-                self.take_back(node, file)
-            except Exception:
-                log.exception("a file could not be closed")
+            self._take_back_logged(node, file)
         self.waiting.clear()
 
     # -- opening --------------------------------------------------------------------------------------

@@ -1,7 +1,7 @@
-"""Opening the directories of a union's layers, and emptying its work directory.
+"""Opens the directories of a union's layers, and empties its work directory.
 
-Another user may own a directory above a layer and replace what is in it at any time. So a layer is opened
-once, following no symlink, and a directory is checked through the same fd through which it is then emptied.
+Another user may own a directory above a layer and replace its content at any time. So a layer is opened once,
+without following symlinks, and a directory is checked and emptied through the same fd.
 """
 
 from __future__ import annotations
@@ -82,20 +82,20 @@ def prepare_work(fd: int, path: str, upper_owner: int, resources: ExitStack) -> 
     """An O_PATH fd of WORKDIR/work, emptied and private (the kernel's layout: fs/overlayfs/super.c,
     ovl_workdir_create).
 
-    Refuses a directory that holds anything no union filesystem made, or that belongs to a user other than
-    `upper_owner`; then nothing is changed. Raises LayerError, OSError.
+    Refuses a directory with files that no union filesystem made, or of a user other than `upper_owner`; then
+    nothing is changed. Raises LayerError, OSError.
     """
     owner = os.fstat(fd).st_uid
     _check_owner(path, owner, upper_owner)
-    check_work(fd, path)
     try:
+        check_work(fd, path)
         with contextlib.suppress(FileExistsError):
             os.mkdir(b"work", 0o700, dir_fd=fd)
         inner = openat2(fd, b"work", _DIRECTORY, RESOLVE_NO_SYMLINKS | RESOLVE_NO_XDEV)
         resources.callback(os.close, inner)
         _check_owner(f"{path}/work", os.fstat(inner).st_uid, owner)
         _make_private(inner)
-        # From here on nobody else can add anything.
+        # From here on no other user can add files.
         check_leftovers(inner, path)
     except OSError as error:
         raise LayerError(
@@ -113,7 +113,7 @@ def _check_owner(path: str, owner: int, other: int) -> None:
 
 
 def _make_private(fd: int) -> None:
-    """Nothing prepared in work may inherit a group or an ACL from it. (The kernel gives it mode 0.)"""
+    """Prevent inheritance of a group or an ACL by new files in work. (The kernel gives it mode 0.)"""
     path = b"/proc/self/fd/%d" % fd
     for acl in (b"system.posix_acl_default", b"system.posix_acl_access"):
         try:
@@ -139,7 +139,7 @@ def _open(at: int, name: str, path: str, resolve: int = 0) -> int:
 
 
 def _clone(fd: int, path: str, *, readonly: bool) -> int | None:
-    """A private bind mount of the directory `fd`; None where the kernel does not support that."""
+    """A private bind mount of the directory `fd`; None if the kernel does not support it."""
     try:
         return detached.clone(fd, read_only=readonly)
     except OSError as error:

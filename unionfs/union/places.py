@@ -1,9 +1,9 @@
 """Real directories in layers, and the one gate from a directory to an fd.
 
-A :class:`Place` says where a real directory is: its layer, its parent place, its name. Nothing else builds
-paths: :meth:`Gate.fd` walks down from the nearest ancestor that is open, one ``openat`` a component, never
-through a symlink. So trees deeper than PATH_MAX work, and a renamed directory moves everything below it by a
-change to one object.
+A :class:`Place` identifies a real directory: its layer, its parent place, its name. No other code builds
+paths: :meth:`Gate.fd` walks down from the nearest open ancestor, one ``openat`` per component, never through
+a symlink. So trees deeper than PATH_MAX work, and renaming a directory changes one object for everything
+below it.
 """
 
 from __future__ import annotations
@@ -18,14 +18,14 @@ from unionfs.sys.fds import open_for_listing
 
 _DIRECTORY: Final = os.O_PATH | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 #: include/uapi/linux/magic.h: ext2 to 4, xfs, btrfs, tmpfs, ramfs, f2fs, squashfs, erofs, NFS, bcachefs; and
-#: zfs. On others (FUSE, FAT, overlayfs of several filesystems) a number may change when it leaves the cache.
+#: zfs. On others (FUSE, FAT, overlayfs of several filesystems) a number may change after cache eviction.
 _KEEP_NUMBERS: Final = frozenset({
     0xEF53, 0x58465342, 0x9123683E, calls.TMPFS_MAGIC, calls.RAMFS_MAGIC, 0xF2F52010, 0x73717368, 0xE0F5E1E2,
     calls.NFS_MAGIC, 0xCA451A4E, 0x2FC12FC1,
 })  # fmt: skip
 
 
-#: A `Layer.key` that no object has.
+#: A `Layer.key` that matches no object.
 NO_KEY: Final = -1
 
 
@@ -41,20 +41,20 @@ class Layer:
         self.index = index
         self.path = path
         self.is_upper = is_upper
-        #: Whether its objects are changed where they are, without a copy-up.
+        #: Whether its objects are changed in place, without a copy-up.
         self.in_place = is_upper
         self.root = Place(self, None, b"", root_fd)
         self.dev = os.stat(root_fd).st_dev
         self.acl = _has_acls(root_fd)
-        #: Whether reading leaves access times alone, as in a lower's read-only clone.
+        #: Whether reading does not change access times, as in a lower's read-only clone.
         self.atime_stays = bool(os.fstatvfs(root_fd).f_flag & (os.ST_RDONLY | os.ST_NOATIME))
-        #: In memory: nothing to make durable, and reads never wait for a disk.
+        #: In memory: no need to sync, and reads never wait for a disk.
         magic = calls.filesystem_magic(root_fd)
         self.memory = magic in (calls.TMPFS_MAGIC, calls.RAMFS_MAGIC)
-        #: The link count of a file that was removed while it is open: on NFS it has another name (`.nfs` and
-        #: a number, fs/nfs/unlink.c) until it is closed.
+        #: The link count of a removed file that is still open: on NFS it has another name (`.nfs` and a
+        #: number, fs/nfs/unlink.c) until it is closed.
         self.links_of_removed = 1 if magic == calls.NFS_MAGIC else 0
-        #: Whether an object keeps its inode number.
+        #: Whether objects keep their inode numbers.
         self.keeps_numbers = magic in _KEEP_NUMBERS
 
     @property
@@ -62,18 +62,18 @@ class Layer:
         return self.root.fd
 
     def key(self, st: os.stat_result) -> int:
-        """Tells an object with these attributes from another one that takes its name; 0: nothing does.
+        """Identifies the object with these attributes against a replacement under its name; 0: not possible.
 
-        The kernel checks permissions by the attributes it was given. A user who may rename in a layer can put
-        another user's object in the place of one of his own, so an object found again by its name must be
-        the same one; in a lower, whose attributes do not change, with the same owner and mode.
+        The kernel checks permissions with the attributes it received. A user who may rename in a layer can
+        replace one of their own objects with another user's, so an object found again by its name must be the
+        same one; in a lower, whose attributes do not change, with the same owner and mode.
         """
         number = st.st_ino if self.keeps_numbers else 0
         return number if self.is_upper else hash((number, st.st_uid, st.st_gid, st.st_mode))
 
 
 class BoundLayer(Layer):
-    """Storage that is shown at one place of the union and not merged. Others change it too."""
+    """Storage shown at one place of the union without merging. Other processes change it too."""
 
     __slots__ = ("read_only",)
 
@@ -109,47 +109,47 @@ class Place:
         self.parent = parent
         self.name = name
         self.fd = fd
-        #: In the upper: the default ACL, b"" without one; None: unknown.
+        #: In the upper: the default ACL, b"" if there is none; None: unknown.
         self.default_acl: bytes | None = None
-        #: Of the upper: a directory that was copied up, and into which nothing was put since.
+        #: In the upper: a copied-up directory into which nothing has been put since.
         self.empty = False
-        #: Of the upper: its time of modification after a copy-up; good while `Node.ctime` is `UNSEEN`.
+        #: In the upper: its time of modification after a copy-up; valid while `Node.ctime` is `UNSEEN`.
         self.mtime_ns = 0
 
     def move(self, parent: Place, name: bytes) -> None:
-        """It was renamed."""
+        """Record a rename."""
         self.parent, self.name = parent, name
 
     def lost(self) -> None:
-        """Another object has its name: it stands for nothing any more."""
+        """Record that another object has its name."""
         self.key = NO_KEY
 
     def stands_for(self, st: os.stat_result) -> None:
-        """The directory with these attributes is its own from now on."""
+        """Set its directory to the one with these attributes."""
         self.key = self.layer.key(st)
 
     def copied_up(self, *, empty: bool) -> None:
-        """It was just made by a copy-up; ``empty``: that may be remembered until :meth:`fills`."""
+        """Record its copy-up; ``empty``: it stays known as empty until :meth:`fills`."""
         self.empty = empty
 
     def fills(self) -> None:
-        """Something is about to be put into it."""
+        """An entry is about to be added to it."""
         self.empty = False
 
     def keep_mtime(self, mtime_ns: int) -> None:
-        """It had that time of modification before a copy-up put something into it."""
+        """Record its time of modification before a copy-up added an entry."""
         self.mtime_ns = mtime_ns
 
     def know_default_acl(self, acl: bytes | None) -> None:
-        """Its default ACL; None: it has changed."""
+        """Record its default ACL; None: it has changed."""
         self.default_acl = acl
 
 
 class Gate:
     """Directory fds (O_PATH), opened on demand; the least recently used are closed.
 
-    An fd from :meth:`fd` is good until ``capacity`` other directories were asked for: use it at once, and
-    duplicate it to hand it to another thread.
+    An fd from :meth:`fd` is valid until ``capacity`` other directories were requested: use it at once, and
+    duplicate it for another thread.
     """
 
     def __init__(self, capacity: int = 1024) -> None:
@@ -160,8 +160,8 @@ class Gate:
         return len(self._recent)
 
     def fd(self, place: Place) -> int:
-        """The directory's fd. Raises ``OSError`` (ENOENT, EACCES ...) when it cannot be opened, ESTALE
-        when another directory has its name by now."""
+        """The directory's fd. Raises ``OSError`` (ENOENT, EACCES ...) if it cannot be opened, ESTALE if
+        another directory now has its name."""
         fd = place.fd
         if fd >= 0:
             if place.parent is not None:
@@ -188,11 +188,11 @@ class Gate:
         return fd
 
     def open_for_listing(self, place: Place) -> int:
-        """A new fd of the directory that can be read. Raises ``OSError``."""
+        """A new readable fd of the directory. Raises ``OSError``."""
         return open_for_listing(self.fd(place))
 
     def forget(self, place: Place) -> None:
-        """Close the fd of a directory that is no longer there."""
+        """Close the fd of a directory that no longer exists."""
         if place.fd >= 0 and self._recent.pop(place, place) is None:
             os.close(place.fd)
             place.fd = -1

@@ -1,10 +1,10 @@
-"""Which real directories are merged under one name, redirects included.
+"""The real directories merged under one name, including redirects.
 
-As kernel overlayfs (fs/overlayfs/namei.c: ovl_lookup_single, ovl_lookup_layer, ovl_check_redirect; util.c:
-ovl_get_redirect_xattr). A redirect is a C string, so it ends at its first NUL. An empty one, a relative one
-with a slash, and an absolute one with an empty step are EINVAL when they are read. A step `.` or `..` is
-EACCES when the search reaches it, which it does not below a missing directory. A name that is too long for a
-filesystem is missing there. No redirect leads out of its layer.
+As in kernel overlayfs (fs/overlayfs/namei.c: ovl_lookup_single, ovl_lookup_layer, ovl_check_redirect; util.c:
+ovl_get_redirect_xattr). A redirect is a C string, so it ends at its first NUL. Reading an empty one, a
+relative one with a slash, or an absolute one with an empty step is EINVAL. A step `.` or `..` is EACCES when
+the search reaches it, which does not happen below a missing directory. A name too long for a filesystem is
+missing there. A redirect never leaves its layer.
 """
 
 from __future__ import annotations
@@ -35,8 +35,8 @@ class PartSearch:
     ) -> list[Place]:
         """The real directories merged under `name`; the topmost is in `part`.
 
-        `above`: the parts of the parent directory; `below`: those further down that may have the name.
-        Raises OSError: EINVAL or EACCES for a broken redirect, EPERM for one that is not followed.
+        `above`: the parts of the parent directory; `below`: those further down that may have the name. Raises
+        OSError: EINVAL or EACCES for a broken redirect, EPERM for a redirect that is not followed.
         """
         place = Place(part.layer, part, name, key=part.layer.key(st))
         found = [place]
@@ -60,7 +60,7 @@ class PartSearch:
         return found
 
     def _next_directory(self, remaining: Searched) -> Place | None:
-        """The topmost existing directory; takes it and what is above it from `remaining`."""
+        """The topmost existing directory; removes it and the ones above it from `remaining`."""
         for part, here in remaining:
             st = stat_step(self._gate.fd(part), here)
             if st is not None:
@@ -70,7 +70,7 @@ class PartSearch:
         return None
 
     def _redirected(self, redirect: bytes, index: int, remaining: Searched) -> Searched:
-        """Where to search on below layer `index`: a sibling's name, or a path from each layer's root."""
+        """Where to continue below layer `index`: a sibling's name, or a path from each layer's root."""
         steps = _steps(redirect)
         if not self._markers.follows_redirects:
             raise OSError(errno.EPERM, "a layer holds a redirect that any user could have made")
@@ -82,8 +82,8 @@ class PartSearch:
     def _from_roots(self, steps: list[bytes], index: int) -> Searched:
         """The path `steps` in the layers below `index`.
 
-        On the way, a whiteout, an opaque directory or anything that is no directory hides the layers further
-        down, and a redirect counts for them.
+        On the way, a whiteout, an opaque directory or a non-directory hides the layers further down, and a
+        redirect applies to them.
         """
         for layer in self._layers[index + 1 :]:
             place = layer.root
@@ -114,7 +114,7 @@ class PartSearch:
 
 
 def stat_step(dir_fd: int, name: bytes) -> os.stat_result | None:
-    """The attributes of one step on the way of a redirect; None when it is not there. Raises OSError."""
+    """The attributes of one step in a redirect's path; None if missing. Raises OSError."""
     if name in (b"", b".", b".."):
         raise OSError(errno.EACCES, "a layer holds an invalid redirect")
     try:

@@ -1,4 +1,4 @@
-"""Removing names from the merged layers: a whiteout hides what a lower has."""
+"""Removes names from the merged layers: a whiteout hides the object of a lower."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class Removing(Changing):
             os.unlink(name, dir_fd=dir_fd)
 
     def rmdir(self, node: Node, parent: Node, name: bytes) -> None:
-        """Remove a directory that shows no names but may hold whiteouts, from the disk."""
+        """Remove a directory without visible names, which may contain whiteouts, from the disk."""
         hides_another = node.in_place and self._union.merge.is_visible_below(parent.parts, name)
         dir_fd = self._union.gate.fd(self.writable(parent))
         if not node.in_place:

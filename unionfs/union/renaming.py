@@ -19,7 +19,7 @@ class Renaming(Changing):
     """Renames."""
 
     def rename(self, node: Node, target: Node | None, old: Name, new: Name, flags: int) -> list[Node]:
-        """renameat2(2). Returns the nodes that have to be copied up first; then nothing has changed."""
+        """renameat2(2). Returns nodes that must be copied up first; in that case nothing has changed."""
         moved = [node, target] if flags == calls.RENAME_EXCHANGE and target is not None else [node]
         self._check(node, target, moved, flags)
         if target is node:
@@ -40,8 +40,8 @@ class Renaming(Changing):
         return []
 
     def _check(self, node: Node, target: Node | None, moved: list[Node], flags: int) -> None:
-        """Raise OSError for a rename that is not allowed: EXDEV for a directory that shows a lower's, as
-        overlayfs without ``redirect_dir``.
+        """Raise OSError for a refused rename: EXDEV for a directory with lower parts, as overlayfs without
+        ``redirect_dir``.
         """
         exchange = flags == calls.RENAME_EXCHANGE
         if exchange and target is None:
@@ -97,7 +97,7 @@ class Renaming(Changing):
     def _rename_over(self, node: Node, old: At, new: At, *, leaves_whiteout: bool) -> None:
         there = _mode(new) if node.is_dir else 0
         if there and not stat.S_ISDIR(there):
-            # a whiteout: no directory can be renamed over it, but it can go where the directory was
+            # a whiteout: a directory cannot be renamed over it, but it can move to the directory's old name
             self._work.exchange(old, new)
             if not leaves_whiteout:
                 os.unlink(old[1], dir_fd=old[0])
@@ -117,8 +117,8 @@ class Renaming(Changing):
                 )
 
     def _clear_whiteouts(self, node: Node, at: At) -> None:
-        """Replace a directory that holds only whiteouts by an empty opaque one, which shows the same and can
-        be renamed over (overlayfs: dir.c, ovl_clear_empty)."""
+        """Replace a directory that contains only whiteouts with an empty opaque one, which looks the same and
+        can be renamed over (overlayfs: dir.c, ovl_clear_empty)."""
         gate = self._union.gate
         st = os.stat(gate.fd(node.parts[0]))
         with self._work.temporary() as temporary, Owned(temporary.mkdir()) as fd:
@@ -130,7 +130,7 @@ class Renaming(Changing):
 
 
 def _mode(at: At) -> int:
-    """The mode of a name in the upper, 0 if it is missing."""
+    """The mode of a name in the upper, 0 if missing."""
     try:
         return os.stat(at[1], dir_fd=at[0], follow_symlinks=False).st_mode
     except FileNotFoundError:

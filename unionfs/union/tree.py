@@ -1,4 +1,4 @@
-"""The tree of a union: the merged layers, and the storage that is bound in them."""
+"""The tree of a union: the merged layers and the storage bound in them."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ _ALL_SHORTCUTS: Final = Shortcuts()
 
 
 class Union(Objects):
-    """The tree of a layer stack. Not thread-safe: one thread calls it."""
+    """The tree of a layer stack. Not thread-safe: only one thread calls it."""
 
     def __init__(
         self, stack: LayerStack, *, directory_fds: int = 1024, shortcuts: Shortcuts = _ALL_SHORTCUTS
@@ -48,13 +48,13 @@ class Union(Objects):
         self.merge.forget(node.parts)
 
     def lookup(self, parent: Node, name: bytes) -> tuple[Node, Attributes] | None:
-        """The node called ``name`` in ``parent`` with its attributes; None: there is none."""
+        """The node ``name`` in ``parent`` with its attributes, or None."""
         return parent.territory.lookup(parent, name)
 
     def number_of_unreachable(self, parent: Node, name: bytes) -> tuple[int, int] | None:
-        """What a listing shows of a name whose lookup fails: a number, and the file type (0: not known).
+        """The listed number and file type (0: unknown) of a name whose lookup fails.
 
-        None when it is gone by now. As overlayfs (readdir.c, ovl_cache_update), which lists all names.
+        None if it no longer exists. As in overlayfs (readdir.c, ovl_cache_update), which lists all names.
         """
         for part in parent.parts:
             try:
@@ -67,18 +67,18 @@ class Union(Objects):
         return None
 
     def require_upper(self) -> Layer:
-        """The upper layer. Raises EROFS when there is none."""
+        """The upper layer. Raises EROFS without one."""
         if self.stack.upper is None:
             raise os_error(errno.EROFS)
         return self.stack.upper
 
     def bind(self, parent: Node, name: bytes, layer: BoundLayer) -> Node:
-        """Show storage as ``name``, which the union has already, in ``parent``; until `nodes.forget` of it.
+        """Show storage as the existing name ``name`` in ``parent``, until `nodes.forget` of it.
 
-        To be called before anybody has looked the name up.
+        Call it before the first lookup of the name.
         """
         known = self.nodes.child(parent, name)
-        # Nobody has looked the directory up, and without a child the table would let go of it.
+        # The directory was not looked up yet; without a child the table would drop it.
         parent.looked_up()
         if known is not None:
             self.nodes.remove_name(known, parent, name)
@@ -88,5 +88,5 @@ class Union(Objects):
         return node
 
     def close(self) -> None:
-        """Close every fd that the tree opened (the layers' own stay)."""
+        """Close every fd that the tree opened (not the layers' own)."""
         self.merge.close()

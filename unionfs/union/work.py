@@ -1,9 +1,9 @@
-"""The work directory, in which changes of the upper are prepared, and the renames that put them into place.
+"""The work directory, where changes of the upper are prepared, and the renames that put them in place.
 
-Each is one step where the upper's filesystem supports the flags of renameat2(2). NFS and others refuse them
-with EINVAL (fs/nfs/dir.c, nfs_rename) and take two or three steps, each with complete objects. No request is
-answered between them, but if the daemon or the server dies there, a removed or replaced name of a lower may
-reappear, and a renamed file may have both names.
+Each rename is atomic where the upper's filesystem supports the flags of renameat2(2). NFS and others refuse
+them with EINVAL (fs/nfs/dir.c, nfs_rename) and need two or three steps, each with complete objects. No
+request is answered between them, but if the daemon or the server dies there, a removed or replaced name of a
+lower may reappear, and a renamed file may have both names.
 """
 
 from __future__ import annotations
@@ -19,12 +19,12 @@ from unionfs.sys import calls
 from unionfs.sys.trees import remove
 
 At = tuple[int, bytes]
-"""A name: the fd of its directory, and the name in that."""
+"""A name: the fd of its directory, and the name within it."""
 
 NO_FLAGS: Final = (errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP)
 NOT_EMPTY: Final = (errno.ENOTEMPTY, errno.EEXIST)
 _NO_LINKS: Final = (errno.EPERM, errno.EOPNOTSUPP, errno.EMLINK)
-#: How many leftovers each discard tries again: there may be thousands.
+#: The number of leftovers that each discard retries: there may be thousands.
 _AGAIN: Final = 4
 
 
@@ -42,10 +42,10 @@ class Work:
         return Temporary(self, b"#%x" % next(self._numbers))
 
     def discard(self, name: bytes) -> None:
-        """Remove that name and everything below it from work. A missing name is no error.
+        """Remove that name and everything below it from work. Ignores a missing name.
 
-        What cannot be removed is retried by later calls and by the next mount: on NFS a directory stays while
-        a removed file in it is in use (EBUSY).
+        Later calls and the next mount retry after a failure: on NFS a directory stays while a removed file in
+        it is in use (EBUSY).
         """
         again = self._left[:_AGAIN]
         del self._left[:_AGAIN]
@@ -70,9 +70,9 @@ class Work:
         exchange(one, other, self.temporary().at)
 
     def rename_leaving(self, whiteout: At, old: At, new: At, *, directory: bool, occupied: bool) -> None:
-        """Rename ``old`` to ``new``, and ``whiteout``, which is in work, to ``old``.
+        """Rename ``old`` to ``new``, and ``whiteout`` (in work) to ``old``.
 
-        ``directory``: ``old`` is one. ``occupied``: ``new`` exists.
+        ``directory``: ``old`` is a directory. ``occupied``: ``new`` exists.
         """
         try:
             if occupied:
@@ -84,7 +84,7 @@ class Work:
                     raise
                 return
             calls.renameat2(*whiteout, *new, calls.RENAME_NOREPLACE)
-            # ext2, jfs and others know this flag but not RENAME_EXCHANGE
+            # ext2, jfs and others support this flag but not RENAME_EXCHANGE
             with _undone_by(new, whiteout):
                 calls.renameat2(*old, *new, calls.RENAME_EXCHANGE)
         except OSError as error:
@@ -113,7 +113,7 @@ class Work:
 
 
 class Temporary:
-    """A name in work. Leaving its block discards what was not put into place."""
+    """A name in work. Leaving its context discards it unless it was put in place."""
 
     __slots__ = ("_work", "at", "name", "taken")
 
@@ -121,7 +121,7 @@ class Temporary:
         self._work = work
         self.name = name
         self.at: At = work.fd, name
-        #: It was not put into place or discarded.
+        #: Whether it was neither put in place nor discarded.
         self.taken = True
 
     def __enter__(self) -> Temporary:
@@ -132,7 +132,7 @@ class Temporary:
             self.discard()
 
     def mkdir(self) -> int:
-        """Make it a directory that only the daemon may use. Returns a readable fd, the caller's to close."""
+        """Make it a directory that only the daemon may use. Returns a readable fd for the caller to close."""
         os.mkdir(self.name, 0o700, dir_fd=self._work.fd)
         return os.open(self.name, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC, dir_fd=self._work.fd)
 
@@ -142,15 +142,15 @@ class Temporary:
         self.taken = False
 
     def discard(self) -> None:
-        """Remove it unless it was put into place."""
+        """Remove it unless it was put in place."""
         if self.taken:
             self.taken = False
             self._work.discard(self.name)
 
 
 def exchange(one: At, other: At, aside: At) -> None:
-    """Exchange two names. Where that takes three steps, ``other``, which is missing for the shorter time,
-    waits at ``aside``. After an ``OSError`` both are unchanged."""
+    """Exchange two names. In three steps, if necessary, ``other``, which is missing for the shorter time, is
+    moved to ``aside``. After an ``OSError`` both are unchanged."""
     try:
         calls.renameat2(*one, *other, calls.RENAME_EXCHANGE)
         return
@@ -166,7 +166,7 @@ def exchange(one: At, other: At, aside: At) -> None:
 
 @contextmanager
 def _undone_by(now: At, before: At) -> Iterator[None]:
-    """Rename ``now`` to ``before`` when the block fails."""
+    """Rename ``now`` to ``before`` if the context fails."""
     try:
         yield
     except BaseException:

@@ -1,4 +1,4 @@
-"""Extended attributes: of nodes, and copied along at copy-up."""
+"""Extended attributes of nodes, and their copies at copy-up."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ ACL_DEFAULT: Final = b"system.posix_acl_default"
 
 
 def copied_xattrs(markers: Markers, place: int | bytes) -> dict[bytes, bytes]:
-    """The xattrs that a copy-up copies: all, ACLs included, except the overlay's own.
+    """The xattrs that a copy-up copies: all, including ACLs, except the overlay's own.
 
-    Unlike overlayfs (copy_up.c, ovl_copy_xattr), skips what has vanished, and malformed capabilities (EINVAL,
+    Unlike overlayfs (copy_up.c, ovl_copy_xattr), skips vanished xattrs and malformed capabilities (EINVAL,
     security/commoncap.c): they grant nothing, and a user who may set an empty value could otherwise keep
     others from changing the file, or from creating any in the directory.
     """
@@ -30,8 +30,8 @@ def _unreadable(name: bytes, error: OSError) -> None:
 
 
 def unsupported(name: bytes, error: OSError) -> None:
-    """Raise the error of an attribute that cannot be set, except for xattrs which the filesystem does not
-    support: they are left out as on overlayfs, but for ACLs and ``security.*``, which grant or deny rights.
+    """Raise the error of an attribute that cannot be set. Skips xattrs that the filesystem does not support,
+    as overlayfs does, except ACLs and ``security.*``, which grant or deny rights.
     """
     if (
         error.errno != errno.EOPNOTSUPP
@@ -42,7 +42,7 @@ def unsupported(name: bytes, error: OSError) -> None:
 
 
 def default_acl(place: Place, dir_fd: int) -> bytes:
-    """The default ACL of a real directory, of which ``dir_fd`` is an fd; b"" without one."""
+    """The default ACL of a real directory, b"" without one; ``dir_fd`` is an fd of it."""
     acl = place.default_acl
     if acl is None:
         try:
@@ -51,6 +51,6 @@ def default_acl(place: Place, dir_fd: int) -> bytes:
             if error.errno not in (errno.ENODATA, errno.EOPNOTSUPP):
                 raise
             acl = b""
-        if place.layer.is_upper:  # which nobody else changes
+        if place.layer.is_upper:  # only this daemon changes it
             place.know_default_acl(acl)
     return acl

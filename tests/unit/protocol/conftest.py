@@ -1,4 +1,4 @@
-"""Makes this directory's helper modules importable, whatever import mode pytest runs in."""
+"""Makes this directory's helper modules importable in every import mode of pytest."""
 
 import sys
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""The header's facts (abi_7_45.txt), read for the tests: names, sizes and offsets that we did not type."""
+"""The header's facts (abi_7_45.txt), parsed for the tests: names, sizes and offsets not typed by hand."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Messages for the tests: real ones (golden_6_18.txt), and hypothesis strategies for made-up ones."""
+"""Messages for the tests: real ones (golden_6_18.txt), and hypothesis strategies for generated ones."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from unionfs.fuse.protocol.request import Request
 
 
 def golden() -> dict[str, bytes]:
-    """What Linux 6.18 sent: class of the request, message."""
+    """Messages sent by Linux 6.18, by class of the request."""
     lines = Path(__file__).with_name("golden_6_18.txt").read_text().splitlines()
     return {
         kind: bytes.fromhex(raw) for kind, raw in (line.split() for line in lines if not line.startswith("#"))
@@ -32,7 +32,7 @@ def number(value: int, size: int) -> bytes:
 def message(
     opcode: int, body: bytes, *, unique: int = 1, nodeid: int = 2, extlen: int = 0, length: int = -1
 ) -> bytes:
-    """A message built by the header's offsets, not by our tables."""
+    """A message built from the header's offsets, not from our tables."""
     header = STRUCTS["fuse_in_header"]
     values = {
         "len": header.size + len(body) if length < 0 else length,
@@ -52,7 +52,7 @@ def message(
 
 
 def decode(raw: bytes, setxattr_ext: bool = True) -> Request:
-    """Decode one message, from a buffer that is larger than it, as in a session."""
+    """Decode one message from a larger buffer, as in a session."""
     agreed = NUMBERS["FUSE_SETXATTR_EXT"] if setxattr_ext else 0
     return decoder(agreed)(memoryview(raw + bytes(64)), len(raw))
 
@@ -60,7 +60,7 @@ def decode(raw: bytes, setxattr_ext: bool = True) -> Request:
 OPCODES: Final = st.sampled_from([*range(56), 4096, 1 << 31, 1 + (1 << 8)])
 
 MESSAGES: Final = st.one_of(
-    # a right header, anything behind it
+    # a valid header, followed by anything
     st.builds(message, OPCODES, st.binary(max_size=200), extlen=st.integers(0, 8)),
     # real messages, damaged
     st.builds(

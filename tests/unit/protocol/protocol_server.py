@@ -1,16 +1,16 @@
-"""A filesystem in memory, served to the real kernel with nothing but the protocol room.
+"""An in-memory filesystem, served to the real kernel with only the protocol package.
 
 Run by test_protocol_kernel.py:
 
     python protocol_server.py MOUNTPOINT LOG --io MODE [--unprivileged]
         [--old-copy] [--backing FILE]
 
-Mounts by mount(2), prints "ready" when INIT was answered, serves until the mount is gone, and writes every
-message it got to LOG, a JSON object a line: name of the class, repr, bytes in hex.
+Mounts by mount(2), prints "ready" when INIT is answered, serves until the mount is gone, and writes every
+message to LOG, one JSON object per line: name of the class, repr, bytes in hex.
 
 A line on standard input is a JSON list of notifications, each [function of notify.py, argument ...] with
-names as strings; the answer is a line with what writev(2) returned, or the name of the errno, for each. No
-request is served meanwhile.
+names as strings; the answer is a line with the result of writev(2), or the name of the errno, for each. No
+request is served during this.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ from unionfs.fuse.protocol.structs import LAYOUTS
 
 HELLO = b"Hello from the other side.\n"
 LIMIT = 60
-"""Seconds this process lives at most, whatever happens to the test."""
+"""The maximum lifetime of this process in seconds, whatever happens to the test."""
 
 
 @dataclass
@@ -90,7 +90,7 @@ class Refused(Exception):
 
 
 class Memory:
-    """The requests' handlers: each takes a request and gives a reply, or None for no reply."""
+    """The requests' handlers: each takes a request and returns a reply, or None for no reply."""
 
     def __init__(self) -> None:
         self.nodes: dict[int, Node] = {}
@@ -322,7 +322,7 @@ class Memory:
         return self.readdir(r, plus=True)
 
     def answer(self, request: Request) -> Reply | None:
-        """The reply to any request."""
+        """The reply to a request."""
         handler = self.handlers.get(type(request))
         if handler is None or request.number in self.enosys:
             return encode.error(request.unique, errno.ENOSYS)
@@ -333,14 +333,14 @@ class Memory:
 
 
 def kind_of(request: Request) -> str:
-    """The name of its class, or what it would be called if it had one."""
+    """The name of its class; without a class, the name its opcode implies."""
     if isinstance(request, Unknown) and request.number in set(Opcode):
         return Opcode(request.number).name.title().replace("_", "")
     return type(request).__name__
 
 
 def notifications(fd: int, gate: threading.Lock) -> None:
-    """Send what standard input says."""
+    """Send the notifications from standard input."""
     for line in sys.stdin:
         results: list[int | str] = []
         with gate:
@@ -403,7 +403,7 @@ def main() -> None:
                 if not isinstance(request, requests.InitRequest):
                     reply = memory.answer(request)
                     if reply is not None:
-                        # ENOENT: an umount came meanwhile, and nobody waits for the answer (fs/fuse/dev.c)
+                        # ENOENT: an umount came first, and no caller waits for the answer (fs/fuse/dev.c)
                         with contextlib.suppress(FileNotFoundError):
                             assert os.writev(fd, reply) == sum(map(len, reply))
                     continue
@@ -421,7 +421,7 @@ def main() -> None:
 
 
 def back(fd: int, path: str, memory: Memory) -> None:
-    """A node "backed" whose data goes kernel to kernel."""
+    """Create a node "backed" whose data uses passthrough."""
     node = memory.new(stat.S_IFREG | 0o644)
     backing = os.open(path, os.O_RDWR)
     node.data[:] = os.pread(backing, 1 << 20, 0)

@@ -1,4 +1,4 @@
-"""What decoding and encoding cost, in nanoseconds: `python protocol_timing.py`. Printed, never asserted."""
+"""Prints the cost of decoding and encoding, in nanoseconds: `python protocol_timing.py`. Not asserted."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from unionfs.fuse.protocol import FOREVER, Listing, Opcode, decoder, encode
 
 
 def measure(what: str, statement: object) -> None:
-    """Print the best of some runs."""
+    """Print the best of several runs."""
     assert callable(statement)
     timer = timeit.Timer(statement, timer=time.process_time)
     count, _ = timer.autorange()
@@ -23,7 +23,7 @@ def measure(what: str, statement: object) -> None:
 
 
 def main() -> None:
-    """Everything a request on the fast path needs."""
+    """Measure every step of a request on the fast path."""
     decode = decoder()
     body = bytearray(STRUCTS["fuse_write_in"].size)
     at, size = STRUCTS["fuse_write_in"].fields["size"]

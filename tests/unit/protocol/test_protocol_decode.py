@@ -1,4 +1,4 @@
-"""Bytes to requests: real messages, made-up ones, broken ones."""
+"""Bytes to requests: real messages, generated ones, broken ones."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def test_there_is_a_real_message_of_each_kind() -> None:
     assert {kind.__name__ for kind in REQUESTS} - NEVER_SENT == GOLDEN.keys()
 
 
-# What a person reads in golden_6_18.txt: nodeid, then the fields.
+# The values in golden_6_18.txt, read by a person: nodeid, then the fields.
 EXPECTED: dict[str, dict[str, Any]] = {
     "InitRequest": {"nodeid": 0, "major": 7, "minor": 45, "max_readahead": 131072, "flags": 0x5FD73FFFFFB},
     "Lookup": {"nodeid": 1, "name": b"gone"},
@@ -84,7 +84,7 @@ def test_real_messages(kind: str) -> None:
 
 @pytest.mark.parametrize("kind", GOLDEN)
 def test_a_message_cut_short_or_with_more_is_refused(kind: str) -> None:
-    """At every length, and whether or not its header knows."""
+    """At every length, whether or not its header matches."""
     raw = GOLDEN[kind]
     length_at, length_size = STRUCTS["fuse_in_header"].fields["len"]
     for size in range(len(raw)):
@@ -103,7 +103,7 @@ def test_a_message_cut_short_or_with_more_is_refused(kind: str) -> None:
 
 @pytest.mark.parametrize("kind", [kind for kind in REQUESTS if kind.body], ids=lambda kind: kind.__name__)
 def test_every_field_is_read_at_the_headers_offset(kind: type[Request]) -> None:
-    """One value a field, put by the header's facts; names and data behind."""
+    """One value per field, placed by the header's facts, followed by names and data."""
     assert kind.body is not None
     facts = STRUCTS[kind.body].fields
     body = bytearray(STRUCTS[kind.body].size)

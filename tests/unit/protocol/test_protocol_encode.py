@@ -23,7 +23,7 @@ SIGNED = {"atime", "mtime", "ctime", "error", "backing_id", "result", "off", "le
 
 
 def read(raw: bytes, struct: str, at: int = 0) -> dict[str, Any]:
-    """The fields of a structure, as the header lays them out; nested ones and arrays as bytes."""
+    """The fields of a structure in the header's layout; nested ones and arrays as bytes."""
     found: dict[str, Any] = {}
     for name, (offset, size) in STRUCTS[struct].fields.items():
         part = raw[at + offset : at + offset + size]
@@ -34,7 +34,7 @@ def read(raw: bytes, struct: str, at: int = 0) -> dict[str, Any]:
 
 
 def answer(reply: Reply, struct: str | None = None, unique: int = 99) -> tuple[dict[str, Any], bytes]:
-    """Check the header of an answer without error; the fields of its structure, and what follows."""
+    """Check the header of a successful answer; returns its structure's fields, and the rest."""
     raw = b"".join(reply)
     assert read(raw, "fuse_out_header") == {"len": len(raw), "error": 0, "unique": unique}
     body = raw[16:]
@@ -45,7 +45,7 @@ def answer(reply: Reply, struct: str | None = None, unique: int = 99) -> tuple[d
 
 
 def notification(reply: Reply, code: Notify, struct: str | None) -> tuple[dict[str, Any], bytes]:
-    """The same, for a notification."""
+    """The same for a notification."""
     raw = b"".join(reply)
     assert read(raw, "fuse_out_header") == {"len": len(raw), "error": code, "unique": 0}
     body = raw[16:]

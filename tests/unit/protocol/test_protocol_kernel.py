@@ -1,8 +1,8 @@
-"""The bytes, proven by the kernel itself: a filesystem in memory, mounted, used through system calls.
+"""The bytes, verified by the kernel itself: an in-memory filesystem, mounted, used through system calls.
 
-The server is a process of its own (protocol_server.py), which ends with the mount, after a minute, or with
-the test; the log it writes shows which requests the kernel really sent. What they decode to is compared with
-the offsets of the header (protocol_abi.py), not with our own tables.
+The server is a separate process (protocol_server.py), which ends with the mount, after a minute, or with the
+test; its log shows the requests that the kernel really sent. The decoded values are compared with the offsets
+of the header (protocol_abi.py), not with our own tables.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ pytestmark = [
 
 @dataclass
 class Served:
-    """A mount, and what its server says."""
+    """A mount, and the output of its server."""
 
     path: Path
     log: Path
@@ -54,7 +54,7 @@ class Served:
     io: str = ""
 
     def messages(self) -> list[dict[str, str]]:
-        """Every message so far, in the order the server got them."""
+        """Every message so far, in the order of arrival."""
         return [json.loads(line) for line in self.log.read_text().splitlines()]
 
     def kinds(self) -> list[str]:
@@ -62,7 +62,7 @@ class Served:
         return [message["kind"] for message in self.messages()]
 
     def notify(self, *notifications: list[object]) -> list[object]:
-        """Send notifications; what writev returned, or an errno's name, for each."""
+        """Send notifications; returns the result of writev, or an errno's name, for each."""
         assert self.process.stdin is not None
         assert self.process.stdout is not None
         self.process.stdin.write(json.dumps(notifications) + "\n")
@@ -103,7 +103,7 @@ def serve(tmp: Path, *arguments: str) -> Iterator[Served]:
 
 
 def exercise(root: Path) -> None:
-    """Every system call that has a request of its own; asserts that what the server said arrives whole."""
+    """Every system call with its own request; asserts that the server's data arrives complete."""
     assert sorted(os.listdir(root))[-1] == "hello"
     assert (root / "hello").read_text() == HELLO
     for name in ("gone", "gone", "none"):
@@ -188,7 +188,7 @@ EVERYWHERE = {
 
 
 def check_against_header(messages: list[dict[str, str]]) -> set[str]:
-    """Decode each message again, and compare every number with what lies at the header's offset for it."""
+    """Decode each message again, and compare every number with the value at the header's offset."""
     decode = decoder()
     seen = set()
     for message in messages:
@@ -262,7 +262,7 @@ def test_passthrough(tmp_path: Path) -> None:
 
 
 def test_notifications(tmp_path: Path) -> None:
-    """The kernel takes each of them (all bytes of it), and what it should do happens."""
+    """The kernel accepts each of them (all bytes of it), and has the expected effect."""
     with serve(tmp_path, "--io", "cached") as served:
         root = served.path
         hello = (root / "hello").stat().st_ino
@@ -302,7 +302,7 @@ def test_numbers_used_here() -> None:
 
 
 def wait_for(true: object) -> None:
-    """Until `true()` is, for 10 s at most."""
+    """Wait until `true()`, for at most 10 s."""
     assert callable(true)
     end = time.monotonic() + 10
     while not true():

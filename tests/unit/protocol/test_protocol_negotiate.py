@@ -1,4 +1,4 @@
-"""INIT: every combination of the flags that touch each other, modes, privileges and settings."""
+"""INIT: every combination of interacting flags, modes, privileges and settings."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ TOUCHING = (
     Init.POSIX_ACL,
     Init.DONT_MASK,
 )
-"""Flags some rule names together with another flag or with a setting."""
+"""Flags that a rule combines with another flag or a setting."""
 
 WANTED = (
     Init.DO_READDIRPLUS | Init.READDIRPLUS_AUTO | Init.PARALLEL_DIROPS | Init.CACHE_SYMLINKS | Init.MAX_PAGES
@@ -57,7 +57,7 @@ def offer(flags: int, minor: int = 45, readahead: int = 1 << 17) -> InitRequest:
 
 
 def check(decision: Decision, offered: InitRequest, settings: Settings, privileges: Privileges) -> None:
-    """Every rule of the flag table, said a second time."""
+    """Every rule of the flag table, stated a second time."""
     agreed, reply = decision.reply.flags, decision.reply
     assert not agreed & ~offered.flags
     assert not agreed & ~sum(Init)
@@ -115,7 +115,7 @@ def check(decision: Decision, offered: InitRequest, settings: Settings, privileg
 
 
 def possible(mode: IoMode, offered: InitRequest, privileges: Privileges) -> bool:
-    """The table of I/O modes, said a second time (layers on ordinary filesystems)."""
+    """The table of I/O modes, stated a second time (layers on ordinary filesystems)."""
     both = Init.PASSTHROUGH | Init.INIT_EXT
     return mode in (IoMode.AUTO, IoMode.CACHED) or (privileges == ROOT and offered.flags & both == both)
 
@@ -169,7 +169,7 @@ SETTINGS = st.builds(
 def test_auto_is_never_refused(
     flags: int, minor: int, readahead: int, settings: Settings, privileges: Privileges
 ) -> None:
-    """Whatever the kernel offers, even flags nobody knows yet."""
+    """For every kernel offer, even unknown flags."""
     offered = offer(flags, minor, readahead)
     decision = negotiate(offered, settings, privileges)
     check(decision, offered, settings, privileges)
@@ -198,7 +198,7 @@ def test_hybrid() -> None:
 
 
 def test_hybrid_without_an_upper() -> None:
-    """Nothing is copied up, so large files are passed through, unless that made the mount too deep."""
+    """There is no copy-up, so large files are passed through, unless the mount becomes too deep."""
     decision = negotiate(offer(EVERYTHING), Settings(read_only=True), ROOT)
     assert decision.io is IoMode.HYBRID
     assert (decision.passthrough_upper, decision.passthrough_lower) == (False, True)

@@ -17,7 +17,7 @@ from unionfs.fuse.protocol.structs import LAYOUTS, Layout, record_align
 INSTALLED = Path("/usr/include/linux/fuse.h")
 COMPILER = shutil.which("cc") or shutil.which("gcc")
 VARIABLE = {"fuse_dirent": "name"}
-"""Fields without a size of their own, at the end of a structure."""
+"""Fields without a fixed size, at the end of a structure."""
 
 
 def offsets(layout: Layout) -> dict[str, tuple[int, int]]:
@@ -31,7 +31,7 @@ def offsets(layout: Layout) -> dict[str, tuple[int, int]]:
 
 
 def fields(layout: Layout) -> dict[str, tuple[int, int]]:
-    """The direct fields, a nested structure being one."""
+    """The direct fields; a nested structure counts as one."""
     found: dict[str, tuple[int, int]] = {}
     for name, (offset, size) in offsets(layout).items():
         start, _ = found.setdefault(name.partition(".")[0], (offset, size))
@@ -65,7 +65,7 @@ def test_packing_puts_each_value_at_its_offset(name: str) -> None:
 
 
 def our_name(number: str) -> int | None:
-    """The value we have for a number of the header, None if we have none."""
+    """Our value for a number of the header, or None."""
     short = number.removeprefix("FUSE_")
     if short.startswith("NOTIFY_") and short.removeprefix("NOTIFY_") in flags.Notify.__members__:
         return flags.Notify[short.removeprefix("NOTIFY_")]
@@ -96,7 +96,7 @@ def test_no_number_is_ours_alone() -> None:
 @pytest.mark.skipif(COMPILER is None, reason="there is no C compiler")
 @pytest.mark.skipif(not INSTALLED.exists(), reason=f"there is no {INSTALLED}")
 def test_the_installed_header_agrees(tmp_path: Path) -> None:
-    """What /usr/include/linux/fuse.h has, of whatever age, lies where our tables say."""
+    """The fields of /usr/include/linux/fuse.h, of any version, match our tables."""
     assert COMPILER is not None
     text = re.sub(r"/\*.*?\*/", "", INSTALLED.read_text(), flags=re.S)
     lines = []
@@ -113,7 +113,7 @@ def test_the_installed_header_agrees(tmp_path: Path) -> None:
     subprocess.run([COMPILER, "-o", str(binary), str(source)], check=True)
     found = subprocess.run([str(binary)], check=True, capture_output=True, text=True).stdout.splitlines()
     assert len(found) > 100
-    # fields that got a name of their own later
+    # fields that were named later
     renamed = {("fuse_open_in", "unused"), ("fuse_open_out", "padding"), ("fuse_create_in", "padding")}
     renamed |= {
         ("fuse_notify_inval_entry_out", "padding"),

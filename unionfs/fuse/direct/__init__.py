@@ -1,1 +1,1 @@
-"""What the direct session is made of: the device, mounting, the loop, and the handlers of requests."""
+"""The parts of the direct session: the device, mounting, the loop, and the handlers of requests."""

@@ -1,20 +1,20 @@
-"""Preparing the next listing while there is nothing to answer.
+"""Prepares the next listing while the daemon is idle.
 
 A process that walks a tree (find, du, grep -r, git status) lists directories in a predictable order: the
-first one below the one just listed, else the next one beside or above it. While it works on one listing, the
-daemon makes the next one; when the request comes, only the answer is left to be sent.
+first one below the one just listed, else the next one beside or above it. While it processes one listing, the
+daemon prepares the next; when the request arrives, the answer only needs to be sent.
 
 Rules:
 - Only for a walker: the last guesses were right.
-- Only for directories that show just what the lowers have: those without a part in the upper. Whatever
-  changes a name of a lower there, or an object, leaves something in such a part; so before the answer, there
-  must still be none, or an empty one (chmod -R and chown -R copy each directory up, then list it).
-- In small steps: a request that arrives meanwhile waits for one of them. So a fact learned in one step may be
+- Only for directories that show only lowers: those without a part in the upper. Every change to a name of a
+  lower there, or to an object, leaves an entry in such a part; so before the answer, there must still be no
+  such part, or an empty one (chmod -R and chown -R copy each directory up, then list it).
+- In small steps: a request that arrives during the work waits for one step. So a fact from one step may be
   wrong in the next.
-- The kernel does not know what was prepared. The directory stays in the node table until then (one of its
-  lookups is the daemon's). Nodes made for it have no lookups until the answer is sent, and go when it is not
-  used. It is not used if nodes that were known are forgotten or superseded meanwhile or, where times of
-  access are kept, read.
+- The kernel does not know of prepared nodes. The directory stays in the node table until then (one of its
+  lookups is the daemon's). Nodes made for the listing have no lookups until the answer is sent, and are
+  dropped if it is unused. It is unused if known nodes are forgotten or superseded in between or, with access
+  times, read.
 """
 
 from __future__ import annotations
@@ -31,55 +31,55 @@ from unionfs.union.node import Node
 log = logging.getLogger(__name__)
 
 _SURE: Final = 2
-"""This many right guesses in a row make a walker."""
+"""The number of consecutive right guesses that identifies a walker."""
 _IN_VAIN: Final = -16
-"""The count of right guesses after a listing was prepared and could not be used."""
+"""The count of right guesses after a prepared listing could not be used."""
 _LEFT_OUT: Final = 64
-"""A walker that skips more directories at once counts as another one."""
+"""A process that skips more directories at once counts as another walker."""
 _WALK: Final = 10_000
-"""The largest number of directories to come that are remembered."""
+"""The maximum number of upcoming directories to remember."""
 
 
 class Unfit(Exception):
-    """A directory's listing cannot be prepared after all."""
+    """The directory's listing cannot be prepared."""
 
 
 class Prepared:
-    """The first part of a listing, ahead of its request."""
+    """The first part of a listing, prepared before its request."""
 
     def __init__(self, node: Node, size: int) -> None:
         self.node = node
         self.listing = Listing(size)
         self.entries = NO_ENTRIES
-        #: What is in it: a name after the other.
+        #: The names in it, one after the other.
         self.nodes: list[Node] = []
 
     def begin(self, entries: Entries) -> None:
-        """These are the names of the directory."""
+        """Set the names of the directory."""
         self.entries = entries
 
 
 class Ahead:
-    """Guesses which directory is listed next, and prepares its listing, one at a time."""
+    """Predicts the next directory to be listed, and prepares its listing, one at a time."""
 
     def __init__(
         self, operations: Operations, prepare: Callable[[Prepared], Iterator[None]]
     ) -> None:
-        """``prepare`` begins to prepare a listing; each step does a part. It may raise `Unfit`."""
+        """``prepare`` starts preparing a listing; each step does a part. It may raise `Unfit`."""
         self._operations = operations
         self._enabled = operations.union.shortcuts.ahead
         self._prepare = prepare
         self._prepared: Prepared | None = None
         self._work: Iterator[None] | None = None
-        #: Directories to come, the next one last.
+        #: Upcoming directories, the next one last.
         self._walk: list[Node] = []
         self._right = 0
-        #: Listings that were begun, and that were of use.
+        #: Listings started, and listings used.
         self.begun = 0
         self.used = 0
 
     def listed(self, node: Node, below: list[Node], size: int) -> None:
-        """A listing was read from its start; ``below``: the directories in it, in the order of the listing.
+        """A listing was read from its start; ``below``: the directories in it, in listing order.
 
         ``size``: the size limit of the answer, in bytes.
         """
@@ -101,7 +101,7 @@ class Ahead:
             self.begun += 1
 
     def _leave_out(self, node: Node) -> None:
-        """The walker skipped what was expected before ``node``."""
+        """Drop the directories expected before ``node``, which the walker skipped."""
         walk = self._walk
         for back in range(1, min(len(walk), _LEFT_OUT) + 1):
             if walk[-back] is node:
@@ -110,14 +110,14 @@ class Ahead:
         walk.clear()
 
     def step(self) -> bool:
-        """Do a small part of the work; False if there is none."""
+        """Do a small part of the work; returns False if there is none."""
         if self._work is None:
             return False
         try:
             next(self._work)
         except StopIteration:
             self._work = None
-        except (OSError, Unfit):  # the request for the listing gets the error
+        except (OSError, Unfit):  # the request for the listing reports the error
             self._drop()
         except Exception:
             log.exception("a listing could not be prepared")
@@ -125,11 +125,11 @@ class Ahead:
         return True
 
     def take(self, node: Node, size: int) -> Prepared | None:
-        """The listing of a directory for an answer of ``size`` bytes, if it is prepared."""
+        """The prepared listing of a directory for an answer of ``size`` bytes, or None."""
         if self._prepared is None or self._prepared.node is not node:
             return None
         prepared = self._finished()
-        if prepared is None:  # it could not be made
+        if prepared is None:  # the preparation failed
             return None
         if prepared.listing.size > size or not self._holds(prepared):
             self._right = _IN_VAIN
@@ -146,7 +146,7 @@ class Ahead:
         return self._prepared
 
     def _holds(self, prepared: Prepared) -> bool:
-        """Whether what was prepared is what would be found now. Raises ``OSError``."""
+        """Whether the prepared listing is still current. Raises ``OSError``."""
         node = prepared.node
         if node.unlinked or not self._operations.union.merge.shows_only_lowers(node.parts):
             return False
@@ -164,7 +164,7 @@ class Ahead:
             self._operations.forget(prepared.node.id, 1)
 
     def let_go(self, nodes: list[Node]) -> None:
-        """Drop nodes that were looked up without telling the kernel."""
+        """Drop nodes that were looked up without the kernel's knowledge."""
         for node in nodes:
             if self._is_current(node):
                 self._operations.forget(node.id, 0)

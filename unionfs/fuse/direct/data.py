@@ -1,7 +1,7 @@
-"""Requests about open files: handlers that translate and answer.
+"""Requests for open files: handlers that translate and answer.
 
 A request names an open file by its number or, where the kernel sends no OPEN, by its node alone: then the
-number is 0, and a bounded number of files stay open (`OpenFiles.keep`).
+number is 0, and a limited number of files stays open (`OpenFiles.keep`).
 """
 
 from __future__ import annotations
@@ -95,7 +95,7 @@ class DataRequests:
         reads = flags & (os.O_ACCMODE | os.O_TRUNC) == os.O_RDONLY
         if not reads and self._ios.holds_lower(node):
             node.territory.require_writable()
-            # This open fails, and may not be retried (/proc/self/fd), so it must not truncate.
+            # This open fails and may not be retried (/proc/self/fd), so it must not truncate.
             if not self._operations.copy_ups.is_running(node):
                 self._union.nodes.supersede(node)
                 self._operations.invalidations.of_node(node)
@@ -103,7 +103,7 @@ class DataRequests:
             flags = os.O_RDWR
         prepared = await self._files.prepare(node, flags)
         outdated = node.successor is None and self._ios.is_outdated(node)
-        if outdated or node.successor is not None:  # superseded meanwhile
+        if outdated or node.successor is not None:  # superseded in between
             if prepared is not None:
                 self._open_files.take_back(node, prepared)
             if outdated:
@@ -125,7 +125,7 @@ class DataRequests:
         return encode.opened(request.unique, number, open_flags, backing_id)
 
     def _fill(self, id_: int, file: OpenFile) -> None:
-        """Put a small file into the page cache with its first open, which saves the READ.
+        """Put a small file into the page cache at its first open, which saves the READ.
 
         It has no other open, so no request that waits for this daemon holds a lock on its pages.
         """
@@ -135,7 +135,7 @@ class DataRequests:
         try:
             count = file.read_into(self._buffer[:size], 0)
         except OSError:
-            return  # the READ gets the error
+            return  # the READ reports the error
         if count == size:
             self._device.notify(notify.store(id_, 0, self._buffer[:size]))
             self._files.was_read(size)
@@ -174,7 +174,7 @@ class DataRequests:
     # -- data -----------------------------------------------------------------------------------------
 
     def _reading(self, id_: int, number: int) -> OpenFile:
-        """The file to read, opened here and not in a thread if it was not open yet."""
+        """The file to read, opened here if it was not open yet, not in a thread."""
         if number:
             file = self._files[number].file
             _ = file.fd
@@ -196,10 +196,10 @@ class DataRequests:
         if request.size >= WORTHWHILE:
             if await self._spliced(request, file):
                 return None
-            file = self._reading(request.nodeid, request.fh)  # it may have been copied up meanwhile
+            file = self._reading(request.nodeid, request.fh)  # a copy-up may have replaced it
         # The answer is sent before the next request is read, so one buffer serves all reads that do not wait.
         if file.waits and request.size >= WORTHWHILE:
-            here = None  # other requests were read meanwhile, and may use the buffer
+            here = None  # other requests were read in between, and may use the buffer
         else:
             here = file.read_into(self._buffer[: request.size], request.offset)
         if here is not None:
@@ -208,8 +208,8 @@ class DataRequests:
         return encode.data(request.unique, await self._files.read(file, request.offset, request.size))
 
     async def _spliced(self, request: rq.Read, file: OpenFile) -> bool:
-        """Answer by splicing; in a thread when a read may wait for a disk, so that several run at once. False
-        if that is not possible."""
+        """Answer by splicing; in a thread if a read may wait for a disk, so that several run concurrently.
+        Returns False if that is not possible."""
         arguments = request.unique, file, request.offset, request.size
         if not file.waits:
             count = self._splicer.answer(*arguments)
@@ -229,7 +229,7 @@ class DataRequests:
                 count = await self._write_all(request, file)
         except OSError:
             if request.write_flags & WRITE_CACHE:
-                # Data that could not be written must not stay readable in the page cache.
+                # Data that could not be written must not remain readable in the page cache.
                 self._device.notify_later(notify.inval_inode(request.nodeid))
             raise
         return encode.written(request.unique, count)
@@ -279,7 +279,7 @@ class DataRequests:
     # -- ioctl ----------------------------------------------------------------------------------------
 
     async def _ioctl(self, request: rq.Ioctl) -> Reply:
-        """The flags of chattr(1), of files and directories (fs/fuse/ioctl.c, fuse_fileattr_get)."""
+        """The chattr(1) flags of files and directories (fs/fuse/ioctl.c, fuse_fileattr_get)."""
         if request.cmd not in _READING_IOCTLS + _WRITING_IOCTLS:
             raise os_error(errno.ENOTTY)
         node = self._operations.node(request.nodeid)
@@ -294,7 +294,7 @@ class DataRequests:
 
     @contextmanager
     def _own_fd(self, node: Node) -> Iterator[int]:
-        """An fd of the node's object within the block. Raises ENOTTY for what has no flags."""
+        """An fd of the node's object within the context. Raises ENOTTY for types without flags."""
         if node.is_dir:
             fd = self._union.gate.open_for_listing(node.parts[0])
             try:

@@ -31,23 +31,23 @@ class Device:
         self.fd = fd
         #: Backing files registered now.
         self.backing_files = 0
-        #: Notices that have to be sent from a thread; see :meth:`take_later`.
+        #: Notices to be sent from a thread; see :meth:`take_later`.
         self.later: list[Reply] = []
 
     def answer(self, reply: Reply) -> None:
-        """Send an answer; if the caller is gone it is dropped."""
+        """Send an answer; drops it if the caller is gone."""
         try:
             os.writev(self.fd, reply)
         except OSError as error:
             if error.errno not in _GONE:
-                # A bug of ours; it must not end the mount, nor leave the caller waiting.
+                # A bug of ours, which must neither end the mount nor leave the caller waiting.
                 log.exception("the kernel refused an answer of %d bytes", sum(map(len, reply)))
                 unique = int.from_bytes(reply[0][8:16], sys.byteorder)
                 with contextlib.suppress(OSError):
                     os.writev(self.fd, encode.error(unique, errno.EIO))
 
     def notify(self, notice: Reply) -> None:
-        """Send a notice; an object that the kernel has forgotten is not an error.
+        """Send a notice; ignores objects that the kernel has forgotten.
 
         A notice about cached data may have to wait for requests that this daemon serves, so it is sent from a
         thread. One about attributes alone does not wait when a request holds the object (fs/fuse/inode.c,
@@ -60,11 +60,11 @@ class Device:
                 log.warning("the kernel refused a notice: %s", error.strerror)
 
     def notify_later(self, notice: Reply) -> None:
-        """Have the loop send a notice from a thread, after the answer to the current request."""
+        """Queue a notice for the loop, to be sent from a thread after the answer to the current request."""
         self.later.append(notice)
 
     def take_later(self) -> list[Reply]:
-        """The notices that have to be sent now."""
+        """Take the queued notices."""
         notices, self.later = self.later, []
         return notices
 
@@ -73,17 +73,17 @@ class Device:
 
         Raises ``OSError``: ELOOP for a file on too many stacked filesystems, EPERM without privilege.
         """
-        # A mutable argument, for with any other ioctl() hides the result.
+        # A mutable argument: with any other, ioctl() hides the result.
         argument = bytearray(_BACKING_MAP.pack(fd, 0, 0))
         backing_id: int = fcntl.ioctl(self.fd, DEV_IOC_BACKING_OPEN, argument)
         self.backing_files += 1
         return backing_id
 
     def unregister(self, backing_id: int) -> None:
-        """Unregister a backing file; the kernel keeps it until the last open file that uses it is closed."""
+        """Unregister a backing file; the kernel keeps it until the last open file with it is closed."""
         self.backing_files -= 1
         fcntl.ioctl(self.fd, DEV_IOC_BACKING_CLOSE, _ID.pack(backing_id))
 
     def close(self) -> None:
-        """Close the device, which cuts off a mount that still exists."""
+        """Close the device, which disconnects a mount that still exists."""
         os.close(self.fd)

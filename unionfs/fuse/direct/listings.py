@@ -1,4 +1,4 @@
-"""Requests for directory listings: READDIR, and READDIRPLUS, whose entries count a lookup each."""
+"""Requests for directory listings: READDIR, and READDIRPLUS, whose entries each count a lookup."""
 
 from __future__ import annotations
 
@@ -88,7 +88,7 @@ class ListingRequests:
     def _found(
         self, node: Node, entries: Entries, first: int, listing: Listing, *, ahead: bool = False
     ) -> Iterator[Node]:
-        """Add the names from the index ``first`` on as long as they fit; yields the node of each."""
+        """Add names from the index ``first`` while they fit; yields the node of each."""
         lookup, valid = node.territory.lookup, self._ios.valid
         cookies, names, parts = entries
         for index in range(first, len(names)):
@@ -122,13 +122,12 @@ class ListingRequests:
 
     @staticmethod
     def _add_unknown(listing: Listing, name: bytes, cookie: int, known: tuple[int, int] | None) -> None:
-        """Add a name that cannot be looked up. It counts no lookup; the next request for it gets the
-        error."""
+        """Add a name whose lookup fails. It counts no lookup; the next request for it reports the error."""
         if known is not None:
             listing.add_plus(name, known[0], cookie, known[1], encode.NO_ENTRY)
 
     async def _start(self, node: Node, offset: int, listing: Listing, *, plus: bool) -> tuple[Entries, int]:
-        """Add ``.`` and ``..`` if the offset is before them; returns the listing and the index of the first
+        """Add ``.`` and ``..`` if the offset is before them; returns the listing and the index of its first
         name."""
         if node.unlinked:
             return NO_ENTRIES, 0

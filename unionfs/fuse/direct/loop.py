@@ -1,15 +1,15 @@
-"""The loop of the direct session: read a request, answer it, and stay fair to everything else in the process.
+"""The loop of the direct session: reads and answers requests, and stays fair to other tasks of the process.
 
 Rules:
-- The loop reads requests until there are none. Then it does work ahead, in small pieces, and polls for a
-  short while, because waking up costs far more than answering; for how long, it learns from how soon the next
-  request came. Only then it waits.
-- Neither reading nor polling lets another task run, so there is a checkpoint every two milliseconds.
-- A handler that does not wait is answered in line. One that waits continues in a task, and takes the receive
-  buffer along if its data lies there.
-- Files that a copy-up used are closed right after the answer, while the caller wakes up.
-- A notice about changed attributes is sent before the answer, so that nobody sees the old ones after it.
-- Latency, from reading the request to writing the answer, is measured only while somebody watches.
+- The loop reads requests until there are none. Then it works ahead in small pieces and polls for a short
+  time, because waking up costs far more than answering; how soon the next request came determines how long it
+  polls. Only then does it wait.
+- Neither reading nor polling lets other tasks run, so there is a checkpoint every two milliseconds.
+- A handler that does not wait is answered in line. One that waits continues in a task, and takes over the
+  receive buffer if its data is there.
+- Files used by a copy-up are closed right after the answer, while the caller wakes up.
+- A notice about changed attributes is sent before the answer, so no process sees old ones after it.
+- Latency, from reading the request to writing the answer, is measured only on demand.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ _FAIR_NS: Final = 2_000_000
 _MAX_SPIN_NS: Final = 100_000
 _MIN_SPIN_NS: Final = 5_000
 _RESIZED_SECONDS: Final = 0.05
-"""The delay of the notice that the size of a directory changed."""
+"""The delay of the notice about a directory's changed size."""
 _OPCODE_UNIQUE: Final = struct.Struct("=4xIQ")  # of struct fuse_in_header
 _NO_ANSWER: Final = (Opcode.FORGET, Opcode.BATCH_FORGET, Opcode.INTERRUPT)
 
@@ -73,8 +73,7 @@ class Loop:
         idle: Callable[[], bool] = lambda: False,
         invalidations: Invalidations | None = None,
     ) -> None:
-        """``idle`` is called when there is nothing to answer: it does a little work; False if there is
-        none."""
+        """``idle`` is called when no request is pending: it does a little work; False if there is none."""
         self._device = device
         self._union = union
         self._files = union.files
@@ -92,7 +91,7 @@ class Loop:
             self._answers.pop(opcode, None)
             self._waiting.pop(opcode, None)
         self._names = {int(opcode): opcode.name.lower() for opcode in Opcode}
-        #: Requests being answered in tasks: the scope that cancels the task, and the pid of the caller.
+        #: Requests answered in tasks: the cancel scope of the task, and the pid of the caller.
         self._running: dict[int, tuple[trio.CancelScope, int]] = {}
         self._latencies = latencies or Latencies()
 
@@ -101,7 +100,7 @@ class Loop:
         self._view = memoryview(self._buffer)
 
     async def run(self) -> None:
-        """Serve until the mount is gone. Raises ConnectionAbortedError, in a group, when it was cut off."""
+        """Serve until the mount is gone. Raises ConnectionAbortedError, in a group, if disconnected."""
         async with trio.open_nursery() as self._nursery:
             await self._read_requests()
             self._nursery.cancel_scope.cancel()
@@ -119,7 +118,7 @@ class Loop:
             except BlockingIOError:
                 now = clock()
                 if now < fair_until and idle():
-                    spin_end = 0  # polling begins when there is nothing left to do
+                    spin_end = 0  # polling begins when no work is left
                     continue
                 if spin_end == 0:
                     spin_end = now + spin
@@ -130,7 +129,7 @@ class Loop:
                 else:
                     await trio.lowlevel.wait_readable(fd)
                     spin_end = 0
-                    # Would the request have come if it had polled for longer?
+                    # Whether the request would have arrived during a longer poll.
                     came_soon = clock() - now < _MAX_SPIN_NS
                     spin = min(spin * 2, _MAX_SPIN_NS) if came_soon else max(spin // 2, _MIN_SPIN_NS)
                 fair_until = clock() + _FAIR_NS
@@ -139,10 +138,10 @@ class Loop:
                 if error.errno == errno.ENODEV:
                     return
                 if error.errno in (errno.ENOENT, errno.EINTR):
-                    continue  # the request was cancelled while it was read
+                    continue  # the request was cancelled during the read
                 if error.errno == errno.ECONNABORTED and not cut_off:
-                    # An ordinary umount causes it, too, while a request is being read (fs/fuse/dev.c,
-                    # fuse_dev_do_read). The next read tells the two apart.
+                    # An ordinary umount causes it too, during the read of a request (fs/fuse/dev.c,
+                    # fuse_dev_do_read). The next read distinguishes the two.
                     cut_off = True
                     continue
                 raise
@@ -158,7 +157,7 @@ class Loop:
                 fair_until = clock() + _FAIR_NS
 
     def serve(self, size: int) -> bool:
-        """Answer the request in the buffer; True if a task was started that will."""
+        """Answer the request in the buffer; returns True if it started a task for the answer."""
         try:
             request = self._decode(self._view, size)
         except ProtocolError as error:
@@ -182,8 +181,8 @@ class Loop:
                     if begun is PENDING:
                         if "data" in request.fields:
                             self._new_buffer()
-                        # Known before its task runs: the next request may already be its INTERRUPT, which the
-                        # kernel sends once (fs/fuse/dev.c, request_wait_answer).
+                        # Recorded before its task runs: the next request may already be its INTERRUPT, which
+                        # the kernel sends once (fs/fuse/dev.c, request_wait_answer).
                         scope = trio.CancelScope()
                         self._running[request.unique] = scope, request.pid
                         self._nursery.start_soon(self._finish, request, coroutine, scope)
@@ -194,7 +193,7 @@ class Loop:
         self._reply(reply)
         return False
 
-    # -- while somebody watches -----------------------------------------------------------------------
+    # -- measuring latencies --------------------------------------------------------------------------
 
     def _measured(self, size: int) -> None:
         number, unique = _OPCODE_UNIQUE.unpack_from(self._buffer)
@@ -217,7 +216,7 @@ class Loop:
 
     def _reply(self, reply: Reply | None) -> None:
         if self._invalidations.now:
-            # In line: what was copied up is held by the request that wanted it, see `Device.notify`.
+            # In line: the copied node is held by its request, see `Device.notify`.
             self._send(_ask_again(self._invalidations.take_now()))
         if reply is not None:
             self._device.answer(reply)
@@ -228,7 +227,7 @@ class Loop:
             self._nursery.start_soon(trio.to_thread.run_sync, self._send, self._device.take_later())
 
     async def _tell_resized(self) -> None:
-        """Not for each copy-up: a process that walks through the directory would ask again each time."""
+        """Send notices of sizes with a delay: after each copy-up they would make a walker query each time."""
         await trio.sleep(_RESIZED_SECONDS)
         self._tells_resized = False
         await trio.to_thread.run_sync(self._send, _ask_again(self._invalidations.take_soon()))
@@ -238,7 +237,7 @@ class Loop:
             self._device.notify(notice)
 
     def _failed(self, request: Request, error: BaseException) -> Reply | None:
-        """The answer to a request whose handler raised. Raises what is not an error of the request."""
+        """The answer to a request whose handler raised. Re-raises errors outside the request."""
         if request.number in _NO_ANSWER:
             log.error("%r failed", request, exc_info=error)
             return None
@@ -267,7 +266,7 @@ class Loop:
             self._files.close_waiting()
 
     def _interrupt(self, unique: int) -> None:
-        """A caller got a signal. Only a caller that it kills gets EINTR: no other expects that here."""
+        """Handle a caller's signal. Only a caller that it kills gets EINTR: others do not expect it."""
         running = self._running.get(unique)
         if running is not None and is_being_killed(running[1]):
             running[0].cancel()

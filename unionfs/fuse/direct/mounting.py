@@ -1,4 +1,4 @@
-"""Mounting without libfuse: mount(2) where that is allowed, else libfuse's helper fusermount3.
+"""Mounting without libfuse: mount(2) where permitted, else libfuse's helper fusermount3.
 
 Source: fs/fuse/inode.c (the options), util/fusermount.c and lib/mount.c of libfuse 3 (the helper sends the
 device over the socket in the environment variable _FUSE_COMMFD).
@@ -27,12 +27,12 @@ from unionfs.sys.mountinfo import MountEntry, mount_id_of_fd, mount_of_id, mount
 from unionfs.sys.openat2 import RESOLVE_NO_SYMLINKS, openat2
 
 _SUPER: Final = ("dirsync", "lazytime", "sync")
-"""Options of mount(8) that belong to the filesystem and not to the mount."""
+"""Options of mount(8) for the filesystem, not the mount."""
 
 
 @dataclass(frozen=True, slots=True)
 class MountOptions:
-    """How a union is mounted, apart from its layers."""
+    """The mount options of a union, without its layers."""
 
     source: str
     """The source in /proc/mounts."""
@@ -47,7 +47,7 @@ class MountOptions:
 
 
 def mount(mountpoint: str, options: MountOptions) -> tuple[int, MountEntry | None]:
-    """Mount; returns the device, non-blocking, and the mount if it still exists. Raises SessionError."""
+    """Mount; returns the non-blocking device, and the mount if it still exists. Raises SessionError."""
     if has_capability(CAP_SYS_ADMIN):
         return _by_call(mountpoint, options)
     return _by_helper(mountpoint, options), mounted_at(mountpoint)
@@ -75,7 +75,7 @@ def _by_call(mountpoint: str, options: MountOptions) -> tuple[int, MountEntry | 
         *(label.split("=", 1) for label in options.security),
     ]
     try:
-        # By fds, so that the owner of a directory above cannot redirect root meanwhile.
+        # By fds, so that the owner of a parent directory cannot redirect root.
         with ExitStack() as fds:
             path = os.fsencode(mountpoint)
             target = openat2(AT_FDCWD, path, os.O_PATH | os.O_DIRECTORY, RESOLVE_NO_SYMLINKS)
@@ -135,7 +135,7 @@ def _received(channel: socket.socket) -> int:
 
 
 def raise_readahead(device: str, size: int) -> None:
-    """Set the readahead of the mount ``device`` (major:minor) to ``size`` bytes, where that is allowed.
+    """Set the readahead of the mount ``device`` (major:minor) to ``size`` bytes, where permitted.
 
     INIT can only lower it from the initial 128 KiB of a FUSE mount (fs/fuse/inode.c).
     """

@@ -1,4 +1,4 @@
-"""Requests about names, attributes and xattrs: handlers that translate and answer."""
+"""Requests for names, attributes and xattrs: handlers that translate and answer."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ class NameRequests:
         self._ios = ios
         #: Whether the daemon applies the caller's umask.
         self._masks = bool(decision.flags & Init.DONT_MASK)
-        #: Keeps attributes while data is written back; None without write-back.
+        #: Preserves attributes while data is written back; None without write-back.
         writes_back = bool(decision.flags & Init.WRITEBACK_CACHE)
         self.write_back = WriteBack(operations.union.capabilities) if writes_back else None
         #: Whether the kernel sends no OPEN.
@@ -106,7 +106,7 @@ class NameRequests:
         )
 
     def _valid(self, id_: int, node: Node, attributes: Attributes) -> Timeout:
-        # Notices about changes of the node that superseded this one carry the new id.
+        # Notices about changes of the node that superseded this one contain the new id.
         return self._ios.valid(node, attributes) if node.id == id_ else NEVER
 
     def _attributes(self, request_id: int, unique: int, found: Found) -> Reply:
@@ -118,7 +118,7 @@ class NameRequests:
         )
 
     def caller(self, request: rq.Mknod | rq.Mkdir | rq.Create) -> Caller:
-        """Who creates an object, and with which umask."""
+        """The creator of an object, with the umask to apply."""
         return Caller(request.uid, request.gid, request.umask if self._masks else 0)
 
     # -- names ----------------------------------------------------------------------------------------
@@ -220,10 +220,10 @@ class NameRequests:
         return self._attributes(request.nodeid, request.unique, found)
 
     def _is_mtime_of_removed(self, request: rq.Setattr) -> bool:
-        """Whether only the ctime of a lower file changes, because its name was removed.
+        """Whether the request changes only the ctime of a lower file, because its name was removed.
 
         With writeback the kernel keeps the times and sends them when it forgets the file (fs/fuse/inode.c,
-        fuse_flush_times). A copy-up for that would serve nobody.
+        fuse_flush_times). A copy-up for that would be useless.
         """
         if request.valid & ~(FATTR_FH | FATTR_LOCKOWNER) != FATTR_MTIME | FATTR_CTIME:
             return False
@@ -233,24 +233,23 @@ class NameRequests:
         return self._union.stat(node).st_mtime_ns == request.mtime * _NS + request.mtimensec
 
     def _only_kills(self, request: rq.Setattr) -> bool:
-        """Whether a SETATTR that changes nothing is to clear setuid and setgid. Raises EPERM.
+        """Whether a SETATTR without changes requests clearing of setuid and setgid. Raises EPERM.
 
         With HANDLE_KILLPRIV_V2 the kernel sends it for a write through a backing file (fs/backing-file.c,
-        file_remove_privs) or for a chown that names no owner, whose permission check it leaves to the daemon.
-        It is a chown if it has a ctime, which is sent with writeback, or if nobody has the file open for
-        writing.
+        file_remove_privs) or for a chown without an owner, whose permission check it leaves to the daemon. It
+        is a chown if it has a ctime, which is sent with writeback, or if the file is not open for writing.
         """
         valid = request.valid
         if valid & ~(FATTR_FH | FATTR_LOCKOWNER | FATTR_CTIME):
             return False
         node, attributes = self._operations.getattr(request.nodeid)
         if node.is_dir:
-            return False  # chown(2) leaves them on directories
+            return False  # chown(2) keeps them on directories
         writes = node.kind == stat.S_IFREG and (
             self._opens_unseen or (node.use is not None and any(handle.writes for handle in node.use.handles))
         )
         if writes and not valid & FATTR_CTIME:
-            return request.uid != 0  # root's is sent for file capabilities, which are removed already
+            return request.uid != 0  # root's is sent for file capabilities, which are already removed
         if mode_without_set_ids(attributes.st.st_mode) is None:
             return False
         if request.uid not in (0, attributes.st.st_uid):

@@ -1,15 +1,15 @@
-"""How a node is read and written: through the page cache of the mount, or by the kernel itself.
+"""The I/O mode of a node: through the page cache of the mount, or directly by the kernel (passthrough).
 
 Rules (fs/fuse/iomode.c and fs/fuse/passthrough.c of Linux 6.18):
-- A node has one I/O mode at a time. An open with a backing file while a cached open lives, an open without
-  while one with lives, or one with another backing id, fails with EIO. So the first open decides, and its
-  mode holds until the last close.
+- A node has one I/O mode at a time. An open with a backing file during a cached open, an open without one
+  during an open with one, or an open with another backing id, fails with EIO. So the first open decides, and
+  its mode holds until the last close.
 - A node has one backing id, counted; the last close unregisters it.
-- A backing file that is no longer the node's file (a lower that was copied up) serves those who have it open.
-  A new open gets another node: see `NodeTable.supersede`.
-- The kernel sends no request for a write through a backing file, but invalidates the attributes itself.
-  Nobody learns of a store through a mapping: so attributes are valid for some milliseconds while such a file
-  is open for writing (enough for the fstat that follows an open), and for a second afterwards, for a mapping
+- A backing file that is no longer the node's file (a lower that was copied up) stays for its current opens. A
+  new open gets another node: see `NodeTable.supersede`.
+- The kernel sends no request for a write through a backing file, but invalidates the attributes itself. A
+  store through a mapping is not reported at all: so attributes are valid for some milliseconds while such a
+  file is open for writing (enough for the fstat after an open), and for a second afterwards, as a mapping
   outlives the close. Only times can be stale: a store does not change the size.
 """
 
@@ -32,7 +32,7 @@ _AFTER_WRITING: Final[Timeout] = (1, 0)
 
 
 class NodeIos:
-    """Decides the I/O mode of every open, and keeps the kernel's rules."""
+    """Decides the I/O mode of every open according to the kernel's rules."""
 
     def __init__(self, device: Device, decision: Decision) -> None:
         self._device = device
@@ -50,12 +50,12 @@ class NodeIos:
         }
 
     def is_outdated(self, node: Node) -> bool:
-        """Whether the backing file in use is no longer the node's, so that it cannot be opened again."""
+        """Whether the backing file in use is no longer the node's, so it cannot be opened again."""
         use = node.use
         return use is not None and use.through > 0 and use.of_upper != node.in_place
 
     def holds_lower(self, node: Node) -> bool:
-        """Whether the lower's file is open in passthrough, so that no writer can join in."""
+        """Whether the lower's file is open in passthrough, so a writer cannot join."""
         use = node.use
         return use is not None and use.through > 0 and not use.of_upper and not node.in_place
 
@@ -72,16 +72,16 @@ class NodeIos:
             return self._decision.passthrough_open_flags, use.backing_id
         flags = self._decision.file_open_flags
         if use.written or not node.territory.lasting:
-            flags &= ~FOPEN_KEEP_CACHE  # what is cached from before may be old
+            flags &= ~FOPEN_KEEP_CACHE  # older cached data may be outdated
         return flags, 0
 
     def may_have_all(self, node: Node) -> bool:
-        """Whether the kernel may have all data of a lower file, which went through the page cache before."""
+        """Whether the kernel may have all data of a lower file, which went through the page cache earlier."""
         use = node.use
         return use is not None and use.filled and not use.through and not node.in_place
 
     def may_fill(self, handle: Opened) -> bool:
-        """Whether an open just counted is the first and only one of a lower file that goes through the page
+        """Whether a just counted open is the first and only one of a lower file that goes through the page
         cache and was never written to; True only once."""
         node, use = handle.node, handle.node.use
         if use is None or use.filled or use.cached != 1 or use.through or use.written:
@@ -100,7 +100,7 @@ class NodeIos:
             self._device.unregister(backing_id)
 
     def valid(self, node: Node, attributes: Attributes) -> Timeout:
-        """How long the attributes of a node are valid."""
+        """The validity of a node's attributes."""
         if not attributes.lasting:
             return NEVER
         use = node.use
@@ -111,7 +111,7 @@ class NodeIos:
     def _wants_backing(self, use: Use, handle: Opened) -> bool:
         node, decision = handle.node, self._decision
         if not node.territory.lasting:
-            return False  # others change bound storage too, so it is read through the page cache
+            return False  # others change bound storage too, so use the page cache
         if node.in_place:
             return decision.passthrough_upper
         if not decision.passthrough_lower or use.filled:
@@ -125,7 +125,7 @@ class NodeIos:
         except OSError as error:
             if error.errno in (errno.EBADF, errno.EFAULT):
                 raise
-            self.refused += 1  # this file goes through the page cache
+            self.refused += 1  # this file uses the page cache
             return
         use.passes_through(backing_id, of_upper=node.in_place)
 

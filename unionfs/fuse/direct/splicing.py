@@ -1,8 +1,8 @@
-"""Answering large reads without copying the data through this process: file, pipe, device.
+"""Answers large reads without copying the data through this process: file, pipe, device.
 
-The pages of the file are spliced into a pipe after the answer's header and from there into the device, which
-copies them into the reader's: one copy instead of two, and no buffer. Source: fs/fuse/dev.c,
-fuse_dev_splice_write: one splice(2) must carry a whole answer, so its length has to be right from the start,
+The file's pages are spliced into a pipe after the answer's header and from there into the device, which
+copies them to the reader: one copy instead of two, and no buffer. Source: fs/fuse/dev.c,
+fuse_dev_splice_write: one splice(2) must carry a whole answer, so its length must be correct from the start,
 and all of it must fit the pipe.
 """
 
@@ -20,7 +20,7 @@ from typing import Final
 from unionfs.union.files import OpenFile
 
 WORTHWHILE: Final = 128 * 1024
-"""The smallest read in bytes that is answered this way."""
+"""The minimum size of a read to splice, in bytes."""
 
 _HEADER: Final = struct.Struct("=IiQ")  # struct fuse_out_header: len, error, unique
 _SIZES: Final = (4 << 20, 2 << 20, 1 << 20)
@@ -32,13 +32,13 @@ class _Pipe:
 
     def __init__(self) -> None:
         self.reader, self.writer = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
-        # Beyond the host's limit (1 MiB at first) only with CAP_SYS_RESOURCE; pipe(7).
+        # Above the host's limit (initially 1 MiB) only with CAP_SYS_RESOURCE; pipe(7).
         for size in _SIZES:
             with contextlib.suppress(OSError):
                 fcntl.fcntl(self.writer, fcntl.F_SETPIPE_SZ, size)
                 break
         size = fcntl.fcntl(self.writer, fcntl.F_GETPIPE_SZ)
-        #: Bytes of a file that fit. A pipe has a slot a page: one takes the header, one a page cut in two.
+        #: Bytes of a file that fit. A pipe has one slot per page: one holds the header, one a split page.
         self.capacity = size - 2 * mmap.PAGESIZE
 
     def close(self) -> None:
@@ -50,7 +50,7 @@ class Splicer:
     """Splices large parts of files into a device. Thread-safe."""
 
     def __init__(self, device_fd: int, written: Callable[[int], None]) -> None:
-        """``written`` is called with the id of every request that was answered, by the thread that did it."""
+        """``written`` is called with the id of every answered request, in the answering thread."""
         self._device = device_fd
         self._free: list[_Pipe] = []
         self._written = written
@@ -62,8 +62,8 @@ class Splicer:
         return self._free[-1].capacity
 
     def answer(self, unique: int, file: OpenFile, offset: int, size: int) -> int:
-        """Answer a READ with up to ``size`` bytes; returns their number, 0 when nothing was sent, so that
-        others must."""
+        """Answer a READ with up to ``size`` bytes; returns their number, or 0 if it sent no answer and the
+        caller must."""
         length = min(size, os.fstat(file.fd).st_size - offset)
         if length < mmap.PAGESIZE:
             return 0
@@ -82,7 +82,7 @@ class Splicer:
             if sent:
                 self._free.append(pipe)
             else:
-                pipe.close()  # something may be left in it
+                pipe.close()  # it may contain a rest
         if not sent:
             return 0
         self._written(unique)
@@ -94,10 +94,10 @@ class Splicer:
         while offset < end:
             try:
                 count = os.splice(fd, pipe.writer, end - offset, offset)
-            except OSError:  # a filesystem that can't, or a pipe that is full early
+            except OSError:  # a filesystem without support, or a pipe that is full early
                 return False
             if count == 0:
-                return False  # the file became shorter
+                return False  # the file was truncated
             offset += count
         os.splice(pipe.reader, self._device, _HEADER.size + length)
         return True

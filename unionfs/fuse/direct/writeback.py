@@ -1,15 +1,14 @@
-"""What writing back cached data must not change.
+"""Preserves attributes that writing back cached data must not change.
 
 With WRITEBACK_CACHE a write(2) or a store changes the page cache, and the data arrives later. By then the
-kernel has done or requested everything else that it changes, so writing the backing file must not do it
-again:
+kernel has made or requested all its other changes, so writing the backing file must not repeat them:
 
 - The time of modification. The kernel sends it in a SETATTR, but only if its own time has changed
-  (fs/fuse/inode.c, fuse_flush_times); nothing corrects the later one of the backing file when the file was
-  made within the same tick of the clock, or when the SETATTR overtook the data.
+  (fs/fuse/inode.c, fuse_flush_times); nothing corrects the later one of the backing file if the file was
+  made within the same tick of the clock, or if the SETATTR overtook the data.
 - `security.capability`, and in an ordinary user's daemon setuid and setgid. A write(2) removes them (by
-  REMOVEXATTR and SETATTR) before it changes the page cache; if they exist now they were set since then,
-  or the data was stored through a mapping, which removes nothing.
+  REMOVEXATTR and SETATTR) before it changes the page cache; if they exist now, they were set since then, or
+  the data was stored through a mapping, which does not remove them.
 """
 
 from __future__ import annotations
@@ -26,15 +25,15 @@ from unionfs.union.xattrs import CAPABILITY
 
 
 class WriteBack:
-    """Keeps the attributes of the files that are being written back."""
+    """Preserves the attributes of files during write-back."""
 
     def __init__(self, capabilities: Capabilities) -> None:
         self._capabilities = capabilities
 
     @contextmanager
     def kept(self, node: Node, file: OpenFile) -> Iterator[None]:
-        """Restore the attributes of the node's backing file after the block, or those set meanwhile. The file
-        stays open until then."""
+        """Restore the attributes of the node's backing file after the context, or those set during it. The
+        file stays open until then."""
         use = node.in_use()
         fd = file.fd
         st = os.fstat(fd)
@@ -55,7 +54,7 @@ class WriteBack:
             node.use.keep_mtime(mtime_ns)
 
     def capability_set(self, node: Node, value: bytes | None) -> None:
-        """Capabilities were set, or removed (None) for a write that is yet to come."""
+        """Capabilities were set, or removed (None) for a later write."""
         if node.use is not None:
             node.use.keep_capability(value)
 
@@ -70,13 +69,13 @@ class WriteBack:
 
 
 def _restore(fd: int, before: os.stat_result, use: Use) -> None:
-    # An ordinary user's daemon may write a file of somebody else, but not set its times.
+    # An ordinary user's daemon may write a file of another user, but not set its times.
     with suppress(PermissionError):
         os.utime(fd, ns=(before.st_atime_ns, use.mtime_ns))
-    # No SETATTR of the mode comes while data is written back (fs/fuse/dir.c, fuse_do_setattr).
+    # The kernel sends no SETATTR of the mode during write-back (fs/fuse/dir.c, fuse_do_setattr).
     if before.st_mode & SET_IDS:
         with suppress(PermissionError):
             os.fchmod(fd, stat.S_IMODE(before.st_mode))
     if use.capability is not None:
-        with suppress(PermissionError, FileExistsError):  # another one was given meanwhile
+        with suppress(PermissionError, FileExistsError):  # another one was set in between
             os.setxattr(fd, CAPABILITY, use.capability, os.XATTR_CREATE)

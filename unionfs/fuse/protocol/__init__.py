@@ -9,9 +9,9 @@
     errors      ProtocolError, NegotiationRefused
 
 Rules:
-- Nothing in here opens, reads, writes, sleeps or knows trio: a session does, and hands over bytes.
+- No module here opens, reads, writes, sleeps or uses trio: a session does, and passes bytes.
 - Facts are the kernel's, and each file names the source. A name of the header keeps its spelling.
-- Nothing here knows the union.
+- No module here depends on the union.
 
 A session, in short:
 

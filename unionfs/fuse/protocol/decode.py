@@ -4,17 +4,17 @@
     request = decode(view, size)            # a message: the first `size` bytes of `view`
 
 Rules:
-- Whatever the bytes are, the only exception is ProtocolError. An unknown opcode is not an error: it becomes
-  `Unknown`, to be answered with ENOSYS.
+- For any bytes, the only exception is ProtocolError. An unknown opcode is not an error: it becomes `Unknown`,
+  to be answered with ENOSYS.
 - `view` is a memoryview of bytes over the whole receive buffer, made once; `size` is what read(2) returned.
   `data` of a request is a slice of it (see requests.py), so a buffer holds one message at a time.
-- A message is exactly as long as its header says and as its opcode needs: the kernel never sends less nor
-  more, so anything else is an error. Only INIT may grow.
-- `_SHAPES` has for each class the data after its structure. Nothing else in the program knows that.
+- A message has exactly the length in its header and of its opcode: the kernel never sends less or more, so
+  anything else is an error. Only INIT may grow.
+- `_SHAPES` maps each class to the data after its structure. No other module depends on that.
 - Without SETXATTR_EXT the structure of SETXATTR is shorter: the only fact that is not in the bytes
   themselves.
 
-Source: as requests.py. What it costs: tests/unit/protocol/protocol_timing.py.
+Source: as requests.py. Timing: tests/unit/protocol/protocol_timing.py.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ from unionfs.fuse.protocol.structs import (
 Decode = Callable[[memoryview, int], Request]
 """(view, size) -> request. Raises ProtocolError."""
 
-_OPCODE_BYTE: Final = 4 if sys.byteorder == "little" else 7  # its lowest byte: every opcode we know fits one
+_OPCODE_BYTE: Final = 4 if sys.byteorder == "little" else 7  # its lowest byte: every known opcode fits
 _HEADER: Final = IN_HEADER.struct
 _UNIQUE_AT: Final = HEADER_FIELDS.index("unique")
 _SLASH: Final = ord("/")
@@ -59,7 +59,7 @@ def _bad(kind: type[Request], view: memoryview, size: int, why: str) -> Protocol
 
 
 def _other(kind: type[Request] | None, view: memoryview, size: int) -> Request:
-    """Decode a message whose length or opcode is not what the decoder of `kind` expects."""
+    """Decode a message whose length or opcode differs from what the decoder of `kind` expects."""
     fields = _HEADER.unpack_from(view)
     if fields[0] != size:
         raise ProtocolError(f"A message of {size} bytes says it has {fields[0]}.", fields[_UNIQUE_AT])
@@ -108,7 +108,7 @@ def _name(kind: type[Request]) -> Decode:
 
 
 def _strings(*slash: bool) -> Callable[[type[Request]], Decode]:
-    """As many names as arguments, each True where a slash is allowed."""
+    """As many names as arguments; True allows a slash."""
 
     def shape(kind: type[Request]) -> Decode:
         layout = _layout(kind)
@@ -135,7 +135,7 @@ def _strings(*slash: bool) -> Callable[[type[Request]], Decode]:
 
 
 def _data(length_field: str) -> Callable[[type[Request]], Decode]:
-    """Data, as many bytes as `length_field` says; a view of the buffer."""
+    """Data of `length_field` bytes; a view of the buffer."""
 
     def shape(kind: type[Request]) -> Decode:
         layout = _layout(kind)
@@ -209,7 +209,7 @@ def _init(kind: type[Request]) -> Decode:
         if size < IN_HEADER_SIZE + INIT_COMPAT_SIZE or fields[:2] != (size, kind.opcode):
             return _other(kind, view, size)
         major, minor, readahead, flags = short.unpack_from(view, IN_HEADER_SIZE)
-        # A newer kernel may send more than we know: that is how the structure grew before.
+        # A newer kernel may send more: that is how the structure grew before.
         if flags & Init.INIT_EXT and size >= IN_HEADER_SIZE + long.size:
             flags |= long.struct.unpack_from(view, IN_HEADER_SIZE)[flags2_at] << 32
         return kind((*fields, major, minor, readahead, flags))
@@ -265,7 +265,7 @@ REQUESTS: Final = tuple(_SHAPES)
 
 
 def decoder(agreed: Init | int = Init.SETXATTR_EXT) -> Decode:
-    """Make the decoder of a connection on which the INIT flags `agreed` hold."""
+    """Create the decoder of a connection with the INIT flags `agreed`."""
     table: list[Decode] = [lambda view, size: _other(None, view, size)] * 256
     for kind, shape in _SHAPES.items():
         table[kind.opcode] = shape(kind)
@@ -282,9 +282,9 @@ def decoder(agreed: Init | int = Init.SETXATTR_EXT) -> Decode:
 def receive_buffer_size(max_write: int) -> int:
     """Bytes a receive buffer needs for every message of a connection with this `max_write` (bytes).
 
-    The kernel wants room for a WRITE, and 8 KiB at least (fs/fuse/dev.c, fuse_dev_do_read); a request that
-    does not fit fails with EIO, SETXATTR with E2BIG. The largest other one is SETXATTR (a name of 255 bytes,
-    a value of 64 KiB); 128 KiB hold it.
+    The kernel requires room for a WRITE, and at least 8 KiB (fs/fuse/dev.c, fuse_dev_do_read); a request that
+    does not fit fails with EIO, SETXATTR with E2BIG. The largest other request is SETXATTR (a name of 255
+    bytes, a value of 64 KiB); 128 KiB hold it.
     """
     write = IN_HEADER_SIZE + LAYOUTS["fuse_write_in"].size + max_write
     return max(record_align(write), 128 << 10)

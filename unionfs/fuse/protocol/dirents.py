@@ -2,11 +2,11 @@
 
 Rules (fs/fuse/readdir.c, parse_dirfile and parse_dirplusfile, Linux 6.18):
 - A record is the structure, the name without a NUL, and zeros up to the next multiple of 8.
-- The whole answer is at most the request's `size` bytes; a record that does not fit comes next time.
+- The whole answer is at most the request's `size` bytes; a record that does not fit follows next time.
 - `off` is the position *after* this entry: a cookie of the daemon, never 0, below 2**63.
-- An empty name, one with a slash, or one above 1024 bytes fails the whole listing with EIO: refused here.
-- READDIRPLUS: an entry with a nodeid counts one lookup, so look it up only when it fits (`fits_plus`) and
-  then add it. `encode.NO_ENTRY` (for "." and "..", or what could not be looked up) counts none.
+- An empty name, a name with a slash, or one above 1024 bytes fails the whole listing with EIO: refused here.
+- READDIRPLUS: an entry with a nodeid counts one lookup, so look it up only if it fits (`fits_plus`), and then
+  add it. `encode.NO_ENTRY` (for "." and "..", or a failed lookup) counts none.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from unionfs.fuse.protocol.encode import AttributeValues, Timeout
 from unionfs.fuse.protocol.structs import ENTRY_OUT_SIZE, LAYOUTS
 
 NAME_MAX: Final = 1024
-"""Bytes; FUSE_NAME_MAX, which every kernel takes (newer ones may take more)."""
+"""Bytes; FUSE_NAME_MAX, supported by every kernel (newer ones may accept more)."""
 
 _DIRENT: Final = LAYOUTS["fuse_dirent"].struct.pack
 _DIRENT_SIZE: Final = LAYOUTS["fuse_dirent"].size
@@ -59,7 +59,7 @@ class Listing:
         return True
 
     def add_plus(self, name: bytes, ino: int, off: int, mode: int, entry: bytes) -> bool:
-        """As `add`, for READDIRPLUS; `entry` is from `encode.entry_out`."""
+        """Like `add`, for READDIRPLUS; `entry` is from `encode.entry_out`."""
         length = len(name)
         size = self.size + ((_DIRENTPLUS_SIZE + length + 7) & ~7)
         if size > self.limit:
@@ -73,10 +73,10 @@ class Listing:
     def add_found(
         self, name: bytes, off: int, nodeid: int, entry: Timeout, attr: Timeout, values: AttributeValues
     ) -> None:
-        """As `add_plus`, packed with its entry by one call. Only for what fits, see `fits_plus`.
+        """Like `add_plus`, packed with its entry in one call. The entry must fit, see `fits_plus`.
 
-        `entry` and `attr`: how long name and attributes are valid; `values`: from `encode.attribute_values`.
-        Raises ValueError for a bad name.
+        `entry` and `attr`: the validity of name and attributes; `values`: from `encode.attribute_values`.
+        Raises ValueError for an invalid name.
         """
         length = len(name)
         if not 0 < length <= NAME_MAX or 47 in name:

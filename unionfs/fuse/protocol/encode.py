@@ -10,8 +10,8 @@ Rules:
 - FORGET and BATCH_FORGET get no answer.
 - A value that does not fit its field is a bug of ours, and raises struct.error.
 
-Source: include/uapi/linux/fuse.h 7.45; what the kernel reads of an answer, fs/fuse/dir.c, file.c, xattr.c,
-ioctl.c of Linux 6.18. A number like 7.40 is the protocol that brought something; without, before 7.23.
+Source: include/uapi/linux/fuse.h 7.45; how the kernel reads answers, fs/fuse/dir.c, file.c, xattr.c,
+ioctl.c of Linux 6.18. A number like 7.40 is the protocol version of a feature; without, before 7.23.
 """
 
 from __future__ import annotations
@@ -30,10 +30,10 @@ AttributeValues = tuple[
 ]  # fmt: skip
 
 FOREVER: Final[Timeout] = (1 << 32, 0)
-"""136 years: what the kernel makes of it fits its clock on every machine (fs/fuse/dir.c, time_to_jiffies)."""
+"""136 years: converted, it fits the kernel's clock on every machine (fs/fuse/dir.c, time_to_jiffies)."""
 NEVER: Final[Timeout] = (0, 0)
 
-_MAX_ERRNO: Final = 511  # fs/fuse/dev.c: an error of -512 or below is a broken answer
+_MAX_ERRNO: Final = 511  # fs/fuse/dev.c: an error of -512 or below is an invalid answer
 _EIO: Final = 5
 _NS: Final = 1_000_000_000
 
@@ -77,7 +77,7 @@ class InitReply(NamedTuple):
     max_stack_depth: int
 
 
-# -- what a file is -------------------------------------------------------------------------------------
+# -- file attributes ------------------------------------------------------------------------------------
 
 
 def attributes_of(
@@ -90,7 +90,7 @@ def attributes_of(
 def attribute_values(
     st: os.stat_result, ino: int, nlink: int | None = None, ctime_ns: int | None = None
 ) -> AttributeValues:
-    """As `attributes_of`, but the fields of fuse_attr in its order, to be packed with what is around them."""
+    """Like `attributes_of`, but returns the fields of fuse_attr in order, to pack with surrounding fields."""
     atime, mtime = st.st_atime_ns, st.st_mtime_ns
     ctime = st.st_ctime_ns if ctime_ns is None else ctime_ns
     return (
@@ -126,7 +126,7 @@ NO_ENTRY: Final = bytes(ENTRY_OUT_SIZE)
 
 
 def error(unique: int, errno: int) -> Reply:
-    """A request failed with `errno` (positive). A value that the kernel would refuse becomes EIO."""
+    """Failure with `errno` (positive). A value that the kernel would refuse becomes EIO."""
     return [_EMPTY(OUT_HEADER_SIZE, -errno if 0 < errno <= _MAX_ERRNO else -_EIO, unique)]
 
 
@@ -163,9 +163,9 @@ def attr(unique: int, attr_valid: Timeout, attr: bytes) -> Reply:
 
 
 def statx(unique: int, attr_valid: Timeout, raw: Buffer, ino: int) -> Reply:
-    """STATX (7.39). `raw` is a struct statx from statx(2), of which only the inode number is replaced.
+    """STATX (7.39). `raw` is a struct statx from statx(2); only its inode number is replaced.
 
-    What lies behind `dev_minor` there (mount id, alignments) has no place in fuse_statx and is dropped.
+    Its fields after `dev_minor` (mount id, alignments) have no place in fuse_statx and are dropped.
     """
     fields = list(LAYOUTS["fuse_statx"].struct.unpack_from(raw))
     fields[_STATX_INO] = ino
@@ -178,7 +178,7 @@ def opened(unique: int, fh: int, open_flags: int, backing_id: int = 0) -> Reply:
 
 
 def created(unique: int, entry: bytes, fh: int, open_flags: int, backing_id: int = 0) -> Reply:
-    """CREATE, TMPFILE: an entry from `entry_out`, and what OPEN would answer. Counts one lookup."""
+    """CREATE, TMPFILE: an entry from `entry_out`, and the fields of OPEN's answer. Counts one lookup."""
     return [_CREATE.pack(_CREATE.size, 0, unique, entry, fh, open_flags, backing_id)]
 
 
@@ -193,7 +193,7 @@ def copied(unique: int, size: int) -> Reply:
 
 
 def xattr_size(unique: int, size: int) -> Reply:
-    """GETXATTR and LISTXATTR that asked with size 0: bytes needed."""
+    """GETXATTR and LISTXATTR with size 0: bytes needed."""
     return [_SIZE.pack(_SIZE.size, 0, unique, size)]
 
 
@@ -213,7 +213,7 @@ def lseek(unique: int, offset: int) -> Reply:
 
 
 def ioctl(unique: int, result: int, out: Buffer = b"") -> Reply:
-    """IOCTL: what ioctl(2) returns, and what it writes, at most the request's `out_size` bytes."""
+    """IOCTL: the return value of ioctl(2), and its output, at most the request's `out_size` bytes."""
     return [_IOCTL.pack(_IOCTL.size + len(out), 0, unique, result, 0, 0, 0), *([out] if out else [])]
 
 

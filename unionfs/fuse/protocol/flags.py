@@ -1,12 +1,12 @@
 """The numbers of the FUSE ABI: opcodes, notification codes, flags, ioctls.
 
 Source: include/uapi/linux/fuse.h, protocol 7.45 (Linux 6.18). Names are the header's, without the FUSE_
-prefix where an enumeration gives the context.
+prefix where an enumeration provides the context.
 
 Rules:
-- Numbers that are printed (opcodes, INIT flags) are enumerations; those that a handler tests for each request
+- Numbers that are printed (opcodes, INIT flags) are enumerations; those tested by a handler for each request
   are plain integers, because `IntFlag` arithmetic costs a microsecond.
-- A flag of INIT says since which protocol the kernel has it (`SINCE`); `LINUX` turns that into a release.
+- `SINCE` maps a flag of INIT to the protocol that introduced it; `LINUX` maps that to a release.
 """
 
 from __future__ import annotations
@@ -119,14 +119,14 @@ SINCE: Final[dict[Init, int]] = {
     Init.PASSTHROUGH: 40,
     Init.HAS_RESEND: 40,
 }
-"""Protocol minor that brought a flag, from the changelog in the header: of those wanted, and not older."""
+"""The protocol minor that introduced a flag, from the header's changelog: of wanted flags, none older."""
 
 LINUX: Final[dict[int, str]] = {
     23: "3.15", 24: "4.5", 25: "4.7", 26: "4.9", 27: "4.18", 28: "4.20", 29: "5.1", 30: "5.2", 31: "5.2",
     32: "5.10", 33: "5.11", 34: "5.14", 35: "5.16", 36: "5.17", 37: "6.1", 38: "6.2", 39: "6.6", 40: "6.9",
     41: "6.12", 42: "6.14", 43: "6.15", 44: "6.16", 45: "6.18",
 }  # fmt: skip
-"""The release of Linux that brought a protocol minor. For sentences only: kernels are backported to."""
+"""The Linux release of a protocol minor. For messages only: older kernels may have it as a backport."""
 
 # fuse_setattr_in.valid
 FATTR_MODE: Final = 1 << 0
@@ -159,6 +159,6 @@ DEV_IOC_BACKING_CLOSE: Final = 0x4004E502  # _IOW(229, 2, uint32_t), 7.40
 
 
 def since(flag: Init) -> str:
-    """The release of Linux that brought an INIT flag, for sentences; flags older than 3.15 say so."""
+    """The Linux release that introduced an INIT flag, for messages; flags older than 3.15 say so."""
     minor = SINCE.get(flag)
     return f"Linux {LINUX[minor]}" if minor is not None else "Linux before 3.15"

@@ -1,33 +1,33 @@
 """INIT: from the kernel's offer, the settings and the privileges to a decision. A pure function.
 
-Rules of what goes with what (fs/fuse/inode.c, process_init_reply, Linux 6.18; those marked * were found by
-breaking them):
+Rules for combinations (fs/fuse/inode.c, process_init_reply, Linux 6.18; rules marked * were found by breaking
+them):
 - NO_OPEN (ENOSYS to OPEN) never with ATOMIC_O_TRUNC*: O_TRUNC would be lost. Never with PASSTHROUGH, which
-  lives in the answer to OPEN.
+  is part of the answer to OPEN.
 - WRITEBACK_CACHE never with PASSTHROUGH (the kernel then drops passthrough, and registering a backing file is
-  EPERM*), and never where bound storage is served: the kernel would ignore the sizes the daemon reports.
+  EPERM*), and never with bound storage: the kernel would ignore the sizes the daemon reports.
 - LSEEK (ENOSYS) never with WRITEBACK_CACHE*: data that is only in the page cache would look like a hole, and
-  a program that copies would skip it. After ENOSYS the kernel reports everything as data.
+  copying programs would skip it. After ENOSYS the kernel reports everything as data.
 - PASSTHROUGH needs INIT_EXT, a max_stack_depth of 1 or 2, and CAP_SYS_ADMIN in the initial user namespace
-  (fs/fuse/backing.c). Depth 2 only where a file to pass through lies on a stacked filesystem itself: a mount
-  of depth 2 can be nobody's lower.
+  (fs/fuse/backing.c). Depth 2 only if a file to pass through is on a stacked filesystem itself: a mount of
+  depth 2 cannot be a lower.
 - A lower file that is passed through is read from the lower while it is open, even after its copy-up. So
   hybrid does it only without an upper, where there is no copy-up.
-- HANDLE_KILLPRIV_V2 with PASSTHROUGH: before a write that is to clear suid and sgid the kernel sends a
-  SETATTR that changes nothing*, and leaves the clearing to us. Without V2 it asks for the file's capabilities
+- HANDLE_KILLPRIV_V2 with PASSTHROUGH: before a write that must clear suid and sgid the kernel sends a SETATTR
+  without changes*, and leaves the clearing to the daemon. Without V2 it requests the file's capabilities
   before every write. V1 is never agreed.
-- ALLOW_IDMAP only when asked for, never with a policy on the caller's uid (it is blank except on creation),
-  and only under default_permissions: without, the kernel ends the connection.
+- ALLOW_IDMAP only on request, never with a policy on the caller's uid (it is blank except on creation), and
+  only under default_permissions: without, the kernel ends the connection.
 - POSIX_ACL and DONT_MASK both or neither, when every layer has ACLs.
-- EXPLICIT_INVAL_DATA, unless bound storage is served, which others change too: then AUTO_INVAL_DATA (the
-  kernel prefers AUTO if it gets both). Its opens must be sent: read-only storage refuses some.
-- READDIRPLUS_AUTO only with DO_READDIRPLUS. NO_OPENDIR and cached directories need directory cookies that are
-  stable for a node, which the node table promises.
+- EXPLICIT_INVAL_DATA, except with bound storage, which others change too: then AUTO_INVAL_DATA (the kernel
+  prefers AUTO if it gets both). Its opens must be sent: read-only storage refuses some.
+- READDIRPLUS_AUTO only with DO_READDIRPLUS. NO_OPENDIR and cached directories need stable directory cookies
+  for a node, which the node table guarantees.
 - Flags from bit 32 on need INIT_EXT.
-- Locks stay with the kernel, so FLUSH, which would drop POSIX locks, has nothing to do.
+- Locks stay with the kernel, so FLUSH, which would drop POSIX locks, does nothing.
 
-`_obstacle` says why an I/O mode is not available, `_choose` takes the mode, `_RULES` is the flag table, one
-row a flag. An explicit choice that is not available raises NegotiationRefused; `auto` never does.
+`_obstacle` returns why an I/O mode is not available, `_choose` selects the mode, `_RULES` is the flag table,
+one row a flag. An explicit choice that is not available raises NegotiationRefused; `auto` never does.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ from unionfs.fuse.protocol.flags import (
 from unionfs.fuse.protocol.requests import InitRequest
 
 MIN_MINOR: Final = 23
-"""Oldest protocol served, Linux 3.15: since then every structure we send has the length it has now."""
+"""Oldest supported protocol, Linux 3.15: since then every structure sent has its present length."""
 
 _NOFLUSH_MINOR: Final = 35
 _MAX_BACKGROUND: Final = 64
@@ -62,7 +62,7 @@ _DEFAULT_MAX_PAGES: Final = 32  # FUSE_DEFAULT_MAX_PAGES_PER_REQ, without MAX_PA
 _MAX_STACK_DEPTH: Final = 2  # FILESYSTEM_MAX_STACK_DEPTH, include/linux/fs.h
 
 SMALL_FILE: Final = 64 << 10
-"""Lower files up to this many bytes are put into the page cache of the mount with their first open, which is
+"""Lower files up to this many bytes are put into the page cache of the mount at their first open, which is
 cheaper than registering them for passthrough."""
 
 
@@ -84,7 +84,7 @@ class Settings:
 
     io: IoMode = IoMode.AUTO
     read_only: bool = False
-    """No upper: nothing is ever written."""
+    """No upper: the union is read-only."""
     bound: bool = False
     """Bound storage is served, which others change too, and which may be read-only while the union is not."""
     acl: bool = False
@@ -92,7 +92,7 @@ class Settings:
     upper_stack_depth: int = 0
     """0: the upper is on an ordinary filesystem. 1: on overlayfs, or a mount with passthrough. 2: deeper."""
     lower_stack_depth: int = 0
-    """The largest of the lowers."""
+    """The maximum of the lowers."""
     max_write: int = 1 << 20
     max_readahead: int = 1 << 20
 
@@ -103,7 +103,7 @@ class Privileges:
 
     initial_user_namespace: bool
     sys_admin: bool
-    """CAP_SYS_ADMIN is effective (in whatever user namespace the daemon is in)."""
+    """CAP_SYS_ADMIN is effective (in the daemon's user namespace)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,7 +115,7 @@ class Decision:
     """Never AUTO."""
     why: str
     why_not: Mapping[IoMode, str]
-    """For each of the other two modes."""
+    """For each of the other two modes, the reason against it."""
     missing: Mapping[Init, str]
     """Wanted flags that the kernel does not offer, with a sentence for each."""
     enosys: frozenset[Opcode]
@@ -123,15 +123,15 @@ class Decision:
     passthrough_upper: bool
     """Upper files are opened with a backing file."""
     passthrough_lower: bool
-    """Lower files larger than `small_lower` are, too."""
+    """Lower files larger than `small_lower` are opened with one too."""
     small_lower: int
-    """Lower files up to this many bytes use the page cache of the mount nevertheless; -1 for none."""
+    """Lower files up to this many bytes use the page cache of the mount anyway; -1 for none."""
     file_open_flags: int
     """FOPEN_* for a file opened through the page cache."""
     passthrough_open_flags: int
     """FOPEN_* for a file opened with a backing file; 0 if there are none."""
     max_readahead: int
-    """The readahead in bytes. INIT can only lower the kernel's 128 KiB: root raises it afterwards, by
+    """The readahead in bytes. INIT can only lower the kernel's 128 KiB: root raises it afterwards in
     /sys/class/bdi/MAJOR:MINOR/read_ahead_kb."""
 
     @property
@@ -165,14 +165,14 @@ def _rule(
     needs: Init | None = None,
     never_with: Init | None = None,
 ) -> _Rule:
-    # Bits from 32 on travel in flags2, which the kernel reads only with INIT_EXT.
+    # Bits from 32 on are in flags2, which the kernel reads only with INIT_EXT.
     extended = Init.INIT_EXT if flag >> 32 else 0
     return _Rule(int(flag), wanted, int(needs or 0) | extended, int(never_with or 0))
 
 
 def _passes_lowers(mode: IoMode, settings: Settings) -> bool:
     if mode is IoMode.HYBRID:
-        # Not at the price of a mount that can be nobody's lower.
+        # Not if the mount then cannot be a lower.
         return settings.read_only and settings.lower_stack_depth == 0
     return mode is IoMode.PASSTHROUGH
 
@@ -243,7 +243,7 @@ def _good(mode: IoMode, settings: Settings) -> str:
 
 
 def _drawback(chosen: IoMode, other: IoMode, settings: Settings) -> str:
-    """The drawback of another mode that is available, as a clause."""
+    """The drawback of another available mode, as a clause."""
     if chosen is IoMode.CACHED:
         against = "every open would cost a message"
         if other is IoMode.PASSTHROUGH and not settings.read_only:
@@ -268,7 +268,7 @@ def _drawback(chosen: IoMode, other: IoMode, settings: Settings) -> str:
 
 
 def _obstacle(mode: IoMode, offered: InitRequest, settings: Settings, privileges: Privileges) -> str | None:
-    """Why `mode` is not available, as a clause that can follow "because"; None if it is."""
+    """Why `mode` is not available, as a clause to follow "because"; None if it is."""
     if mode is IoMode.CACHED:
         return None
     both = Init.PASSTHROUGH | Init.INIT_EXT
@@ -287,7 +287,7 @@ def _obstacle(mode: IoMode, offered: InitRequest, settings: Settings, privileges
 
 
 def _stack_depth(mode: IoMode, settings: Settings) -> int | None:
-    """max_stack_depth, so that every layer whose files are to pass can; 0 if none are to, None if none can.
+    """max_stack_depth for every layer whose files are to pass through; 0 if none, None if impossible.
 
     The files of a layer that is too deep fall back one by one: registering them is ELOOP (fs/fuse/backing.c).
     """
@@ -302,7 +302,7 @@ def _stack_depth(mode: IoMode, settings: Settings) -> int | None:
 def _choose(
     offered: InitRequest, settings: Settings, privileges: Privileges
 ) -> tuple[IoMode, str, dict[IoMode, str]]:
-    """The mode, why it, and why not the others. Raises NegotiationRefused."""
+    """The mode, the reason, and the reasons against the others. Raises NegotiationRefused."""
     obstacles = {mode: _obstacle(mode, offered, settings, privileges) for mode in MODES}
     if settings.io is IoMode.AUTO:
         mode = IoMode.HYBRID if obstacles[IoMode.HYBRID] is None else IoMode.CACHED
@@ -325,7 +325,7 @@ def _choose(
 
 
 def _check(offered: InitRequest) -> None:
-    """Raise NegotiationRefused for a kernel that no mode can serve."""
+    """Raise NegotiationRefused for a kernel that no mode supports."""
     if offered.major != KERNEL_VERSION or offered.minor < MIN_MINOR:
         raise NegotiationRefused(
             f"This kernel speaks FUSE {offered.major}.{offered.minor}; the direct session needs "
@@ -334,7 +334,7 @@ def _check(offered: InitRequest) -> None:
 
 
 def _agree(facts: _Facts) -> tuple[int, dict[Init, str]]:
-    """The agreed flags, by the table, and those wanted but not offered."""
+    """The agreed flags, by the table, and the wanted flags that are not offered."""
     agreed, missing = 0, {}
     offered = int(facts.offered.flags)
     for rule in _RULES:
@@ -350,9 +350,9 @@ def _agree(facts: _Facts) -> tuple[int, dict[Init, str]]:
 
 
 def negotiate(offered: InitRequest, settings: Settings, privileges: Privileges) -> Decision:
-    """Decide how this mount is served. Raises NegotiationRefused with sentences for the user.
+    """Decide how to serve this mount. Raises NegotiationRefused with sentences for the user.
 
-    Pure: the decision depends on the arguments alone.
+    Pure: the decision depends only on the arguments.
     """
     _check(offered)
     mode, why, why_not = _choose(offered, settings, privileges)

@@ -2,11 +2,11 @@
 
 Rules:
 - `unique` is 0 and the error field is the notification's code (fs/fuse/dev.c, fuse_dev_do_write).
-- writev(2) returns the outcome: ENOENT means that the kernel has no such inode, which is as good as done;
-  EINVAL that it does not know the code.
+- writev(2) returns the outcome: ENOENT if the kernel has no such inode, which is as good as success; EINVAL
+  if it does not know the code.
 - INVAL_INODE of data and STORE take locks that a request in flight may hold: send them from a thread that no
   request waits for.
-- A number is the protocol that brought the notification; those without are older than 7.23 (Linux 3.15).
+- A number is the protocol version of the notification; those without are older than 7.23 (Linux 3.15).
 
 Source: include/uapi/linux/fuse.h 7.45 and fs/fuse/dev.c, fuse_notify, of Linux 6.18.
 """

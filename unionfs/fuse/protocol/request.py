@@ -1,13 +1,13 @@
 """The base of all requests: a tuple whose fields are read by name.
 
 Rules:
-- A request is a tuple, so that one call of `Struct.unpack_from` makes nearly all of it. Every class has the
-  fields of `Request`, then those of the body's structure in the header's order, then what follows the
+- A request is a tuple, so that one call of `Struct.unpack_from` creates nearly all of it. Every class has the
+  fields of `Request`, then those of the body's structure in the header's order, then the data after the
   structure (names, a value, data).
 - The annotations of a class are its fields (without any, its base's are). They are checked against structs.py
-  when the class is made, so that a class cannot disagree with the ABI. `renamed` maps the header's names that
-  would hide another field.
-- Values are unchecked: decode.py makes a request with `tuple.__new__`.
+  at class creation, so a class cannot disagree with the ABI. `renamed` maps the header's names that would
+  hide another field.
+- Values are unchecked: decode.py creates a request with `tuple.__new__`.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from unionfs.fuse.protocol.flags import UNIQUE_RESEND, Opcode
 from unionfs.fuse.protocol.structs import LAYOUTS
 
 HEADER_FIELDS: Final = ("message_size", "number", "unique", "nodeid", "uid", "gid", "pid", "extlen")
-"""The fields of fuse_in_header, with names that hide nothing."""
+"""The fields of fuse_in_header, renamed where they would hide another."""
 
 
 class Request(tuple[Any, ...]):
@@ -60,7 +60,7 @@ class Request(tuple[Any, ...]):
             cls.opcode = opcode
         cls.body = body
         cls.fields = HEADER_FIELDS + own
-        # Not by namedtuple(): its fields are a little faster, but the classes take longer to make at start.
+        # Not by namedtuple(): its fields are a little faster, but creating the classes delays the start.
         for index, name in enumerate(cls.fields):
             setattr(cls, name, property(itemgetter(index)))
 
@@ -71,7 +71,7 @@ class Request(tuple[Any, ...]):
 
     @classmethod
     def of(cls, **values: object) -> Self:
-        """A request made by hand, for tests: fields not given are 0. Raises TypeError for an unknown name."""
+        """Create a request for tests: missing fields are 0. Raises TypeError for an unknown name."""
         unknown = values.keys() - set(cls.fields)
         if unknown:
             raise TypeError(f"{cls.__name__} has no field {', '.join(sorted(unknown))}.")
@@ -87,7 +87,7 @@ class Request(tuple[Any, ...]):
 
 
 class Unknown(Request):
-    """A request that no class stands for: answer ENOSYS. `data` is its body."""
+    """A request without a class: answer ENOSYS. `data` is its body."""
 
     __slots__ = ()
     data: memoryview

@@ -1,17 +1,17 @@
-"""The requests of the kernel as typed values: one class for each opcode that is served.
+"""The requests of the kernel as typed values: one class for each supported opcode.
 
 Rules:
-- How a class is made, and that its fields agree with the ABI: request.py.
-- Names are bytes without the closing NUL, never empty, never with a slash (TMPFILE alone is given b"/").
-- `data` (WRITE, IOCTL, Unknown) is a view on the receive buffer, not a copy: it must be
-  consumed before the buffer is read into again. Everything else is copied and may be kept.
-- Offsets and sizes are bytes, times seconds and nanoseconds since 1970, `rdev` is what `os.makedev` gives
+- For the creation of a class, and the check of its fields against the ABI, see request.py.
+- Names are bytes without the final NUL, never empty, never with a slash (except b"/" in TMPFILE).
+- `data` (WRITE, IOCTL, Unknown) is a view on the receive buffer, not a copy: consume it before the next read
+  into the buffer. Everything else is copied and may be kept.
+- Offsets and sizes are bytes, times seconds and nanoseconds since 1970, `rdev` is the result of `os.makedev`
   (fs/fuse/dir.c sends new_encode_dev(), which is the same 32 bits for majors below 4096).
-- A request that no handler takes has no class: it arrives as `Unknown`, and the answer is ENOSYS.
+- A request without a handler has no class: it arrives as `Unknown`, and the answer is ENOSYS.
 
-Source: include/uapi/linux/fuse.h 7.45; which argument follows which, fs/fuse/dir.c, file.c, xattr.c, ioctl.c
-of Linux 6.18. A number like 7.40 in a docstring is the protocol that brought the request (flags.LINUX says
-which release that is); those without one are older than 7.23, Linux 3.15.
+Source: include/uapi/linux/fuse.h 7.45; for the order of arguments, fs/fuse/dir.c, file.c, xattr.c, ioctl.c
+of Linux 6.18. A number like 7.40 in a docstring is the protocol version of the request (flags.LINUX maps it
+to a release); those without one are older than 7.23, Linux 3.15.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from unionfs.fuse.protocol.request import Request
 
 
 class InitRequest(Request, opcode=Opcode.INIT):
-    """What the kernel speaks and offers. `flags` has all 64 bits, the upper half with INIT_EXT (7.36)."""
+    """The kernel's version and offer. `flags` has all 64 bits, the upper half with INIT_EXT (7.36)."""
 
     __slots__ = ()
     major: int
@@ -35,7 +35,7 @@ class InitRequest(Request, opcode=Opcode.INIT):
 class Interrupt(
     Request, opcode=Opcode.INTERRUPT, body="fuse_interrupt_in", renamed={"unique": "interrupted"}
 ):
-    """The caller of request `interrupted` got a signal. May come before or after that request is done."""
+    """The caller of request `interrupted` got a signal. May arrive before or after that request is done."""
 
     __slots__ = ()
     interrupted: int
@@ -45,14 +45,14 @@ class Interrupt(
 
 
 class Lookup(Request, opcode=Opcode.LOOKUP):
-    """Look `name` up in directory `nodeid`. An entry as answer counts one lookup, given back by FORGET."""
+    """Look `name` up in directory `nodeid`. An entry as answer counts one lookup, released by FORGET."""
 
     __slots__ = ()
     name: bytes
 
 
 class Forget(Request, opcode=Opcode.FORGET, body="fuse_forget_in"):
-    """`nlookup` lookups of `nodeid` are given back. No answer."""
+    """Release `nlookup` lookups of `nodeid`. No answer."""
 
     __slots__ = ()
     nlookup: int
@@ -77,7 +77,7 @@ class Getattr(Request, opcode=Opcode.GETATTR, body="fuse_getattr_in"):
 
 
 class Statx(Request, opcode=Opcode.STATX, body="fuse_statx_in"):
-    """7.39. Sent for what GETATTR cannot say (btime); `sx_flags`, `sx_mask` as in statx(2)."""
+    """7.39. Sent for attributes missing in GETATTR (btime); `sx_flags`, `sx_mask` as in statx(2)."""
 
     __slots__ = ()
     getattr_flags: int
@@ -89,7 +89,7 @@ class Statx(Request, opcode=Opcode.STATX, body="fuse_statx_in"):
 class Setattr(
     Request, opcode=Opcode.SETATTR, body="fuse_setattr_in", renamed={"uid": "new_uid", "gid": "new_gid"}
 ):
-    """Change what `valid` (FATTR_*) names; other fields mean nothing. Times may be before 1970."""
+    """Change the attributes in `valid` (FATTR_*); ignore other fields. Times may be before 1970."""
 
     __slots__ = ()
     valid: int
@@ -108,7 +108,7 @@ class Setattr(
 
 
 class Readlink(Request, opcode=Opcode.READLINK):
-    """Where the symlink `nodeid` points."""
+    """The target of the symlink `nodeid`."""
 
     __slots__ = ()
 
@@ -129,7 +129,7 @@ class Syncfs(Request, opcode=Opcode.SYNCFS, body="fuse_syncfs_in"):
 
 
 class Symlink(Request, opcode=Opcode.SYMLINK):
-    """Make `name` in directory `nodeid`, pointing to `target`."""
+    """Create `name` in directory `nodeid`, pointing to `target`."""
 
     __slots__ = ()
     name: bytes
@@ -137,7 +137,7 @@ class Symlink(Request, opcode=Opcode.SYMLINK):
 
 
 class Mknod(Request, opcode=Opcode.MKNOD, body="fuse_mknod_in"):
-    """`mode` has the type and, without DONT_MASK, is already masked; `umask` is the caller's."""
+    """`mode` includes the type and, without DONT_MASK, is already masked; `umask` is the caller's."""
 
     __slots__ = ()
     mode: int
@@ -147,7 +147,7 @@ class Mknod(Request, opcode=Opcode.MKNOD, body="fuse_mknod_in"):
 
 
 class Mkdir(Request, opcode=Opcode.MKDIR, body="fuse_mkdir_in"):
-    """As MKNOD, for a directory."""
+    """Like MKNOD, for a directory."""
 
     __slots__ = ()
     mode: int
@@ -156,7 +156,7 @@ class Mkdir(Request, opcode=Opcode.MKDIR, body="fuse_mkdir_in"):
 
 
 class Create(Request, opcode=Opcode.CREATE, body="fuse_create_in"):
-    """Make and open a file; `flags` as in open(2), `open_flags` FUSE's own (OPEN_KILL_SUIDGID)."""
+    """Create and open a file; `flags` as in open(2), `open_flags` FUSE's own (OPEN_KILL_SUIDGID)."""
 
     __slots__ = ()
     flags: int
@@ -167,7 +167,7 @@ class Create(Request, opcode=Opcode.CREATE, body="fuse_create_in"):
 
 
 class Tmpfile(Create, opcode=Opcode.TMPFILE, body="fuse_create_in"):
-    """7.37. O_TMPFILE in directory `nodeid`: as CREATE, but `name` means nothing (the kernel sends b"/")."""
+    """7.37. O_TMPFILE in directory `nodeid`: like CREATE, but `name` is unused (the kernel sends b"/")."""
 
     __slots__ = ()
 
@@ -187,7 +187,7 @@ class Rmdir(Request, opcode=Opcode.RMDIR):
 
 
 class Rename(Request, opcode=Opcode.RENAME, body="fuse_rename_in"):
-    """`name` in directory `nodeid` becomes `newname` in directory `newdir`."""
+    """Rename `name` in directory `nodeid` to `newname` in directory `newdir`."""
 
     __slots__ = ()
     newdir: int
@@ -206,7 +206,7 @@ class Rename2(Request, opcode=Opcode.RENAME2, body="fuse_rename2_in"):
 
 
 class Link(Request, opcode=Opcode.LINK, body="fuse_link_in"):
-    """`oldnodeid` gets one more link: `name` in directory `nodeid`."""
+    """Create a hard link to `oldnodeid`: `name` in directory `nodeid`."""
 
     __slots__ = ()
     oldnodeid: int
@@ -250,7 +250,7 @@ class Write(Request, opcode=Opcode.WRITE, body="fuse_write_in"):
 
 
 class Release(Request, opcode=Opcode.RELEASE, body="fuse_release_in"):
-    """The open file is gone. The answer's error is seen by nobody."""
+    """The open file is closed. The kernel ignores an error."""
 
     __slots__ = ()
     fh: int
@@ -306,7 +306,7 @@ class CopyFileRange64(CopyFileRange, opcode=Opcode.COPY_FILE_RANGE_64, body="fus
 
 
 class Ioctl(Request, opcode=Opcode.IOCTL, body="fuse_ioctl_in"):
-    """`data` is the `in_size` bytes the command's number says; the answer may have up to `out_size`."""
+    """`data` has the `in_size` bytes encoded in the command's number; the answer has up to `out_size`."""
 
     __slots__ = ()
     fh: int
@@ -322,7 +322,7 @@ class Ioctl(Request, opcode=Opcode.IOCTL, body="fuse_ioctl_in"):
 
 
 class Readdir(Request, opcode=Opcode.READDIR, body="fuse_read_in"):
-    """Entries after the one whose `off` was `offset` (0: from the start), at most `size` bytes of them."""
+    """Entries after the one whose `off` was `offset` (0: from the start), at most `size` bytes."""
 
     __slots__ = ()
     fh: int
@@ -334,13 +334,13 @@ class Readdir(Request, opcode=Opcode.READDIR, body="fuse_read_in"):
 
 
 class Readdirplus(Readdir, opcode=Opcode.READDIRPLUS, body="fuse_read_in"):
-    """As READDIR, each entry with what LOOKUP would answer; an entry with a nodeid counts one lookup."""
+    """Like READDIR, each entry with LOOKUP's answer; an entry with a nodeid counts one lookup."""
 
     __slots__ = ()
 
 
 class Fsyncdir(Fsync, opcode=Opcode.FSYNCDIR, body="fuse_fsync_in"):
-    """As FSYNC, for a directory."""
+    """Like FSYNC, for a directory."""
 
     __slots__ = ()
 
@@ -360,7 +360,7 @@ class Setxattr(Request, opcode=Opcode.SETXATTR, body="fuse_setxattr_in"):
 
 
 class Getxattr(Request, opcode=Opcode.GETXATTR, body="fuse_getxattr_in"):
-    """`size` 0 asks for the value's size; else the value must fit `size`, or the answer is ERANGE."""
+    """`size` 0 requests the value's size; else the value must fit `size`, or the answer is ERANGE."""
 
     __slots__ = ()
     size: int
@@ -368,7 +368,7 @@ class Getxattr(Request, opcode=Opcode.GETXATTR, body="fuse_getxattr_in"):
 
 
 class Listxattr(Request, opcode=Opcode.LISTXATTR, body="fuse_getxattr_in"):
-    """As GETXATTR; the value is the names, each closed by a NUL."""
+    """Like GETXATTR; the value is the names, each ended by a NUL."""
 
     __slots__ = ()
     size: int

@@ -1,7 +1,7 @@
-"""The structures of the FUSE ABI that are used, as a table: names, sizes, offsets are those of the header.
+"""The used structures of the FUSE ABI, as a table: names, sizes, offsets are those of the header.
 
-Source: include/uapi/linux/fuse.h, protocol 7.45 (Linux 6.18). Fields that are younger than protocol 7.23
-(Linux 3.15) carry the minor version that brought them, in a comment at the row.
+Source: include/uapi/linux/fuse.h, protocol 7.45 (Linux 6.18). For fields younger than protocol 7.23 (Linux
+3.15), a comment at the row names the minor version.
 
 Rules:
 - One row a structure; a row is a list of groups; a group is a `struct` code followed by field names.
@@ -31,7 +31,7 @@ class Field(NamedTuple):
 
     @property
     def skipped(self) -> bool:
-        """True for padding: neither in what unpacking returns nor in what packing takes."""
+        """True for padding: absent in the result of unpacking and in the arguments of packing."""
         return _SKIPPED.match(self.name) is not None
 
 
@@ -64,10 +64,10 @@ def _build(groups: tuple[str, ...], known: dict[str, Layout]) -> Layout:
 
 
 _TABLE: Final[dict[str, tuple[str, ...]]] = {
-    # -- what every message begins with
+    # -- headers of messages
     "fuse_in_header": ("I len opcode", "Q unique nodeid", "I uid gid pid", "H total_extlen padding"),
     "fuse_out_header": ("I len", "i error", "Q unique"),
-    # -- what a file is
+    # -- file attributes
     "fuse_attr": (
         "Q ino size blocks",
         "q atime mtime ctime",
@@ -179,5 +179,5 @@ INIT_COMPAT_SIZE: Final = 16
 
 
 def record_align(size: int) -> int:
-    """`size` bytes rounded up to 8 (FUSE_REC_ALIGN): directory entries are padded so."""
+    """`size` bytes rounded up to 8 (FUSE_REC_ALIGN), the padding of directory entries."""
     return (size + 7) & ~7

@@ -1,4 +1,4 @@
-"""POSIX ACLs as the text that tars hold, and as the xattr that the kernel keeps.
+"""POSIX ACLs in the text form of tars and in the xattr form of the kernel.
 
 Sources: include/uapi/linux/posix_acl_xattr.h (version 2, little endian), acl(5) for the long text form.
 """
@@ -9,7 +9,7 @@ import struct
 
 ACCESS, DEFAULT = b"system.posix_acl_access", b"system.posix_acl_default"
 RECORDS = {ACCESS: b"SCHILY.acl.access", DEFAULT: b"SCHILY.acl.default"}
-"""The pax records in which star, GNU tar and libarchive keep them."""
+"""The pax records that star, GNU tar and libarchive use for ACLs."""
 
 _VERSION = struct.pack("<I", 2)
 _ITEM = struct.Struct("<HHI")
@@ -24,7 +24,7 @@ _NUMBER = {text: number for number, text in enumerate(_PERMISSIONS)}
 
 
 def to_text(value: bytes) -> bytes:
-    """The ACL's lines, ids as numbers. Raises ValueError for what is no ACL."""
+    """The ACL's lines, with numeric ids. Raises ValueError for an invalid ACL."""
     if value[:4] != _VERSION or len(value) % 8 != 4:
         raise ValueError("no POSIX ACL of version 2")
     lines = []
@@ -37,7 +37,7 @@ def to_text(value: bytes) -> bytes:
 
 
 def from_text(text: bytes) -> bytes:
-    """The xattr for an ACL's lines. Raises ValueError."""
+    """The xattr value for an ACL's lines. Raises ValueError."""
     items = []
     for line in text.replace(b",", b"\n").split(b"\n"):
         if not line:

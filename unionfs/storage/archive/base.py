@@ -1,4 +1,4 @@
-"""What an incremental backup leaves out: entries that are as in the archive it is built on."""
+"""What an incremental backup omits: entries unchanged since the archive it is based on."""
 
 from __future__ import annotations
 
@@ -11,15 +11,15 @@ from xxhash import xxh3_128
 from unionfs.storage.archive.entry import Entry
 from unionfs.storage.archive.manifest import BASE, Line, escape, order, whole_line
 
-# A file that changed in the same tick of the kernel's clock in which the base was begun may look unchanged
-# (the clocks of most filesystems tick 100 to 1000 times a second), so such a file is taken again.
+# A file that changed in the same tick of the kernel's clock as the start of the base may look unchanged (most
+# filesystems' clocks tick 100 to 1000 times a second), so such a file is backed up again.
 _RACY = 50_000_000
 
 
 class Base:
-    """The manifest of the base, read along with a walk: both have the same order.
+    """The manifest of the base, read along with a walk: both use the same order.
 
-    `lines` are those of the manifest, `started` is when the base was begun (nanoseconds).
+    `lines` are the manifest's lines, `started` is the start time of the base (nanoseconds).
     """
 
     def __init__(self, lines: Iterator[Line], started: int) -> None:
@@ -30,7 +30,7 @@ class Base:
         self._digest = xxh3_128()
 
     def line_if_unchanged(self, entry: Entry) -> bytes | None:
-        """The manifest's line for an entry that the base holds as it is now."""
+        """The manifest's line for an entry that is unchanged since the base, else None."""
         known = self._known(entry)
         if known is None or entry.ctime >= self._started - _RACY:
             return None
@@ -39,17 +39,17 @@ class Base:
         ):  # fmt: skip
             return None
         line = whole_line(entry, known.digest, BASE)
-        # Attributes are compared as well: a clock that was set back may hide a change.
+        # Attributes are compared too: a clock set back may hide a change.
         return line if line.partition(b"\t")[0] == known.shown else None
 
     def deleted(self) -> tuple[IO[bytes], str]:
-        """The list of what the base has and the walk, which must have ended, did not find; and its digest."""
+        """The list of base entries that the walk did not find, and its digest. Call it after the walk."""
         while self._next is not None:
             self._delete(self._next)
         return self._deleted, self._digest.hexdigest()
 
     def _known(self, entry: Entry) -> Line | None:
-        """The line about the same path; what comes before it in the base is gone now."""
+        """The line for the same path; earlier lines of the base are recorded as deleted."""
         place = order(entry.path)
         while self._next is not None:
             known = self._next.order()

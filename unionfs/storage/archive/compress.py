@@ -24,7 +24,7 @@ _WRITEBACK = 32 << 20
 
 
 class Sink(Protocol):
-    """What an archive is written to."""
+    """The output of an archive."""
 
     def write(self, data: bytes, /) -> int: ...
 
@@ -32,13 +32,13 @@ class Sink(Protocol):
 
 
 class Source(Protocol):
-    """What an archive is read from; returns less than was asked for only at the end."""
+    """The input of an archive; a short read means the end."""
 
     def read(self, size: int, /) -> bytes: ...
 
 
 def kind_for(path: str) -> str:
-    """The compression that a file's name implies; zstd by default."""
+    """The compression for a file name; zstd by default."""
     lowered = path.lower()
     if lowered.endswith((".tar", ".tar.none")):
         return "none"
@@ -48,8 +48,8 @@ def kind_for(path: str) -> str:
 
 
 class _Plain:
-    """Writes through the file object, never to its fd's number: the garbage collector ends an abandoned
-    stream, when that number may be another file's."""
+    """Writes through the file object, not the fd number: the garbage collector ends an abandoned stream when
+    that number may already be another file's."""
 
     def __init__(self, out: IO[bytes]) -> None:
         self._out = out
@@ -60,13 +60,13 @@ class _Plain:
         view = memoryview(data)
         while view:
             written = cast("int | None", self._out.write(view))
-            if written is None:  # standard output may be a pipe that somebody made non-blocking
+            if written is None:  # standard output may be a non-blocking pipe
                 select.select([], [self._out], [])
             else:
                 view = view[written:]
         self._at += len(data)
         if self._is_file and self._at - self._begun >= _WRITEBACK:
-            # So that the disk is not idle until the fsync at the end.
+            # Keep the disk busy before the fsync at the end.
             with suppress(OSError):
                 start_writeback(self._out.fileno(), self._begun, self._at - self._begun)
             self._begun = self._at
@@ -77,12 +77,12 @@ class _Plain:
 
 
 def compressor(out: IO[bytes], kind: str) -> Sink:
-    """A stream that compresses into `out` (unbuffered); `close` ends it, and leaves `out` open."""
+    """A stream that compresses into `out` (unbuffered); `close` ends the stream but leaves `out` open."""
     if kind == "none":
         return _Plain(out)
     buffered = io.BufferedWriter(cast(io.RawIOBase, _Unclosed(out)), _BUFFER)
     if kind == "gzip":
-        # The fastest of gzip's levels that still compresses most of what the default one does.
+        # gzip's fastest level whose output is nearly as small as the default's.
         return cast(
             Sink, _Both(gzip.GzipFile(fileobj=buffered, mode="wb", compresslevel=4, mtime=0), buffered)
         )
@@ -94,7 +94,7 @@ def compressor(out: IO[bytes], kind: str) -> Sink:
 
 
 class Ahead:
-    """Writes to a sink from a thread, so that reading goes on meanwhile; a few pieces wait at most."""
+    """Writes to a sink in a thread, so that reading continues; queues only a few pieces."""
 
     def __init__(self, sink: Sink) -> None:
         self._sink = sink
@@ -119,21 +119,21 @@ class Ahead:
         return len(data)
 
     def close(self) -> None:
-        """Wait until all is written, and end the sink."""
+        """Wait until everything is written, and end the sink."""
         self.stop()
         if self._error is not None:
             raise self._error
         self._sink.close()
 
     def stop(self) -> None:
-        """End the thread, whatever is still to be written."""
+        """End the thread, dropping queued data."""
         if self._thread.is_alive():
             self._queue.put(None)
             self._thread.join()
 
 
 class _Unclosed(io.RawIOBase):
-    """Writes everything, and leaves the file open when it is closed."""
+    """Writes everything; closing it leaves the file open."""
 
     def __init__(self, out: IO[bytes]) -> None:
         self._plain = _Plain(out)
@@ -160,7 +160,7 @@ class _Both:
 
 
 class _Checked:
-    """Turns what a decompressor raises into Malformed."""
+    """Turns a decompressor's errors into Malformed."""
 
     def __init__(self, stream: Source, errors: tuple[type[Exception], ...]) -> None:
         self._stream = stream
@@ -174,14 +174,14 @@ class _Checked:
 
 
 def decompressor(source: IO[bytes]) -> Source:
-    """The tar in `source`, decompressed."""
+    """The decompressed tar in `source`."""
     buffered = io.BufferedReader(cast(io.RawIOBase, source), _BUFFER)
     start = buffered.peek(4)[:4]
     if start == _ZSTD:
         # start-up time: only archives need it
         import zstandard
 
-        # A read returns no more than is asked for, so that a bomb of zeros takes no memory.
+        # A read returns no more than requested, so a bomb of zeros takes no memory.
         made = zstandard.ZstdDecompressor().stream_reader(buffered, read_across_frames=True, closefd=False)
         return _Checked(cast(Source, made), (zstandard.ZstdError,))
     if start[:2] == _GZIP:

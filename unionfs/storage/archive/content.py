@@ -1,5 +1,4 @@
-"""The content of files that may change while they are read: as of one moment where that is possible, else
-read again."""
+"""The content of files that may change during the read: as of one moment where possible, else read again."""
 
 from __future__ import annotations
 
@@ -13,7 +12,7 @@ from unionfs.sys.calls import clone_file
 from unionfs.sys.fds import Owned
 
 SMALL = 256 << 10
-"""A file of up to this size (bytes) is read in one piece."""
+"""A file of up to this size (bytes) is read at once."""
 _CHUNK = 1 << 20
 _TRIES = 3
 _ZEROS = bytes(_CHUNK)
@@ -23,7 +22,7 @@ class Contents:
     """Reads the files of a walk.
 
     `unstable` is called with each file that changed during every attempt. `scratch` is a directory on the
-    tree's filesystem in which clones of files (reflinks) may be made.
+    tree's filesystem for clones of files (reflinks).
     """
 
     def __init__(
@@ -34,7 +33,7 @@ class Contents:
         self._scratch = scratch
 
     def small(self, entry: Entry, fd: int) -> tuple[Entry, bytes | None]:
-        """A file's content with the attributes that belong to it; None if the file is not small any more."""
+        """A file's content with matching attributes; None if the file is no longer small."""
         for left in range(_TRIES, -1, -1):
             data = os.pread(fd, entry.size + 1, 0) if entry.size else b""
             while 0 < len(data) < entry.size and (
@@ -52,9 +51,9 @@ class Contents:
         return entry, data[: entry.size].ljust(entry.size, b"\0")
 
     def attempts(self, entry: Entry, fd: int) -> Iterator[tuple[Entry, int]]:
-        """The file's attributes and an fd to read it from, again while it changes; the last attempt counts.
+        """Yield the file's attributes and an fd to read it, again while it changes; the last attempt counts.
 
-        Whether it has changed is seen when the next attempt is asked for.
+        The change is detected when the caller requests the next attempt.
         """
         for left in range(_TRIES, -1, -1):
             clone = self._clone(entry, fd)
@@ -74,12 +73,11 @@ class Contents:
         again = self._walker.file_entry(fd, entry.path, status)
         if again.kind in (FILE, SPARSE):
             return again
-        # It got a second name meanwhile, which will be the link.
+        # The file got a second name, which becomes the link.
         return again._replace(kind=FILE, link=b"", size=status.st_size, xattrs=entry.xattrs)
 
     def _clone(self, entry: Entry, fd: int) -> tuple[Entry, int] | None:
-        """A clone of the file, and the file's attributes as of the same moment; None where there can be
-        none."""
+        """A clone of the file and its attributes as of the same moment; None if cloning is impossible."""
         if self._scratch is None:
             return None
         try:
@@ -106,13 +104,13 @@ class Contents:
 
 
 def is_unchanged(entry: Entry, fd: int) -> bool:
-    """Whether the open file still has the times and the size of the entry."""
+    """Whether the open file still has the entry's times and size."""
     status = os.fstat(fd)
     return (status.st_mtime_ns, status.st_ctime_ns, status.st_size) == (entry.mtime, entry.ctime, entry.size)
 
 
 def pieces(entry: Entry, fd: int) -> Iterator[tuple[int, bytes]]:
-    """(offset, data) of exactly the bytes that the entry promises: missing ones are zeros."""
+    """(offset, data) of exactly the bytes that the entry declares; missing bytes are zeros."""
     for offset, length in entry.segments if entry.kind == SPARSE else ((0, entry.size),):
         end = offset + length
         while offset < end:

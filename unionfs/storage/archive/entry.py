@@ -1,4 +1,4 @@
-"""One entry of a tree, as an archive holds it."""
+"""One entry of a tree, as stored in an archive."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ FILE, SPARSE, DIRECTORY, SYMLINK, HARDLINK, FIFO, CHARACTER, BLOCK = "f", "s", "
 
 NO_DIGEST = "-"
 MOST_SEGMENTS = 1 << 20
-"""A file with more pieces of data between its holes is kept without holes: each costs the reader memory."""
+"""A file with more data segments is stored without holes: each segment costs the reader memory."""
 _BLOCK = 4096
 _ZEROS = bytes(_BLOCK)
 _RUN = struct.Struct("<QQ")
@@ -20,7 +20,7 @@ NO_XATTRS: Final[Mapping[bytes, bytes]] = {}
 
 
 class Entry(NamedTuple):
-    """Attributes as of lstat(2). Names are bytes: `path` is relative and without `./`, the root is empty."""
+    """Attributes as in lstat(2). Names are bytes: `path` is relative without `./`, and empty for the root."""
 
     path: bytes
     kind: str
@@ -37,7 +37,7 @@ class Entry(NamedTuple):
     segments: Sequence[tuple[int, int]] = ()  # of a sparse file: offset and length of the data
 
     def attributes(self) -> str:
-        """A digest of what the manifest's line does not show: link, device number and xattrs."""
+        """A digest of the attributes that the manifest's line omits: link, device number and xattrs."""
         if not self.link and not self.xattrs and self.rdev == (0, 0):
             return NO_DIGEST
         parts = [self.link, b"%d:%d" % self.rdev]
@@ -52,7 +52,7 @@ def digest_of(data: bytes) -> str:
 
 
 class Digest(Protocol):
-    """The digest of a file's content, given piece by piece in the order of the offsets."""
+    """The digest of a file's content, updated piece by piece in ascending offsets."""
 
     def update(self, offset: int, data: bytes) -> None: ...
 
@@ -62,12 +62,12 @@ class Digest(Protocol):
 
 
 def new_digest(entry: Entry) -> Digest:
-    """The digest that the manifest holds for a file of this kind."""
+    """The digest that the manifest uses for this kind of file."""
     return SparseDigest() if entry.kind == SPARSE else _WholeDigest()
 
 
 class _WholeDigest:
-    """As `digest_of`, for a file without holes."""
+    """Like `digest_of`, for a file without holes."""
 
     def __init__(self) -> None:
         self._data = xxh3_128()
@@ -80,11 +80,11 @@ class _WholeDigest:
 
 
 class SparseDigest:
-    """The digest of a file with holes, the same however the filesystem records the holes.
+    """The digest of a file with holes, independent of how the filesystem records the holes.
 
-    Data is taken in blocks of 4096 bytes; those that are all zero count as holes. The digest is that of the
-    digest of the other blocks, of where they lie (runs of offset and length), and of the size. So a hole
-    costs nothing, be it exabytes.
+    Data is split into blocks of 4096 bytes; all-zero blocks count as holes. The digest covers the digest of
+    the other blocks, their positions (runs of offset and length), and the size. So a hole costs nothing, even
+    one of exabytes.
     """
 
     def __init__(self) -> None:
@@ -99,7 +99,7 @@ class SparseDigest:
         if self._left and offset != self._at + len(self._left):
             self._flush_left()
         if not self._left:
-            # What lies before the data in its first block is a hole.
+            # The part of the first block before the data is a hole.
             self._at = offset - offset % _BLOCK
             if offset % _BLOCK:
                 self._left = bytes(offset % _BLOCK)

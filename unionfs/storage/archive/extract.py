@@ -1,5 +1,5 @@
-"""Entries into a directory, and never outside it: every name is opened from the directory above it, and no
-symlink is followed."""
+"""Extracts entries into a directory, never outside it: every name is opened relative to its parent directory,
+without following symlinks."""
 
 from __future__ import annotations
 
@@ -40,17 +40,17 @@ T = TypeVar("T")
 
 
 class Extractor:
-    """Makes entries below `root`, an empty directory. Attributes of directories are set by `finish`.
+    """Makes entries below `root`, an empty directory. `finish` sets the attributes of directories.
 
-    Raises UserError for what this user or this filesystem cannot make, OSError when the disk is full and the
-    like, Malformed for an entry that would lie outside. `note` gets a sentence for what an ordinary user has
-    to do without.
+    Raises UserError for entries that this user or filesystem cannot make, OSError for a full disk and similar
+    errors, Malformed for an entry outside `root`. `note` receives a sentence about each loss for an ordinary
+    user.
     """
 
     def __init__(self, root: str, note: Callable[[str], None]) -> None:
         self._root = os.open(root, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
         with suppress(OSError):
-            # What is made here must not inherit an ACL from where it is prepared.
+            # New entries must not inherit a default ACL that the root itself inherited.
             os.removexattr(self._root, os.fsdecode(acl.DEFAULT))
         self._note = note
         self._is_root = os.geteuid() == 0
@@ -65,7 +65,7 @@ class Extractor:
         self._layers = 0  # how many archives have been extracted
 
     def close(self) -> None:
-        """Let go of the directories."""
+        """Close the directories."""
         self._leave(0)
         if self._root >= 0:
             os.close(self._root)
@@ -86,7 +86,7 @@ class Extractor:
         del self._fds[depth:], self._parts[depth:]
 
     def _place(self, path: bytes) -> tuple[int, bytes]:
-        """The fd of the directory that `path` lies in, and its last name."""
+        """The fd of the parent directory of `path`, and the last name."""
         prefix, slash, name = path.rpartition(b"/")
         if prefix == self._prefix:
             return self._parent, name
@@ -100,7 +100,7 @@ class Extractor:
             common -= 1
         self._leave(common)
         fd = self._fds[-1] if self._fds else self._root
-        # Until all is opened, the place is nowhere.
+        # Until every part is open, the place is undefined.
         self._prefix = b"\0"
         for part in parts[common:]:
             fd = self._open_directory(fd, part, path)
@@ -123,7 +123,7 @@ class Extractor:
             raise
 
     def _open_once(self, path: bytes) -> tuple[int, bytes]:
-        """As `_place`, with an fd of the caller's own, for a second path at the same time."""
+        """Like `_place`, but returns an fd that the caller owns, for a second path at the same time."""
         *parts, name = path.split(b"/")
         fd = os.dup(self._root)
         for part in parts:
@@ -132,7 +132,7 @@ class Extractor:
         return fd, name
 
     def _clear(self, at: int, name: bytes) -> None:
-        """Remove what has that name."""
+        """Remove the file or directory of that name."""
         status = os.stat(name, dir_fd=at, follow_symlinks=False)
         if stat.S_ISDIR(status.st_mode):
             remove(at, name)
@@ -140,7 +140,7 @@ class Extractor:
             os.unlink(name, dir_fd=at)
 
     def remove(self, path: bytes) -> None:
-        """Remove an entry, with all that is below it; nothing when it is not there."""
+        """Remove an entry and everything below it; ignores a missing entry."""
         if not path:
             raise Malformed("it deletes the root of the volume")
         try:
@@ -178,7 +178,7 @@ class Extractor:
                     f"({', '.join(map(_shown, entry.xattrs))}) "
                     "that this volume's filesystem cannot hold; restore into a volume on another filesystem."
                 ) from error
-            # EIO: rclone's answer to what its storage has not
+            # EIO: rclone's error for unsupported operations
             refusals = [errno.EPERM, errno.ENOSYS, errno.ENOTSUP, errno.ENAMETOOLONG, errno.EINVAL]
             if error.errno in refusals or (
                 error.errno == errno.EIO and kind not in (FILE, SPARSE, DIRECTORY)
@@ -191,7 +191,7 @@ class Extractor:
 
     @contextmanager
     def new_file(self, entry: Entry) -> Iterator[int]:
-        """The fd of a new file to be filled; it gets its attributes at the end of the context."""
+        """The fd of a new file for its content; the file gets its attributes when the context ends."""
         at, name = self._place(entry.path)
         with Owned(self._create(at, name)) as fd:
             yield fd
@@ -201,7 +201,7 @@ class Extractor:
         return self._in_place_of(at, name, lambda: os.open(name, _NEW_FILE, 0o600, dir_fd=at))
 
     def _in_place_of(self, at: int, name: bytes, make: Callable[[], T]) -> T:
-        """Make something under a name that an earlier state of the entry may have."""
+        """Make something under a name that an earlier state of the entry may occupy."""
         try:
             return make()
         except FileExistsError:
@@ -241,7 +241,7 @@ class Extractor:
         return attributes.Attributes(mode, entry.uid, entry.gid, self._now, entry.mtime, xattrs)
 
     def _without_set_id(self, fd: int, entry: Entry) -> int:
-        """The mode without the set-id bits that would stand for this user, and not for who had the file.
+        """The mode without set-id bits that would apply to this user instead of the file's original owner.
 
         libarchive does the same (archive_write_disk_posix.c, TODO_SUID_CHECK).
         """
@@ -311,7 +311,7 @@ class Extractor:
                 raise error
 
     def end_archive(self) -> None:
-        """An archive has been extracted; another one, built on it, may follow."""
+        """End an archive; another archive based on it may follow."""
         self._layers += 1
 
     # -- directories --------------------------------------------------------------------------------------
@@ -320,7 +320,7 @@ class Extractor:
         pickle.dump(entry, self._directories)
 
     def finish(self) -> None:
-        """Set the attributes of all directories, and wait until all is on disk."""
+        """Set the attributes of all directories, and wait until everything is on disk."""
         self._directories.seek(0)
         closed: dict[bytes, int] = {}
         while True:
@@ -330,7 +330,7 @@ class Extractor:
                 break
             closed.pop(entry.path, None)
             if not self._is_root and entry.mode & 0o700 != 0o700:
-                # What lies below is still to be entered.
+                # Its entries are still to be opened.
                 closed[entry.path] = entry.mode
                 entry = entry._replace(mode=entry.mode | 0o700)
             fd = self._open_made(entry.path)
@@ -355,7 +355,7 @@ class Extractor:
             ) from error
 
     def _open_made(self, path: bytes) -> int | None:
-        """A directory that was made; None when a later archive has removed or replaced it."""
+        """Open a directory made earlier; None if a later archive removed or replaced it."""
         if not path:
             return os.dup(self._root)
         try:

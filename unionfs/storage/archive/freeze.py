@@ -1,4 +1,4 @@
-"""Holding a filesystem still while it is read: ioctl FIFREEZE and FITHAW (include/uapi/linux/fs.h)."""
+"""Freezes a filesystem while it is read: ioctl FIFREEZE and FITHAW (include/uapi/linux/fs.h)."""
 
 from __future__ import annotations
 
@@ -18,8 +18,7 @@ _FREEZABLE = frozenset({"ext4", "ext3", "xfs", "btrfs", "f2fs"})
 def own_filesystem(path: str) -> bool:
     """Whether `path` is the root of a local filesystem on a device that is mounted nowhere else.
 
-    Only such a one may be frozen: everything that writes to a frozen filesystem waits, be it what we need
-    ourselves.
+    Freeze only such a filesystem: every write to a frozen one blocks, including those of this process.
     """
     try:
         with directory(path) as fd:
@@ -37,10 +36,9 @@ def own_filesystem(path: str) -> bool:
 
 @contextmanager
 def frozen(path: str) -> Iterator[bool]:
-    """Freeze the filesystem for the time of the context, which gets False when that is not possible.
+    """Freeze the filesystem within the context; yields False if that is not possible.
 
-    A helper process thaws it when this one ends, however it does: a filesystem that stayed frozen would hang
-    everything that writes to it.
+    A helper process thaws it whenever this process ends: a filesystem that stays frozen blocks every writer.
     """
     try:
         fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
@@ -63,7 +61,7 @@ def frozen(path: str) -> Iterator[bool]:
         if done:
             with suppress(OSError):
                 fcntl.ioctl(fd, _FITHAW, 0)
-        # The guard need not thaw any more.
+        # Tell the guard not to thaw.
         with suppress(OSError):
             os.write(writer, b"x")
         os.close(writer)
@@ -73,7 +71,7 @@ def frozen(path: str) -> Iterator[bool]:
 
 
 def _guard(fd: int, reader: int, writer: int) -> None:
-    """The helper's whole life: wait for the end of the pipe, and thaw unless told that it is done."""
+    """The helper process: wait for the end of the pipe, and thaw unless a byte arrives first."""
     try:
         os.setsid()
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):

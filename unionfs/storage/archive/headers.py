@@ -1,11 +1,11 @@
-"""Tar headers of the pax format: an entry as bytes, and bytes as an entry.
+"""Tar headers in the pax format: an entry as bytes, and bytes as an entry.
 
 Sources: POSIX.1-2017 pax (ustar interchange format, extended headers), GNU tar's manual for `GNU.sparse` 1.0
-and `SCHILY.xattr`. Only headers as they are written here are read; an archive with others is refused.
+and `SCHILY.xattr`. The reader accepts only headers as written here, and refuses an archive with others.
 
-Python's tarfile could write them too (TarInfo.tobuf), but not the large size of a sparse member (see
-`encode`), and it takes ten times as long: 63 us a file with nanoseconds in its mtime, against 7 for `encode`
-and 3 for `PlainFiles` (measured, CPython 3.11), where a backup takes 26 us for all the rest of a small file.
+Python's tarfile can write them too (TarInfo.tobuf), except the large size of a sparse member (see `encode`),
+but takes ten times as long: 63 us a file with nanoseconds in its mtime, against 7 for `encode` and 3 for
+`PlainFiles` (measured, CPython 3.11); the rest of a small file's backup takes 26 us.
 """
 
 from __future__ import annotations
@@ -37,26 +37,26 @@ _TYPES = {
 _KINDS = {value: kind for kind, value in _TYPES.items() if kind != SPARSE}
 _ZEROS = bytes(RECORD)
 _MAX_SMALL, _MAX_SIZE = 0o7777777, 0o77777777777
-# Whoever forges a header cannot make us take more memory than this for it. An xattr has at most 64 KiB
-# (XATTR_SIZE_MAX), all names of a file together too (XATTR_LIST_MAX).
+# Limits the memory that a forged header can claim. An xattr has at most 64 KiB (XATTR_SIZE_MAX), as have all
+# xattr names of a file together (XATTR_LIST_MAX).
 _MOST_PAX = 64 << 20
 _MOST_RECORDS = 1 << 16
 _TAIL = b"ustar\x0000".ljust(8 + 64, b"\0")
 
 
 class Malformed(Exception):
-    """The archive is not one of ours, or damaged; the text says what is wrong, as part of a sentence."""
+    """The archive has another format or is damaged; the text describes the error as a sentence fragment."""
 
 
 def _field(name: bytes, mode: int, uid: int, gid: int, size: int, mtime: int, kind: bytes, link: bytes,
            rdev: tuple[int, int]) -> bytes:  # fmt: skip
-    """One ustar header; the numbers must fit, but the size may be any: GNU's base 256 has room for it."""
+    """One ustar header. The numbers must fit, except the size: GNU's base 256 holds any."""
     if size <= _MAX_SIZE:
         numbers = b"%07o\0%07o\0%07o\0%011o\0%011o\0" % (mode, uid, gid, size, mtime)
     else:
         large = b"\x80" + size.to_bytes(11, "big")
         numbers = b"%07o\0%07o\0%07o\0%b%011o\0" % (mode, uid, gid, large, mtime)
-    # Only device files have device numbers, and theirs are made rarely.
+    # Only device files have device numbers, and they are rare.
     device = b"%07o\0%07o\0" % rdev if rdev != (0, 0) else b"0000000\x000000000\0"
     total = sum(name) + sum(numbers) + 256 + kind[0] + sum(link) + _TAIL_SUM + sum(device)
     head = b"%s%s%06o\0 %s%s%s%s" % (
@@ -69,7 +69,7 @@ _TAIL_SUM = sum(_TAIL)
 
 
 def _record(key: bytes, value: bytes) -> bytes:
-    """`LENGTH KEY=VALUE\\n`, the length counting itself."""
+    """`LENGTH KEY=VALUE\\n`; the length includes itself."""
     rest = len(key) + len(value) + 3
     length = rest + len(str(rest))
     length = rest + len(str(length))
@@ -90,13 +90,13 @@ def _pax(records: bytes) -> bytes:
 
 
 def sparse_map(segments: Sequence[tuple[int, int]]) -> bytes:
-    """The map of GNU's sparse format 1.0, which begins the member's data."""
+    """The map of GNU's sparse format 1.0, at the start of the member's data."""
     text = b"%d\n" % len(segments) + b"".join(b"%d\n%d\n" % segment for segment in segments)
     return text + _ZEROS[: -len(text) % RECORD]
 
 
 def stored_size(entry: Entry) -> int:
-    """How many bytes of data follow the headers, without the padding."""
+    """The bytes of data after the headers, without the padding."""
     if entry.kind == SPARSE:
         return len(sparse_map(entry.segments)) + sum(length for _, length in entry.segments)
     return entry.size if entry.kind == FILE else 0
@@ -111,7 +111,7 @@ def encode(entry: Entry, stored: int) -> bytes:
         link = b"./" + link
     seconds, rest = divmod(mtime, 1_000_000_000)
     if rest or not 0 <= seconds <= _MAX_SIZE:
-        # Below zero the fraction counts the other way: -1.5 is half a second before -1.
+        # For negative times the fraction counts backwards: -1.5 is half a second before -1.
         if seconds < 0 and rest:
             text = b"-%d.%09d" % (-seconds - 1, 1_000_000_000 - rest)
         else:
@@ -141,14 +141,14 @@ def encode(entry: Entry, stored: int) -> bytes:
         records, uid = records + _record(b"uid", b"%d" % uid), 0
     if gid > _MAX_SMALL:
         records, gid = records + _record(b"gid", b"%d" % gid), 0
-    # Beside GNU.sparse.realsize Python's tarfile takes a size record for the wrong one of the two.
+    # With both GNU.sparse.realsize and a size record, Python's tarfile uses the wrong one.
     if size > _MAX_SIZE and kind != SPARSE:
         records, size = records + _record(b"size", b"%d" % size), 0
     for key, value in sorted(entry.xattrs.items()):
         if key in acl.RECORDS:
             records += _record(acl.RECORDS[key], acl.to_text(value))
         else:
-            # A name with "=" cannot be told from its value; pax has no way to write it.
+            # pax cannot represent "=" in a name: the first one ends the name.
             records += _record(b"SCHILY.xattr." + key.replace(b"%", b"%25").replace(b"=", b"%3D"), value)
     if special and not special.isascii() and not _is_utf8(special):
         records = _record(b"hdrcharset", b"BINARY") + records
@@ -157,14 +157,14 @@ def encode(entry: Entry, stored: int) -> bytes:
 
 
 class PlainFiles:
-    """The headers of ordinary files without anything particular, made in as few steps as can be.
+    """The headers of ordinary files without special attributes, made in as few steps as possible.
 
-    Byte for byte those of `encode`.
+    They are byte for byte those of `encode`.
     """
 
     def __init__(self) -> None:
         self._owners: dict[tuple[int, int, int], tuple[bytes, int]] = {}
-        # Both numbers of the record have a length that does not change before the year 2286.
+        # Both numbers of the record have a fixed length until the year 2286.
         self._pax = _field(b"././@PaxHeader", 0o644, 0, 0, 30, 0, b"x", b"", (0, 0))
         self._tail = (
             b"0" + bytes(100) + _TAIL + b"0000000\x000000000\0" + bytes(RECORD - 157 - 100 - len(_TAIL) - 16)
@@ -173,7 +173,7 @@ class PlainFiles:
         self._record = bytes(RECORD - 30)
 
     def encode(self, path: bytes, mode: int, uid: int, gid: int, size: int, mtime: int) -> bytes | None:
-        """The headers of a file of at most 8 GiB; None when it has something particular."""
+        """The headers of a file of at most 8 GiB; None if it has special attributes."""
         known = self._owners.get((mode, uid, gid))
         if known is None:
             if uid > _MAX_SMALL or gid > _MAX_SMALL:
@@ -231,7 +231,7 @@ def _size(raw: bytes) -> int:
 
 
 class Header:
-    """One ustar header, its checksum being right."""
+    """One ustar header with a correct checksum."""
 
     __slots__ = ("gid", "kind", "link", "mode", "mtime", "name", "rdev", "size", "uid")
 
@@ -255,7 +255,7 @@ class Header:
 
 
 def check_pax_size(size: int) -> None:
-    """Refuse an extended header that no entry needs. Raises Malformed."""
+    """Refuse an extended header larger than any entry needs. Raises Malformed."""
     if size > _MOST_PAX:
         raise Malformed("an extended header is too large")
 
@@ -295,7 +295,7 @@ def _decimal(text: bytes) -> int:
 
 
 def checked_path(name: bytes, is_directory: bool) -> bytes:
-    """A member's name (`./a/b`, of directories `./a/b/`) as a path below the volume. Raises Malformed."""
+    """A member's name (`./a/b`, for directories `./a/b/`) as a path below the volume. Raises Malformed."""
     path = name[2:]
     if is_directory:
         if path and not path.endswith(b"/"):
@@ -309,7 +309,7 @@ def checked_path(name: bytes, is_directory: bool) -> bytes:
 
 
 def _checked_link(kind: str, link: bytes, name: bytes) -> bytes:
-    """What a member's link leads to, for `Entry.link`."""
+    """A member's link target, for `Entry.link`."""
     if kind not in (SYMLINK, HARDLINK):
         return b""
     if not link or b"\0" in link:
@@ -324,10 +324,10 @@ def _checked_link(kind: str, link: bytes, name: bytes) -> bytes:
 
 
 def decode(header: Header, records: list[tuple[bytes, bytes]]) -> tuple[Entry, bytes, int]:
-    """The entry of a member, its whole name, and the size of its data. Raises Malformed.
+    """The entry of a member, its full name, and the size of its data. Raises Malformed.
 
-    The entry has no path when the member is not of the volume (`./...`). The segments of a sparse file are in
-    the data.
+    The entry has no path if the member is not part of the volume (`./...`). The segments of a sparse file are
+    in the data.
     """
     name, link, size, mtime = header.name, header.link, header.size, header.mtime * 1_000_000_000
     uid, gid = header.uid, header.gid

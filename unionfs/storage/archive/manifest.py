@@ -1,12 +1,12 @@
-"""The manifest: one line for every entry of an archive, in the archive's order, and a digest of them all.
+"""The manifest: one line for every entry of an archive, in archive order, and a digest of all lines.
 
     KIND MODE UID GID SIZE MTIME ATTRIBUTES DIGEST PATH<tab>STATE CTIME INO
 
 `DIGEST` is the xxh3-128 of a file's content (of a file with holes as in `entry.SparseDigest`), `ATTRIBUTES`
-one of link, device number and xattrs, `-` where there is none. The first line and the last but one name the
-digests of the archive's own members, `info.json` and `deleted`. `STATE` says where the content is: `here`, in
-the `base` of an incremental archive, or `again` behind it because it changed while it was read. `CTIME` and
-`INO` are how the next incremental backup knows what has not changed.
+the digest of link, device number and xattrs; `-` means none. The first line and the last but one contain the
+digests of the archive's own members, `info.json` and `deleted`. `STATE` is the place of the content: `here`,
+the `base` of an incremental archive, or `again`: it changed during the read and follows once more. The next
+incremental backup uses `CTIME` and `INO` to detect changes.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ _ESCAPES = ((b"\\", b"\\\\"), (b"\t", b"\\t"), (b"\n", b"\\n"), (b"\r", b"\\r"))
 
 
 def escape(path: bytes) -> bytes:
-    """A path as a word without tabs and line breaks; `.` for the root."""
+    """Encode a path as a word without tabs and line breaks; `.` is the root."""
     if not path:
         return b"."
     for char, written in _ESCAPES:
@@ -58,7 +58,7 @@ def unescape(word: bytes) -> bytes:
 
 
 def line_of(entry: Entry, digest: str) -> bytes:
-    """The part before the tab, which a reader of the archive knows too."""
+    """The part before the tab, which a reader of the archive can compute too."""
     return b"%s %o %d %d %d %d %s %s %s" % (
         entry.kind.encode(), entry.mode, entry.uid, entry.gid, entry.size, entry.mtime,
         entry.attributes().encode(), digest.encode(), escape(entry.path),
@@ -66,12 +66,12 @@ def line_of(entry: Entry, digest: str) -> bytes:
 
 
 def whole_line(entry: Entry, digest: str, state: bytes) -> bytes:
-    """The line with its end."""
+    """The complete line with its newline."""
     return b"%s\t%s %d %d\n" % (line_of(entry, digest), state, entry.ctime, entry.ino)
 
 
 def plain_line(path: bytes, status: os.stat_result, digest: str) -> bytes:
-    """As `whole_line`, for a file in this archive without links and xattrs."""
+    """Like `whole_line`, for a file in this archive without links and xattrs."""
     return b"f %o %d %d %d %d - %b %b\there %d %d\n" % (
         status.st_mode & 0o7777, status.st_uid, status.st_gid, status.st_size, status.st_mtime_ns,
         digest.encode(), escape(path), status.st_ctime_ns, status.st_ino,
@@ -84,7 +84,7 @@ def member_line(name: bytes, data_digest: str) -> bytes:
 
 
 def is_member_line(line: bytes) -> bool:
-    """Whether a line is about one of the archive's own members: an entry's begins with one letter."""
+    """Whether a line describes one of the archive's own members: an entry's line begins with one letter."""
     return line[1:2] != b" "
 
 
@@ -109,12 +109,12 @@ class Line:
         self.path = unescape(path)
 
     def order(self) -> list[bytes]:
-        """By this, paths are in the order of a manifest."""
+        """The key that sorts paths in manifest order."""
         return order(self.path)
 
 
 def order(path: bytes) -> list[bytes]:
-    """The key that puts paths in the order in which a tree is walked."""
+    """The key that sorts paths in the order of a walk."""
     return path.split(b"/")
 
 
@@ -129,7 +129,7 @@ class ManifestWriter:
         out.write(FIRST_LINE)
 
     def add(self, line: bytes) -> None:
-        """Add a whole line."""
+        """Add a complete line."""
         self._sum.update(line)
         self._write(line)
         self.count += 1
@@ -140,7 +140,7 @@ class ManifestWriter:
 
 
 def lines_of(source: IO[bytes]) -> Iterator[bytes]:
-    """The lines of a file, with no more memory than the longest one takes. Raises Malformed."""
+    """The lines of a file, using no more memory than the longest line. Raises Malformed."""
     while line := source.readline(_LONGEST_LINE + 1):
         if len(line) > _LONGEST_LINE:
             raise Malformed("one of its lists has a line that is too long")
@@ -148,7 +148,7 @@ def lines_of(source: IO[bytes]) -> Iterator[bytes]:
 
 
 def read_manifest(source: IO[bytes]) -> Iterator[bytes]:
-    """The lines of a manifest, checked against its last one at the end. Raises Malformed."""
+    """The lines of a manifest; checks the digest in the last line at the end. Raises Malformed."""
     lines = lines_of(source)
     if next(lines, b"") != FIRST_LINE:
         raise Malformed("its manifest has another format")
@@ -169,7 +169,7 @@ def read_manifest(source: IO[bytes]) -> Iterator[bytes]:
 
 
 def latest(lines: Iterable[bytes]) -> Iterator[Line]:
-    """The lines that count, those of a second try instead of the first."""
+    """The valid lines: a later attempt replaces an earlier one."""
     for raw in lines:
         if is_member_line(raw):
             continue

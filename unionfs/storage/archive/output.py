@@ -1,4 +1,4 @@
-"""The file an archive is written to: it gets its name when it is whole and on disk."""
+"""The output file of an archive: it gets its name when it is complete and on disk."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ from unionfs.sys.walking import follow
 
 @contextmanager
 def whole_file(path: str) -> Iterator[IO[bytes]]:
-    """An unbuffered file that takes the place of `path` when the context ends well, and else was never there.
+    """An unbuffered file that replaces `path` if the context ends without an error, and else is discarded.
 
-    On most filesystems it has no name until then, so that even SIGKILL leaves nothing. Its directory is held
-    open: nobody leads it elsewhere meanwhile. What is not a regular file (a FIFO, /dev/null) is written as it
-    is. Raises UserError.
+    On most filesystems it has no name until then, so even SIGKILL leaves nothing behind. Its directory stays
+    open, so that a rename cannot redirect it. Anything but a regular file (a FIFO, /dev/null) is written
+    directly. Raises UserError.
     """
     if not os.path.basename(path):
         raise UserError(f"{quoted(path)} is no file's name; name the file that the backup shall be.")
@@ -46,7 +46,7 @@ def whole_file(path: str) -> Iterator[IO[bytes]]:
                 os.fsync(fd)
                 if temporary is None:
                     temporary = _temporary(name)
-                    # linkat(2) with AT_EMPTY_PATH needs CAP_DAC_READ_SEARCH; this way doesn't.
+                    # linkat(2) with AT_EMPTY_PATH needs CAP_DAC_READ_SEARCH; the /proc path does not.
                     os.link(f"/proc/self/fd/{fd}", temporary, dst_dir_fd=directory, follow_symlinks=True)
                 os.rename(temporary, name, src_dir_fd=directory, dst_dir_fd=directory)
                 temporary = None
@@ -58,11 +58,10 @@ def whole_file(path: str) -> Iterator[IO[bytes]]:
 
 
 def _place(path: str, opened: ExitStack) -> tuple[int, str, int | None]:
-    """The directory (O_PATH) and the name of the file to replace: that which a symlink leads to.
+    """The directory (O_PATH) and the name of the file to replace, after following symlinks.
 
-    What is not a regular file is opened, and returned as well. No symlink is followed that another user has
-    put into a directory as /tmp. Such is the kernel's rule, too, where fs.protected_symlinks is set
-    (proc_sys_fs(5)).
+    Anything but a regular file is opened and returned too. A symlink that another user put into a directory
+    such as /tmp is not followed, which is the kernel's rule if fs.protected_symlinks is set (proc_sys_fs(5)).
     """
     try:
         link = os.lstat(path)

@@ -1,4 +1,4 @@
-"""An archive as entries. Nothing in it is trusted: names, sizes, order and content are all checked."""
+"""Reads an archive as entries. The archive is not trusted: names, sizes, order and content are checked."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ class ArchiveReader:
     # -- bytes --------------------------------------------------------------------------------------------
 
     def _take(self, size: int) -> bytes:
-        """Exactly so many bytes."""
+        """Read exactly `size` bytes."""
         end = self._at + size
         if end > len(self._buffer):
             parts = [self._buffer[self._at :]]
@@ -81,7 +81,7 @@ class ArchiveReader:
         return data
 
     def _rest(self) -> Iterator[bytes]:
-        """The data of the current member."""
+        """The remaining data of the current member."""
         while self._left:
             chunk = self._take(min(self._left, _CHUNK))
             self._left -= len(chunk)
@@ -119,7 +119,7 @@ class ArchiveReader:
         return decode(header, records)
 
     def _expect_nothing(self) -> None:
-        """Only zeros may fill a record up to tar's block size."""
+        """Check that only zeros follow, as padding to tar's block size."""
         rest = self._buffer[self._at :]
         total = 0
         while True:
@@ -155,7 +155,7 @@ class ArchiveReader:
     def entries(self) -> Iterator[Entry]:
         """The volume's entries; `content` reads the data of the current one.
 
-        When this ends, the archive has been read to its end, and every entry agrees with the manifest.
+        At the end of the iteration the archive is fully read, and every entry agrees with the manifest.
         """
         while True:
             member = self._next_member()
@@ -182,7 +182,7 @@ class ArchiveReader:
             self._seen.write(line_of(entry, self._digest) + b"\n")
 
     def content(self) -> Iterable[tuple[int, bytes]]:
-        """(offset, data) of the current file; nothing of another entry. Good for one iteration."""
+        """(offset, data) of the current file; empty for other entries. Can be iterated once."""
         return self._content
 
     def _read_small(self, size: int) -> Iterable[tuple[int, bytes]]:
@@ -208,7 +208,7 @@ class ArchiveReader:
         self._digest = digest.hexdigest(entry.size)
 
     def _read_map(self, entry: Entry) -> list[tuple[int, int]]:
-        """The map at the start of a sparse file's data, whose rest then is the data."""
+        """The map at the start of a sparse file's data; the rest is the content."""
         text, wanted = b"", 1
         numbers: list[int] = []
         used = 0
@@ -269,7 +269,7 @@ class ArchiveReader:
         return total.hexdigest()
 
     def _compare(self) -> None:
-        """Hold what was read against the manifest."""
+        """Compare the entries read with the manifest."""
         self._seen.seek(0)
         self._lines.seek(0)
         incremental = self.info.get("base") is not None
@@ -297,20 +297,20 @@ class ArchiveReader:
             raise Malformed("its own members are not those that its manifest names")
 
     def manifest_lines(self) -> Iterator[bytes]:
-        """The manifest's lines, when the archive has been read."""
+        """The manifest's lines, after the archive is read."""
         assert self.complete
         self._lines.seek(0)
         return read_manifest(self._lines)
 
     def copy_manifest(self, out: IO[bytes]) -> None:
-        """The manifest as it is."""
+        """Copy the manifest unchanged."""
         assert self.complete
         self._lines.seek(0)
         while chunk := self._lines.read(_CHUNK):
             out.write(chunk)
 
     def deleted(self) -> Iterator[bytes]:
-        """The paths that the base has and this archive's volume has no more."""
+        """The paths in the base that the volume no longer had."""
         assert self.complete
         self._deleted.seek(0)
         for line in lines_of(self._deleted):

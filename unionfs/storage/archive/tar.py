@@ -1,4 +1,4 @@
-"""The members of a tar, into a sink."""
+"""Writes the members of a tar into a sink."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ _ZEROS = bytes(512)
 
 
 class Members:
-    """What becomes of the members of an archive; this class drops them, for a manifest alone."""
+    """Receives the members of an archive; this class drops them, for a manifest alone."""
 
     def plain_header(
         self, path: bytes, mode: int, uid: int, gid: int, size: int, mtime: int
     ) -> bytes | None:
-        """The headers of a regular file for `add_plain`; None unless they can be made the short way."""
+        """The headers of a regular file for `add_plain`; None if the file needs `add`."""
         return b""
 
     def add_plain(self, header: bytes, data: bytes) -> None:
@@ -31,13 +31,13 @@ class Members:
         """Add an entry with its content in one piece."""
 
     def begin(self, entry: Entry) -> None:
-        """Begin a file whose content follows by `put`."""
+        """Begin a file; its content follows through `put`."""
 
     def put(self, data: bytes) -> None:
         """Add data to the current member."""
 
     def end(self, entry: Entry) -> None:
-        """End what `begin` began."""
+        """End the file started by `begin`."""
 
 
 class Tar(Members):
@@ -79,7 +79,7 @@ class Tar(Members):
         self.put(_ZEROS[: -stored_size(entry) % 512])
 
     def special(self, name: bytes, content: IO[bytes]) -> None:
-        """Add one of the archive's own members, with all of a file's content."""
+        """Add one of the archive's own members, with the whole content of a file."""
         size = content.seek(0, os.SEEK_END)
         self.put(special_file(name, size, time.time_ns()))
         content.seek(0)

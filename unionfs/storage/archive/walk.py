@@ -1,4 +1,4 @@
-"""The entries of a directory tree, depth first and sorted by name, so that two walks can be compared."""
+"""The entries of a directory tree, depth first and sorted by name, so that two walks are comparable."""
 
 from __future__ import annotations
 
@@ -37,14 +37,13 @@ _NO_XATTRS = (errno.ENOTSUP, errno.ENOSYS, errno.EPERM, errno.ENODATA)
 _VANISHED = (errno.ENOTSUP, errno.ENOSYS)
 
 Take = Callable[[int, bytes, os.stat_result], bool]
-"""Gets a file's fd, path and status; returns whether it has taken the file."""
+"""Called with a file's fd, path and status; returns whether it handled the file."""
 
 
 def read_xattrs(place: int | bytes, complain: Callable[[str], None]) -> dict[bytes, bytes]:
-    """All xattrs that are a volume's own, of an open file or of a path, whose last part may be a symlink.
+    """The xattrs stored in the volume, of an open file or of a path; a final symlink is not followed.
 
-    What cannot be read is left out, and `complain` gets a part of a sentence about it. Raises
-    FileNotFoundError.
+    Skips unreadable xattrs; `complain` receives a sentence fragment about each. Raises FileNotFoundError.
     """
 
     def failed(name: bytes, error: OSError) -> None:
@@ -53,7 +52,7 @@ def read_xattrs(place: int | bytes, complain: Callable[[str], None]) -> dict[byt
         if name == attributes.ALL:
             if error.errno not in _NO_XATTRS:
                 complain(f"its xattrs cannot be read ({reason(error)})")
-        # EINVAL: an empty security.capability, which its owner may set, is listed and cannot be read
+        # EINVAL: an empty security.capability, which the file's owner may set, is listed but cannot be read
         # (security/commoncap.c).
         elif error.errno not in _VANISHED:
             complain(f"its xattr {quoted(os.fsdecode(name))} cannot be read ({reason(error)})")
@@ -66,13 +65,13 @@ def _is_kept(name: bytes) -> bool:
 
 
 def _has_xattrs(fd: int) -> bool:
-    """Whether the filesystem of an open directory has xattrs at all."""
+    """Whether the filesystem of an open directory supports xattrs."""
     try:
         os.listxattr(fd)
     except OSError as error:
         if error.errno in _NO_XATTRS:
             return False
-        # rclone's answer to every question about xattrs
+        # rclone's error for every xattr call
         if error.errno == errno.EIO and filesystem_magic(fd) == FUSE_MAGIC:
             return False
         raise
@@ -80,11 +79,11 @@ def _has_xattrs(fd: int) -> bool:
 
 
 class Walker:
-    """Walks a tree. `note` gets a sentence for what is left out.
+    """Walks a tree. `note` receives a sentence about each omission.
 
-    Stays on the filesystem of the root, follows no symlink. Raises UserError for what cannot be read: an
-    archive that lacks it would not be the volume. Only of xattrs those are left out that cannot be read:
-    whoever may write in the volume can make one that nobody can.
+    Stays on the filesystem of the root, follows no symlink. Raises UserError for an unreadable entry: without
+    it the archive would be incomplete. Unreadable xattrs are only skipped: any writer of the volume can
+    create one that no user can read.
     """
 
     def __init__(self, root: str, note: Callable[[str], None], leave_out: Collection[bytes] = ()) -> None:
@@ -97,11 +96,11 @@ class Walker:
         self._has_xattrs = True
 
     def entries(self, take: Take | None = None) -> Iterator[tuple[Entry, int]]:
-        """Each entry, with an open fd of a file's content, or -1. The fd is good until the next one is asked
-        for.
+        """Each entry, with an open fd of a file's content, or -1. The fd is valid until the next entry is
+        requested.
 
-        `take` gets every regular file with one link before anything else is asked about it. Those for which
-        it returns True are not among the entries.
+        `take` is called first for every regular file with one link. Files for which it returns True are not
+        among the entries.
         """
         fd = os.open(self._root, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
         stack = [_Level(b"", fd, os.fstat(fd))]
@@ -123,7 +122,7 @@ class Walker:
                     if not is_file:
                         yield from self._other(stack, name, path)
                         continue
-                    # There may be millions of them: as few steps as possible.
+                    # There may be millions of files: take as few steps as possible.
                     fd = self._open(name, _FILE_FLAGS, level.fd)
                 except OSError as error:
                     self.failed(path, error)
@@ -165,7 +164,7 @@ class Walker:
         ) from error
 
     def _other(self, stack: list[_Level], name: bytes, path: bytes) -> Iterator[tuple[Entry, int]]:
-        """The entry of what was no regular file when the directory was listed."""
+        """The entry of a name that was not a regular file when the directory was listed."""
         at = stack[-1].fd
         status = os.stat(name, dir_fd=at, follow_symlinks=False)
         kind = stat.S_IFMT(status.st_mode)
@@ -221,7 +220,7 @@ class Walker:
         try:
             return os.open(name, flags | self._noatime, dir_fd=at)
         except PermissionError:
-            # Only an owner may ask for no access times (open(2)).
+            # O_NOATIME is allowed for the owner only (open(2)).
             return os.open(name, flags, dir_fd=at)
 
     def _xattrs(self, place: int | bytes, path: bytes) -> dict[bytes, bytes]:
@@ -234,7 +233,7 @@ class Walker:
         return _entry(level.path, DIRECTORY, level.status, xattrs=self._xattrs(level.fd, level.path))
 
     def file_entry(self, fd: int, path: bytes, status: os.stat_result) -> Entry:
-        """An open file as an entry. Raises FileNotFoundError when it is not a regular file."""
+        """The entry of an open file. Raises FileNotFoundError if it is not a regular file."""
         if not stat.S_ISREG(status.st_mode):
             raise FileNotFoundError(errno.ENOENT, "it is no file any more")
         if status.st_nlink > 1 and (first := self._first_name(status, path)) != path:
@@ -249,7 +248,7 @@ class Walker:
         )  # fmt: skip
 
     def _first_name(self, status: os.stat_result, path: bytes) -> bytes:
-        """The path under which a file with several names was seen first; other names are links to that."""
+        """The first path at which the walk saw a file with several names; later names are links to it."""
         return self._links.setdefault((status.st_dev, status.st_ino), path)
 
     def _special(self, at: int, name: bytes, path: bytes, kind: int, status: os.stat_result) -> Entry:
@@ -315,13 +314,13 @@ def _shown(path: bytes) -> str:
 
 
 def sparse_segments(fd: int, size: int) -> Sequence[tuple[int, int]]:
-    """As `data_segments`; empty for a file without holes."""
+    """Like `data_segments`; empty for a file without holes."""
     segments = data_segments(fd, size)
     return () if segments == [(0, size)] else segments
 
 
 def data_segments(fd: int, size: int) -> list[tuple[int, int]]:
-    """Where a file has data, by SEEK_DATA and SEEK_HOLE; a hole at the end is an empty last segment."""
+    """The data segments of a file, by SEEK_DATA and SEEK_HOLE; a final hole is an empty last segment."""
     segments, at = [], 0
     while at < size:
         try:
@@ -329,7 +328,7 @@ def data_segments(fd: int, size: int) -> list[tuple[int, int]]:
             end = min(os.lseek(fd, start, os.SEEK_HOLE), size)
         except OSError as error:
             if error.errno == errno.ENXIO:
-                break  # no more data, or the file ends before here by now
+                break  # no more data, or the file has been truncated
             if error.errno in (errno.EINVAL, errno.ENOTSUP):
                 segments = [(0, size)]
                 break

@@ -1,4 +1,4 @@
-"""A tree into an archive, or into a manifest alone: one pass, in constant memory."""
+"""Writes a tree into an archive, or only into a manifest: one pass, in constant memory."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ from unionfs.storage.archive.walk import Walker
 _CHUNK = 1 << 20
 
 Progress = Callable[[int, int], None]
-"""Called now and then with the entries and the bytes so far."""
+"""Called from time to time with the entries and bytes so far."""
 
 
 class Pass:
-    """One pass over a tree: each entry goes to `members`, and its line of the manifest to `add_line`."""
+    """One pass over a tree: entries go to `members`, their manifest lines to `add_line`."""
 
     def __init__(
         self,
@@ -47,7 +47,7 @@ class Pass:
         self.read_bytes = 0
 
     def run(self) -> None:
-        """Walk the tree. Raises UserError, and OSError of where the members go."""
+        """Walk the tree. Raises UserError, and OSError from `members`."""
         for entry, fd in self._walker.entries(self._take if self._base is None else None):
             self._count(0)
             if self._base is not None and (line := self._base.line_if_unchanged(entry)) is not None:
@@ -67,9 +67,9 @@ class Pass:
             self._progress(self.entries, self.read_bytes)
 
     def _take(self, fd: int, path: bytes, status: os.stat_result) -> bool:
-        """Add a small file without anything particular, as most are; False for others.
+        """Add a small file without special attributes, the common case; returns False for others.
 
-        The result is that of `_add_small`, in as few steps as possible: the time of a backup is spent here.
+        The result equals that of `_add_small`, in as few steps as possible: backups spend their time here.
         """
         size = status.st_size
         if not 0 < size <= SMALL or status.st_blocks * 512 < size:
@@ -150,9 +150,7 @@ class ArchiveWriter:
         self._pass = Pass(walker, contents, tar, self._manifest.add, base=base, progress=progress)
 
     def write(self, info: dict[str, Any]) -> Pass:
-        """Write the whole archive; returns the pass, for its figures. Raises UserError, and OSError of the
-        sink.
-        """
+        """Write the whole archive; returns the pass with its figures. Raises UserError and OSError."""
         text = json.dumps(info, indent=2).encode("ascii") + b"\n"
         self._add_own(b"info.json", INFO, io.BytesIO(text), digest_of(text))
         self._pass.run()
@@ -168,7 +166,7 @@ class ArchiveWriter:
         self._tar.special(name, content)
 
     def copy_manifest(self, out: IO[bytes]) -> None:
-        """The manifest of the archive that has been written."""
+        """Copy the manifest of the finished archive."""
         self._lines.seek(0)
         while chunk := self._lines.read(_CHUNK):
             out.write(chunk)

@@ -20,7 +20,7 @@ __all__ = ["Driver", "Replacement", "driver_names", "find_driver"]
 
 GROUP = "unionfs.volume_drivers"
 
-# These need no search through all installed packages, which takes longer than anything else here.
+# These names need no search through all installed packages, the slowest step here.
 _BUILT_IN = {
     "local": "unionfs.storage.drivers.local:Local",
     "union": "unionfs.storage.drivers.union:Union",
@@ -40,7 +40,7 @@ def driver_names() -> list[str]:
 
 
 def find_driver(name: str) -> Driver:
-    """The driver of that name. Raises UserError when there is none."""
+    """The driver of that name. Raises UserError if it does not exist."""
     if name in _BUILT_IN:
         return _load(EntryPoint(name, _BUILT_IN[name], GROUP))
     for point in entry_points(group=GROUP, name=name):

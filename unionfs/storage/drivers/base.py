@@ -1,4 +1,4 @@
-"""The interface of a volume driver, and of replacing a volume's content in one step."""
+"""The interface of a volume driver, including the atomic replacement of a volume's content."""
 
 from __future__ import annotations
 
@@ -11,37 +11,37 @@ from unionfs.storage.model import Volume
 
 
 class Replacement(Protocol):
-    """A place for a volume's new content, beside the old."""
+    """A place for a volume's new content, beside the old content."""
 
     @property
     def path(self) -> str:
-        """An empty directory for the content, and for the attributes of the volume's root."""
+        """An empty directory; its content and attributes become those of the volume's root."""
 
     def commit(self) -> None:
-        """Put the new content in the old one's place. What is in `path` must be on disk."""
+        """Replace the old content with the new. The content of `path` must be on disk."""
 
 
 class Driver:
-    """A kind of storage for volumes. A subclass sets `name` and `known_options`, and overrides what differs.
+    """A type of storage for volumes. A subclass sets `name` and `known_options`, and overrides methods.
 
-    Every method may raise UserError with a full sentence. The volume's lock is held, so methods never run
-    twice at once for one volume. A driver stores its state in `volume.directory`, and nothing in memory: the
-    next call may come from another process. Work that is already done (an existing mount, a missing
-    directory) is no error: the process before may have been killed half-way.
+    Every method may raise UserError with a full sentence. The caller holds the volume's lock, so methods
+    never run concurrently for one volume. A driver stores its state in `volume.directory`, not in memory: the
+    next call may come from another process. Completed work (an existing mount, a missing directory) is not an
+    error: an earlier process may have been killed half-way.
     """
 
     name: str = ""
     scope: str = "local"
-    """`global` when every host sees the same volume."""
+    """`global` if every host sees the same volume."""
     known_options: Mapping[str, str] = {}
-    """The options that a volume may have, with a line about each."""
+    """The valid options of a volume, with a line about each."""
 
     def hurried(self) -> Driver:
-        """The same driver for a caller that waits some seconds at most, even if the storage takes longer."""
+        """The same driver with a time limit of a few seconds, even if the storage takes longer."""
         return self
 
     def check(self, options: Mapping[str, str]) -> None:
-        """Refuse options that are unknown or exclude each other, before anything is created."""
+        """Refuse unknown or conflicting options, before anything is created."""
         for key in options:
             if key not in self.known_options:
                 known = ", ".join(self.known_options) or "none"
@@ -51,19 +51,19 @@ class Driver:
                 )
 
     def one_mount_each(self, volume: Volume) -> bool:
-        """Whether every user has its own mount; else all share one, from the first user to the last."""
+        """Whether every user has a separate mount; else all share one, from the first user to the last."""
         return False
 
     def create(self, volume: Volume) -> None:
-        """Create what the volume needs. `volume.directory` is empty, and gets its final name afterwards, so
+        """Create the volume's storage. `volume.directory` is empty and gets its final name afterwards, so
         paths below it must not be stored.
         """
 
     def remove(self, volume: Volume) -> None:
-        """Release what lies outside `volume.directory`, which is removed afterwards."""
+        """Release storage outside `volume.directory`, which the caller removes afterwards."""
 
     def mountpoint(self, volume: Volume) -> str:
-        """The path of the mounted data; empty when only `mount` knows it."""
+        """The path of the mounted data; empty if only `mount` knows it."""
         return f"{volume.directory}/_data"
 
     def mount(self, volume: Volume, user: str) -> str:
@@ -71,12 +71,12 @@ class Driver:
         raise NotImplementedError
 
     def unmount(self, volume: Volume, user: str) -> None:
-        """The reverse of `mount`, after the last user (after each one with `one_mount_each`)."""
+        """Undo `mount`, after the last user (after each user with `one_mount_each`)."""
 
     def replacement(self, volume: Volume) -> AbstractContextManager[Replacement]:
-        """A place for new content. Without `commit` the old content stays as it was.
+        """A place for new content. Without `commit` the old content stays unchanged.
 
-        Meanwhile the volume is mounted for the caller only.
+        Until then the volume is mounted for the caller only.
         """
         raise UserError(
             f"volume {quoted(volume.name)} cannot be restored: the driver {self.name} has no way to replace "
@@ -88,10 +88,10 @@ class Driver:
         return False
 
     def check_clone(self, volume: Volume) -> None:
-        """Refuse a second volume with the same options where both would be the same storage."""
+        """Refuse a clone whose options would make it the same storage as the original."""
 
     def may_share(self, volume: Volume) -> str | None:
-        """A directory outside the data on the same filesystem, for reflinks; None if there is none."""
+        """A directory outside the data on the same filesystem, for reflinks; None if unsupported."""
         return None
 
     def resize(self, volume: Volume, size: str, *, mounted: bool) -> Mapping[str, str]:
@@ -101,12 +101,12 @@ class Driver:
         )
 
     def status(self, volume: Volume) -> Mapping[str, object]:
-        """The Status that `inspect` shows, if any."""
+        """The Status field of `inspect`, if any."""
         return {}
 
 
 class Forced(Driver):
-    """A driver whose failures are passed to `tell`, for a volume that is removed in any case."""
+    """A driver for forced removal: reports failures to `tell` instead of raising them."""
 
     def __init__(self, driver: Driver, tell: Callable[[str], object]) -> None:
         self._driver = driver

@@ -1,4 +1,4 @@
-"""A volume with a size: a sparse file `image` beside its data, with a filesystem on a loop device."""
+"""A volume with a size: a sparse file `image` beside its data, whose filesystem uses a loop device."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ from unionfs.sys.fds import Owned, sync_directory
 
 _DETACH_SECONDS = 5.0
 
-# The smallest that mkfs makes: xfsprogs refuses less than 300 MB; an ext4 needs room for its journal.
+# The smallest sizes that mkfs accepts: xfsprogs refuses less than 300 MB; ext4 needs room for its journal.
 _SMALLEST = {"ext4": 8 << 20, "xfs": 300 << 20}
 _MAKE = {
-    # Nothing is reserved for root: the whole size is the volume's.
+    # No blocks are reserved for root: the volume gets the whole size.
     "ext4": (
         "mkfs.ext4",
         "-q",
@@ -39,7 +39,7 @@ _MAKE = {
 
 
 def check(options: Mapping[str, str]) -> None:
-    """Raise UserError for sizes and filesystems that cannot be made."""
+    """Raise UserError for unsupported sizes and filesystems."""
     kind, size = options.get("fs", "ext4"), volume_size(options["size"])
     if kind not in _SMALLEST:
         raise UserError(f"fs={quoted(kind)} is no filesystem for a volume with a size; it is ext4 or xfs.")
@@ -96,7 +96,7 @@ def _make(path: str, size: int, volume: Volume) -> None:
 
 
 def _empty(root: str) -> None:
-    """Remove e2fsck's directory, which it creates again when needed: a new volume is empty, as in Docker."""
+    """Remove lost+found, which e2fsck recreates when needed: a new volume is empty, as in Docker."""
     with suppress(OSError):
         os.rmdir(f"{root}/lost+found")
 
@@ -135,7 +135,7 @@ class _NewImage:
         self._new = new
 
     def commit(self) -> None:
-        """Unmount the new filesystem, so that it is complete, and rename its image over the old one."""
+        """Unmount the new filesystem to complete it, and rename its image over the old one."""
         run_umount(self.path, f"volume {quoted(self._volume.name)}")
         with Owned(os.open(self._new, os.O_RDONLY | os.O_CLOEXEC)) as fd:
             os.fsync(fd)
@@ -148,7 +148,7 @@ class _NewImage:
 
 @contextmanager
 def replacement(volume: Volume) -> Iterator[Replacement]:
-    """New content in a second image, which replaces the first one when its filesystem is unmounted."""
+    """New content in a second image, which replaces the first one after its filesystem is unmounted."""
     sweep(volume)
     new = f"{volume.directory}/.image-new"
     _make(new, volume_size(volume.options["size"]), volume)
@@ -175,9 +175,7 @@ def sweep(volume: Volume) -> None:
 
 
 def resize(volume: Volume, size: int, *, mounted: bool) -> None:
-    """Grow the image and its filesystem, mounted or not; shrink an ext4 that is not mounted. Raises
-    UserError.
-    """
+    """Grow the image and its filesystem, mounted or not; shrink an unmounted ext4. Raises UserError."""
     kind, path, data = _kind(volume), path_of(volume), f"{volume.directory}/_data"
     what = f"volume {quoted(volume.name)} cannot be resized"
     before = os.stat(path).st_size
@@ -208,9 +206,9 @@ def resize(volume: Volume, size: int, *, mounted: bool) -> None:
 
 
 def _refuse_attached(path: str, what: str) -> None:
-    """Raise UserError while a loop device has the image: e2fsck(8) would destroy a mounted filesystem.
+    """Raise UserError while a loop device uses the image: e2fsck(8) would destroy a mounted filesystem.
 
-    The kernel releases a loop device a moment after the unmount.
+    The kernel releases a loop device shortly after the unmount.
     """
     deadline = time.monotonic() + _DETACH_SECONDS
     while True:
@@ -246,7 +244,7 @@ def _lengthen(path: str, size: int, what: str) -> None:
 
 def _resize_ext4(path: str, size: int, before: int, what: str) -> None:
     _refuse_attached(os.path.realpath(path), what)
-    # 1: errors corrected (e2fsck(8)); it creates the missing lost+found.
+    # 1: errors corrected (e2fsck(8)); it recreates the missing lost+found.
     run_program(("e2fsck", "-f", "-p", path), what, good=(0, 1))
     if size > before:
         _lengthen(path, size, what)
@@ -265,7 +263,7 @@ def _resize_ext4(path: str, size: int, before: int, what: str) -> None:
 
 @contextmanager
 def _in_use(volume: Volume, data: str) -> Iterator[str]:
-    """The loop device of the volume, which is mounted if it is not."""
+    """The loop device of the volume; mounts the volume if necessary."""
     was = mount_at(data)
     if was is None:
         mount(volume, data)

@@ -1,4 +1,4 @@
-"""The driver `local`: a directory, a filesystem in an image of its own, or what mount(8) mounts."""
+"""The driver `local`: a directory, a filesystem in an image file, or a mount by mount(8)."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ from unionfs.sys.walking import follow
 class Local(Driver):
     """Volumes on this host.
 
-    Without options a directory. With `size` a directory with a project quota where kernel and filesystem
-    support it, else a sparse image with an ext4 or xfs on a loop device. With `type`, `o` and `device`, as in
-    Docker, whatever mount(8) mounts.
+    Without options: a directory. With `size`: a directory with a project quota where kernel and filesystem
+    support it, else a sparse image with ext4 or xfs on a loop device. With `type`, `o` and `device`, as in
+    Docker: any mount of mount(8).
     """
 
     name = "local"
@@ -198,11 +198,11 @@ class Local(Driver):
 
 
 def _check_way(device: str, what: str) -> None:
-    """Raise UserError for a directory that another user's symlink leads to."""
+    """Raise UserError if another user's symlink leads to the directory."""
     try:
         os.close(follow(device))
     except FileNotFoundError:
-        return  # mount(8) says so
+        return  # mount(8) reports it
     except OSError as error:
         raise UserError(
             f"{what} is bound to {quoted(device)}, which cannot be used: {reason(error)}; check the path."

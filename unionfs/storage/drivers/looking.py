@@ -1,4 +1,4 @@
-"""Looking at a path that may lead into a filesystem whose server hangs or is dead."""
+"""Accesses a path that may be on a filesystem whose server hangs or is dead."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ from unionfs.sys.child import run_child
 
 
 def look(action: Callable[[], int], seconds: float) -> int | None:
-    """What `action()` returns (0 to 254), or the errno of its OSError; None when `seconds` are not enough.
+    """Returns the result of `action()` (0 to 254), or the errno of its OSError; None after `seconds`.
 
-    A child runs it, which keeps no file of this process open: a thread that waits for a FUSE server could not
+    It runs in a child that closes all files of this process: a thread that waits for a FUSE server could not
     be ended. Raises OSError when no process can be started.
     """
 

@@ -38,36 +38,36 @@ __all__ = ["ENVIRONMENT", "Plugin", "find_plugin", "plugin_names"]
 _LONG = ("VolumeDriver.Create", "VolumeDriver.Mount")
 _LONG_SECONDS = 120.0
 _SHORT_SECONDS = 60.0
-"""Docker's own deadlines: the requests of `_LONG` may create or attach a disk."""
+"""Docker's timeouts; `_LONG` requests may create or attach a disk."""
 _HANDSHAKE_SECONDS = 10.0
-"""Plugin.Activate, the first request, which means no work for a plugin."""
+"""For Plugin.Activate, the first request, which needs no work by the plugin."""
 _STATUS_SECONDS = 5.0
-"""For the Status in `inspect`, which goes without it if need be."""
+"""For the Status field of `inspect`, which is optional."""
 _LOOK_SECONDS = 5.0
-"""For access to a directory that a plugin names, whose filesystem may hang."""
+"""For access to a directory named by a plugin, whose filesystem may hang."""
 _HURRIED_SECONDS = 10.0
 _SILENT_SECONDS = 30.0
 _DEEPEST = 32
-"""Nesting of objects and lists in an answer."""
+"""The maximum nesting of objects and lists in an answer."""
 _LONGEST_PATH = 4095
 """PATH_MAX without its NUL; linux/limits.h."""
 _LONGEST_WORDS = 300
 
 _silent_until: dict[str, float] = {}
-"""By URL, the time (time.monotonic) before which a silent plugin gets no other request: the removal of a
-hundred volumes waits only once for a plugin that hangs."""
+"""By URL, the time (time.monotonic) until which a silent plugin receives no requests: removing a hundred
+volumes waits only once for a plugin that hangs."""
 
 
 def find_plugin(name: str) -> Plugin | None:
-    """The plugin of that name, or None. Raises UserError when its description is wrong or not trusted."""
+    """The plugin of that name, or None. Raises UserError if its description is invalid or not trusted."""
     address = find_address(name)
     return None if address is None else Plugin(address)
 
 
 class Plugin(Driver):
-    """A volume plugin as a driver. The plugin stores the volumes; the records here say which ones are ours.
+    """A volume plugin as a driver. The plugin stores the volumes; local records list those created here.
 
-    `until` (time.monotonic) is one deadline for all requests, for a caller that waits less than docker.
+    `until` (time.monotonic) is one deadline for all requests, for callers with shorter timeouts than docker.
     """
 
     def __init__(self, address: Address, until: float = math.inf) -> None:
@@ -81,7 +81,7 @@ class Plugin(Driver):
 
     @property
     def scope(self) -> str:  # type: ignore[override]
-        """The scope that the plugin reports; an old one reports none."""
+        """The scope that the plugin reports; `local` if it reports none, as old ones do."""
         try:
             answer = self._call("VolumeDriver.Capabilities", {})
             found = self._object(answer, "Capabilities", "VolumeDriver.Capabilities").get("Scope")
@@ -107,7 +107,7 @@ class Plugin(Driver):
         tls = self._address.tls or {}
         for key in ("CAFile", "CertFile", "KeyFile"):
             if tls.get(key):
-                # Checked before OpenSSL opens it, which might wait. Nobody else can replace it afterwards.
+                # Checked before OpenSSL opens it, which might block. Afterwards no other user can replace it.
                 trusted.read(tls[key], "file of certificates in a TLSConfig")
         try:
             context = ssl.create_default_context(cafile=tls.get("CAFile") or None)
@@ -115,7 +115,7 @@ class Plugin(Driver):
                 context.check_hostname = False
                 context.verify_mode = ssl.CERT_NONE
             if tls.get("CertFile"):
-                # Without a password OpenSSL asks the terminal for the one of an encrypted key.
+                # Without a password OpenSSL prompts on the terminal for an encrypted key.
                 context.load_cert_chain(tls["CertFile"], tls.get("KeyFile") or None, password="")
         except (OSError, ValueError) as error:
             raise UserError(
@@ -127,7 +127,7 @@ class Plugin(Driver):
     def _call(
         self, request: str, values: Mapping[str, Any] | None, until: float = math.inf
     ) -> dict[str, Any]:
-        """One request, with an answer before `until`. Raises UserError with the plugin's own words."""
+        """One request, answered before `until`. Raises UserError with the plugin's own message."""
         until = min(until, self._until)
         if not self._activated:
             self._activate(until)
@@ -136,7 +136,7 @@ class Plugin(Driver):
         return self._answer(request, self._post(request, content, seconds, until))
 
     def _post(self, request: str, content: bytes, seconds: float, until: float) -> Answer:
-        # start-up time: other commands do without what it imports
+        # start-up time: other commands do not need its imports
         from unionfs.storage.drivers.plugin_request import RequestError, post
 
         now, url = time.monotonic(), self._address.url
@@ -198,7 +198,7 @@ class Plugin(Driver):
         return found
 
     def _path(self, values: Mapping[str, Any], request: str) -> str:
-        """The mountpoint in an answer as a path of this host, empty if it is missing."""
+        """The mountpoint in an answer as a path on this host, empty if missing."""
         path = values.get("Mountpoint")
         if path is None or path == "":
             return ""
@@ -220,10 +220,10 @@ class Plugin(Driver):
     # -- the driver ---------------------------------------------------------------------------------------
 
     def check(self, options: Mapping[str, str]) -> None:
-        """Nothing: the plugin checks its options in `create`."""
+        """No check here: the plugin checks its options in `create`."""
 
     def one_mount_each(self, volume: Volume) -> bool:
-        """Always: the plugin counts users by their IDs."""
+        """Always True: the plugin counts users by their IDs."""
         return True
 
     def create(self, volume: Volume) -> None:
@@ -262,7 +262,7 @@ class Plugin(Driver):
             )
 
     def _look(self, path: str, action: Callable[[], int]) -> int:
-        """The result of `look`. Raises UserError when it takes too long."""
+        """The result of `look`. Raises UserError after the timeout."""
         try:
             found = looking.look(action, _LOOK_SECONDS)
         except OSError as error:
@@ -307,14 +307,14 @@ class Plugin(Driver):
 
 
 def _words(text: str) -> str:
-    """A plugin's text as a part of a sentence: one short line without control characters."""
+    """A plugin's text as a sentence fragment: one short line without control characters."""
     line = " ".join(text[: 4 * _LONGEST_WORDS].split())
     shown = "".join(char if char.isprintable() else "?" for char in line)
     return shown if len(shown) <= _LONGEST_WORDS else shown[:_LONGEST_WORDS] + "..."
 
 
 def _parsed(content: bytes) -> Any:
-    """An answer's JSON (RFC 8259: neither NaN nor Infinity). Raises ValueError or RecursionError."""
+    """Parse an answer's JSON (RFC 8259: neither NaN nor Infinity). Raises ValueError or RecursionError."""
     values = json.loads(content, parse_constant=_refused, parse_float=_finite)
     level = [values]
     for _ in range(_DEEPEST):

@@ -1,8 +1,8 @@
-"""One request to a Docker volume plugin, which may be broken or hostile: HTTP/1.1 with limits.
+"""Sends one request to a Docker volume plugin, which may be broken or hostile: HTTP/1.1 with limits.
 
-h11 implements the protocol, this module the limits. Every received byte counts (headers, interim answers and
-chunk sizes, too), and one deadline covers connecting, sending, headers and body. Nothing is decompressed, and
-no redirect is followed.
+h11 implements the protocol, this module the limits. Every received byte counts (including headers, interim
+answers and chunk sizes), and one deadline covers connecting, sending, headers and body. Nothing is
+decompressed; redirects are not followed.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import ssl
 import struct
 from dataclasses import dataclass
 
-# This module is imported only for a request (see `plugin`): these two take most of a short command's time.
+# `plugin` imports this module only for a request: these two take most of a short command's time.
 import h11
 import trio
 
@@ -23,15 +23,15 @@ from unionfs.storage.drivers.plugin_search import SOCKET
 
 _CREDENTIALS = struct.Struct("=iII")  # struct ucred, include/linux/socket.h
 MOST_BYTES = 1 << 20
-"""A longer answer is refused: the longest sensible one has a few kilobytes."""
+"""The maximum length of an answer (bytes); real ones have a few kilobytes."""
 _ACCEPT = "application/vnd.docker.plugins.v1.2+json"
 
 
 class RequestError(Exception):
-    """There is no usable answer; `str(error)` is a part of a sentence: `CAUSE; CURE`."""
+    """No usable answer; `str(error)` is a sentence fragment: `CAUSE; CURE`."""
 
     silent = False
-    """Whether the deadline passed."""
+    """Whether the deadline expired."""
 
 
 class _SilentError(RequestError):
@@ -40,7 +40,7 @@ class _SilentError(RequestError):
 
 @dataclass(frozen=True, slots=True)
 class Endpoint:
-    """The path of a unix socket, or host, port and perhaps TLS."""
+    """The path of a unix socket, or host, port and optionally TLS."""
 
     path: str = ""
     host: str = ""
@@ -59,7 +59,7 @@ class Answer:
 def post(endpoint: Endpoint, request: str, content: bytes, seconds: float) -> Answer:
     """Send a request and return its answer, within `seconds`. Raises RequestError.
 
-    Blocks. It has its own event loop, so it can be called from any thread without one.
+    Blocks. It runs its own event loop, so any thread without one can call it.
     """
     try:
         return trio.run(_post, endpoint, request, content, seconds)
@@ -71,7 +71,7 @@ def post(endpoint: Endpoint, request: str, content: bytes, seconds: float) -> An
     except h11.ProtocolError as error:
         raise RequestError(f"it does not speak HTTP ({error}); see its own messages") from error
     except (OSError, ValueError, trio.BrokenResourceError, trio.ClosedResourceError) as error:
-        cause = error.__cause__ or error  # trio wraps what TLS says
+        cause = error.__cause__ or error  # trio wraps TLS errors
         words = reason(cause) if isinstance(cause, OSError) else str(cause)
         raise RequestError(f"it does not answer: {words}; start it, or remove what describes it") from error
 
@@ -107,10 +107,10 @@ async def _connected(endpoint: Endpoint) -> trio.abc.Stream:
 
 
 async def _connected_to_socket(path: str) -> trio.SocketStream:
-    """A connection to a socket of root or this user that nobody else could replace, and to such a process."""
+    """Connect to a socket that only root or this user could create or replace, of a process of theirs."""
     with trusted.opened(path, SOCKET) as name:
         stream = await trio.open_unix_socket(name)
-    # Of the process that called listen(2); unix(7). A socket may have been given away.
+    # Of the process that called listen(2) (unix(7)): the owner of a socket may have given it away.
     _, uid, _ = _CREDENTIALS.unpack(
         stream.socket.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _CREDENTIALS.size)
     )

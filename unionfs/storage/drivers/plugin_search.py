@@ -1,9 +1,9 @@
-"""Discovery of Docker's volume plugins, as docker does it, and the trust in their descriptions.
+"""Discovery of Docker's volume plugins, as in docker, and the trust in their descriptions.
 
 Sources: docs.docker.com/engine/extend/plugin_api (discovery); moby pkg/plugins/discovery.go and
 plugin/v2/plugin.go (paths of managed plugins). Root mounts the directory that a plugin names. So a socket or
-description must belong to root (or to the user who runs the command), and nobody else may be able to replace
-it (`trusted`). The same is true of a socket that a description names: it is checked when it is used.
+description must belong to root (or to the user of the command), and no other user may be able to replace it
+(`trusted`). The same applies to a socket named by a description, which is checked at use.
 """
 
 from __future__ import annotations
@@ -20,14 +20,14 @@ from unionfs.errors import UserError, quoted, reason
 from unionfs.storage.drivers import trusted
 
 ENVIRONMENT = "UNIONFS_PLUGIN_PATH"
-"""Directories, separated by colons, to search instead of docker's."""
+"""Directories to search instead of docker's, separated by colons."""
 _SOCKETS = ("/run/docker/plugins",)
 _SPECS = ("/etc/docker/plugins", "/usr/lib/docker/plugins")
 _MANAGED = "/var/lib/docker/plugins"
 SOCKET = "socket of a plugin"
 _DESCRIPTION = "plugin description"
 _DEPTH = 4
-"""Deepest nesting of directories in a plugin's name."""
+"""The maximum depth of directories in a plugin's name."""
 _PORTS = {"tcp": 80, "http": 80, "https": 443}
 
 
@@ -40,13 +40,13 @@ class Address:
     """`unix://PATH`, `tcp://HOST:PORT`, `http://` or `https://`."""
     tls: Mapping[str, Any] | None = None
     base: str = ""
-    """The directory that a managed plugin's paths are below."""
+    """The directory that contains a managed plugin's paths."""
     propagated: str = ""
-    """The prefix of its paths that stands for `../propagated-mount` of `base`."""
+    """The prefix of the plugin's paths that maps to `../propagated-mount` of `base`."""
 
     @property
     def shown(self) -> str:
-        """The URL as a part of a sentence."""
+        """The URL as a sentence fragment."""
         return _shortened(self.url)
 
     @property
@@ -56,7 +56,7 @@ class Address:
 
     @property
     def host_and_port(self) -> tuple[str, int]:
-        """Host and port of a plugin without unix socket."""
+        """Host and port of a plugin without a unix socket."""
         parts = urlsplit(self.url)
         default = 443 if self.is_secure else _PORTS[parts.scheme]
         return parts.hostname or "", parts.port or default
@@ -67,7 +67,7 @@ class Address:
         return self.url.startswith("https://") or (self.tls is not None and self.url.startswith("tcp://"))
 
     def host_path(self, path: str) -> str:
-        """The path on this host of a path that the plugin names."""
+        """Translate a path that the plugin names to a path on this host."""
         if not self.base:
             return path
         if self.propagated and (path + "/").startswith(self.propagated.rstrip("/") + "/"):
@@ -97,7 +97,7 @@ def _directories() -> tuple[tuple[str, ...], tuple[str, ...]]:
 
 
 def plugin_names() -> list[str]:
-    """The names of plugins that can be found without a request to them."""
+    """The names of plugins that are found without sending requests."""
     sockets, specs = _directories()
     names = set()
     for directories, endings in ((sockets, (".sock",)), (specs, (".spec", ".json"))):
@@ -110,7 +110,7 @@ def plugin_names() -> list[str]:
 
 
 def _files(directory: str) -> Iterator[str]:
-    """Paths below a directory, relative to it; symlinks to directories are not followed, as in docker."""
+    """Relative paths of files below a directory; symlinks to directories are not followed, as in docker."""
     for place, below, files in os.walk(directory):
         inner = os.path.relpath(place, directory)
         inner = "" if inner == "." else inner + "/"
@@ -122,14 +122,14 @@ def _files(directory: str) -> Iterator[str]:
 def _name_of(path: str, ending: str) -> str:
     path = path.removesuffix(ending)
     parent, _, name = path.rpartition("/")
-    # A plugin may lie in a directory of its own name.
+    # A plugin may be in a directory of the same name.
     return parent if parent == name else path
 
 
 def find_address(name: str) -> Address | None:
     """The address of the plugin of that name, or None.
 
-    Raises UserError for a description that is misspelt or not trusted.
+    Raises UserError for an invalid or untrusted description.
     """
     if any(part in ("", ".", "..") for part in name.split("/")) or not name.isprintable():
         return None
@@ -151,7 +151,7 @@ def find_address(name: str) -> Address | None:
 
 
 def _kind(path: str) -> int:
-    """The S_IFMT bits of a file, symlinks followed as docker does; 0 if it is missing."""
+    """The S_IFMT bits of a file; follows symlinks, as docker does; 0 if missing."""
     try:
         return stat.S_IFMT(os.stat(path).st_mode)
     except OSError:
@@ -159,7 +159,7 @@ def _kind(path: str) -> int:
 
 
 def _check_socket(path: str) -> None:
-    """Raise UserError for a socket that another user has put there, or could replace."""
+    """Raise UserError for a socket that another user created or could replace."""
     try:
         with trusted.opened(path, SOCKET):
             pass
@@ -176,7 +176,7 @@ def _checked_url(url: str, path: str) -> str:
         known = parts.scheme in ("unix", *_PORTS) and url.isprintable() and " " not in url
         complete = url.startswith("unix:///") if parts.scheme == "unix" else bool(parts.hostname)
         if parts.scheme != "unix":
-            _ = parts.port  # a ValueError, when it is no port
+            _ = parts.port  # raises ValueError if invalid
     except ValueError as error:
         raise UserError(
             f"the plugin description {quoted(path)} has the address {shown}: {error}; correct it."
@@ -209,7 +209,7 @@ def _from_json(name: str, path: str) -> Address:
 
 
 def _find_managed(name: str) -> Address | None:
-    """An enabled plugin that `docker plugin install` has installed."""
+    """An enabled plugin installed by `docker plugin install`."""
     wanted = name if ":" in name.rpartition("/")[2] else f"{name}:latest"
     try:
         found = sorted(os.listdir(_MANAGED))
@@ -220,7 +220,7 @@ def _find_managed(name: str) -> Address | None:
         if not _kind(path):
             continue
         try:
-            # Plugins leave anything in docker's directory; a broken one does not stop the search.
+            # docker's directory may contain invalid files of plugins; they do not stop the search.
             plugin = json.loads(trusted.read(path, _DESCRIPTION))["plugin"]
             if plugin["Name"] != wanted:
                 continue

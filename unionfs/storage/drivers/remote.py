@@ -1,4 +1,4 @@
-"""Drivers for storage on other machines, by existing FUSE programs: sshfs, rclone, glusterfs."""
+"""Drivers for storage on other machines, using existing FUSE programs: sshfs, rclone, glusterfs."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _SENT_SECONDS = 600.0
 
 
 class RemoteDriver(Driver):
-    """The common part: a program mounts at `_data`, and ends with the mount."""
+    """The common base: a program mounts at `_data` and ends with the mount."""
 
     scope = "global"
     program = ""
@@ -86,7 +86,7 @@ class RemoteDriver(Driver):
         return ""
 
     def log(self, volume: Volume) -> str:
-        """The end of the program's log, as a part of a sentence."""
+        """The end of the program's log, as a sentence fragment."""
         return ""
 
     def settle(self, volume: Volume) -> None:
@@ -120,7 +120,7 @@ class RemoteDriver(Driver):
 
 
 class Sshfs(RemoteDriver):
-    """A directory of another host, by SFTP. The options are those of the sshfs plugins for docker."""
+    """A directory on another host, over SFTP. The options are those of docker's sshfs plugins."""
 
     name = "sshfs"
     program = "sshfs"
@@ -159,7 +159,7 @@ class Sshfs(RemoteDriver):
 
 
 class Rclone(RemoteDriver):
-    """A remote of rclone: S3, Google Drive, WebDAV and many more."""
+    """An rclone remote: S3, Google Drive, WebDAV and many more."""
 
     name = "rclone"
     program = "rclone"
@@ -181,7 +181,7 @@ class Rclone(RemoteDriver):
     def command(self, options: Mapping[str, str], target: str, directory: str) -> list[str]:
         words = ["mount", options["remote"], target, "--daemon", "--log-file", f"{directory}/rclone.log"]
         words += [f"--vfs-cache-mode={options.get('vfs-cache-mode', 'writes')}"]
-        # Else rclone sends a file seconds after its close, and never if the volume is unmounted before.
+        # Otherwise rclone uploads a file seconds after its close, or never after an earlier unmount.
         words += ["--vfs-write-back=0", f"--cache-dir={directory}/cache"]
         if os.geteuid() == 0:
             words += ["--allow-other", "--default-permissions"]
@@ -193,7 +193,7 @@ class Rclone(RemoteDriver):
         return _last_line(f"{volume.directory}/rclone.log")
 
     def settle(self, volume: Volume) -> None:
-        # A file is sent after its close; one that is renamed meanwhile arrives under both names.
+        # A file is uploaded after its close; if renamed during the upload, it arrives under both names.
         deadline = time.monotonic() + _SENT_SECONDS
         while _is_sending(f"{volume.directory}/cache/vfsMeta"):
             if time.monotonic() > deadline:
@@ -205,7 +205,7 @@ class Rclone(RemoteDriver):
 
 
 def _is_sending(directory: str) -> bool:
-    """Whether rclone's cache holds a file that is not sent, by the JSON file of each (vfs/vfscache)."""
+    """Whether rclone's cache holds a file not uploaded yet, according to its JSON files (vfs/vfscache)."""
     for where, _, names in os.walk(directory):
         for name in names:
             try:
@@ -215,7 +215,7 @@ def _is_sending(directory: str) -> bool:
             except FileNotFoundError:
                 continue
             except ValueError:
-                return True  # it is just being written
+                return True  # being written now
     return False
 
 

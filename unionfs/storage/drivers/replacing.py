@@ -1,6 +1,4 @@
-"""Ways to put new content in a volume's place: exchange two directories, or entry by entry where that can't
-be.
-"""
+"""Replaces a volume's content: exchanges two directories, or entry by entry where that is not possible."""
 
 from __future__ import annotations
 
@@ -13,20 +11,20 @@ from unionfs.errors import UserError, quoted, reason
 from unionfs.storage.model import Volume
 from unionfs.storage.removing import refuse_locked
 from unionfs.storage.workspace import Workspace, recover, workspace
+from unionfs.sys import calls
 from unionfs.sys.fds import directory, sync_directory
 from unionfs.sys.trees import remove_path
 from unionfs.union.work import exchange as exchange_names
 
 _SIBLING = ".restore-"
 _ASIDE = ".old"
-"""Where the old content waits on a filesystem that cannot exchange, between two renames."""
+"""The suffix of the old content between two renames, on a filesystem without RENAME_EXCHANGE."""
 
 
 def exchange(one: str, other: str) -> None:
-    """Exchange two names on one filesystem: in one step, or in steps that `recover_sibling` can undo."""
-    with directory("/") as at:
-        new, old, aside = ((at, os.fsencode(path)) for path in (other, one, other + _ASIDE))
-        exchange_names(new, old, aside)
+    """Exchange two names on one filesystem: atomically, or in steps that `recover_sibling` can undo."""
+    new, old, aside = ((calls.AT_FDCWD, os.fsencode(path)) for path in (other, one, other + _ASIDE))
+    exchange_names(new, old, aside)
 
 
 class _Sibling:
@@ -36,31 +34,31 @@ class _Sibling:
 
     def commit(self) -> None:
         if os.path.lexists(self._data):
-            # The old content goes next.
+            # The old content is removed next.
             refuse_locked(self._data, "the volume's content cannot be replaced")
             exchange(self._data, self.path)
         else:
-            # Somebody has removed the volume's directory: a restore is the cure for that.
+            # The volume's directory was removed: a restore recreates it.
             os.rename(self.path, self._data)
         sync_directory(os.path.dirname(self._data))
 
 
 @contextmanager
 def sibling(data: str) -> Iterator[_Sibling]:
-    """New content in a directory beside `data`, which it is exchanged with."""
+    """New content in a directory beside `data`; `commit` exchanges the two."""
     sweep_siblings(data)
     path = tempfile.mkdtemp(prefix=_SIBLING, dir=os.path.dirname(data))
     try:
         yield _Sibling(data, path)
     finally:
-        with suppress(OSError):  # tried again by the next restore
+        with suppress(OSError):  # the next restore tries again
             remove_path(path)
 
 
 def recover_sibling(data: str) -> bool:
-    """Give `data`, if it is missing, its old content back that an exchange in steps left aside.
+    """If `data` is missing, move back the old content that an interrupted exchange set aside.
 
-    Returns whether there was any.
+    Returns whether it moved any.
     """
     parent = os.path.dirname(data)
     with suppress(OSError):
@@ -72,7 +70,7 @@ def recover_sibling(data: str) -> bool:
 
 
 def sweep_siblings(data: str) -> None:
-    """Remove what a killed restore left beside `data`. To be called under the volume's long lock."""
+    """Remove leftovers of a killed restore beside `data`. The caller holds the volume's long lock."""
     recover_sibling(data)
     parent = os.path.dirname(data)
     with suppress(OSError):
@@ -83,10 +81,10 @@ def sweep_siblings(data: str) -> None:
 
 @contextmanager
 def in_place(volume: Volume, data: str, settle: Callable[[], None] | None = None) -> Iterator[Workspace]:
-    """New content in a directory in the root `data` of the volume itself, for filesystems that are not ours.
+    """New content in a directory in the volume's root `data`, for filesystems of other machines or programs.
 
-    The exchange is many renames, which a journal outside the volume finishes when it is interrupted. `settle`
-    is called before, and may wait until all that was written can be renamed.
+    The exchange consists of many renames; a journal outside the volume completes it after an interruption.
+    `settle` is called first, and may wait until all written files can be renamed.
     """
     with directory(data) as root, ExitStack() as stack:
         try:
@@ -99,7 +97,7 @@ def in_place(volume: Volume, data: str, settle: Callable[[], None] | None = None
 
 
 def finish_in_place(volume: Volume, data: str) -> None:
-    """Finish an exchange of entries that has begun, and remove what else dead processes left in the root
-    `data` of the volume. To be called under the volume's short lock. Raises UserError.
+    """Finish an exchange of entries that has begun, and remove other leftovers of dead processes from the
+    volume's root `data`. The caller holds the volume's short lock. Raises UserError.
     """
     recover(volume.directory, data)

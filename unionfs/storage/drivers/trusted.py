@@ -1,7 +1,7 @@
-"""Files and sockets that nobody but root, or the user who runs the command, can have put or replaced.
+"""Files and sockets that only root, or the user of the command, can have created or replaced.
 
-A path is walked once, from directory to directory by fds, as the kernel does. Each directory and symlink on
-the way is checked, also on the way of a symlink. What is found is used by its fd.
+Walks a path once, from directory to directory by fds, as the kernel does. Checks each directory and symlink
+on the way, including the way of a symlink. The result is used through its fd.
 """
 
 from __future__ import annotations
@@ -17,14 +17,14 @@ from unionfs.sys.fds import Owned
 from unionfs.sys.walking import Step, walk
 
 _MOST_BYTES = 1 << 20
-"""A description or a certificate that is longer is refused."""
+"""The maximum length of a description or certificate (bytes)."""
 
 
 @contextmanager
 def opened(path: str, what: str) -> Iterator[str]:
-    """A name for what is at `path`, valid within the context. `what` is the word for it in a sentence.
+    """A name for the file at `path`, valid within the context. `what` is the word for it in messages.
 
-    Raises OSError, and UserError for what another user has put there or could replace.
+    Raises OSError, and UserError for a file that another user created or could replace.
     """
     with Owned(walk(path, lambda step: _check(path, what, step))) as fd:
         yield f"/proc/self/fd/{fd}"
@@ -34,12 +34,12 @@ def read(path: str, what: str) -> str:
     """The text of a small regular file. Raises UserError."""
     try:
         with opened(path, what) as name:
-            # A FIFO would be waited for, and opening a device may do something.
+            # Opening a FIFO would block, and opening a device may have effects.
             if not stat.S_ISREG(os.stat(name).st_mode):
                 raise ValueError("it is no regular file")
             with open(name, "rb", opener=_opener) as source:
                 content = source.read(_MOST_BYTES + 1)
-        if content is None:  # a file of /proc that would be waited for
+        if content is None:  # a file of /proc that would block
             raise ValueError("it cannot be read without waiting")
         if len(content) > _MOST_BYTES:
             raise ValueError(f"it has more than {_MOST_BYTES} bytes")
@@ -71,12 +71,12 @@ def _check(path: str, what: str, step: Step) -> None:
 
 def _is_written_by_others(status: os.stat_result, fd: int) -> bool:
     mode = status.st_mode
-    # Who may write to a socket may talk to the plugin; in a sticky directory others replace nothing.
+    # Writers of a socket may only talk to the plugin; in a sticky directory others cannot replace entries.
     if stat.S_ISLNK(mode) or stat.S_ISSOCK(mode) or (stat.S_ISDIR(mode) and mode & stat.S_ISVTX):
         return False
     if mode & stat.S_IWOTH:
         return True
-    # With an ACL these bits are the mask of all users and groups that it names (acl(5)).
+    # With an ACL these bits are the mask of all named users and groups (acl(5)).
     return bool(mode & stat.S_IWGRP) and (status.st_gid != 0 or _has_acl(fd))
 
 

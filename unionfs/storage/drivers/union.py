@@ -1,4 +1,4 @@
-"""The driver `union`: a volume that is itself a union."""
+"""The driver `union`: the volume is a union."""
 
 from __future__ import annotations
 
@@ -32,10 +32,10 @@ _NOTICE_SECONDS = 5.0
 
 
 class Union(Driver):
-    """A volume over lowers that are never written.
+    """A volume over read-only lowers.
 
-    Every user has its own view, whose changes end with it; with `shared` all have one view, whose changes
-    stay.
+    Every user has a separate view, whose changes end with it; with `shared` all users have one view, whose
+    changes persist.
     """
 
     name = "union"
@@ -94,7 +94,7 @@ class Union(Driver):
         merged = f"{view}/merged"
         if _is_alive(merged):
             return merged
-        _remove(view)  # of an earlier user of the same text
+        _remove(view)  # left by an earlier user of the same text
         for name in ("", "/upper", "/work", "/merged"):
             os.mkdir(view + name, 0o755)
         # The root of a view has the attributes of the topmost lower.
@@ -162,7 +162,7 @@ class _NewUpper:
 
 
 def _remove(path: str) -> None:
-    """Remove a view or a restore's place; what fails is tried again before the name is used."""
+    """Remove a view or a restore's directory; after a failure the next use of the name tries again."""
     with suppress(OSError):
         remove_path(path, unlock=True)
 
@@ -176,7 +176,7 @@ def _sweep(volume: Volume) -> None:
 
 
 def _hide(lowers: Sequence[str], upper: str) -> None:
-    """Hide everything in the lowers by whiteouts (Documentation/filesystems/overlayfs.rst)."""
+    """Hide all entries of the lowers with whiteouts (Documentation/filesystems/overlayfs.rst)."""
     for name in {name for lower in lowers for name in os.listdir(lower)}:
         try:
             os.mknod(f"{upper}/{name}", stat.S_IFCHR, 0)
@@ -196,7 +196,7 @@ def _mount(volume: Volume, upper: str, work: str, target: str) -> None:
 
 
 def _is_alive(target: str) -> bool:
-    """Whether a union is mounted and answers; one whose daemon has died is unmounted."""
+    """Whether a union is mounted and answers; unmounts one whose daemon is dead."""
     if mount_at(target) is None:
         return False
     if is_dead(os.path.realpath(os.path.dirname(target)) + "/" + os.path.basename(target)):
@@ -220,7 +220,7 @@ def _unmount(target: str) -> None:
     began = time.monotonic()
     for pid, started in daemons:
         while not wait_gone(pid, started, 0.2):
-            # It may live on in another mount namespace, that was created meanwhile; here it is gone.
+            # It may live on in another mount namespace created after it; here it is gone.
             if time.monotonic() > began + _NOTICE_SECONDS and _serves(pid):
                 break
 
