@@ -334,6 +334,7 @@ class Pair:
 
     def look(self, op: Op | None) -> None:
         """Compare the whole trees."""
+        copied = self._copied_up() if self.kind == normalise.LATE else frozenset()
         for side in (self.ours, self.theirs):
             side.workers["root"].start(operations.take)
         answers: list[Tree] = []
@@ -349,7 +350,7 @@ class Pair:
         if self.kind == normalise.LATE and op is not None and op.name in ("truncate", "h_truncate"):
             ours = self._with_times(ours, theirs)
         self.tree = theirs
-        self._check(f"after {op}", ours, self.tree, self.theirs)
+        self._check(f"after {op}", ours, self.tree, self.theirs, copied)
         lines: list[str] = []
         if self.session != "overlay":  # which does not always fulfil the union's rules of d_ino and st_ino
             lines += normalise.strict(ours)
@@ -371,25 +372,40 @@ class Pair:
             changed[path] = replace(ours[path], mtime=theirs[path].mtime)
         return {**ours, **changed}
 
-    def _check(self, when: str, ours: Tree, theirs: Tree, upper_of: Side | None = None) -> None:
-        """``upper_of``: the side whose upper determines the copied-up files; without it, none."""
+    def _copied_up(self) -> frozenset[bytes]:
+        """What the union has in its upper now: looking at a file may write it back, and so copy it up."""
+        top = os.fsencode(self.ours.upper / self.arena)
+        return frozenset(
+            os.path.relpath(os.path.join(at, name), top) for at, _, names in os.walk(top) for name in names
+        )
+
+    def _check(
+        self,
+        when: str,
+        ours: Tree,
+        theirs: Tree,
+        upper_of: Side | None = None,
+        copied: frozenset[bytes] | None = None,
+    ) -> None:
+        """``upper_of``: the side whose upper determines the copied-up files; without it, none.
+
+        ``copied``: what the union had in its upper before ``ours`` was taken, if that may differ from now.
+        """
         lines = normalise.compare_trees(
             ours,
             theirs,
             self.clock,
             lambda path: upper_of is not None and self.is_copied_up(path, upper_of),
-            self._is_late,
+            lambda path: self._is_late(path, copied),
         )
         if lines:
             raise Difference(f"{when}:\n  " + "\n  ".join(lines[:20]))
 
-    def _is_late(self, path: bytes) -> bool:
-        """Whether overlayfs has copied the path up, but the union has not yet (rule 12)."""
-        return (
-            self.kind == normalise.LATE
-            and self.is_copied_up(path, self.theirs)
-            and not self.is_copied_up(path, self.ours)
-        )
+    def _is_late(self, path: bytes, copied: frozenset[bytes] | None) -> bool:
+        """Whether overlayfs has copied the path up, but the union has (or had) not yet (rule 12)."""
+        if self.kind != normalise.LATE or not self.is_copied_up(path, self.theirs):
+            return False
+        return path not in copied if copied is not None else not self.is_copied_up(path, self.ours)
 
     def finish(self) -> None:
         """End an example: lowers are unchanged, and each side reads the other's changes."""

@@ -15,7 +15,7 @@ from typing import IO, Any
 from unionfs.errors import UserError, quoted, reason
 from unionfs.storage import workspace
 from unionfs.storage.archive.base import Base
-from unionfs.storage.archive.compress import Ahead, compressor, decompressor
+from unionfs.storage.archive.compress import WriteBehind, compressor, decompressor
 from unionfs.storage.archive.content import Contents
 from unionfs.storage.archive.entry import Entry
 from unionfs.storage.archive.freeze import frozen, own_filesystem
@@ -104,7 +104,7 @@ def backup(
         try:
             scratch = _hold_still(stack, volumes, volume, path, out, others, report)
             walker = Walker(path, report.note, leave_out=workspace.names(volume.directory))
-            sink = Ahead(compressor(out, compress))
+            sink = WriteBehind(compressor(out, compress))
             stack.callback(sink.stop)
             contents = Contents(walker, report.note_unstable, scratch=scratch)
             writer = ArchiveWriter(Tar(sink), walker, contents, base=base, progress=progress)

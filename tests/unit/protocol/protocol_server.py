@@ -34,8 +34,8 @@ from typing import Any
 
 from unionfs.fuse.protocol import (
     FOREVER,
+    Dirents,
     IoMode,
-    Listing,
     Opcode,
     Privileges,
     Reply,
@@ -304,7 +304,7 @@ class Memory:
         return encode.ok(r.unique)
 
     def readdir(self, r: Any, plus: bool = False) -> Reply:
-        listing = Listing(r.size)
+        listing = Dirents(r.size)
         node = self.nodes[r.nodeid]
         entries = [(b".", node), (b"..", self.root), *node.names.items()]
         for off, (name, child) in enumerate(entries[r.offset :], r.offset + 1):

@@ -11,7 +11,7 @@ import timeit
 from protocol_abi import STRUCTS
 from protocol_messages import GOLDEN, message, number
 
-from unionfs.fuse.protocol import FOREVER, Listing, Opcode, decoder, encode
+from unionfs.fuse.protocol import FOREVER, Dirents, Opcode, decoder, encode
 
 
 def measure(what: str, statement: object) -> None:
@@ -53,9 +53,9 @@ def main() -> None:
         "decode Lookup + encode entry",
         lambda: (decode(view, len(raw)), encode.entry(1, 5, 0, FOREVER, FOREVER, attr)),
     )
-    listing, plus = Listing(1 << 62), Listing(1 << 62)
-    measure("Listing.add", lambda: listing.add(b"a-usual-name", 7, 1, stat.S_IFREG))
-    measure("Listing.add_plus", lambda: plus.add_plus(b"a-usual-name", 7, 1, stat.S_IFREG, entry))
+    listing, plus = Dirents(1 << 62), Dirents(1 << 62)
+    measure("Dirents.add", lambda: listing.add(b"a-usual-name", 7, 1, stat.S_IFREG))
+    measure("Dirents.add_plus", lambda: plus.add_plus(b"a-usual-name", 7, 1, stat.S_IFREG, entry))
 
 
 if __name__ == "__main__":

@@ -14,7 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from protocol_abi import STRUCTS
 
-from unionfs.fuse.protocol import FOREVER, NEVER, InitReply, Listing, Notify, Reply, encode, notify
+from unionfs.fuse.protocol import FOREVER, NEVER, Dirents, InitReply, Notify, Reply, encode, notify
 from unionfs.fuse.protocol.structs import LAYOUTS
 
 ATTR = LAYOUTS["fuse_attr"].struct.pack(1, 2, 3, -4, *range(5, 17))
@@ -220,7 +220,7 @@ NAMES = st.binary(min_size=1, max_size=255).filter(lambda name: not {0, 47} & se
 
 @given(names=st.lists(NAMES, max_size=20), limit=st.integers(0, 4096), plus=st.booleans())
 def test_listings(names: list[bytes], limit: int, plus: bool) -> None:
-    listing, entry = Listing(limit), encode.entry_out(1, 0, NEVER, NEVER, ATTR)
+    listing, entry = Dirents(limit), encode.entry_out(1, 0, NEVER, NEVER, ATTR)
     added = []
     for off, name in enumerate(names, 1):
         fits = listing.fits_plus(name)
@@ -245,7 +245,7 @@ def test_an_entry_packed_at_once(tmp_path: Path) -> None:
     st = os.stat(tmp_path)
     values = encode.attribute_values(st, 42, 7, -5_000_000_001)
     attr = encode.attributes_of(st, 42, 7, -5_000_000_001)
-    one, two = Listing(4096), Listing(4096)
+    one, two = Dirents(4096), Dirents(4096)
     for off, name in enumerate((b"a", b"longer-name", b"x" * 255), 1):
         entry = encode.entry_out(off, 0, (7, 8), (9, 10), attr)
         assert one.add_plus(name, 42, off, st.st_mode, entry)
@@ -256,7 +256,7 @@ def test_an_entry_packed_at_once(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", [b"", b"a/b", b"x" * 1025])
 def test_names_that_would_fail_the_whole_listing(name: bytes) -> None:
-    listing = Listing(4096)
+    listing = Dirents(4096)
     with pytest.raises(ValueError, match="cannot be the name"):
         listing.add(name, 1, 1, stat.S_IFREG)
     with pytest.raises(ValueError, match="cannot be the name"):

@@ -25,7 +25,7 @@ from typing import Final
 
 from unionfs.fuse.directories import NO_ENTRIES, Entries
 from unionfs.fuse.operations import Operations
-from unionfs.fuse.protocol import Listing
+from unionfs.fuse.protocol import Dirents
 from unionfs.union.node import Node
 
 log = logging.getLogger(__name__)
@@ -49,7 +49,7 @@ class Prepared:
 
     def __init__(self, node: Node, size: int) -> None:
         self.node = node
-        self.listing = Listing(size)
+        self.listing = Dirents(size)
         self.entries = NO_ENTRIES
         #: The names in it, one after the other.
         self.nodes: list[Node] = []

@@ -10,7 +10,7 @@ from unionfs.fuse.direct.loop import Waiting
 from unionfs.fuse.direct.nodeio import NodeIos
 from unionfs.fuse.directories import DOT, DOT_DOT, NO_ENTRIES, Entries
 from unionfs.fuse.operations import Operations
-from unionfs.fuse.protocol import FOREVER, NEVER, Listing, Opcode, Reply, encode
+from unionfs.fuse.protocol import FOREVER, NEVER, Dirents, Opcode, Reply, encode
 from unionfs.fuse.protocol import requests as rq
 from unionfs.union.node import Node
 
@@ -30,7 +30,7 @@ class ListingRequests:
 
     async def _readdir(self, request: rq.Readdir) -> Reply:
         node = self._operations.node(request.nodeid)
-        listing = Listing(request.size)
+        listing = Dirents(request.size)
         (cookies, names, _), first = await self._start(node, request.offset, listing, plus=False)
         for index in range(first, len(names)):
             try:
@@ -52,7 +52,7 @@ class ListingRequests:
             listing, nodes = prepared.listing, prepared.nodes
             self._operations.directories.keep(node, prepared.entries)
         else:
-            listing = Listing(request.size)
+            listing = Dirents(request.size)
             entries, first = await self._start(node, request.offset, listing, plus=True)
             nodes = []
             try:
@@ -86,7 +86,7 @@ class ListingRequests:
             yield
 
     def _found(
-        self, node: Node, entries: Entries, first: int, listing: Listing, *, ahead: bool = False
+        self, node: Node, entries: Entries, first: int, listing: Dirents, *, ahead: bool = False
     ) -> Iterator[Node]:
         """Add names from the index ``first`` while they fit; yields the node of each."""
         lookup, valid = node.territory.lookup, self._ios.valid
@@ -121,12 +121,12 @@ class ListingRequests:
             yield child
 
     @staticmethod
-    def _add_unknown(listing: Listing, name: bytes, cookie: int, known: tuple[int, int] | None) -> None:
+    def _add_unknown(listing: Dirents, name: bytes, cookie: int, known: tuple[int, int] | None) -> None:
         """Add a name whose lookup fails. It counts no lookup; the next request for it reports the error."""
         if known is not None:
             listing.add_plus(name, known[0], cookie, known[1], encode.NO_ENTRY)
 
-    async def _start(self, node: Node, offset: int, listing: Listing, *, plus: bool) -> tuple[Entries, int]:
+    async def _start(self, node: Node, offset: int, listing: Dirents, *, plus: bool) -> tuple[Entries, int]:
         """Add ``.`` and ``..`` if the offset is before them; returns the listing and the index of its first
         name."""
         if node.unlinked:
@@ -136,7 +136,7 @@ class ListingRequests:
         return (NO_ENTRIES, 0) if node.unlinked else (entries, first)
 
 
-def _add_dots(listing: Listing, node: Node, offset: int, *, plus: bool) -> None:
+def _add_dots(listing: Dirents, node: Node, offset: int, *, plus: bool) -> None:
     for name, place, shown in ((b".", DOT, node), (b"..", DOT_DOT, node.parent or node)):
         if offset < place:
             if plus:

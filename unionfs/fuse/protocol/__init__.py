@@ -26,7 +26,7 @@ A session, in short:
 
 from unionfs.fuse.protocol import encode, notify, requests
 from unionfs.fuse.protocol.decode import Decode, decoder, receive_buffer_size
-from unionfs.fuse.protocol.dirents import Listing
+from unionfs.fuse.protocol.dirents import Dirents
 from unionfs.fuse.protocol.encode import FOREVER, NEVER, InitReply, Reply, Timeout
 from unionfs.fuse.protocol.errors import NegotiationRefused, ProtocolError
 from unionfs.fuse.protocol.flags import Init, Notify, Opcode
@@ -39,10 +39,10 @@ __all__ = [
     "SMALL_FILE",
     "Decision",
     "Decode",
+    "Dirents",
     "Init",
     "InitReply",
     "IoMode",
-    "Listing",
     "NegotiationRefused",
     "Notify",
     "Opcode",

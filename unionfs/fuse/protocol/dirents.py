@@ -28,7 +28,7 @@ _FOUND: Final = struct.Struct("=" + LAYOUTS["fuse_direntplus"].format).pack
 _PADDING: Final = tuple(bytes(-size % 8) for size in range(8))
 
 
-class Listing:
+class Dirents:
     """The answer to one READDIR or READDIRPLUS, growing entry by entry up to `limit` bytes.
 
     `size` is the number of bytes so far. `add` returns whether the entry fits; stop after the first that does

@@ -93,7 +93,7 @@ def compressor(out: IO[bytes], kind: str) -> Sink:
     return cast(Sink, _Both(made.stream_writer(buffered, closefd=False), buffered))
 
 
-class Ahead:
+class WriteBehind:
     """Writes to a sink in a thread, so that reading continues; queues only a few pieces."""
 
     def __init__(self, sink: Sink) -> None:
