@@ -150,7 +150,7 @@ class TestRuntimeFiles:
 
 @pytest.fixture
 def silent_mount(place: Place) -> Iterator[Path]:
-    """A mount of the attacker whose daemon never answers, not even root, who has the right to ask."""
+    """A mount of the attacker, with a daemon that answers no request, not even root's."""
     where = place.root / "silent"
     where.mkdir()
     device = os.open("/dev/fuse", os.O_RDWR | os.O_CLOEXEC)

@@ -6,9 +6,9 @@ Rules (the table is the only place that implements them):
 - A directory, and an object of a lower, is identified by its parent node and name; so each name of a lower
   file with several hard links is a separate node. An object of the upper with several links is one node with
   several names, found by (device, inode).
-- A node's id is its ``st_ino`` (see `numbers`), unless another node has that id. - A node stays while the
-kernel holds lookups (``lookups``), it is open, or nodes below it stay. Only the table
-  counts lookups; a session's state about a node (`Use`) ends with the node.
+- A node's id is its ``st_ino`` (see `numbers`), unless another node has that id.
+- A node stays while the kernel holds lookups (``lookups``), it is open, or nodes below it stay. Only the
+  table subtracts lookups; a session's state about a node (`Use`) ends with the node.
 - A node without a name keeps an fd (``held``) until it is forgotten.
 - A node can be superseded: a new node, with a new id and the same ``st_ino``, takes over its object. The old
   id leads to the new node; the old node itself stays for its open files and lookups.

@@ -5,8 +5,8 @@ Rules (fs/fuse/iomode.c and fs/fuse/passthrough.c of Linux 6.18):
   during an open with one, or an open with another backing id, fails with EIO. So the first open decides, and
   its mode holds until the last close.
 - A node has one backing id, counted; the last close unregisters it.
-- A backing file that is no longer the node's file (a lower that was copied up) stays for its current opens. A
-  new open gets another node: see `NodeTable.supersede`.
+- After a copy-up the opens that exist keep the lower's file as their backing file. A new open gets another
+  node: see `NodeTable.supersede`.
 - The kernel sends no request for a write through a backing file, but invalidates the attributes itself. A
   store through a mapping is not reported at all: so attributes are valid for some milliseconds while such a
   file is open for writing (enough for the fstat after an open), and for a second afterwards, as a mapping
