@@ -51,18 +51,19 @@ class Storage:
         release(self.settings, self._user)
         live.entries()
 
-    def serve(self, union: Union, stack: LayerStack) -> tuple[Spec, ...]:
-        """Return the specs with their real targets, before the union is mounted. Raises UserError."""
+    def serve(self, union: Union, stack: LayerStack) -> None:
+        """Serve the storage if it is not mounted. Call it before the union is mounted. Raises UserError.
+
+        Afterwards `settings` has the real targets.
+        """
         if not self._kernel_mounts and self._sources is not None:
             self._found(served.serve(self._sources, union, stack))
-        return self.settings.storage
 
-    def mount(self, mount: MountEntry, stack: LayerStack) -> tuple[Spec, ...]:
-        """Like `serve`, after the union is mounted. Call it in a thread: all its paths are in the union."""
+    def mount(self, mount: MountEntry, stack: LayerStack) -> None:
+        """Mount the storage if it is not served. Call it in a thread: all its paths are in the union."""
         self._guardian.tell(mount.device)
         if self._kernel_mounts and self._sources is not None:
             self._found(attach(mount, self._sources, stack))
-        return self.settings.storage
 
     def _found(self, specs: tuple[Spec, ...]) -> None:
         self.settings = replace(self.settings, storage=specs)

@@ -43,8 +43,7 @@ class CopyUps:
         ``keep``: lend the copied regular file to the caller (`OpenFiles`), with the permission bits ``mode``,
         if set. Raises ``OSError``; then nothing is left of the copy.
         """
-        if node.territory.read_only:
-            node.territory.require_writable()
+        node.territory.require_writable()
         kept: OpenFile | None = None
         while not node.in_place:
             running = self._running.get(node)

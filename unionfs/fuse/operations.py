@@ -27,6 +27,7 @@ from unionfs.fuse.invalidations import Invalidations
 from unionfs.fuse.latency import Latencies
 from unionfs.sys import calls
 from unionfs.sys.calls import os_error
+from unionfs.sys.fds import Owned
 from unionfs.sys.process import supplementary_groups
 from unionfs.union.attributes import Attributes
 from unionfs.union.changes import ACL_DEFAULT, Caller, Changes
@@ -356,11 +357,8 @@ class Operations:
         node = self.node(id_)
         if not node.in_place or node.unlinked or not node.territory.durable:
             return
-        fd = self.union.gate.open_for_listing(node.parts[0])
-        try:
+        with Owned(self.union.gate.open_for_listing(node.parts[0])) as fd:
             await in_thread(os.fsync, fd)
-        finally:
-            os.close(fd)
 
     async def syncfs(self) -> None:
         """syncfs(2) of the upper."""

@@ -17,6 +17,7 @@ from typing import NoReturn
 
 from unionfs.sys import calls
 from unionfs.sys.calls import os_error
+from unionfs.sys.fds import Owned
 from unionfs.union.attributes import Attributes
 from unionfs.union.files import OpenFile
 from unionfs.union.listing import Listing
@@ -127,14 +128,13 @@ class Bound(Territory):
     ) -> list[Node]:
         gate, exchanges = self._objects.gate, flags == calls.RENAME_EXCHANGE
         replaced = None if exchanges or target is node else target
-        old_fd = os.dup(gate.fd(self.writable(old[0])))
-        try:
-            with nullcontext() if replaced is None else self._objects.outliving(replaced):
-                calls.renameat2(old_fd, old[1], gate.fd(self.writable(new[0])), new[1], flags)
-                if replaced is not None:
-                    self._forget(replaced, *new)
-        finally:
-            os.close(old_fd)
+        with (
+            Owned(os.dup(gate.fd(self.writable(old[0])))) as old_fd,
+            nullcontext() if replaced is None else self._objects.outliving(replaced),
+        ):
+            calls.renameat2(old_fd, old[1], gate.fd(self.writable(new[0])), new[1], flags)
+            if replaced is not None:
+                self._forget(replaced, *new)
         if target is not node:
             self._nodes.move(node, *old, *new)
             if exchanges and target is not None:
@@ -145,11 +145,8 @@ class Bound(Territory):
         """Create a hard link; the new name is a separate node with the same ``st_ino``."""
         target, gate = self.writable(parent), self._objects.gate
         assert node.place is not None
-        source = os.dup(gate.fd(node.place))
-        try:
+        with Owned(os.dup(gate.fd(node.place))) as source:
             link_object(node, source, gate.fd(target), name)
-        finally:
-            os.close(source)
         found = self.lookup(parent, name)
         if found is None:
             raise os_error(errno.ENOENT)

@@ -62,7 +62,7 @@ class CopyUp:
                 os.symlink(os.readlink(b"", dir_fd=source), name, dir_fd=work)
             else:
                 os.mknod(name, stat.S_IFMT(st.st_mode) | 0o600, st.st_rdev, dir_fd=work)
-            self._copy_attributes(source, st, name)
+            self._copy_attributes(source, st, work, name)
             with Owned(os.open(name, _PATH, dir_fd=work)) as target:
                 self.put(node, temporary, target)
 
@@ -87,8 +87,8 @@ class CopyUp:
         st = os.stat(lower)
         shown = node.attributes_of(st).ctime_ns
         with union.work.temporary() as temporary:
-            os.mkdir(temporary.name, 0o700, dir_fd=union.work.fd)
-            self._copy_attributes(lower, st, temporary.name)
+            with Owned(temporary.mkdir()) as copy:
+                self._copy_attributes(lower, st, copy)
             parent = node.parent.parts[0]
             resized = self._rename_into(node.parent, node.name, temporary)
         place = Place(parent.layer, parent, node.name)
@@ -100,12 +100,12 @@ class CopyUp:
         union.nodes.copied_up(node, st)
         self._tell(Effects(node, resized))
 
-    def _copy_attributes(self, source: int, st: os.stat_result, name: bytes) -> None:
-        """Copy the attributes of ``source`` (O_PATH) to ``name`` in work, accessible to the daemon only."""
+    def _copy_attributes(self, source: int, st: os.stat_result, at: int, name: bytes | None = None) -> None:
+        """Copy the attributes of ``source`` (O_PATH) to ``name`` in ``at``, by default to the fd ``at``."""
         union = self.union
         xattrs = copied_xattrs(union.markers, b"/proc/self/fd/%d" % source)
         owner = not union.identity.owns(st)
-        attributes.write(union.work.fd, name, attributes.attributes(st, xattrs), unsupported, owner=owner)
+        attributes.write(at, name, attributes.attributes(st, xattrs), unsupported, owner=owner)
 
     def put(self, node: Node, temporary: Temporary, fd: int) -> os.stat_result:
         """Put the copy of a node (``fd``: an fd of the copy) into the upper. Returns its attributes.

@@ -11,6 +11,7 @@ import os
 from collections import OrderedDict
 from typing import Final
 
+from unionfs.sys.fds import Owned
 from unionfs.union.listing import LARGE, real_names
 from unionfs.union.places import Gate, Place
 
@@ -76,14 +77,11 @@ class LowerNames:
         having: dict[bytes, list[Place]] = {}
         try:
             for place in names.lowers:
-                fd = self._gate.open_for_listing(place)
-                try:
+                with Owned(self._gate.open_for_listing(place)) as fd:
                     if os.fstat(fd).st_size > LARGE:
                         return  # listing it takes too long
                     for name in real_names(fd):
                         having.setdefault(name, []).append(place)
-                finally:
-                    os.close(fd)
         except OSError:
             return  # for example a directory with search but no read permission
         names.having = having

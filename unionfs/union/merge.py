@@ -13,6 +13,7 @@ import stat
 from collections.abc import Iterable, Sequence
 from typing import Final
 
+from unionfs.sys.fds import Owned
 from unionfs.union.listing import NFS_REMOVED, Listing, real_names
 from unionfs.union.lowernames import MANY, LowerNames
 from unionfs.union.markers import Markers
@@ -127,12 +128,8 @@ class Merge:
             return False
         if top.empty:
             return True
-        upper = self.gate.open_for_listing(top)
-        try:
-            with os.scandir(upper) as entries:
-                return next(entries, None) is None
-        finally:
-            os.close(upper)
+        with Owned(self.gate.open_for_listing(top)) as upper, os.scandir(upper) as entries:
+            return next(entries, None) is None
 
     def open_object(self, found: Found, name: bytes) -> int:
         """A new O_PATH fd of the non-directory found as ``name``. Raises ``OSError``, ESTALE if another

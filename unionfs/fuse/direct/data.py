@@ -30,6 +30,7 @@ from unionfs.fuse.protocol.flags import (
     WRITE_KILL_SUIDGID,
 )
 from unionfs.sys.calls import os_error
+from unionfs.sys.fds import Owned
 from unionfs.union.attributes import Attributes
 from unionfs.union.files import OpenFile
 from unionfs.union.node import Node
@@ -296,11 +297,8 @@ class DataRequests:
     def _own_fd(self, node: Node) -> Iterator[int]:
         """An fd of the node's object within the context. Raises ENOTTY for types without flags."""
         if node.is_dir:
-            fd = self._union.gate.open_for_listing(node.parts[0])
-            try:
+            with Owned(self._union.gate.open_for_listing(node.parts[0])) as fd:
                 yield fd
-            finally:
-                os.close(fd)
             return
         if node.kind != stat.S_IFREG:
             raise os_error(errno.ENOTTY)
