@@ -247,8 +247,20 @@ def _modules(names: list[str]) -> Iterator[Path]:
         yield from sorted(path.rglob("*.py")) if path.is_dir() else [path]
 
 
-def _survivors(module: Path, mutants: list[Mutant], tests: list[str], jobs: int) -> int:
-    """How many no test notices; each is printed as soon as it is found."""
+def _time_limit(copy: Path, tests: tuple[str, ...], known: dict[tuple[str, ...], float]) -> float:
+    """How long these tests may take with a change, in seconds: they are run without one, once."""
+    if tests not in known:
+        began = time.monotonic()
+        if _tests_fail(copy, list(tests), 600):
+            sys.exit(f"mutants: without any change these tests fail: {' '.join(tests)}")
+        known[tests] = 30 + 4 * (time.monotonic() - began)
+    return known[tests]
+
+
+def _survivors(
+    module: Path, mutants: list[Mutant], tests: list[str], jobs: int, limits: dict[tuple[str, ...], float]
+) -> int:
+    """How many no test notices; each is printed as soon as it is found. ``limits``: of the tests so far."""
     name = module.relative_to(REPOSITORY)
     with tempfile.TemporaryDirectory(prefix="unionfs-mutants-") as place:
         copies: SimpleQueue[Path] = SimpleQueue()
@@ -258,10 +270,7 @@ def _survivors(module: Path, mutants: list[Mutant], tests: list[str], jobs: int)
             shutil.copytree(REPOSITORY, copy, ignore=ignored, symlinks=True)
             Path(place).chmod(0o755)
             copies.put(copy)
-        began = time.monotonic()
-        if _tests_fail(copy, tests, 600):
-            sys.exit(f"mutants: the tests of {name} fail without any change.")
-        limit = 30 + 4 * (time.monotonic() - began)
+        limit = _time_limit(copy, tuple(tests), limits)
 
         def survives(mutant: Mutant) -> bool:
             copy = copies.get()
@@ -313,12 +322,13 @@ def main() -> int:
     ]
     by_module = _sample(mutants, options.sample or len(mutants), options.seed)
     enough, all_caught = True, 0
+    limits: dict[tuple[str, ...], float] = {}
     for module, group in by_module.items():
         if options.list:
             print(*group, sep="\n")
             continue
         name = str(module.relative_to(REPOSITORY))
-        caught = len(group) - _survivors(module, group, configuration.tests(name), options.jobs)
+        caught = len(group) - _survivors(module, group, configuration.tests(name), options.jobs, limits)
         is_enough = _report(name, caught, len(group))
         enough = enough and (is_enough or options.sample > 0)
         all_caught += caught
