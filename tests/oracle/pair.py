@@ -43,6 +43,7 @@ class Side:
     home: Path
     count: int
     arenas: int
+    options: Sequence[str] = ()
     mount: Mount | None = None
     stack: contextlib.ExitStack = field(default_factory=contextlib.ExitStack)
     workers: dict[str, Worker] = field(default_factory=dict)
@@ -81,9 +82,11 @@ class Side:
     def enter(self, session: str, *, lowers: Sequence[Path], upper: Path | None, work: Path | None) -> Mount:
         """Mount other layers at this side's mountpoint; ``leave`` undoes it."""
         context = (
-            mounting.kernel_mounted(self.home, lowers=lowers, upper=upper, work=work)
+            mounting.kernel_mounted(self.home, lowers=lowers, upper=upper, work=work, options=self.options)
             if session == "kernel"
-            else mounting.mounted(self.home, lowers=lowers, upper=upper, work=work, session=session)
+            else mounting.mounted(
+                self.home, lowers=lowers, upper=upper, work=work, session=session, options=self.options
+            )
         )
         return self.stack.enter_context(context)
 
@@ -116,13 +119,16 @@ def arena_name(index: int) -> str:
 class Pair:
     """``ours`` and ``theirs``; ``begin``, then ``step`` for each operation, then ``finish``."""
 
-    def __init__(self, home: Path, session: str, count: int, arenas: int = ARENAS) -> None:
-        self.session, self.count, self.arenas = session, count, arenas
+    def __init__(
+        self, home: Path, session: str, count: int, arenas: int = ARENAS, options: Sequence[str] = ()
+    ) -> None:
+        """``options``: of both mounts."""
+        self.session, self.count, self.arenas, self.options = session, count, arenas, options
         #: The session without shortcuts has the same rules.
         self.kind = session.removesuffix(mounting.PLAIN)
         self.clock = normalise.Clock.start()
-        self.ours = Side("ours", home / "ours", count, arenas)
-        self.theirs = Side("theirs", home / "theirs", count, arenas)
+        self.ours = Side("ours", home / "ours", count, arenas, options)
+        self.theirs = Side("theirs", home / "theirs", count, arenas, options)
         self.home = home
         self._next = arenas
         self._broken = False  # the mounts are unusable
@@ -435,9 +441,11 @@ class Pair:
         """One side's upper, read-only under the other's filesystem, must show the same tree."""
         layers_ = [side.upper, *side.lowers]
         context = (
-            mounting.kernel_mounted(self.home, lowers=layers_, name="cross")
+            mounting.kernel_mounted(self.home, lowers=layers_, name="cross", options=self.options)
             if session == "kernel"
-            else mounting.mounted(self.home, lowers=layers_, session=session, name="cross")
+            else mounting.mounted(
+                self.home, lowers=layers_, session=session, name="cross", options=self.options
+            )
         )
         with context as mount:
             again = side.workers["root"].call(snapshot.take, os.fsencode(mount.mountpoint / self.arena))

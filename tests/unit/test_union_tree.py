@@ -87,7 +87,7 @@ class TestMergeRules:
         assert read(open_union(2), "new/f") == b"moved along"
 
     @pytest.mark.parametrize("listed", [True, False])
-    def test_metacopy_file_is_refused_not_read_as_zeros(
+    def test_a_users_metacopy_file_is_refused_not_read_as_zeros(
         self, tmp_path: Path, open_union: OpenUnion, monkeypatch: pytest.MonkeyPatch, listed: bool
     ) -> None:
         """Also where a filesystem has xattrs but does not list them."""

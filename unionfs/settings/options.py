@@ -129,7 +129,7 @@ _REFUSED: Mapping[str, str] = {
 _FEATURES: Mapping[str, tuple[frozenset[str], str]] = {
     "redirect_dir": (frozenset({"off", "nofollow", "follow"}), "renaming of lower directories by redirects"),
     "index": (frozenset({"off"}), "the index of hard links"),
-    "metacopy": (frozenset({"off"}), "copying up of metadata alone"),
+    "metacopy": (frozenset({"on", "off"}), ""),
     "nfs_export": (frozenset({"off"}), "export by file handles"),
     "verity": (frozenset({"off"}), "checking of fs-verity digests"),
     "xino": (frozenset({"on", "off", "auto"}), "another way of making inode numbers"),

@@ -37,6 +37,8 @@ class LayerStack:
         self.markers = markers
         self.volatile = False
         self.features = DEFAULTS
+        #: Whether a change of metadata copies up metadata only.
+        self.metacopy = False
         #: Storage shown at places of the union without merging.
         self.bound: list[BoundLayer] = []
         self.acl = all(layer.acl for layer in layers)
@@ -91,6 +93,7 @@ class LayerStack:
             stack = cls(layers, work_fd, Markers(prefix), resources.pop_all())
             stack.volatile = volatile
             stack.features = features
+            stack.metacopy = _metacopy(features.metacopy, upper or "on the tmpfs", stack)
             return stack
 
     @property
@@ -124,6 +127,39 @@ class LayerStack:
     def close(self) -> None:
         """Close all fds, including the locks."""
         self._resources.close()
+
+
+def _metacopy(wanted: str | None, upper: str, stack: LayerStack) -> bool:
+    """Whether to copy up metadata only: the option, else overlayfs's default (super.c, ovl_metacopy_def).
+
+    Raises LayerError if it is wanted but not possible.
+    """
+    if wanted == "off" or stack.upper is None or (wanted is None and not _is_default("metacopy")):
+        return False
+    path, name = b"/proc/self/fd/%d" % stack.work_fd, stack.markers.metacopy
+    cure = "leave metacopy=on out"
+    try:
+        if not stack.markers.follows_metacopy:
+            cure += ", or mount as root without userxattr"
+            raise OSError(errno.EPERM, "every user could make such a file for the data of others")
+        os.setxattr(path, name, b"")
+        os.removexattr(path, name)
+    except OSError as error:
+        if wanted is None:
+            return False
+        raise LayerError(
+            f"metacopy=on is not possible with upper {upper}: {error.strerror}; {cure}."
+        ) from error
+    return True
+
+
+def _is_default(feature: str) -> bool:
+    """Whether overlayfs on this host has a feature on by default."""
+    try:
+        with open(f"/sys/module/overlay/parameters/{feature}") as parameter:
+            return parameter.read(1) == "Y"
+    except OSError:
+        return False
 
 
 def _syncfs(root_fd: int) -> None:

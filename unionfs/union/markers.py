@@ -17,6 +17,7 @@ from typing import Final
 ABSENT: Final = (errno.ENODATA, errno.EOPNOTSUPP, errno.EPERM, errno.EACCES)
 _ESCAPE: Final = b"overlay."
 _XATTR_NAME_MAX: Final = 255
+_METACOPY_HEADER: Final = 4
 
 
 class Markers:
@@ -27,6 +28,8 @@ class Markers:
         #: A redirect bypasses the permission checks on the way to its target in a layer. Any user can set a
         #: `user.*` one, so these are refused, as by overlayfs with `userxattr` (params.c).
         self.follows_redirects = not prefix.startswith(b"user.")
+        #: The same for the data of a metacopy file, found by its name or redirect.
+        self.follows_metacopy = not prefix.startswith(b"user.")
         self.opaque = prefix + b"opaque"
         self.redirect = prefix + b"redirect"
         self.metacopy = prefix + b"metacopy"
@@ -101,13 +104,20 @@ class Markers:
         except OSError:
             return None
 
-    def refuse_metacopy(self, where: bytes | int, *, follow: bool = True) -> None:
-        """Raise EPERM for a regular file with only its metadata in this layer, rather than return zeros."""
-        try:
-            os.getxattr(where, self.metacopy, follow_symlinks=follow)
-        except OSError:
-            return
-        raise PermissionError(errno.EPERM, "a metacopy file needs kernel overlayfs")
+    def metacopy_value(self, where: bytes | int, *, follow: bool = False) -> bytes | None:
+        """The value of ``metacopy`` of a path or fd; None: a regular file has its data itself.
+
+        Empty, or a header of four bytes and a digest of fs-verity (overlayfs.h, struct ovl_metacopy). A
+        shorter one is EIO (util.c, ovl_check_metacopy_xattr).
+        """
+        value = _get(where, self.metacopy, follow=follow)
+        if value and len(value) < _METACOPY_HEADER:
+            raise OSError(errno.EIO, "a layer holds an invalid metacopy xattr")
+        return value
+
+    def redirect_value(self, where: bytes | int, *, follow: bool = False) -> bytes | None:
+        """The value of ``redirect`` of a path or fd, None without one."""
+        return _get(where, self.redirect, follow=follow)
 
     # -- writing --------------------------------------------------------------------------------------
 
@@ -142,9 +152,9 @@ class Markers:
             os.setxattr(path, self.opaque, b"x")
 
 
-def _get(path: bytes, name: bytes, *, follow: bool = False) -> bytes | None:
+def _get(path: bytes | int, name: bytes, *, follow: bool = False) -> bytes | None:
     try:
-        return os.getxattr(path, name, follow_symlinks=follow)
+        return os.getxattr(path, name, follow_symlinks=follow or type(path) is int)
     except OSError as error:
         if error.errno in ABSENT:
             return None

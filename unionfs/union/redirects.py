@@ -51,7 +51,7 @@ class PartSearch:
                     redirected = True
                     index = place.layer.index
                     remaining = iter([(part, name) for part in above if part.layer.index > index])
-                remaining = self._redirected(redirect, place.layer.index, remaining)
+                remaining = self.redirected(redirect, place.layer.index, remaining)
             next_place = self._next_directory(remaining)
             if next_place is None:
                 break
@@ -69,7 +69,7 @@ class PartSearch:
                 return Place(part.layer, part, here, key=part.layer.key(st))
         return None
 
-    def _redirected(self, redirect: bytes, index: int, remaining: Searched) -> Searched:
+    def redirected(self, redirect: bytes, index: int, remaining: Searched) -> Searched:
         """Where to continue below layer `index`: a sibling's name, or a path from each layer's root."""
         steps = _steps(redirect)
         if not self._markers.follows_redirects:

@@ -24,7 +24,7 @@ class Renaming(Changing):
         self._check(node, target, moved, flags)
         if target is node:
             return []
-        lower = [one for one in moved if not one.is_dir and not one.in_place]
+        lower = [one for one in moved if not one.is_dir and not (one.in_place and self.finds_data(one))]
         if lower:
             return lower
         if len(moved) > 1:
@@ -57,9 +57,6 @@ class Renaming(Changing):
                 raise os_error(errno.ENOTDIR)
             if target.is_dir and not target.territory.is_empty(target):
                 raise os_error(errno.ENOTEMPTY)
-        for one in moved:
-            if not one.is_dir and target is not node:
-                self._refuse_metacopy(one)
 
     def _exchange(
         self, node: Node, parent: Node, name: bytes, target: Node, new_parent: Node, new_name: bytes
