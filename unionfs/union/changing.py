@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Protocol, TypeVar
 
 from unionfs.sys.fds import Owned
 from unionfs.union.attributes import Attributes
 from unionfs.union.copyup import CopyUp
+from unionfs.union.named import PREFIX
 from unionfs.union.node import Node
 from unionfs.union.places import Place
 from unionfs.union.tree import Union
@@ -79,6 +80,18 @@ class Changing:
         gate = self._union.gate
         with Owned(os.dup(gate.fd(one))) as first, Owned(os.dup(gate.fd(other))) as second:
             yield first, second
+
+    def replace_named(self, place: Place, dir_fd: int, name: bytes) -> None:
+        """Replace a whiteout by name in the upper with overlayfs's, before something gets the name ``name``.
+
+        Left beside the new object, it would hide that from fuse-overlayfs. If both exist, as after a crash of
+        fuse-overlayfs, both stay.
+        """
+        if place.asked_named < 0 or not self._union.merge.named.hides(place, dir_fd, name):
+            return
+        with suppress(FileExistsError, IsADirectoryError):
+            self._whiteout((dir_fd, name), dir_fd)
+            os.unlink(PREFIX + name, dir_fd=dir_fd)
 
     def _refuse_metacopy(self, node: Node) -> None:
         path, follow = self._union.path(node)

@@ -15,6 +15,7 @@ import stat
 from collections.abc import Iterator, Sequence
 
 from unionfs.union.markers import Markers
+from unionfs.union.named import NamedWhiteouts
 from unionfs.union.places import Gate, Layer, Place
 
 Searched = Iterator[tuple[Place, bytes]]
@@ -24,9 +25,12 @@ Searched = Iterator[tuple[Place, bytes]]
 class PartSearch:
     """Finds the real directories merged under one name, topmost layer first."""
 
-    def __init__(self, layers: Sequence[Layer], markers: Markers, gate: Gate) -> None:
+    def __init__(
+        self, layers: Sequence[Layer], markers: Markers, named: NamedWhiteouts, gate: Gate
+    ) -> None:
         self._layers = layers
         self._markers = markers
+        self._named = named
         self._gate = gate
         self._lowest = len(layers) - 1
 
@@ -53,7 +57,7 @@ class PartSearch:
                     remaining = iter([(part, name) for part in above if part.layer.index > index])
                 remaining = self._redirected(redirect, place.layer.index, remaining)
             next_place = self._next_directory(remaining)
-            if next_place is None:
+            if next_place is None or self._named.cut(place):
                 break
             place = next_place
             found.append(place)
@@ -62,8 +66,12 @@ class PartSearch:
     def _next_directory(self, remaining: Searched) -> Place | None:
         """The topmost existing directory; removes it and the ones above it from `remaining`."""
         for part, here in remaining:
-            st = stat_step(self._gate.fd(part), here)
-            if st is not None:
+            dir_fd = self._gate.fd(part)
+            st = stat_step(dir_fd, here)
+            if st is None:
+                if part.layer.index != self._lowest and self._named.hides(part, dir_fd, here):
+                    return None
+            else:
                 if not stat.S_ISDIR(st.st_mode):
                     return None
                 return Place(part.layer, part, here, key=part.layer.key(st))
@@ -92,6 +100,8 @@ class PartSearch:
             for position, step in enumerate(steps[:-1]):
                 st = stat_step(self._gate.fd(place), step)
                 if st is None:
+                    if self._named.hides(place, self._gate.fd(place), step):
+                        return
                     break
                 if not stat.S_ISDIR(st.st_mode):
                     return
@@ -99,7 +109,7 @@ class PartSearch:
                 if layer.index == self._lowest:
                     continue
                 opaque, further = self._markers.directory(self._gate.fd(place))
-                if opaque:
+                if opaque or self._named.cut(place):
                     goes_on = False
                 elif further is not None:
                     absolute = _steps(further)

@@ -86,6 +86,7 @@ class Renaming(Changing):
         self._hide_below(node, new_parent, new_name)
         with self._both_writable(parent, new_parent) as (old_fd, new_fd):
             old, new = (old_fd, name), (new_fd, new_name)
+            self.replace_named(new_parent.parts[0], *new)
             try:
                 self._rename_over(node, old, new, leaves_whiteout=leaves_whiteout)
             except OSError as error:
