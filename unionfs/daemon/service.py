@@ -198,6 +198,7 @@ def _open(settings: MountSettings, directory: RuntimeDirectory) -> tuple[Announc
             settings.work,
             userxattr=settings.userxattr,
             volatile=settings.volatile,
+            features=settings.features,
             scratch=scratch,
         )
     except OSError as error:

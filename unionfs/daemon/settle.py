@@ -70,6 +70,7 @@ def settle(
         allow_root=parsed.allow_root,
         volatile=parsed.volatile,
         userxattr=parsed.userxattr or not trusted_xattrs,
+        features=parsed.features,
         flags=_flags(parsed, is_root),
         security=tuple(parsed.security),
         log_level="debug" if parsed.debug else log_level,

@@ -9,9 +9,10 @@ other users in would be worse than none.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from unionfs.errors import UserError, quoted
+from unionfs.settings.features import DEFAULTS, VALUES, Features
 
 _SECURITY = ("context", "fscontext", "defcontext", "rootcontext")
 
@@ -152,6 +153,7 @@ class Options:
     subtype: str | None = None
     volatile: bool = False
     userxattr: bool = False
+    features: Features = DEFAULTS
     debug: bool = False
     session: str | None = None
     io: str | None = None
@@ -219,7 +221,7 @@ def _take(options: Options, name: str, value: str | None) -> None:
     elif name in _SECURITY:
         options.security.append(f"{name}={unescape_option(_needed(name, value, 'LABEL'))}")
     elif name in _FEATURES and value is not None:
-        _feature(name, value)
+        _feature(options, name, value)
     elif name == "plugins":
         if value:
             raise UserError(f"option plugins={quoted(value)}: plugins are not supported, so leave it out.")
@@ -234,9 +236,12 @@ def _take(options: Options, name: str, value: str | None) -> None:
         raise UserError(f"unknown option {quoted(option)}; `unionfs mount --help` lists the ones there are.")
 
 
-def _feature(name: str, value: str) -> None:
+def _feature(options: Options, name: str, value: str) -> None:
     accepted, lacking = _FEATURES[name]
     if value in accepted:
+        if name in VALUES:
+            chosen: dict[str, str] = {name: value}
+            options.features = replace(options.features, **chosen)
         return
     if not accepted:
         raise UserError(f"option {name}: {_REFUSED[name]}.")

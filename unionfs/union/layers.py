@@ -15,6 +15,7 @@ from contextlib import ExitStack
 from typing import Final
 
 from unionfs.errors import LayerError
+from unionfs.settings.features import DEFAULTS, Features
 from unionfs.sys import calls
 from unionfs.sys.capabilities import CAP_SYS_ADMIN, has_capability
 from unionfs.sys.fds import open_for_listing
@@ -35,6 +36,7 @@ class LayerStack:
         self.work_fd = work_fd
         self.markers = markers
         self.volatile = False
+        self.features = DEFAULTS
         #: Storage shown at places of the union without merging.
         self.bound: list[BoundLayer] = []
         self.acl = all(layer.acl for layer in layers)
@@ -51,6 +53,7 @@ class LayerStack:
         *,
         userxattr: bool = False,
         volatile: bool = False,
+        features: Features = DEFAULTS,
         scratch: int | None = None,
     ) -> LayerStack:
         """Open every layer, lock upper and work, and empty a crashed daemon's leftovers in work.
@@ -87,6 +90,7 @@ class LayerStack:
             prefix = b"trusted.overlay." if privileged and not userxattr else b"user.overlay."
             stack = cls(layers, work_fd, Markers(prefix), resources.pop_all())
             stack.volatile = volatile
+            stack.features = features
             return stack
 
     @property
