@@ -32,8 +32,10 @@ LONG = int(os.environ.get("UNIONFS_ORACLE_EXAMPLES", "400" if THOROUGH else "15"
 SECONDS, LONG_SECONDS = 900, 100_000
 
 
-def _compare(area: Path, session: str, lowers: int, *, examples: int, steps: int) -> None:
-    pair = Pair(area, session, lowers, arenas=min(ARENAS, examples))
+def _compare(
+    area: Path, session: str, lowers: int, *, examples: int, steps: int, redirect_dir: str = "on"
+) -> None:
+    pair = Pair(area, session, lowers, arenas=min(ARENAS, examples), redirect_dir=redirect_dir)
     try:
         for index in range(examples):
             machine = Machine(pair, f"{SEED} {session} {lowers} {steps} {index}")
@@ -67,6 +69,13 @@ def test_same_without_shortcuts(kernel_overlay: None, area: Path, plain: str) ->
     if reason := session_reason(plain.removesuffix(PLAIN)):
         pytest.skip(reason)
     _compare(area, plain, 2, examples=2, steps=40)
+
+
+@pytest.mark.watchdog(SECONDS)
+@pytest.mark.timeout(SECONDS)
+def test_same_without_redirects(kernel_overlay: None, area: Path, session: str) -> None:
+    """Directories with lower parts cannot be renamed."""
+    _compare(area, session, 2, examples=1, steps=40, redirect_dir="off")
 
 
 @pytest.mark.watchdog(LONG_SECONDS)

@@ -12,6 +12,7 @@ import fcntl
 import os
 from collections.abc import Sequence
 from contextlib import ExitStack
+from dataclasses import replace
 from typing import Final
 
 from unionfs.errors import LayerError
@@ -23,6 +24,7 @@ from unionfs.sys.filelocks import may_be_a_mounts
 from unionfs.union import opening
 from unionfs.union.markers import Markers
 from unionfs.union.places import BoundLayer, Layer
+from unionfs.union.redirecting import mode
 
 _NO_LOCKS: Final = (errno.EBADF, errno.ENOLCK, errno.EOPNOTSUPP, errno.EINVAL)
 
@@ -88,9 +90,12 @@ class LayerStack:
             if not layers:
                 raise LayerError("a union needs at least one layer; give one with --lower.")
             prefix = b"trusted.overlay." if privileged and not userxattr else b"user.overlay."
-            stack = cls(layers, work_fd, Markers(prefix), resources.pop_all())
+            top = layers[0]
+            redirects = mode(features.redirect_dir, prefix, top if top.is_upper else None)
+            markers = Markers(prefix, follows_redirects=redirects != "nofollow")
+            stack = cls(layers, work_fd, markers, resources.pop_all())
             stack.volatile = volatile
-            stack.features = features
+            stack.features = replace(features, redirect_dir=redirects)
             return stack
 
     @property

@@ -27,11 +27,15 @@ _XATTR_NAME_MAX: Final = 255
 class Markers:
     """Reads and writes the markers under one xattr prefix (``trusted.overlay.`` or ``user.overlay.``)."""
 
-    def __init__(self, prefix: bytes) -> None:
+    def __init__(self, prefix: bytes, *, follows_redirects: bool | None = None) -> None:
+        """``follows_redirects``: None for the default, which is overlayfs's."""
         self.prefix = prefix
         #: A redirect bypasses the permission checks on the way to its target in a layer. Any user can set a
-        #: `user.*` one, so these are refused, as by overlayfs with `userxattr` (params.c).
-        self.follows_redirects = not prefix.startswith(b"user.")
+        #: `user.*` one, so by default these are refused, as by overlayfs with `userxattr` (params.c).
+        anyone = prefix.startswith(b"user.")
+        self.follows_redirects = not anyone if follows_redirects is None else follows_redirects
+        #: Only redirects in directories of this user are followed; None: in all.
+        self.redirects_of = os.geteuid() if anyone else None
         self.opaque = prefix + b"opaque"
         self.redirect = prefix + b"redirect"
         self.metacopy = prefix + b"metacopy"
@@ -128,6 +132,11 @@ class Markers:
         raise PermissionError(errno.EPERM, "a metacopy file needs kernel overlayfs")
 
     # -- writing --------------------------------------------------------------------------------------
+
+    def set_redirect(self, fd: int, redirect: bytes) -> None:
+        """Make the directory ``fd`` merge with the lowers' directory at a path or, without a slash, of that
+        name in the same parent."""
+        os.setxattr(b"/proc/self/fd/%d" % fd, self.redirect, redirect)
 
     def set_opaque(self, fd: int) -> None:
         """Make the directory ``fd`` hide the layers below it."""
