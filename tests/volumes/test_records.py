@@ -278,7 +278,7 @@ class TestRepair:
         path.unlink(missing_ok=True)
         path.symlink_to(area / "secret")
         store.create("other")
-        done = store("ls", "-q")
+        done = store("ls", "-q", "-f", "dangling=true")
         assert (done.returncode, done.stdout.endswith("other\n"), str(path) in done.stderr) == (0, True, True)
         refused(store("rm", "data"), str(path))
         done = store("prune", "-a", "-f")

@@ -19,7 +19,7 @@ from unionfs.daemon.preflight import check_directory
 from unionfs.daemon.process import mount
 from unionfs.daemon.settle import absolute, settle
 from unionfs.daemon.unmount import umount
-from unionfs.errors import UserError, quoted, reason
+from unionfs.errors import UserError, on_failure, quoted, reason
 from unionfs.settings.mount import MountSettings
 from unionfs.settings.specs import Spec, VolumeSpec
 from unionfs.storage.root import storage_root
@@ -295,17 +295,13 @@ def _refuse_kernel_trees(given: str, first: bytes) -> None:
 def _workdir(tree: MountedTree, given: str) -> str:
     """The command's working directory, normalized as in Docker; created if missing. Raises UserError."""
     clean = "/" + os.path.normpath(given).strip("/")
-    try:
+    with on_failure(f"--workdir {quoted(given)} cannot be used", "choose another directory"):
         names, missing = find(tree, clean)
         if not names and not missing:
             return "/"
         _refuse_kernel_trees(given, (names + missing)[0])
         if not missing and tree.kind(names) != stat.S_IFDIR:
             raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR))
-    except OSError as error:
-        raise UserError(
-            f"--workdir {quoted(given)} cannot be used: {reason(error)}; choose another directory."
-        ) from error
     return prepare(tree, clean, "--workdir", directory=True).path
 
 

@@ -10,7 +10,7 @@ import stat
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 
-from unionfs.errors import UserError, quoted, reason
+from unionfs.errors import UserError, on_failure, quoted, reason
 from unionfs.settings.names import check_name
 from unionfs.storage.removing import refuse_locked, remove_all
 from unionfs.storage.root import check_directory, is_own_directory, make_directory, open_root
@@ -91,7 +91,10 @@ class Container:
 
     def make(self, lowers: Sequence[str], *, layers: bool) -> None:
         """Create the mountpoint, and with `layers` work and an upper with the topmost lower's attributes."""
-        try:
+        with on_failure(
+            f"container {quoted(self.name)} cannot be created in {quoted(self.above)}",
+            "check the lowers, or give another --root",
+        ):
             with suppress(FileExistsError):
                 os.mkdir(self.merged, 0o700)
             if not layers:
@@ -109,11 +112,6 @@ class Container:
                 with open(temporary, "w", encoding="utf-8", errors="surrogateescape") as out:
                     json.dump({"lowers": list(lowers)}, out)
                 os.replace(temporary, f"{self.path}/{_FACTS}")
-        except OSError as error:
-            raise UserError(
-                f"container {quoted(self.name)} cannot be created in {quoted(self.above)}: {reason(error)}; "
-                "check the lowers, or give another --root."
-            ) from error
 
     def remove(self) -> None:
         """Remove it with all its changes. Raises UserError; an immutable file in it prevents any removal."""

@@ -6,7 +6,7 @@ from dataclasses import replace
 
 from unionfs.daemon import guardian, live
 from unionfs.daemon.clearing import clear_dead_mounts
-from unionfs.errors import UserError, reason
+from unionfs.errors import on_failure
 from unionfs.settings.mount import MountSettings
 from unionfs.settings.specs import Spec
 from unionfs.storage import served
@@ -32,10 +32,8 @@ class Storage:
         self._user = user_of(settings.mountpoint)
         self._kernel_mounts = has_capability(CAP_SYS_ADMIN)
         self._kept = False
-        try:
+        with on_failure("no process can be started", "end some others"):
             self._guardian = guardian.start(self._clear)
-        except OSError as error:
-            raise UserError(f"no process can be started: {reason(error)}; end some others.") from error
         volumes = Volumes(settings.storage_root)
         self._sources: Sources | None = Sources(volumes, self._user, kernel_mounts=self._kernel_mounts)
         try:

@@ -339,7 +339,7 @@ class PyfuseOperations(pyfuse3.Operations):  # type: ignore[misc,unused-ignore]
             dot = _bare(shown.id, stat.S_IFDIR)
             if start_id < place and not pyfuse3.readdir_reply(token, pyfuse3.FileNameT(name), dot, place):
                 return
-        (cookies, names, _), first = await self.operations.directories.entries(node, start_id)
+        (cookies, names, *_), first = await self.operations.directories.entries(node, start_id)
         for index in range(first, len(names)):
             if node.unlinked:
                 return

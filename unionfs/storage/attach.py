@@ -10,7 +10,7 @@ import os
 from contextlib import ExitStack, suppress
 from dataclasses import replace
 
-from unionfs.errors import UserError, quoted, reason
+from unionfs.errors import UserError, on_failure, quoted, reason
 from unionfs.settings.specs import Spec, VolumeSpec
 from unionfs.storage.populate import populate
 from unionfs.storage.sources import Source, Sources
@@ -59,13 +59,9 @@ def _one(
     target = prepare(tree, spec.target, spec.source, directory=source.directory)
     undo.callback(target.undo)
     same_place(taken, target, spec.target)
-    try:
-        with Owned(tree.open(target.names)) as fd:
-            detached.attach(source.mount, fd)
-    except OSError as error:
-        raise UserError(
-            f"{spec.source} cannot be mounted at {quoted(spec.target)}: {reason(error)}; check the target."
-        ) from error
+    failure = on_failure(f"{spec.source} cannot be mounted at {quoted(spec.target)}", "check the target")
+    with failure, Owned(tree.open(target.names)) as fd:
+        detached.attach(source.mount, fd)
     undo.callback(_unmount, mountpoint + target.path, source.mount)
     return replace(spec, target=target.path)
 

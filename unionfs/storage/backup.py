@@ -12,7 +12,7 @@ from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from typing import IO, Any
 
-from unionfs.errors import UserError, quoted, reason
+from unionfs.errors import UserError, on_failure, quoted, reason
 from unionfs.storage import workspace
 from unionfs.storage.archive.base import Base
 from unionfs.storage.archive.compress import WriteBehind, compressor, decompressor
@@ -197,14 +197,10 @@ def _keep_bases(since: str, target: str) -> None:
 @contextmanager
 def open_archive(source: str) -> Iterator[ArchiveReader]:
     """Open the archive `source` (`-`: standard input). Raises UserError."""
-    try:
+    with on_failure(f"the backup {quoted(source)} cannot be read", "check its path"):
         raw = open(0 if source == "-" else source, "rb", buffering=0, closefd=source != "-")  # noqa: SIM115
         if stat.S_ISDIR(os.fstat(raw.fileno()).st_mode):
             raise IsADirectoryError(21, "it is a directory")
-    except OSError as error:
-        raise UserError(
-            f"the backup {quoted(source)} cannot be read: {reason(error)}; check its path."
-        ) from error
     with raw:
         with explained(source):
             reader = ArchiveReader(decompressor(raw))

@@ -14,7 +14,7 @@ from contextlib import closing, suppress
 from glob import escape, glob
 from urllib.parse import quote
 
-from unionfs.errors import UserError, quoted, reason
+from unionfs.errors import UserError, on_failure, quoted
 from unionfs.storage import locks, records
 from unionfs.storage.model import User, Volume
 
@@ -24,7 +24,10 @@ _UNREADABLE = (sqlite3.SQLITE_ERROR, sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTA
 def take_over(root: str, directories: Iterable[str], tell: Callable[[str], object]) -> None:
     """Write the records that only the database has, and remove it. Raises UserError, with it still there."""
     registry = f"{root}/registry.db"
-    try:
+    with on_failure(
+        f"{quoted(registry)} of an earlier version cannot be taken over",
+        "free space or check the permissions",
+    ):
         _remove(f"{root}/locks/.reserve")  # first: its space may be needed
         for directory in filter(records.is_lost, directories):
             _write_record(registry, directory, tell)
@@ -32,11 +35,6 @@ def take_over(root: str, directories: Iterable[str], tell: Callable[[str], objec
             _remove(path)
         for path in (f"{root}/locks/.registry.state", f"{registry}-wal", f"{registry}-shm", registry):
             _remove(path)
-    except OSError as error:
-        raise UserError(
-            f"{quoted(registry)} of an earlier version cannot be taken over: {reason(error)}; free space or "
-            "check the permissions."
-        ) from error
 
 
 def _remove(path: str) -> None:

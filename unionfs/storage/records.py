@@ -18,7 +18,7 @@ import os
 from collections.abc import Iterable
 from contextlib import suppress
 
-from unionfs.errors import UserError, quoted, reason
+from unionfs.errors import UserError, on_failure, quoted, reason
 from unionfs.storage import jsonfiles
 from unionfs.storage.model import ANONYMOUS_LABEL, User, Volume
 from unionfs.sys import fds
@@ -160,13 +160,9 @@ def add_user(directory: str, user: User) -> None:
 def remove_user(directory: str, text: str) -> None:
     """Remove a user, if recorded. Raises UserError."""
     path = _user_file(directory, text)
-    try:
-        with suppress(FileNotFoundError):
-            os.unlink(path)
-    except OSError as error:
-        raise UserError(
-            f"the user {quoted(path)} of a volume cannot be removed: {reason(error)}; correct that."
-        ) from error
+    failure = on_failure(f"the user {quoted(path)} of a volume cannot be removed", "correct that")
+    with failure, suppress(FileNotFoundError):
+        os.unlink(path)
     earlier = _earlier_users(directory)
     if any(user.text == text for user in earlier):
         _write_earlier_users(directory, [user for user in earlier if user.text != text])

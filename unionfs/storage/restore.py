@@ -6,7 +6,7 @@ import os
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack, suppress
 
-from unionfs.errors import UserError, quoted, reason
+from unionfs.errors import UserError, on_failure, quoted
 from unionfs.storage import workspace
 from unionfs.storage.archive import manifest
 from unionfs.storage.archive.content import Contents
@@ -69,21 +69,18 @@ def _fill(
     if mounted:
         volumes.attach(volume.name, user)
         stack.callback(volumes.detach, volume.name, user)
-    try:
-        with driver.replacement(volume) as place:
-            with Extractor(place.path, report.note) as extractor:
-                fill(extractor)
-                extractor.finish()
-            with directory(place.path) as fd:
-                syncfs(fd)
-            # Another process may have started to use the volume.
-            with volumes.still(volume.name, what, besides=user if mounted else ""):
-                place.commit()
-    except OSError as error:
-        raise UserError(
-            f"volume {quoted(volume.name)} cannot be {what}: {reason(error)}; its content is as it was. Free "
-            "space, or check its storage."
-        ) from error
+    with on_failure(
+        f"volume {quoted(volume.name)} cannot be {what}",
+        "its content is as it was. Free space, or check its storage",
+    ), driver.replacement(volume) as place:
+        with Extractor(place.path, report.note) as extractor:
+            fill(extractor)
+            extractor.finish()
+        with directory(place.path) as fd:
+            syncfs(fd)
+        # Another process may have started to use the volume.
+        with volumes.still(volume.name, what, besides=user if mounted else ""):
+            place.commit()
 
 
 def open_chain(source: str, bases: Sequence[str], stack: ExitStack) -> list[tuple[str, ArchiveReader]]:

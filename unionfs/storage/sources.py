@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass, replace
 
-from unionfs.errors import UserError, quoted, reason
+from unionfs.errors import UserError, on_failure, quoted, reason
 from unionfs.settings.specs import BindSpec, Spec, TmpfsSpec, VolumeSpec
 from unionfs.storage import tmpfs
 from unionfs.storage.volumes import Volume, Volumes
@@ -95,13 +95,10 @@ class Sources:
             self.undo.callback(_quietly, lambda: self._volumes.remove(made.name, missing_ok=True))
         path = self._volumes.attach(made.name, self._user)
         self.undo.callback(_quietly, lambda: self._volumes.detach(made.name, self._user))
-        try:
+        with on_failure(
+            f"volume {quoted(made.name)} cannot be opened at {quoted(path)}", "check the storage root"
+        ):
             fd = os.open(path, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
-        except OSError as error:
-            raise UserError(
-                f"volume {quoted(made.name)} cannot be opened at {quoted(path)}: {reason(error)}; check the "
-                "storage root."
-            ) from error
         if spec.subpath:
             whole = fd
             try:

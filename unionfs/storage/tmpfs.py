@@ -13,7 +13,7 @@ import os
 import socket
 from contextlib import suppress
 
-from unionfs.errors import UserError, reason
+from unionfs.errors import UserError, on_failure, reason
 from unionfs.settings.specs import TmpfsOptions
 from unionfs.sys import detached
 
@@ -34,13 +34,11 @@ def make(options: TmpfsOptions, flags: tuple[str, ...] = (), *, owner: str) -> i
     except OSError as error:
         if error.errno != errno.EPERM:
             raise UserError(f"{owner} cannot be made: {reason(error)}; check its options.") from error
-    try:
+    with on_failure(
+        f"{owner} cannot be made without root",
+        "allow unprivileged user namespaces (`unionfs doctor` tells what forbids them), or run as root",
+    ):
         return _in_user_namespace(options, attributes)
-    except OSError as error:
-        raise UserError(
-            f"{owner} cannot be made without root: {reason(error)}; allow unprivileged user namespaces "
-            "(`unionfs doctor` tells what forbids them), or run as root."
-        ) from error
 
 
 def _made(options: TmpfsOptions, attributes: int) -> int:

@@ -19,7 +19,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import replace
 
-from unionfs.errors import UserError, quoted, reason
+from unionfs.errors import UserError, on_failure, quoted, reason
 from unionfs.storage.model import User
 from unionfs.storage.workspace_record import Journal, Record, forget, names, read, write
 from unionfs.sys import attributes
@@ -74,13 +74,11 @@ class Workspace:
         record = replace(self._record, journal=journal)
         write(self._home, record)
         self.committed = True
-        try:
+        with on_failure(
+            "only a part of the volume's new content is in its place",
+            "end what changes the volume meanwhile: its next use puts the rest there",
+        ):
             _finish(self._home, self._root, self._fd, record)
-        except OSError as error:
-            raise UserError(
-                f"only a part of the volume's new content is in its place: {reason(error)}; end what changes "
-                "the volume meanwhile: its next use puts the rest there."
-            ) from error
 
 
 @contextmanager

@@ -43,8 +43,10 @@ def ls(quiet: bool, filters: tuple[str, ...], template: str | None, as_json: boo
     """
     wanted = parse_filters(filters)
     volumes = open_volumes(root)
-    users = volumes.all_users()
-    found = [volume for volume in volumes.all() if matches(volume, wanted, used=bool(users.get(volume.name)))]
+    # The users are files beside each volume: read them only where they matter.
+    shows_users = as_json or template not in (None, "table")
+    users = volumes.all_users() if shows_users or any(key == "dangling" for key, _ in wanted) else {}
+    found = [volume for volume in volumes.all() if matches(volume, wanted, used=volume.name in users)]
     if as_json:
         print(json.dumps([_line(volume, users.get(volume.name, [])) for volume in found], indent=2))
         return

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from typing import IO, TypeVar
 
-from unionfs.errors import UserError, quoted, reason
+from unionfs.errors import UserError, on_failure, quoted, reason
 from unionfs.storage import symlinks
 from unionfs.storage.archive import acl
 from unionfs.storage.archive.entry import (
@@ -344,15 +344,13 @@ class Extractor:
                     os.fchmod(fd, closed[path])
 
     def _finish_directory(self, fd: int, entry: Entry) -> None:
-        try:
+        with on_failure(
+            f"the attributes of {_shown(entry.path)} cannot be set here",
+            "restore as root, or into a volume on another filesystem",
+        ):
             if self._layers > 1:
                 self._drop_xattrs(fd, entry.xattrs)
             self._attributes(fd, entry)
-        except OSError as error:
-            raise UserError(
-                f"the attributes of {_shown(entry.path)} cannot be set here: {reason(error)}; restore as "
-                "root, or into a volume on another filesystem."
-            ) from error
 
     def _open_made(self, path: bytes) -> int | None:
         """Open a directory made earlier; None if a later archive removed or replaced it."""
