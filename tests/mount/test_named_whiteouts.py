@@ -7,18 +7,16 @@ import errno
 import os
 import shutil
 import stat
-import subprocess
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
-from tests.mount.cli_calls import Place, succeed, wait_for
+from tests.mount.cli_calls import Place, succeed
 from tests.mount.user_calls import UID, Host
 from tests.oracle import normalise
-from tests.support import areas, named, snapshot
-from tests.support.mounting import is_mounted, kernel_mounted, layer_options, mounted
-from tests.support.patience import patient
+from tests.support import named, snapshot
+from tests.support.mounting import kernel_mounted, mounted
 from tests.support.world import errno_of
 
 CLOCK = normalise.Clock.start()
@@ -131,6 +129,35 @@ def test_an_upper_that_a_user_wrote_by_fuse_overlayfs(host: Host, place: Place) 
     succeed(host.unionfs("umount", place.merged))
 
 
+@pytest.mark.parametrize("layer", ["top", "bottom", "upper"])
+def test_xattr_whiteouts_in_unmarked_directories(
+    kernel_overlay: None, area: Path, session: str, layer: str
+) -> None:
+    """As on overlayfs, they are listed but not found, in merged and in other directories."""
+    sides = [area / "ours", area / "theirs"]
+    for side in sides:
+        for name in ("top/d", "bottom/d", "upper/d", "work", f"{layer}/own"):
+            (side / name).mkdir(parents=True)
+        for name in ("d/x", "own/x", "x"):
+            (side / layer / name).touch()
+            os.setxattr(side / layer / name, "trusted.overlay.whiteout", b"y")
+        if layer != "bottom":
+            (side / "bottom/d/x").write_text("hidden")
+    ours, theirs = (
+        {"lowers": [side / "top", side / "bottom"], "upper": side / "upper", "work": side / "work"}
+        for side in sides
+    )
+    with (
+        mounted(area, **ours, session=session) as mount,  # type: ignore[arg-type]
+        kernel_mounted(area, **theirs) as kernel,  # type: ignore[arg-type]
+    ):
+        for top in ("", "d", "own"):
+            assert sorted(os.listdir(mount.mountpoint / top)) == sorted(os.listdir(kernel.mountpoint / top))
+        for name in ("d/x", "own/x", "x"):
+            found = [errno_of(os.stat, side.mountpoint / name) for side in (mount, kernel)]
+            assert found == [errno.ENOENT, errno.ENOENT]
+
+
 def test_reserved_names(area: Path, root: None, session: str) -> None:
     """No name can be made that the next mount would take for a whiteout; other names with a dot can."""
     _make(area, "lower")
@@ -155,25 +182,6 @@ def test_reserved_names(area: Path, root: None, session: str) -> None:
         assert named.contents(top) == {".whx": "x", "file": "file"}
 
 
-@contextlib.contextmanager
-def _fuse_overlayfs(area: Path, lowers: list[Path], *, by_name: bool = True) -> Iterator[Path]:
-    """fuse-overlayfs itself; ``by_name``: as where it may not make devices."""
-    program = shutil.which("fuse-overlayfs")
-    if program is None:
-        pytest.skip("fuse-overlayfs is not installed")
-    where = area / "theirs"
-    where.mkdir(exist_ok=True)
-    environment = {**os.environ, **({"FUSE_OVERLAYFS_DISABLE_OVL_WHITEOUT": "1"} if by_name else {})}
-    data = layer_options(lowers, area / "upper", area / "work")
-    with subprocess.Popen([program, "-f", "-o", data, where], env=environment) as process:
-        try:
-            assert wait_for(lambda: is_mounted(where))
-            yield where
-        finally:
-            areas.detach(where)
-            process.wait(patient(10))
-
-
 @pytest.mark.parametrize("by_name", [True, False])
 def test_upper_of_fuse_overlayfs(area: Path, root: None, session: str, by_name: bool) -> None:
     """What fuse-overlayfs changed looks the same here; what is changed here looks the same there again."""
@@ -182,7 +190,7 @@ def test_upper_of_fuse_overlayfs(area: Path, root: None, session: str, by_name: 
         (area / "lower" / name).parent.mkdir(exist_ok=True)
         (area / "lower" / name).write_text(name)
     lowers = [area / "lower"]
-    with _fuse_overlayfs(area, lowers, by_name=by_name) as theirs:
+    with named.fuse_overlayfs(area, lowers, by_name=by_name) as theirs:
         for name in ("gone", "again", "target", "linked", "d/a"):
             (theirs / name).unlink()
         for name in ("r", "dir", "far", "moved"):
@@ -215,5 +223,5 @@ def test_upper_of_fuse_overlayfs(area: Path, root: None, session: str, by_name: 
     }  # fmt: skip
     with mounted(area, lowers=lowers, upper=area / "upper", work=area / "work", session=session) as mount:
         assert named.contents(mount.mountpoint) == after
-    with _fuse_overlayfs(area, lowers, by_name=by_name) as theirs:
+    with named.fuse_overlayfs(area, lowers, by_name=by_name) as theirs:
         assert named.contents(theirs) == after

@@ -75,8 +75,8 @@ class LayerStack:
                         f"upper {upper} needs a work directory on the same filesystem; give one with --work."
                     )
                 upper_fd, work_root = opening.open_upper_and_work(upper, work, privileged, resources)
-                _lock(upper_fd, upper, "upper", resources)
-                _lock(work_root, work, "work", resources)
+                lock(upper_fd, upper, "upper", resources)
+                lock(work_root, work, "work", resources)
                 work_fd = opening.prepare_work(work_root, work, os.fstat(upper_fd).st_uid, resources)
                 layers.append(Layer(0, upper, upper_fd, is_upper=True))
             elif scratch is not None:
@@ -146,7 +146,7 @@ def _replace_by_nothing(fd: int) -> None:
     os.close(null)
 
 
-def _lock(fd: int, path: str, role: str, resources: ExitStack) -> None:
+def lock(fd: int, path: str, role: str, resources: ExitStack) -> None:
     """Hold flock(2) on the directory for the life of the mount, so that other mounts refuse it.
 
     Any user who can read a directory can lock it; a lock of a user who may not write it is not a mount's.
