@@ -97,8 +97,8 @@ class Node:
 
     __slots__ = (
         "children", "ctime", "held", "id", "identity", "incarnation", "ino", "key", "kind", "links",
-        "lookups", "name", "no_capability", "parent", "parts", "place", "successor", "superseded", "territory",
-        "unlinked", "use",
+        "lookups", "name", "no_capability", "parent", "parts", "place", "successor", "superseded",
+        "territory", "unlinked", "use",
     )  # fmt: skip
 
     def __init__(
