@@ -112,7 +112,7 @@ _REFUSED: Mapping[str, str] = {
     "uid": "a fixed owner is not supported, and without it files would show other owners",
     "gid": "a fixed owner is not supported, and without it files would show other owners",
     "umask": "a fixed umask is not supported, and without it files would show other modes",
-    "remount": "a mount cannot be changed while it lives, so unmount it and mount it anew",
+    "remount": "this command makes mounts, so use `mount -o remount,...`",
     "bind": "binding a directory is not a union, so use `mount --bind`",
     "rbind": "binding a directory is not a union, so use `mount --rbind`",
     "move": "moving a mount is not a union, so use `mount --move`",
