@@ -7,7 +7,6 @@ the union, last first, then the dead union, and releases the volumes.
 
 from __future__ import annotations
 
-import ctypes
 import fcntl
 import os
 import select
@@ -16,6 +15,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from typing import NoReturn
 
+from unionfs.sys.calls import prctl
 from unionfs.sys.process import standard_files_to_null
 
 _DISMISSED = b"."
@@ -79,7 +79,7 @@ def _guard(daemon: int, reader: int, clear: Callable[[str], object]) -> NoReturn
         daemon, reader = fcntl.fcntl(daemon, fcntl.F_DUPFD, 5), fcntl.fcntl(reader, fcntl.F_DUPFD, 5)
         daemon, reader = os.dup2(daemon, 3, inheritable=False), os.dup2(reader, 4, inheritable=False)
         os.closerange(5, 2**31 - 1)
-        ctypes.CDLL(None).prctl(_PR_SET_NAME, b"unionfs-guard", 0, 0, 0)
+        prctl(_PR_SET_NAME, b"unionfs-guard")
         told = b""
         while (more := os.read(reader, _LONGEST)) and not more.endswith(_DISMISSED):
             told += more

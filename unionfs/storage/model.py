@@ -60,7 +60,7 @@ class Volume:
 
 
 @dataclass(frozen=True, slots=True)
-class User:
+class VolumeUser:
     """A user of a volume: a text `KIND:PID:STARTTIME:WHAT`, with the start time in clock ticks since boot.
 
     A user ends with its process (when proc_pid_stat(5) no longer shows this pid and start time). A user with

@@ -19,7 +19,7 @@ from unionfs.storage.archive.walk import Walker
 from unionfs.storage.archive.write import Progress
 from unionfs.storage.backup import Report, explained, keep_manifest, open_archive, read_whole
 from unionfs.storage.copying import copy_content
-from unionfs.storage.model import User
+from unionfs.storage.model import VolumeUser
 from unionfs.storage.volumes import Volume, Volumes
 from unionfs.sys.calls import syncfs
 from unionfs.sys.fds import directory
@@ -64,7 +64,7 @@ def _fill(
 ) -> None:
     """Let `fill` create the volume's new content, then replace the old content with it."""
     driver = volumes.driver_of(volume)
-    user = User.of_this_process("restore")
+    user = VolumeUser.of_this_process("restore")
     mounted = driver.restores_mounted(volume)
     if mounted:
         volumes.attach(volume.name, user)

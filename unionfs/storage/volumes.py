@@ -24,12 +24,12 @@ from unionfs.storage import locks, records
 from unionfs.storage.drivers import Driver, find_driver
 from unionfs.storage.drivers.base import Forced
 from unionfs.storage.drivers.replacing import finish_in_place
-from unionfs.storage.model import ANONYMOUS_LABEL, User, Volume
+from unionfs.storage.model import ANONYMOUS_LABEL, Volume, VolumeUser
 from unionfs.storage.removing import refuse_bound, refuse_locked, refuse_mounted, remove_all
 from unionfs.storage.root import check_directory, is_own_directory, make_directory, open_root
 from unionfs.sys.trees import remove_path
 
-__all__ = ["User", "Volume", "Volumes"]
+__all__ = ["Volume", "VolumeUser", "Volumes"]
 
 _log = logging.getLogger(__name__)
 
@@ -130,12 +130,12 @@ class Volumes:
         """The driver of a volume. Raises UserError when it is not installed."""
         return find_driver(volume.driver)
 
-    def users(self, name: str) -> list[User]:
+    def users(self, name: str) -> list[VolumeUser]:
         """The current users of a volume."""
         self._check_root()
         return [user for user in records.users(self._directory(check_name(name))) if not user.is_gone]
 
-    def all_users(self) -> dict[str, list[User]]:
+    def all_users(self) -> dict[str, list[VolumeUser]]:
         """Who uses volumes now, by the volumes' names; of what cannot be read `tell` gets the reason."""
         found = {}
         for directory in self._directories():
@@ -247,7 +247,7 @@ class Volumes:
     def attach(self, name: str, user: str) -> str:
         """Record a user and return the absolute path of the volume's data for it.
 
-        `user` is a text as in `User`. The first user mounts the volume.
+        `user` is a text as in `VolumeUser`. The first user mounts the volume.
         """
         with locks.state(self.root, name):
             volume = self.get(name)
@@ -260,7 +260,7 @@ class Volumes:
             path = driver.mount(volume, user)
             try:
                 finish_in_place(volume, path)
-                records.add_user(volume.directory, User(user, path))
+                records.add_user(volume.directory, VolumeUser(user, path))
             except BaseException:
                 if driver.one_mount_each(volume) or not users:
                     with suppress(UserError):
@@ -280,10 +280,10 @@ class Volumes:
                 driver.unmount(volume, user)
             records.remove_user(volume.directory, user)
 
-    def _without_the_dead(self, volume: Volume, driver: Driver, besides: str = "") -> list[User]:
+    def _without_the_dead(self, volume: Volume, driver: Driver, besides: str = "") -> list[VolumeUser]:
         """Detach users whose process has ended, and return the others."""
-        alive: list[User] = []
-        dead: list[User] = []
+        alive: list[VolumeUser] = []
+        dead: list[VolumeUser] = []
         for user in records.users(volume.directory):
             (dead if user.is_gone and user.text != besides else alive).append(user)
         for user in dead:
@@ -305,7 +305,7 @@ class Volumes:
     @contextmanager
     def used(self, name: str, kind: str) -> Iterator[str]:
         """The path of a volume's data, in use by this process within the context; `kind` is e.g. `backup`."""
-        user = User.of_this_process(kind, f"#{secrets.token_hex(4)}")
+        user = VolumeUser.of_this_process(kind, f"#{secrets.token_hex(4)}")
         path = self.attach(name, user)
         try:
             yield path
@@ -412,7 +412,7 @@ class Volumes:
         return True
 
 
-def _in_use(users: list[User]) -> str:
+def _in_use(users: list[VolumeUser]) -> str:
     return "it is in use by " + ", ".join(map(str, users))
 
 

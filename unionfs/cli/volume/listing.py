@@ -15,7 +15,7 @@ from unionfs.errors import UserError
 from unionfs.storage.filters import matches, parse_filters
 
 if TYPE_CHECKING:
-    from unionfs.storage.volumes import User, Volume, Volumes
+    from unionfs.storage.volumes import Volume, Volumes, VolumeUser
 
 
 @click.command(
@@ -83,7 +83,7 @@ _HEADINGS = {
 }
 
 
-def _line(volume: Volume, users: list[User]) -> dict[str, Any]:
+def _line(volume: Volume, users: list[VolumeUser]) -> dict[str, Any]:
     return {
         "Name": volume.name,
         "Driver": volume.driver,
@@ -103,7 +103,7 @@ def _for_template(values: dict[str, Any]) -> dict[str, Any]:
     return cleaned
 
 
-def _docker_line(volume: Volume, users: list[User]) -> dict[str, str]:
+def _docker_line(volume: Volume, users: list[VolumeUser]) -> dict[str, str]:
     """Return the keys and texts of `docker volume ls --format json`."""
     return {
         "Availability": "N/A",
