@@ -126,10 +126,6 @@ class Volumes:
                 )
         return volume
 
-    def driver_of(self, volume: Volume) -> Driver:
-        """The driver of a volume. Raises UserError when it is not installed."""
-        return find_driver(volume.driver)
-
     def users(self, name: str) -> list[VolumeUser]:
         """The current users of a volume."""
         self._check_root()
@@ -251,7 +247,7 @@ class Volumes:
         """
         with locks.state(self.root, name):
             volume = self.get(name)
-            driver = self.driver_of(volume)
+            driver = find_driver(volume.driver)
             users = self._without_the_dead(volume, driver)
             for known in users:
                 if known.text == user:
@@ -272,7 +268,7 @@ class Volumes:
         """Remove a user; the last one unmounts the volume."""
         with locks.state(self.root, name):
             volume = self.get(name)
-            driver = self.driver_of(volume)
+            driver = find_driver(volume.driver)
             users = self._without_the_dead(volume, driver, besides=user)
             if not any(known.text == user for known in users):
                 return
@@ -300,7 +296,7 @@ class Volumes:
                 if any(user.is_gone for user in records.users(directory)):
                     with locks.state(self.root, name):
                         volume = self.get(name)
-                        self._without_the_dead(volume, self.driver_of(volume).hurried())
+                        self._without_the_dead(volume, find_driver(volume.driver).hurried())
 
     @contextmanager
     def used(self, name: str, kind: str) -> Iterator[str]:
@@ -326,16 +322,11 @@ class Volumes:
         """
         with locks.state(self.root, name):
             volume = self.get(name)
-            driver = self.driver_of(volume)
+            driver = find_driver(volume.driver)
             users = [user for user in self._without_the_dead(volume, driver) if user.text != besides]
             if users:
                 raise UserError(f"volume {quoted(name)} cannot be {what}: {_in_use(users)}; end that first.")
             yield
-
-    def refuse_users(self, name: str, what: str) -> None:
-        """Raise UserError when the volume has users."""
-        with self.still(name, what):
-            pass
 
     def refuse_existing(self, name: str) -> None:
         """Raise UserError when a volume of that name exists."""
@@ -348,7 +339,7 @@ class Volumes:
         """Change the size of a volume."""
         with self.working_on(name, "a resize"), locks.state(self.root, name):
             volume = self.get(name)
-            driver = self.driver_of(volume)
+            driver = find_driver(volume.driver)
             users = self._without_the_dead(volume, driver)
             options = driver.resize(volume, size, mounted=bool(users))
             changed = replace(volume, options=dict(options))
@@ -378,7 +369,7 @@ class Volumes:
         with locks.work(self.root, name, "a removal", spare=True), locks.state(self.root, name):
             volume = find() or self.get(name)
             try:
-                driver = self.driver_of(volume) if volume.driver else Driver()
+                driver = find_driver(volume.driver) if volume.driver else Driver()
             except UserError:
                 if not force:
                     raise

@@ -12,6 +12,7 @@ from unionfs.cli.template import render, render_rows
 from unionfs.cli.terminal import all_printable
 from unionfs.cli.volume.common import complete_volumes, open_volumes, root_option
 from unionfs.errors import UserError
+from unionfs.storage.drivers import find_driver
 from unionfs.storage.filters import matches, parse_filters
 
 if TYPE_CHECKING:
@@ -161,7 +162,7 @@ def _details(volumes: Volumes, volume: Volume, size: bool) -> dict[str, Any]:
         "Options": dict(volume.options),
         "Scope": volume.scope,
     }
-    if status := volumes.driver_of(volume).status(volume):
+    if status := find_driver(volume.driver).status(volume):
         values["Status"] = dict(status)
     held = -1
     if size:
