@@ -11,6 +11,7 @@ A run is deterministic (see ``machine``). The environment varies it:
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -33,7 +34,7 @@ SECONDS, LONG_SECONDS = 900, 100_000
 
 
 def _compare(
-    area: Path, session: str, lowers: int, *, examples: int, steps: int, options: tuple[str, ...] = ()
+    area: Path, session: str, lowers: int, *, examples: int, steps: int, options: Sequence[str] = ()
 ) -> None:
     pair = Pair(area, session, lowers, min(ARENAS, examples), options)
     try:
@@ -73,9 +74,16 @@ def test_same_without_shortcuts(kernel_overlay: None, area: Path, plain: str) ->
 
 @pytest.mark.watchdog(SECONDS)
 @pytest.mark.timeout(SECONDS)
+def test_same_without_redirects(kernel_overlay: None, area: Path, session: str) -> None:
+    """Directories with lower parts cannot be renamed."""
+    _compare(area, session, 2, examples=1, steps=40, options=["redirect_dir=off"])
+
+
+@pytest.mark.watchdog(SECONDS)
+@pytest.mark.timeout(SECONDS)
 def test_same_with_metacopy(kernel_overlay: None, area: Path, session: str) -> None:
-    """Copy-ups of metadata alone on both sides; see also rule 14."""
-    _compare(area, session, 2, examples=2, steps=40, options=("metacopy=on",))
+    """Changes of metadata, and other names, copy up metadata alone."""
+    _compare(area, session, 2, examples=2, steps=40, options=["metacopy=on"])
 
 
 @pytest.mark.watchdog(LONG_SECONDS)

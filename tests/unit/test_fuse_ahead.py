@@ -19,6 +19,7 @@ from unionfs.fuse.inline import begin
 from unionfs.fuse.operations import Operations
 from unionfs.fuse.protocol import Init, Opcode, Privileges, Settings, negotiate
 from unionfs.fuse.protocol.requests import InitRequest, Readdirplus
+from unionfs.union.changes import Changes
 from unionfs.union.copyup import CopyUp
 from unionfs.union.merge import Merge
 from unionfs.union.merged import Merged
@@ -270,13 +271,25 @@ def test_a_copy_up_makes_it_useless(walk: Walk) -> None:
 
 
 def test_it_is_copied_up_itself(walk: Walk) -> None:
-    """This changes no entry (and it cannot be moved: a part in a lower is EXDEV)."""
+    """This changes no entry."""
     asked, walked = walk(upper=False), walk()
     node = walked.walk(4)
     CopyUp(walked.union).directory(node)
     assert walked.list(node) == asked.list(asked.in_order()[4])
     assert walked.ahead.used == 3
     assert [child.lookups for child in (node.children or {}).values()] == [1, 1, 1]
+
+
+@pytest.mark.parametrize("elsewhere", [False, True])
+def test_it_is_renamed(walk: Walk, elsewhere: bool) -> None:
+    """In another parent the number of ``..`` is another one."""
+    walked = walk()
+    node, root = walked.walk(4), walked.union.nodes.root
+    parent = walked.in_order()[0] if elsewhere else root
+    Changes(walked.union).rename(root, node.name, parent, b"renamed", 0)
+    answer = walked.list(node)
+    assert walked.ahead.used == (2 if elsewhere else 3)
+    assert answer == walked.list(node)
 
 
 def test_a_smaller_answer(walk: Walk) -> None:

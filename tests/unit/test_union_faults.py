@@ -182,7 +182,7 @@ class TestRedirects:
         (tmp_path / "l0/a/b/f").write_text("kept")
         (tmp_path / "upper/new/moved").mkdir(parents=True)
         os.setxattr(tmp_path / "upper/new/moved", "user.overlay.redirect", b"/a/b")
-        union = open_union()
+        union = open_union(redirect_dir="follow")
         assert read(union, "new/moved/f") == b"kept"
         with pytest.raises(OSError, match="cross-device"):
             Changes(union).rename(get(union, "new"), b"moved", union.nodes.root, b"x", 0)

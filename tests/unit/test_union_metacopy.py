@@ -10,6 +10,7 @@ import pytest
 
 from tests.support.snapshot import read_xattrs
 from tests.unit.union_support import ME, OpenUnion, find, get, names, open_union, read, whiteout
+from unionfs.settings.features import Features
 from unionfs.union.changes import Changes
 from unionfs.union.copyup import CopyUp, DataCopy, FileCopy
 from unionfs.union.node import Node
@@ -41,7 +42,7 @@ def opened(open_union: OpenUnion, lowers: int) -> Union:
     """A union that follows metacopy, as with the prefix that requires root."""
     union = open_union(lowers)
     union.markers.follows_metacopy = True
-    union.stack.metacopy = True
+    union.stack.features = Features(metacopy="on")
     return union
 
 
@@ -307,7 +308,7 @@ class TestOtherNames:
         data(tmp_path / "l0/f")
         metacopy(tmp_path / "upper/f")
         union = opened(open_union, 1)
-        union.stack.metacopy = False
+        union.stack.features = Features()
         node = get(union, "f")
         assert not Changes(union).finds_data(node)
         assert Changes(union).rename(union.nodes.root, b"f", union.nodes.root, b"g", 0) == [node]

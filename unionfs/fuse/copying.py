@@ -48,7 +48,7 @@ class CopyUps:
             if await self._waited(node):
                 continue
             if node.kind == stat.S_IFREG:
-                data = not self.union.stack.metacopy
+                data = self.union.stack.features.metacopy != "on"
                 kept = await self._copied(
                     FileCopy(self._copy_up, node, None, mode if data else None, data=data), keep=keep
                 )

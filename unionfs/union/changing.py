@@ -9,19 +9,18 @@ from __future__ import annotations
 import os
 import stat
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from typing import Final, Protocol, TypeVar
+from contextlib import contextmanager, suppress
+from typing import Protocol, TypeVar
 
 from unionfs.sys.fds import Owned
 from unionfs.union.attributes import Attributes
 from unionfs.union.copyup import CopyUp
+from unionfs.union.named import PREFIX
 from unionfs.union.node import Node
 from unionfs.union.places import Place
+from unionfs.union.redirecting import absolute_redirect
 from unionfs.union.tree import Union
 from unionfs.union.work import At
-
-#: As in overlayfs (dir.c, ovl_redirect_max).
-_LONGEST_REDIRECT: Final = 256
 
 T = TypeVar("T")
 Name = tuple[Node, bytes]
@@ -84,6 +83,18 @@ class Changing:
         with Owned(os.dup(gate.fd(one))) as first, Owned(os.dup(gate.fd(other))) as second:
             yield first, second
 
+    def replace_named(self, place: Place, dir_fd: int, name: bytes) -> None:
+        """Replace a whiteout by name in the upper with overlayfs's, before something gets the name ``name``.
+
+        Left beside the new object, it would hide that from fuse-overlayfs. If both exist, as after a crash of
+        fuse-overlayfs, both stay.
+        """
+        if place.asked_named < 0 or not self._union.merge.named.hides(place, dir_fd, name):
+            return
+        with suppress(FileExistsError, IsADirectoryError):
+            self._whiteout((dir_fd, name), dir_fd)
+            os.unlink(PREFIX + name, dir_fd=dir_fd)
+
     def finds_data(self, node: Node) -> bool:
         """Let a file of the upper find its data under other names if it is metacopy, by a redirect (dir.c,
         ovl_set_redirect). False if its data must follow before it gets another name.
@@ -94,33 +105,17 @@ class Changing:
         path, follow = union.path(node)
         if union.markers.metacopy_value(path, follow=follow) is None:
             return True
+        if union.stack.features.metacopy != "on":
+            return False
         with union.checked_path(node) as path:
             redirect = union.markers.redirect_value(path, follow=True)
-            if redirect is not None and redirect.startswith(b"/"):
-                return True
-            target = self._path_below(node, redirect)
-            if not union.stack.metacopy or len(target) > _LONGEST_REDIRECT:
-                return False
-            os.setxattr(path, union.markers.redirect, target)
+            if redirect is None or not redirect.startswith(b"/"):
+                try:
+                    redirect = absolute_redirect(union.markers, union.gate, node, redirect)
+                    os.setxattr(path, union.markers.redirect, redirect)
+                except OSError:
+                    return False
         return True
-
-    def _path_below(self, node: Node, redirect: bytes | None) -> bytes:
-        """The path from the roots of the lowers to what the upper's object of a node refers to.
-
-        ``redirect``: its own, relative one, if any. As dir.c, ovl_get_redirect.
-        """
-        union, steps = self._union, [redirect or node.name]
-        above = node.parent
-        while above is not None and above.parent is not None:
-            step = None
-            if above.in_place and len(above.parts) > 1:
-                fd = union.gate.fd(above.parts[0])
-                step = union.markers.redirect_value(b"/proc/self/fd/%d" % fd, follow=True)
-            steps.append(step or above.name)
-            if step is not None and step.startswith(b"/"):
-                return b"/".join(reversed(steps))
-            above = above.parent
-        return b"/" + b"/".join(reversed(steps))
 
     def _whiteout(self, at: At, directory: int) -> None:
         """Make a whiteout at a name that is, or will be, in the upper's directory ``directory`` (an fd)."""

@@ -12,6 +12,7 @@ import fcntl
 import os
 from collections.abc import Sequence
 from contextlib import ExitStack
+from dataclasses import replace
 from typing import Final
 
 from unionfs.errors import LayerError
@@ -23,6 +24,7 @@ from unionfs.sys.filelocks import may_be_a_mounts
 from unionfs.union import opening
 from unionfs.union.markers import Markers
 from unionfs.union.places import BoundLayer, Layer
+from unionfs.union.redirecting import mode, parameter
 
 _NO_LOCKS: Final = (errno.EBADF, errno.ENOLCK, errno.EOPNOTSUPP, errno.EINVAL)
 
@@ -37,8 +39,6 @@ class LayerStack:
         self.markers = markers
         self.volatile = False
         self.features = DEFAULTS
-        #: Whether a change of metadata copies up metadata only.
-        self.metacopy = False
         #: Storage shown at places of the union without merging.
         self.bound: list[BoundLayer] = []
         self.acl = all(layer.acl for layer in layers)
@@ -75,8 +75,8 @@ class LayerStack:
                         f"upper {upper} needs a work directory on the same filesystem; give one with --work."
                     )
                 upper_fd, work_root = opening.open_upper_and_work(upper, work, privileged, resources)
-                _lock(upper_fd, upper, "upper", resources)
-                _lock(work_root, work, "work", resources)
+                lock(upper_fd, upper, "upper", resources)
+                lock(work_root, work, "work", resources)
                 work_fd = opening.prepare_work(work_root, work, os.fstat(upper_fd).st_uid, resources)
                 layers.append(Layer(0, upper, upper_fd, is_upper=True))
             elif scratch is not None:
@@ -90,10 +90,17 @@ class LayerStack:
             if not layers:
                 raise LayerError("a union needs at least one layer; give one with --lower.")
             prefix = b"trusted.overlay." if privileged and not userxattr else b"user.overlay."
-            stack = cls(layers, work_fd, Markers(prefix), resources.pop_all())
+            top = layers[0]
+            chosen = features.redirect_dir or ("on" if features.metacopy == "on" else None)
+            redirects = mode(chosen, prefix, top if top.is_upper else None)
+            markers = Markers(prefix, follows_redirects=redirects != "nofollow")
+            stack = cls(layers, work_fd, markers, resources.pop_all())
             stack.volatile = volatile
-            stack.features = features
-            stack.metacopy = _metacopy(features.metacopy, upper or "on the tmpfs", stack)
+            stack.features = replace(
+                features,
+                redirect_dir=redirects,
+                metacopy=_metacopy(features.metacopy, redirects, upper or "on the tmpfs", stack),
+            )
             return stack
 
     @property
@@ -129,13 +136,16 @@ class LayerStack:
         self._resources.close()
 
 
-def _metacopy(wanted: str | None, upper: str, stack: LayerStack) -> bool:
-    """Whether to copy up metadata only: the option, else overlayfs's default (super.c, ovl_metacopy_def).
+def _metacopy(wanted: str | None, redirects: str, upper: str, stack: LayerStack) -> str:
+    """Whether a change of metadata copies up metadata alone, ``on`` or ``off``: as wanted, else overlayfs's
+    default (super.c, ovl_metacopy_def) if redirects are written, which it needs.
 
     Raises LayerError if it is wanted but not possible.
     """
-    if wanted == "off" or stack.upper is None or (wanted is None and not _is_default("metacopy")):
-        return False
+    if wanted is None and (redirects != "on" or parameter("metacopy", "N") == "N"):
+        return "off"
+    if wanted == "off" or stack.upper is None:
+        return "off"
     path, name = b"/proc/self/fd/%d" % stack.work_fd, stack.markers.metacopy
     cure = "leave metacopy=on out"
     try:
@@ -146,20 +156,11 @@ def _metacopy(wanted: str | None, upper: str, stack: LayerStack) -> bool:
         os.removexattr(path, name)
     except OSError as error:
         if wanted is None:
-            return False
+            return "off"
         raise LayerError(
             f"metacopy=on is not possible with upper {upper}: {error.strerror}; {cure}."
         ) from error
-    return True
-
-
-def _is_default(feature: str) -> bool:
-    """Whether overlayfs on this host has a feature on by default."""
-    try:
-        with open(f"/sys/module/overlay/parameters/{feature}") as parameter:
-            return parameter.read(1) == "Y"
-    except OSError:
-        return False
+    return "on"
 
 
 def _syncfs(root_fd: int) -> None:
@@ -177,7 +178,7 @@ def _replace_by_nothing(fd: int) -> None:
     os.close(null)
 
 
-def _lock(fd: int, path: str, role: str, resources: ExitStack) -> None:
+def lock(fd: int, path: str, role: str, resources: ExitStack) -> None:
     """Hold flock(2) on the directory for the life of the mount, so that other mounts refuse it.
 
     Any user who can read a directory can lock it; a lock of a user who may not write it is not a mount's.

@@ -31,6 +31,7 @@ class Making(Changing):
         assert node.place is not None
         place = self.writable(parent)
         with self._directories(node.place, place) as (source, dir_fd):
+            self.replace_named(place, dir_fd, name)
             try:
                 link_object(node, source, dir_fd, name)
             except FileExistsError:

@@ -18,6 +18,7 @@ from unionfs.union.listing import NFS_REMOVED, Listing, real_names
 from unionfs.union.lowernames import MANY, LowerNames
 from unionfs.union.markers import Markers
 from unionfs.union.metacopy import DataSearch, open_data
+from unionfs.union.named import PREFIX, NamedWhiteouts, hidden_name
 from unionfs.union.places import Gate, Layer, LowerData, Place
 from unionfs.union.redirects import PartSearch
 
@@ -39,14 +40,15 @@ class Merge:
     """
 
     def __init__(self, layers: Sequence[Layer], markers: Markers, *, directory_fds: int = 1024) -> None:
-        #: The parts of the root. Overlayfs ignores `opaque` on them (super.c, ovl_get_root).
-        self.roots = [layer.root for layer in layers]
         self.markers = markers
         self.gate = Gate(directory_fds)
+        self.named = NamedWhiteouts(self.gate)
+        #: The parts of the root. Overlayfs ignores `opaque` on them (super.c, ovl_get_root).
+        self.roots = self.named.roots(layers)
         self._lowest = len(layers) - 1
         self._lower_names = LowerNames(self.gate)
-        self._directories = PartSearch(layers, markers, self.gate)
-        self._data = DataSearch(markers, self.gate, self._directories)
+        self._directories = PartSearch(layers[: len(self.roots)], markers, self.named, self.gate)
+        self._data = DataSearch(markers, self.named, self.gate, self._directories)
 
     def search(self, parts: list[Place], name: bytes, first: int = 0) -> Found | None:
         """The object ``name`` in the directory merged from ``parts``, or None. Raises ``OSError``.
@@ -54,6 +56,8 @@ class Merge:
         ``first``: the index of the topmost part that may have the name, if known.
         """
         searched = parts
+        if name.startswith(PREFIX):
+            return None
         if len(parts) >= MANY:
             searched, first = self._lower_names.parts(parts, name), 0
         elif first == 0 and parts[0].empty:
@@ -65,6 +69,9 @@ class Merge:
                 st = os.stat(name, dir_fd=dir_fd, follow_symlinks=False)
             except OSError as error:
                 if error.errno in _NOT_THERE:
+                    below = part is not searched[-1]
+                    if below and part.asked_named >= 0 and self.named.hides(part, dir_fd, name):
+                        return None
                     continue
                 raise
             kind = stat.S_IFMT(st.st_mode)
@@ -99,7 +106,8 @@ class Merge:
 
     def is_visible_below(self, parts: list[Place], name: bytes) -> bool:
         """Whether a lower has ``name``, so that removing it from the upper requires a whiteout."""
-        for part in self._lower_names.parts(parts, name):
+        searched = self._lower_names.parts(parts, name)
+        for part in searched:
             if part.layer.is_upper:
                 continue
             dir_fd = self.gate.fd(part)
@@ -107,6 +115,8 @@ class Merge:
                 st = os.stat(name, dir_fd=dir_fd, follow_symlinks=False)
             except OSError as error:
                 if error.errno in _NOT_THERE:
+                    if part is not searched[-1] and self.named.hides(part, dir_fd, name):
+                        return False
                     continue
                 raise
             return not self.markers.is_whiteout(st, dir_fd, name)
@@ -126,11 +136,17 @@ class Merge:
             try:
                 st = os.stat(name, dir_fd=fd, follow_symlinks=False)
             except FileNotFoundError:
+                if self.named.hides(part, fd, name):
+                    return False
                 continue
             except OSError:
                 return False
             return stat.S_ISREG(st.st_mode) and not self.hides_xattr_whiteouts(parts, part, fd)
         return False
+
+    def is_opaque(self, place: Place) -> bool:
+        """Whether a real directory hides those with its name in the layers below, apart from the root."""
+        return self.markers.directory(self.gate.fd(place))[0] or self.named.cut(place)
 
     def hides_xattr_whiteouts(self, parts: Sequence[Place], part: Place, fd: int) -> bool:
         """Whether listings omit xattr whiteouts in one part of a directory; ``fd`` is an fd of it.
@@ -202,7 +218,12 @@ class _MergedListing(Listing):
             self.close()
 
     def _listed(self, index: int, fd: int) -> list[bytes]:
-        return self._in_use(index, real_names(fd))
+        names = real_names(fd)
+        if not any(name.startswith(PREFIX) for name in names):
+            self._parts[index].knows_named(some=False)
+            return self._in_use(index, names)
+        self._parts[index].knows_named(some=True)
+        return self._in_use(index, [shown for name in names if (shown := _candidate(name)) is not None])
 
     def _in_use(self, index: int, names: list[bytes]) -> list[bytes]:
         if index == 0 and self._hides_removed:
@@ -216,6 +237,11 @@ class _MergedListing(Listing):
         with os.scandir(fd) as entries:
             for entry in entries:
                 name = os.fsencode(entry.name)
+                if name.startswith(PREFIX):
+                    below = hidden_name(name)
+                    if below is not None:
+                        whiteouts.add(below)
+                    continue
                 try:
                     hidden = _may_be_whiteout(entry, hides) and self._merge.markers.is_whiteout(
                         os.stat(name, dir_fd=fd, follow_symlinks=False), fd, name
@@ -229,6 +255,11 @@ class _MergedListing(Listing):
                 else:
                     shown.append(name)
         return shown
+
+
+def _candidate(name: bytes) -> bytes | None:
+    """The name to look up for an entry of a real directory."""
+    return hidden_name(name) if name.startswith(PREFIX) else name
 
 
 def _may_be_whiteout(entry: os.DirEntry[str], files: bool) -> bool:

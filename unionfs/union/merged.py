@@ -82,6 +82,7 @@ class Merged(Territory):
     def add(self, parent: Node, name: bytes, st: os.stat_result, place: Place) -> Node:
         if stat.S_ISDIR(st.st_mode):
             place = Place(place.layer, place, name, key=place.layer.key(st))
+            place.knows_named(some=False)
         return self._nodes.add(parent, name, st, [place])
 
     def unnamed(self, parent: Node, held: int) -> Node:

@@ -19,6 +19,7 @@ from collections.abc import Sequence
 from typing import Final
 
 from unionfs.union.markers import Markers
+from unionfs.union.named import NamedWhiteouts
 from unionfs.union.places import Gate, LowerData, Place
 from unionfs.union.redirects import PartSearch, Searched, stat_step
 
@@ -32,8 +33,11 @@ _MOST_LINES: Final = 100
 class DataSearch:
     """Finds the data of metacopy files."""
 
-    def __init__(self, markers: Markers, gate: Gate, directories: PartSearch) -> None:
+    def __init__(
+        self, markers: Markers, named: NamedWhiteouts, gate: Gate, directories: PartSearch
+    ) -> None:
         self._markers = markers
+        self._named = named
         self._gate = gate
         self._directories = directories
         self._lines = 0
@@ -51,6 +55,8 @@ class DataSearch:
         remaining: Searched = iter([(part, name) for part in parts if part.layer.index > index])
         while True:
             if redirect is not None:
+                if not self._markers.follows_redirects:
+                    raise PermissionError(errno.EPERM, "the redirect of a metacopy file is not followed")
                 remaining = self._directories.redirected(redirect, index, remaining)
             found = self._next_file(remaining)
             if found is None:
@@ -67,7 +73,10 @@ class DataSearch:
         for part, here in remaining:
             dir_fd = self._gate.fd(part)
             st = stat_step(dir_fd, here)
-            if st is not None:
+            if st is None:
+                if self._named.hides(part, dir_fd, here):
+                    return None
+            else:
                 if not stat.S_ISREG(st.st_mode) or self._markers.is_whiteout(st, dir_fd, here):
                     return None
                 return part, here, st

@@ -97,9 +97,9 @@ class Node:
     """One object of the merged tree."""
 
     __slots__ = (
-        "children", "ctime", "held", "id", "identity", "ino", "key", "kind", "links", "lookups", "lower_data",
-        "name", "no_capability", "parent", "parts", "place", "successor", "superseded", "territory",
-        "unlinked", "use",
+        "children", "ctime", "held", "id", "identity", "incarnation", "ino", "key", "kind", "links",
+        "lookups", "lower_data", "name", "no_capability", "parent", "parts", "place", "successor",
+        "superseded", "territory", "unlinked", "use",
     )  # fmt: skip
 
     def __init__(
@@ -113,11 +113,15 @@ class Node:
         key: int = 0,
         *,
         ino: int = 0,
+        generation: int = 0,
         held: int = -1,
         identity: tuple[int, int] | None = None,
     ) -> None:
         """``places``: a directory's parts, or the object's place. ``ino``: its number, the id by default."""
         self.id = id_
+        #: FUSE's generation: distinguishes it from all other nodes with its id, in this mount and in others.
+        #: The kernel keeps 32 bits of it, in file handles too (fs/fuse/inode.c, fuse_encode_fh).
+        self.incarnation = generation
         self.ino = ino or id_
         self.territory = territory
         self.parent = parent
@@ -322,10 +326,13 @@ class Node:
             directory.forget_child(name, self)
         return [directory for directory, _ in self.links]
 
-    def supersede(self, number: int) -> Node:
-        """A new node with that id that takes over object, names and held fd; see `NodeTable.supersede`."""
+    def supersede(self, number: int, generation: int) -> Node:
+        """A new node that takes over object, names and held fd; see `NodeTable.supersede`."""
         places = self.parts if self.place is None else [self.place]
-        new = Node(number, self.territory, self.parent, self.name, self.kind, places, self.key, ino=self.ino)
+        new = Node(
+            number, self.territory, self.parent, self.name, self.kind, places, self.key, ino=self.ino,
+            generation=generation,
+        )  # fmt: skip
         new.links, new.unlinked, new.held = self.links, self.unlinked, self.held
         new.lower_data = self.lower_data
         self.links, self.held = None, -1

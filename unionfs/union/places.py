@@ -27,6 +27,8 @@ _KEEP_NUMBERS: Final = frozenset({
 
 #: A `Layer.key` that matches no object.
 NO_KEY: Final = -1
+#: More lookups than any directory without whiteouts by name has.
+_MANY: Final = 1 << 30
 
 
 class Layer:
@@ -98,7 +100,7 @@ def _has_acls(fd: int) -> bool:
 class Place:
     """A directory of one layer. ``fd`` is -1 unless the gate has it open."""
 
-    __slots__ = ("default_acl", "empty", "fd", "key", "layer", "mtime_ns", "name", "parent")
+    __slots__ = ("asked_named", "default_acl", "empty", "fd", "key", "layer", "mtime_ns", "name", "parent")
 
     def __init__(
         self, layer: Layer, parent: Place | None, name: bytes, fd: int = -1, *, key: int = 0
@@ -115,6 +117,8 @@ class Place:
         self.empty = False
         #: In the upper: its time of modification after a copy-up; valid while `Node.ctime` is `UNSEEN`.
         self.mtime_ns = 0
+        #: The number of lookups of whiteouts by name in it; -1: it is known to have none.
+        self.asked_named = 0
 
     def move(self, parent: Place, name: bytes) -> None:
         """Record a rename."""
@@ -131,6 +135,7 @@ class Place:
     def copied_up(self, *, empty: bool) -> None:
         """Record its copy-up; ``empty``: it stays known as empty until :meth:`fills`."""
         self.empty = empty
+        self.knows_named(some=False)
 
     def fills(self) -> None:
         """An entry is about to be added to it."""
@@ -139,6 +144,14 @@ class Place:
     def keep_mtime(self, mtime_ns: int) -> None:
         """Record its time of modification before a copy-up added an entry."""
         self.mtime_ns = mtime_ns
+
+    def ask_named(self) -> None:
+        """Count a lookup of a whiteout by name."""
+        self.asked_named += 1
+
+    def knows_named(self, *, some: bool) -> None:
+        """Record whether it has whiteouts by name; see `named`."""
+        self.asked_named = _MANY if some else -1
 
     def know_default_acl(self, acl: bytes | None) -> None:
         """Record its default ACL; None: it has changed."""
