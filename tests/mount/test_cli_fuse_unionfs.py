@@ -249,7 +249,8 @@ def test_remount(place: Place, mounter: Mounter) -> None:
     succeed(mounter.run("mount", "-t", "fuse.unionfs", "-o", place.data, "source", place.merged))
     commands = ["touch base", "rm -f new; echo > new", "./tool", "test -w base", "mkdir d; rmdir d"]
     for words in (
-        "ro", "rw", "noexec", "exec", "ro,noexec,nosuid,nodev", "rw,exec,suid,dev", "sync", "async", "ro", "rw",
+        "ro", "rw", "noexec", "exec", "ro,noexec,nosuid,nodev", "rw,exec,suid,dev", "sync", "async", "ro",
+        "rw",
     ):
         seen = []
         for root in (kernel, place.merged):

@@ -97,9 +97,9 @@ class Node:
     """One object of the merged tree."""
 
     __slots__ = (
-        "children", "ctime", "held", "id", "identity", "incarnation", "ino", "key", "kind", "links",
-        "lookups", "lower_data", "name", "no_capability", "parent", "parts", "place", "successor",
-        "superseded", "territory", "unlinked", "use",
+        "children", "ctime", "generation", "held", "id", "identity", "ino", "key", "kind", "links", "lookups",
+        "lower_data", "name", "no_capability", "parent", "parts", "place", "successor", "superseded",
+        "territory", "unlinked", "use",
     )  # fmt: skip
 
     def __init__(
@@ -121,7 +121,7 @@ class Node:
         self.id = id_
         #: FUSE's generation: distinguishes it from all other nodes with its id, in this mount and in others.
         #: The kernel keeps 32 bits of it, in file handles too (fs/fuse/inode.c, fuse_encode_fh).
-        self.incarnation = generation
+        self.generation = generation
         self.ino = ino or id_
         self.territory = territory
         self.parent = parent

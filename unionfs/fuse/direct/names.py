@@ -87,7 +87,7 @@ class NameRequests:
         return encode.entry(
             unique,
             node.id,
-            node.incarnation,
+            node.generation,
             FOREVER if node.territory.lasting else NEVER,
             self._ios.valid(node, attributes),
             _packed(attributes),
@@ -99,7 +99,7 @@ class NameRequests:
         node.looked_up()
         return encode.entry_out(
             node.id,
-            node.incarnation,
+            node.generation,
             FOREVER if node.territory.lasting else NEVER,
             self._ios.valid(node, attributes),
             _packed(attributes),
