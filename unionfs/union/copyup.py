@@ -19,6 +19,7 @@ from unionfs.sys.fds import Owned
 from unionfs.union.filedata import clone, copy_data
 from unionfs.union.files import OpenFile
 from unionfs.union.node import UNSEEN, Node
+from unionfs.union.origin import Stored
 from unionfs.union.places import Place
 from unionfs.union.tree import Union
 from unionfs.union.work import Temporary
@@ -39,6 +40,8 @@ class Effects(NamedTuple):
     resized: Node | None = None
     """Its directory, if its size may have changed for the kernel. This can wait: copy-ups come in bulk, and
     each notice costs another GETATTR."""
+    listing: Node | None = None
+    """The directory that lists it, if the copy has another number."""
 
 
 Tell = Callable[[Effects], None]
@@ -63,8 +66,10 @@ class CopyUp:
             else:
                 os.mknod(name, stat.S_IFMT(st.st_mode) | 0o600, st.st_rdev, dir_fd=work)
             self._copy_attributes(source, st, work, name)
+            path = b"/proc/self/fd/%d/%b" % temporary.at
+            origin = union.origins.store(node, source, st, path, follow=False)
             with Owned(os.open(name, _PATH, dir_fd=work)) as target:
-                self.put(node, temporary, target)
+                self.put(node, temporary, target, origin)
 
     def directory(self, node: Node) -> Place:
         """The upper's directory of a directory node; copies up the directory and its parents if necessary."""
@@ -88,6 +93,7 @@ class CopyUp:
         shown = node.attributes_of(st).ctime_ns
         with union.work.temporary() as temporary:
             with Owned(temporary.mkdir()) as copy:
+                origin = union.origins.store(node, lower, st, copy)
                 self._copy_attributes(lower, st, copy)
             parent = node.parent.parts[0]
             resized = self._rename_into(node.parent, node.name, temporary)
@@ -97,7 +103,7 @@ class CopyUp:
         st = os.stat(union.gate.fd(place))
         place.stands_for(st)
         node.show_ctime(shown, st.st_ctime_ns)
-        union.nodes.copied_up(node, st)
+        union.nodes.copied_up(node, st, origin)
         self._tell(Effects(node, resized))
 
     def _copy_attributes(self, source: int, st: os.stat_result, at: int, name: bytes | None = None) -> None:
@@ -107,7 +113,7 @@ class CopyUp:
         owner = not union.identity.owns(st)
         attributes.write(at, name, attributes.attributes(st, xattrs), unsupported, owner=owner)
 
-    def put(self, node: Node, temporary: Temporary, fd: int) -> os.stat_result:
+    def put(self, node: Node, temporary: Temporary, fd: int, origin: Stored) -> os.stat_result:
         """Put the copy of a node (``fd``: an fd of the copy) into the upper. Returns its attributes.
 
         If the node's name was removed, the copy has no name either; only an fd of it is held.
@@ -124,9 +130,11 @@ class CopyUp:
             place = node.parent.parts[0] if node.parent.in_place else self.directory(node.parent)
             resized = self._rename_into(node.parent, node.name, temporary)
             node.lies_in(place)
+            if origin is Stored.READABLE and not place.impure:
+                origin = Stored.UNKNOWN
         st = os.fstat(fd)
-        union.nodes.copied_up(node, st)
-        self._tell(Effects(node, resized))
+        union.nodes.copied_up(node, st, origin)
+        self._tell(Effects(node, resized, node.parent if origin is Stored.BROKEN else None))
         return st
 
     def _rename_into(self, directory: Node, name: bytes, temporary: Temporary) -> Node | None:
@@ -142,6 +150,7 @@ class CopyUp:
             place.keep_mtime(st.st_mtime_ns)
             shown = directory.attributes_of(st).ctime_ns
         place.fills()
+        self.union.origins.becomes_impure(place, dir_fd)
         temporary.put(dir_fd, name)
         with contextlib.suppress(OSError):
             calls.utimensat(dir_fd, b".", None, place.mtime_ns)
@@ -168,6 +177,7 @@ class FileCopy:
         self._temporary = union.work.temporary()
         self._target = -1
         self._no_capability = False
+        self._origin = Stored.UNKNOWN
         self._source = union.files.lend(node, write=False)
         self._open = True
         try:
@@ -177,6 +187,8 @@ class FileCopy:
             self.size = self._st.st_size if limit is None else min(limit, self._st.st_size)
             self._mode = stat.S_IMODE(self._st.st_mode if mode is None else mode)
             self._is_plain = self._source.xattrs == [] and self._mode & ~union.identity.sets == 0
+            if union.markers.requires_write and not self._mode & stat.S_IWUSR:
+                self._is_plain = False  # such a mode comes last
             self._target = os.open(
                 self._temporary.name, _NEW, self._mode if self._is_plain else 0o600, dir_fd=union.work.fd
             )
@@ -203,6 +215,7 @@ class FileCopy:
             if self.size < self._st.st_size or not clone(source, self._target, self._st.st_dev, never):
                 copy_data(source, self._target, self.size, goes_on, dense=dense)
         goes_on()
+        self._origin = self._union.origins.store(self.node, self._source.fd, self._st, self._target)
         self._copy_metadata()
         if self._union.stack.durable:
             os.fsync(self._target)
@@ -227,7 +240,7 @@ class FileCopy:
         ``keep``: lend it to the caller too. Its ``st`` is up to date.
         """
         union, node = self._union, self.node
-        st = self._copy_up.put(node, self._temporary, self._target)
+        st = self._copy_up.put(node, self._temporary, self._target, self._origin)
         if self._no_capability:
             union.capabilities.none(node)
         else:

@@ -32,6 +32,7 @@ class Making(Changing):
         self._refuse_metacopy(node)
         place = self.writable(parent)
         with self._directories(node.place, place) as (source, dir_fd):
+            union.origins.moves(node, place, dir_fd)
             try:
                 link_object(node, source, dir_fd, name)
             except FileExistsError:

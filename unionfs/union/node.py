@@ -96,9 +96,9 @@ class Node:
     """One object of the merged tree."""
 
     __slots__ = (
-        "children", "ctime", "held", "id", "identity", "ino", "key", "kind", "links", "lookups", "name",
-        "no_capability", "parent", "parts", "place", "successor", "superseded", "territory", "unlinked",
-        "use",
+        "children", "ctime", "from_origin", "held", "id", "identity", "ino", "key", "kind", "links",
+        "lookups", "name", "no_capability", "parent", "parts", "place", "successor", "superseded",
+        "territory", "unlinked", "use",
     )  # fmt: skip
 
     def __init__(
@@ -145,6 +145,8 @@ class Node:
         self.identity = identity
         #: It is known to have no security.capability; see `shortcuts.Capabilities`.
         self.no_capability = False
+        #: Its number is that of its origin; see `origin`.
+        self.from_origin = False
         #: A ctime set on the real directory by a copy-up (`UNSEEN`: the one at the next query), and the ctime
         #: shown instead; nanoseconds.
         self.ctime: tuple[int, int] | None = None
@@ -231,6 +233,14 @@ class Node:
             os.close(self.held)
         self.held = fd
 
+    def has_number(self, number: int) -> None:
+        """Set its number: a copied-up name of a lower file with several is a file of its own."""
+        self.ino = number
+
+    def has_origin(self) -> None:
+        """Record that its number is that of its origin."""
+        self.from_origin = True
+
     def has_key(self, key: int) -> None:
         """Set the key that identifies its object; see `Layer.key`."""
         self.key = key
@@ -312,6 +322,7 @@ class Node:
         places = self.parts if self.place is None else [self.place]
         new = Node(number, self.territory, self.parent, self.name, self.kind, places, self.key, ino=self.ino)
         new.links, new.unlinked, new.held = self.links, self.unlinked, self.held
+        new.from_origin = self.from_origin
         self.links, self.held = None, -1
         for directory, name in [(self.parent, self.name), *(new.links or ())]:
             known = None if directory is None else directory.children

@@ -68,6 +68,8 @@ class Renaming(Changing):
         self._hide_below(node, new_parent, new_name)
         self._hide_below(target, parent, name)
         with self._both_writable(parent, new_parent) as (old_fd, new_fd):
+            self._union.origins.moves(node, new_parent.parts[0], new_fd)
+            self._union.origins.moves(target, parent.parts[0], old_fd)
             calls.renameat2(old_fd, name, new_fd, new_name, calls.RENAME_EXCHANGE)
         nodes.move(node, parent, name, new_parent, new_name)
         nodes.move(target, new_parent, new_name, parent, name)
@@ -86,6 +88,7 @@ class Renaming(Changing):
         self._hide_below(node, new_parent, new_name)
         with self._both_writable(parent, new_parent) as (old_fd, new_fd):
             old, new = (old_fd, name), (new_fd, new_name)
+            self._union.origins.moves(node, new_parent.parts[0], new_fd)
             try:
                 self._rename_over(node, old, new, leaves_whiteout=leaves_whiteout)
             except OSError as error:
