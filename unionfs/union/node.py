@@ -141,8 +141,7 @@ class Node:
             self.place = places[0]
         #: Where the data of a metacopy object lies; None: in the object, as far as known before it is opened.
         self.lower_data: LowerData | None = None
-        #: The flags that apply to it, see `flags`; None: unknown.
-        self.flags: int | None = None
+        self.flags: int | None = None  # see `flags`; None: unknown
         #: Additional names of an upper file with several hard links.
         self.links: list[tuple[Node, bytes]] | None = None
         self.lookups = 0
@@ -155,8 +154,7 @@ class Node:
         self.no_capability = False
         #: Its number is that of its origin; see `origin`.
         self.from_origin = False
-        #: A ctime set on the real directory by a copy-up (`UNSEEN`: the one at the next query), and the ctime
-        #: shown instead; nanoseconds.
+        #: A ctime set by a copy-up (`UNSEEN`: that of the next query), and the one shown instead; nanoseconds.
         self.ctime: tuple[int, int] | None = None
         #: Set at the first open.
         self.use: Use | None = None
