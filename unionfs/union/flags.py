@@ -63,8 +63,13 @@ class Flags:
         if node.is_dir:
             with Owned(self._objects.gate.open_for_listing(node.parts[0])) as fd:
                 return read_flags(fd)
-        with self._objects.checked_path(node) as path:
-            attributes: int = _ATTRIBUTES.unpack_from(calls.statx(calls.AT_FDCWD, path, 0, 0))[0]
+        assert node.place is not None
+        if node.held >= 0:
+            status = calls.statx(node.held, b"", calls.AT_EMPTY_PATH, 0)
+        else:
+            fd = self._objects.gate.fd(node.place)
+            status = calls.statx(fd, node.name, calls.AT_SYMLINK_NOFOLLOW, 0)
+        attributes: int = _ATTRIBUTES.unpack_from(status)[0]
         return attributes & PROTECTED
 
     # -- what they forbid -----------------------------------------------------------------------------
