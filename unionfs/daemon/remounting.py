@@ -46,7 +46,7 @@ def change(mountpoint: str, options: Iterable[str]) -> None:
     path = absolute_mountpoint(mountpoint)
     mount = mounted_at(path)
     if mount is None or mount.fstype != _TYPE:
-        raise UserError(f"{quoted(path)} is not a unionfs mount; `unionfs ls` shows the mounts that live now.")
+        raise UserError(f"{quoted(path)} is not a unionfs mount; `unionfs ls` lists active mounts.")
     flags = flags_of(options)
     entry = live.find_by_device(mount.device)
     if not flags & READ_ONLY and entry is not None:
