@@ -11,13 +11,12 @@ import stat
 from collections.abc import Callable
 from typing import Final, Self
 
+from unionfs.union.setids import Who
 from unionfs.union.tickets import Tickets
 
 _FLAGS: Final = os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC | os.O_NOCTTY
 #: Errors of opening a file that a layer has lost; read(2) does not report them.
 _GONE: Final = (errno.ENOENT, errno.ENOTDIR, errno.ELOOP, errno.ESTALE)
-#: A privileged bit that a write by an ordinary user clears (inode.c, setattr_should_drop_suidgid).
-SET_IDS: Final = stat.S_ISUID | stat.S_ISGID
 
 
 class OpenFile:
@@ -145,12 +144,12 @@ class UnreadFile(OpenFile):
 class Handle:
     """One open of one file."""
 
-    __slots__ = ("file", "through", "uid", "writes")
+    __slots__ = ("file", "through", "who", "writes")
 
-    def __init__(self, file: OpenFile, uid: int, *, writes: bool) -> None:
+    def __init__(self, file: OpenFile, who: Who, *, writes: bool) -> None:
         self.file = file
-        #: The user who opened it: a write by any user but root clears set-id bits.
-        self.uid = uid
+        #: The process that opened it.
+        self.who = who
         self.writes = writes
         #: Whether it is in passthrough.
         self.through = False
@@ -281,17 +280,3 @@ def _checked(fd: int, *, readable: bool, writable: bool, waits: bool) -> OpenFil
         os.close(fd)
         raise
     return OpenFile(fd, readable=readable, writable=writable, waits=waits, st=st)
-
-
-def mode_without_set_ids(mode: int) -> int | None:
-    """The mode after a write by an ordinary user, or ``None`` if unchanged.
-
-    setgid without group execute marks mandatory locking, and stays for members of the group; the kernel
-    decides for the merged tree.
-    """
-    if not mode & SET_IDS:
-        return None
-    kept = mode & ~stat.S_ISUID
-    if mode & stat.S_IXGRP:
-        kept &= ~stat.S_ISGID
-    return stat.S_IMODE(kept) if kept != mode else None
