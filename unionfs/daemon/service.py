@@ -29,6 +29,7 @@ from unionfs.errors import MountRefusedError, UserError, quoted, reason
 from unionfs.fuse.errors import SessionError
 from unionfs.fuse.operations import Operations
 from unionfs.settings.mount import MountSettings
+from unionfs.settings.options import ATIME
 from unionfs.union.layers import LayerStack
 from unionfs.union.tree import Union
 
@@ -213,6 +214,7 @@ def _open(settings: MountSettings, directory: RuntimeDirectory) -> tuple[Announc
             userxattr=settings.userxattr,
             volatile=settings.volatile,
             scratch=scratch,
+            atime=[flag for flag in settings.flags if flag in (*ATIME, "nodiratime")],
         )
     except OSError as error:
         name = quoted(str(error.filename)) if error.filename else "the layers"

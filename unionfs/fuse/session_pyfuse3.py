@@ -234,16 +234,16 @@ class PyfuseOperations(pyfuse3.Operations):  # type: ignore[misc,unused-ignore]
         fh: int | None,
         ctx: pyfuse3.RequestContext,
     ) -> pyfuse3.EntryAttributes:
-        changes_owner = fields.update_uid or fields.update_gid
+        kills = fields.update_size or fields.update_uid or fields.update_gid
         change = Change(
             size=attr.st_size if fields.update_size else None,
             uid=attr.st_uid if fields.update_uid else None,
             gid=attr.st_gid if fields.update_gid else None,
-            # with an owner, the mode is the kernel's, without set-id bits but not as the groups demand
-            mode=attr.st_mode if fields.update_mode and not changes_owner else None,
+            # with another change, the mode is the kernel's, which clears set-id bits, but not for the group
+            mode=attr.st_mode if fields.update_mode and not kills else None,
             atime_ns=attr.st_atime_ns if fields.update_atime else None,
             mtime_ns=attr.st_mtime_ns if fields.update_mtime else None,
-            killer=_killer(ctx) if fields.update_size or changes_owner else None,
+            killer=_killer(ctx) if kills else None,
         )
         handle = None if fh is None else self.files.get(fh)
         return _entry(await self.operations.setattr(inode, change, handle))

@@ -11,6 +11,7 @@ import stat
 from collections.abc import Callable
 from typing import Final, Self
 
+from unionfs.sys.fds import open_quietly
 from unionfs.union.setids import Who
 from unionfs.union.tickets import Tickets
 
@@ -245,29 +246,31 @@ class Use:
         self.capability = value
 
 
-def open_backing(dir_fd: int, name: bytes, *, write: bool, waits: bool) -> OpenFile:
-    """Open the regular file ``name`` of ``dir_fd``; with ``write`` for reading and writing.
+def open_backing(dir_fd: int, name: bytes, *, write: bool, waits: bool, quiet: bool = False) -> OpenFile:
+    """Open the regular file ``name`` of ``dir_fd``; with ``write`` for reading and writing. ``quiet``: as
+    `open_quietly`.
 
     Raises ``OSError``; EIO if it is not a regular file (a layer changed under the union).
     """
     readable = True
     if write:
         try:
-            fd = os.open(name, os.O_RDWR | _FLAGS, dir_fd=dir_fd)
+            flags = os.O_RDWR | _FLAGS
+            fd = open_quietly(name, flags, dir_fd) if quiet else os.open(name, flags, dir_fd=dir_fd)
         except PermissionError:  # an ordinary user's own file that is writable but not readable
             fd = os.open(name, os.O_WRONLY | _FLAGS, dir_fd=dir_fd)
             readable = False
     else:
-        fd = os.open(name, os.O_RDONLY | _FLAGS, dir_fd=dir_fd)
+        flags = os.O_RDONLY | _FLAGS
+        fd = open_quietly(name, flags, dir_fd) if quiet else os.open(name, flags, dir_fd=dir_fd)
     return _checked(fd, readable=readable, writable=write, waits=waits)
 
 
-def open_held(held: int, *, write: bool, waits: bool) -> OpenFile:
-    """Reopen the file of the O_PATH fd ``held``."""
-    fd = os.open(
-        b"/proc/self/fd/%d" % held,
-        (os.O_RDWR if write else os.O_RDONLY) | os.O_NONBLOCK | os.O_CLOEXEC | os.O_NOCTTY,
-    )
+def open_held(held: int, *, write: bool, waits: bool, quiet: bool = False) -> OpenFile:
+    """Reopen the file of the O_PATH fd ``held``; ``quiet``: as `open_quietly`."""
+    name = b"/proc/self/fd/%d" % held
+    flags = (os.O_RDWR if write else os.O_RDONLY) | os.O_NONBLOCK | os.O_CLOEXEC | os.O_NOCTTY
+    fd = open_quietly(name, flags) if quiet else os.open(name, flags)
     return _checked(fd, readable=True, writable=write, waits=waits)
 
 

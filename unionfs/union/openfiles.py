@@ -163,9 +163,11 @@ class OpenFiles:
             node.territory.require_writable()
         waits = not place.layer.memory
         if node.held >= 0:
-            file = open_held(node.held, write=write, waits=waits)
+            file = open_held(node.held, write=write, waits=waits, quiet=place.layer.quiet)
         else:
-            file = open_backing(self._gate.fd(place), node.name, write=write, waits=waits)
+            file = open_backing(
+                self._gate.fd(place), node.name, write=write, waits=waits, quiet=place.layer.quiet
+            )
         try:
             if node.held < 0:
                 assert file.st is not None
