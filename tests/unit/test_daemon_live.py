@@ -165,8 +165,12 @@ async def test_control_answers_everyone(area: Path) -> None:
     directory.mkdir()
     path = runtime.RuntimeDirectory(str(directory)).address("1.sock")
     answers: Iterator[dict[str, Any]] = iter([{"figures": {"x": 1}}, {"figures": {"big": "x" * 300_000}}])
+
+    async def answer(question: dict[str, Any]) -> dict[str, Any]:
+        return next(answers)
+
     async with trio.open_nursery() as nursery:
-        nursery.start_soon(answering.serve_control, [answering.listen(path)], lambda asked: next(answers))
+        nursery.start_soon(answering.serve_control, [answering.listen(path)], answer)
         first: Any = await trio.to_thread.run_sync(control.ask, path)
         second: Any = await trio.to_thread.run_sync(control.ask, path)
         # A failing answer ends the question, not the daemon.

@@ -17,7 +17,7 @@ from typing import Final
 
 from unionfs.errors import LayerError
 from unionfs.settings.features import DEFAULTS, Features
-from unionfs.sys import calls
+from unionfs.sys import calls, detached
 from unionfs.sys.capabilities import CAP_SYS_ADMIN, has_capability
 from unionfs.sys.fds import open_for_listing
 from unionfs.sys.filelocks import may_be_a_mounts
@@ -57,15 +57,18 @@ class LayerStack:
         volatile: bool = False,
         features: Features = DEFAULTS,
         scratch: int | None = None,
+        atime: Sequence[str] = (),
     ) -> LayerStack:
         """Open every layer, lock upper and work, and empty a crashed daemon's leftovers in work.
 
         The paths are resolved (realpath(3)); a symlink in one is refused. ``scratch``: an O_PATH fd of an
-        empty private directory, in which upper and work are made; it is closed with the stack.
+        empty private directory, in which upper and work are made; it is closed with the stack. ``atime``:
+        words of mount(8) about the access times of the upper.
 
         Raises ``LayerError`` or ``OSError``, and then leaves nothing open.
         """
         privileged = has_capability(CAP_SYS_ADMIN)
+        atime_attributes = sum(detached.ATTRIBUTES[word] for word in atime)
         with ExitStack() as resources:
             layers: list[Layer] = []
             work_fd = -1
@@ -74,19 +77,22 @@ class LayerStack:
                     raise LayerError(
                         f"upper {upper} needs a work directory on the same filesystem; give one with --work."
                     )
-                upper_fd, work_root = opening.open_upper_and_work(upper, work, privileged, resources)
+                upper_fd, work_root = opening.open_upper_and_work(
+                    upper, work, privileged, atime_attributes, resources
+                )
                 lock(upper_fd, upper, "upper", resources)
                 lock(work_root, work, "work", resources)
                 work_fd = opening.prepare_work(work_root, work, os.fstat(upper_fd).st_uid, resources)
-                layers.append(Layer(0, upper, upper_fd, is_upper=True))
+                layers.append(Layer(0, upper, upper_fd, is_upper=True, quiet="noatime" in atime))
             elif scratch is not None:
                 resources.callback(os.close, scratch)
+                opening.set_atime(scratch, atime_attributes)
                 upper_fd, work_fd = opening.make_upper_and_work(scratch, lowers, resources)
                 layers.append(Layer(0, "", upper_fd, is_upper=True))
             for path in lowers:
                 fd = opening.open_lower(path, privileged)
                 resources.callback(os.close, fd)
-                layers.append(Layer(len(layers), path, fd, is_upper=False))
+                layers.append(Layer(len(layers), path, fd, is_upper=False, quiet=True))
             if not layers:
                 raise LayerError("a union needs at least one layer; give one with --lower.")
             prefix = b"trusted.overlay." if privileged and not userxattr else b"user.overlay."

@@ -35,9 +35,12 @@ def open_lower(path: str, privileged: bool) -> int:
         return os.dup(fd)
 
 
-def open_upper_and_work(upper: str, work: str, privileged: bool, resources: ExitStack) -> tuple[int, int]:
+def open_upper_and_work(
+    upper: str, work: str, privileged: bool, atime: int, resources: ExitStack
+) -> tuple[int, int]:
     """O_PATH fds of both on one mount: in a clone of their common parent if ``privileged``.
 
+    ``atime``: see :func:`set_atime`.
     Raises LayerError, OSError.
     """
     above, fds = os.path.commonpath([upper, work]), []
@@ -45,6 +48,8 @@ def open_upper_and_work(upper: str, work: str, privileged: bool, resources: Exit
     if privileged:
         with Owned(_open(calls.AT_FDCWD, above, above)) as fd:
             clone = _clone(fd, above, readonly=False)
+        if clone is not None:
+            set_atime(clone, atime)
     try:
         for path in (upper, work):
             if clone is None:
@@ -59,6 +64,14 @@ def open_upper_and_work(upper: str, work: str, privileged: bool, resources: Exit
     if os.path.samestat(os.fstat(fds[0]), os.fstat(fds[1])):
         raise LayerError(f"work {work} is the same directory as upper {upper}; put work beside upper.")
     return fds[0], fds[1]
+
+
+def set_atime(mount_fd: int, attributes: int) -> None:
+    """Set when a private mount changes access times (`detached.ATTRIBUTES`), and not as the mount that it is
+    a clone of; as overlayfs (fs/overlayfs/super.c, ovl_get_upper). Not where a user namespace locks them.
+    """
+    with contextlib.suppress(PermissionError):
+        detached.change(mount_fd, add=attributes, clear=detached.ATIME)
 
 
 def make_upper_and_work(scratch: int, lowers: Sequence[str], resources: ExitStack) -> tuple[int, int]:
