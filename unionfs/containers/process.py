@@ -13,7 +13,7 @@ import json
 import os
 import signal
 import time
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Collection, Sequence
 from contextlib import suppress
 
 from unionfs.containers.launch import Launch
@@ -50,7 +50,7 @@ class Command:
     def __init__(
         self,
         program: str,
-        arguments: Callable[[int], Sequence[str]],
+        arguments: Sequence[str],
         *,
         keep: Collection[int] = (),
         bounding: Collection[str],
@@ -58,8 +58,7 @@ class Command:
     ) -> None:
         """Start it. Raises UserError.
 
-        `arguments` takes the number of the fd for bubblewrap's --info-fd; `keep` are other fds that it names.
-        `bounding` and `small_root`: as for Launch.
+        `keep` are the fds that the arguments name. `bounding` and `small_root`: as for Launch.
         """
         self._held = hold_signals()
         prctl(_PR_SET_CHILD_SUBREAPER, 1)
@@ -70,7 +69,7 @@ class Command:
         try:
             leader, self._outer = Launch(
                 program,
-                arguments(writer),
+                [program, "--info-fd", str(writer), *arguments],
                 keep={writer, *keep},
                 terminal=self.terminal,
                 streams=self._streams.ends,
@@ -192,7 +191,7 @@ class Command:
             return
         if self.terminal is not None and number == signal.SIGCONT:
             self.terminal.resume()
-        if self._command is not None and is_alive(*self._command):
+        if self._command is not None and self._command_lives():
             with suppress(OSError):
                 os.kill(self._command[0], number)
 

@@ -33,18 +33,7 @@ class Container:
         self._root = root
         self.above = f"{root}/containers"
         self.path = f"{self.above}/{name}"
-
-    @property
-    def upper(self) -> str:
-        return f"{self.path}/upper"
-
-    @property
-    def work(self) -> str:
-        return f"{self.path}/work"
-
-    @property
-    def merged(self) -> str:
-        return f"{self.path}/merged"
+        self.upper, self.work, self.merged = (f"{self.path}/{part}" for part in ("upper", "work", "merged"))
 
     def exists(self) -> bool:
         """Return whether it exists."""

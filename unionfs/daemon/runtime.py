@@ -13,6 +13,7 @@ from typing import Final
 
 from unionfs.errors import UserError
 from unionfs.sys.capabilities import is_host_root, uid_outside
+from unionfs.sys.fds import Returned
 
 _SYSTEM: Final = "/run/unionfs"
 _LARGEST: Final = 4 << 20
@@ -49,11 +50,10 @@ class RuntimeDirectory:
 
     def open(self, name: str, flags: int) -> int:
         """Open a regular file of this user; O_CREAT creates it with mode 0600. Raises OSError."""
-        fd = os.open(name, flags | _FLAGS, 0o600, dir_fd=self.fd)
-        status = os.fstat(fd)
-        if not stat.S_ISREG(status.st_mode) or status.st_uid != os.geteuid():
-            os.close(fd)
-            raise PermissionError(1, "it is not a regular file of this user", name)
+        with Returned(os.open(name, flags | _FLAGS, 0o600, dir_fd=self.fd)) as fd:
+            status = os.fstat(fd)
+            if not stat.S_ISREG(status.st_mode) or status.st_uid != os.geteuid():
+                raise PermissionError(1, "it is not a regular file of this user", name)
         return fd
 
     def read(self, name: str) -> bytes:

@@ -12,16 +12,16 @@ from unionfs.daemon.live import LiveMount
 from unionfs.errors import UserError, quoted
 from unionfs.fuse.latency import Histogram, Latencies
 
-COUNTERS: Final = (
-    "read_bytes",
-    "written_bytes",
-    "copy_ups",
-    "copied_bytes",
-    "copy_up_seconds",
-    "opened_with_backing_file",
-    "backing_files_refused",
-)
-"""Figures that only grow; all others are gauges. Not every session has all of them."""
+COUNTERS: Final = {
+    "read_bytes": "read by the daemon",
+    "written_bytes": "written by the daemon",
+    "copy_ups": "copy-ups",
+    "copied_bytes": "copied up",
+    "copy_up_seconds": "time of copy-ups",
+    "opened_with_backing_file": "opens passed through",
+    "backing_files_refused": "pass-throughs refused",
+}
+"""Figures that only grow, with their words; all others are gauges. Not every session has all of them."""
 
 _WATCH: Final = "watch_seconds"
 _NS: Final = 1_000_000_000
