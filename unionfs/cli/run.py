@@ -94,7 +94,6 @@ def moment(seconds: float, timespec: str = "seconds") -> str:
 
 
 def on_terminal() -> bool:
-    """Return whether stdout is a terminal."""
     try:
         return sys.stdout.isatty()
     except ValueError:

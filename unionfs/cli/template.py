@@ -76,7 +76,6 @@ def _field(path: str, values: Mapping[str, Any]) -> Any:
 
 
 def _plain(value: Any) -> str:
-    """Format a value like Go."""
     match value:
         case None:
             return "<no value>"

@@ -36,7 +36,6 @@ class Container:
         self.upper, self.work, self.merged = (f"{self.path}/{part}" for part in ("upper", "work", "merged"))
 
     def exists(self) -> bool:
-        """Return whether it exists."""
         return os.path.isdir(self.path)
 
     @contextmanager
@@ -116,7 +115,6 @@ class Container:
         remove_all(doomed, f"container {quoted(self.name)} is removed, but not all of its files")
 
     def _sweep(self) -> None:
-        """Remove leftovers of earlier removals."""
         with suppress(FileNotFoundError):
             for name in os.listdir(self.above):
                 path = f"{self.above}/{name}"

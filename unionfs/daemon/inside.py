@@ -153,6 +153,5 @@ class TakenOff:
             return openat2(root, os.fsencode(place), os.O_PATH, RESOLVE_BENEATH | RESOLVE_NO_SYMLINKS)
 
     def let_go(self) -> None:
-        """Close the clones."""
         while self._clones:
             os.close(self._clones.pop())

@@ -56,7 +56,6 @@ class Lifetime:
     async def watch_signals(
         self, session: trio.CancelScope, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED
     ) -> None:
-        """End the session on a signal."""
         with trio.open_signal_receiver(*_SIGNALS) as signals:
             task_status.started()
             signal.pthread_sigmask(signal.SIG_UNBLOCK, _SIGNALS)
@@ -67,7 +66,6 @@ class Lifetime:
                     nursery.start_soon(self._end, session, signal.Signals(number).name)
 
     async def watch_owner(self, session: trio.CancelScope) -> None:
-        """End the session when the mount's owner process ends."""
         if self._owner is None:
             return
         pid, started = self._owner

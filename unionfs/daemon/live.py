@@ -50,7 +50,6 @@ class LiveMount:
         return entry_name(self.pid, self.started)
 
     def is_alive(self) -> bool:
-        """Return whether the daemon still runs."""
         return is_alive(self.pid, self.started)
 
     def mounts(self) -> list[MountEntry]:
@@ -76,7 +75,6 @@ class LiveMount:
             return None
 
     def to_json(self) -> dict[str, Any]:
-        """Return the entry as plain values, for `from_json`."""
         names = ("pid", "started", "device", "since", "claims", "ending")
         return {"settings": self.settings.to_json(), **{name: getattr(self, name) for name in names}}
 
@@ -111,7 +109,6 @@ def entry_name(pid: int, started: int | None) -> str:
 
 
 def own_name() -> str:
-    """Return `entry_name` of this process."""
     return entry_name(os.getpid(), start_time(os.getpid()))
 
 
@@ -206,5 +203,4 @@ def mark_ending(entry: LiveMount) -> None:
 
 
 def describe_owner(entry: LiveMount) -> str:
-    """Describe the mount as part of a sentence."""
     return f"the live mount {quoted(entry.settings.mountpoint)} (pid {entry.pid})"

@@ -66,14 +66,12 @@ class CapturedStderr:
         return "; ".join(line.strip() for line in lines if line.strip())
 
     def release(self) -> None:
-        """Restore the real stderr."""
         os.dup2(self._saved, 2)
         os.close(self._saved)
         os.close(self._memory)
 
 
 def explain(error: Exception, printed: str) -> str:
-    """Combine an error and libfuse's output into one sentence."""
     if isinstance(error, MountRefusedError):
         return " ".join(error.explained(printed).split())
     text = str(error) if isinstance(error, UserError) else f"internal error: {type(error).__name__}: {error}."

@@ -33,7 +33,6 @@ class RuntimeDirectory:
             raise PermissionError(1, "it belongs to another user, or others may write it", path)
 
     def close(self) -> None:
-        """Close the directory."""
         if self.fd >= 0:
             os.close(self.fd)
             self.fd = -1

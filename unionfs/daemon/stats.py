@@ -88,7 +88,6 @@ def snapshot(mount: LiveMount, watch_seconds: float) -> Snapshot:
 
 
 def _silence(mount: LiveMount) -> UserError:
-    """Return the error that explains a missing answer."""
     name = quoted(mount.settings.mountpoint)
     if not mount.mounts():
         return MountGoneError(f"{name} is not mounted any more.")
@@ -104,8 +103,6 @@ def _silence(mount: LiveMount) -> UserError:
 
 @dataclass(frozen=True, slots=True)
 class Kind:
-    """Requests of one kind."""
-
     total: int
     """Since the mount."""
     per_second: float | None
@@ -128,7 +125,6 @@ class Span:
         return 0.0 if self.earlier is None else (self.now.clock_ns - self.earlier.clock_ns) / _NS
 
     def kinds(self) -> dict[str, Kind]:
-        """Return the requests by kind."""
         return {name: self._kind(name) for name in sorted(self.now.requests)}
 
     def _kind(self, name: str) -> Kind:
@@ -141,7 +137,6 @@ class Span:
         return Kind(total, (total - self.earlier.requests.get(name, 0)) / self.seconds, latency)
 
     def all_kinds(self) -> Kind:
-        """Return all requests as one kind."""
         kinds = self.kinds().values()
         latency = Histogram()
         for kind in kinds:

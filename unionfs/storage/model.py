@@ -16,8 +16,6 @@ ANONYMOUS_LABEL = "com.docker.volume.anonymous"
 
 @dataclass(frozen=True, slots=True)
 class Volume:
-    """A named volume."""
-
     name: str
     driver: str
     mountpoint: str
@@ -77,7 +75,6 @@ class VolumeUser:
 
     @property
     def is_gone(self) -> bool:
-        """Whether the process named in the text has ended."""
         process = self._process()
         return process is not None and not is_alive(*process)
 

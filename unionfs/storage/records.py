@@ -92,7 +92,6 @@ def _recorded(directory: str, at: int) -> Volume | None:
 
 
 def is_lost(directory: str) -> bool:
-    """Whether a volume's record is missing or damaged."""
     try:
         with fds.directory(directory) as at:
             return _recorded(directory, at) is None
@@ -113,7 +112,6 @@ def write(volume: Volume, users: Iterable[VolumeUser] | None = None) -> None:
 
 
 def keep_damaged(directory: str) -> None:
-    """Rename an unreadable record."""
     with suppress(FileNotFoundError):
         os.rename(f"{directory}/{_RECORD}", f"{directory}/{_RECORD}.damaged")
 

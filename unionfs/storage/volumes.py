@@ -62,7 +62,6 @@ class Volumes:
         return found
 
     def get(self, name: str) -> Volume:
-        """The volume of that name."""
         found = self._find(check_name(name))
         if found is None:
             raise UserError(f"there is no volume {quoted(name)}; `unionfs volume ls` shows those there are.")
@@ -127,7 +126,6 @@ class Volumes:
         return volume
 
     def users(self, name: str) -> list[VolumeUser]:
-        """The current users of a volume."""
         self._check_root()
         return [user for user in records.users(self._directory(check_name(name))) if not user.is_gone]
 
@@ -329,14 +327,12 @@ class Volumes:
             yield
 
     def refuse_existing(self, name: str) -> None:
-        """Raise UserError when a volume of that name exists."""
         if self._find(check_name(name)) is not None:
             raise UserError(f"volume {quoted(name)} already exists; choose another name, or remove it first.")
 
     # -- changing and removing ----------------------------------------------------------------------------
 
     def resize(self, name: str, size: str) -> Volume:
-        """Change the size of a volume."""
         with self.working_on(name, "a resize"), locks.state(self.root, name):
             volume = self.get(name)
             driver = find_driver(volume.driver)

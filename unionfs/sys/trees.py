@@ -112,8 +112,6 @@ def find_locked(at: int, name: bytes) -> bytes | None:
 
 
 class _Level:
-    """A directory on the way down."""
-
     __slots__ = ("failed", "fd", "name", "names", "status", "tries")
 
     def __init__(self, fd: int, name: bytes) -> None:
@@ -146,7 +144,6 @@ class _Descent:
 
     @property
     def fd(self) -> int:
-        """The fd of the current directory."""
         return self.levels[-1].fd if self.levels else self._at
 
     def path(self, name: bytes = b"") -> bytes:

@@ -104,7 +104,6 @@ class Contents:
 
 
 def is_unchanged(entry: Entry, fd: int) -> bool:
-    """Whether the open file still has the entry's times and size."""
     status = os.fstat(fd)
     return (status.st_mtime_ns, status.st_ctime_ns, status.st_size) == (entry.mtime, entry.ctime, entry.size)
 

@@ -65,7 +65,6 @@ class Extractor:
         self._layers = 0  # how many archives have been extracted
 
     def close(self) -> None:
-        """Close the directories."""
         self._leave(0)
         if self._root >= 0:
             os.close(self._root)
@@ -132,7 +131,6 @@ class Extractor:
         return fd, name
 
     def _clear(self, at: int, name: bytes) -> None:
-        """Remove the file or directory of that name."""
         status = os.stat(name, dir_fd=at, follow_symlinks=False)
         if stat.S_ISDIR(status.st_mode):
             remove(at, name)
@@ -153,7 +151,6 @@ class Extractor:
     # -- entries ------------------------------------------------------------------------------------------
 
     def add(self, entry: Entry, content: Iterable[tuple[int, bytes]] = ()) -> None:
-        """Make one entry."""
         kind = entry.kind
         if not entry.path:
             if kind != DIRECTORY:

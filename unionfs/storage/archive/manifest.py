@@ -38,7 +38,6 @@ def escape(path: bytes) -> bytes:
 
 
 def unescape(word: bytes) -> bytes:
-    """The reverse of `escape`."""
     if word == b".":
         return b""
     if b"\\" not in word:
@@ -66,7 +65,6 @@ def line_of(entry: Entry, digest: str) -> bytes:
 
 
 def whole_line(entry: Entry, digest: str, state: bytes) -> bytes:
-    """The complete line with its newline."""
     return b"%s\t%s %d %d\n" % (line_of(entry, digest), state, entry.ctime, entry.ino)
 
 
@@ -89,8 +87,6 @@ def is_member_line(line: bytes) -> bool:
 
 
 class Line:
-    """A line of a manifest."""
-
     __slots__ = ("ctime", "digest", "fields", "ino", "kind", "mtime", "path", "shown", "size", "state")
 
     def __init__(self, raw: bytes) -> None:
@@ -109,12 +105,10 @@ class Line:
         self.path = unescape(path)
 
     def order(self) -> list[bytes]:
-        """The key that sorts paths in manifest order."""
         return order(self.path)
 
 
 def order(path: bytes) -> list[bytes]:
-    """The key that sorts paths in the order of a walk."""
     return path.split(b"/")
 
 
@@ -129,13 +123,11 @@ class ManifestWriter:
         out.write(FIRST_LINE)
 
     def add(self, line: bytes) -> None:
-        """Add a complete line."""
         self._sum.update(line)
         self._write(line)
         self.count += 1
 
     def finish(self) -> None:
-        """Add the last line."""
         self._write(b"end %d %s\n" % (self.count, self._sum.hexdigest().encode()))
 
 
@@ -199,7 +191,6 @@ class Beside:
         return None
 
     def finish(self) -> None:
-        """Pass the remaining lines."""
         while self._next is not None:
             self._passed(self._next)
             self._next = next(self._lines, None)

@@ -65,7 +65,6 @@ def _is_kept(name: bytes) -> bool:
 
 
 def _has_xattrs(fd: int) -> bool:
-    """Whether the filesystem of an open directory supports xattrs."""
     try:
         os.listxattr(fd)
     except OSError as error:
@@ -275,8 +274,6 @@ class Walker:
 
 
 class _Level:
-    """A directory that is being walked."""
-
     __slots__ = ("fd", "names", "path", "prefix", "status")
 
     def __init__(self, path: bytes, fd: int, status: os.stat_result) -> None:

@@ -188,7 +188,6 @@ class Plugin(Driver):
         )
 
     def _object(self, values: Mapping[str, Any], key: str, request: str) -> dict[str, Any]:
-        """An object in an answer, empty if it is missing."""
         found = values.get(key)
         if found is None:
             return {}

@@ -50,8 +50,6 @@ class Endpoint:
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """Status code and content."""
-
     status: int
     content: bytes
 
