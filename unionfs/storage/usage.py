@@ -42,11 +42,8 @@ def size_of_tree(path: str) -> int:
                 if (status.st_dev, status.st_ino) in seen:
                     continue
                 seen.add((status.st_dev, status.st_ino))
-            total += (
-                min(status.st_size, status.st_blocks * 512)
-                if stat.S_ISREG(status.st_mode)
-                else status.st_size
-            )
+            held = status.st_blocks * 512 if stat.S_ISREG(status.st_mode) else status.st_size
+            total += min(status.st_size, held)
     finally:
         for fd in waiting:
             os.close(fd)

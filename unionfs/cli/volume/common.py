@@ -78,6 +78,7 @@ def complete_drivers(
     # For start-up time: only completion needs it.
     from click.shell_completion import CompletionItem
 
+    # For start-up time: only completion needs it.
     from unionfs.storage.drivers import driver_names
 
     return [CompletionItem(name) for name in driver_names() if name.startswith(incomplete)]

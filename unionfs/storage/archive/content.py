@@ -56,8 +56,7 @@ class Contents:
         The change is detected when the caller requests the next attempt.
         """
         for left in range(_TRIES, -1, -1):
-            clone = self._clone(entry, fd)
-            if clone is not None:
+            if (clone := self._clone(entry, fd)) is not None:
                 with Owned(clone[1]):
                     yield clone
                 return

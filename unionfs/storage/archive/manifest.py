@@ -104,9 +104,6 @@ class Line:
             raise Malformed("a line of its manifest is misspelt") from None
         self.path = unescape(path)
 
-    def order(self) -> list[bytes]:
-        return order(self.path)
-
 
 def order(path: bytes) -> list[bytes]:
     return path.split(b"/")
@@ -183,7 +180,7 @@ class Beside:
     def at(self, path: bytes) -> Line | None:
         """The line for a path, if any."""
         place = order(path)
-        while (line := self._next) is not None and (known := line.order()) <= place:
+        while (line := self._next) is not None and (known := order(line.path)) <= place:
             self._next = next(self._lines, None)
             if known == place:
                 return line

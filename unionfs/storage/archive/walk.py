@@ -25,7 +25,7 @@ from unionfs.storage.archive.entry import (
 )
 from unionfs.sys import attributes
 from unionfs.sys.calls import FUSE_MAGIC, filesystem_magic
-from unionfs.sys.fds import Owned
+from unionfs.sys.fds import Owned, Returned
 from unionfs.sys.mountinfo import mount_id_of_fd
 
 _DIRECTORY_FLAGS = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
@@ -147,7 +147,7 @@ class Walker:
                     else:
                         yield entry, fd
                 finally:
-                    os.close(fd)
+                    os.close(fd)  # cheaper than Owned
         finally:
             for level in stack:
                 level.close()
@@ -201,19 +201,15 @@ class Walker:
             level.names = [item for item in level.names if item[0] not in self._leave_out]
 
     def _enter(self, at: int, name: bytes, path: bytes) -> _Level | None:
-        fd = self._open(name, _DIRECTORY_FLAGS, at)
-        try:
+        with Returned(self._open(name, _DIRECTORY_FLAGS, at)) as fd:
             status = os.fstat(fd)
-            if status.st_dev != self._device and mount_id_of_fd(fd) != mount_id_of_fd(at):
-                self._note(f"{_shown(path)} is a mountpoint; what is mounted there was left out.")
-                os.close(fd)
-                return None
-            level = _Level(path, fd, status)
-            self._fill(level)
-        except BaseException:
-            os.close(fd)
-            raise
-        return level
+            if status.st_dev == self._device or mount_id_of_fd(fd) == mount_id_of_fd(at):
+                level = _Level(path, fd, status)
+                self._fill(level)
+                return level
+        self._note(f"{_shown(path)} is a mountpoint; what is mounted there was left out.")
+        os.close(fd)
+        return None
 
     def _open(self, name: bytes, flags: int, at: int) -> int:
         try:

@@ -15,6 +15,7 @@ import stat
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
+from types import NoneType
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from unionfs.errors import UserError, on_failure, quoted
@@ -52,6 +53,7 @@ _DEEPEST = 32
 _LONGEST_PATH = 4095
 """PATH_MAX without its NUL; linux/limits.h."""
 _LONGEST_WORDS = 300
+_PLAIN = (str, int, float, NoneType)
 
 _silent_until: dict[str, float] = {}
 """By URL, the time (time.monotonic) until which a silent plugin receives no requests: removing a hundred
@@ -311,27 +313,18 @@ def _words(text: str) -> str:
 
 def _parsed(content: bytes) -> Any:
     """Parse an answer's JSON (RFC 8259: neither NaN nor Infinity). Raises ValueError or RecursionError."""
-    values = json.loads(content, parse_constant=_refused, parse_float=_finite)
+    values = json.loads(content, parse_constant=_finite, parse_float=_finite)
     level = [values]
     for _ in range(_DEEPEST):
-        level = [inner for outer in level for inner in _inside(outer)]
+        parts = (part.values() if isinstance(part, dict) else part for part in level)
+        level = [inner for part in parts if not isinstance(part, _PLAIN) for inner in part]
         if not level:
             return values
     raise ValueError("it is nested too deeply")
 
 
-def _inside(value: Any) -> list[Any]:
-    if isinstance(value, dict):
-        return list(value.values())
-    return value if isinstance(value, list) else []
-
-
-def _refused(text: str) -> NoReturn:
-    raise ValueError(f"{text} is no JSON")
-
-
 def _finite(text: str) -> float:
     found = float(text)
     if not math.isfinite(found):
-        raise ValueError(f"{text} is too large")
+        raise ValueError(f"{text} is no finite number")
     return found
