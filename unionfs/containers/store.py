@@ -9,7 +9,7 @@ import stat
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 
-from unionfs.errors import UserError, on_failure, quoted, reason
+from unionfs.errors import UserError, on_failure, quoted
 from unionfs.settings.names import check_name
 from unionfs.storage import jsonfiles
 from unionfs.storage.removing import refuse_locked, remove_all
@@ -104,14 +104,11 @@ class Container:
         self._sweep()
         # Rename it to an invalid container name first, so that a partly removed one is no container.
         doomed = f"{self.above}/.removed-{secrets.token_hex(8)}"
-        try:
-            os.rename(self.path, doomed)
-        except FileNotFoundError:
-            return
-        except OSError as error:
-            raise UserError(
-                f"{complaint} from {quoted(self.above)}: {reason(error)}; check the permissions."
-            ) from error
+        with on_failure(f"{complaint} from {quoted(self.above)}", "check the permissions"):
+            try:
+                os.rename(self.path, doomed)
+            except FileNotFoundError:
+                return
         remove_all(doomed, f"container {quoted(self.name)} is removed, but not all of its files")
 
     def _sweep(self) -> None:

@@ -54,21 +54,26 @@ class CapturedStderr:
         self._saved = os.dup(2)
         self._memory = os.memfd_create("stderr", os.MFD_CLOEXEC)
         os.dup2(self._memory, 2)
+        self._released = False
 
     def saved(self) -> int:
         """Return a new fd of the real stderr."""
         return os.dup(self._saved)
 
     def text(self) -> str:
-        """Return the output so far as one line."""
+        """Return the output so far as one line; empty after `release`."""
+        if self._released:
+            return ""
         size = os.fstat(self._memory).st_size
         lines = os.fsdecode(os.pread(self._memory, min(size, 4096), 0)).split("\n")
         return "; ".join(line.strip() for line in lines if line.strip())
 
     def release(self) -> None:
-        os.dup2(self._saved, 2)
-        os.close(self._saved)
-        os.close(self._memory)
+        if not self._released:
+            os.dup2(self._saved, 2)
+            os.close(self._saved)
+            os.close(self._memory)
+            self._released = True
 
 
 def explain(error: Exception, printed: str) -> str:
@@ -82,29 +87,20 @@ def explain(error: Exception, printed: str) -> str:
 
 
 def _serve_here(settings: MountSettings, directory: RuntimeDirectory) -> int:
-    captured: CapturedStderr | None = CapturedStderr()
-    assert captured is not None
+    captured = CapturedStderr()
     logs.to_stream(settings.log_level, os.fdopen(captured.saved(), "w", buffering=1))
     # The caller's directory may be inside the mountpoint and would keep it busy.
     os.chdir("/")
-
-    def on_usable() -> None:
-        nonlocal captured
-        if captured is not None:
-            captured.release()
-            captured = None
-
     try:
-        return 0 if _serve(settings, directory, on_usable, foreground=True) else 1
+        return 0 if _serve(settings, directory, captured.release, foreground=True) else 1
     except KeyboardInterrupt:
         raise UserError(f"mounting at {quoted(settings.mountpoint)} was interrupted; try again.") from None
     except Exception as error:
         if not isinstance(error, UserError):
             log.debug("the daemon failed", exc_info=True)
-        raise UserError(explain(error, "" if captured is None else captured.text())) from error
+        raise UserError(explain(error, captured.text())) from error
     finally:
-        if captured is not None:
-            captured.release()
+        captured.release()
 
 
 def _serve(

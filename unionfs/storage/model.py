@@ -65,7 +65,12 @@ class VolumeUser:
     @classmethod
     def of_this_process(cls, kind: str, what: str = "") -> str:
         """Returns the text for this process."""
-        return f"{kind}:{os.getpid()}:{start_time(os.getpid()) or 0}:{what}"
+        return cls.of_process(kind, os.getpid(), start_time(os.getpid()) or 0, what)
+
+    @classmethod
+    def of_process(cls, kind: str, pid: int, started: int, what: str) -> str:
+        """Returns the text for a process."""
+        return f"{kind}:{pid}:{started}:{what}"
 
     def _process(self) -> tuple[int, int] | None:
         parts = self.text.split(":", 3)
