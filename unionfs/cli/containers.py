@@ -7,7 +7,7 @@ from typing import Any
 
 import click
 
-from unionfs.cli.run import complain
+from unionfs.cli.run import complain, for_each
 from unionfs.cli.storage_options import storage_options
 from unionfs.errors import UserError, quoted
 
@@ -102,13 +102,11 @@ def rm(root: str | None, names: tuple[str, ...]) -> int:
     from unionfs.storage.root import storage_root
 
     place = storage_root(root)
-    code = 0
-    for name in dict.fromkeys(names):
-        try:
-            container = Container(place, name)
-            with container.claimed(make=False):
-                container.remove()
-            print(name, flush=True)
-        except UserError as error:
-            code = complain("unionfs", str(error))
-    return code
+
+    def remove(name: str) -> bool:
+        container = Container(place, name)
+        with container.claimed(make=False):
+            container.remove()
+        return True
+
+    return for_each(names, remove)

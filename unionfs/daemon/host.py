@@ -34,7 +34,7 @@ from unionfs.sys.fds import Owned
 from unionfs.sys.fuseprobe import init_offer, offers_passthrough
 from unionfs.sys.fusermount import find_fusermount
 from unionfs.sys.liveness import is_dead
-from unionfs.sys.mountinfo import mount_id_of_path, read_mountinfo
+from unionfs.sys.mountinfo import mount_id_of_path, mount_of_id, read_mountinfo
 
 State = Literal["ok", "limited", "missing"]
 
@@ -180,11 +180,8 @@ def _filesystem(place: str) -> Iterator[Finding]:
 
 
 def _filesystem_type(place: str) -> str:
-    try:
-        mount_id = mount_id_of_path(place)
-        return next(entry.fstype for entry in read_mountinfo() if entry.mount_id == mount_id)
-    except (OSError, StopIteration):
-        return "this filesystem"
+    mount = mount_of_id(mount_id_of_path(place))
+    return "this filesystem" if mount is None else mount.fstype
 
 
 def _tried(name: str, trial: Callable[[], object], works: str, otherwise: str, cure: str) -> Finding:

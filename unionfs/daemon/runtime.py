@@ -105,11 +105,8 @@ def runtime_directory() -> RuntimeDirectory:
             os.mkdir(path, 0o700)
         with suppress(OSError):
             directory = RuntimeDirectory(path)
-            try:
-                os.fchmod(directory.fd, 0o700)
-            except OSError:  # on a read-only filesystem
-                directory.close()
-                raise
+            with Returned(directory.fd) as fd:  # on a read-only filesystem it fails
+                os.fchmod(fd, 0o700)
             return directory
     raise UserError(
         f"none of {', '.join(candidates())} can be used for runtime files (not a directory of this user "

@@ -12,6 +12,7 @@ incremental backup uses `CTIME` and `INO` to detect changes.
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Callable, Iterable, Iterator
 from typing import IO
 
@@ -25,6 +26,8 @@ HERE, BASE, AGAIN = b"here", b"base", b"again"
 
 _LONGEST_LINE = 16 << 20
 _ESCAPES = ((b"\\", b"\\\\"), (b"\t", b"\\t"), (b"\n", b"\\n"), (b"\r", b"\\r"))
+_CHARS = {written: char for char, written in _ESCAPES}
+_ESCAPED = re.compile(rb"\\.?", re.DOTALL)
 
 
 def escape(path: bytes) -> bytes:
@@ -38,22 +41,12 @@ def escape(path: bytes) -> bytes:
 
 
 def unescape(word: bytes) -> bytes:
-    if word == b".":
-        return b""
-    if b"\\" not in word:
-        return word
-    out, at = bytearray(), 0
-    letters = {ord("\\"): 92, ord("t"): 9, ord("n"): 10, ord("r"): 13}
-    while at < len(word):
-        char = word[at]
-        if char == 92:
-            at += 1
-            if at == len(word) or word[at] not in letters:
-                raise Malformed("a path in the manifest is misspelt")
-            char = letters[word[at]]
-        out.append(char)
-        at += 1
-    return bytes(out)
+    def char(found: re.Match[bytes]) -> bytes:
+        if found[0] not in _CHARS:
+            raise Malformed("a path in the manifest is misspelt")
+        return _CHARS[found[0]]
+
+    return b"" if word == b"." else _ESCAPED.sub(char, word)
 
 
 def line_of(entry: Entry, digest: str) -> bytes:
