@@ -116,13 +116,10 @@ class Command:
         self._streams.start()
         try:
             code = self._wait()
-            self._streams.finish(self._should_end)
+            self._streams.finish(lambda: signal.sigtimedwait(self._held & _ENDING, 0) is not None)
             return code
         finally:
             self._end_session()
-
-    def _should_end(self) -> bool:
-        return signal.sigtimedwait(self._held & _ENDING, 0) is not None
 
     def _wait(self) -> int:
         signals = self._held | {signal.SIGCHLD}
@@ -141,8 +138,9 @@ class Command:
                 info: signal.struct_siginfo | None = signal.sigwaitinfo(signals)
             else:
                 # Pid 1 has the exit code, and ends when nothing else runs.
-                if not self._command_lives():
-                    self._kill_children()
+                for pid in _children(self._init or 0) if not self._command_lives() else ():
+                    with suppress(OSError):
+                        os.kill(pid, signal.SIGKILL)
                 info = signal.sigtimedwait(signals, _POLL_SECONDS)
             if info is not None and info.si_signo != signal.SIGCHLD:
                 self._forward(info.si_signo)
@@ -170,11 +168,6 @@ class Command:
         if self._init is not None:
             with suppress(ChildProcessError):
                 os.waitpid(self._init, 0)
-
-    def _kill_children(self) -> None:
-        for pid in _children(self._init or 0):
-            with suppress(OSError):
-                os.kill(pid, signal.SIGKILL)
 
     def _end_session(self) -> None:
         """End the session's leader, which holds the last slave of the pty; restore the caller's terminal."""

@@ -121,7 +121,10 @@ def _profile(tree: Any, capabilities: Collection[str]) -> Profile:
         known.update(names)
         action = _action(entry, "action", "errnoRet", where)
         conditions = tuple(_condition(item, where) for item in _list(entry, "args", where))
-        included, excluded = (_part(entry, key, where) for key in ("includes", "excludes"))
+        included, excluded = (
+            _check({} if entry.get(key) is None else entry[key], dict, f"{key} in {where}")
+            for key in ("includes", "excludes")
+        )
         if _holds(included, machine, capabilities, all) and not _holds(excluded, machine, capabilities, any):
             rules.append(Rule(tuple(names), action, conditions))
     default = _action(tree, "defaultAction", "defaultErrnoRet", "the profile")
@@ -142,11 +145,6 @@ def _list(tree: Mapping[str, Any], key: str, where: str) -> list[Any]:
 
 def _texts(tree: Mapping[str, Any], key: str, where: str) -> list[str]:
     return [_check(item, str, f"an item of {key} in {where}") for item in _list(tree, key, where)]
-
-
-def _part(tree: Mapping[str, Any], key: str, where: str) -> dict[str, Any]:
-    found = tree.get(key)
-    return {} if found is None else dict(_check(found, dict, f"{key} in {where}"))
 
 
 def _number(value: Any, most: int, where: str) -> int:

@@ -152,7 +152,8 @@ def _pyfuse3() -> Finding:
 
 
 def _filesystem(place: str) -> Iterator[Finding]:
-    kind = _filesystem_type(place)
+    mount = mount_of_id(mount_id_of_path(place))
+    kind = "this filesystem" if mount is None else mount.fstype
     yield _xattrs(place, "user", kind)
     yield _xattrs(place, "trusted", kind)
     yield _tried(
@@ -177,11 +178,6 @@ def _filesystem(place: str) -> Iterator[Finding]:
         "copy-up copies all data",
         "xfs, btrfs or bcachefs, with lower and upper on the same filesystem",
     )
-
-
-def _filesystem_type(place: str) -> str:
-    mount = mount_of_id(mount_id_of_path(place))
-    return "this filesystem" if mount is None else mount.fstype
 
 
 def _tried(name: str, trial: Callable[[], object], works: str, otherwise: str, cure: str) -> Finding:

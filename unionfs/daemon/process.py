@@ -208,7 +208,9 @@ def _daemon(settings: MountSettings, path: str, writer: int) -> int:
     signal.pthread_sigmask(signal.SIG_UNBLOCK, _SIGNALS)
     standard_files_to_null()
     # Do not keep the caller's open files (pipes, locks, directories).
-    writer = _close_all_but(writer)
+    if writer != 3:
+        writer = os.dup2(writer, 3, inheritable=False)
+    os.closerange(4, 2**31 - 1)
     directory = RuntimeDirectory(path)
     captured = CapturedStderr()
     logs.to_host(settings.log_level, directory, settings.mountpoint)
@@ -235,11 +237,3 @@ def _daemon(settings: MountSettings, path: str, writer: int) -> int:
         with suppress(BrokenPipeError):
             os.write(writer, json.dumps(explain(error, captured.text())).encode("ascii") + b"\n")
         return 1
-
-
-def _close_all_but(fd: int) -> int:
-    """Close all fds except 0 to 2 and `fd`, which moves to 3. Returns 3."""
-    if fd != 3:
-        os.dup2(fd, 3, inheritable=False)
-    os.closerange(4, 2**31 - 1)
-    return 3

@@ -7,7 +7,6 @@ import stat
 
 from unionfs.storage.drivers import image
 from unionfs.storage.model import Volume
-from unionfs.storage.volumes import Volumes
 
 
 def size_of_tree(path: str) -> int:
@@ -48,12 +47,6 @@ def size_of_tree(path: str) -> int:
         for fd in waiting:
             os.close(fd)
     return total
-
-
-def size_of(volumes: Volumes, volume: Volume) -> int:
-    """The bytes of a volume's files; mounts the volume for the walk. Raises UserError, OSError."""
-    with volumes.used(volume.name, "measurement") as path:
-        return size_of_tree(path)
 
 
 def reclaimable(volume: Volume) -> int:

@@ -144,21 +144,6 @@ class Volumes:
 
     # -- making -------------------------------------------------------------------------------------------
 
-    def ensure(
-        self,
-        name: str | None,
-        *,
-        driver: str = "local",
-        options: Mapping[str, str] = {},
-        anonymous: bool = False,
-    ) -> Volume:
-        """The volume of that name, created if it is missing; a new anonymous volume for None.
-
-        Without options and with the driver local, an existing volume of any driver and options is accepted.
-        """
-        chosen = None if driver == "local" and not options else driver
-        return self.create(name, driver=chosen, options=options, anonymous=anonymous or name is None)
-
     def create(
         self,
         name: str | None = None,

@@ -57,11 +57,10 @@ def read_xattrs(place: int | bytes, complain: Callable[[str], None]) -> dict[byt
         elif error.errno not in _VANISHED:
             complain(f"its xattr {quoted(os.fsdecode(name))} cannot be read ({reason(error)})")
 
-    return attributes.read_xattrs(place, _is_kept, failed, follow=isinstance(place, int))
+    def is_kept(name: bytes) -> bool:
+        return name in acl.RECORDS or name.startswith(_KEPT)
 
-
-def _is_kept(name: bytes) -> bool:
-    return name in acl.RECORDS or name.startswith(_KEPT)
+    return attributes.read_xattrs(place, is_kept, failed, follow=isinstance(place, int))
 
 
 def _has_xattrs(fd: int) -> bool:
