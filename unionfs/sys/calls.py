@@ -22,6 +22,10 @@ RENAME_NOREPLACE: Final = 1
 RENAME_EXCHANGE: Final = 2
 RENAME_WHITEOUT: Final = 4
 
+# FALLOC_FL_*, include/uapi/linux/falloc.h
+KEEP_SIZE: Final = 1
+PUNCH_HOLE: Final = 2
+
 _SYNC_FILE_RANGE_WRITE: Final = 2
 _UTIME_OMIT: Final = (1 << 30) - 2
 # _IOW(0x94, 9, int), include/uapi/linux/fs.h
