@@ -45,7 +45,6 @@ class Claim:
         return fd
 
     def release(self) -> None:
-        """Release the claim: the mount is complete or has failed."""
         if self._fd >= 0:
             self._directory.remove(self._name)
             os.close(self._fd)

@@ -50,7 +50,6 @@ class LiveMount:
         return entry_name(self.pid, self.started)
 
     def is_alive(self) -> bool:
-        """Return whether the daemon still runs."""
         return is_alive(self.pid, self.started)
 
     def mounts(self) -> list[MountEntry]:
@@ -76,16 +75,8 @@ class LiveMount:
             return None
 
     def to_json(self) -> dict[str, Any]:
-        """Return the entry as plain values, for `from_json`."""
-        return {
-            "settings": self.settings.to_json(),
-            "pid": self.pid,
-            "started": self.started,
-            "device": self.device,
-            "since": self.since,
-            "claims": self.claims,
-            "ending": self.ending,
-        }
+        names = ("pid", "started", "device", "since", "claims", "ending")
+        return {"settings": self.settings.to_json(), **{name: getattr(self, name) for name in names}}
 
     @classmethod
     def from_json(cls, values: Any, directory: str = "") -> LiveMount:
@@ -118,7 +109,6 @@ def entry_name(pid: int, started: int | None) -> str:
 
 
 def own_name() -> str:
-    """Return `entry_name` of this process."""
     return entry_name(os.getpid(), start_time(os.getpid()))
 
 
@@ -191,27 +181,17 @@ def find_by_device(device: str, known: Sequence[LiveMount] | None = None) -> Liv
 
 def claims_of(settings: MountSettings) -> tuple[tuple[int, int], ...]:
     """Return (st_dev, st_ino) of upper and work. Call it before mounting, which may cover their paths."""
-    claims = []
-    for path in (settings.upper, settings.work):
-        if path is not None:
-            status = os.stat(path)
-            claims.append((status.st_dev, status.st_ino))
-    return tuple(claims)
+    found = [os.stat(path) for path in (settings.upper, settings.work) if path is not None]
+    return tuple((status.st_dev, status.st_ino) for status in found)
 
 
 def announce(
     settings: MountSettings, device: str, directory: str, claims: tuple[tuple[int, int], ...]
 ) -> LiveMount:
     """Register this process as the daemon of a usable mount. Raises OSError."""
-    entry = LiveMount(
-        settings=settings,
-        pid=os.getpid(),
-        started=start_time(os.getpid()) or 0,
-        device=device,
-        since=time.time(),
-        claims=claims,
-        directory=directory,
-    )
+    pid = os.getpid()
+    started = start_time(pid) or 0
+    entry = LiveMount(settings, pid, started, device, time.time(), claims, directory=directory)
     entry.save()
     return entry
 
@@ -223,5 +203,4 @@ def mark_ending(entry: LiveMount) -> None:
 
 
 def describe_owner(entry: LiveMount) -> str:
-    """Describe the mount as part of a sentence."""
     return f"the live mount {quoted(entry.settings.mountpoint)} (pid {entry.pid})"

@@ -45,12 +45,10 @@ def check(options: Mapping[str, str]) -> None:
 
 
 def path_of(volume: Volume) -> str:
-    """The path of the image."""
     return f"{volume.directory}/image"
 
 
 def exists(volume: Volume) -> bool:
-    """Whether the volume is stored in an image."""
     return os.path.lexists(path_of(volume))
 
 
@@ -150,7 +148,6 @@ def replacement(volume: Volume) -> Iterator[Replacement]:
 
 
 def sweep(volume: Volume) -> None:
-    """Remove the leftovers of a killed restore."""
     for name in os.listdir(volume.directory):
         if not name.startswith(".image-"):
             continue
