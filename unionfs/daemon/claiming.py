@@ -5,13 +5,20 @@ from __future__ import annotations
 
 import fcntl
 import os
+import time
 from contextlib import suppress
+from typing import Final
 
 import xxhash
 
 from unionfs.daemon.runtime import RuntimeDirectory
 from unionfs.errors import UserError, quoted
 from unionfs.sys.mountinfo import mounted_at
+
+_PREFIX: Final = "mounting-"
+_SUFFIX: Final = ".lock"
+_MOMENT: Final = 0.1
+"""Seconds; `clear_orphans` holds a lock for far less, and a mount in progress for longer."""
 
 
 class Claim:
@@ -20,7 +27,7 @@ class Claim:
     def __init__(self, mountpoint: str, directory: RuntimeDirectory) -> None:
         """Raises UserError if another process of this user is mounting there or has just done so."""
         self._directory = directory
-        self._name = f"mounting-{xxhash.xxh3_64_hexdigest(os.fsencode(mountpoint))}.lock"
+        self._name = f"{_PREFIX}{xxhash.xxh3_64_hexdigest(os.fsencode(mountpoint))}{_SUFFIX}"
         self._fd = self._lock(mountpoint)
         mount = mounted_at(mountpoint)
         if mount is not None and mount.is_fuse:
@@ -31,6 +38,7 @@ class Claim:
             )
 
     def _lock(self, mountpoint: str) -> int:
+        deadline = time.monotonic() + _MOMENT
         while True:
             try:
                 fd = self._directory.open(self._name, os.O_RDWR | os.O_CREAT)
@@ -40,6 +48,9 @@ class Claim:
                 fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
                 os.close(fd)
+                if time.monotonic() < deadline:
+                    time.sleep(_MOMENT / 20)
+                    continue
                 raise UserError(
                     f"mountpoint {quoted(mountpoint)} is busy: another process is just mounting there; "
                     "`unionfs ls` shows when it is done."
@@ -55,3 +66,18 @@ class Claim:
             self._directory.remove(self._name)
             os.close(self._fd)
             self._fd = -1
+
+
+def clear_orphans(directory: RuntimeDirectory) -> None:
+    """Remove the claims of processes that were killed while they mounted."""
+    for name in directory.names():
+        if not (name.startswith(_PREFIX) and name.endswith(_SUFFIX)):
+            continue
+        with suppress(OSError):
+            fd = directory.open(name, os.O_RDWR)
+            try:
+                fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                if os.path.samestat(os.stat(name, dir_fd=directory.fd), os.fstat(fd)):
+                    directory.remove(name)
+            finally:
+                os.close(fd)
