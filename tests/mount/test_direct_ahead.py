@@ -16,6 +16,7 @@ import pytest
 
 from tests.mount import direct_calls as dc
 from tests.support.mounting import mounted
+from tests.support.syscalls import drop_caches
 from tests.support.world import World, errno_of
 
 MakeWorld = Callable[..., World]
@@ -45,7 +46,7 @@ def _append(directory: Path) -> None:
 
 def _look_and_forget(directory: Path) -> None:
     (directory / "f0").stat()
-    dc.drop_caches()
+    drop_caches(directory)
 
 
 def _write_elsewhere(directory: Path) -> None:
@@ -154,7 +155,7 @@ def test_who_ends_a_walk(world: MakeWorld, session: str) -> None:
     while made.mount.figure("listings_prepared") < 5:
         todo += reversed(_listed(todo.pop())[1])
     time.sleep(0.01)
-    dc.drop_caches()
+    drop_caches(made.union)
     os.listdir(made.union)
     assert dc.wait_for(lambda: made.mount.figure("nodes") <= nodes + 1)
 
@@ -233,7 +234,7 @@ class _Both:
         if kind < 3:
             time.sleep((0.00005, 0.0003, 0.003)[kind])
         elif kind == 3 and self.choice.random() < 0.2:
-            dc.drop_caches()
+            drop_caches(self.union)
 
     def _hold(self, path: Path) -> None:
         fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW)
