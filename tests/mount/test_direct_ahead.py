@@ -134,6 +134,7 @@ def test_what_changes_before_it_is_listed(world: MakeWorld, session: str) -> Non
         assert made.mount.figure("prepared_listings_used") > len(done) // 4
 
 
+@pytest.mark.alone  # the daemon prepares when the processors have nothing else to do
 def test_a_walk(world: MakeWorld, session: str) -> None:
     """Every listing prepared for a walk in listing order is used, and there are many."""
     made = world(_build)
