@@ -85,7 +85,11 @@ def remove(root: Path) -> None:
     """Remove a tree of any depth, after everything mounted in it."""
     detach(root)
     # rm handles paths beyond PATH_MAX; shutil.rmtree does not on every supported Python.
-    subprocess.run(["rm", "-rf", "--one-file-system", "--", str(root)], check=False)
+    removal = ["rm", "-rf", "--one-file-system", "--", str(root)]
+    if subprocess.run(removal, stderr=subprocess.DEVNULL).returncode != 0:
+        # Files of a killed test may be immutable or append-only.
+        subprocess.run(["chattr", "-R", "-f", "-ia", str(root)], stderr=subprocess.DEVNULL)
+        subprocess.run(removal, check=False)
 
 
 @functools.cache
