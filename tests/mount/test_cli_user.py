@@ -13,6 +13,7 @@ import pytest
 from tests.mount import cli_calls
 from tests.mount.cli_calls import UNIONFS, Place, gone, listed, refused, succeed, wait_for
 from tests.mount.user_calls import UID, Host
+from tests.support import turns
 
 
 def test_mount_change_and_umount(host: Host, place: Place) -> None:
@@ -135,13 +136,14 @@ def test_runtime_directory_of_somebody_else(host: Host, place: Place) -> None:
     (host.runtime / "unionfs").mkdir(mode=0o777)
     (host.runtime / "unionfs").chmod(0o777)
     fallback = Path(f"/tmp/unionfs-{UID}")
-    if fallback.exists():
-        pytest.skip(f"{fallback} is in use")
-    fallback.symlink_to(host.runtime)
-    try:
-        refused(host.unionfs("mount", *place.layers, place.merged), "runtime files", str(fallback))
-    finally:
-        fallback.unlink()
+    with turns.only_one(fallback.name):
+        if fallback.exists():
+            pytest.skip(f"{fallback} is in use")
+        fallback.symlink_to(host.runtime)
+        try:
+            refused(host.unionfs("mount", *place.layers, place.merged), "runtime files", str(fallback))
+        finally:
+            fallback.unlink()
 
 
 def test_in_a_user_namespace(host: Host, place: Place) -> None:

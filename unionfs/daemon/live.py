@@ -1,8 +1,8 @@
 """The registry of this user's live mounts: one JSON file per mount in the runtime directory.
 
 The daemon writes the file when its mount is usable and removes it at the end. A file without a daemon is
-stale; the next reader removes it unless the dead mount still exists. For other users' mounts, root asks the
-kernel and their daemons: `unionfs.daemon.others`.
+stale; the next reader removes it unless the dead mount still exists, and what daemons left that were killed
+while they mounted. For other users' mounts, root asks the kernel and their daemons: `unionfs.daemon.others`.
 """
 
 from __future__ import annotations
@@ -10,11 +10,12 @@ from __future__ import annotations
 import json
 import os
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Container, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import Any
 
+from unionfs.daemon.claiming import clear_orphans
 from unionfs.daemon.control import ANSWER_SECONDS, ask
 from unionfs.daemon.runtime import RuntimeDirectory, runtime_directories
 from unionfs.errors import quoted
@@ -156,13 +157,29 @@ def entries() -> list[LiveMount]:
                     directory.remove(f"{name}.json", f"{name}.sock")
                 else:
                     found.append(entry)
+            _remove_orphans(directory, {entry.name for entry in found})
+            clear_orphans(directory)
     return found
+
+
+def _remove_orphans(directory: RuntimeDirectory, known: Container[str]) -> None:
+    """Remove the sockets and half-written entries of dead daemons without an entry."""
+    for file in directory.names():
+        name, _, suffix = file.partition(".")
+        if suffix in ("sock", "json.new") and name not in known and _is_of_dead(name):
+            directory.remove(file)
+
+
+def _is_of_dead(name: str) -> bool:
+    """Return whether `name` is the `entry_name` of a process that has ended."""
+    pid, _, started = name.partition("-")
+    return pid.isdecimal() and started.isdecimal() and not is_alive(int(pid), int(started))
 
 
 def _remove_unreadable(directory: RuntimeDirectory, name: str) -> None:
     """Remove an unreadable entry, unless the daemon whose pid is in the name is alive."""
     pid, _, started = name.partition("-")
-    if not (pid.isdigit() and started.isdigit() and is_alive(int(pid), int(started))):
+    if not (pid.isdecimal() and started.isdecimal() and is_alive(int(pid), int(started))):
         directory.remove(f"{name}.json", f"{name}.sock")
 
 

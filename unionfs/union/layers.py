@@ -166,7 +166,8 @@ def _metacopy(wanted: str | None, redirects: str, upper: Layer, markers: Markers
         if wanted is None:
             return "off"
         raise LayerError(
-            f"metacopy=on is not possible with upper {upper.path or 'on the tmpfs'}: {error.strerror}; {cure}."
+            f"metacopy=on is not possible with upper {upper.path or 'on the tmpfs'}: {error.strerror}; "
+            f"{cure}."
         ) from error
     return "on"
 
