@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from unionfs.daemon.preflight import check_directory, check_unused
+from unionfs.daemon.preflight import check_directory, check_lower, check_unused
 from unionfs.daemon.settle import absolute
 from unionfs.errors import quoted, reason
 from unionfs.sys.capabilities import may_use_trusted_xattrs
@@ -60,7 +60,7 @@ def check(
     access = os.R_OK | os.X_OK | (os.W_OK if repair else 0)
     check_directory("upper", upper, access)
     for lower in lowers:
-        check_directory("lower", lower)
+        check_lower(lower)
     if work is not None:
         check_directory("work", work, access)
     upper, work = absolute(upper), None if work is None else absolute(work)

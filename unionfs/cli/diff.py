@@ -12,7 +12,7 @@ from unionfs.cli.run import on_terminal
 from unionfs.cli.terminal import shell_word
 from unionfs.daemon.live import LiveMount, find_by_device
 from unionfs.daemon.others import runtime_parent
-from unionfs.daemon.preflight import check_directory
+from unionfs.daemon.preflight import check_directory, check_lower
 from unionfs.errors import UserError, quoted
 from unionfs.sys.asuser import run_as
 from unionfs.sys.capabilities import may_use_trusted_xattrs
@@ -45,8 +45,9 @@ def diff(mountpoint: str | None, upper: str | None, lowers: tuple[str, ...], use
         return _of_mount(found) if found.uid is None else _of_other(found, found.uid)
     if upper is None or not lowers:
         raise click.UsageError("give a mountpoint, or --upper and at least one --lower")
-    for kind, path in (("upper", upper), *(("lower", lower) for lower in lowers)):
-        check_directory(kind, path)
+    check_directory("upper", upper)
+    for lower in lowers:
+        check_lower(lower)
     return _print(upper, lowers, userxattr=userxattr or not may_use_trusted_xattrs())
 
 

@@ -15,7 +15,7 @@ from unionfs.containers.confinement import settle_confinement
 from unionfs.containers.process import Command, hold_signals
 from unionfs.containers.store import Container, new_name
 from unionfs.daemon import guardian, live
-from unionfs.daemon.preflight import check_directory
+from unionfs.daemon.preflight import check_lower
 from unionfs.daemon.process import mount
 from unionfs.daemon.settle import absolute, settle
 from unionfs.daemon.unmount import umount
@@ -130,7 +130,7 @@ def _lowers(wish: Wish, container: Container) -> tuple[str, ...]:
             "fit only these; omit -l, or choose another name."
         )
     for path in given or known:
-        check_directory("lower", path)
+        check_lower(path)
     return given or known
 
 
