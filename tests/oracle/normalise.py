@@ -182,6 +182,19 @@ def moved_inodes(before: Tree, after: Tree, touched: tuple[bytes, ...]) -> list[
     return lines
 
 
+def renamed_inodes(before: Tree, after: Tree, old: bytes, new: bytes, flags: int) -> list[str]:
+    """Names in a renamed directory that have another st_ino than before."""
+    if flags & 2 or old not in before or old in after or new not in after or new in before:
+        return []  # exchanged, not renamed, or not by these names
+    lines = []
+    for path, entry in before.items():
+        if path == old or path.startswith(old + b"/"):
+            moved = after.get(new + path[len(old) :])
+            if moved is not None and moved.ino != entry.ino:
+                lines.append(f"{path!r}: st_ino changed from {entry.ino} to {moved.ino} when it was renamed")
+    return lines
+
+
 def compare_results(ours: Result, theirs: Result, *, dead_lower: bool, late: bool = False) -> str | None:
     """The error in our result, or None. ``dead_lower``: rule 5 applies to the handle, ``late``: rule 12 to
     the session."""

@@ -45,12 +45,14 @@ def test_who_may_redirect() -> None:
 
 def test_files_without_data(area: Path) -> None:
     (area / "whole").touch()
-    MARKERS.refuse_metacopy(os.fsencode(area / "whole"))
-    os.setxattr(area / "whole", MARKERS.metacopy, b"")
-    (area / "link").symlink_to("whole")
-    assert errno_of(MARKERS.refuse_metacopy, os.fsencode(area / "whole"), follow=False) == errno.EPERM
-    assert errno_of(MARKERS.refuse_metacopy, os.fsencode(area / "link")) == errno.EPERM
-    MARKERS.refuse_metacopy(os.fsencode(area / "link"), follow=False)
+    whole, link = os.fsencode(area / "whole"), os.fsencode(area / "link")
+    assert MARKERS.metacopy_value(whole) is None
+    os.setxattr(whole, MARKERS.metacopy, b"")
+    os.symlink(whole, link)
+    assert MARKERS.metacopy_value(whole) == MARKERS.metacopy_value(link, follow=True) == b""
+    assert MARKERS.metacopy_value(link) is None
+    os.setxattr(whole, MARKERS.metacopy, b"\0\x03\0")
+    assert errno_of(MARKERS.metacopy_value, whole) == errno.EIO
 
 
 def test_names_that_cannot_be_stored() -> None:

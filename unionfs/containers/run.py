@@ -14,7 +14,7 @@ from unionfs.containers.bubblewrap import Confinement
 from unionfs.containers.confinement import settle_confinement
 from unionfs.containers.process import Command, hold_signals
 from unionfs.containers.store import Container, new_name
-from unionfs.daemon import guardian, live
+from unionfs.daemon import live
 from unionfs.daemon.preflight import check_lower
 from unionfs.daemon.process import mount
 from unionfs.daemon.settle import absolute, settle
@@ -25,6 +25,7 @@ from unionfs.settings.specs import Spec, VolumeSpec
 from unionfs.storage.root import storage_root
 from unionfs.storage.targets import MountedTree, find, prepare
 from unionfs.storage.volumes import Volumes
+from unionfs.sys import guardian
 from unionfs.sys.fds import Owned
 from unionfs.sys.mountinfo import mounted_at
 from unionfs.sys.openat2 import open_in_root

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from unionfs.daemon import guardian, live
+from unionfs.daemon import live
 from unionfs.daemon.clearing import clear_dead_mounts
 from unionfs.errors import on_failure
 from unionfs.settings.mount import MountSettings
@@ -14,6 +14,7 @@ from unionfs.storage.attach import attach
 from unionfs.storage.sources import Sources
 from unionfs.storage.users import release, user_of, with_names
 from unionfs.storage.volumes import Volumes
+from unionfs.sys import guardian
 from unionfs.sys.capabilities import CAP_SYS_ADMIN, has_capability
 from unionfs.sys.mountinfo import MountEntry
 from unionfs.union.layers import LayerStack
@@ -44,7 +45,7 @@ class Storage:
 
     def _clear(self, device: str) -> None:
         """Clean up after this process; the guardian calls this if the process is killed."""
-        if device:
+        if device:  # its `major:minor`, once it was mounted
             clear_dead_mounts(device)
         release(self.settings, self._user)
         live.entries()

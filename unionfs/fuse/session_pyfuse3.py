@@ -397,6 +397,7 @@ def _entry(found: Found) -> pyfuse3.EntryAttributes:
     entry = pyfuse3.EntryAttributes()
     # The library has one number for node and inode, so bound hard links have several numbers.
     entry.st_ino = pyfuse3.InodeT(node.id)
+    entry.generation = node.generation
     entry.entry_timeout = FOREVER
     entry.attr_timeout = FOREVER if attributes.lasting else 0
     entry.st_mode = pyfuse3.ModeT(st.st_mode)

@@ -6,7 +6,6 @@ block, so they run in a thread while the daemon serves requests.
 
 from __future__ import annotations
 
-import os
 from contextlib import ExitStack, suppress
 from dataclasses import replace
 
@@ -28,7 +27,7 @@ def attach(mount: MountEntry, sources: Sources, stack: LayerStack) -> tuple[Spec
     Raises UserError if a mount fails, after undoing the earlier ones.
     """
     try:
-        root = open_mount(mount)
+        opened = Owned(open_mount(mount))
     except OSError as error:
         raise UserError(
             f"{quoted(mount.mountpoint)} was unmounted before its storage was there ({reason(error)}); mount "
@@ -36,13 +35,10 @@ def attach(mount: MountEntry, sources: Sources, stack: LayerStack) -> tuple[Spec
         ) from error
     done: list[Spec] = []
     taken: dict[Names, str] = {}
-    try:
-        with ExitStack() as undo:
-            for source in sources.opened:
-                done.append(_one(source, mount.mountpoint, MountedTree(root), stack, taken, undo))
-            undo.pop_all()
-    finally:
-        os.close(root)
+    with opened as root, ExitStack() as undo:
+        for source in sources.opened:
+            done.append(_one(source, mount.mountpoint, MountedTree(root), stack, taken, undo))
+        undo.pop_all()
     return tuple(done)
 
 

@@ -16,7 +16,7 @@ from urllib.parse import quote
 
 from unionfs.errors import UserError, on_failure, quoted
 from unionfs.storage import locks, records
-from unionfs.storage.model import User, Volume
+from unionfs.storage.model import Volume, VolumeUser
 
 _UNREADABLE = (sqlite3.SQLITE_ERROR, sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB)
 
@@ -65,7 +65,7 @@ def _write_record(registry: str, directory: str, tell: Callable[[str], object]) 
             tell(f"the record of volume {quoted(name)} was lost; {quoted(registry)} still had it.")
 
 
-def _find(registry: str, directory: str) -> tuple[Volume, list[User]] | None:
+def _find(registry: str, directory: str) -> tuple[Volume, list[VolumeUser]] | None:
     """What the database says of a volume."""
     # SQLite follows symlinks, and waits for the writer of a pipe.
     if os.path.islink(registry) or not os.path.isfile(registry):
@@ -84,4 +84,4 @@ def _find(registry: str, directory: str) -> tuple[Volume, list[User]] | None:
         name, driver, mountpoint, bool(anonymous), json.loads(options), json.loads(labels), created, scope,
         directory,
     )  # fmt: skip
-    return volume, [User(*user) for user in users]
+    return volume, [VolumeUser(*user) for user in users]

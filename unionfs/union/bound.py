@@ -89,8 +89,8 @@ class Bound(Territory):
     def lost_name(self, node: Node) -> None:
         """Nothing to hold: its other names are other nodes."""
 
-    def opened(self, file: OpenFile) -> None:
-        """Accept any regular file."""
+    def opened(self, node: Node, file: OpenFile) -> None:
+        """Accept any regular file, with its data."""
 
     def _stat(self, parent: Node, name: bytes) -> os.stat_result | None:
         try:

@@ -145,8 +145,13 @@ class Changes:
         with self._union.identity.acting_as(caller.uid, caller.gid):
             return make(dir_fd, name, mode)
 
+    def finds_data(self, node: Node) -> bool:
+        """Whether a node that is changed in place has its data also under a new name; else the data must
+        follow before :meth:`link`."""
+        return self._in_upper.finds_data(node)
+
     def link(self, node: Node, parent: Node, name: bytes) -> tuple[Node, Attributes]:
-        """Create a hard link to a node that is changed in place."""
+        """Create a hard link to a node that is changed in place; see :meth:`finds_data`."""
         if node.place is None:
             raise os_error(errno.ENOENT)
         if node.territory is not parent.territory:

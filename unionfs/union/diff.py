@@ -30,11 +30,14 @@ from unionfs.union.places import Layer, Place
 _VANISHED: Final = (FileNotFoundError, NotADirectoryError)
 
 
-def diff(upper: str, lowers: Sequence[str], xattr_prefix: bytes) -> Iterator[tuple[str, bytes]]:
+def diff(
+    upper: str, lowers: Sequence[str], xattr_prefix: bytes, *, follows_redirects: bool | None = None
+) -> Iterator[tuple[str, bytes]]:
     """Yield (``A`` | ``C`` | ``D``, path from the root) for every change, sorted by the bytes of the path.
 
-    ``lowers`` are topmost first; ``xattr_prefix`` is ``trusted.overlay.`` or ``user.overlay.``. The upper may
-    be in use: names that vanish during the walk are skipped. Raises ``OSError`` if a layer cannot be read.
+    ``lowers`` are topmost first; ``xattr_prefix`` is ``trusted.overlay.`` or ``user.overlay.``;
+    ``follows_redirects`` as in `Markers`. The upper may be in use: names that vanish during the walk are
+    skipped. Raises ``OSError`` if a layer cannot be read.
     """
     with ExitStack() as resources:
         layers = []
@@ -45,7 +48,7 @@ def diff(upper: str, lowers: Sequence[str], xattr_prefix: bytes) -> Iterator[tup
                 fd = os.open(path, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
             resources.callback(os.close, fd)
             layers.append(Layer(index, path, fd, is_upper=index == 0))
-        merge = Merge(layers, Markers(xattr_prefix), directory_fds=256)
+        merge = Merge(layers, Markers(xattr_prefix, follows_redirects=follows_redirects), directory_fds=256)
         resources.callback(merge.close)
         root = _Comparison(merge, layers).run()
     yield from _sorted_changes(root)

@@ -12,6 +12,7 @@ import fcntl
 import os
 from collections.abc import Sequence
 from contextlib import ExitStack
+from dataclasses import replace
 from typing import Final
 
 from unionfs.errors import LayerError
@@ -23,6 +24,7 @@ from unionfs.sys.filelocks import may_be_a_mounts
 from unionfs.union import opening
 from unionfs.union.markers import Markers
 from unionfs.union.places import BoundLayer, Layer
+from unionfs.union.redirecting import mode, parameter
 
 _NO_LOCKS: Final = (errno.EBADF, errno.ENOLCK, errno.EOPNOTSUPP, errno.EINVAL)
 
@@ -88,9 +90,17 @@ class LayerStack:
             if not layers:
                 raise LayerError("a union needs at least one layer; give one with --lower.")
             prefix = b"trusted.overlay." if privileged and not userxattr else b"user.overlay."
-            stack = cls(layers, work_fd, Markers(prefix), resources.pop_all())
+            top = layers[0]
+            chosen = features.redirect_dir or ("on" if features.metacopy == "on" else None)
+            redirects = mode(chosen, prefix, top if top.is_upper else None)
+            markers = Markers(prefix, follows_redirects=redirects != "nofollow")
+            stack = cls(layers, work_fd, markers, resources.pop_all())
             stack.volatile = volatile
-            stack.features = features
+            stack.features = replace(
+                features,
+                redirect_dir=redirects,
+                metacopy=_metacopy(features.metacopy, redirects, upper or "on the tmpfs", stack),
+            )
             return stack
 
     @property
@@ -124,6 +134,33 @@ class LayerStack:
     def close(self) -> None:
         """Close all fds, including the locks."""
         self._resources.close()
+
+
+def _metacopy(wanted: str | None, redirects: str, upper: str, stack: LayerStack) -> str:
+    """Whether a change of metadata copies up metadata alone, ``on`` or ``off``: as wanted, else overlayfs's
+    default (super.c, ovl_metacopy_def) if redirects are written, which it needs.
+
+    Raises LayerError if it is wanted but not possible.
+    """
+    if wanted is None and (redirects != "on" or parameter("metacopy", "N") == "N"):
+        return "off"
+    if wanted == "off" or stack.upper is None:
+        return "off"
+    path, name = b"/proc/self/fd/%d" % stack.work_fd, stack.markers.metacopy
+    cure = "leave metacopy=on out"
+    try:
+        if not stack.markers.follows_metacopy:
+            cure += ", or mount as root without userxattr"
+            raise OSError(errno.EPERM, "every user could make such a file for the data of others")
+        os.setxattr(path, name, b"")
+        os.removexattr(path, name)
+    except OSError as error:
+        if wanted is None:
+            return "off"
+        raise LayerError(
+            f"metacopy=on is not possible with upper {upper}: {error.strerror}; {cure}."
+        ) from error
+    return "on"
 
 
 def _syncfs(root_fd: int) -> None:

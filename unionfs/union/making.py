@@ -29,7 +29,6 @@ class Making(Changing):
         """Create a hard link to a node in the upper."""
         union = self._union
         assert node.place is not None
-        self._refuse_metacopy(node)
         place = self.writable(parent)
         with self._directories(node.place, place) as (source, dir_fd):
             self.replace_named(place, dir_fd, name)

@@ -22,16 +22,23 @@ FUSE_OVERLAYFS: Final = b"user.fuseoverlayfs."
 _ESCAPE: Final = b"overlay."
 _OTHER_OPAQUE: Final = FUSE_OVERLAYFS + b"opaque"
 _XATTR_NAME_MAX: Final = 255
+_METACOPY_HEADER: Final = 4
 
 
 class Markers:
     """Reads and writes the markers under one xattr prefix (``trusted.overlay.`` or ``user.overlay.``)."""
 
-    def __init__(self, prefix: bytes) -> None:
+    def __init__(self, prefix: bytes, *, follows_redirects: bool | None = None) -> None:
+        """``follows_redirects``: None for the default, which is overlayfs's."""
         self.prefix = prefix
         #: A redirect bypasses the permission checks on the way to its target in a layer. Any user can set a
-        #: `user.*` one, so these are refused, as by overlayfs with `userxattr` (params.c).
-        self.follows_redirects = not prefix.startswith(b"user.")
+        #: `user.*` one, so by default these are refused, as by overlayfs with `userxattr` (params.c).
+        anyone = prefix.startswith(b"user.")
+        self.follows_redirects = not anyone if follows_redirects is None else follows_redirects
+        #: Only redirects in directories of this user are followed; None: in all.
+        self.redirects_of = os.geteuid() if anyone else None
+        #: The data of a metacopy file is found like that, too.
+        self.follows_metacopy = not anyone
         self.opaque = prefix + b"opaque"
         self.redirect = prefix + b"redirect"
         self.metacopy = prefix + b"metacopy"
@@ -119,15 +126,27 @@ class Markers:
         except OSError:
             return None
 
-    def refuse_metacopy(self, where: bytes | int, *, follow: bool = True) -> None:
-        """Raise EPERM for a regular file with only its metadata in this layer, rather than return zeros."""
-        try:
-            os.getxattr(where, self.metacopy, follow_symlinks=follow)
-        except OSError:
-            return
-        raise PermissionError(errno.EPERM, "a metacopy file needs kernel overlayfs")
+    def metacopy_value(self, where: bytes | int, *, follow: bool = False) -> bytes | None:
+        """The value of ``metacopy`` of a path or fd; None: a regular file has its data itself.
+
+        Empty, or a header of four bytes and a digest of fs-verity (overlayfs.h, struct ovl_metacopy). A
+        shorter one is EIO (util.c, ovl_check_metacopy_xattr).
+        """
+        value = _get(where, self.metacopy, follow=follow)
+        if value and len(value) < _METACOPY_HEADER:
+            raise OSError(errno.EIO, "a layer holds an invalid metacopy xattr")
+        return value
+
+    def redirect_value(self, where: bytes | int, *, follow: bool = False) -> bytes | None:
+        """The value of ``redirect`` of a path or fd, None without one."""
+        return _get(where, self.redirect, follow=follow)
 
     # -- writing --------------------------------------------------------------------------------------
+
+    def set_redirect(self, fd: int, redirect: bytes) -> None:
+        """Make the directory ``fd`` merge with the lowers' directory at a path or, without a slash, of that
+        name in the same parent."""
+        os.setxattr(b"/proc/self/fd/%d" % fd, self.redirect, redirect)
 
     def set_opaque(self, fd: int) -> None:
         """Make the directory ``fd`` hide the layers below it."""
@@ -160,9 +179,9 @@ class Markers:
             os.setxattr(path, self.opaque, b"x")
 
 
-def _get(path: bytes, name: bytes, *, follow: bool = False) -> bytes | None:
+def _get(path: bytes | int, name: bytes, *, follow: bool = False) -> bytes | None:
     try:
-        return os.getxattr(path, name, follow_symlinks=follow)
+        return os.getxattr(path, name, follow_symlinks=follow or type(path) is int)
     except OSError as error:
         if error.errno in ABSENT:
             return None

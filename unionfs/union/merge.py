@@ -17,12 +17,15 @@ from unionfs.sys.fds import Owned
 from unionfs.union.listing import NFS_REMOVED, Listing, real_names
 from unionfs.union.lowernames import MANY, LowerNames
 from unionfs.union.markers import Markers
+from unionfs.union.metacopy import DataSearch, open_data
 from unionfs.union.named import PREFIX, NamedWhiteouts, hidden_name
-from unionfs.union.places import Gate, Layer, Place
+from unionfs.union.places import Gate, Layer, LowerData, Place
 from unionfs.union.redirects import PartSearch
 
 #: A layer's filesystem may have a shorter name limit; as namei.c, ovl_lookup_single.
 _NOT_THERE: Final = (errno.ENOENT, errno.ENAMETOOLONG)
+#: The blocks of a file without data: those of xattrs that do not fit into the inode.
+_BLOCKS_OF_XATTRS: Final = 8
 _PATH: Final = os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC
 
 Found = tuple[os.stat_result, list[Place]]
@@ -45,6 +48,7 @@ class Merge:
         self._lowest = len(layers) - 1
         self._lower_names = LowerNames(self.gate)
         self._directories = PartSearch(layers[: len(self.roots)], markers, self.named, self.gate)
+        self._data = DataSearch(markers, self.named, self.gate, self._directories)
 
     def search(self, parts: list[Place], name: bytes, first: int = 0) -> Found | None:
         """The object ``name`` in the directory merged from ``parts``, or None. Raises ``OSError``.
@@ -78,6 +82,27 @@ class Merge:
                 return st, [part]
             return None if self.markers.is_whiteout(st, dir_fd, name) else (st, [part])
         return None
+
+    def may_be_metacopy(self, st: os.stat_result, place: Place) -> bool:
+        """Whether a regular file in ``place`` has too few blocks for its size, so that it may be metacopy."""
+        if st.st_size <= st.st_blocks * 512 or st.st_blocks > _BLOCKS_OF_XATTRS:
+            return False
+        return stat.S_ISREG(st.st_mode) and place.layer.index != self._lowest
+
+    def lower_data(
+        self, parts: Sequence[Place], place: Place, name: bytes, where: bytes | int
+    ) -> LowerData | None:
+        """Where the data of the regular file ``name`` lies if it is metacopy; None: in the file.
+
+        ``parts``: those of its directory; ``place``: the one that contains it; ``where``: a path or fd of it.
+        Raises ``OSError``: EIO without data, EPERM if metacopy is not followed.
+        """
+        return self._data.find(parts, place.layer.index, name, where)
+
+    def open_data(self, data: LowerData) -> int:
+        """A new fd of the data of a metacopy file, for reading. Raises ``OSError``, EIO if another file has
+        replaced it."""
+        return open_data(self.gate, data)
 
     def is_visible_below(self, parts: list[Place], name: bytes) -> bool:
         """Whether a lower has ``name``, so that removing it from the upper requires a whiteout."""

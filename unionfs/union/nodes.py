@@ -6,7 +6,8 @@ Rules (the table is the only place that implements them):
 - A directory, and an object of a lower, is identified by its parent node and name; so each name of a lower
   file with several hard links is a separate node. An object of the upper with several links is one node with
   several names, found by (device, inode).
-- A node's id is its ``st_ino`` (see `numbers`), unless another node has that id.
+- A node's id is its ``st_ino`` (see `numbers`), unless another node has that id. Ids are used again, and then
+  with another generation: a file handle of a forgotten node is stale.
 - A node stays while the kernel holds lookups (``lookups``), it is open, or nodes below it stay. Only the
   table subtracts lookups; a session's state about a node (`Use`) ends with the node.
 - A node without a name keeps an fd (``held``) until it is forgotten.
@@ -16,7 +17,9 @@ Rules (the table is the only place that implements them):
 
 from __future__ import annotations
 
+import itertools
 import os
+import secrets
 import stat
 from collections.abc import Callable
 from typing import Final
@@ -41,6 +44,8 @@ class NodeTable:
         self._by_inode: dict[tuple[int, int], Node] = {}
         self._inode_of: dict[int, tuple[int, int]] = {}
         self._gone = gone
+        #: The generation of the next node. The kernel sees 32 bits: those of two mounts hardly ever meet.
+        self._generations = itertools.count(secrets.randbits(32))
 
     def __len__(self) -> int:
         return len(self._by_id)
@@ -113,7 +118,9 @@ class NodeTable:
                 return known
         number = self._free(self._numbers.of(st, parent.ino, name, upper=upper))
         key = 0 if kind == stat.S_IFDIR else place.layer.key(st)
-        node = Node(number, parent.territory, parent, name, kind, places, key)
+        node = Node(
+            number, parent.territory, parent, name, kind, places, key, generation=next(self._generations)
+        )
         self._by_id[number] = node
         parent.children[name] = node
         if linkable and st.st_nlink > 1:
@@ -136,7 +143,7 @@ class NodeTable:
         """
         node = Node(
             self._free(number), territory, parent, name, stat.S_IFMT(st.st_mode), [place],
-            ino=number, held=held, identity=(st.st_dev, st.st_ino),
+            ino=number, generation=next(self._generations), held=held, identity=(st.st_dev, st.st_ino),
         )  # fmt: skip
         self._by_id[node.id] = node
         if name:
@@ -168,7 +175,10 @@ class NodeTable:
         st = os.stat(held)
         number = self._free(self._numbers.of(st, parent.ino, b"", upper=True))
         kind = stat.S_IFMT(st.st_mode)
-        node = Node(number, parent.territory, parent, b"", kind, [parent.parts[0]], held=held)
+        node = Node(
+            number, parent.territory, parent, b"", kind, [parent.parts[0]],
+            generation=next(self._generations), held=held,
+        )  # fmt: skip
         self._by_id[number] = node
         self.linked(node, st)
         return node
@@ -176,7 +186,7 @@ class NodeTable:
     def supersede(self, node: Node) -> Node:
         """Make a new node for the object of ``node``; the old node keeps its open files and lookups."""
         number = self._free(hashed(b"after%d" % node.id))
-        new = self._by_id[number] = node.supersede(number)
+        new = self._by_id[number] = node.supersede(number, next(self._generations))
         key = self._inode_of.pop(node.id, None)
         if key is not None:
             self._inode_of[number] = key

@@ -11,7 +11,7 @@ from __future__ import annotations
 import errno
 import os
 from collections import OrderedDict
-from typing import Final
+from typing import Final, NamedTuple
 
 from unionfs.sys import calls
 from unionfs.sys.fds import open_for_listing
@@ -156,6 +156,18 @@ class Place:
     def know_default_acl(self, acl: bytes | None) -> None:
         """Record its default ACL; None: it has changed."""
         self.default_acl = acl
+
+
+class LowerData(NamedTuple):
+    """Where the data of a metacopy file lies."""
+
+    place: Place
+    """The real directory that contains it as ``name``."""
+    name: bytes
+    key: int
+    """Its `Layer.key`."""
+    blocks: int
+    """Its ``st_blocks``, which the file shows."""
 
 
 class Gate:

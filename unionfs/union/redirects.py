@@ -5,6 +5,9 @@ ovl_get_redirect_xattr). A redirect is a C string, so it ends at its first NUL. 
 relative one with a slash, or an absolute one with an empty step is EINVAL. A step `.` or `..` is EACCES when
 the search reaches it, which does not happen below a missing directory. A name too long for a filesystem is
 missing there. A redirect never leaves its layer.
+
+Redirects in `user.*` xattrs, which overlayfs never follows, are followed only in an ordinary user's own mount
+(`daemon.settle`), and there only in that user's directories.
 """
 
 from __future__ import annotations
@@ -55,7 +58,7 @@ class PartSearch:
                     redirected = True
                     index = place.layer.index
                     remaining = iter([(part, name) for part in above if part.layer.index > index])
-                remaining = self._redirected(redirect, place.layer.index, remaining)
+                remaining = self._redirected(redirect, place, remaining)
             next_place = self._next_directory(remaining)
             if next_place is None or self._named.cut(place):
                 break
@@ -77,15 +80,28 @@ class PartSearch:
                 return Place(part.layer, part, here, key=part.layer.key(st))
         return None
 
-    def _redirected(self, redirect: bytes, index: int, remaining: Searched) -> Searched:
+    def redirected(self, redirect: bytes, index: int, remaining: Searched) -> Searched:
         """Where to continue below layer `index`: a sibling's name, or a path from each layer's root."""
         steps = _steps(redirect)
-        if not self._markers.follows_redirects:
-            raise OSError(errno.EPERM, "a layer holds a redirect that any user could have made")
         if steps is None:
-            name = _c_string(redirect)
+            name = c_string(redirect)
             return ((part, name) for part, _ in remaining)
         return self._from_roots(steps, index)
+
+    def _redirected(self, redirect: bytes, place: Place, remaining: Searched) -> Searched:
+        """The same for the redirect of the directory `place`. Raises EPERM unless it is followed."""
+        found = self.redirected(redirect, place.layer.index, remaining)
+        self._check(place)
+        return found
+
+    def _check(self, place: Place) -> None:
+        """Raise EPERM unless the redirect of the directory `place` is followed."""
+        markers = self._markers
+        if not markers.follows_redirects:
+            raise OSError(errno.EPERM, "a layer holds a redirect, and these are not followed")
+        owner = markers.redirects_of
+        if owner is not None and os.fstat(self._gate.fd(place)).st_uid != owner:
+            raise OSError(errno.EPERM, "a layer holds a redirect in another user's directory")
 
     def _from_roots(self, steps: list[bytes], index: int) -> Searched:
         """The path `steps` in the layers below `index`.
@@ -113,7 +129,8 @@ class PartSearch:
                     goes_on = False
                 elif further is not None:
                     absolute = _steps(further)
-                    middle = [*steps[:position], _c_string(further)] if absolute is None else absolute
+                    self._check(place)
+                    middle = [*steps[:position], c_string(further)] if absolute is None else absolute
                     below = [*middle, *steps[position + 1 :]]
                     goes_on = goes_on or absolute is not None
             else:
@@ -135,13 +152,14 @@ def stat_step(dir_fd: int, name: bytes) -> os.stat_result | None:
         raise
 
 
-def _c_string(value: bytes) -> bytes:
+def c_string(value: bytes) -> bytes:
+    """The bytes before the first NUL."""
     return value.partition(b"\0")[0]
 
 
 def _steps(redirect: bytes) -> list[bytes] | None:
     """The steps of an absolute redirect, None for a relative one. Raises OSError, EINVAL, for others."""
-    text = _c_string(redirect)
+    text = c_string(redirect)
     if not redirect or (b"/" in text and not text.startswith(b"/")):
         raise OSError(errno.EINVAL, "a layer holds an invalid redirect")
     if not text.startswith(b"/"):

@@ -12,10 +12,11 @@ from unionfs.cli.template import render, render_rows
 from unionfs.cli.terminal import all_printable
 from unionfs.cli.volume.common import complete_volumes, open_volumes, root_option
 from unionfs.errors import UserError
+from unionfs.storage.drivers import find_driver
 from unionfs.storage.filters import matches, parse_filters
 
 if TYPE_CHECKING:
-    from unionfs.storage.volumes import User, Volume, Volumes
+    from unionfs.storage.volumes import Volume, Volumes, VolumeUser
 
 
 @click.command(
@@ -83,7 +84,7 @@ _HEADINGS = {
 }
 
 
-def _line(volume: Volume, users: list[User]) -> dict[str, Any]:
+def _line(volume: Volume, users: list[VolumeUser]) -> dict[str, Any]:
     return {
         "Name": volume.name,
         "Driver": volume.driver,
@@ -103,7 +104,7 @@ def _for_template(values: dict[str, Any]) -> dict[str, Any]:
     return cleaned
 
 
-def _docker_line(volume: Volume, users: list[User]) -> dict[str, str]:
+def _docker_line(volume: Volume, users: list[VolumeUser]) -> dict[str, str]:
     """Return the keys and texts of `docker volume ls --format json`."""
     return {
         "Availability": "N/A",
@@ -161,7 +162,7 @@ def _details(volumes: Volumes, volume: Volume, size: bool) -> dict[str, Any]:
         "Options": dict(volume.options),
         "Scope": volume.scope,
     }
-    if status := volumes.driver_of(volume).status(volume):
+    if status := find_driver(volume.driver).status(volume):
         values["Status"] = dict(status)
     held = -1
     if size:

@@ -229,7 +229,7 @@ class Extractor:
             mode = self._without_set_id(fd, entry)
         attributes.write(fd, None, self._wanted(entry, mode), _refuse, owner=self._is_root)
 
-    def _wanted(self, entry: Entry, mode: int) -> attributes.Attributes:
+    def _wanted(self, entry: Entry, mode: int) -> attributes.FileAttributes:
         xattrs = entry.xattrs
         if not self._is_root:
             for name in filter(_is_privileged, xattrs):
@@ -238,7 +238,7 @@ class Extractor:
                     "were left out."
                 )
             xattrs = {name: value for name, value in xattrs.items() if not _is_privileged(name)}
-        return attributes.Attributes(mode, entry.uid, entry.gid, self._now, entry.mtime, xattrs)
+        return attributes.FileAttributes(mode, entry.uid, entry.gid, self._now, entry.mtime, xattrs)
 
     def _without_set_id(self, fd: int, entry: Entry) -> int:
         """The mode without set-id bits that would apply to this user instead of the file's original owner.

@@ -23,7 +23,7 @@ GROUP = "unionfs.volume_drivers"
 # These names need no search through all installed packages, the slowest step here.
 _BUILT_IN = {
     "local": "unionfs.storage.drivers.local:Local",
-    "union": "unionfs.storage.drivers.union:Union",
+    "union": "unionfs.storage.drivers.union:UnionDriver",
     "sshfs": "unionfs.storage.drivers.remote:Sshfs",
     "rclone": "unionfs.storage.drivers.remote:Rclone",
     "glusterfs": "unionfs.storage.drivers.remote:Glusterfs",

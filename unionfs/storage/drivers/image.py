@@ -25,18 +25,10 @@ _SMALLEST = {"ext4": 8 << 20, "xfs": 300 << 20}
 _MAKE = {
     # No blocks are reserved for root: the volume gets the whole size.
     "ext4": (
-        "mkfs.ext4",
-        "-q",
-        "-F",
-        "-m",
-        "0",
-        "-b",
-        "4096",
-        "-E",
-        "lazy_itable_init=0,nodiscard,root_owner=0:0",
+        "mkfs.ext4", "-q", "-F", "-m", "0", "-b", "4096", "-E", "lazy_itable_init=0,nodiscard,root_owner=0:0",
     ),
     "xfs": ("mkfs.xfs", "-q", "-f", "-m", "reflink=1"),
-}
+}  # fmt: skip
 
 
 def check(options: Mapping[str, str]) -> None:

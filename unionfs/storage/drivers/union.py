@@ -31,7 +31,7 @@ from unionfs.sys.unmount import unmount
 _NOTICE_SECONDS = 5.0
 
 
-class Union(Driver):
+class UnionDriver(Driver):
     """A volume over read-only lowers.
 
     Every user has a separate view, whose changes end with it; with `shared` all users have one view, whose
