@@ -63,20 +63,35 @@ def _kernel(area: Path, *options: str) -> Iterator[Path]:
 def test_what_the_kernel_writes_is_clean(kernel_overlay: None, area: Path, options: tuple[str, ...]) -> None:
     _make(area)
     with _kernel(area, *options) as merged:
-        (merged / "f").write_text("changed")
-        (merged / "big").chmod(0o600)
-        (merged / "g").unlink()
-        (merged / "new").mkdir()
-        (merged / "new/file").touch()
-        os.setxattr(merged / "new", "user.mine", b"1")
-        shutil.rmtree(merged / "e")
-        (merged / "e").mkdir()
-        (merged / "d/a").rename(merged / "new/a")
-        if "redirect_dir=on" in options:
-            (merged / "d").rename(merged / "moved")
-            (merged / "moved/sub").rename(merged / "new/sub")
-        (merged / "f2").unlink()
+        _change(merged, renames="redirect_dir=on" in options)
     assert findings(area, userxattr="userxattr" in options) == []
+
+
+@pytest.mark.parametrize("options", [(), ("redirect_dir=on", "metacopy=on"), ("userxattr",)])
+def test_what_the_union_writes_is_clean(root: None, area: Path, options: tuple[str, ...]) -> None:
+    _make(area)
+    with mounting.mounted(
+        area, lowers=[area / "lower"], upper=area / "upper", work=area / "work", options=options
+    ) as mount:
+        _change(mount.mountpoint, renames="redirect_dir=on" in options)
+    assert findings(area, userxattr="userxattr" in options) == []
+
+
+def _change(merged: Path, *, renames: bool) -> None:
+    """One change of each kind."""
+    (merged / "f").write_text("changed")
+    (merged / "big").chmod(0o600)
+    (merged / "g").unlink()
+    (merged / "new").mkdir()
+    (merged / "new/file").touch()
+    os.setxattr(merged / "new", "user.mine", b"1")
+    shutil.rmtree(merged / "e")
+    (merged / "e").mkdir()
+    (merged / "d/a").rename(merged / "new/a")
+    if renames:
+        (merged / "d").rename(merged / "moved")
+        (merged / "moved/sub").rename(merged / "new/sub")
+    (merged / "f2").unlink()
 
 
 def _set(path: Path, name: str, value: bytes) -> None:
