@@ -157,9 +157,9 @@ def test_refused(place: Place, source: Path) -> None:
     mount = ("mount", place.merged)
     odd = place.root / "odd.img"
     odd.write_bytes(b"x" * 4096)
-    refused(unionfs(*mount, "-l", odd), str(odd), "without a squashfs", "give a directory")
+    refused(unionfs(*mount, "-l", odd), str(odd), "is neither a directory", "name one of these")
     odd.write_bytes(b"")
-    refused(unionfs(*mount, "-l", odd), "without a squashfs")
+    refused(unionfs(*mount, "-l", odd), "is neither a directory")
     for kind in ("squashfs", "ext4"):
         image = make_image(source, place.root / f"whole.{kind}", kind)
         half = place.root / f"half.{kind}"

@@ -31,7 +31,7 @@ Examples:
 )
 @click.option("-u", "--upper", metavar="DIR", required=True, help="The upper; it must not be mounted.")
 @click.option(
-    "-l", "--lower", "lowers", multiple=True, required=True, metavar="DIR",
+    "-l", "--lower", "lowers", multiple=True, required=True, metavar="DIR|IMAGE",
     help="A lower; the first is on top.",
 )  # fmt: skip
 @click.option("-w", "--work", metavar="DIR", help="The work directory, to examine it and its index, too.")

@@ -29,7 +29,7 @@ Examples:
 )
 @click.option("-u", "--upper", metavar="DIR", help="An upper, mounted or not.")
 @click.option(
-    "-l", "--lower", "lowers", multiple=True, metavar="DIR", help="A lower; the first is on top."
+    "-l", "--lower", "lowers", multiple=True, metavar="DIR|IMAGE", help="A lower; the first is on top."
 )
 @click.option("--userxattr", is_flag=True, help="Markers are user.overlay.* xattrs (always without root).")
 @click.argument("mountpoint", required=False)

@@ -40,9 +40,9 @@ def is_image(path: str) -> bool:
 
 def check_image(path: str) -> None:
     """Raise LayerError for an image that cannot be mounted, as far as can be told without mounting it."""
-    _refuse_without_root(path)
     with Owned(_open(path)) as fd:
         _kind(fd, path)
+    _refuse_without_root(path)
     _refuse_writers(path)
 
 
@@ -75,8 +75,8 @@ def _kind(fd: int, path: str) -> str:
             if start[offset : offset + len(magic)] == magic:
                 return kind
     raise LayerError(
-        f"lower {quoted(path)} is a file without a squashfs, erofs, ext4 or xfs filesystem at its start; "
-        "give a directory or such an image."
+        f"lower {quoted(path)} is neither a directory nor a squashfs, erofs, ext4 or xfs image; name one of "
+        "these."
     )
 
 
