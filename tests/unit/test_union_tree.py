@@ -214,9 +214,11 @@ class TestNumbers:
         os.link(tmp_path / "l0/a", tmp_path / "l0/b")
         union = open_union()
         a, b = get(union, "a"), get(union, "b")
-        assert a.ino != b.ino
+        number = a.ino
+        assert (a.id != b.id, b.ino) == (True, number)
         copy_up(union, a)
         assert not b.in_place
+        assert (a.ino, b.ino) == ((tmp_path / "upper/a").stat().st_ino, number)
 
     def test_upper_hard_links_are_one_node(self, open_union: OpenUnion) -> None:
         union = open_union()

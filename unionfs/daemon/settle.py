@@ -94,8 +94,8 @@ def _features(parsed: Options, userxattr: bool, is_root: bool) -> Features:
     chosen, redirects = parsed.features, parsed.features.redirect_dir
     if chosen.metacopy == "on" and redirects not in (None, "on"):
         raise UserError(
-            f"metacopy=on needs redirects for renamed files, and conflicts with redirect_dir={redirects}; leave "
-            "one of the two out."
+            f"metacopy=on needs redirects for renamed files, and conflicts with redirect_dir={redirects}; "
+            "leave one of the two out."
         )
     if chosen.metacopy == "on" and userxattr:
         raise UserError(

@@ -124,7 +124,7 @@ class _Check:
                 return
         assert found is not None, "only whiteouts are not found in the first part"
         if len(found[1]) == 1:
-            opaque, redirect = self._markers.directory(self._gate.fd(place))
+            opaque, redirect, *_ = self._markers.directory(self._gate.fd(place))
             if redirect is not None and not opaque:
                 yield Finding(
                     where, f"its redirect leads to {_shown(redirect)}, which no lower has",

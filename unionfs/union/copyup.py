@@ -22,6 +22,7 @@ from unionfs.sys.fds import Owned
 from unionfs.union.filedata import clone, copy_data
 from unionfs.union.files import SET_IDS, OpenFile, open_backing, open_held
 from unionfs.union.node import UNSEEN, Node
+from unionfs.union.origin import Stored
 from unionfs.union.places import LowerData, Place
 from unionfs.union.tree import Union
 from unionfs.union.work import Temporary
@@ -42,6 +43,8 @@ class Effects(NamedTuple):
     resized: Node | None = None
     """Its directory, if its size may have changed for the kernel. This can wait: copy-ups come in bulk, and
     each notice costs another GETATTR."""
+    listing: Node | None = None
+    """The directory that lists it, if the copy has another number."""
 
 
 Tell = Callable[[Effects], None]
@@ -66,8 +69,10 @@ class CopyUp:
             else:
                 os.mknod(name, stat.S_IFMT(st.st_mode) | 0o600, st.st_rdev, dir_fd=work)
             self._copy_attributes(source, st, work, name)
+            path = b"/proc/self/fd/%d/%b" % temporary.at
+            origin = union.origins.store(node, source, st, path, follow=False)
             with Owned(os.open(name, _PATH, dir_fd=work)) as target:
-                self.put(node, temporary, target)
+                self.put(node, temporary, target, origin)
 
     def directory(self, node: Node) -> Place:
         """The upper's directory of a directory node; copies up the directory and its parents if necessary."""
@@ -91,6 +96,7 @@ class CopyUp:
         shown = node.attributes_of(st).ctime_ns
         with union.work.temporary() as temporary:
             with Owned(temporary.mkdir()) as copy:
+                origin = union.origins.store(node, lower, st, copy)
                 self._copy_attributes(lower, st, copy)
             parent = node.parent.parts[0]
             resized = self._rename_into(node.parent, node.name, temporary)
@@ -100,7 +106,7 @@ class CopyUp:
         st = os.stat(union.gate.fd(place))
         place.stands_for(st)
         node.show_ctime(shown, st.st_ctime_ns)
-        union.nodes.copied_up(node, st)
+        union.nodes.copied_up(node, st, origin)
         self.tell(Effects(node, resized))
 
     def _copy_attributes(self, source: int, st: os.stat_result, at: int, name: bytes | None = None) -> None:
@@ -110,7 +116,7 @@ class CopyUp:
         owner = not union.identity.owns(st)
         attributes.write(at, name, attributes.attributes(st, xattrs), unsupported, owner=owner)
 
-    def put(self, node: Node, temporary: Temporary, fd: int) -> os.stat_result:
+    def put(self, node: Node, temporary: Temporary, fd: int, origin: Stored) -> os.stat_result:
         """Put the copy of a node (``fd``: an fd of the copy) into the upper. Returns its attributes.
 
         If the node's name was removed, the copy has no name either; only an fd of it is held.
@@ -127,9 +133,11 @@ class CopyUp:
             place = node.parent.parts[0] if node.parent.in_place else self.directory(node.parent)
             resized = self._rename_into(node.parent, node.name, temporary)
             node.lies_in(place)
+            if origin is Stored.READABLE and not place.impure:
+                origin = Stored.UNKNOWN
         st = os.fstat(fd)
-        union.nodes.copied_up(node, st)
-        self.tell(Effects(node, resized))
+        union.nodes.copied_up(node, st, origin)
+        self.tell(Effects(node, resized, node.parent if origin is Stored.BROKEN else None))
         return st
 
     def _rename_into(self, directory: Node, name: bytes, temporary: Temporary) -> Node | None:
@@ -145,6 +153,7 @@ class CopyUp:
             place.keep_mtime(st.st_mtime_ns)
             shown = directory.attributes_of(st).ctime_ns
         place.fills()
+        self.union.origins.becomes_impure(place, dir_fd)
         temporary.put(dir_fd, name)
         with contextlib.suppress(OSError):
             calls.utimensat(dir_fd, b".", None, place.mtime_ns)
@@ -177,6 +186,7 @@ class FileCopy:
         self._temporary = union.work.temporary()
         self._target = self._metadata = -1
         self._no_capability = False
+        self._origin = Stored.UNKNOWN
         self._source = union.files.lend(node, write=False)
         self._open = True
         try:
@@ -194,6 +204,8 @@ class FileCopy:
                 self.size = 0
             self._mode = stat.S_IMODE(self._st.st_mode if mode is None else mode)
             self._is_plain = self._source.xattrs == [] and self._mode & ~union.identity.sets == 0
+            if union.markers.requires_write and not self._mode & stat.S_IWUSR:
+                self._is_plain = False  # such a mode comes last
             self._target = os.open(
                 self._temporary.name, _NEW, self._mode if self._is_plain else 0o600, dir_fd=union.work.fd
             )
@@ -219,6 +231,8 @@ class FileCopy:
         elif self.size:
             _copy(self._union, self._source.fd, self._st, self._target, self.size, goes_on)
         goes_on()
+        of = self._source.fd if self._metadata < 0 else self._metadata
+        self._origin = self._union.origins.store(self.node, of, self._st, self._target)
         self._copy_metadata()
         if self._union.stack.durable and self._lower_data is None:
             os.fsync(self._target)
@@ -252,7 +266,7 @@ class FileCopy:
         ``keep``: lend it to the caller too. Its ``st`` is up to date.
         """
         union, node = self._union, self.node
-        st = self._copy_up.put(node, self._temporary, self._target)
+        st = self._copy_up.put(node, self._temporary, self._target, self._origin)
         if self._no_capability:
             union.capabilities.none(node)
         else:

@@ -32,6 +32,7 @@ class Making(Changing):
         place = self.writable(parent)
         with self._directories(node.place, place) as (source, dir_fd):
             self.replace_named(place, dir_fd, name)
+            union.origins.moves(node, place, dir_fd)
             try:
                 link_object(node, source, dir_fd, name)
             except FileExistsError:

@@ -15,7 +15,7 @@ import errno
 import os
 import stat
 from collections.abc import Iterable
-from typing import Final
+from typing import Final, NamedTuple
 
 ABSENT: Final = (errno.ENODATA, errno.EOPNOTSUPP, errno.EPERM, errno.EACCES)
 FUSE_OVERLAYFS: Final = b"user.fuseoverlayfs."
@@ -23,6 +23,17 @@ _ESCAPE: Final = b"overlay."
 _OTHER_OPAQUE: Final = FUSE_OVERLAYFS + b"opaque"
 _XATTR_NAME_MAX: Final = 255
 _METACOPY_HEADER: Final = 4
+
+
+class Marks(NamedTuple):
+    """The markers of a directory."""
+
+    opaque: bool = False
+    redirect: bytes | None = None
+    impure: bool = False
+    """It may contain copies, which have an origin."""
+    copied: bool = False
+    """It is a copy itself; see `origin`."""
 
 
 class Markers:
@@ -43,6 +54,11 @@ class Markers:
         self.redirect = prefix + b"redirect"
         self.metacopy = prefix + b"metacopy"
         self.whiteout = prefix + b"whiteout"
+        self.origin = prefix + b"origin"
+        self.impure = prefix + b"impure"
+        self.nlink = prefix + b"nlink"
+        #: Whether setting a marker requires write permission for the object (xattr(7)).
+        self.requires_write = prefix.startswith(b"user.")
 
     # -- the overlay's own names ----------------------------------------------------------------------
 
@@ -96,24 +112,24 @@ class Markers:
             return _get(b"/proc/self/fd/%d/%b" % (dir_fd, name), self.whiteout) is not None
         return False
 
-    def directory(self, fd: int) -> tuple[bool, bytes | None]:
-        """Whether the directory ``fd`` is opaque, and its redirect."""
+    def directory(self, fd: int) -> Marks:
+        """The markers of the directory ``fd``."""
         path = b"/proc/self/fd/%d" % fd
         try:
             names = os.listxattr(path)
         except OSError as error:
             if error.errno in ABSENT:
-                return False, None
+                return Marks()
             names = [os.fsdecode(name) for name in (self.opaque, self.redirect, _OTHER_OPAQUE)]  # too many
         if not names:
-            return False, None
+            return Marks()
         opaque = os.fsdecode(self.opaque) in names and self.opaque_value(fd) == b"y"
         if not opaque and os.fsdecode(_OTHER_OPAQUE) in names:
             opaque = self._value(fd, _OTHER_OPAQUE) == b"y"
         redirect = None
         if os.fsdecode(self.redirect) in names:
             redirect = _get(path, self.redirect, follow=True)
-        return opaque, redirect
+        return Marks(opaque, redirect, os.fsdecode(self.impure) in names, os.fsdecode(self.origin) in names)
 
     def opaque_value(self, fd: int) -> bytes | None:
         """The value of ``opaque`` on the directory ``fd``; None also if it cannot be read (as util.c,

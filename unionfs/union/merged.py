@@ -69,7 +69,7 @@ class Merged(Territory):
         kind = stat.S_IFMT(st.st_mode)
         if kind == stat.S_IFDIR:
             self._merge.forget(places)  # no node uses them
-        return self._nodes.number(parent, name, st, places[0]), kind
+        return self._nodes.number(name, st, places), kind
 
     def number_of_bare_whiteout(self, parent: Node, name: bytes) -> tuple[int, int] | None:
         if self._merge.lists_bare_whiteout(parent.parts, name):

@@ -97,9 +97,9 @@ class Node:
     """One object of the merged tree."""
 
     __slots__ = (
-        "children", "ctime", "generation", "held", "id", "identity", "ino", "key", "kind", "links", "lookups",
-        "lower_data", "name", "no_capability", "parent", "parts", "place", "successor", "superseded",
-        "territory", "unlinked", "use",
+        "children", "ctime", "from_origin", "generation", "held", "id", "identity", "ino", "key", "kind",
+        "links", "lookups", "lower_data", "name", "no_capability", "parent", "parts", "place", "successor",
+        "superseded", "territory", "unlinked", "use",
     )  # fmt: skip
 
     def __init__(
@@ -119,8 +119,7 @@ class Node:
     ) -> None:
         """``places``: a directory's parts, or the object's place. ``ino``: its number, the id by default."""
         self.id = id_
-        #: FUSE's generation: distinguishes it from all other nodes with its id, in this mount and in others.
-        #: The kernel keeps 32 bits of it, in file handles too (fs/fuse/inode.c, fuse_encode_fh).
+        #: Distinguishes it from all other nodes with its id: 32 bits, as in file handles (fs/fuse/inode.c).
         self.generation = generation
         self.ino = ino or id_
         self.territory = territory
@@ -140,8 +139,7 @@ class Node:
             self.children = {}
         else:
             self.place = places[0]
-        #: Where its data lies if its object has only the metadata (metacopy); None: in the object, as far as
-        #: known before the object is opened.
+        #: Where the data of a metacopy object lies; None: in the object, as far as known before it is opened.
         self.lower_data: LowerData | None = None
         #: Additional names of an upper file with several hard links.
         self.links: list[tuple[Node, bytes]] | None = None
@@ -153,6 +151,8 @@ class Node:
         self.identity = identity
         #: It is known to have no security.capability; see `shortcuts.Capabilities`.
         self.no_capability = False
+        #: Its number is that of its origin; see `origin`.
+        self.from_origin = False
         #: A ctime set on the real directory by a copy-up (`UNSEEN`: the one at the next query), and the ctime
         #: shown instead; nanoseconds.
         self.ctime: tuple[int, int] | None = None
@@ -250,6 +250,14 @@ class Node:
             os.close(self.held)
         self.held = fd
 
+    def has_number(self, number: int) -> None:
+        """Set its number: a copied-up name of a lower file with several is a file of its own."""
+        self.ino = number
+
+    def has_origin(self) -> None:
+        """Record that its number is that of its origin."""
+        self.from_origin = True
+
     def has_key(self, key: int) -> None:
         """Set the key that identifies its object; see `Layer.key`."""
         self.key = key
@@ -335,6 +343,7 @@ class Node:
         )  # fmt: skip
         new.links, new.unlinked, new.held = self.links, self.unlinked, self.held
         new.lower_data = self.lower_data
+        new.from_origin = self.from_origin
         self.links, self.held = None, -1
         for directory, name in [(self.parent, self.name), *(new.links or ())]:
             known = None if directory is None else directory.children

@@ -100,7 +100,10 @@ def _has_acls(fd: int) -> bool:
 class Place:
     """A directory of one layer. ``fd`` is -1 unless the gate has it open."""
 
-    __slots__ = ("asked_named", "default_acl", "empty", "fd", "key", "layer", "mtime_ns", "name", "parent")
+    __slots__ = (
+        "asked_named", "copied", "default_acl", "empty", "fd", "identity", "impure", "key", "layer",
+        "mtime_ns", "name", "parent",
+    )  # fmt: skip
 
     def __init__(
         self, layer: Layer, parent: Place | None, name: bytes, fd: int = -1, *, key: int = 0
@@ -119,6 +122,11 @@ class Place:
         self.mtime_ns = 0
         #: The number of lookups of whiteouts by name in it; -1: it is known to have none.
         self.asked_named = 0
+        #: Whether it may contain copies, and whether it is one itself; see `origin`.
+        self.impure = False
+        self.copied = False
+        #: Device and inode number, for all but the topmost part of a directory.
+        self.identity = (0, 0)
 
     def move(self, parent: Place, name: bytes) -> None:
         """Record a rename."""
@@ -131,6 +139,14 @@ class Place:
     def stands_for(self, st: os.stat_result) -> None:
         """Set its directory to the one with these attributes."""
         self.key = self.layer.key(st)
+
+    def marked(self, *, impure: bool, copied: bool) -> None:
+        """Record whether it may contain copies, and whether it is one itself."""
+        self.impure, self.copied = impure, copied
+
+    def is_object(self, st: os.stat_result) -> None:
+        """Record its device and inode number."""
+        self.identity = st.st_dev, st.st_ino
 
     def copied_up(self, *, empty: bool) -> None:
         """Record its copy-up; ``empty``: it stays known as empty until :meth:`fills`."""

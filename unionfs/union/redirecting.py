@@ -93,5 +93,5 @@ def _redirect_of(markers: Markers, gate: Gate, node: Node) -> bytes | None:
     """The redirect of a directory's part in the upper; None without one."""
     if not node.in_place:
         return None
-    opaque, redirect = markers.directory(gate.fd(node.parts[0]))
+    opaque, redirect, *_ = markers.directory(gate.fd(node.parts[0]))
     return None if opaque or redirect is None else c_string(redirect)

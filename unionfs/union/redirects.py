@@ -50,7 +50,8 @@ class PartSearch:
         remaining: Searched = iter([(part, name) for part in below])
         redirected = False
         while place.layer.index != self._lowest:
-            opaque, redirect = self._markers.directory(self._gate.fd(place))
+            opaque, redirect, impure, copied = self._markers.directory(self._gate.fd(place))
+            place.marked(impure=impure, copied=copied)
             if opaque:
                 break
             if redirect is not None:
@@ -77,7 +78,9 @@ class PartSearch:
             else:
                 if not stat.S_ISDIR(st.st_mode):
                     return None
-                return Place(part.layer, part, here, key=part.layer.key(st))
+                place = Place(part.layer, part, here, key=part.layer.key(st))
+                place.is_object(st)
+                return place
         return None
 
     def redirected(self, redirect: bytes, index: int, remaining: Searched) -> Searched:
@@ -124,7 +127,7 @@ class PartSearch:
                 place = Place(layer, place, step, key=layer.key(st))
                 if layer.index == self._lowest:
                     continue
-                opaque, further = self._markers.directory(self._gate.fd(place))
+                opaque, further, *_ = self._markers.directory(self._gate.fd(place))
                 if opaque or self._named.cut(place):
                     goes_on = False
                 elif further is not None:

@@ -85,6 +85,8 @@ class Renaming(Changing):
         with self._both_writable(parent, new_parent) as (old_fd, new_fd):
             self._detach(node, redirects, new_parent, new_name)
             self._detach(target, redirects, parent, name)
+            self._union.origins.moves(node, new_parent.parts[0], new_fd)
+            self._union.origins.moves(target, parent.parts[0], old_fd)
             calls.renameat2(old_fd, name, new_fd, new_name, calls.RENAME_EXCHANGE)
         nodes.move(node, parent, name, new_parent, new_name)
         nodes.move(target, new_parent, new_name, parent, name)
@@ -124,6 +126,7 @@ class Renaming(Changing):
             self._detach(node, redirects, new_parent, new_name)
             old, new = (old_fd, name), (new_fd, new_name)
             self.replace_named(new_parent.parts[0], *new)
+            self._union.origins.moves(node, new_parent.parts[0], new_fd)
             try:
                 self._rename_over(node, old, new, leaves_whiteout=leaves_whiteout)
             except OSError as error:
