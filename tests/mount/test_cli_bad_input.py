@@ -37,7 +37,7 @@ def test_missing_lower(place: Place) -> None:
 
 def test_lower_that_is_a_file(place: Place) -> None:
     done = _unchanged(place, "-l", place.lower / "base", place.merged)
-    _refused(place, done, f"lower {place.lower}/base is not a directory")
+    _refused(place, done, f"lower {place.lower}/base is neither a directory nor a squashfs")
 
 
 def test_no_lower(place: Place) -> None:

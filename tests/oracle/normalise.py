@@ -16,10 +16,9 @@
    whether the directory is empty (``ovl_check_empty_dir`` does not query the xattr) and returns ENOTEMPTY,
    though its own listing is empty. The union removes it, as a native filesystem does; the one directory of
    the layers where this can happen is not removed here.
-9. setgid on a regular file without group execute, which no exec uses: overlayfs clears it at a write,
-   truncation or chown by a caller outside the file's group, the kernel's FUSE client keeps it
-   (``fuse_setattr`` drops it only together with S_IXGRP, and sends no request for chown(-1, -1)). Our file
-   then gets overlayfs's mode.
+9. Only ``--session pyfuse3``: chown(-1, -1) of a regular file with setgid, but without group execute, by a
+   caller outside its group. overlayfs clears the bit, or refuses; the kernel sends no request. Our file then
+   gets overlayfs's mode.
 10. A setxattr that fails because of XATTR_CREATE or XATTR_REPLACE: overlayfs copies the file up before the
     check, which breaks a hard link needlessly. The union then changes nothing, so the flags are not drawn for
     the lowers' hard links.

@@ -29,13 +29,12 @@ from unionfs.fuse.latency import Latencies
 from unionfs.sys import calls
 from unionfs.sys.calls import os_error
 from unionfs.sys.fds import Owned
-from unionfs.sys.process import supplementary_groups
 from unionfs.union.attributes import Attributes
 from unionfs.union.changes import ACL_DEFAULT, Caller, Changes
 from unionfs.union.copyup import CopyUp
-from unionfs.union.files import SET_IDS, mode_without_set_ids
 from unionfs.union.flags import APPEND, IMMUTABLE
 from unionfs.union.node import Node
+from unionfs.union.setids import SET_IDS, Who, is_outside, mode_after
 from unionfs.union.tree import Union
 from unionfs.union.xattrs import CAPABILITY
 
@@ -53,8 +52,8 @@ class Change(NamedTuple):
     mode: int | None = None
     atime_ns: int | None = None
     mtime_ns: int | None = None
-    kills_set_ids: bool = False
-    """Clear setuid and setgid: the caller may not keep them."""
+    killer: Who | None = None
+    """The process, if its change clears set-id bits."""
 
 
 def _owner(change: Change) -> tuple[int, int]:
@@ -230,18 +229,20 @@ class Operations:
 
     def _set(self, node: Node, change: Change, handle: Opened | None) -> Found:
         node.changes()
+        changes_owner = change.uid is not None or change.gid is not None
         if change.size is not None:
-            self._truncate(node, change.size, handle, kills_set_ids=change.kills_set_ids)
-        elif change.kills_set_ids and change.uid is None and change.gid is None:
-            self._drop_set_ids(node)
+            self._truncate(node, change.size, handle, change.killer)
+        elif change.killer is not None and (change.killer.uid != 0 or not changes_owner):
+            # before a chown, which looks at the old group; root's own clears the bits by itself
+            self._drop_set_ids(node, change.killer)
         file = None if node.use is None or not node.data_in_place else node.use.file
         if file is not None and file.users:
             self._set_open(file.fd, change)
             return node, node.attributes_of(os.fstat(file.fd))
-        if change.uid is not None or change.gid is not None or change.mode is not None:
+        if changes_owner or change.mode is not None:
             fd, opened = self.union.path_fd(node)
             try:
-                if change.uid is not None or change.gid is not None:
+                if changes_owner:
                     calls.chown_fd(fd, *_owner(change))
                 if change.mode is not None:
                     os.chmod(b"/proc/self/fd/%d" % fd, stat.S_IMODE(change.mode))
@@ -262,21 +263,23 @@ class Operations:
         if change.atime_ns is not None or change.mtime_ns is not None:
             calls.futimens(fd, change.atime_ns, change.mtime_ns)
 
-    def _drop_set_ids(self, node: Node) -> None:
-        mode = mode_without_set_ids(self.union.stat(node).st_mode)
+    def _drop_set_ids(self, node: Node, killer: Who) -> None:
+        if node.is_dir:
+            return  # chown(2) keeps them on directories
+        mode = mode_after(self.union.stat(node), killer)
         if mode is not None:
             with self.union.checked_path(node) as path:
                 os.chmod(path, mode)
 
-    def _truncate(self, node: Node, size: int, handle: Opened | None, *, kills_set_ids: bool) -> None:
+    def _truncate(self, node: Node, size: int, handle: Opened | None, killer: Who | None) -> None:
         if node.kind != stat.S_IFREG:
             raise os_error(errno.EINVAL)
         if handle is not None and handle.file.writable:
-            truncate(handle.file, size, kills_set_ids=kills_set_ids)
+            truncate(handle.file, size, killer)
             return
         file = self.union.files.lend(node, write=True)
         try:
-            truncate(file, size, kills_set_ids=kills_set_ids)
+            truncate(file, size, killer)
         finally:
             self.union.files.take_back(node, file)
 
@@ -339,14 +342,9 @@ class Operations:
             with self.union.checked_path(node) as path:
                 os.chmod(path, stat.S_IMODE(st.st_mode) & ~stat.S_ISGID)
 
-    def is_outside_group(self, node: Node, uid: int, gid: int, pid: int) -> bool:
-        """Whether a caller is neither root nor in the group of the node's object.
-
-        A request has no supplementary groups: they come from /proc/PID/status. A caller that has exited
-        counts as in none.
-        """
-        group = self.union.stat(node).st_gid
-        return uid != 0 and gid != group and group not in supplementary_groups(pid)
+    def is_outside_group(self, node: Node, who: Who) -> bool:
+        """Whether a process is neither root's nor in the group of the node's object."""
+        return is_outside(who, self.union.stat(node).st_gid)
 
     async def removexattr(self, id_: int, name: bytes, uid: int) -> None:
         """Remove an xattr, for user ``uid``."""

@@ -98,7 +98,6 @@ def syscall(number: int, *arguments: Any, path: bytes | None = None) -> int:
 
 
 def prctl(option: int, *arguments: int | bytes) -> None:
-    """prctl(2)."""
     if libc.prctl(option, *(*arguments, 0, 0, 0, 0)[:4]) != 0:
         raise fail()
 

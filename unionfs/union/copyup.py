@@ -20,11 +20,12 @@ from typing import Final, NamedTuple
 from unionfs.sys import attributes, calls
 from unionfs.sys.fds import Owned
 from unionfs.union.filedata import clone, copy_data
-from unionfs.union.files import SET_IDS, OpenFile, open_backing, open_held
+from unionfs.union.files import OpenFile, open_backing, open_held
 from unionfs.union.flags import read_flags
 from unionfs.union.node import UNSEEN, Node
 from unionfs.union.origin import Stored
 from unionfs.union.places import LowerData, Place
+from unionfs.union.setids import SET_IDS
 from unionfs.union.tree import Union
 from unionfs.union.work import Temporary
 from unionfs.union.xattrs import CAPABILITY, copied_xattrs, unsupported

@@ -101,10 +101,10 @@ class DataRequests:
                 self._union.nodes.supersede(node)
             raise stale()
         if reads and self._ios.may_have_all(node):
-            number = self._files.open_unread(node, request.uid)
+            number = self._files.open_unread(node, request)
         else:
             kills = bool(request.open_flags & OPEN_KILL_SUIDGID)
-            number = self._files.open(node, request.flags, request.uid, prepared, kills_set_ids=kills)
+            number = self._files.open(node, request.flags, request, prepared, kills_set_ids=kills)
         handle = self._files[number]
         try:
             open_flags, backing_id = self._ios.opened(handle)
@@ -135,15 +135,16 @@ class DataRequests:
         parent = self._operations.directory(request.nodeid)
         created = self._files.create(
             self._operations.changes, parent, request.name, request.mode, request.flags,
-            self._names.caller(request),
+            self._names.caller(request), request,
         )  # fmt: skip
         return self._created(request.unique, *created)
 
     def _tmpfile(self, request: rq.Tmpfile) -> Reply:
         parent = self._operations.directory(request.nodeid)
         created = self._files.tmpfile(
-            self._operations.changes, parent, request.mode, request.flags, self._names.caller(request)
-        )
+            self._operations.changes, parent, request.mode, request.flags, self._names.caller(request),
+            request,
+        )  # fmt: skip
         return self._created(request.unique, *created)
 
     def _created(self, unique: int, number: int, node: Node, attributes: Attributes) -> Reply:
@@ -234,20 +235,19 @@ class DataRequests:
         return encode.written(request.unique, count)
 
     async def _write_all(self, request: rq.Write, file: OpenFile) -> int:
-        kills = bool(request.write_flags & WRITE_KILL_SUIDGID)
+        killer = request if request.write_flags & WRITE_KILL_SUIDGID else None
         end = self._end_of(request, file)
         if end > request.offset:
             count = end - request.offset
             if count >= len(request.data):
                 raise os_error(errno.EPERM)
-            rest = request.data[count:]
-            return count + await self._files.write(file, end, rest, kills_set_ids=kills)
-        count = await self._files.write(file, request.offset, request.data, kills_set_ids=kills)
+            return count + await self._files.write(file, end, request.data[count:], killer)
+        count = await self._files.write(file, request.offset, request.data, killer)
         # The kernel does not check the count of a write-back, so a short one must be an error
         # (fs/fuse/file.c, fuse_writepage_end).
         while request.write_flags & WRITE_CACHE and count < len(request.data):
             rest = request.data[count:]
-            count += await self._files.write(file, request.offset + count, rest, kills_set_ids=kills)
+            count += await self._files.write(file, request.offset + count, rest, killer)
         return count
 
     def _end_of(self, request: rq.Write, file: OpenFile) -> int:
