@@ -233,14 +233,14 @@ class FileCopy:
 
         ``goes_on`` is called between pieces of data; an exception from it ends the copy.
         """
-        if self._lower_data is not None:
-            self._leave_data()
-        elif self.size:
+        if self.size:
             _copy(self._union, self._source.fd, self._st, self._target, self.size, goes_on)
         goes_on()
         of = self._source.fd if self._metadata < 0 else self._metadata
         self._origin = self._union.origins.store(self.node, of, self._st, self._target)
         self._union.flags.copy(self._flags, self._target)
+        if self._lower_data is not None:
+            self._leave_data()  # the xattr that goes last is the one to be removed
         self._copy_metadata()
         if self._union.stack.durable and self._lower_data is None:
             os.fsync(self._target)
