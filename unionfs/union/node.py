@@ -154,7 +154,7 @@ class Node:
         self.no_capability = False
         #: Its number is that of its origin; see `origin`.
         self.from_origin = False
-        #: A ctime set by a copy-up (`UNSEEN`: that of the next query), and the one shown instead; nanoseconds.
+        #: A ctime set by a copy-up (`UNSEEN`: that of the next query), and the one shown instead, in ns.
         self.ctime: tuple[int, int] | None = None
         #: Set at the first open.
         self.use: Use | None = None
