@@ -35,7 +35,7 @@ Examples:
 """,
 )
 @click.option(
-    "-l", "--lower", "lowers", multiple=True, metavar="DIR",
+    "-l", "--lower", "lowers", multiple=True, metavar="DIR|IMAGE",
     help="A read-only layer; the first is on top. A kept container remembers its own.",
 )  # fmt: skip
 @click.option(

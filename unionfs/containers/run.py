@@ -16,7 +16,7 @@ from unionfs.containers.confinement import settle_confinement
 from unionfs.containers.process import Command, hold_signals
 from unionfs.containers.store import Container, new_name
 from unionfs.daemon import live
-from unionfs.daemon.preflight import check_directory
+from unionfs.daemon.preflight import check_lower
 from unionfs.daemon.process import mount
 from unionfs.daemon.settle import absolute, settle
 from unionfs.daemon.unmount import umount
@@ -147,7 +147,7 @@ class _Run:
                 "changes fit only these; omit -l, or choose another name."
             )
         for path in given or known:
-            check_directory("lower", path)
+            check_lower(path)
         return given or known
 
     def _mounted(self, lowers: Sequence[str]) -> int:
