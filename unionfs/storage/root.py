@@ -14,11 +14,14 @@ import os
 import stat
 from collections.abc import Mapping
 from contextlib import suppress
+from typing import TYPE_CHECKING
 
 from unionfs.errors import UserError, on_failure, quoted, reason
 from unionfs.sys.capabilities import is_host_root
 from unionfs.sys.fds import Owned
-from unionfs.sys.walking import Step, walk
+
+if TYPE_CHECKING:
+    from unionfs.sys.walking import Step
 
 ENVIRONMENT = "UNIONFS_ROOT"
 _SYSTEM = "/var/lib/unionfs"
@@ -160,6 +163,8 @@ def _check_owner(path: str, status: os.stat_result) -> None:
 
 def _check_way(root: str) -> None:
     """Refuse a path that a user other than root could redirect. Raises UserError, OSError."""
+    # For start-up time: a mount without storage does not need it.
+    from unionfs.sys.walking import walk
 
     def look(step: Step) -> None:
         if not step.is_last:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
+from dataclasses import dataclass
 from typing import Protocol
 
 from unionfs.errors import UserError, quoted
@@ -19,6 +20,14 @@ class Replacement(Protocol):
 
     def commit(self) -> None:
         """Replace the old content with the new. The content of `path` must be on disk."""
+
+
+@dataclass(frozen=True, slots=True)
+class Prepared:
+    """A `Replacement`: its path, and what `commit` does."""
+
+    path: str
+    commit: Callable[[], None]
 
 
 class Driver:

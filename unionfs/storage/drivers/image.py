@@ -10,7 +10,7 @@ from contextlib import contextmanager, suppress
 
 from unionfs.errors import UserError, on_failure, quoted
 from unionfs.settings.sizes import shown_size, volume_size
-from unionfs.storage.drivers.base import Replacement
+from unionfs.storage.drivers.base import Prepared, Replacement
 from unionfs.storage.model import Volume
 from unionfs.storage.mounts import mount_at, need_program, run_program, run_umount
 from unionfs.sys import detached, loop
@@ -126,24 +126,6 @@ def _mounted(path: str, volume: Volume) -> Iterator[str]:
                 os.rmdir(target)
 
 
-class _NewImage:
-    def __init__(self, volume: Volume, new: str, path: str) -> None:
-        self.path = path
-        self._volume = volume
-        self._new = new
-
-    def commit(self) -> None:
-        """Unmount the new filesystem to complete it, and rename its image over the old one."""
-        run_umount(self.path, f"volume {quoted(self._volume.name)}")
-        with Owned(os.open(self._new, os.O_RDONLY | os.O_CLOEXEC)) as fd:
-            os.fsync(fd)
-        data = f"{self._volume.directory}/_data"
-        if mount_at(data) is not None:
-            run_umount(data, f"volume {quoted(self._volume.name)}")
-        os.rename(self._new, path_of(self._volume))
-        sync_directory(self._volume.directory)
-
-
 @contextmanager
 def replacement(volume: Volume) -> Iterator[Replacement]:
     """New content in a second image, which replaces the first one after its filesystem is unmounted."""
@@ -152,7 +134,18 @@ def replacement(volume: Volume) -> Iterator[Replacement]:
     _make(new, volume_size(volume.options["size"]), volume)
     try:
         with _mounted(new, volume) as root:
-            yield _NewImage(volume, new, root)
+
+            def commit() -> None:
+                """Unmount the new filesystem to complete it, and rename its image over the old one."""
+                what, data = f"volume {quoted(volume.name)}", f"{volume.directory}/_data"
+                run_umount(root, what)
+                with Owned(os.open(new, os.O_RDONLY | os.O_CLOEXEC)) as fd:
+                    os.fsync(fd)
+                run_umount(data, what)
+                os.rename(new, path_of(volume))
+                sync_directory(volume.directory)
+
+            yield Prepared(root, commit)
     finally:
         with suppress(FileNotFoundError):
             os.unlink(new)

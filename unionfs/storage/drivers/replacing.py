@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 
 from unionfs.errors import on_failure, quoted
+from unionfs.storage.drivers.base import Prepared
 from unionfs.storage.model import Volume
 from unionfs.storage.removing import refuse_locked
 from unionfs.storage.workspace import Workspace, recover, workspace
@@ -27,29 +28,25 @@ def exchange(one: str, other: str) -> None:
     exchange_names(new, old, aside)
 
 
-class _Sibling:
-    def __init__(self, data: str, path: str) -> None:
-        self.path = path
-        self._data = data
-
-    def commit(self) -> None:
-        if os.path.lexists(self._data):
-            # The old content is removed next.
-            refuse_locked(self._data, "the volume's content cannot be replaced")
-            exchange(self._data, self.path)
-        else:
-            # The volume's directory was removed: a restore recreates it.
-            os.rename(self.path, self._data)
-        sync_directory(os.path.dirname(self._data))
-
-
 @contextmanager
-def sibling(data: str) -> Iterator[_Sibling]:
+def sibling(data: str) -> Iterator[Prepared]:
     """New content in a directory beside `data`; `commit` exchanges the two."""
     sweep_siblings(data)
-    path = tempfile.mkdtemp(prefix=_SIBLING, dir=os.path.dirname(data))
+    parent = os.path.dirname(data)
+    path = tempfile.mkdtemp(prefix=_SIBLING, dir=parent)
+
+    def commit() -> None:
+        if os.path.lexists(data):
+            # The old content is removed next.
+            refuse_locked(data, "the volume's content cannot be replaced")
+            exchange(data, path)
+        else:
+            # The volume's directory was removed: a restore recreates it.
+            os.rename(path, data)
+        sync_directory(parent)
+
     try:
-        yield _Sibling(data, path)
+        yield Prepared(path, commit)
     finally:
         with suppress(OSError):  # the next restore tries again
             remove_path(path)

@@ -14,7 +14,7 @@ from contextlib import contextmanager, suppress
 
 from unionfs.errors import UserError, on_failure, quoted, reason
 from unionfs.settings.options import split_lowers
-from unionfs.storage.drivers.base import Driver, Replacement
+from unionfs.storage.drivers.base import Driver, Prepared, Replacement
 from unionfs.storage.drivers.replacing import exchange
 from unionfs.storage.filters import truth
 from unionfs.storage.model import Volume
@@ -124,12 +124,20 @@ class UnionDriver(Driver):
         _sweep(volume)
         place = tempfile.mkdtemp(prefix=".restore-", dir=volume.directory)
         merged = f"{place}/merged"
+
+        def commit() -> None:
+            refuse_locked(f"{volume.directory}/upper", "the volume's content cannot be replaced")
+            _unmount(merged)
+            _unmount(f"{volume.directory}/_data")
+            exchange(f"{volume.directory}/upper", f"{place}/upper")
+            sync_directory(volume.directory)
+
         try:
             for name in ("upper", "work", "merged"):
                 os.mkdir(f"{place}/{name}", 0o755)
             _hide(split_lowers(volume.options["lower"]), f"{place}/upper")
             _mount(volume, f"{place}/upper", f"{place}/work", merged)
-            yield _NewUpper(volume, place)
+            yield Prepared(merged, commit)
         finally:
             with suppress(UserError):
                 _unmount(merged)
@@ -145,20 +153,6 @@ class UnionDriver(Driver):
 
     def status(self, volume: Volume) -> Mapping[str, object]:
         return {"shared": self._shared(volume.options)}
-
-
-class _NewUpper:
-    def __init__(self, volume: Volume, place: str) -> None:
-        self.path = f"{place}/merged"
-        self._volume = volume
-        self._place = place
-
-    def commit(self) -> None:
-        refuse_locked(f"{self._volume.directory}/upper", "the volume's content cannot be replaced")
-        _unmount(self.path)
-        _unmount(f"{self._volume.directory}/_data")
-        exchange(f"{self._volume.directory}/upper", f"{self._place}/upper")
-        sync_directory(self._volume.directory)
 
 
 def _remove(path: str) -> None:
