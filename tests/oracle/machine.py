@@ -134,6 +134,20 @@ class Machine:
         kind = self.pick([stat.S_IFREG, stat.S_IFREG, stat.S_IFDIR, stat.S_IFLNK])
         self.do("rename", self.who(), self.existing(kind), self.existing(kind), 0)
 
+    def move_directory(self) -> None:
+        """Rename a directory, to a free name, over another directory, or in exchange with anything."""
+        folder = self.existing(stat.S_IFDIR)
+        way = self.random.random()
+        if way < 0.6:
+            self.do("rename", "root", folder, self.fresh(), 0)
+        elif way < 0.8:
+            self.do("rename", "root", folder, self.existing(stat.S_IFDIR), 0)
+        else:
+            self.do("rename", "root", folder, self.existing(), 2)
+
+    def remount(self) -> None:
+        self.do("remount", "root")
+
     def unlink(self) -> None:
         kinds = [stat.S_IFREG, stat.S_IFLNK, stat.S_IFIFO, stat.S_IFCHR, stat.S_IFSOCK]
         self.do("unlink", self.who(), self.path(*(kinds if self.random.random() < 0.9 else [stat.S_IFDIR])))
@@ -263,9 +277,10 @@ class Machine:
 
 OPERATIONS = [
     ("create", 6), ("write", 6), ("read", 2), ("truncate", 4), ("chmod", 4), ("chown", 4), ("link", 4),
-    ("symlink", 2), ("rename", 8), ("rename_over", 4), ("unlink", 5), ("mkdir", 4), ("rmdir", 4),
-    ("remove_all", 2), ("mknod", 3), ("setxattr", 5), ("getxattr", 1), ("removexattr", 3), ("utimens", 3),
-    ("look_at", 2), ("access", 1), ("fsync", 1), ("drop_caches", 1), ("open", 5), ("open_and_remove", 3),
-    ("handle_io", 6), ("handle_meta", 5), ("handle_reopen", 2), ("handle_close", 1),
+    ("symlink", 2), ("rename", 8), ("rename_over", 4), ("move_directory", 6), ("remount", 1),
+    ("unlink", 5), ("mkdir", 4), ("rmdir", 4), ("remove_all", 2), ("mknod", 3), ("setxattr", 5),
+    ("getxattr", 1), ("removexattr", 3), ("utimens", 3), ("look_at", 2), ("access", 1), ("fsync", 1),
+    ("drop_caches", 1), ("open", 5), ("open_and_remove", 3), ("handle_io", 6), ("handle_meta", 5),
+    ("handle_reopen", 2), ("handle_close", 1),
 ]  # fmt: skip
 """The machine's methods that make a step, and their relative frequency."""

@@ -12,7 +12,7 @@ import errno
 import os
 import shutil
 import stat
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -43,6 +43,7 @@ class Side:
     home: Path
     count: int
     arenas: int
+    options: Sequence[str] = ()
     mount: Mount | None = None
     stack: contextlib.ExitStack = field(default_factory=contextlib.ExitStack)
     workers: dict[str, Worker] = field(default_factory=dict)
@@ -73,19 +74,23 @@ class Side:
         for path in (self.upper, self.work):
             shutil.rmtree(path, ignore_errors=True)
             path.mkdir()
-        self.mount = self.enter(session, lowers=self.lowers, upper=self.upper, work=self.work)
+        self.enter(session)
         for who, (uid, gid, groups) in operations.IDENTITIES.items():
             if who not in self.workers or not self.workers[who].alive:
                 self.workers[who] = Worker(uid, gid, groups, modules=["tests.oracle.operations"])
 
-    def enter(self, session: str, *, lowers: Sequence[Path], upper: Path | None, work: Path | None) -> Mount:
-        """Mount other layers at this side's mountpoint; ``leave`` undoes it."""
+    def enter(self, session: str) -> Mount:
+        """Mount the layers with their present content; ``leave`` undoes it."""
+        home, lowers, upper, work, options = self.home, self.lowers, self.upper, self.work, self.options
         context = (
-            mounting.kernel_mounted(self.home, lowers=lowers, upper=upper, work=work)
+            mounting.kernel_mounted(home, lowers=lowers, upper=upper, work=work, options=options)
             if session == "kernel"
-            else mounting.mounted(self.home, lowers=lowers, upper=upper, work=work, session=session)
+            else mounting.mounted(
+                home, lowers=lowers, upper=upper, work=work, options=options, session=session
+            )
         )
-        return self.stack.enter_context(context)
+        self.mount = self.stack.enter_context(context)
+        return self.mount
 
     def leave(self) -> None:
         """Unmount; raises MountFailed if the daemon does not end correctly."""
@@ -116,13 +121,17 @@ def arena_name(index: int) -> str:
 class Pair:
     """``ours`` and ``theirs``; ``begin``, then ``step`` for each operation, then ``finish``."""
 
-    def __init__(self, home: Path, session: str, count: int, arenas: int = ARENAS) -> None:
+    def __init__(
+        self, home: Path, session: str, count: int, arenas: int = ARENAS, options: Sequence[str] = ()
+    ) -> None:
+        """``options``: of both mounts; without any, `redirect_dir=on`."""
         self.session, self.count, self.arenas = session, count, arenas
         #: The session without shortcuts has the same rules.
         self.kind = session.removesuffix(mounting.PLAIN)
         self.clock = normalise.Clock.start()
-        self.ours = Side("ours", home / "ours", count, arenas)
-        self.theirs = Side("theirs", home / "theirs", count, arenas)
+        options = options or ["redirect_dir=on"]
+        self.ours = Side("ours", home / "ours", count, arenas, options)
+        self.theirs = Side("theirs", home / "theirs", count, arenas, options)
         self.home = home
         self._next = arenas
         self._broken = False  # the mounts are unusable
@@ -164,7 +173,7 @@ class Pair:
             side.leave()
         final, self._final = self._final, {}
         for side, session in ((self.ours, "kernel"), (self.theirs, self.session)):
-            mount = side.enter(session, lowers=side.lowers, upper=side.upper, work=side.work)
+            mount = side.enter(session)
             try:
                 for self.arena, tree in final.items():
                     arena = self.arena
@@ -186,6 +195,9 @@ class Pair:
             self._renew()
         self.arena = arena_name(self._next)
         self._next += 1
+        self._begin()
+
+    def _begin(self) -> None:
         self.handles = {who: set() for who in operations.IDENTITIES}
         self._dead.clear()
         for side in (self.ours, self.theirs):
@@ -193,6 +205,15 @@ class Pair:
             for worker in side.workers.values():
                 worker.call(operations.begin, os.fsencode(side.mount.mountpoint / self.arena))
         self.look(None)
+
+    def _remount(self) -> None:
+        """Unmount both sides and mount them again: the trees must be the same, though not st_ino."""
+        for side, session in ((self.ours, self.session), (self.theirs, "kernel")):
+            side.leave()
+            side.enter(session)
+        before = self.tree
+        self._begin()
+        self._check("after a remount, overlayfs before it", self._our_tree, before, self.theirs)
 
     def step(self, op: Op) -> None:
         """Do one operation on both sides and compare; raises Difference. Skipped without the handle."""
@@ -202,18 +223,27 @@ class Pair:
             return  # rule 5
         if op.name in ("rmdir", "rename") and any(_normal(item) in normalise.KEPT for item in op.args):
             return
+        if op.name == "remount":
+            self._guarded(self._remount)
+            return
         open_lowers = self._open_lowers(op) if self.kind == normalise.KEEPING else set()
         if op.name == "h_reopen" and (op.who, op.args[0]) in open_lowers and _writes(op.args[2]):
             return  # rule 11
+        self._guarded(lambda: self._do(op, open_lowers))
+
+    def _guarded(self, action: Callable[[], None]) -> None:
         try:
-            self._step(op)
-            self._close_copied_up(op, open_lowers)
-            self.look(op)
+            action()
         except (Difference, WorkerFailed, WorkerHung) as error:
             self._broken = True
             if isinstance(error, Difference):
                 raise
             raise Difference(f"{type(error).__name__}: {error}") from error
+
+    def _do(self, op: Op, open_lowers: set[tuple[str, int]]) -> None:
+        self._step(op)
+        self._close_copied_up(op, open_lowers)
+        self.look(op)
 
     def _step(self, op: Op) -> None:
         umask = op.umask
@@ -350,11 +380,13 @@ class Pair:
         if self.kind == normalise.LATE and op is not None and op.name in ("truncate", "h_truncate"):
             ours = self._with_times(ours, theirs)
         self.tree = theirs
-        self._check(f"after {op}", ours, self.tree, self.theirs, copied)
+        self._check(f"after {op}", ours, self.tree, copied)
         lines: list[str] = []
         if self.session != "overlay":  # which does not always fulfil the union's rules of d_ino and st_ino
             lines += normalise.strict(ours)
             lines += normalise.moved_inodes(self._our_tree, ours, _touched(op)) if op is not None else []
+            if op is not None and op.name == "rename":
+                lines += normalise.renamed_inodes(self._our_tree, ours, *op.args)
         self._our_tree = ours
         for path, entry in ours.items():
             if entry.mode != self.tree[path].mode:  # rule 9
@@ -380,24 +412,10 @@ class Pair:
         )
 
     def _check(
-        self,
-        when: str,
-        ours: Tree,
-        theirs: Tree,
-        upper_of: Side | None = None,
-        copied: frozenset[bytes] | None = None,
+        self, when: str, ours: Tree, theirs: Tree, copied: frozenset[bytes] | None = None
     ) -> None:
-        """``upper_of``: the side whose upper determines the copied-up files; without it, none.
-
-        ``copied``: what the union had in its upper before ``ours`` was taken, if that may differ from now.
-        """
-        lines = normalise.compare_trees(
-            ours,
-            theirs,
-            self.clock,
-            lambda path: upper_of is not None and self.is_copied_up(path, upper_of),
-            lambda path: self._is_late(path, copied),
-        )
+        """``copied``: what the union had in its upper before ``ours`` was taken, if it may differ now."""
+        lines = normalise.compare_trees(ours, theirs, self.clock, lambda path: self._is_late(path, copied))
         if lines:
             raise Difference(f"{when}:\n  " + "\n  ".join(lines[:20]))
 
@@ -435,15 +453,15 @@ class Pair:
         """One side's upper, read-only under the other's filesystem, must show the same tree."""
         layers_ = [side.upper, *side.lowers]
         context = (
-            mounting.kernel_mounted(self.home, lowers=layers_, name="cross")
+            mounting.kernel_mounted(self.home, lowers=layers_, name="cross", options=self.options)
             if session == "kernel"
-            else mounting.mounted(self.home, lowers=layers_, session=session, name="cross")
+            else mounting.mounted(
+                self.home, lowers=layers_, session=session, name="cross", options=self.options
+            )
         )
         with context as mount:
             again = side.workers["root"].call(snapshot.take, os.fsencode(mount.mountpoint / self.arena))
-            # The upper is a lower here: overlayfs shows its hard links as one file, the union does not.
-            known = side if session == "kernel" else None
-            self._check(f"{side.name}'s upper read by {session}", again, tree, known)
+            self._check(f"{side.name}'s upper read by {session}", again, tree)
 
     def replay(self, ops: Sequence[Op], *, full: bool = True) -> str | None:
         """Play a sequence in a fresh arena; the first difference, or None."""

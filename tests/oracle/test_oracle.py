@@ -11,6 +11,7 @@ A run is deterministic (see ``machine``). The environment varies it:
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -32,11 +33,13 @@ LONG = int(os.environ.get("UNIONFS_ORACLE_EXAMPLES", "400" if THOROUGH else "15"
 SECONDS, LONG_SECONDS = 900, 100_000
 
 
-def _compare(area: Path, session: str, lowers: int, *, examples: int, steps: int) -> None:
-    pair = Pair(area, session, lowers, arenas=min(ARENAS, examples))
+def _compare(
+    area: Path, session: str, lowers: int, *, examples: int, steps: int, options: Sequence[str] = ()
+) -> None:
+    pair = Pair(area, session, lowers, min(ARENAS, examples), options)
     try:
         for index in range(examples):
-            machine = Machine(pair, f"{SEED} {session} {lowers} {steps} {index}")
+            machine = Machine(pair, " ".join([f"{SEED} {session} {lowers} {steps} {index}", *options]))
             try:
                 machine.play(steps)
             except (AssertionError, OSError) as error:
@@ -67,6 +70,20 @@ def test_same_without_shortcuts(kernel_overlay: None, area: Path, plain: str) ->
     if reason := session_reason(plain.removesuffix(PLAIN)):
         pytest.skip(reason)
     _compare(area, plain, 2, examples=2, steps=40)
+
+
+@pytest.mark.watchdog(SECONDS)
+@pytest.mark.timeout(SECONDS)
+def test_same_without_redirects(kernel_overlay: None, area: Path, session: str) -> None:
+    """Directories with lower parts cannot be renamed."""
+    _compare(area, session, 2, examples=1, steps=40, options=["redirect_dir=off"])
+
+
+@pytest.mark.watchdog(SECONDS)
+@pytest.mark.timeout(SECONDS)
+def test_same_with_metacopy(kernel_overlay: None, area: Path, session: str) -> None:
+    """Changes of metadata, and other names, copy up metadata alone."""
+    _compare(area, session, 2, examples=2, steps=40, options=["metacopy=on"])
 
 
 @pytest.mark.watchdog(LONG_SECONDS)

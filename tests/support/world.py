@@ -113,9 +113,11 @@ def world(
     finally:
         os.umask(mask)
     lowers = {name: [home / f"lower{index}" for index in range(len(builds))] for name, home in homes.items()}
+    redirects = [o for o in options if o.startswith("redirect_dir=")] or ["redirect_dir=on"]
     with (
         mounting.kernel_mounted(
-            homes["k"], lowers=lowers["k"], upper=homes["k"] / "upper", work=homes["k"] / "work"
+            homes["k"], lowers=lowers["k"], upper=homes["k"] / "upper", work=homes["k"] / "work",
+            options=redirects,
         ) as kernel,
         mounting.mounted(
             homes["u"],

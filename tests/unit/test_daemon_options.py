@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 
 import pytest
 from hypothesis import given
@@ -10,6 +11,8 @@ from hypothesis import strategies as st
 
 from unionfs.daemon.settle import settle
 from unionfs.errors import UserError
+from unionfs.settings.features import Features
+from unionfs.settings.mount import MountSettings
 from unionfs.settings.options import parse_options, split_lowers, split_options, unescape_option
 
 
@@ -119,3 +122,12 @@ def test_fuse_options_are_escaped() -> None:
     assert not any(option.startswith("subtype") for option in settings.fuse_options())
     assert "ro" in settings.fuse_options()
     assert settle("/m", lowers=["/l"], source="src", trusted_xattrs=True).fsname == "src"
+
+
+def test_features_are_kept_with_the_settings() -> None:
+    """The last value of each feature counts, and travels with the settings to the daemon."""
+    options = parse_options(["redirect_dir=off,xino=off", "redirect_dir=nofollow"])
+    assert options.features == Features(redirect_dir="nofollow", xino="off")
+    settings = settle("/mnt", lowers=["/"], options=["xino=off"])
+    assert settings.features == Features(xino="off")
+    assert MountSettings.from_json(json.loads(json.dumps(settings.to_json()))) == settings

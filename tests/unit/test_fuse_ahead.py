@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import struct
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from unittest.mock import Mock
@@ -19,6 +20,7 @@ from unionfs.fuse.inline import begin
 from unionfs.fuse.operations import Operations
 from unionfs.fuse.protocol import Init, Opcode, Privileges, Settings, negotiate
 from unionfs.fuse.protocol.requests import InitRequest, Readdirplus
+from unionfs.union.changes import Changes
 from unionfs.union.copyup import CopyUp
 from unionfs.union.merge import Merge
 from unionfs.union.merged import Merged
@@ -26,6 +28,8 @@ from unionfs.union.node import Node
 from unionfs.union.tree import Union
 
 SIZE = 4096
+ENTRY = 128
+"""The bytes of struct fuse_entry_out, before each struct fuse_dirent."""
 
 
 class Walked:
@@ -42,11 +46,16 @@ class Walked:
         self.list(union.nodes.root)
 
     def list(self, node: Node, size: int = SIZE) -> bytes:
-        """The answer to READDIRPLUS."""
+        """The answer to READDIRPLUS, without the nodes' generations, which differ from union to union."""
         request = Readdirplus.of(unique=1, nodeid=node.id, offset=0, size=size)
         reply = begin(self.listings.waiting[Opcode.READDIRPLUS](request))
         assert isinstance(reply, list)
-        return b"".join(reply)[16:]
+        records, at = bytearray(b"".join(reply)[16:]), 0
+        while at < len(records):
+            records[at + 8 : at + 16] = bytes(8)
+            (length,) = struct.unpack_from("=I", records, at + ENTRY + 16)
+            at += (ENTRY + 24 + length + 7) & ~7
+        return bytes(records)
 
     def in_order(self) -> list[Node]:
         """The directories below the root, in listing order."""
@@ -270,13 +279,25 @@ def test_a_copy_up_makes_it_useless(walk: Walk) -> None:
 
 
 def test_it_is_copied_up_itself(walk: Walk) -> None:
-    """This changes no entry (and it cannot be moved: a part in a lower is EXDEV)."""
+    """This changes no entry."""
     asked, walked = walk(upper=False), walk()
     node = walked.walk(4)
     CopyUp(walked.union).directory(node)
     assert walked.list(node) == asked.list(asked.in_order()[4])
     assert walked.ahead.used == 3
     assert [child.lookups for child in (node.children or {}).values()] == [1, 1, 1]
+
+
+@pytest.mark.parametrize("elsewhere", [False, True])
+def test_it_is_renamed(walk: Walk, elsewhere: bool) -> None:
+    """In another parent the number of ``..`` is another one."""
+    walked = walk()
+    node, root = walked.walk(4), walked.union.nodes.root
+    parent = walked.in_order()[0] if elsewhere else root
+    Changes(walked.union).rename(root, node.name, parent, b"renamed", 0)
+    answer = walked.list(node)
+    assert walked.ahead.used == (2 if elsewhere else 3)
+    assert answer == walked.list(node)
 
 
 def test_a_smaller_answer(walk: Walk) -> None:

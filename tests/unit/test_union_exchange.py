@@ -95,10 +95,25 @@ def directory_over_one_with_whiteouts(union: Union) -> None:
     _rename(union, "new", "whole")
 
 
+def merged_directory(union: Union) -> None:
+    _rename(union, "dir", "new")
+
+
+def merged_directory_over_a_whiteout(union: Union) -> None:
+    _empty(union, "other")
+    _rename(union, "dir", "other")
+
+
+def merged_directory_over_one_with_whiteouts(union: Union) -> None:
+    Changes(union).unlink(get(union, "whole"), b"in")
+    _rename(union, "dir", "whole")
+
+
 SCENARIOS: list[Callable[[Union], None]] = [
     directory_over_whiteout, opaque_directory, whiteout_over_directory, file_leaves_whiteout, file_over_file,
     file_over_whiteout, directory_leaves_whiteout, directory_over_a_whiteout, new_directory_over_a_whiteout,
-    directory_over_one_with_whiteouts,
+    directory_over_one_with_whiteouts, merged_directory, merged_directory_over_a_whiteout,
+    merged_directory_over_one_with_whiteouts,
 ]  # fmt: skip
 
 
@@ -171,7 +186,8 @@ def test_an_exchange_that_fails_is_undone(
 
 @pytest.mark.parametrize("known", [0, calls.RENAME_NOREPLACE, calls.RENAME_NOREPLACE | calls.RENAME_EXCHANGE])
 @pytest.mark.parametrize(
-    "scenario", [file_leaves_whiteout, file_over_file, file_over_whiteout, directory_leaves_whiteout],
+    "scenario",
+    [file_leaves_whiteout, file_over_file, file_over_whiteout, directory_leaves_whiteout, merged_directory],
     ids=lambda function: function.__name__,
 )  # fmt: skip
 def test_a_rename_that_leaves_no_whiteout_is_undone(

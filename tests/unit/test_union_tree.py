@@ -87,7 +87,7 @@ class TestMergeRules:
         assert read(open_union(2), "new/f") == b"moved along"
 
     @pytest.mark.parametrize("listed", [True, False])
-    def test_metacopy_file_is_refused_not_read_as_zeros(
+    def test_a_users_metacopy_file_is_refused_not_read_as_zeros(
         self, tmp_path: Path, open_union: OpenUnion, monkeypatch: pytest.MonkeyPatch, listed: bool
     ) -> None:
         """Also where a filesystem has xattrs but does not list them."""
@@ -214,9 +214,11 @@ class TestNumbers:
         os.link(tmp_path / "l0/a", tmp_path / "l0/b")
         union = open_union()
         a, b = get(union, "a"), get(union, "b")
-        assert a.ino != b.ino
+        number = a.ino
+        assert (a.id != b.id, b.ino) == (True, number)
         copy_up(union, a)
         assert not b.in_place
+        assert (a.ino, b.ino) == ((tmp_path / "upper/a").stat().st_ino, number)
 
     def test_upper_hard_links_are_one_node(self, open_union: OpenUnion) -> None:
         union = open_union()
@@ -378,8 +380,9 @@ class TestChangesOnDisk:
         assert stat.S_ISCHR((tmp_path / "upper/f").lstat().st_mode)
 
     def test_rename_of_a_lower_directory_is_exdev(self, tmp_path: Path, open_union: OpenUnion) -> None:
+        """With ``redirect_dir`` off."""
         (tmp_path / "l0/d").mkdir(parents=True)
-        union = open_union()
+        union = open_union(redirect_dir="follow")
         with pytest.raises(OSError, match="cross-device") as caught:
             Changes(union).rename(union.nodes.root, b"d", union.nodes.root, b"e", 0)
         assert caught.value.errno == errno.EXDEV
@@ -387,7 +390,7 @@ class TestChangesOnDisk:
     def test_a_refused_exchange_asks_for_no_copy_up(self, tmp_path: Path, open_union: OpenUnion) -> None:
         (tmp_path / "l0/d").mkdir(parents=True)
         (tmp_path / "l0/f").touch()
-        union = open_union()
+        union = open_union(redirect_dir="follow")
         root, changes = union.nodes.root, Changes(union)
         for other, code in ((b"d", errno.EXDEV), (b"none", errno.ENOENT)):
             for one, two in ((b"f", other), (other, b"f")):

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from unionfs.settings.features import Features
 from unionfs.union.changes import Caller
 from unionfs.union.copyup import CopyUp, FileCopy
 from unionfs.union.layers import LayerStack
@@ -24,7 +25,9 @@ def open_union(tmp_path: Path) -> Iterator[OpenUnion]:
     """Opens a union over lowers ``l0`` (top), ``l1`` ... and ``upper``, all below ``tmp_path``."""
     opened: list[Union] = []
 
-    def open_(lowers: int = 1, *, upper: bool = True, directory_fds: int = 1024) -> Union:
+    def open_(
+        lowers: int = 1, *, upper: bool = True, directory_fds: int = 1024, redirect_dir: str = "on"
+    ) -> Union:
         for name in [f"l{n}" for n in range(lowers)] + ["upper", "work"]:
             (tmp_path / name).mkdir(exist_ok=True)
         stack = LayerStack.open(
@@ -32,8 +35,8 @@ def open_union(tmp_path: Path) -> Iterator[OpenUnion]:
             str(tmp_path / "upper") if upper else None,
             str(tmp_path / "work") if upper else None,
             userxattr=True,
+            features=Features(redirect_dir=redirect_dir),
         )
-        stack.markers.follows_redirects = True  # as with the prefix that requires root
         union = Union(stack, directory_fds=directory_fds)
         opened.append(union)
         return union

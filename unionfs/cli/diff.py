@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Sequence
 
@@ -47,7 +48,9 @@ def diff(mountpoint: str | None, upper: str | None, lowers: tuple[str, ...], use
         raise click.UsageError("give a mountpoint, or --upper and at least one --lower")
     for kind, path in (("upper", upper), *(("lower", lower) for lower in lowers)):
         check_directory(kind, path)
-    return _print(upper, lowers, userxattr=userxattr or not may_use_trusted_xattrs())
+    # As in an ordinary user's own mount.
+    follows = True if os.geteuid() != 0 else None
+    return _print(upper, lowers, userxattr or not may_use_trusted_xattrs(), follows)
 
 
 def _of_mount(mount: LiveMount) -> int:
@@ -55,7 +58,12 @@ def _of_mount(mount: LiveMount) -> int:
     upper = settings.upper
     if settings.upper_tmpfs is not None:
         upper = upper_in_memory(mount)
-    return 0 if upper is None else _print(upper, settings.lowers, userxattr=settings.userxattr)
+    if upper is None:
+        return 0
+    # None, the default of layers in trusted.* xattrs, is only known to the daemon; redirects are then read.
+    redirects = settings.features.redirect_dir
+    follows = redirects in ("on", "follow") if settings.userxattr else redirects != "nofollow"
+    return _print(upper, settings.lowers, settings.userxattr, follows)
 
 
 def _of_other(mount: LiveMount, uid: int) -> int:
@@ -74,8 +82,9 @@ def _of_other(mount: LiveMount, uid: int) -> int:
     return 0
 
 
-def _print(upper: str, lowers: Sequence[str], *, userxattr: bool) -> int:
-    found = changes(upper, lowers, b"user.overlay." if userxattr else b"trusted.overlay.")
+def _print(upper: str, lowers: Sequence[str], userxattr: bool, follows: bool | None) -> int:
+    prefix = b"user.overlay." if userxattr else b"trusted.overlay."
+    found = changes(upper, lowers, prefix, follows_redirects=follows)
     if on_terminal():
         for letter, name in found:
             print(letter, shell_word(name))

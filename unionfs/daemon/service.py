@@ -213,6 +213,7 @@ def _open(settings: MountSettings, directory: RuntimeDirectory) -> tuple[Announc
             settings.work,
             userxattr=settings.userxattr,
             volatile=settings.volatile,
+            features=settings.features,
             scratch=scratch,
             atime=[flag for flag in settings.flags if flag in (*ATIME, "nodiratime")],
         )

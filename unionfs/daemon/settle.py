@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, TypeVar
 
 from unionfs.errors import UserError, quoted
+from unionfs.settings.features import Features
 from unionfs.settings.mount import IO_MODES, SESSIONS, MountSettings
 from unionfs.settings.options import Options, parse_options
 from unionfs.storage.root import storage_root as find_storage_root
@@ -55,6 +57,7 @@ def settle(
     if trusted_xattrs is None:
         trusted_xattrs = may_use_trusted_xattrs()
     is_root = os.geteuid() == 0
+    userxattr = parsed.userxattr or not trusted_xattrs
     return MountSettings(
         mountpoint=absolute_mountpoint(mountpoint),
         lowers=tuple(absolute(path) for path in chosen_lowers),
@@ -69,7 +72,8 @@ def settle(
         allow_other=parsed.allow_other or (is_root and not parsed.allow_root),
         allow_root=parsed.allow_root,
         volatile=parsed.volatile,
-        userxattr=parsed.userxattr or not trusted_xattrs,
+        userxattr=userxattr,
+        features=_features(parsed, userxattr, is_root),
         flags=_flags(parsed, is_root),
         security=tuple(parsed.security),
         log_level="debug" if parsed.debug else log_level,
@@ -78,6 +82,36 @@ def settle(
         storage=tuple(storage),
         storage_root=find_storage_root(storage_root) if storage else "",
     )
+
+
+def _features(parsed: Options, userxattr: bool, is_root: bool) -> Features:
+    """The features that these settings allow. Raises UserError.
+
+    A redirect bypasses the permission checks on the way to a directory, and anybody who may write to a
+    directory can set its ``user.*`` xattrs. So overlayfs refuses redirects with ``userxattr`` (params.c). In
+    a mount that only one ordinary user can reach, they show that user only what that user may read anyway.
+    """
+    chosen, redirects = parsed.features, parsed.features.redirect_dir
+    if chosen.metacopy == "on" and redirects not in (None, "on"):
+        raise UserError(
+            f"metacopy=on needs redirects for renamed files, and conflicts with redirect_dir={redirects}; "
+            "leave one of the two out."
+        )
+    if chosen.metacopy == "on" and userxattr:
+        raise UserError(
+            "metacopy=on conflicts with markers in user.* xattrs, which any user can set to read the data of "
+            "others; leave metacopy=on out, or mount as root without userxattr."
+        )
+    if not userxattr:
+        return chosen
+    if not (is_root or parsed.allow_other or parsed.allow_root):
+        return replace(chosen, redirect_dir={None: "on", "off": "follow"}.get(redirects, redirects))
+    if redirects in ("on", "follow"):
+        raise UserError(
+            f"redirect_dir={redirects} conflicts with markers in user.* xattrs, which any user can set, in a "
+            "mount of root's or with allow_other or allow_root; leave one of the two out."
+        )
+    return chosen
 
 
 def _either(thing: str, letter: str, option: str, by_letter: _T, by_option: _T) -> _T:

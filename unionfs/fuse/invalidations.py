@@ -8,17 +8,20 @@ from unionfs.union.node import Node
 
 class Invalidations:
     """Nodes that a session must invalidate in the kernel: ``now`` before the next answer, ``soon`` a little
-    later; both in the order of addition."""
+    later, ``listings`` are directories with outdated cached listings; all in the order of addition."""
 
     def __init__(self) -> None:
         self.now: dict[Node, None] = {}
         self.soon: dict[Node, None] = {}
+        self.listings: dict[Node, None] = {}
 
     def of_copy_up(self, effects: Effects) -> None:
         """Add the nodes changed by a copy-up."""
         self.now[effects.node] = None
         if effects.resized is not None:
             self.soon[effects.resized] = None
+        if effects.listing is not None:
+            self.listings[effects.listing] = None
 
     def of_node(self, node: Node) -> None:
         """Add one node."""
@@ -35,6 +38,10 @@ class Invalidations:
     def take_soon(self) -> list[int]:
         """The same for ``soon``."""
         return _taken(self.soon)
+
+    def take_listings(self) -> list[int]:
+        """The same for ``listings``."""
+        return _taken(self.listings)
 
 
 def _taken(nodes: dict[Node, None]) -> list[int]:

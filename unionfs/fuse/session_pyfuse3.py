@@ -144,7 +144,7 @@ class PyfuseOperations(pyfuse3.Operations):  # type: ignore[misc,unused-ignore]
         after it. In a thread: a notice may have to wait for requests that the daemon serves.
         """
         invalidations = self.operations.invalidations
-        stale = {*invalidations.take_now(), *invalidations.take_soon()}
+        stale = {*invalidations.take_now(), *invalidations.take_soon(), *invalidations.take_listings()}
         await trio.to_thread.run_sync(_invalidate, stale)
 
     def _found(self, found: Found) -> pyfuse3.EntryAttributes:
@@ -407,7 +407,7 @@ def _entry(found: Found) -> pyfuse3.EntryAttributes:
     entry = pyfuse3.EntryAttributes()
     # The library has one number for node and inode, so bound hard links have several numbers.
     entry.st_ino = pyfuse3.InodeT(node.id)
-    entry.generation = node.incarnation
+    entry.generation = node.generation
     entry.entry_timeout = FOREVER
     entry.attr_timeout = FOREVER if attributes.lasting else 0
     entry.st_mode = pyfuse3.ModeT(st.st_mode)

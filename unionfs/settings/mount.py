@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import MISSING, asdict, dataclass, fields
 from typing import TYPE_CHECKING, Any
 
+from unionfs.settings.features import DEFAULTS, Features
+
 if TYPE_CHECKING:
     from unionfs.settings.specs import Spec, TmpfsOptions
 
@@ -43,6 +45,7 @@ class MountSettings:
     log_level: str
     mounted_by: int
     """The uid of the mounting user."""
+    features: Features = DEFAULTS
     upper_tmpfs: TmpfsOptions | None = None
     """Options of a detached tmpfs for upper and work; then `upper` and `work` are None."""
     storage: tuple[Spec, ...] = ()
@@ -88,6 +91,8 @@ class MountSettings:
         for name, value in plain.items():
             if isinstance(value, list):
                 plain[name] = tuple(value)
+        if "features" in plain:
+            plain["features"] = Features.from_json(plain["features"])
         if plain.get("storage") or plain.get("upper_tmpfs"):
             # For start-up time: most mounts have no storage.
             from unionfs.settings.specs import TmpfsOptions, from_json

@@ -9,9 +9,10 @@ other users in would be worse than none.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from unionfs.errors import UserError, quoted
+from unionfs.settings.features import DEFAULTS, VALUES, Features
 
 _SECURITY = ("context", "fscontext", "defcontext", "rootcontext")
 
@@ -129,9 +130,9 @@ _REFUSED: Mapping[str, str] = {
 
 # Features of kernel overlayfs: values that match this program, and the name of the unsupported feature.
 _FEATURES: Mapping[str, tuple[frozenset[str], str]] = {
-    "redirect_dir": (frozenset({"off", "nofollow", "follow"}), "renaming of lower directories by redirects"),
+    "redirect_dir": (frozenset({"on", "off", "follow", "nofollow"}), ""),
     "index": (frozenset({"off"}), "the index of hard links"),
-    "metacopy": (frozenset({"off"}), "copying up of metadata alone"),
+    "metacopy": (frozenset({"on", "off"}), ""),
     "nfs_export": (frozenset({"off"}), "export by file handles"),
     "verity": (frozenset({"off"}), "checking of fs-verity digests"),
     "xino": (frozenset({"on", "off", "auto"}), "another way of making inode numbers"),
@@ -155,6 +156,7 @@ class Options:
     subtype: str | None = None
     volatile: bool = False
     userxattr: bool = False
+    features: Features = DEFAULTS
     debug: bool = False
     session: str | None = None
     io: str | None = None
@@ -222,7 +224,7 @@ def _take(options: Options, name: str, value: str | None) -> None:
     elif name in _SECURITY:
         options.security.append(f"{name}={unescape_option(_needed(name, value, 'LABEL'))}")
     elif name in _FEATURES and value is not None:
-        _feature(name, value)
+        _feature(options, name, value)
     elif name == "plugins":
         if value:
             raise UserError(f"option plugins={quoted(value)}: plugins are not supported, so leave it out.")
@@ -237,9 +239,12 @@ def _take(options: Options, name: str, value: str | None) -> None:
         raise UserError(f"unknown option {quoted(option)}; `unionfs mount --help` lists the ones there are.")
 
 
-def _feature(name: str, value: str) -> None:
+def _feature(options: Options, name: str, value: str) -> None:
     accepted, lacking = _FEATURES[name]
     if value in accepted:
+        if name in VALUES:
+            chosen: dict[str, str] = {name: value}
+            options.features = replace(options.features, **chosen)
         return
     if not accepted:
         raise UserError(f"option {name}: {_REFUSED[name]}.")

@@ -12,16 +12,19 @@ import fcntl
 import os
 from collections.abc import Sequence
 from contextlib import ExitStack
+from dataclasses import replace
 from typing import Final
 
 from unionfs.errors import LayerError
-from unionfs.sys import calls, detached
+from unionfs.settings.features import DEFAULTS, Features
+from unionfs.sys import calls
 from unionfs.sys.capabilities import CAP_SYS_ADMIN, has_capability
 from unionfs.sys.fds import open_for_listing
 from unionfs.sys.filelocks import may_be_a_mounts
 from unionfs.union import opening
 from unionfs.union.markers import Markers
 from unionfs.union.places import BoundLayer, Layer
+from unionfs.union.redirecting import mode, parameter
 
 _NO_LOCKS: Final = (errno.EBADF, errno.ENOLCK, errno.EOPNOTSUPP, errno.EINVAL)
 
@@ -35,6 +38,7 @@ class LayerStack:
         self.work_fd = work_fd
         self.markers = markers
         self.volatile = False
+        self.features = DEFAULTS
         #: Storage shown at places of the union without merging.
         self.bound: list[BoundLayer] = []
         self.acl = all(layer.acl for layer in layers)
@@ -51,6 +55,7 @@ class LayerStack:
         *,
         userxattr: bool = False,
         volatile: bool = False,
+        features: Features = DEFAULTS,
         scratch: int | None = None,
         atime: Sequence[str] = (),
     ) -> LayerStack:
@@ -63,7 +68,6 @@ class LayerStack:
         Raises ``LayerError`` or ``OSError``, and then leaves nothing open.
         """
         privileged = has_capability(CAP_SYS_ADMIN)
-        atime_attributes = sum(detached.ATTRIBUTES[word] for word in atime)
         with ExitStack() as resources:
             layers: list[Layer] = []
             work_fd = -1
@@ -72,16 +76,14 @@ class LayerStack:
                     raise LayerError(
                         f"upper {upper} needs a work directory on the same filesystem; give one with --work."
                     )
-                upper_fd, work_root = opening.open_upper_and_work(
-                    upper, work, privileged, atime_attributes, resources
-                )
-                _lock(upper_fd, upper, "upper", resources)
-                _lock(work_root, work, "work", resources)
+                upper_fd, work_root = opening.open_upper_and_work(upper, work, privileged, resources, atime)
+                lock(upper_fd, upper, "upper", resources)
+                lock(work_root, work, "work", resources)
                 work_fd = opening.prepare_work(work_root, work, os.fstat(upper_fd).st_uid, resources)
                 layers.append(Layer(0, upper, upper_fd, is_upper=True, quiet="noatime" in atime))
             elif scratch is not None:
                 resources.callback(os.close, scratch)
-                opening.set_atime(scratch, atime_attributes)
+                opening.set_atime(scratch, atime)
                 upper_fd, work_fd = opening.make_upper_and_work(scratch, lowers, resources)
                 layers.append(Layer(0, "", upper_fd, is_upper=True))
             for path in lowers:
@@ -91,8 +93,17 @@ class LayerStack:
             if not layers:
                 raise LayerError("a union needs at least one layer; give one with --lower.")
             prefix = b"trusted.overlay." if privileged and not userxattr else b"user.overlay."
-            stack = cls(layers, work_fd, Markers(prefix), resources.pop_all())
+            top = layers[0]
+            chosen = features.redirect_dir or ("on" if features.metacopy == "on" else None)
+            redirects = mode(chosen, prefix, top if top.is_upper else None)
+            markers = Markers(prefix, follows_redirects=redirects != "nofollow")
+            stack = cls(layers, work_fd, markers, resources.pop_all())
             stack.volatile = volatile
+            stack.features = replace(
+                features,
+                redirect_dir=redirects,
+                metacopy=_metacopy(features.metacopy, redirects, upper or "on the tmpfs", stack),
+            )
             return stack
 
     @property
@@ -128,6 +139,33 @@ class LayerStack:
         self._resources.close()
 
 
+def _metacopy(wanted: str | None, redirects: str, upper: str, stack: LayerStack) -> str:
+    """Whether a change of metadata copies up metadata alone, ``on`` or ``off``: as wanted, else overlayfs's
+    default (super.c, ovl_metacopy_def) if redirects are written, which it needs.
+
+    Raises LayerError if it is wanted but not possible.
+    """
+    if wanted is None and (redirects != "on" or parameter("metacopy", "N") == "N"):
+        return "off"
+    if wanted == "off" or stack.upper is None:
+        return "off"
+    path, name = b"/proc/self/fd/%d" % stack.work_fd, stack.markers.metacopy
+    cure = "leave metacopy=on out"
+    try:
+        if not stack.markers.follows_metacopy:
+            cure += ", or mount as root without userxattr"
+            raise OSError(errno.EPERM, "every user could make such a file for the data of others")
+        os.setxattr(path, name, b"")
+        os.removexattr(path, name)
+    except OSError as error:
+        if wanted is None:
+            return "off"
+        raise LayerError(
+            f"metacopy=on is not possible with upper {upper}: {error.strerror}; {cure}."
+        ) from error
+    return "on"
+
+
 def _syncfs(root_fd: int) -> None:
     fd = os.open(b"/proc/self/fd/%d" % root_fd, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
     try:
@@ -143,7 +181,7 @@ def _replace_by_nothing(fd: int) -> None:
     os.close(null)
 
 
-def _lock(fd: int, path: str, role: str, resources: ExitStack) -> None:
+def lock(fd: int, path: str, role: str, resources: ExitStack) -> None:
     """Hold flock(2) on the directory for the life of the mount, so that other mounts refuse it.
 
     Any user who can read a directory can lock it; a lock of a user who may not write it is not a mount's.

@@ -5,6 +5,9 @@ ovl_get_redirect_xattr). A redirect is a C string, so it ends at its first NUL. 
 relative one with a slash, or an absolute one with an empty step is EINVAL. A step `.` or `..` is EACCES when
 the search reaches it, which does not happen below a missing directory. A name too long for a filesystem is
 missing there. A redirect never leaves its layer.
+
+Redirects in `user.*` xattrs, which overlayfs never follows, are followed only in an ordinary user's own mount
+(`daemon.settle`), and there only in that user's directories.
 """
 
 from __future__ import annotations
@@ -15,6 +18,7 @@ import stat
 from collections.abc import Iterator, Sequence
 
 from unionfs.union.markers import Markers
+from unionfs.union.named import NamedWhiteouts
 from unionfs.union.places import Gate, Layer, Place
 
 Searched = Iterator[tuple[Place, bytes]]
@@ -24,9 +28,12 @@ Searched = Iterator[tuple[Place, bytes]]
 class PartSearch:
     """Finds the real directories merged under one name, topmost layer first."""
 
-    def __init__(self, layers: Sequence[Layer], markers: Markers, gate: Gate) -> None:
+    def __init__(
+        self, layers: Sequence[Layer], markers: Markers, named: NamedWhiteouts, gate: Gate
+    ) -> None:
         self._layers = layers
         self._markers = markers
+        self._named = named
         self._gate = gate
         self._lowest = len(layers) - 1
 
@@ -43,7 +50,8 @@ class PartSearch:
         remaining: Searched = iter([(part, name) for part in below])
         redirected = False
         while place.layer.index != self._lowest:
-            opaque, redirect = self._markers.directory(self._gate.fd(place))
+            opaque, redirect, impure, copied = self._markers.directory(self._gate.fd(place))
+            place.marked(impure=impure, copied=copied)
             if opaque:
                 break
             if redirect is not None:
@@ -51,9 +59,9 @@ class PartSearch:
                     redirected = True
                     index = place.layer.index
                     remaining = iter([(part, name) for part in above if part.layer.index > index])
-                remaining = self._redirected(redirect, place.layer.index, remaining)
+                remaining = self._redirected(redirect, place, remaining)
             next_place = self._next_directory(remaining)
-            if next_place is None:
+            if next_place is None or self._named.cut(place):
                 break
             place = next_place
             found.append(place)
@@ -62,22 +70,41 @@ class PartSearch:
     def _next_directory(self, remaining: Searched) -> Place | None:
         """The topmost existing directory; removes it and the ones above it from `remaining`."""
         for part, here in remaining:
-            st = stat_step(self._gate.fd(part), here)
-            if st is not None:
+            dir_fd = self._gate.fd(part)
+            st = stat_step(dir_fd, here)
+            if st is None:
+                if part.layer.index != self._lowest and self._named.hides(part, dir_fd, here):
+                    return None
+            else:
                 if not stat.S_ISDIR(st.st_mode):
                     return None
-                return Place(part.layer, part, here, key=part.layer.key(st))
+                place = Place(part.layer, part, here, key=part.layer.key(st))
+                place.is_object(st)
+                return place
         return None
 
-    def _redirected(self, redirect: bytes, index: int, remaining: Searched) -> Searched:
+    def redirected(self, redirect: bytes, index: int, remaining: Searched) -> Searched:
         """Where to continue below layer `index`: a sibling's name, or a path from each layer's root."""
         steps = _steps(redirect)
-        if not self._markers.follows_redirects:
-            raise OSError(errno.EPERM, "a layer holds a redirect that any user could have made")
         if steps is None:
-            name = _c_string(redirect)
+            name = c_string(redirect)
             return ((part, name) for part, _ in remaining)
         return self._from_roots(steps, index)
+
+    def _redirected(self, redirect: bytes, place: Place, remaining: Searched) -> Searched:
+        """The same for the redirect of the directory `place`. Raises EPERM unless it is followed."""
+        found = self.redirected(redirect, place.layer.index, remaining)
+        self._check(place)
+        return found
+
+    def _check(self, place: Place) -> None:
+        """Raise EPERM unless the redirect of the directory `place` is followed."""
+        markers = self._markers
+        if not markers.follows_redirects:
+            raise OSError(errno.EPERM, "a layer holds a redirect, and these are not followed")
+        owner = markers.redirects_of
+        if owner is not None and os.fstat(self._gate.fd(place)).st_uid != owner:
+            raise OSError(errno.EPERM, "a layer holds a redirect in another user's directory")
 
     def _from_roots(self, steps: list[bytes], index: int) -> Searched:
         """The path `steps` in the layers below `index`.
@@ -92,18 +119,21 @@ class PartSearch:
             for position, step in enumerate(steps[:-1]):
                 st = stat_step(self._gate.fd(place), step)
                 if st is None:
+                    if self._named.hides(place, self._gate.fd(place), step):
+                        return
                     break
                 if not stat.S_ISDIR(st.st_mode):
                     return
                 place = Place(layer, place, step, key=layer.key(st))
                 if layer.index == self._lowest:
                     continue
-                opaque, further = self._markers.directory(self._gate.fd(place))
-                if opaque:
+                opaque, further, *_ = self._markers.directory(self._gate.fd(place))
+                if opaque or self._named.cut(place):
                     goes_on = False
                 elif further is not None:
                     absolute = _steps(further)
-                    middle = [*steps[:position], _c_string(further)] if absolute is None else absolute
+                    self._check(place)
+                    middle = [*steps[:position], c_string(further)] if absolute is None else absolute
                     below = [*middle, *steps[position + 1 :]]
                     goes_on = goes_on or absolute is not None
             else:
@@ -125,13 +155,14 @@ def stat_step(dir_fd: int, name: bytes) -> os.stat_result | None:
         raise
 
 
-def _c_string(value: bytes) -> bytes:
+def c_string(value: bytes) -> bytes:
+    """The bytes before the first NUL."""
     return value.partition(b"\0")[0]
 
 
 def _steps(redirect: bytes) -> list[bytes] | None:
     """The steps of an absolute redirect, None for a relative one. Raises OSError, EINVAL, for others."""
-    text = _c_string(redirect)
+    text = c_string(redirect)
     if not redirect or (b"/" in text and not text.startswith(b"/")):
         raise OSError(errno.EINVAL, "a layer holds an invalid redirect")
     if not text.startswith(b"/"):

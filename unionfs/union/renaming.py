@@ -6,13 +6,18 @@ import errno
 import os
 import stat
 from contextlib import nullcontext
+from functools import partial
 
 from unionfs.sys import calls
 from unionfs.sys.calls import os_error
 from unionfs.sys.fds import Owned
 from unionfs.union.changing import Changing, Name
 from unionfs.union.node import Node
+from unionfs.union.redirecting import redirect_for
 from unionfs.union.work import NO_FLAGS, NOT_EMPTY, At, rename
+
+Redirects = dict[Node, bytes | None]
+"""The renamed directories with lower parts, and the redirect that each needs; None if it has it already."""
 
 
 class Renaming(Changing):
@@ -24,15 +29,18 @@ class Renaming(Changing):
         self._check(node, target, moved, flags)
         if target is node:
             return []
-        lower = [one for one in moved if not one.is_dir and not one.in_place]
+        redirects = self._redirects(moved, same_parent=old[0] is new[0])
+        lower = [one for one in moved if not one.is_dir and not (one.in_place and self.finds_data(one))]
         if lower:
             return lower
+        for one in redirects:
+            self._copy_up.directory(one)
         if len(moved) > 1:
-            self._exchange(node, *old, moved[1], *new)
+            self._exchange(node, *old, moved[1], *new, redirects)
             return []
         union = self._union
         with nullcontext() if target is None else union.outliving(target):
-            self._replace(node, *old, target, *new)
+            self._replace(node, *old, target, *new, redirects)
             if target is not None:
                 union.merge.forget(target.parts)
                 union.nodes.remove_name(target, *new)
@@ -40,15 +48,15 @@ class Renaming(Changing):
         return []
 
     def _check(self, node: Node, target: Node | None, moved: list[Node], flags: int) -> None:
-        """Raise OSError for a refused rename: EXDEV for a directory with lower parts, as overlayfs without
-        ``redirect_dir``.
-        """
+        """Raise OSError for a refused rename: EXDEV for a directory with lower parts, unless redirects are
+        written."""
         exchange = flags == calls.RENAME_EXCHANGE
         if exchange and target is None:
             raise os_error(errno.ENOENT)
         if flags == calls.RENAME_NOREPLACE and target is not None:
             raise os_error(errno.EEXIST)
-        if any(one.is_dir and not one.is_pure_upper for one in moved):
+        writes = self._union.stack.features.redirect_dir == "on"
+        if not writes and any(one.is_dir and not one.is_pure_upper for one in moved):
             raise os_error(errno.EXDEV)
         if target is not None and target is not node and not exchange:
             if target.is_dir and not node.is_dir:
@@ -57,35 +65,68 @@ class Renaming(Changing):
                 raise os_error(errno.ENOTDIR)
             if target.is_dir and not target.territory.is_empty(target):
                 raise os_error(errno.ENOTEMPTY)
-        for one in moved:
-            if not one.is_dir and target is not node:
-                self._refuse_metacopy(one)
+
+    def _redirects(self, moved: list[Node], *, same_parent: bool) -> Redirects:
+        """The directories with lower parts, each with the redirect that it needs. Raises EXDEV."""
+        needed = partial(redirect_for, self._union.markers, self._union.gate, same_parent=same_parent)
+        return {one: needed(one) for one in moved if one.is_dir and not one.is_pure_upper}
 
     def _exchange(
-        self, node: Node, parent: Node, name: bytes, target: Node, new_parent: Node, new_name: bytes
+        self,
+        node: Node,
+        parent: Node,
+        name: bytes,
+        target: Node,
+        new_parent: Node,
+        new_name: bytes,
+        redirects: Redirects,
     ) -> None:
         nodes = self._union.nodes
-        self._hide_below(node, new_parent, new_name)
-        self._hide_below(target, parent, name)
         with self._both_writable(parent, new_parent) as (old_fd, new_fd):
+            self._detach(node, redirects, new_parent, new_name)
+            self._detach(target, redirects, parent, name)
+            self._union.origins.moves(node, new_parent.parts[0], new_fd)
+            self._union.origins.moves(target, parent.parts[0], old_fd)
             calls.renameat2(old_fd, name, new_fd, new_name, calls.RENAME_EXCHANGE)
         nodes.move(node, parent, name, new_parent, new_name)
         nodes.move(target, new_parent, new_name, parent, name)
 
-    def _hide_below(self, node: Node, parent: Node, name: bytes) -> None:
-        """Make a directory opaque before it becomes ``name`` in ``parent``, if a lower has that name."""
+    def _detach(self, node: Node, redirects: Redirects, parent: Node, name: bytes) -> None:
+        """Make a directory independent of its name before it becomes ``name`` in ``parent``: by a redirect to
+        its lower parts, or opaque if it has none and would otherwise get some. The old tree stays as it is.
+        """
         union = self._union
-        if node.is_dir and union.merge.is_visible_below(parent.parts, name):
-            union.markers.set_opaque(union.gate.fd(node.parts[0]))
+        if not node.is_dir:
+            return
+        node.changes()
+        fd = union.gate.fd(node.parts[0])
+        if node in redirects:
+            redirect = redirects[node]
+            try:
+                if redirect is not None:
+                    union.markers.set_redirect(fd, redirect)
+            except OSError as error:  # as overlayfs: the caller may copy the directory instead
+                raise os_error(errno.EXDEV) from error
+        elif union.merge.is_visible_below(parent.parts, name) or union.markers.directory(fd)[1] is not None:
+            union.markers.set_opaque(fd)
 
     def _replace(
-        self, node: Node, parent: Node, name: bytes, target: Node | None, new_parent: Node, new_name: bytes
+        self,
+        node: Node,
+        parent: Node,
+        name: bytes,
+        target: Node | None,
+        new_parent: Node,
+        new_name: bytes,
+        redirects: Redirects,
     ) -> None:
         """Rename on disk, without EXCHANGE."""
         leaves_whiteout = self._union.merge.is_visible_below(parent.parts, name)
-        self._hide_below(node, new_parent, new_name)
         with self._both_writable(parent, new_parent) as (old_fd, new_fd):
+            self._detach(node, redirects, new_parent, new_name)
             old, new = (old_fd, name), (new_fd, new_name)
+            self.replace_named(new_parent.parts[0], *new)
+            self._union.origins.moves(node, new_parent.parts[0], new_fd)
             try:
                 self._rename_over(node, old, new, leaves_whiteout=leaves_whiteout)
             except OSError as error:

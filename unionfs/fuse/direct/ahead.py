@@ -49,6 +49,8 @@ class Prepared:
 
     def __init__(self, node: Node, size: int) -> None:
         self.node = node
+        #: Its number is in the listing, as `..`.
+        self.parent = node.parent
         self.listing = Dirents(size)
         self.entries = NO_ENTRIES
         #: The names in it, one after the other.
@@ -148,7 +150,9 @@ class Ahead:
     def _holds(self, prepared: Prepared) -> bool:
         """Whether the prepared listing is still current. Raises ``OSError``."""
         node = prepared.node
-        if node.unlinked or not self._operations.union.merge.shows_only_lowers(node.parts):
+        if node.unlinked or node.parent is not prepared.parent:
+            return False
+        if not self._operations.union.merge.shows_only_lowers(node.parts):
             return False
         kept = all(part.layer.atime_stays for part in node.parts)
         return all(self._is_current(child) and (kept or not child.lookups) for child in prepared.nodes)

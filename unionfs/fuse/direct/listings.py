@@ -112,7 +112,7 @@ class ListingRequests:
                 name,
                 cookies[index],
                 child.id,
-                child.incarnation,
+                child.generation,
                 FOREVER if child.territory.lasting else NEVER,
                 valid(child, attributes),
                 encode.attribute_values(

@@ -215,9 +215,11 @@ class Loop:
         return encode.error(request.unique, errno.ENOSYS)
 
     def _reply(self, reply: Reply | None) -> None:
-        if self._invalidations.now:
+        if self._invalidations.now or self._invalidations.listings:
             # In line: the copied node is held by its request, see `Device.notify`.
             self._send(_ask_again(self._invalidations.take_now()))
+            # Cached data of a directory never waits for a request.
+            self._send([notify.inval_inode(id_) for id_ in self._invalidations.take_listings()])
         if reply is not None:
             self._device.answer(reply)
         if self._invalidations.soon and not self._tells_resized:
