@@ -16,7 +16,9 @@ from tests.mount import cli_calls
 from tests.mount.cli_calls import Place, listed, refused, succeed, unionfs
 from tests.support.patience import patient
 
-COMMANDS = ("mount", "umount", "sync", "ls", "inspect", "stats", "diff", "check", "convert", "doctor")
+COMMANDS = (
+    "mount", "umount", "sync", "refresh", "ls", "inspect", "stats", "diff", "check", "convert", "doctor",
+)  # fmt: skip
 
 
 IO_MODES = ("hybrid", "passthrough", "cached")

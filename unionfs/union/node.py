@@ -228,6 +228,10 @@ class Node:
         """Show that ctime while the real one is the one set by a copy-up."""
         self.ctime = real, shown
 
+    def has_parts(self, parts: list[Place]) -> None:
+        """Set the real directories merged into it."""
+        self.parts = parts
+
     def lies_in(self, place: Place) -> None:
         """Record that its object moved to another real directory."""
         self.place = place
