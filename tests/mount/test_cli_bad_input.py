@@ -37,7 +37,7 @@ def test_missing_lower(place: Place) -> None:
 
 def test_lower_that_is_a_file(place: Place) -> None:
     done = _unchanged(place, "-l", place.lower / "base", place.merged)
-    _refused(place, done, f"lower {place.lower}/base is not a directory")
+    _refused(place, done, f"lower {place.lower}/base is neither a directory nor a squashfs")
 
 
 def test_no_lower(place: Place) -> None:
@@ -310,7 +310,8 @@ def test_mountpoint_inside_upper_or_work(place: Place, name: str) -> None:
         ("RO", "unknown option RO"),
         ("redirect_dir=on", "redirect_dir=on"),
         ("index=on", "index=on"),
-        ("metacopy=on", "metacopy=on"),
+        ("metacopy=on,redirect_dir=off", "conflicts with redirect_dir=off"),
+        ("metacopy=on,userxattr", "conflicts with markers in user.* xattrs"),
         ("nfs_export=on", "nfs_export=on"),
         ("xino=maybe", "xino=maybe"),
         ("uidmapping=:0:100000:65536", "uidmapping"),

@@ -30,6 +30,10 @@
 13. Only ``--io cached``: truncation to the current size keeps a file's mtime (POSIX requires a new one only
     if the size changes): under writeback the FUSE client keeps the times, and does not treat this as a change
     (``fuse_do_setattr``). Our file then gets the new mtime.
+14. Only ``metacopy=on``: when the data of a file follows its metadata into the upper, at the open for
+    writing, overlayfs sets its mtime to the time of that copy; in the union a copy-up changes no mtime. Our
+    file then gets the new mtime. A name whose path in the lowers is longer than a redirect may be: overlayfs
+    returns EXDEV for another name, the union copies the data first. Such names are not renamed or linked.
 """
 
 from __future__ import annotations
@@ -49,6 +53,10 @@ NOW = -(10**18)
 KEPT = frozenset({b"marked"})
 """The directories of rule 8."""
 
+METACOPY = "metacopy=on"
+"""The option of rule 14."""
+LONG_NAME = 200
+"""Bytes; see rule 14."""
 KEEPING = "direct-passthrough"
 """The session of rule 11."""
 LATE = "direct-cached"

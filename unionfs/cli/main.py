@@ -60,7 +60,6 @@ def is_mount_helper_call(arguments: Sequence[str], program: str) -> bool:
 
 
 def main() -> None:
-    """The console script `unionfs`."""
     arguments = sys.argv[1:]
     if is_mount_helper_call(arguments, sys.argv[0]):
         # For start-up time: only mount(8) needs it.

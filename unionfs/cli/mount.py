@@ -23,8 +23,9 @@ Examples:
 """,
 )
 @click.option(
-    "-l", "--lower", "lowers", multiple=True, metavar="DIR", help="A read-only layer; the first is on top."
-)
+    "-l", "--lower", "lowers", multiple=True, metavar="DIR|IMAGE",
+    help="A read-only layer; the first is on top. As root also an image file (squashfs, erofs, ext4, xfs).",
+)  # fmt: skip
 @click.option(
     "-u",
     "--upper",

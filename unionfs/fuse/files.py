@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import stat
+from functools import partial
 from typing import Final
 
 from unionfs.fuse.copying import CopyUps
@@ -72,7 +73,10 @@ class Files:
         """
         if flags & (os.O_ACCMODE | os.O_TRUNC) == os.O_RDONLY:
             return None
-        return await self._copy_ups.ensure_data(node, 0 if flags & os.O_TRUNC else None, keep=True)
+        truncates = bool(flags & os.O_TRUNC)
+        appends = bool(flags & os.O_APPEND) and not truncates
+        check = partial(self._union.flags.may_write, node, appends=appends)
+        return await self._copy_ups.ensure_data(node, 0 if truncates else None, keep=True, check=check)
 
     def open_unread(self, node: Node, who: Who) -> int:
         """Open a lower's file for reading whose data the kernel may have cached; returns the number."""

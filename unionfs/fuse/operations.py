@@ -17,6 +17,7 @@ import resource
 import stat
 from collections import Counter
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Final, NamedTuple
 
 from unionfs.fuse.copying import CopyUps
@@ -32,6 +33,7 @@ from unionfs.sys.fds import Owned
 from unionfs.union.attributes import Attributes
 from unionfs.union.changes import ACL_DEFAULT, Caller, Changes
 from unionfs.union.copyup import CopyUp
+from unionfs.union.flags import APPEND, IMMUTABLE
 from unionfs.union.node import Node
 from unionfs.union.setids import SET_IDS, Who, is_outside, mode_after
 from unionfs.union.tree import Union
@@ -162,6 +164,7 @@ class Operations:
         node = self.node(id_)
         if node.territory is not self.directory(new_parent).territory:
             raise os_error(errno.EXDEV)
+        self.union.flags.may_link(node, self.directory(new_parent))
         await self.copy_ups.ensure(node)
         if not self.changes.finds_data(node):
             await self.copy_ups.ensure_data(node)
@@ -200,10 +203,11 @@ class Operations:
         """truncate(2), chown(2), chmod(2) and utimensat(2), in this order."""
         node = self.node(id_)
         only_mode = change.mode if change == Change(mode=change.mode) else None
+        check = partial(self._may_set, node, change, handle)
         if change.size is None:
-            kept = await self.copy_ups.ensure(node, only_mode, keep=True)
+            kept = await self.copy_ups.ensure(node, only_mode, keep=True, check=check)
         else:
-            kept = await self.copy_ups.ensure_data(node, change.size, keep=True)
+            kept = await self.copy_ups.ensure_data(node, change.size, keep=True, check=check)
         try:
             if kept is not None and only_mode is not None:
                 assert kept.st is not None
@@ -213,6 +217,17 @@ class Operations:
         finally:
             if kept is not None:
                 self.union.files.take_back_later(node, kept)
+
+    def _may_set(self, node: Node, change: Change, handle: Opened | None) -> None:
+        """Raise EPERM for a change that the node's flags forbid."""
+        flags = self.union.flags
+        if change.uid is not None or change.gid is not None or change.mode is not None:
+            flags.may_change(node)
+        if change.size is not None and (handle is None or flags.of(node) & APPEND):
+            flags.may_write(node, appends=False)
+        # With writeback the kernel sends the time of a write, which was permitted, by itself.
+        if change.atime_ns is not None or not self.union.files.is_open_for_writing(node):
+            flags.may_set_times(node, [one for one in (change.atime_ns, change.mtime_ns) if one is not None])
 
     def _set(self, node: Node, change: Change, handle: Opened | None) -> Found:
         node.changes()
@@ -310,7 +325,7 @@ class Operations:
             raise os_error(errno.EOPNOTSUPP)
         node = self.node(id_)
         stored = node.territory.stored_name(name)
-        await self.copy_ups.ensure(node)
+        await self.copy_ups.ensure(node, check=partial(self.union.flags.may_change, node))
         node.changes()
         self.union.capabilities.changed(node)
         with self.union.checked_path(node) as path:
@@ -349,6 +364,9 @@ class Operations:
     async def _removexattr(self, id_: int, name: bytes) -> None:
         node = self.node(id_)
         stored = node.territory.stored_name(name)
+        # The kernel removes capabilities by itself, before a write.
+        if name != CAPABILITY or self.union.flags.of(node) & IMMUTABLE:
+            self.union.flags.may_change(node)
         if not node.in_place:
             with self.union.checked_path(node) as path:
                 os.getxattr(path, stored)  # no copy-up if there is nothing to remove

@@ -93,17 +93,9 @@ class LayerStack:
             if not layers:
                 raise LayerError("a union needs at least one layer; give one with --lower.")
             prefix = b"trusted.overlay." if privileged and not userxattr else b"user.overlay."
-            top = layers[0]
-            chosen = features.redirect_dir or ("on" if features.metacopy == "on" else None)
-            redirects = mode(chosen, prefix, top if top.is_upper else None)
-            markers = Markers(prefix, follows_redirects=redirects != "nofollow")
+            markers, chosen = _choose(features, prefix, layers[0], work_fd)
             stack = cls(layers, work_fd, markers, resources.pop_all())
-            stack.volatile = volatile
-            stack.features = replace(
-                features,
-                redirect_dir=redirects,
-                metacopy=_metacopy(features.metacopy, redirects, upper or "on the tmpfs", stack),
-            )
+            stack.volatile, stack.features = volatile, chosen
             return stack
 
     @property
@@ -139,7 +131,17 @@ class LayerStack:
         self._resources.close()
 
 
-def _metacopy(wanted: str | None, redirects: str, upper: str, stack: LayerStack) -> str:
+def _choose(features: Features, prefix: bytes, top: Layer, work_fd: int) -> tuple[Markers, Features]:
+    """The markers, and the features with their defaults; ``top``: the topmost layer. Raises LayerError."""
+    upper = top if top.is_upper else None
+    wanted = features.redirect_dir or ("on" if features.metacopy == "on" else None)
+    redirects = mode(wanted, prefix, upper)
+    markers = Markers(prefix, follows_redirects=redirects != "nofollow")
+    metacopy = "off" if upper is None else _metacopy(features.metacopy, redirects, upper, markers, work_fd)
+    return markers, replace(features, redirect_dir=redirects, metacopy=metacopy)
+
+
+def _metacopy(wanted: str | None, redirects: str, upper: Layer, markers: Markers, work_fd: int) -> str:
     """Whether a change of metadata copies up metadata alone, ``on`` or ``off``: as wanted, else overlayfs's
     default (super.c, ovl_metacopy_def) if redirects are written, which it needs.
 
@@ -147,12 +149,12 @@ def _metacopy(wanted: str | None, redirects: str, upper: str, stack: LayerStack)
     """
     if wanted is None and (redirects != "on" or parameter("metacopy", "N") == "N"):
         return "off"
-    if wanted == "off" or stack.upper is None:
+    if wanted == "off":
         return "off"
-    path, name = b"/proc/self/fd/%d" % stack.work_fd, stack.markers.metacopy
+    path, name = b"/proc/self/fd/%d" % work_fd, markers.metacopy
     cure = "leave metacopy=on out"
     try:
-        if not stack.markers.follows_metacopy:
+        if not markers.follows_metacopy:
             cure += ", or mount as root without userxattr"
             raise OSError(errno.EPERM, "every user could make such a file for the data of others")
         os.setxattr(path, name, b"")
@@ -161,7 +163,8 @@ def _metacopy(wanted: str | None, redirects: str, upper: str, stack: LayerStack)
         if wanted is None:
             return "off"
         raise LayerError(
-            f"metacopy=on is not possible with upper {upper}: {error.strerror}; {cure}."
+            f"metacopy=on is not possible with upper {upper.path or 'on the tmpfs'}: {error.strerror}; "
+            f"{cure}."
         ) from error
     return "on"
 

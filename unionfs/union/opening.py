@@ -19,6 +19,7 @@ from unionfs.sys import calls, detached
 from unionfs.sys.fds import Owned
 from unionfs.sys.openat2 import RESOLVE_BENEATH, RESOLVE_NO_SYMLINKS, RESOLVE_NO_XDEV, openat2
 from unionfs.sys.trees import empty_directory
+from unionfs.union.images import is_image, open_image
 from unionfs.union.leftovers import check_leftovers, check_work
 
 _NO_CLONES: Final = (errno.EPERM, errno.ENOSYS, errno.EINVAL, errno.EOPNOTSUPP)
@@ -26,7 +27,12 @@ _DIRECTORY: Final = os.O_PATH | os.O_DIRECTORY
 
 
 def open_lower(path: str, privileged: bool) -> int:
-    """An O_PATH fd, of a read-only clone if ``privileged``. Raises LayerError, OSError."""
+    """An O_PATH fd, of a read-only clone if ``privileged``, or of a mounted image if it is a file.
+
+    Raises LayerError, OSError.
+    """
+    if is_image(path):
+        return open_image(path)
     with Owned(_open(calls.AT_FDCWD, path, path)) as fd:
         if privileged:
             clone = _clone(fd, path, readonly=True)
@@ -82,7 +88,7 @@ def make_upper_and_work(scratch: int, lowers: Sequence[str], resources: ExitStac
     upper_fd = _open(scratch, "upper", "upper")
     resources.callback(os.close, upper_fd)
     if lowers:
-        with Owned(_open(calls.AT_FDCWD, lowers[0], lowers[0])) as lower:
+        with Owned(open_lower(lowers[0], False)) as lower:
             st = os.fstat(lower)
         with contextlib.suppress(PermissionError):  # an ordinary user's upper belongs to that user
             calls.chown_fd(upper_fd, st.st_uid, st.st_gid)
