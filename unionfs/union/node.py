@@ -128,17 +128,12 @@ class Node:
         #: S_IFMT bits of the mode.
         self.kind = kind
         #: For a directory: the real directories merged into it, topmost first.
-        self.parts: list[Place] = []
+        self.parts: list[Place] = places if kind == stat.S_IFDIR else []
         #: For other types: the real directory that contains it as ``name``, and its `Layer.key`.
-        self.place: Place | None = None
+        self.place: Place | None = None if kind == stat.S_IFDIR else places[0]
         self.key = key
         #: Known nodes below, by name (directories only).
-        self.children: dict[bytes, Node] | None = None
-        if kind == stat.S_IFDIR:
-            self.parts = places
-            self.children = {}
-        else:
-            self.place = places[0]
+        self.children: dict[bytes, Node] | None = {} if kind == stat.S_IFDIR else None
         #: Where the data of a metacopy object lies; None: in the object, as far as known before it is opened.
         self.lower_data: LowerData | None = None
         #: The flags that apply to it, see `flags`; None: unknown.
@@ -155,8 +150,7 @@ class Node:
         self.no_capability = False
         #: Its number is that of its origin; see `origin`.
         self.from_origin = False
-        #: A ctime set on the real directory by a copy-up (`UNSEEN`: the one at the next query), and the ctime
-        #: shown instead; nanoseconds.
+        #: The ctime set by a copy-up (`UNSEEN`: the one at the next query), and the one shown instead; ns.
         self.ctime: tuple[int, int] | None = None
         #: Set at the first open.
         self.use: Use | None = None
