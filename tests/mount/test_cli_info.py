@@ -17,7 +17,7 @@ from tests.mount.cli_calls import Place, listed, refused, succeed, unionfs
 from tests.support.patience import patient
 
 COMMANDS = (
-    "mount", "umount", "sync", "ls", "inspect", "stats", "diff", "check", "convert", "doctor",
+    "mount", "umount", "sync", "refresh", "ls", "inspect", "stats", "diff", "check", "convert", "doctor",
 )  # fmt: skip
 
 

@@ -227,6 +227,34 @@ def test_daemon_may_open_as_many_files_as_the_hard_limit_says(place: Place) -> N
     assert soft == hard
 
 
+def test_limits_of_the_shell_are_not_the_daemons(place: Place) -> None:
+    (place.lower / "big").write_bytes(bytes(3_000_000))
+    limits = "; ".join(f"ulimit -S{limit}" for limit in ("t 1", "f 1000", "n 64", "v 2000000", "d 2000000"))
+    command = " ".join([*UNIONFS, "mount", *map(str, place.layers), str(place.merged)])
+    succeed(cli_calls.call(("sh", "-c", f"{limits}; exec {command}")))
+    pid = place.pid()
+    assert [name for name, values in _limits(pid).items() if len(values) > 1] == []
+    assert _limits(pid)["core file size"] == {"0"}
+    with (place.merged / "big").open("ab") as big:
+        big.write(b"more")
+    assert (place.upper / "big").stat().st_size == 3_000_004
+    files = [(place.merged / "base").open("rb") for _ in range(300)]
+    assert {file.read() for file in files} == {b"base\n"}
+    for file in files:
+        file.close()
+
+
+def _limits(pid: int) -> dict[str, set[str]]:
+    """Some limits of a process, soft and hard."""
+    names = ("cpu time", "file size", "data size", "address space", "core file size", "open files")
+    found = {}
+    for line in Path(f"/proc/{pid}/limits").read_text().splitlines():
+        name = line[4:26].strip()
+        if name in names:
+            found[name] = set(line[26:].split()[:2])
+    return found
+
+
 def test_closed_standard_files(place: Place) -> None:
     command = " ".join([*UNIONFS, "mount", *map(str, place.layers), str(place.merged)])
     done = cli_calls.call(("sh", "-c", f"exec {command} <&- >&- 2>&-"))

@@ -35,6 +35,24 @@ def test_dev_and_suid_of_mount_fuse_are_taken_in_silence(host: Host) -> None:
     assert {"nodev", "nosuid"} <= host.options()
 
 
+def test_limits_of_the_shell(host: Host, place: Place) -> None:
+    """Soft limits are raised to the hard ones; a hard one stays, and the log says so."""
+    (place.lower / "base").write_bytes(bytes(3_000_000))
+    command = " ".join([*host.command, "mount", *map(str, place.layers), str(place.merged)])
+    succeed(host.run("sh", "-c", f"ulimit -St 1; ulimit -Sf 1000; ulimit -Sn 64; exec {command}"))
+    succeed(host.run("sh", "-c", f"echo more >> {place.merged}/base"))
+    assert (place.upper / "base").stat().st_size == 3_000_005
+    succeed(host.unionfs("umount", place.merged))
+    (place.upper / "base").unlink()
+    succeed(host.run("sh", "-c", f"ulimit -f 1000; exec {command}"))
+    assert "limits of the mounting process stay (file size " in (
+        host.runtime / "unionfs/unionfs.log"
+    ).read_text()
+    done = host.run("dd", "if=/dev/zero", f"of={place.merged}/base", "count=1", "conv=notrunc,fsync")
+    assert "File too large" in done.stderr
+    assert host.run("cat", place.merged / "deep").stdout == "deep\n"
+
+
 @pytest.mark.parametrize("command", [["fusermount3", "-u"], ["kill"]])
 def test_other_ends(host: Host, place: Place, command: list[str]) -> None:
     pid = host.mount()

@@ -17,6 +17,7 @@ _COMMANDS = {
     "mount": ("unionfs.cli.mount:mount", "Mount a union."),
     "umount": ("unionfs.cli.umount:umount", "Unmount, and wait until all data is on disk."),
     "sync": ("unionfs.cli.orders:sync", "Write all data of a mount to disk."),
+    "refresh": ("unionfs.cli.orders:refresh", "Make changes to a mount's lowers visible."),
     "ls": ("unionfs.cli.mounts:ls", "List active mounts."),
     "inspect": ("unionfs.cli.mounts:inspect", "Show a mount's settings and figures."),
     "stats": ("unionfs.cli.stats:stats", "Show a mount's activity: requests, latency, bytes."),

@@ -1,4 +1,4 @@
-"""`unionfs sync`: orders to the daemon of a mount."""
+"""`unionfs sync` and `refresh`: orders to the daemon of a mount."""
 
 from __future__ import annotations
 
@@ -17,3 +17,14 @@ def sync(mountpoint: str) -> None:
     kernel does not ask a FUSE daemon to. fsync(2) of a file does.
     """
     give(find_mount(mountpoint), "sync", "written to disk", "check the disk of the upper")
+
+
+@click.command(epilog="Example: unionfs refresh /mnt")
+@click.argument("mountpoint")
+def refresh(mountpoint: str) -> None:
+    """Make changes visible that others made to the lowers of the mount at MOUNTPOINT.
+
+    A lower must not change while it is mounted. If it did, this makes the union show its names, attributes
+    and data as they are now. A file that was replaced or removed stays as it is for those who have it open.
+    """
+    give(find_mount(mountpoint), "refresh", "refreshed", "mount it anew")

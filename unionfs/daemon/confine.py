@@ -38,6 +38,9 @@ _WRITING: Final = frozenset({
 # umount.nfs tells an NFSv3 server from a port below 1024 that a volume is unmounted.
 _VOLUMES: Final = frozenset({"NET_BIND_SERVICE"})
 
+_OPEN_FILES: Final = 1 << 20
+"""The kernel's default for fs.nr_open, the highest limit of open files."""
+
 _LIMITS: Final = {
     "file size": resource.RLIMIT_FSIZE,
     "processor time": resource.RLIMIT_CPU,
@@ -67,8 +70,8 @@ def own_limits() -> list[str]:
     """Raise the limits inherited from the mounting shell. Returns those that stay, as "NAME VALUE"."""
     left = []
     for name, number in _LIMITS.items():
-        soft, hard = resource.getrlimit(number)
-        highest = hard if name == "open files" else resource.RLIM_INFINITY
+        hard = resource.getrlimit(number)[1]
+        highest = max(hard, _OPEN_FILES) if name == "open files" else resource.RLIM_INFINITY
         for wanted in ((highest, highest), (hard, hard)):
             try:
                 resource.setrlimit(number, wanted)

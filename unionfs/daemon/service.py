@@ -163,10 +163,13 @@ class Service:
         }
 
     async def _obey(self, order: str) -> dict[str, Any]:
-        if order != "sync":
-            return failed("its daemon does not know that order")
         try:
-            await sync(self._serving.locate(), self._stack)
+            if order == "sync":
+                await sync(self._serving.locate(), self._stack)
+            elif order == "refresh":
+                await self._operations.refreshing.refresh()
+            else:
+                return failed("its daemon does not know that order")
         except OSError as error:
             return failed(reason(error))
         return done()

@@ -107,6 +107,11 @@ class Directories:
         while self._names > _KEPT_NAMES and len(self._kept) > 1:
             self._names -= len(self._kept.popitem(last=False)[1][0])
 
+    def clear(self) -> None:
+        """Drop all listings."""
+        self._kept.clear()
+        self._names = 0
+
     def _drop(self, id_: int) -> None:
         entries = self._kept.pop(id_, None)
         if entries is not None:

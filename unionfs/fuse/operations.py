@@ -26,6 +26,7 @@ from unionfs.fuse.files import Files, Opened, truncate
 from unionfs.fuse.inline import in_thread
 from unionfs.fuse.invalidations import Invalidations
 from unionfs.fuse.latency import Latencies
+from unionfs.fuse.refreshing import Refreshing
 from unionfs.sys import calls
 from unionfs.sys.calls import os_error
 from unionfs.sys.fds import Owned
@@ -83,6 +84,7 @@ class Operations:
         self.changes = Changes(union, copy_up)
         self.copy_ups = CopyUps(union, copy_up)
         self.directories = Directories()
+        self.refreshing = Refreshing(union, self.directories, self.copy_ups)
         self.files = Files(union, self.copy_ups)
         #: The number of requests by kind, counted by the session.
         self.requests: Counter[str] = Counter()

@@ -20,6 +20,7 @@ from unionfs.fuse.direct.loop import Loop
 from unionfs.fuse.direct.mounting import MountOptions, mount, raise_readahead
 from unionfs.fuse.direct.names import NameRequests
 from unionfs.fuse.direct.nodeio import NodeIos
+from unionfs.fuse.direct.notices import Notices
 from unionfs.fuse.direct.splicing import Splicer
 from unionfs.fuse.errors import CUT_OFF, SessionError, SessionUnfit
 from unionfs.fuse.operations import Operations
@@ -93,6 +94,8 @@ def make_loop(device: Device, splicer: Splicer, operations: Operations, decision
     names = NameRequests(operations, ios, decision)
     listings = ListingRequests(operations, ios)
     data = DataRequests(operations, ios, names, device, splicer, decision)
+    writes_back = bool(decision.flags & Init.WRITEBACK_CACHE)
+    operations.refreshing.serve(Notices(device, listings.ahead, keeps_sizes=writes_back))
     operations.add_figures(lambda: {
         **ios.figures(),
         "kept_open_files": len(operations.union.files),
@@ -100,7 +103,7 @@ def make_loop(device: Device, splicer: Splicer, operations: Operations, decision
         "prepared_listings_used": listings.ahead.used,
         "passthrough": {"upper": decision.passthrough_upper, "lower": decision.passthrough_lower},
         "cache": {
-            "writeback": bool(decision.flags & Init.WRITEBACK_CACHE),
+            "writeback": writes_back,
             "opens_without_request": Opcode.OPEN in decision.enosys,
             "readahead_bytes": decision.max_readahead,
         },

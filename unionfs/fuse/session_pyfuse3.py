@@ -15,6 +15,7 @@ import trio
 from unionfs.fuse.directories import DOT, DOT_DOT
 from unionfs.fuse.errors import CUT_OFF, SessionError
 from unionfs.fuse.operations import ACL, Change, Found, Operations
+from unionfs.fuse.pyfuse3_notices import Notices, invalidate_attributes
 from unionfs.sys.calls import os_error
 from unionfs.sys.liveness import is_dead
 from unionfs.sys.mountinfo import mounted_at, mounts_of_device
@@ -47,6 +48,7 @@ async def serve(
     kernel's first request. Raises :class:`SessionError` if mounting fails or the mount is disconnected.
     """
     operations.add_figures(lambda: _FIGURES)
+    operations.refreshing.serve(Notices())
     try:
         pyfuse3.init(
             PyfuseOperations(operations, on_ready), mountpoint, {"default_permissions", *mount_options}
@@ -145,7 +147,7 @@ class PyfuseOperations(pyfuse3.Operations):  # type: ignore[misc,unused-ignore]
         """
         invalidations = self.operations.invalidations
         stale = {*invalidations.take_now(), *invalidations.take_soon(), *invalidations.take_listings()}
-        await trio.to_thread.run_sync(_invalidate, stale)
+        await trio.to_thread.run_sync(invalidate_attributes, stale)
 
     def _found(self, found: Found) -> pyfuse3.EntryAttributes:
         """The reply for a name that the kernel caches; counts a lookup of the node."""
@@ -438,12 +440,3 @@ def _bare(number: int, kind: int = 0, seconds: float = 0) -> pyfuse3.EntryAttrib
     entry.entry_timeout = seconds
     entry.attr_timeout = 0
     return entry
-
-
-def _invalidate(ids: set[int]) -> None:
-    for id_ in ids:
-        try:
-            pyfuse3.invalidate_inode(pyfuse3.InodeT(id_), attr_only=True)
-        except OSError as failure:
-            if failure.errno not in (errno.ENOENT, errno.ENOSYS, errno.ENOTCONN, errno.ENODEV):
-                log.warning("attributes of node %d could not be invalidated: %s", id_, failure.strerror)

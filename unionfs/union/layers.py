@@ -17,7 +17,7 @@ from typing import Final
 
 from unionfs.errors import LayerError
 from unionfs.settings.features import DEFAULTS, Features
-from unionfs.sys import calls, detached
+from unionfs.sys import calls
 from unionfs.sys.capabilities import CAP_SYS_ADMIN, has_capability
 from unionfs.sys.fds import open_for_listing
 from unionfs.sys.filelocks import may_be_a_mounts
@@ -68,7 +68,6 @@ class LayerStack:
         Raises ``LayerError`` or ``OSError``, and then leaves nothing open.
         """
         privileged = has_capability(CAP_SYS_ADMIN)
-        atime_attributes = sum(detached.ATTRIBUTES[word] for word in atime)
         with ExitStack() as resources:
             layers: list[Layer] = []
             work_fd = -1
@@ -77,16 +76,14 @@ class LayerStack:
                     raise LayerError(
                         f"upper {upper} needs a work directory on the same filesystem; give one with --work."
                     )
-                upper_fd, work_root = opening.open_upper_and_work(
-                    upper, work, privileged, atime_attributes, resources
-                )
+                upper_fd, work_root = opening.open_upper_and_work(upper, work, privileged, resources, atime)
                 lock(upper_fd, upper, "upper", resources)
                 lock(work_root, work, "work", resources)
                 work_fd = opening.prepare_work(work_root, work, os.fstat(upper_fd).st_uid, resources)
                 layers.append(Layer(0, upper, upper_fd, is_upper=True, quiet="noatime" in atime))
             elif scratch is not None:
                 resources.callback(os.close, scratch)
-                opening.set_atime(scratch, atime_attributes)
+                opening.set_atime(scratch, atime)
                 upper_fd, work_fd = opening.make_upper_and_work(scratch, lowers, resources)
                 layers.append(Layer(0, "", upper_fd, is_upper=True))
             for path in lowers:

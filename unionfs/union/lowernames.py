@@ -66,6 +66,11 @@ class LowerNames:
                 self._list(names)
         return parts if names.having is None else upper + names.having.get(name, [])
 
+    def clear(self) -> None:
+        """Forget everything: the lowers have changed."""
+        self._kept.clear()
+        self._count = 0
+
     def _forget(self, lowest: Place) -> None:
         self._count -= len(self._kept.pop(lowest).having or ())
 

@@ -122,6 +122,10 @@ class Merge:
             return not self.markers.is_whiteout(st, dir_fd, name)
         return False
 
+    def forget_names(self) -> None:
+        """Forget which lowers have which names."""
+        self._lower_names.clear()
+
     def listing(self, parts: Iterable[Place]) -> Listing:
         """The names of the directory merged from ``parts``. Raises ``OSError``."""
         return _MergedListing(self, tuple(parts))

@@ -128,17 +128,12 @@ class Node:
         #: S_IFMT bits of the mode.
         self.kind = kind
         #: For a directory: the real directories merged into it, topmost first.
-        self.parts: list[Place] = []
+        self.parts: list[Place] = places if kind == stat.S_IFDIR else []
         #: For other types: the real directory that contains it as ``name``, and its `Layer.key`.
-        self.place: Place | None = None
+        self.place: Place | None = None if kind == stat.S_IFDIR else places[0]
         self.key = key
         #: Known nodes below, by name (directories only).
-        self.children: dict[bytes, Node] | None = None
-        if kind == stat.S_IFDIR:
-            self.parts = places
-            self.children = {}
-        else:
-            self.place = places[0]
+        self.children: dict[bytes, Node] | None = {} if kind == stat.S_IFDIR else None
         #: Where the data of a metacopy object lies; None: in the object, as far as known before it is opened.
         self.lower_data: LowerData | None = None
         self.flags: int | None = None  # see `flags`; None: unknown
@@ -154,7 +149,7 @@ class Node:
         self.no_capability = False
         #: Its number is that of its origin; see `origin`.
         self.from_origin = False
-        #: A ctime set by a copy-up (`UNSEEN`: that of the next query), and the one shown instead, in ns.
+        #: The ctime set by a copy-up (`UNSEEN`: the one at the next query), and the one shown instead; ns.
         self.ctime: tuple[int, int] | None = None
         #: Set at the first open.
         self.use: Use | None = None
@@ -227,6 +222,10 @@ class Node:
     def show_ctime(self, shown: int, real: int = UNSEEN) -> None:
         """Show that ctime while the real one is the one set by a copy-up."""
         self.ctime = real, shown
+
+    def has_parts(self, parts: list[Place]) -> None:
+        """Set the real directories merged into it."""
+        self.parts = parts
 
     def lies_in(self, place: Place) -> None:
         """Record that its object moved to another real directory."""

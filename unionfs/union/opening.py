@@ -42,7 +42,7 @@ def open_lower(path: str, privileged: bool) -> int:
 
 
 def open_upper_and_work(
-    upper: str, work: str, privileged: bool, atime: int, resources: ExitStack
+    upper: str, work: str, privileged: bool, resources: ExitStack, atime: Sequence[str] = ()
 ) -> tuple[int, int]:
     """O_PATH fds of both on one mount: in a clone of their common parent if ``privileged``.
 
@@ -72,10 +72,11 @@ def open_upper_and_work(
     return fds[0], fds[1]
 
 
-def set_atime(mount_fd: int, attributes: int) -> None:
-    """Set when a private mount changes access times (`detached.ATTRIBUTES`), and not as the mount that it is
-    a clone of; as overlayfs (fs/overlayfs/super.c, ovl_get_upper). Not where a user namespace locks them.
+def set_atime(mount_fd: int, words: Sequence[str]) -> None:
+    """Set when a private mount changes access times, by words of mount(8), and not as the mount that it is a
+    clone of; as overlayfs (fs/overlayfs/super.c, ovl_get_upper). Not where a user namespace locks them.
     """
+    attributes = sum(detached.ATTRIBUTES[word] for word in words)
     with contextlib.suppress(PermissionError):
         detached.change(mount_fd, add=attributes, clear=detached.ATIME)
 

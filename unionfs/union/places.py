@@ -174,6 +174,11 @@ class Place:
         """Record whether it has whiteouts by name; see `named`."""
         self.asked_named = _MANY if some else -1
 
+    def forget_named(self) -> None:
+        """Forget whether it has whiteouts by name, which others may have changed in a lower."""
+        if not self.layer.is_upper:
+            self.asked_named = 0
+
     def know_default_acl(self, acl: bytes | None) -> None:
         """Record its default ACL; None: it has changed."""
         self.default_acl = acl

@@ -95,7 +95,7 @@ class Ahead:
         if len(walk) + len(below) > _WALK:
             walk.clear()
         walk.extend(reversed(below))
-        self._drop()
+        self.drop()
         if self._enabled and self._right >= _SURE and walk and _is_fit(walk[-1]):
             walk[-1].looked_up()
             self._prepared = Prepared(walk[-1], size)
@@ -120,10 +120,10 @@ class Ahead:
         except StopIteration:
             self._work = None
         except (OSError, Unfit):  # the request for the listing reports the error
-            self._drop()
+            self.drop()
         except Exception:
             log.exception("a listing could not be prepared")
-            self._drop()
+            self.drop()
         return True
 
     def take(self, node: Node, size: int) -> Prepared | None:
@@ -135,7 +135,7 @@ class Ahead:
             return None
         if prepared.listing.size > size or not self._holds(prepared):
             self._right = _IN_VAIN
-            self._drop()
+            self.drop()
             return None
         self.used += 1
         self._prepared = None
@@ -160,7 +160,8 @@ class Ahead:
     def _is_current(self, node: Node) -> bool:
         return self._operations.union.nodes.named(node.id) is node and node.successor is None
 
-    def _drop(self) -> None:
+    def drop(self) -> None:
+        """Drop the prepared listing."""
         self._work = None
         if self._prepared is not None:
             prepared, self._prepared = self._prepared, None

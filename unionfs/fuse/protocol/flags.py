@@ -72,6 +72,7 @@ class Notify(IntEnum):
     """The kinds of notifications; sent in the error field of a reply."""
 
     INVAL_INODE = 2
+    INVAL_ENTRY = 3
     STORE = 4
     RESEND = 7
 

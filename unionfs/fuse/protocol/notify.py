@@ -27,6 +27,7 @@ def _layout(name: str) -> struct.Struct:
 
 _BARE: Final = struct.Struct("=IiQ")
 _INVAL_INODE: Final = _layout("fuse_notify_inval_inode_out")
+_INVAL_ENTRY: Final = _layout("fuse_notify_inval_entry_out")
 _STORE: Final = _layout("fuse_notify_store_out")
 
 
@@ -36,6 +37,12 @@ def inval_inode(nodeid: int, offset: int = 0, length: int = 0) -> Reply:
     Length 0 or less: to the end. A negative offset: no data, attributes only. A directory's listing goes too.
     """
     return [_INVAL_INODE.pack(_INVAL_INODE.size, Notify.INVAL_INODE, 0, nodeid, offset, length)]
+
+
+def inval_entry(parent: int, name: bytes) -> Reply:
+    """Forget the entry `name` of the directory `parent`, also that there is none."""
+    size = _INVAL_ENTRY.size + len(name) + 1
+    return [_INVAL_ENTRY.pack(size, Notify.INVAL_ENTRY, 0, parent, len(name), 0), name, b"\0"]
 
 
 def store(nodeid: int, offset: int, *data: Buffer) -> Reply:

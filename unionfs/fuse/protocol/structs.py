@@ -150,6 +150,7 @@ _TABLE: Final[dict[str, tuple[str, ...]]] = {
     "fuse_direntplus": ("fuse_entry_out entry_out", "fuse_dirent dirent"),
     # -- notifications
     "fuse_notify_inval_inode_out": ("Q ino", "q off len"),
+    "fuse_notify_inval_entry_out": ("Q parent", "I namelen flags"),
     "fuse_notify_store_out": ("Q nodeid offset", "I size padding"),
 }
 

@@ -1,0 +1,43 @@
+"""What the pyfuse3 session tells the kernel: outdated attributes, data and names."""
+
+from __future__ import annotations
+
+import errno
+import logging
+from collections.abc import Callable, Iterable
+
+import pyfuse3
+
+from unionfs.union.refreshing import Outdated
+
+log = logging.getLogger(__name__)
+
+
+def invalidate_attributes(ids: Iterable[int]) -> None:
+    """Make the kernel request the attributes of nodes again. May block."""
+    for id_ in ids:
+        _send(pyfuse3.invalidate_inode, pyfuse3.InodeT(id_), True)
+
+
+class Notices:
+    """See `unionfs.fuse.refreshing.Kernel`."""
+
+    keeps_sizes = False
+
+    def drop_prepared(self) -> None:
+        """Nothing is prepared."""
+
+    def forget(self, outdated: Outdated) -> None:
+        for parent, name in outdated.names:
+            _send(pyfuse3.invalidate_entry, pyfuse3.InodeT(parent), pyfuse3.FileNameT(name))
+        for id_ in outdated.nodes:
+            _send(pyfuse3.invalidate_inode, pyfuse3.InodeT(id_))
+
+
+def _send(notice: Callable[..., None], *arguments: object) -> None:
+    """Send a notice; ignores objects that the kernel has forgotten."""
+    try:
+        notice(*arguments)
+    except OSError as failure:
+        if failure.errno not in (errno.ENOENT, errno.ENOSYS, errno.ENOTCONN, errno.ENODEV):
+            log.warning("the kernel refused a notice: %s", failure.strerror)
