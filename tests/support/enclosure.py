@@ -48,6 +48,9 @@ def main() -> int:
         return _code(os.waitpid(init, 0)[1])
     syscalls.die_with_parent()
     syscalls.mount("proc", "/proc", "proc")
+    # As on a host, no process has the number of one in a container's own namespace.
+    with open("/proc/sys/kernel/ns_last_pid", "w") as last:
+        last.write("1000")
     worker = os.fork()
     if worker == 0:
         signal.signal(signal.SIGINT, signal.default_int_handler)

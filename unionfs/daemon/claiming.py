@@ -9,8 +9,6 @@ from contextlib import suppress
 from functools import partial
 from typing import Final
 
-import xxhash
-
 from unionfs.daemon.runtime import RuntimeDirectory
 from unionfs.errors import UserError, quoted
 from unionfs.sys import filelocks
@@ -27,6 +25,9 @@ class Claim:
 
     def __init__(self, mountpoint: str, directory: RuntimeDirectory) -> None:
         """Raises UserError if another process of this user is mounting there or has just done so."""
+        # For start-up time: other commands only clear orphans.
+        import xxhash
+
         self._directory = directory
         self._name = f"{_PREFIX}{xxhash.xxh3_64_hexdigest(os.fsencode(mountpoint))}{_SUFFIX}"
         self._fd = self._lock(mountpoint)

@@ -53,7 +53,29 @@ def holders(status: os.stat_result) -> list[int]:
             words = line.split()
             if len(words) > 5 and words[1] == "FLOCK" and words[5].endswith(inode):
                 found.append(int(words[4]))
+    return found or _openers(inode)
+
+
+def _openers(inode: str) -> list[int]:
+    """Return the visible processes with an open file that holds the lock.
+
+    In a pid namespace, /proc/locks leaves out the locks whose taker has ended, though another process has the
+    file open (fs/locks.c, locks_show); fdinfo shows them (proc_pid_fdinfo(5)).
+    """
+    found = []
+    for pid in filter(str.isdecimal, os.listdir("/proc")):
+        with suppress(OSError):
+            opened = f"/proc/{pid}/fdinfo"
+            if any(_shows_lock(f"{opened}/{fd}", inode) for fd in os.listdir(opened)):
+                found.append(int(pid))
     return found
+
+
+def _shows_lock(path: str, inode: str) -> bool:
+    with suppress(OSError), open(path, encoding="ascii", errors="replace") as lines:
+        words = (line.split() for line in lines if line.startswith("lock:"))
+        return any("FLOCK" in line and any(word.endswith(inode) for word in line) for line in words)
+    return False
 
 
 def _uid(pid: int) -> int | None:
