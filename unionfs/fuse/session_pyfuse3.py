@@ -143,7 +143,7 @@ class PyfuseOperations(pyfuse3.Operations):  # type: ignore[misc,unused-ignore]
         after it. In a thread: a notice may have to wait for requests that the daemon serves.
         """
         invalidations = self.operations.invalidations
-        stale = {*invalidations.take_now(), *invalidations.take_soon()}
+        stale = {*(id_ for id_, _ in invalidations.take_now()), *invalidations.take_soon()}
         await trio.to_thread.run_sync(_invalidate, stale)
 
     def _found(self, found: Found) -> pyfuse3.EntryAttributes:

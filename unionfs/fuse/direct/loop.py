@@ -217,7 +217,7 @@ class Loop:
     def _reply(self, reply: Reply | None) -> None:
         if self._invalidations.now:
             # In line: the copied node is held by its request, see `Device.notify`.
-            self._send(_ask_again(self._invalidations.take_now()))
+            self._send([_ask_again(*one) for one in self._invalidations.take_now()])
         if reply is not None:
             self._device.answer(reply)
         if self._invalidations.soon and not self._tells_resized:
@@ -230,7 +230,8 @@ class Loop:
         """Send notices of sizes with a delay: after each copy-up they would make a walker query each time."""
         await trio.sleep(_RESIZED_SECONDS)
         self._tells_resized = False
-        await trio.to_thread.run_sync(self._send, _ask_again(self._invalidations.take_soon()))
+        notices = [_ask_again(one) for one in self._invalidations.take_soon()]
+        await trio.to_thread.run_sync(self._send, notices)
 
     def _send(self, notices: list[Reply]) -> None:
         for notice in notices:
@@ -272,6 +273,6 @@ class Loop:
             running[0].cancel()
 
 
-def _ask_again(ids: list[int]) -> list[Reply]:
-    """Notices that invalidate the attributes of nodes."""
-    return [notify.inval_inode(id_, -1, 0) for id_ in ids]
+def _ask_again(id_: int, listing: bool = False) -> Reply:
+    """A notice that invalidates the attributes of a node, and with ``listing`` a directory's listing."""
+    return notify.inval_inode(id_, 0 if listing else -1)
