@@ -83,6 +83,9 @@ def mount(
       ro                read-only, even with an upper
       volatile          never sync to disk: for disposable trees
       userxattr         store markers in user.overlay.* xattrs (always without root)
+      redirect_dir=     on: rename directories of the lowers, too, by redirects; off, follow: only follow
+                        redirects; nofollow: not even that. Default: on; not in uppers of a kernel that has
+                        it off, nor with userxattr, except in an ordinary user's mount without allow_other
       allow_other       allow access by all users (root: always); allow_root: only by root
       nodev nosuid noexec sync dirsync noatime nodiratime
       fsname=, subtype= what /proc/mounts shows
@@ -95,7 +98,7 @@ def mount(
       passthrough  all files kernel to kernel: for many mounts of one image, and huge files read once; a
                    process with a lower file open keeps the old data when another opens it for writing
       cached       all files from the page cache, and no request for an open: for many small files
-    The kernel's redirect_dir=, index=, metacopy=, nfs_export=, xino= and uuid= are accepted with values that
+    The kernel's index=, metacopy=, nfs_export=, xino= and uuid= are accepted with values that
     need no missing feature, as are options that only concern fstab, and those of fuse-overlayfs.
 
     \b
