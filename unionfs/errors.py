@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from types import TracebackType
+
 
 class UserError(Exception):
     """`str(error)` is one sentence for the user: the thing, the cause and the cure."""
@@ -42,3 +44,22 @@ def reason(error: OSError) -> str:
     """Return the C library's text for an error, starting in lower case for use within a sentence."""
     text = error.strerror or str(error)
     return text[:1].lower() + text[1:] if text[1:2].islower() else text
+
+
+class on_failure:
+    """Raises a UserError `COMPLAINT: CAUSE; CURE.` for an error of the block, OSError or one of `errors`."""
+
+    def __init__(self, complaint: str, cure: str, *errors: type[Exception]) -> None:
+        self._complaint = complaint
+        self._cure = cure
+        self._errors = errors or (OSError,)
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if isinstance(error, self._errors):
+            cause = reason(error) if isinstance(error, OSError) else str(error)
+            raise UserError(f"{self._complaint}: {cause}; {self._cure}.") from error

@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import argparse
 import ast
+import itertools
 import os
+import random
 import shutil
 import signal
 import subprocess
@@ -245,8 +247,20 @@ def _modules(names: list[str]) -> Iterator[Path]:
         yield from sorted(path.rglob("*.py")) if path.is_dir() else [path]
 
 
-def _survivors(module: Path, mutants: list[Mutant], tests: list[str], jobs: int) -> int:
-    """How many no test notices; each is printed as soon as it is found."""
+def _time_limit(copy: Path, tests: tuple[str, ...], known: dict[tuple[str, ...], float]) -> float:
+    """How long these tests may take with a change, in seconds: they are run without one, once."""
+    if tests not in known:
+        began = time.monotonic()
+        if _tests_fail(copy, list(tests), 600):
+            sys.exit(f"mutants: without any change these tests fail: {' '.join(tests)}")
+        known[tests] = 30 + 4 * (time.monotonic() - began)
+    return known[tests]
+
+
+def _survivors(
+    module: Path, mutants: list[Mutant], tests: list[str], jobs: int, limits: dict[tuple[str, ...], float]
+) -> int:
+    """How many no test notices; each is printed as soon as it is found. ``limits``: of the tests so far."""
     name = module.relative_to(REPOSITORY)
     with tempfile.TemporaryDirectory(prefix="unionfs-mutants-") as place:
         copies: SimpleQueue[Path] = SimpleQueue()
@@ -256,10 +270,7 @@ def _survivors(module: Path, mutants: list[Mutant], tests: list[str], jobs: int)
             shutil.copytree(REPOSITORY, copy, ignore=ignored, symlinks=True)
             Path(place).chmod(0o755)
             copies.put(copy)
-        began = time.monotonic()
-        if _tests_fail(copy, tests, 600):
-            sys.exit(f"mutants: the tests of {name} fail without any change.")
-        limit = 30 + 4 * (time.monotonic() - began)
+        limit = _time_limit(copy, tuple(tests), limits)
 
         def survives(mutant: Mutant) -> bool:
             copy = copies.get()
@@ -277,28 +288,52 @@ def _survivors(module: Path, mutants: list[Mutant], tests: list[str], jobs: int)
             return sum(pool.map(survives, mutants))
 
 
+def _report(name: str, caught: int, count: int) -> bool:
+    """Print how many of a module's changes were caught; returns whether they are enough."""
+    rate = caught / count
+    print(f"{name}: {caught} of {count} caught ({rate:.0%})", flush=True)
+    return rate >= ENOUGH
+
+
+def _sample(mutants: list[Mutant], count: int, seed: str) -> dict[Path, list[Mutant]]:
+    """That many changes by module, drawn evenly from all; the same ones for a seed and the same code."""
+    drawn = random.Random(seed).sample(mutants, min(count, len(mutants)))
+    drawn.sort(key=lambda mutant: (mutant.path, mutant.start))
+    return {path: list(group) for path, group in itertools.groupby(drawn, lambda mutant: mutant.path)}
+
+
 def main() -> int:
     """The exit code."""
     parser = argparse.ArgumentParser(prog="mutants")
     parser.add_argument("modules", nargs="+")
     parser.add_argument("--jobs", type=int, default=1)
     parser.add_argument("--lines", default="1-1000000")
+    parser.add_argument("--sample", type=int, default=0)
+    parser.add_argument("--seed", default="")
     parser.add_argument("--list", action="store_true")
     options = parser.parse_args()
     first, last = map(int, options.lines.split("-"))
     configuration = Configuration()
-    enough = True
-    for module in _modules(options.modules):
-        name = str(module.relative_to(REPOSITORY))
-        mutants = [mutant for mutant in Finder(module).found if first <= mutant.line <= last]
-        mutants = [mutant for mutant in mutants if not configuration.is_equivalent(mutant)]
+    mutants = [
+        mutant
+        for module in _modules(options.modules)
+        for mutant in Finder(module).found
+        if first <= mutant.line <= last and not configuration.is_equivalent(mutant)
+    ]
+    by_module = _sample(mutants, options.sample or len(mutants), options.seed)
+    enough, all_caught = True, 0
+    limits: dict[tuple[str, ...], float] = {}
+    for module, group in by_module.items():
         if options.list:
-            print(*mutants, sep="\n")
-        elif mutants:
-            caught = len(mutants) - _survivors(module, mutants, configuration.tests(name), options.jobs)
-            rate = caught / len(mutants)
-            print(f"{name}: {caught} of {len(mutants)} caught ({rate:.0%})", flush=True)
-            enough = enough and rate >= ENOUGH
+            print(*group, sep="\n")
+            continue
+        name = str(module.relative_to(REPOSITORY))
+        caught = len(group) - _survivors(module, group, configuration.tests(name), options.jobs, limits)
+        is_enough = _report(name, caught, len(group))
+        enough = enough and (is_enough or options.sample > 0)
+        all_caught += caught
+    if options.sample and not options.list:
+        enough = _report("the sample", all_caught, sum(map(len, by_module.values())))
     return 0 if enough else 1
 
 

@@ -230,6 +230,80 @@ def test_mount_by_type_with_flags(place: Place, mounter: Mounter) -> None:
     succeed(mounter.run("umount", place.merged))
 
 
+def _flags(place: Place, mounter: Mounter) -> set[str]:
+    """The flags of the mount and of its filesystem."""
+    line = mounter.run("grep", f" {place.merged} ", "/proc/self/mountinfo").stdout
+    left, right = line.split(" - ")
+    return set(left.split()[5].split(",")) | {f"filesystem {word}" for word in right.split()[2].split(",")}
+
+
+def test_remount(place: Place, mounter: Mounter) -> None:
+    """As of overlayfs beside it: all flags, also of what is open."""
+    kernel = place.root / "kernel"
+    for name in ("kernel", "up", "wk"):
+        (place.root / name).mkdir()
+    (place.lower / "tool").write_text("#!/bin/sh\n")
+    (place.lower / "tool").chmod(0o4755)
+    data = f"lowerdir={place.lower}:{place.lower2},upperdir={place.root}/up,workdir={place.root}/wk"
+    succeed(mounter.run("mount", "-t", "overlay", "-o", data, "overlay", kernel))
+    succeed(mounter.run("mount", "-t", "fuse.unionfs", "-o", place.data, "source", place.merged))
+    commands = ["touch base", "rm -f new; echo > new", "./tool", "test -w base", "mkdir d; rmdir d"]
+    for words in (
+        "ro", "rw", "noexec", "exec", "ro,noexec,nosuid,nodev", "rw,exec,suid,dev", "sync", "async", "ro",
+        "rw",
+    ):
+        seen = []
+        for root in (kernel, place.merged):
+            done = mounter.run("mount", "-o", f"remount,{words}", root)
+            assert done.returncode == 0, done.stderr
+            codes = [mounter.run("sh", "-c", f"cd {root} && {command}").returncode for command in commands]
+            line = mounter.run("grep", f" {root} ", "/proc/self/mountinfo").stdout.split()
+            seen.append((codes, line[5]))
+        assert seen[1] == seen[0], words
+    succeed(mounter.run("umount", kernel))
+    succeed(mounter.run("umount", place.merged))
+
+
+def test_remount_while_a_file_is_open_for_writing(place: Place, mounter: Mounter) -> None:
+    succeed(mounter.run("mount", "-t", "fuse.unionfs", "-o", place.data, "source", place.merged))
+    hold = f"exec 9>>{place.merged}/base; mount -o remount,ro {place.merged}"
+    done = mounter.run("sh", "-c", hold)
+    assert done.returncode != 0
+    assert "busy" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert "ro" not in _flags(place, mounter)
+    succeed(mounter.run("umount", place.merged))
+
+
+def test_remount_of_a_union_that_cannot_be_written(place: Place, mounter: Mounter) -> None:
+    data = f"lowerdir={place.lower}:{place.lower2}"
+    succeed(mounter.run("mount", "-t", "fuse.unionfs", "-o", data, "source", place.merged))
+    done = mounter.run("mount", "-o", "remount,rw", place.merged)
+    assert done.returncode != 0
+    assert "it has no upper" in done.stderr
+    succeed(mounter.run("mount", "-o", "remount,noexec", place.merged))
+    assert _flags(place, mounter) >= {"ro", "noexec", "filesystem ro"}
+    succeed(mounter.run("umount", place.merged))
+
+
+def test_remount_of_what_is_mounted_read_only(place: Place, mounter: Mounter) -> None:
+    """Its upper then takes changes."""
+    data = f"{place.data},ro"
+    succeed(mounter.run("mount", "-t", "fuse.unionfs", "-o", data, "source", place.merged))
+    assert mounter.run("touch", place.merged / "new").returncode != 0
+    succeed(mounter.run("mount", "-o", "remount,rw", place.merged))
+    succeed(mounter.run("sh", "-c", f"echo more >> {place.merged}/base"))
+    assert (place.upper / "base").read_text() == "base\nmore\n"
+    succeed(mounter.run("mount", "-o", "remount,ro", place.merged))
+    assert mounter.run("touch", place.merged / "new").returncode != 0
+    succeed(mounter.run("umount", place.merged))
+
+
+def test_remount_of_something_else(place: Place, mounter: Mounter) -> None:
+    done = _fuse_unionfs("source", place.merged, "-o", "remount,ro")
+    refused(done, "is not a unionfs mount", program="fuse-unionfs")
+
+
 def test_fstab(place: Place, mounter: Mounter) -> None:
     fstab = place.root / "fstab"
     fstab.write_text(

@@ -16,7 +16,7 @@ from tests.mount import cli_calls
 from tests.mount.cli_calls import Place, listed, refused, succeed, unionfs
 from tests.support.patience import patient
 
-COMMANDS = ("mount", "umount", "ls", "inspect", "stats", "diff", "doctor")
+COMMANDS = ("mount", "umount", "ls", "inspect", "stats", "diff", "check", "convert", "doctor")
 
 
 IO_MODES = ("hybrid", "passthrough", "cached")

@@ -9,6 +9,7 @@ import subprocess
 import threading
 import time
 from collections.abc import Callable
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -17,6 +18,7 @@ from tests.support import snapshot, syscalls
 from tests.support.mounting import Mount, mounted
 from tests.support.patience import patient
 from tests.support.world import World, errno_of
+from unionfs.fuse import directories
 
 MakeWorld = Callable[..., World]
 MANY = 100_000
@@ -62,12 +64,16 @@ def test_a_hundred_thousand_names(root: None, area: Path, session: str) -> None:
 
         thread = threading.Thread(target=come_and_go)
         thread.start()
+        listed = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
         try:
-            names = os.listdir(folder)
+            entries = syscalls.list_directory(listed)
         finally:
+            os.close(listed)
             stop.set()
             thread.join()
         assert not failures
+        assert max(entry.offset for entry in entries) < 1 << 31
+        names = [entry.name.decode() for entry in entries if entry.name not in (b".", b"..")]
         steady = [name for name in names if not name.startswith("new")]
         assert len(steady) == MANY
         assert len(set(names)) == len(names)
@@ -161,6 +167,104 @@ def test_seekdir_telldir_rewinddir(world: MakeWorld) -> None:
         assert len(again) == len(set(again))
     finally:
         directory.close()
+
+
+def _with_equal_hashes(pairs: int) -> list[str]:
+    """Names of which two each have the same hash in a listing."""
+    entries = directories._ordered({b"same%d" % number: 0 for number in range(200_000)})
+    found = [index for index, (one, two) in enumerate(pairwise(entries.hashes)) if one == two]
+    return [entries.names[index + both].decode() for index in found[:pairs] for both in (0, 1)]
+
+
+def test_positions_of_names_with_equal_hashes(world: MakeWorld) -> None:
+    """In 31 bits such names are certain. Each reader sees each of them once, while others come and go."""
+    equal = _with_equal_hashes(5)
+
+    def build(root: Path) -> None:
+        (root / "d").mkdir()
+        for name in equal[:6]:
+            (root / "d" / name).touch()
+
+    made = world(build)
+    folder = made.union / "d"
+    for name in equal[6:]:
+        (folder / name).touch()
+    _touch_many(folder, "other", 100)
+    for _ in range(2):  # the second time from the kernel's cache, where there is one
+        fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+        try:
+            entries = syscalls.list_directory(fd)
+            offsets = [entry.offset for entry in entries]
+            assert len(set(offsets)) == len(offsets) == 112
+            assert max(offsets) < 1 << 31
+            for index, offset in enumerate(offsets):
+                os.lseek(fd, offset, os.SEEK_SET)
+                rest = [entry.name for entry in syscalls.getdents(fd, 300)]
+                assert rest == [entry.name for entry in entries[index + 1 : index + 1 + len(rest)]]
+        finally:
+            os.close(fd)
+    _read_while_others_go(folder, equal)
+
+
+def _read_while_others_go(folder: Path, equal: list[str]) -> None:
+    fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        seen = []
+        goes = iter(range(100))
+        while chunk := syscalls.getdents(fd, 80):
+            seen += [entry.name.decode() for entry in chunk]
+            number = next(goes, None)
+            if number is not None:
+                (folder / f"other{number}").unlink()
+                (folder / f"new{number}").touch()
+            if seen[-1] in equal[::2]:
+                (folder / seen[-1]).unlink()  # the position of a name that is gone
+        assert sorted(name for name in seen if name in equal) == sorted(equal)
+    finally:
+        os.close(fd)
+
+
+_PLAIN_READDIR = r"""
+/* readdir(3) without large file support, as in glibc (sysdeps/unix/sysv/linux/getdents.c). */
+typedef unsigned long long u64;
+static int call(int number, int a, int b, int c)
+{
+    int result;
+    __asm__ volatile("int $0x80" : "=a"(result) : "a"(number), "b"(a), "c"(b), "d"(c) : "memory");
+    return result;
+}
+void _start(void)
+{
+    static char buffer[1024];
+    int names = 0, size, fd = call(5, (int)".", 0200000, 0);
+    while ((size = call(220, fd, (int)buffer, sizeof buffer)) > 0)
+        for (int at = 0; at < size; at += *(unsigned short *)(buffer + at + 16), names++) {
+            if (*(u64 *)(buffer + at) >> 32 || *(u64 *)(buffer + at + 8) >> 31)
+                call(1, 200, 0, 0);
+        }
+    call(1, size < 0 ? 201 : names, 0, 0);
+}
+"""
+
+
+def test_a_program_of_32_bits(world: MakeWorld, area: Path) -> None:
+    """It lists a directory whose inode numbers it can represent."""
+
+    def build(root: Path) -> None:
+        (root / "d").mkdir()
+        _touch_many(root / "d", "low", 70)
+
+    compiled = subprocess.run(
+        ["gcc", "-m32", "-static", "-nostdlib", "-fno-pie", "-no-pie", "-fno-stack-protector", "-Wno-all",
+         "-x", "c", "-", "-o", str(area / "list32")],
+        input=_PLAIN_READDIR.encode(), capture_output=True, check=False,
+    )  # fmt: skip
+    if compiled.returncode:
+        pytest.skip(f"gcc -m32 does not work: {compiled.stderr.decode()}")
+    made = world(build)
+    _touch_many(made.union / "d", "up", 70)
+    assert max(entry.stat().st_ino for entry in os.scandir(made.union / "d")) < 1 << 32
+    assert subprocess.run([str(area / "list32")], cwd=made.union / "d", check=False).returncode == 142
 
 
 def test_small_buffers(world: MakeWorld) -> None:

@@ -1,8 +1,7 @@
 """All differences that the comparison with kernel overlayfs permits, with reasons. No others are permitted.
 
-1. Inode values: only their relation is compared (which names are one file). A lower file with several hard
-   links that is not copied up is skipped: overlayfs without ``index`` shows its names as one file until
-   copy-up breaks them, the union always shows one file per name, which keeps ``st_ino`` constant.
+1. Inode values: only their relation is compared (which names are one file). A number may change when a name
+   of a lower file with several is copied up without ``index``: the copy is then a file of its own.
 2. ``st_nlink`` of a directory, if either side reports 1: a merged directory has no true count.
 3. Size and blocks of directories, and their listing order.
 4. atime, and ctime. An mtime is compared to the nanosecond unless it is within the time of the run: then both
@@ -112,19 +111,12 @@ def compare_trees(
     ours: Tree,
     theirs: Tree,
     clock: Clock,
-    is_copied_up: Callable[[bytes], bool] = lambda path: True,
     is_late: Callable[[bytes], bool] = lambda path: False,
 ) -> list[str]:
-    """The differences, one per line. ``is_copied_up`` returns whether overlayfs has a path in its upper,
-    ``is_late`` whether rule 12 applies to it."""
+    """The differences, one per line. ``is_late`` returns whether rule 12 applies to a path."""
     lines = [f"{path!r} is missing" for path in theirs.keys() - ours.keys()]
     lines += [f"{path!r} should not be there" for path in ours.keys() - theirs.keys()]
     shared = sorted(ours.keys() & theirs.keys())
-    broken = {
-        path
-        for path, entry in theirs.items()
-        if not stat.S_ISDIR(entry.mode) and entry.nlink > 1 and not is_copied_up(path)
-    }
     late = {
         path
         for path in shared
@@ -139,7 +131,7 @@ def compare_trees(
                 lines.append(f"{path!r}: {key} is {mine[key]!r}, overlayfs has {value!r}")
         if path not in late and not _nlinks(theirs[path].mode, ours[path].nlink, theirs[path].nlink):
             lines.append(f"{path!r}: nlink is {ours[path].nlink}, overlayfs has {theirs[path].nlink}")
-    mine_groups, their_groups = _relations(ours, broken | late), _relations(theirs, broken | late)
+    mine_groups, their_groups = _relations(ours, late), _relations(theirs, late)
     lines += [f"one file: {sorted(group)!r}" for group in mine_groups - their_groups]
     lines += [f"not one file: {sorted(group)!r}" for group in their_groups - mine_groups]
     return lines
@@ -177,7 +169,8 @@ def moved_inodes(before: Tree, after: Tree, touched: tuple[bytes, ...]) -> list[
         if any(path == name or path.startswith(name + b"/") for name in touched):
             continue
         old, new = before[path], after[path]
-        if old.ino != new.ino and old.kind == new.kind:
+        broken = old.nlink > 1 == new.nlink and not stat.S_ISDIR(old.mode)
+        if old.ino != new.ino and old.kind == new.kind and not broken:
             lines.append(f"{path!r}: st_ino changed from {old.ino} to {new.ino}")
     return lines
 

@@ -122,13 +122,14 @@ class Pair:
     """``ours`` and ``theirs``; ``begin``, then ``step`` for each operation, then ``finish``."""
 
     def __init__(
-        self, home: Path, session: str, count: int, arenas: int = ARENAS, redirect_dir: str = "on"
+        self, home: Path, session: str, count: int, arenas: int = ARENAS, options: Sequence[str] = ()
     ) -> None:
+        """``options``: of both mounts; without any, `redirect_dir=on`."""
         self.session, self.count, self.arenas = session, count, arenas
         #: The session without shortcuts has the same rules.
         self.kind = session.removesuffix(mounting.PLAIN)
         self.clock = normalise.Clock.start()
-        options = [f"redirect_dir={redirect_dir}"]
+        options = options or ["redirect_dir=on"]
         self.ours = Side("ours", home / "ours", count, arenas, options)
         self.theirs = Side("theirs", home / "theirs", count, arenas, options)
         self.home = home
@@ -379,7 +380,7 @@ class Pair:
         if self.kind == normalise.LATE and op is not None and op.name in ("truncate", "h_truncate"):
             ours = self._with_times(ours, theirs)
         self.tree = theirs
-        self._check(f"after {op}", ours, self.tree, self.theirs, copied)
+        self._check(f"after {op}", ours, self.tree, copied)
         lines: list[str] = []
         if self.session != "overlay":  # which does not always fulfil the union's rules of d_ino and st_ino
             lines += normalise.strict(ours)
@@ -411,24 +412,10 @@ class Pair:
         )
 
     def _check(
-        self,
-        when: str,
-        ours: Tree,
-        theirs: Tree,
-        upper_of: Side | None = None,
-        copied: frozenset[bytes] | None = None,
+        self, when: str, ours: Tree, theirs: Tree, copied: frozenset[bytes] | None = None
     ) -> None:
-        """``upper_of``: the side whose upper determines the copied-up files; without it, none.
-
-        ``copied``: what the union had in its upper before ``ours`` was taken, if that may differ from now.
-        """
-        lines = normalise.compare_trees(
-            ours,
-            theirs,
-            self.clock,
-            lambda path: upper_of is not None and self.is_copied_up(path, upper_of),
-            lambda path: self._is_late(path, copied),
-        )
+        """``copied``: what the union had in its upper before ``ours`` was taken, if it may differ now."""
+        lines = normalise.compare_trees(ours, theirs, self.clock, lambda path: self._is_late(path, copied))
         if lines:
             raise Difference(f"{when}:\n  " + "\n  ".join(lines[:20]))
 
@@ -466,15 +453,15 @@ class Pair:
         """One side's upper, read-only under the other's filesystem, must show the same tree."""
         layers_ = [side.upper, *side.lowers]
         context = (
-            mounting.kernel_mounted(self.home, lowers=layers_, name="cross")
+            mounting.kernel_mounted(self.home, lowers=layers_, name="cross", options=self.options)
             if session == "kernel"
-            else mounting.mounted(self.home, lowers=layers_, session=session, name="cross")
+            else mounting.mounted(
+                self.home, lowers=layers_, session=session, name="cross", options=self.options
+            )
         )
         with context as mount:
             again = side.workers["root"].call(snapshot.take, os.fsencode(mount.mountpoint / self.arena))
-            # The upper is a lower here: overlayfs shows its hard links as one file, the union does not.
-            known = side if session == "kernel" else None
-            self._check(f"{side.name}'s upper read by {session}", again, tree, known)
+            self._check(f"{side.name}'s upper read by {session}", again, tree)
 
     def replay(self, ops: Sequence[Op], *, full: bool = True) -> str | None:
         """Play a sequence in a fresh arena; the first difference, or None."""

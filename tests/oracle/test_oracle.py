@@ -11,6 +11,7 @@ A run is deterministic (see ``machine``). The environment varies it:
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -33,12 +34,12 @@ SECONDS, LONG_SECONDS = 900, 100_000
 
 
 def _compare(
-    area: Path, session: str, lowers: int, *, examples: int, steps: int, redirect_dir: str = "on"
+    area: Path, session: str, lowers: int, *, examples: int, steps: int, options: Sequence[str] = ()
 ) -> None:
-    pair = Pair(area, session, lowers, arenas=min(ARENAS, examples), redirect_dir=redirect_dir)
+    pair = Pair(area, session, lowers, min(ARENAS, examples), options)
     try:
         for index in range(examples):
-            machine = Machine(pair, f"{SEED} {session} {lowers} {steps} {index}")
+            machine = Machine(pair, " ".join([f"{SEED} {session} {lowers} {steps} {index}", *options]))
             try:
                 machine.play(steps)
             except (AssertionError, OSError) as error:
@@ -75,7 +76,14 @@ def test_same_without_shortcuts(kernel_overlay: None, area: Path, plain: str) ->
 @pytest.mark.timeout(SECONDS)
 def test_same_without_redirects(kernel_overlay: None, area: Path, session: str) -> None:
     """Directories with lower parts cannot be renamed."""
-    _compare(area, session, 2, examples=1, steps=40, redirect_dir="off")
+    _compare(area, session, 2, examples=1, steps=40, options=["redirect_dir=off"])
+
+
+@pytest.mark.watchdog(SECONDS)
+@pytest.mark.timeout(SECONDS)
+def test_same_with_metacopy(kernel_overlay: None, area: Path, session: str) -> None:
+    """Changes of metadata, and other names, copy up metadata alone."""
+    _compare(area, session, 2, examples=2, steps=40, options=["metacopy=on"])
 
 
 @pytest.mark.watchdog(LONG_SECONDS)

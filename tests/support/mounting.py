@@ -190,8 +190,9 @@ def kernel_mounted(
     if upper is None and len(lowers) == 1:
         lowers = [*lowers, _empty(tmp)]
     chosen = list(options)
-    # With userxattr the kernel accepts neither redirect_dir nor metacopy, not even with the value off.
-    own = () if "userxattr" in options else ("redirect_dir", "metacopy")
+    # With userxattr the kernel accepts neither redirect_dir nor metacopy, not even with the value off, and
+    # metacopy=on needs redirects.
+    own = () if {"userxattr", "metacopy=on"} & set(options) else ("redirect_dir", "metacopy")
     for key in ("index", "nfs_export", *own):
         if not any(option.startswith(key + "=") for option in options):
             chosen.append(f"{key}=off")

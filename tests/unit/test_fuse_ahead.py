@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import struct
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from unittest.mock import Mock
@@ -27,6 +28,8 @@ from unionfs.union.node import Node
 from unionfs.union.tree import Union
 
 SIZE = 4096
+ENTRY = 128
+"""The bytes of struct fuse_entry_out, before each struct fuse_dirent."""
 
 
 class Walked:
@@ -43,11 +46,16 @@ class Walked:
         self.list(union.nodes.root)
 
     def list(self, node: Node, size: int = SIZE) -> bytes:
-        """The answer to READDIRPLUS."""
+        """The answer to READDIRPLUS, without the nodes' generations, which differ from union to union."""
         request = Readdirplus.of(unique=1, nodeid=node.id, offset=0, size=size)
         reply = begin(self.listings.waiting[Opcode.READDIRPLUS](request))
         assert isinstance(reply, list)
-        return b"".join(reply)[16:]
+        records, at = bytearray(b"".join(reply)[16:]), 0
+        while at < len(records):
+            records[at + 8 : at + 16] = bytes(8)
+            (length,) = struct.unpack_from("=I", records, at + ENTRY + 16)
+            at += (ENTRY + 24 + length + 7) & ~7
+        return bytes(records)
 
     def in_order(self) -> list[Node]:
         """The directories below the root, in listing order."""

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+import zlib
 from pathlib import Path
+from random import Random
 from types import SimpleNamespace
 
 import pytest
@@ -12,6 +14,7 @@ import trio
 from tests.unit.union_support import OpenUnion, get, open_union
 from unionfs.fuse import directories as module
 from unionfs.fuse.directories import DOT_DOT, Directories
+from unionfs.union import tickets
 
 __all__ = ["open_union"]
 
@@ -29,7 +32,7 @@ async def test_every_name_once_from_any_place(lower: Path, open_union: OpenUnion
     union = open_union()
     directories = Directories()
     node = get(union, "a")
-    (cookies, names, _), first = await directories.entries(node, 0)
+    (cookies, names, *_), first = await directories.entries(node, 0)
     assert first == 0
     assert sorted(names) == sorted(b"n%d" % number for number in range(50))
     assert cookies == sorted(set(cookies))
@@ -46,31 +49,67 @@ async def test_places_stay_when_the_listing_is_made_anew(lower: Path, open_union
     union = open_union()
     directories = Directories()
     node = get(union, "a")
-    (cookies, names, _), _ = await directories.entries(node, 0)
+    (cookies, names, *_), _ = await directories.entries(node, 0)
     place = dict(zip(names, cookies, strict=True))
     directories.end(node)
     assert len(directories) == 0
     for number in range(0, 50, 3):
         (lower / f"a/n{number}").unlink()
     (lower / "a/more").touch()
-    (cookies, names, _), first = await directories.entries(node, place[b"n10"])
+    (cookies, names, *_), first = await directories.entries(node, place[b"n10"])
     assert all(place[name] == cookie for name, cookie in zip(names, cookies, strict=True) if name in place)
     assert cookies[first - 1] <= place[b"n10"] < cookies[first]
 
 
 async def test_equal_hashes(lower: Path, open_union: OpenUnion, monkeypatch: pytest.MonkeyPatch) -> None:
     """Names with the same hash follow each other; also if the next hash is the next number."""
-    hashes = {b"n%d" % number: 400 + number // 10 * 4 for number in range(50)}
+    hashes = {b"n%d" % number: 400 + number // 10 for number in range(50)}
     monkeypatch.setattr(module, "xxhash", SimpleNamespace(xxh3_64_intdigest=lambda name: hashes[name]))
     union = open_union()
     directories = Directories()
     node = get(union, "a")
-    (cookies, names, _), _ = await directories.entries(node, 0)
+    (cookies, names, *_), _ = await directories.entries(node, 0)
     assert len(set(cookies)) == len(set(names)) == 50
-    assert cookies == sorted(cookies)
+    assert max(cookies) < 1 << 31
     for index, cookie in enumerate(cookies):
         assert (await directories.entries(node, cookie))[1] == index + 1
     assert names == sorted(names, key=lambda name: (hashes[name], name))
+
+
+@pytest.mark.parametrize("different", [1, 2, 5])
+async def test_readers_among_equal_hashes_while_names_come_and_go(
+    lower: Path, open_union: OpenUnion, monkeypatch: pytest.MonkeyPatch, different: int
+) -> None:
+    """Whatever changes while they read: what is there all the time they see once, and in one piece."""
+    monkeypatch.setattr(
+        module, "xxhash", SimpleNamespace(xxh3_64_intdigest=lambda name: zlib.crc32(name) % different)
+    )
+    random = Random(different)
+    union = open_union()
+    directories = Directories()
+    node = get(union, "a")
+    steady = {b"n%d" % number for number in range(0, 50, 2)}
+    readers: list[tuple[int, list[bytes]]] = [(0, [])]
+    finished = 0
+    for turn in range(4000):
+        if random.random() < 0.5:  # only names that are no reader's last stay
+            path = lower / "a" / f"n{random.randrange(0, 50) | 1}"
+            path.unlink() if path.exists() else path.touch()
+            directories.end(node)
+        which = random.randrange(len(readers))
+        offset, seen = readers[which]
+        (cookies, names, *_), first = await directories.entries(node, offset)
+        taken = slice(first, first + random.randrange(1, 5))
+        seen += names[taken]
+        if cookies[taken]:
+            readers[which] = cookies[taken][-1], seen
+            if turn % 7 == 0:  # seekdir: another one continues at the same place
+                readers.append((cookies[taken][-1], seen.copy()))
+            continue
+        finished += 1
+        assert sorted(name for name in seen if name in steady) == sorted(steady)
+        readers[which] = 0, []
+    assert finished > 20
 
 
 async def test_hashes_of_dot_and_dot_dot_are_not_given(
@@ -78,8 +117,35 @@ async def test_hashes_of_dot_and_dot_dot_are_not_given(
 ) -> None:
     monkeypatch.setattr(module, "xxhash", SimpleNamespace(xxh3_64_intdigest=lambda name: 0))
     union = open_union()
-    (cookies, _, _), _ = await Directories().entries(get(union, "a"), 0)
-    assert cookies == list(range(DOT_DOT + 1, DOT_DOT + 51))
+    node = get(union, "a")
+    (cookies, names, *_), _ = await Directories().entries(node, 0)
+    assert min(cookies) > DOT_DOT
+    assert len(set(cookies)) == len(names) == 50
+
+
+@pytest.mark.parametrize("hash_", [2**64 - 1, 2**63, 2**31 - 1, 2**31 - 2**24 - 3, 2**31 - 2**24 - 4])
+async def test_no_cookie_needs_more_than_31_bits(
+    lower: Path, open_union: OpenUnion, monkeypatch: pytest.MonkeyPatch, hash_: int
+) -> None:
+    hashes = iter(range(hash_ - 25, hash_ + 25))
+    monkeypatch.setattr(module, "xxhash", SimpleNamespace(xxh3_64_intdigest=lambda name: next(hashes)))
+    (cookies, *_), _ = await Directories().entries(get(open_union(), "a"), 0)
+    assert DOT_DOT < min(cookies) <= max(cookies) < 2**31
+
+
+async def test_unknown_tickets(lower: Path, open_union: OpenUnion, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An offset that no listing contained, and one that is too old, are errors and no endless listing."""
+    monkeypatch.setattr(module, "xxhash", SimpleNamespace(xxh3_64_intdigest=lambda name: 0))
+    monkeypatch.setattr(tickets, "_KEPT", 10)
+    union = open_union()
+    directories = Directories()
+    node = get(union, "a")
+    with pytest.raises(OSError, match="Invalid argument"):
+        await directories.entries(node, tickets.FIRST_TICKET)
+    (cookies, *_), _ = await directories.entries(node, 0)
+    with pytest.raises(OSError, match="Invalid argument"):
+        await directories.entries(node, cookies[0])
+    assert (await directories.entries(node, cookies[48]))[1] == 49
 
 
 async def test_the_oldest_are_dropped(

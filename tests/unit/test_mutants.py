@@ -71,3 +71,17 @@ def test_the_list_of_tests() -> None:
     for one in values.get("equivalent", []):
         assert one["before"] in " ".join((REPOSITORY / one["module"]).read_text().split()), one
         assert one["reason"]
+
+
+def test_a_sample_is_drawn_from_all_modules(mutants: ModuleType, tmp_path: Path) -> None:
+    """The same one for the same seed; never more than there are."""
+    paths = [tmp_path / "a.py", tmp_path / "b.py"]
+    for path in paths:
+        path.write_text(SOURCE)
+    found = [mutant for path in paths for mutant in mutants.Finder(path).found]
+    drawn = mutants._sample(found, 9, "x")
+    assert drawn == mutants._sample(found, 9, "x")
+    assert drawn != mutants._sample(found, 9, "y")
+    assert sum(map(len, drawn.values())) == 9
+    assert set(drawn) == set(paths)
+    assert sum(map(len, mutants._sample(found, 1000, "").values())) == len(found)

@@ -44,10 +44,10 @@ def test_a_kernel_without_noswap(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_without_user_namespaces(monkeypatch: pytest.MonkeyPatch) -> None:
     refusing(monkeypatch, errno.EPERM)
 
-    def forbidden(uid: int, gid: int) -> None:
-        raise OSError(errno.ENOSPC, "no user namespace can be made: the limit is reached")
+    def forbidden(flags: int) -> None:
+        raise OSError(errno.ENOSPC, "the limit is reached")
 
-    monkeypatch.setattr(tmpfs, "_enter_user_namespace", forbidden)
+    monkeypatch.setattr(tmpfs, "unshare", forbidden)
     with pytest.raises(UserError) as caught:
         tmpfs.make(TmpfsOptions(), owner="the tmpfs for the upper")
     sentence = str(caught.value)

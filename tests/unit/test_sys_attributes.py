@@ -31,7 +31,7 @@ def test_a_name_that_becomes_a_symlink_leads_nowhere(tmp_path: Path, monkeypatch
     monkeypatch.setattr(os, "chown", swap)
     at = os.open(tmp_path, os.O_RDONLY)
     try:
-        new = attributes.Attributes(stat.S_IFIFO | 0o666, os.getuid(), os.getgid(), 0, 0, {})
+        new = attributes.FileAttributes(stat.S_IFIFO | 0o666, os.getuid(), os.getgid(), 0, 0, {})
         attributes.write(at, b"fifo", new, _never)
     finally:
         os.close(at)

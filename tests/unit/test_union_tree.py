@@ -87,7 +87,7 @@ class TestMergeRules:
         assert read(open_union(2), "new/f") == b"moved along"
 
     @pytest.mark.parametrize("listed", [True, False])
-    def test_metacopy_file_is_refused_not_read_as_zeros(
+    def test_a_users_metacopy_file_is_refused_not_read_as_zeros(
         self, tmp_path: Path, open_union: OpenUnion, monkeypatch: pytest.MonkeyPatch, listed: bool
     ) -> None:
         """Also where a filesystem has xattrs but does not list them."""
@@ -214,9 +214,11 @@ class TestNumbers:
         os.link(tmp_path / "l0/a", tmp_path / "l0/b")
         union = open_union()
         a, b = get(union, "a"), get(union, "b")
-        assert a.ino != b.ino
+        number = a.ino
+        assert (a.id != b.id, b.ino) == (True, number)
         copy_up(union, a)
         assert not b.in_place
+        assert (a.ino, b.ino) == ((tmp_path / "upper/a").stat().st_ino, number)
 
     def test_upper_hard_links_are_one_node(self, open_union: OpenUnion) -> None:
         union = open_union()

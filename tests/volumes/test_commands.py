@@ -129,6 +129,28 @@ class TestLs:
     def test_templates_that_are_not_supported(self, some: Store, template: str) -> None:
         refused(some("ls", "--format", template), "template")
 
+    @pytest.mark.parametrize(
+        ("words", "reads"),
+        [
+            ((), False),
+            (("-q",), False),
+            (("--format", "table"), False),
+            (("-q", "-f", "label=app"), False),
+            (("-q", "-f", "dangling=true"), True),
+            (("--json",), True),
+            (("--format", "json"), True),
+            (("--format", "{{.Name}} {{.Links}}"), True),
+        ],
+    )
+    def test_users_are_read_only_where_they_matter(
+        self, some: Store, words: tuple[str, ...], reads: bool
+    ) -> None:
+        # A symlink in a user's place cannot be read; it is reported to whoever reads the users.
+        (some.root / "volumes/alpha/.user-0").symlink_to("/dev/null")
+        done = some("ls", *words)
+        assert done.returncode == 0
+        assert ("cannot be read" in done.stderr) == reads, done.stderr
+
     def test_a_table_fits_the_terminal(self, some: Store) -> None:
         some.create("n" * 200)
         controller, terminal = pty.openpty()

@@ -22,7 +22,7 @@ from tests.support.patience import patient
 from tests.volumes.conftest import Store
 from unionfs.errors import UserError
 from unionfs.storage import jsonfiles, records
-from unionfs.storage.model import User
+from unionfs.storage.model import VolumeUser
 from unionfs.sys.process import start_time
 
 
@@ -278,7 +278,7 @@ class TestRepair:
         path.unlink(missing_ok=True)
         path.symlink_to(area / "secret")
         store.create("other")
-        done = store("ls", "-q")
+        done = store("ls", "-q", "-f", "dangling=true")
         assert (done.returncode, done.stdout.endswith("other\n"), str(path) in done.stderr) == (0, True, True)
         refused(store("rm", "data"), str(path))
         done = store("prune", "-a", "-f")
@@ -397,7 +397,7 @@ class TestEarlierVersion:
         volumes = store.volumes()
         found = volumes.get("nfs")
         assert (found.options, found.labels, found.created) == (options, {"a": "b"}, 5.0)
-        assert volumes.users("nfs") == [User(_user(), "/somewhere")]
+        assert volumes.users("nfs") == [VolumeUser(_user(), "/somewhere")]
         assert json.loads(path.read_text())["options"] == options
         assert not list(store.root.glob("registry.db*"))
         assert "record of volume nfs was lost" in store.told[0]
@@ -440,10 +440,10 @@ import os, sys
 sys.path.insert(0, sys.argv[2])
 from unionfs.storage.volumes import Volumes
 from unionfs.errors import UserError
-from unionfs.storage.model import User
+from unionfs.storage.model import VolumeUser
 root, number = sys.argv[1], int(sys.argv[3])
 volumes = Volumes(root, tell=lambda text: sys.exit(f"told: {text}"))
-user = User.of_this_process("mount", f"/mnt{number}")
+user = VolumeUser.of_this_process("mount", f"/mnt{number}")
 for turn in range(15):
     volumes.ensure("common")
     volumes.ensure(f"own{number}")
@@ -464,9 +464,9 @@ print("done")
 _AGAIN_AND_AGAIN = """
 import sys
 sys.path.insert(0, sys.argv[2])
-from unionfs.storage.model import User
+from unionfs.storage.model import VolumeUser
 from unionfs.storage.volumes import Volumes
-volumes, user = Volumes(sys.argv[1]), User.of_this_process("mount", "/mnt")
+volumes, user = Volumes(sys.argv[1]), VolumeUser.of_this_process("mount", "/mnt")
 print("up", flush=True)
 while True:
     volumes.create("data", labels={"a": "b"})
@@ -557,5 +557,5 @@ class TestManyProcesses:
         store.volumes().attach("data", _user())
         (path,) = directory.glob(".user-*")
         assert json.loads(path.read_text()) == [_user(), str(store.data("data"))]
-        assert records.users(str(directory)) == [User(_user(), str(store.data("data")))]
-        assert str(User(_user(), "")) == f"the mount /mnt (pid {os.getpid()})"
+        assert records.users(str(directory)) == [VolumeUser(_user(), str(store.data("data")))]
+        assert str(VolumeUser(_user(), "")) == f"the mount /mnt (pid {os.getpid()})"

@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 
 from unionfs import __version__
 from unionfs.cli.run import failed, leave, prepare_streams
-from unionfs.daemon import preflight
+from unionfs.daemon import preflight, remounting
 from unionfs.daemon.process import mount
 from unionfs.daemon.settle import settle
 from unionfs.errors import UserError, quoted
@@ -28,7 +28,8 @@ usage: fuse-unionfs [-f] [-d] [-o OPTION,...]... MOUNTPOINT
 
 Mounts a union, with the command line of fuse-overlayfs or of mount(8)'s helpers.
 
-  -o OPTION,...   lowerdir=A:B, upperdir=U, workdir=W and all others of `unionfs mount --help`
+  -o OPTION,...   lowerdir=A:B, upperdir=U, workdir=W and all others of `unionfs mount --help`;
+                  remount: only give a live mount other flags (ro, rw, nosuid, nodev, noexec ...)
   -f              stay in the foreground; if called as mount.TYPE: check, but mount nothing
   -d, --debug     stay in the foreground and log everything
   -s, -n, -v      ignored, for compatibility with mount(8)
@@ -118,6 +119,10 @@ def _mount(call: _Call, program: str) -> int:
             raise UserError(f"no mountpoint is given; see `{program} --help`.")
         case _:
             raise UserError(f"unexpected argument {quoted(call.words[2])}; see `{program} --help`.")
+    if remounting.is_remount(call.options):
+        if not call.fake:
+            remounting.change(mountpoint, call.options)
+        return 0
     settings = settle(
         mountpoint,
         options=call.options,

@@ -20,6 +20,8 @@ _COMMANDS = {
     "inspect": ("unionfs.cli.mounts:inspect", "Show a mount's settings and figures."),
     "stats": ("unionfs.cli.stats:stats", "Show a mount's activity: requests, latency, bytes."),
     "diff": ("unionfs.cli.diff:diff", "Show what a union's upper changes."),
+    "check": ("unionfs.cli.check:check", "Examine an upper that is not mounted."),
+    "convert": ("unionfs.cli.convert:convert", "Rewrite an upper's markers for other programs."),
     "run": ("unionfs.cli.containers:run", "Run a command in a union."),
     "rm": ("unionfs.cli.containers:rm", "Remove kept containers."),
     "volume": ("unionfs.cli.volume:volume", "Manage named volumes."),

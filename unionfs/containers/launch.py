@@ -11,7 +11,6 @@ shows only itself and the container's processes.
 
 from __future__ import annotations
 
-import ctypes
 import errno
 import fcntl
 import json
@@ -28,15 +27,12 @@ from unionfs.containers.small_root import enter_small_root, new_namespaces
 from unionfs.containers.terminal import Terminal
 from unionfs.errors import UserError, quoted, reason
 from unionfs.sys import detached
-from unionfs.sys.capabilities import NUMBERS, capability_sets, set_capabilities
-from unionfs.sys.keyring import new_session_keyring
-
-_libc = ctypes.CDLL(None, use_errno=True)
+from unionfs.sys.calls import new_session_keyring, prctl
+from unionfs.sys.capabilities import NUMBERS, capability_sets, drop_from_bounding_set, set_capabilities
 
 # linux/prctl.h
 _PR_SET_PDEATHSIG = 1
 _PR_SET_NAME = 15
-_PR_CAPBSET_DROP = 24
 _TERMINAL_SIGNALS = (
     signal.SIGHUP, signal.SIGINT, signal.SIGQUIT, signal.SIGTSTP, signal.SIGTTIN, signal.SIGTTOU,
 )  # fmt: skip
@@ -95,8 +91,8 @@ class Launch:
                 fcntl.ioctl(last, termios.TIOCSCTTY, 0)
             if os.fork() == 0:
                 self._spawn(writer)
-            _libc.prctl(_PR_SET_NAME, b"unionfs-session", 0, 0, 0)
-            _libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
+            prctl(_PR_SET_NAME, b"unionfs-session")
+            prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
             # Keep the slave open, so that the master stays usable while no program in the container has one.
             for fd in range(3):
                 os.dup2(last, fd)
@@ -181,9 +177,7 @@ def _bound_capabilities(names: Collection[str]) -> None:
     if not set_capabilities(data):
         return  # no_new_privs keeps the command from gaining more in any case
     kept = {NUMBERS[name.removeprefix("CAP_")] for name in names}
-    for number in set(range(64)) - kept:
-        # EINVAL: the kernel has no such number; EPERM: no CAP_SETPCAP
-        _libc.prctl(_PR_CAPBSET_DROP, number, 0, 0, 0)
+    drop_from_bounding_set(set(range(64)) - kept)
 
 
 def _unreachable(program: str) -> int | None:

@@ -9,7 +9,6 @@ command.
 
 from __future__ import annotations
 
-import ctypes
 import json
 import os
 import signal
@@ -20,6 +19,7 @@ from contextlib import suppress
 from unionfs.containers.launch import Launch
 from unionfs.containers.streams import Streams
 from unionfs.containers.terminal import Terminal, standard_terminals
+from unionfs.sys.calls import prctl
 from unionfs.sys.process import is_alive, start_time
 
 _PR_SET_CHILD_SUBREAPER = 36  # linux/prctl.h
@@ -62,7 +62,7 @@ class Command:
         `bounding` and `small_root`: as for Launch.
         """
         self._held = hold_signals()
-        ctypes.CDLL(None).prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
+        prctl(_PR_SET_CHILD_SUBREAPER, 1)
         fds = standard_terminals()
         self.terminal = Terminal(fds) if fds else None
         self._streams = Streams({0, 1, 2}.difference(fds))

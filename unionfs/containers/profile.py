@@ -15,7 +15,7 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from unionfs.errors import UserError, quoted, reason
+from unionfs.errors import on_failure, quoted
 
 ALLOW = 0x7FFF0000
 LOG = 0x7FFC0000
@@ -76,15 +76,16 @@ class _Bad(Exception):
 
 def read_profile(path: str, capabilities: Collection[str]) -> Profile:
     """Read a profile from a file. Raises UserError."""
-    try:
-        with open(path, "rb") as source:
-            data = source.read(_LARGEST_FILE + 1)
-    except OSError as error:
-        raise UserError(
-            f"seccomp profile {quoted(path)} cannot be read: {reason(error)}; check the path, or write "
-            "--security-opt seccomp=unconfined to do without a filter."
-        ) from error
-    try:
+    with on_failure(
+        f"seccomp profile {quoted(path)} cannot be read",
+        "check the path, or write --security-opt seccomp=unconfined to do without a filter",
+    ), open(path, "rb") as source:
+        data = source.read(_LARGEST_FILE + 1)
+    with on_failure(
+        f"seccomp profile {quoted(path)} cannot be used",
+        "correct it as Docker documents its seccomp profiles",
+        _Bad,
+    ):
         if len(data) > _LARGEST_FILE:
             raise _Bad("it is larger than 4 MiB")
         try:
@@ -93,11 +94,6 @@ def read_profile(path: str, capabilities: Collection[str]) -> Profile:
             text = f" ({error})" if isinstance(error, json.JSONDecodeError) else ""
             raise _Bad(f"it is not JSON{text}") from error
         return _profile(tree, capabilities)
-    except _Bad as error:
-        raise UserError(
-            f"seccomp profile {quoted(path)} cannot be used: {error}; correct it as Docker documents its "
-            "seccomp profiles."
-        ) from error
 
 
 def _profile(tree: Any, capabilities: Collection[str]) -> Profile:

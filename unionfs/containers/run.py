@@ -14,17 +14,18 @@ from unionfs.containers.bubblewrap import Confinement
 from unionfs.containers.confinement import settle_confinement
 from unionfs.containers.process import Command, hold_signals
 from unionfs.containers.store import Container, new_name
-from unionfs.daemon import guardian, live
+from unionfs.daemon import live
 from unionfs.daemon.preflight import check_directory
 from unionfs.daemon.process import mount
 from unionfs.daemon.settle import absolute, settle
 from unionfs.daemon.unmount import umount
-from unionfs.errors import UserError, quoted, reason
+from unionfs.errors import UserError, on_failure, quoted, reason
 from unionfs.settings.mount import MountSettings
 from unionfs.settings.specs import Spec, VolumeSpec
 from unionfs.storage.root import storage_root
 from unionfs.storage.targets import MountedTree, find, prepare
 from unionfs.storage.volumes import Volumes
+from unionfs.sys import guardian
 from unionfs.sys.fds import Owned
 from unionfs.sys.mountinfo import mounted_at
 from unionfs.sys.openat2 import open_in_root
@@ -295,17 +296,13 @@ def _refuse_kernel_trees(given: str, first: bytes) -> None:
 def _workdir(tree: MountedTree, given: str) -> str:
     """The command's working directory, normalized as in Docker; created if missing. Raises UserError."""
     clean = "/" + os.path.normpath(given).strip("/")
-    try:
+    with on_failure(f"--workdir {quoted(given)} cannot be used", "choose another directory"):
         names, missing = find(tree, clean)
         if not names and not missing:
             return "/"
         _refuse_kernel_trees(given, (names + missing)[0])
         if not missing and tree.kind(names) != stat.S_IFDIR:
             raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR))
-    except OSError as error:
-        raise UserError(
-            f"--workdir {quoted(given)} cannot be used: {reason(error)}; choose another directory."
-        ) from error
     return prepare(tree, clean, "--workdir", directory=True).path
 
 

@@ -9,7 +9,7 @@ from collections.abc import Collection, Iterator
 from typing import Any
 
 from unionfs.containers.profile import ALLOW, LOG, Condition, Profile, Rule, read_profile
-from unionfs.errors import UserError, quoted, reason
+from unionfs.errors import UserError, on_failure, quoted
 
 BUILT_IN = os.path.join(os.path.dirname(__file__), "seccomp.json")
 """A profile equivalent to Docker's default (moby/profiles, seccomp/default.json)."""
@@ -29,18 +29,16 @@ def compile_profile(path: str, capabilities: Collection[str]) -> bytes:
     """
     profile = read_profile(path, capabilities)
     library = _library()
-    try:
+    with on_failure(
+        f"seccomp profile {quoted(path)} cannot be compiled",
+        "correct it as Docker documents its seccomp profiles",
+    ):
         made = library.SyscallFilter(profile.default)
         tokens = _add_architectures(library, made, profile)
         for rule in profile.rules:
             if rule.action != profile.default:
                 _add(library, made, rule)
         program = _exported(made)
-    except OSError as error:
-        raise UserError(
-            f"seccomp profile {quoted(path)} cannot be compiled: {reason(error)}; correct it as Docker "
-            "documents its seccomp profiles."
-        ) from error
     if profile.default in (ALLOW, LOG):
         return program
     return b"".join(_newer_calls(library, tokens, profile)) + program

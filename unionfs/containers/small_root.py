@@ -10,21 +10,16 @@ the host or of other containers.
 
 from __future__ import annotations
 
-import ctypes
 import os
-import platform
 
 from unionfs.sys import detached
+from unionfs.sys.calls import syscall
+from unionfs.sys.fds import Owned
+from unionfs.sys.namespaces import CLONE_NEWNS, CLONE_NEWPID, CLONE_NEWUSER, unshare
 from unionfs.sys.unmount import MNT_DETACH, umount2
 
-_libc = ctypes.CDLL(None, use_errno=True)
-
-# linux/sched.h
-_CLONE_NEWNS = 0x00020000
-_CLONE_NEWUSER = 0x10000000
-_CLONE_NEWPID = 0x20000000
 # arch/x86/entry/syscalls/syscall_64.tbl, include/uapi/asm-generic/unistd.h
-_SYS_PIVOT_ROOT = {"x86_64": 155}.get(platform.machine(), 41)
+_SYS_PIVOT_ROOT = {"x86_64": 155}.get(os.uname().machine, 41)
 
 _DEVICES = ("/dev/null", "/dev/zero", "/dev/full", "/dev/random", "/dev/urandom", "/dev/tty")
 """The devices that bubblewrap's --dev binds from the host's /dev."""
@@ -43,9 +38,8 @@ def enter_small_root(merged: str, terminal: str | None) -> None:
     inodes, mounted read-only because uid 0 of the container could change their owner and mode (a device on a
     read-only mount remains writable). For uid 0, /proc is also read-only.
     """
-    old = _open("/")
-    detached.change(old, propagation=detached.PROPAGATION["slave"], recursive=True)
-    os.close(old)
+    with _opened("/") as old:
+        detached.change(old, propagation=detached.PROPAGATION["slave"], recursive=True)
     links = [path for path in _PROGRAMS if os.path.islink(path)]
     parts = [path for path in (*_PROGRAMS, *_FILES, *_DEVICES, "/sys") if os.path.exists(path)]
     mounts = [(path, _private(path, detached.READ_ONLY)) for path in parts if path not in links]
@@ -54,9 +48,8 @@ def enter_small_root(merged: str, terminal: str | None) -> None:
         mounts.append((terminal, _private(terminal)))
     mounts.append(("/proc", _proc()))
     root = detached.new_filesystem("tmpfs", [("mode", "0755"), ("size", "1m")])
-    place = _open("/proc")
-    detached.attach(root, place)
-    os.close(place)
+    with _opened("/proc") as place:
+        detached.attach(root, place)
     os.fchdir(root)
     os.mkdir("tmp")
     for path in links:
@@ -65,8 +58,7 @@ def enter_small_root(merged: str, terminal: str | None) -> None:
         _attach(path[1:], fd)
     detached.change(root, add=detached.READ_ONLY)
     os.close(root)
-    if _libc.syscall(_SYS_PIVOT_ROOT, ctypes.c_char_p(b"."), ctypes.c_char_p(b".")) != 0:
-        raise _failed()
+    syscall(_SYS_PIVOT_ROOT, b".", b".")
     umount2(".", MNT_DETACH)
     os.chdir("/")
 
@@ -76,15 +68,7 @@ def new_namespaces() -> None:
 
     For an ordinary user also enter a new user namespace.
     """
-    uid, gid = os.geteuid(), os.getegid()
-    flags = _CLONE_NEWNS | _CLONE_NEWPID | (0 if uid == 0 else _CLONE_NEWUSER)
-    if _libc.unshare(flags) != 0:
-        raise _failed()
-    if uid == 0:
-        return
-    for name, text in (("setgroups", "deny"), ("uid_map", f"{uid} {uid} 1"), ("gid_map", f"{gid} {gid} 1")):
-        with open(f"/proc/self/{name}", "w", encoding="ascii") as table:
-            table.write(text)
+    unshare(CLONE_NEWNS | CLONE_NEWPID | (CLONE_NEWUSER if os.geteuid() != 0 else 0))
 
 
 def _proc() -> int:
@@ -109,16 +93,9 @@ def _attach(path: str, fd: int) -> None:
     else:
         os.makedirs(os.path.dirname(path), exist_ok=True)
         os.close(os.open(path, os.O_CREAT | os.O_WRONLY | os.O_CLOEXEC, 0o644))
-    target = _open(path)
-    detached.attach(fd, target)
-    os.close(target)
-    os.close(fd)
+    with _opened(path) as target, Owned(fd):
+        detached.attach(fd, target)
 
 
-def _open(path: str) -> int:
-    return os.open(path, os.O_PATH | os.O_CLOEXEC)
-
-
-def _failed() -> OSError:
-    code = ctypes.get_errno()
-    return OSError(code, os.strerror(code))
+def _opened(path: str) -> Owned:
+    return Owned(os.open(path, os.O_PATH | os.O_CLOEXEC))

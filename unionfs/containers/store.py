@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import fcntl
-import json
 import os
 import secrets
 import stat
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 
-from unionfs.errors import UserError, quoted, reason
+from unionfs.errors import UserError, on_failure, quoted, reason
 from unionfs.settings.names import check_name
+from unionfs.storage import jsonfiles
 from unionfs.storage.removing import refuse_locked, remove_all
 from unionfs.storage.root import check_directory, is_own_directory, make_directory, open_root
+from unionfs.sys.fds import Owned
 from unionfs.sys.trees import remove_path
 
 _FACTS = "container.json"
@@ -59,13 +60,14 @@ class Container:
             make_directory(self.path)
         check_directory(self.path)
         try:
-            fd = os.open(self.path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
+            flags = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
+            opened = Owned(os.open(self.path, flags))
         except FileNotFoundError as error:
             raise UserError(
                 f"there is no container {quoted(self.name)} in {quoted(self.above)}; check the name and the "
                 "storage root."
             ) from error
-        try:
+        with opened as fd:
             try:
                 fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError as error:
@@ -73,14 +75,11 @@ class Container:
                     f"container {quoted(self.name)} is running; wait for it to end, or choose another name."
                 ) from error
             yield
-        finally:
-            os.close(fd)
 
     def lowers(self) -> tuple[str, ...]:
         """Return the lowers that it was created with; none for a new container."""
         try:
-            with open(f"{self.path}/{_FACTS}", encoding="utf-8", errors="surrogateescape") as source:
-                return tuple(json.load(source)["lowers"])
+            return tuple(jsonfiles.read(f"{self.path}/{_FACTS}")["lowers"])
         except FileNotFoundError:
             return ()
         except (OSError, ValueError, KeyError, TypeError) as error:
@@ -91,7 +90,10 @@ class Container:
 
     def make(self, lowers: Sequence[str], *, layers: bool) -> None:
         """Create the mountpoint, and with `layers` work and an upper with the topmost lower's attributes."""
-        try:
+        with on_failure(
+            f"container {quoted(self.name)} cannot be created in {quoted(self.above)}",
+            "check the lowers, or give another --root",
+        ):
             with suppress(FileExistsError):
                 os.mkdir(self.merged, 0o700)
             if not layers:
@@ -105,15 +107,7 @@ class Container:
             with suppress(FileExistsError):
                 os.mkdir(self.work, 0o700)
             if not os.path.exists(f"{self.path}/{_FACTS}"):
-                temporary = f"{self.path}/{_FACTS}.new"
-                with open(temporary, "w", encoding="utf-8", errors="surrogateescape") as out:
-                    json.dump({"lowers": list(lowers)}, out)
-                os.replace(temporary, f"{self.path}/{_FACTS}")
-        except OSError as error:
-            raise UserError(
-                f"container {quoted(self.name)} cannot be created in {quoted(self.above)}: {reason(error)}; "
-                "check the lowers, or give another --root."
-            ) from error
+                jsonfiles.write(f"{self.path}/{_FACTS}", {"lowers": list(lowers)}, sync=False)
 
     def remove(self) -> None:
         """Remove it with all its changes. Raises UserError; an immutable file in it prevents any removal."""

@@ -19,7 +19,7 @@ import threading
 from collections.abc import Callable, Collection
 from contextlib import suppress
 
-from unionfs.errors import UserError, reason
+from unionfs.errors import UserError, on_failure, reason
 
 _CHUNK = 1 << 18
 _POLL_SECONDS = 0.05
@@ -40,7 +40,7 @@ class Streams:
         self._reader: threading.Thread | None = None
         self._pending = b""
         self._error: OSError | None = None
-        try:
+        with on_failure("the container cannot get pipes", "raise `ulimit -n`"):
             self._woken, self._wake = os.pipe()
             for fd in sorted(fds):
                 if fd == 2 and 1 in self.ends and os.path.sameopenfile(1, 2):
@@ -53,8 +53,6 @@ class Streams:
                 else:
                     self.ends[fd] = writer
                     self._outputs.append((reader, fd))
-        except OSError as error:
-            raise UserError(f"the container cannot get pipes: {reason(error)}; raise `ulimit -n`.") from error
 
     def close_ends(self) -> None:
         """Close this process's copies of the container's ends."""

@@ -18,7 +18,7 @@ from collections.abc import Collection
 from contextlib import suppress
 from typing import Any
 
-from unionfs.errors import UserError, reason
+from unionfs.errors import on_failure
 from unionfs.sys.fds import Owned
 
 _POLL_SECONDS = 0.2
@@ -37,13 +37,11 @@ class Terminal:
 
     def __init__(self, fds: Collection[int]) -> None:
         """`fds`: the standard files that are terminals, at least one. Raises UserError."""
-        try:
+        with on_failure(
+            "the container cannot get a terminal",
+            "check that /dev/pts is mounted, or redirect stdin, stdout, and stderr",
+        ):
             self.master, self.slave = os.openpty()
-        except OSError as error:
-            raise UserError(
-                f"the container cannot get a terminal: {reason(error)}; check that /dev/pts is mounted, or "
-                "redirect stdin, stdout, and stderr."
-            ) from error
         #: The standard files that the slave replaces.
         self.fds = frozenset(fds)
         self._input = 0 in self.fds

@@ -9,7 +9,7 @@ import socket
 from unionfs.daemon import live
 from unionfs.daemon.answering import listen
 from unionfs.daemon.runtime import RuntimeDirectory
-from unionfs.errors import UserError, quoted, reason
+from unionfs.errors import on_failure, quoted
 from unionfs.settings.mount import MountSettings
 from unionfs.sys.capabilities import in_initial_user_namespace
 
@@ -48,13 +48,8 @@ class Announcement:
 
     def publish(self, settings: MountSettings, device: str) -> None:
         """Register the usable mount. Raises UserError."""
-        try:
+        with on_failure(f"the mount cannot be entered in {quoted(self._directory.path)}", "make room there"):
             self._entry = live.announce(settings, device, self._directory.path, self._claims)
-        except OSError as error:
-            raise UserError(
-                f"the mount cannot be entered in {quoted(self._directory.path)}: {reason(error)}; make room "
-                "there."
-            ) from error
 
     def mark_ending(self) -> None:
         """Record that the mount is gone and only the layers are still synced and closed."""

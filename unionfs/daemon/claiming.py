@@ -3,14 +3,13 @@ mount itself, and its mount would be covered."""
 
 from __future__ import annotations
 
-import fcntl
 import os
-from contextlib import suppress
 
 import xxhash
 
 from unionfs.daemon.runtime import RuntimeDirectory
 from unionfs.errors import UserError, quoted
+from unionfs.sys import filelocks
 from unionfs.sys.mountinfo import mounted_at
 
 
@@ -31,23 +30,19 @@ class Claim:
             )
 
     def _lock(self, mountpoint: str) -> int:
-        while True:
-            try:
-                fd = self._directory.open(self._name, os.O_RDWR | os.O_CREAT)
-            except OSError:
-                return -1  # such as a full disk: mount anyway
-            try:
-                fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                os.close(fd)
-                raise UserError(
-                    f"mountpoint {quoted(mountpoint)} is busy: another process is just mounting there; "
-                    "`unionfs ls` shows when it is done."
-                ) from None
-            with suppress(FileNotFoundError):
-                if os.path.samestat(os.stat(self._name, dir_fd=self._directory.fd), os.fstat(fd)):
-                    return fd
-            os.close(fd)  # its holder has removed it
+        def open_file() -> int:
+            return self._directory.open(self._name, os.O_RDWR | os.O_CREAT)
+
+        try:
+            fd = filelocks.take(open_file, self._name, self._directory.fd)
+        except OSError:
+            return -1  # such as a full disk: mount anyway
+        if fd is None:
+            raise UserError(
+                f"mountpoint {quoted(mountpoint)} is busy: another process is just mounting there; "
+                "`unionfs ls` shows when it is done."
+            )
+        return fd
 
     def release(self) -> None:
         """Release the claim: the mount is complete or has failed."""

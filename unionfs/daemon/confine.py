@@ -15,6 +15,7 @@ import resource
 from typing import Final
 
 from unionfs.settings.mount import MountSettings
+from unionfs.sys.calls import new_session_keyring
 from unionfs.sys.capabilities import (
     CAP_SYS_ADMIN,
     NAMES,
@@ -23,7 +24,6 @@ from unionfs.sys.capabilities import (
     keep_capabilities,
     no_new_privileges,
 )
-from unionfs.sys.keyring import new_session_keyring
 from unionfs.sys.mountinfo import mounted_at
 
 log = logging.getLogger(__name__)

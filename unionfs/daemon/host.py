@@ -19,7 +19,7 @@ from typing import Literal
 from unionfs.daemon import live, others
 from unionfs.daemon.confine import described
 from unionfs.daemon.fuse import fuse_device_problem, user_allow_other
-from unionfs.errors import UserError, reason
+from unionfs.errors import on_failure, reason
 from unionfs.fuse.protocol import NegotiationRefused, Privileges, Settings, negotiate
 from unionfs.fuse.protocol.flags import KERNEL_VERSION
 from unionfs.fuse.protocol.requests import InitRequest
@@ -58,14 +58,11 @@ def examine(directory: str | None = None) -> list[Finding]:
     Raises UserError if it is not writable.
     """
     findings = [_device(), _kernel(), _fusermount(), _allow_other(), _pyfuse3()]
-    try:
-        with _scratch(directory) as place:
-            findings += _filesystem(place)
-    except OSError as error:
-        raise UserError(
-            f"nothing can be tried out in {directory or tempfile.gettempdir()}: {reason(error)}; name a "
-            "directory that can be written by --dir."
-        ) from error
+    with on_failure(
+        f"nothing can be tried out in {directory or tempfile.gettempdir()}",
+        "name a directory that can be written by --dir",
+    ), _scratch(directory) as place:
+        findings += _filesystem(place)
     findings += [_overlayfs(), _passthrough(), _session()]
     findings += [_confinement(), _user_namespaces(), _bubblewrap(), _open_files(), *_dead_mounts()]
     return findings

@@ -207,6 +207,11 @@ def _check_work_content(work: str) -> None:
             ) from error
 
 
+def check_unused(upper: str, work: str | None = None) -> None:
+    """Raises UserError if a mount of this host uses `upper` or `work`."""
+    _check_unused(upper, upper if work is None else work, _Host(read_mountinfo()))
+
+
 def _check_unused(upper: str, work: str, host: _Host) -> None:
     for entry in live.live_mounts():
         for kind, path in (("upper", upper), ("work", work)):

@@ -92,6 +92,16 @@ def _features(parsed: Options, userxattr: bool, is_root: bool) -> Features:
     a mount that only one ordinary user can reach, they show that user only what that user may read anyway.
     """
     chosen, redirects = parsed.features, parsed.features.redirect_dir
+    if chosen.metacopy == "on" and redirects not in (None, "on"):
+        raise UserError(
+            f"metacopy=on needs redirects for renamed files, and conflicts with redirect_dir={redirects}; "
+            "leave one of the two out."
+        )
+    if chosen.metacopy == "on" and userxattr:
+        raise UserError(
+            "metacopy=on conflicts with markers in user.* xattrs, which any user can set to read the data of "
+            "others; leave metacopy=on out, or mount as root without userxattr."
+        )
     if not userxattr:
         return chosen
     if not (is_root or parsed.allow_other or parsed.allow_root):

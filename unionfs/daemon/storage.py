@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from unionfs.daemon import guardian, live
+from unionfs.daemon import live
 from unionfs.daemon.clearing import clear_dead_mounts
-from unionfs.errors import UserError, reason
+from unionfs.errors import on_failure
 from unionfs.settings.mount import MountSettings
 from unionfs.settings.specs import Spec
 from unionfs.storage import served
@@ -14,6 +14,7 @@ from unionfs.storage.attach import attach
 from unionfs.storage.sources import Sources
 from unionfs.storage.users import release, user_of, with_names
 from unionfs.storage.volumes import Volumes
+from unionfs.sys import guardian
 from unionfs.sys.capabilities import CAP_SYS_ADMIN, has_capability
 from unionfs.sys.mountinfo import MountEntry
 from unionfs.union.layers import LayerStack
@@ -32,10 +33,8 @@ class Storage:
         self._user = user_of(settings.mountpoint)
         self._kernel_mounts = has_capability(CAP_SYS_ADMIN)
         self._kept = False
-        try:
+        with on_failure("no process can be started", "end some others"):
             self._guardian = guardian.start(self._clear)
-        except OSError as error:
-            raise UserError(f"no process can be started: {reason(error)}; end some others.") from error
         volumes = Volumes(settings.storage_root)
         self._sources: Sources | None = Sources(volumes, self._user, kernel_mounts=self._kernel_mounts)
         try:
@@ -46,7 +45,7 @@ class Storage:
 
     def _clear(self, device: str) -> None:
         """Clean up after this process; the guardian calls this if the process is killed."""
-        if device:
+        if device:  # its `major:minor`, once it was mounted
             clear_dead_mounts(device)
         release(self.settings, self._user)
         live.entries()

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from unionfs.daemon import live, others
 from unionfs.daemon.inside import TakenOff, leave_peers, storage_mounts, unmount_inside
 from unionfs.daemon.settle import absolute_mountpoint
-from unionfs.errors import UserError, quoted, reason
+from unionfs.errors import UserError, on_failure, quoted, reason
 from unionfs.sys.asuser import run_as
 from unionfs.sys.liveness import is_dead
 from unionfs.sys.mountinfo import MountEntry, mounted_at, read_mountinfo
@@ -66,13 +66,8 @@ def _unmount_dead(mount: MountEntry, *, lazy: bool) -> None:
             _refuse_unless_gone(mount, error)
             return
         # A dead mount is unusable; a process with a directory open there only keeps it busy.
-        try:
+        with on_failure(f"the dead mount {quoted(mount.mountpoint)} cannot be unmounted", "try as root"):
             unmount(mount, lazy=True)
-        except OSError as again:
-            raise UserError(
-                f"the dead mount {quoted(mount.mountpoint)} cannot be unmounted: {reason(again)}; try as "
-                "root."
-            ) from again
 
 
 def _unmount_living(mount: MountEntry, entry: live.LiveMount | None, *, lazy: bool) -> None:

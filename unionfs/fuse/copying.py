@@ -8,7 +8,7 @@ from time import perf_counter_ns
 import trio
 
 from unionfs.fuse.inline import in_thread, may_wait
-from unionfs.union.copyup import CopyUp, FileCopy
+from unionfs.union.copyup import CopyUp, DataCopy, FileCopy
 from unionfs.union.files import OpenFile
 from unionfs.union.node import Node
 from unionfs.union.tree import Union
@@ -33,25 +33,25 @@ class CopyUps:
     async def ensure(
         self,
         node: Node,
-        limit: int | None = None,
         mode: int | None = None,
         *,
         keep: bool = False,
     ) -> OpenFile | None:
-        """Copy the node up if it is not in the upper. ``limit``: copy only that many bytes (truncation).
+        """Copy the node up if it is not in the upper; with `metacopy`, only its metadata.
 
-        ``keep``: lend the copied regular file to the caller (`OpenFiles`), with the permission bits ``mode``,
-        if set. Raises ``OSError``; then nothing is left of the copy.
+        ``keep``: lend a regular file copied with its data to the caller (`OpenFiles`), with the permission
+        bits ``mode``, if set. Raises ``OSError``; then nothing is left of the copy.
         """
         node.territory.require_writable()
         kept: OpenFile | None = None
-        while not node.in_place:
-            running = self._running.get(node)
-            if running is not None:
-                await may_wait()
-                await running.wait()
-            elif node.kind == stat.S_IFREG:
-                kept = await self._file(node, limit, mode, keep=keep)
+        while not node.in_place or node in self._running:
+            if await self._waited(node):
+                continue
+            if node.kind == stat.S_IFREG:
+                data = self.union.stack.features.metacopy != "on"
+                kept = await self._copied(
+                    FileCopy(self._copy_up, node, None, mode if data else None, data=data), keep=keep
+                )
             else:
                 began = perf_counter_ns()
                 if node.is_dir:
@@ -61,13 +61,44 @@ class CopyUps:
                 self._count(began)
         return kept
 
+    async def ensure_data(
+        self, node: Node, limit: int | None = None, *, keep: bool = False
+    ) -> OpenFile | None:
+        """Copy the data of a regular file up too, unless it is in the upper.
+
+        ``limit``: copy only that many bytes (truncation). ``keep``: lend the file, open for writing.
+        """
+        if node.kind != stat.S_IFREG:
+            return await self.ensure(node)
+        node.territory.require_writable()
+        while await self._waited(node):
+            pass
+        if not node.in_place:
+            return await self._copied(FileCopy(self._copy_up, node, limit), keep=keep)
+        file = self.union.files.lend_for_writing(node)
+        if file is None:
+            return await self._copied(DataCopy(self._copy_up, node, limit), keep=keep)
+        if keep:
+            return file
+        self.union.files.take_back(node, file)
+        return None
+
+    async def _waited(self, node: Node) -> bool:
+        """Wait for a copy-up of the node; returns False if there is none."""
+        running = self._running.get(node)
+        if running is None:
+            return False
+        await may_wait()
+        await running.wait()
+        return True
+
     def _count(self, began: int) -> None:
         self.count += 1
         self.nanoseconds += perf_counter_ns() - began
 
-    async def _file(self, node: Node, limit: int | None, mode: int | None, *, keep: bool) -> OpenFile | None:
+    async def _copied(self, new: FileCopy | DataCopy, *, keep: bool) -> OpenFile | None:
         began = perf_counter_ns()
-        with FileCopy(self._copy_up, node, limit, mode) as copy:
+        with new as copy:
             if copy.is_quick:
                 copy.copy()
             else:
@@ -78,7 +109,7 @@ class CopyUps:
         self.copied_bytes += copy.size
         return kept
 
-    async def _in_thread(self, copy: FileCopy) -> None:
+    async def _in_thread(self, copy: FileCopy | DataCopy) -> None:
         done = self._running[copy.node] = trio.Event()
         try:
             # Ends early if the request is cancelled.

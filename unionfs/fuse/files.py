@@ -10,6 +10,7 @@ from typing import Final
 from unionfs.fuse.copying import CopyUps
 from unionfs.fuse.inline import in_thread
 from unionfs.sys import calls
+from unionfs.sys.fds import Owned
 from unionfs.union.attributes import Attributes
 from unionfs.union.changes import Caller, Changes
 from unionfs.union.files import Handle, OpenFile, mode_without_set_ids
@@ -70,13 +71,13 @@ class Files:
     # -- opening --------------------------------------------------------------------------------------
 
     async def prepare(self, node: Node, flags: int) -> OpenFile | None:
-        """Copy a node up if ``flags`` open it for a change.
+        """Copy a node up with its data if ``flags`` open it for a change.
 
-        A file copied up for that is lent: pass it to :meth:`open`, or return it.
+        Then it is lent: pass it to :meth:`open`, or return it.
         """
         if flags & (os.O_ACCMODE | os.O_TRUNC) == os.O_RDONLY:
             return None
-        return await self._copy_ups.ensure(node, 0 if flags & os.O_TRUNC else None, keep=True)
+        return await self._copy_ups.ensure_data(node, 0 if flags & os.O_TRUNC else None, keep=True)
 
     def open_unread(self, node: Node, uid: int) -> int:
         """Open a lower's file for reading whose data the kernel may have cached; returns the number."""
@@ -166,8 +167,15 @@ class Files:
         """fsync(2) or fdatasync(2). Does nothing for a lower's file, which has not changed, or in memory."""
         if not node.in_place or not node.territory.durable:
             return
+        sync = os.fdatasync if datasync else os.fsync
+        if not node.data_in_place:
+            with self._union.checked_path(node) as path:
+                metadata = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+            with Owned(metadata):
+                await in_thread(sync, metadata)
+            return
         with file:
-            await in_thread(os.fdatasync if datasync else os.fsync, file.fd)
+            await in_thread(sync, file.fd)
 
     async def allocate(self, file: OpenFile, mode: int, offset: int, length: int) -> None:
         """fallocate(2)."""

@@ -162,6 +162,8 @@ class Operations:
         if node.territory is not self.directory(new_parent).territory:
             raise os_error(errno.EXDEV)
         await self.copy_ups.ensure(node)
+        if not self.changes.finds_data(node):
+            await self.copy_ups.ensure_data(node)
         return self.changes.link(node, self.directory(new_parent), new_name)
 
     def unlink(self, parent: int, name: bytes) -> None:
@@ -177,7 +179,10 @@ class Operations:
         old, new = self.directory(parent), self.directory(new_parent)
         while lower := self.changes.rename(old, name, new, new_name, flags):
             for node in lower:
-                await self.copy_ups.ensure(node)
+                if node.in_place:
+                    await self.copy_ups.ensure_data(node)
+                else:
+                    await self.copy_ups.ensure(node)
         if old is not new:
             for directory, here in ((new, new_name), (old, name)):
                 moved = self.union.nodes.child(directory, here)
@@ -199,7 +204,10 @@ class Operations:
         """truncate(2), chown(2), chmod(2) and utimensat(2), in this order."""
         node = self.node(id_)
         only_mode = change.mode if change == Change(mode=change.mode) else None
-        kept = await self.copy_ups.ensure(node, change.size, only_mode, keep=True)
+        if change.size is None:
+            kept = await self.copy_ups.ensure(node, only_mode, keep=True)
+        else:
+            kept = await self.copy_ups.ensure_data(node, change.size, keep=True)
         try:
             if kept is not None and only_mode is not None:
                 assert kept.st is not None
@@ -216,7 +224,7 @@ class Operations:
             self._truncate(node, change.size, handle, kills_set_ids=change.kills_set_ids)
         elif change.kills_set_ids and change.uid is None and change.gid is None:
             self._drop_set_ids(node)
-        file = None if node.use is None else node.use.file
+        file = None if node.use is None or not node.data_in_place else node.use.file
         if file is not None and file.users:
             self._set_open(file.fd, change)
             return node, node.attributes_of(os.fstat(file.fd))

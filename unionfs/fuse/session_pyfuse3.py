@@ -143,7 +143,7 @@ class PyfuseOperations(pyfuse3.Operations):  # type: ignore[misc,unused-ignore]
         after it. In a thread: a notice may have to wait for requests that the daemon serves.
         """
         invalidations = self.operations.invalidations
-        stale = {*(id_ for id_, _ in invalidations.take_now()), *invalidations.take_soon()}
+        stale = {*invalidations.take_now(), *invalidations.take_soon(), *invalidations.take_listings()}
         await trio.to_thread.run_sync(_invalidate, stale)
 
     def _found(self, found: Found) -> pyfuse3.EntryAttributes:
@@ -339,7 +339,7 @@ class PyfuseOperations(pyfuse3.Operations):  # type: ignore[misc,unused-ignore]
             dot = _bare(shown.id, stat.S_IFDIR)
             if start_id < place and not pyfuse3.readdir_reply(token, pyfuse3.FileNameT(name), dot, place):
                 return
-        (cookies, names, _), first = await self.operations.directories.entries(node, start_id)
+        (cookies, names, *_), first = await self.operations.directories.entries(node, start_id)
         for index in range(first, len(names)):
             if node.unlinked:
                 return
@@ -397,6 +397,7 @@ def _entry(found: Found) -> pyfuse3.EntryAttributes:
     entry = pyfuse3.EntryAttributes()
     # The library has one number for node and inode, so bound hard links have several numbers.
     entry.st_ino = pyfuse3.InodeT(node.id)
+    entry.generation = node.generation
     entry.entry_timeout = FOREVER
     entry.attr_timeout = FOREVER if attributes.lasting else 0
     entry.st_mode = pyfuse3.ModeT(st.st_mode)

@@ -112,7 +112,7 @@ _REFUSED: Mapping[str, str] = {
     "uid": "a fixed owner is not supported, and without it files would show other owners",
     "gid": "a fixed owner is not supported, and without it files would show other owners",
     "umask": "a fixed umask is not supported, and without it files would show other modes",
-    "remount": "a mount cannot be changed while it lives, so unmount it and mount it anew",
+    "remount": "this command makes mounts, so use `mount -o remount,...`",
     "bind": "binding a directory is not a union, so use `mount --bind`",
     "rbind": "binding a directory is not a union, so use `mount --rbind`",
     "move": "moving a mount is not a union, so use `mount --move`",
@@ -129,7 +129,7 @@ _REFUSED: Mapping[str, str] = {
 _FEATURES: Mapping[str, tuple[frozenset[str], str]] = {
     "redirect_dir": (frozenset({"on", "off", "follow", "nofollow"}), ""),
     "index": (frozenset({"off"}), "the index of hard links"),
-    "metacopy": (frozenset({"off"}), "copying up of metadata alone"),
+    "metacopy": (frozenset({"on", "off"}), ""),
     "nfs_export": (frozenset({"off"}), "export by file handles"),
     "verity": (frozenset({"off"}), "checking of fs-verity digests"),
     "xino": (frozenset({"on", "off", "auto"}), "another way of making inode numbers"),

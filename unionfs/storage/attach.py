@@ -6,11 +6,10 @@ block, so they run in a thread while the daemon serves requests.
 
 from __future__ import annotations
 
-import os
 from contextlib import ExitStack, suppress
 from dataclasses import replace
 
-from unionfs.errors import UserError, quoted, reason
+from unionfs.errors import UserError, on_failure, quoted, reason
 from unionfs.settings.specs import Spec, VolumeSpec
 from unionfs.storage.populate import populate
 from unionfs.storage.sources import Source, Sources
@@ -28,7 +27,7 @@ def attach(mount: MountEntry, sources: Sources, stack: LayerStack) -> tuple[Spec
     Raises UserError if a mount fails, after undoing the earlier ones.
     """
     try:
-        root = open_mount(mount)
+        opened = Owned(open_mount(mount))
     except OSError as error:
         raise UserError(
             f"{quoted(mount.mountpoint)} was unmounted before its storage was there ({reason(error)}); mount "
@@ -36,13 +35,10 @@ def attach(mount: MountEntry, sources: Sources, stack: LayerStack) -> tuple[Spec
         ) from error
     done: list[Spec] = []
     taken: dict[Names, str] = {}
-    try:
-        with ExitStack() as undo:
-            for source in sources.opened:
-                done.append(_one(source, mount.mountpoint, MountedTree(root), stack, taken, undo))
-            undo.pop_all()
-    finally:
-        os.close(root)
+    with opened as root, ExitStack() as undo:
+        for source in sources.opened:
+            done.append(_one(source, mount.mountpoint, MountedTree(root), stack, taken, undo))
+        undo.pop_all()
     return tuple(done)
 
 
@@ -59,13 +55,9 @@ def _one(
     target = prepare(tree, spec.target, spec.source, directory=source.directory)
     undo.callback(target.undo)
     same_place(taken, target, spec.target)
-    try:
-        with Owned(tree.open(target.names)) as fd:
-            detached.attach(source.mount, fd)
-    except OSError as error:
-        raise UserError(
-            f"{spec.source} cannot be mounted at {quoted(spec.target)}: {reason(error)}; check the target."
-        ) from error
+    failure = on_failure(f"{spec.source} cannot be mounted at {quoted(spec.target)}", "check the target")
+    with failure, Owned(tree.open(target.names)) as fd:
+        detached.attach(source.mount, fd)
     undo.callback(_unmount, mountpoint + target.path, source.mount)
     return replace(spec, target=target.path)
 

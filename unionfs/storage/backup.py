@@ -10,9 +10,10 @@ import uuid
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
+from functools import partial
 from typing import IO, Any
 
-from unionfs.errors import UserError, quoted, reason
+from unionfs.errors import UserError, on_failure, quoted, reason
 from unionfs.storage import workspace
 from unionfs.storage.archive.base import Base
 from unionfs.storage.archive.compress import WriteBehind, compressor, decompressor
@@ -20,12 +21,13 @@ from unionfs.storage.archive.content import Contents
 from unionfs.storage.archive.entry import Entry
 from unionfs.storage.archive.freeze import frozen, own_filesystem
 from unionfs.storage.archive.headers import Malformed
-from unionfs.storage.archive.manifest import AGAIN, Line, escape, latest, read_manifest
+from unionfs.storage.archive.manifest import AGAIN, Beside, Line, escape, latest, read_manifest
 from unionfs.storage.archive.output import whole_file
 from unionfs.storage.archive.read import ArchiveReader
 from unionfs.storage.archive.tar import Members, Tar
 from unionfs.storage.archive.walk import Walker
 from unionfs.storage.archive.write import ArchiveWriter, Pass, Progress
+from unionfs.storage.drivers import find_driver
 from unionfs.storage.volumes import Volume, Volumes
 
 MANIFEST = "manifest"
@@ -151,7 +153,7 @@ def _hold_still(
     if elsewhere and own_filesystem(path) and stack.enter_context(frozen(path)):
         report.how = "the volume's filesystem was frozen meanwhile"
         return None
-    return volumes.driver_of(volume).may_share(volume)
+    return find_driver(volume.driver).may_share(volume)
 
 
 def _base(
@@ -197,14 +199,10 @@ def _keep_bases(since: str, target: str) -> None:
 @contextmanager
 def open_archive(source: str) -> Iterator[ArchiveReader]:
     """Open the archive `source` (`-`: standard input). Raises UserError."""
-    try:
+    with on_failure(f"the backup {quoted(source)} cannot be read", "check its path"):
         raw = open(0 if source == "-" else source, "rb", buffering=0, closefd=source != "-")  # noqa: SIM115
         if stat.S_ISDIR(os.fstat(raw.fileno()).st_mode):
             raise IsADirectoryError(21, "it is a directory")
-    except OSError as error:
-        raise UserError(
-            f"the backup {quoted(source)} cannot be read: {reason(error)}; check its path."
-        ) from error
     with raw:
         with explained(source):
             reader = ArchiveReader(decompressor(raw))
@@ -288,46 +286,26 @@ def verify_volume(volumes: Volumes, name: str, progress: Progress | None = None)
             ) from None
         with source, explained(f"{volume.directory}/{MANIFEST}"):
             walker = Walker(path, lambda sentence: None, leave_out=workspace.names(volume.directory))
-            comparison = _Comparison(latest(read_manifest(source)), found)
+            known = Beside(latest(read_manifest(source)), lambda old: found.missing.append(_shown(old)))
             contents = Contents(walker, lambda entry: None)
-            Pass(walker, contents, Members(), comparison.add, progress=progress).run()
-            comparison.finish()
+            add = partial(_compare, known, found)
+            Pass(walker, contents, Members(), add, progress=progress).run()
+            known.finish()
     return found
 
 
-class _Comparison:
-    """Compares the lines of a manifest with those of a walk; both use the same order."""
-
-    def __init__(self, lines: Iterator[Line], found: Differences) -> None:
-        self._lines = lines
-        self._old = next(lines, None)
-        self._found = found
-
-    def add(self, raw: bytes) -> None:
-        """Compare the next line of the walk."""
-        new = Line(raw)
-        if new.state == AGAIN:
-            return
-        self._found.entries += 1
-        while (old := self._old) is not None and old.order() < new.order():
-            self._next_is_missing(old)
-        if old is None or old.path != new.path:
-            self._found.added.append(_shown(new))
-            return
-        if old.shown != new.shown:
-            same = (old.kind, old.size, old.mtime) == (new.kind, new.size, new.mtime)
-            damaged = same and old.digest != new.digest
-            (self._found.damaged if damaged else self._found.changed).append(_shown(new))
-        self._old = next(self._lines, None)
-
-    def finish(self) -> None:
-        """Report the remaining lines of the manifest after the walk."""
-        while self._old is not None:
-            self._next_is_missing(self._old)
-
-    def _next_is_missing(self, old: Line) -> None:
-        self._found.missing.append(_shown(old))
-        self._old = next(self._lines, None)
+def _compare(known: Beside, found: Differences, raw: bytes) -> None:
+    """Compare the next line of a walk with the manifest."""
+    new = Line(raw)
+    if new.state == AGAIN:
+        return
+    found.entries += 1
+    old = known.at(new.path)
+    if old is None:
+        found.added.append(_shown(new))
+    elif old.shown != new.shown:
+        same = (old.kind, old.size, old.mtime) == (new.kind, new.size, new.mtime)
+        (found.damaged if same and old.digest != new.digest else found.changed).append(_shown(new))
 
 
 def _shown(line: Line) -> str:

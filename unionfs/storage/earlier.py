@@ -14,9 +14,9 @@ from contextlib import closing, suppress
 from glob import escape, glob
 from urllib.parse import quote
 
-from unionfs.errors import UserError, quoted, reason
+from unionfs.errors import UserError, on_failure, quoted
 from unionfs.storage import locks, records
-from unionfs.storage.model import User, Volume
+from unionfs.storage.model import Volume, VolumeUser
 
 _UNREADABLE = (sqlite3.SQLITE_ERROR, sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB)
 
@@ -24,7 +24,10 @@ _UNREADABLE = (sqlite3.SQLITE_ERROR, sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTA
 def take_over(root: str, directories: Iterable[str], tell: Callable[[str], object]) -> None:
     """Write the records that only the database has, and remove it. Raises UserError, with it still there."""
     registry = f"{root}/registry.db"
-    try:
+    with on_failure(
+        f"{quoted(registry)} of an earlier version cannot be taken over",
+        "free space or check the permissions",
+    ):
         _remove(f"{root}/locks/.reserve")  # first: its space may be needed
         for directory in filter(records.is_lost, directories):
             _write_record(registry, directory, tell)
@@ -32,11 +35,6 @@ def take_over(root: str, directories: Iterable[str], tell: Callable[[str], objec
             _remove(path)
         for path in (f"{root}/locks/.registry.state", f"{registry}-wal", f"{registry}-shm", registry):
             _remove(path)
-    except OSError as error:
-        raise UserError(
-            f"{quoted(registry)} of an earlier version cannot be taken over: {reason(error)}; free space or "
-            "check the permissions."
-        ) from error
 
 
 def _remove(path: str) -> None:
@@ -67,7 +65,7 @@ def _write_record(registry: str, directory: str, tell: Callable[[str], object]) 
             tell(f"the record of volume {quoted(name)} was lost; {quoted(registry)} still had it.")
 
 
-def _find(registry: str, directory: str) -> tuple[Volume, list[User]] | None:
+def _find(registry: str, directory: str) -> tuple[Volume, list[VolumeUser]] | None:
     """What the database says of a volume."""
     # SQLite follows symlinks, and waits for the writer of a pipe.
     if os.path.islink(registry) or not os.path.isfile(registry):
@@ -86,4 +84,4 @@ def _find(registry: str, directory: str) -> tuple[Volume, list[User]] | None:
         name, driver, mountpoint, bool(anonymous), json.loads(options), json.loads(labels), created, scope,
         directory,
     )  # fmt: skip
-    return volume, [User(*user) for user in users]
+    return volume, [VolumeUser(*user) for user in users]

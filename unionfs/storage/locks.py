@@ -1,7 +1,6 @@
 """Locks of one volume: flock(2) on files in ROOT/locks, released when their process ends.
 
-A lock's file is removed with its volume. A process that locked a file whose name is gone tries again, so two
-processes never hold two locks of one name.
+A lock's file is removed with its volume.
 
 There are three locks. The short one (`state`) guards changes of a volume; callers wait for it. The long one
 (`work`) covers a backup, restore, clone, resize or removal; the error for a second operation names the first.
@@ -12,16 +11,15 @@ of a volume: flock(2) needs read permission only, so every user who may list the
 from __future__ import annotations
 
 import errno
-import fcntl
 import hashlib
 import os
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, suppress
 
-from unionfs.errors import UserError, quoted, reason
+from unionfs.errors import UserError, on_failure, quoted
 from unionfs.storage.root import make_directory, open_root
-from unionfs.sys import fds
+from unionfs.sys import fds, filelocks
 
 _WAIT_SECONDS = 60.0
 _FILLING_SECONDS = 3600.0
@@ -39,58 +37,34 @@ def _path(root: str, name: str, kind: str) -> str:
 
 
 def _take(path: str) -> int | None:
-    """Returns a locked fd, or None while another process holds the lock. Raises OSError."""
-    while True:
-        fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, 0o600)
-        try:
-            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            there = os.stat(path, follow_symlinks=False)
-            if os.path.samestat(os.fstat(fd), there):
-                return fd
-        except BlockingIOError:
-            os.close(fd)
-            return None
-        except FileNotFoundError:
-            pass  # removed with its volume just now
-        except BaseException:
-            os.close(fd)
-            raise
-        os.close(fd)
+    flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
+    return filelocks.take(lambda: os.open(path, flags, 0o600), path)
 
 
-def _unusable(path: str, error: OSError) -> UserError:
-    return UserError(
-        f"the lock {quoted(path)} cannot be opened: {reason(error)}; free space, or move away what has its "
-        "name."
-    )
+def _unusable(path: str) -> tuple[str, str]:
+    return f"the lock {quoted(path)} cannot be opened", "free space, or move away what has its name"
 
 
-@contextmanager
-def state(root: str, name: str) -> Iterator[None]:
+def state(root: str, name: str) -> AbstractContextManager[None]:
     """Hold the short lock of a volume. Raises UserError after waiting one minute."""
-    with _waited(root, name, "state", _WAIT_SECONDS, "being changed by another process for over a minute"):
-        yield
+    return _waited(root, name, "state", _WAIT_SECONDS, "being changed by another process for over a minute")
 
 
-@contextmanager
-def filling(root: str, name: str) -> Iterator[None]:
+def filling(root: str, name: str) -> AbstractContextManager[None]:
     """Hold the lock of a volume while it is populated. Raises UserError after waiting one hour."""
-    with _waited(root, name, "fill", _FILLING_SECONDS, "being filled by another process for over an hour"):
-        yield
+    return _waited(root, name, "fill", _FILLING_SECONDS, "being filled by another process for over an hour")
 
 
 @contextmanager
 def _waited(root: str, name: str, kind: str, seconds: float, what: str) -> Iterator[None]:
     path = _path(root, name, kind)
     deadline, pause = time.monotonic() + seconds, 0.0005
-    try:
+    with on_failure(*_unusable(path)):
         while (fd := _take(path)) is None:
             if time.monotonic() > deadline:
                 raise UserError(f"volume {quoted(name)} is {what} (its storage may hang); try again later.")
             time.sleep(pause)
             pause = min(2 * pause, _POLL_SECONDS)
-    except OSError as error:
-        raise _unusable(path, error) from error
     with fds.Owned(fd):
         yield
 
@@ -102,12 +76,13 @@ def work(root: str, name: str, what: str, *, spare: bool = False) -> Iterator[No
     `spare`: continue if a full disk has no space for the lock's file; then no process can hold the lock.
     """
     path = _path(root, name, "work")
-    try:
-        fd = _take(path)
-    except OSError as error:
-        if not (spare and error.errno in _FULL):
-            raise _unusable(path, error) from error
-        fd = os.open(os.devnull, os.O_RDONLY | os.O_CLOEXEC)
+    with on_failure(*_unusable(path)):
+        try:
+            fd = _take(path)
+        except OSError as error:
+            if not (spare and error.errno in _FULL):
+                raise
+            fd = os.open(os.devnull, os.O_RDONLY | os.O_CLOEXEC)
     if fd is None:
         with suppress(OSError), open(path, encoding="utf-8", errors="replace") as file:
             holder = file.read(200).strip()

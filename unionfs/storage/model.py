@@ -46,21 +46,14 @@ class Volume:
         options, labels = dict(values["options"]), dict(values["labels"])
         if not all(isinstance(text, str) for part in (options, labels) for text in (*part, *part.values())):
             raise TypeError("options and labels are texts")
-        return cls(
-            name=str(values["name"]),
-            driver=str(values["driver"]),
-            mountpoint=str(values["mountpoint"]),
-            anonymous=bool(values["anonymous"]),
-            options=options,
-            labels=labels,
-            created=float(values["created"]),
-            scope=str(values["scope"]),
-            directory=directory,
-        )
+        texts = (str(values[key]) for key in ("name", "driver", "mountpoint", "scope"))
+        name, driver, mountpoint, scope = texts
+        anonymous, created = bool(values["anonymous"]), float(values["created"])
+        return cls(name, driver, mountpoint, anonymous, options, labels, created, scope, directory)
 
 
 @dataclass(frozen=True, slots=True)
-class User:
+class VolumeUser:
     """A user of a volume: a text `KIND:PID:STARTTIME:WHAT`, with the start time in clock ticks since boot.
 
     A user ends with its process (when proc_pid_stat(5) no longer shows this pid and start time). A user with

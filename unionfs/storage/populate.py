@@ -16,6 +16,8 @@ import logging
 import os
 import stat
 from collections.abc import Iterator
+from contextlib import nullcontext
+from typing import NamedTuple
 
 from unionfs.errors import UserError, quoted, reason
 from unionfs.storage import locks, symlinks, workspace
@@ -93,6 +95,13 @@ def _find(merge: Merge, names: Names) -> list[Place] | None:
     return parts
 
 
+class _Contained(NamedTuple):
+    """The parts of the directory that contains an object, and the one of them that does."""
+
+    parts: list[Place]
+    place: Place
+
+
 class _Copier:
     """Copies a merged directory into a real one, without recursion: trees may be deep."""
 
@@ -130,7 +139,7 @@ class _Copier:
                     steps.append((found[1], inner, here, iter(self._merge.listing(found[1]).names())))
                 else:
                     with Owned(self._merge.open_object(found, name)) as source:
-                        self._leaf(source, fd, name, here)
+                        self._leaf(source, fd, name, here, _Contained(parts, found[1][0]))
         finally:
             for _, fd, _, _ in steps:
                 os.close(fd)
@@ -142,7 +151,7 @@ class _Copier:
             _leave_out(f"{_shown(path)} cannot be looked up", error)
             return None
 
-    def _leaf(self, source: int, dir_fd: int, name: bytes, path: bytes) -> None:
+    def _leaf(self, source: int, dir_fd: int, name: bytes, path: bytes, where: _Contained) -> None:
         """Copy a non-directory; ``source`` is its O_PATH fd."""
         st = os.fstat(source)
         if st.st_nlink > 1:
@@ -151,7 +160,7 @@ class _Copier:
                 os.link(first, name, src_dir_fd=self._root, dst_dir_fd=dir_fd, follow_symlinks=False)
                 return
         if stat.S_ISREG(st.st_mode):
-            self._file(source, dir_fd, name, path)
+            self._file(source, dir_fd, name, path, where)
             return
         if stat.S_ISLNK(st.st_mode):
             os.symlink(os.readlink(b"", dir_fd=source), name, dir_fd=dir_fd)
@@ -159,13 +168,16 @@ class _Copier:
             os.mknod(name, stat.S_IFMT(st.st_mode) | 0o600, st.st_rdev, dir_fd=dir_fd)
         self._keep(source, path, dir_fd, name)
 
-    def _file(self, source: int, dir_fd: int, name: bytes, path: bytes) -> None:
+    def _file(self, source: int, dir_fd: int, name: bytes, path: bytes, where: _Contained) -> None:
         with Owned(open_held(source, write=False, waits=False).fd) as opened:
-            self._merge.markers.refuse_metacopy(opened)
-            with Owned(os.open(name, _NEW, 0o600, dir_fd=dir_fd)) as fd:
-                st = os.fstat(opened)
-                if not clone(opened, fd, st.st_dev, self._never_clones):
-                    copy_data(opened, fd, st.st_size)
+            lower = self._merge.lower_data(where.parts, where.place, name, opened)
+            with (
+                nullcontext(opened) if lower is None else Owned(self._merge.open_data(lower)) as data,
+                Owned(os.open(name, _NEW, 0o600, dir_fd=dir_fd)) as fd,
+            ):
+                st = os.fstat(data)
+                if not clone(data, fd, st.st_dev, self._never_clones):
+                    copy_data(data, fd, st.st_size)
                 self._keep(opened, path, fd)
 
     def _keep(self, source: int, path: bytes, at: int, name: bytes | None = None) -> None:

@@ -18,9 +18,9 @@ import os
 from collections.abc import Iterable
 from contextlib import suppress
 
-from unionfs.errors import UserError, quoted, reason
+from unionfs.errors import UserError, on_failure, quoted, reason
 from unionfs.storage import jsonfiles
-from unionfs.storage.model import ANONYMOUS_LABEL, User, Volume
+from unionfs.storage.model import ANONYMOUS_LABEL, Volume, VolumeUser
 from unionfs.sys import fds
 
 _RECORD = "volume.json"
@@ -100,7 +100,7 @@ def is_lost(directory: str) -> bool:
         return False
 
 
-def write(volume: Volume, users: Iterable[User] | None = None) -> None:
+def write(volume: Volume, users: Iterable[VolumeUser] | None = None) -> None:
     """Write a volume's record; None: with the users of earlier versions in it. Raises UserError."""
     path = f"{volume.directory}/{_RECORD}"
     if users is None:
@@ -121,7 +121,7 @@ def keep_damaged(directory: str) -> None:
 # -- users -------------------------------------------------------------------------------------------------
 
 
-def users(directory: str) -> list[User]:
+def users(directory: str) -> list[VolumeUser]:
     """The users of a volume, sorted by text, including those whose process has ended. Raises UserError."""
     found = {user.text: user for user in _earlier_users(directory)}
     try:
@@ -135,7 +135,7 @@ def users(directory: str) -> list[User]:
             continue
         try:
             text, path = jsonfiles.read(f"{directory}/{name}")
-            found[str(text)] = User(str(text), str(path))
+            found[str(text)] = VolumeUser(str(text), str(path))
         except (FileNotFoundError, *_MISSPELT):
             continue  # removed just now, or a power cut came before its content was on disk
         except OSError as error:
@@ -143,7 +143,7 @@ def users(directory: str) -> list[User]:
     return sorted(found.values(), key=lambda user: user.text)
 
 
-def add_user(directory: str, user: User) -> None:
+def add_user(directory: str, user: VolumeUser) -> None:
     """Record a user; adding it again has no effect. Raises UserError."""
     path, values = _user_file(directory, user.text), [user.text, user.path]
     try:
@@ -160,28 +160,23 @@ def add_user(directory: str, user: User) -> None:
 def remove_user(directory: str, text: str) -> None:
     """Remove a user, if recorded. Raises UserError."""
     path = _user_file(directory, text)
-    try:
-        with suppress(FileNotFoundError):
-            os.unlink(path)
-    except OSError as error:
-        raise UserError(
-            f"the user {quoted(path)} of a volume cannot be removed: {reason(error)}; correct that."
-        ) from error
+    failure = on_failure(f"the user {quoted(path)} of a volume cannot be removed", "correct that")
+    with failure, suppress(FileNotFoundError):
+        os.unlink(path)
     earlier = _earlier_users(directory)
     if any(user.text == text for user in earlier):
         _write_earlier_users(directory, [user for user in earlier if user.text != text])
 
 
-def _earlier_users(directory: str) -> list[User]:
+def _earlier_users(directory: str) -> list[VolumeUser]:
     try:
-        return [
-            User(str(text), str(path)) for text, path in jsonfiles.read(f"{directory}/{_RECORD}")["users"]
-        ]
+        known = jsonfiles.read(f"{directory}/{_RECORD}")["users"]
+        return [VolumeUser(str(text), str(path)) for text, path in known]
     except (OSError, *_MISSPELT):
         return []
 
 
-def _write_earlier_users(directory: str, users: list[User]) -> None:
+def _write_earlier_users(directory: str, users: list[VolumeUser]) -> None:
     volume = find(directory)
     if volume is not None and volume.recorded:
         with suppress(UserError):  # a full disk: they count until their process ends

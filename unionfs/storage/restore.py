@@ -6,7 +6,7 @@ import os
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack, suppress
 
-from unionfs.errors import UserError, quoted, reason
+from unionfs.errors import UserError, on_failure, quoted
 from unionfs.storage import workspace
 from unionfs.storage.archive import manifest
 from unionfs.storage.archive.content import Contents
@@ -18,11 +18,13 @@ from unionfs.storage.archive.read import ArchiveReader
 from unionfs.storage.archive.walk import Walker
 from unionfs.storage.archive.write import Progress
 from unionfs.storage.backup import Report, explained, keep_manifest, open_archive, read_whole
-from unionfs.storage.copying import copy_content
-from unionfs.storage.model import User
+from unionfs.storage.drivers import find_driver
+from unionfs.storage.model import VolumeUser
 from unionfs.storage.volumes import Volume, Volumes
 from unionfs.sys.calls import syncfs
 from unionfs.sys.fds import directory
+from unionfs.union.filedata import clone as clone_data
+from unionfs.union.filedata import copy_data
 
 _LONGEST_CHAIN = 1000
 
@@ -41,8 +43,9 @@ def restore(
     """
     report = Report()
     with volumes.working_on(name, "a restore") as volume, ExitStack() as stack:
-        volumes.refuse_users(name, "restored")
-        volumes.driver_of(volume).restores_mounted(volume)
+        with volumes.still(name, "restored"):
+            pass
+        find_driver(volume.driver).restores_mounted(volume)
         chain = open_chain(source, bases, stack)
         _fill(
             volumes, volume, stack, report, "restored",
@@ -63,27 +66,24 @@ def _fill(
     fill: Callable[[Extractor], None],
 ) -> None:
     """Let `fill` create the volume's new content, then replace the old content with it."""
-    driver = volumes.driver_of(volume)
-    user = User.of_this_process("restore")
+    driver = find_driver(volume.driver)
+    user = VolumeUser.of_this_process("restore")
     mounted = driver.restores_mounted(volume)
     if mounted:
         volumes.attach(volume.name, user)
         stack.callback(volumes.detach, volume.name, user)
-    try:
-        with driver.replacement(volume) as place:
-            with Extractor(place.path, report.note) as extractor:
-                fill(extractor)
-                extractor.finish()
-            with directory(place.path) as fd:
-                syncfs(fd)
-            # Another process may have started to use the volume.
-            with volumes.still(volume.name, what, besides=user if mounted else ""):
-                place.commit()
-    except OSError as error:
-        raise UserError(
-            f"volume {quoted(volume.name)} cannot be {what}: {reason(error)}; its content is as it was. Free "
-            "space, or check its storage."
-        ) from error
+    with on_failure(
+        f"volume {quoted(volume.name)} cannot be {what}",
+        "its content is as it was. Free space, or check its storage",
+    ), driver.replacement(volume) as place:
+        with Extractor(place.path, report.note) as extractor:
+            fill(extractor)
+            extractor.finish()
+        with directory(place.path) as fd:
+            syncfs(fd)
+        # Another process may have started to use the volume.
+        with volumes.still(volume.name, what, besides=user if mounted else ""):
+            place.commit()
 
 
 def open_chain(source: str, bases: Sequence[str], stack: ExitStack) -> list[tuple[str, ArchiveReader]]:
@@ -139,15 +139,12 @@ def _apply(
 
 def _check_base(base: ArchiveReader, reader: ArchiveReader) -> None:
     """Check that the base holds every entry the incremental archive refers to, unchanged."""
-    old = latest(base.manifest_lines())
-    known = next(old, None)
+    known = manifest.Beside(latest(base.manifest_lines()))
     for line in latest(reader.manifest_lines()):
         if line.state != manifest.BASE:
             continue
-        place = line.order()
-        while known is not None and known.order() < place:
-            known = next(old, None)
-        if known is None or known.shown != line.shown:
+        old = known.at(line.path)
+        if old is None or old.shown != line.shown:
             raise Malformed(f"its base does not hold {os.fsdecode(manifest.escape(line.path))} as it says")
 
 
@@ -171,7 +168,7 @@ def clone(volumes: Volumes, source: str, target: str, *, progress: Progress | No
     found = volumes.get(source)
     with volumes.working_on(source, "a clone"), volumes.used(source, "clone") as path, ExitStack() as stack:
         volumes.refuse_existing(target)
-        volumes.driver_of(found).check_clone(found)
+        find_driver(found.driver).check_clone(found)
         made = volumes.create(target, driver=found.driver, options=found.options, labels=found.labels)
         try:
             with volumes.working_on(target, "a clone"):
@@ -197,11 +194,16 @@ def _copy(volume: Volume, path: str, extractor: Extractor, report: Report, progr
         lambda entry: report.note(f"{quoted(os.fsdecode(entry.path))} changed each time it was copied."),
     )
     copied = 0
-    shared = True
+    shared, never = True, set[int]()
     for entry, fd in walker.entries():
         if entry.kind in (FILE, SPARSE):
             copied += 1
-            shared &= copy_content(extractor, contents, entry, fd)
+            for attempt, source in contents.attempts(entry, fd):
+                with extractor.new_file(attempt) as target:
+                    cloned = clone_data(source, target, 0, never)
+                    if not cloned:
+                        copy_data(source, target, attempt.size, dense=attempt.kind != SPARSE)
+            shared &= cloned
             report.count(1, entry.size)
         else:
             extractor.add(entry)

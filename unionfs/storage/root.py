@@ -16,7 +16,7 @@ import stat
 from collections.abc import Mapping
 from contextlib import suppress
 
-from unionfs.errors import UserError, quoted, reason
+from unionfs.errors import UserError, on_failure, quoted, reason
 from unionfs.sys.capabilities import is_host_root
 from unionfs.sys.fds import Owned
 from unionfs.sys.mountinfo import split_path
@@ -92,7 +92,7 @@ def make_directory(path: str) -> str:
     existing directory must belong to this user and not be writable by others; its mode becomes 0700. A
     symlink is not followed.
     """
-    try:
+    with on_failure(f"{quoted(path)} cannot be made", _OTHER):
         # os.makedirs creates the parents with mode 0777 less the umask.
         missing = [path]
         while not os.path.lexists(missing[-1]):
@@ -101,8 +101,6 @@ def make_directory(path: str) -> str:
             with suppress(FileExistsError):
                 os.mkdir(directory, _MODE)
                 os.chmod(directory, _MODE)
-    except OSError as error:
-        raise UserError(f"{quoted(path)} cannot be made: {reason(error)}; {_OTHER}.") from error
     check_directory(path)
     return path
 

@@ -9,11 +9,12 @@ from collections.abc import Callable, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass, replace
 
-from unionfs.errors import UserError, quoted, reason
+from unionfs.errors import UserError, on_failure, quoted, reason
 from unionfs.settings.specs import BindSpec, Spec, TmpfsSpec, VolumeSpec
 from unionfs.storage import tmpfs
 from unionfs.storage.volumes import Volume, Volumes
 from unionfs.sys import detached
+from unionfs.sys.fds import Owned, Returned
 from unionfs.sys.openat2 import open_in_root
 from unionfs.sys.walking import follow
 
@@ -95,24 +96,14 @@ class Sources:
             self.undo.callback(_quietly, lambda: self._volumes.remove(made.name, missing_ok=True))
         path = self._volumes.attach(made.name, self._user)
         self.undo.callback(_quietly, lambda: self._volumes.detach(made.name, self._user))
-        try:
+        with on_failure(
+            f"volume {quoted(made.name)} cannot be opened at {quoted(path)}", "check the storage root"
+        ):
             fd = os.open(path, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
-        except OSError as error:
-            raise UserError(
-                f"volume {quoted(made.name)} cannot be opened at {quoted(path)}: {reason(error)}; check the "
-                "storage root."
-            ) from error
         if spec.subpath:
-            whole = fd
-            try:
+            what = f"volume-subpath {quoted(spec.subpath)} of volume {quoted(made.name)} cannot be used"
+            with on_failure(what, "make it in the volume first"), Owned(fd) as whole:
                 fd = open_in_root(whole, os.fsencode(spec.subpath))
-            except OSError as error:
-                raise UserError(
-                    f"volume-subpath {quoted(spec.subpath)} of volume {quoted(made.name)} cannot be used: "
-                    f"{reason(error)}; make it in the volume first."
-                ) from error
-            finally:
-                os.close(whole)
         return replace(spec, name=made.name), made, fd
 
 
@@ -125,8 +116,7 @@ def _quietly(action: Callable[[], object]) -> None:
 def _detached(spec: VolumeSpec | BindSpec, fd: int) -> int:
     """A detached bind mount, set up before it is visible: a read-only one is never writable."""
     bind = spec if isinstance(spec, BindSpec) else BindSpec(spec.target, "", spec.read_only)
-    clone = detached.clone(fd, recursive=bind.recursive)
-    try:
+    with Returned(detached.clone(fd, recursive=bind.recursive)) as clone:
         detached.change(
             clone,
             propagation=detached.PROPAGATION[bind.propagation.removeprefix("r")],
@@ -134,9 +124,6 @@ def _detached(spec: VolumeSpec | BindSpec, fd: int) -> int:
         )
         if bind.read_only:
             detached.change(clone, add=detached.READ_ONLY, recursive=bind.read_only_below)
-    except BaseException:
-        os.close(clone)
-        raise
     return clone
 
 

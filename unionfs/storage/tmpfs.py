@@ -6,19 +6,15 @@ and last mount are gone.
 
 from __future__ import annotations
 
-import array
-import ctypes
 import errno
 import os
 import socket
 from contextlib import suppress
 
-from unionfs.errors import UserError, reason
+from unionfs.errors import UserError, on_failure, reason
 from unionfs.settings.specs import TmpfsOptions
 from unionfs.sys import detached
-
-_CLONE_NEWUSER = 0x10000000
-_CLONE_NEWNS = 0x00020000
+from unionfs.sys.namespaces import CLONE_NEWNS, CLONE_NEWUSER, unshare
 
 
 def make(options: TmpfsOptions, flags: tuple[str, ...] = (), *, owner: str) -> int:
@@ -34,13 +30,11 @@ def make(options: TmpfsOptions, flags: tuple[str, ...] = (), *, owner: str) -> i
     except OSError as error:
         if error.errno != errno.EPERM:
             raise UserError(f"{owner} cannot be made: {reason(error)}; check its options.") from error
-    try:
+    with on_failure(
+        f"{owner} cannot be made without root",
+        "allow unprivileged user namespaces (`unionfs doctor` tells what forbids them), or run as root",
+    ):
         return _in_user_namespace(options, attributes)
-    except OSError as error:
-        raise UserError(
-            f"{owner} cannot be made without root: {reason(error)}; allow unprivileged user namespaces "
-            "(`unionfs doctor` tells what forbids them), or run as root."
-        ) from error
 
 
 def _made(options: TmpfsOptions, attributes: int) -> int:
@@ -56,47 +50,35 @@ def _made(options: TmpfsOptions, attributes: int) -> int:
 
 
 def _in_user_namespace(options: TmpfsOptions, attributes: int) -> int:
-    """Let a child create it as root of a user namespace that maps this user's ids to themselves.
+    """Let a child create it as root of a user namespace.
 
     Call it while the process has one thread: the child continues in Python after a fork.
     """
-    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
-    uid, gid = os.geteuid(), os.getegid()
+    ours, theirs = socket.socketpair()
     pid = os.fork()
     if pid == 0:
-        code = 1
         try:
             try:
-                _enter_user_namespace(uid, gid)
-                fd = _made(options, attributes)
-                theirs.sendmsg(
-                    [b"ok"], [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", [fd]))]
-                )
-                code = 0
+                _enter_user_namespace()
+                socket.send_fds(theirs, [b"ok"], [_made(options, attributes)])
             except OSError as error:
                 theirs.send(f"{error.errno} {error.strerror}".encode())
         finally:
-            os._exit(code)
+            os._exit(0)
     theirs.close()
     with ours:
-        message, ancillary, _, _ = ours.recvmsg(4096, socket.CMSG_SPACE(4))
+        message, fds, _, _ = socket.recv_fds(ours, 4096, 1)
     with suppress(ChildProcessError):
         os.waitpid(pid, 0)
-    for level, kind, data in ancillary:
-        if level == socket.SOL_SOCKET and kind == socket.SCM_RIGHTS:
-            fd = array.array("i", data[:4])[0]
-            os.set_inheritable(fd, False)
-            return fd
+    if fds:
+        os.set_inheritable(fds[0], False)
+        return fds[0]
     number, _, text = message.decode(errors="replace").partition(" ")
     raise OSError(int(number or errno.EPERM), text or os.strerror(errno.EPERM))
 
 
-def _enter_user_namespace(uid: int, gid: int) -> None:
-    """user_namespaces(7): the ids map to themselves, so files inside belong to the user outside."""
-    libc = ctypes.CDLL(None, use_errno=True)
-    if libc.unshare(_CLONE_NEWUSER | _CLONE_NEWNS) != 0:
-        number = ctypes.get_errno()
-        raise OSError(number, f"no user namespace can be made: {os.strerror(number)}")
-    for name, text in (("setgroups", "deny"), ("uid_map", f"{uid} {uid} 1"), ("gid_map", f"{gid} {gid} 1")):
-        with open(f"/proc/self/{name}", "w", encoding="ascii") as setting:
-            setting.write(text)
+def _enter_user_namespace() -> None:
+    try:
+        unshare(CLONE_NEWUSER | CLONE_NEWNS)
+    except OSError as error:
+        raise OSError(error.errno, f"no user namespace can be made: {error.strerror}") from error

@@ -24,12 +24,12 @@ from unionfs.storage import locks, records
 from unionfs.storage.drivers import Driver, find_driver
 from unionfs.storage.drivers.base import Forced
 from unionfs.storage.drivers.replacing import finish_in_place
-from unionfs.storage.model import ANONYMOUS_LABEL, User, Volume
+from unionfs.storage.model import ANONYMOUS_LABEL, Volume, VolumeUser
 from unionfs.storage.removing import refuse_bound, refuse_locked, refuse_mounted, remove_all
 from unionfs.storage.root import check_directory, is_own_directory, make_directory, open_root
 from unionfs.sys.trees import remove_path
 
-__all__ = ["User", "Volume", "Volumes"]
+__all__ = ["Volume", "VolumeUser", "Volumes"]
 
 _log = logging.getLogger(__name__)
 
@@ -126,16 +126,12 @@ class Volumes:
                 )
         return volume
 
-    def driver_of(self, volume: Volume) -> Driver:
-        """The driver of a volume. Raises UserError when it is not installed."""
-        return find_driver(volume.driver)
-
-    def users(self, name: str) -> list[User]:
+    def users(self, name: str) -> list[VolumeUser]:
         """The current users of a volume."""
         self._check_root()
         return [user for user in records.users(self._directory(check_name(name))) if not user.is_gone]
 
-    def all_users(self) -> dict[str, list[User]]:
+    def all_users(self) -> dict[str, list[VolumeUser]]:
         """Who uses volumes now, by the volumes' names; of what cannot be read `tell` gets the reason."""
         found = {}
         for directory in self._directories():
@@ -247,11 +243,11 @@ class Volumes:
     def attach(self, name: str, user: str) -> str:
         """Record a user and return the absolute path of the volume's data for it.
 
-        `user` is a text as in `User`. The first user mounts the volume.
+        `user` is a text as in `VolumeUser`. The first user mounts the volume.
         """
         with locks.state(self.root, name):
             volume = self.get(name)
-            driver = self.driver_of(volume)
+            driver = find_driver(volume.driver)
             users = self._without_the_dead(volume, driver)
             for known in users:
                 if known.text == user:
@@ -260,7 +256,7 @@ class Volumes:
             path = driver.mount(volume, user)
             try:
                 finish_in_place(volume, path)
-                records.add_user(volume.directory, User(user, path))
+                records.add_user(volume.directory, VolumeUser(user, path))
             except BaseException:
                 if driver.one_mount_each(volume) or not users:
                     with suppress(UserError):
@@ -272,7 +268,7 @@ class Volumes:
         """Remove a user; the last one unmounts the volume."""
         with locks.state(self.root, name):
             volume = self.get(name)
-            driver = self.driver_of(volume)
+            driver = find_driver(volume.driver)
             users = self._without_the_dead(volume, driver, besides=user)
             if not any(known.text == user for known in users):
                 return
@@ -280,10 +276,10 @@ class Volumes:
                 driver.unmount(volume, user)
             records.remove_user(volume.directory, user)
 
-    def _without_the_dead(self, volume: Volume, driver: Driver, besides: str = "") -> list[User]:
+    def _without_the_dead(self, volume: Volume, driver: Driver, besides: str = "") -> list[VolumeUser]:
         """Detach users whose process has ended, and return the others."""
-        alive: list[User] = []
-        dead: list[User] = []
+        alive: list[VolumeUser] = []
+        dead: list[VolumeUser] = []
         for user in records.users(volume.directory):
             (dead if user.is_gone and user.text != besides else alive).append(user)
         for user in dead:
@@ -300,12 +296,12 @@ class Volumes:
                 if any(user.is_gone for user in records.users(directory)):
                     with locks.state(self.root, name):
                         volume = self.get(name)
-                        self._without_the_dead(volume, self.driver_of(volume).hurried())
+                        self._without_the_dead(volume, find_driver(volume.driver).hurried())
 
     @contextmanager
     def used(self, name: str, kind: str) -> Iterator[str]:
         """The path of a volume's data, in use by this process within the context; `kind` is e.g. `backup`."""
-        user = User.of_this_process(kind, f"#{secrets.token_hex(4)}")
+        user = VolumeUser.of_this_process(kind, f"#{secrets.token_hex(4)}")
         path = self.attach(name, user)
         try:
             yield path
@@ -326,16 +322,11 @@ class Volumes:
         """
         with locks.state(self.root, name):
             volume = self.get(name)
-            driver = self.driver_of(volume)
+            driver = find_driver(volume.driver)
             users = [user for user in self._without_the_dead(volume, driver) if user.text != besides]
             if users:
                 raise UserError(f"volume {quoted(name)} cannot be {what}: {_in_use(users)}; end that first.")
             yield
-
-    def refuse_users(self, name: str, what: str) -> None:
-        """Raise UserError when the volume has users."""
-        with self.still(name, what):
-            pass
 
     def refuse_existing(self, name: str) -> None:
         """Raise UserError when a volume of that name exists."""
@@ -348,7 +339,7 @@ class Volumes:
         """Change the size of a volume."""
         with self.working_on(name, "a resize"), locks.state(self.root, name):
             volume = self.get(name)
-            driver = self.driver_of(volume)
+            driver = find_driver(volume.driver)
             users = self._without_the_dead(volume, driver)
             options = driver.resize(volume, size, mounted=bool(users))
             changed = replace(volume, options=dict(options))
@@ -378,7 +369,7 @@ class Volumes:
         with locks.work(self.root, name, "a removal", spare=True), locks.state(self.root, name):
             volume = find() or self.get(name)
             try:
-                driver = self.driver_of(volume) if volume.driver else Driver()
+                driver = find_driver(volume.driver) if volume.driver else Driver()
             except UserError:
                 if not force:
                     raise
@@ -412,7 +403,7 @@ class Volumes:
         return True
 
 
-def _in_use(users: list[User]) -> str:
+def _in_use(users: list[VolumeUser]) -> str:
     return "it is in use by " + ", ".join(map(str, users))
 
 

@@ -19,8 +19,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import replace
 
-from unionfs.errors import UserError, quoted, reason
-from unionfs.storage.model import User
+from unionfs.errors import UserError, on_failure, quoted, reason
+from unionfs.storage.model import VolumeUser
 from unionfs.storage.workspace_record import Journal, Record, forget, names, read, write
 from unionfs.sys import attributes
 from unionfs.sys.calls import FUSE_MAGIC, NFS_MAGIC, filesystem_magic
@@ -74,13 +74,11 @@ class Workspace:
         record = replace(self._record, journal=journal)
         write(self._home, record)
         self.committed = True
-        try:
+        with on_failure(
+            "only a part of the volume's new content is in its place",
+            "end what changes the volume meanwhile: its next use puts the rest there",
+        ):
             _finish(self._home, self._root, self._fd, record)
-        except OSError as error:
-            raise UserError(
-                f"only a part of the volume's new content is in its place: {reason(error)}; end what changes "
-                "the volume meanwhile: its next use puts the rest there."
-            ) from error
 
 
 @contextmanager
@@ -92,7 +90,7 @@ def workspace(
     `home` is ROOT/volumes/NAME. `settle` is called before the exchange, and may wait until all written files
     can be renamed. Raises OSError, and UserError when another user interferes.
     """
-    record = Record(f".unionfs-{secrets.token_hex(8)}", User.of_this_process(kind))
+    record = Record(f".unionfs-{secrets.token_hex(8)}", VolumeUser.of_this_process(kind))
     write(home, record)
     try:
         os.mkdir(record.name, 0o700, dir_fd=root)
@@ -125,7 +123,7 @@ def recover(home: str, data: str) -> None:
         path = f"{home}/{os.fsdecode(name)}.json"
         try:
             record = read(path)
-            if not User(record.user, "").is_gone:
+            if not VolumeUser(record.user, "").is_gone:
                 continue
             with directory(data) as root:
                 _recover(home, root, record)
@@ -324,7 +322,7 @@ def _move_in(name: str, new: int, root: int, old: int) -> None:
 def _set_attributes(root: int, journal: Journal) -> None:
     """Set the attributes, ignoring errors: those set on the new content's directory can be set here too."""
     xattrs = {os.fsencode(name): bytes.fromhex(value) for name, value in journal.xattrs.items()}
-    new = attributes.Attributes(journal.mode, journal.uid, journal.gid, 0, 0, xattrs)
+    new = attributes.FileAttributes(journal.mode, journal.uid, journal.gid, 0, 0, xattrs)
     with suppress(OSError):
         attributes.write(root, None, new, _leave_out, times=False)
 

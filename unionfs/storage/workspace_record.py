@@ -33,7 +33,7 @@ class Journal:
 class Record:
     name: str
     user: str
-    """The process that uses it, as in `model.User`."""
+    """The process that uses it, as in `model.VolumeUser`."""
     uid: int = -1
     """The directory's owner; -1 until it is claimed: a crash before that leaves an empty directory."""
     ino: int = 0

@@ -14,8 +14,8 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from typing import Final
 
+from unionfs.sys.calls import new_session_keyring
 from unionfs.sys.child import run_child
-from unionfs.sys.keyring import new_session_keyring
 
 _PATH: Final = "/usr/local/bin:/usr/bin:/bin"
 

@@ -21,7 +21,7 @@ Failed = Callable[[bytes, OSError], None]
 """Called with an xattr name, ALL or OWNER, and the error; returns to skip the attribute, or raises."""
 
 
-class Attributes(NamedTuple):
+class FileAttributes(NamedTuple):
     """The attributes to set on a copy."""
 
     mode: int  # as st_mode
@@ -32,9 +32,9 @@ class Attributes(NamedTuple):
     xattrs: Mapping[bytes, bytes]
 
 
-def attributes(status: os.stat_result, xattrs: Mapping[bytes, bytes]) -> Attributes:
+def attributes(status: os.stat_result, xattrs: Mapping[bytes, bytes]) -> FileAttributes:
     """Return the attributes of an object with this status."""
-    return Attributes(
+    return FileAttributes(
         status.st_mode, status.st_uid, status.st_gid, status.st_atime_ns, status.st_mtime_ns, xattrs
     )
 
@@ -66,7 +66,7 @@ def read_xattrs(
 def write(
     at: int,
     name: bytes | None,
-    new: Attributes,
+    new: FileAttributes,
     failed: Failed,
     *,
     owner: bool = True,

@@ -10,9 +10,9 @@ import fcntl
 import os
 import struct
 import sys as _sys
-from typing import Final
+from typing import Any, Final
 
-_libc = ctypes.CDLL(None, use_errno=True)
+libc: Final = ctypes.CDLL(None, use_errno=True)
 
 AT_FDCWD: Final = -100
 AT_EMPTY_PATH: Final = 0x1000
@@ -22,10 +22,18 @@ RENAME_NOREPLACE: Final = 1
 RENAME_EXCHANGE: Final = 2
 RENAME_WHITEOUT: Final = 4
 
+# FALLOC_FL_*, include/uapi/linux/falloc.h
+KEEP_SIZE: Final = 1
+PUNCH_HOLE: Final = 2
+
 _SYNC_FILE_RANGE_WRITE: Final = 2
 _UTIME_OMIT: Final = (1 << 30) - 2
 # _IOW(0x94, 9, int), include/uapi/linux/fs.h
 _FICLONE: Final = 0x40049409
+
+# arch/x86/entry/syscalls/syscall_64.tbl, include/uapi/asm-generic/unistd.h, include/uapi/linux/keyctl.h
+_SYS_KEYCTL: Final = {"x86_64": 250}.get(os.uname().machine, 219)
+_KEYCTL_JOIN_SESSION_KEYRING: Final = 1
 
 # Magic numbers of statfs(2), include/uapi/linux/magic.h
 OVERLAYFS_MAGIC: Final = 0x794C7630
@@ -36,21 +44,23 @@ NFS_MAGIC: Final = 0x6969
 
 
 _TIMES: Final = struct.Struct("@llll")  # struct timespec, twice
-_libc.renameat2.argtypes = (
+libc.renameat2.argtypes = (
     ctypes.c_int, ctypes.c_char_p, ctypes.c_int, ctypes.c_char_p, ctypes.c_uint,
 )  # fmt: skip
-_libc.utimensat.argtypes = (ctypes.c_int, ctypes.c_char_p, ctypes.c_char_p, ctypes.c_int)
-_libc.futimens.argtypes = (ctypes.c_int, ctypes.c_char_p)
-_libc.fchownat.argtypes = (
+libc.utimensat.argtypes = (ctypes.c_int, ctypes.c_char_p, ctypes.c_char_p, ctypes.c_int)
+libc.futimens.argtypes = (ctypes.c_int, ctypes.c_char_p)
+libc.fchownat.argtypes = (
     ctypes.c_int, ctypes.c_char_p, ctypes.c_uint, ctypes.c_uint, ctypes.c_int,
 )  # fmt: skip
-_libc.syncfs.argtypes = (ctypes.c_int,)
-_libc.fallocate.argtypes = (ctypes.c_int, ctypes.c_int, ctypes.c_int64, ctypes.c_int64)
-_libc.sync_file_range.argtypes = (ctypes.c_int, ctypes.c_int64, ctypes.c_int64, ctypes.c_uint)
-_libc.statx.argtypes = (
+libc.syncfs.argtypes = (ctypes.c_int,)
+libc.fallocate.argtypes = (ctypes.c_int, ctypes.c_int, ctypes.c_int64, ctypes.c_int64)
+libc.sync_file_range.argtypes = (ctypes.c_int, ctypes.c_int64, ctypes.c_int64, ctypes.c_uint)
+libc.statx.argtypes = (
     ctypes.c_int, ctypes.c_char_p, ctypes.c_int, ctypes.c_uint, ctypes.c_char_p,
 )  # fmt: skip
-_libc.fstatfs.argtypes = (ctypes.c_int, ctypes.c_char_p)
+libc.setfsuid.argtypes = libc.setfsgid.argtypes = (ctypes.c_uint,)
+libc.syscall.restype = ctypes.c_long
+libc.fstatfs.argtypes = (ctypes.c_int, ctypes.c_char_p)
 
 
 def os_error(code: int) -> OSError:
@@ -61,9 +71,35 @@ def os_error(code: int) -> OSError:
 def fail(what: bytes | None = None) -> OSError:
     """Return the ``OSError`` for the errno of this thread's last libc call."""
     code = ctypes.get_errno()
-    if what is None:
-        return OSError(code, os.strerror(code))
-    return OSError(code, os.strerror(code), what)
+    return OSError(code, os.strerror(code), *([] if what is None else [what]))
+
+
+def syscall(number: int, *arguments: Any, path: bytes | None = None) -> int:
+    """Make a system call without a function in the C library: int as long, bytes as char *, None as NULL.
+
+    `path` becomes the error's `filename`.
+    """
+    found = libc.syscall(
+        ctypes.c_long(number),
+        *(ctypes.c_long(value) if isinstance(value, int) else value for value in arguments),
+    )
+    if found < 0:
+        raise fail(path)
+    return int(found)
+
+
+def prctl(option: int, *arguments: int | bytes) -> None:
+    """prctl(2)."""
+    if libc.prctl(option, *(*arguments, 0, 0, 0, 0)[:4]) != 0:
+        raise fail()
+
+
+def new_session_keyring() -> None:
+    """Join a new, empty, anonymous session keyring, which children inherit; keyctl(2).
+
+    ENOSYS on a kernel without keyrings; EDQUOT if the user has too many keys.
+    """
+    syscall(_SYS_KEYCTL, _KEYCTL_JOIN_SESSION_KEYRING, None)
 
 
 def renameat2(old_fd: int, old: bytes, new_fd: int, new: bytes, flags: int = 0) -> None:
@@ -71,7 +107,7 @@ def renameat2(old_fd: int, old: bytes, new_fd: int, new: bytes, flags: int = 0) 
     if flags == 0:
         os.rename(old, new, src_dir_fd=old_fd, dst_dir_fd=new_fd)  # a third of the cost of ctypes
         return
-    if _libc.renameat2(old_fd, old, new_fd, new, flags) != 0:
+    if libc.renameat2(old_fd, old, new_fd, new, flags) != 0:
         raise fail(old)
 
 
@@ -86,44 +122,44 @@ def utimensat(
 ) -> None:
     """Set times in nanoseconds; ``None`` leaves a time unchanged (UTIME_OMIT)."""
     flags = 0 if follow else AT_SYMLINK_NOFOLLOW
-    if _libc.utimensat(dir_fd, name, _times(atime_ns, mtime_ns), flags) != 0:
+    if libc.utimensat(dir_fd, name, _times(atime_ns, mtime_ns), flags) != 0:
         raise fail(name)
 
 
 def futimens(fd: int, atime_ns: int | None, mtime_ns: int | None) -> None:
     """Like :func:`utimensat`, for an open file."""
-    if _libc.futimens(fd, _times(atime_ns, mtime_ns)) != 0:
+    if libc.futimens(fd, _times(atime_ns, mtime_ns)) != 0:
         raise fail()
 
 
 def chown_fd(fd: int, uid: int, gid: int) -> None:
     """Change the owner of the object ``fd`` (O_PATH and symlinks too); -1 leaves an id unchanged."""
-    if _libc.fchownat(fd, b"", uid & 0xFFFFFFFF, gid & 0xFFFFFFFF, AT_EMPTY_PATH) != 0:
+    if libc.fchownat(fd, b"", uid & 0xFFFFFFFF, gid & 0xFFFFFFFF, AT_EMPTY_PATH) != 0:
         raise fail()
 
 
 def syncfs(fd: int) -> None:
     """syncfs(2): write the whole filesystem of ``fd`` to disk."""
-    if _libc.syncfs(fd) != 0:
+    if libc.syncfs(fd) != 0:
         raise fail()
 
 
 def fallocate(fd: int, mode: int, offset: int, length: int) -> None:
     """fallocate(2); ``mode`` of FALLOC_FL_*, ``offset`` and ``length`` in bytes."""
-    if _libc.fallocate(fd, mode, offset, length) != 0:
+    if libc.fallocate(fd, mode, offset, length) != 0:
         raise fail()
 
 
 def start_writeback(fd: int, offset: int, length: int) -> None:
     """Start writing a range of a file to disk, without waiting; sync_file_range(2)."""
-    if _libc.sync_file_range(fd, offset, length, _SYNC_FILE_RANGE_WRITE) != 0:
+    if libc.sync_file_range(fd, offset, length, _SYNC_FILE_RANGE_WRITE) != 0:
         raise fail()
 
 
 def statx(dir_fd: int, name: bytes, flags: int, mask: int) -> bytes:
     """Return struct statx of statx(2), 256 bytes. ``flags`` of AT_*; AT_EMPTY_PATH and b"": the fd itself."""
     buffer = ctypes.create_string_buffer(256)
-    if _libc.statx(dir_fd, name, flags, mask, buffer) != 0:
+    if libc.statx(dir_fd, name, flags, mask, buffer) != 0:
         raise fail(name)
     return buffer.raw
 
@@ -145,6 +181,6 @@ def clone_file(target_fd: int, source_fd: int) -> None:
 def filesystem_magic(fd: int) -> int:
     """Return ``f_type`` of statfs(2) for the filesystem of ``fd`` (O_PATH suffices)."""
     buffer = ctypes.create_string_buffer(256)  # struct statfs takes 120 bytes on 64-bit Linux
-    if _libc.fstatfs(fd, buffer) != 0:
+    if libc.fstatfs(fd, buffer) != 0:
         raise fail()
     return int.from_bytes(buffer.raw[: ctypes.sizeof(ctypes.c_long)], _sys.byteorder) & 0xFFFFFFFF

@@ -5,11 +5,10 @@ from __future__ import annotations
 import ctypes
 import os
 from collections.abc import Iterable
+from contextlib import suppress
 from typing import Final
 
-from unionfs.sys.calls import fail
-
-_libc: Final = ctypes.CDLL(None, use_errno=True)
+from unionfs.sys.calls import fail, libc, prctl
 
 NAMES: Final = (
     "CHOWN", "DAC_OVERRIDE", "DAC_READ_SEARCH", "FOWNER", "FSETID", "KILL", "SETGID", "SETUID", "SETPCAP",
@@ -56,14 +55,21 @@ _HEADER: Final = _Header(0x20080522, 0)  # _LINUX_CAPABILITY_VERSION_3, this thr
 def capability_sets() -> ctypes.Array[_Data]:
     """Return this thread's capability sets, for `set_capabilities`. Raises ``OSError``."""
     data = (_Data * 2)()
-    if _libc.capget(ctypes.byref(_HEADER), data) != 0:
+    if libc.capget(ctypes.byref(_HEADER), data) != 0:
         raise fail()
     return data
 
 
 def set_capabilities(data: ctypes.Array[_Data]) -> bool:
     """Call capset(2) for this thread. Returns whether it succeeded."""
-    return bool(_libc.capset(ctypes.byref(_HEADER), data) == 0)
+    return bool(libc.capset(ctypes.byref(_HEADER), data) == 0)
+
+
+def drop_from_bounding_set(numbers: Iterable[int]) -> None:
+    """Reduce what execve(2) can grant, as far as possible: not without CAP_SETPCAP (EPERM)."""
+    with suppress(OSError):  # EINVAL: past the kernel's last capability
+        for number in sorted(numbers):
+            prctl(_PR_CAPBSET_DROP, number)
 
 
 def keep_capabilities(numbers: Iterable[int]) -> None:
@@ -73,10 +79,9 @@ def keep_capabilities(numbers: Iterable[int]) -> None:
     that is not possible, and child processes may have more.
     """
     kept = set(numbers)
-    for number in range(64):
-        if number not in kept and _libc.prctl(_PR_CAPBSET_DROP, number, 0, 0, 0) != 0:
-            break  # EINVAL: past the kernel's last capability; EPERM: no CAP_SETPCAP
-    _libc.prctl(_PR_CAP_AMBIENT, _PR_CAP_AMBIENT_CLEAR_ALL, 0, 0, 0)
+    drop_from_bounding_set(set(range(64)) - kept)
+    with suppress(OSError):
+        prctl(_PR_CAP_AMBIENT, _PR_CAP_AMBIENT_CLEAR_ALL)
     data = capability_sets()
     for half in range(2):
         bits = sum(1 << (number - 32 * half) for number in kept if number // 32 == half)
@@ -89,23 +94,12 @@ def keep_capabilities(numbers: Iterable[int]) -> None:
 
 def no_new_privileges() -> None:
     """Set no_new_privs (prctl(2)) on this thread: execve(2) grants no privileges. Raises ``OSError``."""
-    if _libc.prctl(_PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0) != 0:
-        raise fail()
+    prctl(_PR_SET_NO_NEW_PRIVS, 1)
 
 
 def has_capability(number: int) -> bool:
-    """Return whether capability `number` (CAP_*) is effective for this thread in its user namespace.
-
-    Source: proc_pid_status(5), CapEff. Without /proc, uid 0 is assumed to have it.
-    """
-    try:
-        with open("/proc/thread-self/status", "rb") as status:
-            for line in status:
-                if line.startswith(b"CapEff:"):
-                    return bool(int(line[7:], 16) >> number & 1)
-    except OSError:
-        pass
-    return os.geteuid() == 0
+    """Return whether capability `number` (CAP_*) is effective for this thread in its user namespace."""
+    return bool(capability_sets()[number // 32].effective >> number % 32 & 1)
 
 
 def in_initial_user_namespace() -> bool:

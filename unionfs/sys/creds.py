@@ -8,7 +8,6 @@ merged tree (``default_permissions``), and the layer must not check them again. 
 
 from __future__ import annotations
 
-import ctypes
 import errno
 import os
 import stat
@@ -16,6 +15,7 @@ from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Final
 
+from unionfs.sys.calls import libc
 from unionfs.sys.capabilities import (
     CAP_SETGID,
     CAP_SETUID,
@@ -23,22 +23,16 @@ from unionfs.sys.capabilities import (
     has_capability,
     set_capabilities,
 )
-
-_libc = ctypes.CDLL(None, use_errno=True)
-_libc.setfsuid.argtypes = (ctypes.c_uint,)
-_libc.setfsgid.argtypes = (ctypes.c_uint,)
+from unionfs.sys.fds import Owned
+from unionfs.sys.process import status_field
 
 _PROBE: Final = b"#probe"
 _AS_WE_ARE: Final = nullcontext()
 
 
 def _umask() -> int:
-    """Read the umask without changing it (proc_pid_status(5))."""
-    with open("/proc/self/status", "rb") as status:
-        for line in status:
-            if line.startswith(b"Umask:"):
-                return int(line.split()[1], 8)
-    return 0o777  # unknown: before Linux 4.7
+    """Read the umask without changing it; 0o777 if unknown (before Linux 4.7)."""
+    return int(status_field("Umask") or "777", 8)
 
 
 class Identity:
@@ -65,11 +59,10 @@ class Identity:
         """Test file creation; NFS servers, for example, may squash root or make files inherit ACLs."""
         flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
         try:
-            fd = os.open(_PROBE, flags, 0o777, dir_fd=work_fd)
             try:
-                st = os.fstat(fd)
+                with Owned(os.open(_PROBE, flags, 0o777, dir_fd=work_fd)) as fd:
+                    st = os.fstat(fd)
             finally:
-                os.close(fd)
                 os.unlink(_PROBE, dir_fd=work_fd)
         except OSError:
             return False  # cannot be tested now
@@ -88,12 +81,12 @@ class Identity:
 
     @contextmanager
     def _switched(self, uid: int, gid: int) -> Iterator[None]:
-        _libc.setfsgid(gid)
-        _libc.setfsuid(uid)
+        libc.setfsgid(gid)
+        libc.setfsuid(uid)
         try:
             set_capabilities(self._capabilities)
             yield
         finally:
-            _libc.setfsuid(self.uid)
-            _libc.setfsgid(self.gid)
+            libc.setfsuid(self.uid)
+            libc.setfsgid(self.gid)
             set_capabilities(self._capabilities)

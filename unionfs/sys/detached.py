@@ -7,15 +7,14 @@ namespace. A detached mount is in no mount table and lives as long as an fd refe
 
 from __future__ import annotations
 
-import ctypes
 import os
-from collections.abc import Iterable
-from contextlib import suppress
+import struct
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, suppress
 from typing import Final
 
-from unionfs.sys.calls import AT_EMPTY_PATH, AT_FDCWD, fail
-
-_libc = ctypes.CDLL(None, use_errno=True)
+from unionfs.sys.calls import AT_EMPTY_PATH, AT_FDCWD, syscall
+from unionfs.sys.fds import Owned, Returned
 
 # include/uapi/asm-generic/unistd.h
 _SYS_OPEN_TREE: Final = 428
@@ -44,17 +43,7 @@ ATTRIBUTES: Final = {
 """MOUNT_ATTR_*, by mount(8)'s names."""
 PROPAGATION: Final = {"private": 1 << 18, "slave": 1 << 19, "shared": 1 << 20}
 """MS_PRIVATE and so on, for mount_setattr(2)."""
-
-
-class _MountAttr(ctypes.Structure):
-    """struct mount_attr."""
-
-    _fields_ = (
-        ("attr_set", ctypes.c_uint64),
-        ("attr_clr", ctypes.c_uint64),
-        ("propagation", ctypes.c_uint64),
-        ("userns_fd", ctypes.c_uint64),
-    )
+_ATTR: Final = struct.Struct("=4Q")  # struct mount_attr: set, clear, propagation, userns_fd
 
 
 def clone(source: int | str | bytes, *, recursive: bool = False, read_only: bool = False) -> int:
@@ -69,38 +58,23 @@ def clone(source: int | str | bytes, *, recursive: bool = False, read_only: bool
         path = os.fsencode(source)
     if recursive:
         flags |= _AT_RECURSIVE
-    fd = _libc.syscall(_SYS_OPEN_TREE, dir_fd, ctypes.c_char_p(path), flags)
-    if fd < 0:
-        raise fail(path or None)
-    if read_only:
-        try:
+    with Returned(syscall(_SYS_OPEN_TREE, dir_fd, path, flags, path=path or None)) as fd:
+        if read_only:
             change(fd, add=READ_ONLY)
-        except BaseException:
-            os.close(fd)
-            raise
-    return int(fd)
+    return fd
 
 
 def change(fd: int, *, add: int = 0, propagation: int = 0, recursive: bool = False) -> None:
     """Add attributes to the mount with root ``fd``, and set its propagation (0: unchanged)."""
-    attr = _MountAttr(attr_set=add, propagation=propagation)
+    attr = _ATTR.pack(add, 0, propagation, 0)
     flags = AT_EMPTY_PATH | (_AT_RECURSIVE if recursive else 0)
-    done = _libc.syscall(
-        _SYS_MOUNT_SETATTR, fd, ctypes.c_char_p(b""), flags,
-        ctypes.byref(attr), ctypes.c_size_t(ctypes.sizeof(attr)),
-    )  # fmt: skip
-    if done != 0:
-        raise fail()
+    syscall(_SYS_MOUNT_SETATTR, fd, b"", flags, attr, len(attr))
 
 
-def attach(mount_fd: int, target_fd: int) -> None:
+def attach(mount_fd: int, target_fd: int, flags: int = 0) -> None:
     """Attach a detached mount at the file or directory ``target_fd`` (O_PATH)."""
-    done = _libc.syscall(
-        _SYS_MOVE_MOUNT, mount_fd, ctypes.c_char_p(b""), target_fd, ctypes.c_char_p(b""),
-        _MOVE_MOUNT_F_EMPTY_PATH | _MOVE_MOUNT_T_EMPTY_PATH,
-    )  # fmt: skip
-    if done != 0:
-        raise fail()
+    flags |= _MOVE_MOUNT_F_EMPTY_PATH | _MOVE_MOUNT_T_EMPTY_PATH
+    syscall(_SYS_MOVE_MOUNT, mount_fd, b"", target_fd, b"", flags)
 
 
 def join_group(mount_fd: int, other_fd: int) -> None:
@@ -109,58 +83,39 @@ def join_group(mount_fd: int, other_fd: int) -> None:
     Both must be of one filesystem, and the root of ``mount_fd`` within that of ``other_fd`` (fs/namespace.c,
     do_set_group).
     """
-    done = _libc.syscall(
-        _SYS_MOVE_MOUNT, other_fd, ctypes.c_char_p(b""), mount_fd, ctypes.c_char_p(b""),
-        _MOVE_MOUNT_F_EMPTY_PATH | _MOVE_MOUNT_T_EMPTY_PATH | _MOVE_MOUNT_SET_GROUP,
-    )  # fmt: skip
-    if done != 0:
-        raise fail()
+    attach(other_fd, mount_fd, _MOVE_MOUNT_SET_GROUP)
 
 
 def new_filesystem(fstype: str, parameters: Iterable[tuple[str, str]], attributes: int = 0) -> int:
     """Create a filesystem without a device, not mounted. Returns an O_PATH fd of its root.
 
-    ``parameters``: filesystem options; an empty value means a flag. The error text includes the kernel's
-    message, which names a rejected option.
+    ``parameters``, errors: as for `filesystem`.
     """
-    context = _libc.syscall(_SYS_FSOPEN, ctypes.c_char_p(fstype.encode()), _FSOPEN_CLOEXEC)
-    if context < 0:
-        raise fail()
-    try:
-        for name, value in parameters:
-            _configure(context, name, value)
-        if _libc.syscall(_SYS_FSCONFIG, context, _FSCONFIG_CMD_CREATE, None, None, 0) != 0:
-            raise _explained(context)
-        fd = _libc.syscall(_SYS_FSMOUNT, context, _FSMOUNT_CLOEXEC, attributes)
-        if fd < 0:
-            raise _explained(context)
-        return int(fd)
-    finally:
-        os.close(context)
+    with filesystem(fstype, parameters) as context:
+        return syscall(_SYS_FSMOUNT, context, _FSMOUNT_CLOEXEC, attributes)
+    raise AssertionError("unreachable")
 
 
-def _configure(context: int, name: str, value: str) -> None:
-    if value:
-        done = _libc.syscall(
-            _SYS_FSCONFIG, context, _FSCONFIG_SET_STRING, ctypes.c_char_p(name.encode()),
-            ctypes.c_char_p(os.fsencode(value)), 0,
-        )  # fmt: skip
-    else:
-        done = _libc.syscall(
-            _SYS_FSCONFIG, context, _FSCONFIG_SET_FLAG, ctypes.c_char_p(name.encode()), None, 0
-        )
-    if done != 0:
-        raise _explained(context)
+@contextmanager
+def filesystem(fstype: str, parameters: Iterable[tuple[str, str]]) -> Iterator[int]:
+    """A new filesystem that is not mounted, as the context of fsopen(2).
 
-
-def _explained(context: int) -> OSError:
-    """Return the error of the last call with the messages from the filesystem context's log."""
-    error = fail()
-    lines = []
-    with suppress(OSError):
-        while message := os.read(context, 4096):
-            # "e " is an error, "w " a warning, "i " information (fsopen's message log)
-            lines.append(os.fsdecode(message).strip().partition(" ")[2])
-    if lines:
-        return OSError(error.errno, f"{error.strerror} ({'; '.join(lines)})")
-    return error
+    ``parameters``: filesystem options; an empty value means a flag. The text of an error, also of the block,
+    includes the kernel's message, which names a rejected option.
+    """
+    with Owned(syscall(_SYS_FSOPEN, fstype.encode(), _FSOPEN_CLOEXEC)) as context:
+        try:
+            for name, value in parameters:
+                command = _FSCONFIG_SET_STRING if value else _FSCONFIG_SET_FLAG
+                syscall(_SYS_FSCONFIG, context, command, name.encode(), os.fsencode(value) or None, 0)
+            syscall(_SYS_FSCONFIG, context, _FSCONFIG_CMD_CREATE, None, None, 0)
+            yield context
+        except OSError as error:
+            lines = []
+            with suppress(OSError):
+                while message := os.read(context, 4096):
+                    # "e " is an error, "w " a warning, "i " information (fsopen's message log)
+                    lines.append(os.fsdecode(message).strip().partition(" ")[2])
+            if not lines:
+                raise
+            raise OSError(error.errno, f"{error.strerror} ({'; '.join(lines)})") from error

@@ -26,6 +26,18 @@ class Owned:
         os.close(self.fd)
 
 
+class Returned(Owned):
+    """Closes `fd` only if the `with` block fails; afterwards it belongs to the caller."""
+
+    __slots__ = ()
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if error is not None:
+            os.close(self.fd)
+
+
 def directory(path: str) -> Owned:
     """Open a directory for reading. Raises OSError."""
     return Owned(os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC))

@@ -1,9 +1,33 @@
-"""The holders of flock(2) locks on a file, from /proc/locks (proc_locks(5))."""
+"""Locks on files by flock(2): taking one, and the holders, from /proc/locks (proc_locks(5))."""
 
 from __future__ import annotations
 
+import fcntl
 import os
 import stat
+from collections.abc import Callable
+from contextlib import suppress
+
+from unionfs.sys.fds import Returned
+
+
+def take(open_file: Callable[[], int], name: str, at: int | None = None) -> int | None:
+    """Return a locked fd, or None while another process holds the lock. Raises OSError.
+
+    `open_file` opens or creates the lock's file, `name` in the directory `at`. If its last holder has removed
+    it meanwhile, it is opened again, so that two processes never hold two locks of one name.
+    """
+    while True:
+        with Returned(open_file()) as fd:
+            try:
+                fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                os.close(fd)
+                return None
+            with suppress(FileNotFoundError):
+                if os.path.samestat(os.fstat(fd), os.stat(name, dir_fd=at, follow_symlinks=False)):
+                    return fd
+        os.close(fd)
 
 
 def may_be_a_mounts(fd: int) -> bool:

@@ -6,19 +6,13 @@ its fds are closed.
 
 from __future__ import annotations
 
-import ctypes
 import os
 import struct
+from contextlib import ExitStack
 from typing import Final
 
-_libc = ctypes.CDLL(None, use_errno=True)
-
-# include/uapi/asm-generic/unistd.h, include/uapi/linux/mount.h
-_SYS_FSOPEN: Final = 430
-_SYS_FSCONFIG: Final = 431
-_FSOPEN_CLOEXEC: Final = 1
-_FSCONFIG_SET_STRING: Final = 1
-_FSCONFIG_CMD_CREATE: Final = 6
+from unionfs.sys.detached import filesystem
+from unionfs.sys.fds import Owned, Returned
 
 # include/uapi/linux/fuse.h: struct fuse_in_header, then major, minor, max_readahead, flags, flags2
 _IN_HEADER_SIZE: Final = 40
@@ -36,35 +30,16 @@ def init_flags() -> int | None:
 
 def init_offer() -> tuple[int, int] | None:
     """Return the minor version and the 64 flags of the kernel's FUSE_INIT; None as in `init_flags`."""
+    parameters = (("rootmode", "40000"), ("user_id", str(os.geteuid())), ("group_id", str(os.getegid())))
     try:
-        device = os.open("/dev/fuse", os.O_RDWR | os.O_NONBLOCK | os.O_CLOEXEC)
+        with ExitStack() as stack:
+            with Returned(os.open("/dev/fuse", os.O_RDWR | os.O_NONBLOCK | os.O_CLOEXEC)) as device:
+                stack.enter_context(filesystem("fuse", (("fd", str(device)), *parameters)))
+            # The device is closed first: that aborts the connection, so nothing waits for an answer.
+            with Owned(device):
+                return _offer(os.read(device, 1 << 17))
     except OSError:
         return None
-    context = -1
-    try:
-        context = int(_libc.syscall(_SYS_FSOPEN, ctypes.c_char_p(b"fuse"), _FSOPEN_CLOEXEC))
-        if context < 0:
-            return None
-        for key, value in (
-            (b"fd", b"%d" % device),
-            (b"rootmode", b"40000"),
-            (b"user_id", b"%d" % os.geteuid()),
-            (b"group_id", b"%d" % os.getegid()),
-        ):
-            if _libc.syscall(
-                _SYS_FSCONFIG, context, _FSCONFIG_SET_STRING, ctypes.c_char_p(key), ctypes.c_char_p(value), 0
-            ):
-                return None
-        if _libc.syscall(_SYS_FSCONFIG, context, _FSCONFIG_CMD_CREATE, None, None, 0):
-            return None
-        return _offer(os.read(device, 1 << 17))
-    except OSError:
-        return None
-    finally:
-        # Close the device first: that aborts the connection, so nothing waits for an answer.
-        os.close(device)
-        if context >= 0:
-            os.close(context)
 
 
 def _offer(message: bytes) -> tuple[int, int] | None:

@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import ctypes
-import errno
 import os
+import struct
 from typing import Final
 
-from unionfs.sys.calls import fail
-
-_libc = ctypes.CDLL(None, use_errno=True)
+from unionfs.sys.calls import syscall
 
 _SYS_OPENAT2: Final = 437  # include/uapi/asm-generic/unistd.h
 
@@ -19,13 +16,8 @@ RESOLVE_NO_MAGICLINKS: Final = 0x02
 RESOLVE_NO_SYMLINKS: Final = 0x04
 RESOLVE_BENEATH: Final = 0x08
 RESOLVE_IN_ROOT: Final = 0x10
+_HOW: Final = struct.Struct("=3Q")  # struct open_how: flags, mode, resolve
 _TRIES: Final = 20
-
-
-class _OpenHow(ctypes.Structure):
-    """struct open_how."""
-
-    _fields_ = (("flags", ctypes.c_uint64), ("mode", ctypes.c_uint64), ("resolve", ctypes.c_uint64))
 
 
 def openat2(dir_fd: int, path: bytes, flags: int, resolve: int) -> int:
@@ -33,18 +25,14 @@ def openat2(dir_fd: int, path: bytes, flags: int, resolve: int) -> int:
 
     Retries on EAGAIN (a rename raced with ``..``), as the man page recommends.
     """
-    how = _OpenHow(flags | os.O_CLOEXEC, 0, resolve)
-    for _ in range(_TRIES):
-        fd = _libc.syscall(
-            _SYS_OPENAT2, dir_fd, ctypes.c_char_p(path), ctypes.byref(how),
-            ctypes.c_size_t(ctypes.sizeof(how)),
-        )  # fmt: skip
-        if fd >= 0:
-            return int(fd)
-        error = fail(path)
-        if error.errno != errno.EAGAIN:
-            raise error
-    raise OSError(errno.EAGAIN, os.strerror(errno.EAGAIN), path)
+    how = _HOW.pack(flags | os.O_CLOEXEC, 0, resolve)
+    for left in range(_TRIES, -1, -1):
+        try:
+            return syscall(_SYS_OPENAT2, dir_fd, path, how, len(how), path=path)
+        except BlockingIOError:
+            if not left:
+                raise
+    raise AssertionError("unreachable")
 
 
 def open_in_root(root_fd: int, path: bytes, flags: int = os.O_PATH) -> int:

@@ -9,6 +9,8 @@ from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 
+from unionfs.sys.fds import Owned
+
 
 def start_time(pid: int) -> int | None:
     """Return when process `pid` started, in clock ticks since boot; None if it is gone or a zombie.
@@ -32,22 +34,20 @@ def is_alive(pid: int, started: int) -> bool:
 def wait_gone(pid: int, started: int, timeout: float | None) -> bool:
     """Wait at most `timeout` seconds (None: forever) for a process. Returns False if it still runs."""
     try:
-        pidfd = os.pidfd_open(pid)
+        opened = Owned(os.pidfd_open(pid))
     except OSError:
         return not is_alive(pid, started)
-    try:
+    with opened as pidfd:
         # Checked after pidfd_open, so that the pid cannot be reused in between.
         if not is_alive(pid, started):
             return True
         poll = select.poll()
         poll.register(pidfd, select.POLLIN)
         return bool(poll.poll(None if timeout is None else timeout * 1000))
-    finally:
-        os.close(pidfd)
 
 
 @dataclass(frozen=True, slots=True)
-class User:
+class BusyProcess:
     """A process that keeps a mount busy."""
 
     pid: int
@@ -84,7 +84,7 @@ def _maps_device(pid: int, device: str) -> bool:
         return False
 
 
-def users_of(mountpoint: str, device: str, limit: int = 5) -> list[User]:
+def users_of(mountpoint: str, device: str, limit: int = 5) -> list[BusyProcess]:
     """Return at most `limit` processes that use a mount, as far as this user may see them.
 
     Compares only names and sends no request to the mount, which may hang.
@@ -98,13 +98,14 @@ def users_of(mountpoint: str, device: str, limit: int = 5) -> list[User]:
         if how is None and _maps_device(pid, device):
             how = "mapped file"
         if how is not None:
-            found.append(User(pid, _command(pid), how))
+            found.append(BusyProcess(pid, _command(pid), how))
             if len(found) == limit:
                 break
     return found
 
 
-def _status_field(name: str, process: int | str = "self") -> str:
+def status_field(name: str, process: int | str = "self") -> str:
+    """Return a field of proc_pid_status(5); empty if the kernel does not have it. Raises OSError."""
     with open(f"/proc/{process}/status", encoding="ascii", errors="replace") as status:
         for line in status:
             if line.startswith(name + ":"):
@@ -115,7 +116,7 @@ def _status_field(name: str, process: int | str = "self") -> str:
 def supplementary_groups(task: int) -> list[int]:
     """Return the supplementary groups of a task; none if it is gone. Source: proc_pid_status(5)."""
     try:
-        return [int(group) for group in _status_field("Groups", task).split()]
+        return [int(group) for group in status_field("Groups", task).split()]
     except (OSError, ValueError):
         return []
 
@@ -127,7 +128,7 @@ def is_being_killed(task: int) -> bool:
     complete_signal).
     """
     try:
-        return bool(int(_status_field("SigPnd", task) or "0", 16) >> (signal.SIGKILL - 1) & 1)
+        return bool(int(status_field("SigPnd", task) or "0", 16) >> (signal.SIGKILL - 1) & 1)
     except (OSError, ValueError):
         return True
 

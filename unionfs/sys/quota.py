@@ -13,10 +13,8 @@ import struct
 import zlib
 from typing import Final
 
-from unionfs.sys.calls import fail
+from unionfs.sys.calls import syscall
 from unionfs.sys.fds import Owned
-
-_libc = ctypes.CDLL(None, use_errno=True)
 
 _SYS_QUOTACTL_FD: Final = 443
 _PRJQUOTA: Final = 2
@@ -40,12 +38,7 @@ _PROJECT_MASK: Final = 0x3FFFFFFF
 
 
 def _quotactl(fd: int, command: int, project: int, buffer: ctypes.Array[ctypes.c_char]) -> None:
-    done = _libc.syscall(
-        _SYS_QUOTACTL_FD, ctypes.c_uint(fd), ctypes.c_uint((command << 8) | _PRJQUOTA),
-        ctypes.c_uint(project), buffer,
-    )  # fmt: skip
-    if done != 0:
-        raise fail()
+    syscall(_SYS_QUOTACTL_FD, fd, (command << 8) | _PRJQUOTA, project, buffer)
 
 
 def has_project_quota(fd: int) -> bool:
@@ -128,10 +121,10 @@ def limit_directory(path: str, size: int) -> bool:
 def change_limit(path: str, size: int) -> bool:
     """Change the limit set by `limit_directory`. Returns False if there is none. Raises OSError."""
     with Owned(_open(path)) as fd:
-        project = _project_of(fd) if has_project_quota(fd) else 0
-        if project:
+        if has_project_quota(fd) and (project := _project_of(fd)):
             _set(fd, project, size)
-        return bool(project)
+            return True
+        return False
 
 
 def space_used(path: str) -> int:
@@ -144,12 +137,9 @@ def space_used(path: str) -> int:
 def unlimit_directory(path: str) -> None:
     """Remove the limit, if any."""
     try:
-        fd = _open(path)
+        opened = Owned(_open(path))
     except OSError:
         return
-    try:
-        project = _project_of(fd) if has_project_quota(fd) else 0
-        if project:
+    with opened as fd:
+        if has_project_quota(fd) and (project := _project_of(fd)):
             _set(fd, project, 0)
-    finally:
-        os.close(fd)

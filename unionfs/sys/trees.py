@@ -17,7 +17,7 @@ from contextlib import contextmanager, suppress
 from typing import Final
 
 from unionfs.sys import calls
-from unionfs.sys.fds import Owned, open_for_listing
+from unionfs.sys.fds import Owned, Returned, open_for_listing
 from unionfs.sys.openat2 import RESOLVE_NO_SYMLINKS, RESOLVE_NO_XDEV, openat2
 
 _DIRECTORY: Final = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW
@@ -155,12 +155,8 @@ class _Descent:
 
     def enter(self, name: bytes, *, accessible: bool) -> _Level:
         """Enter a directory. Raises OSError: ENOTDIR or ELOOP for a non-directory, EXDEV for a mount."""
-        fd = _open_directory(self.fd, name, accessible)
-        try:
+        with Returned(_open_directory(self.fd, name, accessible)) as fd:
             level = _Level(fd, name)
-        except BaseException:
-            os.close(fd)
-            raise
         self.levels.append(level)
         if len(self.levels) > _MOST_OPEN:
             self.levels[-_MOST_OPEN - 1].close()

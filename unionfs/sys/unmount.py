@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import errno
 import os
 from collections.abc import Iterator
@@ -10,13 +9,11 @@ from contextlib import contextmanager
 from typing import Final
 
 from unionfs.sys import fusermount
-from unionfs.sys.calls import AT_FDCWD, fail
+from unionfs.sys.calls import AT_FDCWD, fail, libc
 from unionfs.sys.capabilities import CAP_SYS_ADMIN, has_capability
 from unionfs.sys.fds import Owned
 from unionfs.sys.mountinfo import MountEntry, mount_id_of_fd
 from unionfs.sys.openat2 import RESOLVE_NO_SYMLINKS, openat2
-
-_libc = ctypes.CDLL(None, use_errno=True)
 
 MNT_DETACH: Final = 2
 UMOUNT_NOFOLLOW: Final = 8
@@ -24,7 +21,7 @@ UMOUNT_NOFOLLOW: Final = 8
 
 def umount2(target: str | bytes, flags: int = 0) -> None:
     """umount2(2); ``flags`` such as MNT_DETACH."""
-    if _libc.umount2(ctypes.c_char_p(os.fsencode(target)), flags) != 0:
+    if libc.umount2(os.fsencode(target), flags) != 0:
         raise fail(os.fsencode(target))
 
 

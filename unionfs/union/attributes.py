@@ -3,6 +3,13 @@
 from __future__ import annotations
 
 import os
+from typing import cast
+
+
+def with_blocks(st: os.stat_result, blocks: int) -> os.stat_result:
+    """The same attributes with another ``st_blocks``."""
+    _, (sequence, named) = cast("tuple[object, tuple[tuple[int, ...], dict[str, object]]]", st.__reduce__())
+    return os.stat_result(sequence, {**named, "st_blocks": blocks})
 
 
 class Attributes:

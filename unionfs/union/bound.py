@@ -23,7 +23,6 @@ from unionfs.union.files import OpenFile
 from unionfs.union.listing import Listing
 from unionfs.union.node import NAME_MAX, Node, Territory
 from unionfs.union.nodes import NodeTable
-from unionfs.union.numbers import of_bound
 from unionfs.union.objects import Objects, link_object
 from unionfs.union.places import BoundLayer, Place
 
@@ -89,8 +88,8 @@ class Bound(Territory):
     def lost_name(self, node: Node) -> None:
         """Nothing to hold: its other names are other nodes."""
 
-    def opened(self, file: OpenFile) -> None:
-        """Accept any regular file."""
+    def opened(self, node: Node, file: OpenFile) -> None:
+        """Accept any regular file, with its data."""
 
     def _stat(self, parent: Node, name: bytes) -> os.stat_result | None:
         try:
@@ -99,7 +98,7 @@ class Bound(Territory):
             return None
 
     def _number(self, st: os.stat_result) -> int:
-        return of_bound(self._layer, st)
+        return self._nodes.numbers.of_bound(self._layer, st)
 
     def _forget(self, node: Node, parent: Node, name: bytes) -> None:
         for part in node.parts:

@@ -16,6 +16,7 @@ from unionfs.union.bound import Bound
 from unionfs.union.changing import Steps, T
 from unionfs.union.copyup import CopyUp
 from unionfs.union.making import Making
+from unionfs.union.named import is_reserved
 from unionfs.union.node import Node
 from unionfs.union.removing import Removing
 from unionfs.union.renaming import Renaming
@@ -124,8 +125,11 @@ class Changes:
     ) -> T:
         """Run ``make``, with the fd of a directory, a name and a mode, as the caller."""
         union, steps = self._union, self._steps(parent)
+        _check_name(parent, name)
         place = steps.writable(parent)
         dir_fd = union.gate.fd(place)
+        if place.layer.is_upper:
+            self._in_upper.replace_named(place, dir_fd, name)
         if caller.umask and not default_acl(place, dir_fd):  # which replaces the umask
             mode &= ~caller.umask
         try:
@@ -141,12 +145,18 @@ class Changes:
         with self._union.identity.acting_as(caller.uid, caller.gid):
             return make(dir_fd, name, mode)
 
+    def finds_data(self, node: Node) -> bool:
+        """Whether a node that is changed in place has its data also under a new name; else the data must
+        follow before :meth:`link`."""
+        return self._in_upper.finds_data(node)
+
     def link(self, node: Node, parent: Node, name: bytes) -> tuple[Node, Attributes]:
-        """Create a hard link to a node that is changed in place."""
+        """Create a hard link to a node that is changed in place; see :meth:`finds_data`."""
         if node.place is None:
             raise os_error(errno.ENOENT)
         if node.territory is not parent.territory:
             raise os_error(errno.EXDEV)
+        _check_name(parent, name)
         return self._steps(parent).link(node, parent, name)
 
     # -- removing -------------------------------------------------------------------------------------
@@ -201,12 +211,19 @@ class Changes:
         node = self._existing(parent, name)
         if parent.territory is not new_parent.territory:
             raise os_error(errno.EXDEV)
+        _check_name(new_parent, new_name)
         found = new_parent.territory.lookup(new_parent, new_name)
         target = None if found is None else found[0]
         parent.territory.require_writable()
         if target is not None and target.is_mountpoint:
             raise os_error(errno.EBUSY)
         return self._steps(parent).rename(node, target, (parent, name), (new_parent, new_name), flags)
+
+
+def _check_name(parent: Node, name: bytes) -> None:
+    """Raise EINVAL for a new name that would be a whiteout in the upper, as fuse-overlayfs does."""
+    if parent.territory.has_markers and is_reserved(name):
+        raise os_error(errno.EINVAL)
 
 
 def _create(dir_fd: int, name: bytes, mode: int) -> int:

@@ -7,15 +7,18 @@ in every function: steps that can fail, then that step, then the node table.
 from __future__ import annotations
 
 import os
+import stat
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Protocol, TypeVar
 
 from unionfs.sys.fds import Owned
 from unionfs.union.attributes import Attributes
 from unionfs.union.copyup import CopyUp
+from unionfs.union.named import PREFIX
 from unionfs.union.node import Node
 from unionfs.union.places import Place
+from unionfs.union.redirecting import absolute_redirect
 from unionfs.union.tree import Union
 from unionfs.union.work import At
 
@@ -80,9 +83,39 @@ class Changing:
         with Owned(os.dup(gate.fd(one))) as first, Owned(os.dup(gate.fd(other))) as second:
             yield first, second
 
-    def _refuse_metacopy(self, node: Node) -> None:
-        path, follow = self._union.path(node)
-        self._union.markers.refuse_metacopy(path, follow=follow)
+    def replace_named(self, place: Place, dir_fd: int, name: bytes) -> None:
+        """Replace a whiteout by name in the upper with overlayfs's, before something gets the name ``name``.
+
+        Left beside the new object, it would hide that from fuse-overlayfs. If both exist, as after a crash of
+        fuse-overlayfs, both stay.
+        """
+        if place.asked_named < 0 or not self._union.merge.named.hides(place, dir_fd, name):
+            return
+        with suppress(FileExistsError, IsADirectoryError):
+            self._whiteout((dir_fd, name), dir_fd)
+            os.unlink(PREFIX + name, dir_fd=dir_fd)
+
+    def finds_data(self, node: Node) -> bool:
+        """Let a file of the upper find its data under other names if it is metacopy, by a redirect (dir.c,
+        ovl_set_redirect). False if its data must follow before it gets another name.
+        """
+        if node.kind != stat.S_IFREG or not node.territory.has_markers:
+            return True
+        union = self._union
+        path, follow = union.path(node)
+        if union.markers.metacopy_value(path, follow=follow) is None:
+            return True
+        if union.stack.features.metacopy != "on":
+            return False
+        with union.checked_path(node) as path:
+            redirect = union.markers.redirect_value(path, follow=True)
+            if redirect is None or not redirect.startswith(b"/"):
+                try:
+                    redirect = absolute_redirect(union.markers, union.gate, node, redirect)
+                    os.setxattr(path, union.markers.redirect, redirect)
+                except OSError:
+                    return False
+        return True
 
     def _whiteout(self, at: At, directory: int) -> None:
         """Make a whiteout at a name that is, or will be, in the upper's directory ``directory`` (an fd)."""

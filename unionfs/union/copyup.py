@@ -1,5 +1,8 @@
 """Copy-up: the first change to an object of a lower moves it into the upper.
 
+With `metacopy` a change of metadata moves only the metadata of a regular file; the data follows with the
+first write (:class:`DataCopy`).
+
 A copy is prepared in the work directory and appears by one rename, so a crash or a full disk leaves no trace.
 :meth:`FileCopy.copy` copies a regular file's data; it may run in any thread and uses only its own fds. All
 other code runs in the union's thread.
@@ -17,9 +20,10 @@ from typing import Final, NamedTuple
 from unionfs.sys import attributes, calls
 from unionfs.sys.fds import Owned
 from unionfs.union.filedata import clone, copy_data
-from unionfs.union.files import OpenFile
+from unionfs.union.files import SET_IDS, OpenFile, open_backing, open_held
 from unionfs.union.node import UNSEEN, Node
-from unionfs.union.places import Place
+from unionfs.union.origin import Stored
+from unionfs.union.places import LowerData, Place
 from unionfs.union.tree import Union
 from unionfs.union.work import Temporary
 from unionfs.union.xattrs import CAPABILITY, copied_xattrs, unsupported
@@ -39,6 +43,8 @@ class Effects(NamedTuple):
     resized: Node | None = None
     """Its directory, if its size may have changed for the kernel. This can wait: copy-ups come in bulk, and
     each notice costs another GETATTR."""
+    listing: Node | None = None
+    """The directory that lists it, if the copy has another number."""
 
 
 Tell = Callable[[Effects], None]
@@ -49,7 +55,7 @@ class CopyUp:
 
     def __init__(self, union: Union, tell: Tell = lambda effects: None) -> None:
         self.union = union
-        self._tell = tell
+        self.tell = tell
 
     def special(self, node: Node) -> None:
         """Copy up a symlink, fifo, socket or device, which have metadata only."""
@@ -63,8 +69,10 @@ class CopyUp:
             else:
                 os.mknod(name, stat.S_IFMT(st.st_mode) | 0o600, st.st_rdev, dir_fd=work)
             self._copy_attributes(source, st, work, name)
+            path = b"/proc/self/fd/%d/%b" % temporary.at
+            origin = union.origins.store(node, source, st, path, follow=False)
             with Owned(os.open(name, _PATH, dir_fd=work)) as target:
-                self.put(node, temporary, target)
+                self.put(node, temporary, target, origin)
 
     def directory(self, node: Node) -> Place:
         """The upper's directory of a directory node; copies up the directory and its parents if necessary."""
@@ -89,6 +97,7 @@ class CopyUp:
         with union.work.temporary() as temporary:
             parent = node.parent.parts[0]
             with Owned(temporary.mkdir()) as copy:
+                origin = union.origins.store(node, lower, st, copy)
                 self._copy_attributes(lower, st, copy)
                 try:
                     resized = self._rename_into(node.parent, node.name, temporary)
@@ -105,8 +114,8 @@ class CopyUp:
         st = os.stat(union.gate.fd(place))
         place.stands_for(st)
         node.show_ctime(shown, st.st_ctime_ns)
-        union.nodes.copied_up(node, st)
-        self._tell(Effects(node, resized))
+        union.nodes.copied_up(node, st, origin)
+        self.tell(Effects(node, resized))
 
     def _copy_attributes(self, source: int, st: os.stat_result, at: int, name: bytes | None = None) -> None:
         """Copy the attributes of ``source`` (O_PATH) to ``name`` in ``at``, by default to the fd ``at``."""
@@ -115,7 +124,7 @@ class CopyUp:
         owner = not union.identity.owns(st)
         attributes.write(at, name, attributes.attributes(st, xattrs), unsupported, owner=owner)
 
-    def put(self, node: Node, temporary: Temporary, fd: int) -> os.stat_result:
+    def put(self, node: Node, temporary: Temporary, fd: int, origin: Stored) -> os.stat_result:
         """Put the copy of a node (``fd``: an fd of the copy) into the upper. Returns its attributes.
 
         If the node's name was removed, the copy has no name either; only an fd of it is held.
@@ -132,9 +141,11 @@ class CopyUp:
             place = node.parent.parts[0] if node.parent.in_place else self.directory(node.parent)
             resized = self._rename_into(node.parent, node.name, temporary)
             node.lies_in(place)
+            if origin is Stored.READABLE and not place.impure:
+                origin = Stored.UNKNOWN
         st = os.fstat(fd)
-        union.nodes.copied_up(node, st)
-        self._tell(Effects(node, resized))
+        union.nodes.copied_up(node, st, origin)
+        self.tell(Effects(node, resized, node.parent if origin is Stored.BROKEN else None))
         return st
 
     def _rename_into(self, directory: Node, name: bytes, temporary: Temporary) -> Node | None:
@@ -150,6 +161,7 @@ class CopyUp:
             place.keep_mtime(st.st_mtime_ns)
             shown = directory.attributes_of(st).ctime_ns
         place.fills()
+        self.union.origins.becomes_impure(place, dir_fd)
         temporary.put(dir_fd, name)
         with contextlib.suppress(OSError):
             calls.utimensat(dir_fd, b".", None, place.mtime_ns)
@@ -161,12 +173,18 @@ class FileCopy:
     """The copy-up of one regular file. Leaving its context without :meth:`finish` discards the copy."""
 
     def __init__(
-        self, copy_up: CopyUp, node: Node, limit: int | None = None, mode: int | None = None
+        self,
+        copy_up: CopyUp,
+        node: Node,
+        limit: int | None = None,
+        mode: int | None = None,
+        *,
+        data: bool = True,
     ) -> None:
         """Open the source and create the temporary file.
 
         ``limit``: copy only that many bytes (truncation). ``mode``: permission bits to set instead of the
-        source's.
+        source's. ``data``: False for a metacopy file, unless it is empty.
         """
         union = copy_up.union
         union.require_upper()
@@ -174,17 +192,28 @@ class FileCopy:
         self._copy_up = copy_up
         self.node = node
         self._temporary = union.work.temporary()
-        self._target = -1
+        self._target = self._metadata = -1
         self._no_capability = False
+        self._origin = Stored.UNKNOWN
         self._source = union.files.lend(node, write=False)
         self._open = True
         try:
-            # with one user it was just opened and not read since, so its atime is unchanged
-            known = self._source.st if self._source.users == 1 else None
-            self._st = known or os.fstat(self._source.fd)
+            if node.lower_data is not None:
+                self._metadata = union.open_path(node)
+                self._st = os.fstat(self._metadata)
+            else:
+                # with one user it was just opened and not read since, so its atime is unchanged
+                known = self._source.st if self._source.users == 1 else None
+                self._st = known or os.fstat(self._source.fd)
+            #: Where the data stays; None: it is copied.
+            self._lower_data = None if data or not self._st.st_size else _data_of(node, self._st)
             self.size = self._st.st_size if limit is None else min(limit, self._st.st_size)
+            if self._lower_data is not None:
+                self.size = 0
             self._mode = stat.S_IMODE(self._st.st_mode if mode is None else mode)
             self._is_plain = self._source.xattrs == [] and self._mode & ~union.identity.sets == 0
+            if union.markers.requires_write and not self._mode & stat.S_IWUSR:
+                self._is_plain = False  # such a mode comes last
             self._target = os.open(
                 self._temporary.name, _NEW, self._mode if self._is_plain else 0o600, dir_fd=union.work.fd
             )
@@ -198,22 +227,31 @@ class FileCopy:
     @property
     def is_quick(self) -> bool:
         """Whether :meth:`copy` is fast enough to run between two requests."""
-        return self.size <= SMALL and not self._union.stack.durable
+        return self._lower_data is not None or (self.size <= SMALL and not self._union.stack.durable)
 
     def copy(self, goes_on: Callable[[], None] = lambda: None) -> None:
         """Copy data and metadata, and sync them. Raises ``OSError``.
 
         ``goes_on`` is called between pieces of data; an exception from it ends the copy.
         """
-        if self.size:
-            dense = self.size <= SMALL and self._st.st_blocks * 512 >= self._st.st_size
-            source, never = self._source.fd, self._union.stack.never_clones
-            if self.size < self._st.st_size or not clone(source, self._target, self._st.st_dev, never):
-                copy_data(source, self._target, self.size, goes_on, dense=dense)
+        if self._lower_data is not None:
+            self._leave_data()
+        elif self.size:
+            _copy(self._union, self._source.fd, self._st, self._target, self.size, goes_on)
         goes_on()
+        of = self._source.fd if self._metadata < 0 else self._metadata
+        self._origin = self._union.origins.store(self.node, of, self._st, self._target)
         self._copy_metadata()
-        if self._union.stack.durable:
+        if self._union.stack.durable and self._lower_data is None:
             os.fsync(self._target)
+
+    def _leave_data(self) -> None:
+        """Make the copy metacopy, of the same size, with the digest that the source has for its data."""
+        markers, digest = self._union.markers, b""
+        if self._metadata >= 0:
+            digest = markers.metacopy_value(b"/proc/self/fd/%d" % self._metadata, follow=True) or b""
+        os.setxattr(self._target, markers.metacopy, digest)
+        os.ftruncate(self._target, self._st.st_size)
 
     def _copy_metadata(self) -> None:
         st, target, union = self._st, self._target, self._union
@@ -224,22 +262,26 @@ class FileCopy:
             os.utime(target, ns=(st.st_atime_ns, st.st_mtime_ns))
             self._no_capability = True
             return
-        xattrs = copied_xattrs(union.markers, self._source.fd)
+        of = self._source.fd if self._metadata < 0 else b"/proc/self/fd/%d" % self._metadata
+        xattrs = copied_xattrs(union.markers, of)
         new = attributes.attributes(st, xattrs)._replace(mode=self._mode)
         attributes.write(target, None, new, unsupported, owner=owner)
         self._no_capability = CAPABILITY not in xattrs
 
     def finish(self, *, keep: bool = False) -> OpenFile | None:
-        """Put the copy into the upper and switch all opens of the file to it.
+        """Put the copy into the upper and switch all opens of the file to it, unless it is metacopy.
 
         ``keep``: lend it to the caller too. Its ``st`` is up to date.
         """
         union, node = self._union, self.node
-        st = self._copy_up.put(node, self._temporary, self._target)
+        st = self._copy_up.put(node, self._temporary, self._target, self._origin)
         if self._no_capability:
             union.capabilities.none(node)
         else:
             union.capabilities.changed(node)
+        node.data_lies_in(self._lower_data)
+        if self._lower_data is not None:
+            return None
         file = union.files.hand_over(node, self._target, st, lend=keep)
         if file is not None:
             self._target = -1
@@ -249,11 +291,129 @@ class FileCopy:
         """Close all fds, and discard an unfinished copy."""
         if self._temporary.taken:
             self._temporary.discard()
-        if self._target >= 0:
-            os.close(self._target)
-            self._target = -1
+        for fd in (self._target, self._metadata):
+            if fd >= 0:
+                os.close(fd)
+        self._target = self._metadata = -1
         if self._open:
             self._open = False
             self._union.files.take_back_later(self.node, self._source)
 
     __exit__ = close
+
+
+class DataCopy:
+    """The data of one metacopy file in the upper follows, into the same object, which may have several names.
+
+    Readers use the lower's until the xattr `metacopy` is removed, after all data was copied; so a crash in
+    between changes nothing (copy_up.c, ovl_copy_up_meta_inode_data).
+    """
+
+    def __init__(self, copy_up: CopyUp, node: Node, limit: int | None = None) -> None:
+        """Open both files. ``limit``: copy only that many bytes, and truncate the file to them."""
+        assert node.place is not None
+        self._union = union = copy_up.union
+        self._copy_up = copy_up
+        self.node = node
+        self._target: OpenFile | None = None
+        self._source = union.files.lend(node, write=False)
+        self._open = True
+        try:
+            waits = not node.place.layer.memory
+            if node.held >= 0:
+                self._target = open_held(node.held, write=True, waits=waits)
+            else:
+                self._target = open_backing(union.gate.fd(node.place), node.name, write=True, waits=waits)
+            self._st = os.fstat(self._target.fd)
+            if node.held < 0:
+                node.check(self._st)
+            self.size = self._st.st_size if limit is None else min(limit, self._st.st_size)
+        except BaseException:
+            self.close()
+            raise
+
+    def __enter__(self) -> DataCopy:
+        return self
+
+    @property
+    def is_quick(self) -> bool:
+        """Whether :meth:`copy` is fast enough to run between two requests."""
+        return self.size <= SMALL and not self._union.stack.durable
+
+    def copy(self, goes_on: Callable[[], None] = lambda: None) -> None:
+        """Copy the data, sync it, and make the file an ordinary one.
+
+        Raises ``OSError``; then the file is as before. ``goes_on`` is called between pieces of data; an
+        exception from it ends the copy.
+        """
+        assert self._target is not None
+        fd, capability = self._target.fd, self._capability(self._target.fd)
+        try:
+            if self.size:
+                _copy(self._union, self._source.fd, os.fstat(self._source.fd), fd, self.size, goes_on)
+            goes_on()
+            os.ftruncate(fd, self.size)
+            if capability is not None:
+                os.setxattr(fd, CAPABILITY, capability)
+            if self._st.st_mode & SET_IDS:
+                os.fchmod(fd, stat.S_IMODE(self._st.st_mode))
+            os.utime(fd, ns=(self._st.st_atime_ns, self._st.st_mtime_ns))
+            if self._union.stack.durable:
+                os.fsync(fd)
+            os.removexattr(fd, self._union.markers.metacopy)
+        except BaseException:
+            self._take_data_away(fd)
+            raise
+
+    def _capability(self, fd: int) -> bytes | None:
+        """The capabilities, which writing removes."""
+        try:
+            return os.getxattr(fd, CAPABILITY)
+        except OSError:
+            return None
+
+    def _take_data_away(self, fd: int) -> None:
+        """Free the space of an incomplete copy, and restore size and times."""
+        with contextlib.suppress(OSError):
+            os.ftruncate(fd, self._st.st_size)
+            calls.fallocate(fd, calls.PUNCH_HOLE | calls.KEEP_SIZE, 0, self._st.st_size)
+        with contextlib.suppress(OSError):
+            os.utime(fd, ns=(self._st.st_atime_ns, self._st.st_mtime_ns))
+
+    def finish(self, *, keep: bool = False) -> OpenFile | None:
+        """Switch all opens of the file to the upper's. ``keep``: lend it to the caller too."""
+        assert self._target is not None
+        union, node, fd = self._union, self.node, self._target.fd
+        node.data_lies_in(None)
+        node.changes()
+        file = union.files.hand_over(node, fd, os.fstat(fd), lend=keep)
+        if file is not None:
+            self._target = None
+        self._copy_up.tell(Effects(node))
+        return file if keep else None
+
+    def close(self, *exc: object) -> None:
+        """Close all fds."""
+        if self._target is not None:
+            os.close(self._target.fd)
+            self._target = None
+        if self._open:
+            self._open = False
+            self._union.files.take_back_later(self.node, self._source)
+
+    __exit__ = close
+
+
+def _data_of(node: Node, st: os.stat_result) -> LowerData:
+    """Where the data of a lower file lies; ``st``: its attributes."""
+    assert node.place is not None
+    return node.lower_data or LowerData(node.place, node.name, node.place.layer.key(st), st.st_blocks)
+
+
+def _copy(
+    union: Union, source: int, st: os.stat_result, target: int, size: int, goes_on: Callable[[], None]
+) -> None:
+    """Copy the first ``size`` bytes of a file with the attributes ``st``."""
+    dense = size <= SMALL and st.st_blocks * 512 >= st.st_size
+    if size != st.st_size or not clone(source, target, st.st_dev, union.stack.never_clones):
+        copy_data(source, target, size, goes_on, dense=dense)

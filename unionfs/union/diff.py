@@ -46,7 +46,7 @@ def diff(
             layers.append(Layer(index, path, fd, is_upper=index == 0))
         merge = Merge(layers, Markers(xattr_prefix, follows_redirects=follows_redirects), directory_fds=256)
         resources.callback(merge.close)
-        root = _Comparison(merge).run()
+        root = _Comparison(merge, layers).run()
     yield from _sorted_changes(root)
 
 
@@ -112,8 +112,9 @@ class _Found:
 class _Comparison:
     """Walks both merged trees side by side, with a list of pending directories instead of recursion."""
 
-    def __init__(self, merge: Merge) -> None:
+    def __init__(self, merge: Merge, layers: Sequence[Layer]) -> None:
         self._merge = merge
+        self._layers = layers
         self._todo: list[tuple[_Change, list[Place], list[Place]]] = []
         #: The places found in the directories being compared, so that equal ones are one object.
         self._places: dict[tuple[Place | None, bytes], Place] = {}
@@ -121,8 +122,7 @@ class _Comparison:
     def run(self) -> _Change:
         """The root of all changes."""
         root = _Change(None, b"")
-        roots = self._merge.roots
-        self._todo.append((root, roots, roots[1:]))
+        self._todo.append((root, self._merge.roots, self._merge.named.roots(self._layers[1:])))
         while self._todo:
             change, now, before = self._todo.pop()
             self._places.clear()
@@ -133,9 +133,6 @@ class _Comparison:
             for name in names:
                 self._compare(_Change(change, name), now, before)
         return root
-
-    def _is_opaque(self, place: Place) -> bool:
-        return self._merge.markers.directory(self._merge.gate.fd(place))[0]
 
     def _candidates(self, now: list[Place], before: list[Place]) -> Iterable[bytes]:
         """The names that can differ: only those in the upper if the lower parts are the same."""
@@ -193,7 +190,7 @@ class _Comparison:
     def _differ(self, new: _Found, old: _Found) -> bool:
         """Whether a directory itself was changed or replaced."""
         top = new.parts[0]
-        replaced = top.layer.is_upper and self._is_opaque(top)
+        replaced = top.layer.is_upper and self._merge.is_opaque(top)
         return replaced or self._attributes(new) != self._attributes(old)
 
     def _attributes(self, found: _Found) -> tuple[int, int, int, int, dict[bytes, object]]:

@@ -11,6 +11,8 @@ import stat
 from collections.abc import Callable
 from typing import Final, Self
 
+from unionfs.union.tickets import Tickets
+
 _FLAGS: Final = os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC | os.O_NOCTTY
 #: Errors of opening a file that a layer has lost; read(2) does not report them.
 _GONE: Final = (errno.ENOENT, errno.ENOTDIR, errno.ELOOP, errno.ESTALE)
@@ -164,7 +166,7 @@ class Use:
 
     __slots__ = (
         "backing_id", "cached", "capability", "file", "filled", "handles", "mtime_ns", "of_upper", "through",
-        "writebacks", "writers", "written",
+        "tickets", "writebacks", "writers", "written",
     )  # fmt: skip
 
     def __init__(self) -> None:
@@ -186,6 +188,14 @@ class Use:
         self.writebacks = 0
         self.mtime_ns = 0
         self.capability: bytes | None = None
+        #: Of a directory: its tickets, once it needs some.
+        self.tickets: Tickets | None = None
+
+    def tickets_given(self) -> Tickets:
+        """The tickets of the directory."""
+        if self.tickets is None:
+            self.tickets = Tickets()
+        return self.tickets
 
     def has(self, file: OpenFile | None) -> None:
         """Set the backing file."""

@@ -24,7 +24,7 @@ from unionfs.sys.filelocks import may_be_a_mounts
 from unionfs.union import opening
 from unionfs.union.markers import Markers
 from unionfs.union.places import BoundLayer, Layer
-from unionfs.union.redirecting import mode
+from unionfs.union.redirecting import mode, parameter
 
 _NO_LOCKS: Final = (errno.EBADF, errno.ENOLCK, errno.EOPNOTSUPP, errno.EINVAL)
 
@@ -75,8 +75,8 @@ class LayerStack:
                         f"upper {upper} needs a work directory on the same filesystem; give one with --work."
                     )
                 upper_fd, work_root = opening.open_upper_and_work(upper, work, privileged, resources)
-                _lock(upper_fd, upper, "upper", resources)
-                _lock(work_root, work, "work", resources)
+                lock(upper_fd, upper, "upper", resources)
+                lock(work_root, work, "work", resources)
                 work_fd = opening.prepare_work(work_root, work, os.fstat(upper_fd).st_uid, resources)
                 layers.append(Layer(0, upper, upper_fd, is_upper=True))
             elif scratch is not None:
@@ -91,11 +91,16 @@ class LayerStack:
                 raise LayerError("a union needs at least one layer; give one with --lower.")
             prefix = b"trusted.overlay." if privileged and not userxattr else b"user.overlay."
             top = layers[0]
-            redirects = mode(features.redirect_dir, prefix, top if top.is_upper else None)
+            chosen = features.redirect_dir or ("on" if features.metacopy == "on" else None)
+            redirects = mode(chosen, prefix, top if top.is_upper else None)
             markers = Markers(prefix, follows_redirects=redirects != "nofollow")
             stack = cls(layers, work_fd, markers, resources.pop_all())
             stack.volatile = volatile
-            stack.features = replace(features, redirect_dir=redirects)
+            stack.features = replace(
+                features,
+                redirect_dir=redirects,
+                metacopy=_metacopy(features.metacopy, redirects, upper or "on the tmpfs", stack),
+            )
             return stack
 
     @property
@@ -131,6 +136,33 @@ class LayerStack:
         self._resources.close()
 
 
+def _metacopy(wanted: str | None, redirects: str, upper: str, stack: LayerStack) -> str:
+    """Whether a change of metadata copies up metadata alone, ``on`` or ``off``: as wanted, else overlayfs's
+    default (super.c, ovl_metacopy_def) if redirects are written, which it needs.
+
+    Raises LayerError if it is wanted but not possible.
+    """
+    if wanted is None and (redirects != "on" or parameter("metacopy", "N") == "N"):
+        return "off"
+    if wanted == "off" or stack.upper is None:
+        return "off"
+    path, name = b"/proc/self/fd/%d" % stack.work_fd, stack.markers.metacopy
+    cure = "leave metacopy=on out"
+    try:
+        if not stack.markers.follows_metacopy:
+            cure += ", or mount as root without userxattr"
+            raise OSError(errno.EPERM, "every user could make such a file for the data of others")
+        os.setxattr(path, name, b"")
+        os.removexattr(path, name)
+    except OSError as error:
+        if wanted is None:
+            return "off"
+        raise LayerError(
+            f"metacopy=on is not possible with upper {upper}: {error.strerror}; {cure}."
+        ) from error
+    return "on"
+
+
 def _syncfs(root_fd: int) -> None:
     fd = os.open(b"/proc/self/fd/%d" % root_fd, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
     try:
@@ -146,7 +178,7 @@ def _replace_by_nothing(fd: int) -> None:
     os.close(null)
 
 
-def _lock(fd: int, path: str, role: str, resources: ExitStack) -> None:
+def lock(fd: int, path: str, role: str, resources: ExitStack) -> None:
     """Hold flock(2) on the directory for the life of the mount, so that other mounts refuse it.
 
     Any user who can read a directory can lock it; a lock of a user who may not write it is not a mount's.

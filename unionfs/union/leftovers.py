@@ -12,12 +12,12 @@ from unionfs.sys.openat2 import RESOLVE_BENEATH, RESOLVE_NO_SYMLINKS, RESOLVE_NO
 from unionfs.union.listing import NFS_REMOVED
 
 _DIRECTORY: Final = os.O_PATH | os.O_DIRECTORY
-_OURS_IN_WORK: Final = frozenset({"work", "index"})
+OURS_IN_WORK: Final = frozenset({"work", "index"})
 
 
 def check_work(fd: int, path: str) -> None:
     """Refuse a work directory with files that no union filesystem made. Raises LayerError, OSError."""
-    foreign = sorted(set(_names(fd)) - _OURS_IN_WORK)
+    foreign = sorted(set(_names(fd)) - OURS_IN_WORK)
     if foreign:
         raise LayerError(
             f"work {quoted(path)} is not empty (it holds {quoted(foreign[0])}), and what is in a work "
@@ -37,13 +37,18 @@ def check_leftovers(fd: int, path: str) -> None:
     """
     names = sorted(_names(fd))
     for name in names:
-        if not (name == "incompat" or name[0] == "#" or name.isdigit() or NFS_REMOVED.fullmatch(name)):
+        if name != "incompat" and not is_temporary(name):
             raise LayerError(
                 f"work {quoted(path)} holds {quoted('work/' + name)}, which no union filesystem made and "
                 "which would be deleted; choose an empty directory."
             )
     if "incompat" in names:
         _refuse_incompatible(fd, path)
+
+
+def is_temporary(name: str) -> bool:
+    """Whether it is a name of a temporary in WORKDIR/work; see :func:`check_leftovers`."""
+    return name[0] == "#" or name.isdigit() or NFS_REMOVED.fullmatch(name) is not None
 
 
 def _refuse_incompatible(fd: int, path: str) -> NoReturn:

@@ -13,6 +13,7 @@ from typing import Final
 
 from unionfs.sys.fds import Owned
 from unionfs.union.listing import LARGE, real_names
+from unionfs.union.named import PREFIX, hidden_name
 from unionfs.union.places import Gate, Place
 
 MANY: Final = 8
@@ -80,8 +81,18 @@ class LowerNames:
                 with Owned(self._gate.open_for_listing(place)) as fd:
                     if os.fstat(fd).st_size > LARGE:
                         return  # listing it takes too long
+                    some = False
                     for name in real_names(fd):
-                        having.setdefault(name, []).append(place)
+                        if name.startswith(PREFIX):
+                            some = True
+                            hidden = hidden_name(name)
+                            if hidden is None:
+                                continue
+                            name = hidden
+                        places = having.setdefault(name, [])
+                        if not places or places[-1] is not place:
+                            places.append(place)
+                    place.knows_named(some=some)
         except OSError:
             return  # for example a directory with search but no read permission
         names.having = having

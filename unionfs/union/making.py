@@ -29,9 +29,10 @@ class Making(Changing):
         """Create a hard link to a node in the upper."""
         union = self._union
         assert node.place is not None
-        self._refuse_metacopy(node)
         place = self.writable(parent)
         with self._directories(node.place, place) as (source, dir_fd):
+            self.replace_named(place, dir_fd, name)
+            union.origins.moves(node, place, dir_fd)
             try:
                 link_object(node, source, dir_fd, name)
             except FileExistsError:

@@ -4,6 +4,9 @@ The format is kernel overlayfs's (Documentation/filesystems/overlayfs.rst): a wh
 0/0, or an empty regular file with the xattr ``whiteout``; a directory with ``opaque`` = ``y`` hides the
 layers below it, ``x`` says that it may contain xattr whiteouts. A user's own xattr with the overlay's prefix
 is stored with a second ``overlay.`` inserted (fs/overlayfs/xattrs.c), and shown without it.
+
+fuse-overlayfs without root sets ``user.fuseoverlayfs.opaque`` (main.c, set_fd_opaque); that prefix is treated
+likewise. Its whiteouts are names, see `named`.
 """
 
 from __future__ import annotations
@@ -12,11 +15,25 @@ import errno
 import os
 import stat
 from collections.abc import Iterable
-from typing import Final
+from typing import Final, NamedTuple
 
 ABSENT: Final = (errno.ENODATA, errno.EOPNOTSUPP, errno.EPERM, errno.EACCES)
+FUSE_OVERLAYFS: Final = b"user.fuseoverlayfs."
 _ESCAPE: Final = b"overlay."
+_OTHER_OPAQUE: Final = FUSE_OVERLAYFS + b"opaque"
 _XATTR_NAME_MAX: Final = 255
+_METACOPY_HEADER: Final = 4
+
+
+class Marks(NamedTuple):
+    """The markers of a directory."""
+
+    opaque: bool = False
+    redirect: bytes | None = None
+    impure: bool = False
+    """It may contain copies, which have an origin."""
+    copied: bool = False
+    """It is a copy itself; see `origin`."""
 
 
 class Markers:
@@ -31,27 +48,35 @@ class Markers:
         self.follows_redirects = not anyone if follows_redirects is None else follows_redirects
         #: Only redirects in directories of this user are followed; None: in all.
         self.redirects_of = os.geteuid() if anyone else None
+        #: The data of a metacopy file is found like that, too.
+        self.follows_metacopy = not anyone
         self.opaque = prefix + b"opaque"
         self.redirect = prefix + b"redirect"
         self.metacopy = prefix + b"metacopy"
         self.whiteout = prefix + b"whiteout"
-        self._escaped = prefix + _ESCAPE
+        self.origin = prefix + b"origin"
+        self.impure = prefix + b"impure"
+        self.nlink = prefix + b"nlink"
+        #: Whether setting a marker requires write permission for the object (xattr(7)).
+        self.requires_write = prefix.startswith(b"user.")
 
     # -- the overlay's own names ----------------------------------------------------------------------
 
     def is_private(self, name: bytes) -> bool:
         """Whether the xattr is internal to the overlay: never shown, never copied."""
-        return name.startswith(self.prefix) and not name.startswith(self._escaped)
+        prefix = self._prefix_of(name)
+        return prefix is not None and not name.startswith(prefix + _ESCAPE)
 
     def stored_name(self, name: bytes) -> bytes:
         """The name on disk of the user's xattr ``name``.
 
         EOPNOTSUPP if the escaped name is too long (xattrs.c, ovl_xattr_escape_name).
         """
-        if not name.startswith(self.prefix):
+        prefix = self._prefix_of(name)
+        if prefix is None:
             return name
-        stored = self._escaped + name[len(self.prefix) :]
-        if name == self.prefix:
+        stored = prefix + _ESCAPE + name[len(prefix) :]
+        if name == prefix:
             raise OSError(errno.EINVAL, os.strerror(errno.EINVAL))
         if len(stored) > _XATTR_NAME_MAX:
             raise OSError(errno.EOPNOTSUPP, os.strerror(errno.EOPNOTSUPP))
@@ -61,11 +86,18 @@ class Markers:
         """Convert names on disk to the names that users see."""
         shown = []
         for name in stored:
-            if name.startswith(self._escaped):
-                shown.append(self.prefix + name[len(self._escaped) :])
-            elif not name.startswith(self.prefix):
+            prefix = self._prefix_of(name)
+            if prefix is None:
                 shown.append(name)
+            elif name.startswith(prefix + _ESCAPE):
+                shown.append(prefix + name[len(prefix) + len(_ESCAPE) :])
         return shown
+
+    def _prefix_of(self, name: bytes) -> bytes | None:
+        """The prefix of internal xattrs that ``name`` has, if any."""
+        if name.startswith(self.prefix):
+            return self.prefix
+        return FUSE_OVERLAYFS if name.startswith(FUSE_OVERLAYFS) else None
 
     # -- reading --------------------------------------------------------------------------------------
 
@@ -80,38 +112,50 @@ class Markers:
             return _get(b"/proc/self/fd/%d/%b" % (dir_fd, name), self.whiteout) is not None
         return False
 
-    def directory(self, fd: int) -> tuple[bool, bytes | None]:
-        """Whether the directory ``fd`` is opaque, and its redirect."""
+    def directory(self, fd: int) -> Marks:
+        """The markers of the directory ``fd``."""
         path = b"/proc/self/fd/%d" % fd
         try:
             names = os.listxattr(path)
         except OSError as error:
             if error.errno in ABSENT:
-                return False, None
-            names = [os.fsdecode(self.opaque), os.fsdecode(self.redirect)]  # for example too many to list
+                return Marks()
+            names = [os.fsdecode(name) for name in (self.opaque, self.redirect, _OTHER_OPAQUE)]  # too many
         if not names:
-            return False, None
+            return Marks()
         opaque = os.fsdecode(self.opaque) in names and self.opaque_value(fd) == b"y"
+        if not opaque and os.fsdecode(_OTHER_OPAQUE) in names:
+            opaque = self._value(fd, _OTHER_OPAQUE) == b"y"
         redirect = None
         if os.fsdecode(self.redirect) in names:
             redirect = _get(path, self.redirect, follow=True)
-        return opaque, redirect
+        return Marks(opaque, redirect, os.fsdecode(self.impure) in names, os.fsdecode(self.origin) in names)
 
     def opaque_value(self, fd: int) -> bytes | None:
         """The value of ``opaque`` on the directory ``fd``; None also if it cannot be read (as util.c,
         ovl_get_dir_xattr_val)."""
+        return self._value(fd, self.opaque)
+
+    def _value(self, fd: int, name: bytes) -> bytes | None:
         try:
-            return _get(b"/proc/self/fd/%d" % fd, self.opaque, follow=True)
+            return _get(b"/proc/self/fd/%d" % fd, name, follow=True)
         except OSError:
             return None
 
-    def refuse_metacopy(self, where: bytes | int, *, follow: bool = True) -> None:
-        """Raise EPERM for a regular file with only its metadata in this layer, rather than return zeros."""
-        try:
-            os.getxattr(where, self.metacopy, follow_symlinks=follow)
-        except OSError:
-            return
-        raise PermissionError(errno.EPERM, "a metacopy file needs kernel overlayfs")
+    def metacopy_value(self, where: bytes | int, *, follow: bool = False) -> bytes | None:
+        """The value of ``metacopy`` of a path or fd; None: a regular file has its data itself.
+
+        Empty, or a header of four bytes and a digest of fs-verity (overlayfs.h, struct ovl_metacopy). A
+        shorter one is EIO (util.c, ovl_check_metacopy_xattr).
+        """
+        value = _get(where, self.metacopy, follow=follow)
+        if value and len(value) < _METACOPY_HEADER:
+            raise OSError(errno.EIO, "a layer holds an invalid metacopy xattr")
+        return value
+
+    def redirect_value(self, where: bytes | int, *, follow: bool = False) -> bytes | None:
+        """The value of ``redirect`` of a path or fd, None without one."""
+        return _get(where, self.redirect, follow=follow)
 
     # -- writing --------------------------------------------------------------------------------------
 
@@ -168,9 +212,9 @@ def _set(fd: int, name: bytes, value: bytes) -> None:
             os.chmod(path, mode)
 
 
-def _get(path: bytes, name: bytes, *, follow: bool = False) -> bytes | None:
+def _get(path: bytes | int, name: bytes, *, follow: bool = False) -> bytes | None:
     try:
-        return os.getxattr(path, name, follow_symlinks=follow)
+        return os.getxattr(path, name, follow_symlinks=follow or type(path) is int)
     except OSError as error:
         if error.errno in ABSENT:
             return None

@@ -17,11 +17,15 @@ from unionfs.sys.fds import Owned
 from unionfs.union.listing import NFS_REMOVED, Listing, real_names
 from unionfs.union.lowernames import MANY, LowerNames
 from unionfs.union.markers import Markers
-from unionfs.union.places import Gate, Layer, Place
+from unionfs.union.metacopy import DataSearch, open_data
+from unionfs.union.named import PREFIX, NamedWhiteouts, hidden_name
+from unionfs.union.places import Gate, Layer, LowerData, Place
 from unionfs.union.redirects import PartSearch
 
 #: A layer's filesystem may have a shorter name limit; as namei.c, ovl_lookup_single.
 _NOT_THERE: Final = (errno.ENOENT, errno.ENAMETOOLONG)
+#: The blocks of a file without data: those of xattrs that do not fit into the inode.
+_BLOCKS_OF_XATTRS: Final = 8
 _PATH: Final = os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC
 
 Found = tuple[os.stat_result, list[Place]]
@@ -36,13 +40,15 @@ class Merge:
     """
 
     def __init__(self, layers: Sequence[Layer], markers: Markers, *, directory_fds: int = 1024) -> None:
-        #: The parts of the root. Overlayfs ignores `opaque` on them (super.c, ovl_get_root).
-        self.roots = [layer.root for layer in layers]
         self.markers = markers
         self.gate = Gate(directory_fds)
+        self.named = NamedWhiteouts(self.gate)
+        #: The parts of the root. Overlayfs ignores `opaque` on them (super.c, ovl_get_root).
+        self.roots = self.named.roots(layers)
         self._lowest = len(layers) - 1
         self._lower_names = LowerNames(self.gate)
-        self._directories = PartSearch(layers, markers, self.gate)
+        self._directories = PartSearch(layers[: len(self.roots)], markers, self.named, self.gate)
+        self._data = DataSearch(markers, self.named, self.gate, self._directories)
 
     def search(self, parts: list[Place], name: bytes, first: int = 0) -> Found | None:
         """The object ``name`` in the directory merged from ``parts``, or None. Raises ``OSError``.
@@ -50,6 +56,8 @@ class Merge:
         ``first``: the index of the topmost part that may have the name, if known.
         """
         searched = parts
+        if name.startswith(PREFIX):
+            return None
         if len(parts) >= MANY:
             searched, first = self._lower_names.parts(parts, name), 0
         elif first == 0 and parts[0].empty:
@@ -61,6 +69,9 @@ class Merge:
                 st = os.stat(name, dir_fd=dir_fd, follow_symlinks=False)
             except OSError as error:
                 if error.errno in _NOT_THERE:
+                    below = part is not searched[-1]
+                    if below and part.asked_named >= 0 and self.named.hides(part, dir_fd, name):
+                        return None
                     continue
                 raise
             kind = stat.S_IFMT(st.st_mode)
@@ -72,9 +83,31 @@ class Merge:
             return None if self.markers.is_whiteout(st, dir_fd, name) else (st, [part])
         return None
 
+    def may_be_metacopy(self, st: os.stat_result, place: Place) -> bool:
+        """Whether a regular file in ``place`` has too few blocks for its size, so that it may be metacopy."""
+        if st.st_size <= st.st_blocks * 512 or st.st_blocks > _BLOCKS_OF_XATTRS:
+            return False
+        return stat.S_ISREG(st.st_mode) and place.layer.index != self._lowest
+
+    def lower_data(
+        self, parts: Sequence[Place], place: Place, name: bytes, where: bytes | int
+    ) -> LowerData | None:
+        """Where the data of the regular file ``name`` lies if it is metacopy; None: in the file.
+
+        ``parts``: those of its directory; ``place``: the one that contains it; ``where``: a path or fd of it.
+        Raises ``OSError``: EIO without data, EPERM if metacopy is not followed.
+        """
+        return self._data.find(parts, place.layer.index, name, where)
+
+    def open_data(self, data: LowerData) -> int:
+        """A new fd of the data of a metacopy file, for reading. Raises ``OSError``, EIO if another file has
+        replaced it."""
+        return open_data(self.gate, data)
+
     def is_visible_below(self, parts: list[Place], name: bytes) -> bool:
         """Whether a lower has ``name``, so that removing it from the upper requires a whiteout."""
-        for part in self._lower_names.parts(parts, name):
+        searched = self._lower_names.parts(parts, name)
+        for part in searched:
             if part.layer.is_upper:
                 continue
             dir_fd = self.gate.fd(part)
@@ -82,6 +115,8 @@ class Merge:
                 st = os.stat(name, dir_fd=dir_fd, follow_symlinks=False)
             except OSError as error:
                 if error.errno in _NOT_THERE:
+                    if part is not searched[-1] and self.named.hides(part, dir_fd, name):
+                        return False
                     continue
                 raise
             return not self.markers.is_whiteout(st, dir_fd, name)
@@ -101,11 +136,17 @@ class Merge:
             try:
                 st = os.stat(name, dir_fd=fd, follow_symlinks=False)
             except FileNotFoundError:
+                if self.named.hides(part, fd, name):
+                    return False
                 continue
             except OSError:
                 return False
             return stat.S_ISREG(st.st_mode) and not self.hides_xattr_whiteouts(parts, part, fd)
         return False
+
+    def is_opaque(self, place: Place) -> bool:
+        """Whether a real directory hides those with its name in the layers below, apart from the root."""
+        return self.markers.directory(self.gate.fd(place))[0] or self.named.cut(place)
 
     def hides_xattr_whiteouts(self, parts: Sequence[Place], part: Place, fd: int) -> bool:
         """Whether listings omit xattr whiteouts in one part of a directory; ``fd`` is an fd of it.
@@ -177,7 +218,12 @@ class _MergedListing(Listing):
             self.close()
 
     def _listed(self, index: int, fd: int) -> list[bytes]:
-        return self._in_use(index, real_names(fd))
+        names = real_names(fd)
+        if not any(name.startswith(PREFIX) for name in names):
+            self._parts[index].knows_named(some=False)
+            return self._in_use(index, names)
+        self._parts[index].knows_named(some=True)
+        return self._in_use(index, [shown for name in names if (shown := _candidate(name)) is not None])
 
     def _in_use(self, index: int, names: list[bytes]) -> list[bytes]:
         if index == 0 and self._hides_removed:
@@ -191,6 +237,11 @@ class _MergedListing(Listing):
         with os.scandir(fd) as entries:
             for entry in entries:
                 name = os.fsencode(entry.name)
+                if name.startswith(PREFIX):
+                    below = hidden_name(name)
+                    if below is not None:
+                        whiteouts.add(below)
+                    continue
                 try:
                     hidden = _may_be_whiteout(entry, hides) and self._merge.markers.is_whiteout(
                         os.stat(name, dir_fd=fd, follow_symlinks=False), fd, name
@@ -204,6 +255,11 @@ class _MergedListing(Listing):
                 else:
                     shown.append(name)
         return shown
+
+
+def _candidate(name: bytes) -> bytes | None:
+    """The name to look up for an entry of a real directory."""
+    return hidden_name(name) if name.startswith(PREFIX) else name
 
 
 def _may_be_whiteout(entry: os.DirEntry[str], files: bool) -> bool:

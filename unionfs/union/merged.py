@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import stat
+from contextlib import suppress
 
 from unionfs.sys.calls import os_error
 from unionfs.union.attributes import Attributes
@@ -15,7 +16,7 @@ from unionfs.union.merge import Merge
 from unionfs.union.node import NAME_MAX, Node, Territory
 from unionfs.union.nodes import NodeTable
 from unionfs.union.objects import Objects
-from unionfs.union.places import Place
+from unionfs.union.places import LowerData, Place
 
 
 class Merged(Territory):
@@ -52,6 +53,9 @@ class Merged(Territory):
             return None
         st, places = found
         node = self._nodes.add(parent, name, st, places)
+        if self._merge.may_be_metacopy(st, places[0]) and node.lower_data is None:
+            with suppress(OSError):  # an open reports it
+                node.data_lies_in(self._data_of(node, self._objects.path(node)[0]))
         return node, node.attributes_of(st)
 
     def number(self, parent: Node, name: bytes) -> tuple[int, int] | None:
@@ -65,7 +69,7 @@ class Merged(Territory):
         kind = stat.S_IFMT(st.st_mode)
         if kind == stat.S_IFDIR:
             self._merge.forget(places)  # no node uses them
-        return self._nodes.number(parent, name, st, places[0]), kind
+        return self._nodes.number(name, st, places), kind
 
     def number_of_bare_whiteout(self, parent: Node, name: bytes) -> tuple[int, int] | None:
         if self._merge.lists_bare_whiteout(parent.parts, name):
@@ -78,6 +82,7 @@ class Merged(Territory):
     def add(self, parent: Node, name: bytes, st: os.stat_result, place: Place) -> Node:
         if stat.S_ISDIR(st.st_mode):
             place = Place(place.layer, place, name, key=place.layer.key(st))
+            place.knows_named(some=False)
         return self._nodes.add(parent, name, st, [place])
 
     def unnamed(self, parent: Node, held: int) -> Node:
@@ -90,10 +95,15 @@ class Merged(Territory):
             if st.st_nlink > upper.links_of_removed:
                 self._nodes.linked(node, st)  # it has names that were not looked up yet
 
-    def opened(self, file: OpenFile) -> None:
+    def opened(self, node: Node, file: OpenFile) -> LowerData | None:
         names = file.look_at_xattrs()
-        if names is None or self._metacopy in names:
-            self._stack.markers.refuse_metacopy(file.fd)
+        return self._data_of(node, file.fd) if names is None or self._metacopy in names else None
+
+    def _data_of(self, node: Node, where: bytes | int) -> LowerData | None:
+        """Where the data of a file lies that may be metacopy. Its name may be the last one that it had."""
+        assert node.place is not None
+        assert node.parent is not None
+        return self._merge.lower_data(node.parent.parts, node.place, node.name, where)
 
     def stored_name(self, name: bytes) -> bytes:
         return self._stack.markers.stored_name(name)

@@ -9,10 +9,10 @@ from abc import ABC, abstractmethod
 from typing import Final
 
 from unionfs.sys.calls import os_error
-from unionfs.union.attributes import Attributes
+from unionfs.union.attributes import Attributes, with_blocks
 from unionfs.union.files import OpenFile, Use
 from unionfs.union.listing import Listing
-from unionfs.union.places import Place
+from unionfs.union.places import LowerData, Place
 
 NAME_MAX: Final = 255
 UNSEEN: Final = -1
@@ -75,8 +75,9 @@ class Territory(ABC):
         """The last known name of a node was removed; its object is held."""
 
     @abstractmethod
-    def opened(self, file: OpenFile) -> None:
-        """Record facts about a backing file. Raises ``OSError`` for a file that cannot be served."""
+    def opened(self, node: Node, file: OpenFile) -> LowerData | None:
+        """Record facts about the object of a node, just opened. Returns where its data lies if not in it (see
+        `Node.lower_data`). Raises ``OSError`` for a file that cannot be served."""
 
     def stored_name(self, name: bytes) -> bytes:
         """The name on disk of the user's xattr ``name``."""
@@ -96,9 +97,9 @@ class Node:
     """One object of the merged tree."""
 
     __slots__ = (
-        "children", "ctime", "held", "id", "identity", "ino", "key", "kind", "links", "lookups", "name",
-        "no_capability", "parent", "parts", "place", "successor", "superseded", "territory", "unlinked",
-        "use",
+        "children", "ctime", "from_origin", "generation", "held", "id", "identity", "ino", "key", "kind",
+        "links", "lookups", "lower_data", "name", "no_capability", "parent", "parts", "place", "successor",
+        "superseded", "territory", "unlinked", "use",
     )  # fmt: skip
 
     def __init__(
@@ -112,11 +113,14 @@ class Node:
         key: int = 0,
         *,
         ino: int = 0,
+        generation: int = 0,
         held: int = -1,
         identity: tuple[int, int] | None = None,
     ) -> None:
         """``places``: a directory's parts, or the object's place. ``ino``: its number, the id by default."""
         self.id = id_
+        #: Distinguishes it from all other nodes with its id: 32 bits, as in file handles (fs/fuse/inode.c).
+        self.generation = generation
         self.ino = ino or id_
         self.territory = territory
         self.parent = parent
@@ -135,6 +139,8 @@ class Node:
             self.children = {}
         else:
             self.place = places[0]
+        #: Where the data of a metacopy object lies; None: in the object, as far as known before it is opened.
+        self.lower_data: LowerData | None = None
         #: Additional names of an upper file with several hard links.
         self.links: list[tuple[Node, bytes]] | None = None
         self.lookups = 0
@@ -145,6 +151,8 @@ class Node:
         self.identity = identity
         #: It is known to have no security.capability; see `shortcuts.Capabilities`.
         self.no_capability = False
+        #: Its number is that of its origin; see `origin`.
+        self.from_origin = False
         #: A ctime set on the real directory by a copy-up (`UNSEEN`: the one at the next query), and the ctime
         #: shown instead; nanoseconds.
         self.ctime: tuple[int, int] | None = None
@@ -169,6 +177,11 @@ class Node:
         return self.place is not None and self.place.layer.in_place
 
     @property
+    def data_in_place(self) -> bool:
+        """Whether its data is changed in place too. Valid for a file that was opened."""
+        return self.lower_data is None and self.in_place
+
+    @property
     def is_pure_upper(self) -> bool:
         """Whether it has no lower parts."""
         return self.in_place and len(self.parts) <= 1
@@ -188,6 +201,8 @@ class Node:
         # Copying up one name of a lower file with several breaks the link: its count is then 1.
         lasting = self.territory.lasting and (st.st_nlink == 1 or self.is_dir or self.in_place)
         ctime = st.st_ctime_ns if self.ctime is None else self.shown_ctime(st.st_ctime_ns)
+        if self.lower_data is not None:
+            st = with_blocks(st, self.lower_data.blocks)
         return Attributes(self.ino, nlink, st, ctime, lasting=lasting)
 
     def in_use(self) -> Use:
@@ -217,6 +232,10 @@ class Node:
         """Record that its object moved to another real directory."""
         self.place = place
 
+    def data_lies_in(self, data: LowerData | None) -> None:
+        """Record where its data lies; None: in its object."""
+        self.lower_data = data
+
     def changes(self) -> None:
         """Its object is about to change: show its real ctime from now on."""
         self.ctime = None
@@ -230,6 +249,14 @@ class Node:
         if self.held >= 0:
             os.close(self.held)
         self.held = fd
+
+    def has_number(self, number: int) -> None:
+        """Set its number: a copied-up name of a lower file with several is a file of its own."""
+        self.ino = number
+
+    def has_origin(self) -> None:
+        """Record that its number is that of its origin."""
+        self.from_origin = True
 
     def has_key(self, key: int) -> None:
         """Set the key that identifies its object; see `Layer.key`."""
@@ -307,11 +334,16 @@ class Node:
             directory.forget_child(name, self)
         return [directory for directory, _ in self.links]
 
-    def supersede(self, number: int) -> Node:
-        """A new node with that id that takes over object, names and held fd; see `NodeTable.supersede`."""
+    def supersede(self, number: int, generation: int) -> Node:
+        """A new node that takes over object, names and held fd; see `NodeTable.supersede`."""
         places = self.parts if self.place is None else [self.place]
-        new = Node(number, self.territory, self.parent, self.name, self.kind, places, self.key, ino=self.ino)
+        new = Node(
+            number, self.territory, self.parent, self.name, self.kind, places, self.key, ino=self.ino,
+            generation=generation,
+        )  # fmt: skip
         new.links, new.unlinked, new.held = self.links, self.unlinked, self.held
+        new.lower_data = self.lower_data
+        new.from_origin = self.from_origin
         self.links, self.held = None, -1
         for directory, name in [(self.parent, self.name), *(new.links or ())]:
             known = None if directory is None else directory.children

@@ -4,9 +4,11 @@ Rules (the table is the only place that implements them):
 
 - A node keeps its id through copy-up, rename and metadata changes.
 - A directory, and an object of a lower, is identified by its parent node and name; so each name of a lower
-  file with several hard links is a separate node. An object of the upper with several links is one node with
-  several names, found by (device, inode).
-- A node's id is its ``st_ino`` (see `numbers`), unless another node has that id.
+  file with several hard links is a separate node, until copy-up with the same ``st_ino``. An object of the
+  upper with several links is one node with several names, found by (device, inode).
+- A node's id is its ``st_ino`` (see `numbers`), unless another node has that id. Two nodes of separate
+  objects never have the same ``st_ino``: if a layer would make it so, the second node has its id. Ids are
+  used again, and then with another generation: a file handle of a forgotten node is stale.
 - A node stays while the kernel holds lookups (``lookups``), it is open, or nodes below it stay. Only the
   table subtracts lookups; a session's state about a node (`Use`) ends with the node.
 - A node without a name keeps an fd (``held``) until it is forgotten.
@@ -16,14 +18,19 @@ Rules (the table is the only place that implements them):
 
 from __future__ import annotations
 
+import errno
+import itertools
 import os
+import secrets
 import stat
 from collections.abc import Callable
 from typing import Final
 
+from unionfs.sys import calls
 from unionfs.union.node import Node, Territory
-from unionfs.union.numbers import Numbers, hashed
-from unionfs.union.places import NO_KEY, Place
+from unionfs.union.numbers import hashed
+from unionfs.union.origin import Origins, Stored
+from unionfs.union.places import NO_KEY, Layer, Place
 
 ROOT_ID: Final = 1
 
@@ -31,16 +38,21 @@ ROOT_ID: Final = 1
 class NodeTable:
     """All nodes that the kernel knows or is about to receive, and their ids."""
 
-    #: The node of id 1, and the numbers of the merged layers.
+    #: The node of id 1.
     root: Node
-    _numbers: Numbers
 
-    def __init__(self, gone: Callable[[Node], None] = lambda node: None) -> None:
+    def __init__(self, origins: Origins, gone: Callable[[Node], None] = lambda node: None) -> None:
         """``gone`` is called for each forgotten directory, and for each forgotten node that was in use."""
         self._by_id: dict[int, Node] = {}
         self._by_inode: dict[tuple[int, int], Node] = {}
         self._inode_of: dict[int, tuple[int, int]] = {}
         self._gone = gone
+        #: The generation of the next node. The kernel sees 32 bits: those of two mounts hardly ever meet.
+        self._generations = itertools.count(secrets.randbits(32))
+        self._origins = origins
+        self.numbers = origins.numbers
+        #: The numbers of copies whose origin could not be stored, by (device, inode).
+        self._unstored: dict[tuple[int, int], int] = {}
 
     def __len__(self) -> int:
         return len(self._by_id)
@@ -49,7 +61,6 @@ class NodeTable:
         """Add the root of the merged tree."""
         self.root = self._by_id[ROOT_ID] = Node(ROOT_ID, territory, None, b"", stat.S_IFDIR, parts)
         self.root.looked_up()
-        self._numbers = Numbers(parts[0].layer.dev)
 
     def get(self, id_: int) -> Node | None:
         """The node with that id, or its successor, if known."""
@@ -64,28 +75,56 @@ class NodeTable:
 
     # -- numbers --------------------------------------------------------------------------------------
 
-    def number(self, parent: Node, name: bytes, st: os.stat_result, place: Place) -> int:
-        """The inode number that :meth:`add` would assign to an object of the real directory ``place``."""
-        upper = place.layer.is_upper
+    def number(self, name: bytes, st: os.stat_result, places: list[Place]) -> int:
+        """The inode number that :meth:`add` would assign to an object; ``places`` as there."""
+        upper = places[0].layer.is_upper
         if upper and self._by_inode and not stat.S_ISDIR(st.st_mode):
             known = self._by_inode.get((st.st_dev, st.st_ino))
             if known is not None:
                 return known.ino
-        return self._free(self._numbers.of(st, parent.ino, name, upper=upper))
+        number, _ = self._number(name, st, places)
+        return number if self._may_share(st, places[0]) else self._free(number)
+
+    def _number(self, name: bytes, st: os.stat_result, places: list[Place]) -> tuple[int, bool]:
+        """The number of an object, and whether it is that of its origin."""
+        if stat.S_ISDIR(st.st_mode):
+            return self._origins.number_of_directory(st, places), False
+        place = places[0]
+        if self._unstored and place.layer.is_upper:
+            known = self._unstored.get((st.st_dev, st.st_ino))
+            if known is not None:
+                return known, False
+        if place.impure:
+            known = self._origins.number(place, name, st)
+            if known is not None:
+                return known, True
+        return self.numbers.of(st.st_dev, st.st_ino), False
+
+    def _may_share(self, st: os.stat_result, place: Place) -> bool:
+        """Whether several nodes may have the number of an object: those of a lower's hard links; with
+        ``xino=off``, objects of several filesystems."""
+        if stat.S_ISDIR(st.st_mode):
+            return False
+        return not self.numbers.unique or (st.st_nlink > 1 and not place.layer.is_upper)
 
     def unreachable(self, parent: Node, name: bytes) -> int:
         """A number for an object that cannot be looked up; no node has it."""
-        return self._free(hashed(b"unreachable%d/%b" % (parent.ino, name)))
+        return self._free(self.numbers.hashed(b"unreachable%d/%b" % (parent.ino, name)))
 
     def _free(self, number: int) -> int:
         """The number itself, or another one if a node has it."""
         while number in self._by_id:
-            number = hashed(b"taken%d" % number)
+            number = self.numbers.hashed(b"taken%d" % number)
         return number
 
-    def copied_up(self, node: Node, st: os.stat_result) -> None:
-        """Remember that the upper object with attributes ``st`` carries the number of ``node``."""
-        self._numbers.keep(st, node.ino)
+    def copied_up(self, node: Node, st: os.stat_result, origin: Stored) -> None:
+        """Record that ``node`` is now the upper object with attributes ``st``, whose origin is ``origin``."""
+        if origin is Stored.BROKEN:
+            node.has_number(self.numbers.of(st.st_dev, st.st_ino))
+        elif origin is Stored.READABLE:
+            node.has_origin()
+        elif not node.is_dir:
+            self._unstored[st.st_dev, st.st_ino] = node.ino
         if node.place is not None:
             node.has_key(node.place.layer.key(st))
 
@@ -111,10 +150,17 @@ class NodeTable:
             if known is not None:
                 self.add_name(known, parent, name, place)
                 return known
-        number = self._free(self._numbers.of(st, parent.ino, name, upper=upper))
+        number, from_origin = self._number(name, st, places)
+        id_ = self._free(number)
         key = 0 if kind == stat.S_IFDIR else place.layer.key(st)
-        node = Node(number, parent.territory, parent, name, kind, places, key)
-        self._by_id[number] = node
+        ino = number if id_ == number or self._may_share(st, place) else id_
+        node = Node(
+            id_, parent.territory, parent, name, kind, places, key, ino=ino,
+            generation=next(self._generations),
+        )  # fmt: skip
+        if from_origin:
+            node.has_origin()
+        self._by_id[id_] = node
         parent.children[name] = node
         if linkable and st.st_nlink > 1:
             self.linked(node, st)
@@ -136,7 +182,7 @@ class NodeTable:
         """
         node = Node(
             self._free(number), territory, parent, name, stat.S_IFMT(st.st_mode), [place],
-            ino=number, held=held, identity=(st.st_dev, st.st_ino),
+            ino=number, generation=next(self._generations), held=held, identity=(st.st_dev, st.st_ino),
         )  # fmt: skip
         self._by_id[node.id] = node
         if name:
@@ -166,9 +212,12 @@ class NodeTable:
     def unnamed(self, parent: Node, held: int) -> Node:
         """A node for an upper file without a name yet (O_TMPFILE); ``held`` is an O_PATH fd of it."""
         st = os.stat(held)
-        number = self._free(self._numbers.of(st, parent.ino, b"", upper=True))
+        number = self._free(self.numbers.of(st.st_dev, st.st_ino))
         kind = stat.S_IFMT(st.st_mode)
-        node = Node(number, parent.territory, parent, b"", kind, [parent.parts[0]], held=held)
+        node = Node(
+            number, parent.territory, parent, b"", kind, [parent.parts[0]],
+            generation=next(self._generations), held=held,
+        )  # fmt: skip
         self._by_id[number] = node
         self.linked(node, st)
         return node
@@ -176,7 +225,7 @@ class NodeTable:
     def supersede(self, node: Node) -> Node:
         """Make a new node for the object of ``node``; the old node keeps its open files and lookups."""
         number = self._free(hashed(b"after%d" % node.id))
-        new = self._by_id[number] = node.supersede(number)
+        new = self._by_id[number] = node.supersede(number, next(self._generations))
         key = self._inode_of.pop(node.id, None)
         if key is not None:
             self._inode_of[number] = key
@@ -224,6 +273,19 @@ class NodeTable:
             del self._by_inode[key]
         if node.held >= 0:
             place = node.parts[0] if node.is_dir else node.place
-            if place is not None and place.layer.is_upper:
-                self._numbers.release(node.held, place.layer)
+            if self._unstored and place is not None and place.layer.is_upper:
+                self._release_number(node.held, place.layer)
             node.hold(-1)
+
+    def _release_number(self, held: int, layer: Layer) -> None:
+        """Forget the number of the upper's object ``held``, unless it has names: the inode may be reused."""
+        try:
+            st = os.stat(held)
+        except OSError as error:
+            if error.errno != errno.ESTALE:
+                raise
+            # the server no longer has it, such as a removed directory on NFS
+            self._unstored.pop((layer.dev, calls.known_inode(held)), None)
+            return
+        if st.st_nlink <= layer.links_of_removed:
+            self._unstored.pop((st.st_dev, st.st_ino), None)

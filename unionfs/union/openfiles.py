@@ -2,7 +2,8 @@
 
 Rules:
 - All opens of a node share one fd; taking back the last one closes it.
-- A copy-up hands over: all opens of the node continue with the upper's file.
+- A copy-up of data hands over: all opens of the node continue with the upper's file.
+- The backing file of a metacopy file is the one with its data, so it is not open for writing.
 - Where the kernel sends no OPEN, files stay open for requests without a file handle; the least recently used
   are closed.
 - Only this table counts users. Work in a thread holds a file by ``with file``, since its caller may close it.
@@ -17,9 +18,11 @@ from collections import OrderedDict
 from functools import partial
 from typing import Final
 
+from unionfs.sys.calls import os_error
 from unionfs.union.files import OpenFile, UnreadFile, open_backing, open_held
+from unionfs.union.metacopy import open_data
 from unionfs.union.node import Node
-from unionfs.union.places import Gate
+from unionfs.union.places import Gate, LowerData
 from unionfs.union.shortcuts import Capabilities, Shortcuts
 
 log = logging.getLogger(__name__)
@@ -40,15 +43,31 @@ class OpenFiles:
         self.waiting: list[tuple[Node, OpenFile]] = []
 
     def lend(self, node: Node, *, write: bool) -> OpenFile:
-        """The node's backing file, until :meth:`take_back`. With ``write`` the node must be in the upper."""
+        """The node's backing file, until :meth:`take_back`. With ``write`` its data must be in the upper."""
+        file = self._lend(node, write=write)
+        if file is None:
+            raise os_error(errno.EIO)
+        return file
+
+    def lend_for_writing(self, node: Node) -> OpenFile | None:
+        """The same for writing to a node in the upper; None if its data is not there (metacopy)."""
+        return self._lend(node, write=True)
+
+    def _lend(self, node: Node, *, write: bool) -> OpenFile | None:
         use = node.in_use()
         file = use.file
         # Without users it was closed by work in a thread that outlived the last open.
         if file is None or not file.users or not file.readable or (write and not file.writable):
-            file = self._open(node, write=write)
-            use.has(file)
-            return file
+            opened = self._open(node, write=write)
+            if opened is not None:
+                use.has(opened)
+            return opened
         return file.take()
+
+    def is_open_for_writing(self, node: Node) -> bool:
+        """Whether the backing file is open for writing, so the data is in place."""
+        file = None if node.use is None else node.use.file
+        return file is not None and file.users > 0 and file.writable
 
     def lend_unread(self, node: Node) -> OpenFile:
         """Like :meth:`lend`, to read a lower's file whose data the kernel may have cached completely."""
@@ -56,8 +75,7 @@ class OpenFiles:
         file = use.file
         if not self._unread or (file is not None and file.users and file.readable):
             return self.lend(node, write=False)
-        assert node.place is not None
-        file = UnreadFile(partial(self._open, node, write=False), waits=not node.place.layer.memory)
+        file = UnreadFile(partial(self._open_for_reading, node), waits=_waits(node))
         use.has(file)
         return file
 
@@ -154,13 +172,21 @@ class OpenFiles:
 
     # -- opening --------------------------------------------------------------------------------------
 
-    def _open(self, node: Node, *, write: bool) -> OpenFile:
+    def _open_for_reading(self, node: Node) -> OpenFile:
+        file = self._open(node, write=False)
+        assert file is not None
+        return file
+
+    def _open(self, node: Node, *, write: bool) -> OpenFile | None:
+        """Open the backing file; None for writing if the data is not in the upper (metacopy)."""
         place = node.place
         assert place is not None
         if write and not node.in_place:
             raise OSError(errno.EROFS, "a lower is never written")
         if write:
             node.territory.require_writable()
+        if node.lower_data is not None:
+            return None if write else self._open_lower_data(node, node.lower_data)
         waits = not place.layer.memory
         if node.held >= 0:
             file = open_held(node.held, write=write, waits=waits)
@@ -170,10 +196,25 @@ class OpenFiles:
             if node.held < 0:
                 assert file.st is not None
                 node.check(file.st)
-            node.territory.opened(file)
+            data = node.territory.opened(node, file)
         except OSError:
             os.close(file.fd)
             raise
         if file.xattrs is not None:
             self._capabilities.seen(node, file.xattrs)
-        return file
+        if data is None:
+            return file
+        os.close(file.fd)
+        node.data_lies_in(data)
+        return None if write else self._open_lower_data(node, data)
+
+    def _open_lower_data(self, node: Node, data: LowerData) -> OpenFile:
+        fd = open_data(self._gate, data)
+        return OpenFile(fd, readable=True, writable=False, waits=_waits(node), st=os.fstat(fd))
+
+
+def _waits(node: Node) -> bool:
+    """Whether reading the data of a node may wait for a disk."""
+    place = node.place if node.lower_data is None else node.lower_data.place
+    assert place is not None
+    return not place.layer.memory

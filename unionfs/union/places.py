@@ -11,7 +11,7 @@ from __future__ import annotations
 import errno
 import os
 from collections import OrderedDict
-from typing import Final
+from typing import Final, NamedTuple
 
 from unionfs.sys import calls
 from unionfs.sys.fds import open_for_listing
@@ -27,6 +27,8 @@ _KEEP_NUMBERS: Final = frozenset({
 
 #: A `Layer.key` that matches no object.
 NO_KEY: Final = -1
+#: More lookups than any directory without whiteouts by name has.
+_MANY: Final = 1 << 30
 
 
 class Layer:
@@ -98,7 +100,10 @@ def _has_acls(fd: int) -> bool:
 class Place:
     """A directory of one layer. ``fd`` is -1 unless the gate has it open."""
 
-    __slots__ = ("default_acl", "empty", "fd", "key", "layer", "mtime_ns", "name", "parent")
+    __slots__ = (
+        "asked_named", "copied", "default_acl", "empty", "fd", "identity", "impure", "key", "layer",
+        "mtime_ns", "name", "parent",
+    )  # fmt: skip
 
     def __init__(
         self, layer: Layer, parent: Place | None, name: bytes, fd: int = -1, *, key: int = 0
@@ -115,6 +120,13 @@ class Place:
         self.empty = False
         #: In the upper: its time of modification after a copy-up; valid while `Node.ctime` is `UNSEEN`.
         self.mtime_ns = 0
+        #: The number of lookups of whiteouts by name in it; -1: it is known to have none.
+        self.asked_named = 0
+        #: Whether it may contain copies, and whether it is one itself; see `origin`.
+        self.impure = False
+        self.copied = False
+        #: Device and inode number, for all but the topmost part of a directory.
+        self.identity = (0, 0)
 
     def move(self, parent: Place, name: bytes) -> None:
         """Record a rename."""
@@ -128,9 +140,18 @@ class Place:
         """Set its directory to the one with these attributes."""
         self.key = self.layer.key(st)
 
+    def marked(self, *, impure: bool, copied: bool) -> None:
+        """Record whether it may contain copies, and whether it is one itself."""
+        self.impure, self.copied = impure, copied
+
+    def is_object(self, st: os.stat_result) -> None:
+        """Record its device and inode number."""
+        self.identity = st.st_dev, st.st_ino
+
     def copied_up(self, *, empty: bool) -> None:
         """Record its copy-up; ``empty``: it stays known as empty until :meth:`fills`."""
         self.empty = empty
+        self.knows_named(some=False)
 
     def fills(self) -> None:
         """An entry is about to be added to it."""
@@ -140,9 +161,29 @@ class Place:
         """Record its time of modification before a copy-up added an entry."""
         self.mtime_ns = mtime_ns
 
+    def ask_named(self) -> None:
+        """Count a lookup of a whiteout by name."""
+        self.asked_named += 1
+
+    def knows_named(self, *, some: bool) -> None:
+        """Record whether it has whiteouts by name; see `named`."""
+        self.asked_named = _MANY if some else -1
+
     def know_default_acl(self, acl: bytes | None) -> None:
         """Record its default ACL; None: it has changed."""
         self.default_acl = acl
+
+
+class LowerData(NamedTuple):
+    """Where the data of a metacopy file lies."""
+
+    place: Place
+    """The real directory that contains it as ``name``."""
+    name: bytes
+    key: int
+    """Its `Layer.key`."""
+    blocks: int
+    """Its ``st_blocks``, which the file shows."""
 
 
 class Gate:

@@ -32,7 +32,7 @@ def mode(chosen: str | None, prefix: bytes, upper: Layer | None) -> str:
     if chosen is None:
         chosen = "on" if trusted and not _is_kernels(upper, prefix) else "off"
     if chosen == "off":
-        return "follow" if trusted and _parameter("redirect_always_follow", "Y") == "Y" else "nofollow"
+        return "follow" if trusted and parameter("redirect_always_follow", "Y") == "Y" else "nofollow"
     return chosen
 
 
@@ -47,10 +47,10 @@ def _is_kernels(upper: Layer | None, prefix: bytes) -> bool:
         if error.errno not in ABSENT:
             raise
         return False
-    return _parameter("redirect_dir", "N") == "N"
+    return parameter("redirect_dir", "N") == "N"
 
 
-def _parameter(name: str, default: str) -> str:
+def parameter(name: str, default: str) -> str:
     """A parameter of the kernel's overlayfs; ``default``: while the module is not loaded."""
     try:
         with open(f"{_PARAMETERS}/{name}") as file:
@@ -68,11 +68,16 @@ def redirect_for(markers: Markers, gate: Gate, node: Node, *, same_parent: bool)
     redirect = _redirect_of(markers, gate, node)
     if redirect is not None and (same_parent or redirect.startswith(b"/")):
         return None
-    if same_parent:
-        return node.name
-    path = b""
+    return node.name if same_parent else absolute_redirect(markers, gate, node, redirect)
+
+
+def absolute_redirect(markers: Markers, gate: Gate, node: Node, redirect: bytes | None) -> bytes:
+    """The path in the lowers of what an object of the upper refers to; EXDEV if it is too long.
+
+    ``redirect``: the relative one that it has, if any.
+    """
+    path, step = b"", redirect or node.name
     while node.parent is not None:
-        step = _redirect_of(markers, gate, node) or node.name
         is_absolute = step.startswith(b"/")
         path = (step if is_absolute else b"/" + step) + path
         if len(path) > _LONGEST:
@@ -80,6 +85,7 @@ def redirect_for(markers: Markers, gate: Gate, node: Node, *, same_parent: bool)
         if is_absolute:
             break
         node = node.parent
+        step = _redirect_of(markers, gate, node) or node.name
     return path
 
 
@@ -87,5 +93,5 @@ def _redirect_of(markers: Markers, gate: Gate, node: Node) -> bytes | None:
     """The redirect of a directory's part in the upper; None without one."""
     if not node.in_place:
         return None
-    opaque, redirect = markers.directory(gate.fd(node.parts[0]))
+    opaque, redirect, *_ = markers.directory(gate.fd(node.parts[0]))
     return None if opaque or redirect is None else c_string(redirect)

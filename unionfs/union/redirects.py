@@ -18,6 +18,7 @@ import stat
 from collections.abc import Iterator, Sequence
 
 from unionfs.union.markers import Markers
+from unionfs.union.named import NamedWhiteouts
 from unionfs.union.places import Gate, Layer, Place
 
 Searched = Iterator[tuple[Place, bytes]]
@@ -27,9 +28,12 @@ Searched = Iterator[tuple[Place, bytes]]
 class PartSearch:
     """Finds the real directories merged under one name, topmost layer first."""
 
-    def __init__(self, layers: Sequence[Layer], markers: Markers, gate: Gate) -> None:
+    def __init__(
+        self, layers: Sequence[Layer], markers: Markers, named: NamedWhiteouts, gate: Gate
+    ) -> None:
         self._layers = layers
         self._markers = markers
+        self._named = named
         self._gate = gate
         self._lowest = len(layers) - 1
 
@@ -46,7 +50,8 @@ class PartSearch:
         remaining: Searched = iter([(part, name) for part in below])
         redirected = False
         while place.layer.index != self._lowest:
-            opaque, redirect = self._markers.directory(self._gate.fd(place))
+            opaque, redirect, impure, copied = self._markers.directory(self._gate.fd(place))
+            place.marked(impure=impure, copied=copied)
             if opaque:
                 break
             if redirect is not None:
@@ -56,7 +61,7 @@ class PartSearch:
                     remaining = iter([(part, name) for part in above if part.layer.index > index])
                 remaining = self._redirected(redirect, place, remaining)
             next_place = self._next_directory(remaining)
-            if next_place is None:
+            if next_place is None or self._named.cut(place):
                 break
             place = next_place
             found.append(place)
@@ -65,22 +70,32 @@ class PartSearch:
     def _next_directory(self, remaining: Searched) -> Place | None:
         """The topmost existing directory; removes it and the ones above it from `remaining`."""
         for part, here in remaining:
-            st = stat_step(self._gate.fd(part), here)
-            if st is not None:
+            dir_fd = self._gate.fd(part)
+            st = stat_step(dir_fd, here)
+            if st is None:
+                if part.layer.index != self._lowest and self._named.hides(part, dir_fd, here):
+                    return None
+            else:
                 if not stat.S_ISDIR(st.st_mode):
                     return None
-                return Place(part.layer, part, here, key=part.layer.key(st))
+                place = Place(part.layer, part, here, key=part.layer.key(st))
+                place.is_object(st)
+                return place
         return None
 
-    def _redirected(self, redirect: bytes, place: Place, remaining: Searched) -> Searched:
-        """Where to continue below the directory `place` with that redirect: a sibling's name, or a path from
-        each layer's root."""
+    def redirected(self, redirect: bytes, index: int, remaining: Searched) -> Searched:
+        """Where to continue below layer `index`: a sibling's name, or a path from each layer's root."""
         steps = _steps(redirect)
-        self._check(place)
         if steps is None:
             name = c_string(redirect)
             return ((part, name) for part, _ in remaining)
-        return self._from_roots(steps, place.layer.index)
+        return self._from_roots(steps, index)
+
+    def _redirected(self, redirect: bytes, place: Place, remaining: Searched) -> Searched:
+        """The same for the redirect of the directory `place`. Raises EPERM unless it is followed."""
+        found = self.redirected(redirect, place.layer.index, remaining)
+        self._check(place)
+        return found
 
     def _check(self, place: Place) -> None:
         """Raise EPERM unless the redirect of the directory `place` is followed."""
@@ -104,14 +119,16 @@ class PartSearch:
             for position, step in enumerate(steps[:-1]):
                 st = stat_step(self._gate.fd(place), step)
                 if st is None:
+                    if self._named.hides(place, self._gate.fd(place), step):
+                        return
                     break
                 if not stat.S_ISDIR(st.st_mode):
                     return
                 place = Place(layer, place, step, key=layer.key(st))
                 if layer.index == self._lowest:
                     continue
-                opaque, further = self._markers.directory(self._gate.fd(place))
-                if opaque:
+                opaque, further, *_ = self._markers.directory(self._gate.fd(place))
+                if opaque or self._named.cut(place):
                     goes_on = False
                 elif further is not None:
                     absolute = _steps(further)

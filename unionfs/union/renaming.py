@@ -30,7 +30,7 @@ class Renaming(Changing):
         if target is node:
             return []
         redirects = self._redirects(moved, same_parent=old[0] is new[0])
-        lower = [one for one in moved if not one.is_dir and not one.in_place]
+        lower = [one for one in moved if not one.is_dir and not (one.in_place and self.finds_data(one))]
         if lower:
             return lower
         for one in redirects:
@@ -65,9 +65,6 @@ class Renaming(Changing):
                 raise os_error(errno.ENOTDIR)
             if target.is_dir and not target.territory.is_empty(target):
                 raise os_error(errno.ENOTEMPTY)
-        for one in moved:
-            if not one.is_dir and target is not node:
-                self._refuse_metacopy(one)
 
     def _redirects(self, moved: list[Node], *, same_parent: bool) -> Redirects:
         """The directories with lower parts, each with the redirect that it needs. Raises EXDEV."""
@@ -88,6 +85,8 @@ class Renaming(Changing):
         with self._both_writable(parent, new_parent) as (old_fd, new_fd):
             self._detach(node, redirects, new_parent, new_name)
             self._detach(target, redirects, parent, name)
+            self._union.origins.moves(node, new_parent.parts[0], new_fd)
+            self._union.origins.moves(target, parent.parts[0], old_fd)
             calls.renameat2(old_fd, name, new_fd, new_name, calls.RENAME_EXCHANGE)
         nodes.move(node, parent, name, new_parent, new_name)
         nodes.move(target, new_parent, new_name, parent, name)
@@ -126,6 +125,8 @@ class Renaming(Changing):
         with self._both_writable(parent, new_parent) as (old_fd, new_fd):
             self._detach(node, redirects, new_parent, new_name)
             old, new = (old_fd, name), (new_fd, new_name)
+            self.replace_named(new_parent.parts[0], *new)
+            self._union.origins.moves(node, new_parent.parts[0], new_fd)
             try:
                 self._rename_over(node, old, new, leaves_whiteout=leaves_whiteout)
             except OSError as error:

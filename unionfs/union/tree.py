@@ -18,6 +18,7 @@ from unionfs.union.node import Node
 from unionfs.union.nodes import NodeTable
 from unionfs.union.objects import Objects
 from unionfs.union.openfiles import OpenFiles
+from unionfs.union.origin import Origins
 from unionfs.union.places import BoundLayer, Layer
 from unionfs.union.shortcuts import Capabilities, Shortcuts
 from unionfs.union.work import Work
@@ -35,7 +36,8 @@ class Union(Objects):
         self.markers = stack.markers
         self.merge = Merge(stack.layers, stack.markers, directory_fds=directory_fds)
         super().__init__(self.merge.gate)
-        self.nodes = NodeTable(self._gone)
+        self.origins = Origins(stack.layers, stack.markers, stack.features, self.gate)
+        self.nodes = NodeTable(self.origins, self._gone)
         self.nodes.add_root(Merged(self, self.nodes, self.merge, stack), self.merge.roots)
         self.work = Work(stack.work_fd)
         self.identity = Identity(stack.work_fd)

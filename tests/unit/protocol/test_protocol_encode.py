@@ -247,9 +247,9 @@ def test_an_entry_packed_at_once(tmp_path: Path) -> None:
     attr = encode.attributes_of(st, 42, 7, -5_000_000_001)
     one, two = Dirents(4096), Dirents(4096)
     for off, name in enumerate((b"a", b"longer-name", b"x" * 255), 1):
-        entry = encode.entry_out(off, 0, (7, 8), (9, 10), attr)
+        entry = encode.entry_out(off, 6, (7, 8), (9, 10), attr)
         assert one.add_plus(name, 42, off, st.st_mode, entry)
-        two.add_found(name, off, off, (7, 8), (9, 10), values)
+        two.add_found(name, off, off, 6, (7, 8), (9, 10), values)
     assert one.packed() == two.packed()
     assert one.size == two.size
 
@@ -262,5 +262,5 @@ def test_names_that_would_fail_the_whole_listing(name: bytes) -> None:
     with pytest.raises(ValueError, match="cannot be the name"):
         listing.add_plus(name, 1, 1, stat.S_IFREG, encode.NO_ENTRY)
     with pytest.raises(ValueError, match="cannot be the name"):
-        listing.add_found(name, 1, 1, NEVER, NEVER, encode.attribute_values(os.stat("/"), 1))
+        listing.add_found(name, 1, 1, 0, NEVER, NEVER, encode.attribute_values(os.stat("/"), 1))
     assert listing.packed() == b""

@@ -12,10 +12,11 @@ from unionfs.cli.template import render, render_rows
 from unionfs.cli.terminal import all_printable
 from unionfs.cli.volume.common import complete_volumes, open_volumes, root_option
 from unionfs.errors import UserError
+from unionfs.storage.drivers import find_driver
 from unionfs.storage.filters import matches, parse_filters
 
 if TYPE_CHECKING:
-    from unionfs.storage.volumes import User, Volume, Volumes
+    from unionfs.storage.volumes import Volume, Volumes, VolumeUser
 
 
 @click.command(
@@ -43,8 +44,10 @@ def ls(quiet: bool, filters: tuple[str, ...], template: str | None, as_json: boo
     """
     wanted = parse_filters(filters)
     volumes = open_volumes(root)
-    users = volumes.all_users()
-    found = [volume for volume in volumes.all() if matches(volume, wanted, used=bool(users.get(volume.name)))]
+    # The users are files beside each volume: read them only where they matter.
+    shows_users = as_json or template not in (None, "table")
+    users = volumes.all_users() if shows_users or any(key == "dangling" for key, _ in wanted) else {}
+    found = [volume for volume in volumes.all() if matches(volume, wanted, used=volume.name in users)]
     if as_json:
         print(json.dumps([_line(volume, users.get(volume.name, [])) for volume in found], indent=2))
         return
@@ -81,7 +84,7 @@ _HEADINGS = {
 }
 
 
-def _line(volume: Volume, users: list[User]) -> dict[str, Any]:
+def _line(volume: Volume, users: list[VolumeUser]) -> dict[str, Any]:
     return {
         "Name": volume.name,
         "Driver": volume.driver,
@@ -101,7 +104,7 @@ def _for_template(values: dict[str, Any]) -> dict[str, Any]:
     return cleaned
 
 
-def _docker_line(volume: Volume, users: list[User]) -> dict[str, str]:
+def _docker_line(volume: Volume, users: list[VolumeUser]) -> dict[str, str]:
     """Return the keys and texts of `docker volume ls --format json`."""
     return {
         "Availability": "N/A",
@@ -159,7 +162,7 @@ def _details(volumes: Volumes, volume: Volume, size: bool) -> dict[str, Any]:
         "Options": dict(volume.options),
         "Scope": volume.scope,
     }
-    if status := volumes.driver_of(volume).status(volume):
+    if status := find_driver(volume.driver).status(volume):
         values["Status"] = dict(status)
     held = -1
     if size:

@@ -189,8 +189,14 @@ class DataRequests:
                 raise os_error(errno.EBADF)
             return handle.file
         node = self._operations.node(id_)
-        await self._operations.copy_ups.ensure(node)
-        return self._open_files.keep(node, write=True)
+        if self._open_files.is_open_for_writing(node):
+            return self._open_files.keep(node, write=True)
+        prepared = await self._operations.copy_ups.ensure_data(node, keep=True)
+        try:
+            return self._open_files.keep(node, write=True)
+        finally:
+            if prepared is not None:
+                self._open_files.take_back(node, prepared)
 
     async def _read(self, request: rq.Read) -> Reply | None:
         file = self._reading(request.nodeid, request.fh)

@@ -31,7 +31,7 @@ class ListingRequests:
     async def _readdir(self, request: rq.Readdir) -> Reply:
         node = self._operations.node(request.nodeid)
         listing = Dirents(request.size)
-        (cookies, names, _), first = await self._start(node, request.offset, listing, plus=False)
+        (cookies, names, *_), first = await self._start(node, request.offset, listing, plus=False)
         for index in range(first, len(names)):
             try:
                 known = node.territory.number(node, names[index])
@@ -90,7 +90,7 @@ class ListingRequests:
     ) -> Iterator[Node]:
         """Add names from the index ``first`` while they fit; yields the node of each."""
         lookup, valid = node.territory.lookup, self._ios.valid
-        cookies, names, parts = entries
+        cookies, names, parts, _ = entries
         for index in range(first, len(names)):
             name = names[index]
             if not listing.fits_plus(name):
@@ -112,6 +112,7 @@ class ListingRequests:
                 name,
                 cookies[index],
                 child.id,
+                child.generation,
                 FOREVER if child.territory.lasting else NEVER,
                 valid(child, attributes),
                 encode.attribute_values(

@@ -215,9 +215,11 @@ class Loop:
         return encode.error(request.unique, errno.ENOSYS)
 
     def _reply(self, reply: Reply | None) -> None:
-        if self._invalidations.now:
+        if self._invalidations.now or self._invalidations.listings:
             # In line: the copied node is held by its request, see `Device.notify`.
-            self._send([_ask_again(*one) for one in self._invalidations.take_now()])
+            self._send(_ask_again(self._invalidations.take_now()))
+            # Cached data of a directory never waits for a request.
+            self._send([notify.inval_inode(id_) for id_ in self._invalidations.take_listings()])
         if reply is not None:
             self._device.answer(reply)
         if self._invalidations.soon and not self._tells_resized:
@@ -230,8 +232,7 @@ class Loop:
         """Send notices of sizes with a delay: after each copy-up they would make a walker query each time."""
         await trio.sleep(_RESIZED_SECONDS)
         self._tells_resized = False
-        notices = [_ask_again(one) for one in self._invalidations.take_soon()]
-        await trio.to_thread.run_sync(self._send, notices)
+        await trio.to_thread.run_sync(self._send, _ask_again(self._invalidations.take_soon()))
 
     def _send(self, notices: list[Reply]) -> None:
         for notice in notices:
@@ -273,6 +274,6 @@ class Loop:
             running[0].cancel()
 
 
-def _ask_again(id_: int, listing: bool = False) -> Reply:
-    """A notice that invalidates the attributes of a node, and with ``listing`` a directory's listing."""
-    return notify.inval_inode(id_, 0 if listing else -1)
+def _ask_again(ids: list[int]) -> list[Reply]:
+    """Notices that invalidate the attributes of nodes."""
+    return [notify.inval_inode(id_, -1, 0) for id_ in ids]

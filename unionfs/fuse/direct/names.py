@@ -87,7 +87,7 @@ class NameRequests:
         return encode.entry(
             unique,
             node.id,
-            0,
+            node.generation,
             FOREVER if node.territory.lasting else NEVER,
             self._ios.valid(node, attributes),
             _packed(attributes),
@@ -99,7 +99,7 @@ class NameRequests:
         node.looked_up()
         return encode.entry_out(
             node.id,
-            0,
+            node.generation,
             FOREVER if node.territory.lasting else NEVER,
             self._ios.valid(node, attributes),
             _packed(attributes),
@@ -189,8 +189,9 @@ class NameRequests:
         with self._union.checked_path(node) as path:
             raw = calls.statx(calls.AT_FDCWD, path, 0, request.sx_mask)
         patched = bytearray(raw)
-        # stx_nlink and stx_ctime of struct statx, include/uapi/linux/stat.h
+        # stx_nlink, stx_blocks and stx_ctime of struct statx, include/uapi/linux/stat.h
         struct.pack_into("=I", patched, 16, attributes.nlink)
+        struct.pack_into("=Q", patched, 48, attributes.st.st_blocks)
         struct.pack_into("=qI", patched, 96, *divmod(attributes.ctime_ns, _NS))
         return encode.statx(
             request.unique, self._valid(request.nodeid, node, attributes), patched, attributes.ino

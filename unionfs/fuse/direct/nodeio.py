@@ -52,12 +52,12 @@ class NodeIos:
     def is_outdated(self, node: Node) -> bool:
         """Whether the backing file in use is no longer the node's, so it cannot be opened again."""
         use = node.use
-        return use is not None and use.through > 0 and use.of_upper != node.in_place
+        return use is not None and use.through > 0 and use.of_upper != node.data_in_place
 
     def holds_lower(self, node: Node) -> bool:
         """Whether the lower's file is open in passthrough, so a writer cannot join."""
         use = node.use
-        return use is not None and use.through > 0 and not use.of_upper and not node.in_place
+        return use is not None and use.through > 0 and not use.of_upper and not node.data_in_place
 
     def opened(self, handle: Opened) -> tuple[int, int]:
         """Count an open; returns FOPEN_* flags and the backing id for the answer."""
@@ -78,7 +78,7 @@ class NodeIos:
     def may_have_all(self, node: Node) -> bool:
         """Whether the kernel may have all data of a lower file, which went through the page cache earlier."""
         use = node.use
-        return use is not None and use.filled and not use.through and not node.in_place
+        return use is not None and use.filled and not use.through and not node.data_in_place
 
     def may_fill(self, handle: Opened) -> bool:
         """Whether a just counted open is the first and only one of a lower file that goes through the page
@@ -86,7 +86,7 @@ class NodeIos:
         node, use = handle.node, handle.node.use
         if use is None or use.filled or use.cached != 1 or use.through or use.written:
             return False
-        if node.in_place or not self._decision.file_open_flags & FOPEN_KEEP_CACHE:
+        if node.data_in_place or not self._decision.file_open_flags & FOPEN_KEEP_CACHE:
             return False
         use.fill()
         return True
@@ -112,7 +112,7 @@ class NodeIos:
         node, decision = handle.node, self._decision
         if not node.territory.lasting:
             return False  # others change bound storage too, so use the page cache
-        if node.in_place:
+        if node.data_in_place:
             return decision.passthrough_upper
         if not decision.passthrough_lower or use.filled:
             return False
@@ -127,7 +127,7 @@ class NodeIos:
                 raise
             self.refused += 1  # this file uses the page cache
             return
-        use.passes_through(backing_id, of_upper=node.in_place)
+        use.passes_through(backing_id, of_upper=node.data_in_place)
 
 
 def stale() -> OSError:

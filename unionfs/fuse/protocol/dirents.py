@@ -71,7 +71,14 @@ class Dirents:
         return True
 
     def add_found(
-        self, name: bytes, off: int, nodeid: int, entry: Timeout, attr: Timeout, values: AttributeValues
+        self,
+        name: bytes,
+        off: int,
+        nodeid: int,
+        generation: int,
+        entry: Timeout,
+        attr: Timeout,
+        values: AttributeValues,
     ) -> None:
         """Like `add_plus`, packed with its entry in one call. The entry must fit, see `fits_plus`.
 
@@ -82,8 +89,9 @@ class Dirents:
         if not 0 < length <= NAME_MAX or 47 in name:
             raise _bad_name(name)
         record = _FOUND(
-            nodeid, 0, entry[0], attr[0], entry[1], attr[1], *values, values[0], off, length, values[9] >> 12
-        )
+            nodeid, generation, entry[0], attr[0], entry[1], attr[1], *values, values[0], off, length,
+            values[9] >> 12,
+        )  # fmt: skip
         self._records.append(record + name + _PADDING[length & 7])
         self.size += (_DIRENTPLUS_SIZE + length + 7) & ~7
 

@@ -9,7 +9,7 @@ from typing import IO
 from xxhash import xxh3_128
 
 from unionfs.storage.archive.entry import Entry
-from unionfs.storage.archive.manifest import BASE, Line, escape, order, whole_line
+from unionfs.storage.archive.manifest import BASE, Beside, Line, escape, whole_line
 
 # A file that changed in the same tick of the kernel's clock as the start of the base may look unchanged (most
 # filesystems' clocks tick 100 to 1000 times a second), so such a file is backed up again.
@@ -23,15 +23,14 @@ class Base:
     """
 
     def __init__(self, lines: Iterator[Line], started: int) -> None:
-        self._lines = lines
+        self._lines = Beside(lines, self._delete)
         self._started = started
-        self._next = next(lines, None)
         self._deleted: IO[bytes] = tempfile.SpooledTemporaryFile(max_size=1 << 20)  # noqa: SIM115
         self._digest = xxh3_128()
 
     def line_if_unchanged(self, entry: Entry) -> bytes | None:
         """The manifest's line for an entry that is unchanged since the base, else None."""
-        known = self._known(entry)
+        known = self._lines.at(entry.path)
         if known is None or entry.ctime >= self._started - _RACY:
             return None
         if (entry.kind, entry.ctime, entry.ino, entry.mtime, entry.size) != (
@@ -44,25 +43,10 @@ class Base:
 
     def deleted(self) -> tuple[IO[bytes], str]:
         """The list of base entries that the walk did not find, and its digest. Call it after the walk."""
-        while self._next is not None:
-            self._delete(self._next)
+        self._lines.finish()
         return self._deleted, self._digest.hexdigest()
-
-    def _known(self, entry: Entry) -> Line | None:
-        """The line for the same path; earlier lines of the base are recorded as deleted."""
-        place = order(entry.path)
-        while self._next is not None:
-            known = self._next.order()
-            if known > place:
-                return None
-            if known == place:
-                found, self._next = self._next, next(self._lines, None)
-                return found
-            self._delete(self._next)
-        return None
 
     def _delete(self, line: Line) -> None:
         text = escape(line.path) + b"\n"
         self._deleted.write(text)
         self._digest.update(text)
-        self._next = next(self._lines, None)

@@ -47,16 +47,22 @@ def kind_for(path: str) -> str:
     return "zstd"
 
 
-class _Plain:
-    """Writes through the file object, not the fd number: the garbage collector ends an abandoned stream when
-    that number may already be another file's."""
+class _Plain(io.RawIOBase):
+    """Writes everything; closing it leaves `out` open.
+
+    It writes through the file object, not the fd number: the garbage collector ends an abandoned stream when
+    that number may already be another file's.
+    """
 
     def __init__(self, out: IO[bytes]) -> None:
         self._out = out
         self._is_file = stat.S_ISREG(os.fstat(out.fileno()).st_mode)
         self._at = self._begun = 0
 
-    def write(self, data: bytes, /) -> int:
+    def writable(self) -> bool:
+        return True
+
+    def write(self, data: Any, /) -> int:
         view = memoryview(data)
         while view:
             written = cast("int | None", self._out.write(view))
@@ -72,15 +78,12 @@ class _Plain:
             self._begun = self._at
         return len(data)
 
-    def close(self) -> None:
-        pass
-
 
 def compressor(out: IO[bytes], kind: str) -> Sink:
     """A stream that compresses into `out` (unbuffered); `close` ends the stream but leaves `out` open."""
     if kind == "none":
         return _Plain(out)
-    buffered = io.BufferedWriter(cast(io.RawIOBase, _Unclosed(out)), _BUFFER)
+    buffered = io.BufferedWriter(_Plain(out), _BUFFER)
     if kind == "gzip":
         # gzip's fastest level whose output is nearly as small as the default's.
         return cast(
@@ -130,19 +133,6 @@ class WriteBehind:
         if self._thread.is_alive():
             self._queue.put(None)
             self._thread.join()
-
-
-class _Unclosed(io.RawIOBase):
-    """Writes everything; closing it leaves the file open."""
-
-    def __init__(self, out: IO[bytes]) -> None:
-        self._plain = _Plain(out)
-
-    def writable(self) -> bool:
-        return True
-
-    def write(self, data: object, /) -> int:
-        return self._plain.write(cast(bytes, data))
 
 
 class _Both:

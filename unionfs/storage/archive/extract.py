@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from typing import IO, TypeVar
 
-from unionfs.errors import UserError, quoted, reason
+from unionfs.errors import UserError, on_failure, quoted, reason
 from unionfs.storage import symlinks
 from unionfs.storage.archive import acl
 from unionfs.storage.archive.entry import (
@@ -229,7 +229,7 @@ class Extractor:
             mode = self._without_set_id(fd, entry)
         attributes.write(fd, None, self._wanted(entry, mode), _refuse, owner=self._is_root)
 
-    def _wanted(self, entry: Entry, mode: int) -> attributes.Attributes:
+    def _wanted(self, entry: Entry, mode: int) -> attributes.FileAttributes:
         xattrs = entry.xattrs
         if not self._is_root:
             for name in filter(_is_privileged, xattrs):
@@ -238,7 +238,7 @@ class Extractor:
                     "were left out."
                 )
             xattrs = {name: value for name, value in xattrs.items() if not _is_privileged(name)}
-        return attributes.Attributes(mode, entry.uid, entry.gid, self._now, entry.mtime, xattrs)
+        return attributes.FileAttributes(mode, entry.uid, entry.gid, self._now, entry.mtime, xattrs)
 
     def _without_set_id(self, fd: int, entry: Entry) -> int:
         """The mode without set-id bits that would apply to this user instead of the file's original owner.
@@ -344,15 +344,13 @@ class Extractor:
                     os.fchmod(fd, closed[path])
 
     def _finish_directory(self, fd: int, entry: Entry) -> None:
-        try:
+        with on_failure(
+            f"the attributes of {_shown(entry.path)} cannot be set here",
+            "restore as root, or into a volume on another filesystem",
+        ):
             if self._layers > 1:
                 self._drop_xattrs(fd, entry.xattrs)
             self._attributes(fd, entry)
-        except OSError as error:
-            raise UserError(
-                f"the attributes of {_shown(entry.path)} cannot be set here: {reason(error)}; restore as "
-                "root, or into a volume on another filesystem."
-            ) from error
 
     def _open_made(self, path: bytes) -> int | None:
         """Open a directory made earlier; None if a later archive removed or replaced it."""

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import fcntl
 import os
-import signal
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 
+from unionfs.sys import guardian
 from unionfs.sys.fds import directory
 from unionfs.sys.mountinfo import mount_id_of_fd, read_mountinfo
 
@@ -38,51 +38,22 @@ def own_filesystem(path: str) -> bool:
 def frozen(path: str) -> Iterator[bool]:
     """Freeze the filesystem within the context; yields False if that is not possible.
 
-    A helper process thaws it whenever this process ends: a filesystem that stays frozen blocks every writer.
+    A guardian thaws it if this process is killed: a filesystem that stays frozen blocks every writer.
     """
-    try:
-        fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    except OSError:
-        yield False
-        return
-    reader, writer = os.pipe()
-    child = os.fork()
-    if child == 0:
-        _guard(fd, reader, writer)
-    os.close(reader)
-    try:
+    with ExitStack() as stack:
         try:
+            fd = stack.enter_context(directory(path))
+            watcher = guardian.start(lambda _: _thaw(5), keep=fd)
+            stack.callback(watcher.dismiss)
             fcntl.ioctl(fd, _FIFREEZE, 0)
-            done = True
+            stack.callback(_thaw, fd)
         except OSError:
-            done = False
-        yield done
-    finally:
-        if done:
-            with suppress(OSError):
-                fcntl.ioctl(fd, _FITHAW, 0)
-        # Tell the guard not to thaw.
-        with suppress(OSError):
-            os.write(writer, b"x")
-        os.close(writer)
-        with suppress(ChildProcessError):
-            os.waitpid(child, 0)
-        os.close(fd)
+            stack.close()
+            yield False
+            return
+        yield True
 
 
-def _guard(fd: int, reader: int, writer: int) -> None:
-    """The helper process: wait for the end of the pipe, and thaw unless a byte arrives first."""
-    try:
-        os.setsid()
-        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-            signal.signal(number, signal.SIG_IGN)
-        os.close(writer)
-        keep = {fd, reader}
-        for other in range(256):
-            if other not in keep:
-                with suppress(OSError):
-                    os.close(other)
-        if os.read(reader, 1) == b"":
-            fcntl.ioctl(fd, _FITHAW, 0)
-    finally:
-        os._exit(0)
+def _thaw(fd: int) -> None:
+    with suppress(OSError):
+        fcntl.ioctl(fd, _FITHAW, 0)

@@ -12,7 +12,7 @@ incremental backup uses `CTIME` and `INO` to detect changes.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import IO
 
 from xxhash import xxh3_128
@@ -176,3 +176,30 @@ def latest(lines: Iterable[bytes]) -> Iterator[Line]:
         line = Line(raw)
         if line.state != AGAIN:
             yield line
+
+
+class Beside:
+    """The lines of a manifest, read along with something else in the same order; `passed` gets each line that
+    has no counterpart.
+    """
+
+    def __init__(self, lines: Iterator[Line], passed: Callable[[Line], object] = lambda line: None) -> None:
+        self._lines = lines
+        self._passed = passed
+        self._next = next(lines, None)
+
+    def at(self, path: bytes) -> Line | None:
+        """The line for a path, if any."""
+        place = order(path)
+        while (line := self._next) is not None and (known := line.order()) <= place:
+            self._next = next(self._lines, None)
+            if known == place:
+                return line
+            self._passed(line)
+        return None
+
+    def finish(self) -> None:
+        """Pass the remaining lines."""
+        while self._next is not None:
+            self._passed(self._next)
+            self._next = next(self._lines, None)

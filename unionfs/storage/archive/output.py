@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from typing import IO
 
-from unionfs.errors import UserError, quoted, reason
+from unionfs.errors import UserError, on_failure, quoted
 from unionfs.sys.calls import AT_FDCWD
 from unionfs.sys.fds import Owned
 from unionfs.sys.openat2 import RESOLVE_NO_SYMLINKS, openat2
@@ -28,18 +28,16 @@ def whole_file(path: str) -> Iterator[IO[bytes]]:
     if not os.path.basename(path):
         raise UserError(f"{quoted(path)} is no file's name; name the file that the backup shall be.")
     with ExitStack() as opened:
-        try:
+        with on_failure(
+            f"the backup {quoted(path)} cannot be made",
+            "name a file in a directory that is there and can be written",
+        ):
             directory, name, special = _place(path, opened)
             if special is not None:
                 with open(special, "wb", buffering=0) as out:
                     yield out
                 return
             fd, temporary = _open_nameless(directory, name)
-        except OSError as error:
-            raise UserError(
-                f"the backup {quoted(path)} cannot be made: {reason(error)}; name a file in a directory that "
-                "is there and can be written."
-            ) from error
         try:
             with open(fd, "wb", buffering=0) as out:
                 yield out

@@ -13,7 +13,7 @@ from __future__ import annotations
 import difflib
 from importlib.metadata import EntryPoint, entry_points
 
-from unionfs.errors import UserError, quoted
+from unionfs.errors import UserError, on_failure, quoted
 from unionfs.storage.drivers.base import Driver, Replacement
 
 __all__ = ["Driver", "Replacement", "driver_names", "find_driver"]
@@ -23,7 +23,7 @@ GROUP = "unionfs.volume_drivers"
 # These names need no search through all installed packages, the slowest step here.
 _BUILT_IN = {
     "local": "unionfs.storage.drivers.local:Local",
-    "union": "unionfs.storage.drivers.union:Union",
+    "union": "unionfs.storage.drivers.union:UnionDriver",
     "sshfs": "unionfs.storage.drivers.remote:Sshfs",
     "rclone": "unionfs.storage.drivers.remote:Rclone",
     "glusterfs": "unionfs.storage.drivers.remote:Glusterfs",
@@ -61,13 +61,12 @@ def find_driver(name: str) -> Driver:
 
 
 def _load(point: EntryPoint) -> Driver:
-    try:
+    with on_failure(
+        f"volume driver {quoted(point.name)} ({point.value}) cannot be loaded",
+        "reinstall the package it comes from",
+        Exception,
+    ):
         made = point.load()()
-    except Exception as error:
-        raise UserError(
-            f"volume driver {quoted(point.name)} ({point.value}) cannot be loaded: {error}; reinstall the "
-            "package it comes from."
-        ) from error
     if not isinstance(made, Driver):
         raise UserError(
             f"volume driver {quoted(point.name)} ({point.value}) is no unionfs.storage.drivers.Driver; "

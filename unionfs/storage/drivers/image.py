@@ -9,7 +9,7 @@ import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 
-from unionfs.errors import UserError, quoted, reason
+from unionfs.errors import UserError, on_failure, quoted
 from unionfs.settings.sizes import shown_size, volume_size
 from unionfs.storage.drivers.base import Replacement
 from unionfs.storage.model import Volume
@@ -24,18 +24,10 @@ _SMALLEST = {"ext4": 8 << 20, "xfs": 300 << 20}
 _MAKE = {
     # No blocks are reserved for root: the volume gets the whole size.
     "ext4": (
-        "mkfs.ext4",
-        "-q",
-        "-F",
-        "-m",
-        "0",
-        "-b",
-        "4096",
-        "-E",
-        "lazy_itable_init=0,nodiscard,root_owner=0:0",
+        "mkfs.ext4", "-q", "-F", "-m", "0", "-b", "4096", "-E", "lazy_itable_init=0,nodiscard,root_owner=0:0",
     ),
     "xfs": ("mkfs.xfs", "-q", "-f", "-m", "reflink=1"),
-}
+}  # fmt: skip
 
 
 def check(options: Mapping[str, str]) -> None:
@@ -75,15 +67,12 @@ def _make(path: str, size: int, volume: Volume) -> None:
     kind = _kind(volume)
     program = _MAKE[kind][0]
     need_program(program, {"ext4": "e2fsprogs", "xfs": "xfsprogs"}[kind], "a volume with a size")
-    try:
+    with on_failure(
+        f"the image of volume {quoted(volume.name)} cannot be made", "free space, or give a smaller size"
+    ):
         flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
         with Owned(os.open(path, flags, 0o600)) as fd:
             os.ftruncate(fd, size)
-    except OSError as error:
-        raise UserError(
-            f"the image of volume {quoted(volume.name)} cannot be made: {reason(error)}; free space, or give "
-            "a smaller size."
-        ) from error
     try:
         run_program((*_MAKE[kind], path), f"volume {quoted(volume.name)} cannot be made")
         with _mounted(path, volume) as root:
@@ -234,12 +223,8 @@ def _backing_file(device: str) -> str:
 
 
 def _lengthen(path: str, size: int, what: str) -> None:
-    try:
+    with on_failure(what, "give a size that the filesystem of the image takes"):
         os.truncate(path, size)
-    except OSError as error:
-        raise UserError(
-            f"{what}: {reason(error)}; give a size that the filesystem of the image takes."
-        ) from error
 
 
 def _resize_ext4(path: str, size: int, before: int, what: str) -> None:

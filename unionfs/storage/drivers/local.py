@@ -6,7 +6,7 @@ import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
-from unionfs.errors import UserError, quoted, reason
+from unionfs.errors import UserError, on_failure, quoted, reason
 from unionfs.settings.sizes import shown_size, volume_size
 from unionfs.storage.drivers import image, replacing
 from unionfs.storage.drivers.base import Driver, Replacement
@@ -82,15 +82,12 @@ class Local(Driver):
 
     def create(self, volume: Volume) -> None:
         data = f"{volume.directory}/_data"
-        try:
+        with on_failure(
+            f"volume {quoted(volume.name)} cannot be made in {quoted(os.path.dirname(volume.directory))}",
+            "free space, or give another storage root",
+        ):
             os.mkdir(data, 0o755)
             os.chmod(data, 0o755)
-        except OSError as error:
-            raise UserError(
-                f"volume {quoted(volume.name)} cannot be made in "
-                f"{quoted(os.path.dirname(volume.directory))}: "
-                f"{reason(error)}; free space, or give another storage root."
-            ) from error
         if "size" in volume.options:
             size = volume_size(volume.options["size"])
             if not quota.limit_directory(data, size):
@@ -179,7 +176,7 @@ class Local(Driver):
 
     def _change_limit(self, volume: Volume, wanted: int) -> None:
         data, what = f"{volume.directory}/_data", f"volume {quoted(volume.name)} cannot be resized"
-        try:
+        with on_failure(what, "check its filesystem's quotas"):
             if quota.space_used(data) > wanted:
                 raise UserError(
                     f"{what}: what it holds does not fit into {shown_size(wanted)}; give a larger size, or "
@@ -190,8 +187,6 @@ class Local(Driver):
                     f"{what}: its filesystem enforces no project quotas any more; mount it with prjquota, as "
                     "when the volume was made."
                 )
-        except OSError as error:
-            raise UserError(f"{what}: {reason(error)}; check its filesystem's quotas.") from error
 
     def status(self, volume: Volume) -> Mapping[str, object]:
         return {"mounted": mount_at(volume.mountpoint) is not None} if "type" in volume.options else {}

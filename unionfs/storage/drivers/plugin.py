@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from unionfs.errors import UserError, quoted, reason
+from unionfs.errors import UserError, on_failure, quoted
 from unionfs.storage.drivers import looking, replacing, trusted
 from unionfs.storage.drivers.base import Driver, Replacement
 from unionfs.storage.drivers.plugin_search import (
@@ -109,7 +109,11 @@ class Plugin(Driver):
             if tls.get(key):
                 # Checked before OpenSSL opens it, which might block. Afterwards no other user can replace it.
                 trusted.read(tls[key], "file of certificates in a TLSConfig")
-        try:
+        with on_failure(
+            f"the certificates of the volume plugin {quoted(self.name)} cannot be read",
+            "check its TLSConfig",
+            OSError, ValueError,
+        ):
             context = ssl.create_default_context(cafile=tls.get("CAFile") or None)
             if tls.get("InsecureSkipVerify"):
                 context.check_hostname = False
@@ -117,11 +121,6 @@ class Plugin(Driver):
             if tls.get("CertFile"):
                 # Without a password OpenSSL prompts on the terminal for an encrypted key.
                 context.load_cert_chain(tls["CertFile"], tls.get("KeyFile") or None, password="")
-        except (OSError, ValueError) as error:
-            raise UserError(
-                f"the certificates of the volume plugin {quoted(self.name)} cannot be read: {error}; check "
-                "its TLSConfig."
-            ) from error
         return context
 
     def _call(
@@ -263,10 +262,8 @@ class Plugin(Driver):
 
     def _look(self, path: str, action: Callable[[], int]) -> int:
         """The result of `look`. Raises UserError after the timeout."""
-        try:
+        with on_failure("no process can be started", "end some others"):
             found = looking.look(action, _LOOK_SECONDS)
-        except OSError as error:
-            raise UserError(f"no process can be started: {reason(error)}; end some others.") from error
         if found is None:
             raise UserError(
                 f"the volume plugin {quoted(self.name)} names the directory {quoted(path)}, whose filesystem "

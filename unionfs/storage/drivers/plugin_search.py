@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from typing import Any
 from urllib.parse import urlsplit
 
-from unionfs.errors import UserError, quoted, reason
+from unionfs.errors import UserError, on_failure, quoted
 from unionfs.storage.drivers import trusted
 
 ENVIRONMENT = "UNIONFS_PLUGIN_PATH"
@@ -160,27 +160,21 @@ def _kind(path: str) -> int:
 
 def _check_socket(path: str) -> None:
     """Raise UserError for a socket that another user created or could replace."""
-    try:
-        with trusted.opened(path, SOCKET):
-            pass
-    except OSError as error:
-        raise UserError(
-            f"the {SOCKET} {quoted(path)} cannot be used: {reason(error)}; correct it."
-        ) from error
+    failure = on_failure(f"the {SOCKET} {quoted(path)} cannot be used", "correct it")
+    with failure, trusted.opened(path, SOCKET):
+        pass
 
 
 def _checked_url(url: str, path: str) -> str:
     shown = _shortened(url)
-    try:
+    with on_failure(
+        f"the plugin description {quoted(path)} has the address {shown}", "correct it", ValueError
+    ):
         parts = urlsplit(url)
         known = parts.scheme in ("unix", *_PORTS) and url.isprintable() and " " not in url
         complete = url.startswith("unix:///") if parts.scheme == "unix" else bool(parts.hostname)
         if parts.scheme != "unix":
             _ = parts.port  # raises ValueError if invalid
-    except ValueError as error:
-        raise UserError(
-            f"the plugin description {quoted(path)} has the address {shown}: {error}; correct it."
-        ) from error
     if not known or not complete:
         raise UserError(
             f"the plugin description {quoted(path)} has the address {shown}; it must be unix:///PATH, "

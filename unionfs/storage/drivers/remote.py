@@ -9,7 +9,7 @@ import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
-from unionfs.errors import UserError, quoted, reason
+from unionfs.errors import UserError, on_failure, quoted
 from unionfs.storage.drivers import replacing
 from unionfs.storage.drivers.base import Driver, Replacement
 from unionfs.storage.model import Volume
@@ -47,12 +47,8 @@ class RemoteDriver(Driver):
         need_program(self.program, self.package, f"the driver {self.name}")
 
     def create(self, volume: Volume) -> None:
-        try:
+        with on_failure(f"volume {quoted(volume.name)} cannot be made", "free space"):
             os.mkdir(f"{volume.directory}/_data", 0o755)
-        except OSError as error:
-            raise UserError(
-                f"volume {quoted(volume.name)} cannot be made: {reason(error)}; free space."
-            ) from error
 
     def remove(self, volume: Volume) -> None:
         self.unmount(volume, "")
@@ -96,13 +92,8 @@ class RemoteDriver(Driver):
         data = f"{volume.directory}/_data"
         if (found := mount_at(data)) is None:
             return
-        try:
+        with on_failure(f"volume {quoted(volume.name)} cannot be unmounted", f"end what uses {quoted(data)}"):
             unmount(found, lazy=is_dead(data))
-        except OSError as error:
-            raise UserError(
-                f"volume {quoted(volume.name)} cannot be unmounted: {reason(error)}; end what uses "
-                f"{quoted(data)}."
-            ) from error
 
     def restores_mounted(self, volume: Volume) -> bool:
         return True

@@ -7,7 +7,7 @@ import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 
-from unionfs.errors import UserError, quoted, reason
+from unionfs.errors import on_failure, quoted
 from unionfs.storage.model import Volume
 from unionfs.storage.removing import refuse_locked
 from unionfs.storage.workspace import Workspace, recover, workspace
@@ -87,12 +87,8 @@ def in_place(volume: Volume, data: str, settle: Callable[[], None] | None = None
     `settle` is called first, and may wait until all written files can be renamed.
     """
     with directory(data) as root, ExitStack() as stack:
-        try:
+        with on_failure(f"nothing can be prepared in {quoted(data)}", "make the volume writable"):
             place = stack.enter_context(workspace(volume.directory, root, "restore", settle))
-        except OSError as error:
-            raise UserError(
-                f"nothing can be prepared in {quoted(data)}: {reason(error)}; make the volume writable."
-            ) from error
         yield place
 
 

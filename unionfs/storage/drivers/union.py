@@ -12,7 +12,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 
-from unionfs.errors import UserError, quoted, reason
+from unionfs.errors import UserError, on_failure, quoted, reason
 from unionfs.settings.options import split_lowers
 from unionfs.storage.drivers.base import Driver, Replacement
 from unionfs.storage.drivers.replacing import exchange
@@ -31,7 +31,7 @@ from unionfs.sys.unmount import unmount
 _NOTICE_SECONDS = 5.0
 
 
-class Union(Driver):
+class UnionDriver(Driver):
     """A volume over read-only lowers.
 
     Every user has a separate view, whose changes end with it; with `shared` all users have one view, whose
@@ -178,12 +178,8 @@ def _sweep(volume: Volume) -> None:
 def _hide(lowers: Sequence[str], upper: str) -> None:
     """Hide all entries of the lowers with whiteouts (Documentation/filesystems/overlayfs.rst)."""
     for name in {name for lower in lowers for name in os.listdir(lower)}:
-        try:
+        with on_failure(f"whiteouts cannot be made in {quoted(upper)}", "use another storage root"):
             os.mknod(f"{upper}/{name}", stat.S_IFCHR, 0)
-        except OSError as error:
-            raise UserError(
-                f"whiteouts cannot be made in {quoted(upper)}: {reason(error)}; use another storage root."
-            ) from error
 
 
 def _mount(volume: Volume, upper: str, work: str, target: str) -> None:

@@ -1,0 +1,252 @@
+"""Rewrites the markers of an upper at rest: for overlayfs, for fuse-overlayfs, or for an OCI image layer.
+
+The first pass refuses what the form cannot express, before anything changes. The second adds each marker in
+the new form and then removes the old one, so after a crash everything that was hidden still is, for a union
+that reads all forms; converting again finishes.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import stat
+from collections.abc import Iterator
+from contextlib import suppress
+from dataclasses import dataclass
+from typing import Final
+
+from unionfs.errors import LayerError, quoted
+from unionfs.sys.fds import Owned
+from unionfs.union.checkxattrs import KNOWN
+from unionfs.union.markers import FUSE_OVERLAYFS
+from unionfs.union.named import INTERNAL, OPAQUE, PREFIX, hidden_name
+from unionfs.union.places import Place
+from unionfs.union.resting import TRUSTED, USER, Resting, is_device_whiteout, object_path, xattrs
+
+FORMS: Final = ("overlay", "fuse-overlayfs", "oci")
+_ESCAPE: Final = b"overlay."
+_NAME_MAX: Final = 255
+#: What another form cannot express, by overlayfs's xattr.
+_LOST: Final = {
+    b"redirect": "it was renamed without its content, which stayed in a lower (redirect)",
+    b"metacopy": "its data is in a lower (metacopy)",
+    b"protattr": "it is immutable or append-only by a marker (protattr)",
+}
+_DIRECTORY: Final = os.O_PATH | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
+
+
+@dataclass(slots=True)
+class Converted:
+    """The numbers of markers that were rewritten or removed."""
+
+    whiteouts: int = 0
+    opaque: int = 0
+    xattrs: int = 0
+
+
+def convert(layers: Resting, form: str) -> Converted:
+    """Rewrite the upper's markers to one of FORMS; for ``overlay`` under the prefix of the layers' markers.
+
+    Raises LayerError for what the form cannot express, and then changes nothing; or OSError.
+    """
+    conversion: _Conversion = _ToOverlay(layers) if form == "overlay" else _ToNames(layers, form)
+    for place, path in _directories(layers):
+        conversion.survey(place, path)
+    for place, _ in _directories(layers):
+        before = os.stat(layers.gate.fd(place))
+        if conversion.rewrite(place):
+            os.utime(
+                object_path(layers.gate.fd(place), b""), ns=(before.st_atime_ns, before.st_mtime_ns)
+            )
+    return conversion.converted
+
+
+def _directories(layers: Resting) -> Iterator[tuple[Place, bytes]]:
+    """All directories of the upper with their paths, each before those below it."""
+    todo = [(layers.upper.root, b"")]
+    while todo:
+        place, path = todo.pop()
+        yield place, path
+        for name, st in layers.entries(place):
+            if stat.S_ISDIR(st.st_mode) and not name.startswith(PREFIX):
+                todo.append((Place(place.layer, place, name), path + b"/" + name))
+
+
+class _Conversion:
+    """Examines, then rewrites one directory after the other."""
+
+    form: str
+
+    def __init__(self, layers: Resting) -> None:
+        self._layers = layers
+        self._gate = layers.gate
+        self._markers = layers.markers
+        self.converted = Converted()
+
+    def survey(self, place: Place, path: bytes) -> None:
+        """Raise LayerError for what the form cannot express in a directory; ``path``: its path."""
+        dir_fd = self._gate.fd(place)
+        if place.parent is None:
+            self._judge(place, b"", os.stat(dir_fd), path, xattrs(object_path(dir_fd, b"")))
+        for name, st in self._layers.entries(place):
+            found = xattrs(object_path(dir_fd, name))
+            self._judge(place, name, st, path + b"/" + name, found)
+
+    def _judge(
+        self, place: Place, name: bytes, st: os.stat_result, path: bytes, found: dict[bytes, bytes]
+    ) -> None:
+        raise NotImplementedError
+
+    def rewrite(self, place: Place) -> bool:
+        """Rewrite the markers in a directory, and its own xattrs. Returns whether anything was changed."""
+        raise NotImplementedError
+
+    def _refuse(self, path: bytes, cause: str, cure: str) -> LayerError:
+        where = quoted(os.fsdecode(self._layers.path(path)))
+        return LayerError(f"{where} cannot be converted to the form of {self.form}: {cause}; {cure}.")
+
+    def _is_whiteout(self, dir_fd: int, name: bytes, st: os.stat_result) -> bool:
+        return is_device_whiteout(st) or self._markers.is_whiteout(st, dir_fd, name)
+
+    def _remove_xattr(self, path: bytes, name: bytes) -> None:
+        os.removexattr(path, name, follow_symlinks=False)
+        self.converted.xattrs += 1
+
+
+class _ToOverlay(_Conversion):
+    """`.wh.` names become whiteouts and xattrs; xattrs under the other prefix come under the mount's own."""
+
+    form = "overlay"
+
+    def __init__(self, layers: Resting) -> None:
+        super().__init__(layers)
+        self._prefix = layers.markers.prefix
+        self._other = USER if self._prefix == TRUSTED else TRUSTED
+
+    def _judge(
+        self, place: Place, name: bytes, st: os.stat_result, path: bytes, found: dict[bytes, bytes]
+    ) -> None:
+        if name == OPAQUE and place.parent is None:
+            raise self._refuse(
+                path, "the root is opaque, which overlayfs ignores", "remove it, and mount without the lowers"
+            )
+        if hidden_name(name) is not None and stat.S_ISDIR(st.st_mode):
+            raise self._refuse(path, "a whiteout that is a directory", "remove it or rename it")
+        for xattr in found:
+            if xattr.startswith(self._other + _ESCAPE):
+                raise self._refuse(
+                    path,
+                    f"the user's own xattr {_shown(xattr)} would become a marker",
+                    "remove that xattr",
+                )
+
+    def rewrite(self, place: Place) -> bool:
+        before = (self.converted.whiteouts, self.converted.opaque)
+        dir_fd = os.dup(self._gate.fd(place))
+        with Owned(dir_fd):
+            if place.parent is None:
+                self._own_xattrs(dir_fd, b"")
+            for name, st in self._layers.entries(place):
+                if name == OPAQUE:
+                    self._markers.set_opaque(dir_fd)
+                    os.unlink(name, dir_fd=dir_fd)
+                    self.converted.opaque += 1
+                elif (hidden := hidden_name(name)) is not None:
+                    self._whiteout(dir_fd, name, hidden)
+                elif not name.startswith(INTERNAL):
+                    self._own_xattrs(dir_fd, name, st)
+        return before != (self.converted.whiteouts, self.converted.opaque)
+
+    def _whiteout(self, dir_fd: int, name: bytes, hidden: bytes) -> None:
+        try:
+            self._markers.make_whiteout(dir_fd, hidden, (dir_fd, self._layers.upper.root_fd))
+        except FileExistsError:
+            # What stands beside its whiteout is visible, and hides the lowers' as a whole.
+            with suppress(NotADirectoryError), Owned(os.open(hidden, _DIRECTORY, dir_fd=dir_fd)) as fd:
+                self._markers.set_opaque(fd)
+        os.unlink(name, dir_fd=dir_fd)
+        self.converted.whiteouts += 1
+
+    def _own_xattrs(self, dir_fd: int, name: bytes, st: os.stat_result | None = None) -> None:
+        path = object_path(dir_fd, name)
+        found = xattrs(path)
+        for xattr, value in found.items():
+            if xattr.startswith(FUSE_OVERLAYFS) and not xattr.startswith(FUSE_OVERLAYFS + _ESCAPE):
+                own = self._markers.opaque if xattr == FUSE_OVERLAYFS + b"opaque" else None
+            elif xattr.startswith(self._other) and xattr[len(self._other) :] in KNOWN:
+                own = self._prefix + xattr[len(self._other) :]
+            else:
+                continue
+            if own is not None and (own not in found or (own == self._markers.opaque and value == b"y")):
+                os.setxattr(path, own, value, follow_symlinks=False)
+            self._remove_xattr(path, xattr)
+
+
+class _ToNames(_Conversion):
+    """Whiteouts and opaque directories become `.wh.` names; overlayfs's own xattrs go.
+
+    fuse-overlayfs's opaque directories have an xattr as well, as it makes them without root.
+    """
+
+    def __init__(self, layers: Resting, form: str) -> None:
+        super().__init__(layers)
+        self.form = form
+
+    def _judge(
+        self, place: Place, name: bytes, st: os.stat_result, path: bytes, found: dict[bytes, bytes]
+    ) -> None:
+        prefix = self._markers.prefix
+        for xattr in found:
+            if xattr.startswith((prefix + _ESCAPE, FUSE_OVERLAYFS + _ESCAPE)):
+                shown = _shown(self._markers.shown_names([xattr])[0])
+                raise self._refuse(path, f"the user's own xattr {shown} is stored escaped", "remove it")
+            key = xattr[len(prefix) :] if xattr.startswith(prefix) else b""
+            if key in _LOST and (key != b"redirect" or stat.S_ISDIR(st.st_mode)):
+                raise self._refuse(path, _LOST[key], "copy it within a mount of the union first")
+        if len(PREFIX + name) > _NAME_MAX and self._is_whiteout(self._gate.fd(place), name, st):
+            raise self._refuse(path, "a whiteout needs a name with four more bytes", "remove it")
+
+    def rewrite(self, place: Place) -> bool:
+        before = (self.converted.whiteouts, self.converted.opaque)
+        dir_fd = os.dup(self._gate.fd(place))
+        with Owned(dir_fd):
+            if place.parent is not None and self._markers.directory(dir_fd)[0]:
+                self._opaque(dir_fd)
+            self._drop_xattrs(object_path(dir_fd, b""))
+            for name, st in self._layers.entries(place):
+                if self._is_whiteout(dir_fd, name, st):
+                    _make(dir_fd, PREFIX + name)
+                    os.unlink(name, dir_fd=dir_fd)
+                    self.converted.whiteouts += 1
+                elif not stat.S_ISDIR(st.st_mode):
+                    self._drop_xattrs(object_path(dir_fd, name))
+        return before != (self.converted.whiteouts, self.converted.opaque)
+
+    def _opaque(self, dir_fd: int) -> None:
+        made = _make(dir_fd, OPAQUE)
+        if self.form == "fuse-overlayfs":
+            try:
+                os.setxattr(object_path(dir_fd, b""), FUSE_OVERLAYFS + b"opaque", b"y")
+            except OSError as error:
+                if error.errno != errno.EOPNOTSUPP:
+                    raise
+        self.converted.opaque += made
+
+    def _drop_xattrs(self, path: bytes) -> None:
+        drops = (self._markers.prefix, FUSE_OVERLAYFS) if self.form == "oci" else (self._markers.prefix,)
+        for xattr in xattrs(path):
+            if xattr.startswith(drops):
+                self._remove_xattr(path, xattr)
+
+
+def _make(dir_fd: int, name: bytes) -> bool:
+    """Make an empty file unless the name exists. Returns whether it did not."""
+    try:
+        os.close(os.open(name, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600, dir_fd=dir_fd))
+    except FileExistsError:
+        return False
+    return True
+
+
+def _shown(name: bytes) -> str:
+    return quoted(os.fsdecode(name))
