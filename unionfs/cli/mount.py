@@ -83,9 +83,7 @@ def mount(
       ro                read-only, even with an upper
       volatile          never sync to disk: for disposable trees
       userxattr         store markers in user.overlay.* xattrs (always without root)
-      redirect_dir=     on: rename directories of the lowers, too, by redirects; off, follow: only follow
-                        redirects; nofollow: not even that. Default: on; not in uppers of a kernel that has
-                        it off, nor with userxattr, except in an ordinary user's mount without allow_other
+      redirect_dir=     on (the default for most uppers), off, follow, nofollow: as in the kernel
       allow_other       allow access by all users (root: always); allow_root: only by root
       nodev nosuid noexec sync dirsync noatime nodiratime
       fsname=, subtype= what /proc/mounts shows
