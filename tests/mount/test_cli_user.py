@@ -51,6 +51,7 @@ def test_directories_are_renamed(host: Host, place: Place) -> None:
     succeed(host.unionfs("umount", place.merged))
     layers = ("--upper", place.upper, "--lower", place.lower, "--lower", place.lower2)
     assert host.unionfs("diff", *layers).stdout == diff
+    assert succeed(host.unionfs("check", *layers)) == ""
 
 
 def test_directories_are_not_renamed_where_others_look(host: Host, place: Place) -> None:
