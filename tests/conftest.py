@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import functools
 import os
+import shlex
+import tempfile
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
+from multiprocessing import util
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 pytest.register_assert_rewrite("tests.support")
 
-from tests.support import areas, mounting  # noqa: E402
+from tests.support import areas, enclosure, mounting, turns  # noqa: E402
 from tests.support import world as worlds  # noqa: E402
 from tests.support.mounting import Mount  # noqa: E402
 from tests.support.patience import SLOWNESS, patient  # noqa: E402
@@ -25,7 +29,7 @@ WATCHDOG_SECONDS = 100.0
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Declare the markers of this file and remove what killed runs left."""
+    """Declare the markers of this file, remove what killed runs left, and prepare a place for this run."""
     config.addinivalue_line(
         "markers", "watchdog(seconds): end the test's daemons after this time (default 100)"
     )
@@ -35,11 +39,43 @@ def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line(
         "markers", "slow_on(session, ...): the test is slow on these sessions"
     )
-    areas.sweep()
+    config.addinivalue_line(
+        "markers", "alone: changes or measures something of the whole machine: no other test runs beside it"
+    )
+    if not hasattr(config, "workerinput"):  # a worker of pytest-xdist shares the place of its run
+        areas.sweep()
+        # tmp_path stays where pytest keeps those of the last runs.
+        os.environ.setdefault("PYTEST_DEBUG_TEMPROOT", tempfile.gettempdir())
+        stack = ExitStack()
+        stack.enter_context(areas.run_directory())
+        # After the removal of its directory in there, which has the priority -100.
+        util.Finalize(None, stack.close, exitpriority=-200)
+    # For uid 0 of a user namespace, which would else use /tmp/unionfs-0; and each worker has other processes.
+    os.environ["XDG_RUNTIME_DIR"] = tempfile.mkdtemp(prefix="runtime-")
 
 
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_setupnodes(specs: Sequence[Any]) -> None:
+    """Start the workers of pytest-xdist in enclosures."""
+    for spec in specs:
+        if spec.popen and spec.python is None:
+            spec.python = shlex.join(enclosure.command())
+
+
+@pytest.hookimpl(wrapper=True, tryfirst=True)
+def pytest_runtest_protocol(item: pytest.Item) -> Iterator[None]:
+    """Wait until the test may run; before its timeout starts."""
+    with turns.machine(alone=item.get_closest_marker("alone") is not None):
+        return (yield)
+
+
+@pytest.hookimpl(trylast=True)
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Give every test more time on a slow machine; pytest-timeout takes the first marker it finds."""
+    """Tests that run alone come last, since the other workers wait meanwhile.
+
+    On a slow machine every test has more time; pytest-timeout takes the first marker that it finds.
+    """
+    items.sort(key=lambda item: item.get_closest_marker("alone") is not None)
     if SLOWNESS == 1:
         return
     for item in items:

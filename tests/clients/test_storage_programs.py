@@ -64,7 +64,9 @@ def make_site(site: Path) -> None:
     """A page whose module accepts a hot update of its import."""
     (site / "src").mkdir(parents=True)
     (site / "package.json").write_text('{"name": "site", "private": true, "scripts": {"dev": "vite"}}')
-    (site / "vite.config.js").write_text('export default { cacheDir: "/tmp/vite-cache" }\n')
+    (site / "vite.config.js").write_text(
+        'export default { cacheDir: (process.env.TMPDIR || "/tmp") + "/vite-cache" }\n'
+    )
     (site / "index.html").write_text('<script type="module" src="/src/main.js"></script>\n')
     (site / "src/main.js").write_text(
         'import { text } from "./text.js"\ndocument.body.textContent = text\n'

@@ -178,12 +178,6 @@ def wait_for(condition: Callable[[], bool], seconds: float = 5.0) -> bool:
     return True
 
 
-def drop_caches() -> None:
-    """Let the kernel drop unused nodes and pages."""
-    os.sync()
-    Path("/proc/sys/vm/drop_caches").write_text("3")
-
-
 @contextlib.contextmanager
 def many_open_files(count: int) -> Iterator[None]:
     """Raise this process's limit of open files: the default is 1024."""

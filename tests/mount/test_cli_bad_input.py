@@ -37,7 +37,7 @@ def test_missing_lower(place: Place) -> None:
 
 def test_lower_that_is_a_file(place: Place) -> None:
     done = _unchanged(place, "-l", place.lower / "base", place.merged)
-    _refused(place, done, f"lower {place.lower}/base is not a directory")
+    _refused(place, done, f"lower {place.lower}/base is neither a directory nor a squashfs")
 
 
 def test_no_lower(place: Place) -> None:
@@ -312,7 +312,8 @@ def test_mountpoint_inside_upper_or_work(place: Place, name: str) -> None:
         ("redirect_dir=on,userxattr", "redirect_dir=on conflicts with markers in user.* xattrs"),
         ("redirect_dir=follow,userxattr", "redirect_dir=follow conflicts with markers in user.* xattrs"),
         ("index=on", "index=on"),
-        ("metacopy=on", "metacopy=on"),
+        ("metacopy=on,redirect_dir=off", "conflicts with redirect_dir=off"),
+        ("metacopy=on,userxattr", "conflicts with markers in user.* xattrs"),
         ("nfs_export=on", "nfs_export=on"),
         ("xino=maybe", "xino=maybe"),
         ("uidmapping=:0:100000:65536", "uidmapping"),

@@ -248,10 +248,8 @@ def test_remount(place: Place, mounter: Mounter) -> None:
     succeed(mounter.run("mount", "-t", "overlay", "-o", data, "overlay", kernel))
     succeed(mounter.run("mount", "-t", "fuse.unionfs", "-o", place.data, "source", place.merged))
     commands = ["touch base", "rm -f new; echo > new", "./tool", "test -w base", "mkdir d; rmdir d"]
-    for words in (
-        "ro", "rw", "noexec", "exec", "ro,noexec,nosuid,nodev", "rw,exec,suid,dev", "sync", "async", "ro",
-        "rw",
-    ):
+    several = "ro,noexec,nosuid,nodev", "rw,exec,suid,dev"
+    for words in ("ro", "rw", "noexec", "exec", *several, "sync", "async", "ro", "rw"):
         seen = []
         for root in (kernel, place.merged):
             done = mounter.run("mount", "-o", f"remount,{words}", root)

@@ -16,7 +16,9 @@ from tests.mount import cli_calls
 from tests.mount.cli_calls import Place, listed, refused, succeed, unionfs
 from tests.support.patience import patient
 
-COMMANDS = ("mount", "umount", "ls", "inspect", "stats", "diff", "check", "convert", "doctor")
+COMMANDS = (
+    "mount", "umount", "sync", "ls", "inspect", "stats", "diff", "check", "convert", "doctor",
+)  # fmt: skip
 
 
 IO_MODES = ("hybrid", "passthrough", "cached")
@@ -225,7 +227,7 @@ def test_diff_without_an_upper(place: Place) -> None:
 def test_diff_of_what_is_not_there(place: Place) -> None:
     refused(unionfs("diff", place.merged), "not a live unionfs mount")
     refused(unionfs("diff", "--upper", "/nowhere", "--lower", place.lower), "upper /nowhere does not exist")
-    refused(unionfs("diff", "--upper", place.upper, "--lower", place.lower / "base"), "is not a directory")
+    refused(unionfs("diff", "--upper", place.upper, "--lower", place.lower / "base"), "is neither a")
 
 
 def test_diff_to_a_reader_that_has_enough(place: Place) -> None:

@@ -13,6 +13,7 @@ import pytest
 from tests.mount import cli_calls
 from tests.mount.cli_calls import UNIONFS, Place, gone, listed, refused, succeed, wait_for
 from tests.mount.user_calls import UID, Host
+from tests.support import turns
 
 
 def test_mount_change_and_umount(host: Host, place: Place) -> None:
@@ -173,13 +174,14 @@ def test_runtime_directory_of_somebody_else(host: Host, place: Place) -> None:
     (host.runtime / "unionfs").mkdir(mode=0o777)
     (host.runtime / "unionfs").chmod(0o777)
     fallback = Path(f"/tmp/unionfs-{UID}")
-    if fallback.exists():
-        pytest.skip(f"{fallback} is in use")
-    fallback.symlink_to(host.runtime)
-    try:
-        refused(host.unionfs("mount", *place.layers, place.merged), "runtime files", str(fallback))
-    finally:
-        fallback.unlink()
+    with turns.only_one(fallback.name):
+        if fallback.exists():
+            pytest.skip(f"{fallback} is in use")
+        fallback.symlink_to(host.runtime)
+        try:
+            refused(host.unionfs("mount", *place.layers, place.merged), "runtime files", str(fallback))
+        finally:
+            fallback.unlink()
 
 
 def test_in_a_user_namespace(host: Host, place: Place) -> None:
@@ -196,3 +198,22 @@ def test_in_a_user_namespace(host: Host, place: Place) -> None:
     assert done.returncode == 0, done.stderr
     assert done.stdout.startswith("D /deep\nA /new\n")
     assert (place.upper / "new").read_text() == "new\n"
+
+
+def test_check_and_convert(host: Host, place: Place) -> None:
+    """With user.overlay.* markers, of an upper that the user's mount wrote; then for fuse-overlayfs."""
+    host.mount()
+    change = f"rm {place.merged}/deep; echo x > {place.merged}/base; mkdir {place.merged}/new"
+    succeed(host.run("sh", "-c", change))
+    succeed(host.unionfs("umount", place.merged))
+    layers = ("-u", place.upper, "-w", place.work, "-l", place.lower, "-l", place.lower2)
+    assert succeed(host.unionfs("check", *layers)) == ""
+    succeed(host.run("setfattr", "-n", "user.overlay.opaque", "-v", "?", place.upper / "new"))
+    assert "neither y nor x" in host.unionfs("check", *layers).stdout
+    assert host.unionfs("check", *layers, "--repair").returncode == 3
+    succeed(host.unionfs("convert", "-u", place.upper, "--to", "fuse-overlayfs"))
+    assert (place.upper / ".wh.deep").exists()
+    host.mount()
+    assert sorted(os.listdir(place.lower)) == ["base"]
+    assert host.run("ls", place.merged).stdout.split() == ["base", "new"]
+    succeed(host.unionfs("umount", place.merged))

@@ -15,6 +15,7 @@ import pytest
 
 from tests.mount import direct_calls as dc
 from tests.support.mounting import mounted
+from tests.support.syscalls import drop_caches
 from tests.support.world import World, errno_of
 
 MakeWorld = Callable[..., World]
@@ -44,7 +45,7 @@ def _append(directory: Path) -> None:
 
 def _look_and_forget(directory: Path) -> None:
     (directory / "f0").stat()
-    dc.drop_caches()
+    drop_caches(directory)
 
 
 def _write_elsewhere(directory: Path) -> None:
@@ -132,6 +133,7 @@ def test_what_changes_before_it_is_listed(world: MakeWorld, session: str) -> Non
         assert made.mount.figure("prepared_listings_used") > len(done) // 4
 
 
+@pytest.mark.alone  # the daemon prepares when the processors have nothing else to do
 def test_a_walk(world: MakeWorld, session: str) -> None:
     """Every listing prepared for a walk in listing order is used, and there are many."""
     made = world(_build)
@@ -153,7 +155,7 @@ def test_who_ends_a_walk(world: MakeWorld, session: str) -> None:
     while made.mount.figure("listings_prepared") < 5:
         todo += reversed(_listed(todo.pop())[1])
     time.sleep(0.01)
-    dc.drop_caches()
+    drop_caches(made.union)
     os.listdir(made.union)
     assert dc.wait_for(lambda: made.mount.figure("nodes") <= nodes + 1)
 
@@ -230,7 +232,7 @@ class _Both:
         if kind < 3:
             time.sleep((0.00005, 0.0003, 0.003)[kind])
         elif kind == 3 and self.choice.random() < 0.2:
-            dc.drop_caches()
+            drop_caches(self.union)
 
     def _hold(self, path: Path) -> None:
         fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW)

@@ -17,6 +17,7 @@ import pytest
 from tests.mount import direct_calls as dc
 from tests.support import snapshot
 from tests.support.mounting import Mount, mounted
+from tests.support.syscalls import drop_caches
 from tests.support.world import World, errno_of
 
 MakeWorld = Callable[..., World]
@@ -57,11 +58,11 @@ def test_open_file_that_lost_its_name(world: MakeWorld, where: str, how: str) ->
                 os.unlink(root / "a")
             else:
                 os.rename(root / "b", root / "a")
-            dc.drop_caches()
+            drop_caches(root, fd, reader)
             found += [os.pread(reader, 100, 200_000), os.fstat(fd).st_nlink, os.fstat(fd).st_size]
             found += [os.pwrite(fd, b"written", 299_997), errno_of(os.fsync, fd)]
             found += [os.fstat(reader).st_size, os.pread(reader, 100, 299_990)]
-            dc.drop_caches()
+            drop_caches(root, fd, reader)
             found += [os.pread(reader, 400_000, 0) == DATA[:299_997] + b"written", os.fstat(fd).st_size]
             (root / "a").write_bytes(b"another")
             os.ftruncate(fd, 10)
@@ -259,7 +260,7 @@ def test_more_files_than_are_kept_open(root: None, area: Path, session: str) -> 
                         file.seek(turn * 100)
                         file.write(b"%s %d;" % (name.encode(), turn))
         os.sync()
-        dc.drop_caches()
+        drop_caches(top, *fds.values())
         for name in names:
             data = (top / name).read_bytes()
             for turn in range(2):
@@ -286,7 +287,7 @@ def test_space_of_removed_files_comes_back(
             os.fsync(fd)
         os.sync()
         if forgotten:
-            dc.drop_caches()
+            drop_caches(mount.mountpoint)
             assert (mount.mountpoint / "f0").read_bytes() == bytes(4 * MIB)
         for number in range(8):
             os.unlink(mount.mountpoint / f"f{number}")
@@ -307,16 +308,16 @@ def test_removing_lower_files_copies_nothing(root: None, area: Path, session: st
         with dc.opened(mount.mountpoint / "open") as fd:
             os.unlink(mount.mountpoint / "open")
             os.fsync(fd)
-            dc.drop_caches()
+            drop_caches(mount.mountpoint, fd)
             assert os.pread(fd, 10, 0) == DATA[:10]
             assert os.fstat(fd).st_mtime_ns == 10**18
-        dc.drop_caches()
+        drop_caches(mount.mountpoint)
         assert mount.figure("copy_ups") == 0
         # explicitly set times still count
         with dc.opened(mount.mountpoint / "changed") as fd:
             os.unlink(mount.mountpoint / "changed")
             os.utime(fd, ns=(10**18 + 1, 10**18 + 1))
-            dc.drop_caches()
+            drop_caches(mount.mountpoint, fd)
             assert os.fstat(fd).st_mtime_ns == 10**18 + 1
     assert all(
         (area / "lower" / name).stat().st_mtime_ns == 10**18 for name in ("removed", "open", "changed")

@@ -14,6 +14,7 @@ import pytest
 
 from tests.mount import direct_calls as dc
 from tests.support.mounting import Mount, mounted
+from tests.support.syscalls import drop_caches
 from tests.support.world import errno_of
 
 SIZES = (1, 4095, 4096, 4097, 10_000, 65_535, 65_536)
@@ -70,7 +71,7 @@ def test_pages_that_the_kernel_dropped_are_read_again(root: None, layers: Path, 
     with _mounted(layers, session) as mount, dc.opened(mount.mountpoint / "f10000") as fd:
         for _ in range(2):
             assert os.pread(fd, 20_000, 0) == _content(10_000)
-            dc.drop_caches()
+            drop_caches(mount.mountpoint, fd)
 
 
 def test_changes_after_the_first_open_are_seen(root: None, layers: Path, session: str) -> None:
@@ -106,7 +107,7 @@ def test_what_the_kernel_has_is_not_opened_again(root: None, layers: Path, sessi
             # two opens of one file; the first read opens it once
             with dc.opened(mount.mountpoint / "f10000") as again:
                 assert os.pread(again, 20_000, 0) == _content(10_000)
-                dc.drop_caches()
+                drop_caches(mount.mountpoint, again)
                 assert os.pread(again, 20_000, 0) == _content(10_000)
                 assert os.pread(fds["f10000"], 20_000, 0) == _content(10_000)
             # written by another process, which opened it later
@@ -118,7 +119,7 @@ def test_what_the_kernel_has_is_not_opened_again(root: None, layers: Path, sessi
             (mount.mountpoint / "over").write_bytes(b"over")
             os.rename(mount.mountpoint / "over", mount.mountpoint / "f65535")
             os.chmod(mount.mountpoint / "f65536", 0o600)
-            dc.drop_caches()
+            drop_caches(mount.mountpoint, *fds.values())
             for size, name in zip((*SIZES, TOO_LARGE), names, strict=True):
                 expected = written if size == 4097 else _content(size)
                 assert os.pread(fds[name], size + 10, 0) == expected
@@ -193,7 +194,7 @@ def test_a_lower_that_lost_a_file(root: None, layers: Path, session: str) -> Non
         if session == "direct-hybrid":
             assert (mount.mountpoint / "f10000").read_bytes() == _content(10_000)
             with dc.opened(mount.mountpoint / "f10000") as fd:
-                dc.drop_caches()
+                drop_caches(mount.mountpoint, fd)
                 assert errno_of(os.pread, fd, 100, 0) == errno.EIO
         assert (mount.mountpoint / "f4096").read_bytes() == _content(4096)
 

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import os
+import secrets
 import signal
+import subprocess
+import time
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
-from tests.mount.cli_calls import Place, gone, succeed, unionfs, wait_for
+from tests.mount.cli_calls import UNIONFS, Place, gone, refused, succeed, unionfs, wait_for
 from tests.mount.user_calls import UID, Host
 from tests.support.mounting import mounted
 from tests.support.tracing import RENAMES, SYNCS, Trace, in_order, traced
@@ -63,6 +66,76 @@ def test_requests(root: None, area: Path, session: str) -> None:
             assert _syncs(trace, "upper/d>") == ["fsync"]
             _sync(top, os.O_RDONLY, os.fsync)
             assert _syncs(trace, "upper>") == ["fsync"]
+
+
+def test_sync_command(filesystem: Callable[..., Path], area: Path, session: str) -> None:
+    """`unionfs sync` returns when data that only the kernel's cache had is on the disk."""
+    disk = filesystem("ext4", 64 << 20)
+    for name in ("upper", "work"):
+        (disk / name).mkdir()
+    (area / "lower").mkdir()
+    (area / "lower/f").write_bytes(b"low" * 5000)
+    device = next(
+        Path(line.split()[0]) for line in Path("/proc/mounts").read_text().splitlines() if str(disk) in line
+    )
+    new, copied = secrets.token_bytes(4096), secrets.token_bytes(4096)
+    layers = {"lowers": [area / "lower"], "upper": disk / "upper", "work": disk / "work"}
+    with mounted(area, session=session, **layers) as mount:  # type: ignore[arg-type]
+        (mount.mountpoint / "new").write_bytes(new)
+        with (mount.mountpoint / "f").open("r+b") as file:
+            file.write(copied)
+            file.flush()
+            before = _on_disk(device)
+            assert new not in before
+            assert copied not in before
+            succeed(unionfs("sync", mount.mountpoint))
+            after = _on_disk(device)
+            assert new in after
+            assert copied in after
+
+
+def _on_disk(device: Path) -> bytes:
+    """What a disk holds, and not its filesystem's cache."""
+    fd = os.open(device, os.O_RDONLY)
+    try:
+        os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
+        return os.pread(fd, 64 << 20, 0)
+    finally:
+        os.close(fd)
+
+
+def test_sync_command_of_what_is_no_live_mount(place: Place) -> None:
+    refused(unionfs("sync", place.merged), "is not a live unionfs mount")
+    pid = place.mount()
+    (place.merged / "new").write_bytes(b"data")
+    os.kill(pid, signal.SIGKILL)
+    assert wait_for(lambda: gone(pid))
+    refused(unionfs("sync", place.merged), "has died", "unionfs umount")
+    succeed(unionfs("umount", place.merged))
+
+
+def test_sync_command_while_the_daemon_is_killed(place: Place) -> None:
+    pid = place.mount()
+    os.kill(pid, signal.SIGSTOP)
+    asking = subprocess.Popen([*UNIONFS, "sync", str(place.merged)], stderr=subprocess.PIPE, text=True)
+    try:
+        time.sleep(1)
+        assert asking.poll() is None
+        os.kill(pid, signal.SIGKILL)
+        _, text = asking.communicate(timeout=20)
+        assert asking.returncode == 1
+        assert f"its daemon (pid {pid}) ended" in text
+    finally:
+        asking.kill()
+        asking.wait()
+        unionfs("umount", place.merged)
+
+
+def test_sync_command_of_a_user(host: Host, place: Place) -> None:
+    host.mount()
+    succeed(host.run("sh", "-c", f"echo data > {place.merged}/new"))
+    succeed(host.unionfs("sync", place.merged))
+    succeed(host.unionfs("umount", place.merged))
 
 
 @pytest.mark.parametrize("end", ["umount", "SIGTERM", "SIGTERM in use"])

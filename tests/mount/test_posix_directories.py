@@ -17,6 +17,7 @@ import pytest
 from tests.support import snapshot, syscalls
 from tests.support.mounting import Mount, mounted
 from tests.support.patience import patient
+from tests.support.syscalls import drop_caches
 from tests.support.world import World, errno_of
 from unionfs.fuse import directories
 
@@ -31,10 +32,6 @@ def _touch_many(folder: Path, prefix: str, count: int) -> None:
             os.close(os.open(f"{prefix}{number}", os.O_CREAT | os.O_WRONLY, 0o644, dir_fd=fd))
     finally:
         os.close(fd)
-
-
-def _drop_caches() -> None:
-    Path("/proc/sys/vm/drop_caches").write_text("2")
 
 
 @pytest.mark.watchdog(240)
@@ -329,19 +326,19 @@ def test_st_ino_is_stable(world: MakeWorld) -> None:
     (made.union / "own").write_bytes(b"")
     before = {path: entry.ino for path, entry in snapshot.take(made.union).items()}
     fd = os.open(made.union / "f", os.O_RDONLY)
-    _drop_caches()
+    drop_caches(made.union)
     assert {path: entry.ino for path, entry in snapshot.take(made.union).items()} == before
     for path in before:
         os.utime(os.fsencode(made.union) + b"/" + path, ns=(1, 1), follow_symlinks=False)
     assert {path: entry.ino for path, entry in snapshot.take(made.union).items()} == before
-    _drop_caches()
+    drop_caches(made.union)
     assert {path: entry.ino for path, entry in snapshot.take(made.union).items()} == before
     assert os.fstat(fd).st_ino == before[b"f"]
     os.rename(made.union / "f", made.union / "d/renamed")
-    _drop_caches()
+    drop_caches(made.union)
     assert os.stat(made.union / "d/renamed").st_ino == before[b"f"] == os.fstat(fd).st_ino
     os.close(fd)
-    _drop_caches()
+    drop_caches(made.union)
     assert os.stat(made.union / "d/renamed").st_ino == before[b"f"]
 
 
@@ -402,7 +399,7 @@ def test_nodes_and_descriptors_are_given_back(root: None, area: Path, session: s
         assert len(os.listdir(f"/proc/{mount.pid}/fd")) < idle + 1200
         deadline = time.monotonic() + patient(20)
         while mount.figure("nodes") > 500 and time.monotonic() < deadline:
-            _drop_caches()
+            drop_caches(top)
             time.sleep(0.1)
         assert mount.figure("nodes") <= 500
         # none of a directory no longer known; some may be forgotten between the queries

@@ -16,10 +16,9 @@
    whether the directory is empty (``ovl_check_empty_dir`` does not query the xattr) and returns ENOTEMPTY,
    though its own listing is empty. The union removes it, as a native filesystem does; the one directory of
    the layers where this can happen is not removed here.
-9. setgid on a regular file without group execute, which no exec uses: overlayfs clears it at a write,
-   truncation or chown by a caller outside the file's group, the kernel's FUSE client keeps it
-   (``fuse_setattr`` drops it only together with S_IXGRP, and sends no request for chown(-1, -1)). Our file
-   then gets overlayfs's mode.
+9. Only ``--session pyfuse3``: chown(-1, -1) of a regular file with setgid, but without group execute, by a
+   caller outside its group. overlayfs clears the bit, or refuses; the kernel sends no request. Our file then
+   gets overlayfs's mode.
 10. A setxattr that fails because of XATTR_CREATE or XATTR_REPLACE: overlayfs copies the file up before the
     check, which breaks a hard link needlessly. The union then changes nothing, so the flags are not drawn for
     the lowers' hard links.
@@ -31,6 +30,10 @@
 13. Only ``--io cached``: truncation to the current size keeps a file's mtime (POSIX requires a new one only
     if the size changes): under writeback the FUSE client keeps the times, and does not treat this as a change
     (``fuse_do_setattr``). Our file then gets the new mtime.
+14. Only ``metacopy=on``: when the data of a file follows its metadata into the upper, at the open for
+    writing, overlayfs sets its mtime to the time of that copy; in the union a copy-up changes no mtime. Our
+    file then gets the new mtime. A name whose path in the lowers is longer than a redirect may be: overlayfs
+    returns EXDEV for another name, the union copies the data first. Such names are not renamed or linked.
 """
 
 from __future__ import annotations
@@ -50,6 +53,10 @@ NOW = -(10**18)
 KEPT = frozenset({b"marked"})
 """The directories of rule 8."""
 
+METACOPY = "metacopy=on"
+"""The option of rule 14."""
+LONG_NAME = 200
+"""Bytes; see rule 14."""
 KEEPING = "direct-passthrough"
 """The session of rule 11."""
 LATE = "direct-cached"

@@ -231,11 +231,6 @@ def _fsync(path: bytes) -> None:
         os.close(fd)
 
 
-def _drop_caches() -> None:
-    with open("/proc/sys/vm/drop_caches", "w") as file:
-        file.write("2")
-
-
 TABLE: dict[str, Callable[..., Any]] = {
     # by path
     "create": _create,
@@ -263,7 +258,7 @@ TABLE: dict[str, Callable[..., Any]] = {
     "access": lambda path, mode: os.access(path, mode),
     "namemax": lambda path: os.statvfs(path).f_namemax,
     "fsync": _fsync,
-    "drop_caches": _drop_caches,
+    "drop_caches": lambda: syscalls.drop_caches("."),
     # by open file
     "open": _open,
     "h_close": _close,

@@ -129,6 +129,7 @@ class Pair:
         #: The session without shortcuts has the same rules.
         self.kind = session.removesuffix(mounting.PLAIN)
         self.clock = normalise.Clock.start()
+        self._is_metacopy = normalise.METACOPY in options
         options = options or ["redirect_dir=on"]
         self.ours = Side("ours", home / "ours", count, arenas, options)
         self.theirs = Side("theirs", home / "theirs", count, arenas, options)
@@ -221,6 +222,8 @@ class Pair:
             return
         if op.name in COPYING_HANDLE and self._is_dead_directory(op.who, op.args[0]):
             return  # rule 5
+        if op.name in ("rename", "link") and self._is_too_long(op):
+            return  # rule 14
         if op.name in ("rmdir", "rename") and any(_normal(item) in normalise.KEPT for item in op.args):
             return
         if op.name == "remount":
@@ -276,6 +279,10 @@ class Pair:
         self._note_handles(op, ok=theirs[0] == "ok")
         if before:
             self._note_dead(before)
+
+    def _is_too_long(self, op: Op) -> bool:
+        names = [name for item in op.args if isinstance(item, bytes) for name in item.split(b"/")]
+        return self._is_metacopy and max(map(len, names)) > normalise.LONG_NAME
 
     def _note_handles(self, op: Op, *, ok: bool) -> None:
         if not ok:
@@ -377,7 +384,8 @@ class Pair:
         if problem is not None:
             raise problem
         ours, theirs = answers
-        if self.kind == normalise.LATE and op is not None and op.name in ("truncate", "h_truncate"):
+        late = self.kind == normalise.LATE and op is not None and op.name in ("truncate", "h_truncate")
+        if late or (self._is_metacopy and op is not None and op.name in ("open", "h_reopen")):
             ours = self._with_times(ours, theirs)
         self.tree = theirs
         self._check(f"after {op}", ours, self.tree, copied)
@@ -397,7 +405,8 @@ class Pair:
             raise Difference(f"after {op}:\n  " + "\n  ".join(lines[:20]))
 
     def _with_times(self, ours: Tree, theirs: Tree) -> Tree:
-        """Rule 13: set overlayfs's time on the file that was truncated to its current size."""
+        """Rules 13 and 14: set overlayfs's time on the file that was truncated to its current size, or whose
+        data was copied up."""
         changed = {}
         for path in normalise.truncated_to_same(self.tree, ours, theirs, self.clock):
             self.ours.workers["root"].call(os.utime, path)
@@ -453,10 +462,10 @@ class Pair:
         """One side's upper, read-only under the other's filesystem, must show the same tree."""
         layers_ = [side.upper, *side.lowers]
         context = (
-            mounting.kernel_mounted(self.home, lowers=layers_, name="cross", options=self.options)
+            mounting.kernel_mounted(self.home, lowers=layers_, name="cross", options=side.options)
             if session == "kernel"
             else mounting.mounted(
-                self.home, lowers=layers_, session=session, name="cross", options=self.options
+                self.home, lowers=layers_, session=session, name="cross", options=side.options
             )
         )
         with context as mount:

@@ -17,7 +17,7 @@ import pytest
 from tests.mount.cli_calls import UNIONFS, Place, call, gone, listed, refused, succeed, unionfs, wait_for
 from tests.mount.user_calls import UID, Host
 from tests.security import attacks
-from tests.support import syscalls
+from tests.support import syscalls, turns
 from tests.support.worker import Worker
 from unionfs.daemon import live, others
 from unionfs.sys import unmount as sys_unmount
@@ -32,19 +32,20 @@ TROUBLE = ("fifo", "zero", "huge", "nested", "directory", "socket")
 @contextmanager
 def directory_of(uid: int, path: Path) -> Iterator[Path]:
     """A directory of a user at a well-known path, which must not exist yet."""
-    above = None if path.parent.exists() else path.parent
-    if path.exists() or path.is_symlink():
-        pytest.skip(f"{path} is in use")
-    path.mkdir(mode=0o700, parents=True)
-    os.chown(path, uid, uid)
-    if above is not None:
-        os.chown(above, uid, uid)
-    try:
-        yield path
-    finally:
-        if path.is_symlink():
-            path.unlink()
-        shutil.rmtree(path if above is None else above, ignore_errors=True)
+    with turns.only_one(path.name):
+        above = None if path.parent.exists() else path.parent
+        if path.exists() or path.is_symlink():
+            pytest.skip(f"{path} is in use")
+        path.mkdir(mode=0o700, parents=True)
+        os.chown(path, uid, uid)
+        if above is not None:
+            os.chown(above, uid, uid)
+        try:
+            yield path
+        finally:
+            if path.is_symlink():
+                path.unlink()
+            shutil.rmtree(path if above is None else above, ignore_errors=True)
 
 
 @pytest.fixture(params=[f"/tmp/unionfs-{ATTACKER}", f"/run/user/{ATTACKER}/unionfs"])
@@ -351,7 +352,7 @@ def children_named(name: str, uid: int) -> list[int]:
 class TestUserNamespace:
     def test_uid_0_there_is_not_the_real_root(self, host: Host, place: Place) -> None:
         """Without XDG_RUNTIME_DIR, as in cron and `su`, and with root's own directory as an obstacle."""
-        with directory_of(0, Path("/tmp/unionfs-0")) as roots:
+        with directory_of(0, Path("/tmp/unionfs-0")) as roots, turns.only_one(f"unionfs-{UID}"):
             script = (
                 f"{' '.join(host.command)} mount {' '.join(map(str, place.layers))} {place.merged} && "
                 f"cat {place.merged}/base && {' '.join(host.command)} umount {place.merged}"
@@ -361,9 +362,9 @@ class TestUserNamespace:
                 pytest.skip(f"no user namespaces here: {done.stderr}")
             assert succeed(done) == "base\n"
             assert os.listdir(roots) == []
-        left = Path(f"/tmp/unionfs-{UID}")
-        assert not left.exists() or left.stat().st_uid == UID
-        shutil.rmtree(left, ignore_errors=True)
+            left = Path(f"/tmp/unionfs-{UID}")
+            assert not left.exists() or left.stat().st_uid == UID
+            shutil.rmtree(left, ignore_errors=True)
 
     def test_logind_has_a_directory(self, host: Host, place: Place) -> None:
         """It is searched before /tmp, even if the variable is not set."""

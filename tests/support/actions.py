@@ -76,3 +76,12 @@ def list_xattrs(path: str) -> list[str]:
 def run(arguments: list[str]) -> str:
     """A program's output."""
     return subprocess.run(arguments, capture_output=True, text=True, check=True).stdout
+
+
+def allocate(path: str) -> None:
+    """Open for writing, fallocate(2), close."""
+    fd = os.open(path, os.O_RDWR)
+    try:
+        os.posix_fallocate(fd, 4, 3)
+    finally:
+        os.close(fd)

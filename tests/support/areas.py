@@ -1,15 +1,17 @@
 """Places for layers: directories on a filesystem with all features, and separate small filesystems.
 
 An area is a directory with mode 0755 all the way, so that a worker with another identity can enter it
-(pytest's tmp_path excludes others). Its creator holds flock(2) on it, so that the next run sweeps what a
-killed run left behind, and never what another run uses: a process id would not distinguish these across PID
-namespaces.
+(pytest's tmp_path excludes others). A run's areas lie in another one, which is $TMPDIR. The creator of an
+area holds flock(2) on it, so that the next run sweeps what a killed run left behind, and never what another
+run uses: a process id would not distinguish these across PID namespaces.
 """
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import fcntl
+import functools
 import os
 import shutil
 import stat
@@ -23,6 +25,7 @@ from tests.support import acl, syscalls
 
 PREFIX = "unionfs-tests-"
 _LONGEST_BASE = 40
+_ENOUGH_MEMORY = 6 << 30
 FILESYSTEMS = ("ext4", "tmpfs", "xfs", "btrfs")
 _MKFS = {
     "ext4": ["mkfs.ext4", "-q", "-F", "-E", "lazy_itable_init=0,nodiscard"],
@@ -42,7 +45,7 @@ def mounts_below(root: Path) -> list[tuple[int, str, str]]:
     From /proc/self/mountinfo, proc_pid_mountinfo(5).
     """
     found = []
-    prefix = str(root)
+    prefix = str(root).rstrip("/")
     for line in Path("/proc/self/mountinfo").read_text(errors="surrogateescape").splitlines():
         left, right = line.split(" - ", 1)
         fields = left.split()
@@ -50,6 +53,15 @@ def mounts_below(root: Path) -> list[tuple[int, str, str]]:
         if where == prefix or where.startswith(prefix + "/"):
             found.append((int(fields[2].split(":")[1]), where, right.split()[0]))
     return found[::-1]
+
+
+def detach_copies() -> None:
+    """Unmount what other runs have mounted from this process's own mount namespace, a copy of theirs."""
+    ours = tempfile.gettempdir()
+    for _, where, _ in mounts_below(Path("/")):
+        if f"/{PREFIX}" in where and where != ours:
+            with contextlib.suppress(OSError):
+                syscalls.umount(where, syscalls.MNT_DETACH)
 
 
 def detach(root: Path) -> list[str]:
@@ -73,9 +85,14 @@ def remove(root: Path) -> None:
     """Remove a tree of any depth, after everything mounted in it."""
     detach(root)
     # rm handles paths beyond PATH_MAX; shutil.rmtree does not on every supported Python.
-    subprocess.run(["rm", "-rf", "--one-file-system", "--", str(root)], check=False)
+    removal = ["rm", "-rf", "--one-file-system", "--", str(root)]
+    if subprocess.run(removal, stderr=subprocess.DEVNULL).returncode != 0:
+        # Files of a killed test may be immutable or append-only.
+        subprocess.run(["chattr", "-R", "-f", "-ia", str(root)], stderr=subprocess.DEVNULL)
+        subprocess.run(removal, check=False)
 
 
+@functools.cache
 def _fit(path: Path) -> str | None:
     """Why layers on ``path`` would lack a feature; None if they have all."""
     probe = Path(tempfile.mkdtemp(dir=path))
@@ -138,10 +155,13 @@ def _new(base: Path) -> Iterator[Path]:
         os.close(lock)
 
 
-def _bases() -> list[Path]:
-    """Where areas may lie. The path of a socket in one has to fit into 108 bytes (unix(7))."""
+def _bases(inside: int = 0) -> list[Path]:
+    """Where areas may lie, or where they lie ``inside`` bytes further down.
+
+    The path of a socket in an area has to fit into 108 bytes (unix(7)).
+    """
     paths = (Path(tempfile.gettempdir()), Path("/var/tmp"))
-    return [path for path in paths if path.is_dir() and len(os.fsencode(path)) <= _LONGEST_BASE]
+    return [path for path in paths if path.is_dir() and len(os.fsencode(path)) + inside <= _LONGEST_BASE]
 
 
 @contextmanager
@@ -154,6 +174,52 @@ def area() -> Iterator[Path]:
             return
     with filesystem("ext4", 2 << 30) as path:
         yield path
+
+
+@contextmanager
+def run_directory() -> Iterator[None]:
+    """A place for everything temporary of a test run: it is $TMPDIR, here and in all child processes.
+
+    With another $TMPDIR, it is on that filesystem.
+    """
+    before = os.environ.get("TMPDIR")
+    base = next((path for path in _bases(len(PREFIX) + 12) if _fit(path) is None), Path("/var/tmp"))
+    with _new(base) as home:
+        place = home if before else _in_memory(home) or home
+        place.chmod(0o1777)
+        os.environ["TMPDIR"], tempfile.tempdir = str(place), None
+        try:
+            yield
+        finally:
+            del os.environ["TMPDIR"]
+            if before is not None:
+                os.environ["TMPDIR"] = before
+            tempfile.tempdir = None
+
+
+def _available_memory() -> int:
+    """Bytes; proc_meminfo(5)."""
+    line = next(line for line in Path("/proc/meminfo").read_text().splitlines() if "MemAvailable" in line)
+    return int(line.split()[1]) << 10
+
+
+def _in_memory(home: Path) -> Path | None:
+    """A new ext4 in memory; None without root, loop devices, or a few GiB of free memory.
+
+    On a disk, making and removing the trees of some tests takes longer than the tests.
+    """
+    if os.geteuid() != 0 or _available_memory() < _ENOUGH_MEMORY:
+        return None
+    memory, place = home / "memory", home / "fs"
+    memory.mkdir()
+    place.mkdir()
+    syscalls.mount("tmpfs", memory, "tmpfs", 0, "mode=700")
+    try:
+        _mount_image("ext4", memory / "image", _ENOUGH_MEMORY, place)
+    except Unavailable:
+        detach(memory)
+        return None
+    return place
 
 
 @contextmanager

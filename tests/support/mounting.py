@@ -237,7 +237,7 @@ def _wait_ready(mount: Mount, process: subprocess.Popen[bytes]) -> None:
             os.statvfs(mount.mountpoint)  # waits for the daemon's answer to INIT
             return
         if process.poll() is not None:
-            raise MountFailed(f"the daemon ended with {process.returncode}: {mount.log_text()}")
+            raise MountFailed(f"the daemon ended with {process.poll()}: {mount.log_text()}")
         time.sleep(0.005)
     raise MountFailed(f"not mounted within {READY_SECONDS} s: {mount.log_text()}")
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import hashlib
 import os
 import stat
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 
 from tests.support import syscalls
@@ -114,6 +116,17 @@ def take(root: str | bytes | os.PathLike[str], *, contents: bool = True, xattrs:
         return tree
     finally:
         os.close(fd)
+
+
+@contextmanager
+def held(root: str | bytes | os.PathLike[str]) -> Iterator[None]:
+    """The kernel forgets no object of the tree meanwhile, nor does the daemon what is only in its memory."""
+    with ExitStack() as stack:
+        for path, _, names in os.walk(os.fsencode(root)):
+            for name in (b".", *names):
+                fd = os.open(os.path.join(path, name), os.O_PATH | os.O_NOFOLLOW)
+                stack.callback(os.close, fd)
+        yield
 
 
 def dot_inodes(root: str | bytes | os.PathLike[str]) -> dict[bytes, int]:

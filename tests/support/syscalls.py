@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import ctypes
 import os
+import signal
 import struct
 from typing import NamedTuple
 
@@ -20,17 +21,28 @@ UTIME_OMIT = (1 << 30) - 2
 MS_RDONLY = 1
 MS_REMOUNT = 32
 MS_BIND = 4096
+MS_REC = 16384
+MS_PRIVATE = 1 << 18
 MNT_DETACH = 2
 
 AT_FDCWD = -100
 AT_SYMLINK_NOFOLLOW = 0x100
+PR_SET_PDEATHSIG = 1
 PR_SET_DUMPABLE = 4
+CLONE_NEWNS = 0x00020000
+CLONE_NEWPID = 0x20000000
 
 DT_UNKNOWN = 0
 
+# The same on all architectures (include/uapi/asm-generic/unistd.h).
+_FSCONFIG, _FSPICK = 431, 433
+_FSPICK_CLOEXEC = 1
+_FSCONFIG_CMD_RECONFIGURE = 7
+
 _libc = ctypes.CDLL(None, use_errno=True)
-for _name in ("renameat2", "mount", "umount2", "utimensat", "prctl", "getdents64", "mkdirat"):
+for _name in ("renameat2", "mount", "umount2", "utimensat", "prctl", "getdents64", "mkdirat", "unshare"):
     getattr(_libc, _name).restype = ctypes.c_int
+_libc.syscall.restype = ctypes.c_long
 _libc.getdents64.restype = ctypes.c_ssize_t
 
 
@@ -101,9 +113,39 @@ def umount(target: str | os.PathLike[str], flags: int = 0) -> None:
     _check(_libc.umount2(ctypes.c_char_p(os.fsencode(where)), ctypes.c_int(flags)), where)
 
 
+def drop_caches(inside: str | os.PathLike[str], *fds: int) -> None:
+    """Let the kernel drop the unused nodes of the mount with this path, and the pages of these open files.
+
+    Unlike /proc/sys/vm/drop_caches it does not disturb the mounts of other tests. Reconfiguring a superblock
+    writes its data back and calls shrink_dcache_sb (fs/super.c, reconfigure_super); without parameters it
+    changes nothing. Only pages are dropped on the filesystem of /.
+    """
+    top = os.path.realpath(inside)
+    while not os.path.ismount(top):
+        top = os.path.dirname(top)
+    if top != "/":
+        fd = _check(_libc.syscall(_FSPICK, AT_FDCWD, ctypes.c_char_p(os.fsencode(top)), _FSPICK_CLOEXEC), top)
+        try:
+            _check(_libc.syscall(_FSCONFIG, fd, _FSCONFIG_CMD_RECONFIGURE, None, None, 0), top)
+        finally:
+            os.close(fd)
+    for fd in fds:
+        os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
+
+
 def set_dumpable() -> None:
     """Make /proc/self belong to the process again after a change of uid (prctl(2), PR_SET_DUMPABLE)."""
     _check(_libc.prctl(PR_SET_DUMPABLE, 1, 0, 0, 0))
+
+
+def die_with_parent() -> None:
+    """Have the kernel kill this process when the thread that forked it ends (prctl(2), PR_SET_PDEATHSIG)."""
+    _check(_libc.prctl(PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0))
+
+
+def unshare(flags: int) -> None:
+    """unshare(2)."""
+    _check(_libc.unshare(ctypes.c_int(flags)))
 
 
 def getdents(fd: int, size: int = 32768) -> list[Dirent]:

@@ -13,10 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.mount.cli_calls import Place, refused, succeed, unionfs
-from tests.mount.conftest import host as host
-from tests.mount.conftest import place as place
-from tests.mount.user_calls import Host
+from tests.mount.cli_calls import refused, unionfs
 from tests.support import mounting, named, snapshot
 from unionfs.union.check import check
 from unionfs.union.checkwork import Finding
@@ -66,20 +63,35 @@ def _kernel(area: Path, *options: str) -> Iterator[Path]:
 def test_what_the_kernel_writes_is_clean(kernel_overlay: None, area: Path, options: tuple[str, ...]) -> None:
     _make(area)
     with _kernel(area, *options) as merged:
-        (merged / "f").write_text("changed")
-        (merged / "big").chmod(0o600)
-        (merged / "g").unlink()
-        (merged / "new").mkdir()
-        (merged / "new/file").touch()
-        os.setxattr(merged / "new", "user.mine", b"1")
-        shutil.rmtree(merged / "e")
-        (merged / "e").mkdir()
-        (merged / "d/a").rename(merged / "new/a")
-        if "redirect_dir=on" in options:
-            (merged / "d").rename(merged / "moved")
-            (merged / "moved/sub").rename(merged / "new/sub")
-        (merged / "f2").unlink()
+        _change(merged, renames="redirect_dir=on" in options)
     assert findings(area, userxattr="userxattr" in options) == []
+
+
+@pytest.mark.parametrize("options", [(), ("redirect_dir=on", "metacopy=on"), ("userxattr",)])
+def test_what_the_union_writes_is_clean(root: None, area: Path, options: tuple[str, ...]) -> None:
+    _make(area)
+    with mounting.mounted(
+        area, lowers=[area / "lower"], upper=area / "upper", work=area / "work", options=options
+    ) as mount:
+        _change(mount.mountpoint, renames="redirect_dir=on" in options)
+    assert findings(area, userxattr="userxattr" in options) == []
+
+
+def _change(merged: Path, *, renames: bool) -> None:
+    """One change of each kind."""
+    (merged / "f").write_text("changed")
+    (merged / "big").chmod(0o600)
+    (merged / "g").unlink()
+    (merged / "new").mkdir()
+    (merged / "new/file").touch()
+    os.setxattr(merged / "new", "user.mine", b"1")
+    shutil.rmtree(merged / "e")
+    (merged / "e").mkdir()
+    (merged / "d/a").rename(merged / "new/a")
+    if renames:
+        (merged / "d").rename(merged / "moved")
+        (merged / "moved/sub").rename(merged / "new/sub")
+    (merged / "f2").unlink()
 
 
 def _set(path: Path, name: str, value: bytes) -> None:
@@ -279,22 +291,3 @@ def test_a_mounted_upper_is_refused(kernel_overlay: None, area: Path, tool: str)
     finally:
         os.close(fd)
     refused(unionfs(tool, "-u", area / "nowhere", *words), "does not exist")
-
-
-def test_as_an_ordinary_user(host: Host, place: Place) -> None:
-    """With user.overlay.* markers, of an upper that the user's mount wrote; then for fuse-overlayfs."""
-    host.mount()
-    change = f"rm {place.merged}/deep; echo x > {place.merged}/base; mkdir {place.merged}/new"
-    succeed(host.run("sh", "-c", change))
-    succeed(host.unionfs("umount", place.merged))
-    layers = ("-u", place.upper, "-w", place.work, "-l", place.lower, "-l", place.lower2)
-    assert succeed(host.unionfs("check", *layers)) == ""
-    succeed(host.run("setfattr", "-n", "user.overlay.opaque", "-v", "?", place.upper / "new"))
-    assert "neither y nor x" in host.unionfs("check", *layers).stdout
-    assert host.unionfs("check", *layers, "--repair").returncode == 3
-    succeed(host.unionfs("convert", "-u", place.upper, "--to", "fuse-overlayfs"))
-    assert (place.upper / ".wh.deep").exists()
-    host.mount()
-    assert sorted(os.listdir(place.lower)) == ["base"]
-    assert host.run("ls", place.merged).stdout.split() == ["base", "new"]
-    succeed(host.unionfs("umount", place.merged))

@@ -31,9 +31,13 @@ def _raw(path: Path, sent: bytes | None, *, ends: bool) -> dict[str, Any]:
     return found
 
 
+async def _echo(question: dict[str, Any]) -> dict[str, Any]:
+    return {"asked": question}
+
+
 async def _asked(path: Path, client: Callable[[], Any]) -> Any:
     async with trio.open_nursery() as nursery:
-        nursery.start_soon(serve_control, [listen(str(path))], lambda question: {"asked": question})
+        nursery.start_soon(serve_control, [listen(str(path))], _echo)
         answer = await trio.to_thread.run_sync(client)
         nursery.cancel_scope.cancel()
     return answer

@@ -9,6 +9,7 @@ import signal
 import socket
 import stat
 import subprocess
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -20,6 +21,7 @@ import pytest
 import trio
 
 from unionfs.daemon import answering, control, live, logs, runtime
+from unionfs.daemon.claiming import Claim
 from unionfs.daemon.settle import settle
 from unionfs.errors import UserError
 from unionfs.settings.mount import MountSettings
@@ -76,6 +78,67 @@ def test_entries_of_dead_daemons_are_removed(registry: Path, settings: MountSett
     assert live.abandoned() == [dead]
     assert live.entries() == [entry]
     assert sorted(os.listdir(registry)) == [f"{entry.name}.json"]
+
+
+@pytest.fixture
+def ended() -> str:
+    """The name of a daemon that has ended."""
+    process = subprocess.Popen(["sleep", "30"])
+    name = live.entry_name(process.pid, start_time(process.pid))
+    process.kill()
+    process.wait()
+    return name
+
+
+def test_remains_of_daemons_killed_before_they_had_an_entry(
+    registry: Path, settings: MountSettings, ended: str
+) -> None:
+    entry = _announce(settings)
+    (registry / f"{entry.name}.sock").touch()
+    kept = {f"{entry.name}.json", f"{entry.name}.sock", "unionfs.log", f"{ended}.log", "x-1.sock"}
+    with subprocess.Popen(["sleep", "30"]) as starting:  # it has a socket, and no entry yet
+        name = live.entry_name(starting.pid, start_time(starting.pid))
+        kept |= {f"{name}.sock", f"{name}.json.new"}
+        for name in (*kept, f"{ended}.sock", f"{ended}.json.new"):
+            (registry / name).touch()
+        entry.save()
+        assert live.entries() == [entry]
+        assert set(os.listdir(registry)) == kept
+        starting.kill()
+
+
+def test_claims_of_killed_processes(registry: Path) -> None:
+    with runtime.runtime_directory() as directory:
+        held = Claim("/held", directory)
+        ready, hang = "print(flush=True)", "import time; time.sleep(30)"
+        script = (
+            "import sys; from unionfs.daemon import claiming, runtime; "
+            f"claim = claiming.Claim('/killed', runtime.RuntimeDirectory(sys.argv[1])); {ready}; {hang}"
+        )
+        with subprocess.Popen([sys.executable, "-c", script, registry], stdout=subprocess.PIPE) as process:
+            assert process.stdout is not None
+            process.stdout.readline()
+            assert len(os.listdir(registry)) == 2
+            assert live.entries() == []
+            assert len(os.listdir(registry)) == 2
+            process.kill()
+            process.wait()
+        assert live.entries() == []
+        (left,) = os.listdir(registry)
+        held.release()
+        assert os.listdir(registry) == []
+        Claim("/held", directory).release()
+    assert left.startswith("mounting-")
+
+
+def test_a_claim_waits_for_another_process_that_clears_them(registry: Path) -> None:
+    """Which locks each for an instant."""
+    with runtime.runtime_directory() as directory:
+        held = Claim("/here", directory)
+        with pytest.raises(UserError, match="just mounting"):
+            Claim("/here", directory)
+        threading.Timer(0.03, held.release).start()
+        Claim("/here", directory).release()
 
 
 def test_entry_of_a_dead_mount_that_remains_is_kept(registry: Path, settings: MountSettings) -> None:
@@ -165,8 +228,12 @@ async def test_control_answers_everyone(area: Path) -> None:
     directory.mkdir()
     path = runtime.RuntimeDirectory(str(directory)).address("1.sock")
     answers: Iterator[dict[str, Any]] = iter([{"figures": {"x": 1}}, {"figures": {"big": "x" * 300_000}}])
+
+    async def answer(question: dict[str, Any]) -> dict[str, Any]:
+        return next(answers)
+
     async with trio.open_nursery() as nursery:
-        nursery.start_soon(answering.serve_control, [answering.listen(path)], lambda asked: next(answers))
+        nursery.start_soon(answering.serve_control, [answering.listen(path)], answer)
         first: Any = await trio.to_thread.run_sync(control.ask, path)
         second: Any = await trio.to_thread.run_sync(control.ask, path)
         # A failing answer ends the question, not the daemon.

@@ -14,6 +14,7 @@ from unionfs.fuse.inline import begin
 from unionfs.fuse.operations import Operations
 from unionfs.union import openfiles
 from unionfs.union.files import OpenFile, UnreadFile
+from unionfs.union.setids import Process
 from unionfs.union.shortcuts import NO_SHORTCUTS
 from unionfs.union.tree import Union
 
@@ -36,10 +37,10 @@ def test_an_open_goes_on_with_the_file_of_its_copy_up(union: Union, tmp_path: Pa
     fds = os.listdir("/proc/self/fd")
     prepared = begin(files.prepare(node, flags))
     assert isinstance(prepared, OpenFile)
-    number = files.open(node, flags, 0, prepared, kills_set_ids=False)
+    number = files.open(node, flags, Process(0, 0, 0), prepared, kills_set_ids=False)
     assert files[number].file is prepared
     assert prepared.users == 1
-    assert begin(files.write(prepared, 0, b"D", kills_set_ids=False)) == 1
+    assert begin(files.write(prepared, 0, b"D", None)) == 1
     assert (tmp_path / "upper/d/f").read_text() == ("D" if flags & os.O_TRUNC else "Data")
     files.release(number)
     assert prepared.fd == -1
@@ -49,13 +50,13 @@ def test_an_open_goes_on_with_the_file_of_its_copy_up(union: Union, tmp_path: Pa
 def test_readers_go_on_with_the_upper_after_a_copy_up(union: Union) -> None:
     operations = Operations(union)
     files, node = operations.files, get(union, "d/f")
-    reader = files.open(node, os.O_RDONLY, 0, None, kills_set_ids=False)
+    reader = files.open(node, os.O_RDONLY, Process(0, 0, 0), None, kills_set_ids=False)
     lower = files[reader].file
     prepared = begin(files.prepare(node, os.O_RDWR))
     assert isinstance(prepared, OpenFile)
     assert files[reader].file is prepared is not lower
     assert lower.fd == -1
-    writer = files.open(node, os.O_RDWR, 0, prepared, kills_set_ids=False)
+    writer = files.open(node, os.O_RDWR, Process(0, 0, 0), prepared, kills_set_ids=False)
     files.release(writer)
     assert prepared.read(4, 0) == b"data"
     files.release(reader)

@@ -445,8 +445,8 @@ root, number = sys.argv[1], int(sys.argv[3])
 volumes = Volumes(root, tell=lambda text: sys.exit(f"told: {text}"))
 user = VolumeUser.of_this_process("mount", f"/mnt{number}")
 for turn in range(15):
-    volumes.ensure("common")
-    volumes.ensure(f"own{number}")
+    volumes.create("common")
+    volumes.create(f"own{number}")
     volumes.attach("common", user)
     assert any(one.text == user for one in volumes.users("common"))
     try:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from unionfs.daemon.preflight import check_directory, check_unused
+from unionfs.daemon.preflight import check_directory, check_lower, check_unused
 from unionfs.daemon.settle import absolute
 from unionfs.errors import quoted, reason
 from unionfs.sys.capabilities import may_use_trusted_xattrs
@@ -31,7 +31,7 @@ Examples:
 )
 @click.option("-u", "--upper", metavar="DIR", required=True, help="The upper; it must not be mounted.")
 @click.option(
-    "-l", "--lower", "lowers", multiple=True, required=True, metavar="DIR",
+    "-l", "--lower", "lowers", multiple=True, required=True, metavar="DIR|IMAGE",
     help="A lower; the first is on top.",
 )  # fmt: skip
 @click.option("-w", "--work", metavar="DIR", help="The work directory, to examine it and its index, too.")
@@ -60,7 +60,7 @@ def check(
     access = os.R_OK | os.X_OK | (os.W_OK if repair else 0)
     check_directory("upper", upper, access)
     for lower in lowers:
-        check_directory("lower", lower)
+        check_lower(lower)
     if work is not None:
         check_directory("work", work, access)
     upper, work = absolute(upper), None if work is None else absolute(work)

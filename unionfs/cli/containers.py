@@ -3,16 +3,26 @@
 from __future__ import annotations
 
 import os
-from typing import TYPE_CHECKING
+from typing import Any
 
 import click
 
-from unionfs.cli.run import complain
+from unionfs.cli.run import complain, for_each
 from unionfs.cli.storage_options import storage_options
 from unionfs.errors import UserError, quoted
 
-if TYPE_CHECKING:
-    from unionfs.settings.specs import Spec
+
+def _environment(_: click.Context, option: click.Parameter, given: tuple[str, ...]) -> dict[str, str]:
+    values = {}
+    for text in given:
+        key, equals, value = text.partition("=")
+        if not key:
+            raise UserError(f"-e {quoted(text)}: the variable has no name; write -e NAME=VALUE.")
+        if equals:
+            values[key] = value
+        elif key in os.environ:
+            values[key] = os.environ[key]
+    return values
 
 
 @click.command(
@@ -25,7 +35,7 @@ Examples:
 """,
 )
 @click.option(
-    "-l", "--lower", "lowers", multiple=True, metavar="DIR",
+    "-l", "--lower", "lowers", multiple=True, metavar="DIR|IMAGE",
     help="A read-only layer; the first is on top. A kept container remembers its own.",
 )  # fmt: skip
 @click.option(
@@ -38,10 +48,11 @@ Examples:
 @click.option("--rm", "remove", is_flag=True, help="Remove the container at the end.")
 @click.option("--workdir", metavar="DIR", default="/", show_default=True,
               help="The command's working directory; created if missing.")  # fmt: skip
-@click.option("-e", "--env", "variables", multiple=True, metavar="K=V",
+@click.option("-e", "--env", "environment", multiple=True, metavar="K=V", callback=_environment,
               help="An environment variable; K alone takes the caller's value.")  # fmt: skip
 @click.option("--hostname", metavar="NAME", help="The host name inside.  [the container's name]")
-@click.option("--net", type=click.Choice(["host", "none"]), default="host", show_default=True,
+@click.option("--net", "own_network", type=click.Choice(["host", "none"]), default="host", show_default=True,
+              callback=lambda context, parameter, net: net == "none",
               help="The host's network, or none but loopback.")  # fmt: skip
 @click.option("--cap-add", metavar="CAP", multiple=True, help="Add a capability, or ALL.")
 @click.option("--cap-drop", metavar="CAP", multiple=True, help="Drop a capability, or ALL.")
@@ -51,24 +62,7 @@ Examples:
               help="All capabilities, no filter, the host's /dev, writable /proc/sys and /sys: the command "
                    "can do to the host what root can.")  # fmt: skip
 @click.argument("command", nargs=-1, required=True, type=click.UNPROCESSED)
-def run(
-    lowers: tuple[str, ...],
-    upper: str | None,
-    work: str | None,
-    storage: tuple[Spec, ...],
-    root: str | None,
-    name: str | None,
-    remove: bool,
-    workdir: str,
-    variables: tuple[str, ...],
-    hostname: str | None,
-    net: str,
-    cap_add: tuple[str, ...],
-    cap_drop: tuple[str, ...],
-    security: tuple[str, ...],
-    privileged: bool,
-    command: tuple[str, ...],
-) -> int:
+def run(**wish: Any) -> int:
     """Run COMMAND with a union as its root, in new mount, pid, uts and ipc namespaces (bubblewrap).
 
     The container has its own upper: the command's changes stay there, and `run --name NAME` finds them again,
@@ -86,41 +80,10 @@ def run(
     from unionfs.containers.run import CommandError, Wish
     from unionfs.containers.run import run as start
 
-    wish = Wish(
-        command=command,
-        lowers=lowers,
-        upper=upper,
-        work=work,
-        storage=storage,
-        root=root,
-        name=name,
-        remove=remove,
-        workdir=workdir,
-        environment=_environment(variables),
-        hostname=hostname,
-        own_network=net == "none",
-        cap_add=cap_add,
-        cap_drop=cap_drop,
-        security=security,
-        privileged=privileged,
-    )
     try:
-        return start(wish, lambda sentence: complain("unionfs", sentence))
+        return start(Wish(**wish), lambda sentence: complain("unionfs", sentence))
     except CommandError as error:
         return complain("unionfs", str(error), error.code)
-
-
-def _environment(variables: tuple[str, ...]) -> dict[str, str]:
-    values = {}
-    for text in variables:
-        key, equals, value = text.partition("=")
-        if not key:
-            raise UserError(f"-e {quoted(text)}: the variable has no name; write -e NAME=VALUE.")
-        if equals:
-            values[key] = value
-        elif key in os.environ:
-            values[key] = os.environ[key]
-    return values
 
 
 @click.command(epilog="Example: unionfs rm web")
@@ -139,13 +102,11 @@ def rm(root: str | None, names: tuple[str, ...]) -> int:
     from unionfs.storage.root import storage_root
 
     place = storage_root(root)
-    code = 0
-    for name in dict.fromkeys(names):
-        try:
-            container = Container(place, name)
-            with container.claimed(make=False):
-                container.remove()
-            print(name, flush=True)
-        except UserError as error:
-            code = complain("unionfs", str(error))
-    return code
+
+    def remove(name: str) -> bool:
+        container = Container(place, name)
+        with container.claimed(make=False):
+            container.remove()
+        return True
+
+    return for_each(names, remove)

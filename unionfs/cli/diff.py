@@ -13,7 +13,7 @@ from unionfs.cli.run import on_terminal
 from unionfs.cli.terminal import shell_word
 from unionfs.daemon.live import LiveMount, find_by_device
 from unionfs.daemon.others import runtime_parent
-from unionfs.daemon.preflight import check_directory
+from unionfs.daemon.preflight import check_directory, check_lower
 from unionfs.errors import UserError, quoted
 from unionfs.sys.asuser import run_as
 from unionfs.sys.capabilities import may_use_trusted_xattrs
@@ -29,7 +29,7 @@ Examples:
 )
 @click.option("-u", "--upper", metavar="DIR", help="An upper, mounted or not.")
 @click.option(
-    "-l", "--lower", "lowers", multiple=True, metavar="DIR", help="A lower; the first is on top."
+    "-l", "--lower", "lowers", multiple=True, metavar="DIR|IMAGE", help="A lower; the first is on top."
 )
 @click.option("--userxattr", is_flag=True, help="Markers are user.overlay.* xattrs (always without root).")
 @click.argument("mountpoint", required=False)
@@ -46,8 +46,9 @@ def diff(mountpoint: str | None, upper: str | None, lowers: tuple[str, ...], use
         return _of_mount(found) if found.uid is None else _of_other(found, found.uid)
     if upper is None or not lowers:
         raise click.UsageError("give a mountpoint, or --upper and at least one --lower")
-    for kind, path in (("upper", upper), *(("lower", lower) for lower in lowers)):
-        check_directory(kind, path)
+    check_directory("upper", upper)
+    for lower in lowers:
+        check_lower(lower)
     # As in an ordinary user's own mount.
     follows = True if os.geteuid() != 0 else None
     return _print(upper, lowers, userxattr or not may_use_trusted_xattrs(), follows)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import asdict
 
 import click
 
@@ -28,10 +29,7 @@ def doctor(directory: str | None, as_json: bool) -> int:
     findings = examine(directory)
     possible = mounting_is_possible(findings)
     if as_json:
-        facts = [
-            {"name": finding.name, "state": finding.state, "detail": finding.detail, "cure": finding.cure}
-            for finding in findings
-        ]
+        facts = [asdict(finding) for finding in findings]
         print(json.dumps({"mounting_is_possible": possible, "findings": facts}, indent=2))
     else:
         print_table(

@@ -16,6 +16,7 @@ from unionfs.cli.run import leave, run
 _COMMANDS = {
     "mount": ("unionfs.cli.mount:mount", "Mount a union."),
     "umount": ("unionfs.cli.umount:umount", "Unmount, and wait until all data is on disk."),
+    "sync": ("unionfs.cli.orders:sync", "Write all data of a mount to disk."),
     "ls": ("unionfs.cli.mounts:ls", "List active mounts."),
     "inspect": ("unionfs.cli.mounts:inspect", "Show a mount's settings and figures."),
     "stats": ("unionfs.cli.stats:stats", "Show a mount's activity: requests, latency, bytes."),
@@ -58,7 +59,6 @@ def is_mount_helper_call(arguments: Sequence[str], program: str) -> bool:
 
 
 def main() -> None:
-    """The console script `unionfs`."""
     arguments = sys.argv[1:]
     if is_mount_helper_call(arguments, sys.argv[0]):
         # For start-up time: only mount(8) needs it.

@@ -23,8 +23,9 @@ Examples:
 """,
 )
 @click.option(
-    "-l", "--lower", "lowers", multiple=True, metavar="DIR", help="A read-only layer; the first is on top."
-)
+    "-l", "--lower", "lowers", multiple=True, metavar="DIR|IMAGE",
+    help="A read-only layer; the first is on top. As root also an image file (squashfs, erofs, ext4, xfs).",
+)  # fmt: skip
 @click.option(
     "-u",
     "--upper",
@@ -84,7 +85,7 @@ def mount(
       volatile          never sync to disk: for disposable trees
       userxattr         store markers in user.overlay.* xattrs (always without root)
       allow_other       allow access by all users (root: always); allow_root: only by root
-      nodev nosuid noexec sync dirsync noatime nodiratime
+      nodev nosuid noexec sync dirsync; for the upper's files: noatime nodiratime strictatime
       fsname=, subtype= what /proc/mounts shows
       session=, io=     as --session and --io, for /etc/fstab
       context=, fscontext=, defcontext=, rootcontext=   SELinux contexts

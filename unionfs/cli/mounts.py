@@ -12,7 +12,6 @@ from unionfs.cli.run import moment, print_table
 from unionfs.daemon.live import LiveMount, live_mounts
 from unionfs.daemon.others import mounts_of_others
 from unionfs.errors import quoted
-from unionfs.sys.mountinfo import MountEntry
 
 
 @click.command(epilog="Example: unionfs ls --json")
@@ -25,7 +24,8 @@ def ls(as_json: bool) -> None:
     """
     others = mounts_of_others()
     summaries = [_summary(mount) for mount in (*live_mounts(), *others.answered)]
-    summaries += [_unknown(mount) for mount in others.silent]
+    unknown = dict.fromkeys(("pid", "layers", "session", "since"))
+    summaries += [{"mountpoint": mount.mountpoint, **unknown} for mount in others.silent]
     if as_json:
         print(json.dumps(summaries, indent=2))
         return
@@ -95,15 +95,8 @@ def _reasons(io: object) -> list[str]:
 
 def _layers(mount: LiveMount) -> list[str]:
     settings = mount.settings
-    upper = [] if settings.upper is None else [settings.upper]
-    if settings.upper_tmpfs is not None:
-        upper = ["tmpfs"]
-    return [*upper, *mount.settings.lowers]
-
-
-def _unknown(mount: MountEntry) -> dict[str, Any]:
-    """Summarize another user's mount, whose daemon does not answer root, from the kernel's data."""
-    return {"mountpoint": mount.mountpoint, "pid": None, "layers": None, "session": None, "since": None}
+    upper = settings.upper if settings.upper_tmpfs is None else "tmpfs"
+    return [*([] if upper is None else [upper]), *settings.lowers]
 
 
 def _summary(mount: LiveMount) -> dict[str, Any]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from datetime import datetime
 from typing import TYPE_CHECKING, NoReturn
@@ -80,6 +80,18 @@ def complain(program: str, sentence: str, code: int = 1) -> int:
     return code
 
 
+def for_each(names: Iterable[str], action: Callable[[str], bool]) -> int:
+    """Print the names for which `action` returns True. Reports errors, and goes on. Returns the exit code."""
+    code = 0
+    for name in dict.fromkeys(names):
+        try:
+            if action(name):
+                print(name, flush=True)
+        except UserError as error:
+            code = complain("unionfs", str(error))
+    return code
+
+
 def _usage(error: click.ClickException, program: str) -> str:
     """Turn click's message into one sentence that refers to the help."""
     context = getattr(error, "ctx", None)
@@ -94,7 +106,6 @@ def moment(seconds: float, timespec: str = "seconds") -> str:
 
 
 def on_terminal() -> bool:
-    """Return whether stdout is a terminal."""
     try:
         return sys.stdout.isatty()
     except ValueError:

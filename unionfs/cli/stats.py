@@ -14,22 +14,12 @@ from unionfs.cli.finding import find_mount
 from unionfs.cli.run import complain, moment, on_terminal, print_table, terminal_table
 from unionfs.daemon.exposition import SCRAPE_SECONDS, exposition
 from unionfs.daemon.live import LiveMount
-from unionfs.daemon.stats import Kind, MountGoneError, NoAnswerError, Snapshot, Span, snapshot
+from unionfs.daemon.stats import COUNTERS, Kind, MountGoneError, NoAnswerError, Snapshot, Span, snapshot
 from unionfs.errors import quoted
 
 _Table = tuple[Sequence[str], Sequence[Sequence[str]]]
 # The daemon measures this much longer than the span, in case this process is delayed.
 _SPARE_SECONDS = 5.0
-
-_COUNTERS = {
-    "read_bytes": "read by the daemon",
-    "written_bytes": "written by the daemon",
-    "copy_ups": "copy-ups",
-    "copied_bytes": "copied up",
-    "copy_up_seconds": "time of copy-ups",
-    "opened_with_backing_file": "opens passed through",
-    "backing_files_refused": "pass-throughs refused",
-}
 
 
 @click.command(
@@ -178,7 +168,7 @@ def _tables(mount: LiveMount, span: Span) -> list[_Table]:
     )
     requests = [_row(name, kind) for name, kind in [("all", span.all_kinds()), *kinds]]
     counters = [
-        (_COUNTERS[name], _amount(name, total), "-" if rate is None else _amount(name, rate, rate=True))
+        (COUNTERS[name], _amount(name, total), "-" if rate is None else _amount(name, rate, rate=True))
         for name, (total, rate) in span.counters().items()
     ]
     states = [

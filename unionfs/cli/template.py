@@ -24,10 +24,6 @@ _KNOWN = '{{.Field}}, {{json .Field}}, {{index .Labels "key"}}, {{.Label "key"}}
 
 def render(template: str, values: Mapping[str, Any]) -> str:
     """Render one value. Raises UserError for unsupported parts of the language."""
-    return "".join(_pieces(template, values))
-
-
-def _pieces(template: str, values: Mapping[str, Any]) -> list[str]:
     pieces, at = [], 0
     for action in _ACTION.finditer(template):
         pieces.append(_escapes(template[at : action.start()]))
@@ -36,7 +32,7 @@ def _pieces(template: str, values: Mapping[str, Any]) -> list[str]:
     rest = template[at:]
     if "{{" in rest or "}}" in rest:
         raise UserError(f"the template {template!r} has an unbalanced {{{{ or }}}}; add the missing one.")
-    return [*pieces, _escapes(rest)]
+    return "".join([*pieces, _escapes(rest)])
 
 
 def _escapes(text: str) -> str:
@@ -76,7 +72,6 @@ def _field(path: str, values: Mapping[str, Any]) -> Any:
 
 
 def _plain(value: Any) -> str:
-    """Format a value like Go."""
     match value:
         case None:
             return "<no value>"
@@ -94,12 +89,7 @@ def render_rows(
     template: str, rows: Sequence[Mapping[str, Any]], headings: Mapping[str, str]
 ) -> list[list[str]]:
     """Return the rows of docker's `table TEMPLATE`, headings first; tabs separate the columns."""
-    shown = [template.removeprefix("table").strip()]
-    table = [render(shown[0], _Headings(headings)).split("\t")]
-    table += [render(shown[0], row).split("\t") for row in rows]
+    text = template.removeprefix("table").strip()
+    table = [render(text, row).split("\t") for row in (headings, *rows)]
     width = max(map(len, table))
     return [cells + [""] * (width - len(cells)) for cells in table]
-
-
-class _Headings(dict[str, Any]):
-    """Maps a field to its heading."""

@@ -15,11 +15,10 @@ def printable(text: str, keep: str = "") -> str:
     """Return the text with unprintable characters escaped, except those in `keep`."""
     if text.isprintable():
         return text
-    return "".join(char if char.isprintable() or char in keep else _escape(char) for char in text)
-
-
-def _escape(char: str) -> str:
-    return char.encode("unicode_escape").decode("ascii")
+    return "".join(
+        char if char.isprintable() or char in keep else char.encode("unicode_escape").decode()
+        for char in text
+    )
 
 
 def all_printable(value: Any) -> Any:

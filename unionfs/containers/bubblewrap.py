@@ -50,7 +50,6 @@ class Confinement:
 
 
 def arguments(
-    program: str,
     merged: str,
     command: Sequence[str],
     *,
@@ -60,18 +59,17 @@ def arguments(
     storage: Sequence[Spec],
     confinement: Confinement,
     environment_fd: int,
-    info_fd: int,
     filter_fd: int | None,
 ) -> list[str]:
-    """Return the whole command line: the merged tree as root, with its mounts, /proc, /dev and /sys.
+    """Return its arguments: the merged tree as root, with its mounts, /proc, /dev and /sys, and the command.
 
     bubblewrap reads `environment_arguments` from `environment_fd`.
     """
     if confinement.privileged:
-        words = [program, "--dev-bind", merged, "/", "--proc", "/proc"]
+        words = ["--dev-bind", merged, "/", "--proc", "/proc"]
         words += ["--dev-bind", "/dev", "/dev", "--dev-bind-try", "/sys", "/sys"]
     else:
-        words = [program, "--bind", merged, "/", "--proc", "/proc", "--dev", "/dev"]
+        words = ["--bind", merged, "/", "--proc", "/proc", "--dev", "/dev"]
         words += ["--ro-bind-try", "/sys", "/sys", *_protected()]
     bind = "--dev-bind" if confinement.privileged else "--bind"
     for target in _outermost(spec.target for spec in storage if spec.target.startswith(_OWN_MOUNTS)):
@@ -90,8 +88,7 @@ def arguments(
     if filter_fd is not None:
         words += ["--seccomp", str(filter_fd)]
     words += ["--args", str(environment_fd), "--hostname", hostname]
-    words += ["--chdir", workdir, "--info-fd", str(info_fd), "--"]
-    return [*words, *command]
+    return [*words, "--chdir", workdir, "--", *command]
 
 
 def _protected() -> list[str]:

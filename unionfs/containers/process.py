@@ -13,7 +13,7 @@ import json
 import os
 import signal
 import time
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Collection, Sequence
 from contextlib import suppress
 
 from unionfs.containers.launch import Launch
@@ -50,7 +50,7 @@ class Command:
     def __init__(
         self,
         program: str,
-        arguments: Callable[[int], Sequence[str]],
+        arguments: Sequence[str],
         *,
         keep: Collection[int] = (),
         bounding: Collection[str],
@@ -58,8 +58,7 @@ class Command:
     ) -> None:
         """Start it. Raises UserError.
 
-        `arguments` takes the number of the fd for bubblewrap's --info-fd; `keep` are other fds that it names.
-        `bounding` and `small_root`: as for Launch.
+        `keep` are the fds that the arguments name. `bounding` and `small_root`: as for Launch.
         """
         self._held = hold_signals()
         prctl(_PR_SET_CHILD_SUBREAPER, 1)
@@ -70,7 +69,7 @@ class Command:
         try:
             leader, self._outer = Launch(
                 program,
-                arguments(writer),
+                [program, "--info-fd", str(writer), *arguments],
                 keep={writer, *keep},
                 terminal=self.terminal,
                 streams=self._streams.ends,
@@ -117,13 +116,10 @@ class Command:
         self._streams.start()
         try:
             code = self._wait()
-            self._streams.finish(self._should_end)
+            self._streams.finish(lambda: signal.sigtimedwait(self._held & _ENDING, 0) is not None)
             return code
         finally:
             self._end_session()
-
-    def _should_end(self) -> bool:
-        return signal.sigtimedwait(self._held & _ENDING, 0) is not None
 
     def _wait(self) -> int:
         signals = self._held | {signal.SIGCHLD}
@@ -142,8 +138,9 @@ class Command:
                 info: signal.struct_siginfo | None = signal.sigwaitinfo(signals)
             else:
                 # Pid 1 has the exit code, and ends when nothing else runs.
-                if not self._command_lives():
-                    self._kill_children()
+                for pid in _children(self._init or 0) if not self._command_lives() else ():
+                    with suppress(OSError):
+                        os.kill(pid, signal.SIGKILL)
                 info = signal.sigtimedwait(signals, _POLL_SECONDS)
             if info is not None and info.si_signo != signal.SIGCHLD:
                 self._forward(info.si_signo)
@@ -172,11 +169,6 @@ class Command:
             with suppress(ChildProcessError):
                 os.waitpid(self._init, 0)
 
-    def _kill_children(self) -> None:
-        for pid in _children(self._init or 0):
-            with suppress(OSError):
-                os.kill(pid, signal.SIGKILL)
-
     def _end_session(self) -> None:
         """End the session's leader, which holds the last slave of the pty; restore the caller's terminal."""
         with suppress(ProcessLookupError):
@@ -192,7 +184,7 @@ class Command:
             return
         if self.terminal is not None and number == signal.SIGCONT:
             self.terminal.resume()
-        if self._command is not None and is_alive(*self._command):
+        if self._command is not None and self._command_lives():
             with suppress(OSError):
                 os.kill(self._command[0], number)
 

@@ -11,7 +11,7 @@ import json
 import os
 import platform
 import re
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -121,8 +121,11 @@ def _profile(tree: Any, capabilities: Collection[str]) -> Profile:
         known.update(names)
         action = _action(entry, "action", "errnoRet", where)
         conditions = tuple(_condition(item, where) for item in _list(entry, "args", where))
-        included, excluded = (_part(entry, key, where) for key in ("includes", "excludes"))
-        if _all_hold(included, machine, capabilities) and not _any_holds(excluded, machine, capabilities):
+        included, excluded = (
+            _check({} if entry.get(key) is None else entry[key], dict, f"{key} in {where}")
+            for key in ("includes", "excludes")
+        )
+        if _holds(included, machine, capabilities, all) and not _holds(excluded, machine, capabilities, any):
             rules.append(Rule(tuple(names), action, conditions))
     default = _action(tree, "defaultAction", "defaultErrnoRet", "the profile")
     return Profile(default, architectures, tuple(rules), frozenset(known))
@@ -142,11 +145,6 @@ def _list(tree: Mapping[str, Any], key: str, where: str) -> list[Any]:
 
 def _texts(tree: Mapping[str, Any], key: str, where: str) -> list[str]:
     return [_check(item, str, f"an item of {key} in {where}") for item in _list(tree, key, where)]
-
-
-def _part(tree: Mapping[str, Any], key: str, where: str) -> dict[str, Any]:
-    found = tree.get(key)
-    return {} if found is None else dict(_check(found, dict, f"{key} in {where}"))
 
 
 def _number(value: Any, most: int, where: str) -> int:
@@ -181,35 +179,24 @@ def _condition(item: Any, where: str) -> Condition:
     return Condition(index, _OPERATORS[operator], value, second)
 
 
-def _all_hold(part: Mapping[str, Any], machine: str, capabilities: Collection[str]) -> bool:
-    """Return whether `includes` holds: one of its arches, all its capabilities, and at least its kernel."""
-    arches, caps, kernel = _filters(part)
-    return (
-        (not arches or machine in arches)
-        and all(name in capabilities for name in caps)
-        and (kernel is None or _kernel() >= kernel)
-    )
-
-
-def _any_holds(part: Mapping[str, Any], machine: str, capabilities: Collection[str]) -> bool:
-    """Return whether `excludes` holds: one of its arches or capabilities, or at least its kernel."""
-    arches, caps, kernel = _filters(part)
-    return (
-        machine in arches
-        or any(name in capabilities for name in caps)
-        or (kernel is not None and _kernel() >= kernel)
-    )
-
-
-def _filters(part: Mapping[str, Any]) -> tuple[list[str], list[str], tuple[int, int] | None]:
-    minimum = part.get("minKernel")
-    kernel = None
-    if minimum:
+def _holds(
+    part: Mapping[str, Any],
+    machine: str,
+    capabilities: Collection[str],
+    combine: Callable[[list[bool]], bool],
+) -> bool:
+    """Combine the conditions of `includes` (`all`) or `excludes` (`any`): one of its arches, each of its
+    capabilities, and at least its kernel.
+    """
+    arches = _texts(part, "arches", "a rule")
+    held = [machine in arches] if arches else []
+    held += [name in capabilities for name in _texts(part, "caps", "a rule")]
+    if minimum := part.get("minKernel"):
         found = re.fullmatch(r"(\d{1,3})\.(\d{1,3})", _check(minimum, str, "minKernel"))
         if found is None:
             raise _Bad(f"minKernel {minimum!r} is not of the form 4.8")
-        kernel = int(found[1]), int(found[2])
-    return _texts(part, "arches", "a rule"), _texts(part, "caps", "a rule"), kernel
+        held.append(_kernel() >= (int(found[1]), int(found[2])))
+    return combine(held)
 
 
 def _kernel() -> tuple[int, int]:

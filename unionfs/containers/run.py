@@ -6,8 +6,9 @@ import errno
 import os
 import stat
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field, replace
+from functools import partial
 
 from unionfs.containers import bubblewrap
 from unionfs.containers.bubblewrap import Confinement
@@ -15,7 +16,7 @@ from unionfs.containers.confinement import settle_confinement
 from unionfs.containers.process import Command, hold_signals
 from unionfs.containers.store import Container, new_name
 from unionfs.daemon import live
-from unionfs.daemon.preflight import check_directory
+from unionfs.daemon.preflight import check_lower
 from unionfs.daemon.process import mount
 from unionfs.daemon.settle import absolute, settle
 from unionfs.daemon.unmount import umount
@@ -76,35 +77,7 @@ def run(wish: Wish, complain: Callable[[str], object]) -> int:
     `complain` gets a sentence for each error after the command has ended.
     """
     _check(wish)
-    program = bubblewrap.find()
-    confinement = settle_confinement(
-        wish.cap_add, wish.cap_drop, wish.security, privileged=wish.privileged
-    )
-    container = Container(storage_root(wish.root), wish.name or new_name())
-    new = not container.exists()
-    if not new and wish.remove:
-        raise UserError(
-            f"container {quoted(container.name)} already exists, and --rm would remove its files; omit --rm, "
-            "or choose another name."
-        )
-    if new and not wish.lowers:
-        missing = "" if wish.name is None else f"there is no container {quoted(container.name)} yet, and "
-        raise UserError(f"{missing}no lower is given; add -l DIR for each one, topmost first.")
-    keep = not new
-    with container.claimed(make=True):
-        try:
-            lowers = _lowers(wish, container)
-            container.make(lowers, layers=wish.upper is None)
-            code = _mounted(wish, program, confinement, container, lowers, complain)
-            # If the caller names an upper, the container has nothing to keep.
-            keep = keep or not (wish.remove or wish.upper is not None)
-        finally:
-            if not keep:
-                try:
-                    container.remove()
-                except UserError as error:
-                    complain(str(error))
-    return code
+    return _Run(wish, complain).run()
 
 
 def _check(wish: Wish) -> None:
@@ -120,133 +93,159 @@ def _check(wish: Wish) -> None:
         )
 
 
-def _lowers(wish: Wish, container: Container) -> tuple[str, ...]:
-    """Return the lowers of the options, or those of an existing container."""
-    given = tuple(absolute(path) for path in wish.lowers)
-    known = container.lowers()
-    if given and known and given != known:
-        shown = ", ".join(quoted(path) for path in known)
-        raise UserError(
-            f"container {quoted(container.name)} was created with other lowers ({shown}), and its changes "
-            "fit only these; omit -l, or choose another name."
+class _Run:
+    def __init__(self, wish: Wish, complain: Callable[[str], object]) -> None:
+        self._wish = wish
+        self._complain = complain
+        self._program = bubblewrap.find()
+        self._confinement = settle_confinement(
+            wish.cap_add, wish.cap_drop, wish.security, privileged=wish.privileged
         )
-    for path in given or known:
-        check_directory("lower", path)
-    return given or known
+        self._container = Container(storage_root(wish.root), wish.name or new_name())
 
-
-def _mounted(
-    wish: Wish,
-    program: str,
-    confinement: Confinement,
-    container: Container,
-    lowers: Sequence[str],
-    complain: Callable[[str], object],
-) -> int:
-    own_upper = wish.upper is None
-    settings = settle(
-        container.merged,
-        lowers=lowers,
-        upper=container.upper if own_upper else wish.upper,
-        work=container.work if own_upper else wish.work,
-        # Changes that will be removed need not reach a disk.
-        options=["volatile"] if own_upper and wish.remove else [],
-        storage=wish.storage,
-        storage_root=wish.root,
-    )
-    me = os.getpid()
-    mount(replace(settings, lives_with=(me, start_time(me) or 0)))
-    # From here on signals wait until the command can receive them.
-    hold_signals()
-    merged, entry = settings.mountpoint, None
-    try:
-        entry = next((entry for entry in live.entries() if entry.settings.mountpoint == merged), None)
-        if entry is None:
-            raise UserError(f"{quoted(merged)} was unmounted before the command could start; try again.")
-        return _in_union(wish, program, confinement, container, entry)
-    finally:
-        _unmount(merged, complain)
-        if wish.remove and entry is not None:
-            _remove_anonymous(entry.settings, complain)
-
-
-def _remove_anonymous(settings: MountSettings, complain: Callable[[str], object]) -> None:
-    """Remove anonymous volumes like `docker run --rm`: nobody else knows their names."""
-    volumes = Volumes(settings.storage_root)
-    for spec in settings.storage:
-        if isinstance(spec, VolumeSpec) and spec.anonymous and spec.name is not None:
+    def run(self) -> int:
+        wish, container = self._wish, self._container
+        new = not container.exists()
+        if not new and wish.remove:
+            raise UserError(
+                f"container {quoted(container.name)} already exists, and --rm would remove its files; omit "
+                "--rm, or choose another name."
+            )
+        if new and not wish.lowers:
+            missing = "" if wish.name is None else f"there is no container {quoted(container.name)} yet, and "
+            raise UserError(f"{missing}no lower is given; add -l DIR for each one, topmost first.")
+        keep = not new
+        with container.claimed(make=True):
             try:
-                volumes.remove(spec.name, missing_ok=True)
-            except UserError as error:
-                complain(str(error))
+                lowers = self._lowers()
+                container.make(lowers, layers=wish.upper is None)
+                code = self._mounted(lowers)
+                # If the caller names an upper, the container has nothing to keep.
+                keep = keep or not (wish.remove or wish.upper is not None)
+            finally:
+                if not keep:
+                    self._try(container.remove)
+        return code
 
+    def _try(self, action: Callable[[], object]) -> bool:
+        """Do it, and report an error. Returns whether it succeeded."""
+        try:
+            action()
+        except UserError as error:
+            self._complain(str(error))
+            return False
+        return True
 
-def _in_union(
-    wish: Wish, program: str, confinement: Confinement, container: Container, entry: live.LiveMount
-) -> int:
-    command = _started(wish, program, confinement, container.name, entry)
+    def _lowers(self) -> tuple[str, ...]:
+        """Return the lowers of the options, or those of an existing container."""
+        given = tuple(absolute(path) for path in self._wish.lowers)
+        known = self._container.lowers()
+        if given and known and given != known:
+            shown = ", ".join(quoted(path) for path in known)
+            raise UserError(
+                f"container {quoted(self._container.name)} was created with other lowers ({shown}), and its "
+                "changes fit only these; omit -l, or choose another name."
+            )
+        for path in given or known:
+            check_lower(path)
+        return given or known
 
-    def clear(_: str) -> None:
-        """Clean up after this process was killed; the daemon, which ends with it, unmounts the union."""
-        command.kill()
-        if command.terminal is not None:
-            command.terminal.restore_from_outside()
-        wait_gone(entry.pid, entry.started, _END_SECONDS)
-        if wish.remove:
-            _remove_anonymous(entry.settings, lambda sentence: None)
-            with suppress(UserError), container.claimed(make=False):
-                container.remove()
-
-    watcher = guardian.start(clear)
-    try:
-        code = command.wait()
-    finally:
-        watcher.dismiss()
-    if not command.made:
-        raise UserError(
-            f"bubblewrap could not create the container (exit code {code}); see its own message, and "
-            "`unionfs doctor` for what this host lacks."
+    def _mounted(self, lowers: Sequence[str]) -> int:
+        wish, container = self._wish, self._container
+        own_upper = wish.upper is None
+        settings = settle(
+            container.merged,
+            lowers=lowers,
+            upper=container.upper if own_upper else wish.upper,
+            work=container.work if own_upper else wish.work,
+            # Changes that will be removed need not reach a disk.
+            options=["volatile"] if own_upper and wish.remove else [],
+            storage=wish.storage,
+            storage_root=wish.root,
         )
-    return code
+        me = os.getpid()
+        mount(replace(settings, lives_with=(me, start_time(me) or 0)))
+        # From here on signals wait until the command can receive them.
+        hold_signals()
+        merged, entry = settings.mountpoint, None
+        try:
+            entry = next((entry for entry in live.entries() if entry.settings.mountpoint == merged), None)
+            if entry is None:
+                raise UserError(f"{quoted(merged)} was unmounted before the command could start; try again.")
+            return self._in_union(entry)
+        finally:
+            if mounted_at(merged) is not None and not self._try(lambda: umount(merged)):
+                with suppress(UserError):
+                    umount(merged, lazy=True)
+            if wish.remove and entry is not None:
+                self._remove_anonymous(entry.settings)
 
+    def _remove_anonymous(self, settings: MountSettings) -> None:
+        """Remove anonymous volumes like `docker run --rm`: nobody else knows their names."""
+        volumes = Volumes(settings.storage_root)
+        for spec in settings.storage:
+            if isinstance(spec, VolumeSpec) and spec.anonymous and spec.name is not None:
+                self._try(partial(volumes.remove, spec.name, missing_ok=True))
 
-def _started(
-    wish: Wish, program: str, confinement: Confinement, name: str, entry: live.LiveMount
-) -> Command:
-    """The command, started in the union of the container called `name`."""
-    merged = entry.settings.mountpoint
-    hostname = wish.hostname or name[:_LONGEST_HOSTNAME]
-    environment = bubblewrap.environment(wish.environment, hostname)
-    with Owned(os.open(merged, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)) as root:
-        _check_mountpoints(root)
-        workdir = _workdir(MountedTree(root), wish.workdir)
-        _find_command(root, wish.command[0], workdir, environment["PATH"])
-    os.umask(0o022)
-    filter_fd = None if confinement.filter is None else _in_memory(confinement.filter)
-    environment_fd = _in_memory(bubblewrap.environment_arguments(environment))
-    fds = [fd for fd in (filter_fd, environment_fd) if fd is not None]
-    command = Command(
-        program,
-        lambda info_fd: bubblewrap.arguments(
-            program,
-            merged,
-            wish.command,
-            workdir=workdir,
-            hostname=hostname,
-            own_network=wish.own_network,
-            storage=entry.settings.storage,
-            confinement=confinement,
-            environment_fd=environment_fd,
-            info_fd=info_fd,
-            filter_fd=filter_fd,
-        ),
-        keep=fds,
-        bounding=confinement.capabilities,
-        small_root=merged if _wants_small_root(confinement, workdir, entry.settings.storage) else None,
-    )
-    for fd in fds:
-        os.close(fd)
-    return command
+    def _in_union(self, entry: live.LiveMount) -> int:
+        command = self._started(entry)
+
+        def clear(_: str) -> None:
+            """Clean up after this process was killed; the daemon, which ends with it, unmounts the union."""
+            command.kill()
+            if command.terminal is not None:
+                command.terminal.restore_from_outside()
+            wait_gone(entry.pid, entry.started, _END_SECONDS)
+            if self._wish.remove:
+                self._complain = lambda sentence: None
+                self._remove_anonymous(entry.settings)
+                with suppress(UserError), self._container.claimed(make=False):
+                    self._container.remove()
+
+        watcher = guardian.start(clear)
+        try:
+            code = command.wait()
+        finally:
+            watcher.dismiss()
+        if not command.made:
+            raise UserError(
+                f"bubblewrap could not create the container (exit code {code}); see its own message, and "
+                "`unionfs doctor` for what this host lacks."
+            )
+        return code
+
+    def _started(self, entry: live.LiveMount) -> Command:
+        """The command, started in the union."""
+        wish, confinement, merged = self._wish, self._confinement, entry.settings.mountpoint
+        hostname = wish.hostname or self._container.name[:_LONGEST_HOSTNAME]
+        environment = bubblewrap.environment(wish.environment, hostname)
+        with Owned(os.open(merged, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)) as root:
+            _check_mountpoints(root)
+            workdir = _workdir(MountedTree(root), wish.workdir)
+            _find_command(root, wish.command[0], workdir, environment["PATH"])
+        os.umask(0o022)
+        small = _wants_small_root(confinement, workdir, entry.settings.storage)
+        with ExitStack() as stack:
+            data = [bubblewrap.environment_arguments(environment)]
+            data += [] if confinement.filter is None else [confinement.filter]
+            fds = [stack.enter_context(Owned(_in_memory(part))) for part in data]
+            return Command(
+                self._program,
+                bubblewrap.arguments(
+                    merged,
+                    wish.command,
+                    workdir=workdir,
+                    hostname=hostname,
+                    own_network=wish.own_network,
+                    storage=entry.settings.storage,
+                    confinement=confinement,
+                    environment_fd=fds[0],
+                    filter_fd=None if len(fds) == 1 else fds[1],
+                ),
+                keep=fds,
+                bounding=confinement.capabilities,
+                small_root=merged if small else None,
+            )
 
 
 def _check_mountpoints(root: int) -> None:
@@ -313,17 +312,15 @@ def _find_command(root: int, name: str, workdir: str, search: str) -> None:
     for directory in directories:
         path = os.path.join(workdir, directory, name)
         try:
-            fd = open_in_root(root, os.fsencode(path))
+            opened = Owned(open_in_root(root, os.fsencode(path)))
         except OSError:
             continue
-        try:
+        with opened as fd:
             mode = os.stat(fd).st_mode
             found = found or not stat.S_ISDIR(mode) or "/" in name
             if stat.S_ISREG(mode) and mode & 0o111:
                 _check_interpreter(root, fd, name, workdir)
                 return
-        finally:
-            os.close(fd)
     if found:
         raise CommandError(
             f"{quoted(name)} in the union is not executable; check its mode.", _NOT_EXECUTABLE
@@ -355,14 +352,3 @@ def _check_interpreter(root: int, fd: int, name: str, workdir: str) -> None:
             f"{reason(error)}; check its first line and the lowers.",
             _NOT_FOUND,
         ) from error
-
-
-def _unmount(merged: str, complain: Callable[[str], object]) -> None:
-    if mounted_at(merged) is None:
-        return
-    try:
-        umount(merged)
-    except UserError as error:
-        complain(str(error))
-        with suppress(UserError):
-            umount(merged, lazy=True)

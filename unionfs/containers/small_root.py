@@ -46,7 +46,10 @@ def enter_small_root(merged: str, terminal: str | None) -> None:
     mounts.append((merged, detached.clone(merged, recursive=True)))
     if terminal is not None:
         mounts.append((terminal, _private(terminal)))
-    mounts.append(("/proc", _proc()))
+    # An ordinary user's read-only /proc would prevent mounting the container's own; mount_too_revealing(),
+    # fs/namespace.c.
+    attributes = detached.READ_ONLY if os.geteuid() == 0 else 0
+    mounts.append(("/proc", detached.new_filesystem("proc", (), attributes | _PROC_ATTRIBUTES)))
     root = detached.new_filesystem("tmpfs", [("mode", "0755"), ("size", "1m")])
     with _opened("/proc") as place:
         detached.attach(root, place)
@@ -69,14 +72,6 @@ def new_namespaces() -> None:
     For an ordinary user also enter a new user namespace.
     """
     unshare(CLONE_NEWNS | CLONE_NEWPID | (CLONE_NEWUSER if os.geteuid() != 0 else 0))
-
-
-def _proc() -> int:
-    """Return a detached mount of the /proc of this process's pid namespace."""
-    # An ordinary user's read-only /proc would prevent mounting the container's own; mount_too_revealing(),
-    # fs/namespace.c.
-    attributes = detached.READ_ONLY if os.geteuid() == 0 else 0
-    return detached.new_filesystem("proc", (), attributes | _PROC_ATTRIBUTES)
 
 
 def _private(path: str, attributes: int = 0) -> int:

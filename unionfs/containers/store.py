@@ -9,7 +9,7 @@ import stat
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 
-from unionfs.errors import UserError, on_failure, quoted, reason
+from unionfs.errors import UserError, on_failure, quoted
 from unionfs.settings.names import check_name
 from unionfs.storage import jsonfiles
 from unionfs.storage.removing import refuse_locked, remove_all
@@ -33,21 +33,9 @@ class Container:
         self._root = root
         self.above = f"{root}/containers"
         self.path = f"{self.above}/{name}"
-
-    @property
-    def upper(self) -> str:
-        return f"{self.path}/upper"
-
-    @property
-    def work(self) -> str:
-        return f"{self.path}/work"
-
-    @property
-    def merged(self) -> str:
-        return f"{self.path}/merged"
+        self.upper, self.work, self.merged = (f"{self.path}/{part}" for part in ("upper", "work", "merged"))
 
     def exists(self) -> bool:
-        """Return whether it exists."""
         return os.path.isdir(self.path)
 
     @contextmanager
@@ -116,18 +104,14 @@ class Container:
         self._sweep()
         # Rename it to an invalid container name first, so that a partly removed one is no container.
         doomed = f"{self.above}/.removed-{secrets.token_hex(8)}"
-        try:
-            os.rename(self.path, doomed)
-        except FileNotFoundError:
-            return
-        except OSError as error:
-            raise UserError(
-                f"{complaint} from {quoted(self.above)}: {reason(error)}; check the permissions."
-            ) from error
+        with on_failure(f"{complaint} from {quoted(self.above)}", "check the permissions"):
+            try:
+                os.rename(self.path, doomed)
+            except FileNotFoundError:
+                return
         remove_all(doomed, f"container {quoted(self.name)} is removed, but not all of its files")
 
     def _sweep(self) -> None:
-        """Remove leftovers of earlier removals."""
         with suppress(FileNotFoundError):
             for name in os.listdir(self.above):
                 path = f"{self.above}/{name}"

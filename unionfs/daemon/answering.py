@@ -6,7 +6,7 @@ import json
 import logging
 import os
 import socket
-from collections.abc import Callable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from contextlib import suppress
 from typing import Any, Final
 
@@ -37,16 +37,16 @@ def listen(address: str) -> socket.socket:
 
 
 async def serve_control(
-    listeners: Sequence[socket.socket], answer: Callable[[dict[str, Any]], dict[str, Any]]
+    listeners: Sequence[socket.socket], answer: Callable[[dict[str, Any]], Awaitable[dict[str, Any]]]
 ) -> None:
-    """Send `answer(question)` to each client that is root or this user, until cancelled."""
+    """Send `await answer(question)` to each client that is root or this user, until cancelled."""
     async def handle(stream: trio.SocketStream) -> None:
         peer = peer_of(stream.socket)
         if peer.uid not in (0, os.geteuid()):
             log.debug("process %d of uid %d may not ask", peer.pid, peer.uid)
             return
         try:
-            data = json.dumps(answer(await _question(stream))).encode("ascii")
+            data = json.dumps(await answer(await _question(stream))).encode("ascii")
             with trio.move_on_after(_SEND_SECONDS):
                 await stream.send_all(data)
         except trio.BrokenResourceError:

@@ -82,7 +82,8 @@ def ask_all(
             connection.setblocking(False)
             try:
                 connection.connect(address)
-                if not _is_expected(peer_of(connection), pid):
+                peer = peer_of(connection)
+                if peer.uid != os.geteuid() if pid is None else peer.pid != pid:
                     continue
                 connection.send(line)
             except OSError:
@@ -103,10 +104,6 @@ def ask_all(
                 if answer is not None:
                     found[address] = answer if addresses[address] is None else _harmless(answer)
     return found
-
-
-def _is_expected(peer: Peer, pid: int | None) -> bool:
-    return peer.uid == os.geteuid() if pid is None else peer.pid == pid
 
 
 def _receive(connection: socket.socket, data: bytearray, longest: int) -> bool:

@@ -49,7 +49,6 @@ _METRICS: Final = (
 
 
 def exposition(mount: LiveMount, now: Snapshot) -> str:
-    """Return all metrics of a mount."""
     return "".join(f"{line}\n" for line in _lines(mount, now))
 
 

@@ -12,7 +12,6 @@ FUSE_CONF = "/etc/fuse.conf"
 
 
 def fuse_device_problem(error: OSError) -> str:
-    """Explain why /dev/fuse cannot be opened."""
     if error.errno in (errno.ENOENT, errno.ENODEV, errno.ENXIO):
         return (
             f"{FUSE_DEVICE} is missing; load the kernel module by `modprobe fuse`, or give the container "

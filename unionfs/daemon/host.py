@@ -34,7 +34,7 @@ from unionfs.sys.fds import Owned
 from unionfs.sys.fuseprobe import init_offer, offers_passthrough
 from unionfs.sys.fusermount import find_fusermount
 from unionfs.sys.liveness import is_dead
-from unionfs.sys.mountinfo import mount_id_of_path, read_mountinfo
+from unionfs.sys.mountinfo import mount_id_of_path, mount_of_id, read_mountinfo
 
 State = Literal["ok", "limited", "missing"]
 
@@ -63,8 +63,8 @@ def examine(directory: str | None = None) -> list[Finding]:
         "name a directory that can be written by --dir",
     ), _scratch(directory) as place:
         findings += _filesystem(place)
-    findings += [_overlayfs(), _passthrough(), _session()]
-    findings += [_confinement(), _user_namespaces(), _bubblewrap(), _open_files(), *_dead_mounts()]
+    findings += [_overlayfs(), _passthrough(), _session(), Finding("rights of a daemon", "ok", described())]
+    findings += [_user_namespaces(), _bubblewrap(), _open_files(), *_dead_mounts()]
     return findings
 
 
@@ -72,19 +72,17 @@ def examine(directory: str | None = None) -> list[Finding]:
 def _scratch(directory: str | None) -> Iterator[str]:
     """Yield a scratch directory as a path through its fd: the owner of `directory` may rename it."""
     path = tempfile.mkdtemp(prefix="unionfs-doctor-", dir=directory)
-    fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
-    try:
-        status = os.fstat(fd)
-        if status.st_uid != os.geteuid() or status.st_mode & 0o077 or os.listdir(fd):
-            raise OSError(errno.EPERM, "somebody has replaced the directory that was made there")
-        yield f"/proc/self/fd/{fd}"
-    finally:
-        with suppress(OSError):
-            for name in os.listdir(fd):
-                os.unlink(name, dir_fd=fd)
-        os.close(fd)
-        with suppress(OSError):
-            os.rmdir(path)
+    with Owned(os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)) as fd:
+        try:
+            status = os.fstat(fd)
+            if status.st_uid != os.geteuid() or status.st_mode & 0o077 or os.listdir(fd):
+                raise OSError(errno.EPERM, "somebody has replaced the directory that was made there")
+            yield f"/proc/self/fd/{fd}"
+        finally:
+            with suppress(OSError):
+                for name in os.listdir(fd):
+                    os.unlink(name, dir_fd=fd)
+                os.rmdir(path)
 
 
 def mounting_is_possible(findings: list[Finding]) -> bool:
@@ -96,14 +94,12 @@ def _device() -> Finding:
     try:
         os.close(os.open("/dev/fuse", os.O_RDWR | os.O_CLOEXEC))
     except OSError as error:
-        sentence = fuse_device_problem(error)
-        detail, _, cure = sentence.removesuffix(".").partition("; ")
+        detail, _, cure = fuse_device_problem(error).removesuffix(".").partition("; ")
         return Finding("/dev/fuse", "missing", detail, cure)
     mode = stat.S_IMODE(os.stat("/dev/fuse").st_mode)
     if mode & 0o006 != 0o006:
-        return Finding(
-            "/dev/fuse", "limited", f"opens, but mode {mode:04o} keeps other users out", "chmod 666 /dev/fuse"
-        )
+        detail = f"opens, but mode {mode:04o} keeps other users out"
+        return Finding("/dev/fuse", "limited", detail, "chmod 666 /dev/fuse")
     return Finding("/dev/fuse", "ok", "opens for reading and writing")
 
 
@@ -115,54 +111,32 @@ def _kernel_version() -> tuple[int, int]:
 def _kernel() -> Finding:
     release = os.uname().release
     if _kernel_version() < _OLDEST_KERNEL:
-        wanted = ".".join(map(str, _OLDEST_KERNEL))
-        return Finding(
-            "kernel",
-            "limited",
-            f"{release}, too old to protect lowers by read-only mounts",
-            f"Linux {wanted}",
-        )
+        detail = f"{release}, too old to protect lowers by read-only mounts"
+        return Finding("kernel", "limited", detail, f"Linux {'.'.join(map(str, _OLDEST_KERNEL))}")
     return Finding("kernel", "ok", release)
 
 
 def _fusermount() -> Finding:
-    path = find_fusermount()
-    root = os.geteuid() == 0
+    name, path = "fusermount3", find_fusermount()
+    state: State = "limited" if os.geteuid() == 0 else "missing"  # root calls mount(2) directly
     if path is None:
-        # Root calls mount(2) directly.
-        return Finding(
-            "fusermount3",
-            "limited" if root else "missing",
-            "not installed: ordinary users cannot mount",
-            "install the package fuse3",
-        )
+        return Finding(name, state, "not installed: ordinary users cannot mount", "install the package fuse3")
     status = os.stat(path)
     if status.st_uid != 0 or not status.st_mode & stat.S_ISUID:
-        return Finding(
-            "fusermount3",
-            "limited" if root else "missing",
-            f"{path} is not setuid root: ordinary users cannot mount",
-            f"chown root {path}; chmod 4755 {path}",
-        )
+        detail = f"{path} is not setuid root: ordinary users cannot mount"
+        return Finding(name, state, detail, f"chown root {path}; chmod 4755 {path}")
     if not os.path.exists("/etc/mtab"):
-        return Finding(
-            "fusermount3",
-            "limited",
-            f"{path} wants /etc/mtab to unmount",
-            "ln -s /proc/self/mounts /etc/mtab",
-        )
-    return Finding("fusermount3", "ok", f"{path}, setuid root")
+        detail = f"{path} wants /etc/mtab to unmount"
+        return Finding(name, "limited", detail, "ln -s /proc/self/mounts /etc/mtab")
+    return Finding(name, "ok", f"{path}, setuid root")
 
 
 def _allow_other() -> Finding:
+    name = "user_allow_other"
     if user_allow_other():
-        return Finding("user_allow_other", "ok", "ordinary users may let others into their mounts")
-    return Finding(
-        "user_allow_other",
-        "limited",
-        "ordinary users cannot let others into their mounts",
-        "add a line user_allow_other to /etc/fuse.conf",
-    )
+        return Finding(name, "ok", "ordinary users may let others into their mounts")
+    cure = "add a line user_allow_other to /etc/fuse.conf"
+    return Finding(name, "limited", "ordinary users cannot let others into their mounts", cure)
 
 
 def _pyfuse3() -> Finding:
@@ -178,7 +152,8 @@ def _pyfuse3() -> Finding:
 
 
 def _filesystem(place: str) -> Iterator[Finding]:
-    kind = _filesystem_type(place)
+    mount = mount_of_id(mount_id_of_path(place))
+    kind = "this filesystem" if mount is None else mount.fstype
     yield _xattrs(place, "user", kind)
     yield _xattrs(place, "trusted", kind)
     yield _tried(
@@ -205,14 +180,6 @@ def _filesystem(place: str) -> Iterator[Finding]:
     )
 
 
-def _filesystem_type(place: str) -> str:
-    try:
-        mount_id = mount_id_of_path(place)
-        return next(entry.fstype for entry in read_mountinfo() if entry.mount_id == mount_id)
-    except (OSError, StopIteration):
-        return "this filesystem"
-
-
 def _tried(name: str, trial: Callable[[], object], works: str, otherwise: str, cure: str) -> Finding:
     try:
         trial()
@@ -230,21 +197,16 @@ def _xattrs(place: str, namespace: str, kind: str) -> Finding:
         if os.getxattr(place, f"{namespace}.overlay.opaque") != b"y":
             raise OSError(errno.EIO, "the xattr is not what was written")
     except OSError as error:
-        return Finding(
-            name,
-            "limited",
-            f"{reason(error)} on {kind}: no upper can be there"
-            + (" without -o userxattr" if namespace == "trusted" else " as an ordinary user"),
-            "ext4, xfs, btrfs or tmpfs (user xattrs on tmpfs: Linux 6.6)",
-        )
+        who = "without -o userxattr" if namespace == "trusted" else "as an ordinary user"
+        detail = f"{reason(error)} on {kind}: no upper can be there {who}"
+        return Finding(name, "limited", detail, "ext4, xfs, btrfs or tmpfs (user xattrs on tmpfs: Linux 6.6)")
     return Finding(name, "ok", f"can be written on {kind}")
 
 
 def _renames(place: str, kind: str) -> Iterator[Finding]:
-    # linux/fs.h
     for name, flag, otherwise in (
-        ("RENAME_EXCHANGE", 2, "exchanging two names is refused"),
-        ("RENAME_WHITEOUT", 4, "a whiteout is made in a second step"),
+        ("RENAME_EXCHANGE", calls.RENAME_EXCHANGE, "exchanging two names is refused"),
+        ("RENAME_WHITEOUT", calls.RENAME_WHITEOUT, "a whiteout is made in a second step"),
     ):
         for leaf in ("a", "b"):
             with open(f"{place}/{name}.{leaf}", "wb"):
@@ -265,35 +227,28 @@ def _reflink(place: str) -> None:
 
 
 def _overlayfs() -> Finding:
-    try:
-        with open("/proc/filesystems", encoding="ascii", errors="replace") as known:
-            if any(line.split()[-1:] == ["overlay"] for line in known):
-                return Finding("kernel overlayfs", "ok", "present: the kernel can mount the uppers too")
-    except OSError:
-        pass
-    module = f"/lib/modules/{os.uname().release}/kernel/fs/overlayfs"
-    if os.path.isdir(module):
-        return Finding("kernel overlayfs", "ok", "present as a module that is not loaded")
-    return Finding(
-        "kernel overlayfs", "limited", "absent: the kernel cannot mount the uppers", "a kernel with overlayfs"
-    )
+    name = "kernel overlayfs"
+    with suppress(OSError), open("/proc/filesystems", encoding="ascii", errors="replace") as known:
+        if any(line.split()[-1:] == ["overlay"] for line in known):
+            return Finding(name, "ok", "present: the kernel can mount the uppers too")
+    if os.path.isdir(f"/lib/modules/{os.uname().release}/kernel/fs/overlayfs"):
+        return Finding(name, "ok", "present as a module that is not loaded")
+    return Finding(name, "limited", "absent: the kernel cannot mount the uppers", "a kernel with overlayfs")
 
 
 def _passthrough() -> Finding:
     name = "passthrough"
     if _kernel_version() < (6, 9):
-        return Finding(
-            name, "limited", f"not in Linux {os.uname().release}: data goes through the daemon", "Linux 6.9"
-        )
+        detail = f"not in Linux {os.uname().release}: data goes through the daemon"
+        return Finding(name, "limited", detail, "Linux 6.9")
     answer, how = offers_passthrough(), "as the kernel's FUSE_INIT says"
     if answer is None:
         answer, how = _configured("CONFIG_FUSE_PASSTHROUGH"), "as the kernel's configuration says"
     if answer is None:
         return Finding(name, "limited", "not known: no configuration to read", "run doctor as root")
     if not answer:
-        return Finding(
-            name, "limited", f"switched off, {how}: data goes through the daemon", "CONFIG_FUSE_PASSTHROUGH=y"
-        )
+        detail = f"switched off, {how}: data goes through the daemon"
+        return Finding(name, "limited", detail, "CONFIG_FUSE_PASSTHROUGH=y")
     if not may_use_trusted_xattrs():
         return Finding(name, "limited", f"offered, {how}, but only to root", "mount as root")
     return Finding(name, "ok", f"offered, {how}")
@@ -304,9 +259,8 @@ def _session() -> Finding:
     name = "session and I/O"
     offer = init_offer()
     if offer is None:
-        return Finding(
-            name, "limited", "direct session; the kernel can't be asked what it offers", "run doctor as root"
-        )
+        detail = "direct session; the kernel can't be asked what it offers"
+        return Finding(name, "limited", detail, "run doctor as root")
     request = InitRequest.of(major=KERNEL_VERSION, minor=offer[0], max_readahead=1 << 17, flags=offer[1])
     rights = Privileges(
         initial_user_namespace=in_initial_user_namespace(), sys_admin=has_capability(CAP_SYS_ADMIN)
@@ -336,27 +290,18 @@ def _bubblewrap() -> Finding:
     return Finding("bubblewrap", "ok", f"{path}, for `unionfs run`")
 
 
-def _confinement() -> Finding:
-    """Report the privileges of a daemon."""
-    return Finding("rights of a daemon", "ok", described())
-
-
 def _user_namespaces() -> Finding:
     # In a child process: a process cannot leave its user namespace.
-    command = ["unshare", "--user", "--map-root-user", "true"]
+    name, command = "user namespaces", ["unshare", "--user", "--map-root-user", "true"]
     try:
         done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, check=False)
     except OSError:
-        return Finding("user namespaces", "limited", "not known: unshare(1) is missing", "install util-linux")
+        return Finding(name, "limited", "not known: unshare(1) is missing", "install util-linux")
     if done.returncode == 0:
-        return Finding("user namespaces", "ok", "can be made: rootless containers work")
+        return Finding(name, "ok", "can be made: rootless containers work")
     message = os.fsdecode(done.stderr).strip().rpartition(": ")[2]
-    return Finding(
-        "user namespaces",
-        "limited",
-        f"{message[:1].lower()}{message[1:]}: no rootless containers",
-        "sysctl user.max_user_namespaces, kernel.unprivileged_userns_clone, or the security module",
-    )
+    cure = "sysctl user.max_user_namespaces, kernel.unprivileged_userns_clone, or the security module"
+    return Finding(name, "limited", f"{message[:1].lower()}{message[1:]}: no rootless containers", cure)
 
 
 def _open_files() -> Finding:
@@ -373,9 +318,5 @@ def _dead_mounts() -> Iterator[Finding]:
         if entry.fstype != "fuse.unionfs" or entry.device in alive or others.owner_of(entry) is not None:
             continue
         if is_dead(entry.mountpoint):
-            yield Finding(
-                "dead mount",
-                "limited",
-                f"{entry.mountpoint}: its daemon has died",
-                f"unionfs umount {entry.mountpoint}",
-            )
+            detail = f"{entry.mountpoint}: its daemon has died"
+            yield Finding("dead mount", "limited", detail, f"unionfs umount {entry.mountpoint}")

@@ -9,7 +9,7 @@ from contextlib import suppress
 from unionfs.daemon import others
 from unionfs.settings.specs import Spec
 from unionfs.sys import detached
-from unionfs.sys.fds import Owned
+from unionfs.sys.fds import Owned, Returned
 from unionfs.sys.mountinfo import MountEntry, mount_of_id, read_mountinfo
 from unionfs.sys.openat2 import RESOLVE_BENEATH, RESOLVE_NO_SYMLINKS, openat2
 from unionfs.sys.unmount import open_mount, unmount
@@ -139,15 +139,11 @@ class TakenOff:
         """Return the root of the mount, or of its replacement."""
         if mount.mount_id not in self._taken:
             return open_mount(mount)
-        again = detached.clone(clone)
-        try:
+        with Returned(detached.clone(clone)) as again:
             # With peers, mounts made on it would propagate to them.
             detached.change(again, propagation=_PRIVATE)
             with Owned(self._open_target(mount)) as target:
                 detached.attach(again, target)
-        except BaseException:
-            os.close(again)
-            raise
         return again
 
     def _open_target(self, mount: MountEntry) -> int:
@@ -157,6 +153,5 @@ class TakenOff:
             return openat2(root, os.fsencode(place), os.O_PATH, RESOLVE_BENEATH | RESOLVE_NO_SYMLINKS)
 
     def let_go(self) -> None:
-        """Close the clones."""
         while self._clones:
             os.close(self._clones.pop())

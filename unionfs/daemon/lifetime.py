@@ -6,11 +6,13 @@ import logging
 import os
 import signal
 from collections.abc import Callable
+from contextlib import suppress
 
 import trio
 
 from unionfs.daemon.clearing import end_from_within
 from unionfs.settings.mount import MountSettings
+from unionfs.sys.fds import Owned
 from unionfs.sys.process import is_alive
 
 _SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
@@ -54,7 +56,6 @@ class Lifetime:
     async def watch_signals(
         self, session: trio.CancelScope, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED
     ) -> None:
-        """End the session on a signal."""
         with trio.open_signal_receiver(*_SIGNALS) as signals:
             task_status.started()
             signal.pthread_sigmask(signal.SIG_UNBLOCK, _SIGNALS)
@@ -65,21 +66,13 @@ class Lifetime:
                     nursery.start_soon(self._end, session, signal.Signals(number).name)
 
     async def watch_owner(self, session: trio.CancelScope) -> None:
-        """End the session when the mount's owner process ends."""
         if self._owner is None:
             return
         pid, started = self._owner
-        try:
-            pidfd = os.pidfd_open(pid)
-        except ProcessLookupError:
-            pass
-        else:
-            try:
-                # Checked after pidfd_open, so that the pid cannot have been reused.
-                if is_alive(pid, started):
-                    await trio.lowlevel.wait_readable(pidfd)
-            finally:
-                os.close(pidfd)
+        with suppress(ProcessLookupError), Owned(os.pidfd_open(pid)) as pidfd:
+            # Checked after pidfd_open, so that the pid cannot have been reused.
+            if is_alive(pid, started):
+                await trio.lowlevel.wait_readable(pidfd)
         await self._end(session, f"process {pid} has ended")
 
     async def _end(self, session: trio.CancelScope, why: str) -> None:

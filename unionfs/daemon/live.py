@@ -1,8 +1,8 @@
 """The registry of this user's live mounts: one JSON file per mount in the runtime directory.
 
 The daemon writes the file when its mount is usable and removes it at the end. A file without a daemon is
-stale; the next reader removes it unless the dead mount still exists. For other users' mounts, root asks the
-kernel and their daemons: `unionfs.daemon.others`.
+stale; the next reader removes it unless the dead mount still exists, and what daemons left that were killed
+while they mounted. For other users' mounts, root asks the kernel and their daemons: `unionfs.daemon.others`.
 """
 
 from __future__ import annotations
@@ -10,11 +10,12 @@ from __future__ import annotations
 import json
 import os
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Container, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import Any
 
+from unionfs.daemon.claiming import clear_orphans
 from unionfs.daemon.control import ANSWER_SECONDS, ask
 from unionfs.daemon.runtime import RuntimeDirectory, runtime_directories
 from unionfs.errors import quoted
@@ -50,7 +51,6 @@ class LiveMount:
         return entry_name(self.pid, self.started)
 
     def is_alive(self) -> bool:
-        """Return whether the daemon still runs."""
         return is_alive(self.pid, self.started)
 
     def mounts(self) -> list[MountEntry]:
@@ -76,16 +76,8 @@ class LiveMount:
             return None
 
     def to_json(self) -> dict[str, Any]:
-        """Return the entry as plain values, for `from_json`."""
-        return {
-            "settings": self.settings.to_json(),
-            "pid": self.pid,
-            "started": self.started,
-            "device": self.device,
-            "since": self.since,
-            "claims": self.claims,
-            "ending": self.ending,
-        }
+        names = ("pid", "started", "device", "since", "claims", "ending")
+        return {"settings": self.settings.to_json(), **{name: getattr(self, name) for name in names}}
 
     @classmethod
     def from_json(cls, values: Any, directory: str = "") -> LiveMount:
@@ -118,7 +110,6 @@ def entry_name(pid: int, started: int | None) -> str:
 
 
 def own_name() -> str:
-    """Return `entry_name` of this process."""
     return entry_name(os.getpid(), start_time(os.getpid()))
 
 
@@ -166,13 +157,29 @@ def entries() -> list[LiveMount]:
                     directory.remove(f"{name}.json", f"{name}.sock")
                 else:
                     found.append(entry)
+            _remove_orphans(directory, {entry.name for entry in found})
+            clear_orphans(directory)
     return found
+
+
+def _remove_orphans(directory: RuntimeDirectory, known: Container[str]) -> None:
+    """Remove the sockets and half-written entries of dead daemons without an entry."""
+    for file in directory.names():
+        name, _, suffix = file.partition(".")
+        if suffix in ("sock", "json.new") and name not in known and _is_of_dead(name):
+            directory.remove(file)
+
+
+def _is_of_dead(name: str) -> bool:
+    """Return whether `name` is the `entry_name` of a process that has ended."""
+    pid, _, started = name.partition("-")
+    return pid.isdecimal() and started.isdecimal() and not is_alive(int(pid), int(started))
 
 
 def _remove_unreadable(directory: RuntimeDirectory, name: str) -> None:
     """Remove an unreadable entry, unless the daemon whose pid is in the name is alive."""
     pid, _, started = name.partition("-")
-    if not (pid.isdigit() and started.isdigit() and is_alive(int(pid), int(started))):
+    if not (pid.isdecimal() and started.isdecimal() and is_alive(int(pid), int(started))):
         directory.remove(f"{name}.json", f"{name}.sock")
 
 
@@ -191,27 +198,17 @@ def find_by_device(device: str, known: Sequence[LiveMount] | None = None) -> Liv
 
 def claims_of(settings: MountSettings) -> tuple[tuple[int, int], ...]:
     """Return (st_dev, st_ino) of upper and work. Call it before mounting, which may cover their paths."""
-    claims = []
-    for path in (settings.upper, settings.work):
-        if path is not None:
-            status = os.stat(path)
-            claims.append((status.st_dev, status.st_ino))
-    return tuple(claims)
+    found = [os.stat(path) for path in (settings.upper, settings.work) if path is not None]
+    return tuple((status.st_dev, status.st_ino) for status in found)
 
 
 def announce(
     settings: MountSettings, device: str, directory: str, claims: tuple[tuple[int, int], ...]
 ) -> LiveMount:
     """Register this process as the daemon of a usable mount. Raises OSError."""
-    entry = LiveMount(
-        settings=settings,
-        pid=os.getpid(),
-        started=start_time(os.getpid()) or 0,
-        device=device,
-        since=time.time(),
-        claims=claims,
-        directory=directory,
-    )
+    pid = os.getpid()
+    started = start_time(pid) or 0
+    entry = LiveMount(settings, pid, started, device, time.time(), claims, directory=directory)
     entry.save()
     return entry
 
@@ -223,5 +220,4 @@ def mark_ending(entry: LiveMount) -> None:
 
 
 def describe_owner(entry: LiveMount) -> str:
-    """Describe the mount as part of a sentence."""
     return f"the live mount {quoted(entry.settings.mountpoint)} (pid {entry.pid})"

@@ -9,7 +9,9 @@ the mount table.
 from __future__ import annotations
 
 import os
+from collections import Counter
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from types import NoneType
 from typing import Any, Final
@@ -58,8 +60,7 @@ def mounts_of_others() -> Others:
     answers = ask_all({address: daemon.pid for address, daemon in daemons.items()}, _SECONDS)
     answered = []
     for address, answer in answers.items():
-        found = _confirmed(daemons[address], answer, table)
-        if found is not None:
+        if (found := _confirmed(daemons[address], answer, table)) is not None:
             answered.append(found)
     known = {mount.device for mount in answered}
     silent = [m for m in table if m.fstype == _SUBTYPE and owner_of(m) is not None and m.device not in known]
@@ -77,7 +78,7 @@ def _daemons() -> dict[str, _Daemon]:
     """Return other users' processes that listen under a daemon's name, by address (proc_net(5))."""
     prefix = "@" + abstract_name("")
     found: dict[str, _Daemon] = {}
-    counts: dict[int, int] = {}
+    counts: Counter[int] = Counter()
     with open("/proc/net/unix", encoding="utf-8", errors="surrogateescape") as sockets:
         for line in sockets:
             name = line.rstrip("\n").rpartition(" ")[2]
@@ -86,19 +87,14 @@ def _daemons() -> dict[str, _Daemon]:
             pid, _, started = name.removeprefix(prefix).partition("-")
             if not (pid.isdecimal() and started.isdecimal() and len(name) < 64):
                 continue
-            daemon = _process(int(pid), int(started))
-            if daemon is not None and counts.get(daemon.uid, 0) < _MOST_DAEMONS:
-                counts[daemon.uid] = counts.get(daemon.uid, 0) + 1
-                found["\0" + abstract_name(entry_name(daemon.pid, daemon.started))] = daemon
+            with suppress(OSError):
+                daemon = _Daemon(int(pid), int(started), os.stat(f"/proc/{int(pid)}").st_uid)
+                if not daemon.uid or not is_alive(daemon.pid, daemon.started):
+                    continue
+                counts[daemon.uid] += 1
+                if counts[daemon.uid] <= _MOST_DAEMONS:
+                    found["\0" + abstract_name(entry_name(daemon.pid, daemon.started))] = daemon
     return found
-
-
-def _process(pid: int, started: int) -> _Daemon | None:
-    try:
-        uid = os.stat(f"/proc/{pid}").st_uid
-    except OSError:
-        return None
-    return _Daemon(pid, started, uid) if uid and is_alive(pid, started) else None
 
 
 def _confirmed(daemon: _Daemon, answer: Mapping[str, Any], table: Sequence[MountEntry]) -> LiveMount | None:

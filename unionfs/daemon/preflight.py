@@ -82,7 +82,7 @@ def check(settings: MountSettings) -> None:
     """Raises UserError if these settings cannot be mounted. Changes nothing."""
     host = _Host(read_mountinfo())
     for lower in settings.lowers:
-        check_directory("lower", lower)
+        check_lower(lower)
     if settings.upper is not None and settings.work is not None:
         _check_writable_layers(settings, settings.upper, settings.work, host)
     _check_mountpoint(settings, host)
@@ -96,6 +96,17 @@ def check(settings: MountSettings) -> None:
             sources.check(spec)
             if not privileged:
                 sources.check_without_root(spec, read_only=settings.read_only)
+
+
+def check_lower(path: str) -> None:
+    """Raises UserError unless `path` is a readable directory, or an image that can be mounted."""
+    if os.path.isfile(path):
+        # For start-up time: few lowers are images.
+        from unionfs.union.images import check_image
+
+        check_image(path)
+    else:
+        check_directory("lower", path)
 
 
 def check_directory(kind: str, path: str, access: int = os.R_OK | os.X_OK) -> None:

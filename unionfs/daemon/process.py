@@ -54,26 +54,29 @@ class CapturedStderr:
         self._saved = os.dup(2)
         self._memory = os.memfd_create("stderr", os.MFD_CLOEXEC)
         os.dup2(self._memory, 2)
+        self._released = False
 
     def saved(self) -> int:
         """Return a new fd of the real stderr."""
         return os.dup(self._saved)
 
     def text(self) -> str:
-        """Return the output so far as one line."""
+        """Return the output so far as one line; empty after `release`."""
+        if self._released:
+            return ""
         size = os.fstat(self._memory).st_size
         lines = os.fsdecode(os.pread(self._memory, min(size, 4096), 0)).split("\n")
         return "; ".join(line.strip() for line in lines if line.strip())
 
     def release(self) -> None:
-        """Restore the real stderr."""
-        os.dup2(self._saved, 2)
-        os.close(self._saved)
-        os.close(self._memory)
+        if not self._released:
+            os.dup2(self._saved, 2)
+            os.close(self._saved)
+            os.close(self._memory)
+            self._released = True
 
 
 def explain(error: Exception, printed: str) -> str:
-    """Combine an error and libfuse's output into one sentence."""
     if isinstance(error, MountRefusedError):
         return " ".join(error.explained(printed).split())
     text = str(error) if isinstance(error, UserError) else f"internal error: {type(error).__name__}: {error}."
@@ -84,29 +87,20 @@ def explain(error: Exception, printed: str) -> str:
 
 
 def _serve_here(settings: MountSettings, directory: RuntimeDirectory) -> int:
-    captured: CapturedStderr | None = CapturedStderr()
-    assert captured is not None
+    captured = CapturedStderr()
     logs.to_stream(settings.log_level, os.fdopen(captured.saved(), "w", buffering=1))
     # The caller's directory may be inside the mountpoint and would keep it busy.
     os.chdir("/")
-
-    def on_usable() -> None:
-        nonlocal captured
-        if captured is not None:
-            captured.release()
-            captured = None
-
     try:
-        return 0 if _serve(settings, directory, on_usable, foreground=True) else 1
+        return 0 if _serve(settings, directory, captured.release, foreground=True) else 1
     except KeyboardInterrupt:
         raise UserError(f"mounting at {quoted(settings.mountpoint)} was interrupted; try again.") from None
     except Exception as error:
         if not isinstance(error, UserError):
             log.debug("the daemon failed", exc_info=True)
-        raise UserError(explain(error, "" if captured is None else captured.text())) from error
+        raise UserError(explain(error, captured.text())) from error
     finally:
-        if captured is not None:
-            captured.release()
+        captured.release()
 
 
 def _serve(
@@ -214,7 +208,9 @@ def _daemon(settings: MountSettings, path: str, writer: int) -> int:
     signal.pthread_sigmask(signal.SIG_UNBLOCK, _SIGNALS)
     standard_files_to_null()
     # Do not keep the caller's open files (pipes, locks, directories).
-    writer = _close_all_but(writer)
+    if writer != 3:
+        writer = os.dup2(writer, 3, inheritable=False)
+    os.closerange(4, 2**31 - 1)
     directory = RuntimeDirectory(path)
     captured = CapturedStderr()
     logs.to_host(settings.log_level, directory, settings.mountpoint)
@@ -241,11 +237,3 @@ def _daemon(settings: MountSettings, path: str, writer: int) -> int:
         with suppress(BrokenPipeError):
             os.write(writer, json.dumps(explain(error, captured.text())).encode("ascii") + b"\n")
         return 1
-
-
-def _close_all_but(fd: int) -> int:
-    """Close all fds except 0 to 2 and `fd`, which moves to 3. Returns 3."""
-    if fd != 3:
-        os.dup2(fd, 3, inheritable=False)
-    os.closerange(4, 2**31 - 1)
-    return 3

@@ -13,6 +13,7 @@ from typing import Final
 
 from unionfs.errors import UserError
 from unionfs.sys.capabilities import is_host_root, uid_outside
+from unionfs.sys.fds import Returned
 
 _SYSTEM: Final = "/run/unionfs"
 _LARGEST: Final = 4 << 20
@@ -32,7 +33,6 @@ class RuntimeDirectory:
             raise PermissionError(1, "it belongs to another user, or others may write it", path)
 
     def close(self) -> None:
-        """Close the directory."""
         if self.fd >= 0:
             os.close(self.fd)
             self.fd = -1
@@ -49,11 +49,10 @@ class RuntimeDirectory:
 
     def open(self, name: str, flags: int) -> int:
         """Open a regular file of this user; O_CREAT creates it with mode 0600. Raises OSError."""
-        fd = os.open(name, flags | _FLAGS, 0o600, dir_fd=self.fd)
-        status = os.fstat(fd)
-        if not stat.S_ISREG(status.st_mode) or status.st_uid != os.geteuid():
-            os.close(fd)
-            raise PermissionError(1, "it is not a regular file of this user", name)
+        with Returned(os.open(name, flags | _FLAGS, 0o600, dir_fd=self.fd)) as fd:
+            status = os.fstat(fd)
+            if not stat.S_ISREG(status.st_mode) or status.st_uid != os.geteuid():
+                raise PermissionError(1, "it is not a regular file of this user", name)
         return fd
 
     def read(self, name: str) -> bytes:
@@ -106,11 +105,8 @@ def runtime_directory() -> RuntimeDirectory:
             os.mkdir(path, 0o700)
         with suppress(OSError):
             directory = RuntimeDirectory(path)
-            try:
-                os.fchmod(directory.fd, 0o700)
-            except OSError:  # on a read-only filesystem
-                directory.close()
-                raise
+            with Returned(directory.fd) as fd:  # on a read-only filesystem it fails
+                os.fchmod(fd, 0o700)
             return directory
     raise UserError(
         f"none of {', '.join(candidates())} can be used for runtime files (not a directory of this user "

@@ -20,13 +20,16 @@ from unionfs.daemon.answering import serve_control
 from unionfs.daemon.claiming import Claim
 from unionfs.daemon.confine import confine
 from unionfs.daemon.lifetime import Lifetime, hold_signals
+from unionfs.daemon.orders import done, failed, order_in
 from unionfs.daemon.runtime import RuntimeDirectory
 from unionfs.daemon.serving import Serving
 from unionfs.daemon.stats import more_for
+from unionfs.daemon.syncing import sync
 from unionfs.errors import MountRefusedError, UserError, quoted, reason
 from unionfs.fuse.errors import SessionError
 from unionfs.fuse.operations import Operations
 from unionfs.settings.mount import MountSettings
+from unionfs.settings.options import ATIME
 from unionfs.union.layers import LayerStack
 from unionfs.union.tree import Union
 
@@ -144,7 +147,10 @@ class Service:
             self._storage.keep()
         self._on_usable()
 
-    def _answer(self, question: dict[str, Any]) -> dict[str, Any]:
+    async def _answer(self, question: dict[str, Any]) -> dict[str, Any]:
+        order = order_in(question)
+        if order is not None:
+            return await self._obey(order)
         upper = self._stack.upper
         return {
             "settings": self._settings().to_json(),
@@ -155,6 +161,15 @@ class Service:
             "upper_fd": None if upper is None else upper.root_fd,
             **more_for(question, self._operations.latencies),
         }
+
+    async def _obey(self, order: str) -> dict[str, Any]:
+        if order != "sync":
+            return failed("its daemon does not know that order")
+        try:
+            await sync(self._serving.locate(), self._stack)
+        except OSError as error:
+            return failed(reason(error))
+        return done()
 
     def _finish(self, *, connected: bool = False) -> bool:
         """Release everything: lowers first, the upper after its sync. Returns whether it is on disk."""
@@ -200,6 +215,7 @@ def _open(settings: MountSettings, directory: RuntimeDirectory) -> tuple[Announc
             volatile=settings.volatile,
             features=settings.features,
             scratch=scratch,
+            atime=[flag for flag in settings.flags if flag in (*ATIME, "nodiratime")],
         )
     except OSError as error:
         name = quoted(str(error.filename)) if error.filename else "the layers"

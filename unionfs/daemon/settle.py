@@ -170,7 +170,7 @@ def _chosen(name: str, by_letter: str, by_option: str | None, values: Sequence[s
 def _flags(options: Options, is_root: bool) -> tuple[str, ...]:
     chosen = {flag for flag in options.flags.values() if flag not in ("ro", "rw")}
     # Defaults; libfuse would pass them on to fusermount3, which refuses some of them.
-    chosen -= {"exec", "async", "atime", "diratime"}
+    chosen -= {"exec", "async", "atime", "relatime", "diratime"}
     if is_root:
         # libfuse defaults to nosuid,nodev; a root tree needs suid and dev (/dev, sudo, ping).
         chosen |= {"suid"} if "nosuid" not in chosen else set()

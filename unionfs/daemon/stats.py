@@ -12,16 +12,16 @@ from unionfs.daemon.live import LiveMount
 from unionfs.errors import UserError, quoted
 from unionfs.fuse.latency import Histogram, Latencies
 
-COUNTERS: Final = (
-    "read_bytes",
-    "written_bytes",
-    "copy_ups",
-    "copied_bytes",
-    "copy_up_seconds",
-    "opened_with_backing_file",
-    "backing_files_refused",
-)
-"""Figures that only grow; all others are gauges. Not every session has all of them."""
+COUNTERS: Final = {
+    "read_bytes": "read by the daemon",
+    "written_bytes": "written by the daemon",
+    "copy_ups": "copy-ups",
+    "copied_bytes": "copied up",
+    "copy_up_seconds": "time of copy-ups",
+    "opened_with_backing_file": "opens passed through",
+    "backing_files_refused": "pass-throughs refused",
+}
+"""Figures that only grow, with their words; all others are gauges. Not every session has all of them."""
 
 _WATCH: Final = "watch_seconds"
 _NS: Final = 1_000_000_000
@@ -88,7 +88,6 @@ def snapshot(mount: LiveMount, watch_seconds: float) -> Snapshot:
 
 
 def _silence(mount: LiveMount) -> UserError:
-    """Return the error that explains a missing answer."""
     name = quoted(mount.settings.mountpoint)
     if not mount.mounts():
         return MountGoneError(f"{name} is not mounted any more.")
@@ -104,8 +103,6 @@ def _silence(mount: LiveMount) -> UserError:
 
 @dataclass(frozen=True, slots=True)
 class Kind:
-    """Requests of one kind."""
-
     total: int
     """Since the mount."""
     per_second: float | None
@@ -128,7 +125,6 @@ class Span:
         return 0.0 if self.earlier is None else (self.now.clock_ns - self.earlier.clock_ns) / _NS
 
     def kinds(self) -> dict[str, Kind]:
-        """Return the requests by kind."""
         return {name: self._kind(name) for name in sorted(self.now.requests)}
 
     def _kind(self, name: str) -> Kind:
@@ -141,7 +137,6 @@ class Span:
         return Kind(total, (total - self.earlier.requests.get(name, 0)) / self.seconds, latency)
 
     def all_kinds(self) -> Kind:
-        """Return all requests as one kind."""
         kinds = self.kinds().values()
         latency = Histogram()
         for kind in kinds:

@@ -11,8 +11,9 @@ from unionfs.settings.mount import MountSettings
 from unionfs.settings.specs import Spec
 from unionfs.storage import served
 from unionfs.storage.attach import attach
+from unionfs.storage.model import VolumeUser
 from unionfs.storage.sources import Sources
-from unionfs.storage.users import release, user_of, with_names
+from unionfs.storage.users import release, with_names
 from unionfs.storage.volumes import Volumes
 from unionfs.sys import guardian
 from unionfs.sys.capabilities import CAP_SYS_ADMIN, has_capability
@@ -30,7 +31,7 @@ class Storage:
         Raises UserError, with everything undone.
         """
         self.settings = replace(settings, storage=with_names(settings.storage))
-        self._user = user_of(settings.mountpoint)
+        self._user = VolumeUser.of_this_process("mount", settings.mountpoint)
         self._kernel_mounts = has_capability(CAP_SYS_ADMIN)
         self._kept = False
         with on_failure("no process can be started", "end some others"):

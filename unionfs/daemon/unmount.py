@@ -129,9 +129,11 @@ def _clear(entry: live.LiveMount) -> None:
     """Release the volumes of a daemon that was killed together with its guardian."""
     if entry.settings.storage:
         # For start-up time: most unions have no storage.
-        from unionfs.storage.users import release, user_of
+        from unionfs.storage.model import VolumeUser
+        from unionfs.storage.users import release
 
-        release(entry.settings, user_of(entry.settings.mountpoint, entry.pid, entry.started))
+        mountpoint = entry.settings.mountpoint
+        release(entry.settings, VolumeUser.of_process("mount", entry.pid, entry.started, mountpoint))
     entry.remove()
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import stat
+from collections.abc import Callable
 from time import perf_counter_ns
 
 import trio
@@ -12,6 +13,8 @@ from unionfs.union.copyup import CopyUp, DataCopy, FileCopy
 from unionfs.union.files import OpenFile
 from unionfs.union.node import Node
 from unionfs.union.tree import Union
+
+Check = Callable[[], None]
 
 
 class CopyUps:
@@ -36,52 +39,65 @@ class CopyUps:
         mode: int | None = None,
         *,
         keep: bool = False,
+        check: Check = lambda: None,
     ) -> OpenFile | None:
         """Copy the node up if it is not in the upper; with `metacopy`, only its metadata.
 
         ``keep``: lend a regular file copied with its data to the caller (`OpenFiles`), with the permission
-        bits ``mode``, if set. Raises ``OSError``; then nothing is left of the copy.
+        bits ``mode``, if set. ``check``: raises OSError if the node must not be changed; it is called when
+        that takes the fewest system calls. Raises ``OSError``; then nothing is left of the copy.
         """
         node.territory.require_writable()
-        kept: OpenFile | None = None
-        while not node.in_place or node in self._running:
-            if await self._waited(node):
-                continue
-            if node.kind == stat.S_IFREG:
-                data = self.union.stack.features.metacopy != "on"
-                kept = await self._copied(
-                    FileCopy(self._copy_up, node, None, mode if data else None, data=data), keep=keep
-                )
-            else:
-                began = perf_counter_ns()
-                if node.is_dir:
-                    self._copy_up.directory(node)
-                else:
-                    self._copy_up.special(node)
-                self._count(began)
-        return kept
+        while await self._waited(node):
+            pass
+        if node.in_place:
+            check()
+            return None
+        if node.kind == stat.S_IFREG:
+            data = self.union.stack.features.metacopy != "on"
+            copy = FileCopy(self._copy_up, node, None, mode if data else None, data=data)
+            return await self._copied(copy, check, keep=keep)
+        check()
+        began = perf_counter_ns()
+        if node.is_dir:
+            self._copy_up.directory(node)
+        else:
+            self._copy_up.special(node)
+        self._count(began)
+        return None
 
     async def ensure_data(
-        self, node: Node, limit: int | None = None, *, keep: bool = False
+        self,
+        node: Node,
+        limit: int | None = None,
+        *,
+        keep: bool = False,
+        check: Check = lambda: None,
     ) -> OpenFile | None:
         """Copy the data of a regular file up too, unless it is in the upper.
 
         ``limit``: copy only that many bytes (truncation). ``keep``: lend the file, open for writing.
+        ``check``: see :meth:`ensure`.
         """
         if node.kind != stat.S_IFREG:
-            return await self.ensure(node)
+            return await self.ensure(node, check=check)
         node.territory.require_writable()
         while await self._waited(node):
             pass
         if not node.in_place:
-            return await self._copied(FileCopy(self._copy_up, node, limit), keep=keep)
+            return await self._copied(FileCopy(self._copy_up, node, limit), check, keep=keep)
         file = self.union.files.lend_for_writing(node)
         if file is None:
-            return await self._copied(DataCopy(self._copy_up, node, limit), keep=keep)
-        if keep:
-            return file
-        self.union.files.take_back(node, file)
-        return None
+            return await self._copied(DataCopy(self._copy_up, node, limit), check, keep=keep)
+        try:
+            check()
+        except BaseException:
+            keep = False
+            raise
+        finally:
+            if not keep:
+                self.union.files.take_back(node, file)
+        return file if keep else None
 
     async def _waited(self, node: Node) -> bool:
         """Wait for a copy-up of the node; returns False if there is none."""
@@ -96,9 +112,10 @@ class CopyUps:
         self.count += 1
         self.nanoseconds += perf_counter_ns() - began
 
-    async def _copied(self, new: FileCopy | DataCopy, *, keep: bool) -> OpenFile | None:
+    async def _copied(self, new: FileCopy | DataCopy, check: Check, *, keep: bool) -> OpenFile | None:
         began = perf_counter_ns()
         with new as copy:
+            check()
             if copy.is_quick:
                 copy.copy()
             else:

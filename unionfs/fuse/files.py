@@ -5,34 +5,30 @@ from __future__ import annotations
 import errno
 import os
 import stat
+from functools import partial
 from typing import Final
 
 from unionfs.fuse.copying import CopyUps
 from unionfs.fuse.inline import in_thread
 from unionfs.sys import calls
 from unionfs.sys.fds import Owned
+from unionfs.union import setids
 from unionfs.union.attributes import Attributes
 from unionfs.union.changes import Caller, Changes
-from unionfs.union.files import Handle, OpenFile, mode_without_set_ids
+from unionfs.union.files import Handle, OpenFile
 from unionfs.union.node import Node
+from unionfs.union.setids import Who
 from unionfs.union.tree import Union
 
 #: A write above this many bytes runs in a thread: it may wait for the disk.
 _LONG_WRITE: Final = 256 * 1024
 
 
-def drop_set_ids(fd: int) -> None:
-    """Clear setuid and setgid, as a write or truncation by an ordinary user does."""
-    mode = mode_without_set_ids(os.fstat(fd).st_mode)
-    if mode is not None:
-        os.fchmod(fd, mode)
-
-
-def truncate(file: OpenFile, size: int, *, kills_set_ids: bool) -> None:
-    """ftruncate(2); with ``kills_set_ids`` it clears setuid and setgid."""
+def truncate(file: OpenFile, size: int, killer: Who | None) -> None:
+    """ftruncate(2). ``killer``: the process, if it clears set-id bits."""
     os.ftruncate(file.fd, size)
-    if kills_set_ids:
-        drop_set_ids(file.fd)
+    if killer is not None:
+        setids.clear(file.fd, killer)
 
 
 class Opened(Handle):
@@ -77,47 +73,53 @@ class Files:
         """
         if flags & (os.O_ACCMODE | os.O_TRUNC) == os.O_RDONLY:
             return None
-        return await self._copy_ups.ensure_data(node, 0 if flags & os.O_TRUNC else None, keep=True)
+        truncates = bool(flags & os.O_TRUNC)
+        appends = bool(flags & os.O_APPEND) and not truncates
+        check = partial(self._union.flags.may_write, node, appends=appends)
+        return await self._copy_ups.ensure_data(node, 0 if truncates else None, keep=True, check=check)
 
-    def open_unread(self, node: Node, uid: int) -> int:
+    def open_unread(self, node: Node, who: Who) -> int:
         """Open a lower's file for reading whose data the kernel may have cached; returns the number."""
-        return self._register(node, self._open_files.lend_unread(node), uid, writes=False)
+        return self._register(node, self._open_files.lend_unread(node), who, writes=False)
 
     def open(
-        self, node: Node, flags: int, uid: int, prepared: OpenFile | None, *, kills_set_ids: bool
+        self, node: Node, flags: int, who: Who, prepared: OpenFile | None, *, kills_set_ids: bool
     ) -> int:
-        """Open a node, with the result of :meth:`prepare`; returns the number."""
+        """Open a node, with the result of :meth:`prepare`; returns the number.
+
+        ``kills_set_ids``: a truncation clears set-id bits.
+        """
         truncates = bool(flags & os.O_TRUNC)
         writes = flags & os.O_ACCMODE != os.O_RDONLY
         file = prepared or self._open_files.lend(node, write=writes or truncates)
         try:
             if truncates:
-                truncate(file, 0, kills_set_ids=kills_set_ids)
+                truncate(file, 0, who if kills_set_ids else None)
         except BaseException:
             self._open_files.take_back(node, file)
             raise
-        return self._register(node, file, uid, writes=writes)
+        return self._register(node, file, who, writes=writes)
 
     def create(
-        self, changes: Changes, parent: Node, name: bytes, mode: int, flags: int, caller: Caller
+        self, changes: Changes, parent: Node, name: bytes, mode: int, flags: int, caller: Caller, who: Who
     ) -> tuple[int, Node, Attributes]:
         """Create a file; returns its number too."""
         node, attributes, fd = changes.create(parent, name, stat.S_IMODE(mode), caller)
-        return self._created(node, fd, flags, caller), node, attributes
+        return self._created(node, fd, flags, who), node, attributes
 
     def tmpfile(
-        self, changes: Changes, parent: Node, mode: int, flags: int, caller: Caller
+        self, changes: Changes, parent: Node, mode: int, flags: int, caller: Caller, who: Who
     ) -> tuple[int, Node, Attributes]:
         """Create a file without a name; returns its number too."""
         node, attributes, fd = changes.tmpfile(parent, stat.S_IMODE(mode), caller, flags)
-        return self._created(node, fd, flags, caller), node, attributes
+        return self._created(node, fd, flags, who), node, attributes
 
-    def _created(self, node: Node, fd: int, flags: int, caller: Caller) -> int:
+    def _created(self, node: Node, fd: int, flags: int, who: Who) -> int:
         file = self._open_files.lend_new(node, fd)
-        return self._register(node, file, caller.uid, writes=flags & os.O_ACCMODE != os.O_RDONLY)
+        return self._register(node, file, who, writes=flags & os.O_ACCMODE != os.O_RDONLY)
 
-    def _register(self, node: Node, file: OpenFile, uid: int, *, writes: bool) -> int:
-        handle = Opened(file, uid, writes=writes)
+    def _register(self, node: Node, file: OpenFile, who: Who, *, writes: bool) -> int:
+        handle = Opened(file, who, writes=writes)
         handle.node = node
         assert node.use is not None
         node.use.handles.append(handle)
@@ -150,11 +152,14 @@ class Files:
         return data
 
     async def write(
-        self, file: OpenFile, offset: int, data: bytes | memoryview, *, kills_set_ids: bool
+        self, file: OpenFile, offset: int, data: bytes | memoryview, killer: Who | None
     ) -> int:
-        """Write; returns the number of bytes, short only if there is no space for more."""
-        if kills_set_ids:
-            drop_set_ids(file.fd)
+        """Write; returns the number of bytes, short only if there is no space for more.
+
+        ``killer``: the process, if it clears set-id bits.
+        """
+        if killer is not None:
+            setids.clear(file.fd, killer)
         if len(data) <= _LONG_WRITE or not file.waits:
             count = file.write(data, offset)
         else:

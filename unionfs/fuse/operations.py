@@ -17,6 +17,7 @@ import resource
 import stat
 from collections import Counter
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Final, NamedTuple
 
 from unionfs.fuse.copying import CopyUps
@@ -28,12 +29,12 @@ from unionfs.fuse.latency import Latencies
 from unionfs.sys import calls
 from unionfs.sys.calls import os_error
 from unionfs.sys.fds import Owned
-from unionfs.sys.process import supplementary_groups
 from unionfs.union.attributes import Attributes
 from unionfs.union.changes import ACL_DEFAULT, Caller, Changes
 from unionfs.union.copyup import CopyUp
-from unionfs.union.files import SET_IDS, mode_without_set_ids
+from unionfs.union.flags import APPEND, IMMUTABLE
 from unionfs.union.node import Node
+from unionfs.union.setids import SET_IDS, Who, is_outside, mode_after
 from unionfs.union.tree import Union
 from unionfs.union.xattrs import CAPABILITY
 
@@ -51,8 +52,8 @@ class Change(NamedTuple):
     mode: int | None = None
     atime_ns: int | None = None
     mtime_ns: int | None = None
-    kills_set_ids: bool = False
-    """Clear setuid and setgid: the caller may not keep them."""
+    killer: Who | None = None
+    """The process, if its change clears set-id bits."""
 
 
 def _owner(change: Change) -> tuple[int, int]:
@@ -161,6 +162,7 @@ class Operations:
         node = self.node(id_)
         if node.territory is not self.directory(new_parent).territory:
             raise os_error(errno.EXDEV)
+        self.union.flags.may_link(node, self.directory(new_parent))
         await self.copy_ups.ensure(node)
         if not self.changes.finds_data(node):
             await self.copy_ups.ensure_data(node)
@@ -204,10 +206,11 @@ class Operations:
         """truncate(2), chown(2), chmod(2) and utimensat(2), in this order."""
         node = self.node(id_)
         only_mode = change.mode if change == Change(mode=change.mode) else None
+        check = partial(self._may_set, node, change, handle)
         if change.size is None:
-            kept = await self.copy_ups.ensure(node, only_mode, keep=True)
+            kept = await self.copy_ups.ensure(node, only_mode, keep=True, check=check)
         else:
-            kept = await self.copy_ups.ensure_data(node, change.size, keep=True)
+            kept = await self.copy_ups.ensure_data(node, change.size, keep=True, check=check)
         try:
             if kept is not None and only_mode is not None:
                 assert kept.st is not None
@@ -218,20 +221,33 @@ class Operations:
             if kept is not None:
                 self.union.files.take_back_later(node, kept)
 
+    def _may_set(self, node: Node, change: Change, handle: Opened | None) -> None:
+        """Raise EPERM for a change that the node's flags forbid."""
+        flags = self.union.flags
+        if change.uid is not None or change.gid is not None or change.mode is not None:
+            flags.may_change(node)
+        if change.size is not None and (handle is None or flags.of(node) & APPEND):
+            flags.may_write(node, appends=False)
+        # With writeback the kernel sends the time of a write, which was permitted, by itself.
+        if change.atime_ns is not None or not self.union.files.is_open_for_writing(node):
+            flags.may_set_times(node, [one for one in (change.atime_ns, change.mtime_ns) if one is not None])
+
     def _set(self, node: Node, change: Change, handle: Opened | None) -> Found:
         node.changes()
+        changes_owner = change.uid is not None or change.gid is not None
         if change.size is not None:
-            self._truncate(node, change.size, handle, kills_set_ids=change.kills_set_ids)
-        elif change.kills_set_ids and change.uid is None and change.gid is None:
-            self._drop_set_ids(node)
+            self._truncate(node, change.size, handle, change.killer)
+        elif change.killer is not None and (change.killer.uid != 0 or not changes_owner):
+            # before a chown, which looks at the old group; root's own clears the bits by itself
+            self._drop_set_ids(node, change.killer)
         file = None if node.use is None or not node.data_in_place else node.use.file
         if file is not None and file.users:
             self._set_open(file.fd, change)
             return node, node.attributes_of(os.fstat(file.fd))
-        if change.uid is not None or change.gid is not None or change.mode is not None:
+        if changes_owner or change.mode is not None:
             fd, opened = self.union.path_fd(node)
             try:
-                if change.uid is not None or change.gid is not None:
+                if changes_owner:
                     calls.chown_fd(fd, *_owner(change))
                 if change.mode is not None:
                     os.chmod(b"/proc/self/fd/%d" % fd, stat.S_IMODE(change.mode))
@@ -252,21 +268,23 @@ class Operations:
         if change.atime_ns is not None or change.mtime_ns is not None:
             calls.futimens(fd, change.atime_ns, change.mtime_ns)
 
-    def _drop_set_ids(self, node: Node) -> None:
-        mode = mode_without_set_ids(self.union.stat(node).st_mode)
+    def _drop_set_ids(self, node: Node, killer: Who) -> None:
+        if node.is_dir:
+            return  # chown(2) keeps them on directories
+        mode = mode_after(self.union.stat(node), killer)
         if mode is not None:
             with self.union.checked_path(node) as path:
                 os.chmod(path, mode)
 
-    def _truncate(self, node: Node, size: int, handle: Opened | None, *, kills_set_ids: bool) -> None:
+    def _truncate(self, node: Node, size: int, handle: Opened | None, killer: Who | None) -> None:
         if node.kind != stat.S_IFREG:
             raise os_error(errno.EINVAL)
         if handle is not None and handle.file.writable:
-            truncate(handle.file, size, kills_set_ids=kills_set_ids)
+            truncate(handle.file, size, killer)
             return
         file = self.union.files.lend(node, write=True)
         try:
-            truncate(file, size, kills_set_ids=kills_set_ids)
+            truncate(file, size, killer)
         finally:
             self.union.files.take_back(node, file)
 
@@ -310,7 +328,7 @@ class Operations:
             raise os_error(errno.EOPNOTSUPP)
         node = self.node(id_)
         stored = node.territory.stored_name(name)
-        await self.copy_ups.ensure(node)
+        await self.copy_ups.ensure(node, check=partial(self.union.flags.may_change, node))
         node.changes()
         self.union.capabilities.changed(node)
         with self.union.checked_path(node) as path:
@@ -329,14 +347,9 @@ class Operations:
             with self.union.checked_path(node) as path:
                 os.chmod(path, stat.S_IMODE(st.st_mode) & ~stat.S_ISGID)
 
-    def is_outside_group(self, node: Node, uid: int, gid: int, pid: int) -> bool:
-        """Whether a caller is neither root nor in the group of the node's object.
-
-        A request has no supplementary groups: they come from /proc/PID/status. A caller that has exited
-        counts as in none.
-        """
-        group = self.union.stat(node).st_gid
-        return uid != 0 and gid != group and group not in supplementary_groups(pid)
+    def is_outside_group(self, node: Node, who: Who) -> bool:
+        """Whether a process is neither root's nor in the group of the node's object."""
+        return is_outside(who, self.union.stat(node).st_gid)
 
     async def removexattr(self, id_: int, name: bytes, uid: int) -> None:
         """Remove an xattr, for user ``uid``."""
@@ -354,6 +367,9 @@ class Operations:
     async def _removexattr(self, id_: int, name: bytes) -> None:
         node = self.node(id_)
         stored = node.territory.stored_name(name)
+        # The kernel removes capabilities by itself, before a write.
+        if name != CAPABILITY or self.union.flags.of(node) & IMMUTABLE:
+            self.union.flags.may_change(node)
         if not node.in_place:
             with self.union.checked_path(node) as path:
                 os.getxattr(path, stored)  # no copy-up if there is nothing to remove

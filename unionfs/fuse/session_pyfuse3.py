@@ -19,6 +19,7 @@ from unionfs.sys.calls import os_error
 from unionfs.sys.liveness import is_dead
 from unionfs.sys.mountinfo import mounted_at, mounts_of_device
 from unionfs.union.changes import Caller
+from unionfs.union.setids import Process
 
 log = logging.getLogger(__name__)
 
@@ -233,14 +234,16 @@ class PyfuseOperations(pyfuse3.Operations):  # type: ignore[misc,unused-ignore]
         fh: int | None,
         ctx: pyfuse3.RequestContext,
     ) -> pyfuse3.EntryAttributes:
+        kills = fields.update_size or fields.update_uid or fields.update_gid
         change = Change(
             size=attr.st_size if fields.update_size else None,
             uid=attr.st_uid if fields.update_uid else None,
             gid=attr.st_gid if fields.update_gid else None,
-            mode=attr.st_mode if fields.update_mode else None,
+            # with another change, the mode is the kernel's, which clears set-id bits, but not for the group
+            mode=attr.st_mode if fields.update_mode and not kills else None,
             atime_ns=attr.st_atime_ns if fields.update_atime else None,
             mtime_ns=attr.st_mtime_ns if fields.update_mtime else None,
-            kills_set_ids=fields.update_size and ctx.uid != 0,
+            killer=_killer(ctx) if kills else None,
         )
         handle = None if fh is None else self.files.get(fh)
         return _entry(await self.operations.setattr(inode, change, handle))
@@ -269,7 +272,7 @@ class PyfuseOperations(pyfuse3.Operations):  # type: ignore[misc,unused-ignore]
     @_request
     async def setxattr(self, inode: int, name: bytes, value: bytes, ctx: pyfuse3.RequestContext) -> None:
         node = await self.operations.setxattr(inode, name, value)
-        if name == ACL + b"access" and self.operations.is_outside_group(node, ctx.uid, ctx.gid, ctx.pid):
+        if name == ACL + b"access" and self.operations.is_outside_group(node, ctx):
             self.operations.drop_group_set_id(node)
 
     @_request
@@ -282,7 +285,8 @@ class PyfuseOperations(pyfuse3.Operations):  # type: ignore[misc,unused-ignore]
     async def open(self, inode: int, flags: int, ctx: pyfuse3.RequestContext) -> pyfuse3.FileInfo:
         node = self.operations.node(inode)
         prepared = await self.files.prepare(node, flags)
-        number = self.files.open(node, flags, ctx.uid, prepared, kills_set_ids=ctx.uid != 0)
+        who = Process(ctx.uid, ctx.gid, ctx.pid)
+        number = self.files.open(node, flags, who, prepared, kills_set_ids=ctx.uid != 0)
         return _opened(number, keep_cache=node.territory.lasting)
 
     @_request
@@ -291,8 +295,9 @@ class PyfuseOperations(pyfuse3.Operations):  # type: ignore[misc,unused-ignore]
     ) -> tuple[pyfuse3.FileInfo, pyfuse3.EntryAttributes]:
         parent = self.operations.directory(parent_inode)
         number, node, attributes = self.files.create(
-            self.operations.changes, parent, name, mode, flags, Caller(ctx.uid, ctx.gid)
-        )
+            self.operations.changes, parent, name, mode, flags, Caller(ctx.uid, ctx.gid),
+            Process(ctx.uid, ctx.gid, ctx.pid),
+        )  # fmt: skip
         return _opened(number), self._found((node, attributes))
 
     @_request
@@ -311,7 +316,7 @@ class PyfuseOperations(pyfuse3.Operations):  # type: ignore[misc,unused-ignore]
     async def write(self, fh: int, off: int, buf: bytes) -> int:
         # The library negotiates HANDLE_KILLPRIV, so the daemon clears set-id bits.
         handle = self.files[fh]
-        return await self.files.write(handle.file, off, buf, kills_set_ids=handle.uid != 0)
+        return await self.files.write(handle.file, off, buf, handle.who if handle.who.uid else None)
 
     @_request
     async def flush(self, fh: int) -> None:
@@ -377,6 +382,11 @@ class PyfuseOperations(pyfuse3.Operations):  # type: ignore[misc,unused-ignore]
 _STATVFS: Final = (
     "f_bsize", "f_frsize", "f_blocks", "f_bfree", "f_bavail", "f_files", "f_ffree", "f_favail", "f_namemax",
 )  # fmt: skip
+
+
+def _killer(ctx: pyfuse3.RequestContext) -> Process | None:
+    """The process of a request, if its changes clear set-id bits."""
+    return Process(ctx.uid, ctx.gid, ctx.pid) if ctx.uid else None
 
 
 def _opened(number: int, *, keep_cache: bool = True) -> pyfuse3.FileInfo:

@@ -13,6 +13,8 @@ if TYPE_CHECKING:
 SESSIONS = ("auto", "direct", "pyfuse3")
 IO_MODES = ("auto", "hybrid", "passthrough", "cached")
 LOG_LEVELS = ("debug", "info", "warning", "error")
+NOT_FOR_LIBFUSE = frozenset({"strictatime", "nodiratime"})
+"""Mount flags that libfuse and fusermount3 refuse. FUSE itself changes no access times (fs/fuse/inode.c)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,7 +67,7 @@ class MountSettings:
             options.append("allow_root")
         if self.read_only:
             options.append("ro")
-        return options + list(self.flags)
+        return options + [flag for flag in self.flags if flag not in NOT_FOR_LIBFUSE]
 
     def to_json(self) -> dict[str, Any]:
         """Return the settings as plain values, for `from_json`."""

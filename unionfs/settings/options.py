@@ -67,6 +67,9 @@ def split_lowers(value: str) -> list[str]:
     return [unescape_option(part) for part in parts]
 
 
+ATIME = ("atime", "relatime", "noatime", "strictatime")
+"""When reading a file of the upper changes its access time."""
+
 # Mount flags that are passed on; the last flag of a group wins.
 _FLAG_GROUPS: tuple[tuple[str, ...], ...] = (
     ("dev", "nodev"),
@@ -75,18 +78,18 @@ _FLAG_GROUPS: tuple[tuple[str, ...], ...] = (
     ("ro", "rw"),
     ("sync", "async"),
     ("dirsync",),
-    ("atime", "noatime"),
+    ATIME,
     ("diratime", "nodiratime"),
 )
 _GROUP_OF = {flag: group for group in _FLAG_GROUPS for flag in group}
 
-# Options without meaning for a union: FUSE does not update atime itself (fs/fuse/inode.c sets S_NOATIME),
-# lazytime is up to the kernel, and the rest are for fstab and mount(8).
+# Options without meaning for a union: relatime is the kernel's default, lazytime is up to the kernel, and the
+# rest are for fstab and mount(8).
 _SKIPPED_WORDS = frozenset({
     "defaults", "auto", "noauto", "user", "nouser", "users", "nousers", "owner", "noowner", "group",
     "nogroup", "nofail", "_netdev", "symfollow",
-    "relatime", "norelatime", "strictatime", "nostrictatime", "lazytime",
-    "nolazytime", "iversion", "noiversion", "loud", "silent", "default_permissions", "nonempty", "intr",
+    "norelatime", "nostrictatime", "lazytime", "nolazytime",
+    "iversion", "noiversion", "loud", "silent", "default_permissions", "nonempty", "intr",
     "nointr", "use_ino", "readdir_ino", "big_writes", "large_read", "splice_read", "splice_write",
     "splice_move", "no_splice_read", "no_splice_write", "no_splice_move",
 })  # fmt: skip

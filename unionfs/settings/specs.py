@@ -49,8 +49,6 @@ class TmpfsOptions:
 
 @dataclass(frozen=True, slots=True)
 class VolumeSpec:
-    """A named or anonymous volume."""
-
     kind: ClassVar[str] = "volume"
 
     target: str
@@ -68,7 +66,6 @@ class VolumeSpec:
 
     @property
     def source(self) -> str:
-        """Its name for use in a sentence."""
         return f"volume {self.name}" if self.name and not self.anonymous else "an anonymous volume"
 
 
@@ -92,7 +89,6 @@ class BindSpec:
 
     @property
     def source(self) -> str:
-        """Its name for use in a sentence."""
         return self.path
 
 
@@ -109,7 +105,6 @@ class TmpfsSpec:
 
     @property
     def source(self) -> str:
-        """Its name for use in a sentence."""
         return "a tmpfs"
 
 

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from unionfs.errors import UserError, quoted
 from unionfs.settings.sizes import parse_count, parse_tmpfs_size
@@ -72,18 +72,10 @@ def _tmpfs_options(option: str, words: Iterable[str], options: TmpfsOptions) -> 
     for word in words:
         name, equals, value = word.partition("=")
         match name:
-            case "size":
-                size = value_of(option, name, value, parse_tmpfs_size, "a size as 64m, or 50%")
-                options = replace(options, size=size)
-            case "mode":
-                mode = value_of(option, name, value, octal, "an octal mode as 1777")
-                options = replace(options, mode=mode)
-            case "nr_inodes":
-                count = value_of(option, name, value, parse_count, "a number as 10k")
-                options = replace(options, nr_inodes=count)
-            case "uid" | "gid":
-                number = value_of(option, name, value, _id, "a number")
-                options = replace(options, **{name: number})  # type: ignore[arg-type]
+            case _ if name in _TMPFS_VALUES:
+                value_parser, what = _TMPFS_VALUES[name]
+                parsed = value_of(option, name, value, value_parser, what)
+                options = replace(options, **{name: parsed})
             case "swap" | "noswap" if not equals:
                 options = replace(options, swap=name == "swap")
             case _ if name in _TMPFS_MORE:
@@ -108,6 +100,15 @@ def _id(text: str) -> int:
     if not text.isascii() or not text.isdecimal() or int(text) >= 2**32 - 1:
         raise ValueError(text)
     return int(text)
+
+
+_TMPFS_VALUES: Mapping[str, tuple[Callable[[str], Any], str]] = {
+    "size": (parse_tmpfs_size, "a size as 64m, or 50%"),
+    "mode": (octal, "an octal mode as 1777"),
+    "nr_inodes": (parse_count, "a number as 10k"),
+    "uid": (_id, "a number"),
+    "gid": (_id, "a number"),
+}
 
 
 def value_of(option: str, name: str, text: str, parse: Callable[[str], _T], what: str) -> _T:

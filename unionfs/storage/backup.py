@@ -37,8 +37,6 @@ _MOST_NOTES = 20
 
 @dataclass
 class Report:
-    """The result of an operation."""
-
     entries: int = 0
     size: int = 0
     """Bytes of content."""
@@ -50,23 +48,19 @@ class Report:
     more_notes: int = 0
 
     def count(self, entries: int, size: int) -> None:
-        """Add to the counts of entries and content bytes."""
         self.entries += entries
         self.size += size
 
     def note(self, sentence: str) -> None:
-        """Add a sentence about something left out or changed."""
         if len(self.notes) < _MOST_NOTES:
             self.notes.append(sentence)
         else:
             self.more_notes += 1
 
     def shared_blocks(self) -> None:
-        """Record that every file was copied by sharing its blocks."""
         self.how = "sharing blocks (reflinks)"
 
     def note_unstable(self, entry: Entry) -> None:
-        """Add a sentence about a file that changed during every read attempt."""
         self.unstable += 1
         self.note(
             f"{quoted(os.fsdecode(entry.path))} changed each time it was read; the archive holds it as it "
@@ -295,7 +289,6 @@ def verify_volume(volumes: Volumes, name: str, progress: Progress | None = None)
 
 
 def _compare(known: Beside, found: Differences, raw: bytes) -> None:
-    """Compare the next line of a walk with the manifest."""
     new = Line(raw)
     if new.state == AGAIN:
         return

@@ -16,8 +16,6 @@ ANONYMOUS_LABEL = "com.docker.volume.anonymous"
 
 @dataclass(frozen=True, slots=True)
 class Volume:
-    """A named volume."""
-
     name: str
     driver: str
     mountpoint: str
@@ -67,7 +65,12 @@ class VolumeUser:
     @classmethod
     def of_this_process(cls, kind: str, what: str = "") -> str:
         """Returns the text for this process."""
-        return f"{kind}:{os.getpid()}:{start_time(os.getpid()) or 0}:{what}"
+        return cls.of_process(kind, os.getpid(), start_time(os.getpid()) or 0, what)
+
+    @classmethod
+    def of_process(cls, kind: str, pid: int, started: int, what: str) -> str:
+        """Returns the text for a process."""
+        return f"{kind}:{pid}:{started}:{what}"
 
     def _process(self) -> tuple[int, int] | None:
         parts = self.text.split(":", 3)
@@ -77,7 +80,6 @@ class VolumeUser:
 
     @property
     def is_gone(self) -> bool:
-        """Whether the process named in the text has ended."""
         process = self._process()
         return process is not None and not is_alive(*process)
 

@@ -9,7 +9,6 @@ import tempfile
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
-from typing import IO
 
 from unionfs.errors import UserError, quoted
 from unionfs.sys.capabilities import CAP_SYS_ADMIN, has_capability
@@ -133,18 +132,13 @@ def run_program(
                 f"{complaint}: {command[0]} gave no answer in {_SECONDS:.0f} s; check that its server can be "
                 "reached."
             ) from error
-        printed = [os.fsdecode(_start_of(file)) for file in (err, out)]
+        printed = [os.fsdecode(os.pread(file.fileno(), 1 << 16, 0)) for file in (err, out)]
     if code not in good:
         text = " ".join((printed[0].strip() or printed[1]).split()) or f"it ended with {code}"
         text = text.removesuffix("dmesg(1) may have more information after failed mount system call.").strip()
         text = text.removeprefix(f"{command[0]}: ").rstrip(".")
         raise UserError(f"{complaint}: {command[0]}: {text}; check the volume's options.")
     return printed[1]
-
-
-def _start_of(file: IO[bytes]) -> bytes:
-    file.seek(0)
-    return file.read(1 << 16)
 
 
 _PACKAGES = {

@@ -92,7 +92,6 @@ def _recorded(directory: str, at: int) -> Volume | None:
 
 
 def is_lost(directory: str) -> bool:
-    """Whether a volume's record is missing or damaged."""
     try:
         with fds.directory(directory) as at:
             return _recorded(directory, at) is None
@@ -105,15 +104,12 @@ def write(volume: Volume, users: Iterable[VolumeUser] | None = None) -> None:
     path = f"{volume.directory}/{_RECORD}"
     if users is None:
         users = _earlier_users(volume.directory)
-    try:
+    with _recording(volume.name, path):
         jsonfiles.write(path, {**volume.to_json(), "users": [[user.text, user.path] for user in users]})
-    except OSError as error:
-        raise _unrecorded(volume.name, path, error) from error
     _keep_spare(volume.directory)
 
 
 def keep_damaged(directory: str) -> None:
-    """Rename an unreadable record."""
     with suppress(FileNotFoundError):
         os.rename(f"{directory}/{_RECORD}", f"{directory}/{_RECORD}.damaged")
 
@@ -146,13 +142,14 @@ def users(directory: str) -> list[VolumeUser]:
 def add_user(directory: str, user: VolumeUser) -> None:
     """Record a user; adding it again has no effect. Raises UserError."""
     path, values = _user_file(directory, user.text), [user.text, user.path]
-    try:
-        jsonfiles.write(path, values, sync=False)
-    except OSError as error:
-        if not jsonfiles.write_into(f"{directory}/{_SPARE}", path, values):
-            raise _unrecorded(os.path.basename(directory), path, error) from error
-    else:
-        _keep_spare(directory)
+    with _recording(os.path.basename(directory), path):
+        try:
+            jsonfiles.write(path, values, sync=False)
+        except OSError:
+            if not jsonfiles.write_into(f"{directory}/{_SPARE}", path, values):
+                raise
+        else:
+            _keep_spare(directory)
     if earlier := _earlier_users(directory):
         _write_earlier_users(directory, [*(one for one in earlier if one.text != user.text), user])
 
@@ -210,8 +207,6 @@ def _unreadable(path: str, error: OSError) -> UserError:
     )
 
 
-def _unrecorded(name: str, path: str, error: OSError) -> UserError:
-    return UserError(
-        f"volume {quoted(name)} cannot be recorded in {quoted(path)}: {reason(error)}; free space or check "
-        "the permissions."
-    )
+def _recording(name: str, path: str) -> on_failure:
+    what = f"volume {quoted(name)} cannot be recorded in {quoted(path)}"
+    return on_failure(what, "free space or check the permissions")

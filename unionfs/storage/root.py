@@ -10,7 +10,6 @@ Only its owner may enter or write these directories: their content is trusted, t
 
 from __future__ import annotations
 
-import errno
 import os
 import stat
 from collections.abc import Mapping
@@ -19,12 +18,11 @@ from contextlib import suppress
 from unionfs.errors import UserError, on_failure, quoted, reason
 from unionfs.sys.capabilities import is_host_root
 from unionfs.sys.fds import Owned
-from unionfs.sys.mountinfo import split_path
+from unionfs.sys.walking import Step, walk
 
 ENVIRONMENT = "UNIONFS_ROOT"
 _SYSTEM = "/var/lib/unionfs"
 _MODE = 0o700
-_MOST_LINKS = 40  # MAXSYMLINKS, include/linux/namei.h
 _OTHER = f"give another storage root by --root or {ENVIRONMENT}"
 
 
@@ -162,30 +160,13 @@ def _check_owner(path: str, status: os.stat_result) -> None:
 
 def _check_way(root: str) -> None:
     """Refuse a path that a user other than root could redirect. Raises UserError, OSError."""
-    place, waiting, links = "/", [*reversed(split_path(root))], 0
-    _check_above(root, place, os.lstat(place))
-    while waiting:
-        name = waiting.pop()
-        if name == "..":
-            place = os.path.dirname(place)
-            continue
-        path = os.path.join(place, name)
-        try:
-            status = os.lstat(path)
-        except FileNotFoundError:
-            return
-        if stat.S_ISLNK(status.st_mode):
-            _check_above(root, path, status)
-            links += 1
-            if links > _MOST_LINKS:
-                raise OSError(errno.ELOOP, os.strerror(errno.ELOOP))
-            target = os.readlink(path)
-            place = "/" if target.startswith("/") else place
-            waiting += [part for part in reversed(target.split("/")) if part not in ("", ".")]
-            continue
-        place = path
-        if waiting:
-            _check_above(root, place, status)
+
+    def look(step: Step) -> None:
+        if not step.is_last:
+            _check_above(root, step.path, step.status)
+
+    with suppress(FileNotFoundError), Owned(walk(root, look)):
+        pass
 
 
 def _check_above(root: str, path: str, status: os.stat_result) -> None:

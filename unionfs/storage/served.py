@@ -30,7 +30,6 @@ class UnionTree:
         self._caller = Caller(os.geteuid(), os.getegid())
 
     def node(self, names: Names) -> Node:
-        """The node at a path. Raises OSError with ENOENT."""
         node = self._union.nodes.root
         for name in names:
             found = self._union.lookup(node, name)

@@ -89,9 +89,10 @@ class Sources:
             ) from error
 
     def _open_volume(self, spec: VolumeSpec) -> tuple[VolumeSpec, Volume, int]:
-        made = self._volumes.ensure(
-            spec.name, driver=spec.driver, options=dict(spec.options), anonymous=spec.anonymous
-        )
+        options = dict(spec.options)
+        # As in Docker, a name alone stands for an existing volume of any driver and options.
+        driver = None if spec.driver == "local" and not options else spec.driver
+        made = self._volumes.create(spec.name, driver=driver, options=options, anonymous=spec.anonymous)
         if spec.anonymous:
             self.undo.callback(_quietly, lambda: self._volumes.remove(made.name, missing_ok=True))
         path = self._volumes.attach(made.name, self._user)
@@ -190,9 +191,4 @@ def _make_directories(path: str, undo: ExitStack) -> None:
         _make_directories(above, undo)
     with suppress(FileExistsError):
         os.mkdir(path, 0o755)
-        undo.callback(_remove_directory, path)
-
-
-def _remove_directory(path: str) -> None:
-    with suppress(OSError):
-        os.rmdir(path)
+        undo.callback(_quietly, lambda: os.rmdir(path))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from unionfs.sys.mountinfo import mount_id_of_fd, read_mountinfo
+from unionfs.sys.mountinfo import mount_id_of_fd, mount_of_id
 
 
 def are_sshfs(fd: int) -> bool:
@@ -12,5 +12,5 @@ def are_sshfs(fd: int) -> bool:
     (draft-ietf-secsh-filexfer-02, 6.9), so it would change the link's target, anywhere on the server. sshfs
     hides symlinks that are absolute or lead up, unless the option no_contain_symlinks is set.
     """
-    mount_id = mount_id_of_fd(fd)
-    return any(entry.mount_id == mount_id and entry.fstype == "fuse.sshfs" for entry in read_mountinfo())
+    mount = mount_of_id(mount_id_of_fd(fd))
+    return mount is not None and mount.fstype == "fuse.sshfs"

@@ -53,7 +53,6 @@ class Target:
 
     @property
     def path(self) -> str:
-        """The absolute path in the tree."""
         return "/" + os.fsdecode(b"/".join(self.names))
 
 

@@ -7,7 +7,6 @@ import stat
 
 from unionfs.storage.drivers import image
 from unionfs.storage.model import Volume
-from unionfs.storage.volumes import Volumes
 
 
 def size_of_tree(path: str) -> int:
@@ -42,21 +41,12 @@ def size_of_tree(path: str) -> int:
                 if (status.st_dev, status.st_ino) in seen:
                     continue
                 seen.add((status.st_dev, status.st_ino))
-            total += (
-                min(status.st_size, status.st_blocks * 512)
-                if stat.S_ISREG(status.st_mode)
-                else status.st_size
-            )
+            held = status.st_blocks * 512 if stat.S_ISREG(status.st_mode) else status.st_size
+            total += min(status.st_size, held)
     finally:
         for fd in waiting:
             os.close(fd)
     return total
-
-
-def size_of(volumes: Volumes, volume: Volume) -> int:
-    """The bytes of a volume's files; mounts the volume for the walk. Raises UserError, OSError."""
-    with volumes.used(volume.name, "measurement") as path:
-        return size_of_tree(path)
 
 
 def reclaimable(volume: Volume) -> int:

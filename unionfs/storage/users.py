@@ -1,9 +1,8 @@
-"""Users of volumes: the text that names a mount as a user, and the release of its volumes."""
+"""Mounts as users of volumes."""
 
 from __future__ import annotations
 
 import logging
-import os
 from collections.abc import Sequence
 from dataclasses import replace
 
@@ -12,7 +11,6 @@ from unionfs.settings.mount import MountSettings
 from unionfs.settings.names import anonymous_name
 from unionfs.settings.specs import Spec, VolumeSpec
 from unionfs.storage.volumes import Volumes
-from unionfs.sys.process import start_time
 
 log = logging.getLogger(__name__)
 
@@ -23,14 +21,6 @@ def with_names(specs: Sequence[Spec]) -> tuple[Spec, ...]:
         replace(spec, name=anonymous_name()) if isinstance(spec, VolumeSpec) and spec.name is None else spec
         for spec in specs
     )
-
-
-def user_of(mountpoint: str, pid: int | None = None, started: int | None = None) -> str:
-    """The text mount:PID:STARTTIME:MOUNTPOINT for a mount, of this process by default."""
-    if pid is None:
-        pid = os.getpid()
-        started = start_time(pid)
-    return f"mount:{pid}:{started or 0}:{mountpoint}"
 
 
 def release(settings: MountSettings, user: str) -> None:

@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import replace
 
-from unionfs.errors import UserError, quoted, reason
+from unionfs.errors import UserError, on_failure, quoted
 from unionfs.settings.names import anonymous_name, check_name, is_name
 from unionfs.storage import locks, records
 from unionfs.storage.drivers import Driver, find_driver
@@ -62,7 +62,6 @@ class Volumes:
         return found
 
     def get(self, name: str) -> Volume:
-        """The volume of that name."""
         found = self._find(check_name(name))
         if found is None:
             raise UserError(f"there is no volume {quoted(name)}; `unionfs volume ls` shows those there are.")
@@ -127,7 +126,6 @@ class Volumes:
         return volume
 
     def users(self, name: str) -> list[VolumeUser]:
-        """The current users of a volume."""
         self._check_root()
         return [user for user in records.users(self._directory(check_name(name))) if not user.is_gone]
 
@@ -145,21 +143,6 @@ class Volumes:
         return found
 
     # -- making -------------------------------------------------------------------------------------------
-
-    def ensure(
-        self,
-        name: str | None,
-        *,
-        driver: str = "local",
-        options: Mapping[str, str] = {},
-        anonymous: bool = False,
-    ) -> Volume:
-        """The volume of that name, created if it is missing; a new anonymous volume for None.
-
-        Without options and with the driver local, an existing volume of any driver and options is accepted.
-        """
-        chosen = None if driver == "local" and not options else driver
-        return self.create(name, driver=chosen, options=options, anonymous=anonymous or name is None)
 
     def create(
         self,
@@ -199,28 +182,31 @@ class Volumes:
         volume = Volume(
             name, driver, "", anonymous, dict(options), dict(labels), time.time(), maker.scope, temporary
         )
+        failure = on_failure(
+            f"volume {quoted(name)} cannot be made in {quoted(parent)}",
+            "free space, check the permissions, or give another storage root",
+        )
         try:
-            os.mkdir(temporary, 0o700)
-            os.chmod(temporary, 0o700)
-            maker.create(volume)
-            volume = replace(volume, mountpoint=maker.mountpoint(replace(volume, directory=place)))
-            records.write(volume)
-            os.rename(temporary, place)
-        except BaseException as error:
-            with suppress(Exception):
-                maker.remove(volume)
-            with suppress(OSError):
-                remove_path(temporary)
-            if isinstance(error, OSError):
-                if error.errno in (errno.EEXIST, errno.ENOTEMPTY):
+            with failure:
+                os.mkdir(temporary, 0o700)
+                os.chmod(temporary, 0o700)
+                maker.create(volume)
+                volume = replace(volume, mountpoint=maker.mountpoint(replace(volume, directory=place)))
+                records.write(volume)
+                try:
+                    os.rename(temporary, place)
+                except OSError as error:
+                    if error.errno not in (errno.EEXIST, errno.ENOTEMPTY):
+                        raise
                     raise UserError(
                         f"volume {quoted(name)} cannot be made: {quoted(place)} is in the way and is no "
                         "volume; move it away."
                     ) from error
-                raise UserError(
-                    f"volume {quoted(name)} cannot be made in {quoted(parent)}: {reason(error)}; free space, "
-                    "check the permissions, or give another storage root."
-                ) from error
+        except BaseException:
+            with suppress(Exception):
+                maker.remove(volume)
+            with suppress(OSError):
+                remove_path(temporary)
             raise
         return replace(volume, directory=place)
 
@@ -329,14 +315,12 @@ class Volumes:
             yield
 
     def refuse_existing(self, name: str) -> None:
-        """Raise UserError when a volume of that name exists."""
         if self._find(check_name(name)) is not None:
             raise UserError(f"volume {quoted(name)} already exists; choose another name, or remove it first.")
 
     # -- changing and removing ----------------------------------------------------------------------------
 
     def resize(self, name: str, size: str) -> Volume:
-        """Change the size of a volume."""
         with self.working_on(name, "a resize"), locks.state(self.root, name):
             volume = self.get(name)
             driver = find_driver(volume.driver)
@@ -378,27 +362,20 @@ class Volumes:
                 driver = driver.hurried()
             if force:
                 driver = Forced(driver, self._tell)
-            users = self._without_the_dead(volume, driver)
-            if users:
-                raise UserError(f"volume {quoted(name)} cannot be removed: {_in_use(users)}; end that first.")
             complaint = f"volume {quoted(name)} cannot be removed"
+            if users := self._without_the_dead(volume, driver):
+                raise UserError(f"{complaint}: {_in_use(users)}; end that first.")
             refuse_bound(volume.directory, complaint)
             if not force:
                 refuse_locked(volume.directory, complaint)
             driver.remove(volume)
             refuse_mounted(volume.directory, complaint)
             aside = f"{self.root}/volumes/.gone-{name[:64]}-{os.getpid()}-{secrets.token_hex(8)}"
-            try:
+            failure = on_failure(f"{complaint} from {quoted(self.root)}", "check the permissions")
+            with failure, suppress(FileNotFoundError):
                 os.rename(volume.directory, aside)
-            except FileNotFoundError:
-                aside = ""
-            except OSError as error:
-                raise UserError(
-                    f"volume {quoted(name)} cannot be removed from {quoted(self.root)}: {reason(error)}; "
-                    "check the permissions."
-                ) from error
             locks.forget(self.root, name)
-        if aside:
+        if os.path.lexists(aside):
             remove_all(aside, f"volume {quoted(name)} is removed, but not all of its files", unlock=force)
         return True
 

@@ -343,11 +343,9 @@ def _sweep(home: str, root: int, fd: int, record: Record) -> None:
 
 
 def _exists(at: int, name: str) -> bool:
-    try:
-        os.stat(name, dir_fd=at, follow_symlinks=False)
-    except FileNotFoundError:
-        return False
-    return True
+    with suppress(FileNotFoundError):
+        return bool(os.stat(name, dir_fd=at, follow_symlinks=False))
+    return False
 
 
 def _list(fd: int) -> list[str]:

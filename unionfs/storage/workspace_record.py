@@ -66,7 +66,6 @@ def read(path: str) -> Record:
 
 
 def forget(home: str, record: Record) -> None:
-    """Remove a record. Raises OSError."""
     path = f"{home}/{record.name}.json"
     for name in (path, f"{path}.new"):
         with suppress(FileNotFoundError):

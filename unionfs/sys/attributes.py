@@ -33,7 +33,6 @@ class FileAttributes(NamedTuple):
 
 
 def attributes(status: os.stat_result, xattrs: Mapping[bytes, bytes]) -> FileAttributes:
-    """Return the attributes of an object with this status."""
     return FileAttributes(
         status.st_mode, status.st_uid, status.st_gid, status.st_atime_ns, status.st_mtime_ns, xattrs
     )

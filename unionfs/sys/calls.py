@@ -22,6 +22,15 @@ RENAME_NOREPLACE: Final = 1
 RENAME_EXCHANGE: Final = 2
 RENAME_WHITEOUT: Final = 4
 
+# FS_*_FL, include/uapi/linux/fs.h
+FS_SYNC: Final = 0x8
+FS_IMMUTABLE: Final = 0x10
+FS_APPEND: Final = 0x20
+FS_NOATIME: Final = 0x80
+# The 64-bit numbers, though the argument is an int
+FS_IOC_GETFLAGS: Final = 0x80086601
+FS_IOC_SETFLAGS: Final = 0x40086602
+
 # FALLOC_FL_*, include/uapi/linux/falloc.h
 KEEP_SIZE: Final = 1
 PUNCH_HOLE: Final = 2
@@ -89,7 +98,6 @@ def syscall(number: int, *arguments: Any, path: bytes | None = None) -> int:
 
 
 def prctl(option: int, *arguments: int | bytes) -> None:
-    """prctl(2)."""
     if libc.prctl(option, *(*arguments, 0, 0, 0, 0)[:4]) != 0:
         raise fail()
 
@@ -171,6 +179,18 @@ def known_inode(fd: int) -> int:
     """
     with open(f"/proc/self/fdinfo/{fd}", "rb") as lines:
         return next((int(line[4:]) for line in lines if line.startswith(b"ino:")), 0)
+
+
+def get_flags(fd: int) -> int:
+    """Return the flags of a file or directory (FS_*); ioctl FS_IOC_GETFLAGS."""
+    value = bytearray(8)
+    fcntl.ioctl(fd, FS_IOC_GETFLAGS, value)
+    return int.from_bytes(value[:4], _sys.byteorder)
+
+
+def set_flags(fd: int, flags: int) -> None:
+    """Set the flags of a file or directory; ioctl FS_IOC_SETFLAGS."""
+    fcntl.ioctl(fd, FS_IOC_SETFLAGS, flags.to_bytes(8, _sys.byteorder))
 
 
 def clone_file(target_fd: int, source_fd: int) -> None:

@@ -30,11 +30,6 @@ _PROBE: Final = b"#probe"
 _AS_WE_ARE: Final = nullcontext()
 
 
-def _umask() -> int:
-    """Read the umask without changing it; 0o777 if unknown (before Linux 4.7)."""
-    return int(status_field("Umask") or "777", 8)
-
-
 class Identity:
     """The daemon's own ids, and creating files as another user."""
 
@@ -43,8 +38,9 @@ class Identity:
         self.uid = os.geteuid()
         self.gid = os.getegid()
         #: The permission bits that new files get if requested: all except those of the current umask.
-        #: (Without setuid, setgid and sticky, which a change of owner may clear.)
-        self.sets = 0o777 & ~_umask()
+        #: (Without setuid, setgid and sticky, which a change of owner may clear.) None of them if the
+        #: umask is unknown (before Linux 4.7).
+        self.sets = 0o777 & ~int(status_field("Umask") or "777", 8)
         self._is_obeyed = work_fd < 0 or self._creates_as_asked(work_fd)
         if not self._is_obeyed:
             self.sets = 0

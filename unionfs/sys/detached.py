@@ -41,6 +41,8 @@ ATTRIBUTES: Final = {
     "strictatime": 0x20, "nodiratime": 0x80, "nosymfollow": 0x200000,
 }  # fmt: skip
 """MOUNT_ATTR_*, by mount(8)'s names."""
+ATIME: Final = 0x70 | 0x80
+"""All attributes about access times: MOUNT_ATTR__ATIME, MOUNT_ATTR_NODIRATIME."""
 PROPAGATION: Final = {"private": 1 << 18, "slave": 1 << 19, "shared": 1 << 20}
 """MS_PRIVATE and so on, for mount_setattr(2)."""
 _ATTR: Final = struct.Struct("=4Q")  # struct mount_attr: set, clear, propagation, userns_fd
@@ -64,9 +66,11 @@ def clone(source: int | str | bytes, *, recursive: bool = False, read_only: bool
     return fd
 
 
-def change(fd: int, *, add: int = 0, propagation: int = 0, recursive: bool = False) -> None:
-    """Add attributes to the mount with root ``fd``, and set its propagation (0: unchanged)."""
-    attr = _ATTR.pack(add, 0, propagation, 0)
+def change(
+    fd: int, *, add: int = 0, clear: int = 0, propagation: int = 0, recursive: bool = False
+) -> None:
+    """Clear and add attributes of the mount with root ``fd``, and set its propagation (0: unchanged)."""
+    attr = _ATTR.pack(add, clear, propagation, 0)
     flags = AT_EMPTY_PATH | (_AT_RECURSIVE if recursive else 0)
     syscall(_SYS_MOUNT_SETATTR, fd, b"", flags, attr, len(attr))
 

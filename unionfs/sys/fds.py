@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 from types import TracebackType
 
@@ -49,6 +50,17 @@ def sync_directory(path: str) -> None:
         os.fsync(fd)
 
 
-def open_for_listing(fd: int) -> int:
-    """Reopen a directory fd for reading (getdents, fsync)."""
-    return os.open(b".", os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC, dir_fd=fd)
+def open_for_listing(fd: int, *, quiet: bool = False) -> int:
+    """Reopen a directory fd for reading (getdents, fsync); ``quiet``: as :func:`open_quietly`."""
+    flags = os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC
+    return open_quietly(b".", flags, fd) if quiet else os.open(b".", flags, dir_fd=fd)
+
+
+def open_quietly(name: bytes, flags: int, dir_fd: int | None = None) -> int:
+    """open(2) so that reading does not change the access time, if the file is the user's. Raises OSError."""
+    try:
+        return os.open(name, flags | os.O_NOATIME, dir_fd=dir_fd)
+    except PermissionError as error:
+        if error.errno != errno.EPERM:
+            raise
+        return os.open(name, flags, dir_fd=dir_fd)

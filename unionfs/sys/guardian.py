@@ -24,8 +24,6 @@ _PR_SET_NAME = 15  # linux/prctl.h
 
 
 class Guardian:
-    """The handle of a process on its guardian."""
-
     def __init__(self, pipe: int) -> None:
         self._pipe = pipe
 
@@ -35,7 +33,6 @@ class Guardian:
             os.write(self._pipe, text.encode("ascii"))
 
     def dismiss(self) -> None:
-        """End the guardian without a cleanup."""
         if self._pipe >= 0:
             with suppress(OSError):
                 os.write(self._pipe, _DISMISSED)

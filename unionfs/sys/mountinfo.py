@@ -139,7 +139,6 @@ def mounts_of_device(device: str, table: Iterable[MountEntry] | None = None) -> 
 
 
 def split_path(path: str) -> tuple[str, ...]:
-    """Return the components of an absolute path."""
     return tuple(part for part in path.split("/") if part)
 
 

@@ -27,7 +27,6 @@ def start_time(pid: int) -> int | None:
 
 
 def is_alive(pid: int, started: int) -> bool:
-    """Return whether the process with this pid and start time still runs."""
     return start_time(pid) == started
 
 
@@ -48,8 +47,6 @@ def wait_gone(pid: int, started: int, timeout: float | None) -> bool:
 
 @dataclass(frozen=True, slots=True)
 class BusyProcess:
-    """A process that keeps a mount busy."""
-
     pid: int
     command: str
     how: str
@@ -134,7 +131,6 @@ def is_being_killed(task: int) -> bool:
 
 
 def standard_files_to_null() -> None:
-    """Connect fds 0 to 2 to /dev/null."""
     null = os.open(os.devnull, os.O_RDWR)
     for fd in range(3):
         os.dup2(null, fd)

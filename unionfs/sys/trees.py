@@ -12,7 +12,7 @@ import os
 import stat
 import struct
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from typing import Final
 
@@ -112,8 +112,6 @@ def find_locked(at: int, name: bytes) -> bytes | None:
 
 
 class _Level:
-    """A directory on the way down."""
-
     __slots__ = ("failed", "fd", "name", "names", "status", "tries")
 
     def __init__(self, fd: int, name: bytes) -> None:
@@ -146,7 +144,6 @@ class _Descent:
 
     @property
     def fd(self) -> int:
-        """The fd of the current directory."""
         return self.levels[-1].fd if self.levels else self._at
 
     def path(self, name: bytes = b"") -> bytes:
@@ -182,14 +179,14 @@ def _remove(descent: _Descent, name: bytes, unlock: bool) -> OSError | None:
         # It may have been replaced by an object of the other kind in between.
         if not stat.S_ISDIR(status.st_mode):
             with suppress(IsADirectoryError):
-                _unlink(descent, name, unlock)
+                _remove_by(os.unlink, descent, name, unlock)
                 return None
         try:
             descent.enter(name, accessible=True)
         except OSError as error:
             if error.errno not in _NO_DIRECTORY:
                 raise
-            _unlink(descent, name, unlock)
+            _remove_by(os.unlink, descent, name, unlock)
     except FileNotFoundError:
         pass
     except OSError as error:
@@ -197,14 +194,14 @@ def _remove(descent: _Descent, name: bytes, unlock: bool) -> OSError | None:
     return None
 
 
-def _unlink(descent: _Descent, name: bytes, unlock: bool) -> None:
+def _remove_by(call: Callable[..., None], descent: _Descent, name: bytes, unlock: bool) -> None:
     try:
-        os.unlink(name, dir_fd=descent.fd)
+        call(name, dir_fd=descent.fd)
     except PermissionError as error:
         if not unlock or error.errno != errno.EPERM:
             raise
         with _unlocked(descent, name):
-            os.unlink(name, dir_fd=descent.fd)
+            call(name, dir_fd=descent.fd)
 
 
 def _leave(descent: _Descent, unlock: bool) -> OSError | None:
@@ -222,13 +219,7 @@ def _leave(descent: _Descent, unlock: bool) -> OSError | None:
             level.close()
             _mark(descent)
             return None
-        try:
-            os.rmdir(level.name, dir_fd=descent.fd)
-        except PermissionError as error:
-            if not unlock or error.errno != errno.EPERM:
-                raise
-            with _unlocked(descent, level.name):
-                os.rmdir(level.name, dir_fd=descent.fd)
+        _remove_by(os.rmdir, descent, level.name, unlock)
     except FileNotFoundError:
         pass
     except OSError as error:

@@ -63,7 +63,6 @@ def walk(path: str, look: Callable[[Step], None]) -> int:
 
 
 def _parts(path: str) -> list[str]:
-    """Return the components of a path in reverse order."""
     return [part for part in reversed(path.split("/")) if part not in ("", ".")]
 
 

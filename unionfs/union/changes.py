@@ -67,6 +67,7 @@ class Changes:
         With O_EXCL in ``flags`` it cannot be linked. EOPNOTSUPP if the upper's filesystem lacks support.
         """
         union = self._union
+        union.flags.may_make(parent)
         place = self._steps(parent).writable(parent)
         wanted = os.O_RDWR | os.O_TMPFILE | os.O_CLOEXEC | flags & os.O_EXCL
         dir_fd = union.gate.fd(place)
@@ -81,6 +82,7 @@ class Changes:
             except BaseException:
                 os.close(held)
                 raise
+            node.know_flags(0)
             return node, union.attributes(node), fd
         except BaseException:
             os.close(fd)
@@ -111,6 +113,7 @@ class Changes:
         st = os.fstat(fd) if fd >= 0 else os.stat(name, dir_fd=union.gate.fd(place), follow_symlinks=False)
         node = parent.territory.add(parent, name, st, place)
         union.capabilities.none(node)
+        node.know_flags(0)
         return node, node.attributes_of(st)
 
     def _make(
@@ -126,6 +129,7 @@ class Changes:
         """Run ``make``, with the fd of a directory, a name and a mode, as the caller."""
         union, steps = self._union, self._steps(parent)
         _check_name(parent, name)
+        union.flags.may_make(parent)
         place = steps.writable(parent)
         dir_fd = union.gate.fd(place)
         if place.layer.is_upper:
@@ -167,6 +171,7 @@ class Changes:
         if node.is_dir:
             raise os_error(errno.EISDIR)
         parent.territory.require_writable()
+        self._union.flags.may_remove(parent, node)
         with self._union.outliving(node):
             self._steps(parent).unlink(node, parent, name)
             self._union.nodes.remove_name(node, parent, name)
@@ -177,6 +182,7 @@ class Changes:
         if not node.is_dir:
             raise os_error(errno.ENOTDIR)
         parent.territory.require_writable()
+        self._union.flags.may_remove(parent, node)
         if not node.territory.is_empty(node):
             raise os_error(errno.ENOTEMPTY)
         with self._union.outliving(node):
@@ -217,6 +223,11 @@ class Changes:
         parent.territory.require_writable()
         if target is not None and target.is_mountpoint:
             raise os_error(errno.EBUSY)
+        self._union.flags.may_remove(parent, node)
+        if target is None:
+            self._union.flags.may_make(new_parent)
+        else:
+            self._union.flags.may_remove(new_parent, target)
         return self._steps(parent).rename(node, target, (parent, name), (new_parent, new_name), flags)
 
 

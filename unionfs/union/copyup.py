@@ -20,10 +20,12 @@ from typing import Final, NamedTuple
 from unionfs.sys import attributes, calls
 from unionfs.sys.fds import Owned
 from unionfs.union.filedata import clone, copy_data
-from unionfs.union.files import SET_IDS, OpenFile, open_backing, open_held
+from unionfs.union.files import OpenFile, open_backing, open_held
+from unionfs.union.flags import read_flags
 from unionfs.union.node import UNSEEN, Node
 from unionfs.union.origin import Stored
 from unionfs.union.places import LowerData, Place
+from unionfs.union.setids import SET_IDS
 from unionfs.union.tree import Union
 from unionfs.union.work import Temporary
 from unionfs.union.xattrs import CAPABILITY, copied_xattrs, unsupported
@@ -98,6 +100,7 @@ class CopyUp:
             parent = node.parent.parts[0]
             with Owned(temporary.mkdir()) as copy:
                 origin = union.origins.store(node, lower, st, copy)
+                union.flags.copy_directory(node, copy)
                 self._copy_attributes(lower, st, copy)
                 try:
                     resized = self._rename_into(node.parent, node.name, temporary)
@@ -199,12 +202,16 @@ class FileCopy:
         self._open = True
         try:
             if node.lower_data is not None:
-                self._metadata = union.open_path(node)
+                with union.checked_path(node) as path:
+                    self._metadata = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
                 self._st = os.fstat(self._metadata)
             else:
                 # with one user it was just opened and not read since, so its atime is unchanged
                 known = self._source.st if self._source.users == 1 else None
                 self._st = known or os.fstat(self._source.fd)
+            #: See `flags`.
+            self._flags = read_flags(self._source.fd if self._metadata < 0 else self._metadata)
+            node.know_flags(self._flags)
             #: Where the data stays; None: it is copied.
             self._lower_data = None if data or not self._st.st_size else _data_of(node, self._st)
             self.size = self._st.st_size if limit is None else min(limit, self._st.st_size)
@@ -241,6 +248,7 @@ class FileCopy:
         goes_on()
         of = self._source.fd if self._metadata < 0 else self._metadata
         self._origin = self._union.origins.store(self.node, of, self._st, self._target)
+        self._union.flags.copy(self._flags, self._target)
         self._copy_metadata()
         if self._union.stack.durable and self._lower_data is None:
             os.fsync(self._target)
@@ -249,7 +257,7 @@ class FileCopy:
         """Make the copy metacopy, of the same size, with the digest that the source has for its data."""
         markers, digest = self._union.markers, b""
         if self._metadata >= 0:
-            digest = markers.metacopy_value(b"/proc/self/fd/%d" % self._metadata, follow=True) or b""
+            digest = markers.metacopy_value(self._metadata) or b""
         os.setxattr(self._target, markers.metacopy, digest)
         os.ftruncate(self._target, self._st.st_size)
 
@@ -262,8 +270,7 @@ class FileCopy:
             os.utime(target, ns=(st.st_atime_ns, st.st_mtime_ns))
             self._no_capability = True
             return
-        of = self._source.fd if self._metadata < 0 else b"/proc/self/fd/%d" % self._metadata
-        xattrs = copied_xattrs(union.markers, of)
+        xattrs = copied_xattrs(union.markers, self._source.fd if self._metadata < 0 else self._metadata)
         new = attributes.attributes(st, xattrs)._replace(mode=self._mode)
         attributes.write(target, None, new, unsupported, owner=owner)
         self._no_capability = CAPABILITY not in xattrs

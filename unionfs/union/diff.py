@@ -22,6 +22,7 @@ from contextlib import ExitStack
 from typing import Final
 
 from unionfs.sys.attributes import ALL, read_xattrs
+from unionfs.union.images import is_image, open_image
 from unionfs.union.markers import ABSENT, Markers
 from unionfs.union.merge import Merge
 from unionfs.union.places import Layer, Place
@@ -41,7 +42,10 @@ def diff(
     with ExitStack() as resources:
         layers = []
         for index, path in enumerate([upper, *lowers]):
-            fd = os.open(path, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+            if index and is_image(path):
+                fd = open_image(os.path.realpath(path))
+            else:
+                fd = os.open(path, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
             resources.callback(os.close, fd)
             layers.append(Layer(index, path, fd, is_upper=index == 0))
         merge = Merge(layers, Markers(xattr_prefix, follows_redirects=follows_redirects), directory_fds=256)

@@ -11,13 +11,13 @@ import stat
 from collections.abc import Callable
 from typing import Final, Self
 
+from unionfs.sys.fds import open_quietly
+from unionfs.union.setids import Who
 from unionfs.union.tickets import Tickets
 
 _FLAGS: Final = os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC | os.O_NOCTTY
 #: Errors of opening a file that a layer has lost; read(2) does not report them.
 _GONE: Final = (errno.ENOENT, errno.ENOTDIR, errno.ELOOP, errno.ESTALE)
-#: A privileged bit that a write by an ordinary user clears (inode.c, setattr_should_drop_suidgid).
-SET_IDS: Final = stat.S_ISUID | stat.S_ISGID
 
 
 class OpenFile:
@@ -145,12 +145,12 @@ class UnreadFile(OpenFile):
 class Handle:
     """One open of one file."""
 
-    __slots__ = ("file", "through", "uid", "writes")
+    __slots__ = ("file", "through", "who", "writes")
 
-    def __init__(self, file: OpenFile, uid: int, *, writes: bool) -> None:
+    def __init__(self, file: OpenFile, who: Who, *, writes: bool) -> None:
         self.file = file
-        #: The user who opened it: a write by any user but root clears set-id bits.
-        self.uid = uid
+        #: The process that opened it.
+        self.who = who
         self.writes = writes
         #: Whether it is in passthrough.
         self.through = False
@@ -246,29 +246,31 @@ class Use:
         self.capability = value
 
 
-def open_backing(dir_fd: int, name: bytes, *, write: bool, waits: bool) -> OpenFile:
-    """Open the regular file ``name`` of ``dir_fd``; with ``write`` for reading and writing.
+def open_backing(dir_fd: int, name: bytes, *, write: bool, waits: bool, quiet: bool = False) -> OpenFile:
+    """Open the regular file ``name`` of ``dir_fd``; with ``write`` for reading and writing. ``quiet``: as
+    `open_quietly`.
 
     Raises ``OSError``; EIO if it is not a regular file (a layer changed under the union).
     """
     readable = True
     if write:
         try:
-            fd = os.open(name, os.O_RDWR | _FLAGS, dir_fd=dir_fd)
+            flags = os.O_RDWR | _FLAGS
+            fd = open_quietly(name, flags, dir_fd) if quiet else os.open(name, flags, dir_fd=dir_fd)
         except PermissionError:  # an ordinary user's own file that is writable but not readable
             fd = os.open(name, os.O_WRONLY | _FLAGS, dir_fd=dir_fd)
             readable = False
     else:
-        fd = os.open(name, os.O_RDONLY | _FLAGS, dir_fd=dir_fd)
+        flags = os.O_RDONLY | _FLAGS
+        fd = open_quietly(name, flags, dir_fd) if quiet else os.open(name, flags, dir_fd=dir_fd)
     return _checked(fd, readable=readable, writable=write, waits=waits)
 
 
-def open_held(held: int, *, write: bool, waits: bool) -> OpenFile:
-    """Reopen the file of the O_PATH fd ``held``."""
-    fd = os.open(
-        b"/proc/self/fd/%d" % held,
-        (os.O_RDWR if write else os.O_RDONLY) | os.O_NONBLOCK | os.O_CLOEXEC | os.O_NOCTTY,
-    )
+def open_held(held: int, *, write: bool, waits: bool, quiet: bool = False) -> OpenFile:
+    """Reopen the file of the O_PATH fd ``held``; ``quiet``: as `open_quietly`."""
+    name = b"/proc/self/fd/%d" % held
+    flags = (os.O_RDWR if write else os.O_RDONLY) | os.O_NONBLOCK | os.O_CLOEXEC | os.O_NOCTTY
+    fd = open_quietly(name, flags) if quiet else os.open(name, flags)
     return _checked(fd, readable=True, writable=write, waits=waits)
 
 
@@ -281,17 +283,3 @@ def _checked(fd: int, *, readable: bool, writable: bool, waits: bool) -> OpenFil
         os.close(fd)
         raise
     return OpenFile(fd, readable=readable, writable=writable, waits=waits, st=st)
-
-
-def mode_without_set_ids(mode: int) -> int | None:
-    """The mode after a write by an ordinary user, or ``None`` if unchanged.
-
-    setgid without group execute marks mandatory locking, and stays for members of the group; the kernel
-    decides for the merged tree.
-    """
-    if not mode & SET_IDS:
-        return None
-    kept = mode & ~stat.S_ISUID
-    if mode & stat.S_IXGRP:
-        kept &= ~stat.S_ISGID
-    return stat.S_IMODE(kept) if kept != mode else None

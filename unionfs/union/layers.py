@@ -17,7 +17,7 @@ from typing import Final
 
 from unionfs.errors import LayerError
 from unionfs.settings.features import DEFAULTS, Features
-from unionfs.sys import calls
+from unionfs.sys import calls, detached
 from unionfs.sys.capabilities import CAP_SYS_ADMIN, has_capability
 from unionfs.sys.fds import open_for_listing
 from unionfs.sys.filelocks import may_be_a_mounts
@@ -57,15 +57,18 @@ class LayerStack:
         volatile: bool = False,
         features: Features = DEFAULTS,
         scratch: int | None = None,
+        atime: Sequence[str] = (),
     ) -> LayerStack:
         """Open every layer, lock upper and work, and empty a crashed daemon's leftovers in work.
 
         The paths are resolved (realpath(3)); a symlink in one is refused. ``scratch``: an O_PATH fd of an
-        empty private directory, in which upper and work are made; it is closed with the stack.
+        empty private directory, in which upper and work are made; it is closed with the stack. ``atime``:
+        words of mount(8) about the access times of the upper.
 
         Raises ``LayerError`` or ``OSError``, and then leaves nothing open.
         """
         privileged = has_capability(CAP_SYS_ADMIN)
+        atime_attributes = sum(detached.ATTRIBUTES[word] for word in atime)
         with ExitStack() as resources:
             layers: list[Layer] = []
             work_fd = -1
@@ -74,33 +77,28 @@ class LayerStack:
                     raise LayerError(
                         f"upper {upper} needs a work directory on the same filesystem; give one with --work."
                     )
-                upper_fd, work_root = opening.open_upper_and_work(upper, work, privileged, resources)
+                upper_fd, work_root = opening.open_upper_and_work(
+                    upper, work, privileged, atime_attributes, resources
+                )
                 lock(upper_fd, upper, "upper", resources)
                 lock(work_root, work, "work", resources)
                 work_fd = opening.prepare_work(work_root, work, os.fstat(upper_fd).st_uid, resources)
-                layers.append(Layer(0, upper, upper_fd, is_upper=True))
+                layers.append(Layer(0, upper, upper_fd, is_upper=True, quiet="noatime" in atime))
             elif scratch is not None:
                 resources.callback(os.close, scratch)
+                opening.set_atime(scratch, atime_attributes)
                 upper_fd, work_fd = opening.make_upper_and_work(scratch, lowers, resources)
                 layers.append(Layer(0, "", upper_fd, is_upper=True))
             for path in lowers:
                 fd = opening.open_lower(path, privileged)
                 resources.callback(os.close, fd)
-                layers.append(Layer(len(layers), path, fd, is_upper=False))
+                layers.append(Layer(len(layers), path, fd, is_upper=False, quiet=True))
             if not layers:
                 raise LayerError("a union needs at least one layer; give one with --lower.")
             prefix = b"trusted.overlay." if privileged and not userxattr else b"user.overlay."
-            top = layers[0]
-            chosen = features.redirect_dir or ("on" if features.metacopy == "on" else None)
-            redirects = mode(chosen, prefix, top if top.is_upper else None)
-            markers = Markers(prefix, follows_redirects=redirects != "nofollow")
+            markers, chosen = _choose(features, prefix, layers[0], work_fd)
             stack = cls(layers, work_fd, markers, resources.pop_all())
-            stack.volatile = volatile
-            stack.features = replace(
-                features,
-                redirect_dir=redirects,
-                metacopy=_metacopy(features.metacopy, redirects, upper or "on the tmpfs", stack),
-            )
+            stack.volatile, stack.features = volatile, chosen
             return stack
 
     @property
@@ -136,7 +134,17 @@ class LayerStack:
         self._resources.close()
 
 
-def _metacopy(wanted: str | None, redirects: str, upper: str, stack: LayerStack) -> str:
+def _choose(features: Features, prefix: bytes, top: Layer, work_fd: int) -> tuple[Markers, Features]:
+    """The markers, and the features with their defaults; ``top``: the topmost layer. Raises LayerError."""
+    upper = top if top.is_upper else None
+    wanted = features.redirect_dir or ("on" if features.metacopy == "on" else None)
+    redirects = mode(wanted, prefix, upper)
+    markers = Markers(prefix, follows_redirects=redirects != "nofollow")
+    metacopy = "off" if upper is None else _metacopy(features.metacopy, redirects, upper, markers, work_fd)
+    return markers, replace(features, redirect_dir=redirects, metacopy=metacopy)
+
+
+def _metacopy(wanted: str | None, redirects: str, upper: Layer, markers: Markers, work_fd: int) -> str:
     """Whether a change of metadata copies up metadata alone, ``on`` or ``off``: as wanted, else overlayfs's
     default (super.c, ovl_metacopy_def) if redirects are written, which it needs.
 
@@ -144,12 +152,12 @@ def _metacopy(wanted: str | None, redirects: str, upper: str, stack: LayerStack)
     """
     if wanted is None and (redirects != "on" or parameter("metacopy", "N") == "N"):
         return "off"
-    if wanted == "off" or stack.upper is None:
+    if wanted == "off":
         return "off"
-    path, name = b"/proc/self/fd/%d" % stack.work_fd, stack.markers.metacopy
+    path, name = b"/proc/self/fd/%d" % work_fd, markers.metacopy
     cure = "leave metacopy=on out"
     try:
-        if not stack.markers.follows_metacopy:
+        if not markers.follows_metacopy:
             cure += ", or mount as root without userxattr"
             raise OSError(errno.EPERM, "every user could make such a file for the data of others")
         os.setxattr(path, name, b"")
@@ -158,7 +166,8 @@ def _metacopy(wanted: str | None, redirects: str, upper: str, stack: LayerStack)
         if wanted is None:
             return "off"
         raise LayerError(
-            f"metacopy=on is not possible with upper {upper}: {error.strerror}; {cure}."
+            f"metacopy=on is not possible with upper {upper.path or 'on the tmpfs'}: {error.strerror}; "
+            f"{cure}."
         ) from error
     return "on"
 

@@ -53,6 +53,7 @@ class Markers:
         self.opaque = prefix + b"opaque"
         self.redirect = prefix + b"redirect"
         self.metacopy = prefix + b"metacopy"
+        self.protattr = prefix + b"protattr"
         self.whiteout = prefix + b"whiteout"
         self.origin = prefix + b"origin"
         self.impure = prefix + b"impure"
@@ -152,6 +153,10 @@ class Markers:
         if value and len(value) < _METACOPY_HEADER:
             raise OSError(errno.EIO, "a layer holds an invalid metacopy xattr")
         return value
+
+    def protattr_value(self, where: bytes | int, *, follow: bool = False) -> bytes | None:
+        """The value of ``protattr`` of a path or fd, None without one."""
+        return _get(where, self.protattr, follow=follow)
 
     def redirect_value(self, where: bytes | int, *, follow: bool = False) -> bytes | None:
         """The value of ``redirect`` of a path or fd, None without one."""

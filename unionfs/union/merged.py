@@ -22,7 +22,7 @@ from unionfs.union.places import LowerData, Place
 class Merged(Territory):
     """The territory of the root. Only this daemon changes it."""
 
-    __slots__ = ("_merge", "_metacopy", "_nodes", "_objects", "_stack")
+    __slots__ = ("_merge", "_metacopy", "_nodes", "_objects", "_protattr", "_stack")
 
     def __init__(self, objects: Objects, nodes: NodeTable, merge: Merge, stack: LayerStack) -> None:
         super().__init__(lasting=True, has_markers=True, read_only=stack.upper is None)
@@ -31,6 +31,7 @@ class Merged(Territory):
         self._merge = merge
         self._stack = stack
         self._metacopy = os.fsdecode(stack.markers.metacopy)
+        self._protattr = os.fsdecode(stack.markers.protattr)
 
     @property
     def durable(self) -> bool:
@@ -97,6 +98,8 @@ class Merged(Territory):
 
     def opened(self, node: Node, file: OpenFile) -> LowerData | None:
         names = file.look_at_xattrs()
+        if names is not None and node.in_place and node.flags is None and self._protattr not in names:
+            node.know_flags(0)
         return self._data_of(node, file.fd) if names is None or self._metacopy in names else None
 
     def _data_of(self, node: Node, where: bytes | int) -> LowerData | None:

@@ -97,9 +97,9 @@ class Node:
     """One object of the merged tree."""
 
     __slots__ = (
-        "children", "ctime", "from_origin", "generation", "held", "id", "identity", "ino", "key", "kind",
-        "links", "lookups", "lower_data", "name", "no_capability", "parent", "parts", "place", "successor",
-        "superseded", "territory", "unlinked", "use",
+        "children", "ctime", "flags", "from_origin", "generation", "held", "id", "identity", "ino", "key",
+        "kind", "links", "lookups", "lower_data", "name", "no_capability", "parent", "parts", "place",
+        "successor", "superseded", "territory", "unlinked", "use",
     )  # fmt: skip
 
     def __init__(
@@ -141,6 +141,8 @@ class Node:
             self.place = places[0]
         #: Where the data of a metacopy object lies; None: in the object, as far as known before it is opened.
         self.lower_data: LowerData | None = None
+        #: The flags that apply to it, see `flags`; None: unknown.
+        self.flags: int | None = None
         #: Additional names of an upper file with several hard links.
         self.links: list[tuple[Node, bytes]] | None = None
         self.lookups = 0
@@ -231,6 +233,10 @@ class Node:
     def lies_in(self, place: Place) -> None:
         """Record that its object moved to another real directory."""
         self.place = place
+
+    def know_flags(self, flags: int | None) -> None:
+        """Record the flags that apply to it; None: unknown."""
+        self.flags = flags
 
     def data_lies_in(self, data: LowerData | None) -> None:
         """Record where its data lies; None: in its object."""
@@ -342,7 +348,7 @@ class Node:
             generation=generation,
         )  # fmt: skip
         new.links, new.unlinked, new.held = self.links, self.unlinked, self.held
-        new.lower_data = self.lower_data
+        new.lower_data, new.flags = self.lower_data, self.flags
         new.from_origin = self.from_origin
         self.links, self.held = None, -1
         for directory, name in [(self.parent, self.name), *(new.links or ())]:

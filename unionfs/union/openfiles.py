@@ -189,9 +189,11 @@ class OpenFiles:
             return None if write else self._open_lower_data(node, node.lower_data)
         waits = not place.layer.memory
         if node.held >= 0:
-            file = open_held(node.held, write=write, waits=waits)
+            file = open_held(node.held, write=write, waits=waits, quiet=place.layer.quiet)
         else:
-            file = open_backing(self._gate.fd(place), node.name, write=write, waits=waits)
+            file = open_backing(
+                self._gate.fd(place), node.name, write=write, waits=waits, quiet=place.layer.quiet
+            )
         try:
             if node.held < 0:
                 assert file.st is not None

@@ -19,6 +19,7 @@ from unionfs.sys import calls, detached
 from unionfs.sys.fds import Owned
 from unionfs.sys.openat2 import RESOLVE_BENEATH, RESOLVE_NO_SYMLINKS, RESOLVE_NO_XDEV, openat2
 from unionfs.sys.trees import empty_directory
+from unionfs.union.images import is_image, open_image
 from unionfs.union.leftovers import check_leftovers, check_work
 
 _NO_CLONES: Final = (errno.EPERM, errno.ENOSYS, errno.EINVAL, errno.EOPNOTSUPP)
@@ -26,7 +27,12 @@ _DIRECTORY: Final = os.O_PATH | os.O_DIRECTORY
 
 
 def open_lower(path: str, privileged: bool) -> int:
-    """An O_PATH fd, of a read-only clone if ``privileged``. Raises LayerError, OSError."""
+    """An O_PATH fd, of a read-only clone if ``privileged``, or of a mounted image if it is a file.
+
+    Raises LayerError, OSError.
+    """
+    if is_image(path):
+        return open_image(path)
     with Owned(_open(calls.AT_FDCWD, path, path)) as fd:
         if privileged:
             clone = _clone(fd, path, readonly=True)
@@ -35,9 +41,12 @@ def open_lower(path: str, privileged: bool) -> int:
         return os.dup(fd)
 
 
-def open_upper_and_work(upper: str, work: str, privileged: bool, resources: ExitStack) -> tuple[int, int]:
+def open_upper_and_work(
+    upper: str, work: str, privileged: bool, atime: int, resources: ExitStack
+) -> tuple[int, int]:
     """O_PATH fds of both on one mount: in a clone of their common parent if ``privileged``.
 
+    ``atime``: see :func:`set_atime`.
     Raises LayerError, OSError.
     """
     above, fds = os.path.commonpath([upper, work]), []
@@ -45,6 +54,8 @@ def open_upper_and_work(upper: str, work: str, privileged: bool, resources: Exit
     if privileged:
         with Owned(_open(calls.AT_FDCWD, above, above)) as fd:
             clone = _clone(fd, above, readonly=False)
+        if clone is not None:
+            set_atime(clone, atime)
     try:
         for path in (upper, work):
             if clone is None:
@@ -61,6 +72,14 @@ def open_upper_and_work(upper: str, work: str, privileged: bool, resources: Exit
     return fds[0], fds[1]
 
 
+def set_atime(mount_fd: int, attributes: int) -> None:
+    """Set when a private mount changes access times (`detached.ATTRIBUTES`), and not as the mount that it is
+    a clone of; as overlayfs (fs/overlayfs/super.c, ovl_get_upper). Not where a user namespace locks them.
+    """
+    with contextlib.suppress(PermissionError):
+        detached.change(mount_fd, add=attributes, clear=detached.ATIME)
+
+
 def make_upper_and_work(scratch: int, lowers: Sequence[str], resources: ExitStack) -> tuple[int, int]:
     """O_PATH fds of a new upper, with the owner and mode of the topmost lower, and a new work directory."""
     os.mkdir(b"upper", 0o755, dir_fd=scratch)
@@ -68,7 +87,7 @@ def make_upper_and_work(scratch: int, lowers: Sequence[str], resources: ExitStac
     upper_fd = _open(scratch, "upper", "upper")
     resources.callback(os.close, upper_fd)
     if lowers:
-        with Owned(_open(calls.AT_FDCWD, lowers[0], lowers[0])) as lower:
+        with Owned(open_lower(lowers[0], False)) as lower:
             st = os.fstat(lower)
         with contextlib.suppress(PermissionError):  # an ordinary user's upper belongs to that user
             calls.chown_fd(upper_fd, st.st_uid, st.st_gid)

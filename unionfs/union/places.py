@@ -36,10 +36,13 @@ class Layer:
 
     __slots__ = (
         "acl", "atime_stays", "dev", "in_place", "index", "is_upper", "keeps_numbers", "links_of_removed",
-        "memory", "path", "root",
+        "memory", "path", "quiet", "root",
     )  # fmt: skip
 
-    def __init__(self, index: int, path: str, root_fd: int, *, is_upper: bool) -> None:
+    def __init__(
+        self, index: int, path: str, root_fd: int, *, is_upper: bool, quiet: bool = False
+    ) -> None:
+        """``quiet``: reading must not change access times."""
         self.index = index
         self.path = path
         self.is_upper = is_upper
@@ -50,6 +53,8 @@ class Layer:
         self.acl = _has_acls(root_fd)
         #: Whether reading does not change access times, as in a lower's read-only clone.
         self.atime_stays = bool(os.fstatvfs(root_fd).f_flag & (os.ST_RDONLY | os.ST_NOATIME))
+        #: Whether to open files with O_NOATIME, which fails for files of other users.
+        self.quiet = quiet and not self.atime_stays and os.stat(root_fd).st_uid == os.geteuid()
         #: In memory: no need to sync, and reads never wait for a disk.
         magic = calls.filesystem_magic(root_fd)
         self.memory = magic in (calls.TMPFS_MAGIC, calls.RAMFS_MAGIC)
@@ -230,7 +235,7 @@ class Gate:
 
     def open_for_listing(self, place: Place) -> int:
         """A new readable fd of the directory. Raises ``OSError``."""
-        return open_for_listing(self.fd(place))
+        return open_for_listing(self.fd(place), quiet=place.layer.quiet)
 
     def forget(self, place: Place) -> None:
         """Close the fd of a directory that no longer exists."""

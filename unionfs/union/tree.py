@@ -11,6 +11,7 @@ from unionfs.sys.calls import os_error
 from unionfs.sys.creds import Identity
 from unionfs.union.attributes import Attributes
 from unionfs.union.bound import Bound
+from unionfs.union.flags import Flags
 from unionfs.union.layers import LayerStack
 from unionfs.union.merge import Merge
 from unionfs.union.merged import Merged
@@ -43,6 +44,7 @@ class Union(Objects):
         self.identity = Identity(stack.work_fd)
         self.shortcuts = shortcuts
         self.capabilities = Capabilities(shortcuts)
+        self.flags = Flags(self, stack.markers)
         self.files = OpenFiles(self.gate, self.capabilities, shortcuts)
 
     def _gone(self, node: Node) -> None:

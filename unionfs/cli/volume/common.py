@@ -28,7 +28,6 @@ def root_option(command: _F) -> _F:
 
 
 def tell(sentence: str) -> None:
-    """Print a sentence that is not an error."""
     print(f"unionfs: {sentence}", file=sys.stderr)
 
 
@@ -76,7 +75,6 @@ def complete_volumes(
 def complete_drivers(
     context: click.Context, parameter: click.Parameter, incomplete: str
 ) -> list[CompletionItem]:
-    """Complete driver names."""
     # For start-up time: only completion needs it.
     from click.shell_completion import CompletionItem
 

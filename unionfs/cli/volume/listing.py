@@ -167,9 +167,10 @@ def _details(volumes: Volumes, volume: Volume, size: bool) -> dict[str, Any]:
     held = -1
     if size:
         # For start-up time.
-        from unionfs.storage.usage import size_of
+        from unionfs.storage.usage import size_of_tree
 
-        held = size_of(volumes, volume)
+        with volumes.used(volume.name, "measurement") as path:
+            held = size_of_tree(path)
     values["UsageData"] = {"RefCount": len(users), "Size": held}
     values["Users"] = [str(user) for user in users]
     return values

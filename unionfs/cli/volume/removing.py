@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import click
 
-from unionfs.cli.run import complain
+from unionfs.cli.run import complain, for_each
 from unionfs.cli.volume.common import complete_volumes, open_volumes, root_option
 from unionfs.errors import UserError
 from unionfs.settings.sizes import shown_size
@@ -22,15 +24,7 @@ def rm(force: bool, root: str | None, names: tuple[str, ...]) -> int:
     plugin's storage if the plugin keeps it) stays there. --force also removes a volume whose driver is
     missing or fails; the driver's error is reported.
     """
-    volumes = open_volumes(root)
-    code = 0
-    for name in dict.fromkeys(names):
-        try:
-            if volumes.remove(name, force=force):
-                print(name, flush=True)
-        except UserError as error:
-            code = complain("unionfs", str(error))
-    return code
+    return for_each(names, partial(open_volumes(root).remove, force=force))
 
 
 @click.command(

@@ -7,13 +7,11 @@ number is 0, and a limited number of files stays open (`OpenFiles.keep`).
 from __future__ import annotations
 
 import errno
-import fcntl
 import os
-import stat
-from collections.abc import Iterator
-from contextlib import contextmanager
+from functools import partial
 from typing import Final
 
+from unionfs.fuse.direct import ioctl
 from unionfs.fuse.direct.device import Device
 from unionfs.fuse.direct.loop import Answer, Waiting
 from unionfs.fuse.direct.names import NameRequests
@@ -30,20 +28,12 @@ from unionfs.fuse.protocol.flags import (
     WRITE_KILL_SUIDGID,
 )
 from unionfs.sys.calls import os_error
-from unionfs.sys.fds import Owned
 from unionfs.union.attributes import Attributes
 from unionfs.union.files import OpenFile
+from unionfs.union.flags import APPEND
 from unionfs.union.node import Node
 
 _MAX_COPY: Final = 0x7FFFF000  # MAX_RW_COUNT, and it fits the 32 bits of the answer
-
-# include/uapi/linux/fs.h; the 64-bit numbers, though the argument is an int
-_GETFLAGS: Final = 0x80086601
-_SETFLAGS: Final = 0x40086602
-_FSGETXATTR: Final = 0x801C581F
-_FSSETXATTR: Final = 0x401C5820
-_READING_IOCTLS: Final = (_GETFLAGS, _FSGETXATTR)
-_WRITING_IOCTLS: Final = (_SETFLAGS, _FSSETXATTR)
 
 
 class DataRequests:
@@ -83,7 +73,7 @@ class DataRequests:
             Opcode.FALLOCATE: self._fallocate,
             Opcode.COPY_FILE_RANGE: self._copy_file_range,
             Opcode.COPY_FILE_RANGE_64: self._copy_file_range_64,
-            Opcode.IOCTL: self._ioctl,
+            Opcode.IOCTL: partial(ioctl.answer, operations),
         }
 
     # -- opening and closing --------------------------------------------------------------------------
@@ -111,10 +101,10 @@ class DataRequests:
                 self._union.nodes.supersede(node)
             raise stale()
         if reads and self._ios.may_have_all(node):
-            number = self._files.open_unread(node, request.uid)
+            number = self._files.open_unread(node, request)
         else:
             kills = bool(request.open_flags & OPEN_KILL_SUIDGID)
-            number = self._files.open(node, request.flags, request.uid, prepared, kills_set_ids=kills)
+            number = self._files.open(node, request.flags, request, prepared, kills_set_ids=kills)
         handle = self._files[number]
         try:
             open_flags, backing_id = self._ios.opened(handle)
@@ -145,15 +135,16 @@ class DataRequests:
         parent = self._operations.directory(request.nodeid)
         created = self._files.create(
             self._operations.changes, parent, request.name, request.mode, request.flags,
-            self._names.caller(request),
+            self._names.caller(request), request,
         )  # fmt: skip
         return self._created(request.unique, *created)
 
     def _tmpfile(self, request: rq.Tmpfile) -> Reply:
         parent = self._operations.directory(request.nodeid)
         created = self._files.tmpfile(
-            self._operations.changes, parent, request.mode, request.flags, self._names.caller(request)
-        )
+            self._operations.changes, parent, request.mode, request.flags, self._names.caller(request),
+            request,
+        )  # fmt: skip
         return self._created(request.unique, *created)
 
     def _created(self, unique: int, number: int, node: Node, attributes: Attributes) -> Reply:
@@ -191,7 +182,9 @@ class DataRequests:
         node = self._operations.node(id_)
         if self._open_files.is_open_for_writing(node):
             return self._open_files.keep(node, write=True)
-        prepared = await self._operations.copy_ups.ensure_data(node, keep=True)
+        # Where the kernel sends no OPEN, it does not say whether a write appends: see `_end_of`.
+        check = partial(self._union.flags.may_write, node, appends=True)
+        prepared = await self._operations.copy_ups.ensure_data(node, keep=True, check=check)
         try:
             return self._open_files.keep(node, write=True)
         finally:
@@ -242,14 +235,28 @@ class DataRequests:
         return encode.written(request.unique, count)
 
     async def _write_all(self, request: rq.Write, file: OpenFile) -> int:
-        kills = bool(request.write_flags & WRITE_KILL_SUIDGID)
-        count = await self._files.write(file, request.offset, request.data, kills_set_ids=kills)
+        killer = request if request.write_flags & WRITE_KILL_SUIDGID else None
+        end = self._end_of(request, file)
+        if end > request.offset:
+            count = end - request.offset
+            if count >= len(request.data):
+                raise os_error(errno.EPERM)
+            return count + await self._files.write(file, end, request.data[count:], killer)
+        count = await self._files.write(file, request.offset, request.data, killer)
         # The kernel does not check the count of a write-back, so a short one must be an error
         # (fs/fuse/file.c, fuse_writepage_end).
         while request.write_flags & WRITE_CACHE and count < len(request.data):
             rest = request.data[count:]
-            count += await self._files.write(file, request.offset + count, rest, kills_set_ids=kills)
+            count += await self._files.write(file, request.offset + count, rest, killer)
         return count
+
+    def _end_of(self, request: rq.Write, file: OpenFile) -> int:
+        """Where an append-only file ends, if it may be open for other writes since the kernel sent no OPEN;
+        else 0. The kernel writes whole pages back, with what the file has before its end."""
+        if request.fh:
+            return 0
+        flags = self._union.flags.of(self._operations.node(request.nodeid))
+        return os.fstat(file.fd).st_size if flags & APPEND else 0
 
     async def _fsync(self, request: rq.Fsync) -> Reply:
         if request.fh:
@@ -282,34 +289,3 @@ class DataRequests:
         return await self._files.copy_range(
             source, request.off_in, target, request.off_out, min(request.len, _MAX_COPY)
         )
-
-    # -- ioctl ----------------------------------------------------------------------------------------
-
-    async def _ioctl(self, request: rq.Ioctl) -> Reply:
-        """The chattr(1) flags of files and directories (fs/fuse/ioctl.c, fuse_fileattr_get)."""
-        if request.cmd not in _READING_IOCTLS + _WRITING_IOCTLS:
-            raise os_error(errno.ENOTTY)
-        node = self._operations.node(request.nodeid)
-        value = bytearray(request.data)
-        value.extend(bytes(max(request.out_size, 32) - len(value)))
-        if request.cmd in _WRITING_IOCTLS:
-            await self._operations.copy_ups.ensure(node)
-            node.changes()
-        with self._own_fd(node) as fd:
-            result = fcntl.ioctl(fd, request.cmd, value)
-        return encode.ioctl(request.unique, result, bytes(value[: request.out_size]))
-
-    @contextmanager
-    def _own_fd(self, node: Node) -> Iterator[int]:
-        """An fd of the node's object within the context. Raises ENOTTY for types without flags."""
-        if node.is_dir:
-            with Owned(self._union.gate.open_for_listing(node.parts[0])) as fd:
-                yield fd
-            return
-        if node.kind != stat.S_IFREG:
-            raise os_error(errno.ENOTTY)
-        file = self._open_files.lend(node, write=False)
-        try:
-            yield file.fd
-        finally:
-            self._open_files.take_back(node, file)

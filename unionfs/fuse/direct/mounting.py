@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from typing import Final
 
 from unionfs.fuse.errors import SessionError
+from unionfs.settings.mount import NOT_FOR_LIBFUSE
 from unionfs.sys import detached
 from unionfs.sys.calls import AT_FDCWD
 from unionfs.sys.capabilities import CAP_SYS_ADMIN, has_capability
@@ -101,7 +102,7 @@ def _by_helper(mountpoint: str, options: MountOptions) -> int:
         words.append("allow_other")
     if options.read_only:
         words.append("ro")
-    words += options.flags
+    words += (flag for flag in options.flags if flag not in NOT_FOR_LIBFUSE)
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
     with ours, theirs:
         try:

@@ -30,8 +30,8 @@ from unionfs.sys import calls
 from unionfs.sys.calls import os_error
 from unionfs.union.attributes import Attributes
 from unionfs.union.changes import Caller
-from unionfs.union.files import mode_without_set_ids
 from unionfs.union.node import Node
+from unionfs.union.setids import mode_after
 from unionfs.union.xattrs import CAPABILITY
 
 _NS: Final = 1_000_000_000
@@ -210,7 +210,7 @@ class NameRequests:
             mode=request.mode if valid & FATTR_MODE else None,
             atime_ns=request.atime * _NS + request.atimensec if valid & FATTR_ATIME else None,
             mtime_ns=request.mtime * _NS + request.mtimensec if valid & FATTR_MTIME else None,
-            kills_set_ids=bool(valid & FATTR_KILL_SUIDGID) or self._only_kills(request),
+            killer=request if valid & FATTR_KILL_SUIDGID or self._only_kills(request) else None,
         )
         handle = self._operations.files.get(request.fh) if valid & FATTR_FH else None
         found = await self._operations.setattr(request.nodeid, change, handle)
@@ -251,7 +251,7 @@ class NameRequests:
         )
         if writes and not valid & FATTR_CTIME:
             return request.uid != 0  # root's is sent for file capabilities, which are already removed
-        if mode_without_set_ids(attributes.st.st_mode) is None:
+        if mode_after(attributes.st, request) is None:
             return False
         if request.uid not in (0, attributes.st.st_uid):
             raise os_error(errno.EPERM)

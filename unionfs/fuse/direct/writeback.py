@@ -18,8 +18,9 @@ import stat
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 
-from unionfs.union.files import SET_IDS, OpenFile, Use
+from unionfs.union.files import OpenFile, Use
 from unionfs.union.node import Node
+from unionfs.union.setids import SET_IDS
 from unionfs.union.shortcuts import Capabilities
 from unionfs.union.xattrs import CAPABILITY
 

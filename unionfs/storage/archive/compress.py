@@ -24,8 +24,6 @@ _WRITEBACK = 32 << 20
 
 
 class Sink(Protocol):
-    """The output of an archive."""
-
     def write(self, data: bytes, /) -> int: ...
 
     def close(self) -> None: ...
@@ -164,7 +162,6 @@ class _Checked:
 
 
 def decompressor(source: IO[bytes]) -> Source:
-    """The decompressed tar in `source`."""
     buffered = io.BufferedReader(cast(io.RawIOBase, source), _BUFFER)
     start = buffered.peek(4)[:4]
     if start == _ZSTD:

@@ -56,8 +56,7 @@ class Contents:
         The change is detected when the caller requests the next attempt.
         """
         for left in range(_TRIES, -1, -1):
-            clone = self._clone(entry, fd)
-            if clone is not None:
+            if (clone := self._clone(entry, fd)) is not None:
                 with Owned(clone[1]):
                     yield clone
                 return
@@ -104,7 +103,6 @@ class Contents:
 
 
 def is_unchanged(entry: Entry, fd: int) -> bool:
-    """Whether the open file still has the entry's times and size."""
     status = os.fstat(fd)
     return (status.st_mtime_ns, status.st_ctime_ns, status.st_size) == (entry.mtime, entry.ctime, entry.size)
 

@@ -57,7 +57,6 @@ class Digest(Protocol):
     def update(self, offset: int, data: bytes) -> None: ...
 
     def hexdigest(self, size: int) -> str:
-        """The digest of a file of `size` bytes."""
         ...
 
 
@@ -134,7 +133,6 @@ class SparseDigest:
         self._data.update(data)
 
     def hexdigest(self, size: int) -> str:
-        """The digest of a file of `size` bytes."""
         self._flush_left()
         if self._end > self._start:
             self._runs.update(_RUN.pack(self._start, self._end - self._start))

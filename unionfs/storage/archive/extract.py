@@ -35,6 +35,7 @@ from unionfs.sys.trees import remove
 _DIRECTORY_FLAGS = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 _NEW_FILE = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
 _MOST_OPEN = 128
+_NO_DIRECTORY = (errno.ENOTDIR, errno.ELOOP, errno.ENOENT)
 _PRIVILEGED = (b"trusted.", b"security.")
 T = TypeVar("T")
 
@@ -65,7 +66,6 @@ class Extractor:
         self._layers = 0  # how many archives have been extracted
 
     def close(self) -> None:
-        """Close the directories."""
         self._leave(0)
         if self._root >= 0:
             os.close(self._root)
@@ -92,9 +92,7 @@ class Extractor:
             return self._parent, name
         parts = prefix.split(b"/") if slash else []
         common = 0
-        for mine, wanted in zip(self._parts, parts, strict=False):
-            if mine != wanted:
-                break
+        while common < min(len(parts), len(self._parts)) and self._parts[common] == parts[common]:
             common += 1
         while common and self._fds[common - 1] < 0:
             common -= 1
@@ -116,7 +114,7 @@ class Extractor:
         try:
             return os.open(name, _DIRECTORY_FLAGS, dir_fd=at)
         except OSError as error:
-            if error.errno in (errno.ENOTDIR, errno.ELOOP, errno.ENOENT):
+            if error.errno in _NO_DIRECTORY:
                 raise Malformed(
                     f"its entry {_shown(path)} lies below {_shown(name)}, which is no directory"
                 ) from None
@@ -132,7 +130,6 @@ class Extractor:
         return fd, name
 
     def _clear(self, at: int, name: bytes) -> None:
-        """Remove the file or directory of that name."""
         status = os.stat(name, dir_fd=at, follow_symlinks=False)
         if stat.S_ISDIR(status.st_mode):
             remove(at, name)
@@ -153,7 +150,6 @@ class Extractor:
     # -- entries ------------------------------------------------------------------------------------------
 
     def add(self, entry: Entry, content: Iterable[tuple[int, bytes]] = ()) -> None:
-        """Make one entry."""
         kind = entry.kind
         if not entry.path:
             if kind != DIRECTORY:
@@ -209,13 +205,8 @@ class Extractor:
             return make()
 
     def _fill(self, fd: int, entry: Entry, content: Iterable[tuple[int, bytes]]) -> None:
-        if entry.kind == FILE:
-            for _, data in content:
-                written = os.write(fd, data)
-                while written < len(data):
-                    written += os.write(fd, memoryview(data)[written:])
-            return
-        os.ftruncate(fd, entry.size)
+        if entry.kind == SPARSE:
+            os.ftruncate(fd, entry.size)
         for offset, data in content:
             written = os.pwrite(fd, data, offset)
             while written < len(data):
@@ -273,12 +264,11 @@ class Extractor:
         if kind == HARDLINK:
             self._link(at, name, entry)
             return
-        if kind == SYMLINK:
-            self._in_place_of(at, name, lambda: os.symlink(entry.link, name, dir_fd=at))
-        elif kind == FIFO:
-            self._in_place_of(at, name, lambda: os.mkfifo(name, 0o600, dir_fd=at))
-        else:
-            self._in_place_of(at, name, lambda: self._mknod(at, name, entry))
+        make = {
+            SYMLINK: lambda: os.symlink(entry.link, name, dir_fd=at),
+            FIFO: lambda: os.mkfifo(name, 0o600, dir_fd=at),
+        }.get(kind, lambda: self._mknod(at, name, entry))
+        self._in_place_of(at, name, make)
         changeable = kind != SYMLINK or self._changes_symlinks
         wanted = self._wanted(entry, entry.mode | (stat.S_IFLNK if kind == SYMLINK else 0))
         attributes.write(at, name, wanted, _refuse, owner=self._is_root and changeable, times=changeable)
@@ -333,14 +323,12 @@ class Extractor:
                 # Its entries are still to be opened.
                 closed[entry.path] = entry.mode
                 entry = entry._replace(mode=entry.mode | 0o700)
-            fd = self._open_made(entry.path)
-            if fd is not None:
-                with Owned(fd):
+            if (made := self._open_made(entry.path)) is not None:
+                with made as fd:
                     self._finish_directory(fd, entry)
         for path in sorted(closed, key=lambda path: -path.count(b"/")):
-            fd = self._open_made(path)
-            if fd is not None:
-                with Owned(fd):
+            if (made := self._open_made(path)) is not None:
+                with made as fd:
                     os.fchmod(fd, closed[path])
 
     def _finish_directory(self, fd: int, entry: Entry) -> None:
@@ -352,19 +340,16 @@ class Extractor:
                 self._drop_xattrs(fd, entry.xattrs)
             self._attributes(fd, entry)
 
-    def _open_made(self, path: bytes) -> int | None:
+    def _open_made(self, path: bytes) -> Owned | None:
         """Open a directory made earlier; None if a later archive removed or replaced it."""
         if not path:
-            return os.dup(self._root)
+            return Owned(os.dup(self._root))
         try:
             at, name = self._place(path)
-            return os.open(name, _DIRECTORY_FLAGS, dir_fd=at)
-        except (Malformed, FileNotFoundError, NotADirectoryError):
-            if self._layers < 2:
-                raise
-            return None
-        except OSError as error:
-            if error.errno == errno.ELOOP and self._layers > 1:
+            return Owned(os.open(name, _DIRECTORY_FLAGS, dir_fd=at))
+        except (Malformed, OSError) as error:
+            gone = isinstance(error, Malformed) or error.errno in _NO_DIRECTORY
+            if self._layers > 1 and gone:
                 return None
             raise
 

@@ -9,7 +9,7 @@ from contextlib import ExitStack, contextmanager, suppress
 
 from unionfs.sys import guardian
 from unionfs.sys.fds import directory
-from unionfs.sys.mountinfo import mount_id_of_fd, read_mountinfo
+from unionfs.sys.mountinfo import mount_id_of_fd, mount_of_id, read_mountinfo
 
 _FIFREEZE, _FITHAW = 0xC0045877, 0xC0045878
 _FREEZABLE = frozenset({"ext4", "ext3", "xfs", "btrfs", "f2fs"})
@@ -26,7 +26,7 @@ def own_filesystem(path: str) -> bool:
         table = read_mountinfo()
     except OSError:
         return False
-    found = next((entry for entry in table if entry.mount_id == mount_id), None)
+    found = mount_of_id(mount_id, table)
     if found is None or found.fstype not in _FREEZABLE or found.root != "/":
         return False
     if found.mountpoint != os.path.realpath(path) or not found.source.startswith("/dev/loop"):

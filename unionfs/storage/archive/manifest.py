@@ -12,6 +12,7 @@ incremental backup uses `CTIME` and `INO` to detect changes.
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Callable, Iterable, Iterator
 from typing import IO
 
@@ -25,6 +26,8 @@ HERE, BASE, AGAIN = b"here", b"base", b"again"
 
 _LONGEST_LINE = 16 << 20
 _ESCAPES = ((b"\\", b"\\\\"), (b"\t", b"\\t"), (b"\n", b"\\n"), (b"\r", b"\\r"))
+_CHARS = {written: char for char, written in _ESCAPES}
+_ESCAPED = re.compile(rb"\\.?", re.DOTALL)
 
 
 def escape(path: bytes) -> bytes:
@@ -38,23 +41,12 @@ def escape(path: bytes) -> bytes:
 
 
 def unescape(word: bytes) -> bytes:
-    """The reverse of `escape`."""
-    if word == b".":
-        return b""
-    if b"\\" not in word:
-        return word
-    out, at = bytearray(), 0
-    letters = {ord("\\"): 92, ord("t"): 9, ord("n"): 10, ord("r"): 13}
-    while at < len(word):
-        char = word[at]
-        if char == 92:
-            at += 1
-            if at == len(word) or word[at] not in letters:
-                raise Malformed("a path in the manifest is misspelt")
-            char = letters[word[at]]
-        out.append(char)
-        at += 1
-    return bytes(out)
+    def char(found: re.Match[bytes]) -> bytes:
+        if found[0] not in _CHARS:
+            raise Malformed("a path in the manifest is misspelt")
+        return _CHARS[found[0]]
+
+    return b"" if word == b"." else _ESCAPED.sub(char, word)
 
 
 def line_of(entry: Entry, digest: str) -> bytes:
@@ -66,7 +58,6 @@ def line_of(entry: Entry, digest: str) -> bytes:
 
 
 def whole_line(entry: Entry, digest: str, state: bytes) -> bytes:
-    """The complete line with its newline."""
     return b"%s\t%s %d %d\n" % (line_of(entry, digest), state, entry.ctime, entry.ino)
 
 
@@ -89,8 +80,6 @@ def is_member_line(line: bytes) -> bool:
 
 
 class Line:
-    """A line of a manifest."""
-
     __slots__ = ("ctime", "digest", "fields", "ino", "kind", "mtime", "path", "shown", "size", "state")
 
     def __init__(self, raw: bytes) -> None:
@@ -108,13 +97,8 @@ class Line:
             raise Malformed("a line of its manifest is misspelt") from None
         self.path = unescape(path)
 
-    def order(self) -> list[bytes]:
-        """The key that sorts paths in manifest order."""
-        return order(self.path)
-
 
 def order(path: bytes) -> list[bytes]:
-    """The key that sorts paths in the order of a walk."""
     return path.split(b"/")
 
 
@@ -129,13 +113,11 @@ class ManifestWriter:
         out.write(FIRST_LINE)
 
     def add(self, line: bytes) -> None:
-        """Add a complete line."""
         self._sum.update(line)
         self._write(line)
         self.count += 1
 
     def finish(self) -> None:
-        """Add the last line."""
         self._write(b"end %d %s\n" % (self.count, self._sum.hexdigest().encode()))
 
 
@@ -191,7 +173,7 @@ class Beside:
     def at(self, path: bytes) -> Line | None:
         """The line for a path, if any."""
         place = order(path)
-        while (line := self._next) is not None and (known := line.order()) <= place:
+        while (line := self._next) is not None and (known := order(line.path)) <= place:
             self._next = next(self._lines, None)
             if known == place:
                 return line
@@ -199,7 +181,6 @@ class Beside:
         return None
 
     def finish(self) -> None:
-        """Pass the remaining lines."""
         while self._next is not None:
             self._passed(self._next)
             self._next = next(self._lines, None)

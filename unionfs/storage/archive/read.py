@@ -64,7 +64,6 @@ class ArchiveReader:
     # -- bytes --------------------------------------------------------------------------------------------
 
     def _take(self, size: int) -> bytes:
-        """Read exactly `size` bytes."""
         end = self._at + size
         if end > len(self._buffer):
             parts = [self._buffer[self._at :]]
@@ -81,7 +80,6 @@ class ArchiveReader:
         return data
 
     def _rest(self) -> Iterator[bytes]:
-        """The remaining data of the current member."""
         while self._left:
             chunk = self._take(min(self._left, _CHUNK))
             self._left -= len(chunk)
@@ -269,7 +267,6 @@ class ArchiveReader:
         return total.hexdigest()
 
     def _compare(self) -> None:
-        """Compare the entries read with the manifest."""
         self._seen.seek(0)
         self._lines.seek(0)
         incremental = self.info.get("base") is not None
@@ -303,7 +300,6 @@ class ArchiveReader:
         return read_manifest(self._lines)
 
     def copy_manifest(self, out: IO[bytes]) -> None:
-        """Copy the manifest unchanged."""
         assert self.complete
         self._lines.seek(0)
         while chunk := self._lines.read(_CHUNK):

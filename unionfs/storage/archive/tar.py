@@ -88,7 +88,6 @@ class Tar(Members):
         self.put(_ZEROS[: -size % 512])
 
     def finish(self) -> None:
-        """End the tar; the sink stays open."""
         self.put(bytes(1024))
         self._flush()
 

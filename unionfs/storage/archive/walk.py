@@ -25,7 +25,7 @@ from unionfs.storage.archive.entry import (
 )
 from unionfs.sys import attributes
 from unionfs.sys.calls import FUSE_MAGIC, filesystem_magic
-from unionfs.sys.fds import Owned
+from unionfs.sys.fds import Owned, Returned
 from unionfs.sys.mountinfo import mount_id_of_fd
 
 _DIRECTORY_FLAGS = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
@@ -57,15 +57,13 @@ def read_xattrs(place: int | bytes, complain: Callable[[str], None]) -> dict[byt
         elif error.errno not in _VANISHED:
             complain(f"its xattr {quoted(os.fsdecode(name))} cannot be read ({reason(error)})")
 
-    return attributes.read_xattrs(place, _is_kept, failed, follow=isinstance(place, int))
+    def is_kept(name: bytes) -> bool:
+        return name in acl.RECORDS or name.startswith(_KEPT)
 
-
-def _is_kept(name: bytes) -> bool:
-    return name in acl.RECORDS or name.startswith(_KEPT)
+    return attributes.read_xattrs(place, is_kept, failed, follow=isinstance(place, int))
 
 
 def _has_xattrs(fd: int) -> bool:
-    """Whether the filesystem of an open directory supports xattrs."""
     try:
         os.listxattr(fd)
     except OSError as error:
@@ -148,7 +146,7 @@ class Walker:
                     else:
                         yield entry, fd
                 finally:
-                    os.close(fd)
+                    os.close(fd)  # cheaper than Owned
         finally:
             for level in stack:
                 level.close()
@@ -202,19 +200,15 @@ class Walker:
             level.names = [item for item in level.names if item[0] not in self._leave_out]
 
     def _enter(self, at: int, name: bytes, path: bytes) -> _Level | None:
-        fd = self._open(name, _DIRECTORY_FLAGS, at)
-        try:
+        with Returned(self._open(name, _DIRECTORY_FLAGS, at)) as fd:
             status = os.fstat(fd)
-            if status.st_dev != self._device and mount_id_of_fd(fd) != mount_id_of_fd(at):
-                self._note(f"{_shown(path)} is a mountpoint; what is mounted there was left out.")
-                os.close(fd)
-                return None
-            level = _Level(path, fd, status)
-            self._fill(level)
-        except BaseException:
-            os.close(fd)
-            raise
-        return level
+            if status.st_dev == self._device or mount_id_of_fd(fd) == mount_id_of_fd(at):
+                level = _Level(path, fd, status)
+                self._fill(level)
+                return level
+        self._note(f"{_shown(path)} is a mountpoint; what is mounted there was left out.")
+        os.close(fd)
+        return None
 
     def _open(self, name: bytes, flags: int, at: int) -> int:
         try:
@@ -275,8 +269,6 @@ class Walker:
 
 
 class _Level:
-    """A directory that is being walked."""
-
     __slots__ = ("fd", "names", "path", "prefix", "status")
 
     def __init__(self, path: bytes, fd: int, status: os.stat_result) -> None:

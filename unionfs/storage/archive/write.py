@@ -166,7 +166,6 @@ class ArchiveWriter:
         self._tar.special(name, content)
 
     def copy_manifest(self, out: IO[bytes]) -> None:
-        """Copy the manifest of the finished archive."""
         self._lines.seek(0)
         while chunk := self._lines.read(_CHUNK):
             out.write(chunk)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import glob
 import os
 import tempfile
 import time
@@ -13,9 +12,11 @@ from unionfs.errors import UserError, on_failure, quoted
 from unionfs.settings.sizes import shown_size, volume_size
 from unionfs.storage.drivers.base import Replacement
 from unionfs.storage.model import Volume
-from unionfs.storage.mounts import MountCall, mount_at, need_program, run_mount, run_program, run_umount
+from unionfs.storage.mounts import mount_at, need_program, run_program, run_umount
+from unionfs.sys import detached, loop
 from unionfs.sys.capabilities import CAP_SYS_ADMIN, CAP_SYS_RESOURCE, has_capability
 from unionfs.sys.fds import Owned, sync_directory
+from unionfs.sys.images import mount_image
 
 _DETACH_SECONDS = 5.0
 
@@ -45,12 +46,10 @@ def check(options: Mapping[str, str]) -> None:
 
 
 def path_of(volume: Volume) -> str:
-    """The path of the image."""
     return f"{volume.directory}/image"
 
 
 def exists(volume: Volume) -> bool:
-    """Whether the volume is stored in an image."""
     return os.path.lexists(path_of(volume))
 
 
@@ -90,15 +89,25 @@ def _empty(root: str) -> None:
         os.rmdir(f"{root}/lost+found")
 
 
-def _call(path: str, target: str, kind: str) -> MountCall:
-    # The loop device ends with the mount (mount(8), autoclear). A clone of an xfs has the same UUID.
-    options = "loop,nouuid" if kind == "xfs" else "loop"
-    return MountCall(("mount", "-t", kind, "-o", options, "--", path, target))
-
-
 def mount(volume: Volume, target: str) -> None:
     """Mount the image at `target`. Raises UserError."""
-    run_mount(_call(path_of(volume), target, _kind(volume)), f"volume {quoted(volume.name)}")
+    _mount(path_of(volume), target, volume)
+
+
+def _mount(path: str, target: str, volume: Volume) -> None:
+    what, kind = f"volume {quoted(volume.name)}", _kind(volume)
+    if not has_capability(CAP_SYS_ADMIN):
+        raise UserError(
+            f"{what} cannot be mounted: that needs root; run as root, or use a volume without a size."
+        )
+    cure = f"check the image, and that this host has loop devices and {kind}"
+    with (
+        on_failure(f"{what} cannot be mounted: {quoted(path)}", cure),
+        Owned(os.open(path, os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC)) as image,
+        Owned(os.open(target, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)) as place,
+        Owned(mount_image(image, kind, read_only=False)) as root,
+    ):
+        detached.attach(root, place)
 
 
 @contextmanager
@@ -106,7 +115,7 @@ def _mounted(path: str, volume: Volume) -> Iterator[str]:
     target = tempfile.mkdtemp(prefix=".image-", dir=volume.directory)
     what = f"volume {quoted(volume.name)}"
     try:
-        run_mount(_call(path, target, _kind(volume)), what)
+        _mount(path, target, volume)
         try:
             yield target
         finally:
@@ -150,7 +159,6 @@ def replacement(volume: Volume) -> Iterator[Replacement]:
 
 
 def sweep(volume: Volume) -> None:
-    """Remove the leftovers of a killed restore."""
     for name in os.listdir(volume.directory):
         if not name.startswith(".image-"):
             continue
@@ -201,25 +209,15 @@ def _refuse_attached(path: str, what: str) -> None:
     """
     deadline = time.monotonic() + _DETACH_SECONDS
     while True:
-        device = next(
-            (device for device in glob.glob("/sys/block/loop*") if _backing_file(device) == path), None
-        )
-        if device is None:
+        devices = loop.devices_of(path)
+        if not devices:
             return
         if time.monotonic() > deadline:
             raise UserError(
                 f"{what}: its image is still mounted in another mount namespace "
-                f"({os.path.basename(device)}); end what uses it there."
+                f"({os.path.basename(devices[0].path)}); end what uses it there."
             )
         time.sleep(0.05)
-
-
-def _backing_file(device: str) -> str:
-    try:
-        with open(f"{device}/loop/backing_file", "rb") as file:
-            return os.fsdecode(file.read().rstrip(b"\n"))
-    except OSError:
-        return ""
 
 
 def _lengthen(path: str, size: int, what: str) -> None:

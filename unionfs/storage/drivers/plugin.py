@@ -15,6 +15,7 @@ import stat
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
+from types import NoneType
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from unionfs.errors import UserError, on_failure, quoted
@@ -31,7 +32,7 @@ from unionfs.storage.model import Volume
 if TYPE_CHECKING:
     import ssl
 
-    from unionfs.storage.drivers.plugin_request import Answer, Endpoint
+    from unionfs.storage.drivers.plugin_request import Answer
 
 __all__ = ["ENVIRONMENT", "Plugin", "find_plugin", "plugin_names"]
 
@@ -52,6 +53,7 @@ _DEEPEST = 32
 _LONGEST_PATH = 4095
 """PATH_MAX without its NUL; linux/limits.h."""
 _LONGEST_WORDS = 300
+_PLAIN = (str, int, float, NoneType)
 
 _silent_until: dict[str, float] = {}
 """By URL, the time (time.monotonic) until which a silent plugin receives no requests: removing a hundred
@@ -91,16 +93,9 @@ class Plugin(Driver):
 
     # -- the protocol -------------------------------------------------------------------------------------
 
-    def _endpoint(self) -> Endpoint:
-        # start-up time: as in _post
-        from unionfs.storage.drivers.plugin_request import Endpoint
-
-        if self._address.socket:
-            return Endpoint(path=self._address.socket)
-        host, port = self._address.host_and_port
-        return Endpoint("", host, port, self._tls() if self._address.is_secure else None)
-
-    def _tls(self) -> ssl.SSLContext:
+    def _tls(self) -> ssl.SSLContext | None:
+        if not self._address.is_secure:
+            return None
         # start-up time: importing it takes longer than a short command's own work
         import ssl
 
@@ -123,16 +118,13 @@ class Plugin(Driver):
                 context.load_cert_chain(tls["CertFile"], tls.get("KeyFile") or None, password="")
         return context
 
-    def _call(
-        self, request: str, values: Mapping[str, Any] | None, until: float = math.inf
-    ) -> dict[str, Any]:
+    def _call(self, request: str, values: Mapping[str, Any], until: float = math.inf) -> dict[str, Any]:
         """One request, answered before `until`. Raises UserError with the plugin's own message."""
         until = min(until, self._until)
         if not self._activated:
             self._activate(until)
-        content = b"" if values is None else json.dumps(values).encode()
         seconds = _LONG_SECONDS if request in _LONG else _SHORT_SECONDS
-        return self._answer(request, self._post(request, content, seconds, until))
+        return self._answer(request, self._post(request, json.dumps(values).encode(), seconds, until))
 
     def _post(self, request: str, content: bytes, seconds: float, until: float) -> Answer:
         # start-up time: other commands do not need its imports
@@ -142,16 +134,17 @@ class Plugin(Driver):
         if now < _silent_until.get(url, 0):
             self._fail("it did not answer a moment ago; restart it, or remove what describes it")
         try:
-            return post(self._endpoint(), request, content, min(seconds, until - now))
+            return post(self._address, self._tls(), request, content, min(seconds, until - now))
         except RequestError as error:
             if error.silent:
                 _silent_until[url] = time.monotonic() + _SILENT_SECONDS
             self._fail(str(error), error)
 
     def _fail(self, why: str, error: Exception | None = None) -> NoReturn:
-        raise UserError(
-            f"the volume plugin {quoted(self.name)} at {self._address.shown} cannot be used: {why}."
-        ) from error
+        raise self._error(f"at {self._address.shown} cannot be used: {why}.") from error
+
+    def _error(self, sentence: str) -> UserError:
+        return UserError(f"the volume plugin {quoted(self.name)} {sentence}")
 
     def _activate(self, until: float) -> None:
         request = "Plugin.Activate"
@@ -174,21 +167,15 @@ class Plugin(Driver):
             error = json.dumps(error)
         if error or answer.status != 200:
             text = error or f"HTTP {answer.status} {answer.content[:1000].decode(errors='replace')}"
-            raise UserError(
-                f"the volume plugin {quoted(self.name)} refuses {request}: {_words(text).rstrip('.')}; see "
-                "its own messages."
-            )
+            raise self._error(f"refuses {request}: {_words(text).rstrip('.')}; see its own messages.")
         if not isinstance(values, dict):
             self._odd(request, "no JSON object")
         return values
 
     def _odd(self, request: str, what: str) -> NoReturn:
-        raise UserError(
-            f"the volume plugin {quoted(self.name)} answers {request} with {what}; see its own messages."
-        )
+        raise self._error(f"answers {request} with {what}; see its own messages.")
 
     def _object(self, values: Mapping[str, Any], key: str, request: str) -> dict[str, Any]:
-        """An object in an answer, empty if it is missing."""
         found = values.get(key)
         if found is None:
             return {}
@@ -255,9 +242,9 @@ class Plugin(Driver):
         found = self._look(path, lambda: 0 if stat.S_ISDIR(os.stat(path).st_mode) else errno.ENOTDIR)
         if found:
             cause = "no directory here" if found == errno.ENOTDIR else "not to be used"
-            raise UserError(
-                f"the volume plugin {quoted(self.name)} says that volume {quoted(volume.name)} is at "
-                f"{quoted(path)}, which is {cause} ({os.strerror(found).lower()}); see its own messages."
+            raise self._error(
+                f"says that volume {quoted(volume.name)} is at {quoted(path)}, which is {cause} "
+                f"({os.strerror(found).lower()}); see its own messages."
             )
 
     def _look(self, path: str, action: Callable[[], int]) -> int:
@@ -265,9 +252,9 @@ class Plugin(Driver):
         with on_failure("no process can be started", "end some others"):
             found = looking.look(action, _LOOK_SECONDS)
         if found is None:
-            raise UserError(
-                f"the volume plugin {quoted(self.name)} names the directory {quoted(path)}, whose filesystem "
-                f"has not answered within {_LOOK_SECONDS:.0f} s; restart what serves it."
+            raise self._error(
+                f"names the directory {quoted(path)}, whose filesystem has not answered within "
+                f"{_LOOK_SECONDS:.0f} s; restart what serves it."
             )
         return found
 
@@ -285,9 +272,8 @@ class Plugin(Driver):
     def replacement(self, volume: Volume) -> Iterator[Replacement]:
         path = self._told_by_path(volume)
         if not path:
-            raise UserError(
-                f"the volume plugin {quoted(self.name)} does not say where volume {quoted(volume.name)} is "
-                "mounted; see its own messages."
+            raise self._error(
+                f"does not say where volume {quoted(volume.name)} is mounted; see its own messages."
             )
         self._check_directory(volume, path)
         with replacing.in_place(volume, path) as place:
@@ -312,27 +298,18 @@ def _words(text: str) -> str:
 
 def _parsed(content: bytes) -> Any:
     """Parse an answer's JSON (RFC 8259: neither NaN nor Infinity). Raises ValueError or RecursionError."""
-    values = json.loads(content, parse_constant=_refused, parse_float=_finite)
+    values = json.loads(content, parse_constant=_finite, parse_float=_finite)
     level = [values]
     for _ in range(_DEEPEST):
-        level = [inner for outer in level for inner in _inside(outer)]
+        parts = (part.values() if isinstance(part, dict) else part for part in level)
+        level = [inner for part in parts if not isinstance(part, _PLAIN) for inner in part]
         if not level:
             return values
     raise ValueError("it is nested too deeply")
 
 
-def _inside(value: Any) -> list[Any]:
-    if isinstance(value, dict):
-        return list(value.values())
-    return value if isinstance(value, list) else []
-
-
-def _refused(text: str) -> NoReturn:
-    raise ValueError(f"{text} is no JSON")
-
-
 def _finite(text: str) -> float:
     found = float(text)
     if not math.isfinite(found):
-        raise ValueError(f"{text} is too large")
+        raise ValueError(f"{text} is no finite number")
     return found

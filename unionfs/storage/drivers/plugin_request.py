@@ -19,7 +19,7 @@ import trio
 
 from unionfs.errors import reason
 from unionfs.storage.drivers import trusted
-from unionfs.storage.drivers.plugin_search import SOCKET
+from unionfs.storage.drivers.plugin_search import SOCKET, Address
 
 _CREDENTIALS = struct.Struct("=iII")  # struct ucred, include/linux/socket.h
 MOST_BYTES = 1 << 20
@@ -39,30 +39,20 @@ class _SilentError(RequestError):
 
 
 @dataclass(frozen=True, slots=True)
-class Endpoint:
-    """The path of a unix socket, or host, port and optionally TLS."""
-
-    path: str = ""
-    host: str = ""
-    port: int = 0
-    tls: ssl.SSLContext | None = None
-
-
-@dataclass(frozen=True, slots=True)
 class Answer:
-    """Status code and content."""
-
     status: int
     content: bytes
 
 
-def post(endpoint: Endpoint, request: str, content: bytes, seconds: float) -> Answer:
+def post(
+    address: Address, tls: ssl.SSLContext | None, request: str, content: bytes, seconds: float
+) -> Answer:
     """Send a request and return its answer, within `seconds`. Raises RequestError.
 
     Blocks. It runs its own event loop, so any thread without one can call it.
     """
     try:
-        return trio.run(_post, endpoint, request, content, seconds)
+        return trio.run(_post, address, tls, request, content, seconds)
     except trio.TooSlowError as error:
         raise _SilentError(
             f"it has not answered {request} completely within {_shown(seconds)}; restart it, or remove what "
@@ -80,24 +70,28 @@ def _shown(seconds: float) -> str:
     return f"{max(seconds, 0):.0f} s"
 
 
-async def _post(endpoint: Endpoint, request: str, content: bytes, seconds: float) -> Answer:
+async def _post(
+    address: Address, tls: ssl.SSLContext | None, request: str, content: bytes, seconds: float
+) -> Answer:
     with trio.fail_after(max(seconds, 0)):
-        stream = await _connected(endpoint)
+        host = "plugin" if address.socket else address.host_and_port[0]
+        stream = await _connected(address, tls)
         try:
-            return await _exchange(stream, endpoint.host or "plugin", request, content)
+            return await _exchange(stream, host, request, content)
         finally:
             await trio.aclose_forcefully(stream)
     raise AssertionError("unreachable")
 
 
-async def _connected(endpoint: Endpoint) -> trio.abc.Stream:
-    if endpoint.path:
-        return await _connected_to_socket(endpoint.path)
-    stream = await trio.open_tcp_stream(endpoint.host, endpoint.port)
-    if endpoint.tls is None:
+async def _connected(address: Address, tls: ssl.SSLContext | None) -> trio.abc.Stream:
+    if address.socket:
+        return await _connected_to_socket(address.socket)
+    host, port = address.host_and_port
+    stream = await trio.open_tcp_stream(host, port)
+    if tls is None:
         return stream
     # Many servers close without TLS's close_notify.
-    secured = trio.SSLStream(stream, endpoint.tls, server_hostname=endpoint.host, https_compatible=True)
+    secured = trio.SSLStream(stream, tls, server_hostname=host, https_compatible=True)
     try:
         await secured.do_handshake()
     except BaseException:

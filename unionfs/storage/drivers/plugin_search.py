@@ -33,8 +33,6 @@ _PORTS = {"tcp": 80, "http": 80, "https": 443}
 
 @dataclass(frozen=True, slots=True)
 class Address:
-    """The address of a plugin."""
-
     name: str
     url: str
     """`unix://PATH`, `tcp://HOST:PORT`, `http://` or `https://`."""
@@ -46,7 +44,6 @@ class Address:
 
     @property
     def shown(self) -> str:
-        """The URL as a sentence fragment."""
         return _shortened(self.url)
 
     @property
@@ -63,7 +60,6 @@ class Address:
 
     @property
     def is_secure(self) -> bool:
-        """Whether it uses TLS."""
         return self.url.startswith("https://") or (self.tls is not None and self.url.startswith("tcp://"))
 
     def host_path(self, path: str) -> str:
@@ -203,7 +199,6 @@ def _from_json(name: str, path: str) -> Address:
 
 
 def _find_managed(name: str) -> Address | None:
-    """An enabled plugin installed by `docker plugin install`."""
     wanted = name if ":" in name.rpartition("/")[2] else f"{name}:latest"
     try:
         found = sorted(os.listdir(_MANAGED))

@@ -30,7 +30,6 @@ class RemoteDriver(Driver):
     needed: tuple[str, ...] = ()
 
     def command(self, options: Mapping[str, str], target: str, directory: str) -> list[str]:
-        """The program's arguments."""
         raise NotImplementedError
 
     def check(self, options: Mapping[str, str]) -> None:

@@ -168,7 +168,6 @@ def _remove(path: str) -> None:
 
 
 def _sweep(volume: Volume) -> None:
-    """Remove the leftovers of a killed restore."""
     for name in os.listdir(volume.directory):
         if name.startswith(".restore-"):
             _unmount(f"{volume.directory}/{name}/merged")

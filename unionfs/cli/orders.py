@@ -1,0 +1,19 @@
+"""`unionfs sync`: orders to the daemon of a mount."""
+
+from __future__ import annotations
+
+import click
+
+from unionfs.cli.finding import find_mount
+from unionfs.daemon.orders import give
+
+
+@click.command(epilog="Example: unionfs sync /mnt")
+@click.argument("mountpoint")
+def sync(mountpoint: str) -> None:
+    """Write all data of the mount at MOUNTPOINT to disk, and return when it is there.
+
+    sync(1) and syncfs(2) write the kernel's cache of a union to the upper, but not the upper to its disk: the
+    kernel does not ask a FUSE daemon to. fsync(2) of a file does.
+    """
+    give(find_mount(mountpoint), "sync", "written to disk", "check the disk of the upper")

@@ -1,0 +1,53 @@
+"""Orders to the daemon of a mount, given by a command over the control socket (see `control`).
+
+An order is a question with the key `order`. The daemon answers when it is carried out, with `done`, or with
+`failed` and the reason.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Final
+
+from unionfs.daemon.live import LiveMount
+from unionfs.errors import UserError, quoted
+
+_ORDER: Final = "order"
+_SECONDS: Final = 1_000_000.0  # poll(2) takes milliseconds in 31 bits
+
+
+def order_in(question: dict[str, Any]) -> str | None:
+    """Return the order in a client's question, if it contains one."""
+    order = question.get(_ORDER)
+    return order if isinstance(order, str) else None
+
+
+def done() -> dict[str, Any]:
+    """Return the answer to an order that is carried out."""
+    return {"done": True}
+
+
+def failed(why: str) -> dict[str, Any]:
+    """Return the answer to an order that cannot be carried out; `why` is part of a sentence."""
+    return {"failed": why}
+
+
+def give(mount: LiveMount, order: str, what: str, cure: str) -> None:
+    """Give the daemon an order, and wait until it is carried out.
+
+    Raises UserError: "MOUNTPOINT cannot be `what`: the reason; `cure`."
+    """
+    place = quoted(mount.settings.mountpoint)
+    answer = mount.ask({_ORDER: order}, timeout=_SECONDS)
+    if answer is None:
+        raise UserError(
+            f"{place} cannot be {what}: its daemon (pid {mount.pid}) ended or does not answer; `unionfs ls` "
+            "lists active mounts."
+        )
+    if answer.get("done") is True:
+        return
+    why = answer.get("failed")
+    if isinstance(why, str):
+        raise UserError(f"{place} cannot be {what}: {why}; {cure}.")
+    raise UserError(
+        f"{place} cannot be {what}: its daemon (pid {mount.pid}) is of an earlier version; mount it anew."
+    )
