@@ -30,6 +30,44 @@ def test_mount_change_and_umount(host: Host, place: Place) -> None:
     assert stat.S_IMODE((host.runtime / "unionfs").stat().st_mode) == 0o700
 
 
+def test_directories_are_renamed(host: Host, place: Place) -> None:
+    """By redirects in user.* xattrs, which the next mount follows, as does `unionfs diff` of the layers."""
+    (place.lower / "d/sub").mkdir(parents=True)
+    (place.lower / "d/sub/f").write_text("f")
+    (place.lower / "closed").mkdir()
+    for path in ("d", "d/sub", "d/sub/f", "closed"):
+        os.chown(place.lower / path, UID, UID)
+    (place.lower / "closed").chmod(0o555)
+    host.mount()
+    succeed(host.run("sh", "-c", f"cd {place.merged} && mv d e && mkdir d && mv e/sub d && mv closed shut"))
+    succeed(host.unionfs("umount", place.merged))
+    assert os.getxattr(place.upper / "d/sub", "user.overlay.redirect") == b"/d/sub"
+    assert stat.S_IMODE((place.upper / "shut").stat().st_mode) == 0o555
+    host.mount()
+    assert host.run("cat", place.merged / "d/sub/f").stdout == "f"
+    diff = host.unionfs("diff", place.merged).stdout
+    assert {"A /e", "D /closed", "A /shut"} <= set(diff.splitlines())
+    by_root = host.root("env", f"PYTHONPATH={cli_calls.REPOSITORY}", *UNIONFS, "diff", place.merged)
+    assert by_root.stdout == diff
+    succeed(host.unionfs("umount", place.merged))
+    layers = ("--upper", place.upper, "--lower", place.lower, "--lower", place.lower2)
+    assert host.unionfs("diff", *layers).stdout == diff
+    assert succeed(host.unionfs("check", *layers)) == ""
+
+
+def test_directories_are_not_renamed_where_others_look(host: Host, place: Place) -> None:
+    (place.lower / "d").mkdir()
+    os.chown(place.lower / "d", UID, UID)
+    conf = place.root / "fuse.conf"
+    conf.write_text("user_allow_other\n")
+    host.root("mount", "--bind", conf, "/etc/fuse.conf")
+    done = host.unionfs("mount", *place.layers, "-o", "allow_other,redirect_dir=on", place.merged)
+    refused(done, "redirect_dir=on conflicts", "allow_other")
+    host.mount("-o", "allow_other")
+    rename = f"import os; os.rename('{place.merged}/d', '{place.merged}/e')"
+    assert "Errno 18" in host.run(host.command[0], "-c", rename).stderr
+
+
 def test_dev_and_suid_of_mount_fuse_are_taken_in_silence(host: Host) -> None:
     host.mount("-o", "rw,dev,suid,exec,async")
     assert {"nodev", "nosuid"} <= host.options()

@@ -90,14 +90,14 @@ def test_rename_flags(world: MakeWorld) -> None:
 
 
 def test_refused_exchange_copies_nothing_up(world: MakeWorld) -> None:
-    """A lower file keeps its hard links if the other name is missing, or is a directory with lower parts."""
+    """A lower file keeps its hard links if the other name is missing, or a directory that cannot move."""
 
     def build(root: Path) -> None:
         (root / "dir").mkdir()
         (root / "file").write_bytes(b"linked")
         os.link(root / "file", root / "dir/other")
 
-    made = world(build)
+    made = world(build, options=("redirect_dir=off",))
 
     def calls(root: Path) -> list[object]:
         (root / "gone").touch()
@@ -213,8 +213,8 @@ def _merged_dirs(root: Path) -> None:
 
 
 def test_rename_of_lower_directory_is_exdev_and_mv_copies(world: MakeWorld) -> None:
-    """A directory with lower parts cannot be renamed yet; mv falls back to copying, without loss."""
-    made = world(_merged_dirs)
+    """Without redirects, a directory with lower parts cannot be renamed; mv copies, without loss."""
+    made = world(_merged_dirs, options=("redirect_dir=off",))
 
     def calls(root: Path) -> list[object]:
         (root / "own").mkdir()

@@ -18,6 +18,23 @@ from tests.support.patience import patient
 from tests.support.storage import Storage, storage, unmounted
 
 
+def test_a_directory_above_a_volume_is_renamed(storing: Storage) -> None:
+    """The volume is carried along, as any mount; its own directory is busy, as natively."""
+    (storing.place.lower2 / "in/data").mkdir(parents=True)
+    (storing.place.lower2 / "in/beside").write_text("beside")
+    storing.mount("-v", "db:/in/data")
+    merged = storing.merged
+    (merged / "in/data/new").write_text("new\n")
+    with pytest.raises(OSError, match="busy"):
+        (merged / "in/data").rename(merged / "out")
+    (merged / "in").rename(merged / "moved")
+    assert (merged / "moved/data/new").read_text() == "new\n"
+    assert (merged / "moved/beside").read_text() == "beside"
+    assert not (merged / "in").exists()
+    (merged / "moved").rename(merged / "in")
+    storing.umount()
+
+
 def test_all_kinds(storing: Storage) -> None:
     (storing.place.lower2 / "data").mkdir()
     (storing.place.lower2 / "data/seed").write_text("seed\n")

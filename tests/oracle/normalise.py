@@ -183,9 +183,14 @@ def moved_inodes(before: Tree, after: Tree, touched: tuple[bytes, ...]) -> list[
 
 
 def renamed_inodes(before: Tree, after: Tree, old: bytes, new: bytes, flags: int) -> list[str]:
-    """Names in a renamed directory that have another st_ino than before."""
+    """A renamed name, and names in a renamed directory, that have another st_ino than before.
+
+    One of several names of a lower file becomes a file of its own when it is renamed.
+    """
     if flags & 2 or old not in before or old in after or new not in after or new in before:
         return []  # exchanged, not renamed, or not by these names
+    if before[old].kind != stat.S_IFDIR and before[old].nlink > 1:
+        return []
     lines = []
     for path, entry in before.items():
         if path == old or path.startswith(old + b"/"):

@@ -62,7 +62,7 @@ class Forge:
     @contextmanager
     def mounted(self, session: str) -> Iterator[Path]:
         """The union by one session, or kernel overlayfs for `kernel`."""
-        options = ["userxattr"] if self.prefix != TRUSTED else []
+        options = ["userxattr"] if self.prefix != TRUSTED else ["redirect_dir=on"]
         chosen: dict[str, Any] = {
             "lowers": [self.layers[name] for name in ("l0", "l1", "l2")],
             "upper": self.layers["upper"],

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 
 import pytest
 from hypothesis import given
@@ -122,6 +123,45 @@ def test_fuse_options_are_escaped() -> None:
     assert not any(option.startswith("subtype") for option in settings.fuse_options())
     assert "ro" in settings.fuse_options()
     assert settle("/m", lowers=["/l"], source="src", trusted_xattrs=True).fsname == "src"
+
+
+@pytest.mark.parametrize(
+    ("uid", "options", "trusted", "result"),
+    [
+        (0, [], True, None),
+        (0, ["redirect_dir=on"], True, "on"),
+        (0, ["userxattr"], True, None),
+        (0, ["userxattr,redirect_dir=off"], True, "off"),
+        (0, ["userxattr,redirect_dir=nofollow"], True, "nofollow"),
+        (1000, [], False, "on"),
+        (1000, ["redirect_dir=off"], False, "follow"),
+        (1000, ["redirect_dir=nofollow"], False, "nofollow"),
+        (1000, ["allow_other"], False, None),
+        (1000, ["allow_root"], False, None),
+    ],
+)
+def test_redirects_in_user_xattrs(
+    monkeypatch: pytest.MonkeyPatch, uid: int, options: list[str], trusted: bool, result: str | None
+) -> None:
+    """Only in a mount that one ordinary user alone can reach; see `daemon.settle`."""
+    monkeypatch.setattr(os, "geteuid", lambda: uid)
+    settings = settle("/m", lowers=["/"], options=options, trusted_xattrs=trusted)
+    assert settings.features.redirect_dir == result
+
+
+@pytest.mark.parametrize(
+    ("uid", "options"),
+    [
+        (0, "userxattr,redirect_dir=on"), (0, "redirect_dir=follow,userxattr"),
+        (1000, "allow_other,redirect_dir=on"), (1000, "redirect_dir=follow,allow_root"),
+    ],
+)  # fmt: skip
+def test_redirects_that_other_users_could_make(
+    monkeypatch: pytest.MonkeyPatch, uid: int, options: str
+) -> None:
+    monkeypatch.setattr(os, "geteuid", lambda: uid)
+    with pytest.raises(UserError, match=r"^redirect_dir=(on|follow) conflicts"):
+        settle("/m", lowers=["/"], options=[options], trusted_xattrs=uid == 0 and "userxattr" not in options)
 
 
 def test_features_are_kept_with_the_settings() -> None:

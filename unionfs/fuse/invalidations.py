@@ -27,6 +27,10 @@ class Invalidations:
         """Add one node."""
         self.now[node] = None
 
+    def of_moved(self, node: Node) -> None:
+        """Add a directory with another parent: its cached listing has the old one's number as ``..``."""
+        self.listings[node] = None
+
     def answered(self, node: Node) -> None:
         """Drop a node: the next answer contains its new attributes."""
         self.now.pop(node, None)

@@ -187,6 +187,11 @@ class Operations:
                     await self.copy_ups.ensure_data(node)
                 else:
                     await self.copy_ups.ensure(node)
+        if old is not new:
+            for directory, here in ((new, new_name), (old, name)):
+                moved = self.union.nodes.child(directory, here)
+                if moved is not None and moved.is_dir:
+                    self.invalidations.of_moved(moved)
 
     def readlink(self, id_: int) -> bytes:
         """The target of a symlink."""

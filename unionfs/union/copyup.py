@@ -97,12 +97,20 @@ class CopyUp:
         st = os.stat(lower)
         shown = node.attributes_of(st).ctime_ns
         with union.work.temporary() as temporary:
+            parent = node.parent.parts[0]
             with Owned(temporary.mkdir()) as copy:
                 origin = union.origins.store(node, lower, st, copy)
                 union.flags.copy_directory(node, copy)
                 self._copy_attributes(lower, st, copy)
-            parent = node.parent.parts[0]
-            resized = self._rename_into(node.parent, node.name, temporary)
+                try:
+                    resized = self._rename_into(node.parent, node.name, temporary)
+                except PermissionError:
+                    # an ordinary user's daemon: a directory without write permission cannot change its parent
+                    if st.st_mode & stat.S_IWUSR:
+                        raise
+                    os.fchmod(copy, 0o700)
+                    resized = self._rename_into(node.parent, node.name, temporary)
+                    os.fchmod(copy, stat.S_IMODE(st.st_mode))
         place = Place(parent.layer, parent, node.name)
         place.copied_up(empty=union.shortcuts.empty_places)
         node.parts.insert(0, place)

@@ -167,11 +167,11 @@ class Markers:
     def set_redirect(self, fd: int, redirect: bytes) -> None:
         """Make the directory ``fd`` merge with the lowers' directory at a path or, without a slash, of that
         name in the same parent."""
-        os.setxattr(b"/proc/self/fd/%d" % fd, self.redirect, redirect)
+        _set(fd, self.redirect, redirect)
 
     def set_opaque(self, fd: int) -> None:
         """Make the directory ``fd`` hide the layers below it."""
-        os.setxattr(b"/proc/self/fd/%d" % fd, self.opaque, b"y")
+        _set(fd, self.opaque, b"y")
 
     def make_whiteout(self, dir_fd: int, name: bytes, announced: Iterable[int]) -> None:
         """Make a whiteout, by xattr where mknod(2) is refused. Raises FileExistsError.
@@ -198,6 +198,23 @@ class Markers:
         path = b"/proc/self/fd/%d" % fd
         if _get(path, self.opaque, follow=True) is None:
             os.setxattr(path, self.opaque, b"x")
+
+
+def _set(fd: int, name: bytes, value: bytes) -> None:
+    """Set an xattr of the directory ``fd``, even if it is the user's own without write permission, which a
+    ``user.*`` xattr needs (xattr(7))."""
+    path = b"/proc/self/fd/%d" % fd
+    try:
+        os.setxattr(path, name, value)
+    except PermissionError:
+        mode = stat.S_IMODE(os.stat(path).st_mode)
+        if mode & stat.S_IWUSR:
+            raise
+        os.chmod(path, mode | stat.S_IWUSR)
+        try:
+            os.setxattr(path, name, value)
+        finally:
+            os.chmod(path, mode)
 
 
 def _get(path: bytes | int, name: bytes, *, follow: bool = False) -> bytes | None:

@@ -107,7 +107,10 @@ class Renaming(Changing):
                     union.markers.set_redirect(fd, redirect)
             except OSError as error:  # as overlayfs: the caller may copy the directory instead
                 raise os_error(errno.EXDEV) from error
-        elif union.merge.is_visible_below(parent.parts, name) or union.markers.directory(fd)[1] is not None:
+        elif union.merge.is_visible_below(parent.parts, name) or (
+            # a redirect to nothing, which may lead to something in another parent
+            len(parent.parts) > 1 and union.markers.directory(fd)[1] is not None
+        ):
             union.markers.set_opaque(fd)
 
     def _replace(

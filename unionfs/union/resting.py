@@ -67,7 +67,10 @@ def resting(
             fd = opening.open_lower(path, privileged)
             resources.callback(os.close, fd)
             layers.append(Layer(len(layers), path, fd, is_upper=False))
-        merge = Merge(layers, Markers(USER if userxattr else TRUSTED), directory_fds=256)
+        # As in an ordinary user's own mount.
+        follows = True if os.geteuid() != 0 else None
+        markers = Markers(USER if userxattr else TRUSTED, follows_redirects=follows)
+        merge = Merge(layers, markers, directory_fds=256)
         resources.callback(merge.close)
         yield Resting(merge, layers[0], opened)
 
