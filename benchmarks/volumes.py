@@ -19,7 +19,7 @@ import time
 from collections.abc import Callable
 from functools import partial
 
-from unionfs.storage.model import User
+from unionfs.storage.model import VolumeUser
 from unionfs.storage.volumes import Volumes
 
 
@@ -43,7 +43,7 @@ def main() -> None:
     parser.add_argument("--directory", help="the directory of the storage root")
     options = parser.parse_args()
     root = tempfile.mkdtemp(dir=options.directory)
-    user = User.of_this_process("benchmark")
+    user = VolumeUser.of_this_process("benchmark")
     try:
         started = time.perf_counter()
         for number in range(options.volumes):

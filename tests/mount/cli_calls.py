@@ -36,7 +36,7 @@ def call(command: Sequence[str], *arguments: str | Path, cwd: Path | None = None
         [*command, *map(str, arguments)],
         stdin=subprocess.DEVNULL,
         capture_output=True,
-        timeout=SECONDS,
+        timeout=extra.pop("timeout", SECONDS),
         cwd=cwd or "/",
         env=environment,
         text=True,

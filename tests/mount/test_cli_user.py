@@ -55,6 +55,24 @@ def test_directories_are_renamed(host: Host, place: Place) -> None:
     assert succeed(host.unionfs("check", *layers)) == ""
 
 
+def test_read_only_directories_are_replaced(host: Host, place: Place) -> None:
+    """A directory of the user's without write permission, which holds whiteouts, is removed or replaced."""
+    for name in ("one", "two"):
+        (place.lower / name).mkdir()
+        (place.lower / name / "f").write_text("f")
+        for path in (name, f"{name}/f"):
+            os.chown(place.lower / path, UID, UID)
+    host.mount()
+    script = (
+        "rm one/f two/f && chmod 555 one two && rmdir one && mkdir new && mv -T new two && mv two one && ls"
+    )
+    done = host.run("sh", "-c", f"cd {place.merged} && {script}")
+    assert done.stderr == ""
+    assert done.stdout.split() == ["base", "deep", "one"]
+    succeed(host.unionfs("umount", place.merged))
+    assert os.listdir(place.work / "work") == []
+
+
 def test_directories_are_not_renamed_where_others_look(host: Host, place: Place) -> None:
     (place.lower / "d").mkdir()
     os.chown(place.lower / "d", UID, UID)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import secrets
+import shutil
 import signal
 import subprocess
 import time
@@ -161,6 +162,41 @@ def test_volatile(place: Place) -> None:
         _sync(place.merged, os.O_RDONLY, os.fsync)
         succeed(unionfs("umount", place.merged))
         assert trace.take() == []
+
+
+@pytest.mark.parametrize("again", [(), ("-o", "volatile"), ("-o", "ro")])
+def test_a_volatile_upper_is_refused_after_a_crash(place: Place, again: tuple[str, ...]) -> None:
+    """By overlayfs, too; but not after an orderly end."""
+    for end in ("umount", "SIGTERM"):
+        pid = place.mount("-o", "volatile")
+        (place.merged / end).touch()
+        assert os.path.isfile(place.work / "work/incompat/volatile/dirty")
+        if end == "umount":
+            succeed(unionfs("umount", place.merged))
+        else:
+            os.kill(pid, signal.SIGTERM)
+        assert wait_for(lambda pid=pid: gone(pid))
+        assert os.listdir(place.work / "work") == []
+    pid = place.mount("-o", "volatile")
+    os.kill(pid, signal.SIGKILL)
+    assert wait_for(lambda: gone(pid))
+    succeed(unionfs("umount", place.merged))
+    before = place.snapshot()
+    refused(
+        unionfs("mount", *place.layers, *again, place.merged),
+        "was left by a volatile mount that did not end cleanly", f"remove {place.work}/work/incompat",
+    )  # fmt: skip
+    assert place.snapshot() == before
+    kernel = ["mount", "-t", "overlay", "overlay", "-o", place.data, str(place.merged)]
+    assert subprocess.run(kernel, capture_output=True).returncode != 0
+    shutil.rmtree(place.work / "work/incompat")
+    place.mount()
+    assert sorted(os.listdir(place.upper)) == ["SIGTERM", "umount"]
+
+
+def test_a_volatile_mount_that_fails_leaves_no_mark(place: Place) -> None:
+    refused(unionfs("mount", *place.layers, "-o", "volatile,context=nonsense", place.merged))
+    assert sorted(os.listdir(place.work / "work")) == []
 
 
 @pytest.mark.parametrize("loop", ["direct", "pyfuse3"])

@@ -4,14 +4,20 @@ from __future__ import annotations
 
 import os
 import pwd
+import shutil
+import signal
 import stat
 import subprocess
 import sys
 import sysconfig
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
+import pytest
+
 from tests.mount import cli_calls
-from tests.mount.cli_calls import Done, Place, call, listed, succeed
+from tests.mount.cli_calls import SECONDS, Done, Place, call, gone, listed, succeed, wait_for
 
 # fusermount3 requires a user with a name; every Debian has this one
 UID = pwd.getpwnam("nobody").pw_uid
@@ -55,12 +61,13 @@ class Host:
         assert done.returncode == 0 or not check, done.stderr
         return done
 
-    def run(self, *command: str | Path, cwd: Path | None = None) -> Done:
+    def run(self, *command: str | Path, cwd: Path | None = None, timeout: float = SECONDS) -> Done:
         """Run a command as the user."""
         return call(
             ("nsenter", "-t", str(self.holder.pid), "-m", f"--wd={cwd or '/'}",
              "setpriv", "--reuid", str(UID), "--regid", str(UID), "--clear-groups", "--"),
             *command,
+            timeout=timeout,
             env={
                 "XDG_RUNTIME_DIR": str(self.runtime),
                 "PYTHONPATH": f"{cli_calls.REPOSITORY}:{sysconfig.get_path('purelib')}",
@@ -81,3 +88,28 @@ class Host:
         """The options of the mount in the mount table."""
         line = self.root("grep", f" {self.place.merged} ", "/proc/mounts").stdout
         return set(line.split()[3].split(","))
+
+
+@contextmanager
+def ordinary_user(place: Place) -> Iterator[Host]:
+    """An ordinary user of this host, whose mount is removed at the end. Skips the test, with the reason, if
+    he cannot mount.
+    """
+    if shutil.which("fusermount3") is None:
+        pytest.skip("fusermount3 is not installed")
+    if not os.path.exists("/etc/mtab"):
+        pytest.skip("fusermount3 wants /etc/mtab (a link to /proc/self/mounts), which is not there")
+    found = Host(place)
+    pids: list[int] = []
+    try:
+        if not found.find_python():
+            pytest.skip("an ordinary user cannot read this repository, or no Python with pyfuse3")
+        yield found
+        pids = [int(one["pid"]) for one in listed(found.unionfs("ls", "--json"))]
+    finally:
+        found.root("umount", "-l", str(place.merged), check=False)
+        for pid in pids:
+            if not wait_for(lambda pid=pid: gone(pid), 5):
+                os.kill(pid, signal.SIGKILL)
+        found.holder.kill()
+        found.holder.communicate()

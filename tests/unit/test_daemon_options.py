@@ -15,6 +15,7 @@ from unionfs.errors import UserError
 from unionfs.settings.features import Features
 from unionfs.settings.mount import MountSettings
 from unionfs.settings.options import parse_options, split_lowers, split_options, unescape_option
+from unionfs.settings.shown import Shown
 
 
 def _escape(text: str, also: str) -> str:
@@ -100,9 +101,22 @@ def test_refusals_name_the_option_and_the_reason() -> None:
     with pytest.raises(UserError, match=r"^unknown option foo=bar;"):
         parse_options(["foo=bar"])
     with pytest.raises(UserError, match=r"show other owners\.$"):
-        parse_options(["uidmapping=:0:1:2"])
+        parse_options(["uid=3"])
     with pytest.raises(UserError, match="unknown option ro=yes"):
         parse_options(["ro=yes"])
+
+
+def test_what_is_shown() -> None:
+    """As in fuse-overlayfs the last option counts, and squash_to_uid= and squash_to_gid= precede."""
+    mapping = "uidmapping=:0:1:1001:1001:0:1:1002:1002:64535"
+    shown = parse_options([f"uidmapping=1:2:3,gidmapping=5:6:7,{mapping}"]).shown
+    assert shown == Shown(uids=((0, 1, 1001), (1001, 0, 1), (1002, 1002, 64535)), gids=((5, 6, 7),))
+    assert parse_options(["squash_to_root"]).shown == Shown(uid=0, gid=0)
+    assert parse_options(["squash_to_uid=3,squash_to_root"]).shown == Shown(uid=3, gid=0)
+    assert parse_options(["squash_to_root=0"]).shown == Shown()
+    assert parse_options(["static_nlink,noacl"]).shown == Shown(static_nlink=True, acl=False)
+    settings = settle("/mnt", lowers=["/"], options=["uidmapping=:0:1:2,squash_to_gid=7"])
+    assert MountSettings.from_json(json.loads(json.dumps(settings.to_json()))) == settings
 
 
 def test_settings_survive_json(tmp_path: object) -> None:

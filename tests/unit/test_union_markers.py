@@ -131,7 +131,7 @@ def test_xattrs_that_cannot_be_read(
 
 
 def test_making_whiteouts(root: None, area: Path, fd: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A device where permitted, else an empty file without read permission; never over another object."""
+    """A device where permitted, else an empty file that its owner may read; never over another object."""
     MARKERS.make_whiteout(fd, b"device", [fd])
     assert _is_whiteout(fd, b"device")
     assert stat.S_ISCHR((area / "device").lstat().st_mode)
@@ -145,7 +145,7 @@ def test_making_whiteouts(root: None, area: Path, fd: int, monkeypatch: pytest.M
     MARKERS.make_whiteout(fd, b"file", [fd])
     assert MARKERS.opaque_value(fd) == b"x"
     st = (area / "file").lstat()
-    assert (st.st_size, st.st_mode) == (0, stat.S_IFREG)
+    assert (st.st_size, st.st_mode) == (0, stat.S_IFREG | 0o600)
     assert _is_whiteout(fd, b"file")
     assert os.getxattr(area / "file", MARKERS.whiteout) == b"y"
     assert errno_of(MARKERS.make_whiteout, fd, b"file", [fd]) == errno.EEXIST

@@ -82,13 +82,16 @@ def mount(
       lowerdir=A:B:C    the lowers, leftmost on top (write \\: and \\, for : and , in names)
       upperdir=, workdir=
       ro                read-only, even with an upper
-      volatile          never sync to disk: for disposable trees
+      volatile          never sync to disk: for disposable trees; after a crash the upper is refused
       userxattr         store markers in user.overlay.* xattrs (always without root)
       allow_other       allow access by all users (root: always); allow_root: only by root
       nodev nosuid noexec sync dirsync; for the upper's files: noatime nodiratime strictatime
       fsname=, subtype= what /proc/mounts shows
       session=, io=     as --session and --io, for /etc/fstab
       context=, fscontext=, defcontext=, rootcontext=   SELinux contexts
+      uidmapping=, gidmapping=STORED:SHOWN:COUNT[:...]  show and store ids by ranges
+      squash_to_uid=, squash_to_gid=, squash_to_root    show one owner for everything
+      static_nlink, noacl   show one link for every directory; no POSIX ACLs
     \b
     I/O modes (--io), with --session direct:
       hybrid       upper files kernel to kernel, lower files from the page cache: the best for most;
@@ -110,15 +113,7 @@ def mount(
     from unionfs.daemon.settle import settle
 
     settings = settle(
-        mountpoint,
-        lowers=lowers,
-        upper=upper,
-        work=work,
-        options=options,
-        session=session,
-        io=io,
-        log_level=log_level.lower(),
-        storage=storage,
-        storage_root=root,
-    )
+        mountpoint, lowers=lowers, upper=upper, work=work, options=options, session=session, io=io,
+        log_level=log_level.lower(), storage=storage, storage_root=root,
+    )  # fmt: skip
     return start(settings, foreground=foreground)

@@ -217,11 +217,12 @@ def _open(settings: MountSettings, directory: RuntimeDirectory) -> tuple[Announc
             userxattr=settings.userxattr,
             volatile=settings.volatile,
             features=settings.features,
+            shown=settings.shown,
             scratch=scratch,
             atime=[flag for flag in settings.flags if flag in (*ATIME, "nodiratime")],
         )
     except OSError as error:
-        name = quoted(str(error.filename)) if error.filename else "the layers"
+        name = quoted(os.fsdecode(error.filename)) if error.filename else "the layers"
         raise UserError(f"{name} cannot be opened: {reason(error)}; check the layers.") from error
     return announcement, stack
 

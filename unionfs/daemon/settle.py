@@ -54,8 +54,7 @@ def settle(
     if parsed.allow_other and parsed.allow_root:
         raise UserError("allow_other and allow_root exclude each other; allow_other lets root in too.")
     session, io = _session_and_io(parsed, session, io)
-    if trusted_xattrs is None:
-        trusted_xattrs = may_use_trusted_xattrs()
+    trusted_xattrs = may_use_trusted_xattrs() if trusted_xattrs is None else trusted_xattrs
     is_root = os.geteuid() == 0
     userxattr = parsed.userxattr or not trusted_xattrs
     return MountSettings(
@@ -74,6 +73,7 @@ def settle(
         volatile=parsed.volatile,
         userxattr=userxattr,
         features=_features(parsed, userxattr, is_root),
+        shown=parsed.shown,
         flags=_flags(parsed, is_root),
         security=tuple(parsed.security),
         log_level="debug" if parsed.debug else log_level,

@@ -18,7 +18,7 @@ import stat
 from collections import Counter
 from collections.abc import Callable, Mapping
 from functools import partial
-from typing import Final, NamedTuple
+from typing import NamedTuple
 
 from unionfs.fuse.copying import CopyUps
 from unionfs.fuse.directories import Directories
@@ -35,11 +35,11 @@ from unionfs.union.changes import ACL_DEFAULT, Caller, Changes
 from unionfs.union.copyup import CopyUp
 from unionfs.union.flags import APPEND, IMMUTABLE
 from unionfs.union.node import Node
+from unionfs.union.owners import ACL
 from unionfs.union.setids import SET_IDS, Who, is_outside, mode_after
 from unionfs.union.tree import Union
 from unionfs.union.xattrs import CAPABILITY
 
-ACL: Final = b"system.posix_acl_"
 Found = tuple[Node, Attributes]
 """A node and its attributes. A reply with a new entry counts a lookup: `Node.looked_up`."""
 
@@ -60,6 +60,25 @@ class Change(NamedTuple):
 def _owner(change: Change) -> tuple[int, int]:
     """The arguments of chown(2), where -1 leaves an id as it is."""
     return -1 if change.uid is None else change.uid, -1 if change.gid is None else change.gid
+
+
+def _to_store(node: Node, change: Change) -> Change:
+    """The change with the ids to store. Raises EINVAL."""
+    owners = node.territory.owners
+    if owners is None or (change.uid is None and change.gid is None):
+        return change
+    uid, gid = owners.to_store(*_owner(change))
+    return change._replace(
+        uid=None if change.uid is None else uid, gid=None if change.gid is None else gid
+    )
+
+
+def _chown(node: Node, fd: int, change: Change) -> None:
+    owners = node.territory.owners
+    if owners is None:
+        calls.chown_fd(fd, *_owner(change))
+    else:
+        owners.chown(fd, *_owner(change))
 
 
 def _memory() -> dict[str, int]:
@@ -207,6 +226,7 @@ class Operations:
     async def setattr(self, id_: int, change: Change, handle: Opened | None) -> Found:
         """truncate(2), chown(2), chmod(2) and utimensat(2), in this order."""
         node = self.node(id_)
+        change = _to_store(node, change)
         only_mode = change.mode if change == Change(mode=change.mode) else None
         check = partial(self._may_set, node, change, handle)
         if change.size is None:
@@ -244,13 +264,13 @@ class Operations:
             self._drop_set_ids(node, change.killer)
         file = None if node.use is None or not node.data_in_place else node.use.file
         if file is not None and file.users:
-            self._set_open(file.fd, change)
+            self._set_open(node, file.fd, change)
             return node, node.attributes_of(os.fstat(file.fd))
         if changes_owner or change.mode is not None:
             fd, opened = self.union.path_fd(node)
             try:
                 if changes_owner:
-                    calls.chown_fd(fd, *_owner(change))
+                    _chown(node, fd, change)
                 if change.mode is not None:
                     os.chmod(b"/proc/self/fd/%d" % fd, stat.S_IMODE(change.mode))
             finally:
@@ -261,10 +281,10 @@ class Operations:
                 calls.utimensat(calls.AT_FDCWD, path, change.atime_ns, change.mtime_ns, follow=True)
         return node, self.union.attributes(node)
 
-    def _set_open(self, fd: int, change: Change) -> None:
+    def _set_open(self, node: Node, fd: int, change: Change) -> None:
         """Change an open file by its fd, without its name."""
         if change.uid is not None or change.gid is not None:
-            os.fchown(fd, *_owner(change))
+            _chown(node, fd, change)
         if change.mode is not None:
             os.fchmod(fd, stat.S_IMODE(change.mode))
         if change.atime_ns is not None or change.mtime_ns is not None:
@@ -273,7 +293,7 @@ class Operations:
     def _drop_set_ids(self, node: Node, killer: Who) -> None:
         if node.is_dir:
             return  # chown(2) keeps them on directories
-        mode = mode_after(self.union.stat(node), killer)
+        mode = mode_after(self.union.attributes(node).st, killer)
         if mode is not None:
             with self.union.checked_path(node) as path:
                 os.chmod(path, mode)
@@ -305,7 +325,9 @@ class Operations:
             raise os_error(errno.ENODATA)
         stored = node.territory.stored_name(name)
         with self.union.checked_path(node) as path:
-            return os.getxattr(path, stored)
+            value = os.getxattr(path, stored)
+        owners = node.territory.owners
+        return owners.show_acl(value, node.layer) if owners is not None and name.startswith(ACL) else value
 
     def listxattr(self, id_: int, uid: int) -> list[bytes]:
         """The names of the xattrs visible to user ``uid``."""
@@ -329,7 +351,9 @@ class Operations:
         if name.startswith(ACL) and not self.union.stack.acl:
             raise os_error(errno.EOPNOTSUPP)
         node = self.node(id_)
-        stored = node.territory.stored_name(name)
+        stored, owners = node.territory.stored_name(name), node.territory.owners
+        if owners is not None and name.startswith(ACL):
+            value = owners.acl_to_store(value)
         await self.copy_ups.ensure(node, check=partial(self.union.flags.may_change, node))
         node.changes()
         self.union.capabilities.changed(node)
@@ -351,7 +375,7 @@ class Operations:
 
     def is_outside_group(self, node: Node, who: Who) -> bool:
         """Whether a process is neither root's nor in the group of the node's object."""
-        return is_outside(who, self.union.stat(node).st_gid)
+        return is_outside(who, self.union.attributes(node).st.st_gid)
 
     async def removexattr(self, id_: int, name: bytes, uid: int) -> None:
         """Remove an xattr, for user ``uid``."""
@@ -361,7 +385,7 @@ class Operations:
         # The kernel sends it before a write, a truncation or a chown, for a caller who may not request it.
         # They remove the capabilities of the backing file too; a stranger's chown without an owner gets here,
         # and then fails if it must clear setuid or setgid as well.
-        st = self.union.stat(self.node(id_))
+        st = self.union.attributes(self.node(id_)).st
         if st.st_uid == uid or not st.st_mode & SET_IDS:
             with contextlib.suppress(PermissionError):  # in an ordinary user's daemon
                 await self._removexattr(id_, name)

@@ -14,12 +14,13 @@ import trio
 
 from unionfs.fuse.directories import DOT, DOT_DOT
 from unionfs.fuse.errors import CUT_OFF, SessionError
-from unionfs.fuse.operations import ACL, Change, Found, Operations
+from unionfs.fuse.operations import Change, Found, Operations
 from unionfs.fuse.pyfuse3_notices import Notices, invalidate_attributes
 from unionfs.sys.calls import os_error
 from unionfs.sys.liveness import is_dead
 from unionfs.sys.mountinfo import mounted_at, mounts_of_device
 from unionfs.union.changes import Caller
+from unionfs.union.owners import ACL
 from unionfs.union.setids import Process
 
 log = logging.getLogger(__name__)

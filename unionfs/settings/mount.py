@@ -6,6 +6,7 @@ from dataclasses import MISSING, asdict, dataclass, fields
 from typing import TYPE_CHECKING, Any
 
 from unionfs.settings.features import DEFAULTS, Features
+from unionfs.settings.shown import AS_STORED, Shown
 
 if TYPE_CHECKING:
     from unionfs.settings.specs import Spec, TmpfsOptions
@@ -46,6 +47,7 @@ class MountSettings:
     mounted_by: int
     """The uid of the mounting user."""
     features: Features = DEFAULTS
+    shown: Shown = AS_STORED
     upper_tmpfs: TmpfsOptions | None = None
     """Options of a detached tmpfs for upper and work; then `upper` and `work` are None."""
     storage: tuple[Spec, ...] = ()
@@ -91,6 +93,8 @@ class MountSettings:
         for name, value in plain.items():
             if isinstance(value, list):
                 plain[name] = tuple(value)
+        if "shown" in plain:
+            plain["shown"] = Shown.from_json(plain["shown"])
         if "features" in plain:
             plain["features"] = Features.from_json(plain["features"])
         if plain.get("storage") or plain.get("upper_tmpfs"):

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field, replace
 
 from unionfs.errors import UserError, quoted
 from unionfs.settings.features import DEFAULTS, VALUES, Features
+from unionfs.settings.shown import AS_STORED, Shown, parse_id, parse_ranges
 
 _SECURITY = ("context", "fscontext", "defcontext", "rootcontext")
 
@@ -98,7 +99,7 @@ _SKIPPED_PREFIXES = ("x-", "X-", "comment=", "user=", "helper=", "uhelper=")
 # Options of fuse-overlayfs that concern how it works, not the mount's content. podman passes the propagation
 # `private` with `-v src:/x:O`, but the mount is made in podman's own namespace.
 _SKIPPED_FUSE_OVERLAYFS = frozenset({
-    "redirect_dir", "timeout", "threaded", "fsync", "fast_ino", "writeback", "static_nlink", "noacl",
+    "redirect_dir", "timeout", "threaded", "fsync", "fast_ino", "writeback",
     "private", "rprivate", "slave", "rslave", "shared", "rshared", "clone_fd", "max_idle_threads",
     "max_threads", "kernel_cache", "auto_cache", "entry_timeout", "attr_timeout", "negative_timeout",
     "max_read", "max_write", "max_readahead", "max_background", "congestion_threshold", "noxattrs",
@@ -106,11 +107,6 @@ _SKIPPED_FUSE_OVERLAYFS = frozenset({
 
 # Refused options with the reason: ignoring them would change the mount.
 _REFUSED: Mapping[str, str] = {
-    "uidmapping": "mapping of user ids is not supported, and without it files would show other owners",
-    "gidmapping": "mapping of group ids is not supported, and without it files would show other owners",
-    "squash_to_uid": "squashing of owners is not supported, and without it files would show other owners",
-    "squash_to_gid": "squashing of owners is not supported, and without it files would show other owners",
-    "squash_to_root": "squashing of owners is not supported, and without it files would show other owners",
     "xattr_permissions": "modes kept in xattrs are not supported, and files would show other modes",
     "uid": "a fixed owner is not supported, and without it files would show other owners",
     "gid": "a fixed owner is not supported, and without it files would show other owners",
@@ -127,6 +123,11 @@ _REFUSED: Mapping[str, str] = {
     "datadir+": "data-only lowers are not supported, so leave the option out",
     "override_creds": "the caller's rights are always checked by the kernel, so leave the option out",
 }
+
+_RANGES = "STORED:SHOWN:COUNT"
+_SHOWN = frozenset({
+    "uidmapping", "gidmapping", "squash_to_uid", "squash_to_gid", "squash_to_root", "static_nlink", "noacl",
+})  # fmt: skip
 
 # Features of kernel overlayfs: values that match this program, and the name of the unsupported feature.
 _FEATURES: Mapping[str, tuple[frozenset[str], str]] = {
@@ -157,6 +158,8 @@ class Options:
     volatile: bool = False
     userxattr: bool = False
     features: Features = DEFAULTS
+    shown: Shown = AS_STORED
+    squash_to_root: bool = False
     debug: bool = False
     session: str | None = None
     io: str | None = None
@@ -186,6 +189,9 @@ def parse_options(arguments: Iterable[str]) -> Options:
         if options.lowers:
             raise UserError("lowerdir= and lowerdir+= say the same thing, so use one of the two.")
         options.lowers = split_lowers(lowerdir)
+    if options.squash_to_root:  # the others take precedence, as in fuse-overlayfs
+        shown = options.shown
+        options.shown = replace(shown, uid=shown.uid or 0, gid=shown.gid or 0)
     return options
 
 
@@ -225,11 +231,13 @@ def _take(options: Options, name: str, value: str | None) -> None:
         options.security.append(f"{name}={unescape_option(_needed(name, value, 'LABEL'))}")
     elif name in _FEATURES and value is not None:
         _feature(options, name, value)
+    elif name in _SHOWN:
+        _show(options, name, value)
     elif name == "plugins":
         if value:
             raise UserError(f"option plugins={quoted(value)}: plugins are not supported, so leave it out.")
     elif name in _REFUSED:
-        if value == "0" and name in ("squash_to_root", "xattr_permissions"):
+        if value == "0" and name == "xattr_permissions":
             return
         raise UserError(f"option {name}: {_REFUSED[name]}.")
     elif value is None and _word(options, name):
@@ -237,6 +245,28 @@ def _take(options: Options, name: str, value: str | None) -> None:
     elif name not in _SKIPPED_FUSE_OVERLAYFS and not f"{name}={value}".startswith(_SKIPPED_PREFIXES):
         option = name if value is None else f"{name}={value}"
         raise UserError(f"unknown option {quoted(option)}; `unionfs mount --help` lists the ones there are.")
+
+
+def _show(options: Options, name: str, value: str | None) -> None:
+    """Apply an option of fuse-overlayfs about what is shown."""
+    shown = options.shown
+    match name:
+        case "uidmapping":
+            ranges = parse_ranges(name, _needed(name, value, _RANGES))
+            options.shown = replace(shown, uids=ranges)
+        case "gidmapping":
+            ranges = parse_ranges(name, _needed(name, value, _RANGES))
+            options.shown = replace(shown, gids=ranges)
+        case "squash_to_uid":
+            options.shown = replace(shown, uid=parse_id(name, _needed(name, value, "UID")))
+        case "squash_to_gid":
+            options.shown = replace(shown, gid=parse_id(name, _needed(name, value, "GID")))
+        case "squash_to_root":
+            options.squash_to_root = value != "0"
+        case "static_nlink":
+            options.shown = replace(shown, static_nlink=True)
+        case "noacl":
+            options.shown = replace(shown, acl=False)
 
 
 def _feature(options: Options, name: str, value: str) -> None:

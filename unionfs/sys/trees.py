@@ -17,6 +17,7 @@ from contextlib import contextmanager, suppress
 from typing import Final
 
 from unionfs.sys import calls
+from unionfs.sys.capabilities import is_host_root
 from unionfs.sys.fds import Owned, Returned, open_for_listing
 from unionfs.sys.openat2 import RESOLVE_NO_SYMLINKS, RESOLVE_NO_XDEV, openat2
 
@@ -267,7 +268,7 @@ def _open_directory(at: int, name: bytes, accessible: bool) -> int:
         return openat2(at, name, _DIRECTORY, _WITHIN)
     if accessible:
         status = os.fstat(fd)
-        if status.st_uid == os.geteuid() != 0 and status.st_mode & 0o700 != 0o700:
+        if status.st_mode & 0o700 != 0o700 and status.st_uid == os.geteuid() and not is_host_root():
             os.fchmod(fd, 0o700)
     return fd
 

@@ -6,6 +6,7 @@ import errno
 import os
 import stat
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from functools import partial
 from typing import Final, NamedTuple
 
@@ -73,7 +74,7 @@ class Changes:
         dir_fd = union.gate.fd(place)
         if caller.umask and not default_acl(place, dir_fd):
             mode &= ~caller.umask
-        with union.identity.acting_as(caller.uid, caller.gid):
+        with self._acting_as(parent, caller):
             fd = os.open(b".", wanted, mode, dir_fd=dir_fd)
         try:
             held = os.open(b"/proc/self/fd/%d" % fd, os.O_PATH | os.O_CLOEXEC)
@@ -137,17 +138,30 @@ class Changes:
         if caller.umask and not default_acl(place, dir_fd):  # which replaces the umask
             mode &= ~caller.umask
         try:
-            with union.identity.acting_as(caller.uid, caller.gid):
+            with self._acting_as(parent, caller):
                 return make(dir_fd, name, mode)
         except FileExistsError:
-            as_caller = partial(self._as_caller, caller, make, mode)
+            as_caller = partial(self._as_caller, parent, caller, make, mode)
             return steps.make_over(place, name, as_caller, directory=directory)
 
     def _as_caller(
-        self, caller: Caller, make: Callable[[int, bytes, int], T], mode: int, dir_fd: int, name: bytes
+        self,
+        parent: Node,
+        caller: Caller,
+        make: Callable[[int, bytes, int], T],
+        mode: int,
+        dir_fd: int,
+        name: bytes,
     ) -> T:
-        with self._union.identity.acting_as(caller.uid, caller.gid):
+        with self._acting_as(parent, caller):
             return make(dir_fd, name, mode)
+
+    def _acting_as(self, parent: Node, caller: Caller) -> AbstractContextManager[None]:
+        """Within the context, files made in ``parent`` get the caller's ids, as they are stored there."""
+        owners, identity = parent.territory.owners, self._union.identity
+        if owners is None:
+            return identity.acting_as(caller.uid, caller.gid)
+        return identity.acting_as(*owners.of_creator(caller.uid, caller.gid, identity))
 
     def finds_data(self, node: Node) -> bool:
         """Whether a node that is changed in place has its data also under a new name; else the data must

@@ -10,6 +10,7 @@ import os
 import stat
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from functools import partial
 from typing import Protocol, TypeVar
 
 from unionfs.sys.fds import Owned
@@ -116,6 +117,18 @@ class Changing:
                 except OSError:
                     return False
         return True
+
+    def _set_opaque(self, fd: int) -> None:
+        """Make an upper's directory hide the layers below it."""
+        self._set_marker(fd, partial(self._union.markers.set_opaque, fd))
+
+    def _set_marker(self, fd: int, call: Callable[[], None]) -> None:
+        """Set an xattr of an upper's directory, whatever its mode."""
+        try:
+            call()
+        except PermissionError:
+            with self._work.rights.widened(fd):
+                call()
 
     def _whiteout(self, at: At, directory: int) -> None:
         """Make a whiteout at a name that is, or will be, in the upper's directory ``directory`` (an fd)."""

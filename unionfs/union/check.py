@@ -19,6 +19,7 @@ from unionfs.union.checkxattrs import KNOWN, problem
 from unionfs.union.merge import Found
 from unionfs.union.named import INTERNAL, PREFIX, hidden_name
 from unionfs.union.places import Place
+from unionfs.union.redirects import markers_of
 from unionfs.union.resting import TRUSTED, USER, Resting, is_device_whiteout, object_path, xattrs
 
 _MARKERS: Final = frozenset({b"opaque", b"redirect", b"metacopy", b"whiteout"})
@@ -124,7 +125,7 @@ class _Check:
                 return
         assert found is not None, "only whiteouts are not found in the first part"
         if len(found[1]) == 1:
-            opaque, redirect, *_ = self._markers.directory(self._gate.fd(place))
+            opaque, redirect, *_ = markers_of(self._markers, self._gate, place)
             if redirect is not None and not opaque:
                 yield Finding(
                     where, f"its redirect leads to {_shown(redirect)}, which no lower has",

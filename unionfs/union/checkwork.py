@@ -43,7 +43,7 @@ def work_findings(path: str, fd: int, prefix: bytes) -> Iterator[Finding]:
         if name == b"incompat":
             yield Finding(
                 where,
-                "left by a volatile overlayfs mount that did not end cleanly, so the upper may lack data",
+                "left by a volatile mount that did not end cleanly, so the upper may lack data",
                 "throw the upper away, or remove this to use it all the same",
             )
         elif is_temporary(os.fsdecode(name)):

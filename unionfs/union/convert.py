@@ -21,6 +21,7 @@ from unionfs.union.checkxattrs import KNOWN
 from unionfs.union.markers import FUSE_OVERLAYFS
 from unionfs.union.named import INTERNAL, OPAQUE, PREFIX, hidden_name
 from unionfs.union.places import Place
+from unionfs.union.redirects import markers_of
 from unionfs.union.resting import TRUSTED, USER, Resting, is_device_whiteout, object_path, xattrs
 
 FORMS: Final = ("overlay", "fuse-overlayfs", "oci")
@@ -210,7 +211,7 @@ class _ToNames(_Conversion):
         before = (self.converted.whiteouts, self.converted.opaque)
         dir_fd = os.dup(self._gate.fd(place))
         with Owned(dir_fd):
-            if place.parent is not None and self._markers.directory(dir_fd)[0]:
+            if place.parent is not None and markers_of(self._markers, self._gate, place)[0]:
                 self._opaque(dir_fd)
             self._drop_xattrs(object_path(dir_fd, b""))
             for name, st in self._layers.entries(place):

@@ -34,6 +34,7 @@ from unionfs.union.xattrs import CAPABILITY, copied_xattrs, unsupported
 #: it has some.
 SMALL: Final = 256 * 1024
 _PATH: Final = os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC
+_READ: Final = os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC
 _NEW: Final = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
 
 
@@ -70,7 +71,7 @@ class CopyUp:
                 os.symlink(os.readlink(b"", dir_fd=source), name, dir_fd=work)
             else:
                 os.mknod(name, stat.S_IFMT(st.st_mode) | 0o600, st.st_rdev, dir_fd=work)
-            self._copy_attributes(source, st, work, name)
+            self._copy_attributes(node, source, st, work, name)
             path = b"/proc/self/fd/%d/%b" % temporary.at
             origin = union.origins.store(node, source, st, path, follow=False)
             with Owned(os.open(name, _PATH, dir_fd=work)) as target:
@@ -97,20 +98,12 @@ class CopyUp:
         st = os.stat(lower)
         shown = node.attributes_of(st).ctime_ns
         with union.work.temporary() as temporary:
-            parent = node.parent.parts[0]
             with Owned(temporary.mkdir()) as copy:
                 origin = union.origins.store(node, lower, st, copy)
                 union.flags.copy_directory(node, copy)
-                self._copy_attributes(lower, st, copy)
-                try:
-                    resized = self._rename_into(node.parent, node.name, temporary)
-                except PermissionError:
-                    # an ordinary user's daemon: a directory without write permission cannot change its parent
-                    if st.st_mode & stat.S_IWUSR:
-                        raise
-                    os.fchmod(copy, 0o700)
-                    resized = self._rename_into(node.parent, node.name, temporary)
-                    os.fchmod(copy, stat.S_IMODE(st.st_mode))
+                self._copy_attributes(node, lower, st, copy)
+            parent = node.parent.parts[0]
+            resized = self._rename_into(node.parent, node.name, temporary)
         place = Place(parent.layer, parent, node.name)
         place.copied_up(empty=union.shortcuts.empty_places)
         node.parts.insert(0, place)
@@ -120,11 +113,18 @@ class CopyUp:
         union.nodes.copied_up(node, st, origin)
         self.tell(Effects(node, resized))
 
-    def _copy_attributes(self, source: int, st: os.stat_result, at: int, name: bytes | None = None) -> None:
+    def _copy_attributes(
+        self, node: Node, source: int, st: os.stat_result, at: int, name: bytes | None = None
+    ) -> None:
         """Copy the attributes of ``source`` (O_PATH) to ``name`` in ``at``, by default to the fd ``at``."""
-        union = self.union
-        xattrs = copied_xattrs(union.markers, b"/proc/self/fd/%d" % source)
+        union, owners = self.union, self.union.stack.owners
+        xattrs = copied_xattrs(union.markers, union.gate.rights, source, path_only=True)
+        if owners is not None:
+            st, xattrs = owners.copied(st, xattrs, node.layer)
         owner = not union.identity.owns(st)
+        if owner and owners is not None and owners.squashes:
+            with Owned(os.dup(at) if name is None else os.open(name, _PATH, dir_fd=at)) as fd:
+                st, owner = owners.give(fd, st), False
         attributes.write(at, name, attributes.attributes(st, xattrs), unsupported, owner=owner)
 
     def put(self, node: Node, temporary: Temporary, fd: int, origin: Stored) -> os.stat_result:
@@ -167,7 +167,7 @@ class CopyUp:
         self.union.origins.becomes_impure(place, dir_fd)
         temporary.put(dir_fd, name)
         with contextlib.suppress(OSError):
-            calls.utimensat(dir_fd, b".", None, place.mtime_ns)
+            calls.utimensat(calls.AT_FDCWD, b"/proc/self/fd/%d" % dir_fd, None, place.mtime_ns, follow=True)
         directory.show_ctime(shown)
         return resized
 
@@ -202,8 +202,8 @@ class FileCopy:
         self._open = True
         try:
             if node.lower_data is not None:
-                with union.checked_path(node) as path:
-                    self._metadata = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+                with Owned(union.open_path(node)) as path_fd:
+                    self._metadata = union.gate.reopen(node.layer, path_fd, _READ)
                 self._st = os.fstat(self._metadata)
             else:
                 # with one user it was just opened and not read since, so its atime is unchanged
@@ -263,15 +263,24 @@ class FileCopy:
 
     def _copy_metadata(self) -> None:
         st, target, union = self._st, self._target, self._union
+        xattrs, mode, owners = None, self._mode, union.stack.owners
+        of = self._source.fd if self._metadata < 0 else self._metadata
+        if owners is not None:
+            xattrs = copied_xattrs(union.markers, union.gate.rights, of)
+            st, xattrs = owners.copied(st, xattrs, self.node.layer)
         owner = not union.identity.owns(st)
+        if owner and owners is not None and owners.squashes:
+            given, owner = owners.give(target, st), False
+            mode &= ~(given.st_mode ^ st.st_mode)
         if self._is_plain:
             if owner:
                 os.fchown(target, st.st_uid, st.st_gid)
             os.utime(target, ns=(st.st_atime_ns, st.st_mtime_ns))
             self._no_capability = True
             return
-        xattrs = copied_xattrs(union.markers, self._source.fd if self._metadata < 0 else self._metadata)
-        new = attributes.attributes(st, xattrs)._replace(mode=self._mode)
+        if xattrs is None:
+            xattrs = copied_xattrs(union.markers, union.gate.rights, of)
+        new = attributes.attributes(st, xattrs)._replace(mode=mode)
         attributes.write(target, None, new, unsupported, owner=owner)
         self._no_capability = CAPABILITY not in xattrs
 
@@ -326,11 +335,13 @@ class DataCopy:
         self._source = union.files.lend(node, write=False)
         self._open = True
         try:
-            waits = not node.place.layer.memory
+            waits, rights = not node.place.layer.memory, union.gate.rights
             if node.held >= 0:
-                self._target = open_held(node.held, write=True, waits=waits)
+                self._target = open_held(node.held, write=True, waits=waits, rights=rights, upper=True)
             else:
-                self._target = open_backing(union.gate.fd(node.place), node.name, write=True, waits=waits)
+                self._target = open_backing(
+                    union.gate.fd(node.place), node.name, write=True, waits=waits, rights=rights, upper=True
+                )
             self._st = os.fstat(self._target.fd)
             if node.held < 0:
                 node.check(self._st)

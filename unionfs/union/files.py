@@ -12,6 +12,7 @@ from collections.abc import Callable
 from typing import Final, Self
 
 from unionfs.sys.fds import open_quietly
+from unionfs.union.rights import Rights
 from unionfs.union.setids import Who
 from unionfs.union.tickets import Tickets
 
@@ -246,31 +247,48 @@ class Use:
         self.capability = value
 
 
-def open_backing(dir_fd: int, name: bytes, *, write: bool, waits: bool, quiet: bool = False) -> OpenFile:
+def open_backing(
+    dir_fd: int, name: bytes, *, write: bool, waits: bool, rights: Rights, upper: bool, quiet: bool = False
+) -> OpenFile:
     """Open the regular file ``name`` of ``dir_fd``; with ``write`` for reading and writing. ``quiet``: as
     `open_quietly`.
 
-    Raises ``OSError``; EIO if it is not a regular file (a layer changed under the union).
+    ``rights`` open a file of the user's own in spite of its mode, which may have changed since the kernel
+    checked it. Raises ``OSError``; EIO if it is not a regular file (a layer changed under the union).
     """
-    readable = True
-    if write:
-        try:
-            flags = os.O_RDWR | _FLAGS
-            fd = open_quietly(name, flags, dir_fd) if quiet else os.open(name, flags, dir_fd=dir_fd)
-        except PermissionError:  # an ordinary user's own file that is writable but not readable
-            fd = os.open(name, os.O_WRONLY | _FLAGS, dir_fd=dir_fd)
-            readable = False
-    else:
-        flags = os.O_RDONLY | _FLAGS
+    flags, readable = (os.O_RDWR if write else os.O_RDONLY) | _FLAGS, True
+    try:
         fd = open_quietly(name, flags, dir_fd) if quiet else os.open(name, flags, dir_fd=dir_fd)
+    except PermissionError as error:
+        if not write:
+            fd = rights.open(dir_fd, name, flags, error, upper=upper)
+        else:
+            try:  # an ordinary user's own file that is writable but not readable
+                fd = os.open(name, os.O_WRONLY | _FLAGS, dir_fd=dir_fd)
+                readable = False
+            except PermissionError:
+                fd = rights.open(dir_fd, name, flags, error, upper=upper)
     return _checked(fd, readable=readable, writable=write, waits=waits)
 
 
-def open_held(held: int, *, write: bool, waits: bool, quiet: bool = False) -> OpenFile:
-    """Reopen the file of the O_PATH fd ``held``; ``quiet``: as `open_quietly`."""
+def open_held(
+    held: int,
+    *,
+    write: bool,
+    waits: bool,
+    rights: Rights | None = None,
+    upper: bool = False,
+    quiet: bool = False,
+) -> OpenFile:
+    """Reopen the file of the O_PATH fd ``held``; see :func:`open_backing`."""
     name = b"/proc/self/fd/%d" % held
     flags = (os.O_RDWR if write else os.O_RDONLY) | os.O_NONBLOCK | os.O_CLOEXEC | os.O_NOCTTY
-    fd = open_quietly(name, flags) if quiet else os.open(name, flags)
+    try:
+        fd = open_quietly(name, flags) if quiet else os.open(name, flags)
+    except PermissionError as error:
+        if rights is None:
+            raise
+        fd = rights.reopen(held, flags, error, upper=upper)
     return _checked(fd, readable=True, writable=write, waits=waits)
 
 

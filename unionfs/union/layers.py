@@ -17,12 +17,15 @@ from typing import Final
 
 from unionfs.errors import LayerError
 from unionfs.settings.features import DEFAULTS, Features
+from unionfs.settings.shown import AS_STORED, Shown
 from unionfs.sys import calls
 from unionfs.sys.capabilities import CAP_SYS_ADMIN, has_capability
 from unionfs.sys.fds import open_for_listing
 from unionfs.sys.filelocks import may_be_a_mounts
+from unionfs.sys.mountinfo import mount_id_of_path, read_mountinfo
 from unionfs.union import opening
 from unionfs.union.markers import Markers
+from unionfs.union.owners import Owners
 from unionfs.union.places import BoundLayer, Layer
 from unionfs.union.redirecting import mode, parameter
 
@@ -32,7 +35,14 @@ _NO_LOCKS: Final = (errno.EBADF, errno.ENOLCK, errno.EOPNOTSUPP, errno.EINVAL)
 class LayerStack:
     """All layers of one union, topmost first, and the work directory of the upper."""
 
-    def __init__(self, layers: list[Layer], work_fd: int, markers: Markers, resources: ExitStack) -> None:
+    def __init__(
+        self,
+        layers: list[Layer],
+        work_fd: int,
+        markers: Markers,
+        resources: ExitStack,
+        shown: Shown = AS_STORED,
+    ) -> None:
         self.layers = layers
         self.upper = layers[0] if layers[0].is_upper else None
         self.work_fd = work_fd
@@ -41,7 +51,9 @@ class LayerStack:
         self.features = DEFAULTS
         #: Storage shown at places of the union without merging.
         self.bound: list[BoundLayer] = []
-        self.acl = all(layer.acl for layer in layers)
+        self.acl = all(layer.acl for layer in layers) and shown.acl
+        #: How owners are shown; None: as they are stored.
+        self.owners = None if replace(shown, acl=True) == AS_STORED else Owners(shown)
         #: Devices whose files cannot share blocks with the upper's.
         self.never_clones: set[int] = set()
         self._resources = resources
@@ -56,6 +68,7 @@ class LayerStack:
         userxattr: bool = False,
         volatile: bool = False,
         features: Features = DEFAULTS,
+        shown: Shown = AS_STORED,
         scratch: int | None = None,
         atime: Sequence[str] = (),
     ) -> LayerStack:
@@ -79,7 +92,9 @@ class LayerStack:
                 upper_fd, work_root = opening.open_upper_and_work(upper, work, privileged, resources, atime)
                 lock(upper_fd, upper, "upper", resources)
                 lock(work_root, work, "work", resources)
-                work_fd = opening.prepare_work(work_root, work, os.fstat(upper_fd).st_uid, resources)
+                work_fd = opening.prepare_work(work_root, work, upper_fd, resources)
+                if volatile:
+                    opening.mark_volatile(work_fd, resources)
                 layers.append(Layer(0, upper, upper_fd, is_upper=True, quiet="noatime" in atime))
             elif scratch is not None:
                 resources.callback(os.close, scratch)
@@ -94,7 +109,9 @@ class LayerStack:
                 raise LayerError("a union needs at least one layer; give one with --lower.")
             prefix = b"trusted.overlay." if privileged and not userxattr else b"user.overlay."
             markers, chosen = _choose(features, prefix, layers[0], work_fd)
-            stack = cls(layers, work_fd, markers, resources.pop_all())
+            if shown.uids or shown.gids:
+                _find_idmapped(layers)
+            stack = cls(layers, work_fd, markers, resources.pop_all(), shown)
             stack.volatile, stack.features = volatile, chosen
             return stack
 
@@ -175,6 +192,14 @@ def _syncfs(root_fd: int) -> None:
         calls.syncfs(fd)
     finally:
         os.close(fd)
+
+
+def _find_idmapped(layers: Sequence[Layer]) -> None:
+    """Find the layers whose mounts map ids (mountinfo's option `idmapped`, fs/proc_namespace.c)."""
+    mounts = {entry.mount_id for entry in read_mountinfo() if "idmapped" in entry.options.split(",")}
+    for layer in layers:
+        if mounts and layer.path and mount_id_of_path(layer.path) in mounts:
+            layer.has_mapped_ids()
 
 
 def _replace_by_nothing(fd: int) -> None:

@@ -58,7 +58,7 @@ def _refuse_incompatible(fd: int, path: str) -> NoReturn:
         features = _names(incompat)
     if features in ([], ["volatile"]):
         raise LayerError(
-            f"work {quoted(path)} was left by a volatile overlayfs mount that did not end cleanly, so its "
+            f"work {quoted(path)} was left by a volatile mount that did not end cleanly, so its "
             f"upper may have lost data; throw the upper away, or remove {quoted(path + '/work/incompat')} "
             "to use it all the same."
         )

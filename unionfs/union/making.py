@@ -67,7 +67,7 @@ class Making(Changing):
         """Replace a whiteout with a new directory, which becomes opaque."""
         room, name = made
         with Owned(os.open(name, _DIRECTORY, dir_fd=room)) as fd:
-            self._union.markers.set_opaque(fd)
+            self._set_opaque(fd)
         self._work.exchange(made, whiteout)
         with suppress(OSError):
             os.unlink(name, dir_fd=room)

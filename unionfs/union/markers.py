@@ -14,7 +14,8 @@ from __future__ import annotations
 import errno
 import os
 import stat
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from functools import partial
 from typing import Final, NamedTuple
 
 ABSENT: Final = (errno.ENODATA, errno.EOPNOTSUPP, errno.EPERM, errno.EACCES)
@@ -34,6 +35,9 @@ class Marks(NamedTuple):
     """It may contain copies, which have an origin."""
     copied: bool = False
     """It is a copy itself; see `origin`."""
+
+
+Read = Callable[[bytes], bytes]
 
 
 class Markers:
@@ -113,8 +117,11 @@ class Markers:
             return _get(b"/proc/self/fd/%d/%b" % (dir_fd, name), self.whiteout) is not None
         return False
 
-    def directory(self, fd: int) -> Marks:
-        """The markers of the directory ``fd``."""
+    def directory(self, fd: int, read: Read | None = None) -> Marks:
+        """The markers of the directory ``fd``.
+
+        ``read`` reads an xattr by name where the mode may deny that; without it, PermissionError is raised.
+        """
         path = b"/proc/self/fd/%d" % fd
         try:
             names = os.listxattr(path)
@@ -124,12 +131,14 @@ class Markers:
             names = [os.fsdecode(name) for name in (self.opaque, self.redirect, _OTHER_OPAQUE)]  # too many
         if not names:
             return Marks()
-        opaque = os.fsdecode(self.opaque) in names and self.opaque_value(fd) == b"y"
+        if read is None:
+            read = partial(os.getxattr, path)
+        opaque = os.fsdecode(self.opaque) in names and _value(read, self.opaque) == b"y"
         if not opaque and os.fsdecode(_OTHER_OPAQUE) in names:
-            opaque = self._value(fd, _OTHER_OPAQUE) == b"y"
+            opaque = _value(read, _OTHER_OPAQUE) == b"y"
         redirect = None
         if os.fsdecode(self.redirect) in names:
-            redirect = _get(path, self.redirect, follow=True)
+            redirect = _value(read, self.redirect)
         return Marks(opaque, redirect, os.fsdecode(self.impure) in names, os.fsdecode(self.origin) in names)
 
     def opaque_value(self, fd: int) -> bytes | None:
@@ -167,11 +176,11 @@ class Markers:
     def set_redirect(self, fd: int, redirect: bytes) -> None:
         """Make the directory ``fd`` merge with the lowers' directory at a path or, without a slash, of that
         name in the same parent."""
-        _set(fd, self.redirect, redirect)
+        os.setxattr(b"/proc/self/fd/%d" % fd, self.redirect, redirect)
 
     def set_opaque(self, fd: int) -> None:
         """Make the directory ``fd`` hide the layers below it."""
-        _set(fd, self.opaque, b"y")
+        os.setxattr(b"/proc/self/fd/%d" % fd, self.opaque, b"y")
 
     def make_whiteout(self, dir_fd: int, name: bytes, announced: Iterable[int]) -> None:
         """Make a whiteout, by xattr where mknod(2) is refused. Raises FileExistsError.
@@ -183,7 +192,7 @@ class Markers:
             os.mknod(name, stat.S_IFCHR, 0, dir_fd=dir_fd)
             return
         except PermissionError:
-            os.close(os.open(name, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0, dir_fd=dir_fd))
+            os.close(os.open(name, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600, dir_fd=dir_fd))
         try:
             path = b"/proc/self/fd/%d/%b" % (dir_fd, name)
             os.setxattr(path, self.whiteout, b"y", follow_symlinks=False)
@@ -200,21 +209,13 @@ class Markers:
             os.setxattr(path, self.opaque, b"x")
 
 
-def _set(fd: int, name: bytes, value: bytes) -> None:
-    """Set an xattr of the directory ``fd``, even if it is the user's own without write permission, which a
-    ``user.*`` xattr needs (xattr(7))."""
-    path = b"/proc/self/fd/%d" % fd
+def _value(read: Read, name: bytes) -> bytes | None:
     try:
-        os.setxattr(path, name, value)
-    except PermissionError:
-        mode = stat.S_IMODE(os.stat(path).st_mode)
-        if mode & stat.S_IWUSR:
-            raise
-        os.chmod(path, mode | stat.S_IWUSR)
-        try:
-            os.setxattr(path, name, value)
-        finally:
-            os.chmod(path, mode)
+        return read(name)
+    except OSError as error:
+        if error.errno in (errno.ENODATA, errno.EOPNOTSUPP, errno.EPERM):
+            return None
+        raise
 
 
 def _get(path: bytes | int, name: bytes, *, follow: bool = False) -> bytes | None:

@@ -19,11 +19,10 @@ from unionfs.union.lowernames import MANY, LowerNames
 from unionfs.union.markers import Markers
 from unionfs.union.metacopy import DataSearch, open_data
 from unionfs.union.named import PREFIX, NamedWhiteouts, hidden_name
-from unionfs.union.places import Gate, Layer, LowerData, Place
-from unionfs.union.redirects import PartSearch
+from unionfs.union.places import NOT_THERE, Gate, Layer, LowerData, Place
+from unionfs.union.redirects import PartSearch, markers_of
+from unionfs.union.rights import Rights
 
-#: A layer's filesystem may have a shorter name limit; as namei.c, ovl_lookup_single.
-_NOT_THERE: Final = (errno.ENOENT, errno.ENAMETOOLONG)
 #: The blocks of a file without data: those of xattrs that do not fit into the inode.
 _BLOCKS_OF_XATTRS: Final = 8
 _PATH: Final = os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC
@@ -39,9 +38,16 @@ class Merge:
     Not thread-safe, but it does not change layers: each thread may have its own for the same layers.
     """
 
-    def __init__(self, layers: Sequence[Layer], markers: Markers, *, directory_fds: int = 1024) -> None:
+    def __init__(
+        self,
+        layers: Sequence[Layer],
+        markers: Markers,
+        *,
+        directory_fds: int = 1024,
+        rights: Rights | None = None,
+    ) -> None:
         self.markers = markers
-        self.gate = Gate(directory_fds)
+        self.gate = Gate(directory_fds, rights)
         self.named = NamedWhiteouts(self.gate)
         #: The parts of the root. Overlayfs ignores `opaque` on them (super.c, ovl_get_root).
         self.roots = self.named.roots(layers)
@@ -68,12 +74,13 @@ class Merge:
             try:
                 st = os.stat(name, dir_fd=dir_fd, follow_symlinks=False)
             except OSError as error:
-                if error.errno in _NOT_THERE:
+                again = None if error.errno in NOT_THERE else self.gate.stat_refused(part, name, error)
+                if again is None:
                     below = part is not searched[-1]
                     if below and part.asked_named >= 0 and self.named.hides(part, dir_fd, name):
                         return None
                     continue
-                raise
+                st = again
             kind = stat.S_IFMT(st.st_mode)
             if kind == stat.S_IFDIR:
                 return st, self._directories.parts(parts, part, name, st, searched[index + 1 :])
@@ -114,11 +121,12 @@ class Merge:
             try:
                 st = os.stat(name, dir_fd=dir_fd, follow_symlinks=False)
             except OSError as error:
-                if error.errno in _NOT_THERE:
+                again = None if error.errno in NOT_THERE else self.gate.stat_refused(part, name, error)
+                if again is None:
                     if part is not searched[-1] and self.named.hides(part, dir_fd, name):
                         return False
                     continue
-                raise
+                st = again
             return not self.markers.is_whiteout(st, dir_fd, name)
         return False
 
@@ -150,7 +158,7 @@ class Merge:
 
     def is_opaque(self, place: Place) -> bool:
         """Whether a real directory hides those with its name in the layers below, apart from the root."""
-        return self.markers.directory(self.gate.fd(place))[0] or self.named.cut(place)
+        return markers_of(self.markers, self.gate, place)[0] or self.named.cut(place)
 
     def hides_xattr_whiteouts(self, parts: Sequence[Place], part: Place, fd: int) -> bool:
         """Whether listings omit xattr whiteouts in one part of a directory; ``fd`` is an fd of it.
@@ -247,9 +255,7 @@ class _MergedListing(Listing):
                         whiteouts.add(below)
                     continue
                 try:
-                    hidden = _may_be_whiteout(entry, hides) and self._merge.markers.is_whiteout(
-                        os.stat(name, dir_fd=fd, follow_symlinks=False), fd, name
-                    )
+                    hidden = self._is_whiteout(index, fd, entry, files=hides)
                 except FileNotFoundError:
                     continue
                 except OSError:  # a name that cannot be examined exists all the same
@@ -260,16 +266,23 @@ class _MergedListing(Listing):
                     shown.append(name)
         return shown
 
+    def _is_whiteout(self, index: int, fd: int, entry: os.DirEntry[str], *, files: bool) -> bool:
+        """Whether an entry of one real directory is a whiteout, as regular files may be if ``files``."""
+        if entry.is_dir(follow_symlinks=False) or entry.is_symlink():
+            return False
+        if not files and entry.is_file(follow_symlinks=False):
+            return False
+        name = os.fsencode(entry.name)
+        try:
+            st = os.stat(name, dir_fd=fd, follow_symlinks=False)
+        except PermissionError as error:
+            again = self._merge.gate.stat_refused(self._parts[index], name, error)
+            if again is None:
+                return False
+            st = again
+        return self._merge.markers.is_whiteout(st, fd, name)
+
 
 def _candidate(name: bytes) -> bytes | None:
     """The name to look up for an entry of a real directory."""
     return hidden_name(name) if name.startswith(PREFIX) else name
-
-
-def _may_be_whiteout(entry: os.DirEntry[str], files: bool) -> bool:
-    """Whether an entry may be a whiteout, as regular files may if ``files``. Raises OSError."""
-    if entry.is_file(follow_symlinks=False):
-        return files
-    if entry.is_dir(follow_symlinks=False) or entry.is_symlink():
-        return False
-    return stat.S_ISCHR(entry.stat(follow_symlinks=False).st_mode)

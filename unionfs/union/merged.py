@@ -25,7 +25,9 @@ class Merged(Territory):
     __slots__ = ("_merge", "_metacopy", "_nodes", "_objects", "_protattr", "_stack")
 
     def __init__(self, objects: Objects, nodes: NodeTable, merge: Merge, stack: LayerStack) -> None:
-        super().__init__(lasting=True, has_markers=True, read_only=stack.upper is None)
+        super().__init__(
+            lasting=True, has_markers=True, read_only=stack.upper is None, owners=stack.owners
+        )
         self._objects = objects
         self._nodes = nodes
         self._merge = merge

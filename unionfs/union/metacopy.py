@@ -90,7 +90,11 @@ class DataSearch:
 
 def open_data(gate: Gate, data: LowerData) -> int:
     """See `Merge.open_data`."""
-    fd = os.open(data.name, _READ, dir_fd=gate.fd(data.place))
+    dir_fd = gate.fd(data.place)
+    try:
+        fd = os.open(data.name, _READ, dir_fd=dir_fd)
+    except PermissionError as error:
+        fd = gate.rights.open(dir_fd, data.name, _READ, error, upper=data.place.layer.is_upper)
     st = os.fstat(fd)
     if not stat.S_ISREG(st.st_mode) or data.place.layer.key(st) != data.key:
         os.close(fd)

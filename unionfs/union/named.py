@@ -8,21 +8,19 @@ fuse-overlayfs (main.c, do_lookup_file). The merge shows none of these names, an
 
 from __future__ import annotations
 
-import errno
 import os
 from collections.abc import Sequence
 from typing import Final
 
 from unionfs.sys.fds import Owned
 from unionfs.union.listing import LARGE
-from unionfs.union.places import Gate, Layer, Place
+from unionfs.union.places import NOT_THERE, Gate, Layer, Place
 
 PREFIX: Final = b".wh."
 INTERNAL: Final = b".wh..wh."
 OPAQUE: Final = b".wh..wh..opq"
 #: Lookups in a directory before it is listed: listing takes as many system calls.
 _ASKED: Final = 4
-_NOT_THERE: Final = (errno.ENOENT, errno.ENAMETOOLONG, errno.EACCES)
 
 
 def is_reserved(name: bytes) -> bool:
@@ -49,11 +47,11 @@ class NamedWhiteouts:
         if asked < 0 or (asked >= _ASKED and not self._may_have(place)):
             return False
         place.ask_named()
-        return _exists(PREFIX + name, dir_fd)
+        return self._exists(place, PREFIX + name, dir_fd)
 
     def cut(self, place: Place) -> bool:
         """Whether the directory ``place`` hides those with its name in the layers below."""
-        if _exists(OPAQUE, self._gate.fd(place)):
+        if self._exists(place, OPAQUE, self._gate.fd(place)):
             return True
         above = place.parent
         return above is not None and self.hides(above, self._gate.fd(above), place.name)
@@ -63,7 +61,7 @@ class NamedWhiteouts:
         roots = []
         for layer in layers:
             roots.append(layer.root)
-            if _exists(OPAQUE, layer.root_fd):
+            if self._exists(layer.root, OPAQUE, layer.root_fd):
                 break
         return roots
 
@@ -82,12 +80,14 @@ class NamedWhiteouts:
         place.knows_named(some=some)
         return some
 
-
-def _exists(name: bytes, dir_fd: int) -> bool:
-    try:
-        os.stat(name, dir_fd=dir_fd, follow_symlinks=False)
-    except OSError as error:
-        if error.errno in _NOT_THERE:
-            return False
-        raise
-    return True
+    def _exists(self, place: Place, name: bytes, dir_fd: int) -> bool:
+        try:
+            os.stat(name, dir_fd=dir_fd, follow_symlinks=False)
+        except OSError as error:
+            if error.errno in NOT_THERE:
+                return False
+            try:
+                return self._gate.stat_refused(place, name, error) is not None
+            except PermissionError:
+                return False
+        return True

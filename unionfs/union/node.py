@@ -12,7 +12,8 @@ from unionfs.sys.calls import os_error
 from unionfs.union.attributes import Attributes, with_blocks
 from unionfs.union.files import OpenFile, Use
 from unionfs.union.listing import Listing
-from unionfs.union.places import LowerData, Place
+from unionfs.union.owners import Owners
+from unionfs.union.places import Layer, LowerData, Place
 
 NAME_MAX: Final = 255
 UNSEEN: Final = -1
@@ -24,15 +25,19 @@ class Territory(ABC):
     Renames and links from one territory to another are EXDEV, as between filesystems.
     """
 
-    __slots__ = ("has_markers", "lasting", "read_only")
+    __slots__ = ("has_markers", "lasting", "owners", "read_only")
 
-    def __init__(self, *, lasting: bool, has_markers: bool, read_only: bool) -> None:
+    def __init__(
+        self, *, lasting: bool, has_markers: bool, read_only: bool, owners: Owners | None = None
+    ) -> None:
         #: Whether only this daemon changes it, so that cached answers stay valid until it does.
         self.lasting = lasting
         #: Whether a character device 0/0 is a whiteout, and making one is refused.
         self.has_markers = has_markers
         #: Whether it is read-only.
         self.read_only = read_only
+        #: How owners are shown; None: as they are stored.
+        self.owners = owners
 
     @property
     @abstractmethod
@@ -163,6 +168,12 @@ class Node:
         return self.kind == stat.S_IFDIR
 
     @property
+    def layer(self) -> Layer:
+        """The layer of its object; for a directory, of its topmost part."""
+        place = self.parts[0] if self.place is None else self.place
+        return place.layer
+
+    @property
     def in_place(self) -> bool:
         """Whether it is changed in place, as in the upper, without a copy-up. For a directory: whether its
         topmost part is.
@@ -196,6 +207,10 @@ class Node:
         # Copying up one name of a lower file with several breaks the link: its count is then 1.
         lasting = self.territory.lasting and (st.st_nlink == 1 or self.is_dir or self.in_place)
         ctime = st.st_ctime_ns if self.ctime is None else self.shown_ctime(st.st_ctime_ns)
+        owners = self.territory.owners
+        if owners is not None:
+            st = owners.show(st, self.layer)
+            nlink = 1 if self.is_dir and nlink and owners.static_nlink else nlink
         if self.lower_data is not None:
             st = with_blocks(st, self.lower_data.blocks)
         return Attributes(self.ino, nlink, st, ctime, lasting=lasting)

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Final
 
+from unionfs.sys.fds import Owned
 from unionfs.union.attributes import Attributes
 from unionfs.union.node import Node
 from unionfs.union.places import Gate
@@ -31,7 +32,14 @@ class Objects:
         if node.is_dir:
             return os.stat(self.gate.fd(node.parts[0]))
         assert node.place is not None
-        st = os.stat(node.name, dir_fd=self.gate.fd(node.place), follow_symlinks=False)
+        dir_fd = self.gate.fd(node.place)
+        try:
+            st = os.stat(node.name, dir_fd=dir_fd, follow_symlinks=False)
+        except PermissionError as error:
+            again = self.gate.stat_refused(node.place, node.name, error)
+            if again is None:
+                raise
+            st = again
         node.check(st)
         return st
 
@@ -51,7 +59,11 @@ class Objects:
         if node.is_dir:
             return self.gate.fd(node.parts[0]), False
         assert node.place is not None
-        fd = os.open(node.name, _PATH, dir_fd=self.gate.fd(node.place))
+        dir_fd = self.gate.fd(node.place)
+        try:
+            fd = os.open(node.name, _PATH, dir_fd=dir_fd)
+        except PermissionError as error:
+            fd = self.gate.rights.open(dir_fd, node.name, _PATH, error, upper=node.place.layer.is_upper)
         try:
             node.check(os.fstat(fd))
         except OSError:
@@ -96,7 +108,11 @@ class Objects:
         if node.held >= 0:
             return os.readlink(b"", dir_fd=node.held)
         assert node.place is not None
-        return os.readlink(node.name, dir_fd=self.gate.fd(node.place))
+        try:
+            return os.readlink(node.name, dir_fd=self.gate.fd(node.place))
+        except PermissionError:
+            with Owned(self.open_path(node)) as fd:
+                return os.readlink(b"", dir_fd=fd)
 
 
 def link_object(node: Node, source: int, dir_fd: int, name: bytes) -> None:

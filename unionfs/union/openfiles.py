@@ -187,12 +187,15 @@ class OpenFiles:
             node.territory.require_writable()
         if node.lower_data is not None:
             return None if write else self._open_lower_data(node, node.lower_data)
-        waits = not place.layer.memory
+        layer, rights, waits = place.layer, self._gate.rights, not place.layer.memory
         if node.held >= 0:
-            file = open_held(node.held, write=write, waits=waits, quiet=place.layer.quiet)
+            file = open_held(
+                node.held, write=write, waits=waits, rights=rights, upper=layer.is_upper, quiet=layer.quiet
+            )
         else:
             file = open_backing(
-                self._gate.fd(place), node.name, write=write, waits=waits, quiet=place.layer.quiet
+                self._gate.fd(place), node.name, write=write, waits=waits, rights=rights,
+                upper=layer.is_upper, quiet=layer.quiet,
             )
         try:
             if node.held < 0:

@@ -14,13 +14,14 @@ from collections.abc import Sequence
 from contextlib import ExitStack
 from typing import Final
 
-from unionfs.errors import LayerError
+from unionfs.errors import LayerError, quoted, reason
 from unionfs.sys import calls, detached
 from unionfs.sys.fds import Owned
 from unionfs.sys.openat2 import RESOLVE_BENEATH, RESOLVE_NO_SYMLINKS, RESOLVE_NO_XDEV, openat2
-from unionfs.sys.trees import empty_directory
+from unionfs.sys.trees import empty_directory, remove
 from unionfs.union.images import is_image, open_image
 from unionfs.union.leftovers import check_leftovers, check_work
+from unionfs.union.mending import mend
 
 _NO_CLONES: Final = (errno.EPERM, errno.ENOSYS, errno.EINVAL, errno.EOPNOTSUPP)
 _DIRECTORY: Final = os.O_PATH | os.O_DIRECTORY
@@ -95,18 +96,18 @@ def make_upper_and_work(scratch: int, lowers: Sequence[str], resources: ExitStac
         os.chmod(b"/proc/self/fd/%d" % upper_fd, stat.S_IMODE(st.st_mode))
     work_root = _open(scratch, "work", "work")
     resources.callback(os.close, work_root)
-    return upper_fd, prepare_work(work_root, "on the tmpfs", os.geteuid(), resources)
+    return upper_fd, prepare_work(work_root, "on the tmpfs", upper_fd, resources)
 
 
-def prepare_work(fd: int, path: str, upper_owner: int, resources: ExitStack) -> int:
+def prepare_work(fd: int, path: str, upper_fd: int, resources: ExitStack) -> int:
     """An O_PATH fd of WORKDIR/work, emptied and private (the kernel's layout: fs/overlayfs/super.c,
     ovl_workdir_create).
 
-    Refuses a directory with files that no union filesystem made, or of a user other than `upper_owner`; then
-    nothing is changed. Raises LayerError, OSError.
+    Restores what a crashed daemon has noted there. Refuses a directory with files that no union filesystem
+    made, or of a user other than the upper's; then nothing is changed. Raises LayerError, OSError.
     """
     owner = os.fstat(fd).st_uid
-    _check_owner(path, owner, upper_owner)
+    _check_owner(path, owner, os.fstat(upper_fd).st_uid)
     try:
         check_work(fd, path)
         with contextlib.suppress(FileExistsError):
@@ -121,8 +122,28 @@ def prepare_work(fd: int, path: str, upper_owner: int, resources: ExitStack) -> 
         raise LayerError(
             f"work {path} cannot be written: {error.strerror}; give a writable directory."
         ) from error
-    empty_directory(inner)
+    mend(upper_fd, inner)
+    try:
+        empty_directory(inner)
+    except OSError as error:
+        left = quoted(os.fsdecode(os.path.join(os.fsencode(path), b"work", error.filename or b"")))
+        raise LayerError(
+            f"work {quoted(path)} cannot be emptied of what an earlier mount left: {left}: {reason(error)}; "
+            "remove it, or choose an empty directory."
+        ) from error
     return inner
+
+
+def mark_volatile(work_fd: int, resources: ExitStack) -> None:
+    """Mark upper and work as those of a volatile mount, until `resources` are closed. A crash leaves it:
+    they cannot be trusted, so every mount refuses them (super.c, ovl_create_volatile_dirty).
+    """
+    os.mkdir(b"incompat", 0o700, dir_fd=work_fd)
+    resources.callback(remove, work_fd, b"incompat")
+    with Owned(os.open(b"incompat", _DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=work_fd)) as fd:
+        os.mkdir(b"volatile", 0o700, dir_fd=fd)
+        flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
+        os.close(os.open(b"volatile/dirty", flags, 0o600, dir_fd=fd))
 
 
 def _check_owner(path: str, owner: int, other: int) -> None:

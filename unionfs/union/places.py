@@ -15,8 +15,11 @@ from typing import Final, NamedTuple
 
 from unionfs.sys import calls
 from unionfs.sys.fds import open_for_listing
+from unionfs.union.rights import Rights
 
 _DIRECTORY: Final = os.O_PATH | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
+NOT_THERE: Final = (errno.ENOENT, errno.ENAMETOOLONG)
+_LISTED: Final = os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC
 #: include/uapi/linux/magic.h: ext2 to 4, xfs, btrfs, tmpfs, ramfs, f2fs, squashfs, erofs, NFS, bcachefs; and
 #: zfs. On others (FUSE, FAT, overlayfs of several filesystems) a number may change after cache eviction.
 _KEEP_NUMBERS: Final = frozenset({
@@ -35,8 +38,8 @@ class Layer:
     """One directory tree of the stack; ``root`` is its place, whose fd stays open."""
 
     __slots__ = (
-        "acl", "atime_stays", "dev", "in_place", "index", "is_upper", "keeps_numbers", "links_of_removed",
-        "memory", "path", "quiet", "root",
+        "acl", "atime_stays", "dev", "in_place", "index", "is_idmapped", "is_upper", "keeps_numbers",
+        "links_of_removed", "memory", "path", "quiet", "root",
     )  # fmt: skip
 
     def __init__(
@@ -63,6 +66,12 @@ class Layer:
         self.links_of_removed = 1 if magic == calls.NFS_MAGIC else 0
         #: Whether objects keep their inode numbers.
         self.keeps_numbers = magic in _KEEP_NUMBERS
+        #: Whether its mount maps ids (known only to a union that does so, too).
+        self.is_idmapped = False
+
+    def has_mapped_ids(self) -> None:
+        """Record that its mount maps ids."""
+        self.is_idmapped = True
 
     @property
     def root_fd(self) -> int:
@@ -203,8 +212,10 @@ class Gate:
     duplicate it for another thread.
     """
 
-    def __init__(self, capacity: int = 1024) -> None:
+    def __init__(self, capacity: int = 1024, rights: Rights | None = None) -> None:
         self.capacity = max(capacity, 64)
+        #: For accesses that permission bits deny to their owner.
+        self.rights = rights or Rights()
         self._recent: OrderedDict[Place, None] = OrderedDict()
 
     def __len__(self) -> int:
@@ -226,7 +237,10 @@ class Gate:
         assert above is not None, "the root of a layer is always open"
         fd = above.fd
         for step in reversed(chain):
-            fd = os.open(step.name, _DIRECTORY, dir_fd=fd)
+            try:
+                fd = os.open(step.name, _DIRECTORY, dir_fd=fd)
+            except PermissionError as error:
+                fd = self.rights.open(fd, step.name, _DIRECTORY, error, upper=step.layer.is_upper)
             if step.key and step.layer.key(os.fstat(fd)) != step.key:
                 os.close(fd)
                 raise OSError(errno.ESTALE, "a layer holds another directory there")
@@ -240,7 +254,31 @@ class Gate:
 
     def open_for_listing(self, place: Place) -> int:
         """A new readable fd of the directory. Raises ``OSError``."""
-        return open_for_listing(self.fd(place), quiet=place.layer.quiet)
+        fd = self.fd(place)
+        try:
+            return open_for_listing(fd, quiet=place.layer.quiet)
+        except PermissionError as error:
+            return self.rights.open(fd, b".", _LISTED, error, upper=place.layer.is_upper)
+
+    def reopen(self, layer: Layer, path_fd: int, flags: int) -> int:
+        """Open the object of an O_PATH fd. Raises ``OSError``."""
+        try:
+            return os.open(b"/proc/self/fd/%d" % path_fd, flags)
+        except PermissionError as error:
+            return self.rights.reopen(path_fd, flags, error, upper=layer.is_upper)
+
+    def stat_refused(self, place: Place, name: bytes, refused: OSError) -> os.stat_result | None:
+        """fstatat(2) of a name in the directory, after it was ``refused``; None if missing.
+
+        A layer's filesystem may have a shorter name limit: such a name is missing, as in namei.c,
+        ovl_lookup_single. Raises ``OSError``.
+        """
+        if refused.errno not in NOT_THERE:
+            try:
+                return self.rights.stat(self.fd(place), name, refused, upper=place.layer.is_upper)
+            except FileNotFoundError:
+                pass
+        return None
 
     def forget(self, place: Place) -> None:
         """Close the fd of a directory that no longer exists."""
@@ -250,6 +288,7 @@ class Gate:
 
     def close(self) -> None:
         """Close every fd."""
+        self.rights.close()
         for place in self._recent:
             os.close(place.fd)
             place.fd = -1

@@ -14,7 +14,7 @@ from unionfs.sys.calls import os_error
 from unionfs.union.markers import ABSENT, Markers
 from unionfs.union.node import Node
 from unionfs.union.places import Gate, Layer
-from unionfs.union.redirects import c_string
+from unionfs.union.redirects import c_string, markers_of
 
 _LONGEST: Final = 256
 """The longest absolute redirect, in bytes (fs/overlayfs/super.c, ovl_redirect_max)."""
@@ -93,5 +93,5 @@ def _redirect_of(markers: Markers, gate: Gate, node: Node) -> bytes | None:
     """The redirect of a directory's part in the upper; None without one."""
     if not node.in_place:
         return None
-    opaque, redirect, *_ = markers.directory(gate.fd(node.parts[0]))
+    opaque, redirect, *_ = markers_of(markers, gate, node.parts[0])
     return None if opaque or redirect is None else c_string(redirect)

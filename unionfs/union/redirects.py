@@ -16,10 +16,13 @@ import errno
 import os
 import stat
 from collections.abc import Iterator, Sequence
+from typing import Final
 
-from unionfs.union.markers import Markers
+from unionfs.union.markers import Markers, Marks
 from unionfs.union.named import NamedWhiteouts
 from unionfs.union.places import Gate, Layer, Place
+
+_NEVER: Final = (b"", b".", b"..")
 
 Searched = Iterator[tuple[Place, bytes]]
 """Real directories still to be searched, topmost first, each with the name to search for in it."""
@@ -50,7 +53,7 @@ class PartSearch:
         remaining: Searched = iter([(part, name) for part in below])
         redirected = False
         while place.layer.index != self._lowest:
-            opaque, redirect, impure, copied = self._markers.directory(self._gate.fd(place))
+            opaque, redirect, impure, copied = markers_of(self._markers, self._gate, place)
             place.marked(impure=impure, copied=copied)
             if opaque:
                 break
@@ -70,10 +73,9 @@ class PartSearch:
     def _next_directory(self, remaining: Searched) -> Place | None:
         """The topmost existing directory; removes it and the ones above it from `remaining`."""
         for part, here in remaining:
-            dir_fd = self._gate.fd(part)
-            st = stat_step(dir_fd, here)
+            st = self._stat(part, here)
             if st is None:
-                if part.layer.index != self._lowest and self._named.hides(part, dir_fd, here):
+                if part.layer.index != self._lowest and self._named.hides(part, self._gate.fd(part), here):
                     return None
             else:
                 if not stat.S_ISDIR(st.st_mode):
@@ -106,6 +108,14 @@ class PartSearch:
         if owner is not None and os.fstat(self._gate.fd(place)).st_uid != owner:
             raise OSError(errno.EPERM, "a layer holds a redirect in another user's directory")
 
+    def _stat(self, place: Place, name: bytes) -> os.stat_result | None:
+        try:
+            return stat_step(self._gate.fd(place), name)
+        except PermissionError as error:
+            if name in _NEVER:
+                raise
+            return self._gate.stat_refused(place, name, error)
+
     def _from_roots(self, steps: list[bytes], index: int) -> Searched:
         """The path `steps` in the layers below `index`.
 
@@ -117,7 +127,7 @@ class PartSearch:
             goes_on = True
             below = steps
             for position, step in enumerate(steps[:-1]):
-                st = stat_step(self._gate.fd(place), step)
+                st = self._stat(place, step)
                 if st is None:
                     if self._named.hides(place, self._gate.fd(place), step):
                         return
@@ -127,7 +137,7 @@ class PartSearch:
                 place = Place(layer, place, step, key=layer.key(st))
                 if layer.index == self._lowest:
                     continue
-                opaque, further, *_ = self._markers.directory(self._gate.fd(place))
+                opaque, further, *_ = markers_of(self._markers, self._gate, place)
                 if opaque or self._named.cut(place):
                     goes_on = False
                 elif further is not None:
@@ -143,9 +153,19 @@ class PartSearch:
             steps = below
 
 
+def markers_of(markers: Markers, gate: Gate, place: Place) -> Marks:
+    """The markers of a real directory, even if its mode denies reading them."""
+    fd = gate.fd(place)
+    try:
+        return markers.directory(fd)
+    except PermissionError as error:
+        refused, upper = error, place.layer.is_upper
+        return markers.directory(fd, lambda name: gate.rights.getxattr(fd, name, refused, upper=upper))
+
+
 def stat_step(dir_fd: int, name: bytes) -> os.stat_result | None:
     """The attributes of one step in a redirect's path; None if missing. Raises OSError."""
-    if name in (b"", b".", b".."):
+    if name in _NEVER:
         raise OSError(errno.EACCES, "a layer holds an invalid redirect")
     try:
         return os.stat(name, dir_fd=dir_fd, follow_symlinks=False)

@@ -6,7 +6,7 @@ import os
 
 from unionfs.union.changing import Changing
 from unionfs.union.node import Node
-from unionfs.union.work import NOT_EMPTY, rename
+from unionfs.union.work import NOT_EMPTY
 
 
 class Removing(Changing):
@@ -42,4 +42,4 @@ class Removing(Changing):
             except OSError as error:
                 if error.errno not in NOT_EMPTY:
                     raise
-                rename((dir_fd, name), temporary.at)
+                temporary.take(dir_fd, name)

@@ -14,6 +14,7 @@ from unionfs.sys.fds import Owned
 from unionfs.union.changing import Changing, Name
 from unionfs.union.node import Node
 from unionfs.union.redirecting import redirect_for
+from unionfs.union.redirects import markers_of
 from unionfs.union.work import NO_FLAGS, NOT_EMPTY, At, rename
 
 Redirects = dict[Node, bytes | None]
@@ -104,14 +105,17 @@ class Renaming(Changing):
             redirect = redirects[node]
             try:
                 if redirect is not None:
-                    union.markers.set_redirect(fd, redirect)
+                    self._set_marker(fd, partial(union.markers.set_redirect, fd, redirect))
             except OSError as error:  # as overlayfs: the caller may copy the directory instead
                 raise os_error(errno.EXDEV) from error
         elif union.merge.is_visible_below(parent.parts, name) or (
             # a redirect to nothing, which may lead to something in another parent
-            len(parent.parts) > 1 and union.markers.directory(fd)[1] is not None
+            len(parent.parts) > 1 and self._has_redirect(node)
         ):
-            union.markers.set_opaque(fd)
+            self._set_opaque(fd)
+
+    def _has_redirect(self, node: Node) -> bool:
+        return markers_of(self._union.markers, self._union.gate, node.parts[0])[1] is not None
 
     def _replace(
         self,

@@ -21,6 +21,7 @@ from unionfs.union.objects import Objects
 from unionfs.union.openfiles import OpenFiles
 from unionfs.union.origin import Origins
 from unionfs.union.places import BoundLayer, Layer
+from unionfs.union.rights import Rights
 from unionfs.union.shortcuts import Capabilities, Shortcuts
 from unionfs.union.work import Work
 
@@ -35,12 +36,13 @@ class Union(Objects):
     ) -> None:
         self.stack = stack
         self.markers = stack.markers
-        self.merge = Merge(stack.layers, stack.markers, directory_fds=directory_fds)
+        rights = Rights(stack.work_fd)
+        self.merge = Merge(stack.layers, stack.markers, directory_fds=directory_fds, rights=rights)
         super().__init__(self.merge.gate)
         self.origins = Origins(stack.layers, stack.markers, stack.features, self.gate)
         self.nodes = NodeTable(self.origins, self._gone)
         self.nodes.add_root(Merged(self, self.nodes, self.merge, stack), self.merge.roots)
-        self.work = Work(stack.work_fd)
+        self.work = Work(stack.work_fd, rights)
         self.identity = Identity(stack.work_fd)
         self.shortcuts = shortcuts
         self.capabilities = Capabilities(shortcuts)

@@ -13,13 +13,13 @@ import itertools
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from functools import partial
 from typing import Final
 
 from unionfs.sys import calls
 from unionfs.sys.trees import remove
-
-At = tuple[int, bytes]
-"""A name: the fd of its directory, and the name within it."""
+from unionfs.union.rights import At as At
+from unionfs.union.rights import Rights
 
 NO_FLAGS: Final = (errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP)
 NOT_EMPTY: Final = (errno.ENOTEMPTY, errno.EEXIST)
@@ -31,8 +31,10 @@ _AGAIN: Final = 4
 class Work:
     """The work directory ``fd`` of one union."""
 
-    def __init__(self, fd: int) -> None:
+    def __init__(self, fd: int, rights: Rights) -> None:
+        """``rights``: for changes that permission bits deny to their owner."""
         self.fd = fd
+        self.rights = rights
         self._numbers = itertools.count()
         #: Temporaries that could not be removed yet.
         self._left: list[bytes] = []
@@ -67,7 +69,11 @@ class Work:
 
     def exchange(self, one: At, other: At) -> None:
         """Exchange two names; see :func:`exchange`."""
-        exchange(one, other, self.temporary().at)
+        aside = self.temporary().at
+        try:
+            exchange(one, other, aside)
+        except PermissionError as error:
+            self.rights.again(partial(exchange, one, other, aside), error, one, other)
 
     def rename_leaving(self, whiteout: At, old: At, new: At, *, directory: bool, occupied: bool) -> None:
         """Rename ``old`` to ``new``, and ``whiteout`` (in work) to ``old``.
@@ -138,8 +144,20 @@ class Temporary:
 
     def put(self, dir_fd: int, name: bytes) -> None:
         """Rename it into the upper, as rename(2) does."""
-        os.rename(self.name, name, src_dir_fd=self._work.fd, dst_dir_fd=dir_fd)
+        try:
+            os.rename(self.name, name, src_dir_fd=self._work.fd, dst_dir_fd=dir_fd)
+        except PermissionError as error:
+            new = dir_fd, name
+            self._work.rights.again(partial(rename, self.at, new), error, self.at, new)
         self.taken = False
+
+    def take(self, dir_fd: int, name: bytes) -> None:
+        """Rename a name of the upper to it, as rename(2) does."""
+        old = dir_fd, name
+        try:
+            rename(old, self.at)
+        except PermissionError as error:
+            self._work.rights.again(partial(rename, old, self.at), error, old)
 
     def discard(self) -> None:
         """Remove it unless it was put in place."""

@@ -9,24 +9,34 @@ from typing import Final
 from unionfs.sys.attributes import OWNER, read_xattrs
 from unionfs.union.markers import Markers
 from unionfs.union.places import Place
+from unionfs.union.rights import Rights
 
 CAPABILITY: Final = b"security.capability"
 ACL_DEFAULT: Final = b"system.posix_acl_default"
 
 
-def copied_xattrs(markers: Markers, place: int | bytes) -> dict[bytes, bytes]:
-    """The xattrs that a copy-up copies: all, including ACLs, except the overlay's own.
+def copied_xattrs(
+    markers: Markers, rights: Rights, fd: int, *, path_only: bool = False
+) -> dict[bytes, bytes]:
+    """The xattrs of an object of a lower that a copy-up copies: all, including ACLs, except the overlay's
+    own.
+
+    ``path_only``: ``fd`` was opened with O_PATH. ``rights`` read what the object's mode denies to its owner.
 
     Unlike overlayfs (copy_up.c, ovl_copy_xattr), skips vanished xattrs and malformed capabilities (EINVAL,
     security/commoncap.c): they grant nothing, and a user who may set an empty value could otherwise keep
     others from changing the file, or from creating any in the directory.
     """
-    return read_xattrs(place, lambda name: not markers.is_private(name), _unreadable)
+    place = b"/proc/self/fd/%d" % fd if path_only else fd
+    denied: dict[bytes, bytes] = {}
 
+    def failed(name: bytes, error: OSError) -> None:
+        if error.errno == errno.EACCES and name:
+            denied[name] = rights.getxattr(fd, name, error, upper=False)
+        elif error.errno != errno.EINVAL or name != CAPABILITY:
+            raise error
 
-def _unreadable(name: bytes, error: OSError) -> None:
-    if error.errno != errno.EINVAL or name != CAPABILITY:
-        raise error
+    return read_xattrs(place, lambda name: not markers.is_private(name), failed) | denied
 
 
 def unsupported(name: bytes, error: OSError) -> None:

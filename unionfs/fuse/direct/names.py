@@ -189,9 +189,10 @@ class NameRequests:
         with self._union.checked_path(node) as path:
             raw = calls.statx(calls.AT_FDCWD, path, 0, request.sx_mask)
         patched = bytearray(raw)
-        # stx_nlink, stx_blocks and stx_ctime of struct statx, include/uapi/linux/stat.h
-        struct.pack_into("=I", patched, 16, attributes.nlink)
-        struct.pack_into("=Q", patched, 48, attributes.st.st_blocks)
+        # stx_nlink, stx_uid, stx_gid, stx_blocks and stx_ctime of struct statx, include/uapi/linux/stat.h
+        st = attributes.st
+        struct.pack_into("=III", patched, 16, attributes.nlink, st.st_uid, st.st_gid)
+        struct.pack_into("=Q", patched, 48, st.st_blocks)
         struct.pack_into("=qI", patched, 96, *divmod(attributes.ctime_ns, _NS))
         return encode.statx(
             request.unique, self._valid(request.nodeid, node, attributes), patched, attributes.ino
