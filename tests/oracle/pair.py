@@ -43,6 +43,7 @@ class Side:
     home: Path
     count: int
     arenas: int
+    options: tuple[str, ...]
     mount: Mount | None = None
     stack: contextlib.ExitStack = field(default_factory=contextlib.ExitStack)
     workers: dict[str, Worker] = field(default_factory=dict)
@@ -81,9 +82,11 @@ class Side:
     def enter(self, session: str, *, lowers: Sequence[Path], upper: Path | None, work: Path | None) -> Mount:
         """Mount other layers at this side's mountpoint; ``leave`` undoes it."""
         context = (
-            mounting.kernel_mounted(self.home, lowers=lowers, upper=upper, work=work)
+            mounting.kernel_mounted(self.home, lowers=lowers, upper=upper, work=work, options=self.options)
             if session == "kernel"
-            else mounting.mounted(self.home, lowers=lowers, upper=upper, work=work, session=session)
+            else mounting.mounted(
+                self.home, lowers=lowers, upper=upper, work=work, session=session, options=self.options
+            )
         )
         return self.stack.enter_context(context)
 
@@ -116,13 +119,18 @@ def arena_name(index: int) -> str:
 class Pair:
     """``ours`` and ``theirs``; ``begin``, then ``step`` for each operation, then ``finish``."""
 
-    def __init__(self, home: Path, session: str, count: int, arenas: int = ARENAS) -> None:
+    def __init__(
+        self, home: Path, session: str, count: int, arenas: int = ARENAS, *, index: bool = False
+    ) -> None:
+        """``index``: whether both sides have ``index=on``, or ``off``."""
+        self.index = index
+        options = ("index=on" if index else "index=off",)
         self.session, self.count, self.arenas = session, count, arenas
         #: The session without shortcuts has the same rules.
         self.kind = session.removesuffix(mounting.PLAIN)
         self.clock = normalise.Clock.start()
-        self.ours = Side("ours", home / "ours", count, arenas)
-        self.theirs = Side("theirs", home / "theirs", count, arenas)
+        self.ours = Side("ours", home / "ours", count, arenas, options)
+        self.theirs = Side("theirs", home / "theirs", count, arenas, options)
         self.home = home
         self._next = arenas
         self._broken = False  # the mounts are unusable
@@ -382,7 +390,7 @@ class Pair:
     def _check(
         self, when: str, ours: Tree, theirs: Tree, copied: frozenset[bytes] | None = None
     ) -> None:
-        """``copied``: what the union had in its upper before ``ours`` was taken, if that may differ from now."""
+        """``copied``: what the union had in its upper before ``ours`` was taken, if not the same as now."""
         lines = normalise.compare_trees(ours, theirs, self.clock, lambda path: self._is_late(path, copied))
         if lines:
             raise Difference(f"{when}:\n  " + "\n  ".join(lines[:20]))
@@ -409,8 +417,9 @@ class Pair:
             if snapshot.manifest(lower / self.arena) != self._manifests[lower, self.arena]:
                 self._spoiled = True
                 raise Difference(f"{lower.name} was changed: {self._changes(lower)}")
-        self._cross("kernel", self.ours, self.tree)
-        self._cross(self.session, self.theirs, self.tree)
+        if not self.index:  # an index is not used when its upper is a lower; `close` compares all the same
+            self._cross("kernel", self.ours, self.tree)
+            self._cross(self.session, self.theirs, self.tree)
         self._final[self.arena] = self.tree
 
     def _changes(self, lower: Path) -> list[bytes]:

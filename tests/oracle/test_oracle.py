@@ -32,8 +32,10 @@ LONG = int(os.environ.get("UNIONFS_ORACLE_EXAMPLES", "400" if THOROUGH else "15"
 SECONDS, LONG_SECONDS = 900, 100_000
 
 
-def _compare(area: Path, session: str, lowers: int, *, examples: int, steps: int) -> None:
-    pair = Pair(area, session, lowers, arenas=min(ARENAS, examples))
+def _compare(
+    area: Path, session: str, lowers: int, *, examples: int, steps: int, index: bool = False
+) -> None:
+    pair = Pair(area, session, lowers, arenas=min(ARENAS, examples), index=index)
     try:
         for index in range(examples):
             machine = Machine(pair, f"{SEED} {session} {lowers} {steps} {index}")
@@ -57,6 +59,13 @@ def _compare(area: Path, session: str, lowers: int, *, examples: int, steps: int
 def test_same_as_kernel_overlayfs(kernel_overlay: None, area: Path, session: str, lowers: int) -> None:
     """Results, errnos, whole trees equal after each step; uppers exchangeable; lowers untouched."""
     _compare(area, session, lowers, examples=EXAMPLES[lowers], steps=40)
+
+
+@pytest.mark.watchdog(SECONDS)
+@pytest.mark.timeout(SECONDS)
+def test_same_with_index(kernel_overlay: None, area: Path, session: str) -> None:
+    """The same with ``index=on``, where hard links of lowers outlive copy-up."""
+    _compare(area, session, 2, examples=2, steps=40, index=True)
 
 
 @pytest.mark.watchdog(SECONDS)

@@ -115,7 +115,11 @@ def world(
     lowers = {name: [home / f"lower{index}" for index in range(len(builds))] for name, home in homes.items()}
     with (
         mounting.kernel_mounted(
-            homes["k"], lowers=lowers["k"], upper=homes["k"] / "upper", work=homes["k"] / "work"
+            homes["k"],
+            lowers=lowers["k"],
+            upper=homes["k"] / "upper",
+            work=homes["k"] / "work",
+            options=() if "index=off" in options else ("index=on",),
         ) as kernel,
         mounting.mounted(
             homes["u"],

@@ -128,7 +128,7 @@ _REFUSED: Mapping[str, str] = {
 # Features of kernel overlayfs: values that match this program, and the name of the unsupported feature.
 _FEATURES: Mapping[str, tuple[frozenset[str], str]] = {
     "redirect_dir": (frozenset({"off", "nofollow", "follow"}), "renaming of lower directories by redirects"),
-    "index": (frozenset({"off"}), "the index of hard links"),
+    "index": (frozenset({"on", "off"}), "the index of hard links"),
     "metacopy": (frozenset({"off"}), "copying up of metadata alone"),
     "nfs_export": (frozenset({"off"}), "export by file handles"),
     "verity": (frozenset({"off"}), "checking of fs-verity digests"),

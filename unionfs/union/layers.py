@@ -30,10 +30,13 @@ _NO_LOCKS: Final = (errno.EBADF, errno.ENOLCK, errno.EOPNOTSUPP, errno.EINVAL)
 class LayerStack:
     """All layers of one union, topmost first, and the work directory of the upper."""
 
-    def __init__(self, layers: list[Layer], work_fd: int, markers: Markers, resources: ExitStack) -> None:
+    def __init__(
+        self, layers: list[Layer], work_root: int, work_fd: int, markers: Markers, resources: ExitStack
+    ) -> None:
         self.layers = layers
         self.upper = layers[0] if layers[0].is_upper else None
         self.work_fd = work_fd
+        self._work_root = work_root
         self.markers = markers
         self.volatile = False
         self.features = DEFAULTS
@@ -66,7 +69,7 @@ class LayerStack:
         privileged = has_capability(CAP_SYS_ADMIN)
         with ExitStack() as resources:
             layers: list[Layer] = []
-            work_fd = -1
+            work_root = work_fd = -1
             if upper is not None:
                 if work is None:
                     raise LayerError(
@@ -79,7 +82,7 @@ class LayerStack:
                 layers.append(Layer(0, upper, upper_fd, is_upper=True))
             elif scratch is not None:
                 resources.callback(os.close, scratch)
-                upper_fd, work_fd = opening.make_upper_and_work(scratch, lowers, resources)
+                upper_fd, work_root, work_fd = opening.make_upper_and_work(scratch, lowers, resources)
                 layers.append(Layer(0, "", upper_fd, is_upper=True))
             for path in lowers:
                 fd = opening.open_lower(path, privileged)
@@ -88,7 +91,7 @@ class LayerStack:
             if not layers:
                 raise LayerError("a union needs at least one layer; give one with --lower.")
             prefix = b"trusted.overlay." if privileged and not userxattr else b"user.overlay."
-            stack = cls(layers, work_fd, Markers(prefix), resources.pop_all())
+            stack = cls(layers, work_root, work_fd, Markers(prefix), resources.pop_all())
             stack.volatile = volatile
             stack.features = features
             return stack
@@ -97,6 +100,10 @@ class LayerStack:
     def durable(self) -> bool:
         """Whether copy-ups and fsync must reach a disk."""
         return self.upper is not None and not self.volatile and not self.upper.memory
+
+    def index_directory(self, *, make: bool) -> int:
+        """An O_PATH fd of WORKDIR/index, private like work; -1 if it is missing, and not made."""
+        return opening.index_directory(self._work_root, self._resources, make=make)
 
     def bind(self, path: str, root_fd: int, *, read_only: bool) -> BoundLayer:
         """A layer for a directory or file shown at one place. The O_PATH fd is closed with the stack."""

@@ -52,6 +52,8 @@ class Merged(Territory):
             return None
         st, places = found
         node = self._nodes.add(parent, name, st, places)
+        if node.is_indexed and not places[0].layer.is_upper:
+            return node, self._objects.attributes(node)  # of the copy
         return node, node.attributes_of(st)
 
     def number(self, parent: Node, name: bytes) -> tuple[int, int] | None:

@@ -31,7 +31,8 @@ class Objects:
         if node.is_dir:
             return os.stat(self.gate.fd(node.parts[0]))
         assert node.place is not None
-        st = os.stat(node.name, dir_fd=self.gate.fd(node.place), follow_symlinks=False)
+        name = node.name if node.entry is None else node.real_name
+        st = os.stat(name, dir_fd=self.gate.fd(node.place), follow_symlinks=False)
         node.check(st)
         return st
 
@@ -42,7 +43,7 @@ class Objects:
         if node.is_dir:
             return b"/proc/self/fd/%d" % self.gate.fd(node.parts[0]), True
         assert node.place is not None
-        return b"/proc/self/fd/%d/%b" % (self.gate.fd(node.place), node.name), False
+        return b"/proc/self/fd/%d/%b" % (self.gate.fd(node.place), node.real_name), False
 
     def path_fd(self, node: Node) -> tuple[int, bool]:
         """An O_PATH fd of the node's object for immediate use, and whether the caller must close it."""
@@ -51,7 +52,7 @@ class Objects:
         if node.is_dir:
             return self.gate.fd(node.parts[0]), False
         assert node.place is not None
-        fd = os.open(node.name, _PATH, dir_fd=self.gate.fd(node.place))
+        fd = os.open(node.real_name, _PATH, dir_fd=self.gate.fd(node.place))
         try:
             node.check(os.fstat(fd))
         except OSError:
@@ -96,7 +97,7 @@ class Objects:
         if node.held >= 0:
             return os.readlink(b"", dir_fd=node.held)
         assert node.place is not None
-        return os.readlink(node.name, dir_fd=self.gate.fd(node.place))
+        return os.readlink(node.real_name, dir_fd=self.gate.fd(node.place))
 
 
 def link_object(node: Node, source: int, dir_fd: int, name: bytes) -> None:
@@ -106,4 +107,4 @@ def link_object(node: Node, source: int, dir_fd: int, name: bytes) -> None:
     if node.held >= 0:
         os.link(b"/proc/self/fd/%d" % node.held, name, dst_dir_fd=dir_fd, follow_symlinks=True)
     else:
-        os.link(node.name, name, src_dir_fd=source, dst_dir_fd=dir_fd, follow_symlinks=False)
+        os.link(node.real_name, name, src_dir_fd=source, dst_dir_fd=dir_fd, follow_symlinks=False)

@@ -165,7 +165,7 @@ class OpenFiles:
         if node.held >= 0:
             file = open_held(node.held, write=write, waits=waits)
         else:
-            file = open_backing(self._gate.fd(place), node.name, write=write, waits=waits)
+            file = open_backing(self._gate.fd(place), node.real_name, write=write, waits=waits)
         try:
             if node.held < 0:
                 assert file.st is not None

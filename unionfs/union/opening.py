@@ -61,8 +61,9 @@ def open_upper_and_work(upper: str, work: str, privileged: bool, resources: Exit
     return fds[0], fds[1]
 
 
-def make_upper_and_work(scratch: int, lowers: Sequence[str], resources: ExitStack) -> tuple[int, int]:
-    """O_PATH fds of a new upper, with the owner and mode of the topmost lower, and a new work directory."""
+def make_upper_and_work(scratch: int, lowers: Sequence[str], resources: ExitStack) -> tuple[int, int, int]:
+    """O_PATH fds of a new upper, with the owner and mode of the topmost lower, and of a new work directory,
+    WORKDIR and WORKDIR/work."""
     os.mkdir(b"upper", 0o755, dir_fd=scratch)
     os.mkdir(b"work", 0o700, dir_fd=scratch)
     upper_fd = _open(scratch, "upper", "upper")
@@ -75,7 +76,7 @@ def make_upper_and_work(scratch: int, lowers: Sequence[str], resources: ExitStac
         os.chmod(b"/proc/self/fd/%d" % upper_fd, stat.S_IMODE(st.st_mode))
     work_root = _open(scratch, "work", "work")
     resources.callback(os.close, work_root)
-    return upper_fd, prepare_work(work_root, "on the tmpfs", os.geteuid(), resources)
+    return upper_fd, work_root, prepare_work(work_root, "on the tmpfs", os.geteuid(), resources)
 
 
 def prepare_work(fd: int, path: str, upper_owner: int, resources: ExitStack) -> int:
@@ -103,6 +104,24 @@ def prepare_work(fd: int, path: str, upper_owner: int, resources: ExitStack) -> 
         ) from error
     empty_directory(inner)
     return inner
+
+
+def index_directory(work_root: int, resources: ExitStack, *, make: bool) -> int:
+    """An O_PATH fd of WORKDIR/index, made private like work; -1 if it is missing, and not made.
+
+    Raises LayerError, OSError.
+    """
+    if make:
+        with contextlib.suppress(FileExistsError):
+            os.mkdir(b"index", 0o700, dir_fd=work_root)
+    try:
+        fd = openat2(work_root, b"index", _DIRECTORY, RESOLVE_NO_SYMLINKS | RESOLVE_NO_XDEV)
+    except FileNotFoundError:
+        return -1
+    resources.callback(os.close, fd)
+    _check_owner("directory index", os.fstat(fd).st_uid, os.fstat(work_root).st_uid)
+    _make_private(fd)
+    return fd
 
 
 def _check_owner(path: str, owner: int, other: int) -> None:

@@ -25,6 +25,8 @@ class Renaming(Changing):
         if target is node:
             return []
         lower = [one for one in moved if not one.is_dir and not one.in_place]
+        if target is not None and target.is_linked_lower and target not in lower:
+            lower.append(target)  # it loses a name
         if lower:
             return lower
         if len(moved) > 1:
@@ -36,6 +38,8 @@ class Renaming(Changing):
             if target is not None:
                 union.merge.forget(target.parts)
                 union.nodes.remove_name(target, *new)
+                if union.index is not None:
+                    union.index.lost_name(target)
             union.nodes.move(node, *old, *new)
         return []
 
@@ -65,6 +69,8 @@ class Renaming(Changing):
         self, node: Node, parent: Node, name: bytes, target: Node, new_parent: Node, new_name: bytes
     ) -> None:
         nodes = self._union.nodes
+        self._copy_up.link_up(node, parent, name)
+        self._copy_up.link_up(target, new_parent, new_name)
         self._hide_below(node, new_parent, new_name)
         self._hide_below(target, parent, name)
         with self._both_writable(parent, new_parent) as (old_fd, new_fd):
@@ -84,6 +90,9 @@ class Renaming(Changing):
         self, node: Node, parent: Node, name: bytes, target: Node | None, new_parent: Node, new_name: bytes
     ) -> None:
         """Rename on disk, without EXCHANGE."""
+        self._copy_up.link_up(node, parent, name)
+        if target is not None:
+            self._copy_up.link_up(target, new_parent, new_name)
         leaves_whiteout = self._union.merge.is_visible_below(parent.parts, name)
         self._hide_below(node, new_parent, new_name)
         with self._both_writable(parent, new_parent) as (old_fd, new_fd):
