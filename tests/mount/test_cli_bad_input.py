@@ -311,7 +311,7 @@ def test_mountpoint_inside_upper_or_work(place: Place, name: str) -> None:
         ("redirect_dir=maybe", "redirect_dir=maybe"),
         ("redirect_dir=on,userxattr", "redirect_dir=on conflicts with markers in user.* xattrs"),
         ("redirect_dir=follow,userxattr", "redirect_dir=follow conflicts with markers in user.* xattrs"),
-        ("index=on", "index=on"),
+        ("index=maybe", "index=maybe"),
         ("metacopy=on,redirect_dir=off", "conflicts with redirect_dir=off"),
         ("metacopy=on,userxattr", "conflicts with markers in user.* xattrs"),
         ("nfs_export=on", "nfs_export=on"),

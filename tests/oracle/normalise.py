@@ -1,7 +1,7 @@
 """All differences that the comparison with kernel overlayfs permits, with reasons. No others are permitted.
 
 1. Inode values: only their relation is compared (which names are one file). A number may change when a name
-   of a lower file with several is copied up without ``index``: the copy is then a file of its own.
+   of a lower file with several is copied up with ``index=off``: the copy is then a file of its own.
 2. ``st_nlink`` of a directory, if either side reports 1: a merged directory has no true count.
 3. Size and blocks of directories, and their listing order.
 4. atime, and ctime. An mtime is compared to the nanosecond unless it is within the time of the run: then both

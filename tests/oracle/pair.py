@@ -122,15 +122,23 @@ class Pair:
     """``ours`` and ``theirs``; ``begin``, then ``step`` for each operation, then ``finish``."""
 
     def __init__(
-        self, home: Path, session: str, count: int, arenas: int = ARENAS, options: Sequence[str] = ()
+        self,
+        home: Path,
+        session: str,
+        count: int,
+        arenas: int = ARENAS,
+        options: Sequence[str] = (),
+        *,
+        index: bool = False,
     ) -> None:
-        """``options``: of both mounts; without any, `redirect_dir=on`."""
+        """``options``: of both mounts; without any, `redirect_dir=on`. ``index``: whether both have one."""
+        self.index = index
         self.session, self.count, self.arenas = session, count, arenas
         #: The session without shortcuts has the same rules.
         self.kind = session.removesuffix(mounting.PLAIN)
         self.clock = normalise.Clock.start()
         self._is_metacopy = normalise.METACOPY in options
-        options = options or ["redirect_dir=on"]
+        options = [*(options or ["redirect_dir=on"]), "index=on" if index else "index=off"]
         self.ours = Side("ours", home / "ours", count, arenas, options)
         self.theirs = Side("theirs", home / "theirs", count, arenas, options)
         self.home = home
@@ -450,8 +458,9 @@ class Pair:
             if snapshot.manifest(lower / self.arena) != self._manifests[lower, self.arena]:
                 self._spoiled = True
                 raise Difference(f"{lower.name} was changed: {self._changes(lower)}")
-        self._cross("kernel", self.ours, self.tree)
-        self._cross(self.session, self.theirs, self.tree)
+        if not self.index:  # an index is not used when its upper is a lower; `close` compares all the same
+            self._cross("kernel", self.ours, self.tree)
+            self._cross(self.session, self.theirs, self.tree)
         self._final[self.arena] = self.tree
 
     def _changes(self, lower: Path) -> list[bytes]:

@@ -63,12 +63,13 @@ def main() -> int:
     parser.add_argument("file", type=Path)
     parser.add_argument("--session", default=mounting.sessions()[0])
     parser.add_argument("--lowers", type=int, default=3)
+    parser.add_argument("--index", action="store_true", help="with index=on")
     parser.add_argument("--no-shrink", action="store_true")
     options = parser.parse_args()
     lines = [line for line in options.file.read_text().splitlines() if line.startswith("op(")]
     ops = [eval(line, {"op": op}) for line in lines]
     with areas.area() as area:
-        pair = Pair(area, options.session, options.lowers)
+        pair = Pair(area, options.session, options.lowers, index=options.index)
         try:
             text = pair.replay(ops)
             if text is not None and not options.no_shrink:

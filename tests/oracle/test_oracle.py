@@ -34,21 +34,28 @@ SECONDS, LONG_SECONDS = 900, 100_000
 
 
 def _compare(
-    area: Path, session: str, lowers: int, *, examples: int, steps: int, options: Sequence[str] = ()
+    area: Path,
+    session: str,
+    lowers: int,
+    *,
+    examples: int,
+    steps: int,
+    options: Sequence[str] = (),
+    index: bool = False,
 ) -> None:
-    pair = Pair(area, session, lowers, min(ARENAS, examples), options)
+    pair = Pair(area, session, lowers, min(ARENAS, examples), options, index=index)
     try:
-        for index in range(examples):
-            machine = Machine(pair, " ".join([f"{SEED} {session} {lowers} {steps} {index}", *options]))
+        for number in range(examples):
+            machine = Machine(pair, " ".join([f"{SEED} {session} {lowers} {steps} {number}", *options]))
             try:
                 machine.play(steps)
             except (AssertionError, OSError) as error:
                 found = report(pair, machine.played, str(error), seconds=120)
-                raise AssertionError(f"seed {SEED!r}, example {index}: {found}") from None
+                raise AssertionError(f"seed {SEED!r}, example {number}: {found}") from None
             finally:
                 if RECORD:
                     text = "".join(f"{op}\n" for op in machine.played)
-                    Path(RECORD, f"{session}-{lowers}-{steps}-{index:03}").write_text(text)
+                    Path(RECORD, f"{session}-{lowers}-{steps}-{number:03}").write_text(text)
         pair.close()
     finally:
         pair.destroy()
@@ -60,6 +67,13 @@ def _compare(
 def test_same_as_kernel_overlayfs(kernel_overlay: None, area: Path, session: str, lowers: int) -> None:
     """Results, errnos, whole trees equal after each step; uppers exchangeable; lowers untouched."""
     _compare(area, session, lowers, examples=EXAMPLES[lowers], steps=40)
+
+
+@pytest.mark.watchdog(SECONDS)
+@pytest.mark.timeout(SECONDS)
+def test_same_with_index(kernel_overlay: None, area: Path, session: str) -> None:
+    """The same with ``index=on``, where hard links of lowers outlive copy-up."""
+    _compare(area, session, 2, examples=2, steps=40, index=True)
 
 
 @pytest.mark.watchdog(SECONDS)

@@ -116,8 +116,11 @@ def world(
     redirects = [o for o in options if o.startswith("redirect_dir=")] or ["redirect_dir=on"]
     with (
         mounting.kernel_mounted(
-            homes["k"], lowers=lowers["k"], upper=homes["k"] / "upper", work=homes["k"] / "work",
-            options=redirects,
+            homes["k"],
+            lowers=lowers["k"],
+            upper=homes["k"] / "upper",
+            work=homes["k"] / "work",
+            options=[*redirects, *(() if "index=off" in options else ("index=on",))],
         ) as kernel,
         mounting.mounted(
             homes["u"],

@@ -96,8 +96,8 @@ def test_harmless_options(option: str) -> None:
 
 
 def test_refusals_name_the_option_and_the_reason() -> None:
-    with pytest.raises(UserError, match=r"^option index=on: .* not supported"):
-        parse_options(["index=on"])
+    with pytest.raises(UserError, match=r"^option nfs_export=on: .* not supported"):
+        parse_options(["nfs_export=on"])
     with pytest.raises(UserError, match=r"^unknown option foo=bar;"):
         parse_options(["foo=bar"])
     with pytest.raises(UserError, match=r"show other owners\.$"):

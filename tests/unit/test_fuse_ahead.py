@@ -199,7 +199,7 @@ def test_a_name_is_removed_meanwhile(tmp_path: Path, walk: Walk, open_union: Ope
     name = next(b"n%d" % number for number in range(20) if b"n%d" % number not in (node.children or {}))
     child, _ = walked.union.lookup(node, name) or (node, None)
     child.lookups += 1
-    walked.operations.unlink(node.id, name)
+    walked.operations.changes.unlink(node, name)
     walked.operations.forget(child.id, 1)
     walked.prepare_all()
     assert walked.union.lookup(node, name) is None

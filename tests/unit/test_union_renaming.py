@@ -61,7 +61,7 @@ def test_one_that_holds_whiteouts_is_replaced(
     (tmp_path / "l0/target/in").touch()
     union = open_union()
     operations, root = Operations(union), union.nodes.root
-    operations.unlink(get(union, "target").id, b"in")
+    operations.changes.unlink(get(union, "target"), b"in")
     operations.mkdir(root.id, b"new", 0o755, ME)
     lower = (tmp_path / "l0/target").stat().st_ino
     counted = _listings(monkeypatch)

@@ -208,11 +208,15 @@ class TestNumbers:
         assert union.nodes.get(number) is None
         assert get(union, "f").ino == number
 
-    def test_lower_hard_links_are_a_node_a_name(self, tmp_path: Path, open_union: OpenUnion) -> None:
+    def test_lower_hard_links_without_an_index(self, tmp_path: Path, open_union: OpenUnion) -> None:
+        """A node a name, with one number until one of them is copied up."""
         (tmp_path / "l0").mkdir()
         (tmp_path / "l0/a").write_text("x")
         os.link(tmp_path / "l0/a", tmp_path / "l0/b")
+        (tmp_path / "upper").mkdir()
+        (tmp_path / "upper/used").mkdir()
         union = open_union()
+        assert union.index is None
         a, b = get(union, "a"), get(union, "b")
         number = a.ino
         assert (a.id != b.id, b.ino) == (True, number)

@@ -88,6 +88,9 @@ def mount(
       nodev nosuid noexec sync dirsync; for the upper's files: noatime nodiratime strictatime
       fsname=, subtype= what /proc/mounts shows
       session=, io=     as --session and --io, for /etc/fstab
+      index=on|off      whether hard links of lowers outlive changes; by default if the upper is new, or was
+                        always used so, and the filesystems have file handles and different uuids
+      xino=auto|on|off  off: files have the inode numbers of their own filesystems, unique only within each
       context=, fscontext=, defcontext=, rootcontext=   SELinux contexts
       uidmapping=, gidmapping=STORED:SHOWN:COUNT[:...]  show and store ids by ranges
       squash_to_uid=, squash_to_gid=, squash_to_root    show one owner for everything

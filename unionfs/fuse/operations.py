@@ -189,9 +189,10 @@ class Operations:
             await self.copy_ups.ensure_data(node)
         return self.changes.link(node, self.directory(new_parent), new_name)
 
-    def unlink(self, parent: int, name: bytes) -> None:
+    async def unlink(self, parent: int, name: bytes) -> None:
         """Remove the name of a non-directory."""
-        self.changes.unlink(self.directory(parent), name)
+        while (lower := self.changes.unlink(self.directory(parent), name)) is not None:
+            await self.copy_ups.ensure(lower)
 
     def rmdir(self, parent: int, name: bytes) -> None:
         """Remove an empty directory."""

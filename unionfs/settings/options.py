@@ -132,7 +132,7 @@ _SHOWN = frozenset({
 # Features of kernel overlayfs: values that match this program, and the name of the unsupported feature.
 _FEATURES: Mapping[str, tuple[frozenset[str], str]] = {
     "redirect_dir": (frozenset({"on", "off", "follow", "nofollow"}), ""),
-    "index": (frozenset({"off"}), "the index of hard links"),
+    "index": (frozenset({"on", "off"}), ""),
     "metacopy": (frozenset({"on", "off"}), ""),
     "nfs_export": (frozenset({"off"}), "export by file handles"),
     "verity": (frozenset({"off"}), "checking of fs-verity digests"),

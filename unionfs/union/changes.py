@@ -179,16 +179,24 @@ class Changes:
 
     # -- removing -------------------------------------------------------------------------------------
 
-    def unlink(self, parent: Node, name: bytes) -> None:
-        """Remove the name of a non-directory."""
+    def unlink(self, parent: Node, name: bytes) -> Node | None:
+        """Remove the name of a non-directory.
+
+        Returns a node that must be copied up first; in that case nothing has changed.
+        """
         node = self._existing(parent, name)
         if node.is_dir:
             raise os_error(errno.EISDIR)
         parent.territory.require_writable()
         self._union.flags.may_remove(parent, node)
+        if node.is_linked_lower:
+            return node
         with self._union.outliving(node):
             self._steps(parent).unlink(node, parent, name)
             self._union.nodes.remove_name(node, parent, name)
+            if self._union.index is not None:
+                self._union.index.lost_name(node)
+        return None
 
     def rmdir(self, parent: Node, name: bytes) -> None:
         """Remove a directory without visible names."""

@@ -103,7 +103,7 @@ class CopyUp:
                 union.flags.copy_directory(node, copy)
                 self._copy_attributes(node, lower, st, copy)
             parent = node.parent.parts[0]
-            resized = self._rename_into(node.parent, node.name, temporary)
+            resized = self._appears(node.parent, lambda fd: temporary.put(fd, node.name))
         place = Place(parent.layer, parent, node.name)
         place.copied_up(empty=union.shortcuts.empty_places)
         node.parts.insert(0, place)
@@ -133,7 +133,13 @@ class CopyUp:
         If the node's name was removed, the copy has no name either; only an fd of it is held.
         """
         union, resized = self.union, None
-        if node.unlinked:
+        if origin is Stored.INDEXED:
+            assert union.index is not None
+            union.index.put(node, temporary)
+            if not node.unlinked:
+                assert node.parent is not None
+                resized = self._link_up(node, node.parent, node.name)
+        elif node.unlinked:
             upper = union.require_upper()
             held = os.open(temporary.name, _PATH, dir_fd=union.work.fd)
             temporary.discard()
@@ -142,7 +148,7 @@ class CopyUp:
         else:
             assert node.parent is not None
             place = node.parent.parts[0] if node.parent.in_place else self.directory(node.parent)
-            resized = self._rename_into(node.parent, node.name, temporary)
+            resized = self._appears(node.parent, lambda fd: temporary.put(fd, node.name))
             node.lies_in(place)
             if origin is Stored.READABLE and not place.impure:
                 origin = Stored.UNKNOWN
@@ -151,9 +157,24 @@ class CopyUp:
         self.tell(Effects(node, resized, node.parent if origin is Stored.BROKEN else None))
         return st
 
-    def _rename_into(self, directory: Node, name: bytes, temporary: Temporary) -> Node | None:
-        """Put a copy into a directory, restoring its mtime and the ctime shown for it: a copy-up is not a
-        change. Returns the directory if its size may have changed for the kernel."""
+    def link_up(self, node: Node, parent: Node, name: bytes) -> None:
+        """Make a name of a copy in the index, which only a lower has, a name in the upper."""
+        if node.is_indexed:
+            self.tell(Effects(node, self._link_up(node, parent, name)))
+
+    def _link_up(self, node: Node, parent: Node, name: bytes) -> Node | None:
+        """Returns the directory if its size may have changed for the kernel."""
+        index, dir_fd = self.union.index, self.union.gate.fd(self.directory(parent))
+        assert index is not None
+        try:
+            os.stat(name, dir_fd=dir_fd, follow_symlinks=False)
+        except FileNotFoundError:
+            return self._appears(parent, lambda fd: index.link(node, fd, name))
+        return None
+
+    def _appears(self, directory: Node, put: Callable[[int], None]) -> Node | None:
+        """Put a copy into a directory of the upper (an fd of it), restoring its mtime and the ctime shown for
+        it: a copy-up is not a change. Returns the directory if its size may have changed for the kernel."""
         place, resized = directory.parts[0], None
         dir_fd = self.union.gate.fd(place)
         if directory.ctime is not None and directory.ctime[0] == UNSEEN:
@@ -165,7 +186,7 @@ class CopyUp:
             shown = directory.attributes_of(st).ctime_ns
         place.fills()
         self.union.origins.becomes_impure(place, dir_fd)
-        temporary.put(dir_fd, name)
+        put(dir_fd)
         with contextlib.suppress(OSError):
             calls.utimensat(calls.AT_FDCWD, b"/proc/self/fd/%d" % dir_fd, None, place.mtime_ns, follow=True)
         directory.show_ctime(shown)

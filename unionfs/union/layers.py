@@ -38,6 +38,7 @@ class LayerStack:
     def __init__(
         self,
         layers: list[Layer],
+        work_root: int,
         work_fd: int,
         markers: Markers,
         resources: ExitStack,
@@ -46,6 +47,7 @@ class LayerStack:
         self.layers = layers
         self.upper = layers[0] if layers[0].is_upper else None
         self.work_fd = work_fd
+        self._work_root = work_root
         self.markers = markers
         self.volatile = False
         self.features = DEFAULTS
@@ -83,7 +85,7 @@ class LayerStack:
         privileged = has_capability(CAP_SYS_ADMIN)
         with ExitStack() as resources:
             layers: list[Layer] = []
-            work_fd = -1
+            work_root = work_fd = -1
             if upper is not None:
                 if work is None:
                     raise LayerError(
@@ -99,7 +101,7 @@ class LayerStack:
             elif scratch is not None:
                 resources.callback(os.close, scratch)
                 opening.set_atime(scratch, atime)
-                upper_fd, work_fd = opening.make_upper_and_work(scratch, lowers, resources)
+                upper_fd, work_root, work_fd = opening.make_upper_and_work(scratch, lowers, resources)
                 layers.append(Layer(0, "", upper_fd, is_upper=True))
             for path in lowers:
                 fd = opening.open_lower(path, privileged)
@@ -111,7 +113,7 @@ class LayerStack:
             markers, chosen = _choose(features, prefix, layers[0], work_fd)
             if shown.uids or shown.gids:
                 _find_idmapped(layers)
-            stack = cls(layers, work_fd, markers, resources.pop_all(), shown)
+            stack = cls(layers, work_root, work_fd, markers, resources.pop_all(), shown)
             stack.volatile, stack.features = volatile, chosen
             return stack
 
@@ -119,6 +121,10 @@ class LayerStack:
     def durable(self) -> bool:
         """Whether copy-ups and fsync must reach a disk."""
         return self.upper is not None and not self.volatile and not self.upper.memory
+
+    def index_directory(self, *, make: bool) -> int:
+        """An O_PATH fd of WORKDIR/index, private like work; -1 if it is missing, and not made."""
+        return opening.index_directory(self._work_root, self._resources, make=make)
 
     def bind(self, path: str, root_fd: int, *, read_only: bool) -> BoundLayer:
         """A layer for a directory or file shown at one place. The O_PATH fd is closed with the stack."""

@@ -62,6 +62,7 @@ class Markers:
         self.origin = prefix + b"origin"
         self.impure = prefix + b"impure"
         self.nlink = prefix + b"nlink"
+        self.upper = prefix + b"upper"
         #: Whether setting a marker requires write permission for the object (xattr(7)).
         self.requires_write = prefix.startswith(b"user.")
 

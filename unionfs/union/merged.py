@@ -56,6 +56,8 @@ class Merged(Territory):
             return None
         st, places = found
         node = self._nodes.add(parent, name, st, places)
+        if node.is_indexed and not places[0].layer.is_upper:
+            return node, self._objects.attributes(node)  # of the copy
         if self._merge.may_be_metacopy(st, places[0]) and node.lower_data is None:
             with suppress(OSError):  # an open reports it
                 node.data_lies_in(self._data_of(node, self._objects.path(node)[0]))

@@ -102,8 +102,9 @@ class Node:
     """One object of the merged tree."""
 
     __slots__ = (
-        "children", "ctime", "flags", "from_origin", "generation", "held", "id", "identity", "ino", "key",
-        "kind", "links", "lookups", "lower_data", "name", "no_capability", "parent", "parts", "place",
+        "children", "ctime", "entry", "flags", "from_origin", "generation", "held", "id", "identity", "ino",
+        "key", "kind", "links", "lookups", "lower_data", "lower_links", "more_links", "name", "no_capability",
+        "parent", "parts", "place",
         "successor", "superseded", "territory", "unlinked", "use",
     )  # fmt: skip
 
@@ -142,8 +143,13 @@ class Node:
         #: Where the data of a metacopy object lies; None: in the object, as far as known before it is opened.
         self.lower_data: LowerData | None = None
         self.flags: int | None = None  # see `flags`; None: unknown
-        #: Additional names of an upper file with several hard links.
-        self.links: list[tuple[Node, bytes]] | None = None
+        #: Additional names of a file with several hard links, with the real directory of each.
+        self.links: list[tuple[Node, bytes, Place]] | None = None
+        #: For a lower file with several hard links: the name of its copy in the index, st_nlink of the
+        #: original (0 if unknown), and how many names the union has more than st_nlink of the copy.
+        self.entry: bytes | None = None
+        self.lower_links = 0
+        self.more_links = 0
         self.lookups = 0
         #: An O_PATH fd of an object that has no name.
         self.held = held
@@ -188,6 +194,22 @@ class Node:
         return self.lower_data is None and self.in_place
 
     @property
+    def is_indexed(self) -> bool:
+        """Whether it is a copy in the index, by which its object is accessed."""
+        return self.entry is not None and self.place is not None and self.place.layer.is_upper
+
+    @property
+    def is_linked_lower(self) -> bool:
+        """Whether it is a lower file with several hard links, and copied up into the index before it loses a
+        name."""
+        return self.entry is not None and not self.in_place
+
+    @property
+    def real_name(self) -> bytes:
+        """The name of a non-directory in its `place`."""
+        return self.entry if self.entry is not None and self.is_indexed else self.name
+
+    @property
     def is_pure_upper(self) -> bool:
         """Whether it has no lower parts."""
         return self.in_place and len(self.parts) <= 1
@@ -199,13 +221,15 @@ class Node:
 
     def attributes_of(self, st: os.stat_result) -> Attributes:
         """The result of stat(2), for an object with the attributes ``st``."""
-        nlink = st.st_nlink
+        nlink = st.st_nlink + self.more_links
         if self.unlinked and (self.is_dir or not self.in_place):
             nlink = 0
         elif len(self.parts) > 1:
             nlink = 1  # as overlayfs, which does not count the subdirectories of a merged directory
-        # Copying up one name of a lower file with several breaks the link: its count is then 1.
-        lasting = self.territory.lasting and (st.st_nlink == 1 or self.is_dir or self.in_place)
+        # Without an index, copying up one name of a lower file with several breaks the link.
+        lasting = self.territory.lasting and (
+            st.st_nlink == 1 or self.is_dir or self.in_place or self.entry is not None
+        )
         ctime = st.st_ctime_ns if self.ctime is None else self.shown_ctime(st.st_ctime_ns)
         owners = self.territory.owners
         if owners is not None:
@@ -276,6 +300,24 @@ class Node:
         """Record that its number is that of its origin."""
         self.from_origin = True
 
+    def may_be_indexed(self, entry: bytes, lower_links: int) -> None:
+        """Record the name of its copy in the index, and ``st_nlink`` of the original (0: unknown)."""
+        self.entry = entry
+        if lower_links:
+            self.lower_links = lower_links
+
+    def is_indexed_copy(self, index: Place, more_links: int) -> None:
+        """Record that its object is the copy in the index."""
+        self.place, self.more_links = index, more_links
+
+    def has_more_links(self, more_links: int) -> None:
+        """Set how many names the union has more than the copy."""
+        self.more_links = more_links
+
+    def leaves_index(self) -> None:
+        """Record that its entry in the index was removed; an fd of the object is held."""
+        self.entry, self.more_links = None, 0
+
     def has_key(self, key: int) -> None:
         """Set the key that identifies its object; see `Layer.key`."""
         self.key = key
@@ -302,23 +344,32 @@ class Node:
         assert parent.children is not None
         parent.children[name] = self
         if self.parent is None or self.unlinked:
-            self.parent, self.name, self.place, self.unlinked = parent, name, place, False
+            if not self.is_indexed:
+                self.place = place
+            self.parent, self.name, self.unlinked = parent, name, False
             self.hold(-1)
         else:
             if self.links is None:
                 self.links = []
-            self.links.append((parent, name))
+            self.links.append((parent, name, place))
+
+    def _take_link(self, parent: Node, name: bytes) -> bool:
+        """Remove an additional name; returns whether there was one."""
+        for position, (directory, known, _) in enumerate(self.links or ()):
+            if directory is parent and known == name:
+                assert self.links is not None
+                del self.links[position]
+                return True
+        return False
 
     def lose_name(self, parent: Node, name: bytes) -> None:
         """Remove the name ``name`` in ``parent``."""
         parent.forget_child(name, self)
-        if self.links and (parent, name) in self.links:
-            self.links.remove((parent, name))
-        elif self.parent is parent and self.name == name:
+        if not self._take_link(parent, name) and self.parent is parent and self.name == name:
             if self.links:
-                self.parent, self.name = self.links.pop()
-                assert self.parent is not None
-                self.place = self.parent.parts[0]
+                self.parent, self.name, place = self.links.pop()
+                if not self.is_indexed:
+                    self.place = place
             else:
                 self.unlinked = True
 
@@ -327,14 +378,14 @@ class Node:
         assert new_parent.children is not None
         parent.forget_child(name, self)
         new_parent.children[new_name] = self
-        if self.links and (parent, name) in self.links:
-            self.links.remove((parent, name))
-            self.links.append((new_parent, new_name))
+        if self._take_link(parent, name):
+            assert self.links is not None
+            self.links.append((new_parent, new_name, new_parent.parts[0]))
         else:
             self.parent, self.name = new_parent, new_name
             if self.is_dir:
                 self.parts[0].move(new_parent.parts[0], new_name)
-            else:
+            elif not self.is_indexed:
                 self.place = new_parent.parts[0]
 
     def forget_child(self, name: bytes, node: Node) -> None:
@@ -348,9 +399,9 @@ class Node:
             self.parent.forget_child(self.name, self)
         if not self.links:
             return []
-        for directory, name in self.links:
+        for directory, name, _ in self.links:
             directory.forget_child(name, self)
-        return [directory for directory, _ in self.links]
+        return [directory for directory, _, _ in self.links]
 
     def supersede(self, number: int, generation: int) -> Node:
         """A new node that takes over object, names and held fd; see `NodeTable.supersede`."""
@@ -362,8 +413,9 @@ class Node:
         new.links, new.unlinked, new.held = self.links, self.unlinked, self.held
         new.lower_data, new.flags = self.lower_data, self.flags
         new.from_origin = self.from_origin
+        new.entry, new.lower_links, new.more_links = self.entry, self.lower_links, self.more_links
         self.links, self.held = None, -1
-        for directory, name in [(self.parent, self.name), *(new.links or ())]:
+        for directory, name, _ in [(self.parent, self.name, None), *(new.links or ())]:
             known = None if directory is None else directory.children
             if known is not None and known.get(name) is self:
                 known[name] = new

@@ -3,9 +3,10 @@
 Rules (the table is the only place that implements them):
 
 - A node keeps its id through copy-up, rename and metadata changes.
-- A directory, and an object of a lower, is identified by its parent node and name; so each name of a lower
-  file with several hard links is a separate node, until copy-up with the same ``st_ino``. An object of the
-  upper with several links is one node with several names, found by (device, inode).
+- A directory, and an object of a lower, is identified by its parent node and name. An object of the upper
+  with several links is one node with several names, found by (device, inode). So is a lower file with several
+  hard links if there is an index; it is also found by its copy. Without an index each of its names is a
+  separate node, until copy-up with the same ``st_ino``.
 - A node's id is its ``st_ino`` (see `numbers`), unless another node has that id. Two nodes of separate
   objects never have the same ``st_ino``: if a layer would make it so, the second node has its id. Ids are
   used again, and then with another generation: a file handle of a forgotten node is stale.
@@ -24,13 +25,16 @@ import os
 import secrets
 import stat
 from collections.abc import Callable
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
 from unionfs.sys import calls
 from unionfs.union.node import Node, Territory
 from unionfs.union.numbers import hashed
 from unionfs.union.origin import Origins, Stored
-from unionfs.union.places import NO_KEY, Layer, Place
+from unionfs.union.places import NO_KEY, Gate, Layer, Place
+
+if TYPE_CHECKING:
+    from unionfs.union.index import Index
 
 ROOT_ID: Final = 1
 
@@ -41,15 +45,23 @@ class NodeTable:
     #: The node of id 1.
     root: Node
 
-    def __init__(self, origins: Origins, gone: Callable[[Node], None] = lambda node: None) -> None:
+    def __init__(
+        self,
+        origins: Origins,
+        index: Index | None,
+        gate: Gate,
+        gone: Callable[[Node], None] = lambda node: None,
+    ) -> None:
         """``gone`` is called for each forgotten directory, and for each forgotten node that was in use."""
         self._by_id: dict[int, Node] = {}
         self._by_inode: dict[tuple[int, int], Node] = {}
-        self._inode_of: dict[int, tuple[int, int]] = {}
+        self._inodes_of: dict[int, list[tuple[int, int]]] = {}
         self._gone = gone
         #: The generation of the next node. The kernel sees 32 bits: those of two mounts hardly ever meet.
         self._generations = itertools.count(secrets.randbits(32))
         self._origins = origins
+        self._index = index
+        self._gate = gate
         self.numbers = origins.numbers
         #: The numbers of copies whose origin could not be stored, by (device, inode).
         self._unstored: dict[tuple[int, int], int] = {}
@@ -82,23 +94,31 @@ class NodeTable:
             known = self._by_inode.get((st.st_dev, st.st_ino))
             if known is not None:
                 return known.ino
-        number, _ = self._number(name, st, places)
+        number = self._number(name, st, places)[0]
         return number if self._may_share(st, places[0]) else self._free(number)
 
-    def _number(self, name: bytes, st: os.stat_result, places: list[Place]) -> tuple[int, bool]:
-        """The number of an object, and whether it is that of its origin."""
+    def _number(
+        self, name: bytes, st: os.stat_result, places: list[Place]
+    ) -> tuple[int, bool, bytes | None]:
+        """The number of an object, whether it is that of its origin, and its entry in the index."""
         if stat.S_ISDIR(st.st_mode):
-            return self._origins.number_of_directory(st, places), False
+            return self._origins.number_of_directory(st, places), False, None
         place = places[0]
         if self._unstored and place.layer.is_upper:
             known = self._unstored.get((st.st_dev, st.st_ino))
             if known is not None:
-                return known, False
-        if place.impure:
-            known = self._origins.number(place, name, st)
-            if known is not None:
-                return known, True
-        return self.numbers.of(st.st_dev, st.st_ino), False
+                return known, False, None
+        origin = None
+        if place.impure and (st.st_nlink == 1 or place.layer.is_upper):
+            origin = self._origins.read(place, name)
+        if origin is not None:
+            entry, known = None, self._origins.number_of(origin)
+            if st.st_nlink > 1 and self._index is not None:
+                entry = self._index.entry_of_copy(origin, st)
+            broken = st.st_nlink > 1 and entry is None and self._origins.was_indexed(place, name)
+            if known is not None and not broken:
+                return known, True, entry
+        return self.numbers.of(st.st_dev, st.st_ino), False, None
 
     def _may_share(self, st: os.stat_result, place: Place) -> bool:
         """Whether several nodes may have the number of an object: those of a lower's hard links; with
@@ -119,7 +139,10 @@ class NodeTable:
 
     def copied_up(self, node: Node, st: os.stat_result, origin: Stored) -> None:
         """Record that ``node`` is now the upper object with attributes ``st``, whose origin is ``origin``."""
-        if origin is Stored.BROKEN:
+        if origin is Stored.INDEXED:
+            self.linked(node, st)
+            node.has_origin()
+        elif origin is Stored.BROKEN:
             node.has_number(self.numbers.of(st.st_dev, st.st_ino))
         elif origin is Stored.READABLE:
             node.has_origin()
@@ -145,12 +168,16 @@ class NodeTable:
         place = places[0]
         upper = place.layer.is_upper
         linkable = upper and kind != stat.S_IFDIR
+        if self._index is not None and st.st_nlink > 1 and not upper and kind != stat.S_IFDIR:
+            found = self._add_linked(self._index, parent, name, st, place)
+            if found is not None:
+                return found
         if linkable and self._by_inode:
             known = self._by_inode.get((st.st_dev, st.st_ino))
             if known is not None:
                 self.add_name(known, parent, name, place)
                 return known
-        number, from_origin = self._number(name, st, places)
+        number, from_origin, entry = self._number(name, st, places)
         id_ = self._free(number)
         key = 0 if kind == stat.S_IFDIR else place.layer.key(st)
         ino = number if id_ == number or self._may_share(st, place) else id_
@@ -164,6 +191,47 @@ class NodeTable:
         parent.children[name] = node
         if linkable and st.st_nlink > 1:
             self.linked(node, st)
+            if entry is not None and self._index is not None:
+                node.may_be_indexed(entry, 0)
+                node.is_indexed_copy(self._index.place, self._index.more_links(entry, st, 0))
+        return node
+
+    def _add_linked(
+        self, index: Index, parent: Node, name: bytes, st: os.stat_result, place: Place
+    ) -> Node | None:
+        """The node of a lower's file with several hard links, of which ``name`` is one: the file itself, or
+        its copy in the index. None if it cannot be indexed.
+        """
+        original = st.st_dev, st.st_ino
+        node = self._by_inode.get(original)
+        if node is not None:
+            self.add_name(node, parent, name, place)
+            return node
+        entry = index.entry_of_lower(self._gate.fd(place), name, st)
+        if entry is None:
+            return None
+        copy = index.stat(entry)
+        if copy is not None and stat.S_IFMT(copy.st_mode) == stat.S_IFMT(st.st_mode):
+            node = self._by_inode.get((copy.st_dev, copy.st_ino))
+        else:
+            copy = None
+        if node is None:
+            number = self.numbers.of(*original)
+            here, found = (place, st) if copy is None else (index.place, copy)
+            kind, key = stat.S_IFMT(st.st_mode), here.layer.key(found)
+            node = Node(self._free(number), parent.territory, parent, name, kind, [here], key, ino=number)
+            self._by_id[node.id] = node
+            assert parent.children is not None
+            parent.children[name] = node
+            node.may_be_indexed(entry, st.st_nlink)
+            if copy is not None:
+                node.has_origin()
+                node.is_indexed_copy(index.place, index.more_links(entry, copy, st.st_nlink))
+                self.linked(node, copy)
+        else:
+            node.may_be_indexed(entry, st.st_nlink)
+            self.add_name(node, parent, name, place)
+        self.linked(node, st)
         return node
 
     def add_bound(
@@ -191,9 +259,11 @@ class NodeTable:
         return node
 
     def linked(self, node: Node, st: os.stat_result) -> None:
-        """Record that the upper object of ``node`` got another hard link."""
-        self._by_inode[st.st_dev, st.st_ino] = node
-        self._inode_of[node.id] = (st.st_dev, st.st_ino)
+        """Record that the object of ``node``, with the attributes ``st``, has several hard links."""
+        key = st.st_dev, st.st_ino
+        if self._by_inode.get(key) is not node:
+            self._by_inode[key] = node
+            self._inodes_of.setdefault(node.id, []).append(key)
 
     def add_name(self, node: Node, parent: Node, name: bytes, place: Place) -> None:
         """Add the name ``name`` in ``parent`` to ``node``; ``place`` is that real directory."""
@@ -226,10 +296,10 @@ class NodeTable:
         """Make a new node for the object of ``node``; the old node keeps its open files and lookups."""
         number = self._free(hashed(b"after%d" % node.id))
         new = self._by_id[number] = node.supersede(number, next(self._generations))
-        key = self._inode_of.pop(node.id, None)
-        if key is not None:
-            self._inode_of[number] = key
+        for key in self._inodes_of.get(node.id, ()):
             self._by_inode[key] = new
+        if node.id in self._inodes_of:
+            self._inodes_of[number] = self._inodes_of.pop(node.id)
         return new
 
     def lose(self, node: Node, parent: Node, name: bytes) -> None:
@@ -263,14 +333,14 @@ class NodeTable:
                 continue
             for directory in current.forget_names():
                 self._release(directory)
-            if self._inode_of or current.held >= 0:
+            if self._inodes_of or current.held >= 0:
                 self._drop_inode(current)
             current = current.parent
 
     def _drop_inode(self, node: Node) -> None:
-        key = self._inode_of.pop(node.id, None)
-        if key is not None and self._by_inode.get(key) is node:
-            del self._by_inode[key]
+        for key in self._inodes_of.pop(node.id, ()):
+            if self._by_inode.get(key) is node:
+                del self._by_inode[key]
         if node.held >= 0:
             place = node.parts[0] if node.is_dir else node.place
             if self._unstored and place is not None and place.layer.is_upper:

@@ -32,11 +32,11 @@ class Objects:
         if node.is_dir:
             return os.stat(self.gate.fd(node.parts[0]))
         assert node.place is not None
-        dir_fd = self.gate.fd(node.place)
+        dir_fd, name = self.gate.fd(node.place), node.name if node.entry is None else node.real_name
         try:
-            st = os.stat(node.name, dir_fd=dir_fd, follow_symlinks=False)
+            st = os.stat(name, dir_fd=dir_fd, follow_symlinks=False)
         except PermissionError as error:
-            again = self.gate.stat_refused(node.place, node.name, error)
+            again = self.gate.stat_refused(node.place, name, error)
             if again is None:
                 raise
             st = again
@@ -50,7 +50,7 @@ class Objects:
         if node.is_dir:
             return b"/proc/self/fd/%d" % self.gate.fd(node.parts[0]), True
         assert node.place is not None
-        return b"/proc/self/fd/%d/%b" % (self.gate.fd(node.place), node.name), False
+        return b"/proc/self/fd/%d/%b" % (self.gate.fd(node.place), node.real_name), False
 
     def path_fd(self, node: Node) -> tuple[int, bool]:
         """An O_PATH fd of the node's object for immediate use, and whether the caller must close it."""
@@ -59,11 +59,11 @@ class Objects:
         if node.is_dir:
             return self.gate.fd(node.parts[0]), False
         assert node.place is not None
-        dir_fd = self.gate.fd(node.place)
+        dir_fd, name = self.gate.fd(node.place), node.real_name
         try:
-            fd = os.open(node.name, _PATH, dir_fd=dir_fd)
+            fd = os.open(name, _PATH, dir_fd=dir_fd)
         except PermissionError as error:
-            fd = self.gate.rights.open(dir_fd, node.name, _PATH, error, upper=node.place.layer.is_upper)
+            fd = self.gate.rights.open(dir_fd, name, _PATH, error, upper=node.place.layer.is_upper)
         try:
             node.check(os.fstat(fd))
         except OSError:
@@ -109,7 +109,7 @@ class Objects:
             return os.readlink(b"", dir_fd=node.held)
         assert node.place is not None
         try:
-            return os.readlink(node.name, dir_fd=self.gate.fd(node.place))
+            return os.readlink(node.real_name, dir_fd=self.gate.fd(node.place))
         except PermissionError:
             with Owned(self.open_path(node)) as fd:
                 return os.readlink(b"", dir_fd=fd)
@@ -122,4 +122,4 @@ def link_object(node: Node, source: int, dir_fd: int, name: bytes) -> None:
     if node.held >= 0:
         os.link(b"/proc/self/fd/%d" % node.held, name, dst_dir_fd=dir_fd, follow_symlinks=True)
     else:
-        os.link(node.name, name, src_dir_fd=source, dst_dir_fd=dir_fd, follow_symlinks=False)
+        os.link(node.real_name, name, src_dir_fd=source, dst_dir_fd=dir_fd, follow_symlinks=False)

@@ -194,7 +194,7 @@ class OpenFiles:
             )
         else:
             file = open_backing(
-                self._gate.fd(place), node.name, write=write, waits=waits, rights=rights,
+                self._gate.fd(place), node.real_name, write=write, waits=waits, rights=rights,
                 upper=layer.is_upper, quiet=layer.quiet,
             )
         try:

@@ -82,8 +82,9 @@ def set_atime(mount_fd: int, words: Sequence[str]) -> None:
         detached.change(mount_fd, add=attributes, clear=detached.ATIME)
 
 
-def make_upper_and_work(scratch: int, lowers: Sequence[str], resources: ExitStack) -> tuple[int, int]:
-    """O_PATH fds of a new upper, with the owner and mode of the topmost lower, and a new work directory."""
+def make_upper_and_work(scratch: int, lowers: Sequence[str], resources: ExitStack) -> tuple[int, int, int]:
+    """O_PATH fds of a new upper, with the owner and mode of the topmost lower, and of a new work directory,
+    WORKDIR and WORKDIR/work."""
     os.mkdir(b"upper", 0o755, dir_fd=scratch)
     os.mkdir(b"work", 0o700, dir_fd=scratch)
     upper_fd = _open(scratch, "upper", "upper")
@@ -96,7 +97,7 @@ def make_upper_and_work(scratch: int, lowers: Sequence[str], resources: ExitStac
         os.chmod(b"/proc/self/fd/%d" % upper_fd, stat.S_IMODE(st.st_mode))
     work_root = _open(scratch, "work", "work")
     resources.callback(os.close, work_root)
-    return upper_fd, prepare_work(work_root, "on the tmpfs", upper_fd, resources)
+    return upper_fd, work_root, prepare_work(work_root, "on the tmpfs", upper_fd, resources)
 
 
 def prepare_work(fd: int, path: str, upper_fd: int, resources: ExitStack) -> int:
@@ -144,6 +145,24 @@ def mark_volatile(work_fd: int, resources: ExitStack) -> None:
         os.mkdir(b"volatile", 0o700, dir_fd=fd)
         flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
         os.close(os.open(b"volatile/dirty", flags, 0o600, dir_fd=fd))
+
+
+def index_directory(work_root: int, resources: ExitStack, *, make: bool) -> int:
+    """An O_PATH fd of WORKDIR/index, made private like work; -1 if it is missing, and not made.
+
+    Raises LayerError, OSError.
+    """
+    if make:
+        with contextlib.suppress(FileExistsError):
+            os.mkdir(b"index", 0o700, dir_fd=work_root)
+    try:
+        fd = openat2(work_root, b"index", _DIRECTORY, RESOLVE_NO_SYMLINKS | RESOLVE_NO_XDEV)
+    except FileNotFoundError:
+        return -1
+    resources.callback(os.close, fd)
+    _check_owner("directory index", os.fstat(fd).st_uid, os.fstat(work_root).st_uid)
+    _make_private(fd)
+    return fd
 
 
 def _check_owner(path: str, owner: int, other: int) -> None:

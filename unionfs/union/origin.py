@@ -41,6 +41,7 @@ _MAGIC: Final = 0xFB
 _BIG_ENDIAN: Final = 1
 _ANY_ENDIAN: Final = 2
 _KNOWN_FLAGS: Final = 7
+_PATH_UPPER: Final = 4
 _THIS_ENDIAN: Final = 0 if struct.pack("=H", 1) == b"\1\0" else _BIG_ENDIAN
 
 # include/linux/exportfs.h: FILEID_INO32_GEN, FILEID_BTRFS_WITHOUT_PARENT; fs/xfs/xfs_export.h: the
@@ -60,6 +61,7 @@ class Stored(Enum):
 
     READABLE = "it is stored, and has the number shown"
     UNKNOWN = "it is not stored, or cannot be read"
+    INDEXED = "the copy goes into the index, for all names of a lower file with several"
     BROKEN = "a name of a lower file with several: the copy is a file of its own, with its own number"
 
 
@@ -113,27 +115,23 @@ class Origins:
 
     # -- reading --------------------------------------------------------------------------------------
 
-    def number(self, place: Place, name: bytes, st: os.stat_result) -> int | None:
-        """The number that the non-directory ``name`` of ``place``, with attributes ``st``, has from its
-        origin; None without one.
-        """
+    def read(self, place: Place, name: bytes) -> bytes | None:
+        """The origin of the non-directory ``name`` in ``place``; None without one."""
         if not place.impure or place.layer.index == self._lowest:
             return None
+        return self._value(place, name, self._markers.origin)
+
+    def was_indexed(self, place: Place, name: bytes) -> bool:
+        """Whether a copy has, or had, an entry in an index, so that other names of its origin are the same
+        file with that index, and other files without it."""
+        return self._value(place, name, self._markers.nlink) is not None
+
+    def _value(self, place: Place, name: bytes, xattr: bytes) -> bytes | None:
         where = b"/proc/self/fd/%d/%b" % (self._gate.fd(place), name)
         try:
-            value = os.getxattr(where, self._markers.origin, follow_symlinks=False)
-            if st.st_nlink > 1 and self._is_indexed(where):
-                return None
+            return os.getxattr(where, xattr, follow_symlinks=False)
         except OSError:
             return None
-        return self.number_of(value)
-
-    def _is_indexed(self, where: bytes) -> bool:
-        """Whether the object has an index entry, without which names of the origin may be other files."""
-        with contextlib.suppress(OSError):
-            os.getxattr(where, self._markers.nlink, follow_symlinks=False)
-            return True
-        return False
 
     def number_of(self, origin: bytes) -> int | None:
         """The number of the object that an origin names; None if it is unknown or broken."""
@@ -171,13 +169,18 @@ class Origins:
         ``source``: an fd of the original (O_PATH suffices), with the attributes ``st``. ``target``: an fd or
         a path of the copy. An origin is a hint; so errors are not reported.
         """
-        if st.st_nlink > 1 and not stat.S_ISDIR(st.st_mode):
+        linked = st.st_nlink > 1 and not stat.S_ISDIR(st.st_mode)
+        if linked and node.entry is None:
             return Stored.BROKEN
         try:
+            if linked:
+                origin = self.encoded(source, b"", st.st_dev)
+                os.setxattr(target, self._markers.origin, origin, follow_symlinks=follow)
+                return Stored.INDEXED
             origin = self._of_copy(source) if node.from_origin else self.encoded(source, b"", st.st_dev)
             os.setxattr(target, self._markers.origin, origin, follow_symlinks=follow)
         except OSError:
-            return Stored.UNKNOWN
+            return Stored.BROKEN if linked else Stored.UNKNOWN
         if node.is_dir or self.number_of(origin) == node.ino:
             return Stored.READABLE
         return Stored.UNKNOWN
@@ -185,7 +188,16 @@ class Origins:
     def _of_copy(self, source: int) -> bytes:
         return os.getxattr(b"/proc/self/fd/%d" % source, self._markers.origin)
 
-    def encoded(self, dir_fd: int, name: bytes, device: int) -> bytes:
+    def names_objects_of(self, layer: Layer) -> bool:
+        """Whether origins name the objects of a layer, with the numbers that they have."""
+        try:
+            origin = self.encoded(layer.root_fd, b"", layer.dev)
+        except OSError:
+            return False
+        st = os.stat(layer.root_fd)
+        return self.number_of(origin) == self.numbers.of(st.st_dev, st.st_ino)
+
+    def encoded(self, dir_fd: int, name: bytes, device: int, *, of_upper: bool = False) -> bytes:
         """The origin that names an object; b"" if its filesystem has no handles or its uuid is unknown.
 
         Without ``name``, that of ``dir_fd`` itself.
@@ -197,7 +209,8 @@ class Origins:
         length = _HEAD.size + len(handle)
         if not 0 <= kind <= 0xFF or length > 0xFF:
             return b""
-        return _HEAD.pack(_VERSION, _MAGIC, length, _THIS_ENDIAN, kind, filesystem.uuid) + handle
+        flags = _THIS_ENDIAN | (_PATH_UPPER if of_upper else 0)
+        return _HEAD.pack(_VERSION, _MAGIC, length, flags, kind, filesystem.uuid) + handle
 
     def moves(self, node: Node, place: Place, dir_fd: int) -> None:
         """Mark a directory of the upper before ``node`` gets a name in it, if it is a copy (dir.c,

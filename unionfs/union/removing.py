@@ -14,6 +14,7 @@ class Removing(Changing):
 
     def unlink(self, node: Node, parent: Node, name: bytes) -> None:
         """Remove a name of a non-directory from the disk."""
+        self._copy_up.link_up(node, parent, name)
         hides_another = node.in_place and self._union.merge.is_visible_below(parent.parts, name)
         dir_fd = self._union.gate.fd(self.writable(parent))
         if not node.in_place:

@@ -32,6 +32,8 @@ class Renaming(Changing):
             return []
         redirects = self._redirects(moved, same_parent=old[0] is new[0])
         lower = [one for one in moved if not one.is_dir and not (one.in_place and self.finds_data(one))]
+        if target is not None and target.is_linked_lower and target not in lower:
+            lower.append(target)  # it loses a name
         if lower:
             return lower
         for one in redirects:
@@ -45,6 +47,8 @@ class Renaming(Changing):
             if target is not None:
                 union.merge.forget(target.parts)
                 union.nodes.remove_name(target, *new)
+                if union.index is not None:
+                    union.index.lost_name(target)
             union.nodes.move(node, *old, *new)
         return []
 
@@ -83,6 +87,8 @@ class Renaming(Changing):
         redirects: Redirects,
     ) -> None:
         nodes = self._union.nodes
+        self._copy_up.link_up(node, parent, name)
+        self._copy_up.link_up(target, new_parent, new_name)
         with self._both_writable(parent, new_parent) as (old_fd, new_fd):
             self._detach(node, redirects, new_parent, new_name)
             self._detach(target, redirects, parent, name)
@@ -128,6 +134,9 @@ class Renaming(Changing):
         redirects: Redirects,
     ) -> None:
         """Rename on disk, without EXCHANGE."""
+        self._copy_up.link_up(node, parent, name)
+        if target is not None:
+            self._copy_up.link_up(target, new_parent, new_name)
         leaves_whiteout = self._union.merge.is_visible_below(parent.parts, name)
         with self._both_writable(parent, new_parent) as (old_fd, new_fd):
             self._detach(node, redirects, new_parent, new_name)

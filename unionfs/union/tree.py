@@ -12,6 +12,7 @@ from unionfs.sys.creds import Identity
 from unionfs.union.attributes import Attributes
 from unionfs.union.bound import Bound
 from unionfs.union.flags import Flags
+from unionfs.union.index import open_index
 from unionfs.union.layers import LayerStack
 from unionfs.union.merge import Merge
 from unionfs.union.merged import Merged
@@ -40,7 +41,8 @@ class Union(Objects):
         self.merge = Merge(stack.layers, stack.markers, directory_fds=directory_fds, rights=rights)
         super().__init__(self.merge.gate)
         self.origins = Origins(stack.layers, stack.markers, stack.features, self.gate)
-        self.nodes = NodeTable(self.origins, self._gone)
+        self.index = open_index(stack, self.origins)
+        self.nodes = NodeTable(self.origins, self.index, self.gate, self._gone)
         self.nodes.add_root(Merged(self, self.nodes, self.merge, stack), self.merge.roots)
         self.work = Work(stack.work_fd, rights)
         self.identity = Identity(stack.work_fd)

@@ -83,6 +83,8 @@ class ListingRequests:
             prepared.nodes.append(child)
             if not child.territory.lasting:
                 raise Unfit("bound storage may change at any time")
+            if child.entry is not None:
+                raise Unfit("it can be changed by another name, elsewhere")
             yield
 
     def _found(

@@ -61,7 +61,6 @@ class NameRequests:
             Opcode.SYMLINK: self._symlink,
             Opcode.MKNOD: self._mknod,
             Opcode.MKDIR: self._mkdir,
-            Opcode.UNLINK: self._unlink,
             Opcode.RMDIR: self._rmdir,
             Opcode.STATFS: self._statfs,
             Opcode.GETXATTR: self._getxattr,
@@ -69,6 +68,7 @@ class NameRequests:
         }
         self.waiting: dict[Opcode, Waiting] = {
             Opcode.SETATTR: self._setattr,
+            Opcode.UNLINK: self._unlink,
             Opcode.RENAME: self._rename,
             Opcode.RENAME2: self._rename2,
             Opcode.LINK: self._link,
@@ -152,8 +152,8 @@ class NameRequests:
         found = self._operations.mkdir(request.nodeid, request.name, request.mode, self.caller(request))
         return self._entry(request.unique, found)
 
-    def _unlink(self, request: rq.Unlink) -> Reply:
-        self._operations.unlink(request.nodeid, request.name)
+    async def _unlink(self, request: rq.Unlink) -> Reply:
+        await self._operations.unlink(request.nodeid, request.name)
         return encode.ok(request.unique)
 
     def _rmdir(self, request: rq.Rmdir) -> Reply:
