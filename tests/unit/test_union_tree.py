@@ -14,7 +14,8 @@ from tests.unit.union_support import ME, OpenUnion, copy_up, find, get, names, o
 from unionfs.sys import calls
 from unionfs.union import lowernames, merge
 from unionfs.union.changes import Changes
-from unionfs.union.copyup import CopyUp, Effects, FileCopy
+from unionfs.union.copyup import CopyUp, Effects
+from unionfs.union.filecopy import FileCopy
 from unionfs.union.tree import Union
 
 __all__ = ["open_union"]

@@ -11,7 +11,8 @@ import pytest
 
 from unionfs.settings.features import Features
 from unionfs.union.changes import Caller
-from unionfs.union.copyup import CopyUp, FileCopy
+from unionfs.union.copyup import CopyUp
+from unionfs.union.filecopy import FileCopy
 from unionfs.union.layers import LayerStack
 from unionfs.union.node import Node
 from unionfs.union.tree import Union
