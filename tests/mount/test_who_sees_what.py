@@ -1,7 +1,7 @@
 """What current users of a lower file see when others change it: as on overlayfs, or closer to native.
 
 With passthrough a process keeps the lower file it has open: DEVIATIONS lists the effects, as does the table
-of docs/compliance.md, which `scripts/copy-up-table --write` generates.
+of docs/compliance.md, which `scripts/compliance-tables --write` generates.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import os
 
 import pytest
 
+from tests.support import tables
 from tests.support import who_sees_what as wsw
 from tests.support.who_sees_what import PLACES, REFUSED, SAME, Trial, tried
 from tests.support.writers import OLD, WRITERS
@@ -117,16 +118,9 @@ def test_a_read_only_lower_makes_no_difference(place: str) -> None:
 @pytest.mark.parametrize("column", ["native", "overlay"])
 def test_the_table_of_the_references(column: str) -> None:
     """The documented columns of the native filesystem and of overlayfs equal the results."""
-    assert _documented(column) == wsw.column(column)
+    assert tables.documented("who-sees-what", PLACES[column]) == wsw.column(column)
 
 
 def test_the_table(place: str) -> None:
-    """The documented column equals the results; `scripts/copy-up-table --write` updates it."""
-    assert _documented(place) == wsw.column(place)
-
-
-def _documented(place: str) -> list[str]:
-    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in wsw.documented()]
-    assert [row[0] for row in rows[2:]] == list(wsw.IN_ORDER)
-    index = rows[0].index(PLACES[place])
-    return [row[index] for row in rows[2:]]
+    """The documented column equals the results; `scripts/compliance-tables --write` updates it."""
+    assert tables.documented("who-sees-what", PLACES[place]) == wsw.column(place)

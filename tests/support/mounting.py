@@ -230,14 +230,14 @@ def overlay_reason() -> str | None:
             return f"this kernel or container has no overlayfs ({error.strerror})"
 
 
-def _wait_ready(mount: Mount, process: subprocess.Popen[bytes]) -> None:
+def _wait_ready(mount: Mount, process: subprocess.Popen[bytes] | PreparedProcess) -> None:
     deadline = time.monotonic() + READY_SECONDS
     while time.monotonic() < deadline:
         if is_mounted(mount.mountpoint):
             os.statvfs(mount.mountpoint)  # waits for the daemon's answer to INIT
             return
-        if process.poll() is not None:
-            raise MountFailed(f"the daemon ended with {process.poll()}: {mount.log_text()}")
+        if (code := process.poll()) is not None:
+            raise MountFailed(f"the daemon ended with {code}: {mount.log_text()}")
         time.sleep(0.005)
     raise MountFailed(f"not mounted within {READY_SECONDS} s: {mount.log_text()}")
 

@@ -3,10 +3,6 @@
 One process uses a lower file (a row: an old descriptor, a mapping, a lock, a watch), another changes it (a
 writer: a way to open and change a file), and a cell is what the user then sees. The places are a native
 filesystem, kernel overlayfs and each session of the union.
-
-    python -m tests.support.who_sees_what [--write]
-
-prints the table of docs/compliance.md, or writes it there. Requires root.
 """
 
 from __future__ import annotations
@@ -21,14 +17,13 @@ import os
 import select
 import stat
 import struct
-import sys
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from tests.support import areas, mounting, snapshot, syscalls
-from tests.support.worker import REPOSITORY, Worker
+from tests.support import areas, mounting, snapshot, syscalls, tables
+from tests.support.worker import Worker
 from tests.support.writers import OLD, PAGE, WRITERS, begin, end, lock
 
 PLACES = {
@@ -43,9 +38,6 @@ PLACES = {
 
 REFUSED, SAME = "refused", "-"
 """Cells without a result: nothing was written; old and new look the same."""
-
-DOCUMENT = REPOSITORY / "docs/compliance.md"
-BEGIN, END = "<!-- who-sees-what:begin -->", "<!-- who-sees-what:end -->"
 
 _libc = ctypes.CDLL(None, use_errno=True)
 _libc.mmap.restype = ctypes.c_void_p
@@ -322,35 +314,14 @@ def summary(cells: dict[str, str]) -> str:
     return "; ".join([usual, *exceptions])
 
 
-def column(place: str) -> list[str]:
-    """The cells of one place, from top to bottom."""
+def column(place: str) -> dict[str, str]:
+    """The cells of one place, by the titles of their rows."""
     cells = tried(place).cells()
-    return [summary({writer: cell for (of, writer), cell in cells.items() if of == row}) for row in IN_ORDER]
+    return {
+        row: summary({writer: cell for (of, writer), cell in cells.items() if of == row}) for row in IN_ORDER
+    }
 
 
 def table() -> list[str]:
     """The lines of the table."""
-    columns = [["", *IN_ORDER]] + [[title, *column(place)] for place, title in PLACES.items()]
-    lines = ["| " + " | ".join(cells) + " |" for cells in zip(*columns, strict=True)]
-    return [lines[0], "|---" * len(columns) + "|", *lines[1:]]
-
-
-def documented() -> list[str]:
-    """The lines of the table in the document."""
-    text = DOCUMENT.read_text()
-    return text[text.index(BEGIN) + len(BEGIN) : text.index(END)].strip().splitlines()
-
-
-def main() -> None:
-    """Print the table, or write it."""
-    lines = table()
-    if sys.argv[1:] == ["--write"]:
-        text = DOCUMENT.read_text()
-        start, stop = text.index(BEGIN) + len(BEGIN), text.index(END)
-        DOCUMENT.write_text(text[:start] + "\n" + "\n".join(lines) + "\n" + text[stop:])
-    else:
-        print("\n".join(lines))
-
-
-if __name__ == "__main__":
-    main()
+    return tables.table({title: column(place) for place, title in PLACES.items()})
