@@ -80,7 +80,7 @@ def test_overlay_xattrs_are_escaped(world: MakeWorld) -> None:
         os.setxattr(root / "d/f", "trusted.overlay.origin", b"junk")
         os.setxattr(root / "d/f", "trusted.overlay.overlay.mine", b"kept")
 
-    made = world(build, options=("index=off",))
+    made = world(build, options=("index=off", "redirect_dir=off"))
 
     def calls(root: Path) -> list[object]:
         found: list[object] = []

@@ -432,7 +432,10 @@ class Pair:
         self, when: str, ours: Tree, theirs: Tree, copied: frozenset[bytes] | None = None
     ) -> None:
         """``copied``: what the union had in its upper before ``ours`` was taken, if it may differ now."""
-        lines = normalise.compare_trees(ours, theirs, self.clock, lambda path: self._is_late(path, copied))
+        lines = normalise.compare_trees(
+            ours, theirs, self.clock, lambda path: self._is_late(path, copied),
+            separate=self.kind == normalise.SEPARATE and not self.index,
+        )  # fmt: skip
         if lines:
             raise Difference(f"{when}:\n  " + "\n  ".join(lines[:20]))
 

@@ -33,6 +33,7 @@ _COPIED: Final = calls.FS_SYNC | calls.FS_NOATIME
 _LETTERS: Final = ((b"a", APPEND), (b"i", IMMUTABLE))
 _LONGEST: Final = 32
 _KINDS: Final = (stat.S_IFREG, stat.S_IFDIR)
+_READ: Final = os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC
 _ATTRIBUTES: Final = struct.Struct("=8xQ")
 """stx_attributes of struct statx; these two bits are those of the flags (include/uapi/linux/stat.h)."""
 _SOON: Final = 2_000_000_000
@@ -70,7 +71,15 @@ class Flags:
             fd = self._objects.gate.fd(node.place)
             status = calls.statx(fd, node.name, calls.AT_SYMLINK_NOFOLLOW, 0)
         attributes: int = _ATTRIBUTES.unpack_from(status)[0]
-        return attributes & PROTECTED
+        if not attributes & PROTECTED:
+            return 0
+        # A read-only filesystem may report all its files as immutable (fs/erofs/inode.c, erofs_getattr); for
+        # overlayfs these are not.
+        with (
+            Owned(self._objects.open_path(node)) as path_fd,
+            Owned(self._objects.gate.reopen(node.layer, path_fd, _READ)) as file,
+        ):
+            return read_flags(file)
 
     # -- what they forbid -----------------------------------------------------------------------------
 
