@@ -30,7 +30,7 @@ def results(request: pytest.FixtureRequest) -> Iterator[dict[str, dict[str, Any]
     with areas.area() as area, cli_calls.place(area) as place, ordinary_user(place) as host:
         yield _run(host, way, session)
         left = sorted(str(path) for path in host.place.work.rglob("*"))
-        assert left == [str(host.place.work / "work")]
+        assert left == [str(host.place.work / name) for name in ("index", "work")]
 
 
 def _run(host: Host, way: str, session: str) -> dict[str, dict[str, Any]]:

@@ -35,7 +35,7 @@
     file then gets the new mtime. A name whose path in the lowers is longer than a redirect may be: overlayfs
     returns EXDEV for another name, the union copies the data first. Such names are not renamed or linked.
 15. Only ``--session pyfuse3``, without an index of hard links: each name of a lower's file has an inode
-    number of its own, for the library has one number for node and inode.
+    number of its own, for the library has one number for node and inode; another one once it was forgotten.
 """
 
 from __future__ import annotations
@@ -177,14 +177,17 @@ def truncated_to_same(before: Tree, ours: Tree, theirs: Tree, clock: Clock) -> l
     ]
 
 
-def moved_inodes(before: Tree, after: Tree, touched: tuple[bytes, ...]) -> list[str]:
-    """Names that kept their object but changed st_ino; ``touched`` are those that a step may replace."""
+def moved_inodes(
+    before: Tree, after: Tree, touched: tuple[bytes, ...], *, separate: bool = False
+) -> list[str]:
+    """Names that kept their object but changed st_ino; ``touched`` are those that a step may replace.
+    ``separate``: rule 15 applies."""
     lines = []
     for path in before.keys() & after.keys():
         if any(path == name or path.startswith(name + b"/") for name in touched):
             continue
         old, new = before[path], after[path]
-        broken = old.nlink > 1 == new.nlink and not stat.S_ISDIR(old.mode)
+        broken = old.nlink > 1 and (separate or new.nlink == 1) and not stat.S_ISDIR(old.mode)
         if old.ino != new.ino and old.kind == new.kind and not broken:
             lines.append(f"{path!r}: st_ino changed from {old.ino} to {new.ino}")
     return lines

@@ -138,6 +138,7 @@ class Pair:
         self.kind = session.removesuffix(mounting.PLAIN)
         self.clock = normalise.Clock.start()
         self._is_metacopy = normalise.METACOPY in options
+        self._separate = self.kind == normalise.SEPARATE and not index
         options = [*(options or ["redirect_dir=on"]), "index=on" if index else "index=off"]
         self.ours = Side("ours", home / "ours", count, arenas, options)
         self.theirs = Side("theirs", home / "theirs", count, arenas, options)
@@ -400,7 +401,9 @@ class Pair:
         lines: list[str] = []
         if self.session != "overlay":  # which does not always fulfil the union's rules of d_ino and st_ino
             lines += normalise.strict(ours)
-            lines += normalise.moved_inodes(self._our_tree, ours, _touched(op)) if op is not None else []
+            if op is not None:
+                touched = _touched(op)
+                lines += normalise.moved_inodes(self._our_tree, ours, touched, separate=self._separate)
             if op is not None and op.name == "rename":
                 lines += normalise.renamed_inodes(self._our_tree, ours, *op.args)
         self._our_tree = ours
@@ -434,7 +437,7 @@ class Pair:
         """``copied``: what the union had in its upper before ``ours`` was taken, if it may differ now."""
         lines = normalise.compare_trees(
             ours, theirs, self.clock, lambda path: self._is_late(path, copied),
-            separate=self.kind == normalise.SEPARATE and not self.index,
+            separate=self._separate,
         )  # fmt: skip
         if lines:
             raise Difference(f"{when}:\n  " + "\n  ".join(lines[:20]))

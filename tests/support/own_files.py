@@ -65,7 +65,7 @@ def look(root: str) -> dict[str, Any]:
         if not stat.S_ISFIFO(st.st_mode):
             entry.append({name: os.getxattr(path, name).decode() for name in os.listxattr(path)})
         if stat.S_ISDIR(st.st_mode):
-            waiting += [f"{path}/{name}" for name in os.listdir(path)]
+            waiting += [f"{path}/{name}" for name in sorted(os.listdir(path))]
         elif stat.S_ISREG(st.st_mode):
             with open(path, "rb") as file:
                 data = file.read()

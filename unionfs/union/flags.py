@@ -64,13 +64,7 @@ class Flags:
         if node.is_dir:
             with Owned(self._objects.gate.open_for_listing(node.parts[0])) as fd:
                 return read_flags(fd)
-        assert node.place is not None
-        if node.held >= 0:
-            status = calls.statx(node.held, b"", calls.AT_EMPTY_PATH, 0)
-        else:
-            fd = self._objects.gate.fd(node.place)
-            status = calls.statx(fd, node.name, calls.AT_SYMLINK_NOFOLLOW, 0)
-        attributes: int = _ATTRIBUTES.unpack_from(status)[0]
+        attributes: int = _ATTRIBUTES.unpack_from(self._statx(node))[0]
         if not attributes & PROTECTED:
             return 0
         # A read-only filesystem may report all its files as immutable (fs/erofs/inode.c, erofs_getattr); for
@@ -80,6 +74,17 @@ class Flags:
             Owned(self._objects.gate.reopen(node.layer, path_fd, _READ)) as file,
         ):
             return read_flags(file)
+
+    def _statx(self, node: Node) -> bytes:
+        """struct statx of a lower's file."""
+        assert node.place is not None
+        if node.held >= 0:
+            return calls.statx(node.held, b"", calls.AT_EMPTY_PATH, 0)
+        try:
+            return calls.statx(self._objects.gate.fd(node.place), node.name, calls.AT_SYMLINK_NOFOLLOW, 0)
+        except PermissionError:
+            with Owned(self._objects.open_path(node)) as fd:
+                return calls.statx(fd, b"", calls.AT_EMPTY_PATH, 0)
 
     # -- what they forbid -----------------------------------------------------------------------------
 
