@@ -499,7 +499,8 @@ def test_a_failure_undoes_what_came_before(storing: Storage) -> None:
     assert not storing.is_listed()
     after = storing.place.snapshot()
     # A created volume stays, as with Docker; union, host and upper are unchanged.
-    assert {name for name in set(after) - set(before) if name.split("/")[0] != "storage"} <= {"work/work", "work/index"}
+    new = {name for name in set(after) - set(before) if name.split("/")[0] != "storage"}
+    assert new <= {"work/work", "work/index"}
     assert {name: after[name] for name in before} == before
     storing.mount("-v", "vol:/fine")
     storing.umount()

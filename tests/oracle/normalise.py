@@ -35,7 +35,8 @@
     file then gets the new mtime. A name whose path in the lowers is longer than a redirect may be: overlayfs
     returns EXDEV for another name, the union copies the data first. Such names are not renamed or linked.
 15. Only ``--session pyfuse3``, without an index of hard links: each name of a lower's file has an inode
-    number of its own, for the library has one number for node and inode; another one once it was forgotten.
+    number of its own, for the library has one number for node and inode; another one once it was forgotten,
+    also if the name has been copied up alone meanwhile.
 """
 
 from __future__ import annotations
@@ -187,7 +188,7 @@ def moved_inodes(
         if any(path == name or path.startswith(name + b"/") for name in touched):
             continue
         old, new = before[path], after[path]
-        broken = old.nlink > 1 and (separate or new.nlink == 1) and not stat.S_ISDIR(old.mode)
+        broken = not stat.S_ISDIR(old.mode) and (separate or old.nlink > 1 == new.nlink)
         if old.ino != new.ino and old.kind == new.kind and not broken:
             lines.append(f"{path!r}: st_ino changed from {old.ino} to {new.ino}")
     return lines
