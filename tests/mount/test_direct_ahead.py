@@ -9,6 +9,7 @@ import stat
 import subprocess
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -207,7 +208,8 @@ class _Both:
         outside = f"t/moved{self._number}"
         name, call, arguments = pick(
             [
-                ("create", _create, (one,)), ("append", _append_to, (one,)), ("truncate", _cut, (one,)),
+                ("create", _create, (one,)), ("append", _append_to, (one,)),
+                ("truncate", partial(_truncate, 200 + self._number), (one,)),
                 ("unlink", os.unlink, (one,)), ("chmod", _chmod, (one,)), ("rename", os.rename, (one, other)),
                 ("move", os.rename, (one, outside)), ("link", os.link, (one, other)),
                 ("mkdir", os.mkdir, (one,)), ("rmdir", os.rmdir, (one,)), ("hold", self._hold, (one,)),
@@ -251,8 +253,9 @@ def _append_to(path: Path) -> None:
         os.write(fd, b"more")
 
 
-def _cut(path: Path) -> None:
-    os.truncate(path, 3)
+def _truncate(size: int, path: Path) -> None:
+    """``size``: another one than before, for with writeback the kernel keeps the mtime if it is the same."""
+    os.truncate(path, size)
 
 
 def _chmod(path: Path) -> None:
