@@ -24,8 +24,9 @@ _PR_SET_NAME = 15  # linux/prctl.h
 
 
 class Guardian:
-    def __init__(self, pipe: int) -> None:
+    def __init__(self, pipe: int, pid: int) -> None:
         self._pipe = pipe
+        self._pid = pid
 
     def tell(self, text: str) -> None:
         """Send something that the cleanup needs, in ASCII."""
@@ -33,11 +34,14 @@ class Guardian:
             os.write(self._pipe, text.encode("ascii"))
 
     def dismiss(self) -> None:
+        """End the guardian without a cleanup. When this returns, it holds no file any more."""
         if self._pipe >= 0:
             with suppress(OSError):
                 os.write(self._pipe, _DISMISSED)
             os.close(self._pipe)
             self._pipe = -1
+            with suppress(ChildProcessError):
+                os.waitpid(self._pid, 0)
 
 
 def start(clear: Callable[[str], object], keep: int = -1) -> Guardian:
@@ -53,9 +57,10 @@ def start(clear: Callable[[str], object], keep: int = -1) -> Guardian:
         reader, writer = os.pipe()
         ends.callback(os.close, reader)
         with Returned(writer):
-            if os.fork() == 0:
+            pid = os.fork()
+            if pid == 0:
                 _guard([watched, reader, *([keep] if keep >= 0 else [])], clear)
-    return Guardian(writer)
+    return Guardian(writer, pid)
 
 
 def _guard(fds: list[int], clear: Callable[[str], object]) -> NoReturn:
