@@ -92,6 +92,17 @@ def _features(parsed: Options, userxattr: bool, is_root: bool) -> Features:
     a mount that only one ordinary user can reach, they show that user only what that user may read anyway.
     """
     chosen, redirects = parsed.features, parsed.features.redirect_dir
+    if parsed.shown.permissions:
+        for name in ("metacopy", "index"):
+            if getattr(chosen, name) == "on":
+                raise UserError(
+                    f"{name}=on conflicts with xattr_permissions, whose stores have no {name}; leave one of "
+                    "the two out."
+                )
+        chosen = replace(chosen, metacopy="off", index="off")
+        if redirects is None and not (userxattr and (is_root or parsed.allow_other or parsed.allow_root)):
+            redirects = "follow"  # fuse-overlayfs does not find what is renamed by one
+            chosen = replace(chosen, redirect_dir=redirects)
     if chosen.metacopy == "on" and redirects not in (None, "on"):
         raise UserError(
             f"metacopy=on needs redirects for renamed files, and conflicts with redirect_dir={redirects}; "

@@ -162,6 +162,7 @@ def _settings(operations: Operations, io: IoMode, spliceable: int) -> Settings:
         read_only=stack.upper is None,
         bound=bool(stack.bound),
         acl=stack.acl,
+        permissions=stack.keeps_permissions,
         upper_stack_depth=max(map(_stack_depth, uppers), default=0),
         lower_stack_depth=max(map(_stack_depth, lowers), default=0),
         max_readahead=READAHEAD,

@@ -14,6 +14,7 @@ from typing import Final
 
 from unionfs.sys import attributes, calls
 from unionfs.sys.fds import Owned
+from unionfs.union.attributes import replaced
 from unionfs.union.copyup import CopyUp, Effects
 from unionfs.union.filedata import clone, copy_data
 from unionfs.union.files import OpenFile, open_backing, open_held
@@ -69,6 +70,9 @@ class FileCopy:
                 # with one user it was just opened and not read since, so its atime is unchanged
                 known = self._source.st if self._source.users == 1 else None
                 self._st = known or os.fstat(self._source.fd)
+            if node.layer.permissions is not None:
+                of = self._source.fd if self._metadata < 0 else self._metadata
+                self._st = node.layer.permissions.show(self._st, of)
             #: See `flags`.
             self._flags = read_flags(self._source.fd if self._metadata < 0 else self._metadata)
             node.know_flags(self._flags)
@@ -81,6 +85,9 @@ class FileCopy:
             self._is_plain = self._source.xattrs == [] and self._mode & ~union.identity.sets == 0
             if union.markers.requires_write and not self._mode & stat.S_IWUSR:
                 self._is_plain = False  # such a mode comes last
+            self._permissions = union.require_upper().permissions
+            if self._permissions is not None:
+                self._is_plain = False
             self._target = os.open(
                 self._temporary.name, _NEW, self._mode if self._is_plain else 0o600, dir_fd=union.work.fd
             )
@@ -125,6 +132,14 @@ class FileCopy:
         st, target, union = self._st, self._target, self._union
         xattrs, mode, owners = None, self._mode, union.stack.owners
         of = self._source.fd if self._metadata < 0 else self._metadata
+        if self._permissions is not None:
+            xattrs = copied_xattrs(union.markers, union.gate.rights, of)
+            shown = replaced(st, {stat.ST_MODE: stat.S_IFREG | mode})
+            new = self._permissions.of_copy(
+                shown, stat.S_IFREG, xattrs, self.node.layer.permissions, union.markers
+            )
+            attributes.write(target, None, new, unsupported, owner=False)
+            return
         if owners is not None:
             xattrs = copied_xattrs(union.markers, union.gate.rights, of)
             st, xattrs = owners.copied(st, xattrs, self.node.layer)

@@ -81,13 +81,19 @@ class Merge:
                         return None
                     continue
                 st = again
-            kind = stat.S_IFMT(st.st_mode)
+            kind, kept = stat.S_IFMT(st.st_mode), part.layer.permissions
             if kind == stat.S_IFDIR:
-                return st, self._directories.parts(parts, part, name, st, searched[index + 1 :])
+                places = self._directories.parts(parts, part, name, st, searched[index + 1 :])
+                if kept is not None:
+                    st = kept.show(st, b"/proc/self/fd/%d/%b" % (dir_fd, name), follow=False)
+                return st, places
             # Most names belong to objects that cannot be markers.
-            if (kind == stat.S_IFREG and st.st_size) or kind == stat.S_IFLNK:
-                return st, [part]
-            return None if self.markers.is_whiteout(st, dir_fd, name) else (st, [part])
+            may_be_whiteout = kind != stat.S_IFLNK and (kind != stat.S_IFREG or not st.st_size)
+            if may_be_whiteout and self.markers.is_whiteout(st, dir_fd, name):
+                return None
+            if kept is not None:
+                st = kept.show(st, b"/proc/self/fd/%d/%b" % (dir_fd, name), follow=False)
+            return st, [part]
         return None
 
     def may_be_metacopy(self, st: os.stat_result, place: Place) -> bool:

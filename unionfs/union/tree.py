@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import stat
+from dataclasses import replace
 from typing import Final
 
 from unionfs.sys.calls import os_error
@@ -36,10 +37,11 @@ class Union(Objects):
         self, stack: LayerStack, *, directory_fds: int = 1024, shortcuts: Shortcuts = _ALL_SHORTCUTS
     ) -> None:
         self.stack = stack
-        self.markers = stack.markers
+        if stack.keeps_permissions:  # which are stored under other names
+            shortcuts = replace(shortcuts, capabilities=False)
         rights = Rights(stack.work_fd)
         self.merge = Merge(stack.layers, stack.markers, directory_fds=directory_fds, rights=rights)
-        super().__init__(self.merge.gate)
+        super().__init__(self.merge.gate, stack.markers)
         self.origins = Origins(stack.layers, stack.markers, stack.features, self.gate)
         self.index = open_index(stack, self.origins)
         copies_up = stack.upper is not None

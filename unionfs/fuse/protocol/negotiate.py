@@ -15,7 +15,9 @@ them):
   hybrid does it only without an upper, where there is no copy-up.
 - HANDLE_KILLPRIV_V2 with PASSTHROUGH: before a write that must clear suid and sgid the kernel sends a SETATTR
   without changes*, and leaves the clearing to the daemon. Without V2 it requests the file's capabilities
-  before every write. V1 is never agreed.
+  before every write, and sends a SETATTR for the mode. V1 is never agreed.
+- Modes kept in xattrs: no V2, and no passthrough to the upper, whose files have no setuid and setgid to
+  clear.
 - ALLOW_IDMAP only on request, never with a policy on the caller's uid (it is blank except on creation), and
   only under default_permissions: without, the kernel ends the connection.
 - POSIX_ACL and DONT_MASK both or neither, when every layer has ACLs.
@@ -89,6 +91,8 @@ class Settings:
     """Bound storage is served, which others change too, and which may be read-only while the union is not."""
     acl: bool = False
     """Every layer has POSIX ACLs."""
+    permissions: bool = False
+    """Modes are kept in xattrs, so that the daemon must clear setuid, setgid and file capabilities."""
     upper_stack_depth: int = 0
     """0: the upper is on an ordinary filesystem. 1: on overlayfs, or a mount with passthrough. 2: deeper."""
     lower_stack_depth: int = 0
@@ -203,7 +207,7 @@ _RULES: Final[tuple[_Rule, ...]] = (
         never_with=Init.PASSTHROUGH,
     ),
     _rule(Init.NO_OPENDIR_SUPPORT),
-    _rule(Init.HANDLE_KILLPRIV_V2),
+    _rule(Init.HANDLE_KILLPRIV_V2, lambda facts: not facts.settings.permissions),
     _rule(Init.POSIX_ACL, lambda facts: facts.settings.acl, needs=Init.DONT_MASK),
     _rule(Init.DONT_MASK, lambda facts: facts.settings.acl, needs=Init.POSIX_ACL),
     _rule(Init.AUTO_INVAL_DATA, lambda facts: facts.settings.bound),
@@ -277,6 +281,8 @@ def _obstacle(mode: IoMode, offered: InitRequest, settings: Settings, privileges
             f"this kernel does not offer passthrough, which needs {since(Init.PASSTHROUGH)} built with "
             "CONFIG_FUSE_PASSTHROUGH"
         )
+    if settings.permissions and not settings.read_only:
+        return "with xattr_permissions a write may have to clear setuid in an xattr, which the kernel cannot"
     if not privileges.initial_user_namespace:
         return "the kernel lets no process in a user namespace register the files to pass through"
     if not privileges.sys_admin:
