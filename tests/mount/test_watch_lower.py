@@ -232,6 +232,43 @@ def test_hard_links(kernel_overlay: None, area: Path, session: str) -> None:
         made.wait()
         (made.top / "e/link0").unlink()
         made.wait()
+        os.rename(made.top / "e/link2", made.top / "e/link3")
+        made.wait()
+        os.rename(made.top / "d/f10", made.top / "e/link4")
+        (area / "outside").write_text("changed again\n")
+        made.wait()
+
+
+def test_hard_links_without_an_upper(root: None, area: Path, session: str) -> None:
+    for name in ("a", "b"):
+        (area / "lower" / name).mkdir(parents=True)
+    lower = area / "lower"
+    (lower / "a/one").write_text("one\n")
+    for name in ("a/two", "b/three", "b/four"):
+        os.link(lower / "a/one", lower / name)
+    with mounted(area, lowers=[lower], session=session, options=WATCH) as mount:
+
+        def same() -> bool:
+            seen = shown(mount.mountpoint)
+            return seen == shown(lower) and all(
+                (mount.mountpoint / name).stat().st_nlink == (lower / name).stat().st_nlink
+                for name in seen
+                if not stat.S_ISDIR(int(str(seen[name][0]), 8))
+            )
+
+        shows(same)
+        (lower / "b/three").write_text("changed\n")
+        shows(same)
+        replace(lower / "a/one", "replaced\n")
+        shows(same)
+        (lower / "a/two").rename(lower / "b/two")
+        shows(same)
+        (lower / "b/four").unlink()
+        (lower / "b/three").chmod(0o600)
+        shows(same)
+        (lower / "b/two").rename(lower / "a/two")
+        (lower / "b/three").write_text("changed again\n")
+        shows(same)
 
 
 def test_new_hard_links(made: World) -> None:

@@ -262,8 +262,8 @@ class Refresh:
         self, parent: Node, name: bytes, node: Node, st: os.stat_result, place: Place, told: Told
     ) -> bool:
         if place.layer.is_upper:
-            return place is node.place or node.is_indexed
-        if not self._is_at(node, place, name, st):
+            return node.in_place
+        if not self._is_at(parent, name, node, place, st):
             return False
         if node.is_indexed:
             return True  # the copy stands for all its names
@@ -283,12 +283,15 @@ class Refresh:
             self._outdated.names.append((parent.id, name))
         return True
 
-    def _is_at(self, node: Node, place: Place, name: bytes, st: os.stat_result) -> bool:
+    def _is_at(self, parent: Node, name: bytes, node: Node, place: Place, st: os.stat_result) -> bool:
         """Whether a name of a lower belongs to the node, as far as its place shows."""
         index = self._union.index
-        if node.entry is None or index is None:
-            return place is node.place
-        return index.entry_of_lower(self._union.gate.fd(place), name, st) == node.entry
+        if node.entry is not None and index is not None:
+            return index.entry_of_lower(self._union.gate.fd(place), name, st) == node.entry
+        for directory, link, there in node.links or ():
+            if directory is parent and link == name:
+                return place is there
+        return place is node.place
 
     def _has_number(self, node: Node, st: os.stat_result) -> bool:
         """Whether the node's number is that of an object."""

@@ -60,7 +60,9 @@ class Union(Objects):
             lowers = [layer for layer in stack.layers if not layer.is_upper and not is_image(layer.path)]
             self.watches = Watches(notifier, lowers, self.gate)
         known = None if self.watches is None else self.watches.known
-        self.nodes = NodeTable(self.origins, self.index, self.gate, self._gone, known)
+        self.nodes = NodeTable(
+            self.origins, self.index, self.gate, self._gone, copies_up=stack.upper is not None, known=known
+        )
         self.nodes.add_root(Merged(self, self.nodes, self.merge, stack), self.merge.roots)
         self.work = Work(stack.work_fd, rights)
         self.identity = Identity(stack.work_fd)
