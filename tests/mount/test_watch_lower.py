@@ -35,7 +35,7 @@ def shows(condition: Callable[[], bool]) -> None:
     def holds() -> bool:
         try:
             return condition()
-        except FileNotFoundError:
+        except OSError:  # ENOENT or ESTALE, while it is not shown yet
             return False
 
     assert wait_for(holds, SECONDS)
