@@ -34,6 +34,7 @@ def settle(
     log_level: str = "info",
     source: str | None = None,
     trusted_xattrs: bool | None = None,
+    watch_lower: bool = False,
     storage: Sequence[Spec] = (),
     storage_root: str | None = None,
 ) -> MountSettings:
@@ -46,10 +47,7 @@ def settle(
     chosen_lowers = _either("lower", "-l", "lowerdir=", tuple(lowers), tuple(parsed.lowers))
     chosen_upper = _either("upper", "-u", "upperdir=", upper, parsed.upper)
     chosen_work = _either("work", "-w", "workdir=", work, parsed.work)
-    if not chosen_lowers:
-        raise UserError("no lower is given; add -l DIR for each one, topmost first, or -o lowerdir=DIR:DIR.")
-    if "" in (*chosen_lowers, chosen_upper, chosen_work, mountpoint):
-        raise UserError("an empty path is given; name a directory.")
+    _check_paths(chosen_lowers, chosen_upper, chosen_work, mountpoint)
     chosen_upper, upper_tmpfs = _writable_layer(chosen_upper, chosen_work)
     if parsed.allow_other and parsed.allow_root:
         raise UserError("allow_other and allow_root exclude each other; allow_other lets root in too.")
@@ -81,7 +79,15 @@ def settle(
         upper_tmpfs=upper_tmpfs,
         storage=tuple(storage),
         storage_root=find_storage_root(storage_root) if storage else "",
+        watch_lower=watch_lower or parsed.watch_lower,
     )
+
+
+def _check_paths(lowers: Sequence[str], *others: str | None) -> None:
+    if not lowers:
+        raise UserError("no lower is given; add -l DIR for each one, topmost first, or -o lowerdir=DIR:DIR.")
+    if "" in (*lowers, *others):
+        raise UserError("an empty path is given; name a directory.")
 
 
 def _features(parsed: Options, userxattr: bool, is_root: bool) -> Features:

@@ -138,6 +138,7 @@ class Operations:
             "copy_up_seconds": self.copy_ups.nanoseconds / 1e9,
             "read_bytes": self.files.bytes_read,
             "written_bytes": self.files.bytes_written,
+            **({} if self.union.watches is None else self.union.watches.figures()),
             **_memory(),
             **self._more_figures(),
         }

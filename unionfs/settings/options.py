@@ -160,6 +160,7 @@ class Options:
     features: Features = DEFAULTS
     shown: Shown = AS_STORED
     squash_to_root: bool = False
+    watch_lower: bool = False
     debug: bool = False
     session: str | None = None
     io: str | None = None
@@ -302,6 +303,8 @@ def _word(options: Options, name: str) -> bool:
             options.volatile = True
         case "userxattr":
             options.userxattr = True
+        case "watch_lower":
+            options.watch_lower = True
         case "debug":
             options.debug = True
         case _ if name in _GROUP_OF:

@@ -136,9 +136,12 @@ class Merge:
             return not self.markers.is_whiteout(st, dir_fd, name)
         return False
 
-    def forget_names(self) -> None:
-        """Forget which lowers have which names."""
-        self._lower_names.clear()
+    def forget_names(self, parts: Sequence[Place] | None = None) -> None:
+        """Forget which lowers have which names in the directory merged from ``parts``; None: in all."""
+        if parts is None:
+            self._lower_names.clear()
+        else:
+            self._lower_names.forget(parts)
 
     def listing(self, parts: Iterable[Place]) -> Listing:
         """The names of the directory merged from ``parts``. Raises ``OSError``."""

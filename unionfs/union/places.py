@@ -157,6 +157,11 @@ class Place:
         """Record a rename."""
         self.parent, self.name = parent, name
 
+    def found_as(self, place: Place) -> None:
+        """Record that its directory was found as another place of the same layer."""
+        assert place.parent is not None
+        self.parent, self.name, self.key = place.parent, place.name, place.key
+
     def lost(self) -> None:
         """Record that another object has its name."""
         self.key = NO_KEY

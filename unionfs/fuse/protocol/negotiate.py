@@ -5,7 +5,8 @@ them):
 - NO_OPEN (ENOSYS to OPEN) never with ATOMIC_O_TRUNC*: O_TRUNC would be lost. Never with PASSTHROUGH, which
   is part of the answer to OPEN.
 - WRITEBACK_CACHE never with PASSTHROUGH (the kernel then drops passthrough, and registering a backing file is
-  EPERM*), and never with bound storage: the kernel would ignore the sizes the daemon reports.
+  EPERM*), and never with bound storage or watched lowers: the kernel would ignore the sizes the daemon
+  reports. With these NO_OPEN neither: an open file stays the same when another one gets its name.
 - LSEEK (ENOSYS) never with WRITEBACK_CACHE*: data that is only in the page cache would look like a hole, and
   copying programs would skip it. After ENOSYS the kernel reports everything as data.
 - PASSTHROUGH needs INIT_EXT, a max_stack_depth of 1 or 2, and CAP_SYS_ADMIN in the initial user namespace
@@ -89,6 +90,8 @@ class Settings:
     """No upper: the union is read-only."""
     bound: bool = False
     """Bound storage is served, which others change too, and which may be read-only while the union is not."""
+    live: bool = False
+    """The lowers are watched: others change them."""
     acl: bool = False
     """Every layer has POSIX ACLs."""
     permissions: bool = False
@@ -174,6 +177,11 @@ def _rule(
     return _Rule(int(flag), wanted, int(needs or 0) | extended, int(never_with or 0))
 
 
+def _others_change(settings: Settings) -> bool:
+    """Whether others change files that the union serves."""
+    return settings.bound or settings.live
+
+
 def _passes_lowers(mode: IoMode, settings: Settings) -> bool:
     if mode is IoMode.HYBRID:
         # Not if the mount then cannot be a lower.
@@ -195,14 +203,16 @@ _RULES: Final[tuple[_Rule, ...]] = (
     ),
     _rule(
         Init.NO_OPEN_SUPPORT,
-        lambda facts: facts.mode is IoMode.CACHED and not facts.settings.bound,
+        lambda facts: facts.mode is IoMode.CACHED and not _others_change(facts.settings),
         never_with=Init.PASSTHROUGH,
     ),
     _rule(Init.ATOMIC_O_TRUNC, never_with=Init.NO_OPEN_SUPPORT),
     _rule(
         Init.WRITEBACK_CACHE,
         lambda facts: (
-            facts.mode is IoMode.CACHED and not facts.settings.read_only and not facts.settings.bound
+            facts.mode is IoMode.CACHED
+            and not facts.settings.read_only
+            and not _others_change(facts.settings)
         ),
         never_with=Init.PASSTHROUGH,
     ),
@@ -231,11 +241,12 @@ def _good(mode: IoMode, settings: Settings) -> str:
     if mode is IoMode.PASSTHROUGH:
         return f"all files are read {'' if settings.read_only else 'and written '}kernel to kernel"
     if mode is IoMode.CACHED:
-        opening = "a message, because storage is served here that the host changes too"
-        return (
-            "all files come from the page cache, and opening one costs "
-            f"{opening if settings.bound else 'no message'}"
-        )
+        opening = "no message"
+        if settings.bound:
+            opening = "a message, because storage is served here that the host changes too"
+        elif settings.live:
+            opening = "a message, because lowers are watched that others change"
+        return f"all files come from the page cache, and opening one costs {opening}"
     if not settings.read_only:
         return "upper files are read and written kernel to kernel, lower files come from the page cache"
     if _passes_lowers(mode, settings):
