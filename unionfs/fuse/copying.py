@@ -56,7 +56,7 @@ class CopyUps:
             return None
         if node.kind == stat.S_IFREG:
             data = self.union.stack.features.metacopy != "on"
-            copy = FileCopy(self._copy_up, node, None, mode if data else None, data=data)
+            copy = FileCopy(self._copy_up, node, None, mode, data=data)
             return await self._copied(copy, check, keep=keep)
         check()
         began = perf_counter_ns()

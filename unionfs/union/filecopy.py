@@ -77,7 +77,9 @@ class FileCopy:
             self.size = self._st.st_size if limit is None else min(limit, self._st.st_size)
             if self._lower_data is not None:
                 self.size = 0
-            self._mode = stat.S_IMODE(self._st.st_mode if mode is None else mode)
+            if mode is None or self._lower_data is not None:
+                mode = self._st.st_mode
+            self._mode = stat.S_IMODE(mode)
             self._is_plain = self._source.xattrs == [] and self._mode & ~union.identity.sets == 0
             if union.markers.requires_write and not self._mode & stat.S_IWUSR:
                 self._is_plain = False  # such a mode comes last
@@ -200,8 +202,9 @@ class DataCopy:
                 self._target = open_held(node.held, write=True, waits=waits, rights=rights, upper=True)
             else:
                 self._target = open_backing(
-                    union.gate.fd(node.place), node.name, write=True, waits=waits, rights=rights, upper=True
-                )
+                    union.gate.fd(node.place), node.real_name, write=True, waits=waits, rights=rights,
+                    upper=True,
+                )  # fmt: skip
             self._st = os.fstat(self._target.fd)
             if node.held < 0:
                 node.check(self._st)
