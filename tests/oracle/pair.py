@@ -7,21 +7,20 @@ over the same lowers.
 
 from __future__ import annotations
 
-import contextlib
 import errno
 import os
-import shutil
 import stat
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Sequence, Set
+from dataclasses import replace
 from pathlib import Path
 
-from tests.oracle import layers, normalise, operations
+from tests.oracle import normalise, operations
 from tests.oracle.operations import Op
+from tests.oracle.side import Layers, Side, arena_name
 from tests.support import mounting, snapshot
 from tests.support.mounting import Mount
 from tests.support.snapshot import Tree
-from tests.support.worker import Worker, WorkerFailed, WorkerHung
+from tests.support.worker import WorkerFailed, WorkerHung
 
 ARENAS = 24
 """The default number of arenas of a pair: creating them takes longer than an example."""
@@ -29,93 +28,15 @@ REMOVING = frozenset({"unlink", "rmdir", "rename"})
 """Operations that may remove the name of an open file."""
 COPYING_HANDLE = frozenset({"h_chmod", "h_chown", "h_setxattr"})
 """Operations that copy up an open directory."""
+OPENING = frozenset({"open", "h_reopen", "create", "write"})
+"""Operations that may open a file for writing without a change of it."""
+LAYERS = frozenset({"remount", "push", "swap"})
+"""Operations on the mounts: mount again, with the upper as the topmost lower below a new one, or with the
+other side's layers."""
 
 
 class Difference(AssertionError):
     """The two sides are not equal, or a rule of the union is broken."""
-
-
-@dataclass
-class Side:
-    """One of the two: its layers, its mount and a worker for each identity."""
-
-    name: str
-    home: Path
-    count: int
-    arenas: int
-    options: Sequence[str] = ()
-    mount: Mount | None = None
-    stack: contextlib.ExitStack = field(default_factory=contextlib.ExitStack)
-    workers: dict[str, Worker] = field(default_factory=dict)
-
-    def build(self) -> None:
-        """Create the lowers, with all arenas."""
-        shutil.rmtree(self.home, ignore_errors=True)
-        self.home.mkdir()
-        for lower in self.lowers:
-            lower.mkdir()
-        for index in range(self.arenas):
-            layers.build([lower / arena_name(index) for lower in self.lowers])
-
-    @property
-    def lowers(self) -> list[Path]:
-        return [self.home / f"lower{index}" for index in range(1, self.count + 1)]
-
-    @property
-    def upper(self) -> Path:
-        return self.home / "upper"
-
-    @property
-    def work(self) -> Path:
-        return self.home / "work"
-
-    def open(self, session: str) -> None:
-        """Mount with an empty upper and start missing workers."""
-        for path in (self.upper, self.work):
-            shutil.rmtree(path, ignore_errors=True)
-            path.mkdir()
-        self.enter(session)
-        for who, (uid, gid, groups) in operations.IDENTITIES.items():
-            if who not in self.workers or not self.workers[who].alive:
-                self.workers[who] = Worker(uid, gid, groups, modules=["tests.oracle.operations"])
-
-    def enter(self, session: str) -> Mount:
-        """Mount the layers with their present content; ``leave`` undoes it."""
-        home, lowers, upper, work, options = self.home, self.lowers, self.upper, self.work, self.options
-        context = (
-            mounting.kernel_mounted(home, lowers=lowers, upper=upper, work=work, options=options)
-            if session == "kernel"
-            else mounting.mounted(
-                home, lowers=lowers, upper=upper, work=work, options=options, session=session
-            )
-        )
-        self.mount = self.stack.enter_context(context)
-        return self.mount
-
-    def leave(self) -> None:
-        """Unmount; raises MountFailed if the daemon does not end correctly."""
-        for worker in self.workers.values():
-            if worker.alive:
-                worker.call(operations.end)
-        self.mount = None
-        self.stack.close()
-
-    def destroy(self) -> None:
-        """End everything by force."""
-        if self.mount is not None:
-            mounting.destroy(self.mount)
-        for worker in self.workers.values():
-            worker.kill()
-            worker.close()
-        self.workers.clear()
-        self.mount = None
-        with contextlib.suppress(AssertionError, OSError):
-            self.stack.close()
-
-
-def arena_name(index: int) -> str:
-    """The directory of one arena."""
-    return f"arena-{index:02}"
 
 
 class Pair:
@@ -134,14 +55,17 @@ class Pair:
         """``options``: of both mounts; without any, `redirect_dir=on`. ``index``: whether both have one."""
         self.index = index
         self.session, self.count, self.arenas = session, count, arenas
+        self.sessions = [session, "kernel"]
         #: The session without shortcuts has the same rules.
         self.kind = session.removesuffix(mounting.PLAIN)
         self.clock = normalise.Clock.start()
         self._is_metacopy = normalise.METACOPY in options
         self._separate = self.kind == normalise.SEPARATE and not index
-        options = [*(options or ["redirect_dir=on"]), "index=on" if index else "index=off"]
-        self.ours = Side("ours", home / "ours", count, arenas, options)
-        self.theirs = Side("theirs", home / "theirs", count, arenas, options)
+        self.options = options or ["redirect_dir=on"]
+        options = [*self.options, "index=on" if index else "index=off"]
+        self.ours, self.theirs = self.sides = [
+            Side(name, home / name, Layers(home / name, count), options) for name in ("ours", "theirs")
+        ]
         self.home = home
         self._next = arenas
         self._broken = False  # the mounts are unusable
@@ -160,18 +84,18 @@ class Pair:
     def _renew(self) -> None:
         if self._broken:
             self._final.clear()
-            for side in (self.ours, self.theirs):
-                side.destroy()
+            self.destroy()
         else:
             self.close()
         if self._spoiled:
-            for side in (self.ours, self.theirs):
-                side.build()
-            for lower in self.ours.lowers:
-                for index in range(self.arenas):
-                    self._manifests[lower, arena_name(index)] = snapshot.manifest(lower / arena_name(index))
+            for side in self.sides:
+                side.layers = Layers(side.home, self.count)
+                side.layers.build(self.arenas)
+                for lower in side.layers.first:
+                    for name in map(arena_name, range(self.arenas)):
+                        self._manifests[lower, name] = snapshot.manifest(lower / name)
             self._spoiled = False
-        for side, session in ((self.ours, self.session), (self.theirs, "kernel")):
+        for side, session in zip(self.sides, self.sessions, strict=True):
             side.open(session)
         self._next, self._broken = 0, False
 
@@ -179,22 +103,26 @@ class Pair:
         """Unmount both, then check every finished tree again with the uppers exchanged, writable."""
         if self.ours.mount is None or self._broken:
             return
-        for side in (self.ours, self.theirs):
+        for side in self.sides:
             side.leave()
         final, self._final = self._final, {}
-        for side, session in ((self.ours, "kernel"), (self.theirs, self.session)):
+        for side, session in zip(self.sides, reversed(self.sessions), strict=True):
             mount = side.enter(session)
             try:
                 for self.arena, tree in final.items():
-                    arena = self.arena
-                    again = side.workers["root"].call(snapshot.take, os.fsencode(mount.mountpoint / arena))
-                    self._check(f"{side.name}'s upper under {session}, after the run, {arena}", again, tree)
+                    again = self._read(side, mount)
+                    when = f"{side.name}'s upper under {session}, after the run, {self.arena}"
+                    self._check(when, {path: again[path] for path in again if path in tree}, tree)
             finally:
                 side.leave()
 
+    def _read(self, side: Side, mount: Mount) -> Tree:
+        tree: Tree = side.workers["root"].call(snapshot.take, os.fsencode(mount.mountpoint / self.arena))
+        return tree
+
     def destroy(self) -> None:
         """End both sides by force."""
-        for side in (self.ours, self.theirs):
+        for side in self.sides:
             side.destroy()
 
     # -- one example
@@ -210,20 +138,109 @@ class Pair:
     def _begin(self) -> None:
         self.handles = {who: set() for who in operations.IDENTITIES}
         self._dead.clear()
-        for side in (self.ours, self.theirs):
+        for side in self.sides:
             assert side.mount is not None
             for worker in side.workers.values():
                 worker.call(operations.begin, os.fsencode(side.mount.mountpoint / self.arena))
         self.look(None)
 
-    def _remount(self) -> None:
-        """Unmount both sides and mount them again: the trees must be the same, though not st_ino."""
-        for side, session in ((self.ours, self.session), (self.theirs, "kernel")):
+    def _remount(self, name: str) -> None:
+        """Unmount both sides and mount them again, with what ``name`` changes in the layers.
+
+        The trees must be the same as before, and each object must have the number that it had.
+        """
+        if name != "remount":
+            self._settle(pushes=name == "push")
+        ours, theirs = self._our_tree, self.tree
+        linked = self._linked(self.arena, theirs) if name == "push" else frozenset()
+        for side in self.sides:
             side.leave()
+        if name == "push":
+            self._push()
+        elif name == "swap":
+            self.ours.layers, self.theirs.layers = self.theirs.layers, self.ours.layers
+            ours, theirs = theirs, ours
+        for side, session in zip(self.sides, self.sessions, strict=True):
             side.enter(session)
-        before = self.tree
         self._begin()
-        self._check("after a remount, overlayfs before it", self._our_tree, before, self.theirs)
+        trees = [(ours, self._our_tree), (theirs, self.tree)]
+        for side, (before, after) in zip(self.sides, trees, strict=True):
+            when = f"after a {name}, with {side.name} before it"
+            if self.index:
+                before = {
+                    path: replace(entry, nlink=after[path].nlink) if path in linked else entry
+                    for path, entry in before.items()
+                }
+            # What the union shows comes first, as the rules are about it.
+            pair = (before, after) if name == "swap" and side is self.theirs else (after, before)
+            self._check(when, *pair)
+        if self.session == "overlay" or (name == "swap" and self.ours.layers.pushed):
+            return  # rule 16
+        own = self._numbers_of_names()
+        lines = normalise.numbers_lost(*trees, linked, own)
+        if name == "swap":
+            lines += normalise.numbers_lost(*reversed(trees), linked, own)
+        if lines:
+            raise Difference(f"after a {name}:\n  " + "\n  ".join(lines[:20]))
+
+    def _numbers_of_names(self) -> Set[int]:
+        """The numbers that names of a lower's file share, or have alone by rule 15."""
+        if not self._separate:
+            return frozenset()
+        found = [
+            entry
+            for (_, arena), manifest in self._manifests.items()
+            if arena == self.arena
+            for entry in manifest.values()
+        ]
+        return {entry[8] for entry in found if entry[5] > 1 and not stat.S_ISDIR(entry[0])}  # type: ignore
+
+    def _push(self) -> None:
+        """Make the uppers lowers."""
+        for side in self.sides:
+            if (side.layers.upper / self.arena).exists():
+                manifest = snapshot.manifest(side.layers.upper / self.arena)
+                self._manifests[side.layers.upper, self.arena] = manifest
+        if self.index:
+            for arena, tree in self._final.items():
+                self._final[arena] = _without(tree, self._linked(arena, tree))
+        for side in self.sides:
+            side.layers.push()
+
+    def _linked(self, arena: str, tree: Tree) -> frozenset[bytes]:
+        """The files of rule 17: those that have, or had, several names."""
+        return frozenset(
+            path
+            for path, entry in tree.items()
+            if not stat.S_ISDIR(entry.mode)
+            and (entry.nlink > 1 or self._was_indexed(arena, path))
+        )
+
+    def _settle(self, *, pushes: bool = False) -> None:
+        """Copy up what rule 12 applies to: with the layers exchanged it would apply to overlayfs. ``pushes``:
+        and what rule 17 applies to, by each name of a copy, on both sides."""
+        tree, names = self.tree, []
+        if self.kind == normalise.LATE:
+            copied = self._copied_up()
+            names = [
+                path
+                for path, entry in self._our_tree.items()
+                if entry.nlink > tree[path].nlink and self._is_late(path, copied)
+            ]
+        for path in names:
+            self.ours.workers["root"].call(operations.touch_up, path)
+        if pushes and self.index:
+            linked = self._linked(self.arena, tree)
+            copies = {tree[path].ino for path in linked if self._was_indexed(self.arena, path)}
+            names += [path for path in sorted(linked) if tree[path].ino in copies]
+            for path in names:
+                for side in self.sides:
+                    side.workers["root"].call(operations.touch_up, path)
+        if names:
+            self.look(None)
+
+    def _was_indexed(self, arena: str, path: bytes) -> bool:
+        return any(side.was_indexed(arena, path) for side in self.sides)
 
     def step(self, op: Op) -> None:
         """Do one operation on both sides and compare; raises Difference. Skipped without the handle."""
@@ -235,8 +252,8 @@ class Pair:
             return  # rule 14
         if op.name in ("rmdir", "rename") and any(_normal(item) in normalise.KEPT for item in op.args):
             return
-        if op.name == "remount":
-            self._guarded(self._remount)
+        if op.name in LAYERS:
+            self._guarded(lambda: self._remount(op.name))
             return
         open_lowers = self._open_lowers(op) if self.kind == normalise.KEEPING else set()
         if op.name == "h_reopen" and (op.who, op.args[0]) in open_lowers and _writes(op.args[2]):
@@ -264,7 +281,7 @@ class Pair:
             if self.theirs.workers["root"].call(operations.has_default_acl, path):
                 umask = 0
         before = self._where(op) if op.name in REMOVING else {}
-        for side in (self.ours, self.theirs):
+        for side in self.sides:
             side.workers[op.who].start(operations.run, op.name, umask, op.args)
         ours = self.ours.workers[op.who].finish()
         theirs = self.theirs.workers[op.who].finish()
@@ -364,28 +381,24 @@ class Pair:
                 self._forget(*key)
 
     def _forget(self, who: str, number: int) -> None:
-        for side in (self.ours, self.theirs):
+        for side in self.sides:
             side.workers[who].call(operations.run, "h_forget", 0, (number,))
         self.handles[who].discard(number)
         self._dead.pop((who, number), None)
 
     def is_copied_up(self, path: bytes, side: Side | None = None) -> bool:
         """Whether a side (by default overlayfs) has the path in its upper (a whiteout there is no copy)."""
-        upper = (side or self.theirs).upper / self.arena
-        try:
-            found = os.lstat(os.path.join(os.fsencode(upper), path))
-        except OSError:
-            return False
-        return not (stat.S_ISCHR(found.st_mode) and found.st_rdev == 0)
+        found = (side or self.theirs).has(self.arena, path)
+        return found is not None and not (stat.S_ISCHR(found.st_mode) and found.st_rdev == 0)
 
     def look(self, op: Op | None) -> None:
         """Compare the whole trees."""
         copied = self._copied_up() if self.kind == normalise.LATE else frozenset()
-        for side in (self.ours, self.theirs):
+        for side in self.sides:
             side.workers["root"].start(operations.take)
         answers: list[Tree] = []
         problem: BaseException | None = None
-        for side in (self.ours, self.theirs):
+        for side in self.sides:
             try:
                 answers.append(side.workers["root"].finish())
             except (OSError, WorkerFailed, WorkerHung) as error:
@@ -394,7 +407,7 @@ class Pair:
             raise problem
         ours, theirs = answers
         late = self.kind == normalise.LATE and op is not None and op.name in ("truncate", "h_truncate")
-        if late or (self._is_metacopy and op is not None and op.name in ("open", "h_reopen")):
+        if late or (self._is_metacopy and op is not None and op.name in OPENING):
             ours = self._with_times(ours, theirs)
         self.tree = theirs
         self._check(f"after {op}", ours, self.tree, copied)
@@ -426,7 +439,7 @@ class Pair:
 
     def _copied_up(self) -> frozenset[bytes]:
         """What the union has in its upper now: looking at a file may write it back, and so copy it up."""
-        top = os.fsencode(self.ours.upper / self.arena)
+        top = os.fsencode(self.ours.layers.upper / self.arena)
         return frozenset(
             os.path.relpath(os.path.join(at, name), top) for at, _, names in os.walk(top) for name in names
         )
@@ -457,35 +470,29 @@ class Pair:
             raise
 
     def _finish(self) -> None:
-        for side in (self.ours, self.theirs):
+        self._settle()
+        for side in self.sides:
             for worker in side.workers.values():
                 worker.call(operations.end)
-        for lower in self.ours.lowers:
-            if snapshot.manifest(lower / self.arena) != self._manifests[lower, self.arena]:
-                self._spoiled = True
-                raise Difference(f"{lower.name} was changed: {self._changes(lower)}")
-        if not self.index:  # an index is not used when its upper is a lower; `close` compares all the same
-            self._cross("kernel", self.ours, self.tree)
-            self._cross(self.session, self.theirs, self.tree)
+            for lower in side.layers.lowers:
+                self._check_lower(lower)
+        alone = self._linked(self.arena, self.tree) if self.index else frozenset()  # rule 17
+        for side, session in zip(self.sides, reversed(self.sessions), strict=True):
+            with side.read_by(session, self.home) as mount:
+                again = self._read(side, mount)
+            when = f"{side.name}'s upper read by {session}"
+            self._check(when, _without(again, alone), _without(self.tree, alone))
         self._final[self.arena] = self.tree
 
-    def _changes(self, lower: Path) -> list[bytes]:
-        before, after = self._manifests[lower, self.arena], snapshot.manifest(lower / self.arena)
-        return sorted(path for path in before.keys() | after.keys() if before.get(path) != after.get(path))
-
-    def _cross(self, session: str, side: Side, tree: Tree) -> None:
-        """One side's upper, read-only under the other's filesystem, must show the same tree."""
-        layers_ = [side.upper, *side.lowers]
-        context = (
-            mounting.kernel_mounted(self.home, lowers=layers_, name="cross", options=side.options)
-            if session == "kernel"
-            else mounting.mounted(
-                self.home, lowers=layers_, session=session, name="cross", options=side.options
-            )
-        )
-        with context as mount:
-            again = side.workers["root"].call(snapshot.take, os.fsencode(mount.mountpoint / self.arena))
-            self._check(f"{side.name}'s upper read by {session}", again, tree)
+    def _check_lower(self, lower: Path) -> None:
+        before = self._manifests.get((lower, self.arena))
+        if before is None:
+            return  # an upper of an earlier example
+        after = snapshot.manifest(lower / self.arena)
+        if after != before:
+            self._spoiled = True
+            changes = sorted(p for p in before.keys() | after.keys() if before.get(p) != after.get(p))
+            raise Difference(f"{lower} was changed: {changes}")
 
     def replay(self, ops: Sequence[Op], *, full: bool = True) -> str | None:
         """Play a sequence in a fresh arena; the first difference, or None."""
@@ -499,6 +506,10 @@ class Pair:
             self._broken = True
             return str(error)
         return None
+
+
+def _without(tree: Tree, paths: Set[bytes]) -> Tree:
+    return {path: entry for path, entry in tree.items() if path not in paths}
 
 
 def _writes(flags: int) -> bool:
