@@ -286,6 +286,25 @@ def test_pushed_names_that_were_changed(
             }
 
 
+def test_metadata_of_a_pushed_copy(kernel_overlay: None, area: Path, session: str) -> None:
+    """The kernel reads a copy of a copy: with an index it refuses a metacopy file whose origin is not the
+    object below it (namei.c, ovl_lookup)."""
+    with _sides(area, session, "index=on", "metacopy=on", "redirect_dir=on") as (ours, kernel):
+        number = os.stat(ours.root / "single").st_ino
+        for change in (lambda path: _write(path, b"single"), lambda path: os.chmod(path / "single", 0o600)):
+            for side in (ours, kernel):
+                change(side.root)
+                side.push()
+        os.chown(ours.root / "single", 1000, 1000)
+        os.chown(kernel.root / "single", 1000, 1000)
+        assert os.stat(ours.root / "single").st_ino == number
+        for side, other in ((ours, "kernel"), (kernel, session)):
+            shown = _shown(side.root)
+            side.leave()
+            with side.mounted(other) as mount:
+                assert _shown(mount.mountpoint) == shown
+
+
 def test_metadata_before_data(kernel_overlay: None, area: Path, session: str) -> None:
     """A metacopy file with several names gets its data by another name; then the layers are mounted again."""
     options = ("index=on", "metacopy=on", "redirect_dir=on")

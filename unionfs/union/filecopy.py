@@ -47,7 +47,9 @@ class FileCopy:
         """Open the source and create the temporary file.
 
         ``limit``: copy only that many bytes (truncation). ``mode``: permission bits to set instead of the
-        source's. ``data``: False for a metacopy file, unless it is empty.
+        source's. ``data``: False for a metacopy file, unless it is empty, or a copy itself: then the origin
+        names the object that it was first, and with an index overlayfs refuses a metacopy file whose origin
+        is not the one below it (namei.c, ovl_lookup).
         """
         union = copy_up.union
         union.require_upper()
@@ -73,7 +75,8 @@ class FileCopy:
             self._flags = read_flags(self._source.fd if self._metadata < 0 else self._metadata)
             node.know_flags(self._flags)
             #: Where the data stays; None: it is copied.
-            self._lower_data = None if data or not self._st.st_size else _data_of(node, self._st)
+            data = data or not self._st.st_size or node.from_origin
+            self._lower_data = None if data else _data_of(node, self._st)
             self.size = self._st.st_size if limit is None else min(limit, self._st.st_size)
             if self._lower_data is not None:
                 self.size = 0
