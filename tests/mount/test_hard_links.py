@@ -244,6 +244,20 @@ def test_without_index(kernel_overlay: None, area: Path, session: str) -> None:
         assert not (ours.work / "index").exists()
 
 
+def test_without_upper(kernel_overlay: None, area: Path, session: str) -> None:
+    """All names of a file are one file, also after the kernel has forgotten some."""
+    lowers = _build(area)
+    kernel_side = kernel_mounted(area, lowers=lowers)
+    with mounted(area, lowers=lowers, session=session) as mount, kernel_side as kernel:
+        expected = _shown(kernel.mountpoint)
+        assert _shown(mount.mountpoint) == expected
+        number = os.stat(mount.mountpoint / "a").st_ino
+        syscalls.mount("none", mount.mountpoint, "none", syscalls.MS_REMOUNT | syscalls.MS_RDONLY)
+        assert os.stat(mount.mountpoint / "other/c").st_ino == number
+        assert os.stat(mount.mountpoint / "a").st_ino == number
+        assert _shown(mount.mountpoint) == expected
+
+
 def test_upper_that_was_pushed(kernel_overlay: None, area: Path, session: str) -> None:
     """The index of an upper is not used when it is a lower, as in the kernel."""
     with _sides(area, session) as (ours, kernel):

@@ -42,7 +42,8 @@ class Union(Objects):
         super().__init__(self.merge.gate)
         self.origins = Origins(stack.layers, stack.markers, stack.features, self.gate)
         self.index = open_index(stack, self.origins)
-        self.nodes = NodeTable(self.origins, self.index, self.gate, self._gone)
+        copies_up = stack.upper is not None
+        self.nodes = NodeTable(self.origins, self.index, self.gate, self._gone, copies_up=copies_up)
         self.nodes.add_root(Merged(self, self.nodes, self.merge, stack), self.merge.roots)
         self.work = Work(stack.work_fd, rights)
         self.identity = Identity(stack.work_fd)
