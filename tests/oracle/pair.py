@@ -175,24 +175,22 @@ class Pair(Opened):
             self._check(when, *pair)
         if self.session == "overlay" or (name == "swap" and self.ours.layers.pushed):
             return  # rule 16
-        own = self._numbers_of_names()
+        own = self._shared_numbers(self.arena) if self._separate else frozenset()
         lines = normalise.numbers_lost(*trees, linked, own)
         if name == "swap":
             lines += normalise.numbers_lost(*reversed(trees), linked, own)
         if lines:
             raise Difference(f"after a {name}:\n  " + "\n  ".join(lines[:20]))
 
-    def _numbers_of_names(self) -> Set[int]:
-        """The numbers that names of a lower's file share, or have alone by rule 15."""
-        if not self._separate:
-            return frozenset()
-        found = [
-            entry
-            for (_, arena), manifest in self._manifests.items()
-            if arena == self.arena
+    def _shared_numbers(self, arena: str) -> Set[int]:
+        """The numbers of files with several hard links in the lowers."""
+        return {
+            entry[8]  # type: ignore
+            for (_, name), manifest in self._manifests.items()
+            if name == arena
             for entry in manifest.values()
-        ]
-        return {entry[8] for entry in found if entry[5] > 1 and not stat.S_ISDIR(entry[0])}  # type: ignore
+            if entry[5] > 1 and not stat.S_ISDIR(entry[0])  # type: ignore
+        }
 
     def _push(self) -> None:
         """Make the uppers lowers."""
@@ -208,12 +206,16 @@ class Pair(Opened):
 
     def _linked(self, arena: str, tree: Tree) -> frozenset[bytes]:
         """The files of rule 17: those that have, or had, several names."""
+        shared = self._shared_numbers(arena)
         return frozenset(
             path
             for path, entry in tree.items()
             if not stat.S_ISDIR(entry.mode)
-            and (entry.nlink > 1 or self._was_indexed(arena, path))
+            and (entry.nlink > 1 or entry.ino in shared or self._was_indexed(arena, path))
         )
+
+    def _was_indexed(self, arena: str, path: bytes) -> bool:
+        return any(side.was_indexed(arena, path) for side in self.sides)
 
     def _settle(self, *, pushes: bool = False) -> None:
         """Copy up what rule 12 applies to: with the layers exchanged it would apply to overlayfs. ``pushes``:
@@ -228,18 +230,13 @@ class Pair(Opened):
             ]
         for path in names:
             self.ours.workers["root"].call(operations.touch_up, path)
-        if pushes and self.index:
-            linked = self._linked(self.arena, tree)
-            copies = {tree[path].ino for path in linked if self._was_indexed(self.arena, path)}
-            names += [path for path in sorted(linked) if tree[path].ino in copies]
-            for path in names:
+        if pushes and any(side.has_index_entries() for side in self.sides):
+            names += (linked := sorted(self._linked(self.arena, tree)))
+            for path in linked:
                 for side in self.sides:
                     side.workers["root"].call(operations.touch_up, path)
         if names:
             self.look(None)
-
-    def _was_indexed(self, arena: str, path: bytes) -> bool:
-        return any(side.was_indexed(arena, path) for side in self.sides)
 
     def step(self, op: Op) -> None:
         """Do one operation on both sides and compare; raises Difference. Skipped without the handle."""

@@ -151,3 +151,8 @@ class Side:
         except OSError:
             return False
         return True
+
+    def has_index_entries(self) -> bool:
+        """Whether there is a file in the index."""
+        index = self.layers.work / "index"
+        return index.exists() and any(index.iterdir())
