@@ -138,9 +138,7 @@ class CopyUp:
         if origin is Stored.INDEXED:
             assert union.index is not None
             union.index.put(node, temporary)
-            if not node.unlinked:
-                assert node.parent is not None
-                resized = self._link_up(node, node.parent, node.name)
+            self.link_up_known(node)
         elif node.unlinked:
             upper = union.require_upper()
             held = os.open(temporary.name, _PATH, dir_fd=union.work.fd)
@@ -158,6 +156,25 @@ class CopyUp:
         union.nodes.copied_up(node, st, origin)
         self.tell(Effects(node, resized, node.parent if origin is Stored.BROKEN else None))
         return st
+
+    def link_up_known(self, node: Node) -> None:
+        """Make all known names of a copy in the index, which is to be changed, names in the upper.
+
+        The kernel links the name by which a file is changed (copy_up.c, ovl_link_up). FUSE does not say which
+        one that is; but it is a known one. One name in the upper suffices; OSError is raised without any.
+        """
+        if not node.lacks_names:
+            return
+        error: OSError | None = None
+        linked = False
+        for parent, name in node.names():
+            try:
+                self.tell(Effects(node, self._link_up(node, parent, name)))
+                linked = True
+            except OSError as caught:
+                error = caught
+        if error is not None and not linked:
+            raise error
 
     def link_up(self, node: Node, parent: Node, name: bytes) -> None:
         """Make a name of a copy in the index, which only a lower has, a name in the upper."""
