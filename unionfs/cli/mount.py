@@ -91,8 +91,7 @@ def mount(
       userxattr         store markers in user.overlay.* xattrs (always without root)
       allow_other       allow access by all users (root: always); allow_root: only by root
       nodev nosuid noexec sync dirsync; for the upper's files: noatime nodiratime strictatime
-      fsname=, subtype= what /proc/mounts shows
-      session=, io=, watch_lower   as --session, --io and --watch-lower, for /etc/fstab
+      fsname=, subtype= what /proc/mounts shows; session=, io=, watch_lower: like --session ..., for fstab
       index=on|off      whether hard links of lowers outlive changes; by default if the upper is new, or was
                         always used so, and the filesystems have file handles and different uuids
       xino=auto|on|off  off: files have the inode numbers of their own filesystems, unique only within each

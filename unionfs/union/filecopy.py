@@ -64,17 +64,7 @@ class FileCopy:
         self._source = union.files.lend(node, write=False)
         self._open = True
         try:
-            if node.lower_data is not None:
-                with Owned(union.open_path(node)) as path_fd:
-                    self._metadata = union.gate.reopen(node.layer, path_fd, _READ)
-                self._st = os.fstat(self._metadata)
-            else:
-                # with one user it was just opened and not read since, so its atime is unchanged
-                known = self._source.st if self._source.users == 1 else None
-                self._st = known or os.fstat(self._source.fd)
-            if node.layer.permissions is not None:
-                of = self._source.fd if self._metadata < 0 else self._metadata
-                self._st = node.layer.permissions.show(self._st, of)
+            self._st = self._attributes()
             #: See `flags`.
             self._flags = read_flags(self._source.fd if self._metadata < 0 else self._metadata)
             node.know_flags(self._flags)
@@ -102,6 +92,21 @@ class FileCopy:
 
     def __enter__(self) -> FileCopy:
         return self
+
+    def _attributes(self) -> os.stat_result:
+        """Those of the node's object; opens it if its data lies elsewhere."""
+        node, union = self.node, self._union
+        if node.lower_data is not None:
+            with Owned(union.open_path(node)) as path_fd:
+                self._metadata = union.gate.reopen(node.layer, path_fd, _READ)
+            st = os.fstat(self._metadata)
+        else:
+            # with one user it was just opened and not read since, so its atime is unchanged
+            known = self._source.st if self._source.users == 1 else None
+            st = known or os.fstat(self._source.fd)
+        if node.layer.permissions is not None:
+            st = node.layer.permissions.show(st, self._source.fd if self._metadata < 0 else self._metadata)
+        return st
 
     @property
     def is_quick(self) -> bool:
