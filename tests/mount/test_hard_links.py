@@ -7,7 +7,7 @@ import os
 import random
 import stat
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -244,6 +244,20 @@ def test_without_index(kernel_overlay: None, area: Path, session: str) -> None:
         assert not (ours.work / "index").exists()
 
 
+def test_without_upper(kernel_overlay: None, area: Path, session: str) -> None:
+    """All names of a file are one file, also after the kernel has forgotten some."""
+    lowers = _build(area)
+    kernel_side = kernel_mounted(area, lowers=lowers)
+    with mounted(area, lowers=lowers, session=session) as mount, kernel_side as kernel:
+        expected = _shown(kernel.mountpoint)
+        assert _shown(mount.mountpoint) == expected
+        number = os.stat(mount.mountpoint / "a").st_ino
+        syscalls.mount("none", mount.mountpoint, "none", syscalls.MS_REMOUNT | syscalls.MS_RDONLY)
+        assert os.stat(mount.mountpoint / "other/c").st_ino == number
+        assert os.stat(mount.mountpoint / "a").st_ino == number
+        assert _shown(mount.mountpoint) == expected
+
+
 def test_upper_that_was_pushed(kernel_overlay: None, area: Path, session: str) -> None:
     """The index of an upper is not used when it is a lower, as in the kernel."""
     with _sides(area, session) as (ours, kernel):
@@ -286,3 +300,66 @@ def test_a_wrong_count(kernel_overlay: None, area: Path, session: str, value: by
             assert all(path.stat().st_nlink >= 1 for path in mount.mountpoint.iterdir())
             (mount.mountpoint / name).unlink()
         assert os.listdir(mount.mountpoint) == []
+
+
+@pytest.mark.parametrize("known", [True, False], ids=["known names", "one name"])
+def test_pushed_names_that_were_changed(
+    kernel_overlay: None, area: Path, session: str, known: bool
+) -> None:
+    """A name by which a file was changed shows the change when the upper is a lower, like the kernel's; names
+    that were known then, too."""
+    changed = (b"d/a", b"d/low", b"other/c")
+    with _sides(area, session) as (ours, kernel):
+        for side in (ours, kernel):
+            with snapshot.held(side.root) if known else nullcontext():
+                for path in changed:
+                    _write(side.root, path)
+                    assert (side.root / "b").read_bytes()[-4:] == b"more"
+                os.utime(side.root / "other/b", ns=(1, 1), follow_symlinks=False)
+        shown = _shown(ours.root)
+        for side in (ours, kernel):
+            side.push()
+        now, expected = _shown(ours.root), _shown(kernel.root)
+        for path in changed:
+            assert now[path][2] == expected[path][2] == shown[path][2], path
+        assert os.stat(ours.root / "other/b", follow_symlinks=False).st_mtime_ns == 1
+        if known:
+            assert {path: found[2:] for path, found in now.items()} == {
+                path: found[2:] for path, found in shown.items()
+            }
+
+
+def test_metadata_of_a_pushed_copy(kernel_overlay: None, area: Path, session: str) -> None:
+    """The kernel reads a copy of a copy: with an index it refuses a metacopy file whose origin is not the
+    object below it (namei.c, ovl_lookup)."""
+    with _sides(area, session, "index=on", "metacopy=on", "redirect_dir=on") as (ours, kernel):
+        number = os.stat(ours.root / "single").st_ino
+        for change in (lambda path: _write(path, b"single"), lambda path: os.chmod(path / "single", 0o600)):
+            for side in (ours, kernel):
+                change(side.root)
+                side.push()
+        os.chown(ours.root / "single", 1000, 1000)
+        os.chown(kernel.root / "single", 1000, 1000)
+        assert os.stat(ours.root / "single").st_ino == number
+        for side, other in ((ours, "kernel"), (kernel, session)):
+            shown = _shown(side.root)
+            side.leave()
+            with side.mounted(other) as mount:
+                assert _shown(mount.mountpoint) == shown
+
+
+def test_metadata_before_data(kernel_overlay: None, area: Path, session: str) -> None:
+    """A metacopy file with several names gets its data by another name; then the layers are mounted again."""
+    options = ("index=on", "metacopy=on", "redirect_dir=on")
+    with _sides(area, session, *options) as (ours, kernel):
+        for side in (ours, kernel):
+            os.chmod(side.root / "b", 0o640)
+            os.rename(side.root / "d/a", side.root / "renamed")
+        assert _shown(ours.root) == _shown(kernel.root)
+        for side in (ours, kernel):
+            _write(side.root, b"d/e/a")
+        assert _shown(ours.root) == _shown(kernel.root)
+        for side in (ours, kernel):
+            side.leave()
+            side.enter()
+        assert _shown(ours.root) == _shown(kernel.root)

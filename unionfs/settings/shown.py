@@ -29,6 +29,8 @@ class Shown:
     """Whether every directory has one link."""
     acl: bool = True
     """Whether there are POSIX ACLs, if the layers have them."""
+    permissions: int = 0
+    """Whether owner, mode and type are kept in an xattr: 1 for `security.*`, 2 for `user.*`."""
 
     @classmethod
     def from_json(cls, values: dict[str, Any]) -> Shown:

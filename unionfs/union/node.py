@@ -205,6 +205,18 @@ class Node:
         return self.entry is not None and not self.in_place
 
     @property
+    def lacks_names(self) -> bool:
+        """Whether it is a copy in the index, and some names of its are only in a lower. Each of the others
+        counts in ``st_nlink`` of the copy, as does the entry itself."""
+        return self.entry is not None and self.more_links >= 0 and self.is_indexed
+
+    def names(self) -> list[tuple[Node, bytes]]:
+        """Its known names, each with its directory."""
+        if self.unlinked or self.parent is None:
+            return []
+        return [(self.parent, self.name), *((parent, name) for parent, name, _ in self.links or ())]
+
+    @property
     def real_name(self) -> bytes:
         """The name of a non-directory in its `place`."""
         return self.entry if self.entry is not None and self.is_indexed else self.name

@@ -5,8 +5,8 @@ Rules (the table is the only place that implements them):
 - A node keeps its id through copy-up, rename and metadata changes.
 - A directory, and an object of a lower, is identified by its parent node and name. An object of the upper
   with several links is one node with several names, found by (device, inode). So is a lower file with several
-  hard links if there is an index; it is also found by its copy. Without an index each of its names is a
-  separate node, until copy-up with the same ``st_ino``.
+  hard links if there is an index, where it is also found by its copy, or if there is no upper. Otherwise each
+  of its names is a separate node, until copy-up with the same ``st_ino``.
 - A node's id is its ``st_ino`` (see `numbers`), unless another node has that id. Two nodes of separate
   objects never have the same ``st_ino``: if a layer would make it so, the second node has its id. Ids are
   used again, and then with another generation: a file handle of a forgotten node is stale.
@@ -51,12 +51,21 @@ class NodeTable:
         index: Index | None,
         gate: Gate,
         gone: Callable[[Node], None] = lambda node: None,
+        *,
+        copies_up: bool = True,
+        known: Callable[[Node], None] | None = None,
     ) -> None:
-        """``gone`` is called for each forgotten directory, and for each forgotten node that was in use."""
+        """``gone`` is called for each forgotten directory, and for each forgotten node that was in use.
+        ``copies_up``: whether there is an upper, which may get a copy of one name alone. ``known`` is called
+        for each new directory of the merged layers, and each file of a lower with several hard links; then
+        ``gone`` for all nodes.
+        """
         self._by_id: dict[int, Node] = {}
         self._by_inode: dict[tuple[int, int], Node] = {}
         self._inodes_of: dict[int, list[tuple[int, int]]] = {}
         self._gone = gone
+        self._copies_up = copies_up
+        self._known = known
         #: The generation of the next node. The kernel sees 32 bits: those of two mounts hardly ever meet.
         self._generations = itertools.count(secrets.randbits(32))
         self._origins = origins
@@ -73,6 +82,8 @@ class NodeTable:
         """Add the root of the merged tree."""
         self.root = self._by_id[ROOT_ID] = Node(ROOT_ID, territory, None, b"", stat.S_IFDIR, parts)
         self.root.looked_up()
+        if self._known is not None:
+            self._known(self.root)
 
     def get(self, id_: int) -> Node | None:
         """The node with that id, or its successor, if known."""
@@ -89,13 +100,16 @@ class NodeTable:
 
     def number(self, name: bytes, st: os.stat_result, places: list[Place]) -> int:
         """The inode number that :meth:`add` would assign to an object; ``places`` as there."""
-        upper = places[0].layer.is_upper
-        if upper and self._by_inode and not stat.S_ISDIR(st.st_mode):
+        if self._by_inode and self._is_linkable(st, places[0]):
             known = self._by_inode.get((st.st_dev, st.st_ino))
             if known is not None:
                 return known.ino
         number = self._number(name, st, places)[0]
         return number if self._may_share(st, places[0]) else self._free(number)
+
+    def _is_linkable(self, st: os.stat_result, place: Place) -> bool:
+        """Whether the names of an object are names of one node, found by (device, inode)."""
+        return not stat.S_ISDIR(st.st_mode) and (place.layer.is_upper or not self._copies_up)
 
     def _number(
         self, name: bytes, st: os.stat_result, places: list[Place]
@@ -167,7 +181,7 @@ class NodeTable:
         kind = stat.S_IFMT(st.st_mode)
         place = places[0]
         upper = place.layer.is_upper
-        linkable = upper and kind != stat.S_IFDIR
+        linkable = self._is_linkable(st, place)
         if self._index is not None and st.st_nlink > 1 and not upper and kind != stat.S_IFDIR:
             found = self._add_linked(self._index, parent, name, st, place)
             if found is not None:
@@ -189,6 +203,8 @@ class NodeTable:
             node.has_origin()
         self._by_id[id_] = node
         parent.children[name] = node
+        if self._known is not None and (kind == stat.S_IFDIR or (st.st_nlink > 1 and not upper)):
+            self._known(node)
         if linkable and st.st_nlink > 1:
             self.linked(node, st)
             if entry is not None and self._index is not None:
@@ -228,6 +244,8 @@ class NodeTable:
                 node.has_origin()
                 node.is_indexed_copy(index.place, index.more_links(entry, copy, st.st_nlink))
                 self.linked(node, copy)
+            elif self._known is not None:
+                self._known(node)
         else:
             node.may_be_indexed(entry, st.st_nlink)
             self.add_name(node, parent, name, place)
@@ -304,10 +322,15 @@ class NodeTable:
 
     def lose(self, node: Node, parent: Node, name: bytes) -> None:
         """Drop a node whose name another process gave to another object."""
-        node.has_key(NO_KEY)
-        for part in node.parts:
-            part.lost()
-        self.remove_name(node, parent, name)
+        node.lose_name(parent, name)
+        if node.unlinked:
+            node.has_key(NO_KEY)
+            for key in self._inodes_of.pop(node.id, ()):  # names found later are another node
+                if self._by_inode.get(key) is node:
+                    del self._by_inode[key]
+            for part in node.parts:
+                part.lost()
+        self._release(parent)
 
     def forget(self, node: Node, lookups: int) -> None:
         """Subtract lookups that the kernel forgot."""
@@ -325,7 +348,7 @@ class NodeTable:
             if self._by_id.get(current.id) is not current:
                 return
             del self._by_id[current.id]
-            if current.use is not None or current.parts:
+            if current.use is not None or current.parts or self._known is not None:
                 self._gone(current)
             if current.successor is not None:
                 current = current.successor

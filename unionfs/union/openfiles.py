@@ -93,6 +93,12 @@ class OpenFiles:
             use.has(None)
         file.release()
 
+    def keep_object(self, node: Node) -> None:
+        """Hold the object of a node that lost its last name, if it is open."""
+        file = None if node.use is None else node.use.file
+        if file is not None and file.users and file.is_open and node.lower_data is None and node.held < 0:
+            node.hold(os.open(b"/proc/self/fd/%d" % file.fd, os.O_PATH | os.O_CLOEXEC))
+
     def hand_over(self, node: Node, fd: int, st: os.stat_result, *, lend: bool) -> OpenFile | None:
         """Switch a copied-up node to ``fd`` (O_RDWR), its file in the upper, with the attributes ``st``.
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import os
 import stat
 import struct
 from typing import Final
@@ -189,9 +190,11 @@ class NameRequests:
         with self._union.checked_path(node) as path:
             raw = calls.statx(calls.AT_FDCWD, path, 0, request.sx_mask)
         patched = bytearray(raw)
-        # stx_nlink, stx_uid, stx_gid, stx_blocks and stx_ctime of struct statx, include/uapi/linux/stat.h
+        # Some fields of struct statx, include/uapi/linux/stat.h: stx_nlink, stx_uid, stx_gid, stx_mode,
+        # stx_blocks, stx_ctime, stx_rdev_major and stx_rdev_minor
         st = attributes.st
-        struct.pack_into("=III", patched, 16, attributes.nlink, st.st_uid, st.st_gid)
+        struct.pack_into("=IIIH", patched, 16, attributes.nlink, st.st_uid, st.st_gid, st.st_mode)
+        struct.pack_into("=II", patched, 128, os.major(st.st_rdev), os.minor(st.st_rdev))
         struct.pack_into("=Q", patched, 48, st.st_blocks)
         struct.pack_into("=qI", patched, 96, *divmod(attributes.ctime_ns, _NS))
         return encode.statx(
