@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import stat
 from collections.abc import Iterator
 from typing import Any
 
@@ -15,7 +16,7 @@ import pytest
 
 from tests.mount import cli_calls
 from tests.mount.user_calls import UID, Host, ordinary_user
-from tests.support import areas, own_files
+from tests.support import areas, own_files, snapshot
 
 SESSIONS = ("pyfuse3", "direct")
 WAYS = ("fusermount3", "namespace")
@@ -72,3 +73,71 @@ def test_check_of_files_without_permissions(host: Host) -> None:
     layers = ("-u", place.upper, "-l", place.lower, "-l", place.lower2, "-w", place.work)
     done = host.unionfs("check", *layers)
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+
+
+def _markers(host: Host) -> None:
+    """An upper of the user with markers of overlayfs on objects of modes that deny reading or writing."""
+    place = host.place
+    files = {"none": 0, "read": 0o444, "write": 0o200}
+    directories = {"closed": 0, "fixed": 0o555}
+    for name in directories:
+        (place.upper / name).mkdir()
+        (place.lower / name).mkdir()
+        for directory in (place.upper, place.lower):
+            os.chown(directory / name, UID, UID)
+        os.setxattr(place.upper / name, "user.overlay.opaque", b"y")
+        os.mknod(place.upper / name / "gone", stat.S_IFCHR)
+    for path in [place.upper / name for name in files] + [place.upper / "closed/file"]:
+        path.write_text(path.name)
+        os.chown(path, UID, UID)
+        os.setxattr(path, "user.overlay.origin", b"x")
+        path.chmod(files.get(path.name, 0o400))
+    for name, mode in directories.items():
+        (place.upper / name).chmod(mode)
+
+
+def test_convert_of_files_without_permissions(host: Host) -> None:
+    """All markers of the user's own objects are rewritten, and nothing else is changed."""
+    place = host.place
+    _markers(host)
+    before = set(snapshot.take(place.upper))
+    done = host.unionfs("convert", "-u", place.upper, "--to", "oci")
+    assert (done.returncode, done.stderr) == (0, "")
+    after = set(snapshot.take(place.upper))
+    assert len([path for path in after if b"/.wh." in path]) == 4
+    assert {path for path in after if b".wh." not in path} == {path for path in before if b"gone" not in path}
+    for root, directories, files in os.walk(place.upper):
+        for name in directories + files:
+            assert os.listxattr(os.path.join(root, name)) == []
+    done = host.unionfs("convert", "-u", place.upper, "--to", "overlay")
+    assert (done.returncode, done.stderr) == (0, "")
+    for path in ("closed", "fixed"):
+        assert os.getxattr(place.upper / path, "user.overlay.opaque") == b"y"
+        assert os.listdir(place.upper / path)[0] in ("gone", "file")
+    for path, mode in (("none", 0), ("read", 0o444), ("write", 0o200), ("closed", 0), ("fixed", 0o555)):
+        assert stat.S_IMODE((place.upper / path).stat().st_mode) == mode
+
+
+@pytest.mark.parametrize("kind", ["file", "unreadable", "directory", "immutable", "append", "above"])
+def test_convert_refuses_what_the_user_may_not_change(host: Host, kind: str) -> None:
+    """In one sentence, and before anything is changed."""
+    place = host.place
+    _markers(host)
+    path = place.upper / "read"
+    if kind in ("immutable", "append"):
+        if host.root("chattr", "+i" if kind == "immutable" else "+a", path, check=False).returncode != 0:
+            pytest.skip("no chattr here")
+    elif kind in ("directory", "above"):
+        path = place.upper / ("closed" if kind == "directory" else "fixed")
+        os.chown(path, 0, 0)
+        path.chmod(0o755 if kind == "above" else 0)
+    else:
+        os.chown(path, 0, 0)
+        path.chmod(0o644 if kind == "file" else 0)
+    before = snapshot.take(place.upper)
+    try:
+        done = host.unionfs("convert", "-u", place.upper, "--to", "oci")
+        assert snapshot.take(place.upper) == before
+    finally:
+        host.root("chattr", "-ia", path, check=False)
+    cli_calls.refused(done, str(path), "root")

@@ -12,6 +12,7 @@ from unionfs.daemon.preflight import check_directory, check_lower, check_unused
 from unionfs.daemon.settle import absolute
 from unionfs.errors import quoted, reason
 from unionfs.sys.capabilities import may_use_trusted_xattrs
+from unionfs.sys.override import override_modes
 
 if TYPE_CHECKING:
     from unionfs.union.checkwork import Finding
@@ -66,6 +67,7 @@ def check(
     upper, work = absolute(upper), None if work is None else absolute(work)
     check_unused(upper, work)
     userxattr = userxattr or not may_use_trusted_xattrs()
+    override_modes()
     states: list[str] = []
     facts = []
     paths = [absolute(lower) for lower in lowers]

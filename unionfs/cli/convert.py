@@ -10,6 +10,7 @@ from unionfs.cli.run import print_table
 from unionfs.daemon.preflight import check_directory, check_unused
 from unionfs.daemon.settle import absolute
 from unionfs.sys.capabilities import may_use_trusted_xattrs
+from unionfs.sys.override import override_modes
 
 
 @click.command(epilog="Example: unionfs convert --upper /srv/changes --to oci")
@@ -41,6 +42,7 @@ def convert(upper: str, form: str, userxattr: bool) -> None:
     upper = absolute(upper)
     check_unused(upper)
     userxattr = userxattr or not may_use_trusted_xattrs()
+    override_modes()
     with resting(upper, userxattr=userxattr, writable=True) as layers:
         done = rewrite(layers, form)
     print_table(

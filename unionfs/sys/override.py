@@ -1,12 +1,14 @@
-"""Opens this user's own files in spite of their permission bits, without changing them.
+"""Uses this user's own files in spite of their permission bits, without changing these.
 
 In a user namespace a process has CAP_DAC_OVERRIDE over the files whose owner and group are both mapped into
 it (kernel/capability.c, capable_wrt_inode_uidgid). A child in a namespace that maps only the ids of this user
-thus reads exactly files that the user could make readable by chmod(2) as well.
+thus reads exactly files that the user could make readable by chmod(2) as well. A command without threads
+may enter such a namespace itself.
 """
 
 from __future__ import annotations
 
+import errno
 import os
 import socket
 import struct
@@ -15,7 +17,7 @@ from contextlib import suppress
 from typing import Final, NoReturn
 
 from unionfs.sys.calls import prctl
-from unionfs.sys.capabilities import is_host_root
+from unionfs.sys.capabilities import CAP_DAC_OVERRIDE, has_capability, is_host_root, keep_capabilities
 from unionfs.sys.fds import Owned
 from unionfs.sys.namespaces import CLONE_NEWUSER, unshare
 
@@ -23,6 +25,26 @@ _PR_SET_NAME: Final = 15  # include/uapi/linux/prctl.h
 _REQUEST: Final = struct.Struct("=?i")  # whether it asks for an xattr; flags of open(2)
 _ANSWER: Final = struct.Struct("=i")  # an errno
 _LONGEST: Final = 70_000  # more than the largest value of an xattr (XATTR_SIZE_MAX)
+
+
+def override_modes() -> None:
+    """Give this process CAP_DAC_OVERRIDE over the own files of this user and the first group, for good.
+
+    No effect where user namespaces are not available. For a process without other threads.
+    """
+    if has_capability(CAP_DAC_OVERRIDE):
+        return
+    # In a namespace without maps the user would be nobody, so another process tries first.
+    pid = os.fork()
+    if pid == 0:
+        try:
+            unshare(CLONE_NEWUSER)
+            os._exit(0)
+        finally:
+            os._exit(1)
+    if os.waitpid(pid, 0)[1] == 0:
+        unshare(CLONE_NEWUSER)
+        keep_capabilities([CAP_DAC_OVERRIDE])
 
 
 class Override:
@@ -48,6 +70,8 @@ class Override:
         if answer is None:
             return None
         _, fds = answer
+        if not fds:  # no free number: unix(7), recvmsg(2) then drops it (MSG_CTRUNC)
+            raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
         return fds[0]
 
     def getxattr(self, fd: int, name: bytes) -> bytes | None:
@@ -125,6 +149,9 @@ def _serve(fd: int) -> NoReturn:
                 data, fds, _, _ = socket.recv_fds(end, _LONGEST, 1)
                 if not data:
                     break
+                if not fds:
+                    end.send(_ANSWER.pack(errno.EMFILE))
+                    continue
                 with Owned(fds[0]) as at:
                     _answer(end, at, data)
     finally:

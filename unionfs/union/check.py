@@ -51,8 +51,21 @@ class _Check:
         self._todo.append((self._merge.roots, b""))
         while self._todo:
             parts, path = self._todo.pop()
-            for name, st in self._layers.entries(parts[0]):
-                yield from self._entry(parts, name, st, path + b"/" + name)
+            try:
+                entries = self._layers.entries(parts[0])
+            except PermissionError as error:
+                yield self._unreadable(path, error)
+                continue
+            for name, st in entries:
+                where = path + b"/" + name
+                try:
+                    yield from self._entry(parts, name, st, where)
+                except PermissionError as error:
+                    yield self._unreadable(where, error)
+
+    def _unreadable(self, path: bytes, error: OSError) -> Finding:
+        where = self._layers.path(path)
+        return Finding(where, f"it cannot be examined ({reason(error)})", "run the check as root")
 
     def _entry(self, parts: list[Place], name: bytes, st: os.stat_result, path: bytes) -> Iterator[Finding]:
         dir_fd = self._gate.fd(parts[0])
@@ -134,7 +147,7 @@ class _Check:
         self._todo.append((found[1], path))
 
     def _file(self, parts: list[Place], name: bytes, path: bytes) -> Iterator[Finding]:
-        found = xattrs(object_path(self._gate.fd(parts[0]), name), self._gate.rights)
+        found = xattrs(object_path(self._gate.fd(parts[0]), name))
         if self._markers.metacopy not in found:
             return
         source = self._source(parts, name, found.get(self._markers.redirect))
@@ -170,7 +183,7 @@ class _Check:
     def _xattrs(self, place: Place, name: bytes, st: os.stat_result, path: bytes) -> Iterator[Finding]:
         """The overlay's own xattrs of ``name`` in ``place``, or without a name of ``place``."""
         where = self._layers.path(path)
-        found = xattrs(object_path(self._gate.fd(place), name), self._gate.rights)
+        found = xattrs(object_path(self._gate.fd(place), name))
         for full, value in sorted(found.items()):
             shown = os.fsdecode(full)
             if self._markers.is_private(full) and full.startswith(self._markers.prefix):

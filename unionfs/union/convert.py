@@ -1,8 +1,8 @@
 """Rewrites the markers of an upper at rest: for overlayfs, for fuse-overlayfs, or for an OCI image layer.
 
-The first pass refuses what the form cannot express, before anything changes. The second adds each marker in
-the new form and then removes the old one, so after a crash everything that was hidden still is, for a union
-that reads all forms; converting again finishes.
+The first pass refuses what the form cannot express, or the user may not change, before anything changes. The
+second adds each marker in the new form and then removes the old one, so after a crash everything that was
+hidden still is, for a union that reads all forms; converting again finishes.
 """
 
 from __future__ import annotations
@@ -10,12 +10,14 @@ from __future__ import annotations
 import errno
 import os
 import stat
+import struct
 from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import Final
 
-from unionfs.errors import LayerError, quoted
+from unionfs.errors import LayerError, quoted, reason
+from unionfs.sys import calls
 from unionfs.sys.fds import Owned
 from unionfs.union.checkxattrs import KNOWN
 from unionfs.union.markers import FUSE_OVERLAYFS
@@ -33,6 +35,10 @@ _LOST: Final = {
     b"metacopy": "its data is in a lower (metacopy)",
     b"protattr": "it is immutable or append-only by a marker (protattr)",
 }
+_ANOTHER_USER: Final = "change its owner, mode or flags (chattr), or run this as root"
+# include/uapi/linux/stat.h: stx_attributes, STATX_ATTR_APPEND
+_ATTRIBUTES: Final = struct.Struct("=8xQ")
+_APPEND: Final = 0x20
 _DIRECTORY: Final = os.O_PATH | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 
 
@@ -48,7 +54,8 @@ class Converted:
 def convert(layers: Resting, form: str) -> Converted:
     """Rewrite the upper's markers to one of FORMS; for ``overlay`` under the prefix of the layers' markers.
 
-    Raises LayerError for what the form cannot express, and then changes nothing; or OSError.
+    Raises LayerError for what the form cannot express or the user may not change, and then changes nothing;
+    or OSError.
     """
     conversion: _Conversion = _ToOverlay(layers) if form == "overlay" else _ToNames(layers, form)
     for place, path in _directories(layers):
@@ -86,15 +93,68 @@ class _Conversion:
 
     def survey(self, place: Place, path: bytes) -> None:
         """Raise LayerError for what the form cannot express in a directory; ``path``: its path."""
-        dir_fd = self._gate.fd(place)
-        if place.parent is None:
-            self._judge(place, b"", os.stat(dir_fd), path, xattrs(object_path(dir_fd, b"")))
-        for name, st in self._layers.entries(place):
+        try:
+            dir_fd = self._gate.fd(place)
+            own = xattrs(object_path(dir_fd, b""))
+            if place.parent is None:
+                self._judge(b"", os.stat(dir_fd), path, own)
+            if self._obsolete(own):
+                self._permit(dir_fd, b"", path)
+            if self._is_opaque(own):
+                self._permit_entries(dir_fd, path)
+            for name, st in self._layers.entries(place):
+                self._survey(place, name, st, path)
+        except PermissionError as error:
+            raise self._refuse(path, f"it cannot be read ({reason(error)})", _ANOTHER_USER) from error
+
+    def _survey(self, place: Place, name: bytes, st: os.stat_result, directory: bytes) -> None:
+        dir_fd, path = self._gate.fd(place), directory + b"/" + name
+        try:
             found = xattrs(object_path(dir_fd, name))
-            self._judge(place, name, st, path + b"/" + name, found)
+        except PermissionError as error:
+            raise self._refuse(path, f"its xattrs cannot be read ({reason(error)})", _ANOTHER_USER) from error
+        self._judge(name, st, path, found)
+        if self._is_rewritten(name, st, found):
+            self._permit_entries(dir_fd, directory)
+            hidden = hidden_name(name)
+            if hidden is not None and os.path.isdir(object_path(dir_fd, hidden)):
+                self._permit(dir_fd, hidden, directory + b"/" + hidden)  # which becomes opaque
+        elif self._obsolete(found):
+            self._permit(dir_fd, name, path)
+
+    def _permit(self, dir_fd: int, name: bytes, path: bytes) -> None:
+        """Raise LayerError unless this user may change the xattrs of an object."""
+        if not os.access(object_path(dir_fd, name), os.W_OK, effective_ids=True, follow_symlinks=False):
+            raise self._refuse(path, "this user may not change it, or it is immutable", _ANOTHER_USER)
+        (attributes,) = _ATTRIBUTES.unpack_from(
+            calls.statx(dir_fd, name or b".", calls.AT_SYMLINK_NOFOLLOW, 0)
+        )
+        if attributes & _APPEND:
+            raise self._refuse(path, "it is append-only", _ANOTHER_USER)
+
+    def _permit_entries(self, dir_fd: int, path: bytes) -> None:
+        """The same for the names in a directory, whose times are restored afterwards."""
+        self._permit(dir_fd, b"", path)
+        st = os.stat(dir_fd)
+        if os.geteuid() not in (0, st.st_uid) or not os.access(
+            object_path(dir_fd, b""), os.X_OK, effective_ids=True
+        ):
+            raise self._refuse(path, f"it belongs to uid {st.st_uid}", _ANOTHER_USER)
+
+    def _obsolete(self, found: dict[bytes, bytes]) -> list[bytes]:
+        """The xattrs that a rewrite removes, among ``found``."""
+        raise NotImplementedError
+
+    def _is_opaque(self, found: dict[bytes, bytes]) -> bool:
+        """Whether a directory with these xattrs gets a name that says so."""
+        raise NotImplementedError
+
+    def _is_rewritten(self, name: bytes, st: os.stat_result, found: dict[bytes, bytes]) -> bool:
+        """Whether the name is removed for a marker in the new form."""
+        raise NotImplementedError
 
     def _judge(
-        self, place: Place, name: bytes, st: os.stat_result, path: bytes, found: dict[bytes, bytes]
+        self, name: bytes, st: os.stat_result, path: bytes, found: dict[bytes, bytes]
     ) -> None:
         raise NotImplementedError
 
@@ -105,9 +165,6 @@ class _Conversion:
     def _refuse(self, path: bytes, cause: str, cure: str) -> LayerError:
         where = quoted(os.fsdecode(self._layers.path(path)))
         return LayerError(f"{where} cannot be converted to the form of {self.form}: {cause}; {cure}.")
-
-    def _is_whiteout(self, dir_fd: int, name: bytes, st: os.stat_result) -> bool:
-        return is_device_whiteout(st) or self._markers.is_whiteout(st, dir_fd, name)
 
     def _remove_xattr(self, path: bytes, name: bytes) -> None:
         os.removexattr(path, name, follow_symlinks=False)
@@ -125,9 +182,9 @@ class _ToOverlay(_Conversion):
         self._other = USER if self._prefix == TRUSTED else TRUSTED
 
     def _judge(
-        self, place: Place, name: bytes, st: os.stat_result, path: bytes, found: dict[bytes, bytes]
+        self, name: bytes, st: os.stat_result, path: bytes, found: dict[bytes, bytes]
     ) -> None:
-        if name == OPAQUE and place.parent is None:
+        if name == OPAQUE and path == b"/" + OPAQUE:
             raise self._refuse(
                 path, "the root is opaque, which overlayfs ignores", "remove it, and mount without the lowers"
             )
@@ -140,6 +197,20 @@ class _ToOverlay(_Conversion):
                     f"the user's own xattr {_shown(xattr)} would become a marker",
                     "remove that xattr",
                 )
+
+    def _obsolete(self, found: dict[bytes, bytes]) -> list[bytes]:
+        return [
+            xattr
+            for xattr in found
+            if (xattr.startswith(FUSE_OVERLAYFS) and not xattr.startswith(FUSE_OVERLAYFS + _ESCAPE))
+            or (xattr.startswith(self._other) and xattr[len(self._other) :] in KNOWN)
+        ]
+
+    def _is_opaque(self, found: dict[bytes, bytes]) -> bool:
+        return False
+
+    def _is_rewritten(self, name: bytes, st: os.stat_result, found: dict[bytes, bytes]) -> bool:
+        return name == OPAQUE or hidden_name(name) is not None
 
     def rewrite(self, place: Place) -> bool:
         before = (self.converted.whiteouts, self.converted.opaque)
@@ -171,13 +242,12 @@ class _ToOverlay(_Conversion):
     def _own_xattrs(self, dir_fd: int, name: bytes, st: os.stat_result | None = None) -> None:
         path = object_path(dir_fd, name)
         found = xattrs(path)
-        for xattr, value in found.items():
-            if xattr.startswith(FUSE_OVERLAYFS) and not xattr.startswith(FUSE_OVERLAYFS + _ESCAPE):
-                own = self._markers.opaque if xattr == FUSE_OVERLAYFS + b"opaque" else None
-            elif xattr.startswith(self._other) and xattr[len(self._other) :] in KNOWN:
+        for xattr in self._obsolete(found):
+            value, own = found[xattr], None
+            if xattr == FUSE_OVERLAYFS + b"opaque":
+                own = self._markers.opaque
+            elif xattr.startswith(self._other):
                 own = self._prefix + xattr[len(self._other) :]
-            else:
-                continue
             if own is not None and (own not in found or (own == self._markers.opaque and value == b"y")):
                 os.setxattr(path, own, value, follow_symlinks=False)
             self._remove_xattr(path, xattr)
@@ -194,7 +264,7 @@ class _ToNames(_Conversion):
         self.form = form
 
     def _judge(
-        self, place: Place, name: bytes, st: os.stat_result, path: bytes, found: dict[bytes, bytes]
+        self, name: bytes, st: os.stat_result, path: bytes, found: dict[bytes, bytes]
     ) -> None:
         prefix = self._markers.prefix
         for xattr in found:
@@ -204,8 +274,19 @@ class _ToNames(_Conversion):
             key = xattr[len(prefix) :] if xattr.startswith(prefix) else b""
             if key in _LOST and (key != b"redirect" or stat.S_ISDIR(st.st_mode)):
                 raise self._refuse(path, _LOST[key], "copy it within a mount of the union first")
-        if len(PREFIX + name) > _NAME_MAX and self._is_whiteout(self._gate.fd(place), name, st):
+        if len(PREFIX + name) > _NAME_MAX and self._is_rewritten(name, st, found):
             raise self._refuse(path, "a whiteout needs a name with four more bytes", "remove it")
+
+    def _obsolete(self, found: dict[bytes, bytes]) -> list[bytes]:
+        drops = (self._markers.prefix, FUSE_OVERLAYFS) if self.form == "oci" else (self._markers.prefix,)
+        return [xattr for xattr in found if xattr.startswith(drops)]
+
+    def _is_opaque(self, found: dict[bytes, bytes]) -> bool:
+        return b"y" in (found.get(self._markers.opaque), found.get(FUSE_OVERLAYFS + b"opaque"))
+
+    def _is_rewritten(self, name: bytes, st: os.stat_result, found: dict[bytes, bytes]) -> bool:
+        is_empty = stat.S_ISREG(st.st_mode) and st.st_size == 0
+        return is_device_whiteout(st) or (is_empty and self._markers.whiteout in found)
 
     def rewrite(self, place: Place) -> bool:
         before = (self.converted.whiteouts, self.converted.opaque)
@@ -215,7 +296,7 @@ class _ToNames(_Conversion):
                 self._opaque(dir_fd)
             self._drop_xattrs(object_path(dir_fd, b""))
             for name, st in self._layers.entries(place):
-                if self._is_whiteout(dir_fd, name, st):
+                if is_device_whiteout(st) or self._markers.is_whiteout(st, dir_fd, name):
                     _make(dir_fd, PREFIX + name)
                     os.unlink(name, dir_fd=dir_fd)
                     self.converted.whiteouts += 1
@@ -234,10 +315,8 @@ class _ToNames(_Conversion):
         self.converted.opaque += made
 
     def _drop_xattrs(self, path: bytes) -> None:
-        drops = (self._markers.prefix, FUSE_OVERLAYFS) if self.form == "oci" else (self._markers.prefix,)
-        for xattr in xattrs(path):
-            if xattr.startswith(drops):
-                self._remove_xattr(path, xattr)
+        for xattr in self._obsolete(xattrs(path)):
+            self._remove_xattr(path, xattr)
 
 
 def _make(dir_fd: int, name: bytes) -> bool:

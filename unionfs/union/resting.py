@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import stat
 from collections.abc import Iterator, Sequence
@@ -12,10 +13,9 @@ from unionfs.sys.capabilities import CAP_SYS_ADMIN, has_capability
 from unionfs.sys.fds import Owned, open_for_listing
 from unionfs.union import opening
 from unionfs.union.layers import lock
-from unionfs.union.markers import ABSENT, Markers
+from unionfs.union.markers import Markers
 from unionfs.union.merge import Merge
 from unionfs.union.places import Layer, Place
-from unionfs.union.rights import Rights
 
 TRUSTED: Final = b"trusted.overlay."
 USER: Final = b"user.overlay."
@@ -81,28 +81,19 @@ def object_path(dir_fd: int, name: bytes) -> bytes:
     return b"/proc/self/fd/%d/%b" % (dir_fd, name) if name else b"/proc/self/fd/%d/." % dir_fd
 
 
-def xattrs(path: bytes, rights: Rights | None = None) -> dict[bytes, bytes]:
-    """The xattrs of an object; none where they are not supported. Raises OSError.
-
-    ``rights``: those of the owner, where the object's mode denies reading them.
-    """
+def xattrs(path: bytes) -> dict[bytes, bytes]:
+    """The xattrs of an object; none where they are not supported. Raises OSError."""
     try:
         names = os.listxattr(path, follow_symlinks=False)
     except OSError as error:
-        if error.errno in ABSENT:
+        if error.errno in (errno.EOPNOTSUPP, errno.EPERM):
             return {}
         raise
-    found = {}
-    for name in map(os.fsencode, names):
-        if name.startswith((b"trusted.", b"user.")):
-            try:
-                found[name] = os.getxattr(path, name, follow_symlinks=False)
-            except PermissionError as refused:
-                if rights is None:
-                    raise
-                with Owned(os.open(path, os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC)) as fd:
-                    found[name] = rights.getxattr(fd, name, refused, upper=False)
-    return found
+    return {
+        name: os.getxattr(path, name, follow_symlinks=False)
+        for name in map(os.fsencode, names)
+        if name.startswith((b"trusted.", b"user."))
+    }
 
 
 def names_below(fd: int, name: bytes) -> list[bytes]:
