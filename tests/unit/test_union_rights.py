@@ -8,13 +8,14 @@ import codecs
 import errno
 import json
 import os
+import resource
 import signal
 import stat
 import subprocess
 import time
 import traceback
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,7 @@ from unionfs.sys import calls
 from unionfs.sys.capabilities import keep_capabilities
 from unionfs.sys.namespaces import CLONE_NEWUSER, unshare
 from unionfs.sys.override import Override
+from unionfs.sys.trees import remove_path
 from unionfs.union.changes import Caller, Changes
 from unionfs.union.copyup import CopyUp
 from unionfs.union.layers import LayerStack
@@ -381,3 +383,69 @@ def test_leftovers_of_another_user(home: Path) -> None:
         f"work {home}/work cannot be emptied of what an earlier mount left: {left}: permission denied; "
         "remove it, or choose an empty directory."
     )
+
+
+# -- trees of any depth -------------------------------------------------------------------------------
+
+LEVELS = 3000
+
+
+def deep(top: Path) -> int:
+    """Make a tree of that many levels, with a file below; returns an O_PATH fd of the last directory."""
+    fd = os.open(top, os.O_PATH)
+    for _ in range(LEVELS):
+        os.mkdir("d", dir_fd=fd)
+        below = os.open("d", os.O_PATH, dir_fd=fd)
+        os.close(fd)
+        fd = below
+    return fd
+
+
+def test_mending_in_a_deep_tree(home: Path) -> None:
+    """A note about an object below more directories than Python has frames, or this process fds."""
+
+    def run() -> Any:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (512, 512))
+        for name in ("l0", "upper", "work", "work/work"):
+            (home / name).mkdir()
+        bottom = deep(home / "upper")
+        os.mkdir("closed", 0o700, dir_fd=bottom)
+        os.mkdir("closed/f", 0o700, dir_fd=bottom)
+        for number, (name, mode) in enumerate([("closed", 0), ("closed/f", 0o555)]):
+            note = f"mode={mode:o} ino={os.stat(name, dir_fd=bottom).st_ino}"
+            os.symlink(note, f"{home}/work/work/#mode{number}")
+        os.chmod("closed/f", 0o755, dir_fd=bottom)
+        with opened(home):
+            pass
+        closed = os.stat("closed", dir_fd=bottom).st_mode
+        os.chmod("closed", 0o700, dir_fd=bottom)
+        return [stat.S_IMODE(closed), stat.S_IMODE(os.stat("closed/f", dir_fd=bottom).st_mode)]
+
+    assert as_user(run) == [0, 0o555]
+    remove_path(str(home / "upper"))
+
+
+def test_override_without_free_fds(home: Path) -> None:
+    """EMFILE, as from open(2)."""
+    make_files(home)
+
+    def run() -> Any:
+        opener, at = Override(), os.open(home, os.O_PATH)
+        first = opener.open(at, b"mine", os.O_RDONLY)
+        if first is None:
+            return None
+        os.close(first)
+        taken = []
+        resource.setrlimit(resource.RLIMIT_NOFILE, (64, 64))
+        with suppress(OSError):
+            while True:
+                taken.append(os.dup(at))
+        result = error_of(lambda: opener.open(at, b"mine", os.O_RDONLY))
+        for fd in taken:
+            os.close(fd)
+        return [result, os.read(opener.open(at, b"mine", os.O_RDONLY) or -1, 10).decode()]
+
+    result = as_user(run)
+    if result is None:
+        pytest.skip("no user namespaces here")
+    assert result == ["EMFILE", "mine"]

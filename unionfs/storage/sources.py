@@ -8,6 +8,7 @@ import stat
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass, replace
+from functools import partial
 
 from unionfs.errors import UserError, on_failure, quoted, reason
 from unionfs.settings.specs import BindSpec, Spec, TmpfsSpec, VolumeSpec
@@ -184,11 +185,11 @@ def _open_bind(spec: BindSpec, undo: ExitStack) -> int:
 
 def _make_directories(path: str, undo: ExitStack) -> None:
     """Create a missing directory and its parents, mode 0755."""
-    if os.path.exists(path):
-        return
-    above = os.path.dirname(path)
-    if above != path:
-        _make_directories(above, undo)
-    with suppress(FileExistsError):
-        os.mkdir(path, 0o755)
-        undo.callback(_quietly, lambda: os.rmdir(path))
+    missing: list[str] = []
+    while not os.path.exists(path) and path not in missing[-1:]:
+        missing.append(path)
+        path = os.path.dirname(path)
+    for new in reversed(missing):
+        with suppress(FileExistsError):
+            os.mkdir(new, 0o755)
+            undo.callback(_quietly, partial(os.rmdir, new))
