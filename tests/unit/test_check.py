@@ -186,6 +186,16 @@ def _index_name(area: Path) -> None:
     (area / "work/index/odd").touch()
 
 
+def _no_directory(name: str, *, symlink: bool) -> Callable[[Path], None]:
+    def make(area: Path) -> None:
+        if symlink:
+            (area / "work" / name).symlink_to("/")
+        else:
+            (area / "work" / name).touch()
+
+    return make
+
+
 CASES: dict[str, tuple[Callable[[Path], None], str, str, bool]] = {
     "dangling redirect": (_dangling, "upper/d", "leads to /nowhere", True),
     "broken redirect": (_broken, "upper/d", "cannot be followed", True),
@@ -208,6 +218,10 @@ CASES: dict[str, tuple[Callable[[Path], None], str, str, bool]] = {
     "leftover": (_left, "work/work/#1", "did not end cleanly", True),
     "foreign": (_foreign, "work/work/mine", "no union filesystem", False),
     "index": (_index_orphan, "work/index/", "no name in the upper", True),
+    "work is a symlink": (_no_directory("work", symlink=True), "work/work", "not a directory", False),
+    "work is a file": (_no_directory("work", symlink=False), "work/work", "not a directory", False),
+    "index is a symlink": (_no_directory("index", symlink=True), "work/index", "not a directory", False),
+    "index is a file": (_no_directory("index", symlink=False), "work/index", "not a directory", False),
     "index name": (_index_name, "work/index/odd", "not that of an entry", True),
 }
 

@@ -36,7 +36,10 @@ def work_findings(path: str, fd: int, prefix: bytes) -> Iterator[Finding]:
     for name in names_below(fd, b"."):
         if os.fsdecode(name) not in OURS_IN_WORK:
             yield Finding(here + b"/" + name, "no union filesystem made it", "move it elsewhere")
-    for name in names_below(fd, b"work"):
+    for name in (b"work", b"index"):
+        if not _is_directory(fd, name):
+            yield Finding(here + b"/" + name, "it is not a directory, so no mount accepts it", "remove it")
+    for name in _names(fd, b"work"):
         where = here + b"/work/" + name
         if _is_kernels_whiteout(fd, b"work", name):
             continue
@@ -57,7 +60,7 @@ def work_findings(path: str, fd: int, prefix: bytes) -> Iterator[Finding]:
 
 
 def _index_findings(here: bytes, fd: int, prefix: bytes) -> Iterator[Finding]:
-    names = names_below(fd, b"index")
+    names = _names(fd, b"index")
     if not names:
         return
     with Owned(os.open(b"index", _DIRECTORY, dir_fd=fd)) as index:
@@ -87,6 +90,18 @@ def _index_problem(index: int, name: bytes, prefix: bytes) -> str | None:
     if st.st_nlink == 1 and not is_device_whiteout(st):
         return "its file has no name in the upper"
     return None
+
+
+def _is_directory(fd: int, name: bytes) -> bool:
+    """Whether it is one, or missing."""
+    try:
+        return stat.S_ISDIR(os.stat(name, dir_fd=fd, follow_symlinks=False).st_mode)
+    except FileNotFoundError:
+        return True
+
+
+def _names(fd: int, name: bytes) -> list[bytes]:
+    return names_below(fd, name) if _is_directory(fd, name) else []
 
 
 def _is_kernels_whiteout(fd: int, directory: bytes, name: bytes) -> bool:
