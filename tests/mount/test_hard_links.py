@@ -273,6 +273,35 @@ def test_upper_that_was_pushed(kernel_overlay: None, area: Path, session: str) -
             assert _shown(ours.root) == _shown(kernel.root)
 
 
+WRONG = (None, b"", b"U-5", b"L-9", b"U+0 ", b"U+99999999999", b"L+999999999")
+
+
+@pytest.mark.parametrize("value", WRONG)
+def test_a_wrong_count(kernel_overlay: None, area: Path, session: str, value: bytes | None) -> None:
+    """With a missing or invalid `nlink` of a copy every name can be examined, listed and removed."""
+    lower, upper = area / "lower", area / "upper"
+    for path in (lower, upper, area / "work"):
+        path.mkdir()
+    (lower / "a").write_text("a")
+    for name in ("b", "c"):
+        os.link(lower / "a", lower / name)
+    at = {"lowers": [lower], "upper": upper, "work": area / "work"}
+    with mounted(area, session=session, options=("index=on",), **at) as mount:
+        (mount.mountpoint / "a").write_text("changed")
+    (entry,) = (area / "work/index").iterdir()
+    os.link(entry, upper / "more")
+    if value is None:
+        os.removexattr(entry, "trusted.overlay.nlink")
+    else:
+        os.setxattr(entry, "trusted.overlay.nlink", value)
+    with mounted(area, session=session, options=("index=on",), **at) as mount:
+        for name in ("c", "b", "a", "more"):
+            assert name in os.listdir(mount.mountpoint)
+            assert all(path.stat().st_nlink >= 1 for path in mount.mountpoint.iterdir())
+            (mount.mountpoint / name).unlink()
+        assert os.listdir(mount.mountpoint) == []
+
+
 @pytest.mark.parametrize("known", [True, False], ids=["known names", "one name"])
 def test_pushed_names_that_were_changed(
     kernel_overlay: None, area: Path, session: str, known: bool

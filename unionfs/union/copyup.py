@@ -42,6 +42,12 @@ class Effects(NamedTuple):
 Tell = Callable[[Effects], None]
 
 
+def _unless_owner(name: bytes, error: OSError) -> None:
+    """As `unsupported`, but keeps an owner that cannot be set."""
+    if name != attributes.OWNER or error.errno not in (errno.EPERM, errno.EINVAL):
+        unsupported(name, error)
+
+
 class CopyUp:
     """Copies up objects of one union; calls ``tell`` with the effects of each as soon as it appears."""
 
@@ -108,6 +114,13 @@ class CopyUp:
         """Copy the attributes of ``source`` (O_PATH) to ``name`` in ``at``, by default to the fd ``at``."""
         union, owners = self.union, self.union.stack.owners
         xattrs = copied_xattrs(union.markers, union.gate.rights, source, path_only=True)
+        permissions = union.require_upper().permissions
+        if permissions is not None:
+            shown, kind = union.shown(node, st, source), stat.S_IFMT(st.st_mode)
+            new = permissions.of_copy(shown, kind, xattrs, node.layer.permissions, union.markers)
+            special = kind not in (stat.S_IFREG, stat.S_IFDIR)
+            attributes.write(at, name, new, _unless_owner if special else unsupported, owner=special)
+            return
         if owners is not None:
             st, xattrs = owners.copied(st, xattrs, node.layer)
         owner = not union.identity.owns(st)

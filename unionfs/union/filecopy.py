@@ -14,6 +14,7 @@ from typing import Final
 
 from unionfs.sys import attributes, calls
 from unionfs.sys.fds import Owned
+from unionfs.union.attributes import replaced
 from unionfs.union.copyup import CopyUp, Effects
 from unionfs.union.filedata import clone, copy_data
 from unionfs.union.files import OpenFile, open_backing, open_held
@@ -63,14 +64,7 @@ class FileCopy:
         self._source = union.files.lend(node, write=False)
         self._open = True
         try:
-            if node.lower_data is not None:
-                with Owned(union.open_path(node)) as path_fd:
-                    self._metadata = union.gate.reopen(node.layer, path_fd, _READ)
-                self._st = os.fstat(self._metadata)
-            else:
-                # with one user it was just opened and not read since, so its atime is unchanged
-                known = self._source.st if self._source.users == 1 else None
-                self._st = known or os.fstat(self._source.fd)
+            self._st = self._attributes()
             #: See `flags`.
             self._flags = read_flags(self._source.fd if self._metadata < 0 else self._metadata)
             node.know_flags(self._flags)
@@ -86,6 +80,9 @@ class FileCopy:
             self._is_plain = self._source.xattrs == [] and self._mode & ~union.identity.sets == 0
             if union.markers.requires_write and not self._mode & stat.S_IWUSR:
                 self._is_plain = False  # such a mode comes last
+            self._permissions = union.require_upper().permissions
+            if self._permissions is not None:
+                self._is_plain = False
             self._target = os.open(
                 self._temporary.name, _NEW, self._mode if self._is_plain else 0o600, dir_fd=union.work.fd
             )
@@ -95,6 +92,21 @@ class FileCopy:
 
     def __enter__(self) -> FileCopy:
         return self
+
+    def _attributes(self) -> os.stat_result:
+        """Those of the node's object; opens it if its data lies elsewhere."""
+        node, union = self.node, self._union
+        if node.lower_data is not None:
+            with Owned(union.open_path(node)) as path_fd:
+                self._metadata = union.gate.reopen(node.layer, path_fd, _READ)
+            st = os.fstat(self._metadata)
+        else:
+            # with one user it was just opened and not read since, so its atime is unchanged
+            known = self._source.st if self._source.users == 1 else None
+            st = known or os.fstat(self._source.fd)
+        if node.layer.permissions is not None:
+            st = node.layer.permissions.show(st, self._source.fd if self._metadata < 0 else self._metadata)
+        return st
 
     @property
     def is_quick(self) -> bool:
@@ -130,6 +142,14 @@ class FileCopy:
         st, target, union = self._st, self._target, self._union
         xattrs, mode, owners = None, self._mode, union.stack.owners
         of = self._source.fd if self._metadata < 0 else self._metadata
+        if self._permissions is not None:
+            xattrs = copied_xattrs(union.markers, union.gate.rights, of)
+            shown = replaced(st, {stat.ST_MODE: stat.S_IFREG | mode})
+            new = self._permissions.of_copy(
+                shown, stat.S_IFREG, xattrs, self.node.layer.permissions, union.markers
+            )
+            attributes.write(target, None, new, unsupported, owner=False)
+            return
         if owners is not None:
             xattrs = copied_xattrs(union.markers, union.gate.rights, of)
             st, xattrs = owners.copied(st, xattrs, self.node.layer)

@@ -233,7 +233,9 @@ class Node:
 
     def attributes_of(self, st: os.stat_result) -> Attributes:
         """The result of stat(2), for an object with the attributes ``st``."""
-        nlink = st.st_nlink + self.more_links
+        nlink = st.st_nlink
+        if self.more_links:  # by an xattr, which may be wrong
+            nlink = max(nlink + self.more_links, 0 if self.unlinked else 1)
         if self.unlinked and (self.is_dir or not self.in_place):
             nlink = 0
         elif len(self.parts) > 1:
