@@ -330,7 +330,7 @@ class Pair(Opened):
         self._check(f"after {op}", ours, self.tree, copied)
         lines: list[str] = []
         if self.session != "overlay":  # which does not always fulfil the union's rules of d_ino and st_ino
-            lines += normalise.strict(ours)
+            lines += normalise.strict(ours, separate=self._separate)
             if op is not None:
                 touched = _touched(op)
                 lines += normalise.moved_inodes(self._our_tree, ours, touched, separate=self._separate)
