@@ -167,12 +167,13 @@ def compare_trees(
     return lines
 
 
-def strict(ours: Tree) -> list[str]:
-    """Rules for the union alone: d_ino = st_ino, and one st_dev for all."""
+def strict(ours: Tree, *, separate: bool = False) -> list[str]:
+    """Rules for the union alone: d_ino = st_ino, and one st_dev for all. ``separate``: rule 15 applies."""
     lines = [
         f"{path!r}: d_ino is {entry.d_ino}, st_ino {entry.ino}"
         for path, entry in ours.items()
         if path != b"." and entry.d_ino != entry.ino
+        and not (separate and HASHED & (entry.d_ino | entry.ino) and not stat.S_ISDIR(entry.mode))
     ]
     devices = {entry.dev for entry in ours.values()}
     if len(devices) > 1:

@@ -40,7 +40,7 @@ from unionfs.union.setids import SET_IDS, Who, is_outside, mode_after
 from unionfs.union.tree import Union
 from unionfs.union.xattrs import CAPABILITY
 
-Found = tuple[Node, Attributes]
+Named = tuple[Node, Attributes]
 """A node and its attributes. A reply with a new entry counts a lookup: `Node.looked_up`."""
 
 
@@ -172,24 +172,24 @@ class Operations:
 
     # -- names ----------------------------------------------------------------------------------------
 
-    def lookup(self, parent: int, name: bytes) -> Found | None:
+    def lookup(self, parent: int, name: bytes) -> Named | None:
         """The object of that name, or None."""
         node = self.directory(parent)
         return node.territory.lookup(node, name)
 
-    def mkdir(self, parent: int, name: bytes, mode: int, caller: Caller) -> Found:
+    def mkdir(self, parent: int, name: bytes, mode: int, caller: Caller) -> Named:
         """Create a directory."""
         return self.changes.mkdir(self.directory(parent), name, stat.S_IMODE(mode), caller)
 
-    def mknod(self, parent: int, name: bytes, mode: int, rdev: int, caller: Caller) -> Found:
+    def mknod(self, parent: int, name: bytes, mode: int, rdev: int, caller: Caller) -> Named:
         """Create a fifo, socket, device or regular file."""
         return self.changes.mknod(self.directory(parent), name, mode, rdev, caller)
 
-    def symlink(self, parent: int, name: bytes, target: bytes, caller: Caller) -> Found:
+    def symlink(self, parent: int, name: bytes, target: bytes, caller: Caller) -> Named:
         """Create a symlink."""
         return self.changes.symlink(self.directory(parent), name, target, caller)
 
-    async def link(self, id_: int, new_parent: int, new_name: bytes) -> Found:
+    async def link(self, id_: int, new_parent: int, new_name: bytes) -> Named:
         """Create a hard link."""
         node = self.node(id_)
         if node.territory is not self.directory(new_parent).territory:
@@ -230,12 +230,12 @@ class Operations:
 
     # -- attributes -----------------------------------------------------------------------------------
 
-    def getattr(self, id_: int) -> Found:
+    def getattr(self, id_: int) -> Named:
         """stat(2)."""
         node = self.node(id_)
         return node, self.union.attributes(node)
 
-    async def setattr(self, id_: int, change: Change, handle: Opened | None) -> Found:
+    async def setattr(self, id_: int, change: Change, handle: Opened | None) -> Named:
         """truncate(2), chown(2), chmod(2) and utimensat(2), in this order."""
         node = self.node(id_)
         change = _to_store(node, change)
@@ -266,7 +266,7 @@ class Operations:
         if change.atime_ns is not None or not self.union.files.is_open_for_writing(node):
             flags.may_set_times(node, [one for one in (change.atime_ns, change.mtime_ns) if one is not None])
 
-    def _set(self, node: Node, change: Change, handle: Opened | None) -> Found:
+    def _set(self, node: Node, change: Change, handle: Opened | None) -> Named:
         node.changes()
         changes_owner = change.uid is not None or change.gid is not None
         if change.size is not None:

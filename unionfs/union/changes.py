@@ -51,7 +51,7 @@ class Changes:
         self._union = union
         self._in_upper = _InUpper(union, copy_up)
 
-    def _steps(self, directory: Node) -> Steps:
+    def _territory(self, directory: Node) -> Steps:
         """The implementation of changes in a directory's territory."""
         territory = directory.territory
         return territory if type(territory) is Bound else self._in_upper
@@ -70,7 +70,7 @@ class Changes:
         """
         union = self._union
         union.flags.may_make(parent)
-        place = self._steps(parent).writable(parent)
+        place = self._territory(parent).writable(parent)
         wanted = os.O_RDWR | os.O_TMPFILE | os.O_CLOEXEC | flags & os.O_EXCL
         dir_fd, permissions = union.gate.fd(place), place.layer.permissions
         if caller.umask and (permissions is not None or not default_acl(place, dir_fd)):
@@ -149,7 +149,7 @@ class Changes:
 
         ``kind``: S_IFMT bits of what it makes.
         """
-        union, steps = self._union, self._steps(parent)
+        union, steps = self._union, self._territory(parent)
         _check_name(parent, name)
         union.flags.may_make(parent)
         place = steps.writable(parent)
@@ -208,7 +208,7 @@ class Changes:
         if node.territory is not parent.territory:
             raise os_error(errno.EXDEV)
         _check_name(parent, name)
-        return self._steps(parent).link(node, parent, name)
+        return self._territory(parent).link(node, parent, name)
 
     # -- removing -------------------------------------------------------------------------------------
 
@@ -225,7 +225,7 @@ class Changes:
         if node.is_linked_lower:
             return node
         with self._union.outliving(node):
-            self._steps(parent).unlink(node, parent, name)
+            self._territory(parent).unlink(node, parent, name)
             self._union.nodes.remove_name(node, parent, name)
             if self._union.index is not None:
                 self._union.index.lost_name(node)
@@ -241,7 +241,7 @@ class Changes:
         if not node.territory.is_empty(node):
             raise os_error(errno.ENOTEMPTY)
         with self._union.outliving(node):
-            self._steps(parent).rmdir(node, parent, name)
+            self._territory(parent).rmdir(node, parent, name)
             self._union.merge.forget(node.parts)
             self._union.nodes.remove_name(node, parent, name)
 
@@ -283,7 +283,7 @@ class Changes:
             self._union.flags.may_make(new_parent)
         else:
             self._union.flags.may_remove(new_parent, target)
-        return self._steps(parent).rename(node, target, (parent, name), (new_parent, new_name), flags)
+        return self._territory(parent).rename(node, target, (parent, name), (new_parent, new_name), flags)
 
 
 def _check_name(parent: Node, name: bytes) -> None:

@@ -11,7 +11,7 @@ from typing import Final
 from unionfs.fuse.direct.loop import Answer, Waiting
 from unionfs.fuse.direct.nodeio import NodeIos
 from unionfs.fuse.direct.writeback import WriteBack
-from unionfs.fuse.operations import Change, Found, Operations
+from unionfs.fuse.operations import Change, Named, Operations
 from unionfs.fuse.protocol import FOREVER, NEVER, Decision, Init, Opcode, Reply, Timeout, encode
 from unionfs.fuse.protocol import requests as rq
 from unionfs.fuse.protocol.flags import (
@@ -81,7 +81,7 @@ class NameRequests:
 
     # -- answers --------------------------------------------------------------------------------------
 
-    def _entry(self, unique: int, found: Found) -> Reply:
+    def _entry(self, unique: int, found: Named) -> Reply:
         """An entry, which counts one lookup."""
         node, attributes = found
         node.looked_up()
@@ -94,7 +94,7 @@ class NameRequests:
             _packed(attributes),
         )
 
-    def entry_out(self, found: Found) -> bytes:
+    def entry_out(self, found: Named) -> bytes:
         """An entry as part of another answer, which counts one lookup."""
         node, attributes = found
         node.looked_up()
@@ -110,7 +110,7 @@ class NameRequests:
         # Notices about changes of the node that superseded this one contain the new id.
         return self._ios.valid(node, attributes) if node.id == id_ else NEVER
 
-    def _attributes(self, request_id: int, unique: int, found: Found) -> Reply:
+    def _attributes(self, request_id: int, unique: int, found: Named) -> Reply:
         node, attributes = found
         return encode.attr(
             unique,
