@@ -33,6 +33,7 @@ from unionfs.sys.trees import remove_path
 from unionfs.union.changes import Caller, Changes
 from unionfs.union.copyup import CopyUp
 from unionfs.union.layers import LayerStack
+from unionfs.union.places import Gate, Layer, Place
 from unionfs.union.rights import Rights
 from unionfs.union.tree import Union
 
@@ -449,3 +450,37 @@ def test_override_without_free_fds(home: Path) -> None:
     if result is None:
         pytest.skip("no user namespaces here")
     assert result == ["EMFILE", "mine"]
+
+
+def test_up_a_deep_tree_of_two_layers(area: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The way to a directory of one layer does not close those of the other, for which it is walked again."""
+    deepest: list[Place] = []
+    for number in range(2):
+        top = area / str(number)
+        top.mkdir()
+        os.close(deep(top))
+        place = Layer(number, str(top), os.open(top, os.O_PATH), is_upper=False).root
+        for _ in range(LEVELS):
+            place = Place(place.layer, place, b"d")
+        deepest.append(place)
+    gate, opened = Gate(512), 0
+    real = os.open
+
+    def counted(*args: Any, **kwargs: Any) -> int:
+        nonlocal opened
+        opened += 1
+        return real(*args, **kwargs)
+
+    monkeypatch.setattr(os, "open", counted)
+    ways: list[Place | None] = [*deepest]
+    while ways[0] is not None:
+        for place in filter(None, ways):
+            gate.fd(place)
+        ways = [place.parent if place else None for place in ways]
+    roots = [place.layer.root_fd for place in deepest]
+    gate.close()
+    for fd in roots:
+        os.close(fd)
+    remove_path(str(area / "0"))
+    remove_path(str(area / "1"))
+    assert opened < 2 * LEVELS * LEVELS / 64

@@ -35,6 +35,8 @@ _KEEP_NUMBERS: Final = frozenset({
 NO_KEY: Final = -1
 #: More lookups than any directory without whiteouts by name has.
 _MANY: Final = 1 << 30
+_PART_OF_WAY: Final = 8
+"""Of the way to a directory, at most the last of so many parts of the open directories stays open."""
 
 
 class Layer:
@@ -252,7 +254,7 @@ class Gate:
             above = above.parent
         assert above is not None, "the root of a layer is always open"
         fd = above.fd
-        for step in reversed(chain):
+        for number, step in enumerate(reversed(chain), 1):
             try:
                 fd = os.open(step.name, _DIRECTORY, dir_fd=fd)
             except PermissionError as error:
@@ -266,6 +268,9 @@ class Gate:
                 oldest, _ = self._recent.popitem(last=False)
                 os.close(oldest.fd)
                 oldest.fd = -1
+            # In a deep tree a long way down must not displace those of the other layers, or every call walks.
+            if number > self.capacity // _PART_OF_WAY:
+                self.forget(chain[self.capacity // _PART_OF_WAY - number])
         return fd
 
     def open_for_listing(self, place: Place) -> int:
