@@ -89,6 +89,7 @@ def test_a_listing_between_two_copy_ups(union: Union, tmp_path: Path, begun: str
     _set(union, files[1], Change(mode=0o600))
     noted = [(tmp_path / name).stat().st_atime_ns > PAST for name in ("upper/d", "native")]
     assert noted[0] == noted[1]
+    early.names()  # which closes the directory
 
 
 def test_under_a_umask(tmp_path: Path, open_union: OpenUnion) -> None:
