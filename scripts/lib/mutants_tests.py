@@ -22,7 +22,7 @@ from typing import Any, Final
 import mutants_blocks
 
 REPOSITORY: Final = Path(__file__).resolve().parents[2]
-SESSIONS: Final = ("direct-hybrid", "direct-cached", "pyfuse3")
+SESSIONS: Final = ("direct-hybrid", "direct-cached", "pyfuse3", "direct-passthrough")
 """A test that runs on several of these is tried first on the first of those that execute the block."""
 _KEPT: Final = REPOSITORY / ".mutants.json"
 _SESSION: Final = re.compile("|".join(SESSIONS))
@@ -73,8 +73,7 @@ class Record:
 
     def _note(self, test: str, blocks: list[str]) -> None:
         for block in blocks:
-            # the block itself, its function, and its module
-            for key in {block, block.partition("#")[0], block.partition(":")[0]}:
+            for key in (block, block.partition("#")[0]):  # the block, and its function
                 self._tests[key].add(test)
 
     def update(self, files: set[Path]) -> None:
@@ -120,11 +119,10 @@ class Record:
         for line in report.read_text().splitlines() if report.exists() else ():
             seconds, passed, test = json.loads(line)
             file = notes / mutants_blocks.file_of(test)
-            if passed and file.exists():
+            if passed:
                 self._seconds[test] = seconds
-                self._blocks[test] = sorted(
-                    block_names[number] for number in mutants_blocks.numbers(file.read_bytes())
-                )
+                executed = mutants_blocks.numbers(file.read_bytes()) if file.exists() else set()
+                self._blocks[test] = sorted(block_names[number] for number in executed)
                 self._note(test, self._blocks[test])
         report.unlink(missing_ok=True)
 
@@ -141,12 +139,11 @@ class Record:
         """The tests in ``files`` to run for a change in a block, and their duration.
 
         Together they take about ``seconds``: those named like the module, then the quickest of each file, and
-        so on. For an unknown block, those of its function; for one outside of functions (None), those of its
-        module.
+        so on. For an unknown block, those of its function; for one outside of functions (None), any.
         """
         key = f"{module}:{block}"
         if block is None:
-            found = self._tests.get(module, set())
+            found = set(self._blocks)  # a test may read a constant without a call
         else:
             found = self._tests.get(key) or self._tests.get(key.partition("#")[0], set())
         about = Path(module).stem.rstrip("s")
