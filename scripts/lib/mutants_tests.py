@@ -138,8 +138,9 @@ class Record:
     ) -> tuple[list[str], float]:
         """The tests in ``files`` to run for a change in a block, and their duration.
 
-        Together they take about ``seconds``: those named like the module, then the quickest of each file, and
-        so on. For an unknown block, those of its function; for one outside of functions (None), any.
+        Together they take about ``seconds``: those without a mount, then those named like the module, then
+        the quickest of each file, and so on. For an unknown block, those of its function; for one outside of
+        functions (None), any.
         """
         key = f"{module}:{block}"
         if block is None:
@@ -153,7 +154,9 @@ class Record:
         for test in sorted((t for t in found if t.partition("::")[0] in files), key=self._cost):
             file = test.partition("::")[0]
             without = _SESSION.sub("", test)
-            order.append((about not in test, sessions[without], of_file[file], self._cost(test), test))
+            mounts = not file.startswith("tests/unit/")
+            ranks = mounts, about not in test, sessions[without], of_file[file]
+            order.append((*ranks, self._cost(test), test))
             sessions[without] += 1
             of_file[file] += 1
         chosen: list[str] = []
