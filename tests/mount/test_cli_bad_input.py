@@ -98,6 +98,20 @@ def test_leftovers_of_a_crash_in_work_are_fine(place: Place) -> None:
     assert os.listdir(place.work / "work") == []
 
 
+@pytest.mark.parametrize("kind", ["file", "symlink", "fifo"])
+@pytest.mark.parametrize("options", [(), ("-o", "index=on")])
+def test_an_index_that_is_no_directory(place: Place, kind: str, options: tuple[str, ...]) -> None:
+    index = place.work / "index"
+    if kind == "file":
+        index.touch()
+    elif kind == "symlink":
+        index.symlink_to(place.lower)
+    else:
+        os.mkfifo(index)
+    done = unionfs("mount", *place.layers, *options, place.merged)
+    _refused(place, done, "`index`", "cannot be opened", "empty directory")
+
+
 def test_work_left_by_a_volatile_mount(place: Place) -> None:
     (place.work / "work" / "incompat" / "volatile" / "dirty").mkdir(parents=True)
     done = _unchanged(place, *place.layers, place.merged)
@@ -319,12 +333,19 @@ def test_mountpoint_inside_upper_or_work(place: Place, name: str) -> None:
         ("uidmapping=:0:100000", "uidmapping=:0:100000: not a list of numbers in threes"),
         ("uidmapping=0:x:1", "uidmapping=0:x:1: not a list of numbers in threes"),
         ("gidmapping=:", "gidmapping=:: not a list"),
-        ("gidmapping=0:4294967295:2", "goes beyond 4294967295"),
+        ("gidmapping=0:4294967295:1", "goes beyond 4294967294"),
+        ("uidmapping=4294967295:0:1", "goes beyond 4294967294"),
+        ("uidmapping=0:0:4294967296", "goes beyond 4294967294"),
+        (f"uidmapping={'9' * 5000}:0:1", "not a list of numbers"),
+        (f"squash_to_uid={'9' * 5000}", "not a number below 4294967295"),
         ("uidmapping=0:1:0", "a range is empty"),
         ("uidmapping", "uidmapping has no value"),
         ("squash_to_uid=root", "squash_to_uid=root: not a number"),
         ("squash_to_gid=-1", "squash_to_gid=-1: not a number"),
-        ("xattr_permissions=2", "xattr_permissions"),
+        ("xattr_permissions=3", "xattr_permissions=3: not a known kind of xattr"),
+        ("xattr_permissions", "xattr_permissions has no value"),
+        ("xattr_permissions=2,index=on", "index=on conflicts with xattr_permissions"),
+        ("xattr_permissions=1,metacopy=on", "metacopy=on conflicts with xattr_permissions"),
         ("plugins=a.so", "plugins"),
         ("remount", "remount"),
         ("lowerdir=/other", "both by -l and by -o lowerdir="),

@@ -74,10 +74,13 @@ def test_read_only_as_podman_calls_it(place: Place) -> None:
     assert "ro" in _line(place.merged)[3].split(",")
 
 
-def test_what_would_change_modes_is_refused(place: Place) -> None:
-    done = _fuse_unionfs("-o", f"{place.data},xattr_permissions=2", place.merged)
-    refused(done, "xattr_permissions", program="fuse-unionfs")
-    assert mounts_at(place.merged) == []
+def test_a_force_mask_as_podman_passes_it(place: Place) -> None:
+    os.setxattr(place.lower, "user.containers.override_stat", b"0:0:0555:dir")
+    os.setxattr(place.lower / "base", "user.containers.override_stat", b"5:6:04755:file")
+    succeed(_fuse_unionfs("-o", f"{place.data},xattr_permissions=2,volatile", place.merged))
+    st = (place.merged / "base").stat()
+    assert (st.st_uid, st.st_gid, st.st_mode) == (5, 6, 0o104755)
+    assert place.merged.stat().st_mode == 0o040555
 
 
 def test_version_as_podman_info_shows_it() -> None:

@@ -7,7 +7,7 @@ import os
 import random
 import stat
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -271,3 +271,95 @@ def test_upper_that_was_pushed(kernel_overlay: None, area: Path, session: str) -
             for side in (ours, kernel):
                 os.utime(os.fsencode(side.root) + b"/" + path, ns=(1, 1), follow_symlinks=False)
             assert _shown(ours.root) == _shown(kernel.root)
+
+
+WRONG = (None, b"", b"U-5", b"L-9", b"U+0 ", b"U+99999999999", b"L+999999999")
+
+
+@pytest.mark.parametrize("value", WRONG)
+def test_a_wrong_count(kernel_overlay: None, area: Path, session: str, value: bytes | None) -> None:
+    """With a missing or invalid `nlink` of a copy every name can be examined, listed and removed."""
+    lower, upper = area / "lower", area / "upper"
+    for path in (lower, upper, area / "work"):
+        path.mkdir()
+    (lower / "a").write_text("a")
+    for name in ("b", "c"):
+        os.link(lower / "a", lower / name)
+    at = {"lowers": [lower], "upper": upper, "work": area / "work"}
+    with mounted(area, session=session, options=("index=on",), **at) as mount:
+        (mount.mountpoint / "a").write_text("changed")
+    (entry,) = (area / "work/index").iterdir()
+    os.link(entry, upper / "more")
+    if value is None:
+        os.removexattr(entry, "trusted.overlay.nlink")
+    else:
+        os.setxattr(entry, "trusted.overlay.nlink", value)
+    with mounted(area, session=session, options=("index=on",), **at) as mount:
+        for name in ("c", "b", "a", "more"):
+            assert name in os.listdir(mount.mountpoint)
+            assert all(path.stat().st_nlink >= 1 for path in mount.mountpoint.iterdir())
+            (mount.mountpoint / name).unlink()
+        assert os.listdir(mount.mountpoint) == []
+
+
+@pytest.mark.parametrize("known", [True, False], ids=["known names", "one name"])
+def test_pushed_names_that_were_changed(
+    kernel_overlay: None, area: Path, session: str, known: bool
+) -> None:
+    """A name by which a file was changed shows the change when the upper is a lower, like the kernel's; names
+    that were known then, too."""
+    changed = (b"d/a", b"d/low", b"other/c")
+    with _sides(area, session) as (ours, kernel):
+        for side in (ours, kernel):
+            with snapshot.held(side.root) if known else nullcontext():
+                for path in changed:
+                    _write(side.root, path)
+                    assert (side.root / "b").read_bytes()[-4:] == b"more"
+                os.utime(side.root / "other/b", ns=(1, 1), follow_symlinks=False)
+        shown = _shown(ours.root)
+        for side in (ours, kernel):
+            side.push()
+        now, expected = _shown(ours.root), _shown(kernel.root)
+        for path in changed:
+            assert now[path][2] == expected[path][2] == shown[path][2], path
+        assert os.stat(ours.root / "other/b", follow_symlinks=False).st_mtime_ns == 1
+        if known:
+            assert {path: found[2:] for path, found in now.items()} == {
+                path: found[2:] for path, found in shown.items()
+            }
+
+
+def test_metadata_of_a_pushed_copy(kernel_overlay: None, area: Path, session: str) -> None:
+    """The kernel reads a copy of a copy: with an index it refuses a metacopy file whose origin is not the
+    object below it (namei.c, ovl_lookup)."""
+    with _sides(area, session, "index=on", "metacopy=on", "redirect_dir=on") as (ours, kernel):
+        number = os.stat(ours.root / "single").st_ino
+        for change in (lambda path: _write(path, b"single"), lambda path: os.chmod(path / "single", 0o600)):
+            for side in (ours, kernel):
+                change(side.root)
+                side.push()
+        os.chown(ours.root / "single", 1000, 1000)
+        os.chown(kernel.root / "single", 1000, 1000)
+        assert os.stat(ours.root / "single").st_ino == number
+        for side, other in ((ours, "kernel"), (kernel, session)):
+            shown = _shown(side.root)
+            side.leave()
+            with side.mounted(other) as mount:
+                assert _shown(mount.mountpoint) == shown
+
+
+def test_metadata_before_data(kernel_overlay: None, area: Path, session: str) -> None:
+    """A metacopy file with several names gets its data by another name; then the layers are mounted again."""
+    options = ("index=on", "metacopy=on", "redirect_dir=on")
+    with _sides(area, session, *options) as (ours, kernel):
+        for side in (ours, kernel):
+            os.chmod(side.root / "b", 0o640)
+            os.rename(side.root / "d/a", side.root / "renamed")
+        assert _shown(ours.root) == _shown(kernel.root)
+        for side in (ours, kernel):
+            _write(side.root, b"d/e/a")
+        assert _shown(ours.root) == _shown(kernel.root)
+        for side in (ours, kernel):
+            side.leave()
+            side.enter()
+        assert _shown(ours.root) == _shown(kernel.root)

@@ -7,6 +7,7 @@ import errno
 import os
 import shutil
 import stat
+import subprocess
 from collections.abc import Callable
 from pathlib import Path
 
@@ -225,3 +226,19 @@ def test_upper_of_fuse_overlayfs(area: Path, root: None, session: str, by_name: 
         assert named.contents(mount.mountpoint) == after
     with named.fuse_overlayfs(area, lowers, by_name=by_name) as theirs:
         assert named.contents(theirs) == after
+
+
+@pytest.mark.parametrize("merged", [False, True])
+def test_whiteouts_of_no_name(area: Path, root: None, session: str, merged: bool) -> None:
+    """They hide nothing, and no name is listed for them: least of all `.` and `..` once more."""
+    _make(area, "top", "bottom")
+    for lower in ("top", "bottom") if merged else ("top",):
+        (area / lower / "d").mkdir()
+        (area / lower / "d" / lower).touch()
+    for name in (".wh.", ".wh..", ".wh..."):
+        (area / "top/d" / name).touch()
+    lowers = [area / "top", area / "bottom"]
+    with mounted(area, lowers=lowers, upper=area / "upper", work=area / "work", session=session) as mount:
+        directory = mount.mountpoint / "d"
+        shown = subprocess.run(["ls", "-a", directory], capture_output=True, text=True, check=True).stdout
+        assert shown.split() == sorted([".", "..", "top", *(["bottom"] if merged else [])])

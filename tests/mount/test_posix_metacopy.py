@@ -55,6 +55,8 @@ def build(lowers: list[Path]) -> None:
 
 
 FILES = ("f", "d/f", "d/small", "d/setuid", "d/sparse", "middle")
+EMPTY = "d/empty"
+"""Has no data to be left in the lower."""
 
 
 def change_metadata(root: Path) -> None:
@@ -65,6 +67,7 @@ def change_metadata(root: Path) -> None:
     os.setxattr(root / "d/sparse", "user.mine", b"1")
     os.chown(root / "d/setuid", 0, 0)
     os.chmod(root / "middle", 0o444)
+    os.chmod(root / EMPTY, 0o4711)
 
 
 def other_names(root: Path) -> None:

@@ -5,102 +5,33 @@ from __future__ import annotations
 import mmap
 import os
 import shutil
-import stat
 import subprocess
 from collections.abc import Iterator
-from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
 
 from tests.mount.cli_calls import Place, gone, refused, succeed, unionfs, wait_for
-from tests.support.mounting import Mount, kernel_mounted, mounted
-
-Shown = dict[str, tuple[object, ...]]
+from tests.support.live_lowers import World, world
 
 
-def _shown(root: Path, below: str = "") -> Shown:
-    """All of a tree: types, modes, sizes, link targets and data."""
-    found: Shown = {}
-    with os.scandir(root / below) as entries:
-        for entry in entries:
-            path = os.path.join(below, entry.name)
-            st = entry.stat(follow_symlinks=False)
-            what: object = None
-            if stat.S_ISREG(st.st_mode):
-                what = st.st_size, (root / path).read_bytes()
-            elif stat.S_ISLNK(st.st_mode):
-                what = os.readlink(root / path)
-            found[path] = oct(st.st_mode), what
-            if stat.S_ISDIR(st.st_mode):
-                found |= _shown(root, path)
-    return found
-
-
-def _fill(lower: Path, text: str) -> None:
-    for name in ("d/sub/deep", "e", "vanishes/below"):
-        (lower / name).mkdir(parents=True)
-    for number in range(20):
-        (lower / f"d/f{number}").write_text(f"{text} {number}\n")
-        (lower / f"d/sub/deep/g{number}").write_text(f"{text} {number}\n" * 3000)
-    (lower / "vanishes/below/x").write_text(text)
-    (lower / "link").symlink_to(f"d/{text}")
-    (lower / "changes-kind").write_text(text)
-    (lower / f"only-{text}").write_text(text)
-
-
-class _World:
-    """Two lowers, an upper with some changes, and the union; ``fresh`` is what a new mount shows."""
-
-    def __init__(self, area: Path, mount: Mount) -> None:
-        self.area = area
-        self.mount = mount
-        self.top, self.bottom = mount.lowers
-        self.union = mount.mountpoint
+class _World(World):
+    """A union that shows changes after `unionfs refresh`."""
 
     def refresh(self) -> None:
         succeed(unionfs("refresh", self.union))
 
-    def fresh(self) -> Shown:
-        with ExitStack() as stack:
-            copies = self.area / "copies"
-            copies.mkdir()
-            stack.callback(shutil.rmtree, copies)
-            assert self.mount.upper is not None
-            for layer in (*self.mount.lowers, self.mount.upper):
-                subprocess.run(["cp", "-a", str(layer), str(copies)], check=True)
-            (copies / "work").mkdir()
-            mount = stack.enter_context(
-                kernel_mounted(
-                    self.area, lowers=[copies / "top", copies / "bottom"], upper=copies / "upper",
-                    work=copies / "work",
-                )
-            )  # fmt: skip
-            return _shown(mount.mountpoint)
-
     def check(self) -> None:
         self.refresh()
-        assert _shown(self.union) == self.fresh()
+        assert self.seen() == self.fresh()
         for name in ("not-there", "d/not-there", "e/not-there"):
             assert not (self.union / name).exists()
 
 
 @pytest.fixture
 def made(kernel_overlay: None, area: Path, session: str) -> Iterator[_World]:
-    for name in ("top", "bottom", "upper", "work"):
-        (area / name).mkdir()
-    _fill(area / "top", "top")
-    _fill(area / "bottom", "bottom")
-    lowers = [area / "top", area / "bottom"]
-    with mounted(area, lowers=lowers, upper=area / "upper", work=area / "work", session=session) as mount:
-        (mount.mountpoint / "d/f1").write_text("of the upper\n")
-        (mount.mountpoint / "d/f2").unlink()
-        (mount.mountpoint / "d/own").write_text("own\n")
-        found = _World(area, mount)
-        _shown(mount.mountpoint)
-        for name in ("not-there", "d/not-there", "e/not-there", "e/new", "new", "d/f30", "d/sub/new/x"):
-            assert not (mount.mountpoint / name).exists()
-        yield found
+    with world(area, session) as found:
+        yield _World(area, found.mount)
 
 
 def test_changes_of_all_kinds(made: _World) -> None:
@@ -160,6 +91,28 @@ def test_what_is_open_and_mapped(made: _World) -> None:
         assert (made.union / "d/f5").read_text() == "another\n"
         assert os.fstat(changed.fileno()).st_size == size
     made.check()
+
+
+def test_hard_links(kernel_overlay: None, area: Path, session: str) -> None:
+    """A name of a hard link that was given to another file is lost; the others stay, with their number."""
+    with world(area, session, links=True) as found:
+        made = _World(area, found.mount)
+        number = (made.union / "e/link0").stat().st_ino
+        with (made.union / "e/link0").open("rb") as opened:
+            made.check()
+            (made.top / "d/other").write_text("another file\n")
+            os.rename(made.top / "d/other", made.top / "e/link1")
+            made.check()
+            assert (made.union / "e/link0").stat().st_ino == number
+            assert os.fstat(opened.fileno()).st_size == 7
+            (made.top / "d/f10").unlink()
+            made.check()
+            assert opened.read() == b"top 10\n"
+        (made.union / "e/link2").write_text("copied up\n")
+        (made.top / "e/link1").write_text("changed\n")
+        made.refresh()
+        assert (made.union / "e/link2").read_text() == "copied up\n"
+        assert (made.union / "e/link1").read_text() == "changed\n"
 
 
 def test_what_is_mounted_inside_stays(made: _World) -> None:

@@ -60,3 +60,15 @@ def test_the_same_as_on_a_copy(results: dict[str, dict[str, Any]], name: str) ->
     for what in ("run", "look"):
         native, union = results[what][name]
         assert union == native, what
+
+
+def test_check_of_files_without_permissions(host: Host) -> None:
+    """An upper with copies of mode 0000 and 0200, which have markers, can be examined by their owner."""
+    place = host.place
+    host.mount()
+    for name, mode in (("base", "0"), ("deep", "200")):
+        assert host.run("chmod", mode, place.merged / name).returncode == 0
+    assert host.unionfs("umount", place.merged).returncode == 0
+    layers = ("-u", place.upper, "-l", place.lower, "-l", place.lower2, "-w", place.work)
+    done = host.unionfs("check", *layers)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")

@@ -33,13 +33,18 @@ class Machine:
         self.random = random.Random(seed)
         self.played: list[Op] = []
 
-    def play(self, steps: int) -> None:
-        """Make that many choices from ``OPERATIONS``, then the final checks; raises Difference."""
+    def play(self, steps: int, *, push_after: int = 0) -> None:
+        """Make that many choices from ``OPERATIONS``, then the final checks; raises Difference.
+
+        ``push_after``: also put a new upper on top each time that many were made.
+        """
         names = [name for name, _ in OPERATIONS]
         weights = [weight for _, weight in OPERATIONS]
         self.pair.begin()
-        for name in self.random.choices(names, weights, k=steps):
+        for number, name in enumerate(self.random.choices(names, weights, k=steps), 1):
             getattr(self, name)()
+            if push_after and number % push_after == 0:
+                self.push()
         self.pair.finish()
 
     def do(self, name: str, who: str, *args: object, mask: int = 0o022) -> None:
@@ -147,6 +152,12 @@ class Machine:
 
     def remount(self) -> None:
         self.do("remount", "root")
+
+    def push(self) -> None:
+        self.do("push", "root")
+
+    def swap(self) -> None:
+        self.do("swap", "root")
 
     def unlink(self) -> None:
         kinds = [stat.S_IFREG, stat.S_IFLNK, stat.S_IFIFO, stat.S_IFCHR, stat.S_IFSOCK]
@@ -278,6 +289,7 @@ class Machine:
 OPERATIONS = [
     ("create", 6), ("write", 6), ("read", 2), ("truncate", 4), ("chmod", 4), ("chown", 4), ("link", 4),
     ("symlink", 2), ("rename", 8), ("rename_over", 4), ("move_directory", 6), ("remount", 1),
+    ("push", 1), ("swap", 1),
     ("unlink", 5), ("mkdir", 4), ("rmdir", 4), ("remove_all", 2), ("mknod", 3), ("setxattr", 5),
     ("getxattr", 1), ("removexattr", 3), ("utimens", 3), ("look_at", 2), ("access", 1), ("fsync", 1),
     ("drop_caches", 1), ("open", 5), ("open_and_remove", 3), ("handle_io", 6), ("handle_meta", 5),

@@ -36,14 +36,23 @@
     returns EXDEV for another name, the union copies the data first. Such names are not renamed or linked.
 15. Only ``--session pyfuse3``, without an index of hard links: each name of a lower's file has an inode
     number of its own, for the library has one number for node and inode; another one once it was forgotten,
-    also if the name has been copied up alone meanwhile.
+    also if the name has been copied up alone meanwhile. One that is forgotten while a tree is read may leave
+    its number to another one.
+16. Where an upper has become a lower, overlayfs has other numbers than the union: there only copies in the
+    upper have the number of their origin (``ovl_lookup`` calls ``ovl_check_origin`` for the upper alone), in
+    the union copies in lowers too. So the numbers of the two sides differ then.
+17. An index of hard links is not used any more when its upper becomes a lower. Then a name that is not in
+    that upper is the first lower's file again. overlayfs puts a name there when the file is changed by it;
+    the union cannot know by which of those that the kernel knows, and puts all of them there. So both sides
+    change such files by all names before. Afterwards the index's own entry counts in ``st_nlink``, and the
+    file has a new number, as in overlayfs. So have other files with several hard links in the upper.
 """
 
 from __future__ import annotations
 
 import stat
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Set
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -66,6 +75,8 @@ LATE = "direct-cached"
 """The session of rule 12."""
 SEPARATE = "pyfuse3"
 """The session of rule 15."""
+HASHED = 1 << 62
+"""Set in the numbers of its own that a name has by rule 15 (``unionfs/union/numbers.py``)."""
 
 Result = tuple[str, Any]
 
@@ -147,18 +158,22 @@ def compare_trees(
         if path not in late and not _nlinks(theirs[path].mode, ours[path].nlink, theirs[path].nlink):
             lines.append(f"{path!r}: nlink is {ours[path].nlink}, overlayfs has {theirs[path].nlink}")
     mine_groups, their_groups = _relations(ours, late), _relations(theirs, late)
-    lines += [f"one file: {sorted(group)!r}" for group in mine_groups - their_groups]
+    extra = mine_groups - their_groups
+    if separate:
+        extra = {group for group in extra if not any(group < other for other in their_groups)}
+    lines += [f"one file: {sorted(group)!r}" for group in extra]
     if not separate:
         lines += [f"not one file: {sorted(group)!r}" for group in their_groups - mine_groups]
     return lines
 
 
-def strict(ours: Tree) -> list[str]:
-    """Rules for the union alone: d_ino = st_ino, and one st_dev for all."""
+def strict(ours: Tree, *, separate: bool = False) -> list[str]:
+    """Rules for the union alone: d_ino = st_ino, and one st_dev for all. ``separate``: rule 15 applies."""
     lines = [
         f"{path!r}: d_ino is {entry.d_ino}, st_ino {entry.ino}"
         for path, entry in ours.items()
         if path != b"." and entry.d_ino != entry.ino
+        and not (separate and HASHED & (entry.d_ino | entry.ino) and not stat.S_ISDIR(entry.mode))
     ]
     devices = {entry.dev for entry in ours.values()}
     if len(devices) > 1:
@@ -191,6 +206,25 @@ def moved_inodes(
         broken = not stat.S_ISDIR(old.mode) and (separate or old.nlink > 1 == new.nlink)
         if old.ino != new.ino and old.kind == new.kind and not broken:
             lines.append(f"{path!r}: st_ino changed from {old.ino} to {new.ino}")
+    return lines
+
+
+def numbers_lost(
+    ours: tuple[Tree, Tree], theirs: tuple[Tree, Tree], linked: Set[bytes], own: Set[int]
+) -> list[str]:
+    """Names that have another st_ino after the layers were mounted again; pairs of trees before and after.
+
+    ``linked``: the names of rule 17; they may have another number if overlayfs has a new one. ``own``: the
+    numbers to which rule 15 applies.
+    """
+    lines = []
+    for path in sorted(ours[0].keys() & ours[1].keys()):
+        old, new = ours[0][path].ino, ours[1][path].ino
+        if old == new or (own and (HASHED & (old | new) or old in own or new in own)):
+            continue
+        kernel = [tree[path].ino for tree in theirs]
+        if path not in linked or kernel[0] == kernel[1]:
+            lines.append(f"{path!r}: st_ino changed from {old} to {new}; overlayfs has {kernel}")
     return lines
 
 

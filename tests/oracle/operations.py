@@ -88,6 +88,12 @@ def take() -> snapshot.Tree:
     return snapshot.take(b".")
 
 
+def touch_up(path: bytes) -> None:
+    """Copy up a file by a name, without a visible change."""
+    found = os.lstat(path)
+    os.utime(path, ns=(found.st_atime_ns, found.st_mtime_ns), follow_symlinks=False)
+
+
 def handle_names() -> dict[int, bytes]:
     """The kernel's current path of each open handle ("... (deleted)" without a name)."""
     return {number: os.fsencode(os.readlink(f"/proc/self/fd/{fd}")) for number, fd in HANDLES.items()}

@@ -7,118 +7,44 @@ over the same lowers.
 
 from __future__ import annotations
 
-import contextlib
 import errno
 import os
-import shutil
 import stat
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Sequence, Set
+from dataclasses import replace
 from pathlib import Path
 
-from tests.oracle import layers, normalise, operations
+from tests.oracle import normalise, operations
+from tests.oracle.opened import Opened
 from tests.oracle.operations import Op
+from tests.oracle.side import Layers, Side, arena_name
 from tests.support import mounting, snapshot
 from tests.support.mounting import Mount
 from tests.support.snapshot import Tree
-from tests.support.worker import Worker, WorkerFailed, WorkerHung
+from tests.support.worker import WorkerFailed, WorkerHung
 
 ARENAS = 24
 """The default number of arenas of a pair: creating them takes longer than an example."""
+PUSHED = 20
+"""So many uppers may have become lowers when an example begins: mount(2) takes a page of options."""
 REMOVING = frozenset({"unlink", "rmdir", "rename"})
 """Operations that may remove the name of an open file."""
 COPYING_HANDLE = frozenset({"h_chmod", "h_chown", "h_setxattr"})
 """Operations that copy up an open directory."""
+NAMING = frozenset({"unlink", "rename", "mkdir", "rmdir", "mknod", "symlink", "link"})
+"""Operations that may assign a name to another object."""
+OPENING = frozenset({"open", "h_reopen", "create", "write"})
+"""Operations that may open a file for writing without a change of it."""
+LAYERS = frozenset({"remount", "push", "swap"})
+"""Operations on the mounts: mount again, with the upper as the topmost lower below a new one, or with the
+other side's layers."""
 
 
 class Difference(AssertionError):
     """The two sides are not equal, or a rule of the union is broken."""
 
 
-@dataclass
-class Side:
-    """One of the two: its layers, its mount and a worker for each identity."""
-
-    name: str
-    home: Path
-    count: int
-    arenas: int
-    options: Sequence[str] = ()
-    mount: Mount | None = None
-    stack: contextlib.ExitStack = field(default_factory=contextlib.ExitStack)
-    workers: dict[str, Worker] = field(default_factory=dict)
-
-    def build(self) -> None:
-        """Create the lowers, with all arenas."""
-        shutil.rmtree(self.home, ignore_errors=True)
-        self.home.mkdir()
-        for lower in self.lowers:
-            lower.mkdir()
-        for index in range(self.arenas):
-            layers.build([lower / arena_name(index) for lower in self.lowers])
-
-    @property
-    def lowers(self) -> list[Path]:
-        return [self.home / f"lower{index}" for index in range(1, self.count + 1)]
-
-    @property
-    def upper(self) -> Path:
-        return self.home / "upper"
-
-    @property
-    def work(self) -> Path:
-        return self.home / "work"
-
-    def open(self, session: str) -> None:
-        """Mount with an empty upper and start missing workers."""
-        for path in (self.upper, self.work):
-            shutil.rmtree(path, ignore_errors=True)
-            path.mkdir()
-        self.enter(session)
-        for who, (uid, gid, groups) in operations.IDENTITIES.items():
-            if who not in self.workers or not self.workers[who].alive:
-                self.workers[who] = Worker(uid, gid, groups, modules=["tests.oracle.operations"])
-
-    def enter(self, session: str) -> Mount:
-        """Mount the layers with their present content; ``leave`` undoes it."""
-        home, lowers, upper, work, options = self.home, self.lowers, self.upper, self.work, self.options
-        context = (
-            mounting.kernel_mounted(home, lowers=lowers, upper=upper, work=work, options=options)
-            if session == "kernel"
-            else mounting.mounted(
-                home, lowers=lowers, upper=upper, work=work, options=options, session=session
-            )
-        )
-        self.mount = self.stack.enter_context(context)
-        return self.mount
-
-    def leave(self) -> None:
-        """Unmount; raises MountFailed if the daemon does not end correctly."""
-        for worker in self.workers.values():
-            if worker.alive:
-                worker.call(operations.end)
-        self.mount = None
-        self.stack.close()
-
-    def destroy(self) -> None:
-        """End everything by force."""
-        if self.mount is not None:
-            mounting.destroy(self.mount)
-        for worker in self.workers.values():
-            worker.kill()
-            worker.close()
-        self.workers.clear()
-        self.mount = None
-        with contextlib.suppress(AssertionError, OSError):
-            self.stack.close()
-
-
-def arena_name(index: int) -> str:
-    """The directory of one arena."""
-    return f"arena-{index:02}"
-
-
-class Pair:
+class Pair(Opened):
     """``ours`` and ``theirs``; ``begin``, then ``step`` for each operation, then ``finish``."""
 
     def __init__(
@@ -134,25 +60,24 @@ class Pair:
         """``options``: of both mounts; without any, `redirect_dir=on`. ``index``: whether both have one."""
         self.index = index
         self.session, self.count, self.arenas = session, count, arenas
+        self.sessions = [session, "kernel"]
         #: The session without shortcuts has the same rules.
         self.kind = session.removesuffix(mounting.PLAIN)
         self.clock = normalise.Clock.start()
         self._is_metacopy = normalise.METACOPY in options
         self._separate = self.kind == normalise.SEPARATE and not index
-        options = [*(options or ["redirect_dir=on"]), "index=on" if index else "index=off"]
-        self.ours = Side("ours", home / "ours", count, arenas, options)
-        self.theirs = Side("theirs", home / "theirs", count, arenas, options)
+        self.options = options or ["redirect_dir=on"]
+        options = [*self.options, "index=on" if index else "index=off"]
+        super().__init__(
+            *(Side(name, home / name, Layers(home / name, count), options) for name in ("ours", "theirs"))
+        )
         self.home = home
         self._next = arenas
         self._broken = False  # the mounts are unusable
         self._spoiled = False  # so are the lowers
         self._final: dict[str, Tree] = {}
         self._manifests: dict[tuple[Path, str], dict[bytes, tuple[object, ...]]] = {}
-        self.arena = ""
-        self.tree: Tree = {}
         self._our_tree: Tree = {}
-        self.handles: dict[str, set[int]] = {}
-        self._dead: dict[tuple[str, int], bytes] = {}
         self._spoiled = True
 
     # -- the life of the mounts
@@ -160,18 +85,20 @@ class Pair:
     def _renew(self) -> None:
         if self._broken:
             self._final.clear()
-            for side in (self.ours, self.theirs):
-                side.destroy()
+            self.destroy()
         else:
             self.close()
         if self._spoiled:
-            for side in (self.ours, self.theirs):
-                side.build()
-            for lower in self.ours.lowers:
-                for index in range(self.arenas):
-                    self._manifests[lower, arena_name(index)] = snapshot.manifest(lower / arena_name(index))
-            self._spoiled = False
-        for side, session in ((self.ours, self.session), (self.theirs, "kernel")):
+            self._manifests.clear()
+            for side in self.sides:
+                side.layers = Layers(side.home, self.count)
+                side.layers.build(self.arenas)
+                for lower in side.layers.first:
+                    for name in map(arena_name, range(self.arenas)):
+                        self._manifests[lower, name] = snapshot.manifest(lower / name)
+            self._first, self._spoiled = list(self._manifests), False
+        self._manifests = {key: self._manifests[key] for key in self._first}
+        for side, session in zip(self.sides, self.sessions, strict=True):
             side.open(session)
         self._next, self._broken = 0, False
 
@@ -179,29 +106,34 @@ class Pair:
         """Unmount both, then check every finished tree again with the uppers exchanged, writable."""
         if self.ours.mount is None or self._broken:
             return
-        for side in (self.ours, self.theirs):
+        for side in self.sides:
             side.leave()
         final, self._final = self._final, {}
-        for side, session in ((self.ours, "kernel"), (self.theirs, self.session)):
+        for side, session in zip(self.sides, reversed(self.sessions), strict=True):
             mount = side.enter(session)
             try:
                 for self.arena, tree in final.items():
-                    arena = self.arena
-                    again = side.workers["root"].call(snapshot.take, os.fsencode(mount.mountpoint / arena))
-                    self._check(f"{side.name}'s upper under {session}, after the run, {arena}", again, tree)
+                    again = self._read(side, mount)
+                    when = f"{side.name}'s upper under {session}, after the run, {self.arena}"
+                    self._check(when, {path: again[path] for path in again if path in tree}, tree)
             finally:
                 side.leave()
 
+    def _read(self, side: Side, mount: Mount) -> Tree:
+        tree: Tree = side.workers["root"].call(snapshot.take, os.fsencode(mount.mountpoint / self.arena))
+        return tree
+
     def destroy(self) -> None:
         """End both sides by force."""
-        for side in (self.ours, self.theirs):
+        for side in self.sides:
             side.destroy()
 
     # -- one example
 
     def begin(self) -> None:
         """Start an example in a fresh arena."""
-        if self._broken or self._next >= self.arenas or self.ours.mount is None:
+        full = self._next >= self.arenas or self.ours.layers.pushed >= PUSHED
+        if self._broken or full or self.ours.mount is None:
             self._renew()
         self.arena = arena_name(self._next)
         self._next += 1
@@ -210,20 +142,103 @@ class Pair:
     def _begin(self) -> None:
         self.handles = {who: set() for who in operations.IDENTITIES}
         self._dead.clear()
-        for side in (self.ours, self.theirs):
+        for side in self.sides:
             assert side.mount is not None
             for worker in side.workers.values():
                 worker.call(operations.begin, os.fsencode(side.mount.mountpoint / self.arena))
         self.look(None)
 
-    def _remount(self) -> None:
-        """Unmount both sides and mount them again: the trees must be the same, though not st_ino."""
-        for side, session in ((self.ours, self.session), (self.theirs, "kernel")):
+    def _remount(self, name: str) -> None:
+        """Unmount both sides and mount them again, with what ``name`` changes in the layers.
+
+        The trees must be the same as before, and each object must have the number that it had.
+        """
+        if name != "remount":
+            self._settle(pushes=name == "push")
+        ours, theirs = self._our_tree, self.tree
+        linked = self._linked(self.arena, theirs) if name == "push" else frozenset()
+        for side in self.sides:
             side.leave()
+        if name == "push":
+            self._push()
+        elif name == "swap":
+            self.ours.layers, self.theirs.layers = self.theirs.layers, self.ours.layers
+            ours, theirs = theirs, ours
+        for side, session in zip(self.sides, self.sessions, strict=True):
             side.enter(session)
-        before = self.tree
         self._begin()
-        self._check("after a remount, overlayfs before it", self._our_tree, before, self.theirs)
+        trees = [(ours, self._our_tree), (theirs, self.tree)]
+        for side, (before, after) in zip(self.sides, trees, strict=True):
+            when = f"after a {name}, with {side.name} before it"
+            if self.index:
+                before = {
+                    path: replace(entry, nlink=after[path].nlink) if path in linked else entry
+                    for path, entry in before.items()
+                }
+            # What the union shows comes first, as the rules are about it.
+            pair = (before, after) if name == "swap" and side is self.theirs else (after, before)
+            self._check(when, *pair)
+        if self.session == "overlay" or (name == "swap" and self.ours.layers.pushed):
+            return  # rule 16
+        own = self._shared_numbers(self.arena) if self._separate else frozenset()
+        lines = normalise.numbers_lost(*trees, linked, own)
+        if name == "swap":
+            lines += normalise.numbers_lost(*reversed(trees), linked, own)
+        if lines:
+            raise Difference(f"after a {name}:\n  " + "\n  ".join(lines[:20]))
+
+    def _shared_numbers(self, arena: str) -> Set[int]:
+        """The numbers of files with several hard links in the lowers."""
+        return {
+            entry[8]  # type: ignore
+            for (_, name), manifest in self._manifests.items()
+            if name == arena
+            for entry in manifest.values()
+            if entry[5] > 1 and not stat.S_ISDIR(entry[0])  # type: ignore
+        }
+
+    def _push(self) -> None:
+        """Make the uppers lowers."""
+        for side in self.sides:
+            if (side.layers.upper / self.arena).exists():
+                manifest = snapshot.manifest(side.layers.upper / self.arena)
+                self._manifests[side.layers.upper, self.arena] = manifest
+        if self.index:
+            for arena, tree in self._final.items():
+                self._final[arena] = _without(tree, self._linked(arena, tree))
+        for side in self.sides:
+            side.layers.push()
+
+    def _linked(self, arena: str, tree: Tree) -> frozenset[bytes]:
+        """The files of rule 17: those that have, or had, several names."""
+        shared = self._shared_numbers(arena)
+        return frozenset(
+            path
+            for path, entry in tree.items()
+            if not stat.S_ISDIR(entry.mode)
+            if entry.nlink > 1 or entry.ino in shared or any(s.was_indexed(arena, path) for s in self.sides)
+        )
+
+    def _settle(self, *, pushes: bool = False) -> None:
+        """Copy up what rule 12 applies to: with the layers exchanged it would apply to overlayfs. ``pushes``:
+        and what rule 17 applies to, by each name of a copy, on both sides."""
+        tree, names = self.tree, []
+        if self.kind == normalise.LATE:
+            copied = self._copied_up()
+            names = [
+                path
+                for path, entry in self._our_tree.items()
+                if entry.nlink > tree[path].nlink and self._is_late(path, copied)
+            ]
+        for path in names:
+            self.ours.workers["root"].call(operations.touch_up, path)
+        if pushes and any(side.has_index_entries() for side in self.sides):
+            names += (linked := sorted(self._linked(self.arena, tree)))
+            for path in linked:
+                for side in self.sides:
+                    side.workers["root"].call(operations.touch_up, path)
+        if names:
+            self.look(None)
 
     def step(self, op: Op) -> None:
         """Do one operation on both sides and compare; raises Difference. Skipped without the handle."""
@@ -235,8 +250,8 @@ class Pair:
             return  # rule 14
         if op.name in ("rmdir", "rename") and any(_normal(item) in normalise.KEPT for item in op.args):
             return
-        if op.name == "remount":
-            self._guarded(self._remount)
+        if op.name in LAYERS:
+            self._guarded(lambda: self._remount(op.name))
             return
         open_lowers = self._open_lowers(op) if self.kind == normalise.KEEPING else set()
         if op.name == "h_reopen" and (op.who, op.args[0]) in open_lowers and _writes(op.args[2]):
@@ -264,7 +279,7 @@ class Pair:
             if self.theirs.workers["root"].call(operations.has_default_acl, path):
                 umask = 0
         before = self._where(op) if op.name in REMOVING else {}
-        for side in (self.ours, self.theirs):
+        for side in self.sides:
             side.workers[op.who].start(operations.run, op.name, umask, op.args)
         ours = self.ours.workers[op.who].finish()
         theirs = self.theirs.workers[op.who].finish()
@@ -293,99 +308,14 @@ class Pair:
         names = [name for item in op.args if isinstance(item, bytes) for name in item.split(b"/")]
         return self._is_metacopy and max(map(len, names)) > normalise.LONG_NAME
 
-    def _note_handles(self, op: Op, *, ok: bool) -> None:
-        if not ok:
-            return
-        mine = self.handles[op.who]
-        if op.name == "h_close":
-            mine.discard(op.args[0])
-            self._dead.pop((op.who, op.args[0]), None)
-        elif op.name == "open":
-            mine.add(op.args[0])
-            self._dead.pop((op.who, op.args[0]), None)
-        elif op.name == "h_reopen":
-            mine.add(op.args[1])
-            source = self._dead.get((op.who, op.args[0]))
-            self._dead.pop((op.who, op.args[1]), None)
-            if source is not None:
-                self._dead[op.who, op.args[1]] = source
-
-    def _names(self) -> dict[tuple[str, int], bytes]:
-        return {
-            (who, number): name
-            for who, numbers in self.handles.items()
-            if numbers
-            for number, name in self.theirs.workers[who].call(operations.handle_names).items()
-        }
-
-    def _where(self, op: Op) -> dict[tuple[str, int], tuple[bytes, bool]]:
-        """The name of each open handle on overlayfs, and whether that is already in the upper."""
-        assert self.theirs.mount is not None
-        prefix = os.fsencode(self.theirs.mount.mountpoint / self.arena) + b"/"
-        found = {}
-        for key, name in self._names().items():
-            if not name.endswith(b" (deleted)"):
-                path = name.removeprefix(prefix)
-                found[key] = (path, self.is_copied_up(path))
-        return found
-
-    def _note_dead(self, before: dict[tuple[str, int], tuple[bytes, bool]]) -> None:
-        for key, name in self._names().items():
-            if name.endswith(b" (deleted)") and key in before and not before[key][1]:
-                self._dead[key] = before[key][0]
-
-    def _is_dead_directory(self, who: str, number: int) -> bool:
-        if (who, number) not in self._dead:
-            return False
-        _, found = self.theirs.workers[who].call(operations.run, "h_stat", 0, (number,))
-        return stat.S_ISDIR(found.mode)
-
-    def _close_dead(self, path: bytes) -> None:
-        for who, number in [key for key, name in self._dead.items() if name == path]:
-            self._forget(who, number)
-
-    def _open_lowers(self, op: Op) -> set[tuple[str, int]]:
-        """The handles on a regular file of a lower."""
-        found = set(self._dead)
-        for key, (name, copied_up) in self._where(op).items():
-            entry = self.tree.get(name)
-            if entry is not None and entry.kind == stat.S_IFREG and not copied_up:
-                found.add(key)
-        return found
-
-    def _close_copied_up(self, op: Op, open_lowers: set[tuple[str, int]]) -> None:
-        """Rule 11: close the handles whose file is now in the upper."""
-        if not open_lowers:
-            return
-        new = {"open": 0, "h_reopen": 1}.get(op.name)
-        fresh = None if new is None else (op.who, op.args[new])
-        for key, (_, copied_up) in self._where(op).items():
-            if key in open_lowers and key != fresh and copied_up:
-                self._forget(*key)
-
-    def _forget(self, who: str, number: int) -> None:
-        for side in (self.ours, self.theirs):
-            side.workers[who].call(operations.run, "h_forget", 0, (number,))
-        self.handles[who].discard(number)
-        self._dead.pop((who, number), None)
-
-    def is_copied_up(self, path: bytes, side: Side | None = None) -> bool:
-        """Whether a side (by default overlayfs) has the path in its upper (a whiteout there is no copy)."""
-        upper = (side or self.theirs).upper / self.arena
-        try:
-            found = os.lstat(os.path.join(os.fsencode(upper), path))
-        except OSError:
-            return False
-        return not (stat.S_ISCHR(found.st_mode) and found.st_rdev == 0)
-
     def look(self, op: Op | None) -> None:
         """Compare the whole trees."""
         copied = self._copied_up() if self.kind == normalise.LATE else frozenset()
-        for side in (self.ours, self.theirs):
+        for side in self.sides:
             side.workers["root"].start(operations.take)
         answers: list[Tree] = []
         problem: BaseException | None = None
-        for side in (self.ours, self.theirs):
+        for side in self.sides:
             try:
                 answers.append(side.workers["root"].finish())
             except (OSError, WorkerFailed, WorkerHung) as error:
@@ -394,13 +324,13 @@ class Pair:
             raise problem
         ours, theirs = answers
         late = self.kind == normalise.LATE and op is not None and op.name in ("truncate", "h_truncate")
-        if late or (self._is_metacopy and op is not None and op.name in ("open", "h_reopen")):
+        if late or (self._is_metacopy and op is not None and op.name in OPENING):
             ours = self._with_times(ours, theirs)
         self.tree = theirs
         self._check(f"after {op}", ours, self.tree, copied)
         lines: list[str] = []
         if self.session != "overlay":  # which does not always fulfil the union's rules of d_ino and st_ino
-            lines += normalise.strict(ours)
+            lines += normalise.strict(ours, separate=self._separate)
             if op is not None:
                 touched = _touched(op)
                 lines += normalise.moved_inodes(self._our_tree, ours, touched, separate=self._separate)
@@ -426,7 +356,7 @@ class Pair:
 
     def _copied_up(self) -> frozenset[bytes]:
         """What the union has in its upper now: looking at a file may write it back, and so copy it up."""
-        top = os.fsencode(self.ours.upper / self.arena)
+        top = os.fsencode(self.ours.layers.upper / self.arena)
         return frozenset(
             os.path.relpath(os.path.join(at, name), top) for at, _, names in os.walk(top) for name in names
         )
@@ -457,35 +387,29 @@ class Pair:
             raise
 
     def _finish(self) -> None:
-        for side in (self.ours, self.theirs):
+        self._settle()
+        for side in self.sides:
             for worker in side.workers.values():
                 worker.call(operations.end)
-        for lower in self.ours.lowers:
-            if snapshot.manifest(lower / self.arena) != self._manifests[lower, self.arena]:
-                self._spoiled = True
-                raise Difference(f"{lower.name} was changed: {self._changes(lower)}")
-        if not self.index:  # an index is not used when its upper is a lower; `close` compares all the same
-            self._cross("kernel", self.ours, self.tree)
-            self._cross(self.session, self.theirs, self.tree)
+            for lower in side.layers.lowers:
+                self._check_lower(lower)
+        alone = self._linked(self.arena, self.tree) if self.index else frozenset()  # rule 17
+        for side, session in zip(self.sides, reversed(self.sessions), strict=True):
+            with side.read_by(session, self.home) as mount:
+                again = self._read(side, mount)
+            when = f"{side.name}'s upper read by {session}"
+            self._check(when, _without(again, alone), _without(self.tree, alone))
         self._final[self.arena] = self.tree
 
-    def _changes(self, lower: Path) -> list[bytes]:
-        before, after = self._manifests[lower, self.arena], snapshot.manifest(lower / self.arena)
-        return sorted(path for path in before.keys() | after.keys() if before.get(path) != after.get(path))
-
-    def _cross(self, session: str, side: Side, tree: Tree) -> None:
-        """One side's upper, read-only under the other's filesystem, must show the same tree."""
-        layers_ = [side.upper, *side.lowers]
-        context = (
-            mounting.kernel_mounted(self.home, lowers=layers_, name="cross", options=side.options)
-            if session == "kernel"
-            else mounting.mounted(
-                self.home, lowers=layers_, session=session, name="cross", options=side.options
-            )
-        )
-        with context as mount:
-            again = side.workers["root"].call(snapshot.take, os.fsencode(mount.mountpoint / self.arena))
-            self._check(f"{side.name}'s upper read by {session}", again, tree)
+    def _check_lower(self, lower: Path) -> None:
+        before = self._manifests.get((lower, self.arena))
+        if before is None:
+            return  # an upper of an earlier example
+        after = snapshot.manifest(lower / self.arena)
+        if after != before:
+            self._spoiled = True
+            changes = sorted(p for p in before.keys() | after.keys() if before.get(p) != after.get(p))
+            raise Difference(f"{lower} was changed: {changes}")
 
     def replay(self, ops: Sequence[Op], *, full: bool = True) -> str | None:
         """Play a sequence in a fresh arena; the first difference, or None."""
@@ -501,6 +425,10 @@ class Pair:
         return None
 
 
+def _without(tree: Tree, paths: Set[bytes]) -> Tree:
+    return {path: entry for path, entry in tree.items() if path not in paths}
+
+
 def _writes(flags: int) -> bool:
     return flags & (os.O_ACCMODE | os.O_TRUNC) != os.O_RDONLY
 
@@ -511,19 +439,7 @@ def _normal(item: object) -> bytes:
 
 def _touched(op: Op | None) -> tuple[bytes, ...]:
     """The names that a step may assign to another object (through symlinks too, by their last component)."""
-    if op is None or op.name not in {
-        "create",
-        "open",
-        "unlink",
-        "rename",
-        "mkdir",
-        "rmdir",
-        "mknod",
-        "symlink",
-        "link",
-    }:
-        return ()
-    if op.name in {"create", "open"}:
+    if op is None or op.name not in NAMING:
         return ()
     names = []
     for item in op.args:

@@ -1,6 +1,6 @@
 """Play, and shorten, a sequence of operations that was printed by a failing run.
 
-    python -m tests.oracle.replay FILE [--session S] [--lowers N] [--no-shrink]
+    python -m tests.oracle.replay FILE [--session S] [--lowers N] [-o OPTION] [--index] [--no-shrink]
 
 FILE holds lines as they are printed: ``op('unlink', 'root', b'm/low')``.
 """
@@ -52,7 +52,9 @@ def report(pair: Pair, ops: Sequence[Op], text: str, *, seconds: float) -> str:
     else:
         how = "not repeated in a fresh tree: needs what came before, or other timing"
     sequence = "\n".join(map(str, shown))
-    return f"{message}\n\n{how} (python -m tests.oracle.replay FILE --lowers {pair.count}):\n{sequence}\n"
+    options = "".join(f" -o {option}" for option in pair.options) + (" --index" if pair.index else "")
+    command = f"python -m tests.oracle.replay FILE --session {pair.session} --lowers {pair.count}{options}"
+    return f"{message}\n\n{how} ({command}):\n{sequence}\n"
 
 
 def main() -> int:
@@ -64,12 +66,13 @@ def main() -> int:
     parser.add_argument("--session", default=mounting.sessions()[0])
     parser.add_argument("--lowers", type=int, default=3)
     parser.add_argument("--index", action="store_true", help="with index=on")
+    parser.add_argument("-o", dest="options", action="append", default=[], help="an option of both mounts")
     parser.add_argument("--no-shrink", action="store_true")
     options = parser.parse_args()
     lines = [line for line in options.file.read_text().splitlines() if line.startswith("op(")]
     ops = [eval(line, {"op": op}) for line in lines]
     with areas.area() as area:
-        pair = Pair(area, options.session, options.lowers, index=options.index)
+        pair = Pair(area, options.session, options.lowers, options=options.options, index=options.index)
         try:
             text = pair.replay(ops)
             if text is not None and not options.no_shrink:

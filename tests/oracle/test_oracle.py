@@ -31,6 +31,8 @@ sessions together take less than a minute."""
 LONG = int(os.environ.get("UNIONFS_ORACLE_EXAMPLES", "400" if THOROUGH else "15"))
 """Examples of the slow test, of 80 steps each: one takes about five seconds."""
 SECONDS, LONG_SECONDS = 900, 100_000
+EVERYTHING = ["redirect_dir=on", "metacopy=on", "xino=on"]
+"""All features of overlayfs, along with the index."""
 
 
 def _compare(
@@ -42,13 +44,14 @@ def _compare(
     steps: int,
     options: Sequence[str] = (),
     index: bool = False,
+    push_after: int = 0,
 ) -> None:
     pair = Pair(area, session, lowers, min(ARENAS, examples), options, index=index)
     try:
         for number in range(examples):
             machine = Machine(pair, " ".join([f"{SEED} {session} {lowers} {steps} {number}", *options]))
             try:
-                machine.play(steps)
+                machine.play(steps, push_after=push_after)
             except (AssertionError, OSError) as error:
                 found = report(pair, machine.played, str(error), seconds=120)
                 raise AssertionError(f"seed {SEED!r}, example {number}: {found}") from None
@@ -98,6 +101,21 @@ def test_same_without_redirects(kernel_overlay: None, area: Path, session: str) 
 def test_same_with_metacopy(kernel_overlay: None, area: Path, session: str) -> None:
     """Changes of metadata, and other names, copy up metadata alone."""
     _compare(area, session, 2, examples=2, steps=40, options=["metacopy=on"])
+
+
+@pytest.mark.watchdog(SECONDS)
+@pytest.mark.timeout(SECONDS)
+def test_same_with_everything(kernel_overlay: None, area: Path, session: str) -> None:
+    """All features together, and a new upper after every 15 steps, with the old one as topmost lower."""
+    _compare(area, session, 2, examples=2, steps=45, options=EVERYTHING, index=True, push_after=15)
+
+
+@pytest.mark.watchdog(LONG_SECONDS)
+@pytest.mark.timeout(LONG_SECONDS)
+@pytest.mark.slow
+def test_everything_for_long(kernel_overlay: None, area: Path, session: str) -> None:
+    """The same with longer examples, and more of them."""
+    _compare(area, session, 3, examples=LONG, steps=80, options=EVERYTHING, index=True, push_after=18)
 
 
 @pytest.mark.watchdog(LONG_SECONDS)

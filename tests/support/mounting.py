@@ -48,6 +48,9 @@ _HARMLESS_LOG = re.compile(r"fuse_release(dir)?\(\): fuse_reply_\* failed with N
 _BAD_LOG = re.compile(r"\b(ERROR|CRITICAL|Traceback|Exception ignored)\b")
 
 
+_OVERLAY_OPTIONS = ("redirect_dir=", "index=", "metacopy=", "xino=", "userxattr")
+"""Options that the stand-in for the union has, too, by their beginning."""
+
 PLAIN = "-plain"
 """Behind the name of a session: without `Shortcuts`."""
 
@@ -333,7 +336,10 @@ def mounted(
     Options are those of ``-o``. As root the mount gets allow_other, dev and suid, like a kernel mount.
     """
     if session == "overlay":
-        with kernel_mounted(tmp, lowers=lowers, upper=upper, work=work, name=name) as mount:
+        known = [option for option in options if option.startswith(_OVERLAY_OPTIONS)]
+        with kernel_mounted(
+            tmp, lowers=lowers, upper=upper, work=work, options=known, name=name
+        ) as mount:  # fmt: skip
             mount.session = "overlay"
             yield mount
         return

@@ -249,6 +249,19 @@ def test_a_repaired_redirect_goes_on_below(root: None, area: Path) -> None:
     assert sorted(os.listxattr(area / "upper/d")) == [T + "opaque"]
 
 
+@pytest.mark.parametrize("name", [".wh.", ".wh..", ".wh..."])
+def test_whiteouts_of_no_name(root: None, area: Path, name: str) -> None:
+    """A repair changes neither the directory itself nor the one above, which may be outside."""
+    _make(area)
+    (area / "upper/d").mkdir()
+    for directory in ("upper", "upper/d"):
+        (area / directory / name).touch()
+    found = findings(area, repair=True)
+    assert [finding.cause for finding in found] == ["a whiteout without a name"] * 2
+    for directory in (area, area / "upper", area / "upper/d"):
+        assert T + "opaque" not in os.listxattr(directory)
+
+
 def test_command(root: None, area: Path) -> None:
     """Exit codes, a line for each finding, JSON, and refusals."""
     _make(area)

@@ -184,6 +184,17 @@ def test_refused(written: Path, form: str, make: Callable[[Path], object], cause
     assert snapshot.take(written / "upper") == before
 
 
+@pytest.mark.parametrize("name", [".wh.", ".wh..", ".wh..."])
+def test_whiteouts_of_no_name(root: None, area: Path, name: str) -> None:
+    """They are no whiteouts of the directory itself or of the one above, which may be outside."""
+    (area / "upper/d").mkdir(parents=True)
+    for directory in ("upper", "upper/d"):
+        (area / directory / name).touch()
+    assert _convert(area, "overlay").whiteouts == 0
+    for directory in (area, area / "upper", area / "upper/d"):
+        assert T + "opaque" not in os.listxattr(directory)
+
+
 def test_command(written: Path) -> None:
     done = unionfs("convert", "-u", written / "upper", "--to", "oci")
     assert [line.split() for line in succeed(done).splitlines()][1][:2] == ["3", "1"]

@@ -114,6 +114,7 @@ def test_what_is_shown() -> None:
     assert parse_options(["squash_to_root"]).shown == Shown(uid=0, gid=0)
     assert parse_options(["squash_to_uid=3,squash_to_root"]).shown == Shown(uid=3, gid=0)
     assert parse_options(["squash_to_root=0"]).shown == Shown()
+    assert parse_options(["xattr_permissions=2"]).shown == Shown(permissions=2)
     assert parse_options(["static_nlink,noacl"]).shown == Shown(static_nlink=True, acl=False)
     settings = settle("/mnt", lowers=["/"], options=["uidmapping=:0:1:2,squash_to_gid=7"])
     assert MountSettings.from_json(json.loads(json.dumps(settings.to_json()))) == settings

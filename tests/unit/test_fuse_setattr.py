@@ -69,7 +69,7 @@ def test_what_nobody_need_wait_for(union: Union, tmp_path: Path, change: Change)
     _check(_set(union, get(union, "d/f"), change), change)
     assert (tmp_path / "upper/d").stat().st_mtime_ns == PAST
     assert len(os.listdir("/proc/self/fd")) > len(fds)
-    union.files.close_waiting()
+    union.files.close_deferred()
     assert os.listdir("/proc/self/fd") == fds
 
 

@@ -49,6 +49,7 @@ def test_names() -> None:
     assert [hidden_name(name) for name in (b".wh.x", b".wh..x", b".wh.", OPAQUE, b".wh..wh.plnk", b"x")] == [
         b"x", b".x", None, None, None, None,
     ]  # fmt: skip
+    assert [hidden_name(name) for name in (b".wh..", b".wh...", b".wh....")] == [None, None, b"..."]
     assert [is_reserved(name) for name in (b".wh.", b".wh.x", OPAQUE, b".wh", b"a.wh.b")] == [
         True, True, True, False, False,
     ]  # fmt: skip

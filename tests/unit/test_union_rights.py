@@ -11,6 +11,7 @@ import os
 import signal
 import stat
 import subprocess
+import time
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -220,6 +221,17 @@ def _children(pid: int) -> list[int]:
     return [int(word) for word in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
 
 
+def _fds(pid: int) -> list[int] | None:
+    """The open fds of a child that has answered; it closes those of the answer afterwards."""
+    directory = f"/proc/{pid}/fd"
+    if not os.access(directory, os.R_OK):
+        return None
+    until = time.monotonic() + patient(5)
+    while (fds := sorted(map(int, os.listdir(directory)))) != [0, 1, 2, 3] and time.monotonic() < until:
+        time.sleep(0.01)
+    return fds
+
+
 def read_by_override(home: Path) -> Any:
     opener, at = Override(), os.open(home, os.O_PATH)
 
@@ -236,9 +248,7 @@ def read_by_override(home: Path) -> Any:
     ]
     results += [error_of(lambda: xattr(b"mine")), error_of(lambda: xattr(b"other"))]
     for child in _children(os.getpid()):
-        results.append(
-            sorted(map(int, os.listdir(f"/proc/{child}/fd"))) if os.access(f"/proc/{child}/fd", 4) else None
-        )
+        results.append(_fds(child))
         os.kill(child, signal.SIGKILL)
     results.append(read(b"mine"))
     opener.close()

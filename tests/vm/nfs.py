@@ -65,6 +65,22 @@ class Server:
                 areas.detach(here)
                 here.rmdir()
 
+    @contextmanager
+    def exporting(self, there: Path) -> Iterator[Path]:
+        """A filesystem that is mounted below the root, mounted through NFS. FUSE has no device that would
+        identify it, so it has an fsid (exports(5))."""
+        client = f"*:{there}"
+        _run("exportfs", "-o", _EXPORTED.replace("fsid=0", "fsid=7"), client)
+        here = Path(tempfile.mkdtemp(prefix=areas.PREFIX, dir="/var/tmp"))
+        try:
+            _run("mount", "-t", "nfs", "-o", "vers=4.2", f"{ADDRESS}{self.device(there)}", here)
+            yield here
+        finally:
+            areas.detach(here)
+            here.rmdir()
+            _run("exportfs", "-u", client)
+            _run("exportfs", "-f")  # the server forgets the mount, so that it can be unmounted
+
 
 @contextmanager
 def server() -> Iterator[Server]:

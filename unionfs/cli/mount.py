@@ -39,6 +39,10 @@ Examples:
     "-o", "options", multiple=True, metavar="OPT,...", help="Mount options, see above; may be repeated."
 )
 @storage_options
+@click.option(
+    "--watch-lower", is_flag=True,
+    help="Show what others change in the lowers while they are mounted, within 100 ms.",
+)  # fmt: skip
 @click.option("-f", "--foreground", is_flag=True, help="Stay in the foreground; log to stderr.")
 @click.option(
     "--session",
@@ -69,6 +73,7 @@ def mount(
     options: tuple[str, ...],
     storage: tuple[Spec, ...],
     root: str | None,
+    watch_lower: bool,
     foreground: bool,
     session: str,
     io: str,
@@ -86,14 +91,14 @@ def mount(
       userxattr         store markers in user.overlay.* xattrs (always without root)
       allow_other       allow access by all users (root: always); allow_root: only by root
       nodev nosuid noexec sync dirsync; for the upper's files: noatime nodiratime strictatime
-      fsname=, subtype= what /proc/mounts shows
-      session=, io=     as --session and --io, for /etc/fstab
+      fsname=, subtype= what /proc/mounts shows; session=, io=, watch_lower: like --session ..., for fstab
       index=on|off      whether hard links of lowers outlive changes; by default if the upper is new, or was
                         always used so, and the filesystems have file handles and different uuids
       xino=auto|on|off  off: files have the inode numbers of their own filesystems, unique only within each
       context=, fscontext=, defcontext=, rootcontext=   SELinux contexts
       uidmapping=, gidmapping=STORED:SHOWN:COUNT[:...]  show and store ids by ranges
       squash_to_uid=, squash_to_gid=, squash_to_root    show one owner for everything
+      xattr_permissions=2|1   keep owners and modes in user.* or security.* xattrs, as podman's force_mask
       static_nlink, noacl   show one link for every directory; no POSIX ACLs
     \b
     I/O modes (--io), with --session direct:
@@ -118,6 +123,6 @@ def mount(
 
     settings = settle(
         mountpoint, lowers=lowers, upper=upper, work=work, options=options, session=session, io=io,
-        log_level=log_level.lower(), storage=storage, storage_root=root,
+        log_level=log_level.lower(), watch_lower=watch_lower, storage=storage, storage_root=root,
     )  # fmt: skip
     return start(settings, foreground=foreground)

@@ -24,7 +24,8 @@ def sync(mountpoint: str) -> None:
 def refresh(mountpoint: str) -> None:
     """Make changes visible that others made to the lowers of the mount at MOUNTPOINT.
 
-    A lower must not change while it is mounted. If it did, this makes the union show its names, attributes
-    and data as they are now. A file that was replaced or removed stays as it is for those who have it open.
+    A lower must not change while it is mounted without --watch-lower. If it did, this makes the union show
+    its names, attributes and data as they are now. A file that was replaced or removed stays as it is for
+    those who have it open.
     """
     give(find_mount(mountpoint), "refresh", "refreshed", "mount it anew")

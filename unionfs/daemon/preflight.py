@@ -12,7 +12,7 @@ import os
 import stat
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import NoReturn
+from typing import Final, NoReturn
 
 from unionfs.daemon import live, others
 from unionfs.daemon.fuse import (
@@ -24,6 +24,7 @@ from unionfs.daemon.fuse import (
 from unionfs.errors import UserError, quoted, reason
 from unionfs.settings.mount import MountSettings
 from unionfs.settings.options import unescape_option
+from unionfs.sys.calls import FUSE_MAGIC, NFS_MAGIC, filesystem_magic
 from unionfs.sys.capabilities import CAP_SYS_ADMIN, has_capability
 from unionfs.sys.fds import Owned
 from unionfs.sys.fusermount import find_fusermount
@@ -37,6 +38,13 @@ from unionfs.sys.mountinfo import (
     read_mountinfo,
 )
 from unionfs.union.leftovers import check_work
+
+#: Magic numbers of statfs(2): include/uapi/linux/magic.h, and fs/gfs2, fs/ocfs2, fs/vboxsf.
+_REPORTS_NOTHING: Final = {
+    NFS_MAGIC: "NFS", FUSE_MAGIC: "FUSE", 0x517B: "SMB", 0xFE534D42: "SMB", 0xFF534D42: "SMB",
+    0x01021997: "9p", 0x00C36400: "Ceph", 0x5346414F: "AFS", 0x6B414653: "AFS", 0x73757245: "Coda",
+    0x01161970: "GFS2", 0x7461636F: "OCFS2", 0x786F4256: "a VirtualBox share",
+}  # fmt: skip
 
 
 @dataclass(slots=True)
@@ -83,6 +91,8 @@ def check(settings: MountSettings) -> None:
     host = _Host(read_mountinfo())
     for lower in settings.lowers:
         check_lower(lower)
+        if settings.watch_lower:
+            _check_watched(lower)
     if settings.upper is not None and settings.work is not None:
         _check_writable_layers(settings, settings.upper, settings.work, host)
     _check_mountpoint(settings, host)
@@ -107,6 +117,17 @@ def check_lower(path: str) -> None:
         check_image(path)
     else:
         check_directory("lower", path)
+
+
+def _check_watched(path: str) -> None:
+    """Raises UserError if others can change the lower without a report by the kernel."""
+    with Owned(os.open(path, os.O_PATH | os.O_CLOEXEC)) as fd:
+        kind = _REPORTS_NOTHING.get(filesystem_magic(fd))
+    if kind is not None:
+        raise UserError(
+            f"lower {quoted(path)} is on {kind}, whose changes by other hosts or by its daemon the kernel "
+            "does not report; leave --watch-lower out, and run `unionfs refresh` after changes."
+        )
 
 
 def check_directory(kind: str, path: str, access: int = os.R_OK | os.X_OK) -> None:

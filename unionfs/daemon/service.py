@@ -30,6 +30,7 @@ from unionfs.fuse.errors import SessionError
 from unionfs.fuse.operations import Operations
 from unionfs.settings.mount import MountSettings
 from unionfs.settings.options import ATIME
+from unionfs.sys.inotify import Inotify
 from unionfs.union.layers import LayerStack
 from unionfs.union.tree import Union
 
@@ -72,7 +73,7 @@ class Service:
             # Before the union notes the capabilities to restore after it acted as a caller: capset(2) of
             # more than are left fails, and the caller's own rights would count in work.
             confine(settings)
-            self._operations = Operations(Union(self._stack))
+            self._operations = Operations(_union(self._stack, settings))
             undo.pop_all()
         self._serving = Serving(self._operations, settings)
         self._lifetime = Lifetime(settings, lambda: self._finish(connected=True), foreground=foreground)
@@ -120,6 +121,9 @@ class Service:
             await nursery.start(self._lifetime.watch_signals, session)
             nursery.start_soon(self._lifetime.watch_owner, session)
             nursery.start_soon(self._announce, mounted)
+            watches = self._operations.union.watches
+            if watches is not None:
+                nursery.start_soon(self._operations.refreshing.watch, watches)
             if listeners:
                 nursery.start_soon(serve_control, listeners, self._answer)
             with session:
@@ -225,6 +229,19 @@ def _open(settings: MountSettings, directory: RuntimeDirectory) -> tuple[Announc
         name = quoted(os.fsdecode(error.filename)) if error.filename else "the layers"
         raise UserError(f"{name} cannot be opened: {reason(error)}; check the layers.") from error
     return announcement, stack
+
+
+def _union(stack: LayerStack, settings: MountSettings) -> Union:
+    """The union, with watches of its lowers if `watch_lower`. Raises UserError."""
+    if not settings.watch_lower:
+        return Union(stack)
+    try:
+        return Union(stack, notifier=Inotify())
+    except OSError as error:
+        limits = "fs.inotify.max_user_instances and max_user_watches"
+        raise UserError(
+            f"the lowers cannot be watched: {reason(error)}; raise {limits}, or leave --watch-lower out."
+        ) from error
 
 
 def _cause(group: BaseExceptionGroup[Any]) -> BaseException:

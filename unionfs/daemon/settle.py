@@ -34,6 +34,7 @@ def settle(
     log_level: str = "info",
     source: str | None = None,
     trusted_xattrs: bool | None = None,
+    watch_lower: bool = False,
     storage: Sequence[Spec] = (),
     storage_root: str | None = None,
 ) -> MountSettings:
@@ -46,10 +47,7 @@ def settle(
     chosen_lowers = _either("lower", "-l", "lowerdir=", tuple(lowers), tuple(parsed.lowers))
     chosen_upper = _either("upper", "-u", "upperdir=", upper, parsed.upper)
     chosen_work = _either("work", "-w", "workdir=", work, parsed.work)
-    if not chosen_lowers:
-        raise UserError("no lower is given; add -l DIR for each one, topmost first, or -o lowerdir=DIR:DIR.")
-    if "" in (*chosen_lowers, chosen_upper, chosen_work, mountpoint):
-        raise UserError("an empty path is given; name a directory.")
+    _check_paths(chosen_lowers, chosen_upper, chosen_work, mountpoint)
     chosen_upper, upper_tmpfs = _writable_layer(chosen_upper, chosen_work)
     if parsed.allow_other and parsed.allow_root:
         raise UserError("allow_other and allow_root exclude each other; allow_other lets root in too.")
@@ -81,7 +79,15 @@ def settle(
         upper_tmpfs=upper_tmpfs,
         storage=tuple(storage),
         storage_root=find_storage_root(storage_root) if storage else "",
+        watch_lower=watch_lower or parsed.watch_lower,
     )
+
+
+def _check_paths(lowers: Sequence[str], *others: str | None) -> None:
+    if not lowers:
+        raise UserError("no lower is given; add -l DIR for each one, topmost first, or -o lowerdir=DIR:DIR.")
+    if "" in (*lowers, *others):
+        raise UserError("an empty path is given; name a directory.")
 
 
 def _features(parsed: Options, userxattr: bool, is_root: bool) -> Features:
@@ -92,6 +98,17 @@ def _features(parsed: Options, userxattr: bool, is_root: bool) -> Features:
     a mount that only one ordinary user can reach, they show that user only what that user may read anyway.
     """
     chosen, redirects = parsed.features, parsed.features.redirect_dir
+    if parsed.shown.permissions:
+        for name in ("metacopy", "index"):
+            if getattr(chosen, name) == "on":
+                raise UserError(
+                    f"{name}=on conflicts with xattr_permissions, whose stores have no {name}; leave one of "
+                    "the two out."
+                )
+        chosen = replace(chosen, metacopy="off", index="off")
+        if redirects is None and not (userxattr and (is_root or parsed.allow_other or parsed.allow_root)):
+            redirects = "follow"  # fuse-overlayfs does not find what is renamed by one
+            chosen = replace(chosen, redirect_dir=redirects)
     if chosen.metacopy == "on" and redirects not in (None, "on"):
         raise UserError(
             f"metacopy=on needs redirects for renamed files, and conflicts with redirect_dir={redirects}; "

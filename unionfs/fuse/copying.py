@@ -53,10 +53,11 @@ class CopyUps:
             pass
         if node.in_place:
             check()
+            self._copy_up.link_up_known(node)
             return None
         if node.kind == stat.S_IFREG:
             data = self.union.stack.features.metacopy != "on"
-            copy = FileCopy(self._copy_up, node, None, mode if data else None, data=data)
+            copy = FileCopy(self._copy_up, node, None, mode, data=data)
             return await self._copied(copy, check, keep=keep)
         check()
         began = perf_counter_ns()
@@ -87,6 +88,7 @@ class CopyUps:
             pass
         if not node.in_place:
             return await self._copied(FileCopy(self._copy_up, node, limit), check, keep=keep)
+        self._copy_up.link_up_known(node)
         file = self.union.files.lend_for_writing(node)
         if file is None:
             return await self._copied(DataCopy(self._copy_up, node, limit), check, keep=keep)

@@ -107,10 +107,9 @@ class Directories:
         while self._names > _KEPT_NAMES and len(self._kept) > 1:
             self._names -= len(self._kept.popitem(last=False)[1][0])
 
-    def clear(self) -> None:
-        """Drop all listings."""
-        self._kept.clear()
-        self._names = 0
+    def forget(self, id_: int) -> None:
+        """Drop the listing of the directory with that node id, if there is one."""
+        self._drop(id_)
 
     def _drop(self, id_: int) -> None:
         entries = self._kept.pop(id_, None)

@@ -17,6 +17,7 @@ from unionfs.union.attributes import Attributes
 from unionfs.union.changes import Caller, Changes
 from unionfs.union.files import Handle, OpenFile
 from unionfs.union.node import Node
+from unionfs.union.permissions import Permissions
 from unionfs.union.setids import Who
 from unionfs.union.tree import Union
 
@@ -24,11 +25,11 @@ from unionfs.union.tree import Union
 _LONG_WRITE: Final = 256 * 1024
 
 
-def truncate(file: OpenFile, size: int, killer: Who | None) -> None:
-    """ftruncate(2). ``killer``: the process, if it clears set-id bits."""
+def truncate(node: Node, file: OpenFile, size: int, killer: Who | None) -> None:
+    """ftruncate(2) of a node's file. ``killer``: the process, if it clears set-id bits."""
     os.ftruncate(file.fd, size)
     if killer is not None:
-        setids.clear(file.fd, killer)
+        setids.clear(file.fd, killer, node.layer.permissions)
 
 
 class Opened(Handle):
@@ -94,7 +95,7 @@ class Files:
         file = prepared or self._open_files.lend(node, write=writes or truncates)
         try:
             if truncates:
-                truncate(file, 0, who if kills_set_ids else None)
+                truncate(node, file, 0, who if kills_set_ids else None)
         except BaseException:
             self._open_files.take_back(node, file)
             raise
@@ -152,14 +153,20 @@ class Files:
         return data
 
     async def write(
-        self, file: OpenFile, offset: int, data: bytes | memoryview, killer: Who | None
+        self,
+        file: OpenFile,
+        offset: int,
+        data: bytes | memoryview,
+        killer: Who | None,
+        permissions: Permissions | None = None,
     ) -> int:
         """Write; returns the number of bytes, short only if there is no space for more.
 
-        ``killer``: the process, if it clears set-id bits.
+        ``killer``: the process, if it clears set-id bits. ``permissions``: where the mode is, if not in the
+        file.
         """
         if killer is not None:
-            setids.clear(file.fd, killer)
+            setids.clear(file.fd, killer, permissions)
         if len(data) <= _LONG_WRITE or not file.waits:
             count = file.write(data, offset)
         else:

@@ -40,7 +40,7 @@ from unionfs.union.setids import SET_IDS, Who, is_outside, mode_after
 from unionfs.union.tree import Union
 from unionfs.union.xattrs import CAPABILITY
 
-Found = tuple[Node, Attributes]
+Named = tuple[Node, Attributes]
 """A node and its attributes. A reply with a new entry counts a lookup: `Node.looked_up`."""
 
 
@@ -74,11 +74,21 @@ def _to_store(node: Node, change: Change) -> Change:
 
 
 def _chown(node: Node, fd: int, change: Change) -> None:
-    owners = node.territory.owners
-    if owners is None:
+    owners, permissions = node.territory.owners, node.layer.permissions
+    if permissions is not None:
+        permissions.chown(fd, *_owner(change))
+    elif owners is None:
         calls.chown_fd(fd, *_owner(change))
     else:
         owners.chown(fd, *_owner(change))
+
+
+def _chmod(node: Node, fd: int, mode: int) -> None:
+    permissions = node.layer.permissions
+    if permissions is None:
+        os.chmod(b"/proc/self/fd/%d" % fd, stat.S_IMODE(mode))
+    else:
+        permissions.chmod(fd, mode)
 
 
 def _memory() -> dict[str, int]:
@@ -128,6 +138,7 @@ class Operations:
             "copy_up_seconds": self.copy_ups.nanoseconds / 1e9,
             "read_bytes": self.files.bytes_read,
             "written_bytes": self.files.bytes_written,
+            **({} if self.union.watches is None else self.union.watches.figures()),
             **_memory(),
             **self._more_figures(),
         }
@@ -161,24 +172,24 @@ class Operations:
 
     # -- names ----------------------------------------------------------------------------------------
 
-    def lookup(self, parent: int, name: bytes) -> Found | None:
+    def lookup(self, parent: int, name: bytes) -> Named | None:
         """The object of that name, or None."""
         node = self.directory(parent)
         return node.territory.lookup(node, name)
 
-    def mkdir(self, parent: int, name: bytes, mode: int, caller: Caller) -> Found:
+    def mkdir(self, parent: int, name: bytes, mode: int, caller: Caller) -> Named:
         """Create a directory."""
         return self.changes.mkdir(self.directory(parent), name, stat.S_IMODE(mode), caller)
 
-    def mknod(self, parent: int, name: bytes, mode: int, rdev: int, caller: Caller) -> Found:
+    def mknod(self, parent: int, name: bytes, mode: int, rdev: int, caller: Caller) -> Named:
         """Create a fifo, socket, device or regular file."""
         return self.changes.mknod(self.directory(parent), name, mode, rdev, caller)
 
-    def symlink(self, parent: int, name: bytes, target: bytes, caller: Caller) -> Found:
+    def symlink(self, parent: int, name: bytes, target: bytes, caller: Caller) -> Named:
         """Create a symlink."""
         return self.changes.symlink(self.directory(parent), name, target, caller)
 
-    async def link(self, id_: int, new_parent: int, new_name: bytes) -> Found:
+    async def link(self, id_: int, new_parent: int, new_name: bytes) -> Named:
         """Create a hard link."""
         node = self.node(id_)
         if node.territory is not self.directory(new_parent).territory:
@@ -219,12 +230,12 @@ class Operations:
 
     # -- attributes -----------------------------------------------------------------------------------
 
-    def getattr(self, id_: int) -> Found:
+    def getattr(self, id_: int) -> Named:
         """stat(2)."""
         node = self.node(id_)
         return node, self.union.attributes(node)
 
-    async def setattr(self, id_: int, change: Change, handle: Opened | None) -> Found:
+    async def setattr(self, id_: int, change: Change, handle: Opened | None) -> Named:
         """truncate(2), chown(2), chmod(2) and utimensat(2), in this order."""
         node = self.node(id_)
         change = _to_store(node, change)
@@ -238,7 +249,7 @@ class Operations:
             if kept is not None and only_mode is not None:
                 assert kept.st is not None
                 node.changes()
-                return node, node.attributes_of(kept.st)
+                return node, node.attributes_of(self.union.shown(node, kept.st, kept.fd))
             return self._set(node, change, handle)
         finally:
             if kept is not None:
@@ -255,7 +266,7 @@ class Operations:
         if change.atime_ns is not None or not self.union.files.is_open_for_writing(node):
             flags.may_set_times(node, [one for one in (change.atime_ns, change.mtime_ns) if one is not None])
 
-    def _set(self, node: Node, change: Change, handle: Opened | None) -> Found:
+    def _set(self, node: Node, change: Change, handle: Opened | None) -> Named:
         node.changes()
         changes_owner = change.uid is not None or change.gid is not None
         if change.size is not None:
@@ -266,14 +277,14 @@ class Operations:
         file = None if node.use is None or not node.data_in_place else node.use.file
         if file is not None and file.users:
             self._set_open(node, file.fd, change)
-            return node, node.attributes_of(os.fstat(file.fd))
+            return node, node.attributes_of(self.union.shown(node, os.fstat(file.fd), file.fd))
         if changes_owner or change.mode is not None:
             fd, opened = self.union.path_fd(node)
             try:
                 if changes_owner:
                     _chown(node, fd, change)
                 if change.mode is not None:
-                    os.chmod(b"/proc/self/fd/%d" % fd, stat.S_IMODE(change.mode))
+                    _chmod(node, fd, change.mode)
             finally:
                 if opened:
                     os.close(fd)
@@ -287,7 +298,10 @@ class Operations:
         if change.uid is not None or change.gid is not None:
             _chown(node, fd, change)
         if change.mode is not None:
-            os.fchmod(fd, stat.S_IMODE(change.mode))
+            if node.layer.permissions is None:
+                os.fchmod(fd, stat.S_IMODE(change.mode))
+            else:
+                _chmod(node, fd, change.mode)
         if change.atime_ns is not None or change.mtime_ns is not None:
             calls.futimens(fd, change.atime_ns, change.mtime_ns)
 
@@ -296,18 +310,22 @@ class Operations:
             return  # chown(2) keeps them on directories
         mode = mode_after(self.union.attributes(node).st, killer)
         if mode is not None:
-            with self.union.checked_path(node) as path:
-                os.chmod(path, mode)
+            fd, opened = self.union.path_fd(node)
+            try:
+                _chmod(node, fd, mode)
+            finally:
+                if opened:
+                    os.close(fd)
 
     def _truncate(self, node: Node, size: int, handle: Opened | None, killer: Who | None) -> None:
         if node.kind != stat.S_IFREG:
             raise os_error(errno.EINVAL)
         if handle is not None and handle.file.writable:
-            truncate(handle.file, size, killer)
+            truncate(node, handle.file, size, killer)
             return
         file = self.union.files.lend(node, write=True)
         try:
-            truncate(file, size, killer)
+            truncate(node, file, size, killer)
         finally:
             self.union.files.take_back(node, file)
 
@@ -324,7 +342,7 @@ class Operations:
         node = self.node(id_)
         if name == CAPABILITY and node.no_capability:
             raise os_error(errno.ENODATA)
-        stored = node.territory.stored_name(name)
+        stored = self.union.stored_name(node, name)
         with self.union.checked_path(node) as path:
             value = os.getxattr(path, stored)
         owners = node.territory.owners
@@ -340,7 +358,7 @@ class Operations:
             if failure.errno == errno.EOPNOTSUPP:
                 return []
             raise
-        names = node.territory.shown_names(stored)
+        names = self.union.shown_names(node, stored)
         if uid != 0:  # as in every filesystem: only the administrator sees trusted.*
             names = [name for name in names if not name.startswith(b"trusted.")]
         if not self.union.stack.acl:
@@ -352,10 +370,12 @@ class Operations:
         if name.startswith(ACL) and not self.union.stack.acl:
             raise os_error(errno.EOPNOTSUPP)
         node = self.node(id_)
-        stored, owners = node.territory.stored_name(name), node.territory.owners
+        owners = node.territory.owners
+        self.union.stored_name(node, name)  # no copy-up for a name that cannot be stored
         if owners is not None and name.startswith(ACL):
             value = owners.acl_to_store(value)
         await self.copy_ups.ensure(node, check=partial(self.union.flags.may_change, node))
+        stored = self.union.stored_name(node, name)
         node.changes()
         self.union.capabilities.changed(node)
         with self.union.checked_path(node) as path:
@@ -393,7 +413,7 @@ class Operations:
 
     async def _removexattr(self, id_: int, name: bytes) -> None:
         node = self.node(id_)
-        stored = node.territory.stored_name(name)
+        stored = self.union.stored_name(node, name)
         # The kernel removes capabilities by itself, before a write.
         if name != CAPABILITY or self.union.flags.of(node) & IMMUTABLE:
             self.union.flags.may_change(node)
@@ -401,6 +421,7 @@ class Operations:
             with self.union.checked_path(node) as path:
                 os.getxattr(path, stored)  # no copy-up if there is nothing to remove
         await self.copy_ups.ensure(node)
+        stored = self.union.stored_name(node, name)
         node.changes()
         with self.union.checked_path(node) as path:
             os.removexattr(path, stored)

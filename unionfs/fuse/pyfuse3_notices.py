@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterable
 
 import pyfuse3
 
+from unionfs.fuse.refreshing import NO_NAME
 from unionfs.union.refreshing import Outdated
 
 log = logging.getLogger(__name__)
@@ -30,14 +31,18 @@ class Notices:
     def forget(self, outdated: Outdated) -> None:
         for parent, name in outdated.names:
             _send(pyfuse3.invalidate_entry, pyfuse3.InodeT(parent), pyfuse3.FileNameT(name))
-        for id_ in outdated.nodes:
-            _send(pyfuse3.invalidate_inode, pyfuse3.InodeT(id_))
+        for id_, parent in outdated.nodes.items():
+            if not _send(pyfuse3.invalidate_inode, pyfuse3.InodeT(id_)):
+                _send(pyfuse3.invalidate_entry, pyfuse3.InodeT(parent), pyfuse3.FileNameT(NO_NAME))
+                _send(pyfuse3.invalidate_inode, pyfuse3.InodeT(id_))
 
 
-def _send(notice: Callable[..., None], *arguments: object) -> None:
-    """Send a notice; ignores objects that the kernel has forgotten."""
+def _send(notice: Callable[..., None], *arguments: object) -> bool:
+    """Send a notice; returns False for an object that the kernel does not know (any more)."""
     try:
         notice(*arguments)
     except OSError as failure:
         if failure.errno not in (errno.ENOENT, errno.ENOSYS, errno.ENOTCONN, errno.ENODEV):
             log.warning("the kernel refused a notice: %s", failure.strerror)
+        return False
+    return True

@@ -1,8 +1,19 @@
-"""`unionfs refresh`: lowers that were changed from outside are looked at again."""
+"""Makes changes of the lowers from outside visible: all at once (`unionfs refresh`), or those that the
+watches report (`--watch-lower`).
+
+Rules:
+- One task empties the kernel's queue of events, so that it does not overflow while another one works. What
+  changes meanwhile is collected, each name once.
+- The first event is acted upon at once; then events are collected for some milliseconds.
+- Requests are served during the work, which is done in small pieces. The kernel forgets what became outdated
+  after every few hundred names, so that the first of many do not wait for the last.
+"""
 
 from __future__ import annotations
 
+import logging
 import time
+from collections.abc import Iterator
 from typing import Final, Protocol
 
 import trio
@@ -11,8 +22,18 @@ from unionfs.fuse.copying import CopyUps
 from unionfs.fuse.directories import Directories
 from unionfs.union.refreshing import Outdated, Refresh
 from unionfs.union.tree import Union
+from unionfs.union.watching import Changed, Watches
 
+log = logging.getLogger(__name__)
+
+NO_NAME: Final = b"/"
+"""No entry has this name. Invalidating it waits for lookups and listings of a directory, which hold its lock
+(fs/fuse/dir.c, fuse_reverse_inval_entry). So a node that the kernel did not know is known afterwards, if an
+answer with it was on its way."""
 _FAIR_NS: Final = 2_000_000
+_COLLECT_SECONDS: Final = 0.005
+_AT_ONCE: Final = 256
+"""The kernel forgets that many names and nodes at a time."""
 
 
 class Kernel(Protocol):
@@ -45,20 +66,67 @@ class Refreshing:
         self._kernel = kernel
 
     async def refresh(self) -> None:
-        """Make changes of the lowers visible, also those of files that are open or mapped."""
+        """Make all changes of the lowers visible, also those of files that are open or mapped."""
         if self._kernel is None:
             return
         async with self._one:
             began = time.time_ns()
-            work = Refresh(
-                self._union, self._since_ns, self._copy_ups.is_running, new_nodes=self._kernel.keeps_sizes
-            )
-            fair_until = time.monotonic_ns() + _FAIR_NS
-            for _ in work.steps():
-                if time.monotonic_ns() > fair_until:
-                    await trio.lowlevel.checkpoint()
-                    fair_until = time.monotonic_ns() + _FAIR_NS
-            self._directories.clear()
-            self._kernel.drop_prepared()
-            await trio.to_thread.run_sync(self._kernel.forget, work.outdated)
+            work = self._refresh(self._kernel)
+            await self._do(self._kernel, work, work.steps())
             self._since_ns = began
+
+    async def watch(self, watches: Watches) -> None:
+        """Make changes visible that the watches report; until cancelled."""
+        wake = trio.Event()
+
+        async def work() -> None:
+            nonlocal wake
+            while True:
+                await wake.wait()
+                wake = trio.Event()
+                changed = watches.take()
+                try:
+                    await self._apply(changed)
+                except Exception:
+                    log.exception("changes of the lowers could not be shown")
+
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(work)
+            while True:
+                await trio.lowlevel.wait_readable(watches.fd)
+                while watches.read():
+                    await trio.lowlevel.checkpoint()
+                wake.set()
+                await trio.sleep(_COLLECT_SECONDS)
+
+    async def _apply(self, changed: Changed) -> None:
+        if changed.everything:
+            await self.refresh()
+        elif changed and self._kernel is not None:
+            async with self._one:
+                work = self._refresh(self._kernel)
+                await self._do(self._kernel, work, work.steps_for(changed.names))
+
+    def _refresh(self, kernel: Kernel) -> Refresh:
+        return Refresh(
+            self._union, self._since_ns, self._copy_ups.is_running, new_nodes=kernel.keeps_sizes
+        )
+
+    async def _do(self, kernel: Kernel, work: Refresh, steps: Iterator[None]) -> None:
+        fair_until = time.monotonic_ns() + _FAIR_NS
+        for _ in steps:
+            if work.outdated >= _AT_ONCE:
+                await self._tell(kernel, work.take())
+            elif time.monotonic_ns() > fair_until:
+                await trio.lowlevel.checkpoint()
+            else:
+                continue
+            fair_until = time.monotonic_ns() + _FAIR_NS
+        await self._tell(kernel, work.take())
+
+    async def _tell(self, kernel: Kernel, outdated: Outdated) -> None:
+        for id_ in outdated.nodes:
+            self._directories.forget(id_)
+        kernel.drop_prepared()
+        await trio.to_thread.run_sync(kernel.forget, outdated)
+        outdated.forgotten()

@@ -161,7 +161,9 @@ def _settings(operations: Operations, io: IoMode, spliceable: int) -> Settings:
         # A read-only mount with an upper may become writable later (mount -o remount,rw).
         read_only=stack.upper is None,
         bound=bool(stack.bound),
+        live=operations.union.watches is not None,
         acl=stack.acl,
+        permissions=stack.keeps_permissions,
         upper_stack_depth=max(map(_stack_depth, uppers), default=0),
         lower_stack_depth=max(map(_stack_depth, lowers), default=0),
         max_readahead=READAHEAD,

@@ -14,7 +14,7 @@ import trio
 
 from unionfs.fuse.directories import DOT, DOT_DOT
 from unionfs.fuse.errors import CUT_OFF, SessionError
-from unionfs.fuse.operations import Change, Found, Operations
+from unionfs.fuse.operations import Change, Named, Operations
 from unionfs.fuse.pyfuse3_notices import Notices, invalidate_attributes
 from unionfs.sys.calls import os_error
 from unionfs.sys.liveness import is_dead
@@ -150,7 +150,7 @@ class PyfuseOperations(pyfuse3.Operations):  # type: ignore[misc,unused-ignore]
         stale = {*invalidations.take_now(), *invalidations.take_soon(), *invalidations.take_listings()}
         await trio.to_thread.run_sync(invalidate_attributes, stale)
 
-    def _found(self, found: Found) -> pyfuse3.EntryAttributes:
+    def _found(self, found: Named) -> pyfuse3.EntryAttributes:
         """The reply for a name that the kernel caches; counts a lookup of the node."""
         found[0].looked_up()
         return _named(found)
@@ -319,7 +319,8 @@ class PyfuseOperations(pyfuse3.Operations):  # type: ignore[misc,unused-ignore]
     async def write(self, fh: int, off: int, buf: bytes) -> int:
         # The library negotiates HANDLE_KILLPRIV, so the daemon clears set-id bits.
         handle = self.files[fh]
-        return await self.files.write(handle.file, off, buf, handle.who if handle.who.uid else None)
+        killer = handle.who if handle.who.uid else None
+        return await self.files.write(handle.file, off, buf, killer, handle.node.layer.permissions)
 
     @_request
     async def flush(self, fh: int) -> None:
@@ -396,7 +397,7 @@ def _opened(number: int, *, keep_cache: bool = True) -> pyfuse3.FileInfo:
     return pyfuse3.FileInfo(fh=pyfuse3.FileHandleT(number), keep_cache=keep_cache)
 
 
-def _named(found: Found) -> pyfuse3.EntryAttributes:
+def _named(found: Named) -> pyfuse3.EntryAttributes:
     """The reply for a name, valid for ever unless others can change its object."""
     entry = _entry(found)
     if not found[0].territory.lasting:
@@ -404,7 +405,7 @@ def _named(found: Found) -> pyfuse3.EntryAttributes:
     return entry
 
 
-def _entry(found: Found) -> pyfuse3.EntryAttributes:
+def _entry(found: Named) -> pyfuse3.EntryAttributes:
     node, attributes = found
     st: Any = attributes.st
     entry = pyfuse3.EntryAttributes()

@@ -54,6 +54,8 @@ class MountSettings:
     """The storage of the union, in mount order."""
     storage_root: str = ""
     """The directory of the volumes; empty without storage."""
+    watch_lower: bool = False
+    """Whether changes that others make to the lowers are shown."""
     lives_with: tuple[int, int] | None = None
     """A process (pid, start time in clock ticks since boot) whose end ends the mount."""
 

@@ -107,7 +107,6 @@ _SKIPPED_FUSE_OVERLAYFS = frozenset({
 
 # Refused options with the reason: ignoring them would change the mount.
 _REFUSED: Mapping[str, str] = {
-    "xattr_permissions": "modes kept in xattrs are not supported, and files would show other modes",
     "uid": "a fixed owner is not supported, and without it files would show other owners",
     "gid": "a fixed owner is not supported, and without it files would show other owners",
     "umask": "a fixed umask is not supported, and without it files would show other modes",
@@ -127,6 +126,7 @@ _REFUSED: Mapping[str, str] = {
 _RANGES = "STORED:SHOWN:COUNT"
 _SHOWN = frozenset({
     "uidmapping", "gidmapping", "squash_to_uid", "squash_to_gid", "squash_to_root", "static_nlink", "noacl",
+    "xattr_permissions",
 })  # fmt: skip
 
 # Features of kernel overlayfs: values that match this program, and the name of the unsupported feature.
@@ -160,6 +160,7 @@ class Options:
     features: Features = DEFAULTS
     shown: Shown = AS_STORED
     squash_to_root: bool = False
+    watch_lower: bool = False
     debug: bool = False
     session: str | None = None
     io: str | None = None
@@ -237,8 +238,6 @@ def _take(options: Options, name: str, value: str | None) -> None:
         if value:
             raise UserError(f"option plugins={quoted(value)}: plugins are not supported, so leave it out.")
     elif name in _REFUSED:
-        if value == "0" and name == "xattr_permissions":
-            return
         raise UserError(f"option {name}: {_REFUSED[name]}.")
     elif value is None and _word(options, name):
         return
@@ -267,6 +266,14 @@ def _show(options: Options, name: str, value: str | None) -> None:
             options.shown = replace(shown, static_nlink=True)
         case "noacl":
             options.shown = replace(shown, acl=False)
+        case "xattr_permissions":
+            level = _needed(name, value, "2")
+            if level not in ("0", "1", "2"):
+                raise UserError(
+                    f"option xattr_permissions={quoted(level)}: not a known kind of xattr; write 1 for "
+                    "security.* or 2 for user.*."
+                )
+            options.shown = replace(shown, permissions=int(level))
 
 
 def _feature(options: Options, name: str, value: str) -> None:
@@ -296,6 +303,8 @@ def _word(options: Options, name: str) -> bool:
             options.volatile = True
         case "userxattr":
             options.userxattr = True
+        case "watch_lower":
+            options.watch_lower = True
         case "debug":
             options.debug = True
         case _ if name in _GROUP_OF:

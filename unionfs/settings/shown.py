@@ -10,7 +10,9 @@ from unionfs.errors import UserError, quoted
 Range = tuple[int, int, int]
 """The first stored id, the first shown id, and their number."""
 
-_MOST: Final = 1 << 32
+_MOST: Final = (1 << 32) - 1
+"""The number of ids: the last one of 32 bits stands for none (include/linux/uidgid.h, uid_valid)."""
+_DIGITS: Final = 10
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,6 +29,8 @@ class Shown:
     """Whether every directory has one link."""
     acl: bool = True
     """Whether there are POSIX ACLs, if the layers have them."""
+    permissions: int = 0
+    """Whether owner, mode and type are kept in an xattr: 1 for `security.*`, 2 for `user.*`."""
 
     @classmethod
     def from_json(cls, values: dict[str, Any]) -> Shown:
@@ -46,7 +50,7 @@ def parse_ranges(name: str, value: str) -> tuple[Range, ...]:
     Raises UserError.
     """
     words = [word for word in value.split(":") if word]
-    numbers = [int(word) for word in words if word.isascii() and word.isdigit()]
+    numbers = [int(word) for word in words if _is_number(word)]
     ranges = tuple(zip(numbers[::3], numbers[1::3], numbers[2::3], strict=False))
     if not words or len(numbers) != len(words) or len(words) % 3:
         raise UserError(
@@ -63,6 +67,10 @@ def parse_ranges(name: str, value: str) -> tuple[Range, ...]:
 
 def parse_id(name: str, value: str) -> int:
     """Parse one id. Raises UserError."""
-    if not (value.isascii() and value.isdigit() and int(value) < _MOST - 1):
-        raise UserError(f"option {name}={quoted(value)}: not a number below {_MOST - 1}; write {name}=1000.")
+    if not (_is_number(value) and int(value) < _MOST):
+        raise UserError(f"option {name}={quoted(value)}: not a number below {_MOST}; write {name}=1000.")
     return int(value)
+
+
+def _is_number(word: str) -> bool:
+    return word.isascii() and word.isdigit() and len(word) <= _DIGITS

@@ -30,6 +30,7 @@ from unionfs.union.files import open_held
 from unionfs.union.layers import LayerStack
 from unionfs.union.listing import real_names
 from unionfs.union.merge import Found, Merge
+from unionfs.union.permissions import shown_names
 from unionfs.union.places import Place
 from unionfs.union.xattrs import unsupported
 
@@ -125,7 +126,7 @@ class _Copier:
                 parts, fd, path, names = steps[-1]
                 name = next(names, None)
                 if name is None:
-                    self._keep(self._merge.gate.fd(parts[0]), path, fd)
+                    self._keep(parts[0], self._merge.gate.fd(parts[0]), path, fd)
                     steps.pop()
                     os.close(fd)
                     continue
@@ -166,7 +167,7 @@ class _Copier:
             os.symlink(os.readlink(b"", dir_fd=source), name, dir_fd=dir_fd)
         else:
             os.mknod(name, stat.S_IFMT(st.st_mode) | 0o600, st.st_rdev, dir_fd=dir_fd)
-        self._keep(source, path, dir_fd, name)
+        self._keep(where.place, source, path, dir_fd, name)
 
     def _file(self, source: int, dir_fd: int, name: bytes, path: bytes, where: _Contained) -> None:
         with Owned(open_held(source, write=False, waits=False).fd) as opened:
@@ -178,11 +179,12 @@ class _Copier:
                 st = os.fstat(data)
                 if not clone(data, fd, st.st_dev, self._never_clones):
                     copy_data(data, fd, st.st_size)
-                self._keep(opened, path, fd)
+                self._keep(where.place, opened, path, fd)
 
-    def _keep(self, source: int, path: bytes, at: int, name: bytes | None = None) -> None:
-        """Copy the attributes of an fd to ``name`` in ``at``, or to the fd ``at`` without a name."""
-        markers = self._merge.markers
+    def _keep(self, place: Place, source: int, path: bytes, at: int, name: bytes | None = None) -> None:
+        """Copy the attributes of an fd of an object in ``place`` to ``name`` in ``at``, or to the fd ``at``
+        without a name."""
+        markers, permissions = self._merge.markers, place.layer.permissions
 
         def unreadable(xattr: bytes, error: OSError) -> None:
             what = "the xattrs"
@@ -191,10 +193,16 @@ class _Copier:
             _leave_out(f"{what} of {_shown(path)} cannot be read", error)
 
         st = os.fstat(source)
+        if permissions is not None:
+            st = permissions.show_fd(st, source)
         stored = attributes.read_xattrs(
             b"/proc/self/fd/%d" % source, lambda xattr: not markers.is_private(xattr), unreadable
         )
-        shown = dict(zip(markers.shown_names(list(stored)), stored.values(), strict=True))
+        shown = {
+            found: value
+            for xattr, value in stored.items()
+            for found in shown_names(markers, permissions, [xattr])
+        }
         changeable = not stat.S_ISLNK(st.st_mode) or self._changes_symlinks
         new = attributes.attributes(st, shown)
         attributes.write(at, name, new, _refused, owner=changeable, times=changeable)

@@ -3,13 +3,21 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from typing import cast
+
+
+def replaced(st: os.stat_result, values: Mapping[int, int], **named: int) -> os.stat_result:
+    """The same attributes with others at some indices of the tuple (stat.ST_MODE ...), and ``named`` ones."""
+    _, (sequence, others) = cast("tuple[object, tuple[tuple[int, ...], dict[str, object]]]", st.__reduce__())
+    return os.stat_result(
+        [values.get(index, value) for index, value in enumerate(sequence)], {**others, **named}
+    )
 
 
 def with_blocks(st: os.stat_result, blocks: int) -> os.stat_result:
     """The same attributes with another ``st_blocks``."""
-    _, (sequence, named) = cast("tuple[object, tuple[tuple[int, ...], dict[str, object]]]", st.__reduce__())
-    return os.stat_result(sequence, {**named, "st_blocks": blocks})
+    return replaced(st, {}, st_blocks=blocks)
 
 
 class Attributes:

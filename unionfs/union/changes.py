@@ -19,6 +19,7 @@ from unionfs.union.copyup import CopyUp
 from unionfs.union.making import Making
 from unionfs.union.named import is_reserved
 from unionfs.union.node import Node
+from unionfs.union.permissions import Permissions, open_mode
 from unionfs.union.removing import Removing
 from unionfs.union.renaming import Renaming
 from unionfs.union.tree import Union
@@ -50,7 +51,7 @@ class Changes:
         self._union = union
         self._in_upper = _InUpper(union, copy_up)
 
-    def _steps(self, directory: Node) -> Steps:
+    def _territory(self, directory: Node) -> Steps:
         """The implementation of changes in a directory's territory."""
         territory = directory.territory
         return territory if type(territory) is Bound else self._in_upper
@@ -59,7 +60,7 @@ class Changes:
 
     def create(self, parent: Node, name: bytes, mode: int, caller: Caller) -> tuple[Node, Attributes, int]:
         """Create a regular file; returns an fd of it too (O_RDWR), which the caller owns."""
-        fd = self._make(parent, name, mode, caller, _create)
+        fd = self._make(parent, name, mode, caller, _create, kind=stat.S_IFREG)
         return (*self._new_node(parent, name, fd), fd)
 
     def tmpfile(self, parent: Node, mode: int, caller: Caller, flags: int) -> tuple[Node, Attributes, int]:
@@ -69,14 +70,19 @@ class Changes:
         """
         union = self._union
         union.flags.may_make(parent)
-        place = self._steps(parent).writable(parent)
+        place = self._territory(parent).writable(parent)
         wanted = os.O_RDWR | os.O_TMPFILE | os.O_CLOEXEC | flags & os.O_EXCL
-        dir_fd = union.gate.fd(place)
-        if caller.umask and not default_acl(place, dir_fd):
+        dir_fd, permissions = union.gate.fd(place), place.layer.permissions
+        if caller.umask and (permissions is not None or not default_acl(place, dir_fd)):
             mode &= ~caller.umask
-        with self._acting_as(parent, caller):
-            fd = os.open(b".", wanted, mode, dir_fd=dir_fd)
+        if permissions is None:
+            with self._acting_as(parent, caller):
+                fd = os.open(b".", wanted, mode, dir_fd=dir_fd)
+        else:
+            fd = os.open(b".", wanted, open_mode(mode), dir_fd=dir_fd)
         try:
+            if permissions is not None:
+                permissions.write(fd, self._of_new(permissions, parent, stat.S_IFREG | mode, 0, caller))
             held = os.open(b"/proc/self/fd/%d" % fd, os.O_PATH | os.O_CLOEXEC)
             try:
                 node = parent.territory.unnamed(parent, held)
@@ -91,12 +97,15 @@ class Changes:
 
     def mkdir(self, parent: Node, name: bytes, mode: int, caller: Caller) -> tuple[Node, Attributes]:
         """Create a directory."""
-        self._make(parent, name, mode, caller, _mkdir, directory=True)
+        self._make(parent, name, mode, caller, _mkdir, kind=stat.S_IFDIR)
         return self._new_node(parent, name)
 
     def symlink(self, parent: Node, name: bytes, target: bytes, caller: Caller) -> tuple[Node, Attributes]:
         """Create a symlink."""
-        self._make(parent, name, 0, caller, lambda fd, here, _: os.symlink(target, here, dir_fd=fd))
+        def make(fd: int, here: bytes, _: int) -> None:
+            os.symlink(target, here, dir_fd=fd)
+
+        self._make(parent, name, 0, caller, make, kind=stat.S_IFLNK)
         return self._new_node(parent, name)
 
     def mknod(
@@ -105,13 +114,21 @@ class Changes:
         """Create a fifo, socket, device or regular file. EPERM for character device 0/0, a whiteout."""
         if stat.S_ISCHR(mode) and rdev == 0 and parent.territory.has_markers:
             raise os_error(errno.EPERM)
-        self._make(parent, name, mode, caller, lambda fd, here, kept: os.mknod(here, kept, rdev, dir_fd=fd))
+        kind = stat.S_IFMT(mode) or stat.S_IFREG
+
+        def make(fd: int, here: bytes, kept: int) -> None:
+            os.mknod(here, kept, rdev, dir_fd=fd)
+
+        self._make(parent, name, mode, caller, make, kind=kind, rdev=rdev)
         return self._new_node(parent, name)
 
     def _new_node(self, parent: Node, name: bytes, fd: int = -1) -> tuple[Node, Attributes]:
         """The node of a new object (``fd``, if open) without lower parts."""
         union, place = self._union, parent.parts[0]
         st = os.fstat(fd) if fd >= 0 else os.stat(name, dir_fd=union.gate.fd(place), follow_symlinks=False)
+        if place.layer.permissions is not None:
+            path = b"/proc/self/fd/%d/%b" % (union.gate.fd(place), name)
+            st = place.layer.permissions.show(st, path, follow=False)
         node = parent.territory.add(parent, name, st, place)
         union.capabilities.none(node)
         node.know_flags(0)
@@ -125,16 +142,23 @@ class Changes:
         caller: Caller,
         make: Callable[[int, bytes, int], T],
         *,
-        directory: bool = False,
+        kind: int,
+        rdev: int = 0,
     ) -> T:
-        """Run ``make``, with the fd of a directory, a name and a mode, as the caller."""
-        union, steps = self._union, self._steps(parent)
+        """Run ``make``, with the fd of a directory, a name and a mode, as the caller.
+
+        ``kind``: S_IFMT bits of what it makes.
+        """
+        union, steps = self._union, self._territory(parent)
         _check_name(parent, name)
         union.flags.may_make(parent)
         place = steps.writable(parent)
         dir_fd = union.gate.fd(place)
         if place.layer.is_upper:
             self._in_upper.replace_named(place, dir_fd, name)
+        if place.layer.permissions is not None:
+            st = self._of_new(place.layer.permissions, parent, kind | mode & ~caller.umask, rdev, caller)
+            return self._in_upper.make_kept(place, name, make, st)
         if caller.umask and not default_acl(place, dir_fd):  # which replaces the umask
             mode &= ~caller.umask
         try:
@@ -142,7 +166,16 @@ class Changes:
                 return make(dir_fd, name, mode)
         except FileExistsError:
             as_caller = partial(self._as_caller, parent, caller, make, mode)
-            return steps.make_over(place, name, as_caller, directory=directory)
+            return steps.make_over(place, name, as_caller, directory=kind == stat.S_IFDIR)
+
+    def _of_new(
+        self, permissions: Permissions, parent: Node, mode: int, rdev: int, caller: Caller
+    ) -> os.stat_result:
+        """The attributes, as they are stored, of what a caller makes in ``parent``."""
+        owners, owner = parent.territory.owners, (caller.uid, caller.gid)
+        if owners is not None:
+            owner = owners.of_creator(*owner, self._union.identity)
+        return permissions.of_new(self._union.stat(parent), owner, owner[1], mode, rdev)
 
     def _as_caller(
         self,
@@ -175,7 +208,7 @@ class Changes:
         if node.territory is not parent.territory:
             raise os_error(errno.EXDEV)
         _check_name(parent, name)
-        return self._steps(parent).link(node, parent, name)
+        return self._territory(parent).link(node, parent, name)
 
     # -- removing -------------------------------------------------------------------------------------
 
@@ -192,7 +225,7 @@ class Changes:
         if node.is_linked_lower:
             return node
         with self._union.outliving(node):
-            self._steps(parent).unlink(node, parent, name)
+            self._territory(parent).unlink(node, parent, name)
             self._union.nodes.remove_name(node, parent, name)
             if self._union.index is not None:
                 self._union.index.lost_name(node)
@@ -208,7 +241,7 @@ class Changes:
         if not node.territory.is_empty(node):
             raise os_error(errno.ENOTEMPTY)
         with self._union.outliving(node):
-            self._steps(parent).rmdir(node, parent, name)
+            self._territory(parent).rmdir(node, parent, name)
             self._union.merge.forget(node.parts)
             self._union.nodes.remove_name(node, parent, name)
 
@@ -250,7 +283,7 @@ class Changes:
             self._union.flags.may_make(new_parent)
         else:
             self._union.flags.may_remove(new_parent, target)
-        return self._steps(parent).rename(node, target, (parent, name), (new_parent, new_name), flags)
+        return self._territory(parent).rename(node, target, (parent, name), (new_parent, new_name), flags)
 
 
 def _check_name(parent: Node, name: bytes) -> None:

@@ -134,7 +134,7 @@ class _Check:
         self._todo.append((found[1], path))
 
     def _file(self, parts: list[Place], name: bytes, path: bytes) -> Iterator[Finding]:
-        found = xattrs(object_path(self._gate.fd(parts[0]), name))
+        found = xattrs(object_path(self._gate.fd(parts[0]), name), self._gate.rights)
         if self._markers.metacopy not in found:
             return
         source = self._source(parts, name, found.get(self._markers.redirect))
@@ -170,7 +170,8 @@ class _Check:
     def _xattrs(self, place: Place, name: bytes, st: os.stat_result, path: bytes) -> Iterator[Finding]:
         """The overlay's own xattrs of ``name`` in ``place``, or without a name of ``place``."""
         where = self._layers.path(path)
-        for full, value in sorted(xattrs(object_path(self._gate.fd(place), name)).items()):
+        found = xattrs(object_path(self._gate.fd(place), name), self._gate.rights)
+        for full, value in sorted(found.items()):
             shown = os.fsdecode(full)
             if self._markers.is_private(full) and full.startswith(self._markers.prefix):
                 key = full[len(self._markers.prefix) :]

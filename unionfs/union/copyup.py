@@ -42,6 +42,12 @@ class Effects(NamedTuple):
 Tell = Callable[[Effects], None]
 
 
+def _unless_owner(name: bytes, error: OSError) -> None:
+    """As `unsupported`, but keeps an owner that cannot be set."""
+    if name != attributes.OWNER or error.errno not in (errno.EPERM, errno.EINVAL):
+        unsupported(name, error)
+
+
 class CopyUp:
     """Copies up objects of one union; calls ``tell`` with the effects of each as soon as it appears."""
 
@@ -108,6 +114,13 @@ class CopyUp:
         """Copy the attributes of ``source`` (O_PATH) to ``name`` in ``at``, by default to the fd ``at``."""
         union, owners = self.union, self.union.stack.owners
         xattrs = copied_xattrs(union.markers, union.gate.rights, source, path_only=True)
+        permissions = union.require_upper().permissions
+        if permissions is not None:
+            shown, kind = union.shown(node, st, source), stat.S_IFMT(st.st_mode)
+            new = permissions.of_copy(shown, kind, xattrs, node.layer.permissions, union.markers)
+            special = kind not in (stat.S_IFREG, stat.S_IFDIR)
+            attributes.write(at, name, new, _unless_owner if special else unsupported, owner=special)
+            return
         if owners is not None:
             st, xattrs = owners.copied(st, xattrs, node.layer)
         owner = not union.identity.owns(st)
@@ -125,9 +138,7 @@ class CopyUp:
         if origin is Stored.INDEXED:
             assert union.index is not None
             union.index.put(node, temporary)
-            if not node.unlinked:
-                assert node.parent is not None
-                resized = self._link_up(node, node.parent, node.name)
+            self.link_up_known(node)
         elif node.unlinked:
             upper = union.require_upper()
             held = os.open(temporary.name, _PATH, dir_fd=union.work.fd)
@@ -145,6 +156,25 @@ class CopyUp:
         union.nodes.copied_up(node, st, origin)
         self.tell(Effects(node, resized, node.parent if origin is Stored.BROKEN else None))
         return st
+
+    def link_up_known(self, node: Node) -> None:
+        """Make all known names of a copy in the index, which is to be changed, names in the upper.
+
+        The kernel links the name by which a file is changed (copy_up.c, ovl_link_up). FUSE does not say which
+        one that is; but it is a known one. One name in the upper suffices; OSError is raised without any.
+        """
+        if not node.lacks_names:
+            return
+        error: OSError | None = None
+        linked = False
+        for parent, name in node.names():
+            try:
+                self.tell(Effects(node, self._link_up(node, parent, name)))
+                linked = True
+            except OSError as caught:
+                error = caught
+        if error is not None and not linked:
+            raise error
 
     def link_up(self, node: Node, parent: Node, name: bytes) -> None:
         """Make a name of a copy in the index, which only a lower has, a name in the upper."""

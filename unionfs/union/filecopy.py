@@ -14,6 +14,7 @@ from typing import Final
 
 from unionfs.sys import attributes, calls
 from unionfs.sys.fds import Owned
+from unionfs.union.attributes import replaced
 from unionfs.union.copyup import CopyUp, Effects
 from unionfs.union.filedata import clone, copy_data
 from unionfs.union.files import OpenFile, open_backing, open_held
@@ -47,7 +48,9 @@ class FileCopy:
         """Open the source and create the temporary file.
 
         ``limit``: copy only that many bytes (truncation). ``mode``: permission bits to set instead of the
-        source's. ``data``: False for a metacopy file, unless it is empty.
+        source's. ``data``: False for a metacopy file, unless it is empty, or a copy itself: then the origin
+        names the object that it was first, and with an index overlayfs refuses a metacopy file whose origin
+        is not the one below it (namei.c, ovl_lookup).
         """
         union = copy_up.union
         union.require_upper()
@@ -61,26 +64,25 @@ class FileCopy:
         self._source = union.files.lend(node, write=False)
         self._open = True
         try:
-            if node.lower_data is not None:
-                with Owned(union.open_path(node)) as path_fd:
-                    self._metadata = union.gate.reopen(node.layer, path_fd, _READ)
-                self._st = os.fstat(self._metadata)
-            else:
-                # with one user it was just opened and not read since, so its atime is unchanged
-                known = self._source.st if self._source.users == 1 else None
-                self._st = known or os.fstat(self._source.fd)
+            self._st = self._attributes()
             #: See `flags`.
             self._flags = read_flags(self._source.fd if self._metadata < 0 else self._metadata)
             node.know_flags(self._flags)
             #: Where the data stays; None: it is copied.
-            self._lower_data = None if data or not self._st.st_size else _data_of(node, self._st)
+            data = data or not self._st.st_size or node.from_origin
+            self._lower_data = None if data else _data_of(node, self._st)
             self.size = self._st.st_size if limit is None else min(limit, self._st.st_size)
             if self._lower_data is not None:
                 self.size = 0
-            self._mode = stat.S_IMODE(self._st.st_mode if mode is None else mode)
+            if mode is None or self._lower_data is not None:
+                mode = self._st.st_mode
+            self._mode = stat.S_IMODE(mode)
             self._is_plain = self._source.xattrs == [] and self._mode & ~union.identity.sets == 0
             if union.markers.requires_write and not self._mode & stat.S_IWUSR:
                 self._is_plain = False  # such a mode comes last
+            self._permissions = union.require_upper().permissions
+            if self._permissions is not None:
+                self._is_plain = False
             self._target = os.open(
                 self._temporary.name, _NEW, self._mode if self._is_plain else 0o600, dir_fd=union.work.fd
             )
@@ -90,6 +92,21 @@ class FileCopy:
 
     def __enter__(self) -> FileCopy:
         return self
+
+    def _attributes(self) -> os.stat_result:
+        """Those of the node's object; opens it if its data lies elsewhere."""
+        node, union = self.node, self._union
+        if node.lower_data is not None:
+            with Owned(union.open_path(node)) as path_fd:
+                self._metadata = union.gate.reopen(node.layer, path_fd, _READ)
+            st = os.fstat(self._metadata)
+        else:
+            # with one user it was just opened and not read since, so its atime is unchanged
+            known = self._source.st if self._source.users == 1 else None
+            st = known or os.fstat(self._source.fd)
+        if node.layer.permissions is not None:
+            st = node.layer.permissions.show(st, self._source.fd if self._metadata < 0 else self._metadata)
+        return st
 
     @property
     def is_quick(self) -> bool:
@@ -125,6 +142,14 @@ class FileCopy:
         st, target, union = self._st, self._target, self._union
         xattrs, mode, owners = None, self._mode, union.stack.owners
         of = self._source.fd if self._metadata < 0 else self._metadata
+        if self._permissions is not None:
+            xattrs = copied_xattrs(union.markers, union.gate.rights, of)
+            shown = replaced(st, {stat.ST_MODE: stat.S_IFREG | mode})
+            new = self._permissions.of_copy(
+                shown, stat.S_IFREG, xattrs, self.node.layer.permissions, union.markers
+            )
+            attributes.write(target, None, new, unsupported, owner=False)
+            return
         if owners is not None:
             xattrs = copied_xattrs(union.markers, union.gate.rights, of)
             st, xattrs = owners.copied(st, xattrs, self.node.layer)
@@ -200,8 +225,9 @@ class DataCopy:
                 self._target = open_held(node.held, write=True, waits=waits, rights=rights, upper=True)
             else:
                 self._target = open_backing(
-                    union.gate.fd(node.place), node.name, write=True, waits=waits, rights=rights, upper=True
-                )
+                    union.gate.fd(node.place), node.real_name, write=True, waits=waits, rights=rights,
+                    upper=True,
+                )  # fmt: skip
             self._st = os.fstat(self._target.fd)
             if node.held < 0:
                 node.check(self._st)

@@ -43,6 +43,11 @@ class OpenFile:
         self.waits = waits
         self.users = 1
 
+    @property
+    def is_open(self) -> bool:
+        """Whether there is an fd."""
+        return self.fd >= 0
+
     def take(self) -> Self:
         """Add a user."""
         self.users += 1
@@ -135,6 +140,10 @@ class UnreadFile(OpenFile):
     @fd.setter
     def fd(self, fd: int) -> None:
         self._fd = fd
+
+    @property
+    def is_open(self) -> bool:
+        return self._fd >= 0
 
     def release(self) -> None:
         if self._fd < 0:

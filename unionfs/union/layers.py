@@ -23,7 +23,7 @@ from unionfs.sys.capabilities import CAP_SYS_ADMIN, has_capability
 from unionfs.sys.fds import open_for_listing
 from unionfs.sys.filelocks import may_be_a_mounts
 from unionfs.sys.mountinfo import mount_id_of_path, read_mountinfo
-from unionfs.union import opening
+from unionfs.union import opening, permissions
 from unionfs.union.markers import Markers
 from unionfs.union.owners import Owners
 from unionfs.union.places import BoundLayer, Layer
@@ -53,9 +53,11 @@ class LayerStack:
         self.features = DEFAULTS
         #: Storage shown at places of the union without merging.
         self.bound: list[BoundLayer] = []
-        self.acl = all(layer.acl for layer in layers) and shown.acl
+        self.acl = all(layer.acl for layer in layers) and shown.acl and not shown.permissions
         #: How owners are shown; None: as they are stored.
-        self.owners = None if replace(shown, acl=True) == AS_STORED else Owners(shown)
+        self.owners = None if replace(shown, acl=True, permissions=0) == AS_STORED else Owners(shown)
+        #: Whether owner, mode and type of objects are in xattrs; see `permissions`.
+        self.keeps_permissions = bool(shown.permissions)
         #: Devices whose files cannot share blocks with the upper's.
         self.never_clones: set[int] = set()
         self._resources = resources
@@ -113,6 +115,8 @@ class LayerStack:
             markers, chosen = _choose(features, prefix, layers[0], work_fd)
             if shown.uids or shown.gids:
                 _find_idmapped(layers)
+            if shown.permissions:
+                permissions.find(layers, shown.permissions)
             stack = cls(layers, work_root, work_fd, markers, resources.pop_all(), shown)
             stack.volatile, stack.features = volatile, chosen
             return stack

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 from collections import OrderedDict
+from collections.abc import Sequence
 from typing import Final
 
 from unionfs.sys.fds import Owned
@@ -65,6 +66,11 @@ class LowerNames:
             if names.asked == _ASKED:
                 self._list(names)
         return parts if names.having is None else upper + names.having.get(name, [])
+
+    def forget(self, parts: Sequence[Place]) -> None:
+        """Forget the names in a merged directory: its lowers have changed."""
+        if parts and parts[-1] in self._kept:
+            self._forget(parts[-1])
 
     def clear(self) -> None:
         """Forget everything: the lowers have changed."""

@@ -6,7 +6,7 @@ import errno
 import os
 import stat
 from collections.abc import Callable
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from functools import partial
 from typing import Final
 
@@ -15,8 +15,9 @@ from unionfs.union.attributes import Attributes
 from unionfs.union.changing import Changing, T
 from unionfs.union.node import Node
 from unionfs.union.objects import link_object
+from unionfs.union.permissions import open_mode
 from unionfs.union.places import Place
-from unionfs.union.work import At, rename
+from unionfs.union.work import At, Temporary, rename
 from unionfs.union.xattrs import ACL_DEFAULT, default_acl
 
 _DIRECTORY: Final = os.O_PATH | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
@@ -62,6 +63,68 @@ class Making(Changing):
                     put = self._put_opaque if directory else rename
                     return _make_and_put((room, name), make, partial(put, (room, name), (dir_fd, name)))
             return _make_and_put(temporary.at, make, partial(temporary.put, dir_fd, name))
+
+    def make_kept(
+        self, place: Place, name: bytes, make: Callable[[int, bytes, int], T], new: os.stat_result
+    ) -> T:
+        """Make an object with the attributes ``new`` in work, and put it into a directory of an upper that
+        keeps them in an xattr; in place of a whiteout, a directory becomes opaque.
+
+        Raises FileExistsError. ``make`` takes a directory fd, a name and a mode.
+        """
+        union, work = self._union, self._work
+        dir_fd = union.gate.fd(place)
+        try:
+            st = os.stat(name, dir_fd=dir_fd, follow_symlinks=False)
+        except FileNotFoundError:
+            hides = False
+        else:
+            if not union.markers.is_whiteout(st, dir_fd, name):
+                raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST))
+            hides = stat.S_ISDIR(new.st_mode)
+        with work.temporary() as temporary:
+            put = partial(self._exchange_opaque, temporary) if hides else temporary.put
+            made = partial(self._make_with, place, make, new)
+            return _make_and_put(temporary.at, made, partial(put, dir_fd, name))
+
+    def _make_with(
+        self,
+        place: Place,
+        make: Callable[[int, bytes, int], T],
+        new: os.stat_result,
+        dir_fd: int,
+        name: bytes,
+    ) -> T:
+        """Make an object with these attributes, in its xattr if it is a file or directory, or a device that
+        the daemon may not make."""
+        permissions, identity, kind = place.layer.permissions, self._union.identity, stat.S_IFMT(new.st_mode)
+        assert permissions is not None
+        result: T
+        if kind not in (stat.S_IFREG, stat.S_IFDIR):
+            owner = new.st_uid, new.st_gid
+            try:
+                with identity.acting_as(*owner) if identity.can_switch else nullcontext():
+                    return make(dir_fd, name, new.st_mode)
+            except PermissionError:
+                if kind not in (stat.S_IFCHR, stat.S_IFBLK):
+                    raise
+            os.mknod(name, stat.S_IFREG | open_mode(0), dir_fd=dir_fd)
+            result = None  # type: ignore[assignment]  # of mknod(2)
+        else:
+            result = make(dir_fd, name, kind | open_mode(new.st_mode))
+        try:
+            permissions.write(b"/proc/self/fd/%d/%b" % (dir_fd, name), new, follow=False)
+        except OSError:
+            if isinstance(result, int):
+                os.close(result)
+            raise
+        return result
+
+    def _exchange_opaque(self, temporary: Temporary, dir_fd: int, name: bytes) -> None:
+        """Replace a whiteout with a new directory, which becomes opaque; discard the whiteout."""
+        with Owned(os.open(temporary.name, _DIRECTORY, dir_fd=self._work.fd)) as fd:
+            self._set_opaque(fd)
+        self._work.exchange(temporary.at, (dir_fd, name))
 
     def _put_opaque(self, made: At, whiteout: At) -> None:
         """Replace a whiteout with a new directory, which becomes opaque."""

@@ -73,6 +73,10 @@ class Markers:
         prefix = self._prefix_of(name)
         return prefix is not None and not name.startswith(prefix + _ESCAPE)
 
+    def is_internal(self, name: bytes) -> bool:
+        """Whether the xattr has a prefix of the overlay's own; if it is a user's, it is stored escaped."""
+        return self._prefix_of(name) is not None
+
     def stored_name(self, name: bytes) -> bytes:
         """The name on disk of the user's xattr ``name``.
 

@@ -81,13 +81,19 @@ class Merge:
                         return None
                     continue
                 st = again
-            kind = stat.S_IFMT(st.st_mode)
+            kind, kept = stat.S_IFMT(st.st_mode), part.layer.permissions
             if kind == stat.S_IFDIR:
-                return st, self._directories.parts(parts, part, name, st, searched[index + 1 :])
+                places = self._directories.parts(parts, part, name, st, searched[index + 1 :])
+                if kept is not None:
+                    st = kept.show(st, b"/proc/self/fd/%d/%b" % (dir_fd, name), follow=False)
+                return st, places
             # Most names belong to objects that cannot be markers.
-            if (kind == stat.S_IFREG and st.st_size) or kind == stat.S_IFLNK:
-                return st, [part]
-            return None if self.markers.is_whiteout(st, dir_fd, name) else (st, [part])
+            may_be_whiteout = kind != stat.S_IFLNK and (kind != stat.S_IFREG or not st.st_size)
+            if may_be_whiteout and self.markers.is_whiteout(st, dir_fd, name):
+                return None
+            if kept is not None:
+                st = kept.show(st, b"/proc/self/fd/%d/%b" % (dir_fd, name), follow=False)
+            return st, [part]
         return None
 
     def may_be_metacopy(self, st: os.stat_result, place: Place) -> bool:
@@ -130,9 +136,12 @@ class Merge:
             return not self.markers.is_whiteout(st, dir_fd, name)
         return False
 
-    def forget_names(self) -> None:
-        """Forget which lowers have which names."""
-        self._lower_names.clear()
+    def forget_names(self, parts: Sequence[Place] | None = None) -> None:
+        """Forget which lowers have which names in the directory merged from ``parts``; None: in all."""
+        if parts is None:
+            self._lower_names.clear()
+        else:
+            self._lower_names.forget(parts)
 
     def listing(self, parts: Iterable[Place]) -> Listing:
         """The names of the directory merged from ``parts``. Raises ``OSError``."""

@@ -19,6 +19,7 @@ from unionfs.union.places import NOT_THERE, Gate, Layer, Place
 PREFIX: Final = b".wh."
 INTERNAL: Final = b".wh..wh."
 OPAQUE: Final = b".wh..wh..opq"
+_NO_NAMES: Final = (b"", b".", b"..")
 #: Lookups in a directory before it is listed: listing takes as many system calls.
 _ASKED: Final = 4
 
@@ -29,9 +30,13 @@ def is_reserved(name: bytes) -> bool:
 
 
 def hidden_name(name: bytes) -> bytes | None:
-    """The name that the entry ``name`` hides in the layers below, or None."""
+    """The name that the entry ``name`` hides in the layers below, or None.
+
+    ``.wh.``, ``.wh..`` and ``.wh...`` hide nothing: no object has the rest as its name.
+    """
     if name.startswith(PREFIX) and not name.startswith(INTERNAL):
-        return name[len(PREFIX) :] or None
+        hidden = name[len(PREFIX) :]
+        return hidden if hidden not in _NO_NAMES else None
     return None
 
 

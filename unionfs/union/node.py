@@ -205,6 +205,18 @@ class Node:
         return self.entry is not None and not self.in_place
 
     @property
+    def lacks_names(self) -> bool:
+        """Whether it is a copy in the index, and some names of its are only in a lower. Each of the others
+        counts in ``st_nlink`` of the copy, as does the entry itself."""
+        return self.entry is not None and self.more_links >= 0 and self.is_indexed
+
+    def names(self) -> list[tuple[Node, bytes]]:
+        """Its known names, each with its directory."""
+        if self.unlinked or self.parent is None:
+            return []
+        return [(self.parent, self.name), *((parent, name) for parent, name, _ in self.links or ())]
+
+    @property
     def real_name(self) -> bytes:
         """The name of a non-directory in its `place`."""
         return self.entry if self.entry is not None and self.is_indexed else self.name
@@ -221,7 +233,9 @@ class Node:
 
     def attributes_of(self, st: os.stat_result) -> Attributes:
         """The result of stat(2), for an object with the attributes ``st``."""
-        nlink = st.st_nlink + self.more_links
+        nlink = st.st_nlink
+        if self.more_links:  # by an xattr, which may be wrong
+            nlink = max(nlink + self.more_links, 0 if self.unlinked else 1)
         if self.unlinked and (self.is_dir or not self.in_place):
             nlink = 0
         elif len(self.parts) > 1:

@@ -53,15 +53,19 @@ class NodeTable:
         gone: Callable[[Node], None] = lambda node: None,
         *,
         copies_up: bool = True,
+        known: Callable[[Node], None] | None = None,
     ) -> None:
         """``gone`` is called for each forgotten directory, and for each forgotten node that was in use.
-        ``copies_up``: whether there is an upper, which may get a copy of one name alone.
+        ``copies_up``: whether there is an upper, which may get a copy of one name alone. ``known`` is called
+        for each new directory of the merged layers, and each file of a lower with several hard links; then
+        ``gone`` for all nodes.
         """
         self._by_id: dict[int, Node] = {}
         self._by_inode: dict[tuple[int, int], Node] = {}
         self._inodes_of: dict[int, list[tuple[int, int]]] = {}
         self._gone = gone
         self._copies_up = copies_up
+        self._known = known
         #: The generation of the next node. The kernel sees 32 bits: those of two mounts hardly ever meet.
         self._generations = itertools.count(secrets.randbits(32))
         self._origins = origins
@@ -78,6 +82,8 @@ class NodeTable:
         """Add the root of the merged tree."""
         self.root = self._by_id[ROOT_ID] = Node(ROOT_ID, territory, None, b"", stat.S_IFDIR, parts)
         self.root.looked_up()
+        if self._known is not None:
+            self._known(self.root)
 
     def get(self, id_: int) -> Node | None:
         """The node with that id, or its successor, if known."""
@@ -197,6 +203,8 @@ class NodeTable:
             node.has_origin()
         self._by_id[id_] = node
         parent.children[name] = node
+        if self._known is not None and (kind == stat.S_IFDIR or (st.st_nlink > 1 and not upper)):
+            self._known(node)
         if linkable and st.st_nlink > 1:
             self.linked(node, st)
             if entry is not None and self._index is not None:
@@ -236,6 +244,8 @@ class NodeTable:
                 node.has_origin()
                 node.is_indexed_copy(index.place, index.more_links(entry, copy, st.st_nlink))
                 self.linked(node, copy)
+            elif self._known is not None:
+                self._known(node)
         else:
             node.may_be_indexed(entry, st.st_nlink)
             self.add_name(node, parent, name, place)
@@ -312,10 +322,15 @@ class NodeTable:
 
     def lose(self, node: Node, parent: Node, name: bytes) -> None:
         """Drop a node whose name another process gave to another object."""
-        node.has_key(NO_KEY)
-        for part in node.parts:
-            part.lost()
-        self.remove_name(node, parent, name)
+        node.lose_name(parent, name)
+        if node.unlinked:
+            node.has_key(NO_KEY)
+            for key in self._inodes_of.pop(node.id, ()):  # names found later are another node
+                if self._by_inode.get(key) is node:
+                    del self._by_inode[key]
+            for part in node.parts:
+                part.lost()
+        self._release(parent)
 
     def forget(self, node: Node, lookups: int) -> None:
         """Subtract lookups that the kernel forgot."""
@@ -333,7 +348,7 @@ class NodeTable:
             if self._by_id.get(current.id) is not current:
                 return
             del self._by_id[current.id]
-            if current.use is not None or current.parts:
+            if current.use is not None or current.parts or self._known is not None:
                 self._gone(current)
             if current.successor is not None:
                 current = current.successor

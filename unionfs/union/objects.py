@@ -9,7 +9,9 @@ from typing import Final
 
 from unionfs.sys.fds import Owned
 from unionfs.union.attributes import Attributes
+from unionfs.union.markers import Markers
 from unionfs.union.node import Node
+from unionfs.union.permissions import shown_names, stored_name
 from unionfs.union.places import Gate
 
 _PATH: Final = os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC
@@ -18,8 +20,9 @@ _PATH: Final = os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC
 class Objects:
     """Accesses the objects of nodes through the gate."""
 
-    def __init__(self, gate: Gate) -> None:
+    def __init__(self, gate: Gate, markers: Markers) -> None:
         self.gate = gate
+        self.markers = markers
 
     def attributes(self, node: Node) -> Attributes:
         """stat(2) of a node."""
@@ -28,9 +31,9 @@ class Objects:
     def stat(self, node: Node) -> os.stat_result:
         """The attributes of the real object. Raises ESTALE if another object now has its name."""
         if node.held >= 0:
-            return os.stat(node.held)
+            return self.shown(node, os.stat(node.held))
         if node.is_dir:
-            return os.stat(self.gate.fd(node.parts[0]))
+            return self.shown(node, os.stat(self.gate.fd(node.parts[0])))
         assert node.place is not None
         dir_fd, name = self.gate.fd(node.place), node.name if node.entry is None else node.real_name
         try:
@@ -41,7 +44,31 @@ class Objects:
                 raise
             st = again
         node.check(st)
-        return st
+        return self.shown(node, st)
+
+    def shown(self, node: Node, st: os.stat_result, fd: int = -1) -> os.stat_result:
+        """The attributes to show for the node's object; ``st``: its own, ``fd``: an fd of it, if open."""
+        permissions = node.layer.permissions
+        if permissions is None:
+            return st
+        if fd >= 0:
+            return permissions.show_fd(st, fd)
+        path, follow = self.path(node)
+        return permissions.show(st, path, follow=follow)
+
+    def stored_name(self, node: Node, name: bytes) -> bytes:
+        """The name on disk of the user's xattr ``name`` of a node."""
+        permissions = node.layer.permissions
+        if permissions is None:
+            return node.territory.stored_name(name)
+        return stored_name(self.markers, permissions, name)
+
+    def shown_names(self, node: Node, stored: list[bytes]) -> list[bytes]:
+        """Convert names on disk of a node's xattrs to the names that users see."""
+        permissions = node.layer.permissions
+        if permissions is None:
+            return node.territory.shown_names(stored)
+        return shown_names(self.markers, permissions, stored)
 
     def path(self, node: Node) -> tuple[bytes, bool]:
         """A path of /proc/self/fd for calls without an ``at`` form, and whether to follow its final link."""

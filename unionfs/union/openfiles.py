@@ -39,8 +39,8 @@ class OpenFiles:
         self._unread = shortcuts.unread_files
         self._kept: OrderedDict[Node, OpenFile] = OrderedDict()
         self._defers = False
-        #: Lent files for :meth:`close_waiting` to take back.
-        self.waiting: list[tuple[Node, OpenFile]] = []
+        #: Lent files for :meth:`close_deferred` to take back.
+        self.deferred: list[tuple[Node, OpenFile]] = []
 
     def lend(self, node: Node, *, write: bool) -> OpenFile:
         """The node's backing file, until :meth:`take_back`. With ``write`` its data must be in the upper."""
@@ -92,6 +92,12 @@ class OpenFiles:
         if file.users == 1 and use is not None and use.file is file:
             use.has(None)
         file.release()
+
+    def keep_object(self, node: Node) -> None:
+        """Hold the object of a node that lost its last name, if it is open."""
+        file = None if node.use is None else node.use.file
+        if file is not None and file.users and file.is_open and node.lower_data is None and node.held < 0:
+            node.hold(os.open(b"/proc/self/fd/%d" % file.fd, os.O_PATH | os.O_CLOEXEC))
 
     def hand_over(self, node: Node, fd: int, st: os.stat_result, *, lend: bool) -> OpenFile | None:
         """Switch a copied-up node to ``fd`` (O_RDWR), its file in the upper, with the attributes ``st``.
@@ -154,21 +160,21 @@ class OpenFiles:
     # -- closing after the answer ---------------------------------------------------------------------
 
     def defer(self) -> None:
-        """Enable deferred closing: :meth:`close_waiting` is called after every answer."""
+        """Enable deferred closing: :meth:`close_deferred` is called after every answer."""
         self._defers = True
 
     def take_back_later(self, node: Node, file: OpenFile) -> None:
         """Like :meth:`take_back`, but after the answer to the request if the session defers."""
         if self._defers:
-            self.waiting.append((node, file))
+            self.deferred.append((node, file))
         else:
             self.take_back(node, file)
 
-    def close_waiting(self) -> None:
+    def close_deferred(self) -> None:
         """Take back the deferred files."""
-        for node, file in self.waiting:
+        for node, file in self.deferred:
             self._take_back_logged(node, file)
-        self.waiting.clear()
+        self.deferred.clear()
 
     # -- opening --------------------------------------------------------------------------------------
 

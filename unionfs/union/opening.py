@@ -152,13 +152,18 @@ def index_directory(work_root: int, resources: ExitStack, *, make: bool) -> int:
 
     Raises LayerError, OSError.
     """
-    if make:
-        with contextlib.suppress(FileExistsError):
-            os.mkdir(b"index", 0o700, dir_fd=work_root)
     try:
+        if make:
+            with contextlib.suppress(FileExistsError):
+                os.mkdir(b"index", 0o700, dir_fd=work_root)
         fd = openat2(work_root, b"index", _DIRECTORY, RESOLVE_NO_SYMLINKS | RESOLVE_NO_XDEV)
     except FileNotFoundError:
         return -1
+    except OSError as error:
+        raise LayerError(
+            f"`index` in the work directory cannot be opened: {reason(error)}; remove it, or choose an empty "
+            "directory."
+        ) from error
     resources.callback(os.close, fd)
     _check_owner("directory index", os.fstat(fd).st_uid, os.fstat(work_root).st_uid)
     _make_private(fd)

@@ -15,13 +15,14 @@ import errno
 import os
 import stat
 import struct
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Final, cast
+from collections.abc import Callable, Sequence
+from typing import Final
 
 from unionfs.settings.shown import Range, Shown
 from unionfs.sys import calls
 from unionfs.sys.calls import os_error
 from unionfs.sys.creds import Identity
+from unionfs.union.attributes import replaced
 from unionfs.union.places import Layer
 from unionfs.union.setids import SET_IDS
 
@@ -126,7 +127,7 @@ class Owners:
         """
         if self.chown(fd, st.st_uid, st.st_gid) or not stat.S_ISREG(st.st_mode):
             return st
-        return _replaced(st, {stat.ST_MODE: st.st_mode & ~SET_IDS})
+        return replaced(st, {stat.ST_MODE: st.st_mode & ~SET_IDS})
 
     def chown(self, fd: int, uid: int, gid: int) -> bool:
         """chown(2) of stored ids on an fd (O_PATH suffices). Returns False where that is not permitted but
@@ -167,13 +168,7 @@ def _overflow(kind: str) -> int:
 
 
 def _with_owner(st: os.stat_result, uid: int, gid: int) -> os.stat_result:
-    return st if (st.st_uid, st.st_gid) == (uid, gid) else _replaced(st, {stat.ST_UID: uid, stat.ST_GID: gid})
-
-
-def _replaced(st: os.stat_result, values: Mapping[int, int]) -> os.stat_result:
-    """The attributes with others at some indices of the tuple (stat.ST_MODE ...)."""
-    _, (sequence, others) = cast("tuple[Any, tuple[tuple[int, ...], dict[str, Any]]]", st.__reduce__())
-    return os.stat_result([values.get(index, value) for index, value in enumerate(sequence)], others)
+    return st if (st.st_uid, st.st_gid) == (uid, gid) else replaced(st, {stat.ST_UID: uid, stat.ST_GID: gid})
 
 
 def _with_ids(value: bytes, uid: Callable[[int], int], gid: Callable[[int], int]) -> bytes:

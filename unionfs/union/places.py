@@ -11,11 +11,14 @@ from __future__ import annotations
 import errno
 import os
 from collections import OrderedDict
-from typing import Final, NamedTuple
+from typing import TYPE_CHECKING, Final, NamedTuple
 
 from unionfs.sys import calls
 from unionfs.sys.fds import open_for_listing
 from unionfs.union.rights import Rights
+
+if TYPE_CHECKING:
+    from unionfs.union.permissions import Permissions
 
 _DIRECTORY: Final = os.O_PATH | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 NOT_THERE: Final = (errno.ENOENT, errno.ENAMETOOLONG)
@@ -39,7 +42,7 @@ class Layer:
 
     __slots__ = (
         "acl", "atime_stays", "dev", "in_place", "index", "is_idmapped", "is_upper", "keeps_numbers",
-        "links_of_removed", "memory", "path", "quiet", "root",
+        "links_of_removed", "memory", "path", "permissions", "quiet", "root",
     )  # fmt: skip
 
     def __init__(
@@ -68,10 +71,16 @@ class Layer:
         self.keeps_numbers = magic in _KEEP_NUMBERS
         #: Whether its mount maps ids (known only to a union that does so, too).
         self.is_idmapped = False
+        #: How its objects have owner, mode and type in an xattr; None: as they are.
+        self.permissions: Permissions | None = None
 
     def has_mapped_ids(self) -> None:
         """Record that its mount maps ids."""
         self.is_idmapped = True
+
+    def keeps_permissions(self, permissions: Permissions) -> None:
+        """Record that its objects have owner, mode and type in an xattr."""
+        self.permissions = permissions
 
     @property
     def root_fd(self) -> int:
@@ -85,6 +94,8 @@ class Layer:
         same one; in a lower, whose attributes do not change, with the same owner and mode.
         """
         number = st.st_ino if self.keeps_numbers else 0
+        if self.permissions is not None:
+            return number  # the attributes shown are others
         return number if self.is_upper else hash((number, st.st_uid, st.st_gid, st.st_mode))
 
 
@@ -145,6 +156,11 @@ class Place:
     def move(self, parent: Place, name: bytes) -> None:
         """Record a rename."""
         self.parent, self.name = parent, name
+
+    def found_as(self, place: Place) -> None:
+        """Record that its directory was found as another place of the same layer."""
+        assert place.parent is not None
+        self.parent, self.name, self.key = place.parent, place.name, place.key
 
     def lost(self) -> None:
         """Record that another object has its name."""

@@ -4,9 +4,13 @@ A node whose object is still the same stays. One whose name now belongs to anoth
 the name; its open files go on with the old object. What was remembered of the lowers is forgotten.
 
 Rules:
-- One directory a step, parents first: requests may be served between two steps.
-- An object of a lower is unchanged if its ctime is older than the last refresh, as nothing sets a ctime.
-  Where clocks may differ (NFS) or numbers change, it may always have changed.
+- One directory or name a step, parents first: requests may be served between two steps.
+- Of names that the watches reported, only these are looked at. Otherwise an object of a lower is unchanged if
+  its ctime is older than the last refresh, as nothing sets a ctime. Where clocks may differ (NFS) or numbers
+  change, it may always have changed.
+- An object whose owner or mode changed has another `Layer.key`. It is still the node's if the watches
+  reported no change of its name and it has the same number. The node gets the key once the kernel has
+  forgotten the old attributes, by which it checks permissions.
 - The upper is this daemon's alone, and not examined.
 """
 
@@ -14,16 +18,21 @@ from __future__ import annotations
 
 import os
 import stat
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Final
 
+from unionfs.union.named import OPAQUE, PREFIX, hidden_name
 from unionfs.union.node import Node
 from unionfs.union.places import Layer, Place
 from unionfs.union.tree import Union
+from unionfs.union.watching import ITSELF, Told
 
 _SLACK_NS: Final = 2_000_000_000
 """Filesystems take times from a coarse clock (current_time(9)); FAT's have two seconds."""
+
+Names = Mapping[bytes, Told]
+"""Names in a directory, with what is known of each."""
 
 
 @dataclass(slots=True)
@@ -32,12 +41,27 @@ class Outdated:
 
     names: list[tuple[int, bytes]] = field(default_factory=list)
     """Names in directories, by the directory's node id."""
-    nodes: list[int] = field(default_factory=list)
-    """The attributes and data, or the listing, of nodes."""
+    nodes: dict[int, int] = field(default_factory=dict)
+    """The attributes and data, or the listing, of nodes, with the node id of a directory that has each."""
+    keys: list[tuple[Node, int]] = field(default_factory=list)
+    """Nodes that get another `Layer.key` afterwards."""
+
+    def __len__(self) -> int:
+        return len(self.names) + len(self.nodes)
+
+    def add(self, node: Node) -> None:
+        """Add a node."""
+        self.nodes[node.id] = 0 if node.parent is None else node.parent.id
+
+    def forgotten(self) -> None:
+        """The kernel has forgotten it all."""
+        for node, key in self.keys:
+            if not node.unlinked and not node.in_place:
+                node.has_key(key)
 
 
 class Refresh:
-    """One pass over all known nodes of the merged layers."""
+    """One pass over all known nodes of the merged layers, or over some names."""
 
     def __init__(
         self, union: Union, since_ns: int, is_busy: Callable[[Node], bool], *, new_nodes: bool
@@ -49,27 +73,102 @@ class Refresh:
         self._since = since_ns - _SLACK_NS
         self._is_busy = is_busy
         self._new_nodes = new_nodes
-        self.outdated = Outdated()
+        self._outdated = Outdated()
+        #: New nodes of changed files.
+        self._renewed: set[Node] = set()
+
+    def take(self) -> Outdated:
+        """What became outdated since the last call."""
+        outdated, self._outdated = self._outdated, Outdated()
+        return outdated
+
+    @property
+    def outdated(self) -> int:
+        """The size of what :meth:`take` returns."""
+        return len(self._outdated)
 
     def steps(self) -> Iterator[None]:
-        """Do the work, in pieces."""
+        """Look at everything, in pieces."""
         self._union.merge.forget_names()
-        waiting = [self._union.nodes.root]
+        yield from self._below(self._union.nodes.root)
+
+    def steps_for(self, changed: Mapping[Node, Names]) -> Iterator[None]:
+        """Look at names in directories, in pieces."""
+        for node, names in changed.items():
+            if self._is_known(node):
+                self._union.merge.forget_names(node.parts)
+                for name, told in names.items():
+                    yield from self._name(node, name, told)
+
+    def _is_known(self, node: Node) -> bool:
+        return self._union.nodes.named(node.id) is node and not node.unlinked
+
+    def _below(self, top: Node) -> Iterator[None]:
+        """Look at everything from a directory down."""
+        waiting = [top]
         while waiting:
             node = waiting.pop()
-            if self._union.nodes.named(node.id) is node and not node.unlinked:
+            if self._is_known(node):
                 waiting += self._directory(node)
                 yield
+
+    # -- names that the watches reported --------------------------------------------------------------
+
+    def _name(self, node: Node, name: bytes, told: Told) -> Iterator[None]:
+        """Look at one name in a directory, and at everything below it if it is merged from other parts."""
+        if name == ITSELF:
+            self._outdated.add(node)
+            return
+        if name.startswith(PREFIX):
+            for part in node.parts:
+                part.forget_named()
+            if name == OPAQUE and node.parent is not None:
+                yield from self._name(node.parent, node.name, Told.NAME)
+            hidden = hidden_name(name)
+            if hidden is None:
+                return
+            name, told = hidden, Told.NAME
+        if told is Told.NAME:
+            self._outdated.add(node)  # its listing, size and times
+        child = (node.children or {}).get(name)
+        if child is None:
+            self._outdated.names.append((node.id, name))
+            self._other_names(node, name)
+        elif child.territory is node.territory:
+            parts = child.parts
+            if not self._is_same(node, name, child, told):
+                self._outdated.add(node)
+            elif child.parts is not parts:
+                yield from self._below(child)
+        yield
+
+    def _other_names(self, parent: Node, name: bytes) -> None:
+        """A name may be a new one of an object that is known by others, and has another ``st_nlink`` now."""
+        watches, nodes = self._union.watches, self._union.nodes
+        for part in parent.parts:
+            try:
+                st = os.stat(name, dir_fd=self._union.gate.fd(part), follow_symlinks=False)
+            except OSError:
+                continue
+            known = nodes.named(nodes.numbers.of(st.st_dev, st.st_ino)) if st.st_nlink > 1 else None
+            if known is not None and not known.is_dir and not known.in_place and watches is not None:
+                watches.known(known)
+                self._outdated.add(known)
+
+    # -- everything -----------------------------------------------------------------------------------
 
     def _directory(self, node: Node) -> list[Node]:
         """Refresh the names in a directory; returns the directories below it that are still known."""
         if self._is_changed_directory(node):
             for part in node.parts:
                 part.forget_named()
-            self.outdated.nodes.append(node.id)
+            self._outdated.add(node)
             self._new_names(node)
         below = []
-        for name, child in list((node.children or {}).items()):
+        for name in list(node.children or ()):
+            child = self._union.nodes.child(node, name)  # it may be superseded meanwhile
+            if child is None:
+                continue
             if child.territory is node.territory and self._is_same(node, name, child) and child.is_dir:
                 below.append(child)
         return below
@@ -94,9 +193,11 @@ class Refresh:
         except OSError:
             return  # the next listing reports it
         known = node.children or {}
-        self.outdated.names += ((node.id, name) for name in names if name not in known)
+        self._outdated.names += ((node.id, name) for name in names if name not in known)
 
-    def _is_same(self, parent: Node, name: bytes, node: Node) -> bool:
+    # -- one name -------------------------------------------------------------------------------------
+
+    def _is_same(self, parent: Node, name: bytes, node: Node, told: Told = Told.NOTHING) -> bool:
         """Refresh one name; whether it still belongs to the node."""
         if self._is_busy(node):
             return True
@@ -107,62 +208,91 @@ class Refresh:
         if found is not None and stat.S_IFMT(found[0].st_mode) == node.kind:
             st, places = found
             if node.is_dir:
-                still = self._is_directory_still(node, places)
+                still = self._is_directory_still(node, places, told)
             else:
-                still = self._is_file_still(parent, name, node, st, places[0])
+                still = self._is_file_still(parent, name, node, st, places[0], told)
             if still:
                 return True
         elif found is not None and stat.S_ISDIR(found[0].st_mode):
             self._union.merge.forget(found[1])
         self._union.nodes.lose(node, parent, name)
-        self.outdated.names.append((parent.id, name))
+        self._outdated.names.append((parent.id, name))
         if node.is_dir:
-            self.outdated.nodes.append(node.id)  # of a file, what the kernel has is still right
+            self._outdated.add(node)  # of a file, what the kernel has is still right
+        elif node.unlinked:
+            self._union.files.keep_object(node)
         return False
 
-    def _is_directory_still(self, node: Node, places: list[Place]) -> bool:
+    def _is_directory_still(self, node: Node, places: list[Place], told: Told) -> bool:
         """Whether a directory's topmost part is the same; then it gets the parts that it has now."""
-        kept = [self._known(node.parts, place) for place in places]
+        kept = [self._known(node, place) for place in places]
         if kept[0] not in node.parts:
             self._union.merge.forget(places)
             return False
         if kept != node.parts:
             self._union.merge.forget(set(node.parts) - set(kept))
             node.has_parts(kept)
-            self.outdated.nodes.append(node.id)
+            if self._union.watches is not None:
+                self._union.watches.known(node)
+            self._outdated.add(node)
             self._new_names(node)
+        elif told is not Told.NOTHING:
+            self._outdated.add(node)
         return True
 
-    def _known(self, parts: list[Place], place: Place) -> Place:
-        """The part that is the same real directory as ``place``, or ``place`` itself."""
-        gate = self._union.gate
-        for part in parts:
-            if part.layer is place.layer:
-                try:
-                    same = os.path.samestat(os.stat(gate.fd(part)), os.stat(gate.fd(place)))
-                except OSError:
-                    continue
-                if same:
-                    self._union.merge.forget([place])
-                    if place.parent is not None:
-                        part.move(place.parent, place.name)
-                    return part
+    def _known(self, node: Node, place: Place) -> Place:
+        """The part of a node that is the same real directory as ``place``, or ``place`` itself."""
+        for part in node.parts:
+            if part.layer is place.layer and self._is_one(node, part, place):
+                part.found_as(place)
+                self._union.merge.forget([place])
+                return part
         return place
 
-    def _is_file_still(
-        self, parent: Node, name: bytes, node: Node, st: os.stat_result, place: Place
-    ) -> bool:
-        if place is not node.place:
-            return False
-        if place.layer.is_upper:
+    def _is_one(self, node: Node, part: Place, place: Place) -> bool:
+        watches, gate = self._union.watches, self._union.gate
+        if watches is not None and watches.is_same(node, part, place):
             return True
-        if place.layer.key(st) != node.key:
+        try:
+            return os.path.samestat(os.stat(gate.fd(part)), os.stat(gate.fd(place)))
+        except OSError:
             return False
-        if not self._may_differ(place.layer, st):
+
+    def _is_file_still(
+        self, parent: Node, name: bytes, node: Node, st: os.stat_result, place: Place, told: Told
+    ) -> bool:
+        if place.layer.is_upper:
+            return node.in_place
+        if not self._is_at(parent, name, node, place, st):
+            return False
+        if node.is_indexed:
+            return True  # the copy stands for all its names
+        key = place.layer.key(st)
+        if key != node.key:
+            if told is not Told.OBJECT or not self._has_number(node, st):
+                return False
+            self._outdated.keys.append((node, key))
+        if told is Told.NOTHING and not self._may_differ(place.layer, st):
             return True
         node.note_capability(none=False)
-        self.outdated.nodes.append(node.id)
+        node.know_flags(None)
+        self._outdated.add(node)
         if self._new_nodes and node.kind == stat.S_IFREG:
-            self._union.nodes.supersede(node)
-            self.outdated.names.append((parent.id, name))
+            if node not in self._renewed:
+                self._renewed.add(self._union.nodes.supersede(node))
+            self._outdated.names.append((parent.id, name))
         return True
+
+    def _is_at(self, parent: Node, name: bytes, node: Node, place: Place, st: os.stat_result) -> bool:
+        """Whether a name of a lower belongs to the node, as far as its place shows."""
+        index = self._union.index
+        if node.entry is not None and index is not None:
+            return index.entry_of_lower(self._union.gate.fd(place), name, st) == node.entry
+        for directory, link, there in node.links or ():
+            if directory is parent and link == name:
+                return place is there
+        return place is node.place
+
+    def _has_number(self, node: Node, st: os.stat_result) -> bool:
+        """Whether the node's number is that of an object."""
+        return not node.from_origin and self._union.nodes.numbers.of(st.st_dev, st.st_ino) == node.ino

@@ -15,6 +15,7 @@ from unionfs.union.layers import lock
 from unionfs.union.markers import ABSENT, Markers
 from unionfs.union.merge import Merge
 from unionfs.union.places import Layer, Place
+from unionfs.union.rights import Rights
 
 TRUSTED: Final = b"trusted.overlay."
 USER: Final = b"user.overlay."
@@ -80,8 +81,11 @@ def object_path(dir_fd: int, name: bytes) -> bytes:
     return b"/proc/self/fd/%d/%b" % (dir_fd, name) if name else b"/proc/self/fd/%d/." % dir_fd
 
 
-def xattrs(path: bytes) -> dict[bytes, bytes]:
-    """The xattrs of an object; none where they are not supported. Raises OSError."""
+def xattrs(path: bytes, rights: Rights | None = None) -> dict[bytes, bytes]:
+    """The xattrs of an object; none where they are not supported. Raises OSError.
+
+    ``rights``: those of the owner, where the object's mode denies reading them.
+    """
     try:
         names = os.listxattr(path, follow_symlinks=False)
     except OSError as error:
@@ -91,7 +95,13 @@ def xattrs(path: bytes) -> dict[bytes, bytes]:
     found = {}
     for name in map(os.fsencode, names):
         if name.startswith((b"trusted.", b"user.")):
-            found[name] = os.getxattr(path, name, follow_symlinks=False)
+            try:
+                found[name] = os.getxattr(path, name, follow_symlinks=False)
+            except PermissionError as refused:
+                if rights is None:
+                    raise
+                with Owned(os.open(path, os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC)) as fd:
+                    found[name] = rights.getxattr(fd, name, refused, upper=False)
     return found
 
 

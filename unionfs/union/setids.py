@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import os
 import stat
-from typing import Final, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Final, NamedTuple, Protocol
 
 from unionfs.sys.process import supplementary_groups
+
+if TYPE_CHECKING:
+    from unionfs.union.permissions import Permissions
 
 SET_IDS: Final = stat.S_ISUID | stat.S_ISGID
 
@@ -53,8 +56,16 @@ def mode_after(st: os.stat_result, who: Who) -> int | None:
     return stat.S_IMODE(kept) if kept != mode else None
 
 
-def clear(fd: int, who: Who) -> None:
-    """Clear the bits of a regular file that a change by a process without CAP_FSETID clears."""
-    mode = mode_after(os.fstat(fd), who)
-    if mode is not None:
+def clear(fd: int, who: Who, permissions: Permissions | None = None) -> None:
+    """Clear the bits of a regular file that a change by a process without CAP_FSETID clears.
+
+    ``permissions``: where its mode is, if not in the file.
+    """
+    st = os.fstat(fd)
+    mode = mode_after(st if permissions is None else permissions.show(st, fd), who)
+    if mode is None:
+        return
+    if permissions is None:
         os.fchmod(fd, mode)
+    else:
+        permissions.chmod(fd, mode)

@@ -5,13 +5,16 @@ from __future__ import annotations
 import errno
 import os
 import stat
+from dataclasses import replace
 from typing import Final
 
 from unionfs.sys.calls import os_error
 from unionfs.sys.creds import Identity
+from unionfs.sys.inotify import Inotify
 from unionfs.union.attributes import Attributes
 from unionfs.union.bound import Bound
 from unionfs.union.flags import Flags
+from unionfs.union.images import is_image
 from unionfs.union.index import open_index
 from unionfs.union.layers import LayerStack
 from unionfs.union.merge import Merge
@@ -24,6 +27,7 @@ from unionfs.union.origin import Origins
 from unionfs.union.places import BoundLayer, Layer
 from unionfs.union.rights import Rights
 from unionfs.union.shortcuts import Capabilities, Shortcuts
+from unionfs.union.watching import Watches
 from unionfs.union.work import Work
 
 _ALL_SHORTCUTS: Final = Shortcuts()
@@ -33,17 +37,33 @@ class Union(Objects):
     """The tree of a layer stack. Not thread-safe: only one thread calls it."""
 
     def __init__(
-        self, stack: LayerStack, *, directory_fds: int = 1024, shortcuts: Shortcuts = _ALL_SHORTCUTS
+        self,
+        stack: LayerStack,
+        *,
+        directory_fds: int = 1024,
+        shortcuts: Shortcuts = _ALL_SHORTCUTS,
+        notifier: Inotify | None = None,
     ) -> None:
+        """``notifier``: watch the lowers with it; it is closed with the union."""
         self.stack = stack
-        self.markers = stack.markers
+        if stack.keeps_permissions:  # which are stored under other names
+            shortcuts = replace(shortcuts, capabilities=False)
+        if notifier is not None:
+            # An open file must outlive its name, so the daemon has it open.
+            shortcuts = replace(shortcuts, unread_files=False)
         rights = Rights(stack.work_fd)
         self.merge = Merge(stack.layers, stack.markers, directory_fds=directory_fds, rights=rights)
-        super().__init__(self.merge.gate)
+        super().__init__(self.merge.gate, stack.markers)
         self.origins = Origins(stack.layers, stack.markers, stack.features, self.gate)
         self.index = open_index(stack, self.origins)
-        copies_up = stack.upper is not None
-        self.nodes = NodeTable(self.origins, self.index, self.gate, self._gone, copies_up=copies_up)
+        self.watches: Watches | None = None
+        if notifier is not None:
+            lowers = [layer for layer in stack.layers if not layer.is_upper and not is_image(layer.path)]
+            self.watches = Watches(notifier, lowers, self.gate)
+        known = None if self.watches is None else self.watches.known
+        self.nodes = NodeTable(
+            self.origins, self.index, self.gate, self._gone, copies_up=stack.upper is not None, known=known
+        )
         self.nodes.add_root(Merged(self, self.nodes, self.merge, stack), self.merge.roots)
         self.work = Work(stack.work_fd, rights)
         self.identity = Identity(stack.work_fd)
@@ -54,6 +74,8 @@ class Union(Objects):
 
     def _gone(self, node: Node) -> None:
         self.files.gone(node)
+        if self.watches is not None:
+            self.watches.gone(node)
         self.merge.forget(node.parts)
 
     def lookup(self, parent: Node, name: bytes) -> tuple[Node, Attributes] | None:
@@ -99,3 +121,5 @@ class Union(Objects):
     def close(self) -> None:
         """Close every fd that the tree opened (not the layers' own)."""
         self.merge.close()
+        if self.watches is not None:
+            self.watches.close()

@@ -68,12 +68,12 @@ class Work:
                     remove(self.fd, name)
 
     def exchange(self, one: At, other: At) -> None:
-        """Exchange two names; see :func:`exchange`."""
+        """Exchange two names; see :func:`exchange_in_steps`."""
         aside = self.temporary().at
         try:
-            exchange(one, other, aside)
+            exchange_in_steps(one, other, aside)
         except PermissionError as error:
-            self.rights.again(partial(exchange, one, other, aside), error, one, other)
+            self.rights.again(partial(exchange_in_steps, one, other, aside), error, one, other)
 
     def rename_leaving(self, whiteout: At, old: At, new: At, *, directory: bool, occupied: bool) -> None:
         """Rename ``old`` to ``new``, and ``whiteout`` (in work) to ``old``.
@@ -165,7 +165,7 @@ class Temporary:
             self._work.discard(self.name)
 
 
-def exchange(one: At, other: At, aside: At) -> None:
+def exchange_in_steps(one: At, other: At, aside: At) -> None:
     """Exchange two names. In three steps, if necessary, ``other``, which is missing for the shorter time, is
     moved to ``aside``. After an ``OSError`` both are unchanged."""
     try:

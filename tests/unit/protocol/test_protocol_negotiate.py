@@ -69,7 +69,9 @@ def check(decision: Decision, offered: InitRequest, settings: Settings, privileg
     assert not (zero_message and agreed & (Init.ATOMIC_O_TRUNC | Init.PASSTHROUGH))
     assert (Opcode.OPEN in decision.enosys) == zero_message
     assert (Opcode.OPENDIR in decision.enosys) == bool(agreed & Init.NO_OPENDIR_SUPPORT)
-    assert not (agreed & Init.WRITEBACK_CACHE and (passthrough or settings.bound or settings.read_only))
+    others_change = settings.bound or settings.live
+    assert not (agreed & Init.WRITEBACK_CACHE and (passthrough or others_change or settings.read_only))
+    assert not (zero_message and others_change)
     assert (Opcode.LSEEK in decision.enosys) == bool(agreed & Init.WRITEBACK_CACHE)
     assert decision.enosys <= {Opcode.OPEN, Opcode.OPENDIR, Opcode.FLUSH, Opcode.LSEEK}
 
@@ -121,8 +123,8 @@ def possible(mode: IoMode, offered: InitRequest, privileges: Privileges) -> bool
 
 
 SWITCHES = [
-    {"bound": bound, "acl": acl, "read_only": read_only}
-    for bound, acl, read_only in itertools.product((False, True), repeat=3)
+    {"bound": bound, "live": live, "acl": acl, "read_only": read_only}
+    for bound, live, acl, read_only in itertools.product((False, True), repeat=4)
 ]
 
 
@@ -151,6 +153,7 @@ SETTINGS = st.builds(
     io=st.just(IoMode.AUTO),
     read_only=st.booleans(),
     bound=st.booleans(),
+    live=st.booleans(),
     acl=st.booleans(),
     upper_stack_depth=st.integers(0, 3),
     lower_stack_depth=st.integers(0, 3),
@@ -272,6 +275,14 @@ def test_bound_storage() -> None:
     decision = negotiate(offer(EVERYTHING), Settings(io=IoMode.CACHED, bound=True), ROOT)
     assert not decision.flags & (Init.WRITEBACK_CACHE | Init.EXPLICIT_INVAL_DATA)
     assert decision.flags & Init.AUTO_INVAL_DATA
+
+
+def test_watched_lowers() -> None:
+    """Data and sizes change by the daemon's notices alone, and an open file is known to the daemon."""
+    decision = negotiate(offer(EVERYTHING), Settings(io=IoMode.CACHED, live=True), ROOT)
+    assert not decision.flags & (Init.WRITEBACK_CACHE | Init.NO_OPEN_SUPPORT)
+    assert decision.flags & Init.EXPLICIT_INVAL_DATA
+    assert "watched" in decision.why
 
 
 @pytest.mark.parametrize(

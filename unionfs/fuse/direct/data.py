@@ -180,7 +180,7 @@ class DataRequests:
                 raise os_error(errno.EBADF)
             return handle.file
         node = self._operations.node(id_)
-        if self._open_files.is_open_for_writing(node):
+        if self._open_files.is_open_for_writing(node) and not node.lacks_names:
             return self._open_files.keep(node, write=True)
         # Where the kernel sends no OPEN, it does not say whether a write appends: see `_end_of`.
         check = partial(self._union.flags.may_write, node, appends=True)

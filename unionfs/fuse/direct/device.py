@@ -46,8 +46,8 @@ class Device:
                 with contextlib.suppress(OSError):
                     os.writev(self.fd, encode.error(unique, errno.EIO))
 
-    def notify(self, notice: Reply) -> None:
-        """Send a notice; ignores objects that the kernel has forgotten.
+    def notify(self, notice: Reply) -> bool:
+        """Send a notice; returns False for an object that the kernel does not know (any more).
 
         A notice about cached data may have to wait for requests that this daemon serves, so it is sent from a
         thread. One about attributes alone does not wait when a request holds the object (fs/fuse/inode.c,
@@ -58,6 +58,8 @@ class Device:
         except OSError as error:
             if error.errno not in _GONE:
                 log.warning("the kernel refused a notice: %s", error.strerror)
+            return False
+        return True
 
     def notify_later(self, notice: Reply) -> None:
         """Queue a notice for the loop, to be sent from a thread after the answer to the current request."""

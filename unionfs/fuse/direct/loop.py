@@ -107,7 +107,7 @@ class Loop:
 
     async def _read_requests(self) -> None:
         fd, readv, clock, idle = self._device.fd, os.readv, perf_counter_ns, self._idle
-        serve, latencies, waiting = self.serve, self._latencies, self._files.waiting
+        serve, latencies, deferred = self.serve, self._latencies, self._files.deferred
         spin = _MIN_SPIN_NS
         spin_end = 0
         fair_until = clock() + _FAIR_NS
@@ -150,8 +150,8 @@ class Loop:
                 self._measured(size)
             else:
                 serve(size)
-            if waiting:
-                self._files.close_waiting()
+            if deferred:
+                self._files.close_deferred()
             if clock() > fair_until:
                 await trio.lowlevel.checkpoint()
                 fair_until = clock() + _FAIR_NS
@@ -264,8 +264,8 @@ class Loop:
                 del self._running[unique]
         self._reply(reply)
         self._latencies.end(unique, self._names.get(request.number, "unknown"))
-        if self._files.waiting:
-            self._files.close_waiting()
+        if self._files.deferred:
+            self._files.close_deferred()
 
     def _interrupt(self, unique: int) -> None:
         """Handle a caller's signal. Only a caller that it kills gets EINTR: others do not expect it."""

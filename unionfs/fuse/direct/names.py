@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import os
 import stat
 import struct
 from typing import Final
@@ -10,7 +11,7 @@ from typing import Final
 from unionfs.fuse.direct.loop import Answer, Waiting
 from unionfs.fuse.direct.nodeio import NodeIos
 from unionfs.fuse.direct.writeback import WriteBack
-from unionfs.fuse.operations import Change, Found, Operations
+from unionfs.fuse.operations import Change, Named, Operations
 from unionfs.fuse.protocol import FOREVER, NEVER, Decision, Init, Opcode, Reply, Timeout, encode
 from unionfs.fuse.protocol import requests as rq
 from unionfs.fuse.protocol.flags import (
@@ -80,7 +81,7 @@ class NameRequests:
 
     # -- answers --------------------------------------------------------------------------------------
 
-    def _entry(self, unique: int, found: Found) -> Reply:
+    def _entry(self, unique: int, found: Named) -> Reply:
         """An entry, which counts one lookup."""
         node, attributes = found
         node.looked_up()
@@ -93,7 +94,7 @@ class NameRequests:
             _packed(attributes),
         )
 
-    def entry_out(self, found: Found) -> bytes:
+    def entry_out(self, found: Named) -> bytes:
         """An entry as part of another answer, which counts one lookup."""
         node, attributes = found
         node.looked_up()
@@ -109,7 +110,7 @@ class NameRequests:
         # Notices about changes of the node that superseded this one contain the new id.
         return self._ios.valid(node, attributes) if node.id == id_ else NEVER
 
-    def _attributes(self, request_id: int, unique: int, found: Found) -> Reply:
+    def _attributes(self, request_id: int, unique: int, found: Named) -> Reply:
         node, attributes = found
         return encode.attr(
             unique,
@@ -189,9 +190,11 @@ class NameRequests:
         with self._union.checked_path(node) as path:
             raw = calls.statx(calls.AT_FDCWD, path, 0, request.sx_mask)
         patched = bytearray(raw)
-        # stx_nlink, stx_uid, stx_gid, stx_blocks and stx_ctime of struct statx, include/uapi/linux/stat.h
+        # Some fields of struct statx, include/uapi/linux/stat.h: stx_nlink, stx_uid, stx_gid, stx_mode,
+        # stx_blocks, stx_ctime, stx_rdev_major and stx_rdev_minor
         st = attributes.st
-        struct.pack_into("=III", patched, 16, attributes.nlink, st.st_uid, st.st_gid)
+        struct.pack_into("=IIIH", patched, 16, attributes.nlink, st.st_uid, st.st_gid, st.st_mode)
+        struct.pack_into("=II", patched, 128, os.major(st.st_rdev), os.minor(st.st_rdev))
         struct.pack_into("=Q", patched, 48, st.st_blocks)
         struct.pack_into("=qI", patched, 96, *divmod(attributes.ctime_ns, _NS))
         return encode.statx(

@@ -10,6 +10,7 @@ from __future__ import annotations
 from unionfs.fuse.direct.ahead import Ahead
 from unionfs.fuse.direct.device import Device
 from unionfs.fuse.protocol import notify
+from unionfs.fuse.refreshing import NO_NAME
 from unionfs.union.refreshing import Outdated
 
 
@@ -27,5 +28,7 @@ class Notices:
     def forget(self, outdated: Outdated) -> None:
         for parent, name in outdated.names:
             self._device.notify(notify.inval_entry(parent, name))
-        for id_ in outdated.nodes:
-            self._device.notify(notify.inval_inode(id_))
+        for id_, parent in outdated.nodes.items():
+            if not self._device.notify(notify.inval_inode(id_)):
+                self._device.notify(notify.inval_entry(parent, NO_NAME))
+                self._device.notify(notify.inval_inode(id_))

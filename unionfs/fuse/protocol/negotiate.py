@@ -5,7 +5,8 @@ them):
 - NO_OPEN (ENOSYS to OPEN) never with ATOMIC_O_TRUNC*: O_TRUNC would be lost. Never with PASSTHROUGH, which
   is part of the answer to OPEN.
 - WRITEBACK_CACHE never with PASSTHROUGH (the kernel then drops passthrough, and registering a backing file is
-  EPERM*), and never with bound storage: the kernel would ignore the sizes the daemon reports.
+  EPERM*), and never with bound storage or watched lowers: the kernel would ignore the sizes the daemon
+  reports. With these NO_OPEN neither: an open file stays the same when another one gets its name.
 - LSEEK (ENOSYS) never with WRITEBACK_CACHE*: data that is only in the page cache would look like a hole, and
   copying programs would skip it. After ENOSYS the kernel reports everything as data.
 - PASSTHROUGH needs INIT_EXT, a max_stack_depth of 1 or 2, and CAP_SYS_ADMIN in the initial user namespace
@@ -15,7 +16,9 @@ them):
   hybrid does it only without an upper, where there is no copy-up.
 - HANDLE_KILLPRIV_V2 with PASSTHROUGH: before a write that must clear suid and sgid the kernel sends a SETATTR
   without changes*, and leaves the clearing to the daemon. Without V2 it requests the file's capabilities
-  before every write. V1 is never agreed.
+  before every write, and sends a SETATTR for the mode. V1 is never agreed.
+- Modes kept in xattrs: no V2, and no passthrough to the upper, whose files have no setuid and setgid to
+  clear.
 - ALLOW_IDMAP only on request, never with a policy on the caller's uid (it is blank except on creation), and
   only under default_permissions: without, the kernel ends the connection.
 - POSIX_ACL and DONT_MASK both or neither, when every layer has ACLs.
@@ -87,8 +90,12 @@ class Settings:
     """No upper: the union is read-only."""
     bound: bool = False
     """Bound storage is served, which others change too, and which may be read-only while the union is not."""
+    live: bool = False
+    """The lowers are watched: others change them."""
     acl: bool = False
     """Every layer has POSIX ACLs."""
+    permissions: bool = False
+    """Modes are kept in xattrs, so that the daemon must clear setuid, setgid and file capabilities."""
     upper_stack_depth: int = 0
     """0: the upper is on an ordinary filesystem. 1: on overlayfs, or a mount with passthrough. 2: deeper."""
     lower_stack_depth: int = 0
@@ -170,6 +177,11 @@ def _rule(
     return _Rule(int(flag), wanted, int(needs or 0) | extended, int(never_with or 0))
 
 
+def _others_change(settings: Settings) -> bool:
+    """Whether others change files that the union serves."""
+    return settings.bound or settings.live
+
+
 def _passes_lowers(mode: IoMode, settings: Settings) -> bool:
     if mode is IoMode.HYBRID:
         # Not if the mount then cannot be a lower.
@@ -191,19 +203,21 @@ _RULES: Final[tuple[_Rule, ...]] = (
     ),
     _rule(
         Init.NO_OPEN_SUPPORT,
-        lambda facts: facts.mode is IoMode.CACHED and not facts.settings.bound,
+        lambda facts: facts.mode is IoMode.CACHED and not _others_change(facts.settings),
         never_with=Init.PASSTHROUGH,
     ),
     _rule(Init.ATOMIC_O_TRUNC, never_with=Init.NO_OPEN_SUPPORT),
     _rule(
         Init.WRITEBACK_CACHE,
         lambda facts: (
-            facts.mode is IoMode.CACHED and not facts.settings.read_only and not facts.settings.bound
+            facts.mode is IoMode.CACHED
+            and not facts.settings.read_only
+            and not _others_change(facts.settings)
         ),
         never_with=Init.PASSTHROUGH,
     ),
     _rule(Init.NO_OPENDIR_SUPPORT),
-    _rule(Init.HANDLE_KILLPRIV_V2),
+    _rule(Init.HANDLE_KILLPRIV_V2, lambda facts: not facts.settings.permissions),
     _rule(Init.POSIX_ACL, lambda facts: facts.settings.acl, needs=Init.DONT_MASK),
     _rule(Init.DONT_MASK, lambda facts: facts.settings.acl, needs=Init.POSIX_ACL),
     _rule(Init.AUTO_INVAL_DATA, lambda facts: facts.settings.bound),
@@ -227,11 +241,12 @@ def _good(mode: IoMode, settings: Settings) -> str:
     if mode is IoMode.PASSTHROUGH:
         return f"all files are read {'' if settings.read_only else 'and written '}kernel to kernel"
     if mode is IoMode.CACHED:
-        opening = "a message, because storage is served here that the host changes too"
-        return (
-            "all files come from the page cache, and opening one costs "
-            f"{opening if settings.bound else 'no message'}"
-        )
+        opening = "no message"
+        if settings.bound:
+            opening = "a message, because storage is served here that the host changes too"
+        elif settings.live:
+            opening = "a message, because lowers are watched that others change"
+        return f"all files come from the page cache, and opening one costs {opening}"
     if not settings.read_only:
         return "upper files are read and written kernel to kernel, lower files come from the page cache"
     if _passes_lowers(mode, settings):
@@ -277,6 +292,8 @@ def _obstacle(mode: IoMode, offered: InitRequest, settings: Settings, privileges
             f"this kernel does not offer passthrough, which needs {since(Init.PASSTHROUGH)} built with "
             "CONFIG_FUSE_PASSTHROUGH"
         )
+    if settings.permissions and not settings.read_only:
+        return "with xattr_permissions a write may have to clear setuid in an xattr, which the kernel cannot"
     if not privileges.initial_user_namespace:
         return "the kernel lets no process in a user namespace register the files to pass through"
     if not privileges.sys_admin:

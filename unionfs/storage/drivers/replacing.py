@@ -15,7 +15,7 @@ from unionfs.storage.workspace import Workspace, recover, workspace
 from unionfs.sys import calls
 from unionfs.sys.fds import directory, sync_directory
 from unionfs.sys.trees import remove_path
-from unionfs.union.work import exchange as exchange_names
+from unionfs.union.work import exchange_in_steps
 
 _SIBLING = ".restore-"
 _ASIDE = ".old"
@@ -25,7 +25,7 @@ _ASIDE = ".old"
 def exchange(one: str, other: str) -> None:
     """Exchange two names on one filesystem: atomically, or in steps that `recover_sibling` can undo."""
     new, old, aside = ((calls.AT_FDCWD, os.fsencode(path)) for path in (other, one, other + _ASIDE))
-    exchange_names(new, old, aside)
+    exchange_in_steps(new, old, aside)
 
 
 @contextmanager
