@@ -155,7 +155,7 @@ class Record:
             file = test.partition("::")[0]
             without = _SESSION.sub("", test)
             mounts = not file.startswith("tests/unit/")
-            ranks = mounts, about not in test, sessions[without], of_file[file]
+            ranks = mounts, about not in test, sessions[without], of_file[file] if mounts else 0
             order.append((*ranks, self._cost(test), test))
             sessions[without] += 1
             of_file[file] += 1
