@@ -15,9 +15,10 @@ import pytest
 
 from tests.mount.cli_calls import refused, unionfs
 from tests.support import mounting, named, snapshot
+from unionfs.sys.fds import Owned
 from unionfs.union.check import check
 from unionfs.union.checkwork import Finding
-from unionfs.union.resting import resting
+from unionfs.union.resting import names_below, resting
 
 T = "trusted.overlay."
 
@@ -318,3 +319,24 @@ def test_a_mounted_upper_is_refused(kernel_overlay: None, area: Path, tool: str)
     finally:
         os.close(fd)
     refused(unionfs(tool, "-u", area / "nowhere", *words), "does not exist")
+
+
+@pytest.mark.parametrize("kind", ["symlink", "fifo", "file"])
+def test_what_is_no_directory_is_not_opened(tmp_path: Path, kind: str) -> None:
+    """The same error as natively: no symlink is followed, a fifo is not waited for."""
+    (tmp_path / "d").mkdir()
+    for name in ("b", "a"):
+        (tmp_path / "d" / name).touch()
+    if kind == "symlink":
+        (tmp_path / "x").symlink_to("d")
+    elif kind == "fifo":
+        os.mkfifo(tmp_path / "x")
+    else:
+        (tmp_path / "x").touch()
+    with Owned(os.open(tmp_path, os.O_PATH)) as fd:
+        assert names_below(fd, b"d") == [b"a", b"b"]
+        assert names_below(fd, b"missing") == []
+        with pytest.raises(NotADirectoryError):
+            os.open("x", os.O_DIRECTORY | os.O_NOFOLLOW, dir_fd=fd)
+        with pytest.raises(NotADirectoryError):
+            names_below(fd, b"x")

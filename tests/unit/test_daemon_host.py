@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import errno
+import logging
 import os
 from pathlib import Path
 
 import pytest
 
-from unionfs.daemon import fuse, host
+from unionfs.daemon import fuse, host, logs
 from unionfs.daemon.process import CapturedStderr, explain
 from unionfs.errors import MountRefusedError, UserError, quoted, reason
 from unionfs.sys import fuseprobe
@@ -94,3 +95,31 @@ def test_paths_in_sentences() -> None:
     assert quoted("/x\udcff").isascii()
     assert reason(OSError(errno.EACCES, "Permission denied")) == "permission denied"
     assert reason(OSError(errno.EIO, "I/O error")) == "I/O error"
+
+
+@pytest.mark.parametrize("namespace", ["user", "trusted"])
+def test_xattrs_are_tried(root: None, area: Path, namespace: str) -> None:
+    """As setxattr(2) answers, on a filesystem with xattrs and on one without."""
+    place = area / "place"
+    place.mkdir()
+    found = host._xattrs(str(place), namespace, "ext4")
+    assert found.state == "ok"
+    assert os.getxattr(place, f"{namespace}.overlay.opaque") == b"y"
+    with pytest.raises(OSError, match="Errno"):
+        os.setxattr("/proc/self", f"{namespace}.overlay.opaque", b"y")
+    found = host._xattrs("/proc/self", namespace, "proc")
+    assert (found.state, "no upper can be there" in found.detail) == ("limited", True)
+
+
+def _record(name: str, message: str) -> logging.LogRecord:
+    return logging.LogRecord(name, logging.WARNING, "", 0, message, None, None)
+
+
+def test_an_answer_that_nobody_waits_for_is_no_news() -> None:
+    """pyfuse3 warns of it for each interrupted request; its other warnings are shown."""
+    failed = f"fuse_reply_attr failed with {os.strerror(errno.ENOENT)}"
+    assert not logs._is_news(_record("pyfuse3", failed))
+    assert not logs._is_news(_record("pyfuse3._pyfuse3", failed))
+    assert logs._is_news(_record("unionfs", failed))
+    assert logs._is_news(_record("pyfuse3", f"fuse_reply_attr failed with {os.strerror(errno.EINVAL)}"))
+    assert logs._is_news(_record("pyfuse3", f"mount failed with {os.strerror(errno.ENOENT)}"))

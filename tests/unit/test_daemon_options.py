@@ -186,3 +186,31 @@ def test_features_are_kept_with_the_settings() -> None:
     settings = settle("/mnt", lowers=["/"], options=["xino=off"])
     assert settings.features == Features(xino="off")
     assert MountSettings.from_json(json.loads(json.dumps(settings.to_json()))) == settings
+
+
+def test_flags_of_the_mount() -> None:
+    """The kernel's defaults are left out; root's mounts are as the kernel's, a user's as fusermount3's."""
+    usual = ("dev", "suid") if os.geteuid() == 0 else ("nodev", "nosuid")
+
+    def flags(words: str) -> set[str]:
+        return set(settle("/m", options=[f"lowerdir=/l,{words}"], trusted_xattrs=True).flags)
+
+    for words in ("", "ro", "rw", "exec,async,atime,relatime,diratime"):
+        assert flags(words) == set(usual), words
+    for word in ("noexec", "noatime", "sync", "nodiratime"):
+        assert flags(word) == {*usual, word}
+        assert flags(f"ro,{word}") == {*usual, word}
+    assert flags("nodev") == ({"nodev", "suid"} if os.geteuid() == 0 else {"nodev", "nosuid"})
+    assert flags("nosuid") == ({"dev", "nosuid"} if os.geteuid() == 0 else {"nodev", "nosuid"})
+
+
+def test_who_may_use_the_mount() -> None:
+    def allowed(words: str) -> tuple[bool, bool]:
+        settings = settle("/m", options=[f"lowerdir=/l,{words}"], trusted_xattrs=True)
+        return settings.allow_other, settings.allow_root
+
+    assert allowed("allow_other") == (True, False)
+    assert allowed("allow_root") == (False, True)
+    assert allowed("") == (os.geteuid() == 0, False)
+    with pytest.raises(UserError, match="exclude each other"):
+        allowed("allow_other,allow_root")

@@ -226,6 +226,20 @@ def test_trees_deeper_than_path_max(area: Path, root: None) -> None:
     assert sum(path.endswith(name) and kind == "C" for kind, path in found) == DEPTH
 
 
+def test_a_name_whose_lookup_fails(root: None, area: Path) -> None:
+    """It is changed if the upper has it, and is not listed for what a lower holds."""
+    for name in ("upper/bad", "lower0/bad", "lower0/broken", "lower1/bad", "lower1/broken"):
+        (area / name).mkdir(parents=True)
+    for name in ("upper/bad", "lower0/broken"):
+        os.setxattr(area / name, PREFIX + b"redirect", b"/a//b")
+    assert listed(area, 2) == ["C /bad"]
+    (area / "upper/new").touch()
+    assert listed(area, 2) == ["C /bad", "A /new"]
+    (area / "lower0/bad").rmdir()
+    (area / "lower1/bad").rmdir()
+    assert listed(area, 2) == ["A /bad", "A /new"]
+
+
 # -- random edits: the diff must equal a comparison of the two merged trees ----------------------------------
 
 NAMES = ("a", "b", "a-b", "c")

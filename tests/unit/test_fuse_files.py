@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -115,3 +116,37 @@ def test_an_error_of_close_leaves_the_node_table_whole(
     again = get(union, "d/f")
     assert again is not node
     assert union.nodes.get(again.id) is again
+
+
+def test_a_truncation_that_fails_leaves_nothing_open(union: Union, tmp_path: Path) -> None:
+    operations = Operations(union)
+    files, node = operations.files, get(union, "d/f")
+    begin(operations.copy_ups.ensure(node))
+    fds = os.listdir("/proc/self/fd")
+    prepared = begin(files.prepare(node, os.O_WRONLY | os.O_TRUNC))
+    assert isinstance(prepared, OpenFile)
+    done = subprocess.run(["chattr", "+a", tmp_path / "upper/d/f"], capture_output=True)
+    if done.returncode != 0:
+        pytest.skip("no append-only files here")
+    try:
+        with pytest.raises(PermissionError):
+            os.ftruncate(prepared.fd, 0)
+        with pytest.raises(PermissionError):
+            files.open(node, os.O_WRONLY | os.O_TRUNC, Process(0, 0, 0), prepared, kills_set_ids=False)
+    finally:
+        subprocess.run(["chattr", "-a", tmp_path / "upper/d/f"], check=True)
+    assert os.listdir("/proc/self/fd") == fds
+    assert node.use is None or node.use.handles == []
+
+
+def test_what_a_release_closes(union: Union) -> None:
+    files, node = Operations(union).files, get(union, "d/f")
+    numbers = [files.open(node, os.O_RDONLY, Process(0, 0, 0), None, kills_set_ids=False) for _ in range(2)]
+    handles = [files[number] for number in numbers]
+    assert [files.get(number) for number in numbers] == handles
+    assert files.release(numbers[0]) is handles[0]
+    assert files.get(numbers[0]) is None
+    assert node.use is not None
+    assert node.use.handles == handles[1:]
+    assert files.release(numbers[1]) is handles[1]
+    assert handles[1].file.fd == -1

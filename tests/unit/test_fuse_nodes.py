@@ -3,14 +3,24 @@
 from __future__ import annotations
 
 import os
+from contextlib import closing
 from pathlib import Path
 
 import pytest
 
+from tests.unit.test_union_bound import show
 from tests.unit.union_support import ME, OpenUnion, copy_up, find, get, open_union
+from unionfs.fuse.direct.device import Device
+from unionfs.fuse.direct.nodeio import NodeIos
+from unionfs.fuse.files import Opened
+from unionfs.fuse.protocol import Init, Privileges, Settings, negotiate
+from unionfs.fuse.protocol.requests import InitRequest
+from unionfs.settings.features import Features
 from unionfs.union.changes import Changes
+from unionfs.union.layers import LayerStack
 from unionfs.union.node import Node
 from unionfs.union.nodes import ROOT_ID
+from unionfs.union.setids import Process
 from unionfs.union.tree import Union
 
 __all__ = ["open_union"]
@@ -185,3 +195,53 @@ def test_a_node_without_a_name_that_never_gets_one(open_union: OpenUnion) -> Non
     assert len(nodes) == 1
     assert nodes.get(ROOT_ID) is nodes.root
     assert len(os.listdir("/proc/self/fd")) == before
+
+
+def test_how_long_attributes_last(lower: Path, tmp_path: Path, open_union: OpenUnion) -> None:
+    """Those of a lower's file with several names do not: a copy-up of another name changes its link count.
+    Storage can change behind the union's back."""
+    os.link(lower / "f", lower / "hard")
+    (tmp_path / "storage").mkdir()
+    with_index = open_union()
+    bound = show(with_index, "d", tmp_path / "storage")
+    lasting = {name: with_index.attributes(get(with_index, name)).lasting for name in ("f", "hard", "d")}
+    assert lasting == {"f": True, "hard": True, "d": False}
+    assert with_index.attributes(bound).lasting is False
+    with_index.close()
+    with_index.stack.close()
+    paths = [str(tmp_path / name) for name in ("l0", "upper", "work")]
+    features = Features(index="off")
+    with (
+        closing(LayerStack.open(paths[:1], *paths[1:], userxattr=True, features=features)) as stack,
+        closing(Union(stack)) as union,
+    ):
+        lasting = {name: union.attributes(get(union, name)).lasting for name in ("f", "hard", "d", "d/g")}
+        assert lasting == {"f": False, "hard": False, "d": True, "d/g": True}
+        copy_up(union, get(union, "f"))
+        assert union.attributes(get(union, "f")).lasting is True
+
+
+def test_attributes_while_a_file_is_written_in_passthrough(lower: Path, open_union: OpenUnion) -> None:
+    """The kernel writes without the daemon, and a mapping outlives the last close."""
+    union = open_union()
+    copy_up(union, get(union, "f"))
+    node = get(union, "f")
+    offered = InitRequest.of(major=7, minor=45, max_readahead=1 << 17, flags=int(sum(Init)))
+    privileges = Privileges(initial_user_namespace=True, sys_admin=True)
+    ios = NodeIos(Device(-1), negotiate(offered, Settings(), privileges))
+    handle = Opened(union.files.lend(node, write=True), Process(0, 0, 0), writes=True)
+    handle.node = node
+
+    def lasts() -> float:
+        timeout = ios.valid(node, union.attributes(node))
+        return timeout[0] + timeout[1] / 10**9
+
+    before = lasts()
+    use = node.in_use()
+    use.passes_through(3, of_upper=True)
+    use.opened(handle)
+    writing = lasts()
+    assert use.closed(handle) == 3
+    after = lasts()
+    assert writing < after < before
+    union.files.take_back(node, handle.file)

@@ -11,7 +11,7 @@ import pytest
 from tests.unit.union_support import OpenUnion, get
 from tests.unit.union_support import open_union as open_union
 from unionfs.fuse.inline import begin
-from unionfs.fuse.operations import Change, Found, Operations
+from unionfs.fuse.operations import Change, Named, Operations
 from unionfs.union.node import Node
 from unionfs.union.tree import Union
 
@@ -40,13 +40,13 @@ def union(tmp_path: Path, open_union: OpenUnion) -> Union:
     return union
 
 
-def _set(union: Union, node: Node, change: Change) -> Found:
+def _set(union: Union, node: Node, change: Change) -> Named:
     found = begin(Operations(union).setattr(node.id, change, None))
     assert isinstance(found, tuple)
     return found
 
 
-def _check(found: Found, change: Change) -> None:
+def _check(found: Named, change: Change) -> None:
     st = found[1].st
     assert stat.S_IMODE(st.st_mode) == (change.mode or 0o644)
     assert st.st_size == (4 if change.size is None else change.size)
@@ -89,6 +89,7 @@ def test_a_listing_between_two_copy_ups(union: Union, tmp_path: Path, begun: str
     _set(union, files[1], Change(mode=0o600))
     noted = [(tmp_path / name).stat().st_atime_ns > PAST for name in ("upper/d", "native")]
     assert noted[0] == noted[1]
+    early.names()  # which closes the directory
 
 
 def test_under_a_umask(tmp_path: Path, open_union: OpenUnion) -> None:

@@ -37,7 +37,7 @@ def file(tmp_path: Path, open_union: OpenUnion) -> Iterator[tuple[Node, int]]:
 
 
 def _opened(fd: int) -> OpenFile:
-    return OpenFile(os.dup(fd), readable=True, writable=True, waits=False)
+    return OpenFile(fd, readable=True, writable=True, waits=False)
 
 
 def _capability(fd: int) -> bytes | None:

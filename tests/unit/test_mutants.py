@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import ast
-import importlib.util
+import importlib
+import subprocess
 import sys
 import tomllib
 from pathlib import Path
@@ -28,13 +29,11 @@ def f(a, b):
 @pytest.fixture(scope="module")
 def mutants() -> ModuleType:
     """The module behind the script."""
-    spec = importlib.util.spec_from_file_location("mutants", REPOSITORY / "scripts/lib/mutants.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["mutants"] = module  # dataclass() looks for it there
-    spec.loader.exec_module(module)
-    return module
+    sys.path.insert(0, str(REPOSITORY / "scripts/lib"))
+    try:
+        return importlib.import_module("mutants")
+    finally:
+        del sys.path[0]
 
 
 def test_what_is_changed(mutants: ModuleType, tmp_path: Path) -> None:
@@ -59,6 +58,64 @@ def test_what_is_changed(mutants: ModuleType, tmp_path: Path) -> None:
         source = mutant.source().decode()
         assert source != SOURCE
         ast.parse(source)
+
+
+BLOCKS = '''"""A package."""
+from __future__ import annotations
+
+import os
+
+def f(a):
+    """What it does."""
+    if a:
+        return g(a)
+    else:
+        try:
+            return 2
+        except OSError:
+            return 3
+
+class C:
+    limit = 1
+
+    def f(self):
+        return self.limit
+'''
+
+
+def test_what_a_test_executes(mutants: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also what a process does that the test starts, and that is killed."""
+    blocks = sys.modules["mutants_blocks"]
+    package, notes = tmp_path / "package", tmp_path / "notes"
+    package.mkdir()
+    notes.mkdir()
+    (package / "__init__.py").write_text(BLOCKS)
+    found = blocks.instrument(package)
+    assert [name for name, _ in found["package/__init__.py"]] == [
+        ".f#0", ".f#1", ".f#2", ".f#3", ".f#4", ".C.f#0"
+    ]  # fmt: skip
+    program = "import os, signal, package; package.f(0); package.f(0); os.kill(os.getpid(), signal.SIGKILL)"
+    monkeypatch.setenv("PYTEST_CURRENT_TEST", "test_x (a b).py::test_y (call)")
+    monkeypatch.setenv(blocks.PLACE, str(notes))
+    subprocess.run([sys.executable, "-c", program], cwd=tmp_path)
+    (written,) = notes.iterdir()
+    assert written.name == blocks.file_of("test_x (a b).py::test_y")
+    executed = blocks.numbers(written.read_bytes())
+    names = [name for name, number in found["package/__init__.py"] if number in executed]
+    assert names == [".f#0", ".f#2", ".f#3"]
+
+
+def test_the_block_of_a_line(mutants: ModuleType) -> None:
+    blocks = sys.modules["mutants_blocks"]
+    lines = BLOCKS.splitlines()
+    found = {text.strip(): blocks.block_at(BLOCKS.encode(), at) for at, text in enumerate(lines, 1)}
+    assert found["import os"] is None
+    assert found["limit = 1"] is None
+    assert found["if a:"] == ".f#0"
+    assert found["return g(a)"] == ".f#1"
+    assert found["return 2"] == ".f#3"
+    assert found["return 3"] == ".f#4"
+    assert found["return self.limit"] == ".C.f#0"
 
 
 def test_the_list_of_tests() -> None:

@@ -239,7 +239,7 @@ def test_one_file(open_union: OpenUnion, tmp_path: Path) -> None:
     changes, etc = Changes(union), get(union, "etc")
     with fails(errno.EBUSY):
         changes.unlink(etc, b"conf")
-    changes.create(etc, b"mine", 0o600, ME)
+    os.close(changes.create(etc, b"mine", 0o600, ME)[2])
     with fails(errno.EBUSY):
         changes.rename(etc, b"mine", etc, b"conf", 0)
     assert read(union, "etc/conf") == b"HOST"

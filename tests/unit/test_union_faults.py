@@ -7,13 +7,15 @@ import os
 import stat
 import subprocess
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 import pytest
 
 from tests.unit.union_support import ME, OpenUnion, copy_up, find, get, names, open_union, read, whiteout
+from unionfs.sys.attributes import OWNER
 from unionfs.union.changes import Changes
+from unionfs.union.xattrs import unsupported
 
 __all__ = ["open_union"]
 
@@ -242,3 +244,17 @@ class TestHardLinks:
         assert Changes(union).rename(union.nodes.root, b"f", union.nodes.root, b"g", 0) == [node]
         with pytest.raises(PermissionError):
             union.files.lend_for_writing(node)
+
+
+@pytest.mark.parametrize(
+    ("name", "is_needed"),
+    [(b"user.x", False), (b"trusted.x", False), (b"system.posix_acl_access", True), (OWNER, True),
+     (b"system.posix_acl_default", True), (b"security.capability", True)],
+)  # fmt: skip
+def test_attributes_that_a_filesystem_lacks(name: bytes, is_needed: bool) -> None:
+    """Those that grant or deny rights must be copied; the others only if nothing but support is missing."""
+    lacking = OSError(errno.EOPNOTSUPP, "lacks it")
+    with pytest.raises(OSError, match="lacks it") if is_needed else nullcontext():
+        unsupported(name, lacking)
+    with pytest.raises(OSError, match="full"):
+        unsupported(name, OSError(errno.ENOSPC, "full"))

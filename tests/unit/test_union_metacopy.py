@@ -321,3 +321,20 @@ class TestOtherNames:
         node, _, fd = Changes(union).create(union.nodes.root, b"f", 0o644, ME)
         os.close(fd)
         assert Changes(union).finds_data(node)
+
+
+def test_another_file_in_its_place_gets_no_data(tmp_path: Path, open_union: OpenUnion) -> None:
+    """Both files are closed again."""
+    data(tmp_path / "l0/f")
+    union = opened(open_union, 1)
+    node = get(union, "f")
+    copy_up(union, node)
+    other = tmp_path / "upper/other"
+    other.write_text("other")
+    other.rename(tmp_path / "upper/f")
+    before = len(os.listdir("/proc/self/fd"))
+    with pytest.raises(OSError) as found:  # noqa: PT011
+        DataCopy(CopyUp(union), node)
+    assert found.value.errno == errno.ESTALE
+    assert len(os.listdir("/proc/self/fd")) == before
+    assert (tmp_path / "upper/f").read_text() == "other"

@@ -161,3 +161,10 @@ class TestIndex:
             os.setxattr(index / name, "user.overlay.nlink", links)
         self._close(self._open(linked))
         assert [path.name for path in index.iterdir()] == ["00fc"]
+
+
+def test_numbers_of_other_filesystems_keep_the_inode() -> None:
+    """In the low bits, as overlayfs's xino."""
+    numbers = Numbers([1, 2, 3])
+    for device, inode in product((1, 2, 3), (2, 77, LARGE)):
+        assert numbers.of(device, inode) == (device - 1) << 52 | inode

@@ -6,16 +6,19 @@ import errno
 import os
 import shutil
 from collections.abc import Callable
+from contextlib import closing
 from pathlib import Path
 
 import pytest
 
+from tests.support.mounting import kernel_mounted
 from tests.support.world import errno_of
 from tests.unit.test_union_bound import show
 from tests.unit.union_support import ME, OpenUnion, copy_up, find, get, names, open_union, read
 from unionfs.sys import calls
 from unionfs.union import redirecting
 from unionfs.union.changes import Changes
+from unionfs.union.layers import LayerStack
 from unionfs.union.markers import Markers
 from unionfs.union.places import Layer
 from unionfs.union.redirecting import mode
@@ -305,3 +308,36 @@ def test_the_mode_in_a_kernels_upper(
 def test_markers_follow_by_default_as_overlayfs() -> None:
     assert Markers(TRUSTED).redirects_of is None
     assert Markers(USER).redirects_of == os.geteuid()
+
+
+@pytest.mark.parametrize(
+    "redirect",
+    [b"", b"/", b"//", b"a/b", b"/a/", b"/a//b", b"a//b", b".", b"..", b"/..", b"/a/..", b"/a/.", b"/f", b"f",
+     b"/f/b", b"missing", b"/missing/b", b"/a/b", b"a", b"a\0/b", b"/a/b\0", b"/a\0", b"x" * 255, b"x" * 256],
+)  # fmt: skip
+@pytest.mark.parametrize("at", ["d", "in/d"])
+def test_any_redirect_leads_where_the_kernel_goes(
+    kernel_overlay: None, area: Path, redirect: bytes, at: str
+) -> None:
+    """Or fails with its error."""
+    (area / "l0" / at).mkdir(parents=True)
+    (area / "l1/a/b").mkdir(parents=True)
+    (area / "l1/in/a").mkdir(parents=True)
+    for name in ("f", "a/in_a", "a/b/in_b", "in/a/in_in_a"):
+        (area / "l1" / name).touch()
+    (area / "l1" / at).mkdir()
+    os.setxattr(area / "l0" / at, "trusted.overlay.redirect", redirect)
+    paths = [area / "l0", area / "l1"]
+    expected: object
+    with kernel_mounted(area, lowers=paths, options=["redirect_dir=follow"]) as kernel:
+        expected = errno_of(os.listdir, kernel.mountpoint / at)
+        if expected == 0:
+            expected = set(os.listdir(kernel.mountpoint / at))
+    stack = LayerStack.open([str(path) for path in paths], None, None)
+    with closing(stack), closing(Union(stack)) as union:
+        found: object
+        try:
+            found = {os.fsdecode(name) for name in names(union, at)}
+        except OSError as error:
+            found = error.errno
+    assert found == expected

@@ -5,15 +5,18 @@ from __future__ import annotations
 import os
 from collections import Counter
 from collections.abc import Callable
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 import pytest
 import trio
 
+from tests.unit.test_union_faults import immutable
 from tests.unit.union_support import ME, OpenUnion, get, names, open_union
 from unionfs.fuse.operations import Operations
 from unionfs.union.changes import Changes
+from unionfs.union.renaming import Renaming
 
 __all__ = ["open_union"]
 
@@ -69,6 +72,39 @@ def test_one_that_holds_whiteouts_is_replaced(
     assert counted[lower] == 1
     monkeypatch.undo()
     assert names(union) == {b"target"}
+    assert names(union, "target") == set()
+    assert os.listdir(tmp_path / "work/work") == []
+
+
+def test_an_emptied_directory_that_cannot_be_replaced(
+    tmp_path: Path, open_union: OpenUnion, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It looks as before, with its mode and owner."""
+    (tmp_path / "l0/target").mkdir(parents=True)
+    (tmp_path / "l0/target/in").touch()
+    union = open_union()
+    changes, root = Changes(union), union.nodes.root
+    changes.unlink(get(union, "target"), b"in")
+    changes.mkdir(root, b"new", 0o755, ME)
+    target = tmp_path / "upper/target"
+    if os.geteuid() == 0:
+        os.chown(target, 7, 8)
+    target.chmod(0o3751)
+    before = target.stat()
+    clear = Renaming._clear_whiteouts
+    with ExitStack() as stack:
+
+        def then_refuse(*arguments: Any) -> None:
+            clear(*arguments)
+            stack.enter_context(immutable(tmp_path / "upper/new"))
+
+        monkeypatch.setattr(Renaming, "_clear_whiteouts", then_refuse)
+        with pytest.raises(PermissionError):
+            changes.rename(root, b"new", root, b"target", 0)
+    after = target.stat()
+    assert before.st_ino != after.st_ino
+    assert (before.st_mode, before.st_uid, before.st_gid) == (after.st_mode, after.st_uid, after.st_gid)
+    assert names(union) == {b"target", b"new"}
     assert names(union, "target") == set()
     assert os.listdir(tmp_path / "work/work") == []
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import stat
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -17,14 +19,28 @@ from unionfs.union.layers import LayerStack
 from unionfs.union.node import Node
 from unionfs.union.tree import Union
 
+
+def _open_files() -> dict[str, str]:
+    """What this process has open: the number of the file descriptor, and a path or description."""
+    found = {}
+    for number in os.listdir("/proc/self/fd"):
+        with suppress(FileNotFoundError):  # that of the listing
+            found[number] = os.readlink(f"/proc/self/fd/{number}")
+    return found
+
+
 OpenUnion = Callable[..., Union]
 ME = Caller(os.geteuid(), os.getegid())
 
 
 @pytest.fixture
 def open_union(tmp_path: Path) -> Iterator[OpenUnion]:
-    """Opens a union over lowers ``l0`` (top), ``l1`` ... and ``upper``, all below ``tmp_path``."""
+    """Opens a union over lowers ``l0`` (top), ``l1`` ... and ``upper``, all below ``tmp_path``.
+
+    After the test, nothing may be open but what the test itself has opened before.
+    """
     opened: list[Union] = []
+    before = set(_open_files())
 
     def open_(
         lowers: int = 1, *, upper: bool = True, directory_fds: int = 1024, redirect_dir: str = "on"
@@ -44,8 +60,24 @@ def open_union(tmp_path: Path) -> Iterator[OpenUnion]:
 
     yield open_
     for union in opened:
+        _close_nodes(union)
         union.close()
         union.stack.close()
+    gc.collect()  # what a failed call has left to a frame of its traceback
+    left = {number: path for number, path in _open_files().items() if number not in before}
+    assert not left, f"still open: {left}"
+
+
+def _close_nodes(union: Union) -> None:
+    """Close what is open for as long as the kernel knows a node."""
+    for node in list(union.nodes._by_id.values()):
+        file = node.use.file if node.use is not None else None
+        union.files.gone(node)
+        if file is not None and file.users > 0:
+            file.users = 1
+            file.release()
+        if node.held >= 0:
+            os.close(node.held)
 
 
 def find(union: Union, path: str) -> Node | None:

@@ -26,7 +26,7 @@ class Attributes:
     __slots__ = ("ctime_ns", "ino", "lasting", "nlink", "st")
 
     def __init__(
-        self, ino: int, nlink: int, st: os.stat_result, ctime_ns: int, *, lasting: bool = True
+        self, ino: int, nlink: int, st: os.stat_result, ctime_ns: int, *, lasting: bool
     ) -> None:
         self.ino = ino
         self.nlink = nlink

@@ -15,11 +15,10 @@ class Removing(Changing):
     def unlink(self, node: Node, parent: Node, name: bytes) -> None:
         """Remove a name of a non-directory from the disk."""
         self._copy_up.link_up(node, parent, name)
-        hides_another = node.in_place and self._union.merge.is_visible_below(parent.parts, name)
         dir_fd = self._union.gate.fd(self.writable(parent))
         if not node.in_place:
             self._whiteout((dir_fd, name), dir_fd)
-        elif hides_another:
+        elif self._union.merge.is_visible_below(parent.parts, name):
             with self._work.temporary() as temporary:
                 self._whiteout(temporary.at, dir_fd)
                 temporary.put(dir_fd, name)
@@ -28,13 +27,12 @@ class Removing(Changing):
 
     def rmdir(self, node: Node, parent: Node, name: bytes) -> None:
         """Remove a directory without visible names, which may contain whiteouts, from the disk."""
-        hides_another = node.in_place and self._union.merge.is_visible_below(parent.parts, name)
         dir_fd = self._union.gate.fd(self.writable(parent))
         if not node.in_place:
             self._whiteout((dir_fd, name), dir_fd)
             return
         with self._work.temporary() as temporary:
-            if hides_another:
+            if self._union.merge.is_visible_below(parent.parts, name):
                 self._whiteout(temporary.at, dir_fd)
                 self._work.exchange(temporary.at, (dir_fd, name))
                 return

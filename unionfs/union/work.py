@@ -134,8 +134,7 @@ class Temporary:
         return self
 
     def __exit__(self, *exc: object) -> None:
-        if self.taken:
-            self.discard()
+        self.discard()
 
     def mkdir(self) -> int:
         """Make it a directory that only the daemon may use. Returns a readable fd for the caller to close."""

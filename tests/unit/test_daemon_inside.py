@@ -1,0 +1,108 @@
+"""The mounts inside of a union: its storage, and taking that off. Here a tmpfs stands for the union."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.support import areas, syscalls
+from unionfs.daemon.inside import TakenOff, mounted_inside, reachable, storage_mounts, unmount_inside
+from unionfs.settings.specs import BindSpec
+from unionfs.sys.mountinfo import MountEntry, mounted_at
+
+
+def _entry(path: Path) -> MountEntry:
+    entry = mounted_at(str(path))
+    assert entry is not None
+    return entry
+
+
+def _mount(path: Path) -> None:
+    path.mkdir(exist_ok=True)
+    syscalls.mount("t", path, "tmpfs", 0, "size=64k")
+    syscalls.mount("none", path, "", syscalls.MS_PRIVATE)
+
+
+def _bind(source: Path, target: Path) -> None:
+    target.mkdir(exist_ok=True)
+    syscalls.mount(str(source), target, "", syscalls.MS_BIND | syscalls.MS_REC)
+
+
+@pytest.fixture
+def top(root: None, area: Path) -> Iterator[Path]:
+    """A private mount; ``volume`` beside it has another one on ``sub``, and that one on ``deep``."""
+    for path in ("volume", "volume/sub", "volume/sub/deep", "top"):
+        _mount(area / path)
+    try:
+        yield area / "top"
+    finally:
+        for _, where, _ in areas.mounts_below(area):
+            areas.detach(Path(where))
+
+
+def _paths(found: list[MountEntry], top: Path) -> list[str]:
+    return [entry.mountpoint.removeprefix(f"{top}/") for entry in found]
+
+
+def test_storage_with_the_mounts_below_it(top: Path) -> None:
+    _bind(top.parent / "volume", top / "data")
+    for stranger in ("other", "data/strange", "data/sub/strange", "other/in"):
+        _mount(top / stranger)
+    storage = [BindSpec(target="/data", path=str(top.parent / "volume"))]
+    union = _entry(top)
+    assert _paths(storage_mounts(union, storage), top) == ["data", "data/sub", "data/sub/deep"]
+    everything = mounted_inside(union)
+    assert _paths(everything, top) == [
+        "data", "other", "data/sub", "data/strange", "other/in", "data/sub/deep", "data/sub/strange"
+    ]  # fmt: skip
+    assert reachable(union) == everything
+    assert storage_mounts(union, []) == []
+    unmount_inside(union)
+    assert mounted_inside(union) == []
+    assert (top.parent / "volume/sub/deep").is_mount()
+
+
+def test_what_is_covered_is_left_out(top: Path) -> None:
+    _bind(top.parent / "volume", top / "data")
+    _mount(top / "data")
+    storage = [BindSpec(target="/data", path=str(top.parent / "volume"))]
+    found = storage_mounts(_entry(top), storage)
+    assert [entry.mount_id for entry in found] == []
+
+
+def test_taken_off_and_put_back(top: Path) -> None:
+    """With the content of a tmpfs, and what is mounted below; at the place that the union has moved to."""
+    _mount(top / "data")
+    (top / "data/f").write_text("data")
+    _mount(top / "data/sub")
+    (top / "data/sub/g").write_text("below")
+    union = _entry(top)
+    before = len(os.listdir("/proc/self/fd"))
+    taken = TakenOff(union, mounted_inside(union))
+    taken.take_off()
+    assert mounted_inside(union) == []
+    assert os.listdir(top / "data") == []
+    moved = top.parent / "moved"
+    moved.mkdir()
+    syscalls.mount(str(top), moved, "", syscalls.MS_MOVE)
+    taken.put_back()
+    assert (moved / "data/f").read_text() == "data"
+    assert (moved / "data/sub/g").read_text() == "below"
+    assert len(os.listdir("/proc/self/fd")) == before
+
+
+def test_one_in_use_restores_the_others(top: Path) -> None:
+    for name in ("a", "b", "c"):
+        _mount(top / name)
+        (top / name / name).touch()
+    union = _entry(top)
+    before = len(os.listdir("/proc/self/fd"))
+    with open(top / "b/b"), pytest.raises(OSError, match="busy") as found:
+        TakenOff(union, mounted_inside(union)).take_off()
+    assert found.value.filename == str(top / "b")
+    assert sorted(_paths(mounted_inside(union), top)) == ["a", "b", "c"]
+    assert all((top / name / name).exists() for name in ("a", "b", "c"))
+    assert len(os.listdir("/proc/self/fd")) == before
