@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 
 from tests.mount import direct_calls as dc
-from tests.support.mounting import Mount, mounted
+from tests.support.mounting import mounted
 from tests.support.syscalls import drop_caches
 from tests.support.world import World, errno_of
 
@@ -103,12 +103,6 @@ def _listed(directory: Path) -> tuple[Seen, list[Path]]:
     return sorted(found), below
 
 
-def _more_prepared(mount: Mount, before: int) -> int:
-    """Wait until the daemon has prepared more listings than ``before``; returns how many."""
-    assert dc.wait_for(lambda: mount.figure("listings_prepared") > before), "nothing was prepared"
-    return mount.figure("listings_prepared")
-
-
 def test_what_changes_before_it_is_listed(world: MakeWorld, session: str) -> None:
     """A directory prepared by the daemon is changed in every way, then listed: same as natively."""
     made = world(_build)
@@ -124,7 +118,8 @@ def test_what_changes_before_it_is_listed(world: MakeWorld, session: str) -> Non
             since = 0
             time.sleep(0.01)
             if dc.is_direct(session):
-                begun = _more_prepared(made.mount, begun)
+                before, begun = begun, made.mount.figure("listings_prepared")
+                assert begun > before, "nothing was prepared"
             change = changes.pop()
             change(made.union / path)
         seen, below = _listed(made.union / path)

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.support import syscalls
 from tests.support.mounting import Mount, mounted
 from tests.support.world import World, outcome
 
@@ -55,10 +56,6 @@ def _read(root: Path, handle: _Handle) -> bytes:
         return os.read(fd, 100)
     finally:
         os.close(fd)
-
-
-def _drop_caches() -> None:
-    Path("/proc/sys/vm/drop_caches").write_text("2")
 
 
 def _stale(root: Path, handle: _Handle) -> bool:
@@ -127,7 +124,7 @@ def test_a_handle_of_a_removed_file_is_stale(world: MakeWorld, forgotten: bool) 
             (root / "own1").unlink()
             (root / "dir").rmdir()
             if forgotten:
-                _drop_caches()
+                syscalls.drop_caches(root)
             for name in ("lower1", "other1", "other2"):
                 (root / name).write_bytes(b"another")
             # the file that was renamed over another one lives
@@ -183,7 +180,7 @@ def test_a_handle_of_a_forgotten_file(world: MakeWorld) -> None:
     made = world(build)
     handles = [_handle_of(made.union / f"d/f{number}") for number in range(20)]
     for _ in range(3):
-        _drop_caches()
+        syscalls.drop_caches(made.union)
         for number, handle in enumerate(handles):
             found = outcome(lambda root, handle=handle: _read(root, handle), made.union)
             assert found in (b"%d" % number, outcome(_never, made.union))
