@@ -200,7 +200,7 @@ def test_as_kernel_with_index(kernel_overlay: None, area: Path, session: str, se
 def test_open_files_of_two_names_are_one(kernel_overlay: None, area: Path, session: str) -> None:
     """Data, locks' inode and link count, before and after the copy-up by either name."""
     if session == normalise.KEEPING:
-        pytest.skip("who has a lower's file open keeps it, see docs/compliance.md")
+        pytest.skip("an open lower file stays the lower's, see docs/compliance.md")
 
     def use(root: Path) -> list[object]:
         found: list[object] = []

@@ -291,7 +291,7 @@ WAYS = ("fusermount3", "namespace")
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("daemon", ["pyfuse3", "direct"])
 def test_an_ordinary_user(host: Host, way: str, daemon: str) -> None:
-    """He stores any owner and mode in files of his own."""
+    """An ordinary user stores any owner and mode in files of that user."""
     place = host.place
     value = "0:0:0755:dir" if way == "namespace" else f"{UID}:{UID}:0755:dir"
     os.setxattr(place.lower, kept.CONTAINERS, value.encode())

@@ -1,4 +1,4 @@
-"""Backing files and the fds of directories: what is read and written at limits, and who has them open."""
+"""Backing files and the fds of directories: reads and writes at limits, and the count of users."""
 
 from __future__ import annotations
 

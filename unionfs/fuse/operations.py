@@ -278,19 +278,19 @@ class Operations:
         if file is not None and file.users:
             self._set_open(node, file.fd, change)
             return node, node.attributes_of(self.union.shown(node, os.fstat(file.fd), file.fd))
-        if changes_owner or change.mode is not None:
+        changes_times = change.atime_ns is not None or change.mtime_ns is not None
+        if changes_owner or change.mode is not None or changes_times:
             fd, opened = self.union.path_fd(node)
             try:
                 if changes_owner:
                     _chown(node, fd, change)
                 if change.mode is not None:
                     _chmod(node, fd, change.mode)
+                if changes_times:
+                    calls.set_times(fd, change.atime_ns, change.mtime_ns)
             finally:
                 if opened:
                     os.close(fd)
-        if change.atime_ns is not None or change.mtime_ns is not None:
-            with self.union.checked_path(node) as path:
-                calls.utimensat(calls.AT_FDCWD, path, change.atime_ns, change.mtime_ns, follow=True)
         return node, self.union.attributes(node)
 
     def _set_open(self, node: Node, fd: int, change: Change) -> None:
@@ -310,12 +310,8 @@ class Operations:
             return  # chown(2) keeps them on directories
         mode = mode_after(self.union.attributes(node).st, killer)
         if mode is not None:
-            fd, opened = self.union.path_fd(node)
-            try:
+            with Owned(self.union.open_path(node)) as fd:
                 _chmod(node, fd, mode)
-            finally:
-                if opened:
-                    os.close(fd)
 
     def _truncate(self, node: Node, size: int, handle: Opened | None, killer: Who | None) -> None:
         if node.kind != stat.S_IFREG:

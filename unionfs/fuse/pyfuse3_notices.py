@@ -8,9 +8,6 @@ from collections.abc import Callable, Iterable
 
 import pyfuse3
 
-from unionfs.fuse.refreshing import NO_NAME
-from unionfs.union.refreshing import Outdated
-
 log = logging.getLogger(__name__)
 
 
@@ -28,13 +25,11 @@ class Notices:
     def drop_prepared(self) -> None:
         """Nothing is prepared."""
 
-    def forget(self, outdated: Outdated) -> None:
-        for parent, name in outdated.names:
-            _send(pyfuse3.invalidate_entry, pyfuse3.InodeT(parent), pyfuse3.FileNameT(name))
-        for id_, parent in outdated.nodes.items():
-            if not _send(pyfuse3.invalidate_inode, pyfuse3.InodeT(id_)):
-                _send(pyfuse3.invalidate_entry, pyfuse3.InodeT(parent), pyfuse3.FileNameT(NO_NAME))
-                _send(pyfuse3.invalidate_inode, pyfuse3.InodeT(id_))
+    def forget_name(self, parent: int, name: bytes) -> None:
+        _send(pyfuse3.invalidate_entry, pyfuse3.InodeT(parent), pyfuse3.FileNameT(name))
+
+    def forget_node(self, id_: int) -> bool:
+        return _send(pyfuse3.invalidate_inode, pyfuse3.InodeT(id_))
 
 
 def _send(notice: Callable[..., None], *arguments: object) -> bool:

@@ -26,7 +26,7 @@ from unionfs.union.watching import Changed, Watches
 
 log = logging.getLogger(__name__)
 
-NO_NAME: Final = b"/"
+_NO_NAME: Final = b"/"
 """No entry has this name. Invalidating it waits for lookups and listings of a directory, which hold its lock
 (fs/fuse/dir.c, fuse_reverse_inval_entry). So a node that the kernel did not know is known afterwards, if an
 answer with it was on its way."""
@@ -46,8 +46,12 @@ class Kernel(Protocol):
     def drop_prepared(self) -> None:
         """Drop answers prepared before their request."""
 
-    def forget(self, outdated: Outdated) -> None:
-        """Make the kernel forget. Blocks: the kernel may wait for requests that the session serves."""
+    def forget_name(self, parent: int, name: bytes) -> None:
+        """Make the kernel forget a name. Blocks: the kernel may wait for requests that the session serves."""
+
+    def forget_node(self, id_: int) -> bool:
+        """The same for the attributes and data, or the listing, of a node. Returns False if the kernel does
+        not know it."""
 
 
 class Refreshing:
@@ -128,5 +132,14 @@ class Refreshing:
         for id_ in outdated.nodes:
             self._directories.forget(id_)
         kernel.drop_prepared()
-        await trio.to_thread.run_sync(kernel.forget, outdated)
+        await trio.to_thread.run_sync(_forget, kernel, outdated)
         outdated.forgotten()
+
+
+def _forget(kernel: Kernel, outdated: Outdated) -> None:
+    for parent, name in outdated.names:
+        kernel.forget_name(parent, name)
+    for id_, parent in outdated.nodes.items():
+        if not kernel.forget_node(id_):
+            kernel.forget_name(parent, _NO_NAME)
+            kernel.forget_node(id_)

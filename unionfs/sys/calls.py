@@ -53,6 +53,7 @@ NFS_MAGIC: Final = 0x6969
 
 
 _TIMES: Final = struct.Struct("@llll")  # struct timespec, twice
+_STX_ATTRIBUTES: Final = struct.Struct("=8xQ")  # of struct statx, include/uapi/linux/stat.h
 libc.renameat2.argtypes = (
     ctypes.c_int, ctypes.c_char_p, ctypes.c_int, ctypes.c_char_p, ctypes.c_uint,
 )  # fmt: skip
@@ -125,24 +126,15 @@ def _times(atime_ns: int | None, mtime_ns: int | None) -> bytes:
     return _TIMES.pack(*atime, *mtime)
 
 
-def utimensat(
-    dir_fd: int, name: bytes, atime_ns: int | None, mtime_ns: int | None, *, follow: bool = False
-) -> None:
-    """Set times in nanoseconds; ``None`` leaves a time unchanged (UTIME_OMIT)."""
-    flags = 0 if follow else AT_SYMLINK_NOFOLLOW
-    if libc.utimensat(dir_fd, name, _times(atime_ns, mtime_ns), flags) != 0:
-        raise fail(name)
-
-
 def futimens(fd: int, atime_ns: int | None, mtime_ns: int | None) -> None:
-    """Like :func:`utimensat`, for an open file."""
+    """Set times in nanoseconds; ``None`` leaves a time unchanged (UTIME_OMIT)."""
     if libc.futimens(fd, _times(atime_ns, mtime_ns)) != 0:
         raise fail()
 
 
 def set_times(fd: int, atime_ns: int | None, mtime_ns: int | None) -> None:
-    """Like :func:`utimensat`, for the object of ``fd`` (O_PATH too). A quarter of its cost with a path of
-    /proc/self/fd; since Linux 5.8."""
+    """Like :func:`futimens`, with O_PATH too; since Linux 5.8. By a path of /proc/self/fd it takes four times
+    as long."""
     if libc.utimensat(fd, b"", _times(atime_ns, mtime_ns), AT_EMPTY_PATH) != 0:
         raise fail()
 
@@ -177,6 +169,12 @@ def statx(dir_fd: int, name: bytes, flags: int, mask: int) -> bytes:
     if libc.statx(dir_fd, name, flags, mask, buffer) != 0:
         raise fail(name)
     return buffer.raw
+
+
+def statx_flags(dir_fd: int, name: bytes, flags: int) -> int:
+    """The ``stx_attributes`` of :func:`statx`, where FS_IMMUTABLE and FS_APPEND have the bits that they have
+    in a file's flags (include/uapi/linux/stat.h)."""
+    return int(_STX_ATTRIBUTES.unpack_from(statx(dir_fd, name, flags, 0))[0])
 
 
 def known_inode(fd: int) -> int:

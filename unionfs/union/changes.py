@@ -127,8 +127,7 @@ class Changes:
         union, place = self._union, parent.parts[0]
         st = os.fstat(fd) if fd >= 0 else os.stat(name, dir_fd=union.gate.fd(place), follow_symlinks=False)
         if place.layer.permissions is not None:
-            path = b"/proc/self/fd/%d/%b" % (union.gate.fd(place), name)
-            st = place.layer.permissions.show(st, path, follow=False)
+            st = place.layer.permissions.show_at(st, union.gate.fd(place), name)
         node = parent.territory.add(parent, name, st, place)
         union.capabilities.none(node)
         node.know_flags(0)
@@ -175,7 +174,7 @@ class Changes:
         owners, owner = parent.territory.owners, (caller.uid, caller.gid)
         if owners is not None:
             owner = owners.of_creator(*owner, self._union.identity)
-        return permissions.of_new(self._union.stat(parent), owner, owner[1], mode, rdev)
+        return permissions.of_new(self._union.stat(parent), owner, mode, rdev)
 
     def _as_caller(
         self,

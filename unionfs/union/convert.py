@@ -10,7 +10,6 @@ from __future__ import annotations
 import errno
 import os
 import stat
-import struct
 from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass
@@ -36,9 +35,6 @@ _LOST: Final = {
     b"protattr": "it is immutable or append-only by a marker (protattr)",
 }
 _ANOTHER_USER: Final = "change its owner, mode or flags (chattr), or run this as root"
-# include/uapi/linux/stat.h: stx_attributes, STATX_ATTR_APPEND
-_ATTRIBUTES: Final = struct.Struct("=8xQ")
-_APPEND: Final = 0x20
 _DIRECTORY: Final = os.O_PATH | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 
 
@@ -126,10 +122,7 @@ class _Conversion:
         """Raise LayerError unless this user may change the xattrs of an object."""
         if not os.access(object_path(dir_fd, name), os.W_OK, effective_ids=True, follow_symlinks=False):
             raise self._refuse(path, "this user may not change it, or it is immutable", _ANOTHER_USER)
-        (attributes,) = _ATTRIBUTES.unpack_from(
-            calls.statx(dir_fd, name or b".", calls.AT_SYMLINK_NOFOLLOW, 0)
-        )
-        if attributes & _APPEND:
+        if calls.statx_flags(dir_fd, name or b".", calls.AT_SYMLINK_NOFOLLOW) & calls.FS_APPEND:
             raise self._refuse(path, "it is append-only", _ANOTHER_USER)
 
     def _permit_entries(self, dir_fd: int, path: bytes) -> None:

@@ -66,7 +66,7 @@ class FileCopy:
         try:
             self._st = self._attributes()
             #: See `flags`.
-            self._flags = read_flags(self._source.fd if self._metadata < 0 else self._metadata)
+            self._flags = read_flags(self._object)
             node.know_flags(self._flags)
             #: Where the data stays; None: it is copied.
             data = data or not self._st.st_size or node.from_origin
@@ -104,9 +104,12 @@ class FileCopy:
             # with one user it was just opened and not read since, so its atime is unchanged
             known = self._source.st if self._source.users == 1 else None
             st = known or os.fstat(self._source.fd)
-        if node.layer.permissions is not None:
-            st = node.layer.permissions.show(st, self._source.fd if self._metadata < 0 else self._metadata)
-        return st
+        return union.shown(node, st, self._object)
+
+    @property
+    def _object(self) -> int:
+        """An fd of the node's object, which `_source` is not if its data lies elsewhere."""
+        return self._source.fd if self._metadata < 0 else self._metadata
 
     @property
     def is_quick(self) -> bool:
@@ -121,8 +124,7 @@ class FileCopy:
         if self.size:
             _copy(self._union, self._source.fd, self._st, self._target, self.size, goes_on)
         goes_on()
-        of = self._source.fd if self._metadata < 0 else self._metadata
-        self._origin = self._union.origins.store(self.node, of, self._st, self._target)
+        self._origin = self._union.origins.store(self.node, self._object, self._st, self._target)
         self._union.flags.copy(self._flags, self._target)
         if self._lower_data is not None:
             self._leave_data()  # the xattr that goes last is the one to be removed
@@ -141,9 +143,8 @@ class FileCopy:
     def _copy_metadata(self) -> None:
         st, target, union = self._st, self._target, self._union
         xattrs, mode, owners = None, self._mode, union.stack.owners
-        of = self._source.fd if self._metadata < 0 else self._metadata
         if self._permissions is not None:
-            xattrs = copied_xattrs(union.markers, union.gate.rights, of)
+            xattrs = copied_xattrs(union.markers, union.gate.rights, self._object)
             shown = replaced(st, {stat.ST_MODE: stat.S_IFREG | mode})
             new = self._permissions.of_copy(
                 shown, stat.S_IFREG, xattrs, self.node.layer.permissions, union.markers
@@ -151,7 +152,7 @@ class FileCopy:
             attributes.write(target, None, new, unsupported, owner=False)
             return
         if owners is not None:
-            xattrs = copied_xattrs(union.markers, union.gate.rights, of)
+            xattrs = copied_xattrs(union.markers, union.gate.rights, self._object)
             st, xattrs = owners.copied(st, xattrs, self.node.layer)
         owner = not union.identity.owns(st)
         if owner and owners is not None and owners.squashes:
@@ -164,7 +165,7 @@ class FileCopy:
             self._no_capability = True
             return
         if xattrs is None:
-            xattrs = copied_xattrs(union.markers, union.gate.rights, of)
+            xattrs = copied_xattrs(union.markers, union.gate.rights, self._object)
         new = attributes.attributes(st, xattrs)._replace(mode=mode)
         attributes.write(target, None, new, unsupported, owner=owner)
         self._no_capability = CAPABILITY not in xattrs

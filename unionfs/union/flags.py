@@ -14,7 +14,6 @@ from __future__ import annotations
 import errno
 import os
 import stat
-import struct
 import time
 from typing import Final
 
@@ -34,8 +33,6 @@ _LETTERS: Final = ((b"a", APPEND), (b"i", IMMUTABLE))
 _LONGEST: Final = 32
 _KINDS: Final = (stat.S_IFREG, stat.S_IFDIR)
 _READ: Final = os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC
-_ATTRIBUTES: Final = struct.Struct("=8xQ")
-"""stx_attributes of struct statx; these two bits are those of the flags (include/uapi/linux/stat.h)."""
 _SOON: Final = 2_000_000_000
 """Nanoseconds; a session may not report that a time is to be the present one."""
 
@@ -64,8 +61,7 @@ class Flags:
         if node.is_dir:
             with Owned(self._objects.gate.open_for_listing(node.parts[0])) as fd:
                 return read_flags(fd)
-        attributes: int = _ATTRIBUTES.unpack_from(self._statx(node))[0]
-        if not attributes & PROTECTED:
+        if not self._statx(node) & PROTECTED:
             return 0
         # A read-only filesystem may report all its files as immutable (fs/erofs/inode.c, erofs_getattr); for
         # overlayfs these are not.
@@ -75,16 +71,17 @@ class Flags:
         ):
             return read_flags(file)
 
-    def _statx(self, node: Node) -> bytes:
-        """struct statx of a lower's file."""
+    def _statx(self, node: Node) -> int:
+        """What statx(2) says of the flags of a lower's file."""
         assert node.place is not None
         if node.held >= 0:
-            return calls.statx(node.held, b"", calls.AT_EMPTY_PATH, 0)
+            return calls.statx_flags(node.held, b"", calls.AT_EMPTY_PATH)
         try:
-            return calls.statx(self._objects.gate.fd(node.place), node.name, calls.AT_SYMLINK_NOFOLLOW, 0)
+            dir_fd = self._objects.gate.fd(node.place)
+            return calls.statx_flags(dir_fd, node.name, calls.AT_SYMLINK_NOFOLLOW)
         except PermissionError:
             with Owned(self._objects.open_path(node)) as fd:
-                return calls.statx(fd, b"", calls.AT_EMPTY_PATH, 0)
+                return calls.statx_flags(fd, b"", calls.AT_EMPTY_PATH)
 
     # -- what they forbid -----------------------------------------------------------------------------
 

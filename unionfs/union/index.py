@@ -23,6 +23,7 @@ from typing import Final, Protocol
 from unionfs.errors import LayerError
 from unionfs.settings.features import Features
 from unionfs.sys.fds import Owned, open_for_listing
+from unionfs.union.listing import real_names
 from unionfs.union.markers import Markers
 from unionfs.union.node import Node
 from unionfs.union.origin import Origins
@@ -140,7 +141,7 @@ class Index:
     def clean(self) -> None:
         """Remove what a crash left: temporaries of the kernel, and copies without a name."""
         with Owned(open_for_listing(self._fd)) as fd:
-            names = [os.fsencode(name) for name in os.listdir(fd)]
+            names = real_names(fd)
         for name in names:
             with contextlib.suppress(OSError):
                 st = os.stat(name, dir_fd=self._fd, follow_symlinks=False)

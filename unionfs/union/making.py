@@ -17,7 +17,7 @@ from unionfs.union.node import Node
 from unionfs.union.objects import link_object
 from unionfs.union.permissions import open_mode
 from unionfs.union.places import Place
-from unionfs.union.work import At, Temporary, rename
+from unionfs.union.work import At, rename
 from unionfs.union.xattrs import ACL_DEFAULT, default_acl
 
 _DIRECTORY: Final = os.O_PATH | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
@@ -83,9 +83,10 @@ class Making(Changing):
                 raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST))
             hides = stat.S_ISDIR(new.st_mode)
         with work.temporary() as temporary:
-            put = partial(self._exchange_opaque, temporary) if hides else temporary.put
-            made = partial(self._make_with, place, make, new)
-            return _make_and_put(temporary.at, made, partial(put, dir_fd, name))
+            put = partial(temporary.put, dir_fd, name)
+            if hides:
+                put = partial(self._exchange_opaque, temporary.at, (dir_fd, name))
+            return _make_and_put(temporary.at, partial(self._make_with, place, make, new), put)
 
     def _make_with(
         self,
@@ -120,18 +121,17 @@ class Making(Changing):
             raise
         return result
 
-    def _exchange_opaque(self, temporary: Temporary, dir_fd: int, name: bytes) -> None:
-        """Replace a whiteout with a new directory, which becomes opaque; discard the whiteout."""
-        with Owned(os.open(temporary.name, _DIRECTORY, dir_fd=self._work.fd)) as fd:
-            self._set_opaque(fd)
-        self._work.exchange(temporary.at, (dir_fd, name))
-
-    def _put_opaque(self, made: At, whiteout: At) -> None:
-        """Replace a whiteout with a new directory, which becomes opaque."""
+    def _exchange_opaque(self, made: At, whiteout: At) -> None:
+        """Exchange a whiteout for a new directory, which becomes opaque."""
         room, name = made
         with Owned(os.open(name, _DIRECTORY, dir_fd=room)) as fd:
             self._set_opaque(fd)
         self._work.exchange(made, whiteout)
+
+    def _put_opaque(self, made: At, whiteout: At) -> None:
+        """Replace a whiteout with a new directory, which becomes opaque."""
+        self._exchange_opaque(made, whiteout)
+        room, name = made
         with suppress(OSError):
             os.unlink(name, dir_fd=room)
 

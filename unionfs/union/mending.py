@@ -9,6 +9,7 @@ from contextlib import suppress
 from typing import Final
 
 from unionfs.sys.fds import Owned, open_for_listing
+from unionfs.union.listing import real_names
 from unionfs.union.places import Gate, Layer, Place
 from unionfs.union.rights import Rights
 
@@ -51,7 +52,7 @@ def _mend(root: Place, gate: Gate, notes: Notes) -> None:
     while todo:
         place = todo.pop()
         with suppress(*_NOT_THERE), Owned(gate.open_for_listing(place)) as listing:
-            for name in map(os.fsencode, os.listdir(listing)):
+            for name in real_names(listing):
                 with suppress(*_NOT_THERE):
                     st = _stat(gate, place, name)
                     if (st.st_uid, st.st_ino) in notes:
@@ -84,4 +85,4 @@ def _open(gate: Gate, place: Place, name: bytes) -> int:
 
 def _names(fd: int) -> list[bytes]:
     with Owned(open_for_listing(fd)) as listing:
-        return [os.fsencode(name) for name in os.listdir(listing)]
+        return real_names(listing)

@@ -85,14 +85,14 @@ class Merge:
             if kind == stat.S_IFDIR:
                 places = self._directories.parts(parts, part, name, st, searched[index + 1 :])
                 if kept is not None:
-                    st = kept.show(st, b"/proc/self/fd/%d/%b" % (dir_fd, name), follow=False)
+                    st = kept.show_at(st, dir_fd, name)
                 return st, places
             # Most names belong to objects that cannot be markers.
             may_be_whiteout = kind != stat.S_IFLNK and (kind != stat.S_IFREG or not st.st_size)
             if may_be_whiteout and self.markers.is_whiteout(st, dir_fd, name):
                 return None
             if kept is not None:
-                st = kept.show(st, b"/proc/self/fd/%d/%b" % (dir_fd, name), follow=False)
+                st = kept.show_at(st, dir_fd, name)
             return st, [part]
         return None
 

@@ -137,6 +137,10 @@ class Permissions:
         """The same by any fd of the object."""
         return self.show(st, b"/proc/self/fd/%d" % fd)
 
+    def show_at(self, st: os.stat_result, dir_fd: int, name: bytes) -> os.stat_result:
+        """The same for ``name`` in a directory."""
+        return self.show(st, b"/proc/self/fd/%d/%b" % (dir_fd, name), follow=False)
+
     def write(self, where: int | bytes, st: os.stat_result, *, follow: bool = True) -> None:
         """Keep these attributes of an object. Raises ``OSError``."""
         value = value_of(st)
@@ -168,20 +172,21 @@ class Permissions:
         self.write(b"/proc/self/fd/%d" % fd, replaced(shown, values))
 
     def of_new(
-        self, parent: os.stat_result, owner: tuple[int, int], caller_gid: int, mode: int, rdev: int
+        self, parent: os.stat_result, owner: tuple[int, int], mode: int, rdev: int
     ) -> os.stat_result:
         """The attributes of a new object of an owner, with that ``mode`` (with S_IFMT bits).
 
         In a directory with setgid (``parent``: its attributes) the group is the directory's, and a new
-        directory has setgid; a file for the group, with setgid, loses it unless the caller is in the group
+        directory has setgid; a file for the group, with setgid, loses it unless the owner is in the group
         (fs/inode.c, inode_init_owner and mode_strip_sgid).
         """
-        uid, gid = owner
+        uid, own_gid = owner
+        gid = own_gid
         if parent.st_mode & stat.S_ISGID:
             gid = parent.st_gid
             if stat.S_ISDIR(mode):
                 mode |= stat.S_ISGID
-            elif mode & stat.S_IXGRP and uid != 0 and gid != caller_gid:
+            elif mode & stat.S_IXGRP and uid != 0 and gid != own_gid:
                 mode &= ~stat.S_ISGID
         values = {stat.ST_MODE: mode, stat.ST_UID: uid, stat.ST_GID: gid}
         return replaced(parent, values, st_rdev=rdev)

@@ -10,8 +10,6 @@ from __future__ import annotations
 from unionfs.fuse.direct.ahead import Ahead
 from unionfs.fuse.direct.device import Device
 from unionfs.fuse.protocol import notify
-from unionfs.fuse.refreshing import NO_NAME
-from unionfs.union.refreshing import Outdated
 
 
 class Notices:
@@ -25,10 +23,8 @@ class Notices:
     def drop_prepared(self) -> None:
         self._ahead.drop()
 
-    def forget(self, outdated: Outdated) -> None:
-        for parent, name in outdated.names:
-            self._device.notify(notify.inval_entry(parent, name))
-        for id_, parent in outdated.nodes.items():
-            if not self._device.notify(notify.inval_inode(id_)):
-                self._device.notify(notify.inval_entry(parent, NO_NAME))
-                self._device.notify(notify.inval_inode(id_))
+    def forget_name(self, parent: int, name: bytes) -> None:
+        self._device.notify(notify.inval_entry(parent, name))
+
+    def forget_node(self, id_: int) -> bool:
+        return self._device.notify(notify.inval_inode(id_))
