@@ -13,6 +13,7 @@ import pytest
 from tests.unit.test_union_bound import show
 from tests.unit.union_support import ME, OpenUnion, copy_up, get
 from tests.unit.union_support import open_union as open_union
+from unionfs.core.node import Node
 from unionfs.fuse.direct.device import Device
 from unionfs.fuse.direct.listings import ListingRequests
 from unionfs.fuse.direct.nodeio import NodeIos
@@ -24,7 +25,6 @@ from unionfs.union.changes import Changes
 from unionfs.union.copyup import CopyUp
 from unionfs.union.merge import Merge
 from unionfs.union.merged import Merged
-from unionfs.union.node import Node
 from unionfs.union.tree import Union
 
 SIZE = 4096

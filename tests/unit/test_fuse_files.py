@@ -11,10 +11,10 @@ import pytest
 
 from tests.unit.union_support import OpenUnion, get
 from tests.unit.union_support import open_union as open_union
+from unionfs.core.files import OpenFile, UnreadFile
 from unionfs.fuse.inline import begin
 from unionfs.fuse.operations import Operations
 from unionfs.union import openfiles
-from unionfs.union.files import OpenFile, UnreadFile
 from unionfs.union.setids import Process
 from unionfs.union.shortcuts import NO_SHORTCUTS
 from unionfs.union.tree import Union

@@ -10,16 +10,16 @@ import pytest
 
 from tests.unit.test_union_bound import show
 from tests.unit.union_support import ME, OpenUnion, copy_up, find, get, open_union
+from unionfs.core.files import Handle
+from unionfs.core.node import Node
+from unionfs.core.nodes import ROOT_ID
 from unionfs.fuse.direct.device import Device
 from unionfs.fuse.direct.nodeio import NodeIos
-from unionfs.fuse.files import Opened
 from unionfs.fuse.protocol import Init, Privileges, Settings, negotiate
 from unionfs.fuse.protocol.requests import InitRequest
 from unionfs.settings.features import Features
 from unionfs.union.changes import Changes
 from unionfs.union.layers import LayerStack
-from unionfs.union.node import Node
-from unionfs.union.nodes import ROOT_ID
 from unionfs.union.setids import Process
 from unionfs.union.tree import Union
 
@@ -229,8 +229,7 @@ def test_attributes_while_a_file_is_written_in_passthrough(lower: Path, open_uni
     offered = InitRequest.of(major=7, minor=45, max_readahead=1 << 17, flags=int(sum(Init)))
     privileges = Privileges(initial_user_namespace=True, sys_admin=True)
     ios = NodeIos(Device(-1), negotiate(offered, Settings(), privileges))
-    handle = Opened(union.files.lend(node, write=True), Process(0, 0, 0), writes=True)
-    handle.node = node
+    handle = Handle(union.files.lend(node, write=True), Process(0, 0, 0), writes=True, node=node)
 
     def lasts() -> float:
         timeout = ios.valid(node, union.attributes(node))

@@ -10,9 +10,9 @@ import pytest
 
 from tests.unit.union_support import OpenUnion, get
 from tests.unit.union_support import open_union as open_union
+from unionfs.core.node import Node
 from unionfs.fuse.inline import begin
 from unionfs.fuse.operations import Change, Named, Operations
-from unionfs.union.node import Node
 from unionfs.union.tree import Union
 
 PAST = 10**18

@@ -11,9 +11,9 @@ from pathlib import Path
 import pytest
 
 from tests.unit.union_support import OpenUnion, get, open_union
+from unionfs.core.files import OpenFile
+from unionfs.core.node import Node
 from unionfs.fuse.direct.writeback import WriteBack
-from unionfs.union.files import OpenFile
-from unionfs.union.node import Node
 from unionfs.union.shortcuts import Capabilities, Shortcuts
 
 __all__ = ["open_union"]

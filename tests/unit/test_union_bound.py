@@ -13,9 +13,9 @@ import pytest
 
 from tests.unit.union_support import ME, OpenUnion, copy_up, get, names, read, whiteout
 from tests.unit.union_support import open_union as open_union
+from unionfs.core.node import Node
 from unionfs.sys import calls
 from unionfs.union.changes import Changes
-from unionfs.union.node import Node
 from unionfs.union.tree import Union
 
 

@@ -11,10 +11,10 @@ from pathlib import Path
 import pytest
 
 from tests.unit.union_support import OpenUnion, copy_up, find, get, open_union
+from unionfs.core.files import Handle, OpenFile, UnreadFile, Use
+from unionfs.core.places import Gate, Layer, Place
 from unionfs.sys.fds import Owned
-from unionfs.union.files import Handle, OpenFile, UnreadFile, Use
 from unionfs.union.layers import LayerStack
-from unionfs.union.places import Gate, Layer, Place
 from unionfs.union.setids import Process
 from unionfs.union.tree import Union
 

@@ -11,8 +11,8 @@ import pytest
 from tests.support import snapshot
 from tests.unit.union_support import OpenUnion, get, names, whiteout
 from tests.unit.union_support import open_union as open_union
+from unionfs.core.places import Place
 from unionfs.union.merge import Merge
-from unionfs.union.places import Place
 from unionfs.union.tree import Union
 
 

@@ -10,11 +10,11 @@ import pytest
 
 from tests.support.snapshot import read_xattrs
 from tests.unit.union_support import ME, OpenUnion, find, get, names, open_union, read, whiteout
+from unionfs.core.node import Node
 from unionfs.settings.features import Features
 from unionfs.union.changes import Changes
 from unionfs.union.copyup import CopyUp
 from unionfs.union.filecopy import DataCopy, FileCopy
-from unionfs.union.node import Node
 from unionfs.union.tree import Union
 
 __all__ = ["open_union"]

@@ -5,16 +5,17 @@ from __future__ import annotations
 import errno
 import os
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from tests.support.world import errno_of
 from tests.unit.union_support import OpenUnion, get, names, open_union
+from unionfs.core.places import Layer
 from unionfs.daemon.preflight import _check_work_content
 from unionfs.errors import UserError
 from unionfs.union.changes import Changes
 from unionfs.union.diff import diff
-from unionfs.union.places import Layer
 from unionfs.union.tree import Union
 
 __all__ = ["open_union"]
@@ -55,13 +56,13 @@ def test_the_diff_has_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
         (tmp_path / layer).mkdir()
     for name in (REMOVED, OTHERS[2]):
         (tmp_path / "upper" / name).touch()
-    made = Layer.__init__
 
-    def on_nfs(layer: Layer, *arguments: object, **extra: object) -> None:
-        made(layer, *arguments, **extra)  # type: ignore[arg-type]
+    def on_nfs(*arguments: Any, **extra: Any) -> Layer:
+        layer = Layer(*arguments, **extra)
         layer.links_of_removed = 1
+        return layer
 
-    monkeypatch.setattr(Layer, "__init__", on_nfs)
+    monkeypatch.setattr("unionfs.union.diff.Layer", on_nfs)
     changes = diff(str(tmp_path / "upper"), [str(tmp_path / "l0")], b"user.overlay.")
     assert list(changes) == [("A", f"/{OTHERS[2]}".encode())]
 

@@ -15,12 +15,12 @@ from tests.support.mounting import kernel_mounted
 from tests.support.world import errno_of
 from tests.unit.test_union_bound import show
 from tests.unit.union_support import ME, OpenUnion, copy_up, find, get, names, open_union, read
+from unionfs.core.places import Layer
 from unionfs.sys import calls
 from unionfs.union import redirecting
 from unionfs.union.changes import Changes
 from unionfs.union.layers import LayerStack
 from unionfs.union.markers import Markers
-from unionfs.union.places import Layer
 from unionfs.union.redirecting import mode
 from unionfs.union.tree import Union
 

@@ -24,6 +24,7 @@ import pytest
 from tests.support import syscalls
 from tests.support.patience import patient
 from tests.unit.union_support import copy_up, get
+from unionfs.core.places import Gate, Layer, Place
 from unionfs.errors import LayerError
 from unionfs.sys import calls
 from unionfs.sys.capabilities import keep_capabilities
@@ -33,7 +34,6 @@ from unionfs.sys.trees import remove_path
 from unionfs.union.changes import Caller, Changes
 from unionfs.union.copyup import CopyUp
 from unionfs.union.layers import LayerStack
-from unionfs.union.places import Gate, Layer, Place
 from unionfs.union.rights import Rights
 from unionfs.union.tree import Union
 

@@ -12,7 +12,7 @@ import pytest
 
 from tests.unit.union_support import ME, OpenUnion, copy_up, find, get, names, open_union, read, whiteout
 from unionfs.sys import calls
-from unionfs.union import lowernames, merge
+from unionfs.union import lowernames
 from unionfs.union.changes import Changes
 from unionfs.union.copyup import CopyUp, Effects
 from unionfs.union.filecopy import FileCopy
@@ -27,7 +27,6 @@ class TestMergeRules:
     @pytest.fixture(params=[False, True], ids=["each lower is asked", "lowers are listed"], autouse=True)
     def _listed(self, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
         if request.param:
-            monkeypatch.setattr(merge, "MANY", 1)
             monkeypatch.setattr(lowernames, "MANY", 1)
             monkeypatch.setattr(lowernames, "_ASKED", 1)
 

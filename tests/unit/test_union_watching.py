@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 
 from tests.unit.union_support import copy_up, get, names, read
+from unionfs.core.node import Node
 from unionfs.sys.inotify import Inotify
 from unionfs.union.layers import LayerStack
-from unionfs.union.node import Node
 from unionfs.union.tree import Union
 from unionfs.union.watching import Told, Watches
 

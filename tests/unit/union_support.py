@@ -11,12 +11,12 @@ from pathlib import Path
 
 import pytest
 
+from unionfs.core.node import Node
 from unionfs.settings.features import Features
 from unionfs.union.changes import Caller
 from unionfs.union.copyup import CopyUp
 from unionfs.union.filecopy import FileCopy
 from unionfs.union.layers import LayerStack
-from unionfs.union.node import Node
 from unionfs.union.tree import Union
 
 
@@ -70,11 +70,10 @@ def open_union(tmp_path: Path) -> Iterator[OpenUnion]:
 
 def _close_nodes(union: Union) -> None:
     """Close what is open for as long as the kernel knows a node."""
-    for node in list(union.nodes._by_id.values()):
+    for node in union.nodes:
         file = node.use.file if node.use is not None else None
         union.files.gone(node)
-        if file is not None and file.users > 0:
-            file.users = 1
+        while file is not None and file.users > 0:
             file.release()
         if node.held >= 0:
             os.close(node.held)

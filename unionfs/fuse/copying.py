@@ -8,11 +8,11 @@ from time import perf_counter_ns
 
 import trio
 
+from unionfs.core.files import OpenFile
+from unionfs.core.node import Node
 from unionfs.fuse.inline import in_thread, may_wait
 from unionfs.union.copyup import CopyUp
 from unionfs.union.filecopy import DataCopy, FileCopy
-from unionfs.union.files import OpenFile
-from unionfs.union.node import Node
 from unionfs.union.tree import Union
 
 Check = Callable[[], None]

@@ -20,9 +20,9 @@ from typing import Final, NamedTuple
 
 import xxhash
 
+from unionfs.core.node import Node
 from unionfs.fuse.inline import in_thread
-from unionfs.union.node import Node
-from unionfs.union.tickets import FIRST_TICKET
+from unionfs.union.tickets import FIRST_TICKET, Tickets
 
 DOT: Final = 1
 DOT_DOT: Final = 2
@@ -121,7 +121,7 @@ def _first_after(node: Node, entries: Entries, offset: int) -> int:
     """The index of the first name after ``offset``. Raises EINVAL."""
     if offset < FIRST_TICKET:
         return bisect_right(entries.hashes, offset)
-    hash_, name = node.in_use().tickets_given().position(offset)
+    hash_, name = _tickets(node).position(offset)
     first, end = bisect_left(entries.hashes, hash_), bisect_right(entries.hashes, hash_)
     return bisect_right(entries.names, name, first, end)
 
@@ -141,8 +141,17 @@ def _with_tickets(node: Node, entries: Entries) -> Entries:
     cookies, hashes = entries.cookies, entries.hashes
     if cookies is hashes:
         return entries
-    tickets = node.in_use().tickets_given()
+    tickets = _tickets(node)
     for index, (hash_, following) in enumerate(pairwise(hashes)):
         if hash_ == following:
             cookies[index] = tickets.of(entries.names[index], hash_)
     return entries
+
+
+def _tickets(node: Node) -> Tickets:
+    use = node.in_use()
+    tickets = use.tickets
+    if tickets is None:
+        tickets = Tickets()
+        use.has_tickets(tickets)
+    return tickets

@@ -8,15 +8,14 @@ import stat
 from functools import partial
 from typing import Final
 
+from unionfs.core.files import Handle, OpenFile
+from unionfs.core.node import Attributes, Node
 from unionfs.fuse.copying import CopyUps
 from unionfs.fuse.inline import in_thread
 from unionfs.sys import calls
 from unionfs.sys.fds import Owned
 from unionfs.union import setids
-from unionfs.union.attributes import Attributes
 from unionfs.union.changes import Caller, Changes
-from unionfs.union.files import Handle, OpenFile
-from unionfs.union.node import Node
 from unionfs.union.permissions import Permissions
 from unionfs.union.setids import Who
 from unionfs.union.tree import Union
@@ -32,13 +31,6 @@ def truncate(node: Node, file: OpenFile, size: int, killer: Who | None) -> None:
         setids.clear(file.fd, killer, node.layer.permissions)
 
 
-class Opened(Handle):
-    """A `Handle` with its node."""
-
-    __slots__ = ("node",)
-    node: Node
-
-
 class Files:
     """The open files of one mount, by number (file handle). Raises ``OSError``."""
 
@@ -46,7 +38,7 @@ class Files:
         self._union = union
         self._open_files = union.files
         self._copy_ups = copy_ups
-        self._handles: dict[int, Opened] = {}
+        self._handles: dict[int, Handle] = {}
         self._next = 1
         #: Bytes read and written by the daemon, excluding the page cache and passthrough.
         self.bytes_read = 0
@@ -55,13 +47,13 @@ class Files:
     def __len__(self) -> int:
         return len(self._handles)
 
-    def __getitem__(self, number: int) -> Opened:
+    def __getitem__(self, number: int) -> Handle:
         try:
             return self._handles[number]
         except KeyError:
             raise OSError(errno.EBADF, os.strerror(errno.EBADF)) from None
 
-    def get(self, number: int) -> Opened | None:
+    def get(self, number: int) -> Handle | None:
         """The open file with that number, or None."""
         return self._handles.get(number)
 
@@ -120,8 +112,7 @@ class Files:
         return self._register(node, file, who, writes=flags & os.O_ACCMODE != os.O_RDONLY)
 
     def _register(self, node: Node, file: OpenFile, who: Who, *, writes: bool) -> int:
-        handle = Opened(file, who, writes=writes)
-        handle.node = node
+        handle = Handle(file, who, writes=writes, node=node)
         assert node.use is not None
         node.use.handles.append(handle)
         number = self._next
@@ -129,7 +120,7 @@ class Files:
         self._handles[number] = handle
         return number
 
-    def release(self, number: int) -> Opened:
+    def release(self, number: int) -> Handle:
         """Close an open file."""
         handle = self._handles.pop(number)
         node = handle.node

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+from unionfs.core.node import Node
 from unionfs.union.copyup import Effects
-from unionfs.union.node import Node
 
 
 class Invalidations:

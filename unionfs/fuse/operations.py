@@ -20,9 +20,11 @@ from collections.abc import Callable, Mapping
 from functools import partial
 from typing import NamedTuple
 
+from unionfs.core.files import Handle
+from unionfs.core.node import Attributes, Node
 from unionfs.fuse.copying import CopyUps
 from unionfs.fuse.directories import Directories
-from unionfs.fuse.files import Files, Opened, truncate
+from unionfs.fuse.files import Files, truncate
 from unionfs.fuse.inline import in_thread
 from unionfs.fuse.invalidations import Invalidations
 from unionfs.fuse.latency import Latencies
@@ -30,11 +32,9 @@ from unionfs.fuse.refreshing import Refreshing
 from unionfs.sys import calls
 from unionfs.sys.calls import os_error
 from unionfs.sys.fds import Owned
-from unionfs.union.attributes import Attributes
 from unionfs.union.changes import ACL_DEFAULT, Caller, Changes
 from unionfs.union.copyup import CopyUp
 from unionfs.union.flags import APPEND, IMMUTABLE
-from unionfs.union.node import Node
 from unionfs.union.owners import ACL
 from unionfs.union.setids import SET_IDS, Who, is_outside, mode_after
 from unionfs.union.tree import Union
@@ -235,7 +235,7 @@ class Operations:
         node = self.node(id_)
         return node, self.union.attributes(node)
 
-    async def setattr(self, id_: int, change: Change, handle: Opened | None) -> Named:
+    async def setattr(self, id_: int, change: Change, handle: Handle | None) -> Named:
         """truncate(2), chown(2), chmod(2) and utimensat(2), in this order."""
         node = self.node(id_)
         change = _to_store(node, change)
@@ -255,7 +255,7 @@ class Operations:
             if kept is not None:
                 self.union.files.take_back_later(node, kept)
 
-    def _may_set(self, node: Node, change: Change, handle: Opened | None) -> None:
+    def _may_set(self, node: Node, change: Change, handle: Handle | None) -> None:
         """Raise EPERM for a change that the node's flags forbid."""
         flags = self.union.flags
         if change.uid is not None or change.gid is not None or change.mode is not None:
@@ -266,7 +266,7 @@ class Operations:
         if change.atime_ns is not None or not self.union.files.is_open_for_writing(node):
             flags.may_set_times(node, [one for one in (change.atime_ns, change.mtime_ns) if one is not None])
 
-    def _set(self, node: Node, change: Change, handle: Opened | None) -> Named:
+    def _set(self, node: Node, change: Change, handle: Handle | None) -> Named:
         node.changes()
         changes_owner = change.uid is not None or change.gid is not None
         if change.size is not None:
@@ -313,7 +313,7 @@ class Operations:
             with Owned(self.union.open_path(node)) as fd:
                 _chmod(node, fd, mode)
 
-    def _truncate(self, node: Node, size: int, handle: Opened | None, killer: Who | None) -> None:
+    def _truncate(self, node: Node, size: int, handle: Handle | None, killer: Who | None) -> None:
         if node.kind != stat.S_IFREG:
             raise os_error(errno.EINVAL)
         if handle is not None and handle.file.writable:

@@ -13,6 +13,7 @@ from contextlib import suppress
 
 import trio
 
+from unionfs.core.places import Layer
 from unionfs.fuse.direct.data import DataRequests
 from unionfs.fuse.direct.device import Device
 from unionfs.fuse.direct.listings import ListingRequests
@@ -42,7 +43,6 @@ from unionfs.sys import calls
 from unionfs.sys.capabilities import CAP_SYS_ADMIN, has_capability, in_initial_user_namespace
 from unionfs.sys.mountinfo import MountEntry, mount_of_id
 from unionfs.sys.unmount import unmount
-from unionfs.union.places import Layer
 
 READAHEAD = 4 << 20
 """Readahead in bytes."""

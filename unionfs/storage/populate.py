@@ -19,6 +19,7 @@ from collections.abc import Iterator
 from contextlib import nullcontext
 from typing import NamedTuple
 
+from unionfs.core.places import Place
 from unionfs.errors import UserError, quoted, reason
 from unionfs.storage import locks, symlinks, workspace
 from unionfs.storage.model import Volume
@@ -31,7 +32,6 @@ from unionfs.union.layers import LayerStack
 from unionfs.union.listing import real_names
 from unionfs.union.merge import Found, Merge
 from unionfs.union.permissions import shown_names
-from unionfs.union.places import Place
 from unionfs.union.xattrs import unsupported
 
 log = logging.getLogger(__name__)

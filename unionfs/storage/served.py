@@ -11,13 +11,13 @@ import os
 from contextlib import ExitStack
 from dataclasses import replace
 
+from unionfs.core.node import Node
 from unionfs.settings.specs import Spec
 from unionfs.storage.attach import fill
 from unionfs.storage.sources import Sources
 from unionfs.storage.targets import Names, prepare, same_place
 from unionfs.union.changes import Caller, Changes
 from unionfs.union.layers import LayerStack
-from unionfs.union.node import Node
 from unionfs.union.tree import Union
 
 

@@ -1,4 +1,4 @@
-"""The result of stat(2) for an object of the union."""
+"""Variants of the result of stat(2)."""
 
 from __future__ import annotations
 
@@ -13,24 +13,3 @@ def replaced(st: os.stat_result, values: Mapping[int, int], **named: int) -> os.
     return os.stat_result(
         [values.get(index, value) for index, value in enumerate(sequence)], {**others, **named}
     )
-
-
-def with_blocks(st: os.stat_result, blocks: int) -> os.stat_result:
-    """The same attributes with another ``st_blocks``."""
-    return replaced(st, {}, st_blocks=blocks)
-
-
-class Attributes:
-    """The attributes of the real object, with inode number, link count and ctime of the merged tree."""
-
-    __slots__ = ("ctime_ns", "ino", "lasting", "nlink", "st")
-
-    def __init__(
-        self, ino: int, nlink: int, st: os.stat_result, ctime_ns: int, *, lasting: bool
-    ) -> None:
-        self.ino = ino
-        self.nlink = nlink
-        self.st = st
-        self.ctime_ns = ctime_ns
-        #: Whether they stay valid until the daemon changes them.
-        self.lasting = lasting

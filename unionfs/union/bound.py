@@ -15,16 +15,15 @@ import stat
 from contextlib import nullcontext
 from typing import NoReturn
 
+from unionfs.core.files import OpenFile
+from unionfs.core.node import NAME_MAX, Attributes, Node, Territory
+from unionfs.core.nodes import NodeTable
+from unionfs.core.places import BoundLayer, Place
 from unionfs.sys import calls
 from unionfs.sys.calls import os_error
 from unionfs.sys.fds import Owned
-from unionfs.union.attributes import Attributes
-from unionfs.union.files import OpenFile
 from unionfs.union.listing import Listing
-from unionfs.union.node import NAME_MAX, Node, Territory
-from unionfs.union.nodes import NodeTable
 from unionfs.union.objects import Objects, link_object
-from unionfs.union.places import BoundLayer, Place
 
 
 class Bound(Territory):

@@ -10,15 +10,14 @@ from contextlib import AbstractContextManager
 from functools import partial
 from typing import Final, NamedTuple
 
+from unionfs.core.node import Attributes, Node
 from unionfs.sys import calls
 from unionfs.sys.calls import os_error
-from unionfs.union.attributes import Attributes
 from unionfs.union.bound import Bound
 from unionfs.union.changing import Steps, T
 from unionfs.union.copyup import CopyUp
 from unionfs.union.making import Making
 from unionfs.union.named import is_reserved
-from unionfs.union.node import Node
 from unionfs.union.permissions import Permissions, open_mode
 from unionfs.union.removing import Removing
 from unionfs.union.renaming import Renaming

@@ -13,12 +13,11 @@ from contextlib import contextmanager, suppress
 from functools import partial
 from typing import Protocol, TypeVar
 
+from unionfs.core.node import Attributes, Node
+from unionfs.core.places import Place
+from unionfs.core.search import PREFIX
 from unionfs.sys.fds import Owned
-from unionfs.union.attributes import Attributes
 from unionfs.union.copyup import CopyUp
-from unionfs.union.named import PREFIX
-from unionfs.union.node import Node
-from unionfs.union.places import Place
 from unionfs.union.redirecting import absolute_redirect
 from unionfs.union.tree import Union
 from unionfs.union.work import At

@@ -12,13 +12,14 @@ from collections.abc import Iterator
 from functools import partial
 from typing import Final
 
+from unionfs.core.places import Place
+from unionfs.core.search import PREFIX
 from unionfs.errors import reason
 from unionfs.sys.fds import Owned
 from unionfs.union.checkwork import Finding, work_findings
 from unionfs.union.checkxattrs import KNOWN, problem
 from unionfs.union.merge import Found
-from unionfs.union.named import INTERNAL, PREFIX, hidden_name
-from unionfs.union.places import Place
+from unionfs.union.named import INTERNAL, hidden_name
 from unionfs.union.redirects import markers_of
 from unionfs.union.resting import TRUSTED, USER, Resting, is_device_whiteout, object_path, xattrs
 

@@ -15,13 +15,14 @@ from contextlib import suppress
 from dataclasses import dataclass
 from typing import Final
 
+from unionfs.core.places import Place
+from unionfs.core.search import PREFIX
 from unionfs.errors import LayerError, quoted, reason
 from unionfs.sys import calls
 from unionfs.sys.fds import Owned
 from unionfs.union.checkxattrs import KNOWN
 from unionfs.union.markers import FUSE_OVERLAYFS
-from unionfs.union.named import INTERNAL, OPAQUE, PREFIX, hidden_name
-from unionfs.union.places import Place
+from unionfs.union.named import INTERNAL, OPAQUE, hidden_name
 from unionfs.union.redirects import markers_of
 from unionfs.union.resting import TRUSTED, USER, Resting, is_device_whiteout, object_path, xattrs
 

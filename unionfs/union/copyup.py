@@ -15,11 +15,11 @@ import stat
 from collections.abc import Callable
 from typing import Final, NamedTuple
 
+from unionfs.core.node import UNSEEN, Node
+from unionfs.core.nodes import Stored
+from unionfs.core.places import Place
 from unionfs.sys import attributes, calls
 from unionfs.sys.fds import Owned
-from unionfs.union.node import UNSEEN, Node
-from unionfs.union.origin import Stored
-from unionfs.union.places import Place
 from unionfs.union.tree import Union
 from unionfs.union.work import Temporary
 from unionfs.union.xattrs import copied_xattrs, unsupported

@@ -21,11 +21,11 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack
 from typing import Final
 
+from unionfs.core.places import Layer, Place
 from unionfs.sys.attributes import ALL, read_xattrs
 from unionfs.union.images import is_image, open_image
 from unionfs.union.markers import ABSENT, Markers
 from unionfs.union.merge import Merge
-from unionfs.union.places import Layer, Place
 
 _VANISHED: Final = (FileNotFoundError, NotADirectoryError)
 

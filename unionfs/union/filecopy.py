@@ -12,16 +12,17 @@ import stat
 from collections.abc import Callable
 from typing import Final
 
+from unionfs.core.files import OpenFile
+from unionfs.core.node import Node
+from unionfs.core.nodes import Stored
 from unionfs.sys import attributes, calls
 from unionfs.sys.fds import Owned
 from unionfs.union.attributes import replaced
 from unionfs.union.copyup import CopyUp, Effects
 from unionfs.union.filedata import clone, copy_data
-from unionfs.union.files import OpenFile, open_backing, open_held
+from unionfs.union.files import open_backing, open_held
 from unionfs.union.flags import read_flags
-from unionfs.union.node import Node
-from unionfs.union.origin import Stored
-from unionfs.union.places import LowerData
+from unionfs.union.lowerdata import LowerData
 from unionfs.union.setids import SET_IDS
 from unionfs.union.tree import Union
 from unionfs.union.xattrs import CAPABILITY, copied_xattrs, unsupported

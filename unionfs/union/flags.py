@@ -17,11 +17,11 @@ import stat
 import time
 from typing import Final
 
+from unionfs.core.node import Node
 from unionfs.sys import calls
 from unionfs.sys.calls import os_error
 from unionfs.sys.fds import Owned
 from unionfs.union.markers import ABSENT, Markers
-from unionfs.union.node import Node
 from unionfs.union.objects import Objects
 
 IMMUTABLE: Final = calls.FS_IMMUTABLE

@@ -20,14 +20,14 @@ import re
 import stat
 from typing import Final, Protocol
 
+from unionfs.core.node import Node
+from unionfs.core.places import Layer, Place
 from unionfs.errors import LayerError
 from unionfs.settings.features import Features
 from unionfs.sys.fds import Owned, open_for_listing
 from unionfs.union.listing import real_names
 from unionfs.union.markers import Markers
-from unionfs.union.node import Node
 from unionfs.union.origin import Origins
-from unionfs.union.places import Layer, Place
 from unionfs.union.work import Temporary
 
 log = logging.getLogger(__name__)

@@ -15,6 +15,7 @@ from contextlib import ExitStack
 from dataclasses import replace
 from typing import Final
 
+from unionfs.core.places import BoundLayer, Layer
 from unionfs.errors import LayerError
 from unionfs.settings.features import DEFAULTS, Features
 from unionfs.settings.shown import AS_STORED, Shown
@@ -26,7 +27,6 @@ from unionfs.sys.mountinfo import mount_id_of_path, read_mountinfo
 from unionfs.union import opening, permissions
 from unionfs.union.markers import Markers
 from unionfs.union.owners import Owners
-from unionfs.union.places import BoundLayer, Layer
 from unionfs.union.redirecting import mode, parameter
 
 _NO_LOCKS: Final = (errno.EBADF, errno.ENOLCK, errno.EOPNOTSUPP, errno.EINVAL)

@@ -8,7 +8,7 @@ import sys
 from collections.abc import Iterable
 from typing import Final
 
-from unionfs.union.places import Gate, Place
+from unionfs.core.places import Gate, Place
 
 #: An NFS client's name for a removed file with an open fd: its number in 16 digits and a count in 8
 #: (fs/nfs/unlink.c, nfs_sillyrename).

@@ -12,10 +12,11 @@ from collections import OrderedDict
 from collections.abc import Sequence
 from typing import Final
 
+from unionfs.core.places import Gate, Place
+from unionfs.core.search import PREFIX
 from unionfs.sys.fds import Owned
 from unionfs.union.listing import LARGE, real_names
-from unionfs.union.named import PREFIX, hidden_name
-from unionfs.union.places import Gate, Place
+from unionfs.union.named import hidden_name
 
 MANY: Final = 8
 """The minimum number of lowers to list."""
@@ -42,17 +43,19 @@ class LowerNames:
 
     def __init__(self, gate: Gate) -> None:
         self._gate = gate
+        #: The minimum number of lowers to list.
+        self.many = MANY
         #: By the lowest real directory, which is part of only one merged directory.
         self._kept: OrderedDict[Place, _Names] = OrderedDict()
         self._count = 0
 
     def parts(self, parts: list[Place], name: bytes) -> list[Place]:
         """The parts of a merged directory that may have ``name``."""
-        if len(parts) < MANY:
+        if len(parts) < self.many:
             return parts
         upper = parts[:1] if parts[0].layer.is_upper else []
         lowers = parts[len(upper) :]
-        if len(lowers) < MANY:
+        if len(lowers) < self.many:
             return parts
         names = self._kept.get(lowers[-1])
         if names is None or names.lowers != lowers:

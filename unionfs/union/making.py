@@ -10,13 +10,12 @@ from contextlib import nullcontext, suppress
 from functools import partial
 from typing import Final
 
+from unionfs.core.node import Attributes, Node
+from unionfs.core.places import Place
 from unionfs.sys.fds import Owned
-from unionfs.union.attributes import Attributes
 from unionfs.union.changing import Changing, T
-from unionfs.union.node import Node
 from unionfs.union.objects import link_object
 from unionfs.union.permissions import open_mode
-from unionfs.union.places import Place
 from unionfs.union.work import At, rename
 from unionfs.union.xattrs import ACL_DEFAULT, default_acl
 

@@ -8,9 +8,9 @@ import stat
 from contextlib import suppress
 from typing import Final
 
+from unionfs.core.places import Gate, Layer, Place
 from unionfs.sys.fds import Owned, open_for_listing
 from unionfs.union.listing import real_names
-from unionfs.union.places import Gate, Layer, Place
 from unionfs.union.rights import Rights
 
 _NOTE: Final = re.compile(rb"mode=([0-7]{1,4}) ino=([0-9]{1,20})")

@@ -13,13 +13,15 @@ import stat
 from collections.abc import Iterable, Sequence
 from typing import Final
 
+from unionfs.core.places import NOT_THERE, Gate, Layer, Place
+from unionfs.core.search import PREFIX, Search
 from unionfs.sys.fds import Owned
 from unionfs.union.listing import NFS_REMOVED, Listing, real_names
-from unionfs.union.lowernames import MANY, LowerNames
+from unionfs.union.lowerdata import LowerData
+from unionfs.union.lowernames import LowerNames
 from unionfs.union.markers import Markers
 from unionfs.union.metacopy import DataSearch, open_data
-from unionfs.union.named import PREFIX, NamedWhiteouts, hidden_name
-from unionfs.union.places import NOT_THERE, Gate, Layer, LowerData, Place
+from unionfs.union.named import NamedWhiteouts, hidden_name
 from unionfs.union.redirects import PartSearch, markers_of
 from unionfs.union.rights import Rights
 
@@ -32,7 +34,7 @@ Found = tuple[os.stat_result, list[Place]]
 the one that contains it."""
 
 
-class Merge:
+class Merge(Search):
     """Finds and lists names in layers, topmost first.
 
     Not thread-safe, but it does not change layers: each thread may have its own for the same layers.
@@ -46,55 +48,15 @@ class Merge:
         directory_fds: int = 1024,
         rights: Rights | None = None,
     ) -> None:
-        self.markers = markers
-        self.gate = Gate(directory_fds, rights)
-        self.named = NamedWhiteouts(self.gate)
+        gate = Gate(directory_fds, rights or Rights())
+        named = NamedWhiteouts(gate)
         #: The parts of the root. Overlayfs ignores `opaque` on them (super.c, ovl_get_root).
-        self.roots = self.named.roots(layers)
+        self.roots = named.roots(layers)
         self._lowest = len(layers) - 1
-        self._lower_names = LowerNames(self.gate)
-        self._directories = PartSearch(layers[: len(self.roots)], markers, self.named, self.gate)
-        self._data = DataSearch(markers, self.named, self.gate, self._directories)
-
-    def search(self, parts: list[Place], name: bytes, first: int = 0) -> Found | None:
-        """The object ``name`` in the directory merged from ``parts``, or None. Raises ``OSError``.
-
-        ``first``: the index of the topmost part that may have the name, if known.
-        """
-        searched = parts
-        if name.startswith(PREFIX):
-            return None
-        if len(parts) >= MANY:
-            searched, first = self._lower_names.parts(parts, name), 0
-        elif first == 0 and parts[0].empty:
-            first = 1
-        for index in range(first, len(searched)):
-            part = searched[index]
-            dir_fd = self.gate.fd(part)
-            try:
-                st = os.stat(name, dir_fd=dir_fd, follow_symlinks=False)
-            except OSError as error:
-                again = None if error.errno in NOT_THERE else self.gate.stat_refused(part, name, error)
-                if again is None:
-                    below = part is not searched[-1]
-                    if below and part.asked_named >= 0 and self.named.hides(part, dir_fd, name):
-                        return None
-                    continue
-                st = again
-            kind, kept = stat.S_IFMT(st.st_mode), part.layer.permissions
-            if kind == stat.S_IFDIR:
-                places = self._directories.parts(parts, part, name, st, searched[index + 1 :])
-                if kept is not None:
-                    st = kept.show_at(st, dir_fd, name)
-                return st, places
-            # Most names belong to objects that cannot be markers.
-            may_be_whiteout = kind != stat.S_IFLNK and (kind != stat.S_IFREG or not st.st_size)
-            if may_be_whiteout and self.markers.is_whiteout(st, dir_fd, name):
-                return None
-            if kept is not None:
-                st = kept.show_at(st, dir_fd, name)
-            return st, [part]
-        return None
+        self._lower_names = LowerNames(gate)
+        directories = PartSearch(layers[: len(self.roots)], markers, named, gate)
+        self._data = DataSearch(markers, named, gate, directories)
+        super().__init__(gate, markers, named, self._lower_names, directories)
 
     def may_be_metacopy(self, st: os.stat_result, place: Place) -> bool:
         """Whether a regular file in ``place`` has too few blocks for its size, so that it may be metacopy."""

@@ -7,16 +7,16 @@ import os
 import stat
 from contextlib import suppress
 
+from unionfs.core.files import OpenFile
+from unionfs.core.node import NAME_MAX, Attributes, Node, Territory
+from unionfs.core.nodes import NodeTable
+from unionfs.core.places import Place
 from unionfs.sys.calls import os_error
-from unionfs.union.attributes import Attributes
-from unionfs.union.files import OpenFile
 from unionfs.union.layers import LayerStack
 from unionfs.union.listing import Listing
+from unionfs.union.lowerdata import LowerData
 from unionfs.union.merge import Merge
-from unionfs.union.node import NAME_MAX, Node, Territory
-from unionfs.union.nodes import NodeTable
 from unionfs.union.objects import Objects
-from unionfs.union.places import LowerData, Place
 
 
 class Merged(Territory):

@@ -18,9 +18,10 @@ import stat
 from collections.abc import Sequence
 from typing import Final
 
+from unionfs.core.places import Gate, Place
+from unionfs.union.lowerdata import LowerData
 from unionfs.union.markers import Markers
 from unionfs.union.named import NamedWhiteouts
-from unionfs.union.places import Gate, LowerData, Place
 from unionfs.union.redirects import PartSearch, Searched, stat_step
 
 log = logging.getLogger(__name__)

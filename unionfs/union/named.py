@@ -12,11 +12,11 @@ import os
 from collections.abc import Sequence
 from typing import Final
 
+from unionfs.core.places import NOT_THERE, Gate, Layer, Place
+from unionfs.core.search import PREFIX
 from unionfs.sys.fds import Owned
 from unionfs.union.listing import LARGE
-from unionfs.union.places import NOT_THERE, Gate, Layer, Place
 
-PREFIX: Final = b".wh."
 INTERNAL: Final = b".wh..wh."
 OPAQUE: Final = b".wh..wh..opq"
 _NO_NAMES: Final = (b"", b".", b"..")

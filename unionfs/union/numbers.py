@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Final
 import xxhash
 
 if TYPE_CHECKING:
-    from unionfs.union.places import Layer
+    from unionfs.core.places import Layer
 
 _SHIFT: Final = 52
 _MOST: Final = 1 << 10
@@ -45,6 +45,16 @@ class Numbers:
         #: Whether two objects never have one number, apart from hashes.
         self.unique = xino or len(filesystems) == 1
         self._small = not xino
+
+    @property
+    def plain(self) -> tuple[int, int]:
+        """The device whose inode numbers are shown unchanged, and the first number that is not."""
+        return self._plain, self._limit
+
+    @staticmethod
+    def after(number: int) -> int:
+        """A number for the node that supersedes the one with that id."""
+        return hashed(b"after%d" % number)
 
     def of(self, device: int, inode: int, *, directory: bool = False) -> int:
         """The number of an object with that ``st_dev`` and ``st_ino``."""

@@ -7,12 +7,11 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Final
 
+from unionfs.core.node import Attributes, Node
+from unionfs.core.places import Gate
 from unionfs.sys.fds import Owned
-from unionfs.union.attributes import Attributes
 from unionfs.union.markers import Markers
-from unionfs.union.node import Node
 from unionfs.union.permissions import shown_names, stored_name
-from unionfs.union.places import Gate
 
 _PATH: Final = os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC
 

@@ -18,11 +18,13 @@ from collections import OrderedDict
 from functools import partial
 from typing import Final
 
+from unionfs.core.files import OpenFile, UnreadFile
+from unionfs.core.node import Node
+from unionfs.core.places import Gate
 from unionfs.sys.calls import os_error
-from unionfs.union.files import OpenFile, UnreadFile, open_backing, open_held
+from unionfs.union.files import open_backing, open_held
+from unionfs.union.lowerdata import LowerData
 from unionfs.union.metacopy import open_data
-from unionfs.union.node import Node
-from unionfs.union.places import Gate, LowerData
 from unionfs.union.shortcuts import Capabilities, Shortcuts
 
 log = logging.getLogger(__name__)

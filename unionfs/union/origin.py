@@ -21,18 +21,18 @@ import os
 import stat
 import struct
 from collections.abc import Sequence
-from enum import Enum
 from typing import TYPE_CHECKING, Final, NamedTuple
 
+from unionfs.core.nodes import Stored
+from unionfs.core.places import Gate, Layer, Place
 from unionfs.settings.features import Features
 from unionfs.sys import calls
 from unionfs.sys.handles import filesystem_uuid, handle_at
 from unionfs.union.markers import Markers
 from unionfs.union.numbers import Numbers
-from unionfs.union.places import Gate, Layer, Place
 
 if TYPE_CHECKING:
-    from unionfs.union.node import Node
+    from unionfs.core.node import Node
 
 # struct ovl_fb: version, magic, len, flags, type, uuid; then the handle
 _HEAD: Final = struct.Struct("=BBBBB16s")
@@ -54,15 +54,6 @@ _XFS: Final = 0x58465342
 _BTRFS_MAGIC: Final = 0x9123683E
 _F2FS: Final = 0xF2F52010
 _SQUASHFS: Final = 0x73717368
-
-
-class Stored(Enum):
-    """What became of the origin of a copy."""
-
-    READABLE = "it is stored, and has the number shown"
-    UNKNOWN = "it is not stored, or cannot be read"
-    INDEXED = "the copy goes into the index, for all names of a lower file with several"
-    BROKEN = "a name of a lower file with several: the copy is a file of its own, with its own number"
 
 
 class _Filesystem(NamedTuple):

@@ -18,12 +18,12 @@ import struct
 from collections.abc import Callable, Sequence
 from typing import Final
 
+from unionfs.core.places import Layer
 from unionfs.settings.shown import Range, Shown
 from unionfs.sys import calls
 from unionfs.sys.calls import os_error
 from unionfs.sys.creds import Identity
 from unionfs.union.attributes import replaced
-from unionfs.union.places import Layer
 from unionfs.union.setids import SET_IDS
 
 ACL: Final = b"system.posix_acl_"

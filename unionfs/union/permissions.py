@@ -24,12 +24,12 @@ import stat
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Final
 
+from unionfs.core.places import Layer
 from unionfs.errors import LayerError
 from unionfs.sys import attributes, calls
 from unionfs.sys.capabilities import in_initial_user_namespace
 from unionfs.union.attributes import replaced
 from unionfs.union.markers import Markers
-from unionfs.union.places import Layer
 from unionfs.union.setids import SET_IDS
 
 PRIVILEGED: Final = b"security.fuseoverlayfs.override_stat"

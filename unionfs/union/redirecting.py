@@ -10,10 +10,10 @@ import errno
 import os
 from typing import Final
 
+from unionfs.core.node import Node
+from unionfs.core.places import Gate, Layer
 from unionfs.sys.calls import os_error
 from unionfs.union.markers import ABSENT, Markers
-from unionfs.union.node import Node
-from unionfs.union.places import Gate, Layer
 from unionfs.union.redirects import c_string, markers_of
 
 _LONGEST: Final = 256

@@ -18,9 +18,9 @@ import stat
 from collections.abc import Iterator, Sequence
 from typing import Final
 
+from unionfs.core.places import Gate, Layer, Place
 from unionfs.union.markers import Markers, Marks
 from unionfs.union.named import NamedWhiteouts
-from unionfs.union.places import Gate, Layer, Place
 
 _NEVER: Final = (b"", b".", b"..")
 

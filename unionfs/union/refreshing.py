@@ -22,9 +22,10 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Final
 
-from unionfs.union.named import OPAQUE, PREFIX, hidden_name
-from unionfs.union.node import Node
-from unionfs.union.places import Layer, Place
+from unionfs.core.node import Node
+from unionfs.core.places import Layer, Place
+from unionfs.core.search import PREFIX
+from unionfs.union.named import OPAQUE, hidden_name
 from unionfs.union.tree import Union
 from unionfs.union.watching import ITSELF, Told
 

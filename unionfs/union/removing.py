@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import os
 
+from unionfs.core.node import Node
 from unionfs.union.changing import Changing
-from unionfs.union.node import Node
 from unionfs.union.work import NOT_EMPTY
 
 

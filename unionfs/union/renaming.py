@@ -8,11 +8,11 @@ import stat
 from contextlib import nullcontext
 from functools import partial
 
+from unionfs.core.node import Node
 from unionfs.sys import calls
 from unionfs.sys.calls import os_error
 from unionfs.sys.fds import Owned
 from unionfs.union.changing import Changing, Name
-from unionfs.union.node import Node
 from unionfs.union.redirecting import redirect_for
 from unionfs.union.redirects import markers_of
 from unionfs.union.work import NO_FLAGS, NOT_EMPTY, At, rename

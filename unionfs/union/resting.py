@@ -9,13 +9,13 @@ from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Final
 
+from unionfs.core.places import Layer, Place
 from unionfs.sys.capabilities import CAP_SYS_ADMIN, has_capability
 from unionfs.sys.fds import Owned, open_for_listing
 from unionfs.union import opening
 from unionfs.union.layers import lock
 from unionfs.union.markers import Markers
 from unionfs.union.merge import Merge
-from unionfs.union.places import Layer, Place
 
 TRUSTED: Final = b"trusted.overlay."
 USER: Final = b"user.overlay."

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Final
 from unionfs.union.xattrs import CAPABILITY
 
 if TYPE_CHECKING:
-    from unionfs.union.node import Node
+    from unionfs.core.node import Node
 
 _CAPABILITY: Final = os.fsdecode(CAPABILITY)
 

@@ -8,10 +8,12 @@ import stat
 from dataclasses import replace
 from typing import Final
 
+from unionfs.core.node import Attributes, Node
+from unionfs.core.nodes import NodeTable
+from unionfs.core.places import BoundLayer, Layer
 from unionfs.sys.calls import os_error
 from unionfs.sys.creds import Identity
 from unionfs.sys.inotify import Inotify
-from unionfs.union.attributes import Attributes
 from unionfs.union.bound import Bound
 from unionfs.union.flags import Flags
 from unionfs.union.images import is_image
@@ -19,12 +21,9 @@ from unionfs.union.index import open_index
 from unionfs.union.layers import LayerStack
 from unionfs.union.merge import Merge
 from unionfs.union.merged import Merged
-from unionfs.union.node import Node
-from unionfs.union.nodes import NodeTable
 from unionfs.union.objects import Objects
 from unionfs.union.openfiles import OpenFiles
 from unionfs.union.origin import Origins
-from unionfs.union.places import BoundLayer, Layer
 from unionfs.union.rights import Rights
 from unionfs.union.shortcuts import Capabilities, Shortcuts
 from unionfs.union.watching import Watches

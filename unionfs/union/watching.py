@@ -27,10 +27,10 @@ from dataclasses import dataclass, field
 from enum import Enum
 from typing import Final
 
+from unionfs.core.node import Node
+from unionfs.core.places import Gate, Layer, Place
 from unionfs.sys import inotify
 from unionfs.sys.inotify import Inotify
-from unionfs.union.node import Node
-from unionfs.union.places import Gate, Layer, Place
 
 log = logging.getLogger(__name__)
 

@@ -6,9 +6,9 @@ import errno
 import os
 from typing import Final
 
+from unionfs.core.places import Place
 from unionfs.sys.attributes import OWNER, read_xattrs
 from unionfs.union.markers import Markers
-from unionfs.union.places import Place
 from unionfs.union.rights import Rights
 
 CAPABILITY: Final = b"security.capability"

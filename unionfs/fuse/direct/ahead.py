@@ -23,10 +23,10 @@ import logging
 from collections.abc import Callable, Iterator
 from typing import Final
 
+from unionfs.core.node import Node
 from unionfs.fuse.directories import NO_ENTRIES, Entries
 from unionfs.fuse.operations import Operations
 from unionfs.fuse.protocol import Dirents
-from unionfs.union.node import Node
 
 log = logging.getLogger(__name__)
 

@@ -11,6 +11,8 @@ import os
 from functools import partial
 from typing import Final
 
+from unionfs.core.files import OpenFile
+from unionfs.core.node import Attributes, Node
 from unionfs.fuse.direct import ioctl
 from unionfs.fuse.direct.device import Device
 from unionfs.fuse.direct.loop import Answer, Waiting
@@ -28,10 +30,7 @@ from unionfs.fuse.protocol.flags import (
     WRITE_KILL_SUIDGID,
 )
 from unionfs.sys.calls import os_error
-from unionfs.union.attributes import Attributes
-from unionfs.union.files import OpenFile
 from unionfs.union.flags import APPEND
-from unionfs.union.node import Node
 
 _MAX_COPY: Final = 0x7FFFF000  # MAX_RW_COUNT, and it fits the 32 bits of the answer
 

@@ -13,6 +13,7 @@ import stat
 import sys
 from typing import Final, NamedTuple
 
+from unionfs.core.node import Node
 from unionfs.fuse.operations import Operations
 from unionfs.fuse.protocol import Reply, encode
 from unionfs.fuse.protocol import requests as rq
@@ -20,7 +21,6 @@ from unionfs.sys import calls
 from unionfs.sys.calls import os_error
 from unionfs.sys.fds import Owned
 from unionfs.union.flags import APPEND, IMMUTABLE
-from unionfs.union.node import Node
 
 
 class _Command(NamedTuple):

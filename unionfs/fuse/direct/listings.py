@@ -5,6 +5,7 @@ from __future__ import annotations
 import stat
 from collections.abc import Iterator
 
+from unionfs.core.node import Node
 from unionfs.fuse.direct.ahead import Ahead, Prepared, Unfit
 from unionfs.fuse.direct.loop import Waiting
 from unionfs.fuse.direct.nodeio import NodeIos
@@ -12,7 +13,6 @@ from unionfs.fuse.directories import DOT, DOT_DOT, NO_ENTRIES, Entries
 from unionfs.fuse.operations import Operations
 from unionfs.fuse.protocol import FOREVER, NEVER, Dirents, Opcode, Reply, encode
 from unionfs.fuse.protocol import requests as rq
-from unionfs.union.node import Node
 
 
 class ListingRequests:

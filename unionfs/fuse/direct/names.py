@@ -8,6 +8,7 @@ import stat
 import struct
 from typing import Final
 
+from unionfs.core.node import Attributes, Node
 from unionfs.fuse.direct.loop import Answer, Waiting
 from unionfs.fuse.direct.nodeio import NodeIos
 from unionfs.fuse.direct.writeback import WriteBack
@@ -29,9 +30,7 @@ from unionfs.fuse.protocol.flags import (
 )
 from unionfs.sys import calls
 from unionfs.sys.calls import os_error
-from unionfs.union.attributes import Attributes
 from unionfs.union.changes import Caller
-from unionfs.union.node import Node
 from unionfs.union.setids import mode_after
 from unionfs.union.xattrs import CAPABILITY
 

@@ -19,13 +19,11 @@ import errno
 import os
 from typing import Final
 
+from unionfs.core.files import Handle, Use
+from unionfs.core.node import Attributes, Node
 from unionfs.fuse.direct.device import Device
-from unionfs.fuse.files import Opened
 from unionfs.fuse.protocol import FOREVER, NEVER, Decision, Timeout
 from unionfs.fuse.protocol.flags import FOPEN_KEEP_CACHE
-from unionfs.union.attributes import Attributes
-from unionfs.union.files import Use
-from unionfs.union.node import Node
 
 _WHILE_WRITING: Final[Timeout] = (0, 20_000_000)
 _AFTER_WRITING: Final[Timeout] = (1, 0)
@@ -59,7 +57,7 @@ class NodeIos:
         use = node.use
         return use is not None and use.through > 0 and not use.of_upper and not node.data_in_place
 
-    def opened(self, handle: Opened) -> tuple[int, int]:
+    def opened(self, handle: Handle) -> tuple[int, int]:
         """Count an open; returns FOPEN_* flags and the backing id for the answer."""
         node = handle.node
         use = node.use
@@ -80,7 +78,7 @@ class NodeIos:
         use = node.use
         return use is not None and use.filled and not use.through and not node.data_in_place
 
-    def may_fill(self, handle: Opened) -> bool:
+    def may_fill(self, handle: Handle) -> bool:
         """Whether a just counted open is the first and only one of a lower file that goes through the page
         cache and was never written to; True only once."""
         node, use = handle.node, handle.node.use
@@ -91,7 +89,7 @@ class NodeIos:
         use.fill()
         return True
 
-    def released(self, handle: Opened) -> None:
+    def released(self, handle: Handle) -> None:
         """Count a close."""
         use = handle.node.use
         assert use is not None
@@ -108,7 +106,7 @@ class NodeIos:
             return _WHILE_WRITING if use.writers else _AFTER_WRITING
         return FOREVER
 
-    def _wants_backing(self, use: Use, handle: Opened) -> bool:
+    def _wants_backing(self, use: Use, handle: Handle) -> bool:
         node, decision = handle.node, self._decision
         if not node.territory.lasting:
             return False  # others change bound storage too, so use the page cache
@@ -119,7 +117,7 @@ class NodeIos:
         st = handle.file.st
         return st is None or st.st_size > decision.small_lower
 
-    def _register(self, use: Use, node: Node, handle: Opened) -> None:
+    def _register(self, use: Use, node: Node, handle: Handle) -> None:
         try:
             backing_id = self._device.register(handle.file.fd)
         except OSError as error:

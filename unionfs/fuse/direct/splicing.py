@@ -17,7 +17,7 @@ import struct
 from collections.abc import Callable
 from typing import Final
 
-from unionfs.union.files import OpenFile
+from unionfs.core.files import OpenFile
 
 WORTHWHILE: Final = 128 * 1024
 """The minimum size of a read to splice, in bytes."""

@@ -18,8 +18,8 @@ import stat
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 
-from unionfs.union.files import OpenFile, Use
-from unionfs.union.node import Node
+from unionfs.core.files import OpenFile, Use
+from unionfs.core.node import Node
 from unionfs.union.setids import SET_IDS
 from unionfs.union.shortcuts import Capabilities
 from unionfs.union.xattrs import CAPABILITY

@@ -1,0 +1,48 @@
+"""Builds the compiled core; everything else is in pyproject.toml.
+
+UNIONFS_CORE: words for a special build: ``trace`` (line tracing, for coverage and profilers), ``asan``
+(AddressSanitizer; needs LD_PRELOAD of libasan). Both keep assertions and check bounds.
+"""
+
+import os
+from pathlib import Path
+
+from Cython.Build import cythonize
+from setuptools import Extension, setup
+
+CORE = Path("unionfs/core")
+words = os.environ.get("UNIONFS_CORE", "").split()
+checked = bool(words)
+directives = {
+    "language_level": 3,
+    "boundscheck": checked,
+    "initializedcheck": checked,
+    "cdivision": True,
+    "linetrace": "trace" in words,
+    "binding": True,
+    "embedsignature": False,
+}
+compile_args = ["-O2", "-fno-strict-aliasing", "-Wall", "-Wno-unused-function"]
+link_args = []
+macros = [("CYTHON_TRACE", "1")] if "trace" in words else []
+if "asan" in words:
+    compile_args += ["-O1", "-g", "-fsanitize=address", "-fno-omit-frame-pointer"]
+    link_args += ["-fsanitize=address"]
+
+setup(
+    ext_modules=cythonize(
+        [
+            Extension(
+                ".".join(path.with_suffix("").parts),
+                [str(path)],
+                extra_compile_args=compile_args,
+                extra_link_args=link_args,
+                define_macros=macros,
+            )
+            for path in sorted(CORE.glob("*.pyx"))
+        ],
+        compiler_directives=directives,
+        build_dir="build/cython",
+        force=checked,
+    )
+)

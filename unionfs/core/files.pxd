@@ -1,0 +1,36 @@
+# Open files: backing fds, and the use of a node.
+
+from libc.stdint cimport int64_t
+
+cdef class OpenFile:
+    cdef int number
+    cdef readonly object st
+    cdef readonly list xattrs
+    cdef readonly bint readable, writable, waits
+    cdef readonly Py_ssize_t users
+
+    cdef int descriptor(self) except -2
+    cdef void leave(self)
+    cpdef take(self)
+    cpdef release(self)
+
+cdef class UnreadFile(OpenFile):
+    cdef object open
+
+cdef class Handle:
+    cdef readonly OpenFile file
+    cdef readonly object who, node
+    cdef readonly bint writes, through
+
+cdef class Use:
+    cdef readonly OpenFile file
+    cdef readonly list handles
+    cdef readonly Py_ssize_t cached, through, writers, writebacks
+    cdef readonly bint filled, of_upper, written
+    cdef readonly int backing_id
+    cdef readonly int64_t mtime_ns
+    cdef readonly bytes capability
+    cdef readonly object tickets
+
+    cpdef opened(self, Handle handle)
+    cpdef int closed(self, Handle handle)

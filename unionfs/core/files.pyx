@@ -1,0 +1,229 @@
+"""Open files: backing fds, reading and writing through them, and the use of a node.
+
+A session's state about a node in use is the node's `Use`, and ends with the node.
+"""
+
+import errno
+import os
+
+from posix.unistd cimport close
+
+#: Errors of opening a file that a layer has lost; read(2) does not report them.
+cdef object GONE = (errno.ENOENT, errno.ENOTDIR, errno.ELOOP, errno.ESTALE)
+
+
+cdef class OpenFile:
+    """A backing fd and its user count, initially one. The release of the last user closes the fd.
+
+    ``with file`` adds a user, so the fd stays open within the context.
+    """
+
+    # st, xattrs: its attributes and the names of all its xattrs at open or copy-up; None if unknown. They
+    #     stay valid for a lower's file, except the access time.
+    # waits: whether a read may wait for a disk (and the filesystem supports RWF_NOWAIT).
+
+    def __init__(self, int fd, *, bint readable, bint writable, bint waits, st=None):
+        self.number = fd
+        self.st = st
+        self.readable, self.writable, self.waits = readable, writable, waits
+        self.users = 1
+
+    cdef int descriptor(self) except -2:
+        return self.number
+
+    @property
+    def fd(self):
+        """The fd, -1 if it is closed. Raises ``OSError``."""
+        return self.descriptor()
+
+    @property
+    def is_open(self):
+        """Whether there is an fd."""
+        return self.number >= 0
+
+    cpdef take(self):
+        """Add a user."""
+        self.users += 1
+        return self
+
+    def __enter__(self):
+        self.users += 1
+        return self
+
+    def __exit__(self, *exception):
+        self.release()
+
+    cpdef release(self):
+        """Remove a user; the last one closes the fd. Raises ``OSError``."""
+        self.users -= 1
+        if self.users == 0:
+            fd, self.number = self.number, -1
+            if fd >= 0:
+                os.close(fd)
+
+    cdef void leave(self):
+        """The same, without a report of errors."""
+        self.users -= 1
+        if self.users == 0 and self.number >= 0:
+            close(self.number)
+            self.number = -1
+
+    def look_at_xattrs(self):
+        """List the names of all its xattrs and remember them; None if they cannot be listed."""
+        try:
+            self.xattrs = os.listxattr(self.descriptor())
+        except OSError:  # for example too many
+            return None
+        return self.xattrs
+
+    def read_into(self, buffer, offset):
+        """Fill a buffer without waiting for a disk; returns the byte count, short only at the end of the
+        file. ``None``: read it in a thread."""
+        fd = self.descriptor()
+        if not self.waits:
+            return os.preadv(fd, [buffer], offset)
+        try:
+            count = os.preadv(fd, [buffer], offset, os.RWF_NOWAIT)
+        except BlockingIOError:
+            return None
+        except OSError as error:
+            if error.errno not in (errno.EOPNOTSUPP, errno.EINVAL):
+                raise
+            self.waits = False
+            return os.preadv(fd, [buffer], offset)
+        if count < len(buffer) and offset + count < os.fstat(fd).st_size:
+            return None  # the rest is on the disk
+        return count
+
+    def read(self, size, offset):
+        """Read up to ``size`` bytes; fewer only at the end of the file."""
+        fd = self.descriptor()
+        data = os.pread(fd, size, offset)
+        while data and len(data) < size:
+            more = os.pread(fd, size - len(data), offset + len(data))
+            if not more:
+                break
+            data += more
+        return data
+
+    def write(self, data, offset):
+        """Write all of ``data``, or as much as fits. Raises ``OSError`` if nothing was written."""
+        fd = self.descriptor()
+        done = os.pwrite(fd, data, offset)
+        while done < len(data):
+            try:
+                done += os.pwrite(fd, memoryview(data)[done:], offset + done)
+            except OSError:
+                break  # the rest did not fit; the next write reports the error
+        return done
+
+
+cdef class UnreadFile(OpenFile):
+    """A lower's file that is opened on first use: no fd is open while the kernel has its data in the page
+    cache. An access to `fd` opens it in the caller's thread, and raises ``OSError`` on failure."""
+
+    def __init__(self, open, *, bint waits):
+        """``open`` returns an `OpenFile`, whose fd it takes over."""
+        super().__init__(-1, readable=True, writable=False, waits=waits)
+        self.open = open
+
+    cdef int descriptor(self) except -2:
+        if self.number < 0:
+            if self.users <= 0:
+                raise OSError(errno.EBADF, os.strerror(errno.EBADF))
+            try:
+                opened = self.open()
+            except OSError as error:
+                if error.errno in GONE:
+                    raise OSError(errno.EIO, "the layer no longer holds the file") from None
+                raise
+            self.number, self.st, self.xattrs = opened.fd, opened.st, opened.xattrs
+        return self.number
+
+
+cdef class Handle:
+    """One open of one file."""
+
+    # who: the process that opened it.
+    # node: its node.
+    # through: whether it is in passthrough.
+
+    def __init__(self, OpenFile file not None, who, *, bint writes, node=None):
+        self.file = file
+        self.who = who
+        self.node = node
+        self.writes = writes
+
+    def go_on(self, OpenFile file not None):
+        """Switch to another file, releasing the current one."""
+        cdef OpenFile old = self.file
+        self.file = file
+        old.release()
+
+
+cdef class Use:
+    """The use of a node: its open files, and the session's agreements with the kernel about them."""
+
+    # file, handles: the backing file, if it is open, and its open file handles.
+    # cached, through: opens whose data goes through the page cache, and opens with a backing file.
+    # filled: whether the first open put the data into the page cache (or could have, for a large file).
+    # backing_id, of_upper: the backing id, and whether the backing file is the upper's.
+    # writers, written: opens for writing with the backing file, and whether there ever was one.
+    # writebacks, mtime_ns, capability: writes of cached data in progress, and the attributes to restore after
+    #     them.
+    # tickets: of a directory: its tickets, once it needs some.
+
+    def __init__(self):
+        self.handles = []
+
+    def has_tickets(self, tickets):
+        """Set the tickets of the directory."""
+        self.tickets = tickets
+
+    def has(self, OpenFile file):
+        """Set the backing file."""
+        self.file = file
+
+    def passes_through(self, int backing_id, *, bint of_upper):
+        """Record the id under which the kernel knows the backing file."""
+        self.backing_id, self.of_upper = backing_id, of_upper
+
+    cpdef opened(self, Handle handle):
+        """Count an open, with the backing file if that is registered."""
+        if not self.backing_id:
+            self.cached += 1
+            return
+        self.through += 1
+        handle.through = True
+        if handle.writes:
+            self.writers += 1
+            self.written = True
+
+    cpdef int closed(self, Handle handle):
+        """Count a close; returns the backing id if it is now unused, else 0."""
+        if not handle.through:
+            self.cached -= 1
+            return 0
+        self.through -= 1
+        if handle.writes:
+            self.writers -= 1
+        if self.through:
+            return 0
+        backing_id, self.backing_id = self.backing_id, 0
+        return backing_id
+
+    def fill(self):
+        """Record that the kernel received all data."""
+        self.filled = True
+
+    def writes_back(self, Py_ssize_t count):
+        """Count the start (or, with a negative count, the end) of writes of cached data."""
+        self.writebacks += count
+
+    def keep_mtime(self, int64_t mtime_ns):
+        """Set the time of modification to restore after the writes in progress."""
+        self.mtime_ns = mtime_ns
+
+    def keep_capability(self, bytes value):
+        """Set the capabilities to restore after the writes in progress."""
+        self.capability = value

@@ -1,0 +1,509 @@
+"""Nodes, the objects of a union's tree, and the territories they belong to."""
+
+from libc.errno cimport EROFS, ESTALE
+from libc.string cimport memcpy
+from posix.unistd cimport close
+
+from unionfs.core.stats cimport (
+    S_IFDIR, S_IFMT, ctime_of, failure, fill_attr, mtime_of, read_result, result_of,
+)
+
+NAME_MAX = 255
+UNSEEN = -1
+
+cdef enum:
+    C_UNSEEN = -1
+
+
+cdef class Attributes:
+    """The attributes of the real object, with inode number, link count and ctime of the merged tree."""
+
+    # lasting: whether they stay valid until the daemon changes them.
+
+    def __init__(self, ino, nlink, st, ctime_ns, *, lasting):
+        read_result(st, &self.stat)
+        self.ino, self.nlink, self.ctime_ns, self.lasting = ino, nlink, ctime_ns, lasting
+        self.result = st
+
+    @property
+    def st(self):
+        """Those of the real object."""
+        if self.result is None:
+            self.result = result_of(&self.stat)
+        return self.result
+
+    cdef void fill(self, fuse_attr *attr) noexcept:
+        fill_attr(attr, &self.stat, self.ino, self.nlink, self.ctime_ns)
+
+    def packed(self):
+        """struct fuse_attr."""
+        cdef fuse_attr attr
+        self.fill(&attr)
+        return (<char *>&attr)[:sizeof(fuse_attr)]
+
+
+cdef class Territory:
+    """A part of the tree with its own rules: the merged layers, or storage bound at one place.
+
+    Renames and links from one territory to another are EXDEV, as between filesystems.
+    """
+
+    def __init__(self, *, bint lasting, bint has_markers, bint read_only, owners=None):
+        #: Whether only this daemon changes it, so that cached answers stay valid until it does.
+        self.lasting = lasting
+        #: Whether a character device 0/0 is a whiteout, and making one is refused.
+        self.has_markers = has_markers
+        #: Whether it is read-only.
+        self.read_only = read_only
+        #: How owners are shown; None: as they are stored.
+        self.owners = owners
+
+    @property
+    def durable(self):
+        """Whether fsync must reach a disk."""
+        raise NotImplementedError
+
+    def lookup(self, Node parent, bytes name, first=0):
+        """The node ``name`` in ``parent`` with its attributes, or None.
+
+        ``first``: the index of the topmost part of the parent that may have the name, if known.
+        """
+        raise NotImplementedError
+
+    def number(self, Node parent, bytes name):
+        """``st_ino`` and file type (S_IFMT bits) of a name, without creating a node."""
+        raise NotImplementedError
+
+    def number_of_bare_whiteout(self, Node parent, bytes name):
+        """The same for a name without an object that overlayfs lists."""
+        return None
+
+    def listing(self, Node directory):
+        """The names of a directory. Raises ``OSError``."""
+        raise NotImplementedError
+
+    def is_empty(self, Node directory):
+        """Whether a directory has no visible name."""
+        return not self.listing(directory).names()
+
+    def add(self, Node parent, bytes name, st, Place place):
+        """The node of a new object in the real directory ``place``, without lower parts."""
+        raise NotImplementedError
+
+    def unnamed(self, Node parent, held):
+        """A node for a new file without a name (O_TMPFILE); ``held`` is an O_PATH fd of it."""
+        raise NotImplementedError
+
+    def lost_name(self, Node node):
+        """The last known name of a node was removed; its object is held."""
+        raise NotImplementedError
+
+    def opened(self, Node node, file):
+        """Record facts about the object of a node, just opened. Returns where its data lies if not in it (see
+        `Node.lower_data`). Raises ``OSError`` for a file that cannot be served."""
+        raise NotImplementedError
+
+    def stored_name(self, bytes name):
+        """The name on disk of the user's xattr ``name``."""
+        return name
+
+    def shown_names(self, list stored):
+        """Convert names of xattrs on disk to the names that users see."""
+        return stored
+
+    def require_writable(self):
+        """Raises EROFS if the territory is read-only."""
+        if self.read_only:
+            raise failure(EROFS)
+
+
+cdef Node new_node(
+    uint64_t id_, Territory territory, Node parent, bytes name, uint32_t kind, list places, int64_t key,
+    uint64_t ino, uint32_t generation
+):
+    cdef Node node = Node.__new__(Node)
+    node.id = id_
+    node.generation = generation
+    node.ino = ino if ino else id_
+    node.territory = territory
+    node.parent = parent
+    node.name = name
+    node.kind = kind
+    if kind == S_IFDIR:
+        node.parts, node.place, node.children = places, None, {}
+    else:
+        node.parts, node.place, node.children = [], places[0], None
+    node.key = key
+    node.held = -1
+    node.unlinked = not name and parent is not None
+    return node
+
+
+cdef class Node:
+    """One object of the merged tree."""
+
+    # generation: distinguishes it from all other nodes with its id: 32 bits, as in file handles
+    #     (fs/fuse/inode.c).
+    # kind: S_IFMT bits of the mode.
+    # parts: of a directory: the real directories merged into it, topmost first.
+    # place, key: of other types: the real directory that contains it as ``name``, and its `Layer.key`.
+    # children: known nodes below, by name (directories only).
+    # lower_data: where the data of a metacopy object lies; None: in the object, as far as known before it is
+    #     opened.
+    # flags: see `union.flags`; None: unknown.
+    # links: additional names of a file with several hard links, with the real directory of each.
+    # entry, lower_links, more_links: for a lower file with several hard links: the name of its copy in the
+    #     index, st_nlink of the original (0 if unknown), and how many names the union has more than st_nlink
+    #     of the copy.
+    # held: an O_PATH fd of an object that has no name.
+    # identity: for bound storage only: device and inode number, to detect another object under the name.
+    # no_capability: it is known to have no security.capability; see `shortcuts.Capabilities`.
+    # from_origin: its number is that of its origin; see `origin`.
+    # use: set at the first open.
+    # successor: the node that took over its state except the open files; see `NodeTable.supersede`.
+    # superseded: the number of known nodes that it superseded.
+
+    def __init__(
+        self,
+        id_,
+        Territory territory not None,
+        Node parent,
+        bytes name not None,
+        kind,
+        list places not None,
+        key=0,
+        *,
+        ino=0,
+        generation=0,
+        held=-1,
+        identity=None,
+    ):
+        """``places``: a directory's parts, or the object's place. ``ino``: its number, the id by default."""
+        self.id = id_
+        self.generation = generation
+        self.ino = ino or id_
+        self.territory = territory
+        self.parent = parent
+        self.name = name
+        self.kind = kind
+        is_dir = kind == S_IFDIR
+        self.parts = places if is_dir else []
+        self.place = None if is_dir else places[0]
+        self.key = key
+        self.children = {} if is_dir else None
+        self.held = held
+        self.unlinked = not name and parent is not None
+        self.identity = identity
+
+    @property
+    def ctime(self):
+        """The ctime set by a copy-up (`UNSEEN`: the one at the next query), and the one shown instead; ns."""
+        return (self.ctime_given, self.ctime_shown) if self.has_ctime else None
+
+    @property
+    def is_dir(self):
+        return self.kind == S_IFDIR
+
+    cdef Layer top_layer(self):
+        cdef Place place = self.place
+        if place is None:
+            place = self.parts[0]
+        return place.layer
+
+    @property
+    def layer(self):
+        """The layer of its object; for a directory, of its topmost part."""
+        return self.top_layer()
+
+    cdef bint is_changed_in_place(self) noexcept:
+        if self.kind == S_IFDIR:
+            return len(self.parts) > 0 and (<Place>self.parts[0]).layer.in_place
+        return self.place is not None and self.place.layer.in_place
+
+    @property
+    def in_place(self):
+        """Whether it is changed in place, as in the upper, without a copy-up. For a directory: whether its
+        topmost part is.
+        """
+        return self.is_changed_in_place()
+
+    @property
+    def data_in_place(self):
+        """Whether its data is changed in place too. Valid for a file that was opened."""
+        return self.lower_data is None and self.is_changed_in_place()
+
+    cdef bint is_copy_in_index(self) noexcept:
+        return self.entry is not None and self.place is not None and self.place.layer.is_upper
+
+    @property
+    def is_indexed(self):
+        """Whether it is a copy in the index, by which its object is accessed."""
+        return self.is_copy_in_index()
+
+    @property
+    def is_linked_lower(self):
+        """Whether it is a lower file with several hard links, and copied up into the index before it loses a
+        name."""
+        return self.entry is not None and not self.is_changed_in_place()
+
+    @property
+    def lacks_names(self):
+        """Whether it is a copy in the index, and some names of its are only in a lower. Each of the others
+        counts in ``st_nlink`` of the copy, as does the entry itself."""
+        return self.entry is not None and self.more_links >= 0 and self.is_copy_in_index()
+
+    def names(self):
+        """Its known names, each with its directory."""
+        if self.unlinked or self.parent is None:
+            return []
+        return [(self.parent, self.name), *[(parent, name) for parent, name, _ in self.links or ()]]
+
+    cdef bytes stored_name(self):
+        return self.entry if self.entry is not None and self.is_copy_in_index() else self.name
+
+    @property
+    def real_name(self):
+        """The name of a non-directory in its `place`."""
+        return self.stored_name()
+
+    @property
+    def is_pure_upper(self):
+        """Whether it has no lower parts."""
+        return self.is_changed_in_place() and len(self.parts) <= 1
+
+    @property
+    def is_mountpoint(self):
+        """Whether it is the root of bound storage, so that the name is in use."""
+        return self.parent is not None and self.parent.territory is not self.territory
+
+    def attributes_of(self, st):
+        """The result of stat(2), for an object with the attributes ``st``."""
+        cdef stat_t given
+        read_result(st, &given)
+        return self.shown(&given)
+
+    cdef Attributes shown(self, const stat_t *st):
+        cdef Attributes result = Attributes.__new__(Attributes)
+        cdef int64_t nlink = st.st_nlink
+        cdef bint is_dir = self.kind == S_IFDIR, in_place = self.is_changed_in_place()
+        memcpy(&result.stat, st, sizeof(stat_t))
+        if self.more_links:  # by an xattr, which may be wrong
+            nlink = max(nlink + self.more_links, 0 if self.unlinked else 1)
+        if self.unlinked and (is_dir or not in_place):
+            nlink = 0
+        elif len(self.parts) > 1:
+            nlink = 1  # as overlayfs, which does not count the subdirectories of a merged directory
+        # Without an index, copying up one name of a lower file with several breaks the link.
+        result.lasting = self.territory.lasting and (
+            st.st_nlink == 1 or is_dir or in_place or self.entry is not None
+        )
+        result.ctime_ns = self.ctime_to_show(ctime_of(st))
+        owners = self.territory.owners
+        if owners is not None:
+            result.result = owners.show(result_of(st), self.top_layer())
+            read_result(result.result, &result.stat)
+            if is_dir and nlink and owners.static_nlink:
+                nlink = 1
+        if self.lower_data is not None:
+            result.stat.st_blocks = self.lower_data.blocks
+            result.result = None
+        result.ino = self.ino
+        result.nlink = <uint32_t>nlink
+        return result
+
+    cpdef Use in_use(self):
+        """Its use, created if it has none."""
+        if self.use is None:
+            self.use = Use()
+        return self.use
+
+    def end_use(self):
+        """End its use."""
+        self.use = None
+
+    cdef int64_t ctime_to_show(self, int64_t ctime) noexcept:
+        if not self.has_ctime:
+            return ctime
+        if self.ctime_given == C_UNSEEN:
+            self.ctime_given = ctime
+            return self.ctime_shown
+        return self.ctime_shown if self.ctime_given == ctime else ctime
+
+    def shown_ctime(self, int64_t ctime):
+        """The ctime to show while the real one is ``ctime``."""
+        return self.ctime_to_show(ctime)
+
+    def show_ctime(self, int64_t shown, int64_t real=C_UNSEEN):
+        """Show that ctime while the real one is the one set by a copy-up."""
+        self.has_ctime, self.ctime_given, self.ctime_shown = True, real, shown
+
+    def has_parts(self, list parts not None):
+        """Set the real directories merged into it."""
+        self.parts = parts
+
+    def lies_in(self, Place place not None):
+        """Record that its object moved to another real directory."""
+        self.place = place
+
+    def know_flags(self, flags):
+        """Record the flags that apply to it; None: unknown."""
+        self.flags = flags
+
+    def data_lies_in(self, data):
+        """Record where its data lies; None: in its object."""
+        self.lower_data = data
+
+    def changes(self):
+        """Its object is about to change: show its real ctime from now on."""
+        self.has_ctime = False
+
+    def note_capability(self, *, bint none):
+        """Record whether it is known to have no security.capability."""
+        self.no_capability = none
+
+    def hold(self, int fd):
+        """Keep an O_PATH fd of the object, replacing an older one; -1: keep none."""
+        if self.held >= 0:
+            close(self.held)
+        self.held = fd
+
+    def has_number(self, number):
+        """Set its number: a copied-up name of a lower file with several is a file of its own."""
+        self.ino = number
+
+    def has_origin(self):
+        """Record that its number is that of its origin."""
+        self.from_origin = True
+
+    def may_be_indexed(self, bytes entry, lower_links):
+        """Record the name of its copy in the index, and ``st_nlink`` of the original (0: unknown)."""
+        self.entry = entry
+        if lower_links:
+            self.lower_links = lower_links
+
+    def is_indexed_copy(self, Place index not None, more_links):
+        """Record that its object is the copy in the index."""
+        self.place, self.more_links = index, more_links
+
+    def has_more_links(self, more_links):
+        """Set how many names the union has more than the copy."""
+        self.more_links = more_links
+
+    def leaves_index(self):
+        """Record that its entry in the index was removed; an fd of the object is held."""
+        self.entry, self.more_links = None, 0
+
+    def has_key(self, int64_t key):
+        """Set the key that identifies its object; see `Layer.key`."""
+        self.key = key
+
+    def check(self, st):
+        """Raise ESTALE if the object is not the node's, so that the kernel looks the name up again."""
+        cdef stat_t given
+        if self.key:
+            read_result(st, &given)
+            self.check_stat(&given)
+
+    cdef int check_stat(self, const stat_t *st) except -1:
+        if self.key and self.place.layer.key_of(st) != self.key:
+            raise OSError(ESTALE, "a layer holds another object there")
+        return 0
+
+    def looked_up(self):
+        """Count a lookup: an answer to the kernel contains the node."""
+        self.lookups += 1
+
+    # -- changed by the table alone -------------------------------------------------------------------
+
+    def forgotten(self, int64_t lookups):
+        """Subtract lookups that the kernel forgot."""
+        self.lookups -= lookups
+
+    def get_name(self, Node parent not None, bytes name not None, Place place):
+        """Add the name ``name`` in ``parent``, whose real directory is ``place``."""
+        parent.children[name] = self
+        if self.parent is None or self.unlinked:
+            if not self.is_copy_in_index():
+                self.place = place
+            self.parent, self.name, self.unlinked = parent, name, False
+            self.hold(-1)
+        else:
+            if self.links is None:
+                self.links = []
+            self.links.append((parent, name, place))
+
+    def take_link(self, Node parent, bytes name):
+        """Remove an additional name; returns whether there was one."""
+        for position, (directory, known, _) in enumerate(self.links or ()):
+            if directory is parent and known == name:
+                del self.links[position]
+                return True
+        return False
+
+    def lose_name(self, Node parent not None, bytes name not None):
+        """Remove the name ``name`` in ``parent``."""
+        parent.drop_child(name, self)
+        if not self.take_link(parent, name) and self.parent is parent and self.name == name:
+            if self.links:
+                self.parent, self.name, place = self.links.pop()
+                if not self.is_copy_in_index():
+                    self.place = place
+            else:
+                self.unlinked = True
+
+    def change_name(self, Node parent not None, bytes name not None, Node new_parent not None, bytes new_name not None):
+        """Record a rename."""
+        parent.drop_child(name, self)
+        new_parent.children[new_name] = self
+        if self.take_link(parent, name):
+            self.links.append((new_parent, new_name, new_parent.parts[0]))
+        else:
+            self.parent, self.name = new_parent, new_name
+            if self.kind == S_IFDIR:
+                self.parts[0].move(new_parent.parts[0], new_name)
+            elif not self.is_copy_in_index():
+                self.place = new_parent.parts[0]
+
+    cdef void drop_child(self, bytes name, Node node):
+        if self.children is not None and self.children.get(name) is node:
+            del self.children[name]
+
+    def forget_child(self, bytes name, Node node):
+        """Forget that a name below it refers to the node."""
+        self.drop_child(name, node)
+
+    def forget_names(self):
+        """Forget all its names; returns the directories of all but the first."""
+        cdef Node directory
+        if self.parent is not None:
+            self.parent.drop_child(self.name, self)
+        if not self.links:
+            return []
+        for directory, name, _ in self.links:
+            directory.drop_child(name, self)
+        return [directory for directory, _, _ in self.links]
+
+    def supersede(self, number, generation):
+        """A new node that takes over object, names and held fd; see `NodeTable.supersede`."""
+        cdef Node new, directory
+        places = self.parts if self.place is None else [self.place]
+        new = Node(
+            number, self.territory, self.parent, self.name, self.kind, places, self.key, ino=self.ino,
+            generation=generation,
+        )
+        new.links, new.unlinked, new.held = self.links, self.unlinked, self.held
+        new.lower_data, new.flags = self.lower_data, self.flags
+        new.from_origin = self.from_origin
+        new.entry, new.lower_links, new.more_links = self.entry, self.lower_links, self.more_links
+        self.links, self.held = None, -1
+        for directory, name, _ in [(self.parent, self.name, None), *(new.links or ())]:
+            known = None if directory is None else directory.children
+            if known is not None and known.get(name) is self:
+                known[name] = new
+        self.successor = new
+        new.superseded = 1
+        return new
+
+    def outlive(self):
+        """Record that one of the nodes it superseded is forgotten."""
+        self.superseded -= 1

@@ -1,0 +1,18 @@
+# The merge of names over the layers.
+
+from unionfs.core.places cimport Gate, Place
+from unionfs.core.stats cimport stat_t
+
+cdef class Search:
+    cdef readonly Gate gate
+    cdef readonly object markers, named
+    cdef object lower_names, directories
+    cdef bytes whiteout
+    cdef Py_ssize_t many
+
+    cdef list find(self, list parts, bytes name, Py_ssize_t first, stat_t *st)
+    cdef list merged(self, list parts, list searched, Py_ssize_t index, bytes name, stat_t *st)
+    cdef bint hides(self, Place part, bytes name, int dir_fd) except -1
+    cdef int whiteout_at(self, const stat_t *st, int dir_fd, bytes name) except -1
+
+cdef int stat_at(Gate gate, Place place, int dir_fd, bytes name, stat_t *st) except -1

@@ -1,0 +1,122 @@
+"""The merge of names over the layers.
+
+Merge rules (Documentation/filesystems/overlayfs.rst): from the top layer down, the first object of a name
+wins; a directory merges with directories of the same name below it until a non-directory, a whiteout or an
+opaque directory ends the search; a redirect sets the name for the layers below.
+"""
+
+from libc.errno cimport EACCES, ENAMETOOLONG, ENODATA, ENOENT, EOPNOTSUPP, EPERM
+from libc.errno cimport errno as c_errno
+from libc.stdio cimport snprintf
+from libc.string cimport memcmp
+
+from unionfs.core.places cimport Layer
+from unionfs.core.stats cimport (
+    AT_SYMLINK_NOFOLLOW, S_IFCHR, S_IFDIR, S_IFLNK, S_IFMT, S_IFREG, failure, fstatat, read_result, result_of,
+)
+
+cdef extern from "<sys/xattr.h>" nogil:
+    ssize_t lgetxattr(const char *path, const char *name, void *value, size_t size)
+
+#: The names that hide others, and are never shown; see `named`.
+PREFIX = b".wh."
+
+cdef enum:
+    # Of a name in a directory: /proc/self/fd/, a number, a slash, NAME_MAX bytes, a null byte
+    PATH_SIZE = 300
+
+
+cdef int stat_at(Gate gate, Place place, int dir_fd, bytes name, stat_t *st) except -1:
+    """fstatat(2) of a name; returns 1 if it is missing. Raises ``OSError``."""
+    if fstatat(dir_fd, name, st, AT_SYMLINK_NOFOLLOW) == 0:
+        return 0
+    if c_errno == ENOENT or c_errno == ENAMETOOLONG:
+        return 1
+    again = gate.refused(place, name, c_errno)
+    if again is None:
+        return 1
+    read_result(again, st)
+    return 0
+
+
+cdef class Search:
+    """Finds names in merged directories."""
+
+    def __init__(self, Gate gate not None, markers, named, lower_names, directories):
+        """``markers``: the disk format. ``named``: whiteouts by name. ``lower_names``: which of many parts
+        have a name. ``directories``: finds the parts of a directory."""
+        self.gate, self.markers, self.named = gate, markers, named
+        self.lower_names, self.directories = lower_names, directories
+        self.whiteout = markers.whiteout
+        self.many = lower_names.many
+
+    def search(self, list parts not None, bytes name not None, Py_ssize_t first=0):
+        """The object ``name`` in the directory merged from ``parts``: its attributes and its real
+        directories; or None. Raises ``OSError``.
+
+        ``first``: the index of the topmost part that may have the name, if known.
+        """
+        cdef stat_t st
+        places = self.find(parts, name, first, &st)
+        return None if places is None else (result_of(&st), places)
+
+    cdef list find(self, list parts, bytes name, Py_ssize_t first, stat_t *st):
+        """Fills ``st``; returns the real directories: for a directory those merged into it, topmost first;
+        else the one that contains it. None if there is no such object."""
+        cdef list searched = parts
+        cdef Place part
+        cdef Py_ssize_t index, count
+        cdef int dir_fd
+        cdef unsigned int kind
+        if len(name) >= 4 and memcmp(<const char *>name, b".wh.", 4) == 0:
+            return None
+        if len(parts) >= self.many:
+            searched, first = self.lower_names.parts(parts, name), 0
+        elif first == 0 and (<Place>parts[0]).empty:
+            first = 1
+        count = len(searched)
+        for index in range(first, count):
+            part = searched[index]
+            dir_fd = part.fd if part.fd >= 0 and part is self.gate.newest else self.gate.fd(part)
+            if stat_at(self.gate, part, dir_fd, name, st):
+                if index < count - 1 and part.asked_named >= 0 and self.hides(part, name, dir_fd):
+                    return None
+                continue
+            kind = st.st_mode & S_IFMT
+            if kind == S_IFDIR:
+                return self.merged(parts, searched, index, name, st)
+            # Most names belong to objects that cannot be markers.
+            if kind != S_IFLNK and (kind != S_IFREG or st.st_size == 0) and self.whiteout_at(st, dir_fd, name):
+                return None
+            if part.layer.permissions is not None:
+                read_result(part.layer.permissions.show_at(result_of(st), dir_fd, name), st)
+            return [part]
+        return None
+
+    cdef list merged(self, list parts, list searched, Py_ssize_t index, bytes name, stat_t *st):
+        """The parts of a directory found in one of the parts searched."""
+        cdef Place part = searched[index]
+        found = result_of(st)
+        places = self.directories.parts(parts, part, name, found, searched[index + 1 :])
+        if part.layer.permissions is not None:
+            read_result(part.layer.permissions.show_at(found, self.gate.fd(part), name), st)
+        return places
+
+    cdef bint hides(self, Place part, bytes name, int dir_fd) except -1:
+        return self.named.hides(part, dir_fd, name)
+
+    cdef int whiteout_at(self, const stat_t *st, int dir_fd, bytes name) except -1:
+        """Whether the entry ``name`` of ``dir_fd`` is a whiteout; see `markers`."""
+        cdef char path[PATH_SIZE]
+        cdef unsigned int kind = st.st_mode & S_IFMT
+        if kind == S_IFCHR:
+            return st.st_rdev == 0
+        if kind != S_IFREG or st.st_size:
+            return False
+        if snprintf(path, PATH_SIZE, "/proc/self/fd/%d/%s", dir_fd, <const char *>name) >= PATH_SIZE:
+            return False
+        if lgetxattr(path, self.whiteout, NULL, 0) >= 0:
+            return True
+        if c_errno in (ENODATA, EOPNOTSUPP, EPERM, EACCES):
+            return False
+        raise OSError(c_errno, "an xattr of a layer cannot be read")

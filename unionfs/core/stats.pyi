@@ -1,0 +1,3 @@
+import os
+
+def same_result(result: os.stat_result) -> os.stat_result: ...
