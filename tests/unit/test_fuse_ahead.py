@@ -16,11 +16,10 @@ from tests.unit.union_support import open_union as open_union
 from unionfs.core.node import Node
 from unionfs.fuse.direct.device import Device
 from unionfs.fuse.direct.listings import ListingRequests
-from unionfs.fuse.direct.nodeio import NodeIos
 from unionfs.fuse.inline import begin
 from unionfs.fuse.operations import Operations
-from unionfs.fuse.protocol import Init, Opcode, Privileges, Settings, negotiate
-from unionfs.fuse.protocol.requests import InitRequest, Readdirplus
+from unionfs.fuse.protocol import Opcode
+from unionfs.fuse.protocol.requests import Readdirplus
 from unionfs.union.changes import Changes
 from unionfs.union.copyup import CopyUp
 from unionfs.union.merge import Merge
@@ -37,11 +36,9 @@ class Walked:
 
     def __init__(self, union: Union) -> None:
         self.union = union
-        offered = InitRequest.of(major=7, minor=45, max_readahead=1 << 17, flags=int(sum(Init)))
-        decision = negotiate(offered, Settings(), Privileges(initial_user_namespace=True, sys_admin=True))
         self._device = Device(os.open(os.devnull, os.O_WRONLY))
         self.operations = Operations(union)
-        self.listings = ListingRequests(self.operations, NodeIos(self._device, decision))
+        self.listings = ListingRequests(self.operations)
         self.ahead = self.listings.ahead
         self.list(union.nodes.root)
 

@@ -6,12 +6,12 @@ import os
 import zlib
 from pathlib import Path
 from random import Random
-from types import SimpleNamespace
 
 import pytest
 import trio
 
 from tests.unit.union_support import OpenUnion, get, open_union
+from unionfs.core.entries import Entries
 from unionfs.fuse import directories as module
 from unionfs.fuse.directories import DOT_DOT, Directories
 from unionfs.union import tickets
@@ -28,11 +28,17 @@ def lower(tmp_path: Path) -> Path:
     return tmp_path / "l0"
 
 
+def _read(entries: Entries) -> tuple[list[bytes], list[int]]:
+    """The names and cookies."""
+    return entries.names(), [entries.cookie(index) for index in range(len(entries))]
+
+
 async def test_every_name_once_from_any_place(lower: Path, open_union: OpenUnion) -> None:
     union = open_union()
     directories = Directories()
     node = get(union, "a")
-    (cookies, names, *_), first = await directories.entries(node, 0)
+    entries, first = await directories.entries(node, 0)
+    names, cookies = _read(entries)
     assert first == 0
     assert sorted(names) == sorted(b"n%d" % number for number in range(50))
     assert cookies == sorted(set(cookies))
@@ -49,26 +55,26 @@ async def test_places_stay_when_the_listing_is_made_anew(lower: Path, open_union
     union = open_union()
     directories = Directories()
     node = get(union, "a")
-    (cookies, names, *_), _ = await directories.entries(node, 0)
+    names, cookies = _read((await directories.entries(node, 0))[0])
     place = dict(zip(names, cookies, strict=True))
     directories.end(node)
     assert len(directories) == 0
     for number in range(0, 50, 3):
         (lower / f"a/n{number}").unlink()
     (lower / "a/more").touch()
-    (cookies, names, *_), first = await directories.entries(node, place[b"n10"])
+    entries, first = await directories.entries(node, place[b"n10"])
+    names, cookies = _read(entries)
     assert all(place[name] == cookie for name, cookie in zip(names, cookies, strict=True) if name in place)
     assert cookies[first - 1] <= place[b"n10"] < cookies[first]
 
 
-async def test_equal_hashes(lower: Path, open_union: OpenUnion, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_equal_hashes(lower: Path, open_union: OpenUnion) -> None:
     """Names with the same hash follow each other; also if the next hash is the next number."""
     hashes = {b"n%d" % number: 400 + number // 10 for number in range(50)}
-    monkeypatch.setattr(module, "xxhash", SimpleNamespace(xxh3_64_intdigest=lambda name: hashes[name]))
     union = open_union()
-    directories = Directories()
+    directories = Directories(hashes.__getitem__)
     node = get(union, "a")
-    (cookies, names, *_), _ = await directories.entries(node, 0)
+    names, cookies = _read((await directories.entries(node, 0))[0])
     assert len(set(cookies)) == len(set(names)) == 50
     assert max(cookies) < 1 << 31
     for index, cookie in enumerate(cookies):
@@ -78,15 +84,12 @@ async def test_equal_hashes(lower: Path, open_union: OpenUnion, monkeypatch: pyt
 
 @pytest.mark.parametrize("different", [1, 2, 5])
 async def test_readers_among_equal_hashes_while_names_come_and_go(
-    lower: Path, open_union: OpenUnion, monkeypatch: pytest.MonkeyPatch, different: int
+    lower: Path, open_union: OpenUnion, different: int
 ) -> None:
     """Whatever changes while they read: what is there all the time they see once, and in one piece."""
-    monkeypatch.setattr(
-        module, "xxhash", SimpleNamespace(xxh3_64_intdigest=lambda name: zlib.crc32(name) % different)
-    )
     random = Random(different)
     union = open_union()
-    directories = Directories()
+    directories = Directories(lambda name: zlib.crc32(name) % different)
     node = get(union, "a")
     steady = {b"n%d" % number for number in range(0, 50, 2)}
     readers: list[tuple[int, list[bytes]]] = [(0, [])]
@@ -98,7 +101,8 @@ async def test_readers_among_equal_hashes_while_names_come_and_go(
             directories.end(node)
         which = random.randrange(len(readers))
         offset, seen = readers[which]
-        (cookies, names, *_), first = await directories.entries(node, offset)
+        entries, first = await directories.entries(node, offset)
+        names, cookies = _read(entries)
         taken = slice(first, first + random.randrange(1, 5))
         seen += names[taken]
         if cookies[taken]:
@@ -112,37 +116,32 @@ async def test_readers_among_equal_hashes_while_names_come_and_go(
     assert finished > 20
 
 
-async def test_hashes_of_dot_and_dot_dot_are_not_given(
-    lower: Path, open_union: OpenUnion, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(module, "xxhash", SimpleNamespace(xxh3_64_intdigest=lambda name: 0))
-    union = open_union()
-    node = get(union, "a")
-    (cookies, names, *_), _ = await Directories().entries(node, 0)
+async def test_hashes_of_dot_and_dot_dot_are_not_given(lower: Path, open_union: OpenUnion) -> None:
+    node = get(open_union(), "a")
+    names, cookies = _read((await Directories(lambda name: 0).entries(node, 0))[0])
     assert min(cookies) > DOT_DOT
     assert len(set(cookies)) == len(names) == 50
 
 
 @pytest.mark.parametrize("hash_", [2**64 - 1, 2**63, 2**31 - 1, 2**31 - 2**24 - 3, 2**31 - 2**24 - 4])
 async def test_no_cookie_needs_more_than_31_bits(
-    lower: Path, open_union: OpenUnion, monkeypatch: pytest.MonkeyPatch, hash_: int
+    lower: Path, open_union: OpenUnion, hash_: int
 ) -> None:
     hashes = iter(range(hash_ - 25, hash_ + 25))
-    monkeypatch.setattr(module, "xxhash", SimpleNamespace(xxh3_64_intdigest=lambda name: next(hashes)))
-    (cookies, *_), _ = await Directories().entries(get(open_union(), "a"), 0)
+    directories = Directories(lambda name: next(hashes))
+    _, cookies = _read((await directories.entries(get(open_union(), "a"), 0))[0])
     assert DOT_DOT < min(cookies) <= max(cookies) < 2**31
 
 
 async def test_unknown_tickets(lower: Path, open_union: OpenUnion, monkeypatch: pytest.MonkeyPatch) -> None:
     """An offset that no listing contained, and one that is too old, are errors and no endless listing."""
-    monkeypatch.setattr(module, "xxhash", SimpleNamespace(xxh3_64_intdigest=lambda name: 0))
     monkeypatch.setattr(tickets, "_KEPT", 10)
     union = open_union()
-    directories = Directories()
+    directories = Directories(lambda name: 0)
     node = get(union, "a")
     with pytest.raises(OSError, match="Invalid argument"):
         await directories.entries(node, tickets.FIRST_TICKET)
-    (cookies, *_), _ = await directories.entries(node, 0)
+    _, cookies = _read((await directories.entries(node, 0))[0])
     with pytest.raises(OSError, match="Invalid argument"):
         await directories.entries(node, cookies[0])
     assert (await directories.entries(node, cookies[48]))[1] == 49
@@ -158,7 +157,7 @@ async def test_the_oldest_are_dropped(
     first = [await directories.entries(node, 0) for node in nodes]
     assert len(directories) == 2
     # the dropped listing is recreated to continue reading
-    cookie = first[0][0][0][20]
+    cookie = first[0][0].cookie(20)
     assert (await directories.entries(nodes[0], cookie))[1] == 21
     assert len(directories) == 2
     for node in nodes:

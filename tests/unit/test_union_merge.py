@@ -46,7 +46,9 @@ def test_a_name_is_searched_in_parts(union: Union) -> None:
     assert merge.search(parts, b"hidden") is None
     assert merge.search(parts[2:], b"hidden") is not None
     assert set(merge.listing(parts).names()) == {b"all", b"l0", b"l1", b"upper"}
-    assert merge.listing(parts).candidates() == {b"all": 0, b"upper": 0, b"l0": 1, b"hidden": 1, b"l1": 2}
+    listed = merge.listing(parts).entries()
+    topmost = {listed.name(index): listed.part(index) for index in range(len(listed))}
+    assert topmost == {b"all": 0, b"upper": 0, b"l0": 1, b"hidden": 1, b"l1": 2}
     assert merge.is_visible_below(parts, b"all")
     assert not merge.is_visible_below(parts, b"upper")
     merge.close()

@@ -90,7 +90,7 @@ def test_a_listing_tells(
     union = open_union(2)
     directory = get(union, "d")
     assert names(union, "d") == set()
-    assert directory.territory.listing(directory).candidates() == {}
+    assert directory.territory.listing(directory).entries().names() == []
     calls()
     assert union.lookup(directory, b"absent") is None
     assert calls() == {}

@@ -13,13 +13,11 @@ name, remembered until the node is forgotten. Among 100,000 names two or three h
 
 from __future__ import annotations
 
-from bisect import bisect_left, bisect_right
 from collections import OrderedDict
-from itertools import pairwise
-from typing import Final, NamedTuple
+from collections.abc import Callable
+from typing import Final
 
-import xxhash
-
+from unionfs.core.entries import Entries
 from unionfs.core.node import Node
 from unionfs.fuse.inline import in_thread
 from unionfs.union.tickets import FIRST_TICKET, Tickets
@@ -29,39 +27,15 @@ DOT_DOT: Final = 2
 """Cookies of ``.`` and ``..``."""
 
 _KEPT_NAMES: Final = 200_000
-_FIRST_HASH: Final = DOT_DOT + 1
-_HASHES: Final = FIRST_TICKET - _FIRST_HASH
-
-
-class Entries(NamedTuple):
-    """A listing in order. Readers look each name up: some may not exist."""
-
-    cookies: list[int]
-    """For each name, the offset at which to continue after it."""
-    names: list[bytes]
-    parts: list[int]
-    """The index of the topmost part of the directory that has the name, for `Union.lookup`; valid until the
-    next request. Empty after that, and if it is 0 for all."""
-    hashes: list[int]
-    """For each name, its hash; the same list as the cookies if no two are equal."""
-
-    @property
-    def shows_upper(self) -> bool:
-        """Whether the upper has any of the names, in a directory whose first part is the upper's."""
-        return bool(self.names) and (not self.parts or 0 in self.parts)
-
-    def later(self) -> Entries:
-        """The listing without the data that other requests invalidate."""
-        return Entries(self.cookies, self.names, [], self.hashes)
-
-
-NO_ENTRIES: Final = Entries([], [], [], [])
+NO_ENTRIES: Final = Entries([])
 
 
 class Directories:
     """A cache of listings being read, limited by the number of names. Missing listings are recreated."""
 
-    def __init__(self) -> None:
+    def __init__(self, hashed: Callable[[bytes], int] | None = None) -> None:
+        """``hashed``: another hash of names, for tests."""
+        self._hashed = hashed
         self._kept: OrderedDict[int, Entries] = OrderedDict()
         self._names = 0
 
@@ -74,16 +48,19 @@ class Directories:
         Offset 0 creates a new listing. Raises ``OSError``; EINVAL for an offset that was no cookie.
         """
         found = None if offset == 0 else self._kept.get(node.id)
-        if found is None:
+        if found is not None:
+            found.later()
+        else:
             listing = node.territory.listing(node)
             if listing.large:
                 try:
-                    ordered = (await in_thread(lambda: _ordered(listing.candidates()))).later()
+                    found = await in_thread(listing.entries, self._hashed)
                 finally:
                     listing.close()  # an interrupted request's thread may never have begun
+                found.later()
             else:
-                ordered = _ordered(listing.candidates())
-            found = _with_tickets(node, ordered)
+                found = listing.entries(self._hashed)
+            _add_tickets(node, found)
             self.keep(node, found)
         return found, _first_after(node, found, offset)
 
@@ -93,7 +70,9 @@ class Directories:
         if listing.large:
             listing.close()
             return None
-        return _with_tickets(node, _ordered(listing.candidates()))
+        found = listing.entries(self._hashed)
+        _add_tickets(node, found)
+        return found
 
     def end(self, node: Node) -> None:
         """A reader reached the end (the kernel requests once more after the last name)."""
@@ -102,10 +81,10 @@ class Directories:
     def keep(self, node: Node, entries: Entries) -> None:
         """Cache a listing: a reader starts with it."""
         self._drop(node.id)
-        self._kept[node.id] = entries.later()
-        self._names += len(entries[0])
+        self._kept[node.id] = entries
+        self._names += len(entries)
         while self._names > _KEPT_NAMES and len(self._kept) > 1:
-            self._names -= len(self._kept.popitem(last=False)[1][0])
+            self._names -= len(self._kept.popitem(last=False)[1])
 
     def forget(self, id_: int) -> None:
         """Drop the listing of the directory with that node id, if there is one."""
@@ -114,38 +93,23 @@ class Directories:
     def _drop(self, id_: int) -> None:
         entries = self._kept.pop(id_, None)
         if entries is not None:
-            self._names -= len(entries[0])
+            self._names -= len(entries)
 
 
 def _first_after(node: Node, entries: Entries, offset: int) -> int:
     """The index of the first name after ``offset``. Raises EINVAL."""
     if offset < FIRST_TICKET:
-        return bisect_right(entries.hashes, offset)
-    hash_, name = _tickets(node).position(offset)
-    first, end = bisect_left(entries.hashes, hash_), bisect_right(entries.hashes, hash_)
-    return bisect_right(entries.names, name, first, end)
+        return entries.first_after(offset)
+    return entries.first_after(*_tickets(node).position(offset))
 
 
-def _ordered(names: dict[bytes, int]) -> Entries:
-    """The listing without its tickets; with a list of cookies if it needs some."""
-    hashed = xxhash.xxh3_64_intdigest
-    pairs = sorted([(hashed(name) % _HASHES + _FIRST_HASH, name) for name in names])
-    hashes = [hash_ for hash_, _ in pairs]
-    ordered = [name for _, name in pairs]
-    cookies = hashes if len(set(hashes)) == len(hashes) else hashes.copy()
-    return Entries(cookies, ordered, [names[name] for name in ordered] if any(names.values()) else [], hashes)
-
-
-def _with_tickets(node: Node, entries: Entries) -> Entries:
-    """The listing with tickets for all names with the hash of the next name."""
-    cookies, hashes = entries.cookies, entries.hashes
-    if cookies is hashes:
-        return entries
-    tickets = _tickets(node)
-    for index, (hash_, following) in enumerate(pairwise(hashes)):
-        if hash_ == following:
-            cookies[index] = tickets.of(entries.names[index], hash_)
-    return entries
+def _add_tickets(node: Node, entries: Entries) -> None:
+    """Set tickets for all names with the hash of the next name."""
+    same = entries.same()
+    if same:
+        tickets = _tickets(node)
+        for index in same:
+            entries.has_ticket(index, tickets.of(entries.name(index), entries.hash(index)))
 
 
 def _tickets(node: Node) -> Tickets:

@@ -92,7 +92,7 @@ def make_loop(device: Device, splicer: Splicer, operations: Operations, decision
     """The loop with all handlers."""
     ios = NodeIos(device, decision)
     names = NameRequests(operations, ios, decision)
-    listings = ListingRequests(operations, ios)
+    listings = ListingRequests(operations)
     data = DataRequests(operations, ios, names, device, splicer, decision)
     writes_back = bool(decision.flags & Init.WRITEBACK_CACHE)
     operations.refreshing.serve(Notices(device, listings.ahead, keeps_sizes=writes_back))

@@ -348,11 +348,11 @@ class PyfuseOperations(pyfuse3.Operations):  # type: ignore[misc,unused-ignore]
             dot = _bare(shown.id, stat.S_IFDIR)
             if start_id < place and not pyfuse3.readdir_reply(token, pyfuse3.FileNameT(name), dot, place):
                 return
-        (cookies, names, *_), first = await self.operations.directories.entries(node, start_id)
-        for index in range(first, len(names)):
+        entries, first = await self.operations.directories.entries(node, start_id)
+        for index in range(first, len(entries)):
             if node.unlinked:
                 return
-            name = pyfuse3.FileNameT(names[index])
+            name, cookie = pyfuse3.FileNameT(entries.name(index)), entries.cookie(index)
             try:
                 found = self.operations.union.lookup(node, name)
             except OSError:
@@ -360,18 +360,16 @@ class PyfuseOperations(pyfuse3.Operations):  # type: ignore[misc,unused-ignore]
                 unknown = self.operations.union.number_of_unreachable(node, name)
             else:
                 unknown = None if found else node.territory.number_of_bare_whiteout(node, name)
-            if unknown is not None and not pyfuse3.readdir_reply(
-                token, name, _bare(*unknown), cookies[index]
-            ):
+            if unknown is not None and not pyfuse3.readdir_reply(token, name, _bare(*unknown), cookie):
                 return
             if found is None:
                 continue
             child = found[0]
-            if not pyfuse3.readdir_reply(token, name, _named(found), cookies[index]):
+            if not pyfuse3.readdir_reply(token, name, _named(found), cookie):
                 self.nodes.forget(child, 0)
                 return
             child.looked_up()
-        if first == len(names):
+        if first == len(entries):
             self.operations.directories.end(node)
 
     @_request

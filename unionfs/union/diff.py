@@ -142,7 +142,7 @@ class _Comparison:
         """The names that can differ: only those in the upper if the lower parts are the same."""
         same_below = now[0].layer.is_upper and now[1:] == before
         places = now[:1] if same_below else dict.fromkeys(now + before)
-        return self._merge.listing(places).candidates()
+        return self._merge.listing(places).entries().names()
 
     def _compare(self, change: _Change, now: list[Place], before: list[Place]) -> None:
         try:

@@ -5,9 +5,10 @@ from __future__ import annotations
 import os
 import re
 import sys
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Final
 
+from unionfs.core.entries import Entries
 from unionfs.core.places import Gate, Place
 
 #: An NFS client's name for a removed file with an open fd: its number in 16 digits and a count in 8
@@ -23,10 +24,11 @@ class Listing:
     """The names in some real directories. It owns its fds, so any thread may read it, once."""
 
     def __init__(self, gate: Gate, parts: Iterable[Place]) -> None:
+        self._parts = list(parts)
         self._fds: list[int] = []
         self.large = False
         try:
-            for part in parts:
+            for part in self._parts:
                 fd = gate.open_for_listing(part)
                 self._fds.append(fd)
                 self.large = self.large or os.fstat(fd).st_size > LARGE
@@ -35,25 +37,25 @@ class Listing:
             raise
 
     def names(self) -> list[bytes]:
-        """Every visible name once, topmost directory first; closes the fds. Raises ``OSError``."""
-        return list(self.candidates())
+        """Every visible name once; closes the fds. Raises ``OSError``."""
+        return self.entries().names()
 
-    def candidates(self) -> dict[bytes, int]:
-        """Every possibly visible name, with the index of the topmost directory that has it; closes the fds.
+    def entries(self, hashed: Callable[[bytes], int] | None = None) -> Entries:
+        """Every possibly visible name in the order of its hash; closes the fds.
 
-        For callers that look each name up anyway: names are not examined here. Raises ``OSError``.
+        For callers that look each name up anyway: names are not examined here. ``hashed``: see
+        `Entries.order`. Raises ``OSError``.
         """
         try:
-            found: dict[bytes, int] = {}
+            found = Entries(self._parts)
             for index, fd in enumerate(self._fds):
-                for name in self._listed(index, fd):
-                    found.setdefault(name, index)
-            return found
+                self._read(found, index, fd)
+            return found.order(hashed)
         finally:
             self.close()
 
-    def _listed(self, index: int, fd: int) -> list[bytes]:
-        return real_names(fd)
+    def _read(self, found: Entries, index: int, fd: int) -> None:
+        found.read(index, fd)
 
     def close(self) -> None:
         """Close the fds."""

@@ -13,10 +13,11 @@ import stat
 from collections.abc import Iterable, Sequence
 from typing import Final
 
+from unionfs.core.entries import Entries
 from unionfs.core.places import NOT_THERE, Gate, Layer, Place
 from unionfs.core.search import PREFIX, Search
 from unionfs.sys.fds import Owned
-from unionfs.union.listing import NFS_REMOVED, Listing, real_names
+from unionfs.union.listing import NFS_REMOVED, Listing
 from unionfs.union.lowerdata import LowerData
 from unionfs.union.lowernames import LowerNames
 from unionfs.union.markers import Markers
@@ -181,7 +182,6 @@ class _MergedListing(Listing):
 
     def __init__(self, merge: Merge, parts: Sequence[Place]) -> None:
         self._merge = merge
-        self._parts = parts
         #: Removed files of the upper that are in use; the upper comes first.
         self._hides_removed = bool(parts) and parts[0].layer.is_upper and parts[0].layer.links_of_removed > 0
         super().__init__(merge.gate, parts)
@@ -200,13 +200,10 @@ class _MergedListing(Listing):
         finally:
             self.close()
 
-    def _listed(self, index: int, fd: int) -> list[bytes]:
-        names = real_names(fd)
-        if not any(name.startswith(PREFIX) for name in names):
-            self._parts[index].knows_named(some=False)
-            return self._in_use(index, names)
-        self._parts[index].knows_named(some=True)
-        return self._in_use(index, [shown for name in names if (shown := _candidate(name)) is not None])
+    def _read(self, found: Entries, index: int, fd: int) -> None:
+        hides = index == 0 and self._hides_removed
+        some = found.read(index, fd, whiteouts_by_name=True, hides_removed=hides)
+        self._parts[index].knows_named(some=some)
 
     def _in_use(self, index: int, names: list[bytes]) -> list[bytes]:
         if index == 0 and self._hides_removed:
@@ -252,8 +249,3 @@ class _MergedListing(Listing):
                 return False
             st = again
         return self._merge.markers.is_whiteout(st, fd, name)
-
-
-def _candidate(name: bytes) -> bytes | None:
-    """The name to look up for an entry of a real directory."""
-    return hidden_name(name) if name.startswith(PREFIX) else name

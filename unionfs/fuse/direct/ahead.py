@@ -23,10 +23,11 @@ import logging
 from collections.abc import Callable, Iterator
 from typing import Final
 
+from unionfs.core.entries import Entries
+from unionfs.core.listings import Dirents
 from unionfs.core.node import Node
-from unionfs.fuse.directories import NO_ENTRIES, Entries
+from unionfs.fuse.directories import NO_ENTRIES
 from unionfs.fuse.operations import Operations
-from unionfs.fuse.protocol import Dirents
 
 log = logging.getLogger(__name__)
 
@@ -54,7 +55,10 @@ class Prepared:
         self.listing = Dirents(size)
         self.entries = NO_ENTRIES
         #: The names in it, one after the other.
-        self.nodes: list[Node] = []
+
+    @property
+    def nodes(self) -> list[Node]:
+        return self.listing.nodes
 
     def begin(self, entries: Entries) -> None:
         """Set the names of the directory."""

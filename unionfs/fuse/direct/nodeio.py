@@ -17,16 +17,13 @@ from __future__ import annotations
 
 import errno
 import os
-from typing import Final
 
 from unionfs.core.files import Handle, Use
 from unionfs.core.node import Attributes, Node
+from unionfs.core.validity import validity
 from unionfs.fuse.direct.device import Device
-from unionfs.fuse.protocol import FOREVER, NEVER, Decision, Timeout
+from unionfs.fuse.protocol import Decision, Timeout
 from unionfs.fuse.protocol.flags import FOPEN_KEEP_CACHE
-
-_WHILE_WRITING: Final[Timeout] = (0, 20_000_000)
-_AFTER_WRITING: Final[Timeout] = (1, 0)
 
 
 class NodeIos:
@@ -99,12 +96,7 @@ class NodeIos:
 
     def valid(self, node: Node, attributes: Attributes) -> Timeout:
         """The validity of a node's attributes."""
-        if not attributes.lasting:
-            return NEVER
-        use = node.use
-        if use is not None and use.written:
-            return _WHILE_WRITING if use.writers else _AFTER_WRITING
-        return FOREVER
+        return validity(node, attributes)
 
     def _wants_backing(self, use: Use, handle: Handle) -> bool:
         node, decision = handle.node, self._decision

@@ -1,0 +1,286 @@
+"""The answers to READDIR and READDIRPLUS.
+
+Rules (fs/fuse/readdir.c, parse_dirfile and parse_dirplusfile): see `fuse.protocol.dirents`, whose records these
+are byte for byte.
+
+A name without attributes is not looked up where number and type of its directory entry (getdents64) are the
+ones to be shown. So a reader may see a name that was removed after the listing began, as readdir(3) permits.
+"""
+
+from cpython.bytearray cimport PyByteArray_AS_STRING, PyByteArray_FromStringAndSize, PyByteArray_Resize
+from libc.string cimport memchr, memcpy, memset
+
+from unionfs.core.stats cimport (
+    AT_SYMLINK_NOFOLLOW, S_IFDIR, S_IFMT, S_IFREG, fstat, fstatat, result_of,
+)
+from unionfs.core.validity cimport Timeout, attribute_validity, name_validity
+
+cdef enum:
+    # The largest request of the kernel (max_pages); a smaller answer is always valid.
+    MOST = 1 << 20
+    DIRENT = 24
+    ENTRY = 128
+    LONGEST = 1024
+    NAME_MAX = 255
+    ROOT = 1
+    # d_type (include/linux/fs_types.h)
+    DT_CHR = 2
+    DT_DIR = 4
+    DT_REG = 8
+
+# Results of a lookup
+cdef enum:
+    ABSENT
+    FOUND
+    ASK
+    FAILED
+
+# What is known about the entries of a part
+cdef enum:
+    UNSEEN
+    LOOKED_UP
+    PLAIN_BUT_FILES
+    PLAIN
+
+
+cdef class Dirents:
+    """The answer to one READDIR or READDIRPLUS, growing entry by entry up to ``limit`` bytes."""
+
+    # size: the number of bytes so far.
+    # nodes: those in it, one after the other; each counts a lookup when the answer is sent.
+
+    def __init__(self, limit):
+        self.limit = min(limit, MOST)
+        self.data = PyByteArray_FromStringAndSize(NULL, self.limit)
+        self.nodes = []
+
+    cdef bint fits(self, size_t length, bint plus) noexcept:
+        cdef size_t before = DIRENT + ENTRY if plus else DIRENT
+        return self.size + ((before + length + 7) & ~<size_t>7) <= self.limit
+
+    cdef char *put(
+        self, const char *name, size_t length, uint64_t ino, uint64_t off, uint32_t mode, bint plus
+    ) noexcept:
+        """Add an entry that fits, with zeros for the fuse_entry_out at its start; returns its address."""
+        cdef char *record = PyByteArray_AS_STRING(self.data) + self.size
+        cdef char *at = record
+        cdef fuse_dirent dirent
+        if plus:
+            memset(at, 0, ENTRY)
+            at += ENTRY
+        dirent.ino, dirent.off, dirent.namelen, dirent.type = ino, off, <uint32_t>length, mode >> 12
+        memcpy(at, &dirent, DIRENT)
+        memcpy(at + DIRENT, name, length)
+        at += DIRENT + length
+        memset(at, 0, -length & 7)
+        self.size += (at - record) + (-length & 7)
+        return record
+
+    cdef void put_node(
+        self, const char *name, size_t length, uint64_t off, Node node, Attributes attributes
+    ):
+        """Add an entry that fits, with its node."""
+        cdef fuse_entry_out entry
+        cdef Timeout name_valid = name_validity(node), attr_valid = attribute_validity(node, attributes)
+        entry.nodeid, entry.generation = node.id, node.generation
+        entry.entry_valid, entry.entry_valid_nsec = name_valid.seconds, name_valid.nanoseconds
+        entry.attr_valid, entry.attr_valid_nsec = attr_valid.seconds, attr_valid.nanoseconds
+        attributes.fill(&entry.attr)
+        memcpy(self.put(name, length, attributes.ino, off, attributes.stat.st_mode, True), &entry, ENTRY)
+        self.nodes.append(node)
+
+    def add(self, bytes name not None, ino, off, uint32_t mode, *, bint plus=False):
+        """Add an entry without a node, if it fits: returns whether it does. Of ``mode`` only the file type
+        counts. ``plus``: for READDIRPLUS. Raises ValueError for an invalid name."""
+        if not self.fits(len(name), plus):
+            return False
+        self.put(valid(name), len(name), ino, off, mode, plus)
+        return True
+
+    def add_node(self, bytes name not None, off, Node node not None, Attributes attributes not None):
+        """Add an entry of READDIRPLUS with its node, in the same way."""
+        if not self.fits(len(name), True):
+            return False
+        self.put_node(valid(name), len(name), off, node, attributes)
+        return True
+
+    def packed(self):
+        """The data of the answer; it ends the use of this object."""
+        PyByteArray_Resize(self.data, self.size)
+        self.limit = self.size
+        return self.data
+
+    def sent(self):
+        """Count the lookups of the nodes."""
+        cdef Node node
+        for node in self.nodes:
+            node.lookups += 1
+
+
+cdef const char *valid(bytes name) except NULL:
+    if not 0 < len(name) <= LONGEST or memchr(<const char *>name, c'/', len(name)) != NULL:
+        raise ValueError(f"{name!r} cannot be the name of a directory entry.")
+    return name
+
+
+cdef class Lister:
+    """Adds the names of directories to answers."""
+
+    def __init__(self, NodeTable nodes not None, Search merge not None, unreachable):
+        """``unreachable``: number and type of a name whose lookup fails; see `Union.number_of_unreachable`."""
+        self.nodes, self.merge, self.unreachable = nodes, merge, unreachable
+        self.merged = nodes.root.territory
+
+    # -- without attributes ---------------------------------------------------------------------------
+
+    cpdef Py_ssize_t add_names(self, Node directory, Entries entries, Py_ssize_t first, Dirents answer) except -1:
+        """Add names from the index ``first`` while they fit; returns the index of the next one."""
+        cdef Py_ssize_t index = max(first, 0), count = <Py_ssize_t>entries.count
+        cdef const Item *item
+        cdef bint merged = directory.territory is self.merged
+        cdef Node known
+        cdef dict children = directory.children
+        cdef bytearray parts = bytearray(len(entries.parts))
+        cdef uint64_t ino
+        cdef uint32_t mode
+        while index < count:
+            item = &entries.items[index]
+            if not answer.fits(item.length, False):
+                break
+            known = children.get(entries.name_of(index)) if merged and children else None
+            if known is not None:
+                ino, mode = known.ino, known.kind
+            elif merged and self.is_plain(entries, item, parts):
+                ino, mode = item.ino, <uint32_t>item.kind << 12
+            else:
+                found = self.number(directory, entries.name_of(index))
+                ino, mode = (0, 0) if found is None else found
+            if ino:
+                answer.put(entries.text_of(index), item.length, ino, entries.cookie_of(index), mode, False)
+            index += 1
+        return index
+
+    cdef object number(self, Node directory, bytes name):
+        """Number and file type of a name; None: it is not listed."""
+        try:
+            found = directory.territory.number(directory, name)
+        except OSError:
+            return self.unreachable(directory, name)
+        return directory.territory.number_of_bare_whiteout(directory, name) if found is None else found
+
+    cdef bint is_plain(self, Entries entries, const Item *item, bytearray parts) except -1:
+        """Whether a name has number and type of its directory entry; see `NodeTable.number_of`."""
+        cdef Place part
+        cdef uint8_t state = parts[item.part]
+        if item.kind == 0 or item.kind == DT_CHR or item.kind == DT_DIR:
+            return False  # unknown, or possibly a whiteout, or possibly merged
+        if state == UNSEEN:
+            state = parts[item.part] = self.state_of(entries, item.part)
+        if state == LOOKED_UP or (state == PLAIN_BUT_FILES and item.kind == DT_REG):
+            return False
+        if not ROOT < item.ino < self.nodes.plain_limit or item.ino in self.nodes.by_id:
+            return False
+        if not self.nodes.unstored and not self.nodes.by_inode:
+            return True
+        key = self.nodes.plain_device, item.ino
+        return key not in self.nodes.unstored and key not in self.nodes.by_inode
+
+    cdef int state_of(self, Entries entries, Py_ssize_t index) except -1:
+        cdef Place part = entries.parts[index]
+        if part.impure or part.layer.permissions is not None or not part.layer.keeps_numbers:
+            return LOOKED_UP
+        if entries.devices[index] != self.nodes.plain_device:
+            return LOOKED_UP
+        try:
+            hides = self.merge.hides_xattr_whiteouts(entries.parts, part, self.merge.gate.fd(part))
+        except OSError:
+            return LOOKED_UP
+        return PLAIN_BUT_FILES if hides else PLAIN
+
+    # -- with attributes ------------------------------------------------------------------------------
+
+    cpdef Py_ssize_t add_nodes(
+        self, Node directory, Entries entries, Py_ssize_t first, Dirents answer, Py_ssize_t at_most=-1
+    ) except -1:
+        """Look up names from the index ``first`` and add them while they fit, or ``at_most`` so many; returns
+        the index of the next one."""
+        cdef Py_ssize_t index = max(first, 0), count = <Py_ssize_t>entries.count
+        cdef const Item *item
+        cdef bytes name
+        cdef int found
+        if 0 <= at_most < count - index:
+            count = index + at_most
+        while index < count:
+            item = &entries.items[index]
+            if not answer.fits(item.length, True):
+                break
+            name = entries.name_of(index)
+            found = self.find(directory, name, item.part if entries.is_new else 0)
+            if found == FOUND:
+                answer.put_node(name, item.length, entries.cookie_of(index), self.child, self.attributes)
+            else:
+                # The entry counts no lookup; the next request for it reports the error.
+                unknown = (
+                    self.unreachable(directory, name)
+                    if found == FAILED
+                    else directory.territory.number_of_bare_whiteout(directory, name)
+                )
+                if unknown is not None:
+                    answer.put(name, item.length, unknown[0], entries.cookie_of(index), unknown[1], True)
+            index += 1
+        self.child, self.attributes = None, None
+        return index
+
+    cdef int find(self, Node directory, bytes name, Py_ssize_t first) except -1:
+        """Look a name up: ABSENT, FAILED, or FOUND with ``child`` and its ``attributes``."""
+        cdef int found = ASK
+        if directory.territory is self.merged and len(name) <= NAME_MAX:
+            try:
+                found = self.find_merged(directory, name, first)
+            except OSError:
+                found = ASK
+        if found != ASK:
+            return found
+        try:
+            both = directory.territory.lookup(directory, name, first)
+        except OSError:
+            return FAILED
+        if both is None:
+            return ABSENT
+        self.child, self.attributes = both
+        return FOUND
+
+    cdef int find_merged(self, Node directory, bytes name, Py_ssize_t first) except -1:
+        """The usual case of `Merged.lookup`; ASK: use that."""
+        cdef stat_t st
+        cdef Node node = directory.children.get(name)
+        cdef list places
+        cdef Place place
+        if node is None:
+            places = self.merge.find(directory.parts, name, first, &st)
+            if places is None:
+                return ABSENT
+            place = places[0]
+            if st.st_mode & S_IFMT == S_IFREG and st.st_size > st.st_blocks * 512:
+                if self.merge.may_be_metacopy(result_of(&st), place):
+                    return ASK
+            node = self.nodes.place_object(directory, name, &st, places)
+            if node.is_copy_in_index() and not place.layer.is_upper:
+                return ASK
+        elif not self.stat_known(node, &st):
+            return ASK
+        self.child, self.attributes = node, node.shown(&st)
+        return FOUND
+
+    cdef bint stat_known(self, Node node, stat_t *st) except -1:
+        """stat(2) of a known node; False: ask `Objects.stat`."""
+        if node.territory is not self.merged or node.top_layer().permissions is not None:
+            return False
+        if node.held >= 0:
+            return fstat(node.held, st) == 0
+        if node.kind == S_IFDIR:
+            return fstat(self.merge.gate.fd(node.parts[0]), st) == 0
+        if fstatat(self.merge.gate.fd(node.place), node.stored_name(), st, AT_SYMLINK_NOFOLLOW) != 0:
+            return False
+        node.check_stat(st)
+        return True

@@ -1,0 +1,3 @@
+from unionfs.core.node import Attributes, Node
+
+def validity(node: Node, attributes: Attributes) -> tuple[int, int]: ...
