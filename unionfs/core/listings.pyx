@@ -279,6 +279,8 @@ cdef class Lister:
         if node.held >= 0:
             return fstat(node.held, st) == 0
         if node.kind == S_IFDIR:
+            if not node.parts:
+                return False
             return fstat(self.merge.gate.fd(node.parts[0]), st) == 0
         if fstatat(self.merge.gate.fd(node.place), node.stored_name(), st, AT_SYMLINK_NOFOLLOW) != 0:
             return False

@@ -40,9 +40,6 @@ _METRICS: Final = (
     ("nodes", "nodes", "gauge", "Files and directories that the daemon knows of."),
     ("open_files", "open_files", "gauge", "Open files."),
     ("listed_directories", "listed_directories", "gauge", "Directories whose listing is kept."),
-    ("listings_prepared", "listings_prepared_total", "counter",
-     "Listings that were begun before anybody asked, for somebody who walks a tree."),
-    ("prepared_listings_used", "prepared_listings_used_total", "counter", "Those that were asked for then."),
     ("directory_fds", "directory_fds", "gauge", "Directories of layers that are kept open."),
     ("resident_bytes", "resident_memory_bytes", "gauge", "The daemon's resident set."),
 )  # fmt: skip

@@ -61,34 +61,23 @@ class Directories:
             else:
                 found = listing.entries(self._hashed)
             _add_tickets(node, found)
-            self.keep(node, found)
+            self._keep(node, found)
         return found, _first_after(node, found, offset)
-
-    def at_once(self, node: Node) -> Entries | None:
-        """The listing of a directory, without caching it; None if it needs a thread. Raises ``OSError``."""
-        listing = node.territory.listing(node)
-        if listing.large:
-            listing.close()
-            return None
-        found = listing.entries(self._hashed)
-        _add_tickets(node, found)
-        return found
 
     def end(self, node: Node) -> None:
         """A reader reached the end (the kernel requests once more after the last name)."""
         self._drop(node.id)
 
-    def keep(self, node: Node, entries: Entries) -> None:
-        """Cache a listing: a reader starts with it."""
+    def forget(self, id_: int) -> None:
+        """Drop the listing of the directory with that node id, if there is one."""
+        self._drop(id_)
+
+    def _keep(self, node: Node, entries: Entries) -> None:
         self._drop(node.id)
         self._kept[node.id] = entries
         self._names += len(entries)
         while self._names > _KEPT_NAMES and len(self._kept) > 1:
             self._names -= len(self._kept.popitem(last=False)[1])
-
-    def forget(self, id_: int) -> None:
-        """Drop the listing of the directory with that node id, if there is one."""
-        self._drop(id_)
 
     def _drop(self, id_: int) -> None:
         entries = self._kept.pop(id_, None)

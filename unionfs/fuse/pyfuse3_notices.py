@@ -22,9 +22,6 @@ class Notices:
 
     keeps_sizes = False
 
-    def drop_prepared(self) -> None:
-        """Nothing is prepared."""
-
     def forget_name(self, parent: int, name: bytes) -> None:
         _send(pyfuse3.invalidate_entry, pyfuse3.InodeT(parent), pyfuse3.FileNameT(name))
 

@@ -43,9 +43,6 @@ class Kernel(Protocol):
     def keeps_sizes(self) -> bool:
         """Whether the kernel accepts no other size of a file that it knows, as with writeback."""
 
-    def drop_prepared(self) -> None:
-        """Drop answers prepared before their request."""
-
     def forget_name(self, parent: int, name: bytes) -> None:
         """Make the kernel forget a name. Blocks: the kernel may wait for requests that the session serves."""
 
@@ -131,7 +128,6 @@ class Refreshing:
     async def _tell(self, kernel: Kernel, outdated: Outdated) -> None:
         for id_ in outdated.nodes:
             self._directories.forget(id_)
-        kernel.drop_prepared()
         await trio.to_thread.run_sync(_forget, kernel, outdated)
         outdated.forgotten()
 

@@ -95,12 +95,10 @@ def make_loop(device: Device, splicer: Splicer, operations: Operations, decision
     listings = ListingRequests(operations)
     data = DataRequests(operations, ios, names, device, splicer, decision)
     writes_back = bool(decision.flags & Init.WRITEBACK_CACHE)
-    operations.refreshing.serve(Notices(device, listings.ahead, keeps_sizes=writes_back))
+    operations.refreshing.serve(Notices(device, keeps_sizes=writes_back))
     operations.add_figures(lambda: {
         **ios.figures(),
         "kept_open_files": len(operations.union.files),
-        "listings_prepared": listings.ahead.begun,
-        "prepared_listings_used": listings.ahead.used,
         "passthrough": {"upper": decision.passthrough_upper, "lower": decision.passthrough_lower},
         "cache": {
             "writeback": writes_back,
@@ -116,7 +114,6 @@ def make_loop(device: Device, splicer: Splicer, operations: Operations, decision
         {**names.table, **data.table},
         {**names.waiting, **listings.waiting, **data.waiting},
         operations.latencies,
-        listings.ahead.step,
         operations.invalidations,
     )
 

@@ -16,7 +16,6 @@ from typing import Final
 from unionfs.core.entries import Entries
 from unionfs.core.places import NOT_THERE, Gate, Layer, Place
 from unionfs.core.search import PREFIX, Search
-from unionfs.sys.fds import Owned
 from unionfs.union.listing import NFS_REMOVED, Listing
 from unionfs.union.lowerdata import LowerData
 from unionfs.union.lowernames import LowerNames
@@ -143,18 +142,6 @@ class Merge(Search):
         if self.markers.opaque_value(fd) != b"x":
             return False
         return part.layer.is_upper or (len(parts) > 1 and part.layer.index < self._lowest)
-
-    def shows_only_lowers(self, parts: Sequence[Place]) -> bool:
-        """Whether a directory shows exactly the content of the lowers, unchanged."""
-        top = parts[0]
-        if not top.layer.is_upper:
-            return True
-        if len(parts) == 1:
-            return False
-        if top.empty:
-            return True
-        with Owned(self.gate.open_for_listing(top)) as upper, os.scandir(upper) as entries:
-            return next(entries, None) is None
 
     def open_object(self, found: Found, name: bytes) -> int:
         """A new O_PATH fd of the non-directory found as ``name``. Raises ``OSError``, ESTALE if another

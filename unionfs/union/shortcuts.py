@@ -1,7 +1,6 @@
 """Optimizations, each with a switch. A union without them must behave the same; tests run both.
 
-A shortcut is a fact that the union remembers instead of querying a layer again, or work that it skips or does
-ahead.
+A shortcut is a fact that the union remembers instead of querying a layer again, or work that it skips.
 """
 
 from __future__ import annotations
@@ -29,11 +28,9 @@ class Shortcuts:
     """Do not open a lower's file while the kernel has its data in the page cache; see `UnreadFile`."""
     empty_places: bool = True
     """Do not search a copied-up directory into which nothing was put; see `Place.empty`."""
-    ahead: bool = True
-    """Prepare listings for processes that walk a tree; see `fuse.direct.ahead`."""
 
 
-NO_SHORTCUTS: Final = Shortcuts(capabilities=False, unread_files=False, empty_places=False, ahead=False)
+NO_SHORTCUTS: Final = Shortcuts(capabilities=False, unread_files=False, empty_places=False)
 
 
 class Capabilities:

@@ -3,22 +3,15 @@
 from __future__ import annotations
 
 import stat
-from collections.abc import Iterator
-from typing import Final
 
 from unionfs.core.entries import Entries
 from unionfs.core.listings import Dirents, Lister
 from unionfs.core.node import Node
-from unionfs.fuse.direct.ahead import Ahead, Prepared, Unfit
 from unionfs.fuse.direct.loop import Waiting
 from unionfs.fuse.directories import DOT, DOT_DOT, NO_ENTRIES
 from unionfs.fuse.operations import Operations
 from unionfs.fuse.protocol import Opcode, Reply, encode
 from unionfs.fuse.protocol import requests as rq
-
-
-_AHEAD: Final = 4
-"""Names looked up in one step of a preparation."""
 
 
 class ListingRequests:
@@ -28,7 +21,6 @@ class ListingRequests:
         self._operations = operations
         union = operations.union
         self._lister = Lister(union.nodes, union.merge, union.number_of_unreachable)
-        self.ahead = Ahead(operations, self._prepare)
         self.waiting: dict[Opcode, Waiting] = {
             Opcode.READDIR: self._readdir,
             Opcode.READDIRPLUS: self._readdirplus,
@@ -45,49 +37,18 @@ class ListingRequests:
 
     async def _readdirplus(self, request: rq.Readdirplus) -> Reply:
         node = self._operations.node(request.nodeid)
-        prepared = self.ahead.take(node, request.size) if request.offset == 0 else None
-        if prepared is not None:
-            answer = prepared.listing
-            self._operations.directories.keep(node, prepared.entries)
-        else:
-            answer = Dirents(request.size)
-            entries, first = await self._start(node, request.offset, answer, plus=True)
-            try:
-                self._lister.add_nodes(node, entries, first, answer)
-            except BaseException:
-                self.ahead.let_go(answer.nodes)
-                raise
-            if first == len(entries):
-                self._operations.directories.end(node)
+        answer = Dirents(request.size)
+        entries, first = await self._start(node, request.offset, answer, plus=True)
+        try:
+            self._lister.add_nodes(node, entries, first, answer)
+        except BaseException:
+            for child in answer.nodes:
+                self._operations.union.nodes.forget(child, 0)
+            raise
+        if first == len(entries):
+            self._operations.directories.end(node)
         answer.sent()
-        if request.offset == 0:
-            self.ahead.listed(node, [child for child in answer.nodes if child.is_dir], request.size)
         return encode.data(request.unique, answer.packed())
-
-    def _prepare(self, prepared: Prepared) -> Iterator[None]:
-        node = prepared.node
-        yield
-        entries = self._operations.directories.at_once(node)
-        if entries is None:
-            raise Unfit("it is large, so a thread reads it on request")
-        if node.in_place and any(entries.part(index) == 0 for index in range(len(entries))):
-            raise Unfit("it shows names of the upper, which can vanish without a trace")
-        entries.later()
-        prepared.begin(entries)
-        _add_dots(prepared.listing, node, 0, plus=True)
-        index = 0
-        while index < len(entries):
-            known = len(prepared.nodes)
-            after = self._lister.add_nodes(node, entries, index, prepared.listing, _AHEAD)
-            if after == index:
-                return
-            for child in prepared.nodes[known:]:
-                if not child.territory.lasting:
-                    raise Unfit("bound storage may change at any time")
-                if child.entry is not None:
-                    raise Unfit("it can be changed by another name, elsewhere")
-            index = after
-            yield
 
     async def _start(self, node: Node, offset: int, answer: Dirents, *, plus: bool) -> tuple[Entries, int]:
         """Add ``.`` and ``..`` if the offset is before them; returns the listing and the index of its first

@@ -1,9 +1,8 @@
 """The loop of the direct session: reads and answers requests, and stays fair to other tasks of the process.
 
 Rules:
-- The loop reads requests until there are none. Then it works ahead in small pieces and polls for a short
-  time, because waking up costs far more than answering; how soon the next request came determines how long it
-  polls. Only then does it wait.
+- The loop reads requests until there are none. Then it polls for a short time, because waking up costs far
+  more than answering; how soon the next request came determines how long it polls. Only then does it wait.
 - Neither reading nor polling lets other tasks run, so there is a checkpoint every two milliseconds.
 - A handler that does not wait is answered in line. One that waits continues in a task, and takes over the
   receive buffer if its data is there.
@@ -70,10 +69,8 @@ class Loop:
         answers: Mapping[Opcode, Answer],
         waiting: Mapping[Opcode, Waiting],
         latencies: Latencies | None = None,
-        idle: Callable[[], bool] = lambda: False,
         invalidations: Invalidations | None = None,
     ) -> None:
-        """``idle`` is called when no request is pending: it does a little work; False if there is none."""
         self._device = device
         self._union = union
         self._files = union.files
@@ -83,7 +80,6 @@ class Loop:
         self._size = receive_buffer_size(decision.reply.max_write)
         self._new_buffer()
         self._answers = {int(opcode): answer for opcode, answer in answers.items()}
-        self._idle = idle
         self._invalidations = invalidations or Invalidations()
         self._tells_resized = False
         self._waiting = {int(opcode): handler for opcode, handler in waiting.items()}
@@ -106,7 +102,7 @@ class Loop:
             self._nursery.cancel_scope.cancel()
 
     async def _read_requests(self) -> None:
-        fd, readv, clock, idle = self._device.fd, os.readv, perf_counter_ns, self._idle
+        fd, readv, clock = self._device.fd, os.readv, perf_counter_ns
         serve, latencies, deferred = self.serve, self._latencies, self._files.deferred
         spin = _MIN_SPIN_NS
         spin_end = 0
@@ -117,9 +113,6 @@ class Loop:
                 size = readv(fd, [self._buffer])
             except BlockingIOError:
                 now = clock()
-                if now < fair_until and idle():
-                    spin_end = 0  # polling begins when no work is left
-                    continue
                 if spin_end == 0:
                     spin_end = now + spin
                 if now < spin_end and now < fair_until:

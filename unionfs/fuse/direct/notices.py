@@ -7,7 +7,6 @@ below it (fs/dcache.c, d_invalidate): volumes, and the /proc of a container.
 
 from __future__ import annotations
 
-from unionfs.fuse.direct.ahead import Ahead
 from unionfs.fuse.direct.device import Device
 from unionfs.fuse.protocol import notify
 
@@ -15,13 +14,9 @@ from unionfs.fuse.protocol import notify
 class Notices:
     """See `unionfs.fuse.refreshing.Kernel`."""
 
-    def __init__(self, device: Device, ahead: Ahead, *, keeps_sizes: bool) -> None:
+    def __init__(self, device: Device, *, keeps_sizes: bool) -> None:
         self._device = device
-        self._ahead = ahead
         self.keeps_sizes = keeps_sizes
-
-    def drop_prepared(self) -> None:
-        self._ahead.drop()
 
     def forget_name(self, parent: int, name: bytes) -> None:
         self._device.notify(notify.inval_entry(parent, name))

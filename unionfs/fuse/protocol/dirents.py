@@ -1,5 +1,7 @@
 """Directory listings: packing entries into the answer of READDIR and READDIRPLUS.
 
+This is the specification of `core.listings`, which packs the same bytes.
+
 Rules (fs/fuse/readdir.c, parse_dirfile and parse_dirplusfile, Linux 6.18):
 - A record is the structure, the name without a NUL, and zeros up to the next multiple of 8.
 - The whole answer is at most the request's `size` bytes; a record that does not fit follows next time.
