@@ -9,7 +9,6 @@ import subprocess
 import threading
 import time
 from collections.abc import Callable
-from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -19,7 +18,7 @@ from tests.support.mounting import Mount, mounted
 from tests.support.patience import patient
 from tests.support.syscalls import drop_caches
 from tests.support.world import World, errno_of
-from unionfs.fuse import directories
+from tests.unit.test_core_entries import entries_of
 
 MakeWorld = Callable[..., World]
 MANY = 100_000
@@ -168,9 +167,8 @@ def test_seekdir_telldir_rewinddir(world: MakeWorld) -> None:
 
 def _with_equal_hashes(pairs: int) -> list[str]:
     """Names of which two each have the same hash in a listing."""
-    entries = directories._ordered({b"same%d" % number: 0 for number in range(200_000)})
-    found = [index for index, (one, two) in enumerate(pairwise(entries.hashes)) if one == two]
-    return [entries.names[index + both].decode() for index in found[:pairs] for both in (0, 1)]
+    entries = entries_of([b"same%d" % number for number in range(200_000)])
+    return [entries.name(index + both).decode() for index in entries.same()[:pairs] for both in (0, 1)]
 
 
 def test_positions_of_names_with_equal_hashes(world: MakeWorld) -> None:
