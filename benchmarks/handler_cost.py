@@ -3,8 +3,8 @@
     python -m benchmarks.handler_cost [--files N] [--rounds N]
 
 No mount and no kernel FUSE: requests are built here, and answers go to /dev/null. The layers are in /dev/shm,
-so what remains is Python and the system calls on the layers. Prints microseconds, the best and the median of
-the rounds. Requires root.
+so what remains is Python and the system calls on the layers. Prints microseconds, of listings per name: the
+best and the median of the rounds. Requires root.
 """
 
 from __future__ import annotations
@@ -59,15 +59,20 @@ def _release(number: int, fh: int) -> bytes:
     return _message(Opcode.RELEASE, number, struct.pack("=Q16x", fh))
 
 
+def _list(opcode: Opcode, number: int) -> bytes:
+    return _message(opcode, number, struct.pack("=QQI20x", 0, 0, 1 << 20))
+
+
 class _Served:
-    """A union of one lower, which has `tree` with that many files, and an empty upper."""
+    """A union of one lower, which has `tree` and `listed` with that many files each, and an empty upper."""
 
     def __init__(self, home: Path, files: int) -> None:
         self.names = [b"file%05d" % number for number in range(files)]
-        for layer in ("lower/tree", "upper", "work"):
+        for layer in ("lower/tree", "lower/listed", "upper", "work"):
             (home / layer).mkdir(parents=True)
         for name in self.names:
-            (home / "lower/tree" / os.fsdecode(name)).write_bytes(b"x" * 2000)
+            for directory in ("lower/tree", "lower/listed"):
+                (home / directory / os.fsdecode(name)).write_bytes(b"x" * 2000)
         self._stack = LayerStack.open([str(home / "lower")], str(home / "upper"), str(home / "work"))
         self._operations = Operations(Union(self._stack))
         offered = InitRequest.of(major=7, minor=45, max_readahead=1 << 17, flags=int(sum(Init)))
@@ -109,7 +114,10 @@ class _Served:
 def _steps(served: _Served) -> Iterator[tuple[str, float]]:
     names, serve = served.names, served.serve
     serve([_message(Opcode.LOOKUP, 1, b"tree\0")])
-    tree = served.id(b"tree")
+    serve([_message(Opcode.LOOKUP, 1, b"listed\0")])
+    tree, listed = served.id(b"tree"), served.id(b"listed")
+    yield "READDIR, a name", serve([_list(Opcode.READDIR, listed)]) / len(names)
+    yield "READDIRPLUS, a name", serve([_list(Opcode.READDIRPLUS, listed)]) / len(names)
     lookups = [_message(Opcode.LOOKUP, tree, name + b"\0") for name in names]
     yield "LOOKUP", serve(lookups)
     ids = [served.id(b"tree", name) for name in names]
