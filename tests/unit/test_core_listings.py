@@ -7,6 +7,7 @@ import stat
 import struct
 from collections.abc import Callable
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import pytest
 from hypothesis import given
@@ -20,10 +21,13 @@ from unionfs.core.entries import Entries
 from unionfs.core.files import Handle, OpenFile
 from unionfs.core.listings import Dirents, Lister
 from unionfs.core.node import Attributes, Node, Territory
+from unionfs.core.nodes import Stored
 from unionfs.core.validity import validity
 from unionfs.fuse.protocol import FOREVER, NEVER, encode
 from unionfs.fuse.protocol import Dirents as Specified
+from unionfs.settings.shown import Shown
 from unionfs.union.changes import Changes
+from unionfs.union.layers import LayerStack
 from unionfs.union.tree import Union
 
 NAMES = st.binary(max_size=1100).filter(lambda name: 0 not in name)
@@ -142,6 +146,15 @@ def lister(union: Union) -> Lister:
     return Lister(union.nodes, union.merge, union.number_of_unreachable)
 
 
+def number_listed(union: Union, node: Node) -> int:
+    """The number of the only name in a directory, listed without attributes."""
+    answer = Dirents(4096)
+    assert lister(union).add_names(node, node.territory.listing(node).entries(), 0, answer) == 1
+    (number,) = struct.unpack_from("=Q", answer.packed())
+    assert isinstance(number, int)
+    return number
+
+
 def specified_names(union: Union, node: Node, entries: Entries) -> bytes:
     """READDIR, each name looked up by its territory."""
     answer = Specified(1 << 20)
@@ -250,6 +263,7 @@ def test_whole_directories(
     make(tmp_path)
 
     def prepared(union: Union) -> tuple[Union, Node, Entries]:
+        union.markers.follows_metacopy = True
         node = get(union, "d")
         for name in looked_up:
             union.lookup(node, name)
@@ -301,11 +315,8 @@ def test_copies_have_the_numbers_of_their_origins(tmp_path: Path, open_union: Op
     union = open_union()
     copy_up(union, get(union, "d/file"))
     union = Union(union.stack)  # in which it is not known
-    node = get(union, "d")
-    answer = Dirents(4096)
-    lister(union).add_names(node, node.territory.listing(node).entries(), 0, answer)
+    assert number_listed(union, get(union, "d")) == number
     union.close()
-    assert struct.unpack_from("=Q", answer.packed()) == (number,)
 
 
 def test_a_number_that_another_object_has(tmp_path: Path, open_union: OpenUnion) -> None:
@@ -317,11 +328,95 @@ def test_a_number_that_another_object_has(tmp_path: Path, open_union: OpenUnion)
     st_ = os.stat(tmp_path / "l0/d/file")
     other = union.nodes.add(union.nodes.root, b"other", st_, [union.nodes.root.parts[0]])
     assert other.id == st_.st_ino
+    shown = number_listed(union, node)
+    file = get(union, "d/file")
+    assert other.ino != shown == file.ino
+    # a known node keeps its number
+    union.nodes.forget(other, 0)
+    assert number_listed(union, node) == shown
+
+
+@pytest.mark.parametrize("how", ["a copy whose origin is not stored", "another name is known"])
+def test_an_upper_object_with_a_known_number(tmp_path: Path, open_union: OpenUnion, how: str) -> None:
+    for name in ("l0/other", "upper/d/file"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).touch()
+    os.link(tmp_path / "upper/d/file", tmp_path / "upper/linked")
+    union = open_union()
+    node, other = get(union, "d"), get(union, "other")
+    (tmp_path / "upper/linked").unlink()
+    st_ = os.stat(tmp_path / "upper/d/file")
+    if how == "another name is known":
+        os.link(tmp_path / "upper/d/file", tmp_path / "upper/linked")
+        union.nodes.linked(other, st_)
+    else:
+        union.nodes.copied_up(other, st_, Stored.UNKNOWN)
+        union.nodes.forget(other, 0)
+    assert number_listed(union, node) == other.ino != st_.st_ino
+
+
+def test_another_filesystem(tmp_path: Path) -> None:
+    """The numbers of its objects tell that they are from there."""
+    with TemporaryDirectory(dir="/dev/shm") as elsewhere:
+        top = Path(elsewhere)
+        if top.stat().st_dev == tmp_path.stat().st_dev:
+            pytest.skip("there is only one filesystem")
+        (top / "d").mkdir()
+        (tmp_path / "d").mkdir()
+        (top / "d/file").touch()
+        stack = LayerStack.open([elsewhere, str(tmp_path)], None, None, userxattr=True)
+        union = Union(stack)
+        node = get(union, "d")
+        assert number_listed(union, node) == get(union, "d/file").ino != (top / "d/file").stat().st_ino
+        union.close()
+        stack.close()
+
+
+def test_types_in_xattrs(tmp_path: Path) -> None:
+    """The type of a file is another one than that of its directory entry."""
+    for layer in ("low", "top"):
+        (tmp_path / layer / "d").mkdir(parents=True)
+        os.setxattr(tmp_path / layer, "user.containers.override_stat", b"0:0:755:dir")
+    for name, value in ((b"pipe", b"1:2:644:pipe"), (b"file", b"1:2:4711")):
+        path = os.fsencode(tmp_path / "top/d") + b"/" + name
+        os.close(os.open(path, os.O_CREAT | os.O_WRONLY))
+        os.setxattr(path, "user.containers.override_stat", value)
+    (tmp_path / "upper").mkdir()
+    (tmp_path / "work").mkdir()
+    stack = LayerStack.open(
+        [str(tmp_path / "top"), str(tmp_path / "low")], str(tmp_path / "upper"), str(tmp_path / "work"),
+        userxattr=True, shown=Shown(permissions=2),
+    )  # fmt: skip
+    union = Union(stack)
+    node = get(union, "d")
+    entries = node.territory.listing(node).entries()
     answer = Dirents(4096)
-    lister(union).add_names(node, node.territory.listing(node).entries(), 0, answer)
-    (shown,) = struct.unpack_from("=Q", answer.packed())
-    assert shown != other.ino
-    assert shown == get(union, "d/file").ino
+    lister(union).add_names(node, entries, 0, answer)
+    assert answer.packed() == specified_names(union, node, entries)
+    for _ in ("new", "known"):
+        answer = Dirents(4096)
+        lister(union).add_nodes(node, entries, 0, answer)
+        assert answer.packed() == specified_nodes(union, node, entries)
+    kinds = {child.name: child.kind for child in answer.nodes}
+    assert kinds == {b"pipe": stat.S_IFIFO, b"file": stat.S_IFREG}
+    union.close()
+    stack.close()
+
+
+def test_a_name_that_was_copied_up_since(tmp_path: Path, open_union: OpenUnion) -> None:
+    """In an earlier listing the topmost part that has it is another one."""
+    (tmp_path / "l0/d").mkdir(parents=True)
+    (tmp_path / "upper/d").mkdir(parents=True)
+    (tmp_path / "l0/d/file").write_text("lower")
+    union = open_union()
+    node = get(union, "d")
+    entries = node.territory.listing(node).entries()
+    assert entries.part(0) == 1
+    (tmp_path / "upper/d/file").write_text("upper's")
+    entries.later()
+    answer = Dirents(4096)
+    lister(union).add_nodes(node, entries, 0, answer)
+    assert [child.in_place for child in answer.nodes] == [True]
 
 
 def test_what_is_bound(tmp_path: Path, open_union: OpenUnion) -> None:
