@@ -105,6 +105,28 @@ def test_arrows_point_one_way() -> None:
     assert wrong == set()
 
 
+def test_the_core_imports_nothing_of_the_rest() -> None:
+    """Not even for types: these are in its stubs."""
+    wrong = {
+        (path.name, line)
+        for path in [*ROOT.glob("core/*.pyx"), *ROOT.glob("core/*.pxd")]
+        for line in path.read_text().splitlines()
+        if line.startswith(("from unionfs", "import unionfs", "cimport unionfs"))
+        and not line.startswith("from unionfs.core.")
+    }
+    assert wrong == set()
+
+
+def test_every_compiled_module_has_its_types() -> None:
+    modules = {path.stem for path in ROOT.glob("core/*.pyx")}
+    assert {path.stem for path in ROOT.glob("core/*.pyi")} == modules
+    assert {path.stem for path in ROOT.glob("core/*.pyx") if _lines(path) > LONGEST_MODULE} == set()
+
+
+def _lines(path: Path) -> int:
+    return len(path.read_text().splitlines())
+
+
 def test_settings_and_sys_import_nothing_of_each_other() -> None:
     apart = {"settings", "sys"}
     assert [item for item in imports() if {room_of(item.source), room_of(item.target)} == apart] == []

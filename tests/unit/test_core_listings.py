@@ -17,12 +17,11 @@ from tests.unit.test_union_bound import show
 from tests.unit.test_union_metacopy import metacopy
 from tests.unit.union_support import OpenUnion, copy_up, get, whiteout
 from tests.unit.union_support import open_union as open_union
+from unionfs.core.answers import valid
 from unionfs.core.entries import Entries
-from unionfs.core.files import Handle, OpenFile
 from unionfs.core.listings import Dirents, Lister
-from unionfs.core.node import Attributes, Node, Territory
+from unionfs.core.node import Node, Territory
 from unionfs.core.nodes import Stored
-from unionfs.core.validity import validity
 from unionfs.fuse.protocol import FOREVER, NEVER, encode
 from unionfs.fuse.protocol import Dirents as Specified
 from unionfs.settings.shown import Shown
@@ -37,7 +36,7 @@ TIMES = st.integers(-(2**62), 2**62)
 MODES = st.sampled_from([0, stat.S_IFREG | 0o4755, stat.S_IFDIR, stat.S_IFCHR, stat.S_IFLNK, 0o170000])
 LIMITS = st.integers(0, 4096)
 ENTRY_SIZE = 128
-Values = tuple[bytes, int, int, int, list[int], list[int], int, bool, bool]
+Values = tuple[bytes, int, int, int, list[int], list[int], int, bool]
 
 
 class Somewhere(Territory):
@@ -65,28 +64,28 @@ def test_entries_without_nodes(given_: list[tuple[bytes, int, int, int]], limit:
     assert one.packed() == other.packed()
 
 
-def attributes_of(values: list[int], times: list[int], mode: int, *, lasting: bool) -> Attributes:
+def node_of(number: int, generation: int, *, lasting: bool = True) -> Node:
+    territory = Somewhere(lasting=lasting, has_markers=True, read_only=False)
+    places = [None]
+    return Node(number, territory, None, b"", stat.S_IFREG, places, generation=generation)  # type: ignore[arg-type]
+
+
+def result_of(values: list[int], times: list[int], mode: int) -> os.stat_result:
     ino, dev, nlink, size, blocks, rdev = values
-    result = os.stat_result(
+    return os.stat_result(
         (mode, ino, dev, nlink, 1, 2, size >> 1, 0, 0, 0),
         {
             "st_atime_ns": times[0], "st_mtime_ns": times[1], "st_ctime_ns": times[2],
             "st_blksize": 4096, "st_blocks": blocks >> 1, "st_rdev": rdev,
         },
     )  # fmt: skip
-    return Attributes(ino, nlink & 0xFFFFFFFF, result, times[2], lasting=lasting)
-
-
-def node_of(number: int, generation: int, kind: int, *, lasting: bool = True) -> Node:
-    territory = Somewhere(lasting=lasting, has_markers=True, read_only=False)
-    return Node(number, territory, None, b"", kind, [None], generation=generation)  # type: ignore[list-item]
 
 
 @given(
     st.lists(
         st.tuples(
-            NAMES, WORDS, WORDS, SMALL, st.lists(WORDS, min_size=6, max_size=6),
-            st.lists(TIMES, min_size=3, max_size=3), MODES, st.booleans(), st.booleans(),
+            NAMES, WORDS, WORDS, SMALL, st.lists(SMALL, min_size=6, max_size=6),
+            st.lists(TIMES, min_size=3, max_size=3), MODES, st.booleans(),
         ),
         max_size=10,
     ),
@@ -94,20 +93,18 @@ def node_of(number: int, generation: int, kind: int, *, lasting: bool = True) ->
 )  # fmt: skip
 def test_entries_with_nodes(given_: list[Values], limit: int) -> None:
     one, other = Dirents(limit), Specified(limit)
-    for name, off, number, generation, values, times, mode, territory_lasts, lasting in given_:
-        attributes = attributes_of(values, times, mode, lasting=lasting)
-        node = node_of(number or 1, generation, stat.S_IFREG, lasting=territory_lasts)
+    for name, off, number, generation, values, times, mode, lasting in given_:
+        node = node_of(number or 1, generation, lasting=lasting)
+        found = node.attributes_of(result_of(values, times, mode))
         expected: bool | None = False
         if other.fits_plus(name):
-            packed = encode.attribute_values(
-                attributes.st, attributes.ino, attributes.nlink, attributes.ctime_ns
-            )
+            packed = encode.attribute_values(found.st, found.ino, found.nlink, found.ctime_ns)
             arguments = (
-                name, off, node.id, generation, FOREVER if territory_lasts else NEVER,
-                FOREVER if lasting else NEVER, packed,
+                name, off, node.id, generation, FOREVER if lasting else NEVER,
+                FOREVER if found.lasting else NEVER, packed,
             )  # fmt: skip
-            expected = tried(lambda: other.add_found(*arguments) is None)  # noqa: B023
-        assert tried(lambda: one.add_node(name, off, node, attributes)) == expected  # noqa: B023
+            expected = tried(lambda: other.add_found(*arguments) is None)  # type: ignore[func-returns-value] # noqa: B023
+        assert tried(lambda: one.add_node(name, off, found)) == expected  # noqa: B023
         assert one.size == other.size
     nodes = one.nodes
     one.sent()
@@ -121,22 +118,6 @@ def test_an_answer_is_not_extended_after_it_was_packed() -> None:
     data = answer.packed()
     assert not answer.add(b"name", 1, 1, stat.S_IFREG)
     assert len(data) == 32
-
-
-def test_validity() -> None:
-    """While a file is open for writing with a backing file, and after; see `fuse.direct.nodeio`."""
-    attributes = attributes_of([1, 1, 1, 1, 1, 1], [0, 0, 0], stat.S_IFREG, lasting=True)
-    node = node_of(7, 0, stat.S_IFREG)
-    assert validity(node, attributes) == FOREVER
-    use = node.in_use()
-    assert validity(node, attributes) == FOREVER
-    handle = Handle(OpenFile(-1, readable=True, writable=True, waits=False), None, writes=True)
-    use.passes_through(1, of_upper=True)
-    use.opened(handle)
-    assert validity(node, attributes) == (0, 20_000_000)
-    use.closed(handle)
-    assert validity(node, attributes) == (1, 0)
-    assert validity(node, attributes_of([1] * 6, [0, 0, 0], stat.S_IFREG, lasting=False)) == NEVER
 
 
 # -- whole directories ------------------------------------------------------------------------------------
@@ -188,7 +169,7 @@ def specified_nodes(union: Union, node: Node, entries: Entries) -> bytes:
                 )
                 answer.add_found(
                     name, cookie, child.id, child.generation, FOREVER if child.territory.lasting else NEVER,
-                    validity(child, attributes), packed,
+                    valid(child, attributes.lasting), packed,
                 )  # fmt: skip
                 continue
             unknown = node.territory.number_of_bare_whiteout(node, name)

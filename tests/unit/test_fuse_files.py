@@ -82,8 +82,10 @@ def test_without_shortcuts(union: Union) -> None:
     plain = Union(union.stack, shortcuts=NO_SHORTCUTS)
     operations = Operations(plain)
     node = get(plain, "d/f")
-    assert isinstance(union.files.lend_unread(get(union, "d/f")), UnreadFile)
-    file = plain.files.lend_unread(node)
+    known = get(union, "d/f")
+    assert isinstance(union.files.opener.lend_unread(known, known.in_use()), UnreadFile)
+    file = plain.files.opener.lend_unread(node, node.in_use())
+    assert file is not None
     assert not isinstance(file, UnreadFile)
     assert not node.no_capability
     plain.files.take_back(node, file)

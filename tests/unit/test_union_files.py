@@ -141,18 +141,18 @@ def test_a_backing_id_belongs_to_its_last_open() -> None:
 def test_a_file_that_is_opened_on_first_use(tmp_path: Path) -> None:
     opened = []
 
-    def open_() -> OpenFile:
+    def open_(_: object) -> OpenFile:
         opened.append(_file(os.open(tmp_path / "f", os.O_RDONLY)))
         return opened[-1]
 
-    unused = UnreadFile(open_, waits=False)
+    unused = UnreadFile(open_, None, waits=False)
     unused.take()
     unused.release()
     unused.release()
     assert (unused.users, opened) == (0, [])
     with pytest.raises(OSError, match="Bad file descriptor"):
         unused.read(1, 0)
-    missing = UnreadFile(open_, waits=False)
+    missing = UnreadFile(open_, None, waits=False)
     with pytest.raises(OSError, match="no longer holds") as found:
         missing.read(1, 0)
     assert found.value.errno == errno.EIO

@@ -1,11 +1,5 @@
-"""What every request passes through, compiled by Cython. It imports nothing of the rest.
+"""What every request passes through, compiled by Cython; it imports nothing of the rest.
 
-    stats      struct stat, and what is made of it: os.stat_result, fuse_attr
-    places     real directories in layers, and the one gate from a directory to an fd
-    node       nodes, the objects of a union's tree
-    nodes      the node table
-    search     the merge of names over the layers
-
-Each has a `.pyx` (the code), a `.pxd` (what other compiled modules use of it) and a `.pyi` (its types, for
-the rest).
+See docs/architecture.md for its modules. Each has a `.pyx` (the code), a `.pxd` (what other compiled modules
+use of it) and a `.pyi` (its types, for the rest).
 """

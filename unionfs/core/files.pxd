@@ -1,10 +1,14 @@
 # Open files: backing fds, and the use of a node.
 
-from libc.stdint cimport int64_t
+from libc.stdint cimport int64_t, uint64_t
+
+from unionfs.core.stats cimport stat_t
 
 cdef class OpenFile:
     cdef int number
-    cdef readonly object st
+    cdef stat_t stat
+    cdef bint has_stat
+    cdef object result
     cdef readonly list xattrs
     cdef readonly bint readable, writable, waits
     cdef readonly Py_ssize_t users
@@ -15,7 +19,7 @@ cdef class OpenFile:
     cpdef release(self)
 
 cdef class UnreadFile(OpenFile):
-    cdef object open
+    cdef object open, node
 
 cdef class Handle:
     cdef readonly OpenFile file

@@ -8,6 +8,8 @@ import os
 
 from posix.unistd cimport close
 
+from unionfs.core.stats cimport result_of
+
 #: Errors of opening a file that a layer has lost; read(2) does not report them.
 cdef object GONE = (errno.ENOENT, errno.ENOTDIR, errno.ELOOP, errno.ESTALE)
 
@@ -24,9 +26,15 @@ cdef class OpenFile:
 
     def __init__(self, int fd, *, bint readable, bint writable, bint waits, st=None):
         self.number = fd
-        self.st = st
+        self.result = st
         self.readable, self.writable, self.waits = readable, writable, waits
         self.users = 1
+
+    @property
+    def st(self):
+        if self.result is None and self.has_stat:
+            self.result = result_of(&self.stat)
+        return self.result
 
     cdef int descriptor(self) except -2:
         return self.number
@@ -122,22 +130,22 @@ cdef class UnreadFile(OpenFile):
     """A lower's file that is opened on first use: no fd is open while the kernel has its data in the page
     cache. An access to `fd` opens it in the caller's thread, and raises ``OSError`` on failure."""
 
-    def __init__(self, open, *, bint waits):
-        """``open`` returns an `OpenFile`, whose fd it takes over."""
+    def __init__(self, open, node, *, bint waits):
+        """``open`` returns an `OpenFile` of ``node``, whose fd it takes over."""
         super().__init__(-1, readable=True, writable=False, waits=waits)
-        self.open = open
+        self.open, self.node = open, node
 
     cdef int descriptor(self) except -2:
         if self.number < 0:
             if self.users <= 0:
                 raise OSError(errno.EBADF, os.strerror(errno.EBADF))
             try:
-                opened = self.open()
+                opened = self.open(self.node)
             except OSError as error:
                 if error.errno in GONE:
                     raise OSError(errno.EIO, "the layer no longer holds the file") from None
                 raise
-            self.number, self.st, self.xattrs = opened.fd, opened.st, opened.xattrs
+            self.number, self.result, self.xattrs = opened.fd, opened.st, opened.xattrs
         return self.number
 
 

@@ -10,10 +10,8 @@ ones to be shown. So a reader may see a name that was removed after the listing 
 from cpython.bytearray cimport PyByteArray_AS_STRING, PyByteArray_FromStringAndSize, PyByteArray_Resize
 from libc.string cimport memchr, memcpy, memset
 
-from unionfs.core.stats cimport (
-    AT_SYMLINK_NOFOLLOW, S_IFDIR, S_IFMT, S_IFREG, fstat, fstatat, result_of,
-)
-from unionfs.core.validity cimport Timeout, attribute_validity, name_validity
+from unionfs.core.answers cimport fill_entry
+from unionfs.core.lookup cimport look_up
 
 cdef enum:
     # The largest request of the kernel (max_pages); a smaller answer is always valid.
@@ -21,19 +19,11 @@ cdef enum:
     DIRENT = 24
     ENTRY = 128
     LONGEST = 1024
-    NAME_MAX = 255
     ROOT = 1
     # d_type (include/linux/fs_types.h)
     DT_CHR = 2
     DT_DIR = 4
     DT_REG = 8
-
-# Results of a lookup
-cdef enum:
-    ABSENT
-    FOUND
-    ASK
-    FAILED
 
 # What is known about the entries of a part
 cdef enum:
@@ -76,18 +66,12 @@ cdef class Dirents:
         self.size += (at - record) + (-length & 7)
         return record
 
-    cdef void put_node(
-        self, const char *name, size_t length, uint64_t off, Node node, Attributes attributes
-    ):
+    cdef void put_node(self, const char *name, size_t length, uint64_t off, Attributes found):
         """Add an entry that fits, with its node."""
         cdef fuse_entry_out entry
-        cdef Timeout name_valid = name_validity(node), attr_valid = attribute_validity(node, attributes)
-        entry.nodeid, entry.generation = node.id, node.generation
-        entry.entry_valid, entry.entry_valid_nsec = name_valid.seconds, name_valid.nanoseconds
-        entry.attr_valid, entry.attr_valid_nsec = attr_valid.seconds, attr_valid.nanoseconds
-        attributes.fill(&entry.attr)
-        memcpy(self.put(name, length, attributes.ino, off, attributes.stat.st_mode, True), &entry, ENTRY)
-        self.nodes.append(node)
+        fill_entry(&entry, found)
+        memcpy(self.put(name, length, found.ino, off, found.stat.st_mode, True), &entry, ENTRY)
+        self.nodes.append(found.node)
 
     def add(self, bytes name not None, ino, off, uint32_t mode, *, bint plus=False):
         """Add an entry without a node, if it fits: returns whether it does. Of ``mode`` only the file type
@@ -97,11 +81,11 @@ cdef class Dirents:
         self.put(valid(name), len(name), ino, off, mode, plus)
         return True
 
-    def add_node(self, bytes name not None, off, Node node not None, Attributes attributes not None):
+    def add_node(self, bytes name not None, off, Attributes found not None):
         """Add an entry of READDIRPLUS with its node, in the same way."""
         if not self.fits(len(name), True):
             return False
-        self.put_node(valid(name), len(name), off, node, attributes)
+        self.put_node(valid(name), len(name), off, found)
         return True
 
     def packed(self):
@@ -199,90 +183,28 @@ cdef class Lister:
 
     # -- with attributes ------------------------------------------------------------------------------
 
-    cpdef Py_ssize_t add_nodes(
-        self, Node directory, Entries entries, Py_ssize_t first, Dirents answer, Py_ssize_t at_most=-1
-    ) except -1:
-        """Look up names from the index ``first`` and add them while they fit, or ``at_most`` so many; returns
-        the index of the next one."""
+    cpdef Py_ssize_t add_nodes(self, Node directory, Entries entries, Py_ssize_t first, Dirents answer) except -1:
+        """Look up names from the index ``first`` and add them while they fit; returns the index of the next
+        one."""
         cdef Py_ssize_t index = max(first, 0), count = <Py_ssize_t>entries.count
         cdef const Item *item
         cdef bytes name
-        cdef int found
-        if 0 <= at_most < count - index:
-            count = index + at_most
+        cdef Attributes found
         while index < count:
             item = &entries.items[index]
             if not answer.fits(item.length, True):
                 break
             name = entries.name_of(index)
-            found = self.find(directory, name, item.part if entries.is_new else 0)
-            if found == FOUND:
-                answer.put_node(name, item.length, entries.cookie_of(index), self.child, self.attributes)
-            else:
-                # The entry counts no lookup; the next request for it reports the error.
-                unknown = (
-                    self.unreachable(directory, name)
-                    if found == FAILED
-                    else directory.territory.number_of_bare_whiteout(directory, name)
-                )
-                if unknown is not None:
-                    answer.put(name, item.length, unknown[0], entries.cookie_of(index), unknown[1], True)
-            index += 1
-        self.child, self.attributes = None, None
-        return index
-
-    cdef int find(self, Node directory, bytes name, Py_ssize_t first) except -1:
-        """Look a name up: ABSENT, FAILED, or FOUND with ``child`` and its ``attributes``."""
-        cdef int found = ASK
-        if directory.territory is self.merged and len(name) <= NAME_MAX:
             try:
-                found = self.find_merged(directory, name, first)
+                found = look_up(directory, name, item.part if entries.is_new else 0)
             except OSError:
-                found = ASK
-        if found != ASK:
-            return found
-        try:
-            both = directory.territory.lookup(directory, name, first)
-        except OSError:
-            return FAILED
-        if both is None:
-            return ABSENT
-        self.child, self.attributes = both
-        return FOUND
-
-    cdef int find_merged(self, Node directory, bytes name, Py_ssize_t first) except -1:
-        """The usual case of `Merged.lookup`; ASK: use that."""
-        cdef stat_t st
-        cdef Node node = directory.children.get(name)
-        cdef list places
-        cdef Place place
-        if node is None:
-            places = self.merge.find(directory.parts, name, first, &st)
-            if places is None:
-                return ABSENT
-            place = places[0]
-            if st.st_mode & S_IFMT == S_IFREG and st.st_size > st.st_blocks * 512:
-                if self.merge.may_be_metacopy(result_of(&st), place):
-                    return ASK
-            node = self.nodes.place_object(directory, name, &st, places)
-            if node.is_copy_in_index() and not place.layer.is_upper:
-                return ASK
-        elif not self.stat_known(node, &st):
-            return ASK
-        self.child, self.attributes = node, node.shown(&st)
-        return FOUND
-
-    cdef bint stat_known(self, Node node, stat_t *st) except -1:
-        """stat(2) of a known node; False: ask `Objects.stat`."""
-        if node.territory is not self.merged or node.top_layer().permissions is not None:
-            return False
-        if node.held >= 0:
-            return fstat(node.held, st) == 0
-        if node.kind == S_IFDIR:
-            if not node.parts:
-                return False
-            return fstat(self.merge.gate.fd(node.parts[0]), st) == 0
-        if fstatat(self.merge.gate.fd(node.place), node.stored_name(), st, AT_SYMLINK_NOFOLLOW) != 0:
-            return False
-        node.check_stat(st)
-        return True
+                found, unknown = None, self.unreachable(directory, name)
+            else:
+                unknown = None if found is not None else directory.territory.number_of_bare_whiteout(directory, name)
+            if found is not None:
+                answer.put_node(name, item.length, entries.cookie_of(index), found)
+            elif unknown is not None:
+                # It counts no lookup; the next request for it reports the error.
+                answer.put(name, item.length, unknown[0], entries.cookie_of(index), unknown[1], True)
+            index += 1
+        return index

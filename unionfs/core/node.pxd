@@ -8,6 +8,7 @@ from unionfs.core.stats cimport fuse_attr, stat_t
 
 cdef class Attributes:
     cdef stat_t stat
+    cdef readonly Node node
     cdef readonly uint64_t ino
     cdef readonly int64_t ctime_ns
     cdef readonly uint32_t nlink

@@ -18,6 +18,7 @@ cdef enum:
 cdef class Attributes:
     """The attributes of the real object, with inode number, link count and ctime of the merged tree."""
 
+    # node: the object's node, if known.
     # lasting: whether they stay valid until the daemon changes them.
 
     def __init__(self, ino, nlink, st, ctime_ns, *, lasting):
@@ -307,6 +308,7 @@ cdef class Node:
         if self.lower_data is not None:
             result.stat.st_blocks = self.lower_data.blocks
             result.result = None
+        result.node = self
         result.ino = self.ino
         result.nlink = <uint32_t>nlink
         return result

@@ -10,9 +10,11 @@ from typing import Final
 
 from unionfs.core.files import Handle, OpenFile
 from unionfs.core.node import Attributes, Node
+from unionfs.core.opening import Handles
 from unionfs.fuse.copying import CopyUps
 from unionfs.fuse.inline import in_thread
 from unionfs.sys import calls
+from unionfs.sys.calls import os_error
 from unionfs.sys.fds import Owned
 from unionfs.union import setids
 from unionfs.union.changes import Caller, Changes
@@ -38,24 +40,27 @@ class Files:
         self._union = union
         self._open_files = union.files
         self._copy_ups = copy_ups
-        self._handles: dict[int, Handle] = {}
-        self._next = 1
-        #: Bytes read and written by the daemon, excluding the page cache and passthrough.
-        self.bytes_read = 0
+        self.handles = Handles(union.nodes)
+        #: Bytes written by the daemon, excluding the page cache and passthrough.
         self.bytes_written = 0
 
     def __len__(self) -> int:
-        return len(self._handles)
+        return len(self.handles)
 
     def __getitem__(self, number: int) -> Handle:
-        try:
-            return self._handles[number]
-        except KeyError:
-            raise OSError(errno.EBADF, os.strerror(errno.EBADF)) from None
+        handle = self.handles.get(number)
+        if handle is None:
+            raise os_error(errno.EBADF)
+        return handle
 
     def get(self, number: int) -> Handle | None:
         """The open file with that number, or None."""
-        return self._handles.get(number)
+        return self.handles.get(number)
+
+    @property
+    def bytes_read(self) -> int:
+        """Bytes read by the daemon, excluding the page cache and passthrough."""
+        return self.handles.bytes_read
 
     # -- opening --------------------------------------------------------------------------------------
 
@@ -70,10 +75,6 @@ class Files:
         appends = bool(flags & os.O_APPEND) and not truncates
         check = partial(self._union.flags.may_write, node, appends=appends)
         return await self._copy_ups.ensure_data(node, 0 if truncates else None, keep=True, check=check)
-
-    def open_unread(self, node: Node, who: Who) -> int:
-        """Open a lower's file for reading whose data the kernel may have cached; returns the number."""
-        return self._register(node, self._open_files.lend_unread(node), who, writes=False)
 
     def open(
         self, node: Node, flags: int, who: Who, prepared: OpenFile | None, *, kills_set_ids: bool
@@ -91,7 +92,7 @@ class Files:
         except BaseException:
             self._open_files.take_back(node, file)
             raise
-        return self._register(node, file, who, writes=writes)
+        return self.handles.register(node, file, who, writes=writes)
 
     def create(
         self, changes: Changes, parent: Node, name: bytes, mode: int, flags: int, caller: Caller, who: Who
@@ -109,30 +110,15 @@ class Files:
 
     def _created(self, node: Node, fd: int, flags: int, who: Who) -> int:
         file = self._open_files.lend_new(node, fd)
-        return self._register(node, file, who, writes=flags & os.O_ACCMODE != os.O_RDONLY)
-
-    def _register(self, node: Node, file: OpenFile, who: Who, *, writes: bool) -> int:
-        handle = Handle(file, who, writes=writes, node=node)
-        assert node.use is not None
-        node.use.handles.append(handle)
-        number = self._next
-        self._next += 1
-        self._handles[number] = handle
-        return number
+        return self.handles.register(node, file, who, writes=flags & os.O_ACCMODE != os.O_RDONLY)
 
     def release(self, number: int) -> Handle:
         """Close an open file."""
-        handle = self._handles.pop(number)
-        node = handle.node
-        assert node.use is not None
-        node.use.handles.remove(handle)
-        self._open_files.take_back(node, handle.file)
-        self._union.nodes.forget(node, 0)
-        return handle
+        return self.handles.release(number)
 
     def was_read(self, count: int) -> None:
         """Count bytes read for an answer."""
-        self.bytes_read += count
+        self.handles.bytes_read += count
 
     # -- data -----------------------------------------------------------------------------------------
 
@@ -140,7 +126,7 @@ class Files:
         """Read up to ``size`` bytes in a thread; fewer only at the end of the file."""
         with file:
             data = await in_thread(file.read, size, offset)
-        self.bytes_read += len(data)
+        self.handles.bytes_read += len(data)
         return data
 
     async def write(
@@ -191,6 +177,6 @@ class Files:
         """copy_file_range(2); returns the number of bytes."""
         with source, target:
             count = await in_thread(os.copy_file_range, source.fd, target.fd, length, offset_in, offset_out)
-        self.bytes_read += count
+        self.handles.bytes_read += count
         self.bytes_written += count
         return count

@@ -20,6 +20,7 @@ from collections.abc import Callable, Mapping
 from functools import partial
 from typing import NamedTuple
 
+from unionfs.core.answers import missing_xattr
 from unionfs.core.files import Handle
 from unionfs.core.node import Attributes, Node
 from unionfs.fuse.copying import CopyUps
@@ -333,11 +334,10 @@ class Operations:
 
     def getxattr(self, id_: int, name: bytes) -> bytes:
         """The value of an xattr."""
-        if name.startswith(ACL) and not self.union.stack.acl:
-            raise os_error(errno.EOPNOTSUPP)
         node = self.node(id_)
-        if name == CAPABILITY and node.no_capability:
-            raise os_error(errno.ENODATA)
+        missing = missing_xattr(node, name, self.union.stack.acl)
+        if missing:
+            raise os_error(missing)
         stored = self.union.stored_name(node, name)
         with self.union.checked_path(node) as path:
             value = os.getxattr(path, stored)

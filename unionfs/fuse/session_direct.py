@@ -8,11 +8,15 @@ from __future__ import annotations
 
 import errno
 import os
+from collections import Counter
 from collections.abc import Callable
 from contextlib import suppress
 
 import trio
 
+from unionfs.core.answers import Answers
+from unionfs.core.loop import Channel
+from unionfs.core.opens import Opens
 from unionfs.core.places import Layer
 from unionfs.fuse.direct.data import DataRequests
 from unionfs.fuse.direct.device import Device
@@ -48,6 +52,8 @@ READAHEAD = 4 << 20
 """Readahead in bytes."""
 _LARGEST_REQUEST = 1 << 20
 _INIT_SECONDS = 20.0
+_ALL = (1 << 63) - 1
+"""No file is larger."""
 
 
 async def serve(
@@ -94,9 +100,20 @@ def make_loop(device: Device, splicer: Splicer, operations: Operations, decision
     names = NameRequests(operations, ios, decision)
     listings = ListingRequests(operations)
     data = DataRequests(operations, ios, names, device, splicer, decision)
+    union, latencies = operations.union, operations.latencies
+    opens = Opens(
+        device.fd, union.nodes, operations.files.handles, union.files.opener, ios.opened, device.unregister,
+        flags=decision.file_open_flags, small=decision.small_lower if decision.passthrough_lower else _ALL,
+    )  # fmt: skip
+    answers = Answers(
+        device.fd, union.nodes, union, opens, acl=union.stack.acl, enosys=decision.enosys,
+        refused=device.answer_refused,
+    )  # fmt: skip
+    channel = Channel(device.fd, answers, lambda: latencies.watched)
     writes_back = bool(decision.flags & Init.WRITEBACK_CACHE)
     operations.refreshing.serve(Notices(device, keeps_sizes=writes_back))
     operations.add_figures(lambda: {
+        "requests": _counts(operations.requests, answers),
         **ios.figures(),
         "kept_open_files": len(operations.union.files),
         "passthrough": {"upper": decision.passthrough_upper, "lower": decision.passthrough_lower},
@@ -114,8 +131,15 @@ def make_loop(device: Device, splicer: Splicer, operations: Operations, decision
         {**names.table, **data.table},
         {**names.waiting, **listings.waiting, **data.waiting},
         operations.latencies,
+        channel,
         operations.invalidations,
     )
+
+
+def _counts(requests: Counter[str], answers: Answers) -> dict[str, int]:
+    """The number of requests by kind."""
+    counted = Counter({Opcode(code).name.lower(): count for code, count in answers.counts().items()})
+    return dict(sorted((requests + counted).items()))
 
 
 async def _agree(device: Device, splicer: Splicer, operations: Operations, io: IoMode) -> Decision:

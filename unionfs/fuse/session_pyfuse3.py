@@ -319,7 +319,7 @@ class PyfuseOperations(pyfuse3.Operations):  # type: ignore[misc,unused-ignore]
     async def write(self, fh: int, off: int, buf: bytes) -> int:
         # The library negotiates HANDLE_KILLPRIV, so the daemon clears set-id bits.
         handle = self.files[fh]
-        killer = handle.who if handle.who.uid else None
+        killer = handle.who if handle.who is not None and handle.who.uid else None
         return await self.files.write(handle.file, off, buf, killer, handle.node.layer.permissions)
 
     @_request

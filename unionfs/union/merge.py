@@ -25,8 +25,6 @@ from unionfs.union.named import NamedWhiteouts, hidden_name
 from unionfs.union.redirects import PartSearch, markers_of
 from unionfs.union.rights import Rights
 
-#: The blocks of a file without data: those of xattrs that do not fit into the inode.
-_BLOCKS_OF_XATTRS: Final = 8
 _PATH: Final = os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC
 
 Found = tuple[os.stat_result, list[Place]]
@@ -57,12 +55,6 @@ class Merge(Search):
         directories = PartSearch(layers[: len(self.roots)], markers, named, gate)
         self._data = DataSearch(markers, named, gate, directories)
         super().__init__(gate, markers, named, self._lower_names, directories)
-
-    def may_be_metacopy(self, st: os.stat_result, place: Place) -> bool:
-        """Whether a regular file in ``place`` has too few blocks for its size, so that it may be metacopy."""
-        if st.st_size <= st.st_blocks * 512 or st.st_blocks > _BLOCKS_OF_XATTRS:
-            return False
-        return stat.S_ISREG(st.st_mode) and place.layer.index != self._lowest
 
     def lower_data(
         self, parts: Sequence[Place], place: Place, name: bytes, where: bytes | int

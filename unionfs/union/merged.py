@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import errno
 import os
 import stat
 from contextlib import suppress
 
 from unionfs.core.files import OpenFile
-from unionfs.core.node import NAME_MAX, Attributes, Node, Territory
+from unionfs.core.lookup import Names
+from unionfs.core.node import Node
 from unionfs.core.nodes import NodeTable
 from unionfs.core.places import Place
-from unionfs.sys.calls import os_error
 from unionfs.union.layers import LayerStack
 from unionfs.union.listing import Listing
 from unionfs.union.lowerdata import LowerData
@@ -19,15 +18,12 @@ from unionfs.union.merge import Merge
 from unionfs.union.objects import Objects
 
 
-class Merged(Territory):
+class Merged(Names):
     """The territory of the root. Only this daemon changes it."""
 
-    __slots__ = ("_merge", "_metacopy", "_nodes", "_objects", "_protattr", "_stack")
-
     def __init__(self, objects: Objects, nodes: NodeTable, merge: Merge, stack: LayerStack) -> None:
-        super().__init__(
-            lasting=True, has_markers=True, read_only=stack.upper is None, owners=stack.owners
-        )
+        lowest = len(stack.layers) - 1
+        super().__init__(objects, nodes, merge, lowest, read_only=stack.upper is None, owners=stack.owners)
         self._objects = objects
         self._nodes = nodes
         self._merge = merge
@@ -39,29 +35,9 @@ class Merged(Territory):
     def durable(self) -> bool:
         return self._stack.durable
 
-    def lookup(self, parent: Node, name: bytes, first: int = 0) -> tuple[Node, Attributes] | None:
-        assert parent.children is not None
-        known = parent.children.get(name)
-        if known is not None:
-            try:
-                return known, self._objects.attributes(known)
-            except OSError as error:
-                if error.errno != errno.ESTALE:
-                    raise
-            self._nodes.lose(known, parent, name)  # the name now belongs to another object
-        if len(name) > NAME_MAX:
-            raise os_error(errno.ENAMETOOLONG)
-        found = self._merge.search(parent.parts, name, first)
-        if found is None:
-            return None
-        st, places = found
-        node = self._nodes.add(parent, name, st, places)
-        if node.is_indexed and not places[0].layer.is_upper:
-            return node, self._objects.attributes(node)  # of the copy
-        if self._merge.may_be_metacopy(st, places[0]) and node.lower_data is None:
-            with suppress(OSError):  # an open reports it
-                node.data_lies_in(self._data_of(node, self._objects.path(node)[0]))
-        return node, node.attributes_of(st)
+    def find_data(self, node: Node) -> None:
+        with suppress(OSError):  # an open reports it
+            node.data_lies_in(self._data_of(node, self._objects.path(node)[0]))
 
     def number(self, parent: Node, name: bytes) -> tuple[int, int] | None:
         known = self._nodes.child(parent, name)

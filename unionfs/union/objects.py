@@ -7,7 +7,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Final
 
-from unionfs.core.node import Attributes, Node
+from unionfs.core import objects as core
+from unionfs.core.node import Node
 from unionfs.core.places import Gate
 from unionfs.sys.fds import Owned
 from unionfs.union.markers import Markers
@@ -16,34 +17,12 @@ from unionfs.union.permissions import shown_names, stored_name
 _PATH: Final = os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC
 
 
-class Objects:
+class Objects(core.Objects):
     """Accesses the objects of nodes through the gate."""
 
     def __init__(self, gate: Gate, markers: Markers) -> None:
-        self.gate = gate
+        super().__init__(gate)
         self.markers = markers
-
-    def attributes(self, node: Node) -> Attributes:
-        """stat(2) of a node."""
-        return node.attributes_of(self.stat(node))
-
-    def stat(self, node: Node) -> os.stat_result:
-        """The attributes of the real object. Raises ESTALE if another object now has its name."""
-        if node.held >= 0:
-            return self.shown(node, os.stat(node.held))
-        if node.is_dir:
-            return self.shown(node, os.stat(self.gate.fd(node.parts[0])))
-        assert node.place is not None
-        dir_fd, name = self.gate.fd(node.place), node.name if node.entry is None else node.real_name
-        try:
-            st = os.stat(name, dir_fd=dir_fd, follow_symlinks=False)
-        except PermissionError as error:
-            again = self.gate.stat_refused(node.place, name, error)
-            if again is None:
-                raise
-            st = again
-        node.check(st)
-        return self.shown(node, st)
 
     def shown(self, node: Node, st: os.stat_result, fd: int = -1) -> os.stat_result:
         """The attributes to show for the node's object; ``st``: its own, ``fd``: an fd of it, if open."""
@@ -129,16 +108,10 @@ class Objects:
             if fd >= 0:
                 os.close(fd)
 
-    def readlink(self, node: Node) -> bytes:
-        """The target of a symlink."""
-        if node.held >= 0:
-            return os.readlink(b"", dir_fd=node.held)
-        assert node.place is not None
-        try:
-            return os.readlink(node.real_name, dir_fd=self.gate.fd(node.place))
-        except PermissionError:
-            with Owned(self.open_path(node)) as fd:
-                return os.readlink(b"", dir_fd=fd)
+    def readlink_refused(self, node: Node) -> bytes:
+        """The target of a symlink in a directory that this user may not search."""
+        with Owned(self.open_path(node)) as fd:
+            return os.readlink(b"", dir_fd=fd)
 
 
 def link_object(node: Node, source: int, dir_fd: int, name: bytes) -> None:

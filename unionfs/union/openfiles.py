@@ -15,15 +15,16 @@ import errno
 import logging
 import os
 from collections import OrderedDict
-from functools import partial
 from typing import Final
 
-from unionfs.core.files import OpenFile, UnreadFile
+from unionfs.core.files import OpenFile
 from unionfs.core.node import Node
+from unionfs.core.opening import Opener, take_back
 from unionfs.core.places import Gate
 from unionfs.sys.calls import os_error
 from unionfs.union.files import open_backing, open_held
 from unionfs.union.lowerdata import LowerData
+from unionfs.union.markers import Markers
 from unionfs.union.metacopy import open_data
 from unionfs.union.shortcuts import Capabilities, Shortcuts
 
@@ -35,10 +36,16 @@ _KEPT_OPEN: Final = 512
 class OpenFiles:
     """The backing files that are open. Not thread-safe, like the union itself."""
 
-    def __init__(self, gate: Gate, capabilities: Capabilities, shortcuts: Shortcuts) -> None:
+    def __init__(
+        self, gate: Gate, markers: Markers, capabilities: Capabilities, shortcuts: Shortcuts
+    ) -> None:
         self._gate = gate
         self._capabilities = capabilities
-        self._unread = shortcuts.unread_files
+        #: Opens lower files in the plain case.
+        self.opener = Opener(
+            gate, markers.metacopy, self._open_for_reading, remembers=shortcuts.capabilities,
+            unread=shortcuts.unread_files,
+        )  # fmt: skip
         self._kept: OrderedDict[Node, OpenFile] = OrderedDict()
         self._defers = False
         #: Lent files for :meth:`close_deferred` to take back.
@@ -71,16 +78,6 @@ class OpenFiles:
         file = None if node.use is None else node.use.file
         return file is not None and file.users > 0 and file.writable
 
-    def lend_unread(self, node: Node) -> OpenFile:
-        """Like :meth:`lend`, to read a lower's file whose data the kernel may have cached completely."""
-        use = node.in_use()
-        file = use.file
-        if not self._unread or (file is not None and file.users and file.readable):
-            return self.lend(node, write=False)
-        file = UnreadFile(partial(self._open_for_reading, node), waits=_waits(node))
-        use.has(file)
-        return file
-
     def lend_new(self, node: Node, fd: int) -> OpenFile:
         """Lend the file of a new node; the table takes over its ``fd`` (O_RDWR)."""
         assert node.place is not None
@@ -90,10 +87,7 @@ class OpenFiles:
 
     def take_back(self, node: Node, file: OpenFile) -> None:
         """End one loan."""
-        use = node.use
-        if file.users == 1 and use is not None and use.file is file:
-            use.has(None)
-        file.release()
+        take_back(node, file)
 
     def keep_object(self, node: Node) -> None:
         """Hold the object of a node that lost its last name, if it is open."""
@@ -189,6 +183,10 @@ class OpenFiles:
         """Open the backing file; None for writing if the data is not in the upper (metacopy)."""
         place = node.place
         assert place is not None
+        if not write:
+            plain = self.opener.open_plain(node)
+            if plain is not None:
+                return plain
         if write and not node.in_place:
             raise OSError(errno.EROFS, "a lower is never written")
         if write:

@@ -69,7 +69,7 @@ class Union(Objects):
         self.shortcuts = shortcuts
         self.capabilities = Capabilities(shortcuts)
         self.flags = Flags(self, stack.markers)
-        self.files = OpenFiles(self.gate, self.capabilities, shortcuts)
+        self.files = OpenFiles(self.gate, stack.markers, self.capabilities, shortcuts)
 
     def _gone(self, node: Node) -> None:
         self.files.gone(node)

@@ -21,7 +21,7 @@ from unionfs.fuse.direct.nodeio import NodeIos, stale
 from unionfs.fuse.direct.splicing import WORTHWHILE, Splicer
 from unionfs.fuse.inline import in_thread
 from unionfs.fuse.operations import Operations
-from unionfs.fuse.protocol import SMALL_FILE, Decision, Opcode, Reply, encode, notify
+from unionfs.fuse.protocol import Decision, Opcode, Reply, encode, notify
 from unionfs.fuse.protocol import requests as rq
 from unionfs.fuse.protocol.flags import (
     FSYNC_FDATASYNC,
@@ -61,7 +61,6 @@ class DataRequests:
         self.table: dict[Opcode, Answer] = {
             Opcode.CREATE: self._create,
             Opcode.TMPFILE: self._tmpfile,
-            Opcode.RELEASE: self._release,
             Opcode.LSEEK: self._lseek,
         }
         self.waiting: dict[Opcode, Waiting] = {
@@ -99,36 +98,15 @@ class DataRequests:
             if outdated:
                 self._union.nodes.supersede(node)
             raise stale()
-        if reads and self._ios.may_have_all(node):
-            number = self._files.open_unread(node, request)
-        else:
-            kills = bool(request.open_flags & OPEN_KILL_SUIDGID)
-            number = self._files.open(node, request.flags, request, prepared, kills_set_ids=kills)
+        kills = bool(request.open_flags & OPEN_KILL_SUIDGID)
+        number = self._files.open(node, request.flags, request, prepared, kills_set_ids=kills)
         handle = self._files[number]
         try:
             open_flags, backing_id = self._ios.opened(handle)
         except BaseException:
             self._files.release(number)
             raise
-        if self._ios.may_fill(handle):
-            self._fill(request.nodeid, handle.file)
         return encode.opened(request.unique, number, open_flags, backing_id)
-
-    def _fill(self, id_: int, file: OpenFile) -> None:
-        """Put a small file into the page cache at its first open, which saves the READ.
-
-        It has no other open, so no request that waits for this daemon holds a lock on its pages.
-        """
-        size = 0 if file.st is None else file.st.st_size
-        if not 0 < size <= SMALL_FILE:
-            return
-        try:
-            count = file.read_into(self._buffer[:size], 0)
-        except OSError:
-            return  # the READ reports the error
-        if count == size:
-            self._device.notify(notify.store(id_, 0, self._buffer[:size]))
-            self._files.was_read(size)
 
     def _create(self, request: rq.Create) -> Reply:
         parent = self._operations.directory(request.nodeid)
@@ -155,12 +133,6 @@ class DataRequests:
             return encode.created(unique, entry, 0, 0)
         opened = self._ios.opened(self._files[number])
         return encode.created(unique, self._names.entry_out((node, attributes)), number, *opened)
-
-    def _release(self, request: rq.Release) -> Reply:
-        if request.fh:
-            self._ios.released(self._files[request.fh])
-            self._files.release(request.fh)
-        return encode.ok(request.unique)
 
     # -- data -----------------------------------------------------------------------------------------
 

@@ -40,11 +40,15 @@ class Device:
             os.writev(self.fd, reply)
         except OSError as error:
             if error.errno not in _GONE:
-                # A bug of ours, which must neither end the mount nor leave the caller waiting.
-                log.exception("the kernel refused an answer of %d bytes", sum(map(len, reply)))
-                unique = int.from_bytes(reply[0][8:16], sys.byteorder)
-                with contextlib.suppress(OSError):
-                    os.writev(self.fd, encode.error(unique, errno.EIO))
+                self.answer_refused(b"".join(reply), error.errno or errno.EIO)
+
+    def answer_refused(self, answer: bytes, code: int) -> None:
+        """The kernel refused an answer: a bug of ours, which must neither end the mount nor leave the caller
+        waiting."""
+        log.error("the kernel refused an answer of %d bytes: %s", len(answer), os.strerror(code))
+        unique = int.from_bytes(answer[8:16], sys.byteorder)
+        with contextlib.suppress(OSError):
+            os.writev(self.fd, encode.error(unique, errno.EIO))
 
     def notify(self, notice: Reply) -> bool:
         """Send a notice; returns False for an object that the kernel does not know (any more).

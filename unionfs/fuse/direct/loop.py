@@ -1,9 +1,8 @@
 """The loop of the direct session: reads and answers requests, and stays fair to other tasks of the process.
 
 Rules:
-- The loop reads requests until there are none. Then it polls for a short time, because waking up costs far
-  more than answering; how soon the next request came determines how long it polls. Only then does it wait.
-- Neither reading nor polling lets other tasks run, so there is a checkpoint every two milliseconds.
+- `core.loop` reads, polls, and answers what needs no decision; what it returns is handled here. It returns
+  every two milliseconds, for a checkpoint.
 - A handler that does not wait is answered in line. One that waits continues in a task, and takes over the
   receive buffer if its data is there.
 - Files used by a copy-up are closed right after the answer, while the caller wakes up.
@@ -15,15 +14,14 @@ from __future__ import annotations
 
 import errno
 import logging
-import os
 import struct
 from collections import Counter
 from collections.abc import Callable, Coroutine, Mapping
-from time import perf_counter_ns
 from typing import Any, Final
 
 import trio
 
+from unionfs.core.loop import FAIR, WAIT, Channel
 from unionfs.fuse.direct.device import Device
 from unionfs.fuse.inline import PENDING, begin, finish
 from unionfs.fuse.invalidations import Invalidations
@@ -48,9 +46,6 @@ log = logging.getLogger(__name__)
 Answer = Callable[[Any], Reply | None]
 Waiting = Callable[[Any], Coroutine[Any, Any, Reply | None]]
 
-_FAIR_NS: Final = 2_000_000
-_MAX_SPIN_NS: Final = 100_000
-_MIN_SPIN_NS: Final = 5_000
 _RESIZED_SECONDS: Final = 0.05
 """The delay of the notice about a directory's changed size."""
 _OPCODE_UNIQUE: Final = struct.Struct("=4xIQ")  # of struct fuse_in_header
@@ -68,10 +63,12 @@ class Loop:
         requests: Counter[str],
         answers: Mapping[Opcode, Answer],
         waiting: Mapping[Opcode, Waiting],
-        latencies: Latencies | None = None,
+        latencies: Latencies,
+        channel: Channel,
         invalidations: Invalidations | None = None,
     ) -> None:
         self._device = device
+        self._channel = channel
         self._union = union
         self._files = union.files
         self._files.defer()
@@ -89,11 +86,12 @@ class Loop:
         self._names = {int(opcode): opcode.name.lower() for opcode in Opcode}
         #: Requests answered in tasks: the cancel scope of the task, and the pid of the caller.
         self._running: dict[int, tuple[trio.CancelScope, int]] = {}
-        self._latencies = latencies or Latencies()
+        self._latencies = latencies
 
     def _new_buffer(self) -> None:
         self._buffer = bytearray(self._size)
         self._view = memoryview(self._buffer)
+        self._channel.read_into(self._buffer)
 
     async def run(self) -> None:
         """Serve until the mount is gone. Raises ConnectionAbortedError, in a group, if disconnected."""
@@ -102,52 +100,34 @@ class Loop:
             self._nursery.cancel_scope.cancel()
 
     async def _read_requests(self) -> None:
-        fd, readv, clock = self._device.fd, os.readv, perf_counter_ns
-        serve, latencies, deferred = self.serve, self._latencies, self._files.deferred
-        spin = _MIN_SPIN_NS
-        spin_end = 0
-        fair_until = clock() + _FAIR_NS
+        channel, deferred = self._channel, self._files.deferred
+        serve, latencies = self.serve, self._latencies
         cut_off = False
         while True:
             try:
-                size = readv(fd, [self._buffer])
-            except BlockingIOError:
-                now = clock()
-                if spin_end == 0:
-                    spin_end = now + spin
-                if now < spin_end and now < fair_until:
-                    continue
-                if now < spin_end:
-                    await trio.lowlevel.checkpoint()
-                else:
-                    await trio.lowlevel.wait_readable(fd)
-                    spin_end = 0
-                    # Whether the request would have arrived during a longer poll.
-                    came_soon = clock() - now < _MAX_SPIN_NS
-                    spin = min(spin * 2, _MAX_SPIN_NS) if came_soon else max(spin // 2, _MIN_SPIN_NS)
-                fair_until = clock() + _FAIR_NS
-                continue
+                size = channel.next()
             except OSError as error:
                 if error.errno == errno.ENODEV:
                     return
-                if error.errno in (errno.ENOENT, errno.EINTR):
-                    continue  # the request was cancelled during the read
                 if error.errno == errno.ECONNABORTED and not cut_off:
                     # An ordinary umount causes it too, during the read of a request (fs/fuse/dev.c,
                     # fuse_dev_do_read). The next read distinguishes the two.
                     cut_off = True
                     continue
                 raise
-            spin_end = 0
-            if latencies.watched:
-                self._measured(size)
-            else:
-                serve(size)
-            if deferred:
-                self._files.close_deferred()
-            if clock() > fair_until:
+            if size == WAIT:
+                await trio.lowlevel.wait_readable(self._device.fd)
+                channel.waited()
+            elif size == FAIR:
                 await trio.lowlevel.checkpoint()
-                fair_until = clock() + _FAIR_NS
+                channel.rested()
+            else:
+                if latencies.watched:
+                    self._measured(size)
+                else:
+                    serve(size)
+                if deferred:
+                    self._files.close_deferred()
 
     def serve(self, size: int) -> bool:
         """Answer the request in the buffer; returns True if it started a task for the answer."""
@@ -192,10 +172,11 @@ class Loop:
         number, unique = _OPCODE_UNIQUE.unpack_from(self._buffer)
         began = self._latencies.clock()
         if number in _NO_ANSWER or not self._latencies.goes_on(began):
-            self.serve(size)
+            if not self._channel.answer(size):
+                self.serve(size)
             return
         self._latencies.begin(unique, began)
-        if not self.serve(size):
+        if self._channel.answer(size) or not self.serve(size):
             self._latencies.end(unique, self._names.get(number, "unknown"))
 
     # -- answers --------------------------------------------------------------------------------------

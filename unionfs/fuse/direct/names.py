@@ -52,12 +52,7 @@ class NameRequests:
         #: Whether the kernel sends no OPEN.
         self._opens_unseen = Opcode.OPEN in decision.enosys
         self.table: dict[Opcode, Answer] = {
-            Opcode.LOOKUP: self._lookup,
-            Opcode.FORGET: self._forget,
-            Opcode.BATCH_FORGET: self._batch_forget,
-            Opcode.GETATTR: self._getattr,
             Opcode.STATX: self._statx,
-            Opcode.READLINK: self._readlink,
             Opcode.SYMLINK: self._symlink,
             Opcode.MKNOD: self._mknod,
             Opcode.MKDIR: self._mkdir,
@@ -90,7 +85,7 @@ class NameRequests:
             node.generation,
             FOREVER if node.territory.lasting else NEVER,
             self._ios.valid(node, attributes),
-            _packed(attributes),
+            attributes.packed(),
         )
 
     def entry_out(self, found: Named) -> bytes:
@@ -102,7 +97,7 @@ class NameRequests:
             node.generation,
             FOREVER if node.territory.lasting else NEVER,
             self._ios.valid(node, attributes),
-            _packed(attributes),
+            attributes.packed(),
         )
 
     def _valid(self, id_: int, node: Node, attributes: Attributes) -> Timeout:
@@ -114,7 +109,7 @@ class NameRequests:
         return encode.attr(
             unique,
             self._valid(request_id, node, attributes),
-            _packed(attributes),
+            attributes.packed(),
         )
 
     def caller(self, request: rq.Mknod | rq.Mkdir | rq.Create) -> Caller:
@@ -122,20 +117,6 @@ class NameRequests:
         return Caller(request.uid, request.gid, request.umask if self._masks else 0)
 
     # -- names ----------------------------------------------------------------------------------------
-
-    def _lookup(self, request: rq.Lookup) -> Reply:
-        found = self._operations.lookup(request.nodeid, request.name)
-        if found is None:
-            lasts = self._operations.is_ours_alone(request.nodeid)
-            return encode.negative_entry(request.unique, FOREVER if lasts else NEVER)
-        return self._entry(request.unique, found)
-
-    def _forget(self, request: rq.Forget) -> None:
-        self._operations.forget(request.nodeid, request.nlookup)
-
-    def _batch_forget(self, request: rq.BatchForget) -> None:
-        for id_, lookups in request.forgets:
-            self._operations.forget(id_, lookups)
 
     def _symlink(self, request: rq.Symlink) -> Reply:
         caller = Caller(request.uid, request.gid)
@@ -176,13 +157,7 @@ class NameRequests:
         found = await self._operations.link(request.oldnodeid, request.nodeid, request.name)
         return self._entry(request.unique, found)
 
-    def _readlink(self, request: rq.Readlink) -> Reply:
-        return encode.data(request.unique, self._operations.readlink(request.nodeid))
-
     # -- attributes -----------------------------------------------------------------------------------
-
-    def _getattr(self, request: rq.Getattr) -> Reply:
-        return self._attributes(request.nodeid, request.unique, self._operations.getattr(request.nodeid))
 
     def _statx(self, request: rq.Statx) -> Reply:
         node, attributes = self._operations.getattr(request.nodeid)
@@ -296,10 +271,6 @@ class NameRequests:
     async def _syncfs(self, request: rq.Syncfs) -> Reply:
         await self._operations.syncfs()
         return encode.ok(request.unique)
-
-
-def _packed(attributes: Attributes) -> bytes:
-    return encode.attributes_of(attributes.st, attributes.ino, attributes.nlink, attributes.ctime_ns)
 
 
 def _sized(unique: int, value: bytes, size: int) -> Reply:

@@ -7,10 +7,8 @@ Rules (fs/fuse/iomode.c and fs/fuse/passthrough.c of Linux 6.18):
 - A node has one backing id, counted; the last close unregisters it.
 - After a copy-up the opens that exist keep the lower's file as their backing file. A new open gets another
   node: see `NodeTable.supersede`.
-- The kernel sends no request for a write through a backing file, but invalidates the attributes itself. A
-  store through a mapping is not reported at all: so attributes are valid for some milliseconds while such a
-  file is open for writing (enough for the fstat after an open), and for a second afterwards, as a mapping
-  outlives the close. Only times can be stale: a store does not change the size.
+- How long attributes are valid while such a file is open for writing: see `core.answers`. Only times can be
+  stale: a store through a mapping does not change the size.
 """
 
 from __future__ import annotations
@@ -18,9 +16,9 @@ from __future__ import annotations
 import errno
 import os
 
+from unionfs.core.answers import valid
 from unionfs.core.files import Handle, Use
 from unionfs.core.node import Attributes, Node
-from unionfs.core.validity import validity
 from unionfs.fuse.direct.device import Device
 from unionfs.fuse.protocol import Decision, Timeout
 from unionfs.fuse.protocol.flags import FOPEN_KEEP_CACHE
@@ -68,35 +66,13 @@ class NodeIos:
         flags = self._decision.file_open_flags
         if use.written or not node.territory.lasting:
             flags &= ~FOPEN_KEEP_CACHE  # older cached data may be outdated
+        elif not node.data_in_place:
+            use.fill()
         return flags, 0
-
-    def may_have_all(self, node: Node) -> bool:
-        """Whether the kernel may have all data of a lower file, which went through the page cache earlier."""
-        use = node.use
-        return use is not None and use.filled and not use.through and not node.data_in_place
-
-    def may_fill(self, handle: Handle) -> bool:
-        """Whether a just counted open is the first and only one of a lower file that goes through the page
-        cache and was never written to; True only once."""
-        node, use = handle.node, handle.node.use
-        if use is None or use.filled or use.cached != 1 or use.through or use.written:
-            return False
-        if node.data_in_place or not self._decision.file_open_flags & FOPEN_KEEP_CACHE:
-            return False
-        use.fill()
-        return True
-
-    def released(self, handle: Handle) -> None:
-        """Count a close."""
-        use = handle.node.use
-        assert use is not None
-        backing_id = use.closed(handle)
-        if backing_id:
-            self._device.unregister(backing_id)
 
     def valid(self, node: Node, attributes: Attributes) -> Timeout:
         """The validity of a node's attributes."""
-        return validity(node, attributes)
+        return valid(node, attributes.lasting)
 
     def _wants_backing(self, use: Use, handle: Handle) -> bool:
         node, decision = handle.node, self._decision

@@ -1,0 +1,362 @@
+"""Requests answered by the compiled core, byte for byte as `fuse.protocol` encodes them."""
+
+from __future__ import annotations
+
+import errno
+import os
+import socket
+import struct
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from tests.unit.union_support import ME, OpenUnion, get, names
+from tests.unit.union_support import open_union as open_union
+from unionfs.core.answers import Answers
+from unionfs.core.files import Handle
+from unionfs.core.loop import FAIR, WAIT, Channel
+from unionfs.core.node import Node
+from unionfs.core.opening import Handles
+from unionfs.core.opens import Opens
+from unionfs.fuse.protocol import FOREVER, Opcode, encode, notify
+from unionfs.union.changes import Changes
+from unionfs.union.tree import Union
+
+UNIQUE = 77
+
+
+def message(opcode: Opcode, nodeid: int, body: bytes) -> bytes:
+    return struct.pack("=IIQQIIIHH", 40 + len(body), int(opcode), UNIQUE, nodeid, 0, 0, 1, 0, 0) + body
+
+
+class Mount:
+    """A union whose device is a socket that keeps messages apart."""
+
+    def __init__(self, union: Union) -> None:
+        self.union = union
+        self.kernel, self.device = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        for end in (self.kernel, self.device):
+            end.setblocking(False)
+        self.refused: list[tuple[bytes, int]] = []
+        self.handles = Handles(union.nodes)
+        self.registered: list[Handle] = []
+        opens = Opens(
+            self.device.fileno(), union.nodes, self.handles, union.files.opener, self.opened, self.closed,
+            flags=2, small=100_000,
+        )  # fmt: skip
+        self.answers = Answers(
+            self.device.fileno(), union.nodes, union, opens, acl=False, enosys=(),
+            refused=lambda answer, code: self.refused.append((answer, code)),
+        )  # fmt: skip
+
+    def opened(self, handle: Handle) -> tuple[int, int]:
+        """A large file is opened in passthrough, with 7 as its backing id."""
+        use = handle.node.in_use()
+        use.passes_through(7, of_upper=False)
+        use.opened(handle)
+        self.registered.append(handle)
+        return 128, 7
+
+    def closed(self, backing_id: int) -> None:
+        assert backing_id == 7
+        self.registered.clear()
+
+    def ask(self, opcode: Opcode, nodeid: int, body: bytes = b"") -> bytes | None:
+        """The answer's bytes; b"" if there is none, None if Python must handle the request."""
+        if not self.answers.take(message(opcode, nodeid, body)):
+            return None
+        try:
+            return self.kernel.recv(1 << 16)
+        except BlockingIOError:
+            return b""
+
+    def close(self) -> None:
+        self.kernel.close()
+        self.device.close()
+
+
+@pytest.fixture
+def mount(tmp_path: Path, open_union: OpenUnion) -> Iterator[Mount]:
+    (tmp_path / "l0/d").mkdir(parents=True)
+    (tmp_path / "l0/d/f").write_text("lower")
+    os.utime(tmp_path / "l0/d/f", ns=(-1_500_000_001, 1_600_000_000_123_456_789))
+    (tmp_path / "l0/link").symlink_to("somewhere/else")
+    mount = Mount(open_union())
+    yield mount
+    mount.close()
+
+
+def entry(union: Union, path: str) -> bytes:
+    node = get(union, path)
+    shown = union.attributes(node)
+    attr = encode.attributes_of(shown.st, shown.ino, shown.nlink, shown.ctime_ns)
+    return b"".join(encode.entry(UNIQUE, node.id, node.generation, FOREVER, FOREVER, attr))
+
+
+def test_lookup(mount: Mount) -> None:
+    answer = mount.ask(Opcode.LOOKUP, 1, b"d\0")
+    assert answer == entry(mount.union, "d")
+    directory = get(mount.union, "d")
+    assert directory.lookups == 1
+    assert mount.ask(Opcode.LOOKUP, directory.id, b"f\0") == entry(mount.union, "d/f")
+    assert mount.ask(Opcode.LOOKUP, 1, b"absent\0") == b"".join(encode.negative_entry(UNIQUE, FOREVER))
+    assert mount.answers.counts() == {1: 3}
+
+
+@pytest.mark.parametrize(
+    ("nodeid", "name", "code"),
+    [(99, b"f", errno.ESTALE), (1, b"n" * 256, errno.ENAMETOOLONG)],
+)
+def test_lookup_fails(mount: Mount, nodeid: int, name: bytes, code: int) -> None:
+    assert mount.ask(Opcode.LOOKUP, nodeid, name + b"\0") == b"".join(encode.error(UNIQUE, code))
+
+
+def test_lookup_in_a_file_and_in_a_removed_directory(mount: Mount) -> None:
+    file = get(mount.union, "d/f")
+    assert mount.ask(Opcode.LOOKUP, file.id, b"x\0") == b"".join(encode.error(UNIQUE, errno.ESTALE))
+    changes = Changes(mount.union)
+    made, _ = changes.mkdir(mount.union.nodes.root, b"made", 0o700, ME)
+    made.looked_up()
+    changes.rmdir(mount.union.nodes.root, b"made")
+    assert mount.ask(Opcode.LOOKUP, made.id, b"x\0") == b"".join(encode.error(UNIQUE, errno.ENOENT))
+
+
+def test_getattr(mount: Mount) -> None:
+    node = get(mount.union, "d/f")
+    shown = mount.union.attributes(node)
+    attr = encode.attributes_of(shown.st, shown.ino, shown.nlink, shown.ctime_ns)
+    assert mount.ask(Opcode.GETATTR, node.id, bytes(16)) == b"".join(encode.attr(UNIQUE, FOREVER, attr))
+    assert shown.packed() == attr
+    assert mount.ask(Opcode.GETATTR, 99, bytes(16)) == b"".join(encode.error(UNIQUE, errno.ESTALE))
+
+
+def test_getattr_by_the_id_of_a_superseded_node(mount: Mount) -> None:
+    old = get(mount.union, "d/f")
+    old.looked_up()
+    mount.union.nodes.supersede(old)
+    answer = mount.ask(Opcode.GETATTR, old.id, bytes(16))
+    assert answer is not None
+    assert struct.unpack_from("=QI", answer, 16) == (0, 0)
+
+
+def test_readlink(mount: Mount) -> None:
+    node = get(mount.union, "link")
+    assert mount.ask(Opcode.READLINK, node.id) == b"".join(encode.data(UNIQUE, b"somewhere/else"))
+    file = get(mount.union, "d")
+    assert mount.ask(Opcode.READLINK, file.id) == b"".join(encode.error(UNIQUE, errno.EINVAL))
+
+
+def test_names_of_xattrs_that_are_known_to_be_missing(mount: Mount) -> None:
+    node = get(mount.union, "d/f")
+    ask = b"\0" * 8 + b"security.capability\0"
+    assert mount.ask(Opcode.GETXATTR, node.id, ask) is None
+    node.note_capability(none=True)
+    assert mount.ask(Opcode.GETXATTR, node.id, ask) == b"".join(encode.error(UNIQUE, errno.ENODATA))
+    acl = b"\0" * 8 + b"system.posix_acl_access\0"
+    assert mount.ask(Opcode.GETXATTR, node.id, acl) == b"".join(encode.error(UNIQUE, errno.EOPNOTSUPP))
+    assert mount.ask(Opcode.GETXATTR, node.id, b"\0" * 8 + b"security.capability2\0") is None
+    assert mount.ask(Opcode.GETXATTR, node.id, b"\0" * 8 + b"user.x\0") is None
+
+
+def test_forget(mount: Mount) -> None:
+    before = len(mount.union.nodes)
+    mount.ask(Opcode.LOOKUP, 1, b"link\0")
+    link = get(mount.union, "link")
+    mount.ask(Opcode.LOOKUP, 1, b"link\0")
+    assert mount.ask(Opcode.FORGET, link.id, struct.pack("=Q", 1)) == b""
+    assert mount.union.nodes.get(link.id) is link
+    forgets = struct.pack("=IIQQQQ", 2, 0, 99, 1, link.id, 1)
+    assert mount.ask(Opcode.BATCH_FORGET, 0, forgets) == b""
+    assert mount.union.nodes.get(link.id) is None
+    assert len(mount.union.nodes) == before
+
+
+def test_a_count_that_is_too_large(mount: Mount) -> None:
+    mount.ask(Opcode.LOOKUP, 1, b"link\0")
+    link = get(mount.union, "link")
+    assert mount.ask(Opcode.BATCH_FORGET, 0, struct.pack("=IIQQ", 2**32 - 1, 0, link.id, 1)) == b""
+    assert mount.union.nodes.get(link.id) is None
+
+
+def test_an_answer_that_the_kernel_refuses(mount: Mount) -> None:
+    mount.device.shutdown(socket.SHUT_WR)
+    mount.ask(Opcode.GETATTR, 1, bytes(16))
+    ((answer, code),) = mount.refused
+    assert (len(answer), code) == (120, errno.EPIPE)
+
+
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=300, deadline=None)
+@given(
+    opcode=st.sampled_from([1, 2, 3, 5, 22, 42, 0, 63, 64, 2**32 - 1]),
+    nodeid=st.sampled_from([0, 1, 2, 2**63, 2**64 - 1]),
+    body=st.binary(max_size=64),
+    lie=st.integers(-3, 3),
+)
+def test_any_bytes(mount: Mount, opcode: int, nodeid: int, body: bytes, lie: int) -> None:
+    """Nothing but an answer, or a request for Python, comes of them."""
+    size = 40 + len(body) + (lie if lie == 3 else 0)
+    given = struct.pack("=IIQQIIIHH", size, opcode, UNIQUE, nodeid, 0, 0, 1, 0, 0) + body
+    mount.answers.take(given[: len(given) + min(lie, 0)])
+    try:
+        answer = mount.kernel.recv(1 << 16)
+    except BlockingIOError:
+        return
+    assert struct.unpack_from("=I4xQ", answer) == (len(answer), UNIQUE)
+
+
+# -- opening ----------------------------------------------------------------------------------------------
+
+READ_ONLY = struct.pack("=II", os.O_RDONLY, 0)
+
+
+def looked_up(mount: Mount, path: str) -> Node:
+    """A node that the kernel knows."""
+    node = get(mount.union, path)
+    node.looked_up()
+    return node
+
+
+def released(number: int) -> bytes:
+    return struct.pack("=QIIQ", number, 0, 0, 0)
+
+
+def test_the_first_open_brings_the_data(mount: Mount) -> None:
+    node = looked_up(mount, "d/f")
+    assert mount.ask(Opcode.OPEN, node.id, READ_ONLY) == b"".join(notify.store(node.id, 0, b"lower"))
+    assert mount.kernel.recv(4096) == b"".join(encode.opened(UNIQUE, 1, 2))
+    assert mount.handles.bytes_read == 5
+    assert node.use is not None
+    assert node.use.filled
+    assert mount.ask(Opcode.OPEN, node.id, READ_ONLY) == b"".join(encode.opened(UNIQUE, 2, 2))
+    for number in (1, 2):
+        assert mount.ask(Opcode.RELEASE, node.id, released(number)) == b"".join(encode.ok(UNIQUE))
+    assert (len(mount.handles), node.use.cached, node.use.file) == (0, 0, None)
+
+
+def test_later_opens_need_no_fd(mount: Mount) -> None:
+    node = looked_up(mount, "d/f")
+    mount.ask(Opcode.OPEN, node.id, READ_ONLY)
+    mount.kernel.recv(4096)
+    mount.ask(Opcode.RELEASE, node.id, released(1))
+    before = len(os.listdir("/proc/self/fd"))
+    assert mount.ask(Opcode.OPEN, node.id, READ_ONLY) == b"".join(encode.opened(UNIQUE, 2, 2))
+    handle = mount.handles.get(2)
+    assert handle is not None
+    assert not handle.file.is_open
+    assert len(os.listdir("/proc/self/fd")) == before
+    assert handle.file.read(10, 0) == b"lower"
+    mount.ask(Opcode.RELEASE, node.id, released(2))
+    assert len(os.listdir("/proc/self/fd")) == before
+
+
+def test_a_large_file(mount: Mount, tmp_path: Path) -> None:
+    (tmp_path / "l0/large").write_bytes(bytes(100_001))
+    node = looked_up(mount, "large")
+    assert mount.ask(Opcode.OPEN, node.id, READ_ONLY) == b"".join(encode.opened(UNIQUE, 1, 128, 7))
+    assert len(mount.registered) == 1
+    assert mount.ask(Opcode.OPEN, node.id, READ_ONLY) is None  # with a backing file Python decides
+    assert mount.ask(Opcode.RELEASE, node.id, released(1)) == b"".join(encode.ok(UNIQUE))
+    assert mount.registered == []
+
+
+def test_what_python_opens(mount: Mount, tmp_path: Path) -> None:
+    node = looked_up(mount, "d/f")
+    for flags in (os.O_WRONLY, os.O_RDWR, os.O_RDONLY | os.O_TRUNC):
+        assert mount.ask(Opcode.OPEN, node.id, struct.pack("=II", flags, 0)) is None
+    assert mount.ask(Opcode.OPEN, looked_up(mount, "d").id, READ_ONLY) is None
+    assert mount.ask(Opcode.OPEN, 99, READ_ONLY) is None
+    assert mount.ask(Opcode.RELEASE, node.id, released(9)) is None
+    (tmp_path / "l0/meta").write_text("x")
+    os.setxattr(tmp_path / "l0/meta", "user.overlay.metacopy", b"")
+    assert mount.ask(Opcode.OPEN, looked_up(mount, "meta").id, READ_ONLY) is None
+    replaced = looked_up(mount, "d/f")
+    (tmp_path / "l0/other").write_text("other")
+    (tmp_path / "l0/other").rename(tmp_path / "l0/d/f")
+    assert mount.ask(Opcode.OPEN, replaced.id, READ_ONLY) is None
+
+
+def test_an_open_that_cannot_be_registered(mount: Mount, tmp_path: Path) -> None:
+    (tmp_path / "l0/large").write_bytes(bytes(100_001))
+    node = looked_up(mount, "large")
+
+    def refuse(handle: Handle) -> tuple[int, int]:
+        raise OSError(errno.EFAULT, "")
+
+    fd, union = mount.device.fileno(), mount.union
+    opens = Opens(fd, union.nodes, mount.handles, union.files.opener, refuse, mount.closed, flags=2, small=0)
+    mount.answers = Answers(fd, union.nodes, union, opens, acl=False, enosys=(), refused=print)
+    before = len(os.listdir("/proc/self/fd"))
+    assert mount.ask(Opcode.OPEN, node.id, READ_ONLY) == b"".join(encode.error(UNIQUE, errno.EFAULT))
+    assert len(mount.handles) == 0
+    assert len(os.listdir("/proc/self/fd")) == before
+
+
+# -- the loop ---------------------------------------------------------------------------------------------
+
+
+def test_what_a_channel_returns(mount: Mount) -> None:
+    """A request for Python, after those before it were answered; then nothing to do."""
+    buffer = bytearray(4096)
+    channel = Channel(mount.device.fileno(), mount.answers, lambda: False)
+    channel.read_into(buffer)
+    assert channel.next() == FAIR
+    channel.rested()
+    asked = message(Opcode.STATFS, 1, b"")
+    for one in (message(Opcode.GETATTR, 1, bytes(16)), asked, message(Opcode.LOOKUP, 1, b"d\0")):
+        mount.kernel.send(one)
+    found = FAIR
+    while found == FAIR:
+        found = channel.next()
+        channel.rested()
+    assert bytes(buffer[:found]) == asked
+    assert len(mount.kernel.recv(4096)) == 120
+    while (found := channel.next()) == FAIR:
+        channel.rested()
+    assert found == WAIT
+    assert mount.kernel.recv(4096) == entry(mount.union, "d")
+    assert names(mount.union) == {b"d", b"link"}
+
+
+def test_a_measured_request_is_returned(mount: Mount) -> None:
+    channel = Channel(mount.device.fileno(), mount.answers, lambda: True)
+    buffer = bytearray(4096)
+    channel.read_into(buffer)
+    mount.kernel.send(message(Opcode.GETATTR, 1, bytes(16)))
+    while (size := channel.next()) == FAIR:
+        channel.rested()
+    assert size == 56
+    assert channel.answer(size)
+    assert len(mount.kernel.recv(4096)) == 120
+
+
+def test_how_long_it_polls(mount: Mount) -> None:
+    """Longer if the next request arrives soon, and shorter if it arrives late."""
+    channel = Channel(mount.device.fileno(), mount.answers, lambda: False)
+    channel.read_into(bytearray(4096))
+    shortest = channel.polls_ns
+    longest = 0
+    for _ in range(100):
+        channel.rested()
+        if channel.next() == WAIT:
+            channel.waited()
+        longest = max(longest, channel.polls_ns)
+    assert longest > 4 * shortest
+    for _ in range(20):
+        channel.rested()
+        if channel.next() == WAIT:
+            threading.Event().wait(0.001)
+            channel.waited()
+    assert channel.polls_ns == shortest
+
+
+def test_the_error_of_a_device(mount: Mount) -> None:
+    channel = Channel(-1, mount.answers, lambda: False)
+    channel.read_into(bytearray(4096))
+    channel.rested()
+    with pytest.raises(OSError, match="cannot be read") as raised:
+        channel.next()
+    assert raised.value.errno == errno.EBADF

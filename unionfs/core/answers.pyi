@@ -1,0 +1,26 @@
+from collections.abc import Callable, Iterable
+
+from typing_extensions import Buffer
+
+from unionfs.core.node import Node
+from unionfs.core.nodes import NodeTable
+from unionfs.core.objects import Objects
+from unionfs.core.opens import Opens
+
+def valid(node: Node, lasting: bool) -> tuple[int, int]: ...
+def missing_xattr(node: Node, name: bytes, acl: bool) -> int: ...
+
+class Answers:
+    def __init__(
+        self,
+        fd: int,
+        nodes: NodeTable,
+        objects: Objects,
+        opens: Opens,
+        *,
+        acl: bool,
+        enosys: Iterable[int],
+        refused: Callable[[bytes, int], object],
+    ) -> None: ...
+    def counts(self) -> dict[int, int]: ...
+    def take(self, message: Buffer) -> bool: ...

@@ -1,0 +1,264 @@
+"""Requests that need no decision: answered from the bytes of the request to those of the answer.
+
+    LOOKUP, GETATTR, READLINK     by the tables of nodes and the merge
+    FORGET, BATCH_FORGET          no answer
+    OPEN, RELEASE                 of files that are only read; see `opens`
+    GETXATTR                      only names that are known to be missing; others need Python
+
+All other requests are handled by Python; see `fuse.direct`. A message that does not have the form that the
+protocol prescribes is left to Python too, which reports it.
+"""
+
+from libc.errno cimport EINVAL, EIO, ENODATA, ENOENT, EOPNOTSUPP, ESTALE
+from libc.errno cimport errno as c_errno
+from libc.stdint cimport int64_t, uint32_t
+from libc.string cimport memchr, memcmp, memset, strlen
+from posix.unistd cimport write
+
+from unionfs.core.lookup cimport look_up
+from unionfs.core.node cimport Territory
+from unionfs.core.stats cimport failure
+from unionfs.core.wire cimport (
+    FUSE_BATCH_FORGET, FUSE_FORGET, FUSE_GETATTR, FUSE_GETXATTR, FUSE_LOOKUP, FUSE_OPEN, FUSE_READLINK, FUSE_RELEASE, attr_answer,
+    entry_answer, fuse_attr, fuse_batch_forget_in, fuse_forget_one, fuse_out_header, open_answer,
+)
+
+cdef extern from "<errno.h>" nogil:
+    int ENODEV, ENOTCONN, ECONNABORTED
+
+cdef enum:
+    GETATTR_IN = 16
+    GETXATTR_IN = 8
+    MAX_ERRNO = 511
+    TARGET_MAX = 4096
+
+#: 136 years: converted, it fits the kernel's clock on every machine (fs/fuse/dir.c, time_to_jiffies).
+cdef uint64_t FOREVER = <uint64_t>1 << 32
+cdef uint32_t WHILE_WRITING_NS = 20_000_000
+cdef const char *CAPABILITY = b"security.capability"
+cdef const char *ACL = b"system.posix_acl_"
+
+
+cdef validity valid_for(Node node, bint lasting) noexcept:
+    """How long a node's attributes are valid.
+
+    The kernel sends no request for a write through a backing file, but invalidates the attributes itself. A
+    store through a mapping is not reported at all: so attributes are valid for some milliseconds while such a
+    file is open for writing (enough for the fstat after an open), and for a second afterwards, as a mapping
+    outlives the close.
+    """
+    cdef validity found
+    found.seconds = found.nanoseconds = 0
+    if lasting:
+        if node.use is None or not node.use.written:
+            found.seconds = FOREVER
+        elif node.use.writers:
+            found.nanoseconds = WHILE_WRITING_NS
+        else:
+            found.seconds = 1
+    return found
+
+
+def valid(Node node not None, bint lasting):
+    """How long a node's attributes are valid: seconds and nanoseconds. ``lasting``: see `Attributes`."""
+    found = valid_for(node, lasting)
+    return found.seconds, found.nanoseconds
+
+
+cdef void fill_entry(fuse_entry_out *out, Attributes found) noexcept:
+    """fuse_entry_out of a node, whose lookups the caller counts."""
+    cdef Node node = found.node
+    cdef validity attributes = valid_for(node, found.lasting)
+    out.nodeid = node.id
+    out.generation = node.generation
+    out.entry_valid = FOREVER if node.territory.lasting else 0
+    out.entry_valid_nsec = 0
+    out.attr_valid, out.attr_valid_nsec = attributes.seconds, attributes.nanoseconds
+    found.fill(&out.attr)
+
+
+cpdef int missing_xattr(Node node, const char *name, bint acl) noexcept:
+    """The errno of GETXATTR for a name that is known to be missing, else 0. ``acl``: whether the layers have
+    POSIX ACLs."""
+    if not acl and memcmp_prefix(name, ACL):
+        return EOPNOTSUPP
+    if node.no_capability and strlen(name) == strlen(CAPABILITY) and memcmp_prefix(name, CAPABILITY):
+        return ENODATA
+    return 0
+
+
+cdef bint memcmp_prefix(const char *name, const char *prefix) noexcept:
+    return strlen(name) >= strlen(prefix) and memcmp(name, prefix, strlen(prefix)) == 0
+
+
+cdef class Answers:
+    """Answers requests of one mount."""
+
+    def __init__(
+        self, int fd, NodeTable nodes not None, Objects objects not None, Opens opens not None, *, bint acl,
+        enosys, refused
+    ):
+        """``fd``: the device. ``enosys``: opcodes that the kernel is not to use. ``refused`` is called with the bytes of an answer that the kernel did not
+        accept, and the errno."""
+        self.fd, self.nodes, self.objects, self.opens = fd, nodes, objects, opens
+        self.acl, self.refused = acl, refused
+        for number in enosys:
+            self.left[number] = True
+
+    def counts(self):
+        """The number of requests answered here, by opcode."""
+        cdef Py_ssize_t number
+        return {number: self.counted[number] for number in range(OPCODES) if self.counted[number]}
+
+    def take(self, const unsigned char[::1] message not None):
+        """Answer the request in ``message``; returns False if Python must. For tests and measurements."""
+        return bool(self.answer(<const char *>&message[0], message.shape[0])) if message.shape[0] else False
+
+    cdef int answer(self, const char *message, size_t size) except -1:
+        """1: answered, 0: Python must. Raises only what is no ``OSError``."""
+        cdef const fuse_in_header *header = <const fuse_in_header *>message
+        if size < sizeof(fuse_in_header) or header.length != size:
+            return 0
+        if header.opcode >= OPCODES or self.left[header.opcode]:
+            return 0
+        try:
+            return self.begin(header, message + sizeof(fuse_in_header), size - sizeof(fuse_in_header))
+        except OSError as error:
+            self.fail(header, error.errno or EIO)
+            return 1
+
+    cdef int begin(self, const fuse_in_header *header, const char *body, size_t size) except -1:
+        cdef uint32_t number = header.opcode
+        cdef int done
+        if number == FUSE_LOOKUP:
+            done = self.lookup(header, body, size)
+        elif number == FUSE_GETATTR:
+            done = self.getattr(header, size)
+        elif number == FUSE_OPEN or number == FUSE_RELEASE:
+            done = self.open_or_release(header, body, size)
+        elif number == FUSE_GETXATTR:
+            done = self.getxattr(header, body, size)
+        elif number == FUSE_READLINK:
+            done = self.readlink(header)
+        elif number == FUSE_FORGET or number == FUSE_BATCH_FORGET:
+            self.forget(header, body, size)
+            done = 1
+        else:
+            return 0
+        self.counted[number] += done
+        return done
+
+    cdef int lookup(self, const fuse_in_header *header, const char *body, size_t size) except -1:
+        cdef entry_answer out
+        cdef Attributes found
+        cdef Node parent
+        if size < 2 or body[size - 1] or memchr(body, 0, size) != body + size - 1 or memchr(body, b"/", size):
+            return 0
+        parent = self.nodes.found(header.nodeid)
+        if parent is None or parent.children is None:
+            raise failure(ESTALE)
+        if parent.unlinked:
+            raise failure(ENOENT)
+        found = look_up(parent, body[:size - 1], 0)
+        if found is None:
+            memset(&out, 0, sizeof(out))
+            out.body.entry_valid = FOREVER if parent.territory.lasting else 0
+        else:
+            found.node.lookups += 1
+            fill_entry(&out.body, found)
+        out.header.length, out.header.error, out.header.unique = sizeof(out), 0, header.unique
+        self.send(&out, sizeof(out))
+        return 1
+
+    cdef int getattr(self, const fuse_in_header *header, size_t size) except -1:
+        cdef attr_answer out
+        cdef validity lasts
+        cdef Attributes found
+        cdef Node node
+        if size < GETATTR_IN:
+            return 0
+        node = self.nodes.found(header.nodeid)
+        if node is None:
+            raise failure(ESTALE)
+        found = self.objects.attributes(node)
+        # Notices about changes of the node that superseded this one contain the new id.
+        lasts = valid_for(node, found.lasting and node.id == header.nodeid)
+        out.body.attr_valid, out.body.attr_valid_nsec, out.body.dummy = lasts.seconds, lasts.nanoseconds, 0
+        found.fill(&out.body.attr)
+        out.header.length, out.header.error, out.header.unique = sizeof(out), 0, header.unique
+        self.send(&out, sizeof(out))
+        return 1
+
+    cdef int open_or_release(self, const fuse_in_header *header, const char *body, size_t size) except -1:
+        cdef open_answer out
+        cdef int length
+        if header.opcode == FUSE_OPEN:
+            length = self.opens.open(header, body, size, &out)
+        else:
+            length = self.opens.release(header, body, size, &out)
+        if length:
+            out.header.unique = header.unique
+            self.send(&out, length)
+        return length != 0
+
+    cdef int readlink(self, const fuse_in_header *header) except -1:
+        cdef Node node = self.nodes.found(header.nodeid)
+        cdef fuse_out_header out
+        if node is None:
+            raise failure(ESTALE)
+        if node.place is None and node.held < 0:
+            raise failure(EINVAL)
+        target = self.objects.readlink(node)
+        out.length, out.error, out.unique = sizeof(out) + len(target), 0, header.unique
+        answer = (<char *>&out)[:sizeof(out)] + target
+        self.send(<char *>answer, len(answer))
+        return 1
+
+    cdef int getxattr(self, const fuse_in_header *header, const char *body, size_t size) except -1:
+        cdef Node node
+        cdef int code
+        if size < GETXATTR_IN + 2 or body[size - 1] or strlen(body + GETXATTR_IN) != size - GETXATTR_IN - 1:
+            return 0
+        node = self.nodes.found(header.nodeid)
+        if node is None:
+            return 0
+        code = missing_xattr(node, body + GETXATTR_IN, self.acl)
+        if not code:
+            return 0
+        self.fail(header, code)
+        return 1
+
+    cdef void forget(self, const fuse_in_header *header, const char *body, size_t size):
+        cdef const fuse_forget_one *one
+        cdef size_t index, count = 1
+        cdef Node node
+        if header.opcode == FUSE_FORGET:
+            if size >= sizeof(uint64_t):
+                node = self.nodes.by_id.get(header.nodeid)
+                if node is not None:
+                    self.nodes.subtract(node, (<const int64_t *>body)[0])
+            return
+        if size < sizeof(fuse_batch_forget_in):
+            return
+        count = (<const fuse_batch_forget_in *>body).count
+        one = <const fuse_forget_one *>(body + sizeof(fuse_batch_forget_in))
+        for index in range(min(count, (size - sizeof(fuse_batch_forget_in)) // sizeof(fuse_forget_one))):
+            node = self.nodes.by_id.get(one[index].nodeid)
+            if node is not None:
+                self.nodes.subtract(node, <int64_t>one[index].nlookup)
+
+    # -- answers --------------------------------------------------------------------------------------
+
+    cdef void fail(self, const fuse_in_header *header, int code):
+        """An error; one that the kernel would refuse becomes EIO. FORGET gets no answer."""
+        cdef fuse_out_header out
+        if header.opcode == FUSE_FORGET or header.opcode == FUSE_BATCH_FORGET:
+            return
+        out.length, out.unique = sizeof(out), header.unique
+        out.error = -code if 0 < code <= MAX_ERRNO else -EIO
+        self.send(&out, sizeof(out))
+
+    cdef void send(self, void *answer, size_t size):
+        """Send an answer; drops it if the caller is gone."""
+        if write(self.fd, answer, size) < 0 and c_errno not in (ENOENT, ENODEV, ENOTCONN, ECONNABORTED):
+            self.refused((<char *>answer)[:size], c_errno)

@@ -1,0 +1,18 @@
+# Names of the merged layers.
+
+from unionfs.core.node cimport Attributes, Node, Territory
+from unionfs.core.nodes cimport NodeTable
+from unionfs.core.objects cimport Objects
+from unionfs.core.search cimport Search
+from unionfs.core.stats cimport stat_t
+
+cdef class Names(Territory):
+    cdef readonly Objects objects
+    cdef readonly NodeTable nodes
+    cdef readonly Search merge
+    cdef Py_ssize_t lowest
+
+    cdef Attributes find(self, Node parent, bytes name, Py_ssize_t first)
+    cdef bint may_lack_data(self, const stat_t *st, Node node) noexcept
+
+cdef Attributes look_up(Node parent, bytes name, Py_ssize_t first)

@@ -1,0 +1,114 @@
+"""The loop on /dev/fuse: reads requests and answers those that need no decision, between two turns of others.
+
+- Waking up costs far more than answering, so when no request is pending it polls for a short time; how soon
+  the next one came determines how long.
+- Neither reading nor polling lets other tasks run, so `Channel.next` returns every two milliseconds.
+- The interpreter lock is released while it polls.
+"""
+
+from libc.errno cimport EAGAIN, EINTR, ENOENT
+from libc.errno cimport errno as c_errno
+from libc.stdint cimport int64_t
+from posix.time cimport CLOCK_MONOTONIC, clock_gettime, timespec
+from posix.unistd cimport read
+
+from unionfs.core.answers cimport Answers
+
+#: What `Channel.next` returns besides the size of a request: wait until the device is readable; let others run.
+WAIT = 0
+FAIR = -1
+
+cdef enum:
+    C_WAIT = 0
+    C_FAIR = -1
+    FAIR_NS = 2_000_000
+    MAX_SPIN_NS = 100_000
+    MIN_SPIN_NS = 5_000
+
+
+cdef int64_t clock() noexcept nogil:
+    cdef timespec time
+    clock_gettime(CLOCK_MONOTONIC, &time)
+    return <int64_t>time.tv_sec * 1_000_000_000 + time.tv_nsec
+
+
+cdef class Channel:
+    """The device of one mount, from which requests are read one at a time."""
+
+    cdef int fd
+    cdef Answers answers
+    cdef object watched, buffer
+    cdef unsigned char[::1] view
+    cdef int64_t fair_until, spin, waiting_since
+
+    def __init__(self, int fd, Answers answers not None, watched):
+        """``watched``: whether requests are measured, so that `next` returns all of them."""
+        self.fd, self.answers, self.watched = fd, answers, watched
+        self.spin = MIN_SPIN_NS
+
+    @property
+    def polls_ns(self):
+        """How long it polls now, in nanoseconds."""
+        return self.spin
+
+    def read_into(self, buffer not None):
+        """Read requests into a buffer from now on. One must fit the largest request."""
+        self.view = buffer
+        self.buffer = buffer
+
+    def answer(self, Py_ssize_t size):
+        """Answer the request in the buffer; returns False if Python must."""
+        return bool(self.answers.answer(<const char *>&self.view[0], size))
+
+    def rested(self):
+        """Others ran."""
+        self.fair_until = clock() + FAIR_NS
+
+    def waited(self):
+        """The device is readable, after `next` returned WAIT."""
+        # Whether the request would have arrived during a longer poll.
+        if clock() - self.waiting_since < MAX_SPIN_NS:
+            self.spin = min(self.spin * 2, MAX_SPIN_NS)
+        else:
+            self.spin = max(self.spin // 2, MIN_SPIN_NS)
+        self.rested()
+
+    def next(self):
+        """Answer requests until Python must do something: the size of a request in the buffer, WAIT or FAIR.
+
+        Raises ``OSError`` of read(2): see fs/fuse/dev.c, fuse_dev_do_read.
+        """
+        cdef ssize_t size
+        cdef int64_t spin_end = 0, now = clock()
+        cdef char *buffer = <char *>&self.view[0]
+        cdef size_t room = self.view.shape[0]
+        while True:
+            if now > self.fair_until:
+                return C_FAIR
+            size = read(self.fd, buffer, room)
+            if size < 0 and c_errno == EAGAIN:
+                now = clock()
+                spin_end = min(now + self.spin, self.fair_until)
+                with nogil:
+                    size = self.polled(buffer, room, spin_end)
+                if size < 0 and c_errno == EAGAIN:
+                    now = clock()
+                    if now >= self.fair_until:
+                        return C_FAIR
+                    self.waiting_since = now
+                    return C_WAIT
+            if size < 0:
+                if c_errno == ENOENT or c_errno == EINTR:
+                    now = clock()
+                    continue  # the request was cancelled during the read
+                raise OSError(c_errno, "the device cannot be read")
+            if self.watched() or not self.answers.answer(buffer, size):
+                return size
+            now = clock()
+
+    cdef ssize_t polled(self, char *buffer, size_t room, int64_t until) noexcept nogil:
+        cdef ssize_t size
+        while True:
+            size = read(self.fd, buffer, room)
+            if size >= 0 or c_errno != EAGAIN or clock() >= until:
+                return size

@@ -1,0 +1,31 @@
+# Opening lower files to read, and the table of open files.
+
+from libc.stdint cimport int64_t, uint32_t, uint64_t
+
+from unionfs.core.files cimport Handle, OpenFile, Use
+from unionfs.core.node cimport Node
+from unionfs.core.nodes cimport NodeTable
+from unionfs.core.places cimport Gate
+
+cdef class Handles:
+    cdef NodeTable nodes
+    cdef dict by_number
+    cdef uint64_t last
+    cdef public uint64_t bytes_read
+
+    cdef uint64_t add(self, Node node, OpenFile file, who, bint writes)
+    cdef Handle remove(self, uint64_t number)
+
+cdef class Opener:
+    cdef Gate gate
+    cdef bytes metacopy
+    cdef bint remembers, unread
+    cdef object open
+
+    cpdef OpenFile open_plain(self, Node node)
+    cdef bint look_at_xattrs(self, Node node, OpenFile file)
+    cdef OpenFile lend(self, Node node, Use use)
+    cpdef OpenFile lend_unread(self, Node node, Use use)
+
+cdef bint is_plain(Node node) noexcept
+cpdef take_back(Node node, OpenFile file)

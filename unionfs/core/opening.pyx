@@ -1,0 +1,167 @@
+"""Opening lower files to read, and the table of open files."""
+
+import os
+
+from libc.errno cimport EPERM
+from libc.errno cimport errno as c_errno
+from libc.string cimport strcmp, strlen
+from posix.fcntl cimport O_NONBLOCK
+from posix.unistd cimport close
+
+from unionfs.core.files cimport UnreadFile
+from unionfs.core.lookup cimport Names
+from unionfs.core.stats cimport O_CLOEXEC, O_NOFOLLOW, O_RDONLY, S_IFMT, S_IFREG, fstat, openat
+
+cdef extern from "<fcntl.h>" nogil:
+    int O_NOATIME, O_NOCTTY
+
+cdef extern from "<sys/xattr.h>" nogil:
+    ssize_t flistxattr(int fd, char *names, size_t size)
+
+cdef enum:
+    NAMES_SIZE = 4096
+
+cdef const char *CAPABILITY = b"security.capability"
+
+
+cdef class Handles:
+    """The open files of one mount, by number (file handle)."""
+
+    # bytes_read: from them for answers, excluding the page cache and passthrough.
+
+    def __init__(self, NodeTable nodes not None):
+        self.nodes, self.by_number = nodes, {}
+
+    def __len__(self):
+        return len(self.by_number)
+
+    def get(self, uint64_t number):
+        """The open file with that number, or None."""
+        return self.by_number.get(number)
+
+    @property
+    def next(self):
+        """The number of the next one."""
+        return self.last + 1
+
+    def register(self, Node node not None, OpenFile file not None, who, *, bint writes):
+        """Record an open of a node; returns its number. ``who``: the process that opened it, if known."""
+        return self.add(node, file, who, writes)
+
+    cdef uint64_t add(self, Node node, OpenFile file, who, bint writes):
+        cdef Handle handle = Handle.__new__(Handle)
+        handle.file, handle.who, handle.node, handle.writes = file, who, node, writes
+        node.use.handles.append(handle)
+        self.last += 1
+        self.by_number[self.last] = handle
+        return self.last
+
+    def release(self, uint64_t number):
+        """Close an open file. Raises KeyError."""
+        handle = self.remove(number)
+        if handle is None:
+            raise KeyError(number)
+        return handle
+
+    cdef Handle remove(self, uint64_t number):
+        cdef Handle handle = self.by_number.pop(number, None)
+        cdef Node node
+        if handle is not None:
+            node = handle.node
+            node.use.handles.remove(handle)
+            take_back(node, handle.file)
+            self.nodes.subtract(node, 0)
+        return handle
+
+
+cpdef take_back(Node node, OpenFile file):
+    """End one loan of a node's backing file; the last one closes it. Raises ``OSError``."""
+    cdef Use use = node.use
+    if file.users == 1 and use is not None and use.file is file:
+        use.file = None
+    file.release()
+
+
+cdef bint is_plain(Node node) noexcept:
+    """Whether a node is a regular file of a lower under its own name, and with its own attributes."""
+    return (
+        node.kind == S_IFREG and node.place is not None and not node.place.layer.in_place
+        and node.lower_data is None and node.held < 0 and node.entry is None
+        and node.place.layer.permissions is None and isinstance(node.territory, Names)
+    )
+
+
+cdef class Opener:
+    """Opens files of lowers to read, in the plain case; see `is_plain`."""
+
+    def __init__(self, Gate gate not None, bytes metacopy not None, open, *, bint remembers, bint unread):
+        """``metacopy``: the name of that xattr. ``open`` opens any node's file, an `OpenFile`.
+        ``remembers`` which files have no capabilities; ``unread``: see `UnreadFile`."""
+        self.gate, self.metacopy, self.open = gate, metacopy, open
+        self.remembers, self.unread = remembers, unread
+
+    cdef OpenFile lend(self, Node node, Use use):
+        """The backing file of a plain node; None if it is not plain, or cannot be opened."""
+        if use.file is not None and use.file.users and use.file.readable:
+            use.file.users += 1
+            return use.file
+        file = self.open_plain(node)
+        if file is not None:
+            use.file = file
+        return file
+
+    cpdef OpenFile lend_unread(self, Node node, Use use):
+        """The same for a file whose data the kernel may have cached completely."""
+        cdef UnreadFile file
+        if not self.unread or (use.file is not None and use.file.users and use.file.readable):
+            return self.lend(node, use)
+        file = UnreadFile.__new__(UnreadFile)
+        file.number, file.readable, file.users = -1, True, 1
+        file.waits = not node.place.layer.memory
+        file.open, file.node = self.open, node
+        use.file = file
+        return file
+
+    cpdef OpenFile open_plain(self, Node node):
+        """Open the file of a plain node, and look at its xattrs; None if it is not plain, has its data
+        elsewhere, or cannot be opened."""
+        cdef OpenFile file
+        cdef int flags = O_RDONLY | O_NOFOLLOW | O_NONBLOCK | O_CLOEXEC | O_NOCTTY, dir_fd, fd
+        if not is_plain(node):
+            return None
+        dir_fd = self.gate.fd(node.place)
+        fd = openat(dir_fd, node.name, flags | (O_NOATIME if node.place.layer.quiet else 0))
+        if fd < 0 and c_errno == EPERM and node.place.layer.quiet:
+            fd = openat(dir_fd, node.name, flags)
+        if fd < 0:
+            return None
+        file = OpenFile.__new__(OpenFile)
+        file.number, file.users, file.readable, file.has_stat = fd, 1, True, True
+        file.waits = not node.place.layer.memory
+        if (
+            fstat(fd, &file.stat) != 0 or file.stat.st_mode & S_IFMT != S_IFREG
+            or (node.key and node.place.layer.key_of(&file.stat) != node.key)
+            or not self.look_at_xattrs(node, file)
+        ):
+            close(fd)
+            return None
+        return file
+
+    cdef bint look_at_xattrs(self, Node node, OpenFile file):
+        """Record the names of all xattrs; returns False if there are too many, or the data is elsewhere."""
+        cdef char names[NAMES_SIZE]
+        cdef char *name = names
+        cdef ssize_t size = flistxattr(file.number, names, NAMES_SIZE)
+        cdef bint capable = False
+        if size < 0 or (size and names[size - 1]):
+            return False
+        found = []
+        while name < names + size:
+            if strcmp(name, self.metacopy) == 0:
+                return False
+            capable = capable or strcmp(name, CAPABILITY) == 0
+            found.append(os.fsdecode(<bytes>name))
+            name += strlen(name) + 1
+        file.xattrs = found
+        node.no_capability = self.remembers and not capable
+        return True

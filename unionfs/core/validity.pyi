@@ -1,3 +1,0 @@
-from unionfs.core.node import Attributes, Node
-
-def validity(node: Node, attributes: Attributes) -> tuple[int, int]: ...

@@ -1,0 +1,93 @@
+# Structures of the hot requests; include/uapi/linux/fuse.h, protocol 7.45. `fuse.protocol.structs` has all of
+# them, and a test compares the two.
+
+from libc.stdint cimport int32_t, int64_t, uint16_t, uint32_t, uint64_t
+
+from unionfs.core.stats cimport fuse_attr
+
+cdef enum opcode:
+    FUSE_LOOKUP = 1
+    FUSE_FORGET = 2
+    FUSE_GETATTR = 3
+    FUSE_READLINK = 5
+    FUSE_OPEN = 14
+    FUSE_RELEASE = 18
+    FUSE_GETXATTR = 22
+    FUSE_BATCH_FORGET = 42
+
+cdef enum:
+    OPCODES = 64
+    FUSE_NOTIFY_STORE = 4
+    # The largest file in bytes that the kernel receives with its first open.
+    SMALL_FILE = 65536
+
+cdef struct fuse_in_header:
+    uint32_t length
+    uint32_t opcode
+    uint64_t unique
+    uint64_t nodeid
+    uint32_t uid
+    uint32_t gid
+    uint32_t pid
+    uint16_t total_extlen
+    uint16_t padding
+
+cdef struct fuse_out_header:
+    uint32_t length
+    int32_t error
+    uint64_t unique
+
+cdef struct fuse_entry_out:
+    uint64_t nodeid
+    uint64_t generation
+    uint64_t entry_valid
+    uint64_t attr_valid
+    uint32_t entry_valid_nsec
+    uint32_t attr_valid_nsec
+    fuse_attr attr
+
+cdef struct fuse_attr_out:
+    uint64_t attr_valid
+    uint32_t attr_valid_nsec
+    uint32_t dummy
+    fuse_attr attr
+
+cdef struct fuse_forget_one:
+    uint64_t nodeid
+    uint64_t nlookup
+
+cdef struct fuse_batch_forget_in:
+    uint32_t count
+    uint32_t dummy
+
+cdef struct entry_answer:
+    fuse_out_header header
+    fuse_entry_out body
+
+cdef struct attr_answer:
+    fuse_out_header header
+    fuse_attr_out body
+
+cdef struct fuse_open_out:
+    uint64_t fh
+    uint32_t open_flags
+    int32_t backing_id
+
+cdef struct open_answer:
+    fuse_out_header header
+    fuse_open_out body
+
+cdef struct fuse_notify_store_out:
+    uint64_t nodeid
+    uint64_t offset
+    uint32_t size
+    uint32_t padding
+
+cdef struct store_notice:
+    fuse_out_header header
+    fuse_notify_store_out body
+    char data[SMALL_FILE]
+
+cdef struct validity:
+    uint64_t seconds
+    uint32_t nanoseconds
