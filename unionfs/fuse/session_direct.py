@@ -101,7 +101,11 @@ def make_loop(device: Device, splicer: Splicer, operations: Operations, decision
         "kept_open_files": len(operations.union.files),
         "listings_prepared": listings.ahead.begun,
         "prepared_listings_used": listings.ahead.used,
-        "passthrough": {"upper": decision.passthrough_upper, "lower": decision.passthrough_lower},
+        "passthrough": {
+            "upper": decision.passthrough_upper,
+            "lower": decision.passthrough_lower,
+            "lower_programs_only": decision.passthrough_lower and decision.lower_programs_only,
+        },
         "cache": {
             "writeback": writes_back,
             "opens_without_request": Opcode.OPEN in decision.enosys,

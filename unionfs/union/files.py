@@ -175,8 +175,8 @@ class Use:
     """The use of a node: its open files, and the session's agreements with the kernel about them."""
 
     __slots__ = (
-        "backing_id", "cached", "capability", "file", "filled", "handles", "mtime_ns", "of_upper", "through",
-        "tickets", "writebacks", "writers", "written",
+        "backing_id", "cached", "capability", "file", "filled", "handles", "mtime_ns", "of_upper", "resized",
+        "through", "tickets", "writebacks", "writers", "written",
     )  # fmt: skip
 
     def __init__(self) -> None:
@@ -186,11 +186,14 @@ class Use:
         #: Opens whose data goes through the page cache, and opens with a backing file.
         self.cached = 0
         self.through = 0
-        #: Whether the first open put the data into the page cache (or could have, for a large file).
+        #: Whether the first open put the data into the page cache (or could have, for a large file), or it must
+        #: go there for another reason.
         self.filled = False
         #: The backing id, and whether the backing file is the upper's.
         self.backing_id = 0
         self.of_upper = False
+        #: Whether the file was truncated (or extended) by name since the backing file was registered.
+        self.resized = False
         #: Opens for writing with the backing file, and whether there ever was one.
         self.writers = 0
         self.written = False
@@ -214,6 +217,11 @@ class Use:
     def passes_through(self, backing_id: int, *, of_upper: bool) -> None:
         """Record the id under which the kernel knows the backing file."""
         self.backing_id, self.of_upper = backing_id, of_upper
+        self.resized = False
+
+    def resize(self) -> None:
+        """Record a truncation without an open."""
+        self.resized = True
 
     def opened(self, handle: Handle) -> None:
         """Count an open, with the backing file if that is registered."""

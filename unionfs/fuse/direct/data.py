@@ -85,21 +85,17 @@ class DataRequests:
         flags = request.flags
         reads = flags & (os.O_ACCMODE | os.O_TRUNC) == os.O_RDONLY
         if not reads and self._ios.holds_lower(node):
-            node.territory.require_writable()
             # This open fails and may not be retried (/proc/self/fd), so it must not truncate.
+            flags = os.O_RDWR | flags & os.O_APPEND
             if not self._operations.copy_ups.is_running(node):
-                self._union.nodes.supersede(node)
-                self._operations.invalidations.of_node(node)
-                raise stale()
-            flags = os.O_RDWR
+                await self._supersede(node, flags)
         prepared = await self._files.prepare(node, flags)
-        outdated = node.successor is None and self._ios.is_outdated(node)
-        if outdated or node.successor is not None:  # superseded in between
+        try:
+            self._require_current(node, writes=not reads)
+        except OSError:
             if prepared is not None:
                 self._open_files.take_back(node, prepared)
-            if outdated:
-                self._union.nodes.supersede(node)
-            raise stale()
+            raise
         if reads and self._ios.may_have_all(node):
             number = self._files.open_unread(node, request)
         else:
@@ -107,13 +103,39 @@ class DataRequests:
             number = self._files.open(node, request.flags, request, prepared, kills_set_ids=kills)
         handle = self._files[number]
         try:
-            open_flags, backing_id = self._ios.opened(handle)
+            program = False
+            if self._ios.asks_for_program(handle):
+                program = await self._files.is_program(handle.file)
+                self._require_current(node, writes=not reads)
+            open_flags, backing_id = self._ios.opened(handle, program=program)
         except BaseException:
             self._files.release(number)
             raise
         if self._ios.may_fill(handle):
             self._fill(request.nodeid, handle.file)
         return encode.opened(request.unique, number, open_flags, backing_id)
+
+    async def _supersede(self, node: Node, flags: int) -> None:
+        """Continue an open for writing with a new node whose data is in the upper. Raises ESTALE.
+
+        The kernel repeats an open only once, so no reader may hold the lower again before it does.
+        """
+        node.territory.require_writable()
+        new = self._union.nodes.supersede(node)
+        self._ios.awaits_writer(new)
+        self._operations.invalidations.of_node(node)
+        prepared = await self._files.prepare(new, flags)
+        if prepared is not None:
+            self._open_files.take_back(new, prepared)
+        raise stale()
+
+    def _require_current(self, node: Node, *, writes: bool) -> None:
+        """Raise ESTALE for an open that needs a new node, which then exists."""
+        if node.successor is None:
+            if not self._ios.is_outdated(node, writes=writes):
+                return
+            self._union.nodes.supersede(node)
+        raise stale()
 
     def _fill(self, id_: int, file: OpenFile) -> None:
         """Put a small file into the page cache at its first open, which saves the READ.

@@ -5,8 +5,11 @@ Rules (fs/fuse/iomode.c and fs/fuse/passthrough.c of Linux 6.18):
   during an open with one, or an open with another backing id, fails with EIO. So the first open decides, and
   its mode holds until the last close.
 - A node has one backing id, counted; the last close unregisters it.
-- After a copy-up the opens that exist keep the lower's file as their backing file. A new open gets another
-  node: see `NodeTable.supersede`.
+- After a copy-up the opens that exist keep the lower's file as their backing file. New opens for reading join
+  them as long as the copy has the same data (a change of metadata alone): so a program that runs stays
+  ETXTBSY, and locks meet. Any other new open gets another node: see `NodeTable.supersede`.
+- With an upper, hybrid does this only to programs: files that begin as ELF files do. Nobody changes them in
+  place while they are in use, as package managers replace them by rename, and execve(2) denies writing.
 - The kernel sends no request for a write through a backing file, but invalidates the attributes itself. A
   store through a mapping is not reported at all: so attributes are valid for some milliseconds while such a
   file is open for writing (enough for the fstat after an open), and for a second afterwards, as a mapping
@@ -49,22 +52,35 @@ class NodeIos:
             "backing_files_refused": self.refused,
         }
 
-    def is_outdated(self, node: Node) -> bool:
-        """Whether the backing file in use is no longer the node's, so it cannot be opened again."""
+    def is_outdated(self, node: Node, *, writes: bool) -> bool:
+        """Whether the backing file in use is no longer the node's, so an open that ``writes`` (or reads other
+        data) cannot join."""
         use = node.use
-        return use is not None and use.through > 0 and use.of_upper != node.data_in_place
+        if use is None or use.through == 0 or use.of_upper == node.data_in_place:
+            return False
+        return writes or use.resized
 
     def holds_lower(self, node: Node) -> bool:
         """Whether the lower's file is open in passthrough, so a writer cannot join."""
         use = node.use
         return use is not None and use.through > 0 and not use.of_upper and not node.data_in_place
 
-    def opened(self, handle: Opened) -> tuple[int, int]:
+    def awaits_writer(self, node: Node) -> None:
+        """Rule out passthrough for the lower's file of a node that is about to be copied up."""
+        node.in_use().fill()
+
+    def asks_for_program(self, handle: Opened) -> bool:
+        """Whether the mode of an open, which decides that of the node, depends on whether it is a program."""
+        if not self._decision.lower_programs_only or handle.node.data_in_place:
+            return False
+        return self._wants_backing(handle, program=True)
+
+    def opened(self, handle: Opened, *, program: bool = False) -> tuple[int, int]:
         """Count an open; returns FOPEN_* flags and the backing id for the answer."""
         node = handle.node
         use = node.use
         assert use is not None
-        if use.through == 0 and use.cached == 0 and self._wants_backing(use, handle):
+        if self._wants_backing(handle, program=program):
             self._register(use, node, handle)
         use.opened(handle)
         if handle.through:
@@ -108,13 +124,18 @@ class NodeIos:
             return _WHILE_WRITING if use.writers else _AFTER_WRITING
         return FOREVER
 
-    def _wants_backing(self, use: Use, handle: Opened) -> bool:
+    def _wants_backing(self, handle: Opened, *, program: bool) -> bool:
         node, decision = handle.node, self._decision
+        use = node.use
+        if use is None or use.through or use.cached:
+            return False  # it has a mode
         if not node.territory.lasting:
             return False  # others change bound storage too, so use the page cache
         if node.data_in_place:
             return decision.passthrough_upper
         if not decision.passthrough_lower or use.filled:
+            return False
+        if decision.lower_programs_only and not program:
             return False
         st = handle.file.st
         return st is None or st.st_size > decision.small_lower
