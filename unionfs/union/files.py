@@ -186,8 +186,7 @@ class Use:
         #: Opens whose data goes through the page cache, and opens with a backing file.
         self.cached = 0
         self.through = 0
-        #: Whether the first open put the data into the page cache (or could have, for a large file), or it must
-        #: go there for another reason.
+        #: Whether the first open put the data into the page cache (or could have, for a large file).
         self.filled = False
         #: The backing id, and whether the backing file is the upper's.
         self.backing_id = 0

@@ -85,10 +85,13 @@ class DataRequests:
         flags = request.flags
         reads = flags & (os.O_ACCMODE | os.O_TRUNC) == os.O_RDONLY
         if not reads and self._ios.holds_lower(node):
+            node.territory.require_writable()
             # This open fails and may not be retried (/proc/self/fd), so it must not truncate.
-            flags = os.O_RDWR | flags & os.O_APPEND
             if not self._operations.copy_ups.is_running(node):
-                await self._supersede(node, flags)
+                self._ios.await_writer(self._union.nodes.supersede(node))
+                self._operations.invalidations.of_node(node)
+                raise stale()
+            flags = os.O_RDWR
         prepared = await self._files.prepare(node, flags)
         try:
             self._require_current(node, writes=not reads)
@@ -114,20 +117,6 @@ class DataRequests:
         if self._ios.may_fill(handle):
             self._fill(request.nodeid, handle.file)
         return encode.opened(request.unique, number, open_flags, backing_id)
-
-    async def _supersede(self, node: Node, flags: int) -> None:
-        """Continue an open for writing with a new node whose data is in the upper. Raises ESTALE.
-
-        The kernel repeats an open only once, so no reader may hold the lower again before it does.
-        """
-        node.territory.require_writable()
-        new = self._union.nodes.supersede(node)
-        self._ios.awaits_writer(new)
-        self._operations.invalidations.of_node(node)
-        prepared = await self._files.prepare(new, flags)
-        if prepared is not None:
-            self._open_files.take_back(new, prepared)
-        raise stale()
 
     def _require_current(self, node: Node, *, writes: bool) -> None:
         """Raise ESTALE for an open that needs a new node, which then exists."""

@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import errno
 import os
+from collections import OrderedDict
 from typing import Final
 
 from unionfs.fuse.direct.device import Device
@@ -32,6 +33,7 @@ from unionfs.union.node import Node
 
 _WHILE_WRITING: Final[Timeout] = (0, 20_000_000)
 _AFTER_WRITING: Final[Timeout] = (1, 0)
+_AWAITED: Final = 64
 
 
 class NodeIos:
@@ -43,6 +45,8 @@ class NodeIos:
         #: Opens with a backing file, and opens whose backing file the kernel refused.
         self.passed_through = 0
         self.refused = 0
+        #: Inode numbers of lower files whose writer is about to come back, after ESTALE; the newest of them.
+        self._awaited: OrderedDict[int, None] = OrderedDict()
 
     def figures(self) -> dict[str, int]:
         """JSON-able."""
@@ -65,9 +69,12 @@ class NodeIos:
         use = node.use
         return use is not None and use.through > 0 and not use.of_upper and not node.data_in_place
 
-    def awaits_writer(self, node: Node) -> None:
-        """Rule out passthrough for the lower's file of a node that is about to be copied up."""
-        node.in_use().fill()
+    def await_writer(self, node: Node) -> None:
+        """Keep a lower's file from passthrough until it is copied up: the kernel repeats the writer's open
+        only once, so no reader may hold the lower again before."""
+        self._awaited[node.ino] = None
+        if len(self._awaited) > _AWAITED:
+            self._awaited.popitem(last=False)
 
     def asks_for_program(self, handle: Opened) -> bool:
         """Whether the mode of an open, which decides that of the node, depends on whether it is a program."""
@@ -80,6 +87,8 @@ class NodeIos:
         node = handle.node
         use = node.use
         assert use is not None
+        if self._awaited and node.data_in_place:
+            self._awaited.pop(node.ino, None)
         if self._wants_backing(handle, program=program):
             self._register(use, node, handle)
         use.opened(handle)
@@ -133,7 +142,7 @@ class NodeIos:
             return False  # others change bound storage too, so use the page cache
         if node.data_in_place:
             return decision.passthrough_upper
-        if not decision.passthrough_lower or use.filled:
+        if not decision.passthrough_lower or use.filled or node.ino in self._awaited:
             return False
         if decision.lower_programs_only and not program:
             return False
