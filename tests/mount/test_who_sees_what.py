@@ -1,7 +1,7 @@
 """What current users of a lower file see when others change it: as on overlayfs, or closer to native.
 
 With passthrough, and with hybrid if it is a program, a process keeps the lower file it has open: DEVIATIONS
-lists the effects, as does the table of docs/compliance.md, which `scripts/compliance-tables --write` generates.
+lists the effects, as does the table of docs/compliance.md (`scripts/compliance-tables --write` generates it).
 """
 
 from __future__ import annotations
