@@ -44,7 +44,7 @@ class Kernel(Protocol):
         """Whether the kernel accepts no other size of a file that it knows, as with writeback."""
 
     def drop_prepared(self) -> None:
-        """Drop answers prepared before their request."""
+        """Drop answers prepared before their request, and files kept open for one."""
 
     def forget_name(self, parent: int, name: bytes) -> None:
         """Make the kernel forget a name. Blocks: the kernel may wait for requests that the session serves."""

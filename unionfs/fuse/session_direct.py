@@ -95,7 +95,7 @@ def make_loop(device: Device, splicer: Splicer, operations: Operations, decision
     listings = ListingRequests(operations, ios)
     data = DataRequests(operations, ios, names, device, splicer, decision)
     writes_back = bool(decision.flags & Init.WRITEBACK_CACHE)
-    operations.refreshing.serve(Notices(device, listings.ahead, keeps_sizes=writes_back))
+    operations.refreshing.serve(Notices(device, listings.ahead, ios, keeps_sizes=writes_back))
     operations.add_figures(lambda: {
         **ios.figures(),
         "kept_open_files": len(operations.union.files),

@@ -9,19 +9,22 @@ from __future__ import annotations
 
 from unionfs.fuse.direct.ahead import Ahead
 from unionfs.fuse.direct.device import Device
+from unionfs.fuse.direct.nodeio import NodeIos
 from unionfs.fuse.protocol import notify
 
 
 class Notices:
     """See `unionfs.fuse.refreshing.Kernel`."""
 
-    def __init__(self, device: Device, ahead: Ahead, *, keeps_sizes: bool) -> None:
+    def __init__(self, device: Device, ahead: Ahead, ios: NodeIos, *, keeps_sizes: bool) -> None:
         self._device = device
         self._ahead = ahead
+        self._ios = ios
         self.keeps_sizes = keeps_sizes
 
     def drop_prepared(self) -> None:
         self._ahead.drop()
+        self._ios.let_go()
 
     def forget_name(self, parent: int, name: bytes) -> None:
         self._device.notify(notify.inval_entry(parent, name))
