@@ -4,14 +4,14 @@ Rules (fs/fuse/iomode.c and fs/fuse/passthrough.c of Linux 6.18):
 - A node has one I/O mode at a time. An open with a backing file during a cached open, an open without one
   during an open with one, or an open with another backing id, fails with EIO. So the first open decides, and
   its mode holds until the last close.
-- A node has one backing id, counted; the last close unregisters it, or keeps it for the next open of a program.
+- A node has one backing id, counted; the last close unregisters it, or keeps a program's for the next open.
 - After a copy-up the opens that exist keep the lower's file as their backing file. New opens for reading join
   them as long as the copy has the same data (a change of metadata alone): so a program that runs stays
   ETXTBSY, and locks meet. Any other new open gets another node: see `NodeTable.supersede`.
 - With an upper, hybrid does this only to programs: files that begin as ELF files do. They are not changed in
-  place while they are in use: package managers replace them by rename, and execve(2) denies writing. Permission
-  bits and FMODE_EXEC (0x20 in the flags of OPEN) do not count: libraries have neither, and scripts, which are
-  edited in place, have both.
+  place while they are in use: package managers replace them by rename, and execve(2) denies writing.
+  Permission bits and FMODE_EXEC (0x20 in the flags of OPEN) do not count: libraries have neither, and scripts
+  have both, but are edited in place.
 - The kernel sends no request for a write through a backing file, but invalidates the attributes itself. A
   store through a mapping is not reported at all: so attributes are valid for some milliseconds while such a
   file is open for writing (enough for the fstat after an open), and for a second afterwards, as a mapping
