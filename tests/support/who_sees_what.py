@@ -24,7 +24,7 @@ from pathlib import Path
 
 from tests.support import areas, mounting, snapshot, syscalls, tables
 from tests.support.worker import Worker
-from tests.support.writers import OLD, PAGE, WRITERS, begin, end, lock
+from tests.support.writers import OLD, PAGE, PROGRAM, WRITERS, begin, end, lock
 
 PLACES = {
     "native": "native",
@@ -35,6 +35,10 @@ PLACES = {
     "pyfuse3": "pyfuse3",
 }
 """The places, a native filesystem or a session of ``mounting``, and their columns' titles."""
+
+PROGRAMS = "direct-hybrid"
+"""The place with another column, for programs and libraries."""
+PROGRAMS_TITLE = "hybrid, programs"
 
 REFUSED, SAME = "refused", "-"
 """Cells without a result: nothing was written; old and new look the same."""
@@ -48,8 +52,10 @@ _libc.memcpy.argtypes = (ctypes.c_void_p, ctypes.c_void_p, ctypes.c_size_t)
 
 # -- rows: who uses the file ---------------------------------------------------------------------------
 
-Row = Callable[[Path, bytes, Worker], Iterator[str]]
-"""Uses the file and yields once; then yields what it sees at that moment. The bytes: the new content."""
+Row = Callable[[Path, bytes, bytes, Worker], Iterator[str]]
+"""Uses the file and yields once; then yields what it sees at that moment. The bytes: old and new content."""
+
+_ALL = 2 * len(PROGRAM)
 
 
 @contextlib.contextmanager
@@ -67,25 +73,25 @@ def _cell(found: object, old: object, new: object) -> str:
     return "new" if found == new else "old" if found == old else repr(found)
 
 
-def old_read(path: Path, new: bytes, worker: Worker) -> Iterator[str]:
+def old_read(path: Path, old: bytes, new: bytes, worker: Worker) -> Iterator[str]:
     """read(2) on a descriptor that was opened before."""
     with _opened(path) as fd:
-        os.pread(fd, PAGE, 0)
+        os.pread(fd, _ALL, 0)
         yield ""
         while True:
-            yield _cell(os.pread(fd, PAGE, 0), OLD, new)
+            yield _cell(os.pread(fd, _ALL, 0), old, new)
 
 
-def old_size(path: Path, new: bytes, worker: Worker) -> Iterator[str]:
+def old_size(path: Path, old: bytes, new: bytes, worker: Worker) -> Iterator[str]:
     """fstat(2) on it."""
     with _opened(path) as fd:
         os.fstat(fd)
         yield ""
         while True:
-            yield _cell(os.fstat(fd).st_size, len(OLD), len(new))
+            yield _cell(os.fstat(fd).st_size, len(old), len(new))
 
 
-def old_mapping(path: Path, new: bytes, worker: Worker) -> Iterator[str]:
+def old_mapping(path: Path, old: bytes, new: bytes, worker: Worker) -> Iterator[str]:
     """A shared mapping made before, with its page already read, of a closed file."""
     with _opened(path) as fd:
         address = _libc.mmap(None, PAGE, mmap.PROT_READ, mmap.MAP_SHARED, fd, 0)
@@ -96,11 +102,12 @@ def old_mapping(path: Path, new: bytes, worker: Worker) -> Iterator[str]:
         _libc.memcpy(buffer, address, PAGE)
         return buffer.raw
 
+    before, after = (content[:PAGE].ljust(PAGE, b"\0") for content in (old, new))
     try:
-        assert page() == OLD.ljust(PAGE, b"\0")
+        assert page() == before
         yield ""
         while True:
-            yield _cell(page(), OLD.ljust(PAGE, b"\0"), new.ljust(PAGE, b"\0"))
+            yield _cell(page(), before, after)
     finally:
         _libc.munmap(address, PAGE)
 
@@ -108,7 +115,7 @@ def old_mapping(path: Path, new: bytes, worker: Worker) -> Iterator[str]:
 def locked(call: str) -> Row:
     """A shared lock through an old descriptor, against the exclusive one wanted through a new one."""
 
-    def row(path: Path, new: bytes, worker: Worker) -> Iterator[str]:
+    def row(path: Path, old: bytes, new: bytes, worker: Worker) -> Iterator[str]:
         with _opened(path) as fd:
             if call == "flock":
                 fcntl.flock(fd, fcntl.LOCK_SH)
@@ -123,7 +130,7 @@ def locked(call: str) -> Row:
     return row
 
 
-def watched(path: Path, new: bytes, worker: Worker) -> Iterator[str]:
+def watched(path: Path, old: bytes, new: bytes, worker: Worker) -> Iterator[str]:
     """An inotify watch on the path, set before by a process that has the file open."""
     with _opened(path):
         fd = _libc.inotify_init1(os.O_NONBLOCK | os.O_CLOEXEC)
@@ -141,7 +148,7 @@ def watched(path: Path, new: bytes, worker: Worker) -> Iterator[str]:
 def reopened(flags: int) -> Row:
     """Opening /proc/self/fd/N of an old descriptor again."""
 
-    def row(path: Path, new: bytes, worker: Worker) -> Iterator[str]:
+    def row(path: Path, old: bytes, new: bytes, worker: Worker) -> Iterator[str]:
         with _opened(path) as fd:
             yield ""
             while True:
@@ -150,16 +157,16 @@ def reopened(flags: int) -> Row:
                 except OSError as error:
                     yield os.strerror(error.errno or 0)
                     continue
-                found = os.pread(again, PAGE, 0)
+                found = os.pread(again, _ALL, 0)
                 if flags != os.O_RDONLY:
                     os.pwrite(again, found[:1], 0)
                 os.close(again)
-                yield _cell(found, OLD, new)
+                yield _cell(found, old, new)
 
     return row
 
 
-def links(path: Path, new: bytes, worker: Worker) -> Iterator[str]:
+def links(path: Path, old: bytes, new: bytes, worker: Worker) -> Iterator[str]:
     """st_nlink of an old descriptor."""
     with _opened(path) as fd:
         yield ""
@@ -196,6 +203,7 @@ class Trial:
     row: str
     writer: str
     unlinked: bool
+    program: bool
     cell: str = REFUSED
     code: int = 0
     content: bytes | None = None
@@ -207,6 +215,16 @@ class Trial:
         """The file's name."""
         rows = [*ROWS, *UNLINKED_ROWS]
         return f"{rows.index(self.row)}-{list(WRITERS).index(self.writer)}"
+
+    @property
+    def old(self) -> bytes:
+        """The file's content before."""
+        return PROGRAM if self.program else OLD
+
+    @property
+    def final(self) -> bytes:
+        """What the writer makes of it."""
+        return WRITERS[self.writer].final(self.old)
 
 
 @dataclass
@@ -239,7 +257,7 @@ def _stored(path: Path) -> bytes | str | None:
 def _try(trial: Trial, root: Path, worker: Worker) -> None:
     path = root / trial.name
     row = (UNLINKED_ROWS if trial.unlinked else ROWS)[trial.row]
-    looks = row(path, WRITERS[trial.writer].final, worker)
+    looks = row(path, trial.old, trial.final, worker)
     with contextlib.closing(looks):  # type: ignore[type-var]
         next(looks)
         try:
@@ -270,17 +288,20 @@ def _read_only(lower: Path) -> Iterator[Path]:
 
 
 @functools.cache
-def tried(place: str, *, read_only: bool = False) -> Tried:
-    """Try every writer under every user in one place. Raises what ``mounting.mounted`` raises."""
-    trials = [Trial(row, writer, False) for row in ROWS for writer in WRITERS]
+def tried(place: str, *, read_only: bool = False, program: bool = False) -> Tried:
+    """Try every writer under every user of data, or of a ``program``, in one place.
+
+    Raises what ``mounting.mounted`` raises.
+    """
+    trials = [Trial(row, writer, False, program) for row in ROWS for writer in WRITERS]
     named = [writer for writer in WRITERS if WRITERS[writer].flags >= 0]
-    trials += [Trial(row, writer, True) for row in UNLINKED_ROWS for writer in named]
+    trials += [Trial(row, writer, True, program) for row in UNLINKED_ROWS for writer in named]
     with areas.area() as area, Worker(modules=["tests.support.writers"]) as worker:
         lower, upper, work = (area / name for name in ("lower", "upper", "work"))
         for directory in (lower, upper, work):
             directory.mkdir()
         for trial in trials:
-            (lower / trial.name).write_bytes(OLD)
+            (lower / trial.name).write_bytes(trial.old)
         if place == "native":
             for trial in trials:
                 _try(trial, lower, worker)
@@ -314,9 +335,9 @@ def summary(cells: dict[str, str]) -> str:
     return "; ".join([usual, *exceptions])
 
 
-def column(place: str) -> dict[str, str]:
+def column(place: str, *, program: bool = False) -> dict[str, str]:
     """The cells of one place, by the titles of their rows."""
-    cells = tried(place).cells()
+    cells = tried(place, program=program).cells()
     return {
         row: summary({writer: cell for (of, writer), cell in cells.items() if of == row}) for row in IN_ORDER
     }
@@ -324,4 +345,9 @@ def column(place: str) -> dict[str, str]:
 
 def table() -> list[str]:
     """The lines of the table."""
-    return tables.table({title: column(place) for place, title in PLACES.items()})
+    columns = {}
+    for place, title in PLACES.items():
+        columns[title] = column(place)
+        if place == PROGRAMS:
+            columns[PROGRAMS_TITLE] = column(place, program=True)
+    return tables.table(columns)

@@ -5,9 +5,12 @@ from __future__ import annotations
 import fcntl
 import mmap
 import os
+from collections.abc import Callable
 from dataclasses import dataclass
 
 OLD = b"the old data " * 15
+PROGRAM = b"\x7fELF" + OLD * 400
+"""What hybrid takes for a program: see `tests/mount/test_programs.py`."""
 NEW = b"what is new " * 30
 SHORT = 50
 PAGE = 4096
@@ -15,22 +18,30 @@ PAGE = 4096
 
 @dataclass(frozen=True)
 class Writer:
-    """A way to change a file, and its content afterwards."""
+    """A way to change a file, and its content afterwards, made of the old one."""
 
     flags: int
     how: str
-    final: bytes
+    final: Callable[[bytes], bytes]
+
+
+def _written(old: bytes) -> bytes:
+    return NEW + old[len(NEW) :]
+
+
+def _cut(old: bytes) -> bytes:
+    return old[:SHORT]
 
 
 WRITERS = {
-    "O_RDWR": Writer(os.O_RDWR, "write", NEW),
-    "O_TRUNC": Writer(os.O_RDWR | os.O_TRUNC, "write", NEW),
-    "O_APPEND": Writer(os.O_RDWR | os.O_APPEND, "write", OLD + NEW),
-    "O_CREAT": Writer(os.O_RDWR | os.O_CREAT, "write", NEW),
-    "/proc/self/fd": Writer(os.O_RDONLY, "reopen", NEW),
-    "mmap": Writer(os.O_RDWR, "map", NEW[:100] + OLD[100:]),
-    "ftruncate": Writer(os.O_RDWR, "truncate", OLD[:SHORT]),
-    "truncate": Writer(-1, "truncate", OLD[:SHORT]),
+    "O_RDWR": Writer(os.O_RDWR, "write", _written),
+    "O_TRUNC": Writer(os.O_RDWR | os.O_TRUNC, "write", lambda old: NEW),
+    "O_APPEND": Writer(os.O_RDWR | os.O_APPEND, "write", lambda old: old + NEW),
+    "O_CREAT": Writer(os.O_RDWR | os.O_CREAT, "write", _written),
+    "/proc/self/fd": Writer(os.O_RDONLY, "reopen", _written),
+    "mmap": Writer(os.O_RDWR, "map", lambda old: NEW[:100] + old[100:]),
+    "ftruncate": Writer(os.O_RDWR, "truncate", _cut),
+    "truncate": Writer(-1, "truncate", _cut),
 }
 
 _open: list[int] = []
@@ -50,7 +61,7 @@ def begin(path: str, name: str, unlinked: bool) -> None:
         _open.append(os.open(f"/proc/self/fd/{_open[-1]}", os.O_RDWR))
     fd = _open[-1]
     if writer.how == "map":
-        _mapped.append(mmap.mmap(fd, len(OLD)))
+        _mapped.append(mmap.mmap(fd, 0))
         _mapped[0][:100] = NEW[:100]
     elif writer.how == "truncate":
         os.ftruncate(fd, SHORT)
@@ -67,7 +78,7 @@ def end() -> bytes | None:
             mapping.close()
         if _open:
             os.fsync(_open[-1])
-            content = os.pread(_open[-1], PAGE, 0)
+            content = os.pread(_open[-1], 2 * len(PROGRAM), 0)
     finally:
         for fd in _open:
             os.close(fd)

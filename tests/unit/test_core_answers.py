@@ -43,27 +43,16 @@ class Mount:
             end.setblocking(False)
         self.refused: list[tuple[bytes, int]] = []
         self.handles = Handles(union.nodes)
-        self.registered: list[Handle] = []
+        #: Files in passthrough that were closed.
+        self.gone: list[Handle] = []
         opens = Opens(
-            self.device.fileno(), union.nodes, self.handles, union.files.opener, self.opened, self.closed,
+            self.device.fileno(), union.nodes, self.handles, union.files.opener, self.gone.append,
             flags=2, small=100_000,
         )  # fmt: skip
         self.answers = Answers(
             self.device.fileno(), union.nodes, union, opens, acl=False, enosys=(),
             refused=lambda answer, code: self.refused.append((answer, code)),
         )  # fmt: skip
-
-    def opened(self, handle: Handle) -> tuple[int, int]:
-        """A large file is opened in passthrough, with 7 as its backing id."""
-        use = handle.node.in_use()
-        use.passes_through(7, of_upper=False)
-        use.opened(handle)
-        self.registered.append(handle)
-        return 128, 7
-
-    def closed(self, backing_id: int) -> None:
-        assert backing_id == 7
-        self.registered.clear()
 
     def ask(self, opcode: Opcode, nodeid: int, body: bytes = b"") -> bytes | None:
         """The answer's bytes; b"" if there is none, None if Python must handle the request."""
@@ -254,13 +243,35 @@ def test_later_opens_need_no_fd(mount: Mount) -> None:
 
 
 def test_a_large_file(mount: Mount, tmp_path: Path) -> None:
+    """Python decides whether it passes through; then its close, too."""
     (tmp_path / "l0/large").write_bytes(bytes(100_001))
     node = looked_up(mount, "large")
-    assert mount.ask(Opcode.OPEN, node.id, READ_ONLY) == b"".join(encode.opened(UNIQUE, 1, 128, 7))
-    assert len(mount.registered) == 1
-    assert mount.ask(Opcode.OPEN, node.id, READ_ONLY) is None  # with a backing file Python decides
-    assert mount.ask(Opcode.RELEASE, node.id, released(1)) == b"".join(encode.ok(UNIQUE))
-    assert mount.registered == []
+    before = len(os.listdir("/proc/self/fd"))
+    assert mount.ask(Opcode.OPEN, node.id, READ_ONLY) is None
+    assert len(os.listdir("/proc/self/fd")) == before
+    use = node.in_use()
+    number = mount.handles.register(node, mount.union.files.lend(node, write=False), None, writes=False)
+    handle = mount.handles.get(number)
+    assert handle is not None
+    use.opened(handle)
+    assert mount.ask(Opcode.OPEN, node.id, READ_ONLY) == b"".join(encode.opened(UNIQUE, number + 1, 2))
+    for one in (number, number + 1):
+        assert mount.ask(Opcode.RELEASE, node.id, released(one)) == b"".join(encode.ok(UNIQUE))
+    assert (mount.gone, use.cached, use.file) == ([], 0, None)
+
+
+def test_a_file_in_passthrough(mount: Mount) -> None:
+    node = looked_up(mount, "d/f")
+    use = node.in_use()
+    number = mount.handles.register(node, mount.union.files.lend(node, write=False), None, writes=False)
+    handle = mount.handles.get(number)
+    assert handle is not None
+    use.passes_through(7, of_upper=False)
+    use.opened(handle)
+    assert mount.ask(Opcode.OPEN, node.id, READ_ONLY) is None
+    assert mount.ask(Opcode.RELEASE, node.id, released(number)) == b"".join(encode.ok(UNIQUE))
+    assert mount.gone == [handle]
+    assert len(mount.handles) == 0
 
 
 def test_what_python_opens(mount: Mount, tmp_path: Path) -> None:
@@ -277,22 +288,6 @@ def test_what_python_opens(mount: Mount, tmp_path: Path) -> None:
     (tmp_path / "l0/other").write_text("other")
     (tmp_path / "l0/other").rename(tmp_path / "l0/d/f")
     assert mount.ask(Opcode.OPEN, replaced.id, READ_ONLY) is None
-
-
-def test_an_open_that_cannot_be_registered(mount: Mount, tmp_path: Path) -> None:
-    (tmp_path / "l0/large").write_bytes(bytes(100_001))
-    node = looked_up(mount, "large")
-
-    def refuse(handle: Handle) -> tuple[int, int]:
-        raise OSError(errno.EFAULT, "")
-
-    fd, union = mount.device.fileno(), mount.union
-    opens = Opens(fd, union.nodes, mount.handles, union.files.opener, refuse, mount.closed, flags=2, small=0)
-    mount.answers = Answers(fd, union.nodes, union, opens, acl=False, enosys=(), refused=print)
-    before = len(os.listdir("/proc/self/fd"))
-    assert mount.ask(Opcode.OPEN, node.id, READ_ONLY) == b"".join(encode.error(UNIQUE, errno.EFAULT))
-    assert len(mount.handles) == 0
-    assert len(os.listdir("/proc/self/fd")) == before
 
 
 # -- the loop ---------------------------------------------------------------------------------------------

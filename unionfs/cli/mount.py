@@ -102,9 +102,9 @@ def mount(
       static_nlink, noacl   show one link for every directory; no POSIX ACLs
     \b
     I/O modes (--io), with --session direct:
-      hybrid       upper files kernel to kernel, lower files from the page cache: the best for most;
-                   without an upper, large files kernel to kernel, too
-      passthrough  all files kernel to kernel: for many mounts of one image, and huge files read once; a
+      hybrid       upper files, and programs and libraries, kernel to kernel, other lower files from the
+                   page cache: the best for most; without an upper, all large files kernel to kernel
+      passthrough  all files kernel to kernel: for huge files read once, and data shared by many mounts; a
                    process with a lower file open keeps the old data when another opens it for writing
       cached       all files from the page cache, and no request for an open: for many small files
     The kernel's redirect_dir= (on for most uppers), metacopy= (as the kernel's default), nfs_export= and

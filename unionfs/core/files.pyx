@@ -176,6 +176,7 @@ cdef class Use:
     # cached, through: opens whose data goes through the page cache, and opens with a backing file.
     # filled: whether the first open put the data into the page cache (or could have, for a large file).
     # backing_id, of_upper: the backing id, and whether the backing file is the upper's.
+    # resized: whether the file was truncated (or extended) by name since the backing file was registered.
     # writers, written: opens for writing with the backing file, and whether there ever was one.
     # writebacks, mtime_ns, capability: writes of cached data in progress, and the attributes to restore after
     #     them.
@@ -194,7 +195,11 @@ cdef class Use:
 
     def passes_through(self, int backing_id, *, bint of_upper):
         """Record the id under which the kernel knows the backing file."""
-        self.backing_id, self.of_upper = backing_id, of_upper
+        self.backing_id, self.of_upper, self.resized = backing_id, of_upper, False
+
+    def resize(self):
+        """Record a truncation without an open."""
+        self.resized = True
 
     cpdef opened(self, Handle handle):
         """Count an open, with the backing file if that is registered."""

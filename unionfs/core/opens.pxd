@@ -13,7 +13,7 @@ cdef class Opens:
     cdef NodeTable nodes
     cdef Handles handles
     cdef Opener opener
-    cdef object opened, closed
+    cdef object released
     cdef uint32_t flags
     cdef int64_t small
     cdef store_notice *notice

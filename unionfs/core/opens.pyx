@@ -11,7 +11,7 @@ from libc.stdlib cimport free, malloc
 from posix.fcntl cimport O_ACCMODE, O_TRUNC
 from posix.unistd cimport pread, write
 
-from unionfs.core.opening cimport is_plain
+from unionfs.core.opening cimport is_plain, take_back
 from unionfs.core.wire cimport FUSE_NOTIFY_STORE, SMALL_FILE, fuse_out_header, open_answer
 
 cdef extern from "<sys/uio.h>" nogil:
@@ -37,13 +37,13 @@ cdef class Opens:
         free(self.notice)
 
     def __init__(
-        self, int fd, NodeTable nodes not None, Handles handles not None, Opener opener not None, opened, closed,
+        self, int fd, NodeTable nodes not None, Handles handles not None, Opener opener not None, released,
         *, uint32_t flags, int64_t small
     ):
-        """``opened`` counts the open of a file of more than ``small`` bytes, and returns FOPEN_* flags and a
-        backing id; ``closed`` unregisters a backing id. ``flags``: FOPEN_* of files in the page cache."""
+        """``released`` counts the close of a file in passthrough. ``flags``: FOPEN_* of files in the page
+        cache. ``small``: for larger files (bytes) Python decides whether they pass through."""
         self.fd, self.nodes, self.handles, self.opener = fd, nodes, handles, opener
-        self.opened, self.closed, self.flags, self.small = opened, closed, flags, small
+        self.released, self.flags, self.small = released, flags, small
 
     cdef int open(self, const fuse_in_header *header, const char *body, size_t size, void *out) except -1:
         """OPEN; returns the size of the answer, or 0 if Python must answer."""
@@ -63,19 +63,15 @@ cdef class Opens:
         file = self.opener.lend_unread(node, use) if use.filled else self.opener.lend(node, use)
         if file is None:
             return 0
+        if not use.filled and not use.cached and (not file.has_stat or file.stat.st_size > self.small):
+            take_back(node, file)
+            return 0
         number = self.handles.add(node, file, None, False)
         handle = self.handles.by_number[number]
         answer.body.fh, answer.body.backing_id = number, 0
-        if not use.filled and not use.cached and file.has_stat and file.stat.st_size > self.small:
-            try:
-                answer.body.open_flags, answer.body.backing_id = self.opened(handle)
-            except BaseException:
-                self.handles.remove(number)
-                raise
-        else:
-            use.opened(handle)
-            answer.body.open_flags = self.flags & ~<uint32_t>(FOPEN_KEEP_CACHE if use.written else 0)
-        if not handle.through and not use.filled and use.cached == 1 and answer.body.open_flags & FOPEN_KEEP_CACHE:
+        use.opened(handle)
+        answer.body.open_flags = self.flags & ~<uint32_t>(FOPEN_KEEP_CACHE if use.written else 0)
+        if not use.filled and use.cached == 1 and answer.body.open_flags & FOPEN_KEEP_CACHE:
             use.filled = True
             self.fill(node, file)
         answer.header.length, answer.header.error = sizeof(open_answer), 0
@@ -109,7 +105,6 @@ cdef class Opens:
         cdef fuse_out_header *answer = <fuse_out_header *>out
         cdef Handle handle
         cdef uint64_t number
-        cdef int backing_id
         if size < sizeof(uint64_t):
             return 0
         number = (<const uint64_t *>body)[0]
@@ -117,9 +112,10 @@ cdef class Opens:
             handle = self.handles.by_number.get(number)
             if handle is None:
                 return 0
-            backing_id = (<Node>handle.node).use.closed(handle)
-            if backing_id:
-                self.closed(backing_id)
+            if handle.through:
+                self.released(handle)
+            else:
+                (<Node>handle.node).use.closed(handle)
             self.handles.remove(number)
         answer.length, answer.error = sizeof(fuse_out_header), 0
         return sizeof(fuse_out_header)

@@ -37,6 +37,8 @@ _METRICS: Final = (
     ("backing_files_refused", "passthrough_refused_total", "counter",
      "Opens that were to pass through, which the kernel refused."),
     ("backing_files", "passthrough_files", "gauge", "Files that the kernel reads and writes by itself now."),
+    ("backing_files_kept", "passthrough_files_kept", "gauge",
+     "Programs whose file stays open for the next start."),
     ("nodes", "nodes", "gauge", "Files and directories that the daemon knows of."),
     ("open_files", "open_files", "gauge", "Open files."),
     ("listed_directories", "listed_directories", "gauge", "Directories whose listing is kept."),

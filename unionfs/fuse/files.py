@@ -24,6 +24,7 @@ from unionfs.union.tree import Union
 
 #: A write above this many bytes runs in a thread: it may wait for the disk.
 _LONG_WRITE: Final = 256 * 1024
+_ELF: Final = b"\x7fELF"
 
 
 def truncate(node: Node, file: OpenFile, size: int, killer: Who | None) -> None:
@@ -75,6 +76,17 @@ class Files:
         appends = bool(flags & os.O_APPEND) and not truncates
         check = partial(self._union.flags.may_write, node, appends=appends)
         return await self._copy_ups.ensure_data(node, 0 if truncates else None, keep=True, check=check)
+
+    async def is_program(self, file: OpenFile) -> bool:
+        """Whether the file begins as ELF files do: programs, shared libraries."""
+        beginning = bytearray(len(_ELF))
+        try:
+            if file.read_into(memoryview(beginning), 0) is None:
+                with file:
+                    return await in_thread(file.read, len(_ELF), 0) == _ELF
+        except OSError:
+            return False  # the READ reports the error
+        return beginning == _ELF
 
     def open(
         self, node: Node, flags: int, who: Who, prepared: OpenFile | None, *, kills_set_ids: bool

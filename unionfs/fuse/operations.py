@@ -317,6 +317,8 @@ class Operations:
     def _truncate(self, node: Node, size: int, handle: Handle | None, killer: Who | None) -> None:
         if node.kind != stat.S_IFREG:
             raise os_error(errno.EINVAL)
+        if node.use is not None:
+            node.use.resize()
         if handle is not None and handle.file.writable:
             truncate(node, handle.file, size, killer)
             return

@@ -22,6 +22,9 @@ class Notices:
 
     keeps_sizes = False
 
+    def close_kept(self) -> None:
+        pass
+
     def forget_name(self, parent: int, name: bytes) -> None:
         _send(pyfuse3.invalidate_entry, pyfuse3.InodeT(parent), pyfuse3.FileNameT(name))
 

@@ -43,6 +43,9 @@ class Kernel(Protocol):
     def keeps_sizes(self) -> bool:
         """Whether the kernel accepts no other size of a file that it knows, as with writeback."""
 
+    def close_kept(self) -> None:
+        """Close files kept open for the next open."""
+
     def forget_name(self, parent: int, name: bytes) -> None:
         """Make the kernel forget a name. Blocks: the kernel may wait for requests that the session serves."""
 
@@ -128,6 +131,7 @@ class Refreshing:
     async def _tell(self, kernel: Kernel, outdated: Outdated) -> None:
         for id_ in outdated.nodes:
             self._directories.forget(id_)
+        kernel.close_kept()
         await trio.to_thread.run_sync(_forget, kernel, outdated)
         outdated.forgotten()
 

@@ -102,7 +102,7 @@ def make_loop(device: Device, splicer: Splicer, operations: Operations, decision
     data = DataRequests(operations, ios, names, device, splicer, decision)
     union, latencies = operations.union, operations.latencies
     opens = Opens(
-        device.fd, union.nodes, operations.files.handles, union.files.opener, ios.opened, device.unregister,
+        device.fd, union.nodes, operations.files.handles, union.files.opener, ios.released,
         flags=decision.file_open_flags, small=decision.small_lower if decision.passthrough_lower else _ALL,
     )  # fmt: skip
     answers = Answers(
@@ -111,12 +111,16 @@ def make_loop(device: Device, splicer: Splicer, operations: Operations, decision
     )  # fmt: skip
     channel = Channel(device.fd, answers, lambda: latencies.watched)
     writes_back = bool(decision.flags & Init.WRITEBACK_CACHE)
-    operations.refreshing.serve(Notices(device, keeps_sizes=writes_back))
+    operations.refreshing.serve(Notices(device, ios, keeps_sizes=writes_back))
     operations.add_figures(lambda: {
         "requests": _counts(operations.requests, answers),
         **ios.figures(),
         "kept_open_files": len(operations.union.files),
-        "passthrough": {"upper": decision.passthrough_upper, "lower": decision.passthrough_lower},
+        "passthrough": {
+            "upper": decision.passthrough_upper,
+            "lower": decision.passthrough_lower,
+            "lower_programs_only": decision.passthrough_lower and decision.lower_programs_only,
+        },
         "cache": {
             "writeback": writes_back,
             "opens_without_request": Opcode.OPEN in decision.enosys,

@@ -29,7 +29,7 @@ log = logging.getLogger(__name__)
 FOREVER: Final = 1e9
 
 _FIGURES: Final[dict[str, object]] = {
-    "passthrough": {"upper": False, "lower": False},
+    "passthrough": {"upper": False, "lower": False, "lower_programs_only": False},
     "cache": {"writeback": False, "opens_without_request": False},
 }
 

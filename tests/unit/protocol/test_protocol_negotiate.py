@@ -86,8 +86,12 @@ def check(decision: Decision, offered: InitRequest, settings: Settings, privileg
         assert reply.max_stack_depth == 0
         assert decision.passthrough_open_flags == 0
     assert decision.passthrough_upper == (passthrough and not settings.read_only)
-    unchanging = decision.io is IoMode.HYBRID and settings.read_only and settings.lower_stack_depth == 0
-    assert decision.passthrough_lower == (decision.io is IoMode.PASSTHROUGH or unchanging)
+    if decision.io is IoMode.HYBRID:
+        flat = settings.lower_stack_depth <= (0 if settings.read_only else settings.upper_stack_depth)
+        assert decision.passthrough_lower == (flat and (settings.read_only or not settings.live))
+    else:
+        assert decision.passthrough_lower == (decision.io is IoMode.PASSTHROUGH)
+    assert decision.lower_programs_only == (decision.io is IoMode.HYBRID and not settings.read_only)
     assert decision.small_lower == (65536 if decision.io is IoMode.HYBRID else -1)
     assert passthrough == (decision.passthrough_upper or decision.passthrough_lower)
 
@@ -194,10 +198,29 @@ def test_hybrid() -> None:
     assert decision.flags & Init.PASSTHROUGH
     assert decision.flags & Init.ATOMIC_O_TRUNC
     assert decision.enosys == {Opcode.OPENDIR, Opcode.FLUSH}
+    assert (decision.passthrough_upper, decision.passthrough_lower) == (True, True)
+    assert decision.lower_programs_only
+    assert decision.reply.max_stack_depth == 1
+    assert "programs and libraries of the lowers (ELF files of more than 64 KiB)" in decision.why
+    assert "old data, with hybrid only programs do" in decision.why_not[IoMode.PASSTHROUGH]
+
+
+@pytest.mark.parametrize(
+    ("changed", "reason"),
+    [
+        ({"live": True}, "watched"),
+        ({"lower_stack_depth": 1}, "stacked"),
+        ({"lower_stack_depth": 2}, "stacked"),
+    ],
+)
+def test_hybrid_without_programs(changed: dict[str, int], reason: str) -> None:
+    """Where others change the lowers, and where the mount would become deeper than by the upper's files."""
+    decision = negotiate(offer(EVERYTHING), replace(Settings(), **changed), ROOT)
+    assert decision.io is IoMode.HYBRID
     assert (decision.passthrough_upper, decision.passthrough_lower) == (True, False)
     assert decision.reply.max_stack_depth == 1
-    assert "kernel to kernel" in decision.why
-    assert "old data" in decision.why_not[IoMode.PASSTHROUGH]
+    assert reason in decision.why
+    assert "which hybrid avoids" in decision.why_not[IoMode.PASSTHROUGH]
 
 
 def test_hybrid_without_an_upper() -> None:
@@ -205,6 +228,7 @@ def test_hybrid_without_an_upper() -> None:
     decision = negotiate(offer(EVERYTHING), Settings(read_only=True), ROOT)
     assert decision.io is IoMode.HYBRID
     assert (decision.passthrough_upper, decision.passthrough_lower) == (False, True)
+    assert not decision.lower_programs_only
     assert decision.reply.max_stack_depth == 1
     assert "64 KiB" in decision.why
     assert "old data" not in " ".join([decision.why, *decision.why_not.values()])
@@ -256,6 +280,8 @@ def test_refusals_say_why(flags: int, privileges: Privileges, depth: int, reason
     [
         (IoMode.HYBRID, 0, 1, False, 1),
         (IoMode.HYBRID, 1, 0, False, 2),
+        (IoMode.HYBRID, 1, 1, False, 2),
+        (IoMode.HYBRID, 1, 2, False, 2),
         (IoMode.HYBRID, 0, 0, True, 1),
         (IoMode.HYBRID, 0, 1, True, 0),
         (IoMode.HYBRID, 0, 2, True, 0),

@@ -86,27 +86,38 @@ class DataRequests:
             node.territory.require_writable()
             # This open fails and may not be retried (/proc/self/fd), so it must not truncate.
             if not self._operations.copy_ups.is_running(node):
-                self._union.nodes.supersede(node)
+                self._ios.await_writer(self._union.nodes.supersede(node))
                 self._operations.invalidations.of_node(node)
                 raise stale()
             flags = os.O_RDWR
         prepared = await self._files.prepare(node, flags)
-        outdated = node.successor is None and self._ios.is_outdated(node)
-        if outdated or node.successor is not None:  # superseded in between
+        try:
+            self._require_current(node, writes=not reads)
+        except OSError:
             if prepared is not None:
                 self._open_files.take_back(node, prepared)
-            if outdated:
-                self._union.nodes.supersede(node)
-            raise stale()
+            raise
         kills = bool(request.open_flags & OPEN_KILL_SUIDGID)
         number = self._files.open(node, request.flags, request, prepared, kills_set_ids=kills)
         handle = self._files[number]
         try:
-            open_flags, backing_id = self._ios.opened(handle)
+            program = False
+            if self._ios.asks_for_program(handle):
+                program = await self._files.is_program(handle.file)
+                self._require_current(node, writes=not reads)
+            open_flags, backing_id = self._ios.opened(handle, program=program)
         except BaseException:
             self._files.release(number)
             raise
         return encode.opened(request.unique, number, open_flags, backing_id)
+
+    def _require_current(self, node: Node, *, writes: bool) -> None:
+        """Raise ESTALE for an open that needs a new node, which then exists."""
+        if node.successor is None:
+            if not self._ios.is_outdated(node, writes=writes):
+                return
+            self._union.nodes.supersede(node)
+        raise stale()
 
     def _create(self, request: rq.Create) -> Reply:
         parent = self._operations.directory(request.nodeid)

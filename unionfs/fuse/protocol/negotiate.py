@@ -13,7 +13,8 @@ them):
   (fs/fuse/backing.c). Depth 2 only if a file to pass through is on a stacked filesystem itself: a mount of
   depth 2 cannot be a lower.
 - A lower file that is passed through is read from the lower while it is open, even after its copy-up. So
-  hybrid does it only without an upper, where there is no copy-up.
+  with an upper hybrid does it only to programs and libraries, which are not changed in place while they are
+  used, and not with watched lowers, where others may do just that.
 - HANDLE_KILLPRIV_V2 with PASSTHROUGH: before a write that must clear suid and sgid the kernel sends a SETATTR
   without changes*, and leaves the clearing to the daemon. Without V2 it requests the file's capabilities
   before every write, and sends a SETATTR for the mode. V1 is never agreed.
@@ -131,6 +132,8 @@ class Decision:
     """Upper files are opened with a backing file."""
     passthrough_lower: bool
     """Lower files larger than `small_lower` are opened with one too."""
+    lower_programs_only: bool
+    """Of these, only programs and libraries (ELF files)."""
     small_lower: int
     """Lower files up to this many bytes use the page cache of the mount anyway; -1 for none."""
     file_open_flags: int
@@ -183,10 +186,13 @@ def _others_change(settings: Settings) -> bool:
 
 
 def _passes_lowers(mode: IoMode, settings: Settings) -> bool:
-    if mode is IoMode.HYBRID:
-        # Not if the mount then cannot be a lower.
-        return settings.read_only and settings.lower_stack_depth == 0
-    return mode is IoMode.PASSTHROUGH
+    if mode is not IoMode.HYBRID:
+        return mode is IoMode.PASSTHROUGH
+    # Not if the mount then cannot be a lower.
+    if settings.read_only:
+        return settings.lower_stack_depth == 0
+    deep = settings.lower_stack_depth > settings.upper_stack_depth
+    return not settings.live and not deep and settings.upper_stack_depth < _MAX_STACK_DEPTH
 
 
 def _passes_uppers(mode: IoMode, settings: Settings) -> bool:
@@ -248,7 +254,16 @@ def _good(mode: IoMode, settings: Settings) -> str:
             opening = "a message, because lowers are watched that others change"
         return f"all files come from the page cache, and opening one costs {opening}"
     if not settings.read_only:
-        return "upper files are read and written kernel to kernel, lower files come from the page cache"
+        uppers = "upper files are read and written kernel to kernel"
+        if _passes_lowers(mode, settings):
+            return (
+                f"{uppers}, and programs and libraries of the lowers (ELF files of more than "
+                f"{SMALL_FILE >> 10} KiB) are read so; other lower files come from the page cache"
+            )
+        why = "lowers are watched, which others change"
+        if not settings.live:
+            why = "a lower lies on a stacked filesystem"
+        return f"{uppers}, lower files come from the page cache, programs too, because {why}"
     if _passes_lowers(mode, settings):
         return (
             f"files of more than {SMALL_FILE >> 10} KiB are read kernel to kernel, "
@@ -276,7 +291,9 @@ def _drawback(chosen: IoMode, other: IoMode, settings: Settings) -> str:
         which = "small" if _passes_lowers(other, settings) else "lower"
         return f"{which} files would be copied through the daemon once"
     if not settings.read_only:
-        return "a lower file held open while it is copied up would keep its old data, which hybrid avoids"
+        return "a lower file held open while it is copied up would keep its old data, " + (
+            "with hybrid only programs do" if _passes_lowers(chosen, settings) else "which hybrid avoids"
+        )
     if _passes_lowers(chosen, settings):
         return "registering a small file costs more than to read it, and hybrid passes the large ones through"
     return "the union could be no lower of another one"
@@ -409,6 +426,7 @@ def negotiate(offered: InitRequest, settings: Settings, privileges: Privileges) 
         enosys=frozenset(opcode for opcode, wanted in enosys.items() if wanted),
         passthrough_upper=passthrough and _passes_uppers(mode, settings),
         passthrough_lower=passthrough and _passes_lowers(mode, settings),
+        lower_programs_only=mode is IoMode.HYBRID and not settings.read_only,
         small_lower=SMALL_FILE if mode is IoMode.HYBRID else -1,
         file_open_flags=FOPEN_KEEP_CACHE | noflush,
         passthrough_open_flags=FOPEN_PASSTHROUGH | noflush if passthrough else 0,
