@@ -112,7 +112,7 @@ cdef class Layer:
         read_result(st, &given)
         return self.key_of(&given)
 
-    cdef int64_t key_of(self, const stat_t *st) noexcept:
+    cdef int64_t key_of(self, const stat_t *st) noexcept nogil:
         cdef uint64_t number = st.st_ino if self.keeps_numbers else 0
         if self.is_bound:
             return 0

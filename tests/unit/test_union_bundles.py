@@ -1,0 +1,261 @@
+"""Changes made by bundles of system calls: as those made in steps, and nothing half-made after a failure."""
+
+from __future__ import annotations
+
+import errno
+import os
+import shutil
+import subprocess
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+
+from tests.unit.union_support import OpenUnion, get
+from tests.unit.union_support import open_union as open_union
+from unionfs.core.copyup import SmallCopyUps
+from unionfs.core.node import Node
+from unionfs.core.setting import Change, set_attributes
+from unionfs.core.steps import set_hook
+from unionfs.union.copyup import CopyUp
+from unionfs.union.filecopy import SMALL, FileCopy, small_copy_ups
+from unionfs.union.tree import Union
+
+PAST, FUTURE = 10**18, 4 * 10**18
+"""An access time in the future stays when the file is read, on a file system that records access times too."""
+IS_ROOT = os.geteuid() == 0
+
+
+class Sample(NamedTuple):
+    """A file to be copied up."""
+
+    size: int = 2000
+    mode: int = 0o644
+    owner: tuple[int, int] = (os.geteuid(), os.getegid())
+    times: tuple[int, int] = (FUTURE, PAST + 1)
+
+    def make(self, path: Path) -> None:
+        path.write_bytes(os.urandom(1) * self.size)
+        os.chown(path, *self.owner)
+        os.chmod(path, self.mode)
+        os.utime(path, ns=self.times)
+
+
+SAMPLES = [
+    Sample(), Sample(0), Sample(1), Sample(70_000), Sample(SMALL), Sample(mode=0o600), Sample(mode=0o755),
+    Sample(times=(FUTURE + 7, -PAST - 7)), *([Sample(owner=(1000, 2000), mode=0o640)] if IS_ROOT else []),
+]  # fmt: skip
+
+
+def small(union: Union) -> SmallCopyUps:
+    union.stack.volatile = True  # so no sync to a disk is needed
+    found = small_copy_ups(CopyUp(union))
+    assert found is not None
+    return found
+
+
+def in_steps(union: Union, node: Node) -> None:
+    with FileCopy(CopyUp(union), node) as copy:
+        copy.copy()
+        copy.finish()
+
+
+def on_disk(path: Path) -> tuple[object, ...]:
+    st = path.stat()
+    times = st.st_atime_ns, st.st_mtime_ns  # before the data is read
+    return st.st_mode, st.st_uid, st.st_gid, st.st_nlink, st.st_size, st.st_blocks, *times
+
+
+def known(union: Union, node: Node) -> tuple[object, ...]:
+    shown = union.attributes(node)
+    return (
+        node.in_place, node.from_origin, node.flags, node.no_capability, node.lower_data, shown.nlink,
+        shown.lasting, node.ino == shown.ino, shown.ino,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("sample", SAMPLES)
+def test_a_copy_is_the_same_as_one_made_in_steps(
+    tmp_path: Path, open_union: OpenUnion, sample: Sample
+) -> None:
+    lower, upper = tmp_path / "l0/d", tmp_path / "upper/d"
+    lower.mkdir(parents=True)
+    for name in ("a", "b"):
+        sample.make(lower / name)
+    shutil.copyfile(lower / "a", lower / "b")
+    for name in ("a", "b"):
+        os.utime(lower / name, ns=sample.times)
+    os.utime(lower, ns=(PAST, PAST))
+    before = {name: on_disk(lower / name) for name in ("a", "b")}
+    union = open_union()
+    copies, a, b = small(union), get(union, "d/a"), get(union, "d/b")
+    numbers = {node: node.ino for node in (a, b)}
+    shown = copies.copy(a)
+    in_steps(union, b)
+    assert on_disk(upper / "a") == on_disk(upper / "b") == before["a"] == before["b"]
+    assert {name: on_disk(lower / name) for name in ("a", "b")} == before
+    assert (upper / "a").read_bytes() == (upper / "b").read_bytes() == (lower / "a").read_bytes()
+    assert os.listxattr(upper / "a") == os.listxattr(upper / "b") == ["user.overlay.origin"]
+    for name in ("a", "b"):
+        origin = os.getxattr(upper / name, "user.overlay.origin")
+        assert union.origins.number_of(origin) == (lower / name).stat().st_ino
+    assert known(union, a)[:-1] == known(union, b)[:-1]
+    assert {node: node.ino for node in (a, b)} == numbers
+    assert shown is not None
+    assert shown.packed() == union.attributes(a).packed()
+    assert upper.stat().st_mtime_ns == PAST
+    assert os.listdir(tmp_path / "work/work") == []
+
+
+CHANGES: list[dict[str, int]] = [
+    {"mode": 0o600}, {"mode": 0o4711}, {"mtime_ns": 7}, {"atime_ns": -7, "mtime_ns": 8},
+    {"uid": os.geteuid()}, *([{"uid": 7, "gid": 8, "mode": 0o6755}] if IS_ROOT else []),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("change", CHANGES)
+@pytest.mark.parametrize("where", ["lower", "upper", "open"])
+def test_changed_attributes(
+    tmp_path: Path, open_union: OpenUnion, change: dict[str, int], where: str
+) -> None:
+    """The native filesystem says how they change."""
+    for made in (tmp_path / "l0/f", tmp_path / "native"):
+        made.parent.mkdir(exist_ok=True)
+        Sample().make(made)
+    native = tmp_path / "native"
+    if "uid" in change:
+        os.chown(native, change["uid"], change.get("gid", -1))
+    if "mode" in change:
+        os.chmod(native, change["mode"])
+    if "mtime_ns" in change:
+        atime, mtime = change.get("atime_ns", native.stat().st_atime_ns), change["mtime_ns"]
+        os.utime(native, ns=(atime, mtime))
+    union = open_union()
+    copies, node = small(union), get(union, "f")
+    if where == "lower":
+        found = copies.copy(node, Change(**change))
+    else:
+        assert copies.copy(node, keep=where == "open") is not None
+        found = set_attributes(union.gate, node, Change(**change))
+    assert found is not None
+    assert on_disk(tmp_path / "upper/f") == on_disk(native)
+    assert found.packed() == union.attributes(node).packed()
+    assert found.ctime_ns == (tmp_path / "upper/f").stat().st_ctime_ns
+
+
+def with_xattr(path: Path) -> None:
+    os.setxattr(path, "user.x", b"1")
+
+
+def with_hole(path: Path) -> None:
+    os.truncate(path, 100_000)
+
+
+def append_only(path: Path) -> None:
+    done = subprocess.run(["chattr", "+a", path], capture_output=True, text=True, check=False)
+    if done.returncode != 0:
+        pytest.skip(f"chattr +a: {done.stderr.strip()}")
+
+
+def too_large(path: Path) -> None:
+    path.write_bytes(b"x" * (SMALL + 1))
+
+
+@pytest.mark.parametrize(
+    "make",
+    [with_xattr, with_hole, append_only, too_large, lambda path: os.chmod(path, 0o4755),
+     lambda path: os.link(path, path.with_name("g"))],
+)  # fmt: skip
+def test_what_is_not_plain_is_left_alone(
+    tmp_path: Path, open_union: OpenUnion, make: Callable[[Path], None]
+) -> None:
+    (tmp_path / "l0").mkdir()
+    Sample().make(tmp_path / "l0/f")
+    make(tmp_path / "l0/f")
+    try:
+        union = open_union()
+        copies, node, fds = small(union), get(union, "f"), os.listdir("/proc/self/fd")
+        assert copies.copy(node) is None
+        assert os.listdir("/proc/self/fd") == fds
+        assert os.listdir(tmp_path / "upper") == os.listdir(tmp_path / "work/work") == []
+        in_steps(union, node)
+        assert (tmp_path / "upper/f").read_bytes() == (tmp_path / "l0/f").read_bytes()
+    finally:
+        subprocess.run(["chattr", "-a", tmp_path / "l0/f"], check=False, capture_output=True)
+
+
+@contextmanager
+def failing_after(number: int) -> Iterator[list[str]]:
+    """Let a bundle fail after so many steps, which go into the list."""
+    steps: list[str] = []
+
+    def hook(step: str) -> None:
+        steps.append(step)
+        if len(steps) == number:
+            raise OSError(errno.EIO, "the step before is the last")
+
+    set_hook(hook)
+    try:
+        yield steps
+    finally:
+        set_hook(None)
+
+
+COPY_STEPS = [
+    "open", "create", "data", "origin", *(["owner"] if IS_ROOT else []), "times", "enter", "appear", "set",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("number", range(1, len(COPY_STEPS) + 1))
+def test_a_copy_up_that_fails_after_a_step(tmp_path: Path, open_union: OpenUnion, number: int) -> None:
+    """It is complete or not there, and can be made again."""
+    lower, upper = tmp_path / "l0/d", tmp_path / "upper/d"
+    lower.mkdir(parents=True)
+    Sample(owner=(1000, 2000) if IS_ROOT else Sample().owner).make(lower / "f")
+    os.utime(lower, ns=(PAST, PAST))
+    before = on_disk(lower / "f"), (lower / "f").read_bytes()
+    union = open_union()
+    copies, node = small(union), get(union, "d/f")
+    fds = os.listdir("/proc/self/fd")
+    with failing_after(number) as steps, pytest.raises(OSError, match="is the last"):
+        copies.copy(node, Change(mtime_ns=9))
+    assert steps == COPY_STEPS[:number]
+    assert len(os.listdir("/proc/self/fd")) <= len(fds) + 1  # that of the upper's directory
+    assert os.listdir(tmp_path / "work/work") == []
+    assert (on_disk(lower / "f"), (lower / "f").read_bytes()) == before
+    appeared = "appear" in steps
+    assert (upper / "f").exists() == appeared
+    if appeared:
+        assert on_disk(upper / "f")[:-1] == before[0][:-1]
+        found = set_attributes(union.gate, node, Change(mtime_ns=9))
+    else:
+        found = copies.copy(node, Change(mtime_ns=9))
+    assert found is not None
+    assert (upper / "f").read_bytes() == before[1]
+    assert (upper / "f").stat().st_mtime_ns == found.st.st_mtime_ns == 9
+    if upper.exists():
+        assert upper.stat().st_mtime_ns == PAST
+
+
+def test_readers_of_the_lower_go_on_with_the_copy(tmp_path: Path, open_union: OpenUnion) -> None:
+    (tmp_path / "l0").mkdir()
+    Sample().make(tmp_path / "l0/f")
+    union = open_union()
+    copies, node = small(union), get(union, "f")
+    file = union.files.lend(node, write=False)
+    assert copies.copy(node, keep=True) is not None
+    assert node.use is not None
+    assert node.use.file is not file
+    kept = node.use.file
+    assert kept is not None
+    kept.write(b"new", 0)
+    assert read_start(tmp_path / "upper/f") == b"new"
+    assert read_start(tmp_path / "l0/f") != b"new"
+    union.files.take_back(node, kept)
+    file.release()
+
+
+def read_start(path: Path) -> bytes:
+    return path.read_bytes()[:3]
