@@ -5,26 +5,28 @@ from __future__ import annotations
 import errno
 import os
 import shutil
+import stat
 import subprocess
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import NamedTuple
 
 import pytest
 
-from tests.unit.union_support import OpenUnion, get
+from tests.unit.union_support import ME, OpenUnion, find, get
 from tests.unit.union_support import open_union as open_union
 from unionfs.core.copyup import SmallCopyUps
 from unionfs.core.node import Node
 from unionfs.core.setting import Change, set_attributes
-from unionfs.core.steps import set_hook
+from unionfs.core.steps import NotPlain, set_hook
+from unionfs.union.changes import Caller, Changes
 from unionfs.union.copyup import CopyUp
 from unionfs.union.filecopy import SMALL, FileCopy, small_copy_ups
 from unionfs.union.tree import Union
 
 PAST, FUTURE = 10**18, 4 * 10**18
-"""An access time in the future stays when the file is read, on a file system that records access times too."""
+"""An access time in the future stays when the file is read."""
 IS_ROOT = os.geteuid() == 0
 
 
@@ -186,15 +188,18 @@ def test_what_is_not_plain_is_left_alone(
         subprocess.run(["chattr", "-a", tmp_path / "l0/f"], check=False, capture_output=True)
 
 
+LAST = OSError(errno.EIO, "the step before is the last")
+
+
 @contextmanager
-def failing_after(number: int) -> Iterator[list[str]]:
+def failing_after(number: int, error: Exception = LAST) -> Iterator[list[str]]:
     """Let a bundle fail after so many steps, which go into the list."""
     steps: list[str] = []
 
     def hook(step: str) -> None:
         steps.append(step)
         if len(steps) == number:
-            raise OSError(errno.EIO, "the step before is the last")
+            raise error
 
     set_hook(hook)
     try:
@@ -259,3 +264,181 @@ def test_readers_of_the_lower_go_on_with_the_copy(tmp_path: Path, open_union: Op
 
 def read_start(path: Path) -> bytes:
     return path.read_bytes()[:3]
+
+
+# -- entries --------------------------------------------------------------------------------------------
+
+
+def make(changes: Changes, union: Union, kind: str, name: bytes = b"new", caller: Caller = ME) -> Node:
+    parent = get(union, "d")
+    if kind == "file":
+        node, shown, fd = changes.create(parent, name, 0o664, caller)
+        os.close(fd)
+    elif kind == "directory":
+        node, shown = changes.mkdir(parent, name, 0o775, caller)
+    elif kind == "symlink":
+        node, shown = changes.symlink(parent, name, b"to/where", caller)
+    else:
+        node, shown = changes.mknod(parent, name, stat.S_IFIFO | 0o622, 0, caller)
+    node.looked_up()
+    assert shown.packed() == union.attributes(node).packed()
+    return node
+
+
+def make_natively(path: Path, kind: str, caller: Caller) -> None:
+    """What the kernel makes for this caller."""
+    old = os.umask(caller.umask)
+    try:
+        if kind == "file":
+            os.close(os.open(path, os.O_CREAT | os.O_EXCL, 0o664))
+        elif kind == "directory":
+            os.mkdir(path, 0o775)
+        elif kind == "symlink":
+            os.symlink(b"to/where", path)
+        else:
+            os.mkfifo(path, 0o622)
+    finally:
+        os.umask(old)
+    inherits = path.parent.stat().st_mode & stat.S_ISGID
+    os.chown(path, caller.uid, -1 if inherits else caller.gid, follow_symlinks=False)
+
+
+def look(path: Path) -> tuple[object, ...]:
+    st = path.lstat()
+    xattrs = os.listxattr(path, follow_symlinks=False)
+    return st.st_mode, st.st_uid, st.st_gid, st.st_size, st.st_nlink, xattrs
+
+
+KINDS = ["file", "directory", "symlink", "fifo"]
+CALLERS = [Caller(*ME[:2], 0o022), Caller(*ME[:2], 0o077), *([Caller(1000, 2000, 0o027)] if IS_ROOT else [])]
+
+
+def opened(tmp_path: Path, open_union: OpenUnion, mode: int = 0o755) -> tuple[Union, Changes]:
+    """A union with a directory ``d`` in the upper, in which something was made already."""
+    for directory in (tmp_path / "upper/d", tmp_path / "l0/d", tmp_path / "native"):
+        directory.mkdir(parents=True)
+        os.chmod(directory, mode)
+    for name in ("a", "b"):
+        Sample().make(tmp_path / "l0/d" / name)
+    union = open_union()
+    changes = Changes(union)
+    changes.mkdir(get(union, "d"), b"first", 0o700, Caller(*ME[:2], 0o077))
+    return union, changes
+
+
+@pytest.mark.parametrize("caller", CALLERS)
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("mode", [0o755, 0o2775])
+@pytest.mark.parametrize("over", [False, True])
+def test_made_as_the_kernel_makes_it(
+    tmp_path: Path, open_union: OpenUnion, kind: str, caller: Caller, mode: int, over: bool
+) -> None:
+    union, changes = opened(tmp_path, open_union, mode)
+    name = "a" if over else "new"
+    if over:
+        get(union, "d/a")
+        changes.unlink(get(union, "d"), b"a")
+    make_natively(tmp_path / "native" / name, kind, caller)
+    old = os.umask(0)
+    try:
+        with failing_after(0) as steps:
+            node = make(changes, union, kind, name.encode(), caller)
+    finally:
+        os.umask(old)
+    made, expected = look(tmp_path / "upper/d" / name), look(tmp_path / "native" / name)
+    assert made[:-1] == expected[:-1]
+    assert made[-1] == (["user.overlay.opaque"] if over and kind == "directory" else [])
+    assert find(union, f"d/{name}") is node
+    assert (node.flags, node.from_origin) == (0, False)
+    assert os.listdir(tmp_path / "work/work") == []
+    plain = not over or (kind != "directory" and not mode & stat.S_ISGID)
+    assert steps == ([] if not plain else ["make", "appear"] if over else ["make"])
+
+
+@pytest.mark.parametrize("kind", ["file", "symlink"])
+@pytest.mark.parametrize("error", [LAST, NotPlain()])
+def test_a_replaced_whiteout_is_still_there_after_a_failure(
+    tmp_path: Path, open_union: OpenUnion, kind: str, error: Exception
+) -> None:
+    union, changes = opened(tmp_path, open_union)
+    get(union, "d/a")
+    changes.unlink(get(union, "d"), b"a")
+    fds = os.listdir("/proc/self/fd")
+    with failing_after(1, error) as steps:
+        if error is LAST:
+            with pytest.raises(OSError, match="is the last"):
+                make(changes, union, kind, b"a")
+        else:
+            make(changes, union, kind, b"a")
+    assert steps == ["make"]
+    assert os.listdir("/proc/self/fd") == fds
+    assert os.listdir(tmp_path / "work/work") == []
+    left = (tmp_path / "upper/d/a").lstat()
+    assert (stat.S_ISCHR(left.st_mode) and left.st_rdev == 0) == (error is LAST)
+    assert (find(union, "d/a") is None) == (error is LAST)
+
+
+def test_what_exists_is_not_replaced(tmp_path: Path, open_union: OpenUnion) -> None:
+    union, changes = opened(tmp_path, open_union)
+    make(changes, union, "file", b"there")
+    for kind in KINDS:
+        with pytest.raises(FileExistsError):
+            make(changes, union, kind, b"there")
+    with pytest.raises(OSError, match="Invalid"):
+        make(changes, union, "file", b".wh.x")
+
+
+UNLINK_STEPS = {"lower": ["hold", "remove"], "upper": ["hold", "remove"], "both": ["hold", "make", "remove"]}
+
+
+@pytest.mark.parametrize(
+    ("where", "number", "error"),
+    [(where, number, LAST) for where, steps in UNLINK_STEPS.items() for number in range(len(steps) + 1)]
+    + [(where, number, NotPlain()) for where, steps in UNLINK_STEPS.items() for number in range(1, len(steps))],
+)  # fmt: skip
+def test_removed(
+    tmp_path: Path, open_union: OpenUnion, where: str, number: int, error: Exception
+) -> None:
+    """With a failure after a step the name is there as before, or gone for good."""
+    union, changes = opened(tmp_path, open_union)
+    name = "new" if where == "upper" else "a"
+    if where == "upper":
+        node = make(changes, union, "file")
+    else:
+        node = get(union, "d/a")
+        node.looked_up()
+    if where == "both":
+        assert small(union).copy(node) is not None
+    all_steps = UNLINK_STEPS[where]
+    lower = on_disk(tmp_path / "l0/d/a")
+    with failing_after(number, error) as steps:
+        fails = error is LAST and number > 0
+        with pytest.raises(OSError, match="is the last") if fails else nullcontext():
+            changes.unlink(get(union, "d"), name.encode())
+    assert steps == (all_steps[:number] if 0 < number < len(all_steps) else all_steps)
+    assert on_disk(tmp_path / "l0/d/a") == lower
+    assert os.listdir(tmp_path / "work/work") == []
+    gone = not fails or number == len(all_steps)
+    assert (find(union, f"d/{name}") is None) == gone
+    assert node.unlinked == gone
+    assert (node.held >= 0) == gone
+    if gone:
+        assert union.attributes(node).nlink == 0
+        if where == "upper":
+            assert not (tmp_path / "upper/d/new").exists()
+        else:
+            left = (tmp_path / "upper/d/a").lstat()
+            assert stat.S_IFMT(left.st_mode) == stat.S_IFCHR
+            assert left.st_rdev == 0
+
+
+def test_a_removed_name_of_several(tmp_path: Path, open_union: OpenUnion) -> None:
+    union, changes = opened(tmp_path, open_union)
+    node, directory = make(changes, union, "file"), get(union, "d")
+    changes.link(node, directory, b"other")
+    changes.unlink(directory, b"new")
+    assert (node.unlinked, node.held) == (False, -1)
+    assert union.attributes(node).nlink == 1
+    changes.unlink(directory, b"other")
+    assert node.unlinked
+    assert union.attributes(node).nlink == 0

@@ -5,6 +5,9 @@
     node       nodes, the objects of a union's tree
     nodes      the node table
     search     the merge of names over the layers
+    steps      what the bundles of system calls share: copyup, setting (of attributes), entries (made, removed)
+    origins    the format of the origin of a copy
+    creds      creating files as another user
 
 Each has a `.pyx` (the code), a `.pxd` (what other compiled modules use of it) and a `.pyi` (its types, for
 the rest).

@@ -18,6 +18,8 @@ from unionfs.core.stats cimport (
 )
 from unionfs.core.steps cimport passed
 
+from unionfs.core.steps import NotPlain
+
 cdef extern from "<fcntl.h>" nogil:
     int O_NOATIME
     int O_NOCTTY
@@ -186,6 +188,8 @@ cdef class SmallCopyUps:
             self.count += 1
             self.copied_bytes += copy.size
             self.nanoseconds += now() - began
+        except NotPlain:
+            return None
         finally:
             self.clean(&copy)
         if change is None:

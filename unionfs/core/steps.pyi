@@ -1,5 +1,7 @@
 from collections.abc import Callable
 
+class NotPlain(Exception): ...
+
 def set_hook(new: Callable[[str], object] | None) -> None: ...
 
 class Workplace:

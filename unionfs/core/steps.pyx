@@ -8,13 +8,19 @@ object that decides may do it in its own way, or report the error.
 
 from libc.stdio cimport snprintf
 
+
+class NotPlain(Exception):
+    """A case turns out not to be plain. A bundle undoes what it did, and returns None."""
+
+
 hooked = False
 cdef object hook = None
 
 
 def set_hook(new):
-    """Call ``new`` with the name of each step of a bundle as soon as it is done, to observe changes or let them
-    fail there by an exception; None: no longer. For tests."""
+    """Call ``new`` with the name of each step of a bundle as soon as it is done; None: no longer. For tests,
+    which observe changes or let them fail there by an exception; :class:`NotPlain` before the change is
+    visible."""
     global hook, hooked
     hook, hooked = new, new is not None
 

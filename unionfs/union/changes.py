@@ -10,6 +10,7 @@ from contextlib import AbstractContextManager
 from functools import partial
 from typing import Final, NamedTuple
 
+from unionfs.core.entries import Entries
 from unionfs.core.node import Attributes, Node
 from unionfs.sys import calls
 from unionfs.sys.calls import os_error
@@ -49,6 +50,8 @@ class Changes:
         """``copy_up`` copies up directories before a change."""
         self._union = union
         self._in_upper = _InUpper(union, copy_up)
+        #: Makes and removes what is plain at once.
+        self._entries = Entries(union, union.identity, remembers=union.shortcuts.capabilities)
 
     def _territory(self, directory: Node) -> Steps:
         """The implementation of changes in a directory's territory."""
@@ -59,6 +62,9 @@ class Changes:
 
     def create(self, parent: Node, name: bytes, mode: int, caller: Caller) -> tuple[Node, Attributes, int]:
         """Create a regular file; returns an fd of it too (O_RDWR), which the caller owns."""
+        made = self._entries.make(parent, name, stat.S_IFREG | mode, *caller, opens=True)
+        if made is not None:
+            return made
         fd = self._make(parent, name, mode, caller, _create, kind=stat.S_IFREG)
         return (*self._new_node(parent, name, fd), fd)
 
@@ -96,11 +102,18 @@ class Changes:
 
     def mkdir(self, parent: Node, name: bytes, mode: int, caller: Caller) -> tuple[Node, Attributes]:
         """Create a directory."""
+        made = self._entries.make(parent, name, stat.S_IFDIR | mode, *caller)
+        if made is not None:
+            return made[:2]
         self._make(parent, name, mode, caller, _mkdir, kind=stat.S_IFDIR)
         return self._new_node(parent, name)
 
     def symlink(self, parent: Node, name: bytes, target: bytes, caller: Caller) -> tuple[Node, Attributes]:
         """Create a symlink."""
+        made = self._entries.make(parent, name, stat.S_IFLNK, *caller, target=target)
+        if made is not None:
+            return made[:2]
+
         def make(fd: int, here: bytes, _: int) -> None:
             os.symlink(target, here, dir_fd=fd)
 
@@ -114,6 +127,9 @@ class Changes:
         if stat.S_ISCHR(mode) and rdev == 0 and parent.territory.has_markers:
             raise os_error(errno.EPERM)
         kind = stat.S_IFMT(mode) or stat.S_IFREG
+        made = self._entries.make(parent, name, kind | mode, *caller, rdev=rdev)
+        if made is not None:
+            return made[:2]
 
         def make(fd: int, here: bytes, kept: int) -> None:
             os.mknod(here, kept, rdev, dir_fd=fd)
@@ -222,6 +238,8 @@ class Changes:
         self._union.flags.may_remove(parent, node)
         if node.is_linked_lower:
             return node
+        if self._entries.unlink(node, parent, name):
+            return None
         with self._union.outliving(node):
             self._territory(parent).unlink(node, parent, name)
             self._union.nodes.remove_name(node, parent, name)

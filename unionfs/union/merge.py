@@ -13,7 +13,7 @@ import stat
 from collections.abc import Iterable, Sequence
 from typing import Final
 
-from unionfs.core.places import NOT_THERE, Gate, Layer, Place
+from unionfs.core.places import Gate, Layer, Place
 from unionfs.core.search import PREFIX, Search
 from unionfs.sys.fds import Owned
 from unionfs.union.listing import NFS_REMOVED, Listing, real_names
@@ -78,25 +78,6 @@ class Merge(Search):
         """A new fd of the data of a metacopy file, for reading. Raises ``OSError``, EIO if another file has
         replaced it."""
         return open_data(self.gate, data)
-
-    def is_visible_below(self, parts: list[Place], name: bytes) -> bool:
-        """Whether a lower has ``name``, so that removing it from the upper requires a whiteout."""
-        searched = self._lower_names.parts(parts, name)
-        for part in searched:
-            if part.layer.is_upper:
-                continue
-            dir_fd = self.gate.fd(part)
-            try:
-                st = os.stat(name, dir_fd=dir_fd, follow_symlinks=False)
-            except OSError as error:
-                again = None if error.errno in NOT_THERE else self.gate.stat_refused(part, name, error)
-                if again is None:
-                    if part is not searched[-1] and self.named.hides(part, dir_fd, name):
-                        return False
-                    continue
-                st = again
-            return not self.markers.is_whiteout(st, dir_fd, name)
-        return False
 
     def forget_names(self, parts: Sequence[Place] | None = None) -> None:
         """Forget which lowers have which names in the directory merged from ``parts``; None: in all."""
