@@ -393,8 +393,8 @@ UNLINK_STEPS = {"lower": ["hold", "remove"], "upper": ["hold", "remove"], "both"
 
 @pytest.mark.parametrize(
     ("where", "number", "error"),
-    [(where, number, LAST) for where, steps in UNLINK_STEPS.items() for number in range(len(steps) + 1)]
-    + [(where, number, NotPlain()) for where, steps in UNLINK_STEPS.items() for number in range(1, len(steps))],
+    [(where, last, LAST) for where, steps in UNLINK_STEPS.items() for last in range(len(steps) + 1)]
+    + [(where, last, NotPlain()) for where, steps in UNLINK_STEPS.items() for last in range(1, len(steps))],
 )  # fmt: skip
 def test_removed(
     tmp_path: Path, open_union: OpenUnion, where: str, number: int, error: Exception
@@ -415,7 +415,8 @@ def test_removed(
         fails = error is LAST and number > 0
         with pytest.raises(OSError, match="is the last") if fails else nullcontext():
             changes.unlink(get(union, "d"), name.encode())
-    assert steps == (all_steps[:number] if 0 < number < len(all_steps) else all_steps)
+    expected = all_steps[:number] if number else all_steps
+    assert steps[: len(expected)] == expected
     assert on_disk(tmp_path / "l0/d/a") == lower
     assert os.listdir(tmp_path / "work/work") == []
     gone = not fails or number == len(all_steps)
@@ -442,3 +443,33 @@ def test_a_removed_name_of_several(tmp_path: Path, open_union: OpenUnion) -> Non
     changes.unlink(directory, b"other")
     assert node.unlinked
     assert union.attributes(node).nlink == 0
+
+
+def test_whiteouts_share_an_inode(tmp_path: Path, open_union: OpenUnion) -> None:
+    """As overlayfs's; a new one is made when the last name of the old one is gone."""
+    union, changes = opened(tmp_path, open_union)
+    directory = get(union, "d")
+    for name in (b"a", b"b"):
+        get(union, f"d/{os.fsdecode(name)}")
+        changes.unlink(directory, name)
+    left = [(tmp_path / "upper/d" / name).lstat() for name in ("a", "b")]
+    assert left[0].st_ino == left[1].st_ino
+    assert [st.st_nlink for st in left] == [2, 2]
+    for name in (b"a", b"b"):
+        os.close(changes.create(directory, name, 0o600, ME)[2])
+        changes.unlink(directory, name)
+    assert {(tmp_path / "upper/d" / name).lstat().st_rdev for name in ("a", "b")} == {0}
+    assert [find(union, f"d/{name}") for name in ("a", "b")] == [None, None]
+
+
+def test_a_whiteout_that_is_gone_is_made_anew(tmp_path: Path, open_union: OpenUnion) -> None:
+    """The last one was removed by another process."""
+    union, changes = opened(tmp_path, open_union)
+    directory = get(union, "d")
+    get(union, "d/a")
+    changes.unlink(directory, b"a")
+    (tmp_path / "upper/d/a").unlink()
+    get(union, "d/b")
+    changes.unlink(directory, b"b")
+    assert (tmp_path / "upper/d/b").lstat().st_rdev == 0
+    assert find(union, "d/b") is None

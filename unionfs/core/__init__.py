@@ -5,7 +5,7 @@
     node       nodes, the objects of a union's tree
     nodes      the node table
     search     the merge of names over the layers
-    steps      what the bundles of system calls share: copyup, setting (of attributes), entries (made, removed)
+    steps      what the bundles of system calls share: copyup, setting (of attributes), entries
     origins    the format of the origin of a copy
     creds      creating files as another user
 

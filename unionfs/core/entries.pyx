@@ -188,20 +188,21 @@ cdef class Entries:
 
     # -- removing -------------------------------------------------------------------------------------
 
-    def unlink(self, Node node not None, Node parent not None, bytes name not None):
-        """Remove a name of a non-directory, which has no flags, from the disk and from the table.
+    def unlink(self, Node parent not None, bytes name not None):
+        """Remove a name of a non-directory from the disk and from the table.
 
         Returns False if the case is not plain; then nothing has changed. Raises ``OSError``.
         """
         cdef Place place = self.place_to_change(parent)
+        cdef Node node = parent.children.get(name)
         cdef const char *at = name
         cdef Workplace work = self.work
         cdef New whiteout
         cdef int dir_fd, held = -1
         cdef bint done, in_place, below
-        if place is None or node.kind == S_IFDIR or node.place is None:
+        if place is None or node is None or node.kind == S_IFDIR or node.territory is not parent.territory:
             return False
-        if node.entry is not None or node.territory is not parent.territory:
+        if node.entry is not None or node.flags is None or (<int>node.flags | <int>parent.flags) & PROTECTED:
             return False
         whiteout.made = False
         in_place = node.is_changed_in_place()
@@ -242,11 +243,11 @@ cdef class Entries:
     ) except -1 nogil:
         """Remove an object, or hide the one ``below`` it. Returns whether that is done."""
         if not in_place:
-            if mknodat(dir_fd, name, S_IFCHR, 0) != 0:
+            if work.whiteout(dir_fd, name) != 0:
                 return False
         elif below:
             work.next(whiteout.name)
-            if mknodat(work.fd, whiteout.name, S_IFCHR, 0) != 0:
+            if work.whiteout(work.fd, whiteout.name) != 0:
                 return False
             whiteout.made = True
             passed("make")

@@ -13,8 +13,12 @@ cdef bint hooked
 cdef class Workplace:
     cdef readonly int fd
     cdef uint64_t number
+    cdef int last_whiteout
+    cdef bint links, by_path
 
     cdef void next(self, char *name) noexcept nogil
+    cdef int whiteout(self, int dir_fd, const char *name) noexcept nogil
+    cdef int link_whiteout(self, int dir_fd, const char *name) noexcept nogil
 
 cdef int call_hook(const char *step) except -1 with gil
 

@@ -231,14 +231,17 @@ class Changes:
 
         Returns a node that must be copied up first; in that case nothing has changed.
         """
+        if self._entries.unlink(parent, name):
+            return None
         node = self._existing(parent, name)
         if node.is_dir:
             raise os_error(errno.EISDIR)
         parent.territory.require_writable()
+        known = node.flags is not None and parent.flags is not None
         self._union.flags.may_remove(parent, node)
         if node.is_linked_lower:
             return node
-        if self._entries.unlink(node, parent, name):
+        if not known and self._entries.unlink(parent, name):
             return None
         with self._union.outliving(node):
             self._territory(parent).unlink(node, parent, name)

@@ -300,7 +300,7 @@ class NameRequests:
 
 
 def _packed(attributes: Attributes) -> bytes:
-    return encode.attributes_of(attributes.st, attributes.ino, attributes.nlink, attributes.ctime_ns)
+    return attributes.packed()
 
 
 def _sized(unique: int, value: bytes, size: int) -> Reply:
