@@ -20,6 +20,7 @@ from unionfs.core.copyup import SmallCopyUps
 from unionfs.core.node import Node
 from unionfs.core.setting import Change, set_attributes
 from unionfs.core.steps import NotPlain, set_hook
+from unionfs.sys import calls
 from unionfs.union.changes import Caller, Changes
 from unionfs.union.copyup import CopyUp
 from unionfs.union.filecopy import SMALL, FileCopy, small_copy_ups
@@ -473,3 +474,81 @@ def test_a_whiteout_that_is_gone_is_made_anew(tmp_path: Path, open_union: OpenUn
     changes.unlink(directory, b"b")
     assert (tmp_path / "upper/d/b").lstat().st_rdev == 0
     assert find(union, "d/b") is None
+
+
+def open_beside_directories(union: Union) -> int:
+    return len(os.listdir("/proc/self/fd")) - len(union.gate)
+
+
+RENAME_STEPS = ["hold", "rename"]
+
+
+@pytest.mark.parametrize("source", ["upper", "both"])
+@pytest.mark.parametrize("target", ["none", "removed", "upper", "lower", "both"])
+@pytest.mark.parametrize("elsewhere", [False, True])
+@pytest.mark.parametrize(("number", "error"), [(0, LAST), (1, LAST), (2, LAST), (1, NotPlain())])
+def test_renamed(
+    tmp_path: Path, open_union: OpenUnion, source: str, target: str, elsewhere: bool, number: int,
+    error: Exception,
+) -> None:  # fmt: skip
+    """With a failure after a step both names are as before, or the file has the new one for good."""
+    if elsewhere:
+        (tmp_path / "l0/e").mkdir(parents=True)
+        (tmp_path / "upper/e").mkdir(parents=True)
+        Sample(3).make(tmp_path / "l0/e/b")
+    union, changes = opened(tmp_path, open_union)
+    old, new = get(union, "d"), get(union, "e" if elsewhere else "d")
+    changes.mkdir(new, b"other", 0o700, Caller(*ME[:2], 0o077))
+    name = "a" if source == "both" else "x"
+    node = get(union, "d/a") if source == "both" else changes.mknod(old, b"x", 0o600, 0, ME)[0]
+    node.looked_up()
+    if source == "both":
+        assert small(union).copy(node) is not None
+    new_name, replaced = ("y" if target in ("none", "upper") else "b"), None
+    if target == "upper":
+        replaced = changes.mknod(new, b"y", 0o600, 0, ME)[0]
+    elif target != "none":
+        replaced = get(union, f"{new.name.decode()}/b")
+    if replaced is not None:
+        replaced.looked_up()
+        union.flags.of(replaced)
+        if target == "both":
+            assert small(union).copy(replaced) is not None
+        elif target == "removed":
+            changes.unlink(new, b"b")
+    here, there = tmp_path / "upper/d" / name, tmp_path / "upper" / new.name.decode() / new_name
+    before = look(here), here.read_bytes()
+    lower, fds = on_disk(tmp_path / "l0/d/a"), open_beside_directories(union)
+    with failing_after(number, error) as steps:
+        fails = error is LAST and number > 0
+        with pytest.raises(OSError, match="is the last") if fails else nullcontext():
+            assert changes.rename(old, name.encode(), new, new_name.encode(), 0) == []
+    assert steps[: number or 2] == RENAME_STEPS[: number or 2]
+    assert on_disk(tmp_path / "l0/d/a") == lower
+    assert os.listdir(tmp_path / "work/work") == []
+    found = find(union, f"d/{name}"), find(union, f"{new.name.decode()}/{new_name}")
+    if fails and number == 1:
+        assert found == (node, None if target == "removed" else replaced)
+        assert (look(here), here.read_bytes()) == before
+        assert open_beside_directories(union) == fds
+        return
+    assert found == (None, node)
+    assert (look(there), there.read_bytes()) == before
+    assert here.is_char_device() == (source == "both")
+    assert here.exists() == (source == "both")
+    assert replaced is None or (replaced.unlinked and replaced.held >= 0)
+    assert (node.parent, node.name, node.unlinked) == (new, new_name.encode(), False)
+
+
+def test_a_refused_rename_is_not_plain(tmp_path: Path, open_union: OpenUnion) -> None:
+    union, changes = opened(tmp_path, open_union)
+    directory, upper = get(union, "d"), tmp_path / "upper/d"
+    changes.mknod(directory, b"x", 0o600, 0, ME)
+    with pytest.raises(OSError, match="Invalid"):
+        changes.rename(directory, b"x", directory, b".wh.y", 0)
+    with pytest.raises(FileExistsError):
+        changes.rename(directory, b"x", directory, b"a", calls.RENAME_NOREPLACE)
+    with pytest.raises(IsADirectoryError):
+        changes.rename(directory, b"x", directory, b"first", 0)
+    os.setxattr(upper / "x", "user.overlay.metacopy", b"")
+    assert changes.rename(directory, b"x", directory, b"y", 0) == [get(union, "d/x")]

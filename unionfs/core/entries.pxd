@@ -28,13 +28,16 @@ cdef class Entries:
     cdef Workplace work
     cdef Creator identity
     cdef bint remembers
+    cdef bytes metacopy
 
     cdef Place place_to_change(self, Node directory)
     cdef bint make_entry(
         self, New *new, int dir_fd, const char *name, Creator identity, Workplace work, bint plain
     ) except -1 nogil
     cdef Node node_of(self, Node parent, bytes name, Place place, const stat_t *st)
-    cdef int check(self, Node node, int held) except -1
+    cdef int hold(self, Node node) except -2
+    cdef bint may_move(self, Node node, Node parent)
+    cdef bint has_data(self, Node node) except -1
     cdef bint unlink_entry(
         self, New *whiteout, int dir_fd, const char *name, bint in_place, bint below, Workplace work
     ) except -1 nogil

@@ -1,12 +1,13 @@
-"""Entries of the upper's directories, made and removed by bundles of system calls; see `steps`.
+"""Entries of the upper's directories, made, removed and renamed by bundles of system calls; see `steps`.
 
 The plain case of making: a name in a directory of the upper that is free or, for what is no directory, a
-whiteout (character device 0/0). The plain case of removing: a known object without an
-entry in an index. The others are `union.making`'s and `union.removing`'s.
+whiteout (character device 0/0). The plain case of removing and renaming: a known non-directory without an entry
+in an index. The others are those of `union.making` and its like.
 """
 
-from libc.errno cimport EEXIST
+from libc.errno cimport EEXIST, ENODATA, EOPNOTSUPP
 from libc.errno cimport errno as c_errno
+from libc.stdio cimport snprintf
 from libc.string cimport memcmp
 from posix.unistd cimport close
 
@@ -28,6 +29,8 @@ cdef extern from "<fcntl.h>" nogil:
 
 cdef extern from "<stdio.h>" nogil:
     int renameat(int old_fd, const char *old, int new_fd, const char *new)
+    int renameat2(int old_fd, const char *old, int new_fd, const char *new, unsigned int flags)
+    unsigned int RENAME_WHITEOUT
 
 cdef extern from "<sys/stat.h>" nogil:
     int S_ISGID
@@ -37,7 +40,12 @@ cdef extern from "<sys/stat.h>" nogil:
 cdef extern from "<unistd.h>" nogil:
     int symlinkat(const char *target, int fd, const char *path)
 
+cdef extern from "<sys/xattr.h>" nogil:
+    ssize_t lgetxattr(const char *path, const char *name, void *value, size_t size)
+
 cdef enum:
+    # Of a name in a directory, as in `search`
+    PATH_SIZE = 300
     PERMISSIONS = 0o7777
     # FS_IMMUTABLE_FL, FS_APPEND_FL: of `Node.flags`, include/uapi/linux/fs.h
     IMMUTABLE = 0x10
@@ -71,6 +79,7 @@ cdef class Entries:
         self.gate, self.merge, self.nodes = union.gate, union.merge, union.nodes
         self.origins, self.work, self.identity = union.origins, union.work, identity
         self.remembers = remembers
+        self.metacopy = union.markers.metacopy
 
     cdef Place place_to_change(self, Node directory):
         """The upper's directory of a node, about to be changed; None if it is not a plain one."""
@@ -200,20 +209,13 @@ cdef class Entries:
         cdef New whiteout
         cdef int dir_fd, held = -1
         cdef bint done, in_place, below
-        if place is None or node is None or node.kind == S_IFDIR or node.territory is not parent.territory:
-            return False
-        if node.entry is not None or node.flags is None or (<int>node.flags | <int>parent.flags) & PROTECTED:
+        if place is None or not self.may_move(node, parent):
             return False
         whiteout.made = False
         in_place = node.is_changed_in_place()
         below = in_place and self.merge.is_visible_below(parent.parts, name)
-        if node.held < 0 and not node.links:  # it loses its last known name
-            held = openat(self.gate.fd(node.place), node.name, O_PATH | O_NOFOLLOW | O_CLOEXEC)
-            if held < 0:
-                return False
         try:
-            if held >= 0:
-                self.check(node, held)
+            held = self.hold(node)
             passed("hold")
             place.empty, parent.has_ctime = False, False
             dir_fd = self.gate.fd(place)
@@ -232,11 +234,23 @@ cdef class Entries:
             if held >= 0:
                 close(held)
 
-    cdef int check(self, Node node, int held) except -1:
+    cdef int hold(self, Node node) except -2:
+        """An fd of an object that loses its last known name, by which the node outlives it; else -1."""
         cdef stat_t st
-        if fstat(held, &st) != 0:
-            raise failure(c_errno)
-        return node.check_stat(&st)
+        cdef int fd
+        if node.held >= 0 or node.links:
+            return -1
+        fd = openat(self.gate.fd(node.place), node.name, O_PATH | O_NOFOLLOW | O_CLOEXEC)
+        if fd < 0:
+            raise NotPlain
+        try:
+            if fstat(fd, &st) != 0:
+                raise failure(c_errno)
+            node.check_stat(&st)
+        except BaseException:
+            close(fd)
+            raise
+        return fd
 
     cdef bint unlink_entry(
         self, New *whiteout, int dir_fd, const char *name, bint in_place, bint below, Workplace work
@@ -273,3 +287,80 @@ cdef class Entries:
             if <Py_ssize_t>st.st_nlink > node.place.layer.links_of_removed:
                 node.territory.lost_name(node)
         return 0
+
+    # -- renaming -------------------------------------------------------------------------------------
+
+    def rename(
+        self, Node parent not None, bytes name not None, Node new_parent not None, bytes new_name not None
+    ):
+        """Rename a non-directory, on the disk and in the table, over another one if there is one.
+
+        Returns False if the case is not plain; then nothing has changed. Raises ``OSError``.
+        """
+        cdef Place place = self.place_to_change(parent), new_place = self.place_to_change(new_parent)
+        cdef Node node = parent.children.get(name), target = new_parent.children.get(new_name)
+        cdef const char *at = name
+        cdef const char *new_at = new_name
+        cdef int dir_fd, new_fd, held = -1, code
+        cdef unsigned int flags
+        cdef stat_t st
+        if place is None or new_place is None or node is target or not self.may_move(node, parent):
+            return False
+        if not node.is_changed_in_place() or not self.has_data(node):
+            return False
+        if len(new_name) >= 4 and memcmp(new_at, b".wh.", 4) == 0:
+            return False
+        if target is None:
+            if <int>new_parent.flags & IMMUTABLE:
+                return False
+            if self.merge.find(new_parent.parts, new_name, 0, &st) is not None:
+                return False
+        elif not self.may_move(target, new_parent):
+            return False
+        flags = RENAME_WHITEOUT if self.merge.is_visible_below(parent.parts, name) else 0
+        new_fd = self.gate.fd(new_place)
+        if new_place.asked_named >= 0 and self.merge.hides(new_place, new_name, new_fd):
+            return False
+        try:
+            if target is not None:
+                held = self.hold(target)
+            passed("hold")
+            if node.from_origin:
+                self.origins.becomes_impure(new_place, new_fd)
+            new_fd, dir_fd = self.gate.fd(new_place), self.gate.fd(place)
+            if new_place.fd != new_fd:
+                return False  # it was closed to open the other one
+            place.empty = new_place.empty = parent.has_ctime = new_parent.has_ctime = False
+            with nogil:
+                code = renameat2(dir_fd, at, new_fd, new_at, flags)
+            if code != 0:
+                return False
+            if target is not None:
+                self.lose(target, new_parent, new_name, held)
+                held = -1
+            self.nodes.move(node, parent, name, new_parent, new_name)
+            passed("rename")
+            return True
+        except NotPlain:
+            return False
+        finally:
+            if held >= 0:
+                close(held)
+
+    cdef bint may_move(self, Node node, Node parent):
+        """Whether a name of a known non-directory can be removed."""
+        if node is None or node.kind == S_IFDIR or node.territory is not parent.territory:
+            return False
+        if node.entry is not None or node.flags is None:
+            return False
+        return not (<int>node.flags | <int>parent.flags) & PROTECTED
+
+    cdef bint has_data(self, Node node) except -1:
+        """Whether a file of the upper is not metacopy, which finds its data by its name."""
+        cdef char path[PATH_SIZE]
+        if node.kind != S_IFREG:
+            return True
+        if node.held >= 0 or node.lower_data is not None:
+            return False
+        snprintf(path, PATH_SIZE, "/proc/self/fd/%d/%s", self.gate.fd(node.place), <const char *>node.name)
+        return lgetxattr(path, self.metacopy, NULL, 0) < 0 and (c_errno == ENODATA or c_errno == EOPNOTSUPP)

@@ -237,7 +237,7 @@ class Changes:
         if node.is_dir:
             raise os_error(errno.EISDIR)
         parent.territory.require_writable()
-        known = node.flags is not None and parent.flags is not None
+        known = _have_flags(parent, node)
         self._union.flags.may_remove(parent, node)
         if node.is_linked_lower:
             return node
@@ -288,6 +288,8 @@ class Changes:
         """
         if flags not in (0, calls.RENAME_NOREPLACE, calls.RENAME_EXCHANGE):
             raise os_error(errno.EINVAL)
+        if flags == 0 and self._entries.rename(parent, name, new_parent, new_name):
+            return []
         node = self._existing(parent, name)
         if parent.territory is not new_parent.territory:
             raise os_error(errno.EXDEV)
@@ -297,12 +299,20 @@ class Changes:
         parent.territory.require_writable()
         if target is not None and target.is_mountpoint:
             raise os_error(errno.EBUSY)
+        known = _have_flags(parent, node, new_parent, target)
         self._union.flags.may_remove(parent, node)
         if target is None:
             self._union.flags.may_make(new_parent)
         else:
             self._union.flags.may_remove(new_parent, target)
+        if not known and flags == 0 and self._entries.rename(parent, name, new_parent, new_name):
+            return []
         return self._territory(parent).rename(node, target, (parent, name), (new_parent, new_name), flags)
+
+
+def _have_flags(*nodes: Node | None) -> bool:
+    """Whether the flags of these nodes are known, so that a plain case was one before they were read."""
+    return all(node is None or node.flags is not None for node in nodes)
 
 
 def _check_name(parent: Node, name: bytes) -> None:
