@@ -117,14 +117,15 @@ def copy_up(union: Union, node: Node, limit: int | None = None) -> None:
         copy.finish()
 
 
+def not_plain(step: str) -> None:
+    """A hook that lets no bundle make a change."""
+    raise NotPlain
+
+
 @contextmanager
 def without_bundles() -> Iterator[None]:
     """Make changes in steps alone."""
-
-    def refuse(step: str) -> None:
-        raise NotPlain
-
-    set_hook(refuse)
+    set_hook(not_plain)
     try:
         yield
     finally:
