@@ -2,6 +2,7 @@
 
 from libc.stdint cimport int64_t, uint64_t
 
+from unionfs.core.files cimport OpenFile
 from unionfs.core.node cimport Attributes, Node
 from unionfs.core.nodes cimport NodeTable
 from unionfs.core.origins cimport ORIGIN_SIZE, OriginFormat
@@ -12,7 +13,7 @@ from unionfs.core.steps cimport NAME_SIZE, Workplace
 
 cdef struct Copy:
     int source, target
-    bint lent, made, has_origin
+    bint made, has_origin
     char name[NAME_SIZE]
     stat_t st
     int64_t size, key
@@ -36,7 +37,7 @@ cdef class SmallCopyUps:
     cdef char *buffer
 
     cdef bint may_copy(self, Node node)
-    cdef int lend(self, Node node, Copy *copy) except -1
+    cdef OpenFile lend(self, Node node, Copy *copy)
     cdef bint prepare(
         self, Copy *copy, Layer layer, Workplace work, OriginFormat origins, int64_t limit
     ) except -1 nogil
@@ -45,5 +46,5 @@ cdef class SmallCopyUps:
     cdef int never_clones(self, uint64_t device) except -1 with gil
     cdef bint put(self, Copy *copy, Node node) except -1
     cdef bint names(self, Copy *copy, Node node) except -1
-    cdef int clean(self, Copy *copy) except -1
+    cdef int clean(self, Copy *copy, OpenFile lent) except -1
     cdef Attributes change(self, Node node, int fd, Change change, Copy *copy)

@@ -164,13 +164,13 @@ cdef class SmallCopyUps:
         cdef Copy copy
         cdef int64_t began = now()
         cdef bint plain
-        cdef OpenFile file
+        cdef OpenFile file, lent = None
         if not self.may_copy(node):
             return None
         copy.source = copy.target = -1
-        copy.made = copy.has_origin = copy.lent = False
+        copy.made = copy.has_origin = False
         try:
-            self.lend(node, &copy)
+            lent = self.lend(node, &copy)
             if copy.source < 0:
                 return None
             copy.key, copy.mode = node.key, self.settable + 1
@@ -191,7 +191,7 @@ cdef class SmallCopyUps:
         except NotPlain:
             return None
         finally:
-            self.clean(&copy)
+            self.clean(&copy, lent)
         if change is None:
             passed("appear")
             return node.shown(&copy.st)
@@ -210,20 +210,20 @@ cdef class SmallCopyUps:
             return False
         return not node.place.layer.in_place and node.place.layer.permissions is None
 
-    cdef int lend(self, Node node, Copy *copy) except -1:
-        """Open the source; not if that fails."""
+    cdef OpenFile lend(self, Node node, Copy *copy):
+        """Open the source; not if that fails. Returns the file that it is already open as, if any."""
         cdef OpenFile file = None if node.use is None else node.use.file
         cdef int flags = O_RDONLY | O_NOFOLLOW | O_NONBLOCK | O_CLOEXEC | O_NOCTTY
         cdef int dir_fd
         if file is not None and file.users > 0 and file.readable and file.number >= 0:
-            copy.source, copy.lent = file.number, True
-            return 0
+            copy.source = file.number
+            return file.take()
         dir_fd = self.gate.fd(node.place)
         if node.place.layer.quiet:
             copy.source = openat(dir_fd, node.name, flags | O_NOATIME)
         if copy.source < 0:
             copy.source = openat(dir_fd, node.name, flags)
-        return 0
+        return None
 
     cdef bint prepare(
         self, Copy *copy, Layer layer, Workplace work, OriginFormat origins, int64_t limit
@@ -355,12 +355,14 @@ cdef class SmallCopyUps:
             passed("set")
         return node.shown(&copy.st)
 
-    cdef int clean(self, Copy *copy) except -1:
+    cdef int clean(self, Copy *copy, OpenFile lent) except -1:
         """Close what is open, and remove a copy that has not appeared."""
         if copy.made and unlinkat(self.work.fd, copy.name, 0) != 0:
             self.work.discard(<bytes>copy.name)
         if copy.target >= 0:
             close(copy.target)
-        if copy.source >= 0 and not copy.lent:
+        if lent is not None:
+            lent.release()
+        elif copy.source >= 0:
             close(copy.source)
         return 0

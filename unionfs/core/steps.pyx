@@ -6,7 +6,7 @@ None, after undoing what it did, where a system call fails before the change is 
 object that decides may do it in its own way, or report the error.
 """
 
-from libc.errno cimport EACCES, EEXIST, EMLINK, ENOENT, EPERM
+from libc.errno cimport EACCES, EEXIST, EINVAL, ENOENT, ENOSYS, EOPNOTSUPP, EPERM
 from libc.errno cimport errno as c_errno
 from libc.stdio cimport snprintf
 from posix.unistd cimport close
@@ -108,8 +108,8 @@ cdef class Workplace:
                 return 0
             if c_errno == EEXIST:
                 return -1
-            # all its names are gone, it has too many, or its filesystem has no links
-            self.links = c_errno == ENOENT or c_errno == EMLINK
+            # all its names are gone, or it has too many
+            self.links = c_errno not in (EPERM, EINVAL, ENOSYS, EOPNOTSUPP)
             close(self.last_whiteout)
             self.last_whiteout = -1
         if mknodat(dir_fd, name, S_IFCHR, 0) != 0:

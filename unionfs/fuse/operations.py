@@ -241,6 +241,8 @@ class Operations:
             return self.copy_ups.change(node, change)
         if self.copy_ups.is_running(node):
             return None  # it sets the attributes that it has read
+        if node.flags is None:
+            self.union.flags.of(node)
         return set_attributes(self.union.gate, node, change)
 
     def _may_set(self, node: Node, change: Change, handle: Handle | None) -> None:
