@@ -352,27 +352,30 @@ def test_made_as_the_kernel_makes_it(
     assert find(union, f"d/{name}") is node
     assert (node.flags, node.from_origin) == (0, False)
     assert os.listdir(tmp_path / "work/work") == []
-    plain = not over or (kind != "directory" and not mode & stat.S_ISGID)
-    assert steps == ["begin", *(["make"] if plain else []), *(["appear"] if plain and over else [])]
+    plain = not over or not mode & stat.S_ISGID
+    replaces = [*(["opaque"] if kind == "directory" else []), "appear"]
+    assert steps == ["begin", *(["make"] if plain else []), *(replaces if plain and over else [])]
 
 
-@pytest.mark.parametrize("kind", ["file", "symlink"])
+@pytest.mark.parametrize(
+    ("kind", "number"), [("file", 2), ("symlink", 2), ("directory", 2), ("directory", 3)]
+)
 @pytest.mark.parametrize("error", [LAST, NotPlain()])
 def test_a_replaced_whiteout_is_still_there_after_a_failure(
-    tmp_path: Path, open_union: OpenUnion, kind: str, error: Exception
+    tmp_path: Path, open_union: OpenUnion, kind: str, number: int, error: Exception
 ) -> None:
     union, changes = opened(tmp_path, open_union)
     get(union, "d/a")
     changes.unlink(get(union, "d"), b"a")
-    fds = os.listdir("/proc/self/fd")
-    with failing_after(2, error) as steps:
+    fds = open_beside_directories(union)
+    with failing_after(number, error) as steps:
         if error is LAST:
             with pytest.raises(OSError, match="is the last"):
                 make(changes, union, kind, b"a")
         else:
             make(changes, union, kind, b"a")
-    assert steps == ["begin", "make"]
-    assert os.listdir("/proc/self/fd") == fds
+    assert steps == ["begin", "make", "opaque"][:number]
+    assert open_beside_directories(union) == fds
     assert os.listdir(tmp_path / "work/work") == []
     left = (tmp_path / "upper/d/a").lstat()
     assert (stat.S_ISCHR(left.st_mode) and left.st_rdev == 0) == (error is LAST)

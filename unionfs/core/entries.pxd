@@ -13,10 +13,11 @@ from unionfs.core.steps cimport NAME_SIZE, Workplace
 
 cdef struct New:
     int fd
-    bint opens, made
+    bint opens, made, replaces
     uint32_t uid, gid, mode
     uint64_t rdev
     const char *target
+    const char *opaque
     char name[NAME_SIZE]
     stat_t st
 
@@ -28,12 +29,13 @@ cdef class Entries:
     cdef Workplace work
     cdef Creator identity
     cdef bint remembers
-    cdef bytes metacopy
+    cdef bytes metacopy, opaque
 
     cdef Place place_to_change(self, Node directory)
     cdef bint make_entry(
-        self, New *new, int dir_fd, const char *name, Creator identity, Workplace work, bint plain
+        self, New *new, int dir_fd, const char *name, Creator identity, Workplace work
     ) except -1 nogil
+    cdef bint replace(self, New *new, int work, int dir_fd, const char *name) except -1 nogil
     cdef Node node_of(self, Node parent, bytes name, Place place, const stat_t *st)
     cdef int hold(self, Node node) except -2
     cdef bint may_move(self, Node node, Node parent)

@@ -1,7 +1,6 @@
 """Entries of the upper's directories, made, removed and renamed by bundles of system calls; see `steps`.
 
-The plain case of making: a name in a directory of the upper that is free or, for what is no directory, a
-whiteout (character device 0/0). The plain case of removing and renaming: a known non-directory without an entry
+The plain case of making: a name in a directory of the upper that is free, or a whiteout (character device 0/0). The plain case of removing and renaming: a known non-directory without an entry
 in an index. The others are those of `union.making` and its like.
 """
 
@@ -30,7 +29,7 @@ cdef extern from "<fcntl.h>" nogil:
 cdef extern from "<stdio.h>" nogil:
     int renameat(int old_fd, const char *old, int new_fd, const char *new)
     int renameat2(int old_fd, const char *old, int new_fd, const char *new, unsigned int flags)
-    unsigned int RENAME_WHITEOUT
+    unsigned int RENAME_EXCHANGE, RENAME_WHITEOUT
 
 cdef extern from "<sys/stat.h>" nogil:
     int S_ISGID
@@ -42,6 +41,7 @@ cdef extern from "<unistd.h>" nogil:
 
 cdef extern from "<sys/xattr.h>" nogil:
     ssize_t lgetxattr(const char *path, const char *name, void *value, size_t size)
+    int lsetxattr(const char *path, const char *name, const void *value, size_t size, int flags)
 
 cdef enum:
     # Of a name in a directory, as in `search`
@@ -79,7 +79,7 @@ cdef class Entries:
         self.gate, self.merge, self.nodes = union.gate, union.merge, union.nodes
         self.origins, self.work, self.identity = union.origins, union.work, identity
         self.remembers = remembers
-        self.metacopy = union.markers.metacopy
+        self.metacopy, self.opaque = union.markers.metacopy, union.markers.opaque
 
     cdef Place place_to_change(self, Node directory):
         """The upper's directory of a node, about to be changed; None if it is not a plain one."""
@@ -112,7 +112,7 @@ cdef class Entries:
         cdef Workplace work = self.work
         cdef Node node
         cdef int dir_fd
-        cdef bint made, plain
+        cdef bint made
         if place is None or <int>parent.flags & IMMUTABLE:
             return None
         if len(name) >= 4 and memcmp(at, b".wh.", 4) == 0:
@@ -126,14 +126,15 @@ cdef class Entries:
                 return None
             if not place.default_acl:
                 new.mode &= ~<uint32_t>umask
-        plain = new.mode & S_IFMT != S_IFDIR and place.default_acl is not None and not place.default_acl
+        new.replaces = place.default_acl is not None and not place.default_acl
+        new.opaque = self.opaque
         dir_fd = self.gate.fd(place)
         if place.asked_named >= 0 and self.merge.hides(place, name, dir_fd):
             return None
         place.empty, parent.has_ctime = False, False
         try:
             with nogil:
-                made = self.make_entry(&new, dir_fd, at, identity, work, plain)
+                made = self.make_entry(&new, dir_fd, at, identity, work)
             if not made:
                 return None
             node = self.node_of(parent, name, place, &new.st)
@@ -149,16 +150,16 @@ cdef class Entries:
                 close(new.fd)
 
     cdef bint make_entry(
-        self, New *new, int dir_fd, const char *name, Creator identity, Workplace work, bint plain
+        self, New *new, int dir_fd, const char *name, Creator identity, Workplace work
     ) except -1 nogil:
-        """Make the object; in place of a whiteout, if that is ``plain``. Returns whether it is made."""
+        """Make the object. Returns whether it is made."""
         cdef int fd
         cdef bint as_other = not identity.is_me(new.uid, new.gid)
         passed("begin")
         if as_other:
             identity.become(new.uid, new.gid)
         fd = make_object(new, dir_fd, name)
-        if fd < 0 and c_errno == EEXIST and plain and is_whiteout(dir_fd, name):
+        if fd < 0 and c_errno == EEXIST and new.replaces and is_whiteout(dir_fd, name):
             if fstat(dir_fd, &new.st) == 0 and not new.st.st_mode & S_ISGID:  # in work nothing is inherited
                 work.next(new.name)
                 fd = make_object(new, work.fd, new.name)
@@ -171,13 +172,27 @@ cdef class Entries:
             new.fd = fd
         passed("make")
         if new.made:
-            if renameat(work.fd, new.name, dir_fd, name) != 0:
+            if not self.replace(new, work.fd, dir_fd, name):
                 return False
-            new.made = False
             passed("appear")
         if (fstat(fd, &new.st) if new.opens else fstatat(dir_fd, name, &new.st, AT_SYMLINK_NOFOLLOW)) != 0:
             with gil:
                 raise failure(c_errno)
+        return True
+
+    cdef bint replace(self, New *new, int work, int dir_fd, const char *name) except -1 nogil:
+        """Put an object from work in place of a whiteout; a directory becomes opaque. Returns whether it is."""
+        cdef char path[PATH_SIZE]
+        if new.mode & S_IFMT != S_IFDIR:
+            new.made = renameat(work, new.name, dir_fd, name) != 0
+            return not new.made
+        snprintf(path, PATH_SIZE, "/proc/self/fd/%d/%s", work, new.name)
+        if lsetxattr(path, new.opaque, b"y", 1, 0) != 0:
+            return False
+        passed("opaque")
+        if renameat2(work, new.name, dir_fd, name, RENAME_EXCHANGE) != 0:
+            return False
+        new.made = unlinkat(work, new.name, 0) != 0  # the whiteout
         return True
 
     cdef Node node_of(self, Node parent, bytes name, Place place, const stat_t *st):
