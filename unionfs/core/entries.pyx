@@ -1,7 +1,8 @@
 """Entries of the upper's directories, made, removed and renamed by bundles of system calls; see `steps`.
 
-The plain case of making: a name in a directory of the upper that is free, or a whiteout (character device 0/0). The plain case of removing and renaming: a known non-directory without an entry
-in an index. The others are those of `union.making` and its like.
+The plain case of making: a name in a directory of the upper that is free, or a whiteout (character device 0/0).
+The plain case of removing and renaming: a known non-directory without an entry in an index. The others are those
+of `union.making` and its like.
 """
 
 from libc.errno cimport EEXIST, ENODATA, EOPNOTSUPP
