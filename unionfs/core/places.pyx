@@ -213,10 +213,6 @@ cdef class Place:
         """An entry is about to be added to it."""
         self.empty = False
 
-    def keep_mtime(self, int64_t mtime_ns):
-        """Record its time of modification before a copy-up added an entry."""
-        self.mtime_ns = mtime_ns
-
     def ask_named(self):
         """Count a lookup of a whiteout by name."""
         self.asked_named += 1
