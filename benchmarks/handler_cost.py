@@ -55,6 +55,11 @@ def _create(parent: int, name: bytes) -> bytes:
     return _message(Opcode.CREATE, parent, body)
 
 
+def _rename(parent: int, name: bytes, new_name: bytes) -> bytes:
+    body = struct.pack("=QI4x", parent, 0) + name + b"\0" + new_name + b"\0"
+    return _message(Opcode.RENAME2, parent, body)
+
+
 def _release(number: int, fh: int) -> bytes:
     return _message(Opcode.RELEASE, number, struct.pack("=Q16x", fh))
 
@@ -150,6 +155,7 @@ def _steps(served: _Served) -> Iterator[tuple[str, float]]:
     new, first = served.id(b"new"), served.next_handle
     yield "CREATE", serve([_create(new, name) for name in names])
     serve([_release(served.id(b"new", name), first + index) for index, name in enumerate(names)])
+    yield "RENAME", serve([_rename(new, name, b"renamed-" + name) for name in names])
 
 
 @contextmanager

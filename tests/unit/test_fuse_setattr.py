@@ -11,8 +11,9 @@ import pytest
 from tests.unit.union_support import OpenUnion, get
 from tests.unit.union_support import open_union as open_union
 from unionfs.core.node import Node
+from unionfs.core.setting import Change
 from unionfs.fuse.inline import begin
-from unionfs.fuse.operations import Change, Named, Operations
+from unionfs.fuse.operations import Named, Operations
 from unionfs.union.tree import Union
 
 PAST = 10**18

@@ -5,14 +5,15 @@ from __future__ import annotations
 import errno
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
 from tests.support import snapshot
 from tests.support.world import errno_of
-from tests.unit.union_support import ME, OpenUnion, copy_up, find, get, names, open_union
+from tests.unit.union_support import ME, OpenUnion, copy_up, find, get, names, not_plain, open_union
+from unionfs.core.steps import set_hook
 from unionfs.sys import calls
 from unionfs.union.changes import Changes
 from unionfs.union.renaming import Renaming
@@ -117,7 +118,15 @@ SCENARIOS: list[Callable[[Union], None]] = [
 ]  # fmt: skip
 
 
+@pytest.fixture(autouse=True)
+def _bundles() -> Iterator[None]:
+    """What :func:`_refuse_flags` has taken away comes back."""
+    yield
+    set_hook(None)
+
+
 def _refuse_flags(monkeypatch: pytest.MonkeyPatch, *, but: int = 0) -> None:
+    set_hook(not_plain)  # a bundle would call the kernel itself
     real = calls.renameat2
 
     def renameat2(old_fd: int, old: bytes, new_fd: int, new: bytes, flags: int = 0) -> None:

@@ -12,7 +12,18 @@ from pathlib import Path
 
 import pytest
 
-from tests.unit.union_support import ME, OpenUnion, copy_up, find, get, names, open_union, read, whiteout
+from tests.unit.union_support import (
+    ME,
+    OpenUnion,
+    copy_up,
+    find,
+    get,
+    names,
+    open_union,
+    read,
+    whiteout,
+    without_bundles,
+)
 from unionfs.sys.attributes import OWNER
 from unionfs.union.changes import Changes
 from unionfs.union.xattrs import unsupported
@@ -113,7 +124,7 @@ class TestFailedSteps:
         def is_full(fd: int) -> None:
             raise OSError(errno.EDQUOT, os.strerror(errno.EDQUOT))
 
-        with monkeypatch.context() as patch:
+        with monkeypatch.context() as patch, without_bundles():
             patch.setattr(os, "mknod", refuse)  # as for an ordinary user on some filesystems
             patch.setattr(union.markers, "allow_xattr_whiteouts", is_full)
             with pytest.raises(OSError, match=os.strerror(errno.EDQUOT)):

@@ -6,12 +6,13 @@ import gc
 import os
 import stat
 from collections.abc import Callable, Iterator
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import pytest
 
 from unionfs.core.node import Node
+from unionfs.core.steps import NotPlain, set_hook
 from unionfs.settings.features import Features
 from unionfs.union.changes import Caller
 from unionfs.union.copyup import CopyUp
@@ -114,6 +115,21 @@ def copy_up(union: Union, node: Node, limit: int | None = None) -> None:
     with FileCopy(CopyUp(union), node, limit) as copy:
         copy.copy()
         copy.finish()
+
+
+def not_plain(step: str) -> None:
+    """A hook that lets no bundle make a change."""
+    raise NotPlain
+
+
+@contextmanager
+def without_bundles() -> Iterator[None]:
+    """Make changes in steps alone."""
+    set_hook(not_plain)
+    try:
+        yield
+    finally:
+        set_hook(None)
 
 
 def whiteout(path: Path) -> None:

@@ -38,3 +38,5 @@ cdef class Use:
 
     cpdef opened(self, Handle handle)
     cpdef int closed(self, Handle handle)
+
+cdef OpenFile new_file(int fd, bint waits, st)

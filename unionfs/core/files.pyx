@@ -126,6 +126,15 @@ cdef class OpenFile:
         return done
 
 
+cdef OpenFile new_file(int fd, bint waits, st):
+    """One for reading and writing."""
+    cdef OpenFile file = OpenFile.__new__(OpenFile)
+    file.number, file.result = fd, st
+    file.readable = file.writable = True
+    file.waits, file.users = waits, 1
+    return file
+
+
 cdef class UnreadFile(OpenFile):
     """A lower's file that is opened on first use: no fd is open while the kernel has its data in the page
     cache. An access to `fd` opens it in the caller's thread, and raises ``OSError`` on failure."""

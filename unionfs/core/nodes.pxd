@@ -16,6 +16,7 @@ cdef class NodeTable:
     cdef Gate gate
     cdef uint64_t plain_device, plain_limit
 
+    cdef int is_copy(self, Node node, const stat_t *st, bint readable) except -1
     cdef Node found(self, uint64_t id_)
     cdef Node place_object(self, Node parent, bytes name, const stat_t *st, list places)
     cdef Node enter(

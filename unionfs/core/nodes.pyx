@@ -170,17 +170,26 @@ cdef class NodeTable:
 
     def copied_up(self, Node node not None, st, origin):
         """Record that ``node`` is now the upper object with attributes ``st``, whose origin is ``origin``."""
+        cdef stat_t given
         if origin is Stored.INDEXED:
             self.linked(node, st)
-            node.from_origin = True
         elif origin is Stored.BROKEN:
             node.ino = self.numbers.of(st.st_dev, st.st_ino)
-        elif origin is Stored.READABLE:
+            if node.place is not None:
+                node.key = node.place.layer.key(st)
+            return
+        read_result(st, &given)
+        self.is_copy(node, &given, origin is not Stored.UNKNOWN)
+
+    cdef int is_copy(self, Node node, const stat_t *st, bint readable) except -1:
+        """The same for a copy whose origin is ``readable``, or not stored."""
+        if readable:
             node.from_origin = True
         elif node.kind != S_IFDIR:
             self.unstored[st.st_dev, st.st_ino] = node.ino
         if node.place is not None:
-            node.key = node.place.layer.key(st)
+            node.key = node.place.layer.key_of(st)
+        return 0
 
     # -- coming and going -----------------------------------------------------------------------------
 

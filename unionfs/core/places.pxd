@@ -14,7 +14,7 @@ cdef class Layer:
     cdef readonly Place root
     cdef bint is_bound
 
-    cdef int64_t key_of(self, const stat_t *st) noexcept
+    cdef int64_t key_of(self, const stat_t *st) noexcept nogil
 
 cdef class BoundLayer(Layer):
     cdef readonly bint read_only

@@ -112,7 +112,7 @@ cdef class Layer:
         read_result(st, &given)
         return self.key_of(&given)
 
-    cdef int64_t key_of(self, const stat_t *st) noexcept:
+    cdef int64_t key_of(self, const stat_t *st) noexcept nogil:
         cdef uint64_t number = st.st_ino if self.keeps_numbers else 0
         if self.is_bound:
             return 0
@@ -212,10 +212,6 @@ cdef class Place:
     def fills(self):
         """An entry is about to be added to it."""
         self.empty = False
-
-    def keep_mtime(self, int64_t mtime_ns):
-        """Record its time of modification before a copy-up added an entry."""
-        self.mtime_ns = mtime_ns
 
     def ask_named(self):
         """Count a lookup of a whiteout by name."""

@@ -102,6 +102,25 @@ cdef class Search:
             read_result(part.layer.permissions.show_at(found, self.gate.fd(part), name), st)
         return places
 
+    cpdef bint is_visible_below(self, list parts, bytes name) except -1:
+        """Whether a lower has ``name``, so that removing it from the upper requires a whiteout."""
+        cdef list searched = self.lower_names.parts(parts, name) if len(parts) >= self.many else parts
+        cdef Place part
+        cdef stat_t st
+        cdef int dir_fd
+        cdef unsigned int kind
+        for part in searched:
+            if part.layer.is_upper:
+                continue
+            dir_fd = self.gate.fd(part)
+            if stat_at(self.gate, part, dir_fd, name, &st):
+                if part is not searched[-1] and part.asked_named >= 0 and self.hides(part, name, dir_fd):
+                    return False
+                continue
+            kind = st.st_mode & S_IFMT
+            return kind == S_IFDIR or kind == S_IFLNK or not self.whiteout_at(&st, dir_fd, name)
+        return False
+
     cdef bint hides(self, Place part, bytes name, int dir_fd) except -1:
         return self.named.hides(part, dir_fd, name)
 

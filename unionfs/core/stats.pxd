@@ -43,6 +43,7 @@ cdef struct fuse_attr:
 
 cdef int64_t ctime_of(const stat_t *st) noexcept nogil
 cdef int64_t mtime_of(const stat_t *st) noexcept nogil
+cdef int64_t seconds(int64_t time) noexcept nogil
 cdef object result_of(const stat_t *st)
 cdef int read_result(object result, stat_t *st) except -1
 cdef object failure(int code)

@@ -8,11 +8,13 @@ from time import perf_counter_ns
 
 import trio
 
+from unionfs.core.copyup import SmallCopyUps
 from unionfs.core.files import OpenFile
-from unionfs.core.node import Node
+from unionfs.core.node import Attributes, Node
+from unionfs.core.setting import Change
 from unionfs.fuse.inline import in_thread, may_wait
 from unionfs.union.copyup import CopyUp
-from unionfs.union.filecopy import DataCopy, FileCopy
+from unionfs.union.filecopy import DataCopy, FileCopy, small_copy_ups
 from unionfs.union.tree import Union
 
 Check = Callable[[], None]
@@ -24,29 +26,53 @@ class CopyUps:
     def __init__(self, union: Union, copy_up: CopyUp) -> None:
         self.union = union
         self._copy_up = copy_up
-        self.count = 0
-        self.copied_bytes = 0
-        #: The sum of their durations, which may overlap.
-        self.nanoseconds = 0
+        self._small = small_copy_ups(copy_up)
+        self._count = 0
+        self._copied_bytes = 0
+        self._nanoseconds = 0
         self._running: dict[Node, trio.Event] = {}
+
+    def figures(self) -> dict[str, object]:
+        """JSON-able. The durations may overlap."""
+        small = self._small
+        return {
+            "copy_ups": self._count + (small.count if small else 0),
+            "copied_bytes": self._copied_bytes + (small.copied_bytes if small else 0),
+            "copy_up_seconds": (self._nanoseconds + (small.nanoseconds if small else 0)) / 1e9,
+        }
 
     def is_running(self, node: Node) -> bool:
         """Whether the node is being copied up in a thread."""
         return node in self._running
+
+    def change(self, node: Node, change: Change) -> Attributes | None:
+        """Copy a small file up and change its attributes, except its size, which it returns.
+
+        None if the case is not a plain one; then nothing has changed.
+        """
+        small = self._copies_small(data=False)
+        return None if small is None or node in self._running else small.copy(node, change)
+
+    def _copies_small(self, *, data: bool) -> SmallCopyUps | None:
+        """What copies small files, if they need no sync; ``data``: if not their metadata alone is wanted."""
+        stack = self.union.stack
+        return None if stack.durable or (stack.features.metacopy == "on" and not data) else self._small
 
     async def ensure(
         self,
         node: Node,
         mode: int | None = None,
         *,
+        changed: bool = False,
         keep: bool = False,
         check: Check = lambda: None,
     ) -> OpenFile | None:
         """Copy the node up if it is not in the upper; with `metacopy`, only its metadata.
 
         ``keep``: lend a regular file copied with its data to the caller (`OpenFiles`), with the permission
-        bits ``mode``, if set. ``check``: raises OSError if the node must not be changed; it is called when
-        that takes the fewest system calls. Raises ``OSError``; then nothing is left of the copy.
+        bits ``mode``, if set. ``changed``: after :meth:`change` has returned None. ``check``: raises OSError
+        if the node's flags forbid the change; it is called when that takes the fewest system calls. Raises
+        ``OSError``; then nothing is left of the copy.
         """
         node.territory.require_writable()
         while await self._waited(node):
@@ -56,6 +82,9 @@ class CopyUps:
             self._copy_up.link_up_known(node)
             return None
         if node.kind == stat.S_IFREG:
+            small = None if changed else self._copies_small(data=False)
+            if small is not None and small.copy(node, keep=keep) is not None:
+                return _lent(node) if keep else None
             data = self.union.stack.features.metacopy != "on"
             copy = FileCopy(self._copy_up, node, None, mode, data=data)
             return await self._copied(copy, check, keep=keep)
@@ -65,7 +94,7 @@ class CopyUps:
             self._copy_up.directory(node)
         else:
             self._copy_up.special(node)
-        self._count(began)
+        self._counts(began)
         return None
 
     async def ensure_data(
@@ -87,6 +116,9 @@ class CopyUps:
         while await self._waited(node):
             pass
         if not node.in_place:
+            small, size = self._copies_small(data=True), -1 if limit is None else limit
+            if small is not None and small.copy(node, limit=size, keep=keep) is not None:
+                return _lent(node) if keep else None
             return await self._copied(FileCopy(self._copy_up, node, limit), check, keep=keep)
         self._copy_up.link_up_known(node)
         file = self.union.files.lend_for_writing(node)
@@ -111,9 +143,9 @@ class CopyUps:
         await running.wait()
         return True
 
-    def _count(self, began: int) -> None:
-        self.count += 1
-        self.nanoseconds += perf_counter_ns() - began
+    def _counts(self, began: int) -> None:
+        self._count += 1
+        self._nanoseconds += perf_counter_ns() - began
 
     async def _copied(self, new: FileCopy | DataCopy, check: Check, *, keep: bool) -> OpenFile | None:
         began = perf_counter_ns()
@@ -125,8 +157,8 @@ class CopyUps:
                 await self._in_thread(copy)
             # Waiting requests continue only after that.
             kept = copy.finish(keep=keep)
-        self._count(began)
-        self.copied_bytes += copy.size
+        self._counts(began)
+        self._copied_bytes += copy.size
         return kept
 
     async def _in_thread(self, copy: FileCopy | DataCopy) -> None:
@@ -137,3 +169,8 @@ class CopyUps:
         finally:
             del self._running[copy.node]
             done.set()
+
+
+def _lent(node: Node) -> OpenFile | None:
+    assert node.use is not None
+    return node.use.file

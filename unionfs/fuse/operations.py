@@ -18,11 +18,11 @@ import stat
 from collections import Counter
 from collections.abc import Callable, Mapping
 from functools import partial
-from typing import NamedTuple
 
 from unionfs.core.answers import missing_xattr
 from unionfs.core.files import Handle
 from unionfs.core.node import Attributes, Node
+from unionfs.core.setting import Change, set_attributes
 from unionfs.fuse.copying import CopyUps
 from unionfs.fuse.directories import Directories
 from unionfs.fuse.files import Files, truncate
@@ -45,43 +45,21 @@ Named = tuple[Node, Attributes]
 """A node and its attributes. A reply with a new entry counts a lookup: `Node.looked_up`."""
 
 
-class Change(NamedTuple):
-    """The changes of a SETATTR; None: unchanged. Times in nanoseconds since 1970."""
-
-    size: int | None = None
-    uid: int | None = None
-    gid: int | None = None
-    mode: int | None = None
-    atime_ns: int | None = None
-    mtime_ns: int | None = None
-    killer: Who | None = None
-    """The process, if its change clears set-id bits."""
-
-
-def _owner(change: Change) -> tuple[int, int]:
-    """The arguments of chown(2), where -1 leaves an id as it is."""
-    return -1 if change.uid is None else change.uid, -1 if change.gid is None else change.gid
-
-
-def _to_store(node: Node, change: Change) -> Change:
-    """The change with the ids to store. Raises EINVAL."""
+def _to_store(node: Node, change: Change) -> None:
+    """Give the change the ids to store. Raises EINVAL."""
     owners = node.territory.owners
-    if owners is None or (change.uid is None and change.gid is None):
-        return change
-    uid, gid = owners.to_store(*_owner(change))
-    return change._replace(
-        uid=None if change.uid is None else uid, gid=None if change.gid is None else gid
-    )
+    if owners is not None and change.owner is not None:
+        change.has_owner(*owners.to_store(*change.owner))
 
 
-def _chown(node: Node, fd: int, change: Change) -> None:
+def _chown(node: Node, fd: int, uid: int, gid: int) -> None:
     owners, permissions = node.territory.owners, node.layer.permissions
     if permissions is not None:
-        permissions.chown(fd, *_owner(change))
+        permissions.chown(fd, uid, gid)
     elif owners is None:
-        calls.chown_fd(fd, *_owner(change))
+        calls.chown_fd(fd, uid, gid)
     else:
-        owners.chown(fd, *_owner(change))
+        owners.chown(fd, uid, gid)
 
 
 def _chmod(node: Node, fd: int, mode: int) -> None:
@@ -134,9 +112,7 @@ class Operations:
             "open_files": len(self.files),
             "listed_directories": len(self.directories),
             "directory_fds": len(self.union.gate),
-            "copy_ups": self.copy_ups.count,
-            "copied_bytes": self.copy_ups.copied_bytes,
-            "copy_up_seconds": self.copy_ups.nanoseconds / 1e9,
+            **self.copy_ups.figures(),
             "read_bytes": self.files.bytes_read,
             "written_bytes": self.files.bytes_written,
             **({} if self.union.watches is None else self.union.watches.figures()),
@@ -239,11 +215,15 @@ class Operations:
     async def setattr(self, id_: int, change: Change, handle: Handle | None) -> Named:
         """truncate(2), chown(2), chmod(2) and utimensat(2), in this order."""
         node = self.node(id_)
-        change = _to_store(node, change)
-        only_mode = change.mode if change == Change(mode=change.mode) else None
+        _to_store(node, change)
+        if change.size is None:
+            found = self._set_at_once(node, change)
+            if found is not None:
+                return node, found
+        only_mode = change.only_mode
         check = partial(self._may_set, node, change, handle)
         if change.size is None:
-            kept = await self.copy_ups.ensure(node, only_mode, keep=True, check=check)
+            kept = await self.copy_ups.ensure(node, only_mode, changed=True, keep=True, check=check)
         else:
             kept = await self.copy_ups.ensure_data(node, change.size, keep=True, check=check)
         try:
@@ -256,10 +236,20 @@ class Operations:
             if kept is not None:
                 self.union.files.take_back_later(node, kept)
 
+    def _set_at_once(self, node: Node, change: Change) -> Attributes | None:
+        """Make the change if the case is plain; None: it must be made in steps, and nothing has changed."""
+        if not node.in_place:
+            return self.copy_ups.change(node, change)
+        if self.copy_ups.is_running(node):
+            return None  # it sets the attributes that it has read
+        if node.flags is None:
+            self.union.flags.of(node)
+        return set_attributes(self.union.gate, node, change)
+
     def _may_set(self, node: Node, change: Change, handle: Handle | None) -> None:
         """Raise EPERM for a change that the node's flags forbid."""
         flags = self.union.flags
-        if change.uid is not None or change.gid is not None or change.mode is not None:
+        if change.owner is not None or change.mode is not None:
             flags.may_change(node)
         if change.size is not None and (handle is None or flags.of(node) & APPEND):
             flags.may_write(node, appends=False)
@@ -269,7 +259,7 @@ class Operations:
 
     def _set(self, node: Node, change: Change, handle: Handle | None) -> Named:
         node.changes()
-        changes_owner = change.uid is not None or change.gid is not None
+        changes_owner = change.owner is not None
         if change.size is not None:
             self._truncate(node, change.size, handle, change.killer)
         elif change.killer is not None and (change.killer.uid != 0 or not changes_owner):
@@ -283,8 +273,8 @@ class Operations:
         if changes_owner or change.mode is not None or changes_times:
             fd, opened = self.union.path_fd(node)
             try:
-                if changes_owner:
-                    _chown(node, fd, change)
+                if change.owner is not None:
+                    _chown(node, fd, *change.owner)
                 if change.mode is not None:
                     _chmod(node, fd, change.mode)
                 if changes_times:
@@ -296,8 +286,8 @@ class Operations:
 
     def _set_open(self, node: Node, fd: int, change: Change) -> None:
         """Change an open file by its fd, without its name."""
-        if change.uid is not None or change.gid is not None:
-            _chown(node, fd, change)
+        if change.owner is not None:
+            _chown(node, fd, *change.owner)
         if change.mode is not None:
             if node.layer.permissions is None:
                 os.fchmod(fd, stat.S_IMODE(change.mode))

@@ -12,9 +12,10 @@ from typing import Any, Final, ParamSpec, TypeVar
 import pyfuse3
 import trio
 
+from unionfs.core.setting import Change
 from unionfs.fuse.directories import DOT, DOT_DOT
 from unionfs.fuse.errors import CUT_OFF, SessionError
-from unionfs.fuse.operations import Change, Named, Operations
+from unionfs.fuse.operations import Named, Operations
 from unionfs.fuse.pyfuse3_notices import Notices, invalidate_attributes
 from unionfs.sys.calls import os_error
 from unionfs.sys.liveness import is_dead

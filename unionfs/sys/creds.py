@@ -15,14 +15,8 @@ from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Final
 
-from unionfs.sys.calls import libc
-from unionfs.sys.capabilities import (
-    CAP_SETGID,
-    CAP_SETUID,
-    capability_sets,
-    has_capability,
-    set_capabilities,
-)
+from unionfs.core.creds import Creator
+from unionfs.sys.capabilities import CAP_SETGID, CAP_SETUID, capability_sets, has_capability
 from unionfs.sys.fds import Owned
 from unionfs.sys.process import status_field
 
@@ -30,13 +24,13 @@ _PROBE: Final = b"#probe"
 _AS_WE_ARE: Final = nullcontext()
 
 
-class Identity:
+class Identity(Creator):
     """The daemon's own ids, and creating files as another user."""
 
     def __init__(self, work_fd: int = -1) -> None:
         """``work_fd``: a directory in which to test whether new files get the requested attributes."""
-        self.uid = os.geteuid()
-        self.gid = os.getegid()
+        can_switch = has_capability(CAP_SETUID) and has_capability(CAP_SETGID)
+        super().__init__(os.geteuid(), os.getegid(), bytes(capability_sets()), can_switch=can_switch)
         #: The permission bits that new files get if requested: all except those of the current umask.
         #: (Without setuid, setgid and sticky, which a change of owner may clear.) None of them if the
         #: umask is unknown (before Linux 4.7).
@@ -44,8 +38,6 @@ class Identity:
         self._is_obeyed = work_fd < 0 or self._creates_as_asked(work_fd)
         if not self._is_obeyed:
             self.sets = 0
-        self.can_switch = has_capability(CAP_SETUID) and has_capability(CAP_SETGID)
-        self._capabilities = capability_sets()
 
     def owns(self, st: os.stat_result) -> bool:
         """Return whether new files get the same owner and group as the object with these attributes."""
@@ -77,12 +69,8 @@ class Identity:
 
     @contextmanager
     def _switched(self, uid: int, gid: int) -> Iterator[None]:
-        libc.setfsgid(gid)
-        libc.setfsuid(uid)
+        self.switch(uid, gid)
         try:
-            set_capabilities(self._capabilities)
             yield
         finally:
-            libc.setfsuid(self.uid)
-            libc.setfsgid(self.gid)
-            set_capabilities(self._capabilities)
+            self.switch_back()

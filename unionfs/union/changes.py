@@ -10,6 +10,7 @@ from contextlib import AbstractContextManager
 from functools import partial
 from typing import Final, NamedTuple
 
+from unionfs.core.changing import EntryChanges
 from unionfs.core.node import Attributes, Node
 from unionfs.sys import calls
 from unionfs.sys.calls import os_error
@@ -49,6 +50,8 @@ class Changes:
         """``copy_up`` copies up directories before a change."""
         self._union = union
         self._in_upper = _InUpper(union, copy_up)
+        #: Makes and removes what is plain at once.
+        self._entries = EntryChanges(union, union.identity, remembers=union.shortcuts.capabilities)
 
     def _territory(self, directory: Node) -> Steps:
         """The implementation of changes in a directory's territory."""
@@ -59,6 +62,9 @@ class Changes:
 
     def create(self, parent: Node, name: bytes, mode: int, caller: Caller) -> tuple[Node, Attributes, int]:
         """Create a regular file; returns an fd of it too (O_RDWR), which the caller owns."""
+        made = self._entries.make(parent, name, stat.S_IFREG | mode, *caller, opens=True)
+        if made is not None:
+            return made
         fd = self._make(parent, name, mode, caller, _create, kind=stat.S_IFREG)
         return (*self._new_node(parent, name, fd), fd)
 
@@ -96,11 +102,18 @@ class Changes:
 
     def mkdir(self, parent: Node, name: bytes, mode: int, caller: Caller) -> tuple[Node, Attributes]:
         """Create a directory."""
+        made = self._entries.make(parent, name, stat.S_IFDIR | mode, *caller)
+        if made is not None:
+            return made[:2]
         self._make(parent, name, mode, caller, _mkdir, kind=stat.S_IFDIR)
         return self._new_node(parent, name)
 
     def symlink(self, parent: Node, name: bytes, target: bytes, caller: Caller) -> tuple[Node, Attributes]:
         """Create a symlink."""
+        made = self._entries.make(parent, name, stat.S_IFLNK, *caller, target=target)
+        if made is not None:
+            return made[:2]
+
         def make(fd: int, here: bytes, _: int) -> None:
             os.symlink(target, here, dir_fd=fd)
 
@@ -114,6 +127,9 @@ class Changes:
         if stat.S_ISCHR(mode) and rdev == 0 and parent.territory.has_markers:
             raise os_error(errno.EPERM)
         kind = stat.S_IFMT(mode) or stat.S_IFREG
+        made = self._entries.make(parent, name, kind | mode, *caller, rdev=rdev)
+        if made is not None:
+            return made[:2]
 
         def make(fd: int, here: bytes, kept: int) -> None:
             os.mknod(here, kept, rdev, dir_fd=fd)
@@ -215,13 +231,18 @@ class Changes:
 
         Returns a node that must be copied up first; in that case nothing has changed.
         """
+        if self._entries.unlink(parent, name):
+            return None
         node = self._existing(parent, name)
         if node.is_dir:
             raise os_error(errno.EISDIR)
         parent.territory.require_writable()
+        known = _have_flags(parent, node)
         self._union.flags.may_remove(parent, node)
         if node.is_linked_lower:
             return node
+        if not known and self._entries.unlink(parent, name):
+            return None
         with self._union.outliving(node):
             self._territory(parent).unlink(node, parent, name)
             self._union.nodes.remove_name(node, parent, name)
@@ -267,6 +288,8 @@ class Changes:
         """
         if flags not in (0, calls.RENAME_NOREPLACE, calls.RENAME_EXCHANGE):
             raise os_error(errno.EINVAL)
+        if flags == 0 and self._entries.rename(parent, name, new_parent, new_name):
+            return []
         node = self._existing(parent, name)
         if parent.territory is not new_parent.territory:
             raise os_error(errno.EXDEV)
@@ -276,12 +299,20 @@ class Changes:
         parent.territory.require_writable()
         if target is not None and target.is_mountpoint:
             raise os_error(errno.EBUSY)
+        known = _have_flags(parent, node, new_parent, target)
         self._union.flags.may_remove(parent, node)
         if target is None:
             self._union.flags.may_make(new_parent)
         else:
             self._union.flags.may_remove(new_parent, target)
+        if not known and flags == 0 and self._entries.rename(parent, name, new_parent, new_name):
+            return []
         return self._territory(parent).rename(node, target, (parent, name), (new_parent, new_name), flags)
+
+
+def _have_flags(*nodes: Node | None) -> bool:
+    """Whether the flags of these nodes are known, so that a plain case was one before they were read."""
+    return all(node is None or node.flags is not None for node in nodes)
 
 
 def _check_name(parent: Node, name: bytes) -> None:

@@ -132,4 +132,5 @@ class Changing:
     def _whiteout(self, at: At, directory: int) -> None:
         """Make a whiteout at a name that is, or will be, in the upper's directory ``directory`` (an fd)."""
         union = self._union
-        union.markers.make_whiteout(*at, (directory, union.require_upper().root_fd))
+        if not self._work.make_whiteout(*at):
+            union.markers.make_whiteout(*at, (directory, union.require_upper().root_fd))

@@ -8,17 +8,17 @@ A copy is prepared in the work directory and appears by one rename, so a crash o
 
 from __future__ import annotations
 
-import contextlib
 import errno
 import os
 import stat
 from collections.abc import Callable
 from typing import Final, NamedTuple
 
-from unionfs.core.node import UNSEEN, Node
+from unionfs.core.copyup import entered, enters
+from unionfs.core.node import Node
 from unionfs.core.nodes import Stored
 from unionfs.core.places import Place
-from unionfs.sys import attributes, calls
+from unionfs.sys import attributes
 from unionfs.sys.fds import Owned
 from unionfs.union.tree import Union
 from unionfs.union.work import Temporary
@@ -194,19 +194,7 @@ class CopyUp:
     def _appears(self, directory: Node, put: Callable[[int], None]) -> Node | None:
         """Put a copy into a directory of the upper (an fd of it), restoring its mtime and the ctime shown for
         it: a copy-up is not a change. Returns the directory if its size may have changed for the kernel."""
-        place, resized = directory.parts[0], None
-        dir_fd = self.union.gate.fd(place)
-        if directory.ctime is not None and directory.ctime[0] == UNSEEN:
-            shown = directory.ctime[1]
-        else:  # the first copy-up since its attributes were requested, or since a change
-            resized = directory
-            st = os.stat(dir_fd)
-            place.keep_mtime(st.st_mtime_ns)
-            shown = directory.attributes_of(st).ctime_ns
-        place.fills()
-        self.union.origins.becomes_impure(place, dir_fd)
-        put(dir_fd)
-        with contextlib.suppress(OSError):
-            calls.set_times(dir_fd, None, place.mtime_ns)
-        directory.show_ctime(shown)
+        resized = enters(self.union.nodes, directory)
+        put(self.union.gate.fd(directory.parts[0]))
+        entered(self.union.nodes, directory)
         return resized

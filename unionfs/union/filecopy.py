@@ -12,6 +12,7 @@ import stat
 from collections.abc import Callable
 from typing import Final
 
+from unionfs.core.copyup import SmallCopyUps, hand_over
 from unionfs.core.files import OpenFile
 from unionfs.core.node import Node
 from unionfs.core.nodes import Stored
@@ -32,6 +33,22 @@ from unionfs.union.xattrs import CAPABILITY, copied_xattrs, unsupported
 SMALL: Final = 256 * 1024
 _READ: Final = os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC
 _NEW: Final = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
+
+
+def small_copy_ups(copy_up: CopyUp) -> SmallCopyUps | None:
+    """What copies small files up at once; None if the upper has owners or modes of its own."""
+    union, stack = copy_up.union, copy_up.union.stack
+    if stack.upper is None or stack.upper.permissions is not None or stack.owners is not None:
+        return None
+    return SmallCopyUps(
+        union,
+        union.work,
+        told=lambda node, resized: copy_up.tell(Effects(node, resized)),
+        directory=copy_up.directory,
+        clones_never=stack.never_clones,
+        limit=SMALL,
+        remembers=union.shortcuts.capabilities,
+    )
 
 
 class FileCopy:
@@ -185,7 +202,7 @@ class FileCopy:
         node.data_lies_in(self._lower_data)
         if self._lower_data is not None:
             return None
-        file = union.files.hand_over(node, self._target, st, lend=keep)
+        file = hand_over(node, self._target, st, lend=keep)
         if file is not None:
             self._target = -1
         return file if keep else None
@@ -289,10 +306,10 @@ class DataCopy:
     def finish(self, *, keep: bool = False) -> OpenFile | None:
         """Switch all opens of the file to the upper's. ``keep``: lend it to the caller too."""
         assert self._target is not None
-        union, node, fd = self._union, self.node, self._target.fd
+        node, fd = self.node, self._target.fd
         node.data_lies_in(None)
         node.changes()
-        file = union.files.hand_over(node, fd, os.fstat(fd), lend=keep)
+        file = hand_over(node, fd, os.fstat(fd), lend=keep)
         if file is not None:
             self._target = None
         self._copy_up.tell(Effects(node))

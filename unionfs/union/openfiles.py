@@ -95,25 +95,6 @@ class OpenFiles:
         if file is not None and file.users and file.is_open and node.lower_data is None and node.held < 0:
             node.hold(os.open(b"/proc/self/fd/%d" % file.fd, os.O_PATH | os.O_CLOEXEC))
 
-    def hand_over(self, node: Node, fd: int, st: os.stat_result, *, lend: bool) -> OpenFile | None:
-        """Switch a copied-up node to ``fd`` (O_RDWR), its file in the upper, with the attributes ``st``.
-
-        All opens of the node continue with it, and see later writes. ``lend``: lend it to the caller too.
-        Returns None if it has no users; then the caller keeps ``fd``.
-        """
-        assert node.place is not None
-        use = node.in_use()
-        if not lend and not use.handles:
-            use.has(None)
-            return None
-        file = OpenFile(fd, readable=True, writable=True, waits=not node.place.layer.memory, st=st)
-        use.has(file)
-        for handle in use.handles:
-            handle.go_on(file.take())
-        if not lend:
-            file.release()
-        return file
-
     # -- files that stay open -------------------------------------------------------------------------
 
     def __len__(self) -> int:

@@ -119,6 +119,7 @@ class Union(Objects):
 
     def close(self) -> None:
         """Close every fd that the tree opened (not the layers' own)."""
+        self.work.close()
         self.merge.close()
         if self.watches is not None:
             self.watches.close()

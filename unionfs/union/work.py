@@ -9,13 +9,13 @@ lower may reappear, and a renamed file may have both names.
 from __future__ import annotations
 
 import errno
-import itertools
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from functools import partial
 from typing import Final
 
+from unionfs.core.steps import Workplace
 from unionfs.sys import calls
 from unionfs.sys.trees import remove
 from unionfs.union.rights import At as At
@@ -28,20 +28,19 @@ _NO_LINKS: Final = (errno.EPERM, errno.EOPNOTSUPP, errno.EMLINK)
 _AGAIN: Final = 4
 
 
-class Work:
+class Work(Workplace):
     """The work directory ``fd`` of one union."""
 
     def __init__(self, fd: int, rights: Rights) -> None:
         """``rights``: for changes that permission bits deny to their owner."""
-        self.fd = fd
+        super().__init__(fd)
         self.rights = rights
-        self._numbers = itertools.count()
         #: Temporaries that could not be removed yet.
         self._left: list[bytes] = []
 
     def temporary(self) -> Temporary:
         """A new name in work."""
-        return Temporary(self, b"#%x" % next(self._numbers))
+        return Temporary(self, self.next_name())
 
     def discard(self, name: bytes) -> None:
         """Remove that name and everything below it from work. Ignores a missing name.

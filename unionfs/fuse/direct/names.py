@@ -9,10 +9,11 @@ import struct
 from typing import Final
 
 from unionfs.core.node import Attributes, Node
+from unionfs.core.setting import Change
 from unionfs.fuse.direct.loop import Answer, Waiting
 from unionfs.fuse.direct.nodeio import NodeIos
 from unionfs.fuse.direct.writeback import WriteBack
-from unionfs.fuse.operations import Change, Named, Operations
+from unionfs.fuse.operations import Named, Operations
 from unionfs.fuse.protocol import FOREVER, NEVER, Decision, Init, Opcode, Reply, Timeout, encode
 from unionfs.fuse.protocol import requests as rq
 from unionfs.fuse.protocol.flags import (

@@ -1,0 +1,368 @@
+"""Copy-up of small regular files, each by one bundle of system calls; see `steps`.
+
+The plain case: a file with data of its own and one name, without xattrs and flags, whose copy gets owner, mode
+and times and is not synced. The others, and whatever fails before the copy appears, are `union.filecopy`'s.
+"""
+
+from libc.errno cimport EDQUOT, EINVAL, EIO, ENOSPC, ENOSYS, ENOTTY, EOPNOTSUPP, EPERM, EXDEV, EACCES
+from libc.errno cimport errno as c_errno
+from libc.stdlib cimport free, malloc
+from posix.time cimport CLOCK_MONOTONIC, clock_gettime, timespec
+from posix.unistd cimport close, pread, pwrite, unlink
+
+from unionfs.core.files cimport Handle, OpenFile, Use, new_file
+from unionfs.core.places cimport Layer, Place
+from unionfs.core.setting cimport MODE
+from unionfs.core.stats cimport (
+    O_CLOEXEC, O_NOFOLLOW, O_RDONLY, S_IFMT, S_IFREG, ctime_of, failure, fstat, mtime_of, openat, seconds,
+)
+from unionfs.core.steps cimport passed
+
+from unionfs.core.steps import NotPlain
+
+cdef extern from "<fcntl.h>" nogil:
+    int O_NOATIME
+    int O_NOCTTY
+    int O_NONBLOCK
+    int O_RDWR
+    int O_CREAT
+    int O_EXCL
+    int AT_EMPTY_PATH
+    int unlinkat(int fd, const char *path, int flags)
+
+cdef extern from "<stdio.h>" nogil:
+    int renameat(int old_fd, const char *old, int new_fd, const char *new)
+
+cdef extern from "<sys/stat.h>" nogil:
+    long UTIME_OMIT
+    int futimens(int fd, const timespec *times)
+    int utimensat(int fd, const char *path, const timespec *times, int flags)
+
+cdef extern from "<sys/xattr.h>" nogil:
+    ssize_t flistxattr(int fd, char *list, size_t size)
+    int fsetxattr(int fd, const char *name, const void *value, size_t size, int flags)
+
+cdef extern from "<unistd.h>" nogil:
+    int fchown(int fd, unsigned int uid, unsigned int gid)
+
+cdef extern from "<sys/ioctl.h>" nogil:
+    int ioctl(int fd, unsigned long request, ...)
+
+cdef extern from "<linux/fs.h>" nogil:
+    unsigned long FICLONE
+    unsigned long FS_IOC_GETFLAGS
+    unsigned int FS_SYNC_FL, FS_IMMUTABLE_FL, FS_APPEND_FL, FS_NOATIME_FL
+
+cdef enum:
+    C_UNSEEN = -1  # as in `node`
+    NS = 1_000_000_000
+    PIECE = 64 * 1024
+    PERMISSIONS = 0o7777
+    OWNER_WRITES = 0o200
+
+
+cdef int64_t now() noexcept nogil:
+    cdef timespec time
+    clock_gettime(CLOCK_MONOTONIC, &time)
+    return <int64_t>time.tv_sec * NS + time.tv_nsec
+
+
+def hand_over(Node node not None, int fd, st, *, bint lend):
+    """Switch a copied-up node to ``fd`` (O_RDWR), its file in the upper, with the attributes ``st``, if known.
+
+    All opens of the node continue with it, and see later writes. ``lend``: lend it to the caller too. Returns
+    None if it has no users; then the caller keeps ``fd``.
+    """
+    cdef Use use = node.in_use()
+    cdef Handle handle
+    cdef OpenFile file
+    if not lend and not use.handles:
+        use.file = None
+        return None
+    file = new_file(fd, not node.place.layer.memory, st)
+    use.file = file
+    for handle in use.handles:
+        handle.go_on(file.take())
+    if not lend:
+        file.release()
+    return file
+
+
+def enters(NodeTable nodes not None, Node directory not None):
+    """Prepare a directory of the upper for a copy that enters it by one rename or link; then call
+    :func:`entered`: a copy-up is not a change, so its mtime and the ctime shown for it stay.
+
+    Returns the directory if its size may have changed for the kernel.
+    """
+    cdef Place place = directory.parts[0]
+    cdef Node resized = None
+    cdef stat_t st
+    cdef int dir_fd = nodes.gate.fd(place)
+    if not directory.has_ctime or directory.ctime_given != C_UNSEEN:
+        # the first copy-up since its attributes were requested, or since a change
+        if fstat(dir_fd, &st) != 0:
+            raise failure(c_errno)
+        resized = directory
+        place.mtime_ns = mtime_of(&st)
+        directory.ctime_shown = directory.ctime_to_show(ctime_of(&st))
+        directory.ctime_given, directory.has_ctime = C_UNSEEN, True
+    place.empty = False
+    if not place.impure:
+        nodes.origins.becomes_impure(place, dir_fd)
+    return resized
+
+
+def entered(NodeTable nodes not None, Node directory not None):
+    """Restore the directory after the rename. Ignores an error of utimensat(2)."""
+    cdef Place place = directory.parts[0]
+    keep_mtime(nodes.gate.fd(place), place.mtime_ns)
+
+
+cdef void keep_mtime(int dir_fd, int64_t mtime_ns) noexcept nogil:
+    cdef timespec times[2]
+    times[0].tv_sec, times[0].tv_nsec = 0, UTIME_OMIT
+    times[1].tv_sec = seconds(mtime_ns)
+    times[1].tv_nsec = mtime_ns - times[1].tv_sec * NS
+    utimensat(dir_fd, "", times, AT_EMPTY_PATH)
+
+
+cdef class SmallCopyUps:
+    """Copies up small files of one union."""
+
+    # count, copied_bytes, nanoseconds: of these copy-ups.
+    # told: called with a copied node, and its directory if its size may have changed for the kernel.
+    # directory: makes the directory of a node one of the upper.
+    # clones_never: see `union.filedata`; no_clones: the last device known to be in it.
+
+    def __cinit__(self):
+        self.buffer = <char *>malloc(PIECE)
+        if self.buffer is NULL:
+            raise MemoryError
+
+    def __dealloc__(self):
+        free(self.buffer)
+
+    def __init__(
+        self, union, Workplace work not None, *, told, directory, clones_never, limit, remembers,
+    ):
+        """``limit``: the size of a small file in bytes. ``remembers``: whether a node remembers that it has no
+        capabilities."""
+        identity, markers = union.identity, union.markers
+        self.union, self.told, self.directory, self.clones_never = union, told, directory, clones_never
+        self.gate, self.nodes, self.origins, self.work = union.gate, union.nodes, union.origins, work
+        self.origin_name, self.needs_write = markers.origin, markers.requires_write
+        self.origin_text = self.origin_name
+        self.uid, self.gid, self.settable = identity.uid, identity.gid, identity.sets
+        self.limit, self.remembers = limit, remembers
+
+    def copy(self, Node node not None, Change change=None, int64_t limit=-1, *, bint keep=False):
+        """Copy a file up and change its attributes. Returns these.
+
+        None if the case is not plain; then nothing has changed. ``limit``: copy only that many bytes.
+        ``keep``: the node's file is lent to the caller. Raises ``OSError`` if the change fails; the copy stays.
+        """
+        cdef Copy copy
+        cdef int64_t began = now()
+        cdef bint plain
+        cdef OpenFile file, lent = None
+        if not self.may_copy(node):
+            return None
+        copy.source = copy.target = -1
+        copy.made = copy.has_origin = False
+        try:
+            lent = self.lend(node, &copy)
+            if copy.source < 0:
+                return None
+            copy.key, copy.mode = node.key, self.settable + 1
+            if change is not None and change.valid == MODE:
+                copy.mode = change.new_mode & PERMISSIONS
+            with nogil:
+                plain = self.prepare(&copy, node.place.layer, self.work, self.origins, limit)
+            if not plain or not self.put(&copy, node):
+                return None
+            node.no_capability = self.remembers and node.territory.lasting
+            node.flags = 0
+            file = hand_over(node, copy.target, None, lend=keep or change is not None)
+            if file is not None:
+                copy.target = -1
+            self.count += 1
+            self.copied_bytes += copy.size
+            self.nanoseconds += now() - began
+        except NotPlain:
+            return None
+        finally:
+            self.clean(&copy, lent)
+        if change is None:
+            passed("appear")
+            return node.shown(&copy.st)
+        try:
+            passed("appear")
+            return self.change(node, file.number, change, &copy)
+        finally:
+            self.union.files.take_back_later(node, file)
+
+    cdef bint may_copy(self, Node node):
+        if node.kind != S_IFREG or node.place is None or node.parent is None or node.unlinked:
+            return False
+        if node.held >= 0 or node.flags or node.from_origin or node.links is not None:
+            return False
+        if node.entry is not None or node.lower_data is not None or node.territory.read_only:
+            return False
+        return not node.place.layer.in_place and node.place.layer.permissions is None
+
+    cdef OpenFile lend(self, Node node, Copy *copy):
+        """Open the source; not if that fails. Returns the file that it is already open as, if any."""
+        cdef OpenFile file = None if node.use is None else node.use.file
+        cdef int flags = O_RDONLY | O_NOFOLLOW | O_NONBLOCK | O_CLOEXEC | O_NOCTTY
+        cdef int dir_fd
+        if file is not None and file.users > 0 and file.readable and file.number >= 0:
+            copy.source = file.number
+            return file.take()
+        dir_fd = self.gate.fd(node.place)
+        if node.place.layer.quiet:
+            copy.source = openat(dir_fd, node.name, flags | O_NOATIME)
+        if copy.source < 0:
+            copy.source = openat(dir_fd, node.name, flags)
+        return None
+
+    cdef bint prepare(
+        self, Copy *copy, Layer layer, Workplace work, OriginFormat origins, int64_t limit
+    ) except -1 nogil:
+        """Make the copy in work. Returns whether it is made."""
+        cdef stat_t *st = &copy.st
+        cdef timespec times[2]
+        cdef int flags = 0
+        passed("open")
+        if fstat(copy.source, st) != 0 or st.st_mode & S_IFMT != S_IFREG or st.st_nlink != 1:
+            return False
+        copy.size = st.st_size if limit < 0 else min(limit, <int64_t>st.st_size)
+        if copy.size > self.limit or st.st_blocks * 512 < st.st_size:
+            return False
+        if copy.key and layer.key_of(st) != copy.key:
+            return False
+        if copy.mode & ~self.settable:
+            copy.mode = st.st_mode & PERMISSIONS
+        if copy.mode & ~self.settable or (self.needs_write and not copy.mode & OWNER_WRITES):
+            return False
+        if flistxattr(copy.source, NULL, 0) != 0:
+            return False
+        if ioctl(copy.source, FS_IOC_GETFLAGS, &flags) != 0:
+            if c_errno not in (ENOTTY, EINVAL, EOPNOTSUPP, ENOSYS, EPERM, EACCES):  # as union.flags
+                return False
+        elif <unsigned int>flags & (FS_SYNC_FL | FS_IMMUTABLE_FL | FS_APPEND_FL | FS_NOATIME_FL):
+            return False
+
+        work.next(copy.name)
+        copy.target = openat(work.fd, copy.name, O_RDWR | O_CREAT | O_EXCL | O_CLOEXEC, copy.mode)
+        if copy.target < 0:
+            return False
+        copy.made = True
+        passed("create")
+        if copy.size and not self.copy_data(copy, st.st_size):
+            return False
+        passed("data")
+        copy.origin_size = origins.encode(copy.source, "", st.st_dev, 0, copy.origin)
+        if copy.origin_size >= 0:
+            copy.has_origin = fsetxattr(
+                copy.target, self.origin_text, copy.origin, copy.origin_size, 0
+            ) == 0
+        passed("origin")
+        if st.st_uid != self.uid or st.st_gid != self.gid:
+            if fchown(copy.target, st.st_uid, st.st_gid) != 0:
+                return False
+            passed("owner")
+        times[0], times[1] = st.st_atim, st.st_mtim
+        if futimens(copy.target, times) != 0:
+            return False
+        passed("times")
+        return True
+
+    cdef bint copy_data(self, Copy *copy, int64_t whole) except -1 nogil:
+        """Share or copy the first `size` bytes, of the ``whole`` file if it has no more. Returns whether they
+        are there."""
+        cdef int64_t done = 0
+        cdef ssize_t count
+        if copy.size == whole and self.may_clone(copy.st.st_dev):
+            if ioctl(copy.target, FICLONE, copy.source) == 0:
+                return True
+            if c_errno in (ENOSPC, EDQUOT, EIO):
+                return False
+            if c_errno in (EOPNOTSUPP, EXDEV, ENOTTY):
+                self.never_clones(copy.st.st_dev)
+        while done < copy.size:
+            count = pread(copy.source, self.buffer, min(copy.size - done, <int64_t>PIECE), done)
+            if count <= 0 or pwrite(copy.target, self.buffer, count, done) != count:
+                return False
+            done += count
+        return True
+
+    cdef bint may_clone(self, uint64_t device) except -1 nogil:
+        if device == self.no_clones:
+            return False
+        with gil:
+            if device in self.clones_never:
+                self.no_clones = device
+        return device != self.no_clones
+
+    cdef int never_clones(self, uint64_t device) except -1 with gil:
+        self.no_clones = device
+        self.clones_never.add(device)
+        return 0
+
+    cdef bint put(self, Copy *copy, Node node) except -1:
+        """Put the copy into the upper, where it appears. Returns whether it did."""
+        cdef Node directory = node.parent, resized
+        cdef Place place
+        cdef const char *name = node.name
+        cdef int dir_fd, code, work = self.work.fd
+        cdef int64_t mtime_ns
+        if not directory.is_changed_in_place():
+            self.directory(directory)
+        place = directory.parts[0]
+        resized = enters(self.nodes, directory)
+        dir_fd, mtime_ns = self.gate.fd(place), place.mtime_ns
+        passed("enter")
+        with nogil:
+            code = renameat(work, copy.name, dir_fd, name)
+            if code == 0:
+                keep_mtime(dir_fd, mtime_ns)
+        if code != 0:
+            return False
+        copy.made = False
+        node.place = place
+        if fstat(copy.target, &copy.st) != 0:
+            raise failure(c_errno)
+        self.nodes.is_copy(node, &copy.st, copy.has_origin and place.impure and self.names(copy, node))
+        self.told(node, resized)
+        return True
+
+    cdef bint names(self, Copy *copy, Node node) except -1:
+        """Whether the stored origin has the number of the node."""
+        cdef uint64_t device, inode
+        if not self.origins.decode(copy.origin, copy.origin_size, &device, &inode):
+            return False
+        return self.origins.number(device, inode) == node.ino
+
+    cdef Attributes change(self, Node node, int fd, Change change, Copy *copy):
+        """Change the attributes of the copy, unless it was made with them. Returns those that it has."""
+        cdef bint failed
+        node.has_ctime = False
+        if change.valid != MODE or copy.mode != change.new_mode & PERMISSIONS:
+            with nogil:
+                failed = change.apply(fd, False) != 0 or fstat(fd, &copy.st) != 0
+            if failed:
+                raise failure(c_errno)
+            passed("set")
+        return node.shown(&copy.st)
+
+    cdef int clean(self, Copy *copy, OpenFile lent) except -1:
+        """Close what is open, and remove a copy that has not appeared."""
+        if copy.made and unlinkat(self.work.fd, copy.name, 0) != 0:
+            self.work.discard(<bytes>copy.name)
+        if copy.target >= 0:
+            close(copy.target)
+        if lent is not None:
+            lent.release()
+        elif copy.source >= 0:
+            close(copy.source)
+        return 0

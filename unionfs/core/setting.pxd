@@ -1,0 +1,19 @@
+# Changes of attributes.
+
+from libc.stdint cimport int64_t, uint32_t
+
+cdef enum:
+    # FATTR_*, include/uapi/linux/fuse.h
+    MODE = 1
+    UID = 2
+    GID = 4
+    SIZE = 8
+    ATIME = 16
+    MTIME = 32
+
+cdef class Change:
+    cdef uint32_t valid, new_mode, new_uid, new_gid
+    cdef int64_t new_size, new_atime, new_mtime
+    cdef readonly object killer
+
+    cdef int apply(self, int fd, bint path) noexcept nogil
