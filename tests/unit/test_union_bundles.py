@@ -555,3 +555,47 @@ def test_a_refused_rename_is_not_plain(tmp_path: Path, open_union: OpenUnion) ->
         changes.rename(directory, b"x", directory, b"first", 0)
     os.setxattr(upper / "x", "user.overlay.metacopy", b"")
     assert changes.rename(directory, b"x", directory, b"y", 0) == [get(union, "d/x")]
+
+
+@pytest.mark.parametrize(("number", "error"), [(0, LAST), (1, LAST), (2, LAST), (1, NotPlain())])
+def test_a_removed_directory(tmp_path: Path, open_union: OpenUnion, number: int, error: Exception) -> None:
+    union, changes = opened(tmp_path, open_union)
+    parent = get(union, "d")
+    node = make(changes, union, "directory")
+    before = open_beside_directories(union)
+    with failing_after(number, error) as steps:
+        fails = error is LAST and number > 0
+        with pytest.raises(OSError, match="is the last") if fails else nullcontext():
+            changes.rmdir(parent, b"new")
+    assert steps[: number or 2] == ["hold", "remove"][: number or 2]
+    gone = not fails or number == 2
+    assert (tmp_path / "upper/d/new").exists() != gone
+    assert (find(union, "d/new") is None) == gone
+    assert (node.unlinked, node.held >= 0) == (gone, gone)
+    assert open_beside_directories(union) == before + gone
+    if gone:
+        assert union.attributes(node).nlink == 0
+
+
+def test_directories_whose_removal_is_not_plain(tmp_path: Path, open_union: OpenUnion) -> None:
+    """One that has names, one in which only whiteouts are left, and one that hides a lower's."""
+    union, changes = opened(tmp_path, open_union)
+    (tmp_path / "l0/d/hidden").mkdir()
+    parent = get(union, "d")
+    full = make(changes, union, "directory", b"full")
+    fd = changes.create(full, b"f", 0o600, ME)[2]
+    os.close(fd)
+    with pytest.raises(OSError, match="not empty"):
+        changes.rmdir(parent, b"full")
+    with pytest.raises(NotADirectoryError):
+        changes.rmdir(parent, b"a")
+    os.mknod(tmp_path / "upper/d/first/gone", stat.S_IFCHR, 0)
+    changes.rmdir(parent, b"first")
+    assert not (tmp_path / "upper/d/first").exists()
+    get(union, "d/hidden")
+    changes.rmdir(parent, b"hidden")
+    changes.mkdir(parent, b"hidden", 0o700, ME)
+    changes.rmdir(parent, b"hidden")
+    left = (tmp_path / "upper/d/hidden").lstat()
+    assert stat.S_ISCHR(left.st_mode)
+    assert os.listdir(tmp_path / "work/work") == []

@@ -38,6 +38,7 @@ cdef class EntryChanges:
     cdef bint replace(self, New *new, int work, int dir_fd, const char *name) except -1 nogil
     cdef Node node_of(self, Node parent, bytes name, Place place, const stat_t *st)
     cdef int hold(self, Node node) except -2
+    cdef bint has_flags(self, Node node, Node parent)
     cdef bint may_move(self, Node node, Node parent)
     cdef bint has_data(self, Node node) except -1
     cdef bint unlink_entry(

@@ -1,8 +1,8 @@
 """Entries of the upper's directories, made, removed and renamed by bundles of system calls; see `steps`.
 
 The plain case of making: a name in a directory of the upper that is free, or a whiteout (character device 0/0).
-The plain case of removing and renaming: a known non-directory without an entry in an index. The others are those
-of `union.making` and its like.
+The plain case of removing and renaming: a known non-directory without an entry in an index; of removing, also an
+empty directory without lower parts. The others are those of `union.making` and its like.
 """
 
 from libc.errno cimport EEXIST, ENODATA, EOPNOTSUPP
@@ -25,7 +25,10 @@ cdef extern from "<fcntl.h>" nogil:
     int O_RDWR
     int O_CREAT
     int O_EXCL
+    int AT_REMOVEDIR
+    int F_DUPFD_CLOEXEC
     int unlinkat(int fd, const char *path, int flags)
+    int fcntl(int fd, int command, ...)
 
 cdef extern from "<stdio.h>" nogil:
     int renameat(int old_fd, const char *old, int new_fd, const char *new)
@@ -251,6 +254,50 @@ cdef class EntryChanges:
             if held >= 0:
                 close(held)
 
+    def rmdir(self, Node parent not None, bytes name not None):
+        """Remove a directory that only the upper has, if it is empty, from the disk and from the table.
+
+        Returns False if the case is not plain; then nothing has changed. Raises ``OSError``.
+        """
+        cdef Place place = self.place_to_change(parent), removed
+        cdef Node node = parent.children.get(name)
+        cdef const char *at = name
+        cdef int dir_fd, held, code
+        if place is None or node is None or node.kind != S_IFDIR or self.has_flags(node, parent):
+            return False
+        if len(node.parts) != 1 or node.held >= 0 or not node.is_changed_in_place():
+            return False
+        if self.merge.is_visible_below(parent.parts, name):
+            return False
+        removed = node.parts[0]
+        held = fcntl(self.gate.fd(removed), F_DUPFD_CLOEXEC, 0)
+        if held < 0:
+            raise failure(c_errno)
+        try:
+            passed("hold")
+            place.empty, parent.has_ctime = False, False
+            dir_fd = self.gate.fd(place)
+            with nogil:
+                code = unlinkat(dir_fd, at, AT_REMOVEDIR)
+            if code != 0:
+                return False
+            self.gate.forget(removed)
+            self.lose(node, parent, name, held)
+            held = -1
+            passed("remove")
+            return True
+        except NotPlain:
+            return False
+        finally:
+            if held >= 0:
+                close(held)
+
+    cdef bint has_flags(self, Node node, Node parent):
+        """Whether a name is protected, or may be, or is in use as a mount point of the union."""
+        if node.flags is None or node.territory is not parent.territory:
+            return True
+        return (<int>node.flags | <int>parent.flags) & PROTECTED != 0
+
     cdef int hold(self, Node node) except -2:
         """An fd of an object that loses its last known name, by which the node outlives it; else -1."""
         cdef stat_t st
@@ -300,7 +347,7 @@ cdef class EntryChanges:
             close(held)
             return 0
         node.held = held
-        if node.is_changed_in_place() and fstat(held, &st) == 0:
+        if node.kind != S_IFDIR and node.is_changed_in_place() and fstat(held, &st) == 0:
             if <Py_ssize_t>st.st_nlink > node.place.layer.links_of_removed:
                 node.territory.lost_name(node)
         return 0
@@ -366,11 +413,9 @@ cdef class EntryChanges:
 
     cdef bint may_move(self, Node node, Node parent):
         """Whether a name of a known non-directory can be removed."""
-        if node is None or node.kind == S_IFDIR or node.territory is not parent.territory:
+        if node is None or node.kind == S_IFDIR or node.entry is not None:
             return False
-        if node.entry is not None or node.flags is None:
-            return False
-        return not (<int>node.flags | <int>parent.flags) & PROTECTED
+        return not self.has_flags(node, parent)
 
     cdef bint has_data(self, Node node) except -1:
         """Whether a file of the upper is not metacopy, which finds its data by its name."""

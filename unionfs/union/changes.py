@@ -252,6 +252,8 @@ class Changes:
 
     def rmdir(self, parent: Node, name: bytes) -> None:
         """Remove a directory without visible names."""
+        if self._entries.rmdir(parent, name):
+            return
         node = self._existing(parent, name)
         if not node.is_dir:
             raise os_error(errno.ENOTDIR)
