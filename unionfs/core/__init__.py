@@ -4,6 +4,7 @@
     places     real directories in layers, and the one gate from a directory to an fd
     node       nodes, the objects of a union's tree
     nodes      the node table
+    idtable    its hash table
     search     the merge of names over the layers
 
 Each has a `.pyx` (the code), a `.pxd` (what other compiled modules use of it) and a `.pyi` (its types, for

@@ -2,6 +2,7 @@
 
 from libc.stdint cimport int64_t, uint32_t, uint64_t
 
+from unionfs.core.idtable cimport IdTable
 from unionfs.core.node cimport Node, Territory
 from unionfs.core.places cimport Gate, Place
 from unionfs.core.stats cimport stat_t
@@ -9,7 +10,8 @@ from unionfs.core.stats cimport stat_t
 cdef class NodeTable:
     cdef readonly Node root
     cdef readonly object numbers
-    cdef dict by_id, by_inode, inodes_of, unstored
+    cdef IdTable by_id
+    cdef dict by_inode, inodes_of, unstored
     cdef object gone, on_known, origins, index
     cdef bint copies_up, unique
     cdef uint32_t generation

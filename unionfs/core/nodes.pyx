@@ -22,7 +22,7 @@ import os
 import secrets
 from enum import Enum
 
-from unionfs.core.node cimport new_node
+from unionfs.core.node cimport new_node, successor_of
 from unionfs.core.places cimport Layer
 from unionfs.core.stats cimport S_IFDIR, S_IFMT, read_result, result_of
 
@@ -57,7 +57,7 @@ cdef class NodeTable:
         for each new directory of the merged layers, and each file of a lower with several hard links; then
         ``gone`` for all nodes.
         """
-        self.by_id, self.by_inode, self.inodes_of = {}, {}, {}
+        self.by_id, self.by_inode, self.inodes_of = IdTable(), {}, {}
         self.gone, self.on_known = gone, known
         self.copies_up = copies_up
         #: The generation of the last node. The kernel sees 32 bits: those of two mounts hardly ever meet.
@@ -70,24 +70,24 @@ cdef class NodeTable:
         self.unstored = {}
 
     def __len__(self):
-        return len(self.by_id)
+        return self.by_id.count
 
     def __iter__(self):
         """All nodes at this moment."""
-        return iter(list(self.by_id.values()))
+        return iter(self.by_id.nodes())
 
     def add_root(self, Territory territory not None, list parts not None):
         """Add the root of the merged tree."""
         self.root = new_node(ROOT, territory, None, b"", S_IFDIR, parts, 0, ROOT, 0)
-        self.by_id[ROOT] = self.root
+        self.by_id.add(self.root)
         self.root.lookups += 1
         if self.on_known is not None:
             self.on_known(self.root)
 
     cdef Node found(self, uint64_t id_):
         cdef Node node = self.by_id.get(id_)
-        while node is not None and node.successor is not None:
-            node = node.successor
+        while node is not None and node.rare is not None and node.rare.successor is not None:
+            node = node.rare.successor
         return node
 
     def get(self, uint64_t id_):
@@ -160,7 +160,7 @@ cdef class NodeTable:
 
     cdef uint64_t free(self, uint64_t number) except 0:
         """The number itself, or another one if a node has it."""
-        while number in self.by_id:
+        while self.by_id.has(number):
             number = self.numbers.hashed(b"taken%d" % number)
         return number
 
@@ -228,7 +228,7 @@ cdef class NodeTable:
             id_, parent.territory, parent, name, kind, places, key, ino, self.next_generation()
         )
         node.from_origin = from_origin
-        self.by_id[id_] = node
+        self.by_id.add(node)
         parent.children[name] = node
         if self.on_known is not None and (kind == S_IFDIR or (st.st_nlink > 1 and not place.layer.is_upper)):
             self.on_known(node)
@@ -264,7 +264,7 @@ cdef class NodeTable:
                 self.free(number), parent.territory, parent, name, st.st_mode & S_IFMT, [here],
                 here.layer.key(found), ino=number,
             )
-            self.by_id[node.id] = node
+            self.by_id.add(node)
             parent.children[name] = node
             node.may_be_indexed(entry, st.st_nlink)
             if copy is not None:
@@ -290,7 +290,7 @@ cdef class NodeTable:
             self.free(number), territory, parent, name, st.st_mode & S_IFMT, [place],
             ino=number, generation=self.next_generation(), held=held, identity=(st.st_dev, st.st_ino),
         )
-        self.by_id[node.id] = node
+        self.by_id.add(node)
         if name:
             parent.children[name] = node
         return node
@@ -327,14 +327,15 @@ cdef class NodeTable:
             number, parent.territory, parent, b"", st.st_mode & S_IFMT, [parent.parts[0]],
             generation=self.next_generation(), held=held,
         )
-        self.by_id[number] = node
+        self.by_id.add(node)
         self.linked(node, st)
         return node
 
     def supersede(self, Node node not None):
         """Make a new node for the object of ``node``; the old node keeps its open files and lookups."""
         number = self.free(self.numbers.after(node.id))
-        new = self.by_id[number] = node.supersede(number, self.next_generation())
+        new = node.supersede(number, self.next_generation())
+        self.by_id.add(new)
         for key in self.inodes_of.get(node.id, ()):
             self.by_inode[key] = new
         if node.id in self.inodes_of:
@@ -366,20 +367,21 @@ cdef class NodeTable:
         """Drop the node if nothing needs it, and parents that only it needed."""
         cdef Node current = node
         while current is not None and current.id != ROOT:
-            if current.lookups > 0 or current.children or current.superseded:
+            if current.lookups > 0 or current.children:
+                return
+            if current.rare is not None and current.rare.superseded:
                 return
             if current.use is not None and current.use.handles:
                 return
-            if self.by_id.get(current.id) is not current:
+            if not self.by_id.remove(current):
                 return
-            del self.by_id[current.id]
             if self.gone is not None and (current.use is not None or current.parts or self.on_known is not None):
                 self.gone(current)
-            if current.successor is not None:
-                current = current.successor
-                current.superseded -= 1
+            if successor_of(current) is not None:
+                current = current.rare.successor
+                current.rare.superseded -= 1
                 continue
-            if current.links:
+            if current.rare is not None and current.rare.links:
                 for directory in current.forget_names():
                     self.release(directory)
             elif current.parent is not None:
