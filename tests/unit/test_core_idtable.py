@@ -15,7 +15,7 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 from unionfs.core.idtable import IdTable
 from unionfs.core.node import Node, Territory
 
-# Whatever the hash, some of these share their first slot: there are more of them than a small table has slots.
+# Whatever the hash, some of these share their first slot: more than a small table has slots.
 # Filesystems count up, and some put the number of a device or an allocation group into the high bits.
 IDS = st.one_of(
     st.integers(1, 40),

@@ -4,7 +4,7 @@ from libc.stdint cimport int64_t, uint32_t, uint64_t
 
 from unionfs.core.idtable cimport IdTable
 from unionfs.core.node cimport Node, Territory
-from unionfs.core.places cimport Gate, Place
+from unionfs.core.places cimport Gate, Layer, Place
 from unionfs.core.stats cimport stat_t
 
 cdef class NodeTable:
@@ -30,3 +30,6 @@ cdef class NodeTable:
     cdef bint may_share(self, const stat_t *st, Place place) noexcept
     cdef void subtract(self, Node node, int64_t lookups)
     cdef release(self, Node node)
+    cdef end(self, Node node)
+    cdef drop_inode(self, Node node)
+    cdef release_number(self, int held, Layer layer)

@@ -17,14 +17,16 @@ Rules (the table is the only place that implements them):
   id leads to the new node; the old node itself stays for its open files and lookups.
 """
 
-import errno
 import os
 import secrets
 from enum import Enum
 
+from libc.errno cimport ESTALE
+from libc.errno cimport errno as c_errno
+from posix.unistd cimport close
+
 from unionfs.core.node cimport new_node, successor_of
-from unionfs.core.places cimport Layer
-from unionfs.core.stats cimport S_IFDIR, S_IFMT, read_result, result_of
+from unionfs.core.stats cimport S_IFDIR, S_IFMT, failure, fstat, read_result, result_of
 
 from unionfs.core.places import NO_KEY as _NO_KEY
 
@@ -52,7 +54,7 @@ cdef class NodeTable:
     """
 
     def __init__(self, origins, index, Gate gate not None, gone=None, *, bint copies_up=True, known=None):
-        """``gone`` is called for each forgotten directory, and for each forgotten node that was in use.
+        """``gone`` is called for each forgotten node whose file stays open; see `Use.stays_open`.
         ``copies_up``: whether there is an upper, which may get a copy of one name alone. ``known`` is called
         for each new directory of the merged layers, and each file of a lower with several hard links; then
         ``gone`` for all nodes.
@@ -375,8 +377,7 @@ cdef class NodeTable:
                 return
             if not self.by_id.remove(current):
                 return
-            if self.gone is not None and (current.use is not None or current.parts or self.on_known is not None):
-                self.gone(current)
+            self.end(current)
             if successor_of(current) is not None:
                 current = current.rare.successor
                 current.rare.superseded -= 1
@@ -390,27 +391,39 @@ cdef class NodeTable:
                 self.drop_inode(current)
             current = current.parent
 
-    def drop_inode(self, Node node not None):
-        for key in self.inodes_of.pop(node.id, ()):
-            if self.by_inode.get(key) is node:
-                del self.by_inode[key]
+    cdef end(self, Node node):
+        """End the use of a forgotten node, and close the fds of its parts."""
+        cdef Place part
+        kept = node.use is not None and node.use.kept
+        if self.gone is not None and (kept or self.on_known is not None):
+            self.gone(node)
+        node.use = None
+        for part in node.parts:
+            self.gate.forget(part)
+
+    cdef drop_inode(self, Node node):
+        cdef Place place
+        if self.inodes_of:
+            for key in self.inodes_of.pop(node.id, ()):
+                if self.by_inode.get(key) is node:
+                    del self.by_inode[key]
         if node.held >= 0:
             place = node.parts[0] if node.kind == S_IFDIR else node.place
             if self.unstored and place is not None and place.layer.is_upper:
                 self.release_number(node.held, place.layer)
-            node.hold(-1)
+            close(node.held)
+            node.held = -1
 
-    def release_number(self, int held, Layer layer not None):
+    cdef release_number(self, int held, Layer layer):
         """Forget the number of the upper's object ``held``, unless it has names: the inode may be reused."""
-        try:
-            st = os.stat(held)
-        except OSError as error:
-            if error.errno != errno.ESTALE:
-                raise
+        cdef stat_t st
+        if fstat(held, &st) != 0:
+            if c_errno != ESTALE:
+                raise failure(c_errno)
             # the server no longer has it, such as a removed directory on NFS
             self.unstored.pop((layer.dev, known_inode(held)), None)
             return
-        if st.st_nlink <= layer.links_of_removed:
+        if <Py_ssize_t>st.st_nlink <= layer.links_of_removed:
             self.unstored.pop((st.st_dev, st.st_ino), None)
 
 
