@@ -15,6 +15,7 @@ ROOT = Path(unionfs.__file__).parent
 # Each room may import from itself and from those after it.
 ROOMS = ("cli", "containers", "daemon", "storage", "fuse", "union", "settings", "sys", "errors", "core")
 LONGEST_MODULE = 450
+LONGEST_COMPILED = 500  # with its declarations of attributes
 LONGEST_FUNCTION = 60
 REASON = "start-up time"
 
@@ -120,7 +121,7 @@ def test_the_core_imports_nothing_of_the_rest() -> None:
 def test_every_compiled_module_has_its_types() -> None:
     modules = {path.stem for path in ROOT.glob("core/*.pyx")}
     assert {path.stem for path in ROOT.glob("core/*.pyi")} == modules
-    assert {path.stem for path in ROOT.glob("core/*.pyx") if _lines(path) > LONGEST_MODULE} == set()
+    assert {path.stem for path in ROOT.glob("core/*.pyx") if _lines(path) > LONGEST_COMPILED} == set()
 
 
 def _lines(path: Path) -> int:

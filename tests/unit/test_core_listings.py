@@ -20,8 +20,9 @@ from tests.unit.union_support import open_union as open_union
 from unionfs.core.answers import valid
 from unionfs.core.entries import Entries
 from unionfs.core.listings import Dirents, Lister
-from unionfs.core.node import Node, Territory
+from unionfs.core.node import Node
 from unionfs.core.nodes import Stored
+from unionfs.core.territory import Territory
 from unionfs.fuse.protocol import FOREVER, NEVER, encode
 from unionfs.fuse.protocol import Dirents as Specified
 from unionfs.settings.shown import Shown

@@ -244,3 +244,30 @@ def test_attributes_while_a_file_is_written_in_passthrough(lower: Path, open_uni
     after = lasts()
     assert writing < after < before
     union.files.take_back(node, handle.file)
+
+
+def test_only_a_file_that_stays_open_is_reported_when_forgotten(
+    lower: Path, open_union: OpenUnion, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The fds of a directory, and the use of any node, end without a call of Python code."""
+    union = open_union()
+    dropped: list[Node] = []
+    end = union.files.gone
+
+    def gone(node: Node) -> None:
+        dropped.append(node)
+        end(node)
+
+    monkeypatch.setattr(union.files, "gone", gone)
+    kept, opened = _known(union, "f"), _known(union, "d/g")
+    directory = _known(union, "d")
+    (part,) = directory.parts
+    assert part.fd >= 0
+    file = union.files.keep(kept, write=False)
+    union.files.take_back(opened, union.files.lend(opened, write=False))
+    assert opened.use is not None
+    for node in (kept, opened, directory):
+        union.nodes.forget(node, 1)
+    assert dropped == [kept]
+    assert (file.fd, part.fd, kept.use, opened.use) == (-1, -1, None, None)
+    assert list(union.nodes) == [union.nodes.root]

@@ -16,7 +16,7 @@ from libc.string cimport memchr, memcmp, memset, strlen
 from posix.unistd cimport write
 
 from unionfs.core.lookup cimport look_up
-from unionfs.core.node cimport Territory
+from unionfs.core.territory cimport Territory
 from unionfs.core.stats cimport failure
 from unionfs.core.wire cimport (
     FUSE_BATCH_FORGET, FUSE_FORGET, FUSE_GETATTR, FUSE_GETXATTR, FUSE_LOOKUP, FUSE_OPEN, FUSE_READLINK, FUSE_RELEASE, attr_answer,

@@ -11,7 +11,7 @@ from libc.stdio cimport snprintf
 from libc.string cimport memcmp
 from posix.unistd cimport close
 
-from unionfs.core.node cimport Attributes
+from unionfs.core.node cimport Attributes, has_changed, has_entry, has_links, has_lower_data
 from unionfs.core.places cimport new_place
 from unionfs.core.stats cimport (
     AT_SYMLINK_NOFOLLOW, O_CLOEXEC, O_NOFOLLOW, O_PATH, S_IFCHR, S_IFDIR, S_IFLNK, S_IFMT, S_IFREG, failure,
@@ -135,7 +135,8 @@ cdef class EntryChanges:
         dir_fd = self.gate.fd(place)
         if place.asked_named >= 0 and self.merge.hides(place, name, dir_fd):
             return None
-        place.empty, parent.has_ctime = False, False
+        place.empty = False
+        has_changed(parent)
         try:
             with nogil:
                 made = self.make_entry(&new, dir_fd, at, identity, work)
@@ -237,7 +238,8 @@ cdef class EntryChanges:
         try:
             held = self.hold(node)
             passed("hold")
-            place.empty, parent.has_ctime = False, False
+            place.empty = False
+            has_changed(parent)
             dir_fd = self.gate.fd(place)
             with nogil:
                 done = self.unlink_entry(&whiteout, dir_fd, at, in_place, below, work)
@@ -275,7 +277,8 @@ cdef class EntryChanges:
             raise failure(c_errno)
         try:
             passed("hold")
-            place.empty, parent.has_ctime = False, False
+            place.empty = False
+            has_changed(parent)
             dir_fd = self.gate.fd(place)
             with nogil:
                 code = unlinkat(dir_fd, at, AT_REMOVEDIR)
@@ -302,7 +305,7 @@ cdef class EntryChanges:
         """An fd of an object that loses its last known name, by which the node outlives it; else -1."""
         cdef stat_t st
         cdef int fd
-        if node.held >= 0 or node.links:
+        if node.held >= 0 or has_links(node):
             return -1
         fd = openat(self.gate.fd(node.place), node.name, O_PATH | O_NOFOLLOW | O_CLOEXEC)
         if fd < 0:
@@ -394,7 +397,9 @@ cdef class EntryChanges:
             new_fd, dir_fd = self.gate.fd(new_place), self.gate.fd(place)
             if new_place.fd != new_fd:
                 return False  # it was closed to open the other one
-            place.empty = new_place.empty = parent.has_ctime = new_parent.has_ctime = False
+            place.empty = new_place.empty = False
+            has_changed(parent)
+            has_changed(new_parent)
             with nogil:
                 code = renameat2(dir_fd, at, new_fd, new_at, flags)
             if code != 0:
@@ -413,7 +418,7 @@ cdef class EntryChanges:
 
     cdef bint may_move(self, Node node, Node parent):
         """Whether a name of a known non-directory can be removed."""
-        if node is None or node.kind == S_IFDIR or node.entry is not None:
+        if node is None or node.kind == S_IFDIR or has_entry(node):
             return False
         return not self.has_flags(node, parent)
 
@@ -422,7 +427,7 @@ cdef class EntryChanges:
         cdef char path[PATH_SIZE]
         if node.kind != S_IFREG:
             return True
-        if node.held >= 0 or node.lower_data is not None:
+        if node.held >= 0 or has_lower_data(node):
             return False
         snprintf(path, PATH_SIZE, "/proc/self/fd/%d/%s", self.gate.fd(node.place), <const char *>node.name)
         return lgetxattr(path, self.metacopy, NULL, 0) < 0 and (c_errno == ENODATA or c_errno == EOPNOTSUPP)

@@ -11,6 +11,7 @@ from posix.time cimport CLOCK_MONOTONIC, clock_gettime, timespec
 from posix.unistd cimport close, pread, pwrite, unlink
 
 from unionfs.core.files cimport Handle, OpenFile, Use, new_file
+from unionfs.core.node cimport Rare, has_changed, has_entry, has_links, has_lower_data
 from unionfs.core.places cimport Layer, Place
 from unionfs.core.setting cimport MODE
 from unionfs.core.stats cimport (
@@ -98,14 +99,14 @@ def enters(NodeTable nodes not None, Node directory not None):
     cdef Node resized = None
     cdef stat_t st
     cdef int dir_fd = nodes.gate.fd(place)
-    if not directory.has_ctime or directory.ctime_given != C_UNSEEN:
+    cdef Rare rare = directory.rare
+    if rare is None or not rare.has_ctime or rare.ctime_given != C_UNSEEN:
         # the first copy-up since its attributes were requested, or since a change
         if fstat(dir_fd, &st) != 0:
             raise failure(c_errno)
         resized = directory
         place.mtime_ns = mtime_of(&st)
-        directory.ctime_shown = directory.ctime_to_show(ctime_of(&st))
-        directory.ctime_given, directory.has_ctime = C_UNSEEN, True
+        directory.show_ctime(directory.ctime_to_show(ctime_of(&st)))
     place.empty = False
     if not place.impure:
         nodes.origins.becomes_impure(place, dir_fd)
@@ -204,9 +205,9 @@ cdef class SmallCopyUps:
     cdef bint may_copy(self, Node node):
         if node.kind != S_IFREG or node.place is None or node.parent is None or node.unlinked:
             return False
-        if node.held >= 0 or node.flags or node.from_origin or node.links is not None:
+        if node.held >= 0 or node.flags or node.from_origin or has_links(node):
             return False
-        if node.entry is not None or node.lower_data is not None or node.territory.read_only:
+        if has_entry(node) or has_lower_data(node) or node.territory.read_only:
             return False
         return not node.place.layer.in_place and node.place.layer.permissions is None
 
@@ -346,7 +347,7 @@ cdef class SmallCopyUps:
     cdef Attributes change(self, Node node, int fd, Change change, Copy *copy):
         """Change the attributes of the copy, unless it was made with them. Returns those that it has."""
         cdef bint failed
-        node.has_ctime = False
+        has_changed(node)
         if change.valid != MODE or copy.mode != change.new_mode & PERMISSIONS:
             with nogil:
                 failed = change.apply(fd, False) != 0 or fstat(fd, &copy.st) != 0

@@ -30,7 +30,7 @@ cdef class Use:
     cdef readonly OpenFile file
     cdef readonly list handles
     cdef readonly Py_ssize_t cached, through, writers, writebacks
-    cdef readonly bint filled, of_upper, resized, written
+    cdef readonly bint filled, of_upper, resized, written, kept
     cdef readonly int backing_id
     cdef readonly int64_t mtime_ns
     cdef readonly bytes capability

@@ -182,6 +182,7 @@ cdef class Use:
     """The use of a node: its open files, and the session's agreements with the kernel about them."""
 
     # file, handles: the backing file, if it is open, and its open file handles.
+    # kept: whether the backing file stays open without a file handle; then a table of those has it.
     # cached, through: opens whose data goes through the page cache, and opens with a backing file.
     # filled: whether the first open put the data into the page cache (or could have, for a large file).
     # backing_id, of_upper: the backing id, and whether the backing file is the upper's.
@@ -197,6 +198,10 @@ cdef class Use:
     def has_tickets(self, tickets):
         """Set the tickets of the directory."""
         self.tickets = tickets
+
+    def stays_open(self, *, bint kept):
+        """Record whether the backing file stays open without an open file handle."""
+        self.kept = kept
 
     def has(self, OpenFile file):
         """Set the backing file."""

@@ -3,7 +3,8 @@
 from libc.stdint cimport uint8_t, uint32_t, uint64_t
 
 from unionfs.core.entries cimport Entries, Item
-from unionfs.core.node cimport Attributes, Node, Territory
+from unionfs.core.node cimport Attributes, Node
+from unionfs.core.territory cimport Territory
 from unionfs.core.nodes cimport NodeTable
 from unionfs.core.places cimport Place
 from unionfs.core.search cimport Search

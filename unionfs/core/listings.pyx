@@ -162,7 +162,7 @@ cdef class Lister:
             state = parts[item.part] = self.state_of(entries, item.part)
         if state == LOOKED_UP or (state == PLAIN_BUT_FILES and item.kind == DT_REG):
             return False
-        if not ROOT < item.ino < self.nodes.plain_limit or item.ino in self.nodes.by_id:
+        if not ROOT < item.ino < self.nodes.plain_limit or self.nodes.by_id.has(item.ino):
             return False
         if not self.nodes.unstored and not self.nodes.by_inode:
             return True

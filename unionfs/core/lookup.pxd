@@ -1,6 +1,7 @@
 # Names of the merged layers.
 
-from unionfs.core.node cimport Attributes, Node, Territory
+from unionfs.core.node cimport Attributes, Node
+from unionfs.core.territory cimport Territory
 from unionfs.core.nodes cimport NodeTable
 from unionfs.core.objects cimport Objects
 from unionfs.core.search cimport Search

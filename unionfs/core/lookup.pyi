@@ -1,9 +1,10 @@
 from typing import TYPE_CHECKING
 
-from unionfs.core.node import Attributes, Node, Territory
+from unionfs.core.node import Attributes, Node
 from unionfs.core.nodes import NodeTable
 from unionfs.core.objects import Objects
 from unionfs.core.search import Search
+from unionfs.core.territory import Territory
 
 if TYPE_CHECKING:
     from unionfs.union.owners import Owners

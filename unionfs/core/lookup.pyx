@@ -2,6 +2,7 @@
 
 from libc.errno cimport ENAMETOOLONG, ESTALE
 
+from unionfs.core.node cimport has_lower_data
 from unionfs.core.places cimport Place
 from unionfs.core.stats cimport S_IFMT, S_IFREG, failure
 
@@ -68,7 +69,7 @@ cdef class Names(Territory):
         if st.st_size <= st.st_blocks * 512 or st.st_blocks > BLOCKS_OF_XATTRS:
             return False
         return (
-            st.st_mode & S_IFMT == S_IFREG and node.lower_data is None and node.place.layer.index != self.lowest
+            st.st_mode & S_IFMT == S_IFREG and not has_lower_data(node) and node.place.layer.index != self.lowest
         )
 
     def find_data(self, Node node):

@@ -1,6 +1,6 @@
-"""Nodes, the objects of a union's tree, and the territories they belong to."""
+"""Nodes, the objects of a union's tree."""
 
-from libc.errno cimport EROFS, ESTALE
+from libc.errno cimport ESTALE
 from libc.string cimport memcpy
 from posix.unistd cimport close
 
@@ -13,6 +13,9 @@ UNSEEN = -1
 
 cdef enum:
     C_UNSEEN = -1
+
+#: The parts of all nodes that are not directories.
+cdef list NO_PARTS = []
 
 
 cdef class Attributes:
@@ -43,81 +46,6 @@ cdef class Attributes:
         return (<char *>&attr)[:sizeof(fuse_attr)]
 
 
-cdef class Territory:
-    """A part of the tree with its own rules: the merged layers, or storage bound at one place.
-
-    Renames and links from one territory to another are EXDEV, as between filesystems.
-    """
-
-    def __init__(self, *, bint lasting, bint has_markers, bint read_only, owners=None):
-        #: Whether only this daemon changes it, so that cached answers stay valid until it does.
-        self.lasting = lasting
-        #: Whether a character device 0/0 is a whiteout, and making one is refused.
-        self.has_markers = has_markers
-        #: Whether it is read-only.
-        self.read_only = read_only
-        #: How owners are shown; None: as they are stored.
-        self.owners = owners
-
-    @property
-    def durable(self):
-        """Whether fsync must reach a disk."""
-        raise NotImplementedError
-
-    def lookup(self, Node parent, bytes name, first=0):
-        """The node ``name`` in ``parent`` with its attributes, or None.
-
-        ``first``: the index of the topmost part of the parent that may have the name, if known.
-        """
-        raise NotImplementedError
-
-    def number(self, Node parent, bytes name):
-        """``st_ino`` and file type (S_IFMT bits) of a name, without creating a node."""
-        raise NotImplementedError
-
-    def number_of_bare_whiteout(self, Node parent, bytes name):
-        """The same for a name without an object that overlayfs lists."""
-        return None
-
-    def listing(self, Node directory):
-        """The names of a directory. Raises ``OSError``."""
-        raise NotImplementedError
-
-    def is_empty(self, Node directory):
-        """Whether a directory has no visible name."""
-        return not self.listing(directory).names()
-
-    def add(self, Node parent, bytes name, st, Place place):
-        """The node of a new object in the real directory ``place``, without lower parts."""
-        raise NotImplementedError
-
-    def unnamed(self, Node parent, held):
-        """A node for a new file without a name (O_TMPFILE); ``held`` is an O_PATH fd of it."""
-        raise NotImplementedError
-
-    def lost_name(self, Node node):
-        """The last known name of a node was removed; its object is held."""
-        raise NotImplementedError
-
-    def opened(self, Node node, file):
-        """Record facts about the object of a node, just opened. Returns where its data lies if not in it (see
-        `Node.lower_data`). Raises ``OSError`` for a file that cannot be served."""
-        raise NotImplementedError
-
-    def stored_name(self, bytes name):
-        """The name on disk of the user's xattr ``name``."""
-        return name
-
-    def shown_names(self, list stored):
-        """Convert names of xattrs on disk to the names that users see."""
-        return stored
-
-    def require_writable(self):
-        """Raises EROFS if the territory is read-only."""
-        if self.read_only:
-            raise failure(EROFS)
-
-
 cdef Node new_node(
     uint64_t id_, Territory territory, Node parent, bytes name, uint32_t kind, list places, int64_t key,
     uint64_t ino, uint32_t generation
@@ -133,11 +61,26 @@ cdef Node new_node(
     if kind == S_IFDIR:
         node.parts, node.place, node.children = places, None, {}
     else:
-        node.parts, node.place, node.children = [], places[0], None
+        node.parts, node.place, node.children = NO_PARTS, places[0], None
     node.key = key
     node.held = -1
     node.unlinked = not name and parent is not None
     return node
+
+
+cdef class Rare:
+    """What hardly any node has: a `Node` has one of these only when needed."""
+
+    # lower_data: where the data of a metacopy object lies; None: in the object, as far as known before it is
+    #     opened.
+    # links: additional names of a file with several hard links, with the real directory of each.
+    # entry, lower_links, more_links: for a lower file with several hard links: the name of its copy in the
+    #     index, st_nlink of the original (0 if unknown), and how many names the union has more than st_nlink
+    #     of the copy.
+    # identity: for bound storage only: device and inode number, to detect another object under the name.
+    # successor: the node that took over its state except the open files; see `NodeTable.supersede`.
+    # superseded: the number of known nodes that it superseded.
+    # ctime_given, ctime_shown: see `Node.ctime`; valid if has_ctime.
 
 
 cdef class Node:
@@ -149,20 +92,12 @@ cdef class Node:
     # parts: of a directory: the real directories merged into it, topmost first.
     # place, key: of other types: the real directory that contains it as ``name``, and its `Layer.key`.
     # children: known nodes below, by name (directories only).
-    # lower_data: where the data of a metacopy object lies; None: in the object, as far as known before it is
-    #     opened.
     # flags: see `union.flags`; None: unknown.
-    # links: additional names of a file with several hard links, with the real directory of each.
-    # entry, lower_links, more_links: for a lower file with several hard links: the name of its copy in the
-    #     index, st_nlink of the original (0 if unknown), and how many names the union has more than st_nlink
-    #     of the copy.
     # held: an O_PATH fd of an object that has no name.
-    # identity: for bound storage only: device and inode number, to detect another object under the name.
     # no_capability: it is known to have no security.capability; see `shortcuts.Capabilities`.
     # from_origin: its number is that of its origin; see `origin`.
     # use: set at the first open.
-    # successor: the node that took over its state except the open files; see `NodeTable.supersede`.
-    # superseded: the number of known nodes that it superseded.
+    # rare: None, or the rest.
 
     def __init__(
         self,
@@ -188,18 +123,59 @@ cdef class Node:
         self.name = name
         self.kind = kind
         is_dir = kind == S_IFDIR
-        self.parts = places if is_dir else []
+        self.parts = places if is_dir else NO_PARTS
         self.place = None if is_dir else places[0]
         self.key = key
         self.children = {} if is_dir else None
         self.held = held
         self.unlinked = not name and parent is not None
-        self.identity = identity
+        if identity is not None:
+            self.uncommon().identity = identity
+
+    cdef Rare uncommon(self):
+        """Its rare attributes, to change them."""
+        if self.rare is None:
+            self.rare = Rare.__new__(Rare)
+        return self.rare
+
+    @property
+    def entry(self):
+        return None if self.rare is None else self.rare.entry
+
+    @property
+    def links(self):
+        return None if self.rare is None else self.rare.links
+
+    @property
+    def lower_links(self):
+        return 0 if self.rare is None else self.rare.lower_links
+
+    @property
+    def more_links(self):
+        return 0 if self.rare is None else self.rare.more_links
+
+    @property
+    def lower_data(self):
+        return None if self.rare is None else self.rare.lower_data
+
+    @property
+    def identity(self):
+        return None if self.rare is None else self.rare.identity
+
+    @property
+    def successor(self):
+        return successor_of(self)
+
+    @property
+    def superseded(self):
+        return 0 if self.rare is None else self.rare.superseded
 
     @property
     def ctime(self):
         """The ctime set by a copy-up (`UNSEEN`: the one at the next query), and the one shown instead; ns."""
-        return (self.ctime_given, self.ctime_shown) if self.has_ctime else None
+        if self.rare is None or not self.rare.has_ctime:
+            return None
+        return (self.rare.ctime_given, self.rare.ctime_shown)
 
     @property
     def is_dir(self):
@@ -231,10 +207,10 @@ cdef class Node:
     @property
     def data_in_place(self):
         """Whether its data is changed in place too. Valid for a file that was opened."""
-        return self.lower_data is None and self.is_changed_in_place()
+        return not has_lower_data(self) and self.is_changed_in_place()
 
     cdef bint is_copy_in_index(self) noexcept:
-        return self.entry is not None and self.place is not None and self.place.layer.is_upper
+        return has_entry(self) and self.place is not None and self.place.layer.is_upper
 
     @property
     def is_indexed(self):
@@ -245,13 +221,13 @@ cdef class Node:
     def is_linked_lower(self):
         """Whether it is a lower file with several hard links, and copied up into the index before it loses a
         name."""
-        return self.entry is not None and not self.is_changed_in_place()
+        return has_entry(self) and not self.is_changed_in_place()
 
     @property
     def lacks_names(self):
         """Whether it is a copy in the index, and some names of its are only in a lower. Each of the others
         counts in ``st_nlink`` of the copy, as does the entry itself."""
-        return self.entry is not None and self.more_links >= 0 and self.is_copy_in_index()
+        return self.is_copy_in_index() and self.rare.more_links >= 0
 
     def names(self):
         """Its known names, each with its directory."""
@@ -260,7 +236,7 @@ cdef class Node:
         return [(self.parent, self.name), *[(parent, name) for parent, name, _ in self.links or ()]]
 
     cdef bytes stored_name(self):
-        return self.entry if self.entry is not None and self.is_copy_in_index() else self.name
+        return self.rare.entry if self.is_copy_in_index() else self.name
 
     @property
     def real_name(self):
@@ -288,15 +264,16 @@ cdef class Node:
         cdef int64_t nlink = st.st_nlink
         cdef bint is_dir = self.kind == S_IFDIR, in_place = self.is_changed_in_place()
         memcpy(&result.stat, st, sizeof(stat_t))
-        if self.more_links:  # by an xattr, which may be wrong
-            nlink = max(nlink + self.more_links, 0 if self.unlinked else 1)
+        cdef Rare rare = self.rare
+        if rare is not None and rare.more_links:  # by an xattr, which may be wrong
+            nlink = max(nlink + rare.more_links, 0 if self.unlinked else 1)
         if self.unlinked and (is_dir or not in_place):
             nlink = 0
         elif len(self.parts) > 1:
             nlink = 1  # as overlayfs, which does not count the subdirectories of a merged directory
         # Without an index, copying up one name of a lower file with several breaks the link.
         result.lasting = self.territory.lasting and (
-            st.st_nlink == 1 or is_dir or in_place or self.entry is not None
+            st.st_nlink == 1 or is_dir or in_place or has_entry(self)
         )
         result.ctime_ns = self.ctime_to_show(ctime_of(st))
         owners = self.territory.owners
@@ -305,8 +282,8 @@ cdef class Node:
             read_result(result.result, &result.stat)
             if is_dir and nlink and owners.static_nlink:
                 nlink = 1
-        if self.lower_data is not None:
-            result.stat.st_blocks = self.lower_data.blocks
+        if rare is not None and rare.lower_data is not None:
+            result.stat.st_blocks = rare.lower_data.blocks
             result.result = None
         result.node = self
         result.ino = self.ino
@@ -324,12 +301,13 @@ cdef class Node:
         self.use = None
 
     cdef int64_t ctime_to_show(self, int64_t ctime) noexcept:
-        if not self.has_ctime:
+        cdef Rare rare = self.rare
+        if rare is None or not rare.has_ctime:
             return ctime
-        if self.ctime_given == C_UNSEEN:
-            self.ctime_given = ctime
-            return self.ctime_shown
-        return self.ctime_shown if self.ctime_given == ctime else ctime
+        if rare.ctime_given == C_UNSEEN:
+            rare.ctime_given = ctime
+            return rare.ctime_shown
+        return rare.ctime_shown if rare.ctime_given == ctime else ctime
 
     def shown_ctime(self, int64_t ctime):
         """The ctime to show while the real one is ``ctime``."""
@@ -337,7 +315,8 @@ cdef class Node:
 
     def show_ctime(self, int64_t shown, int64_t real=C_UNSEEN):
         """Show that ctime while the real one is the one set by a copy-up."""
-        self.has_ctime, self.ctime_given, self.ctime_shown = True, real, shown
+        cdef Rare rare = self.uncommon()
+        rare.has_ctime, rare.ctime_given, rare.ctime_shown = True, real, shown
 
     def has_parts(self, list parts not None):
         """Set the real directories merged into it."""
@@ -353,11 +332,13 @@ cdef class Node:
 
     def data_lies_in(self, data):
         """Record where its data lies; None: in its object."""
-        self.lower_data = data
+        if data is not None or self.rare is not None:
+            self.uncommon().lower_data = data
 
     def changes(self):
         """Its object is about to change: show its real ctime from now on."""
-        self.has_ctime = False
+        if self.rare is not None:
+            self.rare.has_ctime = False
 
     def note_capability(self, *, bint none):
         """Record whether it is known to have no security.capability."""
@@ -379,21 +360,24 @@ cdef class Node:
 
     def may_be_indexed(self, bytes entry, lower_links):
         """Record the name of its copy in the index, and ``st_nlink`` of the original (0: unknown)."""
-        self.entry = entry
+        cdef Rare rare = self.uncommon()
+        rare.entry = entry
         if lower_links:
-            self.lower_links = lower_links
+            rare.lower_links = lower_links
 
     def is_indexed_copy(self, Place index not None, more_links):
         """Record that its object is the copy in the index."""
-        self.place, self.more_links = index, more_links
+        self.place = index
+        self.uncommon().more_links = more_links
 
     def has_more_links(self, more_links):
         """Set how many names the union has more than the copy."""
-        self.more_links = more_links
+        self.uncommon().more_links = more_links
 
     def leaves_index(self):
         """Record that its entry in the index was removed; an fd of the object is held."""
-        self.entry, self.more_links = None, 0
+        cdef Rare rare = self.uncommon()
+        rare.entry, rare.more_links = None, 0
 
     def has_key(self, int64_t key):
         """Set the key that identifies its object; see `Layer.key`."""
@@ -423,6 +407,7 @@ cdef class Node:
 
     def get_name(self, Node parent not None, bytes name not None, Place place):
         """Add the name ``name`` in ``parent``, whose real directory is ``place``."""
+        cdef Rare rare
         parent.children[name] = self
         if self.parent is None or self.unlinked:
             if not self.is_copy_in_index():
@@ -430,15 +415,16 @@ cdef class Node:
             self.parent, self.name, self.unlinked = parent, name, False
             self.hold(-1)
         else:
-            if self.links is None:
-                self.links = []
-            self.links.append((parent, name, place))
+            rare = self.uncommon()
+            if rare.links is None:
+                rare.links = []
+            rare.links.append((parent, name, place))
 
     def take_link(self, Node parent, bytes name):
         """Remove an additional name; returns whether there was one."""
         for position, (directory, known, _) in enumerate(self.links or ()):
             if directory is parent and known == name:
-                del self.links[position]
+                del self.rare.links[position]
                 return True
         return False
 
@@ -447,7 +433,7 @@ cdef class Node:
         parent.drop_child(name, self)
         if not self.take_link(parent, name) and self.parent is parent and self.name == name:
             if self.links:
-                self.parent, self.name, place = self.links.pop()
+                self.parent, self.name, place = self.rare.links.pop()
                 if not self.is_copy_in_index():
                     self.place = place
             else:
@@ -458,7 +444,7 @@ cdef class Node:
         parent.drop_child(name, self)
         new_parent.children[new_name] = self
         if self.take_link(parent, name):
-            self.links.append((new_parent, new_name, new_parent.parts[0]))
+            self.rare.links.append((new_parent, new_name, new_parent.parts[0]))
         else:
             self.parent, self.name = new_parent, new_name
             if self.kind == S_IFDIR:
@@ -488,24 +474,19 @@ cdef class Node:
     def supersede(self, number, generation):
         """A new node that takes over object, names and held fd; see `NodeTable.supersede`."""
         cdef Node new, directory
+        cdef Rare rare = self.uncommon(), taken
         places = self.parts if self.place is None else [self.place]
         new = Node(
             number, self.territory, self.parent, self.name, self.kind, places, self.key, ino=self.ino,
             generation=generation,
         )
-        new.links, new.unlinked, new.held = self.links, self.unlinked, self.held
-        new.lower_data, new.flags = self.lower_data, self.flags
-        new.from_origin = self.from_origin
-        new.entry, new.lower_links, new.more_links = self.entry, self.lower_links, self.more_links
-        self.links, self.held = None, -1
-        for directory, name, _ in [(self.parent, self.name, None), *(new.links or ())]:
+        new.unlinked, new.held, new.flags, new.from_origin = self.unlinked, self.held, self.flags, self.from_origin
+        taken = new.uncommon()
+        taken.links, taken.lower_data, taken.entry = rare.links, rare.lower_data, rare.entry
+        taken.lower_links, taken.more_links, taken.superseded = rare.lower_links, rare.more_links, 1
+        rare.links, rare.successor, self.held = None, new, -1
+        for directory, name, _ in [(self.parent, self.name, None), *(taken.links or ())]:
             known = None if directory is None else directory.children
             if known is not None and known.get(name) is self:
                 known[name] = new
-        self.successor = new
-        new.superseded = 1
         return new
-
-    def outlive(self):
-        """Record that one of the nodes it superseded is forgotten."""
-        self.superseded -= 1

@@ -2,14 +2,17 @@
 
 from libc.stdint cimport int64_t, uint32_t, uint64_t
 
-from unionfs.core.node cimport Node, Territory
-from unionfs.core.places cimport Gate, Place
+from unionfs.core.idtable cimport IdTable
+from unionfs.core.node cimport Node
+from unionfs.core.territory cimport Territory
+from unionfs.core.places cimport Gate, Layer, Place
 from unionfs.core.stats cimport stat_t
 
 cdef class NodeTable:
     cdef readonly Node root
     cdef readonly object numbers
-    cdef dict by_id, by_inode, inodes_of, unstored
+    cdef IdTable by_id
+    cdef dict by_inode, inodes_of, unstored
     cdef object gone, on_known, origins, index
     cdef bint copies_up, unique
     cdef uint32_t generation
@@ -29,3 +32,6 @@ cdef class NodeTable:
     cdef bint may_share(self, const stat_t *st, Place place) noexcept
     cdef void subtract(self, Node node, int64_t lookups)
     cdef release(self, Node node)
+    cdef end(self, Node node)
+    cdef drop_inode(self, Node node)
+    cdef release_number(self, int held, Layer layer)

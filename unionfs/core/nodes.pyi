@@ -3,8 +3,9 @@ from collections.abc import Callable, Iterator
 from enum import Enum
 from typing import TYPE_CHECKING, Final
 
-from unionfs.core.node import Node, Territory
-from unionfs.core.places import Gate, Layer, Place
+from unionfs.core.node import Node
+from unionfs.core.places import Gate, Place
+from unionfs.core.territory import Territory
 
 if TYPE_CHECKING:
     from unionfs.union.index import Index
@@ -64,5 +65,3 @@ class NodeTable:
     def supersede(self, node: Node) -> Node: ...
     def lose(self, node: Node, parent: Node, name: bytes) -> None: ...
     def forget(self, node: Node, lookups: int) -> None: ...
-    def drop_inode(self, node: Node) -> None: ...
-    def release_number(self, held: int, layer: Layer) -> None: ...

@@ -17,14 +17,16 @@ Rules (the table is the only place that implements them):
   id leads to the new node; the old node itself stays for its open files and lookups.
 """
 
-import errno
 import os
 import secrets
 from enum import Enum
 
-from unionfs.core.node cimport new_node
-from unionfs.core.places cimport Layer
-from unionfs.core.stats cimport S_IFDIR, S_IFMT, read_result, result_of
+from libc.errno cimport ESTALE
+from libc.errno cimport errno as c_errno
+from posix.unistd cimport close
+
+from unionfs.core.node cimport new_node, successor_of
+from unionfs.core.stats cimport S_IFDIR, S_IFMT, failure, fstat, read_result, result_of
 
 from unionfs.core.places import NO_KEY as _NO_KEY
 
@@ -52,12 +54,12 @@ cdef class NodeTable:
     """
 
     def __init__(self, origins, index, Gate gate not None, gone=None, *, bint copies_up=True, known=None):
-        """``gone`` is called for each forgotten directory, and for each forgotten node that was in use.
+        """``gone`` is called for each forgotten node whose file stays open; see `Use.stays_open`.
         ``copies_up``: whether there is an upper, which may get a copy of one name alone. ``known`` is called
         for each new directory of the merged layers, and each file of a lower with several hard links; then
         ``gone`` for all nodes.
         """
-        self.by_id, self.by_inode, self.inodes_of = {}, {}, {}
+        self.by_id, self.by_inode, self.inodes_of = IdTable(), {}, {}
         self.gone, self.on_known = gone, known
         self.copies_up = copies_up
         #: The generation of the last node. The kernel sees 32 bits: those of two mounts hardly ever meet.
@@ -70,24 +72,24 @@ cdef class NodeTable:
         self.unstored = {}
 
     def __len__(self):
-        return len(self.by_id)
+        return self.by_id.count
 
     def __iter__(self):
         """All nodes at this moment."""
-        return iter(list(self.by_id.values()))
+        return iter(self.by_id.nodes())
 
     def add_root(self, Territory territory not None, list parts not None):
         """Add the root of the merged tree."""
         self.root = new_node(ROOT, territory, None, b"", S_IFDIR, parts, 0, ROOT, 0)
-        self.by_id[ROOT] = self.root
+        self.by_id.add(self.root)
         self.root.lookups += 1
         if self.on_known is not None:
             self.on_known(self.root)
 
     cdef Node found(self, uint64_t id_):
         cdef Node node = self.by_id.get(id_)
-        while node is not None and node.successor is not None:
-            node = node.successor
+        while node is not None and node.rare is not None and node.rare.successor is not None:
+            node = node.rare.successor
         return node
 
     def get(self, uint64_t id_):
@@ -160,7 +162,7 @@ cdef class NodeTable:
 
     cdef uint64_t free(self, uint64_t number) except 0:
         """The number itself, or another one if a node has it."""
-        while number in self.by_id:
+        while self.by_id.has(number):
             number = self.numbers.hashed(b"taken%d" % number)
         return number
 
@@ -237,7 +239,7 @@ cdef class NodeTable:
             id_, parent.territory, parent, name, kind, places, key, ino, self.next_generation()
         )
         node.from_origin = from_origin
-        self.by_id[id_] = node
+        self.by_id.add(node)
         parent.children[name] = node
         if self.on_known is not None and (kind == S_IFDIR or (st.st_nlink > 1 and not place.layer.is_upper)):
             self.on_known(node)
@@ -273,7 +275,7 @@ cdef class NodeTable:
                 self.free(number), parent.territory, parent, name, st.st_mode & S_IFMT, [here],
                 here.layer.key(found), ino=number,
             )
-            self.by_id[node.id] = node
+            self.by_id.add(node)
             parent.children[name] = node
             node.may_be_indexed(entry, st.st_nlink)
             if copy is not None:
@@ -299,7 +301,7 @@ cdef class NodeTable:
             self.free(number), territory, parent, name, st.st_mode & S_IFMT, [place],
             ino=number, generation=self.next_generation(), held=held, identity=(st.st_dev, st.st_ino),
         )
-        self.by_id[node.id] = node
+        self.by_id.add(node)
         if name:
             parent.children[name] = node
         return node
@@ -336,14 +338,15 @@ cdef class NodeTable:
             number, parent.territory, parent, b"", st.st_mode & S_IFMT, [parent.parts[0]],
             generation=self.next_generation(), held=held,
         )
-        self.by_id[number] = node
+        self.by_id.add(node)
         self.linked(node, st)
         return node
 
     def supersede(self, Node node not None):
         """Make a new node for the object of ``node``; the old node keeps its open files and lookups."""
         number = self.free(self.numbers.after(node.id))
-        new = self.by_id[number] = node.supersede(number, self.next_generation())
+        new = node.supersede(number, self.next_generation())
+        self.by_id.add(new)
         for key in self.inodes_of.get(node.id, ()):
             self.by_inode[key] = new
         if node.id in self.inodes_of:
@@ -375,20 +378,20 @@ cdef class NodeTable:
         """Drop the node if nothing needs it, and parents that only it needed."""
         cdef Node current = node
         while current is not None and current.id != ROOT:
-            if current.lookups > 0 or current.children or current.superseded:
+            if current.lookups > 0 or current.children:
+                return
+            if current.rare is not None and current.rare.superseded:
                 return
             if current.use is not None and current.use.handles:
                 return
-            if self.by_id.get(current.id) is not current:
+            if not self.by_id.remove(current):
                 return
-            del self.by_id[current.id]
-            if self.gone is not None and (current.use is not None or current.parts or self.on_known is not None):
-                self.gone(current)
-            if current.successor is not None:
-                current = current.successor
-                current.superseded -= 1
+            self.end(current)
+            if successor_of(current) is not None:
+                current = current.rare.successor
+                current.rare.superseded -= 1
                 continue
-            if current.links:
+            if current.rare is not None and current.rare.links:
                 for directory in current.forget_names():
                     self.release(directory)
             elif current.parent is not None:
@@ -397,27 +400,39 @@ cdef class NodeTable:
                 self.drop_inode(current)
             current = current.parent
 
-    def drop_inode(self, Node node not None):
-        for key in self.inodes_of.pop(node.id, ()):
-            if self.by_inode.get(key) is node:
-                del self.by_inode[key]
+    cdef end(self, Node node):
+        """End the use of a forgotten node, and close the fds of its parts."""
+        cdef Place part
+        kept = node.use is not None and node.use.kept
+        if self.gone is not None and (kept or self.on_known is not None):
+            self.gone(node)
+        node.use = None
+        for part in node.parts:
+            self.gate.forget(part)
+
+    cdef drop_inode(self, Node node):
+        cdef Place place
+        if self.inodes_of:
+            for key in self.inodes_of.pop(node.id, ()):
+                if self.by_inode.get(key) is node:
+                    del self.by_inode[key]
         if node.held >= 0:
             place = node.parts[0] if node.kind == S_IFDIR else node.place
             if self.unstored and place is not None and place.layer.is_upper:
                 self.release_number(node.held, place.layer)
-            node.hold(-1)
+            close(node.held)
+            node.held = -1
 
-    def release_number(self, int held, Layer layer not None):
+    cdef release_number(self, int held, Layer layer):
         """Forget the number of the upper's object ``held``, unless it has names: the inode may be reused."""
-        try:
-            st = os.stat(held)
-        except OSError as error:
-            if error.errno != errno.ESTALE:
-                raise
+        cdef stat_t st
+        if fstat(held, &st) != 0:
+            if c_errno != ESTALE:
+                raise failure(c_errno)
             # the server no longer has it, such as a removed directory on NFS
             self.unstored.pop((layer.dev, known_inode(held)), None)
             return
-        if st.st_nlink <= layer.links_of_removed:
+        if <Py_ssize_t>st.st_nlink <= layer.links_of_removed:
             self.unstored.pop((st.st_dev, st.st_ino), None)
 
 

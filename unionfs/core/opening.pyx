@@ -10,6 +10,7 @@ from posix.unistd cimport close
 
 from unionfs.core.files cimport UnreadFile
 from unionfs.core.lookup cimport Names
+from unionfs.core.node cimport has_entry, has_lower_data
 from unionfs.core.stats cimport O_CLOEXEC, O_NOFOLLOW, O_RDONLY, S_IFMT, S_IFREG, fstat, openat
 
 cdef extern from "<fcntl.h>" nogil:
@@ -86,7 +87,7 @@ cdef bint is_plain(Node node) noexcept:
     """Whether a node is a regular file of a lower under its own name, and with its own attributes."""
     return (
         node.kind == S_IFREG and node.place is not None and not node.place.layer.in_place
-        and node.lower_data is None and node.held < 0 and node.entry is None
+        and not has_lower_data(node) and node.held < 0 and not has_entry(node)
         and node.place.layer.permissions is None and isinstance(node.territory, Names)
     )
 

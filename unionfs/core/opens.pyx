@@ -11,6 +11,7 @@ from libc.stdlib cimport free, malloc
 from posix.fcntl cimport O_ACCMODE, O_TRUNC
 from posix.unistd cimport pread, write
 
+from unionfs.core.node cimport successor_of
 from unionfs.core.opening cimport is_plain, take_back
 from unionfs.core.wire cimport FUSE_NOTIFY_STORE, SMALL_FILE, fuse_out_header, open_answer
 
@@ -55,7 +56,7 @@ cdef class Opens:
         cdef uint64_t number
         if size < 8 or (<const uint32_t *>body)[0] & <uint32_t>(O_ACCMODE | O_TRUNC) or node is None:
             return 0
-        if node.successor is not None or not is_plain(node):
+        if successor_of(node) is not None or not is_plain(node):
             return 0
         use = node.in_use()
         if use.through:

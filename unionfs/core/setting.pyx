@@ -7,7 +7,7 @@ from posix.time cimport timespec
 from posix.unistd cimport close
 
 from unionfs.core.files cimport OpenFile
-from unionfs.core.node cimport Attributes, Node
+from unionfs.core.node cimport Attributes, Node, has_changed, has_entry, has_lower_data
 from unionfs.core.places cimport Gate, Place
 from unionfs.core.stats cimport (
     O_CLOEXEC, O_NOFOLLOW, O_PATH, S_IFDIR, failure, fstat, openat, seconds, stat_t,
@@ -165,7 +165,7 @@ def set_attributes(Gate gate not None, Node node not None, Change change not Non
     cdef bint path, failed
     if change.valid & SIZE or change.killer is not None or not may_set(node, change):
         return None
-    if node.use is not None and node.lower_data is None:
+    if node.use is not None and not has_lower_data(node):
         file = node.use.file
     if file is not None and file.users > 0 and file.number >= 0:
         fd, path = file.number, False
@@ -187,7 +187,7 @@ def set_attributes(Gate gate not None, Node node not None, Change change not Non
             if fstat(mine, &st) != 0:
                 raise failure(c_errno)
             node.check_stat(&st)
-        node.has_ctime = False
+        has_changed(node)
         with nogil:
             failed = change.apply(fd, path) != 0 or fstat(fd, &st) != 0
         if failed:
@@ -202,7 +202,7 @@ def set_attributes(Gate gate not None, Node node not None, Change change not Non
 cdef bint may_set(Node node, Change change):
     """Whether an object is changed as it is: without flags, entries in an index, and modes or owners of a
     layer's own."""
-    if node.flags is None or node.flags or node.entry is not None or not node.is_changed_in_place():
+    if node.flags is None or node.flags or has_entry(node) or not node.is_changed_in_place():
         return False
     if node.territory.read_only or node.top_layer().permissions is not None:
         return False

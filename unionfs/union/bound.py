@@ -16,9 +16,10 @@ from contextlib import nullcontext
 from typing import NoReturn
 
 from unionfs.core.files import OpenFile
-from unionfs.core.node import NAME_MAX, Attributes, Node, Territory
+from unionfs.core.node import NAME_MAX, Attributes, Node
 from unionfs.core.nodes import NodeTable
 from unionfs.core.places import BoundLayer, Place
+from unionfs.core.territory import Territory
 from unionfs.sys import calls
 from unionfs.sys.calls import os_error
 from unionfs.sys.fds import Owned

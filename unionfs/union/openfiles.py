@@ -112,13 +112,15 @@ class OpenFiles:
         # With writeback a page may be read before it is written, so open the file for both if possible.
         file = self.lend(node, write=write)
         self._kept[node] = file
+        node.in_use().stays_open(kept=True)
         if len(self._kept) > _KEPT_OPEN:
-            self._take_back_logged(*self._kept.popitem(last=False))
+            self._drop(next(iter(self._kept)))
         return file
 
     def _drop(self, node: Node) -> None:
         file = self._kept.pop(node, None)
         if file is not None:
+            node.in_use().stays_open(kept=False)
             self._take_back_logged(node, file)
 
     def _take_back_logged(self, node: Node, file: OpenFile) -> None:

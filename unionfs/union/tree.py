@@ -75,7 +75,6 @@ class Union(Objects):
         self.files.gone(node)
         if self.watches is not None:
             self.watches.gone(node)
-        self.merge.forget(node.parts)
 
     def lookup(self, parent: Node, name: bytes) -> tuple[Node, Attributes] | None:
         """The node ``name`` in ``parent`` with its attributes, or None."""
