@@ -10,6 +10,6 @@
 Each has a `.pyx` (the code), a `.pxd` (what other compiled modules use of it) and a `.pyi` (its types, for
 the rest).
 
-Only one thread at a time runs in it: it relies on the interpreter lock. Its modules do not declare that they need
-none, so a free-threaded Python switches the lock on when it imports them, with a warning.
+It relies on the interpreter lock. Its modules do not declare that they need none, so a free-threaded Python
+switches the lock on when it imports them, with a warning.
 """
