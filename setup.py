@@ -42,7 +42,8 @@ setup(
             for path in sorted(CORE.glob("*.pyx"))
         ],
         compiler_directives=directives,
-        build_dir="build/cython",
+        # Cython.Coverage looks for the C files beside the sources.
+        build_dir=None if "trace" in words else "build/cython",
         force=checked,
     )
 )

@@ -295,7 +295,10 @@ def test_the_child_ends_with_its_daemon(home: Path) -> None:
     possible, children = as_user(start)  # which ends without closing it
     if not possible:
         pytest.skip("no user namespaces here")
-    fd = os.pidfd_open(children[0]) if os.path.exists(f"/proc/{children[0]}") else -1
+    try:
+        fd = os.pidfd_open(children[0])
+    except ProcessLookupError:  # it has ended
+        fd = -1
     if fd >= 0:
         import select
 
