@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import socket
+import stat
 import struct
 import threading
 from collections.abc import Iterator
@@ -19,12 +20,14 @@ from tests.unit.union_support import open_union as open_union
 from unionfs.core.answers import Answers
 from unionfs.core.files import Handle
 from unionfs.core.loop import FAIR, WAIT, Channel
+from unionfs.core.namerequests import NameRequests
 from unionfs.core.node import Node
 from unionfs.core.opening import Handles
 from unionfs.core.opens import Opens
 from unionfs.fuse.protocol import FOREVER, Opcode, encode, notify
 from unionfs.union.changes import Changes
 from unionfs.union.tree import Union
+from unionfs.union.xattrs import default_acl
 
 UNIQUE = 77
 
@@ -49,10 +52,17 @@ class Mount:
             self.device.fileno(), union.nodes, self.handles, union.files.opener, self.gone.append,
             flags=2, small=100_000,
         )  # fmt: skip
+        self.changes = Changes(union)
+        names = NameRequests(union.nodes, self.changes.entries, self.handles, self.opened, masks=True)
         self.answers = Answers(
-            self.device.fileno(), union.nodes, union, opens, acl=False, enosys=(),
+            self.device.fileno(), union.nodes, union, opens, names, acl=False, enosys=(),
             refused=lambda answer, code: self.refused.append((answer, code)),
         )  # fmt: skip
+
+    @staticmethod
+    def opened(handle: Handle) -> tuple[int, int]:
+        handle.node.in_use().opened(handle)
+        return 2, 0
 
     def ask(self, opcode: Opcode, nodeid: int, body: bytes = b"") -> bytes | None:
         """The answer's bytes; b"" if there is none, None if Python must handle the request."""
@@ -180,7 +190,7 @@ def test_an_answer_that_the_kernel_refuses(mount: Mount) -> None:
 
 @settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=300, deadline=None)
 @given(
-    opcode=st.sampled_from([1, 2, 3, 5, 22, 42, 0, 63, 64, 2**32 - 1]),
+    opcode=st.sampled_from([1, 2, 3, 5, 9, 10, 11, 12, 14, 18, 22, 35, 42, 45, 0, 63, 64, 2**32 - 1]),
     nodeid=st.sampled_from([0, 1, 2, 2**63, 2**64 - 1]),
     body=st.binary(max_size=64),
     lie=st.integers(-3, 3),
@@ -288,6 +298,86 @@ def test_what_python_opens(mount: Mount, tmp_path: Path) -> None:
     (tmp_path / "l0/other").write_text("other")
     (tmp_path / "l0/other").rename(tmp_path / "l0/d/f")
     assert mount.ask(Opcode.OPEN, replaced.id, READ_ONLY) is None
+
+
+# -- changing names ---------------------------------------------------------------------------------------
+
+
+def in_upper(mount: Mount) -> Node:
+    """A directory whose flags are known, as those of a new one are."""
+    made, _ = mount.changes.mkdir(mount.union.nodes.root, b"made", 0o755, ME)
+    made.looked_up()
+    return made
+
+
+def test_create(mount: Mount, tmp_path: Path) -> None:
+    parent = in_upper(mount)
+    body = struct.pack("=IIII", os.O_RDWR, 0o100666, 0o27, 0) + b"new\0"
+    (tmp_path / "upper/made").chmod(0o777)
+    assert mount.ask(Opcode.CREATE, parent.id, body) is None  # a default ACL is not known of yet
+    place = parent.parts[0]
+    assert default_acl(place, mount.union.gate.fd(place)) == b""
+    answer = mount.ask(Opcode.CREATE, parent.id, body)
+    node = get(mount.union, "made/new")
+    shown = mount.union.attributes(node)
+    entry = encode.entry_out(node.id, node.generation, FOREVER, FOREVER, shown.packed())
+    assert answer == b"".join(encode.created(UNIQUE, entry, 1, 2))
+    assert stat.S_IMODE((tmp_path / "upper/made/new").stat().st_mode) == 0o640
+    handle = mount.handles.get(1)
+    assert handle is not None
+    assert (handle.writes, handle.file.writable, node.lookups) == (True, True, 1)
+    assert mount.ask(Opcode.RELEASE, node.id, released(1)) == b"".join(encode.ok(UNIQUE))
+    assert node.use is not None
+    assert node.use.file is None
+
+
+def test_create_that_cannot_be_opened(mount: Mount) -> None:
+    def refuse(handle: Handle) -> tuple[int, int]:
+        raise OSError(errno.EFAULT, "")
+
+    parent = in_upper(mount)
+    union = mount.union
+    union.gate.fd(parent.parts[0])
+    names = NameRequests(union.nodes, mount.changes.entries, mount.handles, refuse, masks=False)
+    opens = Opens(1, union.nodes, mount.handles, union.files.opener, refuse, flags=2, small=0)
+    mount.answers = Answers(
+        mount.device.fileno(), union.nodes, union, opens, names, acl=False, enosys=(), refused=print
+    )
+    before = len(os.listdir("/proc/self/fd"))
+    body = struct.pack("=IIII", os.O_RDWR, 0o100666, 0, 0) + b"new\0"
+    assert mount.ask(Opcode.CREATE, parent.id, body) == b"".join(encode.error(UNIQUE, errno.EFAULT))
+    assert (len(mount.handles), len(os.listdir("/proc/self/fd"))) == (0, before)
+
+
+def test_mkdir_rename_unlink_and_rmdir(mount: Mount, tmp_path: Path) -> None:
+    parent = in_upper(mount)
+    os.close(mount.changes.create(parent, b"f", 0o600, ME)[2])
+    answer = mount.ask(Opcode.MKDIR, parent.id, struct.pack("=II", 0o755, 0) + b"sub\0")
+    assert answer == entry(mount.union, "made/sub")
+    sub = get(mount.union, "made/sub")
+    assert sub.lookups == 1
+    ok = b"".join(encode.ok(UNIQUE))
+    assert mount.ask(Opcode.RENAME, parent.id, struct.pack("=Q", sub.id) + b"f\0g\0") == ok
+    assert os.listdir(tmp_path / "upper/made/sub") == ["g"]
+    back = struct.pack("=QII", parent.id, 1, 0) + b"g\0h\0"
+    assert mount.ask(Opcode.RENAME2, sub.id, back) is None  # RENAME_NOREPLACE
+    back = struct.pack("=QII", parent.id, 0, 0) + b"g\0h\0"
+    assert mount.ask(Opcode.RENAME2, sub.id, back) == ok
+    assert mount.ask(Opcode.UNLINK, parent.id, b"h\0") == ok
+    assert mount.ask(Opcode.RMDIR, parent.id, b"sub\0") == ok
+    assert os.listdir(tmp_path / "upper/made") == []
+    for opcode in (Opcode.UNLINK, Opcode.RMDIR):
+        assert mount.ask(opcode, parent.id, b"absent\0") is None
+        assert mount.ask(opcode, sub.id, b"x\0") is None
+        assert mount.ask(opcode, parent.id, b"a/b\0") is None
+
+
+@pytest.mark.parametrize("body", [b"", b"\0", b"f\0", b"f\0g", b"f\0g\0h\0", b"\0g\0", b"f\0\0", b"f/\0g\0"])
+def test_names_of_a_rename_that_are_not_two(mount: Mount, body: bytes) -> None:
+    parent = in_upper(mount)
+    os.close(mount.changes.create(parent, b"f", 0o600, ME)[2])
+    assert mount.ask(Opcode.RENAME, parent.id, struct.pack("=Q", parent.id) + body) is None
+    assert mount.ask(Opcode.RENAME2, parent.id, struct.pack("=QII", parent.id, 0, 0) + body) is None
 
 
 # -- the loop ---------------------------------------------------------------------------------------------

@@ -2,17 +2,18 @@
 
 from libc.stdint cimport uint64_t
 
-from unionfs.core.node cimport Attributes, Node
+from unionfs.core.namerequests cimport NameRequests
 from unionfs.core.nodes cimport NodeTable
 from unionfs.core.objects cimport Objects
 from unionfs.core.opens cimport Opens
-from unionfs.core.wire cimport OPCODES, fuse_entry_out, fuse_in_header, validity
+from unionfs.core.wire cimport OPCODES, fuse_in_header
 
 cdef class Answers:
     cdef int fd
     cdef NodeTable nodes
     cdef Objects objects
     cdef Opens opens
+    cdef NameRequests names
     cdef bint acl
     cdef object refused
     cdef uint64_t counted[OPCODES]
@@ -23,11 +24,9 @@ cdef class Answers:
     cdef int lookup(self, const fuse_in_header *header, const char *body, size_t size) except -1
     cdef int getattr(self, const fuse_in_header *header, size_t size) except -1
     cdef int open_or_release(self, const fuse_in_header *header, const char *body, size_t size) except -1
+    cdef int change(self, const fuse_in_header *header, const char *body, size_t size) except -1
     cdef int readlink(self, const fuse_in_header *header) except -1
     cdef int getxattr(self, const fuse_in_header *header, const char *body, size_t size) except -1
     cdef void forget(self, const fuse_in_header *header, const char *body, size_t size)
     cdef void send(self, void *answer, size_t size)
     cdef void fail(self, const fuse_in_header *header, int code)
-
-cdef validity valid_for(Node node, bint lasting) noexcept
-cdef void fill_entry(fuse_entry_out *out, Attributes found) noexcept

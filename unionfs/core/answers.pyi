@@ -2,12 +2,12 @@ from collections.abc import Callable, Iterable
 
 from typing_extensions import Buffer
 
+from unionfs.core.namerequests import NameRequests
 from unionfs.core.node import Node
 from unionfs.core.nodes import NodeTable
 from unionfs.core.objects import Objects
 from unionfs.core.opens import Opens
 
-def valid(node: Node, lasting: bool) -> tuple[int, int]: ...
 def missing_xattr(node: Node, name: bytes, acl: bool) -> int: ...
 
 class Answers:
@@ -17,6 +17,7 @@ class Answers:
         nodes: NodeTable,
         objects: Objects,
         opens: Opens,
+        names: NameRequests,
         *,
         acl: bool,
         enosys: Iterable[int],

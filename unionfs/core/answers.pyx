@@ -2,6 +2,8 @@
 
     LOOKUP, GETATTR, READLINK     by the tables of nodes and the merge
     FORGET, BATCH_FORGET          no answer
+    UNLINK, RMDIR, RENAME,        in the plain case; see `namerequests`
+    MKDIR, CREATE
     OPEN, RELEASE                 of files that are only read; see `opens`
     GETXATTR                      only names that are known to be missing; others need Python
 
@@ -12,15 +14,19 @@ protocol prescribes is left to Python too, which reports it.
 from libc.errno cimport EINVAL, EIO, ENODATA, ENOENT, EOPNOTSUPP, ESTALE
 from libc.errno cimport errno as c_errno
 from libc.stdint cimport int64_t, uint32_t
-from libc.string cimport memchr, memcmp, memset, strlen
+from libc.string cimport memcmp, memset, strlen
 from posix.unistd cimport write
 
 from unionfs.core.lookup cimport look_up
-from unionfs.core.territory cimport Territory
+from unionfs.core.namerequests cimport name_in
+from unionfs.core.node cimport Attributes, Node
 from unionfs.core.stats cimport failure
+from unionfs.core.validity cimport fill_entry, valid_for
 from unionfs.core.wire cimport (
-    FUSE_BATCH_FORGET, FUSE_FORGET, FUSE_GETATTR, FUSE_GETXATTR, FUSE_LOOKUP, FUSE_OPEN, FUSE_READLINK, FUSE_RELEASE, attr_answer,
-    entry_answer, fuse_attr, fuse_batch_forget_in, fuse_forget_one, fuse_out_header, open_answer,
+    FUSE_BATCH_FORGET, FUSE_CREATE, FUSE_FORGET, FUSE_GETATTR, FUSE_GETXATTR, FUSE_LOOKUP, FUSE_MKDIR,
+    FUSE_OPEN, FUSE_READLINK, FUSE_RELEASE, FUSE_RENAME, FUSE_RENAME2, FUSE_RMDIR, FUSE_UNLINK,
+    attr_answer, create_answer, entry_answer, fuse_attr, fuse_batch_forget_in, fuse_forget_one,
+    fuse_out_header, open_answer, validity,
 )
 
 cdef extern from "<errno.h>" nogil:
@@ -32,49 +38,9 @@ cdef enum:
     MAX_ERRNO = 511
     TARGET_MAX = 4096
 
-#: 136 years: converted, it fits the kernel's clock on every machine (fs/fuse/dir.c, time_to_jiffies).
-cdef uint64_t FOREVER = <uint64_t>1 << 32
-cdef uint32_t WHILE_WRITING_NS = 20_000_000
+cdef uint64_t FOREVER = <uint64_t>1 << 32  # as in `validity`
 cdef const char *CAPABILITY = b"security.capability"
 cdef const char *ACL = b"system.posix_acl_"
-
-
-cdef validity valid_for(Node node, bint lasting) noexcept:
-    """How long a node's attributes are valid.
-
-    The kernel sends no request for a write through a backing file, but invalidates the attributes itself. A
-    store through a mapping is not reported at all: so attributes are valid for some milliseconds while such a
-    file is open for writing (enough for the fstat after an open), and for a second afterwards, as a mapping
-    outlives the close.
-    """
-    cdef validity found
-    found.seconds = found.nanoseconds = 0
-    if lasting:
-        if node.use is None or not node.use.written:
-            found.seconds = FOREVER
-        elif node.use.writers:
-            found.nanoseconds = WHILE_WRITING_NS
-        else:
-            found.seconds = 1
-    return found
-
-
-def valid(Node node not None, bint lasting):
-    """How long a node's attributes are valid: seconds and nanoseconds. ``lasting``: see `Attributes`."""
-    found = valid_for(node, lasting)
-    return found.seconds, found.nanoseconds
-
-
-cdef void fill_entry(fuse_entry_out *out, Attributes found) noexcept:
-    """fuse_entry_out of a node, whose lookups the caller counts."""
-    cdef Node node = found.node
-    cdef validity attributes = valid_for(node, found.lasting)
-    out.nodeid = node.id
-    out.generation = node.generation
-    out.entry_valid = FOREVER if node.territory.lasting else 0
-    out.entry_valid_nsec = 0
-    out.attr_valid, out.attr_valid_nsec = attributes.seconds, attributes.nanoseconds
-    found.fill(&out.attr)
 
 
 cpdef int missing_xattr(Node node, const char *name, bint acl) noexcept:
@@ -95,12 +61,12 @@ cdef class Answers:
     """Answers requests of one mount."""
 
     def __init__(
-        self, int fd, NodeTable nodes not None, Objects objects not None, Opens opens not None, *, bint acl,
-        enosys, refused
+        self, int fd, NodeTable nodes not None, Objects objects not None, Opens opens not None,
+        NameRequests names not None, *, bint acl, enosys, refused
     ):
         """``fd``: the device. ``enosys``: opcodes that the kernel is not to use. ``refused`` is called with the bytes of an answer that the kernel did not
         accept, and the errno."""
-        self.fd, self.nodes, self.objects, self.opens = fd, nodes, objects, opens
+        self.fd, self.nodes, self.objects, self.opens, self.names = fd, nodes, objects, opens, names
         self.acl, self.refused = acl, refused
         for number in enosys:
             self.left[number] = True
@@ -136,6 +102,8 @@ cdef class Answers:
             done = self.getattr(header, size)
         elif number == FUSE_OPEN or number == FUSE_RELEASE:
             done = self.open_or_release(header, body, size)
+        elif number in (FUSE_CREATE, FUSE_MKDIR, FUSE_UNLINK, FUSE_RMDIR, FUSE_RENAME, FUSE_RENAME2):
+            done = self.change(header, body, size)
         elif number == FUSE_GETXATTR:
             done = self.getxattr(header, body, size)
         elif number == FUSE_READLINK:
@@ -152,14 +120,15 @@ cdef class Answers:
         cdef entry_answer out
         cdef Attributes found
         cdef Node parent
-        if size < 2 or body[size - 1] or memchr(body, 0, size) != body + size - 1 or memchr(body, b"/", size):
+        cdef bytes name = name_in(body, size)
+        if name is None:
             return 0
         parent = self.nodes.found(header.nodeid)
         if parent is None or parent.children is None:
             raise failure(ESTALE)
         if parent.unlinked:
             raise failure(ENOENT)
-        found = look_up(parent, body[:size - 1], 0)
+        found = look_up(parent, name, 0)
         if found is None:
             memset(&out, 0, sizeof(out))
             out.body.entry_valid = FOREVER if parent.territory.lasting else 0
@@ -196,6 +165,14 @@ cdef class Answers:
             length = self.opens.open(header, body, size, &out)
         else:
             length = self.opens.release(header, body, size, &out)
+        if length:
+            out.header.unique = header.unique
+            self.send(&out, length)
+        return length != 0
+
+    cdef int change(self, const fuse_in_header *header, const char *body, size_t size) except -1:
+        cdef create_answer out
+        cdef size_t length = self.names.answer(header, body, size, &out)
         if length:
             out.header.unique = header.unique
             self.send(&out, length)

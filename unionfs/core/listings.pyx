@@ -10,9 +10,8 @@ ones to be shown. So a reader may see a name that was removed after the listing 
 from cpython.bytearray cimport PyByteArray_AS_STRING, PyByteArray_FromStringAndSize, PyByteArray_Resize
 from libc.string cimport memchr, memcpy, memset
 
-from unionfs.core.answers cimport fill_entry
 from unionfs.core.lookup cimport look_up
-
+from unionfs.core.validity cimport fill_entry
 cdef enum:
     # The largest request of the kernel (max_pages); a smaller answer is always valid.
     MOST = 1 << 20

@@ -10,10 +10,16 @@ cdef enum opcode:
     FUSE_FORGET = 2
     FUSE_GETATTR = 3
     FUSE_READLINK = 5
+    FUSE_MKDIR = 9
+    FUSE_UNLINK = 10
+    FUSE_RMDIR = 11
+    FUSE_RENAME = 12
     FUSE_OPEN = 14
     FUSE_RELEASE = 18
     FUSE_GETXATTR = 22
+    FUSE_CREATE = 35
     FUSE_BATCH_FORGET = 42
+    FUSE_RENAME2 = 45
 
 cdef enum:
     OPCODES = 64
@@ -76,6 +82,26 @@ cdef struct fuse_open_out:
 cdef struct open_answer:
     fuse_out_header header
     fuse_open_out body
+
+cdef struct create_answer:
+    fuse_out_header header
+    fuse_entry_out entry
+    fuse_open_out open
+
+cdef struct fuse_mkdir_in:
+    uint32_t mode
+    uint32_t umask
+
+cdef struct fuse_create_in:
+    uint32_t flags
+    uint32_t mode
+    uint32_t umask
+    uint32_t open_flags
+
+cdef struct fuse_rename2_in:
+    uint64_t newdir
+    uint32_t flags
+    uint32_t padding
 
 cdef struct fuse_notify_store_out:
     uint64_t nodeid

@@ -14,6 +14,7 @@ from contextlib import suppress
 
 import trio
 
+from unionfs.core import namerequests
 from unionfs.core.answers import Answers
 from unionfs.core.loop import Channel
 from unionfs.core.opens import Opens
@@ -105,8 +106,12 @@ def make_loop(device: Device, splicer: Splicer, operations: Operations, decision
         device.fd, union.nodes, operations.files.handles, union.files.opener, ios.released,
         flags=decision.file_open_flags, small=decision.small_lower if decision.passthrough_lower else _ALL,
     )  # fmt: skip
+    name_requests = namerequests.NameRequests(
+        union.nodes, operations.changes.entries, operations.files.handles,
+        None if Opcode.OPEN in decision.enosys else ios.opened, masks=bool(decision.flags & Init.DONT_MASK),
+    )  # fmt: skip
     answers = Answers(
-        device.fd, union.nodes, union, opens, acl=union.stack.acl, enosys=decision.enosys,
+        device.fd, union.nodes, union, opens, name_requests, acl=union.stack.acl, enosys=decision.enosys,
         refused=device.answer_refused,
     )  # fmt: skip
     channel = Channel(device.fd, answers, lambda: latencies.watched)

@@ -51,7 +51,7 @@ class Changes:
         self._union = union
         self._in_upper = _InUpper(union, copy_up)
         #: Makes and removes what is plain at once.
-        self._entries = EntryChanges(union, union.identity, remembers=union.shortcuts.capabilities)
+        self.entries = EntryChanges(union, union.identity, remembers=union.shortcuts.capabilities)
 
     def _territory(self, directory: Node) -> Steps:
         """The implementation of changes in a directory's territory."""
@@ -62,7 +62,7 @@ class Changes:
 
     def create(self, parent: Node, name: bytes, mode: int, caller: Caller) -> tuple[Node, Attributes, int]:
         """Create a regular file; returns an fd of it too (O_RDWR), which the caller owns."""
-        made = self._entries.make(parent, name, stat.S_IFREG | mode, *caller, opens=True)
+        made = self.entries.make(parent, name, stat.S_IFREG | mode, *caller, opens=True)
         if made is not None:
             return made
         fd = self._make(parent, name, mode, caller, _create, kind=stat.S_IFREG)
@@ -102,7 +102,7 @@ class Changes:
 
     def mkdir(self, parent: Node, name: bytes, mode: int, caller: Caller) -> tuple[Node, Attributes]:
         """Create a directory."""
-        made = self._entries.make(parent, name, stat.S_IFDIR | mode, *caller)
+        made = self.entries.make(parent, name, stat.S_IFDIR | mode, *caller)
         if made is not None:
             return made[:2]
         self._make(parent, name, mode, caller, _mkdir, kind=stat.S_IFDIR)
@@ -110,7 +110,7 @@ class Changes:
 
     def symlink(self, parent: Node, name: bytes, target: bytes, caller: Caller) -> tuple[Node, Attributes]:
         """Create a symlink."""
-        made = self._entries.make(parent, name, stat.S_IFLNK, *caller, target=target)
+        made = self.entries.make(parent, name, stat.S_IFLNK, *caller, target=target)
         if made is not None:
             return made[:2]
 
@@ -127,7 +127,7 @@ class Changes:
         if stat.S_ISCHR(mode) and rdev == 0 and parent.territory.has_markers:
             raise os_error(errno.EPERM)
         kind = stat.S_IFMT(mode) or stat.S_IFREG
-        made = self._entries.make(parent, name, kind | mode, *caller, rdev=rdev)
+        made = self.entries.make(parent, name, kind | mode, *caller, rdev=rdev)
         if made is not None:
             return made[:2]
 
@@ -231,7 +231,7 @@ class Changes:
 
         Returns a node that must be copied up first; in that case nothing has changed.
         """
-        if self._entries.unlink(parent, name):
+        if self.entries.unlink(parent, name):
             return None
         node = self._existing(parent, name)
         if node.is_dir:
@@ -241,7 +241,7 @@ class Changes:
         self._union.flags.may_remove(parent, node)
         if node.is_linked_lower:
             return node
-        if not known and self._entries.unlink(parent, name):
+        if not known and self.entries.unlink(parent, name):
             return None
         with self._union.outliving(node):
             self._territory(parent).unlink(node, parent, name)
@@ -252,7 +252,7 @@ class Changes:
 
     def rmdir(self, parent: Node, name: bytes) -> None:
         """Remove a directory without visible names."""
-        if self._entries.rmdir(parent, name):
+        if self.entries.rmdir(parent, name):
             return
         node = self._existing(parent, name)
         if not node.is_dir:
@@ -290,7 +290,7 @@ class Changes:
         """
         if flags not in (0, calls.RENAME_NOREPLACE, calls.RENAME_EXCHANGE):
             raise os_error(errno.EINVAL)
-        if flags == 0 and self._entries.rename(parent, name, new_parent, new_name):
+        if flags == 0 and self.entries.rename(parent, name, new_parent, new_name):
             return []
         node = self._existing(parent, name)
         if parent.territory is not new_parent.territory:
@@ -307,7 +307,7 @@ class Changes:
             self._union.flags.may_make(new_parent)
         else:
             self._union.flags.may_remove(new_parent, target)
-        if not known and flags == 0 and self._entries.rename(parent, name, new_parent, new_name):
+        if not known and flags == 0 and self.entries.rename(parent, name, new_parent, new_name):
             return []
         return self._territory(parent).rename(node, target, (parent, name), (new_parent, new_name), flags)
 

@@ -23,9 +23,9 @@ import os
 from collections import OrderedDict
 from typing import Final
 
-from unionfs.core.answers import valid
 from unionfs.core.files import Handle, OpenFile, Use
 from unionfs.core.node import Attributes, Node
+from unionfs.core.validity import valid
 from unionfs.fuse.direct.device import Device
 from unionfs.fuse.protocol import Decision, Timeout
 from unionfs.fuse.protocol.flags import FOPEN_KEEP_CACHE

@@ -1,0 +1,9 @@
+# How long the kernel may keep what an answer says.
+
+from libc.stdint cimport uint32_t, uint64_t
+
+from unionfs.core.node cimport Attributes, Node
+from unionfs.core.wire cimport fuse_entry_out, validity
+
+cdef validity valid_for(Node node, bint lasting) noexcept
+cdef void fill_entry(fuse_entry_out *out, Attributes found) noexcept

@@ -1,0 +1,3 @@
+from unionfs.core.node import Node
+
+def valid(node: Node, lasting: bool) -> tuple[int, int]: ...
