@@ -19,6 +19,7 @@ from tests.unit.union_support import ME, OpenUnion, get, names
 from tests.unit.union_support import open_union as open_union
 from unionfs.core.answers import Answers
 from unionfs.core.files import Handle
+from unionfs.core.idling import Idling
 from unionfs.core.loop import FAIR, WAIT, Channel
 from unionfs.core.namerequests import NameRequests
 from unionfs.core.node import Node
@@ -436,6 +437,36 @@ def test_how_long_it_polls(mount: Mount) -> None:
             threading.Event().wait(0.001)
             channel.waited()
     assert channel.polls_ns == shortest
+
+
+def test_cpus_stay_awake_during_a_burst(mount: Mount, tmp_path: Path) -> None:
+    """What is written is struct pm_qos_request's value: 0, then the default of include/linux/pm_qos.h."""
+    device = tmp_path / "latency"
+    device.touch()
+    idling = Idling(str(device))
+    channel = Channel(mount.device.fileno(), mount.answers, lambda: False, idling)
+    channel.read_into(bytearray(4096))
+    for _ in range(100):  # other tests may want the CPUs
+        for _ in range(40):
+            mount.kernel.send(message(Opcode.FORGET, 99, struct.pack("=Q", 1)))
+        while channel.next() == FAIR:
+            channel.rested()
+        if channel.holds:
+            break
+        threading.Event().wait(0.11)
+    else:
+        pytest.skip("the CPUs are busy all the time")
+    assert device.read_bytes() == struct.pack("=i", 0)
+    channel.let_go()
+    assert not channel.holds
+    assert device.read_bytes() == struct.pack("=ii", 0, 2_000_000_000)
+    idling.close()
+    assert not idling.possible
+
+
+def test_cpus_are_not_kept_awake(tmp_path: Path) -> None:
+    assert not Idling(str(tmp_path / "missing")).possible
+    assert not Idling(most_cpus=0).possible
 
 
 def test_the_error_of_a_device(mount: Mount) -> None:

@@ -63,6 +63,8 @@ class _Channel:
     def rested(self) -> None:
         pass
 
+    holds = False
+
     def next(self) -> int:
         if not self.steps:
             raise OSError(errno.ENODEV, "")

@@ -2,12 +2,18 @@ from collections.abc import Callable
 from typing import Final
 
 from unionfs.core.answers import Answers
+from unionfs.core.idling import Idling
 
 WAIT: Final = 0
 FAIR: Final = -1
 
 class Channel:
-    def __init__(self, fd: int, answers: Answers, watched: Callable[[], bool]) -> None: ...
+    def __init__(
+        self, fd: int, answers: Answers, watched: Callable[[], bool], idling: Idling | None = None
+    ) -> None: ...
+    @property
+    def holds(self) -> bool: ...
+    def let_go(self) -> None: ...
     @property
     def polls_ns(self) -> int: ...
     def read_into(self, buffer: bytearray) -> None: ...

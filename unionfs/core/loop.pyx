@@ -13,6 +13,7 @@ from posix.time cimport CLOCK_MONOTONIC, clock_gettime, timespec
 from posix.unistd cimport read
 
 from unionfs.core.answers cimport Answers
+from unionfs.core.idling cimport Idling
 
 #: What `Channel.next` returns besides the size of a request: wait until the device is readable; let others run.
 WAIT = 0
@@ -37,19 +38,31 @@ cdef class Channel:
 
     cdef int fd
     cdef Answers answers
+    cdef Idling idling
     cdef object watched, buffer
     cdef unsigned char[::1] view
     cdef int64_t fair_until, spin, waiting_since
 
-    def __init__(self, int fd, Answers answers not None, watched):
-        """``watched``: whether requests are measured, so that `next` returns all of them."""
-        self.fd, self.answers, self.watched = fd, answers, watched
+    def __init__(self, int fd, Answers answers not None, watched, Idling idling=None):
+        """``watched``: whether requests are measured, so that `next` returns all of them. ``idling`` keeps CPUs
+        awake."""
+        self.fd, self.answers, self.watched, self.idling = fd, answers, watched, idling
         self.spin = MIN_SPIN_NS
 
     @property
     def polls_ns(self):
         """How long it polls now, in nanoseconds."""
         return self.spin
+
+    @property
+    def holds(self):
+        """Whether CPUs are kept awake, until :meth:`let_go`."""
+        return self.idling is not None and self.idling.held
+
+    def let_go(self):
+        """Let CPUs become idle."""
+        if self.idling is not None:
+            self.idling.let_go()
 
     def read_into(self, buffer not None):
         """Read requests into a buffer from now on. One must fit the largest request."""
@@ -102,6 +115,8 @@ cdef class Channel:
                     now = clock()
                     continue  # the request was cancelled during the read
                 raise OSError(c_errno, "the device cannot be read")
+            if self.idling is not None:
+                self.idling.request(now)
             if self.watched() or not self.answers.answer(buffer, size):
                 return size
             now = clock()

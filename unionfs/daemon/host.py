@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from importlib import metadata
 from typing import Literal
 
+from unionfs.core.idling import DEVICE, MOST_CPUS, Idling
 from unionfs.daemon import live, others
 from unionfs.daemon.confine import described
 from unionfs.daemon.fuse import fuse_device_problem, user_allow_other
@@ -63,7 +64,8 @@ def examine(directory: str | None = None) -> list[Finding]:
         "name a directory that can be written by --dir",
     ), _scratch(directory) as place:
         findings += _filesystem(place)
-    findings += [_overlayfs(), _passthrough(), _session(), Finding("rights of a daemon", "ok", described())]
+    findings += [_overlayfs(), _passthrough(), _idle_states(), _session()]
+    findings += [Finding("rights of a daemon", "ok", described())]
     findings += [_user_namespaces(), _bubblewrap(), _open_files(), *_dead_mounts()]
     return findings
 
@@ -252,6 +254,30 @@ def _passthrough() -> Finding:
     if not may_use_trusted_xattrs():
         return Finding(name, "limited", f"offered, {how}, but only to root", "mount as root")
     return Finding(name, "ok", f"offered, {how}")
+
+
+def _idle_states() -> Finding:
+    """How long it takes to wake a CPU, on which every request waits twice."""
+    name = "idle states"
+    try:
+        with open("/sys/devices/system/cpu/cpuidle/current_driver") as file:
+            driver = file.read().strip()
+    except OSError:
+        driver = "none"
+    if driver == "none":
+        detail = "there is no cpuidle driver: waking a CPU takes as long as the host takes"
+        return Finding(name, "limited", detail, "in a virtual machine: modprobe cpuidle-haltpoll")
+    idling = Idling()
+    try:
+        if idling.possible:
+            detail = f"driver {driver}; root's daemons keep CPUs awake during bursts of requests"
+            return Finding(name, "ok", detail)
+    finally:
+        idling.close()
+    if (os.cpu_count() or 1) > MOST_CPUS:
+        return Finding(name, "ok", f"driver {driver}; more than {MOST_CPUS} CPUs are not kept awake")
+    detail = f"driver {driver}, but {DEVICE} cannot be opened, so requests wait for CPUs to wake up"
+    return Finding(name, "limited", detail, "mount as root")
 
 
 def _session() -> Finding:

@@ -80,7 +80,8 @@ class Serving:
             on_mounted()
 
         await serve_directly(
-            self._operations, settings.mountpoint, options, IoMode(settings.io), on_ready
+            self._operations, settings.mountpoint, options, IoMode(settings.io), on_ready,
+            cpu_idle=settings.cpu_idle,
         )
 
     def locate(self) -> MountEntry | None:

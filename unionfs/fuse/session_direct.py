@@ -16,6 +16,7 @@ import trio
 
 from unionfs.core import namerequests
 from unionfs.core.answers import Answers
+from unionfs.core.idling import Idling
 from unionfs.core.loop import Channel
 from unionfs.core.opens import Opens
 from unionfs.core.places import Layer
@@ -63,22 +64,25 @@ async def serve(
     options: MountOptions,
     io: IoMode,
     on_ready: Callable[[Decision, MountEntry | None], None],
+    *,
+    cpu_idle: bool = False,
 ) -> None:
     """Mount, serve until the mount is gone, and clean up.
 
     ``on_ready`` is called with the negotiated decision and the mount, when it is usable. Raises SessionError
     if mounting fails, the requested I/O mode is not available, or the mount is disconnected; SessionUnfit if
-    another session may work.
+    another session may work. ``cpu_idle``: let CPUs become idle between requests.
     """
     fd, entry = mount(mountpoint, options)
     device = Device(fd)
     splicer = Splicer(device.fd, operations.latencies.written)
-    ready = False
+    ready, idling = False, None
     try:
         decision = await _agree(device, splicer, operations, io)
         if entry is not None and entry.is_fuse:
             raise_readahead(entry.device, decision.max_readahead)
-        loop = make_loop(device, splicer, operations, decision)
+        idling = None if cpu_idle else Idling()
+        loop = make_loop(device, splicer, operations, decision, idling)
         ready = True
         on_ready(decision, entry)
         try:
@@ -86,6 +90,8 @@ async def serve(
         except* ConnectionAbortedError as group:
             raise SessionError(CUT_OFF.format(mountpoint)) from group
     finally:
+        if idling is not None:
+            idling.close()
         splicer.close()
         device.close()
         if not ready:
@@ -95,7 +101,13 @@ async def serve(
                     unmount(found, lazy=True)
 
 
-def make_loop(device: Device, splicer: Splicer, operations: Operations, decision: Decision) -> Loop:
+def make_loop(
+    device: Device,
+    splicer: Splicer,
+    operations: Operations,
+    decision: Decision,
+    idling: Idling | None = None,
+) -> Loop:
     """The loop with all handlers."""
     ios = NodeIos(device, decision)
     names = NameRequests(operations, ios, decision)
@@ -114,12 +126,13 @@ def make_loop(device: Device, splicer: Splicer, operations: Operations, decision
         device.fd, union.nodes, union, opens, name_requests, acl=union.stack.acl, enosys=decision.enosys,
         refused=device.answer_refused,
     )  # fmt: skip
-    channel = Channel(device.fd, answers, lambda: latencies.watched)
+    channel = Channel(device.fd, answers, lambda: latencies.watched, idling)
     writes_back = bool(decision.flags & Init.WRITEBACK_CACHE)
     operations.refreshing.serve(Notices(device, ios, keeps_sizes=writes_back))
     operations.add_figures(lambda: {
         "requests": _counts(operations.requests, answers),
         **ios.figures(),
+        "keeps_cpus_awake": idling is not None and idling.possible,
         "kept_open_files": len(operations.union.files),
         "passthrough": {
             "upper": decision.passthrough_upper,

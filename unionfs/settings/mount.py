@@ -56,6 +56,8 @@ class MountSettings:
     """The directory of the volumes; empty without storage."""
     watch_lower: bool = False
     """Whether changes that others make to the lowers are shown."""
+    cpu_idle: bool = False
+    """Let CPUs become idle between requests."""
     lives_with: tuple[int, int] | None = None
     """A process (pid, start time in clock ticks since boot) whose end ends the mount."""
 

@@ -161,6 +161,7 @@ class Options:
     shown: Shown = AS_STORED
     squash_to_root: bool = False
     watch_lower: bool = False
+    cpu_idle: bool = False
     debug: bool = False
     session: str | None = None
     io: str | None = None
@@ -305,6 +306,8 @@ def _word(options: Options, name: str) -> bool:
             options.userxattr = True
         case "watch_lower":
             options.watch_lower = True
+        case "cpu_idle":
+            options.cpu_idle = True
         case "debug":
             options.debug = True
         case _ if name in _GROUP_OF:

@@ -46,6 +46,8 @@ log = logging.getLogger(__name__)
 Answer = Callable[[Any], Reply | None]
 Waiting = Callable[[Any], Coroutine[Any, Any, Reply | None]]
 
+_BURST_SECONDS: Final = 0.002
+"""A burst of requests is over when none arrives for that long; see `core.idling`."""
 _RESIZED_SECONDS: Final = 0.05
 """The delay of the notice about a directory's changed size."""
 _OPCODE_UNIQUE: Final = struct.Struct("=4xIQ")  # of struct fuse_in_header
@@ -116,6 +118,12 @@ class Loop:
                     continue
                 raise
             if size == WAIT:
+                if channel.holds:
+                    with trio.move_on_after(_BURST_SECONDS):
+                        await trio.lowlevel.wait_readable(self._device.fd)
+                        channel.waited()
+                        continue
+                    channel.let_go()
                 await trio.lowlevel.wait_readable(self._device.fd)
                 channel.waited()
             elif size == FAIR:

@@ -1,0 +1,12 @@
+# Keeping CPUs from idle states that take long to leave.
+
+from libc.stdint cimport int64_t
+
+cdef class Idling:
+    cdef int fd
+    cdef readonly bint held
+    cdef int64_t last, not_before
+    cdef int thick
+
+    cdef void request(self, int64_t now) noexcept
+    cdef void hold(self, int64_t now) noexcept
