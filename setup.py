@@ -13,6 +13,7 @@ from setuptools import Extension, setup
 CORE = Path("unionfs/core")
 words = os.environ.get("UNIONFS_CORE", "").split()
 checked = bool(words)
+workers = os.cpu_count() or 1
 directives = {
     "language_level": 3,
     "boundscheck": checked,
@@ -45,5 +46,7 @@ setup(
         # Cython.Coverage looks for the C files beside the sources.
         build_dir=None if "trace" in words else "build/cython",
         force=checked,
-    )
+        nthreads=workers,
+    ),
+    options={"build_ext": {"parallel": workers}},
 )
