@@ -350,6 +350,34 @@ def test_create_that_cannot_be_opened(mount: Mount) -> None:
     assert (len(mount.handles), len(os.listdir("/proc/self/fd"))) == (0, before)
 
 
+def test_an_error_that_is_a_bug_does_not_end_the_mount(
+    mount: Mount, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Only the request fails, as one that is handled in Python."""
+
+    def refuse(handle: Handle) -> tuple[int, int]:
+        raise RuntimeError("a bug")
+
+    parent = in_upper(mount)
+    union = mount.union
+    default_acl(parent.parts[0], union.gate.fd(parent.parts[0]))
+    names = NameRequests(union.nodes, mount.changes.entries, mount.handles, refuse, masks=False)
+    opens = Opens(1, union.nodes, mount.handles, union.files.opener, refuse, flags=2, small=0)
+    mount.answers = Answers(
+        mount.device.fileno(), union.nodes, union, opens, names, acl=False, enosys=(), refused=print
+    )
+    body = struct.pack("=IIII", os.O_RDWR, 0o100666, 0, 0) + b"new\0"
+    channel = Channel(mount.device.fileno(), mount.answers, lambda: False)
+    channel.read_into(bytearray(4096))
+    mount.kernel.send(message(Opcode.CREATE, parent.id, body))
+    channel.rested()
+    while channel.next() == FAIR:
+        channel.rested()
+    assert mount.kernel.recv(4096) == b"".join(encode.error(UNIQUE, errno.EIO))
+    assert (len(mount.handles), mount.answers.counts()) == (0, {35: 1})
+    assert "a bug" in caplog.text
+
+
 def test_mkdir_rename_unlink_and_rmdir(mount: Mount, tmp_path: Path) -> None:
     parent = in_upper(mount)
     os.close(mount.changes.create(parent, b"f", 0o600, ME)[2])
