@@ -107,3 +107,27 @@ def test_under_a_umask(tmp_path: Path, open_union: OpenUnion) -> None:
         os.umask(before)
     assert stat.S_IMODE((tmp_path / "upper/d/f").stat().st_mode) == 0o666
     assert stat.S_IMODE((tmp_path / "upper/d").stat().st_mode) == 0o757
+
+
+@pytest.mark.parametrize("time", [-1, 10**9, 13_569_465_600 * 10**9 + 5, -13_569_465_600 * 10**9 - 5])
+def test_times_that_64_bits_of_nanoseconds_cannot_hold(
+    tmp_path: Path, open_union: OpenUnion, time: int
+) -> None:
+    """As `touch -d 2400-01-01` makes; compared with the same calls on the native filesystem."""
+    native, lower = tmp_path / "native", tmp_path / "l0/d"
+    lower.mkdir(parents=True)
+    (lower / "f").touch()
+    native.touch()
+    os.utime(native, ns=(time, time))
+    expected = native.stat().st_mtime_ns
+    os.utime(lower, ns=(time, time))
+    union = open_union()
+    union.stack.volatile = True
+    for _ in range(2):  # with a copy-up, and without
+        _, found = _set(union, get(union, "d/f"), Change(mtime_ns=time))
+        assert (found.st.st_mtime_ns, found.packed()[32:40]) == (
+            expected, (expected // 10**9).to_bytes(8, "little", signed=True),
+        )  # fmt: skip
+        assert (tmp_path / "upper/d/f").stat().st_mtime_ns == expected
+    assert (tmp_path / "upper/d").stat().st_mtime_ns == expected
+    assert get(union, "d").attributes_of(native.stat()).st.st_mtime_ns == expected

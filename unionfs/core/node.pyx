@@ -5,7 +5,7 @@ from libc.string cimport memcpy
 from posix.unistd cimport close
 
 from unionfs.core.stats cimport (
-    S_IFDIR, S_IFMT, ctime_of, failure, fill_attr, mtime_of, read_result, result_of,
+    S_IFDIR, S_IFMT, ctime_of, failure, fill_attr, read_result, result_of,
 )
 
 NAME_MAX = 255

@@ -163,7 +163,7 @@ cdef class Place:
     # key: the directory's `Layer.key`; 0: unknown.
     # default_acl: in the upper: the default ACL, b"" if there is none; None: unknown.
     # empty: in the upper: a copied-up directory into which nothing has been put since.
-    # mtime_ns: in the upper: its time of modification after a copy-up; valid while `Node.ctime` is `UNSEEN`.
+    # mtime: in the upper: its time of modification after a copy-up; valid while `Node.ctime` is `UNSEEN`.
     # asked_named: the number of lookups of whiteouts by name in it; -1: it is known to have none.
     # impure, copied: whether it may contain copies, and whether it is one itself; see `origin`.
     # dev, inode: of its directory, for all but the topmost part of a directory.
