@@ -362,7 +362,7 @@ cdef class SmallCopyUps:
         if copy.target >= 0:
             close(copy.target)
         if lent is not None:
-            lent.release()
+            lent.leave()
         elif copy.source >= 0:
             close(copy.source)
         return 0

@@ -175,7 +175,7 @@ cdef class Handle:
         """Switch to another file, releasing the current one."""
         cdef OpenFile old = self.file
         self.file = file
-        old.release()
+        old.leave()
 
 
 cdef class Use:
