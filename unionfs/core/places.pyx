@@ -249,6 +249,8 @@ cdef class Gate:
     cpdef int fd(self, Place place) except -1:
         """The directory's fd. Raises ``OSError`` (ENOENT, EACCES ...) if it cannot be opened, ESTALE if
         another directory now has its name."""
+        if place is None:
+            raise TypeError("a directory is needed")
         if place.fd < 0:
             return self.walk(place)
         if place.parent is not None and self.newest is not place:
