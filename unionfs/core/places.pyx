@@ -37,8 +37,8 @@ cdef enum:
 #: ext2 to 4, xfs, btrfs, tmpfs, ramfs, f2fs, squashfs, erofs, NFS, bcachefs; and zfs. On others (FUSE, FAT,
 #: overlayfs of several filesystems) a number may change after cache eviction.
 cdef object KEEP_NUMBERS = frozenset({
-    0xEF53, 0x58465342, 0x9123683E, TMPFS, RAMFS, 0xF2F52010, 0x73717368, 0xE0F5E1E2, NFS, 0xCA451A4E,
-    0x2FC12FC1,
+    0xEF53, 0x58465342, 0x9123683E, TMPFS, <unsigned long>RAMFS, 0xF2F52010, 0x73717368, 0xE0F5E1E2, NFS,
+    0xCA451A4E, 0x2FC12FC1,
 })
 
 cdef enum:
