@@ -350,6 +350,62 @@ def test_create_that_cannot_be_opened(mount: Mount) -> None:
     assert (len(mount.handles), len(os.listdir("/proc/self/fd"))) == (0, before)
 
 
+def test_a_directory_that_is_none(mount: Mount) -> None:
+    """Such a request is refused, by whatever error, and the process goes on. Flags of the file are known."""
+    parent, changes = in_upper(mount), mount.changes
+    file, _, fd = changes.create(parent, b"f", 0o600, ME)
+    os.close(fd)
+    mkdir = struct.pack("=II", 0o755, 0) + b"x\0"
+    rename = struct.pack("=Q", parent.id) + b"x\0y\0"
+    for opcode, body in [
+        (Opcode.MKDIR, mkdir), (Opcode.RENAME, rename), (Opcode.UNLINK, b"x\0"), (Opcode.RMDIR, b"x\0"),
+    ]:  # fmt: skip
+        assert mount.ask(opcode, file.id, body) is None
+    refused = (AttributeError, IndexError, OSError)  # the session's answer is an errno or EIO
+    for call in (
+        lambda: changes.mkdir(file, b"x", 0o755, ME),
+        lambda: changes.unlink(file, b"x"),
+        lambda: changes.rmdir(file, b"x"),
+        lambda: changes.rename(parent, b"f", file, b"x", 0),
+        lambda: changes.rename(file, b"f", parent, b"x", 0),
+    ):
+        with pytest.raises(refused):
+            call()
+    with pytest.raises(TypeError):
+        mount.union.readlink(parent)
+    mount.union.nodes.lose(parent, mount.union.nodes.root, b"made")
+    with pytest.raises(OSError, match="Errno 116"):
+        parent.check(os.stat("/"))
+
+
+def test_an_error_that_is_a_bug_does_not_end_the_mount(
+    mount: Mount, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Only the request fails, as one that is handled in Python."""
+
+    def refuse(handle: Handle) -> tuple[int, int]:
+        raise RuntimeError("a bug")
+
+    parent = in_upper(mount)
+    union = mount.union
+    default_acl(parent.parts[0], union.gate.fd(parent.parts[0]))
+    names = NameRequests(union.nodes, mount.changes.entries, mount.handles, refuse, masks=False)
+    opens = Opens(1, union.nodes, mount.handles, union.files.opener, refuse, flags=2, small=0)
+    mount.answers = Answers(
+        mount.device.fileno(), union.nodes, union, opens, names, acl=False, enosys=(), refused=print
+    )
+    body = struct.pack("=IIII", os.O_RDWR, 0o100666, 0, 0) + b"new\0"
+    channel = Channel(mount.device.fileno(), mount.answers, lambda: False)
+    channel.read_into(bytearray(4096))
+    mount.kernel.send(message(Opcode.CREATE, parent.id, body))
+    channel.rested()
+    while channel.next() == FAIR:
+        channel.rested()
+    assert mount.kernel.recv(4096) == b"".join(encode.error(UNIQUE, errno.EIO))
+    assert (len(mount.handles), mount.answers.counts()) == (0, {35: 1})
+    assert "a bug" in caplog.text
+
+
 def test_mkdir_rename_unlink_and_rmdir(mount: Mount, tmp_path: Path) -> None:
     parent = in_upper(mount)
     os.close(mount.changes.create(parent, b"f", 0o600, ME)[2])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import stat
 from pathlib import Path
@@ -11,6 +12,7 @@ import pytest
 from tests.unit.union_support import OpenUnion, get
 from tests.unit.union_support import open_union as open_union
 from unionfs.core.node import Node
+from unionfs.core.opening import Handles
 from unionfs.core.setting import Change
 from unionfs.fuse.inline import begin
 from unionfs.fuse.operations import Named, Operations
@@ -107,3 +109,71 @@ def test_under_a_umask(tmp_path: Path, open_union: OpenUnion) -> None:
         os.umask(before)
     assert stat.S_IMODE((tmp_path / "upper/d/f").stat().st_mode) == 0o666
     assert stat.S_IMODE((tmp_path / "upper/d").stat().st_mode) == 0o757
+
+
+@pytest.mark.parametrize("time", [-1, 10**9, 13_569_465_600 * 10**9 + 5, -13_569_465_600 * 10**9 - 5])
+def test_times_that_64_bits_of_nanoseconds_cannot_hold(
+    tmp_path: Path, open_union: OpenUnion, time: int
+) -> None:
+    """As `touch -d 2400-01-01` makes; compared with the same calls on the native filesystem."""
+    native, lower = tmp_path / "native", tmp_path / "l0/d"
+    lower.mkdir(parents=True)
+    (lower / "f").touch()
+    native.touch()
+    os.utime(native, ns=(time, time))
+    expected = native.stat().st_mtime_ns
+    os.utime(lower, ns=(time, time))
+    union = open_union()
+    union.stack.volatile = True
+    for _ in range(2):  # with a copy-up, and without
+        _, found = _set(union, get(union, "d/f"), Change(mtime_ns=time))
+        assert (found.st.st_mtime_ns, found.packed()[32:40]) == (
+            expected, (expected // 10**9).to_bytes(8, "little", signed=True),
+        )  # fmt: skip
+        assert (tmp_path / "upper/d/f").stat().st_mtime_ns == expected
+    assert (tmp_path / "upper/d").stat().st_mtime_ns == expected
+    assert get(union, "d").attributes_of(native.stat()).st.st_mtime_ns == expected
+
+
+def test_a_copy_up_while_the_close_of_the_lower_reports_an_error(
+    union: Union, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As a FUSE or NFS server may let close(2) do, which closes the fd nevertheless. Of a file that was only
+    read it says nothing; the copy's fd, which is in use from then on, must stay open."""
+    close = os.close
+
+    def report(fd: int) -> None:
+        close(fd)
+        raise OSError(errno.EIO, "")
+
+    node = get(union, "d/f")
+    handles = Handles(union.nodes)
+    number = handles.register(node, union.files.lend(node, write=False), None, writes=False)
+    before = len(os.listdir("/proc/self/fd"))
+    with monkeypatch.context() as patched:
+        patched.setattr(os, "close", report)
+        _set(union, node, Change(mode=0o600))
+    assert node.use is not None
+    assert node.use.file is not None
+    assert node.use.file.read(9, 0) == b"data"
+    assert len(os.listdir("/proc/self/fd")) == before
+    handles.release(number)
+
+
+def test_a_node_is_forgotten_although_a_close_reports_an_error(
+    union: Union, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    close = os.close
+
+    def report(fd: int) -> None:
+        close(fd)
+        raise OSError(errno.EIO, "")
+
+    node = get(union, "d/f")
+    handles = Handles(union.nodes)
+    number = handles.register(node, union.files.lend(node, write=False), None, writes=False)
+    with monkeypatch.context() as patched:
+        patched.setattr(os, "close", report)
+        with pytest.raises(OSError, match="Errno 5"):
+            handles.release(number)
+    assert union.nodes.named(node.id) is None

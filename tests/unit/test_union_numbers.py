@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
 from itertools import product
 from pathlib import Path
 
@@ -168,3 +170,19 @@ def test_numbers_of_other_filesystems_keep_the_inode() -> None:
     numbers = Numbers([1, 2, 3])
     for device, inode in product((1, 2, 3), (2, 77, LARGE)):
         assert numbers.of(device, inode) == (device - 1) << 52 | inode
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root may mount")
+@pytest.mark.parametrize(("kind", "memory"), [("tmpfs", True), ("ramfs", True), ("proc", False)])
+def test_which_filesystems_keep_numbers(tmp_path: Path, kind: str, memory: bool) -> None:
+    code = (
+        "import os, sys\n"
+        "from unionfs.core.places import Layer\n"
+        "layer = Layer(0, sys.argv[1], os.open(sys.argv[1], os.O_PATH), is_upper=False)\n"
+        "print(layer.memory, layer.keeps_numbers)\n"
+    )
+    there = str(tmp_path)
+    script = f'mount -t {kind} none "$1" && exec "$2" -c "$3" "$1"'
+    arguments = ["unshare", "--mount", "sh", "-c", script, "sh", there, sys.executable, code]
+    found = subprocess.run(arguments, stdout=subprocess.PIPE, check=True, text=True).stdout
+    assert found == f"{memory} {memory}\n"

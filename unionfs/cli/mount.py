@@ -108,9 +108,8 @@ def mount(
       passthrough  all files kernel to kernel: for huge files read once, and data shared by many mounts; a
                    process with a lower file open keeps the old data when another opens it for writing
       cached       all files from the page cache, and no request for an open: for many small files
-    The kernel's redirect_dir= (on for most uppers), metacopy= (as the kernel's default), nfs_export= and
-    uuid= are accepted with values that need no missing feature, as are options for fstab and of
-    fuse-overlayfs.
+    The kernel's redirect_dir= (on for most uppers), metacopy= (as its default), nfs_export= and uuid=, and
+    options for fstab and of fuse-overlayfs, are accepted with values that need no missing feature.
 
     \b
     An upper in memory: -u tmpfs[:size=64m,nr_inodes=,mode=,uid=,gid=,swap] puts upper and work on a tmpfs

@@ -11,6 +11,8 @@ All other requests are handled by Python; see `fuse.direct`. A message that does
 protocol prescribes is left to Python too, which reports it.
 """
 
+import logging
+
 from libc.errno cimport EINVAL, EIO, ENODATA, ENOENT, EOPNOTSUPP, ESTALE
 from libc.errno cimport errno as c_errno
 from libc.stdint cimport int64_t, uint32_t
@@ -28,6 +30,8 @@ from unionfs.core.wire cimport (
     attr_answer, create_answer, entry_answer, fuse_attr, fuse_batch_forget_in, fuse_forget_one,
     fuse_out_header, open_answer, validity,
 )
+
+log = logging.getLogger(__name__)
 
 cdef extern from "<errno.h>" nogil:
     int ENODEV, ENOTCONN, ECONNABORTED
@@ -81,7 +85,7 @@ cdef class Answers:
         return bool(self.answer(<const char *>&message[0], message.shape[0])) if message.shape[0] else False
 
     cdef int answer(self, const char *message, size_t size) except -1:
-        """1: answered, 0: Python must. Raises only what is no ``OSError``."""
+        """1: answered, 0: Python must. Raises no ``Exception``: one request must not end the mount."""
         cdef const fuse_in_header *header = <const fuse_in_header *>message
         if size < sizeof(fuse_in_header) or header.length != size:
             return 0
@@ -91,7 +95,11 @@ cdef class Answers:
             return self.begin(header, message + sizeof(fuse_in_header), size - sizeof(fuse_in_header))
         except OSError as error:
             self.fail(header, error.errno or EIO)
-            return 1
+        except Exception:
+            log.exception("request %d of node %d failed", header.opcode, header.nodeid)
+            self.fail(header, EIO)
+        self.counted[header.opcode] += 1
+        return 1
 
     cdef int begin(self, const fuse_in_header *header, const char *body, size_t size) except -1:
         cdef uint32_t number = header.opcode

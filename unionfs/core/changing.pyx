@@ -88,7 +88,9 @@ cdef class EntryChanges:
     cdef Place place_to_change(self, Node directory):
         """The upper's directory of a node, about to be changed; None if it is not a plain one."""
         cdef Place place
-        if directory.unlinked or directory.flags is None or not directory.is_changed_in_place():
+        if directory.children is None or directory.unlinked or directory.flags is None:
+            return None
+        if not directory.is_changed_in_place():
             return None
         if not directory.territory.has_markers or directory.territory.read_only:
             return None

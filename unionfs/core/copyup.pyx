@@ -15,7 +15,7 @@ from unionfs.core.node cimport Rare, has_changed, has_entry, has_links, has_lowe
 from unionfs.core.places cimport Layer, Place
 from unionfs.core.setting cimport MODE
 from unionfs.core.stats cimport (
-    O_CLOEXEC, O_NOFOLLOW, O_RDONLY, S_IFMT, S_IFREG, ctime_of, failure, fstat, mtime_of, openat, seconds,
+    O_CLOEXEC, O_NOFOLLOW, O_RDONLY, S_IFMT, S_IFREG, ctime_of, failure, fstat, openat,
 )
 from unionfs.core.steps cimport passed
 
@@ -105,7 +105,7 @@ def enters(NodeTable nodes not None, Node directory not None):
         if fstat(dir_fd, &st) != 0:
             raise failure(c_errno)
         resized = directory
-        place.mtime_ns = mtime_of(&st)
+        place.mtime = st.st_mtim
         directory.show_ctime(directory.ctime_to_show(ctime_of(&st)))
     place.empty = False
     if not place.impure:
@@ -116,14 +116,13 @@ def enters(NodeTable nodes not None, Node directory not None):
 def entered(NodeTable nodes not None, Node directory not None):
     """Restore the directory after the rename. Ignores an error of utimensat(2)."""
     cdef Place place = directory.parts[0]
-    keep_mtime(nodes.gate.fd(place), place.mtime_ns)
+    keep_mtime(nodes.gate.fd(place), place.mtime)
 
 
-cdef void keep_mtime(int dir_fd, int64_t mtime_ns) noexcept nogil:
+cdef void keep_mtime(int dir_fd, timespec mtime) noexcept nogil:
     cdef timespec times[2]
     times[0].tv_sec, times[0].tv_nsec = 0, UTIME_OMIT
-    times[1].tv_sec = seconds(mtime_ns)
-    times[1].tv_nsec = mtime_ns - times[1].tv_sec * NS
+    times[1] = mtime
     utimensat(dir_fd, "", times, AT_EMPTY_PATH)
 
 
@@ -316,17 +315,17 @@ cdef class SmallCopyUps:
         cdef Place place
         cdef const char *name = node.name
         cdef int dir_fd, code, work = self.work.fd
-        cdef int64_t mtime_ns
+        cdef timespec mtime
         if not directory.is_changed_in_place():
             self.directory(directory)
         place = directory.parts[0]
         resized = enters(self.nodes, directory)
-        dir_fd, mtime_ns = self.gate.fd(place), place.mtime_ns
+        dir_fd, mtime = self.gate.fd(place), place.mtime
         passed("enter")
         with nogil:
             code = renameat(work, copy.name, dir_fd, name)
             if code == 0:
-                keep_mtime(dir_fd, mtime_ns)
+                keep_mtime(dir_fd, mtime)
         if code != 0:
             return False
         copy.made = False
@@ -363,7 +362,7 @@ cdef class SmallCopyUps:
         if copy.target >= 0:
             close(copy.target)
         if lent is not None:
-            lent.release()
+            lent.leave()
         elif copy.source >= 0:
             close(copy.source)
         return 0

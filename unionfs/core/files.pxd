@@ -32,9 +32,8 @@ cdef class Use:
     cdef readonly Py_ssize_t cached, through, writers, writebacks
     cdef readonly bint filled, of_upper, resized, written, kept
     cdef readonly int backing_id
-    cdef readonly int64_t mtime_ns
     cdef readonly bytes capability
-    cdef readonly object tickets
+    cdef readonly object mtime_ns, tickets
 
     cpdef opened(self, Handle handle)
     cpdef int closed(self, Handle handle)

@@ -175,7 +175,7 @@ cdef class Handle:
         """Switch to another file, releasing the current one."""
         cdef OpenFile old = self.file
         self.file = file
-        old.release()
+        old.leave()
 
 
 cdef class Use:
@@ -193,7 +193,7 @@ cdef class Use:
     # tickets: of a directory: its tickets, once it needs some.
 
     def __init__(self):
-        self.handles = []
+        self.handles, self.mtime_ns = [], 0
 
     def has_tickets(self, tickets):
         """Set the tickets of the directory."""
@@ -247,7 +247,7 @@ cdef class Use:
         """Count the start (or, with a negative count, the end) of writes of cached data."""
         self.writebacks += count
 
-    def keep_mtime(self, int64_t mtime_ns):
+    def keep_mtime(self, mtime_ns not None):
         """Set the time of modification to restore after the writes in progress."""
         self.mtime_ns = mtime_ns
 

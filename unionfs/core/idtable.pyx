@@ -161,6 +161,8 @@ cdef int traverse(PyObject *object_, visitproc visit, void *argument) noexcept:
     cdef IdTable table = <IdTable>object_
     cdef size_t slot
     cdef int stopped
+    if table.slots == NULL:  # there was no memory for it
+        return 0
     for slot in range(table.mask + 1):
         if table.slots[slot] != NULL:
             stopped = visit(table.slots[slot], argument)
@@ -170,7 +172,8 @@ cdef int traverse(PyObject *object_, visitproc visit, void *argument) noexcept:
 
 
 cdef int clear(PyObject *object_) noexcept:
-    empty(<IdTable>object_)
+    if (<IdTable>object_).slots != NULL:
+        empty(<IdTable>object_)
     return 0
 
 

@@ -5,7 +5,7 @@ from libc.string cimport memcpy
 from posix.unistd cimport close
 
 from unionfs.core.stats cimport (
-    S_IFDIR, S_IFMT, ctime_of, failure, fill_attr, mtime_of, read_result, result_of,
+    S_IFDIR, S_IFMT, ctime_of, failure, fill_attr, read_result, result_of,
 )
 
 NAME_MAX = 255
@@ -391,7 +391,8 @@ cdef class Node:
             self.check_stat(&given)
 
     cdef int check_stat(self, const stat_t *st) except -1:
-        if self.key and self.place.layer.key_of(st) != self.key:
+        # A directory has a key only after it was lost.
+        if self.key and (self.place is None or self.place.layer.key_of(st) != self.key):
             raise OSError(ESTALE, "a layer holds another object there")
         return 0
 

@@ -52,7 +52,7 @@ cdef class Handles:
     cdef uint64_t add(self, Node node, OpenFile file, who, bint writes):
         cdef Handle handle = Handle.__new__(Handle)
         handle.file, handle.who, handle.node, handle.writes = file, who, node, writes
-        node.use.handles.append(handle)
+        node.in_use().handles.append(handle)
         self.last += 1
         self.by_number[self.last] = handle
         return self.last
@@ -70,8 +70,10 @@ cdef class Handles:
         if handle is not None:
             node = handle.node
             node.use.handles.remove(handle)
-            take_back(node, handle.file)
-            self.nodes.subtract(node, 0)
+            try:
+                take_back(node, handle.file)
+            finally:  # even if close(2) reports an error
+                self.nodes.subtract(node, 0)
         return handle
 
 

@@ -1,6 +1,7 @@
 # Real directories in layers, and the one gate from a directory to an fd.
 
 from libc.stdint cimport int64_t, uint64_t
+from posix.time cimport timespec
 
 from unionfs.core.stats cimport stat_t
 
@@ -25,7 +26,8 @@ cdef class Place:
     cdef readonly bytes name, default_acl
     cdef readonly int fd
     cdef readonly bint empty, impure, copied
-    cdef readonly int64_t mtime_ns, asked_named, key
+    cdef readonly int64_t asked_named, key
+    cdef timespec mtime
     cdef readonly uint64_t dev, inode
     cdef Place newer, older
 

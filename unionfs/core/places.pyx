@@ -37,8 +37,8 @@ cdef enum:
 #: ext2 to 4, xfs, btrfs, tmpfs, ramfs, f2fs, squashfs, erofs, NFS, bcachefs; and zfs. On others (FUSE, FAT,
 #: overlayfs of several filesystems) a number may change after cache eviction.
 cdef object KEEP_NUMBERS = frozenset({
-    0xEF53, 0x58465342, 0x9123683E, TMPFS, RAMFS, 0xF2F52010, 0x73717368, 0xE0F5E1E2, NFS, 0xCA451A4E,
-    0x2FC12FC1,
+    0xEF53, 0x58465342, 0x9123683E, TMPFS, <unsigned long>RAMFS, 0xF2F52010, 0x73717368, 0xE0F5E1E2, NFS,
+    0xCA451A4E, 0x2FC12FC1,
 })
 
 cdef enum:
@@ -163,7 +163,7 @@ cdef class Place:
     # key: the directory's `Layer.key`; 0: unknown.
     # default_acl: in the upper: the default ACL, b"" if there is none; None: unknown.
     # empty: in the upper: a copied-up directory into which nothing has been put since.
-    # mtime_ns: in the upper: its time of modification after a copy-up; valid while `Node.ctime` is `UNSEEN`.
+    # mtime: in the upper: its time of modification after a copy-up; valid while `Node.ctime` is `UNSEEN`.
     # asked_named: the number of lookups of whiteouts by name in it; -1: it is known to have none.
     # impure, copied: whether it may contain copies, and whether it is one itself; see `origin`.
     # dev, inode: of its directory, for all but the topmost part of a directory.
@@ -249,6 +249,8 @@ cdef class Gate:
     cpdef int fd(self, Place place) except -1:
         """The directory's fd. Raises ``OSError`` (ENOENT, EACCES ...) if it cannot be opened, ESTALE if
         another directory now has its name."""
+        if place is None:
+            raise TypeError("a directory is needed")
         if place.fd < 0:
             return self.walk(place)
         if place.parent is not None and self.newest is not place:

@@ -1,6 +1,7 @@
 # Changes of attributes.
 
 from libc.stdint cimport int64_t, uint32_t
+from posix.time cimport timespec
 
 cdef enum:
     # FATTR_*, include/uapi/linux/fuse.h
@@ -13,7 +14,8 @@ cdef enum:
 
 cdef class Change:
     cdef uint32_t valid, new_mode, new_uid, new_gid
-    cdef int64_t new_size, new_atime, new_mtime
+    cdef int64_t new_size
+    cdef timespec new_atime, new_mtime
     cdef readonly object killer
 
     cdef int apply(self, int fd, bint path) noexcept nogil

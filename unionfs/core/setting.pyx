@@ -10,7 +10,7 @@ from unionfs.core.files cimport OpenFile
 from unionfs.core.node cimport Attributes, Node, has_changed, has_entry, has_lower_data
 from unionfs.core.places cimport Gate, Place
 from unionfs.core.stats cimport (
-    O_CLOEXEC, O_NOFOLLOW, O_PATH, S_IFDIR, failure, fstat, openat, seconds, stat_t,
+    O_CLOEXEC, O_NOFOLLOW, O_PATH, S_IFDIR, failure, fstat, nanoseconds_of, openat, stat_t, time_of,
 )
 from unionfs.core.steps cimport passed
 
@@ -41,7 +41,6 @@ cdef extern from *:
     int fchmodat2 "unionfs_fchmodat2"(int fd, const char *path, unsigned int mode, int flags) nogil
 
 cdef enum:
-    NS = 1_000_000_000
     PERMISSIONS = 0o7777
     # /proc/self/fd/, a number, a null byte
     PATH_SIZE = 32
@@ -65,9 +64,9 @@ cdef class Change:
         if mode is not None:
             self.valid, self.new_mode = self.valid | MODE, mode
         if atime_ns is not None:
-            self.valid, self.new_atime = self.valid | ATIME, atime_ns
+            self.valid, self.new_atime = self.valid | ATIME, time_of(atime_ns)
         if mtime_ns is not None:
-            self.valid, self.new_mtime = self.valid | MTIME, mtime_ns
+            self.valid, self.new_mtime = self.valid | MTIME, time_of(mtime_ns)
         self.killer = killer
 
     @property
@@ -88,11 +87,11 @@ cdef class Change:
 
     @property
     def atime_ns(self):
-        return self.new_atime if self.valid & ATIME else None
+        return nanoseconds_of(self.new_atime) if self.valid & ATIME else None
 
     @property
     def mtime_ns(self):
-        return self.new_mtime if self.valid & MTIME else None
+        return nanoseconds_of(self.new_mtime) if self.valid & MTIME else None
 
     @property
     def owner(self):
@@ -129,11 +128,9 @@ cdef class Change:
             times[0].tv_sec = times[1].tv_sec = 0
             times[0].tv_nsec = times[1].tv_nsec = UTIME_OMIT
             if self.valid & ATIME:
-                times[0].tv_sec = seconds(self.new_atime)
-                times[0].tv_nsec = self.new_atime - times[0].tv_sec * NS
+                times[0] = self.new_atime
             if self.valid & MTIME:
-                times[1].tv_sec = seconds(self.new_mtime)
-                times[1].tv_nsec = self.new_mtime - times[1].tv_sec * NS
+                times[1] = self.new_mtime
             if (utimensat(fd, "", times, AT_EMPTY_PATH) if path else futimens(fd, times)) != 0:
                 return -1
         return 0

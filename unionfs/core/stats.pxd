@@ -42,8 +42,9 @@ cdef struct fuse_attr:
     uint32_t flags
 
 cdef int64_t ctime_of(const stat_t *st) noexcept nogil
-cdef int64_t mtime_of(const stat_t *st) noexcept nogil
 cdef int64_t seconds(int64_t time) noexcept nogil
+cdef object nanoseconds_of(timespec time)
+cdef timespec time_of(object nanoseconds) except *
 cdef object result_of(const stat_t *st)
 cdef int read_result(object result, stat_t *st) except -1
 cdef object failure(int code)

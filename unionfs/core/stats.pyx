@@ -17,6 +17,8 @@ cdef extern from "Python.h":
 cdef enum:
     NS = 1_000_000_000
 
+#: So many seconds fit 64 bits as nanoseconds.
+cdef int64_t MOST_SECONDS = 9_000_000_000
 cdef object RESULT = os.stat_result
 
 
@@ -24,20 +26,31 @@ cdef int64_t ctime_of(const stat_t *st) noexcept nogil:
     return <int64_t>st.st_ctim.tv_sec * NS + st.st_ctim.tv_nsec
 
 
-cdef int64_t mtime_of(const stat_t *st) noexcept nogil:
-    return <int64_t>st.st_mtim.tv_sec * NS + st.st_mtim.tv_nsec
-
-
 cdef inline void put(object result, Py_ssize_t index, object value):
     Py_INCREF(value)
     PyStructSequence_SET_ITEM(result, index, value)
+
+
+cdef object nanoseconds_of(timespec time):
+    """Since 1970. An object, because a file may have a time after 2262, when 64 bits end."""
+    if -MOST_SECONDS < time.tv_sec < MOST_SECONDS:
+        return <int64_t>time.tv_sec * NS + time.tv_nsec
+    return <object>time.tv_sec * <object>NS + time.tv_nsec
+
+
+cdef timespec time_of(object nanoseconds) except *:
+    """The inverse of :func:`nanoseconds_of`, rounded down, as times before 1970 are stored."""
+    cdef timespec time
+    time.tv_sec = nanoseconds // <object>NS
+    time.tv_nsec = nanoseconds % <object>NS
+    return time
 
 
 cdef void put_time(object result, Py_ssize_t index, timespec time):
     """The three forms of a time: seconds, a float of seconds, nanoseconds."""
     put(result, 7 + index, time.tv_sec)
     put(result, 10 + index, time.tv_sec + 1e-9 * time.tv_nsec)
-    put(result, 13 + index, <int64_t>time.tv_sec * NS + time.tv_nsec)
+    put(result, 13 + index, nanoseconds_of(time))
 
 
 cdef object result_of(const stat_t *st):
@@ -66,13 +79,9 @@ cdef int read_result(object result, stat_t *st) except -1:
     st.st_nlink, st.st_uid, st.st_gid = result.st_nlink, result.st_uid, result.st_gid
     st.st_size, st.st_blksize, st.st_blocks = result.st_size, result.st_blksize, result.st_blocks
     st.st_rdev = result.st_rdev
-    cdef int64_t time
-    time = result.st_atime_ns
-    st.st_atim.tv_sec, st.st_atim.tv_nsec = seconds(time), time - seconds(time) * NS
-    time = result.st_mtime_ns
-    st.st_mtim.tv_sec, st.st_mtim.tv_nsec = seconds(time), time - seconds(time) * NS
-    time = result.st_ctime_ns
-    st.st_ctim.tv_sec, st.st_ctim.tv_nsec = seconds(time), time - seconds(time) * NS
+    st.st_atim = time_of(result.st_atime_ns)
+    st.st_mtim = time_of(result.st_mtime_ns)
+    st.st_ctim = time_of(result.st_ctime_ns)
     return 0
 
 
