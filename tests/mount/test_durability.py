@@ -53,7 +53,8 @@ def test_requests(root: None, area: Path, session: str) -> None:
         with traced(mount.pid, area / "trace", ALL) as trace:
             _sync(top / "f", os.O_RDONLY, os.fsync)
             _sync(top / "d", os.O_RDONLY, os.fsync)
-            assert trace.take() == []
+            # The daemon may still be writing its entry in the registry.
+            assert [call for call in trace.take() if str(area) in call.arguments] == []
             _sync(top / "f", os.O_RDWR, os.fsync)
             calls = trace.take()
             assert in_order(calls, *_COPY_UP, ("fsync", "upper/f>")), calls

@@ -20,10 +20,12 @@ DEVICE = "/dev/cpu_dma_latency"
 MOST_CPUS = 16
 
 cdef enum:
-    # So many requests with less than that between two (ns) are a burst.
+    # So many requests with less than that between two (ns) are a burst; each longer gap counts against some.
     THICK = 16
+    THICKEST = 64
+    LATE = 8
     GAP_NS = 300_000
-    # When others want the CPUs, they are asked again after that (ns).
+    # How often to ask whether others want the CPUs (ns).
     BUSY_NS = 100_000_000
     # PM_QOS_CPU_LATENCY_DEFAULT_VALUE, include/linux/pm_qos.h
     ANY_LATENCY = 2_000_000_000
@@ -63,24 +65,35 @@ cdef class Idling:
 
     cdef void request(self, int64_t now) noexcept:
         """A request was read at ``now`` (ns)."""
-        self.thick = self.thick + 1 if now - self.last < GAP_NS else 0
+        if self.fd < 0:
+            return
+        if now - self.last < GAP_NS:
+            self.thick = min(self.thick + 1, THICKEST)
+        else:
+            self.thick = max(self.thick - LATE, 0)
         self.last = now
-        if self.thick >= THICK and not self.held and self.fd >= 0 and now >= self.not_before:
-            self.hold(now)
+        if self.held:
+            if self.thick == 0 or (now >= self.not_before and not self.may_hold(now)):
+                self.release()
+        elif self.thick >= THICK and now >= self.not_before and self.may_hold(now):
+            self.held = self.set(0)
 
-    cdef void hold(self, int64_t now) noexcept:
-        cdef int32_t latency = 0
-        if others_want_cpus():
-            self.not_before = now + BUSY_NS
-        elif write(self.fd, &latency, sizeof(latency)) == sizeof(latency):
-            self.held = True
+    cdef bint may_hold(self, int64_t now) noexcept:
+        """Whether no others want the CPUs; asked again later."""
+        self.not_before = now + BUSY_NS
+        return not others_want_cpus()
+
+    cdef bint set(self, int32_t latency) noexcept:
+        return write(self.fd, &latency, sizeof(latency)) == sizeof(latency)
+
+    cdef void release(self) noexcept:
+        self.set(ANY_LATENCY)
+        self.held, self.thick = False, 0
 
     def let_go(self):
         """The burst is over."""
-        cdef int32_t latency = ANY_LATENCY
         if self.held:
-            write(self.fd, &latency, sizeof(latency))
-        self.held, self.thick = False, 0
+            self.release()
 
     def close(self):
         """Stop for good."""
