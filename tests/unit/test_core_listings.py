@@ -17,12 +17,12 @@ from tests.unit.test_union_bound import show
 from tests.unit.test_union_metacopy import metacopy
 from tests.unit.union_support import OpenUnion, copy_up, get, whiteout
 from tests.unit.union_support import open_union as open_union
-from unionfs.core.validity import valid
 from unionfs.core.entries import Entries
 from unionfs.core.listings import Dirents, Lister
 from unionfs.core.node import Node
 from unionfs.core.nodes import Stored
 from unionfs.core.territory import Territory
+from unionfs.core.validity import valid
 from unionfs.fuse.protocol import FOREVER, NEVER, encode
 from unionfs.fuse.protocol import Dirents as Specified
 from unionfs.settings.shown import Shown
