@@ -69,14 +69,17 @@ def main() -> None:
     taken: dict[str, list[tuple[float, float, float]]] = {name: [] for name in commands}
     with tempfile.TemporaryDirectory(dir="/var/tmp", prefix="unionfs-benchmark-") as home:
         lowers = [Path(home, f"l{number}") for number in range(options.lowers)]
-        upper, work, mountpoint = (Path(home, name) for name in ("upper", "work", "merged"))
-        for path in (*lowers, upper, work, mountpoint):
+        for path in lowers:
             path.mkdir()
         (lowers[-1] / "from-a-lower").touch()
-        layers = (lowers, upper, work, mountpoint)
+        # fuse-overlayfs takes the root's origin, which overlayfs stores too, for the path of a lower.
+        own = {name: [Path(home, name, part) for part in ("upper", "work", "merged")] for name in commands}
+        for path in (path for paths in own.values() for path in paths):
+            path.mkdir(parents=True)
         for _ in range(options.rounds + 1):
             for name, command in commands.items():
-                taken[name].append(once(command(layers), mountpoint))
+                upper, work, mountpoint = own[name]
+                taken[name].append(once(command((lowers, upper, work, mountpoint)), mountpoint))
                 time.sleep(0.05)  # let the daemon end
 
     print(f"{options.rounds} mounts each, alternately; {options.lowers} lowers; ms, median (min - max)")
