@@ -23,11 +23,11 @@ from unionfs.core.lookup cimport look_up
 from unionfs.core.namerequests cimport name_in
 from unionfs.core.node cimport Attributes, Node
 from unionfs.core.stats cimport failure
-from unionfs.core.validity cimport fill_entry, valid_for
+from unionfs.core.validity cimport entry_valid, fill_entry, valid_for
 from unionfs.core.wire cimport (
     FUSE_BATCH_FORGET, FUSE_CREATE, FUSE_FORGET, FUSE_GETATTR, FUSE_GETXATTR, FUSE_LOOKUP, FUSE_MKDIR,
     FUSE_OPEN, FUSE_READLINK, FUSE_RELEASE, FUSE_RENAME, FUSE_RENAME2, FUSE_RMDIR, FUSE_UNLINK,
-    attr_answer, create_answer, entry_answer, fuse_attr, fuse_batch_forget_in, fuse_forget_one,
+    attr_answer, create_answer, entry_answer, fuse_batch_forget_in, fuse_forget_one,
     fuse_out_header, open_answer, validity,
 )
 
@@ -40,9 +40,7 @@ cdef enum:
     GETATTR_IN = 16
     GETXATTR_IN = 8
     MAX_ERRNO = 511
-    TARGET_MAX = 4096
 
-cdef uint64_t FOREVER = <uint64_t>1 << 32  # as in `validity`
 cdef const char *CAPABILITY = b"security.capability"
 cdef const char *ACL = b"system.posix_acl_"
 
@@ -50,14 +48,14 @@ cdef const char *ACL = b"system.posix_acl_"
 cpdef int missing_xattr(Node node, const char *name, bint acl) noexcept:
     """The errno of GETXATTR for a name that is known to be missing, else 0. ``acl``: whether the layers have
     POSIX ACLs."""
-    if not acl and memcmp_prefix(name, ACL):
+    if not acl and begins_with(name, ACL):
         return EOPNOTSUPP
-    if node.no_capability and strlen(name) == strlen(CAPABILITY) and memcmp_prefix(name, CAPABILITY):
+    if node.no_capability and strlen(name) == strlen(CAPABILITY) and begins_with(name, CAPABILITY):
         return ENODATA
     return 0
 
 
-cdef bint memcmp_prefix(const char *name, const char *prefix) noexcept:
+cdef bint begins_with(const char *name, const char *prefix) noexcept:
     return strlen(name) >= strlen(prefix) and memcmp(name, prefix, strlen(prefix)) == 0
 
 
@@ -68,8 +66,8 @@ cdef class Answers:
         self, int fd, NodeTable nodes not None, Objects objects not None, Opens opens not None,
         NameRequests names not None, *, bint acl, enosys, refused
     ):
-        """``fd``: the device. ``enosys``: opcodes that the kernel is not to use. ``refused`` is called with the bytes of an answer that the kernel did not
-        accept, and the errno."""
+        """``fd``: the device. ``enosys``: opcodes that the kernel is not to use. ``refused`` is called with the
+        bytes of an answer that the kernel did not accept, and the errno."""
         self.fd, self.nodes, self.objects, self.opens, self.names = fd, nodes, objects, opens, names
         self.acl, self.refused = acl, refused
         for number in enosys:
@@ -139,7 +137,7 @@ cdef class Answers:
         found = look_up(parent, name, 0)
         if found is None:
             memset(&out, 0, sizeof(out))
-            out.body.entry_valid = FOREVER if parent.territory.lasting else 0
+            out.body.entry_valid = entry_valid(parent.territory)
         else:
             found.node.lookups += 1
             fill_entry(&out.body, found)

@@ -8,11 +8,11 @@ empty directory without lower parts. The others are those of `union.making` and 
 from libc.errno cimport EEXIST, ENODATA, EOPNOTSUPP
 from libc.errno cimport errno as c_errno
 from libc.stdio cimport snprintf
-from libc.string cimport memcmp
 from posix.unistd cimport close
 
 from unionfs.core.node cimport Attributes, has_changed, has_entry, has_links, has_lower_data
 from unionfs.core.places cimport new_place
+from unionfs.core.search cimport is_hiding
 from unionfs.core.stats cimport (
     AT_SYMLINK_NOFOLLOW, O_CLOEXEC, O_NOFOLLOW, O_PATH, S_IFCHR, S_IFDIR, S_IFLNK, S_IFMT, S_IFREG, failure,
     fstat, fstatat, openat,
@@ -121,7 +121,7 @@ cdef class EntryChanges:
         cdef bint made
         if place is None or <int>parent.flags & IMMUTABLE:
             return None
-        if len(name) >= 4 and memcmp(at, b".wh.", 4) == 0:
+        if is_hiding(name):
             return None
         new.fd, new.made, new.opens = -1, False, opens
         new.uid, new.gid, new.mode, new.rdev, new.target = uid, gid, mode, rdev, target
@@ -377,7 +377,7 @@ cdef class EntryChanges:
             return False
         if not node.is_changed_in_place() or not self.has_data(node):
             return False
-        if len(new_name) >= 4 and memcmp(new_at, b".wh.", 4) == 0:
+        if is_hiding(new_name):
             return False
         if target is None:
             if <int>new_parent.flags & IMMUTABLE:

@@ -7,12 +7,13 @@ and times and is not synced. The others, and whatever fails before the copy appe
 from libc.errno cimport EDQUOT, EINVAL, EIO, ENOSPC, ENOSYS, ENOTTY, EOPNOTSUPP, EPERM, EXDEV, EACCES
 from libc.errno cimport errno as c_errno
 from libc.stdlib cimport free, malloc
-from posix.time cimport CLOCK_MONOTONIC, clock_gettime, timespec
+from posix.time cimport timespec
 from posix.unistd cimport close, pread, pwrite, unlink
 
+from unionfs.core.clock cimport now_ns
 from unionfs.core.files cimport Handle, OpenFile, Use, new_file
 from unionfs.core.node cimport Rare, has_changed, has_entry, has_links, has_lower_data
-from unionfs.core.places cimport Layer, Place
+from unionfs.core.places cimport Layer, Place, open_quietly
 from unionfs.core.setting cimport MODE
 from unionfs.core.stats cimport (
     O_CLOEXEC, O_NOFOLLOW, O_RDONLY, S_IFMT, S_IFREG, ctime_of, failure, fstat, openat,
@@ -22,7 +23,6 @@ from unionfs.core.steps cimport passed
 from unionfs.core.steps import NotPlain
 
 cdef extern from "<fcntl.h>" nogil:
-    int O_NOATIME
     int O_NOCTTY
     int O_NONBLOCK
     int O_RDWR
@@ -56,16 +56,9 @@ cdef extern from "<linux/fs.h>" nogil:
 
 cdef enum:
     C_UNSEEN = -1  # as in `node`
-    NS = 1_000_000_000
     PIECE = 64 * 1024
     PERMISSIONS = 0o7777
     OWNER_WRITES = 0o200
-
-
-cdef int64_t now() noexcept nogil:
-    cdef timespec time
-    clock_gettime(CLOCK_MONOTONIC, &time)
-    return <int64_t>time.tv_sec * NS + time.tv_nsec
 
 
 def hand_over(Node node not None, int fd, st, *, bint lend):
@@ -162,7 +155,7 @@ cdef class SmallCopyUps:
         ``keep``: the node's file is lent to the caller. Raises ``OSError`` if the change fails; the copy stays.
         """
         cdef Copy copy
-        cdef int64_t began = now()
+        cdef int64_t began = now_ns()
         cdef bint plain
         cdef OpenFile file, lent = None
         if not self.may_copy(node):
@@ -187,7 +180,7 @@ cdef class SmallCopyUps:
                 copy.target = -1
             self.count += 1
             self.copied_bytes += copy.size
-            self.nanoseconds += now() - began
+            self.nanoseconds += now_ns() - began
         except NotPlain:
             return None
         finally:
@@ -219,10 +212,7 @@ cdef class SmallCopyUps:
             copy.source = file.number
             return file.take()
         dir_fd = self.gate.fd(node.place)
-        if node.place.layer.quiet:
-            copy.source = openat(dir_fd, node.name, flags | O_NOATIME)
-        if copy.source < 0:
-            copy.source = openat(dir_fd, node.name, flags)
+        copy.source = open_quietly(node.place.layer, dir_fd, node.name, flags)
         return None
 
     cdef bint prepare(

@@ -25,7 +25,7 @@ cdef extern from "<stdlib.h>" nogil:
 
 #: The first cookie of a name: those below are of the start, ``.`` and ``..``.
 FIRST_HASH = 3
-#: The first cookie that is no hash; see `union.tickets`.
+#: Cookies from here on are tickets, not hashes; see `union.tickets`.
 FIRST_TICKET = (1 << 31) - (1 << 24)
 #: The longest name in bytes: with a longer one the kernel fails the whole listing (FUSE_NAME_MAX).
 NAME_MAX = 1024

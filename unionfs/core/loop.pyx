@@ -9,10 +9,10 @@
 from libc.errno cimport EAGAIN, EINTR, ENOENT
 from libc.errno cimport errno as c_errno
 from libc.stdint cimport int64_t
-from posix.time cimport CLOCK_MONOTONIC, clock_gettime, timespec
 from posix.unistd cimport read
 
 from unionfs.core.answers cimport Answers
+from unionfs.core.clock cimport now_ns
 from unionfs.core.idling cimport Idling
 
 #: What `Channel.next` returns besides the size of a request: wait until the device is readable; let others run.
@@ -25,12 +25,6 @@ cdef enum:
     FAIR_NS = 2_000_000
     MAX_SPIN_NS = 100_000
     MIN_SPIN_NS = 5_000
-
-
-cdef int64_t clock() noexcept nogil:
-    cdef timespec time
-    clock_gettime(CLOCK_MONOTONIC, &time)
-    return <int64_t>time.tv_sec * 1_000_000_000 + time.tv_nsec
 
 
 cdef class Channel:
@@ -75,12 +69,12 @@ cdef class Channel:
 
     def rested(self):
         """Others ran."""
-        self.fair_until = clock() + FAIR_NS
+        self.fair_until = now_ns() + FAIR_NS
 
     def waited(self):
         """The device is readable, after `next` returned WAIT."""
         # Whether the request would have arrived during a longer poll.
-        if clock() - self.waiting_since < MAX_SPIN_NS:
+        if now_ns() - self.waiting_since < MAX_SPIN_NS:
             self.spin = min(self.spin * 2, MAX_SPIN_NS)
         else:
             self.spin = max(self.spin // 2, MIN_SPIN_NS)
@@ -92,7 +86,7 @@ cdef class Channel:
         Raises ``OSError`` of read(2): see fs/fuse/dev.c, fuse_dev_do_read.
         """
         cdef ssize_t size
-        cdef int64_t spin_end = 0, now = clock()
+        cdef int64_t spin_end = 0, now = now_ns()
         cdef char *buffer = <char *>&self.view[0]
         cdef size_t room = self.view.shape[0]
         while True:
@@ -100,30 +94,30 @@ cdef class Channel:
                 return C_FAIR
             size = read(self.fd, buffer, room)
             if size < 0 and c_errno == EAGAIN:
-                now = clock()
+                now = now_ns()
                 spin_end = min(now + self.spin, self.fair_until)
                 with nogil:
                     size = self.polled(buffer, room, spin_end)
                 if size < 0 and c_errno == EAGAIN:
-                    now = clock()
+                    now = now_ns()
                     if now >= self.fair_until:
                         return C_FAIR
                     self.waiting_since = now
                     return C_WAIT
             if size < 0:
                 if c_errno == ENOENT or c_errno == EINTR:
-                    now = clock()
+                    now = now_ns()
                     continue  # the request was cancelled during the read
                 raise OSError(c_errno, "the device cannot be read")
             if self.idling is not None:
                 self.idling.request(now)
             if self.watched() or not self.answers.answer(buffer, size):
                 return size
-            now = clock()
+            now = now_ns()
 
     cdef ssize_t polled(self, char *buffer, size_t room, int64_t until) noexcept nogil:
         cdef ssize_t size
         while True:
             size = read(self.fd, buffer, room)
-            if size >= 0 or c_errno != EAGAIN or clock() >= until:
+            if size >= 0 or c_errno != EAGAIN or now_ns() >= until:
                 return size

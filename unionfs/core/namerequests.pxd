@@ -17,6 +17,10 @@ cdef class NameRequests:
 
     cdef size_t answer(self, const fuse_in_header *header, const char *body, size_t size, void *out) except? 0
     cdef Node directory(self, object id_)
+    cdef object make(
+        self, const fuse_in_header *header, const char *body, size_t size, uint32_t kind, uint32_t mode,
+        uint32_t umask
+    )
     cdef size_t made(self, const fuse_in_header *header, const char *body, size_t size, void *out) except? 0
     cdef size_t created(self, const fuse_in_header *header, const char *body, size_t size, void *out) except? 0
     cdef bint renamed(self, const fuse_in_header *header, const char *body, size_t size) except -1

@@ -63,6 +63,19 @@ cdef class NameRequests:
         cdef Node node = self.nodes.found(id_)
         return None if node is None or node.children is None or node.unlinked else node
 
+    cdef object make(
+        self, const fuse_in_header *header, const char *body, size_t size, uint32_t kind, uint32_t mode,
+        uint32_t umask
+    ):
+        """Make an object of which ``body`` is the name; an open regular file. See `EntryChanges.make`."""
+        parent, name = self.directory(header.nodeid), name_in(body, size)
+        if parent is None or name is None:
+            return None
+        return self.changes.make(
+            parent, name, kind | (mode & PERMISSIONS), header.uid, header.gid, umask if self.masks else 0,
+            opens=kind == S_IFREG,
+        )
+
     cdef size_t made(self, const fuse_in_header *header, const char *body, size_t size, void *out) except? 0:
         """MKDIR."""
         cdef const fuse_mkdir_in *given = <const fuse_mkdir_in *>body
@@ -70,13 +83,8 @@ cdef class NameRequests:
         cdef Attributes found
         if size < sizeof(fuse_mkdir_in):
             return 0
-        parent = self.directory(header.nodeid)
-        name = name_in(body + sizeof(fuse_mkdir_in), size - sizeof(fuse_mkdir_in))
-        if parent is None or name is None:
-            return 0
-        made = self.changes.make(
-            parent, name, S_IFDIR | (given.mode & PERMISSIONS), header.uid, header.gid,
-            given.umask if self.masks else 0,
+        made = self.make(
+            header, body + sizeof(fuse_mkdir_in), size - sizeof(fuse_mkdir_in), S_IFDIR, given.mode, given.umask
         )
         if made is None:
             return 0
@@ -96,13 +104,8 @@ cdef class NameRequests:
         cdef uint64_t number
         if size < sizeof(fuse_create_in) or self.opened is None:
             return 0
-        parent = self.directory(header.nodeid)
-        name = name_in(body + sizeof(fuse_create_in), size - sizeof(fuse_create_in))
-        if parent is None or name is None:
-            return 0
-        made = self.changes.make(
-            parent, name, S_IFREG | (given.mode & PERMISSIONS), header.uid, header.gid,
-            given.umask if self.masks else 0, opens=True,
+        made = self.make(
+            header, body + sizeof(fuse_create_in), size - sizeof(fuse_create_in), S_IFREG, given.mode, given.umask
         )
         if made is None:
             return 0

@@ -24,11 +24,6 @@ cdef class Attributes:
     # node: the object's node, if known.
     # lasting: whether they stay valid until the daemon changes them.
 
-    def __init__(self, ino, nlink, st, ctime_ns, *, lasting):
-        read_result(st, &self.stat)
-        self.ino, self.nlink, self.ctime_ns, self.lasting = ino, nlink, ctime_ns, lasting
-        self.result = st
-
     @property
     def st(self):
         """Those of the real object."""

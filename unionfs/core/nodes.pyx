@@ -87,9 +87,12 @@ cdef class NodeTable:
             self.on_known(self.root)
 
     cdef Node found(self, uint64_t id_):
-        cdef Node node = self.by_id.get(id_)
-        while node is not None and node.rare is not None and node.rare.successor is not None:
-            node = node.rare.successor
+        cdef Node node = self.by_id.get(id_), successor
+        while node is not None:
+            successor = successor_of(node)
+            if successor is None:
+                break
+            node = successor
         return node
 
     def get(self, uint64_t id_):

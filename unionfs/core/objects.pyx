@@ -2,7 +2,6 @@
 
 from libc.errno cimport EACCES
 from libc.errno cimport errno as c_errno
-from posix.types cimport off_t
 
 from unionfs.core.places cimport Place
 from unionfs.core.stats cimport (

@@ -2,8 +2,6 @@
 
 import os
 
-from libc.errno cimport EPERM
-from libc.errno cimport errno as c_errno
 from libc.string cimport strcmp, strlen
 from posix.fcntl cimport O_NONBLOCK
 from posix.unistd cimport close
@@ -11,10 +9,11 @@ from posix.unistd cimport close
 from unionfs.core.files cimport UnreadFile
 from unionfs.core.lookup cimport Names
 from unionfs.core.node cimport has_entry, has_lower_data
-from unionfs.core.stats cimport O_CLOEXEC, O_NOFOLLOW, O_RDONLY, S_IFMT, S_IFREG, fstat, openat
+from unionfs.core.places cimport open_quietly
+from unionfs.core.stats cimport O_CLOEXEC, O_NOFOLLOW, O_RDONLY, S_IFMT, S_IFREG, fstat
 
 cdef extern from "<fcntl.h>" nogil:
-    int O_NOATIME, O_NOCTTY
+    int O_NOCTTY
 
 cdef extern from "<sys/xattr.h>" nogil:
     ssize_t flistxattr(int fd, char *names, size_t size)
@@ -133,9 +132,7 @@ cdef class Opener:
         if not is_plain(node):
             return None
         dir_fd = self.gate.fd(node.place)
-        fd = openat(dir_fd, node.name, flags | (O_NOATIME if node.place.layer.quiet else 0))
-        if fd < 0 and c_errno == EPERM and node.place.layer.quiet:
-            fd = openat(dir_fd, node.name, flags)
+        fd = open_quietly(node.place.layer, dir_fd, node.name, flags)
         if fd < 0:
             return None
         file = OpenFile.__new__(OpenFile)

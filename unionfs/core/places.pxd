@@ -46,4 +46,5 @@ cdef class Gate:
     cdef void add(self, Place place)
     cdef void remove(self, Place place)
 
+cdef int open_quietly(Layer layer, int dir_fd, const char *name, int flags) noexcept
 cdef Place new_place(Layer layer, Place parent, bytes name, int64_t key)

@@ -147,6 +147,15 @@ cdef unsigned long filesystem_magic(int fd) except? 0:
     return <unsigned long>found.f_type & 0xFFFFFFFF
 
 
+cdef int open_quietly(Layer layer, int dir_fd, const char *name, int flags) noexcept:
+    """openat(2), without a change of the access time in a layer where that must not be, unless the object is
+    another user's. Returns -1 with errno."""
+    cdef int fd = openat(dir_fd, name, flags | (O_NOATIME if layer.quiet else 0))
+    if fd < 0 and layer.quiet and c_errno == EPERM:
+        return openat(dir_fd, name, flags)
+    return fd
+
+
 cdef Place new_place(Layer layer, Place parent, bytes name, int64_t key):
     cdef Place place = Place.__new__(Place)
     place.layer = layer
@@ -295,11 +304,8 @@ cdef class Gate:
 
     def open_for_listing(self, Place place not None):
         """A new readable fd of the directory. Raises ``OSError``."""
-        cdef int flags = O_RDONLY | O_DIRECTORY | O_CLOEXEC, dir_fd = self.fd(place), fd = -1
-        if place.layer.quiet:
-            fd = openat(dir_fd, b".", flags | O_NOATIME)
-        if fd < 0:
-            fd = openat(dir_fd, b".", flags)
+        cdef int flags = O_RDONLY | O_DIRECTORY | O_CLOEXEC, dir_fd = self.fd(place)
+        cdef int fd = open_quietly(place.layer, dir_fd, b".", flags)
         if fd >= 0:
             return fd
         error = failure(c_errno)

@@ -16,4 +16,5 @@ cdef class Search:
     cdef bint hides(self, Place part, bytes name, int dir_fd) except -1
     cdef int whiteout_at(self, const stat_t *st, int dir_fd, bytes name) except -1
 
+cdef bint is_hiding(bytes name) noexcept
 cdef int stat_at(Gate gate, Place place, int dir_fd, bytes name, stat_t *st) except -1

@@ -10,7 +10,6 @@ from libc.errno cimport errno as c_errno
 from libc.stdio cimport snprintf
 from libc.string cimport memcmp
 
-from unionfs.core.places cimport Layer
 from unionfs.core.stats cimport (
     AT_SYMLINK_NOFOLLOW, S_IFCHR, S_IFDIR, S_IFLNK, S_IFMT, S_IFREG, failure, fstatat, read_result, result_of,
 )
@@ -24,6 +23,11 @@ PREFIX = b".wh."
 cdef enum:
     # Of a name in a directory: /proc/self/fd/, a number, a slash, NAME_MAX bytes, a null byte
     PATH_SIZE = 300
+
+
+cdef bint is_hiding(bytes name) noexcept:
+    """Whether a name hides another one; see `named`."""
+    return len(name) >= 4 and memcmp(<const char *>name, b".wh.", 4) == 0
 
 
 cdef int stat_at(Gate gate, Place place, int dir_fd, bytes name, stat_t *st) except -1:
@@ -68,7 +72,7 @@ cdef class Search:
         cdef Py_ssize_t index, count
         cdef int dir_fd
         cdef unsigned int kind
-        if len(name) >= 4 and memcmp(<const char *>name, b".wh.", 4) == 0:
+        if is_hiding(name):
             return None
         if len(parts) >= self.many:
             searched, first = self.lower_names.parts(parts, name), 0
@@ -77,7 +81,7 @@ cdef class Search:
         count = len(searched)
         for index in range(first, count):
             part = searched[index]
-            dir_fd = part.fd if part.fd >= 0 and part is self.gate.newest else self.gate.fd(part)
+            dir_fd = self.gate.fd(part)
             if stat_at(self.gate, part, dir_fd, name, st):
                 if index < count - 1 and part.asked_named >= 0 and self.hides(part, name, dir_fd):
                     return None

@@ -1,7 +1,7 @@
 """What the bundles of system calls share: names in the work directory, and the seam between their steps.
 
 A bundle makes one change of the upper by several system calls without Python in between: `copyup`, `setting`,
-`entries`. Its function is the list of its steps, in their order. A bundle does the plain case alone: it returns
+`changing`. Its function is the list of its steps, in their order. A bundle does the plain case alone: it returns
 None, after undoing what it did, where a system call fails before the change is visible, so that the Python
 object that decides may do it in its own way, or report the error.
 """

@@ -31,13 +31,18 @@ def valid(Node node not None, bint lasting):
     return found.seconds, found.nanoseconds
 
 
+cdef uint64_t entry_valid(Territory territory) noexcept:
+    """How many seconds a name is valid, also one without an object."""
+    return FOREVER if territory.lasting else 0
+
+
 cdef void fill_entry(fuse_entry_out *out, Attributes found) noexcept:
     """fuse_entry_out of a node, whose lookups the caller counts."""
     cdef Node node = found.node
     cdef validity attributes = valid_for(node, found.lasting)
     out.nodeid = node.id
     out.generation = node.generation
-    out.entry_valid = FOREVER if node.territory.lasting else 0
+    out.entry_valid = entry_valid(node.territory)
     out.entry_valid_nsec = 0
     out.attr_valid, out.attr_valid_nsec = attributes.seconds, attributes.nanoseconds
     found.fill(&out.attr)

@@ -177,15 +177,6 @@ def statx_flags(dir_fd: int, name: bytes, flags: int) -> int:
     return int(_STX_ATTRIBUTES.unpack_from(statx(dir_fd, name, flags, 0))[0])
 
 
-def known_inode(fd: int) -> int:
-    """Return the inode number of ``fd`` (O_PATH suffices) without asking a server, which may have lost it.
-
-    From /proc/self/fdinfo (``ino`` since Linux 5.14); 0 if unknown.
-    """
-    with open(f"/proc/self/fdinfo/{fd}", "rb") as lines:
-        return next((int(line[4:]) for line in lines if line.startswith(b"ino:")), 0)
-
-
 def get_flags(fd: int) -> int:
     """Return the flags of a file or directory (FS_*); ioctl FS_IOC_GETFLAGS."""
     value = bytearray(8)

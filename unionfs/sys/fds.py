@@ -50,10 +50,9 @@ def sync_directory(path: str) -> None:
         os.fsync(fd)
 
 
-def open_for_listing(fd: int, *, quiet: bool = False) -> int:
-    """Reopen a directory fd for reading (getdents, fsync); ``quiet``: as :func:`open_quietly`."""
-    flags = os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC
-    return open_quietly(b".", flags, fd) if quiet else os.open(b".", flags, dir_fd=fd)
+def open_for_listing(fd: int) -> int:
+    """Reopen a directory fd for reading (getdents, fsync)."""
+    return os.open(b".", os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC, dir_fd=fd)
 
 
 def open_quietly(name: bytes, flags: int, dir_fd: int | None = None) -> int:

@@ -5,9 +5,9 @@ from __future__ import annotations
 import errno
 from typing import Final
 
+from unionfs.core.entries import FIRST_TICKET as FIRST_TICKET
 from unionfs.sys.calls import os_error
 
-FIRST_TICKET: Final = (1 << 31) - (1 << 24)
 _LAST_TICKET: Final = (1 << 31) - 1
 _KEPT: Final = 1 << 17
 """For each directory. Only names made to have the same hashes can need as many."""
