@@ -90,6 +90,7 @@ def lie(name: str, how: str, answer: dict[str, Any]) -> None:
             elif how == "nested":
                 connection.sendall(b"[" * 500_000)
             else:
+                connection.recv(4096)  # the question: a daemon that has closed before it comes is not heard
                 connection.sendall(json.dumps(answer).encode())
 
     def run() -> None:
