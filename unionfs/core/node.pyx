@@ -4,6 +4,7 @@ from libc.errno cimport ESTALE
 from libc.string cimport memcpy
 from posix.unistd cimport close
 
+from unionfs.core.places cimport require_some
 from unionfs.core.stats cimport (
     S_IFDIR, S_IFMT, ctime_of, failure, fill_attr, read_result, result_of,
 )
@@ -110,6 +111,7 @@ cdef class Node:
         identity=None,
     ):
         """``places``: a directory's parts, or the object's place. ``ino``: its number, the id by default."""
+        require_some(places)
         self.id = id_
         self.generation = generation
         self.ino = ino or id_
@@ -315,6 +317,7 @@ cdef class Node:
 
     def has_parts(self, list parts not None):
         """Set the real directories merged into it."""
+        require_some(parts)
         self.parts = parts
 
     def lies_in(self, Place place not None):

@@ -1,14 +1,17 @@
 # The merge of names over the layers.
 
+from unionfs.core.lowernames cimport LowerNames
 from unionfs.core.places cimport Gate, Place
 from unionfs.core.stats cimport stat_t
 
 cdef class Search:
     cdef readonly Gate gate
     cdef readonly object markers, named
-    cdef object lower_names, directories
+    cdef object directories
+    cdef LowerNames lower_names
     cdef bytes whiteout
-    cdef Py_ssize_t many
+    cdef Py_ssize_t many, lowest
+    cdef bint lacks_at
 
     cdef list find(self, list parts, bytes name, Py_ssize_t first, stat_t *st)
     cdef list merged(self, list parts, list searched, Py_ssize_t index, bytes name, stat_t *st)

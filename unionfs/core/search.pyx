@@ -5,17 +5,35 @@ wins; a directory merges with directories of the same name below it until a non-
 opaque directory ends the search; a redirect sets the name for the layers below.
 """
 
-from libc.errno cimport EACCES, ENAMETOOLONG, ENODATA, ENOENT, EOPNOTSUPP, EPERM
+from libc.errno cimport EACCES, ENAMETOOLONG, ENODATA, ENOENT, ENOSYS, EOPNOTSUPP, EPERM
 from libc.errno cimport errno as c_errno
 from libc.stdio cimport snprintf
 from libc.string cimport memcmp
 
+from unionfs.core.places cimport new_place, require_some
 from unionfs.core.stats cimport (
     AT_SYMLINK_NOFOLLOW, S_IFCHR, S_IFDIR, S_IFLNK, S_IFMT, S_IFREG, failure, fstatat, read_result, result_of,
 )
 
 cdef extern from "<sys/xattr.h>" nogil:
     ssize_t lgetxattr(const char *path, const char *name, void *value, size_t size)
+
+cdef extern from * nogil:
+    """
+    #include <stdint.h>
+    #include <sys/syscall.h>
+    #include <unistd.h>
+    #ifndef __NR_getxattrat
+    #define __NR_getxattrat 464  /* include/uapi/asm-generic/unistd.h; not on Alpha */
+    #endif
+    struct xattr_args_at { uint64_t value; uint32_t size, flags; };  /* include/uapi/linux/xattr.h */
+    /* The size of an xattr of a name in a directory; -1 with errno, ENOSYS before Linux 6.13. */
+    static long xattr_size_at(int dir_fd, const char *path, const char *name) {
+        struct xattr_args_at args = {0, 0, 0};
+        return syscall(__NR_getxattrat, dir_fd, path, 0x100 /* AT_SYMLINK_NOFOLLOW */, name, &args, sizeof(args));
+    }
+    """
+    long xattr_size_at(int dir_fd, const char *path, const char *name)
 
 #: The names that hide others, and are never shown; see `named`.
 PREFIX = b".wh."
@@ -46,11 +64,16 @@ cdef int stat_at(Gate gate, Place place, int dir_fd, bytes name, stat_t *st) exc
 cdef class Search:
     """Finds names in merged directories."""
 
-    def __init__(self, Gate gate not None, markers, named, lower_names, directories):
+    # lacks_at: whether the kernel is known to have no getxattrat(2).
+
+    def __init__(
+        self, Gate gate not None, markers, named, LowerNames lower_names not None, directories, *, lowest
+    ):
         """``markers``: the disk format. ``named``: whiteouts by name. ``lower_names``: which of many parts
-        have a name. ``directories``: finds the parts of a directory."""
+        have a name. ``directories``: finds the parts of a directory. ``lowest``: the index of the lowest
+        layer."""
         self.gate, self.markers, self.named = gate, markers, named
-        self.lower_names, self.directories = lower_names, directories
+        self.lower_names, self.directories, self.lowest = lower_names, directories, lowest
         self.whiteout = markers.whiteout
         self.many = lower_names.many
 
@@ -76,10 +99,10 @@ cdef class Search:
             return None
         if len(parts) >= self.many:
             searched, first = self.lower_names.parts(parts, name), 0
-        elif first == 0 and (<Place>parts[0]).empty:
-            first = 1
         count = len(searched)
-        for index in range(first, count):
+        if first == 0 and count and (<Place>searched[0]).empty:
+            first = 1
+        for index in range(max(first, 0), count):
             part = searched[index]
             dir_fd = self.gate.fd(part)
             if stat_at(self.gate, part, dir_fd, name, st):
@@ -100,8 +123,11 @@ cdef class Search:
     cdef list merged(self, list parts, list searched, Py_ssize_t index, bytes name, stat_t *st):
         """The parts of a directory found in one of the parts searched."""
         cdef Place part = searched[index]
+        if part.layer.index == self.lowest and part.layer.permissions is None:  # no markers apply there
+            return [new_place(part.layer, part, name, part.layer.key_of(st))]
         found = result_of(st)
         places = self.directories.parts(parts, part, name, found, searched[index + 1 :])
+        require_some(places)
         if part.layer.permissions is not None:
             read_result(part.layer.permissions.show_at(found, self.gate.fd(part), name), st)
         return places
@@ -136,10 +162,15 @@ cdef class Search:
             return st.st_rdev == 0
         if kind != S_IFREG or st.st_size:
             return False
-        if snprintf(path, PATH_SIZE, "/proc/self/fd/%d/%s", dir_fd, <const char *>name) >= PATH_SIZE:
-            return False
-        if lgetxattr(path, self.whiteout, NULL, 0) >= 0:
-            return True
+        if not self.lacks_at:
+            if xattr_size_at(dir_fd, name, self.whiteout) >= 0:
+                return True
+            self.lacks_at = c_errno == ENOSYS
+        if self.lacks_at:
+            if snprintf(path, PATH_SIZE, "/proc/self/fd/%d/%s", dir_fd, <const char *>name) >= PATH_SIZE:
+                return False
+            if lgetxattr(path, self.whiteout, NULL, 0) >= 0:
+                return True
         if c_errno in (ENODATA, EOPNOTSUPP, EPERM, EACCES):
             return False
         raise OSError(c_errno, "an xattr of a layer cannot be read")
