@@ -16,6 +16,15 @@ cdef class Handles:
     cdef uint64_t add(self, Node node, OpenFile file, who, bint writes)
     cdef Handle remove(self, uint64_t number)
 
+cdef class KeptFiles:
+    cdef dict by_node
+    cdef Py_ssize_t most
+    cdef Node newest
+
+    cpdef OpenFile find(self, Node node, bint write)
+    cpdef keep(self, Node node, OpenFile file)
+    cpdef drop(self, Node node)
+
 cdef class Opener:
     cdef Gate gate
     cdef bytes metacopy
@@ -29,3 +38,4 @@ cdef class Opener:
 
 cdef bint is_plain(Node node) noexcept
 cpdef take_back(Node node, OpenFile file)
+cpdef take_back_logged(Node node, OpenFile file)

@@ -1,5 +1,6 @@
-"""Opening lower files to read, and the table of open files."""
+"""Opening lower files to read, and the tables of open files."""
 
+import logging
 import os
 
 from libc.string cimport strcmp, strlen
@@ -11,6 +12,8 @@ from unionfs.core.lookup cimport Names
 from unionfs.core.node cimport has_entry, has_lower_data
 from unionfs.core.places cimport open_quietly
 from unionfs.core.stats cimport O_CLOEXEC, O_NOFOLLOW, O_RDONLY, S_IFMT, S_IFREG, fstat
+
+log = logging.getLogger(__name__)
 
 cdef extern from "<fcntl.h>" nogil:
     int O_NOCTTY
@@ -82,6 +85,58 @@ cpdef take_back(Node node, OpenFile file):
     if file.users == 1 and use is not None and use.file is file:
         use.file = None
     file.release()
+
+
+cdef class KeptFiles:
+    """Backing files that stay open for requests without a file handle; the least recently used are closed."""
+
+    # by_node: the least recently used first.
+
+    def __init__(self, Py_ssize_t most=512):
+        self.by_node, self.most = {}, most
+
+    def __len__(self):
+        return len(self.by_node)
+
+    cpdef OpenFile find(self, Node node, bint write):
+        """The file of a node, if one with that access is open; another one is closed."""
+        cdef OpenFile file = self.by_node.get(node)
+        if file is None:
+            return None
+        if node.use is None or file is not node.use.file or not (file.writable if write else file.readable):
+            self.drop(node)  # it was copied up, or needs another access mode
+            return None
+        if node is not self.newest:
+            del self.by_node[node]
+            self.by_node[node] = file
+            self.newest = node
+        return file
+
+    cpdef keep(self, Node node, OpenFile file):
+        """Keep a file that was lent."""
+        self.by_node[node] = file
+        self.newest = node
+        node.in_use().kept = True
+        if len(self.by_node) > self.most:
+            self.drop(next(iter(self.by_node)))
+
+    cpdef drop(self, Node node):
+        """Take back the file of a node, if there is one."""
+        cdef OpenFile file = self.by_node.pop(node, None)
+        if file is None:
+            return
+        if node is self.newest:
+            self.newest = None
+        node.in_use().kept = False
+        take_back_logged(node, file)
+
+
+cpdef take_back_logged(Node node, OpenFile file):
+    """As :func:`take_back`, where no request waits for an error of close(2), as NFS reports."""
+    try:
+        take_back(node, file)
+    except Exception:
+        log.exception("a file could not be closed")
 
 
 cdef bint is_plain(Node node) noexcept:
