@@ -13,7 +13,7 @@ cdef class LowerNames:
     cdef dict kept
     cdef Lowers newest
     cdef readonly Py_ssize_t many, count
-    cdef Py_ssize_t most_names, most_directories, large
+    cdef Py_ssize_t asked, most_names, most_directories, large
 
     cpdef list parts(self, list parts, bytes name)
     cdef Lowers known(self, list parts, Py_ssize_t first)

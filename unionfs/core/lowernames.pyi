@@ -13,7 +13,14 @@ class LowerNames:
     @property
     def count(self) -> int: ...
     def __init__(
-        self, gate: Gate, *, names: int = 500_000, directories: int = 4096, large: int = 65536
+        self,
+        gate: Gate,
+        *,
+        many: int = 8,
+        asked: int = 4,
+        names: int = 500_000,
+        directories: int = 4096,
+        large: int = 65536,
     ) -> None: ...
     def __len__(self) -> int: ...
     def has_listed(self, parts: list[Place]) -> bool: ...

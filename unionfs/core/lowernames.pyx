@@ -11,12 +11,9 @@ from posix.unistd cimport close
 from unionfs.core.directories import LARGE as _LARGE
 from unionfs.core.stats cimport failure, fstat, stat_t
 
-#: The minimum number of lowers to list.
 MANY = 8
 
 cdef enum:
-    C_MANY = 8
-    # Lookups in a directory before its lowers are listed.
     ASKED = 4
 
 
@@ -33,10 +30,13 @@ cdef class LowerNames:
     # kept: by the lowest real directory, which is part of only one merged directory; least recently used first.
     # count: the names in all of them.
 
-    def __init__(self, Gate gate not None, *, names=500_000, directories=4096, large=_LARGE):
-        """At most so many ``names`` and ``directories`` are remembered; real directories of more than ``large``
-        bytes on their filesystem are not listed."""
-        self.gate, self.kept, self.many = gate, {}, C_MANY
+    def __init__(
+        self, Gate gate not None, *, many=MANY, asked=ASKED, names=500_000, directories=4096, large=_LARGE
+    ):
+        """``many``: the minimum number of lowers to list. ``asked``: lookups in a directory before its lowers
+        are listed. At most so many ``names`` and ``directories`` are remembered; real directories of more than
+        ``large`` bytes on their filesystem are not listed."""
+        self.gate, self.kept, self.many, self.asked = gate, {}, many, asked
         self.most_names, self.most_directories, self.large = names, directories, large
 
     def __len__(self):
@@ -52,12 +52,12 @@ cdef class LowerNames:
         """The parts of a merged directory that may have ``name``, topmost first."""
         cdef Py_ssize_t first = 1 if parts and (<Place>parts[0]).layer.is_upper else 0
         cdef Lowers found
-        if len(parts) - first < C_MANY:
+        if len(parts) - first < self.many:
             return parts
         found = self.known(parts, first)
-        if found.asked < ASKED:
+        if found.asked < self.asked:
             found.asked += 1
-            if found.asked == ASKED:
+            if found.asked == self.asked:
                 self.read(found)
         if found.names is None:
             return parts

@@ -38,4 +38,3 @@ cdef class Opener:
 
 cdef bint is_plain(Node node) noexcept
 cpdef take_back(Node node, OpenFile file)
-cpdef take_back_logged(Node node, OpenFile file)

@@ -128,15 +128,10 @@ cdef class KeptFiles:
         if node is self.newest:
             self.newest = None
         node.in_use().kept = False
-        take_back_logged(node, file)
-
-
-cpdef take_back_logged(Node node, OpenFile file):
-    """As :func:`take_back`, where no request waits for an error of close(2), as NFS reports."""
-    try:
-        take_back(node, file)
-    except Exception:
-        log.exception("a file could not be closed")
+        try:
+            take_back(node, file)
+        except Exception:  # no request waits for an error of close(2), as NFS reports
+            log.exception("a file could not be closed")
 
 
 cdef bint is_plain(Node node) noexcept:

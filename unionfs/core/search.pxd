@@ -15,6 +15,7 @@ cdef class Search:
 
     cdef list find(self, list parts, bytes name, Py_ssize_t first, stat_t *st)
     cdef list merged(self, list parts, list searched, Py_ssize_t index, bytes name, stat_t *st)
+    cdef list plain_parts(self, list searched, Py_ssize_t index, bytes name, const stat_t *top)
     cpdef bint is_visible_below(self, list parts, bytes name) except -1
     cdef bint hides(self, Place part, bytes name, int dir_fd) except -1
     cdef int whiteout_at(self, const stat_t *st, int dir_fd, bytes name) except -1

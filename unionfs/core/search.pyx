@@ -32,8 +32,18 @@ cdef extern from * nogil:
         struct xattr_args_at args = {0, 0, 0};
         return syscall(__NR_getxattrat, dir_fd, path, 0x100 /* AT_SYMLINK_NOFOLLOW */, name, &args, sizeof(args));
     }
+    /* Its xattrs, in the same way. */
+    static long xattr_names_at(int dir_fd, const char *path, char *names, size_t size) {
+        return syscall(__NR_getxattrat + 1, dir_fd, path, 0x100, names, size);
+    }
     """
     long xattr_size_at(int dir_fd, const char *path, const char *name)
+    long xattr_names_at(int dir_fd, const char *path, char *names, size_t size)
+
+cdef extern from "<string.h>" nogil:
+    void *memmem(const void *text, size_t size, const void *part, size_t length)
+
+cdef const char *OPAQUE_BY_NAME = b".wh..wh..opq"
 
 #: The names that hide others, and are never shown; see `named`.
 PREFIX = b".wh."
@@ -41,6 +51,7 @@ PREFIX = b".wh."
 cdef enum:
     # Of a name in a directory: /proc/self/fd/, a number, a slash, NAME_MAX bytes, a null byte
     PATH_SIZE = 300
+    NAMES_SIZE = 1024
 
 
 cdef bint is_hiding(bytes name) noexcept:
@@ -59,6 +70,16 @@ cdef int stat_at(Gate gate, Place place, int dir_fd, bytes name, stat_t *st) exc
         return 1
     read_result(again, st)
     return 0
+
+
+cdef bint may_be_marked(int dir_fd, bytes name) noexcept:
+    """Whether the directory ``name`` may have one of overlayfs's or fuse-overlayfs's xattrs, which are all called
+    ``overlay`` or ``fuseoverlayfs``."""
+    cdef char names[NAMES_SIZE]
+    cdef long size = xattr_names_at(dir_fd, name, names, NAMES_SIZE)
+    if size < 0:
+        return c_errno != EOPNOTSUPP
+    return memmem(names, size, b"overlay", 7) != NULL
 
 
 cdef class Search:
@@ -90,15 +111,16 @@ cdef class Search:
     cdef list find(self, list parts, bytes name, Py_ssize_t first, stat_t *st):
         """Fills ``st``; returns the real directories: for a directory those merged into it, topmost first;
         else the one that contains it. None if there is no such object."""
-        cdef list searched = parts
+        cdef list searched = parts, having
         cdef Place part
         cdef Py_ssize_t index, count
         cdef int dir_fd
         cdef unsigned int kind
+        cdef bint many = len(parts) >= self.many, known = first > 0
         if is_hiding(name):
             return None
-        if len(parts) >= self.many:
-            searched, first = self.lower_names.parts(parts, name), 0
+        if many and not known:
+            searched = self.lower_names.parts(parts, name)
         count = len(searched)
         if first == 0 and count and (<Place>searched[0]).empty:
             first = 1
@@ -111,6 +133,10 @@ cdef class Search:
                 continue
             kind = st.st_mode & S_IFMT
             if kind == S_IFDIR:
+                if many and known:
+                    having = self.lower_names.parts(parts, name)
+                    if part in having:
+                        searched, index = having, having.index(part)
                 return self.merged(parts, searched, index, name, st)
             # Most names belong to objects that cannot be markers.
             if kind != S_IFLNK and (kind != S_IFREG or st.st_size == 0) and self.whiteout_at(st, dir_fd, name):
@@ -123,14 +149,51 @@ cdef class Search:
     cdef list merged(self, list parts, list searched, Py_ssize_t index, bytes name, stat_t *st):
         """The parts of a directory found in one of the parts searched."""
         cdef Place part = searched[index]
-        if part.layer.index == self.lowest and part.layer.permissions is None:  # no markers apply there
-            return [new_place(part.layer, part, name, part.layer.key_of(st))]
-        found = result_of(st)
-        places = self.directories.parts(parts, part, name, found, searched[index + 1 :])
-        require_some(places)
+        cdef list places = self.plain_parts(searched, index, name, st)
+        if places is None:
+            places = self.directories.parts(parts, part, name, result_of(st), searched[index + 1 :])
+            require_some(places)
         if part.layer.permissions is not None:
-            read_result(part.layer.permissions.show_at(found, self.gate.fd(part), name), st)
+            read_result(part.layer.permissions.show_at(result_of(st), self.gate.fd(part), name), st)
         return places
+
+    cdef list plain_parts(self, list searched, Py_ssize_t index, bytes name, const stat_t *top):
+        """The same without markers: None if there may be some, or after an error; then `directories` finds the
+        parts. ``top``: the attributes of the topmost one, at ``index``."""
+        cdef Place part = searched[index], above = part, place = new_place(part.layer, part, name, 0)
+        cdef Py_ssize_t count = len(searched)
+        cdef list found = [place]
+        cdef stat_t st, hiding
+        cdef int dir_fd
+        place.key = part.layer.key_of(top)
+        while place.layer.index != self.lowest:
+            if self.lacks_at or may_be_marked(self.gate.fd(above), name):
+                return None
+            while True:
+                index += 1
+                if index == count:
+                    return found
+                part = searched[index]
+                dir_fd = self.gate.fd(part)
+                if fstatat(dir_fd, name, &st, AT_SYMLINK_NOFOLLOW) == 0:
+                    break
+                if c_errno != ENOENT and c_errno != ENAMETOOLONG:
+                    return None
+                if part.layer.index != self.lowest and part.asked_named >= 0 and self.hides(part, name, dir_fd):
+                    return found
+            if st.st_mode & S_IFMT != S_IFDIR:
+                return found
+            if above.asked_named >= 0 and self.hides(above, name, self.gate.fd(above)):
+                return found
+            if fstatat(self.gate.fd(place), OPAQUE_BY_NAME, &hiding, AT_SYMLINK_NOFOLLOW) == 0:
+                return found
+            if c_errno != ENOENT and c_errno != ENAMETOOLONG:
+                return None
+            place = new_place(part.layer, part, name, part.layer.key_of(&st))
+            place.dev, place.inode = st.st_dev, st.st_ino
+            found.append(place)
+            above = part
+        return found
 
     cpdef bint is_visible_below(self, list parts, bytes name) except -1:
         """Whether a lower has ``name``, so that removing it from the upper requires a whiteout."""

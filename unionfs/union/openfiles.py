@@ -12,11 +12,12 @@ Rules:
 from __future__ import annotations
 
 import errno
+import logging
 import os
 
 from unionfs.core.files import OpenFile
 from unionfs.core.node import Node
-from unionfs.core.opening import KeptFiles, Opener, take_back, take_back_logged
+from unionfs.core.opening import KeptFiles, Opener, take_back
 from unionfs.core.places import Gate
 from unionfs.sys.calls import os_error
 from unionfs.union.files import open_backing, open_held
@@ -24,6 +25,8 @@ from unionfs.union.lowerdata import LowerData
 from unionfs.union.markers import Markers
 from unionfs.union.metacopy import open_data
 from unionfs.union.shortcuts import Capabilities, Shortcuts
+
+log = logging.getLogger(__name__)
 
 
 class OpenFiles:
@@ -122,7 +125,10 @@ class OpenFiles:
     def close_deferred(self) -> None:
         """Take back the deferred files."""
         for node, file in self.deferred:
-            take_back_logged(node, file)
+            try:
+                self.take_back(node, file)
+            except Exception:
+                log.exception("a file could not be closed")
         self.deferred.clear()
 
     # -- opening --------------------------------------------------------------------------------------
