@@ -228,12 +228,13 @@ cdef class Search:
         if not self.lacks_at:
             if xattr_size_at(dir_fd, name, self.whiteout) >= 0:
                 return True
-            self.lacks_at = c_errno == ENOSYS
-        if self.lacks_at:
-            if snprintf(path, PATH_SIZE, "/proc/self/fd/%d/%s", dir_fd, <const char *>name) >= PATH_SIZE:
+            if c_errno == ENODATA or c_errno == EOPNOTSUPP:
                 return False
-            if lgetxattr(path, self.whiteout, NULL, 0) >= 0:
-                return True
+            self.lacks_at = c_errno == ENOSYS  # a container's seccomp filter may report EPERM instead
+        if snprintf(path, PATH_SIZE, "/proc/self/fd/%d/%s", dir_fd, <const char *>name) >= PATH_SIZE:
+            return False
+        if lgetxattr(path, self.whiteout, NULL, 0) >= 0:
+            return True
         if c_errno in (ENODATA, EOPNOTSUPP, EPERM, EACCES):
             return False
         raise OSError(c_errno, "an xattr of a layer cannot be read")
