@@ -20,13 +20,17 @@ from tests.unit.union_support import open_union as open_union
 from unionfs.core.answers import Answers
 from unionfs.core.files import Handle
 from unionfs.core.idling import Idling
+from unionfs.core.iomodes import IoModes
 from unionfs.core.loop import FAIR, WAIT, Channel
 from unionfs.core.namerequests import NameRequests
 from unionfs.core.node import Node
 from unionfs.core.opening import Handles
 from unionfs.core.opens import Opens
+from unionfs.core.setrequests import SetRequests
 from unionfs.fuse.protocol import FOREVER, Opcode, encode, notify
 from unionfs.union.changes import Changes
+from unionfs.union.copyup import CopyUp
+from unionfs.union.filecopy import small_copy_ups
 from unionfs.union.tree import Union
 from unionfs.union.xattrs import default_acl
 
@@ -35,6 +39,24 @@ UNIQUE = 77
 
 def message(opcode: Opcode, nodeid: int, body: bytes) -> bytes:
     return struct.pack("=IIQQIIIHH", 40 + len(body), int(opcode), UNIQUE, nodeid, 0, 0, 1, 0, 0) + body
+
+
+class Modes(IoModes):
+    """No backing files; or registering one fails with ``error``."""
+
+    def __init__(self, gone: list[Handle], error: Exception | None = None) -> None:
+        super().__init__(-1, uppers=error is not None, keeps=False, through_flags=0, cached_flags=2)
+        self._gone, self._error = gone, error
+
+    def register(self, handle: Handle) -> bool:
+        assert self._error is not None
+        raise self._error
+
+    def released(self, handle: Handle) -> int:
+        if handle.through:
+            self._gone.append(handle)
+            return 0
+        return super().released(handle)
 
 
 class Mount:
@@ -47,23 +69,30 @@ class Mount:
             end.setblocking(False)
         self.refused: list[tuple[bytes, int]] = []
         self.handles = Handles(union.nodes)
+        #: The nodes that are being copied up.
+        self.running: dict[Node, object] = {}
         #: Files in passthrough that were closed.
         self.gone: list[Handle] = []
+        self.changes = Changes(union)
+        #: The nodes that the kernel must ask for again.
+        self.told: list[Node | None] = []
+        self.serve(Modes(self.gone))
+
+    def serve(self, modes: IoModes) -> None:
+        """Answer with these I/O modes."""
+        union, fd = self.union, self.device.fileno()
         opens = Opens(
-            self.device.fileno(), union.nodes, self.handles, union.files.opener, self.gone.append,
+            fd, union.nodes, self.handles, union.files.opener, modes, union.flags, self.running,
             flags=2, small=100_000,
         )  # fmt: skip
-        self.changes = Changes(union)
-        names = NameRequests(union.nodes, self.changes.entries, self.handles, self.opened, masks=True)
+        names = NameRequests(union.nodes, self.changes.entries, self.handles, modes, masks=True)
+        union.stack.volatile = True  # so no sync to a disk is needed
+        copies = small_copy_ups(CopyUp(union, lambda effects: self.told.extend(effects[:2])))
+        sets = SetRequests(union.nodes, union.gate, union.flags, copies, self.running)
         self.answers = Answers(
-            self.device.fileno(), union.nodes, union, opens, names, acl=False, enosys=(),
+            fd, union.nodes, union, opens, names, sets, acl=False, enosys=(),
             refused=lambda answer, code: self.refused.append((answer, code)),
         )  # fmt: skip
-
-    @staticmethod
-    def opened(handle: Handle) -> tuple[int, int]:
-        handle.node.in_use().opened(handle)
-        return 2, 0
 
     def ask(self, opcode: Opcode, nodeid: int, body: bytes = b"") -> bytes | None:
         """The answer's bytes; b"" if there is none, None if Python must handle the request."""
@@ -191,7 +220,7 @@ def test_an_answer_that_the_kernel_refuses(mount: Mount) -> None:
 
 @settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=300, deadline=None)
 @given(
-    opcode=st.sampled_from([1, 2, 3, 5, 9, 10, 11, 12, 14, 18, 22, 35, 42, 45, 0, 63, 64, 2**32 - 1]),
+    opcode=st.sampled_from([1, 2, 3, 4, 5, 9, 10, 11, 12, 14, 18, 22, 35, 42, 45, 0, 63, 64, 2**32 - 1]),
     nodeid=st.sampled_from([0, 1, 2, 2**63, 2**64 - 1]),
     body=st.binary(max_size=64),
     lie=st.integers(-3, 3),
@@ -333,17 +362,10 @@ def test_create(mount: Mount, tmp_path: Path) -> None:
 
 
 def test_create_that_cannot_be_opened(mount: Mount) -> None:
-    def refuse(handle: Handle) -> tuple[int, int]:
-        raise OSError(errno.EFAULT, "")
-
     parent = in_upper(mount)
     union = mount.union
-    union.gate.fd(parent.parts[0])
-    names = NameRequests(union.nodes, mount.changes.entries, mount.handles, refuse, masks=False)
-    opens = Opens(1, union.nodes, mount.handles, union.files.opener, refuse, flags=2, small=0)
-    mount.answers = Answers(
-        mount.device.fileno(), union.nodes, union, opens, names, acl=False, enosys=(), refused=print
-    )
+    default_acl(parent.parts[0], union.gate.fd(parent.parts[0]))
+    mount.serve(Modes([], OSError(errno.EFAULT, "")))
     before = len(os.listdir("/proc/self/fd"))
     body = struct.pack("=IIII", os.O_RDWR, 0o100666, 0, 0) + b"new\0"
     assert mount.ask(Opcode.CREATE, parent.id, body) == b"".join(encode.error(UNIQUE, errno.EFAULT))
@@ -382,18 +404,10 @@ def test_an_error_that_is_a_bug_does_not_end_the_mount(
     mount: Mount, caplog: pytest.LogCaptureFixture
 ) -> None:
     """Only the request fails, as one that is handled in Python."""
-
-    def refuse(handle: Handle) -> tuple[int, int]:
-        raise RuntimeError("a bug")
-
     parent = in_upper(mount)
     union = mount.union
     default_acl(parent.parts[0], union.gate.fd(parent.parts[0]))
-    names = NameRequests(union.nodes, mount.changes.entries, mount.handles, refuse, masks=False)
-    opens = Opens(1, union.nodes, mount.handles, union.files.opener, refuse, flags=2, small=0)
-    mount.answers = Answers(
-        mount.device.fileno(), union.nodes, union, opens, names, acl=False, enosys=(), refused=print
-    )
+    mount.serve(Modes([], RuntimeError("a bug")))
     body = struct.pack("=IIII", os.O_RDWR, 0o100666, 0, 0) + b"new\0"
     channel = Channel(mount.device.fileno(), mount.answers, lambda: False)
     channel.read_into(bytearray(4096))

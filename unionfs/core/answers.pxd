@@ -6,6 +6,7 @@ from unionfs.core.namerequests cimport NameRequests
 from unionfs.core.nodes cimport NodeTable
 from unionfs.core.objects cimport Objects
 from unionfs.core.opens cimport Opens
+from unionfs.core.setrequests cimport SetRequests
 from unionfs.core.wire cimport OPCODES, fuse_in_header
 
 cdef class Answers:
@@ -14,6 +15,7 @@ cdef class Answers:
     cdef Objects objects
     cdef Opens opens
     cdef NameRequests names
+    cdef SetRequests sets
     cdef bint acl
     cdef object refused
     cdef uint64_t counted[OPCODES]
@@ -23,6 +25,7 @@ cdef class Answers:
     cdef int begin(self, const fuse_in_header *header, const char *body, size_t size) except -1
     cdef int lookup(self, const fuse_in_header *header, const char *body, size_t size) except -1
     cdef int getattr(self, const fuse_in_header *header, size_t size) except -1
+    cdef int setattr(self, const fuse_in_header *header, const char *body, size_t size) except -1
     cdef int open_or_release(self, const fuse_in_header *header, const char *body, size_t size) except -1
     cdef int change(self, const fuse_in_header *header, const char *body, size_t size) except -1
     cdef int readlink(self, const fuse_in_header *header) except -1

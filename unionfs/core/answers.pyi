@@ -7,6 +7,7 @@ from unionfs.core.node import Node
 from unionfs.core.nodes import NodeTable
 from unionfs.core.objects import Objects
 from unionfs.core.opens import Opens
+from unionfs.core.setrequests import SetRequests
 
 def missing_xattr(node: Node, name: bytes, acl: bool) -> int: ...
 
@@ -18,6 +19,7 @@ class Answers:
         objects: Objects,
         opens: Opens,
         names: NameRequests,
+        sets: SetRequests,
         *,
         acl: bool,
         enosys: Iterable[int],

@@ -4,6 +4,7 @@
     FORGET, BATCH_FORGET          no answer
     UNLINK, RMDIR, RENAME,        in the plain case; see `namerequests`
     MKDIR, CREATE
+    SETATTR                       in the plain case; see `setrequests`
     OPEN, RELEASE                 of files that are only read; see `opens`
     GETXATTR                      only names that are known to be missing; others need Python
 
@@ -26,7 +27,7 @@ from unionfs.core.stats cimport failure
 from unionfs.core.validity cimport entry_valid, fill_entry, valid_for
 from unionfs.core.wire cimport (
     FUSE_BATCH_FORGET, FUSE_CREATE, FUSE_FORGET, FUSE_GETATTR, FUSE_GETXATTR, FUSE_LOOKUP, FUSE_MKDIR,
-    FUSE_OPEN, FUSE_READLINK, FUSE_RELEASE, FUSE_RENAME, FUSE_RENAME2, FUSE_RMDIR, FUSE_UNLINK,
+    FUSE_OPEN, FUSE_READLINK, FUSE_RELEASE, FUSE_RENAME, FUSE_RENAME2, FUSE_RMDIR, FUSE_SETATTR, FUSE_UNLINK,
     attr_answer, create_answer, entry_answer, fuse_batch_forget_in, fuse_forget_one,
     fuse_out_header, open_answer, validity,
 )
@@ -64,12 +65,12 @@ cdef class Answers:
 
     def __init__(
         self, int fd, NodeTable nodes not None, Objects objects not None, Opens opens not None,
-        NameRequests names not None, *, bint acl, enosys, refused
+        NameRequests names not None, SetRequests sets not None, *, bint acl, enosys, refused
     ):
         """``fd``: the device. ``enosys``: opcodes that the kernel is not to use. ``refused`` is called with the
         bytes of an answer that the kernel did not accept, and the errno."""
         self.fd, self.nodes, self.objects, self.opens, self.names = fd, nodes, objects, opens, names
-        self.acl, self.refused = acl, refused
+        self.sets, self.acl, self.refused = sets, acl, refused
         for number in enosys:
             self.left[number] = True
 
@@ -106,6 +107,8 @@ cdef class Answers:
             done = self.lookup(header, body, size)
         elif number == FUSE_GETATTR:
             done = self.getattr(header, size)
+        elif number == FUSE_SETATTR:
+            done = self.setattr(header, body, size)
         elif number == FUSE_OPEN or number == FUSE_RELEASE:
             done = self.open_or_release(header, body, size)
         elif number in (FUSE_CREATE, FUSE_MKDIR, FUSE_UNLINK, FUSE_RMDIR, FUSE_RENAME, FUSE_RENAME2):
@@ -163,6 +166,18 @@ cdef class Answers:
         out.header.length, out.header.error, out.header.unique = sizeof(out), 0, header.unique
         self.send(&out, sizeof(out))
         return 1
+
+    cdef int setattr(self, const fuse_in_header *header, const char *body, size_t size) except -1:
+        cdef attr_answer out
+        cdef size_t length
+        try:
+            length = self.sets.answer(header, body, size, &out)
+            if length:
+                out.header.unique = header.unique
+                self.send(&out, length)
+        finally:
+            self.sets.answered()
+        return length != 0
 
     cdef int open_or_release(self, const fuse_in_header *header, const char *body, size_t size) except -1:
         cdef open_answer out

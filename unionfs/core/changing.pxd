@@ -3,6 +3,7 @@
 from libc.stdint cimport uint32_t, uint64_t
 
 from unionfs.core.creds cimport Creator
+from unionfs.core.flags cimport NodeFlags
 from unionfs.core.node cimport Node
 from unionfs.core.nodes cimport NodeTable
 from unionfs.core.origins cimport OriginFormat
@@ -28,6 +29,7 @@ cdef class EntryChanges:
     cdef OriginFormat origins
     cdef Workplace work
     cdef Creator identity
+    cdef NodeFlags flags
     cdef bint remembers
     cdef bytes metacopy, opaque
 
@@ -38,8 +40,8 @@ cdef class EntryChanges:
     cdef bint replace(self, New *new, int work, int dir_fd, const char *name) except -1 nogil
     cdef Node node_of(self, Node parent, bytes name, Place place, const stat_t *st)
     cdef int hold(self, Node node) except -2
-    cdef bint has_flags(self, Node node, Node parent)
-    cdef bint may_move(self, Node node, Node parent)
+    cdef bint has_flags(self, Node node, Node parent) except -1
+    cdef bint may_move(self, Node node, Node parent) except -1
     cdef bint has_data(self, Node node) except -1
     cdef bint unlink_entry(
         self, New *whiteout, int dir_fd, const char *name, bint in_place, bint below, Workplace work

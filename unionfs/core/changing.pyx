@@ -51,9 +51,8 @@ cdef enum:
     # Of a name in a directory, as in `search`
     PATH_SIZE = 300
     PERMISSIONS = 0o7777
-    # FS_IMMUTABLE_FL, FS_APPEND_FL: of `Node.flags`, include/uapi/linux/fs.h
+    # FS_IMMUTABLE_FL, of `Node.flags`, include/uapi/linux/fs.h
     IMMUTABLE = 0x10
-    PROTECTED = 0x30
 
 
 cdef int make_object(New *new, int dir_fd, const char *name) noexcept nogil:
@@ -81,16 +80,14 @@ cdef class EntryChanges:
     def __init__(self, union, Creator identity not None, *, bint remembers):
         """``remembers``: whether a node remembers that it has no capabilities."""
         self.gate, self.merge, self.nodes = union.gate, union.merge, union.nodes
-        self.origins, self.work, self.identity = union.origins, union.work, identity
+        self.origins, self.work, self.identity, self.flags = union.origins, union.work, identity, union.flags
         self.remembers = remembers
         self.metacopy, self.opaque = union.markers.metacopy, union.markers.opaque
 
     cdef Place place_to_change(self, Node directory):
         """The upper's directory of a node, about to be changed; None if it is not a plain one."""
         cdef Place place
-        if directory.children is None or directory.unlinked or directory.flags is None:
-            return None
-        if not directory.is_changed_in_place():
+        if directory.children is None or directory.unlinked or not directory.is_changed_in_place():
             return None
         if not directory.territory.has_markers or directory.territory.read_only:
             return None
@@ -119,7 +116,7 @@ cdef class EntryChanges:
         cdef Node node
         cdef int dir_fd
         cdef bint made
-        if place is None or <int>parent.flags & IMMUTABLE:
+        if place is None or self.flags.of(parent) & IMMUTABLE:
             return None
         if is_hiding(name):
             return None
@@ -297,11 +294,9 @@ cdef class EntryChanges:
             if held >= 0:
                 close(held)
 
-    cdef bint has_flags(self, Node node, Node parent):
-        """Whether a name is protected, or may be, or is in use as a mount point of the union."""
-        if node.flags is None or node.territory is not parent.territory:
-            return True
-        return (<int>node.flags | <int>parent.flags) & PROTECTED != 0
+    cdef bint has_flags(self, Node node, Node parent) except -1:
+        """Whether a name is protected, or in use as a mount point of the union."""
+        return node.territory is not parent.territory or self.flags.of(node) | self.flags.of(parent) != 0
 
     cdef int hold(self, Node node) except -2:
         """An fd of an object that loses its last known name, by which the node outlives it; else -1."""
@@ -380,7 +375,7 @@ cdef class EntryChanges:
         if is_hiding(new_name):
             return False
         if target is None:
-            if <int>new_parent.flags & IMMUTABLE:
+            if self.flags.of(new_parent) & IMMUTABLE:
                 return False
             if self.merge.find(new_parent.parts, new_name, 0, &st) is not None:
                 return False
@@ -418,7 +413,7 @@ cdef class EntryChanges:
             if held >= 0:
                 close(held)
 
-    cdef bint may_move(self, Node node, Node parent):
+    cdef bint may_move(self, Node node, Node parent) except -1:
         """Whether a name of a known non-directory can be removed."""
         if node is None or node.kind == S_IFDIR or has_entry(node):
             return False

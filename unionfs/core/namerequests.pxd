@@ -3,6 +3,7 @@
 from libc.stdint cimport uint32_t
 
 from unionfs.core.changing cimport EntryChanges
+from unionfs.core.iomodes cimport IoModes
 from unionfs.core.node cimport Node
 from unionfs.core.nodes cimport NodeTable
 from unionfs.core.opening cimport Handles
@@ -12,7 +13,7 @@ cdef class NameRequests:
     cdef NodeTable nodes
     cdef EntryChanges changes
     cdef Handles handles
-    cdef object opened
+    cdef IoModes modes
     cdef bint masks
 
     cdef size_t answer(self, const fuse_in_header *header, const char *body, size_t size, void *out) except? 0

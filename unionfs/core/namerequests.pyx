@@ -32,12 +32,12 @@ cdef class NameRequests:
     """Changes names for the requests of one mount."""
 
     def __init__(
-        self, NodeTable nodes not None, EntryChanges changes not None, Handles handles not None, opened, *,
+        self, NodeTable nodes not None, EntryChanges changes not None, Handles handles not None, IoModes modes, *,
         bint masks
     ):
-        """``opened`` counts an open, and returns FOPEN_* flags and a backing id; None: the kernel sends no
-        OPEN, so CREATE is left to Python. ``masks``: whether the daemon applies the caller's umask."""
-        self.nodes, self.changes, self.handles, self.opened, self.masks = nodes, changes, handles, opened, masks
+        """``modes``: None if the kernel sends no OPEN, so CREATE is left to Python. ``masks``: whether the daemon
+        applies the caller's umask."""
+        self.nodes, self.changes, self.handles, self.modes, self.masks = nodes, changes, handles, modes, masks
 
     cdef size_t answer(self, const fuse_in_header *header, const char *body, size_t size, void *out) except? 0:
         """The size of the answer, or 0 if Python must answer. Raises ``OSError``."""
@@ -102,7 +102,7 @@ cdef class NameRequests:
         cdef OpenFile file
         cdef Node node
         cdef uint64_t number
-        if size < sizeof(fuse_create_in) or self.opened is None:
+        if size < sizeof(fuse_create_in) or self.modes is None:
             return 0
         made = self.make(
             header, body + sizeof(fuse_create_in), size - sizeof(fuse_create_in), S_IFREG, given.mode, given.umask
@@ -114,7 +114,7 @@ cdef class NameRequests:
         node.in_use().file = file
         number = self.handles.add(node, file, None, given.flags & O_ACCMODE != 0)
         try:
-            answer.open.open_flags, answer.open.backing_id = self.opened(self.handles.by_number[number])
+            self.modes.open_in_place(self.handles.by_number[number], &answer.open)
         except BaseException:
             self.handles.remove(number)
             raise

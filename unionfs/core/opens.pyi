@@ -1,6 +1,6 @@
-from collections.abc import Callable
-
-from unionfs.core.files import Handle
+from unionfs.core.flags import NodeFlags
+from unionfs.core.iomodes import IoModes
+from unionfs.core.node import Node
 from unionfs.core.nodes import NodeTable
 from unionfs.core.opening import Handles, Opener
 
@@ -11,7 +11,9 @@ class Opens:
         nodes: NodeTable,
         handles: Handles,
         opener: Opener,
-        released: Callable[[Handle], object],
+        modes: IoModes,
+        protected: NodeFlags,
+        running: dict[Node, object],
         *,
         flags: int,
         small: int,

@@ -27,6 +27,7 @@ cdef extern from "<sys/stat.h>" nogil:
 cdef extern from "<unistd.h>" nogil:
     int fchown(int fd, unsigned int uid, unsigned int gid)
     int fchownat(int fd, const char *path, unsigned int uid, unsigned int gid, int flags)
+    int ftruncate(int fd, int64_t size)
 
 cdef extern from *:
     """
@@ -110,12 +111,15 @@ cdef class Change:
         self.new_uid, self.new_gid = <uint32_t>uid, <uint32_t>gid
 
     cdef int apply(self, int fd, bint path) noexcept nogil:
-        """Change owner, mode and times, in this order, of an open file; ``path``: an fd of O_PATH.
+        """Change size, owner, mode and times, in this order, of an open file; ``path``: an fd of O_PATH, and the
+        size stays.
 
         Returns -1 with errno.
         """
         cdef timespec times[2]
         cdef unsigned int uid, gid
+        if self.valid & SIZE and ftruncate(fd, self.new_size) != 0:
+            return -1
         if self.valid & (UID | GID):
             uid = self.new_uid if self.valid & UID else <unsigned int>-1
             gid = self.new_gid if self.valid & GID else <unsigned int>-1
@@ -151,8 +155,9 @@ cdef int chmod_path(int fd, unsigned int mode) noexcept nogil:
     return chmod(path, mode & PERMISSIONS)
 
 
-def set_attributes(Gate gate not None, Node node not None, Change change not None):
-    """Change owner, mode and times of an object that is changed in place. Returns its attributes.
+cpdef Attributes set_attributes(Gate gate, Node node, Change change):
+    """Change the attributes of an object that is changed in place, the size only of a file that is open for
+    writing. Returns its attributes.
 
     None if the case is not plain; then nothing has changed. Raises ``OSError``.
     """
@@ -160,7 +165,7 @@ def set_attributes(Gate gate not None, Node node not None, Change change not Non
     cdef stat_t st
     cdef int fd = -1, mine = -1
     cdef bint path, failed
-    if change.valid & SIZE or change.killer is not None or not may_set(node, change):
+    if change.killer is not None or not may_set(node, change):
         return None
     if node.use is not None and not has_lower_data(node):
         file = node.use.file
@@ -168,6 +173,10 @@ def set_attributes(Gate gate not None, Node node not None, Change change not Non
         fd, path = file.number, False
     else:
         fd, path = node.held, True
+    if change.valid & SIZE:
+        if path or not file.writable:
+            return None
+        node.use.resized = True
     if fd < 0:
         if node.kind == S_IFDIR:
             fd = gate.fd(node.parts[0])

@@ -216,10 +216,9 @@ class Operations:
         """truncate(2), chown(2), chmod(2) and utimensat(2), in this order."""
         node = self.node(id_)
         _to_store(node, change)
-        if change.size is None:
-            found = self._set_at_once(node, change)
-            if found is not None:
-                return node, found
+        found = self._set_at_once(node, change)
+        if found is not None:
+            return node, found
         only_mode = change.only_mode
         check = partial(self._may_set, node, change, handle)
         if change.size is None:
@@ -239,11 +238,10 @@ class Operations:
     def _set_at_once(self, node: Node, change: Change) -> Attributes | None:
         """Make the change if the case is plain; None: it must be made in steps, and nothing has changed."""
         if not node.in_place:
-            return self.copy_ups.change(node, change)
+            return None if change.size is not None else self.copy_ups.change(node, change)
         if self.copy_ups.is_running(node):
             return None  # it sets the attributes that it has read
-        if node.flags is None:
-            self.union.flags.of(node)
+        self.union.flags.of(node)
         return set_attributes(self.union.gate, node, change)
 
     def _may_set(self, node: Node, change: Change, handle: Handle | None) -> None:

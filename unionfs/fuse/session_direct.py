@@ -20,6 +20,7 @@ from unionfs.core.idling import Idling
 from unionfs.core.loop import Channel
 from unionfs.core.opens import Opens
 from unionfs.core.places import Layer
+from unionfs.core.setrequests import SetRequests
 from unionfs.fuse.direct.data import DataRequests
 from unionfs.fuse.direct.device import Device
 from unionfs.fuse.direct.listings import ListingRequests
@@ -109,21 +110,24 @@ def make_loop(
     idling: Idling | None = None,
 ) -> Loop:
     """The loop with all handlers."""
-    ios = NodeIos(device, decision)
+    ios = NodeIos(device.fd, decision)
     names = NameRequests(operations, ios, decision)
     listings = ListingRequests(operations)
     data = DataRequests(operations, ios, names, device, splicer, decision)
     union, latencies = operations.union, operations.latencies
     opens = Opens(
-        device.fd, union.nodes, operations.files.handles, union.files.opener, ios.released,
-        flags=decision.file_open_flags, small=decision.small_lower if decision.passthrough_lower else _ALL,
+        device.fd, union.nodes, operations.files.handles, union.files.opener, ios, union.flags,
+        operations.copy_ups.running, flags=decision.file_open_flags, small=decision.small_lower if decision.passthrough_lower else _ALL,
     )  # fmt: skip
     name_requests = namerequests.NameRequests(
         union.nodes, operations.changes.entries, operations.files.handles,
-        None if Opcode.OPEN in decision.enosys else ios.opened, masks=bool(decision.flags & Init.DONT_MASK),
+        None if Opcode.OPEN in decision.enosys else ios, masks=bool(decision.flags & Init.DONT_MASK),
     )  # fmt: skip
+    set_requests = SetRequests(
+        union.nodes, union.gate, union.flags, operations.copy_ups.of_attributes, operations.copy_ups.running
+    )
     answers = Answers(
-        device.fd, union.nodes, union, opens, name_requests, acl=union.stack.acl, enosys=decision.enosys,
+        device.fd, union.nodes, union, opens, name_requests, set_requests, acl=union.stack.acl, enosys=decision.enosys,
         refused=device.answer_refused,
     )  # fmt: skip
     channel = Channel(device.fd, answers, lambda: latencies.watched, idling)
