@@ -2,9 +2,9 @@
 
     python -m benchmarks.handler_cost [--files N] [--rounds N]
 
-No mount and no kernel FUSE: requests are built here, and answers go to /dev/null. The layers are in /dev/shm,
-so what remains is the daemon's work and the system calls on the layers; /dev/null refuses backing files. Prints microseconds, of listings per name: the
-best and the median of the rounds. Requires root.
+No mount and no kernel FUSE: requests are built here, and answers go to /dev/null, which refuses backing
+files. The layers are in /dev/shm, so what remains is the daemon's work and the system calls on the layers.
+Prints microseconds, of listings per name: the best and the median of the rounds. Requires root.
 """
 
 from __future__ import annotations

@@ -1,3 +1,5 @@
+from typing import Any
+
 from unionfs.core.flags import NodeFlags
 from unionfs.core.iomodes import IoModes
 from unionfs.core.node import Node
@@ -13,7 +15,7 @@ class Opens:
         opener: Opener,
         modes: IoModes,
         protected: NodeFlags,
-        running: dict[Node, object],
+        running: dict[Node, Any],
         *,
         flags: int,
         small: int,

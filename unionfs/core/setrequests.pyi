@@ -1,3 +1,5 @@
+from typing import Any
+
 from unionfs.core.copyup import SmallCopyUps
 from unionfs.core.flags import NodeFlags
 from unionfs.core.node import Node
@@ -11,5 +13,5 @@ class SetRequests:
         gate: Gate,
         flags: NodeFlags,
         copies: SmallCopyUps | None,
-        running: dict[Node, object],
+        running: dict[Node, Any],
     ) -> None: ...

@@ -154,9 +154,9 @@ class Operations:
         node = self.directory(parent)
         return node.territory.lookup(node, name)
 
-    def mkdir(self, parent: int, name: bytes, mode: int, caller: Caller) -> Named:
-        """Create a directory."""
-        return self.changes.mkdir(self.directory(parent), name, stat.S_IMODE(mode), caller)
+    def mkdir(self, parent: int, name: bytes, mode: int, caller: Caller, *, tried: bool = False) -> Named:
+        """Create a directory. ``tried``: as in `Changes`."""
+        return self.changes.mkdir(self.directory(parent), name, stat.S_IMODE(mode), caller, tried=tried)
 
     def mknod(self, parent: int, name: bytes, mode: int, rdev: int, caller: Caller) -> Named:
         """Create a fifo, socket, device or regular file."""
@@ -177,19 +177,28 @@ class Operations:
             await self.copy_ups.ensure_data(node)
         return self.changes.link(node, self.directory(new_parent), new_name)
 
-    async def unlink(self, parent: int, name: bytes) -> None:
+    async def unlink(self, parent: int, name: bytes, *, tried: bool = False) -> None:
         """Remove the name of a non-directory."""
-        while (lower := self.changes.unlink(self.directory(parent), name)) is not None:
+        while (lower := self.changes.unlink(self.directory(parent), name, tried=tried)) is not None:
             await self.copy_ups.ensure(lower)
 
-    def rmdir(self, parent: int, name: bytes) -> None:
+    def rmdir(self, parent: int, name: bytes, *, tried: bool = False) -> None:
         """Remove an empty directory."""
-        self.changes.rmdir(self.directory(parent), name)
+        self.changes.rmdir(self.directory(parent), name, tried=tried)
 
-    async def rename(self, parent: int, name: bytes, new_parent: int, new_name: bytes, flags: int) -> None:
+    async def rename(
+        self,
+        parent: int,
+        name: bytes,
+        new_parent: int,
+        new_name: bytes,
+        flags: int,
+        *,
+        tried: bool = False,
+    ) -> None:
         """renameat2(2) with 0, RENAME_NOREPLACE or RENAME_EXCHANGE."""
         old, new = self.directory(parent), self.directory(new_parent)
-        while lower := self.changes.rename(old, name, new, new_name, flags):
+        while lower := self.changes.rename(old, name, new, new_name, flags, tried=tried):
             for node in lower:
                 if node.in_place:
                     await self.copy_ups.ensure_data(node)

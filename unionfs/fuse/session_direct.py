@@ -117,7 +117,8 @@ def make_loop(
     union, latencies = operations.union, operations.latencies
     opens = Opens(
         device.fd, union.nodes, operations.files.handles, union.files.opener, ios, union.flags,
-        operations.copy_ups.running, flags=decision.file_open_flags, small=decision.small_lower if decision.passthrough_lower else _ALL,
+        operations.copy_ups.running, flags=decision.file_open_flags,
+        small=decision.small_lower if decision.passthrough_lower else _ALL,
     )  # fmt: skip
     name_requests = namerequests.NameRequests(
         union.nodes, operations.changes.entries, operations.files.handles,
@@ -127,8 +128,8 @@ def make_loop(
         union.nodes, union.gate, union.flags, operations.copy_ups.of_attributes, operations.copy_ups.running
     )
     answers = Answers(
-        device.fd, union.nodes, union, opens, name_requests, set_requests, acl=union.stack.acl, enosys=decision.enosys,
-        refused=device.answer_refused,
+        device.fd, union.nodes, union, opens, name_requests, set_requests, acl=union.stack.acl,
+        enosys=decision.enosys, refused=device.answer_refused,
     )  # fmt: skip
     channel = Channel(device.fd, answers, lambda: latencies.watched, idling)
     writes_back = bool(decision.flags & Init.WRITEBACK_CACHE)
