@@ -15,6 +15,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from tests.support import acl
 from tests.unit.union_support import ME, OpenUnion, get, names
 from tests.unit.union_support import open_union as open_union
 from unionfs.core.answers import Answers
@@ -78,7 +79,7 @@ class Mount:
         self.told: list[Node | None] = []
         self.serve(Modes(self.gone))
 
-    def serve(self, modes: IoModes) -> None:
+    def serve(self, modes: IoModes, *, has_acls: bool = False) -> None:
         """Answer with these I/O modes."""
         union, fd = self.union, self.device.fileno()
         opens = Opens(
@@ -90,7 +91,7 @@ class Mount:
         copies = small_copy_ups(CopyUp(union, lambda effects: self.told.extend(effects[:2])))
         sets = SetRequests(union.nodes, union.gate, union.flags, copies, self.running)
         self.answers = Answers(
-            fd, union.nodes, union, opens, names, sets, acl=False, enosys=(),
+            fd, union.nodes, union, opens, names, sets, acl=has_acls, enosys=(),
             refused=lambda answer, code: self.refused.append((answer, code)),
         )  # fmt: skip
 
@@ -182,13 +183,36 @@ def test_readlink(mount: Mount) -> None:
 def test_names_of_xattrs_that_are_known_to_be_missing(mount: Mount) -> None:
     node = get(mount.union, "d/f")
     ask = b"\0" * 8 + b"security.capability\0"
-    assert mount.ask(Opcode.GETXATTR, node.id, ask) is None
     node.note_capability(none=True)
     assert mount.ask(Opcode.GETXATTR, node.id, ask) == b"".join(encode.error(UNIQUE, errno.ENODATA))
     acl = b"\0" * 8 + b"system.posix_acl_access\0"
     assert mount.ask(Opcode.GETXATTR, node.id, acl) == b"".join(encode.error(UNIQUE, errno.EOPNOTSUPP))
     assert mount.ask(Opcode.GETXATTR, node.id, b"\0" * 8 + b"security.capability2\0") is None
     assert mount.ask(Opcode.GETXATTR, node.id, b"\0" * 8 + b"user.x\0") is None
+
+
+@pytest.mark.parametrize("wanted", [0, 3, 100])
+@pytest.mark.parametrize("name", [acl.ACCESS, "security.capability"])
+def test_stored_xattrs(mount: Mount, tmp_path: Path, root: None, name: str, wanted: int) -> None:
+    """Of a file, a directory, and a file that was removed: as the layer's filesystem has them."""
+    mount.serve(Modes([]), has_acls=True)
+    ask = struct.pack("=II", wanted, 0) + os.fsencode(name) + b"\0"
+    path = tmp_path / "l0/d/f"
+    capability = struct.pack("<IIIII", 0x02000001, 1, 0, 0, 0)
+    os.setxattr(path, name, acl.simple(6, 4, 0, users={4: 7}) if name == acl.ACCESS else capability)
+    value = os.getxattr(path, name)
+    file, directory = looked_up(mount, "d/f"), looked_up(mount, "d")
+    assert mount.ask(Opcode.GETXATTR, directory.id, ask) == b"".join(encode.error(UNIQUE, errno.ENODATA))
+    expected = encode.xattr_size(UNIQUE, len(value)) if not wanted else encode.data(UNIQUE, value)
+    if wanted == 3:
+        expected = encode.error(UNIQUE, errno.ERANGE)
+    assert mount.ask(Opcode.GETXATTR, file.id, ask) == b"".join(expected)
+    mount.changes.unlink(directory, b"f")
+    assert mount.ask(Opcode.GETXATTR, file.id, ask) == b"".join(expected)
+    os.close(os.open(path.with_name("g"), os.O_CREAT | os.O_EXCL))
+    replaced = looked_up(mount, "d/g")
+    os.rename(path, path.with_name("g"))
+    assert mount.ask(Opcode.GETXATTR, replaced.id, ask) == b"".join(encode.error(UNIQUE, errno.ESTALE))
 
 
 def test_forget(mount: Mount) -> None:
@@ -525,6 +549,7 @@ def test_cpus_stay_awake_during_a_burst(mount: Mount, tmp_path: Path) -> None:
             break
         threading.Event().wait(0.11)
     else:
+        idling.close()
         pytest.skip("the CPUs are busy all the time")
     assert device.read_bytes() == struct.pack("=i", 0)
     channel.let_go()

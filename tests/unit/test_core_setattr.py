@@ -62,7 +62,9 @@ if IS_ROOT:
         path.chmod(0o6755)
 
     BOTH = fl.FATTR_UID | fl.FATTR_GID
+    KILLS = BOTH | fl.FATTR_KILL_SUIDGID  # as the kernel says of each chown
     CHANGES.append((setattr_body(BOTH | fl.FATTR_MODE, owner=(7, 8), mode=0o6755), give))
+    CHANGES.append((setattr_body(KILLS, owner=(7, 8)), lambda path: os.chown(path, 7, 8)))
 
 
 def attributes(mount: Mount, node: Node) -> bytes:
@@ -113,6 +115,19 @@ def test_a_directory_and_a_removed_file(mount: Mount, tmp_path: Path) -> None:
     assert stat.S_IMODE(os.stat(node.held).st_mode) == 0o640
 
 
+def test_a_chown_that_clears_set_id_bits(mount: Mount, tmp_path: Path, root: None) -> None:
+    node, native = in_lower(mount, tmp_path)
+    copy_up(mount.union, node)
+    for path in (native, tmp_path / "upper/d/sample"):
+        path.chmod(0o6755)
+    kills = fl.FATTR_UID | fl.FATTR_KILL_SUIDGID
+    assert mount.ask(Opcode.SETATTR, node.id, setattr_body(kills, owner=(7, 0))) == attributes(mount, node)
+    os.chown(native, 7, -1)
+    assert on_disk(tmp_path / "upper/d/sample") == on_disk(native)
+    not_by_root = struct.pack("=IIQQIIIHH", 40 + 88, int(Opcode.SETATTR), UNIQUE, node.id, 7, 7, 1, 0, 0)
+    assert not mount.answers.take(not_by_root + setattr_body(kills, owner=(7, 0)))
+
+
 @pytest.mark.parametrize("size", [0, 2, 5000])
 def test_truncated(mount: Mount, tmp_path: Path, size: int) -> None:
     """A file that is open for writing; another one is opened by Python."""
@@ -136,7 +151,8 @@ def test_truncated(mount: Mount, tmp_path: Path, size: int) -> None:
     "body",
     [
         b"", setattr_body(0), setattr_body(fl.FATTR_FH), setattr_body(fl.FATTR_CTIME),
-        setattr_body(fl.FATTR_UID | fl.FATTR_KILL_SUIDGID), setattr_body(fl.FATTR_SIZE),
+        setattr_body(fl.FATTR_MTIME | fl.FATTR_KILL_SUIDGID), setattr_body(fl.FATTR_SIZE),
+        setattr_body(fl.FATTR_UID | fl.FATTR_SIZE | fl.FATTR_KILL_SUIDGID),
         setattr_body(1 << 31 | fl.FATTR_MODE), setattr_body(fl.FATTR_MODE)[:-1],
     ],
 )  # fmt: skip

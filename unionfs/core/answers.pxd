@@ -3,6 +3,7 @@
 from libc.stdint cimport uint64_t
 
 from unionfs.core.namerequests cimport NameRequests
+from unionfs.core.node cimport Node
 from unionfs.core.nodes cimport NodeTable
 from unionfs.core.objects cimport Objects
 from unionfs.core.opens cimport Opens
@@ -30,6 +31,9 @@ cdef class Answers:
     cdef int change(self, const fuse_in_header *header, const char *body, size_t size) except -1
     cdef int readlink(self, const fuse_in_header *header) except -1
     cdef int getxattr(self, const fuse_in_header *header, const char *body, size_t size) except -1
+    cdef int stored_xattr(
+        self, const fuse_in_header *header, Node node, const char *name, size_t wanted
+    ) except -1
     cdef void forget(self, const fuse_in_header *header, const char *body, size_t size)
     cdef void send(self, void *answer, size_t size)
     cdef void fail(self, const fuse_in_header *header, int code)

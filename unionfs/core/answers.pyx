@@ -6,7 +6,7 @@
     MKDIR, CREATE
     SETATTR                       in the plain case; see `setrequests`
     OPEN, RELEASE                 of files that are only read; see `opens`
-    GETXATTR                      only names that are known to be missing; others need Python
+    GETXATTR                      of ACLs and capabilities as they are stored, for permission checks of the kernel
 
 All other requests are handled by Python; see `fuse.direct`. A message that does not have the form that the
 protocol prescribes is left to Python too, which reports it.
@@ -14,10 +14,10 @@ protocol prescribes is left to Python too, which reports it.
 
 import logging
 
-from libc.errno cimport EINVAL, EIO, ENODATA, ENOENT, EOPNOTSUPP, ESTALE
+from libc.errno cimport EINVAL, EIO, ENODATA, ENOENT, EOPNOTSUPP, ERANGE, ESTALE
 from libc.errno cimport errno as c_errno
 from libc.stdint cimport int64_t, uint32_t
-from libc.string cimport memcmp, memset, strlen
+from libc.string cimport memcmp, memset, strcmp, strlen
 from posix.unistd cimport write
 
 from unionfs.core.lookup cimport look_up
@@ -41,6 +41,12 @@ cdef enum:
     GETATTR_IN = 16
     GETXATTR_IN = 8
     MAX_ERRNO = 511
+    # Python answers with a larger value.
+    VALUE_SIZE = 4096
+
+cdef struct xattr_answer:
+    fuse_out_header header
+    char value[VALUE_SIZE]
 
 cdef const char *CAPABILITY = b"security.capability"
 cdef const char *ACL = b"system.posix_acl_"
@@ -51,7 +57,7 @@ cpdef int missing_xattr(Node node, const char *name, bint acl) noexcept:
     POSIX ACLs."""
     if not acl and begins_with(name, ACL):
         return EOPNOTSUPP
-    if node.no_capability and strlen(name) == strlen(CAPABILITY) and begins_with(name, CAPABILITY):
+    if node.no_capability and strcmp(name, CAPABILITY) == 0:
         return ENODATA
     return 0
 
@@ -222,8 +228,33 @@ cdef class Answers:
             return 0
         code = missing_xattr(node, body + GETXATTR_IN, self.acl)
         if not code:
-            return 0
+            return self.stored_xattr(header, node, body + GETXATTR_IN, (<const uint32_t *>body)[0])
         self.fail(header, code)
+        return 1
+
+    cdef int stored_xattr(
+        self, const fuse_in_header *header, Node node, const char *name, size_t wanted
+    ) except -1:
+        """An xattr that every layer stores under its own name, and with its own value."""
+        cdef xattr_answer out
+        cdef uint32_t *sizes = <uint32_t *>out.value
+        cdef ssize_t size
+        if not begins_with(name, ACL) and strcmp(name, CAPABILITY) != 0:
+            return 0
+        if node.territory.owners is not None or node.top_layer().permissions is not None:
+            return 0
+        size = self.objects.xattr(node, name, out.value, sizeof(out.value))
+        if size < 0:
+            if size != -ENODATA and size != -EOPNOTSUPP:
+                return 0
+            self.fail(header, <int>-size)
+            return 1
+        if wanted and <size_t>size > wanted:
+            raise failure(ERANGE)
+        if not wanted:  # struct fuse_getxattr_out
+            sizes[0], sizes[1], size = <uint32_t>size, 0, 2 * sizeof(uint32_t)
+        out.header.length, out.header.error, out.header.unique = sizeof(fuse_out_header) + size, 0, header.unique
+        self.send(&out, out.header.length)
         return 1
 
     cdef void forget(self, const fuse_in_header *header, const char *body, size_t size):

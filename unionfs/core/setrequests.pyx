@@ -3,9 +3,11 @@
 What else a SETATTR asks for, such as clearing set-id bits for a process, is left to Python, with nothing changed.
 """
 
+from libc.stdint cimport uint32_t
+
 from unionfs.core.node cimport Attributes, Node
 from unionfs.core.setting cimport (
-    ATIME, CTIME, FH, GID, LOCKOWNER, MODE, MTIME, NOW, SIZE, UID, set_attributes,
+    ATIME, CTIME, FH, GID, KILL_SET_IDS, LOCKOWNER, MODE, MTIME, NOW, SIZE, UID, set_attributes,
 )
 from unionfs.core.stats cimport nanoseconds_of
 from unionfs.core.validity cimport valid_for
@@ -15,6 +17,12 @@ cdef enum:
     CHANGED = MODE | UID | GID | SIZE | ATIME | MTIME
     # A time that is to be the present one is sent too.
     PLAIN = CHANGED | FH | LOCKOWNER | CTIME | NOW
+
+
+cdef bint is_plain(uint32_t valid, bint by_root) noexcept:
+    if valid & KILL_SET_IDS:  # which root's chown(2) does by itself
+        return by_root and valid & (UID | GID) and not valid & (SIZE | ~(PLAIN | KILL_SET_IDS))
+    return valid & CHANGED and not valid & ~PLAIN
 
 
 cdef class SetRequests:
@@ -36,7 +44,7 @@ cdef class SetRequests:
         cdef Node node
         cdef Attributes found = None
         cdef validity lasts
-        if size < sizeof(fuse_setattr_in) or given.valid & ~PLAIN or not given.valid & CHANGED:
+        if size < sizeof(fuse_setattr_in) or not is_plain(given.valid, header.uid == 0):
             return 0
         node = self.nodes.found(header.nodeid)
         if node is None or (self.running and node in self.running):

@@ -18,6 +18,7 @@ cdef enum:
     NOW = 384  # of both times
     LOCKOWNER = 512
     CTIME = 1024
+    KILL_SET_IDS = 2048  # FATTR_KILL_SUIDGID
 
 cdef class Change:
     cdef uint32_t valid, new_mode, new_uid, new_gid

@@ -1,6 +1,6 @@
 """SETATTR: the change of an object's attributes, made by a bundle of system calls on one fd."""
 
-from libc.errno cimport EACCES, ENOSYS, EPERM
+from libc.errno cimport ENOSYS, EPERM
 from libc.errno cimport errno as c_errno
 from libc.stdio cimport snprintf
 from posix.time cimport timespec
@@ -8,10 +8,9 @@ from posix.unistd cimport close
 
 from unionfs.core.files cimport OpenFile
 from unionfs.core.node cimport Attributes, Node, has_changed, has_entry, has_lower_data
-from unionfs.core.places cimport Gate, Place
-from unionfs.core.stats cimport (
-    O_CLOEXEC, O_NOFOLLOW, O_PATH, S_IFDIR, failure, fstat, nanoseconds_of, openat, stat_t, time_of,
-)
+from unionfs.core.objects cimport path_fd
+from unionfs.core.places cimport Gate
+from unionfs.core.stats cimport failure, fstat, nanoseconds_of, stat_t, time_of
 from unionfs.core.steps cimport passed
 
 cdef extern from "<fcntl.h>" nogil:
@@ -163,36 +162,23 @@ cpdef Attributes set_attributes(Gate gate, Node node, Change change):
     """
     cdef OpenFile file = None
     cdef stat_t st
-    cdef int fd = -1, mine = -1
-    cdef bint path, failed
+    cdef int fd = -1
+    cdef bint path = False, mine = False, failed
     if change.killer is not None or not may_set(node, change):
         return None
     if node.use is not None and not has_lower_data(node):
         file = node.use.file
     if file is not None and file.users > 0 and file.number >= 0:
-        fd, path = file.number, False
-    else:
-        fd, path = node.held, True
+        fd = file.number
     if change.valid & SIZE:
-        if path or not file.writable:
+        if fd < 0 or not file.writable:
             return None
         node.use.resized = True
     if fd < 0:
-        if node.kind == S_IFDIR:
-            fd = gate.fd(node.parts[0])
-        else:
-            fd = mine = openat(
-                gate.fd(node.place), node.stored_name(), O_PATH | O_NOFOLLOW | O_CLOEXEC
-            )
-            if fd < 0:
-                if c_errno == EACCES or c_errno == EPERM:
-                    return None
-                raise failure(c_errno)
+        fd, path = path_fd(gate, node, &mine), True
+        if fd < 0:
+            return None
     try:
-        if mine >= 0:
-            if fstat(mine, &st) != 0:
-                raise failure(c_errno)
-            node.check_stat(&st)
         has_changed(node)
         with nogil:
             failed = change.apply(fd, path) != 0 or fstat(fd, &st) != 0
@@ -201,8 +187,8 @@ cpdef Attributes set_attributes(Gate gate, Node node, Change change):
         passed("set")
         return node.shown(&st)
     finally:
-        if mine >= 0:
-            close(mine)
+        if mine:
+            close(fd)
 
 
 cdef bint may_set(Node node, Change change):
