@@ -246,7 +246,7 @@ def test_an_answer_that_the_kernel_refuses(mount: Mount) -> None:
 @given(
     opcode=st.sampled_from([1, 2, 3, 4, 5, 9, 10, 11, 12, 14, 18, 22, 35, 42, 45, 0, 63, 64, 2**32 - 1]),
     nodeid=st.sampled_from([0, 1, 2, 2**63, 2**64 - 1]),
-    body=st.binary(max_size=64),
+    body=st.binary(max_size=100),
     lie=st.integers(-3, 3),
 )
 def test_any_bytes(mount: Mount, opcode: int, nodeid: int, body: bytes, lie: int) -> None:
