@@ -2,37 +2,29 @@
 
     python -m benchmarks.handler_cost [--files N] [--rounds N]
 
-No mount and no kernel FUSE: requests are built here, and answers go to /dev/null. The layers are in /dev/shm,
-so what remains is Python and the system calls on the layers. Prints microseconds, of listings per name: the
-best and the median of the rounds. Requires root.
+No mount and no kernel FUSE: requests are built here, and answers go to /dev/null, which refuses backing
+files. The layers are in /dev/shm, so what remains is the daemon's work and the system calls on the layers.
+Prints microseconds, of listings per name: the best and the median of the rounds. Requires root.
 """
 
 from __future__ import annotations
 
 import argparse
 import errno
-import fcntl
 import os
 import statistics
 import struct
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from pathlib import Path
-from unittest import mock
 
 from unionfs.core.entries import FIRST_TICKET
 from unionfs.fuse.direct.device import Device
 from unionfs.fuse.direct.splicing import Splicer
 from unionfs.fuse.operations import Operations
 from unionfs.fuse.protocol import Init, Opcode, Privileges, Settings, negotiate
-from unionfs.fuse.protocol.flags import (
-    DEV_IOC_BACKING_CLOSE,
-    DEV_IOC_BACKING_OPEN,
-    FATTR_FH,
-    FATTR_MODE,
-)
+from unionfs.fuse.protocol.flags import FATTR_FH, FATTR_MODE
 from unionfs.fuse.protocol.requests import InitRequest
 from unionfs.fuse.session_direct import make_loop
 from unionfs.union.layers import LayerStack
@@ -180,20 +172,6 @@ def _steps(served: _Served) -> Iterator[tuple[str, float]]:
     yield "RENAME", serve([_rename(new, name, b"renamed-" + name) for name in names])
 
 
-@contextmanager
-def _no_backing_files() -> Iterator[None]:
-    """/dev/null registers none."""
-    original = fcntl.ioctl
-
-    def ioctl(fd: int, command: int, argument: bytes | int = 0) -> object:
-        if command in (DEV_IOC_BACKING_OPEN, DEV_IOC_BACKING_CLOSE):
-            return 1
-        return original(fd, command, argument)
-
-    with mock.patch.object(fcntl, "ioctl", ioctl):
-        yield
-
-
 def main() -> None:
     """Run the command."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
@@ -205,7 +183,7 @@ def main() -> None:
     os.umask(0)
     times: dict[str, list[float]] = {}
     for _ in range(arguments.rounds):
-        with tempfile.TemporaryDirectory(dir="/dev/shm") as home, _no_backing_files():
+        with tempfile.TemporaryDirectory(dir="/dev/shm") as home:
             served = _Served(Path(home), arguments.files)
             try:
                 for name, microseconds in _steps(served):

@@ -15,6 +15,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from tests.support import acl
 from tests.unit.union_support import ME, OpenUnion, copy_up, get, names, whiteout
 from tests.unit.union_support import open_union as open_union
 from unionfs.core.answers import Answers
@@ -22,6 +23,7 @@ from unionfs.core.directories import KeptListings
 from unionfs.core.entries import FIRST_TICKET
 from unionfs.core.files import Handle, OpenFile
 from unionfs.core.idling import Idling
+from unionfs.core.iomodes import IoModes
 from unionfs.core.listings import Lister, ListingRequests
 from unionfs.core.loop import FAIR, WAIT, Channel
 from unionfs.core.namerequests import NameRequests
@@ -30,8 +32,11 @@ from unionfs.core.nodes import NodeTable
 from unionfs.core.opening import Handles, KeptFiles
 from unionfs.core.opens import Opens
 from unionfs.core.reads import SPLICED, Reads
+from unionfs.core.setrequests import SetRequests
 from unionfs.fuse.protocol import FOREVER, Opcode, encode, notify
 from unionfs.union.changes import Changes
+from unionfs.union.copyup import CopyUp
+from unionfs.union.filecopy import small_copy_ups
 from unionfs.union.merged import Merged
 from unionfs.union.tree import Union
 from unionfs.union.xattrs import default_acl
@@ -41,6 +46,24 @@ UNIQUE = 77
 
 def message(opcode: Opcode, nodeid: int, body: bytes) -> bytes:
     return struct.pack("=IIQQIIIHH", 40 + len(body), int(opcode), UNIQUE, nodeid, 0, 0, 1, 0, 0) + body
+
+
+class Modes(IoModes):
+    """No backing files; or registering one fails with ``error``."""
+
+    def __init__(self, gone: list[Handle], error: Exception | None = None) -> None:
+        super().__init__(-1, uppers=error is not None, keeps=False, through_flags=0, cached_flags=2)
+        self._gone, self._error = gone, error
+
+    def register(self, handle: Handle) -> bool:
+        assert self._error is not None
+        raise self._error
+
+    def released(self, handle: Handle) -> int:
+        if handle.through:
+            self._gone.append(handle)
+            return 0
+        return super().released(handle)
 
 
 class Mount:
@@ -53,31 +76,34 @@ class Mount:
             end.setblocking(False)
         self.refused: list[tuple[bytes, int]] = []
         self.handles = Handles(union.nodes)
+        #: The nodes that are being copied up.
+        self.running: dict[Node, object] = {}
         #: Files in passthrough that were closed.
         self.gone: list[Handle] = []
+        self.changes = Changes(union)
+        #: The nodes that the kernel must ask for again.
+        self.told: list[Node | None] = []
+        self.directories = KeptListings()
+        self.serve(Modes(self.gone))
+
+    def serve(self, modes: IoModes, *, has_acls: bool = False) -> None:
+        """Answer with these I/O modes."""
+        union, fd = self.union, self.device.fileno()
         opens = Opens(
-            self.device.fileno(), union.nodes, self.handles, union.files.opener, self.gone.append,
+            fd, union.nodes, self.handles, union.files.opener, modes, union.flags, self.running,
             flags=2, small=100_000,
         )  # fmt: skip
-        self.changes = Changes(union)
-        names = NameRequests(union.nodes, self.changes.entries, self.handles, self.opened, masks=True)
-        self.directories = KeptListings()
-        self.answers = self.answers_with(opens, names)
-
-    def answers_with(self, opens: Opens, names: NameRequests) -> Answers:
-        union = self.union
+        names = NameRequests(union.nodes, self.changes.entries, self.handles, modes, masks=True)
+        union.stack.volatile = True  # so no sync to a disk is needed
+        copies = small_copy_ups(CopyUp(union, lambda effects: self.told.extend(effects[:2])))
+        sets = SetRequests(union.nodes, union.gate, union.flags, copies, self.running)
         lister = Lister(union.nodes, union.merge, union.number_of_unreachable)
         listings = ListingRequests(union.nodes, lister, self.directories)
         reads = Reads(union.nodes, self.handles, union.files.opener, union.files.kept)
-        return Answers(
-            self.device.fileno(), union.nodes, union, opens, names, listings, reads, acl=False, enosys=(),
+        self.answers = Answers(
+            fd, union.nodes, union, opens, names, sets, listings, reads, acl=has_acls, enosys=(),
             refused=lambda answer, code: self.refused.append((answer, code)),
         )  # fmt: skip
-
-    @staticmethod
-    def opened(handle: Handle) -> tuple[int, int]:
-        handle.node.in_use().opened(handle)
-        return 2, 0
 
     def ask(self, opcode: Opcode, nodeid: int, body: bytes = b"") -> bytes | None:
         """The answer's bytes; b"" if there is none, None if Python must handle the request."""
@@ -167,13 +193,36 @@ def test_readlink(mount: Mount) -> None:
 def test_names_of_xattrs_that_are_known_to_be_missing(mount: Mount) -> None:
     node = get(mount.union, "d/f")
     ask = b"\0" * 8 + b"security.capability\0"
-    assert mount.ask(Opcode.GETXATTR, node.id, ask) is None
     node.note_capability(none=True)
     assert mount.ask(Opcode.GETXATTR, node.id, ask) == b"".join(encode.error(UNIQUE, errno.ENODATA))
     acl = b"\0" * 8 + b"system.posix_acl_access\0"
     assert mount.ask(Opcode.GETXATTR, node.id, acl) == b"".join(encode.error(UNIQUE, errno.EOPNOTSUPP))
     assert mount.ask(Opcode.GETXATTR, node.id, b"\0" * 8 + b"security.capability2\0") is None
     assert mount.ask(Opcode.GETXATTR, node.id, b"\0" * 8 + b"user.x\0") is None
+
+
+@pytest.mark.parametrize("wanted", [0, 3, 100])
+@pytest.mark.parametrize("name", [acl.ACCESS, "security.capability"])
+def test_stored_xattrs(mount: Mount, tmp_path: Path, root: None, name: str, wanted: int) -> None:
+    """Of a file, a directory, and a file that was removed: as the layer's filesystem has them."""
+    mount.serve(Modes([]), has_acls=True)
+    ask = struct.pack("=II", wanted, 0) + os.fsencode(name) + b"\0"
+    path = tmp_path / "l0/d/f"
+    capability = struct.pack("<IIIII", 0x02000001, 1, 0, 0, 0)
+    os.setxattr(path, name, acl.simple(6, 4, 0, users={4: 7}) if name == acl.ACCESS else capability)
+    value = os.getxattr(path, name)
+    file, directory = looked_up(mount, "d/f"), looked_up(mount, "d")
+    assert mount.ask(Opcode.GETXATTR, directory.id, ask) == b"".join(encode.error(UNIQUE, errno.ENODATA))
+    expected = encode.xattr_size(UNIQUE, len(value)) if not wanted else encode.data(UNIQUE, value)
+    if wanted == 3:
+        expected = encode.error(UNIQUE, errno.ERANGE)
+    assert mount.ask(Opcode.GETXATTR, file.id, ask) == b"".join(expected)
+    mount.changes.unlink(directory, b"f")
+    assert mount.ask(Opcode.GETXATTR, file.id, ask) == b"".join(expected)
+    os.close(os.open(path.with_name("g"), os.O_CREAT | os.O_EXCL))
+    replaced = looked_up(mount, "d/g")
+    os.rename(path, path.with_name("g"))
+    assert mount.ask(Opcode.GETXATTR, replaced.id, ask) == b"".join(encode.error(UNIQUE, errno.ESTALE))
 
 
 def test_forget(mount: Mount) -> None:
@@ -208,12 +257,16 @@ def test_one_error_does_not_lose_the_rest_of_a_batch(
     known = list(table.root.children.values())
     for node in known:
         node.looked_up()
-    opens = Opens(1, table, Handles(table), union.files.opener, print, flags=2, small=0)
+    opens = Opens(1, table, Handles(table), union.files.opener, Modes([]), union.flags, {}, flags=2, small=0)
     names = NameRequests(table, Changes(union).entries, Handles(table), None, masks=True)
     lister = Lister(table, union.merge, union.number_of_unreachable)
     listings = ListingRequests(table, lister, KeptListings())
     reads = Reads(table, Handles(table), union.files.opener, union.files.kept)
-    answers = Answers(1, table, union, opens, names, listings, reads, acl=False, enosys=(), refused=print)
+    copies = small_copy_ups(CopyUp(union, lambda effects: None))
+    sets = SetRequests(table, union.gate, union.flags, copies, {})
+    answers = Answers(
+        1, table, union, opens, names, sets, listings, reads, acl=False, enosys=(), refused=print
+    )
     body = struct.pack("=II", len(known), 0) + b"".join(struct.pack("=QQ", node.id, 1) for node in known)
     assert answers.take(message(Opcode.BATCH_FORGET, 0, body))
     assert not table.root.children
@@ -418,9 +471,9 @@ def test_an_answer_that_the_kernel_refuses(mount: Mount) -> None:
 
 @settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=300, deadline=None)
 @given(
-    opcode=st.sampled_from([1, 2, 3, 5, 9, 10, 11, 12, 14, 18, 22, 35, 42, 45, 0, 63, 64, 2**32 - 1]),
+    opcode=st.sampled_from([1, 2, 3, 4, 5, 9, 10, 11, 12, 14, 18, 22, 35, 42, 45, 0, 63, 64, 2**32 - 1]),
     nodeid=st.sampled_from([0, 1, 2, 2**63, 2**64 - 1]),
-    body=st.binary(max_size=64),
+    body=st.binary(max_size=100),
     lie=st.integers(-3, 3),
 )
 def test_any_bytes(mount: Mount, opcode: int, nodeid: int, body: bytes, lie: int) -> None:
@@ -560,15 +613,10 @@ def test_create(mount: Mount, tmp_path: Path) -> None:
 
 
 def test_create_that_cannot_be_opened(mount: Mount) -> None:
-    def refuse(handle: Handle) -> tuple[int, int]:
-        raise OSError(errno.EFAULT, "")
-
     parent = in_upper(mount)
     union = mount.union
-    union.gate.fd(parent.parts[0])
-    names = NameRequests(union.nodes, mount.changes.entries, mount.handles, refuse, masks=False)
-    opens = Opens(1, union.nodes, mount.handles, union.files.opener, refuse, flags=2, small=0)
-    mount.answers = mount.answers_with(opens, names)
+    default_acl(parent.parts[0], union.gate.fd(parent.parts[0]))
+    mount.serve(Modes([], OSError(errno.EFAULT, "")))
     before = len(os.listdir("/proc/self/fd"))
     body = struct.pack("=IIII", os.O_RDWR, 0o100666, 0, 0) + b"new\0"
     assert mount.ask(Opcode.CREATE, parent.id, body) == b"".join(encode.error(UNIQUE, errno.EFAULT))
@@ -607,16 +655,10 @@ def test_an_error_that_is_a_bug_does_not_end_the_mount(
     mount: Mount, caplog: pytest.LogCaptureFixture
 ) -> None:
     """Only the request fails, as one that is handled in Python."""
-
-    def refuse(handle: Handle) -> tuple[int, int]:
-        raise RuntimeError("a bug")
-
     parent = in_upper(mount)
     union = mount.union
     default_acl(parent.parts[0], union.gate.fd(parent.parts[0]))
-    names = NameRequests(union.nodes, mount.changes.entries, mount.handles, refuse, masks=False)
-    opens = Opens(1, union.nodes, mount.handles, union.files.opener, refuse, flags=2, small=0)
-    mount.answers = mount.answers_with(opens, names)
+    mount.serve(Modes([], RuntimeError("a bug")))
     body = struct.pack("=IIII", os.O_RDWR, 0o100666, 0, 0) + b"new\0"
     channel = Channel(mount.device.fileno(), mount.answers, lambda: False)
     channel.read_into(bytearray(4096))

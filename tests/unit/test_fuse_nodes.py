@@ -15,7 +15,6 @@ from tests.unit.union_support import ME, OpenUnion, copy_up, find, get, open_uni
 from unionfs.core.files import Handle
 from unionfs.core.node import Node
 from unionfs.core.nodes import ROOT_ID, Stored
-from unionfs.fuse.direct.device import Device
 from unionfs.fuse.direct.nodeio import NodeIos
 from unionfs.fuse.protocol import Init, Privileges, Settings, negotiate
 from unionfs.fuse.protocol.requests import InitRequest
@@ -230,7 +229,7 @@ def test_attributes_while_a_file_is_written_in_passthrough(lower: Path, open_uni
     node = get(union, "f")
     offered = InitRequest.of(major=7, minor=45, max_readahead=1 << 17, flags=int(sum(Init)))
     privileges = Privileges(initial_user_namespace=True, sys_admin=True)
-    ios = NodeIos(Device(-1), negotiate(offered, Settings(), privileges))
+    ios = NodeIos(-1, negotiate(offered, Settings(), privileges))
     handle = Handle(union.files.lend(node, write=True), Process(0, 0, 0), writes=True, node=node)
 
     def lasts() -> float:

@@ -9,6 +9,7 @@ from unionfs.core.nodes import NodeTable
 from unionfs.core.objects import Objects
 from unionfs.core.opens import Opens
 from unionfs.core.reads import Reads
+from unionfs.core.setrequests import SetRequests
 
 def missing_xattr(node: Node, name: bytes, acl: bool) -> int: ...
 
@@ -20,6 +21,7 @@ class Answers:
         objects: Objects,
         opens: Opens,
         names: NameRequests,
+        sets: SetRequests,
         listings: ListingRequests,
         reads: Reads,
         *,

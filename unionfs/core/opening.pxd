@@ -1,4 +1,4 @@
-# Opening lower files to read, and the table of open files.
+# Opening files, and the table of open files.
 
 from libc.stdint cimport int64_t, uint32_t, uint64_t
 
@@ -33,8 +33,11 @@ cdef class Opener:
 
     cpdef OpenFile open_plain(self, Node node)
     cdef bint look_at_xattrs(self, Node node, OpenFile file)
+    cdef OpenFile opened(self, Node node, bint writes)
     cdef OpenFile lend(self, Node node, Use use)
+    cdef OpenFile lend_in_upper(self, Node node, Use use, bint writes)
     cpdef OpenFile lend_unread(self, Node node, Use use)
 
 cdef bint is_plain(Node node) noexcept
+cdef bint is_plain_in_upper(Node node) noexcept
 cpdef take_back(Node node, OpenFile file)

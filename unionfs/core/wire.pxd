@@ -9,6 +9,7 @@ cdef enum opcode:
     FUSE_LOOKUP = 1
     FUSE_FORGET = 2
     FUSE_GETATTR = 3
+    FUSE_SETATTR = 4
     FUSE_READLINK = 5
     FUSE_MKDIR = 9
     FUSE_UNLINK = 10
@@ -126,6 +127,24 @@ cdef struct fuse_create_in:
     uint32_t mode
     uint32_t umask
     uint32_t open_flags
+
+cdef struct fuse_setattr_in:
+    uint32_t valid
+    uint32_t padding
+    uint64_t fh
+    uint64_t size
+    uint64_t lock_owner
+    int64_t atime
+    int64_t mtime
+    uint64_t ctime
+    uint32_t atimensec
+    uint32_t mtimensec
+    uint32_t ctimensec
+    uint32_t mode
+    uint32_t unused4
+    uint32_t uid
+    uint32_t gid
+    uint32_t unused5
 
 cdef struct fuse_rename2_in:
     uint64_t newdir

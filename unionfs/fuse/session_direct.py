@@ -23,6 +23,7 @@ from unionfs.core.loop import Channel
 from unionfs.core.opens import Opens
 from unionfs.core.places import Layer
 from unionfs.core.reads import Reads
+from unionfs.core.setrequests import SetRequests
 from unionfs.fuse.direct.data import DataRequests
 from unionfs.fuse.direct.device import Device
 from unionfs.fuse.direct.listings import ListingRequests
@@ -112,27 +113,13 @@ def make_loop(
     idling: Idling | None = None,
 ) -> Loop:
     """The loop with all handlers."""
-    ios = NodeIos(device, decision)
+    ios = NodeIos(device.fd, decision)
     names = NameRequests(operations, ios, decision)
     data = DataRequests(operations, ios, names, device, splicer, decision)
     union, latencies = operations.union, operations.latencies
-    handles = operations.files.handles
     lister = Lister(union.nodes, union.merge, union.number_of_unreachable)
     listings = ListingRequests(operations, lister)
-    opens = Opens(
-        device.fd, union.nodes, handles, union.files.opener, ios.released,
-        flags=decision.file_open_flags, small=decision.small_lower if decision.passthrough_lower else _ALL,
-    )  # fmt: skip
-    name_requests = namerequests.NameRequests(
-        union.nodes, operations.changes.entries, handles,
-        None if Opcode.OPEN in decision.enosys else ios.opened, masks=bool(decision.flags & Init.DONT_MASK),
-    )  # fmt: skip
-    answers = Answers(
-        device.fd, union.nodes, union, opens, name_requests,
-        core_listings.ListingRequests(union.nodes, lister, operations.directories),
-        Reads(union.nodes, handles, union.files.opener, union.files.kept),
-        acl=union.stack.acl, enosys=decision.enosys, refused=device.answer_refused,
-    )  # fmt: skip
+    answers = _make_answers(device, operations, decision, ios, lister)
     channel = Channel(device.fd, answers, lambda: latencies.watched, idling)
     writes_back = bool(decision.flags & Init.WRITEBACK_CACHE)
     operations.refreshing.serve(Notices(device, ios, keeps_sizes=writes_back))
@@ -163,6 +150,29 @@ def make_loop(
         channel,
         operations.invalidations,
     )
+
+
+def _make_answers(
+    device: Device, operations: Operations, decision: Decision, ios: NodeIos, lister: Lister
+) -> Answers:
+    """What answers requests without Python."""
+    union, handles = operations.union, operations.files.handles
+    running = operations.copy_ups.running
+    opens = Opens(
+        device.fd, union.nodes, handles, union.files.opener, ios, union.flags, running,
+        flags=decision.file_open_flags, small=decision.small_lower if decision.passthrough_lower else _ALL,
+    )  # fmt: skip
+    names = namerequests.NameRequests(
+        union.nodes, operations.changes.entries, handles,
+        None if Opcode.OPEN in decision.enosys else ios, masks=bool(decision.flags & Init.DONT_MASK),
+    )  # fmt: skip
+    sets = SetRequests(union.nodes, union.gate, union.flags, operations.copy_ups.of_attributes, running)
+    return Answers(
+        device.fd, union.nodes, union, opens, names, sets,
+        core_listings.ListingRequests(union.nodes, lister, operations.directories),
+        Reads(union.nodes, handles, union.files.opener, union.files.kept),
+        acl=union.stack.acl, enosys=decision.enosys, refused=device.answer_refused,
+    )  # fmt: skip
 
 
 def _counts(requests: Counter[str], answers: Answers) -> dict[str, int]:

@@ -124,7 +124,7 @@ class DataRequests:
         parent = self._operations.directory(request.nodeid)
         created = self._files.create(
             self._operations.changes, parent, request.name, request.mode, request.flags,
-            self._names.caller(request), request,
+            self._names.caller(request), request, tried=not self._opens_unseen,
         )  # fmt: skip
         return self._created(request.unique, *created)
 
