@@ -83,6 +83,18 @@ def test_a_force_mask_as_podman_passes_it(place: Place) -> None:
     assert place.merged.stat().st_mode == 0o040555
 
 
+@pytest.mark.parametrize("more", ["", ",index=on"])
+def test_hard_links_as_for_container_engines(place: Place, more: str) -> None:
+    """A change of one name changes no other, as on overlayfs without an index; the names have one number."""
+    os.link(place.lower / "base", place.lower / "other")
+    succeed(_fuse_unionfs("-o", place.data + more, place.merged))
+    first, second = (place.merged / name for name in ("base", "other"))
+    assert first.stat().st_ino == second.stat().st_ino
+    first.chmod(0o600)
+    assert (second.stat().st_mode == first.stat().st_mode) is bool(more)
+    assert (place.work / "index").exists() is bool(more)
+
+
 def test_version_as_podman_info_shows_it() -> None:
     lines = succeed(_fuse_unionfs("--version")).splitlines()
     assert lines[0].startswith("fuse-unionfs: version ")

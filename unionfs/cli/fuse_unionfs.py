@@ -123,9 +123,12 @@ def _mount(call: _Call, program: str) -> int:
         if not call.fake:
             remounting.change(mountpoint, call.options)
         return 0
+    # Container engines mount overlayfs without an index: of a lower's file with several names, only the one
+    # that was changed is to be in the layer. An option of the caller's comes later and counts more.
+    options = ["index=off", *call.options] if source is None else call.options
     settings = settle(
         mountpoint,
-        options=call.options,
+        options=options,
         source=source,
         log_level="debug" if call.debug else "info",
     )
