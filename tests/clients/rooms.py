@@ -22,7 +22,7 @@ import pytest
 from tests.support.patience import patient
 from tests.support.worker import REPOSITORY
 
-SECONDS = patient(150.0)
+SECONDS = patient(500.0)
 Done = subprocess.CompletedProcess[str]
 
 ROOTLESS_UID = 1234
@@ -49,12 +49,13 @@ class Room:
         home.mkdir(parents=True)
         self.uid = ROOTLESS_UID if rootless else 0
         self.holder = subprocess.Popen(
-            ["unshare", "-m", "-p", "-f", "--kill-child", "--mount-proc", "--propagation", "private",
-             "sh", "-c", _INIT],
+            ["setpriv", "--pdeathsig", "KILL", "unshare", "-m", "-p", "-f", "--kill-child", "--mount-proc",
+             "--propagation", "private", "sh", "-c", _INIT],
             stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
         )  # fmt: skip
         assert self.holder.stdout is not None
         self.holder.stdout.readline()
+        self.holder.stdout.close()
         children = Path(f"/proc/{self.holder.pid}/task/{self.holder.pid}/children").read_text()
         self.init = int(children.split()[0])
         try:
@@ -64,6 +65,8 @@ class Room:
             raise
 
     def _furnish(self, *, rootless: bool) -> None:
+        # Copies of others' mounts would keep their daemons alive.
+        self.as_root("sh", "-c", "umount -a -l -t fuse.unionfs,fuse.fuse-overlayfs || true")
         for path in ("/run", "/dev/shm", "/var/lib/containers"):
             if Path(path).is_dir():
                 self.as_root("mount", "-t", "tmpfs", "-o", "mode=1777", "none", path)
@@ -144,9 +147,9 @@ class Room:
         return Path(f"/proc/{self.init}/mountinfo").read_text(errors="surrogateescape")
 
     def close(self) -> None:
-        """End all processes and mounts of the room."""
+        """End all processes and mounts of the room; does nothing more if called again."""
         self.holder.kill()  # --kill-child: the first process of the PID namespace ends with it
-        self.holder.communicate()
+        self.holder.wait()
 
 
 @contextmanager
