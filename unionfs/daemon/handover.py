@@ -1,7 +1,7 @@
 """One call that a launcher hands over: read, compared, accepted, and run in place of the launcher.
 
-The launcher (launcher/fuse-unionfs.c) sends a header, its directory and standard files by SCM_RIGHTS, then text.
-The answers are one byte each, `R` with the exit code after it:
+The launcher (launcher/fuse-unionfs.c) sends a header, its directory and standard files by SCM_RIGHTS,
+and text. The answers are one byte each, `R` with the exit code after it:
 
     launcher                                       here
     header, directory, stdin, stdout, stderr  →

@@ -1,9 +1,9 @@
 """The resident: a process with everything imported, which forks one process for each mount.
 
 A launcher that finds none starts it, with three fds: the connection of its call, the runtime directory, and
-a lock. The resident listens there on a socket that its user alone can reach; it answers no other user. It ends
-when it has had no call for some minutes, when its files have changed, and in a mount namespace of its own
-soon after the last other process there.
+a lock. The resident listens there on a socket that its user alone can reach; it answers no other user. It
+ends when it has had no call for some minutes, when its files have changed, and in a mount namespace of its
+own soon after the last other process there.
 
 It touches nothing that its callers name: all that is done in the process forked for the call.
 """
