@@ -145,6 +145,10 @@ def _become(call: _Call, pid: int) -> bool:
         os.dup2(fd, final)
     for fd in (call.directory, *call.files):
         os.close(fd)
+    # As the interpreter makes them: they know whether their files are pipes or terminals.
+    sys.stdin = open(0, closefd=False)  # noqa: SIM115
+    sys.stdout = open(1, "w", closefd=False)  # noqa: SIM115
+    sys.stderr = open(2, "w", 1, errors="backslashreplace", closefd=False)  # noqa: SIM115
     os.umask(call.umask)
     os.environb.clear()
     os.environb.update(call.environment)
@@ -165,6 +169,7 @@ def _is_accepted(connection: socket.socket) -> bool:
 
 def _run(connection: socket.socket, arguments: Sequence[str], run: Run) -> bytes:
     """Return the answer to the launcher."""
+    connection.settimeout(None)
     CALLER.follow(connection)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     try:
