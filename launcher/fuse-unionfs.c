@@ -309,11 +309,10 @@ static int send_all(int fd, const void *data, size_t size, int *fds, size_t coun
     return 0;
 }
 
-/* Send the call: the header and its fds; then identity, arguments and environment, each ending in a zero byte. */
+/* Send the call: the header; then identity, arguments and environment, each ending in a zero byte. */
 static int send_call(int fd)
 {
     struct header header = {.magic = MAGIC};
-    int fds[4] = {open(".", O_PATH | O_DIRECTORY | O_CLOEXEC), 0, 1, 2};
     header.umask = umask(077);
     umask(header.umask);
     size_t length = strlen(identity) + 1;
@@ -322,7 +321,7 @@ static int send_call(int fd)
     for (; environ[header.variables]; header.variables++)
         length += strlen(environ[header.variables]) + 1;
     char *text = malloc(length), *end = text;
-    if (!text || length > UINT32_MAX || fds[0] < 0)
+    if (!text || length > UINT32_MAX)
         return -1;
     header.length = length;
     end = stpcpy(end, identity) + 1;
@@ -330,9 +329,8 @@ static int send_call(int fd)
         end = stpcpy(end, *word) + 1;
     for (char **word = environ; *word; word++)
         end = stpcpy(end, *word) + 1;
-    int sent = send_all(fd, &header, sizeof header, fds, 4) == 0 && send_all(fd, text, length, NULL, 0) == 0;
+    int sent = send_all(fd, &header, sizeof header, NULL, 0) == 0 && send_all(fd, text, length, NULL, 0) == 0;
     free(text);
-    close(fds[0]);
     return sent ? 0 : -1;
 }
 
@@ -388,7 +386,9 @@ static int hand_over(int fd, int fresh)
     }
     sigprocmask(SIG_BLOCK, &wanted, &before);
     int signals = signalfd(-1, &wanted, SFD_CLOEXEC);
-    if (signals < 0 || send_all(fd, "G", 1, NULL, 0) != 0) {
+    /* Only now: a resident that does not answer must not keep open what the caller's caller waits for. */
+    int files[4] = {open(".", O_PATH | O_DIRECTORY | O_CLOEXEC), 0, 1, 2};
+    if (signals < 0 || files[0] < 0 || send_all(fd, "G", 1, files, 4) != 0) {
         sigprocmask(SIG_SETMASK, &before, NULL);
         return 'N';
     }
@@ -434,13 +434,15 @@ int main(int argc, char **argv)
     if (find_names() != 0 || getauxval(AT_SECURE) || (setting && strcmp(setting, "0") == 0))
         run_here();
     int directory = runtime_directory();
-    for (int attempt = 0; directory >= 0 && attempt < 2; attempt++) {
+    /* An outdated resident ends, and another one is started. */
+    for (int waited = 0; directory >= 0 && waited < ACCEPT_MS; waited += STEP_MS) {
         int fresh = 0, fd = connect_to(directory);
         if (fd < 0)
             fd = start(directory, &fresh);
-        if (fd < 0 || hand_over(fd, fresh) != 'S')
+        if (fd < 0 || hand_over(fd, fresh) != 'S' || fresh)
             break;
         close(fd);
+        poll(NULL, 0, STEP_MS);
     }
     run_here();
 }

@@ -120,7 +120,7 @@ def _state(place: Place, command: list[str], around: str) -> str:
 
 @pytest.mark.parametrize(
     "around", [
-        ":", "umask 0077", "ulimit -Ss 1024; ulimit -Hn 8192; ulimit -f 100", "renice -n 7 $$ >/dev/null",
+        ":", "umask 0077", "ulimit -Ss 1024; ulimit -n 8192; ulimit -f 100", "renice -n 7 $$ >/dev/null",
         "echo 77 >/proc/self/oom_score_adj; :", "taskset -cp 0 $$ >/dev/null", "chrt -b -p 0 $$",
         "trap '' INT HUP", "exec 7</dev/null 8>/dev/null",
     ],

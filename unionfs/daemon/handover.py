@@ -1,15 +1,15 @@
 """One call that a launcher hands over: read, compared, accepted, and run in place of the launcher.
 
-The launcher (launcher/fuse-unionfs.c) sends a header, its directory and standard files by SCM_RIGHTS,
-and text. The answers are one byte each, `R` with the exit code after it:
+The launcher (launcher/fuse-unionfs.c) sends a header and text. The answers are one byte each, `R` with the
+exit code after it:
 
     launcher                                       here
-    header, directory, stdin, stdout, stderr  →
-    identity, arguments, environment          →
+    header, identity, arguments, environment  →
                                               ←    A  accepted, with a pidfd of this process, for signals
                                               ←    N  run it yourself: its rights or limits cannot be had here
                                               ←    S  outdated: this is the resident of another version
-    G  go on                                  →
+    G  go on, with the current directory,
+       stdin, stdout and stderr               →
                                               ←    R  done: the exit code; or N, after all
 
 Until `G` nothing is changed, so the launcher may give up at any time and run the call itself.
@@ -17,7 +17,6 @@ Until `G` nothing is changed, so the launcher may give up at any time and run th
 
 from __future__ import annotations
 
-import array
 import os
 import signal
 import socket
@@ -55,10 +54,6 @@ class _Call:
     arguments: list[str]
     environment: dict[bytes, bytes]
     umask: int
-    directory: int
-    """An O_PATH fd."""
-    files: Sequence[int]
-    """Fds of stdin, stdout and stderr."""
 
 
 def peer_of(connection: socket.socket) -> tuple[int, int]:
@@ -77,7 +72,7 @@ def serve(connection: socket.socket, identity: str, run: Run) -> int:
         connection.settimeout(_SECONDS)
         call = _receive(connection)
         answer = b"S" if call.identity != identity else b"N"
-        if answer == b"N" and _become(call, peer_of(connection)[0]) and _is_accepted(connection):
+        if answer == b"N" and _become(call, peer_of(connection)[0]) and _has_files(connection):
             answer = _run(connection, call.arguments, run)
         connection.sendall(answer)
     except (OSError, ValueError, struct.error):
@@ -87,22 +82,10 @@ def serve(connection: socket.socket, identity: str, run: Run) -> int:
 
 def _receive(connection: socket.socket) -> _Call:
     """Raises OSError or ValueError."""
-    size = socket.CMSG_SPACE(4 * _FILES)
-    head, ancillary, _, _ = connection.recvmsg(_HEADER.size, size, socket.MSG_CMSG_CLOEXEC)
-    fds = array.array("i")
-    for level, kind, data in ancillary:
-        if level == socket.SOL_SOCKET and kind == socket.SCM_RIGHTS:
-            fds.frombytes(data[: len(data) - len(data) % fds.itemsize])
-    magic, length, arguments, variables, umask = _HEADER.unpack(head)
-    if magic != _MAGIC or length > _LARGEST or len(fds) != _FILES:
+    magic, length, arguments, variables, umask = _HEADER.unpack(_read(connection, _HEADER.size))
+    if magic != _MAGIC or length > _LARGEST:
         raise ValueError("no call of a launcher")
-    text = bytearray()
-    while len(text) < length:
-        more = connection.recv(length - len(text))
-        if not more:
-            raise ValueError("the launcher has given up")
-        text += more
-    words = bytes(text).split(b"\0")
+    words = _read(connection, length).split(b"\0")
     if len(words) != arguments + variables + 2 or arguments < 1:
         raise ValueError("no call of a launcher")
     pairs = (word.partition(b"=") for word in words[1 + arguments : -1])
@@ -111,9 +94,17 @@ def _receive(connection: socket.socket) -> _Call:
         arguments=[os.fsdecode(word) for word in words[1 : 1 + arguments]],
         environment={name: value for name, equals, value in pairs if equals},
         umask=umask,
-        directory=fds[0],
-        files=fds[1:],
     )
+
+
+def _read(connection: socket.socket, size: int) -> bytes:
+    found = bytearray()
+    while len(found) < size:
+        more = connection.recv(size - len(found))
+        if not more:
+            raise ValueError("the launcher has given up")
+        found += more
+    return bytes(found)
 
 
 def _starts_alike(environment: Mapping[bytes, bytes]) -> bool:
@@ -138,17 +129,8 @@ def _become(call: _Call, pid: int) -> bool:
         return False
     try:
         take_over(pid)
-        os.fchdir(call.directory)
     except OSError:
         return False
-    for final, fd in enumerate(call.files):
-        os.dup2(fd, final)
-    for fd in (call.directory, *call.files):
-        os.close(fd)
-    # As the interpreter makes them: they know whether their files are pipes or terminals.
-    sys.stdin = open(0, closefd=False)  # noqa: SIM115
-    sys.stdout = open(1, "w", closefd=False)  # noqa: SIM115
-    sys.stderr = open(2, "w", 1, errors="backslashreplace", closefd=False)  # noqa: SIM115
     os.umask(call.umask)
     os.environb.clear()
     os.environb.update(call.environment)
@@ -157,13 +139,32 @@ def _become(call: _Call, pid: int) -> bool:
     return True
 
 
-def _is_accepted(connection: socket.socket) -> bool:
-    """Tell the launcher that this process runs the call. Raises OSError if it no longer waits."""
+def _has_files(connection: socket.socket) -> bool:
+    """Accept the call, and take over the launcher's directory and standard files.
+
+    Returns False if that is not possible. Raises OSError if the launcher no longer waits.
+    """
     pidfd = os.pidfd_open(os.getpid())
     socket.send_fds(connection, [b"A"], [pidfd])
     os.close(pidfd)
-    if connection.recv(1) != b"G":
+    answer, fds, _, _ = socket.recv_fds(connection, 1, _FILES, socket.MSG_CMSG_CLOEXEC)
+    if answer != b"G":
         raise BrokenPipeError
+    if len(fds) != _FILES:
+        return False
+    directory, *files = fds
+    try:
+        os.fchdir(directory)
+    except OSError:
+        return False
+    for final, fd in enumerate(files):
+        os.dup2(fd, final)
+    for fd in fds:
+        os.close(fd)
+    # As the interpreter makes them: they know whether their files are pipes or terminals.
+    sys.stdin = open(0, closefd=False)  # noqa: SIM115
+    sys.stdout = open(1, "w", closefd=False)  # noqa: SIM115
+    sys.stderr = open(2, "w", 1, errors="backslashreplace", closefd=False)  # noqa: SIM115
     return True
 
 

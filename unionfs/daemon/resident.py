@@ -23,6 +23,7 @@ from typing import Final, NoReturn
 import unionfs
 from unionfs.daemon.handover import OUTDATED, Run, peer_of, serve
 from unionfs.sys import filelocks
+from unionfs.sys.capabilities import in_initial_user_namespace
 from unionfs.sys.inheritance import is_alone_in_mount_namespace
 
 SETTING: Final = "UNIONFS_RESIDENT_SECONDS"
@@ -84,7 +85,8 @@ def _has_own_mount_namespace() -> bool:
     try:
         return os.stat("/proc/1/ns/mnt").st_ino != os.stat("/proc/self/ns/mnt").st_ino
     except OSError:
-        return False
+        # An ordinary user may not see it, nor make a mount namespace without a user namespace.
+        return not in_initial_user_namespace()
 
 
 class _Resident:
