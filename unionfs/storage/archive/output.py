@@ -26,7 +26,7 @@ def whole_file(path: str) -> Iterator[IO[bytes]]:
     directly. Raises UserError.
     """
     if not os.path.basename(path):
-        raise UserError(f"{quoted(path)} is no file's name; name the file that the backup shall be.")
+        raise UserError(f"{quoted(path)} is not a file name; name the file to write the backup to.")
     with ExitStack() as opened:
         with on_failure(
             f"the backup {quoted(path)} cannot be made",

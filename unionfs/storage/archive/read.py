@@ -134,9 +134,9 @@ class ArchiveReader:
         try:
             member = self._next_member()
         except Malformed as error:
-            raise Malformed(f"it is no backup made by `unionfs volume backup` ({error})") from None
+            raise Malformed(f"it is not a backup made by `unionfs volume backup` ({error})") from None
         if member is None or member[1] != INFO or member[2] > _MOST_INFO or member[0].kind != FILE:
-            raise Malformed("it is no backup made by `unionfs volume backup`: it does not begin as one")
+            raise Malformed("it is not a backup made by `unionfs volume backup`: it does not begin as one")
         self._open_data(member[2])
         try:
             text = b"".join(self._rest())
@@ -147,7 +147,7 @@ class ArchiveReader:
             if found["format"] != 1:
                 raise Malformed(f"it has format {found['format']!r}, which a newer unionfs wrote")
         except (ValueError, KeyError, TypeError, RecursionError):
-            raise Malformed("what it says about itself is misspelt") from None
+            raise Malformed("its description of itself is malformed") from None
         return found
 
     def entries(self) -> Iterator[Entry]:
@@ -217,19 +217,19 @@ class ArchiveReader:
             used += RECORD
             *lines, text = text.split(b"\n")
             if len(text) >= RECORD:
-                raise Malformed("a sparse file's map is misspelt")
+                raise Malformed("a sparse file's map is malformed")
             for line in lines:
                 if len(numbers) == wanted:
-                    raise Malformed("a sparse file's map goes on behind its end")
+                    raise Malformed("a sparse file's map continues past its end")
                 if not line.isdigit() or len(line) > 19:
-                    raise Malformed("a sparse file's map is misspelt")
+                    raise Malformed("a sparse file's map is malformed")
                 numbers.append(int(line))
                 if len(numbers) == 1:
                     if numbers[0] > MOST_SEGMENTS:
                         raise Malformed("a sparse file's map is too large")
                     wanted = 1 + 2 * numbers[0]
         if text.strip(b"\0"):
-            raise Malformed("a sparse file's map goes on behind its end")
+            raise Malformed("a sparse file's map continues past its end")
         segments = list(zip(numbers[1::2], numbers[2::2], strict=True))
         at = 0
         for offset, length in segments:
@@ -284,7 +284,7 @@ class ArchiveReader:
                     raise Malformed("its manifest names a base, and the archive has none")
                 continue
             if line.state not in (manifest.HERE, manifest.AGAIN):
-                raise Malformed("a line of its manifest is misspelt")
+                raise Malformed("a line of its manifest is malformed")
             seen = self._seen.readline()
             if seen.rstrip(b"\n") != line.shown:
                 raise Malformed(_difference(seen, line))
