@@ -27,6 +27,7 @@ _COMMANDS = {
     "run": ("unionfs.cli.containers:run", "Run a command in a union."),
     "rm": ("unionfs.cli.containers:rm", "Remove kept containers."),
     "volume": ("unionfs.cli.volume:volume", "Manage named volumes."),
+    "plugin": ("unionfs.cli.plugin:plugin", "Let docker and podman use the volumes."),
     "doctor": ("unionfs.cli.doctor:doctor", "Report what this host supports and lacks."),
     "completion": ("unionfs.cli.completion:completion", "Print the completion script for a shell."),
 }
