@@ -30,6 +30,7 @@ from typing import Final
 
 from unionfs.daemon.caller import CALLER, MustRunThere
 from unionfs.sys.inheritance import has_same_rights, take_over
+from unionfs.sys.peers import peer_of
 from unionfs.sys.title import set_title
 
 Run = Callable[[str, Sequence[str]], int]
@@ -43,7 +44,6 @@ _MAGIC: Final = 0x31534655
 _LARGEST: Final = 16 << 20
 _FILES: Final = 4
 _SECONDS: Final = 20.0
-_CREDENTIALS: Final = struct.Struct("=3i")  # struct ucred: pid, uid, gid
 # What only the start of a process reads.
 _AT_START: Final = (b"PYTHON", b"LD_", b"MALLOC_", b"GLIBC_")
 
@@ -56,13 +56,6 @@ class _Call:
     umask: int
 
 
-def peer_of(connection: socket.socket) -> tuple[int, int]:
-    """Return pid and uid of the process at the other end; unix(7), SO_PEERCRED. Raises OSError."""
-    found = connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _CREDENTIALS.size)
-    pid, uid, _ = _CREDENTIALS.unpack(found)
-    return pid, uid
-
-
 def serve(connection: socket.socket, identity: str, run: Run) -> int:
     """Serve a call in this process, which is for it alone. Returns the exit code of this process.
 
@@ -72,7 +65,7 @@ def serve(connection: socket.socket, identity: str, run: Run) -> int:
         connection.settimeout(_SECONDS)
         call = _receive(connection)
         answer = b"S" if call.identity != identity else b"N"
-        if answer == b"N" and _become(call, peer_of(connection)[0]) and _has_files(connection):
+        if answer == b"N" and _become(call, peer_of(connection).pid) and _has_files(connection):
             answer = _run(connection, call.arguments, run)
         connection.sendall(answer)
     except (OSError, ValueError, struct.error):

@@ -21,10 +21,11 @@ from contextlib import suppress
 from typing import Final, NoReturn
 
 import unionfs
-from unionfs.daemon.handover import OUTDATED, Run, peer_of, serve
+from unionfs.daemon.handover import OUTDATED, Run, serve
 from unionfs.sys import filelocks
 from unionfs.sys.capabilities import in_initial_user_namespace
 from unionfs.sys.inheritance import is_alone_in_mount_namespace
+from unionfs.sys.peers import peer_of
 
 SETTING: Final = "UNIONFS_RESIDENT_SECONDS"
 """The variable with the seconds without a call after which it ends; 0: the launchers use none."""
@@ -144,7 +145,7 @@ class _Resident:
     def take(self, connection: socket.socket) -> None:
         """Fork a process for a call."""
         with connection, suppress(OSError):
-            if peer_of(connection)[1] != os.geteuid():
+            if peer_of(connection).uid != os.geteuid():
                 return
             if self._outdated or _files() != self._files:
                 self._outdated = True
