@@ -23,6 +23,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from typing import NoReturn
 
+from unionfs.containers.account import Account
 from unionfs.containers.small_root import enter_small_root, new_namespaces
 from unionfs.containers.terminal import Terminal
 from unionfs.errors import UserError, quoted, reason
@@ -53,6 +54,8 @@ class Launch:
     """The capability bounding set of the container (CAP_*), if uid 0 starts it."""
     small_root: str | None
     """The union, to start bubblewrap in a small tree around it; None: in the host's tree."""
+    account: Account | None = None
+    """Who executes bubblewrap in a small root, if uid 0 starts it; None: this user."""
 
     def start(self) -> tuple[int, int]:
         """Start bubblewrap; return the pids of the session's leader and of bubblewrap. Raises UserError.
@@ -127,7 +130,8 @@ class Launch:
             _join_new_keyring()
             program = _unreachable(self.program)
             if self.small_root is not None:
-                enter_small_root(self.small_root, self._slave_path())
+                as_root = os.geteuid() == 0 and self.account is None
+                enter_small_root(self.small_root, self._slave_path(), as_root=as_root)
             if self.terminal is not None:
                 for fd in self.terminal.fds:
                     os.dup2(self.terminal.slave, fd)
@@ -141,7 +145,11 @@ class Launch:
             for number in signal.valid_signals() - {signal.SIGKILL, signal.SIGSTOP}:
                 signal.signal(number, signal.SIG_DFL)
             signal.pthread_sigmask(signal.SIG_SETMASK, ())
-            if os.geteuid() == 0:
+            if os.geteuid() == 0 and self.account is not None:
+                os.setgroups(self.account.groups)
+                os.setresgid(*[self.account.gid] * 3)
+                os.setresuid(*[self.account.uid] * 3)
+            elif os.geteuid() == 0:
                 _bound_capabilities(self.bounding)
             path = self.program if program is None else f"/proc/self/fd/{program}"
             os.execve(path, list(self.words), {})
