@@ -15,6 +15,7 @@ import errno
 import os
 import stat
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
 
@@ -81,6 +82,7 @@ class Packer:
         self._count = count
         self._out = out
         self._first: dict[int, bytes] = {}
+        self._missing: dict[int, int] = {}  # how many names of a lower's file were not written
         self._indexed: dict[bytes, bytes] = {}
         self._written: set[bytes] = {b""}
         self.packed = Packed()
@@ -101,7 +103,7 @@ class Packer:
             below = self._name(level, *level.names.pop())
             if below is not None:
                 stack.append(below)
-        if self._indexed:
+        if self._indexed or any(self._missing.values()):
             self._other_names()
         return self.packed
 
@@ -193,17 +195,17 @@ class Packer:
             )
             return
         if st.st_nlink > 1:
-            first = self._first.setdefault(place.layer.key(st), path)
+            key = place.layer.key(st)
+            first = self._first.setdefault(key, path)
+            if place.layer.index >= self._count:
+                self._missing[key] = self._missing.get(key, st.st_nlink) - 1
             if first != path:
                 self._add(_entry(path, HARDLINK, st, NO_XATTRS, link=first))
                 return
         if place.layer.index < self._count:
             self._note_index(place, name, path)
-        try:
-            with Owned(self._merge.open_object(found, name)) as fd:
-                self._write(level, name, path, kind, fd, place)
-        except FileNotFoundError:
-            pass  # removed meanwhile
+        with suppress(FileNotFoundError), Owned(self._merge.open_object(found, name)) as fd:
+            self._write(level, name, path, kind, fd, place)
 
     def _write(self, level: _Level, name: bytes, path: bytes, kind: str, fd: int, place: Place) -> None:
         st = os.fstat(fd)
@@ -222,7 +224,9 @@ class Packer:
 
     def _open_data(self, level: _Level, name: bytes, path: bytes, fd: int, place: Place) -> int:
         try:
-            data = self._merge.lower_data(level.parts, place, name, b"/proc/self/fd/%d" % fd)
+            # Of the name: a path of the fd would be a symlink of procfs, which is not followed.
+            where = b"/proc/self/fd/%d/%b" % (self._merge.gate.fd(place), name)
+            data = self._merge.lower_data(level.parts, place, name, where)
         except OSError as error:
             if len(self._merge.roots) > self._count:
                 raise LayerError(
@@ -282,7 +286,7 @@ class Packer:
         found = read_xattrs(where, is_kept, failed, follow=False)
         return {markers.shown_names([name])[0]: value for name, value in found.items()}
 
-    # -- hard links that an index keeps together ----------------------------------------------------------
+    # -- hard links with names in the lowers --------------------------------------------------------------
 
     def _note_index(self, place: Place, name: bytes, path: bytes) -> None:
         """Remember a copy whose other names are in the lowers. Raises LayerError without these."""
@@ -304,15 +308,15 @@ class Packer:
             return None
 
     def _other_names(self) -> None:
-        """Write the names in the lowers, with their directories, as links to the copies."""
+        """Write the names in the lowers, with their directories, as links to what is in the tar."""
         layers = [root.layer for root in self._merge.roots]
         origins = Origins(layers, self._merge.markers, DEFAULTS, self._merge.gate)
         for path, name, (st, (place,)) in self._lower_files():
-            try:
-                origin = origins.encoded(self._merge.gate.fd(place), name, st.st_dev)
-            except OSError:
-                continue  # a filesystem without file handles has no indexed links
-            first = self._indexed.get(origin)
+            first = self._first.get(place.layer.key(st))
+            if first is None and self._indexed:
+                with suppress(OSError):  # a filesystem without file handles has no indexed links
+                    origin = origins.encoded(self._merge.gate.fd(place), name, st.st_dev)
+                    first = self._indexed.get(origin)
             full = path + b"/" + name if path else name
             if first is not None and full not in self._written:
                 self._directories_of(path)
