@@ -231,6 +231,10 @@ class _Run:
             home = None if account is None else account.home
             environment = bubblewrap.environment(wish.environment, hostname, home)
             workdir = _workdir(MountedTree(root), wish.workdir)
+            if account is not None and os.geteuid() == 0:
+                # bubblewrap makes what is missing, but not as another user.
+                for name in ("dev", "proc", "sys"):
+                    prepare(MountedTree(root), f"/{name}", "--user", directory=True)
             _find_command(root, wish.command[0], workdir, environment["PATH"])
         os.umask(0o022)
         small = _wants_small_root(confinement, workdir, entry.settings.storage)

@@ -95,7 +95,10 @@ def opened_layers(paths: Sequence[str], markers: Markers) -> Iterator[Merge]:
     with ExitStack() as resources:
         layers = []
         for index, path in enumerate(paths):
-            fd = opening.open_lower(os.path.realpath(path), privileged)
+            if path.startswith("/proc/"):  # an upper in memory, which has no other path
+                fd = os.open(path, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+            else:
+                fd = opening.open_lower(os.path.realpath(path), privileged)
             resources.callback(os.close, fd)
             layers.append(Layer(index, path, fd, is_upper=index == 0))
         merge = Merge(layers, markers, directory_fds=256)
