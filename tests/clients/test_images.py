@@ -46,7 +46,7 @@ class Podman:
         (root / "containers.conf").write_text(
             '[containers]\nnetns = "host"\ndefault_sysctls = []\ndefault_ulimits = []\n'
             '[engine]\ncgroup_manager = "cgroupfs"\nevents_logger = "file"\n'
-            f'tmp_dir = "{runtime}/tmp"\n'
+            f'runtime = "runc"\ntmp_dir = "{runtime}/tmp"\n'
         )
         self.environment = {
             "CONTAINERS_STORAGE_CONF": f"{root}/storage.conf",
@@ -105,7 +105,7 @@ def place(root: None, area: Path) -> Iterator[Place]:
 
 @pytest.fixture
 def engine(kernel_overlay: None, place: Place) -> Iterator[Podman]:
-    for program in ("podman", "skopeo", "busybox"):
+    for program in ("podman", "skopeo", "runc", "busybox"):
         if shutil.which(program) is None:
             pytest.skip(f"{program} is not installed; scripts/test --clients installs what these tests need")
     # podman refuses a runroot of more than 50 characters

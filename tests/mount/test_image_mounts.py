@@ -10,12 +10,15 @@ import subprocess
 from pathlib import Path
 
 import pytest
+from hypothesis import HealthCheck, Phase, given, settings
+from hypothesis import strategies as st
 
 from tests.mount import cli_calls
 from tests.mount.cli_calls import Done, Place, listed, refused, session_words, succeed
 from tests.mount.run_calls import BUSYBOX
 from tests.mount.user_calls import UID, Host
-from tests.support import mounting
+from tests.support import areas, mounting
+from tests.support.edits import OPERATIONS, apply, build
 from tests.support.layers import (
     Layout,
     device,
@@ -30,6 +33,8 @@ from tests.support.layers import (
     tar,
     whiteout,
 )
+from unionfs.images.layers import export_layer, import_layer
+from unionfs.images.rules import DEFAULTS
 
 BASE = tar([
     directory("d", uid=5), file("d/a", b"a" * 5000), file("d/b", b"b"), hard_link("d/link", "d/a"),
@@ -136,6 +141,28 @@ def test_layers_of_a_removed_archive_are_written_anew(images: Images) -> None:
     succeed(images.call("umount", place.merged))
     succeed(images.call("mount", "--image", f"oci-archive:{place.root}/new.tar", place.merged))
     assert difference(shown(place.merged), wanted) == {}
+
+
+@settings(max_examples=3, deadline=None, suppress_health_check=list(HealthCheck), phases=[Phase.generate])
+@given(operations=st.lists(OPERATIONS, min_size=15, max_size=40))
+def test_random_changes_of_a_union_are_the_same_in_a_layer(
+    root: None, session: str, operations: list[tuple[object, ...]]
+) -> None:
+    with areas.area() as area:
+        for name in ("lower", "upper", "work", "work2"):
+            (area / name).mkdir()
+        build(area / "lower")
+        layers = {"lowers": [area / "lower"], "session": session}
+        with mounting.mounted(area, upper=area / "upper", work=area / "work", **layers) as mount:
+            for one in operations:
+                apply(mount.mountpoint, one)
+            wanted = shown(mount.mountpoint)
+        output, again = str(area / "layer.tar"), str(area / "again")
+        lower, work = str(area / "lower"), str(area / "work")
+        export_layer(str(area / "upper"), [lower], output, work=work, userxattr=False)
+        import_layer(output, again, userxattr=False, rules=DEFAULTS)
+        with mounting.mounted(area, upper=area / "again", work=area / "work2", **layers) as mount:
+            assert difference(shown(mount.mountpoint), wanted) == {}
 
 
 def test_an_image_in_use_is_not_removed(images: Images) -> None:

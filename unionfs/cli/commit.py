@@ -45,9 +45,10 @@ def commit(
             f"{quoted(settings.mountpoint)} is a mount of uid {mount.uid}, who owns its layers; run `unionfs "
             "commit` as that user."
         )
-    upper = settings.upper
+    upper, work = settings.upper, settings.work
     if settings.upper_tmpfs is not None:
         upper = upper_in_memory(mount)
+        work = f"{upper}/../work"
     # Data in the kernel's cache of the mount is not in the upper yet.
     give(mount, "sync", "written to disk", "check the disk of the upper")
     prefix = USER if settings.userxattr else TRUSTED
@@ -57,7 +58,10 @@ def commit(
     place = storage_root(root)
     if os.geteuid() != 0:
         override_modes()
-    stack = Stack(upper, settings.lowers, Markers(prefix, follows_redirects=follows), settings.userxattr)
+    stack = Stack(
+        upper, None if settings.features.index == "off" else work, settings.lowers,
+        Markers(prefix, follows_redirects=follows), settings.userxattr,
+    )  # fmt: skip
     done = write(stack, place, wish)
     print(done.id)
     tell(done.notes)

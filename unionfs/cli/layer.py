@@ -47,13 +47,17 @@ def layer() -> None:
 @click.option(
     "-l", "--lower", "lowers", multiple=True, metavar="DIR|IMAGE", help="A lower; the first is on top."
 )
+@click.option("-w", "--work", metavar="DIR", help="Its work directory, for changed hard links of lowers.")
 @_OUTPUT
 @_USERXATTR
-def export(upper: str, lowers: tuple[str, ...], output: str, userxattr: bool) -> int:
+def export(
+    upper: str, lowers: tuple[str, ...], work: str | None, output: str, userxattr: bool
+) -> int:
     """Write an upper as a layer, and print the digest of the file and its diff id.
 
     The same upper always gives the same bytes. Directories that were renamed, and files whose data or other
-    names are in a lower, come out whole; that needs the lowers.
+    names are in a lower, come out whole; that needs the lowers, and for hard links the work directory, which
+    has their index.
     """
     # For start-up time: --help and completion do not need it.
     from unionfs.daemon.preflight import check_directory, check_lower, check_unused
@@ -65,12 +69,16 @@ def export(upper: str, lowers: tuple[str, ...], output: str, userxattr: bool) ->
     check_directory("upper", upper)
     for lower in lowers:
         check_lower(lower)
+    if work is not None:
+        check_directory("work", work)
+        work = absolute(work)
     upper = absolute(upper)
     check_unused(upper)
     userxattr = userxattr or not may_use_trusted_xattrs()
     output = os.path.abspath(output)
     override_modes()
-    _print(export_layer(upper, [absolute(path) for path in lowers], output, userxattr=userxattr))
+    below = [absolute(path) for path in lowers]
+    _print(export_layer(upper, below, output, work=work, userxattr=userxattr))
     return 0
 
 

@@ -12,6 +12,7 @@ from typing import IO, cast
 
 from unionfs.core.places import Layer
 from unionfs.errors import UserError, quoted, reason
+from unionfs.images.indexed import Index
 from unionfs.images.measured import HashedFile, HashedSink, Unpacked, Window
 from unionfs.images.pack import Packed, Packer
 from unionfs.images.rules import Refused, Rules
@@ -21,6 +22,7 @@ from unionfs.storage.archive.foreign import ForeignReader
 from unionfs.storage.archive.headers import Malformed
 from unionfs.storage.archive.tar import Tar
 from unionfs.sys.capabilities import CAP_SYS_ADMIN, has_capability
+from unionfs.sys.fds import Owned
 from unionfs.union import opening
 from unionfs.union.markers import Markers
 from unionfs.union.merge import Merge
@@ -106,17 +108,39 @@ def opened_layers(paths: Sequence[str], markers: Markers) -> Iterator[Merge]:
         yield merge
 
 
-def write_layer(merge: Merge, count: int, out: IO[bytes], kind: str) -> Written:
+@contextmanager
+def opened_index(work: str | int, merge: Merge) -> Iterator[Index | None]:
+    """The index in a work directory, None if it has none. Raises OSError."""
+    above = Owned(os.open(work, os.O_PATH | os.O_DIRECTORY)) if isinstance(work, str) else Owned(os.dup(work))
+    with above as at:
+        try:
+            found = Owned(os.open("index", os.O_PATH | os.O_DIRECTORY | os.O_NOFOLLOW, dir_fd=at))
+        except FileNotFoundError:
+            yield None
+            return
+    with found as fd:
+        yield Index(fd, merge)
+
+
+def write_layer(
+    merge: Merge,
+    count: int,
+    out: IO[bytes],
+    kind: str,
+    index: Index | None = None,
+    *,
+    may_have_index: bool = False,
+) -> Written:
     """Write the topmost `count` layers as one blob, compressed as `kind`, into an unbuffered file.
 
-    Raises LayerError and OSError.
+    `index` and `may_have_index`: see Packer. Raises LayerError and OSError.
     """
     hashed = HashedFile(out)
     behind = WriteBehind(compressor(cast(IO[bytes], hashed), kind))
     try:
         sink = HashedSink(behind)
         tar = Tar(sink)
-        packed = Packer(merge, count, tar).run()
+        packed = Packer(merge, count, tar, index, may_have_index=may_have_index).run()
         tar.finish()
         behind.close()
     finally:

@@ -16,7 +16,7 @@ from typing import Any
 
 from unionfs.errors import UserError, on_failure, quoted
 from unionfs.images import documents
-from unionfs.images.blobs import Blob, opened_layers, write_layer
+from unionfs.images.blobs import Blob, opened_index, opened_layers, write_layer
 from unionfs.images.layout import LayerFile, scratch, write_archive
 from unionfs.images.rules import Rules
 from unionfs.images.sources import ImageSource, opened, split
@@ -31,6 +31,8 @@ class Stack:
     """The layers to commit."""
 
     upper: str | None
+    index: str | None
+    """The work directory, if it has an index that the mount uses."""
     lowers: Sequence[str]
     """Topmost first."""
     markers: Markers
@@ -110,7 +112,11 @@ class _Writer:
         start = self._first + index
         out = self._resources.enter_context(scratch(self._path))
         with opened_layers(self._paths[start:], self._stack.markers) as merge:
-            written = write_layer(merge, 1, out, self._wish.compress)
+            if index < 0 and self._stack.index is not None:
+                with opened_index(self._stack.index, merge) as links:
+                    written = write_layer(merge, 1, out, self._wish.compress, links)
+            else:
+                written = write_layer(merge, 1, out, self._wish.compress)
         self._done.notes += written.packed.notes
         media_type = documents.LAYER_TYPES[self._wish.compress]
         return LayerFile(out, 0, written.size, written.digest, written.diff_id, media_type)

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from contextlib import suppress
 
 from unionfs.errors import UserError, on_failure, quoted
-from unionfs.images.blobs import Written, file_blob, opened_layers, unpack_blob, write_layer
+from unionfs.images.blobs import Written, file_blob, opened_index, opened_layers, unpack_blob, write_layer
 from unionfs.images.rules import Rules
 from unionfs.images.store import Store, kind_of, markers_of
 from unionfs.images.unpack import Contents
@@ -19,18 +19,25 @@ from unionfs.sys.trees import remove_path
 from unionfs.union.resting import resting
 
 
-def export_layer(upper: str, lowers: Sequence[str], output: str, *, userxattr: bool) -> Written:
+def export_layer(
+    upper: str, lowers: Sequence[str], output: str, *, work: str | None = None, userxattr: bool
+) -> Written:
     """Write an upper that is not mounted as a layer's file. Paths are absolute, without symlinks.
 
-    Raises UserError, and then leaves no file.
+    `work`: its work directory, if hard links of the lowers were changed. Raises UserError, and then leaves no
+    file.
     """
     complaint = f"the layer {quoted(output)} cannot be written"
     with (
         on_failure(complaint, "check the layers, and free space"),
-        resting(upper, lowers, userxattr=userxattr, writable=False) as layers,
+        resting(upper, lowers, work, userxattr=userxattr, writable=False) as layers,
         whole_file(output, "layer") as out,
     ):
-        return write_layer(layers.merge, 1, out, kind_for(output))
+        kind = kind_for(output)
+        if layers.work is None:
+            return write_layer(layers.merge, 1, out, kind, may_have_index=True)
+        with opened_index(layers.work[1], layers.merge) as index:
+            return write_layer(layers.merge, 1, out, kind, index)
 
 
 def import_layer(file: str, target: str, *, userxattr: bool, rules: Rules) -> tuple[Contents, str]:

@@ -14,7 +14,7 @@ from __future__ import annotations
 import errno
 import os
 import stat
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
@@ -22,7 +22,7 @@ from functools import partial
 from unionfs.core.places import Place
 from unionfs.core.search import PREFIX
 from unionfs.errors import LayerError, quoted, reason
-from unionfs.settings.features import DEFAULTS
+from unionfs.images.indexed import Index
 from unionfs.storage.archive import acl
 from unionfs.storage.archive.content import is_unchanged, pieces
 from unionfs.storage.archive.entry import (
@@ -42,7 +42,6 @@ from unionfs.sys.fds import Owned
 from unionfs.union.markers import ABSENT
 from unionfs.union.merge import Found, Merge
 from unionfs.union.named import INTERNAL, OPAQUE, hidden_name
-from unionfs.union.origin import Origins
 
 _KINDS = {
     stat.S_IFREG: FILE, stat.S_IFLNK: SYMLINK, stat.S_IFIFO: FIFO, stat.S_IFCHR: CHARACTER,
@@ -77,13 +76,17 @@ class _Level:
 class Packer:
     """Writes the topmost `count` layers of a merge as a tar; `finish` of the tar is the caller's."""
 
-    def __init__(self, merge: Merge, count: int, out: Tar) -> None:
+    def __init__(
+        self, merge: Merge, count: int, out: Tar, index: Index | None = None, *, may_have_index: bool = False
+    ) -> None:
+        """`index`: that of the upper, or None; with `may_have_index` there may be one that is not known."""
         self._merge = merge
         self._count = count
         self._out = out
         self._first: dict[int, bytes] = {}
         self._missing: dict[int, int] = {}  # how many names of a lower's file were not written
-        self._indexed: dict[bytes, bytes] = {}
+        self._index = index
+        self._may_have_index = may_have_index
         self._written: set[bytes] = {b""}
         self.packed = Packed()
 
@@ -103,7 +106,7 @@ class Packer:
             below = self._name(level, *level.names.pop())
             if below is not None:
                 stack.append(below)
-        if self._indexed or any(self._missing.values()):
+        if any(self._missing.values()) or (self._index is not None and not self._index.is_empty()):
             self._other_names()
         return self.packed
 
@@ -145,7 +148,7 @@ class Packer:
         path = level.path + b"/" + name if level.path else name
         st, places = found
         if not stat.S_ISDIR(st.st_mode):
-            self._object(level, name, path, found)
+            self._object(level.parts, name, path, found)
             return None
         self._add(_entry(path, DIRECTORY, st, self._xattrs(places[0])))
         whole = level.whole
@@ -186,7 +189,7 @@ class Packer:
 
     # -- entries ------------------------------------------------------------------------------------------
 
-    def _object(self, level: _Level, name: bytes, path: bytes, found: Found) -> None:
+    def _object(self, parts: Sequence[Place], name: bytes, path: bytes, found: Found) -> None:
         st, (place,) = found
         kind = _KINDS.get(stat.S_IFMT(st.st_mode))
         if kind is None:
@@ -194,27 +197,39 @@ class Packer:
                 f"{_shown(path)} is a socket, which no archive can hold; it was left out."
             )
             return
+        copy, layer = None, place.layer
+        if layer.index < self._count:
+            self._refuse_indexed(place, name, path)
+        elif self._index is not None and (copy := self._index.find(name, found)) is not None:
+            st, layer = copy.st, self._merge.roots[0].layer
         if st.st_nlink > 1:
-            key = place.layer.key(st)
+            key = layer.key(st)
             first = self._first.setdefault(key, path)
-            if place.layer.index >= self._count:
+            if layer.index >= self._count:
                 self._missing[key] = self._missing.get(key, st.st_nlink) - 1
             if first != path:
                 self._add(_entry(path, HARDLINK, st, NO_XATTRS, link=first))
                 return
-        if place.layer.index < self._count:
-            self._note_index(place, name, path)
-        with suppress(FileNotFoundError), Owned(self._merge.open_object(found, name)) as fd:
-            self._write(level, name, path, kind, fd, place)
+        data = partial(self._open_data, parts, name, path, place)
+        with suppress(FileNotFoundError):
+            if copy is not None and self._index is not None:
+                where = b"/proc/self/fd/%d/%b" % (self._index.fd, copy.entry)
+                with Owned(os.open(where, os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC)) as fd:
+                    self._write(path, kind, fd, where, partial(self._data_of_copy, where, data))
+            else:
+                with Owned(self._merge.open_object(found, name)) as fd:
+                    self._write(path, kind, fd, self._where(place, name), data)
 
-    def _write(self, level: _Level, name: bytes, path: bytes, kind: str, fd: int, place: Place) -> None:
+    def _where(self, place: Place, name: bytes) -> bytes:
+        return b"/proc/self/fd/%d/%b" % (self._merge.gate.fd(place), name)
+
+    def _write(self, path: bytes, kind: str, fd: int, where: bytes, open_data: Callable[[int], int]) -> None:
         st = os.fstat(fd)
-        where = b"/proc/self/fd/%d/%b" % (self._merge.gate.fd(place), name)
         xattrs = self._xattrs_of(where, path)
         if kind == FILE:
-            with Owned(self._open_data(level, name, path, fd, place)) as data:
-                size = os.fstat(data).st_size
-                self._file(_entry(path, FILE, st, xattrs, size=size), data)
+            with Owned(open_data(fd)) as data:
+                # The size is that of a metacopy file, too.
+                self._file(_entry(path, FILE, st, xattrs, size=st.st_size), data)
         elif kind == SYMLINK:
             link = os.fsencode(os.readlink("", dir_fd=fd))
             self._add(_entry(path, kind, st, xattrs, link=link))
@@ -222,11 +237,17 @@ class Packer:
             rdev = (os.major(st.st_rdev), os.minor(st.st_rdev)) if kind in (CHARACTER, BLOCK) else (0, 0)
             self._add(_entry(path, kind, st, xattrs, rdev=rdev))
 
-    def _open_data(self, level: _Level, name: bytes, path: bytes, fd: int, place: Place) -> int:
+    def _data_of_copy(self, where: bytes, of_lower: Callable[[int], int], fd: int) -> int:
+        """The data of a copy in the index, which is the lower's if only its metadata was copied."""
+        if self._merge.markers.metacopy_value(where) is None:
+            return os.open(b"/proc/self/fd/%d" % fd, _READ)
+        return of_lower(-1)
+
+    def _open_data(self, parts: Sequence[Place], name: bytes, path: bytes, place: Place, fd: int) -> int:
+        """The data of a file; `fd`: an O_PATH fd of it, or -1."""
         try:
-            # Of the name: a path of the fd would be a symlink of procfs, which is not followed.
-            where = b"/proc/self/fd/%d/%b" % (self._merge.gate.fd(place), name)
-            data = self._merge.lower_data(level.parts, place, name, where)
+            # By name: a path of the fd would be a symlink of procfs, which is not followed.
+            data = self._merge.lower_data(parts, place, name, self._where(place, name))
         except OSError as error:
             if len(self._merge.roots) > self._count:
                 raise LayerError(
@@ -236,6 +257,8 @@ class Packer:
             raise _refuse(path, "has its data in a lower (metacopy)") from error
         if data is not None:
             return self._merge.open_data(data)
+        if fd < 0:
+            return os.open(name, _READ | os.O_NOFOLLOW, dir_fd=self._merge.gate.fd(place))
         return self._merge.gate.reopen(place.layer, fd, _READ)
 
     def _file(self, entry: Entry, fd: int) -> None:
@@ -288,41 +311,31 @@ class Packer:
 
     # -- hard links with names in the lowers --------------------------------------------------------------
 
-    def _note_index(self, place: Place, name: bytes, path: bytes) -> None:
-        """Remember a copy whose other names are in the lowers. Raises LayerError without these."""
-        read = partial(self._value, place, name)
-        if read(self._merge.markers.nlink) is None:
+    def _refuse_indexed(self, place: Place, name: bytes, path: bytes) -> None:
+        """Raise LayerError for a copy whose other names are not known without the index."""
+        if not self._may_have_index:
             return
-        origin = read(self._merge.markers.origin)
-        if not origin:
-            return
-        if len(self._merge.roots) <= self._count:
-            raise _refuse(path, "is a hard link whose other names are in a lower (index)")
-        self._indexed[origin] = path
-
-    def _value(self, place: Place, name: bytes, xattr: bytes) -> bytes | None:
-        try:
-            where = b"/proc/self/fd/%d/%b" % (self._merge.gate.fd(place), name)
-            return os.getxattr(where, xattr, follow_symlinks=False)
-        except OSError:
-            return None
+        with suppress(OSError):
+            os.getxattr(self._where(place, name), self._merge.markers.nlink, follow_symlinks=False)
+            raise LayerError(
+                f"{_shown(path)} is a hard link whose other names are in a lower, kept together by an index, "
+                "so the upper alone is no layer; name its lowers by --lower, topmost first, and its work "
+                "directory by --work."
+            )
 
     def _other_names(self) -> None:
-        """Write the names in the lowers, with their directories, as links to what is in the tar."""
-        layers = [root.layer for root in self._merge.roots]
-        origins = Origins(layers, self._merge.markers, DEFAULTS, self._merge.gate)
-        for path, name, (st, (place,)) in self._lower_files():
-            first = self._first.get(place.layer.key(st))
-            if first is None and self._indexed:
-                with suppress(OSError):  # a filesystem without file handles has no indexed links
-                    origin = origins.encoded(self._merge.gate.fd(place), name, st.st_dev)
-                    first = self._indexed.get(origin)
+        """Write the names in the lowers, with their directories, of what is in the tar or the index."""
+        for path, name, parts, found in self._lower_files():
             full = path + b"/" + name if path else name
-            if first is not None and full not in self._written:
+            if full in self._written:
+                continue
+            st, (place,) = found
+            indexed = self._index is not None and self._index.find(name, found) is not None
+            if indexed or place.layer.key(st) in self._first:
                 self._directories_of(path)
-                self._add(_entry(full, HARDLINK, st, NO_XATTRS, link=first))
+                self._object(parts, name, full, found)
 
-    def _lower_files(self) -> Iterator[tuple[bytes, bytes, Found]]:
+    def _lower_files(self) -> Iterator[tuple[bytes, bytes, list[Place], Found]]:
         """The visible files of the lowers that have several names."""
         stack = [(b"", self._merge.roots)]
         while stack:
@@ -335,7 +348,7 @@ class Packer:
                 if stat.S_ISDIR(st.st_mode):
                     stack.append((path + b"/" + name if path else name, places))
                 elif st.st_nlink > 1 and places[0].layer.index >= self._count:
-                    yield path, name, found
+                    yield path, name, parts, found
 
     def _directories_of(self, path: bytes) -> None:
         parts, done = self._merge.roots, b""
