@@ -62,7 +62,7 @@ def _arguments() -> argparse.Namespace:
 
 def _positive(text: str) -> int:
     if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text} is no whole number above 0")
+        raise argparse.ArgumentTypeError(f"{text} is not a whole number above 0")
     return int(text)
 
 
@@ -72,7 +72,7 @@ def _seconds(text: str) -> float:
     except ValueError:
         number = 0.0
     if not 0.01 <= number <= 60:
-        raise argparse.ArgumentTypeError(f"{text} is no number from 0.01 to 60")
+        raise argparse.ArgumentTypeError(f"{text} is not a number from 0.01 to 60")
     return number
 
 

@@ -133,7 +133,7 @@ def check_place(base: Path) -> str | None:
     """Why no layers can be created there, in one sentence; None if they can."""
     where = f"--on {base}"
     if not base.is_dir():
-        return f"{where}: " + ("is no directory" if base.exists() else "there is no such directory")
+        return f"{where}: " + ("not a directory" if base.exists() else "there is no such directory")
     if any(sign in str(base.resolve()) for sign in ":,\\ \t\n"):
         return f"{where}: mount options cannot carry a path with colons, commas, backslashes or blanks"
     try:

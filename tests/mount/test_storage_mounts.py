@@ -494,7 +494,7 @@ def test_a_failure_undoes_what_came_before(storing: Storage) -> None:
         "-v", f"{storing.host}:/new/a", "--tmpfs", "/new/b", "-v", f"{storing.place.root}/made/here:/new/c",
         "-v", "vol:/base/impossible",
     )  # fmt: skip
-    refused(done, "target /base/impossible", "no directory")
+    refused(done, "target /base/impossible", "not a directory")
     assert storing.mounts() == []
     assert not storing.is_listed()
     after = storing.place.snapshot()
@@ -541,8 +541,8 @@ def test_relative_sources(one: Storage) -> None:
         (["-v", "va:/real", "-v", "vb:/alias"], ["targets /real and /alias are the same place", "/real"]),
         (["--tmpfs", "/t:size=lots"], ["size=lots", "64m"]),
         (["--mount", "type=tmpfs,target=/t,size=1"], ["unknown key size", "tmpfs-size"]),
-        (["-v", "x:/t"], ["x is no volume name"]),
-        (["-v", "v ol:/t"], ["v ol is no volume name"]),
+        (["-v", "x:/t"], ["invalid volume name x"]),
+        (["-v", "v ol:/t"], ["invalid volume name v ol"]),
         (["-v", "vol:/base"], ["target /base is a file in the union, but volume vol is a directory"]),
         (["-v", "/etc/hostname:/real"], ["/real is a directory in the union, but /etc/hostname is a file"]),
         (["--mount", "source=vol,target=/t,volume-driver=nfs"], ["driver nfs"]),

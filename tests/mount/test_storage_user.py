@@ -241,7 +241,7 @@ def test_killed(host: Host, place: Place, words: list[str]) -> None:
         (["-v", "{root}/shared:/d:rslave"], ["propagation rslave", "only root"]),
         (["--mount", "type=bind,src={root}/shared,dst=/d,bind-nonrecursive"], ["bind-recursive", "root"]),
         (["-v", "/root/secret:/d"], ["bind source /root/secret", "permission denied"]),
-        (["-v", "{root}/shared:/base/x"], ["target /base/x", "no directory"]),
+        (["-v", "{root}/shared:/base/x"], ["target /base/x", "not a directory"]),
         (["-v", "{root}/shared:/new/a", "-v", "vol:/base"], ["target /base is a file"]),
         (["--tmpfs", "/t:huge=perhaps"], ["the tmpfs at /t", "huge"]),
     ],

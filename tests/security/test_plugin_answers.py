@@ -307,13 +307,13 @@ class TestContent:
         store.ok("create", "-d", "p", "data")
         hostile.scripts["VolumeDriver.Get"] = says({"Volume": value})
         (found,) = json.loads(store.ok("inspect", "data"))
-        assert "a Volume that is no object" in found["Status"]["error"]
-        refused(store("create", "-d", "p", "two"), "a Volume that is no object")
+        assert "a Volume that is not an object" in found["Status"]["error"]
+        refused(store("create", "-d", "p", "two"), "a Volume that is not an object")
         hostile.scripts["VolumeDriver.Get"] = says({"Volume": {"Status": value}})
         (found,) = json.loads(store.ok("inspect", "data"))
-        assert "a Status that is no object" in found["Status"]["error"]
+        assert "a Status that is not an object" in found["Status"]["error"]
         hostile.scripts["Plugin.Activate"] = says({"Implements": value})
-        refused(store("create", "-d", "p", "two"), "no volume plugin")
+        refused(store("create", "-d", "p", "two"), "not a volume plugin")
 
     @pytest.mark.parametrize(
         "path",

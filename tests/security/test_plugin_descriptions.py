@@ -136,7 +136,7 @@ class TestFiles:
     @pytest.mark.parametrize("ending", ["spec", "json"])
     def test_a_fifo(self, store: Store, places: Path, ending: str) -> None:
         os.mkfifo(places / f"p.{ending}")
-        _create(store, f"p.{ending}", "is no regular file")
+        _create(store, f"p.{ending}", "is not a regular file")
 
     @pytest.mark.parametrize("ending", ["spec", "json"])
     @pytest.mark.parametrize("target", ["/dev/zero", "/dev/tty", "/dev/console", "/proc/kmsg", "/"])
@@ -155,7 +155,7 @@ class TestFiles:
     @pytest.mark.parametrize("ending", ["sock", "spec", "json"])
     def test_symlinks_that_lead_nowhere(self, store: Store, places: Path, ending: str) -> None:
         (places / f"p.{ending}").symlink_to(f"p.{ending}")
-        _create(store, "driver p is not known")
+        _create(store, "unknown volume driver p")
 
     @pytest.mark.parametrize(
         ("name", "content"),
@@ -186,7 +186,7 @@ class TestFiles:
         os.mkfifo(area / "fifo")
         files = {"CertFile": "/etc/hostname", key: str(area / "fifo")}
         (places / "p.json").write_text(json.dumps({"Addr": "https://127.0.0.1:1", "TLSConfig": files}))
-        _create(store, "fifo", "TLSConfig", "is no regular file")
+        _create(store, "fifo", "TLSConfig", "is not a regular file")
 
     def test_an_encrypted_key_asks_nobody(self, store: Store, places: Path) -> None:
         key = places / "key.pem"
@@ -206,7 +206,7 @@ class TestFiles:
         deep.mkdir(parents=True)
         (deep / "p.spec").touch()
         _describe(places / "a/b/q.spec")
-        _create(store, "a/b/q", "driver p is not known")
+        _create(store, "a/b/q", "unknown volume driver p")
 
 
 class TestManaged:

@@ -162,32 +162,32 @@ FORGED: dict[str, tuple[Callable[[Layout], object], str]] = {
     "a negative size": (lambda one: one.manifest["layers"][1].update(size=-1), "bytes, and not -1"),
     "a wrong manifest": (_other_manifest, "does not have the digest"),
     "a digest with a path": (
-        lambda one: one.manifest["layers"][0].update(digest="sha256:../../../etc/passwd"), "no sha256 digest",
+        lambda one: one.manifest["layers"][0].update(digest="sha256:../../etc/passwd"), "not a sha256 digest",
     ),
     "another kind of digest": (
-        lambda one: one.manifest["layers"][0].update(digest="md5:" + "0" * 32), "no sha256 digest",
+        lambda one: one.manifest["layers"][0].update(digest="md5:" + "0" * 32), "not a sha256 digest",
     ),
     "a diff id with a path": (
-        lambda one: one.config["rootfs"].update(diff_ids=["sha256:../x", "y"]), "no sha256 digest",
+        lambda one: one.config["rootfs"].update(diff_ids=["sha256:../x", "y"]), "not a sha256 digest",
     ),
     "an encrypted layer": (
         lambda one: one.manifest["layers"][0].update(
             mediaType="application/vnd.oci.image.layer.v1.tar+gzip+encrypted"
         ),
-        "which is no tar",
+        "which is not a tar",
     ),
     "more layers than diff ids": (lambda one: one.config["rootfs"]["diff_ids"].pop(), "2 layers"),
-    "no config": (lambda one: one.manifest.update(config="none"), "manifest is misspelt"),
+    "no config": (lambda one: one.manifest.update(config="none"), "manifest is malformed"),
     "another platform": (lambda one: one.config.update(architecture="mips"), "--any-platform"),
     "another system": (lambda one: one.config.update(os="windows"), "--any-platform"),
     "huge JSON": (lambda one: one.config.update(x="y" * (5 << 20)), "larger than 4 MiB"),
-    "deep JSON": (lambda one: one.more.update({"index.json": b"[" * 200_000}), "index is misspelt"),
+    "deep JSON": (lambda one: one.more.update({"index.json": b"[" * 200_000}), "index is malformed"),
     "deep JSON in a member": (
         lambda one: one.more.update({"index.json": b'{"manifests": [], "x": ' + b"[" * 200_000}), "misspelt",
     ),
-    "an index of indexes": (_index_of_itself, "which is no image"),
-    "no index": (lambda one: one.more.update({"index.json": b"{}"}), "index is misspelt"),
-    "no layout": (lambda one: one.more.update({"oci-layout": b"{}"}), "oci-layout is misspelt"),
+    "an index of indexes": (_index_of_itself, "which is not an image"),
+    "no index": (lambda one: one.more.update({"index.json": b"{}"}), "index is malformed"),
+    "no layout": (lambda one: one.more.update({"oci-layout": b"{}"}), "oci-layout is malformed"),
     "an unknown layout": (
         lambda one: one.more.update({"oci-layout": b'{"imageLayoutVersion": "2.0"}'}), "not known",
     ),

@@ -37,9 +37,9 @@ def test_sizes_of_volumes() -> None:
     assert sizes.volume_size("1") == 1
     assert sizes.volume_size(str((1 << 60) - 1)) == (1 << 60) - 1
     for text in ("0", str(1 << 60)):
-        with pytest.raises(UserError, match=f"size={text} is no size that a volume can have"):
+        with pytest.raises(UserError, match=f"size={text} is not a possible size for a volume"):
             sizes.volume_size(text)
-    with pytest.raises(UserError, match="limit=lots is no size"):
+    with pytest.raises(UserError, match="invalid size limit=lots"):
         sizes.volume_size("lots", "limit")
 
 

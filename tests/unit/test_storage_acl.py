@@ -46,7 +46,7 @@ def test_as_the_tools_have_it(area: Path, text: str) -> None:
     ],
 )
 def test_lines_that_are_none(text: bytes) -> None:
-    with pytest.raises(ValueError, match="no entry of an ACL"):
+    with pytest.raises(ValueError, match="not an entry of an ACL"):
         acl.from_text(b"user::rwx\n" + text + b"\n")
 
 

@@ -71,7 +71,7 @@ def test_resolution(tree: Tree, target: str, there: str, missing: str) -> None:
     ("target", "part"),
     [
         ("/loop", "loop of symlinks"),
-        ("/file/x", "no directory"),
+        ("/file/x", "not a directory"),
         ("/deep", "something that is missing"),
         ("/root", "the union's root"),
         ("/up/..", "the union's root"),

@@ -113,7 +113,7 @@ class TestForged:
         refused(
             store("restore", "data", "-i", archive),
             "cannot be trusted",
-            "lies below link, which is no directory",
+            "lies below link, which is not a directory",
         )
         _is_untouched(store, before)
 
@@ -134,11 +134,11 @@ class TestForged:
         [
             ({"format": 2}, "newer unionfs"),
             ({"format": "x"}, "newer"),
-            ({"id": 7}, "misspelt"),
+            ({"id": 7}, "malformed"),
             ({"base": {"id": "x", "file": "../../../etc/passwd", "started": 1}}, "is not beside it"),
-            ({"base": {"id": "forged", "file": "forged.tar", "started": 1}}, "built on itself"),
-            ({"base": 7}, "misspelt"),
-            ({"base": {}}, "misspelt"),
+            ({"base": {"id": "forged", "file": "forged.tar", "started": 1}}, "itself as its base"),
+            ({"base": 7}, "malformed"),
+            ({"base": {}}, "malformed"),
         ],
     )
     def test_what_it_says_of_itself(

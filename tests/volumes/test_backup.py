@@ -191,7 +191,7 @@ class TestClosedStreams:
 def test_an_archive_needs_a_name(store: Store, area: Path, target: str) -> None:
     store.create("data")
     place = f"{area}/{target}" if target else ""
-    refused(store("backup", "data", "-o", place), "is no file's name")
+    refused(store("backup", "data", "-o", place), "is not a file name")
     assert not (area / "new").exists()
 
 
@@ -536,7 +536,7 @@ class TestVerify:
         store.create("data")
         (area / "data").write_text("no archive")
         refused(store("verify", "data", cwd=area), "no manifest")
-        refused(store("verify", "./data", cwd=area), "no backup made by")
+        refused(store("verify", "./data", cwd=area), "not a backup made by")
         refused(store("verify", "nothing", cwd=area), "no volume nothing")
 
 
@@ -580,7 +580,7 @@ class TestClone:
         refused(store("clone", "data", "other"), "other already exists")
         refused(store("clone", "data", "data"), "already exists")
         refused(store("clone", "none", "copy"), "no volume none")
-        refused(store("clone", "data", "a/b"), "no volume name")
+        refused(store("clone", "data", "a/b"), "invalid volume name")
 
     def test_a_clone_that_does_not_fit_is_not_there(self, filesystem: Callable[..., Path]) -> None:
         store = Store(filesystem("tmpfs", 8 << 20) / "root")

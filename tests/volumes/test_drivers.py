@@ -129,7 +129,7 @@ class TestMounted:
             (["size=1k"], ["too small for ext4"]),
             (["size=100m", "fs=xfs"], ["too small for xfs"]),
             (["size=1g", "fs=ntfs"], ["ext4 or xfs"]),
-            (["type=--bind", "device=/x"], ["no filesystem type"]),
+            (["type=--bind", "device=/x"], ["not a filesystem type"]),
         ],
     )
     def test_options_that_make_no_sense(self, store: Store, words: list[str], parts: list[str]) -> None:
@@ -223,7 +223,7 @@ class TestSize:
             (Path(path) / "file").write_bytes(bytes(range(256)) * 4096)
             refused(store("resize", "data", "32m"), "cannot shrink while it is in use")
             if not has_capability(CAP_SYS_RESOURCE):
-                refused(store("resize", "data", "80m"), "CAP_SYS_RESOURCE", "end its users first")
+                refused(store("resize", "data", "80m"), "CAP_SYS_RESOURCE", "stop whatever uses it first")
                 assert (store.data("data").parent / "image").stat().st_size == 64 << 20
         store.ok("resize", "data", "32m")
         with store.volumes().used("data", "test") as path:
@@ -393,7 +393,7 @@ class TestUnion:
     def test_bad_options(self, store: Store, area: Path) -> None:
         refused(store("create", "-d", "union", "data"), "lower is missing")
         refused(store("create", "-d", "union", "-o", "lower=relative", "data"), "relative")
-        refused(store("create", "-d", "union", "-o", f"lower={area}/none", "data"), "no directory")
+        refused(store("create", "-d", "union", "-o", f"lower={area}/none", "data"), "not a directory")
         refused(
             store("create", "-d", "union", "-o", f"lower={area}", "-o", "shared=perhaps", "data"),
             "shared=perhaps",
@@ -501,7 +501,7 @@ class TestElsewhere:
         store.ok("backup", "data", "-o", area / "b.tar")
         store.ok("rm", "data")
         refused(store("create", "-d", "sshfs", "data"), "sshcmd is missing")
-        refused(store("create", "-d", "sshfs", "-o", "sshcmd=host", "data"), "names no path")
+        refused(store("create", "-d", "sshfs", "-o", "sshcmd=host", "data"), "has no path")
         refused(store("create", "-d", "sshfs", "-o", "sshcmd=-oProxyCommand=x:y", "data"), "sshcmd=-o")
         store.ok(
             "create", "-d", "sshfs", "-o", "sshcmd=nobody@host:/none", "-o", "ssh_command=/bin/false", "bad"
@@ -672,7 +672,7 @@ def test_a_driver_of_another_package(store: Store, area: Path) -> None:
     assert run("create", "-d", "mine", "-o", "colour=blue", "data").stdout == "data\n"
     refused(run("create", "-d", "mine", "-o", "color=blue", "data2"), "option color", "colour")
     refused(run("create", "-d", "broken", "data2"), "cannot be loaded")
-    refused(run("create", "-d", "wrong", "data2"), "is no unionfs.storage.drivers.Driver")
+    refused(run("create", "-d", "wrong", "data2"), "is not a unionfs.storage.drivers.Driver")
     assert run("backup", "data", "-o", str(area / "b.tar")).returncode == 0
     refused(run("restore", "data", "-i", str(area / "b.tar")), "no way to replace")
     # without the package

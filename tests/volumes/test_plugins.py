@@ -168,7 +168,7 @@ class TestFound:
         }.items():
             (plugins.directory / name).write_text(content)
             refused(store("create", "-d", name[0] + "", "data"), name, "plugin description")
-        refused(store("create", "-d", "../x", "data"), "driver ../x is not known")
+        refused(store("create", "-d", "../x", "data"), "unknown volume driver ../x")
 
     def test_a_managed_plugin(self, store: Store, area: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(plugin_search, "_MANAGED", str(area / "managed"))
@@ -226,7 +226,7 @@ class TestErrors:
 
     def test_one_of_another_kind(self, store: Store, plugins: Plugins) -> None:
         plugins.socket("p", "no-volume-driver")
-        refused(store("create", "-d", "p", "data"), "is no volume plugin", "NetworkDriver")
+        refused(store("create", "-d", "p", "data"), "is not a volume plugin", "NetworkDriver")
 
     def test_one_that_talks_garbage(self, store: Store, plugins: Plugins) -> None:
         plugins.socket("p", "garbage")
@@ -310,7 +310,7 @@ def test_rclone_serves_as_a_plugin(store: Store, area: Path, plugins: Plugins) -
     try:
         assert wait_for(path.exists)
         words = ("-d", "rclone.sock-less", "data")
-        refused(store("create", *words), "not known")
+        refused(store("create", *words), "unknown volume driver")
         # rclone is also a driver of ours: the plugin has that name in docker's directory.
         os.rename(path, plugins.directory / "far.sock")
         options = (

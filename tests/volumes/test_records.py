@@ -137,7 +137,7 @@ class TestMaking:
         assert store.ok("create", "data") == "data\n"
 
     def test_unknown_drivers_and_options_are_refused_with_what_there_is(self, store: Store) -> None:
-        refused(store("create", "-d", "lokal", "data"), "driver lokal is not known", "did you mean local")
+        refused(store("create", "-d", "lokal", "data"), "unknown volume driver lokal", "did you mean local")
         refused(store("create", "-d", "qqqq", "data"), "there are local, union")
         refused(store("create", "-o", "sise=1g", "data"), "option sise", "size")
         refused(store("create", "-o", "=x", "data"), "KEY=VALUE")

@@ -28,4 +28,4 @@ def refresh(mountpoint: str) -> None:
     its names, attributes and data as they are now. A file that was replaced or removed stays as it is for
     those who have it open.
     """
-    give(find_mount(mountpoint), "refresh", "refreshed", "mount it anew")
+    give(find_mount(mountpoint), "refresh", "refreshed", "mount it again")

@@ -125,7 +125,8 @@ class Container:
         complaint = f"container {quoted(self.name)} cannot be removed"
         refuse_locked(self.path, complaint)
         self._sweep()
-        # Rename it to an invalid container name first, so that a partly removed one is no container.
+        # Rename it to an invalid container name first, so that a partly removed one is not taken for a
+        # container.
         doomed = f"{self.above}/.removed-{secrets.token_hex(8)}"
         with on_failure(f"{complaint} from {quoted(self.above)}", "check the permissions"):
             try:

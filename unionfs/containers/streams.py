@@ -85,7 +85,7 @@ class Streams:
                 thread.join(_POLL_SECONDS)
         if self._error is not None:
             raise UserError(
-                f"the command's output cannot be written: {reason(self._error)}; some of it is lost."
+                f"the command's output cannot be written: {reason(self._error)}; part of it is lost."
             ) from self._error
 
     def _give_back(self, reader: int) -> None:

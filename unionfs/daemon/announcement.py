@@ -43,7 +43,7 @@ class Announcement:
                 found.append(listen(address))
             except OSError as error:
                 # Only `inspect` and `stats` lose their figures.
-                log.warning("no socket for questions: %s", error)
+                log.warning("no control socket: %s", error)
         return found
 
     def publish(self, settings: MountSettings, device: str) -> None:

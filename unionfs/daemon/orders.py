@@ -49,5 +49,5 @@ def give(mount: LiveMount, order: str, what: str, cure: str) -> None:
     if isinstance(why, str):
         raise UserError(f"{place} cannot be {what}: {why}; {cure}.")
     raise UserError(
-        f"{place} cannot be {what}: its daemon (pid {mount.pid}) is of an earlier version; mount it anew."
+        f"{place} cannot be {what}: its daemon (pid {mount.pid}) is of an earlier version; mount it again."
     )

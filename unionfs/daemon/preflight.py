@@ -148,7 +148,7 @@ def check_directory(kind: str, path: str, access: int = os.R_OK | os.X_OK) -> No
                 "choose another place."
             )
         raise UserError(
-            f"{kind} {quoted(path)} may not be {verb} by this user (uid {os.geteuid()}); change its owner "
+            f"{kind} {quoted(path)} cannot be {verb} by this user (uid {os.geteuid()}); change its owner "
             "or mode, or run as its owner."
         )
 
@@ -306,7 +306,7 @@ def _check_mountpoint(settings: MountSettings, host: _Host) -> None:
     shown = f"mountpoint {quoted(path)}"
     if path == "/":
         raise UserError(
-            "mountpoint / is the root of all paths, so nobody would come to what is mounted on it; choose "
+            "mountpoint / is the root directory, and nothing mounted on it could be reached; choose "
             "another directory."
         )
     # Before any request to the mountpoint, where a dead or hanging daemon may be mounted.

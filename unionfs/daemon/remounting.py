@@ -53,7 +53,7 @@ def change(mountpoint: str, options: Iterable[str]) -> None:
         settings = entry.settings
         if settings.upper is None and settings.upper_tmpfs is None:
             raise UserError(
-                f"{quoted(path)} cannot be remounted read-write: it has no upper; mount it anew with one."
+                f"{quoted(path)} cannot be remounted read-write: it has no upper; mount it again with one."
             )
     try:
         remount(mount, flags)

@@ -202,7 +202,7 @@ def _flags(options: Options, is_root: bool) -> tuple[str, ...]:
 def absolute(path: str) -> str:
     """Return `path` as an absolute path with symlinks resolved; missing parts stay as they are."""
     if "\0" in path:
-        raise UserError(f"{path!r} holds a zero byte, which no path can.")
+        raise UserError(f"{path!r} contains a zero byte, which a path cannot.")
     try:
         return os.path.realpath(path)
     except FileNotFoundError as error:  # of getcwd, in a directory that was removed

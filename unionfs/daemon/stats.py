@@ -97,7 +97,7 @@ def _silence(mount: LiveMount) -> UserError:
         )
     return NoAnswerError(
         f"the daemon of {name} (pid {mount.pid}) does not answer; it is stopped, or waits for a disk that "
-        f"hangs: `ps -o stat,wchan {mount.pid}` tells."
+        f"hangs: see `ps -o stat,wchan {mount.pid}`."
     )
 
 

@@ -157,7 +157,7 @@ def _wait_for_end(entry: live.LiveMount, path: str, *, lazy: bool) -> None:
         where = f"at {quoted(rest[0].mountpoint)}" if rest else "elsewhere (a mount namespace, an open file)"
         raise UserError(
             f"{quoted(path)} is unmounted, but the same union is still in use {where}, so its daemon (pid "
-            f"{entry.pid}) goes on; end that use, and the daemon ends by itself."
+            f"{entry.pid}) goes on; the daemon ends when that use ends."
         )
 
 

@@ -158,5 +158,5 @@ def file_blob(path: str) -> Iterator[Blob]:
         raise UserError(f"{name} cannot be read: {reason(error)}; check the path.") from error
     with file:
         if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
-            raise UserError(f"{name} is no regular file; write it to one first.")
+            raise UserError(f"{name} is not a regular file; write it to one first.")
         yield Blob(name, file.fileno(), 0, file.seek(0, io.SEEK_END), None)

@@ -112,7 +112,7 @@ def decode(data: bytes, kind: type[T], what: str) -> T:
     try:
         return msgspec.json.decode(data, type=kind)
     except (msgspec.MsgspecError, RecursionError, UnicodeDecodeError) as error:
-        raise Malformed(f"its {what} is misspelt ({error})") from None
+        raise Malformed(f"its {what} is malformed ({error})") from None
 
 
 def decode_config(data: bytes) -> Config:
@@ -138,7 +138,7 @@ def encode(values: Mapping[str, Any]) -> bytes:
 def check_digest(digest: str) -> str:
     """Return the hexadecimal digits of a digest. Raises Malformed for anything but sha256."""
     if not _DIGEST.fullmatch(digest):
-        raise Malformed(f"{digest[:80]!r} is no sha256 digest")
+        raise Malformed(f"{digest[:80]!r} is not a sha256 digest")
     return digest.removeprefix("sha256:")
 
 
@@ -147,7 +147,7 @@ def check_layer(descriptor: Descriptor) -> None:
     check_digest(descriptor.digest)
     if not _TARS.fullmatch(descriptor.media_type):
         kind = descriptor.media_type[:80]
-        raise Malformed(f"its layer {descriptor.digest} has the type {kind!r}, which is no tar")
+        raise Malformed(f"its layer {descriptor.digest} has the type {kind!r}, which is not a tar")
 
 
 def is_index(descriptor: Descriptor) -> bool:

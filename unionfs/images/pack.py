@@ -319,7 +319,7 @@ class Packer:
             os.getxattr(self._where(place, name), self._merge.markers.nlink, follow_symlinks=False)
             raise LayerError(
                 f"{_shown(path)} is a hard link whose other names are in a lower, kept together by an index, "
-                "so the upper alone is no layer; name its lowers by --lower, topmost first, and its work "
+                "so the upper alone is not a layer; name its lowers by --lower, topmost first, and its work "
                 "directory by --work."
             )
 
@@ -378,7 +378,7 @@ def _entry(
 
 
 def _refuse(path: bytes, cause: str) -> LayerError:
-    return LayerError(f"{_shown(path)} {cause}, so the upper alone is no layer; {_NEEDS_LOWERS}.")
+    return LayerError(f"{_shown(path)} {cause}, so the upper alone is not a layer; {_NEEDS_LOWERS}.")
 
 
 def _shown(path: bytes) -> str:

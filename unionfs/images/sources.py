@@ -178,7 +178,7 @@ def _layout(files: _Files, where: str, tag: str) -> ImageSource:
             break
         chosen = _for_here(documents.decode(files.checked(chosen, "index"), Index, "index"))
     if not documents.is_manifest(chosen):
-        raise Malformed(f"it leads to {chosen.media_type[:80]!r}, which is no image")
+        raise Malformed(f"it leads to {chosen.media_type[:80]!r}, which is not an image")
     manifest = documents.decode(files.checked(chosen, "manifest"), Manifest, "manifest")
     config = files.checked(manifest.config, "configuration")
     diff_ids = documents.decode_config(config).rootfs.diff_ids
@@ -249,7 +249,7 @@ def _check_count(layers: int, diff_ids: int) -> None:
 
 def _checked_name(name: str) -> str:
     if not name.isprintable() or len(name) > 255:
-        raise Malformed(f"its name {name[:80]!r} is none that an image can have")
+        raise Malformed(f"its name {name[:80]!r} is not a valid image name")
     return name
 
 

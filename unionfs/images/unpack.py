@@ -241,7 +241,7 @@ class LayerExtractor(Extractor):
 
     def _white_out(self, entry: Entry, above: bytes, hidden: bytes) -> None:
         if hidden in (b"", b".", b".."):
-            raise Malformed(f"the whiteout {_shown(entry.path)} hides no name")
+            raise Malformed(f"the whiteout {_shown(entry.path)} hides nothing")
         path = above + b"/" + hidden if above else hidden
         at, name = self._place(path)
         self._contents.whiteouts += 1

@@ -27,10 +27,10 @@ def check_name(text: str, kind: str = "volume") -> str:
         )
     cure = ""
     if kind == "volume" and "/" in text:
-        cure = "; a host directory is given by its absolute path, or as ./NAME"
+        cure = "; to use a host directory, write its absolute path or ./NAME"
     raise UserError(
-        f"{quoted(text)} is no {kind} name: it takes at least two characters, a letter or digit first and "
-        f"then letters, digits, `_`, `.` and `-`{cure}."
+        f"invalid {kind} name {quoted(text)}: a name has at least two characters, a letter or "
+        f"digit first and then letters, digits, `_`, `.` and `-`{cure}."
     )
 
 

@@ -189,7 +189,7 @@ def parse_options(arguments: Iterable[str]) -> Options:
                 _take(options, name, value)
     if lowerdir is not None:
         if options.lowers:
-            raise UserError("lowerdir= and lowerdir+= say the same thing, so use one of the two.")
+            raise UserError("lowerdir= and lowerdir+= mean the same, so use one of the two.")
         options.lowers = split_lowers(lowerdir)
     if options.squash_to_root:  # the others take precedence, as in fuse-overlayfs
         shown = options.shown
@@ -244,7 +244,7 @@ def _take(options: Options, name: str, value: str | None) -> None:
         return
     elif name not in _SKIPPED_FUSE_OVERLAYFS and not f"{name}={value}".startswith(_SKIPPED_PREFIXES):
         option = name if value is None else f"{name}={value}"
-        raise UserError(f"unknown option {quoted(option)}; `unionfs mount --help` lists the ones there are.")
+        raise UserError(f"unknown option {quoted(option)}; `unionfs mount --help` lists the known ones.")
 
 
 def _show(options: Options, name: str, value: str | None) -> None:

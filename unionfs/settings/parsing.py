@@ -85,7 +85,7 @@ def parse_volume(text: str) -> VolumeSpec | BindSpec:
     source, target = parts[0], parts[1]
     if len(parts) == 2 and target and all(word in _WORDS for word in target.split(",")):
         raise UserError(
-            f"{option}: `{target}` stands where the target should; write SOURCE:/target:{target}."
+            f"{option}: `{target}` is in the place of the target; write SOURCE:/target:{target}."
         )
     modes = _modes(option, parts[2] if len(parts) == 3 else "")
     target = target_of(option, target)
@@ -132,7 +132,7 @@ def _modes(option: str, text: str) -> dict[str, str]:
                 f"{', '.join(PROPAGATIONS)}."
             )
         if sort in found:
-            raise UserError(f"{option}: `{found[sort]}` and `{word}` are of one sort; keep one of them.")
+            raise UserError(f"{option}: `{found[sort]}` and `{word}` exclude each other; keep one of them.")
         found[sort] = word
     return found
 
@@ -178,7 +178,7 @@ def _pairs(option: str, text: str) -> tuple[dict[str, Any], dict[str, str]]:
     try:
         rows = list(csv.reader([text], strict=True))
     except csv.Error as error:
-        raise UserError(f"{option}: this is no CSV ({error}); check the double quotes.") from error
+        raise UserError(f"{option}: invalid CSV ({error}); check the double quotes.") from error
     given: dict[str, Any] = {}
     driver_options: dict[str, str] = {}
     for pair in rows[0] if rows else []:
@@ -186,7 +186,7 @@ def _pairs(option: str, text: str) -> tuple[dict[str, Any], dict[str, str]]:
         key = _SAME.get(name.lower(), name.lower())
         if name.lower() not in _KEYS:
             if not equals:
-                raise UserError(f"{option}: {quoted(pair)} is no key=value pair; write KEY=VALUE.")
+                raise UserError(f"{option}: {quoted(pair)} is not a key=value pair; write KEY=VALUE.")
             raise UserError(f"{option}: unknown key {quoted(name)}; there are {', '.join(_KEYS)}.")
         if key in _FLAGS:
             given[key] = _boolean(option, name, value) if equals else True

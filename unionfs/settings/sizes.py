@@ -34,10 +34,10 @@ def volume_size(text: str, what: str = "size") -> int:
         size = parse_size(text.strip())
     except ValueError:
         raise UserError(
-            f"{what}={quoted(text)} is no size; write a number and b, k, m, g or t, as 100m."
+            f"invalid size {what}={quoted(text)}; write a number followed by b, k, m, g or t, such as 100m."
         ) from None
     if not 0 < size < 1 << 60:
-        raise UserError(f"{what}={quoted(text)} is no size that a volume can have; write one such as 100m.")
+        raise UserError(f"{what}={quoted(text)} is not a possible size for a volume; use one such as 100m.")
     return size
 
 

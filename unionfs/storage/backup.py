@@ -179,8 +179,8 @@ def _keep_bases(since: str, target: str) -> None:
     while since not in seen and os.path.exists(since) and os.path.exists(target):
         if os.path.samefile(since, target):
             raise UserError(
-                f"{quoted(target)} is needed to restore what is built on it (--since), so it cannot be "
-                "replaced; give the new backup another name."
+                f"{quoted(target)} is needed to restore the incremental backups based on it "
+                "(--since), so it cannot be replaced; give the new backup another name."
             )
         seen.add(since)
         with open_archive(since) as reader, explained(since):
@@ -225,7 +225,7 @@ def explained(source: str) -> Iterator[None]:
         ) from None
     except (ValueError, KeyError, TypeError) as error:
         raise UserError(
-            f"the backup {shown} cannot be trusted: it is misspelt ({error}); nothing was restored. Use "
+            f"the backup {shown} cannot be trusted: it is malformed ({error}); nothing was restored. Use "
             "another copy of it."
         ) from error
 

@@ -18,7 +18,7 @@ def parse_filters(words: Iterable[str]) -> list[tuple[str, str]]:
     for word in words:
         key, equals, value = word.partition("=")
         if not equals or not key:
-            raise UserError(f"the filter {quoted(word)} is no KEY=VALUE; write it so.")
+            raise UserError(f"invalid filter {quoted(word)}; write KEY=VALUE.")
         if key not in _KEYS:
             raise UserError(f"the filter {quoted(key)} is not known; there are {', '.join(_KEYS)}.")
         if key in ("dangling", "anonymous"):
@@ -28,7 +28,7 @@ def parse_filters(words: Iterable[str]) -> list[tuple[str, str]]:
                 re.compile(value)
             except re.error as error:
                 raise UserError(
-                    f"the filter name={quoted(value)} is no regular expression: {error}."
+                    f"the filter name={quoted(value)} is not a valid regular expression: {error}."
                 ) from error
         found.append((key, value))
     return found

@@ -62,7 +62,9 @@ def _waited(root: str, name: str, kind: str, seconds: float, what: str) -> Itera
     with on_failure(*_unusable(path)):
         while (fd := _take(path)) is None:
             if time.monotonic() > deadline:
-                raise UserError(f"volume {quoted(name)} is {what} (its storage may hang); try again later.")
+                raise UserError(
+                    f"volume {quoted(name)} is {what} (its storage may be hanging); try again later."
+                )
             time.sleep(pause)
             pause = min(2 * pause, _POLL_SECONDS)
     with fds.Owned(fd):

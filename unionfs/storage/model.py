@@ -43,7 +43,7 @@ class Volume:
         """Raises KeyError, TypeError or ValueError for values that `to_json` cannot return."""
         options, labels = dict(values["options"]), dict(values["labels"])
         if not all(isinstance(text, str) for part in (options, labels) for text in (*part, *part.values())):
-            raise TypeError("options and labels are texts")
+            raise TypeError("options and labels must be strings")
         texts = (str(values[key]) for key in ("name", "driver", "mountpoint", "scope"))
         name, driver, mountpoint, scope = texts
         anonymous, created = bool(values["anonymous"]), float(values["created"])

@@ -69,7 +69,7 @@ def mount_call(fstype: str, device: str, options: str, target: str) -> MountCall
         server = next((word[5:] for word in words if word.startswith("addr=")), "")
         if not server:
             raise UserError(
-                f"the device {quoted(device)} of an NFS volume names no server; add addr=SERVER to the "
+                f"the device {quoted(device)} of an NFS volume has no server; add addr=SERVER to the "
                 "option o."
             )
         device = (f"[{server}]" if ":" in server and not server.startswith("[") else server) + device
@@ -129,8 +129,8 @@ def run_program(
             ).returncode
         except subprocess.TimeoutExpired as error:
             raise UserError(
-                f"{complaint}: {command[0]} gave no answer in {_SECONDS:.0f} s; check that its server can be "
-                "reached."
+                f"{complaint}: {command[0]} did not answer within {_SECONDS:.0f} s; check that "
+                "its server can be reached."
             ) from error
         printed = [os.fsdecode(os.pread(file.fileno(), 1 << 16, 0)) for file in (err, out)]
     if code not in good:

@@ -67,6 +67,6 @@ def remove_all(path: str, complaint: str, *, unlock: bool = False) -> None:
     except OSError as error:
         left = f"{os.path.dirname(path)}/{os.fsdecode(error.filename or os.path.basename(path))}"
         raise UserError(
-            f"{complaint}: {quoted(left)} cannot be removed: {reason(error)}; correct that and remove "
+            f"{complaint}: {quoted(left)} cannot be removed: {reason(error)}; fix that and remove "
             f"{quoted(path)}."
         ) from error

@@ -94,7 +94,7 @@ def open_chain(source: str, bases: Sequence[str], stack: ExitStack) -> list[tupl
         with explained(path):
             wanted, file = str(base["id"]), os.path.basename(str(base["file"]))
         if len(chain) > _LONGEST_CHAIN or any(other.info["id"] == wanted for _, other in chain):
-            raise UserError(f"the backup {quoted(path)} is built on itself; use another copy of it.")
+            raise UserError(f"the backup {quoted(path)} has itself as its base; use another copy of it.")
         chain.insert(0, _find_base(path, wanted, file, bases, stack))
     return chain
 
@@ -113,7 +113,7 @@ def _find_base(
             return candidate, reader
         opened.close()
     raise UserError(
-        f"the backup {quoted(path)} is incremental, and the one it is built on ({quoted(file)}, id "
+        f"the backup {quoted(path)} is incremental, and its base ({quoted(file)}, id "
         f"{quoted(wanted)}) is not beside it; name it by --base FILE."
     )
 

@@ -147,7 +147,7 @@ def _refusal(target: str, error: OSError) -> str:
                 "layer, or give the union an upper."
             )
         case errno.ENOTDIR:
-            return f"{shown} leads through something that is no directory; choose another target."
+            return f"{shown} leads through something that is not a directory; choose another target."
         case errno.ELOOP:
             return f"{shown} leads through a loop of symlinks; choose another target."
         case errno.ENOENT:

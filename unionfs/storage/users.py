@@ -31,4 +31,4 @@ def release(settings: MountSettings, user: str) -> None:
             try:
                 volumes.detach(spec.name, user)
             except (UserError, OSError) as error:
-                log.warning("volume %s could not be given back: %s", quoted(spec.name), error)
+                log.warning("volume %s could not be released: %s", quoted(spec.name), error)

@@ -64,7 +64,9 @@ class Volumes:
     def get(self, name: str) -> Volume:
         found = self._find(check_name(name))
         if found is None:
-            raise UserError(f"there is no volume {quoted(name)}; `unionfs volume ls` shows those there are.")
+            raise UserError(
+                f"there is no volume {quoted(name)}; `unionfs volume ls` lists the existing ones."
+            )
         return found
 
     def _find(self, name: str) -> Volume | None:
@@ -109,7 +111,7 @@ class Volumes:
         if found is not None and not found.recorded and os.path.lexists(registry):
             raise UserError(
                 f"the record of volume {quoted(found.name)} is lost, and {quoted(registry)}, which may have "
-                "it, could not be read; correct that and try again."
+                "it, could not be read; fix that and try again."
             )
         return found
 
@@ -199,7 +201,7 @@ class Volumes:
                     if error.errno not in (errno.EEXIST, errno.ENOTEMPTY):
                         raise
                     raise UserError(
-                        f"volume {quoted(name)} cannot be made: {quoted(place)} is in the way and is no "
+                        f"volume {quoted(name)} cannot be made: {quoted(place)} is in the way and is not a "
                         "volume; move it away."
                     ) from error
         except BaseException:
@@ -311,7 +313,7 @@ class Volumes:
             driver = find_driver(volume.driver)
             users = [user for user in self._without_the_dead(volume, driver) if user.text != besides]
             if users:
-                raise UserError(f"volume {quoted(name)} cannot be {what}: {_in_use(users)}; end that first.")
+                raise UserError(f"volume {quoted(name)} cannot be {what}: {_in_use(users)}; stop that first.")
             yield
 
     def refuse_existing(self, name: str) -> None:
@@ -364,7 +366,7 @@ class Volumes:
                 driver = Forced(driver, self._tell)
             complaint = f"volume {quoted(name)} cannot be removed"
             if users := self._without_the_dead(volume, driver):
-                raise UserError(f"{complaint}: {_in_use(users)}; end that first.")
+                raise UserError(f"{complaint}: {_in_use(users)}; stop that first.")
             refuse_bound(volume.directory, complaint)
             if not force:
                 refuse_locked(volume.directory, complaint)

@@ -76,7 +76,7 @@ class Workspace:
         self.committed = True
         with on_failure(
             "only a part of the volume's new content is in its place",
-            "end what changes the volume meanwhile: its next use puts the rest there",
+            "stop what changes the volume meanwhile: its next use puts the rest there",
         ):
             _finish(self._home, self._root, self._fd, record)
 

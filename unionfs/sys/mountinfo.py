@@ -103,7 +103,7 @@ def mount_id_of_fd(fd: int) -> int:
         for line in info:
             if line.startswith("mnt_id:"):
                 return int(line.split()[1])
-    raise OSError(0, "the kernel tells no mnt_id in fdinfo")
+    raise OSError(0, "the kernel reports no mnt_id in fdinfo")
 
 
 def mount_id_of_path(path: str) -> int:

@@ -44,12 +44,12 @@ def from_text(text: bytes) -> bytes:
             continue
         fields = line.split(b":")
         if len(fields) != 3 or fields[2] not in _NUMBER or (fields[1] and not fields[1].isdigit()):
-            raise ValueError(f"{line!r} is no entry of an ACL with numeric ids")
+            raise ValueError(f"{line!r} is not an entry of an ACL with numeric ids")
         who, named = fields[0], bool(fields[1])
         if named and int(fields[1]) >= _NO_ID:
-            raise ValueError(f"{line!r} is no entry of an ACL: it names no user id")
+            raise ValueError(f"{line!r} is not an entry of an ACL: it names not a user id")
         tag = next((tag for tag, word in _TAGS.items() if word == who and (tag in _NAMED) == named), None)
         if tag is None:
-            raise ValueError(f"{line!r} is no entry of an ACL with numeric ids")
+            raise ValueError(f"{line!r} is not an entry of an ACL with numeric ids")
         items.append(_ITEM.pack(tag, _NUMBER[fields[2]], int(fields[1]) if named else _NO_ID))
     return _VERSION + b"".join(items)

@@ -124,7 +124,7 @@ class Extractor:
         except OSError as error:
             if error.errno in _NO_DIRECTORY:
                 raise Malformed(
-                    f"its entry {_shown(path)} lies below {_shown(name)}, which is no directory"
+                    f"its entry {_shown(path)} lies below {_shown(name)}, which is not a directory"
                 ) from None
             raise
 
@@ -161,7 +161,7 @@ class Extractor:
         kind = entry.kind
         if not entry.path:
             if kind != DIRECTORY:
-                raise Malformed("its root is no directory")
+                raise Malformed("its root is not a directory")
             self._remember(entry)
             return
         at, name = self._place(entry.path)

@@ -105,7 +105,7 @@ class ForeignReader(TarStream):
 
 def _check_sum(raw: bytes) -> None:
     if number(raw[148:156].lstrip(b" "), "checksum") != sum(raw) - sum(raw[148:156]) + 256:
-        raise Malformed("a header's checksum is wrong, so it is no tar or damaged")
+        raise Malformed("a header's checksum is wrong, so it is not a tar, or damaged")
 
 
 def _any_number(raw: bytes, what: str) -> int:
@@ -155,7 +155,7 @@ def _decode(raw: bytes, size: int, records: Records) -> tuple[Entry, int]:
 def _owner(raw: bytes, key: bytes, records: Records) -> int:
     value = decimal(records[key]) if key in records else _any_number(raw, "owner")
     if value >= _NO_ID:
-        raise Malformed("an owner is no user id")
+        raise Malformed("an owner is not a user id")
     return value
 
 

@@ -225,7 +225,7 @@ def number(raw: bytes, what: str) -> int:
             return int(digits, 8)
     except ValueError:
         pass
-    raise Malformed(f"a header's {what} is no number")
+    raise Malformed(f"a header's {what} is not a number")
 
 
 def _size(raw: bytes) -> int:
@@ -286,7 +286,7 @@ def nanoseconds(value: bytes) -> int:
     negative = value.startswith(b"-")
     whole, _, part = value.removeprefix(b"-").partition(b".")
     if not (whole.isdigit() and (part.isdigit() or not part)) or len(whole) > 18:
-        raise Malformed("a time is no number")
+        raise Malformed("a time is not a number")
     total = int(whole) * 1_000_000_000 + int(part[:9].ljust(9, b"0") or b"0")
     return -total if negative else total
 
@@ -294,7 +294,7 @@ def nanoseconds(value: bytes) -> int:
 def decimal(value: bytes) -> int:
     """A pax number. Raises Malformed."""
     if not value.isdigit() or len(value) > 19:
-        raise Malformed("a record is no number")
+        raise Malformed("a record is not a number")
     return int(value)
 
 
@@ -303,7 +303,7 @@ def checked_path(name: bytes, is_directory: bool) -> bytes:
     path = name[2:]
     if is_directory:
         if path and not path.endswith(b"/"):
-            raise Malformed(f"the name {name!r} of a directory is misspelt")
+            raise Malformed(f"the name {name!r} of a directory is malformed")
         path = path[:-1]
         if not path:
             return path
@@ -360,10 +360,10 @@ def decode(header: Header, records: list[tuple[bytes, bytes]]) -> tuple[Entry, b
         elif key.startswith(b"GNU.sparse."):
             sparse[key[11:]] = value
         elif key != b"hdrcharset":
-            raise Malformed(f"its header record {os.fsdecode(key)!r} is not of ours")
+            raise Malformed(f"its header record {os.fsdecode(key)!r} is not one that unionfs writes")
     kind, real = _kind(header.kind, size, sparse)
     if uid >= (1 << 32) - 1 or gid >= (1 << 32) - 1:  # -1 stands for none (chown(2))
-        raise Malformed("an owner is no user id")
+        raise Malformed("an owner is not a user id")
     if kind == SPARSE:
         name = sparse.get(b"name", b"")
     path = checked_path(name, kind == DIRECTORY) if name.startswith(b"./") else b""
@@ -378,13 +378,13 @@ def _kind(letter: bytes, size: int, sparse: dict[bytes, bytes]) -> tuple[str, in
     """A member's kind, and the size of its content."""
     kind = _KINDS.get(letter)
     if kind is None:
-        raise Malformed(f"its member type {letter!r} is not of ours")
+        raise Malformed(f"its member type {letter!r} is not one that unionfs writes")
     if sparse:
         if kind != FILE or sparse.get(b"major") != b"1" or sparse.get(b"minor") != b"0":
-            raise Malformed("its sparse format is not of ours")
+            raise Malformed("its sparse format is not one that unionfs writes")
         return SPARSE, decimal(sparse.get(b"realsize", b""))
     if kind != FILE and size:
-        raise Malformed("a member that is no file has data")
+        raise Malformed("a member that is not a file has data")
     return kind, size
 
 

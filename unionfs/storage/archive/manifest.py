@@ -43,7 +43,7 @@ def escape(path: bytes) -> bytes:
 def unescape(word: bytes) -> bytes:
     def char(found: re.Match[bytes]) -> bytes:
         if found[0] not in _CHARS:
-            raise Malformed("a path in the manifest is misspelt")
+            raise Malformed("a path in the manifest is malformed")
         return _CHARS[found[0]]
 
     return b"" if word == b"." else _ESCAPED.sub(char, word)
@@ -94,7 +94,7 @@ class Line:
             self.digest = digest.decode("ascii")
             self.state = state
         except ValueError:
-            raise Malformed("a line of its manifest is misspelt") from None
+            raise Malformed("a line of its manifest is malformed") from None
         self.path = unescape(path)
 
 
@@ -140,7 +140,7 @@ def read_manifest(source: IO[bytes]) -> Iterator[bytes]:
             if line != b"end %d %s\n" % (count, total.hexdigest().encode()):
                 raise Malformed("its manifest does not match its own digest")
             if next(lines, None) is not None:
-                raise Malformed("its manifest goes on behind its end")
+                raise Malformed("its manifest continues past its end")
             return
         if not line.endswith(b"\n"):
             raise Malformed("its manifest is cut off")

@@ -26,7 +26,7 @@ def whole_file(path: str, what: str = "backup") -> Iterator[IO[bytes]]:
     directly. `what` it is, for messages. Raises UserError.
     """
     if not os.path.basename(path):
-        raise UserError(f"{quoted(path)} is no file's name; name the file that the {what} shall be.")
+        raise UserError(f"{quoted(path)} is not a file name; name the file to write the {what} to.")
     with ExitStack() as opened:
         with on_failure(
             f"the {what} {quoted(path)} cannot be made",

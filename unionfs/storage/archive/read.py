@@ -77,9 +77,9 @@ class ArchiveReader(TarStream):
         try:
             member = self._next_member()
         except Malformed as error:
-            raise Malformed(f"it is no backup made by `unionfs volume backup` ({error})") from None
+            raise Malformed(f"it is not a backup made by `unionfs volume backup` ({error})") from None
         if member is None or member[1] != INFO or member[2] > _MOST_INFO or member[0].kind != FILE:
-            raise Malformed("it is no backup made by `unionfs volume backup`: it does not begin as one")
+            raise Malformed("it is not a backup made by `unionfs volume backup`: it does not begin as one")
         self._open_data(member[2])
         try:
             text = b"".join(self._rest())
@@ -90,7 +90,7 @@ class ArchiveReader(TarStream):
             if found["format"] != 1:
                 raise Malformed(f"it has format {found['format']!r}, which a newer unionfs wrote")
         except (ValueError, KeyError, TypeError, RecursionError):
-            raise Malformed("what it says about itself is misspelt") from None
+            raise Malformed("its description of itself is malformed") from None
         return found
 
     def entries(self) -> Iterator[Entry]:
@@ -192,7 +192,7 @@ class ArchiveReader(TarStream):
                     raise Malformed("its manifest names a base, and the archive has none")
                 continue
             if line.state not in (manifest.HERE, manifest.AGAIN):
-                raise Malformed("a line of its manifest is misspelt")
+                raise Malformed("a line of its manifest is malformed")
             seen = self._seen.readline()
             if seen.rstrip(b"\n") != line.shown:
                 raise Malformed(_difference(seen, line))

@@ -91,19 +91,19 @@ class TarStream:
             used += RECORD
             *lines, text = text.split(b"\n")
             if len(text) >= RECORD:
-                raise Malformed("a sparse file's map is misspelt")
+                raise Malformed("a sparse file's map is malformed")
             for line in lines:
                 if len(numbers) == wanted:
-                    raise Malformed("a sparse file's map goes on behind its end")
+                    raise Malformed("a sparse file's map continues past its end")
                 if not line.isdigit() or len(line) > 19:
-                    raise Malformed("a sparse file's map is misspelt")
+                    raise Malformed("a sparse file's map is malformed")
                 numbers.append(int(line))
                 if len(numbers) == 1:
                     if numbers[0] > MOST_SEGMENTS:
                         raise Malformed("a sparse file's map is too large")
                     wanted = 1 + 2 * numbers[0]
         if text.strip(b"\0"):
-            raise Malformed("a sparse file's map goes on behind its end")
+            raise Malformed("a sparse file's map continues past its end")
         segments = list(zip(numbers[1::2], numbers[2::2], strict=True))
         at = 0
         for offset, length in segments:

@@ -229,7 +229,7 @@ class Walker:
     def file_entry(self, fd: int, path: bytes, status: os.stat_result) -> Entry:
         """The entry of an open file. Raises FileNotFoundError if it is not a regular file."""
         if not stat.S_ISREG(status.st_mode):
-            raise FileNotFoundError(errno.ENOENT, "it is no file any more")
+            raise FileNotFoundError(errno.ENOENT, "it is no longer a file")
         if status.st_nlink > 1 and (first := self._first_name(status, path)) != path:
             return _entry(path, HARDLINK, status, link=first)
         size = status.st_size

@@ -55,8 +55,8 @@ def find_driver(name: str) -> Driver:
     close = difflib.get_close_matches(name, known, 1)
     cure = f"did you mean {close[0]}" if close else f"there are {', '.join(known)}"
     raise UserError(
-        f"volume driver {quoted(name)} is not known, and no plugin of that name is in /run/docker/plugins or "
-        f"/etc/docker/plugins; {cure}."
+        f"unknown volume driver {quoted(name)}, and there is no plugin of that name in "
+        f"/run/docker/plugins or /etc/docker/plugins; {cure}."
     )
 
 
@@ -69,7 +69,7 @@ def _load(point: EntryPoint) -> Driver:
         made = point.load()()
     if not isinstance(made, Driver):
         raise UserError(
-            f"volume driver {quoted(point.name)} ({point.value}) is no unionfs.storage.drivers.Driver; "
+            f"volume driver {quoted(point.name)} ({point.value}) is not a unionfs.storage.drivers.Driver; "
             "reinstall the package it comes from."
         )
     return made

@@ -35,7 +35,7 @@ def check(options: Mapping[str, str]) -> None:
     """Raise UserError for unsupported sizes and filesystems."""
     kind, size = options.get("fs", "ext4"), volume_size(options["size"])
     if kind not in _SMALLEST:
-        raise UserError(f"fs={quoted(kind)} is no filesystem for a volume with a size; it is ext4 or xfs.")
+        raise UserError(f"invalid fs={quoted(kind)} for a volume with a size; use ext4 or xfs.")
     if size < _SMALLEST[kind]:
         raise UserError(
             f"size={options['size']} is too small for {kind}, which takes at least "
@@ -174,7 +174,7 @@ def resize(volume: Volume, size: int, *, mounted: bool) -> None:
     if size < before and kind == "xfs":
         raise UserError(f"{what}: an xfs cannot shrink (xfs_growfs(8)); restore a backup into a smaller one.")
     if size < before and mounted:
-        raise UserError(f"{what}: an ext4 cannot shrink while it is in use; end its users first.")
+        raise UserError(f"{what}: an ext4 cannot shrink while it is in use; stop whatever uses it first.")
     if kind == "ext4" and not mounted:
         if mount_at(data) is not None:
             run_umount(data, what)
@@ -186,7 +186,7 @@ def resize(volume: Volume, size: int, *, mounted: bool) -> None:
         # The kernel requires it (fs/ext4/ioctl.c); an xfs requires CAP_SYS_ADMIN.
         raise UserError(
             f"{what}: an ext4 grows in use only for a process with CAP_SYS_RESOURCE, which this one lacks; "
-            "end its users first."
+            "stop whatever uses it first."
         )
     _lengthen(path, size, what)
     with _in_use(volume, data) as device:

@@ -66,7 +66,7 @@ class Local(Driver):
             raise UserError("the volume options type, device and o cannot hold line breaks or zero bytes.")
         if kind.startswith("-") or "," in kind:
             raise UserError(
-                f"type={quoted(kind)} is no filesystem type; /proc/filesystems lists the kernel's."
+                f"type={quoted(kind)} is not a filesystem type; /proc/filesystems lists the kernel's."
             )
         if kind == "none":
             words = options.get("o", "").split(",")
@@ -115,7 +115,9 @@ class Local(Driver):
                     _check_way(device, what)
                 run_mount(mount_call(kind, device, volume.options.get("o", ""), data), what)
             if kind == "none" and not os.path.isdir(data):
-                raise UserError(f"{what} is bound to {quoted(device)}, which is no directory; make it first.")
+                raise UserError(
+                    f"{what} is bound to {quoted(device)}, which is not a directory; create it first."
+                )
         elif not os.path.isdir(data) and not replacing.recover_sibling(data):
             raise UserError(f"{what} has lost its directory {quoted(data)}; restore it from a backup.")
         return data

@@ -152,7 +152,7 @@ class Plugin(Driver):
         implements = found.get("Implements")
         if not isinstance(implements, list) or "VolumeDriver" not in implements:
             raise UserError(
-                f"the plugin {quoted(self.name)} is no volume plugin (it implements "
+                f"the plugin {quoted(self.name)} is not a volume plugin (it implements "
                 f"{_words(json.dumps(implements))}); name another driver."
             )
         self._activated = True
@@ -180,7 +180,7 @@ class Plugin(Driver):
         if found is None:
             return {}
         if not isinstance(found, dict):
-            self._odd(request, f"a {key} that is no object")
+            self._odd(request, f"a {key} that is not an object")
         return found
 
     def _path(self, values: Mapping[str, Any], request: str) -> str:
@@ -189,7 +189,7 @@ class Plugin(Driver):
         if path is None or path == "":
             return ""
         if not isinstance(path, str):
-            self._odd(request, "a Mountpoint that is no text")
+            self._odd(request, "a Mountpoint that is not a string")
         if len(path) > _LONGEST_PATH:
             self._odd(request, f"a Mountpoint of {len(path)} characters")
         try:
@@ -197,7 +197,9 @@ class Plugin(Driver):
         except UnicodeEncodeError:
             plain = False
         if not plain or not path.startswith("/") or ".." in path.split("/"):
-            self._odd(request, f"the Mountpoint {_words(repr(path))}, which is no absolute path without ..")
+            self._odd(
+                request, f"the Mountpoint {_words(repr(path))}, which is not an absolute path without .."
+            )
         found = self._address.host_path(path)
         if self._address.base and self._look(found, lambda: int(self._address.is_beyond(found))) == 1:
             self._odd(request, f"the Mountpoint {quoted(path)}, which leads out of the plugin by a symlink")
@@ -311,5 +313,5 @@ def _parsed(content: bytes) -> Any:
 def _finite(text: str) -> float:
     found = float(text)
     if not math.isfinite(found):
-        raise ValueError(f"{text} is no finite number")
+        raise ValueError(f"{text} is not a finite number")
     return found

@@ -184,16 +184,16 @@ def _from_json(name: str, path: str) -> Address:
         values = json.loads(trusted.read(path, _DESCRIPTION))
         url, tls = values["Addr"], values.get("TLSConfig")
         if not isinstance(url, str):
-            raise TypeError("Addr is no text")
+            raise TypeError("Addr is not a string")
         if tls is not None and not isinstance(tls, dict):
-            raise TypeError("TLSConfig is no object")
+            raise TypeError("TLSConfig is not an object")
         for key, value in (tls or {}).items():
             wanted = bool if key == "InsecureSkipVerify" else str
             if value is not None and not isinstance(value, wanted):
-                raise TypeError(f"{key} in TLSConfig is no {'boolean' if wanted is bool else 'text'}")
+                raise TypeError(f"{key} in TLSConfig is not a {'boolean' if wanted is bool else 'string'}")
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise UserError(
-            f"the plugin description {quoted(path)} is misspelt ({error}); correct it."
+            f"the plugin description {quoted(path)} is malformed ({error}); correct it."
         ) from error
     return Address(name, _checked_url(url, path), tls)
 

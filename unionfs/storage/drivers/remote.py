@@ -42,7 +42,9 @@ class RemoteDriver(Driver):
                 )
         for key, value in options.items():
             if "\0" in value or "\n" in value or (key in self.needed and value.startswith("-")):
-                raise UserError(f"the volume option {key}={quoted(value)} is none that {self.program} takes.")
+                raise UserError(
+                    f"the volume option {key}={quoted(value)} is not one that {self.program} accepts."
+                )
         need_program(self.program, self.package, f"the driver {self.name}")
 
     def create(self, volume: Volume) -> None:
@@ -70,7 +72,7 @@ class RemoteDriver(Driver):
             if time.monotonic() > deadline:
                 detach(data)
                 raise UserError(
-                    f"{what} cannot be mounted: {self.program} has not come up in {_READY_SECONDS:.0f} s"
+                    f"{what} cannot be mounted: {self.program} did not start within {_READY_SECONDS:.0f} s"
                     f"{self.log(volume)}; check the volume's options."
                 )
             time.sleep(0.02)
@@ -127,9 +129,9 @@ class Sshfs(RemoteDriver):
 
     def check(self, options: Mapping[str, str]) -> None:
         if ":" not in options.get("sshcmd", ":"):
-            raise UserError(f"sshcmd={quoted(options['sshcmd'])} names no path; write USER@HOST:PATH.")
+            raise UserError(f"sshcmd={quoted(options['sshcmd'])} has no path; write USER@HOST:PATH.")
         if not options.get("port", "1").isdigit():
-            raise UserError(f"port={quoted(options['port'])} is no number.")
+            raise UserError(f"invalid port={quoted(options['port'])}: not a number.")
         super().check(options)
 
     def command(self, options: Mapping[str, str], target: str, directory: str) -> list[str]:
@@ -166,7 +168,7 @@ class Rclone(RemoteDriver):
         super().check(options)
         for word in filter(None, options.get("o", "").split(",")):
             if not re.fullmatch(r"[a-z][a-z0-9-]*(=.*)?", word):
-                raise UserError(f"the option o has {quoted(word)}, which is no flag of `rclone mount`.")
+                raise UserError(f"the option o has {quoted(word)}, which is not a flag of `rclone mount`.")
 
     def command(self, options: Mapping[str, str], target: str, directory: str) -> list[str]:
         words = ["mount", options["remote"], target, "--daemon", "--log-file", f"{directory}/rclone.log"]

@@ -36,7 +36,7 @@ def read(path: str, what: str) -> str:
         with opened(path, what) as name:
             # Opening a FIFO would block, and opening a device may have effects.
             if not stat.S_ISREG(os.stat(name).st_mode):
-                raise ValueError("it is no regular file")
+                raise ValueError("it is not a regular file")
             with open(name, "rb", opener=_opener) as source:
                 content = source.read(_MOST_BYTES + 1)
         if content is None:  # a file of /proc that would block

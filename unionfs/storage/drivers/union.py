@@ -54,7 +54,7 @@ class UnionDriver(Driver):
             if not lower.startswith("/"):
                 raise UserError(f"the lower {quoted(lower)} is relative; give absolute paths.")
             if not os.path.isdir(lower):
-                raise UserError(f"the lower {quoted(lower)} is no directory; make it first.")
+                raise UserError(f"the lower {quoted(lower)} is not a directory; create it first.")
         self._shared(options)
 
     def _shared(self, options: Mapping[str, str]) -> bool:
@@ -205,7 +205,7 @@ def _unmount(target: str) -> None:
         if mount_at(target) is not None:
             users = [f"{quoted(user.command)} (pid {user.pid})" for user in users_of(target, mount.device)]
             cause = "used by " + ", ".join(users) if users else reason(error)
-            raise UserError(f"{quoted(target)} is busy: {cause}; end that first.") from error
+            raise UserError(f"{quoted(target)} is busy: {cause}; stop that first.") from error
     began = time.monotonic()
     for pid, started in daemons:
         while not wait_gone(pid, started, 0.2):
