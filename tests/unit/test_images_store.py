@@ -183,7 +183,7 @@ FORGED: dict[str, tuple[Callable[[Layout], object], str]] = {
     "huge JSON": (lambda one: one.config.update(x="y" * (5 << 20)), "larger than 4 MiB"),
     "deep JSON": (lambda one: one.more.update({"index.json": b"[" * 200_000}), "index is malformed"),
     "deep JSON in a member": (
-        lambda one: one.more.update({"index.json": b'{"manifests": [], "x": ' + b"[" * 200_000}), "misspelt",
+        lambda one: one.more.update({"index.json": b'{"manifests": [], "x": ' + b"[" * 200_000}), "malformed",
     ),
     "an index of indexes": (_index_of_itself, "which is not an image"),
     "no index": (lambda one: one.more.update({"index.json": b"{}"}), "index is malformed"),
