@@ -68,13 +68,13 @@ class Unpacked(_Hash):
         if self.total > self._rules.size:
             raise Refused(
                 f"its content is larger than {shown_size(self._rules.size)}",
-                "if you trust it, raise the limit by --max-size",
+                "if you trust it, raise the limit by --max-size of `import`",
             )
         if self.total > max(FREE_RATIO, self._compressed.total * self._rules.ratio):
             raise Refused(
                 f"its content is more than {self._rules.ratio} times as large as its compressed data, as in "
                 "a decompression bomb",
-                "if you trust it, raise the limit by --max-ratio",
+                "if you trust it, raise the limit by --max-ratio of `import`",
             )
         return data
 

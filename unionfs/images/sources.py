@@ -92,7 +92,7 @@ def _check_platform(image: ImageSource, rules: Rules) -> None:
     if not rules.any_platform and not documents.runs_here(config.architecture, config.os):
         raise Refused(
             f"it is for {config.os[:40]}/{config.architecture[:40]}, and this is linux/{documents.machine()}",
-            "name one for this machine, or accept it by --any-platform",
+            "name one for this machine, or accept it by --any-platform of `image import`",
         )
 
 

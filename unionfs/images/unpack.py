@@ -108,7 +108,7 @@ class LayerExtractor(Extractor):
         if self._contents.entries > self._rules.entries:
             raise Refused(
                 f"it has more than {self._rules.entries} entries",
-                "if you trust it, raise the limit by --max-entries",
+                "if you trust it, raise the limit by --max-entries of `import`",
             )
 
     def _checked(self, member: Entry) -> Entry:
@@ -140,7 +140,7 @@ class LayerExtractor(Extractor):
         if not self._rules.any_name and any(byte < 32 or byte == 127 for byte in name):
             raise Refused(
                 f"{what} {_shown(name)} has control characters in its name",
-                "if you trust it, allow them by --any-name",
+                "if you trust it, allow them by --any-name of `import`",
             )
         return b"/".join(parts)
 
@@ -174,15 +174,17 @@ class LayerExtractor(Extractor):
                 raise Malformed(
                     f"{_shown(entry.path)} is a character device 0/0, by which overlayfs marks a removed name"
                 )
-            if self._rules.skip_devices and not self._makes_devices():
-                self._say_once(f"device files were left out, as {_shown(entry.path)}.")
-                return
+            if not (self._is_root and self._trusted):
+                if self._rules.skip_devices:
+                    self._say_once(f"device files were left out, as {_shown(entry.path)}.")
+                    return
+                raise Refused(
+                    f"{_shown(entry.path)} is a device file, which only root can make",
+                    "run this as root, or leave device files out by --skip-devices of `import`",
+                )
         if entry.kind in (FILE, SPARSE):
             self._contents.size += entry.size
         self.add(entry, content)
-
-    def _makes_devices(self) -> bool:
-        return self._is_root and self._trusted
 
     def _enter(self, at: int, name: bytes, path: bytes) -> int:
         """A directory that the tar does not name yet is made, as by docker."""
