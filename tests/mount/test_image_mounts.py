@@ -314,6 +314,10 @@ def test_an_ordinary_users_image(host: Host) -> None:
     assert exported.returncode == 0, exported.stderr
     listing = subprocess.run(["tar", "tf", out / "layer.tar"], capture_output=True, text=True, check=True)
     assert "./d/.wh.c" in listing.stdout
+    (place.upper / "secret").mkdir(mode=0o700)
+    secret = host.unionfs("layer", "export", "-u", place.upper, "-o", out / "more.tar")
+    refused(secret, "secret cannot be read: permission denied")
+    assert not (out / "more.tar").exists()
     (one, *_) = json.loads(host.unionfs("image", "ls", "--json", *words).stdout)
     assert stat.S_IMODE(storage.stat().st_mode) & 0o022 == 0
     assert one["Layers"][0]["Paths"][0].startswith(f"{storage}/images/layers/user/")

@@ -13,6 +13,7 @@ from unionfs.cli.volume.common import root_option
 from unionfs.errors import on_failure, quoted
 
 if TYPE_CHECKING:
+    from unionfs.images.blobs import Written
     from unionfs.images.rules import Rules
 
 _COMMANDS = {
@@ -82,11 +83,7 @@ def export(
     return 0
 
 
-def _print(written: object) -> None:
-    # For start-up time: --help and completion do not need it.
-    from unionfs.images.blobs import Written
-
-    assert isinstance(written, Written)
+def _print(written: Written) -> None:
     print(f"digest   {written.digest}\ndiff id  {written.diff_id}")
     tell(written.packed.notes)
 

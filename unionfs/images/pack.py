@@ -15,7 +15,7 @@ import errno
 import os
 import stat
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import partial
 
@@ -47,6 +47,7 @@ _KINDS = {
     stat.S_IFREG: FILE, stat.S_IFLNK: SYMLINK, stat.S_IFIFO: FIFO, stat.S_IFCHR: CHARACTER,
     stat.S_IFBLK: BLOCK,
 }  # fmt: skip
+_UNREADABLE = (errno.EACCES, errno.EPERM, errno.EIO, errno.ESTALE, errno.EINVAL)
 _READ = os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC
 _NEEDS_LOWERS = "name its lowers by --lower, topmost first"
 
@@ -103,9 +104,11 @@ class Packer:
             if not level.names:
                 stack.pop()
                 continue
-            below = self._name(level, *level.names.pop())
-            if below is not None:
-                stack.append(below)
+            name, found = level.names.pop()
+            path = level.path + b"/" + name if level.path else name
+            with self._reading(path):
+                if (below := self._name(level, name, path, found)) is not None:
+                    stack.append(below)
         if any(self._missing.values()) or (self._index is not None and not self._index.is_empty()):
             self._other_names()
         return self.packed
@@ -143,9 +146,22 @@ class Packer:
                     names.add(name)
         return names
 
-    def _name(self, level: _Level, name: bytes, found: Found) -> _Level | None:
+    @contextmanager
+    def _reading(self, path: bytes) -> Iterator[None]:
+        """Note what is removed meanwhile. Raises LayerError for what cannot be read."""
+        try:
+            yield
+        except FileNotFoundError:
+            self.packed.notes.append(f"{_shown(path)} was removed while it was read; it was left out.")
+        except OSError as error:
+            if error.errno not in _UNREADABLE:
+                raise  # as of the output
+            raise LayerError(
+                f"{_shown(path)} cannot be read: {reason(error)}; make it readable, or run this as root."
+            ) from error
+
+    def _name(self, level: _Level, name: bytes, path: bytes, found: Found) -> _Level | None:
         """Write the entry of a name; returns a directory to continue with."""
-        path = level.path + b"/" + name if level.path else name
         st, places = found
         if not stat.S_ISDIR(st.st_mode):
             self._object(level.parts, name, path, found)
@@ -211,14 +227,13 @@ class Packer:
                 self._add(_entry(path, HARDLINK, st, NO_XATTRS, link=first))
                 return
         data = partial(self._open_data, parts, name, path, place)
-        with suppress(FileNotFoundError):
-            if copy is not None and self._index is not None:
-                where = b"/proc/self/fd/%d/%b" % (self._index.fd, copy.entry)
-                with Owned(os.open(where, os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC)) as fd:
-                    self._write(path, kind, fd, where, partial(self._data_of_copy, where, data))
-            else:
-                with Owned(self._merge.open_object(found, name)) as fd:
-                    self._write(path, kind, fd, self._where(place, name), data)
+        if copy is not None and self._index is not None:
+            where = b"/proc/self/fd/%d/%b" % (self._index.fd, copy.entry)
+            with Owned(os.open(where, os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC)) as fd:
+                self._write(path, kind, fd, where, partial(self._data_of_copy, where, data))
+        else:
+            with Owned(self._merge.open_object(found, name)) as fd:
+                self._write(path, kind, fd, self._where(place, name), data)
 
     def _where(self, place: Place, name: bytes) -> bytes:
         return b"/proc/self/fd/%d/%b" % (self._merge.gate.fd(place), name)
