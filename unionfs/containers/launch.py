@@ -34,6 +34,7 @@ from unionfs.sys.capabilities import NUMBERS, capability_sets, drop_from_boundin
 # linux/prctl.h
 _PR_SET_PDEATHSIG = 1
 _PR_SET_NAME = 15
+_PR_SET_NO_NEW_PRIVS = 38
 _TERMINAL_SIGNALS = (
     signal.SIGHUP, signal.SIGINT, signal.SIGQUIT, signal.SIGTSTP, signal.SIGTTIN, signal.SIGTTOU,
 )  # fmt: skip
@@ -146,6 +147,9 @@ class Launch:
                 signal.signal(number, signal.SIG_DFL)
             signal.pthread_sigmask(signal.SIG_SETMASK, ())
             if os.geteuid() == 0 and self.account is not None:
+                # A process of the host with that uid can trace this one, and must not execute set-id files
+                # of the union by it.
+                prctl(_PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0)
                 os.setgroups(self.account.groups)
                 os.setresgid(*[self.account.gid] * 3)
                 os.setresuid(*[self.account.uid] * 3)
