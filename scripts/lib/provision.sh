@@ -119,7 +119,7 @@ pick_python() {
 # make_environment EXTRA: installs the project and its extra (run, perf, test or dev) in $venv, unless up to date.
 make_environment() {
     local extra=$1 key name within=
-    key=$(cat "$repository"/{pyproject.toml,setup.py} "$repository"/unionfs/core/*.p[xy]* <(printf '%s' "$repository") |
+    key=$(cat "$repository"/{pyproject.toml,setup.py} "$repository"/{unionfs/core/*.p[xy]*,launcher/*.c} <(printf '%s' "$repository") |
         sha256sum | cut -d' ' -f1)
     if [ -x "$venv/bin/python" ] && [ "$(cat "$venv/.unionfs-$extra" 2>/dev/null)" = "$key" ]; then
         return 0

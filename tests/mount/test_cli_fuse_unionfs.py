@@ -24,10 +24,22 @@ from tests.mount.cli_calls import (
     unionfs,
     wait_for,
 )
+from tests.mount.launcher_calls import LAUNCHER, need_launcher
+from unionfs.daemon.resident import SETTING
+
+_command: tuple[str, ...] = FUSE_UNIONFS
+
+
+@pytest.fixture(params=["launcher", "itself"], autouse=True)
+def _way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Through the launcher and its resident, and in a process of its own."""
+    if request.param == "launcher":
+        need_launcher()
+        monkeypatch.setattr(sys.modules[__name__], "_command", (str(LAUNCHER),))
 
 
 def _fuse_unionfs(*arguments: str | Path, cwd: Path | None = None) -> Done:
-    return call(FUSE_UNIONFS, *arguments, cwd=cwd)
+    return call(_command, *arguments, cwd=cwd, env={SETTING: "60"})
 
 
 def _line(path: Path) -> list[str]:
@@ -99,7 +111,7 @@ def test_help() -> None:
 def test_foreground(place: Place) -> None:
     for flag in ("-f", "-d"):
         process = subprocess.Popen(
-            [*FUSE_UNIONFS, flag, "-o", place.data, str(place.merged)],
+            [*_command, flag, "-o", place.data, str(place.merged)],
             stderr=subprocess.DEVNULL,
             cwd=cli_calls.REPOSITORY,
         )

@@ -155,7 +155,12 @@ def mount_helper(arguments: Sequence[str], program: str) -> int:
     return _run(arguments, program, helper=True)
 
 
+def run_here(arguments: Sequence[str], program: str) -> int:
+    """Run `fuse-unionfs` in this process; `program` is the name it is called by. Returns the exit code."""
+    helper = program.startswith("mount.")
+    return _run(arguments, "unionfs" if helper else "fuse-unionfs", helper=helper)
+
+
 def main() -> None:
-    """The console script `fuse-unionfs`."""
-    helper = os.path.basename(sys.argv[0]).startswith("mount.")
-    leave(_run(sys.argv[1:], "unionfs" if helper else "fuse-unionfs", helper=helper))
+    """`fuse-unionfs` without the launcher."""
+    leave(run_here(sys.argv[1:], os.path.basename(sys.argv[0])))
