@@ -8,7 +8,7 @@
     UNLINK, RMDIR, RENAME,        in the plain case; see `namerequests`
     MKDIR, CREATE
     SETATTR                       in the plain case; see `setrequests`
-    OPEN, RELEASE                 of files that are only read; see `opens`
+    OPEN, RELEASE                 of files of lowers that are only read, and of files of the upper; see `opens`
     GETXATTR                      of ACLs and capabilities as they are stored, for permission checks of the kernel
 
 All other requests are handled by Python; see `fuse.direct`. A message that does not have the form that the
