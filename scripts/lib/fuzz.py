@@ -90,7 +90,7 @@ def request(source: random.Random, nodes: list[Node], handles: int) -> bytes:
         case Opcode.SETATTR:
             body = setattr_body(source, handles)
         case Opcode.CREATE:
-            body = struct.pack("=IIII", source.choice((0, 1, 2)), 0o100600, 0, 0) + source.choice(NAMES) + b"\0"
+            body = struct.pack("=IIII", source.randrange(3), 0o100600, 0, 0) + source.choice(NAMES) + b"\0"
         case Opcode.MKDIR:
             body = struct.pack("=II", 0o700, 0) + source.choice(NAMES) + b"\0"
         case Opcode.UNLINK | Opcode.RMDIR:
