@@ -245,14 +245,14 @@ def check_unused(upper: str, work: str | None = None) -> None:
 
 
 def _check_unused(upper: str, work: str, host: _Host) -> None:
-    for entry in live.live_mounts():
+    for entry in live.entries():
         for kind, path in (("upper", upper), ("work", work)):
             for taken in (entry.settings.upper, entry.settings.work):
-                if taken is not None and _is_taken(host, path, taken, entry.claims):
-                    raise UserError(
-                        f"{kind} {quoted(path)} is in use by {live.describe_owner(entry)}; unmount that "
-                        "first, or choose another directory."
-                    )
+                if taken is None or not _is_taken(host, path, taken, entry.claims):
+                    continue
+                if not live.has_ended_soon(entry):
+                    how = _how_used(entry)
+                    raise UserError(f"{kind} {quoted(path)} is {how}, or choose another directory.")
     for mount in host.table:
         if mount.fstype != "overlay":
             continue
@@ -268,6 +268,17 @@ def _check_unused(upper: str, work: str, host: _Host) -> None:
                         f"{kind} {quoted(path)} is in use by the kernel's overlayfs at "
                         f"{quoted(mount.mountpoint)}; unmount that first, or choose another directory."
                     )
+
+
+def _how_used(entry: live.LiveMount) -> str:
+    """Describe, as a part of a sentence, how a daemon that has not ended uses its upper; with the cure."""
+    if entry.mounts():
+        return f"in use by {live.describe_owner(entry)}; unmount that first"
+    mountpoint, pid = quoted(entry.settings.mountpoint), entry.pid
+    return (
+        f"still in use: {mountpoint} is unmounted, but processes have files of it open, so its daemon (pid "
+        f"{pid}) goes on; end them, cut them off by `kill {pid}`, given twice"
+    )
 
 
 def _is_taken(host: _Host, path: str, taken: str, claims: Sequence[tuple[int, int]]) -> bool:

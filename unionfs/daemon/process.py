@@ -18,6 +18,7 @@ from contextlib import suppress
 from typing import NoReturn
 
 from unionfs.daemon import logs, preflight
+from unionfs.daemon.caller import CALLER
 from unionfs.daemon.runtime import RuntimeDirectory, runtime_directory
 from unionfs.errors import MountRefusedError, UserError, quoted
 from unionfs.settings.mount import MountSettings
@@ -39,6 +40,8 @@ def mount(settings: MountSettings, *, foreground: bool = False) -> int:
     Raises UserError if mounting fails, leaving nothing mounted.
     """
     open_standard_files()
+    if foreground:
+        CALLER.needs_own_process()
     preflight.check(settings)
     with runtime_directory() as directory:
         if foreground:
@@ -160,7 +163,7 @@ def _wait_for_answer(reader: int) -> bytes | None:
     """Return the line that the daemon sends, empty if it ended without one; None after a signal."""
     with os.fdopen(reader, "rb") as pipe:
         while not select.select([pipe], [], [], _SIGNAL_POLL_SECONDS)[0]:
-            if signal.sigpending() & _SIGNALS:
+            if signal.sigpending() & _SIGNALS or CALLER.has_ended():
                 return None
         answer = pipe.readline()
         return None if signal.sigpending() & _SIGNALS else answer
