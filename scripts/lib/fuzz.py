@@ -31,7 +31,7 @@ OPCODES = {
     Opcode.LOOKUP: 8, Opcode.GETATTR: 3, Opcode.READLINK: 2, Opcode.OPEN: 5, Opcode.RELEASE: 3,
     Opcode.GETXATTR: 2, Opcode.FORGET: 1, Opcode.BATCH_FORGET: 1, Opcode.READDIR: 2, Opcode.READDIRPLUS: 3,
     Opcode.READ: 4, Opcode.STATFS: 1, Opcode.SETATTR: 4, Opcode.CREATE: 2, Opcode.MKDIR: 1, Opcode.UNLINK: 1,
-    Opcode.RMDIR: 1, Opcode.RENAME: 1, Opcode.RENAME2: 1,
+    Opcode.RMDIR: 1, Opcode.RENAME: 1, Opcode.RENAME2: 1, Opcode.LISTXATTR: 1,
 }  # fmt: skip
 #: Bits of fuse_setattr_in.valid; most files remain small, and accessible.
 FATTRS = (0, 1, 2, 4, 6, 7, 8, 16, 32, 48, 64, 0x1B0, 0x420, 0x806, 0x807, 0x80E, 2**32 - 1)
@@ -79,6 +79,8 @@ def request(source: random.Random, nodes: list[Node], handles: int) -> bytes:
             body = struct.pack("=QIIQ", source.randrange(handles + 2), 0, 0, 0)
         case Opcode.GETXATTR:
             body = struct.pack("=II", source.choice((0, 1, 4096)), 0) + source.choice(XATTRS) + b"\0"
+        case Opcode.LISTXATTR:
+            body = struct.pack("=II", source.choice((0, 1, 4096)), 0)
         case Opcode.READDIR | Opcode.READDIRPLUS:
             offset = source.choice((0, 0, 1, 2, source.randrange(1 << 31), source.choice(NUMBERS)))
             body = struct.pack("=QQI20x", 0, offset, source.choice((0, 24, 152, 200, 4096, 1 << 20)))
