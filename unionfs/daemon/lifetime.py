@@ -97,7 +97,7 @@ class Lifetime:
             return
         try:
             if not await trio.to_thread.run_sync(end_from_within, self._device, abandon_on_cancel=True):
-                log.warning("%s is covered by another mount, so it stays, and ends with the daemon", self._mountpoint)
+                log.warning("%s is covered by another mount: it ends with the daemon", self._mountpoint)
                 patience = _GRACE_SECONDS
         except OSError:
             log.exception("unmounting failed")
