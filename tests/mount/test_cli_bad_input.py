@@ -251,7 +251,7 @@ def test_mountpoint_missing_or_a_file(place: Place) -> None:
 def test_root_as_the_mountpoint(place: Place) -> None:
     """The kernel would mount it where no path leads; unmounting / makes the host read-only."""
     done = cli_calls.call(("unshare", "-m", *cli_calls.UNIONFS), "mount", *place.layers, "/")
-    _refused(place, done, "mountpoint / is the root of all paths")
+    _refused(place, done, "mountpoint / is the root directory")
 
 
 def test_busy_mountpoint(place: Place) -> None:

@@ -167,19 +167,19 @@ def test_mountpoint_inside_a_lower(host: Host, place: Place) -> None:
 def test_what_the_user_may_not_touch(host: Host, place: Place) -> None:
     place.merged.chmod(0o755)
     os.chown(place.merged, 0, 0)
-    refused(host.unionfs("mount", *place.layers, place.merged), "mountpoint ", "may not be written")
+    refused(host.unionfs("mount", *place.layers, place.merged), "mountpoint ", "cannot be written")
     os.chown(place.merged, UID, UID)
     os.chown(place.upper, 0, 0)
-    refused(host.unionfs("mount", *place.layers, place.merged), f"upper {place.upper} may not be written")
+    refused(host.unionfs("mount", *place.layers, place.merged), f"upper {place.upper} cannot be written")
     os.chown(place.upper, UID, UID)
     place.lower.chmod(0o700)
     os.chown(place.lower, 0, 0)
-    refused(host.unionfs("mount", *place.layers, place.merged), f"lower {place.lower} may not be read")
+    refused(host.unionfs("mount", *place.layers, place.merged), f"lower {place.lower} cannot be read")
 
 
 def test_fuse_device_closed_to_the_user(host: Host, place: Place) -> None:
     host.device.chmod(0o600)
-    refused(host.unionfs("mount", *place.layers, place.merged), "/dev/fuse may not be opened", "chmod 666")
+    refused(host.unionfs("mount", *place.layers, place.merged), "/dev/fuse cannot be opened", "chmod 666")
     done = host.unionfs("doctor")
     assert done.returncode == 1
     assert "chmod 666 /dev/fuse" in done.stdout

@@ -19,7 +19,7 @@ def fuse_device_problem(error: OSError) -> str:
         )
     if error.errno == errno.EACCES:
         return (
-            f"{FUSE_DEVICE} may not be opened by this user (uid {os.geteuid()}); run `chmod 666 "
+            f"{FUSE_DEVICE} cannot be opened by this user (uid {os.geteuid()}); run `chmod 666 "
             f"{FUSE_DEVICE}` as root."
         )
     if error.errno == errno.EPERM:

@@ -355,7 +355,7 @@ def _check_mountpoint(settings: MountSettings, host: _Host) -> None:
             )
     if os.geteuid() != 0 and not os.access(path, os.W_OK, effective_ids=True):
         raise UserError(
-            f"mountpoint {quoted(path)} may not be written by this user (uid {os.geteuid()}), as "
+            f"mountpoint {quoted(path)} cannot be written by this user (uid {os.geteuid()}), as "
             "fusermount3 wants it; choose a directory of your own."
         )
 
