@@ -5,7 +5,7 @@ What is plain, `changing` decides; other requests are left to Python, with nothi
 
 from libc.stdint cimport uint64_t
 from libc.string cimport memchr, memset
-from posix.fcntl cimport O_ACCMODE
+from posix.fcntl cimport O_ACCMODE, O_RDWR
 
 from unionfs.core.files cimport Handle, OpenFile, new_file
 from unionfs.core.node cimport Attributes
@@ -112,7 +112,9 @@ cdef class NameRequests:
         node, found = made[0], made[1]
         file = new_file(made[2], not node.place.layer.memory, None)
         node.in_use().file = file
-        number = self.handles.add(node, file, None, given.flags & O_ACCMODE != 0)
+        number = self.handles.add(
+            node, file, None, given.flags & O_ACCMODE != 0, given.flags & O_ACCMODE == O_RDWR
+        )
         try:
             answer.open.open_flags, answer.open.backing_id = self.opened(self.handles.by_number[number])
         except BaseException:

@@ -67,7 +67,7 @@ cdef class Opens:
         if not use.filled and not use.cached and (not file.has_stat or file.stat.st_size > self.small):
             take_back(node, file)
             return 0
-        number = self.handles.add(node, file, None, False)
+        number = self.handles.add(node, file, None, False, False)
         handle = self.handles.by_number[number]
         answer.body.fh, answer.body.backing_id = number, 0
         use.opened(handle)
