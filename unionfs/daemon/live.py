@@ -55,10 +55,10 @@ class LiveMount:
 
     def mounts(self) -> list[MountEntry]:
         """Return its mounts in the daemon's mount namespace, or in ours if that is not readable."""
-        try:
-            return mounts_of_device(self.device, read_mountinfo(self.pid))
-        except OSError:
-            return mounts_of_device(self.device)
+        if self.is_alive():  # else another process may have the pid
+            with suppress(OSError):
+                return mounts_of_device(self.device, read_mountinfo(self.pid))
+        return mounts_of_device(self.device)
 
     def ask(
         self, question: dict[str, Any] | None = None, *, timeout: float = ANSWER_SECONDS
@@ -138,10 +138,19 @@ def _is_abandoned(entry: LiveMount) -> bool:
 
 def abandoned() -> list[LiveMount]:
     """Return this user's entries with neither daemon nor mount; the next call of `entries` removes them."""
+    return [entry for entry in _all() if _is_abandoned(entry)]
+
+
+def remaining() -> list[LiveMount]:
+    """Like `entries`, but remove nothing."""
+    return [entry for entry in _all() if not _is_abandoned(entry)]
+
+
+def _all() -> list[LiveMount]:
     found: list[LiveMount] = []
     for directory in runtime_directories():
         with directory:
-            found += (entry for _, entry in _stored(directory) if entry is not None and _is_abandoned(entry))
+            found += (entry for _, entry in _stored(directory) if entry is not None)
     return found
 
 
