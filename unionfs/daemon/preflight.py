@@ -21,7 +21,7 @@ from unionfs.daemon.fuse import (
     fuse_device_problem,
     user_allow_other,
 )
-from unionfs.errors import UserError, quoted, reason
+from unionfs.errors import DeadMountError, UserError, quoted, reason
 from unionfs.settings.mount import MountSettings
 from unionfs.settings.options import unescape_option
 from unionfs.sys.calls import FUSE_MAGIC, NFS_MAGIC, filesystem_magic
@@ -45,6 +45,14 @@ _REPORTS_NOTHING: Final = {
     0x01021997: "9p", 0x00C36400: "Ceph", 0x5346414F: "AFS", 0x6B414653: "AFS", 0x73757245: "Coda",
     0x01161970: "GFS2", 0x7461636F: "OCFS2", 0x786F4256: "a VirtualBox share",
 }  # fmt: skip
+
+
+class InUseError(UserError):
+    """Another mount of this user has the mountpoint, the upper or work."""
+
+    def __init__(self, sentence: str, entry: live.LiveMount) -> None:
+        super().__init__(sentence)
+        self.entry = entry
 
 
 @dataclass(slots=True)
@@ -159,7 +167,7 @@ def _refuse_missing(kind: str, path: str, error: OSError) -> NoReturn:
         cure = "make it with mkdir" if kind != "lower" else "check the path"
         raise UserError(f"{shown} does not exist; {cure}.") from error
     if error.errno == errno.ENOTCONN:
-        raise UserError(
+        raise DeadMountError(
             f"{shown} is a mount whose daemon has died; run `unionfs umount {quoted(path)}` first."
         ) from error
     raise UserError(f"{shown} cannot be used: {reason(error)}; check the path.") from error
@@ -249,9 +257,10 @@ def _check_unused(upper: str, work: str, host: _Host) -> None:
         for kind, path in (("upper", upper), ("work", work)):
             for taken in (entry.settings.upper, entry.settings.work):
                 if taken is not None and _is_taken(host, path, taken, entry.claims):
-                    raise UserError(
+                    raise InUseError(
                         f"{kind} {quoted(path)} is in use by {live.describe_owner(entry)}; unmount that "
-                        "first, or choose another directory."
+                        "first, or choose another directory.",
+                        entry,
                     )
     for mount in host.table:
         if mount.fstype != "overlay":
@@ -319,7 +328,8 @@ def _check_mountpoint(settings: MountSettings, host: _Host) -> None:
             _refuse_missing("mountpoint", path, OSError(errno.ENOTCONN, "dead"))
         what = live.describe_owner(entry) if entry else f"a {mount.fstype} mount of {quoted(mount.source)}"
         cure = f"`unionfs umount {quoted(path)}`" if entry else f"`umount {quoted(path)}`"
-        raise UserError(f"{shown} is busy: {what} is there already; run {cure} first.")
+        sentence = f"{shown} is busy: {what} is there already; run {cure} first."
+        raise UserError(sentence) if entry is None else InUseError(sentence, entry)
     try:
         status = os.stat(path)
     except OSError as error:

@@ -17,9 +17,9 @@ from collections.abc import Callable
 from contextlib import suppress
 from typing import NoReturn
 
-from unionfs.daemon import logs, preflight
+from unionfs.daemon import dead, ending, logs, preflight
 from unionfs.daemon.runtime import RuntimeDirectory, runtime_directory
-from unionfs.errors import MountRefusedError, UserError, quoted
+from unionfs.errors import DeadMountError, MountRefusedError, UserError, quoted
 from unionfs.settings.mount import MountSettings
 from unionfs.sys.liveness import is_dead
 from unionfs.sys.mountinfo import mounted_at
@@ -39,12 +39,31 @@ def mount(settings: MountSettings, *, foreground: bool = False) -> int:
     Raises UserError if mounting fails, leaving nothing mounted.
     """
     open_standard_files()
-    preflight.check(settings)
+    _make_way(settings)
     with runtime_directory() as directory:
         if foreground:
             return _serve_here(settings, directory)
         _start_daemon(settings, directory.path)
     return 0
+
+
+def _make_way(settings: MountSettings) -> None:
+    """Check the settings. Unmounts a dead mount at the mountpoint, and waits for daemons that are ending.
+
+    Raises UserError if these settings cannot be mounted.
+    """
+    while True:
+        try:
+            preflight.check(settings)
+            return
+        except DeadMountError:
+            found = dead.own_dead_mount_at(settings.mountpoint)
+            if found is None:
+                raise
+            dead.clean(found)
+        except preflight.InUseError as error:
+            if not ending.has_ended(error.entry):
+                raise
 
 
 class CapturedStderr:
