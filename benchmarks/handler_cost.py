@@ -2,36 +2,29 @@
 
     python -m benchmarks.handler_cost [--files N] [--rounds N]
 
-No mount and no kernel FUSE: requests are built here, and answers go to /dev/null. The layers are in /dev/shm,
-so what remains is Python and the system calls on the layers. Prints microseconds, of listings per name: the
-best and the median of the rounds. Requires root.
+No mount and no kernel FUSE: requests are built here, and answers go to /dev/null, which refuses backing
+files. The layers are in /dev/shm, so what remains is the daemon's work and the system calls on the layers.
+Prints microseconds, of listings per name: the best and the median of the rounds. Requires root.
 """
 
 from __future__ import annotations
 
 import argparse
 import errno
-import fcntl
 import os
 import statistics
 import struct
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from pathlib import Path
-from unittest import mock
 
+from unionfs.core.entries import FIRST_TICKET
 from unionfs.fuse.direct.device import Device
 from unionfs.fuse.direct.splicing import Splicer
 from unionfs.fuse.operations import Operations
 from unionfs.fuse.protocol import Init, Opcode, Privileges, Settings, negotiate
-from unionfs.fuse.protocol.flags import (
-    DEV_IOC_BACKING_CLOSE,
-    DEV_IOC_BACKING_OPEN,
-    FATTR_FH,
-    FATTR_MODE,
-)
+from unionfs.fuse.protocol.flags import FATTR_FH, FATTR_MODE
 from unionfs.fuse.protocol.requests import InitRequest
 from unionfs.fuse.session_direct import make_loop
 from unionfs.union.layers import LayerStack
@@ -39,6 +32,8 @@ from unionfs.union.tree import Union
 
 _HEADER = struct.Struct("=IIQQIIIHH")  # struct fuse_in_header
 _NEW = os.O_CREAT | os.O_EXCL | os.O_WRONLY
+_END = FIRST_TICKET - 1
+"""A cookie behind all names."""
 
 
 def _message(opcode: Opcode, nodeid: int, body: bytes = b"") -> bytes:
@@ -64,20 +59,30 @@ def _release(number: int, fh: int) -> bytes:
     return _message(Opcode.RELEASE, number, struct.pack("=Q16x", fh))
 
 
-def _list(opcode: Opcode, number: int) -> bytes:
-    return _message(opcode, number, struct.pack("=QQI20x", 0, 0, 1 << 20))
+def _list(opcode: Opcode, number: int, size: int = 1 << 20, offset: int = 0) -> bytes:
+    return _message(opcode, number, struct.pack("=QQI20x", 0, offset, size))
+
+
+def _read(number: int, fh: int) -> bytes:
+    return _message(Opcode.READ, number, struct.pack("=QQI20x", fh, 0, 1 << 12))
 
 
 class _Served:
-    """A union of one lower, which has `tree` and `listed` with that many files each, and an empty upper."""
+    """A union of one lower, which has `tree` and `listed` with that many files each, and a tenth as many
+    directories of ten files, and an empty upper."""
 
     def __init__(self, home: Path, files: int) -> None:
         self.names = [b"file%05d" % number for number in range(files)]
+        self.small = [b"small%05d" % number for number in range(files // 10)]
         for layer in ("lower/tree", "lower/listed", "upper", "work"):
             (home / layer).mkdir(parents=True)
         for name in self.names:
             for directory in ("lower/tree", "lower/listed"):
                 (home / directory / os.fsdecode(name)).write_bytes(b"x" * 2000)
+        for name in self.small:
+            (home / "lower" / os.fsdecode(name)).mkdir()
+            for number in range(10):
+                (home / "lower" / os.fsdecode(name) / str(number)).touch()
         self._stack = LayerStack.open([str(home / "lower")], str(home / "upper"), str(home / "work"))
         self._operations = Operations(Union(self._stack))
         offered = InitRequest.of(major=7, minor=45, max_readahead=1 << 17, flags=int(sum(Init)))
@@ -122,9 +127,15 @@ def _steps(served: _Served) -> Iterator[tuple[str, float]]:
     names, serve = served.names, served.serve
     serve([_message(Opcode.LOOKUP, 1, b"tree\0")])
     serve([_message(Opcode.LOOKUP, 1, b"listed\0")])
+    serve([_message(Opcode.LOOKUP, 1, name + b"\0") for name in served.small])
     tree, listed = served.id(b"tree"), served.id(b"listed")
     yield "READDIR, a name", serve([_list(Opcode.READDIR, listed)]) / len(names)
     yield "READDIRPLUS, a name", serve([_list(Opcode.READDIRPLUS, listed)]) / len(names)
+    small = [served.id(name) for name in served.small]
+    yield "READDIR, ten names", serve([_list(Opcode.READDIR, number, 1 << 15) for number in small])
+    yield "READDIR, the end", serve([_list(Opcode.READDIR, number, 1 << 15, _END) for number in small])
+    yield "READDIRPLUS, ten", serve([_list(Opcode.READDIRPLUS, number, 1 << 15) for number in small])
+    yield "STATFS", serve([_message(Opcode.STATFS, 1)] * len(names))
     lookups = [_message(Opcode.LOOKUP, tree, name + b"\0") for name in names]
     yield "LOOKUP", serve(lookups)
     ids = [served.id(b"tree", name) for name in names]
@@ -132,11 +143,14 @@ def _steps(served: _Served) -> Iterator[tuple[str, float]]:
     first = served.next_handle
     yield "OPEN, and the data", serve([_message(Opcode.OPEN, number, bytes(8)) for number in ids])
     handles = range(first, first + len(ids))
+    yield "READ, 4 KiB", serve([_read(*pair) for pair in zip(ids, handles, strict=True)])
     yield "RELEASE", serve([_release(*pair) for pair in zip(ids, handles, strict=True)])
     first = served.next_handle
     yield "OPEN, once more", serve([_message(Opcode.OPEN, number, bytes(8)) for number in ids])
     handles = range(first, first + len(ids))
     yield "RELEASE, of that", serve([_release(*pair) for pair in zip(ids, handles, strict=True)])
+    yield "READ, not open", serve([_read(number, 0) for number in ids])
+    yield "READ, kept open", serve([_read(number, 0) for number in ids for _ in range(2)])
     yield "SETATTR, copies up", serve([_setattr(number, 0, 0o640) for number in ids])
     yield "SETATTR", serve([_setattr(number, 0, 0o600) for number in ids])
     yield "UNLINK", serve([_message(Opcode.UNLINK, tree, name + b"\0") for name in names])
@@ -158,20 +172,6 @@ def _steps(served: _Served) -> Iterator[tuple[str, float]]:
     yield "RENAME", serve([_rename(new, name, b"renamed-" + name) for name in names])
 
 
-@contextmanager
-def _no_backing_files() -> Iterator[None]:
-    """/dev/null registers none."""
-    original = fcntl.ioctl
-
-    def ioctl(fd: int, command: int, argument: bytes | int = 0) -> object:
-        if command in (DEV_IOC_BACKING_OPEN, DEV_IOC_BACKING_CLOSE):
-            return 1
-        return original(fd, command, argument)
-
-    with mock.patch.object(fcntl, "ioctl", ioctl):
-        yield
-
-
 def main() -> None:
     """Run the command."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
@@ -183,7 +183,7 @@ def main() -> None:
     os.umask(0)
     times: dict[str, list[float]] = {}
     for _ in range(arguments.rounds):
-        with tempfile.TemporaryDirectory(dir="/dev/shm") as home, _no_backing_files():
+        with tempfile.TemporaryDirectory(dir="/dev/shm") as home:
             served = _Served(Path(home), arguments.files)
             try:
                 for name, microseconds in _steps(served):

@@ -14,6 +14,7 @@ from pathlib import Path
 
 from tests.unit.test_core_answers import Mount, message
 from unionfs.core.node import Node
+from unionfs.core.reads import SPLICED
 from unionfs.fuse.protocol import Opcode
 from unionfs.union.layers import LayerStack
 from unionfs.union.tree import Union
@@ -27,7 +28,8 @@ NUMBERS = (0, 1, 2, 63, 64, 255, 4096, 2**31 - 1, 2**31, 2**32 - 1, 2**63 - 1, 2
 #: How often each request comes: with many FORGETs there would be no nodes.
 OPCODES = {
     Opcode.LOOKUP: 8, Opcode.GETATTR: 3, Opcode.READLINK: 2, Opcode.OPEN: 5, Opcode.RELEASE: 3,
-    Opcode.GETXATTR: 2, Opcode.FORGET: 1, Opcode.BATCH_FORGET: 1,
+    Opcode.GETXATTR: 2, Opcode.FORGET: 1, Opcode.BATCH_FORGET: 1, Opcode.READDIR: 2, Opcode.READDIRPLUS: 3,
+    Opcode.READ: 4, Opcode.STATFS: 1,
 }  # fmt: skip
 #: A new union after so many, since most nodes are soon forgotten or their files are open.
 MESSAGES = 5000
@@ -73,6 +75,14 @@ def request(source: random.Random, nodes: list[Node], handles: int) -> bytes:
             body = struct.pack("=QIIQ", source.randrange(handles + 2), 0, 0, 0)
         case Opcode.GETXATTR:
             body = bytes(8) + source.choice(XATTRS) + b"\0"
+        case Opcode.READDIR | Opcode.READDIRPLUS:
+            offset = source.choice((0, 0, 1, 2, source.randrange(1 << 31), source.choice(NUMBERS)))
+            body = struct.pack("=QQI20x", 0, offset, source.choice((0, 24, 152, 200, 4096, 1 << 20)))
+        case Opcode.READ:
+            size = source.choice((0, 1, 4096, SPLICED - 1, SPLICED))
+            body = struct.pack(
+                "=QQI20x", source.choice((0, source.randrange(handles + 2))), source.choice(NUMBERS), size
+            )
         case Opcode.FORGET:
             lookups = node.lookups & (2**64 - 1)
             body = struct.pack("=Q", source.choice((1, 2, lookups, source.choice(NUMBERS))))

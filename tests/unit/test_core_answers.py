@@ -15,18 +15,29 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from tests.unit.union_support import ME, OpenUnion, get, names
+from tests.support import acl
+from tests.unit.union_support import ME, OpenUnion, copy_up, get, names, whiteout
 from tests.unit.union_support import open_union as open_union
 from unionfs.core.answers import Answers
-from unionfs.core.files import Handle
+from unionfs.core.directories import KeptListings
+from unionfs.core.entries import FIRST_TICKET
+from unionfs.core.files import Handle, OpenFile
 from unionfs.core.idling import Idling
+from unionfs.core.iomodes import IoModes
+from unionfs.core.listings import Lister, ListingRequests
 from unionfs.core.loop import FAIR, WAIT, Channel
 from unionfs.core.namerequests import NameRequests
 from unionfs.core.node import Node
-from unionfs.core.opening import Handles
+from unionfs.core.nodes import NodeTable
+from unionfs.core.opening import Handles, KeptFiles
 from unionfs.core.opens import Opens
+from unionfs.core.reads import SPLICED, Reads
+from unionfs.core.setrequests import SetRequests
 from unionfs.fuse.protocol import FOREVER, Opcode, encode, notify
 from unionfs.union.changes import Changes
+from unionfs.union.copyup import CopyUp
+from unionfs.union.filecopy import small_copy_ups
+from unionfs.union.merged import Merged
 from unionfs.union.tree import Union
 from unionfs.union.xattrs import default_acl
 
@@ -35,6 +46,24 @@ UNIQUE = 77
 
 def message(opcode: Opcode, nodeid: int, body: bytes) -> bytes:
     return struct.pack("=IIQQIIIHH", 40 + len(body), int(opcode), UNIQUE, nodeid, 0, 0, 1, 0, 0) + body
+
+
+class Modes(IoModes):
+    """No backing files; or registering one fails with ``error``."""
+
+    def __init__(self, gone: list[Handle], error: Exception | None = None) -> None:
+        super().__init__(-1, uppers=error is not None, keeps=False, through_flags=0, cached_flags=2)
+        self._gone, self._error = gone, error
+
+    def register(self, handle: Handle) -> bool:
+        assert self._error is not None
+        raise self._error
+
+    def released(self, handle: Handle) -> int:
+        if handle.through:
+            self._gone.append(handle)
+            return 0
+        return super().released(handle)
 
 
 class Mount:
@@ -47,23 +76,34 @@ class Mount:
             end.setblocking(False)
         self.refused: list[tuple[bytes, int]] = []
         self.handles = Handles(union.nodes)
+        #: The nodes that are being copied up.
+        self.running: dict[Node, object] = {}
         #: Files in passthrough that were closed.
         self.gone: list[Handle] = []
+        self.changes = Changes(union)
+        #: The nodes that the kernel must ask for again.
+        self.told: list[Node | None] = []
+        self.directories = KeptListings()
+        self.serve(Modes(self.gone))
+
+    def serve(self, modes: IoModes, *, has_acls: bool = False) -> None:
+        """Answer with these I/O modes."""
+        union, fd = self.union, self.device.fileno()
         opens = Opens(
-            self.device.fileno(), union.nodes, self.handles, union.files.opener, self.gone.append,
+            fd, union.nodes, self.handles, union.files.opener, modes, union.flags, self.running,
             flags=2, small=100_000,
         )  # fmt: skip
-        self.changes = Changes(union)
-        names = NameRequests(union.nodes, self.changes.entries, self.handles, self.opened, masks=True)
+        names = NameRequests(union.nodes, self.changes.entries, self.handles, modes, masks=True)
+        union.stack.volatile = True  # so no sync to a disk is needed
+        copies = small_copy_ups(CopyUp(union, lambda effects: self.told.extend(effects[:2])))
+        sets = SetRequests(union.nodes, union.gate, union.flags, copies, self.running)
+        lister = Lister(union.nodes, union.merge, union.number_of_unreachable)
+        listings = ListingRequests(union.nodes, lister, self.directories)
+        reads = Reads(union.nodes, self.handles, union.files.opener, union.files.kept)
         self.answers = Answers(
-            self.device.fileno(), union.nodes, union, opens, names, acl=False, enosys=(),
+            fd, union.nodes, union, opens, names, sets, listings, reads, acl=has_acls, enosys=(),
             refused=lambda answer, code: self.refused.append((answer, code)),
         )  # fmt: skip
-
-    @staticmethod
-    def opened(handle: Handle) -> tuple[int, int]:
-        handle.node.in_use().opened(handle)
-        return 2, 0
 
     def ask(self, opcode: Opcode, nodeid: int, body: bytes = b"") -> bytes | None:
         """The answer's bytes; b"" if there is none, None if Python must handle the request."""
@@ -153,13 +193,36 @@ def test_readlink(mount: Mount) -> None:
 def test_names_of_xattrs_that_are_known_to_be_missing(mount: Mount) -> None:
     node = get(mount.union, "d/f")
     ask = b"\0" * 8 + b"security.capability\0"
-    assert mount.ask(Opcode.GETXATTR, node.id, ask) is None
     node.note_capability(none=True)
     assert mount.ask(Opcode.GETXATTR, node.id, ask) == b"".join(encode.error(UNIQUE, errno.ENODATA))
     acl = b"\0" * 8 + b"system.posix_acl_access\0"
     assert mount.ask(Opcode.GETXATTR, node.id, acl) == b"".join(encode.error(UNIQUE, errno.EOPNOTSUPP))
     assert mount.ask(Opcode.GETXATTR, node.id, b"\0" * 8 + b"security.capability2\0") is None
     assert mount.ask(Opcode.GETXATTR, node.id, b"\0" * 8 + b"user.x\0") is None
+
+
+@pytest.mark.parametrize("wanted", [0, 3, 100])
+@pytest.mark.parametrize("name", [acl.ACCESS, "security.capability"])
+def test_stored_xattrs(mount: Mount, tmp_path: Path, root: None, name: str, wanted: int) -> None:
+    """Of a file, a directory, and a file that was removed: as the layer's filesystem has them."""
+    mount.serve(Modes([]), has_acls=True)
+    ask = struct.pack("=II", wanted, 0) + os.fsencode(name) + b"\0"
+    path = tmp_path / "l0/d/f"
+    capability = struct.pack("<IIIII", 0x02000001, 1, 0, 0, 0)
+    os.setxattr(path, name, acl.simple(6, 4, 0, users={4: 7}) if name == acl.ACCESS else capability)
+    value = os.getxattr(path, name)
+    file, directory = looked_up(mount, "d/f"), looked_up(mount, "d")
+    assert mount.ask(Opcode.GETXATTR, directory.id, ask) == b"".join(encode.error(UNIQUE, errno.ENODATA))
+    expected = encode.xattr_size(UNIQUE, len(value)) if not wanted else encode.data(UNIQUE, value)
+    if wanted == 3:
+        expected = encode.error(UNIQUE, errno.ERANGE)
+    assert mount.ask(Opcode.GETXATTR, file.id, ask) == b"".join(expected)
+    mount.changes.unlink(directory, b"f")
+    assert mount.ask(Opcode.GETXATTR, file.id, ask) == b"".join(expected)
+    os.close(os.open(path.with_name("g"), os.O_CREAT | os.O_EXCL))
+    replaced = looked_up(mount, "d/g")
+    os.rename(path, path.with_name("g"))
+    assert mount.ask(Opcode.GETXATTR, replaced.id, ask) == b"".join(encode.error(UNIQUE, errno.ESTALE))
 
 
 def test_forget(mount: Mount) -> None:
@@ -175,11 +238,228 @@ def test_forget(mount: Mount) -> None:
     assert len(mount.union.nodes) == before
 
 
+def test_one_error_does_not_lose_the_rest_of_a_batch(
+    tmp_path: Path, open_union: OpenUnion, caplog: pytest.LogCaptureFixture
+) -> None:
+    for name in ("f", "g"):
+        (tmp_path / "l0").mkdir(exist_ok=True)
+        (tmp_path / "l0" / name).touch()
+    union = open_union()
+
+    def refuse(node: Node) -> None:
+        raise RuntimeError("a bug")
+
+    table = NodeTable(union.origins, union.index, union.gate, refuse, known=lambda node: None)
+    table.add_root(Merged(union, table, union.merge, union.stack), union.merge.roots)
+    for name in (b"f", b"g"):
+        assert table.root.territory.lookup(table.root, name)
+    assert table.root.children is not None
+    known = list(table.root.children.values())
+    for node in known:
+        node.looked_up()
+    opens = Opens(1, table, Handles(table), union.files.opener, Modes([]), union.flags, {}, flags=2, small=0)
+    names = NameRequests(table, Changes(union).entries, Handles(table), None, masks=True)
+    lister = Lister(table, union.merge, union.number_of_unreachable)
+    listings = ListingRequests(table, lister, KeptListings())
+    reads = Reads(table, Handles(table), union.files.opener, union.files.kept)
+    copies = small_copy_ups(CopyUp(union, lambda effects: None))
+    sets = SetRequests(table, union.gate, union.flags, copies, {})
+    answers = Answers(
+        1, table, union, opens, names, sets, listings, reads, acl=False, enosys=(), refused=print
+    )
+    body = struct.pack("=II", len(known), 0) + b"".join(struct.pack("=QQ", node.id, 1) for node in known)
+    assert answers.take(message(Opcode.BATCH_FORGET, 0, body))
+    assert not table.root.children
+    assert len(table) == 1
+    assert caplog.text.count("RuntimeError: a bug") == len(known)
+
+
 def test_a_count_that_is_too_large(mount: Mount) -> None:
     mount.ask(Opcode.LOOKUP, 1, b"link\0")
     link = get(mount.union, "link")
     assert mount.ask(Opcode.BATCH_FORGET, 0, struct.pack("=IIQQ", 2**32 - 1, 0, link.id, 1)) == b""
     assert mount.union.nodes.get(link.id) is None
+
+
+def test_statfs(mount: Mount, tmp_path: Path) -> None:
+    answer = mount.ask(Opcode.STATFS, 1)
+    assert answer is not None
+    assert len(answer) == len(encode.statfs(UNIQUE, os.statvfs(tmp_path))[0])
+    values = struct.unpack("=IiQ QQQQQ III 28x", answer)
+    real = os.statvfs(tmp_path / "upper")
+    assert values[:3] == (96, 0, UNIQUE)
+    assert values[3] == real.f_blocks
+    assert values[6] == real.f_files
+    assert values[8:] == (real.f_bsize, real.f_namemax, real.f_frsize)
+
+
+# -- listings -----------------------------------------------------------------------------------------------
+
+Listed = tuple[bytes, int, int, int]
+"""Name, number, cookie and type of a directory entry."""
+
+
+def listed(mount: Mount, opcode: Opcode, id_: int, offset: int = 0, size: int = 4096) -> list[Listed]:
+    """What one request returns, which the core must answer."""
+    answer = mount.ask(opcode, id_, struct.pack("=QQI20x", 0, offset, size))
+    assert answer is not None
+    assert struct.unpack_from("=IiQ", answer) == (len(answer), 0, UNIQUE)
+    assert len(answer) - 16 <= size
+    found, at = [], 16
+    while at < len(answer):
+        at += 128 if opcode is Opcode.READDIRPLUS else 0
+        ino, cookie, length, kind = struct.unpack_from("=QQII", answer, at)
+        found.append((answer[at + 24 : at + 24 + length], ino, cookie, kind))
+        at += 24 + length + -(24 + length) % 8
+    return found
+
+
+@pytest.mark.parametrize("opcode", [Opcode.READDIR, Opcode.READDIRPLUS])
+def test_a_listing_in_pieces(mount: Mount, tmp_path: Path, opcode: Opcode) -> None:
+    for layer in ("l0", "upper"):
+        (tmp_path / layer / "many").mkdir()
+        for number in range(30):
+            (tmp_path / layer / "many" / f"{layer}-{number}").touch()
+    whiteout(tmp_path / "upper/many/l0-7")
+    node = looked_up(mount, "many")
+    found: list[Listed] = []
+    while more := listed(mount, opcode, node.id, found[-1][2] if found else 0, 1000):
+        found += more
+    assert len(mount.directories) == 0
+    expected = {f"{layer}-{number}".encode() for layer in ("l0", "upper") for number in range(30)} - {b"l0-7"}
+    assert sorted(name for name, *_ in found) == sorted({b".", b"..", *expected})
+    for name, ino, _, kind in found:
+        if name not in (b".", b".."):
+            child = get(mount.union, f"many/{os.fsdecode(name)}")
+            assert (ino, kind) == (child.ino, stat.S_IFREG >> 12)
+            assert child.lookups == (1 if opcode is Opcode.READDIRPLUS else 0)
+    assert found[0][1:] == (node.ino, 1, stat.S_IFDIR >> 12)
+    assert found[1][1:] == (mount.union.nodes.root.ino, 2, stat.S_IFDIR >> 12)
+
+
+def test_names_after_a_position(mount: Mount, tmp_path: Path) -> None:
+    """Also if the listing is no longer kept."""
+    node = looked_up(mount, "d")
+    for number in range(20):
+        (tmp_path / "l0/d" / str(number)).touch()
+    found = listed(mount, Opcode.READDIR, node.id)
+    assert listed(mount, Opcode.READDIR, node.id, found[9][2]) == found[10:]
+    mount.directories.drop(node.id)
+    assert listed(mount, Opcode.READDIR, node.id, found[9][2]) == found[10:]
+    assert listed(mount, Opcode.READDIR, node.id, found[-1][2]) == []
+    assert len(mount.directories) == 0
+
+
+def test_listings_that_fail(mount: Mount, tmp_path: Path) -> None:
+    body = struct.pack("=QQI20x", 0, 0, 4096)
+    assert mount.ask(Opcode.READDIR, 99, body) == b"".join(encode.error(UNIQUE, errno.ESTALE))
+    made, _ = mount.changes.mkdir(mount.union.nodes.root, b"made", 0o700, ME)
+    made.looked_up()
+    mount.changes.rmdir(mount.union.nodes.root, b"made")
+    assert listed(mount, Opcode.READDIRPLUS, made.id) == []
+    (tmp_path / "l0/gone").mkdir()
+    node = looked_up(mount, "gone")
+    mount.union.gate.forget(node.parts[0])
+    (tmp_path / "l0/gone").rmdir()
+    assert mount.ask(Opcode.READDIR, node.id, body) == b"".join(encode.error(UNIQUE, errno.ENOENT))
+
+
+def test_listings_that_python_reads(mount: Mount, tmp_path: Path) -> None:
+    """Large directories, names that share their hash, what is no directory, and what is malformed."""
+    (tmp_path / "l0/large").mkdir()
+    for number in range(4000):
+        (tmp_path / "l0/large" / f"{number:040}").touch()
+    body = struct.pack("=QQI20x", 0, 0, 4096)
+    before = len(os.listdir("/proc/self/fd"))
+    assert mount.ask(Opcode.READDIR, looked_up(mount, "large").id, body) is None
+    mount.union.gate.forget(get(mount.union, "large").parts[0])
+    mount.union.gate.forget(get(mount.union, "large").parts[-1])
+    assert len(os.listdir("/proc/self/fd")) <= before + 1
+    assert mount.ask(Opcode.READDIR, looked_up(mount, "d/f").id, body) is None
+    ticket = struct.pack("=QQI20x", 0, FIRST_TICKET, 4096)
+    assert mount.ask(Opcode.READDIRPLUS, looked_up(mount, "d").id, ticket) is None
+    assert mount.ask(Opcode.READDIR, looked_up(mount, "d").id, body[:-1]) is None
+
+
+# -- data ---------------------------------------------------------------------------------------------------
+
+
+def reading(number: int, offset: int, size: int) -> bytes:
+    return struct.pack("=QQI20x", number, offset, size)
+
+
+def data_of(answer: bytes | None) -> bytes:
+    assert answer is not None
+    assert struct.unpack_from("=IiQ", answer) == (len(answer), 0, UNIQUE)
+    return answer[16:]
+
+
+@pytest.mark.parametrize("waits", [False, True])
+def test_read(mount: Mount, waits: bool) -> None:
+    node = looked_up(mount, "d/f")
+    fd = os.open(mount.union.stack.layers[-1].path + "/d/f", os.O_RDONLY)
+    with open(fd, "rb") as real:
+        content = real.read()
+        file = OpenFile(os.dup(fd), readable=True, writable=False, waits=waits)
+        number = mount.handles.register(node, file, None, writes=False)
+        for offset, size in ((0, 4096), (1, 3), (0, 0), (5, 10), (1 << 40, 1)):
+            answer = mount.ask(Opcode.READ, node.id, reading(number, offset, size))
+            assert data_of(answer) == os.pread(fd, size, offset)
+    assert content == b"lower"
+    assert mount.handles.bytes_read == 8
+    mount.handles.release(number)
+
+
+def test_reads_that_fail(mount: Mount) -> None:
+    node = looked_up(mount, "d/f")
+    number = mount.handles.register(node, mount.union.files.lend(node, write=False), None, writes=False)
+    too_far = reading(number, 2**63, 1)
+    assert mount.ask(Opcode.READ, node.id, too_far) == b"".join(encode.error(UNIQUE, errno.EINVAL))
+    mount.handles.release(number)
+
+
+def test_reads_without_an_open(mount: Mount) -> None:
+    """The file stays open for the next ones."""
+    node = looked_up(mount, "d/f")
+    assert data_of(mount.ask(Opcode.READ, node.id, reading(0, 0, 4096))) == b"lower"
+    file = mount.union.files.keep(node, write=False)
+    assert data_of(mount.ask(Opcode.READ, node.id, reading(0, 2, 4096))) == b"wer"
+    assert (mount.union.files.keep(node, write=False), file.users) == (file, 1)
+    copy_up(mount.union, node)
+    assert mount.ask(Opcode.READ, node.id, reading(0, 0, 4096)) is None  # Python opens the upper's
+    mount.union.files.keep(node, write=True).write(b"upper", 0)
+    assert data_of(mount.ask(Opcode.READ, node.id, reading(0, 0, 4096))) == b"upper"
+    mount.ask(Opcode.FORGET, node.id, struct.pack("=Q", 1))
+    assert (len(mount.union.files.kept), file.is_open) == (0, False)
+
+
+def test_kept_files_are_limited(tmp_path: Path, open_union: OpenUnion) -> None:
+    (tmp_path / "l0").mkdir()
+    for number in range(4):
+        (tmp_path / f"l0/{number}").touch()
+    union = open_union()
+    nodes = [get(union, str(number)) for number in range(4)]
+    kept = KeptFiles(most=2)
+    files = [union.files.lend(node, write=False) for node in nodes]
+    for node, file in list(zip(nodes, files, strict=True))[:2]:
+        kept.keep(node, file)
+    assert kept.find(nodes[0], write=False) is files[0]
+    kept.keep(nodes[2], files[2])
+    assert [file.is_open for file in files] == [True, False, True, True]
+    assert kept.find(nodes[1], write=False) is None
+    assert kept.find(nodes[0], write=True) is None  # it is closed, to be opened for both
+    assert (len(kept), files[0].is_open) == (1, False)
+    kept.drop(nodes[2])
+    files[3].release()
+
+
+def test_reads_that_python_answers(mount: Mount) -> None:
+    node = looked_up(mount, "d/f")
+    assert mount.ask(Opcode.READ, node.id, reading(0, 0, SPLICED)) is None
+    assert mount.ask(Opcode.READ, node.id, reading(7, 0, 1)) is None
+    assert mount.ask(Opcode.READ, 99, reading(0, 0, 1)) is None
+    assert mount.ask(Opcode.READ, looked_up(mount, "d").id, reading(0, 0, 1)) is None
+    assert mount.ask(Opcode.READ, node.id, reading(0, 0, 1)[:-1]) is None
 
 
 def test_an_answer_that_the_kernel_refuses(mount: Mount) -> None:
@@ -191,9 +471,9 @@ def test_an_answer_that_the_kernel_refuses(mount: Mount) -> None:
 
 @settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=300, deadline=None)
 @given(
-    opcode=st.sampled_from([1, 2, 3, 5, 9, 10, 11, 12, 14, 18, 22, 35, 42, 45, 0, 63, 64, 2**32 - 1]),
+    opcode=st.sampled_from([1, 2, 3, 4, 5, 9, 10, 11, 12, 14, 18, 22, 35, 42, 45, 0, 63, 64, 2**32 - 1]),
     nodeid=st.sampled_from([0, 1, 2, 2**63, 2**64 - 1]),
-    body=st.binary(max_size=64),
+    body=st.binary(max_size=100),
     lie=st.integers(-3, 3),
 )
 def test_any_bytes(mount: Mount, opcode: int, nodeid: int, body: bytes, lie: int) -> None:
@@ -333,17 +613,10 @@ def test_create(mount: Mount, tmp_path: Path) -> None:
 
 
 def test_create_that_cannot_be_opened(mount: Mount) -> None:
-    def refuse(handle: Handle) -> tuple[int, int]:
-        raise OSError(errno.EFAULT, "")
-
     parent = in_upper(mount)
     union = mount.union
-    union.gate.fd(parent.parts[0])
-    names = NameRequests(union.nodes, mount.changes.entries, mount.handles, refuse, masks=False)
-    opens = Opens(1, union.nodes, mount.handles, union.files.opener, refuse, flags=2, small=0)
-    mount.answers = Answers(
-        mount.device.fileno(), union.nodes, union, opens, names, acl=False, enosys=(), refused=print
-    )
+    default_acl(parent.parts[0], union.gate.fd(parent.parts[0]))
+    mount.serve(Modes([], OSError(errno.EFAULT, "")))
     before = len(os.listdir("/proc/self/fd"))
     body = struct.pack("=IIII", os.O_RDWR, 0o100666, 0, 0) + b"new\0"
     assert mount.ask(Opcode.CREATE, parent.id, body) == b"".join(encode.error(UNIQUE, errno.EFAULT))
@@ -382,18 +655,10 @@ def test_an_error_that_is_a_bug_does_not_end_the_mount(
     mount: Mount, caplog: pytest.LogCaptureFixture
 ) -> None:
     """Only the request fails, as one that is handled in Python."""
-
-    def refuse(handle: Handle) -> tuple[int, int]:
-        raise RuntimeError("a bug")
-
     parent = in_upper(mount)
     union = mount.union
     default_acl(parent.parts[0], union.gate.fd(parent.parts[0]))
-    names = NameRequests(union.nodes, mount.changes.entries, mount.handles, refuse, masks=False)
-    opens = Opens(1, union.nodes, mount.handles, union.files.opener, refuse, flags=2, small=0)
-    mount.answers = Answers(
-        mount.device.fileno(), union.nodes, union, opens, names, acl=False, enosys=(), refused=print
-    )
+    mount.serve(Modes([], RuntimeError("a bug")))
     body = struct.pack("=IIII", os.O_RDWR, 0o100666, 0, 0) + b"new\0"
     channel = Channel(mount.device.fileno(), mount.answers, lambda: False)
     channel.read_into(bytearray(4096))
@@ -447,7 +712,7 @@ def test_what_a_channel_returns(mount: Mount) -> None:
     channel.read_into(buffer)
     assert channel.next() == FAIR
     channel.rested()
-    asked = message(Opcode.STATFS, 1, b"")
+    asked = message(Opcode.LISTXATTR, 1, bytes(8))
     for one in (message(Opcode.GETATTR, 1, bytes(16)), asked, message(Opcode.LOOKUP, 1, b"d\0")):
         mount.kernel.send(one)
     found = FAIR
@@ -511,6 +776,7 @@ def test_cpus_stay_awake_during_a_burst(mount: Mount, tmp_path: Path) -> None:
             break
         threading.Event().wait(0.11)
     else:
+        idling.close()
         pytest.skip("the CPUs are busy all the time")
     assert device.read_bytes() == struct.pack("=i", 0)
     channel.let_go()

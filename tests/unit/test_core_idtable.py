@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import os
 import stat
 import weakref
 from random import Random
@@ -14,6 +15,7 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 
 from unionfs.core.idtable import IdTable
 from unionfs.core.node import Node
+from unionfs.core.places import Layer
 from unionfs.core.territory import Territory
 
 # Whatever the hash, some of these share their first slot: more than a small table has slots.
@@ -24,10 +26,13 @@ IDS = st.one_of(
     st.builds(lambda high, low: high << 40 | low, st.integers(0, 200), st.integers(1, 3)),
 )
 
+#: Where all of them are.
+ROOT = Layer(0, "/", os.open("/", os.O_PATH), is_upper=False).root
+
 
 def make(id_: int) -> Node:
     territory = Territory(lasting=True, has_markers=False, read_only=False)
-    return Node(id_, territory, None, b"n", stat.S_IFDIR, [])
+    return Node(id_, territory, None, b"n", stat.S_IFDIR, [ROOT])
 
 
 class Compared(RuleBasedStateMachine):
@@ -109,7 +114,7 @@ def test_keeps_its_nodes_alive() -> None:
     territory = Traced()
     seen = weakref.ref(territory)
     table = IdTable()
-    table.insert(Node(5, territory, None, b"n", stat.S_IFDIR, []))
+    table.insert(Node(5, territory, None, b"n", stat.S_IFDIR, [ROOT]))
     del territory
     gc.collect()
     assert seen() is not None
@@ -127,7 +132,7 @@ def test_in_a_cycle_it_is_collected() -> None:
     territory = Traced()
     seen = weakref.ref(territory)
     table = IdTable()
-    table.insert(Node(5, territory, None, b"n", stat.S_IFDIR, []))
+    table.insert(Node(5, territory, None, b"n", stat.S_IFDIR, [ROOT]))
     territory.table = table  # type: ignore[attr-defined]
     assert len(gc.get_referents(table)) >= 1
     del territory, table

@@ -12,7 +12,6 @@ import trio
 
 from tests.unit.union_support import OpenUnion, get, open_union
 from unionfs.core.entries import Entries
-from unionfs.fuse import directories as module
 from unionfs.fuse.directories import DOT_DOT, Directories
 from unionfs.union import tickets
 
@@ -147,12 +146,9 @@ async def test_unknown_tickets(lower: Path, open_union: OpenUnion, monkeypatch: 
     assert (await directories.entries(node, cookies[48]))[1] == 49
 
 
-async def test_the_oldest_are_dropped(
-    lower: Path, open_union: OpenUnion, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(module, "_KEPT_NAMES", 120)
+async def test_the_oldest_are_dropped(lower: Path, open_union: OpenUnion) -> None:
     union = open_union()
-    directories = Directories()
+    directories = Directories(names=120)
     nodes = [get(union, name) for name in ("a", "b", "c")]
     first = [await directories.entries(node, 0) for node in nodes]
     assert len(directories) == 2
@@ -169,21 +165,17 @@ async def test_the_oldest_are_dropped(
     assert len(directories) == 1
 
 
-async def test_one_listing_is_kept_however_large(
-    lower: Path, open_union: OpenUnion, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(module, "_KEPT_NAMES", 10)
+async def test_one_listing_is_kept_however_large(lower: Path, open_union: OpenUnion) -> None:
     union = open_union()
-    directories = Directories()
+    directories = Directories(names=10)
     await directories.entries(get(union, "a"), 0)
     assert len(directories) == 1
 
 
-async def test_a_cancelled_listing_closes_its_fds(
-    lower: Path, open_union: OpenUnion, monkeypatch: pytest.MonkeyPatch
-) -> None:
+async def test_a_cancelled_listing_closes_its_fds(lower: Path, open_union: OpenUnion) -> None:
     """A request that was interrupted before its thread began: nothing else has the fds."""
-    monkeypatch.setattr("unionfs.union.listing.LARGE", 0)
+    for number in range(4000):
+        (lower / "a" / f"{number:040}").touch()
     union = open_union()
     node = get(union, "a")
     node.territory.listing(node).close()  # opens the directories

@@ -12,9 +12,9 @@ import pytest
 from tests.unit.union_support import OpenUnion, get
 from tests.unit.union_support import open_union as open_union
 from unionfs.core.files import OpenFile, UnreadFile
+from unionfs.core.opening import KeptFiles
 from unionfs.fuse.inline import begin
 from unionfs.fuse.operations import Operations
-from unionfs.union import openfiles
 from unionfs.union.setids import Process
 from unionfs.union.shortcuts import NO_SHORTCUTS
 from unionfs.union.tree import Union
@@ -64,18 +64,16 @@ def test_readers_go_on_with_the_upper_after_a_copy_up(union: Union) -> None:
     assert prepared.fd == -1
 
 
-def test_files_that_stay_open_are_few_and_go_with_their_nodes(
-    union: Union, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(openfiles, "_KEPT_OPEN", 2)
+def test_files_that_stay_open_are_few_and_go_with_their_nodes(union: Union) -> None:
+    union.files.kept = KeptFiles(2)
     nodes = [get(union, f"d/{name}") for name in "fgh"]
     for node in nodes:
         node.looked_up()
     kept = [union.files.keep(node, write=False) for node in nodes]
-    assert (kept[0].fd, len(union.files)) == (-1, 2)
+    assert (kept[0].fd, len(union.files.kept)) == (-1, 2)
     assert union.files.keep(nodes[1], write=False) is kept[1]
     union.nodes.forget(nodes[1], 1)
-    assert (kept[1].fd, len(union.files), nodes[1].use) == (-1, 1, None)
+    assert (kept[1].fd, len(union.files.kept), nodes[1].use) == (-1, 1, None)
 
 
 def test_without_shortcuts(union: Union) -> None:

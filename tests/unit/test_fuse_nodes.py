@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import mmap
 import os
+import stat
+from collections.abc import Callable
 from contextlib import closing
 from pathlib import Path
 
@@ -13,8 +15,7 @@ from tests.unit.test_union_bound import show
 from tests.unit.union_support import ME, OpenUnion, copy_up, find, get, open_union
 from unionfs.core.files import Handle
 from unionfs.core.node import Node
-from unionfs.core.nodes import ROOT_ID
-from unionfs.fuse.direct.device import Device
+from unionfs.core.nodes import ROOT_ID, Stored
 from unionfs.fuse.direct.nodeio import NodeIos
 from unionfs.fuse.protocol import Init, Privileges, Settings, negotiate
 from unionfs.fuse.protocol.requests import InitRequest
@@ -232,7 +233,7 @@ def test_attributes_while_a_file_is_written_in_passthrough(
     node = get(union, "f")
     offered = InitRequest.of(major=7, minor=45, max_readahead=1 << 17, flags=int(sum(Init)))
     privileges = Privileges(initial_user_namespace=True, sys_admin=True)
-    ios = NodeIos(Device(-1), negotiate(offered, Settings(), privileges))
+    ios = NodeIos(-1, negotiate(offered, Settings(), privileges))
     file = union.files.lend(node, write=True)
     handle = Handle(file, Process(0, 0, 0), writes=True, maps=maps, node=node)
 
@@ -285,3 +286,43 @@ def test_only_a_file_that_stays_open_is_reported_when_forgotten(
     assert dropped == [kept]
     assert (file.fd, part.fd, kept.use, opened.use) == (-1, -1, None, None)
     assert list(union.nodes) == [union.nodes.root]
+
+
+def test_a_held_object_that_cannot_be_examined(
+    lower: Path, open_union: OpenUnion, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The kernel forgets it all the same, and nobody could be told of an error."""
+    union = open_union()
+    nodes = union.nodes
+    node = _known(union, "d/g")
+    copy_up(union, node)
+    nodes.copied_up(node, os.stat(union.require_upper().path + "/d/g"), Stored.UNKNOWN)
+    directory = get(union, "d")
+    Changes(union).unlink(directory, b"g")
+    assert node.held >= 0
+    os.close(node.held)
+    nodes.forget(node, node.lookups)
+    assert nodes.get(node.id) is None
+    assert node.held == -1
+    assert "Bad file descriptor" in caplog.text
+
+
+def test_objects_are_somewhere(lower: Path, open_union: OpenUnion) -> None:
+    """Compiled code takes the first real directory of an object for granted."""
+    union = open_union()
+    root, st = union.nodes.root, os.stat(lower / "f")
+    assert union.merge.search([], b"f") is None
+    assert not union.merge.is_visible_below([], b"f")
+    assert union.merge.search(root.parts, b"f", -9) is not None
+    assert union.merge.search(root.parts, b"f", 9) is None
+    calls: list[Callable[[], object]] = [
+        lambda: Node(99, root.territory, root, b"f", stat.S_IFREG, []),
+        lambda: Node(99, root.territory, root, b"f", stat.S_IFDIR, []),
+        lambda: root.has_parts([]),
+        lambda: union.nodes.add(root, b"f", st, []),
+        lambda: union.nodes.number(b"f", st, []),
+        lambda: union.nodes.add_root(root.territory, []),
+    ]
+    for call in calls:
+        with pytest.raises(ValueError, match="one real directory at least"):
+            call()

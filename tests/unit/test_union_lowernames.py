@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import os
+import struct
 from pathlib import Path
 
 import pytest
 
 from tests.unit.union_support import ME, OpenUnion, copy_up, find, get, names, read, whiteout
 from tests.unit.union_support import open_union as open_union
-from unionfs.union import lowernames
+from unionfs.core.entries import Entries
+from unionfs.core.lowernames import MANY, LowerNames
 from unionfs.union.changes import Changes
 from unionfs.union.tree import Union
 
-COUNT = lowernames.MANY + 4
+COUNT = MANY + 4
 
 
 @pytest.fixture
@@ -79,7 +81,7 @@ def test_directories_below_are_merged(tmp_path: Path, open_union: OpenUnion) -> 
     os.setxattr(tmp_path / "l8/other", "user.overlay.opaque", b"y")
     union = open_union(COUNT)
     _warm(union)
-    assert union.merge._lower_names._kept[get(union, "d").parts[-1]].having
+    assert union.merge._lower_names.has_listed(get(union, "d").parts)
     assert names(union, "d/x") == {
         *(b"x%d" % number for number in (0, 1, 2)),
         *(b"old%d" % number for number in (3, 4, 5)),
@@ -87,54 +89,105 @@ def test_directories_below_are_merged(tmp_path: Path, open_union: OpenUnion) -> 
     }
 
 
+def _ask_often(names: LowerNames, union: Union, path: str) -> None:
+    for number in range(10):
+        names.parts(get(union, path).parts, b"absent%d" % number)
+
+
 @pytest.mark.parametrize("why", ["large", "error"])
-def test_what_cannot_be_listed_is_asked(union: Union, monkeypatch: pytest.MonkeyPatch, why: str) -> None:
-    if why == "large":
-        monkeypatch.setattr(lowernames, "LARGE", 1)
-    else:
-        listdir = os.listdir
+def test_what_cannot_be_listed_is_asked(tmp_path: Path, union: Union, why: str) -> None:
+    names = LowerNames(union.gate, large=1 if why == "large" else 1 << 20)
+    parts = get(union, "d").parts
+    if why == "error":
+        union.gate.forget(parts[-1])
+        (tmp_path / f"l{COUNT - 1}/d").rename(tmp_path / f"l{COUNT - 1}/elsewhere")
+    _ask_often(names, union, "d")
+    assert not names.has_listed(parts)
+    assert names.parts(parts, b"absent") == parts
 
-        def refuse(fd: int) -> list[str]:
-            if len(found := listdir(fd)) == 3:
-                raise PermissionError
-            return found
 
-        monkeypatch.setattr(os, "listdir", refuse)
+def test_a_name_that_several_lowers_have(tmp_path: Path, open_union: OpenUnion) -> None:
+    """Also those in which it is a whiteout by name, and with both."""
+    for number in range(COUNT):
+        (tmp_path / f"l{number}").mkdir()
+        (tmp_path / f"l{number}/other{number}").touch()
+    for number in (1, 2, 5, 7):
+        (tmp_path / f"l{number}/same").write_text(str(number))
+    for number in (5, 9):
+        (tmp_path / f"l{number}/.wh.same").touch()
+    union = open_union(COUNT)
+    root = union.nodes.root
+    _warm_root(union)
+    lowers = root.parts[1:]
+    found = union.merge._lower_names.parts(root.parts, b"same")
+    assert found == [root.parts[0], *(lowers[number] for number in (1, 2, 5, 7, 9))]
+    assert read(union, "same") == b"1"
+
+
+def _warm_root(union: Union) -> None:
+    for number in range(10):
+        assert find(union, f"absent{number}") is None
+
+
+def test_names_with_one_hash_are_told_apart(union: Union) -> None:
+    """Two names of these many have one hash of 31 bits."""
+    lowers = get(union, "d").parts
+    seen: dict[int, bytes] = {}
+    number, pair = 0, None
+    while pair is None:
+        some = [b"n%d" % index for index in range(number, number + 10_000)]
+        entries = Entries(lowers)
+        entries.add_records(0, b"".join(_record(name) for name in some))
+        entries.order()
+        for index in range(len(entries)):
+            name, hash_ = entries.name(index), entries.hash(index)
+            if seen.setdefault(hash_, name) != name:
+                pair = seen[hash_], name
+        number += 10_000
+    for place, name in zip((lowers[2], lowers[6]), pair, strict=True):
+        (Path(place.layer.path) / "d" / os.fsdecode(name)).touch()
     _warm(union)
-    assert union.merge._lower_names._kept[get(union, "d").parts[-1]].having is None
-    assert read(union, "d/last") == b"last"
-    assert find(union, "d/hidden") is None
+    for place, name in zip((lowers[2], lowers[6]), pair, strict=True):
+        assert union.merge._lower_names.parts(lowers, name) == [place]
 
 
-def test_the_oldest_are_dropped(
-    tmp_path: Path, open_union: OpenUnion, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(lowernames, "_KEPT_NAMES", 25)
+def _record(name: bytes) -> bytes:
+    """struct linux_dirent64 (fs/readdir.c) of a file."""
+    size = 19 + len(name) + 1
+    padding = -size % 8
+    return struct.pack("=QQHB", 9, 0, size + padding, 8) + name + bytes(1 + padding)
+
+
+def test_the_least_recently_used_are_dropped(tmp_path: Path, open_union: OpenUnion) -> None:
     directories = [f"d{number}" for number in range(4)]
     for number in range(COUNT):
         for name in directories:
             (tmp_path / f"l{number}/{name}").mkdir(parents=True)
             (tmp_path / f"l{number}/{name}/f{number}").touch()
     union = open_union(COUNT)
-    for _ in range(2):
-        for name in directories:
-            for number in range(10):
-                assert find(union, f"{name}/absent{number}") is None
-                assert find(union, f"{name}/f{number}") is not None
-            kept = union.merge._lower_names
-            assert kept._count == sum(len(one.having or ()) for one in kept._kept.values()) <= 25
+    names = LowerNames(union.gate, names=COUNT * 2)
+    for name in directories[:2]:
+        _ask_often(names, union, name)
+    assert names.count == COUNT * 2
+    _ask_often(names, union, "d0")
+    _ask_often(names, union, "d2")
+    listed = [names.has_listed(get(union, name).parts) for name in directories]
+    assert listed == [True, False, True, False]
+    assert names.count == COUNT * 2
+    assert len(names) == 2
+    names.forget(get(union, "d0").parts)
+    assert names.count == COUNT
+    names.clear()
+    assert (len(names), names.count) == (0, 0)
 
 
-def test_directories_without_listed_lowers_are_dropped_too(
-    tmp_path: Path, open_union: OpenUnion, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_directories_without_listed_lowers_are_dropped_too(tmp_path: Path, open_union: OpenUnion) -> None:
     """One lookup in each of many directories is not remembered for ever."""
-    monkeypatch.setattr(lowernames, "_KEPT_DIRECTORIES", 3)
     for number in range(COUNT):
         for name in range(6):
             (tmp_path / f"l{number}/d{name}").mkdir(parents=True)
     union = open_union(COUNT)
+    names = LowerNames(union.gate, directories=3)
     for name in range(6):
-        assert find(union, f"d{name}/absent") is None
-        assert len(union.merge._lower_names._kept) <= 3
-    assert get(union, "d5").parts[-1] in union.merge._lower_names._kept
+        names.parts(get(union, f"d{name}").parts, b"absent")
+        assert len(names) == min(name + 1, 3)

@@ -5,14 +5,15 @@ from __future__ import annotations
 import errno
 import os
 import stat
+from functools import partial
 from pathlib import Path
 from unittest.mock import Mock
 
 import pytest
 
 from tests.unit.union_support import ME, OpenUnion, copy_up, find, get, names, open_union, read, whiteout
+from unionfs.core.lowernames import LowerNames
 from unionfs.sys import calls
-from unionfs.union import lowernames
 from unionfs.union.changes import Changes
 from unionfs.union.copyup import CopyUp, Effects
 from unionfs.union.filecopy import FileCopy
@@ -27,8 +28,7 @@ class TestMergeRules:
     @pytest.fixture(params=[False, True], ids=["each lower is asked", "lowers are listed"], autouse=True)
     def _listed(self, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
         if request.param:
-            monkeypatch.setattr(lowernames, "MANY", 1)
-            monkeypatch.setattr(lowernames, "_ASKED", 1)
+            monkeypatch.setattr("unionfs.union.merge.LowerNames", partial(LowerNames, many=1, asked=1))
 
     def test_topmost_object_wins(self, tmp_path: Path, open_union: OpenUnion) -> None:
         for layer, text in (("l0", "top"), ("l1", "bottom")):

@@ -2,11 +2,14 @@ from collections.abc import Callable, Iterable
 
 from typing_extensions import Buffer
 
+from unionfs.core.listings import ListingRequests
 from unionfs.core.namerequests import NameRequests
 from unionfs.core.node import Node
 from unionfs.core.nodes import NodeTable
 from unionfs.core.objects import Objects
 from unionfs.core.opens import Opens
+from unionfs.core.reads import Reads
+from unionfs.core.setrequests import SetRequests
 
 def missing_xattr(node: Node, name: bytes, acl: bool) -> int: ...
 
@@ -18,6 +21,9 @@ class Answers:
         objects: Objects,
         opens: Opens,
         names: NameRequests,
+        sets: SetRequests,
+        listings: ListingRequests,
+        reads: Reads,
         *,
         acl: bool,
         enosys: Iterable[int],

@@ -1,11 +1,15 @@
 """Requests that need no decision: answered from the bytes of the request to those of the answer.
 
     LOOKUP, GETATTR, READLINK     by the tables of nodes and the merge
+    READDIR, READDIRPLUS          of directories that are quickly read; see `listings`
+    READ                          of what need not wait for a disk; see `reads`
+    STATFS                        of the topmost layer
     FORGET, BATCH_FORGET          no answer
     UNLINK, RMDIR, RENAME,        in the plain case; see `namerequests`
     MKDIR, CREATE
+    SETATTR                       in the plain case; see `setrequests`
     OPEN, RELEASE                 of files that are only read; see `opens`
-    GETXATTR                      only names that are known to be missing; others need Python
+    GETXATTR                      of ACLs and capabilities as they are stored, for permission checks of the kernel
 
 All other requests are handled by Python; see `fuse.direct`. A message that does not have the form that the
 protocol prescribes is left to Python too, which reports it.
@@ -13,12 +17,12 @@ protocol prescribes is left to Python too, which reports it.
 
 import logging
 
-from libc.errno cimport EINVAL, EIO, ENODATA, ENOENT, EOPNOTSUPP, ESTALE
+from libc.errno cimport EINVAL, EIO, ENODATA, ENOENT, EOPNOTSUPP, ERANGE, ESTALE
 from libc.errno cimport errno as c_errno
 from libc.stdint cimport int64_t, uint32_t
-from libc.string cimport memcmp, memset, strlen
-from posix.unistd cimport write
+from libc.string cimport memcmp, memset, strcmp, strlen
 
+from unionfs.core.listings cimport Dirents
 from unionfs.core.lookup cimport look_up
 from unionfs.core.namerequests cimport name_in
 from unionfs.core.node cimport Attributes, Node
@@ -26,12 +30,19 @@ from unionfs.core.stats cimport failure
 from unionfs.core.validity cimport entry_valid, fill_entry, valid_for
 from unionfs.core.wire cimport (
     FUSE_BATCH_FORGET, FUSE_CREATE, FUSE_FORGET, FUSE_GETATTR, FUSE_GETXATTR, FUSE_LOOKUP, FUSE_MKDIR,
-    FUSE_OPEN, FUSE_READLINK, FUSE_RELEASE, FUSE_RENAME, FUSE_RENAME2, FUSE_RMDIR, FUSE_UNLINK,
+    FUSE_OPEN, FUSE_READ, FUSE_READDIR, FUSE_READDIRPLUS, FUSE_READLINK, FUSE_RELEASE, FUSE_RENAME, FUSE_RENAME2,
+    FUSE_RMDIR, FUSE_SETATTR, FUSE_STATFS, FUSE_UNLINK,
     attr_answer, create_answer, entry_answer, fuse_batch_forget_in, fuse_forget_one,
-    fuse_out_header, open_answer, validity,
+    fuse_out_header, open_answer, statfs_answer, validity,
 )
 
 log = logging.getLogger(__name__)
+
+cdef extern from "<sys/statvfs.h>" nogil:
+    cdef struct statvfs_t "statvfs":
+        unsigned long f_bsize, f_frsize, f_namemax
+        uint64_t f_blocks, f_bfree, f_bavail, f_files, f_ffree
+    int fstatvfs(int fd, statvfs_t *st)
 
 cdef extern from "<errno.h>" nogil:
     int ENODEV, ENOTCONN, ECONNABORTED
@@ -40,6 +51,12 @@ cdef enum:
     GETATTR_IN = 16
     GETXATTR_IN = 8
     MAX_ERRNO = 511
+    # Python answers with a larger value.
+    VALUE_SIZE = 4096
+
+cdef struct xattr_answer:
+    fuse_out_header header
+    char value[VALUE_SIZE]
 
 cdef const char *CAPABILITY = b"security.capability"
 cdef const char *ACL = b"system.posix_acl_"
@@ -50,7 +67,7 @@ cpdef int missing_xattr(Node node, const char *name, bint acl) noexcept:
     POSIX ACLs."""
     if not acl and begins_with(name, ACL):
         return EOPNOTSUPP
-    if node.no_capability and strlen(name) == strlen(CAPABILITY) and begins_with(name, CAPABILITY):
+    if node.no_capability and strcmp(name, CAPABILITY) == 0:
         return ENODATA
     return 0
 
@@ -64,11 +81,13 @@ cdef class Answers:
 
     def __init__(
         self, int fd, NodeTable nodes not None, Objects objects not None, Opens opens not None,
-        NameRequests names not None, *, bint acl, enosys, refused
+        NameRequests names not None, SetRequests sets not None, ListingRequests listings not None,
+        Reads reads not None, *, bint acl, enosys, refused
     ):
         """``fd``: the device. ``enosys``: opcodes that the kernel is not to use. ``refused`` is called with the
         bytes of an answer that the kernel did not accept, and the errno."""
         self.fd, self.nodes, self.objects, self.opens, self.names = fd, nodes, objects, opens, names
+        self.sets, self.listings, self.reads = sets, listings, reads
         self.acl, self.refused = acl, refused
         for number in enosys:
             self.left[number] = True
@@ -106,12 +125,20 @@ cdef class Answers:
             done = self.lookup(header, body, size)
         elif number == FUSE_GETATTR:
             done = self.getattr(header, size)
+        elif number == FUSE_SETATTR:
+            done = self.setattr(header, body, size)
         elif number == FUSE_OPEN or number == FUSE_RELEASE:
             done = self.open_or_release(header, body, size)
         elif number in (FUSE_CREATE, FUSE_MKDIR, FUSE_UNLINK, FUSE_RMDIR, FUSE_RENAME, FUSE_RENAME2):
             done = self.change(header, body, size)
         elif number == FUSE_GETXATTR:
             done = self.getxattr(header, body, size)
+        elif number == FUSE_READ:
+            done = self.read(header, body, size)
+        elif number == FUSE_READDIR or number == FUSE_READDIRPLUS:
+            done = self.readdir(header, body, size)
+        elif number == FUSE_STATFS:
+            done = self.statfs(header)
         elif number == FUSE_READLINK:
             done = self.readlink(header)
         elif number == FUSE_FORGET or number == FUSE_BATCH_FORGET:
@@ -164,6 +191,18 @@ cdef class Answers:
         self.send(&out, sizeof(out))
         return 1
 
+    cdef int setattr(self, const fuse_in_header *header, const char *body, size_t size) except -1:
+        cdef attr_answer out
+        cdef size_t length
+        try:
+            length = self.sets.answer(header, body, size, &out)
+            if length:
+                out.header.unique = header.unique
+                self.send(&out, length)
+        finally:
+            self.sets.answered()
+        return length != 0
+
     cdef int open_or_release(self, const fuse_in_header *header, const char *body, size_t size) except -1:
         cdef open_answer out
         cdef int length
@@ -183,6 +222,43 @@ cdef class Answers:
             out.header.unique = header.unique
             self.send(&out, length)
         return length != 0
+
+    cdef int read(self, const fuse_in_header *header, const char *body, size_t size) except -1:
+        cdef fuse_out_header *answer = self.reads.answer(header, body, size)
+        if answer == NULL:
+            return 0
+        self.send(answer, answer.length)
+        return 1
+
+    cdef int readdir(self, const fuse_in_header *header, const char *body, size_t size) except -1:
+        cdef Dirents answer = self.listings.answer(header, body, size)
+        cdef fuse_out_header out
+        cdef iovec parts[2]
+        if answer is None:
+            return 0
+        answer.sent()
+        out.length, out.error, out.unique = <uint32_t>(sizeof(out) + answer.size), 0, header.unique
+        parts[0].iov_base, parts[0].iov_len = &out, sizeof(out)
+        parts[1].iov_base, parts[1].iov_len = answer.start(), answer.size
+        self.send_parts(parts, 2)
+        return 1
+
+    cdef int statfs(self, const fuse_in_header *header) except -1:
+        cdef statfs_answer out
+        cdef statvfs_t st
+        cdef int fd = self.nodes.root.top_layer().root.fd, failed
+        with nogil:
+            failed = fstatvfs(fd, &st)
+        if failed:
+            raise failure(c_errno)
+        memset(&out, 0, sizeof(out))
+        out.body.blocks, out.body.bfree, out.body.bavail = st.f_blocks, st.f_bfree, st.f_bavail
+        out.body.files, out.body.ffree = st.f_files, st.f_ffree
+        out.body.bsize, out.body.frsize = <uint32_t>st.f_bsize, <uint32_t>st.f_frsize
+        out.body.namelen = <uint32_t>st.f_namemax
+        out.header.length, out.header.unique = sizeof(out), header.unique
+        self.send(&out, sizeof(out))
+        return 1
 
     cdef int readlink(self, const fuse_in_header *header) except -1:
         cdef Node node = self.nodes.found(header.nodeid)
@@ -207,8 +283,33 @@ cdef class Answers:
             return 0
         code = missing_xattr(node, body + GETXATTR_IN, self.acl)
         if not code:
-            return 0
+            return self.stored_xattr(header, node, body + GETXATTR_IN, (<const uint32_t *>body)[0])
         self.fail(header, code)
+        return 1
+
+    cdef int stored_xattr(
+        self, const fuse_in_header *header, Node node, const char *name, size_t wanted
+    ) except -1:
+        """An xattr that every layer stores under its own name, and with its own value."""
+        cdef xattr_answer out
+        cdef uint32_t *sizes = <uint32_t *>out.value
+        cdef ssize_t size
+        if not begins_with(name, ACL) and strcmp(name, CAPABILITY) != 0:
+            return 0
+        if node.territory.owners is not None or node.top_layer().permissions is not None:
+            return 0
+        size = self.objects.xattr(node, name, out.value, sizeof(out.value))
+        if size < 0:
+            if size != -ENODATA and size != -EOPNOTSUPP:
+                return 0
+            self.fail(header, <int>-size)
+            return 1
+        if wanted and <size_t>size > wanted:
+            raise failure(ERANGE)
+        if not wanted:  # struct fuse_getxattr_out
+            sizes[0], sizes[1], size = <uint32_t>size, 0, 2 * sizeof(uint32_t)
+        out.header.length, out.header.error, out.header.unique = sizeof(fuse_out_header) + size, 0, header.unique
+        self.send(&out, out.header.length)
         return 1
 
     cdef void forget(self, const fuse_in_header *header, const char *body, size_t size):
@@ -242,6 +343,15 @@ cdef class Answers:
         self.send(&out, sizeof(out))
 
     cdef void send(self, void *answer, size_t size):
+        cdef iovec part
+        part.iov_base, part.iov_len = answer, size
+        self.send_parts(&part, 1)
+
+    cdef void send_parts(self, iovec *parts, int count):
         """Send an answer; drops it if the caller is gone."""
-        if write(self.fd, answer, size) < 0 and c_errno not in (ENOENT, ENODEV, ENOTCONN, ECONNABORTED):
-            self.refused((<char *>answer)[:size], c_errno)
+        cdef int index
+        if writev(self.fd, parts, count) < 0 and c_errno not in (ENOENT, ENODEV, ENOTCONN, ECONNABORTED):
+            code = c_errno
+            self.refused(b"".join(
+                [(<char *>parts[index].iov_base)[:parts[index].iov_len] for index in range(count)]
+            ), code)

@@ -51,9 +51,13 @@ cdef enum:
     # Of a name in a directory, as in `search`
     PATH_SIZE = 300
     PERMISSIONS = 0o7777
-    # FS_IMMUTABLE_FL, FS_APPEND_FL: of `Node.flags`, include/uapi/linux/fs.h
+    # FS_IMMUTABLE_FL, of `Node.flags`, include/uapi/linux/fs.h
     IMMUTABLE = 0x10
-    PROTECTED = 0x30
+    # What a `Step` does with a name: remove it, make a whiteout there, or put one over it, or rename it.
+    REMOVE = 1
+    HIDE = 2
+    COVER = 3
+    RENAME = 4
 
 
 cdef int make_object(New *new, int dir_fd, const char *name) noexcept nogil:
@@ -81,16 +85,14 @@ cdef class EntryChanges:
     def __init__(self, union, Creator identity not None, *, bint remembers):
         """``remembers``: whether a node remembers that it has no capabilities."""
         self.gate, self.merge, self.nodes = union.gate, union.merge, union.nodes
-        self.origins, self.work, self.identity = union.origins, union.work, identity
+        self.origins, self.work, self.identity, self.flags = union.origins, union.work, identity, union.flags
         self.remembers = remembers
         self.metacopy, self.opaque = union.markers.metacopy, union.markers.opaque
 
     cdef Place place_to_change(self, Node directory):
         """The upper's directory of a node, about to be changed; None if it is not a plain one."""
         cdef Place place
-        if directory.children is None or directory.unlinked or directory.flags is None:
-            return None
-        if not directory.is_changed_in_place():
+        if directory.children is None or directory.unlinked or not directory.is_changed_in_place():
             return None
         if not directory.territory.has_markers or directory.territory.read_only:
             return None
@@ -112,28 +114,32 @@ cdef class EntryChanges:
         ACL. ``target``: of a symlink.
         """
         cdef New new
+        cdef Attributes found
+        new.opens = opens
+        new.uid, new.gid, new.mode, new.rdev, new.target = uid, gid, mode, rdev, target
+        found = self.made(&new, parent, name, umask)
+        return None if found is None else (found.node, found, new.fd)
+
+    cdef Attributes made(self, New *new, Node parent, bytes name, uint32_t umask):
+        """The attributes of the object, whose ``fd`` belongs to the caller."""
         cdef Place place = self.place_to_change(parent)
         cdef const char *at = name
         cdef Creator identity = self.identity
         cdef Workplace work = self.work
-        cdef Node node
+        cdef Attributes found = None
         cdef int dir_fd
         cdef bint made
-        if place is None or <int>parent.flags & IMMUTABLE:
+        new.fd, new.made, new.opaque = -1, False, self.opaque
+        if place is None or self.flags.of(parent) & IMMUTABLE or is_hiding(name):
             return None
-        if is_hiding(name):
-            return None
-        new.fd, new.made, new.opens = -1, False, opens
-        new.uid, new.gid, new.mode, new.rdev, new.target = uid, gid, mode, rdev, target
         if not identity.is_me(new.uid, new.gid) and not identity.can_switch:
             return None
         if umask:
             if place.default_acl is None:
                 return None
             if not place.default_acl:
-                new.mode &= ~<uint32_t>umask
+                new.mode &= ~umask
         new.replaces = place.default_acl is not None and not place.default_acl
-        new.opaque = self.opaque
         dir_fd = self.gate.fd(place)
         if place.asked_named >= 0 and self.merge.hides(place, name, dir_fd):
             return None
@@ -141,19 +147,16 @@ cdef class EntryChanges:
         has_changed(parent)
         try:
             with nogil:
-                made = self.make_entry(&new, dir_fd, at, identity, work)
-            if not made:
-                return None
-            node = self.node_of(parent, name, place, &new.st)
-            attributes = node.shown(&new.st)
-            opened, new.fd = new.fd, -1
-            return node, attributes, opened
+                made = self.make_entry(new, dir_fd, at, identity, work)
+            if made:
+                found = self.node_of(parent, name, place, &new.st).shown(&new.st)
+            return found
         except NotPlain:
             return None
         finally:
             if new.made and unlinkat(work.fd, new.name, 0) != 0:
                 work.discard(<bytes>new.name)
-            if new.fd >= 0:
+            if found is None and new.fd >= 0:
                 close(new.fd)
 
     cdef bint make_entry(
@@ -220,209 +223,175 @@ cdef class EntryChanges:
 
     # -- removing -------------------------------------------------------------------------------------
 
-    def unlink(self, Node parent not None, bytes name not None):
+    cpdef bint unlink(self, Node parent, bytes name) except -1:
         """Remove a name of a non-directory from the disk and from the table.
 
         Returns False if the case is not plain; then nothing has changed. Raises ``OSError``.
         """
         cdef Place place = self.place_to_change(parent)
-        cdef Node node = parent.children.get(name)
-        cdef const char *at = name
-        cdef Workplace work = self.work
-        cdef New whiteout
-        cdef int dir_fd, held = -1
-        cdef bint done, in_place, below
-        if place is None or not self.may_move(node, parent):
+        cdef Node node = None if place is None else parent.children.get(name)
+        cdef Step step
+        if node is None or not self.may_move(node, parent):
             return False
-        whiteout.made = False
-        in_place = node.is_changed_in_place()
-        below = in_place and self.merge.is_visible_below(parent.parts, name)
-        try:
-            held = self.hold(node)
-            passed("hold")
-            place.empty = False
-            has_changed(parent)
-            dir_fd = self.gate.fd(place)
-            with nogil:
-                done = self.unlink_entry(&whiteout, dir_fd, at, in_place, below, work)
-            if done:
-                self.lose(node, parent, name, held)
-                held = -1
-                passed("remove")
-            return done
-        except NotPlain:
-            return False
-        finally:
-            if whiteout.made and unlinkat(work.fd, whiteout.name, 0) != 0:
-                work.discard(<bytes>whiteout.name)
-            if held >= 0:
-                close(held)
+        step.kind, step.flags, step.name = HIDE, 0, name
+        if node.is_changed_in_place():
+            step.kind = COVER if self.merge.is_visible_below(parent.parts, name) else REMOVE
+        return self.remove(&step, place, node, parent, name)
 
-    def rmdir(self, Node parent not None, bytes name not None):
+    cpdef bint rmdir(self, Node parent, bytes name) except -1:
         """Remove a directory that only the upper has, if it is empty, from the disk and from the table.
 
         Returns False if the case is not plain; then nothing has changed. Raises ``OSError``.
         """
         cdef Place place = self.place_to_change(parent), removed
-        cdef Node node = parent.children.get(name)
-        cdef const char *at = name
-        cdef int dir_fd, held, code
-        if place is None or node is None or node.kind != S_IFDIR or self.has_flags(node, parent):
+        cdef Node node = None if place is None else parent.children.get(name)
+        cdef Step step
+        if node is None or node.kind != S_IFDIR or self.has_flags(node, parent):
             return False
         if len(node.parts) != 1 or node.held >= 0 or not node.is_changed_in_place():
             return False
         if self.merge.is_visible_below(parent.parts, name):
             return False
         removed = node.parts[0]
-        held = fcntl(self.gate.fd(removed), F_DUPFD_CLOEXEC, 0)
-        if held < 0:
-            raise failure(c_errno)
+        step.kind, step.flags, step.name = REMOVE, AT_REMOVEDIR, name
+        if not self.remove(&step, place, node, parent, name):
+            return False
+        self.gate.forget(removed)
+        return True
+
+    cdef bint remove(self, Step *step, Place place, Node node, Node parent, bytes name) except -1:
+        place.empty = False
+        has_changed(parent)
+        if not self.carry_out(step, place, None, node, parent, name):
+            return False
+        passed("remove")
+        return True
+
+    cdef bint has_flags(self, Node node, Node parent) except -1:
+        """Whether a name is protected, or in use as a mount point of the union."""
+        return node.territory is not parent.territory or self.flags.of(node) | self.flags.of(parent) != 0
+
+    cdef bint carry_out(
+        self, Step *step, Place place, Place new_place, Node lost, Node parent, bytes name
+    ) except -1:
+        """Make the change of a name in a real directory, or a rename to ``new_place``. The object ``lost``, if any,
+        loses its name in ``parent`` by it, and is held by an fd if that was the last one.
+
+        Returns False if the case is not plain; then nothing has changed. Raises ``OSError``.
+        """
+        cdef Workplace work = self.work
+        cdef bint done
+        step.held, step.made = -1, False
         try:
+            if lost is not None:
+                self.hold(lost, step)
             passed("hold")
-            place.empty = False
-            has_changed(parent)
-            dir_fd = self.gate.fd(place)
+            step.new_fd = -1 if new_place is None else self.gate.fd(new_place)
+            step.dir_fd = self.gate.fd(place)
+            if new_place is not None and new_place.fd != step.new_fd:
+                return False  # it was closed to open the other one
             with nogil:
-                code = unlinkat(dir_fd, at, AT_REMOVEDIR)
-            if code != 0:
-                return False
-            self.gate.forget(removed)
-            self.lose(node, parent, name, held)
-            held = -1
-            passed("remove")
-            return True
+                done = self.change_entry(step, work)
+            if done and lost is not None:
+                self.lose(lost, parent, name, step)
+            return done
         except NotPlain:
             return False
         finally:
-            if held >= 0:
-                close(held)
+            if step.made and unlinkat(work.fd, step.whiteout, 0) != 0:
+                work.discard(<bytes>step.whiteout)
+            if step.held >= 0:
+                close(step.held)
 
-    cdef bint has_flags(self, Node node, Node parent):
-        """Whether a name is protected, or may be, or is in use as a mount point of the union."""
-        if node.flags is None or node.territory is not parent.territory:
-            return True
-        return (<int>node.flags | <int>parent.flags) & PROTECTED != 0
-
-    cdef int hold(self, Node node) except -2:
-        """An fd of an object that loses its last known name, by which the node outlives it; else -1."""
+    cdef int hold(self, Node node, Step *step) except -1:
+        """An fd of an object that loses its last known name, by which the node outlives it."""
         cdef stat_t st
-        cdef int fd
         if node.held >= 0 or has_links(node):
-            return -1
-        fd = openat(self.gate.fd(node.place), node.name, O_PATH | O_NOFOLLOW | O_CLOEXEC)
-        if fd < 0:
+            return 0
+        if node.kind == S_IFDIR:
+            step.held = fcntl(self.gate.fd(node.parts[0]), F_DUPFD_CLOEXEC, 0)
+        else:
+            step.held = openat(self.gate.fd(node.place), node.name, O_PATH | O_NOFOLLOW | O_CLOEXEC)
+        if step.held < 0:
             raise NotPlain
-        try:
-            if fstat(fd, &st) != 0:
+        step.links = 1
+        if node.kind != S_IFDIR:
+            if fstat(step.held, &st) != 0:
                 raise failure(c_errno)
             node.check_stat(&st)
-        except BaseException:
-            close(fd)
-            raise
-        return fd
+            step.links = st.st_nlink
+        return 0
 
-    cdef bint unlink_entry(
-        self, New *whiteout, int dir_fd, const char *name, bint in_place, bint below, Workplace work
-    ) except -1 nogil:
-        """Remove an object, or hide the one ``below`` it. Returns whether that is done."""
-        if not in_place:
-            if work.whiteout(dir_fd, name) != 0:
-                return False
-        elif below:
-            work.next(whiteout.name)
-            if work.whiteout(work.fd, whiteout.name) != 0:
-                return False
-            whiteout.made = True
-            passed("make")
-            if renameat(work.fd, whiteout.name, dir_fd, name) != 0:
-                return False
-            whiteout.made = False
-        elif unlinkat(dir_fd, name, 0) != 0:
+    cdef bint change_entry(self, Step *step, Workplace work) except -1 nogil:
+        """Returns whether it is done."""
+        if step.kind == REMOVE:
+            return unlinkat(step.dir_fd, step.name, step.flags) == 0
+        if step.kind == RENAME:
+            return renameat2(step.dir_fd, step.name, step.new_fd, step.new_name, step.flags) == 0
+        if step.kind == HIDE:
+            return work.whiteout(step.dir_fd, step.name) == 0
+        work.next(step.whiteout)
+        if work.whiteout(work.fd, step.whiteout) != 0:
             return False
-        return True
+        step.made = True
+        passed("make")
+        step.made = renameat(work.fd, step.whiteout, step.dir_fd, step.name) != 0
+        return not step.made
 
-    cdef int lose(self, Node node, Node parent, bytes name, int held) except -1:
+    cdef int lose(self, Node node, Node parent, bytes name, Step *step) except -1:
         """Record that a name is removed, and keep the object of a node that has lost its last one."""
-        cdef stat_t st
         node.lose_name(parent, name)
         self.nodes.release(parent)
-        if held < 0:
-            return 0
-        if not node.unlinked or node.held >= 0:
-            close(held)
-            return 0
-        node.held = held
-        if node.kind != S_IFDIR and node.is_changed_in_place() and fstat(held, &st) == 0:
-            if <Py_ssize_t>st.st_nlink > node.place.layer.links_of_removed:
+        if step.held >= 0 and node.unlinked and node.held < 0:
+            node.held, step.held = step.held, -1
+            if step.links > 1 and node.is_changed_in_place():  # it has names that are not known
                 node.territory.lost_name(node)
         return 0
 
     # -- renaming -------------------------------------------------------------------------------------
 
-    def rename(
-        self, Node parent not None, bytes name not None, Node new_parent not None, bytes new_name not None
-    ):
+    cpdef bint rename(self, Node parent, bytes name, Node new_parent, bytes new_name) except -1:
         """Rename a non-directory, on the disk and in the table, over another one if there is one.
 
         Returns False if the case is not plain; then nothing has changed. Raises ``OSError``.
         """
         cdef Place place = self.place_to_change(parent), new_place = self.place_to_change(new_parent)
-        cdef Node node = parent.children.get(name), target = new_parent.children.get(new_name)
-        cdef const char *at = name
-        cdef const char *new_at = new_name
-        cdef int dir_fd, new_fd, held = -1, code
-        cdef unsigned int flags
+        cdef Node node, target
+        cdef Step step
         cdef stat_t st
-        if place is None or new_place is None or node is target or not self.may_move(node, parent):
+        if place is None or new_place is None:
             return False
-        if not node.is_changed_in_place() or not self.has_data(node):
+        node, target = parent.children.get(name), new_parent.children.get(new_name)
+        if node is None or node is target or not self.may_move(node, parent):
             return False
-        if is_hiding(new_name):
+        if not node.is_changed_in_place() or not self.has_data(node) or is_hiding(new_name):
             return False
         if target is None:
-            if <int>new_parent.flags & IMMUTABLE:
+            if self.flags.of(new_parent) & IMMUTABLE:
                 return False
             if self.merge.find(new_parent.parts, new_name, 0, &st) is not None:
                 return False
         elif not self.may_move(target, new_parent):
             return False
-        flags = RENAME_WHITEOUT if self.merge.is_visible_below(parent.parts, name) else 0
-        new_fd = self.gate.fd(new_place)
-        if new_place.asked_named >= 0 and self.merge.hides(new_place, new_name, new_fd):
+        step.kind, step.name, step.new_name = RENAME, name, new_name
+        step.flags = RENAME_WHITEOUT if self.merge.is_visible_below(parent.parts, name) else 0
+        step.new_fd = self.gate.fd(new_place)
+        if new_place.asked_named >= 0 and self.merge.hides(new_place, new_name, step.new_fd):
             return False
-        try:
-            if target is not None:
-                held = self.hold(target)
-            passed("hold")
-            if node.from_origin:
-                self.origins.becomes_impure(new_place, new_fd)
-            new_fd, dir_fd = self.gate.fd(new_place), self.gate.fd(place)
-            if new_place.fd != new_fd:
-                return False  # it was closed to open the other one
-            place.empty = new_place.empty = False
-            has_changed(parent)
-            has_changed(new_parent)
-            with nogil:
-                code = renameat2(dir_fd, at, new_fd, new_at, flags)
-            if code != 0:
-                return False
-            if target is not None:
-                self.lose(target, new_parent, new_name, held)
-                held = -1
-            self.nodes.move(node, parent, name, new_parent, new_name)
-            passed("rename")
-            return True
-        except NotPlain:
+        if node.from_origin:
+            self.origins.becomes_impure(new_place, self.gate.fd(new_place))
+        place.empty = new_place.empty = False
+        has_changed(parent)
+        has_changed(new_parent)
+        if not self.carry_out(&step, place, new_place, target, new_parent, new_name):
             return False
-        finally:
-            if held >= 0:
-                close(held)
+        self.nodes.move(node, parent, name, new_parent, new_name)
+        passed("rename")
+        return True
 
-    cdef bint may_move(self, Node node, Node parent):
+    cdef bint may_move(self, Node node, Node parent) except -1:
         """Whether a name of a known non-directory can be removed."""
-        if node is None or node.kind == S_IFDIR or has_entry(node):
-            return False
-        return not self.has_flags(node, parent)
+        return node.kind != S_IFDIR and not has_entry(node) and not self.has_flags(node, parent)
 
     cdef bint has_data(self, Node node) except -1:
         """Whether a file of the upper is not metacopy, which finds its data by its name."""

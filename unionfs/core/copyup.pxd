@@ -13,7 +13,7 @@ from unionfs.core.steps cimport NAME_SIZE, Workplace
 
 cdef struct Copy:
     int source, target
-    bint made, has_origin
+    bint made, appeared, has_origin
     char name[NAME_SIZE]
     stat_t st
     int64_t size, key
@@ -23,7 +23,8 @@ cdef struct Copy:
 
 cdef class SmallCopyUps:
     cdef readonly int64_t count, copied_bytes, nanoseconds
-    cdef object union, told, directory, clones_never
+    cdef object told, directory, clones_never
+    cdef int left[2]
     cdef Gate gate
     cdef Workplace work
     cdef NodeTable nodes
@@ -36,6 +37,9 @@ cdef class SmallCopyUps:
     cdef bint needs_write, remembers
     cdef char *buffer
 
+    cdef Attributes answer(self, Node node, Change change)
+    cdef Attributes make(self, Node node, Change change, int64_t limit, bint keep, bint answers)
+    cdef void close_left(self) noexcept
     cdef bint may_copy(self, Node node)
     cdef OpenFile lend(self, Node node, Copy *copy)
     cdef bint prepare(
@@ -44,7 +48,11 @@ cdef class SmallCopyUps:
     cdef bint copy_data(self, Copy *copy, int64_t whole) except -1 nogil
     cdef bint may_clone(self, uint64_t device) except -1 nogil
     cdef int never_clones(self, uint64_t device) except -1 with gil
-    cdef bint put(self, Copy *copy, Node node) except -1
+    cdef bint put(self, Copy *copy, Node node, bint answers) except -1
     cdef bint names(self, Copy *copy, Node node) except -1
     cdef int clean(self, Copy *copy, OpenFile lent) except -1
-    cdef Attributes change(self, Node node, int fd, Change change, Copy *copy)
+    cdef int change(self, Node node, Change change, Copy *copy) except -1
+
+cpdef OpenFile hand_over(Node node, int fd, st, bint lend)
+cpdef Node enters(NodeTable nodes, Node directory)
+cpdef void entered(NodeTable nodes, Node directory) except *

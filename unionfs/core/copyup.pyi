@@ -9,7 +9,7 @@ from unionfs.core.setting import Change
 from unionfs.core.steps import Workplace
 from unionfs.union.tree import Union
 
-def hand_over(node: Node, fd: int, st: os.stat_result | None, *, lend: bool) -> OpenFile | None: ...
+def hand_over(node: Node, fd: int, st: os.stat_result | None, lend: bool) -> OpenFile | None: ...
 def enters(nodes: NodeTable, directory: Node) -> Node | None: ...
 def entered(nodes: NodeTable, directory: Node) -> None: ...
 
@@ -25,7 +25,7 @@ class SmallCopyUps:
         union: Union,
         work: Workplace,
         *,
-        told: Callable[[Node, Node | None], object],
+        told: Callable[[Node | None, Node | None], object],
         directory: Callable[[Node], Place],
         clones_never: set[int],
         limit: int,

@@ -14,7 +14,7 @@ from unionfs.core.clock cimport now_ns
 from unionfs.core.files cimport Handle, OpenFile, Use, new_file
 from unionfs.core.node cimport Rare, has_changed, has_entry, has_links, has_lower_data
 from unionfs.core.places cimport Layer, Place, open_quietly
-from unionfs.core.setting cimport MODE
+from unionfs.core.setting cimport MODE, SIZE
 from unionfs.core.stats cimport (
     O_CLOEXEC, O_NOFOLLOW, O_RDONLY, S_IFMT, S_IFREG, ctime_of, failure, fstat, openat,
 )
@@ -61,15 +61,17 @@ cdef enum:
     OWNER_WRITES = 0o200
 
 
-def hand_over(Node node not None, int fd, st, *, bint lend):
+cpdef OpenFile hand_over(Node node, int fd, st, bint lend):
     """Switch a copied-up node to ``fd`` (O_RDWR), its file in the upper, with the attributes ``st``, if known.
 
     All opens of the node continue with it, and see later writes. ``lend``: lend it to the caller too. Returns
     None if it has no users; then the caller keeps ``fd``.
     """
-    cdef Use use = node.in_use()
+    cdef Use use = node.in_use() if lend else node.use
     cdef Handle handle
     cdef OpenFile file
+    if use is None:
+        return None
     if not lend and not use.handles:
         use.file = None
         return None
@@ -82,7 +84,7 @@ def hand_over(Node node not None, int fd, st, *, bint lend):
     return file
 
 
-def enters(NodeTable nodes not None, Node directory not None):
+cpdef Node enters(NodeTable nodes, Node directory):
     """Prepare a directory of the upper for a copy that enters it by one rename or link; then call
     :func:`entered`: a copy-up is not a change, so its mtime and the ctime shown for it stay.
 
@@ -106,7 +108,7 @@ def enters(NodeTable nodes not None, Node directory not None):
     return resized
 
 
-def entered(NodeTable nodes not None, Node directory not None):
+cpdef void entered(NodeTable nodes, Node directory) except *:
     """Restore the directory after the rename. Ignores an error of utimensat(2)."""
     cdef Place place = directory.parts[0]
     keep_mtime(nodes.gate.fd(place), place.mtime)
@@ -123,11 +125,14 @@ cdef class SmallCopyUps:
     """Copies up small files of one union."""
 
     # count, copied_bytes, nanoseconds: of these copy-ups.
-    # told: called with a copied node, and its directory if its size may have changed for the kernel.
+    # told: called with a copied node, unless the answer contains its attributes, and its directory if its size
+    #     may have changed for the kernel.
+    # left: fds to be closed after the answer, -1: none.
     # directory: makes the directory of a node one of the upper.
     # clones_never: see `union.filedata`; no_clones: the last device known to be in it.
 
     def __cinit__(self):
+        self.left[0] = self.left[1] = -1
         self.buffer = <char *>malloc(PIECE)
         if self.buffer is NULL:
             raise MemoryError
@@ -141,7 +146,7 @@ cdef class SmallCopyUps:
         """``limit``: the size of a small file in bytes. ``remembers``: whether a node remembers that it has no
         capabilities."""
         identity, markers = union.identity, union.markers
-        self.union, self.told, self.directory, self.clones_never = union, told, directory, clones_never
+        self.told, self.directory, self.clones_never = told, directory, clones_never
         self.gate, self.nodes, self.origins, self.work = union.gate, union.nodes, union.origins, work
         self.origin_name, self.needs_write = markers.origin, markers.requires_write
         self.origin_text = self.origin_name
@@ -154,14 +159,36 @@ cdef class SmallCopyUps:
         None if the case is not plain; then nothing has changed. ``limit``: copy only that many bytes.
         ``keep``: the node's file is lent to the caller. Raises ``OSError`` if the change fails; the copy stays.
         """
+        try:
+            return self.make(node, change, limit, keep, False)
+        finally:
+            self.close_left()
+
+    cdef Attributes answer(self, Node node, Change change):
+        """The same, for an answer with the attributes of that node, after which :meth:`close_left` is called. A
+        directory that must be copied up before is not plain."""
+        if change.valid & SIZE or not node.parent.is_changed_in_place():
+            return None
+        return self.make(node, change, -1, False, True)
+
+    cdef void close_left(self) noexcept:
+        """Close the files of the last copy-up."""
+        cdef int index
+        for index in range(2):
+            if self.left[index] >= 0:
+                close(self.left[index])
+                self.left[index] = -1
+
+    cdef Attributes make(self, Node node, Change change, int64_t limit, bint keep, bint answers):
         cdef Copy copy
         cdef int64_t began = now_ns()
         cdef bint plain
-        cdef OpenFile file, lent = None
+        cdef OpenFile lent = None
         if not self.may_copy(node):
             return None
+        self.close_left()
         copy.source = copy.target = -1
-        copy.made = copy.has_origin = False
+        copy.made = copy.has_origin = copy.appeared = False
         try:
             lent = self.lend(node, &copy)
             if copy.source < 0:
@@ -171,28 +198,25 @@ cdef class SmallCopyUps:
                 copy.mode = change.new_mode & PERMISSIONS
             with nogil:
                 plain = self.prepare(&copy, node.place.layer, self.work, self.origins, limit)
-            if not plain or not self.put(&copy, node):
+            if not plain or not self.put(&copy, node, answers):
                 return None
-            node.no_capability = self.remembers and node.territory.lasting
-            node.flags = 0
-            file = hand_over(node, copy.target, None, lend=keep or change is not None)
-            if file is not None:
-                copy.target = -1
             self.count += 1
             self.copied_bytes += copy.size
             self.nanoseconds += now_ns() - began
+            passed("appear")
+            if change is not None:
+                self.change(node, change, &copy)
+            return node.shown(&copy.st)
         except NotPlain:
             return None
+        except BaseException:
+            if answers and copy.appeared:
+                self.told(node, None)
+            raise
         finally:
+            if copy.appeared and hand_over(node, copy.target, None, keep) is not None:
+                copy.target = -1
             self.clean(&copy, lent)
-        if change is None:
-            passed("appear")
-            return node.shown(&copy.st)
-        try:
-            passed("appear")
-            return self.change(node, file.number, change, &copy)
-        finally:
-            self.union.files.take_back_later(node, file)
 
     cdef bint may_copy(self, Node node):
         if node.kind != S_IFREG or node.place is None or node.parent is None or node.unlinked:
@@ -299,7 +323,7 @@ cdef class SmallCopyUps:
         self.clones_never.add(device)
         return 0
 
-    cdef bint put(self, Copy *copy, Node node) except -1:
+    cdef bint put(self, Copy *copy, Node node, bint answers) except -1:
         """Put the copy into the upper, where it appears. Returns whether it did."""
         cdef Node directory = node.parent, resized
         cdef Place place
@@ -318,12 +342,14 @@ cdef class SmallCopyUps:
                 keep_mtime(dir_fd, mtime)
         if code != 0:
             return False
-        copy.made = False
-        node.place = place
+        copy.made, copy.appeared = False, True
+        node.place, node.flags = place, 0
+        node.no_capability = self.remembers and node.territory.lasting
         if fstat(copy.target, &copy.st) != 0:
             raise failure(c_errno)
         self.nodes.is_copy(node, &copy.st, copy.has_origin and place.impure and self.names(copy, node))
-        self.told(node, resized)
+        if resized is not None or not answers:
+            self.told(None if answers else node, resized)
         return True
 
     cdef bint names(self, Copy *copy, Node node) except -1:
@@ -333,26 +359,25 @@ cdef class SmallCopyUps:
             return False
         return self.origins.number(device, inode) == node.ino
 
-    cdef Attributes change(self, Node node, int fd, Change change, Copy *copy):
-        """Change the attributes of the copy, unless it was made with them. Returns those that it has."""
+    cdef int change(self, Node node, Change change, Copy *copy) except -1:
+        """Change the attributes of the copy, unless it was made with them."""
         cdef bint failed
         has_changed(node)
         if change.valid != MODE or copy.mode != change.new_mode & PERMISSIONS:
             with nogil:
-                failed = change.apply(fd, False) != 0 or fstat(fd, &copy.st) != 0
+                failed = change.apply(copy.target, False) != 0 or fstat(copy.target, &copy.st) != 0
             if failed:
                 raise failure(c_errno)
             passed("set")
-        return node.shown(&copy.st)
+        return 0
 
     cdef int clean(self, Copy *copy, OpenFile lent) except -1:
-        """Close what is open, and remove a copy that has not appeared."""
+        """Remove a copy that has not appeared, and leave what is open to be closed."""
         if copy.made and unlinkat(self.work.fd, copy.name, 0) != 0:
             self.work.discard(<bytes>copy.name)
-        if copy.target >= 0:
-            close(copy.target)
+        self.left[0] = copy.target
         if lent is not None:
             lent.leave()
-        elif copy.source >= 0:
-            close(copy.source)
+        else:
+            self.left[1] = copy.source
         return 0

@@ -26,5 +26,10 @@ cdef class Entries:
     cdef int add(
         self, const char *name, size_t length, uint64_t ino, uint8_t kind, uint16_t part
     ) noexcept nogil
+    cdef void sort(self) noexcept nogil
+    cdef list parts_with(self, bytes name)
     cdef void drop_doubles(self) noexcept nogil
+    cpdef later(self)
+    cpdef list same(self)
+    cpdef Py_ssize_t first_after(self, uint64_t hash_, bytes name=*) except -1
     cdef Py_ssize_t checked(self, Py_ssize_t index) except -1

@@ -119,7 +119,7 @@ cdef class Entries:
     def __len__(self):
         return <Py_ssize_t>self.count
 
-    def later(self):
+    cpdef later(self):
         """Record that other requests were served since it was made."""
         self.is_new = False
 
@@ -244,9 +244,32 @@ cdef class Entries:
                 self.items[index].hash = hashed(self.name_of(index)) % HASHES + C_FIRST_HASH
         if self.count:
             with nogil:
-                qsort_r(self.items, self.count, sizeof(Item), compare, self.text)
+                self.sort()
                 self.drop_doubles()
         return self
+
+    cdef void sort(self) noexcept nogil:
+        """Bring the names into order; a name that several parts have stays with each of them."""
+        if self.count:
+            qsort_r(self.items, self.count, sizeof(Item), compare, self.text)
+
+    cdef list parts_with(self, bytes name):
+        """The parts that have a name, topmost first, after :meth:`sort`."""
+        cdef list found = []
+        cdef uint32_t hash_ = hash_of(name, len(name))
+        cdef size_t index = self.first_after(<uint64_t>hash_ - 1)
+        cdef const Item *item
+        cdef Py_ssize_t last = -1
+        while index < self.count and self.items[index].hash == hash_:
+            item = &self.items[index]
+            # A part may have a whiteout by name beside the object.
+            if item.part != last and item.length == len(name) and (
+                memcmp(self.text + item.at, <const char *>name, item.length) == 0
+            ):
+                last = item.part
+                found.append(self.parts[last])
+            index += 1
+        return found
 
     cdef void drop_doubles(self) noexcept nogil:
         """Of a name keep the first, and return unused memory."""
@@ -270,7 +293,7 @@ cdef class Entries:
 
     # -- positions ------------------------------------------------------------------------------------
 
-    def same(self):
+    cpdef list same(self):
         """The indices of the names with the hash of the next name, which need tickets."""
         cdef Py_ssize_t index, last = <Py_ssize_t>self.count - 1
         return [index for index in range(last) if self.items[index].hash == self.items[index + 1].hash]
@@ -279,7 +302,7 @@ cdef class Entries:
         """Set the cookie of a name that shares its hash."""
         self.tickets[index] = ticket
 
-    def first_after(self, uint64_t hash_, bytes name=None):
+    cpdef Py_ssize_t first_after(self, uint64_t hash_, bytes name=None) except -1:
         """The index of the first name after all names with that hash; or, with ``name``, after that one of
         them, whether it exists or not."""
         cdef Py_ssize_t low = 0, high = <Py_ssize_t>self.count, middle

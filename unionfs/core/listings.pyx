@@ -8,10 +8,20 @@ ones to be shown. So a reader may see a name that was removed after the listing 
 """
 
 from cpython.bytearray cimport PyByteArray_AS_STRING, PyByteArray_FromStringAndSize, PyByteArray_Resize
+from libc.errno cimport ESTALE
 from libc.string cimport memchr, memcpy, memset
 
-from unionfs.core.lookup cimport look_up
+from unionfs.core.directories cimport Listing
+from unionfs.core.lookup cimport Names, look_up
+from unionfs.core.stats cimport S_IFDIR, failure
 from unionfs.core.validity cimport fill_entry
+from unionfs.core.wire cimport FUSE_READDIRPLUS, fuse_read_in
+
+from unionfs.core.entries import FIRST_TICKET as _FIRST_TICKET
+
+
+cdef uint64_t TICKETS = _FIRST_TICKET
+
 cdef enum:
     # The largest request of the kernel (max_pages); a smaller answer is always valid.
     MOST = 1 << 20
@@ -19,6 +29,9 @@ cdef enum:
     ENTRY = 128
     LONGEST = 1024
     ROOT = 1
+    # Cookies of ``.`` and ``..``; see `entries.FIRST_HASH`
+    DOT = 1
+    DOT_DOT = 2
     # d_type (include/linux/fs_types.h)
     DT_CHR = 2
     DT_DIR = 4
@@ -87,13 +100,25 @@ cdef class Dirents:
         self.put_node(valid(name), len(name), off, found)
         return True
 
+    cpdef add_dots(self, Node directory, uint64_t off, bint plus):
+        """Add ``.`` and ``..`` unless the offset is behind them."""
+        cdef Node above = directory if directory.parent is None else directory.parent
+        if off < DOT and self.fits(1, plus):
+            self.put(b".", 1, directory.ino, DOT, S_IFDIR, plus)
+        if off < DOT_DOT and self.fits(2, plus):
+            self.put(b"..", 2, above.ino, DOT_DOT, S_IFDIR, plus)
+
+    cdef char *start(self) noexcept:
+        """Where the data of the answer is."""
+        return PyByteArray_AS_STRING(self.data)
+
     def packed(self):
         """The data of the answer; it ends the use of this object."""
         PyByteArray_Resize(self.data, self.size)
         self.limit = self.size
         return self.data
 
-    def sent(self):
+    cpdef sent(self):
         """Count the lookups of the nodes."""
         cdef Node node
         for node in self.nodes:
@@ -113,6 +138,21 @@ cdef class Lister:
         """``unreachable``: number and type of a name whose lookup fails; see `Union.number_of_unreachable`."""
         self.nodes, self.merge, self.unreachable = nodes, merge, unreachable
         self.merged = nodes.root.territory
+
+    cpdef add(self, Node directory, Entries entries, Py_ssize_t first, Dirents answer, bint plus):
+        """Add names from the index ``first`` while they fit, with their attributes if ``plus``.
+
+        After an exception the answer cannot be sent.
+        """
+        if not plus:
+            self.add_names(directory, entries, first, answer)
+            return
+        try:
+            self.add_nodes(directory, entries, first, answer)
+        except BaseException:
+            for node in answer.nodes:
+                self.nodes.subtract(node, 0)
+            raise
 
     # -- without attributes ---------------------------------------------------------------------------
 
@@ -170,14 +210,16 @@ cdef class Lister:
 
     cdef int state_of(self, Entries entries, Py_ssize_t index) except -1:
         cdef Place part = entries.parts[index]
+        cdef bint hides = False
         if part.impure or part.layer.permissions is not None or not part.layer.keeps_numbers:
             return LOOKED_UP
         if entries.devices[index] != self.nodes.plain_device:
             return LOOKED_UP
-        try:
-            hides = self.merge.hides_xattr_whiteouts(entries.parts, part, self.merge.gate.fd(part))
-        except OSError:
-            return LOOKED_UP
+        if part.layer.is_upper or len(entries.parts) > 1:
+            try:
+                hides = self.merge.hides_xattr_whiteouts(entries.parts, part, self.merge.gate.fd(part))
+            except OSError:
+                return LOOKED_UP
         return PLAIN_BUT_FILES if hides else PLAIN
 
     # -- with attributes ------------------------------------------------------------------------------
@@ -207,3 +249,54 @@ cdef class Lister:
                 answer.put(name, item.length, unknown[0], entries.cookie_of(index), unknown[1], True)
             index += 1
         return index
+
+
+cdef class ListingRequests:
+    """Answers READDIR and READDIRPLUS of merged directories that are quickly read; others are left to Python."""
+
+    def __init__(self, NodeTable nodes not None, Lister lister not None, KeptListings kept not None):
+        self.nodes, self.lister, self.kept = nodes, lister, kept
+
+    cdef Dirents answer(self, const fuse_in_header *header, const char *body, size_t size):
+        """The answer, whose nodes count their lookups when it is sent; None: Python must answer. Raises
+        ``OSError``."""
+        cdef const fuse_read_in *given = <const fuse_read_in *>body
+        cdef bint plus = header.opcode == FUSE_READDIRPLUS
+        cdef Node node = self.nodes.found(header.nodeid)
+        cdef Entries entries
+        cdef Dirents answer
+        cdef Py_ssize_t first
+        if size < sizeof(fuse_read_in) or given.offset >= TICKETS:
+            return None
+        if node is None:
+            raise failure(ESTALE)
+        if node.children is None or not isinstance(node.territory, Names):
+            return None
+        answer = Dirents(given.size)
+        if node.unlinked:
+            return answer
+        entries = self.entries(node, given.offset)
+        if entries is None:
+            return None
+        answer.add_dots(node, given.offset, plus)
+        first = entries.first_after(given.offset)
+        self.lister.add(node, entries, first, answer, plus)
+        if first == <Py_ssize_t>entries.count or not answer.size:
+            self.kept.drop(node.id)
+        return answer
+
+    cdef Entries entries(self, Node node, uint64_t offset):
+        """The names of a directory, made anew for the first request of a reader; None: Python must read them."""
+        cdef Entries entries = None if offset == 0 else self.kept.kept(node.id)
+        cdef Listing listing
+        if entries is not None:
+            return entries
+        listing = Listing(self.lister.merge.gate, node.parts, merged=True)
+        if listing.large:
+            listing.close()
+            return None
+        entries = listing.entries()
+        if entries.same():
+            return None  # they get tickets
+        self.kept.keep(node.id, entries)
+        return entries

@@ -1,7 +1,5 @@
-from collections.abc import Callable
-
 from unionfs.core.changing import EntryChanges
-from unionfs.core.files import Handle
+from unionfs.core.iomodes import IoModes
 from unionfs.core.nodes import NodeTable
 from unionfs.core.opening import Handles
 
@@ -11,7 +9,7 @@ class NameRequests:
         nodes: NodeTable,
         changes: EntryChanges,
         handles: Handles,
-        opened: Callable[[Handle], tuple[int, int]] | None,
+        modes: IoModes | None,
         *,
         masks: bool,
     ) -> None: ...

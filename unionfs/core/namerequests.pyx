@@ -8,7 +8,6 @@ from libc.string cimport memchr, memset
 from posix.fcntl cimport O_ACCMODE, O_RDWR
 
 from unionfs.core.files cimport Handle, OpenFile, new_file
-from unionfs.core.node cimport Attributes
 from unionfs.core.stats cimport S_IFDIR, S_IFREG
 from unionfs.core.validity cimport fill_entry
 from unionfs.core.wire cimport (
@@ -32,12 +31,12 @@ cdef class NameRequests:
     """Changes names for the requests of one mount."""
 
     def __init__(
-        self, NodeTable nodes not None, EntryChanges changes not None, Handles handles not None, opened, *,
+        self, NodeTable nodes not None, EntryChanges changes not None, Handles handles not None, IoModes modes, *,
         bint masks
     ):
-        """``opened`` counts an open, and returns FOPEN_* flags and a backing id; None: the kernel sends no
-        OPEN, so CREATE is left to Python. ``masks``: whether the daemon applies the caller's umask."""
-        self.nodes, self.changes, self.handles, self.opened, self.masks = nodes, changes, handles, opened, masks
+        """``modes``: None if the kernel sends no OPEN, so CREATE is left to Python. ``masks``: whether the daemon
+        applies the caller's umask."""
+        self.nodes, self.changes, self.handles, self.modes, self.masks = nodes, changes, handles, modes, masks
 
     cdef size_t answer(self, const fuse_in_header *header, const char *body, size_t size, void *out) except? 0:
         """The size of the answer, or 0 if Python must answer. Raises ``OSError``."""
@@ -53,8 +52,10 @@ cdef class NameRequests:
             parent, name = self.directory(header.nodeid), name_in(body, size)
             if parent is None or name is None:
                 return 0
-            remove = self.changes.unlink if header.opcode == FUSE_UNLINK else self.changes.rmdir
-            done = remove(parent, name)
+            if header.opcode == FUSE_UNLINK:
+                done = self.changes.unlink(parent, name)
+            else:
+                done = self.changes.rmdir(parent, name)
         answer.length, answer.error = sizeof(fuse_out_header), 0
         return sizeof(fuse_out_header) if done else 0
 
@@ -63,32 +64,31 @@ cdef class NameRequests:
         cdef Node node = self.nodes.found(id_)
         return None if node is None or node.children is None or node.unlinked else node
 
-    cdef object make(
-        self, const fuse_in_header *header, const char *body, size_t size, uint32_t kind, uint32_t mode,
-        uint32_t umask
+    cdef Attributes make(
+        self, New *new, const fuse_in_header *header, const char *body, size_t size, uint32_t umask
     ):
-        """Make an object of which ``body`` is the name; an open regular file. See `EntryChanges.make`."""
-        parent, name = self.directory(header.nodeid), name_in(body, size)
+        """Make an object of which ``body`` is the name; see `EntryChanges.made`."""
+        cdef Node parent = self.directory(header.nodeid)
+        cdef bytes name = name_in(body, size)
         if parent is None or name is None:
             return None
-        return self.changes.make(
-            parent, name, kind | (mode & PERMISSIONS), header.uid, header.gid, umask if self.masks else 0,
-            opens=kind == S_IFREG,
-        )
+        new.uid, new.gid, new.rdev, new.target = header.uid, header.gid, 0, NULL
+        return self.changes.made(new, parent, name, umask if self.masks else 0)
 
     cdef size_t made(self, const fuse_in_header *header, const char *body, size_t size, void *out) except? 0:
         """MKDIR."""
         cdef const fuse_mkdir_in *given = <const fuse_mkdir_in *>body
         cdef entry_answer *answer = <entry_answer *>out
         cdef Attributes found
+        cdef New new
         if size < sizeof(fuse_mkdir_in):
             return 0
-        made = self.make(
-            header, body + sizeof(fuse_mkdir_in), size - sizeof(fuse_mkdir_in), S_IFDIR, given.mode, given.umask
+        new.mode, new.opens = S_IFDIR | (given.mode & PERMISSIONS), False
+        found = self.make(
+            &new, header, body + sizeof(fuse_mkdir_in), size - sizeof(fuse_mkdir_in), given.umask
         )
-        if made is None:
+        if found is None:
             return 0
-        found = made[1]
         found.node.lookups += 1
         fill_entry(&answer.body, found)
         answer.header.length, answer.header.error = sizeof(entry_answer), 0
@@ -100,23 +100,25 @@ cdef class NameRequests:
         cdef create_answer *answer = <create_answer *>out
         cdef Attributes found
         cdef OpenFile file
+        cdef New new
         cdef Node node
         cdef uint64_t number
-        if size < sizeof(fuse_create_in) or self.opened is None:
+        if size < sizeof(fuse_create_in) or self.modes is None:
             return 0
-        made = self.make(
-            header, body + sizeof(fuse_create_in), size - sizeof(fuse_create_in), S_IFREG, given.mode, given.umask
+        new.mode, new.opens = S_IFREG | (given.mode & PERMISSIONS), True
+        found = self.make(
+            &new, header, body + sizeof(fuse_create_in), size - sizeof(fuse_create_in), given.umask
         )
-        if made is None:
+        if found is None:
             return 0
-        node, found = made[0], made[1]
-        file = new_file(made[2], not node.place.layer.memory, None)
+        node = found.node
+        file = new_file(new.fd, not node.place.layer.memory, None)
         node.in_use().file = file
         number = self.handles.add(
             node, file, None, given.flags & O_ACCMODE != 0, given.flags & O_ACCMODE == O_RDWR
         )
         try:
-            answer.open.open_flags, answer.open.backing_id = self.opened(self.handles.by_number[number])
+            self.modes.open_in_place(self.handles.by_number[number], &answer.open)
         except BaseException:
             self.handles.remove(number)
             raise

@@ -47,6 +47,10 @@ cdef class Node:
     cdef readonly int held
     cdef readonly flag unlinked, no_capability, from_origin
 
+    cdef void begin(
+        self, uint64_t id_, Territory territory, Node parent, bytes name, uint32_t kind, list places, int64_t key,
+        uint64_t ino, uint32_t generation
+    )
     cdef Rare uncommon(self)
     cpdef Use in_use(self)
     cdef Attributes shown(self, const stat_t *st)

@@ -4,6 +4,7 @@ from libc.errno cimport ESTALE
 from libc.string cimport memcpy
 from posix.unistd cimport close
 
+from unionfs.core.places cimport require_some
 from unionfs.core.stats cimport (
     S_IFDIR, S_IFMT, ctime_of, failure, fill_attr, read_result, result_of,
 )
@@ -46,20 +47,7 @@ cdef Node new_node(
     uint64_t ino, uint32_t generation
 ):
     cdef Node node = Node.__new__(Node)
-    node.id = id_
-    node.generation = generation
-    node.ino = ino if ino else id_
-    node.territory = territory
-    node.parent = parent
-    node.name = name
-    node.kind = kind
-    if kind == S_IFDIR:
-        node.parts, node.place, node.children = places, None, {}
-    else:
-        node.parts, node.place, node.children = NO_PARTS, places[0], None
-    node.key = key
-    node.held = -1
-    node.unlinked = not name and parent is not None
+    node.begin(id_, territory, parent, name, kind, places, key, ino, generation)
     return node
 
 
@@ -110,22 +98,24 @@ cdef class Node:
         identity=None,
     ):
         """``places``: a directory's parts, or the object's place. ``ino``: its number, the id by default."""
-        self.id = id_
-        self.generation = generation
-        self.ino = ino or id_
-        self.territory = territory
-        self.parent = parent
-        self.name = name
-        self.kind = kind
-        is_dir = kind == S_IFDIR
-        self.parts = places if is_dir else NO_PARTS
-        self.place = None if is_dir else places[0]
-        self.key = key
-        self.children = {} if is_dir else None
+        require_some(places)
+        self.begin(id_, territory, parent, name, kind, places, key, ino, generation)
         self.held = held
-        self.unlinked = not name and parent is not None
         if identity is not None:
             self.uncommon().identity = identity
+
+    cdef void begin(
+        self, uint64_t id_, Territory territory, Node parent, bytes name, uint32_t kind, list places, int64_t key,
+        uint64_t ino, uint32_t generation
+    ):
+        self.id, self.generation, self.ino = id_, generation, ino if ino else id_
+        self.territory, self.parent, self.name, self.kind = territory, parent, name, kind
+        if kind == S_IFDIR:
+            self.parts, self.place, self.children = places, None, {}
+        else:
+            self.parts, self.place, self.children = NO_PARTS, places[0], None
+        self.key, self.held = key, -1
+        self.unlinked = not name and parent is not None
 
     cdef Rare uncommon(self):
         """Its rare attributes, to change them."""
@@ -315,6 +305,7 @@ cdef class Node:
 
     def has_parts(self, list parts not None):
         """Set the real directories merged into it."""
+        require_some(parts)
         self.parts = parts
 
     def lies_in(self, Place place not None):

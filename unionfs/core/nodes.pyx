@@ -13,10 +13,12 @@ Rules (the table is the only place that implements them):
 - A node stays while the kernel holds lookups (``lookups``), it is open, or nodes below it stay. Only the
   table subtracts lookups; a session's state about a node (`Use`) ends with the node.
 - A node without a name keeps an fd (``held``) until it is forgotten.
+- Forgetting a node never fails, as the kernel gets no answer: what fails on the way is logged.
 - A node can be superseded: a new node, with a new id and the same ``st_ino``, takes over its object. The old
   id leads to the new node; the old node itself stays for its open files and lookups.
 """
 
+import logging
 import os
 import secrets
 from enum import Enum
@@ -26,11 +28,14 @@ from libc.errno cimport errno as c_errno
 from posix.unistd cimport close
 
 from unionfs.core.node cimport new_node, successor_of
+from unionfs.core.places cimport require_some
 from unionfs.core.stats cimport S_IFDIR, S_IFMT, failure, fstat, read_result, result_of
 
 from unionfs.core.places import NO_KEY as _NO_KEY
 
 ROOT_ID = 1
+
+log = logging.getLogger(__name__)
 
 
 class Stored(Enum):
@@ -80,6 +85,7 @@ cdef class NodeTable:
 
     def add_root(self, Territory territory not None, list parts not None):
         """Add the root of the merged tree."""
+        require_some(parts)
         self.root = new_node(ROOT, territory, None, b"", S_IFDIR, parts, 0, ROOT, 0)
         self.by_id.add(self.root)
         self.root.lookups += 1
@@ -110,6 +116,7 @@ cdef class NodeTable:
         cdef stat_t given
         cdef bint from_origin = False
         cdef uint64_t number
+        require_some(places)
         cdef Place place = places[0]
         read_result(st, &given)
         if self.by_inode and self.is_linkable(&given, place):
@@ -208,6 +215,7 @@ cdef class NodeTable:
         ``places``: a directory's parts, or the place of the object.
         """
         cdef stat_t given
+        require_some(places)
         read_result(st, &given)
         return self.place_object(parent, name, &given, places)
 
@@ -408,7 +416,10 @@ cdef class NodeTable:
         cdef Place part
         kept = node.use is not None and node.use.kept
         if self.gone is not None and (kept or self.on_known is not None):
-            self.gone(node)
+            try:
+                self.gone(node)
+            except Exception:
+                log.exception("the end of node %d failed", node.id)
         node.use = None
         for part in node.parts:
             self.gate.forget(part)
@@ -422,7 +433,10 @@ cdef class NodeTable:
         if node.held >= 0:
             place = node.parts[0] if node.kind == S_IFDIR else node.place
             if self.unstored and place is not None and place.layer.is_upper:
-                self.release_number(node.held, place.layer)
+                try:
+                    self.release_number(node.held, place.layer)
+                except OSError:  # for example EMFILE
+                    log.exception("whether the inode of node %d has other names cannot be seen", node.id)
             close(node.held)
             node.held = -1
 

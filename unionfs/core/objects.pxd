@@ -11,3 +11,6 @@ cdef class Objects:
     cpdef Attributes attributes(self, Node node)
     cdef int refused(self, Place place, bytes name, stat_t *st, int code) except -1
     cpdef bytes readlink(self, Node node)
+    cdef ssize_t xattr(self, Node node, const char *name, char *value, size_t size) except? -1
+
+cdef int path_fd(Gate gate, Node node, bint *mine) except -2

@@ -1,18 +1,52 @@
 """The real objects of nodes: their attributes."""
 
-from libc.errno cimport EACCES
+from libc.errno cimport EACCES, EPERM
 from libc.errno cimport errno as c_errno
+from libc.stdio cimport snprintf
+from posix.unistd cimport close
 
 from unionfs.core.places cimport Place
 from unionfs.core.stats cimport (
-    AT_SYMLINK_NOFOLLOW, S_IFDIR, failure, fstat, fstatat, read_result, result_of,
+    AT_SYMLINK_NOFOLLOW, O_CLOEXEC, O_NOFOLLOW, O_PATH, S_IFDIR, failure, fstat, fstatat, openat, read_result,
+    result_of,
 )
 
 cdef extern from "<unistd.h>" nogil:
     ssize_t readlinkat(int fd, const char *path, char *buffer, size_t size)
 
+cdef extern from "<sys/xattr.h>" nogil:
+    ssize_t getxattr(const char *path, const char *name, void *value, size_t size)
+
 cdef enum:
     PATH_MAX = 4096
+    # /proc/self/fd/, a number, a null byte
+    FD_PATH_SIZE = 32
+
+
+cdef int path_fd(Gate gate, Node node, bint *mine) except -2:
+    """An fd of the node's object, O_PATH; ``mine``: whether the caller must close it. -1 for a name without
+    permission. Raises ``OSError``, ESTALE if another object now has its name."""
+    cdef stat_t st
+    cdef int fd
+    mine[0] = False
+    if node.held >= 0:
+        return node.held
+    if node.kind == S_IFDIR:
+        return gate.fd(<Place?>node.parts[0])
+    fd = openat(gate.fd(node.place), node.stored_name(), O_PATH | O_NOFOLLOW | O_CLOEXEC)
+    if fd < 0:
+        if c_errno == EACCES or c_errno == EPERM:
+            return -1
+        raise failure(c_errno)
+    try:
+        if fstat(fd, &st) != 0:
+            raise failure(c_errno)
+        node.check_stat(&st)
+    except BaseException:
+        close(fd)
+        raise
+    mine[0] = True
+    return fd
 
 
 cdef class Objects:
@@ -61,6 +95,22 @@ cdef class Objects:
         if again is None:
             raise error
         return read_result(again, st)
+
+    cdef ssize_t xattr(self, Node node, const char *name, char *value, size_t size) except? -1:
+        """getxattr(2): the size of the value, or minus an errno. Raises ``OSError``."""
+        cdef char path[FD_PATH_SIZE]
+        cdef bint mine
+        cdef int fd = path_fd(self.gate, node, &mine)
+        cdef ssize_t found
+        if fd < 0:
+            return -EACCES
+        snprintf(path, FD_PATH_SIZE, "/proc/self/fd/%d", fd)
+        found = getxattr(path, name, value, size)
+        if found < 0:
+            found = -c_errno
+        if mine:
+            close(fd)
+        return found
 
     cpdef bytes readlink(self, Node node):
         """The target of a symlink."""

@@ -1,4 +1,4 @@
-# Opening lower files to read, and the table of open files.
+# Opening files, and the table of open files.
 
 from libc.stdint cimport int64_t, uint32_t, uint64_t
 
@@ -16,6 +16,15 @@ cdef class Handles:
     cdef uint64_t add(self, Node node, OpenFile file, who, bint writes, bint maps)
     cdef Handle remove(self, uint64_t number)
 
+cdef class KeptFiles:
+    cdef dict by_node
+    cdef Py_ssize_t most
+    cdef Node newest
+
+    cpdef OpenFile find(self, Node node, bint write)
+    cpdef keep(self, Node node, OpenFile file)
+    cpdef drop(self, Node node)
+
 cdef class Opener:
     cdef Gate gate
     cdef bytes metacopy
@@ -24,8 +33,11 @@ cdef class Opener:
 
     cpdef OpenFile open_plain(self, Node node)
     cdef bint look_at_xattrs(self, Node node, OpenFile file)
+    cdef OpenFile opened(self, Node node, bint writes)
     cdef OpenFile lend(self, Node node, Use use)
+    cdef OpenFile lend_in_upper(self, Node node, Use use, bint writes)
     cpdef OpenFile lend_unread(self, Node node, Use use)
 
 cdef bint is_plain(Node node) noexcept
+cdef bint is_plain_in_upper(Node node) noexcept
 cpdef take_back(Node node, OpenFile file)

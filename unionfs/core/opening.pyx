@@ -1,5 +1,6 @@
-"""Opening lower files to read, and the table of open files."""
+"""Opening files in the plain case, and the tables of open files."""
 
+import logging
 import os
 
 from libc.string cimport strcmp, strlen
@@ -12,8 +13,11 @@ from unionfs.core.node cimport has_entry, has_lower_data
 from unionfs.core.places cimport open_quietly
 from unionfs.core.stats cimport O_CLOEXEC, O_NOFOLLOW, O_RDONLY, S_IFMT, S_IFREG, fstat
 
+log = logging.getLogger(__name__)
+
 cdef extern from "<fcntl.h>" nogil:
     int O_NOCTTY
+    int O_RDWR
 
 cdef extern from "<sys/xattr.h>" nogil:
     ssize_t flistxattr(int fd, char *names, size_t size)
@@ -85,6 +89,53 @@ cpdef take_back(Node node, OpenFile file):
     file.release()
 
 
+cdef class KeptFiles:
+    """Backing files that stay open for requests without a file handle; the least recently used are closed."""
+
+    # by_node: the least recently used first.
+
+    def __init__(self, Py_ssize_t most=512):
+        self.by_node, self.most = {}, most
+
+    def __len__(self):
+        return len(self.by_node)
+
+    cpdef OpenFile find(self, Node node, bint write):
+        """The file of a node, if one with that access is open; another one is closed."""
+        cdef OpenFile file = self.by_node.get(node)
+        if file is None:
+            return None
+        if node.use is None or file is not node.use.file or not (file.writable if write else file.readable):
+            self.drop(node)  # it was copied up, or needs another access mode
+            return None
+        if node is not self.newest:
+            del self.by_node[node]
+            self.by_node[node] = file
+            self.newest = node
+        return file
+
+    cpdef keep(self, Node node, OpenFile file):
+        """Keep a file that was lent."""
+        self.by_node[node] = file
+        self.newest = node
+        node.in_use().kept = True
+        if len(self.by_node) > self.most:
+            self.drop(next(iter(self.by_node)))
+
+    cpdef drop(self, Node node):
+        """Take back the file of a node, if there is one."""
+        cdef OpenFile file = self.by_node.pop(node, None)
+        if file is None:
+            return
+        if node is self.newest:
+            self.newest = None
+        node.in_use().kept = False
+        try:
+            take_back(node, file)
+        except Exception:  # no request waits for an error of close(2), as NFS reports
+            log.exception("a file could not be closed")
+
+
 cdef bint is_plain(Node node) noexcept:
     """Whether a node is a regular file of a lower under its own name, and with its own attributes."""
     return (
@@ -94,8 +145,18 @@ cdef bint is_plain(Node node) noexcept:
     )
 
 
+cdef bint is_plain_in_upper(Node node) noexcept:
+    """Whether a node is a regular file of the upper under its own name, and with its own attributes. Its data may
+    still lie elsewhere."""
+    return (
+        node.kind == S_IFREG and node.place is not None and node.place.layer.is_upper
+        and not has_lower_data(node) and node.held < 0 and not has_entry(node)
+        and node.place.layer.permissions is None
+    )
+
+
 cdef class Opener:
-    """Opens files of lowers to read, in the plain case; see `is_plain`."""
+    """Opens files in the plain case; see `is_plain` and `is_plain_in_upper`."""
 
     def __init__(self, Gate gate not None, bytes metacopy not None, open, *, bint remembers, bint unread):
         """``metacopy``: the name of that xattr. ``open`` opens any node's file, an `OpenFile`.
@@ -128,16 +189,29 @@ cdef class Opener:
     cpdef OpenFile open_plain(self, Node node):
         """Open the file of a plain node, and look at its xattrs; None if it is not plain, has its data
         elsewhere, or cannot be opened."""
+        return self.opened(node, False) if is_plain(node) else None
+
+    cdef OpenFile lend_in_upper(self, Node node, Use use, bint writes):
+        """The backing file of a plain node of the upper; as :meth:`lend`."""
+        cdef OpenFile file = use.file
+        if file is not None and file.users and file.readable and (file.writable or not writes):
+            file.users += 1
+            return file
+        file = self.opened(node, writes)
+        if file is not None:
+            use.file = file
+        return file
+
+    cdef OpenFile opened(self, Node node, bint writes):
         cdef OpenFile file
-        cdef int flags = O_RDONLY | O_NOFOLLOW | O_NONBLOCK | O_CLOEXEC | O_NOCTTY, dir_fd, fd
-        if not is_plain(node):
-            return None
+        cdef int flags = (O_RDWR if writes else O_RDONLY) | O_NOFOLLOW | O_NONBLOCK | O_CLOEXEC | O_NOCTTY
+        cdef int dir_fd, fd
         dir_fd = self.gate.fd(node.place)
         fd = open_quietly(node.place.layer, dir_fd, node.name, flags)
         if fd < 0:
             return None
         file = OpenFile.__new__(OpenFile)
-        file.number, file.users, file.readable, file.has_stat = fd, 1, True, True
+        file.number, file.users, file.readable, file.writable, file.has_stat = fd, 1, True, writes, True
         file.waits = not node.place.layer.memory
         if (
             fstat(fd, &file.stat) != 0 or file.stat.st_mode & S_IFMT != S_IFREG

@@ -1,6 +1,8 @@
-from collections.abc import Callable
+from typing import Any
 
-from unionfs.core.files import Handle
+from unionfs.core.flags import NodeFlags
+from unionfs.core.iomodes import IoModes
+from unionfs.core.node import Node
 from unionfs.core.nodes import NodeTable
 from unionfs.core.opening import Handles, Opener
 
@@ -11,7 +13,9 @@ class Opens:
         nodes: NodeTable,
         handles: Handles,
         opener: Opener,
-        released: Callable[[Handle], object],
+        modes: IoModes,
+        protected: NodeFlags,
+        running: dict[Node, Any],
         *,
         flags: int,
         small: int,

@@ -1,4 +1,4 @@
-"""OPEN and RELEASE of files that are only read.
+"""OPEN and RELEASE of files of lowers that are only read, and of files of the upper.
 
 The kernel receives the data of a small lower file with its first open, which saves the READ. The file has no
 other open then, so no request that waits for this daemon holds a lock on its pages.
@@ -6,14 +6,17 @@ other open then, so no request that waits for this daemon holds a lock on its pa
 
 from libc.errno cimport EINVAL, EOPNOTSUPP
 from libc.errno cimport errno as c_errno
-from libc.stdint cimport uint64_t
+from libc.stdint cimport int64_t, uint64_t
 from libc.stdlib cimport free, malloc
-from posix.fcntl cimport O_ACCMODE, O_TRUNC
-from posix.unistd cimport pread, write
+from posix.fcntl cimport O_ACCMODE, O_RDWR, O_TRUNC
+from posix.unistd cimport ftruncate, pread, write
 
 from unionfs.core.node cimport successor_of
-from unionfs.core.opening cimport is_plain, take_back
-from unionfs.core.wire cimport FUSE_NOTIFY_STORE, SMALL_FILE, fuse_out_header, open_answer
+from unionfs.core.opening cimport is_plain, is_plain_in_upper, take_back
+from unionfs.core.stats cimport failure
+from unionfs.core.wire cimport (
+    FUSE_NOTIFY_INVAL_INODE, FUSE_NOTIFY_STORE, SMALL_FILE, fuse_out_header, inval_inode_notice, open_answer,
+)
 
 cdef extern from "<sys/uio.h>" nogil:
     cdef struct iovec:
@@ -24,6 +27,8 @@ cdef extern from "<sys/uio.h>" nogil:
 
 cdef enum:
     FOPEN_KEEP_CACHE = 2
+    # FUSE_OPEN_KILL_SUIDGID, include/uapi/linux/fuse.h
+    KILL_SET_IDS = 1
 
 
 cdef class Opens:
@@ -38,13 +43,15 @@ cdef class Opens:
         free(self.notice)
 
     def __init__(
-        self, int fd, NodeTable nodes not None, Handles handles not None, Opener opener not None, released,
+        self, int fd, NodeTable nodes not None, Handles handles not None, Opener opener not None,
+        IoModes modes not None, NodeFlags protected not None, dict running not None,
         *, uint32_t flags, int64_t small
     ):
-        """``released`` counts the close of a file in passthrough. ``flags``: FOPEN_* of files in the page
-        cache. ``small``: for larger files (bytes) Python decides whether they pass through."""
+        """``running``: as in `SetRequests`. ``flags``: FOPEN_* of files in the page cache. ``small``: for larger
+        files of lowers (bytes) Python decides whether they pass through."""
         self.fd, self.nodes, self.handles, self.opener = fd, nodes, handles, opener
-        self.released, self.flags, self.small = released, flags, small
+        self.modes, self.protected, self.running = modes, protected, running
+        self.flags, self.small = flags, small
 
     cdef int open(self, const fuse_in_header *header, const char *body, size_t size, void *out) except -1:
         """OPEN; returns the size of the answer, or 0 if Python must answer."""
@@ -54,9 +61,11 @@ cdef class Opens:
         cdef Use use
         cdef Handle handle
         cdef uint64_t number
-        if size < 8 or (<const uint32_t *>body)[0] & <uint32_t>(O_ACCMODE | O_TRUNC) or node is None:
+        if size < 8 or node is None or successor_of(node) is not None:
             return 0
-        if successor_of(node) is not None or not is_plain(node):
+        if is_plain_in_upper(node):
+            return self.open_in_upper(node, <const uint32_t *>body, answer)
+        if (<const uint32_t *>body)[0] & <uint32_t>(O_ACCMODE | O_TRUNC) or not is_plain(node):
             return 0
         use = node.in_use()
         if use.through:
@@ -77,6 +86,47 @@ cdef class Opens:
             self.fill(node, file)
         answer.header.length, answer.header.error = sizeof(open_answer), 0
         return sizeof(open_answer)
+
+    cdef int open_in_upper(self, Node node, const uint32_t *flags, open_answer *answer) except -1:
+        """The same for a file of the upper; ``flags``: those of open(2), and FUSE_OPEN_*."""
+        cdef bint writes = flags[0] & <uint32_t>O_ACCMODE != 0, truncates = flags[0] & <uint32_t>O_TRUNC != 0
+        cdef Use use = node.in_use()
+        cdef OpenFile file
+        cdef uint64_t number
+        cdef bint mapped = use.mapped
+        if (use.through and not use.of_upper) or (self.running and node in self.running):
+            return 0
+        if (writes or truncates) and (node.territory.read_only or self.protected.of(node)):
+            return 0
+        if truncates and flags[1] & KILL_SET_IDS:
+            return 0
+        file = self.opener.lend_in_upper(node, use, writes or truncates)
+        if file is None:
+            return 0
+        if truncates and ftruncate(file.number, 0) != 0:
+            error = failure(c_errno)
+            take_back(node, file)
+            raise error
+        number = self.handles.add(node, file, None, writes, flags[0] & <uint32_t>O_ACCMODE == <uint32_t>O_RDWR)
+        try:
+            self.modes.open_in_place(self.handles.by_number[number], &answer.body)
+        except BaseException:
+            self.handles.remove(number)
+            raise
+        if use.mapped and not mapped:
+            self.forget_attributes(node)
+        answer.body.fh = number
+        answer.header.length, answer.header.error = sizeof(open_answer), 0
+        return sizeof(open_answer)
+
+    cdef void forget_attributes(self, Node node) noexcept:
+        """Let the kernel drop the attributes that it has cached: stores through a mapping will change them. The node
+        is held by its request, so this waits for nothing."""
+        cdef inval_inode_notice notice
+        notice.header.length, notice.header.error = sizeof(notice), FUSE_NOTIFY_INVAL_INODE
+        notice.header.unique = 0
+        notice.body.ino, notice.body.offset, notice.body.length = node.id, -1, 0
+        write(self.fd, &notice, sizeof(notice))
 
     cdef void fill(self, Node node, OpenFile file) noexcept:
         """Put a small file into the page cache; after an error the READ reports it."""
@@ -113,10 +163,7 @@ cdef class Opens:
             handle = self.handles.by_number.get(number)
             if handle is None:
                 return 0
-            if handle.through:
-                self.released(handle)
-            else:
-                (<Node>handle.node).use.closed(handle)
+            self.modes.released(handle)
             self.handles.remove(number)
         answer.length, answer.error = sizeof(fuse_out_header), 0
         return sizeof(fuse_out_header)

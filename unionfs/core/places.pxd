@@ -38,6 +38,7 @@ cdef class Gate:
     cdef Py_ssize_t count
 
     cpdef int fd(self, Place place) except -1
+    cpdef int open_for_listing(self, Place place) except -1
     cdef int walk(self, Place place) except -1
     cdef object refused(self, Place place, bytes name, int code)
     cdef int opened(self, int dir_fd, Place step) except -1
@@ -46,5 +47,6 @@ cdef class Gate:
     cdef void add(self, Place place)
     cdef void remove(self, Place place)
 
+cdef int require_some(list places) except -1
 cdef int open_quietly(Layer layer, int dir_fd, const char *name, int flags) noexcept
 cdef Place new_place(Layer layer, Place parent, bytes name, int64_t key)

@@ -147,6 +147,14 @@ cdef unsigned long filesystem_magic(int fd) except? 0:
     return <unsigned long>found.f_type & 0xFFFFFFFF
 
 
+cdef int require_some(list places) except -1:
+    """Check the real directories that a caller in Python has for an object: compiled code uses the first one
+    without a look at their number. Raises ValueError."""
+    if not len(places):
+        raise ValueError("an object is in one real directory at least")
+    return 0
+
+
 cdef int open_quietly(Layer layer, int dir_fd, const char *name, int flags) noexcept:
     """openat(2), without a change of the access time in a layer where that must not be, unless the object is
     another user's. Returns -1 with errno."""
@@ -302,7 +310,7 @@ cdef class Gate:
             raise error
         return self.rights.open(dir_fd, step.name, flags, error, upper=step.layer.is_upper)
 
-    def open_for_listing(self, Place place not None):
+    cpdef int open_for_listing(self, Place place) except -1:
         """A new readable fd of the directory. Raises ``OSError``."""
         cdef int flags = O_RDONLY | O_DIRECTORY | O_CLOEXEC, dir_fd = self.fd(place)
         cdef int fd = open_quietly(place.layer, dir_fd, b".", flags)

@@ -1,10 +1,10 @@
 import os
 from typing import TYPE_CHECKING, Final
 
+from unionfs.core.lowernames import LowerNames
 from unionfs.core.places import Gate, Place
 
 if TYPE_CHECKING:
-    from unionfs.union.lowernames import LowerNames
     from unionfs.union.markers import Markers
     from unionfs.union.named import NamedWhiteouts
     from unionfs.union.redirects import PartSearch
@@ -25,6 +25,8 @@ class Search:
         named: NamedWhiteouts,
         lower_names: LowerNames,
         directories: PartSearch,
+        *,
+        lowest: int,
     ) -> None: ...
     def search(
         self, parts: list[Place], name: bytes, first: int = 0

@@ -5,11 +5,12 @@ wins; a directory merges with directories of the same name below it until a non-
 opaque directory ends the search; a redirect sets the name for the layers below.
 """
 
-from libc.errno cimport EACCES, ENAMETOOLONG, ENODATA, ENOENT, EOPNOTSUPP, EPERM
+from libc.errno cimport EACCES, ENAMETOOLONG, ENODATA, ENOENT, ENOSYS, EOPNOTSUPP, EPERM
 from libc.errno cimport errno as c_errno
 from libc.stdio cimport snprintf
 from libc.string cimport memcmp
 
+from unionfs.core.places cimport new_place, require_some
 from unionfs.core.stats cimport (
     AT_SYMLINK_NOFOLLOW, S_IFCHR, S_IFDIR, S_IFLNK, S_IFMT, S_IFREG, failure, fstatat, read_result, result_of,
 )
@@ -17,12 +18,40 @@ from unionfs.core.stats cimport (
 cdef extern from "<sys/xattr.h>" nogil:
     ssize_t lgetxattr(const char *path, const char *name, void *value, size_t size)
 
+cdef extern from * nogil:
+    """
+    #include <stdint.h>
+    #include <sys/syscall.h>
+    #include <unistd.h>
+    #ifndef __NR_getxattrat
+    #define __NR_getxattrat 464  /* include/uapi/asm-generic/unistd.h; not on Alpha */
+    #endif
+    struct xattr_args_at { uint64_t value; uint32_t size, flags; };  /* include/uapi/linux/xattr.h */
+    /* The size of an xattr of a name in a directory; -1 with errno, ENOSYS before Linux 6.13. */
+    static long xattr_size_at(int dir_fd, const char *path, const char *name) {
+        struct xattr_args_at args = {0, 0, 0};
+        return syscall(__NR_getxattrat, dir_fd, path, 0x100 /* AT_SYMLINK_NOFOLLOW */, name, &args, sizeof(args));
+    }
+    /* Its xattrs, in the same way. */
+    static long xattr_names_at(int dir_fd, const char *path, char *names, size_t size) {
+        return syscall(__NR_getxattrat + 1, dir_fd, path, 0x100, names, size);
+    }
+    """
+    long xattr_size_at(int dir_fd, const char *path, const char *name)
+    long xattr_names_at(int dir_fd, const char *path, char *names, size_t size)
+
+cdef extern from "<string.h>" nogil:
+    void *memmem(const void *text, size_t size, const void *part, size_t length)
+
+cdef const char *OPAQUE_BY_NAME = b".wh..wh..opq"
+
 #: The names that hide others, and are never shown; see `named`.
 PREFIX = b".wh."
 
 cdef enum:
     # Of a name in a directory: /proc/self/fd/, a number, a slash, NAME_MAX bytes, a null byte
     PATH_SIZE = 300
+    NAMES_SIZE = 1024
 
 
 cdef bint is_hiding(bytes name) noexcept:
@@ -43,14 +72,29 @@ cdef int stat_at(Gate gate, Place place, int dir_fd, bytes name, stat_t *st) exc
     return 0
 
 
+cdef bint may_be_marked(int dir_fd, bytes name) noexcept:
+    """Whether the directory ``name`` may have one of overlayfs's or fuse-overlayfs's xattrs, which are all called
+    ``overlay`` or ``fuseoverlayfs``."""
+    cdef char names[NAMES_SIZE]
+    cdef long size = xattr_names_at(dir_fd, name, names, NAMES_SIZE)
+    if size < 0:
+        return c_errno != EOPNOTSUPP
+    return memmem(names, size, b"overlay", 7) != NULL
+
+
 cdef class Search:
     """Finds names in merged directories."""
 
-    def __init__(self, Gate gate not None, markers, named, lower_names, directories):
+    # lacks_at: whether the kernel is known to have no getxattrat(2).
+
+    def __init__(
+        self, Gate gate not None, markers, named, LowerNames lower_names not None, directories, *, lowest
+    ):
         """``markers``: the disk format. ``named``: whiteouts by name. ``lower_names``: which of many parts
-        have a name. ``directories``: finds the parts of a directory."""
+        have a name. ``directories``: finds the parts of a directory. ``lowest``: the index of the lowest
+        layer."""
         self.gate, self.markers, self.named = gate, markers, named
-        self.lower_names, self.directories = lower_names, directories
+        self.lower_names, self.directories, self.lowest = lower_names, directories, lowest
         self.whiteout = markers.whiteout
         self.many = lower_names.many
 
@@ -67,19 +111,20 @@ cdef class Search:
     cdef list find(self, list parts, bytes name, Py_ssize_t first, stat_t *st):
         """Fills ``st``; returns the real directories: for a directory those merged into it, topmost first;
         else the one that contains it. None if there is no such object."""
-        cdef list searched = parts
+        cdef list searched = parts, having
         cdef Place part
         cdef Py_ssize_t index, count
         cdef int dir_fd
         cdef unsigned int kind
+        cdef bint many = len(parts) >= self.many, known = first > 0
         if is_hiding(name):
             return None
-        if len(parts) >= self.many:
-            searched, first = self.lower_names.parts(parts, name), 0
-        elif first == 0 and (<Place>parts[0]).empty:
-            first = 1
+        if many and not known:
+            searched = self.lower_names.parts(parts, name)
         count = len(searched)
-        for index in range(first, count):
+        if first == 0 and count and (<Place>searched[0]).empty:
+            first = 1
+        for index in range(max(first, 0), count):
             part = searched[index]
             dir_fd = self.gate.fd(part)
             if stat_at(self.gate, part, dir_fd, name, st):
@@ -88,6 +133,10 @@ cdef class Search:
                 continue
             kind = st.st_mode & S_IFMT
             if kind == S_IFDIR:
+                if many and known:
+                    having = self.lower_names.parts(parts, name)
+                    if part in having:
+                        searched, index = having, having.index(part)
                 return self.merged(parts, searched, index, name, st)
             # Most names belong to objects that cannot be markers.
             if kind != S_IFLNK and (kind != S_IFREG or st.st_size == 0) and self.whiteout_at(st, dir_fd, name):
@@ -100,11 +149,51 @@ cdef class Search:
     cdef list merged(self, list parts, list searched, Py_ssize_t index, bytes name, stat_t *st):
         """The parts of a directory found in one of the parts searched."""
         cdef Place part = searched[index]
-        found = result_of(st)
-        places = self.directories.parts(parts, part, name, found, searched[index + 1 :])
+        cdef list places = self.plain_parts(searched, index, name, st)
+        if places is None:
+            places = self.directories.parts(parts, part, name, result_of(st), searched[index + 1 :])
+            require_some(places)
         if part.layer.permissions is not None:
-            read_result(part.layer.permissions.show_at(found, self.gate.fd(part), name), st)
+            read_result(part.layer.permissions.show_at(result_of(st), self.gate.fd(part), name), st)
         return places
+
+    cdef list plain_parts(self, list searched, Py_ssize_t index, bytes name, const stat_t *top):
+        """The same without markers: None if there may be some, or after an error; then `directories` finds the
+        parts. ``top``: the attributes of the topmost one, at ``index``."""
+        cdef Place part = searched[index], above = part, place = new_place(part.layer, part, name, 0)
+        cdef Py_ssize_t count = len(searched)
+        cdef list found = [place]
+        cdef stat_t st, hiding
+        cdef int dir_fd
+        place.key = part.layer.key_of(top)
+        while place.layer.index != self.lowest:
+            if self.lacks_at or may_be_marked(self.gate.fd(above), name):
+                return None
+            while True:
+                index += 1
+                if index == count:
+                    return found
+                part = searched[index]
+                dir_fd = self.gate.fd(part)
+                if fstatat(dir_fd, name, &st, AT_SYMLINK_NOFOLLOW) == 0:
+                    break
+                if c_errno != ENOENT and c_errno != ENAMETOOLONG:
+                    return None
+                if part.layer.index != self.lowest and part.asked_named >= 0 and self.hides(part, name, dir_fd):
+                    return found
+            if st.st_mode & S_IFMT != S_IFDIR:
+                return found
+            if above.asked_named >= 0 and self.hides(above, name, self.gate.fd(above)):
+                return found
+            if fstatat(self.gate.fd(place), OPAQUE_BY_NAME, &hiding, AT_SYMLINK_NOFOLLOW) == 0:
+                return found
+            if c_errno != ENOENT and c_errno != ENAMETOOLONG:
+                return None
+            place = new_place(part.layer, part, name, part.layer.key_of(&st))
+            place.dev, place.inode = st.st_dev, st.st_ino
+            found.append(place)
+            above = part
+        return found
 
     cpdef bint is_visible_below(self, list parts, bytes name) except -1:
         """Whether a lower has ``name``, so that removing it from the upper requires a whiteout."""
@@ -136,6 +225,12 @@ cdef class Search:
             return st.st_rdev == 0
         if kind != S_IFREG or st.st_size:
             return False
+        if not self.lacks_at:
+            if xattr_size_at(dir_fd, name, self.whiteout) >= 0:
+                return True
+            if c_errno == ENODATA or c_errno == EOPNOTSUPP:
+                return False
+            self.lacks_at = c_errno == ENOSYS  # a container's seccomp filter may report EPERM instead
         if snprintf(path, PATH_SIZE, "/proc/self/fd/%d/%s", dir_fd, <const char *>name) >= PATH_SIZE:
             return False
         if lgetxattr(path, self.whiteout, NULL, 0) >= 0:

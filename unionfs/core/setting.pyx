@@ -1,6 +1,6 @@
 """SETATTR: the change of an object's attributes, made by a bundle of system calls on one fd."""
 
-from libc.errno cimport EACCES, ENOSYS, EPERM
+from libc.errno cimport ENOSYS, EPERM
 from libc.errno cimport errno as c_errno
 from libc.stdio cimport snprintf
 from posix.time cimport timespec
@@ -8,10 +8,9 @@ from posix.unistd cimport close
 
 from unionfs.core.files cimport OpenFile
 from unionfs.core.node cimport Attributes, Node, has_changed, has_entry, has_lower_data
-from unionfs.core.places cimport Gate, Place
-from unionfs.core.stats cimport (
-    O_CLOEXEC, O_NOFOLLOW, O_PATH, S_IFDIR, failure, fstat, nanoseconds_of, openat, stat_t, time_of,
-)
+from unionfs.core.objects cimport path_fd
+from unionfs.core.places cimport Gate
+from unionfs.core.stats cimport failure, fstat, nanoseconds_of, stat_t, time_of
 from unionfs.core.steps cimport passed
 
 cdef extern from "<fcntl.h>" nogil:
@@ -27,6 +26,7 @@ cdef extern from "<sys/stat.h>" nogil:
 cdef extern from "<unistd.h>" nogil:
     int fchown(int fd, unsigned int uid, unsigned int gid)
     int fchownat(int fd, const char *path, unsigned int uid, unsigned int gid, int flags)
+    int ftruncate(int fd, int64_t size)
 
 cdef extern from *:
     """
@@ -110,12 +110,15 @@ cdef class Change:
         self.new_uid, self.new_gid = <uint32_t>uid, <uint32_t>gid
 
     cdef int apply(self, int fd, bint path) noexcept nogil:
-        """Change owner, mode and times, in this order, of an open file; ``path``: an fd of O_PATH.
+        """Change size, owner, mode and times, in this order, of an open file; ``path``: an fd of O_PATH, and the
+        size stays.
 
         Returns -1 with errno.
         """
         cdef timespec times[2]
         cdef unsigned int uid, gid
+        if self.valid & SIZE and ftruncate(fd, self.new_size) != 0:
+            return -1
         if self.valid & (UID | GID):
             uid = self.new_uid if self.valid & UID else <unsigned int>-1
             gid = self.new_gid if self.valid & GID else <unsigned int>-1
@@ -151,39 +154,31 @@ cdef int chmod_path(int fd, unsigned int mode) noexcept nogil:
     return chmod(path, mode & PERMISSIONS)
 
 
-def set_attributes(Gate gate not None, Node node not None, Change change not None):
-    """Change owner, mode and times of an object that is changed in place. Returns its attributes.
+cpdef Attributes set_attributes(Gate gate, Node node, Change change):
+    """Change the attributes of an object that is changed in place, the size only of a file that is open for
+    writing. Returns its attributes.
 
     None if the case is not plain; then nothing has changed. Raises ``OSError``.
     """
     cdef OpenFile file = None
     cdef stat_t st
-    cdef int fd = -1, mine = -1
-    cdef bint path, failed
-    if change.valid & SIZE or change.killer is not None or not may_set(node, change):
+    cdef int fd = -1
+    cdef bint path = False, mine = False, failed
+    if change.killer is not None or not may_set(node, change):
         return None
     if node.use is not None and not has_lower_data(node):
         file = node.use.file
     if file is not None and file.users > 0 and file.number >= 0:
-        fd, path = file.number, False
-    else:
-        fd, path = node.held, True
+        fd = file.number
+    if change.valid & SIZE:
+        if fd < 0 or not file.writable:
+            return None
+        node.use.resized = True
     if fd < 0:
-        if node.kind == S_IFDIR:
-            fd = gate.fd(node.parts[0])
-        else:
-            fd = mine = openat(
-                gate.fd(node.place), node.stored_name(), O_PATH | O_NOFOLLOW | O_CLOEXEC
-            )
-            if fd < 0:
-                if c_errno == EACCES or c_errno == EPERM:
-                    return None
-                raise failure(c_errno)
+        fd, path = path_fd(gate, node, &mine), True
+        if fd < 0:
+            return None
     try:
-        if mine >= 0:
-            if fstat(mine, &st) != 0:
-                raise failure(c_errno)
-            node.check_stat(&st)
         has_changed(node)
         with nogil:
             failed = change.apply(fd, path) != 0 or fstat(fd, &st) != 0
@@ -192,8 +187,8 @@ def set_attributes(Gate gate not None, Node node not None, Change change not Non
         passed("set")
         return node.shown(&st)
     finally:
-        if mine >= 0:
-            close(mine)
+        if mine:
+            close(fd)
 
 
 cdef bint may_set(Node node, Change change):

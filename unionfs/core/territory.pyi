@@ -5,8 +5,8 @@ from unionfs.core.files import OpenFile
 from unionfs.core.places import Place
 
 if TYPE_CHECKING:
+    from unionfs.core.directories import Listing
     from unionfs.core.node import Attributes, Node
-    from unionfs.union.listing import Listing
     from unionfs.union.lowerdata import LowerData
     from unionfs.union.owners import Owners
 

@@ -30,7 +30,8 @@ class CopyUps:
         self._count = 0
         self._copied_bytes = 0
         self._nanoseconds = 0
-        self._running: dict[Node, trio.Event] = {}
+        #: The nodes that are being copied up in a thread, each with the end of that.
+        self.running: dict[Node, trio.Event] = {}
 
     def figures(self) -> dict[str, object]:
         """JSON-able. The durations may overlap."""
@@ -43,15 +44,21 @@ class CopyUps:
 
     def is_running(self, node: Node) -> bool:
         """Whether the node is being copied up in a thread."""
-        return node in self._running
+        return node in self.running
 
     def change(self, node: Node, change: Change) -> Attributes | None:
         """Copy a small file up and change its attributes, except its size, which it returns.
 
         None if the case is not a plain one; then nothing has changed.
         """
-        small = self._copies_small(data=False)
-        return None if small is None or node in self._running else small.copy(node, change)
+        small = self.of_attributes
+        return None if small is None or node in self.running else small.copy(node, change)
+
+    @property
+    def of_attributes(self) -> SmallCopyUps | None:
+        """What copies up small files for changes of attributes; None if their metadata alone is copied up, or
+        they need a sync."""
+        return self._copies_small(data=False)
 
     def _copies_small(self, *, data: bool) -> SmallCopyUps | None:
         """What copies small files, if they need no sync; ``data``: if not their metadata alone is wanted."""
@@ -82,7 +89,7 @@ class CopyUps:
             self._copy_up.link_up_known(node)
             return None
         if node.kind == stat.S_IFREG:
-            small = None if changed else self._copies_small(data=False)
+            small = None if changed else self.of_attributes
             if small is not None and small.copy(node, keep=keep) is not None:
                 return _lent(node) if keep else None
             data = self.union.stack.features.metacopy != "on"
@@ -136,7 +143,7 @@ class CopyUps:
 
     async def _waited(self, node: Node) -> bool:
         """Wait for a copy-up of the node; returns False if there is none."""
-        running = self._running.get(node)
+        running = self.running.get(node)
         if running is None:
             return False
         await may_wait()
@@ -162,12 +169,12 @@ class CopyUps:
         return kept
 
     async def _in_thread(self, copy: FileCopy | DataCopy) -> None:
-        done = self._running[copy.node] = trio.Event()
+        done = self.running[copy.node] = trio.Event()
         try:
             # Ends early if the request is cancelled.
             await in_thread(copy.copy, trio.from_thread.check_cancelled)
         finally:
-            del self._running[copy.node]
+            del self.running[copy.node]
             done.set()
 
 

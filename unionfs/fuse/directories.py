@@ -13,10 +13,10 @@ name, remembered until the node is forgotten. Among 100,000 names two or three h
 
 from __future__ import annotations
 
-from collections import OrderedDict
 from collections.abc import Callable
 from typing import Final
 
+from unionfs.core.directories import KeptListings
 from unionfs.core.entries import Entries
 from unionfs.core.node import Node
 from unionfs.fuse.inline import in_thread
@@ -26,63 +26,43 @@ DOT: Final = 1
 DOT_DOT: Final = 2
 """Cookies of ``.`` and ``..``."""
 
-_KEPT_NAMES: Final = 200_000
 NO_ENTRIES: Final = Entries([])
 
 
-class Directories:
-    """A cache of listings being read, limited by the number of names. Missing listings are recreated."""
+class Directories(KeptListings):
+    """The listings being read."""
 
-    def __init__(self, hashed: Callable[[bytes], int] | None = None) -> None:
-        """``hashed``: another hash of names, for tests."""
+    def __init__(self, hashed: Callable[[bytes], int] | None = None, *, names: int = 200_000) -> None:
+        """``hashed``: another hash of names, for tests. ``names``: the maximum number of them."""
+        super().__init__(names)
         self._hashed = hashed
-        self._kept: OrderedDict[int, Entries] = OrderedDict()
-        self._names = 0
-
-    def __len__(self) -> int:
-        return len(self._kept)
 
     async def entries(self, node: Node, offset: int) -> tuple[Entries, int]:
         """The listing of a directory, and the index of its first name after ``offset``.
 
         Offset 0 creates a new listing. Raises ``OSError``; EINVAL for an offset that was no cookie.
         """
-        found = None if offset == 0 else self._kept.get(node.id)
-        if found is not None:
-            found.later()
-        else:
-            listing = node.territory.listing(node)
-            if listing.large:
-                try:
-                    found = await in_thread(listing.entries, self._hashed)
-                finally:
-                    listing.close()  # an interrupted request's thread may never have begun
-                found.later()
-            else:
-                found = listing.entries(self._hashed)
+        found = None if offset == 0 else self.kept(node.id)
+        if found is None:
+            found = await self._read(node)
             _add_tickets(node, found)
-            self._keep(node, found)
+            self.keep(node.id, found)
         return found, _first_after(node, found, offset)
+
+    async def _read(self, node: Node) -> Entries:
+        listing = node.territory.listing(node)
+        if not listing.large:
+            return listing.entries(self._hashed)
+        try:
+            found = await in_thread(listing.entries, self._hashed)
+        finally:
+            listing.close()  # an interrupted request's thread may never have begun
+        found.later()
+        return found
 
     def end(self, node: Node) -> None:
         """A reader reached the end (the kernel requests once more after the last name)."""
-        self._drop(node.id)
-
-    def forget(self, id_: int) -> None:
-        """Drop the listing of the directory with that node id, if there is one."""
-        self._drop(id_)
-
-    def _keep(self, node: Node, entries: Entries) -> None:
-        self._drop(node.id)
-        self._kept[node.id] = entries
-        self._names += len(entries)
-        while self._names > _KEPT_NAMES and len(self._kept) > 1:
-            self._names -= len(self._kept.popitem(last=False)[1])
-
-    def _drop(self, id_: int) -> None:
-        entries = self._kept.pop(id_, None)
-        if entries is not None:
-            self._names -= len(entries)
+        self.drop(node.id)
 
 
 def _first_after(node: Node, entries: Entries, offset: int) -> int:

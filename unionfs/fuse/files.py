@@ -107,10 +107,19 @@ class Files:
         return self._register(node, file, flags, who)
 
     def create(
-        self, changes: Changes, parent: Node, name: bytes, mode: int, flags: int, caller: Caller, who: Who
+        self,
+        changes: Changes,
+        parent: Node,
+        name: bytes,
+        mode: int,
+        flags: int,
+        caller: Caller,
+        who: Who,
+        *,
+        tried: bool = False,
     ) -> tuple[int, Node, Attributes]:
-        """Create a file; returns its number too."""
-        node, attributes, fd = changes.create(parent, name, stat.S_IMODE(mode), caller)
+        """Create a file; returns its number too. ``tried``: as in `Changes`."""
+        node, attributes, fd = changes.create(parent, name, stat.S_IMODE(mode), caller, tried=tried)
         return self._created(node, fd, flags, who), node, attributes
 
     def tmpfile(

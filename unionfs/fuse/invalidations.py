@@ -17,7 +17,8 @@ class Invalidations:
 
     def of_copy_up(self, effects: Effects) -> None:
         """Add the nodes changed by a copy-up."""
-        self.now[effects.node] = None
+        if effects.node is not None:
+            self.now[effects.node] = None
         if effects.resized is not None:
             self.soon[effects.resized] = None
         if effects.listing is not None:

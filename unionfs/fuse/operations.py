@@ -154,9 +154,9 @@ class Operations:
         node = self.directory(parent)
         return node.territory.lookup(node, name)
 
-    def mkdir(self, parent: int, name: bytes, mode: int, caller: Caller) -> Named:
-        """Create a directory."""
-        return self.changes.mkdir(self.directory(parent), name, stat.S_IMODE(mode), caller)
+    def mkdir(self, parent: int, name: bytes, mode: int, caller: Caller, *, tried: bool = False) -> Named:
+        """Create a directory. ``tried``: as in `Changes`."""
+        return self.changes.mkdir(self.directory(parent), name, stat.S_IMODE(mode), caller, tried=tried)
 
     def mknod(self, parent: int, name: bytes, mode: int, rdev: int, caller: Caller) -> Named:
         """Create a fifo, socket, device or regular file."""
@@ -177,19 +177,28 @@ class Operations:
             await self.copy_ups.ensure_data(node)
         return self.changes.link(node, self.directory(new_parent), new_name)
 
-    async def unlink(self, parent: int, name: bytes) -> None:
+    async def unlink(self, parent: int, name: bytes, *, tried: bool = False) -> None:
         """Remove the name of a non-directory."""
-        while (lower := self.changes.unlink(self.directory(parent), name)) is not None:
+        while (lower := self.changes.unlink(self.directory(parent), name, tried=tried)) is not None:
             await self.copy_ups.ensure(lower)
 
-    def rmdir(self, parent: int, name: bytes) -> None:
+    def rmdir(self, parent: int, name: bytes, *, tried: bool = False) -> None:
         """Remove an empty directory."""
-        self.changes.rmdir(self.directory(parent), name)
+        self.changes.rmdir(self.directory(parent), name, tried=tried)
 
-    async def rename(self, parent: int, name: bytes, new_parent: int, new_name: bytes, flags: int) -> None:
+    async def rename(
+        self,
+        parent: int,
+        name: bytes,
+        new_parent: int,
+        new_name: bytes,
+        flags: int,
+        *,
+        tried: bool = False,
+    ) -> None:
         """renameat2(2) with 0, RENAME_NOREPLACE or RENAME_EXCHANGE."""
         old, new = self.directory(parent), self.directory(new_parent)
-        while lower := self.changes.rename(old, name, new, new_name, flags):
+        while lower := self.changes.rename(old, name, new, new_name, flags, tried=tried):
             for node in lower:
                 if node.in_place:
                     await self.copy_ups.ensure_data(node)
@@ -216,10 +225,9 @@ class Operations:
         """truncate(2), chown(2), chmod(2) and utimensat(2), in this order."""
         node = self.node(id_)
         _to_store(node, change)
-        if change.size is None:
-            found = self._set_at_once(node, change)
-            if found is not None:
-                return node, found
+        found = self._set_at_once(node, change)
+        if found is not None:
+            return node, found
         only_mode = change.only_mode
         check = partial(self._may_set, node, change, handle)
         if change.size is None:
@@ -239,11 +247,10 @@ class Operations:
     def _set_at_once(self, node: Node, change: Change) -> Attributes | None:
         """Make the change if the case is plain; None: it must be made in steps, and nothing has changed."""
         if not node.in_place:
-            return self.copy_ups.change(node, change)
+            return None if change.size is not None else self.copy_ups.change(node, change)
         if self.copy_ups.is_running(node):
             return None  # it sets the attributes that it has read
-        if node.flags is None:
-            self.union.flags.of(node)
+        self.union.flags.of(node)
         return set_attributes(self.union.gate, node, change)
 
     def _may_set(self, node: Node, change: Change, handle: Handle | None) -> None:

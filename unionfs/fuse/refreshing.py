@@ -130,7 +130,7 @@ class Refreshing:
 
     async def _tell(self, kernel: Kernel, outdated: Outdated) -> None:
         for id_ in outdated.nodes:
-            self._directories.forget(id_)
+            self._directories.drop(id_)
         kernel.close_kept()
         await trio.to_thread.run_sync(_forget, kernel, outdated)
         outdated.forgotten()

@@ -14,12 +14,16 @@ from contextlib import suppress
 
 import trio
 
+from unionfs.core import listings as core_listings
 from unionfs.core import namerequests
 from unionfs.core.answers import Answers
 from unionfs.core.idling import Idling
+from unionfs.core.listings import Lister
 from unionfs.core.loop import Channel
 from unionfs.core.opens import Opens
 from unionfs.core.places import Layer
+from unionfs.core.reads import Reads
+from unionfs.core.setrequests import SetRequests
 from unionfs.fuse.direct.data import DataRequests
 from unionfs.fuse.direct.device import Device
 from unionfs.fuse.direct.listings import ListingRequests
@@ -109,23 +113,13 @@ def make_loop(
     idling: Idling | None = None,
 ) -> Loop:
     """The loop with all handlers."""
-    ios = NodeIos(device, decision)
+    ios = NodeIos(device.fd, decision)
     names = NameRequests(operations, ios, decision)
-    listings = ListingRequests(operations)
     data = DataRequests(operations, ios, names, device, splicer, decision)
     union, latencies = operations.union, operations.latencies
-    opens = Opens(
-        device.fd, union.nodes, operations.files.handles, union.files.opener, ios.released,
-        flags=decision.file_open_flags, small=decision.small_lower if decision.passthrough_lower else _ALL,
-    )  # fmt: skip
-    name_requests = namerequests.NameRequests(
-        union.nodes, operations.changes.entries, operations.files.handles,
-        None if Opcode.OPEN in decision.enosys else ios.opened, masks=bool(decision.flags & Init.DONT_MASK),
-    )  # fmt: skip
-    answers = Answers(
-        device.fd, union.nodes, union, opens, name_requests, acl=union.stack.acl, enosys=decision.enosys,
-        refused=device.answer_refused,
-    )  # fmt: skip
+    lister = Lister(union.nodes, union.merge, union.number_of_unreachable)
+    listings = ListingRequests(operations, lister)
+    answers = _make_answers(device, operations, decision, ios, lister)
     channel = Channel(device.fd, answers, lambda: latencies.watched, idling)
     writes_back = bool(decision.flags & Init.WRITEBACK_CACHE)
     operations.refreshing.serve(Notices(device, ios, keeps_sizes=writes_back))
@@ -133,7 +127,7 @@ def make_loop(
         "requests": _counts(operations.requests, answers),
         **ios.figures(),
         "keeps_cpus_awake": idling is not None and idling.possible,
-        "kept_open_files": len(operations.union.files),
+        "kept_open_files": len(union.files.kept),
         "passthrough": {
             "upper": decision.passthrough_upper,
             "lower": decision.passthrough_lower,
@@ -156,6 +150,29 @@ def make_loop(
         channel,
         operations.invalidations,
     )
+
+
+def _make_answers(
+    device: Device, operations: Operations, decision: Decision, ios: NodeIos, lister: Lister
+) -> Answers:
+    """What answers requests without Python."""
+    union, handles = operations.union, operations.files.handles
+    running = operations.copy_ups.running
+    opens = Opens(
+        device.fd, union.nodes, handles, union.files.opener, ios, union.flags, running,
+        flags=decision.file_open_flags, small=decision.small_lower if decision.passthrough_lower else _ALL,
+    )  # fmt: skip
+    names = namerequests.NameRequests(
+        union.nodes, operations.changes.entries, handles,
+        None if Opcode.OPEN in decision.enosys else ios, masks=bool(decision.flags & Init.DONT_MASK),
+    )  # fmt: skip
+    sets = SetRequests(union.nodes, union.gate, union.flags, operations.copy_ups.of_attributes, running)
+    return Answers(
+        device.fd, union.nodes, union, opens, names, sets,
+        core_listings.ListingRequests(union.nodes, lister, operations.directories),
+        Reads(union.nodes, handles, union.files.opener, union.files.kept),
+        acl=union.stack.acl, enosys=decision.enosys, refused=device.answer_refused,
+    )  # fmt: skip
 
 
 def _counts(requests: Counter[str], answers: Answers) -> dict[str, int]:

@@ -15,6 +15,7 @@ import stat
 from contextlib import nullcontext
 from typing import NoReturn
 
+from unionfs.core.directories import Listing
 from unionfs.core.files import OpenFile
 from unionfs.core.node import NAME_MAX, Attributes, Node
 from unionfs.core.nodes import NodeTable
@@ -23,7 +24,6 @@ from unionfs.core.territory import Territory
 from unionfs.sys import calls
 from unionfs.sys.calls import os_error
 from unionfs.sys.fds import Owned
-from unionfs.union.listing import Listing
 from unionfs.union.objects import Objects, link_object
 
 

@@ -44,7 +44,10 @@ class _InUpper(Making, Removing, Renaming):
 
 
 class Changes:
-    """The changing operations on one union. Not thread-safe, like the union itself."""
+    """The changing operations on one union. Not thread-safe, like the union itself.
+
+    ``tried``: the session has tried the plain case, see `entries`.
+    """
 
     def __init__(self, union: Union, copy_up: CopyUp | None = None) -> None:
         """``copy_up`` copies up directories before a change."""
@@ -60,11 +63,14 @@ class Changes:
 
     # -- making ---------------------------------------------------------------------------------------
 
-    def create(self, parent: Node, name: bytes, mode: int, caller: Caller) -> tuple[Node, Attributes, int]:
+    def create(
+        self, parent: Node, name: bytes, mode: int, caller: Caller, *, tried: bool = False
+    ) -> tuple[Node, Attributes, int]:
         """Create a regular file; returns an fd of it too (O_RDWR), which the caller owns."""
-        made = self.entries.make(parent, name, stat.S_IFREG | mode, *caller, opens=True)
-        if made is not None:
-            return made
+        if not tried:
+            made = self.entries.make(parent, name, stat.S_IFREG | mode, *caller, opens=True)
+            if made is not None:
+                return made
         fd = self._make(parent, name, mode, caller, _create, kind=stat.S_IFREG)
         return (*self._new_node(parent, name, fd), fd)
 
@@ -100,11 +106,14 @@ class Changes:
             os.close(fd)
             raise
 
-    def mkdir(self, parent: Node, name: bytes, mode: int, caller: Caller) -> tuple[Node, Attributes]:
+    def mkdir(
+        self, parent: Node, name: bytes, mode: int, caller: Caller, *, tried: bool = False
+    ) -> tuple[Node, Attributes]:
         """Create a directory."""
-        made = self.entries.make(parent, name, stat.S_IFDIR | mode, *caller)
-        if made is not None:
-            return made[:2]
+        if not tried:
+            made = self.entries.make(parent, name, stat.S_IFDIR | mode, *caller)
+            if made is not None:
+                return made[:2]
         self._make(parent, name, mode, caller, _mkdir, kind=stat.S_IFDIR)
         return self._new_node(parent, name)
 
@@ -226,23 +235,20 @@ class Changes:
 
     # -- removing -------------------------------------------------------------------------------------
 
-    def unlink(self, parent: Node, name: bytes) -> Node | None:
+    def unlink(self, parent: Node, name: bytes, *, tried: bool = False) -> Node | None:
         """Remove the name of a non-directory.
 
         Returns a node that must be copied up first; in that case nothing has changed.
         """
-        if self.entries.unlink(parent, name):
+        if not tried and self.entries.unlink(parent, name):
             return None
         node = self._existing(parent, name)
         if node.is_dir:
             raise os_error(errno.EISDIR)
         parent.territory.require_writable()
-        known = _have_flags(parent, node)
         self._union.flags.may_remove(parent, node)
         if node.is_linked_lower:
             return node
-        if not known and self.entries.unlink(parent, name):
-            return None
         with self._union.outliving(node):
             self._territory(parent).unlink(node, parent, name)
             self._union.nodes.remove_name(node, parent, name)
@@ -250,9 +256,9 @@ class Changes:
                 self._union.index.lost_name(node)
         return None
 
-    def rmdir(self, parent: Node, name: bytes) -> None:
+    def rmdir(self, parent: Node, name: bytes, *, tried: bool = False) -> None:
         """Remove a directory without visible names."""
-        if self.entries.rmdir(parent, name):
+        if not tried and self.entries.rmdir(parent, name):
             return
         node = self._existing(parent, name)
         if not node.is_dir:
@@ -281,7 +287,14 @@ class Changes:
     # -- renaming -------------------------------------------------------------------------------------
 
     def rename(
-        self, parent: Node, name: bytes, new_parent: Node, new_name: bytes, flags: int
+        self,
+        parent: Node,
+        name: bytes,
+        new_parent: Node,
+        new_name: bytes,
+        flags: int,
+        *,
+        tried: bool = False,
     ) -> list[Node]:
         """renameat2(2) with 0, NOREPLACE or EXCHANGE.
 
@@ -290,7 +303,7 @@ class Changes:
         """
         if flags not in (0, calls.RENAME_NOREPLACE, calls.RENAME_EXCHANGE):
             raise os_error(errno.EINVAL)
-        if flags == 0 and self.entries.rename(parent, name, new_parent, new_name):
+        if flags == 0 and not tried and self.entries.rename(parent, name, new_parent, new_name):
             return []
         node = self._existing(parent, name)
         if parent.territory is not new_parent.territory:
@@ -301,20 +314,12 @@ class Changes:
         parent.territory.require_writable()
         if target is not None and target.is_mountpoint:
             raise os_error(errno.EBUSY)
-        known = _have_flags(parent, node, new_parent, target)
         self._union.flags.may_remove(parent, node)
         if target is None:
             self._union.flags.may_make(new_parent)
         else:
             self._union.flags.may_remove(new_parent, target)
-        if not known and flags == 0 and self.entries.rename(parent, name, new_parent, new_name):
-            return []
         return self._territory(parent).rename(node, target, (parent, name), (new_parent, new_name), flags)
-
-
-def _have_flags(*nodes: Node | None) -> bool:
-    """Whether the flags of these nodes are known, so that a plain case was one before they were read."""
-    return all(node is None or node.flags is not None for node in nodes)
 
 
 def _check_name(parent: Node, name: bytes) -> None:

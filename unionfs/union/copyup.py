@@ -30,8 +30,8 @@ _PATH: Final = os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC
 class Effects(NamedTuple):
     """Side effects of a copy-up: cached attributes that the kernel must request again."""
 
-    node: Node
-    """The copied object: its ctime has changed."""
+    node: Node | None
+    """The copied object: its ctime has changed. None: the answer contains its attributes."""
     resized: Node | None = None
     """Its directory, if its size may have changed for the kernel. This can wait: copy-ups come in bulk, and
     each notice costs another GETATTR."""

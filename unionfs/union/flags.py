@@ -13,10 +13,10 @@ from __future__ import annotations
 
 import errno
 import os
-import stat
 import time
 from typing import Final
 
+from unionfs.core.flags import NodeFlags
 from unionfs.core.node import Node
 from unionfs.sys import calls
 from unionfs.sys.calls import os_error
@@ -31,30 +31,20 @@ PROTECTED: Final = IMMUTABLE | APPEND
 _COPIED: Final = calls.FS_SYNC | calls.FS_NOATIME
 _LETTERS: Final = ((b"a", APPEND), (b"i", IMMUTABLE))
 _LONGEST: Final = 32
-_KINDS: Final = (stat.S_IFREG, stat.S_IFDIR)
 _READ: Final = os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC
 _SOON: Final = 2_000_000_000
 """Nanoseconds; a session may not report that a time is to be the present one."""
 
 
-class Flags:
+class Flags(NodeFlags):
     """The flags of one union's objects."""
 
     def __init__(self, objects: Objects, markers: Markers) -> None:
+        super().__init__(objects.gate, markers.protattr)
         self._objects = objects
         self._markers = markers
 
-    def of(self, node: Node) -> int:
-        """IMMUTABLE and APPEND of a node. Raises ``OSError``."""
-        flags = node.flags
-        if flags is None:
-            flags = self._read(node)
-            node.know_flags(flags)
-        return flags & PROTECTED
-
-    def _read(self, node: Node) -> int:
-        if node.kind not in _KINDS or not node.territory.has_markers:
-            return 0
+    def read(self, node: Node) -> int:
         if node.in_place:
             path, follow = self._objects.path(node)
             return self.stored(path, follow=follow)

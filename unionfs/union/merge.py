@@ -13,12 +13,12 @@ import stat
 from collections.abc import Iterable, Sequence
 from typing import Final
 
-from unionfs.core.entries import Entries
-from unionfs.core.places import NOT_THERE, Gate, Layer, Place
+from unionfs.core.directories import Listing
+from unionfs.core.lowernames import LowerNames
+from unionfs.core.places import Gate, Layer, Place
 from unionfs.core.search import PREFIX, Search
-from unionfs.union.listing import NFS_REMOVED, Listing
+from unionfs.union.listing import NFS_REMOVED
 from unionfs.union.lowerdata import LowerData
-from unionfs.union.lowernames import LowerNames
 from unionfs.union.markers import Markers
 from unionfs.union.metacopy import DataSearch, open_data
 from unionfs.union.named import NamedWhiteouts, hidden_name
@@ -54,7 +54,9 @@ class Merge(Search):
         self._lower_names = LowerNames(gate)
         directories = PartSearch(layers[: len(self.roots)], markers, named, gate)
         self._data = DataSearch(markers, named, gate, directories)
-        super().__init__(gate, markers, named, self._lower_names, directories)
+        super().__init__(
+            gate, markers, named, self._lower_names, directories, lowest=len(self.roots) - 1
+        )
 
     def lower_data(
         self, parts: Sequence[Place], place: Place, name: bytes, where: bytes | int
@@ -71,25 +73,6 @@ class Merge(Search):
         replaced it."""
         return open_data(self.gate, data)
 
-    def is_visible_below(self, parts: list[Place], name: bytes) -> bool:
-        """Whether a lower has ``name``, so that removing it from the upper requires a whiteout."""
-        searched = self._lower_names.parts(parts, name)
-        for part in searched:
-            if part.layer.is_upper:
-                continue
-            dir_fd = self.gate.fd(part)
-            try:
-                st = os.stat(name, dir_fd=dir_fd, follow_symlinks=False)
-            except OSError as error:
-                again = None if error.errno in NOT_THERE else self.gate.stat_refused(part, name, error)
-                if again is None:
-                    if part is not searched[-1] and self.named.hides(part, dir_fd, name):
-                        return False
-                    continue
-                st = again
-            return not self.markers.is_whiteout(st, dir_fd, name)
-        return False
-
     def forget_names(self, parts: Sequence[Place] | None = None) -> None:
         """Forget which lowers have which names in the directory merged from ``parts``; None: in all."""
         if parts is None:
@@ -99,7 +82,7 @@ class Merge(Search):
 
     def listing(self, parts: Iterable[Place]) -> Listing:
         """The names of the directory merged from ``parts``. Raises ``OSError``."""
-        return _MergedListing(self, tuple(parts))
+        return _MergedListing(self, parts)
 
     def lists_bare_whiteout(self, parts: Sequence[Place], name: bytes) -> bool:
         """Whether listings show a name whose only object is an xattr whiteout in a directory without `x`.
@@ -131,9 +114,9 @@ class Merge(Search):
         lookup finds nothing. Our own uppers have them where device nodes are refused; there overlayfs would
         list them.
         """
-        if self.markers.opaque_value(fd) != b"x":
-            return False
-        return part.layer.is_upper or (len(parts) > 1 and part.layer.index < self._lowest)
+        if part.layer.is_upper or (len(parts) > 1 and part.layer.index < self._lowest):
+            return self.markers.opaque_value(fd) == b"x"
+        return False
 
     def open_object(self, found: Found, name: bytes) -> int:
         """A new O_PATH fd of the non-directory found as ``name``. Raises ``OSError``, ESTALE if another
@@ -159,17 +142,15 @@ class Merge(Search):
 class _MergedListing(Listing):
     """The names of a merged directory, without whiteouts and the names they hide."""
 
-    def __init__(self, merge: Merge, parts: Sequence[Place]) -> None:
+    def __init__(self, merge: Merge, parts: Iterable[Place]) -> None:
+        super().__init__(merge.gate, parts, merged=True)
         self._merge = merge
-        #: Removed files of the upper that are in use; the upper comes first.
-        self._hides_removed = bool(parts) and parts[0].layer.is_upper and parts[0].layer.links_of_removed > 0
-        super().__init__(merge.gate, parts)
 
     def names(self) -> list[bytes]:
         hidden: set[bytes] = set()
         shown: dict[bytes, None] = {}
         try:
-            for index, fd in enumerate(self._fds):
+            for index, fd in enumerate(self.fds):
                 whiteouts: set[bytes] = set()
                 for name in self._in_use(index, self._entries(index, fd, whiteouts)):
                     if name not in hidden:
@@ -179,20 +160,15 @@ class _MergedListing(Listing):
         finally:
             self.close()
 
-    def _read(self, found: Entries, index: int, fd: int) -> None:
-        hides = index == 0 and self._hides_removed
-        some = found.read(index, fd, whiteouts_by_name=True, hides_removed=hides)
-        self._parts[index].knows_named(some=some)
-
     def _in_use(self, index: int, names: list[bytes]) -> list[bytes]:
-        if index == 0 and self._hides_removed:
+        if index == 0 and self.hides_removed:
             return [name for name in names if not NFS_REMOVED.fullmatch(os.fsdecode(name))]
         return names
 
     def _entries(self, index: int, fd: int, whiteouts: set[bytes]) -> list[bytes]:
         """The names in one real directory without its whiteouts, which go into ``whiteouts``."""
         shown = []
-        hides = self._merge.hides_xattr_whiteouts(self._parts, self._parts[index], fd)
+        hides = self._merge.hides_xattr_whiteouts(self.parts, self.parts[index], fd)
         with os.scandir(fd) as entries:
             for entry in entries:
                 name = os.fsencode(entry.name)
@@ -223,7 +199,7 @@ class _MergedListing(Listing):
         try:
             st = os.stat(name, dir_fd=fd, follow_symlinks=False)
         except PermissionError as error:
-            again = self._merge.gate.stat_refused(self._parts[index], name, error)
+            again = self._merge.gate.stat_refused(self.parts[index], name, error)
             if again is None:
                 return False
             st = again

@@ -6,13 +6,13 @@ import os
 import stat
 from contextlib import suppress
 
+from unionfs.core.directories import Listing
 from unionfs.core.files import OpenFile
 from unionfs.core.lookup import Names
 from unionfs.core.node import Node
 from unionfs.core.nodes import NodeTable
 from unionfs.core.places import Place
 from unionfs.union.layers import LayerStack
-from unionfs.union.listing import Listing
 from unionfs.union.lowerdata import LowerData
 from unionfs.union.merge import Merge
 from unionfs.union.objects import Objects

@@ -12,10 +12,10 @@ import os
 from collections.abc import Sequence
 from typing import Final
 
+from unionfs.core.directories import LARGE
 from unionfs.core.places import NOT_THERE, Gate, Layer, Place
 from unionfs.core.search import PREFIX
 from unionfs.sys.fds import Owned
-from unionfs.union.listing import LARGE
 
 INTERNAL: Final = b".wh..wh."
 OPAQUE: Final = b".wh..wh..opq"

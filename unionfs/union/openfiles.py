@@ -14,12 +14,10 @@ from __future__ import annotations
 import errno
 import logging
 import os
-from collections import OrderedDict
-from typing import Final
 
 from unionfs.core.files import OpenFile
 from unionfs.core.node import Node
-from unionfs.core.opening import Opener, take_back
+from unionfs.core.opening import KeptFiles, Opener, take_back
 from unionfs.core.places import Gate
 from unionfs.sys.calls import os_error
 from unionfs.union.files import open_backing, open_held
@@ -29,8 +27,6 @@ from unionfs.union.metacopy import open_data
 from unionfs.union.shortcuts import Capabilities, Shortcuts
 
 log = logging.getLogger(__name__)
-
-_KEPT_OPEN: Final = 512
 
 
 class OpenFiles:
@@ -46,7 +42,8 @@ class OpenFiles:
             gate, markers.metacopy, self._open_for_reading, remembers=shortcuts.capabilities,
             unread=shortcuts.unread_files,
         )  # fmt: skip
-        self._kept: OrderedDict[Node, OpenFile] = OrderedDict()
+        #: The files that stay open for requests without a file handle.
+        self.kept = KeptFiles()
         self._defers = False
         #: Lent files for :meth:`close_deferred` to take back.
         self.deferred: list[tuple[Node, OpenFile]] = []
@@ -97,43 +94,19 @@ class OpenFiles:
 
     # -- files that stay open -------------------------------------------------------------------------
 
-    def __len__(self) -> int:
-        """The number of files that stay open for requests without a file handle."""
-        return len(self._kept)
-
     def keep(self, node: Node, *, write: bool) -> OpenFile:
         """The node's backing file, which stays open for some time. Raises ``OSError``."""
-        file = self._kept.get(node)
-        if file is not None:
-            if node.use is not None and file is node.use.file and (file.writable if write else file.readable):
-                self._kept.move_to_end(node)
-                return file
-            self._drop(node)  # it was copied up, or needs another access mode
-        # With writeback a page may be read before it is written, so open the file for both if possible.
-        file = self.lend(node, write=write)
-        self._kept[node] = file
-        node.in_use().stays_open(kept=True)
-        if len(self._kept) > _KEPT_OPEN:
-            self._drop(next(iter(self._kept)))
+        file = self.kept.find(node, write)
+        if file is None:
+            # With writeback a page may be read before it is written, so open the file for both if possible.
+            file = self.lend(node, write=write)
+            self.kept.keep(node, file)
         return file
-
-    def _drop(self, node: Node) -> None:
-        file = self._kept.pop(node, None)
-        if file is not None:
-            node.in_use().stays_open(kept=False)
-            self._take_back_logged(node, file)
-
-    def _take_back_logged(self, node: Node, file: OpenFile) -> None:
-        """As :meth:`take_back`, where no request waits for an error of close(2), as NFS reports."""
-        try:
-            self.take_back(node, file)
-        except Exception:
-            log.exception("a file could not be closed")
 
     def gone(self, node: Node) -> None:
         """The node is forgotten: end its use."""
         if node.use is not None:
-            self._drop(node)
+            self.kept.drop(node)
             node.end_use()
 
     # -- closing after the answer ---------------------------------------------------------------------
@@ -152,7 +125,10 @@ class OpenFiles:
     def close_deferred(self) -> None:
         """Take back the deferred files."""
         for node, file in self.deferred:
-            self._take_back_logged(node, file)
+            try:
+                self.take_back(node, file)
+            except Exception:
+                log.exception("a file could not be closed")
         self.deferred.clear()
 
     # -- opening --------------------------------------------------------------------------------------

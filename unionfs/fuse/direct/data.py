@@ -13,12 +13,13 @@ from typing import Final
 
 from unionfs.core.files import OpenFile
 from unionfs.core.node import Attributes, Node
+from unionfs.core.reads import SPLICED
 from unionfs.fuse.direct import ioctl
 from unionfs.fuse.direct.device import Device
 from unionfs.fuse.direct.loop import Answer, Waiting
 from unionfs.fuse.direct.names import NameRequests
 from unionfs.fuse.direct.nodeio import NodeIos, stale
-from unionfs.fuse.direct.splicing import WORTHWHILE, Splicer
+from unionfs.fuse.direct.splicing import Splicer
 from unionfs.fuse.inline import in_thread
 from unionfs.fuse.operations import Operations
 from unionfs.fuse.protocol import Decision, Opcode, Reply, encode, notify
@@ -127,7 +128,7 @@ class DataRequests:
         parent = self._operations.directory(request.nodeid)
         created = self._files.create(
             self._operations.changes, parent, request.name, request.mode, request.flags,
-            self._names.caller(request), request,
+            self._names.caller(request), request, tried=not self._opens_unseen,
         )  # fmt: skip
         return self._created(request.unique, *created)
 
@@ -179,12 +180,12 @@ class DataRequests:
 
     async def _read(self, request: rq.Read) -> Reply | None:
         file = self._reading(request.nodeid, request.fh)
-        if request.size >= WORTHWHILE:
+        if request.size >= SPLICED:
             if await self._spliced(request, file):
                 return None
             file = self._reading(request.nodeid, request.fh)  # a copy-up may have replaced it
         # The answer is sent before the next request is read, so one buffer serves all reads that do not wait.
-        if file.waits and request.size >= WORTHWHILE:
+        if file.waits and request.size >= SPLICED:
             here = None  # other requests were read in between, and may use the buffer
         else:
             here = file.read_into(self._buffer[: request.size], request.offset)

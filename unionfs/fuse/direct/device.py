@@ -1,26 +1,21 @@
-"""/dev/fuse of one mount: answers, notices, and the registration of backing files.
+"""/dev/fuse of one mount: answers and notices.
 
-Source: fs/fuse/dev.c and fs/fuse/backing.c of Linux 6.18.
+Source: fs/fuse/dev.c of Linux 6.18.
 """
 
 from __future__ import annotations
 
 import contextlib
 import errno
-import fcntl
 import logging
 import os
-import struct
 import sys
 from typing import Final
 
 from unionfs.fuse.protocol import Reply, encode
-from unionfs.fuse.protocol.flags import DEV_IOC_BACKING_CLOSE, DEV_IOC_BACKING_OPEN
 
 log = logging.getLogger(__name__)
 
-_BACKING_MAP: Final = struct.Struct("=iIQ")  # struct fuse_backing_map: fd, flags, padding
-_ID: Final = struct.Struct("=I")
 _GONE: Final = (errno.ENOENT, errno.ENODEV, errno.ENOTCONN, errno.ECONNABORTED)
 
 
@@ -29,8 +24,6 @@ class Device:
 
     def __init__(self, fd: int) -> None:
         self.fd = fd
-        #: Backing files registered now.
-        self.backing_files = 0
         #: Notices to be sent from a thread; see :meth:`take_later`.
         self.later: list[Reply] = []
 
@@ -73,22 +66,6 @@ class Device:
         """Take the queued notices."""
         notices, self.later = self.later, []
         return notices
-
-    def register(self, fd: int) -> int:
-        """Register ``fd`` as a backing file, for passthrough; returns the backing id.
-
-        Raises ``OSError``: ELOOP for a file on too many stacked filesystems, EPERM without privilege.
-        """
-        # A mutable argument: with any other, ioctl() hides the result.
-        argument = bytearray(_BACKING_MAP.pack(fd, 0, 0))
-        backing_id: int = fcntl.ioctl(self.fd, DEV_IOC_BACKING_OPEN, argument)
-        self.backing_files += 1
-        return backing_id
-
-    def unregister(self, backing_id: int) -> None:
-        """Unregister a backing file; the kernel keeps it until the last open file with it is closed."""
-        self.backing_files -= 1
-        fcntl.ioctl(self.fd, DEV_IOC_BACKING_CLOSE, _ID.pack(backing_id))
 
     def close(self) -> None:
         """Close the device, which disconnects a mount that still exists."""

@@ -103,7 +103,7 @@ class Loop:
 
     async def _read_requests(self) -> None:
         channel, deferred = self._channel, self._files.deferred
-        serve, latencies = self.serve, self._latencies
+        serve, latencies, invalidations = self.serve, self._latencies, self._invalidations
         cut_off = False
         while True:
             try:
@@ -117,6 +117,8 @@ class Loop:
                     cut_off = True
                     continue
                 raise
+            if invalidations.soon or invalidations.now:
+                self._announce()  # of what `core` has copied up
             if size == WAIT:
                 if channel.holds:
                     with trio.move_on_after(_BURST_SECONDS):
@@ -197,18 +199,23 @@ class Loop:
         return encode.error(request.unique, errno.ENOSYS)
 
     def _reply(self, reply: Reply | None) -> None:
-        if self._invalidations.now or self._invalidations.listings:
-            # In line: the copied node is held by its request, see `Device.notify`.
-            self._send(_ask_again(self._invalidations.take_now()))
+        if self._invalidations.listings:
             # Cached data of a directory never waits for a request.
             self._send([notify.inval_inode(id_) for id_ in self._invalidations.take_listings()])
+        if self._invalidations.soon or self._invalidations.now:
+            self._announce()
         if reply is not None:
             self._device.answer(reply)
+        if self._device.later:
+            self._nursery.start_soon(trio.to_thread.run_sync, self._send, self._device.take_later())
+
+    def _announce(self) -> None:
+        """Send the notices about copied nodes, and let those about sizes be sent."""
+        # In line: the copied node is held by its request, see `Device.notify`.
+        self._send(_ask_again(self._invalidations.take_now()))
         if self._invalidations.soon and not self._tells_resized:
             self._tells_resized = True
             self._nursery.start_soon(self._tell_resized)
-        if self._device.later:
-            self._nursery.start_soon(trio.to_thread.run_sync, self._send, self._device.take_later())
 
     async def _tell_resized(self) -> None:
         """Send notices of sizes with a delay: after each copy-up they would make a walker query each time."""

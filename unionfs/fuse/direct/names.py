@@ -1,4 +1,7 @@
-"""Requests for names, attributes and xattrs: handlers that translate and answer."""
+"""Requests for names, attributes and xattrs: handlers that translate and answer.
+
+`core.namerequests` has tried the plain case of those that change names.
+"""
 
 from __future__ import annotations
 
@@ -131,26 +134,28 @@ class NameRequests:
         return self._entry(request.unique, found)
 
     def _mkdir(self, request: rq.Mkdir) -> Reply:
-        found = self._operations.mkdir(request.nodeid, request.name, request.mode, self.caller(request))
+        found = self._operations.mkdir(
+            request.nodeid, request.name, request.mode, self.caller(request), tried=True
+        )
         return self._entry(request.unique, found)
 
     async def _unlink(self, request: rq.Unlink) -> Reply:
-        await self._operations.unlink(request.nodeid, request.name)
+        await self._operations.unlink(request.nodeid, request.name, tried=True)
         return encode.ok(request.unique)
 
     def _rmdir(self, request: rq.Rmdir) -> Reply:
-        self._operations.rmdir(request.nodeid, request.name)
+        self._operations.rmdir(request.nodeid, request.name, tried=True)
         return encode.ok(request.unique)
 
     async def _rename(self, request: rq.Rename) -> Reply:
         await self._operations.rename(
-            request.nodeid, request.name, request.newdir, request.newname, 0
+            request.nodeid, request.name, request.newdir, request.newname, 0, tried=True
         )
         return encode.ok(request.unique)
 
     async def _rename2(self, request: rq.Rename2) -> Reply:
         await self._operations.rename(
-            request.nodeid, request.name, request.newdir, request.newname, request.flags
+            request.nodeid, request.name, request.newdir, request.newname, request.flags, tried=True
         )
         return encode.ok(request.unique)
 

@@ -19,9 +19,6 @@ from typing import Final
 
 from unionfs.core.files import OpenFile
 
-WORTHWHILE: Final = 128 * 1024
-"""The minimum size of a read to splice, in bytes."""
-
 _HEADER: Final = struct.Struct("=IiQ")  # struct fuse_out_header: len, error, unique
 _SIZES: Final = (4 << 20, 2 << 20, 1 << 20)
 _GONE: Final = (errno.ENOENT, errno.ENODEV, errno.ENOTCONN, errno.ECONNABORTED)

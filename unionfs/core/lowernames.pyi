@@ -1,0 +1,29 @@
+from collections.abc import Sequence
+from typing import Final
+
+from unionfs.core.places import Gate, Place
+
+MANY: Final[int]
+
+class Lowers: ...
+
+class LowerNames:
+    @property
+    def many(self) -> int: ...
+    @property
+    def count(self) -> int: ...
+    def __init__(
+        self,
+        gate: Gate,
+        *,
+        many: int = 8,
+        asked: int = 4,
+        names: int = 500_000,
+        directories: int = 4096,
+        large: int = 65536,
+    ) -> None: ...
+    def __len__(self) -> int: ...
+    def has_listed(self, parts: list[Place]) -> bool: ...
+    def parts(self, parts: list[Place], name: bytes) -> list[Place]: ...
+    def forget(self, parts: Sequence[Place]) -> None: ...
+    def clear(self) -> None: ...

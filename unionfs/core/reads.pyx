@@ -1,0 +1,108 @@
+"""READ of files whose data is there at once.
+
+The data goes from the file straight behind the header of the answer. Python answers where a read may wait for a
+disk, large ones, which are spliced, and the first one of a file that is not open and not a lower's plain one.
+"""
+
+from libc.errno cimport EAGAIN, EINVAL, EOPNOTSUPP
+from libc.errno cimport errno as c_errno
+from libc.stdint cimport int64_t
+from libc.stdlib cimport free, malloc
+from posix.unistd cimport pread
+
+from unionfs.core.node cimport Node
+from unionfs.core.opening cimport is_plain
+from unionfs.core.stats cimport failure, fstat, stat_t
+from unionfs.core.wire cimport fuse_read_in
+
+cdef extern from "<sys/uio.h>" nogil:
+    cdef struct iovec:
+        void *iov_base
+        size_t iov_len
+    int RWF_NOWAIT
+    ssize_t preadv2(int fd, const iovec *parts, int count, long offset, int flags)
+
+#: The minimum size of a read to splice, in bytes.
+SPLICED = 128 * 1024
+
+cdef enum:
+    C_SPLICED = 128 * 1024
+
+
+cdef class Reads:
+    """Reads files for the requests of one mount."""
+
+    # buffer: an answer.
+
+    def __cinit__(self):
+        self.buffer = <char *>malloc(sizeof(fuse_out_header) + C_SPLICED)
+        if self.buffer == NULL:
+            raise MemoryError
+
+    def __dealloc__(self):
+        free(self.buffer)
+
+    def __init__(
+        self, NodeTable nodes not None, Handles handles not None, Opener opener not None, KeptFiles kept not None
+    ):
+        """``kept``: the files to read for requests without a file handle."""
+        self.nodes, self.handles, self.opener, self.kept = nodes, handles, opener, kept
+
+    cdef fuse_out_header *answer(self, const fuse_in_header *header, const char *body, size_t size) except? NULL:
+        """The answer, valid until the next one; NULL: Python must answer. Raises ``OSError``."""
+        cdef const fuse_read_in *given = <const fuse_read_in *>body
+        cdef fuse_out_header *answer = <fuse_out_header *>self.buffer
+        cdef OpenFile file
+        cdef ssize_t count
+        if size < sizeof(fuse_read_in) or given.size >= C_SPLICED:
+            return NULL
+        file = self.file(header.nodeid, given.fh)
+        if file is None:
+            return NULL
+        count = self.read(file, given.size, given.offset)
+        if count < 0:
+            return NULL
+        self.handles.bytes_read += count
+        answer.length, answer.error, answer.unique = sizeof(fuse_out_header) + count, 0, header.unique
+        return answer
+
+    cdef OpenFile file(self, uint64_t id_, uint64_t number):
+        """The file to read, or None. Raises ``OSError``."""
+        cdef OpenFile file
+        cdef Node node
+        if number:
+            handle = self.handles.by_number.get(number)
+            return None if handle is None else handle.file
+        node = self.nodes.found(id_)
+        if node is None:
+            return None
+        file = self.kept.find(node, False)
+        if file is None and is_plain(node):
+            file = self.opener.lend(node, node.in_use())
+            if file is not None:
+                self.kept.keep(node, file)
+        return file
+
+    cdef ssize_t read(self, OpenFile file, size_t size, uint64_t offset) except -2:
+        """Read into the buffer; returns the number of bytes, short only at the end of the file, or -1 if the
+        read would wait for a disk. Raises ``OSError``."""
+        cdef int fd = file.descriptor()
+        cdef iovec part
+        cdef stat_t st
+        cdef ssize_t count
+        part.iov_base, part.iov_len = self.buffer + sizeof(fuse_out_header), size
+        if file.waits:
+            count = preadv2(fd, &part, 1, <long>offset, RWF_NOWAIT)
+            if count < 0 and c_errno == EAGAIN:
+                return -1
+            if count >= 0:
+                if <size_t>count < size and fstat(fd, &st) == 0 and <int64_t>(offset + count) < st.st_size:
+                    return -1  # the rest is on the disk
+                return count
+            if c_errno != EOPNOTSUPP and c_errno != EINVAL:
+                raise failure(c_errno)
+            file.waits = False
+        count = pread(fd, part.iov_base, size, <long>offset)
+        if count < 0:
+            raise failure(c_errno)
+        return count

@@ -1,0 +1,17 @@
+from typing import Any
+
+from unionfs.core.copyup import SmallCopyUps
+from unionfs.core.flags import NodeFlags
+from unionfs.core.node import Node
+from unionfs.core.nodes import NodeTable
+from unionfs.core.places import Gate
+
+class SetRequests:
+    def __init__(
+        self,
+        nodes: NodeTable,
+        gate: Gate,
+        flags: NodeFlags,
+        copies: SmallCopyUps | None,
+        running: dict[Node, Any],
+    ) -> None: ...
