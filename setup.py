@@ -1,4 +1,4 @@
-"""Builds the compiled core; everything else is in pyproject.toml.
+"""Builds the compiled core and the launcher; everything else is in pyproject.toml.
 
 UNIONFS_CORE: words for a special build: ``trace`` (line tracing, for coverage and profilers), ``asan``
 (AddressSanitizer; needs LD_PRELOAD of libasan). Both keep assertions and check bounds.
@@ -9,6 +9,12 @@ from pathlib import Path
 
 from Cython.Build import cythonize
 from setuptools import Extension, setup
+
+# isort: split
+# That of setuptools.
+from distutils.ccompiler import new_compiler
+from distutils.command.build_scripts import build_scripts
+from distutils.sysconfig import customize_compiler
 
 CORE = Path("unionfs/core")
 words = os.environ.get("UNIONFS_CORE", "").split()
@@ -30,7 +36,26 @@ if "asan" in words:
     compile_args += ["-O1", "-g", "-fsanitize=address", "-fno-omit-frame-pointer"]
     link_args += ["-fsanitize=address"]
 
+LAUNCHER = "launcher/fuse-unionfs.c"
+
+
+class BuildLauncher(build_scripts):
+    """Compiles the command `fuse-unionfs`, in place of copying a script."""
+
+    def run(self) -> None:
+        compiler = new_compiler()
+        customize_compiler(compiler)
+        hardening = ["-D_FORTIFY_SOURCE=2", "-fstack-protector-strong"]
+        objects = compiler.compile(
+            [LAUNCHER], "build/launcher", extra_postargs=["-O2", "-Wall", "-Wextra", *hardening]
+        )
+        self.mkpath(self.build_dir)
+        compiler.link_executable(objects, Path(LAUNCHER).stem, self.build_dir)
+
+
 setup(
+    scripts=[LAUNCHER],
+    cmdclass={"build_scripts": BuildLauncher},
     ext_modules=cythonize(
         [
             Extension(

@@ -1,10 +1,12 @@
-"""From the command to a usable mount: unionfs and fuse-overlayfs alternately, medians of many mounts.
+"""From the command to a usable mount, and the memory of idle mounts: unionfs and fuse-overlayfs alternately.
 
-    python benchmarks/mount_time.py [--rounds N] [--lowers N]
+    python benchmarks/mount_time.py [--rounds N] [--lowers N] [--idle N]
 
 Measures the wall time (milliseconds) from starting the command to its return, and to the first listing of the
 merged tree; and that of unmounting (``unionfs umount`` waits for the daemon to end, ``fusermount3 -u`` does
-not). The caches are warm: the first mount of each is not counted.
+not). The caches are warm: the first mount of each is not counted, nor is the start of the resident.
+
+Then the proportional set size (Pss, MB) of all daemons of several idle mounts, with the resident's.
 """
 
 from __future__ import annotations
@@ -18,8 +20,11 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from contextlib import suppress
+from functools import partial
 from pathlib import Path
 
+LAUNCHER = Path(sys.executable).parent / "fuse-unionfs"
 Layers = tuple[list[Path], Path, Path, Path]
 
 
@@ -32,11 +37,11 @@ def unionfs_command(layers: Layers) -> list[str]:
     return [*start, "mount", *stack, "-u", str(upper), "-w", str(work), str(mountpoint)]
 
 
-def fuse_overlayfs_command(layers: Layers) -> list[str]:
-    """The same for fuse-overlayfs."""
+def mount_program_command(program: str, layers: Layers) -> list[str]:
+    """The command of a mount program, as podman calls it."""
     lowers, upper, work, mountpoint = layers
     data = f"lowerdir={':'.join(map(str, lowers))},upperdir={upper},workdir={work}"
-    return ["fuse-overlayfs", "-o", data, str(mountpoint)]
+    return [program, "-o", data, str(mountpoint)]
 
 
 def once(command: list[str], mountpoint: Path) -> tuple[float, float, float]:
@@ -46,23 +51,59 @@ def once(command: list[str], mountpoint: Path) -> tuple[float, float, float]:
     returned = time.perf_counter()
     assert "from-a-lower" in os.listdir(mountpoint)
     usable = time.perf_counter()
-    if command[0] == "fuse-overlayfs":
-        subprocess.run(["fusermount3", "-u", str(mountpoint)], check=True)
-    else:
+    if "mount" in command:
         subprocess.run([*command[: command.index("mount")], "umount", str(mountpoint)], check=True)
+    else:
+        subprocess.run(["fusermount3", "-u", str(mountpoint)], check=True)
     gone = time.perf_counter()
     return (returned - start) * 1e3, (usable - start) * 1e3, (gone - usable) * 1e3
+
+
+def pss(home: Path) -> float:
+    """MB of the processes with this directory on their command lines, and of the residents beside them."""
+    total = 0
+    for name in filter(str.isdecimal, os.listdir("/proc")):
+        with suppress(OSError):
+            words = Path(f"/proc/{name}/cmdline").read_bytes()
+            resident = b"--resident\0" in words and os.fsencode(LAUNCHER.parent) in words
+            if int(name) != os.getpid() and (os.fsencode(home) in words or resident):
+                lines = Path(f"/proc/{name}/smaps_rollup").read_text().splitlines()
+                total += sum(int(line.split()[1]) for line in lines if line.startswith("Pss:"))
+    return total / 1024
+
+
+def idle_memory(command: Callable[[Layers], list[str]], home: Path, count: int) -> float:
+    """Pss (MB) of the daemons of this many mounts that nobody uses."""
+    lower = home / "lower"
+    lower.mkdir(parents=True)
+    mounted = []
+    try:
+        for number in range(count):
+            upper, work, mountpoint = (home / f"{part}{number}" for part in ("upper", "work", "merged"))
+            for path in (upper, work, mountpoint):
+                path.mkdir()
+            subprocess.run(command(([lower], upper, work, mountpoint)), check=True, stdin=subprocess.DEVNULL)
+            mounted.append(mountpoint)
+        time.sleep(1)  # the commands have ended
+        return pss(home)
+    finally:
+        for mountpoint in mounted:
+            subprocess.run(["fusermount3", "-u", str(mountpoint)], check=True)
+        time.sleep(1)
 
 
 def main() -> None:
     """The command."""
     parser = argparse.ArgumentParser(description="From the command to a usable mount, in milliseconds.")
-    parser.add_argument("--rounds", type=int, default=20)
+    parser.add_argument("--rounds", type=int, default=50)
     parser.add_argument("--lowers", type=int, default=1)
+    parser.add_argument("--idle", type=int, default=10)
     options = parser.parse_args()
-    commands: dict[str, Callable[[Layers], list[str]]] = {"unionfs": unionfs_command}
+    commands: dict[str, Callable[[Layers], list[str]]] = {"unionfs mount": unionfs_command}
+    if LAUNCHER.exists():
+        commands["fuse-unionfs"] = partial(mount_program_command, str(LAUNCHER))
     if shutil.which("fuse-overlayfs"):
-        commands["fuse-overlayfs"] = fuse_overlayfs_command
+        commands["fuse-overlayfs"] = partial(mount_program_command, "fuse-overlayfs")
     else:
         print("fuse-overlayfs is not installed (apt-get install fuse-overlayfs): unionfs alone")
 
@@ -89,6 +130,11 @@ def main() -> None:
         for column in zip(*rows[1:], strict=True):
             cells.append(f"{statistics.median(column):.0f} ({min(column):.0f} - {max(column):.0f})")
         print(f"{name:16}" + "".join(f"{cell:>24}" for cell in cells))
+
+    print(f"\n{options.idle} idle mounts: MB of Pss, with the resident")
+    for name, command in commands.items():
+        with tempfile.TemporaryDirectory(dir="/var/tmp", prefix="unionfs-benchmark-") as home:
+            print(f"{name:16}{idle_memory(command, Path(home, 'idle'), options.idle):>24.1f}")
 
 
 if __name__ == "__main__":

@@ -13,10 +13,6 @@ class LayerError(UserError):
     """A layer cannot be used."""
 
 
-class LayerInUseError(LayerError):
-    """Another mount has the layer."""
-
-
 class DeadMountError(UserError):
     """A path is on a mount whose daemon has died."""
 

@@ -21,6 +21,9 @@ packages_for() {
         slow) # servers that the slow tests start
             printf '%s\n' mariadb-server postgresql
             ;;
+        clients) # container engines
+            printf '%s\n' buildah containerd crun docker.io podman runc skopeo uidmap
+            ;;
         perf)
             printf '%s\n' coreutils findutils fio fuse-overlayfs fuse3 gcc git grep libc6-dev libseccomp2 make mergerfs \
                 mount sqlite3 tar unionfs-fuse
@@ -33,7 +36,7 @@ packages_for() {
             printf '%s\n' ca-certificates iproute2 kmod nfs-common nfs-kernel-server python3 python3-dev \
                 python3-venv xz-utils zstd
             ;;
-        *) die "unknown purpose $1; choose run, test, dev, slow, perf, vm or guest" ;;
+        *) die "unknown purpose $1; choose run, test, dev, slow, clients, perf, vm or guest" ;;
     esac
 }
 
@@ -119,7 +122,7 @@ pick_python() {
 # make_environment EXTRA: installs the project and its extra (run, perf, test or dev) in $venv, unless up to date.
 make_environment() {
     local extra=$1 key name within=
-    key=$(cat "$repository"/{pyproject.toml,setup.py} "$repository"/unionfs/core/*.p[xy]* <(printf '%s' "$repository") |
+    key=$(cat "$repository"/{pyproject.toml,setup.py} "$repository"/{unionfs/core/*.p[xy]*,launcher/*.c} <(printf '%s' "$repository") |
         sha256sum | cut -d' ' -f1)
     if [ -x "$venv/bin/python" ] && [ "$(cat "$venv/.unionfs-$extra" 2>/dev/null)" = "$key" ]; then
         return 0

@@ -224,15 +224,66 @@ def test_many_signals_at_once(place: Place) -> None:
     assert len(os.listdir(place.upper)) == 50
 
 
+def _end_twice(daemon: subprocess.Popen[str]) -> None:
+    """End the daemon of a mount that is in use."""
+    daemon.terminate()
+    assert daemon.stderr is not None
+    while "unmounted, but in use" not in daemon.stderr.readline():
+        assert daemon.poll() is None
+    daemon.terminate()
+    assert daemon.wait(patient(10)) == 0
+
+
 @pytest.mark.parametrize("how", ["cwd", "open file"])
-def test_signal_to_a_busy_mount(place: Place, how: str) -> None:
+def test_a_second_signal_cuts_off_who_uses_the_mount(place: Place, how: str) -> None:
     with _foreground(place) as daemon:
         (place.merged / "new").write_text("x")
         with _using(place.merged, how):
-            daemon.terminate()
-            assert daemon.wait(10) == 0
+            _end_twice(daemon)
             assert mounts_at(place.merged) == []
     assert (place.upper / "new").read_text() == "x"
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_leaves_the_mount_to_who_uses_it(
+    place: Place, session: str, number: signal.Signals
+) -> None:
+    """Like `umount -l`: it is out of the tree, works on for them, and ends with the last of them."""
+    with _foreground(place, *cli_calls.session_words(session)) as daemon:
+        with (place.merged / "new").open("w") as held, open(place.merged / "base") as other:
+            daemon.send_signal(number)
+            assert wait_for(lambda: mounts_at(place.merged) == [])
+            assert daemon.stderr is not None
+            while "unmounted, but in use" not in daemon.stderr.readline():
+                assert daemon.poll() is None
+            held.write("still written")
+            held.flush()
+            assert other.read() == "base\n"
+            done = unionfs("mount", *place.layers, place.merged)
+            refused(done, "is still in use", "processes have files of it open", f"kill {daemon.pid}")
+            assert mounts_at(place.merged) == []
+        assert daemon.wait(patient(10)) == 0
+    assert (place.upper / "new").read_text() == "still written"
+    place.mount()
+    succeed(unionfs("umount", place.merged))
+
+
+def test_a_mount_waits_for_the_end_of_the_one_before(place: Place) -> None:
+    """umount(2) returns before the daemon has written the upper to disk."""
+    pid = place.mount()
+    os.kill(pid, signal.SIGSTOP)
+    try:
+        syscalls.umount(place.merged)
+        words = [*UNIONFS, "mount", *map(str, place.layers), str(place.merged)]
+        process = subprocess.Popen(words, stdin=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+        with pytest.raises(subprocess.TimeoutExpired):
+            process.wait(live._NOTICE_SECONDS / 2)
+    finally:
+        os.kill(pid, signal.SIGCONT)
+    assert process.communicate(timeout=patient(20)) == (None, "")
+    assert process.returncode == 0
+    assert place.pid() != pid
+    succeed(unionfs("umount", place.merged))
 
 
 @pytest.mark.parametrize("busy", [False, True])
@@ -243,8 +294,7 @@ def test_pages_written_through_mmap_are_not_lost(place: Place, busy: bool) -> No
         with path.open("r+b") as file, mmap.mmap(file.fileno(), 0) as memory:
             memory[:] = b"m" * len(memory)
             if busy:
-                daemon.terminate()
-                assert daemon.wait(10) == 0
+                _end_twice(daemon)
         if not busy:
             daemon.terminate()
             assert daemon.wait(10) == 0

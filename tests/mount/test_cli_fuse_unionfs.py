@@ -24,10 +24,22 @@ from tests.mount.cli_calls import (
     unionfs,
     wait_for,
 )
+from tests.mount.launcher_calls import LAUNCHER, need_launcher
+from unionfs.daemon.resident import SETTING
+
+_command: tuple[str, ...] = FUSE_UNIONFS
+
+
+@pytest.fixture(params=["launcher", "itself"], autouse=True)
+def _way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Through the launcher and its resident, and in a process of its own."""
+    if request.param == "launcher":
+        need_launcher()
+        monkeypatch.setattr(sys.modules[__name__], "_command", (str(LAUNCHER),))
 
 
 def _fuse_unionfs(*arguments: str | Path, cwd: Path | None = None) -> Done:
-    return call(FUSE_UNIONFS, *arguments, cwd=cwd)
+    return call(_command, *arguments, cwd=cwd, env={SETTING: "60"})
 
 
 def _line(path: Path) -> list[str]:
@@ -83,6 +95,18 @@ def test_a_force_mask_as_podman_passes_it(place: Place) -> None:
     assert place.merged.stat().st_mode == 0o040555
 
 
+@pytest.mark.parametrize("more", ["", ",index=on"])
+def test_hard_links_as_for_container_engines(place: Place, more: str) -> None:
+    """A change of one name changes no other, as on overlayfs without an index; the names have one number."""
+    os.link(place.lower / "base", place.lower / "other")
+    succeed(_fuse_unionfs("-o", place.data + more, place.merged))
+    first, second = (place.merged / name for name in ("base", "other"))
+    assert first.stat().st_ino == second.stat().st_ino
+    first.chmod(0o600)
+    assert (second.stat().st_mode == first.stat().st_mode) is bool(more)
+    assert (place.work / "index").exists() is bool(more)
+
+
 def test_version_as_podman_info_shows_it() -> None:
     lines = succeed(_fuse_unionfs("--version")).splitlines()
     assert lines[0].startswith("fuse-unionfs: version ")
@@ -99,7 +123,7 @@ def test_help() -> None:
 def test_foreground(place: Place) -> None:
     for flag in ("-f", "-d"):
         process = subprocess.Popen(
-            [*FUSE_UNIONFS, flag, "-o", place.data, str(place.merged)],
+            [*_command, flag, "-o", place.data, str(place.merged)],
             stderr=subprocess.DEVNULL,
             cwd=cli_calls.REPOSITORY,
         )

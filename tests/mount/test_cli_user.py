@@ -129,11 +129,12 @@ def test_signal_to_a_busy_mount(host: Host, place: Place) -> None:
         user.stdout.readline()
         refused(host.unionfs("umount", place.merged), "is busy", "--lazy", "cwd")
         os.kill(pid, signal.SIGTERM)
-        assert wait_for(lambda: gone(pid))
-        assert str(place.merged) not in host.root("cat", "/proc/mounts").stdout
+        assert wait_for(lambda: str(place.merged) not in host.root("cat", "/proc/mounts").stdout)
+        assert not gone(pid)
     finally:
         user.kill()
         user.communicate()
+    assert wait_for(lambda: gone(pid))
 
 
 def test_crash(host: Host, place: Place) -> None:

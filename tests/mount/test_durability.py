@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.mount.cli_calls import UNIONFS, Place, gone, refused, succeed, unionfs, wait_for
+from tests.mount.cli_calls import UNIONFS, Place, gone, mounts_at, refused, succeed, unionfs, wait_for
 from tests.mount.user_calls import UID, Host
 from tests.support.mounting import mounted
 from tests.support.tracing import RENAMES, SYNCS, Trace, in_order, traced
@@ -151,7 +151,9 @@ def test_the_end(place: Place, end: str) -> None:
         else:
             with (place.merged / "new" if "use" in end else place.upper / "new").open("rb"):
                 os.kill(pid, signal.SIGTERM)
-                assert wait_for(lambda: gone(pid))
+                if "use" in end:
+                    assert wait_for(lambda: mounts_at(place.merged) == [])
+            assert wait_for(lambda: gone(pid))
         assert in_order(trace.take(), ("syncfs", "upper>"))
 
 

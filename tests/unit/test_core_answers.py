@@ -225,6 +225,29 @@ def test_stored_xattrs(mount: Mount, tmp_path: Path, root: None, name: str, want
     assert mount.ask(Opcode.GETXATTR, replaced.id, ask) == b"".join(encode.error(UNIQUE, errno.ESTALE))
 
 
+def test_a_list_of_xattrs_that_is_empty(mount: Mount, tmp_path: Path) -> None:
+    os.setxattr(tmp_path / "l0", "user.overlay.opaque", b"x")
+    size, names = struct.pack("=II", 0, 0), struct.pack("=II", 100, 0)
+    for path in ("d", "d/f", "link"):
+        node = get(mount.union, path)
+        assert mount.ask(Opcode.LISTXATTR, node.id, size) == b"".join(encode.xattr_size(UNIQUE, 0))
+        assert mount.ask(Opcode.LISTXATTR, node.id, names) == b"".join(encode.data(UNIQUE, b""))
+    # Python leaves out the overlay's own names.
+    assert mount.ask(Opcode.LISTXATTR, 1, names) is None
+    os.setxattr(tmp_path / "l0/d/f", "user.x", b"")
+    assert mount.ask(Opcode.LISTXATTR, get(mount.union, "d/f").id, names) is None
+    assert mount.ask(Opcode.LISTXATTR, 99, names) is None
+    assert mount.ask(Opcode.LISTXATTR, get(mount.union, "d").id, bytes(4)) is None
+
+
+def test_a_list_of_xattrs_of_a_name_that_has_another_object(mount: Mount, tmp_path: Path) -> None:
+    node = get(mount.union, "d/f")
+    (tmp_path / "l0/d/g").touch()
+    (tmp_path / "l0/d/g").rename(tmp_path / "l0/d/f")
+    answer = mount.ask(Opcode.LISTXATTR, node.id, struct.pack("=II", 100, 0))
+    assert answer == b"".join(encode.error(UNIQUE, errno.ESTALE))
+
+
 def test_forget(mount: Mount) -> None:
     before = len(mount.union.nodes)
     mount.ask(Opcode.LOOKUP, 1, b"link\0")

@@ -6,6 +6,7 @@ import errno
 import json
 import os
 import shutil
+import stat
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -31,6 +32,20 @@ def _mounts_below(path: Path) -> list[str]:
 
 
 class TestMounted:
+    def test_a_tmpfs_in_short(self, store: Store) -> None:
+        words = ("-o", "tmpfs=mode=700,uid=7", "-o", "size=2m")
+        data = store.create(*words, "data")
+        assert store.create(*words, "data") == data
+        refused(store("create", "-o", "tmpfs", "-o", "size=3m", "data"), "already exists")
+        with store.volumes().used("data", "test") as path:
+            assert path == str(data)
+            status = os.stat(path)
+            assert (stat.S_IMODE(status.st_mode), status.st_uid) == (0o700, 7)
+            assert os.statvfs(path).f_blocks * os.statvfs(path).f_frsize == 2 << 20
+        assert os.listdir(data) == []
+        long = ("-o", "type=tmpfs", "-o", "device=tmpfs", "-o", "o=mode=700,uid=7,size=2097152")
+        assert store.create(*long, "data") == data
+
     def test_tmpfs(self, store: Store) -> None:
         data = store.create("-o", "type=tmpfs", "-o", "device=tmpfs", "-o", "o=size=2m,mode=700", "data")
         assert not os.path.ismount(data)

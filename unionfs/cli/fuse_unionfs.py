@@ -123,9 +123,12 @@ def _mount(call: _Call, program: str) -> int:
         if not call.fake:
             remounting.change(mountpoint, call.options)
         return 0
+    # Container engines mount overlayfs without an index: of a lower's file with several names, only the one
+    # that was changed is to be in the layer. An option of the caller's comes later and counts more.
+    options = ["index=off", *call.options] if source is None else call.options
     settings = settle(
         mountpoint,
-        options=call.options,
+        options=options,
         source=source,
         log_level="debug" if call.debug else "info",
     )
@@ -155,7 +158,12 @@ def mount_helper(arguments: Sequence[str], program: str) -> int:
     return _run(arguments, program, helper=True)
 
 
+def run_here(arguments: Sequence[str], program: str) -> int:
+    """Run `fuse-unionfs` in this process; `program` is the name it is called by. Returns the exit code."""
+    helper = program.startswith("mount.")
+    return _run(arguments, "unionfs" if helper else "fuse-unionfs", helper=helper)
+
+
 def main() -> None:
-    """The console script `fuse-unionfs`."""
-    helper = os.path.basename(sys.argv[0]).startswith("mount.")
-    leave(_run(sys.argv[1:], "unionfs" if helper else "fuse-unionfs", helper=helper))
+    """`fuse-unionfs` without the launcher."""
+    leave(run_here(sys.argv[1:], os.path.basename(sys.argv[0])))

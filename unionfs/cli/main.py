@@ -28,6 +28,7 @@ _COMMANDS = {
     "run": ("unionfs.cli.containers:run", "Run a command in a union."),
     "rm": ("unionfs.cli.containers:rm", "Remove kept containers."),
     "volume": ("unionfs.cli.volume:volume", "Manage named volumes."),
+    "plugin": ("unionfs.cli.plugin:plugin", "Let docker and podman use the volumes."),
     "doctor": ("unionfs.cli.doctor:doctor", "Report what this host supports and lacks."),
     "completion": ("unionfs.cli.completion:completion", "Print the completion script for a shell."),
 }
@@ -60,11 +61,16 @@ def is_mount_helper_call(arguments: Sequence[str], program: str) -> bool:
     return not arguments[1].startswith("-") and any(word.startswith("-o") for word in arguments[2:])
 
 
-def main() -> None:
-    arguments = sys.argv[1:]
-    if is_mount_helper_call(arguments, sys.argv[0]):
+def run_here(arguments: Sequence[str], program: str) -> int:
+    """Run `unionfs` in this process; `program` is the name it is called by. Returns the exit code."""
+    if is_mount_helper_call(arguments, program):
         # For start-up time: only mount(8) needs it.
         from unionfs.cli.fuse_unionfs import mount_helper
 
-        leave(mount_helper(arguments, "unionfs"))
-    leave(run(cli, arguments, "unionfs"))
+        return mount_helper(arguments, "unionfs")
+    return run(cli, arguments, "unionfs")
+
+
+def main() -> None:
+    """`unionfs` without the launcher."""
+    leave(run_here(sys.argv[1:], sys.argv[0]))

@@ -44,6 +44,7 @@ cdef class Answers:
     cdef int statfs(self, const fuse_in_header *header) except -1
     cdef int readlink(self, const fuse_in_header *header) except -1
     cdef int getxattr(self, const fuse_in_header *header, const char *body, size_t size) except -1
+    cdef int listxattr(self, const fuse_in_header *header, const char *body, size_t size) except -1
     cdef int stored_xattr(
         self, const fuse_in_header *header, Node node, const char *name, size_t wanted
     ) except -1

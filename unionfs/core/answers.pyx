@@ -10,6 +10,7 @@
     SETATTR                       in the plain case; see `setrequests`
     OPEN, RELEASE                 of files that are only read; see `opens`
     GETXATTR                      of ACLs and capabilities as they are stored, for permission checks of the kernel
+    LISTXATTR                     of objects without xattrs, which most are
 
 All other requests are handled by Python; see `fuse.direct`. A message that does not have the form that the
 protocol prescribes is left to Python too, which reports it.
@@ -29,9 +30,9 @@ from unionfs.core.node cimport Attributes, Node
 from unionfs.core.stats cimport failure
 from unionfs.core.validity cimport entry_valid, fill_entry, valid_for
 from unionfs.core.wire cimport (
-    FUSE_BATCH_FORGET, FUSE_CREATE, FUSE_FORGET, FUSE_GETATTR, FUSE_GETXATTR, FUSE_LOOKUP, FUSE_MKDIR,
-    FUSE_OPEN, FUSE_READ, FUSE_READDIR, FUSE_READDIRPLUS, FUSE_READLINK, FUSE_RELEASE, FUSE_RENAME, FUSE_RENAME2,
-    FUSE_RMDIR, FUSE_SETATTR, FUSE_STATFS, FUSE_UNLINK,
+    FUSE_BATCH_FORGET, FUSE_CREATE, FUSE_FORGET, FUSE_GETATTR, FUSE_GETXATTR, FUSE_LISTXATTR, FUSE_LOOKUP,
+    FUSE_MKDIR, FUSE_OPEN, FUSE_READ, FUSE_READDIR, FUSE_READDIRPLUS, FUSE_READLINK, FUSE_RELEASE, FUSE_RENAME,
+    FUSE_RENAME2, FUSE_RMDIR, FUSE_SETATTR, FUSE_STATFS, FUSE_UNLINK,
     attr_answer, create_answer, entry_answer, fuse_batch_forget_in, fuse_forget_one,
     fuse_out_header, open_answer, statfs_answer, validity,
 )
@@ -133,6 +134,8 @@ cdef class Answers:
             done = self.change(header, body, size)
         elif number == FUSE_GETXATTR:
             done = self.getxattr(header, body, size)
+        elif number == FUSE_LISTXATTR:
+            done = self.listxattr(header, body, size)
         elif number == FUSE_READ:
             done = self.read(header, body, size)
         elif number == FUSE_READDIR or number == FUSE_READDIRPLUS:
@@ -309,6 +312,25 @@ cdef class Answers:
         if not wanted:  # struct fuse_getxattr_out
             sizes[0], sizes[1], size = <uint32_t>size, 0, 2 * sizeof(uint32_t)
         out.header.length, out.header.error, out.header.unique = sizeof(fuse_out_header) + size, 0, header.unique
+        self.send(&out, out.header.length)
+        return 1
+
+    cdef int listxattr(self, const fuse_in_header *header, const char *body, size_t size) except -1:
+        cdef xattr_answer out
+        cdef Node node
+        cdef ssize_t found
+        if size < GETXATTR_IN:
+            return 0
+        node = self.nodes.found(header.nodeid)
+        if node is None or node.top_layer().permissions is not None:
+            return 0
+        found = self.objects.xattr(node, NULL, NULL, 0)
+        if found != 0 and found != -EOPNOTSUPP:
+            return 0
+        memset(out.value, 0, sizeof(uint64_t))
+        out.header.length, out.header.error, out.header.unique = sizeof(fuse_out_header), 0, header.unique
+        if (<const uint32_t *>body)[0] == 0:  # struct fuse_getxattr_out
+            out.header.length += sizeof(uint64_t)
         self.send(&out, out.header.length)
         return 1
 

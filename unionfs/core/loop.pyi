@@ -7,6 +7,8 @@ from unionfs.core.idling import Idling
 WAIT: Final = 0
 FAIR: Final = -1
 
+def new_buffer(size: int) -> bytearray: ...
+
 class Channel:
     def __init__(
         self, fd: int, answers: Answers, watched: Callable[[], bool], idling: Idling | None = None

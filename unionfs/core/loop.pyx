@@ -6,6 +6,7 @@
 - The interpreter lock is released while it polls.
 """
 
+from cpython.bytearray cimport PyByteArray_FromStringAndSize
 from libc.errno cimport EAGAIN, EINTR, ENOENT
 from libc.errno cimport errno as c_errno
 from libc.stdint cimport int64_t
@@ -25,6 +26,11 @@ cdef enum:
     FAIR_NS = 2_000_000
     MAX_SPIN_NS = 100_000
     MIN_SPIN_NS = 5_000
+
+
+def new_buffer(Py_ssize_t size):
+    """A buffer of ``size`` bytes of any content. Its pages take memory only when data has been read into them."""
+    return PyByteArray_FromStringAndSize(NULL, size)
 
 
 cdef class Channel:

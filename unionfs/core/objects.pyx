@@ -16,6 +16,7 @@ cdef extern from "<unistd.h>" nogil:
 
 cdef extern from "<sys/xattr.h>" nogil:
     ssize_t getxattr(const char *path, const char *name, void *value, size_t size)
+    ssize_t listxattr(const char *path, char *names, size_t size)
 
 cdef enum:
     PATH_MAX = 4096
@@ -97,7 +98,7 @@ cdef class Objects:
         return read_result(again, st)
 
     cdef ssize_t xattr(self, Node node, const char *name, char *value, size_t size) except? -1:
-        """getxattr(2): the size of the value, or minus an errno. Raises ``OSError``."""
+        """getxattr(2), or listxattr(2) if ``name`` is NULL: the size, or minus an errno. Raises ``OSError``."""
         cdef char path[FD_PATH_SIZE]
         cdef bint mine
         cdef int fd = path_fd(self.gate, node, &mine)
@@ -105,7 +106,7 @@ cdef class Objects:
         if fd < 0:
             return -EACCES
         snprintf(path, FD_PATH_SIZE, "/proc/self/fd/%d", fd)
-        found = getxattr(path, name, value, size)
+        found = listxattr(path, value, size) if name == NULL else getxattr(path, name, value, size)
         if found < 0:
             found = -c_errno
         if mine:

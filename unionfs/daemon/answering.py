@@ -12,7 +12,7 @@ from typing import Any, Final
 
 import trio
 
-from unionfs.daemon.control import peer_of
+from unionfs.sys.peers import peer_of
 
 _SEND_SECONDS: Final = 5.0
 _QUESTION_SECONDS: Final = 0.5
@@ -42,7 +42,7 @@ async def serve_control(
     """Send `await answer(question)` to each client that is root or this user, until cancelled."""
     async def handle(stream: trio.SocketStream) -> None:
         peer = peer_of(stream.socket)
-        if peer.uid not in (0, os.geteuid()):
+        if not peer.is_own:
             log.debug("process %d of uid %d may not ask", peer.pid, peer.uid)
             return
         try:

@@ -15,13 +15,12 @@ from unionfs.sys.mountinfo import MountEntry, mounted_at, mounts_of_device
 from unionfs.sys.unmount import open_mount, unmount
 
 
-def end_from_within(device: str) -> bool:
+def end_from_within(device: str) -> None:
     """Sync and unmount this process's own mount. `device` is its `major:minor`.
 
     Blocks: run it in a thread while the daemon keeps serving, since data written through mmap arrives only
-    now. Mounts in use are detached. Returns whether any were.
+    now. Mounts in use are detached.
     """
-    detached = False
     # Newest first: bind mounts of parts of the union before the union.
     for mount in reversed(mounts_of_device(device)):
         if not _is_on_top(mount):
@@ -34,10 +33,8 @@ def end_from_within(device: str) -> bool:
         except OSError as error:
             if error.errno in (errno.EINVAL, errno.ENOENT):  # already unmounted
                 continue
-            detached = True
             with _synced(mount), suppress(OSError):
                 unmount(mount, lazy=True)
-    return detached
 
 
 def _is_on_top(mount: MountEntry) -> bool:

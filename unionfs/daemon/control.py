@@ -12,37 +12,17 @@ import json
 import os
 import select
 import socket
-import struct
 import time
 from collections.abc import Mapping
 from contextlib import ExitStack
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Final
+from typing import Any, Final
 
-if TYPE_CHECKING:
-    import trio
+from unionfs.sys.peers import peer_of
 
 ANSWER_SECONDS: Final = 2.0
 _LONGEST_ANSWER: Final = 16 << 20
 _LONGEST_OF_OTHERS: Final = 256 << 10
 _MOST_LEVELS: Final = 8
-_CREDENTIALS: Final = struct.Struct("3i")  # struct ucred: pid, uid, gid
-
-
-@dataclass(frozen=True, slots=True)
-class Peer:
-    """The process that called connect(2) or listen(2) at the other end of a unix socket."""
-
-    pid: int
-    uid: int
-
-
-def peer_of(connection: socket.socket | trio.socket.SocketType) -> Peer:
-    """Return the peer of a connection; SO_PEERCRED, unix(7)."""
-    pid, uid, _ = _CREDENTIALS.unpack(
-        connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _CREDENTIALS.size)
-    )
-    return Peer(pid, uid)
 
 
 def ask(

@@ -1,4 +1,8 @@
-"""When a mount ends: on a signal, with its owner process, or when it is unmounted."""
+"""When a mount ends: on a signal, with its owner process, or when it is unmounted.
+
+On a signal the mount leaves the tree at once, as by `umount -l`. Who has files of it open may finish: it is
+served until they have closed them, a second signal comes, or the time is over.
+"""
 
 from __future__ import annotations
 
@@ -16,9 +20,12 @@ from unionfs.sys.fds import Owned
 from unionfs.sys.process import is_alive
 
 _SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
-# How long a mount may stay in use elsewhere after the daemon has unmounted it in this namespace.
+# How long a mount is served after a signal: systemd kills 90 seconds after it has sent one (TimeoutStopSec).
+_HELD_SECONDS = 60.0
+# How long after the end of its owner.
 _GRACE_SECONDS = 2.0
-_DETACHED_SECONDS = 0.1
+# After an unmount the session ends by itself, if nobody uses the mount.
+_NOTICE_SECONDS = 0.1
 
 log = logging.getLogger(__name__)
 
@@ -48,6 +55,7 @@ class Lifetime:
         self._foreground = foreground
         self._device = ""
         self._ending = False
+        self._at_once = trio.Event()
 
     @property
     def is_ending(self) -> bool:
@@ -68,7 +76,10 @@ class Lifetime:
                 async for number in signals:
                     if number == signal.SIGHUP and not self._foreground:
                         continue
-                    nursery.start_soon(self._end, session, signal.Signals(number).name)
+                    if self._ending:
+                        self._at_once.set()
+                    else:
+                        nursery.start_soon(self._end, session, signal.Signals(number).name, _HELD_SECONDS)
 
     async def watch_owner(self, session: trio.CancelScope) -> None:
         if self._owner is None:
@@ -78,10 +89,10 @@ class Lifetime:
             # Checked after pidfd_open, so that the pid cannot have been reused.
             if is_alive(pid, started):
                 await trio.lowlevel.wait_readable(pidfd)
-        await self._end(session, f"process {pid} has ended")
+        await self._end(session, f"process {pid} has ended", _GRACE_SECONDS)
 
-    async def _end(self, session: trio.CancelScope, why: str) -> None:
-        """Unmount while the loop keeps serving, then stop serving even if files are still open."""
+    async def _end(self, session: trio.CancelScope, why: str, patience: float) -> None:
+        """Unmount while the loop keeps serving; stop serving after `patience` seconds at the latest."""
         if self._ending:
             return
         self._ending = True
@@ -90,12 +101,21 @@ class Lifetime:
             session.cancel()
             return
         try:
-            detached = await trio.to_thread.run_sync(end_from_within, self._device, abandon_on_cancel=True)
+            await trio.to_thread.run_sync(end_from_within, self._device, abandon_on_cancel=True)
         except OSError:
             log.exception("unmounting failed")
-            detached = True
+            patience = 0
         # When the mount is gone, the session ends and cancels this task.
-        await trio.sleep(_DETACHED_SECONDS if detached else _GRACE_SECONDS)
+        await trio.sleep(_NOTICE_SECONDS)
+        # Signals until now came for the unmounting.
+        self._at_once = trio.Event()
+        log.warning(
+            "%s is unmounted, but in use: it is served for at most %.0f seconds; another signal ends it",
+            self._mountpoint,
+            patience,
+        )
+        with trio.move_on_after(patience):
+            await self._at_once.wait()
         log.warning("%s is still in use: its users are cut off", self._mountpoint)
         # Do not cancel the session: libfuse would unmount by path, which may be another mount by now.
         # The connection ends with the process.

@@ -21,7 +21,13 @@ from unionfs.daemon.runtime import RuntimeDirectory, runtime_directories
 from unionfs.errors import quoted
 from unionfs.settings.mount import MountSettings
 from unionfs.sys.mountinfo import MountEntry, mounts_of_device, read_mountinfo
-from unionfs.sys.process import is_alive, start_time
+from unionfs.sys.process import is_alive, start_time, wait_gone
+
+_NOTICE_SECONDS = 2.0
+"""How long a daemon may take to notice that its mount is gone."""
+
+ENDING = "ending"
+"""In a daemon's answer: whether it was told to end."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -196,6 +202,32 @@ def live_mounts() -> list[LiveMount]:
     """Return this user's usable mounts, oldest first."""
     alive = (entry for entry in entries() if not entry.ending and entry.is_alive() and entry.mounts())
     return sorted(alive, key=lambda entry: entry.since)
+
+
+def has_ended_soon(entry: LiveMount) -> bool:
+    """Return whether the daemon of an entry ends soon, and wait for that if its mount is gone, or if it was
+    told to end.
+
+    umount(2) returns before the daemon has noticed and written the upper to disk, which may take long.
+    """
+    deadline = time.monotonic() + _NOTICE_SECONDS
+    while not wait_gone(entry.pid, entry.started, 0):
+        if entry.mounts() and not entry.ending:
+            if _was_told_to_end(entry):
+                deadline = time.monotonic() + _NOTICE_SECONDS
+            elif entry.mounts():  # else it has ended its mount meanwhile
+                return False
+        if time.monotonic() > deadline:
+            current = [one for one in entries() if one.name == entry.name]
+            if current and not current[0].ending:
+                return False
+        wait_gone(entry.pid, entry.started, _NOTICE_SECONDS / 10)
+    return True
+
+
+def _was_told_to_end(entry: LiveMount) -> bool:
+    answer = entry.ask()
+    return answer is not None and answer.get(ENDING) is True
 
 
 def find_by_device(device: str, known: Sequence[LiveMount] | None = None) -> LiveMount | None:

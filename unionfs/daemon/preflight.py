@@ -47,14 +47,6 @@ _REPORTS_NOTHING: Final = {
 }  # fmt: skip
 
 
-class InUseError(UserError):
-    """Another mount of this user has the mountpoint, the upper or work."""
-
-    def __init__(self, sentence: str, entry: live.LiveMount) -> None:
-        super().__init__(sentence)
-        self.entry = entry
-
-
 @dataclass(slots=True)
 class _Host:
     """A cache of facts about the host; 500 lowers share most of their parent directories."""
@@ -253,15 +245,14 @@ def check_unused(upper: str, work: str | None = None) -> None:
 
 
 def _check_unused(upper: str, work: str, host: _Host) -> None:
-    for entry in live.live_mounts():
+    for entry in live.entries():
         for kind, path in (("upper", upper), ("work", work)):
             for taken in (entry.settings.upper, entry.settings.work):
-                if taken is not None and _is_taken(host, path, taken, entry.claims):
-                    raise InUseError(
-                        f"{kind} {quoted(path)} is in use by {live.describe_owner(entry)}; unmount that "
-                        "first, or choose another directory.",
-                        entry,
-                    )
+                if taken is None or not _is_taken(host, path, taken, entry.claims):
+                    continue
+                if not live.has_ended_soon(entry):
+                    how = _how_used(entry)
+                    raise UserError(f"{kind} {quoted(path)} is {how}, or choose another directory.")
     for mount in host.table:
         if mount.fstype != "overlay":
             continue
@@ -277,6 +268,17 @@ def _check_unused(upper: str, work: str, host: _Host) -> None:
                         f"{kind} {quoted(path)} is in use by the kernel's overlayfs at "
                         f"{quoted(mount.mountpoint)}; unmount that first, or choose another directory."
                     )
+
+
+def _how_used(entry: live.LiveMount) -> str:
+    """Describe, as a part of a sentence, how a daemon that has not ended uses its upper; with the cure."""
+    if entry.mounts():
+        return f"in use by {live.describe_owner(entry)}; unmount that first"
+    mountpoint, pid = quoted(entry.settings.mountpoint), entry.pid
+    return (
+        f"still in use: {mountpoint} is unmounted, but processes have files of it open, so its daemon (pid "
+        f"{pid}) goes on; end them, cut them off by `kill {pid}`, given twice"
+    )
 
 
 def _is_taken(host: _Host, path: str, taken: str, claims: Sequence[tuple[int, int]]) -> bool:
@@ -320,16 +322,18 @@ def _check_mountpoint(settings: MountSettings, host: _Host) -> None:
         )
     # Before any request to the mountpoint, where a dead or hanging daemon may be mounted.
     mount = mounted_at(path, host.table)
-    if mount is not None and mount.is_fuse:
+    while mount is not None and mount.is_fuse:
         entry = live.find_by_device(mount.device)
         # Another user's daemon may not answer; send no request to such a mount.
         may_ask = others.owner_of(mount) is None
         if (may_ask and is_dead(path)) if entry is None else not entry.is_alive():
             _refuse_missing("mountpoint", path, OSError(errno.ENOTCONN, "dead"))
+        if entry is not None and live.has_ended_soon(entry):
+            mount = mounted_at(path)
+            continue
         what = live.describe_owner(entry) if entry else f"a {mount.fstype} mount of {quoted(mount.source)}"
         cure = f"`unionfs umount {quoted(path)}`" if entry else f"`umount {quoted(path)}`"
-        sentence = f"{shown} is busy: {what} is there already; run {cure} first."
-        raise UserError(sentence) if entry is None else InUseError(sentence, entry)
+        raise UserError(f"{shown} is busy: {what} is there already; run {cure} first.")
     try:
         status = os.stat(path)
     except OSError as error:

@@ -17,7 +17,8 @@ from collections.abc import Callable
 from contextlib import suppress
 from typing import NoReturn
 
-from unionfs.daemon import dead, ending, logs, preflight
+from unionfs.daemon import logs, preflight
+from unionfs.daemon.caller import CALLER
 from unionfs.daemon.runtime import RuntimeDirectory, runtime_directory
 from unionfs.errors import DeadMountError, MountRefusedError, UserError, quoted
 from unionfs.settings.mount import MountSettings
@@ -39,6 +40,8 @@ def mount(settings: MountSettings, *, foreground: bool = False) -> int:
     Raises UserError if mounting fails, leaving nothing mounted.
     """
     open_standard_files()
+    if foreground:
+        CALLER.needs_own_process()
     _make_way(settings)
     with runtime_directory() as directory:
         if foreground:
@@ -48,7 +51,7 @@ def mount(settings: MountSettings, *, foreground: bool = False) -> int:
 
 
 def _make_way(settings: MountSettings) -> None:
-    """Check the settings. Unmounts a dead mount at the mountpoint, and waits for daemons that are ending.
+    """Check the settings, and unmount a dead mount at the mountpoint.
 
     Raises UserError if these settings cannot be mounted.
     """
@@ -57,13 +60,13 @@ def _make_way(settings: MountSettings) -> None:
             preflight.check(settings)
             return
         except DeadMountError:
+            # For start-up time: few mounts are over dead ones.
+            from unionfs.daemon import dead
+
             found = dead.own_dead_mount_at(settings.mountpoint)
             if found is None:
                 raise
             dead.clean(found)
-        except preflight.InUseError as error:
-            if not ending.has_ended(error.entry):
-                raise
 
 
 class CapturedStderr:
@@ -179,7 +182,7 @@ def _wait_for_answer(reader: int) -> bytes | None:
     """Return the line that the daemon sends, empty if it ended without one; None after a signal."""
     with os.fdopen(reader, "rb") as pipe:
         while not select.select([pipe], [], [], _SIGNAL_POLL_SECONDS)[0]:
-            if signal.sigpending() & _SIGNALS:
+            if signal.sigpending() & _SIGNALS or CALLER.has_ended():
                 return None
         answer = pipe.readline()
         return None if signal.sigpending() & _SIGNALS else answer

@@ -12,7 +12,7 @@ from contextlib import suppress
 from typing import Final
 
 from unionfs.errors import UserError
-from unionfs.sys.capabilities import is_host_root, uid_outside
+from unionfs.sys.capabilities import in_initial_user_namespace, is_host_root, uid_outside
 from unionfs.sys.fds import Returned
 
 _SYSTEM: Final = "/run/unionfs"
@@ -85,17 +85,25 @@ def candidates() -> list[str]:
     """Return the possible directories of this user, the preferred one first.
 
     logind's directory comes before /tmp, where another user may have taken the name. Uid 0 of a user
-    namespace counts as the uid outside (XDG Base Directory Specification; user_namespaces(7)).
+    namespace counts as the uid outside (XDG Base Directory Specification; user_namespaces(7)). But it never
+    is the host's root, and the uid outside may be that of a namespace that is nested itself: so the last one
+    there has the namespace in its name. The launcher has the same order (launcher/fuse-unionfs.c).
     """
     uid = os.geteuid()
     if is_host_root():
         return [_SYSTEM, "/tmp/unionfs-0"]
+    nested = not in_initial_user_namespace()
     uid = uid_outside(uid)
     chosen = os.environ.get("XDG_RUNTIME_DIR", "")
     found = [f"{chosen}/unionfs"] if chosen.startswith("/") else []
     if os.path.isdir(f"/run/user/{uid}"):
         found.append(f"/run/user/{uid}/unionfs")
-    return list(dict.fromkeys([*found, f"/tmp/unionfs-{uid}"]))
+    if not nested or uid != 0:
+        found.append(f"/tmp/unionfs-{uid}")
+    if nested:
+        with suppress(OSError):
+            found.append(f"/tmp/unionfs-{uid}-userns-{os.stat('/proc/self/ns/user').st_ino}")
+    return list(dict.fromkeys(found))
 
 
 def runtime_directory() -> RuntimeDirectory:

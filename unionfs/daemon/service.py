@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import trio
 
-from unionfs.daemon import ending
+from unionfs.daemon import live
 from unionfs.daemon.announcement import Announcement
 from unionfs.daemon.answering import serve_control
 from unionfs.daemon.claiming import Claim
@@ -26,7 +26,7 @@ from unionfs.daemon.runtime import RuntimeDirectory
 from unionfs.daemon.serving import Serving
 from unionfs.daemon.stats import more_for
 from unionfs.daemon.syncing import sync
-from unionfs.errors import LayerInUseError, MountRefusedError, UserError, quoted, reason
+from unionfs.errors import MountRefusedError, UserError, quoted, reason
 from unionfs.fuse.errors import SessionError
 from unionfs.fuse.operations import Operations
 from unionfs.settings.mount import MountSettings
@@ -164,7 +164,7 @@ class Service:
             "io": self._serving.io,
             "figures": self._operations.figures(),
             "upper_fd": None if upper is None else upper.root_fd,
-            ending.KEY: self._lifetime.is_ending,
+            live.ENDING: self._lifetime.is_ending,
             **more_for(question, self._operations.latencies),
         }
 
@@ -216,29 +216,21 @@ def _open(settings: MountSettings, directory: RuntimeDirectory) -> tuple[Announc
 
             # The union's own mount decides on devices and set-id programs.
             scratch = tmpfs.make(settings.upper_tmpfs, owner="the tmpfs for the upper")
-        try:
-            stack = _layers(settings, scratch)
-        except LayerInUseError:
-            ending.wait_for_layers(settings)
-            stack = _layers(settings, scratch)
+        stack = LayerStack.open(
+            settings.lowers,
+            settings.upper,
+            settings.work,
+            userxattr=settings.userxattr,
+            volatile=settings.volatile,
+            features=settings.features,
+            shown=settings.shown,
+            scratch=scratch,
+            atime=[flag for flag in settings.flags if flag in (*ATIME, "nodiratime")],
+        )
     except OSError as error:
         name = quoted(os.fsdecode(error.filename)) if error.filename else "the layers"
         raise UserError(f"{name} cannot be opened: {reason(error)}; check the layers.") from error
     return announcement, stack
-
-
-def _layers(settings: MountSettings, scratch: int | None) -> LayerStack:
-    return LayerStack.open(
-        settings.lowers,
-        settings.upper,
-        settings.work,
-        userxattr=settings.userxattr,
-        volatile=settings.volatile,
-        features=settings.features,
-        shown=settings.shown,
-        scratch=scratch,
-        atime=[flag for flag in settings.flags if flag in (*ATIME, "nodiratime")],
-    )
 
 
 def _union(stack: LayerStack, settings: MountSettings) -> Union:

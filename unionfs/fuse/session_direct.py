@@ -19,7 +19,7 @@ from unionfs.core import namerequests
 from unionfs.core.answers import Answers
 from unionfs.core.idling import Idling
 from unionfs.core.listings import Lister
-from unionfs.core.loop import Channel
+from unionfs.core.loop import Channel, new_buffer
 from unionfs.core.opens import Opens
 from unionfs.core.places import Layer
 from unionfs.core.reads import Reads
@@ -183,7 +183,7 @@ def _counts(requests: Counter[str], answers: Answers) -> dict[str, int]:
 
 async def _agree(device: Device, splicer: Splicer, operations: Operations, io: IoMode) -> Decision:
     """Answer the kernel's INIT. Raises SessionError."""
-    buffer = bytearray(receive_buffer_size(_LARGEST_REQUEST))
+    buffer = new_buffer(receive_buffer_size(_LARGEST_REQUEST))
     with trio.move_on_after(_INIT_SECONDS):
         while True:
             try:

@@ -40,10 +40,19 @@ def parse_tmpfs(text: str) -> TmpfsSpec:
     option = f"--tmpfs {quoted(text)}"
     target, _, words = text.partition(":")
     target = target_of(option, target)
+    options, flags, read_only = parse_tmpfs_words(option, words.split(","))
+    return TmpfsSpec(target, options, read_only=read_only, flags=flags)
+
+
+def parse_tmpfs_words(option: str, words: Iterable[str]) -> tuple[TmpfsOptions, tuple[str, ...], bool]:
+    """Parse options of mount(8) and tmpfs(5): those of tmpfs, the flags, and whether it is read-only.
+
+    `option` names them in errors. Raises UserError.
+    """
     flags = list(TMPFS_FLAGS)
     rest = []
     read_only = False
-    for word in words.split(","):
+    for word in words:
         if word in ("ro", "rw"):
             read_only = word == "ro"
         elif word in _TMPFS_ADD:
@@ -52,8 +61,7 @@ def parse_tmpfs(text: str) -> TmpfsSpec:
             flags = [flag for flag in flags if flag != _TMPFS_TAKE[word]]
         elif word and word not in _TMPFS_SKIPPED:
             rest.append(word)
-    options = _tmpfs_options(option, rest, TmpfsOptions(mode=0o1777))
-    return TmpfsSpec(target, options, read_only=read_only, flags=tuple(flags))
+    return _tmpfs_options(option, rest, TmpfsOptions(mode=0o1777)), tuple(flags), read_only
 
 
 def is_tmpfs_upper(upper: str) -> bool:

@@ -131,7 +131,8 @@ def users(directory: str) -> list[VolumeUser]:
             continue
         try:
             text, path = jsonfiles.read(f"{directory}/{name}")
-            found[str(text)] = VolumeUser(str(text), str(path))
+            user = VolumeUser.from_stored(str(text), str(path))
+            found[user.text] = user
         except (FileNotFoundError, *_MISSPELT):
             continue  # removed just now, or a power cut came before its content was on disk
         except OSError as error:
@@ -140,8 +141,8 @@ def users(directory: str) -> list[VolumeUser]:
 
 
 def add_user(directory: str, user: VolumeUser) -> None:
-    """Record a user; adding it again has no effect. Raises UserError."""
-    path, values = _user_file(directory, user.text), [user.text, user.path]
+    """Record a user, or the new count of its hold; adding it again has no effect. Raises UserError."""
+    path, values = _user_file(directory, user.text), [user.stored_text, user.path]
     with _recording(os.path.basename(directory), path):
         try:
             jsonfiles.write(path, values, sync=False)

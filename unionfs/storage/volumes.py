@@ -24,6 +24,7 @@ from unionfs.storage import locks, records
 from unionfs.storage.drivers import Driver, find_driver
 from unionfs.storage.drivers.base import Forced
 from unionfs.storage.drivers.replacing import finish_in_place
+from unionfs.storage.holds import Engine, Hold
 from unionfs.storage.model import ANONYMOUS_LABEL, Volume, VolumeUser
 from unionfs.storage.removing import refuse_bound, refuse_locked, refuse_mounted, remove_all
 from unionfs.storage.root import check_directory, is_own_directory, make_directory, open_root
@@ -32,6 +33,10 @@ from unionfs.sys.trees import remove_path
 __all__ = ["Volume", "VolumeUser", "Volumes"]
 
 _log = logging.getLogger(__name__)
+
+
+class NoVolumeError(UserError):
+    """There is no volume of a name."""
 
 
 class Volumes:
@@ -64,7 +69,7 @@ class Volumes:
     def get(self, name: str) -> Volume:
         found = self._find(check_name(name))
         if found is None:
-            raise UserError(
+            raise NoVolumeError(
                 f"there is no volume {quoted(name)}; `unionfs volume ls` lists the existing ones."
             )
         return found
@@ -164,12 +169,15 @@ class Volumes:
         found = self._find(name)
         if found is None:
             maker = find_driver(driver or "local")
+            options = maker.spelled_out(options)
             maker.check(options)
             with locks.state(self.root, name):
                 found = self._find(name)
                 if found is None:
                     made = {**labels, ANONYMOUS_LABEL: ""} if anonymous else dict(labels)
                     return self._make(name, maker, driver or "local", options, made, anonymous)
+        if options and driver in (None, found.driver):
+            options = find_driver(found.driver).spelled_out(options)
         _check_same(found, driver, options, labels)
         return found
 
@@ -228,23 +236,30 @@ class Volumes:
 
     # -- using --------------------------------------------------------------------------------------------
 
-    def attach(self, name: str, user: str) -> str:
+    def attach(self, name: str, user: str, *, engine: Engine | None = None) -> str:
         """Record a user and return the absolute path of the volume's data for it.
 
-        `user` is a text as in `VolumeUser`. The first user mounts the volume.
+        `user` is a text as in `VolumeUser`. The first user mounts the volume. `engine` counts how often it
+        attaches the user; then as many detach it.
         """
         with locks.state(self.root, name):
             volume = self.get(name)
             driver = find_driver(volume.driver)
-            users = self._without_the_dead(volume, driver)
+            # An engine that begins a hold anew knows of no earlier one.
+            begun = None if engine is None else lambda known: known.text == user and known.is_unused()
+            users = self._without_the_dead(volume, driver, unused=begun, tolerant=True)
             for known in users:
                 if known.text == user:
+                    if engine is not None and known.hold is not None:
+                        held = replace(known, hold=known.hold.again(engine))
+                        records.add_user(volume.directory, held)
                     return known.path
             # For later users too: the volume may have been unmounted by hand.
             path = driver.mount(volume, user)
             try:
                 finish_in_place(volume, path)
-                records.add_user(volume.directory, VolumeUser(user, path))
+                hold = None if engine is None else Hold(engine)
+                records.add_user(volume.directory, VolumeUser(user, path, hold))
             except BaseException:
                 if driver.one_mount_each(volume) or not users:
                     with suppress(UserError):
@@ -253,26 +268,48 @@ class Volumes:
             return path
 
     def detach(self, name: str, user: str) -> None:
-        """Remove a user; the last one unmounts the volume."""
+        """Remove a user; the last one unmounts the volume. Of a hold, undo one `attach`."""
         with locks.state(self.root, name):
             volume = self.get(name)
             driver = find_driver(volume.driver)
-            users = self._without_the_dead(volume, driver, besides=user)
-            if not any(known.text == user for known in users):
+            users = self._without_the_dead(volume, driver, besides=user, tolerant=True)
+            found = next((known for known in users if known.text == user), None)
+            if found is None:
+                return
+            if found.hold is not None and found.hold.count > 1:
+                records.add_user(volume.directory, replace(found, hold=found.hold.less()))
                 return
             if driver.one_mount_each(volume) or len(users) == 1:
-                driver.unmount(volume, user)
+                try:
+                    driver.unmount(volume, user)
+                except UserError:
+                    if found.hold is not None:
+                        # The engine does not ask again, so the next caller unmounts what is busy now.
+                        records.add_user(volume.directory, replace(found, hold=found.hold.less()))
+                    raise
             records.remove_user(volume.directory, user)
 
-    def _without_the_dead(self, volume: Volume, driver: Driver, besides: str = "") -> list[VolumeUser]:
-        """Detach users whose process has ended, and return the others."""
+    def _without_the_dead(
+        self, volume: Volume, driver: Driver, *, besides: str = "",
+        unused: Callable[[VolumeUser], bool] | None = None, tolerant: bool = False,
+    ) -> list[VolumeUser]:  # fmt: skip
+        """Detach users that are gone, or `unused`, and return the others.
+
+        `tolerant`: a storage that cannot be unmounted now stays mounted until the next call.
+        """
         alive: list[VolumeUser] = []
         dead: list[VolumeUser] = []
         for user in records.users(volume.directory):
-            (dead if user.is_gone and user.text != besides else alive).append(user)
+            gone = user.text != besides and (user.is_gone or (unused is not None and unused(user)))
+            (dead if gone else alive).append(user)
         for user in dead:
             if driver.one_mount_each(volume) or (not alive and user is dead[-1]):
-                driver.unmount(volume, user.text)
+                try:
+                    driver.unmount(volume, user.text)
+                except UserError:
+                    if tolerant:
+                        continue
+                    raise
             records.remove_user(volume.directory, user.text)
         return alive
 
@@ -332,8 +369,10 @@ class Volumes:
             records.write(changed)
             return changed
 
-    def remove(self, name: str, *, force: bool = False, missing_ok: bool = False) -> bool:
-        """Remove a volume and its data. Raises UserError while it has users.
+    def remove(
+        self, name: str, *, force: bool = False, missing_ok: bool = False, engine: Engine | None = None
+    ) -> bool:
+        """Remove a volume and its data. Raises UserError while it has users; `engine` knows its own best.
 
         Returns False if it does not exist, with `missing_ok` or `force`. `force` also removes one whose
         driver is missing or fails, or whose record cannot be read, and files that chattr(1) made immutable or
@@ -365,7 +404,7 @@ class Volumes:
             if force:
                 driver = Forced(driver, self._tell)
             complaint = f"volume {quoted(name)} cannot be removed"
-            if users := self._without_the_dead(volume, driver):
+            if users := self._without_the_dead(volume, driver, unused=lambda user: user.is_unused(engine)):
                 raise UserError(f"{complaint}: {_in_use(users)}; stop that first.")
             refuse_bound(volume.directory, complaint)
             if not force:

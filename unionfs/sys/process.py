@@ -53,7 +53,8 @@ class BusyProcess:
     """One of `cwd`, `root`, `open file`, `mapped file`."""
 
 
-def _command(pid: int) -> str:
+def command_of(pid: int) -> str:
+    """Return the name of a process, at most 15 characters (proc_pid_comm(5)); `?` if it is gone."""
     try:
         with open(f"/proc/{pid}/comm", "rb") as comm:
             return os.fsdecode(comm.read().rstrip(b"\n"))
@@ -95,7 +96,7 @@ def users_of(mountpoint: str, device: str, limit: int = 5) -> list[BusyProcess]:
         if how is None and _maps_device(pid, device):
             how = "mapped file"
         if how is not None:
-            found.append(BusyProcess(pid, _command(pid), how))
+            found.append(BusyProcess(pid, command_of(pid), how))
             if len(found) == limit:
                 break
     return found

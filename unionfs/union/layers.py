@@ -16,7 +16,7 @@ from dataclasses import replace
 from typing import Final
 
 from unionfs.core.places import BoundLayer, Layer
-from unionfs.errors import LayerError, LayerInUseError
+from unionfs.errors import LayerError
 from unionfs.settings.features import DEFAULTS, Features
 from unionfs.settings.shown import AS_STORED, Shown
 from unionfs.sys import calls
@@ -223,7 +223,6 @@ def lock(fd: int, path: str, role: str, resources: ExitStack) -> None:
     """Hold flock(2) on the directory for the life of the mount, so that other mounts refuse it.
 
     Any user who can read a directory can lock it; a lock of a user who may not write it is not a mount's.
-    Raises LayerInUseError, OSError.
     """
     lock = open_for_listing(fd)
     resources.callback(os.close, lock)
@@ -232,7 +231,7 @@ def lock(fd: int, path: str, role: str, resources: ExitStack) -> None:
     except BlockingIOError as error:
         if not may_be_a_mounts(lock):
             return
-        raise LayerInUseError(
+        raise LayerError(
             f"{role} {path} is already in use by another mount; unmount that first or give another {role}."
         ) from error
     except OSError as error:

@@ -40,6 +40,7 @@ def create(
       local      a directory of this host
                  size=2g, fs=ext4|xfs    the maximum size
                  type=, device=, o=      what mount(8) mounts, as with docker: nfs, tmpfs ...
+                 tmpfs, size=            in memory, at most that size
       union      lower=A:B, shared       a union of these; one view per user, or one for all
       sshfs      sshcmd=USER@HOST:PATH, port=, IdentityFile=, o=
       rclone     remote=NAME:PATH, config=FILE, vfs-cache-mode=, o=

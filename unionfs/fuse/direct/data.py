@@ -12,6 +12,7 @@ from functools import partial
 from typing import Final
 
 from unionfs.core.files import OpenFile
+from unionfs.core.loop import new_buffer
 from unionfs.core.node import Attributes, Node
 from unionfs.core.reads import SPLICED
 from unionfs.fuse.direct import ioctl
@@ -58,7 +59,7 @@ class DataRequests:
         self._open_files = operations.union.files
         #: Whether the kernel sends no OPEN.
         self._opens_unseen = Opcode.OPEN in decision.enosys
-        self._buffer = memoryview(bytearray(max(1 << 20, decision.reply.max_write)))
+        self._buffer = memoryview(new_buffer(max(1 << 20, decision.reply.max_write)))
         self.table: dict[Opcode, Answer] = {
             Opcode.CREATE: self._create,
             Opcode.TMPFILE: self._tmpfile,

@@ -21,7 +21,7 @@ from typing import Any, Final
 
 import trio
 
-from unionfs.core.loop import FAIR, WAIT, Channel
+from unionfs.core.loop import FAIR, WAIT, Channel, new_buffer
 from unionfs.fuse.direct.device import Device
 from unionfs.fuse.inline import PENDING, begin, finish
 from unionfs.fuse.invalidations import Invalidations
@@ -91,7 +91,7 @@ class Loop:
         self._latencies = latencies
 
     def _new_buffer(self) -> None:
-        self._buffer = bytearray(self._size)
+        self._buffer = new_buffer(self._size)
         self._view = memoryview(self._buffer)
         self._channel.read_into(self._buffer)
 

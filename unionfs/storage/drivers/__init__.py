@@ -19,6 +19,8 @@ from unionfs.storage.drivers.base import Driver, Replacement
 __all__ = ["Driver", "Replacement", "driver_names", "find_driver"]
 
 GROUP = "unionfs.volume_drivers"
+OWN_PLUGIN = "unionfs"
+"""The name of the plugin that serves these volumes to others: it would wait for itself."""
 
 # These names need no search through all installed packages, the slowest step here.
 _BUILT_IN = {
@@ -36,13 +38,18 @@ def driver_names() -> list[str]:
     from unionfs.storage.drivers.plugin import plugin_names
 
     others = {point.name for point in entry_points(group=GROUP)} | set(plugin_names())
-    return [*_BUILT_IN, *sorted(others - set(_BUILT_IN))]
+    return [*_BUILT_IN, *sorted(others - {*_BUILT_IN, OWN_PLUGIN})]
 
 
 def find_driver(name: str) -> Driver:
     """The driver of that name. Raises UserError if it does not exist."""
     if name in _BUILT_IN:
         return _load(EntryPoint(name, _BUILT_IN[name], GROUP))
+    if name == OWN_PLUGIN:
+        raise UserError(
+            f"volume driver {name} is the plugin by which container engines use these volumes; name the "
+            f"driver of the volume itself: {', '.join(_BUILT_IN)}, or another plugin."
+        )
     for point in entry_points(group=GROUP, name=name):
         return _load(point)
     # start-up time: few commands need it

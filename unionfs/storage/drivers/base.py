@@ -49,6 +49,10 @@ class Driver:
         """The same driver with a time limit of a few seconds, even if the storage takes longer."""
         return self
 
+    def spelled_out(self, options: Mapping[str, str]) -> Mapping[str, str]:
+        """The options without abbreviations, which are checked and recorded."""
+        return options
+
     def check(self, options: Mapping[str, str]) -> None:
         """Refuse unknown or conflicting options, before anything is created."""
         for key in options:

@@ -8,6 +8,7 @@ from contextlib import contextmanager
 
 from unionfs.errors import UserError, on_failure, quoted, reason
 from unionfs.settings.sizes import shown_size, volume_size
+from unionfs.settings.tmpfs import parse_tmpfs_words
 from unionfs.storage.drivers import image, replacing
 from unionfs.storage.drivers.base import Driver, Replacement
 from unionfs.storage.model import Volume
@@ -30,9 +31,26 @@ class Local(Driver):
         "type": "the filesystem for mount(8): nfs, cifs, tmpfs, ext4, none with o=bind ...",
         "device": "what to mount",
         "o": "mount options, separated by commas",
+        "tmpfs": "short for type=tmpfs device=tmpfs; its value, or size, are the mount options",
         "size": "the most the volume may hold, as 100m or 20g",
         "fs": "the filesystem of an image for size: ext4 (default) or xfs",
     }
+
+    def spelled_out(self, options: Mapping[str, str]) -> Mapping[str, str]:
+        if "tmpfs" not in options:
+            return options
+        for key in ("type", "device", "o", "fs"):
+            if key in options:
+                raise UserError(
+                    f"the volume options tmpfs and {key} exclude each other; tmpfs stands for type=tmpfs and "
+                    "device=tmpfs, and its value for the mount options."
+                )
+        words = [word for word in options["tmpfs"].split(",") if word]
+        parse_tmpfs_words("the volume option tmpfs", words)
+        if "size" in options:
+            words.append(f"size={volume_size(options['size'])}")
+        rest = {key: value for key, value in options.items() if key not in ("tmpfs", "size")}
+        return {**rest, "type": "tmpfs", "device": "tmpfs", **({"o": ",".join(words)} if words else {})}
 
     def check(self, options: Mapping[str, str]) -> None:
         super().check(options)

@@ -7,10 +7,7 @@ decompressed; redirects are not followed.
 
 from __future__ import annotations
 
-import os
-import socket
 import ssl
-import struct
 from dataclasses import dataclass
 
 # `plugin` imports this module only for a request: these two take most of a short command's time.
@@ -20,8 +17,8 @@ import trio
 from unionfs.errors import reason
 from unionfs.storage.drivers import trusted
 from unionfs.storage.drivers.plugin_search import SOCKET, Address
+from unionfs.sys.peers import peer_of
 
-_CREDENTIALS = struct.Struct("=iII")  # struct ucred, include/linux/socket.h
 MOST_BYTES = 1 << 20
 """The maximum length of an answer (bytes); real ones have a few kilobytes."""
 _ACCEPT = "application/vnd.docker.plugins.v1.2+json"
@@ -105,13 +102,11 @@ async def _connected_to_socket(path: str) -> trio.SocketStream:
     with trusted.opened(path, SOCKET) as name:
         stream = await trio.open_unix_socket(name)
     # Of the process that called listen(2) (unix(7)): the owner of a socket may have given it away.
-    _, uid, _ = _CREDENTIALS.unpack(
-        stream.socket.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _CREDENTIALS.size)
-    )
-    if uid not in (0, os.geteuid()):
+    peer = peer_of(stream.socket)
+    if not peer.is_own:
         await trio.aclose_forcefully(stream)
         raise RequestError(
-            f"the process that listens there has uid {uid}; run it as root, or remove what describes it"
+            f"the process that listens there has uid {peer.uid}; run it as root, or remove what describes it"
         )
     return stream
 

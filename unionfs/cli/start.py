@@ -1,0 +1,56 @@
+"""The command `unionfs` as it is installed: it hands mounting to the launcher, which saves most imports.
+
+The launcher comes back, as `unionfs --launched-as PROGRAM`, with what must run in a process of its own.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Sequence
+
+_LAUNCHER = "fuse-unionfs"
+
+
+def _launch(program: str, arguments: Sequence[str]) -> None:
+    """Become the launcher beside this script, if it is there."""
+    path = os.path.join(os.path.dirname(os.path.realpath(sys.argv[0])), _LAUNCHER)
+    try:
+        os.execv(path, [program, *arguments])
+    except OSError:
+        return
+
+
+def run_program(program: str, arguments: Sequence[str]) -> int:
+    """Run `unionfs`, `mount.TYPE` or, by any other name, `fuse-unionfs` here. Returns the exit code."""
+    # For start-up time: most of it is only needed here.
+    from unionfs.cli import fuse_unionfs, main
+
+    if program == "unionfs" or program.startswith("mount."):
+        return main.run_here(arguments, program)
+    return fuse_unionfs.run_here(arguments, program)
+
+
+def main() -> None:
+    """The console script `unionfs`."""
+    match sys.argv[1:]:
+        case ["--resident", name, identity]:
+            # For start-up time: everything.
+            from unionfs.cli.resident import main as reside
+
+            reside(name, identity)
+        case ["--launched-as", program, *arguments]:
+            # For start-up time: not for the others.
+            from unionfs.cli.run import leave
+
+            leave(run_program(program, arguments))
+        case arguments:
+            program = os.path.basename(sys.argv[0])
+            if arguments[:1] == ["mount"]:
+                _launch("unionfs", arguments)
+            elif program.startswith("mount."):
+                _launch(program, arguments)
+            # For start-up time: the launcher does not need it.
+            from unionfs.cli.main import main as run_main
+
+            run_main()
