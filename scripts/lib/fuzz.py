@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
+import logging
 import os
 import random
 import struct
@@ -12,7 +13,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from tests.unit.test_core_answers import Mount, message
+from tests.unit.test_core_answers import Modes, Mount, message
 from unionfs.core.node import Node
 from unionfs.core.reads import SPLICED
 from unionfs.fuse.protocol import Opcode
@@ -29,8 +30,11 @@ NUMBERS = (0, 1, 2, 63, 64, 255, 4096, 2**31 - 1, 2**31, 2**32 - 1, 2**63 - 1, 2
 OPCODES = {
     Opcode.LOOKUP: 8, Opcode.GETATTR: 3, Opcode.READLINK: 2, Opcode.OPEN: 5, Opcode.RELEASE: 3,
     Opcode.GETXATTR: 2, Opcode.FORGET: 1, Opcode.BATCH_FORGET: 1, Opcode.READDIR: 2, Opcode.READDIRPLUS: 3,
-    Opcode.READ: 4, Opcode.STATFS: 1,
+    Opcode.READ: 4, Opcode.STATFS: 1, Opcode.SETATTR: 4, Opcode.CREATE: 2, Opcode.MKDIR: 1, Opcode.UNLINK: 1,
+    Opcode.RMDIR: 1, Opcode.RENAME: 1, Opcode.RENAME2: 1, Opcode.LISTXATTR: 1,
 }  # fmt: skip
+#: Bits of fuse_setattr_in.valid; most files remain small, and accessible.
+FATTRS = (0, 1, 2, 4, 6, 7, 8, 16, 32, 48, 64, 0x1B0, 0x420, 0x806, 0x807, 0x80E, 2**32 - 1)
 #: A new union after so many, since most nodes are soon forgotten or their files are open.
 MESSAGES = 5000
 
@@ -74,7 +78,9 @@ def request(source: random.Random, nodes: list[Node], handles: int) -> bytes:
         case Opcode.RELEASE:
             body = struct.pack("=QIIQ", source.randrange(handles + 2), 0, 0, 0)
         case Opcode.GETXATTR:
-            body = bytes(8) + source.choice(XATTRS) + b"\0"
+            body = struct.pack("=II", source.choice((0, 1, 4096)), 0) + source.choice(XATTRS) + b"\0"
+        case Opcode.LISTXATTR:
+            body = struct.pack("=II", source.choice((0, 1, 4096)), 0)
         case Opcode.READDIR | Opcode.READDIRPLUS:
             offset = source.choice((0, 0, 1, 2, source.randrange(1 << 31), source.choice(NUMBERS)))
             body = struct.pack("=QQI20x", 0, offset, source.choice((0, 24, 152, 200, 4096, 1 << 20)))
@@ -83,6 +89,17 @@ def request(source: random.Random, nodes: list[Node], handles: int) -> bytes:
             body = struct.pack(
                 "=QQI20x", source.choice((0, source.randrange(handles + 2))), source.choice(NUMBERS), size
             )
+        case Opcode.SETATTR:
+            body = setattr_body(source, handles)
+        case Opcode.CREATE:
+            body = struct.pack("=IIII", source.randrange(3), 0o100600, 0, 0) + source.choice(NAMES) + b"\0"
+        case Opcode.MKDIR:
+            body = struct.pack("=II", 0o700, 0) + source.choice(NAMES) + b"\0"
+        case Opcode.UNLINK | Opcode.RMDIR:
+            body = source.choice(NAMES) + b"\0"
+        case Opcode.RENAME | Opcode.RENAME2:
+            body = struct.pack("=Q", source.choice(nodes).id) + bytes(8 if opcode is Opcode.RENAME2 else 0)
+            body += source.choice(NAMES) + b"\0" + source.choice(NAMES) + b"\0"
         case Opcode.FORGET:
             lookups = node.lookups & (2**64 - 1)
             body = struct.pack("=Q", source.choice((1, 2, lookups, source.choice(NUMBERS))))
@@ -96,6 +113,25 @@ def request(source: random.Random, nodes: list[Node], handles: int) -> bytes:
     if changed != given and source.random() < 0.8:  # with its length, or nothing more is looked at
         changed = struct.pack("=I", len(changed)) + changed[4:]
     return changed
+
+
+def setattr_body(source: random.Random, handles: int) -> bytes:
+    """struct fuse_setattr_in."""
+    size = source.choice((0, 1, 4096, 70_000, source.choice(NUMBERS)))
+    seconds = [source.choice(NUMBERS) & (2**63 - 1) for _ in range(2)]
+    nanoseconds = [source.choice((0, 999_999_999, 10**9, (1 << 30) - 1, (1 << 30) - 2)) for _ in range(2)]
+    owner = [source.choice((0, 7, 2**32 - 1)) for _ in range(2)]
+    return struct.pack(
+        "=IIQQQqqQIIIIIIII", source.choice(FATTRS), 0, source.randrange(handles + 2), size, 0, *seconds, 0,
+        *nanoseconds, 0, source.choice((0, 0o644, 0o104755, 0o41777, 2**32 - 1)), 0, *owner, 0,
+    )  # fmt: skip
+
+
+class Raises(logging.Handler):
+    """A request that fails by another exception than OSError is answered, and logged."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        raise AssertionError(record.getMessage()) from (record.exc_info[1] if record.exc_info else None)
 
 
 def make_layers(home: Path) -> None:
@@ -113,6 +149,7 @@ def make_layers(home: Path) -> None:
 def fuzz_wire(source: random.Random, until: float) -> int:
     """Requests to one union after the other. Returns their number."""
     sent = 0
+    logging.getLogger("unionfs.core.answers").addHandler(Raises())
     while time.monotonic() < until:
         with tempfile.TemporaryDirectory(dir="/dev/shm") as home:
             make_layers(Path(home))
@@ -120,6 +157,7 @@ def fuzz_wire(source: random.Random, until: float) -> int:
             stack = LayerStack.open(layers[:1], *layers[1:], userxattr=True)
             union = Union(stack)
             mount = Mount(union)
+            mount.serve(Modes(mount.gone), has_acls=True)
             for _ in range(MESSAGES):
                 nodes = sorted(union.nodes, key=lambda node: node.id)
                 ask(mount, request(source, nodes, mount.handles.next))

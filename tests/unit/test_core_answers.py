@@ -433,11 +433,16 @@ def test_read(mount: Mount, waits: bool) -> None:
     mount.handles.release(number)
 
 
-def test_reads_that_fail(mount: Mount) -> None:
+@pytest.mark.parametrize("waits", [True, False])
+@pytest.mark.parametrize("offset", [2**63, 2**64 - 1])
+def test_reads_that_fail(mount: Mount, offset: int, waits: bool) -> None:
     node = looked_up(mount, "d/f")
-    number = mount.handles.register(node, mount.union.files.lend(node, write=False), None, writes=False)
-    too_far = reading(number, 2**63, 1)
-    assert mount.ask(Opcode.READ, node.id, too_far) == b"".join(encode.error(UNIQUE, errno.EINVAL))
+    fd = os.open(mount.union.stack.layers[-1].path + "/d/f", os.O_RDONLY)
+    file = OpenFile(fd, readable=True, writable=False, waits=waits)
+    number = mount.handles.register(node, file, None, writes=False)
+    answer = mount.ask(Opcode.READ, node.id, reading(number, offset, 1))
+    assert answer == b"".join(encode.error(UNIQUE, errno.EINVAL))
+    assert file.waits == waits
     mount.handles.release(number)
 
 

@@ -16,6 +16,7 @@ from tests.unit.test_core_answers import mount as mount
 from tests.unit.test_union_bundles import Sample, failing_after, on_disk
 from tests.unit.union_support import ME, copy_up, get
 from tests.unit.union_support import open_union as open_union
+from unionfs.core.files import Handle
 from unionfs.core.iomodes import IoModes
 from unionfs.core.node import Node
 from unionfs.fuse.protocol import FOREVER, Opcode, encode
@@ -188,16 +189,19 @@ def test_what_is_not_changed_now(mount: Mount, tmp_path: Path) -> None:
 
 
 def test_a_failure_after_the_copy_has_appeared(mount: Mount, tmp_path: Path) -> None:
-    """The kernel must ask for the attributes of the copy."""
-    node, _ = in_lower(mount, tmp_path)
+    """Python makes the change again, on the copy: it reports a failure after the notice about the copy."""
+    node, native = in_lower(mount, tmp_path)
     fds = len(os.listdir("/proc/self/fd"))
+    body = setattr_body(fl.FATTR_MTIME)
     with failing_after(8) as steps:
-        answer = mount.ask(Opcode.SETATTR, node.id, setattr_body(fl.FATTR_MTIME))
+        assert mount.ask(Opcode.SETATTR, node.id, body) is None
     assert steps[-1] in ("appear", "set")
-    assert answer == b"".join(encode.error(UNIQUE, errno.EIO))
     assert node in mount.told
     assert (tmp_path / "upper/d/sample").exists()
     assert len(os.listdir("/proc/self/fd")) == fds
+    assert mount.ask(Opcode.SETATTR, node.id, body) == attributes(mount, node)
+    times(native, atime=False, mtime=True)
+    assert on_disk(tmp_path / "upper/d/sample") == on_disk(native)
 
 
 # -- opening ----------------------------------------------------------------------------------------------
@@ -277,6 +281,27 @@ def test_an_open_that_cannot_be_registered(mount: Mount, tmp_path: Path) -> None
         assert mount.ask(Opcode.OPEN, node.id, asked(os.O_RDWR)) == b"".join(encode.opened(UNIQUE, 2, 2))
         assert mount.ask(Opcode.RELEASE, node.id, released(2)) == OK
     assert (modes.refused, modes.registered, modes.passed_through) == (1, 0, 0)
+
+
+class Unregistered(IoModes):
+    """Backing files cannot be unregistered."""
+
+    def __init__(self) -> None:
+        super().__init__(-1, uppers=False, keeps=False, through_flags=0, cached_flags=2)
+
+    def released(self, handle: Handle) -> int:
+        raise OSError(errno.EBADF, "")
+
+
+def test_a_close_whose_backing_file_stays_registered(mount: Mount, tmp_path: Path) -> None:
+    """The kernel reports a close only once, so the file is closed."""
+    node, _ = written(mount, tmp_path)
+    fds = len(os.listdir("/proc/self/fd"))
+    mount.serve(Unregistered())
+    assert mount.ask(Opcode.OPEN, node.id, asked(os.O_RDWR))
+    answer = mount.ask(Opcode.RELEASE, node.id, released(1))
+    assert answer == b"".join(encode.error(UNIQUE, errno.EBADF))
+    assert (len(mount.handles), len(os.listdir("/proc/self/fd"))) == (0, fds)
 
 
 # -- flags --------------------------------------------------------------------------------------------------

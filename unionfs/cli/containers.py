@@ -7,6 +7,7 @@ from typing import Any
 
 import click
 
+from unionfs.cli.rules import complete_images, tell
 from unionfs.cli.run import complain, for_each
 from unionfs.cli.storage_options import storage_options
 from unionfs.errors import UserError, quoted
@@ -31,12 +32,18 @@ def _environment(_: click.Context, option: click.Parameter, given: tuple[str, ..
 Examples:
   unionfs run --rm -l /srv/debian -- bash
   unionfs run --name web -l /srv/debian -v ./site:/var/www:ro -- nginx -g 'daemon off;'
+  unionfs run --rm --image oci-archive:web.tar
   unionfs run --rm -l /srv/debian -u tmpfs:size=64m --net none -- sh -c 'echo secret > /key'
 """,
 )
 @click.option(
     "-l", "--lower", "lowers", multiple=True, metavar="DIR|IMAGE",
     help="A read-only layer; the first is on top. A kept container remembers its own.",
+)  # fmt: skip
+@click.option(
+    "--image", metavar="IMAGE", shell_complete=complete_images,
+    help="The layers of an image as lowers, and its command, environment, user and working directory; as for "
+         "mount.",
 )  # fmt: skip
 @click.option(
     "-u", "--upper", metavar="DIR|tmpfs[:OPT,...]",
@@ -46,8 +53,11 @@ Examples:
 @storage_options
 @click.option("--name", metavar="NAME", help="The container's name: the same name finds its files again.")
 @click.option("--rm", "remove", is_flag=True, help="Remove the container at the end.")
-@click.option("--workdir", metavar="DIR", default="/", show_default=True,
-              help="The command's working directory; created if missing.")  # fmt: skip
+@click.option("--workdir", metavar="DIR",
+              help="The command's working directory; created if missing.  [the image's, or /]")  # fmt: skip
+@click.option("--user", metavar="USER[:GROUP]",
+              help="Run as a user of the container, by name or number.  [the image's, or root]")  # fmt: skip
+@click.option("--entrypoint", metavar="WORD", help="Replace the image's entrypoint; empty: none.")
 @click.option("-e", "--env", "environment", multiple=True, metavar="K=V", callback=_environment,
               help="An environment variable; K alone takes the caller's value.")  # fmt: skip
 @click.option("--hostname", metavar="NAME", help="The host name inside.  [the container's name]")
@@ -61,8 +71,16 @@ Examples:
 @click.option("--privileged", is_flag=True,
               help="All capabilities, no filter, the host's /dev, writable /proc/sys and /sys: the command "
                    "can do to the host what root can.")  # fmt: skip
-@click.argument("command", nargs=-1, required=True, type=click.UNPROCESSED)
-def run(**wish: Any) -> int:
+@click.argument("command", nargs=-1, type=click.UNPROCESSED)
+def run(
+    image: str | None,
+    command: tuple[str, ...],
+    entrypoint: str | None,
+    workdir: str | None,
+    user: str | None,
+    environment: dict[str, str],
+    **wish: Any,
+) -> int:
     """Run COMMAND with a union as its root, in new mount, pid, uts and ipc namespaces (bubblewrap).
 
     The container has its own upper: the command's changes stay there, and `run --name NAME` finds them again,
@@ -80,8 +98,23 @@ def run(**wish: Any) -> int:
     from unionfs.containers.run import CommandError, Wish
     from unionfs.containers.run import run as start
 
+    def report(sentence: str) -> None:
+        complain("unionfs", sentence)
+
     try:
-        return start(Wish(**wish), lambda sentence: complain("unionfs", sentence))
+        if image is None and wish["name"] is None:
+            if not command:
+                raise click.UsageError("Missing argument 'COMMAND...'.")
+            whole = Wish(command, workdir=workdir or "/", user=user, environment=environment, **wish)
+            return start(whole, report)
+        # For start-up time: only images need it.
+        from unionfs.containers.imaged import Given, wished
+
+        notes: list[str] = []
+        given = Given(image, command, entrypoint, workdir, user, environment)
+        with wished(Wish((), **wish), given, notes) as whole:
+            tell(notes)
+            return start(whole, report)
     except CommandError as error:
         return complain("unionfs", str(error), error.code)
 

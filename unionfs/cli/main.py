@@ -27,6 +27,9 @@ _COMMANDS = {
     "convert": ("unionfs.cli.convert:convert", "Rewrite an upper's markers for other programs."),
     "run": ("unionfs.cli.containers:run", "Run a command in a union."),
     "rm": ("unionfs.cli.containers:rm", "Remove kept containers."),
+    "image": ("unionfs.cli.image:image", "Manage unpacked images."),
+    "layer": ("unionfs.cli.layer:layer", "Convert uppers to and from layers of images."),
+    "commit": ("unionfs.cli.commit:commit", "Write a mount as an image."),
     "volume": ("unionfs.cli.volume:volume", "Manage named volumes."),
     "plugin": ("unionfs.cli.plugin:plugin", "Let docker and podman use the volumes."),
     "doctor": ("unionfs.cli.doctor:doctor", "Report what this host supports and lacks."),
@@ -55,8 +58,8 @@ def is_mount_helper_call(arguments: Sequence[str], program: str) -> bool:
         return True
     if len(arguments) < 3 or arguments[0].startswith("-") or arguments[0] == "mount":
         return False
-    if arguments[0] == "volume" and not arguments[1].startswith("/"):
-        return False  # some volume commands take -o; mount(8) passes absolute mountpoints
+    if arguments[0] in ("volume", "layer") and not arguments[1].startswith("/"):
+        return False  # some of their commands take -o; mount(8) passes absolute mountpoints
     # No other subcommand takes -o, so a SOURCE may have a subcommand's name.
     return not arguments[1].startswith("-") and any(word.startswith("-o") for word in arguments[2:])
 

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
 
 import click
 
+from unionfs.cli.rules import complete_images, tell
 from unionfs.cli.storage_options import storage_options
 from unionfs.settings.mount import IO_MODES, LOG_LEVELS, SESSIONS
 
@@ -19,12 +22,18 @@ Examples:
   unionfs mount -l /srv/base -u /srv/changes -w /srv/work /mnt
   unionfs mount -l top -l middle -l bottom /mnt        (read-only)
   unionfs mount -o lowerdir=top:bottom,upperdir=up,workdir=work,nodev /mnt
+  unionfs mount --image oci-archive:debian.tar -u tmpfs /mnt
   unionfs mount -l /srv/base -u tmpfs:size=64m -v /srv/site:/var/www:ro -v db:/var/lib/db /mnt
 """,
 )
 @click.option(
     "-l", "--lower", "lowers", multiple=True, metavar="DIR|IMAGE",
     help="A read-only layer; the first is on top. As root also an image file (squashfs, erofs, ext4, xfs).",
+)  # fmt: skip
+@click.option(
+    "--image", metavar="IMAGE", shell_complete=complete_images,
+    help="The layers of an image as lowers, below those of -l: oci-archive:FILE, docker-archive:FILE, "
+         "oci:DIR, or one of `unionfs image ls`.",
 )  # fmt: skip
 @click.option(
     "-u",
@@ -68,17 +77,14 @@ Examples:
 @click.argument("mountpoint")
 def mount(
     lowers: tuple[str, ...],
-    upper: str | None,
-    work: str | None,
+    image: str | None,
     options: tuple[str, ...],
     storage: tuple[Spec, ...],
     root: str | None,
-    watch_lower: bool,
     foreground: bool,
-    session: str,
-    io: str,
     log_level: str,
     mountpoint: str,
+    **chosen: Any,
 ) -> int:
     """Mount a union at MOUNTPOINT, and return when it is usable.
 
@@ -121,8 +127,31 @@ def mount(
     from unionfs.daemon.process import mount as start
     from unionfs.daemon.settle import settle
 
-    settings = settle(
-        mountpoint, lowers=lowers, upper=upper, work=work, options=options, session=session, io=io,
-        log_level=log_level.lower(), watch_lower=watch_lower, storage=storage, storage_root=root,
-    )  # fmt: skip
-    return start(settings, foreground=foreground)
+    with layers_of(image, root, options) as more:
+        settings = settle(
+            mountpoint, lowers=[*lowers, *more], options=options, log_level=log_level.lower(),
+            storage=storage, storage_root=root, **chosen,
+        )  # fmt: skip
+        return start(settings, foreground=foreground)
+
+
+@contextmanager
+def layers_of(image: str | None, root: str | None, options: tuple[str, ...]) -> Iterator[list[str]]:
+    """The layers of the image of --image as lowers, which stay during the context."""
+    if image is None:
+        yield []
+        return
+    # For start-up time: most mounts are not of images.
+    from unionfs.images.rules import DEFAULTS
+    from unionfs.images.using import image_layers
+    from unionfs.settings.options import parse_options
+    from unionfs.storage.root import storage_root
+    from unionfs.sys.capabilities import may_use_trusted_xattrs
+
+    notes: list[str] = []
+    userxattr = parse_options(options).userxattr or not may_use_trusted_xattrs()
+    with image_layers(
+        image, storage_root(root), userxattr=userxattr, rules=DEFAULTS, notes=notes
+    ) as (_, paths):
+        tell(notes)
+        yield paths

@@ -9,6 +9,7 @@ import stat
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
+from unionfs.containers.account import Account
 from unionfs.errors import UserError
 from unionfs.settings.specs import Spec
 from unionfs.sys.mountinfo import read_mountinfo
@@ -60,17 +61,20 @@ def arguments(
     confinement: Confinement,
     environment_fd: int,
     filter_fd: int | None,
+    account: Account | None = None,
 ) -> list[str]:
     """Return its arguments: the merged tree as root, with its mounts, /proc, /dev and /sys, and the command.
 
-    bubblewrap reads `environment_arguments` from `environment_fd`.
+    bubblewrap reads `environment_arguments` from `environment_fd`. It is called by this user, or as `account`
+    if this is root; an ordinary user's command only sees itself as that.
     """
+    by_root = os.geteuid() == 0 and account is None
     if confinement.privileged:
         words = ["--dev-bind", merged, "/", "--proc", "/proc"]
         words += ["--dev-bind", "/dev", "/dev", "--dev-bind-try", "/sys", "/sys"]
     else:
         words = ["--bind", merged, "/", "--proc", "/proc", "--dev", "/dev"]
-        words += ["--ro-bind-try", "/sys", "/sys", *_protected()]
+        words += ["--ro-bind-try", "/sys", "/sys", *_protected(by_root=by_root)]
     bind = "--dev-bind" if confinement.privileged else "--bind"
     for target in _outermost(spec.target for spec in storage if spec.target.startswith(_OWN_MOUNTS)):
         # bubblewrap's own mounts cover the union's mounts there. Mounts below such a target are included:
@@ -80,8 +84,10 @@ def arguments(
     if own_network:
         words.append("--unshare-net")
     else:
-        words += _name_resolution(merged, {spec.target for spec in storage})
-    if os.geteuid() == 0:
+        words += _name_resolution(merged, {spec.target for spec in storage}, makes=account is None)
+    if account is not None and os.geteuid() != 0:
+        words += ["--unshare-user", "--uid", str(account.uid), "--gid", str(account.gid)]
+    if by_root:
         words += ["--cap-drop", "ALL"]
         for name in confinement.capabilities:
             words += ["--cap-add", name]
@@ -91,13 +97,13 @@ def arguments(
     return [*words, "--chdir", workdir, "--", *command]
 
 
-def _protected() -> list[str]:
+def _protected(*, by_root: bool) -> list[str]:
     """Hide some of the kernel's files and make others read-only, as in Docker.
 
     Mounts below /sys (debugfs, tracefs, cgroups) are not visible in the container's /sys, as in Docker.
     """
     words = []
-    if os.geteuid() == 0:
+    if by_root:
         for path in _kernel_files():
             words += ["--ro-bind-try", path, path]
     mounted = [entry.mountpoint for entry in read_mountinfo() if entry.mountpoint.startswith("/sys/")]
@@ -144,8 +150,11 @@ def _outermost(paths: Iterable[str]) -> list[str]:
     return found
 
 
-def _name_resolution(merged: str, targets: set[str]) -> list[str]:
-    """Bind the host's resolv.conf and hosts: the host's network needs its name resolution."""
+def _name_resolution(merged: str, targets: set[str], *, makes: bool) -> list[str]:
+    """Bind the host's resolv.conf and hosts: the host's network needs its name resolution.
+
+    `makes`: whether bubblewrap makes files in /etc like this user.
+    """
     words: list[str] = []
     for path in ("/etc/resolv.conf", "/etc/hosts"):
         if not os.path.exists(path) or path in targets or "/etc" in targets:
@@ -155,7 +164,8 @@ def _name_resolution(merged: str, targets: set[str]) -> list[str]:
         except FileNotFoundError:
             # bubblewrap creates the file, and fails if it cannot: without /etc, or in another user's.
             etc = merged + "/etc"
-            kind = stat.S_IFREG if os.path.isdir(etc) and os.access(etc, os.W_OK | os.X_OK) else 0
+            can = makes and os.path.isdir(etc) and os.access(etc, os.W_OK | os.X_OK)
+            kind = stat.S_IFREG if can else 0
         if kind == stat.S_IFREG and not os.path.islink(merged + "/etc"):
             words += ["--ro-bind", path, path]
     return words
@@ -171,9 +181,10 @@ def environment_arguments(values: Mapping[str, str]) -> bytes:
     return b"".join(os.fsencode(word) + b"\0" for word in words)
 
 
-def environment(given: Mapping[str, str], hostname: str) -> dict[str, str]:
+def environment(given: Mapping[str, str], hostname: str, home: str | None = None) -> dict[str, str]:
     """Return a command's environment: Docker's defaults and the `given` variables."""
-    values = {"PATH": PATH, "HOME": "/root" if os.geteuid() == 0 else "/", "HOSTNAME": hostname}
+    home = home or ("/root" if os.geteuid() == 0 else "/")
+    values = {"PATH": PATH, "HOME": home, "HOSTNAME": hostname}
     if "TERM" in os.environ:
         values["TERM"] = os.environ["TERM"]
     return {**values, **given}

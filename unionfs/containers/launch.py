@@ -23,6 +23,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from typing import NoReturn
 
+from unionfs.containers.account import Account
 from unionfs.containers.small_root import enter_small_root, new_namespaces
 from unionfs.containers.terminal import Terminal
 from unionfs.errors import UserError, quoted, reason
@@ -33,6 +34,7 @@ from unionfs.sys.capabilities import NUMBERS, capability_sets, drop_from_boundin
 # linux/prctl.h
 _PR_SET_PDEATHSIG = 1
 _PR_SET_NAME = 15
+_PR_SET_NO_NEW_PRIVS = 38
 _TERMINAL_SIGNALS = (
     signal.SIGHUP, signal.SIGINT, signal.SIGQUIT, signal.SIGTSTP, signal.SIGTTIN, signal.SIGTTOU,
 )  # fmt: skip
@@ -53,6 +55,8 @@ class Launch:
     """The capability bounding set of the container (CAP_*), if uid 0 starts it."""
     small_root: str | None
     """The union, to start bubblewrap in a small tree around it; None: in the host's tree."""
+    account: Account | None = None
+    """Who executes bubblewrap in a small root, if uid 0 starts it; None: this user."""
 
     def start(self) -> tuple[int, int]:
         """Start bubblewrap; return the pids of the session's leader and of bubblewrap. Raises UserError.
@@ -127,7 +131,8 @@ class Launch:
             _join_new_keyring()
             program = _unreachable(self.program)
             if self.small_root is not None:
-                enter_small_root(self.small_root, self._slave_path())
+                as_root = os.geteuid() == 0 and self.account is None
+                enter_small_root(self.small_root, self._slave_path(), as_root=as_root)
             if self.terminal is not None:
                 for fd in self.terminal.fds:
                     os.dup2(self.terminal.slave, fd)
@@ -141,7 +146,14 @@ class Launch:
             for number in signal.valid_signals() - {signal.SIGKILL, signal.SIGSTOP}:
                 signal.signal(number, signal.SIG_DFL)
             signal.pthread_sigmask(signal.SIG_SETMASK, ())
-            if os.geteuid() == 0:
+            if os.geteuid() == 0 and self.account is not None:
+                # A process of the host with that uid can trace this one, and must not execute set-id files
+                # of the union by it.
+                prctl(_PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0)
+                os.setgroups(self.account.groups)
+                os.setresgid(*[self.account.gid] * 3)
+                os.setresuid(*[self.account.uid] * 3)
+            elif os.geteuid() == 0:
                 _bound_capabilities(self.bounding)
             path = self.program if program is None else f"/proc/self/fd/{program}"
             os.execve(path, list(self.words), {})

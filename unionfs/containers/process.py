@@ -16,6 +16,7 @@ import time
 from collections.abc import Collection, Sequence
 from contextlib import suppress
 
+from unionfs.containers.account import Account
 from unionfs.containers.launch import Launch
 from unionfs.containers.streams import Streams
 from unionfs.containers.terminal import Terminal, standard_terminals
@@ -55,10 +56,11 @@ class Command:
         keep: Collection[int] = (),
         bounding: Collection[str],
         small_root: str | None,
+        account: Account | None = None,
     ) -> None:
         """Start it. Raises UserError.
 
-        `keep` are the fds that the arguments name. `bounding` and `small_root`: as for Launch.
+        `keep` are the fds that the arguments name. `bounding`, `small_root`, `account`: as for Launch.
         """
         self._held = hold_signals()
         prctl(_PR_SET_CHILD_SUBREAPER, 1)
@@ -75,6 +77,7 @@ class Command:
                 streams=self._streams.ends,
                 bounding=bounding,
                 small_root=small_root,
+                account=account,
             ).start()
             self._leader = os.pidfd_open(leader)
         except BaseException:

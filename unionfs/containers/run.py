@@ -11,6 +11,7 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 
 from unionfs.containers import bubblewrap
+from unionfs.containers.account import Account, find_account
 from unionfs.containers.bubblewrap import Confinement
 from unionfs.containers.confinement import settle_confinement
 from unionfs.containers.process import Command, hold_signals
@@ -54,6 +55,8 @@ class Wish:
 
     command: Sequence[str]
     lowers: Sequence[str] = ()
+    image: str | None = None
+    """The id of the image that has the lowers."""
     upper: str | None = None
     work: str | None = None
     storage: Sequence[Spec] = ()
@@ -61,6 +64,8 @@ class Wish:
     name: str | None = None
     remove: bool = False
     workdir: str = "/"
+    user: str | None = None
+    """USER[:GROUP], as in the container; None: root, or the ordinary user."""
     environment: Mapping[str, str] = field(default_factory=dict)
     hostname: str | None = None
     own_network: bool = False
@@ -113,12 +118,14 @@ class _Run:
             )
         if new and not wish.lowers:
             missing = "" if wish.name is None else f"there is no container {quoted(container.name)} yet, and "
-            raise UserError(f"{missing}no lower is given; add -l DIR for each one, topmost first.")
+            raise UserError(
+                f"{missing}no lower is given; add -l DIR for each one, topmost first, or --image IMAGE."
+            )
         keep = not new
         with container.claimed(make=True):
             try:
                 lowers = self._lowers()
-                container.make(lowers, layers=wish.upper is None)
+                container.make(lowers, layers=wish.upper is None, image=wish.image)
                 code = self._mounted(lowers)
                 # If the caller names an upper, the container has nothing to keep.
                 keep = keep or not (wish.remove or wish.upper is not None)
@@ -218,10 +225,16 @@ class _Run:
         """The command, started in the union."""
         wish, confinement, merged = self._wish, self._confinement, entry.settings.mountpoint
         hostname = wish.hostname or self._container.name[:_LONGEST_HOSTNAME]
-        environment = bubblewrap.environment(wish.environment, hostname)
         with Owned(os.open(merged, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)) as root:
             _check_mountpoints(root)
+            account = _account(root, wish)
+            home = None if account is None else account.home
+            environment = bubblewrap.environment(wish.environment, hostname, home)
             workdir = _workdir(MountedTree(root), wish.workdir)
+            if account is not None and os.geteuid() == 0:
+                # bubblewrap makes what is missing, but not as another user.
+                for name in ("dev", "proc", "sys"):
+                    prepare(MountedTree(root), f"/{name}", "--user", directory=True)
             _find_command(root, wish.command[0], workdir, environment["PATH"])
         os.umask(0o022)
         small = _wants_small_root(confinement, workdir, entry.settings.storage)
@@ -241,11 +254,28 @@ class _Run:
                     confinement=confinement,
                     environment_fd=fds[0],
                     filter_fd=None if len(fds) == 1 else fds[1],
+                    account=account,
                 ),
                 keep=fds,
                 bounding=confinement.capabilities,
                 small_root=merged if small else None,
+                account=account,
             )
+
+
+def _account(root: int, wish: Wish) -> Account | None:
+    """Return whom the command runs as, or None for this user. Raises UserError."""
+    if wish.user is None:
+        return None
+    account = find_account(root, wish.user)
+    if (account.uid, account.gid) == (os.geteuid(), os.getegid()) or (os.geteuid() == 0 == account.uid):
+        return None
+    if wish.privileged:
+        raise UserError(
+            f"--privileged is for root, and the command would run as {quoted(wish.user)}; add --user root, "
+            "or leave --privileged out."
+        )
+    return account
 
 
 def _check_mountpoints(root: int) -> None:

@@ -29,14 +29,14 @@ _PROC_ATTRIBUTES = sum(detached.ATTRIBUTES[name] for name in ("nosuid", "nodev",
 _FILES = ("/etc/ld.so.cache", "/etc/resolv.conf", "/etc/hosts")
 
 
-def enter_small_root(merged: str, terminal: str | None) -> None:
+def enter_small_root(merged: str, terminal: str | None, *, as_root: bool) -> None:
     """Enter the small tree, as pid 1 after `new_namespaces`. Raises OSError; needs Linux 5.12.
 
     Later mounts of the host appear only below the union, for storage with such a propagation.
 
     `merged` is the union, `terminal` the container's in the host's /dev/pts. The device files are the host's
     inodes, mounted read-only because uid 0 of the container could change their owner and mode (a device on a
-    read-only mount remains writable). For uid 0, /proc is also read-only.
+    read-only mount remains writable). With `as_root`, /proc is also read-only.
     """
     with _opened("/") as old:
         detached.change(old, propagation=detached.PROPAGATION["slave"], recursive=True)
@@ -48,7 +48,7 @@ def enter_small_root(merged: str, terminal: str | None) -> None:
         mounts.append((terminal, _private(terminal)))
     # An ordinary user's read-only /proc would prevent mounting the container's own; mount_too_revealing(),
     # fs/namespace.c.
-    attributes = detached.READ_ONLY if os.geteuid() == 0 else 0
+    attributes = detached.READ_ONLY if as_root else 0
     mounts.append(("/proc", detached.new_filesystem("proc", (), attributes | _PROC_ATTRIBUTES)))
     root = detached.new_filesystem("tmpfs", [("mode", "0755"), ("size", "1m")])
     with _opened("/proc") as place:

@@ -10,7 +10,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 
 from unionfs.errors import UserError, on_failure, quoted
-from unionfs.settings.names import check_name
+from unionfs.settings.names import check_name, is_name
 from unionfs.storage import jsonfiles
 from unionfs.storage.removing import refuse_locked, remove_all
 from unionfs.storage.root import check_directory, is_own_directory, make_directory, open_root
@@ -18,6 +18,17 @@ from unionfs.sys.fds import Owned
 from unionfs.sys.trees import remove_path
 
 _FACTS = "container.json"
+
+
+def lowers_of_all(root: str) -> dict[str, str]:
+    """The lowers of all kept containers of a storage root, and which container has them. Raises UserError."""
+    found = {}
+    with suppress(FileNotFoundError):
+        for name in os.listdir(f"{root}/containers"):
+            if is_name(name):
+                for lower in Container(root, name).lowers():
+                    found[lower] = f"container {quoted(name)}"
+    return found
 
 
 def new_name() -> str:
@@ -76,8 +87,19 @@ class Container:
                 f"remove it by `unionfs rm {quoted(self.name)}`."
             ) from error
 
-    def make(self, lowers: Sequence[str], *, layers: bool) -> None:
-        """Create the mountpoint, and with `layers` work and an upper with the topmost lower's attributes."""
+    def image(self) -> str | None:
+        """Return the id of the image that it was created from, if any."""
+        try:
+            found = jsonfiles.read(f"{self.path}/{_FACTS}").get("image")
+        except (OSError, ValueError, AttributeError):
+            return None
+        return found if isinstance(found, str) else None
+
+    def make(self, lowers: Sequence[str], *, layers: bool, image: str | None = None) -> None:
+        """Create the mountpoint, and with `layers` work and an upper with the topmost lower's attributes.
+
+        `image` is the id of the image that has the lowers.
+        """
         with on_failure(
             f"container {quoted(self.name)} cannot be created in {quoted(self.above)}",
             "check the lowers, or give another --root",
@@ -95,7 +117,8 @@ class Container:
             with suppress(FileExistsError):
                 os.mkdir(self.work, 0o700)
             if not os.path.exists(f"{self.path}/{_FACTS}"):
-                jsonfiles.write(f"{self.path}/{_FACTS}", {"lowers": list(lowers)}, sync=False)
+                facts = {"lowers": list(lowers), **({"image": image} if image else {})}
+                jsonfiles.write(f"{self.path}/{_FACTS}", facts, sync=False)
 
     def remove(self) -> None:
         """Remove it with all its changes. Raises UserError; an immutable file in it prevents any removal."""

@@ -2,6 +2,7 @@
 
 from libc.stdint cimport uint64_t
 
+from unionfs.core.files cimport iovec
 from unionfs.core.listings cimport ListingRequests
 from unionfs.core.namerequests cimport NameRequests
 from unionfs.core.node cimport Node
@@ -13,9 +14,6 @@ from unionfs.core.setrequests cimport SetRequests
 from unionfs.core.wire cimport OPCODES, fuse_in_header
 
 cdef extern from "<sys/uio.h>" nogil:
-    cdef struct iovec:
-        void *iov_base
-        size_t iov_len
     ssize_t writev(int fd, const iovec *parts, int count)
 
 cdef class Answers:

@@ -8,7 +8,7 @@
     UNLINK, RMDIR, RENAME,        in the plain case; see `namerequests`
     MKDIR, CREATE
     SETATTR                       in the plain case; see `setrequests`
-    OPEN, RELEASE                 of files that are only read; see `opens`
+    OPEN, RELEASE                 of files of lowers that are only read, and of files of the upper; see `opens`
     GETXATTR                      of ACLs and capabilities as they are stored, for permission checks of the kernel
     LISTXATTR                     of objects without xattrs, which most are
 
@@ -28,13 +28,13 @@ from unionfs.core.lookup cimport look_up
 from unionfs.core.namerequests cimport name_in
 from unionfs.core.node cimport Attributes, Node
 from unionfs.core.stats cimport failure
-from unionfs.core.validity cimport entry_valid, fill_entry, valid_for
+from unionfs.core.validity cimport entry_valid, fill_answer, fill_entry
 from unionfs.core.wire cimport (
     FUSE_BATCH_FORGET, FUSE_CREATE, FUSE_FORGET, FUSE_GETATTR, FUSE_GETXATTR, FUSE_LISTXATTR, FUSE_LOOKUP,
     FUSE_MKDIR, FUSE_OPEN, FUSE_READ, FUSE_READDIR, FUSE_READDIRPLUS, FUSE_READLINK, FUSE_RELEASE, FUSE_RENAME,
     FUSE_RENAME2, FUSE_RMDIR, FUSE_SETATTR, FUSE_STATFS, FUSE_UNLINK,
     attr_answer, create_answer, entry_answer, fuse_batch_forget_in, fuse_forget_one,
-    fuse_out_header, open_answer, statfs_answer, validity,
+    fuse_out_header, open_answer, statfs_answer,
 )
 
 log = logging.getLogger(__name__)
@@ -177,7 +177,6 @@ cdef class Answers:
 
     cdef int getattr(self, const fuse_in_header *header, size_t size) except -1:
         cdef attr_answer out
-        cdef validity lasts
         cdef Attributes found
         cdef Node node
         if size < GETATTR_IN:
@@ -186,11 +185,8 @@ cdef class Answers:
         if node is None:
             raise failure(ESTALE)
         found = self.objects.attributes(node)
-        # Notices about changes of the node that superseded this one contain the new id.
-        lasts = valid_for(node, found.lasting and node.id == header.nodeid)
-        out.body.attr_valid, out.body.attr_valid_nsec, out.body.dummy = lasts.seconds, lasts.nanoseconds, 0
-        found.fill(&out.body.attr)
-        out.header.length, out.header.error, out.header.unique = sizeof(out), 0, header.unique
+        fill_answer(&out, found, header.nodeid)
+        out.header.unique = header.unique
         self.send(&out, sizeof(out))
         return 1
 

@@ -166,10 +166,18 @@ cdef class SmallCopyUps:
 
     cdef Attributes answer(self, Node node, Change change):
         """The same, for an answer with the attributes of that node, after which :meth:`close_left` is called. A
-        directory that must be copied up before is not plain."""
-        if change.valid & SIZE or not node.parent.is_changed_in_place():
+        directory that must be copied up before is not plain.
+
+        If the change fails, it is to be made again, on the copy: a notice about that must precede the answer.
+        """
+        if change.valid & SIZE:
             return None
-        return self.make(node, change, -1, False, True)
+        try:
+            return self.make(node, change, -1, False, True)
+        except OSError:
+            if node.is_changed_in_place():
+                return None
+            raise
 
     cdef void close_left(self) noexcept:
         """Close the files of the last copy-up."""
@@ -184,7 +192,7 @@ cdef class SmallCopyUps:
         cdef int64_t began = now_ns()
         cdef bint plain
         cdef OpenFile lent = None
-        if not self.may_copy(node):
+        if not self.may_copy(node) or (answers and not node.parent.is_changed_in_place()):
             return None
         self.close_left()
         copy.source = copy.target = -1

@@ -4,6 +4,11 @@ from libc.stdint cimport int64_t, uint64_t
 
 from unionfs.core.stats cimport stat_t
 
+cdef extern from "<sys/uio.h>" nogil:
+    cdef struct iovec:
+        void *iov_base
+        size_t iov_len
+
 cdef class OpenFile:
     cdef int number
     cdef stat_t stat
@@ -15,6 +20,7 @@ cdef class OpenFile:
 
     cdef int descriptor(self) except -2
     cdef void leave(self)
+    cdef ssize_t read_now(self, char *buffer, size_t size, uint64_t offset) except -2
     cpdef take(self)
     cpdef release(self)
 

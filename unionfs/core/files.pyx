@@ -6,9 +6,15 @@ A session's state about a node in use is the node's `Use`, and ends with the nod
 import errno
 import os
 
-from posix.unistd cimport close
+from libc.errno cimport EAGAIN, EINTR, EINVAL, EOPNOTSUPP
+from libc.errno cimport errno as c_errno
+from posix.unistd cimport close, pread
 
-from unionfs.core.stats cimport result_of
+from unionfs.core.stats cimport failure, fstat, result_of
+
+cdef extern from "<sys/uio.h>" nogil:
+    int RWF_NOWAIT
+    ssize_t preadv2(int fd, const iovec *parts, int count, long offset, int flags)
 
 #: Errors of opening a file that a layer has lost; read(2) does not report them.
 cdef object GONE = (errno.ENOENT, errno.ENOTDIR, errno.ELOOP, errno.ESTALE)
@@ -101,6 +107,31 @@ cdef class OpenFile:
             return os.preadv(fd, [buffer], offset)
         if count < len(buffer) and offset + count < os.fstat(fd).st_size:
             return None  # the rest is on the disk
+        return count
+
+    cdef ssize_t read_now(self, char *buffer, size_t size, uint64_t offset) except -2:
+        """The same for compiled code; -1: read it in a thread. Raises ``OSError``."""
+        cdef int fd = self.descriptor()
+        cdef iovec part
+        cdef stat_t st
+        cdef ssize_t count
+        if <int64_t>offset < 0:  # preadv2(2) takes -1 for the offset of the fd
+            raise failure(EINVAL)
+        part.iov_base, part.iov_len = buffer, size
+        if self.waits:
+            count = preadv2(fd, &part, 1, <long>offset, RWF_NOWAIT)
+            if count >= 0:
+                if <size_t>count < size and fstat(fd, &st) == 0 and <int64_t>(offset + count) < st.st_size:
+                    return -1  # the rest is on the disk
+                return count
+            if c_errno == EOPNOTSUPP or c_errno == EINVAL:
+                self.waits = False
+        if not self.waits:
+            count = pread(fd, buffer, size, <long>offset)
+        if count < 0:
+            if c_errno == EAGAIN or c_errno == EINTR:  # a signal of this process, not of the reader
+                return -1
+            raise failure(c_errno)
         return count
 
     def read(self, size, offset):

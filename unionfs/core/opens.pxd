@@ -1,4 +1,4 @@
-# OPEN and RELEASE of files that are only read.
+# OPEN and RELEASE.
 
 from libc.stdint cimport int64_t, uint32_t
 

@@ -4,12 +4,11 @@ The kernel receives the data of a small lower file with its first open, which sa
 other open then, so no request that waits for this daemon holds a lock on its pages.
 """
 
-from libc.errno cimport EINVAL, EOPNOTSUPP
 from libc.errno cimport errno as c_errno
 from libc.stdint cimport int64_t, uint64_t
 from libc.stdlib cimport free, malloc
 from posix.fcntl cimport O_ACCMODE, O_RDWR, O_TRUNC
-from posix.unistd cimport ftruncate, pread, write
+from posix.unistd cimport ftruncate, write
 
 from unionfs.core.node cimport successor_of
 from unionfs.core.opening cimport is_plain, is_plain_in_upper, take_back
@@ -17,13 +16,6 @@ from unionfs.core.stats cimport failure
 from unionfs.core.wire cimport (
     FUSE_NOTIFY_INVAL_INODE, FUSE_NOTIFY_STORE, SMALL_FILE, fuse_out_header, inval_inode_notice, open_answer,
 )
-
-cdef extern from "<sys/uio.h>" nogil:
-    cdef struct iovec:
-        void *iov_base
-        size_t iov_len
-    int RWF_NOWAIT
-    ssize_t preadv2(int fd, const iovec *parts, int count, long offset, int flags)
 
 cdef enum:
     FOPEN_KEEP_CACHE = 2
@@ -131,18 +123,13 @@ cdef class Opens:
     cdef void fill(self, Node node, OpenFile file) noexcept:
         """Put a small file into the page cache; after an error the READ reports it."""
         cdef store_notice *notice = self.notice
-        cdef ssize_t size = file.stat.st_size if file.has_stat else 0, count
-        cdef iovec part
+        cdef ssize_t size = file.stat.st_size if file.has_stat else 0
         if not 0 < size <= SMALL_FILE:
             return
-        part.iov_base, part.iov_len = notice.data, size
-        if file.waits:
-            count = preadv2(file.number, &part, 1, 0, RWF_NOWAIT)
-            if count < 0 and (c_errno == EOPNOTSUPP or c_errno == EINVAL):
-                file.waits = False
-        if not file.waits:
-            count = pread(file.number, notice.data, size, 0)
-        if count != size:
+        try:
+            if file.read_now(notice.data, size, 0) != size:
+                return
+        except OSError:
             return
         notice.header.length = sizeof(store_notice) - SMALL_FILE + size
         notice.header.error, notice.header.unique = FUSE_NOTIFY_STORE, 0
@@ -163,7 +150,9 @@ cdef class Opens:
             handle = self.handles.by_number.get(number)
             if handle is None:
                 return 0
-            self.modes.released(handle)
-            self.handles.remove(number)
+            try:
+                self.modes.released(handle)
+            finally:  # the kernel sends no other RELEASE
+                self.handles.remove(number)
         answer.length, answer.error = sizeof(fuse_out_header), 0
         return sizeof(fuse_out_header)

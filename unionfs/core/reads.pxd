@@ -16,4 +16,3 @@ cdef class Reads:
 
     cdef fuse_out_header *answer(self, const fuse_in_header *header, const char *body, size_t size) except? NULL
     cdef OpenFile file(self, uint64_t id_, uint64_t number)
-    cdef ssize_t read(self, OpenFile file, size_t size, uint64_t offset) except -2

@@ -4,23 +4,11 @@ The data goes from the file straight behind the header of the answer. Python ans
 disk, large ones, which are spliced, and the first one of a file that is not open and not a lower's plain one.
 """
 
-from libc.errno cimport EAGAIN, EINVAL, EOPNOTSUPP
-from libc.errno cimport errno as c_errno
-from libc.stdint cimport int64_t
 from libc.stdlib cimport free, malloc
-from posix.unistd cimport pread
 
 from unionfs.core.node cimport Node
 from unionfs.core.opening cimport is_plain
-from unionfs.core.stats cimport failure, fstat, stat_t
 from unionfs.core.wire cimport fuse_read_in
-
-cdef extern from "<sys/uio.h>" nogil:
-    cdef struct iovec:
-        void *iov_base
-        size_t iov_len
-    int RWF_NOWAIT
-    ssize_t preadv2(int fd, const iovec *parts, int count, long offset, int flags)
 
 #: The minimum size of a read to splice, in bytes.
 SPLICED = 128 * 1024
@@ -59,7 +47,7 @@ cdef class Reads:
         file = self.file(header.nodeid, given.fh)
         if file is None:
             return NULL
-        count = self.read(file, given.size, given.offset)
+        count = file.read_now(self.buffer + sizeof(fuse_out_header), given.size, given.offset)
         if count < 0:
             return NULL
         self.handles.bytes_read += count
@@ -82,27 +70,3 @@ cdef class Reads:
             if file is not None:
                 self.kept.keep(node, file)
         return file
-
-    cdef ssize_t read(self, OpenFile file, size_t size, uint64_t offset) except -2:
-        """Read into the buffer; returns the number of bytes, short only at the end of the file, or -1 if the
-        read would wait for a disk. Raises ``OSError``."""
-        cdef int fd = file.descriptor()
-        cdef iovec part
-        cdef stat_t st
-        cdef ssize_t count
-        part.iov_base, part.iov_len = self.buffer + sizeof(fuse_out_header), size
-        if file.waits:
-            count = preadv2(fd, &part, 1, <long>offset, RWF_NOWAIT)
-            if count < 0 and c_errno == EAGAIN:
-                return -1
-            if count >= 0:
-                if <size_t>count < size and fstat(fd, &st) == 0 and <int64_t>(offset + count) < st.st_size:
-                    return -1  # the rest is on the disk
-                return count
-            if c_errno != EOPNOTSUPP and c_errno != EINVAL:
-                raise failure(c_errno)
-            file.waits = False
-        count = pread(fd, part.iov_base, size, <long>offset)
-        if count < 0:
-            raise failure(c_errno)
-        return count

@@ -10,8 +10,8 @@ from unionfs.core.setting cimport (
     ATIME, CTIME, FH, GID, KILL_SET_IDS, LOCKOWNER, MODE, MTIME, NOW, SIZE, UID, set_attributes,
 )
 from unionfs.core.stats cimport nanoseconds_of
-from unionfs.core.validity cimport valid_for
-from unionfs.core.wire cimport attr_answer, fuse_setattr_in, validity
+from unionfs.core.validity cimport fill_answer
+from unionfs.core.wire cimport attr_answer, fuse_setattr_in
 
 cdef enum:
     CHANGED = MODE | UID | GID | SIZE | ATIME | MTIME
@@ -40,10 +40,8 @@ cdef class SetRequests:
     cdef size_t answer(self, const fuse_in_header *header, const char *body, size_t size, void *out) except? 0:
         """The size of the answer, or 0 if Python must answer. Raises ``OSError``."""
         cdef const fuse_setattr_in *given = <const fuse_setattr_in *>body
-        cdef attr_answer *answer = <attr_answer *>out
         cdef Node node
         cdef Attributes found = None
-        cdef validity lasts
         if size < sizeof(fuse_setattr_in) or not is_plain(given.valid, header.uid == 0):
             return 0
         node = self.nodes.found(header.nodeid)
@@ -59,11 +57,7 @@ cdef class SetRequests:
             return 0
         if given.valid & MTIME and node.use is not None and node.use.writebacks:
             node.use.mtime_ns = nanoseconds_of(self.change.new_mtime)
-        # Notices about changes of the node that superseded this one contain the new id.
-        lasts = valid_for(node, found.lasting and node.id == header.nodeid)
-        answer.body.attr_valid, answer.body.attr_valid_nsec, answer.body.dummy = lasts.seconds, lasts.nanoseconds, 0
-        found.fill(&answer.body.attr)
-        answer.header.length, answer.header.error = sizeof(attr_answer), 0
+        fill_answer(<attr_answer *>out, found, header.nodeid)
         return sizeof(attr_answer)
 
     cdef void answered(self) noexcept:

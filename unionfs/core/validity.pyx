@@ -91,3 +91,13 @@ cdef void fill_entry(fuse_entry_out *out, Attributes found) noexcept:
     out.entry_valid_nsec = 0
     out.attr_valid, out.attr_valid_nsec = attributes.seconds, attributes.nanoseconds
     found.fill(&out.attr)
+
+
+cdef void fill_answer(attr_answer *answer, Attributes found, uint64_t id_) noexcept:
+    """The answer to GETATTR and SETATTR of the node ``id_``, but for its unique number."""
+    cdef Node node = found.node
+    # Notices about changes of the node that superseded this one contain the new id.
+    cdef validity lasts = valid_for(node, found.lasting and node.id == id_)
+    answer.body.attr_valid, answer.body.attr_valid_nsec, answer.body.dummy = lasts.seconds, lasts.nanoseconds, 0
+    found.fill(&answer.body.attr)
+    answer.header.length, answer.header.error = sizeof(attr_answer), 0

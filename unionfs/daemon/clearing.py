@@ -15,15 +15,17 @@ from unionfs.sys.mountinfo import MountEntry, mounted_at, mounts_of_device
 from unionfs.sys.unmount import open_mount, unmount
 
 
-def end_from_within(device: str) -> None:
+def end_from_within(device: str) -> bool:
     """Sync and unmount this process's own mount. `device` is its `major:minor`.
 
     Blocks: run it in a thread while the daemon keeps serving, since data written through mmap arrives only
-    now. Mounts in use are detached.
+    now. Mounts in use are detached. Returns whether none is left: one that another mount covers stays.
     """
+    all_gone = True
     # Newest first: bind mounts of parts of the union before the union.
     for mount in reversed(mounts_of_device(device)):
         if not _is_on_top(mount):
+            all_gone = False
             continue
         with _synced(mount):
             pass
@@ -35,6 +37,7 @@ def end_from_within(device: str) -> None:
                 continue
             with _synced(mount), suppress(OSError):
                 unmount(mount, lazy=True)
+    return all_gone
 
 
 def _is_on_top(mount: MountEntry) -> bool:

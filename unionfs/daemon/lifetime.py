@@ -101,7 +101,9 @@ class Lifetime:
             session.cancel()
             return
         try:
-            await trio.to_thread.run_sync(end_from_within, self._device, abandon_on_cancel=True)
+            if not await trio.to_thread.run_sync(end_from_within, self._device, abandon_on_cancel=True):
+                log.warning("%s is covered by another mount: it ends with the daemon", self._mountpoint)
+                patience = _GRACE_SECONDS
         except OSError:
             log.exception("unmounting failed")
             patience = 0
@@ -109,11 +111,12 @@ class Lifetime:
         await trio.sleep(_NOTICE_SECONDS)
         # Signals until now came for the unmounting.
         self._at_once = trio.Event()
-        log.warning(
-            "%s is unmounted, but in use: it is served for at most %.0f seconds; another signal ends it",
-            self._mountpoint,
-            patience,
-        )
+        if patience > _GRACE_SECONDS:
+            log.warning(
+                "%s is unmounted, but in use: it is served for at most %.0f seconds; another signal ends it",
+                self._mountpoint,
+                patience,
+            )
         with trio.move_on_after(patience):
             await self._at_once.wait()
         log.warning("%s is still in use: its users are cut off", self._mountpoint)

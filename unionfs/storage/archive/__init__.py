@@ -9,7 +9,9 @@
     base        what an incremental archive omits
     write       one pass over a tree, into an archive or only a manifest
     compress    zstd and gzip streams
+    stream      the bytes of a tar
     read        an archive as entries, fully checked
+    foreign     the entries of tars that other programs wrote
     extract     entries into a directory, never outside it
 
 Members of the volume are named `./...`. The first member is `.unionfs-backup/info.json`; the last ones are

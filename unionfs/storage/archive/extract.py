@@ -11,7 +11,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
-from typing import IO, TypeVar
+from typing import IO, Self, TypeVar
 
 from unionfs.errors import UserError, on_failure, quoted, reason
 from unionfs.storage import symlinks
@@ -48,6 +48,10 @@ class Extractor:
     user.
     """
 
+    filesystem = "this volume's filesystem"
+    elsewhere = "into a volume on another filesystem"
+    """Where else entries could be made that this filesystem refuses."""
+
     def __init__(self, root: str, note: Callable[[str], None]) -> None:
         self._root = os.open(root, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
         with suppress(OSError):
@@ -71,7 +75,7 @@ class Extractor:
             os.close(self._root)
             self._root = -1
 
-    def __enter__(self) -> Extractor:
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *exc: object) -> None:
@@ -101,7 +105,7 @@ class Extractor:
         # Until every part is open, the place is undefined.
         self._prefix = b"\0"
         for part in parts[common:]:
-            fd = self._open_directory(fd, part, path)
+            fd = self._enter(fd, part, path)
             self._parts.append(part)
             self._fds.append(fd)
             if len(self._fds) > _MOST_OPEN and self._fds[-_MOST_OPEN] >= 0:
@@ -109,6 +113,10 @@ class Extractor:
                 self._fds[-_MOST_OPEN] = -1
         self._prefix, self._parent = prefix, fd
         return fd, name
+
+    def _enter(self, at: int, name: bytes, path: bytes) -> int:
+        """Open a directory on the way to `path`; `_parts` are those above it."""
+        return self._open_directory(at, name, path)
 
     def _open_directory(self, at: int, name: bytes, path: bytes) -> int:
         try:
@@ -172,7 +180,7 @@ class Extractor:
                 raise UserError(
                     f"{_shown(entry.path)} has extended attributes or ACLs "
                     f"({', '.join(map(_shown, entry.xattrs))}) "
-                    "that this volume's filesystem cannot hold; restore into a volume on another filesystem."
+                    f"that {self.filesystem} cannot hold; restore {self.elsewhere}."
                 ) from error
             # EIO: rclone's error for unsupported operations
             refusals = [errno.EPERM, errno.ENOSYS, errno.ENOTSUP, errno.ENAMETOOLONG, errno.EINVAL]
@@ -180,8 +188,8 @@ class Extractor:
                 error.errno == errno.EIO and kind not in (FILE, SPARSE, DIRECTORY)
             ):
                 raise UserError(
-                    f"{_shown(entry.path)} cannot be made here: {reason(error)}; restore as root, or into a "
-                    "volume on another filesystem."
+                    f"{_shown(entry.path)} cannot be made here: {reason(error)}; restore as root, or "
+                    f"{self.elsewhere}."
                 ) from error
             raise
 
@@ -334,7 +342,7 @@ class Extractor:
     def _finish_directory(self, fd: int, entry: Entry) -> None:
         with on_failure(
             f"the attributes of {_shown(entry.path)} cannot be set here",
-            "restore as root, or into a volume on another filesystem",
+            f"restore as root, or {self.elsewhere}",
         ):
             if self._layers > 1:
                 self._drop_xattrs(fd, entry.xattrs)

@@ -209,25 +209,27 @@ def special_file(name: bytes, size: int, mtime: int) -> bytes:
 # -- reading ----------------------------------------------------------------------------------------------
 
 
-def _text(raw: bytes) -> bytes:
+def text(raw: bytes) -> bytes:
+    """A field that ends at its first NUL."""
     end = raw.find(b"\0")
     return raw if end < 0 else raw[:end]
 
 
-def _number(raw: bytes, what: str) -> int:
-    text = raw.rstrip(b"\0 ")
-    if not text:
+def number(raw: bytes, what: str) -> int:
+    """A field with an octal number, 0 if it is empty. Raises Malformed."""
+    digits = raw.rstrip(b"\0 ")
+    if not digits:
         return 0
     try:
-        if text.isdigit():  # int() takes signs and underscores too
-            return int(text, 8)
+        if digits.isdigit():  # int() takes signs and underscores too
+            return int(digits, 8)
     except ValueError:
         pass
     raise Malformed(f"a header's {what} is not a number")
 
 
 def _size(raw: bytes) -> int:
-    return int.from_bytes(raw[1:], "big") if raw[0] == 0x80 else _number(raw, "size")
+    return int.from_bytes(raw[1:], "big") if raw[0] == 0x80 else number(raw, "size")
 
 
 class Header:
@@ -239,19 +241,19 @@ class Header:
         total = sum(raw) - sum(raw[148:156]) + 256
         if raw[257:263] != b"ustar\0":
             raise Malformed("a header is not one of the pax format")
-        if _number(raw[148:156], "checksum") != total:
+        if number(raw[148:156], "checksum") != total:
             raise Malformed("a header's checksum is wrong")
-        self.name = _text(raw[:100])
+        self.name = text(raw[:100])
         if raw[345]:
             raise Malformed("a header has a prefix, which ours never have")
-        self.mode = _number(raw[100:108], "mode")
-        self.uid = _number(raw[108:116], "owner")
-        self.gid = _number(raw[116:124], "group")
+        self.mode = number(raw[100:108], "mode")
+        self.uid = number(raw[108:116], "owner")
+        self.gid = number(raw[116:124], "group")
         self.size = _size(raw[124:136])
-        self.mtime = _number(raw[136:148], "time")
+        self.mtime = number(raw[136:148], "time")
         self.kind = raw[156:157]
-        self.link = _text(raw[157:257])
-        self.rdev = (_number(raw[329:337], "device"), _number(raw[337:345], "device"))
+        self.link = text(raw[157:257])
+        self.rdev = (number(raw[329:337], "device"), number(raw[337:345], "device"))
 
 
 def check_pax_size(size: int) -> None:
@@ -279,19 +281,21 @@ def parse_records(data: bytes) -> Iterator[tuple[bytes, bytes]]:
         at = end
 
 
-def _nanoseconds(text: bytes) -> int:
-    negative = text.startswith(b"-")
-    whole, _, part = text.removeprefix(b"-").partition(b".")
+def nanoseconds(value: bytes) -> int:
+    """A pax time in seconds, as nanoseconds. Raises Malformed."""
+    negative = value.startswith(b"-")
+    whole, _, part = value.removeprefix(b"-").partition(b".")
     if not (whole.isdigit() and (part.isdigit() or not part)) or len(whole) > 18:
         raise Malformed("a time is not a number")
-    value = int(whole) * 1_000_000_000 + int(part[:9].ljust(9, b"0") or b"0")
-    return -value if negative else value
+    total = int(whole) * 1_000_000_000 + int(part[:9].ljust(9, b"0") or b"0")
+    return -total if negative else total
 
 
-def _decimal(text: bytes) -> int:
-    if not text.isdigit() or len(text) > 19:
+def decimal(value: bytes) -> int:
+    """A pax number. Raises Malformed."""
+    if not value.isdigit() or len(value) > 19:
         raise Malformed("a record is not a number")
-    return int(text)
+    return int(value)
 
 
 def checked_path(name: bytes, is_directory: bool) -> bytes:
@@ -335,17 +339,17 @@ def decode(header: Header, records: list[tuple[bytes, bytes]]) -> tuple[Entry, b
     sparse: dict[bytes, bytes] = {}
     for key, value in records:
         if key == b"mtime":
-            mtime = _nanoseconds(value)
+            mtime = nanoseconds(value)
         elif key == b"path":
             name = value
         elif key == b"linkpath":
             link = value
         elif key == b"size":
-            size = _decimal(value)
+            size = decimal(value)
         elif key == b"uid":
-            uid = _decimal(value)
+            uid = decimal(value)
         elif key == b"gid":
-            gid = _decimal(value)
+            gid = decimal(value)
         elif key.startswith(b"SCHILY.xattr."):
             xattrs[key[13:].replace(b"%3D", b"=").replace(b"%25", b"%")] = value
         elif key in _ACL_KEYS:
@@ -378,7 +382,7 @@ def _kind(letter: bytes, size: int, sparse: dict[bytes, bytes]) -> tuple[str, in
     if sparse:
         if kind != FILE or sparse.get(b"major") != b"1" or sparse.get(b"minor") != b"0":
             raise Malformed("its sparse format is not one that unionfs writes")
-        return SPARSE, _decimal(sparse.get(b"realsize", b""))
+        return SPARSE, decimal(sparse.get(b"realsize", b""))
     if kind != FILE and size:
         raise Malformed("a member that is not a file has data")
     return kind, size

@@ -18,18 +18,18 @@ from unionfs.sys.walking import follow
 
 
 @contextmanager
-def whole_file(path: str) -> Iterator[IO[bytes]]:
+def whole_file(path: str, what: str = "backup") -> Iterator[IO[bytes]]:
     """An unbuffered file that replaces `path` if the context ends without an error, and else is discarded.
 
     On most filesystems it has no name until then, so even SIGKILL leaves nothing behind. Its directory stays
     open, so that a rename cannot redirect it. Anything but a regular file (a FIFO, /dev/null) is written
-    directly. Raises UserError.
+    directly. `what` it is, for messages. Raises UserError.
     """
     if not os.path.basename(path):
-        raise UserError(f"{quoted(path)} is not a file name; name the file to write the backup to.")
+        raise UserError(f"{quoted(path)} is not a file name; name the file to write the {what} to.")
     with ExitStack() as opened:
         with on_failure(
-            f"the backup {quoted(path)} cannot be made",
+            f"the {what} {quoted(path)} cannot be made",
             "name a file in a directory that is there and can be written",
         ):
             directory, name, special = _place(path, opened)

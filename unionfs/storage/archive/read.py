@@ -13,7 +13,6 @@ from unionfs.storage.archive import manifest
 from unionfs.storage.archive.compress import Source
 from unionfs.storage.archive.entry import (
     FILE,
-    MOST_SEGMENTS,
     NO_DIGEST,
     SPARSE,
     Entry,
@@ -33,24 +32,19 @@ from unionfs.storage.archive.headers import (
     parse_records,
 )
 from unionfs.storage.archive.manifest import Line, line_of, lines_of, read_manifest, unescape
+from unionfs.storage.archive.stream import CHUNK, TarStream
 
-_CHUNK = 1 << 20
 _MOST_INFO = 1 << 20
-_END = bytes(RECORD)
 
 
-class ArchiveReader:
+class ArchiveReader(TarStream):
     """Reads one archive to its end: `info`, then `entries`, then `deleted` and `manifest_lines`.
 
     Every method may raise Malformed, and OSError of the source.
     """
 
     def __init__(self, source: Source) -> None:
-        self._source = source
-        self._buffer = b""
-        self._at = 0
-        self._left = 0  # bytes of the current member's data that are not read
-        self._padding = 0
+        super().__init__(source)
         self._digest = NO_DIGEST  # of the current file, once it has been read
         self._content: Iterable[tuple[int, bytes]] = ()
         self._seen: IO[bytes] = tempfile.SpooledTemporaryFile(max_size=8 << 20)  # noqa: SIM115
@@ -61,49 +55,12 @@ class ArchiveReader:
         self.complete = False
         self.info = self._read_info()
 
-    # -- bytes --------------------------------------------------------------------------------------------
-
-    def _take(self, size: int) -> bytes:
-        end = self._at + size
-        if end > len(self._buffer):
-            parts = [self._buffer[self._at :]]
-            have = len(parts[0])
-            while have < size:
-                more = self._source.read(max(_CHUNK, size - have))
-                if not more:
-                    raise Malformed("it is cut off")
-                parts.append(more)
-                have += len(more)
-            self._buffer, self._at, end = b"".join(parts), 0, size
-        data = self._buffer[self._at : end]
-        self._at = end
-        return data
-
-    def _rest(self) -> Iterator[bytes]:
-        while self._left:
-            chunk = self._take(min(self._left, _CHUNK))
-            self._left -= len(chunk)
-            yield chunk
-        self._skip_padding()
-
-    def _skip_padding(self) -> None:
-        if self._padding:
-            if self._take(self._padding).strip(b"\0"):
-                raise Malformed("something fills what should be empty")
-            self._padding = 0
-
-    def _open_data(self, size: int) -> None:
-        self._left, self._padding = size, -size % RECORD
-
     # -- members ------------------------------------------------------------------------------------------
 
     def _next_member(self) -> tuple[Entry, bytes, int] | None:
         """The next member's headers; None at the end of the archive."""
-        raw = self._take(RECORD)
-        if raw == _END:
-            if self._take(RECORD) != _END:
-                raise Malformed("something follows its end")
-            self._expect_nothing()
+        raw = self._record()
+        if raw is None:
             return None
         header = Header(raw)
         records: list[tuple[bytes, bytes]] = []
@@ -115,20 +72,6 @@ class ArchiveReader:
             if header.kind == b"x":
                 raise Malformed("two extended headers belong to one member")
         return decode(header, records)
-
-    def _expect_nothing(self) -> None:
-        """Check that only zeros follow, as padding to tar's block size."""
-        rest = self._buffer[self._at :]
-        total = 0
-        while True:
-            if rest.strip(b"\0"):
-                raise Malformed("something follows its end")
-            total += len(rest)
-            if total > 1 << 20:
-                raise Malformed("it does not end")
-            rest = self._source.read(_CHUNK)
-            if not rest:
-                return
 
     def _read_info(self) -> dict[str, Any]:
         try:
@@ -166,9 +109,9 @@ class ArchiveReader:
             self.count += 1
             self._open_data(size)
             if entry.kind == SPARSE:
-                entry = entry._replace(segments=self._read_map(entry))
+                entry = entry._replace(segments=self._read_map(entry.size))
             self._digest = NO_DIGEST
-            if entry.kind == FILE and size <= _CHUNK:
+            if entry.kind == FILE and size <= CHUNK:
                 self._content = self._read_small(size)
             elif entry.kind in (FILE, SPARSE):
                 self._content = self._read_large(entry)
@@ -196,7 +139,7 @@ class ArchiveReader:
         for offset, length in entry.segments if entry.kind == SPARSE else ((0, entry.size),):
             end = offset + length
             while offset < end:
-                chunk = self._take(min(end - offset, _CHUNK))
+                chunk = self._take(min(end - offset, CHUNK))
                 digest.update(offset, chunk)
                 self.read_bytes += len(chunk)
                 yield offset, chunk
@@ -204,41 +147,6 @@ class ArchiveReader:
         self._left = 0
         self._skip_padding()
         self._digest = digest.hexdigest(entry.size)
-
-    def _read_map(self, entry: Entry) -> list[tuple[int, int]]:
-        """The map at the start of a sparse file's data; the rest is the content."""
-        text, wanted = b"", 1
-        numbers: list[int] = []
-        used = 0
-        while len(numbers) < wanted:
-            if self._left - used < RECORD:
-                raise Malformed("a sparse file's map is cut off")
-            text += self._take(RECORD)
-            used += RECORD
-            *lines, text = text.split(b"\n")
-            if len(text) >= RECORD:
-                raise Malformed("a sparse file's map is malformed")
-            for line in lines:
-                if len(numbers) == wanted:
-                    raise Malformed("a sparse file's map continues past its end")
-                if not line.isdigit() or len(line) > 19:
-                    raise Malformed("a sparse file's map is malformed")
-                numbers.append(int(line))
-                if len(numbers) == 1:
-                    if numbers[0] > MOST_SEGMENTS:
-                        raise Malformed("a sparse file's map is too large")
-                    wanted = 1 + 2 * numbers[0]
-        if text.strip(b"\0"):
-            raise Malformed("a sparse file's map continues past its end")
-        segments = list(zip(numbers[1::2], numbers[2::2], strict=True))
-        at = 0
-        for offset, length in segments:
-            if offset < at or offset + length > entry.size:
-                raise Malformed("a sparse file's map leads outside the file")
-            at = offset + length
-        if sum(length for _, length in segments) != self._left - used:
-            raise Malformed("a sparse file's map does not fit its data")
-        return segments
 
     # -- the end ------------------------------------------------------------------------------------------
 
@@ -302,7 +210,7 @@ class ArchiveReader:
     def copy_manifest(self, out: IO[bytes]) -> None:
         assert self.complete
         self._lines.seek(0)
-        while chunk := self._lines.read(_CHUNK):
+        while chunk := self._lines.read(CHUNK):
             out.write(chunk)
 
     def deleted(self) -> Iterator[bytes]:

@@ -1,0 +1,68 @@
+"""`unionfs commit`."""
+
+from __future__ import annotations
+
+import os
+
+import click
+
+from unionfs.cli.finding import find_mount, upper_in_memory
+from unionfs.cli.rules import complete_images, tell
+from unionfs.cli.volume.common import root_option
+from unionfs.errors import UserError, quoted
+
+
+@click.command(epilog="Example: unionfs commit /mnt --image oci-archive:web.tar:web:2")
+@click.option("--image", metavar="oci-archive:FILE[:TAG]", required=True, shell_complete=complete_images,
+              help="Write an image: the mount's lowers as layers, and its changes as one more.")  # fmt: skip
+@click.option("--compress", type=click.Choice(("zstd", "gzip", "none")), default="gzip", show_default=True,
+              help="How new layers are compressed; old docker reads no zstd.")  # fmt: skip
+@click.option("--author", metavar="TEXT", help="Who made it.")
+@click.option("-m", "--message", metavar="TEXT", help="What was changed.")
+@root_option
+@click.argument("mountpoint")
+def commit(
+    image: str, compress: str, author: str | None, message: str | None, root: str | None, mountpoint: str
+) -> int:
+    """Write what the mount at MOUNTPOINT shows as an image, and print its id.
+
+    A mount made by --image keeps the layers and the configuration of that image. Volumes and bind mounts are
+    not part of it. Files that change meanwhile are reported.
+    """
+    # For start-up time: --help and completion do not need it.
+    from unionfs.daemon.orders import give
+    from unionfs.images.committing import Stack, Wish
+    from unionfs.images.committing import commit as write
+    from unionfs.storage.root import storage_root
+    from unionfs.sys.override import override_modes
+    from unionfs.union.markers import Markers
+    from unionfs.union.resting import TRUSTED, USER
+
+    mount = find_mount(mountpoint)
+    settings = mount.settings
+    if mount.uid is not None:
+        raise UserError(
+            f"{quoted(settings.mountpoint)} is a mount of uid {mount.uid}, who owns its layers; run `unionfs "
+            "commit` as that user."
+        )
+    upper, work = settings.upper, settings.work
+    if settings.upper_tmpfs is not None:
+        upper = upper_in_memory(mount)
+        work = f"{upper}/../work"
+    # Data in the kernel's cache of the mount is not in the upper yet.
+    give(mount, "sync", "written to disk", "check the disk of the upper")
+    prefix = USER if settings.userxattr else TRUSTED
+    redirects = settings.features.redirect_dir
+    follows = redirects in ("on", "follow") if settings.userxattr else redirects != "nofollow"
+    wish = Wish(image, compress=compress, author=author, message=message)
+    place = storage_root(root)
+    if os.geteuid() != 0:
+        override_modes()
+    stack = Stack(
+        upper, None if settings.features.index == "off" else work, settings.lowers,
+        Markers(prefix, follows_redirects=follows), settings.userxattr,
+    )  # fmt: skip
+    done = write(stack, place, wish)
+    print(done.id)
+    tell(done.notes)
+    return 0

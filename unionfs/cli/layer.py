@@ -1,0 +1,130 @@
+"""`unionfs layer`: uppers as layers of OCI images, and back."""
+
+from __future__ import annotations
+
+import os
+from typing import TYPE_CHECKING
+
+import click
+
+from unionfs.cli.lazy import LazyGroup
+from unionfs.cli.rules import rules_options, tell
+from unionfs.cli.volume.common import root_option
+from unionfs.errors import on_failure, quoted
+
+if TYPE_CHECKING:
+    from unionfs.images.blobs import Written
+    from unionfs.images.rules import Rules
+
+_COMMANDS = {
+    "export": ("unionfs.cli.layer:export", "Write an upper as a layer."),
+    "import": ("unionfs.cli.layer:import_", "Unpack a layer into a directory."),
+    "squash": ("unionfs.cli.layer:squash", "Make one layer of several."),
+}
+_OUTPUT = click.option(
+    "-o", "--output", metavar="FILE", required=True,
+    help="The layer: a tar, compressed by gzip (.gz, .tgz) or zstd (.zst).",
+)  # fmt: skip
+_USERXATTR = click.option(
+    "--userxattr", is_flag=True, help="Markers are user.overlay.* xattrs (always without root)."
+)
+
+
+@click.command(
+    cls=LazyGroup,
+    places=_COMMANDS,
+    epilog="Example: unionfs layer export --upper /srv/changes -o layer.tar.gz",
+)
+def layer() -> None:
+    """Convert uppers to layers of OCI images, and back.
+
+    A layer is a tar in which `.wh.NAME` says that NAME is removed, and `.wh..wh..opq` that a directory hides
+    those of the layers below. `export` and `squash` print the digests by which images name it.
+    """
+
+
+@click.command(epilog="Example: unionfs layer export -u /srv/changes -l /srv/base -o layer.tar.zst")
+@click.option("-u", "--upper", metavar="DIR", required=True, help="The upper; it must not be mounted.")
+@click.option(
+    "-l", "--lower", "lowers", multiple=True, metavar="DIR|IMAGE", help="A lower; the first is on top."
+)
+@click.option("-w", "--work", metavar="DIR", help="Its work directory, for changed hard links of lowers.")
+@_OUTPUT
+@_USERXATTR
+def export(
+    upper: str, lowers: tuple[str, ...], work: str | None, output: str, userxattr: bool
+) -> int:
+    """Write an upper as a layer, and print the digest of the file and its diff id.
+
+    The same upper always gives the same bytes. Directories that were renamed, and files whose data or other
+    names are in a lower, come out whole; that needs the lowers, and for hard links the work directory, which
+    has their index.
+    """
+    # For start-up time: --help and completion do not need it.
+    from unionfs.daemon.preflight import check_directory, check_lower, check_unused
+    from unionfs.daemon.settle import absolute
+    from unionfs.images.layers import export_layer
+    from unionfs.sys.capabilities import may_use_trusted_xattrs
+    from unionfs.sys.override import override_modes
+
+    check_directory("upper", upper)
+    for lower in lowers:
+        check_lower(lower)
+    if work is not None:
+        check_directory("work", work)
+        work = absolute(work)
+    upper = absolute(upper)
+    check_unused(upper)
+    userxattr = userxattr or not may_use_trusted_xattrs()
+    output = os.path.abspath(output)
+    override_modes()
+    below = [absolute(path) for path in lowers]
+    _print(export_layer(upper, below, output, work=work, userxattr=userxattr))
+    return 0
+
+
+def _print(written: Written) -> None:
+    print(f"digest   {written.digest}\ndiff id  {written.diff_id}")
+    tell(written.packed.notes)
+
+
+@click.command(name="import", epilog="Example: unionfs layer import layer.tar.gz /srv/layer")
+@rules_options
+@_USERXATTR
+@click.argument("file", metavar="LAYER")
+@click.argument("directory", metavar="DIR")
+def import_(rules: Rules, userxattr: bool, file: str, directory: str) -> int:
+    """Unpack a layer into DIR as an upper or lower in kernel overlayfs's format, and print its diff id.
+
+    DIR must be missing or empty; it gets its content when the whole layer is there.
+    """
+    # For start-up time: --help and completion do not need it.
+    from unionfs.images.layers import import_layer
+    from unionfs.sys.capabilities import may_use_trusted_xattrs
+
+    userxattr = userxattr or not may_use_trusted_xattrs()
+    contents, diff_id = import_layer(file, directory, userxattr=userxattr, rules=rules)
+    print(f"diff id  {diff_id}")
+    tell(contents.notes)
+    return 0
+
+
+@click.command(epilog="Example: unionfs layer squash base.tar.gz changes.tar.gz -o both.tar.gz")
+@rules_options
+@_OUTPUT
+@root_option
+@click.argument("files", metavar="LAYER...", nargs=-1, required=True)
+def squash(rules: Rules, output: str, root: str | None, files: tuple[str, ...]) -> int:
+    """Make one layer of several, the lowest first, and print the digest of the file and its diff id.
+
+    It shows the same tree over any layers below. What it hides of those stays hidden.
+    """
+    # For start-up time: --help and completion do not need it.
+    from unionfs.images.layers import squash_layers
+    from unionfs.storage.root import storage_root
+
+    with on_failure(f"{quoted(output)} cannot be written", "free space"):
+        written, notes = squash_layers(files, output, storage_root(root), rules)
+    tell(notes)
+    _print(written)
+    return 0

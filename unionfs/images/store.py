@@ -1,0 +1,358 @@
+"""The store of images: layers, each unpacked once and shared between mounts, and the images made of them.
+
+    ROOT/images/records/ID.json                one image: its configuration, names and layers
+    ROOT/images/layers/KIND/DIFFID/root        a layer, in the kernel's format
+    ROOT/images/layers/KIND/DIFFID/layer.json  what it has, and where it came from
+    ROOT/images/layers/KIND/.new-DIFFID        being unpacked, or left by a process that was killed
+    ROOT/images/locks/KIND-DIFFID              held shared by users, alone while it is unpacked or removed
+
+A layer counts when its directory has its name, which it gets by one rename when all of it is on disk. KIND
+says who can read its markers and owners: `trusted` (trusted.overlay.*, root), `user` (user.overlay.*), and
+`mapped` (user.overlay.*, with the owners of a user namespace, which an ordinary user cannot store).
+"""
+
+from __future__ import annotations
+
+import os
+import secrets
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import asdict, dataclass
+from typing import Any, Final
+
+from unionfs.errors import UserError, on_failure, quoted
+from unionfs.images import documents
+from unionfs.images.blobs import Blob, unpack_blob
+from unionfs.images.locks import hold, try_alone
+from unionfs.images.rules import Rules
+from unionfs.images.sources import ImageSource
+from unionfs.storage import jsonfiles
+from unionfs.storage.root import make_directory, open_root
+from unionfs.sys.calls import syncfs
+from unionfs.sys.capabilities import is_host_root
+from unionfs.sys.fds import directory
+from unionfs.sys.trees import remove_path
+from unionfs.union.markers import Markers
+from unionfs.union.resting import TRUSTED, USER
+
+TRUSTED_KIND: Final = "trusted"
+_NEW: Final = ".new-"
+_SHORTEST_ID: Final = 4
+
+
+@dataclass(frozen=True, slots=True)
+class Image:
+    """An image of the store."""
+
+    id: str
+    """The hexadecimal digest of its configuration."""
+    names: tuple[str, ...]
+    config: bytes
+    layers: tuple[str, ...]
+    """Hexadecimal diff ids, the lowest first."""
+    source: str
+    """The reference that it was unpacked from."""
+    added: float
+    """Seconds since the epoch."""
+
+
+def kind_of(userxattr: bool) -> str:
+    """The kind of layers that this process unpacks and reads."""
+    if not userxattr:
+        return TRUSTED_KIND
+    return "mapped" if os.geteuid() == 0 and not is_host_root() else "user"
+
+
+def markers_of(kind: str) -> Markers:
+    return Markers(TRUSTED if kind == TRUSTED_KIND else USER)
+
+
+class Store:
+    """The images below one storage root. Nothing is made before it is needed."""
+
+    def __init__(self, root: str) -> None:
+        self._root = root
+        self.path = f"{root}/images"
+
+    def _prepare(self, *names: str) -> None:
+        open_root(self._root)
+        for name in ("", *names):
+            make_directory(f"{self.path}/{name}".rstrip("/"))
+
+    # -- layers -------------------------------------------------------------------------------------------
+
+    def layer(self, kind: str, diff_id: str) -> str:
+        """The directory of a layer's files."""
+        return f"{self.path}/layers/{kind}/{diff_id}/root"
+
+    def has_layer(self, kind: str, diff_id: str) -> bool:
+        return os.path.isdir(self.layer(kind, diff_id))
+
+    def facts(self, kind: str, diff_id: str) -> dict[str, Any]:
+        """What is known about a layer. Raises UserError."""
+        path = f"{self.path}/layers/{kind}/{diff_id}/layer.json"
+        with on_failure(f"the layer {diff_id} has no readable record", f"remove {path}", OSError, ValueError):
+            found: dict[str, Any] = jsonfiles.read(path)
+        return found
+
+    def all_layers(self) -> Iterator[tuple[str, str]]:
+        """The kind and diff id of every layer, also of those that are being unpacked."""
+        for kind in _names(f"{self.path}/layers"):
+            for name in _names(f"{self.path}/layers/{kind}"):
+                yield kind, name
+
+    def lock_path(self, kind: str, diff_id: str) -> str:
+        return f"{self.path}/locks/{kind}-{diff_id}"
+
+    def _use_layer(self, kind: str, blob: Blob, rules: Rules, held: ExitStack) -> list[str]:
+        """Hold a layer, which is unpacked first if it is missing. Returns notes. Raises UserError."""
+        assert blob.diff_id is not None
+        diff_id = documents.check_digest(blob.diff_id)
+        lock = self.lock_path(kind, diff_id)
+        notes: list[str] = []
+        while True:
+            shared = hold(lock, alone=False)
+            if self.has_layer(kind, diff_id):
+                held.callback(os.close, shared)
+                return notes
+            os.close(shared)
+            alone = hold(lock, alone=True)
+            try:
+                if not self.has_layer(kind, diff_id):
+                    notes = self._unpack(kind, diff_id, blob, rules)
+            finally:
+                os.close(alone)
+
+    def _unpack(self, kind: str, diff_id: str, blob: Blob, rules: Rules) -> list[str]:
+        above = make_directory(f"{self.path}/layers/{kind}")
+        new = f"{above}/{_NEW}{diff_id}"
+        complaint = f"{blob.name} cannot be unpacked below {quoted(above)}"
+        with on_failure(complaint, "free space, or name another --root"):
+            remove_path(new, unlock=True)
+            os.mkdir(new, 0o700)
+            try:
+                os.mkdir(f"{new}/root", 0o700)
+                contents, _ = unpack_blob(blob, f"{new}/root", markers_of(kind), rules)
+                facts = {**asdict(contents), "digest": blob.digest, "blob_size": blob.size}
+                jsonfiles.write(f"{new}/layer.json", facts, sync=False)
+                with directory(new) as fd:
+                    syncfs(fd)
+                os.rename(new, f"{above}/{diff_id}")
+                with directory(above) as fd:
+                    os.fsync(fd)
+            except BaseException:
+                with suppress(OSError):
+                    remove_path(new, unlock=True)
+                raise
+        return contents.notes
+
+    @contextmanager
+    def workspace(self, kind: str) -> Iterator[str]:
+        """A directory for layers that are unpacked for a moment. Raises UserError."""
+        self._prepare("layers", "locks", "records")
+        name = f"work-{secrets.token_hex(8)}"
+        fd = hold(self.lock_path(kind, name), alone=True)
+        path = f"{make_directory(f'{self.path}/layers/{kind}')}/{_NEW}{name}"
+        try:
+            os.mkdir(path, 0o700)
+            yield path
+        finally:
+            self._remove_layer(kind, f"{_NEW}{name}")
+            os.close(fd)
+
+    # -- images -------------------------------------------------------------------------------------------
+
+    @contextmanager
+    def added(self, source: ImageSource, kind: str, rules: Rules, notes: list[str]) -> Iterator[Image]:
+        """An image from a source, whose layers nobody removes meanwhile. Raises UserError."""
+        self._prepare("layers", "locks", "records")
+        layers = tuple(documents.check_digest(blob.diff_id or "") for blob in source.layers)
+        with ExitStack() as held:
+            for blob in source.layers:
+                notes += self._use_layer(kind, blob, rules, held)
+            image = Image(source.id, source.names, source.config, layers, source.where, time.time())
+            yield self._save(image)
+
+    @contextmanager
+    def used(self, image: Image, kind: str) -> Iterator[Image]:
+        """An image of the store, whose layers nobody removes meanwhile. Raises UserError."""
+        self._prepare("layers", "locks", "records")
+        with ExitStack() as held:
+            for diff_id in image.layers:
+                fd = hold(self.lock_path(kind, diff_id), alone=False)
+                held.callback(os.close, fd)
+                if not self.has_layer(kind, diff_id):
+                    raise UserError(
+                        f"the layer {diff_id[:12]} of image {shown(image)} is not unpacked for such a mount; "
+                        f"name the archive instead, as {quoted(image.source)}."
+                    )
+            yield image
+
+    def paths(self, image: Image, kind: str) -> list[str]:
+        """The layers of an image as lowers, topmost first. Those below an opaque root are left out."""
+        found = []
+        # The lower one of two equal layers is hidden by the other.
+        for diff_id in dict.fromkeys(reversed(image.layers)):
+            found.append(self.layer(kind, diff_id))
+            if self.facts(kind, diff_id)["root_opaque"]:
+                break
+        return found
+
+    def _save(self, image: Image) -> Image:
+        with self._records():
+            for other in self.images():
+                if other.id == image.id:
+                    image = _merged(other, image)
+                elif taken := set(other.names) & set(image.names):
+                    left = tuple(name for name in other.names if name not in taken)
+                    self._write(_renamed(other, left))
+            self._write(image)
+        return image
+
+    def _write(self, image: Image) -> None:
+        values = {**asdict(image), "config": image.config.decode()}
+        jsonfiles.write(f"{self.path}/records/{image.id}.json", values)
+
+    @contextmanager
+    def _records(self) -> Iterator[None]:
+        fd = hold(f"{self.path}/locks/records", alone=True)
+        try:
+            with on_failure(f"the images in {quoted(self.path)} cannot be recorded", "free space"):
+                yield
+        finally:
+            os.close(fd)
+
+    def images(self) -> list[Image]:
+        """All images, oldest first. Raises UserError."""
+        found = []
+        for name in _names(f"{self.path}/records"):
+            path = f"{self.path}/records/{name}"
+            if name.endswith(".json"):
+                try:
+                    found.append(_from_json(jsonfiles.read(path)))
+                except FileNotFoundError:
+                    continue
+                except (OSError, ValueError, KeyError, TypeError) as error:
+                    raise UserError(
+                        f"the image record {quoted(path)} cannot be read ({error}); remove it."
+                    ) from error
+        return sorted(found, key=lambda image: (image.added, image.id))
+
+    def find(self, text: str) -> Image:
+        """An image by its name, or its id or the beginning of that. Raises UserError."""
+        known = self.images()
+        wanted = text.removeprefix("sha256:")
+        named = [image for image in known if any(_is_named(name, text) for name in image.names)]
+        if not named and len(wanted) >= _SHORTEST_ID:
+            named = [image for image in known if image.id.startswith(wanted)]
+        if len(named) == 1:
+            return named[0]
+        if named:
+            raise UserError(f"{quoted(text)} means several images; write more of the name or id.")
+        raise UserError(
+            f"there is no image {quoted(text)} in {quoted(self.path)}; `unionfs image ls` lists them, and "
+            "oci-archive:FILE, docker-archive:FILE or oci:DIR names one outside."
+        )
+
+    # -- removing -----------------------------------------------------------------------------------------
+
+    def remove(self, images: Sequence[Image], users: Mapping[str, str]) -> list[str]:
+        """Remove images, and the layers that no other image has. Returns the directories of these layers.
+
+        `users` says of the directories of layers who uses them. Raises UserError for an image in use, of
+        which nothing is removed.
+        """
+        self._prepare("locks", "records")
+        gone = []
+        for image in images:
+            with self._records():
+                others = {diff_id for one in self.images() if one.id != image.id for diff_id in one.layers}
+                alone = set(image.layers) - others
+                with ExitStack() as held:
+                    doomed = [
+                        (kind, diff_id) for kind, diff_id in self.all_layers() if diff_id in set(image.layers)
+                    ]
+                    for kind, diff_id in doomed:
+                        self._refuse_used(image, kind, diff_id, users, held)
+                    with suppress(FileNotFoundError):
+                        os.unlink(f"{self.path}/records/{image.id}.json")
+                    gone += [self._remove_layer(*one) for one in doomed if one[1] in alone]
+        return gone
+
+    def _refuse_used(
+        self, image: Image, kind: str, diff_id: str, users: Mapping[str, str], held: ExitStack
+    ) -> None:
+        user = users.get(self.layer(kind, diff_id))
+        fd = None if user else try_alone(self.lock_path(kind, diff_id))
+        if fd is None:
+            raise UserError(
+                f"image {shown(image)} cannot be removed: {user or 'another process'} uses it; end that "
+                "first."
+            )
+        held.callback(os.close, fd)
+
+    def prune(self, users: Mapping[str, str]) -> list[str]:
+        """Remove layers that no image has and nobody uses, and what killed processes left.
+
+        Returns the removed directories.
+        """
+        self._prepare("locks", "records")
+        gone = []
+        with self._records():
+            known = {diff_id for image in self.images() for diff_id in image.layers}
+            for kind, name in self.all_layers():
+                diff_id = name.removeprefix(_NEW)
+                if name in known or self.layer(kind, name) in users:
+                    continue
+                if (fd := try_alone(self.lock_path(kind, diff_id))) is not None:
+                    gone.append(self._remove_layer(kind, name))
+                    os.close(fd)
+        return gone
+
+    def _remove_layer(self, kind: str, name: str) -> str:
+        """Remove a layer, whose lock is held alone. It loses its name first."""
+        path = f"{self.path}/layers/{kind}/{name}"
+        doomed = f"{self.path}/layers/{kind}/{_NEW}{name.removeprefix(_NEW)}"
+        with on_failure(f"the layer {quoted(path)} cannot be removed", "check its permissions"):
+            if doomed != path:
+                remove_path(doomed, unlock=True)
+                os.rename(path, doomed)
+            remove_path(doomed, unlock=True)
+            if name.removeprefix(_NEW) == name or not self.has_layer(kind, name.removeprefix(_NEW)):
+                with suppress(FileNotFoundError):
+                    os.unlink(self.lock_path(kind, name.removeprefix(_NEW)))
+        return path
+
+
+def shown(image: Image) -> str:
+    """An image's name, or the beginning of its id."""
+    return quoted(image.names[0]) if image.names else image.id[:12]
+
+
+def _is_named(name: str, text: str) -> bool:
+    """Whether a name is meant by a text, which may lack the registry and the tag `latest`."""
+    return any(name == word or name.endswith(f"/{word}") for word in (text, f"{text}:latest"))
+
+
+def _merged(old: Image, new: Image) -> Image:
+    names = tuple(dict.fromkeys((*old.names, *new.names)))
+    return Image(new.id, names, new.config, new.layers, new.source, old.added)
+
+
+def _renamed(image: Image, names: tuple[str, ...]) -> Image:
+    return Image(image.id, names, image.config, image.layers, image.source, image.added)
+
+
+def _from_json(values: Any) -> Image:
+    return Image(
+        str(values["id"]), tuple(map(str, values["names"])), str(values["config"]).encode(),
+        tuple(map(str, values["layers"])), str(values["source"]), float(values["added"]),
+    )  # fmt: skip
+
+
+def _names(path: str) -> list[str]:
+    try:
+        return sorted(os.listdir(path))
+    except FileNotFoundError:
+        return []

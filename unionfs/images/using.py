@@ -1,0 +1,45 @@
+"""An image as the lowers of a mount, whether in the store or outside."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+
+from unionfs.daemon import live
+from unionfs.errors import UserError, quoted
+from unionfs.images.rules import Rules
+from unionfs.images.sources import is_reference, opened
+from unionfs.images.store import Image, Store, kind_of, shown
+
+
+@contextmanager
+def image_layers(
+    text: str, root: str, *, userxattr: bool, rules: Rules, notes: list[str]
+) -> Iterator[tuple[Image, list[str]]]:
+    """The image that `text` names, and its layers as lowers, topmost first; unpacked first if necessary.
+
+    Nobody removes the layers during the context, nor later while a mount of this user has them. `notes`
+    receives sentences about what was left out. Raises UserError.
+    """
+    store, kind = Store(root), kind_of(userxattr)
+    if is_reference(text):
+        with opened(text, rules) as source, store.added(source, kind, rules, notes) as image:
+            yield image, _paths(store, image, kind)
+    else:
+        with store.used(store.find(text), kind) as image:
+            yield image, _paths(store, image, kind)
+
+
+def _paths(store: Store, image: Image, kind: str) -> list[str]:
+    if not image.layers:
+        raise UserError(f"image {shown(image)} has no layers, so there is nothing to mount; choose another.")
+    return store.paths(image, kind)
+
+
+def users_of_layers(kept: Mapping[str, str]) -> dict[str, str]:
+    """Who uses directories as lowers: this user's mounts, and `kept`."""
+    found = dict(kept)
+    for entry in live.entries():
+        for lower in entry.settings.lowers:
+            found[lower] = f"the mount {quoted(entry.settings.mountpoint)}"
+    return found
