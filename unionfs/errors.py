@@ -13,6 +13,10 @@ class LayerError(UserError):
     """A layer cannot be used."""
 
 
+class DeadMountError(UserError):
+    """A path is on a mount whose daemon has died."""
+
+
 class MountRefusedError(UserError):
     """The kernel or libfuse refused the mount; libfuse's output contains the reason."""
 

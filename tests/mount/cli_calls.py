@@ -172,6 +172,28 @@ def gone(pid: int) -> bool:
         return True
 
 
+def kill(pid: int) -> None:
+    """Kill a process, and wait for its end."""
+    os.kill(pid, signal.SIGKILL)
+    assert wait_for(lambda: gone(pid))
+
+
+@contextmanager
+def stopped(pid: int) -> Iterator[None]:
+    """Stop a process until the end of the block."""
+    os.kill(pid, signal.SIGSTOP)
+    try:
+        yield
+    finally:
+        with suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGCONT)
+
+
+def files_of(pid: int) -> list[Path]:
+    """What a daemon of root's has in the registry."""
+    return list(Path("/run/unionfs").glob(f"{pid}-*"))
+
+
 def mounts_at(path: Path) -> list[str]:
     """The types of the mounts exactly there."""
     return [kind for _, where, kind in areas.mounts_below(path) if where == str(path)]

@@ -350,7 +350,6 @@ def test_umount_after_a_crash(place: Place, number: signal.Signals) -> None:
     (place.merged / "new").write_text("x")
     os.kill(pid, number)
     assert wait_for(lambda: gone(pid))
-    assert str(place.merged) not in succeed(unionfs("ls"))
     assert mounts_at(place.merged) == ["fuse.unionfs"]
     assert "dead mount" in unionfs("doctor").stdout
     succeed(unionfs("umount", place.merged))

@@ -17,7 +17,8 @@ from tests.mount.cli_calls import Place, listed, refused, succeed, unionfs
 from tests.support.patience import patient
 
 COMMANDS = (
-    "mount", "umount", "sync", "refresh", "ls", "inspect", "stats", "diff", "check", "convert", "doctor",
+    "mount", "umount", "cleanup", "sync", "refresh", "ls", "inspect", "stats", "diff", "check", "convert",
+    "doctor",
 )  # fmt: skip
 
 
@@ -34,24 +35,33 @@ def _mine(place: Place) -> dict[str, object]:
 def test_ls(place: Place) -> None:
     pid = place.mount()
     mine = _mine(place)
-    assert set(mine) == {"mountpoint", "pid", "layers", "session", "since"}
-    assert mine["pid"] == pid
+    assert set(mine) == {"mountpoint", "state", "pid", "layers", "session", "since"}
+    assert (mine["state"], mine["pid"]) == ("active", pid)
     assert mine["layers"] == [str(place.upper), str(place.lower), str(place.lower2)]
     assert mine["session"] == "direct"
     since = datetime.fromisoformat(str(mine["since"]))
     assert abs(datetime.now().astimezone() - since) < timedelta(seconds=60)
     lines = succeed(unionfs("ls")).splitlines()
-    assert lines[0].split() == ["MOUNTPOINT", "PID", "LAYERS", "SESSION", "SINCE"]
-    assert [str(place.merged), str(pid), "3", "direct"] in [line.split()[:4] for line in lines]
+    assert lines[0].split() == ["MOUNTPOINT", "STATE", "PID", "LAYERS", "SESSION", "SINCE"]
+    assert [str(place.merged), "active", str(pid), "3", "direct"] in [line.split()[:5] for line in lines]
 
 
-def test_ls_shows_live_mounts_only(place: Place) -> None:
+def test_a_dead_mount(place: Place) -> None:
+    """`ls` shows it; the others report that its daemon has died, and the cure."""
     pid = place.mount()
+    layers = _mine(place)["layers"]
     os.kill(pid, signal.SIGKILL)
     assert cli_calls.wait_for(lambda: cli_calls.gone(pid))
-    assert str(place.merged) not in succeed(unionfs("ls"))
-    assert str(place.merged) not in succeed(unionfs("ls", "--json"))
-    refused(unionfs("inspect", place.merged), "not a live unionfs mount")
+    mine = _mine(place)
+    assert (mine["state"], mine["pid"], mine["layers"]) == ("dead", None, layers)
+    lines = succeed(unionfs("ls")).splitlines()
+    assert [str(place.merged), "dead", "-", "3", "direct"] in [line.split()[:5] for line in lines]
+    for command in ("inspect", "diff", "stats", "sync", "refresh"):
+        refused(unionfs(command, place.merged), f"(pid {pid}) has died", f"unionfs cleanup {place.merged}")
+    place.entry().remove()
+    mine = _mine(place)
+    assert (mine["state"], mine["pid"], mine["layers"]) == ("dead", None, None)
+    refused(unionfs("inspect", place.merged), "its daemon has died", f"unionfs cleanup {place.merged}")
 
 
 def test_inspect(place: Place) -> None:

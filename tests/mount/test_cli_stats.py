@@ -194,7 +194,7 @@ def test_watch_of_a_daemon_that_dies(place: Place) -> None:
         os.kill(pid, signal.SIGKILL)
         process.stdout.read()
         assert process.wait(10) == 1
-        assert f"(pid {pid}) has died; run `unionfs umount" in process.stderr.read()
+        assert f"(pid {pid}) has died; run `unionfs cleanup" in process.stderr.read()
 
 
 def test_watch_on_a_terminal(place: Place) -> None:
@@ -254,7 +254,7 @@ def test_a_dead_mount(place: Place) -> None:
     pid = place.mount()
     os.kill(pid, signal.SIGKILL)
     assert wait_for(lambda: gone(pid))
-    refused(unionfs("stats", place.merged), f"(pid {pid}) has died", f"unionfs umount {place.merged}")
+    refused(unionfs("stats", place.merged), f"(pid {pid}) has died", f"unionfs cleanup {place.merged}")
 
 
 def test_anothers_mount(place: Place, host: Host) -> None:

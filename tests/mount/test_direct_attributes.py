@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import mmap
 import os
 import stat
@@ -118,33 +117,6 @@ def test_mtime_and_ctime_after_a_write(world: MakeWorld) -> None:
 
     assert all(changes(made.native / "a"))
     assert all(changes(made.union / "a"))
-
-
-@pytest.mark.parametrize("ask_between", [True, False], ids=["asked between", "not asked"])
-def test_mtime_of_a_store_through_a_mapping(world: MakeWorld, ask_between: bool) -> None:
-    """map, stat, store, msync, close: a second later the new mtime is visible, though a store is not
-    reported; the file was closed before."""
-    made = world(_files)
-
-    def changes(path: Path) -> bool:
-        fd = os.open(path, os.O_RDWR)
-        os.utime(fd, ns=(OLD, OLD))
-        with dc.mapped(fd, 1000) as address:
-            os.close(fd)
-            if ask_between:
-                time.sleep(0.05)  # attributes sent while it was open for writing have expired
-                assert os.stat(path).st_mtime_ns == OLD
-            before = time.time_ns()
-            ctypes.memmove(address, b"store", 5)
-            if ask_between:
-                os.stat(path)
-            dc.msync(address, 1000)
-            while_mapped = dc.wait_for(lambda: os.stat(path).st_mtime_ns > before - 50_000_000, LATE)
-        assert path.read_bytes()[:6] == b"storec"
-        return while_mapped and os.stat(path).st_mtime_ns > before - 50_000_000
-
-    for root in (made.native, made.union):
-        assert changes(root / "c"), root
 
 
 def test_data_of_a_mapping_meets_reads_and_writes(world: MakeWorld) -> None:

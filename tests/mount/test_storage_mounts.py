@@ -394,15 +394,22 @@ def test_the_daemon_is_killed_in_use(one: Storage) -> None:
         assert held.read() == "host\n"
 
 
-def test_daemon_and_guardian_are_killed(one: Storage) -> None:
+@pytest.mark.parametrize("how", ["umount", "cleanup", "mount"])
+def test_daemon_and_guardian_are_killed(one: Storage, how: str) -> None:
     pid, guardian = one.mount(*storage_options(one)), one.guardian()
     for number in (guardian, pid):
         os.kill(number, signal.SIGKILL)
         assert wait_for(lambda number=number: gone(number))
-    assert one.mounts() != []
-    refused(one.try_mount(), "daemon has died", "unionfs umount")
-    succeed(one.unionfs("umount", one.merged))
+    before = one.mounts()
+    assert before != []
+    if how == "mount":
+        one.mount(*storage_options(one))
+        assert sorted(one.mounts()) == sorted(before)
+        one.umount()
+    else:
+        succeed(one.unionfs(how, one.merged))
     assert one.mounts() == []
+    assert not one.is_listed()
 
 
 def test_the_guardian_alone_is_killed(one: Storage) -> None:

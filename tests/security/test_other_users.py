@@ -184,6 +184,35 @@ class TestMounts:
         succeed(unionfs("umount", silent_mount))
         assert mounted_at(str(silent_mount)) is None
 
+    def test_cleanup_of_a_mount_that_does_not_answer(self, silent_mount: Path) -> None:
+        """Root's own process asks nothing of it; the child that does is given up after seconds."""
+        refused(unionfs("cleanup", silent_mount), "is not dead")
+        assert str(silent_mount) not in succeed(unionfs("cleanup", "--dry-run"))
+        shown = [one for one in listed(unionfs("ls", "--json")) if one["mountpoint"] == str(silent_mount)]
+        assert [one["state"] for one in shown] == [None]
+        assert mounted_at(str(silent_mount)) is not None
+
+    @pytest.mark.parametrize("what", TROUBLE)
+    def test_cleanup_of_a_dead_mount_beside_trouble(self, host: Host, place: Place, what: str) -> None:
+        """What the user planted in the runtime directory is read by a child that is that user, if at all."""
+        with directory_of(UID, Path(f"/run/user/{UID}/unionfs")) as runtime:
+            host.runtime = runtime.parent
+            pid = host.mount()
+            os.kill(pid, signal.SIGKILL)
+            assert wait_for(lambda: gone(pid))
+            victim = place.root / "victim"
+            victim.mkdir(mode=0o700)
+            (victim / f"{pid}-1.json").write_text("precious")
+            (runtime / f"{pid}-1.json").symlink_to(victim / f"{pid}-1.json")
+            attacks.plant(str(runtime / "x.json"), what)
+            try:
+                shown = as_root(host, "cleanup", place.merged)
+            finally:
+                attacks.stop()
+            assert shown == f"unmounted {place.merged} of uid {UID}: its daemon has died\n"
+            assert f" {place.merged} " not in host.root("cat", "/proc/mounts").stdout
+            assert (victim / f"{pid}-1.json").read_text() == "precious"
+
     @pytest.mark.parametrize("how", ["endless", "drip", "silent", "nested", "answer"])
     def test_a_daemon_that_lies(
         self, place: Place, attacker: Worker, silent_mount: Path, how: str

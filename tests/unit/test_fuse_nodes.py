@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import mmap
 import os
 import stat
 from collections.abc import Callable
@@ -222,29 +223,42 @@ def test_how_long_attributes_last(lower: Path, tmp_path: Path, open_union: OpenU
         assert union.attributes(get(union, "f")).lasting is True
 
 
-def test_attributes_while_a_file_is_written_in_passthrough(lower: Path, open_union: OpenUnion) -> None:
-    """The kernel writes without the daemon, and a mapping outlives the last close."""
+@pytest.mark.parametrize("maps", [False, True])
+def test_attributes_while_a_file_is_written_in_passthrough(
+    lower: Path, open_union: OpenUnion, maps: bool
+) -> None:
+    """The kernel writes without the daemon. A mapping tells nobody of its stores, and outlives the close."""
     union = open_union()
     copy_up(union, get(union, "f"))
     node = get(union, "f")
     offered = InitRequest.of(major=7, minor=45, max_readahead=1 << 17, flags=int(sum(Init)))
     privileges = Privileges(initial_user_namespace=True, sys_admin=True)
     ios = NodeIos(-1, negotiate(offered, Settings(), privileges))
-    handle = Handle(union.files.lend(node, write=True), Process(0, 0, 0), writes=True, node=node)
+    file = union.files.lend(node, write=True)
+    handle = Handle(file, Process(0, 0, 0), writes=True, maps=maps, node=node)
 
     def lasts() -> float:
         timeout = ios.valid(node, union.attributes(node))
         return timeout[0] + timeout[1] / 10**9
 
-    before = lasts()
+    forever = lasts()
     use = node.in_use()
     use.passes_through(3, of_upper=True)
     use.opened(handle)
-    writing = lasts()
+    while_open = lasts()
+    mapping = mmap.mmap(file.fd, 1)
     assert use.closed(handle) == 3
-    after = lasts()
-    assert writing < after < before
-    union.files.take_back(node, handle.file)
+    while_mapped = lasts()
+    union.files.take_back(node, file)
+    while_mapped_alone = lasts()
+    mapping.close()
+    assert while_open < 1 < forever
+    if not maps:
+        assert while_mapped == while_mapped_alone == forever
+        return
+    assert while_open == while_mapped == while_mapped_alone == 0
+    assert lasts() == 0  # from before it was known that nobody has a mapping
+    assert lasts() == forever
 
 
 def test_only_a_file_that_stays_open_is_reported_when_forgotten(

@@ -30,15 +30,19 @@ _DIFF = {
     "call": "with patch.object(diff, 'run_as', run_as): diff._of_other(Mock(pid=1), 1000)",
 }
 _CLEAR = {
-    "setup": "from unionfs.daemon import unmount; from unittest.mock import Mock",
+    "setup": "from unionfs.daemon import dead; from unittest.mock import Mock",
     "work": "from unionfs.storage import drivers, earlier, users; from unionfs.storage.drivers import "
     "plugin_request; [drivers.find_driver(name) for name in drivers._BUILT_IN]",
-    "call": "with patch.multiple(unmount, run_as=run_as, unmount=Mock(), others=Mock(), "
-    "live=Mock(find_by_device=lambda *_: None)): unmount._umount_of_other(Mock(), 1000, lazy=False)",
+    "call": "with patch.object(dead, 'run_as', run_as): dead.clear_abandoned_of(1000)",
+}
+_CLEAN = {
+    **_CLEAR,
+    "work": _CLEAR["work"] + "; assert {'subprocess', 'xxhash'} <= set(sys.modules)",
+    "call": "with patch.object(dead, 'run_as', run_as): dead.clean(dead.DeadMount(Mock(), None, 1000))",
 }
 
 
-@pytest.mark.parametrize("parts", [_DIFF, _CLEAR], ids=["diff", "umount"])
+@pytest.mark.parametrize("parts", [_DIFF, _CLEAR, _CLEAN], ids=["diff", "umount", "cleanup"])
 def test_late_imports_come_before(parts: dict[str, str]) -> None:
     done = subprocess.run(
         [sys.executable, "-c", _RUN.format(**parts)], capture_output=True, text=True, check=False

@@ -5,15 +5,16 @@ from __future__ import annotations
 import os
 
 from unionfs.daemon import live
+from unionfs.daemon.dead import dead_mount_at
 from unionfs.daemon.live import LiveMount
-from unionfs.daemon.others import mounts_of_others, owner_of
+from unionfs.daemon.others import FSTYPE, mounts_of_others, owner_of
 from unionfs.daemon.settle import absolute_mountpoint
 from unionfs.errors import UserError, quoted
 from unionfs.sys.mountinfo import MountEntry, mounted_at
 
 
 def find_mount(mountpoint: str) -> LiveMount:
-    """Return the live mount at `mountpoint`. Raises UserError if there is none."""
+    """Return the live mount at `mountpoint`. Raises UserError if there is none, or its daemon has died."""
     path = absolute_mountpoint(mountpoint)
     mounted = mounted_at(path)
     known = live.live_mounts()
@@ -24,6 +25,12 @@ def find_mount(mountpoint: str) -> LiveMount:
     if found is None:
         # It may be mounted in the daemon's mount namespace only.
         found = next((mount for mount in reversed(known) if mount.settings.mountpoint == path), None)
+    if found is None and (dead := dead_mount_at(path)) is not None:
+        whose = "its daemon" if dead.entry is None else f"its daemon (pid {dead.entry.pid})"
+        raise UserError(
+            f"{quoted(path)} is not a live unionfs mount: {whose} has died; run `unionfs cleanup "
+            f"{quoted(path)}`, and mount it again."
+        )
     if found is None:
         raise UserError(f"{quoted(path)} is not a live unionfs mount{_why_not(path, mounted)}.")
     return found
@@ -43,13 +50,10 @@ def upper_in_memory(mount: LiveMount) -> str:
 
 def _why_not(path: str, mounted: MountEntry | None) -> str:
     """Return cause and cure, as the end of a sentence, for a path that is not a live mount of this user."""
-    if mounted is not None and mounted.fstype == "fuse.unionfs":
+    if mounted is not None and mounted.fstype == FSTYPE:
         owner = mounted.super_option("user_id")
         if (other := owner_of(mounted)) is not None:
             return f" of root, but one of uid {other} whose daemon does not answer root; run it as that user"
         if os.geteuid() != 0 and owner != str(os.geteuid()):
             return f" of this user, but one of uid {owner}; run it as that user or as root"
-        entry = live.find_by_device(mounted.device)
-        if entry is not None and not entry.is_alive():
-            return f": its daemon (pid {entry.pid}) has died; run `unionfs umount {quoted(path)}`"
     return "; `unionfs ls` lists active mounts"

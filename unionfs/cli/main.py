@@ -16,6 +16,7 @@ from unionfs.cli.run import leave, run
 _COMMANDS = {
     "mount": ("unionfs.cli.mount:mount", "Mount a union."),
     "umount": ("unionfs.cli.umount:umount", "Unmount, and wait until all data is on disk."),
+    "cleanup": ("unionfs.cli.cleanup:cleanup", "Unmount what killed daemons left."),
     "sync": ("unionfs.cli.orders:sync", "Write all data of a mount to disk."),
     "refresh": ("unionfs.cli.orders:refresh", "Make changes to a mount's lowers visible."),
     "ls": ("unionfs.cli.mounts:ls", "List active mounts."),

@@ -1,4 +1,4 @@
-"""`unionfs ls` and `inspect`: active mounts."""
+"""`unionfs ls` and `inspect`: the mounts."""
 
 from __future__ import annotations
 
@@ -9,33 +9,39 @@ import click
 
 from unionfs.cli.finding import find_mount
 from unionfs.cli.run import moment, print_table
+from unionfs.daemon.dead import dead_mounts, dead_mounts_of_others
 from unionfs.daemon.live import LiveMount, live_mounts
 from unionfs.daemon.others import mounts_of_others
 from unionfs.errors import quoted
+from unionfs.sys.mountinfo import MountEntry
 
 
 @click.command(epilog="Example: unionfs ls --json")
 @click.option("--json", "as_json", is_flag=True, help="Print a JSON array.")
 def ls(as_json: bool) -> None:
-    """List active mounts: mountpoint, the daemon's pid, layers, session and start time.
+    """List mounts: mountpoint, state, the daemon's pid, layers, session and start time.
 
-    Root sees the mounts of all users, others see their own. If a user's daemon does not answer root, only the
-    mountpoint is shown.
+    The state is active, or dead if the daemon has died; `unionfs cleanup` unmounts those. Root sees the
+    mounts of all users, others see their own. If a user's daemon does not answer root, only the mountpoint
+    is shown.
     """
     others = mounts_of_others()
+    dead = [*dead_mounts_of_others(others.silent), *dead_mounts()]
     summaries = [_summary(mount) for mount in (*live_mounts(), *others.answered)]
-    unknown = dict.fromkeys(("pid", "layers", "session", "since"))
-    summaries += [{"mountpoint": mount.mountpoint, **unknown} for mount in others.silent]
+    known = {found.mount.mount_id for found in dead}
+    summaries += [_unknown(mount, None) for mount in others.silent if mount.mount_id not in known]
+    summaries += [_unknown(found.mount, "dead", found.entry) for found in dead]
     if as_json:
         print(json.dumps(summaries, indent=2))
         return
     if not summaries:
         return
     print_table(
-        ("MOUNTPOINT", "PID", "LAYERS", "SESSION", "SINCE"),
+        ("MOUNTPOINT", "STATE", "PID", "LAYERS", "SESSION", "SINCE"),
         [
             (
                 quoted(summary["mountpoint"]),
+                summary["state"] or "-",
                 str(summary["pid"] or "-"),
                 "-" if summary["layers"] is None else str(len(summary["layers"])),
                 summary["session"] or "-",
@@ -102,11 +108,18 @@ def _layers(mount: LiveMount) -> list[str]:
 def _summary(mount: LiveMount) -> dict[str, Any]:
     return {
         "mountpoint": mount.settings.mountpoint,
+        "state": "active",
         "pid": mount.pid,
         "layers": _layers(mount),
         "session": mount.settings.session,
         "since": moment(mount.since),
     }
+
+
+def _unknown(mount: MountEntry, state: str | None, entry: LiveMount | None = None) -> dict[str, Any]:
+    """Return the summary of a mount without a daemon that answers, as far as its registry entry tells."""
+    rest = dict.fromkeys(("state", "pid", "layers", "session", "since")) if entry is None else _summary(entry)
+    return {"mountpoint": mount.mountpoint, **rest, "state": state, "pid": None}
 
 
 def _shown_storage(spec: dict[str, Any]) -> str:

@@ -30,13 +30,14 @@ cdef class UnreadFile(OpenFile):
 cdef class Handle:
     cdef readonly OpenFile file
     cdef readonly object who, node
-    cdef readonly bint writes, through
+    cdef readonly bint writes, maps, through
 
 cdef class Use:
     cdef readonly OpenFile file
     cdef readonly list handles
-    cdef readonly Py_ssize_t cached, through, writers, writebacks
+    cdef readonly Py_ssize_t cached, through, writers, mappers, writebacks
     cdef readonly bint filled, of_upper, resized, written, kept
+    cdef readonly bint mapped  # ended by `validity`
     cdef readonly int backing_id
     cdef readonly bytes capability
     cdef readonly object mtime_ns, tickets

@@ -194,13 +194,15 @@ cdef class Handle:
 
     # who: the process that opened it.
     # node: its node.
+    # maps: whether the file can be mapped to write: open for both (mmap(2)).
     # through: whether it is in passthrough.
 
-    def __init__(self, OpenFile file not None, who, *, bint writes, node=None):
+    def __init__(self, OpenFile file not None, who, *, bint writes, bint maps=False, node=None):
         self.file = file
         self.who = who
         self.node = node
         self.writes = writes
+        self.maps = maps
 
     def go_on(self, OpenFile file not None):
         """Switch to another file, releasing the current one."""
@@ -219,6 +221,7 @@ cdef class Use:
     # backing_id, of_upper: the backing id, and whether the backing file is the upper's.
     # resized: whether the file was truncated (or extended) by name since the backing file was registered.
     # writers, written: opens for writing with the backing file, and whether there ever was one.
+    # mappers, mapped: those of them that can be mapped, and whether a mapping may still write to the file.
     # writebacks, mtime_ns, capability: writes of cached data in progress, and the attributes to restore after
     #     them.
     # tickets: of a directory: its tickets, once it needs some.
@@ -256,6 +259,9 @@ cdef class Use:
         if handle.writes:
             self.writers += 1
             self.written = True
+            if handle.maps:
+                self.mappers += 1
+                self.mapped = True
 
     cpdef int closed(self, Handle handle):
         """Count a close; returns the backing id if it is now unused, else 0."""
@@ -265,6 +271,8 @@ cdef class Use:
         self.through -= 1
         if handle.writes:
             self.writers -= 1
+            if handle.maps:
+                self.mappers -= 1
         if self.through:
             return 0
         backing_id, self.backing_id = self.backing_id, 0

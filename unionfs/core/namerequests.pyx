@@ -5,7 +5,7 @@ What is plain, `changing` decides; other requests are left to Python, with nothi
 
 from libc.stdint cimport uint64_t
 from libc.string cimport memchr, memset
-from posix.fcntl cimport O_ACCMODE
+from posix.fcntl cimport O_ACCMODE, O_RDWR
 
 from unionfs.core.files cimport Handle, OpenFile, new_file
 from unionfs.core.stats cimport S_IFDIR, S_IFREG
@@ -114,7 +114,9 @@ cdef class NameRequests:
         node = found.node
         file = new_file(new.fd, not node.place.layer.memory, None)
         node.in_use().file = file
-        number = self.handles.add(node, file, None, given.flags & O_ACCMODE != 0)
+        number = self.handles.add(
+            node, file, None, given.flags & O_ACCMODE != 0, given.flags & O_ACCMODE == O_RDWR
+        )
         try:
             self.modes.open_in_place(self.handles.by_number[number], &answer.open)
         except BaseException:

@@ -48,13 +48,14 @@ cdef class Handles:
         """The number of the next one."""
         return self.last + 1
 
-    def register(self, Node node not None, OpenFile file not None, who, *, bint writes):
-        """Record an open of a node; returns its number. ``who``: the process that opened it, if known."""
-        return self.add(node, file, who, writes)
+    def register(self, Node node not None, OpenFile file not None, who, *, bint writes, bint maps=False):
+        """Record an open of a node; returns its number. ``who``: the process that opened it, if known.
+        ``maps``: see `Handle`."""
+        return self.add(node, file, who, writes, maps)
 
-    cdef uint64_t add(self, Node node, OpenFile file, who, bint writes):
+    cdef uint64_t add(self, Node node, OpenFile file, who, bint writes, bint maps):
         cdef Handle handle = Handle.__new__(Handle)
-        handle.file, handle.who, handle.node, handle.writes = file, who, node, writes
+        handle.file, handle.who, handle.node, handle.writes, handle.maps = file, who, node, writes, maps
         node.in_use().handles.append(handle)
         self.last += 1
         self.by_number[self.last] = handle

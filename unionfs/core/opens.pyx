@@ -7,13 +7,15 @@ other open then, so no request that waits for this daemon holds a lock on its pa
 from libc.errno cimport errno as c_errno
 from libc.stdint cimport int64_t, uint64_t
 from libc.stdlib cimport free, malloc
-from posix.fcntl cimport O_ACCMODE, O_TRUNC
+from posix.fcntl cimport O_ACCMODE, O_RDWR, O_TRUNC
 from posix.unistd cimport ftruncate, write
 
 from unionfs.core.node cimport successor_of
 from unionfs.core.opening cimport is_plain, is_plain_in_upper, take_back
 from unionfs.core.stats cimport failure
-from unionfs.core.wire cimport FUSE_NOTIFY_STORE, SMALL_FILE, fuse_out_header, open_answer
+from unionfs.core.wire cimport (
+    FUSE_NOTIFY_INVAL_INODE, FUSE_NOTIFY_STORE, SMALL_FILE, fuse_out_header, inval_inode_notice, open_answer,
+)
 
 cdef enum:
     FOPEN_KEEP_CACHE = 2
@@ -66,7 +68,7 @@ cdef class Opens:
         if not use.filled and not use.cached and (not file.has_stat or file.stat.st_size > self.small):
             take_back(node, file)
             return 0
-        number = self.handles.add(node, file, None, False)
+        number = self.handles.add(node, file, None, False, False)
         handle = self.handles.by_number[number]
         answer.body.fh, answer.body.backing_id = number, 0
         use.opened(handle)
@@ -83,6 +85,7 @@ cdef class Opens:
         cdef Use use = node.in_use()
         cdef OpenFile file
         cdef uint64_t number
+        cdef bint mapped = use.mapped
         if (use.through and not use.of_upper) or (self.running and node in self.running):
             return 0
         if (writes or truncates) and (node.territory.read_only or self.protected.of(node)):
@@ -96,15 +99,26 @@ cdef class Opens:
             error = failure(c_errno)
             take_back(node, file)
             raise error
-        number = self.handles.add(node, file, None, writes)
+        number = self.handles.add(node, file, None, writes, flags[0] & <uint32_t>O_ACCMODE == <uint32_t>O_RDWR)
         try:
             self.modes.open_in_place(self.handles.by_number[number], &answer.body)
         except BaseException:
             self.handles.remove(number)
             raise
+        if use.mapped and not mapped:
+            self.forget_attributes(node)
         answer.body.fh = number
         answer.header.length, answer.header.error = sizeof(open_answer), 0
         return sizeof(open_answer)
+
+    cdef void forget_attributes(self, Node node) noexcept:
+        """Let the kernel drop the attributes that it has cached: stores through a mapping will change them. The node
+        is held by its request, so this waits for nothing."""
+        cdef inval_inode_notice notice
+        notice.header.length, notice.header.error = sizeof(notice), FUSE_NOTIFY_INVAL_INODE
+        notice.header.unique = 0
+        notice.body.ino, notice.body.offset, notice.body.length = node.id, -1, 0
+        write(self.fd, &notice, sizeof(notice))
 
     cdef void fill(self, Node node, OpenFile file) noexcept:
         """Put a small file into the page cache; after an error the READ reports it."""

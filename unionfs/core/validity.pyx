@@ -1,27 +1,72 @@
 """How long the kernel may keep what an answer says."""
 
+from libc.errno cimport EAGAIN
+from libc.errno cimport errno as c_errno
+from posix.fcntl cimport F_RDLCK, O_NONBLOCK, fcntl
+from posix.unistd cimport close
+
+from unionfs.core.files cimport Use
+from unionfs.core.stats cimport O_CLOEXEC, O_NOFOLLOW, O_RDONLY, openat
+
+cdef extern from "<fcntl.h>" nogil:
+    int F_SETLEASE, F_SETSIG
+
+cdef extern from "<signal.h>" nogil:
+    int SIGURG
+
 #: 136 years: converted, it fits the kernel's clock on every machine (fs/fuse/dir.c, time_to_jiffies).
 cdef uint64_t FOREVER = <uint64_t>1 << 32
 cdef uint32_t WHILE_WRITING_NS = 20_000_000
+
+cdef enum:
+    NOBODY, SOMEBODY, UNKNOWN
 
 
 cdef validity valid_for(Node node, bint lasting) noexcept:
     """How long a node's attributes are valid.
 
-    The kernel sends no request for a write through a backing file, but invalidates the attributes itself. A
-    store through a mapping is not reported at all: so attributes are valid for some milliseconds while such a
-    file is open for writing (enough for the fstat after an open), and for a second afterwards, as a mapping
-    outlives the close.
+    The kernel sends no request for a write through a backing file, but invalidates the attributes itself. A store
+    through a mapping changes the times without anybody being told: so as long as the file may have such a mapping,
+    its attributes are not valid at all. A mapping outlives the close; whether there is one, the backing file tells
+    when it is not open here any more. Where it does not, they are valid for a second.
     """
+    cdef Use use = node.use
     cdef validity found
+    cdef int who
     found.seconds = found.nanoseconds = 0
-    if lasting:
-        if node.use is None or not node.use.written:
-            found.seconds = FOREVER
-        elif node.use.writers:
-            found.nanoseconds = WHILE_WRITING_NS
-        else:
+    if not lasting:
+        return found
+    if use is None or not (use.writers or use.mapped):
+        found.seconds = FOREVER
+    elif not use.mapped:
+        found.nanoseconds = WHILE_WRITING_NS
+    elif not use.handles:
+        who = writer_of(node)
+        if who == NOBODY:
+            use.mapped = False  # from the next answer on: the attributes in this one may be older
+        elif who == UNKNOWN:
             found.seconds = 1
+    return found
+
+
+cdef int writer_of(Node node) noexcept:
+    """Whether somebody has a node's file open to write, or mapped so: then it cannot have a read lease (fcntl(2)).
+
+    The lease lasts for this call. Somebody who opens the file meanwhile to write waits until then, and the kernel
+    sends a signal that is ignored by default: not SIGIO, which ends a process.
+    """
+    cdef int found = UNKNOWN, fd, flags = O_RDONLY | O_NOFOLLOW | O_NONBLOCK | O_CLOEXEC
+    if node.place is None or node.place.fd < 0 or node.held >= 0:
+        return UNKNOWN
+    fd = openat(node.place.fd, node.stored_name(), flags)
+    if fd < 0:
+        return UNKNOWN
+    if fcntl(fd, F_SETSIG, SIGURG) == 0:
+        if fcntl(fd, F_SETLEASE, F_RDLCK) == 0:
+            found = NOBODY
+        elif c_errno == EAGAIN:
+            found = SOMEBODY
+    close(fd)  # ends the lease
     return found
 
 

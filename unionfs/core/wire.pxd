@@ -29,6 +29,7 @@ cdef enum opcode:
 
 cdef enum:
     OPCODES = 64
+    FUSE_NOTIFY_INVAL_INODE = 2
     FUSE_NOTIFY_STORE = 4
     # The largest file in bytes that the kernel receives with its first open.
     SMALL_FILE = 65536
@@ -151,6 +152,15 @@ cdef struct fuse_rename2_in:
     uint64_t newdir
     uint32_t flags
     uint32_t padding
+
+cdef struct fuse_notify_inval_inode_out:
+    uint64_t ino
+    int64_t offset  # negative: attributes alone
+    int64_t length
+
+cdef struct inval_inode_notice:
+    fuse_out_header header
+    fuse_notify_inval_inode_out body
 
 cdef struct fuse_notify_store_out:
     uint64_t nodeid

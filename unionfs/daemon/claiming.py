@@ -12,7 +12,7 @@ from typing import Final
 from unionfs.daemon.runtime import RuntimeDirectory
 from unionfs.errors import UserError, quoted
 from unionfs.sys import filelocks
-from unionfs.sys.mountinfo import mounted_at
+from unionfs.sys.mountinfo import MountEntry, mounted_at
 
 _PREFIX: Final = "mounting-"
 _SUFFIX: Final = ".lock"
@@ -23,8 +23,12 @@ _MOMENT: Final = 0.1
 class Claim:
     """A locked file in the user's runtime directory, held until the mount is complete."""
 
-    def __init__(self, mountpoint: str, directory: RuntimeDirectory) -> None:
-        """Raises UserError if another process of this user is mounting there or has just done so."""
+    def __init__(
+        self, mountpoint: str, directory: RuntimeDirectory, *, dead: MountEntry | None = None
+    ) -> None:
+        """`dead` may be mounted there. Raises UserError if another process of this user is mounting there or
+        has just done so.
+        """
         # For start-up time: other commands only clear orphans.
         import xxhash
 
@@ -32,7 +36,7 @@ class Claim:
         self._name = f"{_PREFIX}{xxhash.xxh3_64_hexdigest(os.fsencode(mountpoint))}{_SUFFIX}"
         self._fd = self._lock(mountpoint)
         mount = mounted_at(mountpoint)
-        if mount is not None and mount.is_fuse:
+        if mount is not None and mount.is_fuse and (dead is None or mount.mount_id != dead.mount_id):
             self.release()
             raise UserError(
                 f"mountpoint {quoted(mountpoint)} is busy: a {mount.fstype} mount of {quoted(mount.source)} "

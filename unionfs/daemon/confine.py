@@ -31,9 +31,11 @@ log = logging.getLogger(__name__)
 # Needed by every mount: O_NOATIME, reading other users' files, trusted.* xattrs, backing files, and the
 # space reserved for root.
 _READING: Final = frozenset({"DAC_OVERRIDE", "DAC_READ_SEARCH", "FOWNER", "SYS_ADMIN", "SYS_RESOURCE"})
-# Needed to create files as the caller, with any owner, mode, type, flag and security.* xattr.
+# Needed to create files as the caller, with any owner, mode, type, flag and security.* xattr, and (LEASE) to
+# find out whether anybody still has a file mapped to write.
 _WRITING: Final = frozenset({
-    "CHOWN", "FSETID", "LINUX_IMMUTABLE", "MAC_ADMIN", "MAC_OVERRIDE", "MKNOD", "SETFCAP", "SETGID", "SETUID",
+    "CHOWN", "FSETID", "LEASE", "LINUX_IMMUTABLE", "MAC_ADMIN", "MAC_OVERRIDE", "MKNOD", "SETFCAP", "SETGID",
+    "SETUID",
 })  # fmt: skip
 # umount.nfs tells an NFSv3 server from a port below 1024 that a volume is unmounted.
 _VOLUMES: Final = frozenset({"NET_BIND_SERVICE"})

@@ -17,8 +17,8 @@ from importlib import metadata
 from typing import Literal
 
 from unionfs.core.idling import DEVICE, MOST_CPUS, Idling
-from unionfs.daemon import live, others
 from unionfs.daemon.confine import described
+from unionfs.daemon.dead import dead_mounts
 from unionfs.daemon.fuse import fuse_device_problem, user_allow_other
 from unionfs.errors import on_failure, reason
 from unionfs.fuse.protocol import NegotiationRefused, Privileges, Settings, negotiate
@@ -34,8 +34,7 @@ from unionfs.sys.capabilities import (
 from unionfs.sys.fds import Owned
 from unionfs.sys.fuseprobe import init_offer, offers_passthrough
 from unionfs.sys.fusermount import find_fusermount
-from unionfs.sys.liveness import is_dead
-from unionfs.sys.mountinfo import mount_id_of_path, mount_of_id, read_mountinfo
+from unionfs.sys.mountinfo import mount_id_of_path, mount_of_id
 
 State = Literal["ok", "limited", "missing"]
 
@@ -339,10 +338,6 @@ def _open_files() -> Finding:
 
 
 def _dead_mounts() -> Iterator[Finding]:
-    alive = {mount.device for mount in live.live_mounts()}
-    for entry in read_mountinfo():
-        if entry.fstype != "fuse.unionfs" or entry.device in alive or others.owner_of(entry) is not None:
-            continue
-        if is_dead(entry.mountpoint):
-            detail = f"{entry.mountpoint}: its daemon has died"
-            yield Finding("dead mount", "limited", detail, f"unionfs umount {entry.mountpoint}")
+    for found in dead_mounts():
+        place = found.mount.mountpoint
+        yield Finding("dead mount", "limited", f"{place}: its daemon has died", f"unionfs cleanup {place}")

@@ -57,6 +57,11 @@ class Lifetime:
         self._ending = False
         self._at_once = trio.Event()
 
+    @property
+    def is_ending(self) -> bool:
+        """Whether the mount is being ended."""
+        return self._ending
+
     def mounted(self, device: str) -> None:
         """Record the `major:minor` of the mount."""
         self._device = device

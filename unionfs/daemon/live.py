@@ -26,6 +26,9 @@ from unionfs.sys.process import is_alive, start_time, wait_gone
 _NOTICE_SECONDS = 2.0
 """How long a daemon may take to notice that its mount is gone."""
 
+ENDING = "ending"
+"""In a daemon's answer: whether it was told to end."""
+
 
 @dataclass(frozen=True, slots=True)
 class LiveMount:
@@ -58,10 +61,10 @@ class LiveMount:
 
     def mounts(self) -> list[MountEntry]:
         """Return its mounts in the daemon's mount namespace, or in ours if that is not readable."""
-        try:
-            return mounts_of_device(self.device, read_mountinfo(self.pid))
-        except OSError:
-            return mounts_of_device(self.device)
+        if self.is_alive():  # else another process may have the pid
+            with suppress(OSError):
+                return mounts_of_device(self.device, read_mountinfo(self.pid))
+        return mounts_of_device(self.device)
 
     def ask(
         self, question: dict[str, Any] | None = None, *, timeout: float = ANSWER_SECONDS
@@ -141,10 +144,19 @@ def _is_abandoned(entry: LiveMount) -> bool:
 
 def abandoned() -> list[LiveMount]:
     """Return this user's entries with neither daemon nor mount; the next call of `entries` removes them."""
+    return [entry for entry in _all() if _is_abandoned(entry)]
+
+
+def remaining() -> list[LiveMount]:
+    """Like `entries`, but remove nothing."""
+    return [entry for entry in _all() if not _is_abandoned(entry)]
+
+
+def _all() -> list[LiveMount]:
     found: list[LiveMount] = []
     for directory in runtime_directories():
         with directory:
-            found += (entry for _, entry in _stored(directory) if entry is not None and _is_abandoned(entry))
+            found += (entry for _, entry in _stored(directory) if entry is not None)
     return found
 
 
@@ -193,20 +205,29 @@ def live_mounts() -> list[LiveMount]:
 
 
 def has_ended_soon(entry: LiveMount) -> bool:
-    """Return whether the daemon of an entry ends soon, and wait for that if its mount is gone.
+    """Return whether the daemon of an entry ends soon, and wait for that if its mount is gone, or if it was
+    told to end.
 
     umount(2) returns before the daemon has noticed and written the upper to disk, which may take long.
     """
     deadline = time.monotonic() + _NOTICE_SECONDS
     while not wait_gone(entry.pid, entry.started, 0):
         if entry.mounts() and not entry.ending:
-            return False
+            if _was_told_to_end(entry):
+                deadline = time.monotonic() + _NOTICE_SECONDS
+            elif entry.mounts():  # else it has ended its mount meanwhile
+                return False
         if time.monotonic() > deadline:
             current = [one for one in entries() if one.name == entry.name]
             if current and not current[0].ending:
                 return False
         wait_gone(entry.pid, entry.started, _NOTICE_SECONDS / 10)
     return True
+
+
+def _was_told_to_end(entry: LiveMount) -> bool:
+    answer = entry.ask()
+    return answer is not None and answer.get(ENDING) is True
 
 
 def find_by_device(device: str, known: Sequence[LiveMount] | None = None) -> LiveMount | None:

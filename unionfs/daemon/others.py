@@ -23,7 +23,7 @@ from unionfs.sys.capabilities import is_host_root
 from unionfs.sys.mountinfo import MountEntry, read_mountinfo
 from unionfs.sys.process import is_alive
 
-_SUBTYPE: Final = "fuse.unionfs"
+FSTYPE: Final = "fuse.unionfs"
 _SECONDS: Final = 2.0
 _LATEST: Final = 1 << 33
 """The latest `since` that is accepted, in seconds since the epoch."""
@@ -63,7 +63,7 @@ def mounts_of_others() -> Others:
         if (found := _confirmed(daemons[address], answer, table)) is not None:
             answered.append(found)
     known = {mount.device for mount in answered}
-    silent = [m for m in table if m.fstype == _SUBTYPE and owner_of(m) is not None and m.device not in known]
+    silent = [m for m in table if m.fstype == FSTYPE and owner_of(m) is not None and m.device not in known]
     return Others(sorted(answered, key=lambda mount: mount.since), silent)
 
 

@@ -21,7 +21,7 @@ from unionfs.daemon.fuse import (
     fuse_device_problem,
     user_allow_other,
 )
-from unionfs.errors import UserError, quoted, reason
+from unionfs.errors import DeadMountError, UserError, quoted, reason
 from unionfs.settings.mount import MountSettings
 from unionfs.settings.options import unescape_option
 from unionfs.sys.calls import FUSE_MAGIC, NFS_MAGIC, filesystem_magic
@@ -159,7 +159,7 @@ def _refuse_missing(kind: str, path: str, error: OSError) -> NoReturn:
         cure = "make it with mkdir" if kind != "lower" else "check the path"
         raise UserError(f"{shown} does not exist; {cure}.") from error
     if error.errno == errno.ENOTCONN:
-        raise UserError(
+        raise DeadMountError(
             f"{shown} is a mount whose daemon has died; run `unionfs umount {quoted(path)}` first."
         ) from error
     raise UserError(f"{shown} cannot be used: {reason(error)}; check the path.") from error
@@ -322,12 +322,15 @@ def _check_mountpoint(settings: MountSettings, host: _Host) -> None:
         )
     # Before any request to the mountpoint, where a dead or hanging daemon may be mounted.
     mount = mounted_at(path, host.table)
-    if mount is not None and mount.is_fuse:
+    while mount is not None and mount.is_fuse:
         entry = live.find_by_device(mount.device)
         # Another user's daemon may not answer; send no request to such a mount.
         may_ask = others.owner_of(mount) is None
         if (may_ask and is_dead(path)) if entry is None else not entry.is_alive():
             _refuse_missing("mountpoint", path, OSError(errno.ENOTCONN, "dead"))
+        if entry is not None and live.has_ended_soon(entry):
+            mount = mounted_at(path)
+            continue
         what = live.describe_owner(entry) if entry else f"a {mount.fstype} mount of {quoted(mount.source)}"
         cure = f"`unionfs umount {quoted(path)}`" if entry else f"`umount {quoted(path)}`"
         raise UserError(f"{shown} is busy: {what} is there already; run {cure} first.")

@@ -20,7 +20,7 @@ from typing import NoReturn
 from unionfs.daemon import logs, preflight
 from unionfs.daemon.caller import CALLER
 from unionfs.daemon.runtime import RuntimeDirectory, runtime_directory
-from unionfs.errors import MountRefusedError, UserError, quoted
+from unionfs.errors import DeadMountError, MountRefusedError, UserError, quoted
 from unionfs.settings.mount import MountSettings
 from unionfs.sys.liveness import is_dead
 from unionfs.sys.mountinfo import mounted_at
@@ -42,12 +42,31 @@ def mount(settings: MountSettings, *, foreground: bool = False) -> int:
     open_standard_files()
     if foreground:
         CALLER.needs_own_process()
-    preflight.check(settings)
+    _make_way(settings)
     with runtime_directory() as directory:
         if foreground:
             return _serve_here(settings, directory)
         _start_daemon(settings, directory.path)
     return 0
+
+
+def _make_way(settings: MountSettings) -> None:
+    """Check the settings, and unmount a dead mount at the mountpoint.
+
+    Raises UserError if these settings cannot be mounted.
+    """
+    while True:
+        try:
+            preflight.check(settings)
+            return
+        except DeadMountError:
+            # For start-up time: few mounts are over dead ones.
+            from unionfs.daemon import dead
+
+            found = dead.own_dead_mount_at(settings.mountpoint)
+            if found is None:
+                raise
+            dead.clean(found)
 
 
 class CapturedStderr:

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import trio
 
+from unionfs.daemon import live
 from unionfs.daemon.announcement import Announcement
 from unionfs.daemon.answering import serve_control
 from unionfs.daemon.claiming import Claim
@@ -163,6 +164,7 @@ class Service:
             "io": self._serving.io,
             "figures": self._operations.figures(),
             "upper_fd": None if upper is None else upper.root_fd,
+            live.ENDING: self._lifetime.is_ending,
             **more_for(question, self._operations.latencies),
         }
 

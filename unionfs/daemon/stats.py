@@ -93,7 +93,8 @@ def _silence(mount: LiveMount) -> UserError:
         return MountGoneError(f"{name} is not mounted any more.")
     if not mount.is_alive():
         return UserError(
-            f"the daemon of {name} (pid {mount.pid}) has died; run `unionfs umount {name}`."
+            f"the daemon of {name} (pid {mount.pid}) has died; run `unionfs cleanup {name}`, and mount it "
+            "again."
         )
     return NoAnswerError(
         f"the daemon of {name} (pid {mount.pid}) does not answer; it is stopped, or waits for a disk that "

@@ -8,10 +8,10 @@ import time
 from collections.abc import Sequence
 
 from unionfs.daemon import live, others
-from unionfs.daemon.inside import TakenOff, leave_peers, storage_mounts, unmount_inside
+from unionfs.daemon.dead import clear_abandoned_of, forget, take_off
+from unionfs.daemon.inside import TakenOff, leave_peers, storage_mounts
 from unionfs.daemon.settle import absolute_mountpoint
-from unionfs.errors import UserError, on_failure, quoted, reason
-from unionfs.sys.asuser import run_as
+from unionfs.errors import UserError, quoted, reason
 from unionfs.sys.liveness import is_dead
 from unionfs.sys.mountinfo import MountEntry, mounted_at, read_mountinfo
 from unionfs.sys.process import users_of, wait_gone
@@ -21,29 +21,22 @@ from unionfs.sys.unmount import unmount
 _NOTICE_SECONDS = 2.0
 _DEAF_SECONDS = 30.0
 _LAZY_SECONDS = 0.5
-_CLEARING_SECONDS = 20.0
-_SUBTYPE = "fuse.unionfs"
-_NEEDED_TO_CLEAR = (
-    "unionfs.storage.users",
-    "unionfs.storage.earlier",
-    *(f"unionfs.storage.drivers.{name}" for name in ("local", "plugin", "plugin_request", "remote", "union")),
-)
 
 
 def umount(mountpoint: str, *, lazy: bool = False) -> None:
     """Unmount, and wait until the daemon has ended and all data is on disk. Raises UserError."""
     path = absolute_mountpoint(mountpoint)
     mount = mounted_at(path)
-    if mount is not None and mount.fstype == _SUBTYPE and (owner := others.owner_of(mount)) is not None:
+    if mount is not None and mount.fstype == others.FSTYPE and (owner := others.owner_of(mount)) is not None:
         _umount_of_other(mount, owner, lazy=lazy)
         return
     entries = live.entries()
     entry = None if mount is None else live.find_by_device(mount.device, entries)
-    if mount is None or not (mount.is_fuse and (entry is not None or mount.fstype == _SUBTYPE)):
+    if mount is None or not (mount.is_fuse and (entry is not None or mount.fstype == others.FSTYPE)):
         raise UserError(_why_not_ours(path, mount, entries))
     alive = entry is not None and entry.is_alive()
-    if is_dead(path) if entry is None else not alive:
-        _unmount_dead(mount, lazy=lazy)
+    if not alive and is_dead(path):
+        take_off(mount)
     else:
         _unmount_living(mount, entry, lazy=lazy)
     if entry is None:
@@ -51,23 +44,7 @@ def umount(mountpoint: str, *, lazy: bool = False) -> None:
     if alive:
         _wait_for_end(entry, path, lazy=lazy)
     else:
-        _clear(entry)
-
-
-def _unmount_dead(mount: MountEntry, *, lazy: bool) -> None:
-    if lazy:
-        leave_peers(mount)
-    else:
-        unmount_inside(mount)
-    try:
-        unmount(mount, lazy=lazy)
-    except OSError as error:
-        if error.errno != errno.EBUSY:
-            _refuse_unless_gone(mount, error)
-            return
-        # A dead mount is unusable; a process with a directory open there only keeps it busy.
-        with on_failure(f"the dead mount {quoted(mount.mountpoint)} cannot be unmounted", "try as root"):
-            unmount(mount, lazy=True)
+        forget(entry)
 
 
 def _unmount_living(mount: MountEntry, entry: live.LiveMount | None, *, lazy: bool) -> None:
@@ -112,29 +89,7 @@ def _umount_of_other(mount: MountEntry, owner: int, *, lazy: bool) -> None:
     if entry is not None:
         _wait_for_end(entry, path, lazy=lazy)
         return
-    run_as(owner, clear_abandoned, modules=_NEEDED_TO_CLEAR, seconds=_CLEARING_SECONDS)
-
-
-def clear_abandoned() -> int:
-    """Release the volumes of this user's mounts that have neither daemon nor mount left.
-
-    Returns 0, the exit code of the process that runs it.
-    """
-    for entry in live.abandoned():
-        _clear(entry)
-    return 0
-
-
-def _clear(entry: live.LiveMount) -> None:
-    """Release the volumes of a daemon that was killed together with its guardian."""
-    if entry.settings.storage:
-        # For start-up time: most unions have no storage.
-        from unionfs.storage.model import VolumeUser
-        from unionfs.storage.users import release
-
-        mountpoint = entry.settings.mountpoint
-        release(entry.settings, VolumeUser.of_process("mount", entry.pid, entry.started, mountpoint))
-    entry.remove()
+    clear_abandoned_of(owner)
 
 
 def _wait_for_end(entry: live.LiveMount, path: str, *, lazy: bool) -> None:

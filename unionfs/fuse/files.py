@@ -104,7 +104,7 @@ class Files:
         except BaseException:
             self._open_files.take_back(node, file)
             raise
-        return self.handles.register(node, file, who, writes=writes)
+        return self._register(node, file, flags, who)
 
     def create(
         self,
@@ -131,7 +131,11 @@ class Files:
 
     def _created(self, node: Node, fd: int, flags: int, who: Who) -> int:
         file = self._open_files.lend_new(node, fd)
-        return self.handles.register(node, file, who, writes=flags & os.O_ACCMODE != os.O_RDONLY)
+        return self._register(node, file, flags, who)
+
+    def _register(self, node: Node, file: OpenFile, flags: int, who: Who) -> int:
+        mode = flags & os.O_ACCMODE
+        return self.handles.register(node, file, who, writes=mode != os.O_RDONLY, maps=mode == os.O_RDWR)
 
     def release(self, number: int) -> Handle:
         """Close an open file."""

@@ -102,6 +102,7 @@ class DataRequests:
         kills = bool(request.open_flags & OPEN_KILL_SUIDGID)
         number = self._files.open(node, request.flags, request, prepared, kills_set_ids=kills)
         handle = self._files[number]
+        mapped = node.use is not None and node.use.mapped
         try:
             program = False
             if self._ios.asks_for_program(handle):
@@ -111,6 +112,9 @@ class DataRequests:
         except BaseException:
             self._files.release(number)
             raise
+        if not mapped and node.use is not None and node.use.mapped:
+            # Stores through a mapping will change them.
+            self._operations.invalidations.of_node(node)
         return encode.opened(request.unique, number, open_flags, backing_id)
 
     def _require_current(self, node: Node, *, writes: bool) -> None:

@@ -12,8 +12,7 @@ Rules (fs/fuse/iomode.c and fs/fuse/passthrough.c of Linux 6.18):
   place while they are in use: package managers replace them by rename, and execve(2) denies writing.
   Permission bits and FMODE_EXEC (0x20 in the flags of OPEN) do not count: libraries have neither, and scripts
   have both, but are edited in place.
-- How long attributes are valid while such a file is open for writing: see `core.validity`. Only times can be
-  stale: a store through a mapping does not change the size.
+- How long attributes are valid while such a file is open for writing: see `core.validity`.
 """
 
 from __future__ import annotations
