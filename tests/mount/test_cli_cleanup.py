@@ -86,6 +86,7 @@ class TestCleanup:
         finally:
             entry.save()
 
+    @pytest.mark.slow
     @pytest.mark.parametrize("registered", [True, False])
     def test_a_mount_that_hangs_stays(self, place: Place, session: str, registered: bool) -> None:
         pid = place.mount(*session_words(session))

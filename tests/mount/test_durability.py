@@ -112,7 +112,7 @@ def test_sync_command_of_what_is_no_live_mount(place: Place) -> None:
     (place.merged / "new").write_bytes(b"data")
     os.kill(pid, signal.SIGKILL)
     assert wait_for(lambda: gone(pid))
-    refused(unionfs("sync", place.merged), "has died", "unionfs umount")
+    refused(unionfs("sync", place.merged), "has died", "unionfs cleanup")
     succeed(unionfs("umount", place.merged))
 
 

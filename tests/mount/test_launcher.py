@@ -267,6 +267,7 @@ def test_an_upgrade(place: Place) -> None:
         end_residents(program=launcher)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kill", [False, True])
 def test_many_calls_at_once(place: Place, kill: bool) -> None:
     """Each is served, even while the resident is killed again and again."""

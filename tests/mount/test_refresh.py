@@ -183,5 +183,5 @@ def test_refused(place: Place) -> None:
     pid = place.mount()
     os.kill(pid, 9)
     assert wait_for(lambda: gone(pid))
-    refused(unionfs("refresh", place.merged), "has died", "unionfs umount")
+    refused(unionfs("refresh", place.merged), "has died", "unionfs cleanup")
     succeed(unionfs("umount", place.merged))

@@ -333,6 +333,7 @@ class TestRestart:
             assert not _mounted(path)
             plugin("Remove", name)
 
+    @pytest.mark.slow
     def test_killed_under_load(self, plugin: Plugin, store: Store, area: Path, as_root: None) -> None:
         """What a request has left half done keeps no volume from being used or removed."""
         (area / "base").mkdir()
