@@ -42,7 +42,7 @@ mount --move /mnt "$1"
 
 
 class Room:
-    """One room; commands run as root, or as a user with subordinate ids who has the directory ``home``."""
+    """One room; commands run as root, or as a user with subordinate ids and the directory ``home``."""
 
     def __init__(self, home: Path, *, rootless: bool = False) -> None:
         self.home = home

@@ -179,7 +179,7 @@ def _docker(room: Room, name: str = "docker") -> Iterator[Docker]:
 @pytest.mark.clients
 @pytest.mark.parametrize("propagation", ["shared", "private"])
 def test_rootless_podman(area: Path, as_root: None, propagation: str) -> None:
-    """Its mount namespace gets the mounts of a union by propagation, or the user is told."""
+    """The mounts of a union propagate into its mount namespace, or the command fails with a sentence."""
     socket = "/run/unionfs.sock"
     with rooms.room(area / "room", rootless=True) as room:
         room.as_root("mount", f"--make-r{propagation}", "/")

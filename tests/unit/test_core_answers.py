@@ -388,7 +388,7 @@ def test_listings_that_fail(mount: Mount, tmp_path: Path) -> None:
 
 
 def test_listings_that_python_reads(mount: Mount, tmp_path: Path) -> None:
-    """Large directories, names that share their hash, what is no directory, and what is malformed."""
+    """Large directories, names that share their hash, files, and malformed requests."""
     (tmp_path / "l0/large").mkdir()
     for number in range(4000):
         (tmp_path / "l0/large" / f"{number:040}").touch()

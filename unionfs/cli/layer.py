@@ -56,7 +56,7 @@ def export(
 ) -> int:
     """Write an upper as a layer, and print the digest of the file and its diff id.
 
-    The same upper always gives the same bytes. Directories that were renamed, and files whose data or other
+    The same upper is always exported as the same bytes. Renamed directories, and files whose data or other
     names are in a lower, come out whole; that needs the lowers, and for hard links the work directory, which
     has their index.
     """
