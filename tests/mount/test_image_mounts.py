@@ -148,6 +148,9 @@ def test_layers_of_a_removed_archive_are_written_anew(images: Images) -> None:
 def test_random_changes_of_a_union_are_the_same_in_a_layer(
     root: None, session: str, operations: list[tuple[object, ...]]
 ) -> None:
+    # With an upper that came out of an archive there is no index: --session pyfuse3 shows each name of a
+    # lower's file as a file of its own then.
+    names = session != "pyfuse3"
     with areas.area() as area:
         for name in ("lower", "upper", "work", "work2"):
             (area / name).mkdir()
@@ -156,13 +159,13 @@ def test_random_changes_of_a_union_are_the_same_in_a_layer(
         with mounting.mounted(area, upper=area / "upper", work=area / "work", **layers) as mount:
             for one in operations:
                 apply(mount.mountpoint, one)
-            wanted = shown(mount.mountpoint)
+            wanted = shown(mount.mountpoint, names=names)
         output, again = str(area / "layer.tar"), str(area / "again")
         lower, work = str(area / "lower"), str(area / "work")
         export_layer(str(area / "upper"), [lower], output, work=work, userxattr=False)
         import_layer(output, again, userxattr=False, rules=DEFAULTS)
         with mounting.mounted(area, upper=area / "again", work=area / "work2", **layers) as mount:
-            assert difference(shown(mount.mountpoint), wanted) == {}
+            assert difference(shown(mount.mountpoint, names=names), wanted) == {}
 
 
 def test_an_image_in_use_is_not_removed(images: Images) -> None:

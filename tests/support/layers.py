@@ -147,17 +147,17 @@ def saved(path: Path, layers: Iterable[bytes], names: list[str], config: Mapping
 Comparable = dict[bytes, tuple[object, ...]]
 
 
-def shown(root: Path, *, times: bool = True, private: bool = False) -> Comparable:
+def shown(root: Path, *, times: bool = True, private: bool = False, names: bool = True) -> Comparable:
     """What users see of a tree: all but inode numbers and link counts of directories.
 
-    Files with several names are the same as each other. Without `private` the overlay's own xattrs are left
-    out.
+    With `names`, files with several names are the same as each other. Without `private` the overlay's own
+    xattrs are left out.
     """
     first: dict[tuple[int, int], bytes] = {}
     found: Comparable = {}
     for path, entry in sorted(snapshot.take(root).items()):
         directory = stat.S_ISDIR(entry.mode)
-        same = b"" if directory else first.setdefault((entry.dev, entry.ino), path)
+        same = b"" if directory or not names else first.setdefault((entry.dev, entry.ino), path)
         xattrs = {
             name: value for name, value in entry.xattrs.items()
             if private or not name.startswith(("trusted.overlay.", "user.overlay."))

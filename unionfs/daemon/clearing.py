@@ -14,6 +14,9 @@ from unionfs.sys.liveness import is_dead
 from unionfs.sys.mountinfo import MountEntry, mounted_at, mounts_of_device
 from unionfs.sys.unmount import open_mount, unmount
 
+# How often a mount is looked for whose path changes while it is unmounted.
+_ATTEMPTS = 10
+
 
 def end_from_within(device: str) -> bool:
     """Sync and unmount this process's own mount. `device` is its `major:minor`.
@@ -21,23 +24,29 @@ def end_from_within(device: str) -> bool:
     Blocks: run it in a thread while the daemon keeps serving, since data written through mmap arrives only
     now. Mounts in use are detached. Returns whether none is left: one that another mount covers stays.
     """
-    all_gone = True
-    # Newest first: bind mounts of parts of the union before the union.
-    for mount in reversed(mounts_of_device(device)):
-        if not _is_on_top(mount):
-            all_gone = False
-            continue
-        with _synced(mount):
-            pass
-        unmount_inside(mount)
-        try:
-            unmount(mount)
-        except OSError as error:
-            if error.errno in (errno.EINVAL, errno.ENOENT):  # already unmounted
-                continue
-            with _synced(mount), suppress(OSError):
-                unmount(mount, lazy=True)
-    return all_gone
+    # Read again, since a mount whose directory was renamed meanwhile looks as if it were unmounted already.
+    for _ in range(_ATTEMPTS):
+        # Newest first: bind mounts of parts of the union before the union.
+        on_top = [mount for mount in reversed(mounts_of_device(device)) if _is_on_top(mount)]
+        if not on_top:
+            break
+        for mount in on_top:
+            _end_mount(mount)
+    return not mounts_of_device(device)
+
+
+def _end_mount(mount: MountEntry) -> None:
+    """Unmount or detach one mount; nothing, if it is not at its path any more."""
+    with _synced(mount):
+        pass
+    unmount_inside(mount)
+    try:
+        unmount(mount)
+    except OSError as error:
+        if error.errno in (errno.EINVAL, errno.ENOENT):
+            return
+        with _synced(mount), suppress(OSError):
+            unmount(mount, lazy=True)
 
 
 def _is_on_top(mount: MountEntry) -> bool:
