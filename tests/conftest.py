@@ -13,6 +13,7 @@ from multiprocessing import util
 from pathlib import Path
 from typing import Any
 
+import hypothesis
 import pytest
 
 pytest.register_assert_rewrite("tests.support")
@@ -26,6 +27,10 @@ from tests.support.worker import Worker  # noqa: E402
 
 WATCHDOG_SECONDS = 100.0
 """After this time the daemons of a test are killed, which wakes every request that waits for them."""
+
+# The same examples in every run, so that an unrelated change does not fail; UNIONFS_RANDOM=1 draws others.
+hypothesis.settings.register_profile("repeatable", derandomize=os.environ.get("UNIONFS_RANDOM", "0") == "0")
+hypothesis.settings.load_profile("repeatable")
 
 
 def pytest_configure(config: pytest.Config) -> None:
