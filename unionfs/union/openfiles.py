@@ -20,6 +20,7 @@ from unionfs.core.node import Node
 from unionfs.core.opening import KeptFiles, Opener, take_back
 from unionfs.core.places import Gate
 from unionfs.sys.calls import os_error
+from unionfs.sys.fds import close_quietly
 from unionfs.union.files import open_backing, open_held
 from unionfs.union.lowerdata import LowerData
 from unionfs.union.markers import Markers
@@ -168,13 +169,13 @@ class OpenFiles:
                 node.check(file.st)
             data = node.territory.opened(node, file)
         except OSError:
-            os.close(file.fd)
+            close_quietly(file.fd)
             raise
         if file.xattrs is not None:
             self._capabilities.seen(node, file.xattrs)
         if data is None:
             return file
-        os.close(file.fd)
+        close_quietly(file.fd)
         node.data_lies_in(data)
         return None if write else self._open_lower_data(node, data)
 
