@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from contextlib import ExitStack
 from typing import Final
 
-from unionfs.errors import LayerError, quoted, reason
+from unionfs.errors import LayerError, path_in, quoted, reason
 from unionfs.sys import calls, detached
 from unionfs.sys.fds import Owned, close_quietly
 from unionfs.sys.openat2 import RESOLVE_BENEATH, RESOLVE_NO_SYMLINKS, RESOLVE_NO_XDEV, openat2
@@ -127,7 +127,7 @@ def prepare_work(fd: int, path: str, upper_fd: int, resources: ExitStack) -> int
     try:
         empty_directory(inner)
     except OSError as error:
-        left = quoted(os.fsdecode(os.path.join(os.fsencode(path), b"work", error.filename or b"")))
+        left = quoted(os.path.join(path, "work", path_in(error)))
         raise LayerError(
             f"work {quoted(path)} cannot be emptied of what an earlier mount left: {left}: {reason(error)}; "
             "remove it, or choose an empty directory."
