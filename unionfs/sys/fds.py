@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import errno
 import os
+import resource
 from contextlib import suppress
 from types import TracebackType
+from typing import Final
+
+_MANY: Final = 1 << 20
 
 
 def close_quietly(fd: int) -> None:
@@ -48,6 +52,12 @@ class Returned(Owned):
     ) -> None:
         if error is not None:
             close_quietly(self.fd)
+
+
+def fd_limit() -> int:
+    """How many fds this process may have (getrlimit(2)); at most a million."""
+    soft = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+    return _MANY if soft == resource.RLIM_INFINITY else min(soft, _MANY)
 
 
 def directory(path: str) -> Owned:
