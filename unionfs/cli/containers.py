@@ -7,6 +7,7 @@ from typing import Any
 
 import click
 
+from unionfs.cli.completing import complete_containers
 from unionfs.cli.rules import complete_images, tell
 from unionfs.cli.run import complain, for_each
 from unionfs.cli.storage_options import storage_options
@@ -124,7 +125,7 @@ def run(
     "--root", metavar="DIR",
     help="The storage root. [UNIONFS_ROOT; /var/lib/unionfs, or ~/.local/share/unionfs]",
 )  # fmt: skip
-@click.argument("names", nargs=-1, required=True, metavar="NAME...")
+@click.argument("names", nargs=-1, required=True, metavar="NAME...", shell_complete=complete_containers)
 def rm(root: str | None, names: tuple[str, ...]) -> int:
     """Remove containers that `unionfs run` kept, with all their changes, and print their names.
 

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 
 import click
 
+from unionfs.cli.completing import complete_mountpoints
 from unionfs.cli.finding import find_mount, upper_in_memory
 from unionfs.cli.run import on_terminal
 from unionfs.cli.terminal import shell_word
@@ -32,7 +33,7 @@ Examples:
     "-l", "--lower", "lowers", multiple=True, metavar="DIR|IMAGE", help="A lower; the first is on top."
 )
 @click.option("--userxattr", is_flag=True, help="Markers are user.overlay.* xattrs (always without root).")
-@click.argument("mountpoint", required=False)
+@click.argument("mountpoint", required=False, shell_complete=complete_mountpoints)
 def diff(mountpoint: str | None, upper: str | None, lowers: tuple[str, ...], userxattr: bool) -> int:
     """Show the changes in a union's upper: A(dded), C(hanged) or D(eleted), and the path, sorted by path.
 

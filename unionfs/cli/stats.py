@@ -10,6 +10,7 @@ from typing import Any
 
 import click
 
+from unionfs.cli.completing import complete_mountpoints
 from unionfs.cli.finding import find_mount
 from unionfs.cli.run import complain, moment, on_terminal, print_table, terminal_table
 from unionfs.daemon.exposition import SCRAPE_SECONDS, exposition
@@ -40,7 +41,7 @@ Examples:
     show_default=True,
     help="The measured span; 0: only totals since the mount.",
 )
-@click.argument("mountpoint")
+@click.argument("mountpoint", shell_complete=complete_mountpoints)
 def stats(mountpoint: str, watch: bool, as_json: bool, prometheus: bool, seconds: float) -> int:
     """Show the activity of the mount at MOUNTPOINT: requests by kind, latency, bytes, copy-ups, state.
 

@@ -29,7 +29,6 @@ from unionfs.storage.targets import MountedTree, find, prepare
 from unionfs.storage.volumes import Volumes
 from unionfs.sys import guardian
 from unionfs.sys.fds import Owned
-from unionfs.sys.mountinfo import mounted_at
 from unionfs.sys.openat2 import open_in_root
 from unionfs.sys.process import start_time, wait_gone
 
@@ -181,11 +180,19 @@ class _Run:
                 raise UserError(f"{quoted(merged)} was unmounted before the command could start; try again.")
             return self._in_union(entry)
         finally:
-            if mounted_at(merged) is not None and not self._try(lambda: umount(merged)):
-                with suppress(UserError):
-                    umount(merged, lazy=True)
+            if entry is not None and entry.is_alive():
+                self._end_mount(merged)
             if wish.remove and entry is not None:
                 self._remove_anonymous(entry.settings)
+
+    def _end_mount(self, merged: str) -> None:
+        """Unmount the union. With the container ends whatever else holds it, such as a mount namespace that
+        was copied meanwhile: the next run needs the upper.
+        """
+        try:
+            umount(merged)
+        except UserError:
+            self._try(lambda: umount(merged, force=True))
 
     def _remove_anonymous(self, settings: MountSettings) -> None:
         """Remove anonymous volumes like `docker run --rm`: nobody else knows their names."""

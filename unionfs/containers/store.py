@@ -20,14 +20,20 @@ from unionfs.sys.trees import remove_path
 _FACTS = "container.json"
 
 
+def names(root: str) -> list[str]:
+    """The names of all kept containers of a storage root, sorted. Raises OSError."""
+    try:
+        return sorted(filter(is_name, os.listdir(f"{root}/containers")))
+    except FileNotFoundError:
+        return []
+
+
 def lowers_of_all(root: str) -> dict[str, str]:
     """The lowers of all kept containers of a storage root, and which container has them. Raises UserError."""
     found = {}
-    with suppress(FileNotFoundError):
-        for name in os.listdir(f"{root}/containers"):
-            if is_name(name):
-                for lower in Container(root, name).lowers():
-                    found[lower] = f"container {quoted(name)}"
+    for name in names(root):
+        for lower in Container(root, name).lowers():
+            found[lower] = f"container {quoted(name)}"
     return found
 
 

@@ -277,7 +277,7 @@ def _how_used(entry: live.LiveMount) -> str:
     mountpoint, pid = quoted(entry.settings.mountpoint), entry.pid
     return (
         f"still in use: {mountpoint} is unmounted, but processes have files of it open, so its daemon (pid "
-        f"{pid}) goes on; end them, cut them off by `kill {pid}`, given twice"
+        f"{pid}) goes on; stop them, cut them off by `unionfs umount --force {mountpoint}`"
     )
 
 

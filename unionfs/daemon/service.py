@@ -21,7 +21,7 @@ from unionfs.daemon.answering import serve_control
 from unionfs.daemon.claiming import Claim
 from unionfs.daemon.confine import confine
 from unionfs.daemon.lifetime import Lifetime, hold_signals
-from unionfs.daemon.orders import done, failed, order_in
+from unionfs.daemon.orders import END, done, failed, order_in
 from unionfs.daemon.runtime import RuntimeDirectory
 from unionfs.daemon.serving import Serving
 from unionfs.daemon.stats import more_for
@@ -174,6 +174,8 @@ class Service:
                 await sync(self._serving.locate(), self._stack)
             elif order == "refresh":
                 await self._operations.refreshing.refresh()
+            elif order == END:
+                self._lifetime.cut_off()
             else:
                 return failed("its daemon does not know that order")
         except OSError as error:
