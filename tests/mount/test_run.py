@@ -206,7 +206,7 @@ def test_upper_elsewhere(box: Containers) -> None:
     assert out.splitlines()[-1].split()[1] == "2048"
     for name in ("u", "w"):
         (box.area / name).mkdir()
-    box.say("-u", box.area / "u", "-w", box.area / "w", "--", "touch", "/made")
+    box.say("-u", box.area / "u", "--work", box.area / "w", "--", "touch", "/made")
     assert (box.area / "u/made").exists()
     assert box.kept() == []
 

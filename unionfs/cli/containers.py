@@ -50,11 +50,11 @@ Examples:
     "-u", "--upper", metavar="DIR|tmpfs[:OPT,...]",
     help="Store changes in a directory or in memory instead of in the container.",
 )  # fmt: skip
-@click.option("-w", "--work", metavar="DIR", help="As for mount; required with a directory as upper.")
+@click.option("--work", metavar="DIR", help="The work directory of an upper of your own, as for mount.")
 @storage_options
 @click.option("--name", metavar="NAME", help="The container's name: the same name finds its files again.")
 @click.option("--rm", "remove", is_flag=True, help="Remove the container at the end.")
-@click.option("--workdir", metavar="DIR",
+@click.option("-w", "--workdir", metavar="DIR",
               help="The command's working directory; created if missing.  [the image's, or /]")  # fmt: skip
 @click.option("--user", metavar="USER[:GROUP]",
               help="Run as a user of the container, by name or number.  [the image's, or root]")  # fmt: skip
@@ -126,21 +126,28 @@ def run(
     help="The storage root. [UNIONFS_ROOT; /var/lib/unionfs, or ~/.local/share/unionfs]",
 )  # fmt: skip
 @click.argument("names", nargs=-1, required=True, metavar="NAME...", shell_complete=complete_containers)
-def rm(root: str | None, names: tuple[str, ...]) -> int:
+@click.option("-v", "--volumes", "with_volumes", is_flag=True, help="Also remove its anonymous volumes.")
+def rm(root: str | None, with_volumes: bool, names: tuple[str, ...]) -> int:
     """Remove containers that `unionfs run` kept, with all their changes, and print their names.
 
-    Volumes stay. A container that cannot be removed is reported; the others are still removed.
+    Volumes stay, without -v also anonymous ones. A container that cannot be removed is reported; the others
+    are still removed.
     """
     # For start-up time: --help and completion do not need it.
     from unionfs.containers.store import Container
     from unionfs.storage.root import storage_root
+    from unionfs.storage.volumes import Volumes
 
     place = storage_root(root)
+    volumes = Volumes(place)
 
     def remove(name: str) -> bool:
         container = Container(place, name)
         with container.claimed(make=False):
+            anonymous = container.volumes() if with_volumes else {}
             container.remove()
+        for volume in anonymous.values():
+            volumes.remove(volume, missing_ok=True)
         return True
 
     return for_each(names, remove)

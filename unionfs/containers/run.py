@@ -28,9 +28,11 @@ from unionfs.storage.root import storage_root
 from unionfs.storage.targets import MountedTree, find, prepare
 from unionfs.storage.volumes import Volumes
 from unionfs.sys import guardian
+from unionfs.sys.capabilities import may_use_trusted_xattrs
 from unionfs.sys.fds import Owned
 from unionfs.sys.openat2 import open_in_root
 from unionfs.sys.process import start_time, wait_gone
+from unionfs.union.hiding import hide, parts_below
 
 _NOT_FOUND = 127
 _NOT_EXECUTABLE = 126
@@ -87,6 +89,11 @@ def run(wish: Wish, complain: Callable[[str], object]) -> int:
 def _check(wish: Wish) -> None:
     if "" in wish.lowers or wish.upper == "" or wish.work == "":
         raise UserError("an empty path is given; name a directory.")
+    if wish.work is not None and wish.upper is None:
+        raise UserError(
+            f"--work {quoted(wish.work)} belongs to an upper of your own (-u DIR), and none is given; leave "
+            "it out. The working directory inside is -w DIR."
+        )
     if not wish.workdir.startswith("/"):
         raise UserError(f"--workdir {quoted(wish.workdir)} is a relative path; give an absolute one.")
     _refuse_kernel_trees(wish.workdir, os.fsencode(os.path.normpath(wish.workdir)).strip(b"/").split(b"/")[0])
@@ -159,6 +166,8 @@ class _Run:
     def _mounted(self, lowers: Sequence[str]) -> int:
         wish, container = self._wish, self._container
         own_upper = wish.upper is None
+        if own_upper:
+            self._hide_storage(lowers)
         settings = settle(
             container.merged,
             lowers=lowers,
@@ -166,7 +175,7 @@ class _Run:
             work=container.work if own_upper else wish.work,
             # Changes that will be removed need not reach a disk.
             options=["volatile"] if own_upper and wish.remove else [],
-            storage=wish.storage,
+            storage=container.with_its_volumes(wish.storage),
             storage_root=wish.root,
         )
         me = os.getpid()
@@ -184,6 +193,18 @@ class _Run:
                 self._end_mount(merged)
             if wish.remove and entry is not None:
                 self._remove_anonymous(entry.settings)
+
+    def _hide_storage(self, lowers: Sequence[str]) -> None:
+        """Let the union not see the storage root, where the container's upper is, if a lower has it."""
+        root = os.path.realpath(storage_root(self._wish.root))
+        for lower in lowers:
+            parts = parts_below(lower, root)
+            if parts is not None and os.path.isdir(lower):
+                with on_failure(
+                    f"{quoted(root)} cannot be hidden from the container, whose lower {quoted(lower)} has it",
+                    "give a --root elsewhere, or -u tmpfs",
+                ):
+                    hide(self._container.upper, lower, parts, userxattr=not may_use_trusted_xattrs())
 
     def _end_mount(self, merged: str) -> None:
         """Unmount the union. With the container ends whatever else holds it, such as a mount namespace that
