@@ -56,23 +56,19 @@ Examples:
 @click.option(
     "--session",
     type=click.Choice(SESSIONS),
-    default="auto",
-    show_default=True,
-    help="The FUSE implementation: unionfs's own loop (direct), or libfuse.",
+    help="The FUSE implementation: unionfs's own loop (direct), or libfuse.  [default: auto]",
 )
 @click.option(
     "--io",
     type=click.Choice(IO_MODES),
-    default="auto",
-    show_default=True,
-    help="The I/O mode, see above; auto: hybrid as root on Linux 6.9 and later, else cached.",
+    help="The I/O mode, see above; auto: hybrid as root on Linux 6.9 and later, else cached.  "
+         "[default: auto]",
 )
 @click.option(
     "--log-level",
     type=click.Choice(LOG_LEVELS, case_sensitive=False),
-    default="info",
-    show_default=True,
-    help="The log level (the log goes to syslog, or to a file beside the registry).",
+    help="The log level. The log goes to syslog, else to /run/unionfs/unionfs.log (of users: "
+         "$XDG_RUNTIME_DIR/unionfs/unionfs.log); `unionfs inspect` shows the place.  [default: info]",
 )
 @click.argument("mountpoint")
 def mount(
@@ -82,7 +78,7 @@ def mount(
     storage: tuple[Spec, ...],
     root: str | None,
     foreground: bool,
-    log_level: str,
+    log_level: str | None,
     mountpoint: str,
     **chosen: Any,
 ) -> int:
@@ -129,7 +125,7 @@ def mount(
 
     with layers_of(image, root, options) as more:
         settings = settle(
-            mountpoint, lowers=[*lowers, *more], options=options, log_level=log_level.lower(),
+            mountpoint, lowers=[*lowers, *more], options=options, log_level=log_level and log_level.lower(),
             storage=storage, storage_root=root, **chosen,
         )  # fmt: skip
         return start(settings, foreground=foreground)
