@@ -44,6 +44,8 @@ class Pass:
         self._base = base
         self._progress = progress
         self.entries = 0
+        self.unchanged = 0
+        """Of the entries, those that are in the base."""
         self.read_bytes = 0
 
     def run(self) -> None:
@@ -51,6 +53,7 @@ class Pass:
         for entry, fd in self._walker.entries(self._take if self._base is None else None):
             self._count(0)
             if self._base is not None and (line := self._base.line_if_unchanged(entry)) is not None:
+                self.unchanged += 1
                 self._add_line(line)
             elif entry.kind == FILE and entry.size <= SMALL:
                 self._add_small(entry, fd)
