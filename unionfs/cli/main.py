@@ -31,7 +31,10 @@ _COMMANDS = {
     "layer": ("unionfs.cli.layer:layer", "Convert uppers to and from layers of images."),
     "commit": ("unionfs.cli.commit:commit", "Write a mount as an image."),
     "volume": ("unionfs.cli.volume:volume", "Manage named volumes."),
+    "system": ("unionfs.cli.system:system", "Show what the storage root holds."),
     "plugin": ("unionfs.cli.plugin:plugin", "Let docker and podman use the volumes."),
+    "info": ("unionfs.cli.system:info", "Show versions, the storage root and counts."),
+    "config": ("unionfs.cli.config:config", "Show the configuration."),
     "doctor": ("unionfs.cli.doctor:doctor", "Report what this host supports and lacks."),
     "completion": ("unionfs.cli.completion:completion", "Print the completion script for a shell."),
 }

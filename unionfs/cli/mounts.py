@@ -110,6 +110,7 @@ def inspect(mountpoint: str, as_json: bool) -> None:
         "device": mount.device,
         "settings": mount.settings.to_json(),
         "io": answer.get("io") if answer is not None else None,
+        "log": answer.get("log") if answer is not None else None,
         "figures": figures if isinstance(figures, dict) else None,
     }
     if as_json:
@@ -117,7 +118,7 @@ def inspect(mountpoint: str, as_json: bool) -> None:
         return
     rows = [(name, _shown(value)) for name, value in whole["settings"].items() if name != "storage"]
     rows += [("storage", _shown_storage(spec)) for spec in whole["settings"]["storage"]]
-    rows += [(name, _shown(whole[name])) for name in ("pid", "device", "since")]
+    rows += [(name, _shown(whole[name])) for name in ("pid", "device", "since", "log")]
     print_table(("SETTING", "VALUE"), rows)
     for reason in _reasons(whole["io"]):
         print(reason)
