@@ -281,7 +281,7 @@ class TestHelp:
         text = store.ok(command, "--help")
         assert "Example" in text
         assert f"unionfs volume {command}" in text
-        assert max(map(len, text.splitlines())) <= 100
+        assert max(map(len, text.splitlines())) <= 80
 
     def test_bad_calls_say_where_help_is(self, store: Store) -> None:
         for command in COMMANDS:

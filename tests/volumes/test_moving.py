@@ -195,7 +195,7 @@ class TestRestoreCreate:
         store.create("-o", "type=none", "-o", "o=bind", "-o", f"device={area}/host", "data")
         store.ok("backup", "data", "-o", area / "x.tar")
         refused(store("restore", "--create", "new", "-i", area / "x.tar"), "storage elsewhere", "o=bind")
-        store.create("-d", "union", "-o", "lower=/usr", "data2")
+        store.create("-d", "union", "-o", f"lower={area}/host", "data2")
         store.ok("backup", "data2", "-o", area / "y.tar")
         refused(store("restore", "--create", "new", "-i", area / "y.tar"), "storage elsewhere", "-d union")
         assert store("exists", "new").returncode == 1

@@ -20,8 +20,9 @@ def config() -> None:
     """Show the configuration: defaults for all commands, in TOML.
 
     \b
-    /etc/unionfs/config.toml                of the host
-    ~/.config/unionfs/config.toml           of the user ($XDG_CONFIG_HOME), replaces the host's values
+    /etc/unionfs/config.toml         of the host
+    ~/.config/unionfs/config.toml    of the user ($XDG_CONFIG_HOME); its values
+                                     replace those of the host
     \b
     Keys:
       root = "/srv/unionfs"       the storage root, as --root

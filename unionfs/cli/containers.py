@@ -32,9 +32,9 @@ def _environment(_: click.Context, option: click.Parameter, given: tuple[str, ..
     epilog="""\b
 Examples:
   unionfs run --rm -l /srv/debian -- bash
-  unionfs run --name web -l /srv/debian -v ./site:/var/www:ro -- nginx -g 'daemon off;'
+  unionfs run --name web -l /srv/debian -v ./site:/srv:ro -- nginx
   unionfs run --rm --image oci-archive:web.tar
-  unionfs run --rm -l /srv/debian -u tmpfs:size=64m --net none -- sh -c 'echo secret > /key'
+  unionfs run --rm -l /srv/debian -u tmpfs:size=64m --net none -- bash
 """,
 )
 @click.option(

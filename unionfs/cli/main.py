@@ -43,7 +43,7 @@ _COMMANDS = {
 @click.command(
     cls=LazyGroup,
     places=_COMMANDS,
-    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 80},
     epilog="Example: unionfs mount -l /usr -u /tmp/changes -w /tmp/work /mnt",
 )
 @click.version_option(__version__, "-V", "--version", prog_name="unionfs", message="%(prog)s %(version)s")

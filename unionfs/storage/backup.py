@@ -23,11 +23,12 @@ from unionfs.storage.archive.freeze import frozen, own_filesystem
 from unionfs.storage.archive.headers import Malformed
 from unionfs.storage.archive.manifest import AGAIN, Beside, Line, escape, latest, read_manifest
 from unionfs.storage.archive.output import whole_file
+from unionfs.storage.archive.progress import Progress
 from unionfs.storage.archive.read import ArchiveReader
 from unionfs.storage.archive.tar import Members, Tar
 from unionfs.storage.archive.target import check_target
 from unionfs.storage.archive.walk import Walker
-from unionfs.storage.archive.write import ArchiveWriter, Pass, Progress
+from unionfs.storage.archive.write import ArchiveWriter, Pass
 from unionfs.storage.drivers import find_driver
 from unionfs.storage.volumes import Volume, Volumes
 
@@ -96,6 +97,8 @@ def backup(
         others = len(volumes.users(name)) > 1
         if target != "-":
             check_target(target, path)
+        if progress is not None:
+            progress.reads_tree(path)
         out = stack.enter_context(whole_file(target) if target != "-" else _standard_output())
         started = time.time_ns()
         info: dict[str, Any] = {
@@ -214,13 +217,17 @@ def _keep_bases(since: str, target: str) -> None:
 
 
 @contextmanager
-def open_archive(source: str, *, nothing: str = "") -> Iterator[ArchiveReader]:
+def open_archive(
+    source: str, *, nothing: str = "", progress: Progress | None = None
+) -> Iterator[ArchiveReader]:
     """Open the archive `source` (`-`: standard input). Raises UserError; `nothing` as for `explained`."""
     with on_failure(f"the backup {quoted(source)} cannot be read", "check its path"):
         raw = open(0 if source == "-" else source, "rb", buffering=0, closefd=source != "-")  # noqa: SIM115
         if stat.S_ISDIR(os.fstat(raw.fileno()).st_mode):
             raise IsADirectoryError(21, "it is a directory")
     with raw:
+        if progress is not None:
+            progress.reads_file(raw.fileno())
         with explained(source, nothing=nothing):
             reader = ArchiveReader(decompressor(raw))
         yield reader
@@ -264,7 +271,7 @@ def keep_manifest(volume: Volume, copy: Callable[[IO[bytes]], None]) -> None:
 def verify_archive(source: str, progress: Progress | None = None) -> Report:
     """Read an archive to its end and check it against its manifest. Raises UserError on a mismatch."""
     report = Report()
-    with open_archive(source) as reader, explained(source):
+    with open_archive(source, progress=progress) as reader, explained(source):
         read_whole(reader, report, progress)
         # An incremental archive also names entries stored in its base.
         for _ in latest(reader.manifest_lines()):
@@ -301,6 +308,8 @@ def verify_volume(volumes: Volumes, name: str, progress: Progress | None = None)
             walker = Walker(path, lambda sentence: None, leave_out=workspace.names(volume.directory))
             known = Beside(latest(read_manifest(source)), lambda old: found.missing.append(_shown(old)))
             contents = Contents(walker, lambda entry: None)
+            if progress is not None:
+                progress.reads_tree(path)
             add = partial(_compare, known, found)
             Pass(walker, contents, Members(), add, progress=progress).run()
             known.finish()

@@ -19,10 +19,11 @@ from unionfs.storage.archive.extract import Extractor
 from unionfs.storage.archive.foreign import ForeignReader
 from unionfs.storage.archive.headers import Malformed
 from unionfs.storage.archive.output import whole_file
+from unionfs.storage.archive.progress import Progress
 from unionfs.storage.archive.tar import Tar
 from unionfs.storage.archive.target import refuse_inside
 from unionfs.storage.archive.walk import Walker
-from unionfs.storage.archive.write import Pass, Progress
+from unionfs.storage.archive.write import Pass
 from unionfs.storage.backup import Report
 from unionfs.storage.restore import fill
 from unionfs.storage.volumes import Volumes
@@ -70,6 +71,8 @@ def export(
     with volumes.working_on(name, "an export") as volume, volumes.used(name, "export") as path:
         if target != "-":
             refuse_inside(target, path)
+        if progress is not None:
+            progress.reads_tree(path)
         with whole_file(target, "tar") if target != "-" else _standard_output() as out:
             walker = Walker(path, report.note, leave_out=workspace.names(volume.directory))
             sink = compressor(out, compress)
@@ -114,16 +117,20 @@ def import_(
         with on_failure(f"the tar {shown} cannot be read", "check its path"):
             file = 0 if source == "-" else source
             raw = stack.enter_context(open(file, "rb", buffering=0, closefd=source != "-"))
+            if progress is not None:
+                progress.reads_file(raw.fileno())
 
         def read(extractor: Extractor) -> None:
             with on_failure(f"the tar {shown} cannot be imported", "nothing was changed", Malformed):
                 reader = ForeignReader(decompressor(raw))
                 for member in reader.entries():
                     entry = owner.of(_checked(member))
-                    extractor.add(entry, reader.content())
-                    report.count(1, entry.size)
-                    if progress is not None and report.entries % 64 == 0:
+                    content = reader.content()
+                    if progress is not None:
                         progress(report.entries, report.size)
+                        content = progress.along(content)
+                    extractor.add(entry, content)
+                    report.count(1, entry.size)
 
         fill(volumes, volume, stack, report, "imported", read, lambda path, note: _Plain(path, note, owner))
     return report

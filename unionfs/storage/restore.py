@@ -15,9 +15,9 @@ from unionfs.storage.archive.entry import FILE, SPARSE
 from unionfs.storage.archive.extract import Extractor
 from unionfs.storage.archive.headers import Malformed
 from unionfs.storage.archive.manifest import latest
+from unionfs.storage.archive.progress import Progress
 from unionfs.storage.archive.read import ArchiveReader
 from unionfs.storage.archive.walk import Walker
-from unionfs.storage.archive.write import Progress
 from unionfs.storage.backup import Report, explained, keep_manifest, open_archive, read_whole
 from unionfs.storage.drivers import find_driver
 from unionfs.storage.model import VolumeUser
@@ -47,9 +47,9 @@ def restore(
     """
     if not create or volumes.exists(name):
         with ExitStack() as stack:
-            return _restore(volumes, name, open_chain(source, bases, stack, _NOTHING), progress)
+            return _restore(volumes, name, open_chain(source, bases, stack, _NOTHING, progress), progress)
     with ExitStack() as stack:
-        chain = open_chain(source, bases, stack, _NOTHING)
+        chain = open_chain(source, bases, stack, _NOTHING, progress)
         _create_described(volumes, name, source, chain[-1][1].info)
         try:
             return _restore(volumes, name, chain, progress)
@@ -131,31 +131,32 @@ def fill(
 
 
 def open_chain(
-    source: str, bases: Sequence[str], stack: ExitStack, nothing: str
+    source: str, bases: Sequence[str], stack: ExitStack, nothing: str, progress: Progress | None = None
 ) -> list[tuple[str, ArchiveReader]]:
     """The archives that make up a state, the full one first. Raises UserError when one is missing; `nothing`
     is as for `explained`.
     """
-    chain = [(source, stack.enter_context(open_archive(source, nothing=nothing)))]
+    chain = [(source, stack.enter_context(open_archive(source, nothing=nothing, progress=progress)))]
     while (base := chain[0][1].info.get("base")) is not None:
         path = chain[0][0]
         with explained(path, nothing=nothing):
             wanted, file = str(base["id"]), os.path.basename(str(base["file"]))
         if len(chain) > _LONGEST_CHAIN or any(other.info["id"] == wanted for _, other in chain):
             raise UserError(f"the backup {quoted(path)} has itself as its base; use another copy of it.")
-        chain.insert(0, _find_base(path, wanted, file, bases, stack, nothing))
+        chain.insert(0, _find_base(path, wanted, file, bases, stack, nothing, progress))
     return chain
 
 
 def _find_base(
-    path: str, wanted: str, file: str, bases: Sequence[str], stack: ExitStack, nothing: str
-) -> tuple[str, ArchiveReader]:
+    path: str, wanted: str, file: str, bases: Sequence[str], stack: ExitStack, nothing: str,
+    progress: Progress | None,
+) -> tuple[str, ArchiveReader]:  # fmt: skip
     beside = [] if path == "-" else [os.path.join(os.path.dirname(path), file)]
     for candidate in (*bases, *beside):
         if candidate in beside and not os.path.exists(candidate):
             continue
         opened = ExitStack()
-        reader = opened.enter_context(open_archive(candidate, nothing=nothing))
+        reader = opened.enter_context(open_archive(candidate, nothing=nothing, progress=progress))
         if reader.info["id"] == wanted:
             stack.enter_context(opened)
             return candidate, reader
@@ -173,9 +174,11 @@ def _apply(
     for path, reader in chain:
         with explained(path, nothing=_NOTHING):
             for entry in reader.entries():
-                extractor.add(entry, reader.content())
-                if progress is not None and reader.count % 64 == 0:
+                content = reader.content()
+                if progress is not None:
                     progress(report.entries + reader.count, report.size + reader.read_bytes)
+                    content = progress.along(content)
+                extractor.add(entry, content)
             for gone in reader.deleted():
                 extractor.remove(gone)
             if before is not None:
@@ -210,7 +213,7 @@ def verify_chain(source: str, bases: Sequence[str], progress: Progress | None = 
     report = Report()
     with ExitStack() as stack:
         before: ArchiveReader | None = None
-        for path, reader in open_chain(source, bases, stack, ""):
+        for path, reader in open_chain(source, bases, stack, "", progress):
             with explained(path):
                 read_whole(reader, report, progress)
                 if before is not None:
@@ -253,6 +256,8 @@ def _copy(volume: Volume, path: str, extractor: Extractor, report: Report, progr
         walker,
         lambda entry: report.note(f"{quoted(os.fsdecode(entry.path))} changed each time it was copied."),
     )
+    if progress is not None:
+        progress.reads_tree(path)
     copied = 0
     shared, never = True, set[int]()
     for entry, fd in walker.entries():

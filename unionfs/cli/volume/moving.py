@@ -9,7 +9,8 @@ from typing import Any, TypeVar
 import click
 
 from unionfs.cli.listing import print_json
-from unionfs.cli.volume.archiving import COMPRESS, report_json, report_told, shown_progress
+from unionfs.cli.progress import progress_option, shown_progress
+from unionfs.cli.volume.archiving import COMPRESS, report_json, report_told
 from unionfs.cli.volume.common import complete_volumes, open_volumes, root_option
 from unionfs.errors import UserError
 
@@ -56,12 +57,13 @@ Examples:
 @click.option("-o", "--output", metavar="FILE|-", default="-", help="The tar (default: standard output).")
 @click.option("--compress", type=click.Choice(COMPRESS), help="Default: by the name of FILE, else none.")
 @_owner_options
+@progress_option
 @click.option("--json", "as_json", is_flag=True, help="Print a JSON object.")
 @root_option
 @click.argument("name", shell_complete=complete_volumes)
 def export(
-    output: str, compress: str | None, uid: int | None, gid: int | None, as_json: bool, root: str | None,
-    name: str,
+    output: str, compress: str | None, uid: int | None, gid: int | None, progress: str, as_json: bool,
+    root: str | None, name: str,
 ) -> None:  # fmt: skip
     """Write the content of a volume as a plain tar, which every program reads.
 
@@ -79,9 +81,9 @@ def export(
     if output == "-" and as_json:
         raise UserError("--json and the tar would share standard output; name a file with -o.")
     kind = compress or ("none" if output == "-" else kind_for(output))
-    with shown_progress(f"export of {name}") as progress:
+    with shown_progress(f"export of {name}", progress) as shown:
         report = write(
-            open_volumes(root), name, output, compress=kind, owner=Owner(uid, gid), progress=progress
+            open_volumes(root), name, output, compress=kind, owner=Owner(uid, gid), progress=shown
         )
     if as_json:
         print_json(report_json(report, volume=name, archive=output))
@@ -101,12 +103,13 @@ Examples:
 """,
 )
 @_owner_options
+@progress_option
 @click.option("--json", "as_json", is_flag=True, help="Print a JSON object.")
 @root_option
 @click.argument("name", shell_complete=complete_volumes)
 @click.argument("source", metavar="FILE|-", default="-")
 def import_(
-    uid: int | None, gid: int | None, as_json: bool, root: str | None, name: str, source: str
+    uid: int | None, gid: int | None, progress: str, as_json: bool, root: str | None, name: str, source: str
 ) -> None:
     """Replace the content of a volume with that of a plain tar, compressed or not.
 
@@ -123,8 +126,8 @@ def import_(
         raise UserError(
             "refusing to read an archive from a terminal; redirect standard input, or name a file."
         )
-    with shown_progress(f"import of {name}") as progress:
-        report = put(volumes, name, source, owner=Owner(uid, gid), progress=progress)
+    with shown_progress(f"import of {name}", progress) as shown:
+        report = put(volumes, name, source, owner=Owner(uid, gid), progress=shown)
     if as_json:
         print_json(report_json(report, volume=name, archive=source))
         return

@@ -15,13 +15,11 @@ from unionfs.storage.archive.content import SMALL, Contents, pieces
 from unionfs.storage.archive.entry import FILE, NO_DIGEST, SPARSE, Entry, digest_of, new_digest
 from unionfs.storage.archive.headers import DELETED, INFO, MANIFEST
 from unionfs.storage.archive.manifest import ManifestWriter, plain_line, whole_line
+from unionfs.storage.archive.progress import Progress
 from unionfs.storage.archive.tar import Members, Tar
 from unionfs.storage.archive.walk import Walker
 
 _CHUNK = 1 << 20
-
-Progress = Callable[[int, int], None]
-"""Called from time to time with the entries and bytes so far."""
 
 
 class Pass:
