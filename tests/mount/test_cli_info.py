@@ -207,7 +207,7 @@ def test_inspect_of_a_daemon_that_does_not_answer(place: Place) -> None:
 
 
 def test_inspect_of_no_mount(place: Place) -> None:
-    refused(unionfs("inspect", place.merged), f"{place.merged} is not a live unionfs mount")
+    refused(unionfs("inspect", place.merged), f"{place.merged} is not an active unionfs mount")
 
 
 def test_diff(place: Place) -> None:

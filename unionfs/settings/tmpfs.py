@@ -128,5 +128,4 @@ def value_of(option: str, name: str, text: str, parse: Callable[[str], _T], what
     try:
         return parse(text)
     except ValueError:
-        shown = quoted(text) if text else ""
-        raise UserError(f"{option}: {name}={shown} cannot be read; write {what}.") from None
+        raise UserError(f"{option}: invalid {name} {text!r}; write {what}.") from None
