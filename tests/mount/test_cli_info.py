@@ -338,6 +338,32 @@ def test_version() -> None:
     assert succeed(unionfs("--version")).startswith("unionfs ")
 
 
+def test_completion_of_what_is_there(place: Place) -> None:
+    place.mount()
+    containers = place.root / "storage/containers"
+    for name in ("first", "second"):
+        (containers / name).mkdir(parents=True)
+    containers.chmod(0o700)
+    containers.parent.chmod(0o700)
+
+    def complete(words: str) -> list[str]:
+        environment = {
+            "_UNIONFS_COMPLETE": "bash_complete", "COMP_WORDS": words,
+            "COMP_CWORD": str(words.count(" ")), "UNIONFS_ROOT": str(containers.parent),
+        }  # fmt: skip
+        return succeed(unionfs(env=environment)).split()
+
+    merged = str(place.merged)
+    for command in ("umount", "inspect", "stats", "sync", "refresh", "diff"):
+        assert complete(f"unionfs {command} {merged[:-3]}") == [f"plain,{merged}"], command
+    # Directories, where no mount matches.
+    assert complete("unionfs umount /nowhere") == ["dir,/nowhere"]
+    assert complete("unionfs ls -f st") == ["plain,state="]
+    assert complete("unionfs volume ls --filter l") == ["plain,label=", "plain,label!="]
+    assert complete("unionfs rm f") == ["plain,first"]
+    assert complete("unionfs rm first ") == ["plain,second"]
+
+
 def test_shell_completion() -> None:
     script = succeed(unionfs(env={"_UNIONFS_COMPLETE": "bash_source"}))
     assert "complete" in script
