@@ -114,6 +114,16 @@ def test_volumes(place: Place, call: Any) -> None:
     assert pruned["removed"] == ["data", "other"]
 
 
+def test_containers(place: Place, call: Any) -> None:
+    (place.root / "storage/containers/made").mkdir(parents=True)
+    for path in (place.root / "storage", place.root / "storage/containers"):
+        path.chmod(0o700)
+    _agrees("ps --json", call("ps", "-a", "--json"))
+    pruned = call("container", "prune", "-f", "--json")
+    _agrees("container prune --json", pruned)
+    assert pruned == {"removed": ["made"]}
+
+
 def test_the_host(place: Place, call: Any) -> None:
     _agrees("info --json", call("info", "--json"))
     _agrees("config show --json", call("config", "show", "--json"))
@@ -132,5 +142,5 @@ def test_every_command_with_json_is_documented() -> None:
 
     documented = {re.sub(r" --json.*| [A-Z].*", "", command) for command in _documented()}
     have = {path for path, command in commands(cli) if any("--json" in p.opts for p in command.params)}
-    known = {"volume import", "image ls", "image prune", "image inspect"}
+    known = {"volume import", "container ls", "image ls", "image prune", "image inspect"}
     assert have - documented - known == set()

@@ -9,14 +9,67 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from unionfs.cli.rules import complete_images, tell
-from unionfs.cli.storage_options import storage_options
+from unionfs.cli.storage_options import HELP, storage_options
 from unionfs.settings.mount import IO_MODES, LOG_LEVELS, SESSIONS
 
 if TYPE_CHECKING:
     from unionfs.settings.specs import Spec
 
 
+_HELP = """\
+    Mount a union at MOUNTPOINT, and return when it is usable.
+
+    \b
+    Options for -o:
+      lowerdir=A:B:C   the lowers, leftmost on top (write \\: and \\, for : and ,
+                       in names)
+      upperdir=, workdir=
+      ro               read-only, even with an upper
+      volatile         never sync to disk: for disposable trees; after a crash
+                       the upper is refused
+      userxattr        markers in user.overlay.* xattrs (always without root)
+      allow_other      access by all users (root: always); allow_root: by root
+      nodev nosuid noexec sync dirsync
+      noatime nodiratime strictatime      of the upper's files
+      fsname=, subtype=                   what /proc/mounts shows
+      session=, io=, watch_lower          as --session and so on, for fstab
+      index=on|off     whether hard links of lowers outlive changes; by default
+                       if the upper is new, or was always used so, and the
+                       filesystems have file handles and different uuids
+      xino=auto|on|off off: the inode numbers of the files' own filesystems,
+                       unique only within each
+      context=, fscontext=, defcontext=, rootcontext=    SELinux contexts
+      uidmapping=, gidmapping=STORED:SHOWN:COUNT[:...]   map ids by ranges
+      squash_to_uid=, squash_to_gid=, squash_to_root     one owner for all
+      xattr_permissions=2|1   owners and modes in user.* or security.* xattrs,
+                              as podman's force_mask
+      cpu_idle         let CPUs idle between requests that come thick (the
+                       daemon of root keeps them awake)
+      static_nlink     one link for every directory
+      noacl            no POSIX ACLs
+    \b
+    I/O modes (--io), with --session direct:
+      hybrid       upper files, and programs and libraries, kernel to kernel;
+                   other lower files from the page cache: the best for most;
+                   without an upper, all large files kernel to kernel
+      passthrough  all files kernel to kernel: for huge files read once, and
+                   data shared by many mounts; a process with a lower file
+                   open keeps the old data when another opens it for writing
+      cached       all files from the page cache, and no request for an open:
+                   for many small files
+
+    The kernel's redirect_dir= (on for most uppers), metacopy= (as its default), nfs_export= and uuid=, and
+    options for fstab and of fuse-overlayfs, are accepted with values that need no missing feature.
+
+    An upper in memory: -u tmpfs[:size=64m,nr_inodes=,mode=,uid=,gid=,swap] puts upper and work on a tmpfs
+    without a path, which is discarded at unmount. Write ./tmpfs for a directory of that name.
+
+    {storage}
+    """
+
+
 @click.command(
+    help=_HELP.replace("{storage}", HELP),
     epilog="""\b
 Examples:
   unionfs mount -l /srv/base -u /srv/changes -w /srv/work /mnt
@@ -82,55 +135,7 @@ def mount(
     mountpoint: str,
     **chosen: Any,
 ) -> int:
-    """Mount a union at MOUNTPOINT, and return when it is usable.
-
-    \b
-    Options for -o:
-      lowerdir=A:B:C   the lowers, leftmost on top (write \\: and \\, for : and ,
-                       in names)
-      upperdir=, workdir=
-      ro               read-only, even with an upper
-      volatile         never sync to disk: for disposable trees; after a crash
-                       the upper is refused
-      userxattr        markers in user.overlay.* xattrs (always without root)
-      allow_other      access by all users (root: always); allow_root: by root
-      nodev nosuid noexec sync dirsync
-      noatime nodiratime strictatime      of the upper's files
-      fsname=, subtype=                   what /proc/mounts shows
-      session=, io=, watch_lower          as --session and so on, for fstab
-      index=on|off     whether hard links of lowers outlive changes; by default
-                       if the upper is new, or was always used so, and the
-                       filesystems have file handles and different uuids
-      xino=auto|on|off off: the inode numbers of the files' own filesystems,
-                       unique only within each
-      context=, fscontext=, defcontext=, rootcontext=    SELinux contexts
-      uidmapping=, gidmapping=STORED:SHOWN:COUNT[:...]   map ids by ranges
-      squash_to_uid=, squash_to_gid=, squash_to_root     one owner for all
-      xattr_permissions=2|1   owners and modes in user.* or security.* xattrs,
-                              as podman's force_mask
-      cpu_idle         let CPUs idle between requests that come thick (the
-                       daemon of root keeps them awake)
-      static_nlink     one link for every directory
-      noacl            no POSIX ACLs
-    \b
-    I/O modes (--io), with --session direct:
-      hybrid       upper files, and programs and libraries, kernel to kernel;
-                   other lower files from the page cache: the best for most;
-                   without an upper, all large files kernel to kernel
-      passthrough  all files kernel to kernel: for huge files read once, and
-                   data shared by many mounts; a process with a lower file
-                   open keeps the old data when another opens it for writing
-      cached       all files from the page cache, and no request for an open:
-                   for many small files
-
-    The kernel's redirect_dir= (on for most uppers), metacopy= (as its default), nfs_export= and uuid=, and
-    options for fstab and of fuse-overlayfs, are accepted with values that need no missing feature.
-
-    An upper in memory: -u tmpfs[:size=64m,nr_inodes=,mode=,uid=,gid=,swap] puts upper and work on a tmpfs
-    without a path, which is discarded at unmount. Write ./tmpfs for a directory of that name.
-
-    {storage}
-    """
+    """Mount a union."""
     # For start-up time: --help and completion do not need it.
     from unionfs.daemon.process import mount as start
     from unionfs.daemon.settle import settle

@@ -8,7 +8,7 @@ from typing import Any
 
 import click
 
-_HELP = """\b
+HELP = """\b
     Storage (-v, --mount, --tmpfs), as for docker run:
       -v NAME:/target[:ro,nocopy]   a named volume, created if missing
       -v /host/path:/target[:ro]    a directory or file of the host; a missing
@@ -45,7 +45,7 @@ def storage_options(command: Callable[..., int]) -> Callable[..., int]:
 
         return command(storage=parse_all(volumes, mounts, tmpfs), **others)
 
-    with_storage.__doc__ = (command.__doc__ or "").replace("{storage}", _HELP)
+    with_storage.__doc__ = (command.__doc__ or "").replace("{storage}", HELP)
     added: Callable[..., int] = with_storage
     for option in reversed((
         click.option(

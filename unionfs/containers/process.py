@@ -102,6 +102,11 @@ class Command:
         #: The command's pid and start time.
         self._command: tuple[int, int] | None = None
 
+    @property
+    def top(self) -> tuple[int, int] | None:
+        """The process whose end is that of everything in the container, and its start time."""
+        return None if self._top is None or self._started is None else (self._top, self._started)
+
     def kill(self) -> None:
         """End everything in the container at once."""
         if self._top is not None and self._started is not None and is_alive(self._top, self._started):

@@ -5,16 +5,18 @@ from __future__ import annotations
 import errno
 import os
 import stat
+import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field, replace
 from functools import partial
 
-from unionfs.containers import bubblewrap
+from unionfs.containers import bubblewrap, state
 from unionfs.containers.account import Account, find_account
 from unionfs.containers.bubblewrap import Confinement
 from unionfs.containers.confinement import settle_confinement
 from unionfs.containers.process import Command, hold_signals
+from unionfs.containers.state import State
 from unionfs.containers.store import Container, new_name
 from unionfs.daemon import live
 from unionfs.daemon.preflight import check_lower
@@ -74,16 +76,19 @@ class Wish:
     cap_drop: Sequence[str] = ()
     security: Sequence[str] = ()
     privileged: bool = False
+    detached: bool = False
+    """Whether the container keeps the command's output."""
 
 
-def run(wish: Wish, complain: Callable[[str], object]) -> int:
+def run(wish: Wish, complain: Callable[[str], object], started: Callable[[], object] = lambda: None) -> int:
     """Run a command in a union and return its exit code. Raises UserError if it cannot be started; then a new
     container is removed again.
 
-    `complain` gets a sentence for each error after the command has ended.
+    `complain` gets a sentence for each error after the command has ended. `started` is called when the
+    command has started.
     """
     _check(wish)
-    return _Run(wish, complain).run()
+    return _Run(wish, complain, started).run()
 
 
 def _check(wish: Wish) -> None:
@@ -105,9 +110,12 @@ def _check(wish: Wish) -> None:
 
 
 class _Run:
-    def __init__(self, wish: Wish, complain: Callable[[str], object]) -> None:
+    def __init__(
+        self, wish: Wish, complain: Callable[[str], object], started: Callable[[], object]
+    ) -> None:
         self._wish = wish
         self._complain = complain
+        self._report_start = started
         self._program = bubblewrap.find()
         self._confinement = settle_confinement(
             wish.cap_add, wish.cap_drop, wish.security, privileged=wish.privileged
@@ -166,6 +174,10 @@ class _Run:
     def _mounted(self, lowers: Sequence[str]) -> int:
         wish, container = self._wish, self._container
         own_upper = wish.upper is None
+        if wish.detached:
+            with Owned(state.open_output(container)) as output:
+                os.dup2(output, 1)
+                os.dup2(output, 2)
         if own_upper:
             self._hide_storage(lowers)
         settings = settle(
@@ -224,6 +236,10 @@ class _Run:
 
     def _in_union(self, entry: live.LiveMount) -> int:
         command = self._started(entry)
+        me = os.getpid()
+        begun = State(tuple(self._wish.command), me, start_time(me) or 0, time.time(), command.top)
+        state.write(self._container, begun)
+        self._report_start()
 
         def clear(_: str) -> None:
             """Clean up after this process was killed; the daemon, which ends with it, unmounts the union."""
@@ -242,6 +258,7 @@ class _Run:
             code = command.wait()
         finally:
             watcher.dismiss()
+        state.write(self._container, state.ended(begun, code))
         if not command.made:
             raise UserError(
                 f"bubblewrap could not create the container (exit code {code}); see its own message, and "
