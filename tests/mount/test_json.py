@@ -85,6 +85,7 @@ def test_mounts(place: Place, call: Any) -> None:
     changes = call("diff", "--json", place.merged)
     _agrees("diff --json MOUNTPOINT", changes)
     assert changes == [{"change": "C", "path": "/base"}, {"change": "A", "path": "/\udcff"}]
+    _agrees("top --json", call("top", "--json", "--seconds", "0.1"))
     _agrees("stats --json MOUNTPOINT", call("stats", "--json", place.merged))
     with (place.merged / "base").open() as held:
         cli_calls.succeed(cli_calls.unionfs("umount", "--lazy", place.merged))

@@ -22,6 +22,7 @@ _COMMANDS = {
     "ls": ("unionfs.cli.mounts:ls", "List active mounts."),
     "inspect": ("unionfs.cli.mounts:inspect", "Show a mount's settings and figures."),
     "stats": ("unionfs.cli.stats:stats", "Show a mount's activity: requests, latency, bytes."),
+    "top": ("unionfs.cli.top:top", "Show the activity of all mounts."),
     "diff": ("unionfs.cli.diff:diff", "Show what a union's upper changes."),
     "check": ("unionfs.cli.check:check", "Examine an upper that is not mounted."),
     "convert": ("unionfs.cli.convert:convert", "Rewrite an upper's markers for other programs."),
