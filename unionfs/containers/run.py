@@ -241,7 +241,7 @@ class _Run:
         with ExitStack() as stack:
             data = [bubblewrap.environment_arguments(environment)]
             data += [] if confinement.filter is None else [confinement.filter]
-            fds = [stack.enter_context(Owned(_in_memory(part))) for part in data]
+            fds = [stack.enter_context(Owned(bubblewrap.in_memory(part))) for part in data]
             return Command(
                 self._program,
                 bubblewrap.arguments(
@@ -303,15 +303,6 @@ def _wants_small_root(confinement: Confinement, workdir: str, storage: Sequence[
     if confinement.privileged:
         return False
     return os.geteuid() == 0 or any(workdir.startswith(f"{spec.target}/") for spec in storage)
-
-
-def _in_memory(data: bytes) -> int:
-    """An fd from which bubblewrap reads `data`."""
-    fd = os.memfd_create("bwrap", os.MFD_CLOEXEC)
-    with os.fdopen(os.dup(fd), "wb") as out:
-        out.write(data)
-    os.lseek(fd, 0, os.SEEK_SET)
-    return fd
 
 
 def _refuse_kernel_trees(given: str, first: bytes) -> None:

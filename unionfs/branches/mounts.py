@@ -1,0 +1,97 @@
+"""Branches as mounts."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import replace
+
+from unionfs.branches import seen
+from unionfs.branches.store import Branch, Store
+from unionfs.branches.view import viewed
+from unionfs.daemon import live
+from unionfs.daemon.process import mount
+from unionfs.daemon.settle import settle
+from unionfs.daemon.unmount import umount
+from unionfs.errors import UserError, quoted
+from unionfs.settings.mount import MountSettings
+from unionfs.sys.mountinfo import mounted_at
+from unionfs.sys.process import start_time
+
+
+def mount_of(branch: Branch) -> live.LiveMount | None:
+    """The mount of a branch, None if it is not mounted."""
+    return next((entry for entry in live.entries() if entry.settings.upper == branch.upper), None)
+
+
+def mount_branch(
+    branch: Branch, mountpoint: str | None = None, *, with_this_process: bool = False
+) -> MountSettings:
+    """Mount a branch, by default below the store. Raises UserError.
+
+    Signals are blocked afterwards. `with_this_process`: its end ends the mount.
+    """
+    branch.refuse_frozen("be mounted")
+    return _mount(branch, mountpoint or branch.merged, with_this_process=with_this_process)
+
+
+def _mount(branch: Branch, mountpoint: str, *, with_this_process: bool) -> MountSettings:
+    record = branch.record()
+    if record.session:
+        with viewed(branch) as view:
+            seen.look(branch, view)
+    settings = settle(
+        mountpoint, lowers=branch.lowers(), upper=branch.upper, work=branch.work,
+        options=["userxattr"] if record.userxattr else [], source=f"branch-{branch.name}",
+    )  # fmt: skip
+    me = os.getpid()
+    if with_this_process:
+        settings = replace(settings, lives_with=(me, start_time(me) or 0))
+    # What the base changes from now on may come after the branch's copy.
+    branch.save(replace(record, session=time.time_ns()))
+    mount(settings)
+    return settings
+
+
+def unmounted(branch: Branch) -> None:
+    """Unmount a branch, if it is mounted. Raises UserError, also if it is in use."""
+    entry = mount_of(branch)
+    if entry is not None:
+        umount(entry.settings.mountpoint)
+
+
+@contextmanager
+def parent_mounted(store: Store, child: str, parent: str) -> Iterator[str]:
+    """The parent of the branch `child`, mounted to take its changes; yields the mountpoint. Raises UserError."""
+    below = store.existing(parent)
+    if others := [name for name in store.children(parent) if name != child]:
+        names = ", ".join(quoted(name) for name in others)
+        raise UserError(
+            f"branch {quoted(child)} cannot be committed to {quoted(parent)}, since others lie over that, "
+            f"too ({names}), and would change; commit or discard those first."
+        )
+    with below.claimed("changed"):
+        _mount(below, below.merged, with_this_process=True)
+        try:
+            yield below.merged
+        finally:
+            if mounted_at(below.merged) is not None:
+                try:
+                    umount(below.merged)
+                except UserError:
+                    with suppress(UserError):
+                        umount(below.merged, lazy=True)
+
+
+def in_use(branch: Branch, base: str) -> list[str]:
+    """Sentences about mounts that would see the base change."""
+    found = []
+    for entry in live.entries():
+        if base in entry.settings.lowers and entry.settings.upper != branch.upper:
+            found.append(
+                f"{quoted(base)} is a lower of the mount at {quoted(entry.settings.mountpoint)}, which sees "
+                "changes at once."
+            )
+    return found
