@@ -1,1 +1,1 @@
-"""Named branches of a directory: try a command on one, look at its changes, commit them or throw them away."""
+"""Named branches of a directory: try a command on one, look at its changes, commit or discard them."""

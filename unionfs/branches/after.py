@@ -14,7 +14,8 @@ _DIRECTORY = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 
 
 def states(entry: Journal, tree: Beneath) -> dict[str, list[int]]:
-    """What is now at each path of a journal, and below it: numbers that change with it; none where nothing is.
+    """What is now at each path of a journal, and below it: numbers that change with it; none where nothing
+    is.
 
     Raises OSError.
     """
@@ -30,9 +31,12 @@ def states(entry: Journal, tree: Beneath) -> dict[str, list[int]]:
 def _look(found: dict[str, list[int]], path: str, at: int, name: bytes) -> None:
     st = os.stat(name, dir_fd=at, follow_symlinks=False)
     if not stat.S_ISDIR(st.st_mode):
-        found[path] = [st.st_ino, st.st_mode, st.st_uid, st.st_gid, st.st_size, st.st_mtime_ns, st.st_ctime_ns]
+        numbers = [st.st_ino, st.st_mode, st.st_uid, st.st_gid]
+        found[path] = [*numbers, st.st_size, st.st_mtime_ns, st.st_ctime_ns]
         return
     found[path] = [st.st_ino, st.st_mode, st.st_uid, st.st_gid]
-    with Owned(os.open(name, os.O_PATH | _DIRECTORY, dir_fd=at)) as fd, Owned(open_for_listing(fd)) as listing:
-        for below in sorted(os.listdir(listing)):
-            _look(found, f"{path}/{below}", listing, os.fsencode(below))
+    with Owned(os.open(name, os.O_PATH | _DIRECTORY, dir_fd=at)) as fd:
+        with Owned(open_for_listing(fd)) as listing:
+            names = sorted(os.listdir(listing))
+        for below in names:
+            _look(found, f"{path}/{below}", fd, os.fsencode(below))

@@ -1,7 +1,7 @@
 """Does what a journal says, and takes it back.
 
-Every operation is one rename, or two where a filesystem cannot exchange names; done again it changes nothing. What had
-a name is kept, in `new` after an exchange, else in `old`, so all can be taken back.
+Every operation is one rename, or two where a filesystem cannot exchange names; done again it changes
+nothing. What had a name is kept, in `new` after an exchange, else in `old`, so all can be taken back.
 """
 
 from __future__ import annotations
@@ -132,7 +132,7 @@ class Application:
         if old is not None and inode(at, name) is None:
             _rename_to_free(self._old, number, at, name)
 
-    # -- attributes of directories ----------------------------------------------------------------------------
+    # -- attributes of directories ------------------------------------------------------------------------
 
     def _set(
         self, setting: Setting, new: attributes.FileAttributes, old: attributes.FileAttributes
@@ -168,6 +168,7 @@ def _rename_to_free(old_at: int, old: bytes, new_at: int, new: bytes) -> None:
 
 def _changed(move: Move) -> ChangedError:
     return ChangedError(
-        f"{quoted(move.path[1:])} was changed in the base while it was committed; everything was put back. Try "
+        f"{quoted(move.path[1:])} was changed in the base while it was committed; everything was put "
+        "back. Try "
         "again."
     )

@@ -1,4 +1,5 @@
-"""The tree that a commit changes, reached from one directory fd: no symlink, no mount and no `..` is followed.
+"""The tree that a commit changes, reached from one directory fd: no symlink, no mount and no `..` is
+followed.
 
 So whatever others put into the base meanwhile, or in its place, nothing outside it is touched.
 """
@@ -79,7 +80,8 @@ def opened(base: str, inode: int) -> Iterator[Beneath]:
             fd = openat2(root, os.fsencode(base), os.O_RDONLY | os.O_DIRECTORY, way)
     except OSError as error:
         raise UserError(
-            f"the base {quoted(base)} cannot be opened: {reason(error)}; it must be the directory that it was "
+            f"the base {quoted(base)} cannot be opened: {reason(error)}; it must be the directory "
+            "that it was "
             "when the branch was made, not a symlink."
         ) from error
     with Owned(fd):
@@ -104,8 +106,9 @@ def inode(at: int, name: bytes) -> int | None:
 
 
 def rename(old_at: int, old: bytes, new_at: int, new: bytes, flags: int = 0) -> None:
-    """renameat2(2), if need be with the rights that the owner of the directories lacks by their modes, for the
-    moment. Raises OSError."""
+    """renameat2(2), if need be with the rights that the owner of the directories lacks by their modes, for
+    the moment. Raises OSError.
+    """
     try:
         renameat2(old_at, old, new_at, new, flags)
         return

@@ -1,8 +1,9 @@
 """Commits a branch to what lies below it: all of it or nothing.
 
-Everything new is prepared first, beside the base or, if the store is on another filesystem, in a directory of the
-base. So a full disk is found before anything has changed. Then the journal is written, and names are exchanged. After
-a kill the next commit, or any that asks, goes on where the journal says. An error takes everything back.
+Everything new is prepared first, beside the base or, if the store is on another filesystem, in a directory
+of the base. So a full disk is found before anything has changed. Then the journal is written, and names are
+exchanged. After a kill the next commit, or any that asks, goes on where the journal says. An error takes
+everything back.
 """
 
 from __future__ import annotations
@@ -71,8 +72,8 @@ def commit(store: Store, name: str, wish: Wish) -> Result:
     """Commit a branch. Raises UserError, and then nothing is changed, or it says what is."""
     with store.committing():
         finished = recover(store, name)
-        done = finished.get(name)
         branch = store.branch(name)
+        done = finished.get(name) or (None if branch.exists() else _committed(store, name))
         if done is not None and not (branch.exists() and branch.record().created != done.made):
             target = done.base if done.parent is None else f"branch {done.parent}"
             return Result(target, done=True, went_on=True, undo=not done.inside)
@@ -84,11 +85,20 @@ def commit(store: Store, name: str, wish: Wish) -> Result:
             if wish.into not in (None, record.parent):
                 below = "the base" if record.parent is None else f"branch {quoted(record.parent)}"
                 raise UserError(
-                    f"branch {quoted(name)} lies over {below}, not over {quoted(str(wish.into))}; a branch is "
+                    f"branch {quoted(name)} lies over {below}, not over {quoted(str(wish.into))}; a "
+                    "branch is "
                     "committed to what lies below it."
                 )
             view = resources.enter_context(viewed(branch))
             return _Commit(store, branch, view, wish, resources).run()
+
+
+def _committed(store: Store, name: str) -> Journal | None:
+    """The last commit, if it was of that branch."""
+    for id in reversed(list(journal.ids(store))):
+        entry = journal.read(store, id)
+        return entry if entry is not None and entry.branch == name else None
+    return None
 
 
 class _Commit:
@@ -136,7 +146,8 @@ class _Commit:
         record, partial = self._record, not self._selection.is_all or bool(plan.skipped)
         base, inode = record.base, record.base_inode
         if record.parent is not None:
-            base = self._resources.enter_context(parent_mounted(self._store, self._branch.name, record.parent))
+            mounted = parent_mounted(self._store, self._branch.name, record.parent)
+            base = self._resources.enter_context(mounted)
             inode = os.stat(base).st_ino
         tree = self._resources.enter_context(beneath.opened(base, inode))
         inside = not _same_mount(self._store.commits, tree.fd)
@@ -166,7 +177,8 @@ class _Commit:
         new, old = make_stage(self._store, entry, tree)
         self._resources.callback(os.close, new)
         self._resources.callback(os.close, old)
-        stager = Stager(self._view, new, self._selection.has)
+        base = self._view.merge.roots[-1].layer if self._record.parent is None else None
+        stager = Stager(self._view, new, self._selection.has, base)
         for number, item in enumerate(plan.steps):
             step(f"prepare {os.fsdecode(item.path)}")
             inode = None if item.old is None or item.old.st is None else item.old.st.st_ino
@@ -178,7 +190,7 @@ class _Commit:
                 entry.moves.append(Move(os.fsdecode(item.path), number, None, inode))
         entry.settings += [Setting(os.fsdecode(item.path), item.new, item.old) for item in plan.sets]
         calls.syncfs(new)
-        entry.state = journal.ON
+        entry.turns(journal.ON)
         step("prepared")
         journal.write(self._store, entry)
         return new, old

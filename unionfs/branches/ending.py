@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import os
-import time
-from contextlib import ExitStack, suppress
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager, suppress
 
 from unionfs.branches import beneath, journal, seen
 from unionfs.branches.after import states
@@ -34,7 +34,7 @@ def _stage(store: Store, entry: Journal, tree: beneath.Beneath, *, make: bool = 
     if not entry.inside:
         return Owned(os.open(journal.directory(store, entry.id), _DIRECTORY))
     if make:
-        with suppress(FileExistsError):
+        with suppress(FileExistsError), _times_kept(tree.fd):
             os.mkdir(entry.stage, 0o700, dir_fd=tree.fd)
     found = Owned(os.open(entry.stage, _DIRECTORY, dir_fd=tree.fd))
     st = os.fstat(found.fd)
@@ -44,10 +44,20 @@ def _stage(store: Store, entry: Journal, tree: beneath.Beneath, *, make: bool = 
     return found
 
 
+@contextmanager
+def _times_kept(fd: int) -> Iterator[None]:
+    """Restore the times of a directory, which names that come and go in it change."""
+    st = os.fstat(fd)
+    yield
+    with suppress(PermissionError):
+        os.utime(fd, ns=(st.st_atime_ns, st.st_mtime_ns))
+
+
 def discard(store: Store, entry: Journal, tree: beneath.Beneath) -> None:
     """Remove what was prepared. Nothing of it is in place. Raises OSError."""
     if entry.inside:
-        remove(tree.fd, entry.stage, unlock=True)
+        with _times_kept(tree.fd):
+            remove(tree.fd, entry.stage, unlock=True)
     with suppress(FileNotFoundError):
         journal.forget(store, entry.id)
 
@@ -58,21 +68,19 @@ def go_on(store: Store, entry: Journal, tree: beneath.Beneath, prepared: tuple[i
     try:
         application.forward()
     except (OSError, ChangedError) as error:
-        entry.state = journal.BACK
+        entry.turns(journal.BACK)
         journal.write(store, entry)
         go_back(store, entry, tree, prepared)
         if isinstance(error, ChangedError):
             raise
         at = f"{quoted(os.fsdecode(error.filename))}: " if error.filename else ""
         raise UserError(
-            f"branch {quoted(entry.branch)} cannot be committed: {at}{reason(error)}; everything was put back."
+            f"branch {quoted(entry.branch)} cannot be committed: {at}{reason(error)}; everything was "
+            "put back."
         ) from error
     step("applied")
     calls.syncfs(tree.fd)
-    if not entry.inside:
-        entry.after = states(entry, tree)
-    entry.ended = time.time_ns()
-    entry.state = journal.ENDING
+    entry.is_applied({} if entry.inside else states(entry, tree))
     journal.write(store, entry)
     step("ending")
     end(store, entry, tree)
@@ -93,7 +101,7 @@ def end(store: Store, entry: Journal, tree: beneath.Beneath) -> None:
     if is_there and not entry.keep:
         os.rename(branch.path, f"{journal.directory(store, entry.id)}/branch")
         step("branch moved")
-    entry.state = journal.DONE
+    entry.turns(journal.DONE)
     journal.write(store, entry)
     step("ended")
     for id in list(journal.ids(store)):
@@ -141,8 +149,8 @@ def free_name(store: Store, name: str) -> Branch:
 def recover(store: Store, name: str | None = None) -> dict[str, Journal]:
     """Finish what killed commands left. The caller holds the store's lock.
 
-    Returns the branches whose commit was finished, with its journal. What cannot be finished is left, but raises
-    UserError if it is of the branch `name`.
+    Returns the branches whose commit was finished, with its journal. What cannot be finished is left, but
+    raises UserError if it is of the branch `name`.
     """
     finished: dict[str, Journal] = {}
     for id in list(journal.ids(store)):

@@ -5,8 +5,8 @@
     BASE/.unionfs-ID/new, old       else there, on the base's filesystem
     ROOT/commits/ID/branch          the branch, after its commit, for `undo`
 
-Until the state is `on` nothing has changed in the base; then the commit goes on, or `back` after an error. Each
-operation says by inode numbers what it is about, so it can be seen whether it was done.
+Until the state is `on` nothing has changed in the base; then the commit goes on, or `back` after an error.
+Each operation says by inode numbers what it is about, so it can be seen whether it was done.
 """
 
 from __future__ import annotations
@@ -77,6 +77,14 @@ class Journal:
     ended: int = 0
     after: dict[str, list[int]] = field(default_factory=dict)
     """After it: what is at each path, to see whether that was changed since."""
+
+    def turns(self, state: str) -> None:
+        """It goes into another state."""
+        self.state = state
+
+    def is_applied(self, after: dict[str, list[int]]) -> None:
+        """All is in place; `after` is what is there now, if it can be undone."""
+        self.state, self.after, self.ended = ENDING, after, time.time_ns()
 
     @property
     def stage(self) -> bytes:

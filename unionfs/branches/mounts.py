@@ -64,7 +64,9 @@ def unmounted(branch: Branch) -> None:
 
 @contextmanager
 def parent_mounted(store: Store, child: str, parent: str) -> Iterator[str]:
-    """The parent of the branch `child`, mounted to take its changes; yields the mountpoint. Raises UserError."""
+    """The parent of the branch `child`, mounted to take its changes; yields the mountpoint. Raises
+    UserError.
+    """
     below = store.existing(parent)
     if others := [name for name in store.children(parent) if name != child]:
         names = ", ".join(quoted(name) for name in others)

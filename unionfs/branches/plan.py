@@ -80,13 +80,15 @@ class Planner:
         waiting = [(b"", root)]
         while waiting:
             path, change = waiting.pop()
-            self._set(path, change)
+            before = len(self._plan.steps)
             for child in sorted(change.children, key=lambda child: child.name):
                 below = path + b"/" + child.name
                 if self._goes_on(child):
                     waiting.append((below, child))
                 else:
                     self._replace(below, change, child)
+            # A rename in a directory changes its times, which a change of a file does not.
+            self._set(path, change, changes=len(self._plan.steps) > before)
         return self._plan
 
     def _goes_on(self, change: Change) -> bool:
@@ -96,14 +98,15 @@ class Planner:
             return False
         return not self._view.is_replaced(change)
 
-    def _set(self, path: bytes, change: Change) -> None:
-        assert change.new is not None and change.old is not None
+    def _set(self, path: bytes, change: Change, *, changes: bool) -> None:
+        assert change.new is not None
+        assert change.old is not None
         if not self._selection.has(path or b"/") or path in self._stay:
             return
         new, old = self._view.of_directory(change.new), self._view.of_directory(change.old)
         if os.geteuid() not in (0, old.uid):
             return  # its times are the kernel's affair; others cannot be changed
-        if new._replace(atime_ns=0) != old._replace(atime_ns=0):
+        if changes or new._replace(atime_ns=0) != old._replace(atime_ns=0):
             self._plan.sets.append(Set(path, new, old))
 
     def _replace(self, path: bytes, above: Change, change: Change) -> None:

@@ -1,9 +1,9 @@
 """What lies below a branch where the branch changes it, remembered to find conflicts.
 
-A branch is made without a look at its base, so nothing is remembered of what it does not touch. Of every path that
-it changes or removes, the state below is remembered when the path is first seen here: before each mount and each
-commit. A state that is younger than the last mount may have come after the branch's own copy, and counts as a
-change of the base.
+A branch is made without a look at its base, so nothing is remembered of what it does not touch. Of every
+path that it changes or removes, the state below is remembered when the path is first seen here: before each
+mount and each commit. A state that is younger than the last mount may have come after the branch's own
+copy, and counts as a change of the base.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from unionfs.union.origin import Origins
 _FILE = "seen.json"
 
 State = list[int] | bool | None
-"""Of an object: numbers that change with it. None: nothing was there. False: the base has changed it since."""
+"""Of an object: numbers that change with it. None: nothing was there. False: the base has changed it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -142,7 +142,9 @@ def _state(old: Object | None) -> State:
     if old.is_directory:
         # Its size and times change with the names in it, which are compared themselves.
         return [st.st_ino, st.st_mode, st.st_uid, st.st_gid]
-    return [st.st_ino, st.st_mode, st.st_uid, st.st_gid, st.st_size, st.st_mtime_ns, st.st_ctime_ns]
+    # A file with several names gets another ctime when one of the others comes or goes.
+    ctime = st.st_ctime_ns if st.st_nlink == 1 else 0
+    return [st.st_ino, st.st_mode, st.st_uid, st.st_gid, st.st_size, st.st_mtime_ns, ctime]
 
 
 def _is_younger(old: Object | None, session: int) -> bool:

@@ -18,8 +18,8 @@ NOISE = (
 class Selection:
     """Paths that one of `only` covers (all if it is empty), and none of `leave`.
 
-    A pattern covers what it matches and everything below. With a slash it is matched from the root of the branch,
-    else with each name; `*`, `?` and `[...]` are those of fnmatch, where `*` matches slashes, too.
+    A pattern covers what it matches and everything below. With a slash it is matched from the root of the
+    branch, else with each name; `*`, `?` and `[...]` are those of fnmatch, where `*` matches slashes, too.
     """
 
     only: Sequence[str] = ()

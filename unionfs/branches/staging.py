@@ -1,11 +1,14 @@
-"""Prepares what a commit puts in place, complete with all attributes, in a directory on the base's filesystem.
+"""Prepares what a commit puts in place, complete with all attributes, in a directory on the base's
+filesystem.
 
-Objects are copied, not moved: the branch stays as it is until the commit has ended. Data is shared with the branch
-where the filesystem can (reflinks), and holes stay holes. Names that are one file in the branch are one file again.
+Objects are copied, not moved: the branch stays as it is until the commit has ended. Data is shared with the
+branch where the filesystem can (reflinks), and holes stay holes. Names that are one file in the branch are
+one file again.
 """
 
 from __future__ import annotations
 
+import errno
 import os
 import stat
 from collections.abc import Callable
@@ -14,7 +17,7 @@ from typing import NamedTuple
 
 from unionfs.branches.plan import Put
 from unionfs.branches.view import Entry, View
-from unionfs.core.places import Place
+from unionfs.core.places import Layer, Place
 from unionfs.sys import attributes
 from unionfs.sys.fds import Owned
 from unionfs.union.diff import Object
@@ -49,11 +52,14 @@ class _Level:
 class Stager:
     """Copies objects of a branch into the directory `at`."""
 
-    def __init__(self, view: View, at: int, has: Callable[[bytes], bool]) -> None:
-        """`has`: which paths below a new directory are meant."""
+    def __init__(self, view: View, at: int, has: Callable[[bytes], bool], base: Layer | None) -> None:
+        """`has`: which paths below a new directory are meant. `base`: the layer that is changed, if it is
+        one.
+        """
         self._view = view
         self._at = at
         self._has = has
+        self._base = base
         self._links: dict[int, bytes] = {}
         self._never_clones: set[int] = set()
 
@@ -125,6 +131,9 @@ class Stager:
             if key and (first := self._links.get(key)) is not None:
                 os.link(first, name, src_dir_fd=self._at, dst_dir_fd=at, follow_symlinks=False)
                 return
+            if key and not entry.indexed and self._linked(at, name, path, found):
+                self._links[key] = staged
+                return
             new = self._view.attributes_of(entry)
             if stat.S_ISREG(st.st_mode):
                 with Owned(os.open(name, _NEW, 0o600, dir_fd=at)) as target:
@@ -138,6 +147,22 @@ class Stager:
                 attributes.write(at, name, new, unsupported)
             if key:
                 self._links[key] = staged
+
+    def _linked(self, at: int, name: bytes, path: bytes, found: Object) -> bool:
+        """Take the base's own file, as a rename does, if it has other names, which may stay."""
+        place = found.parts[0]
+        if place.layer is not self._base:
+            return False
+        try:
+            os.link(
+                path.rpartition(b"/")[2], name, src_dir_fd=self._view.merge.gate.fd(place), dst_dir_fd=at,
+                follow_symlinks=False,
+            )  # fmt: skip
+        except OSError as error:
+            if error.errno in (errno.EXDEV, errno.EPERM, errno.EMLINK):
+                return False
+            raise
+        return True
 
     def _data(self, above: list[Place], path: bytes, found: Object, entry: Entry, target: int) -> None:
         name, st = path.rpartition(b"/")[2], entry.st

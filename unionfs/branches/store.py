@@ -7,8 +7,8 @@
     ROOT/commits/ID/                  a commit that goes on, or the last one, for `undo`; see `journal`
     ROOT/commits/lock                 held while something is committed
 
-A branch exists while its directory has its name, which it gets and loses by one rename. A branch that others lie
-over is frozen, since it is a lower of theirs.
+A branch exists while its directory has its name, which it gets and loses by one rename. A branch that
+others lie over is frozen, since it is a lower of theirs.
 """
 
 from __future__ import annotations
@@ -180,7 +180,9 @@ class Branch:
         while record.parent is not None:
             below = self.store.existing(record.parent)
             if below.name in above:
-                raise UserError(f"the branches above {quoted(below.name)} form a circle; repair their records.")
+                raise UserError(
+                    f"branch {quoted(self.name)} lies over itself by its record; repair `parent` there."
+                )
             above.add(below.name)
             found.append(below.upper)
             record = below.record()

@@ -1,7 +1,8 @@
 """Runs a command on a branch, which lies over its base at the base's own path.
 
-The command sees the host's tree read-only, but for the branch and private /tmp, /var/tmp, /dev and /proc: what it
-changes is in the branch or nowhere. Capabilities and the system call filter are those of `unionfs run`.
+The command sees the host's tree read-only, but for the branch and private /tmp, /var/tmp, /dev and /proc:
+what it changes is in the branch or nowhere. Capabilities and the system call filter are those of `unionfs
+run`.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ from unionfs.sys.fds import Owned
 from unionfs.sys.mountinfo import mounted_at, read_mountinfo
 from unionfs.sys.openat2 import RESOLVE_NO_MAGICLINKS, RESOLVE_NO_SYMLINKS, openat2
 
-_PRIVATE = ("/tmp", "/var/tmp")  # noqa: S108
+_PRIVATE = ("/tmp", "/var/tmp")
 _KERNEL_TREES = ("/proc", "/sys", "/dev")
 _NOT_FOUND = 127
 _NOT_EXECUTABLE = 126
@@ -49,7 +50,8 @@ class Wish:
 def try_on(store: Store, branch: Branch, wish: Wish, complain: Callable[[str], object]) -> int:
     """Run a command on a branch, and return its exit code: as for `unionfs run`.
 
-    `complain` gets a sentence for each error after the command has ended. Raises UserError if it cannot be started.
+    `complain` gets a sentence for each error after the command has ended. Raises UserError if it cannot be
+    started.
     """
     program = bubblewrap.find()
     with branch.claimed("used"):
@@ -69,12 +71,12 @@ class _Try:
         self._below = _mounted_below(self._base)
         for path in (*wish.hide, *wish.writable):
             if not os.path.lexists(path):
-                raise UserError(f"{quoted(path)} does not exist, so it cannot be hidden or writable; check it.")
+                raise UserError(f"{quoted(path)} does not exist, so it cannot be hidden or writable.")
 
     def run(self) -> int:
         branch = self._branch
         for path in self._below:
-            self._complain(f"{quoted(path)} is another filesystem below the base; it is read-only for the command.")
+            self._complain(f"{quoted(path)} is another filesystem below the base; it is read-only here.")
         before = signal.pthread_sigmask(signal.SIG_BLOCK, ())
         merged = mount_branch(branch, with_this_process=True).mountpoint
         hold_signals()
@@ -181,7 +183,7 @@ def _find_command(name: str, workdir: str, merged: str, base: str) -> None:
         inside = _inside(path, base)
         where = path if inside is None else os.path.join(merged, inside)
         try:
-            # A symlink in the branch leads where it does for the command; whether to something is its own affair.
+            # Whether a symlink in the branch leads to something is left to the command.
             mode = os.lstat(where).st_mode if inside is not None else os.stat(where).st_mode
         except OSError:
             continue

@@ -15,7 +15,9 @@ from unionfs.errors import UserError, on_failure, quoted
 
 
 def undo(store: Store) -> Journal:
-    """Undo the latest commit that is kept; its branch is there again. Returns its journal. Raises UserError."""
+    """Undo the latest commit that is kept; its branch is there again. Returns its journal. Raises
+    UserError.
+    """
     with store.committing():
         pending = _interrupted(store)
         recover(store)
@@ -25,7 +27,8 @@ def undo(store: Store) -> Journal:
         done = [entry for entry in entries if entry is not None and entry.state == journal.DONE]
         if not done:
             raise UserError(
-                "there is no commit to undo: none was made, it was undone, or its base is not on the filesystem "
+                "there is no commit to undo: none was made, it was undone, or its base is not on the "
+                "filesystem "
                 "of the store."
             )
         last = done[-1]
@@ -37,7 +40,7 @@ def undo(store: Store) -> Journal:
             prepared = make_stage(store, last, tree)
             for fd in prepared:
                 resources.callback(os.close, fd)
-            last.state = journal.BACK
+            last.turns(journal.BACK)
             step("undo")
             journal.write(store, last)
             go_back(store, last, tree, prepared)
@@ -59,7 +62,8 @@ def _refuse_changed(last: Journal, tree: beneath.Beneath) -> None:
     if changed:
         more = f" and {len(changed) - 1} more" if len(changed) > 1 else ""
         raise UserError(
-            f"the commit of branch {quoted(last.branch)} cannot be undone: {quoted(changed[0][1:])}{more} was "
+            f"the commit of branch {quoted(last.branch)} cannot be undone: "
+            f"{quoted(changed[0][1:])}{more} was "
             f"changed in {quoted(last.base)} since; the former files are in "
             f"{quoted('commits/' + last.id)} of the store."
         )

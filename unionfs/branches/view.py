@@ -1,7 +1,7 @@
 """What a branch changes: both trees opened, and the objects in them.
 
-*Now* is the branch over what lies below it, *before* is what lies below it, as it is at this moment. Objects are
-read from the layers, so nothing needs to be mounted.
+*Now* is the branch over what lies below it, *before* is what lies below it, as it is at this moment.
+Objects are read from the layers, so nothing needs to be mounted.
 """
 
 from __future__ import annotations
@@ -126,7 +126,8 @@ class View:
 
     def is_replaced(self, change: Change) -> bool:
         """Whether a directory is another one than before, so that nothing below it is merged."""
-        assert change.new is not None and change.old is not None
+        assert change.new is not None
+        assert change.old is not None
         top = change.new.parts[0]
         if not top.layer.is_upper:
             return change.new.parts != change.old.parts

@@ -26,9 +26,10 @@ Examples:
 @click.option("--into", metavar="BRANCH", help="The parent of the branch, to be sure that it goes there.")
 @click.option("--only", multiple=True, metavar="PATTERN",
               help="Only these paths; the branch stays with the rest. May be repeated.")  # fmt: skip
-@click.option("--except", "leave", multiple=True, metavar="PATTERN", help="All but these paths; may be repeated.")
+@click.option("--except", "leave", multiple=True, metavar="PATTERN",
+              help="All but these paths; may be repeated.")  # fmt: skip
 @click.option("--ours", "conflicts", flag_value="ours", help="In conflicts take the branch's version.")
-@click.option("--theirs", "conflicts", flag_value="theirs", help="In conflicts keep what is below the branch.")
+@click.option("--theirs", "conflicts", flag_value="theirs", help="In conflicts keep what is below.")
 @click.option("--dry-run", is_flag=True, help="Only say what would be done, and the conflicts.")
 @root_option
 @json_option
@@ -37,10 +38,11 @@ def commit(
     into: str | None, only: tuple[str, ...], leave: tuple[str, ...], conflicts: str | None, dry_run: bool,
     root: str | None, as_json: bool, name: str,
 ) -> int:  # fmt: skip
-    """Apply the branch NAME to what lies below it, its base or its parent, all or nothing; then the branch ends.
+    """Apply the branch NAME to what lies below it, its base or its parent, all or nothing; then the branch
+    ends.
 
-    What was changed below since the branch was made is a conflict: it is listed, and nothing is done, unless --ours or
-    --theirs decides. A commit that was killed goes on by the same command.
+    What was changed below since the branch was made is a conflict: it is listed, and nothing is done,
+    unless --ours or --theirs decides. A commit that was killed goes on by the same command.
 
     The exit code is 0 if all is done, 3 if there are conflicts and nothing was changed, else 1.
     """
@@ -82,7 +84,8 @@ def report(name: str, result: Result, *, dry_run: bool = False) -> None:
     elif result.stopped:
         complain(
             "unionfs",
-            f"branch {name} was not committed: {len(result.conflicts)} paths were changed below, too; decide by "
+            f"branch {name} was not committed: {len(result.conflicts)} paths were changed below, too; "
+            "decide by "
             "--ours or --theirs, or choose paths by --only.",
         )
     else:
@@ -94,8 +97,8 @@ def report(name: str, result: Result, *, dry_run: bool = False) -> None:
 @root_option
 @json_option
 def undo(root: str | None, as_json: bool) -> None:
-    """Undo the last commit; its branch is there again. Only while nothing that it changed has changed since, and only
-    if base and store are on one filesystem.
+    """Undo the last commit; its branch is there again. Only while nothing that it changed has changed
+    since, and only if base and store are on one filesystem.
     """
     # For start-up time: --help and completion do not need it.
     from unionfs.branches.store import Store

@@ -24,7 +24,8 @@ CONFLICTS = 3
 def root_option(command: _F) -> _F:
     """Add `--root`, the same for every command."""
     return click.option(
-        "--root", metavar="DIR", help="The storage root (default: $UNIONFS_ROOT, see `unionfs branch --help`)."
+        "--root", metavar="DIR", help="The storage root (default: $UNIONFS_ROOT, see `unionfs branch "
+        "--help`)."
     )(command)
 
 

@@ -42,11 +42,11 @@ def diff(
     form: str | None, only: tuple[str, ...], leave: tuple[str, ...], everything: bool, root: str | None,
     as_json: bool, name: str,
 ) -> None:  # fmt: skip
-    """Show what the branch NAME changes: A(dded), C(hanged), D(eleted) or R(enamed), the path, and for a change
-    what it changes: type, content, target, mode, owner, xattrs, times.
+    """Show what the branch NAME changes: A(dded), C(hanged), D(eleted) or R(enamed), the path, and for a
+    change what it changes: type, content, target, mode, owner, xattrs, times.
 
-    A pattern covers what it matches and all below it; with a slash it is matched from the root of the branch, else
-    with each name.
+    A pattern covers what it matches and all below it; with a slash it is matched from the root of the
+    branch, else with each name.
     """
     # For start-up time: --help and completion do not need it.
     from unionfs.branches.describe import Describer

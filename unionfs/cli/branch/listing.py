@@ -17,8 +17,8 @@ from unionfs.errors import UserError, quoted
 @root_option
 @json_option
 def ls(root: str | None, as_json: bool) -> int:
-    """List branches: name, what each lies over, when it was made, where it is mounted, the last command of `try`
-    and its exit code.
+    """List branches: name, what each lies over, when it was made, where it is mounted, the last command of
+    `try` and its exit code.
     """
     # For start-up time: --help and completion do not need it.
     from unionfs.branches.mounts import mount_of
@@ -46,7 +46,8 @@ def ls(root: str | None, as_json: bool) -> int:
     if as_json:
         print_json(found)
     elif found:
-        print_table(("NAME", "OVER", "MADE", "MOUNTED", "COMMAND", "EXIT"), [_row(values) for values in found])
+        headings = "NAME", "OVER", "MADE", "MOUNTED", "COMMAND", "EXIT"
+        print_table(headings, [_row(values) for values in found])
     return code
 
 

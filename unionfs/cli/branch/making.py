@@ -32,8 +32,8 @@ def create(
 ) -> None:  # fmt: skip
     """Create the branch NAME and mount it at MOUNTPOINT, by default below the store; prints where.
 
-    It takes no time and no space, whatever the size of the base. `unionfs umount` unmounts it; it stays until it is
-    committed or discarded.
+    It takes no time and no space, whatever the size of the base. `unionfs umount` unmounts it; it stays
+    until it is committed or discarded.
     """
     # For start-up time: --help and completion do not need it.
     from unionfs.branches.mounts import mount_branch

@@ -38,14 +38,14 @@ Examples:
 @click.option("--net", "own_network", type=click.Choice(["host", "none"]), default="host", show_default=True,
               callback=lambda context, parameter, net: net == "none",
               help="The host's network, or none but loopback.")  # fmt: skip
-@click.option("--hide", multiple=True, metavar="PATH", help="Let the command see nothing there; may be repeated.")
+@click.option("--hide", multiple=True, metavar="PATH", help="Let the command see nothing there.")
 @click.option("--rw", "writable", multiple=True, metavar="PATH",
               help="Let the command change this outside DIR, for good; may be repeated.")  # fmt: skip
 @click.option("--commit", "then", flag_value="commit", help="Then commit, if the exit code is 0; else keep.")
 @click.option("--keep", "then", flag_value="keep", help="Then keep the branch.")
 @click.option("--look", "then", flag_value="look", help="Then show the diff, and keep the branch.")
 @click.option("--discard", "then", flag_value="discard", help="Then remove the branch.")
-@click.option("--report", metavar="FILE", help="Write the branch, the exit code and the changes there as JSON.")
+@click.option("--report", metavar="FILE", help="Write branch, exit code and changes there as JSON.")
 @root_option
 @click.argument("command", nargs=-1, required=True, type=click.UNPROCESSED)
 def try_(
@@ -54,12 +54,14 @@ def try_(
 ) -> int:  # fmt: skip
     """Run COMMAND on a branch that lies over DIR, and then ask: commit, keep, look or discard.
 
-    The branch is at DIR's own path, so all paths mean the same. The rest of the system is read-only for the command,
-    except private /tmp, /var/tmp and /dev; it has the capabilities and the system call filter of `unionfs run`. Without
-    a terminal, or with --keep, the branch stays, and how to go on is printed. A new branch without changes is removed.
+    The branch is at DIR's own path, so all paths mean the same. The rest of the system is read-only for the
+    command, except private /tmp, /var/tmp and /dev; it has the capabilities and the system call filter of
+    `unionfs run`. Without a terminal, or with --keep, the branch stays, and how to go on is printed. A new
+    branch without changes is removed.
 
-    The exit code is the command's; 128 plus the signal's number if a signal ended it; 126 or 127 if it cannot be
-    executed or found; 1 if the branch cannot be used, or not be committed by --commit; 3 if that met conflicts.
+    The exit code is the command's; 128 plus the signal's number if a signal ended it; 126 or 127 if it
+    cannot be executed or found; 1 if the branch cannot be used, or not be committed by --commit; 3 if that
+    met conflicts.
     """
     # For start-up time: --help and completion do not need it.
     from unionfs.branches.store import Store
@@ -93,7 +95,8 @@ def _branch(store: Store, name: str | None, base: str | None, parent: str | None
         record = branch.record()
         if base is not None and os.path.realpath(base) != record.base:
             raise UserError(
-                f"branch {quoted(name)} lies over {quoted(record.base)}, not over {quoted(base)}; leave -D out, or "
+                f"branch {quoted(name)} lies over {quoted(record.base)}, not over {quoted(base)}; "
+                "leave -D out, or "
                 "choose another name."
             )
         if parent is not None and parent != record.parent:
@@ -182,8 +185,8 @@ def _asked(branch: Branch) -> str:
 def _do(store: Store, branch: Branch, code: int, then: str) -> int:
     # For start-up time: --help and completion do not need it.
     from unionfs.branches.commit import Wish, commit
-    from unionfs.cli.branch.common import CONFLICTS
     from unionfs.cli.branch.committing import report
+    from unionfs.cli.branch.common import CONFLICTS
     from unionfs.cli.branch.differences import diff
 
     name = branch.name
@@ -197,7 +200,8 @@ def _do(store: Store, branch: Branch, code: int, then: str) -> int:
         return CONFLICTS if result.stopped else 0
     else:
         print(
-            f"kept as branch {name}: unionfs branch diff {name} | commit {name} | shell {name} | discard {name}",
+            f"kept as branch {name}: unionfs branch diff {name} | commit {name} | shell {name} | "
+            f"discard {name}",
             file=sys.stderr,
         )
     return code
