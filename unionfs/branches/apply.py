@@ -77,7 +77,7 @@ class Application:
         number, here = b"%d" % move.number, inode(at, name)
         if move.new is None:
             if inode(self._old, number) is None:
-                self._expect(move, here)
+                _expect(move, at, name)
                 rename(at, name, self._old, number, RENAME_NOREPLACE)
                 if inode(self._old, number) != move.old:
                     rename(self._old, number, at, name, RENAME_NOREPLACE)
@@ -87,7 +87,7 @@ class Application:
             if here is None and inode(self._old, number) is not None:
                 rename(self._new, number, at, name, RENAME_NOREPLACE)
             else:
-                self._expect(move, here)
+                _expect(move, at, name)
                 self._put(move, at, name, number)
         self._mode(move, at, name)
 
@@ -106,10 +106,6 @@ class Application:
             return
         if inode(self._new, number) != move.old:
             rename(self._new, number, at, name, RENAME_EXCHANGE)
-            raise _changed(move)
-
-    def _expect(self, move: Move, here: int | None) -> None:
-        if here != move.old:
             raise _changed(move)
 
     def _mode(self, move: Move, at: int, name: bytes) -> None:
@@ -164,6 +160,26 @@ def _rename_to_free(old_at: int, old: bytes, new_at: int, new: bytes) -> None:
         if inode(new_at, new) is not None:
             raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), os.fsdecode(new)) from error
         rename(old_at, old, new_at, new)
+
+
+def look(st: os.stat_result) -> list[int] | None:
+    """What `Move.seen` is of an object; None of a directory, which changes with the names in it."""
+    if stat.S_ISDIR(st.st_mode):
+        return None
+    # A file with several names gets another ctime when one of the others comes or goes.
+    return [st.st_size, st.st_mtime_ns, st.st_ctime_ns if st.st_nlink == 1 else 0]
+
+
+def _expect(move: Move, at: int, name: bytes) -> None:
+    """Raise ChangedError unless what is at a name is what was there when the commit began."""
+    try:
+        st = os.stat(name, dir_fd=at, follow_symlinks=False)
+    except FileNotFoundError:
+        if move.old is None:
+            return
+        raise _changed(move) from None
+    if st.st_ino != move.old or look(st) != move.seen:
+        raise _changed(move)
 
 
 def _changed(move: Move) -> ChangedError:

@@ -14,11 +14,11 @@ from contextlib import ExitStack
 from dataclasses import dataclass, field
 
 from unionfs.branches import beneath, journal, seen
-from unionfs.branches.apply import step
+from unionfs.branches.apply import look, step
 from unionfs.branches.ending import discard, go_on, make_stage, recover
 from unionfs.branches.journal import Journal, Move, Setting
 from unionfs.branches.mounts import in_use, parent_mounted, unmounted
-from unionfs.branches.plan import Plan, Planner, Put, hazards
+from unionfs.branches.plan import Drop, Plan, Planner, Put, hazards
 from unionfs.branches.selection import Selection, relative
 from unionfs.branches.staging import Stager
 from unionfs.branches.store import Branch, Store
@@ -181,19 +181,28 @@ class _Commit:
         stager = Stager(self._view, new, self._selection.has, base)
         for number, item in enumerate(plan.steps):
             step(f"prepare {os.fsdecode(item.path)}")
-            inode = None if item.old is None or item.old.st is None else item.old.st.st_ino
+            before = self._before(item, tree)
+            inode, known = (None, None) if before is None else (before.st_ino, look(before))
             if isinstance(item, Put):
                 staged = stager.put(b"%d" % number, item)
                 mode = staged.mode if staged.is_directory else None
-                entry.moves.append(Move(os.fsdecode(item.path), number, staged.inode, inode, mode))
+                entry.moves.append(Move(os.fsdecode(item.path), number, staged.inode, inode, mode, known))
             else:
-                entry.moves.append(Move(os.fsdecode(item.path), number, None, inode))
+                entry.moves.append(Move(os.fsdecode(item.path), number, None, inode, None, known))
         entry.settings += [Setting(os.fsdecode(item.path), item.new, item.old) for item in plan.sets]
         calls.syncfs(new)
         entry.turns(journal.ON)
         step("prepared")
         journal.write(self._store, entry)
         return new, old
+
+
+    def _before(self, item: Put | Drop, tree: beneath.Beneath) -> os.stat_result | None:
+        """What is at a path before the commit; a mounted parent shows other numbers than its layers have."""
+        if self._record.parent is None or item.old is None:
+            return None if item.old is None else item.old.st
+        at, name = tree.parent(item.path)
+        return os.stat(name, dir_fd=at, follow_symlinks=False)
 
 
 def _same_mount(directory: str, fd: int) -> bool:

@@ -43,6 +43,8 @@ class Move:
     """What is there before; None if nothing is."""
     mode: int | None = None
     """The mode of a directory that is put there."""
+    seen: list[int] | None = None
+    """Size and times of a file that is there before, to see whether it was changed."""
 
 
 @dataclass(slots=True)

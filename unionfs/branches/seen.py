@@ -93,7 +93,7 @@ def look(branch: Branch, view: View) -> tuple[Mapping[str, State], list[Conflict
                 known[key] = False if _is_younger(item.old, branch.record().session) else now
                 if item.old is None and item.change.new is not None and not item.change.new.is_directory:
                     moved.append(item)
-            if known[key] != now:
+            if known[key] != now and not _is_as_below(view, item):
                 conflicts.append(Conflict(item.path, _what(known[key], now), item.change))
         for item in _orphans(view, moved):
             known[os.fsdecode(item.path)] = False
@@ -148,7 +148,21 @@ def _state(old: Object | None) -> State:
 
 
 def _is_younger(old: Object | None, session: int) -> bool:
-    return old is not None and old.st is not None and not old.is_directory and old.st.st_ctime_ns > session
+    if old is None or old.st is None or old.st.st_ctime_ns <= session:
+        return False
+    # A name that comes or goes sets both times of a directory, which is no change of its own.
+    return not old.is_directory or old.st.st_ctime_ns != old.st.st_mtime_ns
+
+
+def _is_as_below(view: View, item: Touched) -> bool:
+    """Whether it is a directory that stays, with the attributes that it has below."""
+    new = item.change.new
+    if new is None or item.change.old is not item.old:
+        return False
+    if item.old is None or not (new.is_directory and item.old.is_directory) or view.is_replaced(item.change):
+        return False
+    now, before = view.of_directory(new), view.of_directory(item.old)
+    return (now.mode, now.uid, now.gid, now.xattrs) == (before.mode, before.uid, before.gid, before.xattrs)
 
 
 def _what(known: State, now: State) -> str:

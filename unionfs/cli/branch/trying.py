@@ -45,12 +45,13 @@ Examples:
 @click.option("--keep", "then", flag_value="keep", help="Then keep the branch.")
 @click.option("--look", "then", flag_value="look", help="Then show the diff, and keep the branch.")
 @click.option("--discard", "then", flag_value="discard", help="Then remove the branch.")
+@click.option("-q", "--quiet", is_flag=True, help="Do not print the changes.")
 @click.option("--report", metavar="FILE", help="Write branch, exit code and changes there as JSON.")
 @root_option
 @click.argument("command", nargs=-1, required=True, type=click.UNPROCESSED)
 def try_(
-    name: str | None, base: str | None, parent: str | None, then: str | None, report: str | None,
-    root: str | None, **wish: Any,
+    name: str | None, base: str | None, parent: str | None, then: str | None, quiet: bool,
+    report: str | None, root: str | None, **wish: Any,
 ) -> int:  # fmt: skip
     """Run COMMAND on a branch that lies over DIR, and then ask: commit, keep, look or discard.
 
@@ -71,7 +72,7 @@ def try_(
     code = _run(store, branch, fresh, wish)
     if code in _NOT_STARTED and not branch.exists():
         return code
-    return _afterwards(store, branch, code, fresh=fresh, then=then, report=report)
+    return _afterwards(store, branch, code, fresh=fresh, then=then, quiet=quiet, report=report)
 
 
 @click.command(epilog="Example: unionfs branch shell fix")
@@ -126,7 +127,7 @@ def _run(store: Store, branch: Branch, fresh: bool, wish: dict[str, Any]) -> int
 
 
 def _afterwards(
-    store: Store, branch: Branch, code: int, *, fresh: bool, then: str | None, report: str | None
+    store: Store, branch: Branch, code: int, *, fresh: bool, then: str | None, quiet: bool, report: str | None
 ) -> int:
     """Say what was changed, and do what is wished."""
     # For start-up time: --help and completion do not need it.
@@ -150,8 +151,9 @@ def _afterwards(
     if not found and fresh:
         branch.remove()
         return code
-    print("\n".join([*lines, f"branch {branch.name}: {total(found)}"]), file=sys.stderr)
-    return _do(store, branch, code, then or _asked(branch))
+    if not quiet:
+        print("\n".join([*lines, f"branch {branch.name}: {total(found)}"]), file=sys.stderr)
+    return _do(store, branch, code, then or _asked(branch), quiet=quiet)
 
 
 _MOST_LINES = 20
@@ -182,7 +184,7 @@ def _asked(branch: Branch) -> str:
             return answer
 
 
-def _do(store: Store, branch: Branch, code: int, then: str) -> int:
+def _do(store: Store, branch: Branch, code: int, then: str, *, quiet: bool) -> int:
     # For start-up time: --help and completion do not need it.
     from unionfs.branches.commit import Wish, commit
     from unionfs.cli.branch.committing import report
@@ -198,7 +200,7 @@ def _do(store: Store, branch: Branch, code: int, then: str) -> int:
         result = commit(store, name, Wish())
         report(name, result)
         return CONFLICTS if result.stopped else 0
-    else:
+    elif not quiet:
         print(
             f"kept as branch {name}: unionfs branch diff {name} | commit {name} | shell {name} | "
             f"discard {name}",
