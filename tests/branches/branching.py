@@ -30,10 +30,8 @@ class Branching:
 
     def unionfs(self, *words: str | Path, cwd: Path | None = None, **extra: Any) -> Done:
         """Run `unionfs`, by default in the base."""
-        return cli_calls.unionfs(
-            *words, cwd=cwd or self.base, **extra,
-            env={"UNIONFS_ROOT": str(self.root), **extra.pop("env", {})},
-        )  # fmt: skip
+        env = {"UNIONFS_ROOT": str(self.root), **extra.pop("env", {})}
+        return cli_calls.unionfs(*words, cwd=cwd or self.base, env=env, **extra)
 
     def says(self, *words: str | Path, **extra: Any) -> str:
         """The output of a command, which must succeed."""

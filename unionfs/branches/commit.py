@@ -150,6 +150,9 @@ class _Commit:
             base = self._resources.enter_context(mounted)
             inode = os.stat(base).st_ino
         tree = self._resources.enter_context(beneath.opened(base, inode))
+        lowest = self._view.merge.roots[-1].layer.root_fd
+        if record.parent is None and not os.path.sameopenfile(lowest, tree.fd):
+            raise UserError(f"the base {quoted(base)} was replaced meanwhile; nothing was changed.")
         inside = not _same_mount(self._store.commits, tree.fd)
         entry = Journal(
             journal.new_id(), self._branch.name, record.created, record.parent, base, inode, inside,

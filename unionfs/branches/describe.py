@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
-import hashlib
 import os
 import stat
 from collections.abc import Iterator
@@ -166,6 +164,9 @@ class Describer:
 
     def digest(self, item: Difference, *, new: bool) -> str:
         """The SHA-256 of a file on one side."""
+        # For start-up time: only binary files need it.
+        import hashlib
+
         change = item.removed if not new and item.removed is not None else item.change
         total = hashlib.sha256()
         with Owned(self._open(change, new)) as fd:
@@ -175,6 +176,9 @@ class Describer:
 
     def unified(self, item: Difference) -> list[str] | None:
         """The lines of a unified diff of a text file, without newlines; None of anything else."""
+        # For start-up time: only contents need it.
+        import difflib
+
         texts: list[list[str]] = []
         for new, side in ((False, item.old), (True, item.new)):
             if side is None or side.kind != "file":

@@ -9,6 +9,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import replace
 
 from unionfs.branches import seen
+from unionfs.branches.beneath import opened
 from unionfs.branches.store import Branch, Store
 from unionfs.branches.view import viewed
 from unionfs.daemon import live
@@ -39,6 +40,9 @@ def mount_branch(
 
 def _mount(branch: Branch, mountpoint: str, *, with_this_process: bool) -> MountSettings:
     record = branch.record()
+    # A base that was replaced has nothing to do with the branch.
+    with opened(record.base, record.base_inode):
+        pass
     if record.session:
         with viewed(branch) as view:
             seen.look(branch, view)

@@ -23,11 +23,13 @@ from unionfs.containers.process import Command, hold_signals
 from unionfs.containers.run import CommandError
 from unionfs.daemon.unmount import umount
 from unionfs.errors import UserError, on_failure, quoted
+from unionfs.sys import guardian
 from unionfs.sys.fds import Owned
 from unionfs.sys.mountinfo import mounted_at, read_mountinfo
 from unionfs.sys.openat2 import RESOLVE_NO_MAGICLINKS, RESOLVE_NO_SYMLINKS, openat2
 
 _PRIVATE = ("/tmp", "/var/tmp")
+_RUN = "/run"
 _KERNEL_TREES = ("/proc", "/sys", "/dev")
 _NOT_FOUND = 127
 _NOT_EXECUTABLE = 126
@@ -83,12 +85,33 @@ class _Try:
         try:
             self._check(merged)
             branch.save(branch.record().started(tuple(self._wish.command)))
-            code = self._started(merged).wait()
+            code = self._waited(self._started(merged))
             branch.save(branch.record().finished(code, time.time_ns()))
             return code
         finally:
             self._end(merged)
             signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+    def _waited(self, command: Command) -> int:
+        """The exit code of the command, which ends with this process, also if that is killed."""
+
+        def clear(_: str) -> None:
+            command.kill()
+            if command.terminal is not None:
+                command.terminal.restore_from_outside()
+
+        watcher = guardian.start(clear)
+        try:
+            code = command.wait()
+        finally:
+            watcher.dismiss()
+        if not command.made:
+            raise UserError(
+                f"bubblewrap could not start the command (exit code {code}); see its own message, and "
+                "`unionfs "
+                "doctor` for what this host lacks."
+            )
+        return code
 
     def _end(self, merged: str) -> None:
         if mounted_at(merged) is None:
@@ -134,6 +157,7 @@ class _Try:
         for path in _PRIVATE:
             if os.path.isdir(path) and not os.path.islink(path):
                 words += ["--perms", "1777", "--tmpfs", path]
+        words += _without_services()
         for path in self._wish.writable:
             words += ["--bind", path, path]
         words += ["--bind", merged, self._base]
@@ -143,7 +167,7 @@ class _Try:
             if os.path.isdir(path):
                 words += ["--tmpfs", path, "--remount-ro", path]
             else:
-                words += ["--ro-bind", os.devnull, path]
+                words += ["--dev-bind", os.devnull, path]
         words += ["--unshare-pid", "--unshare-ipc", "--unshare-cgroup-try"]
         if self._wish.own_network:
             words.append("--unshare-net")
@@ -155,6 +179,17 @@ class _Try:
             words += ["--seccomp", str(fds[1])]
         words += ["--args", str(fds[0]), "--chdir", self._wish.workdir, "--"]
         return [*words, *self._wish.command]
+
+
+def _without_services() -> list[str]:
+    """Hide /run: a service of the host that has its socket there would act outside for the command."""
+    if not os.path.isdir(_RUN) or os.path.islink(_RUN):
+        return []
+    words = ["--tmpfs", _RUN]
+    names = os.path.realpath("/etc/resolv.conf")
+    if names.startswith(f"{_RUN}/") and os.path.exists(names):
+        words += ["--ro-bind", names, names]
+    return words
 
 
 def _mounted_below(base: str) -> list[str]:

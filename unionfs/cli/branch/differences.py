@@ -14,6 +14,8 @@ from unionfs.cli.branch.common import complete_branches, json_option, print_json
 from unionfs.cli.run import on_terminal
 from unionfs.cli.terminal import printable, shell_word
 from unionfs.settings.sizes import shown_size
+from unionfs.sys.calls import syncfs
+from unionfs.sys.fds import directory
 
 if TYPE_CHECKING:
     from unionfs.branches.describe import Describer, Difference, Side
@@ -58,7 +60,9 @@ def diff(
     branch = Store(root).existing(name)
     entry = mount_of(branch)
     if entry is not None:
-        os.sync()  # what programs have written may be in the page cache of the mount
+        # What programs have written may be in the page cache of the mount.
+        with directory(entry.settings.mountpoint) as fd:
+            syncfs(fd)
     base = branch.record().base
     chosen = Selection([relative(item, base) for item in only], [relative(item, base) for item in leave])
     noise = Selection((), () if everything else NOISE)

@@ -56,9 +56,9 @@ def try_(
     """Run COMMAND on a branch that lies over DIR, and then ask: commit, keep, look or discard.
 
     The branch is at DIR's own path, so all paths mean the same. The rest of the system is read-only for the
-    command, except private /tmp, /var/tmp and /dev; it has the capabilities and the system call filter of
-    `unionfs run`. Without a terminal, or with --keep, the branch stays, and how to go on is printed. A new
-    branch without changes is removed.
+    command, except private /tmp, /var/tmp, /run and /dev; it has the capabilities and the system call
+    filter of `unionfs run`. Without a terminal, or with --keep, the branch stays, and how to go on is
+    printed. A new branch without changes is removed.
 
     The exit code is the command's; 128 plus the signal's number if a signal ended it; 126 or 127 if it
     cannot be executed or found; 1 if the branch cannot be used, or not be committed by --commit; 3 if that
