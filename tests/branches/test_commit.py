@@ -51,7 +51,16 @@ def fill(directory: Path) -> None:
     subprocess.run(["sh", "-ec", FILL], cwd=directory, check=True)
 
 
-@pytest.mark.parametrize("script", SCRIPTS.values(), ids=SCRIPTS)
+PLAIN = ("new", "attributes", "xattrs", "acls", "sparse", "devices", "set-id", "names")
+"""These have nothing to do with each other, and are also done at once."""
+ALL = {"at once": "; ".join(SCRIPTS[name] for name in PLAIN), **SCRIPTS}
+QUICK = ("at once", "replaced", "renamed", "links")
+
+
+@pytest.mark.parametrize(
+    "script",
+    [pytest.param(ALL[name], id=name, marks=() if name in QUICK else pytest.mark.slow) for name in ALL],
+)
 def test_the_tree_is_that_of_the_command(branching: Branching, area: Path, script: str) -> None:
     if "setcap" in script and shutil.which("setcap", path="/usr/sbin:/sbin") is None:
         pytest.skip("setcap is not installed")

@@ -46,7 +46,7 @@ def _to_symlink(path: Path, target: Path) -> None:
     path.symlink_to(target)
 
 
-@pytest.mark.parametrize("when", ["before a commit", "after a look"])
+@pytest.mark.parametrize("when", ["before a commit", pytest.param("after a look", marks=pytest.mark.slow)])
 def test_conflicts_are_found(filled: Branching, area: Path, when: str) -> None:
     """Of all kinds, with the first commit, and when the branch was looked at before."""
     shutil.copytree(filled.base, area / "copy", symlinks=True)

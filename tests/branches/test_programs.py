@@ -68,7 +68,9 @@ def test_they_make_what_they_make_directly(project: Branching, area: Path) -> No
     direct = area / "direct"
     shutil.copytree(project.base, direct, symlinks=True)
     for name, script in scripts.items():
-        done = project.unionfs("try", "-q", "--commit", "-n", name, "--", "sh", "-ec", script)
+        # The Python may be in /tmp, which is another one for the command.
+        words = ["try", "-q", "--rw", sys.prefix, "--commit", "-n", name]
+        done = project.unionfs(*words, "--", "sh", "-ec", script)
         assert (done.returncode, done.stderr) == (0, ""), (name, done)
         subprocess.run(["sh", "-ec", script], cwd=direct, check=True)
         assert differing(comparable(direct), comparable(project.base)) == {}, name

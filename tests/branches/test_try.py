@@ -216,6 +216,7 @@ class TestBranches:
         filled.says("branch", "commit", "--into", "first", "second")
         refused(filled.unionfs("branch", "commit", "--into", "other", "first"), "lies over the base")
 
+    @pytest.mark.slow
     def test_three_at_once(self, filled: Branching) -> None:
         """Three processes try and commit on one base at the same time."""
         script = "for n in $(seq 50); do echo $n > sub/$0$n; done; rm $0"

@@ -19,8 +19,7 @@ from unionfs.branches.mounts import mount_branch
 from unionfs.branches.store import Branch, Store
 from unionfs.containers import bubblewrap
 from unionfs.containers.confinement import settle_confinement
-from unionfs.containers.process import Command, hold_signals
-from unionfs.containers.run import CommandError
+from unionfs.containers.process import Command, CommandError, hold_signals
 from unionfs.daemon.unmount import umount
 from unionfs.errors import UserError, on_failure, quoted
 from unionfs.sys import guardian

@@ -17,8 +17,7 @@ from dataclasses import dataclass
 from unionfs.branches.store import Branch
 from unionfs.core.places import Place
 from unionfs.errors import UserError, quoted, reason
-from unionfs.images.blobs import opened_index
-from unionfs.images.indexed import Copy, Index
+from unionfs.images.indexed import Copy, Index, opened_index
 from unionfs.sys.attributes import ALL, FileAttributes, attributes, read_xattrs
 from unionfs.sys.fds import Owned, open_for_listing
 from unionfs.union.diff import Change, Object, compared

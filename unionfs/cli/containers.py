@@ -95,7 +95,8 @@ def run(
     {storage}
     """
     # For start-up time: --help and completion do not need it.
-    from unionfs.containers.run import CommandError, Wish
+    from unionfs.containers.process import CommandError
+    from unionfs.containers.run import Wish
     from unionfs.containers.run import run as start
 
     def report(sentence: str) -> None:

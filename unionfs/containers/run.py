@@ -14,7 +14,7 @@ from unionfs.containers import bubblewrap
 from unionfs.containers.account import Account, find_account
 from unionfs.containers.bubblewrap import Confinement
 from unionfs.containers.confinement import settle_confinement
-from unionfs.containers.process import Command, hold_signals
+from unionfs.containers.process import Command, CommandError, hold_signals
 from unionfs.containers.store import Container, new_name
 from unionfs.daemon import live
 from unionfs.daemon.preflight import check_lower
@@ -39,14 +39,6 @@ _INTERPRETER_LINE = 256  # BINPRM_BUF_SIZE, linux/binfmts.h
 _LONGEST_HOSTNAME = 64  # HOST_NAME_MAX
 _END_SECONDS = 20.0
 _KERNEL_TREES = (b"proc", b"dev", b"sys")
-
-
-class CommandError(UserError):
-    """The command cannot be started; `code` is the exit code as in shells and docker."""
-
-    def __init__(self, sentence: str, code: int) -> None:
-        super().__init__(sentence)
-        self.code = code
 
 
 @dataclass(frozen=True, slots=True)

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import os
-import pydoc
-import sys
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
@@ -89,6 +87,9 @@ def show(lines: Sequence[str]) -> None:
     """Print lines, by a pager if they are more than a terminal shows."""
     text = "\n".join(lines)
     if on_terminal() and len(lines) > os.get_terminal_size().lines:
+        # For start-up time: only long output needs it.
+        import pydoc
+
         os.environ.setdefault("LESS", "FRX")
         pydoc.pager(text)
     elif lines:
@@ -190,8 +191,3 @@ def total(found: Sequence[Difference]) -> str:
 
 def _coloured(text: str, colour: str) -> str:
     return click.style(text, fg=colour) if on_terminal() and "NO_COLOR" not in os.environ else text
-
-
-def flush() -> None:
-    """Let lines appear before what a command prints."""
-    sys.stdout.flush()

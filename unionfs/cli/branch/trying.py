@@ -16,9 +16,12 @@ from unionfs.cli.run import complain
 from unionfs.errors import UserError, quoted
 
 if TYPE_CHECKING:
+    from unionfs.branches.describe import Difference
     from unionfs.branches.store import Branch, Store
+    from unionfs.branches.view import View
 
 _NOT_STARTED = (126, 127)
+_MOST_LINES = 20
 
 
 @click.command(
@@ -110,7 +113,7 @@ def _run(store: Store, branch: Branch, fresh: bool, wish: dict[str, Any]) -> int
     """Run the command; a new branch on which it could not be started is removed."""
     # For start-up time: --help and completion do not need it.
     from unionfs.branches.trying import Wish, try_on
-    from unionfs.containers.run import CommandError
+    from unionfs.containers.process import CommandError
 
     base = branch.record().base
     here = os.getcwd()
@@ -131,32 +134,43 @@ def _afterwards(
 ) -> int:
     """Say what was changed, and do what is wished."""
     # For start-up time: --help and completion do not need it.
-    from unionfs.branches.describe import Describer
-    from unionfs.branches.selection import NOISE, Selection
     from unionfs.branches.view import viewed
-    from unionfs.cli.branch.differences import hidden, rendered, total
 
-    noise = Selection((), NOISE)
     with viewed(branch) as view:
-        describer = Describer(view)
-        found = describer.differences()
-        shown = [item for item in found if noise.has(b"/" + item.path)]
-        lines = [*rendered(describer, shown[:_MOST_LINES], None)]
-        if len(shown) > _MOST_LINES:
-            lines.append(f"and {len(shown) - _MOST_LINES} more")
-        lines += hidden(len(found) - len(shown))
-        if report is not None:
-            values = [item.to_json() for item in found]
-            _write(report, {"name": branch.name, "exit_code": code, "changes": values})
+        if not view.root.children:
+            if report is not None:
+                _write(report, {"name": branch.name, "exit_code": code, "changes": []})
+            found, lines = [], []
+        else:
+            found, lines = _described(branch, view, code, report)
     if not found and fresh:
         branch.remove()
         return code
     if not quiet:
-        print("\n".join([*lines, f"branch {branch.name}: {total(found)}"]), file=sys.stderr)
+        print("\n".join(lines or [f"branch {branch.name}: no changes"]), file=sys.stderr)
     return _do(store, branch, code, then or _asked(branch), quiet=quiet)
 
 
-_MOST_LINES = 20
+def _described(
+    branch: Branch, view: View, code: int, report: str | None
+) -> tuple[list[Difference], list[str]]:
+    """The changes, and the lines about them; writes the report."""
+    # For start-up time: commands that change nothing do not need it.
+    from unionfs.branches.describe import Describer
+    from unionfs.branches.selection import NOISE, Selection
+    from unionfs.cli.branch.differences import hidden, rendered, total
+
+    describer, noise = Describer(view), Selection((), NOISE)
+    found = describer.differences()
+    shown = [item for item in found if noise.has(b"/" + item.path)]
+    lines = [*rendered(describer, shown[:_MOST_LINES], None)]
+    if len(shown) > _MOST_LINES:
+        lines.append(f"and {len(shown) - _MOST_LINES} more")
+    lines += [*hidden(len(found) - len(shown)), f"branch {branch.name}: {total(found)}"]
+    if report is not None:
+        values = [item.to_json() for item in found]
+        _write(report, {"name": branch.name, "exit_code": code, "changes": values})
+    return found, lines
 
 
 def _write(path: str, values: object) -> None:
