@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 from collections import Counter
 from collections.abc import Callable
@@ -12,6 +13,7 @@ from typing import Any
 from tests.mount import cli_calls
 from tests.mount.cli_calls import Done, succeed
 from tests.support import snapshot
+from unionfs.branches import apply
 from unionfs.branches.commit import Result, Wish, commit
 from unionfs.branches.store import Store
 
@@ -102,3 +104,21 @@ def directly(area: Path, fill: Callable[[Path], None], script: str) -> Tree:
     fill(copy)
     subprocess.run(["sh", "-ec", script], cwd=copy, check=True, capture_output=True)
     return tree(copy, times=False)
+
+
+def killed_before(step: str, action: Callable[[], object]) -> None:
+    """Do it in a process that is killed before a step of that name."""
+    pid = os.fork()
+    if pid == 0:
+
+        def hook(seen: str) -> None:
+            if seen == step:
+                os.kill(os.getpid(), signal.SIGKILL)
+
+        apply.set_hook(hook)
+        try:
+            action()
+        finally:
+            os._exit(1)
+    _, status = os.waitpid(pid, 0)
+    assert os.WIFSIGNALED(status), step

@@ -114,6 +114,25 @@ def test_ours_and_theirs(filled: Branching) -> None:
     assert (filled.base / "d/f1").read_text() == "1\nbranch\n"
 
 
+def test_merged_texts(filled: Branching) -> None:
+    """What git merge-file can merge is merged; the rest stays a conflict."""
+    lines = [f"{number}\n" for number in range(20)]
+    for name in ("d/f1", "d/f2", "d/f3"):
+        (filled.base / name).write_text("".join(lines))
+    filled.tries("sed -i 's/^3$/three/' d/f1 d/f2; chmod 0640 d/f1")
+    (filled.base / "d/f1").write_text("".join([*lines[:15], "fifteen\n", *lines[16:]]))
+    (filled.base / "d/f2").write_text("".join([*lines[:3], "drei\n", *lines[4:]]))
+    before = tree(filled.base)
+    result = filled.commit(conflicts="merge")
+    assert (result.done, result.merged, result.conflicts) == (False, [b"/d/f1"], [("changed", b"/d/f2")])
+    assert differing(before, tree(filled.base)) == {}
+    assert filled.commit(conflicts="merge", leave=["f2"]).merged == [b"/d/f1"]
+    text = (filled.base / "d/f1").read_text()
+    assert text == "".join([*lines[:3], "three\n", *lines[4:15], "fifteen\n", *lines[16:]])
+    assert (filled.base / "d/f1").stat().st_mode & 0o777 == 0o640
+    assert differing(before, tree(filled.base)).keys() <= {b"d", b"d/f1"}
+
+
 def test_a_part(filled: Branching) -> None:
     filled.tries("echo x >> d/f1; echo x >> keep/k; rm d/f2; rm -r d/sub")
     filled.tries("mkdir -p n/a n/b; echo > n/a/f; echo > n/b/f")

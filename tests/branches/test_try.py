@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 import unionfs.branches
-from tests.branches.branching import Branching, differing, tree
+from tests.branches.branching import Branching, differing, killed_before, tree
 from tests.mount import cli_calls
 from tests.mount.cli_calls import refused
 from tests.mount.run_calls import Containers, Terminal
@@ -207,6 +207,28 @@ class TestBranches:
                 assert differing(shown, filled.shown(target.split()[1])) == {}
         assert differing(shown, tree(filled.base, links=False)) == {}
 
+    def test_hard_links_of_a_branch_below(self, filled: Branching) -> None:
+        """A name that shows its copy by the index of the branch below, which is no longer used."""
+        (filled.base / "sub/other").hardlink_to(filled.base / "a")
+        filled.tries("echo more >> a", "first")
+        done = filled.tries("cat sub/other; echo even more >> sub/other", "second", "--from", "first")
+        assert done.stdout == "a\nmore\n"
+        filled.says("branch", "commit", "second")
+        filled.says("branch", "commit", "first")
+        assert (filled.base / "sub/other").read_text() == "a\nmore\neven more\n"
+
+    @pytest.mark.slow
+    def test_a_nested_commit_is_killed(self, filled: Branching) -> None:
+        """The next command goes on: the parent is mounted again."""
+        for step in ("begun", "prepared", "move /two", "set ", "applied", "ending"):
+            filled.tries("echo 1 > one; rm a", "first")
+            filled.tries("echo 2 > two; mv one uno; rm b; echo x >> c", "second", "--from", "first")
+            shown = filled.shown("second")
+            killed_before(step, lambda: filled.commit("second"))
+            assert filled.commit("second").done, step
+            assert differing(shown, filled.shown("first")) == {}, step
+            filled.says("branch", "discard", "first")
+
     def test_a_branch_under_two(self, filled: Branching) -> None:
         filled.tries("echo 1 > one", "first")
         filled.tries("echo 2 > two", "second", "--from", "first")
@@ -246,10 +268,11 @@ class TestBranches:
         assert filled.unionfs("branch", "ls").returncode == 1
 
     def test_hazards(self, filled: Branching) -> None:
-        filled.tries("cp /bin/true tool; chmod 4755 tool")
+        filled.tries("cp /bin/true tool; chmod 4755 tool; mknod null c 1 3")
         done = filled.unionfs("branch", "commit", "--dry-run", "br")
         assert "tool is a set-id program (mode 4755)" in done.stderr
-        assert done.stdout == "A tool\n"
+        assert "null is the device 1:3" in done.stderr
+        assert done.stdout == "A null\nA tool\n"
         assert not (filled.base / "tool").exists()
 
 

@@ -96,7 +96,7 @@ class Branch:
         *,
         only: Sequence[str] = (),
         leave: Sequence[str] = (),
-        conflicts: Literal["stop", "ours", "theirs"] = "stop",
+        conflicts: Literal["stop", "ours", "theirs", "merge"] = "stop",
         dry_run: bool = False,
     ) -> dict[str, Any]:
         """Apply it to what lies below it; returns the result, as of `unionfs branch commit --json`.
@@ -109,7 +109,7 @@ class Branch:
         words += ["--dry-run"] if dry_run else []
         found = self._call("commit", *words, self.name)
         assert isinstance(found, dict)
-        if found["conflicts"] and not found["done"] and conflicts == "stop":
+        if found["conflicts"] and not found["done"] and conflicts in ("stop", "merge"):
             raise ConflictError([(what, path) for what, path in found["conflicts"]])
         return found
 

@@ -17,6 +17,7 @@ from unionfs.branches import beneath, journal, seen
 from unionfs.branches.apply import look, step
 from unionfs.branches.ending import discard, go_on, make_stage, recover
 from unionfs.branches.journal import Journal, Move, Setting
+from unionfs.branches.merging import merged
 from unionfs.branches.mounts import in_use, parent_mounted, unmounted
 from unionfs.branches.plan import Drop, Plan, Planner, Put, hazards
 from unionfs.branches.selection import Selection, relative
@@ -30,7 +31,7 @@ from unionfs.sys.mountinfo import mount_id_of_fd
 from unionfs.union.diff import in_order
 
 _DIRECTORY = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
-STOP, OURS, THEIRS = "stop", "ours", "theirs"
+STOP, OURS, THEIRS, MERGE = "stop", "ours", "theirs", "merge"
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,7 +44,8 @@ class Wish:
     leave: Sequence[str] = ()
     dry_run: bool = False
     conflicts: str = STOP
-    """`ours`: the branch's version is taken; `theirs`: what is below stays."""
+    """`ours`: the branch's version is taken; `theirs`: what is below stays; `merge`: texts are merged, and
+    what cannot be is still a conflict."""
 
 
 @dataclass(slots=True)
@@ -57,6 +59,8 @@ class Result:
     conflicts: list[tuple[str, bytes]] = field(default_factory=list)
     hazards: list[str] = field(default_factory=list)
     skipped: list[bytes] = field(default_factory=list)
+    merged: list[bytes] = field(default_factory=list)
+    """Texts that were changed below, too, and merged."""
     undo: bool = False
     """Whether it can be undone."""
     went_on: bool = False
@@ -111,6 +115,7 @@ class _Commit:
         self._wish = wish
         self._resources = resources
         self._record = branch.record()
+        self._texts: dict[bytes, bytes] = {}
         base = self._record.base
         self._selection = Selection(
             [relative(item, base) for item in wish.only], [relative(item, base) for item in wish.leave]
@@ -121,6 +126,10 @@ class _Commit:
         result = Result(record.base if record.parent is None else f"branch {record.parent}")
         _, conflicts = seen.look(self._branch, self._view)
         conflicts = [item for item in conflicts if self._selection.has(item.path)]
+        if wish.conflicts == MERGE:
+            self._texts = merged(self._branch, self._view, conflicts)
+            result.merged = sorted(self._texts)
+            conflicts = [item for item in conflicts if item.path not in self._texts]
         result.conflicts = [(item.what, item.path) for item in conflicts]
         stay = [item.path for item in conflicts] if wish.conflicts == THEIRS else []
         plan = self._plan(stay)
@@ -129,7 +138,7 @@ class _Commit:
             (change.kind, path) for path, change in in_order(self._view.root) if self._selection.has(path)
         ]
         result.hazards = [*hazards(self._view, plan), *in_use(self._branch, record.base)]
-        if wish.dry_run or (conflicts and wish.conflicts == STOP):
+        if wish.dry_run or (conflicts and wish.conflicts in (STOP, MERGE)):
             return result
         self._apply(plan, result)
         return result
@@ -181,7 +190,7 @@ class _Commit:
         self._resources.callback(os.close, new)
         self._resources.callback(os.close, old)
         base = self._view.merge.roots[-1].layer if self._record.parent is None else None
-        stager = Stager(self._view, new, self._selection.has, base)
+        stager = Stager(self._view, new, self._selection.has, base, self._texts)
         for number, item in enumerate(plan.steps):
             step(f"prepare {os.fsdecode(item.path)}")
             before = self._before(item, tree)

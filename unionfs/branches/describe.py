@@ -86,12 +86,13 @@ class Describer:
         """All of them, sorted by path. Raises OSError."""
         found = []
         for path, change in in_order(self._view.root):
-            item = self._difference(path[1:], change)
+            item = self.difference(path[1:], change)
             if item is not None:
                 found.append(item)
         return self._with_renames(found)
 
-    def _difference(self, path: bytes, change: Change) -> Difference | None:
+    def difference(self, path: bytes, change: Change) -> Difference | None:
+        """What a change is to a reader, None if all is as before. Raises OSError."""
         new, old = self._side(change, change.new), self._side(change, change.old)
         if new is None or old is None:
             return Difference("D" if new is None else "A", path, new, old, change=change)

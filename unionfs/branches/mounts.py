@@ -16,7 +16,7 @@ from unionfs.daemon import live
 from unionfs.daemon.process import mount
 from unionfs.daemon.settle import settle
 from unionfs.daemon.unmount import umount
-from unionfs.errors import UserError, quoted
+from unionfs.errors import UserError, on_failure, quoted
 from unionfs.settings.mount import MountSettings
 from unionfs.sys.mountinfo import mounted_at
 from unionfs.sys.process import start_time
@@ -57,6 +57,38 @@ def _mount(branch: Branch, mountpoint: str, *, with_this_process: bool) -> Mount
     branch.save(replace(record, session=time.time_ns()))
     mount(settings)
     return settings
+
+
+def create(store: Store, name: str, base: str, parent: str | None = None) -> Branch:
+    """Make an empty branch over the directory `base`, or over the branch `parent`. Raises UserError."""
+    if parent is not None:
+        below = store.existing(parent)
+        with below.claimed("made the base of another"):
+            unmounted(below)
+            _complete_links(below)
+    return store.create(name, base, parent)
+
+
+def _complete_links(branch: Branch) -> None:
+    """Put all names of hard links that its index keeps together into a branch that becomes a lower.
+
+    A lower has no index. Raises UserError.
+    """
+    with viewed(branch) as view:
+        linked = view.linked
+    if not linked:
+        return
+    complaint = f"the hard links of branch {quoted(branch.name)} cannot be completed"
+    merged = _mount(branch, branch.merged, with_this_process=True).mountpoint
+    try:
+        with on_failure(complaint, "try again"):
+            for name in linked:
+                path = os.fsencode(merged) + name
+                st = os.lstat(path)
+                # A change of metadata gives the copy this name in the upper.
+                os.utime(path, ns=(st.st_atime_ns, st.st_mtime_ns), follow_symlinks=False)
+    finally:
+        umount(merged)
 
 
 def unmounted(branch: Branch) -> None:

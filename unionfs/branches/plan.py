@@ -19,7 +19,9 @@ from unionfs.branches.view import View
 from unionfs.errors import UserError, quoted
 from unionfs.sys.attributes import FileAttributes
 from unionfs.union.diff import Change, Object
+from unionfs.union.xattrs import CAPABILITY
 
+_EXECUTABLE = stat.S_IXUSR | stat.S_IXGRP | stat.S_IXOTH
 _SET_IDS = stat.S_ISUID | stat.S_ISGID
 
 
@@ -174,10 +176,25 @@ def hazards(view: View, plan: Plan) -> list[str]:
             found.append(f"{_shown(step.path)} belongs to uid {old.st.st_uid}, not to you.")
         if isinstance(step, Put):
             for path, item in _all(view, step.path, step.new):
-                st = item.st
-                if st is not None and stat.S_ISREG(st.st_mode) and st.st_mode & _SET_IDS:
-                    found.append(f"{_shown(path)} is a set-id program (mode {stat.S_IMODE(st.st_mode):04o}).")
+                if (what := _danger(view, path, item)) is not None:
+                    found.append(f"{_shown(path)} is {what}.")
     return found
+
+
+def _danger(view: View, path: bytes, item: Object) -> str | None:
+    """What an object may let others do, if anything."""
+    if item.st is None or item.is_directory:
+        return None
+    mode = item.st.st_mode
+    if stat.S_ISCHR(mode) or stat.S_ISBLK(mode):
+        return f"the device {os.major(item.st.st_rdev)}:{os.minor(item.st.st_rdev)}"
+    if stat.S_ISREG(mode) and mode & _SET_IDS:
+        return f"a set-id program (mode {stat.S_IMODE(mode):04o})"
+    if stat.S_ISREG(mode) and mode & _EXECUTABLE:
+        with view.entry(path.rpartition(b"/")[2], item) as entry:
+            if CAPABILITY in view.xattrs(entry.where):
+                return "a program with capabilities"
+    return None
 
 
 def _shown(path: bytes) -> str:

@@ -11,7 +11,7 @@ from __future__ import annotations
 import errno
 import os
 import stat
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -52,14 +52,23 @@ class _Level:
 class Stager:
     """Copies objects of a branch into the directory `at`."""
 
-    def __init__(self, view: View, at: int, has: Callable[[bytes], bool], base: Layer | None) -> None:
-        """`has`: which paths below a new directory are meant. `base`: the layer that is changed, if it is
-        one.
+    def __init__(
+        self,
+        view: View,
+        at: int,
+        has: Callable[[bytes], bool],
+        base: Layer | None,
+        texts: Mapping[bytes, bytes],
+    ) -> None:
+        """`has`: which paths below a new directory are meant. `base`: the layer that is changed, if any.
+
+        `texts`: the contents of files that were merged.
         """
         self._view = view
         self._at = at
         self._has = has
         self._base = base
+        self._texts = texts
         self._links: dict[int, bytes] = {}
         self._never_clones: set[int] = set()
 
@@ -166,6 +175,10 @@ class Stager:
 
     def _data(self, above: list[Place], path: bytes, found: Object, entry: Entry, target: int) -> None:
         name, st = path.rpartition(b"/")[2], entry.st
+        if path in self._texts:
+            with open(target, "wb", closefd=False) as out:
+                out.write(self._texts[path])
+            return
         if not st.st_size:
             return
         with Owned(self._view.open_data(above, name, found, entry)) as source:

@@ -49,6 +49,8 @@ class View:
         self.merge = merge
         self.root = root
         self._index = index
+        #: The paths of lowers' names that show a copy of the index, with a leading slash.
+        self.linked: list[bytes] = []
         if index is not None and self._lacks_names(index):
             self._find_linked(index)
 
@@ -153,9 +155,9 @@ class View:
         """List the names of lowers that show a copy of the index, which no entry of the upper says."""
         root = self.root.new
         assert root is not None
-        waiting: list[tuple[Change, Object]] = [(self.root, root)]
+        waiting: list[tuple[bytes, Change, Object]] = [(b"", self.root, root)]
         while waiting:
-            above, directory = waiting.pop()
+            path, above, directory = waiting.pop()
             known = {child.name: child for child in above.children}
             for name in self.names(directory):
                 found = self.child(directory, name)
@@ -163,9 +165,10 @@ class View:
                     continue
                 change = known.get(name) or Change(above, name, found, found)
                 if found.is_directory:
-                    waiting.append((change, found))
+                    waiting.append((path + b"/" + name, change, found))
                 elif not change.kind and self._copy(name, found) is not None:
                     change.report("C")
+                    self.linked.append(path + b"/" + name)
 
 
 @contextmanager

@@ -30,6 +30,8 @@ Examples:
               help="All but these paths; may be repeated.")  # fmt: skip
 @click.option("--ours", "conflicts", flag_value="ours", help="In conflicts take the branch's version.")
 @click.option("--theirs", "conflicts", flag_value="theirs", help="In conflicts keep what is below.")
+@click.option("--merge", "conflicts", flag_value="merge",
+              help="In conflicts merge texts by git merge-file, if `try` has kept the original.")  # fmt: skip
 @click.option("--dry-run", is_flag=True, help="Only say what would be done, and the conflicts.")
 @root_option
 @json_option
@@ -42,7 +44,7 @@ def commit(
     ends.
 
     What was changed below since the branch was made is a conflict: it is listed, and nothing is done,
-    unless --ours or --theirs decides. A commit that was killed goes on by the same command.
+    unless --ours, --theirs or --merge decides. A commit that was killed goes on by the same command.
 
     The exit code is 0 if all is done, 3 if there are conflicts and nothing was changed, else 1.
     """
@@ -66,7 +68,8 @@ def values(result: Result) -> dict[str, Any]:
         "target": result.target, "done": result.done, "went_on": result.went_on, "undo": result.undo,
         "changes": [[kind, os.fsdecode(path[1:])] for kind, path in result.changes],
         "conflicts": [[what, os.fsdecode(path[1:])] for what, path in result.conflicts],
-        "skipped": [os.fsdecode(path[1:]) for path in result.skipped], "hazards": result.hazards,
+        "skipped": [os.fsdecode(path[1:]) for path in result.skipped],
+        "merged": [os.fsdecode(path[1:]) for path in result.merged], "hazards": result.hazards,
     }  # fmt: skip
 
 
@@ -76,6 +79,8 @@ def report(name: str, result: Result, *, dry_run: bool = False) -> None:
         tell(sentence)
     for what, path in result.conflicts:
         print(f"conflict: {shell_word(path[1:])} ({what} below since)")
+    for path in result.merged:
+        print(f"merged: {shell_word(path[1:])}")
     for path in result.skipped:
         print(f"kept: {shell_word(path[1:])}")
     if dry_run:
@@ -86,7 +91,7 @@ def report(name: str, result: Result, *, dry_run: bool = False) -> None:
             "unionfs",
             f"branch {name} was not committed: {len(result.conflicts)} paths were changed below, too; "
             "decide by "
-            "--ours or --theirs, or choose paths by --only.",
+            "--ours, --theirs or --merge, or choose paths by --only.",
         )
     else:
         went_on = "an interrupted commit was finished: " if result.went_on else ""

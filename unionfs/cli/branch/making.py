@@ -36,6 +36,7 @@ def create(
     until it is committed or discarded.
     """
     # For start-up time: --help and completion do not need it.
+    from unionfs.branches.mounts import create as make
     from unionfs.branches.mounts import mount_branch
     from unionfs.branches.store import Store
 
@@ -44,7 +45,7 @@ def create(
     if no_mount and mountpoint is not None:
         raise click.UsageError("give either --no-mount or a mountpoint")
     store = Store(root)
-    made = store.create(name, base or "", parent)
+    made = make(store, name, base or "", parent)
     place = None
     if not no_mount:
         try:

@@ -93,6 +93,9 @@ def shell(root: str | None, name: str) -> int:
 
 def _branch(store: Store, name: str | None, base: str | None, parent: str | None) -> tuple[bool, Branch]:
     """The branch to use, and whether it is new."""
+    # For start-up time: --help and completion do not need it.
+    from unionfs.branches.mounts import create
+
     if base is not None and parent is not None:
         raise click.UsageError("give either -D or --from")
     if name is not None and (branch := store.branch(name)).exists():
@@ -106,7 +109,7 @@ def _branch(store: Store, name: str | None, base: str | None, parent: str | None
         if parent is not None and parent != record.parent:
             raise UserError(f"branch {quoted(name)} does not lie over {quoted(parent)}; choose another name.")
         return False, branch
-    return True, store.create(name or f"try-{secrets.token_hex(3)}", base or ".", parent)
+    return True, create(store, name or f"try-{secrets.token_hex(3)}", base or ".", parent)
 
 
 def _run(store: Store, branch: Branch, fresh: bool, wish: dict[str, Any]) -> int:
@@ -136,13 +139,13 @@ def _afterwards(
     # For start-up time: --help and completion do not need it.
     from unionfs.branches.view import viewed
 
+    found: list[Difference] = []
+    lines: list[str] = []
     with viewed(branch) as view:
-        if not view.root.children:
-            if report is not None:
-                _write(report, {"name": branch.name, "exit_code": code, "changes": []})
-            found, lines = [], []
-        else:
+        if view.root.children:
             found, lines = _described(branch, view, code, report)
+        elif report is not None:
+            _write(report, {"name": branch.name, "exit_code": code, "changes": []})
     if not found and fresh:
         branch.remove()
         return code
@@ -156,12 +159,16 @@ def _described(
 ) -> tuple[list[Difference], list[str]]:
     """The changes, and the lines about them; writes the report."""
     # For start-up time: commands that change nothing do not need it.
+    from unionfs.branches import seen
     from unionfs.branches.describe import Describer
+    from unionfs.branches.merging import keep_originals
     from unionfs.branches.selection import NOISE, Selection
     from unionfs.cli.branch.differences import hidden, rendered, total
 
     describer, noise = Describer(view), Selection((), NOISE)
     found = describer.differences()
+    known, _ = seen.look(branch, view)
+    keep_originals(branch, describer, found, known)
     shown = [item for item in found if noise.has(b"/" + item.path)]
     lines = [*rendered(describer, shown[:_MOST_LINES], None)]
     if len(shown) > _MOST_LINES:
