@@ -50,7 +50,7 @@ def project(branching: Branching) -> Branching:
 
 def comparable(root: Path) -> Tree:
     """Without what has times or the path in its content."""
-    skipped = (b".git/index", b"logs/HEAD", b".pyc", b"hello", b".o")
+    skipped = (b".git/index", b"logs/HEAD", b"hello", b".o", b"/RECORD", b"/direct_url.json")
     return {path: entry for path, entry in tree(root, times=False).items() if not path.endswith(skipped)}
 
 

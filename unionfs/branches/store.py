@@ -67,7 +67,12 @@ class Store:
 
     def children(self, name: str) -> list[str]:
         """The names of the branches that lie over a branch."""
-        return [other.name for other in self.branches() if other.record().parent == name]
+        found = []
+        for other in self.branches():
+            with suppress(UserError):  # a damaged one must not stop the others
+                if other.record().parent == name:
+                    found.append(other.name)
+        return found
 
     def check(self, *, make: bool = False) -> None:
         """Refuse a store that others could change; with `make` create it. Raises UserError."""
