@@ -24,7 +24,9 @@ from unionfs.sys.process import start_time
 
 def mount_of(branch: Branch) -> live.LiveMount | None:
     """The mount of a branch, None if it is not mounted."""
-    return next((entry for entry in live.entries() if entry.settings.upper == branch.upper), None)
+    # Another mount namespace may still have it: that daemon goes on, and can change nothing any more.
+    known = (entry for entry in live.entries() if entry.settings.upper == branch.upper)
+    return next((entry for entry in known if entry.mounts()), None)
 
 
 def mount_branch(

@@ -23,7 +23,8 @@ from unionfs.containers.process import Command, CommandError, hold_signals
 from unionfs.daemon.unmount import umount
 from unionfs.errors import UserError, on_failure, quoted
 from unionfs.sys import guardian
-from unionfs.sys.fds import Owned
+from unionfs.sys.calls import syncfs
+from unionfs.sys.fds import Owned, directory
 from unionfs.sys.mountinfo import mounted_at, read_mountinfo
 from unionfs.sys.openat2 import RESOLVE_NO_MAGICLINKS, RESOLVE_NO_SYMLINKS, openat2
 
@@ -116,6 +117,9 @@ class _Try:
         if mounted_at(merged) is None:
             return
         try:
+            # A copy of the mount in another namespace would keep what is not written back.
+            with suppress(OSError), directory(merged) as fd:
+                syncfs(fd)
             umount(merged)
         except UserError as error:
             self._complain(str(error))
@@ -212,8 +216,8 @@ def _find_command(name: str, workdir: str, merged: str, base: str) -> None:
     """Raise CommandError for a command that is not there, or not executable, where it will be looked for."""
     directories = [workdir] if "/" in name else os.environ.get("PATH", bubblewrap.PATH).split(":")
     found = False
-    for directory in directories:
-        path = os.path.normpath(os.path.join(workdir, directory, name))
+    for place in directories:
+        path = os.path.normpath(os.path.join(workdir, place, name))
         inside = _inside(path, base)
         where = path if inside is None else os.path.join(merged, inside)
         try:
