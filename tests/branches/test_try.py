@@ -260,12 +260,17 @@ class TestBranches:
         refused(filled.unionfs("branch", "undo"), "no commit to undo")
         filled.says("branch", "create", "--no-mount", "--base", filled.base, "br")
         refused(filled.unionfs("branch", "create", "--base", filled.base, "br"), "already exists")
-        filled.says("branch", "rename", "br", "other")
+        renamed = json.loads(filled.says("branch", "rename", "--json", "br", "other"))
+        assert renamed == {"name": "other", "former": "br"}
+        done = filled.unionfs("branch", "shell", "other", env={"SHELL": "/bin/pwd"})
+        assert (done.returncode, done.stdout) == (0, f"{filled.base}\n")
         filled.tries("echo > n", "other")
         refused(filled.unionfs("branch", "rm", "other"), "has changes")
         (filled.root / "branches/other/branch.json").write_text("{}")
         refused(filled.unionfs("branch", "diff", "other"), "cannot be used")
         assert filled.unionfs("branch", "ls").returncode == 1
+        filled.says("branch", "create", "--no-mount", "--base", filled.base, "br")
+        assert json.loads(filled.says("branch", "rm", "--json", "br")) == {"removed": ["br"]}
 
     def test_hazards(self, filled: Branching) -> None:
         filled.tries("cp /bin/true tool; chmod 4755 tool; mknod null c 1 3")

@@ -119,7 +119,7 @@ class Branch:
 
     def discard(self) -> None:
         """Remove it with its changes. Raises BranchError."""
-        self._call("discard", self.name, as_json=False)
+        self._call("discard", self.name)
 
     def end(self) -> None:
         """Remove it unless it is kept or gone: the end of a `with` block. Raises BranchError."""
@@ -129,15 +129,15 @@ class Branch:
     def _options(self) -> list[str]:
         return [] if self._root is None else ["--root", self._root]
 
-    def _call(self, command: str, *words: str, as_json: bool = True) -> Any:
-        options = [*self._options(), *(["--json"] if as_json else [])]
+    def _call(self, command: str, *words: str) -> Any:
+        options = [*self._options(), "--json"]
         done = subprocess.run(
             [*_program(), "branch", command, *options, *words], text=True, stdin=subprocess.DEVNULL,
             errors="surrogateescape", capture_output=True,
         )  # fmt: skip
         if done.returncode not in (0, _CONFLICTS):
             raise BranchError(done.stderr.strip().removeprefix("unionfs: "))
-        return json.loads(done.stdout) if as_json else None
+        return json.loads(done.stdout)
 
 
 @contextmanager

@@ -81,25 +81,41 @@ def _show(name: str, upper: str, mountpoint: str | None, as_json: bool) -> None:
 
 @click.command(epilog="Example: unionfs branch discard fix")
 @root_option
+@json_option
 @click.argument("names", nargs=-1, required=True, metavar="NAME...", shell_complete=complete_branches)
-def discard(root: str | None, names: tuple[str, ...]) -> int:
+def discard(root: str | None, as_json: bool, names: tuple[str, ...]) -> int:
     """Unmount and remove branches with all their changes, and print their names.
 
     A branch that others lie over, or that is in use, stays and is reported.
     """
-    return for_each(names, lambda name: _remove(root, name, with_changes=True))
+    return _remove_each(root, names, with_changes=True, as_json=as_json)
 
 
 @click.command(epilog="Example: unionfs branch rm fix")
 @click.option("-f", "--force", is_flag=True, help="Also with changes, as `discard`.")
 @root_option
+@json_option
 @click.argument("names", nargs=-1, required=True, metavar="NAME...", shell_complete=complete_branches)
-def rm(force: bool, root: str | None, names: tuple[str, ...]) -> int:
+def rm(force: bool, root: str | None, as_json: bool, names: tuple[str, ...]) -> int:
     """Unmount and remove branches that change nothing, and print their names."""
-    return for_each(names, lambda name: _remove(root, name, with_changes=force))
+    return _remove_each(root, names, with_changes=force, as_json=as_json)
 
 
-def _remove(root: str | None, name: str, *, with_changes: bool) -> bool:
+def _remove_each(root: str | None, names: tuple[str, ...], *, with_changes: bool, as_json: bool) -> int:
+    removed = []
+
+    def remove(name: str) -> bool:
+        _remove(root, name, with_changes=with_changes)
+        removed.append(name)
+        return not as_json
+
+    code = for_each(names, remove)
+    if as_json:
+        print_json({"removed": removed})
+    return code
+
+
+def _remove(root: str | None, name: str, *, with_changes: bool) -> None:
     # For start-up time: --help and completion do not need it.
     from unionfs.branches.mounts import unmounted
     from unionfs.branches.store import Store
@@ -117,14 +133,14 @@ def _remove(root: str | None, name: str, *, with_changes: bool) -> bool:
                         f"branch discard {quoted(name)}`."
                     )
         branch.remove()
-    return True
 
 
 @click.command(epilog="Example: unionfs branch rename fix fix-login")
 @root_option
+@json_option
 @click.argument("name", shell_complete=complete_branches)
 @click.argument("new")
-def rename(root: str | None, name: str, new: str) -> None:
+def rename(root: str | None, as_json: bool, name: str, new: str) -> None:
     """Give the branch NAME the name NEW. It must not be mounted, and no branch may lie over it."""
     # For start-up time: --help and completion do not need it.
     from unionfs.branches.mounts import mount_of
@@ -138,3 +154,5 @@ def rename(root: str | None, name: str, new: str) -> None:
                 f"branch {quoted(name)} is mounted at {quoted(entry.settings.mountpoint)}; unmount it first."
             )
         branch.rename(new)
+    if as_json:
+        print_json({"name": new, "former": name})
