@@ -11,7 +11,7 @@ import pytest
 
 from tests.unit.union_support import OpenUnion, get
 from tests.unit.union_support import open_union as open_union
-from unionfs.core.files import OpenFile, UnreadFile
+from unionfs.core.files import OpenFile
 from unionfs.core.opening import KeptFiles
 from unionfs.fuse.inline import begin
 from unionfs.fuse.operations import Operations
@@ -44,7 +44,7 @@ def test_an_open_goes_on_with_the_file_of_its_copy_up(union: Union, tmp_path: Pa
     assert begin(files.write(prepared, 0, b"D", None)) == 1
     assert (tmp_path / "upper/d/f").read_text() == ("D" if flags & os.O_TRUNC else "Data")
     files.release(number)
-    assert prepared.fd == -1
+    assert not prepared.is_open
     assert os.listdir("/proc/self/fd") == fds
 
 
@@ -56,12 +56,12 @@ def test_readers_go_on_with_the_upper_after_a_copy_up(union: Union) -> None:
     prepared = begin(files.prepare(node, os.O_RDWR))
     assert isinstance(prepared, OpenFile)
     assert files[reader].file is prepared is not lower
-    assert lower.fd == -1
+    assert not lower.is_open
     writer = files.open(node, os.O_RDWR, Process(0, 0, 0), prepared, kills_set_ids=False)
     files.release(writer)
     assert prepared.read(4, 0) == b"data"
     files.release(reader)
-    assert prepared.fd == -1
+    assert not prepared.is_open
 
 
 def test_files_that_stay_open_are_few_and_go_with_their_nodes(union: Union) -> None:
@@ -70,10 +70,10 @@ def test_files_that_stay_open_are_few_and_go_with_their_nodes(union: Union) -> N
     for node in nodes:
         node.looked_up()
     kept = [union.files.keep(node, write=False) for node in nodes]
-    assert (kept[0].fd, len(union.files.kept)) == (-1, 2)
+    assert (kept[0].is_open, len(union.files.kept)) == (False, 2)
     assert union.files.keep(nodes[1], write=False) is kept[1]
     union.nodes.forget(nodes[1], 1)
-    assert (kept[1].fd, len(union.files.kept), nodes[1].use) == (-1, 1, None)
+    assert (kept[1].is_open, len(union.files.kept), nodes[1].use) == (False, 1, None)
 
 
 def test_without_shortcuts(union: Union) -> None:
@@ -81,10 +81,12 @@ def test_without_shortcuts(union: Union) -> None:
     operations = Operations(plain)
     node = get(plain, "d/f")
     known = get(union, "d/f")
-    assert isinstance(union.files.opener.lend_unread(known, known.in_use()), UnreadFile)
+    unread = union.files.opener.lend_unread(known, known.in_use())
+    assert unread is not None
+    assert not unread.is_open
     file = plain.files.opener.lend_unread(node, node.in_use())
     assert file is not None
-    assert not isinstance(file, UnreadFile)
+    assert file.is_open
     assert not node.no_capability
     plain.files.take_back(node, file)
     begin(operations.copy_ups.ensure(node))
@@ -149,4 +151,4 @@ def test_what_a_release_closes(union: Union) -> None:
     assert node.use is not None
     assert node.use.handles == handles[1:]
     assert files.release(numbers[1]) is handles[1]
-    assert handles[1].file.fd == -1
+    assert not handles[1].file.is_open

@@ -284,7 +284,7 @@ def test_only_a_file_that_stays_open_is_reported_when_forgotten(
     for node in (kept, opened, directory):
         union.nodes.forget(node, 1)
     assert dropped == [kept]
-    assert (file.fd, part.fd, kept.use, opened.use) == (-1, -1, None, None)
+    assert (file.is_open, part.fd, kept.use, opened.use) == (False, -1, None, None)
     assert list(union.nodes) == [union.nodes.root]
 
 
