@@ -115,7 +115,7 @@ def run(
     {storage}
     """
     # For start-up time: --help and completion do not need it.
-    from unionfs.containers.run import CommandError
+    from unionfs.containers.process import CommandError
     from unionfs.containers.store import new_name
 
     environment = {**_from_files(env_files), **environment}

@@ -33,6 +33,8 @@ _COMMANDS = {
     "kill": ("unionfs.cli.container:kill", "Send a signal to containers."),
     "rm": ("unionfs.cli.containers:rm", "Remove containers."),
     "container": ("unionfs.cli.container:container", "Manage containers."),
+    "try": ("unionfs.cli.branch.trying:try_", "Run a command on a branch of a directory, and decide then."),
+    "branch": ("unionfs.cli.branch:branch", "Manage branches: diff, commit, undo, discard."),
     "image": ("unionfs.cli.image:image", "Manage unpacked images."),
     "layer": ("unionfs.cli.layer:layer", "Convert uppers to and from layers of images."),
     "commit": ("unionfs.cli.commit:commit", "Write a mount as an image."),
@@ -67,8 +69,10 @@ def is_mount_helper_call(arguments: Sequence[str], program: str) -> bool:
         return True
     if len(arguments) < 3 or arguments[0].startswith("-") or arguments[0] == "mount":
         return False
-    if arguments[0] in ("volume", "layer") and not arguments[1].startswith("/"):
+    if arguments[0] in ("volume", "layer", "try", "branch") and not arguments[1].startswith("/"):
         return False  # some of their commands take -o; mount(8) passes absolute mountpoints
+    if arguments[0] == "try" and not (len(arguments) == 4 and os.path.isdir(arguments[1])):
+        return False  # the command that it runs takes -o
     # No other subcommand takes -o, so a SOURCE may have a subcommand's name.
     return not arguments[1].startswith("-") and any(word.startswith("-o") for word in arguments[2:])
 

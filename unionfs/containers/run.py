@@ -15,7 +15,7 @@ from unionfs.containers import bubblewrap, state
 from unionfs.containers.account import Account, find_account
 from unionfs.containers.bubblewrap import Confinement
 from unionfs.containers.confinement import settle_confinement
-from unionfs.containers.process import Command, hold_signals
+from unionfs.containers.process import Command, CommandError, hold_signals
 from unionfs.containers.state import State
 from unionfs.containers.store import Container, new_name
 from unionfs.daemon import live
@@ -42,14 +42,6 @@ _INTERPRETER_LINE = 256  # BINPRM_BUF_SIZE, linux/binfmts.h
 _LONGEST_HOSTNAME = 64  # HOST_NAME_MAX
 _END_SECONDS = 20.0
 _KERNEL_TREES = (b"proc", b"dev", b"sys")
-
-
-class CommandError(UserError):
-    """The command cannot be started; `code` is the exit code as in shells and docker."""
-
-    def __init__(self, sentence: str, code: int) -> None:
-        super().__init__(sentence)
-        self.code = code
 
 
 @dataclass(frozen=True, slots=True)
@@ -293,7 +285,7 @@ class _Run:
         with ExitStack() as stack:
             data = [bubblewrap.environment_arguments(environment)]
             data += [] if confinement.filter is None else [confinement.filter]
-            fds = [stack.enter_context(Owned(_in_memory(part))) for part in data]
+            fds = [stack.enter_context(Owned(bubblewrap.in_memory(part))) for part in data]
             return Command(
                 self._program,
                 bubblewrap.arguments(
@@ -356,15 +348,6 @@ def _wants_small_root(confinement: Confinement, workdir: str, storage: Sequence[
     if confinement.privileged:
         return False
     return os.geteuid() == 0 or any(workdir.startswith(f"{spec.target}/") for spec in storage)
-
-
-def _in_memory(data: bytes) -> int:
-    """An fd from which bubblewrap reads `data`."""
-    fd = os.memfd_create("bwrap", os.MFD_CLOEXEC)
-    with os.fdopen(os.dup(fd), "wb") as out:
-        out.write(data)
-    os.lseek(fd, 0, os.SEEK_SET)
-    return fd
 
 
 def _refuse_kernel_trees(given: str, first: bytes) -> None:
