@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import pwd
 import subprocess
 from collections.abc import Iterator
@@ -41,7 +40,8 @@ create extension amcheck;
 create table documents (id int primary key, body text, large bytea);
 create index documents_body on documents using btree (md5(body));
 create index documents_words on documents using gin (to_tsvector('simple', body));
-insert into documents select n, repeat('word' || n || ' ', n % 900), decode(repeat(md5(n::text), n % 400), 'hex')
+insert into documents
+    select n, repeat('word' || n || ' ', n % 900), decode(repeat(md5(n::text), n % 400), 'hex')
     from generate_series(1, 3000) n;
 create table acknowledged (id serial primary key, filler text);
 """
@@ -193,7 +193,8 @@ class Cluster:
         """The schema and the rows of all tables whose content `work` determines."""
         schema = self.run("pg_dump", "--schema-only")
         # PostgreSQL 15.14 and later put a random word around a dump.
-        lines = [line for line in schema.splitlines() if not line.startswith((b"\\restrict", b"\\unrestrict"))]
+        random = (b"\\restrict", b"\\unrestrict")
+        lines = [line for line in schema.splitlines() if not line.startswith(random)]
         return b"\n".join(lines) + self.sql(_CONTENT)
 
     def check(self) -> None:

@@ -86,7 +86,8 @@ def test_killed_and_recovered(
                 assert database.content() == expected
                 last = database.kill_at_work()
             with database.running():
-                assert int(database.sql("select count(*) from acknowledged where id <= %d" % last)) == last
+                kept = database.sql(f"select count(*) from acknowledged where id <= {last}")
+                assert int(kept) == last
                 assert database.content() == expected
                 database.check()
             database.check_pages()

@@ -1,4 +1,4 @@
-"""An ordinary user whose home is on NFS mounts with all layers there, as rootless podman calls the program."""
+"""An ordinary user with a home on NFS mounts with all layers there, as rootless podman calls the program."""
 
 from __future__ import annotations
 

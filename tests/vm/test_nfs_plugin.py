@@ -1,4 +1,4 @@
-"""The volume plugin serves volumes of `type=nfs`: mounted for their first container, unmounted with the last."""
+"""The volume plugin serves volumes of `type=nfs`: mounted for their first container until their last."""
 
 from __future__ import annotations
 

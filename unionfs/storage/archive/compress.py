@@ -204,7 +204,7 @@ class _Both:
 
 
 class _Gunzip:
-    """The content of gzip's members, in pieces as large as requested: Python's GzipFile takes 8 KiB at a time."""
+    """The content of gzip's members, in large pieces: Python's GzipFile takes 8 KiB at a time."""
 
     def __init__(self, source: IO[bytes]) -> None:
         self._source = source
