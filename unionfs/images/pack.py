@@ -259,18 +259,17 @@ class Packer:
                     return False
             except OSError:
                 return False
-            header = self._out.plain_header(
-                path, stat.S_IMODE(st.st_mode), st.st_uid, st.st_gid, size, mtime
-            )
-            if header is None:
-                return False
             data = os.pread(reading, size + 1, 0)
             after = os.fstat(reading)
         if len(data) != size or (after.st_mtime_ns, after.st_ctime_ns, after.st_size) != (
             mtime, st.st_ctime_ns, size,
         ):  # fmt: skip
             return False
-        self._out.add_plain(header, data)
+        mode = stat.S_IMODE(st.st_mode)
+        if (header := self._out.plain_header(path, mode, st.st_uid, st.st_gid, size, mtime)) is not None:
+            self._out.add_plain(header, data)
+        else:
+            self._out.add(_entry(path, FILE, st, NO_XATTRS, size=size), data)
         self.packed.entries += 1
         self.packed.size += size
         self._written.add(path)
