@@ -93,7 +93,12 @@ def test_mounted_from_outside_a_user_namespace(server: Server, area: Path, squas
         with kernel_mounted(
             area, lowers=[home / "lower"], upper=home / "upper", work=home / "work", options=["userxattr"]
         ) as kernel:
-            assert tree(kernel.mountpoint) == tree(area / "plain")
+            # Redirects in user.* xattrs are followed by the user's own mounts alone.
+            seen_by_kernel = tree(kernel.mountpoint)
+            assert seen_by_kernel == {
+                path: entry for path, entry in tree(area / "plain").items()
+                if not path.startswith(b"renamed")
+            }  # fmt: skip
 
 
 def test_mounted_inside_a_user_namespace(server: Server, area: Path) -> None:
@@ -102,15 +107,10 @@ def test_mounted_inside_a_user_namespace(server: Server, area: Path) -> None:
         build(export.there / "home/lower")
         program = shlex.join([host.command[0], *FUSE_UNIONFS[1:]])
         mount = f"{program} -o lowerdir=lower,upperdir=upper,workdir=work merged"
-        script = f"{mount}; ({CHANGES}); umount merged; {mount}; ls -A merged; umount merged"
-        done = host.run("unshare", "-Urm", "sh", "-ec", script, "sh", "merged", cwd=place.root)
+        script = f"cd $0; {mount}; ({CHANGES}); umount merged; {mount}; ls -A merged; umount merged"
+        done = host.run("unshare", "-Urm", "sh", "-ec", script, place.root, "merged")
         succeed(host.run("sh", "-ec", CHANGES, "sh", area / "plain"))
         assert succeed(done).split() == sorted(os.listdir(area / "plain"))
-        home = export.there / "home"
-        with kernel_mounted(
-            area, lowers=[home / "lower"], upper=home / "upper", work=home / "work", options=["userxattr"]
-        ) as kernel:
-            assert tree(kernel.mountpoint) == tree(area / "plain")
 
 
 def test_a_version_without_xattrs(server: Server) -> None:
@@ -128,7 +128,7 @@ def test_a_version_without_xattrs(server: Server) -> None:
                 os.chown(local / name, UID, UID)
             options = f"lowerdir=lower:lower2,upperdir={local}/upper,workdir={local}/work"
             succeed(call(host, "-o", options, place.merged))
-            done = host.run("sh", "-c", "echo x >> base; cat base", cwd=place.merged)
+            done = host.run("sh", "-c", "cd $0; echo x >> base; cat base", place.merged)
             assert done.stdout == "base\nx\n"
             succeed(host.run("fusermount3", "-u", place.merged))
         finally:

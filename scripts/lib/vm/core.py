@@ -1,4 +1,4 @@
-"""The compiled core for a machine: built in its image's root, at the host's speed, once per state of its sources."""
+"""The compiled core for a machine: built in its image's root, at the host's speed, once for the same sources."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def compiled(kernel: image.Kernel) -> Path:
     if target.exists():
         return target
     if os.geteuid() != 0:
-        raise VmError("The core is not compiled for this image yet, and only root can do that: run it as root.")
+        raise VmError("The core is not compiled for this image yet, which only root can do: run it as root.")
     print("Compiling the core for it", flush=True)
     with tempfile.TemporaryDirectory(prefix="core-", dir=kernel.root.parent) as name:
         work = Path(name)

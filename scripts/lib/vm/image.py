@@ -231,8 +231,8 @@ def chroot(
     ``before``: a script that mounts ``root``.
     """
     _run(
-        "unshare", "--mount", "--pid", "--fork", "--kill-child", "/bin/sh", "-euc", before + _ENTER, "enter", root,
-        script, "/etc/resolv.conf", *paths, doing=doing,
+        "unshare", "--mount", "--pid", "--fork", "--kill-child", "/bin/sh", "-euc", before + _ENTER, "enter",
+        root, script, "/etc/resolv.conf", *paths, doing=doing,
         env={
             "DEBIAN_FRONTEND": "noninteractive", "HOME": "/root", "LC_ALL": "C.UTF-8",
             "PATH": "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin", **(env or {}),
