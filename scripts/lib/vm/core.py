@@ -1,4 +1,4 @@
-"""The compiled core for a machine: built in its image's root, at the host's speed, once for the same sources."""
+"""The compiled core for a machine: built in its image's root, at the host's speed, once for each source."""
 
 from __future__ import annotations
 
