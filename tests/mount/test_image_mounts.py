@@ -232,7 +232,7 @@ def test_hostile_archives_are_refused_by_each_command(images: Images, command: s
 def test_commit_refuses_what_it_cannot_write(images: Images) -> None:
     place = images.place
     for mounted, target, words in (
-        (False, f"oci-archive:{place.root}/x.tar", "not a live unionfs mount"),
+        (False, f"oci-archive:{place.root}/x.tar", "not an active unionfs mount"),
         (True, f"docker-archive:{place.root}/x.tar", "skopeo copy"),
         (True, "oci-archive:/nowhere/x.tar", "/nowhere"),
     ):
