@@ -111,8 +111,8 @@ def requests_of(store: Store, mountpoint: str) -> dict[str, int]:
     program = mount_program(OURS)
     assert program is not None
     shown = store.run(program.with_name("unionfs"), "stats", "--json", "--seconds", "0", mountpoint)
-    found: dict[str, int] = json.loads(shown)["requests"]
-    return found
+    found: dict[str, dict[str, int]] = json.loads(shown)["requests"]
+    return {kind: figures["total"] for kind, figures in found.items()}
 
 
 def count_requests(store: Store) -> None:

@@ -33,6 +33,13 @@ def _mount(place: Place) -> None:
     succeed(unionfs("umount", place.merged))
 
 
+def _resident() -> tuple[int, Path, bytes]:
+    """The pid of the resident, its socket, and the identity of its launcher."""
+    (pid,) = residents()
+    name, identity = Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")[-3:-1]
+    return pid, RUNTIME / f"{os.fsdecode(name)}.sock", identity
+
+
 def _call(place: Place, identity: bytes) -> bytes:
     """What a launcher of this identity sends for a mount."""
     words = [os.fsencode(word) for word in (LAUNCHER, "-o", place.data, place.merged)]
@@ -44,9 +51,7 @@ def _call(place: Place, identity: bytes) -> bytes:
 def test_a_call_of_another_user(place: Place, attacker: Worker, message: str) -> None:
     """It is not answered, also where permissions would let it pass."""
     _mount(place)
-    (pid,) = residents()
-    name, identity = Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")[-3:-1]
-    path = RUNTIME / f"{os.fsdecode(name)}.sock"
+    pid, path, identity = _resident()
     sent = {"a call": _call(place, identity), "nothing": b"", "nonsense": os.urandom(4096)}[message]
     with pytest.raises(PermissionError):
         attacker.call(attacks.call_resident, str(path), sent)
@@ -63,8 +68,8 @@ def test_a_call_of_another_user(place: Place, attacker: Worker, message: str) ->
 def test_a_socket_of_another_user(place: Place, attacker: Worker) -> None:
     """The launcher sends nothing to it, and starts a resident in its place."""
     _mount(place)
+    _, path, _ = _resident()
     end_residents(signal.SIGKILL)
-    (path,) = RUNTIME.glob("resident-*.sock")
     RUNTIME.chmod(0o711)
     theirs = RUNTIME / "theirs"
     theirs.mkdir()
