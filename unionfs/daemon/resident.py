@@ -46,6 +46,8 @@ def reside(name: str, identity: str, run: Run) -> None:
     Call it when everything is imported.
     """
     signal.signal(signal.SIGTERM, _leave)
+    # Ignored by the caller of the first launcher, it would hide how processes ended.
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     resident = _Resident(name)
     pages = None
     with suppress(OSError):
