@@ -9,7 +9,7 @@ import os
 from libc.errno cimport EINTR, errno
 from libc.stdint cimport uint32_t
 from posix.types cimport gid_t, pid_t, uid_t
-from posix.unistd cimport close, fork, geteuid
+from posix.unistd cimport close, fork, geteuid, read
 
 cdef extern from "Python.h":
     int PyErr_CheckSignals() except -1
@@ -20,7 +20,7 @@ cdef extern from "Python.h":
 cdef extern from "<signal.h>" nogil:
     ctypedef struct sigset_t:
         pass
-    enum: SIG_SETMASK, SIG_BLOCK, SIGCHLD
+    enum: SIG_SETMASK, SIG_BLOCK, SIGCHLD, SIGINT, SIGTERM
     int sigemptyset(sigset_t *signals)
     int sigaddset(sigset_t *signals, int number)
     int sigprocmask(int how, const sigset_t *new, sigset_t *old)
@@ -29,13 +29,18 @@ cdef extern from "<sys/signalfd.h>" nogil:
     enum: SFD_CLOEXEC, SFD_NONBLOCK
     int signalfd(int fd, const sigset_t *signals, int flags)
 
+cdef extern from "<time.h>" nogil:
+    struct timespec:
+        long tv_sec
+        long tv_nsec
+
 cdef extern from "<poll.h>" nogil:
     enum: POLLIN
     struct pollfd:
         int fd
         short events
         short revents
-    int poll(pollfd *files, unsigned long count, int timeout)
+    int ppoll(pollfd *files, unsigned long count, const timespec *timeout, const sigset_t *mask)
 
 cdef extern from "<sys/wait.h>" nogil:
     enum: WNOHANG
@@ -43,14 +48,7 @@ cdef extern from "<sys/wait.h>" nogil:
     bint WIFEXITED(int status)
     int WEXITSTATUS(int status)
 
-cdef extern from * nogil:
-    """
-    #ifndef _GNU_SOURCE
-    #define _GNU_SOURCE
-    #endif
-    #include <sys/socket.h>
-    #include <unistd.h>
-    """
+cdef extern from "<sys/socket.h>" nogil:
     struct ucred:
         pid_t pid
         uid_t uid
@@ -58,7 +56,6 @@ cdef extern from * nogil:
     enum: SOL_SOCKET, SO_PEERCRED, SOCK_CLOEXEC
     int accept4(int fd, void *address, uint32_t *size, int flags)
     int getsockopt(int fd, int level, int option, void *value, uint32_t *size)
-    ssize_t read(int fd, void *data, size_t size)
 
 #: What `Forking.next` returns instead of a connection.
 IDLE = -1
@@ -75,21 +72,27 @@ cdef class Forking:
     cdef int listener, first, ended, refusing
     cdef readonly long forked
     """How many processes."""
-    cdef sigset_t before
+    cdef sigset_t before, waiting
 
     def __init__(self, int listener, int first, int refusing):
         """``listener``: a non-blocking socket; ``first``: a connection that is there already.
 
         ``refusing``: an exit code of a forked process, see ``next``.
         """
-        cdef sigset_t child
+        cdef sigset_t child, handled
         sigemptyset(&child)
         sigaddset(&child, SIGCHLD)
         self.listener, self.first, self.refusing = listener, first, refusing
         self.ended = signalfd(-1, &child, SFD_CLOEXEC | SFD_NONBLOCK)
         if self.ended < 0:
             raise OSError(errno, os.strerror(errno))
-        sigprocmask(SIG_BLOCK, &child, &self.before)
+        # These come while it waits, so that none is left unnoticed until the next connection.
+        handled = child
+        sigaddset(&handled, SIGINT)
+        sigaddset(&handled, SIGTERM)
+        sigprocmask(SIG_BLOCK, &handled, &self.before)
+        self.waiting = self.before
+        sigaddset(&self.waiting, SIGCHLD)
 
     def next(self, int timeout):
         """Wait for a connection, and fork. Returns in the forked process the fd of its connection.
@@ -98,6 +101,8 @@ cdef class Forking:
         ended with that exit code. Signal handlers may raise exceptions.
         """
         cdef pollfd files[2]
+        cdef timespec limit
+        limit.tv_sec, limit.tv_nsec = timeout // 1000, timeout % 1000 * 1_000_000
         cdef int connection = self.first
         self.first = -1
         while True:
@@ -106,7 +111,7 @@ cdef class Forking:
             connection = -1
             files[0].fd, files[0].events, files[0].revents = self.listener, POLLIN, 0
             files[1].fd, files[1].events, files[1].revents = self.ended, POLLIN, 0
-            if poll(files, 2, timeout) < 0:
+            if ppoll(files, 2, &limit, &self.waiting) < 0:
                 if errno != EINTR:
                     raise OSError(errno, os.strerror(errno))
                 PyErr_CheckSignals()

@@ -164,6 +164,7 @@ class _Resident:
         """Remove its files. Calls that have arrived by now are still taken: returns as `serve`."""
         if not self._linked:
             return IDLE
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
         with suppress(OSError):
             os.unlink(self._socket_name, dir_fd=_DIRECTORY)
         while (connection := self._forking.next(0)) == REFUSED:
