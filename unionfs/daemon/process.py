@@ -26,6 +26,7 @@ from unionfs.daemon.runtime import RuntimeDirectory, runtime_directory
 from unionfs.errors import DeadMountError, MountRefusedError, UserError, quoted
 from unionfs.settings.mount import MountSettings
 from unionfs.sys.liveness import is_dead
+from unionfs.sys.manager import Manager
 from unionfs.sys.mountinfo import mounted_at
 from unionfs.sys.process import close_files_but, open_standard_files, start_time, to_null, wait_gone
 from unionfs.sys.unmount import unmount
@@ -125,12 +126,17 @@ def explain(error: BaseException, printed: str) -> str:
 
 
 def _serve_here(settings: MountSettings, directory: RuntimeDirectory) -> int:
-    captured = CapturedStderr()
+    captured, manager = CapturedStderr(), Manager()
+
+    def on_usable() -> None:
+        captured.release()
+        manager.tell("READY=1")
+
     logs.to_stream(settings.log_level, os.fdopen(captured.saved(), "w", buffering=1))
     # The caller's directory may be inside the mountpoint and would keep it busy.
     os.chdir("/")
     try:
-        return 0 if _serve(settings, directory, captured.release, foreground=True) else 1
+        return 0 if _serve(settings, directory, on_usable, foreground=True) else 1
     except KeyboardInterrupt:
         raise _interrupted(settings) from None
     except Exception as error:
