@@ -404,6 +404,24 @@ def test_a_signal_leaves_the_mount_to_who_uses_it(
     succeed(unionfs("umount", place.merged))
 
 
+def test_other_commands_beside_a_daemon_that_serves_on(place: Place) -> None:
+    """After a signal: the upper can be compared; what needs it at rest says who has it, and the cure."""
+    pid = place.mount()
+    (place.merged / "new").write_text("x")
+    with open(place.merged / "base"):
+        os.kill(pid, signal.SIGTERM)
+        assert wait_for(lambda: mounts_at(place.merged) == [])
+        layers = ("-u", place.upper, "-l", place.lower, "-l", place.lower2)
+        assert succeed(unionfs("diff", *layers)) == "A /new\n"
+        output = place.root / "layer.tar"
+        for words in (("layer", "export", "-u", place.upper, "-o", output), ("check", *layers)):
+            refused(unionfs(*words), "processes have files of it open", f"kill {pid}")
+        assert not output.exists()
+        assert not gone(pid)
+    assert wait_for(lambda: gone(pid))
+    succeed(unionfs("layer", "export", "-u", place.upper, "-o", output))
+
+
 def test_a_mount_waits_for_the_end_of_the_one_before(place: Place) -> None:
     """umount(2) returns before the daemon has written the upper to disk."""
     pid = place.mount()
