@@ -118,6 +118,8 @@ class CapturedStderr:
 def explain(error: BaseException, printed: str) -> str:
     if isinstance(error, MountRefusedError):
         return " ".join(error.explained(printed).split())
+    while isinstance(error, ExceptionGroup):  # of trio: what happened is the innermost one
+        error = error.exceptions[0]
     text = str(error) if isinstance(error, UserError) else f"internal error: {type(error).__name__}: {error}."
     text = " ".join(text.split())
     if printed and printed not in text:

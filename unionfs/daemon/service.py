@@ -28,7 +28,7 @@ from unionfs.daemon.serving import Serving
 from unionfs.daemon.sharing import share_memory
 from unionfs.daemon.stats import more_for
 from unionfs.daemon.syncing import sync
-from unionfs.errors import MountRefusedError, UserError, quoted, reason
+from unionfs.errors import MountRefusedError, UserError, path_in, quoted, reason
 from unionfs.fuse.errors import SessionError
 from unionfs.fuse.operations import Operations
 from unionfs.settings.mount import MountSettings
@@ -244,7 +244,8 @@ def _open(settings: MountSettings, directory: RuntimeDirectory) -> tuple[Announc
             atime=[flag for flag in settings.flags if flag in (*ATIME, "nodiratime")],
         )
     except OSError as error:
-        name = quoted(os.fsdecode(error.filename)) if error.filename else "the layers"
+        path = path_in(error)
+        name = quoted(path) if path else "the layers"
         raise UserError(f"{name} cannot be opened: {reason(error)}; check the layers.") from error
     return announcement, stack
 

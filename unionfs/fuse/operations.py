@@ -32,7 +32,7 @@ from unionfs.fuse.latency import Latencies
 from unionfs.fuse.refreshing import Refreshing
 from unionfs.sys import calls
 from unionfs.sys.calls import os_error
-from unionfs.sys.fds import Owned
+from unionfs.sys.fds import Owned, close_quietly
 from unionfs.union.changes import ACL_DEFAULT, Caller, Changes
 from unionfs.union.copyup import CopyUp
 from unionfs.union.flags import APPEND, IMMUTABLE
@@ -110,6 +110,9 @@ class Operations:
             "requests": dict(sorted(self.requests.items())),
             "nodes": len(self.union.nodes),
             "open_files": len(self.files),
+            "fds_of_open_files": self.files.handles.fds,
+            "fds_of_users": {str(uid): count for uid, count in self.files.handles.fds_of_users.items()},
+            "fds_of_lowers": len(self.union.files.resting),
             "listed_directories": len(self.directories),
             "directory_fds": len(self.union.gate),
             **self.copy_ups.figures(),
@@ -235,7 +238,7 @@ class Operations:
         else:
             kept = await self.copy_ups.ensure_data(node, change.size, keep=True, check=check)
         try:
-            if kept is not None and only_mode is not None:
+            if kept is not None and only_mode is not None and node.entry is None:
                 assert kept.st is not None
                 node.changes()
                 return node, node.attributes_of(self.union.shown(node, kept.st, kept.fd))
@@ -288,7 +291,7 @@ class Operations:
                     calls.set_times(fd, change.atime_ns, change.mtime_ns)
             finally:
                 if opened:
-                    os.close(fd)
+                    close_quietly(fd)
         return node, self.union.attributes(node)
 
     def _set_open(self, node: Node, fd: int, change: Change) -> None:
