@@ -2,6 +2,7 @@
 
 from libc.stdint cimport int64_t, uint64_t
 
+from unionfs.core.state cimport HandleRecord
 from unionfs.core.stats cimport stat_t
 
 cdef extern from "<sys/uio.h>" nogil:
@@ -31,6 +32,7 @@ cdef class Handle:
     cdef readonly OpenFile file
     cdef readonly object who, node
     cdef readonly bint writes, maps, through
+    cdef HandleRecord *record
 
 cdef class Use:
     cdef readonly OpenFile file

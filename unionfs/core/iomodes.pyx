@@ -9,6 +9,7 @@ from libc.errno cimport errno as c_errno
 from libc.stdint cimport uint64_t
 
 from unionfs.core.node cimport Node, has_lower_data, successor_of
+from unionfs.core.state cimport MAPPED, WRITTEN
 from unionfs.core.stats cimport failure
 
 cdef extern from "<sys/ioctl.h>" nogil:
@@ -42,6 +43,10 @@ cdef class IoModes:
         self.fd, self.uppers, self.keeps = fd, uppers, keeps
         self.through_flags, self.cached_flags = through_flags, cached_flags
         self.kept, self.awaited = {}, {}
+
+    def has_registered(self, ids):
+        """Count the backing files that a former daemon registered."""
+        self.registered += len(ids)
 
     cpdef bint register(self, Handle handle) except -1:
         """Register the file of an open, which decides the mode of its node. Returns False where the kernel refuses:
@@ -105,6 +110,8 @@ cdef class IoModes:
         cdef Node node = handle.node
         cdef Use use = node.use
         use.opened(handle)
+        if node.record != NULL and use.written:
+            node.record.flags |= WRITTEN | (MAPPED if use.mapped else 0)
         if handle.through:
             self.passed_through += 1
             out.open_flags, out.backing_id = self.through_flags, use.backing_id

@@ -1,11 +1,13 @@
 # The node table.
 
-from libc.stdint cimport int64_t, uint32_t, uint64_t
+from libc.stdint cimport int64_t, uint16_t, uint32_t, uint64_t
 
+from unionfs.core.former cimport Former
 from unionfs.core.idtable cimport IdTable
 from unionfs.core.node cimport Node
 from unionfs.core.territory cimport Territory
 from unionfs.core.places cimport Gate, Layer, Place
+from unionfs.core.state cimport State
 from unionfs.core.stats cimport stat_t
 
 cdef class NodeTable:
@@ -18,15 +20,31 @@ cdef class NodeTable:
     cdef uint32_t generation
     cdef Gate gate
     cdef uint64_t plain_device, plain_limit
+    cdef State state
+    cdef Former former
+    cdef readonly object exchanged
 
     cdef int is_copy(self, Node node, const stat_t *st, bint readable) except -1
     cdef Node found(self, uint64_t id_)
+    cdef Node known(self, uint64_t id_)
+    cdef Node revived(self, uint64_t id_)
+    cdef void record(self, Node node)
+    cdef void record_name(self, Node node)
+    cdef void record_number(self, Node node)
+    cdef release_former(self, uint64_t id_)
+    cdef void forget_id(self, uint64_t id_, int64_t lookups)
+    cdef void begin(
+        self, uint32_t kind, Node parent, bytes name, Node new_parent, bytes new_name, Node node, Node target, int held
+    ) noexcept
+    cdef void holds(self, int fd) noexcept
+    cdef void done(self) noexcept
     cdef Node place_object(self, Node parent, bytes name, const stat_t *st, list places)
     cdef Node enter(
         self, Node parent, bytes name, const stat_t *st, list places, uint64_t number, bint from_origin, entry
     )
     cdef uint64_t number_of(self, bytes name, const stat_t *st, list places, bint *from_origin, list entry) except 0
     cdef uint64_t free(self, uint64_t number) except 0
+    cdef uint64_t id_for(self, uint64_t number, Node parent, bytes name, uint32_t kind) except 0
     cdef uint32_t next_generation(self) noexcept
     cdef bint is_linkable(self, const stat_t *st, Place place) noexcept
     cdef bint may_share(self, const stat_t *st, Place place) noexcept

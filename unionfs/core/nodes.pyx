@@ -29,6 +29,10 @@ from posix.unistd cimport close
 
 from unionfs.core.node cimport new_node, successor_of
 from unionfs.core.places cimport require_some
+from unionfs.core.state cimport EXCHANGING as C_EXCHANGING
+from unionfs.core.state cimport REMOVING as C_REMOVING
+from unionfs.core.state cimport RENAMING as C_RENAMING
+from unionfs.core.state cimport FIXED, MAPPED, SUPERSEDED, UNLINKED, WRITTEN, Record
 from unionfs.core.stats cimport S_IFDIR, S_IFMT, failure, fstat, read_result, result_of
 
 from unionfs.core.places import NO_KEY as _NO_KEY
@@ -58,12 +62,15 @@ cdef class NodeTable:
     `union.index`.
     """
 
-    def __init__(self, origins, index, Gate gate not None, gone=None, *, bint copies_up=True, known=None):
+    def __init__(self, origins, index, Gate gate not None, gone=None, *, bint copies_up=True, known=None,
+        State state=None,
+    ):
         """``gone`` is called for each forgotten node whose file stays open; see `Use.stays_open`.
         ``copies_up``: whether there is an upper, which may get a copy of one name alone. ``known`` is called
         for each new directory of the merged layers, and each file of a lower with several hard links; then
-        ``gone`` for all nodes.
+        ``gone`` for all nodes. ``state``: where to record what another daemon needs.
         """
+        self.state = state
         self.by_id, self.by_inode, self.inodes_of = IdTable(), {}, {}
         self.gone, self.on_known = gone, known
         self.copies_up = copies_up
@@ -77,7 +84,7 @@ cdef class NodeTable:
         self.unstored = {}
 
     def __len__(self):
-        return self.by_id.count
+        return self.by_id.count + (0 if self.former is None else len(self.former))
 
     def __iter__(self):
         """All nodes at this moment."""
@@ -93,7 +100,7 @@ cdef class NodeTable:
             self.on_known(self.root)
 
     cdef Node found(self, uint64_t id_):
-        cdef Node node = self.by_id.get(id_), successor
+        cdef Node node = self.known(id_), successor
         while node is not None:
             successor = successor_of(node)
             if successor is None:
@@ -107,7 +114,11 @@ cdef class NodeTable:
 
     def named(self, uint64_t id_):
         """The node that has that id itself."""
-        return self.by_id.get(id_)
+        return self.known(id_)
+
+    cdef Node known(self, uint64_t id_):
+        cdef Node node = self.by_id.get(id_)
+        return self.revived(id_) if node is None and self.former is not None else node
 
     # -- numbers --------------------------------------------------------------------------------------
 
@@ -124,6 +135,8 @@ cdef class NodeTable:
             if known is not None:
                 return known.ino
         number = self.number_of(name, &given, places, &from_origin, None)
+        if self.former is not None and self.former.at(number) != NULL:
+            return number
         return number if self.may_share(&given, place) else self.free(number)
 
     cdef bint is_linkable(self, const stat_t *st, Place place) noexcept:
@@ -172,9 +185,16 @@ cdef class NodeTable:
 
     cdef uint64_t free(self, uint64_t number) except 0:
         """The number itself, or another one if a node has it."""
-        while self.by_id.has(number):
+        while self.by_id.has(number) or (self.former is not None and self.former.at(number) != NULL):
             number = self.numbers.hashed(b"taken%d" % number)
         return number
+
+    cdef uint64_t id_for(self, uint64_t number, Node parent, bytes name, uint32_t kind) except 0:
+        """The id of a new node: the number itself, or another one if a node has it. A former node keeps its own."""
+        cdef uint64_t id_ = 0
+        if self.former is not None:
+            id_ = self.former.id_for(number, parent.id, name, kind)
+        return id_ if id_ else self.free(number)
 
     cdef uint32_t next_generation(self) noexcept:
         self.generation += 1
@@ -189,6 +209,7 @@ cdef class NodeTable:
             node.ino = self.numbers.of(st.st_dev, st.st_ino)
             if node.place is not None:
                 node.key = node.place.layer.key(st)
+            self.record_number(node)
             return
         read_result(st, &given)
         self.is_copy(node, &given, origin is not Stored.UNKNOWN)
@@ -199,6 +220,7 @@ cdef class NodeTable:
             node.from_origin = True
         elif node.kind != S_IFDIR:
             self.unstored[st.st_dev, st.st_ino] = node.ino
+            self.record_number(node)
         if node.place is not None:
             node.key = node.place.layer.key_of(st)
         return 0
@@ -243,7 +265,7 @@ cdef class NodeTable:
         """A new node with that number."""
         cdef Place place = places[0]
         cdef uint32_t kind = st.st_mode & S_IFMT
-        cdef uint64_t id_ = self.free(number)
+        cdef uint64_t id_ = self.id_for(number, parent, name, kind)
         cdef int64_t key = 0 if kind == S_IFDIR else place.layer.key_of(st)
         cdef uint64_t ino = number if id_ == number or self.may_share(st, place) else id_
         cdef Node node = new_node(
@@ -252,6 +274,8 @@ cdef class NodeTable:
         node.from_origin = from_origin
         self.by_id.add(node)
         parent.children[name] = node
+        if self.state is not None:
+            self.record(node)
         if self.on_known is not None and (kind == S_IFDIR or (st.st_nlink > 1 and not place.layer.is_upper)):
             self.on_known(node)
         if st.st_nlink > 1 and self.is_linkable(st, place):
@@ -283,11 +307,13 @@ cdef class NodeTable:
             number = self.numbers.of(*original)
             here, found = (place, st) if copy is None else (index.place, copy)
             node = Node(
-                self.free(number), parent.territory, parent, name, st.st_mode & S_IFMT, [here],
-                here.layer.key(found), ino=number,
+                self.id_for(number, parent, name, st.st_mode & S_IFMT), parent.territory, parent, name,
+                st.st_mode & S_IFMT, [here], here.layer.key(found), ino=number,
             )
             self.by_id.add(node)
             parent.children[name] = node
+            if self.state is not None:
+                self.record(node)
             node.may_be_indexed(entry, st.st_nlink)
             if copy is not None:
                 node.has_origin()
@@ -323,14 +349,17 @@ cdef class NodeTable:
         if self.by_inode.get(key) is not node:
             self.by_inode[key] = node
             self.inodes_of.setdefault(node.id, []).append(key)
+            self.record_number(node)
 
     def add_name(self, Node node not None, Node parent not None, bytes name not None, Place place):
         """Add the name ``name`` in ``parent`` to ``node``; ``place`` is that real directory."""
         node.get_name(parent, name, place)
+        self.record_name(node)
 
     def remove_name(self, Node node not None, Node parent not None, bytes name not None):
         """Remove the name ``name`` in ``parent`` from ``node``; see ``Union.outliving``."""
         node.lose_name(parent, name)
+        self.record_name(node)
         self.release(parent)
 
     def move(
@@ -339,6 +368,7 @@ cdef class NodeTable:
     ):
         """Record a rename of ``node``."""
         node.change_name(parent, name, new_parent, new_name)
+        self.record_name(node)
         self.release(parent)
 
     def unnamed(self, Node parent not None, int held):
@@ -350,6 +380,8 @@ cdef class NodeTable:
             generation=self.next_generation(), held=held,
         )
         self.by_id.add(node)
+        if self.state is not None:
+            self.record(node)
         self.linked(node, st)
         return node
 
@@ -358,6 +390,12 @@ cdef class NodeTable:
         number = self.free(self.numbers.after(node.id))
         new = node.supersede(number, self.next_generation())
         self.by_id.add(new)
+        if self.state is not None:
+            self.record(new)
+            self.record_number(new)
+            if node.record != NULL:
+                node.record.parent = number
+                node.record.flags |= SUPERSEDED
         for key in self.inodes_of.get(node.id, ()):
             self.by_inode[key] = new
         if node.id in self.inodes_of:
@@ -367,6 +405,7 @@ cdef class NodeTable:
     def lose(self, Node node not None, Node parent not None, bytes name not None):
         """Drop a node whose name another process gave to another object."""
         node.lose_name(parent, name)
+        self.record_name(node)
         if node.unlinked:
             node.key = _NO_KEY
             for key in self.inodes_of.pop(node.id, ()):  # names found later are another node
@@ -378,12 +417,22 @@ cdef class NodeTable:
 
     def forget(self, Node node not None, int64_t lookups):
         """Subtract lookups that the kernel forgot."""
-        node.lookups -= lookups
-        self.release(node)
+        self.subtract(node, lookups)
 
     cdef void subtract(self, Node node, int64_t lookups):
         node.lookups -= lookups
+        if node.record != NULL:
+            node.record.lookups = node.lookups
         self.release(node)
+
+    cdef void forget_id(self, uint64_t id_, int64_t lookups):
+        """The same for an id, known or not."""
+        cdef Node node = self.by_id.get(id_)
+        if node is not None:
+            self.subtract(node, lookups)
+        elif self.former is not None and self.former.at(id_) != NULL:
+            self.former.at(id_).lookups -= lookups
+            self.release_former(id_)
 
     cdef release(self, Node node):
         """Drop the node if nothing needs it, and parents that only it needed."""
@@ -395,8 +444,13 @@ cdef class NodeTable:
                 return
             if current.use is not None and current.use.handles:
                 return
+            if self.former is not None and current.id in self.former.below:
+                return
             if not self.by_id.remove(current):
                 return
+            if current.record != NULL:
+                self.state.drop(current.record)
+                current.record = NULL
             self.end(current)
             if successor_of(current) is not None:
                 current = current.rare.successor
@@ -451,6 +505,120 @@ cdef class NodeTable:
             return
         if <Py_ssize_t>st.st_nlink <= layer.links_of_removed:
             self.unstored.pop((st.st_dev, st.st_ino), None)
+
+    # -- what another daemon needs --------------------------------------------------------------------
+
+    cdef void record(self, Node node):
+        """Record a new node; one that a former daemon knew continues its record."""
+        cdef Record *record = NULL if self.former is None else self.former.take(node.id)
+        if record == NULL:
+            node.record = self.state.add(
+                node.id, 0 if node.parent is None else node.parent.id, node.generation, node.kind,
+                (FIXED if node.ino != node.id else 0) | (UNLINKED if node.unlinked else 0), node.ino, node.name,
+            )
+            if node.record != NULL:
+                node.record.held, node.record.layer = node.held, <uint16_t>node.top_layer().index
+            return
+        node.record = record
+        node.generation, node.lookups = record.generation, record.lookups
+        if record.flags & FIXED:
+            node.ino = self.state.number_of(record)
+        if record.flags & (WRITTEN | MAPPED):
+            node.in_use().was_written(bool(record.flags & WRITTEN), bool(record.flags & MAPPED))
+
+    cdef void record_name(self, Node node):
+        """Record its name."""
+        if node.record == NULL:
+            return
+        if node.unlinked:
+            node.record.held, node.record.layer = node.held, <uint16_t>node.top_layer().index
+            node.record.flags |= UNLINKED
+            return
+        self.state.write(node.record, node.parent.id, node.ino, node.name)
+        node.record.flags &= ~UNLINKED
+
+    cdef void record_number(self, Node node):
+        """Record its number, which the layers do not tell, or that it has several names."""
+        cdef Record *old = node.record
+        cdef Record *new
+        if old == NULL or (old.flags & FIXED and self.state.number_of(old) == node.ino):
+            return
+        new = self.state.add(
+            node.id, old.parent, old.generation, node.kind, old.flags | FIXED, node.ino, self.state.name_of(old)
+        )
+        if new != NULL:
+            new.lookups, new.unique, new.held, new.layer = old.lookups, old.unique, old.held, old.layer
+            self.state.drop(old)
+            node.record = new
+
+    cdef void begin(
+        self, uint32_t kind, Node parent, bytes name, Node new_parent, bytes new_name, Node node, Node target, int held
+    ) noexcept:
+        """Names are about to change on disk; ``held``: an fd of the object that loses its name."""
+        if self.state is not None:
+            self.state.begin(
+                kind, parent.id, name, 0 if new_parent is None else new_parent.id,
+                b"" if new_name is None else new_name, 0 if node is None else node.id,
+                0 if target is None else target.id, held,
+            )
+
+    cdef void holds(self, int fd) noexcept:
+        """The object that is about to lose its name is held by that fd."""
+        if self.state is not None:
+            self.state.head.change.held = fd
+
+    cdef void done(self) noexcept:
+        """They have changed, or not."""
+        if self.state is not None:
+            self.state.done()
+
+    def removing(self, Node parent not None, bytes name not None, Node node not None, int held):
+        """The name of a node is about to be removed on disk; call :meth:`changed` afterwards. ``held``: an fd of its
+        object."""
+        self.begin(C_REMOVING, parent, name, None, None, None, node, held)
+
+    def renaming(
+        self, Node parent not None, bytes name not None, Node new_parent not None, bytes new_name not None,
+        Node node not None, Node target, int held=-1, *, bint exchange=False
+    ):
+        """The same for a rename, over ``target``, or in exchange for it."""
+        self.begin(C_EXCHANGING if exchange else C_RENAMING, parent, name, new_parent, new_name, node, target, held)
+
+    def changed(self):
+        """The change that was about to be made is recorded, or was not made."""
+        self.done()
+
+    # -- what a former daemon knew --------------------------------------------------------------------
+
+    cdef Node revived(self, uint64_t id_):
+        """The node of an id that a former daemon knew, or None."""
+        cdef Record *record = self.former.at(id_)
+        cdef Node parent
+        if record == NULL:
+            return None
+        parent = self.found(record.parent)
+        record = self.former.at(id_)
+        if record == NULL or parent is None or parent.children is None or parent.unlinked:
+            return self.by_id.get(id_)
+        self.former.expected = record
+        try:
+            parent.territory.lookup(parent, self.state.name_of(record))
+        finally:
+            self.former.expected = NULL
+        return self.by_id.get(id_)
+
+    cdef release_former(self, uint64_t id_):
+        """Drop a former node if nothing needs it, and parents that only it needed."""
+        cdef Record *record = self.former.at(id_)
+        cdef uint64_t parent
+        while record != NULL and record.lookups <= 0 and id_ not in self.former.below:
+            parent = record.parent
+            self.former.take(id_)
+            self.state.drop(record)
+            if self.by_id.has(parent):
+                self.release(self.by_id.get(parent))
+                return
+            id_, record = parent, self.former.at(parent)
 
 
 cdef known_inode(int fd):

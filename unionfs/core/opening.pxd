@@ -13,7 +13,7 @@ cdef class Handles:
     cdef uint64_t last
     cdef public uint64_t bytes_read
 
-    cdef uint64_t add(self, Node node, OpenFile file, who, bint writes, bint maps)
+    cdef uint64_t add(self, Node node, OpenFile file, who, bint writes, bint maps, uint64_t unique=*)
     cdef Handle remove(self, uint64_t number)
 
 cdef class KeptFiles:

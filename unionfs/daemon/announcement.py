@@ -8,6 +8,7 @@ import socket
 
 from unionfs.daemon import live
 from unionfs.daemon.answering import listen
+from unionfs.daemon.live import LiveMount
 from unionfs.daemon.runtime import RuntimeDirectory
 from unionfs.errors import on_failure, quoted
 from unionfs.settings.mount import MountSettings
@@ -19,11 +20,21 @@ log = logging.getLogger(__name__)
 class Announcement:
     """The announcement of the mount that this process serves."""
 
-    def __init__(self, settings: MountSettings, directory: RuntimeDirectory) -> None:
-        """Call it before mounting, which may cover the layers' paths. Raises OSError."""
+    def __init__(
+        self, settings: MountSettings, directory: RuntimeDirectory, former: LiveMount | None = None
+    ) -> None:
+        """Call it before mounting, which may cover the layers' paths. `former`: the entry of a daemon whose mount
+        this process takes over. Raises OSError.
+        """
         self._directory = directory
-        self._claims = live.claims_of(settings)
+        self._former = former
+        self._claims = live.claims_of(settings) if former is None else former.claims
         self._entry: live.LiveMount | None = None
+
+    @property
+    def entry(self) -> LiveMount | None:
+        """The entry of the usable mount."""
+        return self._entry
 
     @property
     def since(self) -> float | None:
@@ -49,7 +60,13 @@ class Announcement:
     def publish(self, settings: MountSettings, device: str) -> None:
         """Register the usable mount. Raises UserError."""
         with on_failure(f"the mount cannot be entered in {quoted(self._directory.path)}", "make room there"):
-            self._entry = live.announce(settings, device, self._directory.path, self._claims)
+            self._entry = live.announce(
+                settings, device, self._directory.path, self._claims,
+                None if self._former is None else self._former.since,
+            )
+        if self._former is not None:
+            self._former.remove()
+            self._former = None
 
     def mark_ending(self) -> None:
         """Record that the mount is gone and only the layers are still synced and closed."""

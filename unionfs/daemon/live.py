@@ -244,12 +244,16 @@ def claims_of(settings: MountSettings) -> tuple[tuple[int, int], ...]:
 
 
 def announce(
-    settings: MountSettings, device: str, directory: str, claims: tuple[tuple[int, int], ...]
+    settings: MountSettings,
+    device: str,
+    directory: str,
+    claims: tuple[tuple[int, int], ...],
+    since: float | None = None,
 ) -> LiveMount:
     """Register this process as the daemon of a usable mount. Raises OSError."""
     pid = os.getpid()
     started = start_time(pid) or 0
-    entry = LiveMount(settings, pid, started, device, time.time(), claims, directory=directory)
+    entry = LiveMount(settings, pid, started, device, since or time.time(), claims, directory=directory)
     entry.save()
     return entry
 

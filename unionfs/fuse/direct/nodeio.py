@@ -26,6 +26,7 @@ from unionfs.core.iomodes import IoModes
 from unionfs.core.node import Attributes, Node
 from unionfs.core.validity import valid
 from unionfs.fuse.protocol import Decision, Timeout
+from unionfs.fuse.protocol.flags import FOPEN_KEEP_CACHE
 
 _AWAITED: Final = 64
 
@@ -83,6 +84,13 @@ class NodeIos(IoModes):
         if self._wants_backing(handle, program=program or handle.node in self.kept):
             self.register(handle)
         return self.opened_elsewhere(handle)
+
+    def mode_of(self, handle: Handle) -> tuple[int, int]:
+        """FOPEN_* flags and backing id of an open that a former daemon counted."""
+        if handle.through:
+            assert handle.node.use is not None
+            return self._decision.passthrough_open_flags, handle.node.use.backing_id
+        return self._decision.file_open_flags & ~FOPEN_KEEP_CACHE, 0
 
     def valid(self, node: Node, attributes: Attributes) -> Timeout:
         """The validity of a node's attributes."""
