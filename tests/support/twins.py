@@ -2,9 +2,10 @@
 
     python -m tests.support.twins ONE OTHER SEED STOP
 
-Both directories begin with the same content. The program ends when the file STOP exists, and prints one line of JSON:
-the number of operations, the longest of ONE in seconds, and the first differences. ONE is the tree under test, OTHER
-is on a native filesystem.
+Both directories begin with the same content. The program ends when the file STOP exists, and prints one
+line of JSON:
+the number of operations, the longest of ONE in seconds, and the first differences. ONE is the tree under
+test, OTHER is on a native filesystem.
 """
 
 from __future__ import annotations
@@ -168,6 +169,13 @@ class Twins:
             lambda side: os.setxattr(self.at(side, path), "user.x", value, flags, follow_symlinks=False),
         )
 
+    def removexattr(self) -> str | None:
+        path = self.path()
+        return self.both(
+            f"removexattr {path}",
+            lambda side: os.removexattr(self.at(side, path), "user.x", follow_symlinks=False),
+        )
+
     def getxattr(self) -> str | None:
         path = self.path()
         return self.both(
@@ -199,13 +207,14 @@ OPERATIONS: list[Callable[[Twins], str | None]] = [
     Twins.mkdir, Twins.mkdir, Twins.rmdir, Twins.unlink, Twins.unlink, Twins.symlink, Twins.link, Twins.link,
     Twins.mknod, Twins.rename, Twins.rename, Twins.rename, Twins.open, Twins.open, Twins.open, Twins.open,
     Twins.close, Twins.write, Twins.write, Twins.read, Twins.truncate, Twins.fstat, Twins.fsync, Twins.lock,
-    Twins.chmod, Twins.utime, Twins.setxattr, Twins.getxattr, Twins.stat, Twins.stat, Twins.listdir,
-    Twins.listdir, Twins.read_all,
+    Twins.chmod, Twins.utime, Twins.setxattr, Twins.removexattr, Twins.getxattr, Twins.stat, Twins.stat,
+    Twins.listdir, Twins.listdir, Twins.read_all,
 ]  # fmt: skip
 
 
 def _shown(st: os.stat_result) -> tuple[int, ...]:
-    """What both filesystems show of an object; they count the links and bytes of directories in their own way."""
+    """What both filesystems show of an object; they count the links and bytes of directories in their
+    own way."""
     if stat.S_ISDIR(st.st_mode):
         return st.st_mode, st.st_uid, st.st_gid
     return st.st_mode, st.st_uid, st.st_gid, st.st_nlink, st.st_size

@@ -105,6 +105,8 @@ def mount(
       uidmapping=, gidmapping=STORED:SHOWN:COUNT[:...]  show and store ids by ranges
       squash_to_uid=, squash_to_gid=, squash_to_root    show one owner for everything
       xattr_permissions=2|1   keep owners and modes in user.* or security.* xattrs, as podman's force_mask
+      outlive           start another daemon when this one dies; open files and programs go on (Linux 6.9,
+                        direct session; docs/reliability.md)
       cpu_idle          let CPUs become idle between requests that come thick (root's daemon keeps them awake)
       static_nlink, noacl   show one link for every directory; no POSIX ACLs
     \b

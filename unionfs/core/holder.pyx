@@ -114,6 +114,7 @@ cdef void hold(Head *head, int watched, int device) noexcept nogil:
     """Run the holder; never returns."""
     cdef sigset_t every
     cdef long pid
+    cdef int tries = 0  # all but the first ended before they had a holder
     setsid()
     sigfillset(&every)
     sigprocmask(SIG_BLOCK, &every, NULL)
@@ -121,15 +122,19 @@ cdef void hold(Head *head, int watched, int device) noexcept nogil:
     give_memory_back()
     await_death(watched)
     while not head.ended:
-        if too_often(head):
+        if head.exchanged:
+            head.exchanged = 0
+        elif too_often(head, tries):
             head.failed = 1
-            refuse_all(device)
-            break
+        tries += 1
         pid = syscall(SYS_clone, <unsigned long>SIGCHLD, 0, 0, 0, 0)
         if pid == 0:
             begin_anew(head)
         if pid < 0 or waitpid(<int>pid, NULL, 0) < 0:
             sleep_for(FIRST_PAUSE)
+        if head.failed:  # the last one has only logged that
+            refuse_all(device)
+            break
     _exit(0)
 
 
@@ -152,22 +157,25 @@ cdef void sleep_for(int64_t milliseconds) noexcept nogil:
     nanosleep(&time, NULL)
 
 
-cdef bint too_often(Head *head) noexcept nogil:
-    """Record a death. Returns whether it is one too many within a minute, else pauses the longer the more there were."""
+cdef bint too_often(Head *head, int tries) noexcept nogil:
+    """Record a death. Returns whether it is one too many within a minute, else pauses the longer the more there were,
+    or the more daemons did not get as far as serving."""
     cdef int64_t now = now_ms(), pause
     cdef uint32_t index, recent = 0
     head.deaths[head.count % DEATHS] = now
     head.count += 1
     head.died += 1
-    for index in range(DEATHS):
+    for index in range(<uint32_t>DEATHS):
         if head.deaths[index] and now - head.deaths[index] < MINUTE:
             recent += 1
-    if not head.limit:
-        return False
-    if recent >= head.limit:
+    if head.limit and recent >= head.limit:
         return True
+    if not head.limit:  # deaths are expected
+        recent = 0
+    if tries > <int>recent:
+        recent = <uint32_t>tries
     if recent > NO_PAUSE:
-        pause = FIRST_PAUSE << min(recent - NO_PAUSE - 1, 10)
+        pause = <int64_t>FIRST_PAUSE << min(recent - NO_PAUSE - 1, <uint32_t>10)
         sleep_for(pause if pause < LONGEST_PAUSE else LONGEST_PAUSE)
     return False
 

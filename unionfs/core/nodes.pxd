@@ -1,43 +1,24 @@
 # The node table.
 
-from libc.stdint cimport int64_t, uint16_t, uint32_t, uint64_t
+from libc.stdint cimport int64_t, uint32_t, uint64_t
 
-from unionfs.core.former cimport Former
-from unionfs.core.idtable cimport IdTable
 from unionfs.core.node cimport Node
 from unionfs.core.territory cimport Territory
 from unionfs.core.places cimport Gate, Layer, Place
-from unionfs.core.state cimport State
+from unionfs.core.recorder cimport Recorder
 from unionfs.core.stats cimport stat_t
 
-cdef class NodeTable:
+cdef class NodeTable(Recorder):
     cdef readonly Node root
     cdef readonly object numbers
-    cdef IdTable by_id
     cdef dict by_inode, inodes_of, unstored
     cdef object gone, on_known, origins, index
     cdef bint copies_up, unique
     cdef uint32_t generation
     cdef Gate gate
     cdef uint64_t plain_device, plain_limit
-    cdef State state
-    cdef Former former
-    cdef readonly object exchanged
 
     cdef int is_copy(self, Node node, const stat_t *st, bint readable) except -1
-    cdef Node found(self, uint64_t id_)
-    cdef Node known(self, uint64_t id_)
-    cdef Node revived(self, uint64_t id_)
-    cdef void record(self, Node node)
-    cdef void record_name(self, Node node)
-    cdef void record_number(self, Node node)
-    cdef release_former(self, uint64_t id_)
-    cdef void forget_id(self, uint64_t id_, int64_t lookups)
-    cdef void begin(
-        self, uint32_t kind, Node parent, bytes name, Node new_parent, bytes new_name, Node node, Node target, int held
-    ) noexcept
-    cdef void holds(self, int fd) noexcept
-    cdef void done(self) noexcept
     cdef Node place_object(self, Node parent, bytes name, const stat_t *st, list places)
     cdef Node enter(
         self, Node parent, bytes name, const stat_t *st, list places, uint64_t number, bint from_origin, entry
@@ -48,8 +29,6 @@ cdef class NodeTable:
     cdef uint32_t next_generation(self) noexcept
     cdef bint is_linkable(self, const stat_t *st, Place place) noexcept
     cdef bint may_share(self, const stat_t *st, Place place) noexcept
-    cdef void subtract(self, Node node, int64_t lookups)
-    cdef release(self, Node node)
     cdef end(self, Node node)
     cdef drop_inode(self, Node node)
     cdef release_number(self, int held, Layer layer)

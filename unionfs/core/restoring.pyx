@@ -18,7 +18,7 @@ from unionfs.core.nodes cimport NodeTable
 from unionfs.core.opening cimport Handles
 from unionfs.core.places cimport Place, new_place
 from unionfs.core.state cimport (
-    COUNTED, EXCHANGING, FIXED, MAPS, OF_UPPER, REMOVING, RENAMING, SUPERSEDED, THROUGH, UNLINKED, WRITES, Change,
+    BACKING_ALONE, COUNTED, EXCHANGING, FIXED, MAPS, OF_UPPER, REMOVING, RENAMING, SUPERSEDED, THROUGH, UNLINKED, WRITES, Change,
     HandleRecord, Record, State,
 )
 from unionfs.core.stats cimport S_IFDIR, stat_t
@@ -67,7 +67,7 @@ cdef class Restoring:
             if self.is_at(change.node, change.new_parent, new_name):
                 self.moves(change.node, change.new_parent, new_name)
                 self.moves(change.target, change.parent, name)
-                self.nodes.exchanged = change.parent, name, change.new_parent, new_name
+                self.nodes.has_exchanged()
         self.nodes.done()
 
     cdef uint64_t number_at(self, uint64_t parent, bytes name) except? 0:
@@ -112,7 +112,11 @@ cdef class Restoring:
         if record.held < 0 or record.layer >= <uint32_t>len(self.layers):
             self.give_up(id_)
             return
-        st = os.stat(record.held)
+        try:
+            st = os.stat(record.held)
+        except OSError:
+            self.give_up(id_)
+            return
         layer = self.layers[record.layer]
         place = new_place(layer, layer.root, b"", 0)
         if parent is None or parent.children is None:
@@ -151,17 +155,21 @@ cdef class Restoring:
 
     def files_of_former(self, Handles handles not None, open):
         """Take over the open files; ``open`` returns the backing file of a node, an `OpenFile`, to write or not.
-        Returns those by the number of the request that opened them, and the backing ids."""
+        Returns those by the number of the request that opened them, the backing ids, and those without open files."""
         cdef State state = self.state
         cdef HandleRecord *record
         cdef Handle handle
         cdef uint32_t place
         cdef Node node
-        opened, ids = {}, set()
+        opened, ids, kept = {}, set(), set()
         handles.last = state.head.last_handle
         for place in range(1, state.head.handles):
             record = &state.handles[place]
             if not record.number:
+                continue
+            if record.flags & BACKING_ALONE:
+                kept.add(record.backing_id)
+                state.drop_handle(record)
                 continue
             node = self.nodes.known(record.node)
             if node is None or not record.flags & COUNTED:
@@ -175,7 +183,7 @@ cdef class Restoring:
             opened[record.unique] = record.number, handle
             if record.flags & THROUGH:
                 ids.add(record.backing_id)
-        return opened, ids
+        return opened, ids, kept
 
     cdef Handle handle(self, Node node, HandleRecord *record, open):
         cdef Handle handle = Handle.__new__(Handle)

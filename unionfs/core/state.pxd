@@ -15,6 +15,7 @@ cdef enum:
     COUNTED = 4  # its I/O mode is known
     THROUGH = 8
     OF_UPPER = 16
+    BACKING_ALONE = 32  # no open file, but a backing file that is kept
     # `Change.kind`
     NO_CHANGE = 0
     REMOVING = 1
@@ -65,8 +66,14 @@ cdef struct Head:
     uint32_t arguments, variables, limit
     int64_t deaths[DEATHS]
     int64_t died
-    uint32_t count, failed
+    uint32_t count, failed, exchanged
     uint32_t text
+    # The last change of an xattr: its request, and whether the xattr existed before.
+    uint64_t xattr_of
+    uint32_t xattr_existed
+    # The last exchange of names: its request, and whether it is done.
+    uint32_t exchange_done
+    uint64_t exchange_of
     Change change
 
 cdef class State:
@@ -95,6 +102,8 @@ cdef class State:
     ) noexcept
     cdef void done(self) noexcept
     cdef HandleRecord *add_handle(self, uint64_t number, uint64_t node, uint64_t unique, uint32_t flags) noexcept
+    cdef uint32_t add_kept(self, uint64_t node, int32_t backing_id) noexcept
+    cdef void drop_kept(self, uint32_t place) noexcept
     cdef void drop_handle(self, HandleRecord *record) noexcept
 
 cdef inline uint32_t short_unique(uint64_t unique) noexcept:

@@ -13,7 +13,6 @@ over, and a record changes by a few stores; a process that is killed has made th
 The file is sparse: it takes the memory of the slots that were used.
 """
 
-import mmap
 import os
 
 from libc.string cimport memcmp, memcpy, memset
@@ -84,6 +83,12 @@ cdef class State:
         if self.base != NULL:
             munmap(self.base, SIZE)
 
+    def close(self):
+        """Close the fd; what is mapped stays."""
+        if self.fd >= 0:
+            os.close(self.fd)
+            self.fd = -1
+
     # -- for the daemon and the holder ----------------------------------------------------------------
 
     @property
@@ -112,6 +117,30 @@ cdef class State:
     def end(self):
         """The daemon ends on purpose, so the holder must not start another one."""
         self.head.ended = 1
+
+    def exchange(self):
+        """The daemon ends on purpose for another one."""
+        self.head.exchanged = 1
+
+    def exchanges(self, uint64_t unique):
+        """A request is about to exchange two names."""
+        self.head.exchange_done = 0
+        self.head.exchange_of = unique & LOW
+
+    def has_exchanged(self, uint64_t unique):
+        """Whether a request, which is sent again, has exchanged them."""
+        return self.head.exchange_done != 0 and self.head.exchange_of == unique & LOW
+
+    def changes_xattr(self, uint64_t unique, bint existed):
+        """A request is about to add or remove an xattr, which ``existed`` before or not."""
+        self.head.xattr_of = 0
+        self.head.xattr_existed = existed
+        STORED(self.head.xattr_of, unique & LOW)
+
+    def xattr_existed(self, uint64_t unique):
+        """Whether it existed before a request, which is sent again, was to add or remove it; None: that had not
+        begun."""
+        return bool(self.head.xattr_existed) if self.head.xattr_of == unique & LOW else None
 
     @property
     def is_full(self):
@@ -280,9 +309,22 @@ cdef class State:
             self.head.handles += 1
         record = &self.handles[place]
         record.node, record.unique, record.flags, record.backing_id = node, unique & LOW, flags, 0
-        self.head.last_handle = number
+        if not flags & BACKING_ALONE:
+            self.head.last_handle = number
         STORED(record.number, number)
         return record
+
+    cdef uint32_t add_kept(self, uint64_t node, int32_t backing_id) noexcept:
+        """Record a backing file that stays registered without an open file; returns its place, 0 without room."""
+        cdef HandleRecord *record = self.add_handle(self.head.last_handle + 1, node, 0, BACKING_ALONE)
+        if record == NULL:
+            return 0
+        record.backing_id = backing_id
+        return <uint32_t>(record - self.handles)
+
+    cdef void drop_kept(self, uint32_t place) noexcept:
+        if place:
+            self.drop_handle(&self.handles[place])
 
     cdef void drop_handle(self, HandleRecord *record) noexcept:
         STORED(record.number, 0)

@@ -5,6 +5,8 @@ from __future__ import annotations
 import logging
 import os
 import socket
+from contextlib import suppress
+from dataclasses import replace
 
 from unionfs.daemon import live
 from unionfs.daemon.answering import listen
@@ -13,6 +15,7 @@ from unionfs.daemon.runtime import RuntimeDirectory
 from unionfs.errors import on_failure, quoted
 from unionfs.settings.mount import MountSettings
 from unionfs.sys.capabilities import in_initial_user_namespace
+from unionfs.sys.process import start_time
 
 log = logging.getLogger(__name__)
 
@@ -23,8 +26,8 @@ class Announcement:
     def __init__(
         self, settings: MountSettings, directory: RuntimeDirectory, former: LiveMount | None = None
     ) -> None:
-        """Call it before mounting, which may cover the layers' paths. `former`: the entry of a daemon whose mount
-        this process takes over. Raises OSError.
+        """Call it before mounting, which may cover the layers' paths. `former`: the entry of a daemon
+        whose mount this process takes over. Raises OSError.
         """
         self._directory = directory
         self._former = former
@@ -67,6 +70,13 @@ class Announcement:
         if self._former is not None:
             self._former.remove()
             self._former = None
+
+    def held_by(self, holder: int) -> None:
+        """Enter the pid of the holder of this daemon's files."""
+        if self._entry is not None:
+            self._entry = replace(self._entry, holder=(holder, start_time(holder) or 0))
+            with suppress(OSError):
+                self._entry.save()
 
     def mark_ending(self) -> None:
         """Record that the mount is gone and only the layers are still synced and closed."""

@@ -1,4 +1,5 @@
-"""A former daemon of the mount that this process takes over: what it has left in the state, and its open files."""
+"""A former daemon of the mount that this process takes over: what it has left in the state, and its open
+files."""
 
 from __future__ import annotations
 
@@ -60,5 +61,5 @@ class FormerDaemon:
         union = operations.union
         restoring = Restoring(union.nodes, union.stack.layers)
         restoring.nodes_of_former()
-        opened, backing_ids = restoring.files_of_former(operations.files.handles, union.files.reopen)
-        return self._connection, Former(opened, backing_ids)
+        opened, backing_ids, kept = restoring.files_of_former(operations.files.handles, union.files.reopen)
+        return self._connection, Former(opened, backing_ids, kept)

@@ -9,18 +9,20 @@ import json
 import logging
 import os
 import signal
+import subprocess
 import sys
 from collections.abc import Mapping
 from contextlib import suppress
 from typing import Any, Final
 
 from unionfs.core import holder
-from unionfs.core.state import State, StateError
+from unionfs.core.state import VERSION, State, StateError
 from unionfs.sys.fds import Owned
 from unionfs.sys.mountinfo import MountEntry
 
 _DEATHS: Final = 10
-"""After so many deaths within a minute no other daemon is started, if UNIONFS_DEATHS does not say otherwise."""
+"""After so many deaths within a minute no other daemon is started, if UNIONFS_DEATHS does not say
+otherwise."""
 MODULE: Final = "unionfs.daemon.takeover"
 
 log = logging.getLogger(__name__)
@@ -37,8 +39,8 @@ class Holder:
         self._watched = -1
 
     def start(self, settings: Mapping[str, Any], device: int, mount: MountEntry | None) -> str:
-        """Start it, with the values that `takeover` reads; then end the former one. Returns why there is none,
-        as a clause, else an empty text."""
+        """Start it, with the values that `takeover` reads; then end the former one. Returns why there is
+        none, as a clause, else an empty text."""
         if mount is not None and _lies_on(mount.device):
             return "this program lies on the union itself"
         text = json.dumps(settings).encode("ascii")
@@ -58,9 +60,33 @@ class Holder:
         return [os.fsencode(word) for word in (sys.executable, "-P", "-m", MODULE, str(self.state.fd))]
 
     @property
+    def is_there(self) -> bool:
+        """Whether one starts another daemon when this process dies: this one's, or the former one's."""
+        return self._pid != 0 or self._former is not None
+
+    @property
     def pid(self) -> int:
         """Its pid; 0: there is none."""
         return self._pid
+
+    def exchange(self) -> str:
+        """Prepare for the end of this process, after which the holder starts the installed version.
+        Returns why that cannot be, as a clause, else an empty text."""
+        if not self._pid:
+            return "it has no holder"
+        if self.state.is_full:
+            return "the state has no room for all nodes"
+        asked = subprocess.run(
+            [sys.executable, "-P", "-m", MODULE, "--version"],
+            capture_output=True, text=True, check=False, timeout=30
+        )
+        version = asked.stdout.strip()
+        if asked.returncode != 0 or not version:
+            return f"the installed version does not start ({asked.stderr.strip().splitlines()[-1:]})"
+        if version != str(VERSION):
+            return f"the installed version keeps the state in another way (version {version}, not {VERSION})"
+        self.state.exchange()
+        return ""
 
     def end(self) -> None:
         """End it, so that nothing but this process has its files open."""

@@ -35,6 +35,7 @@ class Outliving:
         foreground: bool,
     ) -> None:
         """`former`: the daemon whose mount this process takes over. Raises OSError."""
+        self._asked_for = settings.outlive
         self._directory = directory
         self._stack = stack
         self.why_not = _why_not(settings, foreground=foreground)
@@ -81,14 +82,22 @@ class Outliving:
             "mount_id": connection.mount.mount_id,
             "agreed": agreed.to_json(connection.decision),
         }
-        return holder.start(values, connection.device, connection.mount)
+        why_not = holder.start(values, connection.device, connection.mount)
+        if not why_not:
+            announcement.held_by(holder.pid)
+        return why_not
 
     def crash(self, cause: BaseException) -> None:
         """An unexpected exception ends the daemon: leave everything to another one, if there is a holder."""
-        if self._holder is not None and self._holder.pid:
+        if self._holder is not None and self._holder.is_there:
             log.critical("the daemon failed, and another one takes over", exc_info=cause)
             logging.shutdown()
             os._exit(1)
+
+    def exchange(self) -> str:
+        """Let the holder start the installed version when this process ends. Returns why that cannot be,
+        as a clause, else an empty text."""
+        return self.why_not if self._holder is None else self._holder.exchange()
 
     def end(self) -> None:
         """The daemon ends on purpose."""
@@ -97,13 +106,16 @@ class Outliving:
 
     def figures(self) -> dict[str, Any]:
         """JSON-able."""
-        if self._holder is None or self.state is None:
-            return {"why_not": self.why_not}
+        if not self._asked_for:
+            return {}
+        if self._holder is None or self.state is None or self.why_not:
+            return {"holder": {"none_because": self.why_not}}
         return {
-            "pid": self._holder.pid,
-            "why_not": self.why_not,
-            "deaths": self.state.died[0],
-            "state_bytes": self.state.memory,
+            "holder": {
+                "pid": self._holder.pid,
+                "daemons_died": self.state.died[0],
+                "state_bytes": self.state.memory,
+            }
         }
 
 

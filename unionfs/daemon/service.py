@@ -56,8 +56,8 @@ class Service:
         foreground: bool,
         former: FormerDaemon | None = None,
     ) -> None:
-        """`directory` holds runtime files; `on_usable` is called once, when the mount is usable. `former`: take over
-        its mount.
+        """`directory` holds runtime files; `on_usable` is called once, when the mount is usable.
+        `former`: take over its mount.
 
         With `foreground`, SIGHUP (loss of the terminal) ends the mount. Raises UserError, leaving nothing
         open.
@@ -134,6 +134,7 @@ class Service:
             session = trio.CancelScope()
             await nursery.start(self._lifetime.watch_signals, session)
             nursery.start_soon(self._lifetime.watch_owner, session)
+            nursery.start_soon(self._lifetime.watch_leaving)
             nursery.start_soon(self._announce, mounted)
             watches = self._operations.union.watches
             if watches is not None:
@@ -180,8 +181,7 @@ class Service:
             "device": self._serving.device,
             "since": self._announcement.since,
             "io": self._serving.io,
-            "holder": self._outliving.figures(),
-            "figures": self._operations.figures(),
+            "figures": {**self._operations.figures(), **self._outliving.figures()},
             "upper_fd": None if upper is None else upper.root_fd,
             live.ENDING: self._lifetime.is_ending,
             **more_for(question, self._operations.latencies),
@@ -191,6 +191,10 @@ class Service:
         try:
             if order == "sync":
                 await sync(self._serving.locate(), self._stack)
+            elif order == "exchange":
+                if why_not := await trio.to_thread.run_sync(self._outliving.exchange):
+                    return failed(why_not)
+                self._lifetime.leave()
             elif order == "refresh":
                 await self._operations.refreshing.refresh()
             else:

@@ -76,8 +76,8 @@ class Serving:
         )
 
         await serve_directly(
-            self._operations, settings.mountpoint, options, IoMode(settings.io), partial(self._ready, on_mounted),
-            cpu_idle=settings.cpu_idle,
+            self._operations, settings.mountpoint, options, IoMode(settings.io), partial(self._ready,
+            on_mounted), cpu_idle=settings.cpu_idle,
         )
 
     async def resume(self, connection: Connection, former: Former, on_mounted: Callable[[], None]) -> None:

@@ -122,8 +122,8 @@ async def resume(
     *,
     cpu_idle: bool = False,
 ) -> None:
-    """Serve a mount whose daemon died, until it is gone. ``former``: what that one had open; requests that it did
-    not answer are sent again. As :func:`serve`."""
+    """Serve a mount whose daemon died, until it is gone. ``former``: what that one had open; requests
+    that it did not answer are sent again. As :func:`serve`."""
     device = Device(connection.device)
     splicer = Splicer(device.fd, operations.latencies.written)
     try:
@@ -163,8 +163,8 @@ def make_loop(
     former: Former = NO_FORMER,
 ) -> Loop:
     """The loop with all handlers."""
-    ios = NodeIos(device.fd, decision)
-    ios.has_registered(former.backing_ids)
+    ios = NodeIos(device.fd, decision, operations.union.state)
+    ios.has_registered(former.backing_ids, former.kept_ids)
     names = NameRequests(operations, ios, decision)
     data = DataRequests(operations, ios, names, device, splicer, decision, former)
     union, latencies = operations.union, operations.latencies

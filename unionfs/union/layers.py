@@ -158,8 +158,8 @@ class LayerStack:
         shown: Shown = AS_STORED,
         atime: Sequence[str] = (),
     ) -> LayerStack:
-        """The same layers, by the fds that a former daemon of the mount had open; see :meth:`kept`. Removes its
-        temporaries. Raises ``LayerError``, ``OSError``."""
+        """The same layers, by the fds that a former daemon of the mount had open; see :meth:`kept`.
+        Removes its temporaries. Raises ``LayerError``, ``OSError``."""
         privileged = has_capability(CAP_SYS_ADMIN)
         with _Files() as resources:
             for fd in kept["files"]:

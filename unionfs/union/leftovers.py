@@ -49,8 +49,8 @@ def check_leftovers(fd: int, path: str) -> None:
 
 
 def remove_leftovers(upper_fd: int, work_fd: int) -> None:
-    """Remove the temporaries of a daemon that was killed, and restore what it has noted, in a work directory that
-    is still in use. What cannot be removed, the next mount tries again."""
+    """Remove the temporaries of a daemon that was killed, and restore what it has noted, in a work
+    directory that is still in use. What cannot be removed, the next mount tries again."""
     with suppress(OSError):
         mend(upper_fd, work_fd)
     for name in _names(work_fd):

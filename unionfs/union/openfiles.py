@@ -71,8 +71,8 @@ class OpenFiles:
         return file.take()
 
     def reopen(self, node: Node, *, write: bool) -> OpenFile:
-        """The node's backing file for an open file of a former daemon: without its data in the upper, a write to it
-        has failed. As :meth:`lend`."""
+        """The node's backing file for an open file of a former daemon: without its data in the upper, a
+        write to it has failed. As :meth:`lend`."""
         file = self._lend(node, write=write)
         return self.lend(node, write=False) if file is None else file
 

@@ -101,6 +101,7 @@ class Renaming(Changing):
             nodes.renaming(parent, name, new_parent, new_name, node, target, exchange=True)
             try:
                 calls.renameat2(old_fd, name, new_fd, new_name, calls.RENAME_EXCHANGE)
+                nodes.has_exchanged()
                 nodes.move(node, parent, name, new_parent, new_name)
                 nodes.move(target, new_parent, new_name, parent, name)
             finally:

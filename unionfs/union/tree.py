@@ -45,9 +45,10 @@ class Union(Objects):
         notifier: Inotify | None = None,
         state: State | None = None,
     ) -> None:
-        """``notifier``: watch the lowers with it; it is closed with the union. ``state``: where to record what
-        another daemon needs to take over."""
+        """``notifier``: watch the lowers with it; it is closed with the union. ``state``: where to
+        record what another daemon needs to take over."""
         self.stack = stack
+        self.state = state
         if stack.keeps_permissions:  # which are stored under other names
             shortcuts = replace(shortcuts, capabilities=False)
         if notifier is not None:

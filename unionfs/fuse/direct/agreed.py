@@ -1,6 +1,7 @@
 """What was agreed with the kernel, as plain values for another daemon of the mount.
 
-The kernel asks once, so another daemon keeps to the answer, even if its version would agree on something else.
+The kernel asks once, so another daemon keeps to the answer, even if its version would agree on something
+else.
 """
 
 from __future__ import annotations

@@ -12,7 +12,7 @@ import stat
 from functools import partial
 from typing import Final
 
-from unionfs.core.files import OpenFile
+from unionfs.core.files import Handle, OpenFile
 from unionfs.core.loop import new_buffer
 from unionfs.core.node import Attributes, Node
 from unionfs.core.reads import SPLICED
@@ -24,7 +24,7 @@ from unionfs.fuse.direct.names import NameRequests
 from unionfs.fuse.direct.nodeio import NodeIos, stale
 from unionfs.fuse.direct.splicing import Splicer
 from unionfs.fuse.inline import in_thread
-from unionfs.fuse.operations import Operations
+from unionfs.fuse.operations import Named, Operations
 from unionfs.fuse.protocol import Decision, Opcode, Reply, encode, notify
 from unionfs.fuse.protocol import requests as rq
 from unionfs.fuse.protocol.flags import (
@@ -149,12 +149,19 @@ class DataRequests:
             return None
         opened = self._former.opened_by(request.unique)
         if opened is not None:
-            entry = self._names.entry_out(found, request.unique)
-            return encode.created(request.unique, entry, opened[0], *self._ios.mode_of(opened[1]))
+            return self._opened_before(request.unique, opened, found)
         number = self._files.open(found[0], request.flags & os.O_ACCMODE, request, None, kills_set_ids=False)
         return self._created(request.unique, number, *found)
 
+    def _opened_before(self, unique: int, opened: tuple[int, Handle], found: Named) -> Reply:
+        entry = self._names.entry_out(found, unique)
+        return encode.created(unique, entry, opened[0], *self._ios.mode_of(opened[1]))
+
     def _tmpfile(self, request: rq.Tmpfile) -> Reply:
+        opened = self._former.opened_by(request.unique) if request.resent else None
+        if opened is not None:
+            node = opened[1].node
+            return self._opened_before(request.unique, opened, (node, self._union.attributes(node)))
         parent = self._operations.directory(request.nodeid)
         created = self._files.tmpfile(
             self._operations.changes, parent, request.mode, request.flags, self._names.caller(request),

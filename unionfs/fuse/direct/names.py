@@ -171,7 +171,7 @@ class NameRequests:
         if not (request.resent and is_renamed(self._operations, request)):
             await self._operations.rename(
                 request.nodeid, request.name, request.newdir, request.newname, request.flags,
-                tried=not request.resent,
+                tried=not request.resent, unique=request.unique,
             )
         return encode.ok(request.unique)
 
@@ -276,9 +276,9 @@ class NameRequests:
         return _sized(request.unique, b"".join(name + b"\0" for name in names), request.size)
 
     async def _setxattr(self, request: rq.Setxattr) -> Reply:
-        # Setting the same value again is no change, and only XATTR_CREATE would refuse it.
-        flags = request.flags & ~os.XATTR_CREATE if request.resent else request.flags
-        node = await self._operations.setxattr(request.nodeid, request.name, request.value, flags)
+        node = await self._operations.setxattr(
+            request.nodeid, request.name, request.value, request.flags, request.unique
+        )
         if request.name == CAPABILITY and self.write_back is not None:
             self.write_back.capability_set(node, bytes(request.value))
         if request.setxattr_flags & SETXATTR_ACL_KILL_SGID:
@@ -288,11 +288,7 @@ class NameRequests:
     async def _removexattr(self, request: rq.Removexattr) -> Reply:
         if request.name == CAPABILITY and self.write_back is not None:
             self.write_back.capability_set(self._operations.node(request.nodeid), None)
-        try:
-            await self._operations.removexattr(request.nodeid, request.name, request.uid)
-        except OSError as error:
-            if not (request.resent and error.errno == errno.ENODATA):
-                raise
+        await self._operations.removexattr(request.nodeid, request.name, request.uid, request.unique)
         return encode.ok(request.unique)
 
     # -- durability -----------------------------------------------------------------------------------

@@ -24,6 +24,7 @@ from typing import Final
 from unionfs.core.files import Handle
 from unionfs.core.iomodes import IoModes
 from unionfs.core.node import Attributes, Node
+from unionfs.core.state import State
 from unionfs.core.validity import valid
 from unionfs.fuse.protocol import Decision, Timeout
 from unionfs.fuse.protocol.flags import FOPEN_KEEP_CACHE
@@ -34,11 +35,12 @@ _AWAITED: Final = 64
 class NodeIos(IoModes):
     """Decides the I/O mode of every open according to the kernel's rules."""
 
-    def __init__(self, fd: int, decision: Decision) -> None:
-        """``fd``: the device."""
+    def __init__(self, fd: int, decision: Decision, state: State | None = None) -> None:
+        """``fd``: the device. ``state``: as in `IoModes`."""
         super().__init__(
             fd, uppers=decision.passthrough_upper, keeps=decision.lower_programs_only,
             through_flags=decision.passthrough_open_flags, cached_flags=decision.file_open_flags,
+            state=state,
         )  # fmt: skip
         self._decision = decision
 
