@@ -312,7 +312,8 @@ cdef class EntryChanges:
     cdef int hold(self, Node node, Step *step) except -1:
         """An fd of an object that loses its last known name, by which the node outlives it."""
         cdef stat_t st
-        if node.held >= 0 or has_links(node):
+        # Another daemon does not know other names.
+        if node.held >= 0 or (has_links(node) and self.nodes.state is None):
             return 0
         if node.kind == S_IFDIR:
             step.held = fcntl(self.gate.fd(node.parts[0]), F_DUPFD_CLOEXEC, 0)

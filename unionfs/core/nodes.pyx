@@ -31,7 +31,7 @@ from unionfs.core.idtable cimport IdTable
 from unionfs.core.node cimport new_node, successor_of
 from unionfs.core.places cimport require_some
 from unionfs.core.recorder cimport Recorder
-from unionfs.core.state cimport SUPERSEDED
+from unionfs.core.state cimport SUPERSEDED, UNLINKED
 from unionfs.core.stats cimport S_IFDIR, S_IFMT, failure, fstat, read_result, result_of
 
 from unionfs.core.places import NO_KEY as _NO_KEY
@@ -373,7 +373,8 @@ cdef class NodeTable(Recorder):
             self.record_number(new)
             if node.record != NULL:
                 node.record.parent = number
-                node.record.flags |= SUPERSEDED
+                node.record.flags = (node.record.flags & ~UNLINKED) | SUPERSEDED
+                node.record.held = -1
         for key in self.inodes_of.get(node.id, ()):
             self.by_inode[key] = new
         if node.id in self.inodes_of:

@@ -10,7 +10,7 @@ import os
 
 from libc.stdint cimport int64_t, uint32_t, uint64_t
 
-from unionfs.core.files cimport Handle, OpenFile, Use
+from unionfs.core.files cimport Handle, Use
 from unionfs.core.former cimport Former
 from unionfs.core.lookup cimport Names
 from unionfs.core.node cimport Node, Rare, new_node
@@ -22,6 +22,8 @@ from unionfs.core.state cimport (
     HandleRecord, Record, State,
 )
 from unionfs.core.stats cimport S_IFDIR, stat_t
+
+from unionfs.core.files import UnreadFile
 
 log = logging.getLogger(__name__)
 
@@ -58,16 +60,18 @@ cdef class Restoring:
         cdef bytes name = change.name[:change.size], new_name = change.new_name[:change.new_size]
         if change.kind == REMOVING:
             if self.number_at(change.parent, name) == 0:
-                self.loses_name(change.target, change.held)
+                self.loses_name(change.target, change.parent, name, change.held)
         elif change.kind == RENAMING:
             if self.number_at(change.parent, name) == 0:
-                self.loses_name(change.target, change.held)
+                self.loses_name(change.target, change.new_parent, new_name, change.held)
                 self.moves(change.node, change.new_parent, new_name)
         elif change.kind == EXCHANGING:
             if self.is_at(change.node, change.new_parent, new_name):
                 self.moves(change.node, change.new_parent, new_name)
                 self.moves(change.target, change.parent, name)
                 self.nodes.has_exchanged()
+        if change.kind and change.held >= 0 and not self.is_held(change.target, change.held):
+            os.close(change.held)
         self.nodes.done()
 
     cdef uint64_t number_at(self, uint64_t parent, bytes name) except? 0:
@@ -85,11 +89,18 @@ cdef class Restoring:
         cdef Record *record = self.former.at(id_)
         return record != NULL and self.number_at(parent, name) == self.state.number_of(record)
 
-    cdef loses_name(self, uint64_t id_, int held):
+    cdef loses_name(self, uint64_t id_, uint64_t parent, bytes name, int held):
+        """Record that an object lost a name; of its names, a record has one."""
         cdef Record *record = self.former.at(id_)
-        if record != NULL and not (record.flags & UNLINKED and record.held >= 0):
+        if record == NULL or (record.flags & UNLINKED and record.held >= 0):
+            return
+        if record.flags & UNLINKED or (record.parent == parent and self.state.name_of(record) == name):
             record.held = held
             record.flags |= UNLINKED
+
+    cdef bint is_held(self, uint64_t id_, int held) except -1:
+        cdef Record *record = self.former.at(id_)
+        return record != NULL and record.flags & UNLINKED and record.held == held
 
     cdef moves(self, uint64_t id_, uint64_t parent, bytes name):
         cdef Record *record = self.former.at(id_)
@@ -102,7 +113,9 @@ cdef class Restoring:
 
     cdef give_up(self, uint64_t id_):
         """The object of a node is gone; the kernel still forgets it some day."""
-        log.warning("the object of node %d was not found again", id_)
+        cdef Record *record = self.former.at(id_)
+        name = b"?" if record == NULL else self.state.name_of(record)
+        log.warning("the object of node %d was not found again: %r", id_, name)
 
     cdef make_unlinked(self, uint64_t id_):
         """Make a node without a name, of which an fd is held."""
@@ -176,9 +189,6 @@ cdef class Restoring:
                 state.drop_handle(record)
                 continue
             handle = self.handle(node, record, open)
-            if handle is None:
-                state.drop_handle(record)
-                continue
             handles.by_number[record.number] = handle
             opened[record.unique] = record.number, handle
             if record.flags & THROUGH:
@@ -190,10 +200,10 @@ cdef class Restoring:
         cdef Use use = node.in_use()
         cdef bint writes = record.flags & WRITES != 0
         try:
-            file = open(node, write=writes)
-        except OSError:
-            log.exception("the open file of node %d was not found again", node.id)
-            return None
+            file = open(self.nodes.found(node.id), write=writes)
+        except OSError as error:
+            log.warning("the open file of node %d was not found again: %s", node.id, error)
+            file = UnreadFile(open, node, waits=False)  # its requests report the error
         handle.file, handle.node, handle.writes = file, node, writes
         handle.maps = record.flags & MAPS != 0
         if record.flags & THROUGH:

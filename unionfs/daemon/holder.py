@@ -15,6 +15,7 @@ from collections.abc import Mapping
 from contextlib import suppress
 from typing import Any, Final
 
+import unionfs
 from unionfs.core import holder
 from unionfs.core.state import VERSION, State, StateError
 from unionfs.sys.fds import Owned
@@ -102,8 +103,6 @@ class Holder:
 def _lies_on(device: str) -> bool:
     """Whether the interpreter or this package is on a mount: then no other daemon could be started."""
     number = os.makedev(*(int(part) for part in device.split(":")))
-    import unionfs
-
     return any(os.stat(path).st_dev == number for path in (sys.executable, os.__file__, unionfs.__file__))
 
 

@@ -49,12 +49,10 @@ def settle(
     chosen_work = _either("work", "-w", "workdir=", work, parsed.work)
     _check_paths(chosen_lowers, chosen_upper, chosen_work, mountpoint)
     chosen_upper, upper_tmpfs = _writable_layer(chosen_upper, chosen_work)
-    if parsed.allow_other and parsed.allow_root:
-        raise UserError("allow_other and allow_root exclude each other; allow_other lets root in too.")
     session, io = _session_and_io(parsed, session, io)
-    trusted_xattrs = may_use_trusted_xattrs() if trusted_xattrs is None else trusted_xattrs
     is_root = os.geteuid() == 0
-    userxattr = parsed.userxattr or not trusted_xattrs
+    trusted = may_use_trusted_xattrs() if trusted_xattrs is None else trusted_xattrs
+    userxattr = parsed.userxattr or not trusted
     return MountSettings(
         mountpoint=absolute_mountpoint(mountpoint),
         lowers=tuple(absolute(path) for path in chosen_lowers),
@@ -166,6 +164,8 @@ def _writable_layer(upper: str | None, work: str | None) -> tuple[str | None, Tm
 
 
 def _session_and_io(parsed: Options, session: str, io: str) -> tuple[str, str]:
+    if parsed.allow_other and parsed.allow_root:
+        raise UserError("allow_other and allow_root exclude each other; allow_other lets root in too.")
     session = _chosen("session", session, parsed.session, SESSIONS)
     io = _chosen("io", io, parsed.io, IO_MODES)
     if session == "pyfuse3" and io != "auto":
