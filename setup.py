@@ -5,6 +5,8 @@ UNIONFS_CORE: words for a special build: ``trace`` (line tracing, for coverage a
 """
 
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 from Cython.Build import cythonize
@@ -14,6 +16,7 @@ from setuptools import Extension, setup
 # That of setuptools.
 from distutils.ccompiler import new_compiler
 from distutils.command.build_scripts import build_scripts
+from distutils.command.install_data import install_data
 from distutils.sysconfig import customize_compiler
 
 CORE = Path("unionfs/core")
@@ -53,9 +56,32 @@ class BuildLauncher(build_scripts):
         compiler.link_executable(objects, Path(LAUNCHER).stem, self.build_dir)
 
 
+class InstallManual(install_data):
+    """Makes the man pages from the commands of the built package, and installs them."""
+
+    def run(self) -> None:
+        # An installation for development uses the source, and `python -m unionfs.cli.manual` makes the pages.
+        if "editable_wheel" not in self.distribution.commands:
+            library = os.path.abspath(self.get_finalized_command("build").build_lib)
+            pages = Path("build/man")
+            subprocess.run(
+                [sys.executable, "-m", "unionfs.cli.manual", str(pages.absolute())],
+                env={**os.environ, "PYTHONPATH": os.pathsep.join([library, *sys.path])},
+                cwd=library,
+                check=True,
+            )
+            self.data_files = [
+                (f"share/man/{section.name}", sorted(map(str, section.iterdir())))
+                for section in sorted(pages.iterdir())
+            ]
+        super().run()
+
+
 setup(
     scripts=[LAUNCHER],
-    cmdclass={"build_scripts": BuildLauncher},
+    cmdclass={"build_scripts": BuildLauncher, "install_data": InstallManual},
+    # Without any, the command is not run.
+    data_files=[("share/man/man1", [])],
     ext_modules=cythonize(
         [
             Extension(

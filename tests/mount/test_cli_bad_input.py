@@ -203,7 +203,7 @@ def test_upper_or_work_of_a_live_mount(place: Place) -> None:
         (place.root / "upper3", place.work, "work"),
     ):
         done = unionfs("mount", "-l", place.lower, "-u", upper, "-w", work, merged)
-        refused(done, f"{word} ", f"is in use by the live mount {place.merged} (pid {pid})")
+        refused(done, f"{word} ", f"is in use by the active mount {place.merged} (pid {pid})")
     assert mounts_at(merged) == []
     succeed(unionfs("umount", place.merged))
     succeed(unionfs("mount", *place.layers, merged))
@@ -215,7 +215,7 @@ def test_upper_of_a_mount_that_hides_it(place: Place) -> None:
         subprocess.run(["mount", "--bind", place.root, bound], check=True)
         succeed(unionfs("mount", *place.layers, place.root))
         layers = ("-l", bound / "lower", "-u", bound / "upper", "-w", bound / "work")
-        refused(unionfs("mount", *layers, bound / "merged"), f"in use by the live mount {place.root}")
+        refused(unionfs("mount", *layers, bound / "merged"), f"in use by the active mount {place.root}")
         succeed(unionfs("umount", place.root))
         succeed(unionfs("mount", *layers, bound / "merged"))
         succeed(unionfs("umount", bound / "merged"))
@@ -261,7 +261,7 @@ def test_busy_mountpoint(place: Place) -> None:
     done = unionfs(
         "mount", "-l", place.lower, "-u", place.root / "upper3", "-w", place.root / "work3", place.merged
     )
-    refused(done, f"mountpoint {place.merged} is busy: the live mount {place.merged} (pid {pid})")
+    refused(done, f"mountpoint {place.merged} is busy: the active mount {place.merged} (pid {pid})")
     assert mounts_at(place.merged) == ["fuse.unionfs"]
 
 

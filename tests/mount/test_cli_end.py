@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import mmap
 import os
 import shutil
@@ -12,6 +13,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -132,6 +134,97 @@ def test_busy_mount_names_its_users(place: Place, how: str) -> None:
     succeed(unionfs("umount", place.merged))
 
 
+def _listed(place: Place) -> list[dict[str, Any]]:
+    """What `unionfs ls` shows of a mountpoint."""
+    listed = json.loads(succeed(unionfs("ls", "--json")))
+    return [one for one in listed if one["mountpoint"] == str(place.merged)]
+
+
+def test_a_directory_below_the_mount_is_no_use_of_it(place: Place) -> None:
+    with _using(place.merged) as below:
+        place.mount()
+        with _using(place.merged) as user:
+            said = refused(unionfs("umount", place.merged), f"(pid {user.pid}, cwd)")
+            assert str(below.pid) not in said
+        succeed(unionfs("umount", place.merged))
+
+
+@contextmanager
+def _namespace(*words: str) -> Iterator[subprocess.Popen[bytes]]:
+    """A process with a copy of the mounts, which stays when they are unmounted here."""
+    process = subprocess.Popen(
+        ["unshare", "-m", *words, "sh", "-c", "echo ready; exec sleep 60"], stdout=subprocess.PIPE, cwd="/"
+    )
+    try:
+        assert process.stdout is not None
+        assert process.stdout.readline() == b"ready\n"
+        yield process
+    finally:
+        process.kill()
+        process.communicate()
+
+
+def test_a_mount_in_another_namespace_is_busy(place: Place) -> None:
+    pid = place.mount()
+    with _namespace() as user:
+        refused(
+            unionfs("umount", place.merged),
+            f"{place.merged} is busy: used by sleep (pid {user.pid}, mount namespace)", "--lazy", "--force",
+        )  # fmt: skip
+        assert (place.merged / "base").read_text() == "base\n"
+        assert not gone(pid)
+        succeed(unionfs("umount", "--lazy", place.merged))
+        assert mounts_at(place.merged) == []
+        (listed,) = _listed(place)
+        assert (listed["state"], listed["pid"]) == ("detached", pid)
+        assert listed["held_by"] == [{"pid": user.pid, "command": "sleep", "how": "mount namespace"}]
+        assert f"detached, used by sleep (pid {user.pid}, mount namespace)" in succeed(unionfs("ls"))
+        refused(unionfs("mount", *place.layers, place.merged), f"unionfs umount --force {place.merged}")
+        succeed(unionfs("umount", "--force", place.merged))
+        assert gone(pid)
+        assert _listed(place) == []
+        place.mount()
+    succeed(unionfs("umount", place.merged))
+
+
+def test_a_mount_in_a_slave_namespace_is_not_busy(place: Place) -> None:
+    """Where unmounting propagates (mount_namespaces(7)), as to most containers, nothing stays."""
+    above = place.merged.parent
+    subprocess.run(["mount", "--bind", above, above], check=True)
+    try:
+        subprocess.run(["mount", "--make-shared", above], check=True)
+        pid = place.mount()
+        with _namespace("--propagation", "slave") as user:
+            assert str(place.merged) in Path(f"/proc/{user.pid}/mountinfo").read_text()
+            succeed(unionfs("umount", place.merged))
+            assert gone(pid)
+    finally:
+        subprocess.run(["umount", "-l", above], check=True)
+
+
+@pytest.mark.parametrize("how", ["cwd", "open file", "mapped file"])
+def test_force_cuts_off_who_uses_the_mount(place: Place, session: str, how: str) -> None:
+    pid = place.mount(*cli_calls.session_words(session))
+    (place.merged / "new").write_text("x")
+    with _using(place.merged, how):
+        succeed(unionfs("umount", "--force", place.merged))
+        assert gone(pid)
+        assert mounts_at(place.merged) == []
+    assert (place.upper / "new").read_text() == "x"
+    refused(unionfs("umount", "--force", place.merged), "is not a unionfs mount")
+
+
+def test_several_mounts_are_unmounted(place: Place) -> None:
+    place.mount()
+    other = place.root / "other"
+    other.mkdir()
+    succeed(unionfs("mount", "-l", place.lower, other))
+    done = unionfs("umount", place.merged, "/proc", other)
+    assert done.returncode == 1
+    assert "/proc is a proc mount" in done.stderr
+    assert mounts_at(place.merged) == mounts_at(other) == []
+
+
 def test_lazy_umount_of_a_busy_mount(place: Place) -> None:
     pid = place.mount()
     with (place.merged / "new").open("w") as held:
@@ -140,7 +233,10 @@ def test_lazy_umount_of_a_busy_mount(place: Place) -> None:
         assert not gone(pid)
         held.write("still written")
         held.flush()
-        assert str(place.merged) not in succeed(unionfs("ls"))
+        (listed,) = _listed(place)
+        user = {"pid": os.getpid(), "command": Path("/proc/self/comm").read_text().strip()}
+        assert listed["state"] == "detached"
+        assert listed["held_by"] == [{**user, "how": "open file"}]
     assert wait_for(lambda: gone(pid))
     assert (place.upper / "new").read_text() == "still written"
 
@@ -156,9 +252,12 @@ def test_umount_with_another_bind_mount_of_it(place: Place) -> None:
     bound = place.root / "bound"
     bound.mkdir()
     subprocess.run(["mount", "--bind", place.merged, bound], check=True)
-    refused(unionfs("umount", place.merged), "still in use", str(bound), str(pid))
+    refused(unionfs("umount", place.merged), f"it is also mounted at {bound}; unmount {bound} first")
     assert not gone(pid)
+    assert len(mounts_at(place.merged)) == len(mounts_at(bound)) == 1
     succeed(unionfs("umount", bound))
+    assert not gone(pid)
+    succeed(unionfs("umount", place.merged))
     assert gone(pid)
 
 
@@ -260,7 +359,7 @@ def test_a_signal_leaves_the_mount_to_who_uses_it(
             held.flush()
             assert other.read() == "base\n"
             done = unionfs("mount", *place.layers, place.merged)
-            refused(done, "is still in use", "processes have files of it open", f"kill {daemon.pid}")
+            refused(done, "is still in use", "processes have files of it open", "umount --force")
             assert mounts_at(place.merged) == []
         assert daemon.wait(patient(10)) == 0
     assert (place.upper / "new").read_text() == "still written"

@@ -35,7 +35,7 @@ def _mine(place: Place) -> dict[str, object]:
 def test_ls(place: Place) -> None:
     pid = place.mount()
     mine = _mine(place)
-    assert set(mine) == {"mountpoint", "state", "pid", "layers", "session", "since"}
+    assert set(mine) == {"mountpoint", "state", "pid", "layers", "session", "since", "held_by"}
     assert (mine["state"], mine["pid"]) == ("active", pid)
     assert mine["layers"] == [str(place.upper), str(place.lower), str(place.lower2)]
     assert mine["session"] == "direct"
@@ -207,7 +207,7 @@ def test_inspect_of_a_daemon_that_does_not_answer(place: Place) -> None:
 
 
 def test_inspect_of_no_mount(place: Place) -> None:
-    refused(unionfs("inspect", place.merged), f"{place.merged} is not a live unionfs mount")
+    refused(unionfs("inspect", place.merged), f"{place.merged} is not an active unionfs mount")
 
 
 def test_diff(place: Place) -> None:
@@ -251,6 +251,28 @@ def test_diff_to_a_reader_that_has_enough(place: Place) -> None:
     assert done.stderr == ""
 
 
+def test_the_log_level(place: Place) -> None:
+    """`inspect` shows where the log is, and `debug` shows more there."""
+    pid = place.mount("--log-level", "debug")
+    log = json.loads(succeed(unionfs("inspect", "--json", place.merged)))["log"]
+    succeed(unionfs("umount", place.merged))
+    if log != "syslog":
+        lines = [line for line in Path(log).read_text().splitlines() if f"unionfs[{pid}]" in line]
+        assert any("DEBUG setting session: direct" in line for line in lines)
+        assert any("DEBUG asked:" in line for line in lines)
+    pid = place.mount()
+    succeed(unionfs("umount", place.merged))
+    if log != "syslog":
+        lines = [line for line in Path(log).read_text().splitlines() if f"unionfs[{pid}]" in line]
+        assert lines
+        assert not any("DEBUG" in line for line in lines)
+
+
+def test_diff_of_a_missing_upper(place: Place) -> None:
+    said = refused(unionfs("diff", "-u", place.root / "nosuch", "-l", place.lower), "does not exist")
+    assert "mkdir" not in said
+
+
 def test_doctor(area: Path) -> None:
     done = unionfs("doctor", "--json", "--dir", area)
     found = json.loads(done.stdout)
@@ -268,8 +290,9 @@ def test_doctor(area: Path) -> None:
             assert facts[name]["cure"]
     assert os.listdir(area) == []
     text = unionfs("doctor", "--dir", area).stdout
-    assert text.startswith("STATE ")
     assert "/dev/fuse" in text
+    assert max(map(len, text.splitlines())) <= 80
+    assert " ".join(text.replace("-> ", "").split()).count(" ".join(facts["kernel"]["detail"].split())) == 1
 
 
 def test_doctor_where_mounting_is_impossible(root: None) -> None:
@@ -313,6 +336,32 @@ def test_help_of_all() -> None:
 
 def test_version() -> None:
     assert succeed(unionfs("--version")).startswith("unionfs ")
+
+
+def test_completion_of_what_is_there(place: Place) -> None:
+    place.mount()
+    containers = place.root / "storage/containers"
+    for name in ("first", "second"):
+        (containers / name).mkdir(parents=True)
+    containers.chmod(0o700)
+    containers.parent.chmod(0o700)
+
+    def complete(words: str) -> list[str]:
+        environment = {
+            "_UNIONFS_COMPLETE": "bash_complete", "COMP_WORDS": words,
+            "COMP_CWORD": str(words.count(" ")), "UNIONFS_ROOT": str(containers.parent),
+        }  # fmt: skip
+        return succeed(unionfs(env=environment)).split()
+
+    merged = str(place.merged)
+    for command in ("umount", "inspect", "stats", "sync", "refresh", "diff"):
+        assert complete(f"unionfs {command} {merged[:-3]}") == [f"plain,{merged}"], command
+    # Directories, where no mount matches.
+    assert complete("unionfs umount /nowhere") == ["dir,/nowhere"]
+    assert complete("unionfs ls -f st") == ["plain,state="]
+    assert complete("unionfs volume ls --filter l") == ["plain,label=", "plain,label!="]
+    assert complete("unionfs rm f") == ["plain,first"]
+    assert complete("unionfs rm first ") == ["plain,second"]
 
 
 def test_shell_completion() -> None:

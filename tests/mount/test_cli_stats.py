@@ -246,8 +246,8 @@ def test_a_daemon_that_does_not_answer(place: Place) -> None:
 
 
 def test_what_is_no_mount(place: Place) -> None:
-    refused(unionfs("stats", place.merged), f"{place.merged} is not a live unionfs mount")
-    refused(unionfs("stats", place.root / "nowhere"), "is not a live unionfs mount")
+    refused(unionfs("stats", place.merged), f"{place.merged} is not an active unionfs mount")
+    refused(unionfs("stats", place.root / "nowhere"), "is not an active unionfs mount")
 
 
 def test_a_dead_mount(place: Place) -> None:
@@ -260,7 +260,7 @@ def test_a_dead_mount(place: Place) -> None:
 def test_anothers_mount(place: Place, host: Host) -> None:
     host.root(*UNIONFS, "mount", *place.layers, place.merged)
     done = host.unionfs("stats", place.merged)
-    refused(done, f"{place.merged} is not a live unionfs mount of this user, but one of uid 0", "as root")
+    refused(done, f"{place.merged} is not an active unionfs mount of this user, but one of uid 0", "as root")
 
 
 @pytest.mark.parametrize(

@@ -107,7 +107,7 @@ def _on_disk(device: Path) -> bytes:
 
 
 def test_sync_command_of_what_is_no_live_mount(place: Place) -> None:
-    refused(unionfs("sync", place.merged), "is not a live unionfs mount")
+    refused(unionfs("sync", place.merged), "is not an active unionfs mount")
     pid = place.mount()
     (place.merged / "new").write_bytes(b"data")
     os.kill(pid, signal.SIGKILL)

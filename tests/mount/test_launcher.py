@@ -82,7 +82,7 @@ def test_the_same_words(place: Place, arguments: list[str]) -> None:
 
 def test_a_mountpoint_in_use(place: Place) -> None:
     _mount(place)
-    refused(launch("-o", place.data, place.merged), "is in use by the live mount", program="fuse-unionfs")
+    refused(launch("-o", place.data, place.merged), "is in use by the active mount", program="fuse-unionfs")
     _unmount(place)
 
 

@@ -124,7 +124,7 @@ class TestEndingDaemons:
         elsewhere = place.root / "elsewhere"
         elsewhere.mkdir()
         pid = place.mount()
-        refused(unionfs("mount", *place.layers, elsewhere), "is in use by the live mount", f"(pid {pid})")
+        refused(unionfs("mount", *place.layers, elsewhere), "is in use by the active mount", f"(pid {pid})")
         with (place.merged / "base").open():
             subprocess.run(["umount", "-l", place.merged], check=True)
             refused(

@@ -179,7 +179,7 @@ def test_many_files(made: _World) -> None:
 
 
 def test_refused(place: Place) -> None:
-    refused(unionfs("refresh", place.merged), "is not a live unionfs mount")
+    refused(unionfs("refresh", place.merged), "is not an active unionfs mount")
     pid = place.mount()
     os.kill(pid, 9)
     assert wait_for(lambda: gone(pid))

@@ -206,7 +206,7 @@ def test_upper_elsewhere(box: Containers) -> None:
     assert out.splitlines()[-1].split()[1] == "2048"
     for name in ("u", "w"):
         (box.area / name).mkdir()
-    box.say("-u", box.area / "u", "-w", box.area / "w", "--", "touch", "/made")
+    box.say("-u", box.area / "u", "--work", box.area / "w", "--", "touch", "/made")
     assert (box.area / "u/made").exists()
     assert box.kept() == []
 
@@ -393,8 +393,8 @@ def test_ctrl_c_ends_a_command_that_does_not_handle_it(box: Containers) -> None:
     [
         (["--", "true"], ["no lower is given"]),
         (["--name", "new", "--", "true"], ["no container new yet", "-l DIR"]),
-        (["--name", "x", "--", "true"], ["invalid container name x"]),
-        (["--name", "../up", "--", "true"], ["invalid container name ../up"]),
+        (["--name", "x", "--", "true"], ["invalid container name 'x'"]),
+        (["--name", "../up", "--", "true"], ["invalid container name '../up'"]),
         (["-l", "/nowhere", "--", "true"], ["lower /nowhere does not exist"]),
         (["-l", "/", "--workdir", "rel", "--", "true"], ["--workdir rel", "absolute"]),
         (["-l", "/", "-e", "=x", "--", "true"], ["-e =x", "no name"]),

@@ -67,7 +67,7 @@ def all_commands(place: Place) -> None:
     assert unionfs("doctor").returncode == 0
     succeed(unionfs("umount", place.merged))
     refused(unionfs("umount", place.merged), "is not a unionfs mount")
-    refused(unionfs("inspect", place.merged), "is not a live unionfs mount")
+    refused(unionfs("inspect", place.merged), "is not an active unionfs mount")
     assert time.monotonic() - began < 60
 
 

@@ -14,8 +14,8 @@ import unionfs
 ROOT = Path(unionfs.__file__).parent
 # Each room may import from itself and from those after it.
 ROOMS = (
-    "cli", "plugin", "containers", "images", "daemon", "storage", "fuse", "union", "settings", "sys",
-    "errors", "core",
+    "cli", "plugin", "branches", "containers", "images", "daemon", "storage", "fuse", "union",
+    "settings", "sys", "errors", "core",
 )  # fmt: skip
 LONGEST_MODULE = 450
 LONGEST_COMPILED = 500  # with its declarations of attributes

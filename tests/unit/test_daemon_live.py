@@ -25,7 +25,7 @@ from unionfs.daemon.claiming import Claim
 from unionfs.daemon.settle import settle
 from unionfs.errors import UserError
 from unionfs.settings.mount import MountSettings
-from unionfs.sys.process import is_alive, start_time, users_of, wait_gone
+from unionfs.sys.process import is_alive, start_time, wait_gone
 
 
 @pytest.fixture
@@ -214,13 +214,6 @@ def test_command_names_do_not_confuse(tmp_path: Path) -> None:
     assert started is not None
     assert mine is not None
     assert started >= mine
-
-
-def test_users_of_a_directory(tmp_path: Path) -> None:
-    with subprocess.Popen(["sleep", "30"], cwd=tmp_path) as process:
-        users = users_of(str(tmp_path), "9:9")
-        process.kill()
-    assert [(user.pid, user.how) for user in users] == [(process.pid, "cwd")]
 
 
 async def test_control_answers_everyone(area: Path) -> None:

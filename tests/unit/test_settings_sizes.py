@@ -39,7 +39,7 @@ def test_sizes_of_volumes() -> None:
     for text in ("0", str(1 << 60)):
         with pytest.raises(UserError, match=f"size={text} is not a possible size for a volume"):
             sizes.volume_size(text)
-    with pytest.raises(UserError, match="invalid size limit=lots"):
+    with pytest.raises(UserError, match="invalid limit 'lots'"):
         sizes.volume_size("lots", "limit")
 
 

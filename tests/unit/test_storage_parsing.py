@@ -85,9 +85,9 @@ def test_relative_sources_are_taken_against_the_callers_directory(
         ("a:b:/c:ro", ["two colons", "--mount"]),
         ("/srv:/data:nocopy", ["`nocopy`", "volumes"]),
         ("db:/data:rshared", ["`rshared`", "bind mounts"]),
-        ("x:/data", ["invalid volume name x", "two characters"]),
-        ("-x:/data", ["invalid volume name -x"]),
-        ("a/b:/data", ["invalid volume name a/b", "./NAME"]),
+        ("x:/data", ["invalid volume name 'x'", "two characters"]),
+        ("-x:/data", ["invalid volume name '-x'"]),
+        ("a/b:/data", ["invalid volume name 'a/b'", "./NAME"]),
         (".hidden:/data", [".hidden is a relative path", "./"]),
         ("a" * 256 + ":/data", ["256 characters", "255"]),
     ],
@@ -164,7 +164,7 @@ def test_mount(text: str, spec: object) -> None:
         ("source=db,target=/t,volume-subpath=../a", ["../a", "out of the volume"]),
         ("source=db,target=/t,volume-subpath=/a", ["/a", "out of the volume"]),
         ('source=db,"target=/t', ["CSV", "quotes"]),
-        ("source=d/b,target=/t", ["invalid volume name d/b"]),
+        ("source=d/b,target=/t", ["invalid volume name 'd/b'"]),
     ],
 )
 def test_mount_refused(text: str, parts: list[str]) -> None:

@@ -415,6 +415,33 @@ class TestIncremental:
             ".unionfs-backup/manifest",
         ]
 
+    def test_the_figures_are_those_of_the_volume(self, store: Store, area: Path) -> None:
+        data = store.create("data")
+        for name in "abcde":
+            (data / name).write_text("12345")
+        time.sleep(0.06)
+        assert "6 entries, 25B" in store("backup", "data", "-o", area / "a.tar").stderr
+        (data / "a").write_text("1")
+        (data / "b").write_text("12")
+        done = store("backup", "data", "-o", area / "b.tar", "--since", area / "a.tar")
+        assert "2 entries, 3B; 4 unchanged in its base." in done.stderr
+        done = store("restore", "data", "-i", area / "b.tar")
+        assert "restored volume data: 6 entries, 18B; from 2 archives." in done.stderr
+
+    def test_a_base_is_not_replaced(self, store: Store, area: Path) -> None:
+        data = store.create("data")
+        store.ok("backup", "data", "-o", area / "a.tar.zst")
+        (data / "x").write_text("x")
+        store.ok("backup", "data", "-o", area / "b.tar", "--since", area / "a.tar.zst")
+        before = (area / "a.tar.zst").read_bytes()
+        refused(
+            store("backup", "data", "-o", area / "a.tar.zst"),
+            f"{area}/a.tar.zst is the base of the incremental backup {area}/b.tar",
+        )
+        assert (area / "a.tar.zst").read_bytes() == before
+        store.ok("backup", "data", "-o", area / "b.tar")
+        store.ok("backup", "data", "-o", area / "a.tar.zst")
+
     def test_the_base_is_found_beside_it_or_named(self, store: Store, area: Path) -> None:
         data = store.create("data")
         (data / "a").write_text("a")
@@ -436,7 +463,8 @@ class TestIncremental:
         (data / "a").write_text("a")
         store.ok("backup", "data", "-o", area / "a.tar")
         store.ok("backup", "data", "-o", area / "b.tar", "--since", area / "a.tar")
-        store.ok("backup", "data", "-o", area / "a.tar")
+        store.ok("backup", "data", "-o", area / "other.tar")
+        os.replace(area / "other.tar", area / "a.tar")
         refused(store("restore", "data", "-i", area / "b.tar"), "is not beside it")
 
     def test_a_base_with_the_same_id_and_other_content(
@@ -538,6 +566,45 @@ class TestVerify:
         refused(store("verify", "data", cwd=area), "no manifest")
         refused(store("verify", "./data", cwd=area), "not a backup made by")
         refused(store("verify", "nothing", cwd=area), "no volume nothing")
+
+
+class TestWhere:
+    """Where an archive is written, and as what."""
+
+    @pytest.mark.parametrize("name", ["x.tar.xz", "x.tar.bz2", "X.TXZ", "x.zip"])
+    def test_a_name_of_another_compression(self, store: Store, area: Path, name: str) -> None:
+        store.create("data")
+        refused(store("backup", "data", "-o", area / name), "not supported", ".tar.zst", "--compress")
+        assert not (area / name).exists()
+        store.ok("backup", "data", "--compress", "none", "-o", area / name)
+        assert trees.tar("tf", area / name).startswith(".unionfs-backup/info.json")
+
+    def test_not_into_the_volume_itself(self, store: Store, area: Path) -> None:
+        data = store.create("data")
+        (data / "below").mkdir()
+        (area / "link").symlink_to(data / "below")
+        for place in (data, data / "below", area / "link"):
+            refused(store("backup", "data", "-o", place / "x.tar"), "into the volume itself")
+        assert sorted(os.listdir(data)) == ["below"]
+        assert os.listdir(data / "below") == []
+
+    def test_an_idle_volume_in_memory(self, root: None, store: Store, area: Path) -> None:
+        store.create("-o", "tmpfs", "data")
+        done = store("backup", "data", "-o", area / "x.tar")
+        assert done.returncode == 0
+        assert "volume data is in memory and not in use, so it is empty" in done.stderr
+
+    def test_a_damaged_archive_is_called_damaged(self, store: Store, area: Path) -> None:
+        data = store.create("data")
+        (data / "x").write_bytes(os.urandom(1000))
+        store.ok("backup", "data", "-o", area / "x.tar.zst")
+        whole = (area / "x.tar.zst").read_bytes()
+        for at in (100, len(whole) // 2):
+            (area / "x.tar.zst").write_bytes(whole[:at] + b"damaged" + whole[at + 7 :])
+            said = refused(store("verify", area / "x.tar.zst"), "damaged", "use another copy of it")
+            assert "restored" not in said
+            assert "is not a backup" not in said
+            refused(store("restore", "data", "-i", area / "x.tar.zst"), "damaged", "nothing was restored")
 
 
 class TestClone:

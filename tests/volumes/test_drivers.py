@@ -138,8 +138,8 @@ class TestMounted:
             (["type=none", "o=bind", "device=x"], ["relative"]),
             (["type=ext4", "device=/x", "size=1g"], ["size and type exclude"]),
             (["fs=xfs"], ["needs the option size"]),
-            (["size=lots"], ["size=lots"]),
-            (["size=-5"], ["size=-5"]),
+            (["size=lots"], ["invalid size 'lots'"]),
+            (["size=-5"], ["invalid size '-5'"]),
             (["size=0"], ["size=0"]),
             (["size=1k"], ["too small for ext4"]),
             (["size=100m", "fs=xfs"], ["too small for xfs"]),
@@ -250,7 +250,7 @@ class TestSize:
             assert (Path(path) / "big").stat().st_size == 20 << 20
         store.create("plain")
         refused(store("resize", "plain", "32m"), "has no size")
-        refused(store("resize", "data", "much"), "size=much")
+        refused(store("resize", "data", "much"), "invalid size 'much'")
         refused(store("resize", "none", "1g"), "no volume none")
 
     def test_an_image_that_is_still_mounted_elsewhere(self, store: Store, area: Path) -> None:

@@ -117,6 +117,13 @@ class TestFound:
         (plugins.directory / "far.spec").write_text(content.format(path=path, port=port))
         _whole_life(store, area, "far", home)
 
+    def test_nobody_listens(self, store: Store, plugins: Plugins) -> None:
+        (plugins.directory / "deadtcp.spec").write_text("tcp://127.0.0.1:9")
+        said = refused(store("create", "-d", "deadtcp", "data"), "connection refused")
+        assert "Errno" not in said
+        assert "exception" not in said
+        refused(store("create", "-d", "unheard", "data"), str(plugins.directory))
+
     def test_by_a_json_with_tls(self, store: Store, area: Path, plugins: Plugins) -> None:
         if shutil.which("openssl") is None:
             pytest.skip("openssl is not installed")

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 
 import click
 
+from unionfs.cli.completing import complete_mountpoints
 from unionfs.cli.run import complain
 from unionfs.daemon import dead, live, others
 from unionfs.daemon.dead import DeadMount
@@ -27,7 +28,7 @@ Examples:
 )
 @click.option("--dry-run", is_flag=True, help="Only print what would be done.")
 @click.option("--json", "as_json", is_flag=True, help="Print a JSON object.")
-@click.argument("mountpoints", nargs=-1, metavar="[MOUNTPOINT]...")
+@click.argument("mountpoints", nargs=-1, metavar="[MOUNTPOINT]...", shell_complete=complete_mountpoints)
 def cleanup(mountpoints: tuple[str, ...], dry_run: bool, as_json: bool) -> int:
     """Unmount the mounts whose daemon has died: all of them, or those at MOUNTPOINT.
 

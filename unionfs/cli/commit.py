@@ -6,6 +6,7 @@ import os
 
 import click
 
+from unionfs.cli.completing import complete_mountpoints
 from unionfs.cli.finding import find_mount, upper_in_memory
 from unionfs.cli.rules import complete_images, tell
 from unionfs.cli.volume.common import root_option
@@ -20,7 +21,7 @@ from unionfs.errors import UserError, quoted
 @click.option("--author", metavar="TEXT", help="Who made it.")
 @click.option("-m", "--message", metavar="TEXT", help="What was changed.")
 @root_option
-@click.argument("mountpoint")
+@click.argument("mountpoint", shell_complete=complete_mountpoints)
 def commit(
     image: str, compress: str, author: str | None, message: str | None, root: str | None, mountpoint: str
 ) -> int:

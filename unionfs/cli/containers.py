@@ -3,22 +3,28 @@
 from __future__ import annotations
 
 import os
+import sys
+from collections.abc import Callable, Iterable
+from contextlib import suppress
+from dataclasses import dataclass
 from typing import Any
 
 import click
 
+from unionfs.cli.completing import complete_containers
 from unionfs.cli.rules import complete_images, tell
 from unionfs.cli.run import complain, for_each
 from unionfs.cli.storage_options import storage_options
-from unionfs.errors import UserError, quoted
+from unionfs.errors import UserError, on_failure, quoted
 
 
-def _environment(_: click.Context, option: click.Parameter, given: tuple[str, ...]) -> dict[str, str]:
+def parse_environment(given: Iterable[str], option: str) -> dict[str, str]:
+    """Parse K=V, and K for the caller's value. Raises UserError."""
     values = {}
     for text in given:
         key, equals, value = text.partition("=")
         if not key:
-            raise UserError(f"-e {quoted(text)}: the variable has no name; write -e NAME=VALUE.")
+            raise UserError(f"{option} {quoted(text)}: the variable has no name; write {option} NAME=VALUE.")
         if equals:
             values[key] = value
         elif key in os.environ:
@@ -31,9 +37,10 @@ def _environment(_: click.Context, option: click.Parameter, given: tuple[str, ..
     epilog="""\b
 Examples:
   unionfs run --rm -l /srv/debian -- bash
-  unionfs run --name web -l /srv/debian -v ./site:/var/www:ro -- nginx -g 'daemon off;'
+  unionfs run --name web -l /srv/debian -v ./site:/srv:ro -- nginx
   unionfs run --rm --image oci-archive:web.tar
-  unionfs run --rm -l /srv/debian -u tmpfs:size=64m --net none -- sh -c 'echo secret > /key'
+  unionfs run -d --name web -l /srv/debian -- nginx -g 'daemon off;'
+  unionfs run --rm -l /srv/debian -u tmpfs:size=64m --net none -- bash
 """,
 )
 @click.option(
@@ -49,17 +56,24 @@ Examples:
     "-u", "--upper", metavar="DIR|tmpfs[:OPT,...]",
     help="Store changes in a directory or in memory instead of in the container.",
 )  # fmt: skip
-@click.option("-w", "--work", metavar="DIR", help="As for mount; required with a directory as upper.")
+@click.option("--work", metavar="DIR", help="The work directory of an upper of your own, as for mount.")
 @storage_options
 @click.option("--name", metavar="NAME", help="The container's name: the same name finds its files again.")
 @click.option("--rm", "remove", is_flag=True, help="Remove the container at the end.")
-@click.option("--workdir", metavar="DIR",
+@click.option("-w", "--workdir", metavar="DIR",
               help="The command's working directory; created if missing.  [the image's, or /]")  # fmt: skip
 @click.option("--user", metavar="USER[:GROUP]",
               help="Run as a user of the container, by name or number.  [the image's, or root]")  # fmt: skip
 @click.option("--entrypoint", metavar="WORD", help="Replace the image's entrypoint; empty: none.")
-@click.option("-e", "--env", "environment", multiple=True, metavar="K=V", callback=_environment,
+@click.option("-e", "--env", "environment", multiple=True, metavar="K=V",
+              callback=lambda context, option, given: parse_environment(given, "-e"),
               help="An environment variable; K alone takes the caller's value.")  # fmt: skip
+@click.option("--env-file", "env_files", multiple=True, metavar="FILE",
+              help="Variables, one a line, as for -e; # begins a comment.")  # fmt: skip
+@click.option("-d", "--detach", is_flag=True,
+              help="Run in the background, and print the name; `unionfs logs` shows the output.")  # fmt: skip
+@click.option("-i", "--interactive", is_flag=True, help="As always; accepted as for docker.")
+@click.option("-t", "--tty", is_flag=True, help="As always where stdin is a terminal; else an error.")
 @click.option("--hostname", metavar="NAME", help="The host name inside.  [the container's name]")
 @click.option("--net", "own_network", type=click.Choice(["host", "none"]), default="host", show_default=True,
               callback=lambda context, parameter, net: net == "none",
@@ -79,6 +93,10 @@ def run(
     workdir: str | None,
     user: str | None,
     environment: dict[str, str],
+    env_files: tuple[str, ...],
+    detach: bool,
+    interactive: bool,
+    tty: bool,
     **wish: Any,
 ) -> int:
     """Run COMMAND with a union as its root, in new mount, pid, uts and ipc namespaces (bubblewrap).
@@ -95,28 +113,90 @@ def run(
     {storage}
     """
     # For start-up time: --help and completion do not need it.
-    from unionfs.containers.run import CommandError, Wish
-    from unionfs.containers.run import run as start
+    from unionfs.containers.process import CommandError
+    from unionfs.containers.store import new_name
 
-    def report(sentence: str) -> None:
-        complain("unionfs", sentence)
-
+    environment = {**_from_files(env_files), **environment}
+    if tty and not sys.stdin.isatty():
+        raise UserError("-t is given, but standard input is not a terminal; leave -t out.")
+    plain = image is None and wish["name"] is None
+    if plain and not command:
+        raise click.UsageError("Missing argument 'COMMAND...'.")
+    if detach and wish["name"] is None:
+        wish["name"] = new_name()
+    given = _Given(image, command, entrypoint, workdir, user, environment, plain, detach)
+    if detach:
+        return _detach(given, wish)
     try:
-        if image is None and wish["name"] is None:
-            if not command:
-                raise click.UsageError("Missing argument 'COMMAND...'.")
-            whole = Wish(command, workdir=workdir or "/", user=user, environment=environment, **wish)
-            return start(whole, report)
-        # For start-up time: only images need it.
-        from unionfs.containers.imaged import Given, wished
-
-        notes: list[str] = []
-        given = Given(image, command, entrypoint, workdir, user, environment)
-        with wished(Wish((), **wish), given, notes) as whole:
-            tell(notes)
-            return start(whole, report)
+        return _start(given, wish, lambda: None, _complain)
     except CommandError as error:
         return complain("unionfs", str(error), error.code)
+
+
+@dataclass(frozen=True, slots=True)
+class _Given:
+    """What the command line says of the command."""
+
+    image: str | None
+    command: tuple[str, ...]
+    entrypoint: str | None
+    workdir: str | None
+    user: str | None
+    environment: dict[str, str]
+    plain: bool
+    """Neither of an image nor of a container that may have one."""
+    detached: bool
+
+
+def _complain(sentence: str) -> None:
+    complain("unionfs", sentence)
+
+
+def _detach(given: _Given, wish: dict[str, Any]) -> int:
+    # For start-up time: few containers are detached.
+    from unionfs.containers.detached import start
+
+    code, said = start(lambda started, report: _start(given, wish, started, report))
+    if code:
+        return complain("unionfs", said, code)
+    print(wish["name"])
+    return 0
+
+
+def _start(
+    given: _Given, wish: dict[str, Any], started: Callable[[], None], report: Callable[[str], None]
+) -> int:
+    # For start-up time: --help and completion do not need it.
+    from unionfs.containers.run import Wish
+    from unionfs.containers.run import run as start
+
+    if given.plain:
+        whole = Wish(
+            given.command, workdir=given.workdir or "/", user=given.user, environment=given.environment,
+            detached=given.detached, **wish,
+        )  # fmt: skip
+        return start(whole, report, started)
+    # For start-up time: only images need it.
+    from unionfs.containers.imaged import Given, wished
+
+    notes: list[str] = []
+    wanted = Given(
+        given.image, given.command, given.entrypoint, given.workdir, given.user, given.environment
+    )
+    with wished(Wish((), detached=given.detached, **wish), wanted, notes) as whole:
+        tell(notes)
+        return start(whole, report, started)
+
+
+def _from_files(paths: tuple[str, ...]) -> dict[str, str]:
+    """Read files of variables, in docker's format: K=V, or K for the caller's value; # begins a comment."""
+    values: dict[str, str] = {}
+    for path in paths:
+        complaint, errors = f"--env-file {quoted(path)} cannot be read", (OSError, UnicodeDecodeError)
+        with on_failure(complaint, "check its path", *errors), open(path, encoding="utf-8") as file:
+            lines = [line.strip() for line in file]
+        values |= parse_environment([line for line in lines if line and not line.startswith("#")], path)
+    return values
 
 
 @click.command(epilog="Example: unionfs rm web")
@@ -124,22 +204,34 @@ def run(
     "--root", metavar="DIR",
     help="The storage root. [UNIONFS_ROOT; /var/lib/unionfs, or ~/.local/share/unionfs]",
 )  # fmt: skip
-@click.argument("names", nargs=-1, required=True, metavar="NAME...")
-def rm(root: str | None, names: tuple[str, ...]) -> int:
+@click.argument("names", nargs=-1, required=True, metavar="NAME...", shell_complete=complete_containers)
+@click.option("-f", "--force", is_flag=True, help="Kill it first, if it runs.")
+@click.option("-v", "--volumes", "with_volumes", is_flag=True, help="Also remove its anonymous volumes.")
+def rm(root: str | None, force: bool, with_volumes: bool, names: tuple[str, ...]) -> int:
     """Remove containers that `unionfs run` kept, with all their changes, and print their names.
 
-    Volumes stay. A container that cannot be removed is reported; the others are still removed.
+    Volumes stay, without -v also anonymous ones. A container that cannot be removed is reported; the others
+    are still removed.
     """
     # For start-up time: --help and completion do not need it.
+    from unionfs.containers.state import kill
     from unionfs.containers.store import Container
     from unionfs.storage.root import storage_root
+    from unionfs.storage.volumes import Volumes
 
     place = storage_root(root)
+    volumes = Volumes(place)
 
     def remove(name: str) -> bool:
         container = Container(place, name)
+        if force and container.is_running():
+            with suppress(UserError):  # it has ended just now
+                kill(container, "KILL")
         with container.claimed(make=False):
+            anonymous = container.volumes() if with_volumes else {}
             container.remove()
+        for volume in anonymous.values():
+            volumes.remove(volume, missing_ok=True)
         return True
 
     return for_each(names, remove)

@@ -27,7 +27,8 @@ def convert(upper: str, form: str, userxattr: bool) -> None:
 
     \b
     Forms:
-      overlay         kernel overlayfs's: devices 0/0, and trusted.overlay.* (--userxattr: user.overlay.*)
+      overlay         kernel overlayfs's: devices 0/0, and xattrs
+                      trusted.overlay.* (--userxattr: user.overlay.*)
       fuse-overlayfs  .wh.NAME, .wh..wh..opq, and user.fuseoverlayfs.opaque
       oci             .wh.NAME and .wh..wh..opq, as in an image layer
 

@@ -8,7 +8,9 @@ from collections.abc import Sequence
 
 import click
 
+from unionfs.cli.completing import complete_mountpoints
 from unionfs.cli.finding import find_mount, upper_in_memory
+from unionfs.cli.listing import print_json
 from unionfs.cli.run import on_terminal
 from unionfs.cli.terminal import shell_word
 from unionfs.daemon.live import LiveMount, find_by_device
@@ -25,6 +27,7 @@ from unionfs.union.diff import diff as changes
 Examples:
   unionfs diff /mnt
   unionfs diff --upper /srv/changes --lower /srv/base
+  unionfs diff --json /mnt
 """,
 )
 @click.option("-u", "--upper", metavar="DIR", help="An upper, mounted or not.")
@@ -32,8 +35,11 @@ Examples:
     "-l", "--lower", "lowers", multiple=True, metavar="DIR|IMAGE", help="A lower; the first is on top."
 )
 @click.option("--userxattr", is_flag=True, help="Markers are user.overlay.* xattrs (always without root).")
-@click.argument("mountpoint", required=False)
-def diff(mountpoint: str | None, upper: str | None, lowers: tuple[str, ...], userxattr: bool) -> int:
+@click.option("--json", "as_json", is_flag=True, help="Print a JSON array.")
+@click.argument("mountpoint", required=False, shell_complete=complete_mountpoints)
+def diff(
+    mountpoint: str | None, upper: str | None, lowers: tuple[str, ...], userxattr: bool, as_json: bool
+) -> int:
     """Show the changes in a union's upper: A(dded), C(hanged) or D(eleted), and the path, sorted by path.
 
     The union is the mount at MOUNTPOINT, or the given layers. Names are printed unchanged, as bytes; on a
@@ -43,7 +49,7 @@ def diff(mountpoint: str | None, upper: str | None, lowers: tuple[str, ...], use
         if upper is not None or lowers:
             raise click.UsageError("give either a mountpoint or the layers, not both")
         found = find_mount(mountpoint)
-        return _of_mount(found) if found.uid is None else _of_other(found, found.uid)
+        return _of_mount(found, as_json) if found.uid is None else _of_other(found, found.uid, as_json)
     if upper is None or not lowers:
         raise click.UsageError("give a mountpoint, or --upper and at least one --lower")
     check_directory("upper", upper)
@@ -51,27 +57,29 @@ def diff(mountpoint: str | None, upper: str | None, lowers: tuple[str, ...], use
         check_lower(lower)
     # As in an ordinary user's own mount.
     follows = True if os.geteuid() != 0 else None
-    return _print(upper, lowers, userxattr or not may_use_trusted_xattrs(), follows)
+    return _print(upper, lowers, userxattr or not may_use_trusted_xattrs(), follows, as_json)
 
 
-def _of_mount(mount: LiveMount) -> int:
+def _of_mount(mount: LiveMount, as_json: bool) -> int:
     settings = mount.settings
     upper = settings.upper
     if settings.upper_tmpfs is not None:
         upper = upper_in_memory(mount)
     if upper is None:
+        if as_json:
+            print_json([])
         return 0
     # None, the default of layers in trusted.* xattrs, is only known to the daemon; redirects are then read.
     redirects = settings.features.redirect_dir
     follows = redirects in ("on", "follow") if settings.userxattr else redirects != "nofollow"
-    return _print(upper, settings.lowers, settings.userxattr, follows)
+    return _print(upper, settings.lowers, settings.userxattr, follows, as_json)
 
 
-def _of_other(mount: LiveMount, uid: int) -> int:
+def _of_other(mount: LiveMount, uid: int, as_json: bool) -> int:
     """Print the changes of another user's mount, read as that user: its daemon names the layers."""
     def read() -> int:
         own = find_by_device(mount.device)
-        return 1 if own is None else _of_mount(own)
+        return 1 if own is None else _of_mount(own, as_json)
 
     sys.stdout.flush()
     needed = ("unionfs.settings.specs",)
@@ -83,9 +91,14 @@ def _of_other(mount: LiveMount, uid: int) -> int:
     return 0
 
 
-def _print(upper: str, lowers: Sequence[str], userxattr: bool, follows: bool | None) -> int:
+def _print(
+    upper: str, lowers: Sequence[str], userxattr: bool, follows: bool | None, as_json: bool
+) -> int:
     prefix = b"user.overlay." if userxattr else b"trusted.overlay."
     found = changes(upper, lowers, prefix, follows_redirects=follows)
+    if as_json:
+        print_json([{"change": letter, "path": os.fsdecode(name)} for letter, name in found])
+        return 0
     if on_terminal():
         for letter, name in found:
             print(letter, shell_word(name))

@@ -3,11 +3,31 @@
 from __future__ import annotations
 
 import json
+import textwrap
 from dataclasses import asdict
+from typing import TYPE_CHECKING
 
 import click
 
-from unionfs.cli.run import print_table
+from unionfs.cli.run import on_terminal, print_table
+
+if TYPE_CHECKING:
+    from unionfs.daemon.host import Finding
+
+
+_WIDTH = 80
+
+
+def _block(finding: Finding) -> str:
+    """Return a finding as lines of at most 80 columns: state and name, then what is found, then the cure."""
+    first = f"{finding.state:<8} {finding.name}: {finding.detail}"
+    lines = textwrap.wrap(first, _WIDTH, subsequent_indent=" " * 9, break_on_hyphens=False)
+    if finding.cure:
+        indent = " " * 9 + "-> "
+        lines += textwrap.wrap(
+            finding.cure, _WIDTH, initial_indent=indent, subsequent_indent=" " * 12, break_on_hyphens=False
+        )
+    return "\n".join(lines)
 
 
 @click.command(
@@ -31,9 +51,12 @@ def doctor(directory: str | None, as_json: bool) -> int:
     if as_json:
         facts = [asdict(finding) for finding in findings]
         print(json.dumps({"mounting_is_possible": possible, "findings": facts}, indent=2))
-    else:
+    elif on_terminal():
         print_table(
             ("STATE", "WHAT", "FOUND", "CURE"),
             [(finding.state, finding.name, finding.detail, finding.cure or "") for finding in findings],
         )
+    else:
+        for finding in findings:
+            print(_block(finding))
     return 0 if possible else 1

@@ -31,11 +31,11 @@ def find_mount(mountpoint: str) -> LiveMount:
             whose = "its daemons have"
         often = " too often within a minute, see the log" if whose == "its daemons have" else ""
         raise UserError(
-            f"{quoted(path)} is not a live unionfs mount: {whose} died{often}; run `unionfs cleanup "
+            f"{quoted(path)} is not an active unionfs mount: {whose} died{often}; run `unionfs cleanup "
             f"{quoted(path)}`, and mount it again."
         )
     if found is None:
-        raise UserError(f"{quoted(path)} is not a live unionfs mount{_why_not(path, mounted)}.")
+        raise UserError(f"{quoted(path)} is not an active unionfs mount{_why_not(path, mounted)}.")
     return found
 
 
@@ -52,7 +52,7 @@ def upper_in_memory(mount: LiveMount) -> str:
 
 
 def _why_not(path: str, mounted: MountEntry | None) -> str:
-    """Return cause and cure, as the end of a sentence, for a path that is not a live mount of this user."""
+    """Return cause and cure, as the end of a sentence, for what is not an active mount of this user."""
     if mounted is not None and mounted.fstype == FSTYPE:
         owner = mounted.super_option("user_id")
         if (other := owner_of(mounted)) is not None:

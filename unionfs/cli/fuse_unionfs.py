@@ -130,7 +130,7 @@ def _mount(call: _Call, program: str) -> int:
         mountpoint,
         options=options,
         source=source,
-        log_level="debug" if call.debug else "info",
+        log_level="debug" if call.debug else None,
     )
     if call.fake:
         preflight.check(settings)

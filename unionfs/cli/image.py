@@ -29,6 +29,7 @@ _COMMANDS = {
 @click.command(
     cls=LazyGroup,
     places=_COMMANDS,
+    aliases={"list": "ls", "remove": "rm"},
     epilog="Example: unionfs image import oci-archive:debian.tar",
 )
 def image() -> None:

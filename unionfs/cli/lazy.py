@@ -13,16 +13,27 @@ if TYPE_CHECKING:
 
 
 class LazyGroup(click.Group):
-    """A group of `places`: name to `module:object` and help line, in the order of the help."""
+    """A group of `places`: name to `module:object` and help line, in the order of the help.
 
-    def __init__(self, *arguments: Any, places: Mapping[str, tuple[str, str]], **named: Any) -> None:
+    `aliases` are further names of commands, which the help shows beside the first.
+    """
+
+    def __init__(
+        self,
+        *arguments: Any,
+        places: Mapping[str, tuple[str, str]],
+        aliases: Mapping[str, str] | None = None,
+        **named: Any,
+    ) -> None:
         super().__init__(*arguments, **named)
         self._places = places
+        self._aliases = aliases or {}
 
     def list_commands(self, ctx: click.Context) -> list[str]:
         return list(self._places)
 
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        cmd_name = self._aliases.get(cmd_name, cmd_name)
         if cmd_name not in self._places:
             return None
         module, _, name = self._places[cmd_name][0].partition(":")
@@ -32,7 +43,11 @@ class LazyGroup(click.Group):
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         with formatter.section("Commands"):
-            formatter.write_dl([(name, line) for name, (_, line) in self._places.items()])
+            others = {name: alias for alias, name in self._aliases.items()}
+            formatter.write_dl([
+                (f"{name}, {others[name]}" if name in others else name, line)
+                for name, (_, line) in self._places.items()
+            ])
 
     def shell_complete(self, ctx: click.Context, incomplete: str) -> list[CompletionItem]:
         # For start-up time: only completion needs it.

@@ -23,16 +23,27 @@ _COMMANDS = {
     "ls": ("unionfs.cli.mounts:ls", "List active mounts."),
     "inspect": ("unionfs.cli.mounts:inspect", "Show a mount's settings and figures."),
     "stats": ("unionfs.cli.stats:stats", "Show a mount's activity: requests, latency, bytes."),
+    "top": ("unionfs.cli.top:top", "Show the activity of all mounts."),
     "diff": ("unionfs.cli.diff:diff", "Show what a union's upper changes."),
     "check": ("unionfs.cli.check:check", "Examine an upper that is not mounted."),
     "convert": ("unionfs.cli.convert:convert", "Rewrite an upper's markers for other programs."),
     "run": ("unionfs.cli.containers:run", "Run a command in a union."),
-    "rm": ("unionfs.cli.containers:rm", "Remove kept containers."),
+    "ps": ("unionfs.cli.container:ps", "List containers."),
+    "logs": ("unionfs.cli.container:logs", "Show the output of a detached container."),
+    "stop": ("unionfs.cli.container:stop", "Stop containers."),
+    "kill": ("unionfs.cli.container:kill", "Send a signal to containers."),
+    "rm": ("unionfs.cli.containers:rm", "Remove containers."),
+    "container": ("unionfs.cli.container:container", "Manage containers."),
+    "try": ("unionfs.cli.branch.trying:try_", "Run a command on a branch of a directory, and decide then."),
+    "branch": ("unionfs.cli.branch:branch", "Manage branches: diff, commit, undo, discard."),
     "image": ("unionfs.cli.image:image", "Manage unpacked images."),
     "layer": ("unionfs.cli.layer:layer", "Convert uppers to and from layers of images."),
     "commit": ("unionfs.cli.commit:commit", "Write a mount as an image."),
     "volume": ("unionfs.cli.volume:volume", "Manage named volumes."),
+    "system": ("unionfs.cli.system:system", "Show what the storage root holds."),
     "plugin": ("unionfs.cli.plugin:plugin", "Let docker and podman use the volumes."),
+    "info": ("unionfs.cli.system:info", "Show versions, the storage root and counts."),
+    "config": ("unionfs.cli.config:config", "Show the configuration."),
     "doctor": ("unionfs.cli.doctor:doctor", "Report what this host supports and lacks."),
     "completion": ("unionfs.cli.completion:completion", "Print the completion script for a shell."),
 }
@@ -41,7 +52,7 @@ _COMMANDS = {
 @click.command(
     cls=LazyGroup,
     places=_COMMANDS,
-    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 80},
     epilog="Example: unionfs mount -l /usr -u /tmp/changes -w /tmp/work /mnt",
 )
 @click.version_option(__version__, "-V", "--version", prog_name="unionfs", message="%(prog)s %(version)s")
@@ -59,8 +70,10 @@ def is_mount_helper_call(arguments: Sequence[str], program: str) -> bool:
         return True
     if len(arguments) < 3 or arguments[0].startswith("-") or arguments[0] == "mount":
         return False
-    if arguments[0] in ("volume", "layer") and not arguments[1].startswith("/"):
+    if arguments[0] in ("volume", "layer", "try", "branch") and not arguments[1].startswith("/"):
         return False  # some of their commands take -o; mount(8) passes absolute mountpoints
+    if arguments[0] == "try" and not (len(arguments) == 4 and os.path.isdir(arguments[1])):
+        return False  # the command that it runs takes -o
     # No other subcommand takes -o, so a SOURCE may have a subcommand's name.
     return not arguments[1].startswith("-") and any(word.startswith("-o") for word in arguments[2:])
 

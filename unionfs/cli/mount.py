@@ -9,21 +9,76 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from unionfs.cli.rules import complete_images, tell
-from unionfs.cli.storage_options import storage_options
+from unionfs.cli.storage_options import HELP, storage_options
 from unionfs.settings.mount import IO_MODES, LOG_LEVELS, SESSIONS
 
 if TYPE_CHECKING:
     from unionfs.settings.specs import Spec
 
 
+_HELP = """\
+    Mount a union at MOUNTPOINT, and return when it is usable.
+
+    \b
+    Options for -o:
+      lowerdir=A:B:C   the lowers, leftmost on top (write \\: and \\, for : and ,
+                       in names)
+      upperdir=, workdir=
+      ro               read-only, even with an upper
+      volatile         never sync to disk: for disposable trees; after a crash
+                       the upper is refused
+      userxattr        markers in user.overlay.* xattrs (always without root)
+      allow_other      access by all users (root: always); allow_root: by root
+      nodev nosuid noexec sync dirsync
+      noatime nodiratime strictatime      of the upper's files
+      fsname=, subtype=                   what /proc/mounts shows
+      session=, io=, watch_lower          as --session and so on, for fstab
+      index=on|off     whether hard links of lowers outlive changes; by default
+                       if the upper is new, or was always used so, and the
+                       filesystems have file handles and different uuids
+      xino=auto|on|off off: the inode numbers of the files' own filesystems,
+                       unique only within each
+      context=, fscontext=, defcontext=, rootcontext=    SELinux contexts
+      uidmapping=, gidmapping=STORED:SHOWN:COUNT[:...]   map ids by ranges
+      squash_to_uid=, squash_to_gid=, squash_to_root     one owner for all
+      xattr_permissions=2|1   owners and modes in user.* or security.* xattrs,
+                              as podman's force_mask
+      outlive          start another daemon when this one dies: programs
+                       and open files go on (docs/reliability.md)
+      cpu_idle         let CPUs idle between requests that come thick (the
+                       daemon of root keeps them awake)
+      static_nlink     one link for every directory
+      noacl            no POSIX ACLs
+    \b
+    I/O modes (--io), with --session direct:
+      hybrid       upper files, and programs and libraries, kernel to kernel;
+                   other lower files from the page cache: the best for most;
+                   without an upper, all large files kernel to kernel
+      passthrough  all files kernel to kernel: for huge files read once, and
+                   data shared by many mounts; a process with a lower file
+                   open keeps the old data when another opens it for writing
+      cached       all files from the page cache, and no request for an open:
+                   for many small files
+
+    The kernel's redirect_dir= (on for most uppers), metacopy= (as its default), nfs_export= and uuid=, and
+    options for fstab and of fuse-overlayfs, are accepted with values that need no missing feature.
+
+    An upper in memory: -u tmpfs[:size=64m,nr_inodes=,mode=,uid=,gid=,swap] puts upper and work on a tmpfs
+    without a path, which is discarded at unmount. Write ./tmpfs for a directory of that name.
+
+    {storage}
+    """
+
+
 @click.command(
+    help=_HELP.replace("{storage}", HELP),
     epilog="""\b
 Examples:
   unionfs mount -l /srv/base -u /srv/changes -w /srv/work /mnt
   unionfs mount -l top -l middle -l bottom /mnt        (read-only)
   unionfs mount -o lowerdir=top:bottom,upperdir=up,workdir=work,nodev /mnt
   unionfs mount --image oci-archive:debian.tar -u tmpfs /mnt
-  unionfs mount -l /srv/base -u tmpfs:size=64m -v /srv/site:/var/www:ro -v db:/var/lib/db /mnt
+  unionfs mount -l base -u tmpfs:size=64m -v ./site:/srv:ro -v db:/db /mnt
 """,
 )
 @click.option(
@@ -56,23 +111,19 @@ Examples:
 @click.option(
     "--session",
     type=click.Choice(SESSIONS),
-    default="auto",
-    show_default=True,
-    help="The FUSE implementation: unionfs's own loop (direct), or libfuse.",
+    help="The FUSE implementation: unionfs's own loop (direct), or libfuse.  [default: auto]",
 )
 @click.option(
     "--io",
     type=click.Choice(IO_MODES),
-    default="auto",
-    show_default=True,
-    help="The I/O mode, see above; auto: hybrid as root on Linux 6.9 and later, else cached.",
+    help="The I/O mode, see above; auto: hybrid as root on Linux 6.9 and later, else cached.  "
+         "[default: auto]",
 )
 @click.option(
     "--log-level",
     type=click.Choice(LOG_LEVELS, case_sensitive=False),
-    default="info",
-    show_default=True,
-    help="The log level (the log goes to syslog, or to a file beside the registry).",
+    help="The log level. The log goes to syslog, else to /run/unionfs/unionfs.log (of users: "
+         "$XDG_RUNTIME_DIR/unionfs/unionfs.log); `unionfs inspect` shows the place.  [default: info]",
 )
 @click.argument("mountpoint")
 def mount(
@@ -82,56 +133,18 @@ def mount(
     storage: tuple[Spec, ...],
     root: str | None,
     foreground: bool,
-    log_level: str,
+    log_level: str | None,
     mountpoint: str,
     **chosen: Any,
 ) -> int:
-    """Mount a union at MOUNTPOINT, and return when it is usable.
-
-    \b
-    Options for -o:
-      lowerdir=A:B:C    the lowers, leftmost on top (write \\: and \\, for : and , in names)
-      upperdir=, workdir=
-      ro                read-only, even with an upper
-      volatile          never sync to disk: for disposable trees; after a crash the upper is refused
-      userxattr         store markers in user.overlay.* xattrs (always without root)
-      allow_other       allow access by all users (root: always); allow_root: only by root
-      nodev nosuid noexec sync dirsync; for the upper's files: noatime nodiratime strictatime
-      fsname=, subtype= what /proc/mounts shows; session=, io=, watch_lower: like --session ..., for fstab
-      index=on|off      whether hard links of lowers outlive changes; by default if the upper is new, or was
-                        always used so, and the filesystems have file handles and different uuids
-      xino=auto|on|off  off: files have the inode numbers of their own filesystems, unique only within each
-      context=, fscontext=, defcontext=, rootcontext=   SELinux contexts
-      uidmapping=, gidmapping=STORED:SHOWN:COUNT[:...]  show and store ids by ranges
-      squash_to_uid=, squash_to_gid=, squash_to_root    show one owner for everything
-      xattr_permissions=2|1   keep owners and modes in user.* or security.* xattrs, as podman's force_mask
-      outlive           start another daemon when this one dies; open files and programs go on (Linux 6.9,
-                        direct session; docs/reliability.md)
-      cpu_idle          let CPUs become idle between requests that come thick (root's daemon keeps them awake)
-      static_nlink, noacl   show one link for every directory; no POSIX ACLs
-    \b
-    I/O modes (--io), with --session direct:
-      hybrid       upper files, and programs and libraries, kernel to kernel, other lower files from the
-                   page cache: the best for most; without an upper, all large files kernel to kernel
-      passthrough  all files kernel to kernel: for huge files read once, and data shared by many mounts; a
-                   process with a lower file open keeps the old data when another opens it for writing
-      cached       all files from the page cache, and no request for an open: for many small files
-    The kernel's redirect_dir= (on for most uppers), metacopy= (as its default), nfs_export= and uuid=, and
-    options for fstab and of fuse-overlayfs, are accepted with values that need no missing feature.
-
-    \b
-    An upper in memory: -u tmpfs[:size=64m,nr_inodes=,mode=,uid=,gid=,swap] puts upper and work on a tmpfs
-    without a path, which is discarded at unmount. Write ./tmpfs for a directory of that name.
-
-    {storage}
-    """
+    """Mount a union."""
     # For start-up time: --help and completion do not need it.
     from unionfs.daemon.process import mount as start
     from unionfs.daemon.settle import settle
 
     with layers_of(image, root, options) as more:
         settings = settle(
-            mountpoint, lowers=[*lowers, *more], options=options, log_level=log_level.lower(),
+            mountpoint, lowers=[*lowers, *more], options=options, log_level=log_level and log_level.lower(),
             storage=storage, storage_root=root, **chosen,
         )  # fmt: skip
         return start(settings, foreground=foreground)

@@ -2,59 +2,104 @@
 
 from __future__ import annotations
 
-import json
+import os
+from collections.abc import Mapping
+from dataclasses import asdict
 from typing import Any
 
 import click
 
+from unionfs.cli.completing import complete_mountpoints
 from unionfs.cli.finding import find_mount
+from unionfs.cli.listing import list_options, parse_filters, print_json, print_list
 from unionfs.cli.run import moment, print_table
 from unionfs.daemon.dead import dead_mounts, dead_mounts_of_others
+from unionfs.daemon.detached import Detached, detached_mounts
 from unionfs.daemon.live import LiveMount, live_mounts
 from unionfs.daemon.others import mounts_of_others
 from unionfs.errors import quoted
 from unionfs.sys.mountinfo import MountEntry
 
+_KEYS = ("mountpoint", "state", "session", "layer")
+_FIELDS = ("Mountpoint", "State", "Pid", "Layers", "Session", "Since", "HeldBy")
 
-@click.command(epilog="Example: unionfs ls --json")
-@click.option("--json", "as_json", is_flag=True, help="Print a JSON array.")
-def ls(as_json: bool) -> None:
+
+@click.command(
+    epilog="""\b
+Examples:
+  unionfs ls --json
+  unionfs ls -f state=dead -q
+  unionfs ls --format '{{.Mountpoint}} {{.Pid}}'
+""",
+)
+@list_options("Print mountpoints only.", _KEYS)
+def ls(quiet: bool, filters: tuple[str, ...], template: str | None, as_json: bool) -> None:
     """List mounts: mountpoint, state, the daemon's pid, layers, session and start time.
 
-    The state is active, or dead if the daemon has died; `unionfs cleanup` unmounts those. Root sees the
-    mounts of all users, others see their own. If a user's daemon does not answer root, only the mountpoint
-    is shown.
+    The state is active; dead if the daemon has died (`unionfs cleanup` unmounts those); detached if it is
+    unmounted here but still in use, and by what (`unionfs umount --force` ends those). Root sees the mounts
+    of all users, others see their own. If a user's daemon does not answer root, only the mountpoint is shown.
+
+    A template has the fields .Mountpoint .State .Pid .Layers .Session .Since .HeldBy; the filters layer and
+    mountpoint take a path. `--format json` prints one object per line.
     """
+    wanted = parse_filters(filters, _KEYS)
+    summaries = [one for one in _summaries() if all(_holds(one, key, value) for key, value in wanted)]
+    if as_json:
+        print_json(summaries)
+        return
+    rows = [
+        (
+            quoted(summary["mountpoint"]),
+            _shown_state(summary),
+            str(summary["pid"] or "-"),
+            "-" if summary["layers"] is None else str(len(summary["layers"])),
+            summary["session"] or "-",
+            (summary["since"] or "-").replace("T", " ")[:19],
+        )
+        for summary in summaries
+    ]
+    table = ("MOUNTPOINT", "STATE", "PID", "LAYERS", "SESSION", "SINCE") if rows else (), rows
+    print_list(
+        summaries if template == "json" else [_fields(summary) for summary in summaries],
+        table,
+        {name: name.upper() for name in _FIELDS},
+        template,
+        names=[summary["mountpoint"] for summary in summaries] if quiet else None,
+    )
+
+
+def _summaries() -> list[dict[str, Any]]:
     others = mounts_of_others()
     dead = [*dead_mounts_of_others(others.silent), *dead_mounts()]
-    summaries = [_summary(mount) for mount in (*live_mounts(), *others.answered)]
     known = {found.mount.mount_id for found in dead}
-    summaries += [_unknown(mount, None) for mount in others.silent if mount.mount_id not in known]
-    summaries += [_unknown(found.mount, "dead", found.entry) for found in dead]
-    if as_json:
-        print(json.dumps(summaries, indent=2))
-        return
-    if not summaries:
-        return
-    print_table(
-        ("MOUNTPOINT", "STATE", "PID", "LAYERS", "SESSION", "SINCE"),
-        [
-            (
-                quoted(summary["mountpoint"]),
-                summary["state"] or "-",
-                str(summary["pid"] or "-"),
-                "-" if summary["layers"] is None else str(len(summary["layers"])),
-                summary["session"] or "-",
-                (summary["since"] or "-").replace("T", " ")[:19],
-            )
-            for summary in summaries
-        ],
-    )
+    return [
+        *(_summary(mount) for mount in (*live_mounts(), *others.answered)),
+        *(_of_detached(found) for found in detached_mounts()),
+        *(_unknown(mount, None) for mount in others.silent if mount.mount_id not in known),
+        *(_unknown(found.mount, "dead", found.entry) for found in dead),
+    ]
+
+
+def _holds(summary: Mapping[str, Any], key: str, value: str) -> bool:
+    if key == "layer":
+        return summary["layers"] is not None and os.path.abspath(value) in summary["layers"]
+    return bool(summary[key] == (os.path.abspath(value) if key == "mountpoint" else value))
+
+
+def _fields(summary: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the fields of a template."""
+    return {name: summary["held_by" if name == "HeldBy" else name.lower()] for name in _FIELDS}
+
+
+def _shown_state(summary: Mapping[str, Any]) -> str:
+    users = ", ".join(f"{user['command']} (pid {user['pid']}, {user['how']})" for user in summary["held_by"])
+    return f"{summary['state'] or '-'}{users and f', used by {users}'}"
 
 
 @click.command(epilog="Example: unionfs inspect --json /mnt")
 @click.option("--json", "as_json", is_flag=True, help="Print a JSON object.")
-@click.argument("mountpoint")
+@click.argument("mountpoint", shell_complete=complete_mountpoints)
 def inspect(mountpoint: str, as_json: bool) -> None:
     """Show all settings of the mount at MOUNTPOINT, and its figures: requests, nodes, copy-ups and more."""
     mount = find_mount(mountpoint)
@@ -65,14 +110,15 @@ def inspect(mountpoint: str, as_json: bool) -> None:
         "device": mount.device,
         "settings": mount.settings.to_json(),
         "io": answer.get("io") if answer is not None else None,
+        "log": answer.get("log") if answer is not None else None,
         "figures": figures if isinstance(figures, dict) else None,
     }
     if as_json:
-        print(json.dumps(whole, indent=2))
+        print_json(whole)
         return
     rows = [(name, _shown(value)) for name, value in whole["settings"].items() if name != "storage"]
     rows += [("storage", _shown_storage(spec)) for spec in whole["settings"]["storage"]]
-    rows += [(name, _shown(whole[name])) for name in ("pid", "device", "since")]
+    rows += [(name, _shown(whole[name])) for name in ("pid", "device", "since", "log")]
     print_table(("SETTING", "VALUE"), rows)
     for reason in _reasons(whole["io"]):
         print(reason)
@@ -113,12 +159,18 @@ def _summary(mount: LiveMount) -> dict[str, Any]:
         "layers": _layers(mount),
         "session": mount.settings.session,
         "since": moment(mount.since),
+        "held_by": [],
     }
+
+
+def _of_detached(found: Detached) -> dict[str, Any]:
+    return {**_summary(found.entry), "state": "detached", "held_by": [asdict(user) for user in found.users]}
 
 
 def _unknown(mount: MountEntry, state: str | None, entry: LiveMount | None = None) -> dict[str, Any]:
     """Return the summary of a mount without a daemon that answers, as far as its registry entry tells."""
-    rest = dict.fromkeys(("state", "pid", "layers", "session", "since")) if entry is None else _summary(entry)
+    names = ("state", "pid", "layers", "session", "since")
+    rest = {**dict.fromkeys(names), "held_by": []} if entry is None else _summary(entry)
     return {"mountpoint": mount.mountpoint, **rest, "state": state, "pid": None}
 
 

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import click
 
+from unionfs.cli.completing import complete_mountpoints
 from unionfs.cli.finding import find_mount
 from unionfs.daemon.orders import give
 
 
 @click.command(epilog="Example: unionfs sync /mnt")
-@click.argument("mountpoint")
+@click.argument("mountpoint", shell_complete=complete_mountpoints)
 def sync(mountpoint: str) -> None:
     """Write all data of the mount at MOUNTPOINT to disk, and return when it is there.
 
@@ -20,7 +21,7 @@ def sync(mountpoint: str) -> None:
 
 
 @click.command(epilog="Example: unionfs refresh /mnt")
-@click.argument("mountpoint")
+@click.argument("mountpoint", shell_complete=complete_mountpoints)
 def refresh(mountpoint: str) -> None:
     """Make changes visible that others made to the lowers of the mount at MOUNTPOINT.
 

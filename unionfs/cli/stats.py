@@ -10,6 +10,7 @@ from typing import Any
 
 import click
 
+from unionfs.cli.completing import complete_mountpoints
 from unionfs.cli.finding import find_mount
 from unionfs.cli.run import complain, moment, on_terminal, print_table, terminal_table
 from unionfs.daemon.exposition import SCRAPE_SECONDS, exposition
@@ -40,7 +41,7 @@ Examples:
     show_default=True,
     help="The measured span; 0: only totals since the mount.",
 )
-@click.argument("mountpoint")
+@click.argument("mountpoint", shell_complete=complete_mountpoints)
 def stats(mountpoint: str, watch: bool, as_json: bool, prometheus: bool, seconds: float) -> int:
     """Show the activity of the mount at MOUNTPOINT: requests by kind, latency, bytes, copy-ups, state.
 
@@ -67,7 +68,7 @@ def stats(mountpoint: str, watch: bool, as_json: bool, prometheus: bool, seconds
     if as_json:
         print(json.dumps(_json(mount, span), indent=2))
         return 0
-    for index, table in enumerate(_tables(mount, span)):
+    for index, table in enumerate(tables(mount, span)):
         if index:
             print()
         print_table(*table)
@@ -136,13 +137,13 @@ def _on_terminal(mount: LiveMount, seconds: float) -> None:
             mount,
             seconds,
             lambda span: screen.update(
-                Group(*(terminal_table(*table) for table in _tables(mount, span))), refresh=True
+                Group(*(terminal_table(*table) for table in tables(mount, span))), refresh=True
             ),
         )
 
 
 def _print_block(mount: LiveMount, span: Span) -> None:
-    for table in _tables(mount, span):
+    for table in tables(mount, span):
         print_table(*table)
         print()
     sys.stdout.flush()
@@ -161,7 +162,7 @@ def _json(mount: LiveMount, span: Span) -> dict[str, Any]:
     }
 
 
-def _tables(mount: LiveMount, span: Span) -> list[_Table]:
+def tables(mount: LiveMount, span: Span) -> list[_Table]:
     # Most frequent first: a small terminal shows only the beginning.
     kinds = sorted(
         span.kinds().items(), key=lambda item: (-(item[1].per_second or 0), -item[1].total, item[0])
@@ -185,10 +186,10 @@ def _tables(mount: LiveMount, span: Span) -> list[_Table]:
 
 def _row(name: str, kind: Kind) -> tuple[str, ...]:
     rate = "-" if kind.per_second is None else f"{kind.per_second:.1f}"
-    return name, str(kind.total), rate, *(_duration(kind.latency.quantile(part)) for part in (0.5, 0.99))
+    return name, str(kind.total), rate, *(shown_duration(kind.latency.quantile(part)) for part in (0.5, 0.99))
 
 
-def _duration(ns: float | None) -> str:
+def shown_duration(ns: float | None) -> str:
     """Format a duration with three digits, the accuracy of the measurement."""
     if ns is None:
         return "-"
@@ -199,7 +200,7 @@ def _duration(ns: float | None) -> str:
     return f"{ns:.0f} ns"
 
 
-def _size(count: float) -> str:
+def shown_bytes(count: float) -> str:
     for unit in ("B", "KiB", "MiB", "GiB"):
         if count < 1024:
             return f"{count:.0f} B" if unit == "B" else f"{count:.1f} {unit}"
@@ -209,7 +210,7 @@ def _size(count: float) -> str:
 
 def _amount(name: str, value: float, *, rate: bool = False) -> str:
     if name.endswith("bytes"):
-        return _size(value)
+        return shown_bytes(value)
     if name.endswith("seconds"):
         return f"{value * 1e3:.1f} ms" if value < 1 else f"{value:.1f} s"
     return f"{value:.1f}" if rate else f"{value:.0f}"
@@ -233,4 +234,4 @@ def _words(name: str) -> str:
 def _state(name: str, value: object) -> str:
     if isinstance(value, bool):
         return "yes" if value else "no"
-    return _size(value) if name.endswith("bytes") and isinstance(value, int | float) else str(value)
+    return shown_bytes(value) if name.endswith("bytes") and isinstance(value, int | float) else str(value)

@@ -8,19 +8,24 @@ from typing import Any
 
 import click
 
-_HELP = """\b
-    Storage (-v, --mount, --tmpfs), as for docker run; at most one mount per target, and none at /:
-      -v NAME:/target[:ro,nocopy]       a named volume, created if missing
-      -v /host/path:/target[:ro]        a directory or file of the host; a missing directory is created
-      -v /target                        an anonymous volume
-      --mount type=volume,source=NAME,target=/target[,readonly,volume-driver=,volume-opt=K=V,
-              volume-nocopy,volume-subpath=]
-      --mount type=bind,source=/host/path,target=/target[,readonly,bind-propagation=,bind-create-src,
-              bind-recursive=]          a missing source is an error without bind-create-src
-      --mount type=tmpfs,target=/target[,readonly,tmpfs-size=64m,tmpfs-mode=1777]
+HELP = """\b
+    Storage (-v, --mount, --tmpfs), as for docker run:
+      -v NAME:/target[:ro,nocopy]   a named volume, created if missing
+      -v /host/path:/target[:ro]    a directory or file of the host; a missing
+                                    directory is created
+      -v /target                    an anonymous volume
+      --mount type=volume,source=NAME,target=/target[,readonly,volume-nocopy,
+              volume-driver=,volume-opt=K=V,volume-subpath=]
+      --mount type=bind,source=/host/path,target=/target[,readonly,
+              bind-propagation=,bind-create-src,bind-recursive=]
+              a missing source is an error without bind-create-src
+      --mount type=tmpfs,target=/target[,readonly,tmpfs-size=64m,
+              tmpfs-mode=1777]
       --tmpfs /target[:ro,size=64m,mode=1777,nr_inodes=,uid=,gid=,exec,swap]
-    A missing target is created. An empty volume is filled with what the union has at its target. A tmpfs is
-    not swapped out where the kernel supports that (swap allows it), and is mounted nosuid,nodev,noexec."""
+
+    At most one mount per target, and none at /. A missing target is created. An empty volume is filled with
+    what the union has at its target. A tmpfs is not swapped out where the kernel supports that (swap allows
+    it), and is mounted nosuid,nodev,noexec."""
 
 
 def storage_options(command: Callable[..., int]) -> Callable[..., int]:
@@ -40,7 +45,7 @@ def storage_options(command: Callable[..., int]) -> Callable[..., int]:
 
         return command(storage=parse_all(volumes, mounts, tmpfs), **others)
 
-    with_storage.__doc__ = (command.__doc__ or "").replace("{storage}", _HELP)
+    with_storage.__doc__ = (command.__doc__ or "").replace("{storage}", HELP)
     added: Callable[..., int] = with_storage
     for option in reversed((
         click.option(

@@ -26,6 +26,8 @@ def all_printable(value: Any) -> Any:
     match value:
         case str():
             return printable(value)
+        case dict() if type(value) is not dict:  # one that has a text of its own
+            return type(value)({all_printable(key): all_printable(inner) for key, inner in value.items()})
         case Mapping():
             return {all_printable(key): all_printable(inner) for key, inner in value.items()}
         case list() | tuple():

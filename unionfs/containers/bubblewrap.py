@@ -74,7 +74,7 @@ def arguments(
         words += ["--dev-bind", "/dev", "/dev", "--dev-bind-try", "/sys", "/sys"]
     else:
         words = ["--bind", merged, "/", "--proc", "/proc", "--dev", "/dev"]
-        words += ["--ro-bind-try", "/sys", "/sys", *_protected(by_root=by_root)]
+        words += ["--ro-bind-try", "/sys", "/sys", *protected(by_root=by_root)]
     bind = "--dev-bind" if confinement.privileged else "--bind"
     for target in _outermost(spec.target for spec in storage if spec.target.startswith(_OWN_MOUNTS)):
         # bubblewrap's own mounts cover the union's mounts there. Mounts below such a target are included:
@@ -97,7 +97,7 @@ def arguments(
     return [*words, "--chdir", workdir, "--", *command]
 
 
-def _protected(*, by_root: bool) -> list[str]:
+def protected(*, by_root: bool) -> list[str]:
     """Hide some of the kernel's files and make others read-only, as in Docker.
 
     Mounts below /sys (debugfs, tracefs, cgroups) are not visible in the container's /sys, as in Docker.
@@ -169,6 +169,15 @@ def _name_resolution(merged: str, targets: set[str], *, makes: bool) -> list[str
         if kind == stat.S_IFREG and not os.path.islink(merged + "/etc"):
             words += ["--ro-bind", path, path]
     return words
+
+
+def in_memory(data: bytes) -> int:
+    """An fd from which bubblewrap reads `data`."""
+    fd = os.memfd_create("bwrap", os.MFD_CLOEXEC)
+    with os.fdopen(os.dup(fd), "wb") as out:
+        out.write(data)
+    os.lseek(fd, 0, os.SEEK_SET)
+    return fd
 
 
 def environment_arguments(values: Mapping[str, str]) -> bytes:

@@ -20,6 +20,7 @@ from unionfs.containers.account import Account
 from unionfs.containers.launch import Launch
 from unionfs.containers.streams import Streams
 from unionfs.containers.terminal import Terminal, standard_terminals
+from unionfs.errors import UserError
 from unionfs.sys.calls import prctl
 from unionfs.sys.process import is_alive, start_time
 
@@ -31,6 +32,14 @@ _FORWARDED = frozenset({
 _ENDING = frozenset({signal.SIGHUP, signal.SIGINT, signal.SIGQUIT, signal.SIGTERM})
 _START_SECONDS = 2.0
 _POLL_SECONDS = 0.02
+
+
+class CommandError(UserError):
+    """The command cannot be started; `code` is the exit code as in shells and docker."""
+
+    def __init__(self, sentence: str, code: int) -> None:
+        super().__init__(sentence)
+        self.code = code
 
 
 def hold_signals() -> frozenset[signal.Signals]:
@@ -101,6 +110,11 @@ class Command:
         self._started = None if self._top is None else start_time(self._top)
         #: The command's pid and start time.
         self._command: tuple[int, int] | None = None
+
+    @property
+    def top(self) -> tuple[int, int] | None:
+        """The process whose end is that of everything in the container, and its start time."""
+        return None if self._top is None or self._started is None else (self._top, self._started)
 
     def kill(self) -> None:
         """End everything in the container at once."""

@@ -5,16 +5,18 @@ from __future__ import annotations
 import errno
 import os
 import stat
+import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field, replace
 from functools import partial
 
-from unionfs.containers import bubblewrap
+from unionfs.containers import bubblewrap, state
 from unionfs.containers.account import Account, find_account
 from unionfs.containers.bubblewrap import Confinement
 from unionfs.containers.confinement import settle_confinement
-from unionfs.containers.process import Command, hold_signals
+from unionfs.containers.process import Command, CommandError, hold_signals
+from unionfs.containers.state import State
 from unionfs.containers.store import Container, new_name
 from unionfs.daemon import live
 from unionfs.daemon.preflight import check_lower
@@ -28,10 +30,11 @@ from unionfs.storage.root import storage_root
 from unionfs.storage.targets import MountedTree, find, prepare
 from unionfs.storage.volumes import Volumes
 from unionfs.sys import guardian
+from unionfs.sys.capabilities import may_use_trusted_xattrs
 from unionfs.sys.fds import Owned
-from unionfs.sys.mountinfo import mounted_at
 from unionfs.sys.openat2 import open_in_root
 from unionfs.sys.process import start_time, wait_gone
+from unionfs.union.hiding import hide, parts_below
 
 _NOT_FOUND = 127
 _NOT_EXECUTABLE = 126
@@ -39,14 +42,6 @@ _INTERPRETER_LINE = 256  # BINPRM_BUF_SIZE, linux/binfmts.h
 _LONGEST_HOSTNAME = 64  # HOST_NAME_MAX
 _END_SECONDS = 20.0
 _KERNEL_TREES = (b"proc", b"dev", b"sys")
-
-
-class CommandError(UserError):
-    """The command cannot be started; `code` is the exit code as in shells and docker."""
-
-    def __init__(self, sentence: str, code: int) -> None:
-        super().__init__(sentence)
-        self.code = code
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,21 +68,29 @@ class Wish:
     cap_drop: Sequence[str] = ()
     security: Sequence[str] = ()
     privileged: bool = False
+    detached: bool = False
+    """Whether the container keeps the command's output."""
 
 
-def run(wish: Wish, complain: Callable[[str], object]) -> int:
+def run(wish: Wish, complain: Callable[[str], object], started: Callable[[], object] = lambda: None) -> int:
     """Run a command in a union and return its exit code. Raises UserError if it cannot be started; then a new
     container is removed again.
 
-    `complain` gets a sentence for each error after the command has ended.
+    `complain` gets a sentence for each error after the command has ended. `started` is called when the
+    command has started.
     """
     _check(wish)
-    return _Run(wish, complain).run()
+    return _Run(wish, complain, started).run()
 
 
 def _check(wish: Wish) -> None:
     if "" in wish.lowers or wish.upper == "" or wish.work == "":
         raise UserError("an empty path is given; name a directory.")
+    if wish.work is not None and wish.upper is None:
+        raise UserError(
+            f"--work {quoted(wish.work)} belongs to an upper of your own (-u DIR), and none is given; leave "
+            "it out. The working directory inside is -w DIR."
+        )
     if not wish.workdir.startswith("/"):
         raise UserError(f"--workdir {quoted(wish.workdir)} is a relative path; give an absolute one.")
     _refuse_kernel_trees(wish.workdir, os.fsencode(os.path.normpath(wish.workdir)).strip(b"/").split(b"/")[0])
@@ -99,9 +102,12 @@ def _check(wish: Wish) -> None:
 
 
 class _Run:
-    def __init__(self, wish: Wish, complain: Callable[[str], object]) -> None:
+    def __init__(
+        self, wish: Wish, complain: Callable[[str], object], started: Callable[[], object]
+    ) -> None:
         self._wish = wish
         self._complain = complain
+        self._report_start = started
         self._program = bubblewrap.find()
         self._confinement = settle_confinement(
             wish.cap_add, wish.cap_drop, wish.security, privileged=wish.privileged
@@ -160,6 +166,12 @@ class _Run:
     def _mounted(self, lowers: Sequence[str]) -> int:
         wish, container = self._wish, self._container
         own_upper = wish.upper is None
+        if wish.detached:
+            with Owned(state.open_output(container)) as output:
+                os.dup2(output, 1)
+                os.dup2(output, 2)
+        if own_upper:
+            self._hide_storage(lowers)
         settings = settle(
             container.merged,
             lowers=lowers,
@@ -167,7 +179,7 @@ class _Run:
             work=container.work if own_upper else wish.work,
             # Changes that will be removed need not reach a disk.
             options=["volatile"] if own_upper and wish.remove else [],
-            storage=wish.storage,
+            storage=container.with_its_volumes(wish.storage),
             storage_root=wish.root,
         )
         me = os.getpid()
@@ -181,11 +193,31 @@ class _Run:
                 raise UserError(f"{quoted(merged)} was unmounted before the command could start; try again.")
             return self._in_union(entry)
         finally:
-            if mounted_at(merged) is not None and not self._try(lambda: umount(merged)):
-                with suppress(UserError):
-                    umount(merged, lazy=True)
+            if entry is not None and entry.is_alive():
+                self._end_mount(merged)
             if wish.remove and entry is not None:
                 self._remove_anonymous(entry.settings)
+
+    def _hide_storage(self, lowers: Sequence[str]) -> None:
+        """Let the union not see the storage root, where the container's upper is, if a lower has it."""
+        root = os.path.realpath(storage_root(self._wish.root))
+        for lower in lowers:
+            parts = parts_below(lower, root)
+            if parts is not None and os.path.isdir(lower):
+                with on_failure(
+                    f"{quoted(root)} cannot be hidden from the container, whose lower {quoted(lower)} has it",
+                    "give a --root elsewhere, or -u tmpfs",
+                ):
+                    hide(self._container.upper, lower, parts, userxattr=not may_use_trusted_xattrs())
+
+    def _end_mount(self, merged: str) -> None:
+        """Unmount the union. With the container ends whatever else holds it, such as a mount namespace that
+        was copied meanwhile: the next run needs the upper.
+        """
+        try:
+            umount(merged)
+        except UserError:
+            self._try(lambda: umount(merged, force=True))
 
     def _remove_anonymous(self, settings: MountSettings) -> None:
         """Remove anonymous volumes like `docker run --rm`: nobody else knows their names."""
@@ -196,6 +228,10 @@ class _Run:
 
     def _in_union(self, entry: live.LiveMount) -> int:
         command = self._started(entry)
+        me = os.getpid()
+        begun = State(tuple(self._wish.command), me, start_time(me) or 0, time.time(), command.top)
+        state.write(self._container, begun)
+        self._report_start()
 
         def clear(_: str) -> None:
             """Clean up after this process was killed; the daemon, which ends with it, unmounts the union."""
@@ -214,6 +250,7 @@ class _Run:
             code = command.wait()
         finally:
             watcher.dismiss()
+        state.write(self._container, state.ended(begun, code))
         if not command.made:
             raise UserError(
                 f"bubblewrap could not create the container (exit code {code}); see its own message, and "
@@ -241,7 +278,7 @@ class _Run:
         with ExitStack() as stack:
             data = [bubblewrap.environment_arguments(environment)]
             data += [] if confinement.filter is None else [confinement.filter]
-            fds = [stack.enter_context(Owned(_in_memory(part))) for part in data]
+            fds = [stack.enter_context(Owned(bubblewrap.in_memory(part))) for part in data]
             return Command(
                 self._program,
                 bubblewrap.arguments(
@@ -303,15 +340,6 @@ def _wants_small_root(confinement: Confinement, workdir: str, storage: Sequence[
     if confinement.privileged:
         return False
     return os.geteuid() == 0 or any(workdir.startswith(f"{spec.target}/") for spec in storage)
-
-
-def _in_memory(data: bytes) -> int:
-    """An fd from which bubblewrap reads `data`."""
-    fd = os.memfd_create("bwrap", os.MFD_CLOEXEC)
-    with os.fdopen(os.dup(fd), "wb") as out:
-        out.write(data)
-    os.lseek(fd, 0, os.SEEK_SET)
-    return fd
 
 
 def _refuse_kernel_trees(given: str, first: bytes) -> None:

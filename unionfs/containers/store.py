@@ -8,26 +8,48 @@ import secrets
 import stat
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
+from dataclasses import replace
 
 from unionfs.errors import UserError, on_failure, quoted
-from unionfs.settings.names import check_name, is_name
+from unionfs.settings.names import anonymous_name, check_name, is_name
+from unionfs.settings.specs import Spec, VolumeSpec
 from unionfs.storage import jsonfiles
+from unionfs.storage.measuring import Use
 from unionfs.storage.removing import refuse_locked, remove_all
 from unionfs.storage.root import check_directory, is_own_directory, make_directory, open_root
+from unionfs.storage.usage import size_of_tree
 from unionfs.sys.fds import Owned
 from unionfs.sys.trees import remove_path
 
 _FACTS = "container.json"
 
 
+def names(root: str) -> list[str]:
+    """The names of all kept containers of a storage root, sorted. Raises OSError."""
+    try:
+        return sorted(filter(is_name, os.listdir(f"{root}/containers")))
+    except FileNotFoundError:
+        return []
+
+
+def uses(root: str) -> list[Use]:
+    """The containers with the size of their changes; active are those that run."""
+    found = []
+    for name in names(root):
+        container = Container(root, name)
+        size = 0
+        with suppress(OSError):
+            size = size_of_tree(container.upper)
+        found.append(Use(name, size, container.is_running()))
+    return found
+
+
 def lowers_of_all(root: str) -> dict[str, str]:
     """The lowers of all kept containers of a storage root, and which container has them. Raises UserError."""
     found = {}
-    with suppress(FileNotFoundError):
-        for name in os.listdir(f"{root}/containers"):
-            if is_name(name):
-                for lower in Container(root, name).lowers():
-                    found[lower] = f"container {quoted(name)}"
+    for name in names(root):
+        for lower in Container(root, name).lowers():
+            found[lower] = f"container {quoted(name)}"
     return found
 
 
@@ -48,6 +70,17 @@ class Container:
 
     def exists(self) -> bool:
         return os.path.isdir(self.path)
+
+    def is_running(self) -> bool:
+        """Return whether a process holds the lock of the container."""
+        try:
+            with Owned(os.open(self.path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)) as fd:
+                fcntl.flock(fd, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return True
+        except OSError:
+            return False
+        return False
 
     @contextmanager
     def claimed(self, *, make: bool) -> Iterator[None]:
@@ -70,9 +103,8 @@ class Container:
             try:
                 fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError as error:
-                raise UserError(
-                    f"container {quoted(self.name)} is running; wait for it to end, or choose another name."
-                ) from error
+                cure = "wait for its end, or choose another name" if make else "stop it first"
+                raise UserError(f"container {quoted(self.name)} is running; {cure}.") from error
             yield
 
     def lowers(self) -> tuple[str, ...]:
@@ -86,6 +118,39 @@ class Container:
                 f"container {quoted(self.name)} cannot be used: {quoted(self.path)}/{_FACTS} cannot be read; "
                 f"remove it by `unionfs rm {quoted(self.name)}`."
             ) from error
+
+    def with_its_volumes(self, specs: Sequence[Spec]) -> tuple[Spec, ...]:
+        """The specs with names for anonymous volumes: those that earlier runs had at the same target.
+
+        New ones are remembered. Raises UserError.
+        """
+        anonymous = [spec for spec in specs if isinstance(spec, VolumeSpec) and spec.name is None]
+        if not anonymous:
+            return tuple(specs)
+        known = self.volumes()
+        named = {spec.target: known.get(spec.target) or anonymous_name() for spec in anonymous}
+        if os.path.exists(f"{self.path}/{_FACTS}"):
+            with on_failure(f"container {quoted(self.name)} cannot be changed", "free space"):
+                facts = jsonfiles.read(f"{self.path}/{_FACTS}")
+                jsonfiles.write(f"{self.path}/{_FACTS}", {**facts, "volumes": {**known, **named}}, sync=False)
+        return tuple(
+            replace(spec, name=named[spec.target])
+            if isinstance(spec, VolumeSpec) and spec.name is None
+            else spec
+            for spec in specs
+        )
+
+    def volumes(self) -> dict[str, str]:
+        """Return the names of its anonymous volumes by target."""
+        try:
+            found = jsonfiles.read(f"{self.path}/{_FACTS}").get("volumes")
+        except (OSError, ValueError, AttributeError):
+            return {}
+        if not isinstance(found, dict):
+            return {}
+        return {
+            str(target): name for target, name in found.items() if isinstance(name, str) and is_name(name)
+        }
 
     def image(self) -> str | None:
         """Return the id of the image that it was created from, if any."""

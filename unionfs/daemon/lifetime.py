@@ -57,6 +57,7 @@ class Lifetime:
         self._ending = False
         self._at_once = trio.Event()
         self._leaves = trio.Event()
+        self._cut_off = False
 
     @property
     def is_ending(self) -> bool:
@@ -78,6 +79,14 @@ class Lifetime:
     def mounted(self, device: str) -> None:
         """Record the `major:minor` of the mount."""
         self._device = device
+
+    def cut_off(self) -> None:
+        """End the mount now, like two signals: who uses it is not waited for."""
+        self._cut_off = True
+        if self._ending:
+            self._at_once.set()
+        else:
+            os.kill(os.getpid(), signal.SIGTERM)
 
     async def watch_signals(
         self, session: trio.CancelScope, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED
@@ -124,6 +133,8 @@ class Lifetime:
         await trio.sleep(_NOTICE_SECONDS)
         # Signals until now came for the unmounting.
         self._at_once = trio.Event()
+        if self._cut_off:
+            patience = 0
         if patience > _GRACE_SECONDS:
             log.warning(
                 "%s is unmounted, but in use: it is served for at most %.0f seconds; another signal ends it",

@@ -277,4 +277,4 @@ def mark_ending(entry: LiveMount) -> None:
 
 
 def describe_owner(entry: LiveMount) -> str:
-    return f"the live mount {quoted(entry.settings.mountpoint)} (pid {entry.pid})"
+    return f"the active mount {quoted(entry.settings.mountpoint)} (pid {entry.pid})"

@@ -35,6 +35,14 @@ def log_file(directory: str) -> str:
     return f"{directory}/{_FILE}"
 
 
+def current_place() -> str:
+    """Return where this daemon logs: `stderr`, `syslog`, or the path of a file."""
+    handlers = logging.getLogger().handlers
+    if any(isinstance(handler, _PrivateFile) for handler in handlers):
+        return next(handler.baseFilename for handler in handlers if isinstance(handler, _PrivateFile))
+    return "stderr" if any(isinstance(handler, logging.StreamHandler) for handler in handlers) else "syslog"
+
+
 def to_stream(level: str, stream: TextIO | None = None) -> None:
     """Log to a stream (None: stderr), each line with time and level."""
     handler = logging.StreamHandler(sys.stderr if stream is None else stream)

@@ -12,6 +12,9 @@ from typing import Any, Final
 from unionfs.daemon.live import LiveMount, live_mounts
 from unionfs.errors import UserError, quoted
 
+END: Final = "end"
+"""The order to end, and to cut off who uses the mount."""
+
 _ORDER: Final = "order"
 _EXCHANGE_SECONDS: Final = 30.0
 _SECONDS: Final = 1_000_000.0  # poll(2) takes milliseconds in 31 bits

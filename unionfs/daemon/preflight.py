@@ -37,6 +37,7 @@ from unionfs.sys.mountinfo import (
     mounted_at,
     read_mountinfo,
 )
+from unionfs.union.hiding import is_hidden, parts_below
 from unionfs.union.leftovers import check_work
 
 #: Magic numbers of statfs(2): include/uapi/linux/magic.h, and fs/gfs2, fs/ocfs2, fs/vboxsf.
@@ -45,6 +46,8 @@ _REPORTS_NOTHING: Final = {
     0x01021997: "9p", 0x00C36400: "Ceph", 0x5346414F: "AFS", 0x6B414653: "AFS", 0x73757245: "Coda",
     0x01161970: "GFS2", 0x7461636F: "OCFS2", 0x786F4256: "a VirtualBox share",
 }  # fmt: skip
+
+_MAKE: Final = "make it with mkdir"
 
 
 @dataclass(slots=True)
@@ -130,14 +133,19 @@ def _check_watched(path: str) -> None:
         )
 
 
-def check_directory(kind: str, path: str, access: int = os.R_OK | os.X_OK) -> None:
-    """Raises UserError unless `path` is a directory with this `access`; `kind` is lower, upper or work."""
+def check_directory(
+    kind: str, path: str, access: int = os.R_OK | os.X_OK, *, cure: str = "check the path"
+) -> None:
+    """Raises UserError unless `path` is a directory with this `access`; `kind` is lower, upper or work.
+
+    `cure` is for a missing one.
+    """
     try:
         status = os.stat(path)
         # The kernel may cache a dead mount's attributes, but statfs always asks the daemon.
         os.statvfs(path)
     except OSError as error:
-        _refuse_missing(kind, path, error)
+        _refuse_missing(kind, path, error, cure)
     if not stat.S_ISDIR(status.st_mode):
         raise UserError(f"{kind} {quoted(path)} is not a directory; name a directory.")
     if not os.access(path, access, effective_ids=True):
@@ -153,10 +161,9 @@ def check_directory(kind: str, path: str, access: int = os.R_OK | os.X_OK) -> No
         )
 
 
-def _refuse_missing(kind: str, path: str, error: OSError) -> NoReturn:
+def _refuse_missing(kind: str, path: str, error: OSError, cure: str = _MAKE) -> NoReturn:
     shown = f"{kind} {quoted(path)}"
     if error.errno == errno.ENOENT:
-        cure = "make it with mkdir" if kind != "lower" else "check the path"
         raise UserError(f"{shown} does not exist; {cure}.") from error
     if error.errno == errno.ENOTCONN:
         raise DeadMountError(
@@ -167,8 +174,8 @@ def _refuse_missing(kind: str, path: str, error: OSError) -> NoReturn:
 
 def _check_writable_layers(settings: MountSettings, upper: str, work: str, host: _Host) -> None:
     # A read-only mount also empties work, as in kernel overlayfs.
-    check_directory("upper", upper, os.R_OK | os.W_OK | os.X_OK)
-    check_directory("work", work, os.R_OK | os.W_OK | os.X_OK)
+    check_directory("upper", upper, os.R_OK | os.W_OK | os.X_OK, cure=_MAKE)
+    check_directory("work", work, os.R_OK | os.W_OK | os.X_OK, cure=_MAKE)
     _check_same_filesystem(upper, work, host)
     _check_apart(settings, upper, work, host)
     _check_work_content(work)
@@ -200,11 +207,21 @@ def _check_apart(settings: MountSettings, upper: str, work: str, host: _Host) ->
                 (kind, path, "lower", lower),
             ):
                 if _reaches(host, outer, inner):
+                    if outer == lower and _hides_itself(settings, lower, path):
+                        continue
                     raise UserError(
                         f"{inner_kind} {quoted(inner)} and {outer_kind} {quoted(outer)} overlap (one holds "
                         "the other), so changes would reach a lower; choose directories apart from each "
                         "other."
                     )
+
+
+def _hides_itself(settings: MountSettings, lower: str, path: str) -> bool:
+    """Return whether the upper makes the union blind for what it has of `path` inside `lower`."""
+    parts = parts_below(lower, path)
+    if parts is None or settings.upper is None:
+        return False
+    return is_hidden(settings.upper, parts, userxattr=settings.userxattr)
 
 
 def _reaches(host: _Host, outer: str, inner: str) -> bool:
@@ -277,7 +294,7 @@ def _how_used(entry: live.LiveMount) -> str:
     mountpoint, pid = quoted(entry.settings.mountpoint), entry.pid
     return (
         f"still in use: {mountpoint} is unmounted, but processes have files of it open, so its daemon (pid "
-        f"{pid}) goes on; end them, cut them off by `kill {pid}`, given twice"
+        f"{pid}) goes on; stop them, cut them off by `unionfs umount --force {mountpoint}`"
     )
 
 
@@ -351,7 +368,7 @@ def _check_mountpoint(settings: MountSettings, host: _Host) -> None:
         inside = host.identity(lower) != host.identity(path) and host.contains(
             lower, path, through_mounts=True
         )
-        if inside and not _can_clone(lower):
+        if inside and not _hides_itself(settings, lower, path) and not _can_clone(lower):
             raise UserError(
                 f"mountpoint {quoted(path)} is inside the lower {quoted(lower)}, so the union would hold "
                 "itself and hang; choose a directory outside it, or mount as root."

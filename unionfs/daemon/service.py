@@ -15,13 +15,13 @@ from typing import TYPE_CHECKING, Any
 
 import trio
 
-from unionfs.daemon import live
+from unionfs.daemon import live, logs
 from unionfs.daemon.announcement import Announcement
 from unionfs.daemon.answering import serve_control
 from unionfs.daemon.claiming import Claim
 from unionfs.daemon.confine import confine
 from unionfs.daemon.lifetime import Lifetime, hold_signals
-from unionfs.daemon.orders import done, failed, order_in
+from unionfs.daemon.orders import END, done, failed, order_in
 from unionfs.daemon.outliving import Outliving
 from unionfs.daemon.runtime import RuntimeDirectory
 from unionfs.daemon.serving import Serving
@@ -166,12 +166,17 @@ class Service:
             await trio.to_thread.run_sync(self._storage.mount, mount, self._stack, abandon_on_cancel=True)
         self._announcement.publish(self._settings(), mount.device)
         log.info("mounted at %s", self._serving.settings.mountpoint)
+        for name, value in self._settings().to_json().items():
+            log.debug("setting %s: %s", name, value)
+        for name, value in self._serving.io.items():
+            log.debug("I/O %s: %s", name, value)
         if self._storage is not None:
             self._storage.keep()
         self._outliving.begin(self._settings(), self._serving.connection, self._announcement)
         self._on_usable()
 
     async def _answer(self, question: dict[str, Any]) -> dict[str, Any]:
+        log.debug("asked: %s", question or "figures")
         order = order_in(question)
         if order is not None:
             return await self._obey(order)
@@ -181,6 +186,7 @@ class Service:
             "device": self._serving.device,
             "since": self._announcement.since,
             "io": self._serving.io,
+            "log": logs.current_place(),
             "figures": {**self._operations.figures(), **self._outliving.figures()},
             "upper_fd": None if upper is None else upper.root_fd,
             live.ENDING: self._lifetime.is_ending,
@@ -197,6 +203,8 @@ class Service:
                 self._lifetime.leave()
             elif order == "refresh":
                 await self._operations.refreshing.refresh()
+            elif order == END:
+                self._lifetime.cut_off()
             else:
                 return failed("its daemon does not know that order")
         except OSError as error:

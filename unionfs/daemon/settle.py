@@ -8,9 +8,11 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, TypeVar
 
 from unionfs.errors import UserError, quoted
+from unionfs.settings.configuration import Configuration
 from unionfs.settings.features import Features
 from unionfs.settings.mount import IO_MODES, SESSIONS, MountSettings
 from unionfs.settings.options import Options, parse_options
+from unionfs.storage.configured import configuration
 from unionfs.storage.root import storage_root as find_storage_root
 from unionfs.sys.capabilities import may_use_trusted_xattrs
 from unionfs.sys.mountinfo import read_mountinfo
@@ -29,9 +31,9 @@ def settle(
     upper: str | None = None,
     work: str | None = None,
     options: Iterable[str] = (),
-    session: str = "auto",
-    io: str = "auto",
-    log_level: str = "info",
+    session: str | None = None,
+    io: str | None = None,
+    log_level: str | None = None,
     source: str | None = None,
     trusted_xattrs: bool | None = None,
     watch_lower: bool = False,
@@ -41,15 +43,17 @@ def settle(
     """Return the settings for a call. Changes nothing. Raises UserError.
 
     `source` is mount(8)'s first argument, the default of `fsname`. `trusted_xattrs`: whether `trusted.*` may
-    be written (None: find out). `storage_root` is `--root`, ignored without `storage`.
+    be written (None: find out). `storage_root` is `--root`, ignored without `storage`. `session`, `io`,
+    `log_level`: None for the configuration's.
     """
     parsed = parse_options(options)
+    _refuse_both(parsed)
     chosen_lowers = _either("lower", "-l", "lowerdir=", tuple(lowers), tuple(parsed.lowers))
     chosen_upper = _either("upper", "-u", "upperdir=", upper, parsed.upper)
     chosen_work = _either("work", "-w", "workdir=", work, parsed.work)
     _check_paths(chosen_lowers, chosen_upper, chosen_work, mountpoint)
     chosen_upper, upper_tmpfs = _writable_layer(chosen_upper, chosen_work)
-    session, io = _session_and_io(parsed, session, io)
+    session, io = _session_and_io(parsed, session, io, configured := configuration())
     is_root = os.geteuid() == 0
     trusted = may_use_trusted_xattrs() if trusted_xattrs is None else trusted_xattrs
     userxattr = parsed.userxattr or not trusted
@@ -72,7 +76,7 @@ def settle(
         shown=parsed.shown,
         flags=_flags(parsed, is_root),
         security=tuple(parsed.security),
-        log_level="debug" if parsed.debug else log_level,
+        log_level="debug" if parsed.debug else log_level or configured.get("log-level"),
         mounted_by=os.getuid(),
         upper_tmpfs=upper_tmpfs,
         storage=tuple(storage),
@@ -81,6 +85,11 @@ def settle(
         cpu_idle=parsed.cpu_idle,
         outlive=parsed.outlive,
     )
+
+
+def _refuse_both(parsed: Options) -> None:
+    if parsed.allow_other and parsed.allow_root:
+        raise UserError("allow_other and allow_root exclude each other; allow_other lets root in too.")
 
 
 def _check_paths(lowers: Sequence[str], *others: str | None) -> None:
@@ -163,25 +172,30 @@ def _writable_layer(upper: str | None, work: str | None) -> tuple[str | None, Tm
     return upper, None
 
 
-def _session_and_io(parsed: Options, session: str, io: str) -> tuple[str, str]:
+def _session_and_io(
+    parsed: Options, session: str | None, io: str | None, configured: Configuration
+) -> tuple[str, str]:
     if parsed.allow_other and parsed.allow_root:
         raise UserError("allow_other and allow_root exclude each other; allow_other lets root in too.")
-    session = _chosen("session", session, parsed.session, SESSIONS)
-    io = _chosen("io", io, parsed.io, IO_MODES)
-    if session == "pyfuse3" and io != "auto":
+    given = io or parsed.io
+    chosen_session = _chosen("session", session, parsed.session, SESSIONS) or configured.get("session")
+    chosen_io = _chosen("io", io, parsed.io, IO_MODES) or configured.get("io")
+    if chosen_session == "pyfuse3" and chosen_io != "auto":
+        if given is None:
+            return chosen_session, "auto"
         raise UserError(
-            f"--io {io} needs --session direct: with pyfuse3 all data goes through the page cache and the "
-            "daemon. Leave one of the two out."
+            f"--io {chosen_io} needs --session direct: with pyfuse3 all data goes through the page cache and "
+            "the daemon. Leave one of the two out."
         )
-    return session, io
+    return chosen_session, chosen_io
 
 
-def _chosen(name: str, by_letter: str, by_option: str | None, values: Sequence[str]) -> str:
+def _chosen(name: str, by_letter: str | None, by_option: str | None, values: Sequence[str]) -> str | None:
     if by_option is None:
         return by_letter
     if by_option not in values:
         raise UserError(f"option {name}={quoted(by_option)}: it is one of {', '.join(values)}.")
-    if by_letter not in ("auto", by_option):
+    if by_letter not in (None, "auto", by_option):
         raise UserError(f"--{name} {by_letter} and -o {name}={by_option} differ; use one of the two.")
     return by_option
 

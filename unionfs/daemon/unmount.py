@@ -10,23 +10,35 @@ from collections.abc import Sequence
 from unionfs.daemon import live, others
 from unionfs.daemon.dead import clear_abandoned_of, forget, take_off
 from unionfs.daemon.inside import TakenOff, leave_peers, storage_mounts
+from unionfs.daemon.orders import END, give
 from unionfs.daemon.settle import absolute_mountpoint
 from unionfs.errors import UserError, quoted, reason
 from unionfs.sys.liveness import is_dead
 from unionfs.sys.mountinfo import MountEntry, mounted_at, read_mountinfo
-from unionfs.sys.process import users_of, wait_gone
+from unionfs.sys.mountspaces import copies
+from unionfs.sys.mountusers import MountUser, users_of_mount
+from unionfs.sys.process import command_of, wait_gone
 from unionfs.sys.unmount import unmount
 
 # How long a daemon may take to notice the unmount before we look for other users of the mount.
 _NOTICE_SECONDS = 2.0
 _DEAF_SECONDS = 30.0
 _LAZY_SECONDS = 0.5
+_MOST_NAMED = 5
+_STOP = "stop whatever uses it first"
 
 
-def umount(mountpoint: str, *, lazy: bool = False) -> None:
-    """Unmount, and wait until the daemon has ended and all data is on disk. Raises UserError."""
+def umount(mountpoint: str, *, lazy: bool = False, force: bool = False) -> None:
+    """Unmount, and wait until the daemon has ended and all data is on disk. Raises UserError.
+
+    A mount in use is refused; `lazy` detaches it, and `force` cuts its users off, also of one that has been
+    detached from here.
+    """
     path = absolute_mountpoint(mountpoint)
     mount = mounted_at(path)
+    if force and (served := _served(path, mount)) is not None:
+        _cut_off(served)
+        return
     if mount is not None and mount.fstype == others.FSTYPE and (owner := others.owner_of(mount)) is not None:
         _umount_of_other(mount, owner, lazy=lazy)
         return
@@ -35,11 +47,13 @@ def umount(mountpoint: str, *, lazy: bool = False) -> None:
     if mount is None or not (mount.is_fuse and (entry is not None or mount.fstype == others.FSTYPE)):
         raise UserError(_why_not_ours(path, mount, entries))
     alive = entry is not None and entry.is_alive()
+    further = False
     if not alive and is_dead(path):
         take_off(mount)
     else:
-        _unmount_living(mount, entry, lazy=lazy)
-    if entry is None:
+        further = _is_further(mount, entry)
+        _unmount_living(mount, entry, whole=not (lazy or further), lazy=lazy)
+    if entry is None or further:
         return
     if alive:
         _wait_for_end(entry, path, lazy=lazy)
@@ -47,7 +61,36 @@ def umount(mountpoint: str, *, lazy: bool = False) -> None:
         forget(entry)
 
 
-def _unmount_living(mount: MountEntry, entry: live.LiveMount | None, *, lazy: bool) -> None:
+def _served(path: str, mount: MountEntry | None) -> live.LiveMount | None:
+    """Return the mount at `path`, or the one that was there and has been detached, if its daemon is alive."""
+    known = [entry for entry in live.entries() if entry.is_alive()]
+    if mount is None:
+        return next((entry for entry in reversed(known) if entry.settings.mountpoint == path), None)
+    found = live.find_by_device(mount.device, known)
+    return found or live.find_by_device(mount.device, others.mounts_of_others().answered)
+
+
+def _cut_off(entry: live.LiveMount) -> None:
+    """Raises UserError if the daemon neither obeys nor has ended."""
+    try:
+        give(entry, END, "ended", "try again")
+    except UserError:
+        if not wait_gone(entry.pid, entry.started, 0):
+            raise
+    wait_gone(entry.pid, entry.started, None)
+
+
+def _is_further(mount: MountEntry, entry: live.LiveMount | None) -> bool:
+    """Return whether this is a further mount, by mount --bind, of a union that is still at its mountpoint."""
+    return entry is not None and mount.mountpoint != entry.settings.mountpoint and any(
+        other.mountpoint == entry.settings.mountpoint for other in entry.mounts()
+    )  # fmt: skip
+
+
+def _unmount_living(mount: MountEntry, entry: live.LiveMount | None, *, whole: bool, lazy: bool) -> None:
+    """`whole`: refuse if the filesystem is mounted elsewhere, too."""
+    if whole:
+        _refuse_copied(mount)
     if lazy:
         leave_peers(mount)
     inside = [] if entry is None or lazy else storage_mounts(mount, entry.settings.storage)
@@ -65,6 +108,20 @@ def _unmount_living(mount: MountEntry, entry: live.LiveMount | None, *, lazy: bo
     storage.let_go()
 
 
+def _refuse_copied(mount: MountEntry) -> None:
+    """Refuse to unmount what would stay mounted elsewhere, so that its daemon goes on. Raises UserError."""
+    found = copies(mount)
+    here = [copy.mountpoint for pid, copy in found if not pid]
+    users = [MountUser(pid, command_of(pid), "mount namespace") for pid, _ in found if pid]
+    if here:
+        cause, cure = f"it is also mounted at {quoted(here[0])}", f"unmount {quoted(here[0])} first"
+    elif users:
+        cause, cure = "used by " + ", ".join(map(str, users[:_MOST_NAMED])), _STOP
+    else:
+        return
+    raise UserError(_with_cures(mount.mountpoint, cause, cure))
+
+
 def _refuse_unless_gone(mount: MountEntry, error: OSError) -> None:
     if error.errno not in (errno.EINVAL, errno.ENOENT):  # unmounted in between
         raise UserError(
@@ -80,6 +137,8 @@ def _umount_of_other(mount: MountEntry, owner: int, *, lazy: bool) -> None:
     """
     path = mount.mountpoint
     entry = live.find_by_device(mount.device, others.mounts_of_others().answered)
+    if not lazy:
+        _refuse_copied(mount)
     try:
         unmount(mount, lazy=lazy)
     except OSError as error:
@@ -112,14 +171,14 @@ def _wait_for_end(entry: live.LiveMount, path: str, *, lazy: bool) -> None:
         where = f"at {quoted(rest[0].mountpoint)}" if rest else "elsewhere (a mount namespace, an open file)"
         raise UserError(
             f"{quoted(path)} is unmounted, but the same union is still in use {where}, so its daemon (pid "
-            f"{entry.pid}) goes on; the daemon ends when that use ends."
+            f"{entry.pid}) goes on; it ends with that use, or by `unionfs umount --force {quoted(path)}`."
         )
 
 
 def _busy(path: str, mount: MountEntry, entry: live.LiveMount | None) -> str:
     """Explain why the union at `path` is busy: `mount`, the union itself or a mount inside it, is in use."""
     # A process that maps a file of the host's filesystem does not use a bind mount of it.
-    users = users_of(mount.mountpoint, mount.device if mount.is_fuse else "-1:-1")
+    users = users_of_mount(mount.mount_id, mount.device if mount.is_fuse else None, _MOST_NAMED)
     ours = set()
     if entry is not None and entry.settings.storage and (top := mounted_at(path)) is not None:
         ours = {storage.mountpoint for storage in storage_mounts(top, entry.settings.storage)}
@@ -133,13 +192,17 @@ def _busy(path: str, mount: MountEntry, entry: live.LiveMount | None) -> str:
     if inside:
         cause, cure = f"{quoted(inside[0])} is mounted inside it", f"unmount {quoted(inside[0])} first"
     elif users:
-        named = (f"{quoted(user.command)} (pid {user.pid}, {user.how})" for user in users)
-        cause, cure = "used by " + ", ".join(named), "end it first"
+        cause, cure = "used by " + ", ".join(map(str, users)), _STOP
     else:
-        cause, cure = "a process that is not to be seen from here uses it", "end it first"
+        cause, cure = "a process that is not visible from here uses it", _STOP
+    return _with_cures(path, cause, cure)
+
+
+def _with_cures(path: str, cause: str, cure: str) -> str:
+    place = quoted(path)
     return (
-        f"{quoted(path)} is busy: {cause}; {cure}, or detach the mount by "
-        f"`unionfs umount --lazy {quoted(path)}`."
+        f"{place} is busy: {cause}; {cure}, or detach the mount by `unionfs umount --lazy {place}`, or cut "
+        f"its users off by `unionfs umount --force {place}`."
     )
 
 
@@ -153,5 +216,5 @@ def _why_not_ours(path: str, mount: MountEntry | None, entries: Sequence[live.Li
                 f"{quoted(entry.settings.mountpoint)}; give that one."
             )
     if not os.path.lexists(path):
-        return f"{quoted(path)} does not exist; `unionfs ls` shows the mounts that live now."
-    return f"{quoted(path)} is not a unionfs mount; `unionfs ls` shows the mounts that live now."
+        return f"{quoted(path)} does not exist; `unionfs ls` lists active mounts."
+    return f"{quoted(path)} is not a unionfs mount; `unionfs ls` lists active mounts."

@@ -22,7 +22,6 @@ from unionfs.storage.archive.foreign import ForeignReader
 from unionfs.storage.archive.headers import Malformed
 from unionfs.storage.archive.tar import Tar
 from unionfs.sys.capabilities import CAP_SYS_ADMIN, has_capability
-from unionfs.sys.fds import Owned
 from unionfs.union import opening
 from unionfs.union.markers import Markers
 from unionfs.union.merge import Merge
@@ -106,20 +105,6 @@ def opened_layers(paths: Sequence[str], markers: Markers) -> Iterator[Merge]:
         merge = Merge(layers, markers, directory_fds=256)
         resources.callback(merge.close)
         yield merge
-
-
-@contextmanager
-def opened_index(work: str | int, merge: Merge) -> Iterator[Index | None]:
-    """The index in a work directory, None if it has none. Raises OSError."""
-    above = Owned(os.open(work, os.O_PATH | os.O_DIRECTORY)) if isinstance(work, str) else Owned(os.dup(work))
-    with above as at:
-        try:
-            found = Owned(os.open("index", os.O_PATH | os.O_DIRECTORY | os.O_NOFOLLOW, dir_fd=at))
-        except FileNotFoundError:
-            yield None
-            return
-    with found as fd:
-        yield Index(fd, merge)
 
 
 def write_layer(

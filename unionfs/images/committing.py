@@ -16,7 +16,8 @@ from typing import Any
 
 from unionfs.errors import UserError, on_failure, quoted
 from unionfs.images import documents
-from unionfs.images.blobs import Blob, opened_index, opened_layers, write_layer
+from unionfs.images.blobs import Blob, opened_layers, write_layer
+from unionfs.images.indexed import opened_index
 from unionfs.images.layout import LayerFile, scratch, write_archive
 from unionfs.images.rules import Rules
 from unionfs.images.sources import ImageSource, opened, split

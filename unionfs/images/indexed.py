@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import stat
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import NamedTuple
 
 from unionfs.settings.features import DEFAULTS
@@ -44,3 +46,17 @@ class Index:
         except OSError:
             return None  # also on a filesystem without file handles, which has no index
         return Copy(entry, copy) if stat.S_IFMT(copy.st_mode) == stat.S_IFMT(st.st_mode) else None
+
+
+@contextmanager
+def opened_index(work: str | int, merge: Merge) -> Iterator[Index | None]:
+    """The index in a work directory, None if it has none. Raises OSError."""
+    above = Owned(os.open(work, os.O_PATH | os.O_DIRECTORY)) if isinstance(work, str) else Owned(os.dup(work))
+    with above as at:
+        try:
+            found = Owned(os.open("index", os.O_PATH | os.O_DIRECTORY | os.O_NOFOLLOW, dir_fd=at))
+        except FileNotFoundError:
+            yield None
+            return
+    with found as fd:
+        yield Index(fd, merge)

@@ -8,7 +8,8 @@ from collections.abc import Sequence
 from contextlib import suppress
 
 from unionfs.errors import UserError, on_failure, quoted
-from unionfs.images.blobs import Written, file_blob, opened_index, opened_layers, unpack_blob, write_layer
+from unionfs.images.blobs import Written, file_blob, opened_layers, unpack_blob, write_layer
+from unionfs.images.indexed import opened_index
 from unionfs.images.rules import Rules
 from unionfs.images.store import Store, kind_of, markers_of
 from unionfs.images.unpack import Contents

@@ -10,6 +10,7 @@ from unionfs.errors import UserError, quoted
 from unionfs.images.rules import Rules
 from unionfs.images.sources import is_reference, opened
 from unionfs.images.store import Image, Store, kind_of, shown
+from unionfs.storage.measuring import Use
 
 
 @contextmanager
@@ -42,4 +43,17 @@ def users_of_layers(kept: Mapping[str, str]) -> dict[str, str]:
     for entry in live.entries():
         for lower in entry.settings.lowers:
             found[lower] = f"the mount {quoted(entry.settings.mountpoint)}"
+    return found
+
+
+def uses(root: str, kept: Mapping[str, str]) -> list[Use]:
+    """The images of the store; a layer that several have counts for the first. Active are those in use."""
+    store, users = Store(root), users_of_layers(kept)
+    found, counted = [], set[tuple[str, str]]()
+    layers = store.all_layers()
+    for image in store.images():
+        own = [layer for layer in layers if layer[1] in image.layers]
+        size = sum(int(store.facts(*layer)["size"]) for layer in own if layer not in counted)
+        counted.update(own)
+        found.append(Use(shown(image), size, any(store.layer(*layer) in users for layer in own)))
     return found

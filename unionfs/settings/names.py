@@ -29,7 +29,7 @@ def check_name(text: str, kind: str = "volume") -> str:
     if kind == "volume" and "/" in text:
         cure = "; to use a host directory, write its absolute path or ./NAME"
     raise UserError(
-        f"invalid {kind} name {quoted(text)}: a name has at least two characters, a letter or "
+        f"invalid {kind} name {text!r}: a name has at least two characters, a letter or "
         f"digit first and then letters, digits, `_`, `.` and `-`{cure}."
     )
 

@@ -34,7 +34,7 @@ def volume_size(text: str, what: str = "size") -> int:
         size = parse_size(text.strip())
     except ValueError:
         raise UserError(
-            f"invalid size {what}={quoted(text)}; write a number followed by b, k, m, g or t, such as 100m."
+            f"invalid {what} {text!r}; write a number followed by b, k, m, g or t, such as 100m."
         ) from None
     if not 0 < size < 1 << 60:
         raise UserError(f"{what}={quoted(text)} is not a possible size for a volume; use one such as 100m.")

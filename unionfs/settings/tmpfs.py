@@ -61,7 +61,8 @@ def parse_tmpfs_words(option: str, words: Iterable[str]) -> tuple[TmpfsOptions, 
             flags = [flag for flag in flags if flag != _TMPFS_TAKE[word]]
         elif word and word not in _TMPFS_SKIPPED:
             rest.append(word)
-    return _tmpfs_options(option, rest, TmpfsOptions(mode=0o1777)), tuple(flags), read_only
+    more = ", and mount(8)'s ro, exec, suid, dev and noatime"
+    return _tmpfs_options(option, rest, TmpfsOptions(mode=0o1777), more), tuple(flags), read_only
 
 
 def is_tmpfs_upper(upper: str) -> bool:
@@ -75,7 +76,10 @@ def parse_tmpfs_upper(upper: str) -> TmpfsOptions:
     return _tmpfs_options(f"-u {quoted(upper)}", [word for word in words if word], TmpfsOptions())
 
 
-def _tmpfs_options(option: str, words: Iterable[str], options: TmpfsOptions) -> TmpfsOptions:
+def _tmpfs_options(
+    option: str, words: Iterable[str], options: TmpfsOptions, more_words: str = ""
+) -> TmpfsOptions:
+    """`more_words` names what else is accepted, as the end of a sentence."""
     more: list[tuple[str, str]] = []
     for word in words:
         name, equals, value = word.partition("=")
@@ -90,8 +94,8 @@ def _tmpfs_options(option: str, words: Iterable[str], options: TmpfsOptions) -> 
                 more.append((name, value))
             case _:
                 raise UserError(
-                    f"{option}: unknown option {quoted(word)}; there are size=, mode=, nr_inodes=, uid=, "
-                    "gid=, noswap and swap, and for --tmpfs mount(8)'s ro, exec, suid, dev, noatime."
+                    f"{option}: unknown option {quoted(word)}; the options are size=, mode=, nr_inodes=, "
+                    f"uid=, gid=, huge=, mpol=, swap and noswap{more_words}."
                 )
     return replace(options, more=tuple(more))
 
@@ -124,5 +128,4 @@ def value_of(option: str, name: str, text: str, parse: Callable[[str], _T], what
     try:
         return parse(text)
     except ValueError:
-        shown = quoted(text) if text else ""
-        raise UserError(f"{option}: {name}={shown} cannot be read; write {what}.") from None
+        raise UserError(f"{option}: invalid {name} {text!r}; write {what}.") from None

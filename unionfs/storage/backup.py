@@ -23,10 +23,12 @@ from unionfs.storage.archive.freeze import frozen, own_filesystem
 from unionfs.storage.archive.headers import Malformed
 from unionfs.storage.archive.manifest import AGAIN, Beside, Line, escape, latest, read_manifest
 from unionfs.storage.archive.output import whole_file
+from unionfs.storage.archive.progress import Progress
 from unionfs.storage.archive.read import ArchiveReader
 from unionfs.storage.archive.tar import Members, Tar
+from unionfs.storage.archive.target import check_target
 from unionfs.storage.archive.walk import Walker
-from unionfs.storage.archive.write import ArchiveWriter, Pass, Progress
+from unionfs.storage.archive.write import ArchiveWriter, Pass
 from unionfs.storage.drivers import find_driver
 from unionfs.storage.volumes import Volume, Volumes
 
@@ -50,6 +52,10 @@ class Report:
     def count(self, entries: int, size: int) -> None:
         self.entries += entries
         self.size += size
+
+    def total(self, entries: int, size: int, how: str) -> None:
+        """Set the figures."""
+        self.entries, self.size, self.how = entries, size, how
 
     def note(self, sentence: str) -> None:
         if len(self.notes) < _MOST_NOTES:
@@ -81,10 +87,18 @@ def backup(
     report = Report()
     if since is not None and target != "-":
         _keep_bases(since, target)
+    if _is_empty_memory(volumes, name):
+        report.note(
+            f"volume {quoted(name)} is in memory and not in use, so it is empty; back it up while it is used."
+        )
     with volumes.working_on(name, "a backup") as volume, ExitStack() as stack:
         base_info, base = _base(since, volume, stack)
         path = stack.enter_context(volumes.used(name, "backup"))
         others = len(volumes.users(name)) > 1
+        if target != "-":
+            check_target(target, path)
+        if progress is not None:
+            progress.reads_tree(path)
         out = stack.enter_context(whole_file(target) if target != "-" else _standard_output())
         started = time.time_ns()
         info: dict[str, Any] = {
@@ -92,6 +106,7 @@ def backup(
             "id": str(uuid.uuid4()),
             "volume": volume.name,
             "driver": volume.driver,
+            "options": dict(volume.options),
             "labels": dict(volume.labels),
             "created": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(started / 1e9)),
             "started": started,
@@ -114,13 +129,24 @@ def backup(
                 f"the backup cannot be written to {quoted(place)}: {reason(error)}; nothing is left of it. "
                 "Free space, or write it elsewhere."
             ) from error
-        report.entries, report.size = done.entries, done.read_bytes
-        if report.unstable and not report.how:
-            report.how = "files that changed meanwhile were read again"
+        _tell_figures(report, done, incremental=base is not None)
     # The archive is complete: the manifest for `verify` is optional.
     with suppress(OSError):
         keep_manifest(volume, writer.copy_manifest)
     return report
+
+
+def _tell_figures(report: Report, done: Pass, *, incremental: bool) -> None:
+    how = [report.how] if report.how else []
+    if report.unstable and not how:
+        how = ["files that changed meanwhile were read again"]
+    if incremental:
+        how.append(f"{done.unchanged} unchanged in its base")
+    report.total(done.entries - done.unchanged, done.read_bytes, ", ".join(how))
+
+
+def _is_empty_memory(volumes: Volumes, name: str) -> bool:
+    return volumes.get(name).options.get("type") == "tmpfs" and not volumes.users(name)
 
 
 @contextmanager
@@ -191,14 +217,18 @@ def _keep_bases(since: str, target: str) -> None:
 
 
 @contextmanager
-def open_archive(source: str) -> Iterator[ArchiveReader]:
-    """Open the archive `source` (`-`: standard input). Raises UserError."""
+def open_archive(
+    source: str, *, nothing: str = "", progress: Progress | None = None
+) -> Iterator[ArchiveReader]:
+    """Open the archive `source` (`-`: standard input). Raises UserError; `nothing` as for `explained`."""
     with on_failure(f"the backup {quoted(source)} cannot be read", "check its path"):
         raw = open(0 if source == "-" else source, "rb", buffering=0, closefd=source != "-")  # noqa: SIM115
         if stat.S_ISDIR(os.fstat(raw.fileno()).st_mode):
             raise IsADirectoryError(21, "it is a directory")
     with raw:
-        with explained(source):
+        if progress is not None:
+            progress.reads_file(raw.fileno())
+        with explained(source, nothing=nothing):
             reader = ArchiveReader(decompressor(raw))
         yield reader
 
@@ -214,20 +244,16 @@ def read_whole(reader: ArchiveReader, report: Report, progress: Progress | None)
 
 
 @contextmanager
-def explained(source: str) -> Iterator[None]:
-    """Turn errors in an archive into a UserError."""
+def explained(source: str, *, nothing: str = "") -> Iterator[None]:
+    """Turn errors in an archive into a UserError; `nothing` is the consequence, "nothing was restored"."""
     shown = "standard input" if source == "-" else quoted(source)
+    cure = f"{nothing}. Use another copy of it." if nothing else "use another copy of it."
     try:
         yield
     except Malformed as error:
-        raise UserError(
-            f"the backup {shown} cannot be trusted: {error}; nothing was restored. Use another copy of it."
-        ) from None
+        raise UserError(f"the backup {shown} cannot be trusted: {error}; {cure}") from None
     except (ValueError, KeyError, TypeError) as error:
-        raise UserError(
-            f"the backup {shown} cannot be trusted: it is malformed ({error}); nothing was restored. Use "
-            "another copy of it."
-        ) from error
+        raise UserError(f"the backup {shown} cannot be trusted: it is malformed ({error}); {cure}") from error
 
 
 def keep_manifest(volume: Volume, copy: Callable[[IO[bytes]], None]) -> None:
@@ -245,7 +271,7 @@ def keep_manifest(volume: Volume, copy: Callable[[IO[bytes]], None]) -> None:
 def verify_archive(source: str, progress: Progress | None = None) -> Report:
     """Read an archive to its end and check it against its manifest. Raises UserError on a mismatch."""
     report = Report()
-    with open_archive(source) as reader, explained(source):
+    with open_archive(source, progress=progress) as reader, explained(source):
         read_whole(reader, report, progress)
         # An incremental archive also names entries stored in its base.
         for _ in latest(reader.manifest_lines()):
@@ -282,6 +308,8 @@ def verify_volume(volumes: Volumes, name: str, progress: Progress | None = None)
             walker = Walker(path, lambda sentence: None, leave_out=workspace.names(volume.directory))
             known = Beside(latest(read_manifest(source)), lambda old: found.missing.append(_shown(old)))
             contents = Contents(walker, lambda entry: None)
+            if progress is not None:
+                progress.reads_tree(path)
             add = partial(_compare, known, found)
             Pass(walker, contents, Members(), add, progress=progress).run()
             known.finish()

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import re
+import time
 from collections.abc import Iterable
+from datetime import datetime
 
 from unionfs.errors import UserError, quoted
 from unionfs.storage.model import Volume
 
-_KEYS = ("name", "label", "label!", "driver", "dangling", "anonymous")
+KEYS = ("name", "label", "label!", "driver", "dangling", "anonymous", "until")
 _TRUE, _FALSE = frozenset({"1", "true", "t", "yes"}), frozenset({"0", "false", "f", "no"})
 
 
@@ -19,10 +21,12 @@ def parse_filters(words: Iterable[str]) -> list[tuple[str, str]]:
         key, equals, value = word.partition("=")
         if not equals or not key:
             raise UserError(f"invalid filter {quoted(word)}; write KEY=VALUE.")
-        if key not in _KEYS:
-            raise UserError(f"the filter {quoted(key)} is not known; there are {', '.join(_KEYS)}.")
+        if key not in KEYS:
+            raise UserError(f"unknown filter {quoted(key)}; the filters are {', '.join(KEYS)}.")
         if key in ("dangling", "anonymous"):
             truth(value, key)
+        if key == "until":
+            value = str(moment_of(value))
         if key == "name":
             try:
                 re.compile(value)
@@ -43,6 +47,25 @@ def truth(value: str, key: str) -> bool:
     raise UserError(f"the filter {key}={quoted(value)} is neither true nor false; write one of the two.")
 
 
+_UNITS = {"s": 1, "m": 60, "h": 3600, "d": 86400}
+
+
+def moment_of(text: str) -> float:
+    """Parse the value of `until`: a time of ISO 8601, seconds since the epoch, or a duration ago such as 24h
+    or 1h30m. Returns seconds since the epoch. Raises UserError.
+    """
+    if re.fullmatch(r"(\d+(\.\d+)?[smhd])+", text):
+        parts = re.findall(r"(\d+(?:\.\d+)?)([smhd])", text)
+        return time.time() - sum(float(count) * _UNITS[unit] for count, unit in parts)
+    try:
+        return float(text) if re.fullmatch(r"\d+(\.\d+)?", text) else datetime.fromisoformat(text).timestamp()
+    except (ValueError, OverflowError):
+        raise UserError(
+            f"invalid time {quoted(text)} in until=; write a duration as 24h or 1h30m, or a time as "
+            "2026-01-31T12:00."
+        ) from None
+
+
 def matches(volume: Volume, filters: Iterable[tuple[str, str]], *, used: bool) -> bool:
     """Whether a volume passes all filters. A name filter is a regular expression, matched anywhere."""
     return all(_holds(volume, key, value, used) for key, value in filters)
@@ -58,6 +81,8 @@ def _holds(volume: Volume, key: str, value: str, used: bool) -> bool:
             return truth(value, key) != used
         case "anonymous":
             return truth(value, key) == volume.anonymous
+        case "until":
+            return volume.created < float(value)
         case "label":
             return _has_label(volume, value)
         case _:

@@ -2,6 +2,7 @@
 
     ROOT/volumes/NAME/volume.json    the volume's record; replaced by one rename
     ROOT/volumes/NAME/.user-DIGEST   one user: its text and the path of the data
+    ROOT/volumes/NAME/renamed.json   the record with the name that a rename is about to give it
     ROOT/volumes/NAME/spare          space for one user, for a full disk
 
 Writers hold the volume's short lock; readers need no lock. Each user has a separate file: removing it needs
@@ -15,8 +16,8 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Iterable
-from contextlib import suppress
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, suppress
 
 from unionfs.errors import UserError, on_failure, quoted, reason
 from unionfs.storage import jsonfiles
@@ -24,6 +25,7 @@ from unionfs.storage.model import ANONYMOUS_LABEL, Volume, VolumeUser
 from unionfs.sys import fds
 
 _RECORD = "volume.json"
+_RENAMED = "renamed.json"
 _USER = ".user-"
 _SPARE = "spare"
 _SPARE_BYTES = 4096
@@ -75,9 +77,14 @@ def find(directory: str) -> Volume | None:
 
 
 def _recorded(directory: str, at: int) -> Volume | None:
-    path = f"{directory}/{_RECORD}"
+    found = (_read(directory, at, file) for file in (_RECORD, _RENAMED))
+    return next((volume for volume in found if volume is not None), None)
+
+
+def _read(directory: str, at: int, file: str) -> Volume | None:
+    path = f"{directory}/{file}"
     try:
-        values = jsonfiles.read(_RECORD, at)
+        values = jsonfiles.read(file, at)
         if values.get("version", _VERSION) > _VERSION:
             raise UserError(
                 f"the record {quoted(path)} has version {values['version']}, and this unionfs knows "
@@ -89,6 +96,29 @@ def _recorded(directory: str, at: int) -> Volume | None:
     except OSError as error:
         raise _unreadable(path, error) from error
     return volume if volume.name == os.path.basename(directory) else None
+
+
+@contextmanager
+def prepared(directory: str, renamed: Volume) -> Iterator[None]:
+    """Keep a second record in a volume's directory, with its new name, while the directory is renamed.
+
+    Raises UserError and OSError, without the second record.
+    """
+    path = f"{directory}/{_RENAMED}"
+    with _recording(renamed.name, path):
+        jsonfiles.write(path, {**renamed.to_json(), "users": []})
+    try:
+        yield
+    except BaseException:
+        with suppress(OSError):
+            os.unlink(path)
+        raise
+
+
+def settle(renamed: Volume) -> None:
+    """Make the second record the first one, after the directory has its new name. Raises UserError."""
+    with _recording(renamed.name, renamed.directory):
+        os.rename(f"{renamed.directory}/{_RENAMED}", f"{renamed.directory}/{_RECORD}")
 
 
 def is_lost(directory: str) -> bool:

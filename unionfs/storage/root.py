@@ -17,6 +17,7 @@ from contextlib import suppress
 from typing import TYPE_CHECKING
 
 from unionfs.errors import UserError, on_failure, quoted, reason
+from unionfs.storage.configured import configuration
 from unionfs.sys.capabilities import is_host_root
 from unionfs.sys.fds import Owned
 
@@ -32,14 +33,15 @@ _OTHER = f"give another storage root by --root or {ENVIRONMENT}"
 def storage_root(chosen: str | None = None, environment: Mapping[str, str] | None = None) -> str:
     """The storage root as an absolute path; it need not exist.
 
-    The first of: `chosen` (`--root`), `UNIONFS_ROOT`, /var/lib/unionfs for root, `$XDG_DATA_HOME/unionfs` for
-    others (XDG Base Directory Specification: ~/.local/share by default, relative values are ignored). Uid 0
-    of a user namespace counts as an ordinary user. Raises UserError if there is no home directory.
+    The first of: `chosen` (`--root`), `UNIONFS_ROOT`, the configuration, /var/lib/unionfs for root,
+    `$XDG_DATA_HOME/unionfs` for others (XDG Base Directory Specification: ~/.local/share by default, relative
+    values are ignored). Uid 0 of a user namespace counts as an ordinary user. Raises UserError if there is
+    no home directory.
     """
     values = os.environ if environment is None else environment
     if chosen is not None and not chosen:
         raise UserError("--root is given without a directory; name one.")
-    path = chosen or values.get(ENVIRONMENT)
+    path = chosen or values.get(ENVIRONMENT) or configuration(environment).get("root")
     if path:
         try:
             return os.path.abspath(path)

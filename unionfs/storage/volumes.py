@@ -21,6 +21,7 @@ from dataclasses import replace
 from unionfs.errors import UserError, on_failure, quoted
 from unionfs.settings.names import anonymous_name, check_name, is_name
 from unionfs.storage import locks, records
+from unionfs.storage.configured import configuration
 from unionfs.storage.drivers import Driver, find_driver
 from unionfs.storage.drivers.base import Forced
 from unionfs.storage.drivers.replacing import finish_in_place
@@ -168,14 +169,16 @@ class Volumes:
         name = anonymous_name() if name is None else check_name(name)
         found = self._find(name)
         if found is None:
-            maker = find_driver(driver or "local")
-            options = maker.spelled_out(options)
+            configured = configuration()
+            chosen = driver or configured.get("volume-driver")
+            maker = find_driver(chosen)
+            options = maker.spelled_out({**configured.volume_options(chosen), **options})
             maker.check(options)
             with locks.state(self.root, name):
                 found = self._find(name)
                 if found is None:
                     made = {**labels, ANONYMOUS_LABEL: ""} if anonymous else dict(labels)
-                    return self._make(name, maker, driver or "local", options, made, anonymous)
+                    return self._make(name, maker, chosen, options, made, anonymous)
         if options and driver in (None, found.driver):
             options = find_driver(found.driver).spelled_out(options)
         _check_same(found, driver, options, labels)
@@ -353,9 +356,8 @@ class Volumes:
                 raise UserError(f"volume {quoted(name)} cannot be {what}: {_in_use(users)}; stop that first.")
             yield
 
-    def refuse_existing(self, name: str) -> None:
-        if self._find(check_name(name)) is not None:
-            raise UserError(f"volume {quoted(name)} already exists; choose another name, or remove it first.")
+    def exists(self, name: str) -> bool:
+        return self._find(check_name(name)) is not None
 
     # -- changing and removing ----------------------------------------------------------------------------
 

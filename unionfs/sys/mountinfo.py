@@ -31,6 +31,10 @@ class MountEntry:
     source: str
     super_options: str
     """As the kernel writes them, with octal escapes; `super_option` decodes one."""
+    group: str = ""
+    """The number of its peer group (mount_namespaces(7)); empty if it is not shared."""
+    master: str = ""
+    """The number of the peer group from which it receives mounts; empty if it is no slave."""
 
     def super_option(self, name: str) -> str | None:
         """Return the value of a superblock option, or None if absent."""
@@ -82,9 +86,15 @@ def parse_mountinfo(table: bytes) -> list[MountEntry]:
                 fstype=unescape(right[0]),
                 source=unescape(right[1]),
                 super_options=os.fsdecode(right[2]),
+                group=_tag(left[6:], b"shared:"),
+                master=_tag(left[6:], b"master:"),
             )
         )
     return entries
+
+
+def _tag(fields: Iterable[bytes], name: bytes) -> str:
+    return next((field[len(name) :].decode("ascii") for field in fields if field.startswith(name)), "")
 
 
 def read_mountinfo(pid: int | str = "self") -> list[MountEntry]:

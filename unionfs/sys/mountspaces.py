@@ -1,15 +1,17 @@
-"""The mounts of other mount namespaces: whether a directory is shown in a container."""
+"""The mounts of other mount namespaces: whether a directory is shown in a container, who keeps a mount."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 from unionfs.sys.mountinfo import (
     Location,
     MountEntry,
     location_of,
+    mount_of_id,
     mounted_at,
+    mounts_of_device,
     parse_mountinfo,
     read_mountinfo,
     split_path,
@@ -36,8 +38,49 @@ def is_shown_elsewhere(path: str) -> bool:
     return any(
         place.contains(Location(entry.device, split_path(entry.root)))
         and not entry.mountpoint.endswith(real)
-        for entry in _mounts_of(place.device)
+        for _, table in _namespaces(place.device)
+        for entry in mounts_of_device(place.device, table)
     )
+
+
+def copies(mount: MountEntry) -> list[tuple[int, MountEntry]]:
+    """Return the mounts of this filesystem that stay when `mount` is unmounted, in all mount namespaces.
+
+    With each comes a process of its namespace; 0 for the caller's. Namespaces without a process, or whose
+    processes this user may not examine, are not seen. Unmounting propagates to the peers and slaves of the
+    mount that holds the mountpoint (mount_namespaces(7)).
+    """
+    tables = list(_namespaces(mount.device))
+    masters = {
+        entry.group: entry.master for _, table in tables for entry in table if entry.group and entry.master
+    }
+    above = mount_of_id(mount.parent_id)
+    source = "" if above is None else above.group
+    found = []
+    for pid, table in tables:
+        for entry in mounts_of_device(mount.device, table):
+            if pid == 0 and entry.mount_id == mount.mount_id:
+                continue
+            holder = mount_of_id(entry.parent_id, table)
+            if not (source and holder is not None and source in _groups_above(holder, masters)):
+                found.append((pid, entry))
+    return found
+
+
+def processes_with(device: str) -> list[int]:
+    """Return a process of each other mount namespace that has a mount of a superblock."""
+    return [pid for pid, _ in _namespaces(device) if pid]
+
+
+def _groups_above(mount: MountEntry, masters: Mapping[str, str]) -> set[str]:
+    """Return the peer groups from which a mount receives mounts, directly or through others."""
+    known: set[str] = set()
+    for start in (mount.group, mount.master):
+        group = start
+        while group and group not in known:
+            known.add(group)
+            group = masters.get(group, "")
+    return known
 
 
 def is_seen_by(path: str, pid: int) -> bool:
@@ -62,17 +105,21 @@ def _without_symlinks(path: str) -> str:
     return f"{os.path.realpath(os.path.dirname(path))}/{os.path.basename(path)}"
 
 
-def _mounts_of(device: str) -> Iterator[MountEntry]:
-    """All mounts of a superblock, from one process of each mount namespace; the oldest sees the most."""
+def _namespaces(device: str) -> Iterator[tuple[int, list[MountEntry]]]:
+    """Yield a process and the mount table of each mount namespace that has a mount of a superblock.
+
+    The oldest process sees the most; 0 stands for the caller.
+    """
     wanted, seen = f" {device} ".encode(), set()
-    for pid in ["self", *map(str, sorted(int(entry) for entry in os.listdir("/proc") if entry.isdigit()))]:
+    for pid in [0, *sorted(int(entry) for entry in os.listdir("/proc") if entry.isdigit())]:
         try:
-            namespace = os.readlink(f"/proc/{pid}/ns/mnt")
+            namespace = os.readlink(f"/proc/{pid or 'self'}/ns/mnt")
             if namespace in seen:
                 continue
-            with open(f"/proc/{pid}/mountinfo", "rb", buffering=0) as file:
+            with open(f"/proc/{pid or 'self'}/mountinfo", "rb", buffering=0) as file:
                 table = b"".join(iter(lambda file=file: file.read(1 << 20), b""))  # type: ignore[misc]
         except OSError:
             continue  # it has ended, or belongs to another user
         seen.add(namespace)
-        yield from parse_mountinfo(b"\n".join(line for line in table.split(b"\n") if wanted in line))
+        if wanted in table:
+            yield pid, parse_mountinfo(table)

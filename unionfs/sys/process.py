@@ -1,4 +1,4 @@
-"""Processes: identity, waiting for their end, users of a mount."""
+"""Processes: identity, waiting for their end, standard files."""
 
 from __future__ import annotations
 
@@ -6,9 +6,6 @@ import os
 import resource
 import select
 import signal
-from collections.abc import Iterator
-from contextlib import suppress
-from dataclasses import dataclass
 
 from unionfs.sys.fds import Owned
 
@@ -46,14 +43,6 @@ def wait_gone(pid: int, started: int, timeout: float | None) -> bool:
         return bool(poll.poll(None if timeout is None else timeout * 1000))
 
 
-@dataclass(frozen=True, slots=True)
-class BusyProcess:
-    pid: int
-    command: str
-    how: str
-    """One of `cwd`, `root`, `open file`, `mapped file`."""
-
-
 def command_of(pid: int) -> str:
     """Return the name of a process, at most 15 characters (proc_pid_comm(5)); `?` if it is gone."""
     try:
@@ -61,46 +50,6 @@ def command_of(pid: int) -> str:
             return os.fsdecode(comm.read().rstrip(b"\n"))
     except OSError:
         return "?"
-
-
-def _links(pid: int) -> Iterator[tuple[str, str]]:
-    for name, how in (("cwd", "cwd"), ("root", "root"), ("exe", "mapped file")):
-        with suppress(OSError):
-            yield how, os.readlink(f"/proc/{pid}/{name}")
-    with suppress(OSError):
-        for fd in os.listdir(f"/proc/{pid}/fd"):
-            with suppress(OSError):
-                yield "open file", os.readlink(f"/proc/{pid}/fd/{fd}")
-
-
-def _maps_device(pid: int, device: str) -> bool:
-    major, minor = device.split(":")
-    wanted = f" {int(major):02x}:{int(minor):02x} ".encode()
-    try:
-        with open(f"/proc/{pid}/maps", "rb") as maps:
-            return any(wanted in line[:100] for line in maps)
-    except OSError:
-        return False
-
-
-def users_of(mountpoint: str, device: str, limit: int = 5) -> list[BusyProcess]:
-    """Return at most `limit` processes that use a mount, as far as this user may see them.
-
-    Compares only names and sends no request to the mount, which may hang.
-    """
-    below, found = mountpoint.rstrip("/") + "/", []
-    for entry in os.listdir("/proc"):
-        if not entry.isdigit() or int(entry) == os.getpid():
-            continue
-        pid = int(entry)
-        how = next((how for how, link in _links(pid) if link == mountpoint or link.startswith(below)), None)
-        if how is None and _maps_device(pid, device):
-            how = "mapped file"
-        if how is not None:
-            found.append(BusyProcess(pid, command_of(pid), how))
-            if len(found) == limit:
-                break
-    return found
 
 
 def status_field(name: str, process: int | str = "self") -> str:

@@ -18,7 +18,7 @@ from __future__ import annotations
 import os
 import stat
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from typing import Final
 
 from unionfs.core.places import Layer, Place
@@ -39,6 +39,21 @@ def diff(
     ``follows_redirects`` as in `Markers`. The upper may be in use: names that vanish during the walk are
     skipped. Raises ``OSError`` if a layer cannot be read.
     """
+    markers = Markers(xattr_prefix, follows_redirects=follows_redirects)
+    with compared(upper, lowers, markers) as (_, root):
+        pass
+    for path, change in in_order(root):
+        yield change.kind, path
+
+
+@contextmanager
+def compared(
+    upper: str, lowers: Sequence[str], markers: Markers
+) -> Iterator[tuple[Merge, Change]]:
+    """The root of all changes, and the merge in which their objects are found while the context lasts.
+
+    Arguments and errors are those of `diff`.
+    """
     with ExitStack() as resources:
         layers = []
         for index, path in enumerate([upper, *lowers]):
@@ -48,26 +63,29 @@ def diff(
                 fd = os.open(path, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
             resources.callback(os.close, fd)
             layers.append(Layer(index, path, fd, is_upper=index == 0))
-        merge = Merge(layers, Markers(xattr_prefix, follows_redirects=follows_redirects), directory_fds=256)
+        merge = Merge(layers, markers, directory_fds=256)
         resources.callback(merge.close)
-        root = _Comparison(merge, layers).run()
-    yield from _sorted_changes(root)
+        yield merge, _Comparison(merge, layers).run()
 
 
-class _Change:
+class Change:
     """A name on the path to a change. It is attached to its parent when it is listed."""
 
-    __slots__ = ("children", "kind", "name", "parent")
+    __slots__ = ("children", "kind", "name", "new", "old", "parent")
 
-    def __init__(self, parent: _Change | None, name: bytes) -> None:
+    def __init__(
+        self, parent: Change | None, name: bytes, new: Object | None = None, old: Object | None = None
+    ) -> None:
         self.parent = parent
         self.name = name
         self.kind = ""
-        self.children: list[_Change] = []
+        self.children: list[Change] = []
+        #: What the name is now, and what it was before.
+        self.new, self.old = new, old
 
     def report(self, kind: str) -> None:
         """List this name as ``kind``, and as ``C`` every parent directory not listed yet."""
-        change: _Change | None = self
+        change: Change | None = self
         while change is not None and change.parent is not None and not change.kind:
             change.kind = kind
             kind = "C"
@@ -75,7 +93,8 @@ class _Change:
             change = change.parent
 
 
-def _sorted_changes(root: _Change) -> Iterator[tuple[str, bytes]]:
+def in_order(root: Change) -> Iterator[tuple[bytes, Change]]:
+    """Every change with its path, which begins with a slash; sorted by the bytes of the path."""
     path = bytearray()
     pending = [(0, _in_order(root))]
     while pending:
@@ -86,12 +105,12 @@ def _sorted_changes(root: _Change) -> Iterator[tuple[str, bytes]]:
                 path += b"/" + change.name
                 pending.append((len(path), _in_order(change)))
                 break
-            yield change.kind, bytes(path) + b"/" + change.name
+            yield bytes(path) + b"/" + change.name, change
         else:
             pending.pop()
 
 
-def _in_order(directory: _Change) -> Iterator[tuple[_Change, bool]]:
+def _in_order(directory: Change) -> Iterator[tuple[Change, bool]]:
     """Each child, and later (True) the names below it: ``/a-b`` sorts between ``/a`` and ``/a/b``."""
     steps = [(child.name, child, False) for child in directory.children]
     steps += [(child.name + b"/", child, True) for child in directory.children if child.children]
@@ -99,7 +118,7 @@ def _in_order(directory: _Change) -> Iterator[tuple[_Change, bool]]:
     return iter([(child, below) for _, child, below in steps])
 
 
-class _Found:
+class Object:
     """An object of a merged tree. It has no attributes if the lookup failed: a broken redirect, or an error
     of its layer.
     """
@@ -119,14 +138,15 @@ class _Comparison:
     def __init__(self, merge: Merge, layers: Sequence[Layer]) -> None:
         self._merge = merge
         self._layers = layers
-        self._todo: list[tuple[_Change, list[Place], list[Place]]] = []
+        self._todo: list[tuple[Change, list[Place], list[Place]]] = []
         #: The places found in the directories being compared, so that equal ones are one object.
         self._places: dict[tuple[Place | None, bytes], Place] = {}
 
-    def run(self) -> _Change:
+    def run(self) -> Change:
         """The root of all changes."""
-        root = _Change(None, b"")
-        self._todo.append((root, self._merge.roots, self._merge.named.roots(self._layers[1:])))
+        now, before = self._merge.roots, self._merge.named.roots(self._layers[1:])
+        root = Change(None, b"", self._root(now), self._root(before))
+        self._todo.append((root, now, before))
         while self._todo:
             change, now, before = self._todo.pop()
             self._places.clear()
@@ -135,8 +155,11 @@ class _Comparison:
             except _VANISHED:
                 continue
             for name in names:
-                self._compare(_Change(change, name), now, before)
+                self._compare(Change(change, name), now, before)
         return root
+
+    def _root(self, parts: list[Place]) -> Object:
+        return Object(os.stat(self._merge.gate.fd(parts[0])), parts)
 
     def _candidates(self, now: list[Place], before: list[Place]) -> Iterable[bytes]:
         """The names that can differ: only those in the upper if the lower parts are the same."""
@@ -144,10 +167,10 @@ class _Comparison:
         places = now[:1] if same_below else dict.fromkeys(now + before)
         return self._merge.listing(places).entries().names()
 
-    def _compare(self, change: _Change, now: list[Place], before: list[Place]) -> None:
+    def _compare(self, change: Change, now: list[Place], before: list[Place]) -> None:
         try:
-            new = self._find(now, change.name)
-            old = self._find(before, change.name)
+            change.new = new = self._find(now, change.name)
+            change.old = old = self._find(before, change.name)
             if new is None:
                 if old is not None:
                     change.report("D")
@@ -163,7 +186,7 @@ class _Comparison:
         if new.is_directory:
             self._todo.append((change, new.parts, old.parts if old and old.is_directory else []))
 
-    def _find(self, parts: list[Place], name: bytes) -> _Found | None:
+    def _find(self, parts: list[Place], name: bytes) -> Object | None:
         """The object ``name`` in the merged directory of ``parts``."""
         if not parts:
             return None
@@ -174,13 +197,13 @@ class _Comparison:
         except OSError:
             if not parts[0].layer.is_upper or not self._has(parts[0], name):
                 parts = parts[1:] if parts[0].layer.is_upper else parts
-            return _Found(None, parts[:1])
+            return Object(None, parts[:1])
         if found is None:
             return None
         st, places = found
         if not stat.S_ISDIR(st.st_mode):
-            return _Found(st, places)
-        return _Found(st, [self._places.setdefault((place.parent, place.name), place) for place in places])
+            return Object(st, places)
+        return Object(st, [self._places.setdefault((place.parent, place.name), place) for place in places])
 
     def _has(self, place: Place, name: bytes) -> bool:
         try:
@@ -191,13 +214,13 @@ class _Comparison:
             return True
         return True
 
-    def _differ(self, new: _Found, old: _Found) -> bool:
+    def _differ(self, new: Object, old: Object) -> bool:
         """Whether a directory itself was changed or replaced."""
         top = new.parts[0]
         replaced = top.layer.is_upper and self._merge.is_opaque(top)
         return replaced or self._attributes(new) != self._attributes(old)
 
-    def _attributes(self, found: _Found) -> tuple[int, int, int, int, dict[bytes, object]]:
+    def _attributes(self, found: Object) -> tuple[int, int, int, int, dict[bytes, object]]:
         """The compared attributes of a directory: mode, owner, modification time and the user's xattrs.
 
         An unreadable xattr differs from every other value.

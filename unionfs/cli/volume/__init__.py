@@ -16,6 +16,10 @@ _COMMANDS = {
     "restore": ("unionfs.cli.volume.archiving:restore", "Restore a volume from an archive."),
     "clone": ("unionfs.cli.volume.archiving:clone", "Copy a volume."),
     "verify": ("unionfs.cli.volume.archiving:verify", "Check a volume or an archive against its manifest."),
+    "export": ("unionfs.cli.volume.moving:export", "Write a volume's content as a plain tar."),
+    "import": ("unionfs.cli.volume.moving:import_", "Replace a volume's content with that of a plain tar."),
+    "exists": ("unionfs.cli.volume.moving:exists", "Check whether a volume exists."),
+    "rename": ("unionfs.cli.volume.moving:rename", "Rename a volume."),
     "resize": ("unionfs.cli.volume.making:resize", "Resize a volume."),
 }
 
@@ -23,6 +27,7 @@ _COMMANDS = {
 @click.command(
     cls=LazyGroup,
     places=_COMMANDS,
+    aliases={"list": "ls", "remove": "rm"},
     epilog="Example: unionfs volume create --label app=shop orders",
 )
 def volume() -> None:

@@ -5,12 +5,14 @@ from __future__ import annotations
 import os
 import sys
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from typing import TYPE_CHECKING
+from collections.abc import Callable
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Any
 
 import click
 
+from unionfs.cli.listing import print_json
+from unionfs.cli.progress import progress_option, shown_progress
 from unionfs.cli.run import complain, on_terminal
 from unionfs.cli.terminal import printable
 from unionfs.cli.volume.common import complete_volumes, open_volumes, root_option, tell
@@ -19,39 +21,12 @@ from unionfs.settings.names import is_name
 from unionfs.settings.sizes import shown_size
 
 if TYPE_CHECKING:
-    from unionfs.storage.archive.write import Progress
     from unionfs.storage.backup import Report
 
-_COMPRESS = ("zstd", "gzip", "none")
+COMPRESS = ("zstd", "gzip", "none")
 
 
-@contextmanager
-def _progress(what: str) -> Iterator[Progress | None]:
-    """Show a progress line if stderr is a terminal."""
-    if not sys.stderr.isatty():
-        yield None
-        return
-    # For start-up time: only a terminal needs it.
-    from rich.console import Console
-    from rich.progress import Progress as Bar
-    from rich.progress import SpinnerColumn, TextColumn, TimeElapsedColumn
-
-    columns = (
-        SpinnerColumn(),
-        TextColumn("{task.description}"),
-        TextColumn("{task.fields[done]}"),
-        TimeElapsedColumn(),
-    )
-    with Bar(*columns, console=Console(stderr=True), transient=True) as bar:
-        task = bar.add_task(what, total=None, done="")
-
-        def step(entries: int, size: int) -> None:
-            bar.update(task, done=f"{entries} entries, {shown_size(size)}")
-
-        yield step
-
-
-def _told(report: Report, what: str, command: Callable[[str], None] = tell) -> None:
+def report_told(report: Report, what: str, command: Callable[[str], None] = tell) -> None:
     for sentence in report.notes:
         command(sentence)
     if report.more_notes:
@@ -61,24 +36,39 @@ def _told(report: Report, what: str, command: Callable[[str], None] = tell) -> N
     command(f"{what}: {entries}, {shown_size(report.size)}{how}.")
 
 
+def report_json(report: Report, **more: str) -> dict[str, Any]:
+    return {
+        **more, "entries": report.entries, "size": report.size, "how": report.how,
+        "notes": report.notes, "more_notes": report.more_notes,
+    }  # fmt: skip
+
+
+_json_option = click.option("--json", "as_json", is_flag=True, help="Print a JSON object.")
+
+
 @click.command(
     epilog="""\b
 Examples:
   unionfs volume backup orders -o /backups/orders.tar.zst
   unionfs volume backup orders -o mon.tar.zst --since sun.tar.zst
-  unionfs volume backup orders --compress gzip -o - | ssh host 'cat > orders.tar.gz'
+  unionfs volume backup orders -o - | ssh host 'cat > orders.tar.zst'
 """,
 )
 @click.option("-o", "--output", metavar="FILE|-", help="The archive; default NAME-TIME.tar.zst here.")
 @click.option(
-    "--compress", type=click.Choice(_COMPRESS), help="Default: by the name of FILE, else zstd."
+    "--compress", type=click.Choice(COMPRESS), help="Default: by the name of FILE, else zstd."
 )
 @click.option(
     "--since", metavar="BACKUP", help="Write only what has changed since that backup."
 )
+@progress_option
+@_json_option
 @root_option
 @click.argument("name", shell_complete=complete_volumes)
-def backup(output: str | None, compress: str | None, since: str | None, root: str | None, name: str) -> None:
+def backup(
+    output: str | None, compress: str | None, since: str | None, progress: str, as_json: bool,
+    root: str | None, name: str,
+) -> None:  # fmt: skip
     """Write the content of a volume to an archive, and print the archive's name.
 
     The volume may be in use. A volume on its own filesystem (-o size=) is frozen during the backup; elsewhere
@@ -102,14 +92,19 @@ def backup(output: str | None, compress: str | None, since: str | None, root: st
         kind = compress or ("zstd" if output == "-" else kind_for(output))
     if output == "-" and sys.stdout.isatty():
         raise UserError(
-            "an archive cannot be written to a terminal; redirect standard output, or name a file with -o."
+            "refusing to write an archive to a terminal; redirect standard output, or name a file with -o."
         )
+    if output == "-" and as_json:
+        raise UserError("--json and the archive would share standard output; name a file with -o.")
     if output == "-" and sys.__stdout__ is None:
         # It was replaced by /dev/null, where a backup would be lost silently.
         raise UserError("standard output is closed; redirect it, or name a file with -o.")
-    with _progress(f"backup of {name}") as progress:
-        report = make(volumes, name, output, compress=kind, since=since, progress=progress)
-    _told(report, f"backed up volume {name}")
+    with shown_progress(f"backup of {name}", progress) as shown:
+        report = make(volumes, name, output, compress=kind, since=since, progress=shown)
+    if as_json:
+        print_json(report_json(report, volume=name, archive=output))
+        return
+    report_told(report, f"backed up volume {name}")
     if output != "-":
         print(output)
 
@@ -119,7 +114,8 @@ def backup(output: str | None, compress: str | None, since: str | None, root: st
 Examples:
   unionfs volume restore orders -i /backups/orders.tar.zst
   ssh host 'cat orders.tar.gz' | unionfs volume restore orders
-  unionfs volume restore orders -i mon.tar.zst --base sun.tar.zst --verify-only
+  unionfs volume restore --create orders -i /backups/orders.tar.zst
+  unionfs volume restore orders -i mon.tar.zst --base sun.tar.zst
 """,
 )
 @click.option("-i", "--input", "source", metavar="FILE|-", default="-", help="The archive (default: stdin).")
@@ -128,9 +124,17 @@ Examples:
     help="The base of an incremental archive, if it is not beside it.",
 )  # fmt: skip
 @click.option("--verify-only", is_flag=True, help="Only check the archive; change nothing.")
+@click.option(
+    "--create", is_flag=True, help="Create the volume if it is missing: the archive knows driver and options."
+)
+@progress_option
+@_json_option
 @root_option
 @click.argument("name", shell_complete=complete_volumes)
-def restore(source: str, bases: tuple[str, ...], verify_only: bool, root: str | None, name: str) -> None:
+def restore(
+    source: str, bases: tuple[str, ...], verify_only: bool, create: bool, progress: str, as_json: bool,
+    root: str | None, name: str,
+) -> None:  # fmt: skip
     """Replace the content of a volume with that of an archive.
 
     Everything is checked while it is read, and the old content stays until the new is complete: after an
@@ -142,27 +146,36 @@ def restore(source: str, bases: tuple[str, ...], verify_only: bool, root: str | 
     from unionfs.storage.restore import verify_chain
 
     volumes = open_volumes(root)
-    volumes.get(name)
+    if not create:
+        volumes.get(name)
     if source == "-" and sys.stdin.isatty():
         raise UserError(
-            "an archive cannot be read from a terminal; redirect standard input, or name a file with -i."
+            "refusing to read an archive from a terminal; redirect standard input, or name a file with -i."
         )
     if verify_only:
-        with _progress("verification") as progress:
-            report = verify_chain(source, bases, progress)
-        _told(report, "the archive is complete and matches its manifest")
+        with shown_progress("verification", progress) as shown:
+            report = verify_chain(source, bases, shown)
+        if as_json:
+            print_json(report_json(report, archive=source))
+        else:
+            report_told(report, "the archive is complete and matches its manifest")
         return
-    with _progress(f"restore of {name}") as progress:
-        report = put(volumes, name, source, bases=bases, progress=progress)
-    _told(report, f"restored volume {name}")
+    with shown_progress(f"restore of {name}", progress) as shown:
+        report = put(volumes, name, source, bases=bases, create=create, progress=shown)
+    if as_json:
+        print_json(report_json(report, volume=name, archive=source))
+        return
+    report_told(report, f"restored volume {name}")
     print(name)
 
 
 @click.command(epilog="Example: unionfs volume clone orders orders-test")
+@progress_option
+@_json_option
 @root_option
 @click.argument("source", metavar="SRC", shell_complete=complete_volumes)
 @click.argument("target", metavar="DST")
-def clone(root: str | None, source: str, target: str) -> None:
+def clone(progress: str, as_json: bool, root: str | None, source: str, target: str) -> None:
     """Create the volume DST with the driver, options, labels and content of SRC.
 
     If the filesystem supports reflinks (xfs, btrfs), both share their blocks until one of them is changed.
@@ -170,9 +183,12 @@ def clone(root: str | None, source: str, target: str) -> None:
     # For start-up time: --help and completion do not need it.
     from unionfs.storage.restore import clone as copy
 
-    with _progress(f"clone of {source}") as progress:
-        report = copy(open_volumes(root), source, target, progress=progress)
-    _told(report, f"cloned volume {source}")
+    with shown_progress(f"clone of {source}", progress) as shown:
+        report = copy(open_volumes(root), source, target, progress=shown)
+    if as_json:
+        print_json(report_json(report, volume=target, source=source))
+        return
+    report_told(report, f"cloned volume {source}")
     print(target)
 
 
@@ -183,9 +199,11 @@ Examples:
   unionfs volume verify /backups/orders.tar.zst
 """,
 )
+@progress_option
+@_json_option
 @root_option
 @click.argument("what", metavar="NAME|FILE", shell_complete=complete_volumes)
-def verify(root: str | None, what: str) -> int:
+def verify(progress: str, as_json: bool, root: str | None, what: str) -> int:
     """Check an archive against its manifest, or a volume against that of its last backup or restore.
 
     Files of a volume that were changed, added or removed since are listed, and are not errors. A file whose
@@ -198,12 +216,18 @@ def verify(root: str | None, what: str) -> int:
     volumes = open_volumes(root)
     known = is_name(what) and any(volume.name == what for volume in volumes.all())
     if not known and ("/" in what or os.path.exists(what)):
-        with _progress("verification") as progress:
-            report = verify_archive(what, progress)
-        _told(report, f"{what} is complete and matches its manifest", print)
+        with shown_progress("verification", progress) as shown:
+            report = verify_archive(what, shown)
+        if as_json:
+            print_json(report_json(report, archive=what))
+        else:
+            report_told(report, f"{what} is complete and matches its manifest", print)
         return 0
-    with _progress(f"verification of {what}") as progress:
-        found = verify_volume(volumes, what, progress)
+    with shown_progress(f"verification of {what}", progress) as shown:
+        found = verify_volume(volumes, what, shown)
+    if as_json:
+        print_json({"volume": what, **asdict(found)})
+        return 1 if found.damaged else 0
     lists = ("changed", found.changed), ("missing", found.missing), ("added", found.added)
     for heading, paths in (*lists, ("damaged", found.damaged)):
         for path in paths:

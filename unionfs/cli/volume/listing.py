@@ -2,21 +2,25 @@
 
 from __future__ import annotations
 
-import json
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import click
 
-from unionfs.cli.run import complain, moment, on_terminal, print_table
-from unionfs.cli.template import render, render_rows
+from unionfs.cli.listing import list_options, print_json, print_list, wants_fields
+from unionfs.cli.run import complain, moment, on_terminal
+from unionfs.cli.template import Joined, render
 from unionfs.cli.terminal import all_printable
 from unionfs.cli.volume.common import complete_volumes, open_volumes, root_option
-from unionfs.errors import UserError
+from unionfs.errors import UserError, on_failure
+from unionfs.settings.sizes import shown_size
 from unionfs.storage.drivers import find_driver
-from unionfs.storage.filters import matches, parse_filters
+from unionfs.storage.filters import KEYS, matches, parse_filters
 
 if TYPE_CHECKING:
     from unionfs.storage.volumes import Volume, Volumes, VolumeUser
+
+_NOT_KNOWN = "N/A"
 
 
 @click.command(
@@ -27,48 +31,44 @@ Examples:
   unionfs volume rm $(unionfs volume ls -q -f anonymous=true)
 """,
 )
-@click.option("-q", "--quiet", is_flag=True, help="Print names only.")
-@click.option(
-    "-f", "--filter", "filters", multiple=True, metavar="KEY=VALUE",
-    help="name, label, driver, dangling or anonymous; may be repeated, and all must hold.",
-)  # fmt: skip
-@click.option("--format", "template", metavar="table|json|TEMPLATE", help="A Go template, see above.")
-@click.option("--json", "as_json", is_flag=True, help="Print a JSON array.")
+@list_options("Print names only.", KEYS)
+@click.option("-s", "--size", is_flag=True, help="Compute the size of each volume.")
 @root_option
-def ls(quiet: bool, filters: tuple[str, ...], template: str | None, as_json: bool, root: str | None) -> None:
+def ls(
+    quiet: bool, filters: tuple[str, ...], template: str | None, as_json: bool, size: bool, root: str | None
+) -> int:
     """List volumes, sorted by name.
 
-    A template has the fields .Name .Driver .Scope .Mountpoint .Labels .Options .Links .Anonymous .CreatedAt,
-    and the functions json, index, lower and upper; `table TEMPLATE` adds headings. `--format json` prints one
-    object per line, as docker does.
+    A template has the fields .Name .Driver .Scope .Mountpoint .Labels .Options .Links .Anonymous .CreatedAt
+    .Size .Status .Availability .Group, and docker's functions, `if`, `range` and `with`; `table TEMPLATE`
+    adds headings. `--format json` prints one object per line, as docker does.
     """
     wanted = parse_filters(filters)
     volumes = open_volumes(root)
     # The users are files beside each volume: read them only where they matter.
-    shows_users = as_json or template not in (None, "table")
+    shows_users = as_json or wants_fields(template)
     users = volumes.all_users() if shows_users or any(key == "dangling" for key, _ in wanted) else {}
     found = [volume for volume in volumes.all() if matches(volume, wanted, used=volume.name in users)]
+    sizes = _sizes(volumes, found) if size else {}
+    code = 1 if size and len(sizes) < len(found) else 0
     if as_json:
-        print(json.dumps([_line(volume, users.get(volume.name, [])) for volume in found], indent=2))
-        return
-    if quiet and template in (None, "table"):
-        for volume in found:
-            print(volume.name)
-        return
+        print_json([
+            _facts(volume, users.get(volume.name, []), sizes.get(volume.name, -1)) for volume in found
+        ])
+        return code
+    table: tuple[tuple[str, ...], list[tuple[str, ...]]] = (
+        ("DRIVER", "VOLUME NAME"), [(volume.driver, volume.name) for volume in found]
+    )  # fmt: skip
+    if size:
+        shown = [_shown_size(sizes.get(volume.name, -1)) for volume in found]
+        table = (*table[0], "SIZE"), [(*row, one) for row, one in zip(table[1], shown, strict=True)]
+    lines = []
     if template == "json":
-        for volume in found:
-            print(json.dumps(_docker_line(volume, users.get(volume.name, []))))
-        return
-    lines = [_for_template(_line(volume, users.get(volume.name, []))) for volume in found]
-    if template and not template.startswith("table"):
-        for line in lines:
-            print(render(template, line))
-        return
-    if template and template != "table":
-        headings, *rows = render_rows(template, lines, _HEADINGS)
-        print_table(headings, rows)
-        return
-    print_table(("DRIVER", "VOLUME NAME"), [(volume.driver, volume.name) for volume in found])
+        lines = [_docker_line(volume, users.get(volume.name, []), sizes) for volume in found]
+    elif wants_fields(template):
+        lines = [_line(volume, users.get(volume.name, []), sizes) for volume in found]
+    print_list(lines, table, _HEADINGS, template, names=[volume.name for volume in found] if quiet else None)
+    return code
 
 
 _HEADINGS = {
@@ -81,10 +81,41 @@ _HEADINGS = {
     "Links": "LINKS",
     "Anonymous": "ANONYMOUS",
     "CreatedAt": "CREATED AT",
+    "Size": "SIZE",
+    "Status": "STATUS",
+    "Availability": "AVAILABILITY",
+    "Group": "GROUP",
 }
 
 
-def _line(volume: Volume, users: list[VolumeUser]) -> dict[str, Any]:
+def _measured(volumes: Volumes, volume: Volume) -> int:
+    """Return the bytes of a volume's content. Raises UserError."""
+    # For start-up time.
+    from unionfs.storage.usage import size_of_tree
+
+    with (
+        on_failure(f"volume {volume.name} cannot be measured", "check its storage"),
+        volumes.used(volume.name, "measurement") as path,
+    ):
+        return size_of_tree(path)
+
+
+def _sizes(volumes: Volumes, found: Sequence[Volume]) -> dict[str, int]:
+    """Measure volumes; reports those that cannot be measured, and leaves them out."""
+    sizes = {}
+    for volume in found:
+        try:
+            sizes[volume.name] = _measured(volumes, volume)
+        except UserError as error:
+            complain("unionfs", str(error))
+    return sizes
+
+
+def _shown_size(size: int) -> str:
+    return _NOT_KNOWN if size < 0 else shown_size(size)
+
+
+def _facts(volume: Volume, users: list[VolumeUser], size: int) -> dict[str, Any]:
     return {
         "Name": volume.name,
         "Driver": volume.driver,
@@ -95,29 +126,27 @@ def _line(volume: Volume, users: list[VolumeUser]) -> dict[str, Any]:
         "Links": len(users),
         "Anonymous": volume.anonymous,
         "CreatedAt": moment(volume.created),
+        "Size": size,
     }
 
 
-def _for_template(values: dict[str, Any]) -> dict[str, Any]:
-    """Escape control characters on a terminal: some values come from plugins."""
-    cleaned: dict[str, Any] = all_printable(values) if on_terminal() else values
-    return cleaned
-
-
-def _docker_line(volume: Volume, users: list[VolumeUser]) -> dict[str, str]:
-    """Return the keys and texts of `docker volume ls --format json`."""
+def _line(volume: Volume, users: list[VolumeUser], sizes: dict[str, int]) -> dict[str, Any]:
+    """Return the fields of a template, as docker prints them in lists."""
     return {
-        "Availability": "N/A",
-        "Driver": volume.driver,
-        "Group": "N/A",
-        "Labels": ",".join(f"{key}={value}" for key, value in volume.labels.items()),
-        "Links": str(len(users)),
-        "Mountpoint": volume.mountpoint,
-        "Name": volume.name,
-        "Scope": volume.scope,
-        "Size": "N/A",
-        "Status": "N/A",
+        **_facts(volume, users, -1),
+        "Labels": Joined(volume.labels),
+        "Size": _shown_size(sizes.get(volume.name, -1)),
+        **dict.fromkeys(("Status", "Availability", "Group"), _NOT_KNOWN),
     }
+
+
+def _docker_line(volume: Volume, users: list[VolumeUser], sizes: dict[str, int]) -> dict[str, Any]:
+    """Return the keys and texts of `docker volume ls --format json`."""
+    line = _line(volume, users, sizes)
+    names = (
+        "Availability", "Driver", "Group", "Labels", "Links", "Mountpoint", "Name", "Scope", "Size", "Status",
+    )  # fmt: skip
+    return {name: str(line[name]) for name in names}
 
 
 @click.command(
@@ -145,9 +174,9 @@ def inspect(size: bool, template: str | None, as_json: bool, root: str | None, n
             code = complain("unionfs", str(error))
     if template and template != "json" and not as_json:
         for values in found:
-            print(render(template, _for_template(values)))
+            print(render(template, all_printable(values) if on_terminal() else values))
     elif found or code == 0:
-        print(json.dumps(found, indent=4))
+        print_json(found)
     return code
 
 
@@ -164,13 +193,6 @@ def _details(volumes: Volumes, volume: Volume, size: bool) -> dict[str, Any]:
     }
     if status := find_driver(volume.driver).status(volume):
         values["Status"] = dict(status)
-    held = -1
-    if size:
-        # For start-up time.
-        from unionfs.storage.usage import size_of_tree
-
-        with volumes.used(volume.name, "measurement") as path:
-            held = size_of_tree(path)
-    values["UsageData"] = {"RefCount": len(users), "Size": held}
+    values["UsageData"] = {"RefCount": len(users), "Size": _measured(volumes, volume) if size else -1}
     values["Users"] = [str(user) for user in users]
     return values

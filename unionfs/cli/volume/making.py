@@ -12,8 +12,8 @@ from unionfs.cli.volume.common import complete_drivers, complete_volumes, open_v
 Examples:
   unionfs volume create orders
   unionfs volume create -o size=2g -o fs=xfs --label app=shop orders
-  unionfs volume create -o type=nfs -o o=addr=10.0.0.5,rw -o device=:/srv media
-  unionfs volume create -d union -o lower=/srv/base:/srv/more -o shared=true site
+  unionfs volume create -o type=nfs -o o=addr=10.0.0.5 -o device=:/srv media
+  unionfs volume create -d union -o lower=/srv/base -o shared=true site
   unionfs volume create -d sshfs -o sshcmd=backup@host:/srv/data far
 """,
 )
@@ -39,12 +39,14 @@ def create(
     Drivers and their options (-o):
       local      a directory of this host
                  size=2g, fs=ext4|xfs    the maximum size
-                 type=, device=, o=      what mount(8) mounts, as with docker: nfs, tmpfs ...
+                 type=, device=, o=      what mount(8) mounts, as with docker
                  tmpfs, size=            in memory, at most that size
-      union      lower=A:B, shared       a union of these; one view per user, or one for all
+      union      lower=A:B, shared       a union of these; one view per user, or
+                                         one for all
       sshfs      sshcmd=USER@HOST:PATH, port=, IdentityFile=, o=
       rclone     remote=NAME:PATH, config=FILE, vfs-cache-mode=, o=
       glusterfs  servers=A,B, volname=, subdir=, o=
+
     Any other name is a docker volume plugin, or a driver of an installed Python package.
     """
     made = open_volumes(root).create(

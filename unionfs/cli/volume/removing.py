@@ -6,6 +6,7 @@ from functools import partial
 
 import click
 
+from unionfs.cli.listing import print_json
 from unionfs.cli.run import complain, for_each
 from unionfs.cli.volume.common import complete_volumes, open_volumes, root_option
 from unionfs.errors import UserError
@@ -33,12 +34,15 @@ def rm(force: bool, root: str | None, names: tuple[str, ...]) -> int:
 @click.option("-a", "--all", "every", is_flag=True, help="Also remove named volumes.")
 @click.option(
     "--filter", "filters", multiple=True, metavar="KEY=VALUE",
-    help="label, label!, name, driver, or all=true as -a; may be repeated, and all must hold.",
+    help="label, label!, name, driver, until, or all=true as -a; may be repeated, and all must hold.",
 )  # fmt: skip
 @click.option("-f", "--force", is_flag=True, help="Don't ask.")
 @click.option("--dry-run", is_flag=True, help="Only print what would be removed.")
+@click.option("--json", "as_json", is_flag=True, help="Print a JSON object.")
 @root_option
-def prune(every: bool, filters: tuple[str, ...], force: bool, dry_run: bool, root: str | None) -> int:
+def prune(
+    every: bool, filters: tuple[str, ...], force: bool, dry_run: bool, as_json: bool, root: str | None
+) -> int:
     """Remove unused anonymous volumes, and print the space freed.
 
     With -a unused named volumes are removed, too: their data is lost.
@@ -79,6 +83,9 @@ def prune(every: bool, filters: tuple[str, ...], force: bool, dry_run: bool, roo
                 freed += size
         except UserError as error:
             code = complain("unionfs", str(error))
+    if as_json:
+        print_json({"dry_run": dry_run, "removed": gone, "reclaimed": freed})
+        return code
     if gone:
         print("Would delete:" if dry_run else "Deleted Volumes:")
         for name in gone:

@@ -13,11 +13,16 @@ import zlib
 from contextlib import suppress
 from typing import IO, Any, Protocol, cast
 
-from unionfs.storage.archive.headers import Malformed
+from unionfs.errors import UserError, quoted
+from unionfs.storage.archive.headers import Damaged
 from unionfs.sys.calls import start_writeback
 
 KINDS = ("zstd", "gzip", "none")
 ENDINGS = {"zstd": ".tar.zst", "gzip": ".tar.gz", "none": ".tar"}
+_OTHERS = {
+    **dict.fromkeys((".xz", ".txz"), "xz"), **dict.fromkeys((".bz2", ".tbz", ".tbz2"), "bzip2"),
+    ".lz4": "lz4", ".lzma": "lzma", ".br": "brotli", ".zip": "zip", ".7z": "7-Zip", ".lz": "lzip",
+}  # fmt: skip
 _ZSTD, _GZIP = b"\x28\xb5\x2f\xfd", b"\x1f\x8b"
 _BUFFER = 1 << 20
 _WRITEBACK = 32 << 20
@@ -36,8 +41,14 @@ class Source(Protocol):
 
 
 def kind_for(path: str) -> str:
-    """The compression for a file name; zstd by default."""
+    """The compression for a file name; zstd by default. Raises UserError for a name of another one."""
     lowered = path.lower()
+    for ending in _OTHERS:
+        if lowered.endswith(ending):
+            raise UserError(
+                f"{quoted(path)} is a name for {_OTHERS[ending]}, which is not supported; name it .tar.zst, "
+                ".tar.gz or .tar, or give --compress."
+            )
     if lowered.endswith((".tar", ".tar.none")):
         return "none"
     if lowered.endswith((".gz", ".tgz")):
@@ -158,7 +169,7 @@ class _Checked:
         try:
             return self._stream.read(size)
         except self._errors as error:
-            raise Malformed(f"its compressed data is damaged or cut off ({error})") from None
+            raise Damaged(f"its compressed data is damaged or cut off ({error})") from None
 
 
 def decompressor(source: IO[bytes]) -> Source:

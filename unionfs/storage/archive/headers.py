@@ -48,6 +48,10 @@ class Malformed(Exception):
     """The archive has another format or is damaged; the text describes the error as a sentence fragment."""
 
 
+class Damaged(Malformed):
+    """The archive's compressed data is damaged."""
+
+
 def _field(name: bytes, mode: int, uid: int, gid: int, size: int, mtime: int, kind: bytes, link: bytes,
            rdev: tuple[int, int]) -> bytes:  # fmt: skip
     """One ustar header. The numbers must fit, except the size: GNU's base 256 holds any."""

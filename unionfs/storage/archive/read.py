@@ -24,6 +24,7 @@ from unionfs.storage.archive.headers import (
     INFO,
     MANIFEST,
     RECORD,
+    Damaged,
     Header,
     Malformed,
     check_pax_size,
@@ -76,6 +77,8 @@ class ArchiveReader(TarStream):
     def _read_info(self) -> dict[str, Any]:
         try:
             member = self._next_member()
+        except Damaged:
+            raise
         except Malformed as error:
             raise Malformed(f"it is not a backup made by `unionfs volume backup` ({error})") from None
         if member is None or member[1] != INFO or member[2] > _MOST_INFO or member[0].kind != FILE:

@@ -15,13 +15,11 @@ from unionfs.storage.archive.content import SMALL, Contents, pieces
 from unionfs.storage.archive.entry import FILE, NO_DIGEST, SPARSE, Entry, digest_of, new_digest
 from unionfs.storage.archive.headers import DELETED, INFO, MANIFEST
 from unionfs.storage.archive.manifest import ManifestWriter, plain_line, whole_line
+from unionfs.storage.archive.progress import Progress
 from unionfs.storage.archive.tar import Members, Tar
 from unionfs.storage.archive.walk import Walker
 
 _CHUNK = 1 << 20
-
-Progress = Callable[[int, int], None]
-"""Called from time to time with the entries and bytes so far."""
 
 
 class Pass:
@@ -44,6 +42,8 @@ class Pass:
         self._base = base
         self._progress = progress
         self.entries = 0
+        self.unchanged = 0
+        """Of the entries, those that are in the base."""
         self.read_bytes = 0
 
     def run(self) -> None:
@@ -51,6 +51,7 @@ class Pass:
         for entry, fd in self._walker.entries(self._take if self._base is None else None):
             self._count(0)
             if self._base is not None and (line := self._base.line_if_unchanged(entry)) is not None:
+                self.unchanged += 1
                 self._add_line(line)
             elif entry.kind == FILE and entry.size <= SMALL:
                 self._add_small(entry, fd)

@@ -54,6 +54,7 @@ def find_driver(name: str) -> Driver:
         return _load(point)
     # start-up time: few commands need it
     from unionfs.storage.drivers.plugin import find_plugin
+    from unionfs.storage.drivers.plugin_search import searched
 
     plugin = find_plugin(name)
     if plugin is not None:
@@ -63,7 +64,7 @@ def find_driver(name: str) -> Driver:
     cure = f"did you mean {close[0]}" if close else f"there are {', '.join(known)}"
     raise UserError(
         f"unknown volume driver {quoted(name)}, and there is no plugin of that name in "
-        f"/run/docker/plugins or /etc/docker/plugins; {cure}."
+        f"{searched()}; {cure}."
     )
 
 

@@ -42,6 +42,8 @@ class Driver:
     name: str = ""
     scope: str = "local"
     """`global` if every host sees the same volume."""
+    keeps_names_apart: bool = True
+    """Whether the storage does not depend on the volume's name, which then can be changed."""
     known_options: Mapping[str, str] = {}
     """The valid options of a volume, with a line about each."""
 

@@ -72,6 +72,8 @@ class Plugin(Driver):
     `until` (time.monotonic) is one deadline for all requests, for callers with shorter timeouts than docker.
     """
 
+    keeps_names_apart = False
+
     def __init__(self, address: Address, until: float = math.inf) -> None:
         self.name = address.name
         self._address = address

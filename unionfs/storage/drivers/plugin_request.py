@@ -7,6 +7,7 @@ decompressed; redirects are not followed.
 
 from __future__ import annotations
 
+import os
 import ssl
 from dataclasses import dataclass
 
@@ -58,9 +59,21 @@ def post(
     except h11.ProtocolError as error:
         raise RequestError(f"it does not speak HTTP ({error}); see its own messages") from error
     except (OSError, ValueError, trio.BrokenResourceError, trio.ClosedResourceError) as error:
-        cause = error.__cause__ or error  # trio wraps TLS errors
-        words = reason(cause) if isinstance(cause, OSError) else str(cause)
-        raise RequestError(f"it does not answer: {words}; start it, or remove what describes it") from error
+        raise RequestError(
+            f"it does not answer: {_words(error)}; start it, or remove what describes it"
+        ) from error
+
+
+def _words(error: BaseException) -> str:
+    """Return the cause in words. trio wraps errors of TLS, and of all addresses of a host."""
+    cause = error.__cause__ or error
+    while isinstance(cause, BaseExceptionGroup):
+        cause = cause.exceptions[0]
+    if isinstance(cause, OSError) and not isinstance(cause, ssl.SSLError):
+        # What asyncio and trio write begins with the number in brackets.
+        number = cause.errno or 0
+        return reason(OSError(number, os.strerror(number)) if number > 0 else cause)
+    return str(cause)
 
 
 def _shown(seconds: float) -> str:

@@ -92,6 +92,14 @@ def _directories() -> tuple[tuple[str, ...], tuple[str, ...]]:
     return _SOCKETS, _SPECS
 
 
+def searched() -> str:
+    """The directories that are searched, as part of a sentence."""
+    chosen = os.environ.get(ENVIRONMENT)
+    if chosen:
+        return " or ".join(quoted(path) for path in chosen.split(":") if path) + f" ({ENVIRONMENT})"
+    return f"{_SOCKETS[0]} or {_SPECS[0]}"
+
+
 def plugin_names() -> list[str]:
     """The names of plugins that are found without sending requests."""
     sockets, specs = _directories()

@@ -23,7 +23,8 @@ from unionfs.storage.removing import refuse_locked
 from unionfs.sys.fds import sync_directory
 from unionfs.sys.filelocks import holders
 from unionfs.sys.liveness import is_dead
-from unionfs.sys.process import start_time, users_of, wait_gone
+from unionfs.sys.mountusers import users_of_mount
+from unionfs.sys.process import start_time, wait_gone
 from unionfs.sys.trees import remove_path
 from unionfs.sys.unmount import unmount
 
@@ -203,8 +204,8 @@ def _unmount(target: str) -> None:
         unmount(mount, lazy=is_dead(mount.mountpoint))
     except OSError as error:
         if mount_at(target) is not None:
-            users = [f"{quoted(user.command)} (pid {user.pid})" for user in users_of(target, mount.device)]
-            cause = "used by " + ", ".join(users) if users else reason(error)
+            users = users_of_mount(mount.mount_id, mount.device)
+            cause = "used by " + ", ".join(map(str, users)) if users else reason(error)
             raise UserError(f"{quoted(target)} is busy: {cause}; stop that first.") from error
     began = time.monotonic()
     for pid, started in daemons:

@@ -1,0 +1,1 @@
+"""Branches: try, diff, commit, undo."""

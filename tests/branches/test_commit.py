@@ -1,0 +1,82 @@
+"""A commit gives the tree that the branch showed, which is the one that its commands make directly."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from tests.branches.branching import Branching, differing, directly, tree
+
+FILL = """
+mkdir -p src/deep/er lib docs empty; umask 022
+for n in 1 2 3 4 5; do echo line $n > src/file$n; echo deep $n > src/deep/er/f$n; done
+echo text > docs/page; ln -s page docs/link; ln src/file1 src/other1; ln src/file2 lib/other2
+mkfifo lib/pipe; printf '#!/bin/sh\\n' > lib/run; chmod 4755 lib/run; chmod 0750 lib
+truncate -s 1M lib/sparse; printf end >> lib/sparse
+setfattr -n user.note -v base docs/page; setfattr -n user.dir -v base docs
+touch -d 2001-02-03 src/file3 docs; printf 'odd\\n' > "$(printf 'new\\nline')"
+"""
+
+SCRIPTS = {
+    "content": "echo more >> src/file1; echo new > src/file3; echo all > docs/page",
+    "new": "mkdir -p a/b/c; echo x > a/b/c/f; ln -s ../x a/l; mkfifo a/p; cp -a src a/copy",
+    "removed": "rm -r src/deep docs/link lib/pipe; rmdir empty",
+    "replaced": "rm -r src; mkdir src; echo only > src/one; rm docs/page; mkdir docs/page; echo in > "
+    "docs/page/in",
+    "to-file": "rm -r src; echo file > src; rm docs/link; echo plain > docs/link",
+    "renamed": "mv src sources; mv docs/page docs/paper; mv sources/deep lib/deep; echo x >> lib/deep/er/f1",
+    "exchanged": "mv src t; mv lib src; mv t lib; echo z > src/z; rm lib/file4",
+    "attributes": "chmod 0700 docs src/file2; chown 1:2 src/file4 lib; touch -d 1999-01-01 src/file5 empty",
+    "xattrs": "setfattr -n user.note -v new docs/page; setfattr -x user.dir docs; setfattr -n user.d "
+    "-v 1 src; "
+              "setfattr -n user.t -v 2 src/file1",
+    "acls": "setfacl -m u:1000:rwx docs/page; setfacl -d -m g:1001:rx docs; setfacl -m u:3:r src/file4",
+    "links": "ln src/file3 docs/third; ln src/deep/er/f1 f1; rm src/other1; ln lib/other2 lib/again",
+    "sparse": "truncate -s 5M big; printf x | dd of=big bs=1 seek=3000000 conv=notrunc; printf y >> "
+    "lib/sparse",
+    "devices": "mknod null c 1 3; chmod 0640 null; mknod disk b 7 1; python3 -c \"import socket; "
+               "socket.socket(socket.AF_UNIX).bind('sock')\"",
+    "set-id": "chmod 2755 docs; cp -p lib/run run; chmod 6711 run; cp /bin/true cap; setcap "
+    "cap_net_raw+ep cap",
+    "names": "printf x > \"$(printf 'a\\nb')\"; printf y > \"$(printf '\\377\\376')\"; rm \"$(printf "
+    "'new\\nline')\"; "
+             "mkdir ' '; echo > ' /-rf'",
+}  # fmt: skip
+
+
+def fill(directory: Path) -> None:
+    subprocess.run(["sh", "-ec", FILL], cwd=directory, check=True)
+
+
+PLAIN = ("new", "attributes", "xattrs", "acls", "sparse", "devices", "set-id", "names")
+"""These have nothing to do with each other, and are also done at once."""
+ALL = {"at once": "; ".join(SCRIPTS[name] for name in PLAIN), **SCRIPTS}
+QUICK = ("at once", "replaced", "renamed", "links")
+
+
+@pytest.mark.parametrize(
+    "script",
+    [pytest.param(ALL[name], id=name, marks=() if name in QUICK else pytest.mark.slow) for name in ALL],
+)
+def test_the_tree_is_that_of_the_command(branching: Branching, area: Path, script: str) -> None:
+    if "setcap" in script and shutil.which("setcap", path="/usr/sbin:/sbin") is None:
+        pytest.skip("setcap is not installed")
+    fill(branching.base)
+    before = tree(branching.base)
+    branching.tries(script)
+    assert differing(before, tree(branching.base)) == {}
+    shown = branching.shown()
+    result = branching.commit()
+    assert (result.done, result.conflicts) == (True, [])
+    assert differing(shown, tree(branching.base, links=False)) == {}
+    assert differing(directly(area, fill, script), tree(branching.base, times=False)) == {}
+    branching.says("branch", "undo")
+    assert differing(before, tree(branching.base)) == {}
+    assert branching.stored() == ["branches/br"]
+    # And again: the undone branch is as it was.
+    assert differing(shown, branching.shown()) == {}
+    assert branching.commit().conflicts == []
+    assert differing(shown, tree(branching.base, links=False)) == {}

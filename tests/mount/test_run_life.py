@@ -1,0 +1,156 @@
+"""The life of containers: detached ones, ps, logs, stop, kill, rm -f, prune; variables from files."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.mount import cli_calls
+from tests.mount.cli_calls import Done, refused, wait_for
+from tests.mount.run_calls import BUSYBOX, Containers, cleaned
+
+_LOOP = "trap 'echo term; exit 3' TERM; trap 'echo hup' HUP; echo up; while :; do sleep 0.05; done"
+
+
+class Life(Containers):
+    def call(self, *words: str | Path, **more: str) -> Done:
+        return cli_calls.unionfs(*words, env=self.environment(**more))
+
+    def ok(self, *words: str | Path) -> str:
+        return cli_calls.succeed(self.call(*words))
+
+    def detached(self, name: str, script: str) -> None:
+        assert self.ok("run", "-d", "--name", name, "-l", self.base, "--", "sh", "-c", script) == f"{name}\n"
+
+    def state(self, name: str) -> dict[str, object]:
+        (found,) = [one for one in json.loads(self.ok("ps", "-a", "--json")) if one["name"] == name]
+        return dict(found)
+
+    def said(self, name: str, text: str) -> bool:
+        return text in self.ok("logs", name)
+
+
+@pytest.fixture
+def box(root: None, area: Path) -> Iterator[Life]:
+    if BUSYBOX is None or shutil.which("bwrap") is None:
+        pytest.skip("busybox or bubblewrap is not installed")
+    found = Life(area)
+    with cleaned(area):
+        yield found
+
+
+def test_from_run_to_rm(box: Life) -> None:
+    box.detached("web", _LOOP)
+    assert wait_for(lambda: box.said("web", "up\n"))
+    state = box.state("web")
+    assert (state["state"], state["code"], state["lowers"]) == ("running", None, [str(box.base)])
+    assert state["command"] == ["sh", "-c", _LOOP]
+    assert box.ok("ps", "-q") == "web\n"
+    assert box.ok("ps", "--format", "{{.Names}} {{.Status}}").startswith("web Up ")
+    assert box.ok("kill", "-s", "SIGHUP", "web") == "web\n"
+    assert wait_for(lambda: box.said("web", "up\nhup\n"))
+    refused(box.call("run", "--name", "web", "--", "true"), "container web is running")
+    refused(box.call("rm", "web"), "container web is running; stop it first")
+    assert box.ok("stop", "web") == "web\n"
+    assert box.ok("logs", "web") == "up\nhup\nterm\n"
+    assert box.is_over()
+    assert (box.state("web")["state"], box.state("web")["code"]) == ("exited", 3)
+    assert box.ok("ps", "-q") == ""
+    assert box.ok("ps", "-a", "--format", "{{.Status}}").startswith("Exited (3) ")
+    # Another run adds to the output, and finds the files.
+    assert box.ok("run", "-d", "--name", "web", "--", "echo", "again") == "web\n"
+    assert wait_for(lambda: box.state("web")["state"] == "exited")
+    assert box.ok("logs", "web").endswith("term\nagain\n")
+    assert box.ok("rm", "web") == "web\n"
+    assert box.kept() == []
+
+
+def test_what_does_not_end_by_itself(box: Life) -> None:
+    deaf = "trap '' TERM; echo up; while :; do sleep 0.05; done"
+    for name in ("first", "second", "third"):
+        box.detached(name, deaf)
+        assert wait_for(lambda name=name: box.said(name, "up"))  # type: ignore[misc]
+    assert box.ok("stop", "-t", "0.2", "first") == "first\n"
+    assert box.state("first")["code"] == 128 + signal.SIGKILL
+    assert box.ok("kill", "second") == "second\n"
+    assert box.state("second")["code"] == 128 + signal.SIGKILL
+    assert box.ok("rm", "-f", "third", "second") == "third\nsecond\n"
+    assert box.kept() == ["first"]
+    assert box.is_over()
+
+
+def test_output_is_followed_to_the_end(box: Life) -> None:
+    box.detached("talks", "for n in 1 2 3; do echo $n; sleep 0.3; done; echo error >&2")
+    assert box.ok("logs", "-f", "talks") == "1\n2\n3\nerror\n"
+    assert oct((box.root / "containers/talks/output").stat().st_mode & 0o777) == "0o600"
+
+
+def test_a_detached_container_that_cannot_start(box: Life) -> None:
+    done = box.call("run", "-d", "-l", box.base, "--", "nosuch")
+    assert (done.returncode, done.stdout) == (127, "")
+    assert done.stderr.startswith("unionfs: nosuch does not exist in the union")
+    refused(box.call("run", "-d", "-l", "/nowhere", "--", "true"), "lower /nowhere does not exist")
+    refused(box.call("run", "-d", "--name", "new", "--", "true"), "no container new yet")
+    assert box.kept() == []
+    assert box.is_over()
+
+
+def test_one_that_is_not_kept(box: Life) -> None:
+    name = box.ok("run", "-d", "--rm", "-l", box.base, "--", "sleep", "0.3").strip()
+    assert len(name) == 12
+    assert wait_for(lambda: box.kept() == [])
+    assert box.is_over()
+
+
+def test_prune_spares_what_runs(box: Life) -> None:
+    box.detached("runs", "echo up; sleep 60")
+    for name in ("over", "other"):
+        box.say("--name", name, "--", "true")
+    assert box.state("over")["state"] == "exited"
+    assert json.loads(box.ok("container", "prune", "-f", "--json")) == {"removed": ["other", "over"]}
+    assert box.ok("ps", "-aq") == "runs\n"
+    assert box.ok("rm", "-f", "runs") == "runs\n"
+
+
+def test_one_whose_process_was_killed(box: Life) -> None:
+    box.detached("shot", "echo up; sleep 60")
+    state = box.state("shot")
+    os.kill(int(str(state["pid"])), signal.SIGKILL)
+    assert wait_for(lambda: box.state("shot")["state"] == "dead")
+    assert wait_for(box.is_over)
+    assert box.ok("ps", "-a", "--format", "{{.Status}}") == "Dead\n"
+    assert box.say("--name", "shot", "--", "echo", "again", lower=False) == "again\n"
+
+
+def test_bad_calls(box: Life) -> None:
+    box.say("--name", "over", "--", "true")
+    for command in ("stop", "kill"):
+        refused(box.call(command, "none"), "no container none")
+        refused(box.call(command, "over"), "container over is not running")
+    refused(box.call("logs", "over"), "no output on record")
+    refused(box.call("logs", "none"), "no container none")
+    box.detached("runs", "sleep 60")
+    refused(box.call("kill", "-s", "STOP", "runs"), "signal STOP is not forwarded")
+    box.ok("rm", "-f", "runs")
+    refused(box.call("run", "-t", "--rm", "-l", box.base, "--", "true"), "-t is given", "not a terminal")
+    refused(box.call("run", "-d", "-l", box.base), "COMMAND")
+
+
+def test_variables_from_files(box: Life) -> None:
+    (box.area / "env").write_text("# comment\nA=from file\nB=x=y\n\nPASSED\nUNSET_HERE\n")
+    done = box.call(
+        "run", "--rm", "-l", box.base, "--env-file", box.area / "env", "-e", "B=given", "--", "sh", "-c",
+        "echo $A/$B/$PASSED/${UNSET_HERE-none}", PASSED="outside",
+    )  # fmt: skip
+    assert done.stdout == "from file/given/outside/none\n"
+    refused(
+        box.call("run", "--rm", "-l", box.base, "--env-file", "/none", "--", "true"), "--env-file /none"
+    )
+    (box.area / "bad").write_text("=x\n")
+    refused(box.call("run", "--rm", "-l", box.base, "--env-file", box.area / "bad", "--", "true"), "no name")

@@ -1,0 +1,109 @@
+"""The progress of long operations: what is shown, and when nothing is."""
+
+from __future__ import annotations
+
+import os
+import pty
+import re
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from tests.mount.cli_calls import REPOSITORY, UNIONFS, wait_for
+from tests.volumes.conftest import Store
+from unionfs.cli import progress as shown
+from unionfs.storage.archive.progress import Progress
+
+
+class _Kept(Progress):
+    def __init__(self) -> None:
+        super().__init__()
+        self.shares: list[float | None] = []
+
+    def show(self) -> None:
+        self.shares.append(self.share)
+
+
+def test_the_share_of_a_tree(tmp_path: Path) -> None:
+    (tmp_path / "file").write_bytes(b"x" * 1000)
+    progress = Progress()
+    assert progress.share is None
+    progress.reads_tree(str(tmp_path))
+    progress(1, 250)
+    assert wait_for(lambda: progress.share == 0.25)
+    progress(1, 2000)  # it has grown meanwhile
+    assert progress.share == 1.0
+
+
+def test_the_share_of_files(tmp_path: Path) -> None:
+    progress = Progress()
+    with (tmp_path / "a").open("w+b", buffering=0) as one, (tmp_path / "b").open("w+b", buffering=0) as two:
+        for file, size in ((one, 300), (two, 100)):
+            file.write(b"x" * size)
+            file.seek(0)
+            progress.reads_file(file.fileno())
+        assert progress.share == 0
+        one.read(200)
+        assert progress.share == 0.5
+    reader, writer = os.pipe()
+    other = Progress()
+    other.reads_file(reader)
+    assert other.share is None
+    os.close(reader)
+    os.close(writer)
+
+
+def test_pieces_of_a_file(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("unionfs.storage.archive.progress._SECONDS", 0.0)
+    progress = _Kept()
+    progress(3, 100)
+    assert list(progress.along([(0, b"ab"), (2, b"c")])) == [(0, b"ab"), (2, b"c")]
+    assert (progress.entries, progress.size) == (3, 103)
+    assert len(progress.shares) == 3
+
+
+def test_lines(store: Store, area: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    data = store.create("data")
+    for number in range(20):
+        (data / str(number)).write_bytes(os.urandom(300_000))
+    monkeypatch.setattr(shown, "_LINE_SECONDS", 0.0)
+    monkeypatch.setattr("unionfs.storage.archive.progress._SECONDS", 0.0)
+    for words, what in (
+        (("backup", "data", "-o", area / "x.tar.zst"), "backup of data"),
+        (("restore", "data", "-i", area / "x.tar.zst"), "restore of data"),
+        (("verify", area / "x.tar.zst"), "verification"),
+        (("export", "data", "-o", area / "y.tar"), "export of data"),
+        (("import", "data", area / "y.tar"), "import of data"),
+    ):
+        lines = store(*words, "--progress", "plain").stderr.splitlines()
+        mine = [line for line in lines if line.startswith(f"unionfs: {what}: ")]
+        assert mine[-1] == f"unionfs: {what}: done"
+        pattern = rf"unionfs: {what}: \d+ entries, \S+B(, \d+ %)?, \S+B/s(, [\d:]+ left)?"
+        assert all(re.fullmatch(pattern, line) for line in mine[:-1]), mine
+        assert what == "verification" or len(mine) > 1
+        # Nothing is shown where nobody looks, and on demand.
+        for more in ((), ("--progress", "none")):
+            assert what not in store(*words, *more).stderr.replace("backed up", "")
+
+
+def test_a_bar_on_a_terminal(store: Store, area: Path) -> None:
+    data = store.create("data")
+    (data / "file").write_bytes(os.urandom(3_000_000))
+    controller, terminal = pty.openpty()
+    environment = {**os.environ, "UNIONFS_ROOT": str(store.root), "COLUMNS": "100", "TERM": "xterm"}
+    done = subprocess.Popen(
+        [*UNIONFS, "volume", "backup", "data", "-o", area / "x.tar"], stderr=terminal, env=environment,
+        stdout=subprocess.DEVNULL, cwd=REPOSITORY,
+    )  # fmt: skip
+    os.close(terminal)
+    text = b""
+    while True:
+        try:
+            text += os.read(controller, 65536)
+        except OSError:
+            break
+    assert done.wait() == 0
+    os.close(controller)
+    assert b"backup of data" in text
+    assert b"backed up volume data: 2 entries" in text

@@ -1,0 +1,42 @@
+"""What is in the base after a commit, to see whether that was changed since."""
+
+from __future__ import annotations
+
+import os
+import stat
+from contextlib import suppress
+
+from unionfs.branches.beneath import Beneath
+from unionfs.branches.journal import Journal
+from unionfs.sys.fds import Owned, open_for_listing
+
+_DIRECTORY = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
+
+
+def states(entry: Journal, tree: Beneath) -> dict[str, list[int]]:
+    """What is now at each path of a journal, and below it: numbers that change with it; none where nothing
+    is.
+
+    Raises OSError.
+    """
+    found: dict[str, list[int]] = {}
+    for move in entry.moves:
+        found[move.path] = []
+        with suppress(FileNotFoundError):
+            at, name = tree.parent(os.fsencode(move.path))
+            _look(found, move.path, at, name)
+    return found
+
+
+def _look(found: dict[str, list[int]], path: str, at: int, name: bytes) -> None:
+    st = os.stat(name, dir_fd=at, follow_symlinks=False)
+    if not stat.S_ISDIR(st.st_mode):
+        numbers = [st.st_ino, st.st_mode, st.st_uid, st.st_gid]
+        found[path] = [*numbers, st.st_size, st.st_mtime_ns, st.st_ctime_ns]
+        return
+    found[path] = [st.st_ino, st.st_mode, st.st_uid, st.st_gid]
+    with Owned(os.open(name, os.O_PATH | _DIRECTORY, dir_fd=at)) as fd:
+        with Owned(open_for_listing(fd)) as listing:
+            names = sorted(os.listdir(listing))
+        for below in names:
+            _look(found, f"{path}/{below}", fd, os.fsencode(below))

@@ -1,0 +1,190 @@
+"""Does what a journal says, and takes it back.
+
+Every operation is one rename, or two where a filesystem cannot exchange names; done again it changes
+nothing. What had a name is kept, in `new` after an exchange, else in `old`, so all can be taken back.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import stat
+from collections.abc import Callable
+from contextlib import suppress
+
+from unionfs.branches.beneath import Beneath, inode, rename
+from unionfs.branches.journal import Journal, Move, Setting
+from unionfs.errors import UserError, quoted
+from unionfs.sys import attributes
+from unionfs.sys.calls import RENAME_EXCHANGE, RENAME_NOREPLACE
+from unionfs.sys.fds import Owned, open_for_listing
+from unionfs.union.xattrs import unsupported
+
+_NO_FLAGS = (errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP)
+
+_hook: Callable[[str], None] | None = None
+
+
+def set_hook(hook: Callable[[str], None] | None) -> None:
+    """Let a test see each step by its name before it happens, and fail or end there."""
+    global _hook
+    _hook = hook
+
+
+def step(name: str) -> None:
+    """Show a step to the test that has set a hook."""
+    if _hook is not None:
+        _hook(name)
+
+
+class ChangedError(UserError):
+    """Something else changed the base while a commit was being applied."""
+
+
+class Application:
+    """A journal, its tree, and fds of `new` and `old`."""
+
+    def __init__(self, journal: Journal, tree: Beneath, new: int, old: int) -> None:
+        self._journal = journal
+        self._tree = tree
+        self._new = new
+        self._old = old
+
+    def forward(self) -> None:
+        """Do all that is not done. Raises ChangedError, OSError."""
+        for move in self._journal.moves:
+            step(f"move {move.path}")
+            self._do(move)
+        for setting in self._journal.settings:
+            step(f"set {setting.path}")
+            self._set(setting, setting.new, setting.old)
+        step("all done")
+
+    def backward(self) -> None:
+        """Take back all that is done. Raises OSError."""
+        for move in reversed(self._journal.moves):
+            step(f"unmove {move.path}")
+            self._take_back(move)
+        for setting in self._journal.settings:
+            step(f"unset {setting.path}")
+            self._set(setting, setting.old, setting.new)
+        step("all taken back")
+
+    # -- names --------------------------------------------------------------------------------------------
+
+    def _do(self, move: Move) -> None:
+        at, name = self._tree.parent(os.fsencode(move.path))
+        number, here = b"%d" % move.number, inode(at, name)
+        if move.new is None:
+            if inode(self._old, number) is None:
+                _expect(move, at, name)
+                rename(at, name, self._old, number, RENAME_NOREPLACE)
+                if inode(self._old, number) != move.old:
+                    rename(self._old, number, at, name, RENAME_NOREPLACE)
+                    raise _changed(move)
+            return
+        if here != move.new:
+            if here is None and inode(self._old, number) is not None:
+                rename(self._new, number, at, name, RENAME_NOREPLACE)
+            else:
+                _expect(move, at, name)
+                self._put(move, at, name, number)
+        self._mode(move, at, name)
+
+    def _put(self, move: Move, at: int, name: bytes, number: bytes) -> None:
+        if move.old is None:
+            _rename_to_free(self._new, number, at, name)
+            return
+        try:
+            rename(self._new, number, at, name, RENAME_EXCHANGE)
+        except OSError as error:
+            if error.errno not in _NO_FLAGS:
+                raise
+            _rename_to_free(at, name, self._old, number)
+            step(f"between {move.path}")
+            _rename_to_free(self._new, number, at, name)
+            return
+        if inode(self._new, number) != move.old:
+            rename(self._new, number, at, name, RENAME_EXCHANGE)
+            raise _changed(move)
+
+    def _mode(self, move: Move, at: int, name: bytes) -> None:
+        """Give a directory, which is in place, the mode that it had to lack for the rename."""
+        if move.mode is not None:
+            flags = os.O_PATH | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
+            with Owned(os.open(name, flags, dir_fd=at)) as fd:
+                if stat.S_IMODE(os.fstat(fd).st_mode) != stat.S_IMODE(move.mode):
+                    os.chmod(b"/proc/self/fd/%d/." % fd, stat.S_IMODE(move.mode))
+
+    def _take_back(self, move: Move) -> None:
+        number = b"%d" % move.number
+        at, name = self._tree.parent(os.fsencode(move.path))
+        here, old = inode(at, name), inode(self._old, number)
+        if move.new is not None and here == move.new:
+            if move.old is None or old is not None:
+                _rename_to_free(at, name, self._new, number)
+            else:
+                rename(self._new, number, at, name, RENAME_EXCHANGE)
+        if old is not None and inode(at, name) is None:
+            _rename_to_free(self._old, number, at, name)
+
+    # -- attributes of directories ------------------------------------------------------------------------
+
+    def _set(
+        self, setting: Setting, new: attributes.FileAttributes, old: attributes.FileAttributes
+    ) -> None:
+        with Owned(self._tree.directory(os.fsencode(setting.path))) as path, Owned(_accessible(path)) as fd:
+            for name in old.xattrs:
+                if name not in new.xattrs:
+                    with suppress(OSError):
+                        os.removexattr(fd, name)
+            attributes.write(fd, None, new, unsupported)
+
+
+def _accessible(path: int) -> int:
+    """An fd for reading of a directory, whose mode may exclude its owner until it is set."""
+    try:
+        return open_for_listing(path)
+    except PermissionError:
+        os.chmod(b"/proc/self/fd/%d" % path, stat.S_IRWXU)
+        return open_for_listing(path)
+
+
+def _rename_to_free(old_at: int, old: bytes, new_at: int, new: bytes) -> None:
+    """Rename to a name that is free. Raises OSError."""
+    try:
+        rename(old_at, old, new_at, new, RENAME_NOREPLACE)
+    except OSError as error:
+        if error.errno not in _NO_FLAGS:
+            raise
+        if inode(new_at, new) is not None:
+            raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), os.fsdecode(new)) from error
+        rename(old_at, old, new_at, new)
+
+
+def look(st: os.stat_result) -> list[int] | None:
+    """What `Move.seen` is of an object; None of a directory, which changes with the names in it."""
+    if stat.S_ISDIR(st.st_mode):
+        return None
+    # A file with several names gets another ctime when one of the others comes or goes.
+    return [st.st_size, st.st_mtime_ns, st.st_ctime_ns if st.st_nlink == 1 else 0]
+
+
+def _expect(move: Move, at: int, name: bytes) -> None:
+    """Raise ChangedError unless what is at a name is what was there when the commit began."""
+    try:
+        st = os.stat(name, dir_fd=at, follow_symlinks=False)
+    except FileNotFoundError:
+        if move.old is None:
+            return
+        raise _changed(move) from None
+    if st.st_ino != move.old or look(st) != move.seen:
+        raise _changed(move)
+
+
+def _changed(move: Move) -> ChangedError:
+    return ChangedError(
+        f"{quoted(move.path[1:])} was changed in the base while it was committed; everything was put "
+        "back. Try "
+        "again."
+    )

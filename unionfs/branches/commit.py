@@ -1,0 +1,223 @@
+"""Commits a branch to what lies below it: all of it or nothing.
+
+Everything new is prepared first, beside the base or, if the store is on another filesystem, in a directory
+of the base. So a full disk is found before anything has changed. Then the journal is written, and names are
+exchanged. After a kill the next commit, or any that asks, goes on where the journal says. An error takes
+everything back.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+
+from unionfs.branches import beneath, journal, seen
+from unionfs.branches.apply import look, step
+from unionfs.branches.ending import discard, go_on, make_stage, recover
+from unionfs.branches.journal import Journal, Move, Setting
+from unionfs.branches.merging import merged
+from unionfs.branches.mounts import in_use, parent_mounted, unmounted
+from unionfs.branches.plan import Drop, Plan, Planner, Put, hazards
+from unionfs.branches.selection import Selection, relative
+from unionfs.branches.staging import Stager
+from unionfs.branches.store import Branch, Store
+from unionfs.branches.view import View, viewed
+from unionfs.errors import UserError, quoted, reason
+from unionfs.sys import calls
+from unionfs.sys.fds import Owned
+from unionfs.sys.mountinfo import mount_id_of_fd
+from unionfs.union.diff import in_order
+
+_DIRECTORY = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
+STOP, OURS, THEIRS, MERGE = "stop", "ours", "theirs", "merge"
+
+
+@dataclass(frozen=True, slots=True)
+class Wish:
+    """The options of a commit."""
+
+    into: str | None = None
+    """The branch that must be the parent."""
+    only: Sequence[str] = ()
+    leave: Sequence[str] = ()
+    dry_run: bool = False
+    conflicts: str = STOP
+    """`ours`: the branch's version is taken; `theirs`: what is below stays; `merge`: texts are merged, and
+    what cannot be is still a conflict."""
+
+
+@dataclass(slots=True)
+class Result:
+    """What a commit did, or would do."""
+
+    target: str
+    """The base, or `branch NAME`."""
+    done: bool = False
+    changes: list[tuple[str, bytes]] = field(default_factory=list)
+    conflicts: list[tuple[str, bytes]] = field(default_factory=list)
+    hazards: list[str] = field(default_factory=list)
+    skipped: list[bytes] = field(default_factory=list)
+    merged: list[bytes] = field(default_factory=list)
+    """Texts that were changed below, too, and merged."""
+    undo: bool = False
+    """Whether it can be undone."""
+    went_on: bool = False
+    """Whether an interrupted commit of the branch was finished, and nothing else done."""
+
+    @property
+    def stopped(self) -> bool:
+        """Whether conflicts prevented it."""
+        return bool(self.conflicts) and not self.done
+
+
+def commit(store: Store, name: str, wish: Wish) -> Result:
+    """Commit a branch. Raises UserError, and then nothing is changed, or it says what is."""
+    with store.committing():
+        finished = recover(store, name)
+        branch = store.branch(name)
+        done = finished.get(name) or (None if branch.exists() else _committed(store, name))
+        if done is not None and not (branch.exists() and branch.record().created != done.made):
+            target = done.base if done.parent is None else f"branch {done.parent}"
+            return Result(target, done=True, went_on=True, undo=not done.inside)
+        branch = store.existing(name)
+        with branch.claimed("committed"), ExitStack() as resources:
+            branch.refuse_frozen("be committed")
+            unmounted(branch)
+            record = branch.record()
+            if wish.into not in (None, record.parent):
+                below = "the base" if record.parent is None else f"branch {quoted(record.parent)}"
+                raise UserError(
+                    f"branch {quoted(name)} lies over {below}, not over {quoted(str(wish.into))}; a "
+                    "branch is "
+                    "committed to what lies below it."
+                )
+            view = resources.enter_context(viewed(branch))
+            return _Commit(store, branch, view, wish, resources).run()
+
+
+def _committed(store: Store, name: str) -> Journal | None:
+    """The last commit, if it was of that branch."""
+    for id in reversed(list(journal.ids(store))):
+        entry = journal.read(store, id)
+        return entry if entry is not None and entry.branch == name else None
+    return None
+
+
+class _Commit:
+    def __init__(
+        self, store: Store, branch: Branch, view: View, wish: Wish, resources: ExitStack
+    ) -> None:
+        self._store = store
+        self._branch = branch
+        self._view = view
+        self._wish = wish
+        self._resources = resources
+        self._record = branch.record()
+        self._texts: dict[bytes, bytes] = {}
+        base = self._record.base
+        self._selection = Selection(
+            [relative(item, base) for item in wish.only], [relative(item, base) for item in wish.leave]
+        )
+
+    def run(self) -> Result:
+        record, wish = self._record, self._wish
+        result = Result(record.base if record.parent is None else f"branch {record.parent}")
+        _, conflicts = seen.look(self._branch, self._view)
+        conflicts = [item for item in conflicts if self._selection.has(item.path)]
+        if wish.conflicts == MERGE:
+            self._texts = merged(self._branch, self._view, conflicts)
+            result.merged = sorted(self._texts)
+            conflicts = [item for item in conflicts if item.path not in self._texts]
+        result.conflicts = [(item.what, item.path) for item in conflicts]
+        stay = [item.path for item in conflicts] if wish.conflicts == THEIRS else []
+        plan = self._plan(stay)
+        result.skipped = plan.skipped
+        result.changes = [
+            (change.kind, path) for path, change in in_order(self._view.root) if self._selection.has(path)
+        ]
+        result.hazards = [*hazards(self._view, plan), *in_use(self._branch, record.base)]
+        if wish.dry_run or (conflicts and wish.conflicts in (STOP, MERGE)):
+            return result
+        self._apply(plan, result)
+        return result
+
+    def _plan(self, stay: Sequence[bytes]) -> Plan:
+        try:
+            return Planner(self._view, self._selection, stay).plan()
+        except OSError as error:
+            raise UserError(
+                f"branch {quoted(self._branch.name)} cannot be read: {reason(error)}; nothing was changed."
+            ) from error
+
+    def _apply(self, plan: Plan, result: Result) -> None:
+        record, partial = self._record, not self._selection.is_all or bool(plan.skipped)
+        base, inode = record.base, record.base_inode
+        if record.parent is not None:
+            mounted = parent_mounted(self._store, self._branch.name, record.parent)
+            base = self._resources.enter_context(mounted)
+            inode = os.stat(base).st_ino
+        tree = self._resources.enter_context(beneath.opened(base, inode))
+        lowest = self._view.merge.roots[-1].layer.root_fd
+        if record.parent is None and not os.path.sameopenfile(lowest, tree.fd):
+            raise UserError(f"the base {quoted(base)} was replaced meanwhile; nothing was changed.")
+        inside = not _same_mount(self._store.commits, tree.fd)
+        entry = Journal(
+            journal.new_id(), self._branch.name, record.created, record.parent, base, inode, inside,
+            keep=partial, command=list(record.command),
+        )  # fmt: skip
+        try:
+            prepared = self._prepare(entry, tree, plan)
+        except OSError as error:
+            discard(self._store, entry, tree)
+            raise UserError(
+                f"branch {quoted(self._branch.name)} cannot be committed: {reason(error)}; nothing was "
+                "changed. Free space, or check the permissions."
+            ) from error
+        except BaseException:
+            discard(self._store, entry, tree)
+            raise
+        go_on(self._store, entry, tree, prepared)
+        result.done, result.undo = True, not inside and record.parent is None
+
+    def _prepare(self, entry: Journal, tree: beneath.Beneath, plan: Plan) -> tuple[int, int]:
+        """Make everything new, and write the journal. Returns fds of `new` and `old`. Raises OSError."""
+        os.mkdir(journal.directory(self._store, entry.id), 0o700)
+        journal.write(self._store, entry)
+        step("begun")
+        new, old = make_stage(self._store, entry, tree)
+        self._resources.callback(os.close, new)
+        self._resources.callback(os.close, old)
+        base = self._view.merge.roots[-1].layer if self._record.parent is None else None
+        stager = Stager(self._view, new, self._selection.has, base, self._texts)
+        for number, item in enumerate(plan.steps):
+            step(f"prepare {os.fsdecode(item.path)}")
+            before = self._before(item, tree)
+            inode, known = (None, None) if before is None else (before.st_ino, look(before))
+            if isinstance(item, Put):
+                staged = stager.put(b"%d" % number, item)
+                mode = staged.mode if staged.is_directory else None
+                entry.moves.append(Move(os.fsdecode(item.path), number, staged.inode, inode, mode, known))
+            else:
+                entry.moves.append(Move(os.fsdecode(item.path), number, None, inode, None, known))
+        entry.settings += [Setting(os.fsdecode(item.path), item.new, item.old) for item in plan.sets]
+        calls.syncfs(new)
+        entry.turns(journal.ON)
+        step("prepared")
+        journal.write(self._store, entry)
+        return new, old
+
+
+    def _before(self, item: Put | Drop, tree: beneath.Beneath) -> os.stat_result | None:
+        """What is at a path before the commit; a mounted parent shows other numbers than its layers have."""
+        if self._record.parent is None or item.old is None:
+            return None if item.old is None else item.old.st
+        at, name = tree.parent(item.path)
+        return os.stat(name, dir_fd=at, follow_symlinks=False)
+
+
+def _same_mount(directory: str, fd: int) -> bool:
+    """Whether names can be renamed from a directory to another, an fd."""
+    with Owned(os.open(directory, _DIRECTORY)) as other:
+        return os.fstat(other).st_dev == os.fstat(fd).st_dev and mount_id_of_fd(other) == mount_id_of_fd(fd)

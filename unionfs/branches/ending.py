@@ -1,0 +1,194 @@
+"""How a commit ends: forward, back after an error, and after a kill as its journal says."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager, suppress
+
+from unionfs.branches import beneath, journal, seen
+from unionfs.branches.after import states
+from unionfs.branches.apply import Application, ChangedError, step
+from unionfs.branches.journal import Journal
+from unionfs.branches.mounts import parent_mounted
+from unionfs.branches.store import Branch, Store
+from unionfs.branches.view import viewed
+from unionfs.errors import UserError, quoted, reason
+from unionfs.sys import calls
+from unionfs.sys.fds import Owned
+from unionfs.sys.trees import remove
+
+_DIRECTORY = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
+
+
+def make_stage(store: Store, entry: Journal, tree: beneath.Beneath) -> tuple[int, int]:
+    """Make the directories `new` and `old`, and return fds of them. Raises OSError."""
+    with _stage(store, entry, tree, make=True) as at:
+        for name in ("new", "old"):
+            with suppress(FileExistsError):
+                os.mkdir(name, 0o700, dir_fd=at)
+        return os.open("new", _DIRECTORY, dir_fd=at), os.open("old", _DIRECTORY, dir_fd=at)
+
+
+def _stage(store: Store, entry: Journal, tree: beneath.Beneath, *, make: bool = False) -> Owned:
+    if not entry.inside:
+        return Owned(os.open(journal.directory(store, entry.id), _DIRECTORY))
+    if make:
+        with suppress(FileExistsError), _times_kept(tree.fd):
+            os.mkdir(entry.stage, 0o700, dir_fd=tree.fd)
+    found = Owned(os.open(entry.stage, _DIRECTORY, dir_fd=tree.fd))
+    st = os.fstat(found.fd)
+    if st.st_uid != os.geteuid() or st.st_mode & 0o077:
+        found.close()
+        raise PermissionError(1, "its directory there belongs to somebody else", os.fsdecode(entry.stage))
+    return found
+
+
+@contextmanager
+def _times_kept(fd: int) -> Iterator[None]:
+    """Restore the times of a directory, which names that come and go in it change."""
+    st = os.fstat(fd)
+    yield
+    with suppress(PermissionError):
+        os.utime(fd, ns=(st.st_atime_ns, st.st_mtime_ns))
+
+
+def discard(store: Store, entry: Journal, tree: beneath.Beneath) -> None:
+    """Remove what was prepared. Nothing of it is in place. Raises OSError."""
+    if entry.inside:
+        with _times_kept(tree.fd):
+            remove(tree.fd, entry.stage, unlock=True)
+    with suppress(FileNotFoundError):
+        journal.forget(store, entry.id)
+
+
+def go_on(store: Store, entry: Journal, tree: beneath.Beneath, prepared: tuple[int, int]) -> None:
+    """Apply a journal, and end the commit; on an error take everything back. Raises UserError."""
+    application = Application(entry, tree, *prepared)
+    try:
+        application.forward()
+    except (OSError, ChangedError) as error:
+        entry.turns(journal.BACK)
+        journal.write(store, entry)
+        go_back(store, entry, tree, prepared)
+        if isinstance(error, ChangedError):
+            raise
+        at = f"{quoted(os.fsdecode(error.filename))}: " if error.filename else ""
+        raise UserError(
+            f"branch {quoted(entry.branch)} cannot be committed: {at}{reason(error)}; everything was "
+            "put back."
+        ) from error
+    step("applied")
+    calls.syncfs(tree.fd)
+    entry.is_applied({} if entry.inside else states(entry, tree))
+    journal.write(store, entry)
+    step("ending")
+    end(store, entry, tree)
+
+
+def end(store: Store, entry: Journal, tree: beneath.Beneath) -> None:
+    """Keep what `undo` needs, or remove it, and end the branch. All is in place."""
+    branch = store.branch(entry.branch)
+    is_there = branch.exists() and branch.record().created == entry.made
+    if is_there and entry.keep:
+        _accept(branch, entry)
+    if entry.inside:
+        if is_there and not entry.keep:
+            branch.remove()
+        step("branch removed")
+        discard(store, entry, tree)
+        return
+    if is_there and not entry.keep:
+        os.rename(branch.path, f"{journal.directory(store, entry.id)}/branch")
+        step("branch moved")
+    entry.turns(journal.DONE)
+    journal.write(store, entry)
+    step("ended")
+    for id in list(journal.ids(store)):
+        other = journal.read(store, id) if id < entry.id else None
+        if other is not None and other.base == entry.base:
+            journal.forget(store, id)
+
+
+def _accept(branch: Branch, entry: Journal) -> None:
+    """Let the branch take what is below it now as what it was made of, where the commit was."""
+    paths = [*(move.path for move in entry.moves), *(setting.path for setting in entry.settings)]
+    with viewed(branch) as view:
+        seen.accept(branch, view, paths)
+
+
+def go_back(store: Store, entry: Journal, tree: beneath.Beneath, prepared: tuple[int, int]) -> None:
+    """Take a commit back, and forget it. Raises UserError if that fails; then the next command goes on."""
+    try:
+        Application(entry, tree, *prepared).backward()
+    except OSError as error:
+        raise UserError(
+            f"the commit of branch {quoted(entry.branch)} cannot be taken back: {reason(error)}; its files "
+            f"are in {quoted(journal.directory(store, entry.id))}. The next `unionfs branch commit` goes on."
+        ) from error
+    kept = f"{journal.directory(store, entry.id)}/branch"
+    branch = store.branch(entry.branch)
+    if os.path.isdir(kept):
+        branch = free_name(store, entry.branch)
+        os.rename(kept, branch.path)
+        step("branch back")
+    if branch.exists() and branch.record().created == entry.made:
+        _accept(branch, entry)
+    discard(store, entry, tree)
+
+
+def free_name(store: Store, name: str) -> Branch:
+    """The branch of that name, or of one with a number, that does not exist."""
+    branch, count = store.branch(name), 1
+    while branch.exists():
+        count += 1
+        branch = store.branch(f"{name}-{count}")
+    return branch
+
+
+def recover(store: Store, name: str | None = None) -> dict[str, Journal]:
+    """Finish what killed commands left. The caller holds the store's lock.
+
+    Returns the branches whose commit was finished, with its journal. What cannot be finished is left, but
+    raises UserError if it is of the branch `name`.
+    """
+    finished: dict[str, Journal] = {}
+    for id in list(journal.ids(store)):
+        try:
+            entry = journal.read(store, id)
+            if entry is None:
+                journal.forget(store, id)
+            elif entry.state != journal.DONE and _finish(store, entry):
+                finished[entry.branch] = entry
+        except (UserError, OSError) as error:
+            if entry is not None and entry.branch != name:
+                continue
+            if isinstance(error, UserError):
+                raise
+            raise UserError(
+                f"an interrupted commit cannot be finished: {reason(error)}; its files are in "
+                f"{quoted(journal.directory(store, id))}."
+            ) from error
+    return finished
+
+
+def _finish(store: Store, entry: Journal) -> bool:
+    """Bring a commit to its end, forward or back. Returns whether it is done. Raises UserError, OSError."""
+    with ExitStack() as resources:
+        if entry.parent is not None:
+            resources.enter_context(parent_mounted(store, entry.branch, entry.parent))
+        tree = resources.enter_context(beneath.opened(entry.base, entry.inode))
+        if entry.state == journal.NEW:
+            discard(store, entry, tree)
+            return False
+        if entry.state == journal.ENDING:
+            end(store, entry, tree)
+            return True
+        prepared = make_stage(store, entry, tree)
+        for fd in prepared:
+            resources.callback(os.close, fd)
+        if entry.state == journal.ON:
+            go_on(store, entry, tree, prepared)
+            return True
+        go_back(store, entry, tree, prepared)
+        return False

@@ -1,0 +1,137 @@
+"""Branches as mounts."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import replace
+
+from unionfs.branches import seen
+from unionfs.branches.beneath import opened
+from unionfs.branches.store import Branch, Store
+from unionfs.branches.view import viewed
+from unionfs.daemon import live
+from unionfs.daemon.process import mount
+from unionfs.daemon.settle import settle
+from unionfs.daemon.unmount import umount
+from unionfs.errors import UserError, on_failure, quoted
+from unionfs.settings.mount import MountSettings
+from unionfs.sys.mountinfo import mounted_at
+from unionfs.sys.process import start_time
+
+
+def mount_of(branch: Branch) -> live.LiveMount | None:
+    """The mount of a branch, None if it is not mounted."""
+    # Another mount namespace may still have it: that daemon goes on, and can change nothing any more.
+    known = (entry for entry in live.entries() if entry.settings.upper == branch.upper)
+    return next((entry for entry in known if entry.mounts()), None)
+
+
+def mount_branch(
+    branch: Branch, mountpoint: str | None = None, *, with_this_process: bool = False
+) -> MountSettings:
+    """Mount a branch, by default below the store. Raises UserError.
+
+    Signals are blocked afterwards. `with_this_process`: its end ends the mount.
+    """
+    branch.refuse_frozen("be mounted")
+    return _mount(branch, mountpoint or branch.merged, with_this_process=with_this_process)
+
+
+def _mount(branch: Branch, mountpoint: str, *, with_this_process: bool) -> MountSettings:
+    record = branch.record()
+    # A base that was replaced has nothing to do with the branch.
+    with opened(record.base, record.base_inode):
+        pass
+    if record.session:
+        with viewed(branch) as view:
+            seen.look(branch, view)
+    settings = settle(
+        mountpoint, lowers=branch.lowers(), upper=branch.upper, work=branch.work,
+        options=["userxattr"] if record.userxattr else [], source=f"branch-{branch.name}",
+    )  # fmt: skip
+    me = os.getpid()
+    if with_this_process:
+        settings = replace(settings, lives_with=(me, start_time(me) or 0))
+    # What the base changes from now on may come after the branch's copy.
+    branch.save(replace(record, session=time.time_ns()))
+    mount(settings)
+    return settings
+
+
+def create(store: Store, name: str, base: str, parent: str | None = None) -> Branch:
+    """Make an empty branch over the directory `base`, or over the branch `parent`. Raises UserError."""
+    if parent is not None:
+        below = store.existing(parent)
+        with below.claimed("made the base of another"):
+            unmounted(below)
+            _complete_links(below)
+    return store.create(name, base, parent)
+
+
+def _complete_links(branch: Branch) -> None:
+    """Put all names of hard links that its index keeps together into a branch that becomes a lower.
+
+    A lower has no index. Raises UserError.
+    """
+    with viewed(branch) as view:
+        linked = view.linked
+    if not linked:
+        return
+    complaint = f"the hard links of branch {quoted(branch.name)} cannot be completed"
+    merged = _mount(branch, branch.merged, with_this_process=True).mountpoint
+    try:
+        with on_failure(complaint, "try again"):
+            for name in linked:
+                path = os.fsencode(merged) + name
+                st = os.lstat(path)
+                # A change of metadata gives the copy this name in the upper.
+                os.utime(path, ns=(st.st_atime_ns, st.st_mtime_ns), follow_symlinks=False)
+    finally:
+        umount(merged)
+
+
+def unmounted(branch: Branch) -> None:
+    """Unmount a branch, if it is mounted. Raises UserError, also if it is in use."""
+    entry = mount_of(branch)
+    if entry is not None:
+        umount(entry.settings.mountpoint)
+
+
+@contextmanager
+def parent_mounted(store: Store, child: str, parent: str) -> Iterator[str]:
+    """The parent of the branch `child`, mounted to take its changes; yields the mountpoint. Raises
+    UserError.
+    """
+    below = store.existing(parent)
+    if others := [name for name in store.children(parent) if name != child]:
+        names = ", ".join(quoted(name) for name in others)
+        raise UserError(
+            f"branch {quoted(child)} cannot be committed to {quoted(parent)}, since others lie over that, "
+            f"too ({names}), and would change; commit or discard those first."
+        )
+    with below.claimed("changed"):
+        _mount(below, below.merged, with_this_process=True)
+        try:
+            yield below.merged
+        finally:
+            if mounted_at(below.merged) is not None:
+                try:
+                    umount(below.merged)
+                except UserError:
+                    with suppress(UserError):
+                        umount(below.merged, lazy=True)
+
+
+def in_use(branch: Branch, base: str) -> list[str]:
+    """Sentences about mounts that would see the base change."""
+    found = []
+    for entry in live.entries():
+        if base in entry.settings.lowers and entry.settings.upper != branch.upper:
+            found.append(
+                f"{quoted(base)} is a lower of the mount at {quoted(entry.settings.mountpoint)}, which sees "
+                "changes at once."
+            )
+    return found

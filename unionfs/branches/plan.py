@@ -1,0 +1,201 @@
+"""What a commit does, step by step: the changes of a branch as operations on the tree below.
+
+- *put*: an object, with a directory everything in it, gets a name, and takes the place of what had it;
+- *drop*: a name is removed, of a directory with everything in it;
+- *set*: a directory that stays gets other attributes.
+
+An object that changes its name by a rename is dropped and put. Nothing is read here but the changes.
+"""
+
+from __future__ import annotations
+
+import os
+import stat
+from collections.abc import Collection, Iterator
+from dataclasses import dataclass, field
+
+from unionfs.branches.selection import Selection
+from unionfs.branches.view import View
+from unionfs.errors import UserError, quoted
+from unionfs.sys.attributes import FileAttributes
+from unionfs.union.diff import Change, Object
+from unionfs.union.xattrs import CAPABILITY
+
+_EXECUTABLE = stat.S_IXUSR | stat.S_IXGRP | stat.S_IXOTH
+_SET_IDS = stat.S_ISUID | stat.S_ISGID
+
+
+@dataclass(frozen=True, slots=True)
+class Put:
+    """`path` begins with a slash."""
+
+    path: bytes
+    above: Object
+    new: Object
+    old: Object | None
+
+
+@dataclass(frozen=True, slots=True)
+class Drop:
+    """`path` begins with a slash."""
+
+    path: bytes
+    old: Object
+
+
+@dataclass(frozen=True, slots=True)
+class Set:
+    """`path` begins with a slash, or is empty for the root."""
+
+    path: bytes
+    new: FileAttributes
+    old: FileAttributes
+
+
+@dataclass(slots=True)
+class Plan:
+    """The operations, in an order in which they can be done."""
+
+    steps: list[Put | Drop] = field(default_factory=list)
+    sets: list[Set] = field(default_factory=list)
+    skipped: list[bytes] = field(default_factory=list)
+    """Paths of conflicts that stay as they are."""
+
+    @property
+    def is_empty(self) -> bool:
+        return not self.steps and not self.sets
+
+
+class Planner:
+    """Makes the plan of one commit."""
+
+    def __init__(self, view: View, selection: Selection, stay: Collection[bytes]) -> None:
+        """`stay`: paths that keep what is below the branch."""
+        self._view = view
+        self._selection = selection
+        self._stay = sorted(stay)
+        self._plan = Plan()
+
+    def plan(self) -> Plan:
+        """Raises UserError for a selection that cannot be made, and OSError."""
+        root = self._view.root
+        waiting = [(b"", root)]
+        while waiting:
+            path, change = waiting.pop()
+            before = len(self._plan.steps)
+            for child in sorted(change.children, key=lambda child: child.name):
+                below = path + b"/" + child.name
+                if self._goes_on(child):
+                    waiting.append((below, child))
+                else:
+                    self._replace(below, change, child)
+            # A rename in a directory changes its times, which a change of a file does not.
+            self._set(path, change, changes=len(self._plan.steps) > before)
+        return self._plan
+
+    def _goes_on(self, change: Change) -> bool:
+        """Whether a directory stays, and what is in it is looked at."""
+        new, old = change.new, change.old
+        if new is None or old is None or not (new.is_directory and old.is_directory):
+            return False
+        return not self._view.is_replaced(change)
+
+    def _set(self, path: bytes, change: Change, *, changes: bool) -> None:
+        assert change.new is not None
+        assert change.old is not None
+        if not self._selection.has(path or b"/") or path in self._stay:
+            return
+        new, old = self._view.of_directory(change.new), self._view.of_directory(change.old)
+        if os.geteuid() not in (0, old.uid):
+            return  # its times are the kernel's affair; others cannot be changed
+        if changes or new._replace(atime_ns=0) != old._replace(atime_ns=0):
+            self._plan.sets.append(Set(path, new, old))
+
+    def _replace(self, path: bytes, above: Change, change: Change) -> None:
+        new, old, chosen = change.new, change.old, self._selection
+        assert above.new is not None
+        if any(other == path or other.startswith(path + b"/") for other in self._stay):
+            self._plan.skipped.append(path)
+        elif chosen.is_all or self._is_whole(path, new, old):
+            if new is not None:
+                self._plan.steps.append(Put(path, above.new, new, old))
+            elif old is not None:
+                self._plan.steps.append(Drop(path, old))
+        elif new is not None and old is not None:
+            if chosen.has(path) or any(chosen.has(below) for below, _ in _all(self._view, path, new, old)):
+                raise UserError(
+                    f"{quoted(os.fsdecode(path))} was replaced as a whole, so a part of it cannot be chosen; "
+                    "choose all of it, or none."
+                )
+        elif new is not None:
+            if chosen.has(path) or any(chosen.has(below) for below, _ in _all(self._view, path, new)):
+                self._plan.steps.append(Put(path, above.new, new, None))
+        elif old is not None:
+            self._drop_chosen(path, old)
+
+    def _drop_chosen(self, path: bytes, old: Object) -> None:
+        """Drop what is chosen of a removed directory, which then stays with the rest."""
+        waiting = [(path, old)]
+        while waiting:
+            above, found = waiting.pop()
+            if self._is_whole(above, found):
+                self._plan.steps.append(Drop(above, found))
+            elif found.is_directory:
+                children = [(name, self._view.child(found, name)) for name in self._view.names(found)]
+                waiting += [(above + b"/" + name, child) for name, child in children if child is not None]
+
+    def _is_whole(self, path: bytes, *objects: Object | None) -> bool:
+        found = [item for item in objects if item is not None]
+        chosen = self._selection
+        return chosen.has(path) and all(chosen.has(below) for below, _ in _all(self._view, path, *found))
+
+
+def _all(view: View, path: bytes, *objects: Object) -> Iterator[tuple[bytes, Object]]:
+    """Everything below a path, and a non-directory itself."""
+    waiting = [(path, found) for found in objects]
+    while waiting:
+        above, found = waiting.pop()
+        if not found.is_directory:
+            yield above, found
+            continue
+        for name in view.names(found):
+            child = view.child(found, name)
+            if child is not None:
+                if child.is_directory:
+                    yield above + b"/" + name, child
+                waiting.append((above + b"/" + name, child))
+
+
+def hazards(view: View, plan: Plan) -> list[str]:
+    """Sentences about what a reader of names alone would not see. Raises OSError."""
+    found = []
+    user = os.geteuid()
+    for step in plan.steps:
+        old = step.old
+        if user != 0 and old is not None and old.st is not None and old.st.st_uid != user:
+            found.append(f"{_shown(step.path)} belongs to uid {old.st.st_uid}, not to you.")
+        if isinstance(step, Put):
+            for path, item in _all(view, step.path, step.new):
+                if (what := _danger(view, path, item)) is not None:
+                    found.append(f"{_shown(path)} is {what}.")
+    return found
+
+
+def _danger(view: View, path: bytes, item: Object) -> str | None:
+    """What an object may let others do, if anything."""
+    if item.st is None or item.is_directory:
+        return None
+    mode = item.st.st_mode
+    if stat.S_ISCHR(mode) or stat.S_ISBLK(mode):
+        return f"the device {os.major(item.st.st_rdev)}:{os.minor(item.st.st_rdev)}"
+    if stat.S_ISREG(mode) and mode & _SET_IDS:
+        return f"a set-id program (mode {stat.S_IMODE(mode):04o})"
+    if stat.S_ISREG(mode) and mode & _EXECUTABLE:
+        with view.entry(path.rpartition(b"/")[2], item) as entry:
+            if CAPABILITY in view.xattrs(entry.where):
+                return "a program with capabilities"
+    return None
+
+
+def _shown(path: bytes) -> str:
+    return quoted(os.fsdecode(path[1:]))

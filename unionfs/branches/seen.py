@@ -1,0 +1,220 @@
+"""What lies below a branch where the branch changes it, remembered to find conflicts.
+
+A branch is made without a look at its base, so nothing is remembered of what it does not touch. Of every
+path that it changes or removes, the state below is remembered when the path is first seen here: before each
+mount and each commit. A state that is younger than the last mount may have come after the branch's own
+copy, and counts as a change of the base.
+"""
+
+from __future__ import annotations
+
+import os
+import stat
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import suppress
+from dataclasses import dataclass
+
+from unionfs.branches.store import Branch
+from unionfs.branches.view import View
+from unionfs.core.places import Layer
+from unionfs.errors import on_failure, quoted
+from unionfs.settings.features import DEFAULTS
+from unionfs.storage import jsonfiles
+from unionfs.union.diff import Change, Object
+from unionfs.union.origin import Origins
+
+_FILE = "seen.json"
+
+State = list[int] | bool | None
+"""Of an object: numbers that change with it. None: nothing was there. False: the base has changed it."""
+
+
+@dataclass(frozen=True, slots=True)
+class Touched:
+    """A path that the branch changes, and what is there below it."""
+
+    path: bytes
+    old: Object | None
+    change: Change
+    """The change that touches it: of the path itself, or of a directory above that is gone as a whole."""
+
+
+@dataclass(frozen=True, slots=True)
+class Conflict:
+    """A path that both the branch and what lies below it have changed."""
+
+    path: bytes
+    what: str
+    """What happened to it below: `changed`, `added` or `removed`."""
+    change: Change
+
+
+def touched(view: View) -> Iterator[Touched]:
+    """Every path below the branch that it changes or removes, and those it adds. Raises OSError."""
+    waiting = [(b"", child) for child in reversed(view.root.children)]
+    while waiting:
+        above, change = waiting.pop()
+        path = above + b"/" + change.name
+        yield Touched(path, change.old, change)
+        if change.old is None or not change.old.is_directory:
+            continue
+        if change.new is not None and change.new.is_directory and not view.is_replaced(change):
+            waiting += [(path, child) for child in reversed(change.children)]
+        else:
+            yield from _below(view, path, change, change.old)
+
+
+def _below(view: View, path: bytes, change: Change, directory: Object) -> Iterator[Touched]:
+    waiting = [(path, directory)]
+    while waiting:
+        above, parent = waiting.pop()
+        for name in view.names(parent):
+            found = view.child(parent, name)
+            if found is not None:
+                yield Touched(above + b"/" + name, found, change)
+                if found.is_directory:
+                    waiting.append((above + b"/" + name, found))
+
+
+def look(branch: Branch, view: View) -> tuple[Mapping[str, State], list[Conflict]]:
+    """Remember what was not seen yet, and compare all that is touched with what is remembered.
+
+    Returns what is remembered, and the conflicts sorted by path. Raises UserError.
+    """
+    complaint = f"what branch {quoted(branch.name)} changes in its base cannot be compared"
+    with on_failure(complaint, "check the base, and free space for the store"):
+        known = _read(branch)
+        conflicts, new, moved = [], False, []
+        for item in touched(view):
+            key = os.fsdecode(item.path)
+            now = _state(item.old)
+            if key not in known:
+                new = True
+                known[key] = False if _is_younger(item.old, branch.record().session) else now
+                if item.old is None and item.change.new is not None and not item.change.new.is_directory:
+                    moved.append(item)
+            if known[key] != now and not _is_as_below(view, item):
+                conflicts.append(Conflict(item.path, _what(known[key], now), item.change))
+        for item in _orphans(view, moved):
+            known[os.fsdecode(item.path)] = False
+            conflicts.append(Conflict(item.path, "removed", item.change))
+        if new:
+            jsonfiles.write(f"{branch.path}/{_FILE}", known, sync=False)
+    return known, sorted(conflicts, key=lambda conflict: conflict.path)
+
+
+def accept(branch: Branch, view: View, paths: Collection[str]) -> None:
+    """Remember the present state of some paths and of all below them. Raises UserError."""
+    wanted = set(paths)
+    with on_failure(f"branch {quoted(branch.name)} cannot remember its base", "free space"):
+        known = _read(branch)
+        for key in [key for key in known if _is_below(key, wanted)]:
+            del known[key]
+        for item in touched(view):
+            key = os.fsdecode(item.path)
+            if _is_below(key, wanted):
+                known[key] = _state(item.old)
+        jsonfiles.write(f"{branch.path}/{_FILE}", known, sync=False)
+
+
+def _is_below(path: str, wanted: set[str]) -> bool:
+    while path:
+        if path in wanted:
+            return True
+        path = path.rpartition("/")[0]
+    return False
+
+
+def _read(branch: Branch) -> dict[str, State]:
+    with suppress(FileNotFoundError):
+        found = jsonfiles.read(f"{branch.path}/{_FILE}")
+        if isinstance(found, dict):
+            return found
+    return {}
+
+
+def _state(old: Object | None) -> State:
+    if old is None:
+        return None
+    st = old.st
+    if st is None:
+        return False
+    if old.is_directory:
+        # Its size and times change with the names in it, which are compared themselves.
+        return [st.st_ino, st.st_mode, st.st_uid, st.st_gid]
+    # A file with several names gets another ctime when one of the others comes or goes.
+    ctime = st.st_ctime_ns if st.st_nlink == 1 else 0
+    return [st.st_ino, st.st_mode, st.st_uid, st.st_gid, st.st_size, st.st_mtime_ns, ctime]
+
+
+def _is_younger(old: Object | None, session: int) -> bool:
+    if old is None or old.st is None or old.st.st_ctime_ns <= session:
+        return False
+    # A name that comes or goes sets both times of a directory, which is no change of its own.
+    return not old.is_directory or old.st.st_ctime_ns != old.st.st_mtime_ns
+
+
+def _is_as_below(view: View, item: Touched) -> bool:
+    """Whether it is a directory that stays, with the attributes that it has below."""
+    new = item.change.new
+    if new is None or item.change.old is not item.old:
+        return False
+    if item.old is None or not (new.is_directory and item.old.is_directory) or view.is_replaced(item.change):
+        return False
+    now, before = view.of_directory(new), view.of_directory(item.old)
+    return (now.mode, now.uid, now.gid, now.xattrs) == (before.mode, before.uid, before.gid, before.xattrs)
+
+
+def _what(known: State, now: State) -> str:
+    if now is None:
+        return "removed"
+    return "added" if known is None else "changed"
+
+
+def _orphans(view: View, added: list[Touched]) -> Iterator[Touched]:
+    """Those of the added files that are copies of files which the branch did not remove: the base did."""
+    markers, gate = view.merge.markers, view.merge.gate
+    layers = [root.layer for root in view.merge.roots]
+    origins = Origins(layers, markers, DEFAULTS, gate)
+    if not added or not _has_handles(origins, layers[-1]):
+        return
+    removed: set[bytes] | None = None
+    for item in added:
+        assert item.change.new is not None
+        place = item.change.new.parts[0]
+        where = b"/proc/self/fd/%d/%b" % (gate.fd(place), item.change.name)
+        try:
+            origin = os.getxattr(where, markers.origin, follow_symlinks=False)
+        except OSError:
+            continue
+        if not origin:
+            continue
+        if removed is None:
+            removed = set()
+            for other in touched(view):
+                removed |= _origins_of(other, view, origins)
+        if origin not in removed:
+            yield item
+
+
+def _has_handles(origins: Origins, layer: Layer) -> bool:
+    """Whether copies of the layer's objects have an origin."""
+    try:
+        return bool(origins.encoded(layer.root_fd, b"", layer.dev))
+    except OSError:
+        return False
+
+
+def _origins_of(item: Touched, view: View, origins: Origins) -> set[bytes]:
+    """What copies of an object below have as their origin."""
+    if item.old is None or item.old.st is None or stat.S_ISDIR(item.old.st.st_mode):
+        return set()
+    name = item.path.rpartition(b"/")[2]
+    at = view.merge.gate.fd(item.old.parts[0])
+    found = set()
+    with suppress(OSError):
+        found.add(origins.encoded(at, name, item.old.st.st_dev))
+    with suppress(OSError):
+        where = b"/proc/self/fd/%d/%b" % (at, name)
+        found.add(os.getxattr(where, view.merge.markers.origin, follow_symlinks=False))
+    return found

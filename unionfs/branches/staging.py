@@ -1,0 +1,187 @@
+"""Prepares what a commit puts in place, complete with all attributes, in a directory on the base's
+filesystem.
+
+Objects are copied, not moved: the branch stays as it is until the commit has ended. Data is shared with the
+branch where the filesystem can (reflinks), and holes stay holes. Names that are one file in the branch are
+one file again.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import stat
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from unionfs.branches.plan import Put
+from unionfs.branches.view import Entry, View
+from unionfs.core.places import Layer, Place
+from unionfs.sys import attributes
+from unionfs.sys.fds import Owned
+from unionfs.union.diff import Object
+from unionfs.union.filedata import clone, copy_data
+from unionfs.union.xattrs import unsupported
+
+_SMALL = 256 * 1024
+_DIRECTORY = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
+_NEW = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
+_ACCESS = 0o700
+
+
+class Staged(NamedTuple):
+    """A prepared object."""
+
+    inode: int
+    is_directory: bool
+    mode: int
+    """As st_mode. A directory lacks these permission bits until it is in place, if they exclude its owner."""
+
+
+@dataclass(slots=True)
+class _Level:
+    """A directory being filled; the next name is the last."""
+
+    path: bytes
+    fd: int
+    found: Object
+    names: list[bytes]
+
+
+class Stager:
+    """Copies objects of a branch into the directory `at`."""
+
+    def __init__(
+        self,
+        view: View,
+        at: int,
+        has: Callable[[bytes], bool],
+        base: Layer | None,
+        texts: Mapping[bytes, bytes],
+    ) -> None:
+        """`has`: which paths below a new directory are meant. `base`: the layer that is changed, if any.
+
+        `texts`: the contents of files that were merged.
+        """
+        self._view = view
+        self._at = at
+        self._has = has
+        self._base = base
+        self._texts = texts
+        self._links: dict[int, bytes] = {}
+        self._never_clones: set[int] = set()
+
+    def put(self, name: bytes, step: Put) -> Staged:
+        """Copy the object of one step, with a directory everything in it, to `name`. Raises OSError."""
+        if not step.new.is_directory:
+            self._object(self._at, name, step.above.parts, step.path, step.new, name)
+            st = os.stat(name, dir_fd=self._at, follow_symlinks=False)
+            return Staged(st.st_ino, False, st.st_mode)
+        os.mkdir(name, _ACCESS, dir_fd=self._at)
+        levels = [self._level(self._at, name, step.path, step.new)]
+        mode = 0
+        try:
+            while levels:
+                level = levels[-1]
+                if level.names:
+                    self._next(levels, level, name)
+                else:
+                    mode = self._finish(level, is_top=len(levels) == 1)
+                    os.close(levels.pop().fd)
+        finally:
+            for level in levels:
+                os.close(level.fd)
+        return Staged(os.stat(name, dir_fd=self._at, follow_symlinks=False).st_ino, True, mode)
+
+    def _level(self, at: int, name: bytes, path: bytes, found: Object) -> _Level:
+        names = self._view.names(found)
+        names.reverse()
+        return _Level(path, os.open(name, _DIRECTORY, dir_fd=at), found, names)
+
+    def _next(self, levels: list[_Level], level: _Level, top: bytes) -> None:
+        name = level.names.pop()
+        path = level.path + b"/" + name
+        found = self._view.child(level.found, name)
+        if found is None:
+            return
+        if found.is_directory:
+            if self._has(path) or self._has_below(found, path):
+                os.mkdir(name, _ACCESS, dir_fd=level.fd)
+                levels.append(self._level(level.fd, name, path, found))
+        elif self._has(path):
+            staged = top + b"/" + b"/".join([*(one.path.rpartition(b"/")[2] for one in levels[1:]), name])
+            self._object(level.fd, name, level.found.parts, path, found, staged)
+
+    def _has_below(self, found: Object, path: bytes) -> bool:
+        for name in self._view.names(found):
+            child, below = self._view.child(found, name), path + b"/" + name
+            if self._has(below) or (child and child.is_directory and self._has_below(child, below)):
+                return True
+        return False
+
+    def _finish(self, level: _Level, *, is_top: bool) -> int:
+        """Set the attributes of a filled directory. Returns its mode."""
+        new = self._view.of_directory(level.found)
+        mode = new.mode
+        if is_top and os.geteuid() != 0:
+            # Its owner needs them to rename it to another directory (rename(2)).
+            new = new._replace(mode=mode | _ACCESS)
+        attributes.write(level.fd, None, new, unsupported)
+        return mode
+
+    def _object(
+        self, at: int, name: bytes, above: list[Place], path: bytes, found: Object, staged: bytes
+    ) -> None:
+        """Copy a non-directory; `staged`: its path below the directory of all."""
+        with self._view.entry(path.rpartition(b"/")[2], found) as entry:
+            st = entry.st
+            key = hash((st.st_dev, st.st_ino)) if st.st_nlink > 1 else 0
+            if key and (first := self._links.get(key)) is not None:
+                os.link(first, name, src_dir_fd=self._at, dst_dir_fd=at, follow_symlinks=False)
+                return
+            if key and not entry.indexed and self._linked(at, name, path, found):
+                self._links[key] = staged
+                return
+            new = self._view.attributes_of(entry)
+            if stat.S_ISREG(st.st_mode):
+                with Owned(os.open(name, _NEW, 0o600, dir_fd=at)) as target:
+                    self._data(above, path, found, entry, target)
+                    attributes.write(target, None, new, unsupported)
+            else:
+                if stat.S_ISLNK(st.st_mode):
+                    os.symlink(os.readlink(b"", dir_fd=entry.fd), name, dir_fd=at)
+                else:
+                    os.mknod(name, stat.S_IFMT(st.st_mode) | 0o600, st.st_rdev, dir_fd=at)
+                attributes.write(at, name, new, unsupported)
+            if key:
+                self._links[key] = staged
+
+    def _linked(self, at: int, name: bytes, path: bytes, found: Object) -> bool:
+        """Take the base's own file, as a rename does, if it has other names, which may stay."""
+        place = found.parts[0]
+        if place.layer is not self._base:
+            return False
+        try:
+            os.link(
+                path.rpartition(b"/")[2], name, src_dir_fd=self._view.merge.gate.fd(place), dst_dir_fd=at,
+                follow_symlinks=False,
+            )  # fmt: skip
+        except OSError as error:
+            if error.errno in (errno.EXDEV, errno.EPERM, errno.EMLINK):
+                return False
+            raise
+        return True
+
+    def _data(self, above: list[Place], path: bytes, found: Object, entry: Entry, target: int) -> None:
+        name, st = path.rpartition(b"/")[2], entry.st
+        if path in self._texts:
+            with open(target, "wb", closefd=False) as out:
+                out.write(self._texts[path])
+            return
+        if not st.st_size:
+            return
+        with Owned(self._view.open_data(above, name, found, entry)) as source:
+            dense = st.st_size <= _SMALL and st.st_blocks * 512 >= st.st_size
+            if not clone(source, target, os.fstat(source).st_dev, self._never_clones):
+                copy_data(source, target, st.st_size, dense=dense)

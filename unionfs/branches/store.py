@@ -1,0 +1,283 @@
+"""The store of branches below the storage root, which only its owner can enter.
+
+    ROOT/branches/NAME/branch.json    the record
+    ROOT/branches/NAME/seen.json      what the base had where the branch changes it; see `seen`
+    ROOT/branches/NAME/upper, work    its layer
+    ROOT/branches/NAME/merged         where it is mounted if no other place is given
+    ROOT/commits/ID/                  a commit that goes on, or the last one, for `undo`; see `journal`
+    ROOT/commits/lock                 held while something is committed
+
+A branch exists while its directory has its name, which it gets and loses by one rename. A branch that
+others lie over is frozen, since it is a lower of theirs.
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import os
+import secrets
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager, suppress
+
+from unionfs.branches.record import Record
+from unionfs.errors import UserError, on_failure, quoted, reason
+from unionfs.settings.names import check_name, is_name
+from unionfs.storage import jsonfiles
+from unionfs.storage.removing import refuse_locked, remove_all
+from unionfs.storage.root import check_directory, is_own_directory, make_directory, open_root, storage_root
+from unionfs.sys import attributes, filelocks
+from unionfs.sys.capabilities import may_use_trusted_xattrs
+from unionfs.sys.fds import Owned
+from unionfs.sys.trees import remove_path
+from unionfs.union.xattrs import unsupported
+
+_RECORD = "branch.json"
+_POLL_SECONDS = 0.02
+_DOOMED = ".removed-"
+
+
+class Store:
+    """All branches below one storage root."""
+
+    def __init__(self, root: str | None = None) -> None:
+        """`root`: as `--root`. Raises UserError."""
+        self.root = storage_root(root)
+        self.path = f"{self.root}/branches"
+        self.commits = f"{self.root}/commits"
+
+    def branch(self, name: str) -> Branch:
+        """The branch of that name, which need not exist. Raises UserError for an invalid name."""
+        return Branch(self, check_name(name, "branch"))
+
+    def existing(self, name: str) -> Branch:
+        """Like `branch`. Raises UserError if it does not exist."""
+        branch = self.branch(name)
+        if not branch.exists():
+            raise UserError(f"there is no branch {quoted(name)}; `unionfs branch ls` lists them.")
+        return branch
+
+    def branches(self) -> list[Branch]:
+        """All branches, sorted by name. Raises UserError."""
+        self.check()
+        with suppress(FileNotFoundError):
+            return [self.branch(name) for name in sorted(os.listdir(self.path)) if is_name(name)]
+        return []
+
+    def children(self, name: str) -> list[str]:
+        """The names of the branches that lie over a branch."""
+        found = []
+        for other in self.branches():
+            with suppress(UserError):  # a damaged one must not stop the others
+                if other.record().parent == name:
+                    found.append(other.name)
+        return found
+
+    def check(self, *, make: bool = False) -> None:
+        """Refuse a store that others could change; with `make` create it. Raises UserError."""
+        if make or os.path.lexists(self.root):
+            open_root(self.root)
+        for path in (self.path, self.commits):
+            if make:
+                make_directory(path)
+            else:
+                check_directory(path)
+
+    def create(self, name: str, base: str, parent: str | None = None) -> Branch:
+        """Make an empty branch over the directory `base`, or over the branch `parent`. Raises UserError."""
+        branch = self.branch(name)
+        self.check(make=True)
+        below = None
+        if parent is not None:
+            below = self.existing(parent)
+            base = below.record().base
+        real = _base(base)
+        with Owned(real[1]) as fd:
+            self._refuse_own(real[0])
+            st = os.fstat(fd)
+            userxattr = not may_use_trusted_xattrs()
+            record = Record(real[0], st.st_ino, time.time_ns(), os.geteuid(), parent, userxattr=userxattr)
+            with ExitStack() as locks, on_failure(f"branch {quoted(name)} cannot be created", "free space"):
+                if below is not None:
+                    locks.enter_context(below.claimed("made the base of another"))
+                    fd = locks.enter_context(Owned(os.open(below.upper, os.O_RDONLY | os.O_DIRECTORY)))
+                self._put(branch, record, fd)
+        return branch
+
+    def _put(self, branch: Branch, record: Record, below: int) -> None:
+        """Make the directory of a branch, and give it its name; `below`: an fd of the root below."""
+        new = f"{self.path}/.new-{secrets.token_hex(8)}"
+        os.mkdir(new, 0o700)
+        try:
+            for part in ("work", "merged"):
+                os.mkdir(f"{new}/{part}", 0o700)
+            _make_root(f"{new}/upper", below)
+            jsonfiles.write(f"{new}/{_RECORD}", record.to_json(), sync=False)
+            os.rename(new, branch.path)
+        except OSError as error:
+            remove_path(new)
+            if error.errno in (errno.ENOTEMPTY, errno.EEXIST):
+                raise UserError(
+                    f"branch {quoted(branch.name)} already exists; choose another name, or discard it by "
+                    f"`unionfs branch discard {quoted(branch.name)}`."
+                ) from error
+            raise
+
+    def _refuse_own(self, base: str) -> None:
+        root = os.path.realpath(self.root)
+        for outer, inner in ((base, root), (root, base)):
+            if f"{inner}/".startswith(f"{outer.rstrip('/')}/"):
+                raise UserError(
+                    f"the base {quoted(base)} and the storage root {quoted(root)}, where branches are kept, "
+                    "overlap; give a storage root elsewhere by --root or UNIONFS_ROOT."
+                )
+
+    @contextmanager
+    def committing(self) -> Iterator[None]:
+        """Wait until nothing else is committed, and hold the lock. Raises UserError, OSError."""
+        self.check(make=True)
+        path = f"{self.commits}/lock"
+        flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC
+        while (fd := filelocks.take(lambda: os.open(path, flags, 0o600), path)) is None:
+            time.sleep(_POLL_SECONDS)
+        with Owned(fd):
+            yield
+
+
+class Branch:
+    """One branch. The record and the layer on disk are the only state."""
+
+    def __init__(self, store: Store, name: str) -> None:
+        self.store = store
+        self.name = name
+        self.path = f"{store.path}/{name}"
+        self.upper, self.work, self.merged = (f"{self.path}/{part}" for part in ("upper", "work", "merged"))
+
+    def exists(self) -> bool:
+        return os.path.isdir(self.path)
+
+    def record(self) -> Record:
+        """Raises UserError if it is missing or damaged."""
+        path = f"{self.path}/{_RECORD}"
+        try:
+            return Record.from_json(jsonfiles.read(path))
+        except FileNotFoundError as error:
+            raise UserError(
+                f"there is no branch {quoted(self.name)}; `unionfs branch ls` lists them."
+            ) from error
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            cause = reason(error) if isinstance(error, OSError) else str(error)
+            raise UserError(
+                f"branch {quoted(self.name)} cannot be used: {quoted(path)} cannot be read ({cause}); "
+                f"its files are in {quoted(self.upper)}."
+            ) from error
+
+    def save(self, record: Record) -> None:
+        """Replace the record. Raises UserError."""
+        with on_failure(f"the record of branch {quoted(self.name)} cannot be written", "free space"):
+            jsonfiles.write(f"{self.path}/{_RECORD}", record.to_json(), sync=False)
+
+    def lowers(self) -> tuple[str, ...]:
+        """What lies below it, topmost first. Raises UserError."""
+        record, found = self.record(), []
+        above = {self.name}
+        while record.parent is not None:
+            below = self.store.existing(record.parent)
+            if below.name in above:
+                raise UserError(
+                    f"branch {quoted(self.name)} lies over itself by its record; repair `parent` there."
+                )
+            above.add(below.name)
+            found.append(below.upper)
+            record = below.record()
+        return (*found, record.base)
+
+    def refuse_frozen(self, what: str) -> None:
+        """Raise UserError if other branches lie over it; `what` as in "be removed"."""
+        if children := self.store.children(self.name):
+            names = ", ".join(quoted(name) for name in children)
+            raise UserError(
+                f"branch {quoted(self.name)} cannot {what}, since others lie over it ({names}); commit or "
+                "discard those first."
+            )
+
+    @contextmanager
+    def claimed(self, what: str) -> Iterator[None]:
+        """Hold the branch's lock. Raises UserError if another command does; `what` as in "committed"."""
+        self.store.check()
+        try:
+            fd = os.open(self.path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
+        except FileNotFoundError as error:
+            raise UserError(
+                f"there is no branch {quoted(self.name)}; `unionfs branch ls` lists them."
+            ) from error
+        with Owned(fd):
+            try:
+                fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError as error:
+                raise UserError(
+                    f"branch {quoted(self.name)} is in use by another command, so it cannot be {what}; wait "
+                    "for that to end."
+                ) from error
+            yield
+
+    def rename(self, name: str) -> None:
+        """Give it another name. Raises UserError, also if it has children, which name it."""
+        other = self.store.branch(name)
+        self.refuse_frozen("be renamed")
+        with on_failure(f"branch {quoted(self.name)} cannot be renamed", "check the permissions"):
+            try:
+                # A directory of a branch is never empty, so none is replaced.
+                os.rename(self.path, other.path)
+            except OSError as error:
+                if error.errno in (errno.ENOTEMPTY, errno.EEXIST):
+                    raise UserError(
+                        f"branch {quoted(name)} already exists; choose another name."
+                    ) from error
+                raise
+
+    def remove(self) -> None:
+        """Remove it with its changes. Raises UserError; an immutable file in it prevents any removal."""
+        complaint = f"branch {quoted(self.name)} cannot be removed"
+        self.refuse_frozen("be removed")
+        refuse_locked(self.path, complaint)
+        sweep(self.store.path)
+        doomed = f"{self.store.path}/{_DOOMED}{secrets.token_hex(8)}"
+        with on_failure(complaint, "check the permissions"):
+            os.rename(self.path, doomed)
+        remove_all(doomed, f"branch {quoted(self.name)} is removed, but not all of its files")
+
+
+def sweep(directory: str) -> None:
+    """Remove what interrupted commands left of removed and unfinished branches."""
+    with suppress(FileNotFoundError):
+        for name in os.listdir(directory):
+            path = f"{directory}/{name}"
+            if name.startswith(_DOOMED) and is_own_directory(path):
+                with suppress(OSError):
+                    remove_path(path, unlock=True)
+
+
+def _base(path: str) -> tuple[str, int]:
+    """The real path of a base, and an fd of it. Raises UserError."""
+    with on_failure(f"the base {quoted(path)} cannot be used", "name an existing directory"):
+        real = os.path.realpath(path, strict=True)
+        return real, os.open(real, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+
+
+def _make_root(path: str, below: int) -> None:
+    """Make the root of an upper with the attributes of the root below, so that only changes differ."""
+    os.mkdir(path, 0o700)
+    st = os.fstat(below)
+
+    def kept(name: bytes) -> bool:
+        return b".overlay." not in name and name != b"security.selinux"
+
+    def failed(name: bytes, error: OSError) -> None:
+        if name != attributes.OWNER or error.errno != errno.EPERM:
+            unsupported(name, error)
+
+    xattrs = attributes.read_xattrs(below, kept, failed)
+    with Owned(os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)) as fd:
+        attributes.write(fd, None, attributes.attributes(st, xattrs), failed)

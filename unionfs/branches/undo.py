@@ -1,0 +1,69 @@
+"""Undoes the last commit, while nothing has changed since."""
+
+from __future__ import annotations
+
+import os
+from contextlib import ExitStack
+
+from unionfs.branches import beneath, journal
+from unionfs.branches.after import states
+from unionfs.branches.apply import step
+from unionfs.branches.ending import go_back, make_stage, recover
+from unionfs.branches.journal import Journal
+from unionfs.branches.store import Store
+from unionfs.errors import UserError, on_failure, quoted
+
+
+def undo(store: Store) -> Journal:
+    """Undo the latest commit that is kept; its branch is there again. Returns its journal. Raises
+    UserError.
+    """
+    with store.committing():
+        pending = _interrupted(store)
+        recover(store)
+        if pending is not None and journal.read(store, pending.id) is None:
+            return pending
+        entries = [journal.read(store, id) for id in journal.ids(store)]
+        done = [entry for entry in entries if entry is not None and entry.state == journal.DONE]
+        if not done:
+            raise UserError(
+                "there is no commit to undo: none was made, it was undone, or its base is not on the "
+                "filesystem "
+                "of the store."
+            )
+        last = done[-1]
+        with ExitStack() as resources, on_failure(
+            f"the commit of branch {quoted(last.branch)} cannot be undone", "check the base and the store"
+        ):
+            tree = resources.enter_context(beneath.opened(last.base, last.inode))
+            _refuse_changed(last, tree)
+            prepared = make_stage(store, last, tree)
+            for fd in prepared:
+                resources.callback(os.close, fd)
+            last.turns(journal.BACK)
+            step("undo")
+            journal.write(store, last)
+            go_back(store, last, tree, prepared)
+        return last
+
+
+def _interrupted(store: Store) -> Journal | None:
+    """An undo that was killed, which `recover` goes on with."""
+    for id in journal.ids(store):
+        entry = journal.read(store, id)
+        if entry is not None and entry.state == journal.BACK and entry.ended:
+            return entry
+    return None
+
+
+def _refuse_changed(last: Journal, tree: beneath.Beneath) -> None:
+    now = states(last, tree)
+    changed = sorted(path for path in {*now, *last.after} if now.get(path) != last.after.get(path))
+    if changed:
+        more = f" and {len(changed) - 1} more" if len(changed) > 1 else ""
+        raise UserError(
+            f"the commit of branch {quoted(last.branch)} cannot be undone: "
+            f"{quoted(changed[0][1:])}{more} was "
+            f"changed in {quoted(last.base)} since; the former files are in "
+            f"{quoted('commits/' + last.id)} of the store."
+        )

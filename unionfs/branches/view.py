@@ -1,0 +1,202 @@
+"""What a branch changes: both trees opened, and the objects in them.
+
+*Now* is the branch over what lies below it, *before* is what lies below it, as it is at this moment.
+Objects are read from the layers, so nothing needs to be mounted.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import re
+import stat
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+
+from unionfs.branches.store import Branch
+from unionfs.core.places import Place
+from unionfs.errors import UserError, quoted, reason
+from unionfs.images.indexed import Copy, Index, opened_index
+from unionfs.sys.attributes import ALL, FileAttributes, attributes, read_xattrs
+from unionfs.sys.fds import Owned, open_for_listing
+from unionfs.union.diff import Change, Object, compared
+from unionfs.union.markers import ABSENT, Markers
+from unionfs.union.merge import Merge
+
+_READ = os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC
+_PATH = os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC
+_NLINK = re.compile(rb"U([+-]\d{1,9})")
+
+
+@dataclass(slots=True)
+class Entry:
+    """An object that is not a directory, open."""
+
+    st: os.stat_result
+    fd: int
+    """O_PATH."""
+    where: bytes
+    """A path for calls about xattrs, not to be followed."""
+    indexed: bool = False
+    """Whether it is a copy in the index, which the lower's name shows."""
+
+
+class View:
+    """The two trees of one branch."""
+
+    def __init__(self, merge: Merge, root: Change, index: Index | None) -> None:
+        self.merge = merge
+        self.root = root
+        self._index = index
+        #: The paths of lowers' names that show a copy of the index, with a leading slash.
+        self.linked: list[bytes] = []
+        if index is not None and self._lacks_names(index):
+            self._find_linked(index)
+
+    # -- objects ------------------------------------------------------------------------------------------
+
+    @contextmanager
+    def entry(self, name: bytes, found: Object, *, old: bool = False) -> Iterator[Entry]:
+        """The non-directory `name`, as it is shown; with `old` as it is below the branch. Raises OSError."""
+        st, place = found.st, found.parts[0]
+        if st is None:
+            raise OSError(errno.EIO, "it cannot be read in its layer", os.fsdecode(name))
+        copy = None if old else self._copy(name, found)
+        if copy is not None and self._index is not None:
+            where = b"/proc/self/fd/%d/%b" % (self._index.fd, copy.entry)
+            with Owned(os.open(where, _PATH)) as fd:
+                yield Entry(os.fstat(fd), fd, where, indexed=True)
+            return
+        where = b"/proc/self/fd/%d/%b" % (self.merge.gate.fd(place), name)
+        with Owned(self.merge.open_object((st, found.parts), name)) as fd:
+            yield Entry(os.fstat(fd), fd, where)
+
+    def _copy(self, name: bytes, found: Object) -> Copy | None:
+        """The copy in the index that a lower's name shows."""
+        if self._index is None or found.st is None or found.parts[0].layer.is_upper:
+            return None
+        return self._index.find(name, (found.st, found.parts))
+
+    def attributes_of(self, entry: Entry) -> FileAttributes:
+        """Raises OSError."""
+        return attributes(entry.st, self.xattrs(entry.where))
+
+    def of_directory(self, found: Object) -> FileAttributes:
+        """The attributes of a directory. Raises OSError."""
+        st = os.stat(self.merge.gate.fd(found.parts[0]))
+        return attributes(st, self.xattrs(b"/proc/self/fd/%d/." % self.merge.gate.fd(found.parts[0])))
+
+    def xattrs(self, where: bytes) -> Mapping[bytes, bytes]:
+        """The xattrs as users see them, without this host's labels. Raises OSError."""
+        markers = self.merge.markers
+
+        def failed(name: bytes, error: OSError) -> None:
+            if name != ALL or error.errno not in ABSENT:
+                raise error
+
+        found = read_xattrs(
+            where, lambda name: not markers.is_private(name) and name != b"security.selinux", failed,
+            follow=False,
+        )  # fmt: skip
+        return {markers.shown_names([name])[0]: value for name, value in found.items()}
+
+    def open_data(self, above: Sequence[Place], name: bytes, found: Object, entry: Entry) -> int:
+        """An fd of the data of a regular file, for reading; `above`: the parts of its directory.
+
+        Raises OSError.
+        """
+        place = found.parts[0]
+        if not entry.indexed:
+            data = self.merge.lower_data(above, place, name, entry.where)
+            if data is not None:
+                return self.merge.open_data(data)
+        elif self.merge.markers.metacopy_value(entry.where) is not None:
+            # Only the metadata was copied, so the data is the lower's.
+            return os.open(name, _READ | os.O_NOFOLLOW, dir_fd=self.merge.gate.fd(place))
+        return self.merge.gate.reopen(place.layer, entry.fd, _READ)
+
+    def names(self, found: Object) -> list[bytes]:
+        """The names in a directory, sorted. Raises OSError."""
+        return sorted(self.merge.listing(found.parts).entries().names())
+
+    def child(self, found: Object, name: bytes) -> Object | None:
+        """The object `name` of a directory. Raises OSError."""
+        result = self.merge.search(found.parts, name)
+        return None if result is None else Object(*result)
+
+    def is_replaced(self, change: Change) -> bool:
+        """Whether a directory is another one than before, so that nothing below it is merged."""
+        assert change.new is not None
+        assert change.old is not None
+        top = change.new.parts[0]
+        if not top.layer.is_upper:
+            return change.new.parts != change.old.parts
+        return self.merge.is_opaque(top) or change.new.parts[1:] != change.old.parts
+
+    # -- hard links whose other names only a lower has ------------------------------------------------------
+
+    def _lacks_names(self, index: Index) -> bool:
+        """Whether a copy in the index has names that are not in the upper."""
+        with Owned(open_for_listing(index.fd)) as listing:
+            for name in map(os.fsencode, os.listdir(listing)):
+                where = b"/proc/self/fd/%d/%b" % (index.fd, name)
+                try:
+                    found = _NLINK.fullmatch(
+                        os.getxattr(where, self.merge.markers.nlink, follow_symlinks=False)
+                    )
+                except OSError:
+                    continue
+                if found is None or int(found[1]) >= 0:
+                    return True
+        return False
+
+    def _find_linked(self, index: Index) -> None:
+        """List the names of lowers that show a copy of the index, which no entry of the upper says."""
+        root = self.root.new
+        assert root is not None
+        waiting: list[tuple[bytes, Change, Object]] = [(b"", self.root, root)]
+        while waiting:
+            path, above, directory = waiting.pop()
+            known = {child.name: child for child in above.children}
+            for name in self.names(directory):
+                found = self.child(directory, name)
+                if found is None:
+                    continue
+                change = known.get(name) or Change(above, name, found, found)
+                if found.is_directory:
+                    waiting.append((path + b"/" + name, change, found))
+                elif not change.kind and self._copy(name, found) is not None:
+                    change.report("C")
+                    self.linked.append(path + b"/" + name)
+
+
+@contextmanager
+def viewed(branch: Branch) -> Iterator[View]:
+    """The changes of a branch. Raises UserError if a layer cannot be read."""
+    record = branch.record()
+    # As in an ordinary user's own mount.
+    markers = Markers(
+        b"user.overlay." if record.userxattr else b"trusted.overlay.",
+        follows_redirects=True if os.geteuid() != 0 else None,
+    )
+    with ExitStack() as resources:
+        try:
+            merge, root = resources.enter_context(compared(branch.upper, branch.lowers(), markers))
+            index = resources.enter_context(opened_index(branch.work, merge))
+            view = View(merge, root, index)
+        except OSError as error:
+            at = f"{quoted(os.fsdecode(error.filename))}: " if error.filename else ""
+            raise UserError(
+                f"branch {quoted(branch.name)} cannot be read: {at}{reason(error)}; check its base "
+                f"{quoted(record.base)} and its layer {quoted(branch.upper)}."
+            ) from error
+        yield view
+
+
+def kind_of(mode: int) -> str:
+    """The type of an object, as a word."""
+    return {
+        stat.S_IFREG: "file", stat.S_IFDIR: "directory", stat.S_IFLNK: "symlink", stat.S_IFIFO: "fifo",
+        stat.S_IFSOCK: "socket", stat.S_IFCHR: "character device", stat.S_IFBLK: "block device",
+    }.get(stat.S_IFMT(mode), "object")  # fmt: skip

@@ -1,0 +1,116 @@
+"""`unionfs branch commit` and `undo`."""
+
+from __future__ import annotations
+
+import os
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from unionfs.cli.branch.common import CONFLICTS, complete_branches, json_option, print_json, root_option, tell
+from unionfs.cli.run import complain
+from unionfs.cli.terminal import shell_word
+
+if TYPE_CHECKING:
+    from unionfs.branches.commit import Result
+
+
+@click.command(
+    epilog="""\b
+Examples:
+  unionfs branch commit fix
+  unionfs branch commit --dry-run --json fix
+  unionfs branch commit --only src --except '*.o' fix
+""",
+)
+@click.option("--into", metavar="BRANCH", help="The parent of the branch, to be sure that it goes there.")
+@click.option("--only", multiple=True, metavar="PATTERN",
+              help="Only these paths; the branch stays with the rest. May be repeated.")  # fmt: skip
+@click.option("--except", "leave", multiple=True, metavar="PATTERN",
+              help="All but these paths; may be repeated.")  # fmt: skip
+@click.option("--ours", "conflicts", flag_value="ours", help="In conflicts take the branch's version.")
+@click.option("--theirs", "conflicts", flag_value="theirs", help="In conflicts keep what is below.")
+@click.option("--merge", "conflicts", flag_value="merge",
+              help="In conflicts merge texts by git merge-file, if `try` has kept the original.")  # fmt: skip
+@click.option("--dry-run", is_flag=True, help="Only say what would be done, and the conflicts.")
+@root_option
+@json_option
+@click.argument("name", shell_complete=complete_branches)
+def commit(
+    into: str | None, only: tuple[str, ...], leave: tuple[str, ...], conflicts: str | None, dry_run: bool,
+    root: str | None, as_json: bool, name: str,
+) -> int:  # fmt: skip
+    """Apply the branch NAME to what lies below it, its base or its parent, all or nothing; then the branch
+    ends.
+
+    What was changed below since the branch was made is a conflict: it is listed, and nothing is done,
+    unless --ours, --theirs or --merge decides. A commit that was killed goes on by the same command.
+
+    The exit code is 0 if all is done, 3 if there are conflicts and nothing was changed, else 1.
+    """
+    # For start-up time: --help and completion do not need it.
+    from unionfs.branches.commit import STOP, Wish
+    from unionfs.branches.commit import commit as apply
+    from unionfs.branches.store import Store
+
+    wish = Wish(into, only, leave, dry_run, conflicts or STOP)
+    result = apply(Store(root), name, wish)
+    if as_json:
+        print_json({"name": name, **values(result)})
+    else:
+        report(name, result, dry_run=dry_run)
+    return CONFLICTS if result.stopped and not (dry_run and conflicts) else 0
+
+
+def values(result: Result) -> dict[str, Any]:
+    """A result for JSON."""
+    return {
+        "target": result.target, "done": result.done, "went_on": result.went_on, "undo": result.undo,
+        "changes": [[kind, os.fsdecode(path[1:])] for kind, path in result.changes],
+        "conflicts": [[what, os.fsdecode(path[1:])] for what, path in result.conflicts],
+        "skipped": [os.fsdecode(path[1:]) for path in result.skipped],
+        "merged": [os.fsdecode(path[1:]) for path in result.merged], "hazards": result.hazards,
+    }  # fmt: skip
+
+
+def report(name: str, result: Result, *, dry_run: bool = False) -> None:
+    """Print a result for people."""
+    for sentence in result.hazards:
+        tell(sentence)
+    for what, path in result.conflicts:
+        print(f"conflict: {shell_word(path[1:])} ({what} below since)")
+    for path in result.merged:
+        print(f"merged: {shell_word(path[1:])}")
+    for path in result.skipped:
+        print(f"kept: {shell_word(path[1:])}")
+    if dry_run:
+        for kind, path in result.changes:
+            print(f"{kind} {shell_word(path[1:])}")
+    elif result.stopped:
+        complain(
+            "unionfs",
+            f"branch {name} was not committed: {len(result.conflicts)} paths were changed below, too; "
+            "decide by "
+            "--ours, --theirs or --merge, or choose paths by --only.",
+        )
+    else:
+        went_on = "an interrupted commit was finished: " if result.went_on else ""
+        print(f"{went_on}committed {name} to {result.target}")
+
+
+@click.command(epilog="Example: unionfs branch undo")
+@root_option
+@json_option
+def undo(root: str | None, as_json: bool) -> None:
+    """Undo the last commit; its branch is there again. Only while nothing that it changed has changed
+    since, and only if base and store are on one filesystem.
+    """
+    # For start-up time: --help and completion do not need it.
+    from unionfs.branches.store import Store
+    from unionfs.branches.undo import undo as take_back
+
+    entry = take_back(Store(root))
+    if as_json:
+        print_json({"name": entry.branch, "base": entry.base})
+    else:
+        print(f"undid the commit of {entry.branch} to {entry.base}")

@@ -1,0 +1,230 @@
+"""`unionfs try` and `unionfs branch shell`."""
+
+from __future__ import annotations
+
+import json
+import os
+import secrets
+import sys
+from contextlib import suppress
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from unionfs.cli.branch.common import complete_branches, root_option, tell
+from unionfs.cli.run import complain
+from unionfs.errors import UserError, quoted
+
+if TYPE_CHECKING:
+    from unionfs.branches.describe import Difference
+    from unionfs.branches.store import Branch, Store
+    from unionfs.branches.view import View
+
+_NOT_STARTED = (126, 127)
+_MOST_LINES = 20
+
+
+@click.command(
+    "try",
+    context_settings={"allow_interspersed_args": False},
+    epilog="""\b
+Examples:
+  unionfs try -- ./configure --prefix=/usr
+  unionfs try -n agent -D ~/project --net none -- agent "fix the login page"
+  unionfs try --commit -- sed -i s/old/new/ *.txt
+""",
+)
+@click.option("-n", "--name", metavar="NAME", help="The branch's name; an existing one goes on.")
+@click.option("-D", "--dir", "base", metavar="DIR", help="The directory that the branch lies over.  [.]")
+@click.option("--from", "parent", metavar="BRANCH", shell_complete=complete_branches,
+              help="Lie over another branch instead.")  # fmt: skip
+@click.option("--net", "own_network", type=click.Choice(["host", "none"]), default="host", show_default=True,
+              callback=lambda context, parameter, net: net == "none",
+              help="The host's network, or none but loopback.")  # fmt: skip
+@click.option("--hide", multiple=True, metavar="PATH", help="Let the command see nothing there.")
+@click.option("--rw", "writable", multiple=True, metavar="PATH",
+              help="Let the command change this outside DIR, for good; may be repeated.")  # fmt: skip
+@click.option("--commit", "then", flag_value="commit", help="Then commit, if the exit code is 0; else keep.")
+@click.option("--keep", "then", flag_value="keep", help="Then keep the branch.")
+@click.option("--look", "then", flag_value="look", help="Then show the diff, and keep the branch.")
+@click.option("--discard", "then", flag_value="discard", help="Then remove the branch.")
+@click.option("-q", "--quiet", is_flag=True, help="Do not print the changes.")
+@click.option("--report", metavar="FILE", help="Write branch, exit code and changes there as JSON.")
+@root_option
+@click.argument("command", nargs=-1, required=True, type=click.UNPROCESSED)
+def try_(
+    name: str | None, base: str | None, parent: str | None, then: str | None, quiet: bool,
+    report: str | None, root: str | None, **wish: Any,
+) -> int:  # fmt: skip
+    """Run COMMAND on a branch that lies over DIR, and then ask: commit, keep, look or discard.
+
+    The branch is at DIR's own path, so all paths mean the same. The rest of the system is read-only for the
+    command, except private /tmp, /var/tmp, /run and /dev; it has the capabilities and the system call
+    filter of `unionfs run`. Without a terminal, or with --keep, the branch stays, and how to go on is
+    printed. A new branch without changes is removed.
+
+    The exit code is the command's; 128 plus the signal's number if a signal ended it; 126 or 127 if it
+    cannot be executed or found; 1 if the branch cannot be used, or not be committed by --commit; 3 if that
+    met conflicts.
+    """
+    # For start-up time: --help and completion do not need it.
+    from unionfs.branches.store import Store
+
+    store = Store(root)
+    fresh, branch = _branch(store, name, base, parent)
+    code = _run(store, branch, fresh, wish)
+    if code in _NOT_STARTED and not branch.exists():
+        return code
+    return _afterwards(store, branch, code, fresh=fresh, then=then, quiet=quiet, report=report)
+
+
+@click.command(epilog="Example: unionfs branch shell fix")
+@root_option
+@click.argument("name", shell_complete=complete_branches)
+def shell(root: str | None, name: str) -> int:
+    """Run $SHELL on the branch NAME, as `try` does, and keep it. The exit code is the shell's."""
+    # For start-up time: --help and completion do not need it.
+    from unionfs.branches.store import Store
+
+    store = Store(root)
+    words = {"command": (os.environ.get("SHELL") or "/bin/sh",)}
+    return _run(store, store.existing(name), fresh=False, wish=words)
+
+
+def _branch(store: Store, name: str | None, base: str | None, parent: str | None) -> tuple[bool, Branch]:
+    """The branch to use, and whether it is new."""
+    # For start-up time: --help and completion do not need it.
+    from unionfs.branches.mounts import create
+
+    if base is not None and parent is not None:
+        raise click.UsageError("give either -D or --from")
+    if name is not None and (branch := store.branch(name)).exists():
+        record = branch.record()
+        if base is not None and os.path.realpath(base) != record.base:
+            raise UserError(
+                f"branch {quoted(name)} lies over {quoted(record.base)}, not over {quoted(base)}; "
+                "leave -D out, or "
+                "choose another name."
+            )
+        if parent is not None and parent != record.parent:
+            raise UserError(f"branch {quoted(name)} does not lie over {quoted(parent)}; choose another name.")
+        return False, branch
+    return True, create(store, name or f"try-{secrets.token_hex(3)}", base or ".", parent)
+
+
+def _run(store: Store, branch: Branch, fresh: bool, wish: dict[str, Any]) -> int:
+    """Run the command; a new branch on which it could not be started is removed."""
+    # For start-up time: --help and completion do not need it.
+    from unionfs.branches.trying import Wish, try_on
+    from unionfs.containers.process import CommandError
+
+    base = branch.record().base
+    here = os.getcwd()
+    inside = here == base or here.startswith(base.rstrip("/") + "/")
+    try:
+        return try_on(store, branch, Wish(workdir=here if inside else base, **wish), tell)
+    except UserError as error:
+        if fresh and not os.listdir(branch.upper):
+            with suppress(UserError):
+                branch.remove()
+        if isinstance(error, CommandError):
+            return complain("unionfs", str(error), error.code)
+        raise
+
+
+def _afterwards(
+    store: Store, branch: Branch, code: int, *, fresh: bool, then: str | None, quiet: bool, report: str | None
+) -> int:
+    """Say what was changed, and do what is wished."""
+    # For start-up time: --help and completion do not need it.
+    from unionfs.branches.view import viewed
+
+    found: list[Difference] = []
+    lines: list[str] = []
+    with viewed(branch) as view:
+        if view.root.children:
+            found, lines = _described(branch, view, code, report)
+        elif report is not None:
+            _write(report, {"name": branch.name, "exit_code": code, "changes": []})
+    if not found and fresh:
+        branch.remove()
+        return code
+    if not quiet:
+        print("\n".join(lines or [f"branch {branch.name}: no changes"]), file=sys.stderr)
+    return _do(store, branch, code, then or _asked(branch), quiet=quiet)
+
+
+def _described(
+    branch: Branch, view: View, code: int, report: str | None
+) -> tuple[list[Difference], list[str]]:
+    """The changes, and the lines about them; writes the report."""
+    # For start-up time: commands that change nothing do not need it.
+    from unionfs.branches import seen
+    from unionfs.branches.describe import Describer
+    from unionfs.branches.merging import keep_originals
+    from unionfs.branches.selection import NOISE, Selection
+    from unionfs.cli.branch.differences import hidden, rendered, total
+
+    describer, noise = Describer(view), Selection((), NOISE)
+    found = describer.differences()
+    known, _ = seen.look(branch, view)
+    keep_originals(branch, describer, found, known)
+    shown = [item for item in found if noise.has(b"/" + item.path)]
+    lines = [*rendered(describer, shown[:_MOST_LINES], None)]
+    if len(shown) > _MOST_LINES:
+        lines.append(f"and {len(shown) - _MOST_LINES} more")
+    lines += [*hidden(len(found) - len(shown)), f"branch {branch.name}: {total(found)}"]
+    if report is not None:
+        values = [item.to_json() for item in found]
+        _write(report, {"name": branch.name, "exit_code": code, "changes": values})
+    return found, lines
+
+
+def _write(path: str, values: object) -> None:
+    if path == "-":
+        print(json.dumps(values, indent=2))
+        return
+    with open(path, "w", encoding="utf-8") as out:
+        json.dump(values, out, indent=2)
+
+
+def _asked(branch: Branch) -> str:
+    """What the user wants, `keep` without a terminal."""
+    # For start-up time: only a terminal needs it.
+    from unionfs.cli.branch.differences import diff
+
+    if not (sys.stdin.isatty() and sys.stderr.isatty()):
+        return "keep"
+    answers = {"c": "commit", "k": "keep", "l": "look", "d": "discard"}
+    while True:
+        text = click.prompt("[c]ommit, [k]eep, [l]ook, or [d]iscard?", default="k", err=True).strip().lower()
+        answer = answers.get(text[:1])
+        if answer == "look":
+            diff.main(["--content", "--root", branch.store.root, branch.name], standalone_mode=False)
+        elif answer is not None:
+            return answer
+
+
+def _do(store: Store, branch: Branch, code: int, then: str, *, quiet: bool) -> int:
+    # For start-up time: --help and completion do not need it.
+    from unionfs.branches.commit import Wish, commit
+    from unionfs.cli.branch.committing import report
+    from unionfs.cli.branch.common import CONFLICTS
+    from unionfs.cli.branch.differences import diff
+
+    name = branch.name
+    if then == "look":
+        diff.main(["--content", "--root", store.root, name], standalone_mode=False)
+    if then == "discard":
+        branch.remove()
+    elif then == "commit" and code == 0:
+        result = commit(store, name, Wish())
+        report(name, result)
+        return CONFLICTS if result.stopped else 0
+    elif not quiet:
+        print(
+            f"kept as branch {name}: unionfs branch diff {name} | commit {name} | shell {name} | "
+            f"discard {name}",
+            file=sys.stderr,
+        )
+    return code

@@ -1,0 +1,66 @@
+"""Shell completion of what exists: mountpoints, containers, and the keys of filters."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from typing import TYPE_CHECKING
+
+import click
+
+from unionfs.errors import UserError
+
+if TYPE_CHECKING:
+    from click.shell_completion import CompletionItem
+
+Completer = Callable[[click.Context, click.Parameter, str], "list[CompletionItem]"]
+
+
+def items(found: Iterable[str], incomplete: str, *, kind: str = "plain") -> list[CompletionItem]:
+    # For start-up time: only completion needs it.
+    from click.shell_completion import CompletionItem
+
+    return [CompletionItem(word, type=kind) for word in found if word.startswith(incomplete)]
+
+
+def complete_mountpoints(
+    context: click.Context, parameter: click.Parameter, incomplete: str
+) -> list[CompletionItem]:
+    """Complete the mountpoints of this user's mounts, and directories where none matches."""
+    # For start-up time: only completion needs it.
+    from click.shell_completion import CompletionItem
+
+    # For start-up time: only completion needs it.
+    from unionfs.daemon.live import live_mounts
+
+    try:
+        given = set(context.params.get("mountpoints") or ())
+        found = items({mount.settings.mountpoint for mount in live_mounts()} - given, incomplete)
+    except (UserError, OSError):
+        found = []
+    return sorted(found, key=lambda item: str(item.value)) or [CompletionItem(incomplete, type="dir")]
+
+
+def complete_containers(
+    context: click.Context, parameter: click.Parameter, incomplete: str
+) -> list[CompletionItem]:
+    """Complete the names of kept containers; none if the storage root cannot be read."""
+    # For start-up time: only completion needs it.
+    from unionfs.containers.store import names
+    from unionfs.storage.root import storage_root
+
+    try:
+        found = set(names(storage_root(context.params.get("root"))))
+    except (UserError, OSError):
+        return []
+    return items(sorted(found - set(context.params.get("names") or ())), incomplete)
+
+
+def filter_completer(keys: Sequence[str]) -> Completer:
+    """Return a completer of `KEY=`."""
+
+    def complete(
+        context: click.Context, parameter: click.Parameter, incomplete: str
+    ) -> list[CompletionItem]:
+        return items([f"{key}=" for key in keys], incomplete)
+
+    return complete

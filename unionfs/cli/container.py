@@ -1,0 +1,207 @@
+"""`unionfs container`: kept containers, and those that run."""
+
+from __future__ import annotations
+
+import shlex
+import sys
+import time
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import click
+
+from unionfs.cli.completing import complete_containers
+from unionfs.cli.lazy import LazyGroup
+from unionfs.cli.listing import list_options, parse_filters, print_json, print_list
+from unionfs.cli.run import complain, for_each, moment
+from unionfs.cli.volume.common import root_option
+from unionfs.errors import UserError
+
+if TYPE_CHECKING:
+    from unionfs.containers.store import Container
+
+_F = TypeVar("_F", bound=Callable[..., Any])
+_COMMANDS = {
+    "ls": ("unionfs.cli.container:ps", "List containers."),
+    "logs": ("unionfs.cli.container:logs", "Show the output of a detached container."),
+    "stop": ("unionfs.cli.container:stop", "Stop containers."),
+    "kill": ("unionfs.cli.container:kill", "Send a signal to containers."),
+    "rm": ("unionfs.cli.containers:rm", "Remove containers."),
+    "prune": ("unionfs.cli.container:prune", "Remove all containers that do not run."),
+}
+_KEYS = ("name", "state", "image")
+_FIELDS = {
+    "Names": "NAME", "Image": "IMAGE", "Command": "COMMAND", "CreatedAt": "STARTED", "Status": "STATUS",
+    "State": "STATE", "ID": "NAME",
+}  # fmt: skip
+
+
+@click.command(
+    cls=LazyGroup, places=_COMMANDS, aliases={"list": "ls"}, epilog="Example: unionfs container prune"
+)
+def container() -> None:
+    """Manage the containers of `unionfs run`."""
+
+
+def _names(command: _F) -> _F:
+    command = click.argument(
+        "names", nargs=-1, required=True, metavar="NAME...", shell_complete=complete_containers
+    )(command)
+    return root_option(command)
+
+
+def _container(root: str | None, name: str) -> Container:
+    # For start-up time: --help and completion do not need it.
+    from unionfs.containers.store import Container
+    from unionfs.storage.root import storage_root
+
+    return Container(storage_root(root), name)
+
+
+@click.command(
+    epilog="""\b
+Examples:
+  unionfs ps -a
+  unionfs ps --format '{{.Names}}: {{.Status}}'
+""",
+)
+@click.option("-a", "--all", "every", is_flag=True, help="Also those that do not run.")
+@list_options("Print names only.", _KEYS)
+@root_option
+def ps(
+    every: bool, quiet: bool, filters: tuple[str, ...], template: str | None, as_json: bool, root: str | None
+) -> None:
+    """List the containers that run: name, image or topmost lower, command, start and status.
+
+    A template has the fields .Names .Image .Command .CreatedAt .Status .State; `--format json` prints one
+    object per line.
+    """
+    # For start-up time: --help and completion do not need it.
+    from unionfs.containers.state import every as of_root
+    from unionfs.containers.state import facts
+    from unionfs.storage.root import storage_root
+
+    wanted = parse_filters(filters, _KEYS)
+    found = [facts(*one) for one in of_root(storage_root(root))]
+    found = [
+        one for one in found
+        if (every or one["state"] == "running") and all(str(one[key] or "") == value for key, value in wanted)
+    ]  # fmt: skip
+    if as_json:
+        for one in found:
+            one["since"], one["ended"] = (t and moment(t) for t in (one["since"], one["ended"]))
+        print_json(found)
+        return
+    rows = [_fields(one) for one in found]
+    shown = ("Names", "Image", "Command", "CreatedAt", "Status")
+    table = [_FIELDS[name] for name in shown], [[row[name] for name in shown] for row in rows]
+    print_list(rows, table, _FIELDS, template, names=[one["name"] for one in found] if quiet else None)
+
+
+def _fields(one: Mapping[str, Any]) -> dict[str, str]:
+    """Return docker's fields."""
+    status = {"created": "Created", "dead": "Dead", "exited": f"Exited ({one['code']})"}.get(one["state"])
+    if status is None:
+        status = f"Up {_duration(time.time() - one['since'])}"
+    elif one["ended"] is not None:
+        status += f" {_duration(time.time() - one['ended'])} ago"
+    return {
+        "Names": one["name"],
+        "ID": one["name"],
+        "Image": one["image"][:12] if one["image"] else (one["lowers"] or ["-"])[0],
+        "Command": shlex.join(one["command"])[:40] or "-",
+        "CreatedAt": moment(one["since"])[:19].replace("T", " ") if one["since"] else "-",
+        "Status": status,
+        "State": one["state"],
+    }
+
+
+def _duration(seconds: float) -> str:
+    for unit, size in (("day", 86400), ("hour", 3600), ("minute", 60)):
+        if seconds >= size:
+            count = int(seconds // size)
+            return f"{count} {unit}{'s' if count > 1 else ''}"
+    return f"{max(int(seconds), 0)} seconds"
+
+
+@click.command(epilog="Example: unionfs logs -f web")
+@click.option("-f", "--follow", is_flag=True, help="Go on until the container ends.")
+@root_option
+@click.argument("name", shell_complete=complete_containers)
+def logs(follow: bool, root: str | None, name: str) -> None:
+    """Show what a container that was started by `run -d` has written to stdout and stderr."""
+    # For start-up time: --help and completion do not need it.
+    from unionfs.containers.state import output
+
+    for data in output(_container(root, name), follow=follow):
+        sys.stdout.buffer.write(data)
+        sys.stdout.buffer.flush()
+
+
+@click.command(epilog="Example: unionfs stop -t 30 web db")
+@click.option("-t", "--time", "seconds", type=click.FloatRange(0), default=10, show_default=True,
+              metavar="SECONDS", help="How long the command may take to end.")  # fmt: skip
+@_names
+def stop(seconds: float, root: str | None, names: tuple[str, ...]) -> int:
+    """Stop containers: SIGTERM to the command, SIGKILL if it takes too long; print their names."""
+    # For start-up time: --help and completion do not need it.
+    from unionfs.containers.state import stop as end
+
+    def end_one(name: str) -> bool:
+        end(_container(root, name), seconds)
+        return True
+
+    return for_each(names, end_one)
+
+
+@click.command(epilog="Example: unionfs kill -s HUP web")
+@click.option("-s", "--signal", "name", metavar="SIGNAL", default="KILL", show_default=True,
+              help="HUP, INT, QUIT, TERM, USR1, USR2, WINCH, CONT or KILL.")  # fmt: skip
+@_names
+def kill(name: str, root: str | None, names: tuple[str, ...]) -> int:
+    """Send a signal to the commands of containers, and print their names."""
+    # For start-up time: --help and completion do not need it.
+    from unionfs.containers.state import kill as send
+
+    def send_one(container: str) -> bool:
+        send(_container(root, container), name)
+        return True
+
+    return for_each(names, send_one)
+
+
+@click.command(epilog="Example: unionfs container prune -f")
+@click.option("-f", "--force", is_flag=True, help="Don't ask.")
+@click.option("--json", "as_json", is_flag=True, help="Print a JSON object.")
+@root_option
+def prune(force: bool, as_json: bool, root: str | None) -> int:
+    """Remove all containers that do not run, with their changes, and print their names. Volumes stay."""
+    # For start-up time: --help and completion do not need it.
+    from unionfs.containers.store import names
+    from unionfs.storage.root import storage_root
+
+    if not force:
+        click.echo("WARNING! This will remove all containers that do not run.", err=True)
+        try:
+            agreed = click.confirm("Are you sure you want to continue?", err=True)
+        except click.Abort:
+            agreed = False
+        if not agreed:
+            raise UserError("nothing was removed; answer y, or use --force.")
+    gone, code = [], 0
+    for name in names(storage_root(root)):
+        container = _container(root, name)
+        if container.is_running():
+            continue
+        try:
+            with container.claimed(make=False):
+                container.remove()
+            gone.append(name)
+        except UserError as error:
+            code = complain("unionfs", str(error))
+    if as_json:
+        print_json({"removed": gone})
+    else:
+        for name in gone:
+            print(name)
+    return code

@@ -1,0 +1,109 @@
+"""The progress of long operations on stderr: a bar on a terminal, or lines."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import click
+
+from unionfs.settings.sizes import shown_size
+from unionfs.storage.archive.progress import Progress
+
+if TYPE_CHECKING:
+    from rich.progress import Progress as Bar
+    from rich.progress import TaskID
+
+_F = TypeVar("_F", bound=Callable[..., Any])
+_LINE_SECONDS = 1.0
+
+
+def progress_option(command: _F) -> _F:
+    """Add `--progress`; the command receives `progress`, for `shown_progress`."""
+    return click.option(
+        "--progress", type=click.Choice(("auto", "plain", "none")), default="auto", show_default=True,
+        help="A bar if stderr is a terminal; lines, one a second; or nothing.",
+    )(command)  # fmt: skip
+
+
+@contextmanager
+def shown_progress(what: str, how: str) -> Iterator[Progress | None]:
+    """Show how far an operation is; `how` is one of the words of `--progress`."""
+    if how == "plain":
+        lines = _Lines(what)
+        yield lines
+        lines.finish()
+    elif how == "none" or not sys.stderr.isatty():
+        yield None
+    else:
+        # For start-up time: only a terminal needs it.
+        from rich.console import Console
+        from rich.progress import BarColumn, SpinnerColumn, TextColumn, TimeElapsedColumn
+        from rich.progress import Progress as Bar
+
+        columns = (
+            SpinnerColumn(), TextColumn("{task.description}"), BarColumn(bar_width=20),
+            TextColumn("{task.fields[done]}"), TimeElapsedColumn(),
+        )  # fmt: skip
+        with Bar(*columns, console=Console(stderr=True), transient=True) as bar:
+            yield _OnTerminal(bar, bar.add_task(what, total=None, done=""))
+
+
+class _Timed(Progress):
+    def __init__(self) -> None:
+        super().__init__()
+        self._began = time.monotonic()
+
+    def words(self) -> str:
+        """Return entries, bytes, share, rate and time left."""
+        passed = max(time.monotonic() - self._began, 1e-3)
+        share = self.share
+        parts = [f"{self.entries} entries", shown_size(self.size)]
+        if share is not None:
+            parts.append(f"{100 * share:.0f} %")
+        parts.append(f"{shown_size(int(self.size / passed))}/s")
+        if share:
+            parts.append(f"{_duration(passed * (1 - share) / share)} left")
+        return ", ".join(parts)
+
+
+class _OnTerminal(_Timed):
+    def __init__(self, bar: Bar, task: TaskID) -> None:
+        super().__init__()
+        self._bar = bar
+        self._task = task
+
+    def show(self) -> None:
+        share = self.share
+        self._bar.update(
+            self._task, done=self.words(), completed=share or 0, total=None if share is None else 1.0
+        )
+
+
+class _Lines(_Timed):
+    """Prints a line a second, and one at the end."""
+
+    def __init__(self, what: str) -> None:
+        super().__init__()
+        self._what = what
+        self._due = time.monotonic() + _LINE_SECONDS
+
+    def show(self) -> None:
+        if time.monotonic() >= self._due:
+            self._due = time.monotonic() + _LINE_SECONDS
+            self._print(self.words())
+
+    def finish(self) -> None:
+        self._print("done")
+
+    def _print(self, text: str) -> None:
+        print(f"unionfs: {self._what}: {text}", file=sys.stderr, flush=True)
+
+
+def _duration(seconds: float) -> str:
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"

@@ -1,0 +1,66 @@
+"""`run -d`: the container goes on in a process of its own, while its caller ends."""
+
+from __future__ import annotations
+
+import os
+import signal
+from collections.abc import Callable
+from contextlib import suppress
+from typing import NoReturn
+
+from unionfs.errors import UserError
+from unionfs.sys.process import standard_files_to_null
+
+_STARTED = b"\0"
+
+
+def start(run: Callable[[Callable[[], None], Callable[[str], None]], int]) -> tuple[int, str]:
+    """Call `run` in a new session; return when it has called its first argument, or has ended.
+
+    `run` gets what reports that the command has started, and what reports a sentence. Returns 0, or the exit
+    code and the sentences of a failure.
+    """
+    reader, writer = os.pipe()
+    pid = os.fork()
+    if pid == 0:
+        os.close(reader)
+        _go_on(run, writer)
+    os.close(writer)
+    with os.fdopen(reader, "rb") as pipe:
+        said = pipe.read()
+    if said.endswith(_STARTED):
+        return 0, ""
+    _, status = os.waitpid(pid, 0)
+    code = os.waitstatus_to_exitcode(status)
+    return code if code > 0 else 1, said.decode("utf-8", "surrogateescape").strip()
+
+
+def _go_on(run: Callable[[Callable[[], None], Callable[[str], None]], int], writer: int) -> NoReturn:
+    code = 1
+    try:
+        os.setsid()
+        signal.signal(signal.SIGHUP, signal.SIG_DFL)
+        standard_files_to_null()
+
+        def started() -> None:
+            with suppress(OSError):
+                os.write(writer, _STARTED)
+                os.close(writer)
+
+        def report(sentence: str) -> None:
+            line = f"{sentence}\n".encode("utf-8", "surrogateescape")
+            try:
+                os.write(writer, line)
+            except OSError:  # started: the caller has gone, and stderr is the container's output
+                with suppress(OSError):
+                    os.write(2, b"unionfs: " + line)
+
+        try:
+            code = run(started, report)
+        except UserError as error:
+            report(str(error))
+            code = getattr(error, "code", 1)
+        except Exception as error:
+            report(f"internal error: {type(error).__name__}: {error}.")
+    finally:
+        os._exit(code)

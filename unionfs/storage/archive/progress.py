@@ -1,0 +1,73 @@
+"""How far a long operation is: entries and bytes, and the share of the whole as soon as that is known."""
+
+from __future__ import annotations
+
+import os
+import stat
+import threading
+import time
+from collections.abc import Iterable, Iterator
+from contextlib import suppress
+
+from unionfs.storage.usage import size_of_tree
+
+_SECONDS = 0.1
+"""Between two calls of `show`."""
+
+
+class Progress:
+    """Called from time to time with the entries and bytes so far; a subclass shows them in `show`."""
+
+    def __init__(self) -> None:
+        self.entries = 0
+        self.size = 0
+        self._due = 0.0
+        self._total: int | None = None
+        self._inputs: dict[int, int] = {}
+
+    def __call__(self, entries: int, size: int) -> None:
+        self.entries, self.size = entries, size
+        if (now := time.monotonic()) >= self._due:
+            self._due = now + _SECONDS
+            self.show()
+
+    def along(self, pieces: Iterable[tuple[int, bytes]]) -> Iterator[tuple[int, bytes]]:
+        """Count the bytes of one file's pieces while they pass."""
+        entries, before, size = self.entries, self.size, 0
+        for offset, data in pieces:
+            yield offset, data
+            size += len(data)
+            self(entries, before + size)
+
+    def show(self) -> None:
+        pass
+
+    def reads_tree(self, path: str) -> None:
+        """Measure the tree that is read, in a thread: the operation does not wait for it."""
+
+        def measure() -> None:
+            with suppress(OSError):
+                self._total = size_of_tree(path)
+
+        threading.Thread(target=measure, name="measurement", daemon=True).start()
+
+    def reads_file(self, fd: int) -> None:
+        """Count a file that is read, as long as it is open."""
+        status = os.fstat(fd)
+        if stat.S_ISREG(status.st_mode):
+            self._inputs[fd] = status.st_size
+
+    @property
+    def share(self) -> float | None:
+        """The share of the work that is done, 0 to 1; None if it is not known."""
+        if self._inputs:
+            at = sum(self._position(fd, size) for fd, size in self._inputs.items())
+            return min(at / max(sum(self._inputs.values()), 1), 1.0)
+        return None if not self._total else min(self.size / self._total, 1.0)
+
+    @staticmethod
+    def _position(fd: int, size: int) -> int:
+        try:
+            return os.lseek(fd, 0, os.SEEK_CUR)
+        except OSError:
+            return size
