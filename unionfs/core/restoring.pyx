@@ -7,6 +7,7 @@ are used.
 
 import logging
 import os
+from contextlib import suppress
 
 from libc.stdint cimport int64_t, uint32_t, uint64_t
 
@@ -71,7 +72,8 @@ cdef class Restoring:
                 self.moves(change.target, change.parent, name)
                 self.nodes.has_exchanged()
         if change.kind and change.held >= 0 and not self.is_held(change.target, change.held):
-            os.close(change.held)
+            with suppress(OSError):  # it was closed just before
+                os.close(change.held)
         self.nodes.done()
 
     cdef uint64_t number_at(self, uint64_t parent, bytes name) except? 0:
@@ -115,7 +117,10 @@ cdef class Restoring:
         """The object of a node is gone; the kernel still forgets it some day."""
         cdef Record *record = self.former.at(id_)
         name = b"?" if record == NULL else self.state.name_of(record)
-        log.warning("the object of node %d was not found again: %r", id_, name)
+        log.warning(
+            "the object of node %d was not found again: %r (flags %d, fd %d)", id_, name,
+            0 if record == NULL else record.flags, -1 if record == NULL else record.held,
+        )
 
     cdef make_unlinked(self, uint64_t id_):
         """Make a node without a name, of which an fd is held."""

@@ -54,9 +54,9 @@ def settle(
     _check_paths(chosen_lowers, chosen_upper, chosen_work, mountpoint)
     chosen_upper, upper_tmpfs = _writable_layer(chosen_upper, chosen_work)
     session, io = _session_and_io(parsed, session, io, configured := configuration())
+    trusted_xattrs = may_use_trusted_xattrs() if trusted_xattrs is None else trusted_xattrs
     is_root = os.geteuid() == 0
-    trusted = may_use_trusted_xattrs() if trusted_xattrs is None else trusted_xattrs
-    userxattr = parsed.userxattr or not trusted
+    userxattr = parsed.userxattr or not trusted_xattrs
     return MountSettings(
         mountpoint=absolute_mountpoint(mountpoint),
         lowers=tuple(absolute(path) for path in chosen_lowers),
@@ -82,8 +82,7 @@ def settle(
         storage=tuple(storage),
         storage_root=find_storage_root(storage_root) if storage else "",
         watch_lower=watch_lower or parsed.watch_lower,
-        cpu_idle=parsed.cpu_idle,
-        outlive=parsed.outlive,
+        cpu_idle=parsed.cpu_idle, outlive=parsed.outlive,
     )
 
 
@@ -175,8 +174,6 @@ def _writable_layer(upper: str | None, work: str | None) -> tuple[str | None, Tm
 def _session_and_io(
     parsed: Options, session: str | None, io: str | None, configured: Configuration
 ) -> tuple[str, str]:
-    if parsed.allow_other and parsed.allow_root:
-        raise UserError("allow_other and allow_root exclude each other; allow_other lets root in too.")
     given = io or parsed.io
     chosen_session = _chosen("session", session, parsed.session, SESSIONS) or configured.get("session")
     chosen_io = _chosen("io", io, parsed.io, IO_MODES) or configured.get("io")
