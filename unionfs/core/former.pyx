@@ -17,12 +17,18 @@ cdef class Former:
     def __init__(self, State state not None):
         cdef uint32_t slot
         cdef Record *record
+        cdef Record *other
         self.state, self.slots, self.below = state, {}, {}
         for slot in range(1, state.head.slots):
             record = &state.slots[slot]
             if not record.id:
                 continue
-            if record.id in self.slots:  # it was about to become fixed
+            known = self.slots.get(record.id)
+            if known is not None:  # it was about to become fixed
+                other = &state.slots[<uint32_t>known]
+                if record.lookups > other.lookups:
+                    other, record = record, other
+                    self.slots[other.id] = <uint32_t>(other - state.slots)
                 state.drop(record)
                 continue
             self.slots[record.id] = slot

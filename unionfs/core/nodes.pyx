@@ -331,8 +331,10 @@ cdef class NodeTable(Recorder):
 
     def add_name(self, Node node not None, Node parent not None, bytes name not None, Place place):
         """Add the name ``name`` in ``parent`` to ``node``; ``place`` is that real directory."""
+        if node.record != NULL and node.unlinked:  # before its fd is closed
+            self.state.write(node.record, parent.id, node.ino, name)
+            node.record.flags &= ~UNLINKED
         node.get_name(parent, name, place)
-        self.record_name(node)
 
     def remove_name(self, Node node not None, Node parent not None, bytes name not None):
         """Remove the name ``name`` in ``parent`` from ``node``; see ``Union.outliving``."""
