@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from types import TracebackType
 
 
@@ -48,6 +49,11 @@ def reason(error: OSError) -> str:
     """Return the C library's text for an error, starting in lower case for use within a sentence."""
     text = error.strerror or str(error)
     return text[:1].lower() + text[1:] if text[1:2].islower() else text
+
+
+def path_in(error: OSError, otherwise: str = "") -> str:
+    """Return the path that an error names. Calls on an fd name that, which says nothing."""
+    return os.fsdecode(error.filename) if isinstance(error.filename, (str, bytes)) else otherwise
 
 
 class on_failure:

@@ -7,6 +7,8 @@ import mmap
 import os
 import shutil
 import signal
+import socket
+import struct
 import subprocess
 import sys
 import time
@@ -81,6 +83,30 @@ def _using(path: Path, how: str = "cwd") -> Iterator[subprocess.Popen[bytes]]:
     finally:
         process.kill()
         process.communicate()
+
+
+def test_the_service_manager_learns_when_the_mount_is_usable(place: Place) -> None:
+    """sd_notify(3), as contrib/unionfs@.service has it; the message is the daemon's own."""
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as manager:
+        manager.setsockopt(socket.SOL_SOCKET, socket.SO_PASSCRED, 1)
+        manager.settimeout(patient(20))
+        manager.bind(str(place.root / "notify"))
+        environment = {"PYTHONPATH": str(cli_calls.REPOSITORY), "NOTIFY_SOCKET": str(place.root / "notify")}
+        process = subprocess.Popen(
+            [*UNIONFS, "mount", "-f", *map(str, place.layers), str(place.merged)],
+            stderr=subprocess.DEVNULL, stdin=subprocess.DEVNULL, env={**os.environ, **environment},
+        )  # fmt: skip
+        try:
+            message, ancillary, _, _ = manager.recvmsg(100, 100)
+            assert message == b"READY=1"
+            pid, _, _ = struct.unpack("3i", ancillary[0][2])
+            assert pid == process.pid
+            assert (place.merged / "base").read_text() == "base\n"
+            process.terminate()
+            assert process.wait(patient(10)) == 0
+        finally:
+            process.kill()
+            process.wait()
 
 
 def test_umount_waits_for_the_daemon(place: Place) -> None:
@@ -365,6 +391,24 @@ def test_a_signal_leaves_the_mount_to_who_uses_it(
     assert (place.upper / "new").read_text() == "still written"
     place.mount()
     succeed(unionfs("umount", place.merged))
+
+
+def test_other_commands_beside_a_daemon_that_serves_on(place: Place) -> None:
+    """After a signal: the upper can be compared; what needs it at rest says who has it, and the cure."""
+    pid = place.mount()
+    (place.merged / "new").write_text("x")
+    with open(place.merged / "base"):
+        os.kill(pid, signal.SIGTERM)
+        assert wait_for(lambda: mounts_at(place.merged) == [])
+        layers = ("-u", place.upper, "-l", place.lower, "-l", place.lower2)
+        assert succeed(unionfs("diff", *layers)) == "A /new\n"
+        output = place.root / "layer.tar"
+        for words in (("layer", "export", "-u", place.upper, "-o", output), ("check", *layers)):
+            refused(unionfs(*words), "processes have files of it open", f"kill {pid}")
+        assert not output.exists()
+        assert not gone(pid)
+    assert wait_for(lambda: gone(pid))
+    succeed(unionfs("layer", "export", "-u", place.upper, "-o", output))
 
 
 def test_a_mount_waits_for_the_end_of_the_one_before(place: Place) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import os
 import subprocess
@@ -25,6 +26,18 @@ def append_lines(path: str, tag: int, count: int) -> None:
             os.write(fd, b"%09d-%09d\n" % (tag, number))
     finally:
         os.close(fd)
+
+
+def open_new(top: str, name: str, count: int) -> int:
+    """Create files and keep them open, until there are no more fds (EMFILE). Returns how many."""
+    for index in range(count):
+        try:
+            os.open(f"{top}/{name}{index}", os.O_CREAT | os.O_RDWR)
+        except OSError as error:
+            if error.errno != errno.EMFILE:
+                raise
+            return index
+    return count
 
 
 def make_file(path: str, mode: int, mask: int, data: bytes = b"") -> None:

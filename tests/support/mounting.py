@@ -54,6 +54,9 @@ _OVERLAY_OPTIONS = ("redirect_dir=", "index=", "metacopy=", "xino=", "userxattr"
 PLAIN = "-plain"
 """Behind the name of a session: without `Shortcuts`."""
 
+STEPS = "-steps"
+"""Behind the name of a session: changes are made in steps, by Python, instead of bundles of system calls."""
+
 
 def sessions() -> list[str]:
     """The sessions of this run."""
@@ -249,8 +252,10 @@ def start(mount: Mount, arguments: Sequence[str]) -> None:
     """Run the daemon in the foreground with its stderr in a file, and wait until the mount answers."""
     assert mount.log is not None
     if mount.is_ours:
-        plain = mount.session.endswith(PLAIN)
-        mount.process = PreparedProcess(arguments[len(command()) :], mount.log, REPOSITORY, plain=plain)
+        plain, steps = mount.session.endswith(PLAIN), mount.session.endswith(STEPS)
+        mount.process = PreparedProcess(
+            arguments[len(command()) :], mount.log, REPOSITORY, plain=plain, steps=steps
+        )
     else:
         with mount.log.open("ab") as log:
             mount.process = subprocess.Popen(
@@ -307,7 +312,7 @@ def _arguments(mount: Mount, options: Sequence[str]) -> list[str]:
     layers = layer_options(mount.lowers, mount.upper, mount.work)
     if mount.session == "fuse-overlayfs":
         return ["fuse-overlayfs", "-f", "-o", ",".join([layers, *options]), str(mount.mountpoint)]
-    session, _, io = mount.session.removesuffix(PLAIN).partition("-")
+    session, _, io = mount.session.removesuffix(PLAIN).removesuffix(STEPS).partition("-")
     arguments = [*command(), "mount", "-f", "--session", session, *(["--io", io] if io else [])]
     for lower in mount.lowers:
         arguments += ["-l", str(lower)]

@@ -11,6 +11,7 @@ import faulthandler
 import multiprocessing
 import os
 import resource
+import signal
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -18,6 +19,7 @@ from multiprocessing.context import ForkServerProcess
 from pathlib import Path
 from subprocess import TimeoutExpired
 
+from unionfs.core.steps import NotPlain, set_hook
 from unionfs.union.shortcuts import NO_SHORTCUTS
 from unionfs.union.tree import Union
 
@@ -50,7 +52,13 @@ class _Surroundings:
 
 
 def _run(
-    arguments: Sequence[str], log: Path, directory: Path, surroundings: _Surroundings, plain: bool
+    arguments: Sequence[str],
+    log: Path,
+    directory: Path,
+    surroundings: _Surroundings,
+    plain: bool,
+    steps: bool,
+    stopped: bool,
 ) -> None:
     surroundings.take()
     os.chdir(directory)
@@ -67,19 +75,40 @@ def _run(
         defaults = Union.__init__.__kwdefaults__
         assert "shortcuts" in defaults
         defaults["shortcuts"] = NO_SHORTCUTS
+    if steps:
+        set_hook(_not_plain)
+    if stopped:
+        os.kill(os.getpid(), signal.SIGSTOP)
     main()
+
+
+def _not_plain(step: str) -> None:
+    if step != "set":  # a change of attributes in place has no other steps
+        raise NotPlain
 
 
 class PreparedProcess:
     """``unionfs ARGUMENT...`` as a process, with the part of subprocess.Popen that the tests use."""
 
-    def __init__(self, arguments: Sequence[str], log: Path, directory: Path, *, plain: bool = False) -> None:
+    def __init__(
+        self,
+        arguments: Sequence[str],
+        log: Path,
+        directory: Path,
+        *,
+        plain: bool = False,
+        steps: bool = False,
+        stopped: bool = False,
+    ) -> None:
         """Start it; stdin is /dev/null, stdout and stderr are appended to ``log``.
 
-        ``plain``: its unions take none of the `Shortcuts`.
+        ``plain``: its unions take none of the `Shortcuts`. ``steps``: they make no bundles of system calls.
+        ``stopped``: it stops (SIGSTOP) before it runs.
         """
         self._process: ForkServerProcess = _CONTEXT.Process(
-            target=_run, args=(list(arguments), log, directory, _Surroundings.here(), plain), daemon=True
+            target=_run,
+            args=(list(arguments), log, directory, _Surroundings.here(), plain, steps, stopped),
+            daemon=True,
         )
         self._process.start()
         assert self._process.pid is not None

@@ -218,7 +218,7 @@ CASES: dict[str, tuple[Callable[[Path], None], str, str, bool]] = {
     "other prefix": (_mixed, "upper/d", "has no meaning for a mount with trusted.overlay.*", False),
     "leftover": (_left, "work/work/#1", "did not end cleanly", True),
     "foreign": (_foreign, "work/work/mine", "no union filesystem", False),
-    "index": (_index_orphan, "work/index/", "no name in the upper", True),
+    "index": (_index_orphan, "work/index/", "no name in the union", True),
     "work is a symlink": (_no_directory("work", symlink=True), "work/work", "not a directory", False),
     "work is a file": (_no_directory("work", symlink=False), "work/work", "not a directory", False),
     "index is a symlink": (_no_directory("index", symlink=True), "work/index", "not a directory", False),

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, NoReturn
 import click
 
 from unionfs.cli.terminal import printable
-from unionfs.errors import UserError, quoted, reason
+from unionfs.errors import UserError, path_in, quoted, reason
 from unionfs.sys.process import open_standard_files
 
 if TYPE_CHECKING:
@@ -47,7 +47,8 @@ def failed(program: str, error: BaseException) -> int:
             os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
             return 1
         case OSError():
-            name = f"{quoted(os.fsdecode(error.filename))}: " if error.filename else ""
+            path = path_in(error)
+            name = f"{quoted(path)}: " if path else ""
             return complain(program, f"{name}{reason(error)}; check the path and the permissions.")
     return complain(program, "interrupted.", 130)
 

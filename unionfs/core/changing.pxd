@@ -47,6 +47,9 @@ cdef class EntryChanges:
     cdef bint make_entry(
         self, New *new, int dir_fd, const char *name, Creator identity, Workplace work
     ) except -1 nogil
+    cdef void unmake(
+        self, New *new, int dir_fd, const char *name, Workplace work, bint replaced
+    ) noexcept nogil
     cdef bint replace(self, New *new, int work, int dir_fd, const char *name) except -1 nogil
     cdef Node node_of(self, Node parent, bytes name, Place place, const stat_t *st)
     cpdef bint unlink(self, Node parent, bytes name) except -1

@@ -164,8 +164,8 @@ cdef class EntryChanges:
         self, New *new, int dir_fd, const char *name, Creator identity, Workplace work
     ) except -1 nogil:
         """Make the object. Returns whether it is made."""
-        cdef int fd
-        cdef bint as_other = not identity.is_me(new.uid, new.gid)
+        cdef int fd, code
+        cdef bint replaced, as_other = not identity.is_me(new.uid, new.gid)
         passed("begin")
         if as_other:
             identity.become(new.uid, new.gid)
@@ -182,14 +182,28 @@ cdef class EntryChanges:
         if new.opens:
             new.fd = fd
         passed("make")
-        if new.made:
+        replaced = new.made
+        if replaced:
             if not self.replace(new, work.fd, dir_fd, name):
                 return False
             passed("appear")
         if (fstat(fd, &new.st) if new.opens else fstatat(dir_fd, name, &new.st, AT_SYMLINK_NOFOLLOW)) != 0:
+            code = c_errno
+            self.unmake(new, dir_fd, name, work, replaced)
             with gil:
-                raise failure(c_errno)
+                raise failure(code)
         return True
+
+    cdef void unmake(self, New *new, int dir_fd, const char *name, Workplace work, bint replaced) noexcept nogil:
+        """Remove the new object, since its attributes cannot be read; with the whiteout that it ``replaced``."""
+        cdef bint is_directory = new.mode & S_IFMT == S_IFDIR
+        if not replaced:
+            unlinkat(dir_fd, name, AT_REMOVEDIR if is_directory else 0)
+            return
+        work.next(new.name)
+        if work.whiteout(work.fd, new.name) == 0:
+            new.made = renameat2(work.fd, new.name, dir_fd, name, RENAME_EXCHANGE if is_directory else 0) != 0
+            new.made = new.made or is_directory
 
     cdef bint replace(self, New *new, int work, int dir_fd, const char *name) except -1 nogil:
         """Put an object from work in place of a whiteout; a directory becomes opaque. Returns whether it is."""

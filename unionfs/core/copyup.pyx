@@ -350,11 +350,14 @@ cdef class SmallCopyUps:
                 keep_mtime(dir_fd, mtime)
         if code != 0:
             return False
-        copy.made, copy.appeared = False, True
+        copy.made = False
+        if fstat(copy.target, &copy.st) != 0:
+            code = c_errno
+            unlinkat(dir_fd, name, 0)
+            raise failure(code)
+        copy.appeared = True
         node.place, node.flags = place, 0
         node.no_capability = self.remembers and node.territory.lasting
-        if fstat(copy.target, &copy.st) != 0:
-            raise failure(c_errno)
         self.nodes.is_copy(node, &copy.st, copy.has_origin and place.impure and self.names(copy, node))
         if resized is not None or not answers:
             self.told(None if answers else node, resized)

@@ -1,6 +1,6 @@
 # Open files: backing fds, and the use of a node.
 
-from libc.stdint cimport int64_t, uint64_t
+from libc.stdint cimport int64_t, uint32_t, uint64_t
 
 from unionfs.core.state cimport HandleRecord
 from unionfs.core.stats cimport stat_t
@@ -27,12 +27,26 @@ cdef class OpenFile:
 
 cdef class UnreadFile(OpenFile):
     cdef object open, node
+    cdef RestingFiles resting
+
+    cdef bint is_idle(self)
+    cdef void rest(self) noexcept
+    cdef void leaves(self) noexcept
+
+cdef class RestingFiles:
+    cdef dict open_now
+    cdef readonly Py_ssize_t most
+    cdef readonly uint64_t rested
+
+    cdef int opened(self, UnreadFile file) except -1
 
 cdef class Handle:
     cdef readonly OpenFile file
     cdef readonly object who, node
     cdef readonly bint writes, maps, through
     cdef HandleRecord *record
+    cdef bint holds
+    cdef uint32_t uid
 
 cdef class Use:
     cdef readonly OpenFile file

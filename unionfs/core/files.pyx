@@ -17,6 +17,9 @@ cdef extern from "<sys/uio.h>" nogil:
     int RWF_NOWAIT
     ssize_t preadv2(int fd, const iovec *parts, int count, long offset, int flags)
 
+cdef enum:
+    AT_ONCE = 8
+
 #: Errors of opening a file that a layer has lost; read(2) does not report them.
 cdef object GONE = (errno.ENOENT, errno.ENOTDIR, errno.ELOOP, errno.ESTALE)
 
@@ -167,9 +170,40 @@ cdef OpenFile new_file(int fd, bint waits, st):
     return file
 
 
+cdef class RestingFiles:
+    """The lower files that have an fd now. Of those beyond ``most`` the ones opened first are closed if nobody uses
+    them at the moment: each is opened again when it is needed."""
+
+    # open_now: the files, those opened first at the beginning; rested: how many were closed.
+
+    def __init__(self, Py_ssize_t most):
+        self.open_now, self.most = {}, most
+
+    def __len__(self):
+        return len(self.open_now)
+
+    cdef int opened(self, UnreadFile file) except -1:
+        cdef UnreadFile first
+        cdef Py_ssize_t tries
+        self.open_now[file] = None
+        file.resting = self
+        for tries in range(AT_ONCE):
+            if len(self.open_now) <= self.most:
+                break
+            first = next(iter(self.open_now))
+            if first.is_idle():
+                first.rest()
+                self.rested += 1
+            else:
+                del self.open_now[first]
+                self.open_now[first] = None
+        return 0
+
+
 cdef class UnreadFile(OpenFile):
     """A lower's file that is opened on first use: no fd is open while the kernel has its data in the page
-    cache. An access to `fd` opens it in the caller's thread, and raises ``OSError`` on failure."""
+    cache. An access to `fd` opens it in the caller's thread, and raises ``OSError`` on failure. So it may also be
+    closed while it is not used; see `RestingFiles`."""
 
     def __init__(self, open, node, *, bint waits):
         """``open`` returns an `OpenFile` of ``node``, whose fd it takes over."""
@@ -187,7 +221,43 @@ cdef class UnreadFile(OpenFile):
                     raise OSError(errno.EIO, "the layer no longer holds the file") from None
                 raise
             self.number, self.result, self.xattrs = opened.fd, opened.st, opened.xattrs
+            if isinstance(opened, UnreadFile) and (<UnreadFile>opened).resting is not None:
+                resting = (<UnreadFile>opened).resting
+                (<UnreadFile>opened).leaves()
+                (<UnreadFile>opened).number = -1
+                resting.opened(self)
         return self.number
+
+    cpdef release(self):
+        try:
+            OpenFile.release(self)
+        finally:
+            if self.users == 0:
+                self.leaves()
+
+    cdef void leave(self):
+        OpenFile.leave(self)
+        if self.users == 0:
+            self.leaves()
+
+    cdef void leaves(self) noexcept:
+        """It has no fd of its own any more."""
+        if self.resting is not None:
+            self.resting.open_now.pop(self, None)
+            self.resting = None
+
+    cdef bint is_idle(self):
+        """Whether all its users are open files, or the table of those that stay open: no thread reads it, and no
+        request is about to."""
+        cdef Use use = None if self.node is None else self.node.use
+        return use is not None and use.file is self and self.users <= len(use.handles) + use.kept
+
+    cdef void rest(self) noexcept:
+        """Close the fd until it is needed."""
+        fd, self.number = self.number, -1
+        self.leaves()
+        if fd >= 0:
+            close(fd)
 
 
 cdef class Handle:
@@ -198,6 +268,7 @@ cdef class Handle:
     # maps: whether the file can be mapped to write: open for both (mmap(2)).
     # record: what another daemon would need; see `state`.
     # through: whether it is in passthrough.
+    # holds, uid: whether it holds an fd of its own, and the user that opened it; see `Handles`.
 
     def __init__(self, OpenFile file not None, who, *, bint writes, bint maps=False, node=None):
         self.file = file

@@ -106,6 +106,7 @@ cdef class NameRequests:
         cdef uint64_t number
         if size < sizeof(fuse_create_in) or self.modes is None:
             return 0
+        self.handles.may_hold(header.uid)
         new.mode, new.opens = S_IFREG | (given.mode & PERMISSIONS), True
         found = self.make(
             &new, header, body + sizeof(fuse_create_in), size - sizeof(fuse_create_in), given.umask
@@ -116,7 +117,7 @@ cdef class NameRequests:
         file = new_file(new.fd, not node.place.layer.memory, None)
         node.in_use().file = file
         number = self.handles.add(
-            node, file, None, given.flags & O_ACCMODE != 0, given.flags & O_ACCMODE == O_RDWR,
+            node, file, None, header.uid, given.flags & O_ACCMODE != 0, given.flags & O_ACCMODE == O_RDWR,
             header.unique,
         )
         try:

@@ -2,7 +2,7 @@
 
 from libc.stdint cimport int64_t, uint32_t, uint64_t
 
-from unionfs.core.files cimport Handle, OpenFile, Use
+from unionfs.core.files cimport Handle, OpenFile, RestingFiles, Use
 from unionfs.core.node cimport Node
 from unionfs.core.nodes cimport NodeTable
 from unionfs.core.places cimport Gate
@@ -12,8 +12,12 @@ cdef class Handles:
     cdef dict by_number
     cdef uint64_t last
     cdef public uint64_t bytes_read
+    cdef readonly dict fds_of_users
+    cdef readonly Py_ssize_t fds
+    cdef Py_ssize_t shared, most
 
-    cdef uint64_t add(self, Node node, OpenFile file, who, bint writes, bint maps, uint64_t unique=*)
+    cpdef int may_hold(self, uint32_t uid) except -1
+    cdef uint64_t add(self, Node node, OpenFile file, who, uint32_t uid, bint writes, bint maps, uint64_t unique=*)
     cdef Handle remove(self, uint64_t number)
 
 cdef class KeptFiles:
@@ -30,6 +34,7 @@ cdef class Opener:
     cdef bytes metacopy
     cdef bint remembers, unread
     cdef object open
+    cdef RestingFiles resting
 
     cpdef OpenFile open_plain(self, Node node)
     cdef bint look_at_xattrs(self, Node node, OpenFile file)

@@ -1,7 +1,7 @@
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
-from unionfs.core.files import Handle, OpenFile, Use
+from unionfs.core.files import Handle, OpenFile, RestingFiles, Use
 from unionfs.core.node import Node
 from unionfs.core.nodes import NodeTable
 from unionfs.core.places import Gate
@@ -11,9 +11,14 @@ if TYPE_CHECKING:
 
 class Handles:
     bytes_read: int
-    def __init__(self, nodes: NodeTable) -> None: ...
+    @property
+    def fds(self) -> int: ...
+    @property
+    def fds_of_users(self) -> dict[int, int]: ...
+    def __init__(self, nodes: NodeTable, limit: int = ...) -> None: ...
     def __len__(self) -> int: ...
     def get(self, number: int) -> Handle | None: ...
+    def may_hold(self, uid: int) -> None: ...
     @property
     def next(self) -> int: ...
     def register(
@@ -36,6 +41,7 @@ class Opener:
         gate: Gate,
         metacopy: bytes,
         open: Callable[[Node], OpenFile],
+        resting: RestingFiles,
         *,
         remembers: bool,
         unread: bool,

@@ -3,6 +3,7 @@
 import logging
 import os
 
+from libc.errno cimport EMFILE
 from libc.string cimport strcmp, strlen
 from posix.fcntl cimport O_NONBLOCK
 from posix.unistd cimport close
@@ -12,7 +13,7 @@ from unionfs.core.lookup cimport Names
 from unionfs.core.node cimport has_entry, has_lower_data
 from unionfs.core.places cimport open_quietly
 from unionfs.core.state cimport MAPS, WRITES
-from unionfs.core.stats cimport O_CLOEXEC, O_NOFOLLOW, O_RDONLY, S_IFMT, S_IFREG, fstat
+from unionfs.core.stats cimport O_CLOEXEC, O_NOFOLLOW, O_RDONLY, S_IFMT, S_IFREG, failure, fstat
 
 log = logging.getLogger(__name__)
 
@@ -30,12 +31,19 @@ cdef const char *CAPABILITY = b"security.capability"
 
 
 cdef class Handles:
-    """The open files of one mount, by number (file handle)."""
+    """The open files of one mount, by number (file handle).
+
+    Those of the upper hold an fd each. Names and copy-ups need some, too: so open files get three quarters of what
+    the process may have, and beyond the half a user only what the others do not have.
+    """
 
     # bytes_read: from them for answers, excluding the page cache and passthrough.
+    # fds, fds_of_users: how many fds they hold, together and by the uid of who opened them.
 
-    def __init__(self, NodeTable nodes not None):
-        self.nodes, self.by_number = nodes, {}
+    def __init__(self, NodeTable nodes not None, Py_ssize_t limit=0):
+        """``limit``: the number of fds that this process may have; 0: any."""
+        self.nodes, self.by_number, self.fds_of_users = nodes, {}, {}
+        self.shared, self.most = limit // 2, limit * 3 // 4
 
     def __len__(self):
         return len(self.by_number)
@@ -52,10 +60,26 @@ cdef class Handles:
     def register(self, Node node not None, OpenFile file not None, who, *, bint writes, bint maps=False):
         """Record an open of a node; returns its number. ``who``: the process that opened it, if known.
         ``maps``: see `Handle`."""
-        return self.add(node, file, who, writes, maps, getattr(who, "unique", 0))
+        return self.add(node, file, who, 0 if who is None else who.uid, writes, maps, getattr(who, "unique", 0))
 
-    cdef uint64_t add(self, Node node, OpenFile file, who, bint writes, bint maps, uint64_t unique=0):
+    cpdef int may_hold(self, uint32_t uid) except -1:
+        """Raise EMFILE if a user must not open one more file that holds an fd."""
+        if not self.most or self.fds < self.shared:
+            return 0
+        of_user = self.fds_of_users.get(uid, 0)
+        # a user without any counts, too
+        users = len(self.fds_of_users) + (not of_user)
+        if self.fds >= self.most or of_user * users >= self.fds:
+            raise failure(EMFILE)
+        return 0
+
+    cdef uint64_t add(self, Node node, OpenFile file, who, uint32_t uid, bint writes, bint maps, uint64_t unique=0):
         cdef Handle handle = Handle.__new__(Handle)
+        handle.uid = uid
+        if file.users == 1 and not isinstance(file, UnreadFile):
+            handle.holds = True
+            self.fds += 1
+            self.fds_of_users[uid] = self.fds_of_users.get(uid, 0) + 1
         handle.file, handle.who, handle.node, handle.writes, handle.maps = file, who, node, writes, maps
         node.in_use().handles.append(handle)
         self.last += 1
@@ -82,6 +106,11 @@ cdef class Handles:
                 self.nodes.state.drop_handle(handle.record)
                 handle.record = NULL
             node.use.handles.remove(handle)
+            if handle.holds:
+                self.fds -= 1
+                self.fds_of_users[handle.uid] -= 1
+                if not self.fds_of_users[handle.uid]:
+                    del self.fds_of_users[handle.uid]
             try:
                 take_back(node, handle.file)
             finally:  # even if close(2) reports an error
@@ -166,10 +195,14 @@ cdef bint is_plain_in_upper(Node node) noexcept:
 cdef class Opener:
     """Opens files in the plain case; see `is_plain` and `is_plain_in_upper`."""
 
-    def __init__(self, Gate gate not None, bytes metacopy not None, open, *, bint remembers, bint unread):
-        """``metacopy``: the name of that xattr. ``open`` opens any node's file, an `OpenFile`.
-        ``remembers`` which files have no capabilities; ``unread``: see `UnreadFile`."""
-        self.gate, self.metacopy, self.open = gate, metacopy, open
+    def __init__(
+        self, Gate gate not None, bytes metacopy not None, open, RestingFiles resting not None, *, bint remembers,
+        bint unread
+    ):
+        """``metacopy``: the name of that xattr. ``open`` opens any node's file, an `OpenFile`. ``resting``: those
+        of lowers, whose number of fds is limited. ``remembers`` which files have no capabilities; ``unread``: see
+        `UnreadFile`."""
+        self.gate, self.metacopy, self.open, self.resting = gate, metacopy, open, resting
         self.remembers, self.unread = remembers, unread
 
     cdef OpenFile lend(self, Node node, Use use):
@@ -212,13 +245,18 @@ cdef class Opener:
 
     cdef OpenFile opened(self, Node node, bint writes):
         cdef OpenFile file
+        cdef UnreadFile lower = None
         cdef int flags = (O_RDWR if writes else O_RDONLY) | O_NOFOLLOW | O_NONBLOCK | O_CLOEXEC | O_NOCTTY
         cdef int dir_fd, fd
         dir_fd = self.gate.fd(node.place)
         fd = open_quietly(node.place.layer, dir_fd, node.name, flags)
         if fd < 0:
             return None
-        file = OpenFile.__new__(OpenFile)
+        if node.place.layer.in_place:
+            file = OpenFile.__new__(OpenFile)
+        else:
+            file = lower = UnreadFile.__new__(UnreadFile)
+            lower.open, lower.node = self.open, node
         file.number, file.users, file.readable, file.writable, file.has_stat = fd, 1, True, writes, True
         file.waits = not node.place.layer.memory
         if (
@@ -227,7 +265,10 @@ cdef class Opener:
             or not self.look_at_xattrs(node, file)
         ):
             close(fd)
+            file.number = -1
             return None
+        if lower is not None:
+            self.resting.opened(lower)
         return file
 
     cdef bint look_at_xattrs(self, Node node, OpenFile file):

@@ -68,7 +68,7 @@ cdef class Opens:
         if not use.filled and not use.cached and (not file.has_stat or file.stat.st_size > self.small):
             take_back(node, file)
             return 0
-        number = self.handles.add(node, file, None, False, False, header.unique)
+        number = self.handles.add(node, file, None, header.uid, False, False, header.unique)
         handle = self.handles.by_number[number]
         answer.body.fh, answer.body.backing_id = number, 0
         use.opened(handle)
@@ -94,6 +94,7 @@ cdef class Opens:
             return 0
         if truncates and flags[1] & KILL_SET_IDS:
             return 0
+        self.handles.may_hold(header.uid)
         file = self.opener.lend_in_upper(node, use, writes or truncates)
         if file is None:
             return 0
@@ -102,7 +103,7 @@ cdef class Opens:
             take_back(node, file)
             raise error
         number = self.handles.add(
-            node, file, None, writes, flags[0] & <uint32_t>O_ACCMODE == <uint32_t>O_RDWR, header.unique
+            node, file, None, header.uid, writes, flags[0] & <uint32_t>O_ACCMODE == <uint32_t>O_RDWR, header.unique
         )
         try:
             self.modes.open_in_place(self.handles.by_number[number], &answer.body)

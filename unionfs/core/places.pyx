@@ -288,7 +288,11 @@ cdef class Gate:
         fd = above.fd
         for number, step in enumerate(reversed(chain), 1):
             fd = self.opened(fd, step)
-            if step.key and (fstat(fd, &st) != 0 or step.layer.key_of(&st) != step.key):
+            if step.key and fstat(fd, &st) != 0:
+                error = failure(c_errno)
+                close(fd)
+                raise error
+            if step.key and step.layer.key_of(&st) != step.key:
                 close(fd)
                 raise OSError(ESTALE, "a layer holds another directory there")
             step.fd = fd

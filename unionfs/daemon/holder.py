@@ -18,8 +18,8 @@ from typing import Any, Final
 import unionfs
 from unionfs.core import holder
 from unionfs.core.state import VERSION, State, StateError
-from unionfs.sys.fds import Owned
 from unionfs.sys.mountinfo import MountEntry
+from unionfs.sys.process import close_files_but
 
 _DEATHS: Final = 10
 """After so many deaths within a minute no other daemon is started, if UNIONFS_DEATHS does not say
@@ -119,13 +119,7 @@ def _limit() -> int:
 
 def close_others(kept: set[int]) -> None:
     """Close the files that a former daemon had open, but for `kept`; those are not inherited any more."""
-    with Owned(os.open("/proc/self/fd", os.O_RDONLY | os.O_DIRECTORY)) as listing:
-        numbers = [int(name) for name in os.listdir(listing)]
-    for number in numbers:
-        if number <= 2:
-            continue
+    close_files_but(kept)
+    for fd in kept:
         with suppress(OSError):
-            if number in kept:
-                os.set_inheritable(number, False)
-            else:
-                os.close(number)
+            os.set_inheritable(fd, False)

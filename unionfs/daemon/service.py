@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import trio
 
+from unionfs.core.samepages import SamePages
 from unionfs.daemon import live, logs
 from unionfs.daemon.announcement import Announcement
 from unionfs.daemon.answering import serve_control
@@ -25,9 +26,10 @@ from unionfs.daemon.orders import END, done, failed, order_in
 from unionfs.daemon.outliving import Outliving
 from unionfs.daemon.runtime import RuntimeDirectory
 from unionfs.daemon.serving import Serving
+from unionfs.daemon.sharing import share_memory
 from unionfs.daemon.stats import more_for
 from unionfs.daemon.syncing import sync
-from unionfs.errors import MountRefusedError, UserError, quoted, reason
+from unionfs.errors import MountRefusedError, UserError, path_in, quoted, reason
 from unionfs.fuse.errors import SessionError
 from unionfs.fuse.operations import Operations
 from unionfs.settings.mount import MountSettings
@@ -52,6 +54,7 @@ class Service:
         settings: MountSettings,
         directory: RuntimeDirectory,
         on_usable: Callable[[], None],
+        pages: SamePages | None,
         *,
         foreground: bool,
         former: FormerDaemon | None = None,
@@ -59,11 +62,14 @@ class Service:
         """`directory` holds runtime files; `on_usable` is called once, when the mount is usable.
         `former`: take over its mount.
 
+        `pages`: what may be shared of the memory of this process.
+
         With `foreground`, SIGHUP (loss of the terminal) ends the mount. Raises UserError, leaving nothing
         open.
         """
         os.umask(0)  # the kernel has already applied the caller's umask
         self._on_usable = on_usable
+        self._pages = pages
         self._claim = None if former else Claim(settings.mountpoint, directory)
         self._former = former
         self._storage: Storage | None = None
@@ -136,6 +142,8 @@ class Service:
             nursery.start_soon(self._lifetime.watch_owner, session)
             nursery.start_soon(self._lifetime.watch_leaving)
             nursery.start_soon(self._announce, mounted)
+            if self._pages is not None:
+                nursery.start_soon(share_memory, self._pages)
             watches = self._operations.union.watches
             if watches is not None:
                 nursery.start_soon(self._operations.refreshing.watch, watches)
@@ -264,7 +272,8 @@ def _open(settings: MountSettings, directory: RuntimeDirectory) -> tuple[Announc
             atime=[flag for flag in settings.flags if flag in (*ATIME, "nodiratime")],
         )
     except OSError as error:
-        name = quoted(os.fsdecode(error.filename)) if error.filename else "the layers"
+        path = path_in(error)
+        name = quoted(path) if path else "the layers"
         raise UserError(f"{name} cannot be opened: {reason(error)}; check the layers.") from error
     return announcement, stack
 

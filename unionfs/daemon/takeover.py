@@ -37,7 +37,7 @@ def main(fd: int) -> int:
             log.critical("daemon %d died, one too many within a minute: %s", former.entry.pid, GIVEN_UP)
             return 1
         log.warning("daemon %d ended (deaths: %d); this one takes over", former.entry.pid, deaths)
-        service = Service(settings, directory, lambda: None, foreground=False, former=former)
+        service = Service(settings, directory, lambda: None, None, foreground=False, former=former)
         return 0 if service.run() else 1
 
 

@@ -12,7 +12,7 @@ from unionfs.daemon.dead import clear_abandoned_of, forget, take_off
 from unionfs.daemon.inside import TakenOff, leave_peers, storage_mounts
 from unionfs.daemon.orders import END, give
 from unionfs.daemon.settle import absolute_mountpoint
-from unionfs.errors import UserError, quoted, reason
+from unionfs.errors import UserError, path_in, quoted, reason
 from unionfs.sys.liveness import is_dead
 from unionfs.sys.mountinfo import MountEntry, mounted_at, read_mountinfo
 from unionfs.sys.mountspaces import copies
@@ -101,7 +101,7 @@ def _unmount_living(mount: MountEntry, entry: live.LiveMount | None, *, whole: b
     except OSError as error:
         storage.put_back()
         if error.errno == errno.EBUSY:
-            at = os.fsdecode(error.filename or mount.mountpoint)
+            at = path_in(error, mount.mountpoint)
             busy = mount if at == mount.mountpoint else mounted_at(at) or mount
             raise UserError(_busy(mount.mountpoint, busy, entry)) from error
         _refuse_unless_gone(mount, error)

@@ -15,7 +15,7 @@ from unionfs.fuse.copying import CopyUps
 from unionfs.fuse.inline import in_thread
 from unionfs.sys import calls
 from unionfs.sys.calls import os_error
-from unionfs.sys.fds import Owned
+from unionfs.sys.fds import Owned, fd_limit
 from unionfs.union import setids
 from unionfs.union.changes import Caller, Changes
 from unionfs.union.permissions import Permissions
@@ -41,7 +41,7 @@ class Files:
         self._union = union
         self._open_files = union.files
         self._copy_ups = copy_ups
-        self.handles = Handles(union.nodes)
+        self.handles = Handles(union.nodes, limit=fd_limit())
         #: Bytes written by the daemon, excluding the page cache and passthrough.
         self.bytes_written = 0
 
@@ -95,6 +95,13 @@ class Files:
 
         ``kills_set_ids``: a truncation clears set-id bits.
         """
+        if node.in_place or prepared is not None:
+            try:
+                self.handles.may_hold(who.uid)
+            except OSError:
+                if prepared is not None:
+                    self._open_files.take_back(node, prepared)
+                raise
         truncates = bool(flags & os.O_TRUNC)
         writes = flags & os.O_ACCMODE != os.O_RDONLY
         file = prepared or self._open_files.lend(node, write=writes or truncates)
@@ -119,6 +126,7 @@ class Files:
         tried: bool = False,
     ) -> tuple[int, Node, Attributes]:
         """Create a file; returns its number too. ``tried``: as in `Changes`."""
+        self.handles.may_hold(who.uid)
         node, attributes, fd = changes.create(parent, name, stat.S_IMODE(mode), caller, tried=tried)
         return self._created(node, fd, flags, who), node, attributes
 
@@ -126,6 +134,7 @@ class Files:
         self, changes: Changes, parent: Node, mode: int, flags: int, caller: Caller, who: Who
     ) -> tuple[int, Node, Attributes]:
         """Create a file without a name; returns its number too."""
+        self.handles.may_hold(who.uid)
         node, attributes, fd = changes.tmpfile(parent, stat.S_IMODE(mode), caller, flags)
         return self._created(node, fd, flags, who), node, attributes
 

@@ -32,7 +32,7 @@ from unionfs.fuse.protocol.flags import UNIQUE_RESEND
 from unionfs.fuse.refreshing import Refreshing
 from unionfs.sys import calls
 from unionfs.sys.calls import os_error
-from unionfs.sys.fds import Owned
+from unionfs.sys.fds import Owned, close_quietly
 from unionfs.sys.process import memory_figures
 from unionfs.union.changes import ACL_DEFAULT, Caller, Changes
 from unionfs.union.copyup import CopyUp
@@ -99,6 +99,9 @@ class Operations:
             "requests": dict(sorted(self.requests.items())),
             "nodes": len(self.union.nodes),
             "open_files": len(self.files),
+            "fds_of_open_files": self.files.handles.fds,
+            "fds_of_users": {str(uid): count for uid, count in self.files.handles.fds_of_users.items()},
+            "fds_of_lowers": len(self.union.files.resting),
             "listed_directories": len(self.directories),
             "directory_fds": len(self.union.gate),
             **self.copy_ups.figures(),
@@ -227,7 +230,7 @@ class Operations:
         else:
             kept = await self.copy_ups.ensure_data(node, change.size, keep=True, check=check)
         try:
-            if kept is not None and only_mode is not None:
+            if kept is not None and only_mode is not None and node.entry is None:
                 assert kept.st is not None
                 node.changes()
                 return node, node.attributes_of(self.union.shown(node, kept.st, kept.fd))
@@ -280,7 +283,7 @@ class Operations:
                     calls.set_times(fd, change.atime_ns, change.mtime_ns)
             finally:
                 if opened:
-                    os.close(fd)
+                    close_quietly(fd)
         return node, self.union.attributes(node)
 
     def _set_open(self, node: Node, fd: int, change: Change) -> None:

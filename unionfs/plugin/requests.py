@@ -14,7 +14,7 @@ from datetime import UTC, datetime
 from functools import partial
 from typing import Any, Final
 
-from unionfs.errors import UserError, quoted, reason
+from unionfs.errors import UserError, path_in, quoted, reason
 from unionfs.settings.names import check_name
 from unionfs.storage.drivers import find_driver
 from unionfs.storage.holds import Engine
@@ -77,7 +77,8 @@ class Requests:
         except UserError as error:
             return failure(str(error))
         except OSError as error:
-            name = f"{quoted(str(error.filename))}: " if error.filename else ""
+            path = path_in(error)
+            name = f"{quoted(path)}: " if path else ""
             return failure(f"{name}{reason(error)}; check the path and the permissions.")
         except Exception:
             _log.exception("%s failed", request)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 
-from unionfs.errors import UserError, quoted, reason
+from unionfs.errors import UserError, path_in, quoted, reason
 from unionfs.sys.fds import Owned
 from unionfs.sys.mountinfo import Location, location_of, read_mountinfo, split_path
 from unionfs.sys.trees import find_locked, remove_path
@@ -65,7 +65,7 @@ def remove_all(path: str, complaint: str, *, unlock: bool = False) -> None:
     try:
         remove_path(path, unlock=unlock)
     except OSError as error:
-        left = f"{os.path.dirname(path)}/{os.fsdecode(error.filename or os.path.basename(path))}"
+        left = f"{os.path.dirname(path)}/{path_in(error, os.path.basename(path))}"
         raise UserError(
             f"{complaint}: {quoted(left)} cannot be removed: {reason(error)}; fix that and remove "
             f"{quoted(path)}."

@@ -4,11 +4,26 @@ from __future__ import annotations
 
 import errno
 import os
+import resource
+from contextlib import suppress
 from types import TracebackType
+from typing import Final
+
+_MANY: Final = 1 << 20
+
+
+def close_quietly(fd: int) -> None:
+    """close(2), which releases the fd whatever it reports. An error tells something only of data that was
+    written and not synced."""
+    with suppress(OSError):
+        os.close(fd)
 
 
 class Owned:
-    """Closes `fd` at the end of a `with` block; `as` binds the number."""
+    """Closes `fd` at the end of a `with` block; `as` binds the number.
+
+    An error of close(2) is ignored: what the block did is done.
+    """
 
     __slots__ = ("fd",)
 
@@ -16,7 +31,7 @@ class Owned:
         self.fd = fd
 
     def close(self) -> None:
-        os.close(self.fd)
+        close_quietly(self.fd)
 
     def __enter__(self) -> int:
         return self.fd
@@ -24,7 +39,7 @@ class Owned:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        os.close(self.fd)
+        close_quietly(self.fd)
 
 
 class Returned(Owned):
@@ -36,7 +51,13 @@ class Returned(Owned):
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         if error is not None:
-            os.close(self.fd)
+            close_quietly(self.fd)
+
+
+def fd_limit() -> int:
+    """How many fds this process may have (getrlimit(2)); at most a million."""
+    soft = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+    return _MANY if soft == resource.RLIM_INFINITY else min(soft, _MANY)
 
 
 def directory(path: str) -> Owned:

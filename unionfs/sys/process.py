@@ -6,6 +6,7 @@ import os
 import resource
 import select
 import signal
+from collections.abc import Iterable
 
 from unionfs.sys.fds import Owned
 
@@ -81,10 +82,20 @@ def is_being_killed(task: int) -> bool:
         return True
 
 
-def standard_files_to_null() -> None:
-    null = os.open(os.devnull, os.O_RDWR)
-    for fd in range(3):
-        os.dup2(null, fd)
+def close_files_but(kept: Iterable[int]) -> None:
+    """Close all open files except standard ones and these."""
+    first = 3
+    for fd in sorted(kept):
+        os.closerange(first, fd)
+        first = fd + 1
+    os.closerange(first, 2**31 - 1)
+
+
+def to_null(fds: Iterable[int]) -> None:
+    """Let these fds refer to /dev/null."""
+    with Owned(os.open(os.devnull, os.O_RDWR | os.O_CLOEXEC)) as null:
+        for fd in fds:
+            os.dup2(null, fd)
 
 
 def open_standard_files() -> None:

@@ -12,7 +12,7 @@ from __future__ import annotations
 import errno
 import os
 import stat
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from typing import NoReturn
 
 from unionfs.core.directories import Listing
@@ -115,6 +115,10 @@ class Bound(Territory):
 
     def make_over(self, place: Place, name: bytes, make: object, *, directory: bool) -> NoReturn:
         raise os_error(errno.EEXIST)
+
+    def unmake(self, parent: Node, name: bytes, *, directory: bool) -> None:
+        with suppress(OSError):
+            (os.rmdir if directory else os.unlink)(name, dir_fd=self._objects.gate.fd(parent.parts[0]))
 
     def unlink(self, node: Node, parent: Node, name: bytes) -> None:
         os.unlink(name, dir_fd=self._objects.gate.fd(self.writable(parent)))

@@ -14,6 +14,7 @@ from unionfs.core.changing import EntryChanges
 from unionfs.core.node import Attributes, Node
 from unionfs.sys import calls
 from unionfs.sys.calls import os_error
+from unionfs.sys.fds import close_quietly
 from unionfs.union.bound import Bound
 from unionfs.union.changing import Steps, T
 from unionfs.union.copyup import CopyUp
@@ -98,12 +99,12 @@ class Changes:
             try:
                 node = parent.territory.unnamed(parent, held)
             except BaseException:
-                os.close(held)
+                close_quietly(held)
                 raise
             node.know_flags(0)
             return node, union.attributes(node), fd
         except BaseException:
-            os.close(fd)
+            close_quietly(fd)
             raise
 
     def mkdir(
@@ -115,7 +116,7 @@ class Changes:
             if made is not None:
                 return made[:2]
         self._make(parent, name, mode, caller, _mkdir, kind=stat.S_IFDIR)
-        return self._new_node(parent, name)
+        return self._new_node(parent, name, directory=True)
 
     def symlink(self, parent: Node, name: bytes, target: bytes, caller: Caller) -> tuple[Node, Attributes]:
         """Create a symlink."""
@@ -146,12 +147,24 @@ class Changes:
         self._make(parent, name, mode, caller, make, kind=kind, rdev=rdev)
         return self._new_node(parent, name)
 
-    def _new_node(self, parent: Node, name: bytes, fd: int = -1) -> tuple[Node, Attributes]:
-        """The node of a new object (``fd``, if open) without lower parts."""
+    def _new_node(
+        self, parent: Node, name: bytes, fd: int = -1, *, directory: bool = False
+    ) -> tuple[Node, Attributes]:
+        """The node of a new object (``fd``, if open) without lower parts.
+
+        Raises OSError; then the object is removed and ``fd`` closed.
+        """
         union, place = self._union, parent.parts[0]
-        st = os.fstat(fd) if fd >= 0 else os.stat(name, dir_fd=union.gate.fd(place), follow_symlinks=False)
-        if place.layer.permissions is not None:
-            st = place.layer.permissions.show_at(st, union.gate.fd(place), name)
+        try:
+            dir_fd = union.gate.fd(place)
+            st = os.fstat(fd) if fd >= 0 else os.stat(name, dir_fd=dir_fd, follow_symlinks=False)
+            if place.layer.permissions is not None:
+                st = place.layer.permissions.show_at(st, dir_fd, name)
+        except OSError:
+            if fd >= 0:
+                close_quietly(fd)
+            self._territory(parent).unmake(parent, name, directory=directory)
+            raise
         node = parent.territory.add(parent, name, st, place)
         union.capabilities.none(node)
         node.know_flags(0)

@@ -38,6 +38,9 @@ class Steps(Protocol):
         Raises FileExistsError without a marker.
         """
 
+    def unmake(self, parent: Node, name: bytes, *, directory: bool) -> None:
+        """Remove a new object, since its attributes cannot be read. Ignores errors."""
+
     def unlink(self, node: Node, parent: Node, name: bytes) -> None:
         """Remove a name of a non-directory from the disk."""
 

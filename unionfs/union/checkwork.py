@@ -12,6 +12,7 @@ from functools import partial
 from unionfs.sys.fds import Owned
 from unionfs.sys.trees import remove
 from unionfs.union.checkxattrs import is_file_handle
+from unionfs.union.index import has_no_name
 from unionfs.union.leftovers import OURS_IN_WORK, is_temporary
 from unionfs.union.resting import is_device_whiteout, names_below, object_path, xattrs
 
@@ -88,7 +89,10 @@ def _index_problem(index: int, name: bytes, prefix: bytes) -> str | None:
         found = xattrs(object_path(index, name)).get(prefix + b"upper")
         return None if found is not None and is_file_handle(found) else "it leads to no directory"
     if st.st_nlink == 1 and not is_device_whiteout(st):
-        return "its file has no name in the upper"
+        # names that only a lower has may lead to it
+        nlink = xattrs(object_path(index, name)).get(prefix + b"nlink")
+        if nlink is None or has_no_name(1, nlink):
+            return "its file has no name in the union"
     return None
 
 

@@ -71,6 +71,7 @@ class CopyUp:
             origin = union.origins.store(node, source, st, path, follow=False)
             with Owned(os.open(name, _PATH, dir_fd=work)) as target:
                 self.put(node, temporary, target, origin)
+            self.link_up_known(node)
 
     def directory(self, node: Node) -> Place:
         """The upper's directory of a directory node; copies up the directory and its parents if necessary."""
@@ -101,8 +102,13 @@ class CopyUp:
             resized = self._appears(node.parent, lambda fd: temporary.put(fd, node.name))
         place = Place(parent.layer, parent, node.name)
         place.copied_up(empty=union.shortcuts.empty_places)
+        try:
+            st = os.stat(union.gate.fd(place))
+        except OSError:
+            union.gate.forget(place)
+            os.rmdir(node.name, dir_fd=union.gate.fd(parent))
+            raise
         node.parts.insert(0, place)
-        st = os.stat(union.gate.fd(place))
         place.stands_for(st)
         node.show_ctime(shown, st.st_ctime_ns)
         union.nodes.copied_up(node, st, origin)
@@ -132,15 +138,17 @@ class CopyUp:
     def put(self, node: Node, temporary: Temporary, fd: int, origin: Stored) -> os.stat_result:
         """Put the copy of a node (``fd``: an fd of the copy) into the upper. Returns its attributes.
 
-        If the node's name was removed, the copy has no name either; only an fd of it is held.
+        If the node's name was removed, the copy has no name either; only an fd of it is held. One in the
+        index has no name before :meth:`link_up_known`. Raises ``OSError``; then nothing is left.
         """
         union, resized = self.union, None
         if origin is Stored.INDEXED:
             assert union.index is not None
+            st = os.fstat(fd)  # before its entry, which would have to be removed after an error
             union.index.put(node, temporary)
-            self.link_up_known(node)
         elif node.unlinked:
             upper = union.require_upper()
+            st = os.fstat(fd)
             held = os.open(temporary.name, _PATH, dir_fd=union.work.fd)
             temporary.discard()
             node.hold(held)
@@ -149,10 +157,14 @@ class CopyUp:
             assert node.parent is not None
             place = node.parent.parts[0] if node.parent.in_place else self.directory(node.parent)
             resized = self._appears(node.parent, lambda fd: temporary.put(fd, node.name))
-            node.lies_in(place)
             if origin is Stored.READABLE and not place.impure:
                 origin = Stored.UNKNOWN
-        st = os.fstat(fd)
+            try:
+                st = os.fstat(fd)
+            except OSError:
+                os.unlink(node.name, dir_fd=union.gate.fd(place))
+                raise
+            node.lies_in(place)
         union.nodes.copied_up(node, st, origin)
         self.tell(Effects(node, resized, node.parent if origin is Stored.BROKEN else None))
         return st
@@ -195,6 +207,8 @@ class CopyUp:
         """Put a copy into a directory of the upper (an fd of it), restoring its mtime and the ctime shown for
         it: a copy-up is not a change. Returns the directory if its size may have changed for the kernel."""
         resized = enters(self.union.nodes, directory)
-        put(self.union.gate.fd(directory.parts[0]))
-        entered(self.union.nodes, directory)
+        try:
+            put(self.union.gate.fd(directory.parts[0]))
+        finally:
+            entered(self.union.nodes, directory)
         return resized

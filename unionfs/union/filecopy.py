@@ -17,7 +17,7 @@ from unionfs.core.files import OpenFile
 from unionfs.core.node import Node
 from unionfs.core.nodes import Stored
 from unionfs.sys import attributes, calls
-from unionfs.sys.fds import Owned
+from unionfs.sys.fds import Owned, close_quietly
 from unionfs.union.attributes import replaced
 from unionfs.union.copyup import CopyUp, Effects
 from unionfs.union.filedata import clone, copy_data
@@ -81,6 +81,8 @@ class FileCopy:
         self._origin = Stored.UNKNOWN
         self._source = union.files.lend(node, write=False)
         self._open = True
+        if node.entry is not None:  # the index shows it by its other names before the change is sure
+            limit = mode = None
         try:
             self._st = self._attributes()
             #: See `flags`.
@@ -201,10 +203,17 @@ class FileCopy:
             union.capabilities.changed(node)
         node.data_lies_in(self._lower_data)
         if self._lower_data is not None:
+            self._copy_up.link_up_known(node)
             return None
         file = hand_over(node, self._target, st, lend=keep)
         if file is not None:
             self._target = -1
+        try:
+            self._copy_up.link_up_known(node)
+        except OSError:
+            if keep and file is not None:
+                union.files.take_back(node, file)
+            raise
         return file if keep else None
 
     def close(self, *exc: object) -> None:
@@ -213,7 +222,7 @@ class FileCopy:
             self._temporary.discard()
         for fd in (self._target, self._metadata):
             if fd >= 0:
-                os.close(fd)
+                close_quietly(fd)
         self._target = self._metadata = -1
         if self._open:
             self._open = False
@@ -318,7 +327,7 @@ class DataCopy:
     def close(self, *exc: object) -> None:
         """Close all fds."""
         if self._target is not None:
-            os.close(self._target.fd)
+            close_quietly(self._target.fd)
             self._target = None
         if self._open:
             self._open = False

@@ -11,7 +11,7 @@ import stat
 from typing import Final
 
 from unionfs.core.files import OpenFile
-from unionfs.sys.fds import open_quietly
+from unionfs.sys.fds import close_quietly, open_quietly
 from unionfs.union.rights import Rights
 
 _FLAGS: Final = os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC | os.O_NOCTTY
@@ -70,6 +70,6 @@ def _checked(fd: int, *, readable: bool, writable: bool, waits: bool) -> OpenFil
         if not stat.S_ISREG(st.st_mode):
             raise OSError(errno.EIO, "the layer no longer holds a regular file there")
     except OSError:
-        os.close(fd)
+        close_quietly(fd)
         raise
     return OpenFile(fd, readable=readable, writable=writable, waits=waits, st=st)

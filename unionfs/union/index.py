@@ -14,6 +14,7 @@ the xattr ``origin``, and neither may name another directory (super.c, ovl_get_i
 from __future__ import annotations
 
 import contextlib
+import errno
 import logging
 import os
 import re
@@ -32,6 +33,7 @@ from unionfs.union.work import Temporary
 
 log = logging.getLogger(__name__)
 
+_NO_HANDLE: Final = (errno.EOPNOTSUPP, errno.EOVERFLOW, errno.ENOENT)
 _LINKS: Final = re.compile(rb"([UL])([+-]\d{1,9})")
 
 
@@ -64,10 +66,12 @@ class Index:
 
     def entry_of_lower(self, dir_fd: int, name: bytes, st: os.stat_result) -> bytes | None:
         """The name of the entry for a lower's object, which has the attributes ``st``; None if its filesystem
-        has no file handles."""
+        has no file handles. Raises OSError."""
         try:
             origin = self._origins.encoded(dir_fd, name, st.st_dev)
-        except OSError:
+        except OSError as error:
+            if error.errno not in _NO_HANDLE:
+                raise  # else its names would become several files
             return None
         return origin.hex().encode() if origin else None
 
@@ -91,8 +95,11 @@ class Index:
         itself, which is no name (util.c, ovl_get_nlink, trusts ``st_nlink`` there).
         """
         value = b""
-        with contextlib.suppress(OSError):
+        try:
             value = os.getxattr(self._path(entry), self._nlink, follow_symlinks=False)
+        except OSError as error:
+            if error.errno not in (errno.ENODATA, errno.EOPNOTSUPP):
+                raise
         found = _LINKS.fullmatch(value)
         if found is not None:
             base = st.st_nlink if found[1] == b"U" else lower_links
@@ -125,18 +132,24 @@ class Index:
             difference = st.st_nlink + more - node.lower_links
             os.setxattr(path, self._nlink, b"L%+d" % difference, follow_symlinks=False)
         os.link(node.entry, name, src_dir_fd=self._fd, dst_dir_fd=dir_fd, follow_symlinks=False)
+        try:
+            os.setxattr(path, self._nlink, b"U%+d" % (more - 1), follow_symlinks=False)
+        except OSError:
+            if not node.lower_links:  # else what is stored is right, too
+                os.unlink(name, dir_fd=dir_fd)
+                raise
         node.has_more_links(more - 1)
-        os.setxattr(path, self._nlink, b"U%+d" % node.more_links, follow_symlinks=False)
 
     def lost_name(self, node: Node) -> None:
-        """Remove the entry of a copy that has no name left in the union."""
+        """Remove the entry of a copy without a name left in the union; after an error the next mount does."""
         if not node.is_indexed or not node.unlinked:
             return
         assert node.entry is not None
-        st = self.stat(node.entry)
-        if st is not None and st.st_nlink + node.more_links <= 0:
-            os.unlink(node.entry, dir_fd=self._fd)
-            node.leaves_index()
+        with contextlib.suppress(OSError):
+            st = self.stat(node.entry)
+            if st is not None and st.st_nlink + node.more_links <= 0:
+                os.unlink(node.entry, dir_fd=self._fd)
+                node.leaves_index()
 
     def clean(self) -> None:
         """Remove what a crash left: temporaries of the kernel, and copies without a name."""
@@ -152,9 +165,14 @@ class Index:
                     os.unlink(name, dir_fd=self._fd)
 
     def _is_orphan(self, entry: bytes) -> bool:
-        value = os.getxattr(self._path(entry), self._nlink, follow_symlinks=False)
-        found = _LINKS.fullmatch(value)
-        return found is not None and found[1] == b"U" and int(found[2]) <= -1
+        return has_no_name(1, os.getxattr(self._path(entry), self._nlink, follow_symlinks=False))
+
+
+def has_no_name(links: int, nlink: bytes) -> bool:
+    """Whether a copy with that ``st_nlink`` and that xattr has no name left in the union. Each of those that
+    only a lower has counts in the xattr."""
+    found = _LINKS.fullmatch(nlink)
+    return found is not None and found[1] == b"U" and links + int(found[2]) <= 0
 
 
 def open_index(stack: Stack, origins: Origins) -> Index | None:

@@ -12,7 +12,7 @@ from typing import Final
 
 from unionfs.core.node import Attributes, Node
 from unionfs.core.places import Place
-from unionfs.sys.fds import Owned
+from unionfs.sys.fds import Owned, close_quietly
 from unionfs.union.changing import Changing, T
 from unionfs.union.objects import link_object
 from unionfs.union.permissions import open_mode
@@ -42,10 +42,34 @@ class Making(Changing):
                 with self._work.temporary() as temporary:
                     link_object(node, source, *temporary.at)
                     temporary.put(dir_fd, name)
-            st = os.stat(name, dir_fd=dir_fd, follow_symlinks=False)
+            try:
+                st = os.stat(name, dir_fd=dir_fd, follow_symlinks=False)
+                attributes = union.attributes(node)
+            except OSError:
+                self.unmake(parent, name, directory=False)
+                raise
         union.nodes.linked(node, st)
         union.nodes.add_name(node, parent, name, place)
-        return node, union.attributes(node)
+        return node, attributes
+
+    def unmake(self, parent: Node, name: bytes, *, directory: bool) -> None:
+        """Remove a new object, since its attributes cannot be read. Ignores errors."""
+        with suppress(OSError):
+            dir_fd = self._union.gate.fd(parent.parts[0])
+            at = dir_fd, name
+            try:
+                hides = self._union.merge.is_visible_below(parent.parts, name)
+            except OSError:
+                hides = True  # a whiteout of nothing does no harm
+            if not hides:
+                (os.rmdir if directory else os.unlink)(name, dir_fd=dir_fd)
+                return
+            with self._work.temporary() as temporary:
+                self._whiteout(temporary.at, dir_fd)
+                if directory:
+                    self._work.exchange(temporary.at, at)
+                else:
+                    temporary.put(*at)
 
     def make_over(self, place: Place, name: bytes, make: Callable[[int, bytes], T], *, directory: bool) -> T:
         """Make the object in work, and replace the whiteout with it; a directory becomes opaque."""
@@ -116,7 +140,7 @@ class Making(Changing):
             permissions.write(b"/proc/self/fd/%d/%b" % (dir_fd, name), new, follow=False)
         except OSError:
             if isinstance(result, int):
-                os.close(result)
+                close_quietly(result)
             raise
         return result
 
@@ -142,7 +166,7 @@ def _make_and_put(at: At, make: Callable[[int, bytes], T], put: Callable[[], Non
         put()
     except BaseException:
         if isinstance(result, int):
-            os.close(result)
+            close_quietly(result)
         raise
     return result
 

@@ -17,6 +17,7 @@ from unionfs.core.directories import Listing
 from unionfs.core.lowernames import LowerNames
 from unionfs.core.places import Gate, Layer, Place
 from unionfs.core.search import PREFIX, Search
+from unionfs.sys.fds import close_quietly
 from unionfs.union.listing import NFS_REMOVED
 from unionfs.union.lowerdata import LowerData
 from unionfs.union.markers import Markers
@@ -125,7 +126,7 @@ class Merge(Search):
         st, (place,) = found
         fd = os.open(name, _PATH, dir_fd=self.gate.fd(place))
         if place.layer.key(os.fstat(fd)) != place.layer.key(st):
-            os.close(fd)
+            close_quietly(fd)
             raise OSError(errno.ESTALE, "a layer holds another object there")
         return fd
 

@@ -72,7 +72,10 @@ class Merged(Names):
     def lost_name(self, node: Node) -> None:
         upper = self._stack.upper
         if upper is not None and node.in_place and not node.is_dir:
-            st = os.stat(node.held)
+            try:
+                st = os.stat(node.held)
+            except OSError:
+                return  # the name is gone already; those not looked up yet become another node
             if st.st_nlink > upper.links_of_removed:
                 self._nodes.linked(node, st)  # it has names that were not looked up yet
 

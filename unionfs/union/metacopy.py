@@ -19,6 +19,7 @@ from collections.abc import Sequence
 from typing import Final
 
 from unionfs.core.places import Gate, Place
+from unionfs.sys.fds import close_quietly
 from unionfs.union.lowerdata import LowerData
 from unionfs.union.markers import Markers
 from unionfs.union.named import NamedWhiteouts
@@ -98,6 +99,6 @@ def open_data(gate: Gate, data: LowerData) -> int:
         fd = gate.rights.open(dir_fd, data.name, _READ, error, upper=data.place.layer.is_upper)
     st = os.fstat(fd)
     if not stat.S_ISREG(st.st_mode) or data.place.layer.key(st) != data.key:
-        os.close(fd)
+        close_quietly(fd)
         raise OSError(errno.EIO, "a layer holds another object in place of a metacopy file's data")
     return fd

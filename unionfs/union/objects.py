@@ -10,7 +10,7 @@ from typing import Final
 from unionfs.core import objects as core
 from unionfs.core.node import Node
 from unionfs.core.places import Gate
-from unionfs.sys.fds import Owned
+from unionfs.sys.fds import Owned, close_quietly
 from unionfs.union.markers import Markers
 from unionfs.union.permissions import shown_names, stored_name
 
@@ -72,7 +72,7 @@ class Objects(core.Objects):
         try:
             node.check(os.fstat(fd))
         except OSError:
-            os.close(fd)
+            close_quietly(fd)
             raise
         return fd, True
 
@@ -84,7 +84,7 @@ class Objects(core.Objects):
             yield b"/proc/self/fd/%d" % fd
         finally:
             if opened:
-                os.close(fd)
+                close_quietly(fd)
 
     def open_path(self, node: Node) -> int:
         """A new O_PATH fd of the node's object; the caller closes it."""
@@ -106,7 +106,7 @@ class Objects(core.Objects):
                 node.territory.lost_name(node)
         finally:
             if fd >= 0:
-                os.close(fd)
+                close_quietly(fd)
 
     def readlink_refused(self, node: Node) -> bytes:
         """The target of a symlink in a directory that this user may not search."""

@@ -14,12 +14,14 @@ from __future__ import annotations
 import errno
 import logging
 import os
+from typing import Final
 
-from unionfs.core.files import OpenFile
+from unionfs.core.files import OpenFile, RestingFiles
 from unionfs.core.node import Node
 from unionfs.core.opening import KeptFiles, Opener, take_back
 from unionfs.core.places import Gate
 from unionfs.sys.calls import os_error
+from unionfs.sys.fds import close_quietly, fd_limit
 from unionfs.union.files import open_backing, open_held
 from unionfs.union.lowerdata import LowerData
 from unionfs.union.markers import Markers
@@ -27,6 +29,9 @@ from unionfs.union.metacopy import open_data
 from unionfs.union.shortcuts import Capabilities, Shortcuts
 
 log = logging.getLogger(__name__)
+
+#: Which part of the fds that this process may have are of lower files.
+_OF_LOWERS: Final = 8
 
 
 class OpenFiles:
@@ -37,9 +42,11 @@ class OpenFiles:
     ) -> None:
         self._gate = gate
         self._capabilities = capabilities
+        #: The fds of lower files that are open.
+        self.resting = RestingFiles(fd_limit() // _OF_LOWERS)
         #: Opens lower files in the plain case.
         self.opener = Opener(
-            gate, markers.metacopy, self._open_for_reading, remembers=shortcuts.capabilities,
+            gate, markers.metacopy, self._open_for_reading, self.resting, remembers=shortcuts.capabilities,
             unread=shortcuts.unread_files,
         )  # fmt: skip
         #: The files that stay open for requests without a file handle.
@@ -174,13 +181,13 @@ class OpenFiles:
                 node.check(file.st)
             data = node.territory.opened(node, file)
         except OSError:
-            os.close(file.fd)
+            close_quietly(file.fd)
             raise
         if file.xattrs is not None:
             self._capabilities.seen(node, file.xattrs)
         if data is None:
             return file
-        os.close(file.fd)
+        close_quietly(file.fd)
         node.data_lies_in(data)
         return None if write else self._open_lower_data(node, data)
 

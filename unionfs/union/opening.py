@@ -14,9 +14,9 @@ from collections.abc import Sequence
 from contextlib import ExitStack
 from typing import Final
 
-from unionfs.errors import LayerError, quoted, reason
+from unionfs.errors import LayerError, path_in, quoted, reason
 from unionfs.sys import calls, detached
-from unionfs.sys.fds import Owned
+from unionfs.sys.fds import Owned, close_quietly
 from unionfs.sys.openat2 import RESOLVE_BENEATH, RESOLVE_NO_SYMLINKS, RESOLVE_NO_XDEV, openat2
 from unionfs.sys.trees import empty_directory, remove
 from unionfs.union.images import is_image, open_image
@@ -67,7 +67,7 @@ def open_upper_and_work(
             fds.append(fd)
     finally:
         if clone is not None:
-            os.close(clone)
+            close_quietly(clone)
     if os.path.samestat(os.fstat(fds[0]), os.fstat(fds[1])):
         raise LayerError(f"work {work} is the same directory as upper {upper}; put work beside upper.")
     return fds[0], fds[1]
@@ -127,7 +127,7 @@ def prepare_work(fd: int, path: str, upper_fd: int, resources: ExitStack) -> int
     try:
         empty_directory(inner)
     except OSError as error:
-        left = quoted(os.fsdecode(os.path.join(os.fsencode(path), b"work", error.filename or b"")))
+        left = quoted(os.path.join(path, "work", path_in(error)))
         raise LayerError(
             f"work {quoted(path)} cannot be emptied of what an earlier mount left: {left}: {reason(error)}; "
             "remove it, or choose an empty directory."
@@ -144,7 +144,7 @@ def mark_volatile(work_fd: int, resources: ExitStack) -> None:
     with Owned(os.open(b"incompat", _DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=work_fd)) as fd:
         os.mkdir(b"volatile", 0o700, dir_fd=fd)
         flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
-        os.close(os.open(b"volatile/dirty", flags, 0o600, dir_fd=fd))
+        close_quietly(os.open(b"volatile/dirty", flags, 0o600, dir_fd=fd))
 
 
 def index_directory(work_root: int, resources: ExitStack, *, make: bool) -> int:

@@ -108,20 +108,21 @@ class Origins(OriginFormat):
         """Store the origin of a copy of ``node`` before it is put in place.
 
         ``source``: an fd of the original (O_PATH suffices), with the attributes ``st``. ``target``: an fd or
-        a path of the copy. An origin is a hint; so errors are not reported.
+        a path of the copy. An origin is a hint, so errors are not reported; but a copy in the index is found
+        by it: then raises ``OSError``.
         """
         linked = st.st_nlink > 1 and not stat.S_ISDIR(st.st_mode)
         if linked and node.entry is None:
             return Stored.BROKEN
+        if linked:
+            origin = self.encoded(source, b"", st.st_dev)
+            os.setxattr(target, self._markers.origin, origin, follow_symlinks=follow)
+            return Stored.INDEXED
         try:
-            if linked:
-                origin = self.encoded(source, b"", st.st_dev)
-                os.setxattr(target, self._markers.origin, origin, follow_symlinks=follow)
-                return Stored.INDEXED
             origin = self._of_copy(source) if node.from_origin else self.encoded(source, b"", st.st_dev)
             os.setxattr(target, self._markers.origin, origin, follow_symlinks=follow)
         except OSError:
-            return Stored.BROKEN if linked else Stored.UNKNOWN
+            return Stored.UNKNOWN
         if node.is_dir or self.number_of(origin) == node.ino:
             return Stored.READABLE
         return Stored.UNKNOWN

@@ -24,7 +24,7 @@ from contextlib import ExitStack, contextmanager, suppress
 from typing import Final, TypeVar
 
 from unionfs.sys.calls import os_error
-from unionfs.sys.fds import Owned
+from unionfs.sys.fds import Owned, close_quietly
 from unionfs.sys.override import Override
 
 T = TypeVar("T")
@@ -162,7 +162,7 @@ class Rights:
 def _if_directory(fd: int, flags: int) -> int:
     """The fd itself, unless ``flags`` ask for a directory and it is none (ENOTDIR)."""
     if flags & os.O_DIRECTORY and not stat.S_ISDIR(os.fstat(fd).st_mode):
-        os.close(fd)
+        close_quietly(fd)
         raise os_error(errno.ENOTDIR)
     return fd
 

@@ -1,0 +1,66 @@
+"""``python -m tests.faults``: all faults, or some; see scripts/faults."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+import tempfile
+import time
+from contextlib import ExitStack
+from multiprocessing import util
+
+from tests.faults import commands, injecting, plan
+from tests.faults.batch import Report
+from tests.faults.operations import OPERATIONS
+from tests.faults.plan import SESSIONS
+from tests.support import areas, mounting
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="scripts/faults", description=__doc__)
+    parser.add_argument("--session", action="append", choices=SESSIONS, help="only that session (repeatable)")
+    parser.add_argument("--operation", metavar="TEXT", default="", help="only those with TEXT in their name")
+    parser.add_argument("--tenth", type=int, metavar="N", help="every tenth fault, from the N-th on")
+    parser.add_argument("--only", choices=["errors", "kills", "commands"], help="not the other kinds")
+    arguments = parser.parse_args()
+    if reason := injecting.reason() or mounting.overlay_reason():
+        print(f"scripts/faults: {reason}", file=sys.stderr)
+        return 1
+    operations = [one for one in OPERATIONS if arguments.operation in one.name]
+    scenarios = [one for one in commands.SCENARIOS if arguments.operation in one.name]
+    if not operations and not scenarios:
+        parser.error(f"neither an operation nor a command has {arguments.operation!r} in its name")
+    place = ExitStack()
+    place.enter_context(areas.run_directory())
+    util.Finalize(None, place.close, exitpriority=-200)  # after multiprocessing's directory in there
+    os.environ["XDG_RUNTIME_DIR"] = tempfile.mkdtemp(prefix="runtime-")
+    report, began = Report(), time.monotonic()
+    for session in arguments.session or SESSIONS:
+        for kills in (False, True):
+            if operations and arguments.only in (None, "kills" if kills else "errors"):
+                with areas.area() as area:
+                    done = plan.run(
+                        area, session, operations=operations, kills=kills, tenth=arguments.tenth, told=_print
+                    )
+                _tell(done, report)
+    if scenarios and arguments.only in (None, "commands"):
+        with areas.area() as area:
+            _tell(commands.run_all(area, scenarios=scenarios, tenth=arguments.tenth, told=_print), report)
+    seconds = time.monotonic() - began
+    _print(f"{report.tried} faults tried in {seconds:.0f} s, {len(report.problems)} problems")
+    return 1 if report.problems else 0
+
+
+def _tell(done: Report, report: Report) -> None:
+    for problem in done.problems:
+        _print(f"  {problem}")
+    report.add(done)
+
+
+def _print(line: str) -> None:
+    print(line, flush=True)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

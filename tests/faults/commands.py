@@ -1,0 +1,315 @@
+"""Faults in commands: mounting, unmounting, volumes and their backups.
+
+After each: the command succeeded and there is the new state, or it failed with one sentence that has the
+error, and there is the old one. Nothing is left: no mount, no daemon, no temporary file. The same command
+then succeeds.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import os
+import re
+import signal
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final
+
+from tests.faults.batch import ERRORS, Report
+from tests.faults.injecting import KILL, Fault, Injector
+from tests.support import areas, mounting, syscalls
+from tests.support.patience import patient
+from tests.support.prepared import PreparedProcess
+from tests.support.worker import REPOSITORY
+
+_NO_POINTS: Final = (
+    "/usr", "/lib", "/proc", "/sys", "/dev", "/etc", sys.prefix, sys.base_prefix, str(REPOSITORY),
+)  # fmt: skip
+_SECONDS: Final = patient(30)
+
+
+@dataclass
+class Outcome:
+    """How a command ended; ``text`` is what it printed."""
+
+    code: int
+    text: str
+
+
+@dataclass(frozen=True)
+class Scenario:
+    """A command on a place that is made for each fault. ``state``: what a user sees, None if nothing."""
+
+    name: str
+    prepare: Callable[[Path], object]
+    arguments: Callable[[Path], Sequence[str]]
+    state: Callable[[Path], Any]
+
+    def __str__(self) -> str:
+        return self.name
+
+
+# -- running ---------------------------------------------------------------------------------------------
+
+
+def run(place: Path, arguments: Sequence[str], fault: Fault | None = None) -> tuple[Outcome, int]:
+    """Run ``unionfs ARGUMENT...``; returns also how many points it had."""
+    log = place / "output"
+    log.unlink(missing_ok=True)
+    os.environ["UNIONFS_ROOT"] = str(place / "storage")
+    process = PreparedProcess(arguments, log, REPOSITORY, stopped=True)
+    points = 0
+    try:
+        while not _is_stopped(process.pid):
+            time.sleep(0.001)
+        if fault is None:
+            os.kill(process.pid, signal.SIGCONT)
+            return Outcome(process.wait(_SECONDS), log.read_text()), 0
+        with Injector(process.pid, children=True, skips=_skips) as injector:
+            injector.arm(fault)
+            os.kill(process.pid, signal.SIGCONT)
+            code = process.wait(_SECONDS)
+            points = len(injector.disarm())
+        return Outcome(code, log.read_text()), points
+    finally:
+        if process.poll() is None:
+            os.kill(process.pid, signal.SIGKILL)
+            process.wait(5)
+
+
+def _skips(path: str) -> bool:
+    return path.startswith(_NO_POINTS)
+
+
+def _is_stopped(pid: int) -> bool:
+    with contextlib.suppress(OSError):
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] in ("T", "t")
+    return False
+
+
+# -- mounts ----------------------------------------------------------------------------------------------
+
+
+def _layers(place: Path) -> None:
+    for name in ("lower", "upper", "work", "merged"):
+        (place / name).mkdir()
+    (place / "lower/f").write_text("lower")
+
+
+def _mount_words(place: Path) -> list[str]:
+    return ["mount", "-l", f"{place}/lower", "-u", f"{place}/upper", "-w", f"{place}/work", f"{place}/merged"]
+
+
+def _is_mounted(place: Path) -> bool | None:
+    """Also whether it works; None if it is mounted and does not."""
+    if not mounting.is_mounted(place / "merged"):
+        return False
+    try:
+        (place / "merged/new").touch()
+        (place / "merged/new").unlink()
+    except OSError:
+        return None
+    return True
+
+
+def _mounted(place: Path) -> None:
+    _layers(place)
+    outcome, _ = run(place, _mount_words(place))
+    assert outcome.code == 0, outcome.text
+
+
+def _wait_unused(place: Path) -> bool:
+    """Wait until no daemon has the upper: it holds flock(2) on it."""
+    fd = os.open(place / "upper", os.O_RDONLY | os.O_DIRECTORY)
+    deadline = time.monotonic() + _SECONDS
+    try:
+        while time.monotonic() < deadline:
+            with contextlib.suppress(BlockingIOError):
+                fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                return True
+            time.sleep(0.005)
+        return False
+    finally:
+        os.close(fd)
+
+
+def _end(place: Path) -> None:
+    """Unmount whatever is mounted, and wait for its daemon."""
+    merged = place / "merged"
+    if not merged.exists():
+        return
+    while mounting.is_mounted(merged):
+        with contextlib.suppress(OSError):
+            syscalls.umount(merged, syscalls.MNT_DETACH)
+    _wait_unused(place)
+
+
+# -- volumes ---------------------------------------------------------------------------------------------
+
+
+def _volume(place: Path, content: str = "old") -> None:
+    outcome, _ = run(place, ["volume", "create", "vol"])
+    assert outcome.code == 0, outcome.text
+    data = place / "storage/volumes/vol/_data"
+    (data / "f").write_text(content)
+    (data / "d").mkdir()
+    (data / "d/g").write_text("g")
+
+
+def _backup_words(place: Path) -> list[str]:
+    return ["volume", "backup", "vol", "-o", f"{place}/vol.tar"]
+
+
+def _restore_words(place: Path) -> list[str]:
+    return ["volume", "restore", "vol", "-i", f"{place}/vol.tar"]
+
+
+def _backed_up(place: Path) -> None:
+    _volume(place)
+    outcome, _ = run(place, _backup_words(place))
+    assert outcome.code == 0, outcome.text
+
+
+def _changed(place: Path) -> None:
+    _backed_up(place)
+    (place / "storage/volumes/vol/_data/f").write_text("new")
+    (place / "storage/volumes/vol/_data/more").write_text("more")
+
+
+def _content(place: Path) -> Any:
+    """The volume's files, as a user sees them, None without it."""
+    outcome, _ = run(place, ["volume", "inspect", "vol"])
+    if outcome.code != 0:
+        return None
+    data = place / "storage/volumes/vol/_data"
+    return {str(path.relative_to(data)): path.is_file() and path.read_text() for path in data.rglob("*")}
+
+
+def _archive(place: Path) -> Any:
+    if not (place / "vol.tar").exists():
+        return None
+    outcome, _ = run(place, ["volume", "verify", f"{place}/vol.tar"])
+    return outcome.code
+
+
+SCENARIOS: Final = [
+    Scenario("mount", _layers, _mount_words, _is_mounted),
+    Scenario("umount", _mounted, lambda place: ["umount", f"{place}/merged"], _is_mounted),
+    Scenario("volume create", lambda place: None, lambda place: ["volume", "create", "vol"], _content),
+    Scenario("volume rm", _volume, lambda place: ["volume", "rm", "vol"], _content),
+    Scenario("volume backup", _volume, _backup_words, _archive),
+    Scenario("volume restore", _changed, _restore_words, _content),
+]
+
+
+# -- faults ----------------------------------------------------------------------------------------------
+
+
+def _files(place: Path) -> list[str]:
+    """The names of everything on the disk but locks, and mounts."""
+    return sorted(
+        str(path.relative_to(place)) for path in place.rglob("*")
+        if path.name != "output" and "lock" not in path.name and "merged/" not in str(path)
+    )  # fmt: skip
+
+
+@dataclass
+class _Reference:
+    """The states before and after the command, its files after it, and how many points it has."""
+
+    old: Any
+    new: Any
+    files: list[str]
+    points: int
+
+
+def _reference(place: Path, scenario: Scenario) -> _Reference:
+    with _prepared(place, scenario):
+        old = scenario.state(place)
+        _, points = run(place, scenario.arguments(place), Fault(0, 0))
+        return _Reference(old, scenario.state(place), _files(place), points)
+
+
+@contextlib.contextmanager
+def _prepared(place: Path, scenario: Scenario) -> Iterator[None]:
+    place.mkdir()
+    try:
+        scenario.prepare(place)
+        yield
+    finally:
+        _end(place)
+        areas.remove(place)
+
+
+def _try(place: Path, scenario: Scenario, fault: Fault, reference: _Reference) -> list[str]:
+    """What does not hold."""
+    problems = []
+    with _prepared(place, scenario):
+        outcome, _ = run(place, scenario.arguments(place), fault)
+        if not fault.hit:
+            return []
+        state = scenario.state(place)
+        if fault.error == KILL:
+            if state not in (reference.old, reference.new, None):
+                problems.append(f"killed, and then {state}")
+        elif outcome.code == 0:
+            if state != reference.new:
+                problems.append(f"success, but {state} ({outcome.text})")
+        else:
+            problems += _message(outcome, fault)
+            if state != reference.old:
+                problems.append(f"failed, but {state}: {outcome.text}")
+        if state != reference.new:
+            if (place / "merged").exists() and scenario.name == "mount":
+                _end(place)
+            again, _ = run(place, scenario.arguments(place))
+            if again.code != 0:
+                problems.append(f"again: {again.text}")
+            elif scenario.state(place) != reference.new:
+                problems.append(f"again: {scenario.state(place)}")
+        if (files := _files(place)) != reference.files:
+            left = [name for name in files if name not in reference.files]
+            lost = [name for name in reference.files if name not in files]
+            problems.append(f"left {left}, missing {lost}")
+    return problems
+
+
+def _message(outcome: Outcome, fault: Fault) -> list[str]:
+    text = outcome.text
+    if "Traceback" in text or not re.fullmatch(r"unionfs: [^\n]*\.\n", text):
+        return [f"no sentence: {text[-700:]!r}"]
+    if os.strerror(fault.error).lower() not in text.lower():
+        return [f"the sentence lacks the error: {text!r}"]
+    return []
+
+
+def faults_of(points: int) -> Iterator[Fault]:
+    """Each errno and a kill at each point."""
+    for number in range(1, points + 1):
+        yield from (Fault(number, error) for error in (*ERRORS, KILL))
+
+
+def run_all(
+    area: Path,
+    *,
+    scenarios: Sequence[Scenario] = SCENARIOS,
+    tenth: int | None = None,
+    told: Callable[[str], object] = lambda line: None,
+) -> Report:
+    """Try all faults, or every tenth."""
+    report = Report()
+    for scenario in scenarios:
+        reference = _reference(area / "reference", scenario)
+        faults = list(faults_of(reference.points))
+        done = Report()
+        for fault in faults if tenth is None else faults[tenth % 10 :: 10]:
+            found = _try(area / "place", scenario, fault, reference)
+            done.tried += bool(fault.hit)
+            done.problems += [f"{scenario}: {fault}: {problem}" for problem in found]
+        report.add(done)
+        told(f"{scenario}: {reference.points} points, {done.tried} faults")
+    return report

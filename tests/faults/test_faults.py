@@ -1,0 +1,50 @@
+"""A tenth of the faults of `scripts/faults`, another one for each commit, on one session after the other."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from tests.faults import injecting, plan
+from tests.faults.batch import Report
+from tests.faults.operations import OPERATIONS
+from tests.support.worker import REPOSITORY
+
+pytestmark = [pytest.mark.usefixtures("kernel_overlay"), pytest.mark.timeout(300)]
+
+
+def _turn() -> int:
+    """The number of commits; ``UNIONFS_FAULTS`` is another number."""
+    if chosen := os.environ.get("UNIONFS_FAULTS"):
+        return int(chosen)
+    done = subprocess.run(
+        ["git", "rev-list", "--count", "HEAD"], cwd=REPOSITORY, capture_output=True, text=True, check=False
+    )
+    return int(done.stdout) if done.returncode == 0 else 0
+
+
+def _run(area: Path, *, kills: bool) -> Report:
+    if reason := injecting.reason():
+        pytest.skip(reason)
+    turn = _turn()
+    session = plan.SESSIONS[turn % len(plan.SESSIONS)]
+    # of the operations, too, since each kill takes a mount
+    operations = OPERATIONS[turn % 4 :: 4] if kills else OPERATIONS[turn % 3 :: 3]
+    return plan.run(area, session, operations=operations, kills=kills, tenth=turn)
+
+
+def test_errors_of_system_calls(area: Path) -> None:
+    """The caller gets them or none, the tree is the old or the new one, and nothing is left."""
+    report = _run(area, kills=False)
+    assert report.tried > 100
+    assert not report.problems, "\n".join(report.problems)
+
+
+def test_kills_between_system_calls(area: Path) -> None:
+    """The tree is the old or the new one, and the next mount leaves nothing of it in the work directory."""
+    report = _run(area, kills=True)
+    assert report.tried > 10
+    assert not report.problems, "\n".join(report.problems)

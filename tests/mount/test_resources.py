@@ -1,0 +1,89 @@
+"""What many open files take of the daemon, which has a limited number of file descriptors."""
+
+from __future__ import annotations
+
+import json
+import os
+import resource
+import shutil
+import subprocess
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+
+import pytest
+
+from tests.mount.cli_calls import UNIONFS, Place, call, place, session_words, succeed, wait_for
+from tests.mount.cli_calls import unionfs as command
+from tests.support import actions
+from tests.support.worker import Worker
+from unionfs.daemon import live
+
+FDS, FILES = 600, 1400
+LIMITED = ("prlimit", f"--nofile={FDS}:{FDS}", "setpriv", "--bounding-set=-sys_resource", *UNIONFS)
+"""Else root's daemon raises its limit."""
+
+
+@contextmanager
+def limited(area: Path, session: str, *options: str, files: int = FILES) -> Iterator[Place]:
+    """A mount whose daemon has few file descriptors, and that number of files in a lower."""
+    if shutil.which("setpriv") is None:
+        pytest.skip("setpriv is not installed")
+    with place(area) as found:
+        for index in range(files):
+            # programs, which pass through, and files that are not in the page cache after the first open
+            content = (b"\x7fELF" if index % 2 else b"text") + bytes(70_000)
+            (found.lower / f"f{index:04d}").write_bytes(content)
+        words = session_words(session)
+        environment = {"UNIONFS_RESIDENT_SECONDS": "0"}
+        succeed(call(LIMITED, "mount", *options, *found.layers, *words, found.merged, env=environment))
+        yield found
+        # the kernel sends RELEASE after close(2) has returned
+        assert wait_for(_all_are_closed)
+        succeed(command("umount", found.merged))
+
+
+def _all_are_closed() -> bool:
+    answer = live.entries()[0].ask()
+    return answer is not None and answer["figures"]["open_files"] == 0
+
+
+def test_open_files_of_lowers(root: None, area: Path, session: str) -> None:
+    """They take few of the daemon's fds, so others can work; and all of them can still be read."""
+    before = resource.getrlimit(resource.RLIMIT_NOFILE)
+    with limited(area, session) as found, ExitStack() as stack:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (max(before[0], 2 * FILES), max(before[1], 2 * FILES)))
+        stack.callback(resource.setrlimit, resource.RLIMIT_NOFILE, before)
+        merged = str(found.merged)
+        opened = []
+        for index in range(FILES):
+            opened.append(os.open(f"{merged}/f{index:04d}", os.O_RDONLY))
+            stack.callback(os.close, opened[-1])
+        (found.merged / "new").write_text("written")
+        os.chmod(f"{merged}/f0000", 0o600)  # a copy-up
+        os.unlink(f"{merged}/f0001")
+        assert len(os.listdir(merged)) == FILES + 2
+        for index, fd in enumerate(opened):
+            assert os.pread(fd, 4, 0) == (b"\x7fELF" if index % 2 else b"text")
+            assert os.pread(fd, 100, 69_990) == bytes(14)
+        assert subprocess.run(["cat", f"{merged}/f1399"], capture_output=True).stdout[:4] == b"\x7fELF"
+
+
+def test_shares_of_users(root: None, area: Path, session: str) -> None:
+    """One user's open files of the upper leave some to others, and all of them some to names and copy-ups."""
+    if session == "direct-cached":
+        pytest.skip("it sends no OPEN: a limited number of files stays open")
+    with limited(area, session, "-o", "allow_other", files=1) as found:
+        os.chmod(found.merged, 0o777)
+        with Worker(1000, 1000, []) as one, Worker(1001, 1001, []) as other:
+            taken = one.call(actions.open_new, str(found.merged), "a", FDS)
+            assert FDS // 4 < taken <= FDS // 2
+            assert other.call(actions.open_new, str(found.merged), "b", 100) == 100
+            assert one.call(actions.open_new, str(found.merged), "c", 1) == 0
+            figures = json.loads(succeed(command("inspect", "--json", found.merged)))["figures"]
+            assert figures["fds_of_users"] == {"1000": taken, "1001": 100}
+            other.call(actions.open_new, str(found.merged), "d", FDS)
+            os.chmod(found.merged / "deep", 0o600)  # a copy-up
+            os.unlink(found.merged / "f0000")
+            os.mkdir(found.merged / "directory")
+            assert "directory" in os.listdir(found.merged)
