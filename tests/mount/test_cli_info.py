@@ -17,8 +17,8 @@ from tests.mount.cli_calls import Place, listed, refused, succeed, unionfs
 from tests.support.patience import patient
 
 COMMANDS = (
-    "mount", "umount", "cleanup", "sync", "refresh", "ls", "inspect", "stats", "diff", "check", "convert",
-    "doctor",
+    "mount", "umount", "cleanup", "sync", "refresh", "upgrade", "ls", "inspect", "stats", "diff", "check",
+    "convert", "doctor",
 )  # fmt: skip
 
 
